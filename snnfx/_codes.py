@@ -1,0 +1,258 @@
+"""The registry of codes: one documented entry for each message (see `snnfx.errors`)."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+__all__ = ["CODES", "CodeEntry"]
+
+
+@dataclass(frozen=True)
+class CodeEntry:
+    """Documentation of one code: a title, what it means, a failing example and the fixed one."""
+
+    title: str
+    meaning: str
+    fails: str = ""
+    works: str = ""
+
+
+CODES: dict[str, CodeEntry] = {
+    # 1xx: why a node is not folded
+    "SNNFX101": CodeEntry(
+        "no rule for this operation",
+        "The table of batch rules has no row for this function, method or module, so nothing proves that T time "
+        "steps may be run as one large batch. The node is mapped over time with torch.vmap, which is always right.",
+        "y = torch.fft.fft(x)          # no row",
+        "nothing to do; or fold it by hand inside a module you vouch for",
+    ),
+    "SNNFX102": CodeEntry(
+        "the step has no batch dimension here",
+        "The operation needs a batch dimension in front of the feature dimensions to be folded, and the value it gets "
+        "at one step has too few dimensions. It is mapped over time.",
+        "net(torch.rand(T, features))",
+        "net(torch.rand(T, N, features))",
+    ),
+    "SNNFX103": CodeEntry(
+        "the operation mixes samples of the batch",
+        "It reduces, indexes, sorts, or concatenates along the batch dimension. Folding time into the batch would mix "
+        "time steps, so the node is mapped over time.",
+        "x = x - x.mean(0)",
+        "x = x - x.mean(1, keepdim=True)",
+    ),
+    "SNNFX104": CodeEntry(
+        "a literal batch size",
+        "A shape argument is a number that stands where the batch dimension is; with T steps folded in, it would be wrong. "
+        "The node is mapped over time.",
+        "x = x.view(32, -1)",
+        "x = x.view(x.shape[0], -1)   # or x.flatten(1)",
+    ),
+    "SNNFX105": CodeEntry(
+        "operands do not share the batch dimension",
+        "The operands of this operation carry their batch in different places or with sizes that are not proven equal, "
+        "or one of them varies in time without having a batch dimension. The node is mapped over time.",
+        "y = x + gain_t               # x: [N, C], gain_t: [C] at each step",
+        "y = x + gain_t.expand_as(x)  # or leave it: it is right, only slower",
+    ),
+    "SNNFX106": CodeEntry(
+        "BatchNorm with statistics per time step",
+        'With batch_norm="per_step" a BatchNorm in training uses the statistics of one time step at a time, exactly as the '
+        "stepped model does. It is vectorised over T, but not folded.",
+        'snnfx.convert(model, batch_norm="per_step")',
+        'snnfx.convert(model, batch_norm="fold")   # statistics over T*N',
+    ),
+    "SNNFX107": CodeEntry(
+        "sequential: on a cycle through time",
+        "The value of this node at step t depends on its own value at an earlier step, so it has to be stepped.",
+    ),
+    "SNNFX108": CodeEntry(
+        "opaque: could not be traced",
+        "The module could not be turned into a graph. It is run step by step as it is; what it keeps as state is "
+        "handed from step to step.",
+        "def forward(self, x):\n    if x.sum() > 0: ...",
+        "def forward(self, x):\n    return torch.where(x.sum() > 0, ..., ...)",
+    ),
+    "SNNFX109": CodeEntry(
+        "torch.vmap refused",
+        "The node may not be folded and torch.vmap has no rule for it, so it is stepped.",
+        "h = self.gru(x)",
+        "h = self.cell(x, h)",
+    ),
+    "SNNFX110": CodeEntry(
+        "sizes or shapes read as numbers",
+        "The program computes with the size of the batch outside of a shape argument, so the result depends on how many "
+        "samples there are. The node is mapped over time.",
+        "y = x / x.shape[0]",
+        "y = x / x.shape[1]",
+    ),
+    "SNNFX111": CodeEntry(
+        "an unknown rank",
+        "Without example_inputs the number of dimensions of this value is not known, and the rule depends on it. "
+        "The node is mapped over time.",
+        "net = snnfx.convert(model)",
+        "net = snnfx.convert(model, example_inputs=(x,))",
+    ),
+    # 2xx: capture
+    "SNNFX201": CodeEntry(
+        "the model cannot be traced",
+        "The forward of the top-level model does something that depends on the values of tensors, or uses a Python "
+        "feature that torch.fx cannot record.",
+        "def forward(self, x):\n    if x.sum() > 0: return x\n    return -x",
+        "def forward(self, x):\n    return torch.where(x.sum() > 0, x, -x)",
+    ),
+    "SNNFX202": CodeEntry(
+        "control flow on shapes needs example inputs",
+        "The model asks for the shape of a value while it is being traced; without example_inputs there is no answer.",
+        "snnfx.convert(model)",
+        "snnfx.convert(model, example_inputs=(torch.rand(2, 1, 28, 28),))",
+    ),
+    "SNNFX203": CodeEntry(
+        "the forward loops over time itself",
+        "One stateful module is called many times in a chain within one forward: this is a model that already runs a "
+        "whole sequence. snnfx converts the model of ONE step.",
+        "def forward(self, x):\n    for step in range(25):\n        spk = self.lif(self.fc(x))",
+        'def step(self, x):\n    return self.lif(self.fc(x))\n\nsnnfx.convert(model, entry="step")',
+    ),
+    "SNNFX204": CodeEntry(
+        "already in multi-step mode",
+        "A module of the model is set to process whole sequences. snnfx converts single-step models.",
+        'neuron.LIFNode(step_mode="m")',
+        'neuron.LIFNode(step_mode="s")',
+    ),
+    "SNNFX205": CodeEntry(
+        "a module that has no single-step form",
+        "The module is defined on whole sequences only, so there is no step graph to convert.",
+        "neuron.PSN(T=8)",
+        "neuron.LIFNode(tau=2.0)",
+    ),
+    "SNNFX206": CodeEntry(
+        "a buffer is changed in place",
+        "A forward that is traced changes a buffer or a parameter in place; state has to be read and written as an "
+        "attribute so that it can be handed from step to step.",
+        "self.count += 1   # a registered buffer",
+        'self.register_memory("count", 0.0)   # in a snnfx.MemoryModule',
+    ),
+    "SNNFX207": CodeEntry(
+        "lazy modules are not initialised",
+        "A lazy module has no weights yet. Run the model once before converting it.",
+        "snnfx.convert(nn.Sequential(nn.LazyLinear(10)))",
+        "model(x); snnfx.convert(model)",
+    ),
+    "SNNFX208": CodeEntry(
+        "hooks that would be lost",
+        "The model itself or a container that is traced through has forward hooks. They would never run in the converted net.",
+        "model.register_forward_hook(hook)",
+        "model.conv1.register_forward_hook(hook)   # hooks on leaf modules are kept",
+    ),
+    "SNNFX209": CodeEntry(
+        "an operation in place on an input",
+        "The step changes its own input. In the converted net that would change the caller's sequence.",
+        "def forward(self, x):\n    x.mul_(2)",
+        "def forward(self, x):\n    x = x * 2",
+    ),
+    "SNNFX210": CodeEntry(
+        "the initial state depends on the step itself",
+        "The first value of a state is computed from something that needs this state already.",
+    ),
+    "SNNFX211": CodeEntry(
+        "the forward takes arguments that cannot be captured",
+        "Inputs have to be tensors, or nested tuples, lists and dicts of tensors. Other values are fixed at conversion.",
+    ),
+    "SNNFX212": CodeEntry(
+        "tracing changed with the first step",
+        "The first step and the later ones do different things; the first step is run on its own (peeled).",
+    ),
+    "SNNFX213": CodeEntry(
+        "an undeclared state in a module that cannot be traced",
+        "A module that is run as it is changes one of its attributes in a step, and the attribute is not registered as "
+        "a state; its value would leak from one call of the net into the next.",
+        "self.mem = ...   # in a plain nn.Module with data-dependent control flow",
+        'self.register_memory("mem", None)   # in a snnfx.MemoryModule',
+    ),
+    # 3xx: inputs of a call
+    "SNNFX301": CodeEntry(
+        "no time steps",
+        "A sequence has to have at least one time step.",
+        "net(torch.rand(0, 2, 3))",
+        "net(torch.rand(1, 2, 3))",
+    ),
+    "SNNFX302": CodeEntry(
+        "split_size below 1", "A chunk has at least one time step.", "chunk_multi_step_forward(0, x_seq, net)",
+        "chunk_multi_step_forward(16, x_seq, net)",
+    ),
+    "SNNFX303": CodeEntry(
+        "leading dimensions differ",
+        "All sequences have to agree on T, and those that are folded on the batch size as well.",
+        "net(torch.rand(8, 2, 3), torch.rand(7, 2, 3))",
+        "net(torch.rand(8, 2, 3), torch.rand(8, 2, 3))",
+    ),
+    "SNNFX304": CodeEntry(
+        "neither a module nor a callable",
+        "Expected an nn.Module, a callable, or a list or tuple of them.",
+        "multi_step_forward(x_seq, 3)",
+        "multi_step_forward(x_seq, nn.Linear(3, 2))",
+    ),
+    "SNNFX305": CodeEntry(
+        "not a tensor",
+        "Sequences are tensors, or nested tuples, lists and dicts of tensors.",
+        "net([1, 2, 3])",
+        "net(torch.tensor([[1.0], [2.0], [3.0]]))",
+    ),
+    "SNNFX306": CodeEntry(
+        "too few dimensions for a sequence",
+        "The input has no room for the time dimension (and, where it is folded, the batch dimension).",
+        "net(torch.rand(8))",
+        "net(torch.rand(8, 1, 3))",
+    ),
+    "SNNFX307": CodeEntry(
+        "the arguments do not fit the captured step",
+        "The net was captured for other arguments: another number of inputs, another nesting, or another constant.",
+    ),
+    "SNNFX308": CodeEntry(
+        "unknown or missing state",
+        "The state passed has other keys than the slots of the net, or the shape of another batch.",
+        'net.run(x_seq, state={"lif.u": v})',
+        'net.run(x_seq, state={"lif.v": v})',
+    ),
+    "SNNFX309": CodeEntry("an option has no such value", "The option does not take this value."),
+    "SNNFX310": CodeEntry(
+        "the number of time steps is not known",
+        "No input carries a time dimension (time_dim=None everywhere), so T has to be said.",
+        "net(image)",
+        "net(image, T=8)",
+    ),
+    "SNNFX311": CodeEntry(
+        "nothing of that name to record",
+        "record= takes qualified names of modules that are called in a step, or of state slots.",
+        'net.run(x_seq, record=("lif9",))',
+        'net.run(x_seq, record=("lif1", "lif1.v"))',
+    ),
+    "SNNFX312": CodeEntry(
+        "a size differs from the one the step was captured with",
+        "The model's Python code used a size as a number while it was captured, so the net only holds for that size.",
+        "for i in range(x.shape[1]): ...",
+        "snnfx.convert(model, example_inputs=(x_of_the_new_size,))",
+    ),
+    # 4xx: verification
+    "SNNFX401": CodeEntry("outputs differ", "The net's output is not that of the stepped model."),
+    "SNNFX402": CodeEntry("final states differ", "The state after the last step is not that of the stepped model."),
+    "SNNFX403": CodeEntry("gradients differ", "A gradient is not that of the stepped model."),
+    "SNNFX404": CodeEntry("buffers differ", "Running statistics are not those of the stepped model."),
+    # 5xx: passes
+    "SNNFX501": CodeEntry("a pass broke the graph", "The verifier between passes found the graph invalid."),
+    "SNNFX502": CodeEntry("passes in an illegal order", "A pass was run at a stage that it does not take."),
+    "SNNFX503": CodeEntry("a region is gone", "A compiled or exported program calls a region of a net that no longer exists."),
+    "SNNFX504": CodeEntry(
+        "a fallback was taken",
+        "A faster form of a region was refused at run time and a slower one is used from now on; the result is the same.",
+    ),
+    # 6xx: tools around the library
+    "SNNFX601": CodeEntry(
+        "graphviz is missing",
+        "Drawing to SVG or PNG needs the program `dot` and the Python package graphviz.",
+        'snnfx.draw(net, "net.svg")',
+        'apt install graphviz; pip install "snnfx[draw]"   # or draw to a .dot file',
+    ),
+    "SNNFX602": CodeEntry("cannot load the model", "The path pkg.module:factory does not lead to a model."),
+    "SNNFX603": CodeEntry("unknown file type", "draw writes .svg, .png, .pdf and .dot."),
+}

@@ -1,0 +1,466 @@
+"""nn.Module -> step graph: one time step of a model with its state as values.
+
+The model is traced from its reset state. A module that declares its state (`MemoryModule`, adapters) is either one
+call with explicit state (neurons) or traced through with its attributes as slots; any other attribute that a step
+changes is discovered as a slot. Modules that are traced through are traced twice, cold (slots at their initial
+values) and warm (slots as values), because people write `if self.v is None: self.v = torch.full_like(x, 0.3)`:
+where the two traces differ only in what stands for a slot, that expression is the slot's initial value; any other
+difference makes the cold trace the program of the first step.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import inspect
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, fx, nn
+from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
+from torch.fx import Node
+from torch.nn.parameter import is_lazy
+from torch.utils import _pytree as pytree
+
+from snnfx.errors import CaptureError, InputError
+from snnfx.leaves import is_leaf
+from snnfx.matching import GraphMatch
+from snnfx.program import InputLeaf, Slot, StepProgram
+from snnfx.state import Adapter, StateSnapshot, adapter_of, reset_net
+from snnfx.tracer import ArgumentLeaf, FunctionHolder, StepProxy, StepTracer, SubmoduleNotTraceable, apply_autograd_function
+
+__all__ = ["FunctionHolder", "apply_autograd_function", "capture", "capture_both_modes"]
+
+
+def capture_both_modes(
+    model: nn.Module, example_inputs: Any = None, entry: str = "forward"
+) -> tuple[StepProgram, StepProgram]:
+    """Capture a model in training and in evaluation mode.
+
+    Returns:
+        `(training program, evaluation program)`; the same object twice when the mode makes no difference.
+    """
+    training = capture(model, example_inputs, entry, training=True)
+    evaluation = capture(model, example_inputs, entry, training=False)
+    match = GraphMatch(training, evaluation)
+    if match.same_program():
+        return training, training
+    return training, evaluation
+
+
+def capture(
+    model: nn.Module, example_inputs: Any = None, entry: str = "forward", training: bool | None = None
+) -> StepProgram:
+    """Capture one step of `model`; the model is left exactly as it was.
+
+    Args:
+        model: a single-step model.
+        example_inputs: what ONE call takes, batch dimension included: a tensor, a tuple of positional arguments, or a
+            dict of keyword arguments. Without it the arguments are the method's required parameters, all tensors.
+        entry: the method that is one step.
+        training: the mode to capture; default: the mode the model is in.
+
+    Returns:
+        The step program, stage "captured".
+
+    Raises:
+        CaptureError: the model cannot be captured (codes 2xx), before anything has been changed.
+        InputError: `example_inputs` does not fit the method's signature.
+    """
+    _check_model(model, entry)
+    training = model.training if training is None else training
+    fake_mode = FakeTensorMode(allow_non_fake_inputs=True) if example_inputs is not None else None
+    arguments, leaves, spec = _arguments(model, entry, example_inputs, fake_mode)
+    opaque: dict[str, str] = {}
+    with StateSnapshot.of(model), _mode(model, training), torch.enable_grad():
+        while True:
+            try:
+                program = _capture_once(model, entry, arguments, leaves, spec, opaque, fake_mode, training)
+                break
+            except SubmoduleNotTraceable as failure:
+                if failure.name in opaque or failure.name == "":
+                    raise CaptureError("SNNFX201", "the model cannot be traced", why=failure.reason) from failure
+                opaque[failure.name] = failure.reason
+    for node in program.graph.nodes:
+        if "val" in node.meta:
+            node.meta["val"] = pytree.tree_map(_as_meta_tensor, node.meta["val"])
+    return program
+
+
+def _capture_once(
+    model: nn.Module,
+    entry: str,
+    arguments: Any,
+    leaves: list[InputLeaf],
+    spec: pytree.TreeSpec,
+    opaque: dict[str, str],
+    fake_mode: FakeTensorMode | None,
+    training: bool,
+) -> StepProgram:
+    traced = _Traced(model, entry, arguments, opaque, fake_mode)
+    discovered: dict[str, _Attribute] = {}
+    cold, found = traced.trace(discovered, warm=False)
+    values = {name: node for name, node in zip(cold.slot_values, cold.graph.output_node().args[0][1], strict=True)}  # type: ignore[index]
+    for attribute in found:
+        discovered[attribute.name] = attribute
+    if not discovered and not traced.inlined_slots():
+        return traced.program(cold, leaves, spec, training)
+    cold_program = traced.program(cold, leaves, spec, training)
+    for _ in range(3):
+        shapes = {name: _recorded(value) for name, value in values.items()}
+        shapes.update({a.name: a.after for a in discovered.values()})
+        warm, more = traced.trace(discovered, warm=True, shapes=shapes)
+        new = [a for a in more if a.name not in discovered]
+        if not new:
+            break
+        discovered.update({a.name: a for a in new})
+    program = traced.program(warm, leaves, spec, training, set(discovered))
+    # What the cold trace left in discovered attributes is their next value there.
+    outputs, nexts, initials = cold_program.output.args[0]  # type: ignore[misc]
+    by_name = dict(zip((s.name for s in cold_program.slots), zip(nexts, initials, strict=True), strict=True))
+    for attribute in found:
+        by_name.setdefault(attribute.name, (attribute.final_node(), None))
+    for attribute in discovered.values():
+        by_name.setdefault(attribute.name, (attribute.before if _is_number(attribute.before) else None, None))
+    cold_program.slots = list(program.slots)
+    cold_program.set_output(outputs, *zip(*(by_name[s.name] for s in program.slots), strict=True))
+    match = GraphMatch(cold_program, program, bindable={s.name for s in program.slots} - traced.leaf_slots())
+    if match.same_program():
+        match.move_initial_values()
+    else:
+        program.first_step = cold_program
+    return program
+
+
+@dataclass
+class _Attribute:
+    """A plain attribute (or buffer) that a step changes."""
+
+    name: str
+    module: nn.Module
+    attribute: str
+    before: Any
+    after: Any
+    result: Any
+
+    def final_node(self) -> Any:
+        return self.result.node if type(self.result) is StepProxy else self.result
+
+    def write(self, value: Any) -> None:
+        if self.attribute in self.module._buffers:
+            self.module._buffers[self.attribute] = value
+        else:
+            self.module.__dict__[self.attribute] = value
+
+    def read(self) -> Any:
+        if self.attribute in self.module._buffers:
+            return self.module._buffers[self.attribute]
+        return self.module.__dict__.get(self.attribute)
+
+
+class _Traced:
+    """Runs the traces of one capture and finds out which attributes they change."""
+
+    def __init__(
+        self, model: nn.Module, entry: str, arguments: Any, opaque: dict[str, str], fake_mode: FakeTensorMode | None
+    ) -> None:
+        self.model, self.entry, self.arguments = model, entry, arguments
+        self.opaque, self.fake_mode = opaque, fake_mode
+        self.stateful = _outermost_stateful(model, opaque)
+
+    def inlined_slots(self) -> set[str]:
+        return {f"{prefix}{n}" for prefix, m, a, leaf in self.stateful if not leaf for n in a.names(m)}
+
+    def leaf_slots(self) -> set[str]:
+        return {f"{prefix}{n}" for prefix, m, a, leaf in self.stateful if leaf for n in a.names(m)}
+
+    def trace(
+        self, discovered: dict[str, _Attribute], warm: bool, shapes: dict[str, Any] | None = None
+    ) -> tuple[StepTracer, list[_Attribute]]:
+        """One trace; returns the tracer (with its graph) and the attributes that were changed beyond `discovered`."""
+        tracer = StepTracer(self.arguments, self.entry, self.opaque, self.fake_mode)
+        found: list[_Attribute] = []
+        shapes = shapes or {}
+
+        def prepare(tracer: StepTracer) -> None:
+            for prefix, module, adapter, leaf in self.stateful:
+                slots = [prefix + name for name in adapter.names(module)]
+                if leaf:
+                    for slot in slots:
+                        tracer.add_slot(slot)
+                elif warm:
+                    adapter.write(module, [tracer.add_slot(slot, *_known(shapes.get(slot))) for slot in slots])
+                else:
+                    adapter.reset(module)
+                    tracer.slot_values.update(zip(slots, adapter.read(module), strict=True))
+            for attribute in discovered.values():
+                attribute.write(tracer.add_slot(attribute.name, *_known(shapes.get(attribute.name))))
+
+        def finish(tracer: StepTracer) -> None:
+            for prefix, module, adapter, leaf in self.stateful:
+                if not leaf:
+                    names = [prefix + name for name in adapter.names(module)]
+                    tracer.slot_values.update(zip(names, adapter.read(module), strict=True))
+            for attribute in discovered.values():
+                tracer.slot_values[attribute.name] = attribute.read()
+            found.extend(a for a in self._changed(before) if a.name not in discovered)
+
+        with StateSnapshot.of(self.model):
+            before = {m: (dict(m.__dict__), dict(m._buffers), _versions(m)) for m in self.model.modules()}
+            try:
+                tracer.record(self.model, prepare, finish)
+            finally:
+                self._refuse_changed_buffers(before)
+        return tracer, found
+
+    def _traced_modules(self) -> Iterator[tuple[str, nn.Module]]:
+        """Modules whose forward is traced through: not leaves, and not inside one."""
+        hidden = tuple(f"{name}." for name in self.opaque)
+        inside = tuple(prefix for prefix, _, _, leaf in self.stateful if leaf)
+        for name, module in self.model.named_modules():
+            below_leaf = f"{name}.".startswith(hidden + inside) if hidden + inside else False
+            if not below_leaf and (name == "" or not is_leaf(module)):
+                yield name, module
+
+    def _changed(self, before: dict[nn.Module, Any]) -> Iterator[_Attribute]:
+        skip = {"_memories", "training"}
+        for name, module in self._traced_modules():
+            attributes, buffers, _ = before[module]
+            old = {**{k: v for k, v in attributes.items() if k not in ("_buffers", "_parameters", "_modules")}, **buffers}
+            new = {**{k: v for k, v in module.__dict__.items() if k in old or not k.startswith("_")}, **module._buffers}
+            for key, value in new.items():
+                if key in skip or key in ("_buffers", "_parameters", "_modules"):
+                    continue
+                if _is_state_change(old.get(key), value):
+                    slot = f"{name}.{key}" if name else key
+                    yield _Attribute(slot, module, key, old.get(key), _recorded(value), value)
+
+    def _refuse_changed_buffers(self, before: dict[nn.Module, Any]) -> None:
+        for name, module in self._traced_modules():
+            for key, version in before[module][2].items():
+                tensor = before[module][1].get(key)
+                if tensor is not None and tensor._version != version:
+                    raise CaptureError(
+                        "SNNFX206",
+                        f"the buffer `{name + '.' if name else ''}{key}` is changed in place",
+                        where=type(module).__name__,
+                        why="a step may only change state by assigning it, so that it can be handed from step to step.",
+                        hint="Write `self.x = self.x + ...`, or register it as a memory of a snnfx.MemoryModule.",
+                    )
+
+    def program(
+        self,
+        tracer: StepTracer,
+        leaves: list[InputLeaf],
+        spec: pytree.TreeSpec,
+        training: bool,
+        discovered: set[str] | None = None,
+    ) -> StepProgram:
+        """The program of a finished trace; slots of modules that were never called are left out."""
+        graph = tracer.graph
+        outputs, nexts, initials = graph.output_node().args[0]  # type: ignore[misc]
+        kept: list[tuple[Slot, Any, Any]] = []
+        for (name, _), following, initial in zip(tracer.slot_values.items(), nexts, initials, strict=True):
+            placeholder = tracer.slot_placeholders.get(name)
+            if placeholder is not None and following is placeholder and len(placeholder.users) == 1:
+                continue
+            slot = Slot(name, placeholder.name if placeholder else "", name in (discovered or ()))
+            kept.append((slot, following, initial))
+        program = StepProgram(
+            graph=graph,
+            source=self.model,
+            constants=tracer.constants,
+            input_leaves=leaves,
+            input_spec=spec,
+            output_spec=tracer.output_spec,  # type: ignore[arg-type]
+            slots=[slot for slot, _, _ in kept],
+            training=training,
+            opaque=dict(self.opaque),
+        )
+        program.set_output(outputs, [n for _, n, _ in kept], [i for _, _, i in kept])
+        used = {slot.placeholder for slot in program.slots}
+        for node in list(graph.nodes):
+            if node.op == "placeholder" and "slot" in node.meta and node.name not in used and not node.users:
+                graph.erase_node(node)
+        return program
+
+
+def _outermost_stateful(model: nn.Module, opaque: dict[str, str]) -> list[tuple[str, nn.Module, Adapter, bool]]:
+    """`(prefix, module, adapter, is leaf)` of stateful modules, those inside a leaf covered by the leaf."""
+    from snnfx.state import composite_adapter
+
+    found: list[tuple[str, nn.Module, Adapter, bool]] = []
+    covered: tuple[str, ...] = ()
+    for name, module in model.named_modules():
+        prefix = f"{name}." if name else ""
+        if covered and prefix.startswith(covered):
+            continue
+        adapter = adapter_of(module)
+        whole = composite_adapter(module) if name in opaque or _is_stateful_tree(module, adapter) else None
+        if whole is not None:
+            covered = (*covered, prefix)
+            if whole.names(module):
+                found.append((prefix, module, whole, True))
+        elif adapter is not None and adapter.names(module):
+            leaf = adapter.is_leaf(module)
+            if leaf:
+                covered = (*covered, prefix)
+            found.append((prefix, module, adapter, leaf))
+    return found
+
+
+def _is_stateful_tree(module: nn.Module, adapter: Adapter | None) -> bool:
+    """A stateful leaf with stateful modules inside it: stepped as a whole, with the states of all of them."""
+    if adapter is None or not adapter.is_leaf(module):
+        return False
+    return any(adapter_of(part) is not None for part in module.modules() if part is not module)
+
+
+def _check_model(model: nn.Module, entry: str) -> None:
+    if not isinstance(model, nn.Module):
+        raise InputError("SNNFX304", f"expected an nn.Module, got {type(model).__name__}")
+    if not callable(getattr(model, entry, None)):
+        raise InputError(
+            "SNNFX309",
+            f"entry={entry!r} is no method of {type(model).__name__}",
+            hint="Name the method that computes one time step.",
+        )
+    for name, parameter in (*model.named_parameters(), *model.named_buffers()):
+        if is_lazy(parameter):
+            raise CaptureError(
+                "SNNFX207",
+                f"`{name}` has no values yet",
+                why="it belongs to a lazy module.",
+                hint="Call the model once with a batch of one step, then convert it.",
+            )
+
+
+def _arguments(
+    model: nn.Module, entry: str, example_inputs: Any, fake_mode: FakeTensorMode | None
+) -> tuple[Any, list[InputLeaf], pytree.TreeSpec]:
+    """`((args, kwargs) with ArgumentLeaf in place of tensors, leaves, spec)`."""
+    signature = inspect.signature(getattr(type(model), entry))
+    parameters = list(signature.parameters.values())[1:]
+    if example_inputs is None:
+        names = []
+        for p in parameters:
+            if p.kind in (p.VAR_POSITIONAL, p.VAR_KEYWORD):
+                continue
+            if p.default is p.empty:
+                names.append((p.name, p.kind is p.KEYWORD_ONLY))
+        if not names:
+            raise CaptureError(
+                "SNNFX211",
+                f"{type(model).__name__}.{entry} has no required arguments",
+                why=f"its signature is {entry}{signature}.",
+                hint="Pass example_inputs=(x, ...) with what one step takes.",
+            )
+        given: tuple[tuple[Any, ...], dict[str, Any]] = (
+            tuple(_Unknown(n) for n, keyword in names if not keyword),
+            {n: _Unknown(n) for n, keyword in names if keyword},
+        )
+    elif isinstance(example_inputs, dict):
+        given = ((), dict(example_inputs))
+    else:
+        given = ((example_inputs,) if isinstance(example_inputs, Tensor) else tuple(example_inputs), {})
+    try:
+        bound = signature.bind(model, *given[0], **given[1])
+    except TypeError as error:
+        raise InputError(
+            "SNNFX307",
+            f"example_inputs does not fit {type(model).__name__}.{entry}{signature}",
+            why=f"{error}.",
+            hint="It has to be what ONE call takes: a tensor, a tuple of arguments, or a dict of keyword arguments.",
+        ) from error
+    del bound
+    flat, spec = pytree.tree_flatten_with_path(given)
+    names_in_order = [p.name for p in parameters]
+    leaves: list[InputLeaf] = []
+    arguments: list[Any] = []
+    for path, value in flat:
+        name = _leaf_name(path, names_in_order)
+        if isinstance(value, Tensor | _Unknown):
+            fake = () if isinstance(value, _Unknown) else (fake_mode.from_tensor(value.detach(), static_shapes=True),)  # type: ignore[union-attr]
+            arguments.append(ArgumentLeaf(name, len(leaves), *fake))
+            leaves.append(InputLeaf(name, name.replace(".", "_")))
+        else:
+            arguments.append(value)
+            leaves.append(InputLeaf(name, None, value))
+    if not any(leaf.placeholder for leaf in leaves):
+        raise InputError("SNNFX305", "example_inputs holds no tensor", hint="Pass what one call of the model takes.")
+    return pytree.tree_unflatten(arguments, spec), leaves, spec
+
+
+class _Unknown:
+    """An argument of which only the name is known."""
+
+    def __init__(self, name: str) -> None:
+        self.name = name
+
+
+def _leaf_name(path: tuple[Any, ...], parameters: list[str]) -> str:
+    """`x`, or `x.0.key` for nested arguments."""
+    keys = [getattr(k, "idx", getattr(k, "key", getattr(k, "name", None))) for k in path]
+    if keys[0] == 0:
+        position = int(keys[1])
+        first = parameters[position] if position < len(parameters) else f"arg{position}"
+        # *args all share one parameter name
+        if parameters and position >= len(parameters) - 1 and position > 0 and first == parameters[-1] and len(parameters) <= position:
+            first = f"{first}{position}"
+    else:
+        first = str(keys[1])
+    return ".".join([first, *(str(k) for k in keys[2:])])
+
+
+@contextlib.contextmanager
+def _mode(model: nn.Module, training: bool) -> Iterator[None]:
+    """Set the training flag of everything that is traced through; leaves look at their own flag at the call."""
+    if model.training == training:
+        yield
+        return
+    before = [(m, m.training) for m in model.modules()]
+    try:
+        for m, _ in before:
+            if m is model or not is_leaf(m):
+                m.training = training
+        yield
+    finally:
+        for m, flag in before:
+            m.training = flag
+
+
+def _versions(module: nn.Module) -> dict[str, int]:
+    return {k: b._version for k, b in module._buffers.items() if b is not None}
+
+
+def _is_state_change(old: Any, new: Any) -> bool:
+    if type(new) is StepProxy:
+        return True
+    if _is_number(new) and (old is None or _is_number(old)):
+        return bool(old != new)
+    return False
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, bool | int | float) and type(value) is not StepProxy
+
+
+def _recorded(value: Any) -> Any:
+    """The fake value behind a proxy or node, or None."""
+    if type(value) is StepProxy:
+        return value.node.meta.get("val")
+    if isinstance(value, Node):
+        return value.meta.get("val")
+    return None
+
+
+def _known(value: Any) -> tuple[Any, ...]:
+    return () if value is None else (value,)
+
+
+def _as_meta_tensor(value: Any) -> Any:
+    """A tensor with the shape, strides and dtype of a fake one, and no memory or mode behind it."""
+    if isinstance(value, FakeTensor | Tensor):
+        return torch.empty_strided(tuple(value.shape), value.stride(), dtype=value.dtype, device="meta")
+    return value

@@ -1,0 +1,38 @@
+"""Which modules stay one node of the step graph: torch.nn's own layers and what is vouched for."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+from torch import nn
+
+__all__ = ["is_leaf", "is_vouched", "vouch"]
+
+_vouched: dict[type, Callable[[nn.Module], bool]] = {}
+_CONTAINERS = (nn.Sequential, nn.ModuleList, nn.ModuleDict)
+
+
+def vouch(cls: type, when: Callable[[nn.Module], bool] = lambda module: True) -> None:
+    """Declare that `cls` computes in one step what the torch.nn class it derives from computes.
+
+    Args:
+        cls: a subclass of a torch.nn layer with its own `forward`, or a stateless elementwise module.
+        when: whether it holds for a given instance (for instance: not in multi-step mode).
+    """
+    _vouched[cls] = when
+
+
+def is_vouched(module: nn.Module) -> bool:
+    """Whether somebody vouched for the module's own class, as it is configured."""
+    when = _vouched.get(type(module))
+    return when is not None and when(module)
+
+
+def is_leaf(module: nn.Module) -> bool:
+    """Whether capture keeps a stateless module as one call."""
+    if is_vouched(module) or getattr(type(module), "snnfx_elementwise", False):
+        return True
+    if isinstance(module, _CONTAINERS):
+        return False
+    # A subclass with a forward of its own may do anything: it is traced through.
+    return type(module).forward.__module__.startswith("torch.nn.")

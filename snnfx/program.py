@@ -1,0 +1,262 @@
+"""The step program: one time step of a model as a graph with explicit state, and the regions found in it.
+
+A `StepProgram` owns a `torch.fx.Graph` whose placeholders are the inputs of one step and the state slots, and whose
+output node holds `(outputs, next_states, initial_values)`. Nothing in the graph changes anything: a slot is read from
+its placeholder, and its value for the next step is one of the nodes in `next_states`.
+"""
+
+from __future__ import annotations
+
+import operator
+import os
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import torch
+from torch import fx, nn
+from torch.fx import Node
+from torch.utils import _pytree as pytree
+
+from snnfx.errors import Refusal
+
+__all__ = ["InputLeaf", "Region", "Slot", "StepProgram", "describe_node", "place_of"]
+
+
+@dataclass(frozen=True)
+class Slot:
+    """One loop-carried value.
+
+    Args:
+        name: qualified name, e.g. ``"layer1.lif.v"``.
+        placeholder: name of the placeholder node that reads it.
+        discovered: True when no class declared it and capture found it by watching attributes.
+    """
+
+    name: str
+    placeholder: str
+    discovered: bool = False
+
+
+@dataclass(frozen=True)
+class InputLeaf:
+    """One leaf of the flattened arguments of a step: a tensor (with its placeholder) or a constant fixed at capture."""
+
+    name: str
+    placeholder: str | None
+    constant: Any = None
+
+
+@dataclass
+class Region:
+    """A connected, convex set of nodes executed as one over the whole sequence.
+
+    Args:
+        name: unique in its program, e.g. ``"fold_2"``.
+        kind: ``"once"``, ``"fold"``, ``"map"`` or ``"loop"``.
+        nodes: the nodes of the step graph, in program order.
+        slots: names of the slots that live in it (loops only).
+    """
+
+    name: str
+    kind: str
+    nodes: list[Node]
+    slots: list[str] = field(default_factory=list)
+
+    def refusals(self) -> Iterator[tuple[Node, Refusal]]:
+        """The nodes of the region that could not be folded, with the reason."""
+        for node in self.nodes:
+            refusal = node.meta.get("refusal")
+            if refusal is not None:
+                yield node, refusal
+
+
+@dataclass
+class StepProgram:
+    """One time step of a model as a graph; see the module docstring.
+
+    Args:
+        graph: nodes as described in `snnfx.capture`.
+        source: the user's model; targets of get_attr and call_module nodes are looked up on it.
+        constants: objects that capture had to keep (tensor constants, autograd functions), by target.
+        input_leaves: the flattened arguments of one step.
+        input_spec: pytree structure of `(args, kwargs)`.
+        output_spec: pytree structure of what one step returns.
+        slots: the state slots, in program order.
+        training: the mode in which the graph was captured.
+        first_step: the graph of the first step when it differs from the others in more than initial values.
+        requirements: least number of dimensions of one step of an input, by input name (set by the analysis).
+        opaque: modules that could not be traced, with the reason.
+        stage: how far the pipeline has come: "captured", "classified", "partitioned".
+    """
+
+    graph: fx.Graph
+    source: nn.Module
+    constants: dict[str, Any]
+    input_leaves: list[InputLeaf]
+    input_spec: pytree.TreeSpec
+    output_spec: pytree.TreeSpec
+    slots: list[Slot]
+    training: bool
+    first_step: StepProgram | None = None
+    requirements: dict[str, int] = field(default_factory=dict)
+    opaque: dict[str, str] = field(default_factory=dict)
+    regions: list[Region] = field(default_factory=list)
+    stage: str = "captured"
+
+    @property
+    def output(self) -> Node:
+        """The output node, with `args[0] == (outputs, next_states, initial_values)`."""
+        return self.graph.output_node()
+
+    @property
+    def outputs(self) -> tuple[Any, ...]:
+        """What one step returns, flattened: nodes and constants."""
+        return self.output.args[0][0]  # type: ignore[index, return-value]
+
+    @property
+    def next_states(self) -> tuple[Any, ...]:
+        """The next value of each slot."""
+        return self.output.args[0][1]  # type: ignore[index, return-value]
+
+    @property
+    def initial_values(self) -> tuple[Any, ...]:
+        """The value of each slot before the first step: a constant, or a node to be evaluated on the first step."""
+        return self.output.args[0][2]  # type: ignore[index, return-value]
+
+    def set_output(self, outputs: Iterable[Any], next_states: Iterable[Any], initial_values: Iterable[Any]) -> None:
+        """Replace what the output node holds."""
+        self.output.args = ((tuple(outputs), tuple(next_states), tuple(initial_values)),)
+
+    @property
+    def nodes_by_name(self) -> dict[str, Node]:
+        """All nodes by their name."""
+        return {node.name: node for node in self.graph.nodes}
+
+    def slot_nodes(self) -> list[Node]:
+        """The placeholder of each slot, in the order of `slots`."""
+        by_name = self.nodes_by_name
+        return [by_name[slot.placeholder] for slot in self.slots]
+
+    def input_nodes(self) -> list[Node]:
+        """The placeholders of the tensor inputs, in the order of `input_leaves`."""
+        by_name = self.nodes_by_name
+        return [by_name[leaf.placeholder] for leaf in self.input_leaves if leaf.placeholder is not None]
+
+    def resolve(self, target: str) -> Any:
+        """The object that a get_attr or call_module target names."""
+        if target in self.constants:
+            return self.constants[target]
+        found: Any = self.source
+        if target == SELF_TARGET:
+            return found
+        for atom in target.split("."):
+            found = getattr(found, atom)
+        return found
+
+    def module_of(self, node: Node) -> nn.Module | None:
+        """The module that a node calls: the target of a call_module, or the module argument of a stateful call."""
+        if node.op == "call_module":
+            return self.resolve(str(node.target))  # type: ignore[no-any-return]
+        if is_module_call(node):
+            return self.resolve(str(node.args[0].target))  # type: ignore[union-attr, no-any-return]
+        return None
+
+    def copy(self) -> StepProgram:
+        """A copy with its own graph (nodes keep their names); the source model and constants are shared."""
+        graph = fx.Graph()
+        mapping: dict[Node, Node] = {}
+        for node in self.graph.nodes:
+            mapping[node] = graph.node_copy(node, lambda n: mapping[n])
+            mapping[node].name = node.name
+            mapping[node].meta = dict(node.meta)
+        regions = [replace(r, nodes=[mapping[n] for n in r.nodes], slots=list(r.slots)) for r in self.regions]
+        return replace(
+            self,
+            graph=graph,
+            slots=list(self.slots),
+            requirements=dict(self.requirements),
+            regions=regions,
+            first_step=self.first_step.copy() if self.first_step is not None else None,
+        )
+
+    def __str__(self) -> str:
+        return "\n".join(format_node(node) for node in self.graph.nodes)
+
+
+SELF_TARGET = "snnfx_source"
+"""The get_attr target that stands for the root model itself (a model that is one stateful module)."""
+
+
+def is_module_call(node: Node) -> bool:
+    """Whether the node is a call_function whose first argument is a module (a stateful or opaque leaf)."""
+    return (
+        node.op == "call_function"
+        and getattr(node.target, "snnfx_calls_module", False)
+        and bool(node.args)
+        and isinstance(node.args[0], Node)
+        and node.args[0].op == "get_attr"
+    )
+
+
+def is_structural(node: Node) -> bool:
+    """Whether the node takes one element of a tuple that another node returned."""
+    return node.op == "call_function" and node.target is operator.getitem and bool(node.meta.get("structural"))
+
+
+def place_of(node: Node) -> str:
+    """Where the user wrote the node: `file.py:41`, or "" when it has no line of the user's."""
+    where = node.meta.get("where")
+    if not where:
+        return ""
+    filename, line = where
+    relative = os.path.relpath(filename)
+    short = relative if not relative.startswith("..") else os.path.join(*filename.split(os.sep)[-2:])
+    return f"{short}:{line}"
+
+
+def describe_node(node: Node) -> str:
+    """A node in the user's words: the qualified name of what it calls, or the operation and the module it is in."""
+    module = node.meta.get("module", "")
+    if node.op == "call_module":
+        return str(node.target)
+    if is_module_call(node):
+        return module or "the model"
+    name = operation_name(node)
+    return f"{name} in {module}" if module else name
+
+
+def operation_name(node: Node) -> str:
+    """The bare name of the operation of a node, e.g. "add" or "flatten"."""
+    target = node.target
+    name = target if isinstance(target, str) else getattr(target, "__name__", str(target))
+    return name.strip("_")
+
+
+def format_node(node: Node) -> str:
+    """One line of IR: name, operation, arguments, shape of one step, region, the user's line."""
+    if node.op == "output":
+        text = f"return {node.args[0]}"
+    elif node.op == "placeholder":
+        slot = node.meta.get("slot")
+        text = f"{node.name} = {'slot ' + slot if slot else 'input'}"
+    elif node.op == "get_attr":
+        text = f"{node.name} = self.{node.target}"
+    else:
+        arguments = ", ".join([*(str(a) for a in node.args), *(f"{k}={v}" for k, v in node.kwargs.items())])
+        called = f"self.{node.target}" if node.op == "call_module" else operation_name(node)
+        text = f"{node.name} = {called}({arguments})"
+    notes = [text_of_value(node.meta.get("val"))]
+    if node.meta.get("kind"):
+        notes.append(node.meta["kind"])
+    if place_of(node):
+        notes.append(place_of(node))
+    notes = [note for note in notes if note]
+    return f"{text}    # {', '.join(notes)}" if notes else text
+
+
+def text_of_value(value: Any) -> str:
+    """Shape and dtype of a recorded value, e.g. "[2, 64, 28, 28] float32"."""
+    if isinstance(value, torch.Tensor):
+        return f"{list(value.shape)} {str(value.dtype).removeprefix('torch.')}"
+    return ""

@@ -1,0 +1,459 @@
+"""State as a value: the `Stateful` protocol, `MemoryModule`, and the registry of third-party modules.
+
+A stateful module is stepped by a pure function `step(state, *inputs) -> (outputs, state)`. Modules that keep their
+state in attributes, as people write them, are made pure by swapping the attributes in and out around one call.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import copy
+import importlib
+import sys
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Protocol, runtime_checkable
+
+import torch
+from torch import Tensor, nn
+
+from snnfx.errors import CaptureError, InputError
+
+__all__ = [
+    "Adapter",
+    "MemoryModule",
+    "StateSnapshot",
+    "Stateful",
+    "adapter_of",
+    "call_opaque",
+    "call_stateful",
+    "composite_adapter",
+    "detach_net",
+    "initial_value",
+    "named_stateful",
+    "opaque_initial_value",
+    "register_adapter",
+    "reset_net",
+]
+
+State = tuple[Any, ...]
+"""The values of a module's slots, in the order of their names."""
+
+
+@runtime_checkable
+class Stateful(Protocol):
+    """What a module has to offer to be stepped with explicit state. Both methods are pure.
+
+    `state_names` gives the slots in order; `initial_state(*inputs)` the state before the first step, given the
+    inputs of that step (shapes, dtype, device; a Python scalar stands for a tensor of the shape of the slot's next
+    value); `step(state, *inputs)` returns `(outputs, next_state)` and changes nothing.
+    """
+
+    def state_names(self) -> tuple[str, ...]: ...
+
+    def initial_state(self, *inputs: Any, **kwargs: Any) -> State: ...
+
+    def step(self, state: State, *inputs: Any, **kwargs: Any) -> tuple[Any, State]: ...
+
+
+class MemoryModule(nn.Module):
+    """Base class of a user's own stateful module.
+
+    Register each state with its initial value, then read and write `self.<name>` in `forward` as if the module
+    processed one step at a time. The initial value is a number (it stands for a tensor of the right shape), a
+    tensor, or None (then `forward` creates the state at the first step).
+
+    Example:
+        >>> import torch, snnfx
+        >>> class Leaky(snnfx.MemoryModule):
+        ...     def __init__(self):
+        ...         super().__init__()
+        ...         self.register_memory("v", 0.0)
+        ...     def forward(self, x):
+        ...         self.v = 0.5 * self.v + x
+        ...         return self.v
+        >>> cell = Leaky()
+        >>> [float(cell(torch.ones(1))) for _ in range(3)]
+        [1.0, 1.5, 1.75]
+        >>> cell.reset(); float(cell(torch.ones(1)))
+        1.0
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.__dict__["_memories"] = {}
+        self.__dict__["_initial_memories"] = {}
+
+    def register_memory(self, name: str, initial: Any) -> None:
+        """Declare the state `self.<name>` with the value it has before the first step.
+
+        Args:
+            name: a valid attribute name that is not taken.
+            initial: a number, a tensor, or None.
+        """
+        if not name.isidentifier():
+            raise InputError("SNNFX309", f"`{name}` is not an attribute name", where=type(self).__name__)
+        if hasattr(self, name):
+            raise InputError(
+                "SNNFX309",
+                f"cannot register the memory `{name}`",
+                where=type(self).__name__,
+                why="the module has an attribute of that name.",
+                hint="Choose another name.",
+            )
+        self._initial_memories[name] = initial
+        self._memories[name] = _fresh(initial)
+
+    def memory_names(self) -> tuple[str, ...]:
+        """The names of the registered states, in order of registration."""
+        return tuple(self._memories)
+
+    def reset(self) -> None:
+        """Give every state its initial value."""
+        for name, initial in self._initial_memories.items():
+            self._memories[name] = _fresh(initial)
+
+    def __getattr__(self, name: str) -> Any:
+        memories = self.__dict__.get("_memories")
+        if memories is not None and name in memories:
+            return memories[name]
+        return super().__getattr__(name)
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        memories = self.__dict__.get("_memories")
+        if memories is not None and name in memories:
+            memories[name] = value
+        else:
+            super().__setattr__(name, value)
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> MemoryModule:
+        # A state that is the result of a backward-able step has a grad_fn, which deepcopy refuses.
+        clone = self.__class__.__new__(self.__class__)
+        memo[id(self)] = clone
+        for key, value in self.__dict__.items():
+            if key == "_memories":
+                value = {name: _without_history(memory) for name, memory in value.items()}
+            clone.__dict__[key] = copy.deepcopy(value, memo)
+        return clone
+
+
+def _fresh(initial: Any) -> Any:
+    return initial.clone() if isinstance(initial, Tensor) else copy.copy(initial)
+
+
+def _without_history(value: Any) -> Any:
+    return value.detach() if isinstance(value, Tensor) and not value.is_leaf else value
+
+
+class Adapter(Protocol):
+    """How snnfx reads, writes and steps the state of one family of modules.
+
+    `elementwise` says that the outputs and the state have the shape of the first input and that every element is
+    computed on its own: neurons. `is_leaf` says whether a call stays one node, or is traced through with its states as
+    slots. `refuse` raises when the module, as it is configured, cannot be stepped.
+    """
+
+    def elementwise(self, module: nn.Module) -> bool: ...
+
+    def is_leaf(self, module: nn.Module) -> bool: ...
+
+    def refuse(self, module: nn.Module, where: str) -> None: ...
+
+    def names(self, module: nn.Module) -> tuple[str, ...]: ...
+
+    def read(self, module: nn.Module) -> State: ...
+
+    def write(self, module: nn.Module, state: Sequence[Any]) -> None: ...
+
+    def reset(self, module: nn.Module) -> None: ...
+
+    def initial(self, module: nn.Module, *inputs: Any, **kwargs: Any) -> State: ...
+
+    def step(self, module: nn.Module, state: State, *inputs: Any, **kwargs: Any) -> tuple[Any, State]: ...
+
+
+class MemoryAdapter:
+    """Steps any `MemoryModule` by swapping its memories in and out; uses the pure protocol where it is there."""
+
+    def elementwise(self, module: nn.Module) -> bool:
+        return bool(getattr(module, "elementwise", False))
+
+    def is_leaf(self, module: nn.Module) -> bool:
+        # Neurons of the zoo stay whole; the forward that a user wrote is traced, so that only its cycle is looped.
+        return isinstance(module, Stateful)
+
+    def refuse(self, module: nn.Module, where: str) -> None:
+        return None
+
+    def names(self, module: nn.Module) -> tuple[str, ...]:
+        return module.memory_names()  # type: ignore[operator, no-any-return]
+
+    def read(self, module: nn.Module) -> State:
+        return tuple(module._memories.values())  # type: ignore[union-attr, operator]
+
+    def write(self, module: nn.Module, state: Sequence[Any]) -> None:
+        for name, value in zip(self.names(module), state, strict=True):
+            module._memories[name] = value  # type: ignore[index, operator]
+
+    def reset(self, module: nn.Module) -> None:
+        module.reset()  # type: ignore[operator]
+
+    def initial(self, module: nn.Module, *inputs: Any, **kwargs: Any) -> State:
+        if isinstance(module, Stateful):
+            return module.initial_state(*inputs, **kwargs)
+        return tuple(_fresh(value) for value in module._initial_memories.values())  # type: ignore[union-attr, operator]
+
+    def step(self, module: nn.Module, state: State, *inputs: Any, **kwargs: Any) -> tuple[Any, State]:
+        if isinstance(module, Stateful) and not _has_forward_hooks(module):
+            return module.step(state, *inputs, **kwargs)
+        return step_by_swapping(self, module, state, *inputs, **kwargs)
+
+
+def step_by_swapping(
+    adapter: Adapter, module: nn.Module, state: State, *inputs: Any, **kwargs: Any
+) -> tuple[Any, State]:
+    """One pure step of a module that keeps its state in attributes: write, call, read, put back."""
+    before = adapter.read(module)
+    try:
+        adapter.write(module, state)
+        outputs = module(*inputs, **kwargs)
+        return outputs, adapter.read(module)
+    finally:
+        adapter.write(module, before)
+
+
+class CompositeAdapter(MemoryAdapter):
+    """The state of a module and everything inside it, for a module that is run as it is (an opaque leaf)."""
+
+    def __init__(self, module: nn.Module) -> None:
+        self.parts = [(f"{name}." if name else "", part, adapter) for name, part, adapter in named_stateful(module)]
+
+    def elementwise(self, module: nn.Module) -> bool:
+        return False
+
+    def is_leaf(self, module: nn.Module) -> bool:
+        return True
+
+    def names(self, module: nn.Module) -> tuple[str, ...]:
+        return tuple(prefix + name for prefix, part, adapter in self.parts for name in adapter.names(part))
+
+    def read(self, module: nn.Module) -> State:
+        return tuple(value for _, part, adapter in self.parts for value in adapter.read(part))
+
+    def write(self, module: nn.Module, state: Sequence[Any]) -> None:
+        start = 0
+        for _, part, adapter in self.parts:
+            count = len(adapter.names(part))
+            adapter.write(part, state[start : start + count])
+            start += count
+
+    def reset(self, module: nn.Module) -> None:
+        for _, part, adapter in self.parts:
+            adapter.reset(part)
+
+    def initial(self, module: nn.Module, *inputs: Any, **kwargs: Any) -> State:
+        before = self.read(module)
+        try:
+            self.reset(module)
+            return self.read(module)
+        finally:
+            self.write(module, before)
+
+    def step(self, module: nn.Module, state: State, *inputs: Any, **kwargs: Any) -> tuple[Any, State]:
+        with _attributes_unchanged(module):
+            return step_by_swapping(self, module, state, *inputs, **kwargs)
+
+
+def composite_adapter(module: nn.Module) -> CompositeAdapter:
+    """The adapter of an opaque module: the states of all registered modules in it."""
+    return CompositeAdapter(module)
+
+
+@contextlib.contextmanager
+def _attributes_unchanged(module: nn.Module) -> Iterator[None]:
+    """Refuse a module that keeps state where nobody declared it: its results would leak into the next call."""
+    before = {m: dict(m.__dict__) for m in module.modules()}
+    yield
+    for m, attributes in before.items():
+        changed = [k for k, v in m.__dict__.items() if k not in attributes or attributes[k] is not v]
+        if changed:
+            for name in changed:
+                m.__dict__.pop(name)
+                if name in attributes:
+                    m.__dict__[name] = attributes[name]
+            raise CaptureError(
+                "SNNFX213",
+                f"`{type(m).__name__}` changes its attribute `{changed[0]}` in a step",
+                why="the module could not be traced, and a state that is not registered cannot be handed on.",
+                hint=f'Derive it from snnfx.MemoryModule and call self.register_memory("{changed[0]}", initial).',
+            )
+
+
+def _has_forward_hooks(module: nn.Module) -> bool:
+    return bool(
+        module._forward_hooks or module._forward_pre_hooks or module._backward_hooks or module._backward_pre_hooks
+    )
+
+
+_adapters: dict[type, Adapter] = {}
+_THIRD_PARTY = ("spikingjelly",)
+"""Packages with an adapter module of the same name in `snnfx.adapters`, imported when a module of theirs is met."""
+
+
+def register_adapter(cls: type, adapter: Adapter) -> None:
+    """Teach snnfx how to step `cls` and its subclasses."""
+    _adapters[cls] = adapter
+
+
+def adapter_of(module: nn.Module) -> Adapter | None:
+    """The adapter of the nearest registered base class of a module, or None for a module without known state."""
+    for cls in type(module).__mro__:
+        package = cls.__module__.partition(".")[0]
+        if package in _THIRD_PARTY and f"snnfx.adapters.{package}" not in sys.modules:
+            importlib.import_module(f"snnfx.adapters.{package}")
+        if cls in _adapters:
+            return _adapters[cls]
+    return None
+
+
+register_adapter(MemoryModule, MemoryAdapter())
+
+
+def named_stateful(model: nn.Module) -> Iterator[tuple[str, nn.Module, Adapter]]:
+    """`(qualified name, module, adapter)` of each stateful module of a model, each module once."""
+    for name, module in model.named_modules():
+        adapter = adapter_of(module)
+        if adapter is not None and adapter.names(module):
+            yield name, module, adapter
+
+
+def call_stateful(module: nn.Module, state: State, *inputs: Any, **kwargs: Any) -> tuple[Any, State]:
+    """One pure step of a registered module: `(outputs, next state)`. The node of a stateful leaf in a step graph."""
+    adapter = adapter_of(module)
+    assert adapter is not None, f"{type(module).__name__} has no adapter"
+    return adapter.step(module, state, *inputs, **kwargs)
+
+
+def initial_value(module: nn.Module, index: int, *inputs: Any, **kwargs: Any) -> Any:
+    """The value of slot number `index` of a registered module before the first step, given that step's inputs."""
+    adapter = adapter_of(module)
+    assert adapter is not None, f"{type(module).__name__} has no adapter"
+    return adapter.initial(module, *inputs, **kwargs)[index]
+
+
+def call_opaque(module: nn.Module, state: State, *inputs: Any, **kwargs: Any) -> tuple[Any, State]:
+    """One pure step of a module that could not be traced, with the states of everything in it."""
+    return composite_adapter(module).step(module, state, *inputs, **kwargs)
+
+
+def opaque_initial_value(module: nn.Module, index: int, *inputs: Any, **kwargs: Any) -> Any:
+    """The value of slot number `index` of an opaque module before the first step."""
+    return composite_adapter(module).initial(module, *inputs, **kwargs)[index]
+
+
+for _runtime_function in (call_stateful, initial_value, call_opaque, opaque_initial_value):
+    _runtime_function.snnfx_calls_module = True  # type: ignore[attr-defined]
+
+
+def reset_net(model: nn.Module) -> None:
+    """Give every state of a model, or the state carried by a converted net, its initial value.
+
+    Args:
+        model: any module; stateful modules of registered kinds are found among its submodules.
+    """
+    carried = getattr(model, "reset_carried_state", None)
+    if callable(carried):
+        carried()
+    for _, module, adapter in named_stateful(model):
+        adapter.reset(module)
+
+
+def detach_net(model: nn.Module) -> None:
+    """Cut the history of every state of a model, or of the state carried by a converted net (truncated BPTT)."""
+    carried = getattr(model, "detach_carried_state", None)
+    if callable(carried):
+        carried()
+    for _, module, adapter in named_stateful(model):
+        adapter.write(module, [v.detach() if isinstance(v, Tensor) else v for v in adapter.read(module)])
+
+
+@dataclass
+class StateSnapshot:
+    """Everything a run of a model can change besides gradients, to be put back afterwards.
+
+    Holds the state of stateful modules, plain attributes, buffers (values), training flags and the random
+    number generators. Use as a context manager: `with StateSnapshot.of(model): ...`.
+    """
+
+    restore_functions: list[Callable[[], None]]
+
+    @staticmethod
+    def of(model: nn.Module) -> StateSnapshot:
+        """Take the snapshot of a model and all its submodules."""
+        undo: list[Callable[[], None]] = []
+        for module in model.modules():
+            undo.append(_restorer_of_attributes(module))
+        rng_state = torch.get_rng_state()
+        undo.append(lambda: torch.set_rng_state(rng_state))
+        if torch.cuda.is_available() and torch.cuda.is_initialized():
+            cuda_states = torch.cuda.get_rng_state_all()
+            undo.append(lambda: torch.cuda.set_rng_state_all(cuda_states))
+        return StateSnapshot(undo)
+
+    def restore(self) -> None:
+        """Put everything back."""
+        for undo in self.restore_functions:
+            undo()
+
+    def __enter__(self) -> StateSnapshot:
+        return self
+
+    def __exit__(self, *exc_info: object) -> None:
+        self.restore()
+
+
+_REGISTRIES = ("_parameters", "_buffers", "_modules")
+
+
+def _restorer_of_attributes(module: nn.Module) -> Callable[[], None]:
+    """Remember a module's `__dict__` (containers copied one level and deeper), its registries and buffer values."""
+    attributes = {k: _copy_containers(v) for k, v in module.__dict__.items() if k not in _REGISTRIES}
+    originals = dict(module.__dict__)
+    registries = {k: dict(module.__dict__[k]) for k in _REGISTRIES}
+    buffers = [(b, b._version, b.detach().clone()) for b in module._buffers.values() if b is not None]
+
+    def restore() -> None:
+        for key in list(module.__dict__):
+            if key not in originals:
+                del module.__dict__[key]
+        for key, value in attributes.items():
+            original = originals[key]
+            if isinstance(original, dict | list) and type(original) in (dict, list):
+                _refill(original, value)
+                module.__dict__[key] = original
+            else:
+                module.__dict__[key] = value
+        for key, entries in registries.items():
+            _refill(module.__dict__[key], entries)
+        for buffer, version, value in buffers:
+            if buffer._version != version:
+                with torch.no_grad():
+                    buffer.copy_(value)
+
+    return restore
+
+
+def _copy_containers(value: Any) -> Any:
+    if type(value) is dict:
+        return {k: _copy_containers(v) for k, v in value.items()}
+    if type(value) is list:
+        return [_copy_containers(v) for v in value]
+    return value
+
+
+def _refill(container: Any, content: Mapping[Any, Any] | list[Any]) -> None:
+    container.clear()
+    if isinstance(content, list):
+        container.extend(content)
+    else:
+        container.update(content)

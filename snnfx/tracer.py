@@ -1,0 +1,552 @@
+"""The tracer that records one time step: proxies that know shapes, leaves, surrogate gradients, stateful calls.
+
+Built on `torch.fx.Tracer`. What it adds: stateful modules become calls with explicit state; the `apply` of an
+autograd.Function becomes one node, so its backward survives; with example inputs every proxy knows the value of one
+step as a fake tensor, so Python control flow on shapes works; nodes remember the user's file and line.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dis
+import inspect
+import os
+import sys
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import torch
+from torch import Tensor, fx, nn
+from torch._subclasses.fake_tensor import (
+    DataDependentOutputException,
+    DynamicOutputShapeException,
+    FakeTensorMode,
+    UnsupportedOperatorException,
+)
+from torch.fx import Node
+from torch.utils import _pytree as pytree
+
+from snnfx.errors import CaptureError
+from snnfx.leaves import is_leaf
+from snnfx.program import SELF_TARGET
+from snnfx.state import adapter_of, call_opaque, call_stateful, composite_adapter, initial_value, opaque_initial_value
+
+__all__ = ["FunctionHolder", "StepProxy", "StepTracer", "SubmoduleNotTraceable", "apply_autograd_function", "expect_size"]
+
+_TORCH_DIRECTORY = os.path.dirname(torch.__file__)
+_OWN_DIRECTORY = os.path.dirname(__file__)
+
+
+class SubmoduleNotTraceable(Exception):
+    """Raised through a trace when a submodule has to become an opaque leaf; the trace is then started again."""
+
+    def __init__(self, name: str, reason: str) -> None:
+        super().__init__(f"{name}: {reason}")
+        self.name, self.reason = name, reason
+
+
+class FunctionHolder(nn.Module):
+    """Holds an autograd.Function so that a graph can refer to it: a class cannot be printed as an argument."""
+
+    def __init__(self, function: type[torch.autograd.Function]) -> None:
+        super().__init__()
+        self.function = function
+
+
+def apply_autograd_function(holder: FunctionHolder, *args: Any) -> Any:
+    """Call `holder.function.apply(*args)`: the node that keeps a custom backward."""
+    return holder.function.apply(*args)
+
+
+def expect_size(size: int, expected: int, where: str) -> int:
+    """Fail when a size that the model's Python code used as a number is another one in this call."""
+    if size != expected:
+        from snnfx.errors import InputError
+
+        raise InputError(
+            "SNNFX312",
+            f"a size is {size}, but the step was captured with {expected}",
+            where=where,
+            why="the model's Python code used it as a number while it was captured.",
+            hint="Convert again with example_inputs of the new size.",
+        )
+    return size
+
+
+class StepProxy(fx.Proxy):
+    """A recorded value of one step. With example inputs it answers questions about its shape."""
+
+    _is_param = False
+    _is_buffer = False
+
+    @property  # type: ignore[misc]
+    def __class__(self) -> type:  # type: ignore[override]
+        # Model code asks `isinstance(self.v, torch.Tensor)`; a proxy has to answer as the value would.
+        value = _value_of(self)
+        if value is _UNKNOWN:
+            return StepProxy if self.node.meta.get("shape_like") else Tensor
+        return type(value) if not isinstance(value, Tensor) else Tensor
+
+    def __getattr__(self, name: str) -> Any:
+        value = _value_of(self)
+        if isinstance(value, Tensor):
+            if name in ("ndim", "is_cuda", "requires_grad", "layout", "is_floating_point", "is_complex"):
+                return getattr(value, name)
+            if name in ("dim", "ndimension"):
+                return value.dim
+        if name in ("shape", "dtype", "device"):
+            return self.tracer.create_proxy("call_function", getattr, (self, name), {})
+        return super().__getattr__(name)
+
+    def __len__(self) -> int:
+        value = _value_of(self)
+        if value is _UNKNOWN:
+            raise _needs_examples(self)
+        return len(value)
+
+    def __iter__(self) -> Iterator[Any]:
+        value = _value_of(self)
+        if value is not _UNKNOWN:
+            if isinstance(value, Tensor) and value.dim() == 0:
+                raise TypeError("iteration over a 0-d tensor")
+            return iter([self[i] for i in range(len(value))])  # type: ignore[index]
+        frame = inspect.currentframe()
+        caller = frame.f_back if frame is not None else None
+        if caller is not None:
+            for instruction in dis.get_instructions(caller.f_code):
+                if instruction.offset == caller.f_lasti and instruction.opname == "UNPACK_SEQUENCE":
+                    return iter([self[i] for i in range(instruction.argval)])  # type: ignore[index]
+        raise _needs_examples(self)
+
+    def __bool__(self) -> bool:
+        return bool(self.tracer.concrete(self))  # type: ignore[attr-defined]
+
+    def __index__(self) -> int:
+        return int(self.tracer.concrete(self))  # type: ignore[attr-defined]
+
+    __int__ = __index__
+
+    def __float__(self) -> float:
+        return float(self.tracer.concrete(self))  # type: ignore[attr-defined]
+
+    def __hash__(self) -> int:
+        return id(self)
+
+
+_UNKNOWN = object()
+
+
+def _value_of(proxy: StepProxy) -> Any:
+    return proxy.node.meta.get("val", _UNKNOWN)
+
+
+def _needs_examples(proxy: StepProxy) -> CaptureError:
+    return CaptureError(
+        "SNNFX202",
+        "the model asks for the shape of a value while it is captured",
+        where=_format_place(proxy.node.meta.get("where")),
+        why="without example_inputs there is no answer.",
+        hint="Pass example_inputs=(x,) with what ONE step takes, batch dimension included.",
+    )
+
+
+class StepTracer(fx.Tracer):
+    """Records one step of a model; see the module docstring.
+
+    Args:
+        example_arguments: `(args, kwargs)` of one step as fake tensors and constants, or None.
+        entry: name of the method that is one step.
+        opaque: qualified names of submodules that must not be traced, with the reason.
+        inlined: slots of modules that are traced through, as `{slot name: (module, write function)}`.
+        fake_mode: the mode under which values are computed, or None without example inputs.
+    """
+
+    proxy_buffer_attributes = True
+
+    def __init__(
+        self,
+        arguments: pytree.PyTree,
+        entry: str = "forward",
+        opaque: dict[str, str] | None = None,
+        fake_mode: FakeTensorMode | None = None,
+    ) -> None:
+        super().__init__(autowrap_functions=(call_stateful, call_opaque, initial_value, opaque_initial_value))
+        self.traced_func_name = entry
+        self.arguments = arguments
+        self.opaque = opaque or {}
+        self.fake_mode = fake_mode
+        self.constants: dict[str, Any] = {}
+        self.slot_values: dict[str, Any] = {}
+        self.slot_initials: dict[str, Any] = {}
+        self.slot_placeholders: dict[str, Node] = {}
+        self.calls_at: dict[tuple[str, object], int] = {}
+        self.output_spec: pytree.TreeSpec | None = None
+        self._evaluating = False
+        self._paths: dict[nn.Module, str] = {}
+
+    # -- recording ---------------------------------------------------------------------------------------------
+
+    def record(self, root: nn.Module, prepare: Callable[[StepTracer], None], finish: Callable[[StepTracer], None]) -> fx.Graph:
+        """Trace `root`; `prepare` runs when placeholders may be made, `finish` when the step has been recorded."""
+        self._prepare, self._finish = prepare, finish
+        self._paths = {module: name for name, module in root.named_modules()}
+        with _patched_apply(self):
+            return self.trace(root)
+
+    def create_args_for_root(self, root_fn: Any, is_module: bool, concrete_args: Any = None) -> tuple[Any, list[Any]]:
+        leaves, spec = pytree.tree_flatten(self.arguments)
+        args, kwargs = pytree.tree_unflatten([self._argument(leaf) for leaf in leaves], spec)
+        self._prepare(self)
+
+        def one_step(root: nn.Module) -> Any:
+            outputs = root_fn(root, *args, **kwargs)
+            flat, self.output_spec = pytree.tree_flatten(outputs)
+            self._finish(self)
+            names = list(self.slot_values)
+            return (
+                tuple(flat),
+                tuple(self.slot_values[name] for name in names),
+                tuple(self.slot_initials.get(name) for name in names),
+            )
+
+        one_step.__globals__.setdefault("__name__", __name__)
+        return one_step, [self.root]
+
+    def _argument(self, leaf: Any) -> Any:
+        if not isinstance(leaf, ArgumentLeaf):
+            return leaf
+        return self.placeholder(leaf.name, leaf.value, {"input": leaf.index})
+
+    def placeholder(self, name: str, value: Any, meta: dict[str, Any]) -> StepProxy:
+        """A placeholder node with a known value (or `UNKNOWN`)."""
+        node = self.graph.create_node("placeholder", name.replace(".", "_"), (), {}, name=name.replace(".", "_"))
+        node.meta.update(meta)
+        if value is not _UNKNOWN:
+            node.meta["val"] = value
+        return self.proxy(node)
+
+    def add_slot(self, name: str, value: Any = _UNKNOWN) -> StepProxy:
+        """A slot and the placeholder that reads it."""
+        proxy = self.placeholder(name, value, {"slot": name})
+        self.slot_values[name] = proxy
+        self.slot_placeholders[name] = proxy.node
+        return proxy
+
+    def proxy(self, node: Node) -> StepProxy:
+        return StepProxy(node, self)
+
+    def create_arg(self, a: Any) -> Any:
+        if type(a) is StepProxy:
+            return a.node
+        if isinstance(a, fx.Proxy):
+            return super().create_arg(a)
+        if isinstance(a, nn.Module):
+            if a in self._paths:
+                return self.create_node("get_attr", self._paths[a] or SELF_TARGET, (), {})
+            return self.constant(a)
+        if isinstance(a, Tensor):
+            for name, tensor in (*self.root.named_parameters(), *self.root.named_buffers()):
+                if tensor is a:
+                    return self.create_node("get_attr", name, (), {})
+            return self.constant(a)
+        return super().create_arg(a)
+
+    def constant(self, value: Any) -> Node:
+        """A get_attr node for an object that the model does not register: kept with the program."""
+        for name, known in self.constants.items():
+            if known is value:
+                return self.create_node("get_attr", name, (), {})
+        name = f"snnfx_constant_{len(self.constants)}"
+        self.constants[name] = value
+        return self.create_node("get_attr", name, (), {})
+
+    def create_node(
+        self,
+        kind: str,
+        target: Any,
+        args: tuple[Any, ...],
+        kwargs: dict[str, Any],
+        name: str | None = None,
+        type_expr: Any | None = None,
+    ) -> Node:
+        node = super().create_node(kind, target, args, kwargs, name, None)
+        node.meta.pop("nn_module_stack", None)
+        node.meta["where"] = _user_place()
+        node.meta.setdefault("module", self.scope.module_path if hasattr(self, "scope") else "")
+        if kind == "call_module":
+            node.meta["module"] = str(target)
+        if (kind == "call_function" and target is getattr and args[1] == "shape") or (
+            kind == "call_method" and target in ("size", "dim", "numel", "ndimension")
+        ):
+            node.meta["shape_like"] = True
+        elif kind == "call_function" and any(isinstance(a, Node) and a.meta.get("shape_like") for a in args):
+            node.meta["shape_like"] = True
+        self._evaluate(node)
+        return node
+
+    def _evaluate(self, node: Node) -> None:
+        if self.fake_mode is None or node.op in ("placeholder", "output") or "val" in node.meta:
+            return
+        if node.op == "get_attr":
+            self._record_value(node, lambda: self._fake(self._resolve(str(node.target))))
+            return
+        unknown = False
+
+        def load(n: Node) -> Any:
+            nonlocal unknown
+            unknown = unknown or "val" not in n.meta
+            return n.meta.get("val")
+
+        args, kwargs = fx.map_arg((node.args, node.kwargs), load)
+        if unknown:
+            return
+        if node.op == "call_module":
+            module = self._resolve(str(node.target))
+            self._record_value(node, lambda: module(*args, **kwargs))
+        elif node.op == "call_method":
+            self._record_value(node, lambda: getattr(args[0], str(node.target))(*args[1:], **kwargs))
+        else:
+            self._record_value(node, lambda: node.target(*args, **kwargs))  # type: ignore[operator]
+
+    def _record_value(self, node: Node, compute: Callable[[], Any]) -> None:
+        try:
+            with self.evaluating():
+                node.meta["val"] = compute()
+        except (DataDependentOutputException, DynamicOutputShapeException, UnsupportedOperatorException):
+            return
+        except (RuntimeError, ValueError, TypeError, IndexError) as error:
+            raise CaptureError(
+                "SNNFX201",
+                f"one step fails on the example inputs at `{node.name}`",
+                where=_format_place(node.meta["where"]),
+                why=f"{type(error).__name__}: {error}.",
+                hint="example_inputs has to be what ONE call of the model takes, batch dimension included.",
+            ) from error
+
+    def _resolve(self, target: str) -> Any:
+        if target in self.constants:
+            return self.constants[target]
+        if target == SELF_TARGET:
+            return self.root
+        found: Any = self.root
+        with self.evaluating():
+            for atom in target.split("."):
+                found = getattr(found, atom)
+        return found
+
+    def _fake(self, value: Any) -> Any:
+        if isinstance(value, Tensor) and self.fake_mode is not None:
+            return self.fake_mode.from_tensor(value, static_shapes=True)
+        return value
+
+    @contextlib.contextmanager
+    def evaluating(self) -> Iterator[None]:
+        """Run real Python on values: nothing is recorded, modules are called for what they are."""
+        before, self._evaluating = self._evaluating, True
+        try:
+            with self.fake_mode or contextlib.nullcontext(), torch.no_grad():
+                yield
+        finally:
+            self._evaluating = before
+
+    def concrete(self, proxy: StepProxy) -> Any:
+        """The Python number behind a proxy, when it is a size; its use is remembered as an expectation."""
+        value = _value_of(proxy)
+        place = _format_place(_user_place())
+        if isinstance(value, Tensor) or (value is _UNKNOWN and not proxy.node.meta.get("shape_like")):
+            raise CaptureError(
+                "SNNFX201",
+                "control flow that depends on the values of a tensor cannot be captured",
+                where=place,
+                why=f"`{proxy.node.name}` is used as a Python bool or number.",
+                hint="Use torch.where, or put the code into a submodule: that submodule is then stepped as it is.",
+            )
+        if value is _UNKNOWN:
+            raise _needs_examples(proxy)
+        if isinstance(value, int) and not isinstance(value, bool):
+            self.create_proxy("call_function", expect_size, (proxy, value, place), {})
+        elif isinstance(value, bool):
+            self._expect_operands(proxy, place)
+        return value
+
+    def _expect_operands(self, proxy: StepProxy, place: str) -> None:
+        # `if x.shape[1] == 3` fixes the size only where it was true: then the operand is pinned. Where it was false
+        # the comparison itself is pinned, as a number.
+        self.create_proxy("call_function", expect_size, (proxy, _value_of(proxy), place), {})
+
+    # -- modules ------------------------------------------------------------------------------------------------
+
+    def getattr(self, attr: str, attr_val: Any, parameter_proxy_cache: dict[str, Any]) -> Any:
+        if self._evaluating:
+            return attr_val
+        return super().getattr(attr, attr_val, parameter_proxy_cache)
+
+    def path_of_module(self, mod: nn.Module) -> str:
+        if mod in self._paths:
+            return self._paths[mod]
+        raise CaptureError(
+            "SNNFX211",
+            f"a {type(mod).__name__} is called that is not a submodule of the model",
+            where=_format_place(_user_place()),
+            why="snnfx can only follow modules that are registered.",
+            hint="Assign it as an attribute of a module, or use nn.ModuleList or nn.ModuleDict.",
+        )
+
+    def call_module(self, m: nn.Module, forward: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        if self._evaluating:
+            return forward(*args, **kwargs)
+        name = self.path_of_module(m)
+        if name in self.opaque:
+            return self._marked(self._call_with_state(m, name, call_opaque, composite_adapter(m), args, kwargs), name)
+        adapter = adapter_of(m)
+        if adapter is not None and adapter.names(m):
+            adapter.refuse(m, name)
+            if adapter.is_leaf(m):
+                return self._marked(self._call_with_state(m, name, call_stateful, adapter, args, kwargs), name)
+        elif is_leaf(m):
+            return self._marked(super().call_module(m, forward, args, kwargs), name)
+        _refuse_hooks(m, name)
+        try:
+            result = super().call_module(m, forward, args, kwargs)
+        except SubmoduleNotTraceable:
+            raise
+        except CaptureError as error:
+            if error.code not in ("SNNFX201", "SNNFX202") or name == "":
+                raise
+            raise SubmoduleNotTraceable(name, error.why or error.what) from error
+        except Exception as error:
+            # Whatever Python does with a proxy that it cannot do: the module is run as it is instead.
+            raise SubmoduleNotTraceable(name, f"{type(error).__name__}: {error}") from error
+        return self._marked(result, name)
+
+    def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
+        return is_leaf(m)
+
+    def _marked(self, result: Any, name: str) -> Any:
+        if type(result) is StepProxy:
+            result.node.meta.setdefault("returned_by", []).append(name)
+        return result
+
+    def _call_with_state(
+        self, m: nn.Module, name: str, call: Callable[..., Any], adapter: Any, args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> Any:
+        """A node for one pure step of a module, its slots threaded through; returns what the module returns."""
+        self._refuse_time_loop(name)
+        prefix = f"{name}." if name else ""
+        slots = [prefix + slot for slot in adapter.names(m)]
+        module = self._at_module(name, "get_attr", name or SELF_TARGET, (), {})
+        first_initial = initial_value if call is call_stateful else opaque_initial_value
+        self._evaluate_slots(adapter, m, slots, args, kwargs)
+        for index, slot in enumerate(slots):
+            if slot not in self.slot_initials:
+                self.slot_initials[slot] = self._at_module(name, "call_function", first_initial, (module, index, *args), kwargs)
+        states = tuple(self.slot_values[slot] for slot in slots)
+        both = self._at_module(name, "call_function", call, (module, states, *args), kwargs)
+        output = self._element(both, 0, name)
+        next_states = self._element(both, 1, name) if slots else None
+        for index, slot in enumerate(slots):
+            self.slot_values[slot] = self._element(next_states, index, name)
+        return output
+
+    def _at_module(self, name: str, kind: str, target: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> StepProxy:
+        proxy = self.create_proxy(kind, target, args, kwargs)
+        proxy.node.meta["module"] = name
+        return proxy  # type: ignore[return-value]
+
+    def _element(self, proxy: Any, index: int, name: str) -> StepProxy:
+        element = proxy[index]
+        element.node.meta["structural"] = True
+        element.node.meta["module"] = name
+        return element  # type: ignore[no-any-return]
+
+    def _evaluate_slots(
+        self, adapter: Any, m: nn.Module, slots: list[str], args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> None:
+        """Give the slots the shape they have after a step: an initial value may be a mere number."""
+        if self.fake_mode is None or all("val" in self.slot_placeholders[s].meta for s in slots):
+            return
+        leaves = pytree.tree_leaves((args, kwargs))
+        if any(type(leaf) is StepProxy and _value_of(leaf) is _UNKNOWN for leaf in leaves):
+            return
+        real_args, real_kwargs = pytree.tree_map(lambda a: _value_of(a) if type(a) is StepProxy else a, (args, kwargs))
+        try:
+            with self.evaluating():
+                initial = adapter.initial(m, *real_args, **real_kwargs)
+                stepper = adapter.step
+                _, after = stepper(m, initial, *real_args, **real_kwargs)
+        except (DataDependentOutputException, DynamicOutputShapeException, UnsupportedOperatorException):
+            return
+        for slot, value in zip(slots, after, strict=True):
+            self.slot_placeholders[slot].meta.setdefault("val", value)
+
+    def _refuse_time_loop(self, name: str) -> None:
+        key = (name, _user_place())
+        self.calls_at[key] = self.calls_at.get(key, 0) + 1
+        if self.calls_at[key] >= 3 and key[1] is not None:
+            raise CaptureError(
+                "SNNFX203",
+                f"`{name}` is called {self.calls_at[key]} times by the same line of one forward",
+                where=_format_place(key[1]),
+                why="a stateful module called in a loop means that the forward runs over time itself.",
+                hint='Move the body of the loop to a method, e.g. `step(self, x)`, and convert with entry="step".',
+            )
+
+
+class ArgumentLeaf:
+    """A tensor argument of the step: its name, its place among the leaves, its fake value if there is one."""
+
+    def __init__(self, name: str, index: int, value: Any = _UNKNOWN) -> None:
+        self.name, self.index, self.value = name, index, value
+
+
+def _refuse_hooks(m: nn.Module, name: str) -> None:
+    if m._forward_hooks or m._forward_pre_hooks or m._backward_hooks or m._backward_pre_hooks:
+        raise CaptureError(
+            "SNNFX208",
+            f"`{name or 'the model'}` has hooks that would never run",
+            where=type(m).__name__,
+            why="it is traced through, so the converted net does not call it as a module.",
+            hint="Put the hook on a leaf module inside it, or remove it while converting.",
+        )
+
+
+@contextlib.contextmanager
+def _patched_apply(tracer: StepTracer) -> Iterator[None]:
+    """While tracing, `SomeFunction.apply(proxy)` records one node instead of running the forward on proxies."""
+    base = torch.autograd.Function
+    original = base.__dict__["apply"]
+
+    def apply(cls: type[torch.autograd.Function], *args: Any, **kwargs: Any) -> Any:
+        if tracer._evaluating or not any(type(a) is StepProxy for a in pytree.tree_leaves((args, kwargs))):
+            return original.__get__(None, cls)(*args, **kwargs)
+        holder = next((h for h in tracer.constants.values() if isinstance(h, FunctionHolder) and h.function is cls), None)
+        holder_proxy = tracer.proxy(tracer.constant(holder or FunctionHolder(cls)))
+        return tracer.create_proxy("call_function", apply_autograd_function, (holder_proxy, *args), kwargs)
+
+    base.apply = classmethod(apply)  # type: ignore[assignment]
+    try:
+        yield
+    finally:
+        base.apply = original  # type: ignore[method-assign]
+
+
+def _user_place() -> tuple[str, int] | None:
+    """File and line of the innermost frame that is neither torch's nor ours, up to the start of the trace."""
+    frame = sys._getframe(1)
+    while frame is not None:
+        code = frame.f_code
+        filename = code.co_filename
+        if code.co_name == "one_step" and filename == __file__:
+            return None
+        outside = not filename.startswith((_TORCH_DIRECTORY, _OWN_DIRECTORY)) and not filename.startswith("<")
+        if outside and "contextlib" not in filename:
+            return filename, frame.f_lineno
+        frame = frame.f_back  # type: ignore[assignment]
+    return None
+
+
+def _format_place(where: tuple[str, int] | None) -> str:
+    if where is None:
+        return ""
+    relative = os.path.relpath(where[0])
+    return f"{relative if not relative.startswith('..') else os.path.basename(where[0])}:{where[1]}"
