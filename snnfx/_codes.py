@@ -169,6 +169,12 @@ CODES: dict[str, CodeEntry] = {
         "self.mem = ...   # in a plain nn.Module with data-dependent control flow",
         'self.register_memory("mem", None)   # in a snnfx.MemoryModule',
     ),
+    "SNNFX214": CodeEntry(
+        "an operation in place that cannot be made functional",
+        "The step changes a tensor in place that shares memory with another value, or the operation exists only in place.",
+        "x[:, 0].mul_(2)",
+        "x = torch.cat([x[:, :1] * 2, x[:, 1:]], dim=1)",
+    ),
     # 3xx: inputs of a call
     "SNNFX301": CodeEntry(
         "no time steps",
@@ -233,11 +239,26 @@ CODES: dict[str, CodeEntry] = {
         "for i in range(x.shape[1]): ...",
         "snnfx.convert(model, example_inputs=(x_of_the_new_size,))",
     ),
+    "SNNFX313": CodeEntry(
+        "the outputs do not form a sequence",
+        "What a module returned cannot be put together over time: its batch is no multiple of T (then it is not "
+        "batch-equivariant), its nesting changes from step to step, or it is not made of tensors.",
+        "seq_to_ann_forward(x_seq, lambda x: x.sum(0))",
+        "map_forward(x_seq, lambda x: x.sum(0))",
+    ),
     # 4xx: verification
     "SNNFX401": CodeEntry("outputs differ", "The net's output is not that of the stepped model."),
     "SNNFX402": CodeEntry("final states differ", "The state after the last step is not that of the stepped model."),
     "SNNFX403": CodeEntry("gradients differ", "A gradient is not that of the stepped model."),
     "SNNFX404": CodeEntry("buffers differ", "Running statistics are not those of the stepped model."),
+    "SNNFX405": CodeEntry(
+        "the declared semantics does not apply",
+        'With batch_norm="fold", a BatchNorm in training takes its statistics over all time steps at once. That has no '
+        "meaning where the steps call different layers, or where the statistics depend on the layer's own output at an "
+        "earlier step, so there is nothing to compare with.",
+        'snnfx.verify(model, snnfx.convert(model, batch_norm="fold"), x_seq)',
+        'snnfx.verify(model, snnfx.convert(model, batch_norm="per_step"), x_seq)',
+    ),
     # 5xx: passes
     "SNNFX501": CodeEntry("a pass broke the graph", "The verifier between passes found the graph invalid."),
     "SNNFX502": CodeEntry("passes in an illegal order", "A pass was run at a stage that it does not take."),

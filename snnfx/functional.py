@@ -1,19 +1,20 @@
-"""The five forward functions that SpikingJelly documents, made general, and `map_forward`, `reset_net`, `detach_net`.
+"""The forward functions that SpikingJelly documents, made general, and `map_forward`, `reset_net`, `detach_net`.
 
 They are the vocabulary of a converted net: every region of its graph is one call of one of them.
 
 A sequence `x_seq` is a tensor `[T, N, *]` (`[N, *, T]` for the `t_last_` functions), or a nested tuple, list or dict
-of such tensors that agree on T. A tuple or a list holds the positional arguments of one step, whatever is nested
-deeper is one argument; a dict is a single argument. `modules` is a module or any callable, or a list, a tuple or an
-`nn.ModuleList` of them that are applied in order, the later ones to the output of the one before as their single
-argument, even if it is a tuple (`nn.Sequential` is one module). Outputs may be nested in the same ways; each tensor
-in them becomes a sequence and None stays None. Everything that is wrong with the arguments is found before the first
-call of a module.
+of tensors with the same T. A tuple or list holds the positional arguments of a step; what is nested deeper, and a
+dict, is one argument. Modules are one `nn.Module` or callable, or a list, tuple or `nn.ModuleList` of them applied in
+order: `x_t` is spread over the arguments of the first, the others get the output of the one before as one argument,
+even if it is a tuple. `nn.Sequential` is one module. Outputs may be nested in the same ways: each tensor in them
+becomes a sequence, None stays None. `constants` is a tuple of anything (modules, parameters) that the first module
+takes before `x_t`. What is wrong with the arguments is found before any module is called.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+import operator
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -36,10 +37,10 @@ __all__ = [
 ]
 
 Modules = Callable[..., Any] | Sequence[Callable[..., Any]] | nn.ModuleList
-BatchDim = int | Sequence[int]
+Chain = tuple[Callable[..., Any], ...]
 
 _OWN_STATE: Any = object()
-"""The default of `state`: modules keep their state themselves. Not None, which is a legal first state."""
+"""The default of `state`: the modules keep their own. Not None, which is a legal first state."""
 
 
 def multi_step_forward(
@@ -47,34 +48,33 @@ def multi_step_forward(
 ) -> Any:
     """Step through a sequence: call `single_step_module` once for each of the T time steps.
 
-    Without `state` the modules keep their state themselves, as a side effect. With `state` the run is pure:
+    Without `state`, modules keep their state themselves, by side effect. With it the run is pure, and `state` is
 
-    - a module with known state (a `snnfx.MemoryModule`, a class with an adapter, or a `snnfx.state.Stateful`) takes a
-      tuple of its slot values or a dict of them by name, and None or "reset" for its initial state; its attributes
-      are neither read nor changed;
-    - any other callable is called as `module(*constants, *x_t, state)` and returns `(y_t, state)`; its state may be
-      anything, also None ("reset" is passed as None);
-    - a list of modules takes a list with one entry for each, of the two kinds above, where None for a callable
-      without known state means that it has none and is called without; None or "reset" for the whole list stands
-      for a list of initial states.
+    - for a module with known state (a `snnfx.MemoryModule`, a class with an adapter, a `snnfx.state.Stateful`): the
+      tuple of its slot values, or a dict of them by name, or None or "reset": its initial state. Its attributes are
+      neither used nor changed;
+    - for any other callable, which is called as `module(*constants, *x_t, state)` and returns `(y_t, state)`: anything,
+      also None; "reset" is passed as None;
+    - for a list of modules: a list with such an entry for each, where None for a callable without known state says
+      that it has none; or None or "reset": as if every entry was None.
 
-    A single module that has a method `multi_step(inputs, state, constants) -> (y_seq, state)` and is given a state
-    runs the sequence itself, `inputs` being the tuple of positional arguments, each a sequence.
+    A single module with a method `multi_step(inputs, state, constants) -> (y_seq, state)` runs the whole sequence
+    itself when it is given a state; `inputs` is the tuple of its positional arguments, with time first.
 
     Args:
-        x_seq: `[T, *]`, or a nested tuple, list or dict of such tensors (see the module's documentation).
-        single_step_module: one or several modules or callables for ONE time step.
+        x_seq: `[T, *]`, or nested (see the documentation of `snnfx.functional`).
+        single_step_module: one or several modules or callables for ONE time step, `[*]`.
         state: the state before the first step.
-        constants: arguments passed unchanged in front of those of the step, to the first module.
+        constants: passed in front of `x_t` at each call of the first module.
 
     Returns:
-        `y_seq`: the outputs of the steps, stacked along dim 0; with `state`: `(y_seq, state after the last step)`,
-        the state in the form in which it was given (a tuple if it was None or "reset").
+        `y_seq`: the outputs, stacked along dim 0. With `state`: `(y_seq, final state)`, the state as it was given (a
+        tuple of slot values after None or "reset", a list for a list of modules).
 
     Raises:
-        InputError: T is 0 (SNNFX301) or not the same everywhere (SNNFX303); not modules (SNNFX304); not tensors
-            (SNNFX305); a tensor without dimensions (SNNFX306); a state that does not fit (SNNFX308); steps whose
-            outputs do not form a sequence (SNNFX313, after the call).
+        InputError: T is 0 (SNNFX301) or not the same everywhere (SNNFX303); no module (SNNFX304); no tensor (SNNFX305);
+            a tensor without dimensions (SNNFX306); a state that does not fit (SNNFX308); `constants` is not a tuple
+            (SNNFX309); the outputs of the steps do not form a sequence (SNNFX313, after the calls).
 
     Example:
         >>> import torch
@@ -84,32 +84,29 @@ def multi_step_forward(
         >>> y_seq, v = multi_step_forward(torch.ones(3, 1), leaky, state=None)
         >>> y_seq.flatten().tolist(), v.item()
         ([1.0, 1.5, 1.75], 1.75)
-        >>> y_seq, v = multi_step_forward(torch.ones(1, 1), leaky, state=v)  # goes on where it stopped
-        >>> v.item()
-        1.875
 
-    Source: SpikingJelly's documented function of that name (Fang et al., Science Advances 2023); the explicit
-        state is that of Norse's cells.
+    Source: SpikingJelly's documented function of that name (Fang et al., Science Advances 2023); passing the state is
+        the convention of Norse.
     """
-    return _step_through(x_seq, single_step_module, state, constants, 0, "multi_step_forward")
+    return _step_through(x_seq, single_step_module, state, constants, time_dim=0)
 
 
 def t_last_multi_step_forward(
     x_seq: Any, single_step_module: Modules, *, state: Any = _OWN_STATE, constants: Sequence[Any] = ()
 ) -> Any:
-    """Step through a sequence whose time is the last dimension; otherwise `multi_step_forward`.
+    """Step through a sequence whose last dimension is time: `multi_step_forward` for `[N, *, T]`.
 
     Args:
-        x_seq: `[N, *, T]`, or a nested tuple, list or dict of such tensors.
-        single_step_module: one or several modules or callables for ONE time step; they get `[N, *]`.
-        state: as for `multi_step_forward`; a method `multi_step` gets and returns sequences with time first.
-        constants: arguments passed unchanged in front of those of the step, to the first module.
+        x_seq: `[N, *, T]`, or nested.
+        single_step_module: one or several modules or callables for ONE time step, `[N, *]`.
+        state: the state before the first step, see `multi_step_forward`.
+        constants: passed in front of `x_t` at each call of the first module.
 
     Returns:
-        `y_seq`: the outputs of the steps, stacked along the last dim; with `state`: `(y_seq, final state)`.
+        `y_seq`: the outputs, stacked along the last dim. With `state`: `(y_seq, final state)`.
 
     Raises:
-        InputError: as for `multi_step_forward`.
+        InputError: as `multi_step_forward`.
 
     Example:
         >>> import torch
@@ -118,51 +115,47 @@ def t_last_multi_step_forward(
 
     Source: SpikingJelly's documented function of that name.
     """
-    return _step_through(x_seq, single_step_module, state, constants, -1, "t_last_multi_step_forward")
+    return _step_through(x_seq, single_step_module, state, constants, time_dim=-1)
 
 
 def chunk_multi_step_forward(
     split_size: int, x_seq: Any, multi_step_module: Callable[..., Any], *, state: Any = _OWN_STATE
 ) -> Any:
-    """Run a multi-step module over chunks of `split_size` time steps: memory for a chunk, not for the sequence.
+    """Run a multi-step module on `split_size` time steps at a time: the memory of a chunk, not of the sequence.
 
     Args:
         split_size: time steps in a chunk, at least 1; the last chunk may be shorter.
-        x_seq: `[T, *]`, or a nested tuple, list or dict of such tensors.
-        multi_step_module: one module or callable that takes sequences. It keeps its state from chunk to chunk; or,
-            with `state`, it is called as `multi_step_module(*chunk, state)` and returns `(y_seq, state)`.
-        state: what the first chunk is given as state; anything, also None.
+        x_seq: `[T, *]`, or nested.
+        multi_step_module: ONE module or callable on sequences. It keeps its state from chunk to chunk itself; or, with
+            `state`, it is called as `multi_step_module(*chunk, state)` and returns `(y_chunk, state)`.
+        state: the state before the first chunk: anything, also None.
 
     Returns:
-        `y_seq`: the outputs of the chunks, concatenated along dim 0; with `state`: `(y_seq, final state)`.
+        `y_seq`: the outputs, concatenated along dim 0. With `state`: `(y_seq, final state)`.
 
     Raises:
-        InputError: `split_size` is not an int of at least 1 (SNNFX302); otherwise as for `multi_step_forward`.
+        InputError: `split_size` is not an int above 0 (SNNFX302); otherwise as `multi_step_forward`.
 
     Example:
         >>> import torch
         >>> chunk_multi_step_forward(16, torch.rand(100, 2, 3), torch.nn.Linear(3, 4)).shape
         torch.Size([100, 2, 4])
 
-    Source: SpikingJelly's documented function of that name; handing the state on makes it strip-mining of the time
-        loop (Kennedy & Allen, Optimizing Compilers for Modern Architectures, 2001).
+    Source: SpikingJelly's documented function of that name; strip mining (Kennedy & Allen, 2001) with the state
+        handed from strip to strip.
     """
-    where = "chunk_multi_step_forward"
     if not isinstance(split_size, int) or split_size < 1:
-        raise InputError("SNNFX302", f"cannot split into chunks of {split_size!r} time steps", where=where)
-    if not callable(multi_step_module):
-        raise _not_callable(multi_step_module, "multi_step_module", where)
-    T = _check_sequences(x_seq, 0, where)
+        raise InputError("SNNFX302", f"cannot make chunks of {split_size!r} time steps", hint="Use an int above 0.")
+    _check_modules((multi_step_module,))
+    T = _check_sequences(x_seq, time_dim=0)
     y_chunks = []
-    for start in range(0, T, split_size):
-        length = min(split_size, T - start)
-        chunk = _positional(pytree.tree_map(lambda x, s=start, n=length: x.narrow(0, s, n), x_seq))
+    for chunk in _slices(x_seq, lambda x: x.split(split_size), -(-T // split_size)):
         if state is _OWN_STATE:
-            y = multi_step_module(*chunk)
+            y_chunks.append(multi_step_module(*chunk))
         else:
-            y, state = _output_and_state(multi_step_module(*chunk, state), where)
-        y_chunks.append(y)
-    y_seq = y_chunks[0] if len(y_chunks) == 1 else _join(y_chunks, torch.cat, where)
+            y, state = _output_and_state(multi_step_module(*chunk, state))
+            y_chunks.append(y)
+    y_seq = _join(y_chunks, torch.cat if len(y_chunks) > 1 else operator.itemgetter(0))
     return y_seq if state is _OWN_STATE else (y_seq, state)
 
 
@@ -171,78 +164,72 @@ def seq_to_ann_forward(
     stateless_module: Modules,
     *,
     constants: Sequence[Any] = (),
-    batch_dim: BatchDim = 0,
-    out_batch_dim: BatchDim = 0,
+    batch_dim: int | Sequence[int] = 0,
+    out_batch_dim: int | Sequence[int] = 0,
 ) -> Any:
     """Run stateless modules on all time steps at once, with T folded into the batch dimension.
 
-    Right for batch-equivariant modules only, `f(cat_t x_t) == cat_t f(x_t)`; see `map_forward` for the others. The
-    modules may change the size of the batch: what they return is unfolded into `(T, size // T)`.
+    Right for batch-equivariant modules only, `f(cat_t x_t) == cat_t f(x_t)`; `map_forward` is right for all. The
+    modules may change the batch size.
 
     Args:
-        x_seq: `[T, N, *]`, or a nested tuple, list or dict of such tensors that agree on T and N.
-        stateless_module: one or several modules or callables; they get `[T * N, *]`.
-        constants: arguments passed unchanged in front of the folded ones, to the first module.
-        batch_dim: where the batch is in ONE step `x_t`: an int, or one for each tensor of `x_seq` in pytree order.
-            With 1, `x_seq` is `[T, C, N, *]` and the module gets `[C, T * N, *]`.
-        out_batch_dim: the same for what the last module returns, None outputs counted.
+        x_seq: `[T, N, *]` with the same T and N everywhere, or nested.
+        stateless_module: one or several modules or callables; they get `[T * N, *]`, step after step.
+        constants: passed in front of the folded tensors to the first module.
+        batch_dim: where the batch is in ONE step, an int or one for each tensor in `x_seq`: with 1, `x_seq` is
+            `[T, C, N, *]` and the module gets `[C, T * N, *]`.
+        out_batch_dim: the same for the output of the last module, where None outputs count as well.
 
     Returns:
-        `y_seq`: `[T, N, *]`, nested as what the last module returns; time is dim 0 whatever `out_batch_dim` is.
+        `y_seq`: `[T, N, *]`, or nested; with `out_batch_dim=1`, `[T, C, N, *]`.
 
     Raises:
-        InputError: N is not the same everywhere (SNNFX303); no room for T and N (SNNFX306); not such a `batch_dim`
-            (SNNFX309); an output whose batch is no multiple of T (SNNFX313, after the call); otherwise as for
+        InputError: N is not the same everywhere (SNNFX303); no room for T and N (SNNFX306); no such `batch_dim`
+            (SNNFX309); an output has no batch of a multiple of T (SNNFX313, after the call); otherwise as
             `multi_step_forward`.
 
     Example:
         >>> import torch
-        >>> conv = torch.nn.Conv2d(1, 4, kernel_size=3)
-        >>> seq_to_ann_forward(torch.rand(8, 2, 1, 28, 28), conv).shape
+        >>> seq_to_ann_forward(torch.rand(8, 2, 1, 28, 28), torch.nn.Conv2d(1, 4, kernel_size=3)).shape
         torch.Size([8, 2, 4, 26, 26])
-        >>> pixel = torch.zeros(8, 3, 2)  # [T, C, N]
-        >>> seq_to_ann_forward(pixel, lambda x: x.t(), batch_dim=1).shape
+        >>> seq_to_ann_forward(torch.rand(8, 3, 2), torch.t, batch_dim=1).shape  # [T, C, N] -> [T, N, C]
         torch.Size([8, 2, 3])
 
     Source: SpikingJelly's documented function of that name.
     """
-    where = "seq_to_ann_forward"
-    chain, constants = _chain_of(stateless_module, where), _check_constants(constants, where)
-    T = _check_sequences(x_seq, 0, where)
-    leaves, spec = pytree.tree_flatten(x_seq)
-    batch_dims = _per_leaf(batch_dim, len(leaves), "batch_dim", where)
-    if not isinstance(out_batch_dim, int):
-        _per_leaf(out_batch_dim, len(out_batch_dim), "out_batch_dim", where)
-    for x, b in zip(leaves, batch_dims, strict=True):
-        if not 1 - x.dim() <= b < x.dim() - 1:
-            why = f"there is no dimension {b} for the batch in one step of {_shapes(x_seq)}."
-            raise InputError("SNNFX306", "too few dimensions to fold time into the batch", where=where, why=why)
-    batch_dims = [b % (x.dim() - 1) for x, b in zip(leaves, batch_dims, strict=True)]
-    N = leaves[0].shape[batch_dims[0] + 1]
-    if any(x.shape[b + 1] != N for x, b in zip(leaves, batch_dims, strict=True)):
-        why = f"they are {_shapes(x_seq)}, with the batch of one step in dimension {batch_dim}."
-        raise InputError("SNNFX303", "the sequences differ in their batch size", where=where, why=why)
+    chain = _check_modules(stateless_module, constants)
+    T = _check_sequences(x_seq, time_dim=0)
+    x_leaves, spec = pytree.tree_flatten(x_seq)
+    batch_dims = _dim_of_each(batch_dim, len(x_leaves), "batch_dim")
+    _dim_of_each(out_batch_dim, None, "out_batch_dim")
+    if any(not 1 - x.dim() <= b < x.dim() - 1 for x, b in zip(x_leaves, batch_dims, strict=True)):
+        why = f"{_shapes(x_seq)}, and dimension {batch_dim} of one step should be the batch."
+        raise InputError("SNNFX306", "too few dimensions to fold time into the batch", why=why)
+    batch_dims = [b % (x.dim() - 1) for x, b in zip(x_leaves, batch_dims, strict=True)]
+    sizes = [x.shape[b + 1] for x, b in zip(x_leaves, batch_dims, strict=True)]
+    if any(size != sizes[0] for size in sizes):
+        why = f"{_shapes(x_seq)}, and dimension {batch_dim} of one step should be the batch."
+        raise InputError("SNNFX303", "the sequences differ in their batch size", why=why)
 
-    folded = [x.movedim(0, b).flatten(b, b + 1) for x, b in zip(leaves, batch_dims, strict=True)]
+    folded = [x.movedim(0, b).flatten(b, b + 1) for x, b in zip(x_leaves, batch_dims, strict=True)]
     y = _apply(chain, (*constants, *_positional(pytree.tree_unflatten(folded, spec))))
-    y_leaves, y_spec = pytree.tree_flatten(y)
-    out_dims = _per_leaf(out_batch_dim, len(y_leaves), "out_batch_dim", where)
-    return pytree.tree_unflatten([_unfold(y, T, b, where) for y, b in zip(y_leaves, out_dims, strict=True)], y_spec)
+    y_leaves, spec = pytree.tree_flatten(y)
+    out_dims = _dim_of_each(out_batch_dim, len(y_leaves), "out_batch_dim")
+    return pytree.tree_unflatten([_unfold(y, T, b) for y, b in zip(y_leaves, out_dims, strict=True)], spec)
 
 
 def t_last_seq_to_ann_forward(x_seq: Any, stateless_module: Modules) -> Any:
-    """Run stateless modules on all time steps at once, with `torch.vmap` over time, which is the last dimension.
+    """Run stateless modules on all time steps at once, with `torch.vmap` over time: `map_forward` for `[N, *, T]`.
 
     Args:
-        x_seq: `[N, *, T]`, or a nested tuple, list or dict of such tensors.
-        stateless_module: one or several modules or callables; they get `[N, *]`. BatchNorm in training has no
-            batching rule in torch. Random operations draw anew for each time step.
+        x_seq: `[N, *, T]`, or nested.
+        stateless_module: one or several modules or callables for ONE time step, `[N, *]`.
 
     Returns:
-        `y_seq`: `[N, *, T]`, nested as what the last module returns.
+        `y_seq`: `[N, *, T]`, or nested.
 
     Raises:
-        InputError: as for `multi_step_forward`.
+        InputError: as `multi_step_forward`.
 
     Example:
         >>> import torch
@@ -251,64 +238,247 @@ def t_last_seq_to_ann_forward(x_seq: Any, stateless_module: Modules) -> Any:
 
     Source: SpikingJelly's documented function of that name.
     """
-    return _vectorise(x_seq, stateless_module, (), -1, "t_last_seq_to_ann_forward")
+    return _map_over_time(x_seq, stateless_module, (), time_dim=-1)
 
 
 def map_forward(x_seq: Any, stateless_module: Modules, *, constants: Sequence[Any] = ()) -> Any:
-    """Run stateless modules on all time steps at once, with `torch.vmap` over time, which is the first dimension.
+    """Run stateless modules on all time steps at once, with `torch.vmap` over time.
 
-    The meaning is that of stepping for any stateless module, batch-equivariant or not: within a step `x_t.mean(0)`
-    is the mean over the batch of that step. A single module that has a method `map_steps(inputs, constants)` runs
-    the sequence itself, `inputs` being the tuple of positional arguments, each a sequence.
+    Right for all stateless modules, batch-equivariant or not, that vmap has rules for (BatchNorm in training is not one
+    of them); random numbers are drawn anew for each step. A single module with a method
+    `map_steps(inputs, constants) -> y_seq` runs the whole sequence itself; `inputs` is the tuple of its arguments.
 
     Args:
-        x_seq: `[T, *]`, or a nested tuple, list or dict of such tensors.
-        stateless_module: one or several modules or callables; they get one step. BatchNorm in training has no
-            batching rule in torch. Random operations draw anew for each time step.
-        constants: arguments passed unchanged in front of those of the step, to the first module; not mapped.
+        x_seq: `[T, *]`, or nested.
+        stateless_module: one or several modules or callables for ONE time step, `[*]`.
+        constants: passed in front of `x_t` to the first module; not mapped over.
 
     Returns:
-        `y_seq`: `[T, *]`, nested as what the last module returns.
+        `y_seq`: `[T, *]`, or nested.
 
     Raises:
-        InputError: as for `multi_step_forward`.
+        InputError: as `multi_step_forward`.
 
     Example:
         >>> import torch
-        >>> x_seq = torch.tensor([[1.0, 3.0], [10.0, 30.0]])
-        >>> map_forward(x_seq, lambda x: x - x.mean(0)).tolist()
+        >>> map_forward(torch.tensor([[1.0, 3.0], [10.0, 30.0]]), lambda x: x - x.mean(0)).tolist()
         [[-1.0, 1.0], [-10.0, 10.0]]
 
-    Source: vectorisation of a parallel loop, by JAX's `vmap` (Bradbury et al., 2018) as it is in torch.
+    Source: vectorisation of a loop by batching rules, JAX's `vmap` (Bradbury et al., 2018).
     """
-    return _vectorise(x_seq, stateless_module, constants, 0, "map_forward")
+    return _map_over_time(x_seq, stateless_module, constants, time_dim=0)
 
 
-def _step_through(x_seq: Any, modules: Modules, state: Any, constants: Sequence[Any], time_dim: int, where: str) -> Any:
-    chain, constants = _chain_of(modules, where), _check_constants(constants, where)
-    T = _check_sequences(x_seq, time_dim, where)
-    inputs = _positional(x_seq)
+def _step_through(x_seq: Any, modules: Modules, state: Any, constants: Sequence[Any], time_dim: int) -> Any:
+    chain = _check_modules(modules, constants)
+    T = _check_sequences(x_seq, time_dim)
+    stack = partial(torch.stack, dim=time_dim)
     if state is _OWN_STATE:
-        steps = zip(*(_steps_of(x, T, time_dim) for x in inputs), strict=True)
-        return _join([_apply(chain, (*constants, *x_t)) for x_t in steps], partial(torch.stack, dim=time_dim), where)
+        steps = _slices(x_seq, lambda x: x.unbind(time_dim), T)
+        return _join([_apply(chain, (*constants, *x_t)) for x_t in steps], stack)
     if callable(run := getattr(modules, "multi_step", None)):
-        if time_dim == 0:
-            return run(inputs, state, constants)
-        inputs = pytree.tree_map(lambda x: x.movedim(time_dim, 0), inputs)
-        y_seq, state = run(inputs, state, constants)
+        inputs = pytree.tree_map(lambda x: x.movedim(time_dim, 0), _positional(x_seq))
+        y_seq, state = run(inputs, state, tuple(constants))
         return pytree.tree_map_only(Tensor, lambda y: y.movedim(0, time_dim), y_seq), state
 
-    several = chain is not modules and not (len(chain) == 1 and chain[0] is modules)
-    cells, entries = _enter_state(chain, state, several, where)
-    states = [cell.enter(entry) for cell, entry in zip(cells, entries, strict=True)]
+    several = isinstance(modules, _SEVERAL)
+    entries = _entry_of_each(chain, state) if several else [state]
+    pure = [_pure_step(module, entry, several) for module, entry in zip(chain, entries, strict=True)]
+    states = [first for _, first, _ in pure]
     y_steps = []
-    for x_t in zip(*(_steps_of(x, T, time_dim) for x in inputs), strict=True):
+    for x_t in _slices(x_seq, lambda x: x.unbind(time_dim), T):
         values = (*constants, *x_t)
-        for i, cell in enumerate(cells):
-            if states[i] is _INITIAL:
-                states[i] = cell.initial(*values)
-            y, states[i] = cell.step(states[i], *values)
+        for i, (step, _, _) in enumerate(pure):
+            y, states[i] = step(states[i], *values)
             values = (y,)
         y_steps.append(y)
-    states = [cell.leave(state, entry) for cell, state, entry in zip(cells, states, entries, strict=True)]
-    return _join(y_steps, partial(torch.stack, dim=time_dim), where), states if several else states[0]
+    states = [leave(last) for (_, _, leave), last in zip(pure, states, strict=True)]
+    return _join(y_steps, stack), states if several else states[0]
+
+
+_SEVERAL = (list, tuple, nn.ModuleList)
+_INITIAL: Any = object()
+"""A state that is yet to be made from the inputs of the first step."""
+
+
+def _entry_of_each(chain: Chain, state: Any) -> Sequence[Any]:
+    """The state of each module of a list of modules."""
+    if state is None or _is_reset(state):
+        return [None] * len(chain)
+    if isinstance(state, (list, tuple)) and len(state) == len(chain):
+        return state
+    why = f"it has to be a list with one entry for each of the {len(chain)} modules."
+    raise InputError("SNNFX308", "the state does not fit the modules", why=why)
+
+
+def _pure_step(module: Any, entry: Any, several: bool) -> tuple[Callable[..., Any], Any, Callable[[Any], Any]]:
+    """`step(state, *x_t) -> (y_t, state)` of a module, its first state, and what gives a state its form back."""
+    adapter = adapter_of(module) if isinstance(module, nn.Module) else None
+    if adapter is None and not isinstance(module, Stateful):
+        if several and entry is None:
+            return lambda state, *x_t: (module(*x_t), None), None, lambda state: state
+        first = None if _is_reset(entry) else entry
+        return lambda state, *x_t: _output_and_state(module(*x_t, state)), first, lambda state: state
+    if adapter is None:
+        names, initial, step = module.state_names(), module.initial_state, module.step
+    else:
+        adapter.refuse(module, type(module).__name__)
+        names, initial, step = adapter.names(module), partial(adapter.initial, module), partial(adapter.step, module)
+    by_name = isinstance(entry, Mapping)
+    if entry is None or _is_reset(entry):
+        first = _INITIAL
+    elif by_name and entry.keys() == set(names):
+        first = tuple(entry[name] for name in names)
+    elif isinstance(entry, (tuple, list)) and len(entry) == len(names):
+        first = tuple(entry)
+    else:
+        why = f"it is {list(entry) if by_name else type(entry).__name__}, and the slots are {list(names)}."
+        raise InputError("SNNFX308", "the state does not fit the module", why=why, hint='Pass a tuple, or "reset".')
+
+    def first_or_next(state: Any, *x_t: Any) -> Any:
+        return step(initial(*x_t) if state is _INITIAL else state, *x_t)
+
+    return first_or_next, first, lambda state: dict(zip(names, state, strict=True)) if by_name else state
+
+
+def _is_reset(state: Any) -> bool:
+    return isinstance(state, str) and state == "reset"
+
+
+def _map_over_time(x_seq: Any, modules: Modules, constants: Sequence[Any], time_dim: int) -> Any:
+    chain = _check_modules(modules, constants)
+    _check_sequences(x_seq, time_dim)
+    inputs = _positional(x_seq)
+    if time_dim == 0 and callable(run := getattr(modules, "map_steps", None)):
+        return run(inputs, tuple(constants))
+
+    def step(*x_t: Any) -> Any:
+        y = _apply(chain, (*constants, *x_t))
+        return y if isinstance(y, Tensor) else pytree.tree_map(_hide_none, y)
+
+    # Not out_dims=-1: vmap (torch 2.13) fails on an output that does not depend on x_t with any out_dims but 0.
+    y_seq = torch.vmap(step, in_dims=time_dim, out_dims=0, randomness="different")(*inputs)
+    if isinstance(y_seq, Tensor):
+        return y_seq.movedim(0, time_dim)
+    return pytree.tree_map(
+        lambda y: None if isinstance(y, _HiddenNone) else y.movedim(0, time_dim),
+        y_seq,
+        is_leaf=lambda y: isinstance(y, _HiddenNone),
+    )
+
+
+class _HiddenNone(NamedTuple):
+    """Stands for None in what a mapped step returns: vmap takes no None, but a pytree node without leaves."""
+
+
+def _hide_none(y: Any) -> Any:
+    if y is not None and not isinstance(y, Tensor):
+        raise _no_sequence(f"a step returned a {type(y).__name__}, not a tensor.")
+    return _HiddenNone() if y is None else y
+
+
+def _apply(chain: Chain, arguments: Sequence[Any]) -> Any:
+    y = chain[0](*arguments)
+    for module in chain[1:]:
+        y = module(y)
+    return y
+
+
+def _output_and_state(returned: Any) -> tuple[Any, Any]:
+    if isinstance(returned, (tuple, list)) and len(returned) == 2:
+        return returned[0], returned[1]
+    raise _no_sequence(f"a module given its state has to return (output, state), not a {type(returned).__name__}.")
+
+
+def _positional(x: Any) -> tuple[Any, ...]:
+    return tuple(x) if isinstance(x, (tuple, list)) else (x,)
+
+
+def _slices(x_seq: Any, cut: Callable[[Tensor], Sequence[Tensor]], count: int) -> Iterator[tuple[Any, ...]]:
+    """The positional arguments of each of `count` calls, every tensor cut along time."""
+
+    def slices(x: Any) -> Sequence[Any]:
+        if isinstance(x, Tensor):
+            return cut(x)
+        leaves, spec = pytree.tree_flatten(x)
+        columns = zip(range(count), *map(cut, leaves), strict=True)  # the range: there may be no leaves
+        return [pytree.tree_unflatten(leaves, spec) for _, *leaves in columns]
+
+    return zip(*map(slices, _positional(x_seq)), strict=True)
+
+
+def _join(parts: list[Any], join: Callable[[list[Tensor]], Tensor]) -> Any:
+    """One sequence for each leaf of what the steps or chunks returned."""
+    if all(isinstance(part, Tensor) for part in parts):
+        return join(parts)
+    leaves, specs = zip(*(pytree.tree_flatten(part) for part in parts), strict=True)
+    if any(spec != specs[0] for spec in specs):
+        raise _no_sequence("not all time steps returned the same nesting.")
+    y_leaves: list[Tensor | None] = []
+    for column in zip(*leaves, strict=True):
+        if not (all(isinstance(y, Tensor) for y in column) or all(y is None for y in column)):
+            raise _no_sequence(f"the time steps returned {', '.join(sorted({type(y).__name__ for y in column}))}.")
+        y_leaves.append(None if column[0] is None else join(list(column)))
+    return pytree.tree_unflatten(y_leaves, specs[0])
+
+
+def _unfold(y: Any, T: int, batch_dim: int) -> Any:
+    """Take T out of the batch of an output again; the size of the rest is whatever the module made of N."""
+    if y is None:
+        return None
+    if not isinstance(y, Tensor) or not -y.dim() <= batch_dim < y.dim() or y.shape[batch_dim] % T != 0:
+        got = list(y.shape) if isinstance(y, Tensor) else f"a {type(y).__name__}"
+        why = f"the module is not batch-equivariant: it returned {got}, T is {T}, the batch is dimension {batch_dim}."
+        raise _no_sequence(why, hint="Use map_forward.")
+    b = batch_dim % y.dim()
+    return y.unflatten(b, (T, -1)).movedim(b, 0)
+
+
+def _check_modules(modules: Any, constants: Any = ()) -> Chain:
+    """The modules in order."""
+    chain = tuple(modules) if isinstance(modules, _SEVERAL) else (modules,)
+    if not chain:
+        raise InputError("SNNFX304", "there is no module to apply", why="the list of modules is empty.")
+    for module in chain:
+        if not callable(module) or isinstance(module, nn.ModuleList):
+            raise InputError("SNNFX304", f"a {type(module).__name__} is neither a module nor a callable")
+    if not isinstance(constants, (tuple, list)):
+        raise InputError("SNNFX309", f"`constants` is a {type(constants).__name__}", hint="Pass a tuple of arguments.")
+    return chain
+
+
+def _check_sequences(x_seq: Any, time_dim: int) -> int:
+    """T, on which all tensors in `x_seq` have to agree."""
+    leaves = [x_seq] if isinstance(x_seq, Tensor) else pytree.tree_leaves(x_seq)
+    others = [type(x).__name__ for x in leaves if not isinstance(x, Tensor)]
+    if others or not leaves:
+        raise InputError("SNNFX305", f"x_seq holds {', '.join(others) or 'nothing'} where a tensor is expected")
+    if any(x.dim() == 0 for x in leaves):
+        raise InputError("SNNFX306", "a tensor without dimensions has no time steps", why=f"{_shapes(x_seq)}.")
+    T = leaves[0].shape[time_dim]
+    if any(x.shape[time_dim] != T for x in leaves):
+        why = f"{_shapes(x_seq)}, and time is dimension {time_dim}."
+        raise InputError("SNNFX303", "the sequences differ in their number of time steps", why=why)
+    if T == 0:
+        raise InputError("SNNFX301", "there are no time steps", why=f"{_shapes(x_seq)}.")
+    return T
+
+
+def _dim_of_each(dims: Any, count: int | None, name: str) -> Sequence[int]:
+    """The dimension for each of `count` tensors (None: not known yet)."""
+    if isinstance(dims, int):
+        return [dims] * (count or 0)
+    if not isinstance(dims, (list, tuple)) or not all(isinstance(dim, int) for dim in dims):
+        raise InputError("SNNFX309", f"`{name}` cannot be {dims!r}", hint="Pass an int, or a tuple of ints.")
+    if count is not None and len(dims) != count:
+        raise InputError("SNNFX309", f"`{name}` has {len(dims)} entries for {count} tensors")
+    return dims
+
+
+def _shapes(x_seq: Any) -> str:
+    paths = pytree.tree_flatten_with_path(x_seq)[0]
+    return ", ".join(f"x_seq{pytree.keystr(path)} is {list(x.shape)}" for path, x in paths)
+
+
+def _no_sequence(why: str, hint: str = "") -> InputError:
+    return InputError("SNNFX313", "the outputs do not form a sequence", why=why, hint=hint)

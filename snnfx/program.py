@@ -86,6 +86,8 @@ class StepProgram:
         training: the mode in which the graph was captured.
         first_step: the graph of the first step when it differs from the others in more than initial values.
         requirements: least number of dimensions of one step of an input, by input name (set by the analysis).
+        input_ranks: number of dimensions of one step of an input, for those that were captured with example inputs.
+        batched_inputs: the inputs whose first dimension is the batch, of one size in a call.
         opaque: modules that could not be traced, with the reason.
         stage: how far the pipeline has come: "captured", "classified", "partitioned".
     """
@@ -100,6 +102,8 @@ class StepProgram:
     training: bool
     first_step: StepProgram | None = None
     requirements: dict[str, int] = field(default_factory=dict)
+    input_ranks: dict[str, int] = field(default_factory=dict)
+    batched_inputs: frozenset[str] = frozenset()
     opaque: dict[str, str] = field(default_factory=dict)
     regions: list[Region] = field(default_factory=list)
     stage: str = "captured"

@@ -394,7 +394,7 @@ class StepTracer(fx.Tracer):
 
     def call_module(self, m: nn.Module, forward: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         if self._evaluating:
-            return forward(*args, **kwargs)
+            return m.forward(*args, **kwargs)  # not m(...): a user's hooks have no business with fake tensors
         name = self.path_of_module(m)
         if name in self.opaque:
             return self._marked(self._call_with_state(m, name, call_opaque, composite_adapter(m), args, kwargs), name)

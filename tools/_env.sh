@@ -37,11 +37,14 @@ quietly() {
   if [ -t 1 ]; then
     "$@" >"$log" 2>&1 &
     local pid=$!
+    # A command in the background of a script does not hear of Ctrl-C.
+    trap 'kill "$pid" 2>/dev/null; echo; exit 130' INT
     while kill -0 "$pid" 2>/dev/null; do
       printf '\r  . %s %s%ds%s ' "$label" "$DIM" $((SECONDS - start)) "$RESET"
       sleep 0.5
     done
     wait "$pid" || status=$?
+    trap - INT
     printf '\r'
   else
     printf '  . %s ...\n' "$label"

@@ -25,7 +25,7 @@ check() {
 
 heading "Checks"
 check "ruff check" "$PY" -m ruff check .
-check "ruff format" "$PY" -m ruff format --check --diff .
+check "ruff format" "$PY" -m ruff format --check .
 check "mypy" typecheck
 
 heading "Tests"

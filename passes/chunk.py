@@ -1,0 +1,140 @@
+"""Choose how many time steps to run at once in inference (strip-mining of the time loop).
+
+Run over all T steps, a value takes T times the bytes of one step. The plan counts the bytes that are alive at the widest
+point of one step and takes as many steps as fit the budget; the state is handed from chunk to chunk. Legal in
+evaluation mode, where no value depends on the number of steps that are run together.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, fx, nn
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.fx import Node
+from torch.utils import _pytree as pytree
+
+from snnfx.errors import InputError
+from snnfx.passes.emit import RegionBuilder
+from snnfx.program import StepProgram
+
+__all__ = ["ChunkPlan", "check_chunk_option", "plan_chunks"]
+
+_CPU_BUDGET = 256 * 2**20
+"""Bytes of live intermediates on a CPU: beyond it, large blocks come from fresh pages and page faults dominate."""
+
+
+@dataclass(frozen=True)
+class ChunkPlan:
+    """How many time steps are run at once.
+
+    Args:
+        length: steps in a chunk, None for all.
+        bytes_per_step: bytes alive at the widest point of one time step; 0 when it is not known.
+        budget: bytes that the intermediates of a chunk may take; 0 when the length was given.
+        reason: one line for `explain`.
+    """
+
+    length: int | None
+    bytes_per_step: int
+    budget: int
+    reason: str
+
+
+def check_chunk_option(chunk: Any) -> None:
+    """Raise for a value that `chunk=` does not take."""
+    if chunk is None or chunk == "auto":
+        return
+    if isinstance(chunk, bool) or not isinstance(chunk, int):
+        raise InputError("SNNFX309", f"chunk={chunk!r}", hint='Give a number of time steps, None, or "auto".')
+    if chunk < 1:
+        raise InputError("SNNFX302", f"chunk={chunk}", hint="A chunk has at least one time step.")
+
+
+def plan_chunks(program: StepProgram, steps: Sequence[Tensor], chunk: int | str | None) -> ChunkPlan:
+    """Plan the chunks of an evaluation program.
+
+    Args:
+        program: the program of evaluation mode.
+        steps: tensors with the shapes of ONE step of the inputs (no values are read).
+        chunk: the option of `snnfx.convert`.
+    """
+    if chunk is None:
+        return ChunkPlan(None, 0, 0, "chunk=None: all time steps at once")
+    if isinstance(chunk, int):
+        return ChunkPlan(chunk, 0, 0, f"chunk={chunk} as asked for")
+    needed = live_bytes_per_step(program, steps)
+    budget = _budget(steps[0].device if steps else torch.device("cpu"))
+    length = max(1, budget // max(1, needed))
+    reason = f"{_mebibytes(needed)} alive per time step, budget {_mebibytes(budget)}: {length} steps at once"
+    return ChunkPlan(length, needed, budget, reason)
+
+
+def live_bytes_per_step(program: StepProgram, steps: Sequence[Tensor]) -> int:
+    """The bytes alive at the widest point of one step, from shapes alone."""
+    nodes = [n for n in program.graph.nodes if n.op.startswith("call") or "slot" in n.meta]
+    slots = [slot.name for slot in program.slots]
+    builder = RegionBuilder(program, nodes, slots)
+    wanted = [v for v in program.outputs if isinstance(v, Node)]
+    first = builder.graph_module(wanted, program.next_states, slots, first=True)
+    mode = FakeTensorMode(allow_non_fake_inputs=True)
+    given = dict(zip(program.input_nodes(), steps, strict=True))
+    constants = [program.resolve(key if isinstance(key, str) else str(key.target)) for key in builder.constants if key not in given]
+    arguments = [*constants, *(mode.from_tensor(given[n], static_shapes=True) for n in given if n in builder.constants or n in builder.inputs)]
+    with mode, torch.no_grad():
+        meter = _LiveBytes(first)
+        meter.run(*arguments)
+    return meter.peak
+
+
+class _LiveBytes(fx.Interpreter):
+    """Runs a graph on fake tensors and keeps the largest sum of bytes alive; views of a live tensor count once."""
+
+    def __init__(self, module: fx.GraphModule) -> None:
+        super().__init__(module)
+        self.peak = 0
+        self.held: dict[Node, dict[int, int]] = {}
+
+    def run_node(self, n: Node) -> Any:
+        result = super().run_node(n)
+        if n.op != "placeholder":
+            self.held[n] = {
+                id(t.untyped_storage()): t.untyped_storage().nbytes()
+                for t in pytree.tree_leaves(result)
+                if isinstance(t, Tensor)
+            }
+        alive: dict[int, int] = {}
+        for storages in self.held.values():
+            alive.update(storages)
+        self.peak = max(self.peak, sum(alive.values()))
+        for dead in self.user_to_last_uses.get(n, ()):
+            self.held.pop(dead, None)
+        return result
+
+    def call_function(self, target: Any, args: Any, kwargs: Any) -> Any:
+        # A user's hooks have no business with fake tensors: call the forward, not the module.
+        if args and isinstance(args[0], nn.Module) and getattr(target, "__name__", "") == "call":
+            return args[0].forward(*args[1:], **kwargs)
+        return super().call_function(target, args, kwargs)
+
+
+def _budget(device: torch.device) -> int:
+    if device.type == "cuda":
+        free, _ = torch.cuda.mem_get_info(device)
+        return free // 4
+    return min(_CPU_BUDGET, _available_memory() // 4)
+
+
+def _available_memory() -> int:
+    try:
+        return os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    except (ValueError, OSError, AttributeError):
+        return 4 * _CPU_BUDGET
+
+
+def _mebibytes(count: int) -> str:
+    return f"{count / 2**20:.1f} MiB"

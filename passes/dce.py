@@ -1,0 +1,81 @@
+"""Remove nodes whose value nobody needs.
+
+Needed are the outputs of a step, the next value of every declared state slot (it can be asked for), initial values, and
+checks. Slots that capture only discovered by watching attributes are needed if something else reads them: an
+attribute that is written but never read is a note the model takes for somebody else.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+from torch.fx import Node
+
+from snnfx.passes.base import Pass
+from snnfx.program import StepProgram
+from snnfx.tracer import expect_size
+
+__all__ = ["RemoveDeadCode"]
+
+
+@dataclass(frozen=True)
+class RemoveDeadCode(Pass):
+    """Remove nodes without effect, and discovered slots that only feed themselves."""
+
+    name = "dce"
+    requires = "captured"
+
+    def apply(self, program: StepProgram) -> str:
+        before = len(program.graph.nodes)
+        dropped = _drop_unread_slots(program)
+        live = _ancestors(
+            [program.output, *(n for n in program.graph.nodes if n.op == "placeholder" or n.target is expect_size)]
+        )
+        for node in reversed(list(program.graph.nodes)):
+            if node not in live:
+                program.graph.erase_node(node)
+        removed = before - len(program.graph.nodes)
+        if not dropped:
+            return f"removed {removed} nodes"
+        return f"removed {removed} nodes and the unread attributes {', '.join(dropped)}"
+
+
+def _drop_unread_slots(program: StepProgram) -> list[str]:
+    """Drop discovered slots that no output and no other slot depends on."""
+    placeholders = dict(zip((s.name for s in program.slots), program.slot_nodes(), strict=True))
+    following = dict(zip((s.name for s in program.slots), program.next_states, strict=True))
+    needed = {s.name for s in program.slots if not s.discovered}
+    while True:
+        roots = [n for n in program.outputs if isinstance(n, Node)]
+        roots += [following[name] for name in needed if isinstance(following[name], Node)]
+        live = _ancestors(roots)
+        new = {name for name, node in placeholders.items() if node in live} - needed
+        if not new:
+            break
+        needed |= new
+    dropped = [s.name for s in program.slots if s.name not in needed]
+    if dropped:
+        kept = [i for i, s in enumerate(program.slots) if s.name in needed]
+        program.set_output(
+            program.outputs, [program.next_states[i] for i in kept], [program.initial_values[i] for i in kept]
+        )
+        program.slots = [program.slots[i] for i in kept]
+        gone = {placeholders[name] for name in dropped}
+        doomed = [n for n in program.graph.nodes if n in gone or _ancestors([n]) & gone]
+        for node in reversed(doomed):
+            if not node.users:
+                program.graph.erase_node(node)
+    return dropped
+
+
+def _ancestors(roots: Iterable[Node]) -> set[Node]:
+    """The given nodes and everything they are computed from."""
+    found: set[Node] = set()
+    stack = list(roots)
+    while stack:
+        node = stack.pop()
+        if node not in found:
+            found.add(node)
+            stack.extend(node.all_input_nodes)
+    return found

@@ -1,0 +1,152 @@
+"""Bring the step graph to one form: one node for each attribute, operations in place become operations on values.
+
+`y = x.add_(1)` changes x and returns it. In a graph of values the result is a new node, and every later use of x
+means that node. Legal as long as x has no other name: a change through a view would have to reach the tensor behind it,
+which is refused. Modules with `inplace=True` stay, but get a copy of an operand that somebody else still reads.
+"""
+
+from __future__ import annotations
+
+import operator
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+from torch.fx import Node
+
+from snnfx.errors import CaptureError
+from snnfx.passes.base import Pass
+from snnfx.program import StepProgram, operation_name, place_of
+
+__all__ = ["Normalize"]
+
+_VIEWS = frozenset(
+    "getitem view view_as reshape select narrow transpose permute t flatten unflatten squeeze unsqueeze chunk split "
+    "expand expand_as movedim swapaxes detach diagonal unbind getattr".split()
+)
+
+
+@dataclass(frozen=True)
+class Normalize(Pass):
+    """Replace operations in place by operations on values."""
+
+    name = "normalize"
+    requires = "captured"
+    ensures = "normalized"
+
+    def apply(self, program: StepProgram) -> str:
+        replaced = 0
+        _merge_attributes(program)
+        for node in list(program.graph.nodes):
+            if _is_in_place(node):
+                _functionalize(program, node)
+                replaced += 1
+            elif _has_in_place_flag(program, node) and _read_elsewhere(node):
+                _copy_operand(program, node)
+                replaced += 1
+        return f"{replaced} operations in place made functional"
+
+
+def _merge_attributes(program: StepProgram) -> None:
+    """One get_attr node for each target."""
+    first: dict[str, Node] = {}
+    for node in list(program.graph.nodes):
+        if node.op == "get_attr":
+            known = first.setdefault(str(node.target), node)
+            if known is not node:
+                node.replace_all_uses_with(known)
+                program.graph.erase_node(node)
+
+
+def _is_in_place(node: Node) -> bool:
+    if node.op == "call_method":
+        name = str(node.target)
+        return name.endswith("_") and not name.endswith("__")
+    if node.op != "call_function":
+        return False
+    name = getattr(node.target, "__name__", "")
+    return node.kwargs.get("inplace") is True or (name.endswith("_") and not name.endswith("__"))
+
+
+def _has_in_place_flag(program: StepProgram, node: Node) -> bool:
+    return node.op == "call_module" and bool(getattr(program.resolve(str(node.target)), "inplace", False))
+
+
+def _functionalize(program: StepProgram, node: Node) -> None:
+    operand = node.args[0]
+    assert isinstance(operand, Node)
+    if operation_name(operand) in _VIEWS and operand.op.startswith("call"):
+        raise CaptureError(
+            "SNNFX214",
+            f"`{node.name}` changes a view in place",
+            where=place_of(node),
+            why=f"`{operand.name}` shares its memory with another value, which would change as well.",
+            hint="Write it without the underscore, e.g. x = torch.where(...) or x.index_fill(...).",
+        )
+    if "input" in operand.meta and operand.op == "placeholder":
+        raise CaptureError(
+            "SNNFX209",
+            f"`{node.name}` changes the input `{operand.name}` in place",
+            where=place_of(node),
+            why="the converted net would change the caller's whole sequence.",
+            hint="Write it without the underscore.",
+        )
+    seen = False
+    for user in list(program.graph.nodes):
+        if seen and operand in user.all_input_nodes:
+            user.replace_input_with(operand, node)
+        seen = seen or user is node
+    if node.kwargs.get("inplace") is True:
+        node.kwargs = {**node.kwargs, "inplace": False}
+        return
+    name = str(node.target if node.op == "call_method" else getattr(node.target, "__name__", "")).removesuffix("_")
+    if hasattr(Tensor, name):
+        node.op, node.target = "call_method", name
+    elif name in ("fill", "zero", "normal", "uniform", "bernoulli", "random", "exponential"):
+        _replace_filling(program, node, operand, name)
+    else:
+        raise CaptureError(
+            "SNNFX214",
+            f"`{node.name}` has no form that is not in place",
+            where=place_of(node),
+            why=f"torch has no `{name}`.",
+            hint="Assign a new tensor instead of changing one.",
+        )
+
+
+def _replace_filling(program: StepProgram, node: Node, operand: Node, name: str) -> None:
+    """`x.fill_(3)`, `x.zero_()`, `x.normal_()`: the new value has nothing of x but its shape."""
+    functions = {"zero": torch.zeros_like, "normal": torch.randn_like, "uniform": torch.rand_like}
+    if name in functions and len(node.args) == 1 and not node.kwargs:
+        node.op, node.target = "call_function", functions[name]
+    elif name == "fill":
+        node.op, node.target = "call_function", torch.full_like
+    else:
+        raise CaptureError(
+            "SNNFX214",
+            f"`{operand.name}.{name}_` has no form that is not in place",
+            where=place_of(node),
+            hint="Use torch.rand_like, torch.randn_like or torch.bernoulli.",
+        )
+
+
+def _read_elsewhere(node: Node) -> bool:
+    operand = node.args[0]
+    if not isinstance(operand, Node):
+        return False
+    is_view = operand.op.startswith("call") and operation_name(operand) in _VIEWS
+    return len(operand.users) > 1 or operand.op == "placeholder" or is_view
+
+
+def _copy_operand(program: StepProgram, node: Node) -> None:
+    operand = node.args[0]
+    assert isinstance(operand, Node)
+    with program.graph.inserting_before(node):
+        copy = program.graph.call_method("clone", (operand,))
+    copy.meta = {k: v for k, v in operand.meta.items() if k in ("val", "where", "module")}
+    node.replace_input_with(operand, copy)
+    seen = False
+    for user in list(program.graph.nodes):
+        if seen and operand in user.all_input_nodes and user.target is not operator.getitem:
+            user.replace_input_with(operand, node)
+        seen = seen or user is node

@@ -1,0 +1,296 @@
+"""Distribute the time loop over the step graph (typed fusion, Kennedy & McKinley 1993).
+
+Nodes on a cycle of the dependence graph stay in a loop over t; all others leave it. What is left is partitioned into
+maximal connected convex regions of one kind each: invariant nodes run once, batch-equivariant ones are folded, the
+rest is mapped over time. Legal because no value flows backwards in time across the regions formed here, and because a
+region never contains two nodes with a path between them that leaves it. Regions grow greedily along edges in program
+order; unconnected branches are not joined, borders are views and cost nothing.
+"""
+
+from __future__ import annotations
+
+import operator
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import networkx as nx
+from torch.fx import Node
+
+from snnfx.errors import CaptureError, Refusal
+from snnfx.passes.base import Pass
+from snnfx.passes.batch import infer_batch
+from snnfx.passes.batch_facts import Fact, model_input
+from snnfx.passes.dependence import Dependence, analyse_dependence, is_size
+from snnfx.program import Region, StepProgram, is_structural, place_of
+from snnfx.state import call_opaque
+
+__all__ = ["Partition"]
+
+_MERGED_KINDS = ("once", "fold", "map")
+
+
+@dataclass(frozen=True)
+class Partition(Pass):
+    """Give every node a kind and a region.
+
+    Args:
+        batch_norm: "fold" or "per_step", see `snnfx.convert`.
+        invariant_inputs: placeholders of inputs that are the same at every step.
+    """
+
+    name = "partition"
+    requires = "normalized"
+    ensures = "partitioned"
+
+    batch_norm: str = "fold"
+    invariant_inputs: tuple[str, ...] = field(default=())
+
+    def apply(self, program: StepProgram) -> str:
+        dependence = analyse_dependence(program, self.invariant_inputs)
+        analysis = infer_batch(
+            program.graph,
+            program.resolve,
+            _input_facts(program),
+            carried=dependence.carried,
+            varying=dependence.varying,
+            training=program.training,
+            batch_norm=self.batch_norm,  # type: ignore[arg-type]
+        )
+        program.requirements = dict(analysis.requirements)
+        for node in program.graph.nodes:
+            node.meta["varying"] = node in dependence.varying
+            node.meta["batch_dim"] = _batch_dim(analysis.facts.get(node))
+            node.meta.pop("refusal", None)
+        kinds = _kinds(program, dependence, analysis.refusals)
+        program.regions = _regions(program, dependence, kinds)
+        for region in program.regions:
+            for node in region.nodes:
+                node.meta["kind"], node.meta["region"] = region.kind, region.name
+        counts = {kind: sum(r.kind == kind for r in program.regions) for kind in ("once", "fold", "map", "loop")}
+        summary = ", ".join(f"{count} {kind}" for kind, count in counts.items() if count)
+        return f"{sum(len(r.nodes) for r in program.regions)} nodes in {len(program.regions)} regions: {summary}"
+
+
+def _input_facts(program: StepProgram) -> dict[Node, Fact]:
+    """Dim 0 of every input is its batch; inputs whose examples have another size than the first have one of their own."""
+    facts: dict[Node, Fact] = {}
+    batched: set[str] = set()
+    first_size: int | None = None
+    for node in program.input_nodes():
+        value = node.meta.get("val")
+        size = None if value is None or value.dim() == 0 else value.shape[0]
+        if first_size is None:
+            first_size = size
+        shares_batch = value is None or (size is not None and size == first_size)
+        if shares_batch:
+            batched.add(node.name)
+        if value is not None:
+            program.input_ranks[node.name] = value.dim()
+        facts[node] = model_input(node, "N" if shares_batch else f"N_{node.name}")
+    program.batched_inputs = frozenset(batched)
+    return facts
+
+
+def _batch_dim(fact: Any) -> Any:
+    """Where the batch dimension of a value is: an int, None, or one entry for each element of a tuple."""
+    if isinstance(fact, tuple | list):
+        return tuple(_batch_dim(f) for f in fact)
+    return fact.dim if isinstance(fact, Fact) else None
+
+
+def _kinds(program: StepProgram, dependence: Dependence, refusals: Mapping[Node, Refusal]) -> dict[Node, str]:
+    """The kind of region each computing node belongs into; the reason is left in `meta["refusal"]`."""
+    cycle_slots = {
+        node: [n.meta["slot"] for n in cycle if "slot" in n.meta] for cycle in dependence.cycles for node in cycle
+    }
+    kinds: dict[Node, str] = {}
+    for node in program.graph.nodes:
+        if node in cycle_slots:
+            kinds[node] = "loop"
+            reason = f"its value at one step depends on the step before, through {', '.join(cycle_slots[node])}"
+            node.meta["refusal"] = Refusal("SNNFX107", reason)
+            continue
+        if not node.op.startswith("call") or node in dependence.initial_only or is_size(node):
+            continue
+        refusal = refusals.get(node)
+        if node.target is call_opaque:
+            name = node.meta.get("module", "")
+            reason = f"`{name}` could not be traced: {program.opaque.get(name, 'it holds the state of other modules')}"
+            node.meta["refusal"] = Refusal("SNNFX108", reason, "It is stepped as it is.")
+            kinds[node] = "loop"
+        elif node not in dependence.varying:
+            kinds[node] = "once"
+        elif refusal is None:
+            kinds[node] = "fold"
+        else:
+            node.meta["refusal"] = refusal
+            kinds[node] = {"SNNFX106": "per_step", "SNNFX109": "step"}.get(refusal.code, "map")
+    for node in kinds:
+        # One element of a tuple goes where the tuple is.
+        if node.target is operator.getitem and _takes_from_tuple(node) and node.args[0] in kinds:
+            kinds[node] = kinds[node.args[0]]  # type: ignore[index]
+    return kinds
+
+
+def _takes_from_tuple(node: Node) -> bool:
+    source = node.args[0]
+    if is_structural(node):
+        return True
+    value = source.meta.get("val") if isinstance(source, Node) else None
+    if value is not None:
+        return isinstance(value, tuple | list)
+    return isinstance(source, Node) and isinstance(source.meta.get("batch_dim"), tuple)
+
+
+def _regions(program: StepProgram, dependence: Dependence, kinds: dict[Node, str]) -> list[Region]:
+    groups = _Groups(program, dependence, kinds)
+    for cycle in dependence.cycles:
+        groups.join_all(cycle)
+    for node in kinds:
+        if node.target is operator.getitem and _takes_from_tuple(node) and node.args[0] in kinds:
+            groups.join_all([node.args[0], node])  # type: ignore[list-item]
+    groups.connect()
+    groups.grow(kinds)
+    return groups.regions(kinds)
+
+
+class _Groups:
+    """Disjoint sets of nodes and the graph between them, kept acyclic."""
+
+    def __init__(self, program: StepProgram, dependence: Dependence, kinds: dict[Node, str]) -> None:
+        self.program, self.dependence, self.kinds = program, dependence, kinds
+        self.position = {node: i for i, node in enumerate(program.graph.nodes)}
+        self.group: dict[Node, int] = {}
+        self.members: dict[int, list[Node]] = {}
+        for node in program.graph.nodes:
+            if node in kinds or (node.op == "placeholder" and "slot" in node.meta):
+                self.group[node] = self.position[node]
+                self.members[self.position[node]] = [node]
+        self.graph = nx.DiGraph()
+
+    def join_all(self, nodes: list[Node]) -> None:
+        """Put nodes that belong together into one group."""
+        first = self.group[nodes[0]]
+        for node in nodes[1:]:
+            other = self.group[node]
+            if other != first:
+                for member in self.members.pop(other):
+                    self.group[member] = first
+                    self.members[first].append(member)
+
+    def connect(self) -> None:
+        """Build the graph between groups: operands (through sizes), delays, and what initial values are made of."""
+        self.graph.add_nodes_from(self.members)
+        for node, group in self.group.items():
+            for operand in _operands_through_sizes(node):
+                self._edge(operand, group)
+            if "slot" in node.meta and node.op == "placeholder":
+                following = self.dependence.carried[node]
+                if isinstance(following, Node) and self.group.get(following) != group:
+                    self._edge(following, group)
+        initial = dict(zip(self.program.slot_nodes(), self.program.initial_values, strict=True))
+        for placeholder, value in initial.items():
+            if isinstance(value, Node):
+                for operand in self._main_nodes_behind(value):
+                    self._edge(operand, self.group[placeholder])
+        if not nx.is_directed_acyclic_graph(self.graph):
+            self._refuse_circular_initial_value()
+
+    def _main_nodes_behind(self, value: Node) -> set[Node]:
+        """The nodes of the step proper that an initial value is computed from."""
+        found: set[Node] = set()
+        stack = [value]
+        while stack:
+            node = stack.pop()
+            if node in self.group:
+                found.add(node)
+            else:
+                stack.extend(node.all_input_nodes)
+        return found
+
+    def _edge(self, operand: Node, group: int) -> None:
+        source = self.group.get(operand)
+        if source is not None and source != group:
+            self.graph.add_edge(source, group)
+
+    def _refuse_circular_initial_value(self) -> None:
+        cycle = nx.find_cycle(self.graph)
+        slots = [n.meta["slot"] for edge in cycle for n in self.members[edge[0]] if "slot" in n.meta]
+        where = next((place_of(n) for edge in cycle for n in self.members[edge[0]] if place_of(n)), "")
+        raise CaptureError(
+            "SNNFX210",
+            f"the initial value of {', '.join(slots)} cannot be computed",
+            where=where,
+            why="it depends on a value that itself needs this state.",
+            hint="Give register_memory a number or a tensor, or make the initial value depend on the input alone.",
+        )
+
+    def grow(self, kinds: dict[Node, str]) -> None:
+        """Merge groups of one kind along edges as long as the graph between groups stays acyclic."""
+        changed = True
+        while changed:
+            changed = False
+            for node in sorted(self.group, key=self.position.__getitem__):
+                if kinds.get(node) not in _MERGED_KINDS:
+                    continue
+                for operand in sorted(_operands_through_sizes(node), key=self.position.__getitem__, reverse=True):
+                    if kinds.get(operand) == kinds[node] and self._merge(self.group[operand], self.group[node]):
+                        changed = True
+
+    def _merge(self, first: int, second: int) -> bool:
+        if first == second or not self.graph.has_edge(first, second):
+            return False
+        if self._path_besides_edge(first, second):
+            return False
+        for successor in list(self.graph.successors(second)):
+            self.graph.add_edge(first, successor)
+        for predecessor in list(self.graph.predecessors(second)):
+            if predecessor != first:
+                self.graph.add_edge(predecessor, first)
+        self.graph.remove_node(second)
+        for member in self.members.pop(second):
+            self.group[member] = first
+            self.members[first].append(member)
+        return True
+
+    def _path_besides_edge(self, first: int, second: int) -> bool:
+        stack = [s for s in self.graph.successors(first) if s != second]
+        seen: set[int] = set(stack)
+        while stack:
+            for successor in self.graph.successors(stack.pop()):
+                if successor == second:
+                    return True
+                if successor not in seen:
+                    seen.add(successor)
+                    stack.append(successor)
+        return False
+
+    def regions(self, kinds: dict[Node, str]) -> list[Region]:
+        """The groups in an order in which they can be executed, program order where there is a choice."""
+        first = {group: min(self.position[n] for n in members) for group, members in self.members.items()}
+        names = {"per_step": "map", "step": "loop"}
+        regions: list[Region] = []
+        for group in nx.lexicographical_topological_sort(self.graph, key=first.__getitem__):
+            members = sorted(self.members[group], key=self.position.__getitem__)
+            computing = [n for n in members if n in kinds]
+            if not computing:
+                continue
+            kind = kinds[computing[-1]]
+            kind = names.get(kind, kind)
+            slots = [n.meta["slot"] for n in members if "slot" in n.meta and n.op == "placeholder"]
+            regions.append(Region(f"{kind}_{len(regions)}", kind, members, slots))
+        return regions
+
+
+def _operands_through_sizes(node: Node) -> list[Node]:
+    """The operands of a node, where a size counts as the tensor whose size it is."""
+    found: list[Node] = []
+    stack = list(node.all_input_nodes)
+    while stack:
+        operand = stack.pop()
+        if is_size(operand):
+            stack.extend(operand.all_input_nodes)
+        elif operand not in found:
+            found.append(operand)
+    return found

@@ -1,0 +1,136 @@
+"""`snnfx.convert`: from a single-step model to the net that runs whole sequences. The pipeline, as a list of passes."""
+
+from __future__ import annotations
+
+import time
+from typing import Any
+
+from torch import nn
+
+from snnfx.capture import capture_both_modes
+from snnfx.errors import InputError
+from snnfx.net import ConvertOptions, Net, _time_dims_of_leaves
+from snnfx.passes.base import Pass, PassManager, PassRecord, verify_program
+from snnfx.passes.chunk import check_chunk_option
+from snnfx.passes.dce import RemoveDeadCode
+from snnfx.passes.normalize import Normalize
+from snnfx.passes.partition import Partition
+from snnfx.program import StepProgram
+
+__all__ = ["convert", "pipeline", "prepare_programs"]
+
+
+def convert(
+    model: nn.Module,
+    step_mode: str = "m",
+    *,
+    example_inputs: Any = None,
+    time_dim: Any = 0,
+    entry: str = "forward",
+    batch_norm: str = "fold",
+    chunk: int | str | None = "auto",
+    carry_state: bool = False,
+) -> Net:
+    """Convert a model of one time step into a net that runs sequences, with the same result.
+
+    The model is not changed: not its parameters, state, hooks or flags, nor the random number generators. The net
+    shares its modules, parameters and buffers, so training one trains the other.
+
+    Args:
+        model: computes ONE time step, `y_t = model(x_t)`, and keeps its state (membrane potentials) between calls.
+            A converted net is taken as well: then only `step_mode` matters.
+        step_mode: "m": the net takes sequences `x_seq: [T, N, *]`. "s": the single-step form of the same graph, which
+            carries its state from call to call like the model does, until `snnfx.functional.reset_net(net)`.
+        example_inputs: what ONE call of the model takes, batch dimension included: a tensor, a tuple of positional or
+            a dict of keyword arguments. Needed when the model's code looks at shapes; otherwise it makes plans exact.
+        time_dim: where T is in each input: an int, or a tuple with one entry for each argument (nested like vmap's
+            `in_dims`); None for an input that is the same at every step. With an int the outputs have T there, too.
+        entry: the name of the method that is one step.
+        batch_norm: in training, "fold": statistics over T*N, as multi-step SNNs are trained; "per_step": statistics of
+            each time step, exactly the stepped model. In evaluation mode there is no difference.
+        chunk: in inference (evaluation mode without gradients), run this many time steps at once; None: all; "auto":
+            as many as fit a memory budget.
+        carry_state: keep the state from call to call, detached, until `reset_net(net)`.
+
+    Returns:
+        A `snnfx.Net` (a torch.fx.GraphModule).
+
+    Raises:
+        CaptureError: the model cannot be captured (codes 2xx).
+        InputError: an option or `example_inputs` does not fit.
+
+    Example:
+        >>> import torch, snnfx
+        >>> model = torch.nn.Sequential(torch.nn.Linear(3, 4), snnfx.neuron.LIFNode(tau=2.0), torch.nn.Linear(4, 2))
+        >>> net = snnfx.convert(model, step_mode="m")
+        >>> net(torch.rand(8, 16, 3)).shape
+        torch.Size([8, 16, 2])
+        >>> [region.kind for region in net.regions]
+        ['fold', 'loop', 'fold']
+    """
+    _check_choice("step_mode", step_mode, ("m", "s"))
+    if isinstance(model, Net):
+        return model.convert_to(step_mode)
+    _check_choice("batch_norm", batch_norm, ("fold", "per_step"))
+    check_chunk_option(chunk)
+    options = ConvertOptions(step_mode, time_dim, entry, batch_norm, chunk, carry_state)
+    programs, history = prepare_programs(model, options, example_inputs)
+    return Net(model, programs, options, history, _convert_for_shapes)
+
+
+def pipeline(program: StepProgram, options: ConvertOptions) -> list[Pass]:
+    """The passes that lead from a captured step to its regions."""
+    dims = _time_dims_of_leaves(options.time_dim, program)
+    invariant = tuple(
+        leaf.placeholder for leaf, dim in zip(program.input_leaves, dims, strict=True) if leaf.placeholder and dim is None
+    )
+    return [
+        RemoveDeadCode(),
+        Normalize(),
+        RemoveDeadCode(),
+        Partition(batch_norm=options.batch_norm, invariant_inputs=invariant),
+    ]
+
+
+def prepare_programs(
+    model: nn.Module, options: ConvertOptions, example_inputs: Any
+) -> tuple[dict[bool, StepProgram], list[PassRecord]]:
+    """Capture a model in both modes and run the pipeline: `({training: program}, history)`."""
+    start = time.perf_counter()
+    training, evaluation = capture_both_modes(model, example_inputs, options.entry)
+    captured = (time.perf_counter() - start) * 1e3
+    same_graph = training is evaluation
+    note = f"{len(training.graph.nodes)} nodes, {len(training.slots)} slots"
+    history = [PassRecord("capture", captured, note, str(training))]
+    verify_program(training)
+    if same_graph:
+        # BatchNorm is planned by mode even where the graph is one.
+        evaluation = training.copy()
+        evaluation.training = False
+    PassManager(pipeline(training, options)).run(training, history)
+    evaluation_history = PassManager(pipeline(evaluation, options)).run(evaluation)
+    if same_graph and _same_plan(training, evaluation):
+        evaluation = training
+    else:
+        history += evaluation_history
+    return {True: training, False: evaluation}, history
+
+
+def _same_plan(a: StepProgram, b: StepProgram) -> bool:
+    def plan(program: StepProgram) -> list[Any]:
+        return [(r.kind, [n.name for n in r.nodes], r.slots) for r in program.regions]
+
+    dims_a = [n.meta.get("batch_dim") for n in a.graph.nodes]
+    return plan(a) == plan(b) and dims_a == [n.meta.get("batch_dim") for n in b.graph.nodes]
+
+
+def _convert_for_shapes(net: Net, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Net:
+    """The net for inputs that the plan of `net` does not cover: captured again with their shapes."""
+    example = kwargs if kwargs and not args else args
+    programs, history = prepare_programs(net.source, net.options, example)
+    return Net(net.source, programs, net.options, history, _convert_for_shapes)
+
+
+def _check_choice(name: str, value: Any, choices: tuple[str, ...]) -> None:
+    if value not in choices:
+        raise InputError("SNNFX309", f"{name}={value!r}", hint=f"Choose one of {', '.join(map(repr, choices))}.")

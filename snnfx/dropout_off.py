@@ -1,0 +1,79 @@
+"""Dropout switched off from outside, so that two runs of a model in training can be compared."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+from torch.overrides import TorchFunctionMode
+
+__all__ = ["without_dropout"]
+
+_DROPOUT_FUNCTIONS: frozenset[Callable[..., Any]] = frozenset(
+    {
+        *(F.dropout, F.dropout1d, F.dropout2d, F.dropout3d, F.alpha_dropout, F.feature_alpha_dropout),
+        *(torch.dropout, torch.dropout_, torch.alpha_dropout, torch.alpha_dropout_, torch.native_dropout),
+        *(torch.feature_dropout, torch.feature_dropout_, torch.feature_alpha_dropout, torch.feature_alpha_dropout_),
+        *(torch.ops.aten.dropout, torch.ops.aten.dropout.default),
+        *(torch.ops.aten.native_dropout, torch.ops.aten.native_dropout.default),
+    }
+)
+_DROPOUT_ATTRIBUTES = ("p", "drop_prob", "dropout")
+
+
+class _DropoutOff(TorchFunctionMode):
+    """Calls dropout functions with p = 0 and not in training: the identity, without a random number drawn."""
+
+    def __torch_function__(
+        self, func: Callable[..., Any], types: Any, args: Sequence[Any] = (), kwargs: Mapping[str, Any] | None = None
+    ) -> Any:
+        args, kwargs = list(args), dict(kwargs or {})
+        if func in _DROPOUT_FUNCTIONS:
+            # All of them begin with (input, p, training), which the functions of ATen call `train`.
+            training = "training" if getattr(func, "__module__", None) == F.__name__ else "train"
+            for position, name, value in ((1, "p", 0.0), (2, training, False)):
+                if position < len(args):
+                    args[position] = value
+                else:
+                    kwargs[name] = value
+        elif func is F.scaled_dot_product_attention:
+            if len(args) > 4:
+                args[4] = 0.0
+            else:
+                kwargs["dropout_p"] = 0.0
+        return func(*args, **kwargs)
+
+
+@contextmanager
+def without_dropout(*models: nn.Module) -> Iterator[None]:
+    """Run models with their dropout off, whatever their mode: p = 0.
+
+    Switches off the dropout functions of PyTorch, also under `torch.vmap`, and the layers that hold a probability:
+    those with "drop" in the name of their class (SpikingJelly's draw a mask that they keep), recurrent layers and
+    attention. Other random functions cannot be switched off.
+
+    Example:
+        >>> import torch
+        >>> layer = torch.nn.Dropout(0.5)
+        >>> with without_dropout(layer):
+        ...     float(layer(torch.ones(1000)).sum())
+        1000.0
+    """
+    changed: list[tuple[nn.Module, str, Any]] = []
+    try:
+        for module in {id(module): module for model in models for module in model.modules()}.values():
+            name = type(module).__name__.lower()
+            if "drop" in name or "stochastic" in name or isinstance(module, nn.RNNBase | nn.MultiheadAttention):
+                for attribute in _DROPOUT_ATTRIBUTES:
+                    if isinstance(module.__dict__.get(attribute), float):
+                        changed.append((module, attribute, module.__dict__[attribute]))
+                        module.__dict__[attribute] = 0.0
+        with _DropoutOff():
+            yield
+    finally:
+        for module, attribute, value in changed:
+            module.__dict__[attribute] = value

@@ -1,0 +1,288 @@
+"""`snnfx::run_region`: a loop or map region as one opaque operator, so that a compiled net does not depend on T.
+
+Forward steps the region's graph (or maps it); of a loop only the states before each step are kept. Backward goes
+through the steps in reverse, recomputes one step under autograd and takes its vector-Jacobian product, surrogate
+gradients included: back-propagation through time with one step alive at a time. The tensors of the region's modules are
+arguments, so autograd and torch.compile see them.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from snnfx.regions import LoopRegion, MapRegion, SequenceRegion, region_of_handle
+
+__all__ = ["run_loop_as_operator", "run_map_as_operator"]
+
+
+def run_loop_as_operator(
+    region: LoopRegion, x_seq: Sequence[Tensor], state: Sequence[Any] | None, constants: Sequence[Any]
+) -> tuple[tuple[Tensor, ...], tuple[Tensor, ...]]:
+    """`LoopRegion.multi_step` through the operator."""
+    results = torch.ops.snnfx.run_region(
+        region.handle,
+        list(x_seq),
+        _tensors_of(constants),
+        [] if state is None else [s if isinstance(s, Tensor) else torch.tensor(s) for s in state],
+        state is not None,
+    )
+    slots = len(results) - _count_outputs(region)
+    outputs = _count_outputs(region)
+    # After the outputs: the final states, then the states kept for backward.
+    return tuple(results[:outputs]), tuple(results[outputs : outputs + slots // 2])
+
+
+def run_map_as_operator(region: MapRegion, x_seq: Sequence[Tensor], constants: Sequence[Any]) -> tuple[Tensor, ...]:
+    """`MapRegion.map_steps` through the operator."""
+    return tuple(torch.ops.snnfx.run_region(region.handle, list(x_seq), _tensors_of(constants), [], False))
+
+
+def _count_outputs(region: SequenceRegion) -> int:
+    return region.output_count  # type: ignore[return-value]
+
+
+def _tensors_of(constants: Sequence[Any]) -> list[Tensor]:
+    found: list[Tensor] = []
+    for constant in constants:
+        if isinstance(constant, nn.Module):
+            found.extend(constant.parameters())
+            found.extend(constant.buffers())
+        elif isinstance(constant, Tensor):
+            found.append(constant)
+    return found
+
+
+@contextlib.contextmanager
+def _constants_from(region: SequenceRegion, tensors: Sequence[Tensor]) -> Iterator[list[Any]]:
+    """The constants of a region again: its modules, with the given tensors in place of their own."""
+    remaining = iter(tensors)
+    undo: list[tuple[dict[str, Any], str, Any]] = []
+    constants: list[Any] = []
+    try:
+        for target in region.constant_targets:
+            if target is None:
+                constants.append(next(remaining))
+                continue
+            assert region.resolve is not None
+            module = region.resolve(target)
+            constants.append(module)
+            for kind, named in (("_parameters", module.named_parameters()), ("_buffers", module.named_buffers())):
+                for name, own in list(named):
+                    given = next(remaining)
+                    for owner in module.modules():
+                        registry = getattr(owner, kind)
+                        for key, value in registry.items():
+                            if value is own:
+                                undo.append((registry, key, own))
+                                registry[key] = given
+                    del name
+        yield constants
+    finally:
+        for registry, key, own in reversed(undo):
+            registry[key] = own
+
+
+@contextlib.contextmanager
+def _autograd_inside() -> Iterator[None]:
+    """Let autograd record inside an operator, where the dispatcher has switched it off."""
+    excluded = torch._C._dispatch_tls_local_exclude_set()
+    for key in (
+        torch._C.DispatchKey.AutogradOther,
+        torch._C.DispatchKey.AutogradCPU,
+        torch._C.DispatchKey.AutogradCUDA,
+        torch._C.DispatchKey.ADInplaceOrView,
+    ):
+        excluded = excluded - torch._C.DispatchKeySet(key)
+    included = torch._C._dispatch_tls_local_include_set()
+    with torch._C._ForceDispatchKeyGuard(included, excluded), torch.enable_grad():  # type: ignore[attr-defined]
+        yield
+
+
+@torch.library.custom_op("snnfx::run_region", mutates_args=())
+def run_region(
+    handle: str, x_seq: Sequence[Tensor], tensors: Sequence[Tensor], state: Sequence[Tensor], has_state: bool
+) -> list[Tensor]:
+    """Run a region over a sequence: outputs, then for a loop final states and the states before steps 1 to T-1."""
+    region = region_of_handle(handle)
+    with _constants_from(region, tensors) as constants:
+        if isinstance(region, MapRegion):
+            return [y.contiguous() for y in _map(region, constants, x_seq)]
+        current: Any = tuple(state) if has_state else None
+        outputs: list[Sequence[Tensor]] = []
+        kept: list[Sequence[Tensor]] = []
+        for x in zip(*(x.unbind(0) for x in x_seq), strict=True):
+            if outputs:
+                kept.append(current)
+            y, current = region(*constants, *x, current)
+            outputs.append(y)
+        stacked = [torch.stack(y) for y in zip(*outputs, strict=True)]
+        before = (
+            [torch.stack(s) for s in zip(*kept, strict=True)]
+            if kept
+            else [s.new_empty((0, *s.shape)) for s in map(torch.as_tensor, current)]
+        )
+        return [*stacked, *(torch.as_tensor(s).clone() for s in current), *before]
+
+
+@run_region.register_fake
+def _(handle: str, x_seq: Sequence[Tensor], tensors: Sequence[Tensor], state: Sequence[Tensor], has_state: bool) -> list[Tensor]:
+    region = region_of_handle(handle)
+    T = x_seq[0].shape[0]
+    with _constants_from(region, tensors) as constants:
+        x = [x[0] for x in x_seq]
+        if isinstance(region, MapRegion):
+            return [y.new_empty((T, *y.shape)) for y in region(*constants, *x)]
+        # The first step may start from numbers; from the second on every state has its full shape.
+        _, after = region(*constants, *x, tuple(state) if has_state else None)
+        outputs, after = region(*constants, *x, after)
+        after = [torch.as_tensor(s) for s in after]
+        return [
+            *(y.new_empty((T, *y.shape)) for y in outputs),
+            *(s.new_empty(s.shape) for s in after),
+            *(s.new_empty((T - 1, *s.shape)) for s in after),
+        ]
+
+
+def _map(region: MapRegion, constants: Sequence[Any], x_seq: Sequence[Tensor]) -> Sequence[Tensor]:
+    if region.refused_by_vmap:
+        return region._one_by_one(tuple(x_seq), tuple(constants))
+    try:
+        return torch.vmap(lambda *x: region.step(*constants, *x), randomness="different")(*x_seq)  # type: ignore[no-any-return]
+    except (RuntimeError, NotImplementedError):
+        return region._one_by_one(tuple(x_seq), tuple(constants))
+
+
+@torch.library.custom_op("snnfx::run_region_backward", mutates_args=())
+def run_region_backward(
+    handle: str,
+    x_seq: Sequence[Tensor],
+    tensors: Sequence[Tensor],
+    state: Sequence[Tensor],
+    has_state: bool,
+    kept: Sequence[Tensor],
+    grads: Sequence[Tensor],
+    needs: Sequence[bool],
+) -> list[Tensor]:
+    """Gradients of x_seq, tensors and state (in that order), for those that `needs` names."""
+    region = region_of_handle(handle)
+    with _autograd_inside():
+        leaves = [t.detach().requires_grad_(n) for t, n in zip([*x_seq, *tensors, *state], needs, strict=True)]
+        xs = leaves[: len(x_seq)]
+        given = leaves[len(x_seq) : len(x_seq) + len(tensors)]
+        first = leaves[len(x_seq) + len(tensors) :]
+        with _constants_from(region, given) as constants:
+            if isinstance(region, MapRegion):
+                wanted = [leaf for leaf, n in zip(leaves, needs, strict=True) if n]
+                found = _vjp(_map(region, constants, xs), grads, wanted)
+                return [torch.zeros_like(w) if g is None else g for w, g in zip(wanted, found, strict=True)]
+            return _reverse(region, constants, xs, given, first if has_state else None, kept, grads, needs)
+
+
+def _reverse(
+    region: SequenceRegion,
+    constants: Sequence[Any],
+    x_seq: Sequence[Tensor],
+    tensors: Sequence[Tensor],
+    state: Sequence[Tensor] | None,
+    kept: Sequence[Tensor],
+    grads: Sequence[Tensor],
+    needs: Sequence[bool],
+) -> list[Tensor]:
+    """Back-propagation through time, one step alive at a time."""
+    T = x_seq[0].shape[0]
+    count = _count_outputs(region)
+    grad_y, grad_state = list(grads[:count]), list(grads[count:])
+    x_needed, tensor_needed = needs[: len(x_seq)], needs[len(x_seq) : len(x_seq) + len(tensors)]
+    grad_x = [torch.zeros_like(x) if n else None for x, n in zip(x_seq, x_needed, strict=True)]
+    grad_tensors = [torch.zeros_like(p) if n else None for p, n in zip(tensors, tensor_needed, strict=True)]
+    wanted_tensors = [p for p, n in zip(tensors, tensor_needed, strict=True) if n]
+    for t in range(T - 1, -1, -1):
+        x = [x[t].detach().requires_grad_(n) for x, n in zip(x_seq, x_needed, strict=True)]
+        if t > 0:
+            before: list[Tensor] | None = [s[t - 1].detach() for s in kept]
+        else:
+            before = None if state is None else [s.detach() for s in state]
+        for s in before or ():
+            s.requires_grad_(s.is_floating_point() or s.is_complex())
+        y, after = region(*constants, *x, None if before is None else tuple(before))
+        wanted_x = [v for v, n in zip(x, x_needed, strict=True) if n]
+        wanted_state = [s for s in before or () if s.requires_grad]
+        found = _vjp([*y, *after], [*(g[t] for g in grad_y), *grad_state], [*wanted_x, *wanted_state, *wanted_tensors])
+        remaining = iter(found)
+        for total in grad_x:
+            if total is not None and (g := next(remaining)) is not None:
+                total[t] = g
+        grad_state = [
+            _zeros_for(next(remaining) if s.requires_grad else None, s) for s in before or ()
+        ]
+        for i, total in enumerate(grad_tensors):
+            if total is not None and (g := next(remaining)) is not None:
+                grad_tensors[i] = total + g
+    grad_first = grad_state if state is not None else []
+    everything = [*grad_x, *grad_tensors, *grad_first]
+    return [g for g, n in zip(everything, needs, strict=True) if n and g is not None]
+
+
+def _zeros_for(grad: Tensor | None, like: Tensor) -> Tensor:
+    return torch.zeros_like(like) if grad is None else grad
+
+
+def _vjp(outputs: Sequence[Any], grads: Sequence[Tensor], wanted: Sequence[Tensor]) -> Sequence[Tensor | None]:
+    pairs = [(y, g) for y, g in zip(outputs, grads, strict=True) if isinstance(y, Tensor) and y.requires_grad]
+    if not pairs or not wanted:
+        return [None] * len(wanted)
+    return torch.autograd.grad([y for y, _ in pairs], list(wanted), [g for _, g in pairs], allow_unused=True)
+
+
+@run_region_backward.register_fake
+def _(
+    handle: str,
+    x_seq: Sequence[Tensor],
+    tensors: Sequence[Tensor],
+    state: Sequence[Tensor],
+    has_state: bool,
+    kept: Sequence[Tensor],
+    grads: Sequence[Tensor],
+    needs: Sequence[bool],
+) -> list[Tensor]:
+    everything = [*x_seq, *tensors, *state]
+    return [torch.empty_like(t) for t, n in zip(everything, needs, strict=True) if n]
+
+
+def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: list[Tensor]) -> None:
+    handle, x_seq, tensors, state, has_state = inputs
+    region = region_of_handle(handle)
+    slots = (len(output) - _count_outputs(region)) // 2 if isinstance(region, LoopRegion) else 0
+    kept = output[len(output) - slots :] if slots else []
+    ctx.handle, ctx.has_state = handle, has_state
+    ctx.sizes = (len(x_seq), len(tensors), len(state))
+    ctx.results = [(y.shape, y.dtype, y.device) for y in output[: len(output) - slots]]
+    ctx.needs = [t.requires_grad for t in (*x_seq, *tensors, *state)]
+    ctx.save_for_backward(*x_seq, *tensors, *state, *kept)
+
+
+def _backward(ctx: Any, grads: list[Tensor | None]) -> tuple[Any, ...]:
+    n_x, n_tensors, n_state = ctx.sizes
+    saved = list(ctx.saved_tensors)
+    x_seq, tensors = saved[:n_x], saved[n_x : n_x + n_tensors]
+    state = saved[n_x + n_tensors : n_x + n_tensors + n_state]
+    kept = saved[n_x + n_tensors + n_state :]
+    given = [
+        torch.zeros(shape, dtype=dtype, device=device) if g is None else g
+        for (shape, dtype, device), g in zip(ctx.results, grads, strict=False)
+    ]
+    found = iter(
+        torch.ops.snnfx.run_region_backward(
+            ctx.handle, x_seq, tensors, state, ctx.has_state, kept, given, ctx.needs
+        )
+    )
+    each = [next(found) if need else None for need in ctx.needs]
+    return None, each[:n_x], each[n_x : n_x + n_tensors], each[n_x + n_tensors :], None
+
+
+run_region.register_autograd(_backward, setup_context=_setup_context)

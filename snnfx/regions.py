@@ -1,0 +1,231 @@
+"""What a converted net runs for a region: graphs of one step that take their modules and parameters as arguments.
+
+A region has no parameters of its own, so the keys of the net's state_dict stay those of the model. Called directly it
+computes one step (or, folded, a large batch). For whole sequences it offers `multi_step` or `map_steps`, which
+`snnfx.functional` uses: eagerly a Python loop or torch.vmap, under torch.compile one opaque operator, so that the
+compiled program does not depend on T.
+"""
+
+from __future__ import annotations
+
+import itertools
+import weakref
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, fx, nn
+
+from snnfx.errors import PassError, warn_once
+
+__all__ = [
+    "LoopRegion",
+    "MapRegion",
+    "RegionGraph",
+    "batch_norm_per_step",
+    "call_once",
+    "delay_one_step",
+    "pick_state",
+    "region_of_handle",
+    "repeat_over_time",
+]
+
+_handles: weakref.WeakValueDictionary[str, SequenceRegion] = weakref.WeakValueDictionary()
+_counter = itertools.count()
+
+
+class RegionGraph(fx.GraphModule):
+    """The graph of one step of a region; placeholders are its constants, its step inputs and, in loops, its state."""
+
+
+class SequenceRegion(nn.Module):
+    """A region that runs over a whole sequence and can be named by a handle, so that an operator can find it."""
+
+    def __init__(self, label: str, step: RegionGraph) -> None:
+        super().__init__()
+        self.label = label
+        self.step = step
+        self.handle = f"{label}#{next(_counter)}"
+        self.resolve: Callable[[str], Any] | None = None
+        self.constant_targets: list[str | None] = []
+        _handles[self.handle] = self
+
+    def bind(self, resolve: Callable[[str], Any], constant_targets: Sequence[str | None]) -> None:
+        """Say where the modules among the constants are found when only their tensors are at hand."""
+        self.__dict__["resolve"] = resolve
+        self.constant_targets = list(constant_targets)
+
+    def runs_as_operator(self, constants: Sequence[Any]) -> bool:
+        """Under torch.compile, unless a module in it changes its buffers: then the loop is unrolled."""
+        return torch.compiler.is_compiling() and not any(
+            isinstance(m, nn.modules.batchnorm._BatchNorm) and m.training
+            for c in constants
+            if isinstance(c, nn.Module)
+            for m in c.modules()
+        )
+
+
+class LoopRegion(SequenceRegion):
+    """A strongly connected component, stepped over time.
+
+    Args:
+        label: qualified name for messages.
+        step: `(*constants, *inputs, state) -> (outputs, state)`.
+        first: `(*constants, *inputs) -> (outputs, state)`: the step from the reset state, None if there is no state.
+    """
+
+    def __init__(self, label: str, step: RegionGraph, first: RegionGraph | None) -> None:
+        super().__init__(label, step)
+        self.first = first
+
+    def forward(self, *arguments: Any) -> tuple[tuple[Tensor, ...], tuple[Tensor, ...]]:
+        """One step: `(*constants, *inputs, state)`, where state None means the reset state."""
+        *rest, state = arguments
+        if state is None and self.first is not None:
+            return self.first(*rest)  # type: ignore[no-any-return]
+        return self.step(*rest, state)  # type: ignore[no-any-return]
+
+    def multi_step(
+        self, x_seq: tuple[Tensor, ...], state: tuple[Any, ...] | None, constants: tuple[Any, ...]
+    ) -> tuple[tuple[Tensor, ...], tuple[Any, ...]]:
+        """All steps of a sequence: `(outputs [T, *], final state)`."""
+        if self.runs_as_operator(constants):
+            from snnfx.region_op import run_loop_as_operator
+
+            return run_loop_as_operator(self, x_seq, state, constants)
+        outputs: list[tuple[Tensor, ...]] = []
+        for x in zip(*(x.unbind(0) for x in x_seq), strict=True):
+            y, state = self(*constants, *x, state)
+            outputs.append(y)
+        return tuple(torch.stack(y) for y in zip(*outputs, strict=True)), state  # type: ignore[return-value]
+
+
+class MapRegion(SequenceRegion):
+    """Parallel in time but not foldable: the step graph under torch.vmap over T.
+
+    Where vmap has no rule for an operation, the steps are run one after the other instead, with one warning.
+    """
+
+    def __init__(self, label: str, step: RegionGraph) -> None:
+        super().__init__(label, step)
+        self.refused_by_vmap = ""
+
+    def forward(self, *arguments: Any) -> tuple[Tensor, ...]:
+        """One step: `(*constants, *inputs)`."""
+        return self.step(*arguments)  # type: ignore[no-any-return]
+
+    def map_steps(self, x_seq: tuple[Tensor, ...], constants: tuple[Any, ...]) -> tuple[Tensor, ...]:
+        """All steps of a sequence at once: outputs `[T, *]`."""
+        if self.runs_as_operator(constants):
+            from snnfx.region_op import run_map_as_operator
+
+            return run_map_as_operator(self, x_seq, constants)
+        if not self.refused_by_vmap:
+            try:
+                return torch.vmap(lambda *x: self.step(*constants, *x), randomness="different")(*x_seq)  # type: ignore[no-any-return]
+            except (RuntimeError, NotImplementedError) as error:
+                result = self._one_by_one(x_seq, constants)  # raises if the model itself is at fault
+                self.refused_by_vmap = str(error).splitlines()[0]
+                warn_once(
+                    "SNNFX504",
+                    f"torch.vmap refused the region {self.label} ({self.refused_by_vmap}); its steps run one by one.",
+                    key=self.handle,
+                )
+                return result
+        return self._one_by_one(x_seq, constants)
+
+    def _one_by_one(self, x_seq: tuple[Tensor, ...], constants: tuple[Any, ...]) -> tuple[Tensor, ...]:
+        steps = [self.step(*constants, *x) for x in zip(*(x.unbind(0) for x in x_seq), strict=True)]
+        return tuple(torch.stack(y) for y in zip(*steps, strict=True))
+
+
+def region_of_handle(handle: str) -> SequenceRegion:
+    """The living region behind a handle.
+
+    Raises:
+        PassError: SNNFX503, its net was deleted, or the program was loaded into another process.
+    """
+    region = _handles.get(handle)
+    if region is None:
+        raise PassError(
+            "SNNFX503",
+            f"the region `{handle}` no longer exists",
+            why="a compiled or exported program refers to the regions of a living net of the same process.",
+            hint="Keep the net alive, or convert and compile again.",
+        )
+    return region
+
+
+def pick_state(state: dict[str, Any] | None, names: tuple[str, ...]) -> tuple[Any, ...] | None:
+    """The values of one region's slots out of the state of the net; None means the reset state."""
+    if state is None:
+        return None
+    return tuple(state[name] for name in names)
+
+
+def call_once(region: Callable[..., Any], constants: tuple[Any, ...]) -> Any:
+    """Run a region whose value does not change with time."""
+    return region(*constants)
+
+
+def repeat_over_time(value: Any, time: Tensor) -> Any:
+    """A value that is the same at every step as a sequence `[T, *]` (a view, nothing is copied)."""
+    if not isinstance(value, Tensor):
+        return value
+    return value.unsqueeze(0).expand(time.shape[0], *value.shape)
+
+
+def delay_one_step(following_seq: Tensor, state: tuple[Any, ...] | None, initial: Callable[[], Any] | Any) -> Tensor:
+    """The sequence of a slot that only hands a value to the next step: `[initial, following_seq[0], ..., [T-2]]`."""
+    first = initial if state is None else state[0]
+    if not isinstance(first, Tensor):
+        first = torch.full_like(following_seq[0], first)
+    return torch.cat((first.expand_as(following_seq[0]).unsqueeze(0).to(following_seq.dtype), following_seq[:-1]))
+
+
+def batch_norm_per_step(x_seq: Tensor, module: nn.modules.batchnorm._BatchNorm) -> Tensor:
+    """BatchNorm over `[T, N, C, *]` as T calls one after the other do it, computed for all steps at once.
+
+    Statistics are those of one step; the running statistics after it are those after T updates, in closed form:
+    with momentum m, `r_T = (1-m)^T r_0 + sum_t m (1-m)^(T-1-t) stat_t` (Ioffe & Szegedy 2015 for one update).
+
+    Args:
+        x_seq: `[T, N, C, *]`.
+        module: a BatchNorm module; in evaluation mode it is folded.
+    """
+    T = x_seq.shape[0]
+    if module._forward_hooks or module._forward_pre_hooks:
+        return torch.stack([module(x) for x in x_seq.unbind(0)])
+    if not module.training and module.running_mean is not None:
+        return module(x_seq.flatten(0, 1)).unflatten(0, (T, x_seq.shape[1]))  # type: ignore[no-any-return]
+    module._check_input_dim(x_seq[0])
+    count = x_seq[0].numel() // x_seq.shape[2]
+    if module.training and count <= 1:
+        return torch.stack([module(x) for x in x_seq.unbind(0)])  # torch's own error
+    dims = [1, *range(3, x_seq.dim())]
+    variance, mean = torch.var_mean(x_seq, dims, correction=0, keepdim=True)
+    y = (x_seq - mean) * torch.rsqrt(variance + module.eps)
+    if module.weight is not None:
+        shape = (-1, *(1,) * (x_seq.dim() - 3))
+        y = y * module.weight.view(shape) + module.bias.view(shape)
+    if module.training and module.track_running_stats and module.running_mean is not None:
+        with torch.no_grad():
+            _update_running_statistics(module, mean.view(T, -1), variance.view(T, -1) * (count / (count - 1)))
+    return y.to(x_seq.dtype)
+
+
+def _update_running_statistics(module: nn.modules.batchnorm._BatchNorm, mean: Tensor, variance: Tensor) -> None:
+    T = mean.shape[0]
+    assert module.num_batches_tracked is not None
+    if module.momentum is None:
+        seen = module.num_batches_tracked.to(mean.dtype)
+        keep = seen / (seen + T)
+        weights = (torch.ones(T, dtype=mean.dtype, device=mean.device) / (seen + T)).unsqueeze(1)
+    else:
+        age = torch.arange(T - 1, -1, -1, dtype=mean.dtype, device=mean.device)
+        keep = torch.tensor(1.0 - module.momentum, dtype=mean.dtype, device=mean.device) ** T
+        weights = (module.momentum * (1.0 - module.momentum) ** age).unsqueeze(1)
+    for running, statistic in ((module.running_mean, mean), (module.running_var, variance)):
+        assert running is not None
+        running.copy_(keep * running + (weights * statistic).sum(0))
+    module.num_batches_tracked.add_(T)

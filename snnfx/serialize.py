@@ -1,0 +1,75 @@
+"""A step program as plain records, for pickle and deepcopy: torch.fx would lose names and what is known of a node."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from typing import Any
+
+from torch import fx, nn
+from torch.fx import Node
+from torch.fx.node import map_aggregate
+from torch.utils import _pytree as pytree
+
+from snnfx.program import StepProgram
+
+__all__ = ["pack_program", "unpack_program"]
+
+
+@dataclass(frozen=True)
+class _Reference:
+    """Stands for a node in packed arguments."""
+
+    name: str
+
+
+@dataclass(frozen=True)
+class _PackedProgram:
+    nodes: list[tuple[str, str, Any, Any, Any, dict[str, Any]]]
+    regions: list[tuple[str, str, list[str], list[str]]]
+    fields: dict[str, Any]
+    first_step: _PackedProgram | None
+
+
+_REBUILT = ("graph", "source", "regions", "first_step")
+_SPECS = ("input_spec", "output_spec")
+
+
+def pack_program(program: StepProgram) -> _PackedProgram:
+    """Everything of a program but its model, in a form that pickles."""
+
+    def pack(value: Any) -> Any:
+        return _Reference(value.name) if isinstance(value, Node) else value
+
+    nodes = [
+        (n.name, n.op, n.target, map_aggregate(n.args, pack), map_aggregate(n.kwargs, pack), dict(n.meta))
+        for n in program.graph.nodes
+    ]
+    regions = [(r.name, r.kind, [n.name for n in r.nodes], list(r.slots)) for r in program.regions]
+    fields = {k: v for k, v in vars(program).items() if k not in _REBUILT}
+    for name in _SPECS:
+        # A structure pickles as a nested container of zeros; pytree's own pickling is deprecated.
+        fields[name] = pytree.tree_unflatten([0] * fields[name].num_leaves, fields[name])
+    first = pack_program(program.first_step) if program.first_step is not None else None
+    return _PackedProgram(nodes, regions, fields, first)
+
+
+def unpack_program(packed: _PackedProgram, source: nn.Module) -> StepProgram:
+    """The program again, over `source`."""
+    from snnfx.program import Region
+
+    graph = fx.Graph()
+    nodes: dict[str, Node] = {}
+
+    def unpack(value: Any) -> Any:
+        return nodes[value.name] if isinstance(value, _Reference) else value
+
+    for name, op, target, args, kwargs, meta in packed.nodes:
+        node = graph.create_node(op, target, map_aggregate(args, unpack), map_aggregate(kwargs, unpack), name=name)  # type: ignore[arg-type]
+        node.name = name
+        node.meta = dict(meta)
+        nodes[name] = node
+    fields = {**packed.fields, **{name: pytree.tree_structure(packed.fields[name]) for name in _SPECS}}
+    program = StepProgram(graph=graph, source=source, **fields)
+    regions = [Region(name, kind, [nodes[n] for n in members], slots) for name, kind, members, slots in packed.regions]
+    first = unpack_program(packed.first_step, source) if packed.first_step is not None else None
+    return replace(program, regions=regions, first_step=first)
