@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import Tensor, fx, nn
+from torch import Tensor, fx
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.fx import Node
 from torch.utils import _pytree as pytree
@@ -21,6 +21,7 @@ from torch.utils import _pytree as pytree
 from snnfx.errors import InputError
 from snnfx.passes.emit import RegionBuilder
 from snnfx.program import StepProgram
+from snnfx.regions import call_module
 
 __all__ = ["ChunkPlan", "check_chunk_option", "plan_chunks"]
 
@@ -82,9 +83,11 @@ def live_bytes_per_step(program: StepProgram, steps: Sequence[Tensor]) -> int:
     wanted = [v for v in program.outputs if isinstance(v, Node)]
     first = builder.graph_module(wanted, program.next_states, slots, first=True)
     mode = FakeTensorMode(allow_non_fake_inputs=True)
-    given = dict(zip(program.input_nodes(), steps, strict=True))
-    constants = [program.resolve(key if isinstance(key, str) else str(key.target)) for key in builder.constants if key not in given]
-    arguments = [*constants, *(mode.from_tensor(given[n], static_shapes=True) for n in given if n in builder.constants or n in builder.inputs)]
+    given = {n: mode.from_tensor(x, static_shapes=True) for n, x in zip(program.input_nodes(), steps, strict=True)}
+    arguments = [
+        given[key] if isinstance(key, Node) and key in given else program.resolve(str(getattr(key, "target", key)))
+        for key in [*builder.constants, *builder.inputs]
+    ]
     with mode, torch.no_grad():
         meter = _LiveBytes(first)
         meter.run(*arguments)
@@ -117,7 +120,7 @@ class _LiveBytes(fx.Interpreter):
 
     def call_function(self, target: Any, args: Any, kwargs: Any) -> Any:
         # A user's hooks have no business with fake tensors: call the forward, not the module.
-        if args and isinstance(args[0], nn.Module) and getattr(target, "__name__", "") == "call":
+        if target is call_module:
             return args[0].forward(*args[1:], **kwargs)
         return super().call_function(target, args, kwargs)
 

@@ -1,8 +1,10 @@
 """Emit the multi-step graph: one call of a `snnfx.functional` function for each region of a partitioned program.
 
-The inputs of the emitted graph are the sequences of the model's inputs (time first), the state by slot name (None: the
-reset state) and `time`, a tensor `[T]` for regions that have no sequence of their own. It returns the outputs and the
-final state. Regions take modules and parameters as arguments, so that every one of them stays where the model has it.
+There are two forms over the same region modules. The plain one is what a user sees and exports: from the sequences
+of the model's inputs to its outputs, starting from the reset state. The one with state takes sequences with time first,
+the state by slot name (None: the reset state) and `time`, a tensor `[T]` for regions that have no sequence of their own;
+it returns outputs, final state and what is recorded. Regions take modules and parameters as arguments, so that every
+one of them stays where the model has it.
 """
 
 from __future__ import annotations
@@ -14,6 +16,7 @@ from typing import Any
 
 from torch import fx, nn
 from torch.fx import Node, map_arg
+from torch.utils import _pytree as pytree
 
 from snnfx.errors import CaptureError
 from snnfx.functional import map_forward, multi_step_forward, seq_to_ann_forward
@@ -24,13 +27,15 @@ from snnfx.regions import (
     MapRegion,
     RegionGraph,
     batch_norm_per_step,
+    call_module,
     call_once,
     delay_one_step,
     pick_state,
     repeat_over_time,
+    time_steps,
 )
 
-__all__ = ["Emitted", "emit_multi_step", "emit_single_step"]
+__all__ = ["Emitted", "RegionBuilder", "emit_multi_step", "emit_plain", "emit_single_step"]
 
 TargetName = Callable[[str], str]
 
@@ -46,7 +51,7 @@ class Emitted:
 def emit_multi_step(
     program: StepProgram, container: str, target_name: TargetName, record: Sequence[Node] = ()
 ) -> Emitted:
-    """Emit a partitioned program for whole sequences.
+    """Emit a partitioned program for whole sequences, with state.
 
     Args:
         program: at stage "partitioned".
@@ -58,6 +63,27 @@ def emit_multi_step(
         A graph `(inputs..., state=None, time=None) -> (outputs, {slot: final value}, records)`.
     """
     return _MultiStepEmitter(program, container, target_name, record).emit()
+
+
+def emit_plain(
+    program: StepProgram,
+    container: str,
+    target_name: TargetName,
+    regions: dict[str, nn.Module],
+    time_dims: Sequence[int | None],
+    output_time_dim: int,
+) -> Emitted:
+    """Emit a partitioned program for whole sequences from the reset state: `(inputs...) -> outputs`.
+
+    Args:
+        program: at stage "partitioned".
+        container: where the net keeps the region modules.
+        target_name: from a target of the program to the attribute path on the net.
+        regions: the region modules of `emit_multi_step`, used again.
+        time_dims: where T is in each tensor input, None for one that is the same at every step.
+        output_time_dim: where T is in the outputs.
+    """
+    return _PlainEmitter(program, container, target_name, regions, time_dims, output_time_dim).emit()
 
 
 def emit_single_step(program: StepProgram, container: str, target_name: TargetName) -> Emitted:
@@ -88,9 +114,19 @@ class _Emitter:
             self.attributes[target] = self.graph.get_attr(self.target_name(target))
         return self.attributes[target]
 
-    def region(self, name: str, module: nn.Module) -> Node:
-        self.regions[name] = module
+    def steps(self) -> Node:
+        """A tensor `[T]`."""
+        return self.time
+
+    def region(self, name: str, make: Callable[[], nn.Module]) -> Node:
+        """A get_attr node of the net for a region module, made unless the other form has it already."""
+        if name not in self.regions:
+            self.regions[name] = make()
         return self.graph.get_attr(f"{self.container}.{name}")
+
+    def state_of(self, slots: Sequence[str]) -> Any:
+        """The values of some slots before the first step; None is the reset state."""
+        return self.graph.call_function(pick_state, (self.state, tuple(slots)))
 
     def finish(self, outputs: Any, state: dict[str, Any], records: Any = ()) -> Emitted:
         self.graph.output((tuple(outputs), state, tuple(records)))
@@ -104,7 +140,7 @@ class _MultiStepEmitter(_Emitter):
         self.region_of = {node: region for region in program.regions for node in region.nodes}
         self.next_of = dict(zip((s.name for s in program.slots), program.next_states, strict=True))
         self.initial_of = dict(zip((s.name for s in program.slots), program.initial_values, strict=True))
-        self.final_states: dict[str, Node] = {}
+        self.loop_calls: dict[str, tuple[Node, int]] = {}
         self.builders = {region.name: self._builder(region) for region in program.regions}
         self.read_outside = self._read_outside()
 
@@ -136,13 +172,20 @@ class _MultiStepEmitter(_Emitter):
             return
         constant_args = tuple(self._constant(key) for key in constants)
         if region.kind == "once":
-            module = self.region(region.name, builder.graph_module(wanted))
+            module = self.region(region.name, lambda: builder.graph_module(wanted))
             call = self.graph.call_function(call_once, (module, constant_args), name=region.name)
         elif region.kind == "fold":
             call = self._emit_fold(region, builder, wanted, constant_args)
         elif region.kind == "map":
-            mapped = MapRegion(_label(region), builder.graph_module(wanted, extra_input=not builder.inputs))
-            call = self._emit_sequence_call(region, builder, mapped, map_forward, wanted, constant_args, {})
+            call = self._emit_sequence_call(
+                region,
+                builder,
+                lambda: MapRegion(_label(region), builder.graph_module(wanted, extra_input=not builder.inputs)),
+                map_forward,
+                wanted,
+                constant_args,
+                {},
+            )
         else:
             self._emit_loop(region, builder, wanted, constant_args)
             return
@@ -150,7 +193,7 @@ class _MultiStepEmitter(_Emitter):
             self._define(node, self.graph.call_function(operator.getitem, (call, index)))
 
     def _emit_fold(self, region: Region, builder: RegionBuilder, wanted: list[Node], constants: Any) -> Node:
-        module = self.region(region.name, builder.graph_module(wanted))
+        module = self.region(region.name, lambda: builder.graph_module(wanted))
         inputs = tuple(self._sequence_input(node) for node in builder.inputs)
         kwargs: dict[str, Any] = {"constants": constants} if constants else {}
         batch_dims = tuple(node.meta["batch_dim"] for node in builder.inputs)
@@ -165,38 +208,41 @@ class _MultiStepEmitter(_Emitter):
         self,
         region: Region,
         builder: RegionBuilder,
-        module: LoopRegion | MapRegion,
+        make: Callable[[], LoopRegion | MapRegion],
         function: Callable[..., Any],
         wanted: list[Node],
         constants: Any,
         kwargs: dict[str, Any],
     ) -> Node:
-        module.bind(self.program.resolve, [_module_target(self.program, key) for key in builder.constants])
-        module.output_count = len(wanted)  # type: ignore[assignment]
-        inputs = tuple(self._sequence_input(node) for node in builder.inputs) or (self.time,)
+        def make_bound() -> nn.Module:
+            module = make()
+            targets = [_module_target(self.program, key) for key in builder.constants]
+            module.bind(self.program.resolve, targets, output_count=len(wanted))
+            return module
+
+        inputs = tuple(self._sequence_input(node) for node in builder.inputs) or (self.steps(),)
         if constants:
             kwargs = {**kwargs, "constants": constants}
-        attribute = self.region(region.name, module)
+        attribute = self.region(region.name, make_bound)
         return self.graph.create_node("call_function", function, (inputs, attribute), kwargs, name=region.name)
 
     def _emit_loop(self, region: Region, builder: RegionBuilder, wanted: list[Node], constants: Any) -> None:
         nexts = [self.next_of[slot] for slot in region.slots]
-        extra_input = not builder.inputs
-        step = builder.graph_module(wanted, nexts, region.slots, extra_input=extra_input)
-        first = builder.graph_module(wanted, nexts, region.slots, first=True, extra_input=extra_input) if region.slots else None
-        if not region.slots:
-            state: Any = ()
-        else:
-            state = self.graph.call_function(pick_state, (self.state, tuple(region.slots)))
-        loop = LoopRegion(_label(region), step, first)
-        call = self._emit_sequence_call(region, builder, loop, multi_step_forward, wanted, constants, {"state": state})
+        extra = not builder.inputs
+
+        def make() -> LoopRegion:
+            step = builder.graph_module(wanted, nexts, region.slots, extra_input=extra)
+            if not region.slots:
+                return LoopRegion(_label(region), step, None)
+            first = builder.graph_module(wanted, nexts, region.slots, first=True, extra_input=extra)
+            return LoopRegion(_label(region), step, first)
+
+        state: Any = self.state_of(region.slots) if region.slots else ()
+        call = self._emit_sequence_call(region, builder, make, multi_step_forward, wanted, constants, {"state": state})
         outputs = self.graph.call_function(operator.getitem, (call, 0))
         for index, node in enumerate(wanted):
             self._define(node, self.graph.call_function(operator.getitem, (outputs, index)))
-        if region.slots:
-            finals = self.graph.call_function(operator.getitem, (call, 1))
-            for index, slot in enumerate(region.slots):
-                self.final_states[slot] = self.graph.call_function(operator.getitem, (finals, index))
+        self.loop_calls.update({slot: (call, index) for index, slot in enumerate(region.slots)})
 
     def _read_outside(self) -> set[Node]:
         """The nodes that somebody outside of their region reads (sizes are computed again there)."""
@@ -238,18 +284,19 @@ class _MultiStepEmitter(_Emitter):
             return value
         if value.meta.get("varying") or (value.op == "placeholder" and "slot" in value.meta):
             return self.value(value)
-        return self.graph.call_function(repeat_over_time, (self.value(value), self.time))
+        return self.graph.call_function(repeat_over_time, (self.value(value), self.steps()))
 
     def _delayed(self, placeholder: Node) -> Node:
         """A slot that is on no cycle: the sequence of its next value, one step later."""
         slot = placeholder.meta["slot"]
         following = self.next_of[slot]
-        state = self.graph.call_function(pick_state, (self.state, (slot,)))
+        state = self.state_of((slot,))
         initial = self.initial_of[slot]
         if isinstance(initial, Node):
             builder = RegionBuilder(self.program, [], [], stop=self.region_of)
             builder.add_values([initial])
-            module = self.region(f"initial_{placeholder.name}", builder.graph_module([initial]))
+            value = initial
+            module = self.region(f"initial_{placeholder.name}", lambda: builder.graph_module([value]))
             constants = tuple(self._constant(key) for key in builder.constants)
             first = tuple(
                 self.graph.call_function(operator.getitem, (self._sequence_input(n), 0)) for n in builder.inputs
@@ -259,12 +306,65 @@ class _MultiStepEmitter(_Emitter):
         return self.graph.call_function(delay_one_step, (self._as_sequence(following), state, initial))
 
     def _final_state(self, slot: str) -> Any:
-        if slot in self.final_states:
-            return self.final_states[slot]
+        if slot in self.loop_calls:
+            call, index = self.loop_calls[slot]
+            finals = self.graph.call_function(operator.getitem, (call, 1))
+            return self.graph.call_function(operator.getitem, (finals, index))
         following = self.next_of[slot]
         if not isinstance(following, Node):
             return following
         return self.graph.call_function(operator.getitem, (self._as_sequence(following), -1))
+
+
+class _PlainEmitter(_MultiStepEmitter):
+    """The form without state: what is read at the start is the reset state, final states are not returned."""
+
+    def __init__(
+        self,
+        program: StepProgram,
+        container: str,
+        target_name: TargetName,
+        regions: dict[str, nn.Module],
+        time_dims: Sequence[int | None],
+        output_time_dim: int,
+    ) -> None:
+        super().__init__(program, container, target_name, ())
+        self.regions.update(regions)
+        self.time_dims, self.output_time_dim = time_dims, output_time_dim
+
+    def placeholders(self) -> None:
+        inputs = self.program.input_nodes()
+        for node in inputs:
+            self.values[node] = self.graph.placeholder(node.name)
+        carriers = [n for n, dim in zip(inputs, self.time_dims, strict=True) if dim is not None]
+        self.time = None if carriers else self.graph.placeholder("time")  # type: ignore[assignment]
+        for node, dim in zip(inputs, self.time_dims, strict=True):
+            if dim:
+                self.values[node] = self.graph.call_method("movedim", (self.values[node], dim, 0))
+            self.values[node].meta.update(node.meta)
+        self.first_carrier = carriers[0] if carriers else None
+
+    def state_of(self, slots: Sequence[str]) -> Any:
+        return None
+
+    def steps(self) -> Node:
+        if self.time is None:
+            assert self.first_carrier is not None
+            self.time = self.graph.call_function(time_steps, (self.values[self.first_carrier],))
+        return self.time
+
+    def emit(self) -> Emitted:
+        self.placeholders()
+        for region in self.program.regions:
+            self._emit_region(region)
+        outputs = [self._time_back(self._as_sequence(value)) for value in self.program.outputs]
+        self.graph.output(pytree.tree_unflatten(outputs, self.program.output_spec))
+        return Emitted(self.graph, self.regions)
+
+    def _time_back(self, value: Any) -> Any:
+        if isinstance(value, Node) and self.output_time_dim != 0:
+            return self.graph.call_method("movedim", (value, 0, self.output_time_dim))
+        return value
 
 
 class _SingleStepEmitter(_Emitter):
@@ -275,13 +375,16 @@ class _SingleStepEmitter(_Emitter):
         nodes = [n for n in program.graph.nodes if n.op.startswith("call") or "slot" in n.meta]
         builder = RegionBuilder(program, nodes, slots)
         wanted = [n for n in program.outputs if isinstance(n, Node)]
-        step = builder.graph_module(wanted, program.next_states, slots)
-        first = builder.graph_module(wanted, program.next_states, slots, first=True)
-        module = self.region("step", LoopRegion("step", step, first))
+
+        def make() -> LoopRegion:
+            step = builder.graph_module(wanted, program.next_states, slots)
+            return LoopRegion("step", step, builder.graph_module(wanted, program.next_states, slots, first=True))
+
+        module = self.region("step", make)
         arguments = [self.attribute(key) if isinstance(key, str) else self._given(key) for key in builder.constants]
         arguments += [self.values[node] for node in builder.inputs]
-        state: Any = self.graph.call_function(pick_state, (self.state, tuple(slots)))
-        call = self.graph.call_function(operator.call, (module, *arguments, state), name="step")
+        state = self.state_of(slots)
+        call = self.graph.call_function(call_module, (module, *arguments, state), name="step")
         outputs = self.graph.call_function(operator.getitem, (call, 0))
         nexts = self.graph.call_function(operator.getitem, (call, 1))
         values = [
@@ -452,7 +555,7 @@ class _Copier:
             args, kwargs = self.argument(tuple(node.args)), self.argument(node.kwargs)
             if node.op == "call_module":
                 args = (self.modules[str(node.target)], *args)
-                new = self.graph.create_node("call_function", operator.call, args, dict(kwargs), name=node.name)
+                new = self.graph.create_node("call_function", call_module, args, dict(kwargs), name=node.name)
             else:
                 new = self.graph.create_node(node.op, node.target, args, dict(kwargs), name=node.name)
             new.meta.update({k: v for k, v in node.meta.items() if k in ("where", "module", "val")})

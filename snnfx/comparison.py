@@ -107,6 +107,9 @@ def compare(
     relative = largest / scale if scale else float("inf")
     sizes = f"largest difference {largest:.3g} (relative {relative:.3g}, allowed {allowed:.2g})"
     what = "spikes" if are_spikes(a) and are_spikes(b) and timed else "elements"
+    if wrong.numel() == 1:
+        detail = f"it is {a.item():.6g} where that of the model is {b.item():.6g}, {sizes}"
+        return Comparison(kind, name, largest, relative, allowed, True, detail, 0 if timed else None)
     if not timed:
         detail = f"{int(wrong.sum())} of {wrong.numel()} {what} differ, {sizes}"
         return Comparison(kind, name, largest, relative, allowed, True, detail)

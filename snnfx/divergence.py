@@ -76,14 +76,16 @@ def recorded_neurons(model: nn.Module) -> Iterator[dict[str, NeuronTrace]]:
 
 
 def first_divergence(
-    traces: Mapping[str, NeuronTrace], record: Mapping[str, Any], tolerance: Tolerance
+    traces: Mapping[str, NeuronTrace], record: Mapping[str, Any], tolerance: Tolerance, *, by_time: bool
 ) -> Divergence | None:
-    """The neuron whose output differs at the earliest step; of several, the one that the model calls first.
+    """The neuron at which the difference comes up: the first in time, and of several the one called first in a step.
 
     Args:
         traces: of the model, T calls each.
         record: what `net.run` recorded: outputs `[T, *]` by name, potentials by "name.slot".
         tolerance: how much outputs may differ.
+        by_time: False: the one called first, whenever it differs. A BatchNorm over T*N takes a difference at one step
+            to all of them, so that time does not tell what came first.
     """
     found = []
     for name, trace in traces.items():
@@ -94,7 +96,7 @@ def first_divergence(
                 found.append((comparison.step, name))
     if not found:
         return None
-    step, name = min(found, key=lambda entry: entry[0])
+    step, name = min(found, key=lambda entry: entry[0]) if by_time else found[0]
     trace = traces[name]
     actual, expected = record[name][step], trace.outputs[step]
     if not (are_spikes(actual) and are_spikes(expected)):

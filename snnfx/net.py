@@ -8,6 +8,7 @@ final state)`; `forward`, `run` and the chunked form around it are ordinary Pyth
 from __future__ import annotations
 
 import copy
+import inspect
 from collections import OrderedDict
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
@@ -22,7 +23,7 @@ from snnfx.errors import InputError, warn_once
 from snnfx.functional import chunk_multi_step_forward
 from snnfx.passes.base import PassRecord
 from snnfx.passes.chunk import ChunkPlan, plan_chunks
-from snnfx.passes.emit import Emitted, emit_multi_step, emit_single_step
+from snnfx.passes.emit import Emitted, emit_multi_step, emit_plain, emit_single_step
 from snnfx.program import SELF_TARGET, Region, StepProgram
 from snnfx.serialize import pack_program, unpack_program
 
@@ -96,13 +97,20 @@ class Net(fx.GraphModule):
                     self._runners[False, part] = runner
                 continue
             program = self._programs[mode]
+            multi_step = self.options.step_mode == "m"
             label = "both_modes" if same else ("in_training" if mode else "in_evaluation")
-            if self.options.step_mode == "m":
-                emitted = emit_multi_step(program, f"{_REGIONS}.{label}", self._target_name)
-            else:
-                emitted = emit_single_step(program, f"{_REGIONS}.{label}", self._target_name)
-            self._graphs[mode] = self._install(emitted, label)
+            emit = emit_multi_step if multi_step else emit_single_step
+            emitted = emit(program, f"{_REGIONS}.{label}", self._target_name)
+            self._graphs[mode] = emitted.graph
             self._runners[mode, "main"] = self._compile(emitted.graph)
+            if multi_step and program.first_step is None and _is_plain_structure(program.output_spec):
+                plain = emit_plain(
+                    program, f"{_REGIONS}.{label}", self._target_name, emitted.regions, self._tensor_dims(), self._output_time_dim
+                )
+                self._graphs[mode] = plain.graph
+                self._runners[mode, "plain"] = self._compile(plain.graph)
+                emitted.regions.update(plain.regions)
+            self._install(emitted, label)
             if program.first_step is not None:
                 first = emit_single_step(program.first_step, f"{_REGIONS}.{label}_first", self._target_name)
                 self._install(first, f"{label}_first")
@@ -137,8 +145,32 @@ class Net(fx.GraphModule):
     def recompile(self) -> Any:
         """Regenerate the code of the current graph; `forward` stays the driver around it."""
         code = super().recompile()
-        type(self).forward = _forward
+
+        def forward(self: Net, *args: Any, T: int | None = None, **kwargs: Any) -> Any:
+            return _forward(self, args, kwargs, T)
+
+        # torch.export matches dynamic_shapes with the names of the arguments.
+        forward.__signature__ = self._signature()  # type: ignore[attr-defined]
+        forward.__doc__ = _forward.__doc__
+        type(self).forward = forward
         return code
+
+    def _signature(self) -> inspect.Signature:
+        """The arguments of the captured step, by name, and `T`."""
+        me = inspect.Parameter("self", inspect.Parameter.POSITIONAL_OR_KEYWORD)
+        T = inspect.Parameter("T", inspect.Parameter.KEYWORD_ONLY, default=None)
+        programs = self.__dict__.get("_programs")
+        if programs is None:
+            return inspect.Signature([me, T])
+        numbered = pytree.tree_unflatten(list(range(len(programs[True].input_leaves))), programs[True].input_spec)
+        arguments = [*numbered[0], *numbered[1].values()]
+        leaves = programs[True].input_leaves
+        names = [leaves[min(pytree.tree_leaves(a), default=0)].name.partition(".")[0] for a in arguments]
+        if len(set(names)) != len(names) or not all(n.isidentifier() and n not in ("self", "T") for n in names):
+            many = inspect.Parameter("args", inspect.Parameter.VAR_POSITIONAL)
+            return inspect.Signature([me, many, T, inspect.Parameter("kwargs", inspect.Parameter.VAR_KEYWORD)])
+        positional = [inspect.Parameter(n, inspect.Parameter.POSITIONAL_OR_KEYWORD) for n in names]
+        return inspect.Signature([me, *positional, T])
 
     @property
     def graph(self) -> fx.Graph:
@@ -157,7 +189,7 @@ class Net(fx.GraphModule):
             for mode in (True, False):
                 if mode == self.training or self._programs[True] is self._programs[False]:
                     graphs[mode] = graph
-                    self._runners[mode, "main"] = runner
+                    self._runners[mode, "plain" if (mode, "plain") in self._runners else "main"] = runner
         self.recompile()
 
     @property
@@ -332,16 +364,17 @@ class Net(fx.GraphModule):
             hint="Pass what one step takes with a time dimension, or convert with other example_inputs.",
         )
 
+    def _tensor_dims(self) -> list[int | None]:
+        """The time dimension of each tensor input."""
+        leaves = self._programs[True].input_leaves
+        return [d for d, leaf in zip(self._time_dims, leaves, strict=True) if leaf.placeholder is not None]
+
     def _varying_leaves(self) -> list[bool]:
-        return [
-            dim is not None
-            for dim, leaf in zip(self._time_dims, self.program.input_leaves, strict=True)
-            if leaf.placeholder is not None
-        ]
+        return [dim is not None for dim in self._tensor_dims()]
 
     def _time_first(self, leaves: list[Tensor], T: int | None) -> tuple[list[Tensor], int]:
         """Move time to dim 0 of every sequence and find T."""
-        dims = [d for d, leaf in zip(self._time_dims, self.program.input_leaves, strict=True) if leaf.placeholder is not None]
+        dims = self._tensor_dims()
         names = [leaf.name for leaf in self.program.input_leaves if leaf.placeholder is not None]
         moved: list[Tensor] = []
         for name, dim, x in zip(names, dims, leaves, strict=True):
@@ -523,9 +556,17 @@ class Net(fx.GraphModule):
         return copy.deepcopy(packed, memo) if memo else packed
 
 
-def _forward(self: Net, *args: Any, T: int | None = None, **kwargs: Any) -> Any:
+def _forward(self: Net, args: tuple[Any, ...], kwargs: dict[str, Any], T: int | None) -> Any:
     """Run a whole sequence from the reset state (or the carried one)."""
     options = self.options
+    plain = self._runners.get((self.training, "plain"))
+    if plain is not None and not options.carry_state:
+        leaves = self._bind(args, kwargs)
+        ordered, T = self._time_first(leaves, T)
+        k = self._chunk_length(ordered, T)
+        if self._covers(ordered) and (k is None or k >= T):
+            carriers = any(dim is not None for dim in self._tensor_dims())
+            return plain(self, *leaves) if carriers else plain(self, *leaves, torch.arange(T, device=leaves[0].device))
     state = self._carried if options.carry_state or options.step_mode == "s" else None
     outputs, state, _ = self._execute(args, kwargs, state, (), T)
     if options.carry_state or options.step_mode == "s":
@@ -533,6 +574,11 @@ def _forward(self: Net, *args: Any, T: int | None = None, **kwargs: Any) -> Any:
         if options.carry_state:
             self.detach_carried_state()
     return outputs
+
+
+def _is_plain_structure(spec: pytree.TreeSpec) -> bool:
+    """Whether outputs nested like this can be returned by a graph."""
+    return spec.type in (None, tuple, list, dict) and all(map(_is_plain_structure, spec.children()))
 
 
 def _rebuild(

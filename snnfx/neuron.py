@@ -17,7 +17,7 @@ At each step a neuron takes the input current `x[t]` and its potential `v[t-1]`,
 | `LeakyIntegrator`   | that of LIF; never fires, its output is the potential                        | v       |
 
 `v_rest` is `v_reset`, or 0 with the soft reset. All quantities are without units, time constants are in time steps.
-Equations, argument names, defaults, and the order of rounding errors are those of SpikingJelly 2.0.0.
+Equations, argument names, defaults and the order of operations are those of SpikingJelly 2.0.0 where it has the neuron.
 
 A neuron is used in two ways. Called, `spike = lif(x)`, it keeps its states in attributes (`lif.v`) until `reset()`.
 Its pure form, `spike, (v,) = lif.step((v,), x)`, changes nothing; calling is defined by it. Use the pure form inside

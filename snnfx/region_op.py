@@ -9,6 +9,8 @@ arguments, so autograd and torch.compile see them.
 from __future__ import annotations
 
 import contextlib
+import functools
+import threading
 from collections.abc import Iterator, Sequence
 from typing import Any
 
@@ -31,8 +33,8 @@ def run_loop_as_operator(
         [] if state is None else [s if isinstance(s, Tensor) else torch.tensor(s) for s in state],
         state is not None,
     )
-    slots = len(results) - _count_outputs(region)
-    outputs = _count_outputs(region)
+    outputs = region.output_count
+    slots = len(results) - outputs
     # After the outputs: the final states, then the states kept for backward.
     return tuple(results[:outputs]), tuple(results[outputs : outputs + slots // 2])
 
@@ -40,10 +42,6 @@ def run_loop_as_operator(
 def run_map_as_operator(region: MapRegion, x_seq: Sequence[Tensor], constants: Sequence[Any]) -> tuple[Tensor, ...]:
     """`MapRegion.map_steps` through the operator."""
     return tuple(torch.ops.snnfx.run_region(region.handle, list(x_seq), _tensors_of(constants), [], False))
-
-
-def _count_outputs(region: SequenceRegion) -> int:
-    return region.output_count  # type: ignore[return-value]
 
 
 def _tensors_of(constants: Sequence[Any]) -> list[Tensor]:
@@ -87,19 +85,25 @@ def _constants_from(region: SequenceRegion, tensors: Sequence[Tensor]) -> Iterat
             registry[key] = own
 
 
+@functools.cache
+def _fresh_dispatch_keys() -> tuple[Any, Any]:
+    """What the dispatcher includes and excludes in a thread where nothing has been switched on or off."""
+    found: list[Any] = []
+
+    def look() -> None:
+        found.append(torch._C._dispatch_tls_local_include_set())
+        found.append(torch._C._dispatch_tls_local_exclude_set())
+
+    thread = threading.Thread(target=look)
+    thread.start()
+    thread.join()
+    return found[0], found[1]
+
+
 @contextlib.contextmanager
-def _autograd_inside() -> Iterator[None]:
-    """Let autograd record inside an operator, where the dispatcher has switched it off."""
-    excluded = torch._C._dispatch_tls_local_exclude_set()
-    for key in (
-        torch._C.DispatchKey.AutogradOther,
-        torch._C.DispatchKey.AutogradCPU,
-        torch._C.DispatchKey.AutogradCUDA,
-        torch._C.DispatchKey.ADInplaceOrView,
-    ):
-        excluded = excluded - torch._C.DispatchKeySet(key)
-    included = torch._C._dispatch_tls_local_include_set()
-    with torch._C._ForceDispatchKeyGuard(included, excluded), torch.enable_grad():  # type: ignore[attr-defined]
+def _ordinary_dispatch(grad: bool) -> Iterator[None]:
+    """Let autograd and vmap work inside an operator, where the dispatcher has switched them off."""
+    with torch._C._ForceDispatchKeyGuard(*_fresh_dispatch_keys()), torch.set_grad_enabled(grad):  # type: ignore[attr-defined]
         yield
 
 
@@ -109,9 +113,9 @@ def run_region(
 ) -> list[Tensor]:
     """Run a region over a sequence: outputs, then for a loop final states and the states before steps 1 to T-1."""
     region = region_of_handle(handle)
-    with _constants_from(region, tensors) as constants:
+    with _ordinary_dispatch(grad=False), _constants_from(region, tensors) as constants:
         if isinstance(region, MapRegion):
-            return [y.contiguous() for y in _map(region, constants, x_seq)]
+            return [y.contiguous() for y in region.map_eagerly(x_seq, constants)]
         current: Any = tuple(state) if has_state else None
         outputs: list[Sequence[Tensor]] = []
         kept: list[Sequence[Tensor]] = []
@@ -148,15 +152,6 @@ def _(handle: str, x_seq: Sequence[Tensor], tensors: Sequence[Tensor], state: Se
         ]
 
 
-def _map(region: MapRegion, constants: Sequence[Any], x_seq: Sequence[Tensor]) -> Sequence[Tensor]:
-    if region.refused_by_vmap:
-        return region._one_by_one(tuple(x_seq), tuple(constants))
-    try:
-        return torch.vmap(lambda *x: region.step(*constants, *x), randomness="different")(*x_seq)  # type: ignore[no-any-return]
-    except (RuntimeError, NotImplementedError):
-        return region._one_by_one(tuple(x_seq), tuple(constants))
-
-
 @torch.library.custom_op("snnfx::run_region_backward", mutates_args=())
 def run_region_backward(
     handle: str,
@@ -170,7 +165,7 @@ def run_region_backward(
 ) -> list[Tensor]:
     """Gradients of x_seq, tensors and state (in that order), for those that `needs` names."""
     region = region_of_handle(handle)
-    with _autograd_inside():
+    with _ordinary_dispatch(grad=True):
         leaves = [t.detach().requires_grad_(n) for t, n in zip([*x_seq, *tensors, *state], needs, strict=True)]
         xs = leaves[: len(x_seq)]
         given = leaves[len(x_seq) : len(x_seq) + len(tensors)]
@@ -178,7 +173,7 @@ def run_region_backward(
         with _constants_from(region, given) as constants:
             if isinstance(region, MapRegion):
                 wanted = [leaf for leaf, n in zip(leaves, needs, strict=True) if n]
-                found = _vjp(_map(region, constants, xs), grads, wanted)
+                found = _vjp(region.map_eagerly(xs, constants), grads, wanted)
                 return [torch.zeros_like(w) if g is None else g for w, g in zip(wanted, found, strict=True)]
             return _reverse(region, constants, xs, given, first if has_state else None, kept, grads, needs)
 
@@ -195,7 +190,7 @@ def _reverse(
 ) -> list[Tensor]:
     """Back-propagation through time, one step alive at a time."""
     T = x_seq[0].shape[0]
-    count = _count_outputs(region)
+    count = region.output_count
     grad_y, grad_state = list(grads[:count]), list(grads[count:])
     x_needed, tensor_needed = needs[: len(x_seq)], needs[len(x_seq) : len(x_seq) + len(tensors)]
     grad_x = [torch.zeros_like(x) if n else None for x, n in zip(x_seq, x_needed, strict=True)]
@@ -257,7 +252,7 @@ def _(
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: list[Tensor]) -> None:
     handle, x_seq, tensors, state, has_state = inputs
     region = region_of_handle(handle)
-    slots = (len(output) - _count_outputs(region)) // 2 if isinstance(region, LoopRegion) else 0
+    slots = (len(output) - region.output_count) // 2 if isinstance(region, LoopRegion) else 0
     kept = output[len(output) - slots :] if slots else []
     ctx.handle, ctx.has_state = handle, has_state
     ctx.sizes = (len(x_seq), len(tensors), len(state))

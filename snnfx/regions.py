@@ -23,11 +23,13 @@ __all__ = [
     "MapRegion",
     "RegionGraph",
     "batch_norm_per_step",
+    "call_module",
     "call_once",
     "delay_one_step",
     "pick_state",
     "region_of_handle",
     "repeat_over_time",
+    "time_steps",
 ]
 
 _handles: weakref.WeakValueDictionary[str, SequenceRegion] = weakref.WeakValueDictionary()
@@ -48,12 +50,14 @@ class SequenceRegion(nn.Module):
         self.handle = f"{label}#{next(_counter)}"
         self.resolve: Callable[[str], Any] | None = None
         self.constant_targets: list[str | None] = []
+        self.output_count = 0
         _handles[self.handle] = self
 
-    def bind(self, resolve: Callable[[str], Any], constant_targets: Sequence[str | None]) -> None:
+    def bind(self, resolve: Callable[[str], Any], constant_targets: Sequence[str | None], output_count: int) -> None:
         """Say where the modules among the constants are found when only their tensors are at hand."""
         self.__dict__["resolve"] = resolve
         self.constant_targets = list(constant_targets)
+        self.output_count = output_count
 
     def runs_as_operator(self, constants: Sequence[Any]) -> bool:
         """Under torch.compile, unless a module in it changes its buffers: then the loop is unrolled."""
@@ -120,21 +124,25 @@ class MapRegion(SequenceRegion):
             from snnfx.region_op import run_map_as_operator
 
             return run_map_as_operator(self, x_seq, constants)
-        if not self.refused_by_vmap:
-            try:
-                return torch.vmap(lambda *x: self.step(*constants, *x), randomness="different")(*x_seq)  # type: ignore[no-any-return]
-            except (RuntimeError, NotImplementedError) as error:
-                result = self._one_by_one(x_seq, constants)  # raises if the model itself is at fault
-                self.refused_by_vmap = str(error).splitlines()[0]
-                warn_once(
-                    "SNNFX504",
-                    f"torch.vmap refused the region {self.label} ({self.refused_by_vmap}); its steps run one by one.",
-                    key=self.handle,
-                )
-                return result
-        return self._one_by_one(x_seq, constants)
+        return self.map_eagerly(x_seq, constants)
 
-    def _one_by_one(self, x_seq: tuple[Tensor, ...], constants: tuple[Any, ...]) -> tuple[Tensor, ...]:
+    def map_eagerly(self, x_seq: Sequence[Tensor], constants: Sequence[Any]) -> tuple[Tensor, ...]:
+        """torch.vmap, or the steps one by one once vmap has refused."""
+        if self.refused_by_vmap:
+            return self._one_by_one(x_seq, constants)
+        try:
+            return torch.vmap(lambda *x: self.step(*constants, *x), randomness="different")(*x_seq)  # type: ignore[no-any-return]
+        except (RuntimeError, NotImplementedError) as error:
+            result = self._one_by_one(x_seq, constants)  # raises if the model itself is at fault
+            self.refused_by_vmap = str(error).splitlines()[0]
+            warn_once(
+                "SNNFX504",
+                f"torch.vmap refused the region {self.label} ({self.refused_by_vmap}); its steps run one by one.",
+                key=self.handle,
+            )
+            return result
+
+    def _one_by_one(self, x_seq: Sequence[Tensor], constants: Sequence[Any]) -> tuple[Tensor, ...]:
         steps = [self.step(*constants, *x) for x in zip(*(x.unbind(0) for x in x_seq), strict=True)]
         return tuple(torch.stack(y) for y in zip(*steps, strict=True))
 
@@ -163,9 +171,19 @@ def pick_state(state: dict[str, Any] | None, names: tuple[str, ...]) -> tuple[An
     return tuple(state[name] for name in names)
 
 
+def call_module(module: nn.Module, *args: Any, **kwargs: Any) -> Any:
+    """Call a module that is an argument of a region (torch.compile does not follow `operator.call`)."""
+    return module(*args, **kwargs)
+
+
 def call_once(region: Callable[..., Any], constants: tuple[Any, ...]) -> Any:
     """Run a region whose value does not change with time."""
     return region(*constants)
+
+
+def time_steps(x_seq: Tensor) -> Tensor:
+    """The numbers of the time steps of a sequence `[T, *]`: a tensor `[T]`."""
+    return torch.arange(x_seq.shape[0], device=x_seq.device)
 
 
 def repeat_over_time(value: Any, time: Tensor) -> Any:

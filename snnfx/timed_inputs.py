@@ -28,13 +28,7 @@ class TimedInputs:
 
     @staticmethod
     def of(args: tuple[Any, ...], kwargs: dict[str, Any], time_dim: Any, T: int | None) -> TimedInputs:
-        if isinstance(time_dim, list):
-            time_dim = tuple(time_dim)
-        dims = pytree._broadcast_to_and_flatten(time_dim, pytree.tree_structure(args))
-        if dims is None:
-            raise InputError("SNNFX307", "the inputs do not fit the net", why=f"its time_dim is {time_dim!r}.")
-        first = time_dim if isinstance(time_dim, int) else 0
-        dims += [first] * len(pytree.tree_leaves(kwargs))
+        dims = _dims_of_leaves(time_dim, args, kwargs)
         with_paths, spec = pytree.tree_flatten_with_path((args, kwargs))
         # A path begins with the place in (args, kwargs), which is no news to the user.
         names = ["input" + pytree.keystr(path[1:]) for path, _ in with_paths]
@@ -55,7 +49,7 @@ class TimedInputs:
             raise InputError("SNNFX303", f"the inputs do not all have {steps} time steps", why=f"they have {lengths}.")
         if steps < 1:
             raise InputError("SNNFX301", "no time steps", hint="A sequence has at least one time step.")
-        return TimedInputs(leaves, spec, dims, names, steps, T, first)
+        return TimedInputs(leaves, spec, dims, names, steps, T, time_dim if isinstance(time_dim, int) else 0)
 
     def with_leaves(self, function: Callable[[Tensor], Tensor]) -> TimedInputs:
         """The same arguments with a function applied to each tensor."""
@@ -75,3 +69,17 @@ class TimedInputs:
         pairs = zip(self.leaves, self.dims, strict=True)
         leaves = [leaf if dim is None else leaf.select(dim, t) for leaf, dim in pairs]
         return pytree.tree_unflatten(leaves, self.spec)  # type: ignore[no-any-return]
+
+
+def _dims_of_leaves(time_dim: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> list[int | None]:
+    """The time dimension of each leaf of `(args, kwargs)`; `time_dim` is a prefix of their nesting, or for all."""
+    prefix = time_dim
+    if isinstance(time_dim, dict) and time_dim.keys() == kwargs.keys():
+        prefix = ((0,) * len(args), {name: time_dim[name] for name in kwargs})
+    elif isinstance(time_dim, tuple | list):
+        named = dict(zip(kwargs, time_dim[len(args) :], strict=True)) if len(time_dim) == len(args) + len(kwargs) else 0
+        prefix = (tuple(time_dim[: len(args)]), named)
+    dims = pytree._broadcast_to_and_flatten(prefix, pytree.tree_structure((args, kwargs)))
+    if dims is None:
+        raise InputError("SNNFX307", "the inputs do not fit the net", why=f"its time_dim is {time_dim!r}.")
+    return dims

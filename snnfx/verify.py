@@ -19,7 +19,7 @@ from snnfx.dropout_off import without_dropout
 from snnfx.errors import InputError, VerificationError
 from snnfx.isolation import copies_in_float64, random_state, to_float64, undisturbed
 from snnfx.oracle import folded_forward, step_forward
-from snnfx.program import SELF_TARGET, is_module_call, place_of
+from snnfx.region_lookup import called_in, is_within, place_of_module, place_of_output, reset_discovered_state
 from snnfx.state import named_stateful, reset_net
 from snnfx.timed_inputs import TimedInputs
 
@@ -74,12 +74,9 @@ def verify(
         the net does the same over T = 8 steps as the model, stepped (eval, float32)
     """
     if not isinstance(model, nn.Module) or not (isinstance(net, nn.Module) and hasattr(net, "run")):
-        raise InputError(
-            "SNNFX304",
-            "verify takes the model and the net",
-            hint="Call snnfx.verify(model, snnfx.convert(model), x_seq).",
-        )
-    inputs = TimedInputs.of(x_seq, kwargs, net.options.time_dim, T)
+        raise InputError("SNNFX304", "verify takes the model and the net", hint="Call verify(model, net, x_seq).")
+    options: Any = net.options
+    inputs = TimedInputs.of(x_seq, kwargs, options.time_dim, T)
     with undisturbed(model, net), torch.inference_mode(False), torch.set_grad_enabled(gradients):
         if double:
             model, net = copies_in_float64(model, net)
@@ -104,14 +101,14 @@ class _Verification:
     def __init__(self, model: nn.Module, net: Any, inputs: TimedInputs, tolerance: Tolerance, gradients: bool) -> None:
         self.model, self.net, self.inputs, self.tolerance, self.gradients = model, net, inputs, tolerance, gradients
         self.carry: dict[str, int] = dict(getattr(net.options, "carry", None) or {})
-        per_step, once = _called_in(net, {"loop", "map"}), _called_in(net, {"once"})
+        per_step, once = called_in(net, {"loop", "map"}), called_in(net, {"once"})
         folded = {
             name
             for name, module in model.named_modules()
-            if isinstance(module, _BatchNorm) and module.training and not _is_within(name, per_step)
+            if isinstance(module, _BatchNorm) and module.training and not is_within(name, per_step)
         }
         self.folded = folded if net.options.batch_norm == "fold" else set()
-        self.once = {name for name in self.folded if _is_within(name, once)}
+        self.once = {name for name in self.folded if is_within(name, once)}
         self.initial: dict[str, Any] = {}
         self.output_names: list[str] = []
         self.notes: list[str] = []
@@ -163,19 +160,22 @@ class _Verification:
             args, kwargs = inputs.whole()
             y_seq, states = self.net.run(*args, **kwargs)
             outputs = self._outputs_of_net(y_seq)
-            return _Run(
-                outputs=outputs,
-                states={name.lstrip("."): value for name, value in states.items()},
-                buffers={name: buffer.clone() for name, buffer in self.net.named_buffers()},
-                gradients=self._gradients(outputs, inputs, self.net),
-                drew_random_numbers=random_state() != before,
-            )
+            states = {name.lstrip("."): value for name, value in states.items()}
+            return self._result(self.net, inputs, outputs, states, random_state() != before)
+
+    def _result(
+        self, module: nn.Module, inputs: TimedInputs, outputs: dict[str, Any], states: dict[str, Any], is_random: bool
+    ) -> _Run:
+        gradients = self._gradients(outputs, inputs, module)
+        buffers = {name: buffer.clone() for name, buffer in module.named_buffers()}
+        outputs, states = pytree.tree_map_only(Tensor, Tensor.detach, (outputs, states))
+        return _Run(outputs, states, buffers, gradients, is_random)
 
     def _call_net(self) -> dict[str, Any]:
         """The outputs of what users call, without gradients: nets may take another path then."""
         with self._isolated(), torch.no_grad():
             getattr(self.net, "reset_carried_state", lambda: None)()
-            args, kwargs = self.inputs.whole()
+            args, kwargs = self.inputs.fresh().whole()
             return self._outputs_of_net(self.net(*args, **kwargs))
 
     def _outputs_of_net(self, y_seq: Any) -> dict[str, Any]:
@@ -195,13 +195,7 @@ class _Verification:
             outputs_of_steps = self._step_model(inputs)
             outputs = self._outputs_of_model(outputs_of_steps, output_names)
             states = self._states_of_model(outputs_of_steps[-1], state_names)
-            return _Run(
-                outputs=outputs,
-                states=states,
-                buffers={name: buffer.clone() for name, buffer in self.model.named_buffers()},
-                gradients=self._gradients(outputs, inputs, self.model),
-                drew_random_numbers=random_state() != before,
-            )
+            return self._result(self.model, inputs, outputs, states, random_state() != before)
 
     def _step_model(self, inputs: TimedInputs) -> list[Any]:
         """What the model returns at each step, from the reset state."""
@@ -212,6 +206,7 @@ class _Verification:
                 if module not in shared:
                     module.training = self.net.training
         reset_net(self.model)
+        reset_discovered_state(self.model, self.net)
         self.initial = _states(self.model)
         pairs = [inputs.of_step(t) for t in range(inputs.steps)]
         steps, keywords, entry = [args for args, _ in pairs], [kwargs for _, kwargs in pairs], self.net.options.entry
@@ -258,7 +253,7 @@ class _Verification:
                 # The weights go by the name, so that they do not depend on what else has a gradient.
                 generator = torch.Generator().manual_seed(zlib.crc32(name.encode()))
                 weights = torch.randn(y.shape, generator=generator, dtype=torch.float64).to(y)
-                parts.append((y * weights).sum().abs() if y.is_complex() else (y * weights).sum())
+                parts.append(torch.real(y * weights).sum())
         wanted: dict[str, Tensor] = {
             f"parameter `{name}`": p for name, p in module.named_parameters() if p.requires_grad
         }
@@ -268,9 +263,7 @@ class _Verification:
             return {}
         if not parts:
             return dict.fromkeys(wanted)
-        found = torch.autograd.grad(
-            parts, list(wanted.values()), [torch.ones_like(p) for p in parts], allow_unused=True
-        )
+        found = torch.autograd.grad(parts, list(wanted.values()), allow_unused=True)
         return dict(zip(wanted, found, strict=True))
 
     # Comparing
@@ -295,9 +288,8 @@ class _Verification:
                     pair = leaves.get(path), others.get(path)
                     found.append(compare("state", f"state `{name}{path}`", *pair, self.tolerance))
             elif not _is_same(value, self.initial.get(name)):
-                found.append(
-                    Comparison("state", f"state `{name}`", failed=True, detail="the net returns no such state")
-                )
+                missing = "the net returns no such state"
+                found.append(Comparison("state", f"state `{name}`", failed=True, detail=missing))
         unknown = [f"`{name}`" for name in actual if name not in expected]
         if unknown:
             self.notes.append(f"not compared, because the model has no such attribute: state {', '.join(unknown)}")
@@ -322,19 +314,18 @@ class _Verification:
         found = []
         for name, reference in expected.items():
             value, dim = actual.get(name), dims.get(name)
-            if value is None and reference is None:
+            present = [g for g in (value, reference) if g is not None]
+            if not present:
                 continue
-            a = torch.zeros_like(reference) if value is None else value
-            b = torch.zeros_like(a) if reference is None else reference
+            zero = torch.zeros_like(present[0])
+            a, b = (zero if value is None else value), (zero if reference is None else reference)
             if dim is not None:
                 a, b = a.movedim(dim, 0), b.movedim(dim, 0)
-            result = compare(
-                "gradient", f"gradient of {name}", a, b, self.tolerance, timed=dim is not None, floor=floor
-            )
+            timed = dim is not None
+            result = compare("gradient", f"gradient of {name}", a, b, self.tolerance, timed=timed, floor=floor)
             if result.failed and value is None:
-                result = replace(
-                    result, detail=f"the net gives none, the model one of up to {float(b.abs().max()):.3g}"
-                )
+                detail = f"the net gives none, the model one of up to {float(b.abs().max()):.3g}"
+                result = replace(result, detail=detail)
             found.append(result)
         return found
 
@@ -342,7 +333,7 @@ class _Verification:
 
     def _error(self, comparison: Comparison, random_ops: bool) -> VerificationError:
         why = comparison.detail + "."
-        hint = f"Compared with {self.semantics}. Find the region in snnfx.explain(model)."
+        hint = "Rule out rounding with double=True; snnfx.explain(model) shows what is done to each module."
         divergence = None
         if random_ops:
             why += " The model draws random numbers by other means than dropout, so the two cannot be compared."
@@ -354,61 +345,35 @@ class _Verification:
             if divergence.is_rounding:
                 hint = "This is rounding, at the threshold: compare in float64 with double=True."
         code = {"output": "SNNFX401", "state": "SNNFX402", "gradient": "SNNFX403", "buffer": "SNNFX404"}
-        where = self._place(comparison, divergence.name if divergence else None)
+        quoted = comparison.name.split("`")[1]
+        if divergence is not None:
+            where = place_of_module(self.net, divergence.name)
+        elif comparison.kind == "output":
+            where = place_of_output(self.net, self.output_names.index(quoted))
+        else:
+            where = place_of_module(self.net, quoted.rpartition(".")[0])
         what = f"{comparison.name} is not that of {self.semantics}"
         return VerificationError(code[comparison.kind], what, where=where, why=why, hint=hint)
 
     def _first_differing_neuron(self) -> Divergence | None:
         with self._isolated(), torch.no_grad(), recorded_neurons(self.model) as traces:
-            self._step_model(self.inputs)
+            self._step_model(self.inputs.fresh())
         # Called once per step, that is; the oracle runs the model a second time.
         runs = 2 if self.folded and not self.carry else 1
         T = self.inputs.steps
         traces = {name: trace for name, trace in traces.items() if len(trace.outputs) == runs * T}
         for trace in traces.values():
             trace.outputs, trace.potentials = trace.outputs[-T:], trace.potentials[-T:]
+        if not traces:
+            return None
         with self._isolated(), torch.no_grad():
-            args, kwargs = self.inputs.whole()
+            args, kwargs = self.inputs.fresh().whole()
             names = [*traces, *(f"{name}.{trace.slot}" for name, trace in traces.items() if trace.slot)]
             try:
                 _, _, record = self.net.run(*args, **kwargs, record=tuple(names))
             except InputError:
                 return None
-        return first_divergence(traces, record, self.tolerance)
-
-    def _place(self, comparison: Comparison, neuron: str | None) -> str:
-        """The region and the user's line of what differs, as far as they can be told."""
-        quoted = comparison.name.split("`")[1]
-        nodes: list[Any] = []
-        if neuron is not None or comparison.kind != "output":
-            owner = neuron if neuron is not None else quoted.rpartition(".")[0]
-            nodes = [node for region in self.net.regions for node in region.nodes if _called_by(node) == owner]
-        elif hasattr(self.net, "program"):
-            nodes = [n for name, n in zip(self.output_names, self.net.program.outputs, strict=False) if name == quoted]
-        for region in self.net.regions:
-            for node in nodes:
-                if node in region.nodes:
-                    return ", ".join(filter(None, [f"region `{region.name}` ({region.kind})", place_of(node)]))
-        return ""
-
-
-def _called_by(node: Any) -> str | None:
-    """The qualified name of the module that a node of a step graph calls."""
-    if node.op == "call_module":
-        return str(node.target)
-    if not is_module_call(node):
-        return None
-    return "" if node.args[0].target == SELF_TARGET else str(node.args[0].target)
-
-
-def _called_in(net: Any, kinds: Set[str]) -> set[str]:
-    """The modules called in regions of these kinds."""
-    nodes = (node for region in net.regions if region.kind in kinds for node in region.nodes)
-    return {name for name in map(_called_by, nodes) if name is not None}
-
-
-def _is_within(name: str, parents: Set[str]) -> bool:
-    return any(name == parent or not parent or name.startswith(parent + ".") for parent in parents)
+        return first_divergence(traces, record, self.tolerance, by_time=not self.folded)
 
 
 def _named_leaves(value: Any, prefix: str = "") -> dict[str, Any]:

@@ -99,7 +99,12 @@ def randomise(model: nn.Module) -> nn.Module:
 class CNN(nn.Module):
     def __init__(self) -> None:
         super().__init__()
-        self.conv, self.bn, self.lif, self.pool = nn.Conv2d(2, 4, 3, padding=1), nn.BatchNorm2d(4), LIF(), nn.AvgPool2d(2)
+        self.conv, self.bn, self.lif, self.pool = (
+            nn.Conv2d(2, 4, 3, padding=1),
+            nn.BatchNorm2d(4),
+            LIF(),
+            nn.AvgPool2d(2),
+        )
         self.fc, self.bn_fc, self.out = nn.Linear(16, 3), nn.BatchNorm1d(3), LIF()
 
     def forward(self, x: Tensor) -> Tensor:

@@ -136,6 +136,12 @@ def test_nan_has_the_outside_gradient_where_the_derivative_is_flat() -> None:
     assert [float(gradient(s, x)) for s in flat] == [0, 0.25, 0.125]
 
 
+def test_boxcars_do_not_include_their_edges() -> None:
+    x = torch.tensor([-0.5, 0.5])
+    assert gradient(surrogate.Rectangle(width=1.0), x).tolist() == [0, 0]
+    assert gradient(surrogate.PiecewiseLeakyReLU(w=0.5, c=0.0), x).tolist() == [0, 0]
+
+
 @pytest.mark.parametrize("name", NAMES)
 def test_large_half_precision_inputs_do_not_overflow_into_nan(name: str) -> None:
     x = torch.tensor([-60000.0, -300.0, 300.0, 60000.0], dtype=torch.float16)

@@ -1,0 +1,295 @@
+"""The table: which operations may be folded, and how each carries the batch. What is not in it is refused.
+
+A row names operations (a torch function, a `torch.nn.functional` one and a tensor method of one name are the same
+operation), their arguments, and the rule of `batch_kinds` or `batch_shapes` that they follow. Modules that compute what
+a function computes share its row. Every row is tested against what torch does (`tests/test_batch_rules.py`).
+"""
+
+from __future__ import annotations
+
+import ast
+import builtins
+import inspect
+import operator
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+from torch.fx import Node
+
+from snnfx.leaves import is_vouched
+from snnfx.passes import batch_kinds as kinds
+from snnfx.passes import batch_shapes as shapes
+from snnfx.passes.batch_facts import Value
+from snnfx.passes.batch_kinds import Along, Leading, Trailing
+from snnfx.passes.batch_site import Site
+from snnfx.state import call_opaque, call_stateful, initial_value, opaque_initial_value
+from snnfx.tracer import apply_autograd_function, expect_size
+
+__all__ = ["MODULES", "ROWS", "Found", "ModuleRow", "Row", "bind", "look_up"]
+
+
+@dataclass(frozen=True)
+class Row:
+    """Some operations and the rule they follow.
+
+    Args:
+        names: names of the operations, separated by spaces.
+        signature: names and defaults of their arguments; a last `...` takes all others, which must not depend on the
+            batch, `*name` takes any number.
+        rule: gives the fact of the result and refuses.
+        operands: arguments that the rule looks at itself; the others have to be the same at each step, without a batch.
+        sizes: arguments that may contain the size of the batch.
+        random: draws new numbers at each call, so a value without a batch would be drawn once instead of T times.
+    """
+
+    names: str
+    signature: str
+    rule: Callable[[Site], Value]
+    operands: str = "input"
+    sizes: str = ""
+    random: bool = False
+
+
+_ELEMENTWISE = (
+    "abs absolute acos acosh add addcdiv addcmul angle arccos arccosh arcsin arcsinh arctan arctan2 arctanh asin asinh "
+    "atan atan2 atanh bitwise_and bitwise_left_shift bitwise_not bitwise_or bitwise_right_shift bitwise_xor ceil celu "
+    "clamp clamp_max clamp_min clip conj copysign cos cosh deg2rad digamma div divide elu eq erf erfc erfinv exp exp2 "
+    "expit expm1 fix float_power floor floor_divide fmax fmin fmod frac ge gelu greater greater_equal gt hardshrink "
+    "hardsigmoid hardswish hardtanh heaviside hypot i0 isclose isfinite isinf isnan isneginf isposinf isreal ldexp le "
+    "leaky_relu lerp less less_equal lgamma log log10 log1p log2 logaddexp logaddexp2 logical_and logical_not "
+    "logical_or logical_xor logit logsigmoid lt masked_fill maximum minimum mish mul multiply nan_to_num ne neg "
+    "negative nextafter not_equal polygamma positive pow rad2deg reciprocal relu relu6 remainder round rsqrt rsub selu "
+    "sgn sigmoid sign signbit silu sin sinc sinh softplus softshrink softsign sqrt square sub subtract tan tanh "
+    "tanhshrink threshold true_divide trunc xlogy"
+)
+_COPIES = (
+    "alias bfloat16 bool byte clone contiguous cpu cuda data detach double float half int long short to type_as "
+    "zeros_like ones_like full_like empty_like"
+)
+_NO_GRADIENT_OR_VALUES = "is_floating_point is_complex element_size get_device is_contiguous"
+
+ROWS: tuple[Row, ...] = (
+    # each element on its own
+    Row(_ELEMENTWISE, "*operands, **options", kinds.elementwise, operands="operands options"),
+    Row("where", "*operands, **options", kinds.where, operands="operands options"),
+    Row(_COPIES, "input, *others, **options", kinds.same, operands="input others options"),
+    Row("dropout alpha_dropout rrelu", "input, ...", kinds.same, random=True),
+    Row("rand_like randn_like randint_like", "input, ...", kinds.same, random=True),
+    Row("bernoulli poisson normal", "*operands, **options", kinds.elementwise, "operands options", random=True),
+    Row("apply_autograd_function", "holder, *operands", kinds.autograd_function, operands="operands"),
+    # along named dimensions
+    Row("sum nansum", "input, dim=None, keepdim=False, ...", Along(drops="keepdim")),
+    Row("mean nanmean prod logsumexp amax amin", "input, dim=None, keepdim=False, ...", Along(drops="keepdim")),
+    Row("all any argmax argmin count_nonzero", "input, dim=None, keepdim=False, ...", Along(drops="keepdim")),
+    Row("std var", "input, dim=None, unbiased=True, keepdim=False, ...", Along(drops="keepdim")),
+    Row("std_mean var_mean", "input, dim=None, unbiased=True, keepdim=False, ...", Along(drops="keepdim", outputs=2)),
+    Row("norm", "input, p='fro', dim=None, keepdim=False, ...", Along(drops="keepdim")),
+    Row("vector_norm", "input, ord=2, dim=None, keepdim=False, ...", Along(drops="keepdim")),
+    Row("max min", "input, dim=None, keepdim=False, other=None", kinds.extremum, operands="input dim other"),
+    Row("aminmax", "input, dim=None, keepdim=False", Along(drops="keepdim", outputs=2)),
+    Row("median nanmedian", "input, dim=None, keepdim=False", kinds.median),
+    Row("mode", "input, dim=-1, keepdim=False", Along(drops="keepdim", outputs=2)),
+    Row("kthvalue", "input, k, dim=-1, keepdim=False", Along(drops="keepdim", outputs=2)),
+    Row("topk", "input, k, dim=-1, ...", Along(outputs=2)),
+    Row("sort", "input, dim=-1, ...", Along(outputs=2)),
+    Row("argsort", "input, dim=-1, ...", Along()),
+    Row("cumsum cumprod logcumsumexp", "input, dim, ...", Along()),
+    Row("cummax cummin", "input, dim", Along(outputs=2)),
+    Row("diff", "input, n=1, dim=-1, ...", Along()),
+    Row("flip", "input, *dims", Along(dim="dims")),
+    Row("roll", "input, shifts, dims=None", Along(dim="dims")),
+    Row("softmax log_softmax softmin", "input, dim=None, ...", kinds.softmax),
+    Row("gumbel_softmax", "input, tau=1, hard=False, eps=1e-10, dim=-1", Along(), random=True),
+    Row("glu", "input, dim=-1", Along()),
+    Row("normalize", "input, p=2.0, dim=1, ...", Along()),
+    Row("cosine_similarity", "x1, x2, dim=1, ...", Along(drops=True, operands=("x1", "x2")), operands="x1 x2"),
+    Row("index_select", "input, dim, index", Along()),
+    Row("gather", "input, dim, index, ...", Along(operands=("input", "index"), aligned=True), operands="input index"),
+    Row("take_along_dim", "input, index, dim=None", Along(operands=("input", "index")), operands="input index"),
+    Row("scatter scatter_add", "input, dim, index, src, ...", kinds.scatter, operands="input index src"),
+    Row("narrow", "input, dim, start, length", Along()),
+    Row("select", "input, dim, index", shapes.select),
+    Row("unbind", "input, dim=0", shapes.unbind),
+    Row("unfold_dim", "input, dimension, size, step", Along(dim="dimension", grows=1)),
+    Row("chunk", "input, chunks, dim=0", shapes.pieces),
+    Row("tensor_split", "input, indices_or_sections, dim=0", shapes.pieces),
+    Row("split", "input, split_size_or_sections, dim=0", shapes.pieces),
+    Row("cat concat concatenate", "tensors, dim=0", shapes.cat, operands="tensors"),
+    Row("stack", "tensors, dim=0", shapes.stack, operands="tensors"),
+    # on the last dimensions
+    Row("linear", "input, weight, bias=None", kinds.linear),
+    Row("bilinear", "input1, input2, weight, bias=None", kinds.bilinear, operands="input1 input2"),
+    Row("layer_norm rms_norm", "input, normalized_shape, ...", Trailing(kinds.normalized_dimensions)),
+    Row("avg_pool1d lp_pool1d adaptive_avg_pool1d", "input, ...", Trailing(1)),
+    Row("avg_pool2d lp_pool2d adaptive_avg_pool2d", "input, ...", Trailing(2)),
+    Row("avg_pool3d lp_pool3d adaptive_avg_pool3d", "input, ...", Trailing(3)),
+    Row("max_pool1d", kinds.MAX_POOL, Trailing(1, pair="return_indices")),
+    Row("max_pool2d", kinds.MAX_POOL, Trailing(2, pair="return_indices")),
+    Row("max_pool3d", kinds.MAX_POOL, Trailing(3, pair="return_indices")),
+    Row("adaptive_max_pool1d", "input, output_size, return_indices=False", Trailing(1, pair="return_indices")),
+    Row("adaptive_max_pool2d", "input, output_size, return_indices=False", Trailing(2, pair="return_indices")),
+    Row("adaptive_max_pool3d", "input, output_size, return_indices=False", Trailing(3, pair="return_indices")),
+    Row("max_unpool1d", kinds.UNPOOL, Trailing(1, ("input", "indices")), "input indices", sizes="output_size"),
+    Row("max_unpool2d", kinds.UNPOOL, Trailing(2, ("input", "indices")), "input indices", sizes="output_size"),
+    Row("max_unpool3d", kinds.UNPOOL, Trailing(3, ("input", "indices")), "input indices", sizes="output_size"),
+    Row("pad", "input, pad, ...", kinds.pad),
+    Row("pixel_shuffle pixel_unshuffle", "input, ...", Trailing(3)),
+    Row("tril triu", "input, diagonal=0", Trailing(2)),
+    Row("pairwise_distance", "x1, x2, p=2.0, eps=1e-6, keepdim=False", kinds.pairwise, operands="x1 x2"),
+    Row("embedding", "input, weight, padding_idx=None, max_norm=None, ...", kinds.embedding),
+    Row("one_hot", "input, num_classes=-1", kinds.one_hot),
+    # one sample of dimension 0 at a time
+    Row("conv1d conv_transpose1d", "input, weight, ...", Leading(3)),
+    Row("conv2d conv_transpose2d", "input, weight, ...", Leading(4)),
+    Row("conv3d conv_transpose3d", "input, weight, ...", Leading(5)),
+    Row("unfold", "input, ...", Leading(4, to=3)),
+    Row("fold", "input, ...", Leading(3, to=4)),
+    Row("interpolate upsample", "input, ...", Leading(3)),
+    Row("group_norm", "input, num_groups, ...", Leading(2)),
+    Row("local_response_norm", "input, ...", Leading(3)),
+    Row("channel_shuffle", "input, groups", Leading(3)),
+    Row("prelu", "input, weight", kinds.prelu),
+    Row("feature_alpha_dropout", "input, ...", Leading(2), random=True),
+    Row("dropout1d", "input, ...", Leading(3), random=True),
+    Row("dropout2d", "input, ...", Leading(4), random=True),
+    Row("dropout3d", "input, ...", Leading(5), random=True),
+    Row("batch_norm", kinds.BATCH_NORM, kinds.batch_norm),
+    Row("instance_norm", kinds.INSTANCE_NORM, kinds.instance_norm),
+    # products
+    Row("matmul mm bmm mv", "input, other", kinds.matmul, operands="input other"),
+    Row("addmm addmv", "bias, input, other, ...", kinds.matmul, operands="bias input other"),
+    Row("baddbmm", "bias, input, other, ...", kinds.matmul, operands="bias input other"),
+    Row("einsum", "equation, *operands", kinds.einsum, operands="operands"),
+    Row("scaled_dot_product_attention", kinds.ATTENTION, kinds.attention, operands="query key value attn_mask"),
+    # modules with rules of their own
+    Row("nn.MultiheadAttention", kinds.MULTIHEAD, kinds.multihead_attention, kinds.MULTIHEAD_OPERANDS),
+    Row("nn.TransformerEncoder", kinds.ENCODER, kinds.encoder, operands=kinds.ENCODER_OPERANDS),
+    Row("nn.RNNCell", "input, hx=None", kinds.cell, operands="input hx"),
+    Row("nn.RNN", "input, hx=None", kinds.recurrent, operands="input hx"),
+    # shapes
+    Row("transpose swapaxes swapdims", "input, dim0, dim1", shapes.transpose),
+    Row("t", "input", shapes.reverse),
+    Row("adjoint", "input", shapes.transpose_last),
+    Row("permute", "input, *dims", shapes.permute),
+    Row("movedim moveaxis", "input, source, destination", shapes.move_dims),
+    Row("unsqueeze", "input, dim", shapes.unsqueeze),
+    Row("squeeze", "input, dim=None", shapes.squeeze),
+    Row("flatten ravel", "input, start_dim=0, end_dim=-1", shapes.flatten),
+    Row("unflatten", "input, dim, sizes", shapes.unflatten, sizes="sizes"),
+    Row("view reshape", "input, *shape", shapes.view, sizes="shape"),
+    Row("view_as reshape_as", "input, other", shapes.view_as, operands="input other"),
+    Row("expand broadcast_to", "input, *shape", shapes.expand, sizes="shape"),
+    Row("expand_as", "*operands", kinds.elementwise, operands="operands"),
+    Row("repeat tile", "input, *repeats", shapes.repeat, sizes="repeats"),
+    Row("repeat_interleave", "input, repeats, dim=None, ...", shapes.interleave),
+    Row("getitem", "input, index", shapes.getitem, operands="input index"),
+    # sizes, and what is made of them
+    Row("getattr", "input, name", shapes.attribute),
+    Row("size", "input, dim=None", shapes.size),
+    Row("numel nelement", "input", shapes.numel),
+    Row("dim ndimension", "input", shapes.rank_of),
+    Row(_NO_GRADIENT_OR_VALUES, "input, ...", shapes.python_value),
+    Row("expect_size", "size, expected, where", kinds.expect_size, operands="size"),
+    Row("zeros ones empty", "*size, **options", shapes.create, sizes="size"),
+    Row("full", "size, fill_value, ...", shapes.create, sizes="size"),
+    Row("rand randn", "*size, **options", shapes.create, sizes="size", random=True),
+    Row("new_zeros new_ones new_empty", "input, *size, **options", shapes.create, operands="input", sizes="size"),
+    Row("new_full", "input, size, fill_value, ...", shapes.create, sizes="size"),
+    Row("arange linspace eye tensor scalar_tensor", "*values, **options", shapes.make_constant, "values options"),
+    # state
+    Row("call_stateful", "module, state, *inputs, **options", kinds.stateful, operands="state inputs"),
+    Row("initial_value", "module, index, *inputs, **options", kinds.initial_state, operands="inputs"),
+    Row("call_opaque opaque_initial_value", "*operands, **options", kinds.opaque, operands="operands options"),
+)
+
+
+@dataclass(frozen=True)
+class ModuleRow:
+    """Classes of `torch.nn` that compute what a row's function computes.
+
+    Args:
+        classes: names in `torch.nn`, separated by spaces.
+        row: a name in `ROWS`. Arguments of the row that the call does not give are attributes of the module.
+        given: arguments that are attributes of another name (a str), or fixed (anything else).
+    """
+
+    classes: str
+    row: str
+    given: Mapping[str, Any] = field(default_factory=dict)
+
+
+MODULES: tuple[ModuleRow, ...] = (
+    ModuleRow("CELU ELU GELU Hardshrink Hardsigmoid Hardswish Hardtanh Identity LeakyReLU LogSigmoid Mish", "relu"),
+    ModuleRow("ReLU ReLU6 SELU Sigmoid SiLU Softplus Softshrink Softsign Tanh Tanhshrink Threshold", "relu"),
+    ModuleRow("Dropout AlphaDropout RReLU", "dropout"),
+    ModuleRow("Dropout1d", "dropout1d"),
+    ModuleRow("Dropout2d", "dropout2d"),
+    ModuleRow("Dropout3d", "dropout3d"),
+    ModuleRow("FeatureAlphaDropout", "feature_alpha_dropout"),
+    ModuleRow("PReLU", "prelu"),
+    ModuleRow("Softmax LogSoftmax Softmin", "softmax"),
+    ModuleRow("Softmax2d", "softmax", {"dim": -3}),
+    ModuleRow("GLU", "glu"),
+    ModuleRow("Linear", "linear"),
+    ModuleRow("Bilinear", "bilinear"),
+    ModuleRow("Conv1d ConvTranspose1d", "conv1d"),
+    ModuleRow("Conv2d ConvTranspose2d", "conv2d"),
+    ModuleRow("Conv3d ConvTranspose3d", "conv3d"),
+    ModuleRow("BatchNorm1d BatchNorm2d BatchNorm3d SyncBatchNorm", "batch_norm"),
+    ModuleRow("InstanceNorm1d InstanceNorm2d InstanceNorm3d", "instance_norm"),
+    ModuleRow("LayerNorm RMSNorm", "layer_norm"),
+    ModuleRow("GroupNorm", "group_norm"),
+    ModuleRow("LocalResponseNorm", "local_response_norm"),
+    ModuleRow("AvgPool1d LPPool1d AdaptiveAvgPool1d", "avg_pool1d"),
+    ModuleRow("AvgPool2d LPPool2d AdaptiveAvgPool2d", "avg_pool2d"),
+    ModuleRow("AvgPool3d LPPool3d AdaptiveAvgPool3d", "avg_pool3d"),
+    ModuleRow("MaxPool1d AdaptiveMaxPool1d", "max_pool1d"),
+    ModuleRow("MaxPool2d AdaptiveMaxPool2d", "max_pool2d"),
+    ModuleRow("MaxPool3d AdaptiveMaxPool3d", "max_pool3d"),
+    ModuleRow("MaxUnpool1d", "max_unpool1d"),
+    ModuleRow("MaxUnpool2d", "max_unpool2d"),
+    ModuleRow("MaxUnpool3d", "max_unpool3d"),
+    ModuleRow("ConstantPad1d CircularPad1d ReflectionPad1d ReplicationPad1d ZeroPad1d", "pad", {"pad": "padding"}),
+    ModuleRow("ConstantPad2d CircularPad2d ReflectionPad2d ReplicationPad2d ZeroPad2d", "pad", {"pad": "padding"}),
+    ModuleRow("ConstantPad3d CircularPad3d ReflectionPad3d ReplicationPad3d ZeroPad3d", "pad", {"pad": "padding"}),
+    ModuleRow("Upsample UpsamplingNearest2d UpsamplingBilinear2d", "interpolate"),
+    ModuleRow("PixelShuffle PixelUnshuffle", "pixel_shuffle"),
+    ModuleRow("ChannelShuffle", "channel_shuffle"),
+    ModuleRow("Flatten", "flatten"),
+    ModuleRow("Unflatten", "unflatten", {"sizes": "unflattened_size"}),
+    ModuleRow("Unfold", "unfold"),
+    ModuleRow("Fold", "fold"),
+    ModuleRow("Embedding", "embedding"),
+    ModuleRow("CosineSimilarity", "cosine_similarity"),
+    ModuleRow("PairwiseDistance", "pairwise_distance"),
+    ModuleRow("MultiheadAttention", "nn.MultiheadAttention"),
+    ModuleRow("TransformerEncoderLayer TransformerEncoder", "nn.TransformerEncoder"),
+    ModuleRow("RNNCell GRUCell LSTMCell", "nn.RNNCell"),
+    ModuleRow("RNN GRU LSTM", "nn.RNN"),
+)
+
+_OPERATORS = {
+    "floordiv": "floor_divide",
+    "truediv": "true_divide",
+    "mod": "remainder",
+    "and_": "bitwise_and",
+    "or_": "bitwise_or",
+    "xor": "bitwise_xor",
+    "invert": "bitwise_not",
+    "inv": "bitwise_not",
+    "lshift": "bitwise_left_shift",
+    "rshift": "bitwise_right_shift",
+    "pos": "positive",
+    **{name: name for name in "abs add sub mul pow neg matmul lt le gt ge eq ne getitem".split()},
+}
+"""Functions of Python's operator module (each also in place: iadd, ...) and the rows they belong to."""
+
+_METHODS = {"unfold": "unfold_dim"}
+"""Tensor methods that are another operation than the function of their name."""
+
+_FOREIGN = frozenset({torch.batch_norm, torch.instance_norm, torch.embedding})
+"""Functions of torch whose arguments come in another order than those of the torch.nn.functional one."""
