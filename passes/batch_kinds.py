@@ -12,23 +12,21 @@ from typing import Any
 
 from torch import nn
 
-from snnfx.passes.batch_facts import BOTTOM, OTHER, UNKNOWN, Fact, Rank, Repeated, SizeFact, Value, gap, leaves
+from snnfx.passes.batch_facts import BOTTOM, OTHER, UNKNOWN, Bottom, Fact, Rank, SizeFact, Unknown, Value, leaves
 from snnfx.passes.batch_site import Site, aligned, broadcast, is_batch_sized, lost, number, reserve
+from snnfx.state import adapter_of
 
-__all__ = ["Along", "Leading", "Trailing", "attention", "autograd_function", "batch_norm", "cell", "compare_or_reduce"]
-__all__ += ["einsum", "elementwise", "encoder", "expect_size", "extremum", "instance_norm", "linear", "matmul"]
-__all__ += ["multihead_attention", "no_rule", "pad", "pairwise", "prelu", "recurrent", "same", "scatter", "stateful"]
-__all__ += ["where"]
-
-Rule = Callable[[Site], Value]
-
+__all__ = ["Along", "Leading", "MatMul", "Trailing", "attention", "autograd_function", "batch_norm", "bilinear", "cell"]
+__all__ += ["einsum", "elementwise", "embedding", "encoder", "expect_size", "extremum", "initial_state", "instance_norm"]
+__all__ += ["linear", "median", "multihead_attention", "normalized_dimensions", "one_hot", "opaque", "pad", "pairwise"]
+__all__ += ["prelu", "recurrent", "same", "scatter", "softmax", "stateful", "where"]
 
 def elementwise(site: Site) -> Value:
     """Every element on its own, operands broadcast; without tensors it is arithmetic on sizes."""
     operands = [*leaves(site.arguments)]
-    if any(isinstance(operand, Fact) or operand in (UNKNOWN, BOTTOM) for operand in operands):
+    if any(isinstance(operand, Fact | Unknown | Bottom) for operand in operands):
         return broadcast(site, operands)
-    return _arithmetic(site, operands)
+    return _arithmetic(site, operands) if getattr(site.node.target, "__module__", "") == "_operator" else UNKNOWN
 
 
 def _arithmetic(site: Site, operands: list[Any]) -> Value:
@@ -69,7 +67,7 @@ def _scaled(site: Site, batch_sized: list[Any], operands: list[Any]) -> SizeFact
         constant *= int(factor or 1)
         return SizeFact(symbol if constant == 1 else f"{constant}*{base}")
     divisor = number(operands[1])
-    if site.name == "floordiv" and divisor and int(factor or 1) % divisor == 0 and operands[0] is batch_sized[0]:
+    if site.name == "floor_divide" and divisor and int(factor or 1) % divisor == 0 and operands[0] is batch_sized[0]:
         quotient = int(factor or 1) // divisor
         return SizeFact(base if quotient == 1 else f"{quotient}*{base}")
     return None
@@ -229,9 +227,9 @@ def extremum(site: Site) -> Value:
     return Along(drops="keepdim", outputs=1 if other is None else 2)(site)
 
 
-def compare_or_reduce(site: Site) -> Value:
-    """`all`, `any`: along a dimension or of everything."""
-    return Along(drops="keepdim")(site)
+def median(site: Site) -> Value:
+    """`median`: along a dimension (with positions) or of everything."""
+    return Along(drops="keepdim", outputs=1 if site["dim"] is None else 2)(site)
 
 
 def pairwise(site: Site) -> Value:
@@ -259,6 +257,35 @@ def linear(site: Site) -> Value:
     return Trailing(1)(site)
 
 
+def bilinear(site: Site) -> Value:
+    """The last dimension of two tensors is replaced."""
+    bias = site["bias"]
+    if isinstance(bias, Fact) and bias.rank.known not in (0, 1):
+        site.refuse("SNNFX104", f"the bias of {site.text} may have a fixed size where the batch is")
+    return Trailing(1, ("input1", "input2"))(site)
+
+
+def normalized_dimensions(site: Site) -> int | None:
+    """How many dimensions `layer_norm` normalises."""
+    shape = site["normalized_shape"]
+    return 1 if number(shape) is not None else len(list(leaves(shape)))
+
+
+def embedding(site: Site) -> Value:
+    """Each index becomes a vector."""
+    if site["max_norm"] is not None:
+        site.refuse("SNNFX101", f"{site.text} with max_norm changes its weight")
+    return Trailing(0, grows=1)(site)
+
+
+def one_hot(site: Site) -> Value:
+    """Each index becomes a vector, whose length has to be given."""
+    if number(site["num_classes"]) in (None, -1):
+        hint = "Pass num_classes."
+        site.refuse("SNNFX103", f"{site.text} takes the number of classes from the largest index in the batch", hint)
+    return Trailing(0, grows=1)(site)
+
+
 def prelu(site: Site) -> Value:
     """Elementwise with one weight; otherwise the weights belong to dimension 1."""
     weight = site["weight"]
@@ -274,35 +301,50 @@ def pad(site: Site) -> Value:
     return Trailing(count)(site)
 
 
-def matmul(site: Site) -> Value:
-    """The last two dimensions are a matrix, those before are broadcast; also with vectors."""
-    a, b = site["input"], site["other"]
-    if not isinstance(a, Fact) or not isinstance(b, Fact):
-        return UNKNOWN
-    result = _matmul(site, a, b)
-    if isinstance(result, Fact) and isinstance(site["bias"], Fact):  # addmm, baddbmm
-        return broadcast(site, [result, site["bias"]])
-    return result
+@dataclass(frozen=True)
+class MatMul:
+    """The last two dimensions are a matrix, those before are broadcast; also with vectors.
+
+    Args:
+        a, b: names of the factors.
+        bias: name of a tensor that is added.
+    """
+
+    a: str
+    b: str
+    bias: str = ""
+
+    def __call__(self, site: Site) -> Value:
+        a, b = site[self.a], site[self.b]
+        if not isinstance(a, Fact) or not isinstance(b, Fact):
+            return UNKNOWN
+        result = _matmul(site, a, b)
+        return broadcast(site, [result, site[self.bias]]) if self.bias else result
 
 
 def _matmul(site: Site, a: Fact, b: Fact) -> Value:
-    if a.varying and not a.batched or b.varying and not b.batched:
+    if (a.varying and not a.batched) or (b.varying and not b.batched):
         site.refuse("SNNFX105", f"an operand of {site.text} varies in time but has no batch dimension")
     if a.batched and b.batched:
-        fact = _merge_matrices(site, a, b)
-    elif a.batched:
-        fact = _times_constant(site, a, b)
-    elif b.batched:
-        fact = _constant_times(site, a, b)
-    else:
-        fact = _constant_product(site, a, b)
-    return fact
+        return _merge_matrices(site, a, b)
+    if a.batched:
+        return _times_constant(site, a, b)
+    return _constant_times(site, a, b) if b.batched else _constant_product(a, b)
 
 
 def _merge_matrices(site: Site, a: Fact, b: Fact) -> Value:
-    if not (reserve(site, a, 2) and reserve(site, b, 2)):
+    if not (_has_matrices(site, a) and _has_matrices(site, b)):
         return UNKNOWN
     return broadcast(site, [a, b])
+
+
+def _has_matrices(site: Site, fact: Fact) -> bool:
+    """Whether the batch is in front of the matrices, so that the product does not sum over it."""
+    assert fact.dim is not None
+    if fact.rank.known is not None and fact.rank.known < fact.dim + 3:
+        site.refuse_mixing(fact, "multiplies matrices one of whose dimensions is", "Put the batch in front, see torch.bmm.")
+        return False
+    return reserve(site, fact, 2)
 
 
 def _times_constant(site: Site, a: Fact, b: Fact) -> Value:
@@ -311,7 +353,7 @@ def _times_constant(site: Site, a: Fact, b: Fact) -> Value:
         if not reserve(site, a, 1):
             return UNKNOWN
         return Fact(a.rank - 1 if b.rank.known == 1 else a.rank, a.dim, a.size)
-    if not reserve(site, a, 2):
+    if not _has_matrices(site, a):
         return UNKNOWN
     return broadcast(site, [a, b])
 
@@ -320,14 +362,14 @@ def _constant_times(site: Site, a: Fact, b: Fact) -> Value:
     assert b.dim is not None
     if a.rank.known == 2 and b.rank.known is not None and b.rank.known >= 2 and b.dim == b.rank.known - 1:
         return b  # the batch is the columns
-    if not reserve(site, b, 2):
+    if not _has_matrices(site, b):
         return UNKNOWN
     if a.rank.known == 1:
         return Fact(b.rank - 1, b.dim, b.size)
     return broadcast(site, [b, a])
 
 
-def _constant_product(site: Site, a: Fact, b: Fact) -> Value:
+def _constant_product(a: Fact, b: Fact) -> Value:
     if a.rank.known is None or b.rank.known is None:
         return UNKNOWN
     vectors = (a.rank.known == 1) + (b.rank.known == 1)
@@ -552,8 +594,6 @@ def recurrent(site: Site) -> Value:
 
 def stateful(site: Site) -> Value:
     """`call_stateful(module, slots, *inputs)` of a neuron: outputs and next values are shaped like the first input."""
-    from snnfx.state import adapter_of
-
     module, slots = site.module, site["state"]
     adapter = adapter_of(module) if module is not None else None
     count = len(slots) if isinstance(slots, tuple | list) else 0
@@ -601,9 +641,3 @@ def expect_size(site: Site) -> Value:
     if is_batch_sized(site["size"]):
         site.refuse("SNNFX110", "the model's Python code used the size of the batch as a number")
     return SizeFact(value=number(site["expected"]))
-
-
-def no_rule(site: Site) -> Value:
-    """Listed so that the reason is better than "no row"."""
-    site.refuse("SNNFX101", f"the shape of the result of {site.text} depends on values")
-    return UNKNOWN

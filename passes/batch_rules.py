@@ -7,29 +7,19 @@ a function computes share its row. Every row is tested against what torch does (
 
 from __future__ import annotations
 
-import ast
-import builtins
-import inspect
-import operator
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-import torch.nn.functional as F
-from torch import nn
-from torch.fx import Node
 
-from snnfx.leaves import is_vouched
 from snnfx.passes import batch_kinds as kinds
 from snnfx.passes import batch_shapes as shapes
 from snnfx.passes.batch_facts import Value
-from snnfx.passes.batch_kinds import Along, Leading, Trailing
+from snnfx.passes.batch_kinds import Along, Leading, MatMul, Trailing
 from snnfx.passes.batch_site import Site
-from snnfx.state import call_opaque, call_stateful, initial_value, opaque_initial_value
-from snnfx.tracer import apply_autograd_function, expect_size
 
-__all__ = ["MODULES", "ROWS", "Found", "ModuleRow", "Row", "bind", "look_up"]
+__all__ = ["FOREIGN", "METHODS", "MODULES", "OPERATORS", "ROWS", "ModuleRow", "Row"]
 
 
 @dataclass(frozen=True)
@@ -70,7 +60,13 @@ _COPIES = (
     "alias bfloat16 bool byte clone contiguous cpu cuda data detach double float half int long short to type_as "
     "zeros_like ones_like full_like empty_like"
 )
-_NO_GRADIENT_OR_VALUES = "is_floating_point is_complex element_size get_device is_contiguous"
+_MAX_POOL = "input, kernel_size, stride=None, padding=0, dilation=1, ceil_mode=False, return_indices=False"
+_UNPOOL = "input, indices, kernel_size, stride=None, padding=0, output_size=None"
+_BATCH_NORM = "input, running_mean, running_var, weight=None, bias=None, training=False, ..."
+_INSTANCE_NORM = "input, running_mean=None, running_var=None, weight=None, bias=None, use_input_stats=True, ..."
+_ATTENTION = "query, key, value, attn_mask=None, ..."
+_MULTIHEAD = "query, key, value, key_padding_mask=None, need_weights=True, attn_mask=None, average_attn_weights=True, ..."
+_ENCODER = "src, src_mask=None, src_key_padding_mask=None, is_causal=None, mask=None"
 
 ROWS: tuple[Row, ...] = (
     # each element on its own
@@ -99,7 +95,7 @@ ROWS: tuple[Row, ...] = (
     Row("argsort", "input, dim=-1, ...", Along()),
     Row("cumsum cumprod logcumsumexp", "input, dim, ...", Along()),
     Row("cummax cummin", "input, dim", Along(outputs=2)),
-    Row("diff", "input, n=1, dim=-1, ...", Along()),
+    Row("diff", "input, n=1, dim=-1", Along()),
     Row("flip", "input, *dims", Along(dim="dims")),
     Row("roll", "input, shifts, dims=None", Along(dim="dims")),
     Row("softmax log_softmax softmin", "input, dim=None, ...", kinds.softmax),
@@ -109,7 +105,7 @@ ROWS: tuple[Row, ...] = (
     Row("cosine_similarity", "x1, x2, dim=1, ...", Along(drops=True, operands=("x1", "x2")), operands="x1 x2"),
     Row("index_select", "input, dim, index", Along()),
     Row("gather", "input, dim, index, ...", Along(operands=("input", "index"), aligned=True), operands="input index"),
-    Row("take_along_dim", "input, index, dim=None", Along(operands=("input", "index")), operands="input index"),
+    Row("take_along_dim", "input, indices, dim=None", Along(operands=("input", "indices")), operands="input indices"),
     Row("scatter scatter_add", "input, dim, index, src, ...", kinds.scatter, operands="input index src"),
     Row("narrow", "input, dim, start, length", Along()),
     Row("select", "input, dim, index", shapes.select),
@@ -127,15 +123,15 @@ ROWS: tuple[Row, ...] = (
     Row("avg_pool1d lp_pool1d adaptive_avg_pool1d", "input, ...", Trailing(1)),
     Row("avg_pool2d lp_pool2d adaptive_avg_pool2d", "input, ...", Trailing(2)),
     Row("avg_pool3d lp_pool3d adaptive_avg_pool3d", "input, ...", Trailing(3)),
-    Row("max_pool1d", kinds.MAX_POOL, Trailing(1, pair="return_indices")),
-    Row("max_pool2d", kinds.MAX_POOL, Trailing(2, pair="return_indices")),
-    Row("max_pool3d", kinds.MAX_POOL, Trailing(3, pair="return_indices")),
+    Row("max_pool1d", _MAX_POOL, Trailing(1, pair="return_indices")),
+    Row("max_pool2d", _MAX_POOL, Trailing(2, pair="return_indices")),
+    Row("max_pool3d", _MAX_POOL, Trailing(3, pair="return_indices")),
     Row("adaptive_max_pool1d", "input, output_size, return_indices=False", Trailing(1, pair="return_indices")),
     Row("adaptive_max_pool2d", "input, output_size, return_indices=False", Trailing(2, pair="return_indices")),
     Row("adaptive_max_pool3d", "input, output_size, return_indices=False", Trailing(3, pair="return_indices")),
-    Row("max_unpool1d", kinds.UNPOOL, Trailing(1, ("input", "indices")), "input indices", sizes="output_size"),
-    Row("max_unpool2d", kinds.UNPOOL, Trailing(2, ("input", "indices")), "input indices", sizes="output_size"),
-    Row("max_unpool3d", kinds.UNPOOL, Trailing(3, ("input", "indices")), "input indices", sizes="output_size"),
+    Row("max_unpool1d", _UNPOOL, Trailing(1, ("input", "indices")), "input indices", sizes="output_size"),
+    Row("max_unpool2d", _UNPOOL, Trailing(2, ("input", "indices")), "input indices", sizes="output_size"),
+    Row("max_unpool3d", _UNPOOL, Trailing(3, ("input", "indices")), "input indices", sizes="output_size"),
     Row("pad", "input, pad, ...", kinds.pad),
     Row("pixel_shuffle pixel_unshuffle", "input, ...", Trailing(3)),
     Row("tril triu", "input, diagonal=0", Trailing(2)),
@@ -157,17 +153,20 @@ ROWS: tuple[Row, ...] = (
     Row("dropout1d", "input, ...", Leading(3), random=True),
     Row("dropout2d", "input, ...", Leading(4), random=True),
     Row("dropout3d", "input, ...", Leading(5), random=True),
-    Row("batch_norm", kinds.BATCH_NORM, kinds.batch_norm),
-    Row("instance_norm", kinds.INSTANCE_NORM, kinds.instance_norm),
+    Row("batch_norm", _BATCH_NORM, kinds.batch_norm),
+    Row("instance_norm", _INSTANCE_NORM, kinds.instance_norm),
     # products
-    Row("matmul mm bmm mv", "input, other", kinds.matmul, operands="input other"),
-    Row("addmm addmv", "bias, input, other, ...", kinds.matmul, operands="bias input other"),
-    Row("baddbmm", "bias, input, other, ...", kinds.matmul, operands="bias input other"),
+    Row("matmul", "input, other", MatMul("input", "other"), operands="input other"),
+    Row("mm bmm", "input, mat2", MatMul("input", "mat2"), operands="input mat2"),
+    Row("mv", "input, vec", MatMul("input", "vec"), operands="input vec"),
+    Row("addmm", "input, mat1, mat2, ...", MatMul("mat1", "mat2", "input"), operands="input mat1 mat2"),
+    Row("addmv", "input, mat, vec, ...", MatMul("mat", "vec", "input"), operands="input mat vec"),
+    Row("baddbmm", "input, batch1, batch2, ...", MatMul("batch1", "batch2", "input"), operands="input batch1 batch2"),
     Row("einsum", "equation, *operands", kinds.einsum, operands="operands"),
-    Row("scaled_dot_product_attention", kinds.ATTENTION, kinds.attention, operands="query key value attn_mask"),
+    Row("scaled_dot_product_attention", _ATTENTION, kinds.attention, operands="query key value attn_mask"),
     # modules with rules of their own
-    Row("nn.MultiheadAttention", kinds.MULTIHEAD, kinds.multihead_attention, kinds.MULTIHEAD_OPERANDS),
-    Row("nn.TransformerEncoder", kinds.ENCODER, kinds.encoder, operands=kinds.ENCODER_OPERANDS),
+    Row("nn.MultiheadAttention", _MULTIHEAD, kinds.multihead_attention, "query key value key_padding_mask attn_mask"),
+    Row("nn.TransformerEncoder", _ENCODER, kinds.encoder, "src src_mask mask src_key_padding_mask"),
     Row("nn.RNNCell", "input, hx=None", kinds.cell, operands="input hx"),
     Row("nn.RNN", "input, hx=None", kinds.recurrent, operands="input hx"),
     # shapes
@@ -192,7 +191,7 @@ ROWS: tuple[Row, ...] = (
     Row("size", "input, dim=None", shapes.size),
     Row("numel nelement", "input", shapes.numel),
     Row("dim ndimension", "input", shapes.rank_of),
-    Row(_NO_GRADIENT_OR_VALUES, "input, ...", shapes.python_value),
+    Row("is_floating_point is_complex element_size get_device", "input, ...", shapes.python_value),
     Row("expect_size", "size, expected, where", kinds.expect_size, operands="size"),
     Row("zeros ones empty", "*size, **options", shapes.create, sizes="size"),
     Row("full", "size, fill_value, ...", shapes.create, sizes="size"),
@@ -272,7 +271,7 @@ MODULES: tuple[ModuleRow, ...] = (
     ModuleRow("RNN GRU LSTM", "nn.RNN"),
 )
 
-_OPERATORS = {
+OPERATORS = {
     "floordiv": "floor_divide",
     "truediv": "true_divide",
     "mod": "remainder",
@@ -288,8 +287,8 @@ _OPERATORS = {
 }
 """Functions of Python's operator module (each also in place: iadd, ...) and the rows they belong to."""
 
-_METHODS = {"unfold": "unfold_dim"}
+METHODS = {"unfold": "unfold_dim"}
 """Tensor methods that are another operation than the function of their name."""
 
-_FOREIGN = frozenset({torch.batch_norm, torch.instance_norm, torch.embedding})
+FOREIGN = frozenset({torch.batch_norm, torch.instance_norm, torch.embedding})
 """Functions of torch whose arguments come in another order than those of the torch.nn.functional one."""

@@ -9,8 +9,8 @@ from snnfx.passes.batch_facts import BOTTOM, OTHER, UNKNOWN, Fact, Rank, Repeate
 from snnfx.passes.batch_site import Site, aligned, broadcast, is_batch_sized, lost, number
 
 __all__ = ["attribute", "cat", "create", "expand", "flatten", "getitem", "interleave", "make_constant", "move_dims"]
-__all__ += ["numel", "permute", "pieces", "rank_of", "repeat", "size", "squeeze", "stack", "transpose", "transpose_last"]
-__all__ += ["reverse", "select", "unbind", "unflatten", "unsqueeze", "view", "view_as", "transpose_matrix", "move_dim"]
+__all__ += ["numel", "permute", "pieces", "python_value", "rank_of", "repeat", "reverse", "select", "size", "squeeze"]
+__all__ += ["stack", "transpose", "transpose_last", "unbind", "unflatten", "unsqueeze", "view", "view_as"]
 
 
 def _moved(fact: Fact, dim: int | None, change: int = 0) -> Fact:
@@ -48,13 +48,8 @@ def transpose_last(site: Site) -> Value:
     return _swap(site, fact, -2, -1) if isinstance(fact, Fact) else UNKNOWN
 
 
-def transpose_matrix(site: Site) -> Value:
-    """`x.t()`, `x.T`: reverse the dimensions."""
-    return reverse(site)
-
-
 def reverse(site: Site) -> Value:
-    """Reverse the dimensions: `x.T`."""
+    """Reverse the dimensions: `x.T`, `x.t()`."""
     fact = site["input"]
     if not isinstance(fact, Fact) or fact.dim is None:
         return fact if isinstance(fact, Fact) else UNKNOWN
@@ -160,21 +155,19 @@ def flatten(site: Site) -> Value:
         return UNKNOWN
     known = fact.rank.known
     if known is not None:
-        start, end = start % max(known, 1), end % max(known, 1)
+        start, end = (dim + known if dim < 0 else dim for dim in (start, end))
+    if (start < 0) == (end < 0):
         rank = fact.rank - (end - start)
-    elif start >= 0 and end == -1:
-        rank = Rank(start + 1)
-    elif (start < 0) == (end < 0):
-        rank = fact.rank - (end - start)
+    elif start >= 0:
+        rank = Rank(start - end)  # e.g. 2 for flatten(1, -1), 3 for flatten(1, -2)
     else:
         rank = Rank(0, site.node.name)
     if fact.dim is None:
         return Fact(rank, varying=fact.varying)
     if start < 0:
-        start = site.axis(fact, start)  # type: ignore[assignment]
+        site.axis(fact, start)
         return Fact(rank, fact.dim, fact.size)
     if start > fact.dim:
-        # torch refuses what has fewer dimensions, except for the module of a model that is run unbatched.
         return Fact(rank, fact.dim, fact.size) if site.require(fact.rank, start + 1, "needs a batch") else lost(rank)
     if 0 <= end < fact.dim:
         return Fact(rank, fact.dim - (end - start), fact.size)
@@ -193,6 +186,9 @@ def unflatten(site: Site) -> Value:
         return UNKNOWN
     axis = site.axis(fact, site["dim"])
     if axis is None:
+        return UNKNOWN
+    if not all(map(_is_size, sizes)):
+        site.refuse("SNNFX101", f"the sizes in {site.text} are not known")
         return UNKNOWN
     grows = len(sizes) - 1
     if fact.dim is None or axis != fact.dim:
@@ -236,7 +232,7 @@ def view(site: Site) -> Value:
     if isinstance(shape, ShapeFact):
         return _view_like(site, fact, shape.of)
     entries = list(leaves(shape))
-    if any(entry is OTHER or entry is UNKNOWN for entry in entries) or not all(map(_is_size, entries)):
+    if not all(map(_is_size, entries)):
         site.refuse("SNNFX101", f"the shape in {site.text} is not known")  # also x.view(dtype)
         return UNKNOWN
     rank = Rank(len(entries))
@@ -635,6 +631,11 @@ _ATTRIBUTES = {
     "real": _same_tensor,
     "imag": _same_tensor,
 }
+
+
+def python_value(site: Site) -> Value:
+    """A question about the tensor that does not depend on the batch."""
+    return OTHER
 
 
 def create(site: Site) -> Value:

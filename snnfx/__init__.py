@@ -10,19 +10,19 @@ from typing import Any
 if not (Path(__file__).parent / "passes").is_dir() and (Path(__file__).parents[1] / "passes").is_dir():
     __path__.append(str(Path(__file__).parents[1]))
 
+from snnfx.net import Net
 from snnfx.state import MemoryModule
+from snnfx.verify import verify
 
-__all__ = ["MemoryModule", "__version__"]
+__all__ = ["MemoryModule", "Net", "__version__", "verify"]
 __version__ = "0.1.0"
 
-_FUNCTIONS = ("convert", "draw", "explain", "verify", "capture")
+_FUNCTIONS = ("convert", "draw", "explain")
 
 
 def __getattr__(name: str) -> Any:
     if name in _FUNCTIONS:
         value = getattr(importlib.import_module(f"snnfx.{name}"), name)
-    elif name == "Net":
-        value = importlib.import_module("snnfx.net").Net
     elif name in ("errors", "functional", "neuron", "passes", "surrogate"):
         value = importlib.import_module(f"snnfx.{name}")
     else:

@@ -27,7 +27,7 @@ from snnfx.errors import CaptureError, InputError
 from snnfx.leaves import is_leaf
 from snnfx.matching import GraphMatch
 from snnfx.program import InputLeaf, Slot, StepProgram
-from snnfx.state import Adapter, StateSnapshot, adapter_of, reset_net
+from snnfx.state import Adapter, StateSnapshot, adapter_of, composite_adapter, is_stateful_tree
 from snnfx.tracer import ArgumentLeaf, FunctionHolder, StepProxy, StepTracer, SubmoduleNotTraceable, apply_autograd_function
 
 __all__ = ["FunctionHolder", "apply_autograd_function", "capture", "capture_both_modes"]
@@ -288,8 +288,6 @@ class _Traced:
 
 def _outermost_stateful(model: nn.Module, opaque: dict[str, str]) -> list[tuple[str, nn.Module, Adapter, bool]]:
     """`(prefix, module, adapter, is leaf)` of stateful modules, those inside a leaf covered by the leaf."""
-    from snnfx.state import composite_adapter
-
     found: list[tuple[str, nn.Module, Adapter, bool]] = []
     covered: tuple[str, ...] = ()
     for name, module in model.named_modules():
@@ -297,7 +295,7 @@ def _outermost_stateful(model: nn.Module, opaque: dict[str, str]) -> list[tuple[
         if covered and prefix.startswith(covered):
             continue
         adapter = adapter_of(module)
-        whole = composite_adapter(module) if name in opaque or _is_stateful_tree(module, adapter) else None
+        whole = composite_adapter(module) if name in opaque or is_stateful_tree(module, adapter) else None
         if whole is not None:
             covered = (*covered, prefix)
             if whole.names(module):
@@ -308,13 +306,6 @@ def _outermost_stateful(model: nn.Module, opaque: dict[str, str]) -> list[tuple[
                 covered = (*covered, prefix)
             found.append((prefix, module, adapter, leaf))
     return found
-
-
-def _is_stateful_tree(module: nn.Module, adapter: Adapter | None) -> bool:
-    """A stateful leaf with stateful modules inside it: stepped as a whole, with the states of all of them."""
-    if adapter is None or not adapter.is_leaf(module):
-        return False
-    return any(adapter_of(part) is not None for part in module.modules() if part is not module)
 
 
 def _check_model(model: nn.Module, entry: str) -> None:

@@ -29,7 +29,9 @@ __all__ = [
     "call_stateful",
     "composite_adapter",
     "detach_net",
+    "has_forward_hooks",
     "initial_value",
+    "is_stateful_tree",
     "named_stateful",
     "opaque_initial_value",
     "register_adapter",
@@ -180,7 +182,10 @@ class MemoryAdapter:
 
     def is_leaf(self, module: nn.Module) -> bool:
         # Neurons of the zoo stay whole; the forward that a user wrote is traced, so that only its cycle is looped.
-        return isinstance(module, Stateful)
+        if not isinstance(module, Stateful):
+            return False
+        order = [cls for cls in type(module).__mro__ if "forward" in vars(cls) or "step" in vars(cls)]
+        return "step" in vars(order[0])
 
     def refuse(self, module: nn.Module, where: str) -> None:
         return None
@@ -204,7 +209,7 @@ class MemoryAdapter:
         return tuple(_fresh(value) for value in module._initial_memories.values())  # type: ignore[union-attr, operator]
 
     def step(self, module: nn.Module, state: State, *inputs: Any, **kwargs: Any) -> tuple[Any, State]:
-        if isinstance(module, Stateful) and not _has_forward_hooks(module):
+        if isinstance(module, Stateful) and not has_forward_hooks(module):
             return module.step(state, *inputs, **kwargs)
         return step_by_swapping(self, module, state, *inputs, **kwargs)
 
@@ -269,6 +274,14 @@ def composite_adapter(module: nn.Module) -> CompositeAdapter:
     return CompositeAdapter(module)
 
 
+def is_stateful_tree(module: nn.Module, adapter: Adapter | None) -> bool:
+    """A stateful leaf with stateful modules inside it: stepped as a whole, with the states of all of them."""
+    if adapter is None or not adapter.is_leaf(module):
+        return False
+    parts = ((part, adapter_of(part)) for part in module.modules() if part is not module)
+    return any(inner is not None and inner.names(part) for part, inner in parts)
+
+
 @contextlib.contextmanager
 def _attributes_unchanged(module: nn.Module) -> Iterator[None]:
     """Refuse a module that keeps state where nobody declared it: its results would leak into the next call."""
@@ -289,7 +302,8 @@ def _attributes_unchanged(module: nn.Module) -> Iterator[None]:
             )
 
 
-def _has_forward_hooks(module: nn.Module) -> bool:
+def has_forward_hooks(module: nn.Module) -> bool:
+    """Whether calling the module runs hooks, so that it has to be called as a module."""
     return bool(
         module._forward_hooks or module._forward_pre_hooks or module._backward_hooks or module._backward_pre_hooks
     )

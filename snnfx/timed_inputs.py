@@ -77,8 +77,11 @@ def _dims_of_leaves(time_dim: Any, args: tuple[Any, ...], kwargs: dict[str, Any]
     if isinstance(time_dim, dict) and time_dim.keys() == kwargs.keys():
         prefix = ((0,) * len(args), {name: time_dim[name] for name in kwargs})
     elif isinstance(time_dim, tuple | list):
-        named = dict(zip(kwargs, time_dim[len(args) :], strict=True)) if len(time_dim) == len(args) + len(kwargs) else 0
-        prefix = (tuple(time_dim[: len(args)]), named)
+        # One entry for each argument; those by keyword may be left out, and have time in front.
+        entries = [*time_dim, *[0] * len(kwargs)] if len(time_dim) == len(args) else [*time_dim]
+        prefix = (tuple(entries[: len(args)]), dict(zip(kwargs, entries[len(args) :], strict=False)))
+        if len(entries) != len(args) + len(kwargs):
+            prefix = ()
     dims = pytree._broadcast_to_and_flatten(prefix, pytree.tree_structure((args, kwargs)))
     if dims is None:
         raise InputError("SNNFX307", "the inputs do not fit the net", why=f"its time_dim is {time_dim!r}.")

@@ -29,7 +29,15 @@ from torch.utils import _pytree as pytree
 from snnfx.errors import CaptureError
 from snnfx.leaves import is_leaf
 from snnfx.program import SELF_TARGET
-from snnfx.state import adapter_of, call_opaque, call_stateful, composite_adapter, initial_value, opaque_initial_value
+from snnfx.state import (
+    adapter_of,
+    call_opaque,
+    call_stateful,
+    composite_adapter,
+    initial_value,
+    is_stateful_tree,
+    opaque_initial_value,
+)
 
 __all__ = ["FunctionHolder", "StepProxy", "StepTracer", "SubmoduleNotTraceable", "apply_autograd_function", "expect_size"]
 
@@ -182,6 +190,8 @@ class StepTracer(fx.Tracer):
         self.calls_at: dict[tuple[str, object], int] = {}
         self.output_spec: pytree.TreeSpec | None = None
         self._evaluating = False
+        self._inside_call = False
+        self._autocast = _autocast_state()
         self._paths: dict[nn.Module, str] = {}
 
     # -- recording ---------------------------------------------------------------------------------------------
@@ -260,6 +270,18 @@ class StepTracer(fx.Tracer):
         self.constants[name] = value
         return self.create_node("get_attr", name, (), {})
 
+    def create_proxy(self, kind: str, target: Any, args: Any, kwargs: Any, *rest: Any, **more: Any) -> Any:
+        proxy = super().create_proxy(kind, target, args, kwargs, *rest, **more)
+        if kind.startswith("call") and not torch.is_grad_enabled() and not self._inside_call:
+            return self._without_gradient(proxy)
+        return proxy
+
+    def _without_gradient(self, proxy: Any) -> Any:
+        """What `torch.no_grad()` around an operation means in a graph: its result is detached."""
+        value = _value_of(proxy)
+        is_tensor = isinstance(value, Tensor) or (value is _UNKNOWN and not proxy.node.meta.get("shape_like"))
+        return super().create_proxy("call_method", "detach", (proxy,), {}) if is_tensor else proxy
+
     def create_node(
         self,
         kind: str,
@@ -269,6 +291,14 @@ class StepTracer(fx.Tracer):
         name: str | None = None,
         type_expr: Any | None = None,
     ) -> Node:
+        if kind.startswith("call") and not self._evaluating and _autocast_state() != self._autocast:
+            raise CaptureError(
+                "SNNFX201",
+                "autocast is switched inside the step",
+                where=_format_place(_user_place()),
+                why="a graph does not record it.",
+                hint="Put autocast around the call of the net, or the code into a submodule, which is then stepped.",
+            )
         node = super().create_node(kind, target, args, kwargs, name, None)
         node.meta.pop("nn_module_stack", None)
         node.meta["where"] = _user_place()
@@ -399,8 +429,11 @@ class StepTracer(fx.Tracer):
         if name in self.opaque:
             return self._marked(self._call_with_state(m, name, call_opaque, composite_adapter(m), args, kwargs), name)
         adapter = adapter_of(m)
-        if adapter is not None and adapter.names(m):
+        if adapter is not None:
             adapter.refuse(m, name)
+        if adapter is not None and adapter.names(m):
+            if is_stateful_tree(m, adapter):
+                return self._marked(self._call_with_state(m, name, call_opaque, composite_adapter(m), args, kwargs), name)
             if adapter.is_leaf(m):
                 return self._marked(self._call_with_state(m, name, call_stateful, adapter, args, kwargs), name)
         elif is_leaf(m):
@@ -432,6 +465,21 @@ class StepTracer(fx.Tracer):
     ) -> Any:
         """A node for one pure step of a module, its slots threaded through; returns what the module returns."""
         self._refuse_time_loop(name)
+        self._inside_call = True
+        try:
+            output = self._record_call(m, name, call, adapter, args, kwargs)
+        finally:
+            self._inside_call = False
+        if torch.is_grad_enabled():
+            return output
+        for slot in adapter.names(m):
+            slot = f"{name}.{slot}" if name else slot
+            self.slot_values[slot] = self._without_gradient(self.slot_values[slot])
+        return self._without_gradient(output)
+
+    def _record_call(
+        self, m: nn.Module, name: str, call: Callable[..., Any], adapter: Any, args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> Any:
         prefix = f"{name}." if name else ""
         slots = [prefix + slot for slot in adapter.names(m)]
         module = self._at_module(name, "get_attr", name or SELF_TARGET, (), {})
@@ -528,6 +576,10 @@ def _patched_apply(tracer: StepTracer) -> Iterator[None]:
         yield
     finally:
         base.apply = original  # type: ignore[method-assign]
+
+
+def _autocast_state() -> tuple[bool, ...]:
+    return tuple(torch.is_autocast_enabled(device) for device in ("cpu", "cuda"))
 
 
 def _user_place() -> tuple[str, int] | None:

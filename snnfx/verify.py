@@ -146,8 +146,6 @@ class _Verification:
             notes=tuple(self.notes),
         )
 
-    # Running both sides
-
     @contextmanager
     def _isolated(self) -> Iterator[None]:
         with undisturbed(self.model, self.net), without_dropout(self.model, self.net):
@@ -266,8 +264,6 @@ class _Verification:
         found = torch.autograd.grad(parts, list(wanted.values()), allow_unused=True)
         return dict(zip(wanted, found, strict=True))
 
-    # Comparing
-
     def _compare_outputs(self, actual: dict[str, Any], expected: dict[str, Any], how: str = "") -> list[Comparison]:
         if actual.keys() != expected.keys():
             names, others = ", ".join(actual) or "none", ", ".join(expected) or "none"
@@ -328,8 +324,6 @@ class _Verification:
                 result = replace(result, detail=detail)
             found.append(result)
         return found
-
-    # Saying what is wrong
 
     def _error(self, comparison: Comparison, random_ops: bool) -> VerificationError:
         why = comparison.detail + "."

@@ -244,6 +244,20 @@ def test_lockstep_alone_is_wrong_where_a_state_is_read_ahead() -> None:
 
 
 @folds
+def test_gradients_are_right_where_the_values_settle_early(forward: Forward) -> None:
+    """Without a spike the second norm sees zeros from the first sweep on, but gradients still pass its neuron."""
+    model = Residual()
+    with torch.no_grad():
+        model.bn1.weight.fill_(0.1)
+    x_seq = torch.rand(3, 6, 5, requires_grad=True)
+    leaves = [x_seq, *model.parameters()]
+    values, gradients = run_and_differentiate(torch.stack(forward(model, [(x,) for x in x_seq], is_norm)), leaves)
+    expected, expected_gradients = run_and_differentiate(model.by_layers(x_seq), leaves)
+    for value, other in zip(values + gradients, expected + expected_gradients, strict=True):
+        torch.testing.assert_close(value, other, rtol=1e-8, atol=1e-8)
+
+
+@folds
 def test_running_statistics_are_those_of_one_call(forward: Forward) -> None:
     model, x_seq = CNN(), torch.rand(5, 6, 2, 4, 4)
     forward(model, [(x,) for x in x_seq], is_norm)

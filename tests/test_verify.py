@@ -17,6 +17,7 @@ from torch.utils import _pytree as pytree
 import snnfx
 from snnfx.comparison import Tolerance, compare
 from snnfx.errors import InputError, SnnfxError, VerificationError
+from snnfx.program import Slot, StepProgram
 from snnfx.verify import VerificationReport, verify
 
 torch.set_num_threads(1)
@@ -285,7 +286,7 @@ def test_a_wrong_spike_is_named_with_neuron_step_and_margin(x_seq: Tensor) -> No
     text = message_of(model, net_of(model, Faults(spike_at=3)), x_seq)
     assert text.startswith("SNNFX401 `output` is not that of stepping the model: first at t = ")
     assert "The first neuron that differs is `lif1` at t = 3: 1 of 18 spikes, with |v - threshold| up to 0." in text
-    assert "rounding" not in text
+    assert "This is rounding" not in text
 
 
 def test_a_wrong_spike_in_training_is_found_in_the_folded_reference(x_seq: Tensor) -> None:
@@ -501,6 +502,10 @@ def test_inputs_that_stay_the_same_keywords_nested_outputs_and_entry() -> None:
         "gradient of `input[1]['pixels']`",
         "gradient of `input['gain']`",
     ]
+    by_keyword = FakeNet(model, function, time_dim=(0, None, 0), entry="one_step")
+    assert verify(model, by_keyword, x_seq, image, gain=gain).T == 6
+    constant = FakeNet(model, function, time_dim=(0, None, None), entry="one_step")
+    assert verify(model, constant, x_seq, image, gain=gain[0]).T == 6
     wrong = FakeNet(model, lambda net, *a, **k: (function(net, *a, **k)[0] | {"rest": (gain, None)}, {}, {}))
     wrong.options = net.options
     assert "SNNFX401 `output['rest'][0]` is not" in message_of(model, wrong, x_seq, image, gain=gain)
@@ -517,6 +522,49 @@ def test_time_may_be_anywhere(time_dim: int) -> None:
 
     x_seq = torch.rand(8, 3, 5).movedim(0, time_dim)
     assert verify(model, FakeNet(model, function, time_dim=time_dim), x_seq).T == 8
+
+
+def test_places_of_time_by_keyword() -> None:
+    class ByName(nn.Module):
+        def forward(self, *, x: Tensor, gain: Tensor) -> Tensor:
+            return x * gain
+
+    net = FakeNet(ByName(), lambda net, x, gain: (x * gain, {}, {}), time_dim={"gain": None, "x": 0})
+    assert verify(ByName(), net, x=torch.rand(8, 2), gain=torch.rand(2)).T == 8
+
+
+def test_attributes_that_the_net_took_for_state_start_where_they_were_when_it_was_made(x_seq: Tensor) -> None:
+    class Cell(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.number, self.lazy, self.tensor = 0.0, None, torch.ones(5)
+
+        def forward(self, x: Tensor) -> Tensor:
+            if self.lazy is None:
+                self.lazy = torch.full_like(x, 0.5)
+            self.number, self.lazy, self.tensor = self.number + x, self.lazy - x, self.tensor * x
+            return self.number + self.lazy + self.tensor
+
+    model = nn.Sequential(Cell())
+    graph = fx.Graph()
+    slots = [Slot(f"0.{name}", "", True) for name in ("number", "lazy", "tensor")]
+    first = graph.call_function(torch.full_like, (graph.placeholder("x"), 0.5)), graph.get_attr("one")
+    constants = {"one": torch.ones(5)}
+    graph.output(((), (None,) * 3, (0.0, *first)))
+    spec = pytree.tree_structure(())
+    program = StepProgram(graph, model, constants, [], spec, spec, slots, training=True)
+
+    def function(net: Any, x_seq: Tensor) -> Any:
+        sums, product = x_seq.cumsum(0), x_seq.cumprod(0)
+        states = {"0.number": sums[-1], "0.lazy": 0.5 - sums[-1], "0.tensor": product[-1]}
+        return 0.5 + product, states, {}
+
+    net = FakeNet(model, function)
+    net.program = program
+    model(x_seq[0])
+    before = model[0].number
+    assert verify(model, net, x_seq, atol=1e-4).count("state") == 3
+    assert model[0].number is before
 
 
 def test_a_number_of_steps_where_no_input_has_time() -> None:
@@ -578,7 +626,7 @@ def test_arguments_are_checked_before_any_work(x_seq: Tensor) -> None:
 
     net = FakeNet(model, fails)
     timeless = FakeNet(model, fails, time_dim=None)
-    two = FakeNet(model, fails, time_dim=(0, 0))
+    two, nested = FakeNet(model, fails, time_dim=(0, 0)), FakeNet(model, fails, time_dim=((0, 1),))
     for code, call in {
         "SNNFX304": lambda: verify(net, model, x_seq),
         "SNNFX310": lambda: verify(model, timeless, x_seq),
@@ -586,10 +634,11 @@ def test_arguments_are_checked_before_any_work(x_seq: Tensor) -> None:
         "SNNFX303": lambda: verify(model, net, x_seq, T=7),
         "SNNFX306": lambda: verify(model, net, torch.tensor(1.0)),
         "SNNFX307": lambda: verify(model, two, x_seq),
+        "SNNFX307 ": lambda: verify(model, nested, x_seq),
     }.items():
         with pytest.raises(InputError) as caught:
             call()
-        assert caught.value.code == code
+        assert caught.value.code == code.strip()
 
 
 def test_the_mode_is_that_of_the_net(x_seq: Tensor) -> None:

@@ -1,0 +1,275 @@
+"""Batch equivariance: which nodes of a step graph may be folded, and where the batch of each value is (an analysis).
+
+A stateless node may be folded when running it once on all time steps, with T folded into the batch (`[T, N, ...]` as
+`[T*N, ...]`), gives the results of the single steps one after the other: `f(cat_t x_t) == cat_t f(x_t)` along the batch
+dimension of each value. The proof is an abstract interpretation (Cousot & Cousot 1977) of the graph over facts about
+shapes (`batch_facts`) with one rule for each known operation (`batch_rules`); what has no rule is refused.
+State slots start unknown to everybody ("bottom") and are iterated to a fixpoint around the loop over time.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Set
+from dataclasses import dataclass, field, replace
+from typing import Any, Literal
+
+from torch import Tensor, fx
+from torch.fx import Node
+from torch.fx.node import map_aggregate
+
+from snnfx.errors import Refusal
+from snnfx.passes.batch_facts import BOTTOM, OTHER, UNKNOWN, Fact, Rank, ShapeFact, SizeFact, Value, join, leaves, model_input
+from snnfx.passes.batch_lookup import Found, constant_fact, look_up
+from snnfx.passes.batch_site import Site, is_batch_sized
+
+__all__ = ["BatchAnalysis", "Fact", "Rank", "ShapeFact", "SizeFact", "Value", "infer_batch", "model_input"]
+
+
+@dataclass(frozen=True)
+class BatchAnalysis:
+    """The result of `infer_batch`.
+
+    Args:
+        facts: what is known of the value of each node; a tuple of facts for a node whose value is a tuple.
+        refusals: why a node may not be folded; a node that is not in it may be.
+        requirements: input name -> least number of dimensions that one step of it has to have for this to hold.
+    """
+
+    facts: dict[Node, Value] = field(default_factory=dict)
+    refusals: dict[Node, Refusal] = field(default_factory=dict)
+    requirements: dict[str, int] = field(default_factory=dict)
+
+
+def infer_batch(
+    graph: fx.Graph,
+    resolve: Callable[[str], object],
+    inputs: Mapping[Node, Fact],
+    *,
+    carried: Mapping[Node, object],
+    varying: Set[Node],
+    training: bool,
+    batch_norm: Literal["fold", "per_step"],
+    initial: Mapping[Node, object] | None = None,
+) -> BatchAnalysis:
+    """Find where the batch of every value of a step graph is, and which nodes may not be folded.
+
+    Args:
+        graph: the graph of one step, without operations in place. Where nodes have `meta["val"]`, the ranks are those
+            of the example; the result then holds for inputs of these ranks, which are its requirements.
+        resolve: gives the object that a get_attr or call_module target names.
+        inputs: the fact of each input placeholder, see `model_input`.
+        carried: slot placeholder -> the node (or constant) that gives its next value.
+        varying: nodes whose value may differ between time steps, random ones included; others are the same at each.
+        training: the mode that the graph is for.
+        batch_norm: what a BatchNorm in training may be taken to mean, see `snnfx.convert`.
+        initial: slot placeholder -> its value before the first step. A number or a tensor without dimensions stands
+            for a tensor of the shape of the next value. Default: read from the graph's output node, if that has the
+            form `(outputs, next_states, initial_values)`.
+
+    Returns:
+        Facts, refusals and requirements. Nothing is changed.
+    """
+    walk = _Walk(graph, resolve, dict(inputs), varying, training, batch_norm)
+    before = _initial_values(graph, carried) if initial is None else initial
+    slots: dict[Node, Value] = dict.fromkeys(carried, BOTTOM)
+    settled: set[Node] = set()  # slots that nothing but themselves says anything about
+    while True:
+        analysis = walk.run(slots)
+        following = {slot: _next_fact(walk, slot, value, before.get(slot)) for slot, value in carried.items()}
+        joined = {slot: join(fact, following[slot]) for slot, fact in slots.items()}
+        if joined == slots:
+            open_slots = [slot for slot, fact in slots.items() if BOTTOM in leaves(fact) and slot not in settled]
+            if not open_slots:
+                return analysis
+            settled.update(open_slots)
+            joined.update(dict.fromkeys(open_slots, UNKNOWN))
+        slots = joined
+
+
+def _initial_values(graph: fx.Graph, carried: Mapping[Node, object]) -> Mapping[Node, object]:
+    output = graph.output_node().args[0] if graph.nodes else None
+    if isinstance(output, tuple) and len(output) == 3 and isinstance(output[2], tuple) and len(output[2]) == len(carried):
+        return dict(zip(carried, output[2], strict=True))
+    return {}
+
+
+def _next_fact(walk: _Walk, slot: Node, following: object, initial: object) -> Value:
+    after = walk.facts.get(following, UNKNOWN) if isinstance(following, Node) else UNKNOWN
+    if not isinstance(initial, Node):
+        return after  # a number stands for a tensor of the shape of the next value
+    first = walk.facts.get(initial, UNKNOWN)
+    if isinstance(first, SizeFact) or (isinstance(first, Fact) and first.rank == Rank(0)):
+        return after
+    return join(first, after)
+
+
+class _Walk:
+    """One interpretation of the graph, given facts of the slots."""
+
+    def __init__(
+        self,
+        graph: fx.Graph,
+        resolve: Callable[[str], object],
+        inputs: dict[Node, Fact],
+        varying: Set[Node],
+        training: bool,
+        batch_norm: str,
+    ) -> None:
+        self.graph, self.resolve, self.inputs, self.varying = graph, resolve, inputs, varying
+        self.training, self.batch_norm = training, batch_norm
+        self.found = {node: look_up(node, resolve) for node in graph.nodes if node.op.startswith("call")}
+        self.bases = {fact.rank.base for fact in inputs.values() if fact.rank.base}
+        self.facts: dict[Node, Value] = {}
+
+    def run(self, slots: Mapping[Node, Value]) -> BatchAnalysis:
+        """Facts of all nodes under the assumption that those of the slots hold."""
+        self.facts, self.refusals = {}, {}
+        self.examples: dict[str, int] = {}
+        self.changing: set[Node] = set()  # the varying nodes whose value, not only size, may really differ
+        self.requirements = {
+            node.name: fact.rank.known for node, fact in self.inputs.items() if fact.rank.known is not None
+        }
+        for node in self.graph.nodes:
+            if node.op != "output":
+                fact = self._fact(node, slots)
+                self.facts[node] = self._checked(node, fact)
+        return BatchAnalysis(self.facts, self.refusals, self.requirements)
+
+    def _fact(self, node: Node, slots: Mapping[Node, Value]) -> Value:
+        if node.op == "placeholder":
+            if node in self.varying:
+                self.changing.add(node)
+            return slots[node] if node in slots else self.inputs.get(node, UNKNOWN)
+        if node.op == "get_attr":
+            value = self.resolve(str(node.target))
+            return constant_fact(value) if isinstance(value, Tensor) else OTHER
+        return self._call(node)
+
+    def _call(self, node: Node) -> Value:
+        found = self.found[node]
+        operands = [self.facts[operand] for operand in node.all_input_nodes]
+        flat = list(leaves(operands))
+        if node in self.varying and any(self._may_differ(operand) for operand in node.all_input_nodes):
+            self.changing.add(node)
+        if found is not None and found.row.random and node in self.varying:
+            self.changing.add(node)
+        same_at_each_step = node not in self.changing and not any(
+            fact is UNKNOWN or is_batch_sized(fact) or (isinstance(fact, Fact) and fact.batched) for fact in flat
+        )
+        if found is None:
+            if same_at_each_step and node not in self.varying:
+                return self._constant_result(node)
+            self.refusals[node] = _no_row(node, flat)
+            return UNKNOWN
+        site = self._site(node, found)
+        fact = self._evaluate(site, found)
+        if fact is BOTTOM:
+            return BOTTOM
+        self._judge_without_batch(site, found, flat, fact)
+        for name, least in site.requirements.items():
+            self.requirements[name] = max(least, self.requirements.get(name, 0))
+        if same_at_each_step:
+            return self._constant_result(node) if fact is UNKNOWN else fact
+        if site.refusal is not None:
+            self.refusals[node] = site.refusal
+        return self._marked(node, fact)
+
+    def _may_differ(self, operand: Node) -> bool:
+        """Whether the value of an operand may differ between steps, apart from sizes, which do not."""
+        fact = self.facts[operand]
+        return operand in self.changing and any(
+            not isinstance(leaf, SizeFact | ShapeFact) and leaf is not OTHER for leaf in leaves([fact])
+        )
+
+    def _site(self, node: Node, found: Found) -> Site:
+        def load(argument: Any) -> Any:
+            return self.facts[argument] if isinstance(argument, Node) else argument
+
+        arguments = {name: map_aggregate(value, load) for name, value in found.arguments.items()}
+        return Site(node, found.name, arguments, found.module, self.training, self.batch_norm, self.bases)
+
+    def _evaluate(self, site: Site, found: Found) -> Value:
+        looked_at = found.row.operands.split()
+        sized = found.row.sizes.split()
+        neutral = found.row.rule in _NEUTRAL
+        if not neutral and any(leaf is BOTTOM for leaf in leaves(site.arguments)):
+            return BOTTOM
+        for name, value in site.arguments.items():
+            if name not in looked_at:
+                _check_invariant(site, value, may_be_sized=name in sized)
+        fact = found.row.rule(site)
+        if fact is UNKNOWN and site.refusal is None:
+            site.refuse("SNNFX105", f"where the batch of an operand of {site.text} is, is not known")
+        return fact
+
+    def _judge_without_batch(self, site: Site, found: Found, operands: list[Any], fact: Value) -> None:
+        """Refuse what varies in time and has no batch, going in or coming out."""
+        tensors = [operand for operand in operands if isinstance(operand, Fact)]
+        if tensors and not any(tensor.batched for tensor in tensors) and site.node in self.changing:
+            site.refuse("SNNFX102", f"{site.text} gets values that vary in time but have no batch dimension")
+        if found.row.random and isinstance(fact, Fact) and not fact.batched and site.node in self.varying:
+            site.refuse(
+                "SNNFX105",
+                f"{site.text} draws random numbers without a batch dimension; folded, all steps would share them",
+                "Draw them in the shape of a batched value, e.g. torch.rand_like(x).",
+            )
+
+    def _marked(self, node: Node, fact: Value) -> Value:
+        """Note at facts without a batch whether the value may differ between steps."""
+        if isinstance(fact, Fact):
+            return fact if fact.batched else replace(fact, varying=node in self.changing)
+        if isinstance(fact, tuple):
+            marked = [self._marked(node, element) for element in fact]
+            return type(fact)(marked) if type(fact) is tuple else type(fact)(marked[0])
+        return fact
+
+    def _constant_result(self, node: Node) -> Value:
+        """The fact of what is computed from parameters and constants alone, whatever computes it."""
+        value = node.meta.get("val")
+        if isinstance(value, Tensor):
+            return constant_fact(value)
+        if isinstance(value, tuple | list):
+            return tuple(constant_fact(v) if isinstance(v, Tensor) else OTHER for v in value)
+        return Fact(Rank(0, node.name)) if value is None else OTHER
+
+    def _checked(self, node: Node, fact: Value) -> Value:
+        """The fact with what the example knows better; a contradiction between them is a refusal."""
+        value = node.meta.get("val")
+        if isinstance(value, tuple | list) and isinstance(fact, tuple) and len(value) == len(fact) and type(fact) is tuple:
+            return tuple(self._refined(node, f, v) for f, v in zip(fact, value, strict=True))
+        return self._refined(node, fact, value)
+
+    def _refined(self, node: Node, fact: Value, value: Any) -> Value:
+        if not isinstance(value, Tensor) or not isinstance(fact, Fact):
+            return fact
+        rank = fact.rank if fact.rank.base in self.bases else Rank(value.dim())
+        agrees = rank.known is None or fact.rank.known in (None, rank.known)
+        if agrees and fact.dim is not None and fact.size is not None and rank.known is not None:
+            agrees = fact.dim < value.dim()
+            agrees = agrees and self.examples.setdefault(fact.size, value.shape[fact.dim]) == value.shape[fact.dim]
+        if not agrees:
+            reason = f"its shape in the example, {list(value.shape)}, is not what the table says ({fact})"
+            self.refusals.setdefault(node, Refusal("SNNFX101", reason))
+            return UNKNOWN
+        return replace(fact, rank=rank)
+
+
+def _check_invariant(site: Site, value: Any, may_be_sized: bool) -> None:
+    """Refuse an argument that the rule takes for a constant and that is none."""
+    for leaf in leaves(value):
+        if leaf is UNKNOWN or (isinstance(leaf, Fact) and (leaf.batched or leaf.varying)):
+            site.refuse("SNNFX105", f"an argument of {site.text} that has to be the same at each step is not known to be")
+        elif is_batch_sized(leaf) and not may_be_sized:
+            site.refuse(
+                "SNNFX110",
+                f"{site.text} depends on the size of the batch",
+                "Use sizes of feature dimensions.",
+            )
+
+
+def _no_row(node: Node, operands: list[Any]) -> Refusal:
+    name = str(node.target) if isinstance(node.target, str) else getattr(node.target, "__name__", str(node.target))
+    if any(is_batch_sized(operand) for operand in operands):
+        return Refusal("SNNFX110", f"`{name}` is not in the table, and it depends on the size of the batch")
+    what = "the module" if node.op == "call_module" else "the operation"
+    return Refusal("SNNFX101", f"{what} `{name}` is not in the table of batch rules, or not with these arguments")
