@@ -9,7 +9,7 @@ State slots start unknown to everybody ("bottom") and are iterated to a fixpoint
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Set
+from collections.abc import Callable, Mapping, Set
 from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
@@ -18,8 +18,22 @@ from torch.fx import Node
 from torch.fx.node import map_aggregate
 
 from snnfx.errors import Refusal
-from snnfx.passes.batch_facts import BOTTOM, OTHER, UNKNOWN, Fact, Rank, ShapeFact, SizeFact, Value, join, leaves, model_input
+from snnfx.passes.batch_facts import (
+    BOTTOM,
+    OTHER,
+    UNKNOWN,
+    Fact,
+    Rank,
+    Repeated,
+    ShapeFact,
+    SizeFact,
+    Value,
+    join,
+    leaves,
+    model_input,
+)
 from snnfx.passes.batch_lookup import Found, constant_fact, look_up
+from snnfx.passes.batch_rules import NEUTRAL
 from snnfx.passes.batch_site import Site, is_batch_sized
 
 __all__ = ["BatchAnalysis", "Fact", "Rank", "ShapeFact", "SizeFact", "Value", "infer_batch", "model_input"]
@@ -88,8 +102,9 @@ def infer_batch(
 
 def _initial_values(graph: fx.Graph, carried: Mapping[Node, object]) -> Mapping[Node, object]:
     output = graph.output_node().args[0] if graph.nodes else None
-    if isinstance(output, tuple) and len(output) == 3 and isinstance(output[2], tuple) and len(output[2]) == len(carried):
-        return dict(zip(carried, output[2], strict=True))
+    values = output[2] if isinstance(output, tuple) and len(output) == 3 else None
+    if isinstance(values, tuple) and len(values) == len(carried):
+        return dict(zip(carried, values, strict=True))
     return {}
 
 
@@ -123,7 +138,8 @@ class _Walk:
 
     def run(self, slots: Mapping[Node, Value]) -> BatchAnalysis:
         """Facts of all nodes under the assumption that those of the slots hold."""
-        self.facts, self.refusals = {}, {}
+        self.facts = {}
+        self.refusals: dict[Node, Refusal] = {}
         self.examples: dict[str, int] = {}
         self.changing: set[Node] = set()  # the varying nodes whose value, not only size, may really differ
         self.requirements = {
@@ -149,9 +165,7 @@ class _Walk:
         found = self.found[node]
         operands = [self.facts[operand] for operand in node.all_input_nodes]
         flat = list(leaves(operands))
-        if node in self.varying and any(self._may_differ(operand) for operand in node.all_input_nodes):
-            self.changing.add(node)
-        if found is not None and found.row.random and node in self.varying:
+        if node in self.varying and self._depends_on_time(node, found):
             self.changing.add(node)
         same_at_each_step = node not in self.changing and not any(
             fact is UNKNOWN or is_batch_sized(fact) or (isinstance(fact, Fact) and fact.batched) for fact in flat
@@ -174,6 +188,11 @@ class _Walk:
             self.refusals[node] = site.refusal
         return self._marked(node, fact)
 
+    def _depends_on_time(self, node: Node, found: Found | None) -> bool:
+        if found is not None and (found.row.random or found.row.shape_only):
+            return found.row.random
+        return any(self._may_differ(operand) for operand in node.all_input_nodes)
+
     def _may_differ(self, operand: Node) -> bool:
         """Whether the value of an operand may differ between steps, apart from sizes, which do not."""
         fact = self.facts[operand]
@@ -191,7 +210,7 @@ class _Walk:
     def _evaluate(self, site: Site, found: Found) -> Value:
         looked_at = found.row.operands.split()
         sized = found.row.sizes.split()
-        neutral = found.row.rule in _NEUTRAL
+        neutral = found.row.rule in NEUTRAL
         if not neutral and any(leaf is BOTTOM for leaf in leaves(site.arguments)):
             return BOTTOM
         for name, value in site.arguments.items():
@@ -220,7 +239,7 @@ class _Walk:
             return fact if fact.batched else replace(fact, varying=node in self.changing)
         if isinstance(fact, tuple):
             marked = [self._marked(node, element) for element in fact]
-            return type(fact)(marked) if type(fact) is tuple else type(fact)(marked[0])
+            return Repeated(marked[0]) if isinstance(fact, Repeated) else tuple(marked)
         return fact
 
     def _constant_result(self, node: Node) -> Value:
@@ -235,11 +254,11 @@ class _Walk:
     def _checked(self, node: Node, fact: Value) -> Value:
         """The fact with what the example knows better; a contradiction between them is a refusal."""
         value = node.meta.get("val")
-        if isinstance(value, tuple | list) and isinstance(fact, tuple) and len(value) == len(fact) and type(fact) is tuple:
-            return tuple(self._refined(node, f, v) for f, v in zip(fact, value, strict=True))
-        return self._refined(node, fact, value)
+        if isinstance(value, tuple | list) and type(fact) is tuple and len(value) == len(fact):
+            return tuple(self._checked_one(node, f, v) for f, v in zip(fact, value, strict=True))
+        return self._checked_one(node, fact, value)
 
-    def _refined(self, node: Node, fact: Value, value: Any) -> Value:
+    def _checked_one(self, node: Node, fact: Value, value: Any) -> Value:
         if not isinstance(value, Tensor) or not isinstance(fact, Fact):
             return fact
         rank = fact.rank if fact.rank.base in self.bases else Rank(value.dim())
@@ -258,7 +277,7 @@ def _check_invariant(site: Site, value: Any, may_be_sized: bool) -> None:
     """Refuse an argument that the rule takes for a constant and that is none."""
     for leaf in leaves(value):
         if leaf is UNKNOWN or (isinstance(leaf, Fact) and (leaf.batched or leaf.varying)):
-            site.refuse("SNNFX105", f"an argument of {site.text} that has to be the same at each step is not known to be")
+            site.refuse("SNNFX105", f"an argument of {site.text} has to be the same at each step and may not be")
         elif is_batch_sized(leaf) and not may_be_sized:
             site.refuse(
                 "SNNFX110",

@@ -22,7 +22,7 @@ from snnfx.leaves import is_vouched
 from snnfx.passes.batch_facts import Fact, Rank
 from snnfx.passes.batch_rules import FOREIGN, METHODS, MODULES, OPERATORS, ROWS, ModuleRow, Row
 from snnfx.state import call_opaque, call_stateful, initial_value, opaque_initial_value
-from snnfx.tracer import FunctionHolder, apply_autograd_function, expect_size
+from snnfx.tracer import apply_autograd_function, expect_size
 
 __all__ = ["Found", "constant_fact", "look_up", "row_names"]
 
@@ -77,9 +77,9 @@ def _function_names() -> dict[Any, str]:
     for name in _rows():
         for namespace in (torch, F, torch.special, torch.linalg):
             for spelling in (name, name + "_"):
-                function = getattr(namespace, spelling, None)
-                if callable(function) and function not in FOREIGN:
-                    names.setdefault(function, name)
+                found = getattr(namespace, spelling, None)
+                if callable(found) and found not in FOREIGN:
+                    names.setdefault(found, name)
     for name, row_name in OPERATORS.items():
         names[getattr(operator, name)] = row_name
         in_place = getattr(operator, "i" + name.rstrip("_"), None)
@@ -98,7 +98,7 @@ def _module_argument(node: Node, resolve: Callable[[str], object]) -> nn.Module 
     first = node.args[0] if node.args else None
     if isinstance(first, Node) and first.op == "get_attr":
         found = resolve(str(first.target))
-        if isinstance(found, nn.Module | FunctionHolder):
+        if isinstance(found, nn.Module):
             return found
     return None
 
@@ -125,7 +125,8 @@ def bind(signature: str, args: Sequence[Any], kwargs: Mapping[str, Any]) -> dict
             bound[key] = defaults[key]
     if star:
         given = options.pop(star, extra)
-        bound[star] = given[0] if len(extra) == 1 and isinstance(extra[0], tuple | list | Node) and star in _PACKED else given
+        packed = star in _PACKED and len(extra) == 1 and isinstance(extra[0], tuple | list | Node)
+        bound[star] = extra[0] if packed else given
     elif extra:
         if not rest:
             return None
@@ -173,7 +174,7 @@ def _module_classes() -> dict[type, ModuleRow]:
 
 
 _ELEMENTWISE_MODULE = ModuleRow("", "relu")
-_HARMLESS = frozenset({"__init__", "__repr__", "extra_repr", "reset_parameters", "__setstate__", "_load_from_state_dict"})
+_HARMLESS = {"__init__", "__repr__", "extra_repr", "reset_parameters", "__setstate__", "_load_from_state_dict"}
 
 
 def _look_up_module(node: Node, module: object) -> Found | None:
@@ -203,7 +204,7 @@ def _look_up_module(node: Node, module: object) -> Found | None:
     return Found(row, module_row.row, arguments, module)
 
 
-def _class_with_row(module: nn.Module) -> tuple[type, ModuleRow | None]:
+def _class_with_row(module: nn.Module) -> tuple[type[nn.Module], ModuleRow | None]:
     cls = type(module)
     if "forward" in vars(module):
         return cls, None
@@ -211,7 +212,7 @@ def _class_with_row(module: nn.Module) -> tuple[type, ModuleRow | None]:
     mro = cls.__mro__
     for i, base in enumerate(mro):
         row = _module_classes().get(base)
-        if row is not None:
+        if row is not None and issubclass(base, nn.Module):
             trusted = vouched or (cls.forward is base.forward and not _changes_helpers(mro[:i], base))
             return base, row if trusted else None
     is_layer = any(base.__module__.startswith("torch.nn.") and base is not nn.Module for base in mro)

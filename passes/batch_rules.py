@@ -1,8 +1,8 @@
 """The table: which operations may be folded, and how each carries the batch. What is not in it is refused.
 
 A row names operations (a torch function, a `torch.nn.functional` one and a tensor method of one name are the same
-operation), their arguments, and the rule of `batch_kinds` or `batch_shapes` that they follow. Modules that compute what
-a function computes share its row. Every row is tested against what torch does (`tests/test_batch_rules.py`).
+operation), their arguments, and the rule that they follow. Modules that compute what a function computes share its row.
+Every row is tested against what torch does (`tests/test_batch_rules.py`).
 """
 
 from __future__ import annotations
@@ -14,12 +14,16 @@ from typing import Any
 import torch
 
 from snnfx.passes import batch_kinds as kinds
+from snnfx.passes import batch_modules as modules
+from snnfx.passes import batch_parts as parts
+from snnfx.passes import batch_products as products
 from snnfx.passes import batch_shapes as shapes
 from snnfx.passes.batch_facts import Value
-from snnfx.passes.batch_kinds import Along, Leading, MatMul, Trailing
+from snnfx.passes.batch_kinds import Along, Leading, Trailing
+from snnfx.passes.batch_products import MatMul
 from snnfx.passes.batch_site import Site
 
-__all__ = ["FOREIGN", "METHODS", "MODULES", "OPERATORS", "ROWS", "ModuleRow", "Row"]
+__all__ = ["FOREIGN", "METHODS", "MODULES", "NEUTRAL", "OPERATORS", "ROWS", "ModuleRow", "Row"]
 
 
 @dataclass(frozen=True)
@@ -34,6 +38,7 @@ class Row:
         operands: arguments that the rule looks at itself; the others have to be the same at each step, without a batch.
         sizes: arguments that may contain the size of the batch.
         random: draws new numbers at each call, so a value without a batch would be drawn once instead of T times.
+        shape_only: the values of its operands do not matter: the result is the same at each step.
     """
 
     names: str
@@ -42,6 +47,7 @@ class Row:
     operands: str = "input"
     sizes: str = ""
     random: bool = False
+    shape_only: bool = False
 
 
 _ELEMENTWISE = (
@@ -56,16 +62,15 @@ _ELEMENTWISE = (
     "sgn sigmoid sign signbit silu sin sinc sinh softplus softshrink softsign sqrt square sub subtract tan tanh "
     "tanhshrink threshold true_divide trunc xlogy"
 )
-_COPIES = (
-    "alias bfloat16 bool byte clone contiguous cpu cuda data detach double float half int long short to type_as "
-    "zeros_like ones_like full_like empty_like"
-)
+_COPIES = "alias bfloat16 bool byte clone contiguous cpu cuda data detach double float half int long short to type_as"
 _MAX_POOL = "input, kernel_size, stride=None, padding=0, dilation=1, ceil_mode=False, return_indices=False"
 _UNPOOL = "input, indices, kernel_size, stride=None, padding=0, output_size=None"
 _BATCH_NORM = "input, running_mean, running_var, weight=None, bias=None, training=False, ..."
 _INSTANCE_NORM = "input, running_mean=None, running_var=None, weight=None, bias=None, use_input_stats=True, ..."
 _ATTENTION = "query, key, value, attn_mask=None, ..."
-_MULTIHEAD = "query, key, value, key_padding_mask=None, need_weights=True, attn_mask=None, average_attn_weights=True, ..."
+_MULTIHEAD = (
+    "query, key, value, key_padding_mask=None, need_weights=True, attn_mask=None, average_attn_weights=True, ..."
+)
 _ENCODER = "src, src_mask=None, src_key_padding_mask=None, is_causal=None, mask=None"
 
 ROWS: tuple[Row, ...] = (
@@ -73,10 +78,11 @@ ROWS: tuple[Row, ...] = (
     Row(_ELEMENTWISE, "*operands, **options", kinds.elementwise, operands="operands options"),
     Row("where", "*operands, **options", kinds.where, operands="operands options"),
     Row(_COPIES, "input, *others, **options", kinds.same, operands="input others options"),
+    Row("zeros_like ones_like full_like empty_like", "input, ...", kinds.same, shape_only=True),
     Row("dropout alpha_dropout rrelu", "input, ...", kinds.same, random=True),
     Row("rand_like randn_like randint_like", "input, ...", kinds.same, random=True),
     Row("bernoulli poisson normal", "*operands, **options", kinds.elementwise, "operands options", random=True),
-    Row("apply_autograd_function", "holder, *operands", kinds.autograd_function, operands="operands"),
+    Row("apply_autograd_function", "holder, *operands", modules.autograd_function, operands="operands"),
     # along named dimensions
     Row("sum nansum", "input, dim=None, keepdim=False, ...", Along(drops="keepdim")),
     Row("mean nanmean prod logsumexp amax amin", "input, dim=None, keepdim=False, ...", Along(drops="keepdim")),
@@ -108,17 +114,17 @@ ROWS: tuple[Row, ...] = (
     Row("take_along_dim", "input, indices, dim=None", Along(operands=("input", "indices")), operands="input indices"),
     Row("scatter scatter_add", "input, dim, index, src, ...", kinds.scatter, operands="input index src"),
     Row("narrow", "input, dim, start, length", Along()),
-    Row("select", "input, dim, index", shapes.select),
-    Row("unbind", "input, dim=0", shapes.unbind),
+    Row("select", "input, dim, index", parts.select),
+    Row("unbind", "input, dim=0", parts.unbind),
     Row("unfold_dim", "input, dimension, size, step", Along(dim="dimension", grows=1)),
-    Row("chunk", "input, chunks, dim=0", shapes.pieces),
-    Row("tensor_split", "input, indices_or_sections, dim=0", shapes.pieces),
-    Row("split", "input, split_size_or_sections, dim=0", shapes.pieces),
-    Row("cat concat concatenate", "tensors, dim=0", shapes.cat, operands="tensors"),
-    Row("stack", "tensors, dim=0", shapes.stack, operands="tensors"),
+    Row("chunk", "input, chunks, dim=0", parts.pieces),
+    Row("tensor_split", "input, indices_or_sections, dim=0", parts.pieces),
+    Row("split", "input, split_size_or_sections, dim=0", parts.pieces),
+    Row("cat concat concatenate", "tensors, dim=0", parts.cat, operands="tensors"),
+    Row("stack", "tensors, dim=0", parts.stack, operands="tensors"),
     # on the last dimensions
-    Row("linear", "input, weight, bias=None", kinds.linear),
-    Row("bilinear", "input1, input2, weight, bias=None", kinds.bilinear, operands="input1 input2"),
+    Row("linear", "input, weight, bias=None", products.linear),
+    Row("bilinear", "input1, input2, weight, bias=None", products.bilinear, operands="input1 input2"),
     Row("layer_norm rms_norm", "input, normalized_shape, ...", Trailing(kinds.normalized_dimensions)),
     Row("avg_pool1d lp_pool1d adaptive_avg_pool1d", "input, ...", Trailing(1)),
     Row("avg_pool2d lp_pool2d adaptive_avg_pool2d", "input, ...", Trailing(2)),
@@ -153,8 +159,8 @@ ROWS: tuple[Row, ...] = (
     Row("dropout1d", "input, ...", Leading(3), random=True),
     Row("dropout2d", "input, ...", Leading(4), random=True),
     Row("dropout3d", "input, ...", Leading(5), random=True),
-    Row("batch_norm", _BATCH_NORM, kinds.batch_norm),
-    Row("instance_norm", _INSTANCE_NORM, kinds.instance_norm),
+    Row("batch_norm", _BATCH_NORM, modules.batch_norm),
+    Row("instance_norm", _INSTANCE_NORM, modules.instance_norm),
     # products
     Row("matmul", "input, other", MatMul("input", "other"), operands="input other"),
     Row("mm bmm", "input, mat2", MatMul("input", "mat2"), operands="input mat2"),
@@ -162,13 +168,13 @@ ROWS: tuple[Row, ...] = (
     Row("addmm", "input, mat1, mat2, ...", MatMul("mat1", "mat2", "input"), operands="input mat1 mat2"),
     Row("addmv", "input, mat, vec, ...", MatMul("mat", "vec", "input"), operands="input mat vec"),
     Row("baddbmm", "input, batch1, batch2, ...", MatMul("batch1", "batch2", "input"), operands="input batch1 batch2"),
-    Row("einsum", "equation, *operands", kinds.einsum, operands="operands"),
-    Row("scaled_dot_product_attention", _ATTENTION, kinds.attention, operands="query key value attn_mask"),
+    Row("einsum", "equation, *operands", products.einsum, operands="operands"),
+    Row("scaled_dot_product_attention", _ATTENTION, products.attention, operands="query key value attn_mask"),
     # modules with rules of their own
-    Row("nn.MultiheadAttention", _MULTIHEAD, kinds.multihead_attention, "query key value key_padding_mask attn_mask"),
-    Row("nn.TransformerEncoder", _ENCODER, kinds.encoder, "src src_mask mask src_key_padding_mask"),
-    Row("nn.RNNCell", "input, hx=None", kinds.cell, operands="input hx"),
-    Row("nn.RNN", "input, hx=None", kinds.recurrent, operands="input hx"),
+    Row("nn.MultiheadAttention", _MULTIHEAD, modules.multihead_attention, "query key value key_padding_mask attn_mask"),
+    Row("nn.TransformerEncoder", _ENCODER, modules.encoder, "src src_mask mask src_key_padding_mask"),
+    Row("nn.RNNCell", "input, hx=None", modules.cell, operands="input hx"),
+    Row("nn.RNN", "input, hx=None", modules.recurrent, operands="input hx"),
     # shapes
     Row("transpose swapaxes swapdims", "input, dim0, dim1", shapes.transpose),
     Row("t", "input", shapes.reverse),
@@ -185,24 +191,24 @@ ROWS: tuple[Row, ...] = (
     Row("expand_as", "*operands", kinds.elementwise, operands="operands"),
     Row("repeat tile", "input, *repeats", shapes.repeat, sizes="repeats"),
     Row("repeat_interleave", "input, repeats, dim=None, ...", shapes.interleave),
-    Row("getitem", "input, index", shapes.getitem, operands="input index"),
+    Row("getitem", "input, index", parts.getitem, operands="input index"),
     # sizes, and what is made of them
-    Row("getattr", "input, name", shapes.attribute),
-    Row("size", "input, dim=None", shapes.size),
-    Row("numel nelement", "input", shapes.numel),
-    Row("dim ndimension", "input", shapes.rank_of),
-    Row("is_floating_point is_complex element_size get_device", "input, ...", shapes.python_value),
-    Row("expect_size", "size, expected, where", kinds.expect_size, operands="size"),
-    Row("zeros ones empty", "*size, **options", shapes.create, sizes="size"),
-    Row("full", "size, fill_value, ...", shapes.create, sizes="size"),
-    Row("rand randn", "*size, **options", shapes.create, sizes="size", random=True),
-    Row("new_zeros new_ones new_empty", "input, *size, **options", shapes.create, operands="input", sizes="size"),
-    Row("new_full", "input, size, fill_value, ...", shapes.create, sizes="size"),
-    Row("arange linspace eye tensor scalar_tensor", "*values, **options", shapes.make_constant, "values options"),
+    Row("getattr", "input, name", parts.attribute),
+    Row("size", "input, dim=None", parts.size),
+    Row("numel nelement", "input", parts.numel),
+    Row("dim ndimension", "input", parts.rank_of),
+    Row("is_floating_point is_complex element_size get_device", "input, ...", parts.python_value),
+    Row("expect_size", "size, expected, where", modules.expect_size, operands="size"),
+    Row("zeros ones empty", "*size, **options", parts.create, sizes="size", shape_only=True),
+    Row("full", "size, fill_value, ...", parts.create, sizes="size", shape_only=True),
+    Row("rand randn", "*size, **options", parts.create, sizes="size", random=True),
+    Row("new_zeros new_ones new_empty", "input, *size, **options", parts.create, sizes="size", shape_only=True),
+    Row("new_full", "input, size, fill_value, ...", parts.create, sizes="size", shape_only=True),
+    Row("arange linspace eye tensor scalar_tensor", "*values, **options", parts.make_constant, "values options"),
     # state
-    Row("call_stateful", "module, state, *inputs, **options", kinds.stateful, operands="state inputs"),
-    Row("initial_value", "module, index, *inputs, **options", kinds.initial_state, operands="inputs"),
-    Row("call_opaque opaque_initial_value", "*operands, **options", kinds.opaque, operands="operands options"),
+    Row("call_stateful", "module, state, *inputs, **options", modules.stateful, operands="state inputs"),
+    Row("initial_value", "module, index, *inputs, **options", modules.initial_state, operands="inputs"),
+    Row("call_opaque opaque_initial_value", "*operands, **options", modules.opaque, operands="operands options"),
 )
 
 
@@ -283,12 +289,18 @@ OPERATORS = {
     "lshift": "bitwise_left_shift",
     "rshift": "bitwise_right_shift",
     "pos": "positive",
-    **{name: name for name in "abs add sub mul pow neg matmul lt le gt ge eq ne getitem".split()},
+    **{name: name for name in ("abs", "add", "sub", "mul", "pow", "neg", "matmul", "getitem")},
+    **{name: name for name in ("lt", "le", "gt", "ge", "eq", "ne")},
 }
 """Functions of Python's operator module (each also in place: iadd, ...) and the rows they belong to."""
 
 METHODS = {"unfold": "unfold_dim"}
 """Tensor methods that are another operation than the function of their name."""
+
+NEUTRAL = frozenset(
+    {kinds.elementwise, kinds.where, modules.autograd_function, modules.stateful, modules.initial_state}
+)
+"""Rules that ignore an operand of which nothing is known yet (a state slot in the first round)."""
 
 FOREIGN = frozenset({torch.batch_norm, torch.instance_norm, torch.embedding})
 """Functions of torch whose arguments come in another order than those of the torch.nn.functional one."""

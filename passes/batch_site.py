@@ -98,17 +98,17 @@ class Site:
 
         None, after a refusal, when it is not a constant number.
         """
-        dim = number(dim)
-        if dim is None:
+        place = number(dim)
+        if place is None:
             self.refuse("SNNFX101", f"the dimension of {self.text} is not a constant number")
             return None
-        if dim >= 0:
-            return dim
+        if place >= 0:
+            return place
         if fact.rank.known is not None:
-            return dim + fact.rank.known
+            return place + fact.rank.known
         if fact.dim is not None:
-            self.require(fact.rank, fact.dim + 1 - dim, f"counts dim {dim} from the right of the batch")
-        return dim
+            self.require(fact.rank, fact.dim + 1 - place, f"counts dim {place} from the right of the batch")
+        return place
 
     def axes(self, fact: Fact, dims: Any) -> list[int] | None:
         """The same for one dimension or several."""

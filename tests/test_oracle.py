@@ -364,6 +364,24 @@ def test_steps_that_meet_other_barriers_are_refused(steps: set[int], forward: Fo
         forward(SomeSteps(steps), [(torch.rand(6, 5),)] * 4, is_norm)
 
 
+class Alternating(nn.Module):
+    """Calls one norm at even steps, the other at odd ones."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.even, self.odd, self.t = nn.BatchNorm1d(5), nn.BatchNorm1d(5), 0
+
+    def forward(self, x: Tensor) -> Tensor:
+        t, self.t = self.t, self.t + 1
+        return self.odd(x) if t % 2 else self.even(x)
+
+
+@folds
+def test_steps_that_meet_at_different_barriers_are_refused(forward: Forward) -> None:
+    with pytest.raises(VerificationError, match="SNNFX405 .*(`even`|`odd`) "):
+        forward(Alternating(), [(torch.rand(6, 5),)] * 4, is_norm)
+
+
 class Settings(TorchFunctionMode):
     def __init__(self) -> None:
         self.seen = 0

@@ -703,6 +703,17 @@ def test_random_operations_that_differ_are_called_incomparable(x_seq: Tensor) ->
     assert "The model draws random numbers by other means than dropout" in message_of(model, other, x_seq)
 
 
+def test_numbers_of_python_are_random_alike_and_drawn_anew(x_seq: Tensor) -> None:
+    class Shaken(nn.Module):
+        def forward(self, x: Tensor) -> Tensor:
+            return x + random.random()
+
+    net = FakeNet(Shaken(), lambda net, x: (torch.stack([y + random.random() for y in x]), {}, {}))
+    state = random.getstate()
+    verify(Shaken(), net, x_seq)
+    assert random.getstate() == state
+
+
 # float64 copies
 
 
@@ -715,6 +726,7 @@ def test_copies_in_float64_share_modules_and_cast_what_is_no_buffer(x_seq: Tenso
 
         def forward(self, x: Tensor) -> Tensor:
             self.v = self.v @ self.weight * self.scale + x
+            self.seen = [self.v]
             return self.v
 
     model = nn.Sequential(FirstState())
