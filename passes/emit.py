@@ -21,7 +21,7 @@ from torch.utils import _pytree as pytree
 from snnfx.errors import CaptureError
 from snnfx.functional import map_forward, multi_step_forward, seq_to_ann_forward
 from snnfx.passes.dependence import is_size
-from snnfx.program import Region, StepProgram, describe_node, place_of
+from snnfx.program import Region, StepProgram, add_placeholder, describe_node, place_of
 from snnfx.regions import (
     LoopRegion,
     MapRegion,
@@ -103,10 +103,10 @@ class _Emitter:
 
     def placeholders(self) -> None:
         for node in self.program.input_nodes():
-            self.values[node] = self.graph.placeholder(node.name)
+            self.values[node] = add_placeholder(self.graph, node.name)
             self.values[node].meta.update(node.meta)
-        self.state = self.graph.placeholder("state", default_value=None)
-        self.time = self.graph.placeholder("time", default_value=None)
+        self.state = add_placeholder(self.graph, "state", default_value=None)
+        self.time = add_placeholder(self.graph, "time", default_value=None)
 
     def attribute(self, target: str) -> Node:
         """A get_attr node of the net for a target of the program."""
@@ -335,9 +335,9 @@ class _PlainEmitter(_MultiStepEmitter):
     def placeholders(self) -> None:
         inputs = self.program.input_nodes()
         for node in inputs:
-            self.values[node] = self.graph.placeholder(node.name)
+            self.values[node] = add_placeholder(self.graph, node.name)
         carriers = [n for n, dim in zip(inputs, self.time_dims, strict=True) if dim is not None]
-        self.time = None if carriers else self.graph.placeholder("time")  # type: ignore[assignment]
+        self.time = None if carriers else add_placeholder(self.graph, "time")  # type: ignore[assignment]
         for node, dim in zip(inputs, self.time_dims, strict=True):
             if dim:
                 self.values[node] = self.graph.call_method("movedim", (self.values[node], dim, 0))
@@ -495,16 +495,16 @@ class RegionBuilder:
         modules: dict[str, Node] = {}
         for key in self.constants:
             if isinstance(key, str):
-                modules[key] = graph.placeholder(key.replace(".", "_"))
+                modules[key] = add_placeholder(graph, key)
             else:
-                env[key] = graph.placeholder(key.name)
+                env[key] = add_placeholder(graph, key.name)
         for node in self.input_nodes:
-            env[node] = graph.placeholder(node.name)
+            env[node] = add_placeholder(graph, node.name)
         if extra_input:
-            graph.placeholder("time")
+            add_placeholder(graph, "time")
         slot_nodes = {n.meta["slot"]: n for n in self.program.slot_nodes() if n.meta["slot"] in slots}
         if next_states is not None and not first:
-            state = graph.placeholder("state")
+            state = add_placeholder(graph, "state")
             for index, slot in enumerate(slots):
                 env[slot_nodes[slot]] = graph.call_function(operator.getitem, (state, index))
         builder = _Copier(graph, env, modules, self.program, slot_nodes if first else {})

@@ -13,7 +13,7 @@ from __future__ import annotations
 import contextlib
 import inspect
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -260,6 +260,9 @@ class _Traced:
         """The program of a finished trace; slots of modules that were never called are left out."""
         graph = tracer.graph
         outputs, nexts, initials = graph.output_node().args[0]  # type: ignore[misc]
+        # torch.fx renames what would hide a builtin (`input`), so the placeholders are found by their place.
+        placeholders = {n.meta["input"]: n.name for n in graph.nodes if "input" in n.meta and n.op == "placeholder"}
+        leaves = [replace(leaf, placeholder=placeholders.get(index)) for index, leaf in enumerate(leaves)]
         kept: list[tuple[Slot, Any, Any]] = []
         for (name, _), following, initial in zip(tracer.slot_values.items(), nexts, initials, strict=True):
             placeholder = tracer.slot_placeholders.get(name)

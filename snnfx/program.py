@@ -7,6 +7,7 @@ its placeholder, and its value for the next step is one of the nodes in `next_st
 
 from __future__ import annotations
 
+import keyword
 import operator
 import os
 from collections.abc import Iterable, Iterator
@@ -20,7 +21,7 @@ from torch.utils import _pytree as pytree
 
 from snnfx.errors import Refusal
 
-__all__ = ["InputLeaf", "Region", "Slot", "StepProgram", "describe_node", "place_of"]
+__all__ = ["InputLeaf", "Region", "Slot", "StepProgram", "add_placeholder", "describe_node", "place_of"]
 
 
 @dataclass(frozen=True)
@@ -190,6 +191,18 @@ class StepProgram:
 
 SELF_TARGET = "snnfx_source"
 """The get_attr target that stands for the root model itself (a model that is one stateful module)."""
+
+
+def add_placeholder(graph: fx.Graph, name: str, **default: Any) -> Node:
+    """A placeholder whose name is a valid and unique argument name, close to `name`."""
+    identifier = "".join(c if c.isalnum() else "_" for c in name) or "value"
+    if identifier[0].isdigit():
+        identifier = f"layer_{identifier}"
+    if keyword.iskeyword(identifier):
+        identifier += "_"
+    node = graph.placeholder(identifier, **default)
+    node.target = node.name
+    return node
 
 
 def is_module_call(node: Node) -> bool:

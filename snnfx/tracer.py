@@ -28,7 +28,7 @@ from torch.utils import _pytree as pytree
 
 from snnfx.errors import CaptureError
 from snnfx.leaves import is_leaf
-from snnfx.program import SELF_TARGET
+from snnfx.program import SELF_TARGET, add_placeholder
 from snnfx.state import (
     adapter_of,
     call_opaque,
@@ -229,7 +229,7 @@ class StepTracer(fx.Tracer):
 
     def placeholder(self, name: str, value: Any, meta: dict[str, Any]) -> StepProxy:
         """A placeholder node with a known value (or `UNKNOWN`)."""
-        node = self.graph.create_node("placeholder", name.replace(".", "_"), (), {}, name=name.replace(".", "_"))
+        node = add_placeholder(self.graph, name)
         node.meta.update(meta)
         if value is not _UNKNOWN:
             node.meta["val"] = value

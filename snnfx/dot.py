@@ -1,0 +1,369 @@
+"""Pictures as graphviz DOT text: what a picture is made of, how it is written down, and how `dot` renders it.
+
+The text is made without graphviz; the Python package and the program `dot` are needed for rendering alone.
+"""
+
+from __future__ import annotations
+
+import html
+import os
+import shutil
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from snnfx.errors import ToolError, warn_once
+
+__all__ = ["STYLES", "Box", "Cluster", "Drawing", "Edge", "Picture", "Pill", "Row", "Style", "check_file", "write_dot"]
+
+_FORMATS = ("svg", "png", "pdf")
+_FONT = "Helvetica,Arial,sans-serif"
+_INK, _FAINT, _LINE = "#1A1A1A", "#595959", "#4D4D4D"
+
+
+@dataclass(frozen=True)
+class Style:
+    """Fill and border of a kind of thing, and what the legend says of it ("" to leave it out)."""
+
+    fill: str
+    border: str
+    meaning: str = ""
+
+
+# Tints of hues that people with colour-blindness tell apart (Okabe & Ito 2008), each darker than the one before, so
+# that they differ in grayscale as well; all of them carry dark text.
+STYLES: dict[str, Style] = {
+    "once": Style("#F3F3EE", "#8C8C84", "computed once"),
+    "fold": Style("#D3E5F5", "#3F78AD", "T folded into the batch"),
+    "map": Style("#EFD27A", "#94770F", "mapped over T (vmap)"),
+    "loop": Style("#E3A587", "#A34A1C", "stepped through T"),
+    "container": Style("#F6F6F6", "#B5B5B5"),
+    "inner container": Style("#ECECEC", "#A6A6A6"),
+    "chunk": Style("#FFFFFF", "#8C8C8C"),
+    "layer": Style("#FFFFFF", "#7A7A7A"),
+    "stateful": Style("#F6DCCF", "#A34A1C", "has state"),
+    "slot": Style("#FFFFFF", "#A34A1C"),
+    "parameter": Style("#E2E2E2", "#8C8C8C"),
+    "input": Style("#FFFFFF", "#1A1A1A"),
+    "output": Style("#FFFFFF", "#1A1A1A"),
+}
+
+
+@dataclass(frozen=True)
+class Row:
+    """One operation of a box: what it is, its hyperparameters, its qualified name, a shape, and a small code."""
+
+    title: str
+    detail: str = ""
+    name: str = ""
+    shape: str = ""
+    code: str = ""
+    tooltip: str = ""
+
+
+@dataclass
+class Box:
+    """A chain of operations, drawn as the rows of one table."""
+
+    id: str
+    rows: list[Row]
+    style: str = "layer"
+
+
+@dataclass
+class Pill:
+    """A small node with one or two lines of text: an input, an output, a state slot or a parameter."""
+
+    id: str
+    style: str
+    text: str
+    shape: str = ""
+    tooltip: str = ""
+
+
+@dataclass
+class Cluster:
+    """A frame around nodes and other frames.
+
+    `beside` are pairs of ids that are drawn next to each other instead of below each other.
+    """
+
+    id: str
+    style: str
+    title: str
+    members: list[Box | Pill | Cluster] = field(default_factory=list)
+    note: str = ""
+    tooltip: str = ""
+    beside: list[tuple[str, str]] = field(default_factory=list)
+
+
+@dataclass(frozen=True)
+class Edge:
+    """An arrow; `carried` ones lead from one time step to the next. `order` False: it does not push its head down."""
+
+    tail: str
+    head: str
+    label: str = ""
+    carried: bool = False
+    order: bool = True
+    tooltip: str = ""
+
+
+@dataclass
+class Picture:
+    """Everything in a picture. `legend` names the styles that are explained."""
+
+    title: str
+    subtitle: str
+    members: list[Box | Pill | Cluster]
+    edges: list[Edge]
+    legend: list[str]
+
+
+# -- text ---------------------------------------------------------------------------------------------------------
+
+
+def write_dot(picture: Picture) -> str:
+    """The picture as DOT text. Names may hold any character; the same picture gives the same text."""
+    lines = [
+        "digraph snnfx {",
+        f'  graph [rankdir=TB, fontname="{_FONT}", fontcolor="{_INK}", fontsize=10, labelloc=t, pad=0.15, nodesep=0.25, '
+        f'ranksep=0.3, bgcolor=white, tooltip=" ", label={_heading(picture)}];',
+        f'  node [fontname="{_FONT}", fontcolor="{_INK}", fontsize=10, shape=plain];',
+        f'  edge [fontname="{_FONT}", fontcolor="{_FAINT}", fontsize=8, color="{_LINE}", arrowsize=0.6, penwidth=0.9];',
+    ]
+    for member in picture.members:
+        lines += ["  " + line for line in _member(member)]
+    lines += ["  " + _edge(edge) for edge in picture.edges]
+    return "\n".join([*lines, "}"]) + "\n"
+
+
+def _member(member: Box | Pill | Cluster) -> Iterator[str]:
+    if isinstance(member, Cluster):
+        yield from _cluster(member)
+    elif isinstance(member, Box):
+        yield _box(member)
+    else:
+        yield _pill(member)
+
+
+def _cluster(cluster: Cluster) -> Iterator[str]:
+    style = STYLES[cluster.style]
+    note = f'<FONT POINT-SIZE="8" COLOR="{_FAINT}">&#160; {_markup(cluster.note)}</FONT>' if cluster.note else ""
+    look = "rounded,dashed" if cluster.style == "chunk" else "rounded,filled"
+    yield f'subgraph "cluster_{cluster.id}" {{'
+    yield (
+        f'  graph [style="{look}", fillcolor="{style.fill}", color="{style.border}", margin=7, labeljust=l, labelloc=t, '
+        f'tooltip="{_quoted(cluster.tooltip or cluster.title)}", '
+        f'label=<<FONT POINT-SIZE="9"><B>{_markup(cluster.title)}</B>{note}</FONT>>];'
+    )
+    for member in cluster.members:
+        for line in _member(member):
+            yield "  " + line
+    for left, right in cluster.beside:
+        yield f'  {{ rank=same; "{left}"; "{right}"; }}'
+    yield "}"
+
+
+def _box(box: Box) -> str:
+    style = STYLES[box.style]
+    shaped = any(row.shape for row in box.rows)
+    rows = "".join(f"<TR>{_cells(row, shaped)}</TR>" for row in box.rows)
+    separators = "<HR/>".join(rows.replace("</TR><TR>", "</TR>\0<TR>").split("\0"))
+    tooltip = "\n".join(row.tooltip for row in box.rows if row.tooltip)
+    table = (
+        f'<TABLE BORDER="1" CELLBORDER="0" CELLSPACING="0" CELLPADDING="3" STYLE="ROUNDED" COLOR="{style.border}" '
+        f'BGCOLOR="{style.fill}">{separators}</TABLE>'
+    )
+    return f'"{box.id}" [tooltip="{_quoted(tooltip)}", label=<{table}>];'
+
+
+def _cells(row: Row, shaped: bool) -> str:
+    detail = f"&#160;{_markup(row.detail)}" if row.detail else ""
+    code = f' <FONT POINT-SIZE="8" COLOR="#8A3A10">{_markup(row.code)}</FONT>' if row.code else ""
+    cells = f'<TD ALIGN="LEFT"><B>{_markup(row.title)}</B>{detail}{code}</TD>'
+    cells += f'<TD ALIGN="LEFT">{_small(row.name)}</TD>'
+    return cells + (f'<TD ALIGN="RIGHT">{_small(row.shape)}</TD>' if shaped else "")
+
+
+def _small(text: str) -> str:
+    return f'<FONT POINT-SIZE="8" COLOR="{_FAINT}">{_markup(text)}</FONT>' if text else ""
+
+
+def _pill(pill: Pill) -> str:
+    style = STYLES[pill.style]
+    look = {
+        "input": 'shape=invhouse, style=filled, penwidth=1.3, margin="0.15,0.03"',
+        "output": 'shape=house, style=filled, penwidth=1.3, margin="0.15,0.03"',
+        "slot": 'shape=ellipse, style=filled, height=0.2, width=0.3, margin="0.03,0.01", fontsize=9',
+        "parameter": 'shape=box, style=filled, height=0.2, width=0.3, margin="0.05,0.02", fontsize=8',
+    }[pill.style]
+    text = f"<B>{_markup(pill.text)}</B>" if pill.style in ("input", "output") else _markup(pill.text)
+    shape = f"<BR/>{_small(pill.shape)}" if pill.shape else ""
+    return (
+        f'"{pill.id}" [{look}, fillcolor="{style.fill}", color="{style.border}", '
+        f'tooltip="{_quoted(pill.tooltip)}", label=<{text}{shape}>];'
+    )
+
+
+def _edge(edge: Edge) -> str:
+    attributes = [f'tooltip="{_quoted(edge.tooltip or edge.label)}"']
+    if edge.label:
+        attributes.append(f"label=<&#160;{_markup(edge.label)}>")
+        attributes.append(f'labeltooltip="{_quoted(edge.tooltip or edge.label)}"')
+    if edge.carried:
+        attributes.append(f'style=dashed, color="{STYLES["slot"].border}", fontcolor="{STYLES["slot"].border}"')
+    if not edge.order:
+        attributes.append("constraint=false")
+    return f'"{edge.tail}" -> "{edge.head}" [{", ".join(attributes)}];'
+
+
+def _heading(picture: Picture) -> str:
+    """The title, and below it the legend: one coloured cell for each style in the picture."""
+    cells = "".join(
+        f'<TD BGCOLOR="{STYLES[name].fill}" BORDER="1" COLOR="{STYLES[name].border}">'
+        f'<FONT POINT-SIZE="9"><B>{_markup(name)}</B>&#160;{_markup(STYLES[name].meaning)}</FONT></TD>'
+        for name in picture.legend
+        if name in STYLES
+    )
+    if "carried" in picture.legend:
+        color = STYLES["slot"].border
+        cells += f'<TD><FONT POINT-SIZE="9" COLOR="{color}">- - &#8594; state, to the next step</FONT></TD>'
+    legend = f'<TR><TD><TABLE BORDER="0" CELLSPACING="4" CELLPADDING="3"><TR>{cells}</TR></TABLE></TD></TR>' if cells else ""
+    subtitle = f'<FONT POINT-SIZE="10" COLOR="{_FAINT}">&#160; {_markup(picture.subtitle)}</FONT>'
+    title = f'<TR><TD><FONT POINT-SIZE="13"><B>{_markup(picture.title)}</B></FONT>{subtitle}</TD></TR>'
+    return f'<<TABLE BORDER="0" CELLSPACING="0" CELLPADDING="1">{title}{legend}</TABLE>>'
+
+
+def _plain(text: str) -> str:
+    """Without what graphviz reads as an escape in some places and not in others: backslashes, control characters."""
+    text = text.replace("\\", "\N{SET MINUS}")
+    return "".join(c if c.isprintable() or c in "\n " else "\N{REPLACEMENT CHARACTER}" for c in text)
+
+
+def _markup(text: str) -> str:
+    """Text inside an HTML-like label."""
+    return html.escape(_plain(text)).replace("\n", " ")
+
+
+def _quoted(text: str) -> str:
+    """Text inside a quoted attribute; graphviz resolves HTML entities there as well."""
+    return html.escape(_plain(text)).replace("\n", "&#10;")
+
+
+# -- rendering ----------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Drawing:
+    """A picture as DOT text; shows itself in notebooks.
+
+    Args:
+        source: the DOT text.
+
+    Example:
+        >>> import torch, snnfx
+        >>> drawing = snnfx.draw(torch.nn.Sequential(torch.nn.Linear(3, 2), snnfx.neuron.LIFNode()))
+        >>> drawing.source.startswith("digraph")
+        True
+    """
+
+    source: str
+
+    def __str__(self) -> str:
+        return self.source
+
+    def __repr__(self) -> str:
+        return f"<snnfx drawing, {len(self.source.splitlines())} lines of DOT>"
+
+    def pipe(self, format: str = "svg") -> bytes:
+        """Render with the program `dot`.
+
+        Args:
+            format: "svg", "png" or "pdf"; "dot" gives the text itself.
+
+        Raises:
+            ToolError: graphviz is missing or fails (SNNFX601), or another format (SNNFX603).
+        """
+        if format == "dot":
+            return self.source.encode()
+        if format not in _FORMATS:
+            raise _unknown_format(f"`{format}`")
+        _require_graphviz()
+        import graphviz
+
+        try:
+            rendered: bytes = graphviz.Source(self.source).pipe(format=format)
+        except (graphviz.CalledProcessError, graphviz.ExecutableNotFound) as error:
+            raise ToolError(
+                "SNNFX601",
+                f"the program `dot` cannot write {format}",
+                why=f"{error}.",
+                hint="Install a complete graphviz, or draw to a .dot file and render it elsewhere.",
+            ) from error
+        return rendered
+
+    def save(self, file: str | os.PathLike[str]) -> Path:
+        """Write the picture to a file; its suffix (.svg, .png, .pdf, .dot) says how.
+
+        Raises:
+            ToolError: SNNFX601, SNNFX603; nothing has been written then.
+        """
+        path = check_file(file)
+        path.write_bytes(self.pipe(path.suffix.lower().removeprefix(".")))
+        return path
+
+    def _repr_svg_(self) -> str | None:
+        try:
+            return self.pipe("svg").decode()
+        except ToolError as error:
+            # A notebook then shows the text form.
+            warn_once(error.code, str(error).removeprefix(f"{error.code} "))
+            return None
+
+    _repr_image_svg_xml = _repr_svg_
+
+
+def check_file(file: str | os.PathLike[str]) -> Path:
+    """The path, after checking that a picture can be written to it.
+
+    Raises:
+        ToolError: the suffix is none of .svg, .png, .pdf, .dot (SNNFX603), or needs graphviz, which is missing (SNNFX601).
+    """
+    path = Path(file)
+    suffix = path.suffix.lower().removeprefix(".")
+    if suffix != "dot" and suffix not in _FORMATS:
+        raise _unknown_format(f"`{path.name}`")
+    if suffix != "dot":
+        _require_graphviz()
+    return path
+
+
+def _unknown_format(what: str) -> ToolError:
+    known: Sequence[str] = (*_FORMATS, "dot")
+    return ToolError(
+        "SNNFX603",
+        f"cannot draw to {what}",
+        why="the type of a picture is the suffix of its file.",
+        hint=f"Use one of {', '.join('.' + name for name in known)}.",
+    )
+
+
+def _require_graphviz() -> None:
+    hint = "Install it ({}), or draw to a .dot file, which needs neither."
+    if shutil.which("dot") is None:
+        raise ToolError(
+            "SNNFX601",
+            "the program `dot` is missing",
+            why="graphviz draws the pictures.",
+            hint=hint.format("apt install graphviz, brew install graphviz, or https://graphviz.org/download"),
+        )
+    try:
+        import graphviz  # noqa: F401
+    except ImportError as error:
+        raise ToolError(
+            "SNNFX601",
+            "the Python package graphviz is missing",
+            why="it calls the program `dot`.",
+            hint=hint.format('pip install "snnfx[draw]"'),
+        ) from error
