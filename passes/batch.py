@@ -183,7 +183,7 @@ class _Walk:
         for name, least in site.requirements.items():
             self.requirements[name] = max(least, self.requirements.get(name, 0))
         if same_at_each_step:
-            return self._constant_result(node) if fact is UNKNOWN else fact
+            return self._marked(node, self._constant_result(node) if fact is UNKNOWN else fact)
         if site.refusal is not None:
             self.refusals[node] = site.refusal
         return self._marked(node, fact)

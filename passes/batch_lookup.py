@@ -191,7 +191,10 @@ def _look_up_module(node: Node, module: object) -> Found | None:
     forward = list(inspect.signature(cls.forward).parameters)[1:]
     if len(node.args) > len(forward):
         return None
-    arguments: dict[str, Any] = {**dict(zip(forward, node.args, strict=False)), **node.kwargs}
+    spelling = {forward[0]: names[0]} if forward else {}  # nn.RMSNorm calls its input `x`
+    arguments: dict[str, Any] = {
+        spelling.get(name, name): value for name, value in {**dict(zip(forward, node.args)), **node.kwargs}.items()
+    }
     for name in names:
         if name in arguments:
             continue

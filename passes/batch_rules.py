@@ -62,7 +62,7 @@ _ELEMENTWISE = (
     "sgn sigmoid sign signbit silu sin sinc sinh softplus softshrink softsign sqrt square sub subtract tan tanh "
     "tanhshrink threshold true_divide trunc xlogy"
 )
-_COPIES = "alias bfloat16 bool byte clone contiguous cpu cuda data detach double float half int long short to type_as"
+_COPIES = "bfloat16 bool byte clone contiguous cpu cuda detach double float half int long short to type_as"
 _MAX_POOL = "input, kernel_size, stride=None, padding=0, dilation=1, ceil_mode=False, return_indices=False"
 _UNPOOL = "input, indices, kernel_size, stride=None, padding=0, output_size=None"
 _BATCH_NORM = "input, running_mean, running_var, weight=None, bias=None, training=False, ..."
@@ -150,7 +150,7 @@ ROWS: tuple[Row, ...] = (
     Row("conv3d conv_transpose3d", "input, weight, ...", Leading(5)),
     Row("unfold", "input, ...", Leading(4, to=3)),
     Row("fold", "input, ...", Leading(3, to=4)),
-    Row("interpolate upsample", "input, ...", Leading(3)),
+    Row("interpolate", "input, ...", Leading(3)),
     Row("group_norm", "input, num_groups, ...", Leading(2)),
     Row("local_response_norm", "input, ...", Leading(3)),
     Row("channel_shuffle", "input, groups", Leading(3)),

@@ -10,14 +10,15 @@ from typing import Any
 if not (Path(__file__).parent / "passes").is_dir() and (Path(__file__).parents[1] / "passes").is_dir():
     __path__.append(str(Path(__file__).parents[1]))
 
+from snnfx.convert import convert
 from snnfx.net import Net
 from snnfx.state import MemoryModule
 from snnfx.verify import verify
 
-__all__ = ["MemoryModule", "Net", "__version__", "verify"]
+__all__ = ["MemoryModule", "Net", "__version__", "convert", "verify"]
 __version__ = "0.1.0"
 
-_FUNCTIONS = ("convert", "draw", "explain")
+_FUNCTIONS = ("draw", "explain")
 
 
 def __getattr__(name: str) -> Any:

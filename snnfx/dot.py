@@ -99,13 +99,16 @@ class Cluster:
 
 @dataclass(frozen=True)
 class Edge:
-    """An arrow; `carried` ones lead from one time step to the next. `order` False: it does not push its head down."""
+    """An arrow between ids, or rows of boxes (`b2:r1`); `carried` ones lead from one time step to the next.
+
+    With `upwards` the head is drawn above the tail: a way back.
+    """
 
     tail: str
     head: str
     label: str = ""
     carried: bool = False
-    order: bool = True
+    upwards: bool = False
     tooltip: str = ""
 
 
@@ -134,6 +137,10 @@ def write_dot(picture: Picture) -> str:
     ]
     for member in picture.members:
         lines += ["  " + line for line in _member(member)]
+    for rank, style in (("source", "input"), ("sink", "output")):
+        ends = [member.id for member in picture.members if isinstance(member, Pill) and member.style == style]
+        if ends:
+            lines.append(f"  {{ rank={rank}; {'; '.join(ends)}; }}")
     lines += ["  " + _edge(edge) for edge in picture.edges]
     return "\n".join([*lines, "}"]) + "\n"
 
@@ -151,7 +158,7 @@ def _cluster(cluster: Cluster) -> Iterator[str]:
     style = STYLES[cluster.style]
     note = f'<FONT POINT-SIZE="8" COLOR="{_FAINT}">&#160; {_markup(cluster.note)}</FONT>' if cluster.note else ""
     look = "rounded,dashed" if cluster.style == "chunk" else "rounded,filled"
-    yield f'subgraph "cluster_{cluster.id}" {{'
+    yield f"subgraph cluster_{cluster.id} {{"
     yield (
         f'  graph [style="{look}", fillcolor="{style.fill}", color="{style.border}", margin=7, labeljust=l, labelloc=t, '
         f'tooltip="{_quoted(cluster.tooltip or cluster.title)}", '
@@ -161,27 +168,26 @@ def _cluster(cluster: Cluster) -> Iterator[str]:
         for line in _member(member):
             yield "  " + line
     for left, right in cluster.beside:
-        yield f'  {{ rank=same; "{left}"; "{right}"; }}'
+        yield f'  {{ rank=same; {left}; {right}; }}'
     yield "}"
 
 
 def _box(box: Box) -> str:
     style = STYLES[box.style]
     shaped = any(row.shape for row in box.rows)
-    rows = "".join(f"<TR>{_cells(row, shaped)}</TR>" for row in box.rows)
-    separators = "<HR/>".join(rows.replace("</TR><TR>", "</TR>\0<TR>").split("\0"))
+    rows = "<HR/>".join(f"<TR>{_cells(row, index, shaped)}</TR>" for index, row in enumerate(box.rows))
     tooltip = "\n".join(row.tooltip for row in box.rows if row.tooltip)
     table = (
         f'<TABLE BORDER="1" CELLBORDER="0" CELLSPACING="0" CELLPADDING="3" STYLE="ROUNDED" COLOR="{style.border}" '
-        f'BGCOLOR="{style.fill}">{separators}</TABLE>'
+        f'BGCOLOR="{style.fill}">{rows}</TABLE>'
     )
-    return f'"{box.id}" [tooltip="{_quoted(tooltip)}", label=<{table}>];'
+    return f'{box.id} [tooltip="{_quoted(tooltip)}", label=<{table}>];'
 
 
-def _cells(row: Row, shaped: bool) -> str:
+def _cells(row: Row, index: int, shaped: bool) -> str:
     detail = f"&#160;{_markup(row.detail)}" if row.detail else ""
     code = f' <FONT POINT-SIZE="8" COLOR="#8A3A10">{_markup(row.code)}</FONT>' if row.code else ""
-    cells = f'<TD ALIGN="LEFT"><B>{_markup(row.title)}</B>{detail}{code}</TD>'
+    cells = f'<TD PORT="r{index}" ALIGN="LEFT"><B>{_markup(row.title)}</B>{detail}{code}</TD>'
     cells += f'<TD ALIGN="LEFT">{_small(row.name)}</TD>'
     return cells + (f'<TD ALIGN="RIGHT">{_small(row.shape)}</TD>' if shaped else "")
 
@@ -193,15 +199,15 @@ def _small(text: str) -> str:
 def _pill(pill: Pill) -> str:
     style = STYLES[pill.style]
     look = {
-        "input": 'shape=invhouse, style=filled, penwidth=1.3, margin="0.15,0.03"',
-        "output": 'shape=house, style=filled, penwidth=1.3, margin="0.15,0.03"',
+        "input": 'shape=invtrapezium, style=filled, penwidth=1.3, height=0.35, margin="0.0,0.03"',
+        "output": 'shape=trapezium, style=filled, penwidth=1.3, height=0.35, margin="0.0,0.03"',
         "slot": 'shape=ellipse, style=filled, height=0.2, width=0.3, margin="0.03,0.01", fontsize=9',
         "parameter": 'shape=box, style=filled, height=0.2, width=0.3, margin="0.05,0.02", fontsize=8',
     }[pill.style]
     text = f"<B>{_markup(pill.text)}</B>" if pill.style in ("input", "output") else _markup(pill.text)
     shape = f"<BR/>{_small(pill.shape)}" if pill.shape else ""
     return (
-        f'"{pill.id}" [{look}, fillcolor="{style.fill}", color="{style.border}", '
+        f'{pill.id} [{look}, fillcolor="{style.fill}", color="{style.border}", '
         f'tooltip="{_quoted(pill.tooltip)}", label=<{text}{shape}>];'
     )
 
@@ -213,9 +219,12 @@ def _edge(edge: Edge) -> str:
         attributes.append(f'labeltooltip="{_quoted(edge.tooltip or edge.label)}"')
     if edge.carried:
         attributes.append(f'style=dashed, color="{STYLES["slot"].border}", fontcolor="{STYLES["slot"].border}"')
-    if not edge.order:
-        attributes.append("constraint=false")
-    return f'"{edge.tail}" -> "{edge.head}" [{", ".join(attributes)}];'
+    tail, head = edge.tail, edge.head
+    if edge.upwards:
+        # Written the other way round, `dot` lays it out as well as any other arrow.
+        attributes.append("dir=back")
+        tail, head = head, tail
+    return f"{tail} -> {head} [{', '.join(attributes)}];"
 
 
 def _heading(picture: Picture) -> str:

@@ -1,6 +1,6 @@
 """`snnfx::run_region`: a loop or map region as one opaque operator, so that a compiled net does not depend on T.
 
-Forward steps the region's graph (or maps it); of a loop only the states before each step are kept. Backward goes
+Forward steps the region's graph (or maps it); of a loop only the states after each step are kept. Backward goes
 through the steps in reverse, recomputes one step under autograd and takes its vector-Jacobian product, surrogate
 gradients included: back-propagation through time with one step alive at a time. The tensors of the region's modules are
 arguments, so autograd and torch.compile see them.
@@ -35,7 +35,7 @@ def run_loop_as_operator(
     )
     outputs = region.output_count
     slots = len(results) - outputs
-    # After the outputs: the final states, then the states kept for backward.
+    # After the outputs: the final states, then the states after each step, kept for backward.
     return tuple(results[:outputs]), tuple(results[outputs : outputs + slots // 2])
 
 
@@ -111,7 +111,7 @@ def _ordinary_dispatch(grad: bool) -> Iterator[None]:
 def run_region(
     handle: str, x_seq: Sequence[Tensor], tensors: Sequence[Tensor], state: Sequence[Tensor], has_state: bool
 ) -> list[Tensor]:
-    """Run a region over a sequence: outputs, then for a loop final states and the states before steps 1 to T-1."""
+    """Run a region over a sequence: outputs, then for a loop the final states and the states after each step."""
     region = region_of_handle(handle)
     with _ordinary_dispatch(grad=False), _constants_from(region, tensors) as constants:
         if isinstance(region, MapRegion):
@@ -120,17 +120,11 @@ def run_region(
         outputs: list[Sequence[Tensor]] = []
         kept: list[Sequence[Tensor]] = []
         for x in zip(*(x.unbind(0) for x in x_seq), strict=True):
-            if outputs:
-                kept.append(current)
             y, current = region(*constants, *x, current)
             outputs.append(y)
+            kept.append([torch.as_tensor(s) for s in current])
         stacked = [torch.stack(y) for y in zip(*outputs, strict=True)]
-        before = (
-            [torch.stack(s) for s in zip(*kept, strict=True)]
-            if kept
-            else [s.new_empty((0, *s.shape)) for s in map(torch.as_tensor, current)]
-        )
-        return [*stacked, *(torch.as_tensor(s).clone() for s in current), *before]
+        return [*stacked, *(s.clone() for s in kept[-1]), *(torch.stack(s) for s in zip(*kept, strict=True))]
 
 
 @run_region.register_fake
@@ -148,7 +142,7 @@ def _(handle: str, x_seq: Sequence[Tensor], tensors: Sequence[Tensor], state: Se
         return [
             *(y.new_empty((T, *y.shape)) for y in outputs),
             *(s.new_empty(s.shape) for s in after),
-            *(s.new_empty((T - 1, *s.shape)) for s in after),
+            *(s.new_empty((T, *s.shape)) for s in after),
         ]
 
 

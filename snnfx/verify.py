@@ -39,11 +39,10 @@ def verify(
 ) -> VerificationReport:
     """Compare a converted net with the model that it was made from: outputs, final state, buffers, gradients.
 
-    Both start from the reset state, with dropout off and from the same random numbers, in the mode (training or eval)
-    that the net is in. The reference is a Python loop over the model. In training with `batch_norm="fold"` it is the
-    model as well, with the statistics of each BatchNorm taken over all steps (`snnfx.oracle`); BatchNorms that the
-    net steps or maps over time have statistics for each step. Nothing is changed: neither state, buffers,
-    gradients, flags nor random number generators.
+    Both start from the reset state, with dropout off and from the same random numbers, in the mode that the net is in.
+    The reference is a Python loop over the model; in training with `batch_norm="fold"`, with the statistics of each
+    BatchNorm taken over all steps (`snnfx.oracle`), but for those that the net steps or maps over time. Nothing is
+    changed: neither state, buffers, gradients, flags nor random number generators.
 
     Args:
         model: the single-step model that was given to `snnfx.convert`.
@@ -68,10 +67,11 @@ def verify(
         InputError: SNNFX301, 303, 304, 306, 307, 310: the arguments do not fit together.
 
     Example:
-        >>> import torch, snnfx                                                         # doctest: +SKIP
-        >>> model = torch.nn.Sequential(torch.nn.Linear(3, 4), snnfx.neuron.LIFNode())  # doctest: +SKIP
-        >>> print(snnfx.verify(model, snnfx.convert(model), torch.rand(8, 2, 3)))       # doctest: +SKIP
-        the net does the same over T = 8 steps as the model, stepped (eval, float32)
+        >>> import torch, snnfx
+        >>> model = torch.nn.Sequential(torch.nn.Linear(3, 4), snnfx.neuron.LIFNode())
+        >>> report = snnfx.verify(model, snnfx.convert(model), torch.rand(8, 2, 3))
+        >>> print(str(report).splitlines()[0])
+        the net does the same over T = 8 steps as stepping the model (training, float32)
     """
     if not isinstance(model, nn.Module) or not (isinstance(net, nn.Module) and hasattr(net, "run")):
         raise InputError("SNNFX304", "verify takes the model and the net", hint="Call verify(model, net, x_seq).")
@@ -136,6 +136,9 @@ class _Verification:
                 raise self._error(min(failed, key=lambda c: c.step or 0), random_ops)
         if random_ops:
             self.notes.append("random numbers were drawn, and used alike on both sides")
+        for name, y in expected.outputs.items():
+            if isinstance(y, Tensor) and not y.any():
+                self.notes.append(f"`{name}` is zero at every step; an input that gives spikes would tell more")
         dtypes = {str(p.dtype).removeprefix("torch.") for p in self.model.parameters() if p.is_floating_point()}
         return VerificationReport(
             T=self.inputs.steps,
@@ -269,10 +272,10 @@ class _Verification:
             names, others = ", ".join(actual) or "none", ", ".join(expected) or "none"
             why = f"they are {names}{how}, and those of the model {others}."
             raise VerificationError("SNNFX401", "the outputs of the net are nested differently", why=why)
-        timed = {name: isinstance(value, Tensor) for name, value in actual.items()}
+        pairs = [(name, actual[name], value) for name, value in expected.items()]
         return [
-            compare("output", f"`{name}`{how}", actual[name], value, self.tolerance, timed=timed[name])
-            for name, value in expected.items()
+            compare("output", f"`{name}`{how}", a, b, self.tolerance, timed=isinstance(a, Tensor))
+            for name, a, b in pairs
         ]
 
     def _compare_states(self, actual: dict[str, Any], expected: dict[str, Any]) -> list[Comparison]:
@@ -332,7 +335,7 @@ class _Verification:
         if random_ops:
             why += " The model draws random numbers by other means than dropout, so the two cannot be compared."
             hint = "Verify in eval mode, or without the random operations."
-        elif comparison.kind == "output":
+        elif comparison.kind in ("output", "state"):
             divergence = self._first_differing_neuron()
         if divergence is not None:
             why += f" The first neuron that differs is {divergence.in_words}."

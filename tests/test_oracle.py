@@ -14,6 +14,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from torch.overrides import TorchFunctionMode
 
 import snnfx
+from snnfx.coroutine import Coroutine
 from snnfx.dropout_off import without_dropout
 from snnfx.errors import VerificationError
 from snnfx.oracle import folded_forward, lockstep_forward, replay_forward, step_forward
@@ -32,9 +33,8 @@ def is_norm(name: str, module: nn.Module) -> bool:
 @pytest.fixture(autouse=True)
 def _in_float64() -> Iterator[None]:
     torch.set_default_dtype(torch.float64)
-    threads = threading.active_count()
     yield
-    assert threading.active_count() == threads, "a coroutine was left hanging"
+    assert not [thread for thread in threading.enumerate() if isinstance(thread, Coroutine)], "left hanging"
 
 
 class Spike(torch.autograd.Function):

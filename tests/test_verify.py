@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import random
+import threading
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -16,6 +17,7 @@ from torch.utils import _pytree as pytree
 
 import snnfx
 from snnfx.comparison import Tolerance, compare
+from snnfx.coroutine import Coroutine
 from snnfx.errors import InputError, SnnfxError, VerificationError
 from snnfx.program import Slot, StepProgram
 from snnfx.verify import VerificationReport, verify
@@ -343,6 +345,18 @@ def test_a_wrong_final_state_is_named(x_seq: Tensor, name: str) -> None:
     text = message_of(model, net_of(model, Faults(state=name)), x_seq)
     assert text.startswith(f"SNNFX402 state `{name}` is not that of stepping the model: ")
     assert "elements differ, largest difference 0.25" in text
+
+
+def test_an_output_without_a_spike_is_noted(x_seq: Tensor) -> None:
+    model = Model().eval()
+    with torch.no_grad():
+        model.bn.bias.fill_(-9.0)
+    assert verify(model, net_of(model), x_seq).notes == (
+        "`output` is zero at every step; an input that gives spikes would tell more",
+    )
+    text = message_of(model, net_of(model, Faults(spike_at=3)), x_seq)
+    assert text.startswith("SNNFX402 state `lif2.v`")
+    assert "The first neuron that differs is `lif1` at t = 3: 1 of 18 spikes" in text
 
 
 def test_a_missing_state_is_named(x_seq: Tensor) -> None:
@@ -749,6 +763,51 @@ def test_copies_in_float64_share_modules_and_cast_what_is_no_buffer(x_seq: Tenso
     assert model[0].v.requires_grad
 
 
+# Converted nets
+
+
+class Convolutional(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv, self.bn1, self.lif1 = nn.Conv2d(1, 4, 3, padding=1), nn.BatchNorm2d(4), snnfx.neuron.LIFNode()
+        self.drop, self.fc, self.bn2, self.lif2 = (
+            nn.Dropout(),
+            nn.Linear(64, 3),
+            nn.BatchNorm1d(3),
+            snnfx.neuron.LIFNode(),
+        )
+        nn.init.constant_(self.bn1.bias, 0.7)
+        nn.init.constant_(self.bn2.bias, 0.7)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = F.max_pool2d(self.lif1(3 * self.bn1(self.conv(x))), 2)
+        return self.lif2(3 * self.bn2(self.fc(self.drop(x.flatten(1)))))
+
+
+@pytest.mark.parametrize("time_dim", [0, -1, None])
+@pytest.mark.parametrize("batch_norm", ["fold", "per_step"])
+@pytest.mark.parametrize("training", [False, True])
+def test_a_converted_net_does_what_the_model_does(training: bool, batch_norm: str, time_dim: int | None) -> None:
+    model = Convolutional().train(training)
+    net = snnfx.convert(model, batch_norm=batch_norm, time_dim=time_dim)
+    x, T = (torch.rand(2, 1, 8, 8), 5) if time_dim is None else (torch.rand(5, 2, 1, 8, 8).movedim(0, time_dim), None)
+    report = verify(model, net, x, T=T, double=True)
+    folds = training and batch_norm == "fold"
+    assert report.semantics == ("the model with BatchNorm over T*N" if folds else "stepping the model")
+    assert report.largest("output") == 0
+    assert not report.notes
+
+
+def test_a_converted_net_of_another_model_is_found_out() -> None:
+    model = Convolutional().eval()
+    net = snnfx.convert(model)
+    other = copy.deepcopy(model)
+    other.lif1.v_threshold = 0.5
+    text = message_of(other, net, torch.rand(5, 2, 1, 8, 8))
+    assert "The first neuron that differs is `lif1` at t = 0: " in text
+    assert "(region `loop" in text and "test_verify.py:" in text
+
+
 # Single comparisons
 
 
@@ -793,9 +852,6 @@ def test_the_docstring_names_every_code_that_is_raised() -> None:
 
 
 @pytest.fixture(autouse=True)
-def _no_threads_left() -> Iterator[None]:
-    import threading
-
-    before = threading.active_count()
+def _no_coroutine_left() -> Iterator[None]:
     yield
-    assert threading.active_count() == before
+    assert not [thread for thread in threading.enumerate() if isinstance(thread, Coroutine)]
