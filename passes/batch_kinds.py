@@ -107,13 +107,13 @@ class Trailing:
         count: a number, or a function of the site.
         operands: tensors that share the batch; broadcast against each other.
         grows: by how many dimensions the result is larger.
-        pair: name of a flag that makes the result a pair of tensors.
+        pair: whether the result is a pair of tensors: True, False, or the name of an argument.
     """
 
     count: int | Callable[[Site], int | None]
     operands: tuple[str, ...] = ("input",)
     grows: int = 0
-    pair: str = ""
+    pair: bool | str = False
 
     def __call__(self, site: Site) -> Value:
         fact = broadcast(site, [site[name] for name in self.operands])
@@ -126,7 +126,8 @@ class Trailing:
         result = Fact(fact.rank + self.grows, fact.dim, fact.size, varying=fact.varying)
         if not reserve(site, fact, count):
             result = lost(result.rank)
-        return (result, result) if self.pair and site[self.pair] not in (None, False) else result
+        is_pair = site[self.pair] not in (None, False) if isinstance(self.pair, str) else self.pair
+        return (result, result) if is_pair else result
 
 
 @dataclass(frozen=True)

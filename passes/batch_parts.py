@@ -209,7 +209,6 @@ def attribute(site: Site) -> Value:
     if name in ("dtype", "device", "layout", "is_cuda", "requires_grad"):
         return OTHER
     if not isinstance(site["input"], Fact):
-        site.refuse("SNNFX101", f"{site.text} is not in the table")
         return UNKNOWN
     found = _ATTRIBUTES.get(name)
     if found is None:
@@ -297,4 +296,9 @@ def make_constant(site: Site) -> Value:
     if BOTTOM in operands:
         return BOTTOM
     ranks = {"arange": 1, "linspace": 1, "eye": 2}
-    return Fact(Rank(ranks[site.name]) if site.name in ranks else Rank(0, site.node.name))
+    values = site["values"]
+    return Fact(Rank(ranks[site.name] if site.name in ranks else _nesting(values[0] if values else 0)))
+
+
+def _nesting(data: Any) -> int:
+    return 1 + _nesting(data[0] if data else 0) if isinstance(data, tuple | list) else 0

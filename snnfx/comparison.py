@@ -7,8 +7,9 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.utils import _pytree as pytree
 
-__all__ = ["Comparison", "Tolerance", "VerificationReport", "are_spikes", "compare"]
+__all__ = ["Comparison", "Tolerance", "VerificationReport", "are_spikes", "compare", "is_same", "named_leaves"]
 
 _DEFAULTS: dict[torch.dtype, tuple[float, float]] = {
     torch.float64: (1e-9, 1e-9),
@@ -125,6 +126,18 @@ def compare(
 def are_spikes(x: Tensor) -> bool:
     """Whether a tensor holds nothing but zeros and ones."""
     return bool(((x == 0) | (x == 1)).all())
+
+
+def named_leaves(value: Any, prefix: str = "") -> dict[str, Any]:
+    """The leaves of a nest of values by their path, as one would write it."""
+    return {prefix + pytree.keystr(path): leaf for path, leaf in pytree.tree_leaves_with_path(value)}
+
+
+def is_same(value: Any, other: Any) -> bool:
+    """Whether two values are equal bit by bit."""
+    if isinstance(value, Tensor) and isinstance(other, Tensor):
+        return torch.equal(value, other)
+    return value is other or (type(value) is type(other) and bool(value == other))
 
 
 def _in_words(value: Any) -> str:

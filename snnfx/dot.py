@@ -33,15 +33,15 @@ class Style:
 # Tints of hues that people with colour-blindness tell apart (Okabe & Ito 2008), each darker than the one before, so
 # that they differ in grayscale as well; all of them carry dark text.
 STYLES: dict[str, Style] = {
-    "once": Style("#F3F3EE", "#8C8C84", "computed once"),
-    "fold": Style("#D3E5F5", "#3F78AD", "T folded into the batch"),
-    "map": Style("#EFD27A", "#94770F", "mapped over T (vmap)"),
-    "loop": Style("#E3A587", "#A34A1C", "stepped through T"),
+    "once": Style("#F5F5F1", "#8C8C84", "computed once"),
+    "fold": Style("#D9E8F6", "#3F78AD", "T folded into the batch"),
+    "map": Style("#F1DA92", "#94770F", "mapped over T (vmap)"),
+    "loop": Style("#E8B59A", "#A34A1C", "stepped through T"),
     "container": Style("#F6F6F6", "#B5B5B5"),
     "inner container": Style("#ECECEC", "#A6A6A6"),
     "chunk": Style("#FFFFFF", "#8C8C8C"),
     "layer": Style("#FFFFFF", "#7A7A7A"),
-    "stateful": Style("#F6DCCF", "#A34A1C", "has state"),
+    "stateful": Style("#F8E3D8", "#A34A1C", "has state"),
     "slot": Style("#FFFFFF", "#A34A1C"),
     "parameter": Style("#E2E2E2", "#8C8C8C"),
     "input": Style("#FFFFFF", "#1A1A1A"),
@@ -101,7 +101,7 @@ class Cluster:
 class Edge:
     """An arrow between ids, or rows of boxes (`b2:r1`); `carried` ones lead from one time step to the next.
 
-    With `upwards` the head is drawn above the tail: a way back.
+    With `upwards` the head is drawn above the tail: a way back. A `main` arrow is kept straight.
     """
 
     tail: str
@@ -109,7 +109,7 @@ class Edge:
     label: str = ""
     carried: bool = False
     upwards: bool = False
-    tooltip: str = ""
+    main: bool = False
 
 
 @dataclass
@@ -121,6 +121,7 @@ class Picture:
     members: list[Box | Pill | Cluster]
     edges: list[Edge]
     legend: list[str]
+    beside: list[tuple[str, str]] = field(default_factory=list)
 
 
 # -- text ---------------------------------------------------------------------------------------------------------
@@ -141,7 +142,9 @@ def write_dot(picture: Picture) -> str:
         ends = [member.id for member in picture.members if isinstance(member, Pill) and member.style == style]
         if ends:
             lines.append(f"  {{ rank={rank}; {'; '.join(ends)}; }}")
+    lines += [f"  {line}" for line in _same_rank(picture.beside)]
     lines += ["  " + _edge(edge) for edge in picture.edges]
+    lines += ["  " + line for line in _keep_inputs_on_top(picture)]
     return "\n".join([*lines, "}"]) + "\n"
 
 
@@ -167,9 +170,40 @@ def _cluster(cluster: Cluster) -> Iterator[str]:
     for member in cluster.members:
         for line in _member(member):
             yield "  " + line
-    for left, right in cluster.beside:
-        yield f'  {{ rank=same; {left}; {right}; }}'
+    yield from (f"  {line}" for line in _same_rank(cluster.beside))
     yield "}"
+
+
+def _same_rank(pairs: list[tuple[str, str]]) -> list[str]:
+    return [f"{{ rank=same; {left}; {right}; }}" for left, right in pairs]
+
+
+def _keep_inputs_on_top(picture: Picture) -> Iterator[str]:
+    """Invisible edges from an input to states and parameters, which would otherwise be as high up as the inputs."""
+    inputs = [member.id for member in picture.members if isinstance(member, Pill) and member.style == "input"]
+    beside = {name for pairs in _all_pairs(picture) for name in pairs}
+    for pill in _all_pills(picture.members):
+        if inputs and pill.style in ("slot", "parameter") and pill.id not in beside:
+            yield f"{inputs[0]} -> {pill.id} [style=invis, weight=0];"
+
+
+def _all_pairs(picture: Picture) -> list[tuple[str, str]]:
+    pairs = list(picture.beside)
+    stack = list(picture.members)
+    while stack:
+        member = stack.pop()
+        if isinstance(member, Cluster):
+            pairs += member.beside
+            stack += member.members
+    return pairs
+
+
+def _all_pills(members: Sequence[Box | Pill | Cluster]) -> Iterator[Pill]:
+    for member in members:
+        if isinstance(member, Pill):
+            yield member
+        elif isinstance(member, Cluster):
+            yield from _all_pills(member.members)
 
 
 def _box(box: Box) -> str:
@@ -187,7 +221,7 @@ def _box(box: Box) -> str:
 def _cells(row: Row, index: int, shaped: bool) -> str:
     detail = f"&#160;{_markup(row.detail)}" if row.detail else ""
     code = f' <FONT POINT-SIZE="8" COLOR="#8A3A10">{_markup(row.code)}</FONT>' if row.code else ""
-    cells = f'<TD PORT="r{index}" ALIGN="LEFT"><B>{_markup(row.title)}</B>{detail}{code}</TD>'
+    cells = f'<TD PORT="r{index}" ALIGN="LEFT" WIDTH="54"><B>{_markup(row.title)}</B>{detail}{code}</TD>'
     cells += f'<TD ALIGN="LEFT">{_small(row.name)}</TD>'
     return cells + (f'<TD ALIGN="RIGHT">{_small(row.shape)}</TD>' if shaped else "")
 
@@ -199,8 +233,8 @@ def _small(text: str) -> str:
 def _pill(pill: Pill) -> str:
     style = STYLES[pill.style]
     look = {
-        "input": 'shape=invtrapezium, style=filled, penwidth=1.3, height=0.35, margin="0.0,0.03"',
-        "output": 'shape=trapezium, style=filled, penwidth=1.3, height=0.35, margin="0.0,0.03"',
+        "input": 'shape=box, style="rounded,filled", penwidth=1.6, height=0.3, margin="0.12,0.04"',
+        "output": 'shape=box, style="rounded,filled", peripheries=2, height=0.3, margin="0.12,0.04"',
         "slot": 'shape=ellipse, style=filled, height=0.2, width=0.3, margin="0.03,0.01", fontsize=9',
         "parameter": 'shape=box, style=filled, height=0.2, width=0.3, margin="0.05,0.02", fontsize=8',
     }[pill.style]
@@ -213,12 +247,14 @@ def _pill(pill: Pill) -> str:
 
 
 def _edge(edge: Edge) -> str:
-    attributes = [f'tooltip="{_quoted(edge.tooltip or edge.label)}"']
+    attributes = [f'tooltip="{_quoted(edge.label)}"']
     if edge.label:
         attributes.append(f"label=<&#160;{_markup(edge.label)}>")
-        attributes.append(f'labeltooltip="{_quoted(edge.tooltip or edge.label)}"')
+        attributes.append(f'labeltooltip="{_quoted(edge.label)}"')
     if edge.carried:
         attributes.append(f'style=dashed, color="{STYLES["slot"].border}", fontcolor="{STYLES["slot"].border}"')
+    if edge.main:
+        attributes.append("weight=8")
     tail, head = edge.tail, edge.head
     if edge.upwards:
         # Written the other way round, `dot` lays it out as well as any other arrow.

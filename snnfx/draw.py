@@ -96,6 +96,7 @@ def _picture_of_step(program: StepProgram, training: bool, batch_known: bool = T
         [*painter.inputs({}), *members, *painter.outputs()],
         painter.edges(),
         legend,
+        painter.beside(""),
     )
 
 
@@ -206,6 +207,7 @@ class _Painter:
         self.sequential = dependence.sequential
         self.drawn = [n for n in program.graph.nodes if _is_drawn(n) and n not in dependence.initial_only]
         self.place = {node: places.get(node, "") for node in self.drawn}
+        self.position = {node: index for index, node in enumerate(program.graph.nodes)}
         self.slots = dict(zip(program.slot_nodes(), program.next_states, strict=True))
         self.batch = self._batch_size()
         known = set(self.drawn)
@@ -313,7 +315,8 @@ class _Painter:
 
     def _rows(self, chain: list[Node], show_codes: bool) -> list[Row]:
         rows = []
-        before = next((self._sizes(o) for o in self._operands(chain[0]) if o.op != "get_attr"), None)
+        before = next((self._sizes(o) for o in chain[0].all_input_nodes if o.op != "get_attr"), (None, ""))
+        usual = next((self._sizes(node)[1] for node in self.program.input_nodes()), "")
         for node in chain:
             title, detail = summarize_node(self.program, node)
             name = describe_node(node) if node.op == "call_module" or is_module_call(node) else ""
@@ -324,8 +327,7 @@ class _Painter:
             code = refusal.code if refusal is not None and show_codes else ""
             sizes = self._sizes(node)
             shape = "" if sizes == before or self._shape_is_outside(node) else self.shape(node)
-            if before is not None and before[1] == sizes[1]:
-                shape = shape.removesuffix(f" {sizes[1]}")
+            shape = shape.removesuffix(f" {usual}")
             rows.append(Row(title, detail, name, shape, code, "\n".join(lines)))
             before = sizes
         return rows
@@ -389,6 +391,9 @@ class _Painter:
         return f"[{', '.join(sizes)}] {dtype}"
 
     def _sizes(self, node: Node) -> tuple[list[str] | None, str]:
+        if is_module_call(node):
+            # (output, next states): the output is what is meant.
+            node = next((user for user in node.users if is_structural(user) and user.args[1] == 0), node)
         value = self.values.get(node.name)
         if value is None and node.op == "get_attr":
             value = self.program.resolve(str(node.target))
@@ -412,7 +417,7 @@ class _Painter:
         for index, value in enumerate(self.program.outputs):
             source = self._source(value)
             if source is not None and source in self.id:
-                found[self.id[source], f"y{index}"] = Edge(self.id[source], f"y{index}")
+                found[self.id[source], f"y{index}"] = Edge(self.id[source], f"y{index}", main=True)
         return [*found.values(), *self._carried_edges()]
 
     def _add_edge(self, found: dict[tuple[str, str], Edge], operand: Node, node: Node) -> None:
@@ -425,7 +430,8 @@ class _Painter:
             return
         crosses = source in self.place and self.place[source] != self.place[node]
         label = self.shape(operand, "time") if crosses and self.kinds else ""
-        found.setdefault((tail, head), Edge(tail, head, label))
+        last = max((o for o in self._operands(node)), key=self.position.__getitem__)
+        found.setdefault((tail, head), Edge(tail, head, label, main=source is last))
 
     def _carried_edges(self) -> Iterable[Edge]:
         for slot, following in self.slots.items():

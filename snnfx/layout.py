@@ -61,19 +61,22 @@ Document = Sequence[Title | Paragraph | Bullets | Table]
 def as_text(document: Document, width: int = WIDTH) -> str:
     """The document for a terminal: aligned, at most `width` columns, without colours."""
     parts: list[str] = []
+    within: Title | None = None
     for block in document:
+        # What follows a heading belongs to it, and is set in.
+        under, within = within, block if isinstance(block, Title) and block.level > 1 else None
         if isinstance(block, Title):
             underline = f"\n{'=' * len(block.text)}" if block.level == 1 else ""
             parts.append(block.text + underline)
         elif isinstance(block, Paragraph):
-            parts.append(_wrapped(block.text, width))
+            indent = _GAP if under else ""
+            parts.append(_wrapped(block.text, width, indent, indent))
         elif isinstance(block, Bullets):
             parts.append("\n".join(_bullet(item, width) for item in block.items))
         else:
             parts.append(_table(block, width))
     text = ""
     for block, part in zip(document, parts, strict=True):
-        # What follows a heading belongs to it.
         text += part + ("\n" if isinstance(block, Title) and block.level > 1 else "\n\n")
     return text.rstrip("\n")
 

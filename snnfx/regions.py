@@ -98,8 +98,9 @@ class LoopRegion(SequenceRegion):
 
             return run_loop_as_operator(self, x_seq, state, constants)
         outputs: list[tuple[Tensor, ...]] = []
+        step = self.step.forward  # not step(...): module calls and their wrappers cost more than a small step
         for x in zip(*(x.unbind(0) for x in x_seq), strict=True):
-            y, state = self(*constants, *x, state)
+            y, state = self(*constants, *x, None) if state is None else step(*constants, *x, state)
             outputs.append(y)
         return tuple(torch.stack(y) for y in zip(*outputs, strict=True)), state  # type: ignore[return-value]
 

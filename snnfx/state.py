@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import copy
+import functools
 import importlib
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -182,10 +183,7 @@ class MemoryAdapter:
 
     def is_leaf(self, module: nn.Module) -> bool:
         # Neurons of the zoo stay whole; the forward that a user wrote is traced, so that only its cycle is looped.
-        if not isinstance(module, Stateful):
-            return False
-        order = [cls for cls in type(module).__mro__ if "forward" in vars(cls) or "step" in vars(cls)]
-        return "step" in vars(order[0])
+        return _is_pure(type(module))
 
     def refuse(self, module: nn.Module, where: str) -> None:
         return None
@@ -209,9 +207,18 @@ class MemoryAdapter:
         return tuple(_fresh(value) for value in module._initial_memories.values())  # type: ignore[union-attr, operator]
 
     def step(self, module: nn.Module, state: State, *inputs: Any, **kwargs: Any) -> tuple[Any, State]:
-        if isinstance(module, Stateful) and not has_forward_hooks(module):
+        if _is_pure(type(module)) and not has_forward_hooks(module):
             return module.step(state, *inputs, **kwargs)
         return step_by_swapping(self, module, state, *inputs, **kwargs)
+
+
+@functools.cache
+def _is_pure(module_class: type) -> bool:
+    """Whether a class gives its step as a pure function, and overrides neither `forward` nor it further down."""
+    if not all(callable(getattr(module_class, name, None)) for name in ("state_names", "initial_state", "step")):
+        return False
+    nearest = next(cls for cls in module_class.__mro__ if "forward" in vars(cls) or "step" in vars(cls))
+    return "step" in vars(nearest)
 
 
 def step_by_swapping(
@@ -317,11 +324,17 @@ _THIRD_PARTY = ("spikingjelly",)
 def register_adapter(cls: type, adapter: Adapter) -> None:
     """Teach snnfx how to step `cls` and its subclasses."""
     _adapters[cls] = adapter
+    _adapter_of_class.cache_clear()
 
 
 def adapter_of(module: nn.Module) -> Adapter | None:
     """The adapter of the nearest registered base class of a module, or None for a module without known state."""
-    for cls in type(module).__mro__:
+    return _adapter_of_class(type(module))
+
+
+@functools.cache
+def _adapter_of_class(module_class: type) -> Adapter | None:
+    for cls in module_class.__mro__:
         package = cls.__module__.partition(".")[0]
         if package in _THIRD_PARTY and f"snnfx.adapters.{package}" not in sys.modules:
             importlib.import_module(f"snnfx.adapters.{package}")

@@ -7,6 +7,7 @@ step as a fake tensor, so Python control flow on shapes works; nodes remember th
 
 from __future__ import annotations
 
+import builtins
 import contextlib
 import dis
 import inspect
@@ -43,6 +44,9 @@ __all__ = ["FunctionHolder", "StepProxy", "StepTracer", "SubmoduleNotTraceable",
 
 _TORCH_DIRECTORY = os.path.dirname(torch.__file__)
 _OWN_DIRECTORY = os.path.dirname(__file__)
+_FACTORIES = ("zeros", "ones", "empty", "full", "rand", "randn", "arange", "eye", "linspace")
+_NUMBER_MODULES = ("_operator", "builtins", "math")
+"""Where functions live that make numbers of numbers: sizes of sizes."""
 
 
 class SubmoduleNotTraceable(Exception):
@@ -87,13 +91,12 @@ class StepProxy(fx.Proxy):
     _is_param = False
     _is_buffer = False
 
-    @property  # type: ignore[misc]
-    def __class__(self) -> type:  # type: ignore[override]
-        # Model code asks `isinstance(self.v, torch.Tensor)`; a proxy has to answer as the value would.
+    def stands_for(self, cls: Any) -> bool:
+        """Whether the value behind the proxy is an instance of `cls`: what `isinstance` says in the model's code."""
         value = _value_of(self)
-        if value is _UNKNOWN:
-            return StepProxy if self.node.meta.get("shape_like") else Tensor
-        return type(value) if not isinstance(value, Tensor) else Tensor
+        if value is not _UNKNOWN:
+            return isinstance(value, cls)
+        return not self.node.meta.get("shape_like") and issubclass(Tensor, cls)
 
     def __getattr__(self, name: str) -> Any:
         value = _value_of(self)
@@ -125,6 +128,15 @@ class StepProxy(fx.Proxy):
                 if instruction.offset == caller.f_lasti and instruction.opname == "UNPACK_SEQUENCE":
                     return iter([self[i] for i in range(instruction.argval)])  # type: ignore[index]
         raise _needs_examples(self)
+
+    def __setitem__(self, index: Any, value: Any) -> None:
+        raise CaptureError(
+            "SNNFX201",
+            "a part of a tensor is assigned",
+            where=_format_place(_user_place()),
+            why=f"`{self.node.name}[...] = ...` changes a value in place, which a graph of values cannot record.",
+            hint="Use torch.where, torch.cat, index_fill or masked_fill, or put the code into a submodule.",
+        )
 
     def __bool__(self) -> bool:
         return bool(self.tracer.concrete(self))  # type: ignore[attr-defined]
@@ -200,7 +212,7 @@ class StepTracer(fx.Tracer):
         """Trace `root`; `prepare` runs when placeholders may be made, `finish` when the step has been recorded."""
         self._prepare, self._finish = prepare, finish
         self._paths = {module: name for name, module in root.named_modules()}
-        with _patched_apply(self):
+        with _patched_apply(self), _patched_isinstance(), _patched_factories(self):
             return self.trace(root)
 
     def create_args_for_root(self, root_fn: Any, is_module: bool, concrete_args: Any = None) -> tuple[Any, list[Any]]:
@@ -209,7 +221,7 @@ class StepTracer(fx.Tracer):
         self._prepare(self)
 
         def one_step(root: nn.Module) -> Any:
-            outputs = root_fn(root, *args, **kwargs)
+            outputs = self._call_root(root, root_fn, args, kwargs)
             flat, self.output_spec = pytree.tree_flatten(outputs)
             self._finish(self)
             names = list(self.slot_values)
@@ -221,6 +233,29 @@ class StepTracer(fx.Tracer):
 
         one_step.__globals__.setdefault("__name__", __name__)
         return one_step, [self.root]
+
+    def _call_root(self, root: nn.Module, root_fn: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """Record the step; a model that is a single layer or neuron is one call of itself."""
+        adapter = adapter_of(root)
+        is_single = is_leaf(root) if adapter is None else bool(adapter.names(root)) and adapter.is_leaf(root)
+        if is_single and self.traced_func_name == "forward":
+            return self.call_module(root, root.forward, args, kwargs)
+        if self.traced_func_name == "forward":
+            _refuse_hooks(root, "")
+        if adapter is not None:
+            adapter.refuse(root, "the model")
+        try:
+            return root_fn(root, *args, **kwargs)
+        except (CaptureError, SubmoduleNotTraceable):
+            raise
+        except Exception as error:
+            raise CaptureError(
+                "SNNFX201",
+                "the model cannot be traced",
+                where=type(root).__name__,
+                why=f"{type(error).__name__}: {error}.",
+                hint="Put the code that cannot be traced into a submodule: that submodule is then stepped as it is.",
+            ) from error
 
     def _argument(self, leaf: Any) -> Any:
         if not isinstance(leaf, ArgumentLeaf):
@@ -309,8 +344,9 @@ class StepTracer(fx.Tracer):
             kind == "call_method" and target in ("size", "dim", "numel", "ndimension")
         ):
             node.meta["shape_like"] = True
-        elif kind == "call_function" and any(isinstance(a, Node) and a.meta.get("shape_like") for a in args):
-            node.meta["shape_like"] = True
+        elif kind == "call_function" and getattr(target, "__module__", "") in _NUMBER_MODULES:
+            operands = node.all_input_nodes
+            node.meta["shape_like"] = bool(operands) and all(n.meta.get("shape_like") for n in operands)
         self._evaluate(node)
         return node
 
@@ -426,6 +462,8 @@ class StepTracer(fx.Tracer):
         if self._evaluating:
             return m.forward(*args, **kwargs)  # not m(...): a user's hooks have no business with fake tensors
         name = self.path_of_module(m)
+        if name == "" and is_leaf(m) and adapter_of(m) is None:
+            return self._at_module("", "call_module", SELF_TARGET, args, kwargs)
         if name in self.opaque:
             return self._marked(self._call_with_state(m, name, call_opaque, composite_adapter(m), args, kwargs), name)
         adapter = adapter_of(m)
@@ -576,6 +614,46 @@ def _patched_apply(tracer: StepTracer) -> Iterator[None]:
         yield
     finally:
         base.apply = original  # type: ignore[method-assign]
+
+
+@contextlib.contextmanager
+def _patched_isinstance() -> Iterator[None]:
+    """While tracing, `isinstance(proxy, Tensor)` in Python code says what it would say of the value.
+
+    A proxy cannot claim it through `__class__`: torch's C++ code would believe it and read memory that is not there.
+    """
+    original = builtins.isinstance
+
+    def isinstance_of_value(value: Any, cls: Any) -> bool:
+        return original(value, cls) or (type(value) is StepProxy and value.stands_for(cls))
+
+    builtins.isinstance = isinstance_of_value  # type: ignore[assignment]
+    try:
+        yield
+    finally:
+        builtins.isinstance = original
+
+
+@contextlib.contextmanager
+def _patched_factories(tracer: StepTracer) -> Iterator[None]:
+    """While tracing, `torch.zeros(x.shape[0], 4)` records one node: C++ does not take a proxy for a size."""
+    originals = {name: getattr(torch, name) for name in _FACTORIES}
+
+    def recording(original: Callable[..., Any]) -> Callable[..., Any]:
+        def factory(*args: Any, **kwargs: Any) -> Any:
+            if tracer._evaluating or not any(type(a) is StepProxy for a in pytree.tree_leaves((args, kwargs))):
+                return original(*args, **kwargs)
+            return tracer.create_proxy("call_function", original, args, kwargs)
+
+        return factory
+
+    try:
+        for name, original in originals.items():
+            setattr(torch, name, recording(original))
+        yield
+    finally:
+        for name, original in originals.items():
+            setattr(torch, name, original)
 
 
 def _autocast_state() -> tuple[bool, ...]:

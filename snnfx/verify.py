@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.utils import _pytree as pytree
 
-from snnfx.comparison import Comparison, Tolerance, VerificationReport, compare
+from snnfx.comparison import Comparison, Tolerance, VerificationReport, compare, is_same, named_leaves
 from snnfx.divergence import Divergence, first_divergence, recorded_neurons
 from snnfx.dropout_off import without_dropout
 from snnfx.errors import InputError, VerificationError
@@ -41,7 +41,7 @@ def verify(
 
     Both start from the reset state, with dropout off and from the same random numbers, in the mode that the net is in.
     The reference is a Python loop over the model; in training with `batch_norm="fold"`, with the statistics of each
-    BatchNorm taken over all steps (`snnfx.oracle`), but for those that the net steps or maps over time. Nothing is
+    BatchNorm taken over all steps (`snnfx.oracle`), but for those in regions that are not folded. Nothing is
     changed: neither state, buffers, gradients, flags nor random number generators.
 
     Args:
@@ -54,8 +54,7 @@ def verify(
         double: compare copies in float64. Rounding can flip a spike in float32, where a potential is at the threshold.
         gradients: compare the gradients of a random linear functional of the outputs, with respect to each floating
             input and each parameter that requires one.
-        **kwargs: keyword arguments of the net. Tensors carry time as the other inputs do if `time_dim` is one number,
-            else in their first dimension.
+        **kwargs: keyword arguments of the net.
 
     Returns:
         What was compared with what, and the largest differences; `str()` of it is a summary.
@@ -101,7 +100,7 @@ class _Verification:
     def __init__(self, model: nn.Module, net: Any, inputs: TimedInputs, tolerance: Tolerance, gradients: bool) -> None:
         self.model, self.net, self.inputs, self.tolerance, self.gradients = model, net, inputs, tolerance, gradients
         self.carry: dict[str, int] = dict(getattr(net.options, "carry", None) or {})
-        per_step, once = called_in(net, {"loop", "map"}), called_in(net, {"once"})
+        once, per_step = called_in(net, {"once"}), called_in(net, {r.kind for r in net.regions} - {"once", "fold"})
         folded = {
             name
             for name, module in model.named_modules()
@@ -116,6 +115,11 @@ class _Verification:
     @property
     def semantics(self) -> str:
         return "the model with BatchNorm over T*N" if self.folded else "stepping the model"
+
+    @property
+    def dtype(self) -> str:
+        dtypes = {str(p.dtype).removeprefix("torch.") for p in self.model.parameters() if p.is_floating_point()}
+        return ", ".join(sorted(dtypes))
 
     def report(self) -> VerificationReport:
         """Run both, compare, and raise or report."""
@@ -139,11 +143,10 @@ class _Verification:
         for name, y in expected.outputs.items():
             if isinstance(y, Tensor) and not y.any():
                 self.notes.append(f"`{name}` is zero at every step; an input that gives spikes would tell more")
-        dtypes = {str(p.dtype).removeprefix("torch.") for p in self.model.parameters() if p.is_floating_point()}
         return VerificationReport(
             T=self.inputs.steps,
             training=self.net.training,
-            dtype=", ".join(sorted(dtypes)),
+            dtype=self.dtype,
             semantics=self.semantics,
             comparisons=tuple(c for comparisons in results for c in comparisons),
             notes=tuple(self.notes),
@@ -180,7 +183,7 @@ class _Verification:
             return self._outputs_of_net(self.net(*args, **kwargs))
 
     def _outputs_of_net(self, y_seq: Any) -> dict[str, Any]:
-        outputs, dim = _named_leaves(y_seq, "output"), self.inputs.output_dim
+        outputs, dim = named_leaves(y_seq, "output"), self.inputs.output_dim
         for name, leaf in outputs.items():
             if isinstance(leaf, Tensor):
                 if not -leaf.ndim <= dim < leaf.ndim or leaf.shape[dim] != self.inputs.steps:
@@ -235,11 +238,11 @@ class _Verification:
         return states
 
     def _outputs_of_model(self, outputs_of_steps: list[Any], names: Set[str]) -> dict[str, Any]:
-        steps = [_named_leaves(y, "output") for y in outputs_of_steps]
+        steps = [named_leaves(y, "output") for y in outputs_of_steps]
         if self.carry and names != steps[0].keys():
             # A net may keep what is carried to itself; a single output is then no longer in a tuple.
             rest = [[v for i, v in enumerate(y) if i not in self.carry.values()] for y in outputs_of_steps]
-            steps = [_named_leaves(y[0] if len(y) == 1 else y, "output") for y in rest]
+            steps = [named_leaves(y[0] if len(y) == 1 else y, "output") for y in rest]
         if any(step.keys() != steps[0].keys() for step in steps):
             raise VerificationError("SNNFX401", "the outputs of the model are not nested alike at every step")
         return {name: _over_time(name, [step[name] for step in steps]) for name in steps[0]}
@@ -282,11 +285,11 @@ class _Verification:
         found = []
         for name, value in expected.items():
             if name in actual:
-                leaves, others = _named_leaves(actual[name]), _named_leaves(value)
+                leaves, others = named_leaves(actual[name]), named_leaves(value)
                 for path in leaves | others:
                     pair = leaves.get(path), others.get(path)
                     found.append(compare("state", f"state `{name}{path}`", *pair, self.tolerance))
-            elif not _is_same(value, self.initial.get(name)):
+            elif not is_same(value, self.initial.get(name)):
                 missing = "the net returns no such state"
                 found.append(Comparison("state", f"state `{name}`", failed=True, detail=missing))
         unknown = [f"`{name}`" for name in actual if name not in expected]
@@ -299,7 +302,7 @@ class _Verification:
         for name, value in expected.items():
             if name in actual:
                 found.append(compare("buffer", f"buffer `{name}`", actual[name], value, self.tolerance))
-            elif not _is_same(value, before[name]):
+            elif not is_same(value, before[name]):
                 found.append(Comparison("buffer", f"buffer `{name}`", failed=True, detail="the net has no such buffer"))
         return found
 
@@ -330,7 +333,9 @@ class _Verification:
 
     def _error(self, comparison: Comparison, random_ops: bool) -> VerificationError:
         why = comparison.detail + "."
-        hint = "Rule out rounding with double=True; snnfx.explain(model) shows what is done to each module."
+        hint = "snnfx.explain(model) shows what is done to each module."
+        if self.dtype != "float64":
+            hint = f"Rule out rounding with double=True; {hint}"
         divergence = None
         if random_ops:
             why += " The model draws random numbers by other means than dropout, so the two cannot be compared."
@@ -339,8 +344,8 @@ class _Verification:
             divergence = self._first_differing_neuron()
         if divergence is not None:
             why += f" The first neuron that differs is {divergence.in_words}."
-            if divergence.is_rounding:
-                hint = "This is rounding, at the threshold: compare in float64 with double=True."
+        if divergence is not None and divergence.is_rounding:
+            hint = "This is rounding, at the threshold: compare in float64 with double=True."
         code = {"output": "SNNFX401", "state": "SNNFX402", "gradient": "SNNFX403", "buffer": "SNNFX404"}
         quoted = comparison.name.split("`")[1]
         if divergence is not None:
@@ -373,23 +378,13 @@ class _Verification:
         return first_divergence(traces, record, self.tolerance, by_time=not self.folded)
 
 
-def _named_leaves(value: Any, prefix: str = "") -> dict[str, Any]:
-    return {prefix + pytree.keystr(path): leaf for path, leaf in pytree.tree_leaves_with_path(value)}
-
-
 def _over_time(name: str, values: list[Any]) -> Any:
     """The values of one output at each step as one: tensors `[T, *]`, other things once if they stay the same."""
     if all(isinstance(value, Tensor) for value in values):
         if any(value.shape != values[0].shape or value.dtype != values[0].dtype for value in values):
             raise VerificationError("SNNFX401", f"`{name}` of the model changes its shape or dtype from step to step")
         return torch.stack(values)
-    return values[0] if all(_is_same(value, values[0]) for value in values) else values
-
-
-def _is_same(value: Any, other: Any) -> bool:
-    if isinstance(value, Tensor) and isinstance(other, Tensor):
-        return torch.equal(value, other)
-    return value is other or (type(value) is type(other) and bool(value == other))
+    return values[0] if all(is_same(value, values[0]) for value in values) else values
 
 
 def _states(model: nn.Module) -> dict[str, Any]:

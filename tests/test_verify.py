@@ -447,7 +447,7 @@ def region(kind: str, *modules: str) -> FakeRegion:
     return FakeRegion(f"{kind}_0", kind, nodes)
 
 
-@pytest.mark.parametrize("kind", ["loop", "map"])
+@pytest.mark.parametrize("kind", ["loop", "map", "step"])
 def test_norms_in_regions_that_run_per_step_have_statistics_per_step(x_seq: Tensor, kind: str) -> None:
     model = Model()
     net = net_of(model, Faults(norm=norm_per_step))

@@ -149,6 +149,11 @@ class Terminal:
     def indented(self, text: str) -> None:
         print("\n".join("  " + line if line else "" for line in text.splitlines()), flush=True)
 
+    def working(self, text: str) -> None:
+        """What is going on, on a line that the next output overwrites; nothing without a terminal."""
+        if self.interactive:
+            print(f"  {self.dim(text)}\x1b[K", end="\r", flush=True)
+
     def progress(self, fraction: float, text: str, *, milestone: bool) -> None:
         """Redraw the bar in place; without a terminal, print a line at the milestones only."""
         if self.interactive:
@@ -185,8 +190,10 @@ def verify_net(model: nn.Module, net: snnfx.Net, terminal: Terminal, x_seq: Tens
         model.train(training)
         net.train(training)
         report = snnfx.verify(model, net, x_seq, double=True)
-        terminal.item("train mode" if training else "eval mode", terminal.good("equal"))
-        terminal.indented(terminal.dim(str(report)))
+        summary, *details = str(report).splitlines()
+        terminal.item("train mode" if training else "eval mode", terminal.good(summary))
+        for line in details:
+            terminal.item("", terminal.dim(line.strip()))
 
 
 def draw_before_and_after(
@@ -311,33 +318,34 @@ def compare_speed(
     ways: dict[str, Runner] = {"single-step": lambda x_seq: step_through_time(model, x_seq), "converted": net}
     if with_compile:
         ways["compiled"] = torch.compile(net, fullgraph=True)
-    rows = list(measured_rows(model, ways, digits, sizes, repeats))
-    print_table(terminal, list(ways), rows)
+    print("  " + terminal.bold(" " * 26 + "".join(f"{name:>13}{'':8}" for name in ways).rstrip()))
+    for label, runners in cases(model, ways, digits, sizes):
+        terminal.working(f"{label:<26}{'compiling and ' if with_compile else ''}measuring ...")
+        row = table_row(terminal, label, measure(runners, repeats, digits.train_images.device))
+        print(row + ("\x1b[K" if terminal.interactive else ""), flush=True)
     snnfx.functional.reset_net(model)
     model.zero_grad()
 
 
-def measured_rows(
-    model: nn.Module, ways: dict[str, Runner], digits: Digits, sizes: list[tuple[int, int]], repeats: int
-) -> Iterator[tuple[str, dict[str, float]]]:
-    device = digits.train_images.device
+def cases(
+    model: nn.Module, ways: dict[str, Runner], digits: Digits, sizes: list[tuple[int, int]]
+) -> Iterator[tuple[str, dict[str, Callable[[], None]]]]:
     for T, N in sizes:
         x_seq, labels = spike_trains(digits.train_images[:N], T), digits.train_labels[:N]
-        training = {name: training_step(model, run, x_seq, labels) for name, run in ways.items()}
-        yield f"training step  T={T} N={N}", measure(training, repeats, device)
-        calling = {name: inference(model, run, x_seq) for name, run in ways.items()}
-        yield f"inference      T={T} N={N}", measure(calling, repeats, device)
+        steps = {name: training_step(model, run, x_seq, labels) for name, run in ways.items()}
+        yield f"training step  T={T} N={N}", steps
+        calls = {name: inference(model, run, x_seq) for name, run in ways.items()}
+        yield f"inference      T={T} N={N}", calls
 
 
-def print_table(terminal: Terminal, columns: list[str], rows: list[tuple[str, dict[str, float]]]) -> None:
-    print("  " + terminal.bold(" " * 26 + "".join(f"{name:>13}{'':8}" for name in columns).rstrip()))
-    for label, seconds in rows:
-        line = f"  {label:<26}"
-        for name in columns:
-            ratio = seconds[columns[0]] / seconds[name]
-            factor = f"{ratio:7.1f}x" if name != columns[0] else " " * 8
-            line += f"{seconds[name] * 1000:10.1f} ms" + (terminal.good(factor) if ratio >= 1.05 else factor)
-        print(line.rstrip(), flush=True)
+def table_row(terminal: Terminal, label: str, seconds: dict[str, float]) -> str:
+    """Milliseconds of each way, and how many times faster than the first it is."""
+    baseline, *_ = seconds.values()
+    row = f"  {label:<26}"
+    for position, value in enumerate(seconds.values()):
+        factor = f"{baseline / value:7.1f}x" if position else " " * 8
+        row += f"{value * 1000:10.1f} ms" + (terminal.good(factor) if baseline / value >= 1.05 else factor)
+    return row.rstrip()
 
 
 def machine(device: torch.device) -> str:
@@ -386,6 +394,8 @@ def main() -> int:
     verify_net(model, net, terminal, spike_trains(digits.train_images[:4], options.T))
     pictures = draw_before_and_after(model, net, terminal, options.out, example)
     reached = train(net, digits, terminal, epochs, options.T)
+    weights = options.out / "digits.pt"
+    torch.save(model.state_dict(), weights)
     same, total = count_same_predictions(model, net, digits, options.T), len(digits.test_labels)
     good_enough = reached >= TARGET or options.quick
     shown = terminal.good(f"{reached:.1%}") if good_enough else terminal.bad(f"{reached:.1%}, below {TARGET:.0%}")
@@ -399,8 +409,6 @@ def main() -> int:
     sizes = [(options.T, 16)] if options.quick else [(options.T, 64), (4 * options.T, 1)]
     compare_speed(model, net, terminal, digits, sizes, repeats=3 if options.quick else 15, with_compile=with_compile)
 
-    weights = options.out / "digits.pt"
-    torch.save(model.state_dict(), weights)
     terminal.section("Where everything is", f"{time.perf_counter() - started:.0f} s in all")
     for name, path in zip(["before", "after"], pictures, strict=True):
         terminal.item(f"picture {name}", str(path))
