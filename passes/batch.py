@@ -143,7 +143,7 @@ class _Walk:
         self.examples: dict[str, int] = {}
         self.changing: set[Node] = set()  # the varying nodes whose value, not only size, may really differ
         self.requirements = {
-            node.name: fact.rank.known for node, fact in self.inputs.items() if fact.rank.known is not None
+            node.name: 1 if fact.rank.known is None else fact.rank.known for node, fact in self.inputs.items()
         }
         for node in self.graph.nodes:
             if node.op != "output":
@@ -224,14 +224,14 @@ class _Walk:
     def _judge_without_batch(self, site: Site, found: Found, operands: list[Any], fact: Value) -> None:
         """Refuse what varies in time and has no batch, going in or coming out."""
         tensors = [operand for operand in operands if isinstance(operand, Fact)]
-        if tensors and not any(tensor.batched for tensor in tensors) and site.node in self.changing:
-            site.refuse("SNNFX102", f"{site.text} gets values that vary in time but have no batch dimension")
         if found.row.random and isinstance(fact, Fact) and not fact.batched and site.node in self.varying:
             site.refuse(
                 "SNNFX105",
                 f"{site.text} draws random numbers without a batch dimension; folded, all steps would share them",
                 "Draw them in the shape of a batched value, e.g. torch.rand_like(x).",
             )
+        if tensors and not any(tensor.batched for tensor in tensors) and site.node in self.changing:
+            site.refuse("SNNFX102", f"{site.text} gets values that vary in time but have no batch dimension")
 
     def _marked(self, node: Node, fact: Value) -> Value:
         """Note at facts without a batch whether the value may differ between steps."""

@@ -153,7 +153,7 @@ class Leading:
             site.refuse_mixing(fact, "works across", "Move the batch to the front.")
             return lost(rank)
         if not site.require(fact.rank, self.least, "needs a batch"):
-            return lost(rank)
+            return lost(rank) if self.to is None else UNKNOWN
         return Fact(rank, 0, fact.size)
 
 
@@ -168,6 +168,7 @@ class Along:
         operands: tensors that share the batch; broadcast against each other.
         aligned: they must have the same shape instead.
         grows: by how many dimensions the result is larger (appended at the end).
+        resizes: whether the dimension may have another size afterwards.
     """
 
     dim: str = "dim"
@@ -176,6 +177,7 @@ class Along:
     operands: tuple[str, ...] = ("input",)
     aligned: bool = False
     grows: int = 0
+    resizes: bool = False
 
     def __call__(self, site: Site) -> Value:
         values = [site[name] for name in self.operands if site[name] is not None]
@@ -211,6 +213,8 @@ class Along:
             if self.drops is not False:
                 ones = (*(None for _ in range(fact.dim)), 1) if keeps else ()
                 return Fact(rank, varying=True, known=ones)
+            if self.resizes:
+                return Fact(rank, fact.dim, site.fresh)
         if fact.dim is None:
             return Fact(rank, varying=fact.varying)
         before = 0 if keeps else sum(0 <= axis < fact.dim for axis in axes)

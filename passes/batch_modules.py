@@ -39,8 +39,9 @@ def multihead_attention(site: Site) -> Value:
     if site["need_weights"] is False:
         return (fact, OTHER)
     heads = 0 if site["average_attn_weights"] is not False else 1
-    weights = Fact(Rank(3 + heads), 0, fact.size) if fact.batched else lost(Rank(3 + heads))
-    return (fact, weights)
+    if not fact.batched or site.refusal is not None:
+        return (fact, UNKNOWN)
+    return (fact, Fact(Rank(3 + heads), 0, fact.size))
 
 
 def _sequence(site: Site, fact: Fact, batch_first: bool) -> Fact:

@@ -54,7 +54,7 @@ def pieces(site: Site) -> Value:
         return UNKNOWN
     if fact.dim is not None and axis == fact.dim:
         site.refuse_mixing(fact, "cuts along", "Cut a feature dimension, e.g. dim=1.")
-        return Repeated(Fact(fact.rank, fact.dim, site.fresh))
+        return Repeated(lost(fact.rank))  # the last piece may be smaller
     return Repeated(keep(fact, fact.dim))
 
 

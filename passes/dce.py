@@ -29,20 +29,26 @@ class RemoveDeadCode(Pass):
     def apply(self, program: StepProgram) -> str:
         before = len(program.graph.nodes)
         dropped = _drop_unread_slots(program)
-        live = _ancestors(
-            [program.output, *(n for n in program.graph.nodes if n.op == "placeholder" or n.target is expect_size)]
-        )
-        for node in reversed(list(program.graph.nodes)):
-            if node not in live:
-                program.graph.erase_node(node)
+        _remove_dead_nodes(program)
+        if program.first_step is not None:
+            _keep_slots(program.first_step, {slot.name for slot in program.slots})
+            _remove_dead_nodes(program.first_step)
         removed = before - len(program.graph.nodes)
         if not dropped:
             return f"removed {removed} nodes"
         return f"removed {removed} nodes and the unread attributes {', '.join(dropped)}"
 
 
+def _remove_dead_nodes(program: StepProgram) -> None:
+    kept = [n for n in program.graph.nodes if n.op == "placeholder" or n.target is expect_size]
+    live = _ancestors([program.output, *kept])
+    for node in reversed(list(program.graph.nodes)):
+        if node not in live:
+            program.graph.erase_node(node)
+
+
 def _drop_unread_slots(program: StepProgram) -> list[str]:
-    """Drop discovered slots that no output and no other slot depends on."""
+    """Drop discovered slots that no output and no other slot depends on; returns their names."""
     placeholders = dict(zip((s.name for s in program.slots), program.slot_nodes(), strict=True))
     following = dict(zip((s.name for s in program.slots), program.next_states, strict=True))
     needed = {s.name for s in program.slots if not s.discovered}
@@ -55,18 +61,23 @@ def _drop_unread_slots(program: StepProgram) -> list[str]:
             break
         needed |= new
     dropped = [s.name for s in program.slots if s.name not in needed]
-    if dropped:
-        kept = [i for i, s in enumerate(program.slots) if s.name in needed]
-        program.set_output(
-            program.outputs, [program.next_states[i] for i in kept], [program.initial_values[i] for i in kept]
-        )
-        program.slots = [program.slots[i] for i in kept]
-        gone = {placeholders[name] for name in dropped}
-        doomed = [n for n in program.graph.nodes if n in gone or _ancestors([n]) & gone]
-        for node in reversed(doomed):
-            if not node.users:
-                program.graph.erase_node(node)
+    _keep_slots(program, needed)
     return dropped
+
+
+def _keep_slots(program: StepProgram, names: set[str]) -> None:
+    """Remove the other slots, and everything that is computed from them."""
+    kept = [i for i, slot in enumerate(program.slots) if slot.name in names]
+    if len(kept) == len(program.slots):
+        return
+    gone = {node for slot, node in zip(program.slots, program.slot_nodes(), strict=True) if slot.name not in names}
+    program.set_output(
+        program.outputs, [program.next_states[i] for i in kept], [program.initial_values[i] for i in kept]
+    )
+    program.slots = [program.slots[i] for i in kept]
+    for node in reversed(list(program.graph.nodes)):
+        if not node.users and _ancestors([node]) & gone:
+            program.graph.erase_node(node)
 
 
 def _ancestors(roots: Iterable[Node]) -> set[Node]:

@@ -7,7 +7,7 @@ Kuck et al. 1981; Kennedy & Allen, Optimizing Compilers for Modern Architectures
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 
 import networkx as nx
@@ -44,12 +44,15 @@ class Dependence:
         return {node for cycle in self.cycles for node in cycle}
 
 
-def analyse_dependence(program: StepProgram, invariant_inputs: Iterable[str] = ()) -> Dependence:
+def analyse_dependence(
+    program: StepProgram, invariant_inputs: Iterable[str] = (), changing: Callable[[Node], bool] = lambda node: False
+) -> Dependence:
     """Find cycles through time, and what varies in time.
 
     Args:
         program: at stage "normalized" or later.
         invariant_inputs: placeholders of inputs that are the same at every step.
+        changing: further nodes that have to be run at every step, whatever they are given.
     """
     graph = nx.DiGraph()
     position = {node: i for i, node in enumerate(program.graph.nodes)}
@@ -74,7 +77,7 @@ def analyse_dependence(program: StepProgram, invariant_inputs: Iterable[str] = (
     stack = [
         node
         for node in program.graph.nodes
-        if (node.op == "placeholder" and node.name not in fixed) or is_random(program, node)
+        if (node.op == "placeholder" and node.name not in fixed) or is_random(program, node) or changing(node)
     ]
     while stack:
         node = stack.pop()

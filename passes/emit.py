@@ -161,12 +161,12 @@ class _MultiStepEmitter(_Emitter):
     def _emit_region(self, region: Region) -> None:
         builder = self.builders[region.name]
         wanted = [node for node in region.nodes if node in self.read_outside]
-        constants, sequences = builder.constants, builder.inputs
+        constants = builder.constants
         is_batch_norm = region.kind == "map" and _is_per_step_batch_norm(region)
         if is_batch_norm:
             node = region.nodes[0]
             call = self.graph.call_function(
-                batch_norm_per_step, (self.value(sequences[0]), self.attribute(str(node.target)))
+                batch_norm_per_step, (self._as_sequence(node.args[0]), self.attribute(str(node.target)))
             )
             self._define(node, call)
             return
@@ -502,11 +502,15 @@ class RegionBuilder:
             env[node] = add_placeholder(graph, node.name)
         if extra_input:
             add_placeholder(graph, "time")
-        slot_nodes = {n.meta["slot"]: n for n in self.program.slot_nodes() if n.meta["slot"] in slots}
+        # In a peeled first step, a slot that is traced through is not read: its first value is written into the graph.
+        by_name = self.program.nodes_by_name
+        readers = {s.name: by_name[s.placeholder] for s in self.program.slots if s.placeholder in by_name}
+        slot_nodes = {name: node for name, node in readers.items() if name in slots}
         if next_states is not None and not first:
             state = add_placeholder(graph, "state")
             for index, slot in enumerate(slots):
-                env[slot_nodes[slot]] = graph.call_function(operator.getitem, (state, index))
+                if slot in slot_nodes:
+                    env[slot_nodes[slot]] = graph.call_function(operator.getitem, (state, index))
         builder = _Copier(graph, env, modules, self.program, slot_nodes if first else {})
         for node in self.inside:
             builder.copy(node)

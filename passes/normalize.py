@@ -36,6 +36,8 @@ class Normalize(Pass):
 
     def apply(self, program: StepProgram) -> str:
         replaced = 0
+        if program.first_step is not None:
+            self.apply(program.first_step)
         _merge_attributes(program)
         for node in list(program.graph.nodes):
             if _is_in_place(node):

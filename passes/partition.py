@@ -10,11 +10,12 @@ order; unconnected branches are not joined, borders are views and cost nothing.
 from __future__ import annotations
 
 import operator
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
 import networkx as nx
+from torch import nn
 from torch.fx import Node
 
 from snnfx.errors import CaptureError, Refusal
@@ -47,7 +48,7 @@ class Partition(Pass):
     invariant_inputs: tuple[str, ...] = field(default=())
 
     def apply(self, program: StepProgram) -> str:
-        dependence = analyse_dependence(program, self.invariant_inputs)
+        dependence = analyse_dependence(program, self.invariant_inputs, self._updates_at_every_step(program))
         analysis = infer_batch(
             program.graph,
             program.resolve,
@@ -70,6 +71,17 @@ class Partition(Pass):
         counts = {kind: sum(r.kind == kind for r in program.regions) for kind in ("once", "fold", "map", "loop")}
         summary = ", ".join(f"{count} {kind}" for kind, count in counts.items() if count)
         return f"{sum(len(r.nodes) for r in program.regions)} nodes in {len(program.regions)} regions: {summary}"
+
+
+    def _updates_at_every_step(self, program: StepProgram) -> Callable[[Node], bool]:
+        """With statistics per step, a BatchNorm in training updates them T times even if its input never changes."""
+
+        def changing(node: Node) -> bool:
+            if self.batch_norm == "fold" or not program.training or node.op != "call_module":
+                return False
+            return isinstance(program.resolve(str(node.target)), nn.modules.batchnorm._BatchNorm)
+
+        return changing
 
 
 def _input_facts(program: StepProgram) -> dict[Node, Fact]:

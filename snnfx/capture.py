@@ -26,7 +26,7 @@ from torch.utils import _pytree as pytree
 from snnfx.errors import CaptureError, InputError
 from snnfx.leaves import is_leaf
 from snnfx.matching import GraphMatch
-from snnfx.program import InputLeaf, Slot, StepProgram
+from snnfx.program import InputLeaf, Slot, StepProgram, add_placeholder
 from snnfx.state import Adapter, StateSnapshot, adapter_of, composite_adapter, is_stateful_tree
 from snnfx.tracer import ArgumentLeaf, FunctionHolder, StepProxy, StepTracer, SubmoduleNotTraceable, apply_autograd_function
 
@@ -123,14 +123,31 @@ def _capture_once(
         by_name.setdefault(attribute.name, (attribute.final_node(), None))
     for attribute in discovered.values():
         by_name.setdefault(attribute.name, (attribute.before if _is_number(attribute.before) else None, None))
-    cold_program.slots = list(program.slots)
-    cold_program.set_output(outputs, *zip(*(by_name[s.name] for s in program.slots), strict=True))
-    match = GraphMatch(cold_program, program, bindable={s.name for s in program.slots} - traced.leaf_slots())
+    cold_program.slots = _slots_with_placeholders(cold_program, program.slots)
+    cold_program.set_output(outputs, [by_name[s.name][0] for s in program.slots], [by_name[s.name][1] for s in program.slots])
+    starts = {a.name: a.before for a in discovered.values()} | traced.inlined_starts()
+    bindable = {s.name: starts.get(s.name) for s in program.slots if s.name not in traced.leaf_slots()}
+    match = GraphMatch(cold_program, program, bindable)
     if match.same_program():
         match.move_initial_values()
     else:
         program.first_step = cold_program
     return program
+
+
+def _slots_with_placeholders(program: StepProgram, slots: list[Slot]) -> list[Slot]:
+    """The slots of another trace for this one; those that it does not read get a placeholder that nobody uses."""
+    known = {n.meta["slot"]: n.name for n in program.graph.nodes if n.op == "placeholder" and "slot" in n.meta}
+    first = next(iter(program.graph.nodes))
+    found: list[Slot] = []
+    for slot in slots:
+        if slot.name not in known:
+            with program.graph.inserting_before(first):
+                node = add_placeholder(program.graph, slot.name)
+            node.meta["slot"] = slot.name
+            known[slot.name] = node.name
+        found.append(replace(slot, placeholder=known[slot.name]))
+    return found
 
 
 @dataclass
@@ -171,6 +188,16 @@ class _Traced:
 
     def inlined_slots(self) -> set[str]:
         return {f"{prefix}{n}" for prefix, m, a, leaf in self.stateful if not leaf for n in a.names(m)}
+
+    def inlined_starts(self) -> dict[str, Any]:
+        """The reset values of the slots that are traced through."""
+        starts: dict[str, Any] = {}
+        with StateSnapshot.of(self.model):
+            for prefix, module, adapter, leaf in self.stateful:
+                if not leaf:
+                    adapter.reset(module)
+                    starts.update(zip([prefix + n for n in adapter.names(module)], adapter.read(module), strict=True))
+        return starts
 
     def leaf_slots(self) -> set[str]:
         return {f"{prefix}{n}" for prefix, m, a, leaf in self.stateful if leaf for n in a.names(m)}

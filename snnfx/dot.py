@@ -131,7 +131,7 @@ def write_dot(picture: Picture) -> str:
     """The picture as DOT text. Names may hold any character; the same picture gives the same text."""
     lines = [
         "digraph snnfx {",
-        f'  graph [rankdir=TB, fontname="{_FONT}", fontcolor="{_INK}", fontsize=10, labelloc=t, pad=0.15, nodesep=0.25, '
+        f'  graph [rankdir=TB, newrank=true, fontname="{_FONT}", fontcolor="{_INK}", fontsize=10, labelloc=t, pad=0.15, nodesep=0.25, '
         f'ranksep=0.3, bgcolor=white, tooltip=" ", label={_heading(picture)}];',
         f'  node [fontname="{_FONT}", fontcolor="{_INK}", fontsize=10, shape=plain];',
         f'  edge [fontname="{_FONT}", fontcolor="{_FAINT}", fontsize=8, color="{_LINE}", arrowsize=0.6, penwidth=0.9];',

@@ -122,9 +122,7 @@ def _picture_of_net(net: Net, example_inputs: Any) -> Picture:
         cluster.beside = painter.beside(region.name)
         members.append(cluster)
     members += painter.members("")
-    chunk = _chunk_title(net, values)
-    if chunk:
-        members = [Cluster("chunk", "chunk", chunk, members)]
+    members = _chunk_frame(net, values, members)
     kinds = {region.kind for region in program.regions}
     regions = f"{len(program.regions)} region{'s' * (len(program.regions) != 1)}"
     subtitle = f"T time steps in {regions}, {_mode(net.training)}"
@@ -165,26 +163,34 @@ def _values_for(program: StepProgram, example_inputs: Any, entry: str) -> dict[s
     return _recorded_values(other) if form(other) == form(program) else {}
 
 
-def _chunk_title(net: Net, values: Mapping[str, Any]) -> str:
-    """What the frame around all regions says; "" without one."""
+def _chunk_frame(net: Net, values: Mapping[str, Any], members: list[Box | Pill | Cluster]) -> list[Box | Pill | Cluster]:
+    """What is inside the inputs and outputs, in a frame that says how many time steps are run at once."""
     chunk = net.options.chunk
     if chunk is None:
-        return ""
+        return members
+    frame = Cluster("chunk", "chunk", "chunk: auto", members, "in inference", "as many time steps as fit a memory budget")
     if isinstance(chunk, int):
-        return f"chunk: {chunk} step{'s' * (chunk != 1)} at once in inference"
+        frame.title, frame.tooltip = _chunk_title(chunk), "as asked for"
+        return [frame]
     program = net.program
     recorded = [values.get(node.name) for node in program.input_nodes()]
     if net.training or not all(isinstance(value, Tensor) for value in recorded):
-        return "chunk: auto in inference"
+        return [frame]
     held = next((t for t in (*net.source.parameters(), *net.source.buffers())), torch.empty(0))
     steps = [torch.empty(1, dtype=v.dtype, device=held.device).expand(v.shape) for v in recorded if isinstance(v, Tensor)]
     try:
-        length = plan_chunks(program, steps, chunk).length
+        plan = plan_chunks(program, steps, chunk)
     except RuntimeError:
         # A module that is run as it is may look at values, of which there are none here.
-        return "chunk: auto in inference"
-    batch = next((str(s.shape[0]) for s in steps if s.dim()), "")
-    return f"chunk: {length} steps at once in inference" + (f" (auto, for N = {batch})" if batch else "")
+        return [frame]
+    if plan.length is not None:
+        batch = next((f", N = {s.shape[0]}" for s in steps if s.dim()), "")
+        frame.title, frame.note, frame.tooltip = _chunk_title(plan.length), f"in inference{batch}", plan.reason
+    return [frame]
+
+
+def _chunk_title(length: int) -> str:
+    return f"chunk: {length} step{'s' * (length != 1)} at once"
 
 
 # -- placing nodes ------------------------------------------------------------------------------------------------

@@ -6,10 +6,12 @@ import textwrap
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-__all__ = ["WIDTH", "Bullets", "Document", "Paragraph", "Table", "Title", "as_markdown", "as_text"]
+__all__ = ["NO_BREAK", "WIDTH", "Bullets", "Document", "Paragraph", "Table", "Title", "as_markdown", "as_text"]
 
 WIDTH = 100
 """Columns of a line of text."""
+NO_BREAK = "\N{NO-BREAK SPACE}"
+"""A space at which no line is broken; an ordinary one in the result."""
 _GAP = "  "
 _NARROWEST = 24
 
@@ -78,7 +80,7 @@ def as_text(document: Document, width: int = WIDTH) -> str:
     text = ""
     for block, part in zip(document, parts, strict=True):
         text += part + ("\n" if isinstance(block, Title) and block.level > 1 else "\n\n")
-    return text.rstrip("\n")
+    return text.rstrip("\n").replace(NO_BREAK, " ")
 
 
 def as_markdown(document: Document) -> str:
@@ -93,7 +95,7 @@ def as_markdown(document: Document) -> str:
             parts.append("\n".join("- " + "  \n  ".join(item) for item in block.items))
         else:
             parts.append(_markdown_table(block))
-    return "\n\n".join(parts) + "\n"
+    return "\n\n".join(parts).replace(NO_BREAK, " ") + "\n"
 
 
 def _wrapped(text: str, width: int, first: str = "", later: str = "") -> str:

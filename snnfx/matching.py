@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
@@ -13,6 +13,8 @@ from snnfx.program import StepProgram
 
 __all__ = ["GraphMatch"]
 
+_NO_VALUE = object()
+
 
 class GraphMatch:
     """Match program `a` against program `b`, where slots of `b` may stand for any expression of `a`.
@@ -20,12 +22,14 @@ class GraphMatch:
     Args:
         a: the program that may have expressions where `b` reads a slot (the cold trace).
         b: the program with slots (the warm trace).
-        bindable: names of slots of `b` that may be bound to expressions of `a`.
+        bindable: slots of `b` that may be bound to expressions of `a`, with the value that each of them had when `a`
+            was traced. Where that is a number or a tensor, Python computed with it at once: `a` has 0.1 in the place
+            of what is the node `mul(0.5, v)` in `b`.
     """
 
-    def __init__(self, a: StepProgram, b: StepProgram, bindable: set[str] | None = None) -> None:
+    def __init__(self, a: StepProgram, b: StepProgram, bindable: Mapping[str, Any] | None = None) -> None:
         self.a, self.b = a, b
-        self.bindable = bindable or set()
+        self.bindable = dict(bindable or {})
         self.bound: dict[str, Any] = {}
         self.matched: dict[Node, Node] = {}
 
@@ -51,33 +55,53 @@ class GraphMatch:
         initial = []
         for slot, known in zip(self.b.slots, self.b.initial_values, strict=True):
             if slot.name in self.bindable:
-                known = map_arg(self.bound.get(slot.name), lambda n: self._copy(n, copied))
+                # What nothing reads starts as the model has it.
+                known = self.bound.get(slot.name, self.bindable[slot.name])
+                known = map_arg(self._as_node(known), lambda n: self._copy(n, copied))
             initial.append(known)
         self.b.set_output(self.b.outputs, self.b.next_states, initial)
+
+    def _as_node(self, value: Any) -> Any:
+        """A tensor as a node of `a`."""
+        if not isinstance(value, Tensor):
+            return value
+        target = self._constant(value, self.a)
+        with self.a.graph.inserting_before(self.a.output):
+            return self.a.graph.get_attr(target)
 
     def _copy(self, node: Node, copied: dict[Node, Node]) -> Node:
         if node not in copied:
             arguments = map_arg((node.args, node.kwargs), lambda n: self._copy(n, copied))
-            with self.b.graph.inserting_before(self.b.output):
-                target = node.target
-                if node.op == "get_attr" and target in self.a.constants:
-                    target = self._constant(self.a.constants[target])
+            # Where `a` has it, so that it comes behind what was changed in place before it, and before all else.
+            before = node.prev
+            while before.op != "root" and before not in copied:
+                before = before.prev
+            target = node.target
+            if node.op == "get_attr" and target in self.a.constants:
+                target = self._constant(self.a.constants[str(target)], self.b)
+            with self.b.graph.inserting_after(copied.get(before, self._last_placeholder())):
                 new = self.b.graph.create_node(node.op, target, *arguments)
             new.meta = dict(node.meta)
             copied[node] = new
         return copied[node]
 
-    def _constant(self, value: Any) -> str:
-        for name, known in self.b.constants.items():
+    def _last_placeholder(self) -> Node:
+        return [n for n in self.b.graph.nodes if n.op == "placeholder"][-1]
+
+    @staticmethod
+    def _constant(value: Any, program: StepProgram) -> str:
+        for name, known in program.constants.items():
             if known is value:
                 return name
-        name = f"snnfx_constant_{len(self.b.constants)}"
-        self.b.constants[name] = value
+        name = f"snnfx_constant_{len(program.constants)}"
+        program.constants[name] = value
         return name
 
     def _same(self, a: Any, b: Any) -> bool:
         if isinstance(b, Node) and b.meta.get("slot") in self.bindable and b.op == "placeholder":
             return self._bind(b.meta["slot"], a)
+        if isinstance(b, Node) and self._is_what_python_made(a, b):
+            return True
         if isinstance(a, Node) != isinstance(b, Node):
             return False
         if isinstance(a, Node):
@@ -93,11 +117,49 @@ class GraphMatch:
         return bool(a == b) or (a != a and b != b)
 
     def _bind(self, slot: str, a: Any) -> bool:
+        """Let a slot begin as `a`: an expression or a constant of the cold trace."""
+        value = _NO_VALUE if isinstance(a, Node) and a.op != "get_attr" else self._constant_of(a)
         if slot in self.bound:
             known = self.bound[slot]
-            return known is a if isinstance(known, Node) or isinstance(a, Node) else bool(known == a)
+            return known is a or (value is not _NO_VALUE and _equal(self._constant_of(known), value))
         self.bound[slot] = a
         return True
+
+    def _constant_of(self, a: Any) -> Any:
+        """The value of a number or a constant of the cold trace."""
+        if not isinstance(a, Node):
+            return a
+        return self.a.constants.get(str(a.target), _NO_VALUE) if a.op == "get_attr" else _NO_VALUE
+
+    def _is_what_python_made(self, a: Any, b: Node) -> bool:
+        """Whether `a` is the constant that the expression `b` has for the values that the slots start from."""
+        constant = self._constant_of(a)
+        if constant is _NO_VALUE or not b.op.startswith("call"):
+            return False
+        slots: set[str] = set()
+        if not _equal(constant, self._evaluate(b, slots)) or not slots:
+            return False
+        return all(self._bind(slot, self.bindable[slot]) for slot in slots)
+
+    def _evaluate(self, b: Any, slots: set[str]) -> Any:
+        """The value of an expression over nothing but slots that start as numbers or tensors, and constants."""
+        if b.op == "placeholder":
+            start = self.bindable.get(b.meta.get("slot"))
+            slots.add(b.meta.get("slot"))
+            return _NO_VALUE if start is None else start
+        if b.op == "get_attr":
+            return self.b.constants.get(str(b.target), _NO_VALUE)
+        if b.op not in ("call_function", "call_method"):
+            return _NO_VALUE
+        values = {operand: self._evaluate(operand, slots) for operand in b.all_input_nodes}
+        if any(value is _NO_VALUE for value in values.values()):
+            return _NO_VALUE
+        args, kwargs = map_arg((b.args, b.kwargs), values.__getitem__)
+        try:
+            with torch.no_grad():
+                return b.target(*args, **kwargs) if callable(b.target) else getattr(args[0], b.target)(*args[1:], **kwargs)
+        except (RuntimeError, TypeError, ValueError, AttributeError):
+            return _NO_VALUE  # a number has no method `sigmoid`: then Python has made nothing of it
 
     def _same_node(self, a: Node, b: Node) -> bool:
         if a in self.matched:
@@ -113,6 +175,14 @@ class GraphMatch:
         if same:
             self.matched[a] = b
         return same
+
+
+def _equal(a: Any, b: Any) -> bool:
+    if a is _NO_VALUE or b is _NO_VALUE:
+        return False
+    if isinstance(a, Tensor) and isinstance(b, Tensor):
+        return a.shape == b.shape and a.dtype == b.dtype and torch.equal(a, b)
+    return type(a) is type(b) and not isinstance(a, Tensor) and bool(a == b)
 
 
 def _same_object(resolve_a: Callable[[str], Any], a: str, resolve_b: Callable[[str], Any], b: str) -> bool:

@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from snnfx.errors import CODES
-from snnfx.layout import Bullets, Document, Paragraph, Table, Title, as_markdown, as_text
+from snnfx.layout import NO_BREAK, Bullets, Document, Paragraph, Table, Title, as_markdown, as_text
 
 __all__ = ["ChunkRow", "InputRow", "NotFolded", "Operation", "PassRow", "Problem", "RegionRow", "Report", "SlotRow"]
 
@@ -97,6 +97,9 @@ class RegionRow:
 @dataclass(frozen=True)
 class NotFolded:
     """One node that is not folded, and why.
+
+    A node on a cycle that also loses track of the batch has a second entry, with the code of that reason: it is why
+    what reads its result is not folded either.
 
     Args:
         node: name in the step graph.
@@ -252,8 +255,9 @@ class Report:
         for region in self.regions:
             places = [row.where for row in rows if row.region == region.name and row.where]
             if any(row.region == region.name for row in rows):
-                what = ", ".join(map(str, region.contains))
-                lines.append([_located(f"{region.name}: {what}, through {', '.join(region.slots)}", places)])
+                prefix = f"{region.contains[0].name}." if len(region.contains) == 1 else ""
+                through = ", ".join(slot.removeprefix(prefix) for slot in region.slots)
+                lines.append([_located(f"{region.name}: {_contents(region)}, through {through}", places)])
         return lines
 
     def _notes(self) -> Iterable[str]:
@@ -301,10 +305,12 @@ def _inputs_table(inputs: Sequence[InputRow]) -> Table:
 
 
 def _regions_table(regions: Sequence[RegionRow]) -> Table:
-    rows = [
-        [r.name, ", ".join(map(str, r.contains)), "; ".join(r.outputs), ", ".join(r.slots)] for r in regions
-    ]
+    rows = [[r.name, _contents(r), "; ".join(r.outputs), ", ".join(r.slots)] for r in regions]
     return Table(["region", "contains", "output", "state"], rows, frozenset({0, 2, 3}))
+
+
+def _contents(region: RegionRow) -> str:
+    return ", ".join(str(item).replace(" ", NO_BREAK) for item in region.contains)
 
 
 def _legend(kinds: set[str]) -> Document:
@@ -329,7 +335,8 @@ def _reasons(rows: Sequence[NotFolded]) -> list[list[str]]:
     items = []
     for (reason, hint), same in grouped.items():
         names = ", ".join(dict.fromkeys(f"{row.what} [{row.region}]" for row in same))
-        items.append([_located(names, [row.where for row in same if row.where]) + f": {reason}.", *([hint] if hint else [])])
+        head = _located(names, [row.where for row in same if row.where])
+        items.append([f"{head}: {reason}.", hint] if hint else [f"{head}: {reason}."])
     return items
 
 

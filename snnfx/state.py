@@ -447,7 +447,7 @@ def _restorer_of_attributes(module: nn.Module) -> Callable[[], None]:
     attributes = {k: _copy_containers(v) for k, v in module.__dict__.items() if k not in _REGISTRIES}
     originals = dict(module.__dict__)
     registries = {k: dict(module.__dict__[k]) for k in _REGISTRIES}
-    buffers = [(b, b._version, b.detach().clone()) for b in module._buffers.values() if b is not None]
+    buffers = [(b, b.detach().clone()) for b in module._buffers.values() if b is not None]
 
     def restore() -> None:
         for key in list(module.__dict__):
@@ -462,10 +462,11 @@ def _restorer_of_attributes(module: nn.Module) -> Callable[[], None]:
                 module.__dict__[key] = value
         for key, entries in registries.items():
             _refill(module.__dict__[key], entries)
-        for buffer, version, value in buffers:
-            if buffer._version != version:
-                with torch.no_grad():
-                    buffer.copy_(value)
+        for buffer, value in buffers:
+            # By value: BatchNorm changes its statistics without raising their version. Through `.data`: a graph
+            # that has saved the buffer for a backward pass stays usable.
+            if not torch.equal(buffer, value):
+                buffer.data.copy_(value)
 
     return restore
 

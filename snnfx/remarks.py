@@ -1,0 +1,144 @@
+"""What a user should know about a converted net besides its regions: sentences for the report of `snnfx.explain`."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+
+from torch.fx import Node, map_arg
+from torch.nn.modules.batchnorm import _BatchNorm
+from torch.nn.modules.dropout import _DropoutNd
+
+from snnfx.counted import NodeKey, nodes_by_key
+from snnfx.expressions import expression
+from snnfx.net import Net
+from snnfx.passes.dependence import is_random
+from snnfx.program import StepProgram, describe_node, place_of
+from snnfx.regions import MapRegion
+from snnfx.tracer import expect_size
+
+__all__ = [
+    "batch_norm_semantics",
+    "first_step_differs",
+    "fixed_sizes",
+    "mode_differences",
+    "random_nodes",
+    "vmap_fallbacks",
+]
+
+_PAST = {"fold": "folded", "map": "mapped", "loop": "looped", "once": "computed once"}
+
+
+def first_step_differs(program: StepProgram) -> str:
+    """How the first step differs from the others."""
+    if program.first_step is None:
+        return ""
+    first, later = nodes_by_key(program.first_step), nodes_by_key(program)
+    text = "The first step does something else than the others and is run on its own (SNNFX212)."
+    only_first, only_later = _missing(first, later), _missing(later, first)
+    if only_first:
+        text += f" Only in the first: {_and(only_first)}."
+    if only_later:
+        text += f" Only in the others: {_and(only_later)}."
+    return text
+
+
+def fixed_sizes(program: StepProgram) -> Iterator[str]:
+    """Sizes that the model's Python code used as numbers, so that the net holds for them alone."""
+    seen: set[str] = set()
+    for node in program.graph.nodes:
+        if node.target is expect_size:
+            size, expected, place = node.args
+            note = (
+                f"`{expression(size)}` has to be {expected} in every call: the model's Python code used it as a number "
+                f"while it was captured{f' ({place})' if place else ''}."
+            )
+            if note not in seen:
+                seen.add(note)
+                yield note
+
+
+def batch_norm_semantics(net: Net) -> Iterator[str]:
+    """Which statistics the BatchNorm layers use in training, by how the training program treats them."""
+    program = net._programs[True]
+    names: dict[str, list[str]] = {}
+    for region in program.regions:
+        for node in region.nodes:
+            if node.op == "call_module" and isinstance(program.resolve(str(node.target)), _BatchNorm):
+                names.setdefault(region.kind, []).append(str(node.target))
+    if "fold" in names:
+        yield (
+            f'BatchNorm of {_and(names["fold"])}: in training, statistics over all T*N samples (batch_norm="fold"), as '
+            'multi-step SNNs are trained; batch_norm="per_step" does exactly what the stepped model does. In evaluation '
+            "mode there is no difference."
+        )
+    stepped = [*names.get("map", []), *names.get("loop", [])]
+    if stepped:
+        yield f"BatchNorm of {_and(stepped)}: in training, statistics of each time step, as in the stepped model."
+    if "once" in names:
+        yield f"BatchNorm of {_and(names['once'])}: computed once, with the statistics of the N samples."
+
+
+def random_nodes(program: StepProgram) -> Iterator[str]:
+    """What draws random numbers, and that it does so at each time step."""
+    nodes = [node for region in program.regions for node in region.nodes if is_random(program, node)]
+    dropouts = [describe_node(node) for node in nodes if isinstance(program.module_of(node), _DropoutNd)]
+    others = [f"{describe_node(node)}{_at(node)}" for node in nodes if describe_node(node) not in dropouts]
+    if dropouts:
+        yield f"Dropout of {_and(dropouts)}: a fresh mask at each time step in training, as in the stepped model."
+    if others:
+        yield f"New random numbers at each time step: {_and(others)}."
+
+
+def mode_differences(net: Net) -> Iterator[str]:
+    """What the programs of training and evaluation mode do with the same node, and the nodes that one of them lacks."""
+    training, evaluation = net._programs[True], net._programs[False]
+    if training is evaluation:
+        return
+    in_training, in_evaluation = nodes_by_key(training), nodes_by_key(evaluation)
+    changed: dict[tuple[str, str], list[str]] = {}
+    for key, node in in_training.items():
+        kinds = (node.meta.get("kind"), in_evaluation[key].meta.get("kind")) if key in in_evaluation else (None, None)
+        if None not in kinds and kinds[0] != kinds[1]:
+            changed.setdefault(kinds, []).append(describe_node(node))  # type: ignore[arg-type]
+    for (kind, other_kind), names in changed.items():
+        yield f"{_and(names)}: {_PAST[kind]} in training, {_PAST[other_kind]} in evaluation mode."
+    for mode, here, there in (("training", in_training, in_evaluation), ("evaluation", in_evaluation, in_training)):
+        missing = _missing(here, there)
+        if missing:
+            yield f"Only in {mode} mode: {_and(missing)}."
+    other_arguments = [
+        f"{describe_node(node)}{_at(node)}"
+        for key, node in in_training.items()
+        if key in in_evaluation and _constants(node) != _constants(in_evaluation[key])
+    ]
+    if other_arguments:
+        yield f"Called with other arguments in training than in evaluation mode: {_and(other_arguments)}."
+
+
+def _missing(here: dict[NodeKey, Node], there: dict[NodeKey, Node]) -> list[str]:
+    return [f"{describe_node(node)}{_at(node)}" for key, node in here.items() if key not in there]
+
+
+def _constants(node: Node) -> str:
+    """The arguments of a node, apart from those that other nodes compute."""
+    return str(map_arg((node.args, node.kwargs), lambda n: None))
+
+
+def vmap_fallbacks(net: Net) -> Iterator[str]:
+    """What torch.vmap refused when the net was run."""
+    nets = [net, *net._nets_for_shapes.values()]
+    for region in (region for n in nets for region in n.snnfx_regions.modules()):  # type: ignore[union-attr, operator]
+        if isinstance(region, MapRegion) and region.refused_by_vmap:
+            reason = region.refused_by_vmap.rstrip(".")
+            yield f"torch.vmap refused {region.label}: {reason}. Its steps are run one by one (SNNFX504)."
+
+
+def _and(names: Iterable[str], most: int = 6) -> str:
+    different = list(dict.fromkeys(names))
+    if len(different) > most:
+        different = [*different[:most], f"{len(different) - most} more"]
+    return different[0] if len(different) == 1 else f"{', '.join(different[:-1])} and {different[-1]}"
+
+
+def _at(node: Node) -> str:
+    return f" ({place_of(node)})" if place_of(node) else ""
