@@ -189,19 +189,18 @@ class Along:
             site.refuse("SNNFX101", f"the overload of {site.text} is not in the table")
             return UNKNOWN
         if dims is None or dims == () or dims == []:
-            return self._pack(self._whole(site, fact))
+            return self._whole(site, fact)
         axes = site.axes(fact, dims)
         if axes is None:
             return UNKNOWN
         return self._pack(self._result(site, fact, axes))
 
-    def _whole(self, site: Site, fact: Fact) -> Fact:
+    def _whole(self, site: Site, fact: Fact) -> Value:
         if fact.batched:
             site.refuse_mixing(fact, "works along all dimensions, also along", "Name the feature dimensions in `dim`.")
-        if self.drops is False:
-            return Fact(fact.rank, fact.dim, fact.size, varying=fact.varying)
-        keeps = isinstance(self.drops, str) and bool(site[self.drops])
-        return lost(fact.rank if keeps else Rank(0))
+        if site[self.dim] is not None or not isinstance(self.drops, str):
+            return UNKNOWN  # what an empty tuple means, and what shape there is, is up to the operation
+        return self._pack(lost(fact.rank if site[self.drops] not in (None, False) else Rank(0)))
 
     def _result(self, site: Site, fact: Fact, axes: list[int]) -> Fact:
         keeps = self.drops is False or (isinstance(self.drops, str) and site[self.drops] not in (None, False))
@@ -273,6 +272,8 @@ def embedding(site: Site) -> Value:
     """Each index becomes a vector."""
     if site["max_norm"] is not None:
         site.refuse("SNNFX101", f"{site.text} with max_norm changes its weight")
+    if site["scale_grad_by_freq"] not in (None, False):
+        site.refuse("SNNFX103", f"{site.text} scales gradients by how often an index occurs in the batch")
     return Trailing(0, grows=1)(site)
 
 

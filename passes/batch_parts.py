@@ -4,7 +4,19 @@ from __future__ import annotations
 
 from typing import Any
 
-from snnfx.passes.batch_facts import BOTTOM, OTHER, UNKNOWN, Fact, Rank, Repeated, ShapeFact, SizeFact, Value, leaves
+from snnfx.passes.batch_facts import (
+    BOTTOM,
+    OTHER,
+    UNKNOWN,
+    Fact,
+    Rank,
+    Repeated,
+    ShapeFact,
+    SizeFact,
+    Unknown,
+    Value,
+    leaves,
+)
 from snnfx.passes.batch_shapes import (
     is_size,
     keep,
@@ -138,8 +150,11 @@ def _sliced(site: Site, fact: Fact, items: tuple[Any, ...]) -> Value:
             kind = "a tensor" if isinstance(item, Fact) else "something that is not a constant number"
             site.refuse("SNNFX101", f"{site.text} indexes with {kind}", "Use torch.gather or torch.index_select.")
             return UNKNOWN
-    if is_batch_sized(items):
+    bounds = list(leaves(items))
+    if is_batch_sized(bounds):
         refuse_batch_size(site)
+    if any(isinstance(bound, Fact | Unknown) for bound in bounds):
+        site.refuse("SNNFX101", f"the bounds of a slice in {site.text} are tensors")
     middle = next((i for i, item in enumerate(items) if item is Ellipsis), len(items))
     left, right = items[:middle], items[middle + 1 :]
     consumed = sum(item is not None for item in right)

@@ -65,6 +65,7 @@ _ELEMENTWISE = (
 _COPIES = "bfloat16 bool byte clone contiguous cpu cuda detach double float half int long short to type_as"
 _MAX_POOL = "input, kernel_size, stride=None, padding=0, dilation=1, ceil_mode=False, return_indices=False"
 _UNPOOL = "input, indices, kernel_size, stride=None, padding=0, output_size=None"
+_EMBEDDING = "input, weight, padding_idx=None, max_norm=None, norm_type=2.0, scale_grad_by_freq=False, sparse=False"
 _BATCH_NORM = "input, running_mean, running_var, weight=None, bias=None, training=False, ..."
 _INSTANCE_NORM = "input, running_mean=None, running_var=None, weight=None, bias=None, use_input_stats=True, ..."
 _ATTENTION = "query, key, value, attn_mask=None, ..."
@@ -145,7 +146,7 @@ ROWS: tuple[Row, ...] = (
     Row("pixel_shuffle pixel_unshuffle", "input, ...", Trailing(3)),
     Row("tril triu", "input, diagonal=0", Trailing(2)),
     Row("pairwise_distance", "x1, x2, p=2.0, eps=1e-6, keepdim=False", kinds.pairwise, operands="x1 x2"),
-    Row("embedding", "input, weight, padding_idx=None, max_norm=None, ...", kinds.embedding),
+    Row("embedding", _EMBEDDING, kinds.embedding),
     Row("one_hot", "input, num_classes=-1", kinds.one_hot),
     # one sample of dimension 0 at a time
     Row("conv1d conv_transpose1d", "input, weight, ...", Leading(3)),

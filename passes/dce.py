@@ -24,7 +24,7 @@ class RemoveDeadCode(Pass):
     """Remove nodes without effect, and discovered slots that only feed themselves."""
 
     name = "dce"
-    requires = "captured"
+    requires = "normalized"  # before, an operation in place looks dead when nobody reads what it returns
 
     def apply(self, program: StepProgram) -> str:
         before = len(program.graph.nodes)

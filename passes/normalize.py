@@ -16,7 +16,7 @@ from torch.fx import Node
 
 from snnfx.errors import CaptureError
 from snnfx.passes.base import Pass
-from snnfx.program import StepProgram, operation_name, place_of
+from snnfx.program import StepProgram, has_in_place_flag, is_in_place, operation_name, place_of
 
 __all__ = ["Normalize"]
 
@@ -40,10 +40,10 @@ class Normalize(Pass):
             self.apply(program.first_step)
         _merge_attributes(program)
         for node in list(program.graph.nodes):
-            if _is_in_place(node):
+            if is_in_place(node):
                 _functionalize(program, node)
                 replaced += 1
-            elif _has_in_place_flag(program, node) and _read_elsewhere(node):
+            elif has_in_place_flag(program, node) and _read_elsewhere(node):
                 _copy_operand(program, node)
                 replaced += 1
         return f"{replaced} operations in place made functional"
@@ -58,20 +58,6 @@ def _merge_attributes(program: StepProgram) -> None:
             if known is not node:
                 node.replace_all_uses_with(known)
                 program.graph.erase_node(node)
-
-
-def _is_in_place(node: Node) -> bool:
-    if node.op == "call_method":
-        name = str(node.target)
-        return name.endswith("_") and not name.endswith("__")
-    if node.op != "call_function":
-        return False
-    name = getattr(node.target, "__name__", "")
-    return node.kwargs.get("inplace") is True or (name.endswith("_") and not name.endswith("__"))
-
-
-def _has_in_place_flag(program: StepProgram, node: Node) -> bool:
-    return node.op == "call_module" and bool(getattr(program.resolve(str(node.target)), "inplace", False))
 
 
 def _functionalize(program: StepProgram, node: Node) -> None:

@@ -247,7 +247,7 @@ class _Traced:
         inside = tuple(prefix for prefix, _, _, leaf in self.stateful if leaf)
         for name, module in self.model.named_modules():
             below_leaf = f"{name}.".startswith(hidden + inside) if hidden + inside else False
-            if not below_leaf and (name == "" or not is_leaf(module)):
+            if not below_leaf and not is_leaf(module):
                 yield name, module
 
     def _changed(self, before: dict[nn.Module, Any]) -> Iterator[_Attribute]:

@@ -85,7 +85,6 @@ def pipeline(program: StepProgram, options: ConvertOptions) -> list[Pass]:
         leaf.placeholder for leaf, dim in zip(program.input_leaves, dims, strict=True) if leaf.placeholder and dim is None
     )
     return [
-        RemoveDeadCode(),
         Normalize(),
         RemoveDeadCode(),
         Partition(batch_norm=options.batch_norm, invariant_inputs=invariant),

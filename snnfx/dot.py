@@ -39,6 +39,7 @@ STYLES: dict[str, Style] = {
     "loop": Style("#E8B59A", "#A34A1C", "stepped through T"),
     "container": Style("#F6F6F6", "#B5B5B5"),
     "inner container": Style("#ECECEC", "#A6A6A6"),
+    "row": Style("#FFFFFF", "#FFFFFF"),
     "chunk": Style("#FFFFFF", "#8C8C8C"),
     "layer": Style("#FFFFFF", "#7A7A7A"),
     "stateful": Style("#F8E3D8", "#A34A1C", "has state"),
@@ -83,10 +84,7 @@ class Pill:
 
 @dataclass
 class Cluster:
-    """A frame around nodes and other frames.
-
-    `beside` are pairs of ids that are drawn next to each other instead of below each other.
-    """
+    """A frame around nodes and other frames; the style "row" is an invisible one whose members stand in one row."""
 
     id: str
     style: str
@@ -94,7 +92,6 @@ class Cluster:
     members: list[Box | Pill | Cluster] = field(default_factory=list)
     note: str = ""
     tooltip: str = ""
-    beside: list[tuple[str, str]] = field(default_factory=list)
 
 
 @dataclass(frozen=True)
@@ -121,7 +118,6 @@ class Picture:
     members: list[Box | Pill | Cluster]
     edges: list[Edge]
     legend: list[str]
-    beside: list[tuple[str, str]] = field(default_factory=list)
 
 
 # -- text ---------------------------------------------------------------------------------------------------------
@@ -132,7 +128,7 @@ def write_dot(picture: Picture) -> str:
     lines = [
         "digraph snnfx {",
         f'  graph [rankdir=TB, newrank=true, fontname="{_FONT}", fontcolor="{_INK}", fontsize=10, labelloc=t, pad=0.15, nodesep=0.25, '
-        f'ranksep=0.3, bgcolor=white, tooltip=" ", label={_heading(picture)}];',
+        f'ranksep=0.2, bgcolor=white, tooltip=" ", label={_heading(picture)}];',
         f'  node [fontname="{_FONT}", fontcolor="{_INK}", fontsize=10, shape=plain];',
         f'  edge [fontname="{_FONT}", fontcolor="{_FAINT}", fontsize=8, color="{_LINE}", arrowsize=0.6, penwidth=0.9];',
     ]
@@ -142,7 +138,6 @@ def write_dot(picture: Picture) -> str:
         ends = [member.id for member in picture.members if isinstance(member, Pill) and member.style == style]
         if ends:
             lines.append(f"  {{ rank={rank}; {'; '.join(ends)}; }}")
-    lines += [f"  {line}" for line in _same_rank(picture.beside)]
     lines += ["  " + _edge(edge) for edge in picture.edges]
     lines += ["  " + line for line in _keep_inputs_on_top(picture)]
     return "\n".join([*lines, "}"]) + "\n"
@@ -159,51 +154,36 @@ def _member(member: Box | Pill | Cluster) -> Iterator[str]:
 
 def _cluster(cluster: Cluster) -> Iterator[str]:
     style = STYLES[cluster.style]
+    look = {"chunk": "rounded,dashed", "row": "invis"}.get(cluster.style, "rounded,filled")
     note = f'<FONT POINT-SIZE="8" COLOR="{_FAINT}">&#160; {_markup(cluster.note)}</FONT>' if cluster.note else ""
-    look = "rounded,dashed" if cluster.style == "chunk" else "rounded,filled"
+    title = f'<<FONT POINT-SIZE="9"><B>{_markup(cluster.title)}</B>{note}</FONT>>' if cluster.title else '""'
     yield f"subgraph cluster_{cluster.id} {{"
     yield (
-        f'  graph [style="{look}", fillcolor="{style.fill}", color="{style.border}", margin=7, labeljust=l, labelloc=t, '
-        f'tooltip="{_quoted(cluster.tooltip or cluster.title)}", '
-        f'label=<<FONT POINT-SIZE="9"><B>{_markup(cluster.title)}</B>{note}</FONT>>];'
+        f'  graph [style="{look}", fillcolor="{style.fill}", color="{style.border}", labeljust=l, labelloc=t, '
+        f'margin={0 if cluster.style == "row" else 7}, tooltip="{_quoted(cluster.tooltip or cluster.title)}", label={title}];'
     )
     for member in cluster.members:
         for line in _member(member):
             yield "  " + line
-    yield from (f"  {line}" for line in _same_rank(cluster.beside))
+    if cluster.style == "row":
+        yield f"  {{ rank=same; {'; '.join(member.id for member in cluster.members)}; }}"
     yield "}"
-
-
-def _same_rank(pairs: list[tuple[str, str]]) -> list[str]:
-    return [f"{{ rank=same; {left}; {right}; }}" for left, right in pairs]
 
 
 def _keep_inputs_on_top(picture: Picture) -> Iterator[str]:
     """Invisible edges from an input to states and parameters, which would otherwise be as high up as the inputs."""
     inputs = [member.id for member in picture.members if isinstance(member, Pill) and member.style == "input"]
-    beside = {name for pairs in _all_pairs(picture) for name in pairs}
-    for pill in _all_pills(picture.members):
-        if inputs and pill.style in ("slot", "parameter") and pill.id not in beside:
+    for pill in _pills_that_start(picture.members):
+        if inputs and pill.style in ("slot", "parameter"):
             yield f"{inputs[0]} -> {pill.id} [style=invis, weight=0];"
 
 
-def _all_pairs(picture: Picture) -> list[tuple[str, str]]:
-    pairs = list(picture.beside)
-    stack = list(picture.members)
-    while stack:
-        member = stack.pop()
-        if isinstance(member, Cluster):
-            pairs += member.beside
-            stack += member.members
-    return pairs
-
-
-def _all_pills(members: Sequence[Box | Pill | Cluster]) -> Iterator[Pill]:
+def _pills_that_start(members: Sequence[Box | Pill | Cluster]) -> Iterator[Pill]:
     for member in members:
         if isinstance(member, Pill):
             yield member
-        elif isinstance(member, Cluster):
-            yield from _all_pills(member.members)
+        elif isinstance(member, Cluster) and member.style != "row":
+            yield from _pills_that_start(member.members)
 
 
 def _box(box: Box) -> str:
@@ -233,8 +213,8 @@ def _small(text: str) -> str:
 def _pill(pill: Pill) -> str:
     style = STYLES[pill.style]
     look = {
-        "input": 'shape=box, style="rounded,filled", penwidth=1.6, height=0.3, margin="0.12,0.04"',
-        "output": 'shape=box, style="rounded,filled", peripheries=2, height=0.3, margin="0.12,0.04"',
+        "input": 'shape=box, style="rounded,filled", penwidth=1.6, height=0.3, margin="0.15,0.06"',
+        "output": 'shape=box, style="rounded,filled", peripheries=2, height=0.3, margin="0.15,0.06"',
         "slot": 'shape=ellipse, style=filled, height=0.2, width=0.3, margin="0.03,0.01", fontsize=9',
         "parameter": 'shape=box, style=filled, height=0.2, width=0.3, margin="0.05,0.02", fontsize=8',
     }[pill.style]

@@ -96,7 +96,6 @@ def _picture_of_step(program: StepProgram, training: bool, batch_known: bool = T
         [*painter.inputs({}), *members, *painter.outputs()],
         painter.edges(),
         legend,
-        painter.beside(""),
     )
 
 
@@ -119,7 +118,6 @@ def _picture_of_net(net: Net, example_inputs: Any) -> Picture:
         cluster = Cluster(region.name, region.kind, region.name, note=shared)
         cluster.tooltip = "\n".join([f"{region.name}: {STYLES[region.kind].meaning}", *reasons])
         cluster.members = painter.members(region.name, show_codes=not shared)
-        cluster.beside = painter.beside(region.name)
         members.append(cluster)
     members += painter.members("")
     members = _chunk_frame(net, values, members)
@@ -213,7 +211,6 @@ class _Painter:
         self.sequential = dependence.sequential
         self.drawn = [n for n in program.graph.nodes if _is_drawn(n) and n not in dependence.initial_only]
         self.place = {node: places.get(node, "") for node in self.drawn}
-        self.position = {node: index for index, node in enumerate(program.graph.nodes)}
         self.slots = dict(zip(program.slot_nodes(), program.next_states, strict=True))
         self.batch = self._batch_size()
         known = set(self.drawn)
@@ -221,6 +218,9 @@ class _Painter:
         for node in self.drawn:
             for operand in self._operands(node):
                 self.readers.setdefault(operand, []).append(node)
+        self.depth: dict[Node, int] = {}
+        for node in self.drawn:
+            self.depth[node] = 1 + max((self.depth.get(o, 0) for o in self._operands(node)), default=0)
         for slot in self.slots:
             near = [*self.readers.get(slot, []), self._source(self.slots[slot])]
             self.place[slot] = next((self.place[n] for n in near if n in known), "")
@@ -299,25 +299,24 @@ class _Painter:
         for (node, where), identifier in self.parameters.items():
             if where == place:
                 found.append(Pill(identifier, "parameter", str(node.target), self.shape(node), f"parameter {node.target}"))
-        for slot in self.slots:
+        beside: dict[Node, list[Box | Pill | Cluster]] = {}
+        for slot, following in self.slots.items():
             if self.place[slot] == place:
-                found.append(self._slot(slot))
+                # A slot that one operation reads and writes stands next to it.
+                readers, writer = self.readers.get(slot, []), self._source(following)
+                single = len(readers) == 1 and readers[0] is writer
+                (beside.setdefault(readers[0], []) if single else found).append(self._slot(slot))
         for chain, box in zip(self.chains, self.boxes, strict=True):
-            if self.place[chain[0]] == place:
-                box.rows = self._rows(chain, show_codes)
-                if place in self.kinds:
-                    box.style = "layer"
+            if self.place[chain[0]] != place:
+                continue
+            box.rows = self._rows(chain, show_codes)
+            if place in self.kinds:
+                box.style = "layer"
+            if chain[0] in beside:
+                found.append(Cluster(f"row_{box.id}", "row", "", [*beside[chain[0]], box]))
+            else:
                 found.append(box)
         return found
-
-    def beside(self, place: str) -> list[tuple[str, str]]:
-        """Slots that are read and written by one box stand next to it."""
-        pairs = []
-        for slot, following in self.slots.items():
-            readers, writer = self.readers.get(slot, []), self._source(following)
-            if self.place[slot] == place and len(readers) == 1 and readers[0] is writer:
-                pairs.append((self.id[readers[0]], self.id[slot]))
-        return pairs
 
     def _rows(self, chain: list[Node], show_codes: bool) -> list[Row]:
         rows = []
@@ -436,8 +435,8 @@ class _Painter:
             return
         crosses = source in self.place and self.place[source] != self.place[node]
         label = self.shape(operand, "time") if crosses and self.kinds else ""
-        last = max((o for o in self._operands(node)), key=self.position.__getitem__)
-        found.setdefault((tail, head), Edge(tail, head, label, main=source is last))
+        longest = max(self._operands(node), key=lambda o: self.depth.get(o, -1))
+        found.setdefault((tail, head), Edge(tail, head, label, main=source is longest))
 
     def _carried_edges(self) -> Iterable[Edge]:
         for slot, following in self.slots.items():
@@ -483,11 +482,9 @@ def _module_clusters(painter: _Painter) -> list[Box | Pill | Cluster]:
             below = inside(child, depth + 1)
             if len(below) > 1:
                 style = "inner container" if depth % 2 else "container"
-                for member in below:
-                    if isinstance(member, Box):
-                        member.rows = [replace(row, name=row.name.removeprefix(f"{child}.")) for row in member.rows]
+                for box in (box for member in below for box in _boxes_of(member)):
+                    box.rows = [replace(row, name=row.name.removeprefix(f"{child}.")) for row in box.rows]
                 cluster = Cluster(f"c{len(numbers)}", style, child, below, note=type(resolve(child)).__name__)
-                cluster.beside = painter.beside(child)
                 numbers.append(child)
                 members.append(cluster)
             else:
@@ -496,3 +493,10 @@ def _module_clusters(painter: _Painter) -> list[Box | Pill | Cluster]:
 
     numbers: list[str] = []
     return inside("", 0)
+
+
+def _boxes_of(member: Box | Pill | Cluster) -> list[Box]:
+    """The boxes at the level of a member itself, not in a frame."""
+    if isinstance(member, Cluster):
+        return [box for box in member.members if isinstance(box, Box)] if member.style == "row" else []
+    return [member] if isinstance(member, Box) else []

@@ -214,7 +214,7 @@ def _not_folded(program: StepProgram) -> Iterator[NotFolded]:
     for region in program.regions:
         for node, refusal in region.refusals():
             if is_computing(node):
-                yield _row(region, node, refusal)
+                yield _row(program, region, node, refusal)
 
 
 def _losing_the_batch(net: Net) -> Iterator[NotFolded]:
@@ -239,13 +239,14 @@ def _losing_the_batch(net: Net) -> Iterator[NotFolded]:
             refusal = refusals.get(node)
             if refusal is not None and refusal.code != "SNNFX105" and is_computing(node):
                 reason = f"{refusal.reason.rstrip('.')}, so what reads its result is not folded"
-                yield _row(region, node, Refusal(refusal.code, reason, refusal.hint))
+                yield _row(program, region, node, Refusal(refusal.code, reason, refusal.hint))
 
 
-def _row(region: Region, node: Node, refusal: Refusal) -> NotFolded:
+def _row(program: StepProgram, region: Region, node: Node, refusal: Refusal) -> NotFolded:
+    operation = dataclasses.replace(_operation(program, node), type="")
     return NotFolded(
         node=node.name,
-        what=describe_node(node),
+        what=str(operation),
         region=region.name,
         kind=region.kind,
         code=refusal.code,

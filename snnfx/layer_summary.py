@@ -38,7 +38,10 @@ def summarize_node(program: StepProgram, node: Node) -> tuple[str, str]:
         holder = program.resolve(str(node.args[0].target))
         if isinstance(holder, FunctionHolder):
             return holder.function.__name__, "autograd.Function"
-    return operation_name(node), _arguments(node)
+    name = operation_name(node)
+    if name == "getitem" and len(node.args) == 2:
+        return f"[{_index(node.args[1])}]", ""
+    return name, _arguments(node)
 
 
 def summarize_module(module: nn.Module) -> str:
@@ -139,11 +142,7 @@ def _number(value: Any) -> float | None:
 
 def _arguments(node: Node) -> str:
     """The arguments of a call that are no tensors: `(1)`, `(dim=1)`; sizes that are computed are written `…`."""
-    method = node.op == "call_method"
-    name = operation_name(node)
-    if name == "getitem" and len(node.args) == 2:
-        return f"[{_index(node.args[1])}]"
-    given = [_argument(a) for a in (node.args[1:] if method else node.args)]
+    given = [_argument(a) for a in (node.args[1:] if node.op == "call_method" else node.args)]
     given += [None if text is None else f"{key}={text}" for key, text in ((k, _argument(v)) for k, v in node.kwargs.items())]
     texts = [text for text in given if text is not None]
     return f"({', '.join(texts)})" if texts else ""

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from torch.fx import Node, map_arg
 
-from snnfx.program import StepProgram
+from snnfx.program import StepProgram, has_in_place_flag, is_in_place
 
 __all__ = ["GraphMatch"]
 
@@ -41,6 +41,8 @@ class GraphMatch:
             return False
         if not self._same(self.a.outputs, self.b.outputs) or not self._same(self.a.next_states, self.b.next_states):
             return False
+        if not self._same(_changes_in_place(self.a), _changes_in_place(self.b)):
+            return False
         if not self.bindable and not self._same(self.a.initial_values, self.b.initial_values):
             return False
         return (self.a.first_step is None) == (self.b.first_step is None) and (
@@ -70,6 +72,8 @@ class GraphMatch:
             return self.a.graph.get_attr(target)
 
     def _copy(self, node: Node, copied: dict[Node, Node]) -> Node:
+        if node not in copied and node.op == "placeholder":
+            copied[node] = next(n for n in self.b.graph.nodes if n.op == "placeholder" and _reads_the_same(n, node))
         if node not in copied:
             arguments = map_arg((node.args, node.kwargs), lambda n: self._copy(n, copied))
             # Where `a` has it, so that it comes behind what was changed in place before it, and before all else.
@@ -167,7 +171,7 @@ class GraphMatch:
         if a.op != b.op:
             return False
         if a.op == "placeholder":
-            same = (a.meta.get("slot"), a.meta.get("input")) == (b.meta.get("slot"), b.meta.get("input"))
+            same = _reads_the_same(a, b)
         elif a.op == "get_attr":
             same = _same_object(self.a.resolve, str(a.target), self.b.resolve, str(b.target))
         else:
@@ -175,6 +179,15 @@ class GraphMatch:
         if same:
             self.matched[a] = b
         return same
+
+
+def _changes_in_place(program: StepProgram) -> list[Node]:
+    """The nodes that matter although nobody may read what they return."""
+    return [n for n in program.graph.nodes if is_in_place(n) or has_in_place_flag(program, n)]
+
+
+def _reads_the_same(a: Node, b: Node) -> bool:
+    return (a.meta.get("slot"), a.meta.get("input")) == (b.meta.get("slot"), b.meta.get("input"))
 
 
 def _equal(a: Any, b: Any) -> bool:

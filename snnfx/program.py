@@ -221,6 +221,22 @@ def is_structural(node: Node) -> bool:
     return node.op == "call_function" and node.target is operator.getitem and bool(node.meta.get("structural"))
 
 
+def is_in_place(node: Node) -> bool:
+    """Whether the node is an operation that changes its first operand: `x.add_(1)`, `relu(x, inplace=True)`."""
+    if node.op == "call_method":
+        name = str(node.target)
+        return name.endswith("_") and not name.endswith("__")
+    if node.op != "call_function":
+        return False
+    name = getattr(node.target, "__name__", "")
+    return node.kwargs.get("inplace") is True or (name.endswith("_") and not name.endswith("__"))
+
+
+def has_in_place_flag(program: StepProgram, node: Node) -> bool:
+    """Whether the node calls a module like `nn.ReLU(inplace=True)`."""
+    return node.op == "call_module" and bool(getattr(program.resolve(str(node.target)), "inplace", False))
+
+
 def place_of(node: Node) -> str:
     """Where the user wrote the node: `file.py:41`, or "" when it has no line of the user's."""
     where = node.meta.get("where")

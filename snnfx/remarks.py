@@ -68,8 +68,8 @@ def batch_norm_semantics(net: Net) -> Iterator[str]:
     if "fold" in names:
         yield (
             f'BatchNorm of {_and(names["fold"])}: in training, statistics over all T*N samples (batch_norm="fold"), as '
-            'multi-step SNNs are trained; batch_norm="per_step" does exactly what the stepped model does. In evaluation '
-            "mode there is no difference."
+            'multi-step SNNs are trained; batch_norm="per_step" does exactly what the stepped model does. In '
+            "evaluation mode there is no difference."
         )
     stepped = [*names.get("map", []), *names.get("loop", [])]
     if stepped:

@@ -237,9 +237,9 @@ class Report:
         ]
 
     def _codes(self) -> list[str]:
-        """The codes of all reasons; those about which the user can do something come first."""
-        codes = dict.fromkeys(row.code for row in self.not_folded)
-        return sorted(codes, key=lambda code: code in ("SNNFX107", "SNNFX108"))
+        """The codes of all reasons: first causes, then what follows from them, then what has to be as it is."""
+        order = {"SNNFX105": 1, "SNNFX107": 2, "SNNFX108": 2}
+        return sorted(dict.fromkeys(row.code for row in self.not_folded), key=lambda code: order.get(code, 0))
 
     def _not_folded(self) -> Document:
         """One block for each code: what is on a cycle in a line for each loop, the rest by node."""

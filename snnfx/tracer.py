@@ -443,7 +443,8 @@ class StepTracer(fx.Tracer):
     # -- modules ------------------------------------------------------------------------------------------------
 
     def getattr(self, attr: str, attr_val: Any, parameter_proxy_cache: dict[str, Any]) -> Any:
-        if self._evaluating:
+        # A buffer that is a slot is a proxy already.
+        if self._evaluating or type(attr_val) is StepProxy:
             return attr_val
         return super().getattr(attr, attr_val, parameter_proxy_cache)
 

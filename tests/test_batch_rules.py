@@ -12,10 +12,15 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, fx, nn
 
+from snnfx import MemoryModule
+from snnfx import leaves as leaves_module
+from snnfx.leaves import vouch
 from snnfx.passes.batch import BatchAnalysis, Fact, SizeFact, infer_batch, model_input
 from snnfx.passes.batch_facts import OTHER, UNKNOWN, Rank, Repeated, ShapeFact, leaves
 from snnfx.passes.batch_lookup import look_up, row_names
 from snnfx.passes.batch_rules import MODULES
+from snnfx.state import call_stateful, initial_value
+from snnfx.tracer import FunctionHolder, apply_autograd_function, expect_size
 
 T = 3
 BATCHES = (2, 3)
@@ -831,3 +836,285 @@ def folds_after_all(case: Case, analysis: BatchAnalysis, node: fx.Node) -> bool:
     except (AssertionError, RuntimeError, IndexError, TypeError, ValueError):
         return False
     return True
+
+
+# --- the mode of the net
+
+
+@pytest.mark.parametrize("module", [nn.BatchNorm1d(4), nn.BatchNorm2d(4), nn.SyncBatchNorm(4)], ids=lambda m: type(m).__name__)
+def test_batch_norm_in_training_folds_only_when_that_is_declared(module: nn.Module) -> None:
+    shape = X4 if isinstance(module, nn.BatchNorm2d) else X3
+
+    def refusals(**options: Any) -> list[str]:
+        case = Case("", lambda self, x: self.m(x), [shape], {"m": module}, **options)
+        return [refusal.code for refusal in case.analyse("known").refusals.values()]
+
+    assert refusals(training=False, batch_norm="per_step") == []
+    assert refusals(training=True, batch_norm="fold") == []
+    assert refusals(training=True, batch_norm="per_step") == ["SNNFX106"]
+
+
+def test_a_frozen_batch_norm_may_be_thawed_so_it_is_not_folded_per_step() -> None:
+    case = Case("", lambda self, x: self.m(x), [X3], {"m": nn.BatchNorm1d(4)}, training=True, batch_norm="per_step")
+    case.root.m.eval()
+    assert [r.code for r in case.analyse("known").refusals.values()] == ["SNNFX106"]
+
+
+@pytest.mark.parametrize("training", [False, True])
+def test_batch_norm_without_running_statistics_uses_those_of_the_batch_even_in_evaluation(training: bool) -> None:
+    module = nn.BatchNorm1d(4, track_running_stats=False)
+    case = Case("", lambda self, x: self.m(x), [X3], {"m": module}, training=training, batch_norm="fold")
+    assert [r.code for r in case.analyse("known").refusals.values()] == ([] if training else ["SNNFX106"])
+
+
+def test_functional_batch_norm_goes_by_its_own_flag() -> None:
+    stats = {"m": torch.randn(4), "v": torch.rand(4)}
+    case = Case("", lambda self, x: F.batch_norm(x, self.m, self.v, training=True), [X3], stats, batch_norm="per_step")
+    assert [r.code for r in case.analyse("known").refusals.values()] == ["SNNFX106"]
+
+
+def test_instance_norm_with_running_statistics_is_like_batch_norm() -> None:
+    module = nn.InstanceNorm1d(4, track_running_stats=True)
+    case = Case("", lambda self, x: self.m(x), [X3], {"m": module}, training=True, batch_norm="per_step")
+    assert [r.code for r in case.analyse("known").refusals.values()] == ["SNNFX106"]
+    assert not Case("", lambda self, x: self.m(x), [X3], {"m": module}, training=True).analyse("known").refusals
+
+
+def test_an_encoder_with_parts_of_the_users_own_is_refused() -> None:
+    layer = nn.TransformerEncoderLayer(6, 2, 8, batch_first=True)
+    layer.norm1 = nn.BatchNorm1d(4)  # type: ignore[assignment]
+    case = Case("", lambda self, x: self.m(x), [(N, 4, 6)], {"m": layer})
+    assert [r.code for r in case.analyse("known").refusals.values()] == ["SNNFX101"]
+
+
+# --- which modules are trusted
+
+
+class OwnForward(nn.Linear):
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(x - x.mean(0))
+
+
+class OwnHelper(nn.Conv1d):
+    def _conv_forward(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        return super()._conv_forward(x - x.mean(0), weight, bias)
+
+
+class OwnName(nn.Linear):
+    """Changes nothing that computes."""
+
+    def extra_repr(self) -> str:
+        return "mine"
+
+
+def codes_of_module(module: nn.Module, shape: Sequence[Any]) -> list[str]:
+    case = Case("", lambda self, x: self.m(x), [shape], {"m": module})
+    return [refusal.code for refusal in case.analyse("known").refusals.values()]
+
+
+def test_a_subclass_with_a_forward_or_helper_of_its_own_is_not_trusted() -> None:
+    assert codes_of_module(OwnForward(4, 5), X2) == ["SNNFX101"]
+    assert codes_of_module(OwnHelper(4, 5, 2), (N, 4, 6)) == ["SNNFX101"]
+    assert codes_of_module(OwnName(4, 5), X2) == []
+
+
+def test_a_forward_put_on_the_instance_is_not_trusted() -> None:
+    module = nn.Linear(4, 5)
+    module.forward = lambda x: x - x.mean(0)  # type: ignore[method-assign, assignment]
+    assert codes_of_module(module, X2) == ["SNNFX101"]
+
+
+def test_parametrized_modules_are_still_their_class() -> None:
+    assert codes_of_module(nn.utils.parametrizations.weight_norm(nn.Linear(4, 5)), X2) == []
+
+
+def test_a_class_that_is_vouched_for_is_its_torch_class(monkeypatch: pytest.MonkeyPatch) -> None:
+    class Wrapper(nn.Linear):
+        def forward(self, x: Tensor) -> Tensor:
+            return super().forward(x)
+
+    class Spike(nn.Module):
+        def forward(self, x: Tensor) -> Tensor:
+            return (x > 0).to(x.dtype)
+
+    assert codes_of_module(Wrapper(4, 5), X2) == ["SNNFX101"]
+    assert codes_of_module(Spike(), X2) == ["SNNFX101"]
+    monkeypatch.setattr(leaves_module, "_vouched", dict(leaves_module._vouched))
+    vouch(Wrapper)
+    vouch(Spike)
+    assert codes_of_module(Wrapper(4, 5), X2) == []
+    assert codes_of_module(Spike(), X2) == []
+    assert codes_of_module(Wrapper(4, 5), (4,)) == ["SNNFX102"]
+
+
+def test_a_module_that_says_it_is_elementwise_is_believed() -> None:
+    class Spike(nn.Module):
+        snnfx_elementwise = True
+
+        def forward(self, x: Tensor) -> Tensor:
+            return (x > 0).to(x.dtype)
+
+    assert codes_of_module(Spike(), X2) == []
+
+
+# --- state
+
+
+class Neuron(MemoryModule):
+    elementwise = True
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.register_memory("v", 0.0)
+
+    def forward(self, x: Tensor) -> Tensor:
+        self.v = 0.5 * self.v + x
+        return (self.v > 1).to(x)
+
+
+def graph_with_state(
+    step: Callable[[fx.Graph, fx.Node, fx.Node], tuple[Any, Any]], initial: Any = 0.0
+) -> tuple[fx.Graph, fx.Node, fx.Node, dict[str, Any]]:
+    """A graph of `(x, v) -> (output, next v)` as capture makes it."""
+    graph = fx.Graph()
+    x, v = graph.placeholder("x"), graph.placeholder("v")
+    output, following = step(graph, x, v)
+    graph.output(((output,), (following,), (initial,)))
+    return graph, x, v, {"neuron": Neuron(), "p": torch.ones(4)}
+
+
+def analyse_state(step: Callable[..., Any], initial: Any = 0.0, rank: int | None = 2) -> tuple[BatchAnalysis, fx.Graph, fx.Node]:
+    graph, x, v, parts = graph_with_state(step, initial)
+    fact = model_input(x) if rank is None else Fact(Rank(rank), 0, N)
+    following = graph.output_node().args[0][1][0]  # type: ignore[index]
+    varying = {node for node in graph.nodes if node.op != "get_attr"}
+    analysis = infer_batch(
+        graph, parts.__getitem__, {x: fact}, carried={v: following}, varying=varying, training=False, batch_norm="fold"
+    )
+    return analysis, graph, v
+
+
+def test_a_neuron_hands_the_place_of_the_batch_on() -> None:
+    def step(graph: fx.Graph, x: fx.Node, v: fx.Node) -> tuple[Any, Any]:
+        pair = graph.call_function(call_stateful, (graph.get_attr("neuron"), (v,), x))
+        spike = graph.call_function(operator.getitem, (pair, 0))
+        states = graph.call_function(operator.getitem, (pair, 1))
+        following = graph.call_function(operator.getitem, (states, 0))
+        return graph.call_method("flatten", (spike, 1)), following
+
+    analysis, graph, v = analyse_state(step, rank=None)
+    assert not analysis.refusals
+    assert analysis.facts[v] == Fact(Rank(0, "x"), 0, N)
+    assert analysis.facts[graph.output_node().args[0][0][0]] == Fact(Rank(2), 0, N)  # type: ignore[index]
+    assert analysis.requirements == {"x": 2}
+
+
+def test_a_slot_gets_its_fact_around_the_loop() -> None:
+    def step(graph: fx.Graph, x: fx.Node, v: fx.Node) -> tuple[Any, Any]:
+        decayed = graph.call_method("mul", (v, 0.5))
+        following = graph.call_function(torch.add, (decayed, x))
+        return graph.call_method("sum", (v, 1)), following
+
+    analysis, _, v = analyse_state(step)
+    assert not analysis.refusals
+    assert analysis.facts[v] == Fact(Rank(2), 0, N)
+
+
+def test_a_slot_that_moves_its_batch_each_step_has_none() -> None:
+    def step(graph: fx.Graph, x: fx.Node, v: fx.Node) -> tuple[Any, Any]:
+        following = graph.call_method("transpose", (graph.call_function(torch.add, (v, x)), 0, 1))
+        return graph.call_method("sum", (v, 1)), following
+
+    analysis, graph, v = analyse_state(step)
+    assert analysis.facts[v] is UNKNOWN
+    assert analysis.refusals[graph.output_node().args[0][0][0]].code == "SNNFX105"  # type: ignore[index]
+
+
+def test_a_counter_is_not_known_to_have_a_batch() -> None:
+    def step(graph: fx.Graph, x: fx.Node, v: fx.Node) -> tuple[Any, Any]:
+        following = graph.call_method("add", (v, 1))
+        return graph.call_method("mul", (x, following)), following
+
+    analysis, graph, v = analyse_state(step)
+    assert analysis.facts[v] is UNKNOWN
+    assert analysis.refusals[graph.output_node().args[0][0][0]].code == "SNNFX105"  # type: ignore[index]
+
+
+def test_an_initial_value_of_another_shape_is_seen() -> None:
+    def step(graph: fx.Graph, x: fx.Node, v: fx.Node) -> tuple[Any, Any]:
+        following = graph.call_function(torch.add, (v, x))
+        return graph.call_method("sum", (v, 1)), following
+
+    graph, x, v, parts = graph_with_state(step)
+    with graph.inserting_before(graph.output_node()):
+        initial = graph.get_attr("p")
+    following = graph.output_node().args[0][1][0]  # type: ignore[index]
+    varying = {node for node in graph.nodes if node.op != "get_attr"}
+
+    def facts(initial: Any) -> Any:
+        return infer_batch(
+            graph,
+            parts.__getitem__,
+            {x: Fact(Rank(2), 0, N)},
+            carried={v: following},
+            varying=varying,
+            training=False,
+            batch_norm="fold",
+            initial={v: initial},
+        ).facts[v]
+
+    assert facts(0.0) == Fact(Rank(2), 0, N)
+    assert facts(initial) is UNKNOWN
+
+
+def test_an_initial_value_has_the_shape_of_the_first_input() -> None:
+    def step(graph: fx.Graph, x: fx.Node, v: fx.Node) -> tuple[Any, Any]:
+        first = graph.call_function(initial_value, (graph.get_attr("neuron"), 0, x))
+        return graph.call_function(torch.add, (first, x)), x
+
+    analysis, _, _ = analyse_state(step)
+    assert not analysis.refusals
+
+
+class Square(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor) -> Tensor:
+        return x * x
+
+
+class ElementwiseSquare(Square):
+    snnfx_elementwise = True
+
+
+@pytest.mark.parametrize(("function", "expected"), [(Square, ["SNNFX101"]), (ElementwiseSquare, [])])
+def test_an_autograd_function_is_folded_if_it_says_it_is_elementwise(function: Any, expected: list[str]) -> None:
+    def fn(self: Any, x: Any) -> Any:
+        return x.tracer.create_proxy("call_function", apply_autograd_function, (self.holder, x), {})
+
+    class Tracer(_Tracer):
+        def create_arg(self, a: Any) -> Any:
+            return self.create_node("get_attr", "holder", (), {}) if isinstance(a, FunctionHolder) else super().create_arg(a)
+
+    root = type("Step", (nn.Module,), {"forward": fn})()
+    root.holder = FunctionHolder(function)
+    graph = Tracer().trace(root)
+    x = next(iter(graph.nodes))
+    varying = {node for node in graph.nodes if node.op != "get_attr"}
+    analysis = infer_batch(
+        graph, lambda target: getattr(root, target), {x: model_input(x)}, carried={}, varying=varying, training=True, batch_norm="fold"
+    )
+    assert [refusal.code for refusal in analysis.refusals.values()] == expected
+
+
+def checked(x: Any, size: Any, expected: int) -> Any:
+    record(expect_size, size, expected, "model.py:1")
+    return x.relu()
+
+
+def test_a_size_that_python_used_as_a_number_is_checked_in_a_fold_unless_it_is_the_batch() -> None:
+    def codes(dim: int) -> list[str]:
+        case = Case("", lambda self, x: checked(x, x.shape[dim], (2, 4)[dim]), [(2, 4)])
+        return [refusal.code for refusal in case.analyse("known").refusals.values()]
+
+    assert codes(1) == []
+    assert codes(0) == ["SNNFX110"]

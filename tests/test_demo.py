@@ -34,7 +34,7 @@ def test_files_named_at_the_end_exist(quick_run: tuple[subprocess.CompletedProce
     done, out = quick_run
     closing = done.stdout.partition("Where everything is")[2]
     named = [Path(match) for match in re.findall(rf"{re.escape(str(out))}\S+", closing)]
-    assert len(named) == 3
+    assert len(named) == 4
     assert all(path.stat().st_size > 0 for path in named)
 
 

@@ -158,6 +158,6 @@ typecheck() {
     [ "$(basename "$entry")" = __pycache__ ] || ln -s "$ROOT/$entry" "$layout/$entry"
   done
   ln -s "$ROOT/passes" "$layout/snnfx/passes"
-  (cd "$layout" && "$PY" -m mypy --config-file "$ROOT/pyproject.toml" --cache-dir "$ROOT/.mypy_cache" -p snnfx) |
-    sed 's#^snnfx/passes/#passes/#'
+  local mypy=("$PY" -m mypy --config-file "$ROOT/pyproject.toml" --cache-dir "$ROOT/.mypy_cache")
+  (cd "$layout" && "${mypy[@]}" -p snnfx && MYPYPATH=. "${mypy[@]}" "$ROOT"/tools/*.py) | sed 's#^snnfx/passes/#passes/#'
 }

@@ -1,0 +1,178 @@
+"""`python -m snnfx explain|draw|verify pkg.module:factory`: look at the conversion of a model from the command line.
+
+The exit code is 0 when all is well, 1 when `verify` found a difference, and 2 when the model cannot be loaded or
+converted, or an option does not fit.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+import snnfx
+from snnfx.convert import convert
+from snnfx.errors import InputError, SnnfxError, VerificationError, describe_code
+from snnfx.explain import explain
+from snnfx.factory import load_model
+from snnfx.net import Net
+from snnfx.verify import verify
+
+__all__ = ["main"]
+
+_EXAMPLES = """\
+examples:
+  python -m snnfx explain models.csnn:build --input 2,1,28,28
+  python -m snnfx explain models/csnn.py:CSNN --markdown
+  python -m snnfx explain --code SNNFX103
+  python -m snnfx draw models.csnn:build --input 2,1,28,28 --out net.svg
+  python -m snnfx verify models.csnn:build --input 2,1,28,28 --T 8 --double
+"""
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the command line; returns the exit code.
+
+    Args:
+        argv: the arguments after ``python -m snnfx``; None: those of the process.
+    """
+    arguments = _parser().parse_args(argv)
+    try:
+        return arguments.run(arguments)  # type: ignore[no-any-return]
+    except VerificationError as error:
+        print(error, file=sys.stderr)
+        return 1
+    except SnnfxError as error:
+        print(error, file=sys.stderr)
+        return 2
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="python -m snnfx",
+        description="Look at the conversion of a single-step model.",
+        epilog=_EXAMPLES,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument(
+        "--version", action="version", version=f"snnfx {snnfx.__version__} (torch {torch.__version__})"
+    )
+    commands = parser.add_subparsers(required=True, metavar="{explain,draw,verify}")
+
+    command = _command(commands, "explain", _explain, "tell what is folded, mapped or looped, and why")
+    command.add_argument("--code", metavar="SNNFX103", help="print what a code means, instead")
+    form = command.add_mutually_exclusive_group()
+    form.add_argument("--markdown", action="store_true", help="as Markdown")
+    form.add_argument("--json", action="store_true", help="as JSON")
+
+    command = _command(commands, "draw", _draw, "draw the converted net")
+    command.add_argument("--out", default="net.svg", metavar="FILE", help=".svg, .png, .pdf or .dot (default: net.svg)")
+
+    command = _command(commands, "verify", _verify, "compare the converted net with the stepped model, on random inputs")
+    command.add_argument("--T", type=int, default=8, metavar="STEPS", help="time steps (default: 8)")
+    command.add_argument("--double", action="store_true", help="compare in float64")
+    return parser
+
+
+def _command(commands: Any, name: str, run: Any, text: str) -> argparse.ArgumentParser:
+    command: argparse.ArgumentParser = commands.add_parser(name, help=text, description=f"{text[0].upper()}{text[1:]}.")
+    command.set_defaults(run=run)
+    command.add_argument(
+        "model",
+        nargs="?" if name == "explain" else None,
+        metavar="pkg.module:factory",
+        help="what makes the model: a function or class in a module, or in a file (path/to/file.py:factory); or a model",
+    )
+    command.add_argument(
+        "--input",
+        action="append",
+        default=[],
+        metavar="2,1,28,28",
+        help="shape of ONE step of an input, with its batch; once for each input; a dtype may follow: 2,3:int64",
+    )
+    command.add_argument("--entry", default="forward", help="the method that is one step (default: forward)")
+    command.add_argument("--batch-norm", default="fold", metavar="fold|per_step", help="statistics in training")
+    command.add_argument("--mode", choices=("training", "evaluation"), help="default: as the model is made; verify: both")
+    return command
+
+
+def _explain(arguments: argparse.Namespace) -> int:
+    if arguments.code is not None:
+        print(describe_code(arguments.code))
+        return 0
+    if arguments.model is None:
+        raise InputError("SNNFX309", "explain needs a model", hint="Give pkg.module:factory, or --code SNNFX103.")
+    options = _options(arguments)
+    report = explain(_model(arguments), **options)
+    if arguments.json:
+        print(json.dumps(report.to_dict(), indent=2))
+    else:
+        print(report.to_markdown() if arguments.markdown else report)
+    return 0 if report.error is None else 2
+
+
+def _draw(arguments: argparse.Namespace) -> int:
+    from snnfx.draw import draw
+
+    options = _options(arguments)
+    draw(convert(_model(arguments), **options), arguments.out)
+    print(Path(arguments.out))
+    return 0
+
+
+def _verify(arguments: argparse.Namespace) -> int:
+    options = _options(arguments)
+    if not arguments.input:
+        raise InputError("SNNFX309", "verify needs an input", hint="Give the shape of one step, e.g. --input 2,1,28,28.")
+    if arguments.T < 1:
+        raise InputError("SNNFX301", f"--T {arguments.T}", hint="Give at least one time step.")
+    model = _model(arguments)
+    net: Net = convert(model, **options)
+    modes = (True, False) if arguments.mode is None else (arguments.mode == "training",)
+    for training in modes:
+        net.train(training)
+        sequences = [_random(text, arguments.T) for text in arguments.input]
+        print(verify(model, net, *sequences, double=arguments.double))
+    return 0
+
+
+def _model(arguments: argparse.Namespace) -> nn.Module:
+    torch.manual_seed(0)
+    model = load_model(arguments.model)
+    return model if arguments.mode is None else model.train(arguments.mode == "training")
+
+
+def _options(arguments: argparse.Namespace) -> dict[str, Any]:
+    inputs = tuple(_random(text) for text in arguments.input)
+    return {"example_inputs": inputs or None, "entry": arguments.entry, "batch_norm": arguments.batch_norm}
+
+
+def _random(text: str, *time: int) -> Tensor:
+    """A random tensor for `2,1,28,28` or `2,3:int64`: uniform in [0, 1), 0 or 1 for integers."""
+    sizes, _, name = text.partition(":")
+    dtype = getattr(torch, name or "float32", None)
+    try:
+        shape = [int(size) for size in sizes.split(",")]
+    except ValueError:
+        shape = []
+    if not shape or min(shape) < 0 or not isinstance(dtype, torch.dtype):
+        raise InputError(
+            "SNNFX309",
+            f"--input {text}",
+            why="it is no shape." if isinstance(dtype, torch.dtype) else f"torch has no dtype `{name}`.",
+            hint="Give sizes with commas, and a dtype if it is not float32: 2,1,28,28 or 2,3:int64.",
+        )
+    shape = [*time, *shape]
+    if dtype.is_floating_point or dtype.is_complex:
+        return torch.rand(shape).to(dtype)
+    return torch.randint(0, 2, shape).to(dtype)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

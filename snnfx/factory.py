@@ -1,0 +1,132 @@
+"""Load a model that is named on the command line: `pkg.module:factory` or `path/to/file.py:factory`."""
+
+from __future__ import annotations
+
+import importlib
+import importlib.util
+import os
+import sys
+import traceback
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+from torch import nn
+
+from snnfx.errors import ToolError
+
+__all__ = ["load_model"]
+
+_HINT = "Name a class, a function without arguments, or a model: pkg.module:factory or path/to/file.py:factory."
+
+
+def load_model(path: str) -> nn.Module:
+    """The model that a path leads to.
+
+    Args:
+        path: `pkg.module:factory`, the module being importable from the current directory, or `path/to/file.py:factory`;
+            the factory is a class or function that makes a model without arguments, or a model itself.
+
+    Raises:
+        ToolError: SNNFX602, there is no such module, file or attribute, or the factory fails or makes no model.
+    """
+    module_path, colon, name = path.rpartition(":")
+    if not colon or not module_path or not name:
+        raise ToolError("SNNFX602", f"`{path}` is no path to a model", hint=_HINT)
+    with _current_directory_importable():
+        module = _load_file(module_path) if module_path.endswith(".py") else _import(module_path)
+        found = _attribute(module, name, path)
+        model = found if isinstance(found, nn.Module) else _make(found, path)
+    if not isinstance(model, nn.Module):
+        what = f"`{path}` is" if model is found else f"`{path}` returned"
+        raise ToolError("SNNFX602", f"{what} a {type(model).__name__}, not an nn.Module", hint=_HINT)
+    return model
+
+
+@contextmanager
+def _current_directory_importable() -> Iterator[None]:
+    before = list(sys.path)
+    sys.path.insert(0, os.getcwd())
+    try:
+        yield
+    finally:
+        sys.path[:] = before
+
+
+def _import(name: str) -> ModuleType:
+    try:
+        return importlib.import_module(name)
+    except ModuleNotFoundError as error:
+        # A module that is there but imports another one that is not has failed, which is something else.
+        if error.name is not None and (name == error.name or name.startswith(f"{error.name}.")):
+            raise ToolError(
+                "SNNFX602",
+                f"there is no module `{name}`",
+                why=f"{error}, looked for in {os.getcwd()} and the installed packages.",
+                hint=_HINT,
+            ) from error
+        raise _failed(f"importing `{name}`", error) from error
+    except Exception as error:  # a user's module may fail in any way
+        raise _failed(f"importing `{name}`", error) from error
+
+
+def _load_file(name: str) -> ModuleType:
+    file = Path(name)
+    if not file.is_file():
+        raise ToolError("SNNFX602", f"there is no file `{name}`", why=f"looked for in {os.getcwd()}.", hint=_HINT)
+    # What lies beside the file can be imported by it, as in a script.
+    sys.path.insert(0, str(file.resolve().parent))
+    spec = importlib.util.spec_from_file_location(f"snnfx_loaded_{file.stem}", file)
+    assert spec is not None and spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[spec.name] = module
+    try:
+        spec.loader.exec_module(module)
+    except Exception as error:  # a user's file may fail in any way
+        del sys.modules[spec.name]
+        raise _failed(f"running `{name}`", error) from error
+    return module
+
+
+def _attribute(module: ModuleType, name: str, path: str) -> Any:
+    found: Any = module
+    for atom in name.split("."):
+        if not hasattr(found, atom):
+            own = [key for key, value in vars(module).items() if callable(value) and _is_defined_in(value, module)]
+            raise ToolError(
+                "SNNFX602",
+                f"`{path}` does not exist",
+                why=f"`{module.__name__.removeprefix('snnfx_loaded_')}` has {_list(own)}.",
+                hint=_HINT,
+            )
+        found = getattr(found, atom)
+    return found
+
+
+def _is_defined_in(value: Any, module: ModuleType) -> bool:
+    return getattr(value, "__module__", None) == module.__name__
+
+
+def _list(names: list[str]) -> str:
+    return ", ".join(f"`{name}`" for name in names) if names else "no functions or classes of its own"
+
+
+def _make(factory: Any, path: str) -> Any:
+    if not callable(factory):
+        return factory
+    try:
+        return factory()
+    except Exception as error:  # a user's factory may fail in any way
+        raise _failed(f"calling `{path}`", error) from error
+
+
+def _failed(what: str, error: Exception) -> ToolError:
+    frames = traceback.extract_tb(error.__traceback__)
+    users = [f for f in frames if f.filename != __file__ and not f.filename.startswith("<")]
+    where = f"{os.path.relpath(users[-1].filename)}:{users[-1].lineno}" if users else ""
+    if isinstance(error, SyntaxError) and error.filename:
+        where = f"{os.path.relpath(error.filename)}:{error.lineno}"
+    why = f"{type(error).__name__}: {error}".rstrip(".")
+    return ToolError("SNNFX602", f"{what} failed", where=where, why=f"{why}.", hint="Correct it, or name another factory.")
