@@ -193,7 +193,8 @@ def _look_up_module(node: Node, module: object) -> Found | None:
         return None
     spelling = {forward[0]: names[0]} if forward else {}  # nn.RMSNorm calls its input `x`
     arguments: dict[str, Any] = {
-        spelling.get(name, name): value for name, value in {**dict(zip(forward, node.args)), **node.kwargs}.items()
+        spelling.get(name, name): value
+        for name, value in {**dict(zip(forward, node.args, strict=False)), **node.kwargs}.items()
     }
     for name in names:
         if name in arguments:

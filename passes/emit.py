@@ -31,8 +31,10 @@ from snnfx.regions import (
     call_once,
     delay_one_step,
     pick_state,
+    reduce_over_time,
     repeat_over_time,
     time_steps,
+    times_steps,
 )
 
 __all__ = ["Emitted", "RegionBuilder", "emit_multi_step", "emit_plain", "emit_single_step"]
@@ -49,7 +51,11 @@ class Emitted:
 
 
 def emit_multi_step(
-    program: StepProgram, container: str, target_name: TargetName, record: Sequence[Node] = ()
+    program: StepProgram,
+    container: str,
+    target_name: TargetName,
+    record: Sequence[Node] = (),
+    reduce: str | None = None,
 ) -> Emitted:
     """Emit a partitioned program for whole sequences, with state.
 
@@ -58,11 +64,12 @@ def emit_multi_step(
         container: where the net will keep the region modules.
         target_name: from a target of the program to the attribute path on the net.
         record: nodes whose values over time are wanted as well.
+        reduce: return the outputs' "mean", "sum" or "last" over time instead of sequences.
 
     Returns:
         A graph `(inputs..., state=None, time=None) -> (outputs, {slot: final value}, records)`.
     """
-    return _MultiStepEmitter(program, container, target_name, record).emit()
+    return _MultiStepEmitter(program, container, target_name, record, reduce).emit()
 
 
 def emit_plain(
@@ -72,6 +79,7 @@ def emit_plain(
     regions: dict[str, nn.Module],
     time_dims: Sequence[int | None],
     output_time_dim: int,
+    reduce: str | None = None,
 ) -> Emitted:
     """Emit a partitioned program for whole sequences from the reset state: `(inputs...) -> outputs`.
 
@@ -82,8 +90,9 @@ def emit_plain(
         regions: the region modules of `emit_multi_step`, used again.
         time_dims: where T is in each tensor input, None for one that is the same at every step.
         output_time_dim: where T is in the outputs.
+        reduce: as for `emit_multi_step`.
     """
-    return _PlainEmitter(program, container, target_name, regions, time_dims, output_time_dim).emit()
+    return _PlainEmitter(program, container, target_name, regions, time_dims, output_time_dim, reduce).emit()
 
 
 def emit_single_step(program: StepProgram, container: str, target_name: TargetName) -> Emitted:
@@ -134,13 +143,21 @@ class _Emitter:
 
 
 class _MultiStepEmitter(_Emitter):
-    def __init__(self, program: StepProgram, container: str, target_name: TargetName, record: Sequence[Node]) -> None:
+    def __init__(
+        self,
+        program: StepProgram,
+        container: str,
+        target_name: TargetName,
+        record: Sequence[Node],
+        reduce: str | None,
+    ) -> None:
         super().__init__(program, container, target_name)
-        self.record = record
+        self.record, self.reduce = record, reduce
         self.region_of = {node: region for region in program.regions for node in region.nodes}
         self.next_of = dict(zip((s.name for s in program.slots), program.next_states, strict=True))
         self.initial_of = dict(zip((s.name for s in program.slots), program.initial_values, strict=True))
         self.loop_calls: dict[str, tuple[Node, int]] = {}
+        self.reduced: dict[Node, Node] = {}
         self.builders = {region.name: self._builder(region) for region in program.regions}
         self.read_outside = self._read_outside()
 
@@ -154,7 +171,7 @@ class _MultiStepEmitter(_Emitter):
         self.placeholders()
         for region in self.program.regions:
             self._emit_region(region)
-        outputs = [self._as_sequence(value) for value in self.program.outputs]
+        outputs = [self._output(value) for value in self.program.outputs]
         state = {slot.name: self._final_state(slot.name) for slot in self.program.slots}
         return self.finish(outputs, state, [self._as_sequence(node) for node in self.record])
 
@@ -173,6 +190,7 @@ class _MultiStepEmitter(_Emitter):
         constant_args = tuple(self._constant(key) for key in constants)
         if region.kind == "once":
             module = self.region(region.name, lambda: builder.graph_module(wanted))
+            constant_args += tuple(self._reduced_operand(node) for node in builder.inputs)
             call = self.graph.call_function(call_once, (module, constant_args), name=region.name)
         elif region.kind == "fold":
             call = self._emit_fold(region, builder, wanted, constant_args)
@@ -276,6 +294,27 @@ class _MultiStepEmitter(_Emitter):
     def _constant(self, key: Node | str) -> Node:
         return self.attribute(key) if isinstance(key, str) else self.value(key)
 
+    def _output(self, value: Any) -> Any:
+        """A sequence, or its reduction over time."""
+        if self.reduce is None or not isinstance(value, Node):
+            return self._as_sequence(value)
+        if value.meta.get("sunk"):
+            return self._reduced_sum(self.value(value)) if self.reduce == "sum" else self.value(value)
+        if not value.meta.get("varying"):
+            return self._reduced_sum(self.value(value)) if self.reduce == "sum" else self.value(value)
+        return self.graph.call_function(reduce_over_time, (self._as_sequence(value), self.reduce))
+
+    def _reduced_sum(self, mean: Node) -> Node:
+        """A sum over time is T times the mean: a sunk bias is added once for each step, too."""
+        return self.graph.call_function(times_steps, (mean, self.steps()))
+
+    def _reduced_operand(self, node: Node) -> Node:
+        """What a sunk node is given: the mean (or last) over time of a sequence."""
+        if node not in self.reduced:
+            how = "last" if self.reduce == "last" else "mean"
+            self.reduced[node] = self.graph.call_function(reduce_over_time, (self._as_sequence(node), how))
+        return self.reduced[node]
+
     def _sequence_input(self, node: Node) -> Node:
         return self._as_sequence(node)  # type: ignore[no-any-return]
 
@@ -303,7 +342,7 @@ class _MultiStepEmitter(_Emitter):
             )
             values = self.graph.call_function(call_once, (module, (*constants, *first)))
             initial = self.graph.call_function(operator.getitem, (values, 0))
-        return self.graph.call_function(delay_one_step, (self._as_sequence(following), state, initial))
+        return self.graph.call_function(delay_one_step, (self._as_sequence(following), state, initial, self.steps()))
 
     def _final_state(self, slot: str) -> Any:
         if slot in self.loop_calls:
@@ -327,8 +366,9 @@ class _PlainEmitter(_MultiStepEmitter):
         regions: dict[str, nn.Module],
         time_dims: Sequence[int | None],
         output_time_dim: int,
+        reduce: str | None,
     ) -> None:
-        super().__init__(program, container, target_name, ())
+        super().__init__(program, container, target_name, (), reduce)
         self.regions.update(regions)
         self.time_dims, self.output_time_dim = time_dims, output_time_dim
 
@@ -357,12 +397,12 @@ class _PlainEmitter(_MultiStepEmitter):
         self.placeholders()
         for region in self.program.regions:
             self._emit_region(region)
-        outputs = [self._time_back(self._as_sequence(value)) for value in self.program.outputs]
+        outputs = [self._time_back(self._output(value)) for value in self.program.outputs]
         self.graph.output(pytree.tree_unflatten(outputs, self.program.output_spec))
         return Emitted(self.graph, self.regions)
 
     def _time_back(self, value: Any) -> Any:
-        if isinstance(value, Node) and self.output_time_dim != 0:
+        if isinstance(value, Node) and self.output_time_dim != 0 and self.reduce is None:
             return self.graph.call_method("movedim", (value, 0, self.output_time_dim))
         return value
 

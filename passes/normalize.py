@@ -16,7 +16,7 @@ from torch.fx import Node
 
 from snnfx.errors import CaptureError
 from snnfx.passes.base import Pass
-from snnfx.program import StepProgram, has_in_place_flag, is_in_place, operation_name, place_of
+from snnfx.program import IN_PLACE_OPERATORS, StepProgram, has_in_place_flag, is_in_place, operation_name, place_of
 
 __all__ = ["Normalize"]
 
@@ -71,6 +71,14 @@ def _functionalize(program: StepProgram, node: Node) -> None:
             why=f"`{operand.name}` shares its memory with another value, which would change as well.",
             hint="Write it without the underscore, e.g. x = torch.where(...) or x.index_fill(...).",
         )
+    if operand.op == "get_attr":
+        raise CaptureError(
+            "SNNFX206",
+            f"`{node.name}` changes `{operand.target}` in place",
+            where=place_of(node),
+            why="a step may only change state by assigning it, so that it can be handed from step to step.",
+            hint="Write `self.x = self.x + ...`, or register it as a memory of a snnfx.MemoryModule.",
+        )
     if "input" in operand.meta and operand.op == "placeholder":
         raise CaptureError(
             "SNNFX209",
@@ -86,6 +94,9 @@ def _functionalize(program: StepProgram, node: Node) -> None:
         seen = seen or user is node
     if node.kwargs.get("inplace") is True:
         node.kwargs = {**node.kwargs, "inplace": False}
+        return
+    if node.target in IN_PLACE_OPERATORS:
+        node.target = IN_PLACE_OPERATORS[node.target]
         return
     name = str(node.target if node.op == "call_method" else getattr(node.target, "__name__", "")).removesuffix("_")
     if hasattr(Tensor, name):

@@ -9,7 +9,6 @@ order; unconnected branches are not joined, borders are views and cost nothing.
 
 from __future__ import annotations
 
-import operator
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
@@ -23,7 +22,7 @@ from snnfx.passes.base import Pass
 from snnfx.passes.batch import infer_batch
 from snnfx.passes.batch_facts import Fact, model_input
 from snnfx.passes.dependence import Dependence, analyse_dependence, is_size
-from snnfx.program import Region, StepProgram, is_structural, place_of
+from snnfx.program import Region, StepProgram, place_of, takes_from_tuple
 from snnfx.state import call_opaque
 
 __all__ = ["Partition"]
@@ -60,7 +59,7 @@ class Partition(Pass):
         )
         program.requirements = dict(analysis.requirements)
         for node in program.graph.nodes:
-            node.meta["varying"] = node in dependence.varying
+            node.meta["varying"] = node in dependence.varying and not node.meta.get("sunk")
             node.meta["batch_dim"] = _batch_dim(analysis.facts.get(node))
             node.meta.pop("refusal", None)
         kinds = _kinds(program, dependence, analysis.refusals)
@@ -125,13 +124,14 @@ def _kinds(program: StepProgram, dependence: Dependence, refusals: Mapping[Node,
             continue
         if not node.op.startswith("call") or node in dependence.initial_only or is_size(node):
             continue
-        refusal = refusals.get(node)
+        # A size is computed again in each region that needs it, so what was said against it is said against its reader.
+        refusal = next((refusals[n] for n in [node, *_sizes_behind(node)] if n in refusals), None)
         if node.target is call_opaque:
             name = node.meta.get("module", "")
             reason = f"`{name}` could not be traced: {program.opaque.get(name, 'it holds the state of other modules')}"
             node.meta["refusal"] = Refusal("SNNFX108", reason, "It is stepped as it is.")
             kinds[node] = "loop"
-        elif node not in dependence.varying:
+        elif node not in dependence.varying or node.meta.get("sunk"):
             kinds[node] = "once"
         elif refusal is None:
             kinds[node] = "fold"
@@ -140,19 +140,9 @@ def _kinds(program: StepProgram, dependence: Dependence, refusals: Mapping[Node,
             kinds[node] = {"SNNFX106": "per_step", "SNNFX109": "step"}.get(refusal.code, "map")
     for node in kinds:
         # One element of a tuple goes where the tuple is.
-        if node.target is operator.getitem and _takes_from_tuple(node) and node.args[0] in kinds:
+        if takes_from_tuple(node) and node.args[0] in kinds:
             kinds[node] = kinds[node.args[0]]  # type: ignore[index]
     return kinds
-
-
-def _takes_from_tuple(node: Node) -> bool:
-    source = node.args[0]
-    if is_structural(node):
-        return True
-    value = source.meta.get("val") if isinstance(source, Node) else None
-    if value is not None:
-        return isinstance(value, tuple | list)
-    return isinstance(source, Node) and isinstance(source.meta.get("batch_dim"), tuple)
 
 
 def _regions(program: StepProgram, dependence: Dependence, kinds: dict[Node, str]) -> list[Region]:
@@ -160,7 +150,7 @@ def _regions(program: StepProgram, dependence: Dependence, kinds: dict[Node, str
     for cycle in dependence.cycles:
         groups.join_all(cycle)
     for node in kinds:
-        if node.target is operator.getitem and _takes_from_tuple(node) and node.args[0] in kinds:
+        if takes_from_tuple(node) and node.args[0] in kinds:
             groups.join_all([node.args[0], node])  # type: ignore[list-item]
     groups.connect()
     groups.grow(kinds)
@@ -293,6 +283,18 @@ class _Groups:
             slots = [n.meta["slot"] for n in members if "slot" in n.meta and n.op == "placeholder"]
             regions.append(Region(f"{kind}_{len(regions)}", kind, members, slots))
         return regions
+
+
+def _sizes_behind(node: Node) -> list[Node]:
+    """The sizes that a node is computed from, and those that they are computed from."""
+    found: list[Node] = []
+    stack = list(node.all_input_nodes)
+    while stack:
+        operand = stack.pop()
+        if is_size(operand) and operand not in found:
+            found.append(operand)
+            stack.extend(operand.all_input_nodes)
+    return found
 
 
 def _operands_through_sizes(node: Node) -> list[Node]:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import argparse
 import json
 import sys
+import textwrap
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -21,6 +22,7 @@ from snnfx.convert import convert
 from snnfx.errors import InputError, SnnfxError, VerificationError, describe_code
 from snnfx.explain import explain
 from snnfx.factory import load_model
+from snnfx.layout import WIDTH
 from snnfx.net import Net
 from snnfx.verify import verify
 
@@ -60,9 +62,7 @@ def _parser() -> argparse.ArgumentParser:
         epilog=_EXAMPLES,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    parser.add_argument(
-        "--version", action="version", version=f"snnfx {snnfx.__version__} (torch {torch.__version__})"
-    )
+    parser.add_argument("--version", action="version", version=f"snnfx {snnfx.__version__} (torch {torch.__version__})")
     commands = parser.add_subparsers(required=True, metavar="{explain,draw,verify}")
 
     command = _command(commands, "explain", _explain, "tell what is folded, mapped or looped, and why")
@@ -74,7 +74,7 @@ def _parser() -> argparse.ArgumentParser:
     command = _command(commands, "draw", _draw, "draw the converted net")
     command.add_argument("--out", default="net.svg", metavar="FILE", help=".svg, .png, .pdf or .dot (default: net.svg)")
 
-    command = _command(commands, "verify", _verify, "compare the converted net with the stepped model, on random inputs")
+    command = _command(commands, "verify", _verify, "compare the net with the stepped model, on random inputs")
     command.add_argument("--T", type=int, default=8, metavar="STEPS", help="time steps (default: 8)")
     command.add_argument("--double", action="store_true", help="compare in float64")
     return parser
@@ -87,7 +87,7 @@ def _command(commands: Any, name: str, run: Any, text: str) -> argparse.Argument
         "model",
         nargs="?" if name == "explain" else None,
         metavar="pkg.module:factory",
-        help="what makes the model: a function or class in a module, or in a file (path/to/file.py:factory); or a model",
+        help="a function or class that makes the model, or a model; in a file: path/to/file.py:factory",
     )
     command.add_argument(
         "--input",
@@ -98,13 +98,15 @@ def _command(commands: Any, name: str, run: Any, text: str) -> argparse.Argument
     )
     command.add_argument("--entry", default="forward", help="the method that is one step (default: forward)")
     command.add_argument("--batch-norm", default="fold", metavar="fold|per_step", help="statistics in training")
-    command.add_argument("--mode", choices=("training", "evaluation"), help="default: as the model is made; verify: both")
+    modes = ("training", "evaluation")
+    command.add_argument("--mode", choices=modes, help="default: as the model is made; verify: both")
     return command
 
 
 def _explain(arguments: argparse.Namespace) -> int:
     if arguments.code is not None:
-        print(describe_code(arguments.code))
+        for line in describe_code(arguments.code).splitlines():
+            print(line if line.startswith(" ") else textwrap.fill(line, WIDTH))
         return 0
     if arguments.model is None:
         raise InputError("SNNFX309", "explain needs a model", hint="Give pkg.module:factory, or --code SNNFX103.")
@@ -129,7 +131,7 @@ def _draw(arguments: argparse.Namespace) -> int:
 def _verify(arguments: argparse.Namespace) -> int:
     options = _options(arguments)
     if not arguments.input:
-        raise InputError("SNNFX309", "verify needs an input", hint="Give the shape of one step, e.g. --input 2,1,28,28.")
+        raise InputError("SNNFX309", "verify needs an input", hint="Give the shape of a step, e.g. --input 2,1,28,28.")
     if arguments.T < 1:
         raise InputError("SNNFX301", f"--T {arguments.T}", hint="Give at least one time step.")
     model = _model(arguments)

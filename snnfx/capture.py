@@ -27,7 +27,7 @@ from snnfx.errors import CaptureError, InputError
 from snnfx.leaves import is_leaf
 from snnfx.matching import GraphMatch
 from snnfx.program import InputLeaf, Slot, StepProgram, add_placeholder
-from snnfx.state import Adapter, StateSnapshot, adapter_of, composite_adapter, is_stateful_tree
+from snnfx.state import Adapter, StateSnapshot, adapter_of, composite_adapter, copy_containers, is_stateful_tree
 from snnfx.tracer import ArgumentLeaf, FunctionHolder, StepProxy, StepTracer, SubmoduleNotTraceable, apply_autograd_function
 
 __all__ = ["FunctionHolder", "apply_autograd_function", "capture", "capture_both_modes"]
@@ -46,7 +46,26 @@ def capture_both_modes(
     match = GraphMatch(training, evaluation)
     if match.same_program():
         return training, training
+    _rename_constants(evaluation, training.constants | (training.first_step.constants if training.first_step else {}))
     return training, evaluation
+
+
+def _rename_constants(program: StepProgram, taken: dict[str, Any]) -> None:
+    """Give the constants of a program names that no other object has among `taken`: a net keeps them together."""
+    renamed: dict[str, str] = {}
+    everything = dict(taken)
+    for name, value in program.constants.items():
+        new = name
+        while new in everything and everything[new] is not value:
+            new = f"{new}_"
+        renamed[name] = new
+        everything[new] = value
+    program.constants = {renamed[name]: value for name, value in program.constants.items()}
+    for node in program.graph.nodes:
+        if node.op == "get_attr":
+            node.target = renamed.get(str(node.target), node.target)
+    if program.first_step is not None:
+        _rename_constants(program.first_step, everything)
 
 
 def capture(
@@ -82,9 +101,10 @@ def capture(
                 if failure.name in opaque or failure.name == "":
                     raise CaptureError("SNNFX201", "the model cannot be traced", why=failure.reason) from failure
                 opaque[failure.name] = failure.reason
-    for node in program.graph.nodes:
-        if "val" in node.meta:
-            node.meta["val"] = pytree.tree_map(_as_meta_tensor, node.meta["val"])
+    for captured in filter(None, (program, program.first_step)):
+        for node in captured.graph.nodes:
+            if "val" in node.meta:
+                node.meta["val"] = pytree.tree_map(_as_meta_tensor, node.meta["val"])
     return program
 
 
@@ -115,6 +135,14 @@ def _capture_once(
         if not new:
             break
         discovered.update({a.name: a for a in new})
+    else:
+        raise CaptureError(
+            "SNNFX201",
+            f"the state of the model does not settle: each step adds to it, `{new[0].name}` last",
+            where=type(new[0].module).__name__,
+            why="a net has the same states at every step.",
+            hint="Register the states with snnfx.MemoryModule.register_memory.",
+        )
     program = traced.program(warm, leaves, spec, training, set(discovered))
     # What the cold trace left in discovered attributes is their next value there.
     outputs, nexts, initials = cold_program.output.args[0]  # type: ignore[misc]
@@ -131,6 +159,7 @@ def _capture_once(
     if match.same_program():
         match.move_initial_values()
     else:
+        _rename_constants(cold_program, program.constants)
         program.first_step = cold_program
     return program
 
@@ -160,17 +189,40 @@ class _Attribute:
     before: Any
     after: Any
     result: Any
+    container: Any = None
+    path: tuple[Any, ...] = ()
 
     def final_node(self) -> Any:
         return self.result.node if type(self.result) is StepProxy else self.result
 
     def write(self, value: Any) -> None:
+        if self.path:
+            leaves, spec = pytree.tree_flatten_with_path(self._current())
+            if spec != pytree.tree_structure(self.container):
+                leaves, spec = pytree.tree_flatten_with_path(self.container)
+            value = pytree.tree_unflatten([value if path == self.path else leaf for path, leaf in leaves], spec)
         if self.attribute in self.module._buffers:
             self.module._buffers[self.attribute] = value
         else:
             self.module.__dict__[self.attribute] = value
 
-    def read(self) -> Any:
+    def read(self, written: StepProxy) -> Any:
+        """The value after the step that began with `written`."""
+        if not self.path:
+            return self._current()
+        leaves = dict(pytree.tree_flatten_with_path(self._current())[0])
+        if pytree.tree_structure(self._current()) == pytree.tree_structure(self.container):
+            return leaves[self.path]
+        if not written.node.users:
+            return written  # a list that notes something down for somebody else grows; nothing reads it
+        raise CaptureError(
+            "SNNFX201",
+            f"`{self.attribute}` of {type(self.module).__name__} has another structure after each step",
+            why="it holds state, and a net has the same states at every step.",
+            hint="Keep a fixed number of tensors in it, or register them with snnfx.MemoryModule.register_memory.",
+        )
+
+    def _current(self) -> Any:
         if self.attribute in self.module._buffers:
             return self.module._buffers[self.attribute]
         return self.module.__dict__.get(self.attribute)
@@ -222,7 +274,9 @@ class _Traced:
                     adapter.reset(module)
                     tracer.slot_values.update(zip(slots, adapter.read(module), strict=True))
             for attribute in discovered.values():
-                attribute.write(tracer.add_slot(attribute.name, *_known(shapes.get(attribute.name))))
+                number = _is_number(attribute.before) and _is_number(attribute.result)
+                known = _known(shapes.get(attribute.name))
+                attribute.write(tracer.add_slot(attribute.name, *known, number=number))
 
         def finish(tracer: StepTracer) -> None:
             for prefix, module, adapter, leaf in self.stateful:
@@ -230,11 +284,14 @@ class _Traced:
                     names = [prefix + name for name in adapter.names(module)]
                     tracer.slot_values.update(zip(names, adapter.read(module), strict=True))
             for attribute in discovered.values():
-                tracer.slot_values[attribute.name] = attribute.read()
-            found.extend(a for a in self._changed(before) if a.name not in discovered)
+                tracer.slot_values[attribute.name] = attribute.read(tracer.proxy(tracer.slot_placeholders[attribute.name]))
+            nested = {(a.module, a.attribute) for a in discovered.values() if a.path}
+            found.extend(
+                a for a in self._changed(before) if a.name not in discovered and (a.module, a.attribute) not in nested
+            )
 
         with StateSnapshot.of(self.model):
-            before = {m: (dict(m.__dict__), dict(m._buffers), _versions(m)) for m in self.model.modules()}
+            before = {m: (copy_containers(m.__dict__), dict(m._buffers), _versions(m)) for m in self.model.modules()}
             try:
                 tracer.record(self.model, prepare, finish)
             finally:
@@ -259,9 +316,11 @@ class _Traced:
             for key, value in new.items():
                 if key in skip or key in ("_buffers", "_parameters", "_modules"):
                     continue
+                slot = f"{name}.{key}" if name else key
                 if _is_state_change(old.get(key), value):
-                    slot = f"{name}.{key}" if name else key
                     yield _Attribute(slot, module, key, old.get(key), _recorded(value), value)
+                elif isinstance(value, tuple | list | dict) and any(type(x) is StepProxy for x in pytree.tree_leaves(value)):
+                    yield from _changed_elements(slot, module, key, old.get(key), value)
 
     def _refuse_changed_buffers(self, before: dict[nn.Module, Any]) -> None:
         for name, module in self._traced_modules():
@@ -461,6 +520,16 @@ def _is_state_change(old: Any, new: Any) -> bool:
     if _is_number(new) and (old is None or _is_number(old)):
         return bool(old != new)
     return False
+
+
+def _changed_elements(slot: str, module: nn.Module, key: str, old: Any, new: Any) -> Iterator[_Attribute]:
+    """State that is kept in a tuple, a list or a dict: one slot for each element that a step changes."""
+    before = dict(pytree.tree_flatten_with_path(old)[0])
+    new = pytree.tree_map(lambda leaf: leaf, new)  # a copy: the model's own list is put back after the trace
+    for path, value in pytree.tree_flatten_with_path(new)[0]:
+        if _is_state_change(before.get(path), value):
+            name = slot + "".join(f".{getattr(k, 'idx', getattr(k, 'key', getattr(k, 'name', k)))}" for k in path)
+            yield _Attribute(name, module, key, before.get(path), _recorded(value), value, new, path)
 
 
 def _is_number(value: Any) -> bool:

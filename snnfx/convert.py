@@ -15,6 +15,7 @@ from snnfx.passes.chunk import check_chunk_option
 from snnfx.passes.dce import RemoveDeadCode
 from snnfx.passes.normalize import Normalize
 from snnfx.passes.partition import Partition
+from snnfx.passes.sink import REDUCTIONS, SinkReductions
 from snnfx.program import StepProgram
 
 __all__ = ["convert", "pipeline", "prepare_programs"]
@@ -30,6 +31,7 @@ def convert(
     batch_norm: str = "fold",
     chunk: int | str | None = "auto",
     carry_state: bool = False,
+    reduce: str | None = None,
 ) -> Net:
     """Convert a model of one time step into a net that runs sequences, with the same result.
 
@@ -50,6 +52,8 @@ def convert(
             each time step, exactly the stepped model. In evaluation mode there is no difference.
         chunk: in inference (evaluation mode without gradients), run this many time steps at once; None: all; "auto":
             as many as fit a memory budget.
+        reduce: "mean", "sum" or "last": return that over the time steps instead of sequences. It is moved as far up as
+            it goes: linear layers at the end run once, on the reduced value.
         carry_state: keep the state from call to call, detached, until `reset_net(net)`.
 
     Returns:
@@ -72,8 +76,10 @@ def convert(
     if isinstance(model, Net):
         return model.convert_to(step_mode)
     _check_choice("batch_norm", batch_norm, ("fold", "per_step"))
+    if reduce is not None:
+        _check_choice("reduce", reduce, REDUCTIONS)
     check_chunk_option(chunk)
-    options = ConvertOptions(step_mode, time_dim, entry, batch_norm, chunk, carry_state)
+    options = ConvertOptions(step_mode, time_dim, entry, batch_norm, chunk, carry_state, reduce)
     programs, history = prepare_programs(model, options, example_inputs)
     return Net(model, programs, options, history, _convert_for_shapes)
 
@@ -84,9 +90,11 @@ def pipeline(program: StepProgram, options: ConvertOptions) -> list[Pass]:
     invariant = tuple(
         leaf.placeholder for leaf, dim in zip(program.input_leaves, dims, strict=True) if leaf.placeholder and dim is None
     )
+    sinking = [SinkReductions(reduce=options.reduce, invariant_inputs=invariant)] if options.reduce is not None else []
     return [
         Normalize(),
         RemoveDeadCode(),
+        *sinking,
         Partition(batch_norm=options.batch_norm, invariant_inputs=invariant),
     ]
 

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import operator
 from collections import Counter
 from typing import Any
 
 from torch.fx import Node
 
 from snnfx.passes.dependence import is_size
-from snnfx.program import Region, StepProgram, describe_node, is_structural
+from snnfx.program import Region, StepProgram, describe_node, takes_from_tuple
 from snnfx.tracer import expect_size
 
 __all__ = ["NodeKey", "computing_nodes", "is_computing", "nodes_by_key"]
@@ -20,10 +19,9 @@ NodeKey = tuple[str, Any, int]
 
 def is_computing(node: Node) -> bool:
     """Whether a node computes something, and is not merely an element of a tuple, a size or a check."""
-    if not node.op.startswith("call") or is_structural(node) or is_size(node) or node.target is expect_size:
+    if not node.op.startswith("call") or takes_from_tuple(node):
         return False
-    source = node.args[0] if node.target is operator.getitem else None
-    return not (isinstance(source, Node) and isinstance(source.meta.get("val"), tuple | list))
+    return not is_size(node) and node.target is not expect_size
 
 
 def computing_nodes(region: Region) -> list[Node]:

@@ -1,20 +1,23 @@
-"""Pictures as graphviz DOT text: what a picture is made of, how it is written down, and how `dot` renders it.
-
-The text is made without graphviz; the Python package and the program `dot` are needed for rendering alone.
-"""
+"""Pictures as graphviz DOT text: what a picture is made of, what it looks like, and how it is written down."""
 
 from __future__ import annotations
 
 import html
-import os
-import shutil
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
-from pathlib import Path
 
-from snnfx.errors import ToolError, warn_once
-
-__all__ = ["STYLES", "Box", "Cluster", "Drawing", "Edge", "Picture", "Pill", "Row", "Style", "check_file", "write_dot"]
+__all__ = [
+    "STYLES",
+    "Box",
+    "Cluster",
+    "Edge",
+    "Member",
+    "Picture",
+    "Pill",
+    "Row",
+    "Style",
+    "write_dot",
+]
 
 _FORMATS = ("svg", "png", "pdf")
 _FONT = "Helvetica,Arial,sans-serif"
@@ -39,10 +42,9 @@ STYLES: dict[str, Style] = {
     "loop": Style("#E8B59A", "#A34A1C", "stepped through T"),
     "container": Style("#F6F6F6", "#B5B5B5"),
     "inner container": Style("#ECECEC", "#A6A6A6"),
-    "row": Style("#FFFFFF", "#FFFFFF"),
     "chunk": Style("#FFFFFF", "#8C8C8C"),
     "layer": Style("#FFFFFF", "#7A7A7A"),
-    "stateful": Style("#F8E3D8", "#A34A1C", "has state"),
+    "stateful": Style("#F8E3D8", "#A34A1C", "keeps state from step to step"),
     "slot": Style("#FFFFFF", "#A34A1C"),
     "parameter": Style("#E2E2E2", "#8C8C8C"),
     "input": Style("#FFFFFF", "#1A1A1A"),
@@ -89,9 +91,13 @@ class Cluster:
     id: str
     style: str
     title: str
-    members: list[Box | Pill | Cluster] = field(default_factory=list)
+    members: list[Member] = field(default_factory=list)
     note: str = ""
     tooltip: str = ""
+
+
+Member = Box | Pill | Cluster
+"""What stands in a frame."""
 
 
 @dataclass(frozen=True)
@@ -115,25 +121,22 @@ class Picture:
 
     title: str
     subtitle: str
-    members: list[Box | Pill | Cluster]
+    members: list[Member]
     edges: list[Edge]
     legend: list[str]
-
-
-# -- text ---------------------------------------------------------------------------------------------------------
 
 
 def write_dot(picture: Picture) -> str:
     """The picture as DOT text. Names may hold any character; the same picture gives the same text."""
     lines = [
         "digraph snnfx {",
-        f'  graph [rankdir=TB, newrank=true, fontname="{_FONT}", fontcolor="{_INK}", fontsize=10, labelloc=t, pad=0.15, nodesep=0.25, '
-        f'ranksep=0.2, bgcolor=white, tooltip=" ", label={_heading(picture)}];',
-        f'  node [fontname="{_FONT}", fontcolor="{_INK}", fontsize=10, shape=plain];',
-        f'  edge [fontname="{_FONT}", fontcolor="{_FAINT}", fontsize=8, color="{_LINE}", arrowsize=0.6, penwidth=0.9];',
+        f'  graph [rankdir=TB, newrank=true, fontname="{_FONT}", fontcolor="{_INK}", fontsize=10, labelloc=t, '
+        f'pad=0.15, nodesep=0.25, ranksep=0.2, bgcolor=white, tooltip=" ", label={_heading(picture)}];',
+        f'  node [fontname="{_FONT}", fontcolor="{_INK}", fontsize=10, shape=plain, tooltip=" "];',
+        f'  edge [fontname="{_FONT}", fontcolor="{_FAINT}", fontsize=8, color="{_LINE}", arrowsize=0.6, penwidth=0.9, '
+        'tooltip=" "];',
     ]
-    for member in picture.members:
-        lines += ["  " + line for line in _member(member)]
+    lines += ["  " + line for member in picture.members for line in _member(member)]
     for rank, style in (("source", "input"), ("sink", "output")):
         ends = [member.id for member in picture.members if isinstance(member, Pill) and member.style == style]
         if ends:
@@ -143,7 +146,7 @@ def write_dot(picture: Picture) -> str:
     return "\n".join([*lines, "}"]) + "\n"
 
 
-def _member(member: Box | Pill | Cluster) -> Iterator[str]:
+def _member(member: Member) -> Iterator[str]:
     if isinstance(member, Cluster):
         yield from _cluster(member)
     elif isinstance(member, Box):
@@ -153,20 +156,25 @@ def _member(member: Box | Pill | Cluster) -> Iterator[str]:
 
 
 def _cluster(cluster: Cluster) -> Iterator[str]:
+    if cluster.style == "row":
+        yield f"subgraph cluster_{cluster.id} {{"
+        yield '  graph [style=invis, margin=0, label=""];'
+        for member in cluster.members:
+            yield from ("  " + line for line in _member(member))
+        yield f"  {{ rank=same; {'; '.join(member.id for member in cluster.members)}; }}"
+        yield "}"
+        return
     style = STYLES[cluster.style]
-    look = {"chunk": "rounded,dashed", "row": "invis"}.get(cluster.style, "rounded,filled")
+    look = "rounded,dashed" if cluster.style == "chunk" else "rounded,filled"
     note = f'<FONT POINT-SIZE="8" COLOR="{_FAINT}">&#160; {_markup(cluster.note)}</FONT>' if cluster.note else ""
-    title = f'<<FONT POINT-SIZE="9"><B>{_markup(cluster.title)}</B>{note}</FONT>>' if cluster.title else '""'
+    title = f'<FONT POINT-SIZE="9"><B>{_markup(cluster.title)}</B>{note}</FONT>'
     yield f"subgraph cluster_{cluster.id} {{"
     yield (
         f'  graph [style="{look}", fillcolor="{style.fill}", color="{style.border}", labeljust=l, labelloc=t, '
-        f'margin={0 if cluster.style == "row" else 7}, tooltip="{_quoted(cluster.tooltip or cluster.title)}", label={title}];'
+        f'margin=7, tooltip="{_quoted(cluster.tooltip or cluster.title)}", label=<{title}>];'
     )
     for member in cluster.members:
-        for line in _member(member):
-            yield "  " + line
-    if cluster.style == "row":
-        yield f"  {{ rank=same; {'; '.join(member.id for member in cluster.members)}; }}"
+        yield from ("  " + line for line in _member(member))
     yield "}"
 
 
@@ -178,7 +186,7 @@ def _keep_inputs_on_top(picture: Picture) -> Iterator[str]:
             yield f"{inputs[0]} -> {pill.id} [style=invis, weight=0];"
 
 
-def _pills_that_start(members: Sequence[Box | Pill | Cluster]) -> Iterator[Pill]:
+def _pills_that_start(members: Sequence[Member]) -> Iterator[Pill]:
     for member in members:
         if isinstance(member, Pill):
             yield member
@@ -227,10 +235,7 @@ def _pill(pill: Pill) -> str:
 
 
 def _edge(edge: Edge) -> str:
-    attributes = [f'tooltip="{_quoted(edge.label)}"']
-    if edge.label:
-        attributes.append(f"label=<&#160;{_markup(edge.label)}>")
-        attributes.append(f'labeltooltip="{_quoted(edge.label)}"')
+    attributes = [f"label=<&#160;{_markup(edge.label)}>"] if edge.label else []
     if edge.carried:
         attributes.append(f'style=dashed, color="{STYLES["slot"].border}", fontcolor="{STYLES["slot"].border}"')
     if edge.main:
@@ -240,7 +245,7 @@ def _edge(edge: Edge) -> str:
         # Written the other way round, `dot` lays it out as well as any other arrow.
         attributes.append("dir=back")
         tail, head = head, tail
-    return f"{tail} -> {head} [{', '.join(attributes)}];"
+    return f"{tail} -> {head} [{', '.join(attributes)}];" if attributes else f"{tail} -> {head};"
 
 
 def _heading(picture: Picture) -> str:
@@ -254,10 +259,11 @@ def _heading(picture: Picture) -> str:
     if "carried" in picture.legend:
         color = STYLES["slot"].border
         cells += f'<TD><FONT POINT-SIZE="9" COLOR="{color}">- - &#8594; state, to the next step</FONT></TD>'
-    legend = f'<TR><TD><TABLE BORDER="0" CELLSPACING="4" CELLPADDING="3"><TR>{cells}</TR></TABLE></TD></TR>' if cells else ""
+    legend = f'<TABLE BORDER="0" CELLSPACING="4" CELLPADDING="3"><TR>{cells}</TR></TABLE>'
+    below = f"<TR><TD>{legend}</TD></TR>" if cells else ""
     subtitle = f'<FONT POINT-SIZE="10" COLOR="{_FAINT}">&#160; {_markup(picture.subtitle)}</FONT>'
     title = f'<TR><TD><FONT POINT-SIZE="13"><B>{_markup(picture.title)}</B></FONT>{subtitle}</TD></TR>'
-    return f'<<TABLE BORDER="0" CELLSPACING="0" CELLPADDING="1">{title}{legend}</TABLE>>'
+    return f'<<TABLE BORDER="0" CELLSPACING="0" CELLPADDING="1">{title}{below}</TABLE>>'
 
 
 def _plain(text: str) -> str:
@@ -274,121 +280,3 @@ def _markup(text: str) -> str:
 def _quoted(text: str) -> str:
     """Text inside a quoted attribute; graphviz resolves HTML entities there as well."""
     return html.escape(_plain(text)).replace("\n", "&#10;")
-
-
-# -- rendering ----------------------------------------------------------------------------------------------------
-
-
-@dataclass(frozen=True)
-class Drawing:
-    """A picture as DOT text; shows itself in notebooks.
-
-    Args:
-        source: the DOT text.
-
-    Example:
-        >>> import torch, snnfx
-        >>> drawing = snnfx.draw(torch.nn.Sequential(torch.nn.Linear(3, 2), snnfx.neuron.LIFNode()))
-        >>> drawing.source.startswith("digraph")
-        True
-    """
-
-    source: str
-
-    def __str__(self) -> str:
-        return self.source
-
-    def __repr__(self) -> str:
-        return f"<snnfx drawing, {len(self.source.splitlines())} lines of DOT>"
-
-    def pipe(self, format: str = "svg") -> bytes:
-        """Render with the program `dot`.
-
-        Args:
-            format: "svg", "png" or "pdf"; "dot" gives the text itself.
-
-        Raises:
-            ToolError: graphviz is missing or fails (SNNFX601), or another format (SNNFX603).
-        """
-        if format == "dot":
-            return self.source.encode()
-        if format not in _FORMATS:
-            raise _unknown_format(f"`{format}`")
-        _require_graphviz()
-        import graphviz
-
-        try:
-            rendered: bytes = graphviz.Source(self.source).pipe(format=format)
-        except (graphviz.CalledProcessError, graphviz.ExecutableNotFound) as error:
-            raise ToolError(
-                "SNNFX601",
-                f"the program `dot` cannot write {format}",
-                why=f"{error}.",
-                hint="Install a complete graphviz, or draw to a .dot file and render it elsewhere.",
-            ) from error
-        return rendered
-
-    def save(self, file: str | os.PathLike[str]) -> Path:
-        """Write the picture to a file; its suffix (.svg, .png, .pdf, .dot) says how.
-
-        Raises:
-            ToolError: SNNFX601, SNNFX603; nothing has been written then.
-        """
-        path = check_file(file)
-        path.write_bytes(self.pipe(path.suffix.lower().removeprefix(".")))
-        return path
-
-    def _repr_svg_(self) -> str | None:
-        try:
-            return self.pipe("svg").decode()
-        except ToolError as error:
-            # A notebook then shows the text form.
-            warn_once(error.code, str(error).removeprefix(f"{error.code} "))
-            return None
-
-    _repr_image_svg_xml = _repr_svg_
-
-
-def check_file(file: str | os.PathLike[str]) -> Path:
-    """The path, after checking that a picture can be written to it.
-
-    Raises:
-        ToolError: the suffix is none of .svg, .png, .pdf, .dot (SNNFX603), or needs graphviz, which is missing (SNNFX601).
-    """
-    path = Path(file)
-    suffix = path.suffix.lower().removeprefix(".")
-    if suffix != "dot" and suffix not in _FORMATS:
-        raise _unknown_format(f"`{path.name}`")
-    if suffix != "dot":
-        _require_graphviz()
-    return path
-
-
-def _unknown_format(what: str) -> ToolError:
-    known: Sequence[str] = (*_FORMATS, "dot")
-    return ToolError(
-        "SNNFX603",
-        f"cannot draw to {what}",
-        why="the type of a picture is the suffix of its file.",
-        hint=f"Use one of {', '.join('.' + name for name in known)}.",
-    )
-
-
-def _require_graphviz() -> None:
-    hint = "Install it ({}), or draw to a .dot file, which needs neither."
-    if shutil.which("dot") is None:
-        raise ToolError(
-            "SNNFX601",
-            "the program `dot` is missing",
-            why="graphviz draws the pictures.",
-            hint=hint.format("apt install graphviz, brew install graphviz, or https://graphviz.org/download"),
-        )
-    try:
-        import graphviz  # noqa: F401
-    except ImportError as error:
-        raise ToolError(
-            "SNNFX601",
-            "the Python package graphviz is missing",
-            why="it calls the program `dot`.",
-            hint=hint.format('pip install "snnfx[draw]"'),
-        ) from error

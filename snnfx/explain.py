@@ -22,7 +22,7 @@ from snnfx.counted import computing_nodes, is_computing
 from snnfx.errors import CaptureError, Refusal
 from snnfx.expressions import expression_of_initial_value
 from snnfx.isolation import undisturbed
-from snnfx.net import ConvertOptions, Net
+from snnfx.net import Net
 from snnfx.passes.batch import infer_batch, model_input
 from snnfx.passes.chunk import plan_chunks
 from snnfx.passes.dependence import analyse_dependence
@@ -33,6 +33,7 @@ from snnfx.remarks import (
     fixed_sizes,
     mode_differences,
     random_nodes,
+    reduced_outputs,
     vmap_fallbacks,
 )
 from snnfx.report import ChunkRow, InputRow, NotFolded, Operation, PassRow, Problem, RegionRow, Report, SlotRow
@@ -50,6 +51,7 @@ def explain(
     batch_norm: str = "fold",
     chunk: int | str | None = "auto",
     carry_state: bool = False,
+    reduce: str | None = None,
 ) -> Report:
     """Tell what `snnfx.convert` does with a model: what is folded, mapped or looped, and why.
 
@@ -63,6 +65,7 @@ def explain(
         batch_norm: "fold" or "per_step".
         chunk: time steps to run at once in inference.
         carry_state: keep the state from call to call.
+        reduce: "mean", "sum" or "last": return that over the time steps.
 
     Returns:
         A `Report`: `print(report)`, `report.to_dict()`, `report.to_markdown()`. Regions, shapes and reasons are those
@@ -82,20 +85,19 @@ def explain(
     """
     if isinstance(model, Net):
         return _report_on(model)
-    options = ConvertOptions("m", time_dim, entry, batch_norm, chunk, carry_state)
+    options: dict[str, Any] = {
+        "time_dim": time_dim,
+        "entry": entry,
+        "batch_norm": batch_norm,
+        "chunk": chunk,
+        "carry_state": carry_state,
+        "reduce": reduce,
+    }
     try:
-        net = convert(
-            model,
-            example_inputs=example_inputs,
-            time_dim=time_dim,
-            entry=entry,
-            batch_norm=batch_norm,
-            chunk=chunk,
-            carry_state=carry_state,
-        )
+        net = convert(model, example_inputs=example_inputs, **options)
     except CaptureError as error:
         problem = Problem(error.code, str(error), error.where, error.why, error.hint)
-        return Report(type(model).__name__, model.training, dataclasses.asdict(options), problem)
+        return Report(type(model).__name__, model.training, {"step_mode": "m", **options}, problem)
     return _report_on(net)
 
 
@@ -117,6 +119,7 @@ def _report_on(net: Net) -> Report:
         first_step=first_step_differs(program),
         fixed=tuple(fixed_sizes(program)),
         mode_differences=tuple(mode_differences(net)),
+        reduced=tuple(reduced_outputs(net)),
         batch_norm=tuple(batch_norm_semantics(net)),
         random=tuple(random_nodes(program)),
         fallbacks=tuple(vmap_fallbacks(net)),
@@ -237,7 +240,8 @@ def _losing_the_batch(net: Net) -> Iterator[NotFolded]:
     for region in program.regions:
         for node in region.nodes if region.slots else ():
             refusal = refusals.get(node)
-            if refusal is not None and refusal.code != "SNNFX105" and is_computing(node):
+            consequence = refusal is None or refusal.code in ("SNNFX105", "SNNFX108")
+            if refusal is not None and not consequence and is_computing(node):
                 reason = f"{refusal.reason.rstrip('.')}, so what reads its result is not folded"
                 yield _row(program, region, node, Refusal(refusal.code, reason, refusal.hint))
 
@@ -289,6 +293,8 @@ def _chunk(net: Net) -> ChunkRow:
     if chunk is None or isinstance(chunk, int):
         plan = plan_chunks(net.program, (), chunk)
         return ChunkRow(plan.length, plan.bytes_per_step, plan.reason)
+    if net._programs[False].first_step is not None:
+        return ChunkRow(None, 0, 'chunk="auto": decided at the call; the first step is run on its own')
     inputs = [node.meta.get("val") for node in net.program.input_nodes()]
     if not all(isinstance(value, Tensor) for value in inputs):
         return ChunkRow(None, 0, 'chunk="auto": decided at the first call, from the shapes (example_inputs would tell)')

@@ -13,6 +13,7 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
+import torch
 from torch import nn
 
 from snnfx.errors import ToolError
@@ -26,8 +27,9 @@ def load_model(path: str) -> nn.Module:
     """The model that a path leads to.
 
     Args:
-        path: `pkg.module:factory`, the module being importable from the current directory, or `path/to/file.py:factory`;
-            the factory is a class or function that makes a model without arguments, or a model itself.
+        path: `pkg.module:factory`, the module being importable from the current directory, or
+            `path/to/file.py:factory`. The factory is a class or function that makes a model without arguments, or a
+            model itself.
 
     Raises:
         ToolError: SNNFX602, there is no such module, file or attribute, or the factory fails or makes no model.
@@ -40,8 +42,8 @@ def load_model(path: str) -> nn.Module:
         found = _attribute(module, name, path)
         model = found if isinstance(found, nn.Module) else _make(found, path)
     if not isinstance(model, nn.Module):
-        what = f"`{path}` is" if model is found else f"`{path}` returned"
-        raise ToolError("SNNFX602", f"{what} a {type(model).__name__}, not an nn.Module", hint=_HINT)
+        what = f"`{path}` is of type" if model is found else f"`{path}` returned a value of type"
+        raise ToolError("SNNFX602", f"{what} {type(model).__name__}, not an nn.Module", hint=_HINT)
     return model
 
 
@@ -123,10 +125,11 @@ def _make(factory: Any, path: str) -> Any:
 
 
 def _failed(what: str, error: Exception) -> ToolError:
-    frames = traceback.extract_tb(error.__traceback__)
-    users = [f for f in frames if f.filename != __file__ and not f.filename.startswith("<")]
+    # Where the user's code failed, not what it called.
+    not_users = (__file__, "<", os.path.dirname(importlib.__file__), os.path.dirname(torch.__file__))
+    users = [f for f in traceback.extract_tb(error.__traceback__) if not f.filename.startswith(not_users)]
     where = f"{os.path.relpath(users[-1].filename)}:{users[-1].lineno}" if users else ""
     if isinstance(error, SyntaxError) and error.filename:
         where = f"{os.path.relpath(error.filename)}:{error.lineno}"
-    why = f"{type(error).__name__}: {error}".rstrip(".")
-    return ToolError("SNNFX602", f"{what} failed", where=where, why=f"{why}.", hint="Correct it, or name another factory.")
+    why = f"{type(error).__name__}: {error}".rstrip(".") + "."
+    return ToolError("SNNFX602", f"{what} failed", where=where, why=why, hint="Correct it, or name another factory.")

@@ -1,4 +1,4 @@
-"""One operation of a step graph in a few characters: `Conv2d` with `1→64 3×3 pad 1`, `mean` with `(0)`."""
+"""One operation of a step graph in a few characters: `Conv2d` with `1→64 3x3 pad 1`, `mean` with `(0)`."""
 
 from __future__ import annotations
 
@@ -17,9 +17,9 @@ from snnfx.tracer import FunctionHolder, apply_autograd_function
 __all__ = ["summarize_module", "summarize_node"]
 
 _NEURON_ATTRIBUTES = (
-    ("tau", "τ"),
-    ("alpha", "α"),
-    ("beta", "β"),
+    ("tau", "tau"),
+    ("alpha", "alpha"),
+    ("beta", "beta"),
     ("v_threshold", "threshold"),
     ("v_th", "threshold"),
     ("threshold", "threshold"),
@@ -27,7 +27,7 @@ _NEURON_ATTRIBUTES = (
 
 
 def summarize_node(program: StepProgram, node: Node) -> tuple[str, str]:
-    """What a node is, and its hyperparameters: `("Conv2d", "1→64 3×3")`, `("mean", "(0)")`."""
+    """What a node is, and its hyperparameters: `("Conv2d", "1→64 3x3")`, `("mean", "(0)")`."""
     module = program.module_of(node)
     if module is not None:
         detail = summarize_module(module)
@@ -58,7 +58,7 @@ def summarize_module(module: nn.Module) -> str:
         return f"p={module.p:g}"
     if isinstance(module, nn.Upsample):
         scale = module.scale_factor
-        return f"×{_sizes(scale)} {module.mode}" if scale is not None else f"to {_sizes(module.size)} {module.mode}"
+        return f"x{_sizes(scale)} {module.mode}" if scale is not None else f"to {_sizes(module.size)} {module.mode}"
     for kind, names, form in _BY_CLASS:
         if isinstance(module, kind):
             return form.format(*(_sizes(getattr(module, name)) for name in names))
@@ -77,7 +77,7 @@ _BY_CLASS: tuple[tuple[type[nn.Module], tuple[str, ...], str], ...] = (
     (nn.Softmax, ("dim",), "dim {}"),
     (nn.LogSoftmax, ("dim",), "dim {}"),
     (nn.LeakyReLU, ("negative_slope",), "{}"),
-    (nn.PixelShuffle, ("upscale_factor",), "×{}"),
+    (nn.PixelShuffle, ("upscale_factor",), "x{}"),
 )
 
 
@@ -107,7 +107,7 @@ def _pooling(layer: Any) -> str:
 
 
 def _kernel(sizes: tuple[int, ...]) -> str:
-    return "×".join(str(size) for size in sizes)
+    return "x".join(str(size) for size in sizes)
 
 
 def _sizes(value: Any) -> str:
@@ -143,8 +143,9 @@ def _number(value: Any) -> float | None:
 def _arguments(node: Node) -> str:
     """The arguments of a call that are no tensors: `(1)`, `(dim=1)`; sizes that are computed are written `…`."""
     given = [_argument(a) for a in (node.args[1:] if node.op == "call_method" else node.args)]
-    given += [None if text is None else f"{key}={text}" for key, text in ((k, _argument(v)) for k, v in node.kwargs.items())]
+    named = {key: _argument(value) for key, value in node.kwargs.items()}
     texts = [text for text in given if text is not None]
+    texts += [f"{key}={text}" for key, text in named.items() if text is not None]
     return f"({', '.join(texts)})" if texts else ""
 
 

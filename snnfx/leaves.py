@@ -35,4 +35,4 @@ def is_leaf(module: nn.Module) -> bool:
     if isinstance(module, _CONTAINERS):
         return False
     # A subclass with a forward of its own may do anything: it is traced through.
-    return type(module).forward.__module__.startswith("torch.nn.")
+    return (type(module).forward.__module__ or "").startswith("torch.nn.")

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from torch.fx import Node, map_arg
 
-from snnfx.program import StepProgram, has_in_place_flag, is_in_place
+from snnfx.program import IN_PLACE_OPERATORS, StepProgram, has_in_place_flag, is_in_place
 
 __all__ = ["GraphMatch"]
 
@@ -175,15 +175,28 @@ class GraphMatch:
         elif a.op == "get_attr":
             same = _same_object(self.a.resolve, str(a.target), self.b.resolve, str(b.target))
         else:
-            same = a.target == b.target and self._same(tuple(a.args), tuple(b.args)) and self._same(a.kwargs, b.kwargs)
+            same_target = IN_PLACE_OPERATORS.get(a.target, a.target) == IN_PLACE_OPERATORS.get(b.target, b.target)
+            same = same_target and self._same(tuple(a.args), tuple(b.args)) and self._same(a.kwargs, b.kwargs)
         if same:
             self.matched[a] = b
         return same
 
 
 def _changes_in_place(program: StepProgram) -> list[Node]:
-    """The nodes that matter although nobody may read what they return."""
-    return [n for n in program.graph.nodes if is_in_place(n) or has_in_place_flag(program, n)]
+    """The nodes that matter although nobody may read what they return.
+
+    Not among them is `v += x` where v has no later reader: on a number, it is no operation in place.
+    """
+    position = {node: i for i, node in enumerate(program.graph.nodes)}
+    return [
+        n
+        for n in program.graph.nodes
+        if has_in_place_flag(program, n)
+        or (
+            is_in_place(n)
+            and not (n.target in IN_PLACE_OPERATORS and max(position[user] for user in n.args[0].users) == position[n])
+        )
+    ]
 
 
 def _reads_the_same(a: Node, b: Node) -> bool:

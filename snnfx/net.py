@@ -16,6 +16,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, fx, nn
+from torch.fx import Node
 from torch.fx.graph_module import _forward_from_src
 from torch.utils import _pytree as pytree
 
@@ -43,6 +44,7 @@ class ConvertOptions:
     batch_norm: str = "fold"
     chunk: int | str | None = "auto"
     carry_state: bool = False
+    reduce: str | None = None
 
 
 class Net(fx.GraphModule):
@@ -68,17 +70,20 @@ class Net(fx.GraphModule):
             _modules=OrderedDict(source._modules),
         )
         self.__dict__[SELF_TARGET] = source
-        self.options = options
-        self.history = list(history)
-        self.training = source.training
-        self._programs = programs
-        self._replan = replan
+        # Not by assignment: the model may have children of these names.
+        self.__dict__.update(
+            options=options,
+            history=list(history),
+            training=source.training,
+            _programs=programs,
+            _replan=replan,
+            _time_dims=_time_dims_of_leaves(options.time_dim, programs[True]),
+            _output_time_dim=options.time_dim if isinstance(options.time_dim, int) else 0,
+        )
         self._carried: dict[str, Any] | None = None
         self._nets_for_shapes: dict[Any, Net] = {}
         self._recordings: dict[Any, Callable[..., Any]] = {}
         self._chunk_plans: dict[Any, ChunkPlan] = {}
-        self._time_dims = _time_dims_of_leaves(options.time_dim, programs[True])
-        self._output_time_dim = options.time_dim if isinstance(options.time_dim, int) else 0
         constants = {name: value for p in programs.values() for q in (p, p.first_step) if q for name, value in q.constants.items()}
         self._modules[_CONSTANTS] = _hold_constants(constants)
         self._modules[_REGIONS] = nn.Module()
@@ -99,13 +104,22 @@ class Net(fx.GraphModule):
             program = self._programs[mode]
             multi_step = self.options.step_mode == "m"
             label = "both_modes" if same else ("in_training" if mode else "in_evaluation")
-            emit = emit_multi_step if multi_step else emit_single_step
-            emitted = emit(program, f"{_REGIONS}.{label}", self._target_name)
+            container = f"{_REGIONS}.{label}"
+            if multi_step:
+                emitted = emit_multi_step(program, container, self._target_name, reduce=self.options.reduce)
+            else:
+                emitted = emit_single_step(program, container, self._target_name)
             self._graphs[mode] = emitted.graph
             self._runners[mode, "main"] = self._compile(emitted.graph)
             if multi_step and program.first_step is None and _is_plain_structure(program.output_spec):
                 plain = emit_plain(
-                    program, f"{_REGIONS}.{label}", self._target_name, emitted.regions, self._tensor_dims(), self._output_time_dim
+                    program,
+                    container,
+                    self._target_name,
+                    emitted.regions,
+                    self._tensor_dims(),
+                    self._output_time_dim,
+                    self.options.reduce,
                 )
                 self._graphs[mode] = plain.graph
                 self._runners[mode, "plain"] = self._compile(plain.graph)
@@ -136,8 +150,9 @@ class Net(fx.GraphModule):
             return target
         if any(target in p.constants for p in self._all_programs()):
             return f"{_CONSTANTS}.{target}"
-        # A child called like a method of ours (`run`, `graph`, ...) is reached through the model.
-        return f"{SELF_TARGET}.{target}" if hasattr(type(self), target.partition(".")[0]) else target
+        # A child called like a method or an attribute of ours (`run`, `options`, ...) is reached through the model.
+        first = target.partition(".")[0]
+        return f"{SELF_TARGET}.{target}" if hasattr(type(self), first) or first in self.__dict__ else target
 
     def _all_programs(self) -> list[StepProgram]:
         return [q for p in self._programs.values() for q in (p, p.first_step) if q is not None]
@@ -292,12 +307,16 @@ class Net(fx.GraphModule):
                 why="the first step of this model does something else than the others.",
                 hint="Run one step first: _, state = net.run(x_seq[:1]); then record the rest with state=state.",
             )
-        first = tuple(y.unsqueeze(0) if isinstance(y, Tensor) else y for y in first)
+        reduce = self.options.reduce
+        if reduce is None:
+            first = tuple(y.unsqueeze(0) if isinstance(y, Tensor) else y for y in first)
         if T == 1:
             return first, state, ()
         later = [x[1:] if v else x for x, v in zip(leaves, varying, strict=True)]
         time = torch.arange(1, T, device=leaves[0].device)
         rest, state, _ = runner(self, *later, state, time)
+        if reduce is not None:
+            return combine_reductions([(1, first), (T - 1, rest)], reduce), state, ()
         joined = tuple(torch.cat((a, b)) if isinstance(a, Tensor) else a for a, b in zip(first, rest, strict=True))
         return joined, state, ()
 
@@ -322,7 +341,14 @@ class Net(fx.GraphModule):
             flat, state, _ = self._steps(inputs, state, (), chunk[0].shape[0])
             return flat, state
 
-        return chunk_multi_step_forward(k, sequences, one_chunk, state=state)  # type: ignore[no-any-return]
+        if self.options.reduce is None:
+            return chunk_multi_step_forward(k, sequences, one_chunk, state=state)  # type: ignore[no-any-return]
+        parts: list[tuple[int, tuple[Any, ...]]] = []
+        for start in range(0, T, k):
+            chunk = [x[start : start + k] for x in sequences]
+            flat, state = one_chunk(*chunk, state)
+            parts.append((chunk[0].shape[0], flat))
+        return combine_reductions(parts, self.options.reduce), state  # type: ignore[return-value]
 
     # -- arguments ------------------------------------------------------------------------------------------------
 
@@ -401,7 +427,9 @@ class Net(fx.GraphModule):
         return moved, T
 
     def _time_back(self, y: Any) -> Any:
-        return y.movedim(0, self._output_time_dim) if isinstance(y, Tensor) and self._output_time_dim != 0 else y
+        if not isinstance(y, Tensor) or self._output_time_dim == 0 or self.options.reduce is not None:
+            return y
+        return y.movedim(0, self._output_time_dim)
 
     def _other_net(self, leaves: list[Tensor]) -> Net | None:
         """A net planned for the shapes of these inputs, when the plan of this one does not cover them."""
@@ -485,7 +513,16 @@ class Net(fx.GraphModule):
             program = self.program
             nodes = [self._recorded_node(program, name) for name in names]
             label = f"record_{len(self._recordings)}"
-            emitted = emit_multi_step(program, f"{_REGIONS}.{label}", self._target_name, nodes)
+            if any(node.meta.get("sunk") for node in nodes if isinstance(node, Node)):
+                raise InputError(
+                    "SNNFX311",
+                    f"one of {', '.join(names)} runs on the {self.options.reduce} over time",
+                    why=f"with reduce={self.options.reduce!r} it has no value at each step.",
+                    hint="Convert without reduce= to record it.",
+                )
+            emitted = emit_multi_step(
+                program, f"{_REGIONS}.{label}", self._target_name, nodes, reduce=self.options.reduce
+            )
             self._install(emitted, label)
             self._recordings[key] = self._compile(emitted.graph)
         return self._recordings[key]
@@ -574,6 +611,19 @@ def _forward(self: Net, args: tuple[Any, ...], kwargs: dict[str, Any], T: int | 
         if options.carry_state:
             self.detach_carried_state()
     return outputs
+
+
+def combine_reductions(parts: Sequence[tuple[int, tuple[Any, ...]]], reduce: str) -> tuple[Any, ...]:
+    """The reduction over all steps from those over pieces, given as `(number of steps, outputs)`."""
+    T = sum(steps for steps, _ in parts)
+    combined: list[Any] = []
+    for values in zip(*(outputs for _, outputs in parts), strict=True):
+        if reduce == "last" or not isinstance(values[-1], Tensor):
+            combined.append(values[-1])
+        else:
+            weights = [steps / T if reduce == "mean" else 1.0 for steps, _ in parts]
+            combined.append(sum(w * y for w, y in zip(weights, values, strict=True)))
+    return tuple(combined)
 
 
 def _is_plain_structure(spec: pytree.TreeSpec) -> bool:

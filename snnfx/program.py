@@ -21,7 +21,7 @@ from torch.utils import _pytree as pytree
 
 from snnfx.errors import Refusal
 
-__all__ = ["InputLeaf", "Region", "Slot", "StepProgram", "add_placeholder", "describe_node", "place_of"]
+__all__ = ["InputLeaf", "Region", "Slot", "StepProgram", "add_placeholder", "describe_node", "place_of", "takes_from_tuple"]
 
 
 @dataclass(frozen=True)
@@ -229,12 +229,35 @@ def is_in_place(node: Node) -> bool:
     if node.op != "call_function":
         return False
     name = getattr(node.target, "__name__", "")
-    return node.kwargs.get("inplace") is True or (name.endswith("_") and not name.endswith("__"))
+    by_name = name.endswith("_") and not name.endswith("__")
+    return by_name or node.kwargs.get("inplace") is True or node.target in IN_PLACE_OPERATORS
+
+
+IN_PLACE_OPERATORS = {
+    operator.iadd: operator.add,
+    operator.isub: operator.sub,
+    operator.imul: operator.mul,
+    operator.itruediv: operator.truediv,
+}
+"""`x += 1` and its like, with the operation that makes a new value."""
 
 
 def has_in_place_flag(program: StepProgram, node: Node) -> bool:
     """Whether the node calls a module like `nn.ReLU(inplace=True)`."""
     return node.op == "call_module" and bool(getattr(program.resolve(str(node.target)), "inplace", False))
+
+
+def takes_from_tuple(node: Node) -> bool:
+    """Whether the node takes one element of a tuple of values, whoever made the tuple."""
+    if node.op != "call_function" or node.target is not operator.getitem:
+        return False
+    source = node.args[0]
+    if is_structural(node) or not isinstance(source, Node):
+        return True
+    value = source.meta.get("val")
+    if value is not None:
+        return isinstance(value, tuple | list)
+    return isinstance(source.meta.get("batch_dim"), tuple)
 
 
 def place_of(node: Node) -> str:

@@ -28,8 +28,10 @@ __all__ = [
     "delay_one_step",
     "pick_state",
     "region_of_handle",
+    "reduce_over_time",
     "repeat_over_time",
     "time_steps",
+    "times_steps",
 ]
 
 _handles: weakref.WeakValueDictionary[str, SequenceRegion] = weakref.WeakValueDictionary()
@@ -102,7 +104,7 @@ class LoopRegion(SequenceRegion):
         for x in zip(*(x.unbind(0) for x in x_seq), strict=True):
             y, state = self(*constants, *x, None) if state is None else step(*constants, *x, state)
             outputs.append(y)
-        return tuple(torch.stack(y) for y in zip(*outputs, strict=True)), state  # type: ignore[return-value]
+        return tuple(stack_steps(y, x_seq[0].device) for y in zip(*outputs, strict=True)), state  # type: ignore[return-value]
 
 
 class MapRegion(SequenceRegion):
@@ -165,6 +167,22 @@ def region_of_handle(handle: str) -> SequenceRegion:
     return region
 
 
+def stack_steps(steps: Sequence[Any], device: torch.device) -> Tensor:
+    """One value at each of T steps as a sequence `[T, *]`.
+
+    State may start as a number, or as a tensor that stands for one of the shape of the later steps; a count stays a
+    number at all steps.
+    """
+    last = steps[-1]
+    if not isinstance(last, Tensor):
+        # In float64, which as a 0-dimensional value of a step does not change the dtype of what it meets.
+        dtype = torch.float64 if any(isinstance(value, float) for value in steps) else None
+        return torch.tensor(steps, dtype=dtype, device=device)
+    if all(isinstance(value, Tensor) and value.shape == last.shape for value in steps):
+        return torch.stack(tuple(steps))
+    return torch.stack([torch.as_tensor(value, dtype=last.dtype, device=last.device).expand_as(last) for value in steps])
+
+
 def pick_state(state: dict[str, Any] | None, names: tuple[str, ...]) -> tuple[Any, ...] | None:
     """The values of one region's slots out of the state of the net; None means the reset state."""
     if state is None:
@@ -187,6 +205,20 @@ def time_steps(x_seq: Tensor) -> Tensor:
     return torch.arange(x_seq.shape[0], device=x_seq.device)
 
 
+def reduce_over_time(y_seq: Any, how: str) -> Any:
+    """The mean, sum or last step of a sequence `[T, *]`."""
+    if not isinstance(y_seq, Tensor):
+        return y_seq
+    if how == "last":
+        return y_seq[-1]
+    return y_seq.sum(0) if how == "sum" else y_seq.mean(0)
+
+
+def times_steps(value: Any, time: Tensor) -> Any:
+    """T times a value."""
+    return value * time.shape[0]
+
+
 def repeat_over_time(value: Any, time: Tensor) -> Any:
     """A value that is the same at every step as a sequence `[T, *]` (a view, nothing is copied)."""
     if not isinstance(value, Tensor):
@@ -194,12 +226,22 @@ def repeat_over_time(value: Any, time: Tensor) -> Any:
     return value.unsqueeze(0).expand(time.shape[0], *value.shape)
 
 
-def delay_one_step(following_seq: Tensor, state: tuple[Any, ...] | None, initial: Callable[[], Any] | Any) -> Tensor:
-    """The sequence of a slot that only hands a value to the next step: `[initial, following_seq[0], ..., [T-2]]`."""
+def delay_one_step(following: Any, state: tuple[Any, ...] | None, initial: Any, time: Tensor) -> Tensor:
+    """The sequence of a slot that only hands a value to the next step: `[initial, following[0], ..., [T-2]]`.
+
+    Args:
+        following: the next value at each step, `[T, *]`; a number where it is always the same.
+        state: a tuple of the value before the first step; None: `initial`.
+        initial: a number, or a tensor that can be expanded to `[*]`.
+        time: `[T]`.
+    """
     first = initial if state is None else state[0]
+    if not isinstance(following, Tensor):
+        like = first if isinstance(first, Tensor) else stack_steps((first, following), time.device)[0]
+        following = torch.full_like(like, following).expand(time.shape[0], *like.shape)
     if not isinstance(first, Tensor):
-        first = torch.full_like(following_seq[0], first)
-    return torch.cat((first.expand_as(following_seq[0]).unsqueeze(0).to(following_seq.dtype), following_seq[:-1]))
+        first = torch.full_like(following[0], first)
+    return torch.cat((first.to(following.dtype).expand_as(following[0]).unsqueeze(0), following[:-1]))
 
 
 def batch_norm_per_step(x_seq: Tensor, module: nn.modules.batchnorm._BatchNorm) -> Tensor:

@@ -8,7 +8,7 @@ from torch.fx import Node, map_arg
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.modules.dropout import _DropoutNd
 
-from snnfx.counted import NodeKey, nodes_by_key
+from snnfx.counted import NodeKey, is_computing, nodes_by_key
 from snnfx.expressions import expression
 from snnfx.net import Net
 from snnfx.passes.dependence import is_random
@@ -22,6 +22,7 @@ __all__ = [
     "fixed_sizes",
     "mode_differences",
     "random_nodes",
+    "reduced_outputs",
     "vmap_fallbacks",
 ]
 
@@ -49,7 +50,7 @@ def fixed_sizes(program: StepProgram) -> Iterator[str]:
         if node.target is expect_size:
             size, expected, place = node.args
             note = (
-                f"`{expression(size)}` has to be {expected} in every call: the model's Python code used it as a number "
+                f"`{expression(program, size)}` has to be {expected} in every call: the model's Python code used it as a number "
                 f"while it was captured{f' ({place})' if place else ''}."
             )
             if note not in seen:
@@ -76,6 +77,17 @@ def batch_norm_semantics(net: Net) -> Iterator[str]:
         yield f"BatchNorm of {_and(stepped)}: in training, statistics of each time step, as in the stepped model."
     if "once" in names:
         yield f"BatchNorm of {_and(names['once'])}: computed once, with the statistics of the N samples."
+
+
+def reduced_outputs(net: Net) -> Iterator[str]:
+    """That outputs are reduced over time, and what runs on the reduced value."""
+    reduce = net.options.reduce
+    if reduce is None:
+        return
+    value = "value at the last step" if reduce == "last" else f"{reduce} over time"
+    sunk = [describe_node(node) for node in net.program.graph.nodes if node.meta.get("sunk") and is_computing(node)]
+    runs = f"; {_and(sunk)} run{'s' if len(sunk) == 1 else ''} once, on that" if sunk else ""
+    yield f'The net returns the {value} of each output (reduce="{reduce}"){runs}.'
 
 
 def random_nodes(program: StepProgram) -> Iterator[str]:
@@ -127,7 +139,7 @@ def _constants(node: Node) -> str:
 def vmap_fallbacks(net: Net) -> Iterator[str]:
     """What torch.vmap refused when the net was run."""
     nets = [net, *net._nets_for_shapes.values()]
-    for region in (region for n in nets for region in n.snnfx_regions.modules()):  # type: ignore[union-attr, operator]
+    for region in (region for n in nets for region in n.snnfx_regions.modules()):  # type: ignore[union-attr]
         if isinstance(region, MapRegion) and region.refused_by_vmap:
             reason = region.refused_by_vmap.rstrip(".")
             yield f"torch.vmap refused {region.label}: {reason}. Its steps are run one by one (SNNFX504)."

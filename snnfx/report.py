@@ -16,7 +16,7 @@ _KINDS = {
     "fold": "T is folded into the batch, one call for all time steps",
     "map": "all time steps at once, but each on its own",
     "loop": "one time step after the other",
-    "once": "the same at every time step, computed once",
+    "once": "computed once for all time steps",
 }
 
 
@@ -177,6 +177,7 @@ class Report:
         first_step: how the first step differs, where it is run on its own; else "".
         fixed: sizes that the model's Python code used as numbers, so that the net holds for them alone.
         mode_differences: what is done differently in training and in evaluation mode.
+        reduced: what runs once, on the reduction over time.
         batch_norm: which statistics the BatchNorm layers use in training.
         random: nodes that draw random numbers.
         fallbacks: what torch.vmap refused when the net was run.
@@ -198,6 +199,7 @@ class Report:
     first_step: str = ""
     fixed: tuple[str, ...] = ()
     mode_differences: tuple[str, ...] = ()
+    reduced: tuple[str, ...] = ()
     batch_norm: tuple[str, ...] = ()
     random: tuple[str, ...] = ()
     fallbacks: tuple[str, ...] = ()
@@ -268,7 +270,7 @@ class Report:
             yield f"`{name}` could not be traced and is stepped as it is: {reason.rstrip('.')}."
         if self.first_step:
             yield self.first_step
-        yield from (*self.fixed, *self.batch_norm, *self.random, *self.mode_differences, *self.fallbacks)
+        yield from (*self.fixed, *self.reduced, *self.batch_norm, *self.random, *self.mode_differences, *self.fallbacks)
 
     def _footer(self) -> Document:
         blocks: list[Title | Paragraph] = []

@@ -17,6 +17,8 @@ from typing import Any, Protocol, runtime_checkable
 
 import torch
 from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensor
+from torch.utils import _pytree as pytree
 
 from snnfx.errors import CaptureError, InputError
 
@@ -29,6 +31,7 @@ __all__ = [
     "call_opaque",
     "call_stateful",
     "composite_adapter",
+    "copy_containers",
     "detach_net",
     "has_forward_hooks",
     "initial_value",
@@ -443,11 +446,15 @@ _REGISTRIES = ("_parameters", "_buffers", "_modules")
 
 
 def _restorer_of_attributes(module: nn.Module) -> Callable[[], None]:
-    """Remember a module's `__dict__` (containers copied one level and deeper), its registries and buffer values."""
-    attributes = {k: _copy_containers(v) for k, v in module.__dict__.items() if k not in _REGISTRIES}
+    """Remember a module's `__dict__` (containers copied one level and deeper), its registries, and values.
+
+    Values are those of buffers and of tensors in plain attributes, which a step may change in place.
+    """
+    attributes = {k: copy_containers(v) for k, v in module.__dict__.items() if k not in _REGISTRIES}
     originals = dict(module.__dict__)
     registries = {k: dict(module.__dict__[k]) for k in _REGISTRIES}
-    buffers = [(b, b.detach().clone()) for b in module._buffers.values() if b is not None]
+    plain = [v for v in pytree.tree_leaves(list(attributes.values())) if isinstance(v, Tensor) and not isinstance(v, FakeTensor)]
+    buffers = [(b, b.detach().clone()) for b in (*module._buffers.values(), *plain) if b is not None]
 
     def restore() -> None:
         for key in list(module.__dict__):
@@ -471,11 +478,12 @@ def _restorer_of_attributes(module: nn.Module) -> Callable[[], None]:
     return restore
 
 
-def _copy_containers(value: Any) -> Any:
+def copy_containers(value: Any) -> Any:
+    """The same values in new dicts and lists."""
     if type(value) is dict:
-        return {k: _copy_containers(v) for k, v in value.items()}
+        return {k: copy_containers(v) for k, v in value.items()}
     if type(value) is list:
-        return [_copy_containers(v) for v in value]
+        return [copy_containers(v) for v in value]
     return value
 
 

@@ -11,6 +11,7 @@ import builtins
 import contextlib
 import dis
 import inspect
+import operator
 import os
 import sys
 from collections.abc import Callable, Iterator
@@ -128,6 +129,25 @@ class StepProxy(fx.Proxy):
                 if instruction.offset == caller.f_lasti and instruction.opname == "UNPACK_SEQUENCE":
                     return iter([self[i] for i in range(instruction.argval)])  # type: ignore[index]
         raise _needs_examples(self)
+
+    def __iadd__(self, other: Any) -> Any:
+        return self._in_place(operator.add, operator.iadd, other)
+
+    def __isub__(self, other: Any) -> Any:
+        return self._in_place(operator.sub, operator.isub, other)
+
+    def __imul__(self, other: Any) -> Any:
+        return self._in_place(operator.mul, operator.imul, other)
+
+    def __itruediv__(self, other: Any) -> Any:
+        return self._in_place(operator.truediv, operator.itruediv, other)
+
+    def _in_place(self, on_numbers: Callable[..., Any], on_tensors: Callable[..., Any], other: Any) -> Any:
+        """`x += 1` changes a tensor, whoever else holds it; of a number it makes another number."""
+        value = _value_of(self)
+        is_number = self.node.meta.get("shape_like") if value is _UNKNOWN else not isinstance(value, Tensor)
+        operation = on_numbers if is_number or self.node.meta.get("number") else on_tensors
+        return self.tracer.create_proxy("call_function", operation, (self, other), {})
 
     def __setitem__(self, index: Any, value: Any) -> None:
         raise CaptureError(
@@ -270,9 +290,9 @@ class StepTracer(fx.Tracer):
             node.meta["val"] = value
         return self.proxy(node)
 
-    def add_slot(self, name: str, value: Any = _UNKNOWN) -> StepProxy:
-        """A slot and the placeholder that reads it."""
-        proxy = self.placeholder(name, value, {"slot": name})
+    def add_slot(self, name: str, value: Any = _UNKNOWN, number: bool = False) -> StepProxy:
+        """A slot and the placeholder that reads it; `number`: it is a Python number before and after the first step."""
+        proxy = self.placeholder(name, value, {"slot": name, "number": number})
         self.slot_values[name] = proxy
         self.slot_placeholders[name] = proxy.node
         return proxy

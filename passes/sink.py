@@ -1,0 +1,127 @@
+"""Sink a reduction over time through the tail of the step graph.
+
+When only the mean (or sum) over T of an output is wanted, an affine operation A may be run once, on the reduced value:
+`mean_t(A x_t) = A mean_t(x_t)`. For the last step alone that holds for every operation that is parallel in time. The
+pass marks the nodes through which the reduction of the outputs can be moved: those whose value is needed for nothing
+but outputs and other such nodes. Reassociation changes results by rounding only. (Loop-invariant code motion out of a
+reduction; Allen & Kennedy, Optimizing Compilers for Modern Architectures, sec. 8.)
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+from torch import nn
+from torch.fx import Node
+
+from snnfx.passes.base import Pass
+from snnfx.passes.dependence import Dependence, analyse_dependence, is_random, is_size
+from snnfx.program import StepProgram, is_module_call, operation_name, takes_from_tuple
+from snnfx.tracer import expect_size
+
+__all__ = ["REDUCTIONS", "SinkReductions"]
+
+REDUCTIONS = ("mean", "sum", "last")
+
+_AFFINE_MODULES = (
+    nn.Linear,
+    nn.modules.conv._ConvNd,
+    nn.modules.pooling._AvgPoolNd,
+    nn.modules.pooling._AdaptiveAvgPoolNd,
+    nn.Flatten,
+    nn.Unflatten,
+    nn.Identity,
+    nn.ZeroPad2d,
+)
+_LINEAR_IN_THE_FIRST = frozenset(
+    "linear conv1d conv2d conv3d conv_transpose1d conv_transpose2d conv_transpose3d avg_pool1d avg_pool2d avg_pool3d "
+    "adaptive_avg_pool1d adaptive_avg_pool2d adaptive_avg_pool3d flatten view reshape permute transpose squeeze unsqueeze "
+    "movedim contiguous clone neg sum mean getitem select narrow chunk split unflatten truediv div expand".split()
+)
+"""Affine in the first operand as long as the others do not vary in time."""
+_JOINTLY_LINEAR = frozenset("add sub cat stack".split())
+_BILINEAR = frozenset("mul matmul bmm".split())
+
+
+@dataclass(frozen=True)
+class SinkReductions(Pass):
+    """Mark the nodes that run once, on the reduction over time of what they are given.
+
+    Args:
+        reduce: "mean", "sum" or "last".
+        invariant_inputs: placeholders of inputs that are the same at every step.
+    """
+
+    name = "sink"
+    requires = "normalized"
+
+    reduce: str = "mean"
+    invariant_inputs: tuple[str, ...] = ()
+
+    def apply(self, program: StepProgram) -> str:
+        dependence = analyse_dependence(program, self.invariant_inputs)
+        may_sink = self._may_run_on_the_last if self.reduce == "last" else self._is_affine
+        sunk: set[Node] = set()
+        for node in reversed(list(program.graph.nodes)):
+            if self._only_feeds_outputs(program, node, sunk) and may_sink(program, node, dependence):
+                sunk.add(node)
+        # One element of a tuple goes where the tuple is.
+        sunk -= {node for node in sunk if takes_from_tuple(node) and node.args[0] not in sunk}
+        for node in sunk:
+            node.meta["sunk"] = True
+        return f"{len(sunk)} nodes run on the {self.reduce} over time"
+
+    @staticmethod
+    def _only_feeds_outputs(program: StepProgram, node: Node, sunk: set[Node]) -> bool:
+        if not node.op.startswith("call") or is_size(node) or node.target is expect_size:
+            return False
+        if any(value is node for value in (*program.next_states, *program.initial_values)):
+            return False
+        return all(user in sunk or user.op == "output" for user in node.users)
+
+    @staticmethod
+    def _may_run_on_the_last(program: StepProgram, node: Node, dependence: Dependence) -> bool:
+        if node not in dependence.varying or node in dependence.sequential or is_module_call(node):
+            return False
+        module = program.module_of(node)
+        trains = isinstance(module, nn.modules.batchnorm._BatchNorm) and program.training
+        return not trains and not is_random(program, node)
+
+    @staticmethod
+    def _is_affine(program: StepProgram, node: Node, dependence: Dependence) -> bool:
+        varying = [o for o in node.all_input_nodes if o in dependence.varying and not is_size(o)]
+        if node not in dependence.varying or node in dependence.sequential or not varying:
+            return False
+        if any(is_size(o) for o in node.all_input_nodes) and operation_name(node) not in ("view", "reshape", "expand"):
+            return False
+        if node.op == "call_module":
+            return _is_affine_module(program.resolve(str(node.target)), program.training)
+        name = operation_name(node)
+        if name in _JOINTLY_LINEAR:
+            return "alpha" not in node.kwargs or not isinstance(node.kwargs["alpha"], Node)
+        if name in _BILINEAR:
+            return len(varying) == 1 and list(_tensors(node)).count(varying[0]) == 1
+        return name in _LINEAR_IN_THE_FIRST and varying == [node.args[0]] and "dtype" not in node.kwargs
+
+
+def _is_affine_module(module: nn.Module, training: bool) -> bool:
+    if isinstance(module, nn.modules.batchnorm._BatchNorm):
+        return not training and module.running_mean is not None
+    if isinstance(module, nn.modules.dropout._DropoutNd):
+        return not training
+    if getattr(module, "padding_mode", "zeros") not in ("zeros", "circular", "reflect", "replicate"):
+        return False
+    return isinstance(module, _AFFINE_MODULES)
+
+
+def _tensors(node: Node) -> Any:
+    walk: list[Any] = [*node.args, *node.kwargs.values()]
+    while walk:
+        value = walk.pop()
+        if isinstance(value, Node):
+            yield value
+        elif isinstance(value, list | tuple):
+            walk.extend(value)
+
+
