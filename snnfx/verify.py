@@ -20,6 +20,7 @@ from snnfx.errors import InputError, VerificationError
 from snnfx.isolation import copies_in_float64, random_state, to_float64, undisturbed
 from snnfx.oracle import folded_forward, step_forward
 from snnfx.region_lookup import called_in, is_within, place_of_module, place_of_output, reset_discovered_state
+from snnfx.regions import reduce_over_time
 from snnfx.state import named_stateful, reset_net
 from snnfx.timed_inputs import TimedInputs
 
@@ -108,6 +109,7 @@ class _Verification:
         }
         self.folded = folded if net.options.batch_norm == "fold" else set()
         self.once = {name for name in self.folded if is_within(name, once)}
+        self.reduce: str | None = getattr(net.options, "reduce", None)
         self.initial: dict[str, Any] = {}
         self.output_names: list[str] = []
         self.notes: list[str] = []
@@ -185,7 +187,9 @@ class _Verification:
     def _outputs_of_net(self, y_seq: Any) -> dict[str, Any]:
         outputs, dim = named_leaves(y_seq, "output"), self.inputs.output_dim
         for name, leaf in outputs.items():
-            if isinstance(leaf, Tensor):
+            if isinstance(leaf, Tensor) and self.reduce is not None:
+                outputs[name] = leaf.unsqueeze(0)
+            elif isinstance(leaf, Tensor):
                 if not -leaf.ndim <= dim < leaf.ndim or leaf.shape[dim] != self.inputs.steps:
                     why = f"it is {list(leaf.shape)}, and dimension {dim} should be T = {self.inputs.steps}."
                     raise VerificationError("SNNFX401", f"`{name}` of the net has no time dimension", why=why)
@@ -245,7 +249,10 @@ class _Verification:
             steps = [named_leaves(y[0] if len(y) == 1 else y, "output") for y in rest]
         if any(step.keys() != steps[0].keys() for step in steps):
             raise VerificationError("SNNFX401", "the outputs of the model are not nested alike at every step")
-        return {name: _over_time(name, [step[name] for step in steps]) for name in steps[0]}
+        over_time = {name: _over_time(name, [step[name] for step in steps]) for name in steps[0]}
+        if self.reduce is None:
+            return over_time
+        return pytree.tree_map_only(Tensor, lambda y: reduce_over_time(y, self.reduce).unsqueeze(0), over_time)
 
     def _gradients(
         self, outputs: Mapping[str, Any], inputs: TimedInputs, module: nn.Module

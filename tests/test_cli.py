@@ -20,7 +20,7 @@ from snnfx.factory import load_model
 
 ROOT = Path(__file__).parents[1]
 
-MODELS = '''
+MODELS = """
 import torch
 from torch import nn
 from beside import WIDTH
@@ -69,14 +69,16 @@ def broken():
 
 def no_module():
     return [1, 2]
-'''
+"""
 
 
 @pytest.fixture(autouse=True)
 def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
     """The current directory, with modules of a user in it."""
     (tmp_path / "zoo_of_tests").mkdir()
-    (tmp_path / "zoo_of_tests" / "models.py").write_text(MODELS.replace("from beside", "from .beside"), encoding="utf-8")
+    (tmp_path / "zoo_of_tests" / "models.py").write_text(
+        MODELS.replace("from beside", "from .beside"), encoding="utf-8"
+    )
     (tmp_path / "zoo_of_tests" / "beside.py").write_text("WIDTH = 4\n", encoding="utf-8")
     (tmp_path / "files").mkdir()
     (tmp_path / "files" / "models.py").write_text(MODELS, encoding="utf-8")
@@ -93,7 +95,12 @@ def run(*arguments: str, cwd: Path) -> subprocess.CompletedProcess[str]:
     """The command line as a user starts it."""
     environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
     return subprocess.run(
-        [sys.executable, "-m", "snnfx", *arguments], cwd=cwd, env=environment, capture_output=True, text=True, timeout=120
+        [sys.executable, "-m", "snnfx", *arguments],
+        cwd=cwd,
+        env=environment,
+        capture_output=True,
+        text=True,
+        timeout=120,
     )
 
 

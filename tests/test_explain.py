@@ -446,6 +446,16 @@ def test_random_numbers_are_fresh_at_each_step() -> None:
     assert explain(tiny()).random == ()
 
 
+def test_what_runs_on_the_reduced_value_is_told() -> None:
+    report = explain(tiny(), example_inputs=torch.rand(2, 3), reduce="mean")
+    assert report.reduced == (
+        'The net returns the mean over time of each output (reduce="mean"); 2 runs once, on that.',
+    )
+    assert [(r.kind, r.outputs) for r in report.regions][-1] == ("once", ("[N, 2]",))
+    assert report.reduced[0] in notes(report)
+    assert explain(tiny()).reduced == ()
+
+
 def test_size_used_as_a_number_is_told() -> None:
     class Columns(nn.Module):
         def forward(self, x: Tensor) -> Tensor:

@@ -53,6 +53,17 @@ def test_reduced_net_equals_reducing_afterwards(name: str, reduce: str, training
 
 
 @pytest.mark.parametrize("reduce", REDUCTIONS)
+def test_verify_reduces_the_model_s_outputs_too(reduce: str) -> None:
+    model = readout_net().double()
+    x_seq = torch.rand(5, 2, 4, dtype=torch.float64) * 3
+    snnfx.verify(model, snnfx.convert(model, reduce=reduce), x_seq)
+    with pytest.raises(snnfx.errors.VerificationError, match="SNNFX401"):
+        wrong = snnfx.convert(model, reduce="sum" if reduce != "sum" else "mean")
+        wrong.options = snnfx.convert(model, reduce=reduce).options
+        snnfx.verify(model, wrong, x_seq)
+
+
+@pytest.mark.parametrize("reduce", REDUCTIONS)
 def test_the_affine_tail_runs_once(reduce: str) -> None:
     net = snnfx.convert(readout_net(), reduce=reduce)
     assert [region.kind for region in net.regions] == ["fold", "loop", "once"]
