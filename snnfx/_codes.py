@@ -246,6 +246,13 @@ CODES: dict[str, CodeEntry] = {
         "seq_to_ann_forward(x_seq, lambda x: x.sum(0))",
         "map_forward(x_seq, lambda x: x.sum(0))",
     ),
+    "SNNFX314": CodeEntry(
+        "which outputs are the state is not clear",
+        "The step has arguments that default to None and look like state, and returns several values, but their numbers "
+        "do not match or their names do not tell. A wrong guess would feed one value into another.",
+        "snnfx.convert(model)                             # forward(self, x, mem=None) -> (spk, aux, mem)",
+        'snnfx.convert(model, carry={"mem": 2})           # carry={} if no argument is carried',
+    ),
     # 4xx: verification
     "SNNFX401": CodeEntry("outputs differ", "The net's output is not that of the stepped model."),
     "SNNFX402": CodeEntry("final states differ", "The state after the last step is not that of the stepped model."),

@@ -12,8 +12,8 @@ from __future__ import annotations
 
 import contextlib
 import inspect
-from collections.abc import Iterator
-from dataclasses import dataclass, replace
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -23,6 +23,7 @@ from torch.fx import Node
 from torch.nn.parameter import is_lazy
 from torch.utils import _pytree as pytree
 
+from snnfx.carry import CarriedArgument, OutputPath, SlotName, output_at, split_arguments, with_output_at
 from snnfx.errors import CaptureError, InputError
 from snnfx.leaves import is_leaf
 from snnfx.matching import GraphMatch
@@ -30,19 +31,22 @@ from snnfx.program import InputLeaf, Slot, StepProgram, add_placeholder
 from snnfx.state import Adapter, StateSnapshot, adapter_of, composite_adapter, copy_containers, is_stateful_tree
 from snnfx.tracer import ArgumentLeaf, FunctionHolder, StepProxy, StepTracer, SubmoduleNotTraceable, apply_autograd_function
 
-__all__ = ["FunctionHolder", "apply_autograd_function", "capture", "capture_both_modes"]
+__all__ = ["FunctionHolder", "apply_autograd_function", "as_call", "capture", "capture_both_modes"]
 
 
 def capture_both_modes(
-    model: nn.Module, example_inputs: Any = None, entry: str = "forward"
+    model: nn.Module,
+    example_inputs: Any = None,
+    entry: str = "forward",
+    carry: Mapping[str, OutputPath] | None = None,
 ) -> tuple[StepProgram, StepProgram]:
     """Capture a model in training and in evaluation mode.
 
     Returns:
         `(training program, evaluation program)`; the same object twice when the mode makes no difference.
     """
-    training = capture(model, example_inputs, entry, training=True)
-    evaluation = capture(model, example_inputs, entry, training=False)
+    training = capture(model, example_inputs, entry, training=True, carry=carry)
+    evaluation = capture(model, example_inputs, entry, training=False, carry=carry)
     match = GraphMatch(training, evaluation)
     if match.same_program():
         return training, training
@@ -69,7 +73,11 @@ def _rename_constants(program: StepProgram, taken: dict[str, Any]) -> None:
 
 
 def capture(
-    model: nn.Module, example_inputs: Any = None, entry: str = "forward", training: bool | None = None
+    model: nn.Module,
+    example_inputs: Any = None,
+    entry: str = "forward",
+    training: bool | None = None,
+    carry: Mapping[str, OutputPath] | None = None,
 ) -> StepProgram:
     """Capture one step of `model`; the model is left exactly as it was.
 
@@ -79,6 +87,7 @@ def capture(
             dict of keyword arguments. Without it the arguments are the method's required parameters, all tensors.
         entry: the method that is one step.
         training: the mode to capture; default: the mode the model is in.
+        carry: arguments that are outputs of the step before, and where in the outputs they are.
 
     Returns:
         The step program, stage "captured".
@@ -90,12 +99,13 @@ def capture(
     _check_model(model, entry)
     training = model.training if training is None else training
     fake_mode = FakeTensorMode(allow_non_fake_inputs=True) if example_inputs is not None else None
-    arguments, leaves, spec = _arguments(model, entry, example_inputs, fake_mode)
+    carried = _carried_arguments(model, entry, example_inputs, carry or {}, fake_mode)
+    arguments, leaves, spec = _arguments(model, entry, example_inputs, fake_mode, tuple(c.name for c in carried))
     opaque: dict[str, str] = {}
     with StateSnapshot.of(model), _mode(model, training), torch.enable_grad():
         while True:
             try:
-                program = _capture_once(model, entry, arguments, leaves, spec, opaque, fake_mode, training)
+                program = _capture_once(model, entry, arguments, leaves, spec, opaque, fake_mode, training, carried)
                 break
             except SubmoduleNotTraceable as failure:
                 if failure.name in opaque or failure.name == "":
@@ -117,16 +127,19 @@ def _capture_once(
     opaque: dict[str, str],
     fake_mode: FakeTensorMode | None,
     training: bool,
+    carried: list[_Carried],
 ) -> StepProgram:
-    traced = _Traced(model, entry, arguments, opaque, fake_mode)
+    traced = _Traced(model, entry, arguments, opaque, fake_mode, carried)
     discovered: dict[str, _Attribute] = {}
     cold, found = traced.trace(discovered, warm=False)
     values = {name: node for name, node in zip(cold.slot_values, cold.graph.output_node().args[0][1], strict=True)}  # type: ignore[index]
     for attribute in found:
         discovered[attribute.name] = attribute
-    if not discovered and not traced.inlined_slots():
+    starts_as_none = {name for c in carried if not c.required for name in c.argument().slot_names()}
+    if not discovered and not traced.inlined_slots() and not starts_as_none:
         return traced.program(cold, leaves, spec, training)
-    cold_program = traced.program(cold, leaves, spec, training)
+    cold_program = traced.program(cold, leaves, spec, training, drop_overwritten=False)
+    structures = [c.structure for c in carried]
     for _ in range(3):
         shapes = {name: _recorded(value) for name, value in values.items()}
         shapes.update({a.name: a.after for a in discovered.values()})
@@ -143,6 +156,14 @@ def _capture_once(
             why="a net has the same states at every step.",
             hint="Register the states with snnfx.MemoryModule.register_memory.",
         )
+    if [c.structure for c in carried] != structures:
+        raise CaptureError(
+            "SNNFX201",
+            f"the carried state {', '.join(c.name for c in carried)} has another structure after the second step",
+            where=type(model).__name__,
+            why="a net has the same states at every step.",
+            hint="Let one step return the state nested as it takes it.",
+        )
     program = traced.program(warm, leaves, spec, training, set(discovered))
     # What the cold trace left in discovered attributes is their next value there.
     outputs, nexts, initials = cold_program.output.args[0]  # type: ignore[misc]
@@ -154,9 +175,10 @@ def _capture_once(
     cold_program.slots = _slots_with_placeholders(cold_program, program.slots)
     cold_program.set_output(outputs, [by_name[s.name][0] for s in program.slots], [by_name[s.name][1] for s in program.slots])
     starts = {a.name: a.before for a in discovered.values()} | traced.inlined_starts()
-    bindable = {s.name: starts.get(s.name) for s in program.slots if s.name not in traced.leaf_slots()}
+    given = {name for c in carried if c.required for name in c.argument().slot_names()}
+    bindable = {s.name: starts.get(s.name) for s in program.slots if s.name not in traced.leaf_slots() | given}
     match = GraphMatch(cold_program, program, bindable)
-    if match.same_program():
+    if match.same_program() and not _reads_none_elsewhere(program, match, starts_as_none):
         match.move_initial_values()
     else:
         _rename_constants(cold_program, program.constants)
@@ -177,6 +199,70 @@ def _slots_with_placeholders(program: StepProgram, slots: list[Slot]) -> list[Sl
             known[slot.name] = node.name
         found.append(replace(slot, placeholder=known[slot.name]))
     return found
+
+
+def _reads_none_elsewhere(program: StepProgram, match: GraphMatch, names: set[str]) -> bool:
+    """Whether a state that is None at first is read by something that its own next value does not depend on.
+
+    That is run for the whole sequence at once, and None is no part of a sequence.
+    """
+    for slot, node, following in zip(program.slots, program.slot_nodes(), program.next_states, strict=True):
+        if slot.name in names and match.bound.get(slot.name) is None:
+            before: set[Node] = set()
+            stack = [following] if isinstance(following, Node) else []
+            while stack:
+                current = stack.pop()
+                if current not in before:
+                    before.add(current)
+                    stack.extend(current.all_input_nodes)
+            if any(user not in before for user in node.users):
+                return True
+    return False
+
+
+@dataclass
+class _Carried:
+    """An argument that is carried, while it is captured.
+
+    `structure` is found by the trace that starts from None; or it is that of an example, if `required`, whose values
+    are in `examples` by slot.
+    """
+
+    name: str
+    path: OutputPath
+    required: bool = False
+    structure: Any = None
+    examples: dict[str, Any] = field(default_factory=dict)
+    numbers: set[str] = field(default_factory=set)
+
+    def argument(self) -> CarriedArgument:
+        return CarriedArgument(self.name, self.path, self.structure, self.required)
+
+    def take(self, value: Any, slot_values: dict[str, Any]) -> None:
+        """Note down the next value of the argument: its structure, and the value of each slot."""
+        flat, spec = pytree.tree_flatten_with_path(value)
+        structure: list[Any] = []
+        for path, leaf in flat:
+            if isinstance(leaf, StepProxy | Tensor) or (_is_number(leaf) and not isinstance(leaf, bool)):
+                structure.append(SlotName(".".join([self.name, *map(_key_of, path)])))
+                slot_values[structure[-1].name] = leaf
+                if not isinstance(leaf, StepProxy | Tensor):
+                    self.numbers.add(structure[-1].name)
+            else:
+                structure.append(leaf)
+        after = pytree.tree_unflatten(structure, spec)
+        if self.required and self.structure is not None and after != self.structure:
+            raise InputError(
+                "SNNFX308",
+                f"the example of the state `{self.name}` is nested in another way than what one step returns",
+                hint="Give it as one step returns it.",
+            )
+        self.structure = after
+
+
+def _key_of(key: Any) -> str:
+    """What one entry of a pytree path is called."""
+    return str(getattr(key, "idx", getattr(key, "key", getattr(key, "name", None))))
 
 
 @dataclass
@@ -232,10 +318,16 @@ class _Traced:
     """Runs the traces of one capture and finds out which attributes they change."""
 
     def __init__(
-        self, model: nn.Module, entry: str, arguments: Any, opaque: dict[str, str], fake_mode: FakeTensorMode | None
+        self,
+        model: nn.Module,
+        entry: str,
+        arguments: Any,
+        opaque: dict[str, str],
+        fake_mode: FakeTensorMode | None,
+        carried: list[_Carried],
     ) -> None:
         self.model, self.entry, self.arguments = model, entry, arguments
-        self.opaque, self.fake_mode = opaque, fake_mode
+        self.opaque, self.fake_mode, self.carried = opaque, fake_mode, carried
         self.stateful = _outermost_stateful(model, opaque)
 
     def inlined_slots(self) -> set[str]:
@@ -277,6 +369,29 @@ class _Traced:
                 number = _is_number(attribute.before) and _is_number(attribute.result)
                 known = _known(shapes.get(attribute.name))
                 attribute.write(tracer.add_slot(attribute.name, *known, number=number))
+            for c in self.carried:
+                known = {**c.examples, **shapes}
+                tracer.carried_arguments[c.name] = (
+                    pytree.tree_map(
+                        lambda leaf, known=known, numbers=c.numbers: tracer.add_slot(
+                            leaf.name, *_known(known.get(leaf.name)), number=leaf.name in numbers
+                        )
+                        if isinstance(leaf, SlotName)
+                        else leaf,
+                        c.structure,
+                    )
+                    if warm or c.required
+                    else None
+                )
+
+        def take_carried(outputs: Any) -> Any:
+            for c in self.carried:
+                c.take(_output_at(self.model, outputs, c), tracer.slot_values)
+            for c in self.carried:
+                outputs = with_output_at(outputs, c.path, None)
+            return outputs
+
+        tracer.take_carried = take_carried
 
         def finish(tracer: StepTracer) -> None:
             for prefix, module, adapter, leaf in self.stateful:
@@ -295,7 +410,7 @@ class _Traced:
             try:
                 tracer.record(self.model, prepare, finish)
             finally:
-                self._refuse_changed_buffers(before)
+                self._refuse_changed_tensors(before)
         return tracer, found
 
     def _traced_modules(self) -> Iterator[tuple[str, nn.Module]]:
@@ -322,14 +437,13 @@ class _Traced:
                 elif isinstance(value, tuple | list | dict) and any(type(x) is StepProxy for x in pytree.tree_leaves(value)):
                     yield from _changed_elements(slot, module, key, old.get(key), value)
 
-    def _refuse_changed_buffers(self, before: dict[nn.Module, Any]) -> None:
+    def _refuse_changed_tensors(self, before: dict[nn.Module, Any]) -> None:
         for name, module in self._traced_modules():
-            for key, version in before[module][2].items():
-                tensor = before[module][1].get(key)
-                if tensor is not None and tensor._version != version:
+            for key, (tensor, version) in before[module][2].items():
+                if tensor._version != version:
                     raise CaptureError(
                         "SNNFX206",
-                        f"the buffer `{name + '.' if name else ''}{key}` is changed in place",
+                        f"the tensor `{name + '.' if name else ''}{key}` is changed in place",
                         where=type(module).__name__,
                         why="a step may only change state by assigning it, so that it can be handed from step to step.",
                         hint="Write `self.x = self.x + ...`, or register it as a memory of a snnfx.MemoryModule.",
@@ -342,6 +456,7 @@ class _Traced:
         spec: pytree.TreeSpec,
         training: bool,
         discovered: set[str] | None = None,
+        drop_overwritten: bool = True,
     ) -> StepProgram:
         """The program of a finished trace; slots of modules that were never called are left out."""
         graph = tracer.graph
@@ -353,6 +468,8 @@ class _Traced:
         for (name, _), following, initial in zip(tracer.slot_values.items(), nexts, initials, strict=True):
             placeholder = tracer.slot_placeholders.get(name)
             if placeholder is not None and following is placeholder and len(placeholder.users) == 1:
+                continue
+            if drop_overwritten and name in tracer.overwritten_slots and placeholder is not None and not placeholder.users:
                 continue
             slot = Slot(name, placeholder.name if placeholder else "", name in (discovered or ()))
             kept.append((slot, following, initial))
@@ -366,6 +483,8 @@ class _Traced:
             slots=[slot for slot, _, _ in kept],
             training=training,
             opaque=dict(self.opaque),
+            carried=[c.argument() for c in self.carried],
+            overwritten=frozenset(tracer.overwritten_slots - {slot.name for slot, _, _ in kept}),
         )
         program.set_output(outputs, [n for _, n, _ in kept], [i for _, _, i in kept])
         used = {slot.placeholder for slot in program.slots}
@@ -416,19 +535,75 @@ def _check_model(model: nn.Module, entry: str) -> None:
             )
 
 
+def _output_at(model: nn.Module, outputs: Any, carried: _Carried) -> Any:
+    try:
+        return output_at(outputs, carried.path)
+    except (IndexError, KeyError, TypeError, AttributeError) as error:
+        raise InputError(
+            "SNNFX309",
+            f"carry: the outputs of a step of {type(model).__name__} have nothing at {carried.path}",
+            why=f"`{carried.name}` should be carried from there.",
+            hint="Give the index of the next state in what the step returns.",
+        ) from error
+
+
+def _carried_arguments(
+    model: nn.Module,
+    entry: str,
+    example_inputs: Any,
+    carry: Mapping[str, OutputPath],
+    fake_mode: FakeTensorMode | None,
+) -> list[_Carried]:
+    """The arguments to be carried, with the structure of those for which there is an example and no default."""
+    if not carry:
+        return []
+    parameters = {p.name: p for p in list(inspect.signature(getattr(type(model), entry)).parameters.values())[1:]}
+    args, kwargs = as_call(example_inputs)
+    _, _, examples = split_arguments(list(parameters.values()), list(carry), args, kwargs)
+    found = []
+    for name, path in carry.items():
+        if name not in parameters:
+            raise InputError(
+                "SNNFX309",
+                f"carry: {type(model).__name__}.{entry} has no argument `{name}`",
+                hint=f"Its arguments are {', '.join(parameters)}.",
+            )
+        carried = _Carried(name, path)
+        if examples.get(name) is not None and parameters[name].default is not None:
+            carried.required = True
+            carried.take(examples[name], carried.examples)
+            carried.examples = {
+                slot: fake_mode.from_tensor(value.detach(), static_shapes=True)
+                for slot, value in carried.examples.items()
+                if isinstance(value, Tensor) and fake_mode is not None
+            }
+        found.append(carried)
+    return found
+
+
+def as_call(example_inputs: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    """`example_inputs` as `(args, kwargs)`."""
+    if example_inputs is None:
+        return (), {}
+    if isinstance(example_inputs, dict):
+        return (), dict(example_inputs)
+    return ((example_inputs,) if isinstance(example_inputs, Tensor) else tuple(example_inputs)), {}
+
+
 def _arguments(
-    model: nn.Module, entry: str, example_inputs: Any, fake_mode: FakeTensorMode | None
+    model: nn.Module, entry: str, example_inputs: Any, fake_mode: FakeTensorMode | None, carried: tuple[str, ...] = ()
 ) -> tuple[Any, list[InputLeaf], pytree.TreeSpec]:
-    """`((args, kwargs) with ArgumentLeaf in place of tensors, leaves, spec)`."""
+    """`((args, kwargs) with ArgumentLeaf in place of tensors, leaves, spec)`, without the carried arguments."""
     signature = inspect.signature(getattr(type(model), entry))
     parameters = list(signature.parameters.values())[1:]
     if example_inputs is None:
         names = []
         for p in parameters:
-            if p.kind in (p.VAR_POSITIONAL, p.VAR_KEYWORD):
+            if p.kind in (p.VAR_POSITIONAL, p.VAR_KEYWORD) or p.name in carried:
                 continue
             if p.default is p.empty:
-                names.append((p.name, p.kind is p.KEYWORD_ONLY))
+                behind = any(q.name in carried for q in parameters[: parameters.index(p)])
+                names.append((p.name, behind or p.kind is p.KEYWORD_ONLY))
         if not names:
             raise CaptureError(
                 "SNNFX211",
@@ -440,12 +615,10 @@ def _arguments(
             tuple(_Unknown(n) for n, keyword in names if not keyword),
             {n: _Unknown(n) for n, keyword in names if keyword},
         )
-    elif isinstance(example_inputs, dict):
-        given = ((), dict(example_inputs))
     else:
-        given = ((example_inputs,) if isinstance(example_inputs, Tensor) else tuple(example_inputs), {})
+        given = split_arguments(parameters, carried, *as_call(example_inputs))[:2]
     try:
-        bound = signature.bind(model, *given[0], **given[1])
+        bound = signature.bind(model, *given[0], **given[1], **dict.fromkeys(carried))
     except TypeError as error:
         raise InputError(
             "SNNFX307",
@@ -510,8 +683,10 @@ def _mode(model: nn.Module, training: bool) -> Iterator[None]:
             m.training = flag
 
 
-def _versions(module: nn.Module) -> dict[str, int]:
-    return {k: b._version for k, b in module._buffers.items() if b is not None}
+def _versions(module: nn.Module) -> dict[str, tuple[Tensor, int]]:
+    """The buffers of a module and the tensors in its plain attributes, with the number of changes they have seen."""
+    named = {**module.__dict__, **module._buffers}
+    return {k: (v, v._version) for k, v in named.items() if type(v) is not StepProxy and isinstance(v, Tensor)}
 
 
 def _is_state_change(old: Any, new: Any) -> bool:

@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import inspect
 import time
+from collections.abc import Mapping
 from typing import Any
 
 from torch import nn
 
 from snnfx.capture import capture_both_modes
+from snnfx.carry import paths_of
 from snnfx.errors import InputError
+from snnfx.inferred_carry import infer_carry
 from snnfx.net import ConvertOptions, Net, _time_dims_of_leaves
 from snnfx.passes.base import Pass, PassManager, PassRecord, verify_program
 from snnfx.passes.chunk import check_chunk_option
@@ -32,6 +36,7 @@ def convert(
     chunk: int | str | None = "auto",
     carry_state: bool = False,
     reduce: str | None = None,
+    carry: Mapping[str, Any] | None = None,
 ) -> Net:
     """Convert a model of one time step into a net that runs sequences, with the same result.
 
@@ -55,13 +60,22 @@ def convert(
         reduce: "mean", "sum" or "last": return that over the time steps instead of sequences. It is moved as far up as
             it goes: linear layers at the end run once, on the reduced value.
         carry_state: keep the state from call to call, detached, until `reset_net(net)`.
+        carry: for models that take and return their state: which argument is carried from which output, an index into
+            what a step returns or a tuple of indices and keys, e.g. `{"mem1": 1, "mem2": 2}` for
+            `forward(x, mem1, mem2) -> (spk, mem1, mem2)`. At the first step the argument is None, or what the caller
+            gives: `net(x_seq, mem1, mem2)`. Where `example_inputs` has a value for an argument without a default, the
+            caller has to give one. The net returns what the model returns, with the carried outputs as they are after
+            the last step: `y_seq, state = net(x_seq)`. Their slots are named after the argument, e.g. "mem1" or
+            "state.v". None: inferred (`net.program.inferred_carry` tells): trailing arguments named like a state, with
+            the default None and left out of `example_inputs`, k of them, are carried from the last k of k + 1
+            outputs. `{}`: nothing is carried.
 
     Returns:
         A `snnfx.Net` (a torch.fx.GraphModule).
 
     Raises:
         CaptureError: the model cannot be captured (codes 2xx).
-        InputError: an option or `example_inputs` does not fit.
+        InputError: an option or `example_inputs` does not fit; SNNFX314: which outputs are the state is not clear.
 
     Example:
         >>> import torch, snnfx
@@ -79,8 +93,9 @@ def convert(
     if reduce is not None:
         _check_choice("reduce", reduce, REDUCTIONS)
     check_chunk_option(chunk)
-    options = ConvertOptions(step_mode, time_dim, entry, batch_norm, chunk, carry_state, reduce)
-    programs, history = prepare_programs(model, options, example_inputs)
+    paths = paths_of(carry) if carry is not None else infer_carry(model, entry, example_inputs)
+    options = ConvertOptions(step_mode, time_dim, entry, batch_norm, chunk, carry_state, reduce, paths or None)
+    programs, history = prepare_programs(model, options, example_inputs, inferred_carry=carry is None)
     return Net(model, programs, options, history, _convert_for_shapes)
 
 
@@ -100,11 +115,13 @@ def pipeline(program: StepProgram, options: ConvertOptions) -> list[Pass]:
 
 
 def prepare_programs(
-    model: nn.Module, options: ConvertOptions, example_inputs: Any
+    model: nn.Module, options: ConvertOptions, example_inputs: Any, inferred_carry: bool = False
 ) -> tuple[dict[bool, StepProgram], list[PassRecord]]:
     """Capture a model in both modes and run the pipeline: `({training: program}, history)`."""
     start = time.perf_counter()
-    training, evaluation = capture_both_modes(model, example_inputs, options.entry)
+    training, evaluation = capture_both_modes(model, example_inputs, options.entry, options.carry)
+    for program in (training, evaluation):
+        program.inferred_carry = inferred_carry and bool(options.carry)
     captured = (time.perf_counter() - start) * 1e3
     same_graph = training is evaluation
     note = f"{len(training.graph.nodes)} nodes, {len(training.slots)} slots"
@@ -133,8 +150,11 @@ def _same_plan(a: StepProgram, b: StepProgram) -> bool:
 
 def _convert_for_shapes(net: Net, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Net:
     """The net for inputs that the plan of `net` does not cover: captured again with their shapes."""
-    example = kwargs if kwargs and not args else args
-    programs, history = prepare_programs(net.source, net.options, example)
+    example: Any = kwargs if kwargs and not args else args
+    if args and kwargs:
+        method = getattr(type(net.source), net.options.entry)
+        example = {**dict(zip(list(inspect.signature(method).parameters)[1:], args, strict=False)), **kwargs}
+    programs, history = prepare_programs(net.source, net.options, example, net.program.inferred_carry)
     return Net(net.source, programs, net.options, history, _convert_for_shapes)
 
 

@@ -26,7 +26,7 @@ from snnfx.passes.chunk import plan_chunks
 from snnfx.passes.dce import RemoveDeadCode
 from snnfx.passes.normalize import Normalize
 from snnfx.passes.partition import Partition
-from snnfx.program import StepProgram, describe_node, is_module_call
+from snnfx.program import StepProgram, is_module_call
 
 __all__ = ["draw"]
 
@@ -106,14 +106,13 @@ def _picture_of_net(net: Net, example_inputs: Any) -> Picture:
     if example_inputs is not None:
         values = _values_for(program, example_inputs, net.options.entry) or values
     places = {node: region.name for region in program.regions for node in region.nodes}
-    painter = Painter(program, values, places)
-    painter.kinds = {region.name: region.kind for region in program.regions}
+    painter = Painter(program, values, places, {region.name: region.kind for region in program.regions})
     members: list[Member] = []
     for region in program.regions:
         refusals = [(node, refusal) for node, refusal in region.refusals() if node in painter.depth]
         codes = {refusal.code for _, refusal in refusals}
         shared = codes.pop() if len(codes) == 1 else ""
-        reasons = [f"{describe_node(node)}: {refusal.code} {refusal.reason}" for node, refusal in refusals]
+        reasons = dict.fromkeys(f"{refusal.code} {refusal.reason}" for _, refusal in refusals)
         cluster = Cluster(region.name, region.kind, region.name, note=shared)
         cluster.tooltip = "\n".join([f"{region.name}: {STYLES[region.kind].meaning}", *reasons])
         cluster.members = painter.members(region.name, show_codes=not shared)
@@ -174,7 +173,9 @@ def _chunk_frame(net: Net, values: Mapping[str, Any], members: list[Member]) -> 
         return [frame]
     program = net.program
     recorded = [values.get(node.name) for node in program.input_nodes()]
-    if net.training or not all(isinstance(value, Tensor) for value in recorded):
+    # Planning runs the modules on tensors without values, which are not for a user's hooks to see.
+    hooked = any(module._forward_hooks or module._forward_pre_hooks for module in net.source.modules())
+    if net.training or hooked or not all(isinstance(value, Tensor) for value in recorded):
         return [frame]
     held = next((t for t in (*net.source.parameters(), *net.source.buffers())), torch.empty(0))
     steps = [torch.empty(1, dtype=v.dtype, device=held.device).expand(v.shape) for v in recorded]  # type: ignore[union-attr]

@@ -288,7 +288,9 @@ def _slots(program: StepProgram) -> Iterator[SlotRow]:
         yield SlotRow(slot.name, text, region_of.get(slot.name, ""), shape, slot.discovered)
 
 
-def _chunk(net: Net) -> ChunkRow:
+def _chunk(net: Net) -> ChunkRow | None:
+    if net.options.step_mode == "s":
+        return None
     chunk = net.options.chunk
     if chunk is None or isinstance(chunk, int):
         plan = plan_chunks(net.program, (), chunk)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -168,15 +169,14 @@ class GraphMatch:
     def _same_node(self, a: Node, b: Node) -> bool:
         if a in self.matched:
             return self.matched[a] is b
-        if a.op != b.op:
+        if a.op != b.op and not (a.op.startswith("call") and b.op.startswith("call")):
             return False
         if a.op == "placeholder":
             same = _reads_the_same(a, b)
         elif a.op == "get_attr":
             same = _same_object(self.a.resolve, str(a.target), self.b.resolve, str(b.target))
         else:
-            same_target = IN_PLACE_OPERATORS.get(a.target, a.target) == IN_PLACE_OPERATORS.get(b.target, b.target)
-            same = same_target and self._same(tuple(a.args), tuple(b.args)) and self._same(a.kwargs, b.kwargs)
+            same = _operation(a) == _operation(b) and self._same(tuple(a.args), tuple(b.args)) and self._same(a.kwargs, b.kwargs)
         if same:
             self.matched[a] = b
         return same
@@ -197,6 +197,16 @@ def _changes_in_place(program: StepProgram) -> list[Node]:
             and not (n.target in IN_PLACE_OPERATORS and max(position[user] for user in n.args[0].users) == position[n])
         )
     ]
+
+
+_METHODS = {"add": operator.add, "sub": operator.sub, "mul": operator.mul, "div": operator.truediv}
+
+
+def _operation(node: Node) -> tuple[str, Any]:
+    """What a node computes: `tensor + proxy` is recorded as a method, `proxy + proxy` as an operator."""
+    if node.op == "call_method" and node.target in _METHODS and not node.kwargs:
+        return "call_function", _METHODS[str(node.target)]
+    return node.op, IN_PLACE_OPERATORS.get(node.target, node.target)
 
 
 def _reads_the_same(a: Node, b: Node) -> bool:

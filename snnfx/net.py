@@ -20,6 +20,7 @@ from torch.fx import Node
 from torch.fx.graph_module import _forward_from_src
 from torch.utils import _pytree as pytree
 
+from snnfx.carry import OutputPath, flatten_state, outputs_without, rebuild_state, split_arguments, with_output_at
 from snnfx.errors import InputError, warn_once
 from snnfx.functional import chunk_multi_step_forward
 from snnfx.passes.base import PassRecord
@@ -45,6 +46,7 @@ class ConvertOptions:
     chunk: int | str | None = "auto"
     carry_state: bool = False
     reduce: str | None = None
+    carry: dict[str, OutputPath] | None = None
 
 
 class Net(fx.GraphModule):
@@ -403,6 +405,8 @@ class Net(fx.GraphModule):
         dims = self._tensor_dims()
         names = [leaf.name for leaf in self.program.input_leaves if leaf.placeholder is not None]
         moved: list[Tensor] = []
+        if T is not None and (isinstance(T, bool) or not isinstance(T, int | torch.SymInt)):
+            raise InputError("SNNFX309", f"T={T!r}", hint="T is the number of time steps, an int.")
         for name, dim, x in zip(names, dims, leaves, strict=True):
             if dim is None:
                 moved.append(x)

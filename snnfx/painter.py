@@ -33,15 +33,21 @@ class Painter:
         values: the value of one step, by node name, as far as it is known.
         places: the container or region that each drawn node is in.
 
+        kinds: the kind of each region, when places are regions.
+
     Attributes:
-        kinds: the kind of each region, where places are regions.
         reduce: the reduction over time of the outputs, as in `snnfx.convert`.
         batch_known: whether the program says where the batch dimension of each value is.
     """
 
-    def __init__(self, program: StepProgram, values: Mapping[str, Any], places: Mapping[Node, str]) -> None:
-        self.program, self.values = program, values
-        self.kinds: dict[str, str] = {}
+    def __init__(
+        self,
+        program: StepProgram,
+        values: Mapping[str, Any],
+        places: Mapping[Node, str],
+        kinds: Mapping[str, str] | None = None,
+    ) -> None:
+        self.program, self.values, self.kinds = program, values, dict(kinds or {})
         self.reduce: str | None = None
         self.batch_known = True
         dependence = analyse_dependence(program)
@@ -59,8 +65,9 @@ class Painter:
         for node in self.drawn:
             self.depth[node] = 1 + max((self.depth.get(o, 0) for o in self._operands(node)), default=0)
         for slot in self.slots:
-            near = [*self.readers.get(slot, []), self._source(self.slots[slot])]
-            self.place[slot] = next((self.place[n] for n in near if n in known), "")
+            # A slot that only delays a value is in no region.
+            near = [] if self.kinds else [*self.readers.get(slot, []), self._source(self.slots[slot])]
+            self.place[slot] = next((self.place[n] for n in near if n in known), places.get(slot, ""))
         self.constants: dict[tuple[Any, str], str] = {}
         for node in self.drawn:
             for operand in self._operands(node):
@@ -297,7 +304,7 @@ class Painter:
         head = self.row[node]
         crosses = source in self.place and self.place[source] != self.place[node]
         label = self.shape(operand, "time") if crosses and self.kinds else ""
-        if node.meta.get("sunk") and not source.meta.get("sunk") and operand.meta.get("varying") and self.kinds:
+        if node.meta.get("sunk") and not source.meta.get("sunk") and source.meta.get("varying") and self.kinds:
             # The reduction of the outputs is done here: what follows runs once.
             how = "last" if self.reduce == "last" else "mean"
             label = f"{self.shape(operand, 'step')} {how} over T".strip()

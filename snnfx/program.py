@@ -19,6 +19,7 @@ from torch import fx, nn
 from torch.fx import Node
 from torch.utils import _pytree as pytree
 
+from snnfx.carry import CarriedArgument
 from snnfx.errors import Refusal
 
 __all__ = ["InputLeaf", "Region", "Slot", "StepProgram", "add_placeholder", "describe_node", "place_of", "takes_from_tuple"]
@@ -90,6 +91,9 @@ class StepProgram:
         input_ranks: number of dimensions of one step of an input, for those that were captured with example inputs.
         batched_inputs: the inputs whose first dimension is the batch, of one size in a call.
         opaque: modules that could not be traced, with the reason.
+        carried: the arguments that are outputs of the step before; those outputs are None among `outputs`.
+        inferred_carry: whether `carried` was inferred from the signature.
+        overwritten: states of modules that every step overwrites before anything reads them; they are no slots.
         stage: how far the pipeline has come: "captured", "classified", "partitioned".
     """
 
@@ -106,6 +110,9 @@ class StepProgram:
     input_ranks: dict[str, int] = field(default_factory=dict)
     batched_inputs: frozenset[str] = frozenset()
     opaque: dict[str, str] = field(default_factory=dict)
+    carried: list[CarriedArgument] = field(default_factory=list)
+    inferred_carry: bool = False
+    overwritten: frozenset[str] = frozenset()
     regions: list[Region] = field(default_factory=list)
     stage: str = "captured"
 

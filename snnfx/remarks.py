@@ -50,8 +50,8 @@ def fixed_sizes(program: StepProgram) -> Iterator[str]:
         if node.target is expect_size:
             size, expected, place = node.args
             note = (
-                f"`{expression(program, size)}` has to be {expected} in every call: the model's Python code used it as a number "
-                f"while it was captured{f' ({place})' if place else ''}."
+                f"`{expression(program, size)}` has to be {expected} in every call: the model's Python code used it as "
+                f"a number while it was captured{f' ({place})' if place else ''}."
             )
             if note not in seen:
                 seen.add(note)

@@ -263,6 +263,8 @@ class Report:
         return lines
 
     def _notes(self) -> Iterable[str]:
+        if self.options.get("step_mode") == "s":
+            yield 'This net runs one step at a time; the regions are those that it has with step_mode="m".'
         told = {row.what for row in self.not_folded if row.code == "SNNFX108"}
         for name, reason in self.opaque.items():
             if name in told:

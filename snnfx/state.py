@@ -27,6 +27,7 @@ __all__ = [
     "MemoryModule",
     "StateSnapshot",
     "Stateful",
+    "StatefulCall",
     "adapter_of",
     "call_opaque",
     "call_stateful",
@@ -40,6 +41,7 @@ __all__ = [
     "opaque_initial_value",
     "register_adapter",
     "reset_net",
+    "takes_state",
 ]
 
 State = tuple[Any, ...]
@@ -176,6 +178,34 @@ class Adapter(Protocol):
     def initial(self, module: nn.Module, *inputs: Any, **kwargs: Any) -> State: ...
 
     def step(self, module: nn.Module, state: State, *inputs: Any, **kwargs: Any) -> tuple[Any, State]: ...
+
+
+@dataclass(frozen=True)
+class StatefulCall:
+    """How a module is called that takes and returns its state, e.g. `spk, mem = lif(x, mem)`.
+
+    Args:
+        state: the state that the call passes, flat, None for what starts from the reset state; None: the call passes
+            no state, and the module uses the one that it keeps.
+        inputs: the other arguments.
+        kwargs: the other arguments by name.
+        returns: `(output, next state values) -> what the call returns`.
+    """
+
+    state: tuple[Any, ...] | None
+    inputs: tuple[Any, ...]
+    kwargs: dict[str, Any]
+    returns: Callable[[Any, tuple[Any, ...]], Any]
+
+
+def takes_state(adapter: Adapter | None) -> bool:
+    """Whether modules of this family may be given their state as arguments.
+
+    Their adapter then has `read_call(module, args, kwargs, is_carried) -> StatefulCall`, where `is_carried` says that
+    states which are None at the first step are handed from step to step by the caller; and its `step` takes None for a
+    state that starts from the reset value.
+    """
+    return hasattr(adapter, "read_call")
 
 
 class MemoryAdapter:
@@ -320,7 +350,7 @@ def has_forward_hooks(module: nn.Module) -> bool:
 
 
 _adapters: dict[type, Adapter] = {}
-_THIRD_PARTY = ("spikingjelly",)
+_THIRD_PARTY = ("spikingjelly", "snntorch", "norse")
 """Packages with an adapter module of the same name in `snnfx.adapters`, imported when a module of theirs is met."""
 
 

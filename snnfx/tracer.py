@@ -39,6 +39,7 @@ from snnfx.state import (
     initial_value,
     is_stateful_tree,
     opaque_initial_value,
+    takes_state,
 )
 
 __all__ = ["FunctionHolder", "StepProxy", "StepTracer", "SubmoduleNotTraceable", "apply_autograd_function", "expect_size"]
@@ -219,6 +220,9 @@ class StepTracer(fx.Tracer):
         self.slot_values: dict[str, Any] = {}
         self.slot_initials: dict[str, Any] = {}
         self.slot_placeholders: dict[str, Node] = {}
+        self.overwritten_slots: set[str] = set()
+        self.carried_arguments: dict[str, Any] = {}
+        self.take_carried: Callable[[Any], Any] = lambda outputs: outputs
         self.calls_at: dict[tuple[str, object], int] = {}
         self.output_spec: pytree.TreeSpec | None = None
         self._evaluating = False
@@ -241,8 +245,8 @@ class StepTracer(fx.Tracer):
         self._prepare(self)
 
         def one_step(root: nn.Module) -> Any:
-            outputs = self._call_root(root, root_fn, args, kwargs)
-            flat, self.output_spec = pytree.tree_flatten(outputs)
+            outputs = self._call_root(root, root_fn, args, {**kwargs, **self.carried_arguments})
+            flat, self.output_spec = pytree.tree_flatten(self.take_carried(outputs))
             self._finish(self)
             names = list(self.slot_values)
             return (
@@ -258,6 +262,7 @@ class StepTracer(fx.Tracer):
         """Record the step; a model that is a single layer or neuron is one call of itself."""
         adapter = adapter_of(root)
         is_single = is_leaf(root) if adapter is None else bool(adapter.names(root)) and adapter.is_leaf(root)
+        is_single = is_single or takes_state(adapter)
         if is_single and self.traced_func_name == "forward":
             return self.call_module(root, root.forward, args, kwargs)
         if self.traced_func_name == "forward":
@@ -490,6 +495,8 @@ class StepTracer(fx.Tracer):
         adapter = adapter_of(m)
         if adapter is not None:
             adapter.refuse(m, name)
+        if takes_state(adapter):
+            return self._call_that_takes_state(m, name, adapter, args, kwargs)
         if adapter is not None and adapter.names(m):
             if is_stateful_tree(m, adapter):
                 return self._marked(self._call_with_state(m, name, call_opaque, composite_adapter(m), args, kwargs), name)
@@ -535,6 +542,31 @@ class StepTracer(fx.Tracer):
             slot = f"{name}.{slot}" if name else slot
             self.slot_values[slot] = self._without_gradient(self.slot_values[slot])
         return self._without_gradient(output)
+
+    def _call_that_takes_state(
+        self, m: nn.Module, name: str, adapter: Any, args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> Any:
+        """A call that may pass the state as arguments: then no slot of the module is read, but all are written."""
+        with self.evaluating():
+            call = adapter.read_call(m, args, kwargs, bool(self.carried_arguments))
+        slots = [f"{name}.{slot}" if name else slot for slot in adapter.names(m)]
+        if call.state is None:
+            output = self._call_with_state(m, name, call_stateful, adapter, call.inputs, call.kwargs)
+            return call.returns(self._marked(output, name), tuple(self.slot_values[slot] for slot in slots))
+        self._refuse_time_loop(name)
+        self._inside_call = True
+        try:
+            module = self._at_module(name, "get_attr", name or SELF_TARGET, (), {})
+            both = self._at_module(name, "call_function", call_stateful, (module, call.state, *call.inputs), call.kwargs)
+            output, following = self._element(both, 0, name), self._element(both, 1, name)
+            values = [self._element(following, index, name) for index in range(len(call.state))]
+        finally:
+            self._inside_call = False
+        if not torch.is_grad_enabled():
+            output, values = self._without_gradient(output), [self._without_gradient(v) for v in values]
+        self.slot_values.update(zip(slots, values, strict=False))
+        self.overwritten_slots.update(slots)
+        return call.returns(self._marked(output, name), tuple(values))
 
     def _record_call(
         self, m: nn.Module, name: str, call: Callable[..., Any], adapter: Any, args: tuple[Any, ...], kwargs: dict[str, Any]

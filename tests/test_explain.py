@@ -517,6 +517,13 @@ def test_report_on_a_net_is_the_report_on_its_model() -> None:
     assert of_model.options == of_net.options
 
 
+def test_net_of_single_steps_is_told_apart() -> None:
+    net = convert(tiny(), step_mode="s")
+    assert "This net runs one step at a time" in notes(explain(net))
+    assert explain(net).chunk is None
+    assert "one step at a time" not in notes(explain(net.convert_to("m")))
+
+
 def test_model_and_random_numbers_are_untouched() -> None:
     model = nn.Sequential(nn.Conv2d(1, 2, 3), nn.BatchNorm2d(2), LIFNode(), nn.Flatten(), Leaky(), nn.Dropout())
     model(torch.rand(2, 1, 6, 6)).sum().backward()

@@ -75,7 +75,10 @@ class Case:
         return "\n\n".join([imports, *helpers, bodies])
 
     def copy(self) -> Case:
-        bodies = [dataclasses.replace(b, init=list(b.init), statements=list(b.statements)) for b in self.bodies]
+        bodies = [
+            dataclasses.replace(b, arguments=list(b.arguments), init=list(b.init), statements=list(b.statements))
+            for b in self.bodies
+        ]
         return dataclasses.replace(self, bodies=bodies, shapes=list(self.shapes), invariant=list(self.invariant))
 
 
