@@ -19,9 +19,9 @@ from torch.fx import Node
 from torch.utils import _pytree as pytree
 
 from snnfx.errors import InputError
-from snnfx.passes.emit import RegionBuilder
+from snnfx.passes.emit import whole_step
 from snnfx.program import StepProgram
-from snnfx.regions import call_module
+from snnfx.state import without_hooks
 
 __all__ = ["ChunkPlan", "check_chunk_option", "plan_chunks"]
 
@@ -71,15 +71,14 @@ def plan_chunks(program: StepProgram, steps: Sequence[Tensor], chunk: int | str 
     needed = live_bytes_per_step(program, steps)
     budget = _budget(steps[0].device if steps else torch.device("cpu"))
     length = max(1, budget // max(1, needed))
-    reason = f"{_mebibytes(needed)} alive per time step, budget {_mebibytes(budget)}: {length} steps at once"
+    reason = f"{_bytes(needed)} alive per time step, budget {_bytes(budget)}: {length} steps at once"
     return ChunkPlan(length, needed, budget, reason)
 
 
 def live_bytes_per_step(program: StepProgram, steps: Sequence[Tensor]) -> int:
     """The bytes alive at the widest point of one step, from shapes alone."""
-    nodes = [n for n in program.graph.nodes if n.op.startswith("call") or "slot" in n.meta]
     slots = [slot.name for slot in program.slots]
-    builder = RegionBuilder(program, nodes, slots)
+    builder = whole_step(program)
     wanted = [v for v in program.outputs if isinstance(v, Node)]
     first = builder.graph_module(wanted, program.next_states, slots, first=True)
     mode = FakeTensorMode(allow_non_fake_inputs=True)
@@ -88,7 +87,8 @@ def live_bytes_per_step(program: StepProgram, steps: Sequence[Tensor]) -> int:
         given[key] if isinstance(key, Node) and key in given else program.resolve(str(getattr(key, "target", key)))
         for key in [*builder.constants, *builder.inputs]
     ]
-    with mode, torch.no_grad():
+    # A user's hooks have no business with fake tensors.
+    with mode, torch.no_grad(), without_hooks(program.source):
         meter = _LiveBytes(first)
         meter.run(*arguments)
     return meter.peak
@@ -118,12 +118,6 @@ class _LiveBytes(fx.Interpreter):
             self.held.pop(dead, None)
         return result
 
-    def call_function(self, target: Any, args: Any, kwargs: Any) -> Any:
-        # A user's hooks have no business with fake tensors: call the forward, not the module.
-        if target is call_module:
-            return args[0].forward(*args[1:], **kwargs)
-        return super().call_function(target, args, kwargs)
-
 
 def _budget(device: torch.device) -> int:
     if device.type == "cuda":
@@ -139,5 +133,8 @@ def _available_memory() -> int:
         return 4 * _CPU_BUDGET
 
 
-def _mebibytes(count: int) -> str:
-    return f"{count / 2**20:.1f} MiB"
+def _bytes(count: int) -> str:
+    for unit, size in (("GiB", 2**30), ("MiB", 2**20), ("KiB", 2**10)):
+        if count >= size:
+            return f"{count / size:.1f} {unit}"
+    return f"{count} bytes"

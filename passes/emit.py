@@ -37,7 +37,7 @@ from snnfx.regions import (
     times_steps,
 )
 
-__all__ = ["Emitted", "RegionBuilder", "emit_multi_step", "emit_plain", "emit_single_step"]
+__all__ = ["Emitted", "RegionBuilder", "emit_multi_step", "emit_plain", "emit_single_step", "whole_step"]
 
 TargetName = Callable[[str], str]
 
@@ -412,8 +412,7 @@ class _SingleStepEmitter(_Emitter):
         self.placeholders()
         program = self.program
         slots = [slot.name for slot in program.slots]
-        nodes = [n for n in program.graph.nodes if n.op.startswith("call") or "slot" in n.meta]
-        builder = RegionBuilder(program, nodes, slots)
+        builder = whole_step(program)
         wanted = [n for n in program.outputs if isinstance(n, Node)]
 
         def make() -> LoopRegion:
@@ -560,6 +559,14 @@ class RegionBuilder:
         else:
             graph.output((results, tuple(builder.argument(value) for value in next_states)))
         return RegionGraph(nn.Module(), graph, class_name="RegionGraph")
+
+
+def whole_step(program: StepProgram) -> RegionBuilder:
+    """A builder of the whole program as one region, with all its state."""
+    nodes = [n for n in program.graph.nodes if n.op.startswith("call") or "slot" in n.meta]
+    builder = RegionBuilder(program, nodes, [slot.name for slot in program.slots])
+    builder.add_values([*program.outputs, *program.next_states, *program.initial_values])
+    return builder
 
 
 class _Copier:

@@ -110,6 +110,14 @@ def _batch_dim(fact: Any) -> Any:
     return fact.dim if isinstance(fact, Fact) else None
 
 
+def _opaque(program: StepProgram, node: Node) -> Refusal | None:
+    if node.target is not call_opaque:
+        return None
+    name = node.meta.get("module", "")
+    reason = f"`{name}` could not be traced: {program.opaque.get(name, 'it holds the state of other modules')}"
+    return Refusal("SNNFX108", reason, "It is stepped as it is.")
+
+
 def _kinds(program: StepProgram, dependence: Dependence, refusals: Mapping[Node, Refusal]) -> dict[Node, str]:
     """The kind of region each computing node belongs into; the reason is left in `meta["refusal"]`."""
     cycle_slots = {
@@ -120,16 +128,14 @@ def _kinds(program: StepProgram, dependence: Dependence, refusals: Mapping[Node,
         if node in cycle_slots:
             kinds[node] = "loop"
             reason = f"its value at one step depends on the step before, through {', '.join(cycle_slots[node])}"
-            node.meta["refusal"] = Refusal("SNNFX107", reason)
+            node.meta["refusal"] = _opaque(program, node) or Refusal("SNNFX107", reason)
             continue
         if not node.op.startswith("call") or node in dependence.initial_only or is_size(node):
             continue
         # A size is computed again in each region that needs it, so what was said against it is said against its reader.
         refusal = next((refusals[n] for n in [node, *_sizes_behind(node)] if n in refusals), None)
         if node.target is call_opaque:
-            name = node.meta.get("module", "")
-            reason = f"`{name}` could not be traced: {program.opaque.get(name, 'it holds the state of other modules')}"
-            node.meta["refusal"] = Refusal("SNNFX108", reason, "It is stepped as it is.")
+            node.meta["refusal"] = _opaque(program, node)
             kinds[node] = "loop"
         elif node not in dependence.varying or node.meta.get("sunk"):
             kinds[node] = "once"

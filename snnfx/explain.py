@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import operator
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -52,6 +52,7 @@ def explain(
     chunk: int | str | None = "auto",
     carry_state: bool = False,
     reduce: str | None = None,
+    carry: Mapping[str, Any] | None = None,
 ) -> Report:
     """Tell what `snnfx.convert` does with a model: what is folded, mapped or looped, and why.
 
@@ -66,6 +67,7 @@ def explain(
         chunk: time steps to run at once in inference.
         carry_state: keep the state from call to call.
         reduce: "mean", "sum" or "last": return that over the time steps.
+        carry: for models with explicit state, which argument is carried from which output.
 
     Returns:
         A `Report`: `print(report)`, `report.to_dict()`, `report.to_markdown()`. Regions, shapes and reasons are those
@@ -92,6 +94,7 @@ def explain(
         "chunk": chunk,
         "carry_state": carry_state,
         "reduce": reduce,
+        "carry": carry,
     }
     try:
         net = convert(model, example_inputs=example_inputs, **options)

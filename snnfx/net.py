@@ -56,6 +56,9 @@ class Net(fx.GraphModule):
     the state. `graph`, `code`, `regions` and `program` show what it does; `history` how it came about.
     """
 
+    options: ConvertOptions
+    history: list[PassRecord]
+
     def __init__(
         self,
         source: nn.Module,
@@ -113,7 +116,7 @@ class Net(fx.GraphModule):
                 emitted = emit_single_step(program, container, self._target_name)
             self._graphs[mode] = emitted.graph
             self._runners[mode, "main"] = self._compile(emitted.graph)
-            if multi_step and program.first_step is None and _is_plain_structure(program.output_spec):
+            if multi_step and program.first_step is None and not program.carried and _is_plain_structure(program.output_spec):
                 plain = emit_plain(
                     program,
                     container,
@@ -187,6 +190,9 @@ class Net(fx.GraphModule):
             many = inspect.Parameter("args", inspect.Parameter.VAR_POSITIONAL)
             return inspect.Signature([me, many, T, inspect.Parameter("kwargs", inspect.Parameter.VAR_KEYWORD)])
         positional = [inspect.Parameter(n, inspect.Parameter.POSITIONAL_OR_KEYWORD) for n in names]
+        positional += [
+            inspect.Parameter(c.name, inspect.Parameter.POSITIONAL_OR_KEYWORD, default=None) for c in programs[True].carried
+        ]
         return inspect.Signature([me, *positional, T])
 
     @property
@@ -245,7 +251,8 @@ class Net(fx.GraphModule):
             **kwargs: inputs by name.
 
         Returns:
-            `(y_seq, final state)`, or `(y_seq, final state, {name: [T, N, *]})` with `record`.
+            `(y_seq, final state)`, or `(y_seq, final state, {name: [T, N, *]})` with `record`. Outputs that are
+            carried (see `snnfx.convert`) are in the state, not in `y_seq`.
 
         Raises:
             InputError: the inputs do not fit (SNNFX301, 303, 305 to 307, 310), the state has other slots (SNNFX308),
@@ -262,21 +269,28 @@ class Net(fx.GraphModule):
         """
         names = (record,) if isinstance(record, str) else tuple(record)
         outputs, state, records = self._execute(args, kwargs, state, names, T)
+        outputs = outputs_without(outputs, [c.path for c in self.program.carried])
         return (outputs, state, dict(zip(names, records, strict=True))) if names else (outputs, state)
 
     def _execute(
         self, args: tuple[Any, ...], kwargs: dict[str, Any], state: dict[str, Any] | None, record: tuple[str, ...], T: int | None
     ) -> tuple[Any, dict[str, Any], tuple[Any, ...]]:
-        leaves = self._bind(args, kwargs)
+        given: dict[str, Any] = {}
+        inputs: tuple[tuple[Any, ...], dict[str, Any]] = (args, kwargs)
+        if self.program.carried:
+            *inputs, given = self.split_carried(args, kwargs)  # type: ignore[assignment]
+        leaves = self._bind(*inputs)
         if self.options.step_mode == "s":
             self._check_state(state)
+            state = self._first_state(state, given)
             flat, state, records = self._single(leaves, state, record)
             return pytree.tree_unflatten(list(flat), self.program.output_spec), state, records
         leaves, T = self._time_first(leaves, T)
-        other = self._other_net(leaves)
+        other = self._other_net(leaves, given)
         if other is not None:
             return other._execute(args, kwargs, state, record, T)
         self._check_state(state)
+        state = self._first_state(state, given)
         k = None if record else self._chunk_length(leaves, T)
         if k is not None and k < T:
             flat, state = self._in_chunks(k, leaves, state, T)
@@ -353,6 +367,43 @@ class Net(fx.GraphModule):
         return combine_reductions(parts, self.options.reduce), state  # type: ignore[return-value]
 
     # -- arguments ------------------------------------------------------------------------------------------------
+
+    def split_carried(
+        self, args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> tuple[tuple[Any, ...], dict[str, Any], dict[str, Any]]:
+        """The arguments of a call as `(args, kwargs, those that are carried)`."""
+        parameters = list(inspect.signature(getattr(type(self.source), self.options.entry)).parameters.values())[1:]
+        return split_arguments(parameters, [c.name for c in self.program.carried], args, kwargs)
+
+    def _first_state(self, state: dict[str, Any] | None, given: dict[str, Any]) -> dict[str, Any] | None:
+        """The state before the first step, with what the caller gives as carried arguments."""
+        for argument in self.program.carried:
+            value = given.get(argument.name)
+            if value is not None:
+                state = {**(state or {}), **flatten_state(argument, value)}
+            elif argument.required and not set(argument.slot_names()) <= set(state or {}):
+                raise InputError(
+                    "SNNFX308",
+                    f"the first value of `{argument.name}` is missing",
+                    why="it was given in example_inputs, and has no default.",
+                    hint=f"Pass it as the model takes it: net(x_seq, {argument.name}=...).",
+                )
+        alone = self.options.step_mode == "s" or self.program.first_step is not None
+        missing = {slot.name for slot in self.program.slots} - set(state or {})
+        if state is not None and missing and alone:
+            raise InputError(
+                "SNNFX308",
+                f"only a part of the state is given, {', '.join(sorted(missing))} is missing",
+                why="the first step of this model does something else than the others, or is run on its own.",
+                hint="Give all of it or nothing; net.run returns all of it.",
+            )
+        return state
+
+    def final_state_in(self, outputs: Any, state: dict[str, Any]) -> Any:
+        """What the model returns: outputs with the final values of what is carried in their places."""
+        for argument in self.program.carried:
+            outputs = with_output_at(outputs, argument.path, rebuild_state(argument, state))
+        return outputs
 
     def _bind(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> list[Tensor]:
         """The tensors for the placeholders, after checking that the arguments are nested as they were at capture."""
@@ -435,7 +486,7 @@ class Net(fx.GraphModule):
             return y
         return y.movedim(0, self._output_time_dim)
 
-    def _other_net(self, leaves: list[Tensor]) -> Net | None:
+    def _other_net(self, leaves: list[Tensor], given: dict[str, Any]) -> Net | None:
         """A net planned for the shapes of these inputs, when the plan of this one does not cover them."""
         if self._covers(leaves):
             return None
@@ -448,6 +499,7 @@ class Net(fx.GraphModule):
             example = iter([x[0] if v else x for x, v in zip(leaves, varying, strict=True)])
             values = [next(example) if leaf.placeholder else leaf.constant for leaf in self.program.input_leaves]
             args, kwargs = pytree.tree_unflatten(values, self.program.input_spec)
+            kwargs = {**kwargs, **{c.name: given[c.name] for c in self.program.carried if c.required and c.name in given}}
             warn_once(
                 "SNNFX102",
                 f"inputs of step rank {ranks[1]} are not what the net was planned for (batched, equal batch sizes); it is "
@@ -480,7 +532,7 @@ class Net(fx.GraphModule):
         if state is None:
             return
         expected = {slot.name for slot in self.program.slots}
-        if set(state) != expected:
+        if set(state) - expected or (set(state) != expected and not self.program.carried):
             missing, unknown = sorted(expected - set(state)), sorted(set(state) - expected)
             raise InputError(
                 "SNNFX308",
@@ -609,7 +661,12 @@ def _forward(self: Net, args: tuple[Any, ...], kwargs: dict[str, Any], T: int | 
             carriers = any(dim is not None for dim in self._tensor_dims())
             return plain(self, *leaves) if carriers else plain(self, *leaves, torch.arange(T, device=leaves[0].device))
     state = self._carried if options.carry_state or options.step_mode == "s" else None
+    if state is not None and self.program.carried and not options.carry_state:
+        # In single steps the caller hands on what the model takes as arguments.
+        explicit = {name for c in self.program.carried for name in c.slot_names()}
+        state = {name: value for name, value in state.items() if name not in explicit} or None
     outputs, state, _ = self._execute(args, kwargs, state, (), T)
+    outputs = self.final_state_in(outputs, state)
     if options.carry_state or options.step_mode == "s":
         self._carried = state
         if options.carry_state:

@@ -28,8 +28,9 @@ from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
 from snnfx.coroutine import Coroutine, inherited_settings
+from snnfx.carry import output_at, paths_of
 from snnfx.errors import VerificationError
-from snnfx.state import StateSnapshot, named_stateful
+from snnfx.state import StateSnapshot, copy_containers, named_stateful
 
 __all__ = ["folded_forward", "lockstep_forward", "replay_forward", "step_forward"]
 
@@ -46,7 +47,7 @@ def step_forward(
     entry: str = "forward",
     *,
     kwargs: Sequence[Mapping[str, Any]] | None = None,
-    carry: Mapping[str, int] | None = None,
+    carry: Mapping[str, Any] | None = None,
 ) -> list[Any]:
     """Run a model step by step, from the state that it is in.
 
@@ -55,8 +56,9 @@ def step_forward(
         steps: the positional arguments of each of the T steps.
         entry: the method that is one step.
         kwargs: the keyword arguments of each step.
-        carry: for models with explicit state: which argument gets which output of the step before. At the first step
-            the argument is left to its default, or is None where it has none.
+        carry: for models with explicit state: which argument gets which output of the step before, an index or a path
+            of indices and keys. At the first step the argument is what `kwargs` has for it, else it is left to its
+            default, or is None where it has none.
 
     Returns:
         What the model returned at each step.
@@ -74,18 +76,24 @@ def _stepping(
     steps: Steps,
     entry: str,
     kwargs: Sequence[Mapping[str, Any]] | None,
-    carry: Mapping[str, int] | None,
+    carry: Mapping[str, Any] | None,
 ) -> Iterator[Any]:
     # A call of the module, unlike one of its method, runs its hooks.
     call: Callable[..., Any] = model if entry == "forward" else getattr(model, entry)
     carried: dict[str, Any] = {}
     if carry:
         parameters = inspect.signature(getattr(model, entry)).parameters
-        carried = {name: None for name in carry if parameters[name].default is inspect.Parameter.empty}
+        given = kwargs[0] if kwargs else {}
+        carried = {
+            name: None for name in carry if name not in given and parameters[name].default is inspect.Parameter.empty
+        }
     for t, args in enumerate(steps):
-        outputs = call(*args, **(kwargs[t] if kwargs else {}), **carried)
+        outputs = call(*args, **{**(kwargs[t] if kwargs else {}), **carried})
         if carry:
-            carried = {name: outputs[index] for name, index in carry.items()}
+            carried = {name: output_at(outputs, path) for name, path in paths_of(carry).items()}
+            # As a copy: a container may change the list of states that it is given.
+            yield copy_containers(outputs)
+            continue
         yield outputs
 
 
@@ -241,7 +249,7 @@ def replay_forward(
     entry: str = "forward",
     *,
     kwargs: Sequence[Mapping[str, Any]] | None = None,
-    carry: Mapping[str, int] | None = None,
+    carry: Mapping[str, Any] | None = None,
     is_once: IsBarrier | None = None,
 ) -> list[Any]:
     """The same meaning as `lockstep_forward` for any model, found by sweeps over t; arguments as there.
@@ -292,7 +300,7 @@ def _sweep(
     is_barrier: IsBarrier,
     entry: str,
     kwargs: Sequence[Mapping[str, Any]] | None,
-    carry: Mapping[str, int] | None,
+    carry: Mapping[str, Any] | None,
     known: Mapping[Key, _FoldedCall],
 ) -> tuple[list[Any], dict[Key, _FoldedCall]]:
     """Run the steps in order with the answers that are known; a barrier that has none yet runs on its own step."""
@@ -323,7 +331,7 @@ def folded_forward(
     entry: str = "forward",
     *,
     kwargs: Sequence[Mapping[str, Any]] | None = None,
-    carry: Mapping[str, int] | None = None,
+    carry: Mapping[str, Any] | None = None,
     is_once: IsBarrier | None = None,
 ) -> list[Any]:
     """Run T steps with barriers over all of them: in lockstep where that is right, else by replay.

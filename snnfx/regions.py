@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor, fx, nn
 
-from snnfx.errors import PassError, warn_once
+from snnfx.errors import InputError, PassError, warn_once
 
 __all__ = [
     "LoopRegion",
@@ -185,8 +185,16 @@ def stack_steps(steps: Sequence[Any], device: torch.device) -> Tensor:
 
 def pick_state(state: dict[str, Any] | None, names: tuple[str, ...]) -> tuple[Any, ...] | None:
     """The values of one region's slots out of the state of the net; None means the reset state."""
-    if state is None:
+    if state is None or not any(name in state for name in names):
         return None
+    missing = [name for name in names if name not in state]
+    if missing:
+        raise InputError(
+            "SNNFX308",
+            f"the first value of {', '.join(missing)} is missing",
+            why=f"it is computed together with {', '.join(name for name in names if name in state)}, which is given.",
+            hint="Give all of the state or nothing.",
+        )
     return tuple(state[name] for name in names)
 
 

@@ -11,6 +11,7 @@ import copy
 import functools
 import importlib
 import sys
+from collections import OrderedDict
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol, runtime_checkable
@@ -435,6 +436,20 @@ def detach_net(model: nn.Module) -> None:
         carried()
     for _, module, adapter in named_stateful(model):
         adapter.write(module, [v.detach() if isinstance(v, Tensor) else v for v in adapter.read(module)])
+
+
+@contextlib.contextmanager
+def without_hooks(model: nn.Module) -> Iterator[None]:
+    """Take the forward hooks off a model and its submodules for a while."""
+    names = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
+    taken = [(m, name, m.__dict__[name]) for m in model.modules() for name in names if m.__dict__.get(name)]
+    for module, name, _ in taken:
+        module.__dict__[name] = OrderedDict()
+    try:
+        yield
+    finally:
+        for module, name, hooks in taken:
+            module.__dict__[name] = hooks
 
 
 @dataclass

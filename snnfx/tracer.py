@@ -533,7 +533,9 @@ class StepTracer(fx.Tracer):
         self._refuse_time_loop(name)
         self._inside_call = True
         try:
-            output = self._record_call(m, name, call, adapter, args, kwargs)
+            # A user's hooks have no business with fake tensors.
+            with without_hooks(m):
+                output = self._record_call(m, name, call, adapter, args, kwargs)
         finally:
             self._inside_call = False
         if torch.is_grad_enabled():

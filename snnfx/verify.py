@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.utils import _pytree as pytree
 
+from snnfx.carry import CarriedArgument, SlotName, flatten_state, output_at, outputs_without, paths_of
 from snnfx.comparison import Comparison, Tolerance, VerificationReport, compare, is_same, named_leaves
 from snnfx.divergence import Divergence, first_divergence, recorded_neurons
 from snnfx.dropout_off import without_dropout
@@ -76,12 +77,16 @@ def verify(
     if not isinstance(model, nn.Module) or not (isinstance(net, nn.Module) and hasattr(net, "run")):
         raise InputError("SNNFX304", "verify takes the model and the net", hint="Call verify(model, net, x_seq).")
     options: Any = net.options
+    first: dict[str, Any] = {}
+    if getattr(getattr(net, "program", None), "carried", None):
+        x_seq, kwargs, first = net.split_carried(x_seq, kwargs)
     inputs = TimedInputs.of(x_seq, kwargs, options.time_dim, T)
     with undisturbed(model, net), torch.inference_mode(False), torch.set_grad_enabled(gradients):
         if double:
             model, net = copies_in_float64(model, net)
             inputs = inputs.with_leaves(to_float64)
-        return _Verification(model, net, inputs, Tolerance(atol, rtol), gradients).report()
+            first = pytree.tree_map_only(Tensor, to_float64, first)
+        return _Verification(model, net, inputs, Tolerance(atol, rtol), gradients, first).report()
 
 
 @dataclass
@@ -98,9 +103,21 @@ class _Run:
 class _Verification:
     """One comparison of a model and its net."""
 
-    def __init__(self, model: nn.Module, net: Any, inputs: TimedInputs, tolerance: Tolerance, gradients: bool) -> None:
+    def __init__(
+        self,
+        model: nn.Module,
+        net: Any,
+        inputs: TimedInputs,
+        tolerance: Tolerance,
+        gradients: bool,
+        first: dict[str, Any],
+    ) -> None:
         self.model, self.net, self.inputs, self.tolerance, self.gradients = model, net, inputs, tolerance, gradients
-        self.carry: dict[str, int] = dict(getattr(net.options, "carry", None) or {})
+        self.first = first
+        self.carry = paths_of(getattr(net.options, "carry", None))
+        self.arguments: list[CarriedArgument] = getattr(getattr(net, "program", None), "carried", None) or [
+            CarriedArgument(name, path, SlotName(name)) for name, path in self.carry.items()
+        ]
         once, per_step = called_in(net, {"once"}), called_in(net, {r.kind for r in net.regions} - {"once", "fold"})
         folded = {
             name
@@ -164,7 +181,7 @@ class _Verification:
             before = random_state()
             inputs = self.inputs.fresh()
             args, kwargs = inputs.whole()
-            y_seq, states = self.net.run(*args, **kwargs)
+            y_seq, states = self.net.run(*args, **self._first_state(), **kwargs)
             outputs = self._outputs_of_net(y_seq)
             states = {name.lstrip("."): value for name, value in states.items()}
             return self._result(self.net, inputs, outputs, states, random_state() != before)
@@ -182,7 +199,22 @@ class _Verification:
         with self._isolated(), torch.no_grad():
             getattr(self.net, "reset_carried_state", lambda: None)()
             args, kwargs = self.inputs.fresh().whole()
-            return self._outputs_of_net(self.net(*args, **kwargs))
+            y_seq = self.net(*args, **kwargs, **self._first_arguments())
+            if hasattr(self.net, "program"):
+                y_seq = outputs_without(y_seq, list(self.carry.values()))
+            return self._outputs_of_net(y_seq)
+
+    def _first_arguments(self) -> dict[str, Any]:
+        """What is carried, as it is given for the first step, in new containers."""
+        return pytree.tree_map(lambda value: value, self.first)  # type: ignore[no-any-return]
+
+    def _first_state(self) -> dict[str, Any]:
+        """The same as an argument of `net.run`."""
+        state: dict[str, Any] = {}
+        for argument in self.arguments:
+            if self.first.get(argument.name) is not None:
+                state |= flatten_state(argument, self.first[argument.name])
+        return {"state": state} if state else {}
 
     def _outputs_of_net(self, y_seq: Any) -> dict[str, Any]:
         outputs, dim = named_leaves(y_seq, "output"), self.inputs.output_dim
@@ -217,6 +249,7 @@ class _Verification:
         reset_discovered_state(self.model, self.net)
         self.initial = _states(self.model)
         pairs = [inputs.of_step(t) for t in range(inputs.steps)]
+        pairs[0] = pairs[0][0], {**pairs[0][1], **self._first_arguments()}
         steps, keywords, entry = [args for args, _ in pairs], [kwargs for _, kwargs in pairs], self.net.options.entry
         if not self.folded:
             return step_forward(self.model, steps, entry, kwargs=keywords, carry=self.carry)
@@ -233,7 +266,8 @@ class _Verification:
     def _states_of_model(self, last_outputs: Any, names: Set[str]) -> dict[str, Any]:
         """The states after the last step: registered ones, carried ones, and attributes that the net took for state."""
         states = _states(self.model)
-        states |= {name: last_outputs[index] for name, index in self.carry.items()}
+        for argument in self.arguments:
+            states |= flatten_state(argument, output_at(last_outputs, argument.path))
         modules = dict(self.model.named_modules())
         for name in names - states.keys():
             path, _, attribute = name.rpartition(".")
@@ -245,8 +279,8 @@ class _Verification:
         steps = [named_leaves(y, "output") for y in outputs_of_steps]
         if self.carry and names != steps[0].keys():
             # A net may keep what is carried to itself; a single output is then no longer in a tuple.
-            rest = [[v for i, v in enumerate(y) if i not in self.carry.values()] for y in outputs_of_steps]
-            steps = [named_leaves(y[0] if len(y) == 1 else y, "output") for y in rest]
+            paths = list(self.carry.values())
+            steps = [named_leaves(outputs_without(y, paths), "output") for y in outputs_of_steps]
         if any(step.keys() != steps[0].keys() for step in steps):
             raise VerificationError("SNNFX401", "the outputs of the model are not nested alike at every step")
         over_time = {name: _over_time(name, [step[name] for step in steps]) for name in steps[0]}
@@ -290,7 +324,10 @@ class _Verification:
 
     def _compare_states(self, actual: dict[str, Any], expected: dict[str, Any]) -> list[Comparison]:
         found = []
+        overwritten = getattr(getattr(self.net, "program", None), "overwritten", frozenset())
         for name, value in expected.items():
+            if name in overwritten:
+                continue  # the model keeps a copy of a state that is passed to it
             if name in actual:
                 leaves, others = named_leaves(actual[name]), named_leaves(value)
                 for path in leaves | others:
@@ -306,7 +343,10 @@ class _Verification:
 
     def _compare_buffers(self, actual: dict[str, Tensor], expected: dict[str, Tensor]) -> list[Comparison]:
         found, before = [], dict(self.model.named_buffers())
+        states = self.initial.keys()
         for name, value in expected.items():
+            if name in states:
+                continue  # compared as a state; the net does not write it
             if name in actual:
                 found.append(compare("buffer", f"buffer `{name}`", actual[name], value, self.tolerance))
             elif not is_same(value, before[name]):
@@ -379,7 +419,7 @@ class _Verification:
             args, kwargs = self.inputs.fresh().whole()
             names = [*traces, *(f"{name}.{trace.slot}" for name, trace in traces.items() if trace.slot)]
             try:
-                _, _, record = self.net.run(*args, **kwargs, record=tuple(names))
+                _, _, record = self.net.run(*args, **self._first_state(), **kwargs, record=tuple(names))
             except InputError:
                 return None
         return first_divergence(traces, record, self.tolerance, by_time=not self.folded)

@@ -10,6 +10,8 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
 from torch import Tensor, fx, nn
 
 from snnfx import MemoryModule
@@ -1118,3 +1120,220 @@ def test_a_size_that_python_used_as_a_number_is_checked_in_a_fold_unless_it_is_t
 
     assert codes(1) == []
     assert codes(0) == ["SNNFX110"]
+
+
+# --- whole models, without example inputs
+
+
+class Perceptron(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.layers = nn.Sequential(nn.Flatten(), nn.Linear(20, 8), nn.ReLU(), nn.Dropout(0.1), nn.Linear(8, 3))
+        self.scale = nn.Parameter(torch.ones(3))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return torch.softmax(self.layers(x) * self.scale, dim=-1)
+
+
+class Residual(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem = nn.Sequential(nn.Conv2d(4, 6, 3, padding=1), nn.BatchNorm2d(6), nn.ReLU(), nn.MaxPool2d(2))
+        self.branch = nn.Sequential(nn.Conv2d(6, 6, 3, padding=1, bias=False), nn.BatchNorm2d(6))
+        self.gain = nn.Parameter(torch.ones(1, 6, 1, 1))
+        self.pool = nn.AdaptiveAvgPool2d(1)
+        self.head = nn.Linear(6, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.stem(x)
+        x = F.relu(x + self.gain * self.branch(x))
+        x = torch.cat([x, x.mean(1, keepdim=True)], dim=1)[:, :6]
+        x = self.pool(x)
+        return self.head(x.view(x.size(0), -1))
+
+
+class Attention(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.norm = nn.LayerNorm(6)
+        self.attention = nn.MultiheadAttention(6, 2)
+        self.mix = nn.Linear(6, 18)
+        self.token = nn.Parameter(torch.randn(1, 1, 6))
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = torch.cat([self.token.expand(x.shape[0], -1, -1), x], dim=1)
+        y = self.norm(x).transpose(0, 1)
+        x = x + self.attention(y, y, y)[0].transpose(0, 1)
+        q, k, v = self.mix(x).chunk(3, dim=-1)
+        scores = torch.softmax(q @ k.transpose(-2, -1), dim=-1)
+        return (scores @ v)[:, 0]
+
+
+@pytest.mark.parametrize(
+    ("model", "shape", "least"),
+    [(Perceptron(), (N, 4, 5), 2), (Residual(), (N, 4, 8, 8), 4), (Attention(), (N, 4, 6), 3)],
+    ids=lambda value: type(value).__name__,
+)
+def test_whole_models_fold_without_example_inputs(model: nn.Module, shape: Sequence[Any], least: int) -> None:
+    case = Case("", type(model).forward, [shape], dict(model.named_children()) | dict(model.named_parameters(recurse=False)))
+    for ranks in ("symbolic", "known", "values"):
+        analysis = case.analyse(ranks)
+        assert not analysis.refusals
+        probe(case, analysis)
+        if ranks == "symbolic":
+            assert analysis.requirements == {"x": least}
+
+
+def test_a_graph_of_torch_fx_is_enough() -> None:
+    traced = fx.symbolic_trace(nn.Sequential(nn.Conv1d(4, 5, 2), nn.ReLU(), nn.Flatten(), nn.Linear(25, 3)))
+    x = next(iter(traced.graph.nodes))
+    analysis = infer_batch(
+        traced.graph,
+        traced.get_submodule,
+        {x: model_input(x)},
+        carried={},
+        varying=set(traced.graph.nodes),
+        training=False,
+        batch_norm="fold",
+    )
+    assert not analysis.refusals
+    assert analysis.requirements == {x.name: 3}
+
+
+def test_two_inputs_of_unknown_rank_are_not_aligned_by_guess() -> None:
+    case = Case("", lambda self, x, y: x + y, [X2, X2])
+    assert [r.code for r in case.analyse("symbolic").refusals.values()] == ["SNNFX111"]
+
+
+def test_facts_go_on_behind_a_refused_node() -> None:
+    case = Case("", lambda self, x: (x - x.mean(0, keepdim=True)).relu() + x, [X3])
+    for ranks in ("known", "symbolic"):
+        analysis = case.analyse(ranks)
+        refused = {str(node): refusal.code for node, refusal in analysis.refusals.items()}
+        if ranks == "known":
+            assert refused == {"mean": "SNNFX103", "sub": "SNNFX105"}
+        last = analysis.facts[case.graph.output_node().args[0]]  # type: ignore[index]
+        assert ranks == "symbolic" or last == Fact(Rank(3), 0, N)
+
+
+def test_an_example_that_contradicts_the_table_vetoes() -> None:
+    case = Case("", lambda self, x: x.relu(), [X3])
+    case.analyse("values")
+    relu = case.graph.output_node().args[0]
+    relu.meta["val"] = torch.empty(7, 4, 5)
+    x = case.placeholders[0]
+    analysis = infer_batch(
+        case.graph, case.resolve, {x: model_input(x)}, carried={}, varying=case.varying(), training=False, batch_norm="fold"
+    )
+    assert analysis.refusals[relu].code == "SNNFX101"
+
+
+def test_a_reason_names_the_call_and_the_hint_says_what_to_do() -> None:
+    case = Case("", lambda self, x: x.mean(0), [X3])
+    (refusal,) = case.analyse("known").refusals.values()
+    assert refusal.reason == "`x.mean(0)` works along dim 0, which is the batch"
+    assert refusal.hint == "Use a feature dimension, e.g. dim=1, if that was not meant."
+
+
+# --- random programs
+
+
+Operation = Callable[[Any, list[Any]], Any]
+
+
+def operations(draw: st.DrawFn, pool: list[Any]) -> Operation:
+    """One random operation on values of the pool, legal or not."""
+    i, j = (draw(st.integers(0, len(pool) - 1)) for _ in range(2))
+    a, b = (draw(st.integers(-4, 3)) for _ in range(2))
+    k = draw(st.integers(1, 3))
+    keep = draw(st.booleans())
+    index = tuple(draw(st.lists(st.sampled_from([slice(None), 0, -1, None, slice(0, 2), slice(1, None), Ellipsis]), min_size=1, max_size=3)))
+    entries = tuple(draw(st.lists(st.sampled_from(["B", -1, 1, 2, 3, 4, 6]), min_size=1, max_size=3)))
+
+    def shape(x: Any) -> tuple[Any, ...]:
+        return tuple(x.shape[0] if entry == "B" else entry for entry in entries)
+
+    choices: list[Operation] = [
+        lambda self, p: p[i].relu(),
+        lambda self, p: p[i] + p[j],
+        lambda self, p: p[i] * self.w,
+        lambda self, p: p[i] - self.v,
+        lambda self, p: torch.where(p[i] > 0.5, p[i], p[j]),
+        lambda self, p: p[i].softmax(a),
+        lambda self, p: p[i].cumsum(a),
+        lambda self, p: p[i].sum(a, keepdim=keep),
+        lambda self, p: p[i].mean((a, b), keepdim=keep),
+        lambda self, p: p[i].max(a)[0],
+        lambda self, p: p[i] - p[i].mean(a, keepdim=keep),
+        lambda self, p: p[i].transpose(a, b),
+        lambda self, p: p[i].movedim(a, b),
+        lambda self, p: p[i].permute(*([2, 0, 1] if keep else [1, 0])),
+        lambda self, p: p[i].unsqueeze(a),
+        lambda self, p: p[i].squeeze(a),
+        lambda self, p: p[i].flatten(a, b),
+        lambda self, p: p[i].unflatten(a, (k, -1) if keep else (-1, k)),
+        lambda self, p: p[i].reshape(shape(p[j])),
+        lambda self, p: p[i].expand(shape(p[j])),
+        lambda self, p: p[i].repeat(shape(p[j])),
+        lambda self, p: p[i][index],
+        lambda self, p: p[i].chunk(2, a)[0],
+        lambda self, p: p[i].select(a, 0),
+        lambda self, p: torch.cat([p[i], p[j]], a),
+        lambda self, p: torch.stack([p[i], p[j]], a),
+        lambda self, p: torch.matmul(p[i], p[j]),
+        lambda self, p: torch.matmul(p[i], p[j].transpose(-1, -2)),
+        lambda self, p: p[i] @ self.w,
+        lambda self, p: self.w @ p[i],
+        lambda self, p: torch.einsum("...i,i->...", p[i], self.v),
+        lambda self, p: torch.einsum("ij,jk->ki" if keep else "ijk,ikl->ijl", p[i], p[j]),
+        lambda self, p: F.layer_norm(p[i], (3,) * k),
+        lambda self, p: F.pad(p[i], (1, 0) * k),
+        lambda self, p: F.avg_pool1d(p[i], k),
+        lambda self, p: F.normalize(p[i], dim=a),
+        lambda self, p: p[i] / p[j].shape[a],
+        lambda self, p: p[i].new_ones(shape(p[j])) * p[i],
+        lambda self, p: p[i].repeat_interleave(2, a),
+        lambda self, p: p[i].flip(a),
+        lambda self, p: p[i].gather(a, (p[j] > 0.5).long()),
+        lambda self, p: F.scaled_dot_product_attention(p[i], p[j], p[j]),
+    ]
+    return draw(st.sampled_from(choices))
+
+
+@st.composite
+def random_programs(draw: st.DrawFn) -> Case:
+    """A chain of operations that runs on one step; sizes are few and small, so that they coincide by chance."""
+    shapes = [tuple(draw(st.lists(st.integers(1, 4), min_size=1, max_size=3))) for _ in range(draw(st.integers(1, 2)))]
+    n = draw(st.integers(1, 3))
+    shapes = [(n, *shape) for shape in shapes]
+    parts = {"w": torch.rand(3, 3), "v": torch.rand(3)}
+    holder = type("Parts", (), {name: part.double() for name, part in parts.items()})()
+    values = [torch.rand(shape, dtype=torch.float64) for shape in shapes]
+    chain: list[Operation] = []
+    for _ in range(draw(st.integers(1, 6))):
+        operation = operations(draw, values)
+        try:
+            value = operation(holder, values)
+        except (RuntimeError, IndexError, TypeError, ValueError):
+            continue
+        if value.numel() < 2000:
+            values.append(value)
+            chain.append(operation)
+
+    def run(self: Any, pool: list[Any]) -> Any:
+        for operation in chain:
+            pool.append(operation(self, pool))
+        return pool[-1]
+
+    fn = (lambda self, x: run(self, [x])) if len(shapes) == 1 else (lambda self, x, y: run(self, [x, y]))
+    return Case("random", fn, shapes, parts)
+
+
+@settings(max_examples=400, suppress_health_check=list(HealthCheck))
+@given(random_programs())
+def test_random_programs_fold_where_the_table_lets_them(case: Case) -> None:
+    for ranks in ("known", "values", "symbolic"):
+        analysis = case.analyse(ranks)
+        ranks_of = {node.name: len(shape) for node, shape in zip(case.placeholders, case.shapes, strict=True)}
+        if all(least <= ranks_of[name] for name, least in analysis.requirements.items()):
+            probe_at_own_size(case, analysis)

@@ -524,25 +524,26 @@ def test_net_of_single_steps_is_told_apart() -> None:
     assert "one step at a time" not in notes(explain(net.convert_to("m")))
 
 
-def test_model_and_random_numbers_are_untouched() -> None:
-    model = nn.Sequential(nn.Conv2d(1, 2, 3), nn.BatchNorm2d(2), LIFNode(), nn.Flatten(), Leaky(), nn.Dropout())
+@pytest.mark.parametrize(("neuron", "chunk"), [(LIFNode(), "auto"), (Leaky(), None)])
+def test_model_and_random_numbers_are_untouched(neuron: nn.Module, chunk: str | None) -> None:
+    model = nn.Sequential(nn.Conv2d(1, 2, 3), nn.BatchNorm2d(2), neuron, nn.Flatten(), nn.Dropout())
     model(torch.rand(2, 1, 6, 6)).sum().backward()
-    hooks = [model[0].register_forward_hook(lambda *args: pytest.fail("the model was run"))]
+    hook = model[0].register_forward_hook(lambda *args: pytest.fail("the model was run"))
     before = copy.deepcopy(model.state_dict())
-    states = (model[2].v, model[4].v)
+    state = neuron.v
     attributes = [set(vars(module)) for module in model.modules()]
     gradients = [p.grad for p in model.parameters()]
     flags = [module.training for module in model.modules()]
     generator = torch.get_rng_state()
-    explain(model, example_inputs=torch.rand(2, 1, 6, 6, generator=torch.Generator()))
+    explain(model, example_inputs=torch.ones(2, 1, 6, 6), chunk=chunk)
     assert torch.equal(torch.get_rng_state(), generator)
-    assert model[2].v is states[0] and model[4].v is states[1]
+    assert neuron.v is state
     assert [set(vars(module)) for module in model.modules()] == attributes
     assert all(p.grad is g for p, g in zip(model.parameters(), gradients, strict=True))
     assert [module.training for module in model.modules()] == flags
     after = model.state_dict()
     assert list(after) == list(before) and all(torch.equal(after[key], before[key]) for key in before)
-    assert list(model[0]._forward_hooks) == [hooks[0].id]
+    assert list(model[0]._forward_hooks) == [hook.id]
 
 
 @pytest.mark.parametrize("model", [ConvNet(), BatchMean(), Gate(), nn.Sequential(Gate(), Leaky())])

@@ -169,7 +169,7 @@ if __name__ == "__main__":
 
 def _prepare_worker() -> None:
     torch.set_num_threads(1)
-    logging.disable(logging.WARNING)
+    logging.disable(logging.ERROR)
     warnings.simplefilter("ignore")
 
 
