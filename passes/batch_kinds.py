@@ -181,7 +181,7 @@ class Along:
 
     def __call__(self, site: Site) -> Value:
         values = [site[name] for name in self.operands if site[name] is not None]
-        fact = aligned(site, values, "it") if self.aligned else broadcast(site, values)
+        fact = aligned(site, values) if self.aligned else broadcast(site, values)
         if not isinstance(fact, Fact):
             return BOTTOM if fact is BOTTOM else UNKNOWN
         dims = site[self.dim]

@@ -31,7 +31,7 @@ def multihead_attention(site: Site) -> Value:
     module = site.module
     assert isinstance(module, nn.MultiheadAttention)
     query = site["query"]
-    fact = aligned(site, [query, site["key"], site["value"]], "attention")
+    fact = aligned(site, [query, site["key"], site["value"]])
     if fact is None:
         return (UNKNOWN, UNKNOWN)
     fact = _sequence(site, fact, module.batch_first)
@@ -145,7 +145,7 @@ def cell(site: Site) -> Value:
     states = [state for state in leaves(site["hx"]) if state is not None]
     if not isinstance(fact, Fact):
         return UNKNOWN
-    merged = aligned(site, [fact, *states], "a cell") if states else fact
+    merged = aligned(site, [fact, *states]) if states else fact
     if merged is None:
         return UNKNOWN
     result = Leading(2)(site)
@@ -173,6 +173,13 @@ def stateful(site: Site) -> Value:
     module, slots = site.module, site["state"]
     adapter = adapter_of(module) if module is not None else None
     count = len(slots) if isinstance(slots, tuple | list) else 0
+    if module is not None and hasattr(adapter, "keeps_batch") and adapter.keeps_batch(module):
+        first = next(iter(leaves(site["inputs"])), UNKNOWN)
+        if not adapter.elementwise(module) and isinstance(first, Fact) and first.dim == 0:
+            # Recurrent neurons and the like mix features, but not samples, which lie along dimension 0 of everything.
+            if any(fact is UNKNOWN or (isinstance(fact, Fact) and fact.dim != 0) for fact in leaves(slots)):
+                site.refuse("SNNFX105", f"where the batch of a state of {site.text} is, is not known")
+            return (first, (first,) * count)
     if module is None or adapter is None or not adapter.elementwise(module):
         site.refuse("SNNFX101", f"{site.text} is not known to be elementwise")
         return (UNKNOWN, (UNKNOWN,) * count)

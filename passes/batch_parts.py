@@ -35,7 +35,7 @@ __all__ += ["select", "size", "stack", "unbind"]
 def cat(site: Site) -> Value:
     """Join tensors along a dimension that is not the batch."""
     tensors, dim = site["tensors"], site["dim"]
-    fact = aligned(site, list(leaves(tensors)), "joining them")
+    fact = aligned(site, list(leaves(tensors)))
     if fact is None:
         return UNKNOWN
     axis = site.axis(fact, dim)
@@ -49,7 +49,7 @@ def cat(site: Site) -> Value:
 
 def stack(site: Site) -> Value:
     """Join tensors along a new dimension, which moves the batch when it comes in front of it."""
-    fact = aligned(site, list(leaves(site["tensors"])), "joining them")
+    fact = aligned(site, list(leaves(site["tensors"])))
     if fact is None:
         return UNKNOWN
     site.arguments["input"] = fact

@@ -170,7 +170,7 @@ def _follow_letter(site: Site, operands: list[Fact], words: list[list[str]], res
 
 def attention(site: Site) -> Value:
     """`scaled_dot_product_attention`: the last two dimensions are positions and features."""
-    fact = aligned(site, [site["query"], site["key"], site["value"]], "attention")
+    fact = aligned(site, [site["query"], site["key"], site["value"]], equal_ranks=False)
     if fact is None or not reserve(site, fact, 2):
         return UNKNOWN
     mask = site["attn_mask"]

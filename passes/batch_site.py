@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Set
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from torch import nn
@@ -255,10 +255,10 @@ def _merge_unrelated(site: Site, result: Fact, constant: Fact) -> Fact | None:
     return result
 
 
-def aligned(site: Site, values: Iterable[Any], what: str) -> Fact | None:
+def aligned(site: Site, values: Iterable[Any], equal_ranks: bool = True) -> Fact | None:
     """The common fact of tensors that must have the same rank and the same batch; None after a refusal.
 
-    Without any batched tensor, the fact of the first.
+    Without any batched tensor, the fact of the first. `equal_ranks` says that torch itself refuses different ranks.
     """
     tensors = list(leaves(list(values)))
     if not tensors or not all(isinstance(tensor, Fact) for tensor in tensors):
@@ -267,12 +267,16 @@ def aligned(site: Site, values: Iterable[Any], what: str) -> Fact | None:
     batched = [tensor for tensor in tensors if tensor.batched]
     if not batched:
         return tensors[0]  # type: ignore[no-any-return]
-    first: Fact = batched[0]
+    # A known rank first: the others are as large, if torch takes them at all.
+    first: Fact = min(batched, key=lambda fact: fact.rank.known is None)
     for tensor in tensors:
         if not tensor.batched:
             code = "SNNFX105" if tensor.varying else "SNNFX104"
-            site.refuse(code, f"an operand of {site.text} has no batch, the others do; {what} needs it in all of them")
+            site.refuse(code, f"an operand of {site.text} has no batch, but the others have one")
             return None
+        known = first.rank.known
+        if equal_ranks and known is not None and tensor.rank.known is None:
+            tensor = replace(tensor, rank=first.rank) if site.require(tensor.rank, known, "has operands") else tensor
         if (tensor.rank, tensor.dim, tensor.size) != (first.rank, first.dim, first.size):
             site.refuse("SNNFX105", f"the operands of {site.text} do not share the batch ({first}; {tensor})")
             return None

@@ -29,6 +29,7 @@ from snnfx.passes.dependence import analyse_dependence
 from snnfx.program import Region, StepProgram, describe_node, operation_name, place_of
 from snnfx.remarks import (
     batch_norm_semantics,
+    carried_arguments,
     first_step_differs,
     fixed_sizes,
     mode_differences,
@@ -120,6 +121,7 @@ def _report_on(net: Net) -> Report:
         slots=tuple(_slots(program)),
         opaque=dict(program.opaque),
         first_step=first_step_differs(program),
+        carried=tuple(carried_arguments(program)),
         fixed=tuple(fixed_sizes(program)),
         mode_differences=tuple(mode_differences(net)),
         reduced=tuple(reduced_outputs(net)),
@@ -283,10 +285,12 @@ def _inputs(net: Net) -> Iterator[InputRow]:
 def _slots(program: StepProgram) -> Iterator[SlotRow]:
     region_of = {slot: region.name for region in program.regions for slot in region.slots}
     by_name = program.nodes_by_name
+    given = {name for argument in program.carried if argument.required for name in argument.slot_names()}
     for slot, initial in zip(program.slots, program.initial_values, strict=True):
         node = by_name.get(slot.placeholder)
         # With a first step of its own, there is no value before the others that is the same for all inputs.
         text = expression_of_initial_value(program, None if program.first_step is not None else initial)
+        text = "what it is given" if slot.name in given else text
         shape = _shape(program, node) if node is not None else ""
         yield SlotRow(slot.name, text, region_of.get(slot.name, ""), shape, slot.discovered)
 
@@ -298,8 +302,8 @@ def _chunk(net: Net) -> ChunkRow | None:
     if chunk is None or isinstance(chunk, int):
         plan = plan_chunks(net.program, (), chunk)
         return ChunkRow(plan.length, plan.bytes_per_step, plan.reason)
-    if net._programs[False].first_step is not None:
-        return ChunkRow(None, 0, 'chunk="auto": decided at the call; the first step is run on its own')
+    if None in net._programs[False].initial_values:
+        return ChunkRow(None, 0, 'chunk="auto": decided at the call, where the first state is known')
     inputs = [node.meta.get("val") for node in net.program.input_nodes()]
     if not all(isinstance(value, Tensor) for value in inputs):
         return ChunkRow(None, 0, 'chunk="auto": decided at the first call, from the shapes (example_inputs would tell)')

@@ -18,6 +18,7 @@ from snnfx.tracer import expect_size
 
 __all__ = [
     "batch_norm_semantics",
+    "carried_arguments",
     "first_step_differs",
     "fixed_sizes",
     "mode_differences",
@@ -41,6 +42,15 @@ def first_step_differs(program: StepProgram) -> str:
     if only_later:
         text += f" Only in the others: {_and(only_later)}."
     return text
+
+
+def carried_arguments(program: StepProgram) -> Iterator[str]:
+    """Arguments that are outputs of the step before."""
+    how = "inferred from the signature" if program.inferred_carry else "carry="
+    for argument in program.carried:
+        path = "".join(f"[{key!r}]" for key in argument.path)
+        start = " It has to be given before the first step." if argument.required else ""
+        yield f"The argument {argument.name} is output{path} of the step before ({how}).{start}"
 
 
 def fixed_sizes(program: StepProgram) -> Iterator[str]:

@@ -175,6 +175,7 @@ class Report:
         inputs, regions, not_folded, slots: see the classes.
         opaque: modules that could not be traced, with the reason.
         first_step: how the first step differs, where it is run on its own; else "".
+        carried: arguments that are outputs of the step before.
         fixed: sizes that the model's Python code used as numbers, so that the net holds for them alone.
         mode_differences: what is done differently in training and in evaluation mode.
         reduced: what runs once, on the reduction over time.
@@ -197,6 +198,7 @@ class Report:
     slots: tuple[SlotRow, ...] = ()
     opaque: Mapping[str, str] = field(default_factory=dict)
     first_step: str = ""
+    carried: tuple[str, ...] = ()
     fixed: tuple[str, ...] = ()
     mode_differences: tuple[str, ...] = ()
     reduced: tuple[str, ...] = ()
@@ -272,7 +274,8 @@ class Report:
             yield f"`{name}` could not be traced and is stepped as it is: {reason.rstrip('.')}."
         if self.first_step:
             yield self.first_step
-        yield from (*self.fixed, *self.reduced, *self.batch_norm, *self.random, *self.mode_differences, *self.fallbacks)
+        yield from (*self.carried, *self.fixed, *self.reduced, *self.batch_norm, *self.random)
+        yield from (*self.mode_differences, *self.fallbacks)
 
     def _footer(self) -> Document:
         blocks: list[Title | Paragraph] = []

@@ -206,7 +206,7 @@ def takes_state(adapter: Adapter | None) -> bool:
     states which are None at the first step are handed from step to step by the caller; and its `step` takes None for a
     state that starts from the reset value.
     """
-    return hasattr(adapter, "read_call")
+    return callable(getattr(adapter, "read_call", None))
 
 
 class MemoryAdapter:

@@ -40,6 +40,7 @@ from snnfx.state import (
     is_stateful_tree,
     opaque_initial_value,
     takes_state,
+    without_hooks,
 )
 
 __all__ = ["FunctionHolder", "StepProxy", "StepTracer", "SubmoduleNotTraceable", "apply_autograd_function", "expect_size"]
@@ -559,7 +560,10 @@ class StepTracer(fx.Tracer):
         self._inside_call = True
         try:
             module = self._at_module(name, "get_attr", name or SELF_TARGET, (), {})
-            both = self._at_module(name, "call_function", call_stateful, (module, call.state, *call.inputs), call.kwargs)
+            with without_hooks(m):
+                both = self._at_module(
+                    name, "call_function", call_stateful, (module, call.state, *call.inputs), call.kwargs
+                )
             output, following = self._element(both, 0, name), self._element(both, 1, name)
             values = [self._element(following, index, name) for index in range(len(call.state))]
         finally:

@@ -206,14 +206,14 @@ class _Verification:
 
     def _first_arguments(self) -> dict[str, Any]:
         """What is carried, as it is given for the first step, in new containers."""
-        return pytree.tree_map(lambda value: value, self.first)  # type: ignore[no-any-return]
+        return pytree.tree_map_only(Tensor, Tensor.detach, self.first)  # type: ignore[no-any-return]
 
     def _first_state(self) -> dict[str, Any]:
         """The same as an argument of `net.run`."""
         state: dict[str, Any] = {}
         for argument in self.arguments:
             if self.first.get(argument.name) is not None:
-                state |= flatten_state(argument, self.first[argument.name])
+                state |= flatten_state(argument, self._first_arguments()[argument.name])
         return {"state": state} if state else {}
 
     def _outputs_of_net(self, y_seq: Any) -> dict[str, Any]:

@@ -11,4 +11,6 @@ make_venv
 install_torch
 install_package demo
 install_dot
+# OpenMP threads that spin while they wait make a busy machine many times slower; let them sleep.
+export OMP_WAIT_POLICY=${OMP_WAIT_POLICY:-PASSIVE}
 exec "$PY" tools/demo.py "$@"

@@ -1,0 +1,129 @@
+"""Norse: its cells, which take and return their state, `z, s = cell(x, s)`, as pure steps.
+
+Written for Norse 1.1. A cell is one node with the tensors of its state as operands; the named tuple around them is put
+together again from the results. The modules that run over time themselves (`LIF`, `LIFRecurrent`, `Lift`, ...) have no
+single-step form.
+"""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from norse.torch.module import coba_lif, conv, encode, leaky_integrator, lift, snn
+from torch import nn
+from torch.utils import _pytree as pytree
+
+from snnfx.errors import CaptureError
+from snnfx.state import State, StatefulCall, has_forward_hooks, register_adapter
+
+__all__ = ["NorseAdapter"]
+
+
+class NorseAdapter:
+    """Cells: `LIFCell`, `LIFRecurrentCell`, `LICell`, `LIFAdExCell`, `IAFCell`, ..."""
+
+    def elementwise(self, module: nn.Module) -> bool:
+        return isinstance(module, snn.SNNCell)
+
+    def keeps_batch(self, module: nn.Module) -> bool:
+        """Each sample of dim 0 is computed on its own, and everything has the rank of the input."""
+        return True
+
+    def is_leaf(self, module: nn.Module) -> bool:
+        return True
+
+    def refuse(self, module: nn.Module, where: str) -> None:
+        return None
+
+    def names(self, module: nn.Module) -> tuple[str, ...]:
+        return ()  # the caller has the state
+
+    def read(self, module: nn.Module) -> State:
+        return ()
+
+    def write(self, module: nn.Module, state: Sequence[Any]) -> None:
+        return None
+
+    def reset(self, module: nn.Module) -> None:
+        return None
+
+    def initial(self, module: nn.Module, *inputs: Any, **kwargs: Any) -> State:
+        return ()
+
+    def step(self, module: nn.Module, state: State, *inputs: Any, **kwargs: Any) -> tuple[Any, State]:
+        given = None if all(value is None for value in state) else pytree.tree_unflatten(list(state), _structure(module))
+        call = module if has_forward_hooks(module) else module.forward
+        outputs, following = call(*inputs, given, **kwargs)
+        return outputs, tuple(pytree.tree_leaves(following))
+
+    def read_call(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], is_carried: bool) -> StatefulCall:
+        """`cell(x)`, `cell(x, state)`, `cell(x, state=state)`."""
+        structure = _structure(module)
+        inputs = args[:1] or (next(value for name, value in kwargs.items() if name != "state"),)
+        state = args[1] if len(args) > 1 else kwargs.get("state")
+        values: list[Any] = [None] * structure.num_leaves
+        if state is not None:
+            values, given = pytree.tree_flatten(state)
+            if given != structure:
+                raise CaptureError(
+                    "SNNFX211",
+                    f"a {type(module).__name__} is called with a state that it does not return",
+                    why=f"it is {given}, and the cell returns {structure}.",
+                    hint="Pass on the state that the cell returned.",
+                )
+
+        def returns(output: Any, following: tuple[Any, ...]) -> Any:
+            return output, pytree.tree_unflatten(list(following), structure)
+
+        return StatefulCall(tuple(values), inputs, {}, returns)
+
+
+class _WholeSequenceAdapter(NorseAdapter):
+    """Modules with their own loop over time."""
+
+    read_call = None  # type: ignore[assignment]
+
+    def elementwise(self, module: nn.Module) -> bool:
+        return False
+
+    def refuse(self, module: nn.Module, where: str) -> None:
+        name = type(module).__name__
+        raise CaptureError(
+            "SNNFX205",
+            f"`{where}` ({name}) has no single-step form",
+            why="it runs over the time steps itself.",
+            hint=f"Use norse.torch.{name}Cell." if isinstance(module, _OVER_TIME) else "Use what is inside it for one step.",
+        )
+
+
+_structures: weakref.WeakKeyDictionary[nn.Module, pytree.TreeSpec] = weakref.WeakKeyDictionary()
+
+
+def _structure(module: nn.Module) -> pytree.TreeSpec:
+    """How the state of a cell is nested, found by one step on zeros."""
+    if module not in _structures:
+        like = next((p for p in module.parameters()), torch.zeros(()))
+        features = int(getattr(module, "input_size", 1))
+        with torch.no_grad():
+            _, state = module.forward(torch.zeros(1, features, dtype=like.dtype, device=like.device))
+        _structures[module] = pytree.tree_structure(state)
+    return _structures[module]
+
+
+_OVER_TIME = (snn.SNN, snn.SNNRecurrent)
+for _cell in (snn.SNNCell, snn.SNNRecurrentCell, leaky_integrator.LILinearCell, coba_lif.CobaLIFCell):
+    register_adapter(_cell, NorseAdapter())
+for _module in (
+    *_OVER_TIME,
+    lift.Lift,
+    conv.LConv2d,
+    encode.ConstantCurrentLIFEncoder,
+    encode.PoissonEncoder,
+    encode.SignedPoissonEncoder,
+    encode.SpikeLatencyEncoder,
+    encode.SpikeLatencyLIFEncoder,
+):
+    register_adapter(_module, _WholeSequenceAdapter())
