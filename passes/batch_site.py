@@ -173,7 +173,8 @@ def broadcast(site: Site, values: Iterable[Any]) -> Value:
         return BOTTOM if BOTTOM in operands else UNKNOWN
     batched = [tensor for tensor in tensors if tensor.batched]
     if not batched:
-        return _broadcast_constants(tensors)
+        # A slot that is not known yet may bring a batch and more dimensions than the constants have.
+        return BOTTOM if BOTTOM in operands else _broadcast_constants(tensors)
     result = batched[0]
     for tensor in batched[1:]:
         merged = _merge_batched(site, result, tensor)

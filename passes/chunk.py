@@ -14,7 +14,12 @@ from typing import Any
 
 import torch
 from torch import Tensor, fx
-from torch._subclasses.fake_tensor import FakeTensorMode
+from torch._subclasses.fake_tensor import (
+    DataDependentOutputException,
+    DynamicOutputShapeException,
+    FakeTensorMode,
+    UnsupportedOperatorException,
+)
 from torch.fx import Node
 from torch.utils import _pytree as pytree
 
@@ -68,15 +73,31 @@ def plan_chunks(program: StepProgram, steps: Sequence[Tensor], chunk: int | str 
         return ChunkPlan(None, 0, 0, "chunk=None: all time steps at once")
     if isinstance(chunk, int):
         return ChunkPlan(chunk, 0, 0, f"chunk={chunk} as asked for")
-    needed = live_bytes_per_step(program, steps)
+    try:
+        needed = live_bytes_per_step(program.first_step or program, steps)
+    except (DataDependentOutputException, DynamicOutputShapeException, UnsupportedOperatorException, CarriedState) as error:
+        if isinstance(error, CarriedState):
+            return ChunkPlan(None, 0, 0, f"all time steps at once: {error}")
+        return ChunkPlan(None, 0, 0, "all time steps at once: the bytes of a step depend on the values of tensors")
     budget = _budget(steps[0].device if steps else torch.device("cpu"))
     length = max(1, budget // max(1, needed))
     reason = f"{_bytes(needed)} alive per time step, budget {_bytes(budget)}: {length} steps at once"
     return ChunkPlan(length, needed, budget, reason)
 
 
+class CarriedState(Exception):
+    """The first step needs a state that only the caller has."""
+
+
 def live_bytes_per_step(program: StepProgram, steps: Sequence[Tensor]) -> int:
-    """The bytes alive at the widest point of one step, from shapes alone."""
+    """The bytes alive at the widest point of the first step, from shapes alone.
+
+    Raises:
+        CarriedState: the step cannot start without a state of the caller's.
+    """
+    for slot, node, initial in zip(program.slots, program.slot_nodes(), program.initial_values, strict=True):
+        if initial is None and node.users:
+            raise CarriedState(f"the state {slot.name} is given by the caller, so the bytes of a step are not known")
     slots = [slot.name for slot in program.slots]
     builder = whole_step(program)
     wanted = [v for v in program.outputs if isinstance(v, Node)]

@@ -1,7 +1,7 @@
 """Remove nodes whose value nobody needs.
 
 Needed are the outputs of a step, the next value of every declared state slot (it can be asked for), initial values, and
-checks. Slots that capture only discovered by watching attributes are needed if something else reads them: an
+checks; and layers that keep running statistics in training. Slots that capture only discovered by watching attributes are needed if something else reads them: an
 attribute that is written but never read is a note the model takes for somebody else.
 """
 
@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from torch.fx import Node
 
 from snnfx.passes.base import Pass
+from snnfx.passes.dependence import updates_buffers
 from snnfx.program import StepProgram
 from snnfx.tracer import expect_size
 
@@ -40,7 +41,11 @@ class RemoveDeadCode(Pass):
 
 
 def _remove_dead_nodes(program: StepProgram) -> None:
-    kept = [n for n in program.graph.nodes if n.op == "placeholder" or n.target is expect_size]
+    kept = [
+        n
+        for n in program.graph.nodes
+        if n.op == "placeholder" or n.target is expect_size or updates_buffers(program, n)
+    ]
     live = _ancestors([program.output, *kept])
     for node in reversed(list(program.graph.nodes)):
         if node not in live:
@@ -54,6 +59,7 @@ def _drop_unread_slots(program: StepProgram) -> list[str]:
     needed = {s.name for s in program.slots if not s.discovered}
     while True:
         roots = [n for n in program.outputs if isinstance(n, Node)]
+        roots += [n for n in program.graph.nodes if updates_buffers(program, n)]
         roots += [following[name] for name in needed if isinstance(following[name], Node)]
         live = _ancestors(roots)
         new = {name for name, node in placeholders.items() if node in live} - needed

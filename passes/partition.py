@@ -148,6 +148,8 @@ def _kinds(program: StepProgram, dependence: Dependence, refusals: Mapping[Node,
         # One element of a tuple goes where the tuple is.
         if takes_from_tuple(node) and node.args[0] in kinds:
             kinds[node] = kinds[node.args[0]]  # type: ignore[index]
+            if kinds[node] == "loop" and node.args[0].target is call_opaque:  # type: ignore[union-attr]
+                node.meta.pop("refusal", None)  # nothing was said against the element itself
     return kinds
 
 

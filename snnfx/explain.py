@@ -10,11 +10,6 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch._subclasses.fake_tensor import (
-    DataDependentOutputException,
-    DynamicOutputShapeException,
-    UnsupportedOperatorException,
-)
 from torch.fx import Node
 
 from snnfx.convert import convert
@@ -302,19 +297,14 @@ def _chunk(net: Net) -> ChunkRow | None:
     if chunk is None or isinstance(chunk, int):
         plan = plan_chunks(net.program, (), chunk)
         return ChunkRow(plan.length, plan.bytes_per_step, plan.reason)
-    if None in net._programs[False].initial_values:
-        return ChunkRow(None, 0, 'chunk="auto": decided at the call, where the first state is known')
     inputs = [node.meta.get("val") for node in net.program.input_nodes()]
     if not all(isinstance(value, Tensor) for value in inputs):
         return ChunkRow(None, 0, 'chunk="auto": decided at the first call, from the shapes (example_inputs would tell)')
     device = next((p.device for p in net.source.parameters()), torch.device("cpu"))
     steps = [torch.empty(value.shape, dtype=value.dtype, device=device) for value in inputs]  # type: ignore[union-attr]
     sequences = [x.unsqueeze(0) if dim is not None else x for x, dim in zip(steps, net._tensor_dims(), strict=True)]
-    try:
-        with undisturbed(net.source):
-            plan = net.chunk_plan(*sequences)
-    except (DataDependentOutputException, DynamicOutputShapeException, UnsupportedOperatorException):
-        return ChunkRow(None, 0, "the bytes of one time step cannot be told from shapes alone")
+    with undisturbed(net.source):
+        plan = net.chunk_plan(*sequences)
     return ChunkRow(plan.length, plan.bytes_per_step, plan.reason)
 
 

@@ -58,6 +58,10 @@ class Net(fx.GraphModule):
 
     options: ConvertOptions
     history: list[PassRecord]
+    _programs: dict[bool, StepProgram]
+    _replan: Callable[..., Net] | None
+    _time_dims: list[int | None]
+    _output_time_dim: int
 
     def __init__(
         self,

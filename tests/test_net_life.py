@@ -197,18 +197,19 @@ def test_a_hook_that_changes_the_output_of_a_neuron_is_obeyed() -> None:
 CLASHING = ("run", "graph", "program", "regions", "state", "options", "source", "history", "code", "time", "train_", "x")
 
 
+class Clashing(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        for name in CLASHING:
+            self.add_module(name, nn.Linear(C, C) if name != "regions" else neuron.LIFNode())
+
+    def forward(self, x: Tensor) -> Tensor:
+        for name in CLASHING:
+            x = self._modules[name](2 * x)
+        return x
+
+
 def test_children_that_are_called_like_methods_of_a_net() -> None:
-    class Clashing(nn.Module):
-        def __init__(self) -> None:
-            super().__init__()
-            for name in CLASHING:
-                self.add_module(name, nn.Linear(C, C) if name != "regions" else neuron.LIFNode())
-
-        def forward(self, x: Tensor) -> Tensor:
-            for name in CLASHING:
-                x = self._modules[name](2 * x)
-            return x
-
     model, x_seq = Clashing().double(), sequence()
     net = snnfx.convert(model)
     assert list(net.state_dict()) == list(model.state_dict())

@@ -186,7 +186,7 @@ def test_each_stateful_module_is_named_once() -> None:
 
 
 def test_reset_net_resets_models_and_carried_states() -> None:
-    model = nn.Sequential(nn.Linear(2, 2), neuron.LIFNode())
+    model = nn.Sequential(nn.Linear(2, 2), neuron.LeakyIntegrator())
     model(torch.rand(3, 2))
     reset_net(model)
     assert model[1].v == 0.0

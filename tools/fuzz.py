@@ -35,6 +35,8 @@ import fuzz_checks  # noqa: E402
 from fuzz_checks import CHECKS, Inapplicable, Mismatch, Refused, Setting, check_model  # noqa: E402
 from fuzz_models import Case, build, namespace_of, random_case, smaller_cases  # noqa: E402
 
+from snnfx.errors import CaptureError  # noqa: E402
+
 __all__ = ["Outcome", "fuzz_one", "main", "reproducer", "run_check", "shrink"]
 
 _RANDOM = re.compile(r"Dropout\w*\(0\.3\)|0\.3, self\.training")
@@ -84,6 +86,8 @@ def run_check(case: Case, check: str, examples: bool, namespace: dict[str, Any] 
         check_model(model, setting_of(case, examples), check)
     except Refused as refusal:
         return Outcome("refused", check, refusal.code, str(refusal))
+    except CaptureError as refusal:  # of a state that shows only when it is stepped
+        return Outcome("refused", check, f"{refusal.code} at the call", str(refusal))
     except Inapplicable as reason:
         return Outcome("skipped", check, "inapplicable", str(reason))
     except Mismatch as difference:

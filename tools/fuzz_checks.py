@@ -59,7 +59,7 @@ class Setting:
         g = torch.Generator().manual_seed(self.seed * 7 + seed)
         shapes = [(s[0] + 1, *s[1:]) if larger_batch and s else s for s in self.shapes]
         leads = [() if i else (self.T,) for i in self.invariant]
-        return [torch.rand(*l, *s, generator=g, dtype=torch.float64) * 2 - 0.4 for l, s in zip(leads, shapes, strict=True)]
+        return [torch.rand((*l, *s), generator=g, dtype=torch.float64) * 2 - 0.4 for l, s in zip(leads, shapes, strict=True)]
 
     def step(self, sequences: Sequence[Tensor], t: int) -> tuple[Tensor, ...]:
         return tuple(x if i else x[t] for x, i in zip(sequences, self.invariant, strict=True))
@@ -301,7 +301,7 @@ def check_again(model: nn.Module, s: Setting) -> None:
 
 def check_passes(model: nn.Module, s: Setting) -> None:
     """Legal orders of passes agree."""
-    from snnfx.convert import pipeline
+    from snnfx.convert import _convert_for_shapes, pipeline
     from snnfx.passes.base import PassManager
 
     expected, _ = reference(model, s)
@@ -312,7 +312,7 @@ def check_passes(model: nn.Module, s: Setting) -> None:
         program = snnfx.capture.capture(shared, example, training=False)
         passes = [p for p in pipeline(program, net.options) if p.name in ("normalize", "dce", "partition")]
         PassManager([passes[i] for i in order]).run(program)
-        net = snnfx.Net(shared, {True: program, False: program}, net.options)
+        net = snnfx.Net(shared, {True: program, False: program}, net.options, (), _convert_for_shapes)
         same(f"passes {order}", net.run(*s.sequences(), **s.extra)[0], expected)
 
 

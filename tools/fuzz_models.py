@@ -343,8 +343,28 @@ def _random_case(r: random.Random, seed: int, size: int) -> Case:
     )
 
 
+def _pruned(case: Case) -> Iterator[Case]:
+    """The case without what its output does not need, as far as names tell."""
+    smaller = case.copy()
+    for body in reversed(smaller.bodies):
+        text, kept = body.result, []
+        for statement in reversed(body.statements):
+            targets = set(re.findall(r"(?m)^\s*(\w+(?:, \*?\w+)*) [-+*]?= ", statement))
+            names = {name.strip(" *") for group in targets for name in group.split(",")}
+            if "self.h" in statement or any(re.search(rf"\b{name}\b", text) for name in names):
+                kept.append(statement)
+                text += "\n" + statement
+        body.statements = kept[::-1]
+        body.init = [line for line in body.init if re.split(r"[ (]", line)[0] in text or "self.h =" in line or '"h"' in line]
+    used = "\n".join(map(str, smaller.bodies))
+    smaller.bodies = [b for b in smaller.bodies if b is smaller.root or f"{b.name}()" in used]
+    if smaller.source() != case.source():
+        yield smaller
+
+
 def smaller_cases(case: Case) -> Iterator[Case]:
     """Cases with a statement, an attribute, a class or a part of the output less; some may not run."""
+    yield from _pruned(case)
     for b, body in enumerate(case.bodies):
         for name in re.findall(r"\bv\d+\w?\b|\bw\d\b|\bh0\b|\bself\.h\b", body.result):
             if body.result != name:

@@ -213,7 +213,7 @@ _ELEMENTWISE = """
 torch.relu({v}) | {v}.tanh() | F.gelu({v}) | {v} * {f} | 1 - {v} | {v}.abs() | {v}.clamp(-1, 1) | -{v} | {v} ** 2
 torch.where({v} > 0, {v}, 0.1 * {v}) | F.leaky_relu({v}, 0.2) | torch.exp(-{v}.abs()) | ({v} > 0.1).to({v}.dtype)
 {v}.detach() | {v}.masked_fill({v} > 1, 0.5) | {v} + torch.ones_like({v}) | {v}.clone() | {v}.contiguous()
-{v}.type_as({v}) | {v}.to({v}) | Spike.apply({v} - {f}) | {v} * torch.zeros_like({v}) | torch.sign({v}) | {v}.float().double()
+{v}.type_as({v}) | {v}.to({v}) | Spike.apply({v} - {f}) | {v} * torch.zeros_like({v}) | torch.sign({v})
 F.dropout({v}, 0.3, self.training) | F.dropout({v}, p=1.0, training=self.training) | {v}.square().add(1).log()
 torch.full_like({v}, {f}) * {v} | {v} + {v}.new_ones({v}.shape) | {v}.data + 0.0 * {v} | {v}.sigmoid().round() - {v}
 """
