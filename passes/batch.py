@@ -147,9 +147,20 @@ class _Walk:
         }
         for node in self.graph.nodes:
             if node.op != "output":
-                fact = self._fact(node, slots)
-                self.facts[node] = self._checked(node, fact)
+                fact = self._checked(node, self._fact(node, slots))
+                self.facts[node] = self._new_batch(node) if fact is UNKNOWN and node in self.refusals else fact
         return BatchAnalysis(self.facts, self.refusals, self.requirements)
+
+    def _new_batch(self, node: Node) -> Value:
+        """What starts behind a node that is run step by step, when only the example tells its shape.
+
+        Any dimension of its sequence may be the one that T is folded into, so dim 0 is; its size has nothing to do
+        with that of other batches.
+        """
+        value = node.meta.get("val")
+        if not isinstance(value, Tensor) or value.dim() == 0:
+            return UNKNOWN
+        return Fact(Rank(value.dim()), 0, f"size of {node.name}")
 
     def _fact(self, node: Node, slots: Mapping[Node, Value]) -> Value:
         if node.op == "placeholder":

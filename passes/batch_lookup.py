@@ -15,12 +15,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.fx import Node
-from torch.nn.utils.parametrizations import _SpectralNorm
-from torch.nn.utils.spectral_norm import SpectralNorm
 
 from snnfx.leaves import is_vouched
 from snnfx.passes.batch_facts import Fact, Rank
 from snnfx.passes.batch_rules import FOREIGN, METHODS, MODULES, OPERATORS, ROWS, ModuleRow, Row
+from snnfx.passes.dependence import estimates_weights
 from snnfx.state import call_opaque, call_stateful, initial_value, opaque_initial_value
 from snnfx.tracer import apply_autograd_function, expect_size
 
@@ -181,7 +180,7 @@ def _look_up_module(node: Node, module: object) -> Found | None:
     if not isinstance(module, nn.Module):
         return None
     cls, module_row = _class_with_row(module)
-    if module_row is None or _estimates_at_each_call(module):
+    if module_row is None or estimates_weights(module):
         return None
     row = _rows()[module_row.row]
     names, _, star, _, _ = _parse(row.signature)
@@ -231,13 +230,6 @@ def _changes_helpers(subclasses: Sequence[type], base: type) -> bool:
     for cls in base.__mro__[: base.__mro__.index(nn.Module)]:
         helpers.update(name for name, value in vars(cls).items() if callable(value))
     return any(name in vars(cls) for cls in subclasses for name in helpers - _HARMLESS)
-
-
-def _estimates_at_each_call(module: nn.Module) -> bool:
-    """Whether the weight takes one more step of a power iteration at each call (spectral normalisation)."""
-    if any(isinstance(part, _SpectralNorm) for part in module.modules()):
-        return True
-    return any(isinstance(hook, SpectralNorm) for hook in module._forward_pre_hooks.values())
 
 
 def constant_fact(tensor: Tensor) -> Fact:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+import torch
 from torch import nn
 
 from snnfx.passes.batch_facts import BOTTOM, OTHER, UNKNOWN, Fact, Rank, SizeFact, Value, leaves
@@ -118,6 +119,8 @@ def batch_norm(site: Site) -> Value:
             f"{site.text} has no running statistics, so it uses those of one step even in evaluation",
             "Use track_running_stats=True.",
         )
+    elif in_training and not site.training:
+        site.refuse("SNNFX106", f"{site.text} uses the statistics of one step even in evaluation")
     elif in_training and site.batch_norm == "per_step":
         site.refuse(
             "SNNFX106",
@@ -215,8 +218,28 @@ def autograd_function(site: Site) -> Value:
             f"the autograd.Function {name} is not known to be elementwise",
             "Declare it: `snnfx_elementwise = True` in the class.",
         )
-        return UNKNOWN
+        if function is None or not _keeps_shape(function, site["operands"]):
+            return UNKNOWN
+        # It is not folded, but what comes after it may be: the shape of its result is that of its operand.
     return broadcast(site, leaves(site["operands"]))
+
+
+def _keeps_shape(function: type[torch.autograd.Function], operands: Any) -> bool:
+    """Whether a Function of one tensor gives a tensor of its shape, tried on two shapes that have nothing in common."""
+    tensors = [i for i, operand in enumerate(operands) if isinstance(operand, Fact)]
+    if len(tensors) != 1 or UNKNOWN in operands:
+        return False
+    for shape in ((3, 5), (7, 2)):
+        arguments = list(operands)
+        arguments[tensors[0]] = torch.zeros(shape)
+        try:
+            with torch.no_grad():
+                result = function.apply(*arguments)
+        except (RuntimeError, TypeError, ValueError, IndexError, AttributeError):
+            return False
+        if not isinstance(result, torch.Tensor) or result.shape != shape:
+            return False
+    return True
 
 
 def expect_size(site: Site) -> Value:

@@ -1,8 +1,9 @@
 """Remove nodes whose value nobody needs.
 
 Needed are the outputs of a step, the next value of every declared state slot (it can be asked for), initial values, and
-checks; and layers that keep running statistics in training. Slots that capture only discovered by watching attributes are needed if something else reads them: an
-attribute that is written but never read is a note the model takes for somebody else.
+checks; in training, layers that keep running statistics as well. Slots that capture only discovered by watching
+attributes are needed if something else reads them: an attribute that is written but never read is a note the model
+takes for somebody else.
 """
 
 from __future__ import annotations

@@ -30,6 +30,7 @@ from snnfx.regions import (
     call_module,
     call_once,
     delay_one_step,
+    in_shape_of,
     pick_state,
     reduce_over_time,
     repeat_over_time,
@@ -553,11 +554,18 @@ class RegionBuilder:
         builder = _Copier(graph, env, modules, self.program, slot_nodes if first else {})
         for node in self.inside:
             builder.copy(node)
-        results = tuple(builder.copy(node) for node in outputs)
+        results = [builder.copy(node) for node in outputs]
+        if first and next_states is not None:
+            following = dict(zip(slots, next_states, strict=True))
+            for index, node in enumerate(outputs):
+                # A slot that is read outside of the loop: there it has the shape of the later steps.
+                if node in builder.first_slots:
+                    after = builder.argument(following[builder.first_slots[node]])
+                    results[index] = graph.call_function(in_shape_of, (results[index], after))
         if next_states is None:
-            graph.output(results)
+            graph.output(tuple(results))
         else:
-            graph.output((results, tuple(builder.argument(value) for value in next_states)))
+            graph.output((tuple(results), tuple(builder.argument(value) for value in next_states)))
         return RegionGraph(nn.Module(), graph, class_name="RegionGraph")
 
 

@@ -11,11 +11,12 @@ import operator
 from dataclasses import dataclass
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.fx import Node
 
 from snnfx.errors import CaptureError
 from snnfx.passes.base import Pass
+from snnfx.passes.dependence import is_size
 from snnfx.program import IN_PLACE_OPERATORS, StepProgram, has_in_place_flag, is_in_place, operation_name, place_of
 
 __all__ = ["Normalize"]
@@ -24,6 +25,14 @@ _VIEWS = frozenset(
     "getitem view view_as reshape select narrow transpose permute t flatten unflatten squeeze unsqueeze chunk split "
     "expand expand_as movedim swapaxes detach diagonal unbind getattr".split()
 )
+
+_MAYBE_THE_SAME = frozenset(
+    "contiguous to type_as type float double half bfloat16 data T mT real positive atleast_1d atleast_2d atleast_3d "
+    "unfold swapdims moveaxis ravel dropout dropout1d dropout2d dropout3d".split()
+)
+"""What may give its operand itself, or a view of it, and may give something new."""
+
+_MODULES_OF_VIEWS = (nn.Identity, nn.Flatten, nn.Unflatten, nn.modules.dropout._DropoutNd)
 
 
 @dataclass(frozen=True)
@@ -87,6 +96,7 @@ def _functionalize(program: StepProgram, node: Node) -> None:
             why="the converted net would change the caller's whole sequence.",
             hint="Write it without the underscore.",
         )
+    _refuse_other_names(program, node, operand)
     seen = False
     for user in list(program.graph.nodes):
         if seen and operand in user.all_input_nodes:
@@ -111,6 +121,37 @@ def _functionalize(program: StepProgram, node: Node) -> None:
             why=f"torch has no `{name}`.",
             hint="Assign a new tensor instead of changing one.",
         )
+
+
+def _refuse_other_names(program: StepProgram, node: Node, operand: Node) -> None:
+    """Refuse where somebody reads the changed memory later on by another name than the operand's."""
+    position = {n: i for i, n in enumerate(program.graph.nodes)}
+    names, stack = {operand}, [operand]
+    while stack:
+        known = stack.pop()
+        others = [u for u in known.users if position[u] < position[node] and _may_share_memory(program, u, known)]
+        others += [n for n in known.all_input_nodes if _may_share_memory(program, known, n)]
+        stack += [n for n in others if n not in names]
+        names.update(others)
+    for other in names - {operand}:
+        later = [user for user in other.users if position[user] > position[node]]
+        if later or other.op in ("placeholder", "get_attr"):
+            raise CaptureError(
+                "SNNFX214",
+                f"`{node.name}` changes a value in place that has another name",
+                where=place_of(node),
+                why=f"`{other.name}` may share its memory, and is read afterwards.",
+                hint="Write it without the underscore, or change a copy: x = x.clone().",
+            )
+
+
+def _may_share_memory(program: StepProgram, node: Node, operand: Node) -> bool:
+    """Whether the value of `node` may be a view of `operand`, or `operand` itself."""
+    if not node.args or node.args[0] is not operand:
+        return False
+    if node.op == "call_module":
+        return isinstance(program.resolve(str(node.target)), _MODULES_OF_VIEWS)
+    return node.op.startswith("call") and not is_size(node) and operation_name(node) in _VIEWS | _MAYBE_THE_SAME
 
 
 def _replace_filling(program: StepProgram, node: Node, operand: Node, name: str) -> None:

@@ -21,7 +21,7 @@ from snnfx.errors import CaptureError, Refusal
 from snnfx.passes.base import Pass
 from snnfx.passes.batch import infer_batch
 from snnfx.passes.batch_facts import Fact, model_input
-from snnfx.passes.dependence import Dependence, analyse_dependence, is_size
+from snnfx.passes.dependence import Dependence, analyse_dependence, estimates_weights, is_size
 from snnfx.program import Region, StepProgram, place_of, takes_from_tuple
 from snnfx.state import call_opaque
 
@@ -73,12 +73,17 @@ class Partition(Pass):
 
 
     def _updates_at_every_step(self, program: StepProgram) -> Callable[[Node], bool]:
-        """With statistics per step, a BatchNorm in training updates them T times even if its input never changes."""
+        """In training, what takes a step of its own at each call does so T times even if its input never changes.
+
+        That is a BatchNorm with statistics per step, and a weight that is estimated by power iteration.
+        """
 
         def changing(node: Node) -> bool:
-            if self.batch_norm == "fold" or not program.training or node.op != "call_module":
+            if not program.training or node.op != "call_module":
                 return False
-            return isinstance(program.resolve(str(node.target)), nn.modules.batchnorm._BatchNorm)
+            module = program.resolve(str(node.target))
+            per_step = self.batch_norm == "per_step" and isinstance(module, nn.modules.batchnorm._BatchNorm)
+            return per_step or estimates_weights(module)
 
         return changing
 
@@ -134,6 +139,8 @@ def _kinds(program: StepProgram, dependence: Dependence, refusals: Mapping[Node,
             continue
         # A size is computed again in each region that needs it, so what was said against it is said against its reader.
         refusal = next((refusals[n] for n in [node, *_sizes_behind(node)] if n in refusals), None)
+        if program.training and node.op == "call_module" and estimates_weights(program.resolve(str(node.target))):
+            refusal = Refusal("SNNFX109", f"`{node.target}` estimates its weight anew at each call")
         if node.target is call_opaque:
             node.meta["refusal"] = _opaque(program, node)
             kinds[node] = "loop"
@@ -144,11 +151,11 @@ def _kinds(program: StepProgram, dependence: Dependence, refusals: Mapping[Node,
         else:
             node.meta["refusal"] = refusal
             kinds[node] = {"SNNFX106": "per_step", "SNNFX109": "step"}.get(refusal.code, "map")
-    for node in kinds:
-        # One element of a tuple goes where the tuple is.
-        if takes_from_tuple(node) and node.args[0] in kinds:
-            kinds[node] = kinds[node.args[0]]  # type: ignore[index]
-            if kinds[node] == "loop" and node.args[0].target is call_opaque:  # type: ignore[union-attr]
+    for node in program.graph.nodes:
+        # One element of a tuple goes where the tuple is, even if only an initial value is made of it.
+        if isinstance(source := node.args[0] if node.args else None, Node) and source in kinds and takes_from_tuple(node):
+            kinds[node] = kinds[source]
+            if kinds[node] == "loop" and source.target is call_opaque:
                 node.meta.pop("refusal", None)  # nothing was said against the element itself
     return kinds
 

@@ -26,6 +26,7 @@ __all__ = [
     "call_module",
     "call_once",
     "delay_one_step",
+    "in_shape_of",
     "pick_state",
     "region_of_handle",
     "reduce_over_time",
@@ -133,9 +134,13 @@ class MapRegion(SequenceRegion):
         """torch.vmap, or the steps one by one once vmap has refused."""
         if self.refused_by_vmap:
             return self._one_by_one(x_seq, constants)
+        buffers = _buffers_of(constants)
         try:
             return torch.vmap(lambda *x: self.step(*constants, *x), randomness="different")(*x_seq)  # type: ignore[no-any-return]
         except (RuntimeError, NotImplementedError) as error:
+            with torch.no_grad():
+                for buffer, value in buffers:  # BatchNorm counts its batch before vmap finds that it has no rule
+                    buffer.copy_(value)
             result = self._one_by_one(x_seq, constants)  # raises if the model itself is at fault
             self.refused_by_vmap = str(error).splitlines()[0]
             warn_once(
@@ -148,6 +153,12 @@ class MapRegion(SequenceRegion):
     def _one_by_one(self, x_seq: Sequence[Tensor], constants: Sequence[Any]) -> tuple[Tensor, ...]:
         steps = [self.step(*constants, *x) for x in zip(*(x.unbind(0) for x in x_seq), strict=True)]
         return tuple(torch.stack(y) for y in zip(*steps, strict=True))
+
+
+def _buffers_of(constants: Sequence[Any]) -> list[tuple[Tensor, Tensor]]:
+    """The buffers that a step may change, with copies of their values."""
+    modules = [m for c in constants if isinstance(c, nn.Module) for m in c.modules() if m.training]
+    return [(buffer, buffer.clone()) for m in modules for buffer in m.buffers(recurse=False)]
 
 
 def region_of_handle(handle: str) -> SequenceRegion:
@@ -181,6 +192,17 @@ def stack_steps(steps: Sequence[Any], device: torch.device) -> Tensor:
     if all(isinstance(value, Tensor) and value.shape == last.shape for value in steps):
         return torch.stack(tuple(steps))
     return torch.stack([torch.as_tensor(value, dtype=last.dtype, device=last.device).expand_as(last) for value in steps])
+
+
+def in_shape_of(value: Any, following: Any) -> Any:
+    """The first value of a slot in the shape of its next value, for which a number or a smaller tensor stands."""
+    if not isinstance(following, Tensor):
+        return value
+    if not isinstance(value, Tensor):
+        return torch.full_like(following, value)
+    sizes = zip(reversed(value.shape), reversed(following.shape), strict=False)
+    fits = value.dim() <= following.dim() and all(size in (1, other) for size, other in sizes)
+    return value.expand_as(following) if fits and value.shape != following.shape else value
 
 
 def pick_state(state: dict[str, Any] | None, names: tuple[str, ...]) -> tuple[Any, ...] | None:

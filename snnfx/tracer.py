@@ -30,7 +30,7 @@ from torch.utils import _pytree as pytree
 
 from snnfx.errors import CaptureError
 from snnfx.leaves import is_leaf
-from snnfx.program import SELF_TARGET, add_placeholder
+from snnfx.program import SELF_TARGET, add_placeholder, operation_name
 from snnfx.state import (
     adapter_of,
     call_opaque,
@@ -108,6 +108,8 @@ class StepProxy(fx.Proxy):
                 return getattr(value, name)
             if name in ("dim", "ndimension"):
                 return value.dim
+        if name in ("values", "indices") and (isinstance(value, tuple) or (value is _UNKNOWN and _gives_pair(self.node))):
+            return self[0 if name == "values" else 1]
         if name in ("shape", "dtype", "device"):
             return self.tracer.create_proxy("call_function", getattr, (self, name), {})
         return super().__getattr__(name)
@@ -180,6 +182,14 @@ _UNKNOWN = object()
 
 def _value_of(proxy: StepProxy) -> Any:
     return proxy.node.meta.get("val", _UNKNOWN)
+
+
+_PAIRS = frozenset("max min sort topk median nanmedian mode kthvalue cummax cummin".split())
+
+
+def _gives_pair(node: Node) -> bool:
+    """Whether the node, whose value is not known, is a call that gives `(values, indices)`."""
+    return node.op in ("call_function", "call_method") and operation_name(node) in _PAIRS
 
 
 def _needs_examples(proxy: StepProxy) -> CaptureError:

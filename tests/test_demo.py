@@ -12,6 +12,9 @@ import pytest
 
 pytest.importorskip("sklearn")
 
+# One process for all of them: the fixture is a whole run of the demonstration.
+pytestmark = pytest.mark.xdist_group("demo")
+
 ROOT = Path(__file__).parents[1]
 
 

@@ -36,7 +36,7 @@ export OMP_NUM_THREADS=1 TORCHINDUCTOR_COMPILE_THREADS=1
 color=no
 [ -z "$BOLD" ] || color=yes
 start=$SECONDS
-if ! "$PY" -m pytest -q -ra --color="$color" -n "${SNNFX_TEST_WORKERS:-2}" --dist worksteal --durations 10 "$@" 2>&1 | tee "$log"; then
+if ! "$PY" -m pytest -q -ra --color="$color" -n "${SNNFX_TEST_WORKERS:-2}" --dist loadgroup --durations 10 "$@" 2>&1 | tee "$log"; then
   failed+=("pytest")
 fi
 

@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from norse.torch.module import coba_lif, conv, encode, leaky_integrator, lift, snn
 from torch import nn
+from torch._subclasses.fake_tensor import FakeTensor, unset_fake_temporarily
 from torch.utils import _pytree as pytree
 
 from snnfx.errors import CaptureError
@@ -54,7 +55,11 @@ class NorseAdapter:
         return ()
 
     def step(self, module: nn.Module, state: State, *inputs: Any, **kwargs: Any) -> tuple[Any, State]:
-        given = None if all(value is None for value in state) else pytree.tree_unflatten(list(state), _structure(module))
+        given = pytree.tree_unflatten(list(state), _structure(module)) if state[0] is not None else None
+        if given is None and isinstance(inputs[0], FakeTensor) and hasattr(module, "state_fallback"):
+            # Recurrent cells have sizes and potentials in tensors, whose values a fake tensor does not tell.
+            with unset_fake_temporarily():
+                given = module.state_fallback(torch.zeros(inputs[0].shape, dtype=inputs[0].dtype))  # type: ignore[operator]
         call = module if has_forward_hooks(module) else module.forward
         outputs, following = call(*inputs, given, **kwargs)
         return outputs, tuple(pytree.tree_leaves(following))
@@ -106,8 +111,8 @@ def _structure(module: nn.Module) -> pytree.TreeSpec:
     """How the state of a cell is nested, found by one step on zeros."""
     if module not in _structures:
         like = next((p for p in module.parameters()), torch.zeros(()))
-        features = int(getattr(module, "input_size", 1))
-        with torch.no_grad():
+        with unset_fake_temporarily(), torch.no_grad():
+            features = int(getattr(module, "input_size", 1))
             _, state = module.forward(torch.zeros(1, features, dtype=like.dtype, device=like.device))
         _structures[module] = pytree.tree_structure(state)
     return _structures[module]
