@@ -221,7 +221,7 @@ class _MultiStepEmitter(_Emitter):
         out_dims = tuple(node.meta["batch_dim"] for node in wanted)
         if any(out_dims):
             kwargs["out_batch_dim"] = out_dims
-        return self.graph.call_function(seq_to_ann_forward, (inputs, module), kwargs, name=region.name)  # type: ignore[call-arg]
+        return self.graph.call_function(seq_to_ann_forward, (inputs, module), kwargs, name=region.name)
 
     def _emit_sequence_call(
         self,
@@ -456,7 +456,7 @@ class RegionBuilder:
         self.program, self.slots = program, slots
         self.inside = {n: None for n in nodes}
         self.stop = set(stop) if stop is not None else set()
-        self.constants: dict[Node | str, None] = {}  # type: ignore[assignment]
+        self.constants: dict[Node | str, None] = {}
         self.input_nodes: dict[Node, None] = {}
         self.initial: dict[str, Any] = {}
         self.initial_nodes: dict[Node, None] = {}

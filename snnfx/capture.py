@@ -240,7 +240,7 @@ class _Carried:
 
     def take(self, value: Any, slot_values: dict[str, Any]) -> None:
         """Note down the next value of the argument: its structure, and the value of each slot."""
-        flat, spec = pytree.tree_flatten_with_path(value)
+        flat, spec = pytree.tree_flatten_with_path(pytree.tree_map(_spread, value))
         structure: list[Any] = []
         for path, leaf in flat:
             if isinstance(leaf, StepProxy | Tensor) or (_is_number(leaf) and not isinstance(leaf, bool)):
@@ -258,6 +258,15 @@ class _Carried:
                 hint="Give it as one step returns it.",
             )
         self.structure = after
+
+
+def _spread(value: Any) -> Any:
+    """A recorded value that is known to be a tuple, as a tuple of recorded values."""
+    known = _recorded(value)
+    if isinstance(known, tuple | list):
+        elements = [_spread(value[index]) for index in range(len(known))]
+        return type(known)(*elements) if hasattr(known, "_fields") else type(known)(elements)
+    return value
 
 
 def _key_of(key: Any) -> str:

@@ -91,7 +91,8 @@ class GraphMatch:
         return copied[node]
 
     def _last_placeholder(self) -> Node:
-        return [n for n in self.b.graph.nodes if n.op == "placeholder"][-1]
+        found: Node = [n for n in self.b.graph.nodes if n.op == "placeholder"][-1]
+        return found
 
     @staticmethod
     def _constant(value: Any, program: StepProgram) -> str:
@@ -206,7 +207,8 @@ def _operation(node: Node) -> tuple[str, Any]:
     """What a node computes: `tensor + proxy` is recorded as a method, `proxy + proxy` as an operator."""
     if node.op == "call_method" and node.target in _METHODS and not node.kwargs:
         return "call_function", _METHODS[str(node.target)]
-    return node.op, IN_PLACE_OPERATORS.get(node.target, node.target)
+    target: Any = node.target
+    return node.op, IN_PLACE_OPERATORS.get(target, target)
 
 
 def _reads_the_same(a: Node, b: Node) -> bool:

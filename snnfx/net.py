@@ -287,8 +287,8 @@ class Net(fx.GraphModule):
         if self.options.step_mode == "s":
             self._check_state(state)
             state = self._first_state(state, given)
-            flat, state, records = self._single(leaves, state, record)
-            return pytree.tree_unflatten(list(flat), self.program.output_spec), state, records
+            flat, state, recorded = self._single(leaves, state, record)
+            return pytree.tree_unflatten(list(flat), self.program.output_spec), state, recorded
         leaves, T = self._time_first(leaves, T)
         other = self._other_net(leaves, given)
         if other is not None:

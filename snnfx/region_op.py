@@ -103,7 +103,7 @@ def _fresh_dispatch_keys() -> tuple[Any, Any]:
 @contextlib.contextmanager
 def _ordinary_dispatch(grad: bool) -> Iterator[None]:
     """Let autograd and vmap work inside an operator, where the dispatcher has switched them off."""
-    with torch._C._ForceDispatchKeyGuard(*_fresh_dispatch_keys()), torch.set_grad_enabled(grad):  # type: ignore[attr-defined]
+    with torch._C._ForceDispatchKeyGuard(*_fresh_dispatch_keys()), torch.set_grad_enabled(grad):
         yield
 
 

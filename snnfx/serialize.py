@@ -64,7 +64,7 @@ def unpack_program(packed: _PackedProgram, source: nn.Module) -> StepProgram:
         return nodes[value.name] if isinstance(value, _Reference) else value
 
     for name, op, target, args, kwargs, meta in packed.nodes:
-        node = graph.create_node(op, target, map_aggregate(args, unpack), map_aggregate(kwargs, unpack), name=name)  # type: ignore[arg-type]
+        node = graph.create_node(op, target, map_aggregate(args, unpack), map_aggregate(kwargs, unpack), name=name)
         node.name = name
         node.meta = dict(meta)
         nodes[name] = node

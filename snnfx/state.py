@@ -14,7 +14,7 @@ import sys
 from collections import OrderedDict
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Protocol, runtime_checkable
+from typing import Any, Protocol, cast, runtime_checkable
 
 import torch
 from torch import Tensor, nn
@@ -217,7 +217,7 @@ class MemoryAdapter:
 
     def is_leaf(self, module: nn.Module) -> bool:
         # Neurons of the zoo stay whole; the forward that a user wrote is traced, so that only its cycle is looped.
-        return _is_pure(type(module))
+        return _is_pure(cast(Any, type(module)))
 
     def refuse(self, module: nn.Module, where: str) -> None:
         return None
@@ -226,7 +226,7 @@ class MemoryAdapter:
         return module.memory_names()  # type: ignore[operator, no-any-return]
 
     def read(self, module: nn.Module) -> State:
-        return tuple(module._memories.values())  # type: ignore[union-attr, operator]
+        return tuple(module._memories.values())  # type: ignore[operator]
 
     def write(self, module: nn.Module, state: Sequence[Any]) -> None:
         for name, value in zip(self.names(module), state, strict=True):
@@ -238,16 +238,16 @@ class MemoryAdapter:
     def initial(self, module: nn.Module, *inputs: Any, **kwargs: Any) -> State:
         if isinstance(module, Stateful):
             return module.initial_state(*inputs, **kwargs)
-        return tuple(_fresh(value) for value in module._initial_memories.values())  # type: ignore[union-attr, operator]
+        return tuple(_fresh(value) for value in module._initial_memories.values())  # type: ignore[operator]
 
     def step(self, module: nn.Module, state: State, *inputs: Any, **kwargs: Any) -> tuple[Any, State]:
-        if _is_pure(type(module)) and not has_forward_hooks(module):
-            return module.step(state, *inputs, **kwargs)
+        if _is_pure(cast(Any, type(module))) and not has_forward_hooks(module):
+            return module.step(state, *inputs, **kwargs)  # type: ignore[operator, no-any-return]
         return step_by_swapping(self, module, state, *inputs, **kwargs)
 
 
 @functools.cache
-def _is_pure(module_class: type) -> bool:
+def _is_pure(module_class: Any) -> bool:
     """Whether a class gives its step as a pure function, and overrides neither `forward` nor it further down."""
     if not all(callable(getattr(module_class, name, None)) for name in ("state_names", "initial_state", "step")):
         return False
@@ -363,11 +363,11 @@ def register_adapter(cls: type, adapter: Adapter) -> None:
 
 def adapter_of(module: nn.Module) -> Adapter | None:
     """The adapter of the nearest registered base class of a module, or None for a module without known state."""
-    return _adapter_of_class(type(module))
+    return _adapter_of_class(cast(Any, type(module)))
 
 
 @functools.cache
-def _adapter_of_class(module_class: type) -> Adapter | None:
+def _adapter_of_class(module_class: Any) -> Adapter | None:
     for cls in module_class.__mro__:
         package = cls.__module__.partition(".")[0]
         if package in _THIRD_PARTY and f"snnfx.adapters.{package}" not in sys.modules:
@@ -413,7 +413,7 @@ def opaque_initial_value(module: nn.Module, index: int, *inputs: Any, **kwargs: 
 
 
 for _runtime_function in (call_stateful, initial_value, call_opaque, opaque_initial_value):
-    _runtime_function.snnfx_calls_module = True  # type: ignore[attr-defined]
+    setattr(_runtime_function, "snnfx_calls_module", True)  # noqa: B010
 
 
 def reset_net(model: nn.Module) -> None:

@@ -514,7 +514,10 @@ class StepTracer(fx.Tracer):
             if adapter.is_leaf(m):
                 return self._marked(self._call_with_state(m, name, call_stateful, adapter, args, kwargs), name)
         elif is_leaf(m):
-            return self._marked(super().call_module(m, forward, args, kwargs), name)
+            result = self._marked(super().call_module(m, forward, args, kwargs), name)
+            # Two values, also where nothing is known of them: a state that is carried has to have a structure.
+            is_pair = isinstance(m, nn.LSTMCell)
+            return (self._element(result, 0, name), self._element(result, 1, name)) if is_pair else result
         _refuse_hooks(m, name)
         try:
             result = super().call_module(m, forward, args, kwargs)

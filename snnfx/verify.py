@@ -79,7 +79,7 @@ def verify(
     options: Any = net.options
     first: dict[str, Any] = {}
     if getattr(getattr(net, "program", None), "carried", None):
-        x_seq, kwargs, first = net.split_carried(x_seq, kwargs)
+        x_seq, kwargs, first = net.split_carried(x_seq, kwargs)  # type: ignore[operator]
     inputs = TimedInputs.of(x_seq, kwargs, options.time_dim, T)
     with undisturbed(model, net), torch.inference_mode(False), torch.set_grad_enabled(gradients):
         if double:
@@ -286,7 +286,8 @@ class _Verification:
         over_time = {name: _over_time(name, [step[name] for step in steps]) for name in steps[0]}
         if self.reduce is None:
             return over_time
-        return pytree.tree_map_only(Tensor, lambda y: reduce_over_time(y, self.reduce).unsqueeze(0), over_time)
+        how = self.reduce
+        return {n: reduce_over_time(y, how).unsqueeze(0) if isinstance(y, Tensor) else y for n, y in over_time.items()}
 
     def _gradients(
         self, outputs: Mapping[str, Any], inputs: TimedInputs, module: nn.Module
@@ -324,7 +325,7 @@ class _Verification:
 
     def _compare_states(self, actual: dict[str, Any], expected: dict[str, Any]) -> list[Comparison]:
         found = []
-        overwritten = getattr(getattr(self.net, "program", None), "overwritten", frozenset())
+        overwritten: frozenset[str] = getattr(getattr(self.net, "program", None), "overwritten", frozenset())
         for name, value in expected.items():
             if name in overwritten:
                 continue  # the model keeps a copy of a state that is passed to it

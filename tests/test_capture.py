@@ -243,7 +243,7 @@ def test_state_kept_in_attributes_becomes_slots(model: Callable[[], nn.Module]) 
     assert "loop" in {region.kind for region in net.regions}
 
 
-@pytest.mark.parametrize("model", [cls for cls in STATE_MODELS if cls not in (DictOfStates,)], ids=lambda cls: cls.__name__)
+@pytest.mark.parametrize("model", sorted({*STATE_MODELS} - {DictOfStates}, key=str), ids=lambda cls: cls.__name__)
 def test_initial_values_are_no_reason_to_peel_the_first_step(model: Callable[[], nn.Module]) -> None:
     assert snnfx.convert(model()).program.first_step is None
 

@@ -119,9 +119,14 @@ def test_a_state_in_a_named_tuple_is_inferred_and_comes_back_as_one(training: bo
     snnfx.verify(model, net, x_seq)
 
 
-def test_only_the_cycle_is_looped() -> None:
+def test_only_the_cycles_are_looped_each_on_its_own() -> None:
     net = snnfx.convert(ByHand())
-    assert [region.kind for region in net.regions] == ["fold", "loop", "fold"]
+    assert [(region.kind, region.slots) for region in net.regions] == [
+        ("fold", []),
+        ("loop", ["state.i"]),
+        ("loop", ["state.v"]),
+        ("fold", []),
+    ]
     assert net.program.first_step is None
 
 

@@ -75,7 +75,9 @@ def test_a_copy_is_a_net_that_does_the_same_and_shares_nothing(
     make: Callable[[], nn.Module], with_examples: bool, way: str
 ) -> None:
     x_seq = sequence()
-    net = snnfx.convert(make().double().eval(), example_inputs=x_seq[0] if with_examples else None, batch_norm="per_step")
+    net = snnfx.convert(
+        make().double().eval(), example_inputs=x_seq[0] if with_examples else None, batch_norm="per_step"
+    )
     if way == "deepcopy":
         other = copy.deepcopy(net)
     elif way == "pickle":
@@ -115,10 +117,19 @@ def test_a_packed_program_is_the_program() -> None:
         again = unpack_program(pickle.loads(pickle.dumps(pack_program(program))), net.source)
         assert str(again) == str(program)
         assert [n.name for n in again.graph.nodes] == [n.name for n in program.graph.nodes]
-        assert (again.slots, again.input_leaves, again.training) == (program.slots, program.input_leaves, program.training)
+        assert (again.slots, again.input_leaves, again.training) == (
+            program.slots,
+            program.input_leaves,
+            program.training,
+        )
         assert (again.input_spec, again.output_spec) == (program.input_spec, program.output_spec)
         for a, b in zip(again.regions, program.regions, strict=True):
-            assert (a.name, a.kind, a.slots, [n.name for n in a.nodes]) == (b.name, b.kind, b.slots, [n.name for n in b.nodes])
+            assert (a.name, a.kind, a.slots, [n.name for n in a.nodes]) == (
+                b.name,
+                b.kind,
+                b.slots,
+                [n.name for n in b.nodes],
+            )
 
 
 # -- sharing with the model --------------------------------------------------------------------------------------------
@@ -194,7 +205,20 @@ def test_a_hook_that_changes_the_output_of_a_neuron_is_obeyed() -> None:
     assert_same(snnfx.convert(model)(x_seq).detach(), run_stepped(model, x_seq).outputs)
 
 
-CLASHING = ("run", "graph", "program", "regions", "state", "options", "source", "history", "code", "time", "train_", "x")
+CLASHING = (
+    "run",
+    "graph",
+    "program",
+    "regions",
+    "state",
+    "options",
+    "source",
+    "history",
+    "code",
+    "time",
+    "train_",
+    "x",
+)
 
 
 class Clashing(nn.Module):

@@ -185,10 +185,12 @@ def test_the_history_keeps_the_ir_after_each_pass() -> None:
     assert records[0].ir.count("self.fc2") == 2 and records[1].ir.count("self.fc2") == 1
     assert "fold" in records[2].ir
     assert str(PassRecord("dce", 1.26, "removed 1 nodes", "")) == "# dce (1.3 ms): removed 1 nodes"
-    assert [r.description for r in snnfx.convert(Model()).history][0] == "capture"
+    assert snnfx.convert(Model()).history[0].description == "capture"
 
 
-def test_debugging_prints_the_ir_after_each_pass(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+def test_debugging_prints_the_ir_after_each_pass(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
     monkeypatch.setenv("SNNFX_DEBUG", "1")
     snnfx.convert(Model())
     printed = capsys.readouterr().err

@@ -176,7 +176,9 @@ def tensors_of(constants: Sequence[Any]) -> list[Tensor]:
 @pytest.mark.parametrize("given", [False, True], ids=["reset", "given"])
 @pytest.mark.parametrize("steps", [1, 2, 5])
 @pytest.mark.parametrize("through_state", [False, True], ids=["outputs", "final-state"])
-def test_a_loop_as_operator_has_the_values_and_gradients_of_stepping(given: bool, steps: int, through_state: bool) -> None:
+def test_a_loop_as_operator_has_the_values_and_gradients_of_stepping(
+    given: bool, steps: int, through_state: bool
+) -> None:
     loop, constants = loop_of(Recurrent().double())
     x_seq = torch.randn(steps, N, C, dtype=torch.float64, requires_grad=True)
     inputs = (x_seq,)

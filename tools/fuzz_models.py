@@ -113,7 +113,7 @@ class _Scope:
         self.env = {**values}
         self.names = [name for name, value in values.items() if isinstance(value, Tensor)]
         self.counter = 0
-        self.layers: list[str] = []
+        self.layers: list[tuple[str, torch.Size]] = []
 
     def value(self, name: str) -> Tensor:
         return self.env[name]  # type: ignore[no-any-return]
@@ -180,9 +180,10 @@ class _Scope:
     def step(self, modules: list[str]) -> bool:
         """Try one random statement."""
         v, w, kind = self.pick(), self.pick(), self.r.random()
-        if kind < 0.07 and self.layers:
+        shared = [layer for layer, shape in self.layers if shape == self.value(v).shape]
+        if kind < 0.07 and shared:
             self.counter += 1
-            return self.attempt(f"v{self.counter} = {self.r.choice(self.layers)}({v})", [])
+            return self.attempt(f"v{self.counter} = {self.r.choice(shared)}({v})", [])
         if kind < 0.60:
             table = NEURONS if kind < 0.2 else LAYERS
             if SPIKINGJELLY_NEURONS and kind > 0.57:
@@ -194,7 +195,7 @@ class _Scope:
             name = f"self.m{self.counter}"
             if not self.attempt(f"v{self.counter} = {name}({v})", [*init, f"{name} = {text}"]):
                 return False
-            self.layers.append(name)
+            self.layers.append((name, self.value(v).shape))
             return True
         weights = [weight for weight, _ in EXPRESSIONS]
         template = self.r.choice(self.r.choices(EXPRESSIONS, weights)[0][1])
@@ -331,7 +332,7 @@ def _random_case(r: random.Random, seed: int, size: int) -> Case:
         modules.append(f"{name}()")
         same = [n for n in scope.names if scope.value(n).shape == x.shape]
         scope.attempt(f"w{index} = self.n{index}({r.choice(same)})", [f"self.n{index} = {name}()"])
-        scope.layers.append(f"self.n{index}")
+        scope.layers.append((f"self.n{index}", x.shape))
     scope.grow(r.randint(1, size), modules)
     if len(scope.names) == len(names):
         raise _Misfit

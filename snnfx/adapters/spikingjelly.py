@@ -70,6 +70,10 @@ class SpikingJellyAdapter(StepModeAdapter):
     """`base.MemoryModule`: neurons, synapse filters, recurrent containers, dropout that holds its mask."""
 
     def elementwise(self, module: nn.Module) -> bool:
+        return isinstance(module, _ELEMENTWISE) and not isinstance(module, _NORMALIZING)
+
+    def keeps_batch(self, module: nn.Module) -> bool:
+        """Everything has the rank of the input, with the batch in dim 0."""
         return isinstance(module, _ELEMENTWISE)
 
     def is_leaf(self, module: nn.Module) -> bool:
@@ -124,8 +128,14 @@ _ELEMENTWISE: tuple[type, ...] = tuple(
 )
 
 
+_NORMALIZING: tuple[type, ...] = tuple(filter(None, (getattr(neuron, "MPBNBaseNode", None),)))
+"""Neurons that normalise their potential over the batch; their statistics are updated by a call, not by the function."""
+
+
 def _is_functional(module: nn.Module) -> bool:
     """Whether the class gives its transition as a function, and nothing nearer to it overrides the step itself."""
+    if isinstance(module, _NORMALIZING):
+        return False
     for cls in type(module).__mro__:
         if "single_step_functional_forward" in vars(cls):
             return cls not in (base.MemoryModule, neuron.BaseNode)
@@ -149,5 +159,3 @@ _LAYERS = (
 for _name in _LAYERS:
     if hasattr(layer, _name):
         vouch(getattr(layer, _name), lambda module: module.step_mode == "s")
-for _dropout in (layer.Dropout, layer.Dropout2d):
-    vouch(_dropout, lambda module: not module.training)
