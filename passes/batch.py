@@ -233,7 +233,9 @@ class _Walk:
         return fact
 
     def _judge_without_batch(self, site: Site, found: Found, operands: list[Any], fact: Value) -> None:
-        """Refuse what varies in time and has no batch, going in or coming out."""
+        """Refuse what varies in time and has no batch, going in or coming out: a folded region could not take it."""
+        if found.name == "getitem" and isinstance(site["input"], tuple):
+            return  # an element goes where its tuple goes
         tensors = [operand for operand in operands if isinstance(operand, Fact)]
         if found.row.random and isinstance(fact, Fact) and not fact.batched and site.node in self.varying:
             site.refuse(
@@ -243,6 +245,8 @@ class _Walk:
             )
         if tensors and not any(tensor.batched for tensor in tensors) and site.node in self.changing:
             site.refuse("SNNFX102", f"{site.text} gets values that vary in time but have no batch dimension")
+        if UNKNOWN in operands or any(tensor.varying and not tensor.batched for tensor in tensors):
+            site.refuse("SNNFX105", f"an operand of {site.text} varies in time, and has no batch that is known")
 
     def _marked(self, node: Node, fact: Value) -> Value:
         """Note at facts without a batch whether the value may differ between steps."""

@@ -21,7 +21,7 @@ from snnfx.passes.batch_facts import Fact, Rank
 from snnfx.passes.batch_rules import FOREIGN, METHODS, MODULES, OPERATORS, ROWS, ModuleRow, Row
 from snnfx.passes.dependence import estimates_weights
 from snnfx.state import call_opaque, call_stateful, initial_value, opaque_initial_value
-from snnfx.tracer import apply_autograd_function, expect_size
+from snnfx.step_functions import apply_autograd_function, expect_size
 
 __all__ = ["Found", "constant_fact", "look_up", "row_names"]
 

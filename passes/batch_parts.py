@@ -221,10 +221,10 @@ class _Walk:
 def attribute(site: Site) -> Value:
     """`x.shape`, `x.T`, `x.dtype`, ..."""
     name = site["name"]
-    if name in ("dtype", "device", "layout", "is_cuda", "requires_grad"):
-        return OTHER
     if not isinstance(site["input"], Fact):
         return UNKNOWN
+    if name in ("dtype", "device", "layout", "is_cuda", "requires_grad"):
+        return python_value(site)
     found = _ATTRIBUTES.get(name)
     if found is None:
         site.refuse("SNNFX101", f"the attribute `{name}` is not in the table")
@@ -232,10 +232,15 @@ def attribute(site: Site) -> Value:
     return found(site)
 
 
+def _can_be_asked(fact: Any) -> bool:
+    """Whether a folded region may ask the tensor for its shape or type, for which it has to be given the tensor."""
+    return isinstance(fact, Fact) and (fact.batched or not fact.varying)
+
+
 def size(site: Site) -> Value:
     """`x.size()`, `x.size(0)`, `x.shape`."""
     fact = site["input"]
-    if not isinstance(fact, Fact):
+    if not _can_be_asked(fact):
         return UNKNOWN
     tensor = getattr(site.node.args[0], "name", "")
     shape = ShapeFact(fact, tensor)
@@ -249,15 +254,13 @@ def size(site: Site) -> Value:
 def numel(site: Site) -> Value:
     """How many elements a tensor has: a multiple of the batch."""
     fact = site["input"]
-    if not isinstance(fact, Fact):
-        return UNKNOWN
-    return SizeFact(site.fresh if fact.batched else None)
+    return SizeFact(site.fresh if fact.batched else None) if _can_be_asked(fact) else UNKNOWN
 
 
 def rank_of(site: Site) -> Value:
     """`x.dim()`, `x.ndim`."""
     fact = site["input"]
-    return SizeFact(value=fact.rank.known) if isinstance(fact, Fact) else UNKNOWN
+    return SizeFact(value=fact.rank.known) if _can_be_asked(fact) else UNKNOWN
 
 
 def _same_tensor(site: Site) -> Value:
@@ -278,7 +281,7 @@ _ATTRIBUTES = {
 
 def python_value(site: Site) -> Value:
     """A question about the tensor that does not depend on the batch."""
-    return OTHER
+    return OTHER if _can_be_asked(site["input"]) else UNKNOWN
 
 
 def create(site: Site) -> Value:

@@ -16,7 +16,7 @@ from torch.fx import Node
 from snnfx.passes.base import Pass
 from snnfx.passes.dependence import updates_buffers
 from snnfx.program import StepProgram
-from snnfx.tracer import expect_size
+from snnfx.step_functions import expect_size
 
 __all__ = ["RemoveDeadCode"]
 

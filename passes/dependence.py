@@ -18,7 +18,7 @@ from torch.nn.utils.spectral_norm import SpectralNorm
 
 from snnfx.program import StepProgram, operation_name
 from snnfx.state import call_opaque
-from snnfx.tracer import expect_size
+from snnfx.step_functions import expect_size
 
 __all__ = ["Dependence", "analyse_dependence", "estimates_weights", "is_random", "is_size", "updates_buffers"]
 

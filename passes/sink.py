@@ -18,7 +18,7 @@ from torch.fx import Node
 from snnfx.passes.base import Pass
 from snnfx.passes.dependence import Dependence, analyse_dependence, is_random, is_size
 from snnfx.program import StepProgram, is_module_call, operation_name, takes_from_tuple
-from snnfx.tracer import expect_size
+from snnfx.step_functions import expect_size
 
 __all__ = ["REDUCTIONS", "SinkReductions"]
 

@@ -29,9 +29,10 @@ from snnfx.leaves import is_leaf
 from snnfx.matching import GraphMatch
 from snnfx.program import InputLeaf, Slot, StepProgram, add_placeholder
 from snnfx.state import Adapter, StateSnapshot, adapter_of, composite_adapter, copy_containers, is_stateful_tree
-from snnfx.tracer import ArgumentLeaf, FunctionHolder, StepProxy, StepTracer, SubmoduleNotTraceable, apply_autograd_function
+from snnfx.proxy import StepProxy
+from snnfx.tracer import ArgumentLeaf, StepTracer, SubmoduleNotTraceable
 
-__all__ = ["FunctionHolder", "apply_autograd_function", "as_call", "capture", "capture_both_modes"]
+__all__ = ["as_call", "capture", "capture_both_modes"]
 
 
 def capture_both_modes(

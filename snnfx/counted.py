@@ -9,7 +9,7 @@ from torch.fx import Node
 
 from snnfx.passes.dependence import is_size
 from snnfx.program import Region, StepProgram, describe_node, takes_from_tuple
-from snnfx.tracer import expect_size
+from snnfx.step_functions import expect_size
 
 __all__ = ["NodeKey", "computing_nodes", "is_computing", "nodes_by_key"]
 

@@ -33,7 +33,7 @@ from snnfx.remarks import (
     vmap_fallbacks,
 )
 from snnfx.report import ChunkRow, InputRow, NotFolded, Operation, PassRow, Problem, RegionRow, Report, SlotRow
-from snnfx.tracer import apply_autograd_function
+from snnfx.step_functions import apply_autograd_function
 
 __all__ = ["Report", "explain"]
 

@@ -12,7 +12,7 @@ from torch.fx import Node
 from snnfx.passes.dependence import is_size
 from snnfx.program import StepProgram, operation_name
 from snnfx.state import call_opaque
-from snnfx.tracer import FunctionHolder, apply_autograd_function
+from snnfx.step_functions import FunctionHolder, apply_autograd_function
 
 __all__ = ["summarize_module", "summarize_node"]
 

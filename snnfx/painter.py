@@ -18,7 +18,7 @@ from snnfx.layer_summary import summarize_node
 from snnfx.passes.dependence import analyse_dependence, is_size
 from snnfx.program import StepProgram, describe_node, is_module_call, is_structural, place_of
 from snnfx.state import initial_value
-from snnfx.tracer import expect_size
+from snnfx.step_functions import expect_size
 
 __all__ = ["Painter"]
 

@@ -14,7 +14,7 @@ from snnfx.net import Net
 from snnfx.passes.dependence import is_random
 from snnfx.program import StepProgram, describe_node, place_of
 from snnfx.regions import MapRegion
-from snnfx.tracer import expect_size
+from snnfx.step_functions import expect_size
 
 __all__ = [
     "batch_norm_semantics",

@@ -7,13 +7,7 @@ step as a fake tensor, so Python control flow on shapes works; nodes remember th
 
 from __future__ import annotations
 
-import builtins
 import contextlib
-import dis
-import inspect
-import operator
-import os
-import sys
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -30,7 +24,9 @@ from torch.utils import _pytree as pytree
 
 from snnfx.errors import CaptureError
 from snnfx.leaves import is_leaf
-from snnfx.program import SELF_TARGET, add_placeholder, operation_name
+from snnfx.places import format_place, user_place
+from snnfx.program import SELF_TARGET, add_placeholder
+from snnfx.proxy import UNKNOWN, StepProxy, needs_examples, value_of
 from snnfx.state import (
     adapter_of,
     call_opaque,
@@ -42,12 +38,11 @@ from snnfx.state import (
     takes_state,
     without_hooks,
 )
+from snnfx.step_functions import expect_size
+from snnfx.tracing_patches import autocast_state, patched_apply, patched_factories, patched_isinstance
 
-__all__ = ["FunctionHolder", "StepProxy", "StepTracer", "SubmoduleNotTraceable", "apply_autograd_function", "expect_size"]
+__all__ = ["ArgumentLeaf", "StepTracer", "SubmoduleNotTraceable"]
 
-_TORCH_DIRECTORY = os.path.dirname(torch.__file__)
-_OWN_DIRECTORY = os.path.dirname(__file__)
-_FACTORIES = ("zeros", "ones", "empty", "full", "rand", "randn", "arange", "eye", "linspace")
 _NUMBER_MODULES = ("_operator", "builtins", "math")
 """Where functions live that make numbers of numbers: sizes of sizes."""
 
@@ -58,148 +53,6 @@ class SubmoduleNotTraceable(Exception):
     def __init__(self, name: str, reason: str) -> None:
         super().__init__(f"{name}: {reason}")
         self.name, self.reason = name, reason
-
-
-class FunctionHolder(nn.Module):
-    """Holds an autograd.Function so that a graph can refer to it: a class cannot be printed as an argument."""
-
-    def __init__(self, function: type[torch.autograd.Function]) -> None:
-        super().__init__()
-        self.function = function
-
-
-def apply_autograd_function(holder: FunctionHolder, *args: Any) -> Any:
-    """Call `holder.function.apply(*args)`: the node that keeps a custom backward."""
-    return holder.function.apply(*args)
-
-
-def expect_size(size: int, expected: int, where: str) -> int:
-    """Fail when a size that the model's Python code used as a number is another one in this call."""
-    if size != expected:
-        from snnfx.errors import InputError
-
-        raise InputError(
-            "SNNFX312",
-            f"a size is {size}, but the step was captured with {expected}",
-            where=where,
-            why="the model's Python code used it as a number while it was captured.",
-            hint="Convert again with example_inputs of the new size.",
-        )
-    return size
-
-
-class StepProxy(fx.Proxy):
-    """A recorded value of one step. With example inputs it answers questions about its shape."""
-
-    _is_param = False
-    _is_buffer = False
-
-    def stands_for(self, cls: Any) -> bool:
-        """Whether the value behind the proxy is an instance of `cls`: what `isinstance` says in the model's code."""
-        value = _value_of(self)
-        if value is not _UNKNOWN:
-            return isinstance(value, cls)
-        return not self.node.meta.get("shape_like") and issubclass(Tensor, cls)
-
-    def __getattr__(self, name: str) -> Any:
-        value = _value_of(self)
-        if isinstance(value, Tensor):
-            if name in ("ndim", "is_cuda", "requires_grad", "layout", "is_floating_point", "is_complex"):
-                return getattr(value, name)
-            if name in ("dim", "ndimension"):
-                return value.dim
-        if name in ("values", "indices") and (isinstance(value, tuple) or (value is _UNKNOWN and _gives_pair(self.node))):
-            return self[0 if name == "values" else 1]
-        if name in ("shape", "dtype", "device"):
-            return self.tracer.create_proxy("call_function", getattr, (self, name), {})
-        return super().__getattr__(name)
-
-    def __len__(self) -> int:
-        value = _value_of(self)
-        if value is _UNKNOWN:
-            raise _needs_examples(self)
-        return len(value)
-
-    def __iter__(self) -> Iterator[Any]:
-        value = _value_of(self)
-        if value is not _UNKNOWN:
-            if isinstance(value, Tensor) and value.dim() == 0:
-                raise TypeError("iteration over a 0-d tensor")
-            return iter([self[i] for i in range(len(value))])  # type: ignore[index]
-        frame = inspect.currentframe()
-        caller = frame.f_back if frame is not None else None
-        if caller is not None:
-            for instruction in dis.get_instructions(caller.f_code):
-                if instruction.offset == caller.f_lasti and instruction.opname == "UNPACK_SEQUENCE":
-                    return iter([self[i] for i in range(instruction.argval)])  # type: ignore[index]
-        raise _needs_examples(self)
-
-    def __iadd__(self, other: Any) -> Any:
-        return self._in_place(operator.add, operator.iadd, other)
-
-    def __isub__(self, other: Any) -> Any:
-        return self._in_place(operator.sub, operator.isub, other)
-
-    def __imul__(self, other: Any) -> Any:
-        return self._in_place(operator.mul, operator.imul, other)
-
-    def __itruediv__(self, other: Any) -> Any:
-        return self._in_place(operator.truediv, operator.itruediv, other)
-
-    def _in_place(self, on_numbers: Callable[..., Any], on_tensors: Callable[..., Any], other: Any) -> Any:
-        """`x += 1` changes a tensor, whoever else holds it; of a number it makes another number."""
-        value = _value_of(self)
-        is_number = self.node.meta.get("shape_like") if value is _UNKNOWN else not isinstance(value, Tensor)
-        operation = on_numbers if is_number or self.node.meta.get("number") else on_tensors
-        return self.tracer.create_proxy("call_function", operation, (self, other), {})
-
-    def __setitem__(self, index: Any, value: Any) -> None:
-        raise CaptureError(
-            "SNNFX201",
-            "a part of a tensor is assigned",
-            where=_format_place(_user_place()),
-            why=f"`{self.node.name}[...] = ...` changes a value in place, which a graph of values cannot record.",
-            hint="Use torch.where, torch.cat, index_fill or masked_fill, or put the code into a submodule.",
-        )
-
-    def __bool__(self) -> bool:
-        return bool(self.tracer.concrete(self))  # type: ignore[attr-defined]
-
-    def __index__(self) -> int:
-        return int(self.tracer.concrete(self))  # type: ignore[attr-defined]
-
-    __int__ = __index__
-
-    def __float__(self) -> float:
-        return float(self.tracer.concrete(self))  # type: ignore[attr-defined]
-
-    def __hash__(self) -> int:
-        return id(self)
-
-
-_UNKNOWN = object()
-
-
-def _value_of(proxy: StepProxy) -> Any:
-    return proxy.node.meta.get("val", _UNKNOWN)
-
-
-_PAIRS = frozenset("max min sort topk median nanmedian mode kthvalue cummax cummin".split())
-
-
-def _gives_pair(node: Node) -> bool:
-    """Whether the node, whose value is not known, is a call that gives `(values, indices)`."""
-    return node.op in ("call_function", "call_method") and operation_name(node) in _PAIRS
-
-
-def _needs_examples(proxy: StepProxy) -> CaptureError:
-    return CaptureError(
-        "SNNFX202",
-        "the model asks for the shape of a value while it is captured",
-        where=_format_place(proxy.node.meta.get("where")),
-        why="without example_inputs there is no answer.",
-        hint="Pass example_inputs=(x,) with what ONE step takes, batch dimension included.",
-    )
 
 
 class StepTracer(fx.Tracer):
@@ -236,9 +89,9 @@ class StepTracer(fx.Tracer):
         self.take_carried: Callable[[Any], Any] = lambda outputs: outputs
         self.calls_at: dict[tuple[str, object], int] = {}
         self.output_spec: pytree.TreeSpec | None = None
-        self._evaluating = False
+        self.is_evaluating = False
         self._inside_call = False
-        self._autocast = _autocast_state()
+        self._autocast = autocast_state()
         self._paths: dict[nn.Module, str] = {}
 
     # -- recording ---------------------------------------------------------------------------------------------
@@ -247,7 +100,7 @@ class StepTracer(fx.Tracer):
         """Trace `root`; `prepare` runs when placeholders may be made, `finish` when the step has been recorded."""
         self._prepare, self._finish = prepare, finish
         self._paths = {module: name for name, module in root.named_modules()}
-        with _patched_apply(self), _patched_isinstance(), _patched_factories(self):
+        with patched_apply(self), patched_isinstance(), patched_factories(self):
             return self.trace(root)
 
     def create_args_for_root(self, root_fn: Any, is_module: bool, concrete_args: Any = None) -> tuple[Any, list[Any]]:
@@ -302,11 +155,11 @@ class StepTracer(fx.Tracer):
         """A placeholder node with a known value (or `UNKNOWN`)."""
         node = add_placeholder(self.graph, name)
         node.meta.update(meta)
-        if value is not _UNKNOWN:
+        if value is not UNKNOWN:
             node.meta["val"] = value
         return self.proxy(node)
 
-    def add_slot(self, name: str, value: Any = _UNKNOWN, number: bool = False) -> StepProxy:
+    def add_slot(self, name: str, value: Any = UNKNOWN, number: bool = False) -> StepProxy:
         """A slot and the placeholder that reads it; `number`: it is a Python number before and after the first step."""
         proxy = self.placeholder(name, value, {"slot": name, "number": number})
         self.slot_values[name] = proxy
@@ -349,8 +202,8 @@ class StepTracer(fx.Tracer):
 
     def _without_gradient(self, proxy: Any) -> Any:
         """What `torch.no_grad()` around an operation means in a graph: its result is detached."""
-        value = _value_of(proxy)
-        is_tensor = isinstance(value, Tensor) or (value is _UNKNOWN and not proxy.node.meta.get("shape_like"))
+        value = value_of(proxy)
+        is_tensor = isinstance(value, Tensor) or (value is UNKNOWN and not proxy.node.meta.get("shape_like"))
         return super().create_proxy("call_method", "detach", (proxy,), {}) if is_tensor else proxy
 
     def create_node(
@@ -362,17 +215,17 @@ class StepTracer(fx.Tracer):
         name: str | None = None,
         type_expr: Any | None = None,
     ) -> Node:
-        if kind.startswith("call") and not self._evaluating and _autocast_state() != self._autocast:
+        if kind.startswith("call") and not self.is_evaluating and autocast_state() != self._autocast:
             raise CaptureError(
                 "SNNFX201",
                 "autocast is switched inside the step",
-                where=_format_place(_user_place()),
+                where=format_place(user_place()),
                 why="a graph does not record it.",
                 hint="Put autocast around the call of the net, or the code into a submodule, which is then stepped.",
             )
         node = super().create_node(kind, target, args, kwargs, name, None)
         node.meta.pop("nn_module_stack", None)
-        node.meta["where"] = _user_place()
+        node.meta["where"] = user_place()
         node.meta.setdefault("module", self.scope.module_path if hasattr(self, "scope") else "")
         if kind == "call_module":
             node.meta["module"] = str(target)
@@ -420,7 +273,7 @@ class StepTracer(fx.Tracer):
             raise CaptureError(
                 "SNNFX201",
                 f"one step fails on the example inputs at `{node.name}`",
-                where=_format_place(node.meta["where"]),
+                where=format_place(node.meta["where"]),
                 why=f"{type(error).__name__}: {error}.",
                 hint="example_inputs has to be what ONE call of the model takes, batch dimension included.",
             ) from error
@@ -444,18 +297,18 @@ class StepTracer(fx.Tracer):
     @contextlib.contextmanager
     def evaluating(self) -> Iterator[None]:
         """Run real Python on values: nothing is recorded, modules are called for what they are."""
-        before, self._evaluating = self._evaluating, True
+        before, self.is_evaluating = self.is_evaluating, True
         try:
             with self.fake_mode or contextlib.nullcontext(), torch.no_grad():
                 yield
         finally:
-            self._evaluating = before
+            self.is_evaluating = before
 
     def concrete(self, proxy: StepProxy) -> Any:
         """The Python number behind a proxy, when it is a size; its use is remembered as an expectation."""
-        value = _value_of(proxy)
-        place = _format_place(_user_place())
-        if isinstance(value, Tensor) or (value is _UNKNOWN and not proxy.node.meta.get("shape_like")):
+        value = value_of(proxy)
+        place = format_place(user_place())
+        if isinstance(value, Tensor) or (value is UNKNOWN and not proxy.node.meta.get("shape_like")):
             raise CaptureError(
                 "SNNFX201",
                 "control flow that depends on the values of a tensor cannot be captured",
@@ -463,8 +316,8 @@ class StepTracer(fx.Tracer):
                 why=f"`{proxy.node.name}` is used as a Python bool or number.",
                 hint="Use torch.where, or put the code into a submodule: that submodule is then stepped as it is.",
             )
-        if value is _UNKNOWN:
-            raise _needs_examples(proxy)
+        if value is UNKNOWN:
+            raise needs_examples(proxy)
         if isinstance(value, int) and not isinstance(value, bool):
             self.create_proxy("call_function", expect_size, (proxy, value, place), {})
         elif isinstance(value, bool):
@@ -474,13 +327,13 @@ class StepTracer(fx.Tracer):
     def _expect_operands(self, proxy: StepProxy, place: str) -> None:
         # `if x.shape[1] == 3` fixes the size only where it was true: then the operand is pinned. Where it was false
         # the comparison itself is pinned, as a number.
-        self.create_proxy("call_function", expect_size, (proxy, _value_of(proxy), place), {})
+        self.create_proxy("call_function", expect_size, (proxy, value_of(proxy), place), {})
 
     # -- modules ------------------------------------------------------------------------------------------------
 
     def getattr(self, attr: str, attr_val: Any, parameter_proxy_cache: dict[str, Any]) -> Any:
         # A buffer that is a slot is a proxy already.
-        if self._evaluating or type(attr_val) is StepProxy:
+        if self.is_evaluating or type(attr_val) is StepProxy:
             return attr_val
         return super().getattr(attr, attr_val, parameter_proxy_cache)
 
@@ -490,13 +343,13 @@ class StepTracer(fx.Tracer):
         raise CaptureError(
             "SNNFX211",
             f"a {type(mod).__name__} is called that is not a submodule of the model",
-            where=_format_place(_user_place()),
+            where=format_place(user_place()),
             why="snnfx can only follow modules that are registered.",
             hint="Assign it as an attribute of a module, or use nn.ModuleList or nn.ModuleDict.",
         )
 
     def call_module(self, m: nn.Module, forward: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        if self._evaluating:
+        if self.is_evaluating:
             return m.forward(*args, **kwargs)  # not m(...): a user's hooks have no business with fake tensors
         name = self.path_of_module(m)
         if name == "" and is_leaf(m) and adapter_of(m) is None:
@@ -624,9 +477,9 @@ class StepTracer(fx.Tracer):
         if self.fake_mode is None or all("val" in self.slot_placeholders[s].meta for s in slots):
             return
         leaves = pytree.tree_leaves((args, kwargs))
-        if any(type(leaf) is StepProxy and _value_of(leaf) is _UNKNOWN for leaf in leaves):
+        if any(type(leaf) is StepProxy and value_of(leaf) is UNKNOWN for leaf in leaves):
             return
-        real_args, real_kwargs = pytree.tree_map(lambda a: _value_of(a) if type(a) is StepProxy else a, (args, kwargs))
+        real_args, real_kwargs = pytree.tree_map(lambda a: value_of(a) if type(a) is StepProxy else a, (args, kwargs))
         try:
             with self.evaluating():
                 initial = adapter.initial(m, *real_args, **real_kwargs)
@@ -638,13 +491,13 @@ class StepTracer(fx.Tracer):
             self.slot_placeholders[slot].meta.setdefault("val", value)
 
     def _refuse_time_loop(self, name: str) -> None:
-        key = (name, _user_place())
+        key = (name, user_place())
         self.calls_at[key] = self.calls_at.get(key, 0) + 1
         if self.calls_at[key] >= 3 and key[1] is not None:
             raise CaptureError(
                 "SNNFX203",
                 f"`{name}` is called {self.calls_at[key]} times by the same line of one forward",
-                where=_format_place(key[1]),
+                where=format_place(key[1]),
                 why="a stateful module called in a loop means that the forward runs over time itself.",
                 hint='Move the body of the loop to a method, e.g. `step(self, x)`, and convert with entry="step".',
             )
@@ -653,7 +506,7 @@ class StepTracer(fx.Tracer):
 class ArgumentLeaf:
     """A tensor argument of the step: its name, its place among the leaves, its fake value if there is one."""
 
-    def __init__(self, name: str, index: int, value: Any = _UNKNOWN) -> None:
+    def __init__(self, name: str, index: int, value: Any = UNKNOWN) -> None:
         self.name, self.index, self.value = name, index, value
 
 
@@ -666,89 +519,3 @@ def _refuse_hooks(m: nn.Module, name: str) -> None:
             why="it is traced through, so the converted net does not call it as a module.",
             hint="Put the hook on a leaf module inside it, or remove it while converting.",
         )
-
-
-@contextlib.contextmanager
-def _patched_apply(tracer: StepTracer) -> Iterator[None]:
-    """While tracing, `SomeFunction.apply(proxy)` records one node instead of running the forward on proxies."""
-    base = torch.autograd.Function
-    original = base.__dict__["apply"]
-
-    def apply(cls: type[torch.autograd.Function], *args: Any, **kwargs: Any) -> Any:
-        if tracer._evaluating or not any(type(a) is StepProxy for a in pytree.tree_leaves((args, kwargs))):
-            return original.__get__(None, cls)(*args, **kwargs)
-        holder = next((h for h in tracer.constants.values() if isinstance(h, FunctionHolder) and h.function is cls), None)
-        holder_proxy = tracer.proxy(tracer.constant(holder or FunctionHolder(cls)))
-        return tracer.create_proxy("call_function", apply_autograd_function, (holder_proxy, *args), kwargs)
-
-    base.apply = classmethod(apply)  # type: ignore[assignment]
-    try:
-        yield
-    finally:
-        base.apply = original  # type: ignore[method-assign]
-
-
-@contextlib.contextmanager
-def _patched_isinstance() -> Iterator[None]:
-    """While tracing, `isinstance(proxy, Tensor)` in Python code says what it would say of the value.
-
-    A proxy cannot claim it through `__class__`: torch's C++ code would believe it and read memory that is not there.
-    """
-    original = builtins.isinstance
-
-    def isinstance_of_value(value: Any, cls: Any) -> bool:
-        return original(value, cls) or (type(value) is StepProxy and value.stands_for(cls))
-
-    builtins.isinstance = isinstance_of_value  # type: ignore[assignment]
-    try:
-        yield
-    finally:
-        builtins.isinstance = original
-
-
-@contextlib.contextmanager
-def _patched_factories(tracer: StepTracer) -> Iterator[None]:
-    """While tracing, `torch.zeros(x.shape[0], 4)` records one node: C++ does not take a proxy for a size."""
-    originals = {name: getattr(torch, name) for name in _FACTORIES}
-
-    def recording(original: Callable[..., Any]) -> Callable[..., Any]:
-        def factory(*args: Any, **kwargs: Any) -> Any:
-            if tracer._evaluating or not any(type(a) is StepProxy for a in pytree.tree_leaves((args, kwargs))):
-                return original(*args, **kwargs)
-            return tracer.create_proxy("call_function", original, args, kwargs)
-
-        return factory
-
-    try:
-        for name, original in originals.items():
-            setattr(torch, name, recording(original))
-        yield
-    finally:
-        for name, original in originals.items():
-            setattr(torch, name, original)
-
-
-def _autocast_state() -> tuple[bool, ...]:
-    return tuple(torch.is_autocast_enabled(device) for device in ("cpu", "cuda"))
-
-
-def _user_place() -> tuple[str, int] | None:
-    """File and line of the innermost frame that is neither torch's nor ours, up to the start of the trace."""
-    frame = sys._getframe(1)
-    while frame is not None:
-        code = frame.f_code
-        filename = code.co_filename
-        if code.co_name == "one_step" and filename == __file__:
-            return None
-        outside = not filename.startswith((_TORCH_DIRECTORY, _OWN_DIRECTORY)) and not filename.startswith("<")
-        if outside and "contextlib" not in filename:
-            return filename, frame.f_lineno
-        frame = frame.f_back  # type: ignore[assignment]
-    return None
-
-
-def _format_place(where: tuple[str, int] | None) -> str:
-    if where is None:
-        return ""
-    relative = os.path.relpath(where[0])
-    return f"{relative if not relative.startswith('..') else os.path.basename(where[0])}:{where[1]}"

@@ -65,7 +65,7 @@ MULTI_STEP: dict[str, Callable[[], nn.Module]] = {
     "ILCLIFNode": lambda: neuron.ILCLIFNode(2, 2),
     "ILCCUBALIFNode": lambda: neuron.ILCCUBALIFNode(2, 2),
     "layer.ThresholdDependentBatchNorm2d": lambda: layer.ThresholdDependentBatchNorm2d(1.0, 1.0, 2),
-    "layer.TemporalWiseAttention": lambda: layer.TemporalWiseAttention(T=4),
+    "layer.TemporalWiseAttention": lambda: layer.TemporalWiseAttention(T=16),
 }
 
 

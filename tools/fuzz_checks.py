@@ -289,7 +289,7 @@ def check_again(model: nn.Module, s: Setting) -> None:
     others = [copy.deepcopy(net)]
     try:
         pickle.dumps(shared)
-    except (pickle.PicklingError, AttributeError, TypeError):
+    except (pickle.PicklingError, AttributeError, TypeError, RuntimeError):
         pass
     else:
         others.append(pickle.loads(pickle.dumps(net)))

@@ -1,0 +1,134 @@
+"""What stands for a value while one step is recorded."""
+
+from __future__ import annotations
+
+import dis
+import inspect
+import operator
+from collections.abc import Callable, Iterator
+from typing import Any
+
+from torch import Tensor, fx
+from torch.fx import Node
+
+from snnfx.errors import CaptureError
+from snnfx.places import format_place, user_place
+from snnfx.program import operation_name
+
+__all__ = ["UNKNOWN", "StepProxy", "needs_examples", "value_of"]
+
+UNKNOWN = object()
+"""The value of a proxy of which no example is known."""
+
+
+class StepProxy(fx.Proxy):
+    """A recorded value of one step. With example inputs it answers questions about its shape."""
+
+    _is_param = False
+    _is_buffer = False
+
+    def stands_for(self, cls: Any) -> bool:
+        """Whether the value behind the proxy is an instance of `cls`: what `isinstance` says in the model's code."""
+        value = value_of(self)
+        if value is not UNKNOWN:
+            return isinstance(value, cls)
+        return not self.node.meta.get("shape_like") and issubclass(Tensor, cls)
+
+    def __getattr__(self, name: str) -> Any:
+        value = value_of(self)
+        if isinstance(value, Tensor):
+            if name in ("ndim", "is_cuda", "requires_grad", "layout", "is_floating_point", "is_complex"):
+                return getattr(value, name)
+            if name in ("dim", "ndimension"):
+                return value.dim
+        if name in ("values", "indices") and (isinstance(value, tuple) or (value is UNKNOWN and _gives_pair(self.node))):
+            return self[0 if name == "values" else 1]
+        if name in ("shape", "dtype", "device"):
+            return self.tracer.create_proxy("call_function", getattr, (self, name), {})
+        return super().__getattr__(name)
+
+    def __len__(self) -> int:
+        value = value_of(self)
+        if value is UNKNOWN:
+            raise needs_examples(self)
+        return len(value)
+
+    def __iter__(self) -> Iterator[Any]:
+        value = value_of(self)
+        if value is not UNKNOWN:
+            if isinstance(value, Tensor) and value.dim() == 0:
+                raise TypeError("iteration over a 0-d tensor")
+            return iter([self[i] for i in range(len(value))])  # type: ignore[index]
+        frame = inspect.currentframe()
+        caller = frame.f_back if frame is not None else None
+        if caller is not None:
+            for instruction in dis.get_instructions(caller.f_code):
+                if instruction.offset == caller.f_lasti and instruction.opname == "UNPACK_SEQUENCE":
+                    return iter([self[i] for i in range(instruction.argval)])  # type: ignore[index]
+        raise needs_examples(self)
+
+    def __iadd__(self, other: Any) -> Any:
+        return self._in_place(operator.add, operator.iadd, other)
+
+    def __isub__(self, other: Any) -> Any:
+        return self._in_place(operator.sub, operator.isub, other)
+
+    def __imul__(self, other: Any) -> Any:
+        return self._in_place(operator.mul, operator.imul, other)
+
+    def __itruediv__(self, other: Any) -> Any:
+        return self._in_place(operator.truediv, operator.itruediv, other)
+
+    def _in_place(self, on_numbers: Callable[..., Any], on_tensors: Callable[..., Any], other: Any) -> Any:
+        """`x += 1` changes a tensor, whoever else holds it; of a number it makes another number."""
+        value = value_of(self)
+        is_number = self.node.meta.get("shape_like") if value is UNKNOWN else not isinstance(value, Tensor)
+        operation = on_numbers if is_number or self.node.meta.get("number") else on_tensors
+        return self.tracer.create_proxy("call_function", operation, (self, other), {})
+
+    def __setitem__(self, index: Any, value: Any) -> None:
+        raise CaptureError(
+            "SNNFX201",
+            "a part of a tensor is assigned",
+            where=format_place(user_place()),
+            why=f"`{self.node.name}[...] = ...` changes a value in place, which a graph of values cannot record.",
+            hint="Use torch.where, torch.cat, index_fill or masked_fill, or put the code into a submodule.",
+        )
+
+    def __bool__(self) -> bool:
+        return bool(self.tracer.concrete(self))  # type: ignore[attr-defined]
+
+    def __index__(self) -> int:
+        return int(self.tracer.concrete(self))  # type: ignore[attr-defined]
+
+    __int__ = __index__
+
+    def __float__(self) -> float:
+        return float(self.tracer.concrete(self))  # type: ignore[attr-defined]
+
+    def __hash__(self) -> int:
+        return id(self)
+
+
+def value_of(proxy: StepProxy) -> Any:
+    """The example of the value, a fake tensor or a Python object, or UNKNOWN."""
+    return proxy.node.meta.get("val", UNKNOWN)
+
+
+_PAIRS = frozenset("max min sort topk median nanmedian mode kthvalue cummax cummin".split())
+
+
+def _gives_pair(node: Node) -> bool:
+    """Whether the node, whose value is not known, is a call that gives `(values, indices)`."""
+    return node.op in ("call_function", "call_method") and operation_name(node) in _PAIRS
+
+
+def needs_examples(proxy: StepProxy) -> CaptureError:
+    """The error of a question that only an example can answer."""
+    return CaptureError(
+        "SNNFX202",
+        "the model asks for the shape of a value while it is captured",
+        where=format_place(proxy.node.meta.get("where")),
+        why="without example_inputs there is no answer.",
+        hint="Pass example_inputs=(x,) with what ONE step takes, batch dimension included.",
+    )

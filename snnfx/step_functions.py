@@ -1,0 +1,38 @@
+"""The functions of its own that a captured step calls: autograd functions kept whole, and sizes that are pinned."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import nn
+
+from snnfx.errors import InputError
+
+__all__ = ["FunctionHolder", "apply_autograd_function", "expect_size"]
+
+
+class FunctionHolder(nn.Module):
+    """Holds an autograd.Function so that a graph can refer to it: a class cannot be printed as an argument."""
+
+    def __init__(self, function: type[torch.autograd.Function]) -> None:
+        super().__init__()
+        self.function = function
+
+
+def apply_autograd_function(holder: FunctionHolder, *args: Any) -> Any:
+    """Call `holder.function.apply(*args)`: the node that keeps a custom backward."""
+    return holder.function.apply(*args)
+
+
+def expect_size(size: int, expected: int, where: str) -> int:
+    """Fail when a size that the model's Python code used as a number is another one in this call."""
+    if size != expected:
+        raise InputError(
+            "SNNFX312",
+            f"a size is {size}, but the step was captured with {expected}",
+            where=where,
+            why="the model's Python code used it as a number while it was captured.",
+            hint="Convert again with example_inputs of the new size.",
+        )
+    return size
