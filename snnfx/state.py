@@ -202,9 +202,9 @@ class StatefulCall:
 def takes_state(adapter: Adapter | None) -> bool:
     """Whether modules of this family may be given their state as arguments.
 
-    Their adapter then has `read_call(module, args, kwargs, is_carried) -> StatefulCall`, where `is_carried` says that
-    states which are None at the first step are handed from step to step by the caller; and its `step` takes None for a
-    state that starts from the reset value.
+    Their adapter then has `read_call(module, args, kwargs, starts_as_none) -> StatefulCall`, where `starts_as_none`
+    says that this is the first step of a model whose own state argument is None, so that a None may stand for a state
+    that is handed on later; and its `step` takes None for a state that starts from the reset value.
     """
     return callable(getattr(adapter, "read_call", None))
 

@@ -417,7 +417,8 @@ class StepTracer(fx.Tracer):
     ) -> Any:
         """A call that may pass the state as arguments: then no slot of the module is read, but all are written."""
         with self.evaluating():
-            call = adapter.read_call(m, args, kwargs, bool(self.carried_arguments))
+            starts_as_none = any(value is None for value in self.carried_arguments.values())
+            call = adapter.read_call(m, args, kwargs, starts_as_none)
         slots = [f"{name}.{slot}" if name else slot for slot in adapter.names(m)]
         if call.state is None:
             output = self._call_with_state(m, name, call_stateful, adapter, call.inputs, call.kwargs)

@@ -237,15 +237,6 @@ def spiking_resnet18() -> nn.Module:
     return spiking_resnet.spiking_resnet18(num_classes=3, spiking_neuron=neuron.IFNode, surrogate_function=surrogate.ATan())
 
 
-def spikformer() -> nn.Module:
-    from spikingjelly.activation_based.model import spikformer
-
-    return spikformer.Spikformer(
-        img_size_h=16, img_size_w=16, patch_size=4, in_channels=2, num_classes=3, embed_dims=16, num_heads=2, mlp_ratios=2,
-        depths=1, T=4, backend="torch",
-    )  # fmt: skip
-
-
 MODELS: dict[str, tuple[Callable[[], nn.Module], tuple[int, ...]]] = {
     "parametric_lif_net.CIFAR10DVSNet": (parametric_lif_net, (2, 2, 128, 128)),
     "parametric_lif_net.MNISTNet": (mnist_net, (2, 1, 28, 28)),
@@ -262,3 +253,13 @@ def test_model_of_the_zoo(name: str) -> None:
     functional.set_step_mode(model, "s")
     net = check(model.double(), sequence(*shape, T=2))
     assert {region.kind for region in net.regions} <= {"fold", "loop"}
+
+
+def test_spikformer_which_is_written_for_whole_sequences_is_refused() -> None:
+    from spikingjelly.activation_based.model import spikformer
+
+    model = spikformer.Spikformer(
+        T=4, in_channels=2, img_size_h=32, img_size_w=32, num_classes=3, embed_dims=16, num_heads=2, depths=1
+    )
+    with pytest.raises(CaptureError, match="SNNFX20[145]"):
+        snnfx.convert(model, example_inputs=(torch.rand(2, 2, 32, 32),))

@@ -932,6 +932,9 @@ def illegal_cases() -> Iterator[Illegal]:
         (4, 4),
         parts={"m": attention},
     )
+    yield illegal("SNNFX103", "type of a value without a batch", lambda self, x: (x > 0).to(x.mean(0).dtype), X2)
+    yield illegal("SNNFX103", "size of a value without a batch", lambda self, x: x.view(-1, x.mean(0).shape[0]), X2)
+    yield illegal("SNNFX103", "zeros like a value without a batch", lambda self, x: x + torch.zeros_like(x.mean(0)), X2)
     # sizes as numbers
     yield illegal("SNNFX110", "x / x.shape[0]", lambda self, x: x / x.shape[0], X3)
     yield illegal("SNNFX110", "half the batch", lambda self, x: x.view(x.shape[0] // 2 + 1, -1), (2, 4))
@@ -1497,7 +1500,7 @@ def operations(draw: st.DrawFn, pool: list[Any]) -> Operation:
         lambda self, p: p[i].new_ones(shape(p[j])) * p[i],
         lambda self, p: p[i].repeat_interleave(2, a),
         lambda self, p: p[i].flip(a),
-        lambda self, p: p[i].gather(a, (p[j] > 0.5).long()),
+        lambda self, p: p[i].gather(a, (p[j] > 1e9).long()),
         lambda self, p: F.scaled_dot_product_attention(p[i], p[j], p[j]),
     ]
     return draw(st.sampled_from(choices))

@@ -64,7 +64,7 @@ class NorseAdapter:
         outputs, following = call(*inputs, given, **kwargs)
         return outputs, tuple(pytree.tree_leaves(following))
 
-    def read_call(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], is_carried: bool) -> StatefulCall:
+    def read_call(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], starts_as_none: bool) -> StatefulCall:
         """`cell(x)`, `cell(x, state)`, `cell(x, state=state)`."""
         structure = _structure(module)
         inputs = args[:1] or (next(value for name, value in kwargs.items() if name != "state"),)

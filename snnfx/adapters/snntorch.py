@@ -92,7 +92,7 @@ class SnnTorchAdapter:
         # What the call returns is put together again from the spikes and the states.
         return outputs[0] if isinstance(outputs, tuple) else outputs, following
 
-    def read_call(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], is_carried: bool) -> StatefulCall:
+    def read_call(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], starts_as_none: bool) -> StatefulCall:
         """`lif(x)`, `lif(x, mem)`, `lif(x, mem=mem)`."""
         names = self.names(module)
         inputs = args[:1] or (kwargs["input_"],)
@@ -115,7 +115,7 @@ class SnnTorchAdapter:
                 hint="Pass all states of the neuron or none.",
             )
         # None at the first step stands for zeros, where the caller hands the state on. Else the neuron takes its own.
-        explicit = all(passed) or (is_carried and bool(given) and not module.init_hidden)
+        explicit = all(passed) or (starts_as_none and bool(given) and not module.init_hidden)
         return StatefulCall(values if explicit else None, inputs, {}, returns)
 
 

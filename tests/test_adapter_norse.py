@@ -1,0 +1,155 @@
+"""Norse: cells with explicit state, containers that carry a list of states; what runs over time itself is refused."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.utils import _pytree as pytree
+
+pytest.importorskip("norse")
+
+import norse.torch as norse  # noqa: E402
+
+import snnfx  # noqa: E402
+from snnfx.errors import CaptureError  # noqa: E402
+
+CELLS: dict[str, Callable[[], nn.Module]] = {
+    "LIFCell": norse.LIFCell,
+    "LIFCell, parameters": lambda: norse.LIFCell(norse.LIFParameters(v_leak=torch.tensor(0.1), method="tanh", alpha=5.0)),
+    "LIFAdExCell": norse.LIFAdExCell,
+    "LIFBoxCell": norse.LIFBoxCell,
+    "LIFExCell": norse.LIFExCell,
+    "LIFRefracCell": norse.LIFRefracCell,
+    "LICell": norse.LICell,
+    "LIBoxCell": norse.LIBoxCell,
+    "IAFCell": norse.IAFCell,
+    "LSNNCell": norse.LSNNCell,
+    "LIFRecurrentCell": lambda: norse.LIFRecurrentCell(6, 6),
+    "LIFAdExRecurrentCell": lambda: norse.LIFAdExRecurrentCell(6, 6),
+    "LIFRefracRecurrentCell": lambda: norse.LIFRefracRecurrentCell(6, 6),
+    "LSNNRecurrentCell": lambda: norse.LSNNRecurrentCell(6, 6),
+    "LILinearCell": lambda: norse.LILinearCell(6, 6),
+}
+
+
+class Around(nn.Module):
+    """A cell between two layers, its state taken and returned."""
+
+    def __init__(self, cell: nn.Module) -> None:
+        super().__init__()
+        self.fc, self.cell, self.out = nn.Linear(4, 6), cell, nn.Linear(6, 3)
+
+    def forward(self, x: Tensor, state: Any = None) -> tuple[Tensor, Any]:
+        z, state = self.cell(self.fc(x), state)
+        return self.out(z.to(x.dtype)), state
+
+
+def sequence(*shape: int, T: int = 6) -> Tensor:
+    return torch.rand(T, *shape, dtype=torch.float64) * 20
+
+
+def stepped(model: nn.Module, x_seq: Tensor) -> Any:
+    state, ys = None, []
+    for x in x_seq:
+        y, state = model(x, state)
+        ys.append(y)
+    return torch.stack(ys), state
+
+
+def assert_same(a: Any, b: Any) -> None:
+    leaves_a, spec_a = pytree.tree_flatten(a)
+    leaves_b, spec_b = pytree.tree_flatten(b)
+    assert spec_a == spec_b
+    for x, y in zip(leaves_a, leaves_b, strict=True):
+        torch.testing.assert_close(x, y, atol=1e-10, rtol=1e-10)
+
+
+@pytest.mark.parametrize("with_examples", [True, False], ids=["examples", "no-examples"])
+@pytest.mark.parametrize("name", CELLS)
+def test_cell_between_layers_is_one_loop(name: str, with_examples: bool) -> None:
+    model, x_seq = Around(CELLS[name]()).double(), sequence(2, 4)
+    net = snnfx.convert(model, example_inputs=(x_seq[0],) if with_examples else None)
+    expected = stepped(model, x_seq)
+    assert_same(net(x_seq), expected)
+    assert type(net(x_seq)[1]) is type(expected[1])
+    assert [region.kind for region in net.regions] == ["fold", "loop", "fold"]
+    snnfx.verify(model, net, x_seq)
+
+
+def make_container() -> nn.Module:
+    return norse.SequentialState(
+        nn.Conv2d(1, 3, 3), norse.LIFCell(), nn.Flatten(), nn.Linear(108, 5), norse.LIFRecurrentCell(5, 4), nn.Linear(4, 3),
+        norse.LICell(),
+    ).double()  # fmt: skip
+
+
+@pytest.mark.parametrize("with_examples", [True, False], ids=["examples", "no-examples"])
+@pytest.mark.parametrize("training", [True, False], ids=["train", "eval"])
+def test_sequential_state_carries_a_list_of_states(training: bool, with_examples: bool) -> None:
+    model, x_seq = make_container().train(training), sequence(2, 1, 8, 8)
+    net = snnfx.convert(model, example_inputs=(x_seq[0],) if with_examples else None)
+    assert_same(net(x_seq), stepped(model, x_seq))
+    assert [region.kind for region in net.regions] == ["fold", "loop"] * 3
+    assert "1.v" in {slot.name.removeprefix("state.") for slot in net.program.slots}
+    snnfx.verify(model, net, x_seq)
+
+
+def test_pieces_with_the_state_handed_on_equal_the_whole() -> None:
+    net, x_seq = snnfx.convert(make_container()), sequence(2, 1, 8, 8)
+    whole, final = net(x_seq)
+    first, state = net(x_seq[:2])
+    second, state = net(x_seq[2:], state)
+    assert_same((torch.cat([first, second]), state), (whole, final))
+
+
+def test_a_cell_alone_is_a_model() -> None:
+    model, x_seq = norse.LIFCell(), sequence(2, 4)
+    net = snnfx.convert(model)
+    y_seq, state = net(x_seq)
+    assert type(state) is norse.LIFFeedForwardState
+    assert_same((y_seq, state), stepped(model, x_seq))
+
+
+def test_a_cell_that_is_passed_nothing_starts_anew_at_every_step() -> None:
+    class Forgetful(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.fc, self.cell = nn.Linear(4, 6), norse.LICell()
+
+        def forward(self, x: Tensor) -> Tensor:
+            v, _ = self.cell(self.fc(x))
+            return v
+
+    model, x_seq = Forgetful().double(), sequence(2, 4)
+    net = snnfx.convert(model)
+    assert not net.program.slots
+    assert_same(net(x_seq), torch.stack([model(x) for x in x_seq]))
+
+
+def test_learnt_parameters_of_a_cell_get_their_gradients() -> None:
+    tau = torch.tensor(100.0, dtype=torch.float64, requires_grad=True)
+    model, x_seq = Around(norse.LICell(norse.LIParameters(tau_mem_inv=tau))).double(), sequence(2, 4)
+    net = snnfx.convert(model)
+    expected = torch.autograd.grad(stepped(model, x_seq)[0].sum(), tau)
+    assert_same(torch.autograd.grad(net(x_seq)[0].sum(), tau), expected)
+
+
+@pytest.mark.parametrize(
+    "make",
+    [
+        norse.LIF,
+        norse.LI,
+        lambda: norse.LIFRecurrent(4, 4),
+        lambda: norse.Lift(nn.Linear(4, 4)),
+        lambda: norse.ConstantCurrentLIFEncoder(5),
+    ],
+    ids=["LIF", "LI", "LIFRecurrent", "Lift", "encoder"],
+)
+def test_what_runs_over_time_itself_is_refused(make: Callable[[], nn.Module]) -> None:
+    for model in (make(), norse.SequentialState(nn.Linear(4, 4), make())):
+        with pytest.raises(CaptureError, match="SNNFX205"):
+            snnfx.convert(model)
