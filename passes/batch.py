@@ -143,7 +143,8 @@ class _Walk:
         self.examples: dict[str, int] = {}
         self.changing: set[Node] = set()  # the varying nodes whose value, not only size, may really differ
         self.requirements = {
-            node.name: 1 if fact.rank.known is None else fact.rank.known for node, fact in self.inputs.items()
+            fact.rank.base or node.name: 1 if fact.rank.known is None else fact.rank.known
+            for node, fact in self.inputs.items()
         }
         for node in self.graph.nodes:
             if node.op != "output":
@@ -179,7 +180,8 @@ class _Walk:
         if node in self.varying and self._depends_on_time(node, found):
             self.changing.add(node)
         same_at_each_step = node not in self.changing and not any(
-            fact is UNKNOWN or is_batch_sized(fact) or (isinstance(fact, Fact) and fact.batched) for fact in flat
+            fact is UNKNOWN or is_batch_sized(fact) or (isinstance(fact, Fact) and (fact.batched or fact.varying))
+            for fact in flat
         )
         if found is None:
             if same_at_each_step and node not in self.varying:

@@ -19,7 +19,7 @@ from torch.fx import Node
 from snnfx.leaves import is_vouched
 from snnfx.passes.batch_facts import Fact, Rank
 from snnfx.passes.batch_rules import FOREIGN, METHODS, MODULES, OPERATORS, ROWS, ModuleRow, Row
-from snnfx.passes.dependence import estimates_weights
+from snnfx.program import estimates_weights
 from snnfx.state import call_opaque, call_stateful, initial_value, opaque_initial_value
 from snnfx.step_functions import apply_autograd_function, expect_size
 

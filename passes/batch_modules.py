@@ -119,8 +119,8 @@ def batch_norm(site: Site) -> Value:
             f"{site.text} has no running statistics, so it uses those of one step even in evaluation",
             "Use track_running_stats=True.",
         )
-    elif in_training and not site.training:
-        site.refuse("SNNFX106", f"{site.text} uses the statistics of one step even in evaluation")
+    elif in_training and (module is None or not site.training):
+        site.refuse("SNNFX106", f"{site.text} uses the statistics of one step; only modules can be taken to mean others")
     elif in_training and site.batch_norm == "per_step":
         site.refuse(
             "SNNFX106",

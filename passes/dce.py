@@ -14,8 +14,7 @@ from dataclasses import dataclass
 from torch.fx import Node
 
 from snnfx.passes.base import Pass
-from snnfx.passes.dependence import updates_buffers
-from snnfx.program import StepProgram
+from snnfx.program import StepProgram, updates_buffers
 from snnfx.step_functions import expect_size
 
 __all__ = ["RemoveDeadCode"]

@@ -13,14 +13,11 @@ from dataclasses import dataclass
 import networkx as nx
 from torch import nn
 from torch.fx import Node
-from torch.nn.utils.parametrizations import _SpectralNorm
-from torch.nn.utils.spectral_norm import SpectralNorm
 
-from snnfx.program import StepProgram, operation_name
-from snnfx.state import call_opaque
+from snnfx.program import StepProgram, operation_name, updates_buffers
 from snnfx.step_functions import expect_size
 
-__all__ = ["Dependence", "analyse_dependence", "estimates_weights", "is_random", "is_size", "updates_buffers"]
+__all__ = ["Dependence", "analyse_dependence", "is_random", "is_size"]
 
 
 @dataclass(frozen=True)
@@ -101,24 +98,6 @@ def _initial_only(program: StepProgram) -> set[Node]:
             needed.add(node)
             stack.extend(node.all_input_nodes)
     return {n for n in program.graph.nodes if n.op.startswith("call") and n not in needed}
-
-
-def updates_buffers(program: StepProgram, node: Node) -> bool:
-    """Whether a call changes running statistics in training, so that it counts even if nobody reads its result."""
-    if not program.training or (node.op != "call_module" and node.target is not call_opaque):
-        return False
-    module = program.module_of(node)
-    assert module is not None
-    return estimates_weights(module) or any(
-        isinstance(part, nn.modules.batchnorm._NormBase) and part.track_running_stats for part in module.modules()
-    )
-
-
-def estimates_weights(module: nn.Module) -> bool:
-    """Whether the weight takes one more step of a power iteration at each call (spectral normalisation)."""
-    if any(isinstance(part, _SpectralNorm) for part in module.modules()):
-        return True
-    return any(isinstance(hook, SpectralNorm) for hook in module._forward_pre_hooks.values())
 
 
 _RANDOM_FUNCTIONS = frozenset(

@@ -33,6 +33,7 @@ from snnfx.regions import (
     in_shape_of,
     pick_state,
     reduce_over_time,
+    repeat_for_samples,
     repeat_over_time,
     time_steps,
     times_steps,
@@ -209,7 +210,10 @@ class _MultiStepEmitter(_Emitter):
             self._emit_loop(region, builder, wanted, constant_args)
             return
         for index, node in enumerate(wanted):
-            self._define(node, self.graph.call_function(operator.getitem, (call, index)))
+            value = self.graph.call_function(operator.getitem, (call, index))
+            if region.kind == "fold" and _same_for_all_samples(node):
+                value = self.graph.call_method("select", (value, 1, 0))
+            self._define(node, value)
 
     def _emit_fold(self, region: Region, builder: RegionBuilder, wanted: list[Node], constants: Any) -> Node:
         module = self.region(region.name, lambda: builder.graph_module(wanted))
@@ -218,7 +222,7 @@ class _MultiStepEmitter(_Emitter):
         batch_dims = tuple(node.meta["batch_dim"] for node in builder.inputs)
         if any(batch_dims):
             kwargs["batch_dim"] = batch_dims
-        out_dims = tuple(node.meta["batch_dim"] for node in wanted)
+        out_dims = tuple(0 if _same_for_all_samples(node) else node.meta["batch_dim"] for node in wanted)
         if any(out_dims):
             kwargs["out_batch_dim"] = out_dims
         return self.graph.call_function(seq_to_ann_forward, (inputs, module), kwargs, name=region.name)
@@ -563,6 +567,11 @@ class RegionBuilder:
                     after = builder.argument(following[builder.first_slots[node]])
                     results[index] = graph.call_function(in_shape_of, (results[index], after))
         if next_states is None:
+            dims = ((node, node.meta.get("batch_dim")) for node in self.input_nodes)
+            samples = next(((env[node], dim) for node, dim in dims if isinstance(dim, int)), None)
+            for index, node in enumerate(outputs):
+                if samples is not None and _same_for_all_samples(node):
+                    results[index] = graph.call_function(repeat_for_samples, (results[index], *samples))
             graph.output(tuple(results))
         else:
             graph.output((tuple(results), tuple(builder.argument(value) for value in next_states)))
@@ -621,6 +630,11 @@ class _Copier:
             self.env[node] = new
         self.open.discard(node)
         return self.env[node]
+
+
+def _same_for_all_samples(node: Node) -> bool:
+    """Whether a folded node gives a tensor without a batch: made of sizes, such as torch.arange(x.shape[1])."""
+    return node.meta.get("kind") == "fold" and node.meta.get("batch_dim") is None
 
 
 def _main_operands(program: StepProgram, value: Any, stop: Iterable[Node]) -> list[Node]:

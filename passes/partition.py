@@ -21,8 +21,8 @@ from snnfx.errors import CaptureError, Refusal
 from snnfx.passes.base import Pass
 from snnfx.passes.batch import infer_batch
 from snnfx.passes.batch_facts import Fact, model_input
-from snnfx.passes.dependence import Dependence, analyse_dependence, estimates_weights, is_size
-from snnfx.program import Region, StepProgram, place_of, takes_from_tuple
+from snnfx.passes.dependence import Dependence, analyse_dependence, is_size
+from snnfx.program import Region, StepProgram, estimates_weights, operation_name, place_of, takes_from_tuple, updates_buffers
 from snnfx.state import call_opaque
 
 __all__ = ["Partition"]
@@ -79,6 +79,8 @@ class Partition(Pass):
         """
 
         def changing(node: Node) -> bool:
+            if node.target is call_opaque:
+                return True
             if not program.training or node.op != "call_module":
                 return False
             module = program.resolve(str(node.target))
@@ -141,14 +143,17 @@ def _kinds(program: StepProgram, dependence: Dependence, refusals: Mapping[Node,
         refusal = next((refusals[n] for n in [node, *_sizes_behind(node)] if n in refusals), None)
         if program.training and node.op == "call_module" and estimates_weights(program.resolve(str(node.target))):
             refusal = Refusal("SNNFX109", f"`{node.target}` estimates its weight anew at each call")
+        if refusal is not None and _shares_gradient_of_ties(node):
+            refusal = Refusal("SNNFX109", f"vmap gives the gradient of `{operation_name(node)}` to one of equal values only")
         if node.target is call_opaque:
             node.meta["refusal"] = _opaque(program, node)
             kinds[node] = "loop"
         elif node not in dependence.varying or node.meta.get("sunk"):
             kinds[node] = "once"
-        elif refusal is None:
+        elif refusal is None and not _reads_steps_without_batch(node, dependence):
             kinds[node] = "fold"
         else:
+            refusal = refusal or Refusal("SNNFX102", "an operand of it is mapped and has no batch dimension")
             node.meta["refusal"] = refusal
             kinds[node] = {"SNNFX106": "per_step", "SNNFX109": "step"}.get(refusal.code, "map")
     for node in program.graph.nodes:
@@ -158,6 +163,20 @@ def _kinds(program: StepProgram, dependence: Dependence, refusals: Mapping[Node,
             if kinds[node] == "loop" and source.target is call_opaque:
                 node.meta.pop("refusal", None)  # nothing was said against the element itself
     return kinds
+
+
+def _shares_gradient_of_ties(node: Node) -> bool:
+    """Whether the node takes the extreme of all elements, where torch shares the gradient among equal ones."""
+    return operation_name(node) in ("max", "min", "median", "nanmedian") and len(node.args) == 1 and not node.kwargs
+
+
+def _reads_steps_without_batch(node: Node, dependence: Dependence) -> bool:
+    """Whether an operand is there once for each step and cannot be folded, though it may be the same at each."""
+    return any(
+        operand in dependence.varying and operand.meta["batch_dim"] is None and "refusal" in operand.meta
+        for operand in node.all_input_nodes
+        if operand.op.startswith("call") and not is_size(operand)
+    )
 
 
 def _regions(program: StepProgram, dependence: Dependence, kinds: dict[Node, str]) -> list[Region]:
@@ -206,6 +225,7 @@ class _Groups:
                 following = self.dependence.carried[node]
                 if isinstance(following, Node) and self.group.get(following) != group:
                     self._edge(following, group)
+        self._keep_order_of_updates()
         initial = dict(zip(self.program.slot_nodes(), self.program.initial_values, strict=True))
         for placeholder, value in initial.items():
             if isinstance(value, Node):
@@ -213,6 +233,16 @@ class _Groups:
                     self._edge(operand, self.group[placeholder])
         if not nx.is_directed_acyclic_graph(self.graph):
             self._refuse_circular_initial_value()
+
+    def _keep_order_of_updates(self) -> None:
+        """A layer that is called more than once updates its running statistics in the order of the calls."""
+        last: dict[str, int] = {}
+        for node, group in self.group.items():
+            if node.op == "call_module" and updates_buffers(self.program, node):
+                before = last.get(str(node.target), group)
+                if before != group and not nx.has_path(self.graph, group, before):
+                    self.graph.add_edge(before, group)
+                last[str(node.target)] = group
 
     def _main_nodes_behind(self, value: Node) -> set[Node]:
         """The nodes of the step proper that an initial value is computed from."""

@@ -28,8 +28,8 @@ from snnfx.errors import CaptureError, InputError
 from snnfx.leaves import is_leaf
 from snnfx.matching import GraphMatch
 from snnfx.program import InputLeaf, Slot, StepProgram, add_placeholder
-from snnfx.state import Adapter, StateSnapshot, adapter_of, composite_adapter, copy_containers, is_stateful_tree
 from snnfx.proxy import StepProxy
+from snnfx.state import Adapter, StateSnapshot, adapter_of, composite_adapter, copy_containers, is_stateful_tree
 from snnfx.tracer import ArgumentLeaf, StepTracer, SubmoduleNotTraceable
 
 __all__ = ["as_call", "capture", "capture_both_modes"]
@@ -176,6 +176,7 @@ def _capture_once(
     cold_program.slots = _slots_with_placeholders(cold_program, program.slots)
     cold_program.set_output(outputs, [by_name[s.name][0] for s in program.slots], [by_name[s.name][1] for s in program.slots])
     starts = {a.name: a.before for a in discovered.values()} | traced.inlined_starts()
+    _erase_unused_placeholders(cold_program)
     given = {name for c in carried if c.required for name in c.argument().slot_names()}
     bindable = {s.name: starts.get(s.name) for s in program.slots if s.name not in traced.leaf_slots() | given}
     match = GraphMatch(cold_program, program, bindable)
@@ -380,11 +381,11 @@ class _Traced:
                 known = _known(shapes.get(attribute.name))
                 attribute.write(tracer.add_slot(attribute.name, *known, number=number))
             for c in self.carried:
-                known = {**c.examples, **shapes}
+                values = {**c.examples, **shapes}
                 tracer.carried_arguments[c.name] = (
                     pytree.tree_map(
-                        lambda leaf, known=known, numbers=c.numbers: tracer.add_slot(
-                            leaf.name, *_known(known.get(leaf.name)), number=leaf.name in numbers
+                        lambda leaf, values=values, numbers=c.numbers: tracer.add_slot(
+                            leaf.name, *_known(values.get(leaf.name)), number=leaf.name in numbers
                         )
                         if isinstance(leaf, SlotName)
                         else leaf,
@@ -479,7 +480,8 @@ class _Traced:
             placeholder = tracer.slot_placeholders.get(name)
             if placeholder is not None and following is placeholder and len(placeholder.users) == 1:
                 continue
-            if drop_overwritten and name in tracer.overwritten_slots and placeholder is not None and not placeholder.users:
+            is_overwritten = name in tracer.overwritten_slots and placeholder is not None and not placeholder.users
+            if drop_overwritten and is_overwritten:
                 continue
             slot = Slot(name, placeholder.name if placeholder else "", name in (discovered or ()))
             kept.append((slot, following, initial))
@@ -497,11 +499,16 @@ class _Traced:
             overwritten=frozenset(tracer.overwritten_slots - {slot.name for slot, _, _ in kept}),
         )
         program.set_output(outputs, [n for _, n, _ in kept], [i for _, _, i in kept])
-        used = {slot.placeholder for slot in program.slots}
-        for node in list(graph.nodes):
-            if node.op == "placeholder" and "slot" in node.meta and node.name not in used and not node.users:
-                graph.erase_node(node)
+        _erase_unused_placeholders(program)
         return program
+
+
+def _erase_unused_placeholders(program: StepProgram) -> None:
+    """Remove the placeholders of what is no slot."""
+    used = {slot.placeholder for slot in program.slots}
+    for node in list(program.graph.nodes):
+        if node.op == "placeholder" and "slot" in node.meta and node.name not in used and not node.users:
+            program.graph.erase_node(node)
 
 
 def _outermost_stateful(model: nn.Module, opaque: dict[str, str]) -> list[tuple[str, nn.Module, Adapter, bool]]:

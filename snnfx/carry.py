@@ -76,7 +76,7 @@ def paths_of(carry: Mapping[str, Any] | None) -> dict[str, OutputPath]:
             raise InputError(
                 "SNNFX309",
                 f"carry={dict(carry)!r} does not say where `{name}` is in the outputs",
-                hint='Give an index into the outputs of a step, or a tuple of indices and keys: carry={"state": (1, "lif")}.',
+                hint='Give an index into what a step returns, or a tuple of indices: carry={"state": (1, 0)}.',
             )
     return paths
 
@@ -117,7 +117,8 @@ def outputs_without(outputs: Any, paths: Sequence[OutputPath]) -> Any:
     by_position: dict[int, list[OutputPath]] = {}
     for path in paths:
         by_position.setdefault(_position(outputs, path[0]), []).append(path[1:])
-    kept = [outputs_without(v, by_position.get(i, [])) for i, v in enumerate(outputs) if () not in by_position.get(i, [])]
+    inside = [by_position.get(i, []) for i in range(len(outputs))]
+    kept = [outputs_without(v, below) for v, below in zip(outputs, inside, strict=True) if () not in below]
     if len(kept) == 1:
         return kept[0]
     return kept if isinstance(outputs, list) else tuple(kept)

@@ -211,11 +211,17 @@ def seq_to_ann_forward(
         why = f"{_shapes(x_seq)}, and dimension {batch_dim} of one step should be the batch."
         raise InputError("SNNFX303", "the sequences differ in their batch size", why=why)
 
-    folded = [x.movedim(0, b).flatten(b, b + 1) for x, b in zip(x_leaves, batch_dims, strict=True)]
+    folded = [_fold(x, b) for x, b in zip(x_leaves, batch_dims, strict=True)]
     y = _apply(chain, (*constants, *_positional(pytree.tree_unflatten(folded, spec))))
     y_leaves, spec = pytree.tree_flatten(y)
     out_dims = _dim_of_each(out_batch_dim, len(y_leaves), "out_batch_dim")
     return pytree.tree_unflatten([_unfold(y, T, b) for y, b in zip(y_leaves, out_dims, strict=True)], spec)
+
+
+def _fold(x: Tensor, batch_dim: int) -> Tensor:
+    y = x.movedim(0, batch_dim).flatten(batch_dim, batch_dim + 1)
+    # What may be viewed in one step, may be viewed in all.
+    return y if y.is_contiguous() or not x[0].is_contiguous() else y.contiguous()
 
 
 def t_last_seq_to_ann_forward(x_seq: Any, stateless_module: Modules) -> Any:

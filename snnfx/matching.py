@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from torch.fx import Node, map_arg
 
-from snnfx.program import IN_PLACE_OPERATORS, StepProgram, has_in_place_flag, is_in_place
+from snnfx.program import IN_PLACE_OPERATORS, StepProgram, has_in_place_flag, is_in_place, keeps_statistics
 
 __all__ = ["GraphMatch"]
 
@@ -42,7 +42,7 @@ class GraphMatch:
             return False
         if not self._same(self.a.outputs, self.b.outputs) or not self._same(self.a.next_states, self.b.next_states):
             return False
-        if not self._same(_changes_in_place(self.a), _changes_in_place(self.b)):
+        if not self._same(_effects(self.a), _effects(self.b)):
             return False
         if not self.bindable and not self._same(self.a.initial_values, self.b.initial_values):
             return False
@@ -183,7 +183,7 @@ class GraphMatch:
         return same
 
 
-def _changes_in_place(program: StepProgram) -> list[Node]:
+def _effects(program: StepProgram) -> list[Node]:
     """The nodes that matter although nobody may read what they return.
 
     Not among them is `v += x` where v has no later reader: on a number, it is no operation in place.
@@ -192,7 +192,8 @@ def _changes_in_place(program: StepProgram) -> list[Node]:
     return [
         n
         for n in program.graph.nodes
-        if has_in_place_flag(program, n)
+        if keeps_statistics(program, n)
+        or has_in_place_flag(program, n)
         or (
             is_in_place(n)
             and not (n.target in IN_PLACE_OPERATORS and max(position[user] for user in n.args[0].users) == position[n])

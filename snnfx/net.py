@@ -120,7 +120,8 @@ class Net(fx.GraphModule):
                 emitted = emit_single_step(program, container, self._target_name)
             self._graphs[mode] = emitted.graph
             self._runners[mode, "main"] = self._compile(emitted.graph)
-            if multi_step and program.first_step is None and not program.carried and _is_plain_structure(program.output_spec):
+            is_plain = program.first_step is None and not program.carried and _is_plain_structure(program.output_spec)
+            if multi_step and is_plain:
                 plain = emit_plain(
                     program,
                     container,
@@ -195,7 +196,8 @@ class Net(fx.GraphModule):
             return inspect.Signature([me, many, T, inspect.Parameter("kwargs", inspect.Parameter.VAR_KEYWORD)])
         positional = [inspect.Parameter(n, inspect.Parameter.POSITIONAL_OR_KEYWORD) for n in names]
         positional += [
-            inspect.Parameter(c.name, inspect.Parameter.POSITIONAL_OR_KEYWORD, default=None) for c in programs[True].carried
+            inspect.Parameter(c.name, inspect.Parameter.POSITIONAL_OR_KEYWORD, default=None)
+            for c in programs[True].carried
         ]
         return inspect.Signature([me, *positional, T])
 
@@ -503,7 +505,7 @@ class Net(fx.GraphModule):
             example = iter([x[0] if v else x for x, v in zip(leaves, varying, strict=True)])
             values = [next(example) if leaf.placeholder else leaf.constant for leaf in self.program.input_leaves]
             args, kwargs = pytree.tree_unflatten(values, self.program.input_spec)
-            kwargs = {**kwargs, **{c.name: given[c.name] for c in self.program.carried if c.required and c.name in given}}
+            kwargs |= {c.name: given[c.name] for c in self.program.carried if c.required and c.name in given}
             warn_once(
                 "SNNFX102",
                 f"inputs of step rank {ranks[1]} are not what the net was planned for (batched, equal batch sizes); it is "
@@ -752,7 +754,7 @@ def _hold_constants(constants: dict[str, Any]) -> nn.Module:
     for name, value in constants.items():
         if isinstance(value, nn.Module):
             holder._modules[name] = value
-        elif isinstance(value, Tensor):
+        elif isinstance(value, Tensor) and not value.requires_grad:
             holder.register_buffer(name, value.detach(), persistent=False)
         else:
             holder.__dict__[name] = value

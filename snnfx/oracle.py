@@ -27,8 +27,8 @@ import torch
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
-from snnfx.coroutine import Coroutine, inherited_settings
 from snnfx.carry import output_at, paths_of
+from snnfx.coroutine import Coroutine, inherited_settings
 from snnfx.errors import VerificationError
 from snnfx.state import StateSnapshot, copy_containers, named_stateful
 

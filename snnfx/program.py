@@ -17,12 +17,14 @@ from typing import Any
 import torch
 from torch import fx, nn
 from torch.fx import Node
+from torch.nn.utils.parametrizations import _SpectralNorm
+from torch.nn.utils.spectral_norm import SpectralNorm
 from torch.utils import _pytree as pytree
 
 from snnfx.carry import CarriedArgument
 from snnfx.errors import Refusal
 
-__all__ = ["InputLeaf", "Region", "Slot", "StepProgram", "add_placeholder", "describe_node", "place_of", "takes_from_tuple"]
+__all__ = ["InputLeaf", "Region", "Slot", "StepProgram", "add_placeholder", "describe_node", "estimates_weights", "keeps_statistics", "place_of", "takes_from_tuple", "updates_buffers"]
 
 
 @dataclass(frozen=True)
@@ -265,6 +267,29 @@ def takes_from_tuple(node: Node) -> bool:
     if value is not None:
         return isinstance(value, tuple | list)
     return isinstance(source.meta.get("batch_dim"), tuple)
+
+
+def updates_buffers(program: StepProgram, node: Node) -> bool:
+    """Whether a call changes running statistics in training, so that it counts even if nobody reads its result."""
+    return program.training and keeps_statistics(program, node)
+
+
+def keeps_statistics(program: StepProgram, node: Node) -> bool:
+    """Whether a node calls a layer that changes its buffers when it is in training."""
+    if node.op != "call_module" and not is_module_call(node):
+        return False
+    module = program.module_of(node)
+    assert module is not None
+    return estimates_weights(module) or any(
+        isinstance(part, nn.modules.batchnorm._NormBase) and part.track_running_stats for part in module.modules()
+    )
+
+
+def estimates_weights(module: nn.Module) -> bool:
+    """Whether the weight takes one more step of a power iteration at each call (spectral normalisation)."""
+    if any(isinstance(part, _SpectralNorm) for part in module.modules()):
+        return True
+    return any(isinstance(hook, SpectralNorm) for hook in module._forward_pre_hooks.values())
 
 
 def place_of(node: Node) -> str:

@@ -51,6 +51,8 @@ class StepProxy(fx.Proxy):
         value = value_of(self)
         if value is UNKNOWN:
             raise needs_examples(self)
+        if isinstance(value, Tensor) and value.dim() > 0:
+            return int(self.shape[0])  # remembered: the graph holds for this size only
         return len(value)
 
     def __iter__(self) -> Iterator[Any]:
@@ -58,7 +60,7 @@ class StepProxy(fx.Proxy):
         if value is not UNKNOWN:
             if isinstance(value, Tensor) and value.dim() == 0:
                 raise TypeError("iteration over a 0-d tensor")
-            return iter([self[i] for i in range(len(value))])  # type: ignore[index]
+            return iter([self[i] for i in range(len(self))])  # type: ignore[index]
         frame = inspect.currentframe()
         caller = frame.f_back if frame is not None else None
         if caller is not None:

@@ -30,6 +30,7 @@ __all__ = [
     "pick_state",
     "region_of_handle",
     "reduce_over_time",
+    "repeat_for_samples",
     "repeat_over_time",
     "time_steps",
     "times_steps",
@@ -247,6 +248,11 @@ def reduce_over_time(y_seq: Any, how: str) -> Any:
 def times_steps(value: Any, time: Tensor) -> Any:
     """T times a value."""
     return value * time.shape[0]
+
+
+def repeat_for_samples(value: Tensor, like: Tensor, batch_dim: int) -> Tensor:
+    """A value that all samples share, `[*]`, as one for each sample of another, `[N, *]` (a view)."""
+    return value.unsqueeze(0).expand(like.shape[batch_dim], *value.shape)
 
 
 def repeat_over_time(value: Any, time: Tensor) -> Any:

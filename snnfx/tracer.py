@@ -159,7 +159,7 @@ class StepTracer(fx.Tracer):
             node.meta["val"] = value
         return self.proxy(node)
 
-    def add_slot(self, name: str, value: Any = UNKNOWN, number: bool = False) -> StepProxy:
+    def add_slot(self, name: str, value: Any = UNKNOWN, *, number: bool = False) -> StepProxy:
         """A slot and the placeholder that reads it; `number`: it is a Python number before and after the first step."""
         proxy = self.placeholder(name, value, {"slot": name, "number": number})
         self.slot_values[name] = proxy

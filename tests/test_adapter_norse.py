@@ -12,14 +12,16 @@ from torch.utils import _pytree as pytree
 
 pytest.importorskip("norse")
 
-import norse.torch as norse  # noqa: E402
+import norse.torch as norse
 
-import snnfx  # noqa: E402
-from snnfx.errors import CaptureError  # noqa: E402
+import snnfx
+from snnfx.errors import CaptureError
 
 CELLS: dict[str, Callable[[], nn.Module]] = {
     "LIFCell": norse.LIFCell,
-    "LIFCell, parameters": lambda: norse.LIFCell(norse.LIFParameters(v_leak=torch.tensor(0.1), method="tanh", alpha=5.0)),
+    "LIFCell, parameters": lambda: norse.LIFCell(
+        norse.LIFParameters(v_leak=torch.tensor(0.1), method="tanh", alpha=5.0)
+    ),
     "LIFAdExCell": norse.LIFAdExCell,
     "LIFBoxCell": norse.LIFBoxCell,
     "LIFExCell": norse.LIFExCell,
@@ -82,9 +84,14 @@ def test_cell_between_layers_is_one_loop(name: str, with_examples: bool) -> None
 
 def make_container() -> nn.Module:
     return norse.SequentialState(
-        nn.Conv2d(1, 3, 3), norse.LIFCell(), nn.Flatten(), nn.Linear(108, 5), norse.LIFRecurrentCell(5, 4), nn.Linear(4, 3),
+        nn.Conv2d(1, 3, 3),
+        norse.LIFCell(),
+        nn.Flatten(),
+        nn.Linear(108, 5),
+        norse.LIFRecurrentCell(5, 4),
+        nn.Linear(4, 3),
         norse.LICell(),
-    ).double()  # fmt: skip
+    ).double()
 
 
 @pytest.mark.parametrize("with_examples", [True, False], ids=["examples", "no-examples"])
@@ -134,6 +141,25 @@ def test_learnt_parameters_of_a_cell_get_their_gradients() -> None:
     tau = torch.tensor(100.0, dtype=torch.float64, requires_grad=True)
     model, x_seq = Around(norse.LICell(norse.LIParameters(tau_mem_inv=tau))).double(), sequence(2, 4)
     net = snnfx.convert(model)
+    expected = torch.autograd.grad(stepped(model, x_seq)[0].sum(), tau)
+    assert_same(torch.autograd.grad(net(x_seq)[0].sum(), tau), expected)
+
+
+def test_learnt_parameters_that_no_module_registers_get_their_gradients() -> None:
+    class Functional(nn.Module):
+        def __init__(self, tau: Tensor) -> None:
+            super().__init__()
+            self.fc, self.p = nn.Linear(4, 6), norse.LIParameters(tau_mem_inv=tau)
+
+        def forward(self, x: Tensor, state: Any = None) -> Any:
+            x = self.fc(x)
+            state = norse.LIState(torch.zeros_like(x), torch.zeros_like(x)) if state is None else state
+            return norse.li_feed_forward_step(x, state, self.p)
+
+    tau = torch.tensor(100.0, dtype=torch.float64, requires_grad=True)
+    model, x_seq = Functional(tau).double(), sequence(2, 4)
+    net = snnfx.convert(model)
+    assert_same(net(x_seq), stepped(model, x_seq))
     expected = torch.autograd.grad(stepped(model, x_seq)[0].sum(), tau)
     assert_same(torch.autograd.grad(net(x_seq)[0].sum(), tau), expected)
 

@@ -1,4 +1,4 @@
-"""snnTorch: neurons that keep their state and neurons that are passed it; the buffers of the model are never written."""
+"""snnTorch: neurons that keep their state and neurons that are passed it; a model's buffers are never written."""
 
 from __future__ import annotations
 
@@ -11,16 +11,18 @@ from torch import Tensor, nn
 
 snntorch = pytest.importorskip("snntorch")
 
-import snnfx  # noqa: E402
-from snnfx import surrogate  # noqa: E402
-from snnfx.errors import CaptureError, InputError  # noqa: E402
+import snnfx
+from snnfx import surrogate
+from snnfx.errors import CaptureError, InputError
 
 # The surrogates of snnTorch make float32 spikes of any input; this one keeps the dtype.
 spike = {"spike_grad": surrogate.ATan()}
 
 NEURONS: dict[str, Callable[..., nn.Module]] = {
     "Leaky": lambda **k: snntorch.Leaky(beta=0.9, **spike, **k),
-    "Leaky, learnt": lambda **k: snntorch.Leaky(beta=torch.rand(6), learn_beta=True, learn_threshold=True, **spike, **k),
+    "Leaky, learnt": lambda **k: snntorch.Leaky(
+        beta=torch.rand(6), learn_beta=True, learn_threshold=True, **spike, **k
+    ),
     "Leaky, reset to zero": lambda **k: snntorch.Leaky(beta=0.9, reset_mechanism="zero", **spike, **k),
     "Leaky, no reset": lambda **k: snntorch.Leaky(beta=0.9, reset_mechanism="none", **spike, **k),
     "Leaky, reset at once": lambda **k: snntorch.Leaky(beta=0.9, reset_delay=False, **spike, **k),
@@ -124,7 +126,8 @@ def test_neuron_that_is_passed_its_state(name: str, with_examples: bool) -> None
 
 
 def test_output_true_returns_the_states_over_time() -> None:
-    model = nn.Sequential(nn.Linear(4, 6), snntorch.Synaptic(alpha=0.8, beta=0.9, init_hidden=True, output=True)).double()
+    lif = snntorch.Synaptic(alpha=0.8, beta=0.9, init_hidden=True, output=True)
+    model = nn.Sequential(nn.Linear(4, 6), lif).double()
     net, x_seq = snnfx.convert(model), sequence(2, 4)
     outputs, expected = net(x_seq), stepped(model, x_seq)
     assert len(outputs) == 3

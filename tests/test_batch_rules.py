@@ -269,8 +269,8 @@ UNARY = (
     "clone detach zeros_like ones_like empty_like rand_like randn_like bernoulli poisson dropout alpha_dropout rrelu"
 ).split()
 BINARY = (
-    "add arctan2 atan2 clamp clamp_max clamp_min clip copysign div divide eq float_power floor_divide fmax fmin fmod ge "
-    "greater greater_equal gt heaviside hypot isclose ldexp le less less_equal logaddexp logaddexp2 logical_and "
+    "add arctan2 atan2 clamp clamp_max clamp_min clip copysign div divide eq float_power floor_divide fmax fmin fmod "
+    "ge greater greater_equal gt heaviside hypot isclose ldexp le less less_equal logaddexp logaddexp2 logical_and "
     "logical_or logical_xor lt maximum minimum mul multiply ne nextafter not_equal pow remainder rsub sub subtract "
     "true_divide xlogy normal"
 ).split()
@@ -757,7 +757,7 @@ def test_every_module_class_has_a_case() -> None:
 
 @dataclass
 class Illegal(Case):
-    """A step whose first refused node has to be refused with `code`; `conservative` says why it is, though it would fold."""
+    """A step whose first refused node has to be refused with `code`; `conservative`: why, although it would fold."""
 
     code: str = ""
     conservative: str = ""
@@ -820,7 +820,9 @@ def illegal_cases() -> Iterator[Illegal]:
     yield illegal("SNNFX103", "x.mean()", lambda self, x: x - x.mean(), X3)
     yield illegal("SNNFX103", "x.sum(-3)", lambda self, x: x.sum(-3), X3)
     yield illegal("SNNFX103", "x.sum((0, 1))", lambda self, x: x.sum((0, 1)), X3)
-    for name in "std var amax argmax prod logsumexp median mode sort argsort cumsum cummax softmax log_softmax normalize diff".split():
+    for name in (
+        "std var amax argmax prod logsumexp median mode sort argsort cumsum cummax softmax log_softmax normalize diff"
+    ).split():
         yield illegal("SNNFX103", f"{name} over the batch", unary(function_named(name), dim=0), X3)
     yield illegal("SNNFX103", "max of all", lambda self, x: x.max(), X3)
     yield illegal("SNNFX103", "max over the batch", lambda self, x: x.max(0)[0], X3)

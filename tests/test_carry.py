@@ -1,4 +1,4 @@
-"""Models that take and return their state: it is carried from step to step and comes back in the model's own structure."""
+"""Models that take and return their state: it is carried from step to step and comes back as the model nests it."""
 
 from __future__ import annotations
 
@@ -173,9 +173,14 @@ def test_gradients_are_those_of_the_loop_also_with_respect_to_the_first_state() 
     model, x_seq = ByHand().double(), sequence()
     net = snnfx.convert(model)
     gradients = []
-    for run in (lambda s: net(x_seq, s), lambda s: (lambda y, f: (y[0], f["state"]))(*stepped(model, {"state": 1}, x_seq, first={"state": s}))):
+
+    def loop(x_seq: Tensor, first: Potential) -> tuple[Tensor, Potential]:
+        (y_seq,), final = stepped(model, {"state": 1}, x_seq, first={"state": first})
+        return y_seq, final["state"]
+
+    for run in (net, loop):
         first = Potential(*(torch.full((2, 4), value, dtype=torch.float64, requires_grad=True) for value in (0.3, 0.2)))
-        y_seq, state = run(first)
+        y_seq, state = run(x_seq, first)
         gradients.append(torch.autograd.grad((y_seq**2).sum() + state.v.sum(), [*first, *model.parameters()]))
     assert_same(gradients[0], gradients[1])
 
@@ -398,7 +403,12 @@ def test_an_optional_argument_that_is_no_state_is_left_at_its_default(make: type
 
 @pytest.mark.parametrize(
     ("carry", "text"),
-    [({"stat": 1}, "no argument"), ({"state": 5}, "nothing at"), ({"state": 1.5}, "does not say"), (["state"], "no dict")],
+    [
+        ({"stat": 1}, "no argument"),
+        ({"state": 5}, "nothing at"),
+        ({"state": 1.5}, "does not say"),
+        (["state"], "no dict"),
+    ],
 )
 def test_a_carry_that_does_not_fit_is_refused(carry: Any, text: str) -> None:
     with pytest.raises(InputError, match=f"SNNFX309.*{text}"):

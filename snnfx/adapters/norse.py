@@ -64,7 +64,9 @@ class NorseAdapter:
         outputs, following = call(*inputs, given, **kwargs)
         return outputs, tuple(pytree.tree_leaves(following))
 
-    def read_call(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], starts_as_none: bool) -> StatefulCall:
+    def read_call(
+        self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], starts_as_none: bool
+    ) -> StatefulCall:
         """`cell(x)`, `cell(x, state)`, `cell(x, state=state)`."""
         structure = _structure(module)
         inputs = args[:1] or (next(value for name, value in kwargs.items() if name != "state"),)
@@ -96,11 +98,13 @@ class _WholeSequenceAdapter(NorseAdapter):
 
     def refuse(self, module: nn.Module, where: str) -> None:
         name = type(module).__name__
+        cell = f"Use norse.torch.{name}Cell."
+        hint = cell if isinstance(module, _OVER_TIME) else "Use what is inside it for one step."
         raise CaptureError(
             "SNNFX205",
             f"`{where}` ({name}) has no single-step form",
             why="it runs over the time steps itself.",
-            hint=f"Use norse.torch.{name}Cell." if isinstance(module, _OVER_TIME) else "Use what is inside it for one step.",
+            hint=hint,
         )
 
 

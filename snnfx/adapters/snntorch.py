@@ -92,7 +92,9 @@ class SnnTorchAdapter:
         # What the call returns is put together again from the spikes and the states.
         return outputs[0] if isinstance(outputs, tuple) else outputs, following
 
-    def read_call(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], starts_as_none: bool) -> StatefulCall:
+    def read_call(
+        self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], starts_as_none: bool
+    ) -> StatefulCall:
         """`lif(x)`, `lif(x, mem)`, `lif(x, mem=mem)`."""
         names = self.names(module)
         inputs = args[:1] or (kwargs["input_"],)

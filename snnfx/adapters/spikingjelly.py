@@ -129,7 +129,7 @@ _ELEMENTWISE: tuple[type, ...] = tuple(
 
 
 _NORMALIZING: tuple[type, ...] = tuple(filter(None, (getattr(neuron, "MPBNBaseNode", None),)))
-"""Neurons that normalise their potential over the batch; their statistics are updated by a call, not by the function."""
+"""Neurons that normalise their potential over the batch; only a call updates their statistics, not the function."""
 
 
 def _is_functional(module: nn.Module) -> bool:

@@ -1,0 +1,225 @@
+"""What `tools/fuzz.py` found, each as small as it got; the reference is a plain loop over the model."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from stepping import assert_converts, assert_same, fresh_copy, step_model
+from torch import Tensor, nn
+
+import snnfx
+from snnfx import neuron
+
+EXAMPLES = pytest.mark.parametrize("examples", [True, False], ids=["examples", "no-examples"])
+
+
+class Step(nn.Module):
+    """A model of one function and one optional layer."""
+
+    def __init__(self, function: Any, layer: nn.Module | None = None) -> None:
+        super().__init__()
+        self.function, self.layer = function, layer
+
+    def forward(self, x: Tensor) -> Any:
+        return self.function(self, x)
+
+
+def sequence(*shape: int) -> Tensor:
+    return torch.rand(shape, dtype=torch.float64) * 2 - 0.4
+
+
+@EXAMPLES
+def test_state_that_starts_as_a_number_is_read_outside_of_the_loop_at_the_only_step(examples: bool) -> None:
+    class Delayed(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.h: Any = 0.0
+
+        def forward(self, x: Tensor) -> Tensor:
+            y = x + self.h
+            self.h = 0.5 * self.h + x
+            return y
+
+    assert_converts(Delayed(), sequence(1, 2, 6), examples=examples)
+
+
+@EXAMPLES
+def test_named_field_of_a_pair_goes_where_the_pair_is(examples: bool) -> None:
+    model = Step(lambda self, x: self.layer(x.max(1).values), neuron.LIFNode(v_threshold=0.5))
+    assert_converts(model, sequence(3, 2, 4, 5), examples=examples)
+
+
+@EXAMPLES
+def test_initial_value_made_of_one_element_of_a_tuple(examples: bool) -> None:
+    class Halves(snnfx.MemoryModule):
+        def __init__(self) -> None:
+            super().__init__()
+            self.register_memory("h", None)
+
+        def forward(self, x: Tensor) -> Tensor:
+            left, right = x.chunk(2, 1)
+            if self.h is None:
+                self.h = left.detach() * 0.5
+            self.h = 0.5 * self.h + right
+            return self.h
+
+    assert_converts(Halves(), sequence(4, 2, 6), examples=examples)
+
+
+@EXAMPLES
+def test_running_statistics_of_a_layer_whose_output_nobody_reads(examples: bool) -> None:
+    class Watched(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.bn = nn.BatchNorm1d(3)
+
+        def forward(self, x: Tensor) -> Tensor:
+            self.bn(x)
+            return x * 2
+
+    assert_converts(Watched(), sequence(4, 5, 3), examples=examples)
+
+
+def test_batch_norm_that_vmap_refuses_counts_its_batches_once() -> None:
+    class Opaque(nn.Module):
+        def forward(self, x: Tensor) -> Tensor:
+            return x * 2 if x.sum() > 0.3 else x - 1
+
+    model = nn.Sequential(Opaque(), nn.BatchNorm1d(3))
+    net = snnfx.convert(model, batch_norm="fold")
+    net(torch.rand(4, 5, 3))
+    assert model[1].num_batches_tracked in (1, 4)
+
+
+@EXAMPLES
+def test_spectral_norm_estimates_its_weight_at_each_step(examples: bool) -> None:
+    layer = nn.utils.parametrizations.spectral_norm(nn.Linear(6, 3).double())
+    assert_converts(nn.Sequential(layer), sequence(3, 2, 6), examples=examples)
+
+
+@EXAMPLES
+def test_functional_batch_norm_over_the_batch_in_evaluation(examples: bool) -> None:
+    model = Step(lambda self, x: F.batch_norm(x, None, None, training=True)).eval()
+    assert_converts(model, sequence(3, 4, 5), examples=examples)
+    assert_converts(model.train(), sequence(3, 4, 5), examples=examples, batch_norm="fold")
+
+
+@EXAMPLES
+def test_change_in_place_of_a_value_that_has_a_view_is_refused(examples: bool) -> None:
+    def function(self: Step, x: Tensor) -> Tensor:
+        y = x * 1.5
+        view = y.flatten(1)
+        y.add_(1)
+        return view
+
+    with pytest.raises(snnfx.errors.CaptureError, match="SNNFX214"):
+        snnfx.convert(Step(function), example_inputs=torch.rand(2, 3) if examples else None)
+
+
+def test_change_in_place_of_a_value_whose_view_was_read_before_is_functional() -> None:
+    def function(self: Step, x: Tensor) -> Tensor:
+        y = x * 1.5
+        total = y.flatten(1).sum(1, keepdim=True)
+        y.add_(1)
+        return y + total
+
+    assert_converts(Step(function), sequence(3, 2, 4))
+
+
+@EXAMPLES
+def test_value_made_of_sizes_feeds_a_neuron(examples: bool) -> None:
+    def function(self: Step, x: Tensor) -> tuple[Tensor, Tensor]:
+        ramp = torch.arange(x.shape[1], dtype=x.dtype) * 0.3
+        return self.layer(ramp) * x, ramp
+
+    assert_converts(Step(function, neuron.LIFNode(v_threshold=0.5)), sequence(4, 2, 4), examples=examples)
+
+
+def test_value_made_of_the_size_of_a_mapped_value_is_not_folded() -> None:
+    def function(self: Step, x: Tensor) -> Tensor:
+        y = self.layer(x)  # without a batch: [3, 6] is one sample
+        return y * torch.arange(y.shape[0]).sum()
+
+    assert_converts(Step(function, nn.Conv1d(3, 2, 1).double()), sequence(2, 3, 6), examples=True)
+
+
+def test_len_of_the_example_holds_for_its_size_only() -> None:
+    model = Step(lambda self, x: x * len(x))
+    net = snnfx.convert(model, example_inputs=torch.rand(3, 2))
+    assert_same(net(sequence_ := sequence(4, 3, 2)), step_model(model, sequence_))
+    longer = sequence(4, 5, 2)
+    try:
+        outputs = net(longer)
+    except snnfx.errors.InputError as error:
+        assert error.code == "SNNFX312"
+    else:
+        assert_same(outputs, step_model(model, longer))
+
+
+@pytest.mark.parametrize("T", [1, 3])
+def test_layer_called_twice_updates_its_statistics_in_the_order_of_the_calls(T: int) -> None:
+    class Twice(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.bn = nn.BatchNorm1d(3)
+
+        def forward(self, x: Tensor) -> Tensor:
+            y = x.abs()
+            self.bn(x)
+            return self.bn(y)
+
+    model = Twice().double()
+    snnfx.verify(model, snnfx.convert(model, batch_norm="fold"), sequence(T, 4, 3))
+    if T == 1:
+        assert_converts(model, sequence(T, 4, 3))
+
+
+def test_opaque_module_fed_by_an_invariant_input() -> None:
+    class Opaque(nn.Module):
+        def forward(self, x: Tensor) -> Tensor:
+            return x * 2 if x.sum() > 0.3 else x - 1
+
+    model = nn.Sequential(Opaque())
+    image = torch.rand(3, 2)
+    net = snnfx.convert(model, time_dim=None)
+    assert_same(net(image, T=4), model(image).expand(4, 3, 2))
+
+
+def test_view_of_the_last_sample_is_as_contiguous_as_in_one_step() -> None:
+    model = Step(lambda self, x: self.layer(x[-1:]), Step(lambda self, x: x.view(-1, x.shape[-1])))
+    assert_converts(model, sequence(2, 3, 1, 4, 4), examples=True)
+
+
+def test_largest_of_all_elements_shares_its_gradient_among_equals() -> None:
+    class Constant(nn.Module):
+        def forward(self, x: Tensor) -> Tensor:
+            return x / (1 + x.max())
+
+    x_seq = torch.ones(2, 3, 4, dtype=torch.float64)
+    assert_converts(Constant(), x_seq)
+
+
+@EXAMPLES
+def test_initial_value_that_only_running_statistics_depend_on(examples: bool) -> None:
+    class Trace(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.h: Any = None
+            self.bn = nn.BatchNorm1d(6, affine=False)
+
+        def forward(self, x: Tensor) -> Tensor:
+            if self.h is None:
+                self.h = x.detach() * 0.5
+            self.bn(x + self.h)
+            self.h = x
+            return x * 2
+
+    x_seq = sequence(3, 4, 6)
+    model, other = Trace().double(), Trace().double()
+    net = snnfx.convert(model, batch_norm="per_step", example_inputs=x_seq[0] if examples else None)
+    net(x_seq)
+    step_model(fresh := fresh_copy(other), x_seq)
+    assert_same(dict(model.named_buffers()), dict(fresh.named_buffers()))
