@@ -7,6 +7,7 @@ Kuck et al. 1981; Kennedy & Allen, Optimizing Compilers for Modern Architectures
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 
@@ -66,6 +67,10 @@ def analyse_dependence(
         carried[placeholder] = following
         if isinstance(following, Node):
             graph.add_edge(following, placeholder, carried=True)
+    for calls in _calls_of_one_layer(program, changing):
+        # What it keeps goes from call to call, and from the last of a step to the first of the next.
+        graph.add_edges_from(itertools.pairwise(calls))
+        graph.add_edge(calls[-1], calls[0], carried=True)
     cycles = [
         sorted(component, key=position.__getitem__)
         for component in nx.strongly_connected_components(graph)
@@ -85,6 +90,15 @@ def analyse_dependence(
             varying.add(node)
             stack.extend(node.users)
     return Dependence(graph, cycles, varying, _initial_only(program), carried)
+
+
+def _calls_of_one_layer(program: StepProgram, changing: Callable[[Node], bool]) -> list[list[Node]]:
+    """The calls of each layer that is called more than once in a step and changes its buffers at each call."""
+    calls: dict[str, list[Node]] = {}
+    for node in program.graph.nodes:
+        if node.op == "call_module" and changing(node) and updates_buffers(program, node):
+            calls.setdefault(str(node.target), []).append(node)
+    return [nodes for nodes in calls.values() if len(nodes) > 1]
 
 
 def _initial_only(program: StepProgram) -> set[Node]:

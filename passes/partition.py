@@ -134,7 +134,8 @@ def _kinds(program: StepProgram, dependence: Dependence, refusals: Mapping[Node,
     for node in program.graph.nodes:
         if node in cycle_slots:
             kinds[node] = "loop"
-            reason = f"its value at one step depends on the step before, through {', '.join(cycle_slots[node])}"
+            through = ", ".join(cycle_slots[node]) or "what a layer keeps that is called more than once in a step"
+            reason = f"its value at one step depends on the step before, through {through}"
             node.meta["refusal"] = _opaque(program, node) or Refusal("SNNFX107", reason)
             continue
         if not node.op.startswith("call") or node in dependence.initial_only or is_size(node):

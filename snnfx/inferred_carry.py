@@ -16,9 +16,10 @@ from torch import nn
 from torch.fx import Node
 from torch.utils import _pytree as pytree
 
-from snnfx.capture import as_call, capture
+from snnfx.capture import capture
 from snnfx.carry import OutputPath, split_arguments
 from snnfx.errors import CaptureError, InputError
+from snnfx.step_arguments import as_call
 
 __all__ = ["infer_carry"]
 

@@ -171,9 +171,7 @@ def compare_everything(model: nn.Module, s: Setting, training: bool, **options: 
     same("outputs", outputs, expected)
     same("gradients", gradients(shared, outputs, sequences), expected_gradients)
     same("state", state, state_of(plain, list(state)))
-    # Calls of one layer at two places of a step update its statistics place by place, not step by step.
-    twice = {n.rpartition(".")[0] for n, b in plain.named_buffers() if n.endswith("num_batches_tracked") and b != s.T}
-    names = [n for n, _ in plain.named_buffers() if n not in state and n.rpartition(".")[0] not in twice]
+    names = [n for n, _ in plain.named_buffers() if n not in state]
     same("buffers", [shared.get_buffer(n) for n in names], [plain.get_buffer(n) for n in names])
     fresh = clone_of(model, training)
     called = to_net(fresh, s, **options)(*s.sequences(), **s.extra)

@@ -1,0 +1,106 @@
+"""Attributes that a step changes: how they are noticed, and how a trace reads and writes them."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+from torch import Tensor, nn
+from torch.fx import Node
+from torch.utils import _pytree as pytree
+
+from snnfx.errors import CaptureError
+from snnfx.proxy import StepProxy
+
+__all__ = ["Attribute", "changed_elements", "is_number", "is_state_change", "known_value", "recorded", "versions"]
+
+
+@dataclass
+class Attribute:
+    """A plain attribute (or buffer) that a step changes."""
+
+    name: str
+    module: nn.Module
+    attribute: str
+    before: Any
+    after: Any
+    result: Any
+    container: Any = None
+    path: tuple[Any, ...] = ()
+
+    def final_node(self) -> Any:
+        return self.result.node if type(self.result) is StepProxy else self.result
+
+    def write(self, value: Any) -> None:
+        if self.path:
+            leaves, spec = pytree.tree_flatten_with_path(self._current())
+            if spec != pytree.tree_structure(self.container):
+                leaves, spec = pytree.tree_flatten_with_path(self.container)
+            value = pytree.tree_unflatten([value if path == self.path else leaf for path, leaf in leaves], spec)
+        if self.attribute in self.module._buffers:
+            self.module._buffers[self.attribute] = value
+        else:
+            self.module.__dict__[self.attribute] = value
+
+    def read(self, written: StepProxy) -> Any:
+        """The value after the step that began with `written`."""
+        if not self.path:
+            return self._current()
+        leaves = dict(pytree.tree_flatten_with_path(self._current())[0])
+        if pytree.tree_structure(self._current()) == pytree.tree_structure(self.container):
+            return leaves[self.path]
+        if not written.node.users:
+            return written  # a list that notes something down for somebody else grows; nothing reads it
+        raise CaptureError(
+            "SNNFX201",
+            f"`{self.attribute}` of {type(self.module).__name__} has another structure after each step",
+            why="it holds state, and a net has the same states at every step.",
+            hint="Keep a fixed number of tensors in it, or register them with snnfx.MemoryModule.register_memory.",
+        )
+
+    def _current(self) -> Any:
+        if self.attribute in self.module._buffers:
+            return self.module._buffers[self.attribute]
+        return self.module.__dict__.get(self.attribute)
+
+
+def versions(module: nn.Module) -> dict[str, tuple[Tensor, int]]:
+    """The buffers of a module and the tensors in its plain attributes, with the number of changes they have seen."""
+    named = {**module.__dict__, **module._buffers}
+    return {k: (v, v._version) for k, v in named.items() if type(v) is not StepProxy and isinstance(v, Tensor)}
+
+
+def is_state_change(old: Any, new: Any) -> bool:
+    if type(new) is StepProxy:
+        return True
+    if is_number(new) and (old is None or is_number(old)):
+        return bool(old != new)
+    return False
+
+
+def changed_elements(slot: str, module: nn.Module, key: str, old: Any, new: Any) -> Iterator[Attribute]:
+    """State that is kept in a tuple, a list or a dict: one slot for each element that a step changes."""
+    before = dict(pytree.tree_flatten_with_path(old)[0])
+    new = pytree.tree_map(lambda leaf: leaf, new)  # a copy: the model's own list is put back after the trace
+    for path, value in pytree.tree_flatten_with_path(new)[0]:
+        if is_state_change(before.get(path), value):
+            name = slot + "".join(f".{getattr(k, 'idx', getattr(k, 'key', getattr(k, 'name', k)))}" for k in path)
+            yield Attribute(name, module, key, before.get(path), recorded(value), value, new, path)
+
+
+def is_number(value: Any) -> bool:
+    return isinstance(value, bool | int | float) and type(value) is not StepProxy
+
+
+def recorded(value: Any) -> Any:
+    """The fake value behind a proxy or node, or None."""
+    if type(value) is StepProxy:
+        return value.node.meta.get("val")
+    if isinstance(value, Node):
+        return value.meta.get("val")
+    return None
+
+
+def known_value(value: Any) -> tuple[Any, ...]:
+    return () if value is None else (value,)

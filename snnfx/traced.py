@@ -1,0 +1,231 @@
+"""The traces that one capture needs, and the program that comes of one."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import replace
+from typing import Any
+
+from torch import nn
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.utils import _pytree as pytree
+
+from snnfx.attributes import Attribute, changed_elements, is_number, is_state_change, known_value, recorded, versions
+from snnfx.carry import SlotName, with_output_at
+from snnfx.errors import CaptureError
+from snnfx.leaves import is_leaf
+from snnfx.program import InputLeaf, Slot, StepProgram
+from snnfx.proxy import StepProxy
+from snnfx.state import Adapter, StateSnapshot, adapter_of, composite_adapter, copy_containers, is_stateful_tree
+from snnfx.step_arguments import Carried, carried_output
+from snnfx.tracer import StepTracer
+
+__all__ = ["Traces", "erase_unused_placeholders"]
+
+
+class Traces:
+    """Runs the traces of one capture and finds out which attributes they change."""
+
+    def __init__(
+        self,
+        model: nn.Module,
+        entry: str,
+        arguments: Any,
+        opaque: dict[str, str],
+        fake_mode: FakeTensorMode | None,
+        carried: list[Carried],
+    ) -> None:
+        self.model, self.entry, self.arguments = model, entry, arguments
+        self.opaque, self.fake_mode, self.carried = opaque, fake_mode, carried
+        self.stateful = _outermost_stateful(model, opaque)
+
+    def inlined_slots(self) -> set[str]:
+        return {f"{prefix}{n}" for prefix, m, a, leaf in self.stateful if not leaf for n in a.names(m)}
+
+    def inlined_starts(self) -> dict[str, Any]:
+        """The reset values of the slots that are traced through."""
+        starts: dict[str, Any] = {}
+        with StateSnapshot.of(self.model):
+            for prefix, module, adapter, leaf in self.stateful:
+                if not leaf:
+                    adapter.reset(module)
+                    starts.update(zip([prefix + n for n in adapter.names(module)], adapter.read(module), strict=True))
+        return starts
+
+    def leaf_slots(self) -> set[str]:
+        return {f"{prefix}{n}" for prefix, m, a, leaf in self.stateful if leaf for n in a.names(m)}
+
+    def trace(
+        self, discovered: dict[str, Attribute], warm: bool, shapes: dict[str, Any] | None = None
+    ) -> tuple[StepTracer, list[Attribute]]:
+        """One trace; returns the tracer (with its graph) and the attributes that were changed beyond `discovered`."""
+        tracer = StepTracer(self.arguments, self.entry, self.opaque, self.fake_mode)
+        found: list[Attribute] = []
+        shapes = shapes or {}
+
+        def prepare(tracer: StepTracer) -> None:
+            for prefix, module, adapter, leaf in self.stateful:
+                slots = [prefix + name for name in adapter.names(module)]
+                if leaf:
+                    for slot in slots:
+                        tracer.add_slot(slot)
+                elif warm:
+                    adapter.write(module, [tracer.add_slot(slot, *known_value(shapes.get(slot))) for slot in slots])
+                else:
+                    adapter.reset(module)
+                    tracer.slot_values.update(zip(slots, adapter.read(module), strict=True))
+            for attribute in discovered.values():
+                number = is_number(attribute.before) and is_number(attribute.result)
+                known = known_value(shapes.get(attribute.name))
+                attribute.write(tracer.add_slot(attribute.name, *known, number=number))
+            for c in self.carried:
+                values = {**c.examples, **shapes}
+                tracer.carried_arguments[c.name] = (
+                    pytree.tree_map(
+                        lambda leaf, values=values, numbers=c.numbers: tracer.add_slot(
+                            leaf.name, *known_value(values.get(leaf.name)), number=leaf.name in numbers
+                        )
+                        if isinstance(leaf, SlotName)
+                        else leaf,
+                        c.structure,
+                    )
+                    if warm or c.required
+                    else None
+                )
+
+        def take_carried(outputs: Any) -> Any:
+            for c in self.carried:
+                c.take(carried_output(self.model, outputs, c), tracer.slot_values)
+            for c in self.carried:
+                outputs = with_output_at(outputs, c.path, None)
+            return outputs
+
+        tracer.take_carried = take_carried
+
+        def finish(tracer: StepTracer) -> None:
+            for prefix, module, adapter, leaf in self.stateful:
+                if not leaf:
+                    names = [prefix + name for name in adapter.names(module)]
+                    tracer.slot_values.update(zip(names, adapter.read(module), strict=True))
+            for attribute in discovered.values():
+                tracer.slot_values[attribute.name] = attribute.read(tracer.proxy(tracer.slot_placeholders[attribute.name]))
+            nested = {(a.module, a.attribute) for a in discovered.values() if a.path}
+            found.extend(
+                a for a in self._changed(before) if a.name not in discovered and (a.module, a.attribute) not in nested
+            )
+
+        with StateSnapshot.of(self.model):
+            before = {m: (copy_containers(m.__dict__), dict(m._buffers), versions(m)) for m in self.model.modules()}
+            try:
+                tracer.record(self.model, prepare, finish)
+            finally:
+                self._refuse_changed_tensors(before)
+        return tracer, found
+
+    def _traced_modules(self) -> Iterator[tuple[str, nn.Module]]:
+        """Modules whose forward is traced through: not leaves, and not inside one."""
+        hidden = tuple(f"{name}." for name in self.opaque)
+        inside = tuple(prefix for prefix, _, _, leaf in self.stateful if leaf)
+        for name, module in self.model.named_modules():
+            below_leaf = f"{name}.".startswith(hidden + inside) if hidden + inside else False
+            if not below_leaf and not is_leaf(module):
+                yield name, module
+
+    def _changed(self, before: dict[nn.Module, Any]) -> Iterator[Attribute]:
+        skip = {"_memories", "training"}
+        for name, module in self._traced_modules():
+            attributes, buffers, _ = before[module]
+            old = {**{k: v for k, v in attributes.items() if k not in ("_buffers", "_parameters", "_modules")}, **buffers}
+            new = {**{k: v for k, v in module.__dict__.items() if k in old or not k.startswith("_")}, **module._buffers}
+            for key, value in new.items():
+                if key in skip or key in ("_buffers", "_parameters", "_modules"):
+                    continue
+                slot = f"{name}.{key}" if name else key
+                if is_state_change(old.get(key), value):
+                    yield Attribute(slot, module, key, old.get(key), recorded(value), value)
+                elif isinstance(value, tuple | list | dict) and any(type(x) is StepProxy for x in pytree.tree_leaves(value)):
+                    yield from changed_elements(slot, module, key, old.get(key), value)
+
+    def _refuse_changed_tensors(self, before: dict[nn.Module, Any]) -> None:
+        for name, module in self._traced_modules():
+            for key, (tensor, version) in before[module][2].items():
+                if tensor._version != version:
+                    raise CaptureError(
+                        "SNNFX206",
+                        f"the tensor `{name + '.' if name else ''}{key}` is changed in place",
+                        where=type(module).__name__,
+                        why="a step may only change state by assigning it, so that it can be handed from step to step.",
+                        hint="Write `self.x = self.x + ...`, or register it as a memory of a snnfx.MemoryModule.",
+                    )
+
+    def program(
+        self,
+        tracer: StepTracer,
+        leaves: list[InputLeaf],
+        spec: pytree.TreeSpec,
+        training: bool,
+        discovered: set[str] | None = None,
+        drop_overwritten: bool = True,
+    ) -> StepProgram:
+        """The program of a finished trace; slots of modules that were never called are left out."""
+        graph = tracer.graph
+        outputs, nexts, initials = graph.output_node().args[0]  # type: ignore[misc]
+        # torch.fx renames what would hide a builtin (`input`), so the placeholders are found by their place.
+        placeholders = {n.meta["input"]: n.name for n in graph.nodes if "input" in n.meta and n.op == "placeholder"}
+        leaves = [replace(leaf, placeholder=placeholders.get(index)) for index, leaf in enumerate(leaves)]
+        kept: list[tuple[Slot, Any, Any]] = []
+        for (name, _), following, initial in zip(tracer.slot_values.items(), nexts, initials, strict=True):
+            placeholder = tracer.slot_placeholders.get(name)
+            if placeholder is not None and following is placeholder and len(placeholder.users) == 1:
+                continue
+            is_overwritten = name in tracer.overwritten_slots and placeholder is not None and not placeholder.users
+            if drop_overwritten and is_overwritten:
+                continue
+            slot = Slot(name, placeholder.name if placeholder else "", name in (discovered or ()))
+            kept.append((slot, following, initial))
+        program = StepProgram(
+            graph=graph,
+            source=self.model,
+            constants=tracer.constants,
+            input_leaves=leaves,
+            input_spec=spec,
+            output_spec=tracer.output_spec,  # type: ignore[arg-type]
+            slots=[slot for slot, _, _ in kept],
+            training=training,
+            opaque=dict(self.opaque),
+            carried=[c.argument() for c in self.carried],
+            overwritten=frozenset(tracer.overwritten_slots - {slot.name for slot, _, _ in kept}),
+        )
+        program.set_output(outputs, [n for _, n, _ in kept], [i for _, _, i in kept])
+        erase_unused_placeholders(program)
+        return program
+
+
+def erase_unused_placeholders(program: StepProgram) -> None:
+    """Remove the placeholders of what is no slot."""
+    used = {slot.placeholder for slot in program.slots}
+    for node in list(program.graph.nodes):
+        if node.op == "placeholder" and "slot" in node.meta and node.name not in used and not node.users:
+            program.graph.erase_node(node)
+
+
+def _outermost_stateful(model: nn.Module, opaque: dict[str, str]) -> list[tuple[str, nn.Module, Adapter, bool]]:
+    """`(prefix, module, adapter, is leaf)` of stateful modules, those inside a leaf covered by the leaf."""
+    found: list[tuple[str, nn.Module, Adapter, bool]] = []
+    covered: tuple[str, ...] = ()
+    for name, module in model.named_modules():
+        prefix = f"{name}." if name else ""
+        if covered and prefix.startswith(covered):
+            continue
+        adapter = adapter_of(module)
+        whole = composite_adapter(module) if name in opaque or is_stateful_tree(module, adapter) else None
+        if whole is not None:
+            covered = (*covered, prefix)
+            if whole.names(module):
+                found.append((prefix, module, whole, True))
+        elif adapter is not None and adapter.names(module):
+            leaf = adapter.is_leaf(module)
+            if leaf:
+                covered = (*covered, prefix)
+            found.append((prefix, module, adapter, leaf))
+    return found
