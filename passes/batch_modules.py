@@ -176,7 +176,7 @@ def stateful(site: Site) -> Value:
     module, slots = site.module, site["state"]
     adapter = adapter_of(module) if module is not None else None
     count = len(slots) if isinstance(slots, tuple | list) else 0
-    if module is not None and hasattr(adapter, "keeps_batch") and adapter.keeps_batch(module):
+    if module is not None and adapter is not None and hasattr(adapter, "keeps_batch") and adapter.keeps_batch(module):
         first = next(iter(leaves(site["inputs"])), UNKNOWN)
         if not adapter.elementwise(module) and isinstance(first, Fact) and first.dim == 0:
             # Recurrent neurons and the like mix features, but not samples, which lie along dimension 0 of everything.

@@ -124,7 +124,8 @@ _RANDOM_MODULES = (nn.modules.dropout._DropoutNd, nn.RReLU)
 def is_random(program: StepProgram, node: Node) -> bool:
     """Whether a node draws random numbers, so that it differs from step to step whatever it is given."""
     if node.op == "call_module":
-        return isinstance(program.resolve(str(node.target)), _RANDOM_MODULES)
+        module = program.resolve(str(node.target))
+        return any(isinstance(m, _RANDOM_MODULES) or _drops_out_inside(m) for m in module.modules())
     if not node.op.startswith("call"):
         return False
     name = operation_name(node)
@@ -133,7 +134,13 @@ def is_random(program: StepProgram, node: Node) -> bool:
     if "dropout" in name:
         training = node.kwargs.get("training", node.args[2] if len(node.args) > 2 else True)
         return training is not False
-    return name == "scaled_dot_product_attention" and bool(node.kwargs.get("dropout_p", 0.0))
+    if name != "scaled_dot_product_attention":
+        return False
+    return bool(node.kwargs.get("dropout_p", node.args[4] if len(node.args) > 4 else 0.0))
+
+
+def _drops_out_inside(module: nn.Module) -> bool:
+    return isinstance(module, nn.MultiheadAttention | nn.RNNBase) and bool(module.dropout)
 
 
 def is_size(node: Node) -> bool:

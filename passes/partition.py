@@ -22,7 +22,15 @@ from snnfx.passes.base import Pass
 from snnfx.passes.batch import infer_batch
 from snnfx.passes.batch_facts import Fact, model_input
 from snnfx.passes.dependence import Dependence, analyse_dependence, is_size
-from snnfx.program import Region, StepProgram, estimates_weights, operation_name, place_of, takes_from_tuple, updates_buffers
+from snnfx.program import (
+    Region,
+    StepProgram,
+    estimates_weights,
+    operation_name,
+    place_of,
+    takes_from_tuple,
+    updates_buffers,
+)
 from snnfx.state import call_opaque
 
 __all__ = ["Partition"]

@@ -90,7 +90,8 @@ def changed_elements(slot: str, module: nn.Module, key: str, old: Any, new: Any)
 
 
 def is_number(value: Any) -> bool:
-    return isinstance(value, bool | int | float) and type(value) is not StepProxy
+    kind: Any = type(value)
+    return isinstance(value, bool | int | float) and kind is not StepProxy
 
 
 def recorded(value: Any) -> Any:

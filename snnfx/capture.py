@@ -27,7 +27,7 @@ from snnfx.carry import OutputPath
 from snnfx.errors import CaptureError, InputError
 from snnfx.leaves import is_leaf
 from snnfx.matching import GraphMatch
-from snnfx.program import InputLeaf, Slot, StepProgram, add_placeholder
+from snnfx.program import InputLeaf, Slot, StepProgram, add_placeholder, results_of
 from snnfx.state import StateSnapshot
 from snnfx.step_arguments import Carried, carried_arguments, step_arguments
 from snnfx.traced import Traces, erase_unused_placeholders
@@ -134,7 +134,7 @@ def _capture_once(
     traced = Traces(model, entry, arguments, opaque, fake_mode, carried)
     discovered: dict[str, Attribute] = {}
     cold, found = traced.trace(discovered, warm=False)
-    values = {name: node for name, node in zip(cold.slot_values, cold.graph.output_node().args[0][1], strict=True)}  # type: ignore[index]
+    values = {name: node for name, node in zip(cold.slot_values, results_of(cold.graph)[1], strict=True)}
     for attribute in found:
         discovered[attribute.name] = attribute
     starts_as_none = {name for c in carried if not c.required for name in c.argument().slot_names()}
@@ -168,7 +168,7 @@ def _capture_once(
         )
     program = traced.program(warm, leaves, spec, training, set(discovered))
     # What the cold trace left in discovered attributes is their next value there.
-    outputs, nexts, initials = cold_program.output.args[0]  # type: ignore[misc]
+    outputs, nexts, initials = cold_program.results
     by_name = dict(zip((s.name for s in cold_program.slots), zip(nexts, initials, strict=True), strict=True))
     for attribute in found:
         by_name.setdefault(attribute.name, (attribute.final_node(), None))

@@ -13,7 +13,8 @@ from snnfx.capture import capture_both_modes
 from snnfx.carry import paths_of
 from snnfx.errors import InputError
 from snnfx.inferred_carry import infer_carry
-from snnfx.net import ConvertOptions, Net, _time_dims_of_leaves
+from snnfx.net import Net
+from snnfx.options import ConvertOptions, time_dims_of_leaves
 from snnfx.passes.base import Pass, PassManager, PassRecord, verify_program
 from snnfx.passes.chunk import check_chunk_option
 from snnfx.passes.dce import RemoveDeadCode
@@ -101,7 +102,7 @@ def convert(
 
 def pipeline(program: StepProgram, options: ConvertOptions) -> list[Pass]:
     """The passes that lead from a captured step to its regions."""
-    dims = _time_dims_of_leaves(options.time_dim, program)
+    dims = time_dims_of_leaves(options.time_dim, program)
     invariant = tuple(
         leaf.placeholder for leaf, dim in zip(program.input_leaves, dims, strict=True) if leaf.placeholder and dim is None
     )

@@ -11,7 +11,7 @@ import copy
 import inspect
 from collections import OrderedDict
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -20,33 +20,21 @@ from torch.fx import Node
 from torch.fx.graph_module import _forward_from_src
 from torch.utils import _pytree as pytree
 
-from snnfx.carry import OutputPath, flatten_state, outputs_without, rebuild_state, split_arguments, with_output_at
+from snnfx.carry import flatten_state, outputs_without, rebuild_state, split_arguments, with_output_at
 from snnfx.errors import InputError, warn_once
 from snnfx.functional import chunk_multi_step_forward
+from snnfx.options import ConvertOptions, time_dims_of_leaves
 from snnfx.passes.base import PassRecord
 from snnfx.passes.chunk import ChunkPlan, plan_chunks
 from snnfx.passes.emit import Emitted, emit_multi_step, emit_plain, emit_single_step
 from snnfx.program import SELF_TARGET, Region, StepProgram
+from snnfx.regions import combine_reductions
 from snnfx.serialize import pack_program, unpack_program
 
 __all__ = ["ConvertOptions", "Net"]
 
 _REGIONS = "snnfx_regions"
 _CONSTANTS = "snnfx_constants"
-
-
-@dataclass(frozen=True)
-class ConvertOptions:
-    """What `snnfx.convert` was asked for; see there."""
-
-    step_mode: str = "m"
-    time_dim: Any = 0
-    entry: str = "forward"
-    batch_norm: str = "fold"
-    chunk: int | str | None = "auto"
-    carry_state: bool = False
-    reduce: str | None = None
-    carry: dict[str, OutputPath] | None = None
 
 
 class Net(fx.GraphModule):
@@ -86,7 +74,7 @@ class Net(fx.GraphModule):
             training=source.training,
             _programs=programs,
             _replan=replan,
-            _time_dims=_time_dims_of_leaves(options.time_dim, programs[True]),
+            _time_dims=time_dims_of_leaves(options.time_dim, programs[True]),
             _output_time_dim=options.time_dim if isinstance(options.time_dim, int) else 0,
         )
         self._carried: dict[str, Any] | None = None
@@ -680,19 +668,6 @@ def _forward(self: Net, args: tuple[Any, ...], kwargs: dict[str, Any], T: int | 
     return outputs
 
 
-def combine_reductions(parts: Sequence[tuple[int, tuple[Any, ...]]], reduce: str) -> tuple[Any, ...]:
-    """The reduction over all steps from those over pieces, given as `(number of steps, outputs)`."""
-    T = sum(steps for steps, _ in parts)
-    combined: list[Any] = []
-    for values in zip(*(outputs for _, outputs in parts), strict=True):
-        if reduce == "last" or not isinstance(values[-1], Tensor):
-            combined.append(values[-1])
-        else:
-            weights = [steps / T if reduce == "mean" else 1.0 for steps, _ in parts]
-            combined.append(sum(w * y for w, y in zip(weights, values, strict=True)))
-    return tuple(combined)
-
-
 def _is_plain_structure(spec: pytree.TreeSpec) -> bool:
     """Whether outputs nested like this can be returned by a graph."""
     return spec.type in (None, tuple, list, dict) and all(map(_is_plain_structure, spec.children()))
@@ -715,37 +690,6 @@ def _deepcopy_module(source: nn.Module, memo: dict[int, Any]) -> nn.Module:
             if isinstance(value, Tensor) and not value.is_leaf and id(value) not in memo:
                 memo[id(value)] = value.detach().clone()
     return copy.deepcopy(source, memo)
-
-
-def _time_dims_of_leaves(time_dim: Any, program: StepProgram) -> list[int | None]:
-    """The time dimension of each leaf of the arguments; `time_dim` is a prefix of their nesting, as in vmap's in_dims."""
-    count = len(program.input_leaves)
-    if time_dim is None or isinstance(time_dim, int):
-        return [time_dim] * count
-    numbered = pytree.tree_unflatten(list(range(count)), program.input_spec)
-    args, kwargs = numbered
-    dims: list[int | None] = [0] * count
-
-    def spread(prefix: Any, tree: Any) -> None:
-        if prefix is None or isinstance(prefix, int):
-            for index in pytree.tree_leaves(tree):
-                dims[index] = prefix
-        elif isinstance(prefix, dict) and isinstance(tree, dict) and prefix.keys() == tree.keys():
-            for key in prefix:
-                spread(prefix[key], tree[key])
-        elif isinstance(prefix, tuple | list) and isinstance(tree, tuple | list) and len(prefix) == len(tree):
-            for p, t in zip(prefix, tree, strict=True):
-                spread(p, t)
-        else:
-            raise InputError(
-                "SNNFX309",
-                f"time_dim={time_dim!r} does not fit the arguments",
-                why=f"one step takes {len(args)} positional and {sorted(kwargs)} keyword arguments.",
-                hint="Give an int, or one entry for each argument; None for an input that is the same at every step.",
-            )
-
-    spread(time_dim, kwargs if isinstance(time_dim, dict) else tuple(args) if not kwargs else (*args, *kwargs.values()))
-    return dims
 
 
 def _hold_constants(constants: dict[str, Any]) -> nn.Module:

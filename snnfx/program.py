@@ -12,7 +12,7 @@ import operator
 import os
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field, replace
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import fx, nn
@@ -124,19 +124,24 @@ class StepProgram:
         return self.graph.output_node()
 
     @property
+    def results(self) -> tuple[tuple[Any, ...], tuple[Any, ...], tuple[Any, ...]]:
+        """`(outputs, next_states, initial_values)`."""
+        return results_of(self.graph)
+
+    @property
     def outputs(self) -> tuple[Any, ...]:
         """What one step returns, flattened: nodes and constants."""
-        return self.output.args[0][0]  # type: ignore[index, return-value]
+        return self.results[0]
 
     @property
     def next_states(self) -> tuple[Any, ...]:
         """The next value of each slot."""
-        return self.output.args[0][1]  # type: ignore[index, return-value]
+        return self.results[1]
 
     @property
     def initial_values(self) -> tuple[Any, ...]:
         """The value of each slot before the first step: a constant, or a node to be evaluated on the first step."""
-        return self.output.args[0][2]  # type: ignore[index, return-value]
+        return self.results[2]
 
     def set_output(self, outputs: Iterable[Any], next_states: Iterable[Any], initial_values: Iterable[Any]) -> None:
         """Replace what the output node holds."""
@@ -200,6 +205,11 @@ class StepProgram:
 
 SELF_TARGET = "snnfx_source"
 """The get_attr target that stands for the root model itself (a model that is one stateful module)."""
+
+
+def results_of(graph: fx.Graph) -> tuple[tuple[Any, ...], tuple[Any, ...], tuple[Any, ...]]:
+    """What the output node of a step graph holds: `(outputs, next_states, initial_values)`."""
+    return cast(Any, graph.output_node().args[0])  # type: ignore[no-any-return]
 
 
 def add_placeholder(graph: fx.Graph, name: str, **default: Any) -> Node:

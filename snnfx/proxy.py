@@ -42,7 +42,7 @@ class StepProxy(fx.Proxy):
             if name in ("dim", "ndimension"):
                 return value.dim
         if name in ("values", "indices") and (isinstance(value, tuple) or (value is UNKNOWN and _gives_pair(self.node))):
-            return self[0 if name == "values" else 1]
+            return self[0 if name == "values" else 1]  # type: ignore[index]
         if name in ("shape", "dtype", "device"):
             return self.tracer.create_proxy("call_function", getattr, (self, name), {})
         return super().__getattr__(name)

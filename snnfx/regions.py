@@ -25,6 +25,7 @@ __all__ = [
     "batch_norm_per_step",
     "call_module",
     "call_once",
+    "combine_reductions",
     "delay_one_step",
     "in_shape_of",
     "pick_state",
@@ -243,6 +244,19 @@ def reduce_over_time(y_seq: Any, how: str) -> Any:
     if how == "last":
         return y_seq[-1]
     return y_seq.sum(0) if how == "sum" else y_seq.mean(0)
+
+
+def combine_reductions(parts: Sequence[tuple[int, tuple[Any, ...]]], reduce: str) -> tuple[Any, ...]:
+    """The reduction over all steps from those over pieces, given as `(number of steps, outputs)`."""
+    T = sum(steps for steps, _ in parts)
+    combined: list[Any] = []
+    for values in zip(*(outputs for _, outputs in parts), strict=True):
+        if reduce == "last" or not isinstance(values[-1], Tensor):
+            combined.append(values[-1])
+        else:
+            weights = [steps / T if reduce == "mean" else 1.0 for steps, _ in parts]
+            combined.append(sum(w * y for w, y in zip(weights, values, strict=True)))
+    return tuple(combined)
 
 
 def times_steps(value: Any, time: Tensor) -> Any:

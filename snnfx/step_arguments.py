@@ -182,7 +182,7 @@ class _Unknown:
 
 def _leaf_name(path: tuple[Any, ...], parameters: list[str]) -> str:
     """`x`, or `x.0.key` for nested arguments."""
-    keys = [getattr(k, "idx", getattr(k, "key", getattr(k, "name", None))) for k in path]
+    keys: list[Any] = [getattr(k, "idx", getattr(k, "key", getattr(k, "name", None))) for k in path]
     if keys[0] == 0:
         position = int(keys[1])
         first = parameters[position] if position < len(parameters) else f"arg{position}"

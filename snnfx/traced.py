@@ -14,7 +14,7 @@ from snnfx.attributes import Attribute, changed_elements, is_number, is_state_ch
 from snnfx.carry import SlotName, with_output_at
 from snnfx.errors import CaptureError
 from snnfx.leaves import is_leaf
-from snnfx.program import InputLeaf, Slot, StepProgram
+from snnfx.program import InputLeaf, Slot, StepProgram, results_of
 from snnfx.proxy import StepProxy
 from snnfx.state import Adapter, StateSnapshot, adapter_of, composite_adapter, copy_containers, is_stateful_tree
 from snnfx.step_arguments import Carried, carried_output
@@ -169,7 +169,7 @@ class Traces:
     ) -> StepProgram:
         """The program of a finished trace; slots of modules that were never called are left out."""
         graph = tracer.graph
-        outputs, nexts, initials = graph.output_node().args[0]  # type: ignore[misc]
+        outputs, nexts, initials = results_of(graph)
         # torch.fx renames what would hide a builtin (`input`), so the placeholders are found by their place.
         placeholders = {n.meta["input"]: n.name for n in graph.nodes if "input" in n.meta and n.op == "placeholder"}
         leaves = [replace(leaf, placeholder=placeholders.get(index)) for index, leaf in enumerate(leaves)]

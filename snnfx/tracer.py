@@ -463,7 +463,7 @@ class StepTracer(fx.Tracer):
     def _at_module(self, name: str, kind: str, target: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> StepProxy:
         proxy = self.create_proxy(kind, target, args, kwargs)
         proxy.node.meta["module"] = name
-        return proxy  # type: ignore[return-value]
+        return proxy  # type: ignore[no-any-return]
 
     def _element(self, proxy: Any, index: int, name: str) -> StepProxy:
         element = proxy[index]

@@ -52,7 +52,7 @@ def patched_isinstance() -> Iterator[None]:
     def isinstance_of_value(value: Any, cls: Any) -> bool:
         return original(value, cls) or (type(value) is StepProxy and value.stands_for(cls))
 
-    builtins.isinstance = isinstance_of_value  # type: ignore[assignment]
+    builtins.isinstance = isinstance_of_value
     try:
         yield
     finally:

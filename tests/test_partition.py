@@ -237,3 +237,20 @@ def test_an_initial_value_may_be_computed_from_another_neuron_of_the_step() -> N
     net = snnfx.convert(FromAnother().double())
     x_seq = torch.randn(4, 2, 3, dtype=torch.float64) * 2
     assert_same(net(x_seq).detach(), run_stepped(net.source, x_seq).outputs)
+
+
+class DropsOutInside(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.attention = nn.MultiheadAttention(4, 2, dropout=0.5, batch_first=True)
+
+    def forward(self, x: Tensor) -> Tensor:
+        y, _ = self.attention(x, x, x)
+        return nn.functional.scaled_dot_product_attention(y, y, y, None, 0.5)
+
+
+def test_dropout_inside_attention_is_drawn_at_each_step_even_if_the_input_never_changes() -> None:
+    net = snnfx.convert(DropsOutInside(), time_dim=None)
+    assert "once" not in {region.kind for region in net.regions}
+    y_seq = net(torch.rand(2, 3, 4), T=3)
+    assert not torch.equal(y_seq[0], y_seq[1])
