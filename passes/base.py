@@ -120,7 +120,11 @@ def verify_program(program: StepProgram, after: str = "capture") -> None:
     nodes = list(program.graph.nodes)
     position = {node: i for i, node in enumerate(nodes)}
     outputs = program.output.args[0]
-    require(isinstance(outputs, tuple) and len(outputs) == 3, program.output, "the output is not (outputs, next states, initial values)")
+    require(
+        isinstance(outputs, tuple) and len(outputs) == 3,
+        program.output,
+        "the output is not (outputs, next states, initial values)",
+    )
     require(
         len(program.next_states) == len(program.slots) == len(program.initial_values),
         program.output,
@@ -131,10 +135,14 @@ def verify_program(program: StepProgram, after: str = "capture") -> None:
         placeholder = by_name.get(slot.placeholder)
         if program.first_step is None or slot.placeholder:
             require(placeholder is not None, None, f"the slot {slot.name} has no placeholder {slot.placeholder!r}")
-            require(placeholder.meta.get("slot") == slot.name, placeholder, f"it is not the placeholder of slot {slot.name}")  # type: ignore[union-attr]
+            require(
+                placeholder.meta.get("slot") == slot.name, placeholder, f"it is not the placeholder of slot {slot.name}"
+            )  # type: ignore[union-attr]
     for node in nodes:
         for operand in node.all_input_nodes:
-            require(operand in position and position[operand] < position[node], node, f"{operand} does not come before it")
+            require(
+                operand in position and position[operand] < position[node], node, f"{operand} does not come before it"
+            )
         if node.op in ("get_attr", "call_module"):
             require(_resolves(program.resolve, str(node.target)), node, f"the model has no `{node.target}`")
     if STAGES.index(program.stage) >= STAGES.index("partitioned"):
@@ -163,7 +171,9 @@ def _verify_regions(program: StepProgram, require: Callable[[bool, Node | None, 
         for node in region.nodes:
             for operand in node.all_input_nodes:
                 if operand in region_of:
-                    require(region_of[operand] <= index, node, f"its operand {operand} is in a later region: not convex")
+                    require(
+                        region_of[operand] <= index, node, f"its operand {operand} is in a later region: not convex"
+                    )
 
 
 def _excerpt(program: StepProgram, node: Node | None, around: int = 5) -> str:

@@ -120,7 +120,7 @@ def batch_norm(site: Site) -> Value:
             "Use track_running_stats=True.",
         )
     elif in_training and (module is None or not site.training):
-        site.refuse("SNNFX106", f"{site.text} uses the statistics of one step; only modules can be taken to mean others")
+        site.refuse("SNNFX106", f"{site.text} uses the statistics of one step; only modules may use others")
     elif in_training and site.batch_norm == "per_step":
         site.refuse(
             "SNNFX106",

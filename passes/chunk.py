@@ -75,7 +75,12 @@ def plan_chunks(program: StepProgram, steps: Sequence[Tensor], chunk: int | str 
         return ChunkPlan(chunk, 0, 0, f"chunk={chunk} as asked for")
     try:
         needed = live_bytes_per_step(program.first_step or program, steps)
-    except (DataDependentOutputException, DynamicOutputShapeException, UnsupportedOperatorException, CarriedState) as error:
+    except (
+        DataDependentOutputException,
+        DynamicOutputShapeException,
+        UnsupportedOperatorException,
+        CarriedState,
+    ) as error:
         if isinstance(error, CarriedState):
             return ChunkPlan(None, 0, 0, f"all time steps at once: {error}")
         return ChunkPlan(None, 0, 0, "all time steps at once: the bytes of a step depend on the values of tensors")

@@ -458,7 +458,7 @@ class RegionBuilder:
         self, program: StepProgram, nodes: Sequence[Node], slots: Sequence[str], stop: Iterable[Node] | None = None
     ) -> None:
         self.program, self.slots = program, slots
-        self.inside = {n: None for n in nodes}
+        self.inside = dict.fromkeys(nodes)
         self.stop = set(stop) if stop is not None else set()
         self.constants: dict[Node | str, None] = {}
         self.input_nodes: dict[Node, None] = {}
@@ -647,7 +647,12 @@ def _main_operands(program: StepProgram, value: Any, stop: Iterable[Node]) -> li
 
 def _is_per_step_batch_norm(region: Region) -> bool:
     refusal = region.nodes[0].meta.get("refusal")
-    return len(region.nodes) == 1 and region.nodes[0].op == "call_module" and refusal is not None and refusal.code == "SNNFX106"
+    return (
+        len(region.nodes) == 1
+        and region.nodes[0].op == "call_module"
+        and refusal is not None
+        and refusal.code == "SNNFX106"
+    )
 
 
 def _module_target(program: StepProgram, key: Node | str) -> str | None:

@@ -17,7 +17,16 @@ from torch.fx import Node
 from snnfx.errors import CaptureError
 from snnfx.passes.base import Pass
 from snnfx.passes.dependence import is_size
-from snnfx.program import IN_PLACE_OPERATORS, StepProgram, has_in_place_flag, is_in_place, operation_name, place_of
+from snnfx.program import (
+    IN_PLACE_OPERATORS,
+    StepProgram,
+    has_in_place_flag,
+    is_in_place,
+    is_structural,
+    operation_name,
+    place_of,
+    takes_from_tuple,
+)
 
 __all__ = ["Normalize"]
 
@@ -31,6 +40,8 @@ _MAYBE_THE_SAME = frozenset(
     "unfold swapdims moveaxis ravel dropout dropout1d dropout2d dropout3d".split()
 )
 """What may give its operand itself, or a view of it, and may give something new."""
+
+_PARTITIONS = frozenset("chunk split tensor_split unbind".split())
 
 _MODULES_OF_VIEWS = (nn.Identity, nn.Flatten, nn.Unflatten, nn.modules.dropout._DropoutNd)
 
@@ -52,9 +63,11 @@ class Normalize(Pass):
             if is_in_place(node):
                 _functionalize(program, node)
                 replaced += 1
-            elif has_in_place_flag(program, node) and _read_elsewhere(node):
-                _copy_operand(program, node)
-                replaced += 1
+            elif has_in_place_flag(program, node) and isinstance(operand := node.args[0], Node):
+                _refuse_other_names(program, node, operand, inputs_as_well=False)
+                if _read_elsewhere(node):
+                    _copy_operand(program, node)
+                    replaced += 1
         return f"{replaced} operations in place made functional"
 
 
@@ -123,19 +136,24 @@ def _functionalize(program: StepProgram, node: Node) -> None:
         )
 
 
-def _refuse_other_names(program: StepProgram, node: Node, operand: Node) -> None:
-    """Refuse where somebody reads the changed memory later on by another name than the operand's."""
+def _refuse_other_names(program: StepProgram, node: Node, operand: Node, inputs_as_well: bool = True) -> None:
+    """Refuse where somebody reads the changed memory later on by another name than the operand's.
+
+    `inputs_as_well`: the owner of an input or a parameter always reads it later on.
+    """
     position = {n: i for i, n in enumerate(program.graph.nodes)}
     names, stack = {operand}, [operand]
     while stack:
         known = stack.pop()
-        others = [u for u in known.users if position[u] < position[node] and _may_share_memory(program, u, known)]
-        others += [n for n in known.all_input_nodes if _may_share_memory(program, known, n)]
+        others = [n for n in known.all_input_nodes if _may_share_memory(program, known, n)]
+        if operation_name(known) not in _PARTITIONS or not any(takes_from_tuple(n) and n in names for n in known.users):
+            # The other parts of what the operand is a part of share nothing with it.
+            others += [u for u in known.users if position[u] < position[node] and _may_share_memory(program, u, known)]
         stack += [n for n in others if n not in names]
         names.update(others)
     for other in names - {operand}:
         later = [user for user in other.users if position[user] > position[node]]
-        if later or other.op in ("placeholder", "get_attr"):
+        if later or (inputs_as_well and other.op in ("placeholder", "get_attr")):
             raise CaptureError(
                 "SNNFX214",
                 f"`{node.name}` changes a value in place that has another name",
@@ -148,6 +166,8 @@ def _refuse_other_names(program: StepProgram, node: Node, operand: Node) -> None
 def _may_share_memory(program: StepProgram, node: Node, operand: Node) -> bool:
     """Whether the value of `node` may be a view of `operand`, or `operand` itself."""
     if not node.args or node.args[0] is not operand:
+        return False
+    if is_structural(node):
         return False
     if node.op == "call_module":
         return isinstance(program.resolve(str(node.target)), _MODULES_OF_VIEWS)

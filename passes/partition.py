@@ -79,7 +79,6 @@ class Partition(Pass):
         summary = ", ".join(f"{count} {kind}" for kind, count in counts.items() if count)
         return f"{sum(len(r.nodes) for r in program.regions)} nodes in {len(program.regions)} regions: {summary}"
 
-
     def _updates_at_every_step(self, program: StepProgram) -> Callable[[Node], bool]:
         """In training, what takes a step of its own at each call does so T times even if its input never changes.
 
@@ -153,7 +152,8 @@ def _kinds(program: StepProgram, dependence: Dependence, refusals: Mapping[Node,
         if program.training and node.op == "call_module" and estimates_weights(program.resolve(str(node.target))):
             refusal = Refusal("SNNFX109", f"`{node.target}` estimates its weight anew at each call")
         if refusal is not None and _shares_gradient_of_ties(node):
-            refusal = Refusal("SNNFX109", f"vmap gives the gradient of `{operation_name(node)}` to one of equal values only")
+            reason = f"vmap gives the gradient of `{operation_name(node)}` to one of equal values only"
+            refusal = Refusal("SNNFX109", reason)
         if node.target is call_opaque:
             node.meta["refusal"] = _opaque(program, node)
             kinds[node] = "loop"
@@ -167,7 +167,8 @@ def _kinds(program: StepProgram, dependence: Dependence, refusals: Mapping[Node,
             kinds[node] = {"SNNFX106": "per_step", "SNNFX109": "step"}.get(refusal.code, "map")
     for node in program.graph.nodes:
         # One element of a tuple goes where the tuple is, even if only an initial value is made of it.
-        if isinstance(source := node.args[0] if node.args else None, Node) and source in kinds and takes_from_tuple(node):
+        source = node.args[0] if node.args else None
+        if isinstance(source, Node) and source in kinds and takes_from_tuple(node):
             kinds[node] = kinds[source]
             if kinds[node] == "loop" and source.target is call_opaque:
                 node.meta.pop("refusal", None)  # nothing was said against the element itself

@@ -123,5 +123,3 @@ def _tensors(node: Node) -> Any:
             yield value
         elif isinstance(value, list | tuple):
             walk.extend(value)
-
-

@@ -183,7 +183,9 @@ CODES: dict[str, CodeEntry] = {
         "net(torch.rand(1, 2, 3))",
     ),
     "SNNFX302": CodeEntry(
-        "split_size below 1", "A chunk has at least one time step.", "chunk_multi_step_forward(0, x_seq, net)",
+        "split_size below 1",
+        "A chunk has at least one time step.",
+        "chunk_multi_step_forward(0, x_seq, net)",
         "chunk_multi_step_forward(16, x_seq, net)",
     ),
     "SNNFX303": CodeEntry(
@@ -269,7 +271,9 @@ CODES: dict[str, CodeEntry] = {
     # 5xx: passes
     "SNNFX501": CodeEntry("a pass broke the graph", "The verifier between passes found the graph invalid."),
     "SNNFX502": CodeEntry("passes in an illegal order", "A pass was run at a stage that it does not take."),
-    "SNNFX503": CodeEntry("a region is gone", "A compiled or exported program calls a region of a net that no longer exists."),
+    "SNNFX503": CodeEntry(
+        "a region is gone", "A compiled or exported program calls a region of a net that no longer exists."
+    ),
     "SNNFX504": CodeEntry(
         "a fallback was taken",
         "A faster form of a region was refused at run time and a slower one is used from now on; the result is the same.",

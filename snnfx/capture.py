@@ -175,7 +175,9 @@ def _capture_once(
     for attribute in discovered.values():
         by_name.setdefault(attribute.name, (attribute.before if is_number(attribute.before) else None, None))
     cold_program.slots = _slots_with_placeholders(cold_program, program.slots)
-    cold_program.set_output(outputs, [by_name[s.name][0] for s in program.slots], [by_name[s.name][1] for s in program.slots])
+    cold_program.set_output(
+        outputs, [by_name[s.name][0] for s in program.slots], [by_name[s.name][1] for s in program.slots]
+    )
     starts = {a.name: a.before for a in discovered.values()} | traced.inlined_starts()
     erase_unused_placeholders(cold_program)
     given = {name for c in carried if c.required for name in c.argument().slot_names()}

@@ -104,7 +104,9 @@ def pipeline(program: StepProgram, options: ConvertOptions) -> list[Pass]:
     """The passes that lead from a captured step to its regions."""
     dims = time_dims_of_leaves(options.time_dim, program)
     invariant = tuple(
-        leaf.placeholder for leaf, dim in zip(program.input_leaves, dims, strict=True) if leaf.placeholder and dim is None
+        leaf.placeholder
+        for leaf, dim in zip(program.input_leaves, dims, strict=True)
+        if leaf.placeholder and dim is None
     )
     sinking = [SinkReductions(reduce=options.reduce, invariant_inputs=invariant)] if options.reduce is not None else []
     return [

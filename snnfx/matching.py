@@ -163,7 +163,9 @@ class GraphMatch:
         args, kwargs = map_arg((b.args, b.kwargs), values.__getitem__)
         try:
             with torch.no_grad():
-                return b.target(*args, **kwargs) if callable(b.target) else getattr(args[0], b.target)(*args[1:], **kwargs)
+                return (
+                    b.target(*args, **kwargs) if callable(b.target) else getattr(args[0], b.target)(*args[1:], **kwargs)
+                )
         except (RuntimeError, TypeError, ValueError, AttributeError):
             return _NO_VALUE  # a number has no method `sigmoid`: then Python has made nothing of it
 
@@ -177,7 +179,11 @@ class GraphMatch:
         elif a.op == "get_attr":
             same = _same_object(self.a.resolve, str(a.target), self.b.resolve, str(b.target))
         else:
-            same = _operation(a) == _operation(b) and self._same(tuple(a.args), tuple(b.args)) and self._same(a.kwargs, b.kwargs)
+            same = (
+                _operation(a) == _operation(b)
+                and self._same(tuple(a.args), tuple(b.args))
+                and self._same(a.kwargs, b.kwargs)
+            )
         if same:
             self.matched[a] = b
         return same

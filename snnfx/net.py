@@ -81,7 +81,13 @@ class Net(fx.GraphModule):
         self._nets_for_shapes: dict[Any, Net] = {}
         self._recordings: dict[Any, Callable[..., Any]] = {}
         self._chunk_plans: dict[Any, ChunkPlan] = {}
-        constants = {name: value for p in programs.values() for q in (p, p.first_step) if q for name, value in q.constants.items()}
+        constants = {
+            name: value
+            for p in programs.values()
+            for q in (p, p.first_step)
+            if q
+            for name, value in q.constants.items()
+        }
         self._modules[_CONSTANTS] = _hold_constants(constants)
         self._modules[_REGIONS] = nn.Module()
         self._emit_all()
@@ -267,7 +273,12 @@ class Net(fx.GraphModule):
         return (outputs, state, dict(zip(names, records, strict=True))) if names else (outputs, state)
 
     def _execute(
-        self, args: tuple[Any, ...], kwargs: dict[str, Any], state: dict[str, Any] | None, record: tuple[str, ...], T: int | None
+        self,
+        args: tuple[Any, ...],
+        kwargs: dict[str, Any],
+        state: dict[str, Any] | None,
+        record: tuple[str, ...],
+        T: int | None,
     ) -> tuple[Any, dict[str, Any], tuple[Any, ...]]:
         given: dict[str, Any] = {}
         inputs: tuple[tuple[Any, ...], dict[str, Any]] = (args, kwargs)
@@ -631,7 +642,11 @@ class Net(fx.GraphModule):
 
     def __reduce__(self) -> tuple[Any, ...]:
         # GraphModule would trace again; the program is packed as it is, with the model beside it.
-        return (_rebuild, (self.source, self._packed({}), self.options, self.history, self._replan), {"training": self.training})
+        return (
+            _rebuild,
+            (self.source, self._packed({}), self.options, self.history, self._replan),
+            {"training": self.training},
+        )
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__dict__.update(state)
@@ -703,4 +718,3 @@ def _hold_constants(constants: dict[str, Any]) -> nn.Module:
         else:
             holder.__dict__[name] = value
     return holder
-

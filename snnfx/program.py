@@ -23,8 +23,21 @@ from torch.utils import _pytree as pytree
 
 from snnfx.carry import CarriedArgument
 from snnfx.errors import Refusal
+from snnfx.state import call_opaque, call_stateful
 
-__all__ = ["InputLeaf", "Region", "Slot", "StepProgram", "add_placeholder", "describe_node", "estimates_weights", "keeps_statistics", "place_of", "takes_from_tuple", "updates_buffers"]
+__all__ = [
+    "InputLeaf",
+    "Region",
+    "Slot",
+    "StepProgram",
+    "add_placeholder",
+    "describe_node",
+    "estimates_weights",
+    "keeps_statistics",
+    "place_of",
+    "takes_from_tuple",
+    "updates_buffers",
+]
 
 
 @dataclass(frozen=True)
@@ -286,7 +299,7 @@ def updates_buffers(program: StepProgram, node: Node) -> bool:
 
 def keeps_statistics(program: StepProgram, node: Node) -> bool:
     """Whether a node calls a layer that changes its buffers when it is in training."""
-    if node.op != "call_module" and not is_module_call(node):
+    if node.op != "call_module" and node.target not in (call_opaque, call_stateful):
         return False
     module = program.module_of(node)
     assert module is not None

@@ -41,7 +41,9 @@ class StepProxy(fx.Proxy):
                 return getattr(value, name)
             if name in ("dim", "ndimension"):
                 return value.dim
-        if name in ("values", "indices") and (isinstance(value, tuple) or (value is UNKNOWN and _gives_pair(self.node))):
+        if name in ("values", "indices") and (
+            isinstance(value, tuple) or (value is UNKNOWN and _gives_pair(self.node))
+        ):
             return self[0 if name == "values" else 1]  # type: ignore[index]
         if name in ("shape", "dtype", "device"):
             return self.tracer.create_proxy("call_function", getattr, (self, name), {})

@@ -128,7 +128,9 @@ def run_region(
 
 
 @run_region.register_fake
-def _(handle: str, x_seq: Sequence[Tensor], tensors: Sequence[Tensor], state: Sequence[Tensor], has_state: bool) -> list[Tensor]:
+def _(
+    handle: str, x_seq: Sequence[Tensor], tensors: Sequence[Tensor], state: Sequence[Tensor], has_state: bool
+) -> list[Tensor]:
     region = region_of_handle(handle)
     T = x_seq[0].shape[0]
     with _constants_from(region, tensors) as constants:
@@ -206,9 +208,7 @@ def _reverse(
         for total in grad_x:
             if total is not None and (g := next(remaining)) is not None:
                 total[t] = g
-        grad_state = [
-            _zeros_for(next(remaining) if s.requires_grad else None, s) for s in before or ()
-        ]
+        grad_state = [_zeros_for(next(remaining) if s.requires_grad else None, s) for s in before or ()]
         for i, total in enumerate(grad_tensors):
             if total is not None and (g := next(remaining)) is not None:
                 grad_tensors[i] = total + g
@@ -266,9 +266,7 @@ def _backward(ctx: Any, grads: list[Tensor | None]) -> tuple[Any, ...]:
         for (shape, dtype, device), g in zip(ctx.results, grads, strict=False)
     ]
     found = iter(
-        torch.ops.snnfx.run_region_backward(
-            ctx.handle, x_seq, tensors, state, ctx.has_state, kept, given, ctx.needs
-        )
+        torch.ops.snnfx.run_region_backward(ctx.handle, x_seq, tensors, state, ctx.has_state, kept, given, ctx.needs)
     )
     each = [next(found) if need else None for need in ctx.needs]
     return None, each[:n_x], each[n_x : n_x + n_tensors], each[n_x + n_tensors :], None

@@ -29,8 +29,8 @@ __all__ = [
     "delay_one_step",
     "in_shape_of",
     "pick_state",
-    "region_of_handle",
     "reduce_over_time",
+    "region_of_handle",
     "repeat_for_samples",
     "repeat_over_time",
     "time_steps",
@@ -140,9 +140,11 @@ class MapRegion(SequenceRegion):
         try:
             return torch.vmap(lambda *x: self.step(*constants, *x), randomness="different")(*x_seq)  # type: ignore[no-any-return]
         except (RuntimeError, NotImplementedError) as error:
-            with torch.no_grad():
-                for buffer, value in buffers:  # BatchNorm counts its batch before vmap finds that it has no rule
-                    buffer.copy_(value)
+            for buffer, value in buffers:
+                # BatchNorm counts its batch before vmap finds that it has no rule. Past the version counter: an
+                # earlier call may have saved the buffer for its backward pass.
+                if not torch.equal(buffer, value):
+                    buffer.data.copy_(value)
             result = self._one_by_one(x_seq, constants)  # raises if the model itself is at fault
             self.refused_by_vmap = str(error).splitlines()[0]
             warn_once(
@@ -193,7 +195,9 @@ def stack_steps(steps: Sequence[Any], device: torch.device) -> Tensor:
         return torch.tensor(steps, dtype=dtype, device=device)
     if all(isinstance(value, Tensor) and value.shape == last.shape for value in steps):
         return torch.stack(tuple(steps))
-    return torch.stack([torch.as_tensor(value, dtype=last.dtype, device=last.device).expand_as(last) for value in steps])
+    return torch.stack(
+        [torch.as_tensor(value, dtype=last.dtype, device=last.device).expand_as(last) for value in steps]
+    )
 
 
 def in_shape_of(value: Any, following: Any) -> Any:

@@ -8,13 +8,12 @@ from __future__ import annotations
 
 import contextlib
 import copy
-import functools
 import importlib
 import sys
 from collections import OrderedDict
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Protocol, cast, runtime_checkable
+from typing import Any, Protocol, runtime_checkable
 
 import torch
 from torch import Tensor, nn
@@ -217,7 +216,7 @@ class MemoryAdapter:
 
     def is_leaf(self, module: nn.Module) -> bool:
         # Neurons of the zoo stay whole; the forward that a user wrote is traced, so that only its cycle is looped.
-        return _is_pure(cast(Any, type(module)))
+        return _is_pure(type(module))
 
     def refuse(self, module: nn.Module, where: str) -> None:
         return None
@@ -241,18 +240,23 @@ class MemoryAdapter:
         return tuple(_fresh(value) for value in module._initial_memories.values())  # type: ignore[operator]
 
     def step(self, module: nn.Module, state: State, *inputs: Any, **kwargs: Any) -> tuple[Any, State]:
-        if _is_pure(cast(Any, type(module))) and not has_forward_hooks(module):
+        if _is_pure(type(module)) and not has_forward_hooks(module):
             return module.step(state, *inputs, **kwargs)  # type: ignore[operator, no-any-return]
         return step_by_swapping(self, module, state, *inputs, **kwargs)
 
 
-@functools.cache
-def _is_pure(module_class: Any) -> bool:
+_pure_classes: dict[type, bool] = {}
+"""Plain dicts as caches, here and below: torch.compile warns about functools.cache."""
+
+
+def _is_pure(module_class: type) -> bool:
     """Whether a class gives its step as a pure function, and overrides neither `forward` nor it further down."""
-    if not all(callable(getattr(module_class, name, None)) for name in ("state_names", "initial_state", "step")):
-        return False
-    nearest = next(cls for cls in module_class.__mro__ if "forward" in vars(cls) or "step" in vars(cls))
-    return "step" in vars(nearest)
+    if module_class not in _pure_classes:
+        methods = ("state_names", "initial_state", "step")
+        nearest = next(cls for cls in module_class.__mro__ if "forward" in vars(cls) or "step" in vars(cls))
+        is_whole = all(callable(getattr(module_class, name, None)) for name in methods)
+        _pure_classes[module_class] = is_whole and "step" in vars(nearest)
+    return _pure_classes[module_class]
 
 
 def step_by_swapping(
@@ -351,6 +355,7 @@ def has_forward_hooks(module: nn.Module) -> bool:
 
 
 _adapters: dict[type, Adapter] = {}
+_adapter_of_class: dict[type, Adapter | None] = {}
 _THIRD_PARTY = ("spikingjelly", "snntorch", "norse")
 """Packages with an adapter module of the same name in `snnfx.adapters`, imported when a module of theirs is met."""
 
@@ -358,16 +363,18 @@ _THIRD_PARTY = ("spikingjelly", "snntorch", "norse")
 def register_adapter(cls: type, adapter: Adapter) -> None:
     """Teach snnfx how to step `cls` and its subclasses."""
     _adapters[cls] = adapter
-    _adapter_of_class.cache_clear()
+    _adapter_of_class.clear()
 
 
 def adapter_of(module: nn.Module) -> Adapter | None:
     """The adapter of the nearest registered base class of a module, or None for a module without known state."""
-    return _adapter_of_class(cast(Any, type(module)))
+    module_class = type(module)
+    if module_class not in _adapter_of_class:
+        _adapter_of_class[module_class] = _find_adapter(module_class)
+    return _adapter_of_class[module_class]
 
 
-@functools.cache
-def _adapter_of_class(module_class: Any) -> Adapter | None:
+def _find_adapter(module_class: type) -> Adapter | None:
     for cls in module_class.__mro__:
         package = cls.__module__.partition(".")[0]
         if package in _THIRD_PARTY and f"snnfx.adapters.{package}" not in sys.modules:
@@ -498,7 +505,11 @@ def _restorer_of_attributes(module: nn.Module) -> Callable[[], None]:
     attributes = {k: copy_containers(v) for k, v in module.__dict__.items() if k not in _REGISTRIES}
     originals = dict(module.__dict__)
     registries = {k: dict(module.__dict__[k]) for k in _REGISTRIES}
-    plain = [v for v in pytree.tree_leaves(list(attributes.values())) if isinstance(v, Tensor) and not isinstance(v, FakeTensor)]
+    plain = [
+        v
+        for v in pytree.tree_leaves(list(attributes.values()))
+        if isinstance(v, Tensor) and not isinstance(v, FakeTensor)
+    ]
     buffers = [(b, b.detach().clone()) for b in (*module._buffers.values(), *plain) if b is not None]
 
     def restore() -> None:

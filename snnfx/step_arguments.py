@@ -187,7 +187,13 @@ def _leaf_name(path: tuple[Any, ...], parameters: list[str]) -> str:
         position = int(keys[1])
         first = parameters[position] if position < len(parameters) else f"arg{position}"
         # *args all share one parameter name
-        if parameters and position >= len(parameters) - 1 and position > 0 and first == parameters[-1] and len(parameters) <= position:
+        if (
+            parameters
+            and position >= len(parameters) - 1
+            and position > 0
+            and first == parameters[-1]
+            and len(parameters) <= position
+        ):
             first = f"{first}{position}"
     else:
         first = str(keys[1])

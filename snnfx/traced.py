@@ -82,11 +82,11 @@ class Traces:
                 values = {**c.examples, **shapes}
                 tracer.carried_arguments[c.name] = (
                     pytree.tree_map(
-                        lambda leaf, values=values, numbers=c.numbers: tracer.add_slot(
-                            leaf.name, *known_value(values.get(leaf.name)), number=leaf.name in numbers
-                        )
-                        if isinstance(leaf, SlotName)
-                        else leaf,
+                        lambda leaf, values=values, numbers=c.numbers: (
+                            tracer.add_slot(leaf.name, *known_value(values.get(leaf.name)), number=leaf.name in numbers)
+                            if isinstance(leaf, SlotName)
+                            else leaf
+                        ),
                         c.structure,
                     )
                     if warm or c.required
@@ -108,7 +108,9 @@ class Traces:
                     names = [prefix + name for name in adapter.names(module)]
                     tracer.slot_values.update(zip(names, adapter.read(module), strict=True))
             for attribute in discovered.values():
-                tracer.slot_values[attribute.name] = attribute.read(tracer.proxy(tracer.slot_placeholders[attribute.name]))
+                tracer.slot_values[attribute.name] = attribute.read(
+                    tracer.proxy(tracer.slot_placeholders[attribute.name])
+                )
             nested = {(a.module, a.attribute) for a in discovered.values() if a.path}
             found.extend(
                 a for a in self._changed(before) if a.name not in discovered and (a.module, a.attribute) not in nested
@@ -135,7 +137,10 @@ class Traces:
         skip = {"_memories", "training"}
         for name, module in self._traced_modules():
             attributes, buffers, _ = before[module]
-            old = {**{k: v for k, v in attributes.items() if k not in ("_buffers", "_parameters", "_modules")}, **buffers}
+            old = {
+                **{k: v for k, v in attributes.items() if k not in ("_buffers", "_parameters", "_modules")},
+                **buffers,
+            }
             new = {**{k: v for k, v in module.__dict__.items() if k in old or not k.startswith("_")}, **module._buffers}
             for key, value in new.items():
                 if key in skip or key in ("_buffers", "_parameters", "_modules"):
@@ -143,7 +148,9 @@ class Traces:
                 slot = f"{name}.{key}" if name else key
                 if is_state_change(old.get(key), value):
                     yield Attribute(slot, module, key, old.get(key), recorded(value), value)
-                elif isinstance(value, tuple | list | dict) and any(type(x) is StepProxy for x in pytree.tree_leaves(value)):
+                elif isinstance(value, tuple | list | dict) and any(
+                    type(x) is StepProxy for x in pytree.tree_leaves(value)
+                ):
                     yield from changed_elements(slot, module, key, old.get(key), value)
 
     def _refuse_changed_tensors(self, before: dict[nn.Module, Any]) -> None:

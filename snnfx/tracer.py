@@ -96,7 +96,9 @@ class StepTracer(fx.Tracer):
 
     # -- recording ---------------------------------------------------------------------------------------------
 
-    def record(self, root: nn.Module, prepare: Callable[[StepTracer], None], finish: Callable[[StepTracer], None]) -> fx.Graph:
+    def record(
+        self, root: nn.Module, prepare: Callable[[StepTracer], None], finish: Callable[[StepTracer], None]
+    ) -> fx.Graph:
         """Trace `root`; `prepare` runs when placeholders may be made, `finish` when the step has been recorded."""
         self._prepare, self._finish = prepare, finish
         self._paths = {module: name for name, module in root.named_modules()}
@@ -122,7 +124,9 @@ class StepTracer(fx.Tracer):
         one_step.__globals__.setdefault("__name__", __name__)
         return one_step, [self.root]
 
-    def _call_root(self, root: nn.Module, root_fn: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    def _call_root(
+        self, root: nn.Module, root_fn: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> Any:
         """Record the step; a model that is a single layer or neuron is one call of itself."""
         adapter = adapter_of(root)
         is_single = is_leaf(root) if adapter is None else bool(adapter.names(root)) and adapter.is_leaf(root)
@@ -348,7 +352,9 @@ class StepTracer(fx.Tracer):
             hint="Assign it as an attribute of a module, or use nn.ModuleList or nn.ModuleDict.",
         )
 
-    def call_module(self, m: nn.Module, forward: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    def call_module(
+        self, m: nn.Module, forward: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> Any:
         if self.is_evaluating:
             return m.forward(*args, **kwargs)  # not m(...): a user's hooks have no business with fake tensors
         name = self.path_of_module(m)
@@ -363,7 +369,9 @@ class StepTracer(fx.Tracer):
             return self._call_that_takes_state(m, name, adapter, args, kwargs)
         if adapter is not None and adapter.names(m):
             if is_stateful_tree(m, adapter):
-                return self._marked(self._call_with_state(m, name, call_opaque, composite_adapter(m), args, kwargs), name)
+                return self._marked(
+                    self._call_with_state(m, name, call_opaque, composite_adapter(m), args, kwargs), name
+                )
             if adapter.is_leaf(m):
                 return self._marked(self._call_with_state(m, name, call_stateful, adapter, args, kwargs), name)
         elif is_leaf(m):
@@ -394,7 +402,13 @@ class StepTracer(fx.Tracer):
         return result
 
     def _call_with_state(
-        self, m: nn.Module, name: str, call: Callable[..., Any], adapter: Any, args: tuple[Any, ...], kwargs: dict[str, Any]
+        self,
+        m: nn.Module,
+        name: str,
+        call: Callable[..., Any],
+        adapter: Any,
+        args: tuple[Any, ...],
+        kwargs: dict[str, Any],
     ) -> Any:
         """A node for one pure step of a module, its slots threaded through; returns what the module returns."""
         self._refuse_time_loop(name)
@@ -442,7 +456,13 @@ class StepTracer(fx.Tracer):
         return call.returns(self._marked(output, name), tuple(values))
 
     def _record_call(
-        self, m: nn.Module, name: str, call: Callable[..., Any], adapter: Any, args: tuple[Any, ...], kwargs: dict[str, Any]
+        self,
+        m: nn.Module,
+        name: str,
+        call: Callable[..., Any],
+        adapter: Any,
+        args: tuple[Any, ...],
+        kwargs: dict[str, Any],
     ) -> Any:
         prefix = f"{name}." if name else ""
         slots = [prefix + slot for slot in adapter.names(m)]
@@ -451,7 +471,9 @@ class StepTracer(fx.Tracer):
         self._evaluate_slots(adapter, m, slots, args, kwargs)
         for index, slot in enumerate(slots):
             if slot not in self.slot_initials:
-                self.slot_initials[slot] = self._at_module(name, "call_function", first_initial, (module, index, *args), kwargs)
+                self.slot_initials[slot] = self._at_module(
+                    name, "call_function", first_initial, (module, index, *args), kwargs
+                )
         states = tuple(self.slot_values[slot] for slot in slots)
         both = self._at_module(name, "call_function", call, (module, states, *args), kwargs)
         output = self._element(both, 0, name)

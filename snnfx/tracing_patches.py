@@ -30,7 +30,9 @@ def patched_apply(tracer: StepTracer) -> Iterator[None]:
     def apply(cls: type[torch.autograd.Function], *args: Any, **kwargs: Any) -> Any:
         if tracer.is_evaluating or not any(type(a) is StepProxy for a in pytree.tree_leaves((args, kwargs))):
             return original.__get__(None, cls)(*args, **kwargs)
-        holder = next((h for h in tracer.constants.values() if isinstance(h, FunctionHolder) and h.function is cls), None)
+        holder = next(
+            (h for h in tracer.constants.values() if isinstance(h, FunctionHolder) and h.function is cls), None
+        )
         holder_proxy = tracer.proxy(tracer.constant(holder or FunctionHolder(cls)))
         return tracer.create_proxy("call_function", apply_autograd_function, (holder_proxy, *args), kwargs)
 

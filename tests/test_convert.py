@@ -31,7 +31,9 @@ def stepped(model: nn.Module, sequences: tuple[Tensor, ...]) -> Any:
     reset_net(model)
     outputs = [pytree.tree_flatten(model(*x)) for x in zip(*sequences, strict=True)]
     reset_net(model)
-    return pytree.tree_unflatten([torch.stack(y) for y in zip(*(flat for flat, _ in outputs), strict=True)], outputs[0][1])
+    return pytree.tree_unflatten(
+        [torch.stack(y) for y in zip(*(flat for flat, _ in outputs), strict=True)], outputs[0][1]
+    )
 
 
 def assert_same(a: Any, b: Any, tolerance: float = 1e-9) -> None:
@@ -179,7 +181,9 @@ def test_an_optimizer_of_the_model_trains_the_net() -> None:
 
 
 def test_example_inputs_of_another_batch_size_and_spatial_size_do_not_bind_the_net() -> None:
-    model = nn.Sequential(nn.Conv2d(1, 2, 3), snnfx.neuron.LIFNode(), nn.AdaptiveAvgPool2d(1), nn.Flatten()).double().eval()
+    model = (
+        nn.Sequential(nn.Conv2d(1, 2, 3), snnfx.neuron.LIFNode(), nn.AdaptiveAvgPool2d(1), nn.Flatten()).double().eval()
+    )
     net = snnfx.convert(model, example_inputs=torch.rand(2, 1, 6, 6, dtype=torch.float64))
     for shape in ((3, 5, 1, 6, 6), (4, 1, 1, 9, 7)):
         x_seq = torch.rand(shape, dtype=torch.float64)

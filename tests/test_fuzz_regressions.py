@@ -129,6 +129,28 @@ def test_change_in_place_of_a_value_whose_view_was_read_before_is_functional() -
     assert_converts(Step(function), sequence(3, 2, 4))
 
 
+def test_layer_in_place_on_another_name_of_a_state_is_refused() -> None:
+    class Cell(snnfx.MemoryModule):
+        def __init__(self) -> None:
+            super().__init__()
+            self.register_memory("h", 0.0)
+            self.drop = nn.Dropout(0.3)
+            self.clip = nn.Hardtanh(inplace=True)
+
+        def forward(self, x: Tensor) -> Tensor:
+            self.h = self.h * 0.5 + x
+            return self.clip(self.drop(self.h))
+
+    with pytest.raises(snnfx.errors.CaptureError, match="SNNFX214"):
+        snnfx.convert(Cell())
+
+
+@EXAMPLES
+def test_layer_in_place_behind_a_neuron_is_no_problem(examples: bool) -> None:
+    model = nn.Sequential(nn.Linear(4, 4), neuron.LIFNode(), nn.ReLU(inplace=True), nn.Dropout(0.0, inplace=True))
+    assert_converts(model.double(), sequence(3, 2, 4), examples=examples)
+
+
 @EXAMPLES
 def test_value_made_of_sizes_feeds_a_neuron(examples: bool) -> None:
     def function(self: Step, x: Tensor) -> tuple[Tensor, Tensor]:

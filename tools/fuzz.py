@@ -100,7 +100,8 @@ def run_check(case: Case, check: str, examples: bool, namespace: dict[str, Any] 
 
 def _place(error: Exception) -> str:
     """The type of an error and the innermost line of snnfx it went through."""
-    frames = [f for f in traceback.extract_tb(error.__traceback__) if "/snnfx/" in f.filename or "/passes/" in f.filename]
+    frames = traceback.extract_tb(error.__traceback__)
+    frames = [f for f in frames if "/snnfx/" in f.filename or "/passes/" in f.filename]  # type: ignore[assignment]
     where = f"{Path(frames[-1].filename).name}:{frames[-1].name}" if frames else ""
     return f"{type(error).__name__} {getattr(error, 'code', '')} {where}"
 
@@ -179,7 +180,9 @@ def _prepare_worker() -> None:
 
 def _results(arguments: argparse.Namespace) -> Iterator[Result]:
     seeds = range(arguments.seed, arguments.seed + arguments.n)
-    work = functools.partial(fuzz_one, extra_checks=arguments.extra, only=arguments.check, shrink_seconds=arguments.shrink)
+    work = functools.partial(
+        fuzz_one, extra_checks=arguments.extra, only=arguments.check, shrink_seconds=arguments.shrink
+    )
     if arguments.jobs == 1:
         _prepare_worker()
         yield from map(work, seeds)
@@ -229,7 +232,8 @@ class Tally:
         seconds = time.perf_counter() - self.start
         count = sum(self.models.values())
         lines = [f"{count} models in {seconds:.0f} s: {count / seconds:.1f} a second"]
-        lines += ["models: " + _listed(self.models), "checks: " + _listed(self.checks), "regions: " + _listed(self.regions)]
+        for what, counts in (("models", self.models), ("checks", self.checks), ("regions", self.regions)):
+            lines.append(f"{what}: {_listed(counts)}")
         for code, reasons in sorted(self.refusals.items()):
             lines.append(f"refused with {code}: {sum(reasons.values())} checks")
             lines += [f"    {n:5} {why}" for why, n in reasons.most_common(8)]

@@ -58,8 +58,8 @@ class Setting:
     def sequences(self, seed: int = 0, larger_batch: bool = False) -> list[Tensor]:
         g = torch.Generator().manual_seed(self.seed * 7 + seed)
         shapes = [(s[0] + 1, *s[1:]) if larger_batch and s else s for s in self.shapes]
-        leads = [() if i else (self.T,) for i in self.invariant]
-        return [torch.rand((*l, *s), generator=g, dtype=torch.float64) * 2 - 0.4 for l, s in zip(leads, shapes, strict=True)]
+        full = [s if i else (self.T, *s) for s, i in zip(shapes, self.invariant, strict=True)]
+        return [torch.rand(s, generator=g, dtype=torch.float64) * 2 - 0.4 for s in full]
 
     def step(self, sequences: Sequence[Tensor], t: int) -> tuple[Tensor, ...]:
         return tuple(x if i else x[t] for x, i in zip(sequences, self.invariant, strict=True))
@@ -130,10 +130,10 @@ def same(what: str, actual: Any, expected: Any) -> None:
 
 def gradients(model: nn.Module, outputs: Any, inputs: Sequence[Tensor]) -> list[Tensor | None]:
     wanted = [*inputs, *model.parameters()]
-    leaves = [y for y in pytree.tree_leaves(outputs) if isinstance(y, Tensor) and y.requires_grad]
+    leaves = [y for y in pytree.tree_leaves(outputs) if isinstance(y, Tensor)]
     g = torch.Generator().manual_seed(5)
-    total: Any = sum(((y * torch.rand(y.shape, generator=g, dtype=torch.float64)).sum() for y in leaves), torch.zeros(()))
-    if not leaves:
+    total: Any = sum((y * torch.rand(y.shape, generator=g, dtype=torch.float64)).sum() for y in leaves)
+    if not any(y.requires_grad for y in leaves):
         return [None] * len(wanted)
     return list(torch.autograd.grad(total, wanted, allow_unused=True))
 
@@ -225,7 +225,7 @@ def check_chunk(model: nn.Module, s: Setting) -> None:
 
 
 def check_single(model: nn.Module, s: Setting) -> None:
-    expected, plain = reference(model, s)
+    expected, _ = reference(model, s)
     net = to_net(clone_of(model, False), s, step_mode="s")
     same("single steps", stacked([net(*s.step(s.sequences(), t)) for t in range(s.T)]), expected)
 
@@ -318,7 +318,11 @@ def check_passes(model: nn.Module, s: Setting) -> None:
 
 def check_time_dim(model: nn.Module, s: Setting) -> None:
     expected, _ = reference(model, s)
-    if any(s.invariant) or any(not shape for shape in s.shapes) or any(y.dim() < 2 for y in pytree.tree_leaves(expected)):
+    if (
+        any(s.invariant)
+        or any(not shape for shape in s.shapes)
+        or any(y.dim() < 2 for y in pytree.tree_leaves(expected))
+    ):
         raise Inapplicable("no dimension to move time to")
     net = to_net(clone_of(model, False), s, time_dim=1)
     moved = [x.movedim(0, 1) for x in s.sequences()]

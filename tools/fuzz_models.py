@@ -132,7 +132,13 @@ class _Scope:
         # Mostly not the batch: reductions over everything leave little to go on with.
         dims = [*range(1, rank), *range(1, rank), *range(-rank, rank)] or [0]
         numbers: dict[str, Any] = {
-            **sizes, "k": k, "r": rank, "f": round(r.uniform(0.3, 1.1), 3), "d": r.choice(dims), "e": r.choice(dims), "s": list(shape[1:])
+            **sizes,
+            "k": k,
+            "r": rank,
+            "f": round(r.uniform(0.3, 1.1), 3),
+            "d": r.choice(dims),
+            "e": r.choice(dims),
+            "s": list(shape[1:]),
         }
         init: list[str] = []
 
@@ -200,7 +206,11 @@ class _Scope:
         weights = [weight for weight, _ in EXPRESSIONS]
         template = self.r.choice(self.r.choices(EXPRESSIONS, weights)[0][1])
         text, init = self.fill(template, v, w)
-        statement = text if template.startswith(("{t}", "if ", "for ", "with ", "assert ", "B, ", "n, ")) else f"v{self.counter} = {text}"
+        statement = (
+            text
+            if template.startswith(("{t}", "if ", "for ", "with ", "assert ", "B, ", "n, "))
+            else f"v{self.counter} = {text}"
+        )
         return self.attempt(statement, init)
 
     def grow(self, count: int, modules: list[str]) -> None:
@@ -221,10 +231,17 @@ def _recurrent(r: random.Random, namespace: dict[str, Any], name: str, x: Tensor
     if initial == "tensor":
         initial = f"torch.full({tuple(like.shape)}, 0.2).double()" if r.random() < 0.3 else "torch.tensor(0.2).double()"
     if initial == "None":
-        first = r.choice([
-            "torch.zeros_like({x})", "torch.full_like({x}, 0.3)", "{x} * 0", "{x}.detach() * 0.5", "torch.zeros({x}.shape).double()",
-            "{x}.new_zeros({x}.shape)", "torch.zeros({x}.shape[0], {n}, dtype={x}.dtype)",
-        ])
+        first = r.choice(
+            [
+                "torch.zeros_like({x})",
+                "torch.full_like({x}, 0.3)",
+                "{x} * 0",
+                "{x}.detach() * 0.5",
+                "torch.zeros({x}.shape).double()",
+                "{x}.new_zeros({x}.shape)",
+                "torch.zeros({x}.shape[0], {n}, dtype={x}.dtype)",
+            ]
+        )
         text = f"if self.h is None:\n    self.h = {first.format(x=shaped, n=like.shape[-1])}"
     else:
         text = ""
@@ -243,7 +260,9 @@ def _recurrent(r: random.Random, namespace: dict[str, Any], name: str, x: Tensor
     scope.grow(r.choice([0, 1, 1, 2, 3]), modules)
     same = [n for n in scope.names if scope.value(n).shape == like.shape]
     following = r.choice(same[-3:])
-    mix = r.choice(["{h}", "0.5 * self.h + {h}", "self.h * 0.8 + 0.2 * {h}", "{h} - 0.1 * self.h", "{x}", "torch.tanh({h})"])
+    mix = r.choice(
+        ["{h}", "0.5 * self.h + {h}", "self.h * 0.8 + 0.2 * {h}", "{h} - 0.1 * self.h", "{x}", "torch.tanh({h})"]
+    )
     previous = r.random() < 0.25
     if previous:
         body.statements.append("before = self.h + 0.0")
@@ -252,7 +271,7 @@ def _recurrent(r: random.Random, namespace: dict[str, Any], name: str, x: Tensor
     scope.owner.h = scope.env["self.h"]
     scope.names.append("self.h")
     scope.grow(r.choice([0, 0, 1, 2]), modules)
-    body.result = "self.h" if r.random() < 0.4 else r.choice([n for n in scope.names[-3:]])
+    body.result = "self.h" if r.random() < 0.4 else r.choice(scope.names[-3:])
     if previous and initial == "None":
         body.result = "before"
     return body
@@ -264,7 +283,18 @@ class _Misfit(Exception):
 
 def _nest(r: random.Random, names: list[str]) -> str:
     """A random nest of outputs."""
-    forms = ["{0}", "{0}", "{0}", "{0}", "{0}, {1}", '{{"a": {0}, "b": {1}}}', '{{"a": ({0}, {1}), "b": [{2}]}}', "[{0}, ({1},)]", "{0}, {0}", "{0}, x"]
+    forms = [
+        "{0}",
+        "{0}",
+        "{0}",
+        "{0}",
+        "{0}, {1}",
+        '{{"a": {0}, "b": {1}}}',
+        '{{"a": ({0}, {1}), "b": [{2}]}}',
+        "[{0}, ({1},)]",
+        "{0}, {0}",
+        "{0}, x",
+    ]
     last = [names[-1], *(r.choice(names) for _ in range(2))]
     return r.choice(forms).format(*last)
 
@@ -301,7 +331,9 @@ def random_case(seed: int, size: int = 7) -> Case | None:
 
 def _random_case(r: random.Random, seed: int, size: int) -> Case:
     empty = Case(seed, [Body("Model", "nn.Module", ["x"])], [(1,)], [False], 1)
-    library = IMPORTS + (_SPIKINGJELLY_IMPORTS if SPIKINGJELLY_NEURONS else "") + "\n".join([PREAMBLE, *HELPERS.values()])
+    library = (
+        IMPORTS + (_SPIKINGJELLY_IMPORTS if SPIKINGJELLY_NEURONS else "") + "\n".join([PREAMBLE, *HELPERS.values()])
+    )
     namespace: dict[str, Any] = {}
     exec(library, namespace)
     shapes = _input_shapes(r)
@@ -356,7 +388,9 @@ def _pruned(case: Case) -> Iterator[Case]:
                 kept.append(statement)
                 text += "\n" + statement
         body.statements = kept[::-1]
-        body.init = [line for line in body.init if re.split(r"[ (]", line)[0] in text or "self.h =" in line or '"h"' in line]
+        body.init = [
+            line for line in body.init if re.split(r"[ (]", line)[0] in text or "self.h =" in line or '"h"' in line
+        ]
     used = "\n".join(map(str, smaller.bodies))
     smaller.bodies = [b for b in smaller.bodies if b is smaller.root or f"{b.name}()" in used]
     if smaller.source() != case.source():
