@@ -1,7 +1,7 @@
 """Choose how many time steps to run at once in inference (strip-mining of the time loop).
 
-Run over all T steps, a value takes T times the bytes of one step. The plan counts the bytes that are alive at the widest
-point of one step and takes as many steps as fit the budget; the state is handed from chunk to chunk. Legal in
+Run over all T steps, a value takes T times the bytes of one step. The plan counts the bytes that are alive at the
+widest point of one step and takes as many steps as fit the budget; the state is handed from chunk to chunk. Legal in
 evaluation mode, where no value depends on the number of steps that are run together.
 """
 

@@ -98,7 +98,7 @@ class Partition(Pass):
 
 
 def _input_facts(program: StepProgram) -> dict[Node, Fact]:
-    """Dim 0 of every input is its batch; inputs whose examples have another size than the first have one of their own."""
+    """Dim 0 of every input is its batch; one whose example has another size than the first has a batch of its own."""
     facts: dict[Node, Fact] = {}
     batched: set[str] = set()
     first_size: int | None = None

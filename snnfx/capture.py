@@ -134,7 +134,7 @@ def _capture_once(
     traced = Traces(model, entry, arguments, opaque, fake_mode, carried)
     discovered: dict[str, Attribute] = {}
     cold, found = traced.trace(discovered, warm=False)
-    values = {name: node for name, node in zip(cold.slot_values, results_of(cold.graph)[1], strict=True)}
+    values = dict(zip(cold.slot_values, results_of(cold.graph)[1], strict=True))
     for attribute in found:
         discovered[attribute.name] = attribute
     starts_as_none = {name for c in carried if not c.required for name in c.argument().slot_names()}

@@ -507,8 +507,8 @@ class Net(fx.GraphModule):
             kwargs |= {c.name: given[c.name] for c in self.program.carried if c.required and c.name in given}
             warn_once(
                 "SNNFX102",
-                f"inputs of step rank {ranks[1]} are not what the net was planned for (batched, equal batch sizes); it is "
-                "planned again for them, which may map instead of fold. Pass example_inputs to plan once.",
+                f"inputs of step rank {ranks[1]} are not what the net was planned for (batched, equal batch sizes); "
+                "it is planned again for them, which may map instead of fold. Pass example_inputs to plan once.",
                 key=(id(self), ranks),
             )
             self._nets_for_shapes[key] = self._replan(self, args, kwargs)

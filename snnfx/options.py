@@ -29,7 +29,7 @@ class ConvertOptions:
 
 
 def time_dims_of_leaves(time_dim: Any, program: StepProgram) -> list[int | None]:
-    """The time dimension of each leaf of the arguments; `time_dim` is a prefix of their nesting, as in vmap's in_dims."""
+    """The time dimension of each leaf of the arguments; `time_dim` is a prefix of their nesting, as vmap's in_dims."""
     count = len(program.input_leaves)
     if time_dim is None or isinstance(time_dim, int):
         return [time_dim] * count

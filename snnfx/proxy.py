@@ -45,7 +45,7 @@ class StepProxy(fx.Proxy):
             isinstance(value, tuple) or (value is UNKNOWN and _gives_pair(self.node))
         ):
             return self[0 if name == "values" else 1]  # type: ignore[index]
-        if name in ("shape", "dtype", "device"):
+        if name in ("shape", "dtype", "device", "T", "mT", "H", "mH", "real", "imag", "data"):
             return self.tracer.create_proxy("call_function", getattr, (self, name), {})
         return super().__getattr__(name)
 

@@ -9,7 +9,9 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-snntorch = pytest.importorskip("snntorch")
+pytest.importorskip("snntorch")
+
+import snntorch
 
 import snnfx
 from snnfx import surrogate
