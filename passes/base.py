@@ -135,9 +135,8 @@ def verify_program(program: StepProgram, after: str = "capture") -> None:
         placeholder = by_name.get(slot.placeholder)
         if program.first_step is None or slot.placeholder:
             require(placeholder is not None, None, f"the slot {slot.name} has no placeholder {slot.placeholder!r}")
-            require(
-                placeholder.meta.get("slot") == slot.name, placeholder, f"it is not the placeholder of slot {slot.name}"
-            )  # type: ignore[union-attr]
+            reads = placeholder.meta.get("slot") if placeholder is not None else None
+            require(reads == slot.name, placeholder, f"it is not the placeholder of slot {slot.name}")
     for node in nodes:
         for operand in node.all_input_nodes:
             require(

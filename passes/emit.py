@@ -2,8 +2,9 @@
 
 There are two forms over the same region modules. The plain one is what a user sees and exports: from the sequences
 of the model's inputs to its outputs, starting from the reset state. The one with state takes sequences with time first,
-the state by slot name (None: the reset state) and `time`, a tensor `[T]` for regions that have no sequence; it returns outputs, final state and what is recorded. Regions take modules and parameters as arguments, so that every
-one of them stays where the model has it.
+the state by slot name (None: the reset state) and `time`, a tensor `[T]` for regions that have no sequence; it returns
+outputs, final state and what is recorded. Regions take modules and parameters as arguments, so that every one of them
+stays where the model has it.
 """
 
 from __future__ import annotations

@@ -37,7 +37,8 @@ _AFFINE_MODULES = (
 _LINEAR_IN_THE_FIRST = frozenset(
     "linear conv1d conv2d conv3d conv_transpose1d conv_transpose2d conv_transpose3d avg_pool1d avg_pool2d avg_pool3d "
     "adaptive_avg_pool1d adaptive_avg_pool2d adaptive_avg_pool3d flatten view reshape permute transpose squeeze "
-    "unsqueeze movedim contiguous clone neg sum mean getitem select narrow chunk split unflatten truediv div expand".split()
+    "unsqueeze movedim contiguous clone neg sum mean getitem select narrow chunk split unflatten truediv div "
+    "expand".split()
 )
 """Affine in the first operand as long as the others do not vary in time."""
 _JOINTLY_LINEAR = frozenset("add sub cat stack".split())

@@ -86,7 +86,7 @@ def sides(T: int, N: int, with_compile: bool) -> dict[str, Side]:
 
         def multi_step(x_seq: Tensor) -> Tensor:
             functional.reset_net(peer)
-            return peer(x_seq)  # type: ignore[no-any-return]
+            return peer(x_seq)
 
         found["SpikingJelly multi-step"] = (multi_step, peer)
     return found

@@ -68,7 +68,7 @@ class Setting:
         return [x if i else x[start:stop] for x, i in zip(sequences, self.invariant, strict=True)]
 
     @property
-    def extra(self) -> dict[str, int]:
+    def extra(self) -> dict[str, Any]:
         return {"T": self.T} if all(self.invariant) else {}
 
 

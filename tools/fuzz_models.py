@@ -116,7 +116,7 @@ class _Scope:
         self.layers: list[tuple[str, torch.Size]] = []
 
     def value(self, name: str) -> Tensor:
-        return self.env[name]  # type: ignore[no-any-return]
+        return self.env[name]
 
     def pick(self) -> str:
         """A value, more often a recent one."""
@@ -251,7 +251,7 @@ def _recurrent(r: random.Random, namespace: dict[str, Any], name: str, x: Tensor
         body.init.append(f"self.h = {initial}")
     if text:
         body.statements.append(text)
-    scope.owner.h = torch.zeros_like(like) + 0.2  # type: ignore[assignment]
+    scope.owner.h = torch.zeros_like(like) + 0.2
     scope.env["self.h"] = scope.owner.h
     # A state that starts as a number has no shape until it met a tensor.
     start = f"h0 = {shaped} + self.h" if initial != "None" or r.random() < 0.6 else "h0 = self.h * 1"
