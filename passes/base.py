@@ -128,7 +128,8 @@ def verify_program(program: StepProgram, after: str = "capture") -> None:
     require(
         len(program.next_states) == len(program.slots) == len(program.initial_values),
         program.output,
-        f"{len(program.slots)} slots, {len(program.next_states)} next and {len(program.initial_values)} initial values",
+        f"{len(program.slots)} slots, but {len(program.next_states)} next and "
+        f"{len(program.initial_values)} initial values",
     )
     by_name = program.nodes_by_name
     for slot in program.slots:
