@@ -166,8 +166,8 @@ def _cluster(cluster: Cluster) -> Iterator[str]:
         return
     style = STYLES[cluster.style]
     look = "rounded,dashed" if cluster.style == "chunk" else "rounded,filled"
-    note = f'<FONT POINT-SIZE="8" COLOR="{_FAINT}">&#160; {_markup(cluster.note)}</FONT>' if cluster.note else ""
-    title = f'<FONT POINT-SIZE="9"><B>{_markup(cluster.title)}</B>{note}</FONT>'
+    note = f'<FONT POINT-SIZE="8" COLOR="{_FAINT}">{_markup(cluster.note)}</FONT>' if cluster.note else ""
+    title = f'<FONT POINT-SIZE="9"><B>{_markup(cluster.title)}{_GAP if note else ""}</B>{note}</FONT>'
     yield f"subgraph cluster_{cluster.id} {{"
     yield (
         f'  graph [style="{look}", fillcolor="{style.fill}", color="{style.border}", labeljust=l, labelloc=t, '
@@ -206,10 +206,15 @@ def _box(box: Box) -> str:
     return f'{box.id} [tooltip="{_quoted(tooltip)}", label=<{table}>];'
 
 
+_GAP = "&#160;"
+"""Stands at the END of a piece of text: at the beginning of the next, some viewers drop it."""
+
+
 def _cells(row: Row, index: int, shaped: bool) -> str:
-    detail = f"&#160;{_markup(row.detail)}" if row.detail else ""
+    detail = _markup(row.detail) if row.detail else ""
+    gap = _GAP if row.detail else ""
     code = f' <FONT POINT-SIZE="8" COLOR="#8A3A10">{_markup(row.code)}</FONT>' if row.code else ""
-    cells = f'<TD PORT="r{index}" ALIGN="LEFT" WIDTH="54"><B>{_markup(row.title)}</B>{detail}{code}</TD>'
+    cells = f'<TD PORT="r{index}" ALIGN="LEFT" WIDTH="54"><B>{_markup(row.title)}{gap}</B>{detail}{code}</TD>'
     cells += f'<TD ALIGN="LEFT">{_small(row.name)}</TD>'
     return cells + (f'<TD ALIGN="RIGHT">{_small(row.shape)}</TD>' if shaped else "")
 
@@ -252,7 +257,7 @@ def _heading(picture: Picture) -> str:
     """The title, and below it the legend: one coloured cell for each style in the picture."""
     cells = "".join(
         f'<TD BGCOLOR="{STYLES[name].fill}" BORDER="1" COLOR="{STYLES[name].border}">'
-        f'<FONT POINT-SIZE="9"><B>{_markup(name)}</B>&#160;{_markup(STYLES[name].meaning)}</FONT></TD>'
+        f'<FONT POINT-SIZE="9"><B>{_markup(name)}{_GAP}</B>{_markup(STYLES[name].meaning)}</FONT></TD>'
         for name in picture.legend
         if name in STYLES
     )
@@ -261,8 +266,8 @@ def _heading(picture: Picture) -> str:
         cells += f'<TD><FONT POINT-SIZE="9" COLOR="{color}">- - &#8594; state, to the next step</FONT></TD>'
     legend = f'<TABLE BORDER="0" CELLSPACING="4" CELLPADDING="3"><TR>{cells}</TR></TABLE>'
     below = f"<TR><TD>{legend}</TD></TR>" if cells else ""
-    subtitle = f'<FONT POINT-SIZE="10" COLOR="{_FAINT}">&#160; {_markup(picture.subtitle)}</FONT>'
-    title = f'<TR><TD><FONT POINT-SIZE="13"><B>{_markup(picture.title)}</B></FONT>{subtitle}</TD></TR>'
+    subtitle = f'<FONT POINT-SIZE="10" COLOR="{_FAINT}">{_markup(picture.subtitle)}</FONT>'
+    title = f'<TR><TD><FONT POINT-SIZE="13"><B>{_markup(picture.title)}{_GAP}</B></FONT>{subtitle}</TD></TR>'
     return f'<<TABLE BORDER="0" CELLSPACING="0" CELLPADDING="1">{title}{below}</TABLE>>'
 
 

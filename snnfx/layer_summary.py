@@ -143,10 +143,15 @@ def _number(value: Any) -> float | None:
 def _arguments(node: Node) -> str:
     """The arguments of a call that are no tensors: `(1)`, `(dim=1)`; sizes that are computed are written `…`."""
     given = [_argument(a) for a in (node.args[1:] if node.op == "call_method" else node.args)]
-    named = {key: _argument(value) for key, value in node.kwargs.items()}
+    # torch's functions are recorded with all their defaults: those say nothing.
+    named = {key: _argument(value) for key, value in node.kwargs.items() if not _is_usual(key, value)}
     texts = [text for text in given if text is not None]
     texts += [f"{key}={text}" for key, text in named.items() if text is not None]
     return f"({', '.join(texts)})" if texts else ""
+
+
+def _is_usual(key: str, value: Any) -> bool:
+    return value is None or value is False or (key, value) in (("padding", 0), ("dilation", 1))
 
 
 def _argument(value: Any) -> str | None:
