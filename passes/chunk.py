@@ -31,8 +31,8 @@ from snnfx.state import without_hooks
 __all__ = ["ChunkPlan", "check_chunk_option", "plan_chunks"]
 
 _CPU_BUDGET = 64 * 2**20
-"""Bytes of live intermediates on a CPU. Measured on a convolutional SNN (`tools/bench_csnn.py`): with more, large blocks
-come from fresh pages each time and page faults dominate; with less, the calls do."""
+"""Bytes of live intermediates on a CPU. Measured on a convolutional SNN (`tools/bench_csnn.py`): with more, large
+blocks come from fresh pages each time and page faults dominate; with less, the calls do."""
 
 
 @dataclass(frozen=True)

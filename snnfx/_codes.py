@@ -175,6 +175,13 @@ CODES: dict[str, CodeEntry] = {
         "x[:, 0].mul_(2)",
         "x = torch.cat([x[:, :1] * 2, x[:, 1:]], dim=1)",
     ),
+    "SNNFX215": CodeEntry(
+        "random numbers that the graph does not record",
+        "The step draws random numbers in a way that leaves no node in the graph, for instance by filling a new tensor in "
+        "place; the numbers of the capture would be used in every call.",
+        "noise = torch.empty(5).normal_()",
+        "noise = torch.randn(5)",
+    ),
     # 3xx: inputs of a call
     "SNNFX301": CodeEntry(
         "no time steps",

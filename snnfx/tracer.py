@@ -103,7 +103,17 @@ class StepTracer(fx.Tracer):
         self._prepare, self._finish = prepare, finish
         self._paths = {module: name for name, module in root.named_modules()}
         with patched_apply(self), patched_isinstance(), patched_factories(self):
-            return self.trace(root)
+            before = torch.get_rng_state()
+            graph = self.trace(root)
+        if not torch.equal(before, torch.get_rng_state()):
+            raise CaptureError(
+                "SNNFX215",
+                "random numbers are drawn that the graph does not record",
+                where=type(root).__name__,
+                why="they would be the same in every call of the net.",
+                hint="Draw them with torch.rand, torch.randn, torch.rand_like or torch.bernoulli of a recorded value.",
+            )
+        return graph
 
     def create_args_for_root(self, root_fn: Any, is_module: bool, concrete_args: Any = None) -> tuple[Any, list[Any]]:
         leaves, spec = pytree.tree_flatten(self.arguments)

@@ -18,7 +18,8 @@ if TYPE_CHECKING:
 
 __all__ = ["autocast_state", "patched_apply", "patched_factories", "patched_isinstance"]
 
-_FACTORIES = ("zeros", "ones", "empty", "full", "rand", "randn", "arange", "eye", "linspace")
+_FACTORIES = ("zeros", "ones", "empty", "full", "rand", "randn", "arange", "eye", "linspace", "randint", "randperm")
+_RANDOM_FACTORIES = ("rand", "randn", "randint", "randperm")
 
 
 @contextlib.contextmanager
@@ -63,12 +64,16 @@ def patched_isinstance() -> Iterator[None]:
 
 @contextlib.contextmanager
 def patched_factories(tracer: StepTracer) -> Iterator[None]:
-    """While tracing, `torch.zeros(x.shape[0], 4)` records one node: C++ does not take a proxy for a size."""
+    """While tracing, `torch.zeros(x.shape[0], 4)` records one node: C++ does not take a proxy for a size.
+
+    `torch.rand(5)` does so whatever its size: drawn for real, the numbers would be the same in every call of the net.
+    """
     originals = {name: getattr(torch, name) for name in _FACTORIES}
 
     def recording(original: Callable[..., Any]) -> Callable[..., Any]:
         def factory(*args: Any, **kwargs: Any) -> Any:
-            if tracer.is_evaluating or not any(type(a) is StepProxy for a in pytree.tree_leaves((args, kwargs))):
+            proxies = any(type(a) is StepProxy for a in pytree.tree_leaves((args, kwargs)))
+            if tracer.is_evaluating or not (proxies or original.__name__ in _RANDOM_FACTORIES):
                 return original(*args, **kwargs)
             return tracer.create_proxy("call_function", original, args, kwargs)
 

@@ -941,3 +941,47 @@ def test_gradients_flow_to_a_shared_parameter_once() -> None:
     x_seq = sequence()
     expected = run_stepped(model, x_seq).parameter_grads["0.weight"]
     assert_same(run_net(snnfx.convert(model), x_seq).parameter_grads["0.weight"], expected)
+
+
+class AddsNoise(nn.Module):
+    def forward(self, x: Tensor) -> Tensor:
+        return x + torch.randn(3)
+
+
+class HoldsAMask(snnfx.MemoryModule):
+    """One mask for a sequence, made without looking at the input."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.register_memory("mask", None)
+
+    def forward(self, x: Tensor) -> Tensor:
+        if self.mask is None:
+            self.mask = torch.rand(3)
+        return x * self.mask
+
+
+class FillsInPlace(nn.Module):
+    def forward(self, x: Tensor) -> Tensor:
+        return x + torch.empty(3).normal_()
+
+
+def test_noise_of_a_fixed_size_is_drawn_at_each_step_and_call() -> None:
+    net = snnfx.convert(AddsNoise())
+    x_seq = torch.zeros(4, 2, 3)
+    first, second = net(x_seq), net(x_seq)
+    assert not torch.equal(first, second)
+    assert not torch.equal(first[0], first[1])
+
+
+def test_random_initial_state_is_drawn_at_each_call_and_held() -> None:
+    net = snnfx.convert(HoldsAMask())
+    x_seq = torch.ones(4, 2, 3)
+    first, second = net(x_seq), net(x_seq)
+    assert not torch.equal(first, second)
+    assert torch.equal(first[0], first[3])
+
+
+def test_random_numbers_that_leave_no_node_are_refused() -> None:
+    with pytest.raises(CaptureError, match="SNNFX215"):
+        snnfx.convert(FillsInPlace())
