@@ -665,8 +665,8 @@ def _forward(self: Net, args: tuple[Any, ...], kwargs: dict[str, Any], T: int | 
     if plain is not None and not options.carry_state:
         leaves = self._bind(args, kwargs)
         ordered, T = self._time_first(leaves, T)
-        k = self._chunk_length(ordered, T)
-        if self._covers(ordered) and (k is None or k >= T):
+        # Chunks are only planned for inputs that this plan covers.
+        if self._covers(ordered) and ((k := self._chunk_length(ordered, T)) is None or k >= T):
             carriers = any(dim is not None for dim in self._tensor_dims())
             return plain(self, *leaves) if carriers else plain(self, *leaves, torch.arange(T, device=leaves[0].device))
     state = self._carried if options.carry_state or options.step_mode == "s" else None

@@ -28,6 +28,7 @@ __all__ = [
     "StateSnapshot",
     "Stateful",
     "StatefulCall",
+    "StatelessAdapter",
     "adapter_of",
     "call_opaque",
     "call_stateful",
@@ -206,6 +207,25 @@ def takes_state(adapter: Adapter | None) -> bool:
     that is handed on later; and its `step` takes None for a state that starts from the reset value.
     """
     return callable(getattr(adapter, "read_call", None))
+
+
+class StatelessAdapter:
+    """The part of an adapter that is about slots, for modules that have none of their own."""
+
+    def names(self, module: nn.Module) -> tuple[str, ...]:
+        return ()
+
+    def read(self, module: nn.Module) -> State:
+        return ()
+
+    def write(self, module: nn.Module, state: Sequence[Any]) -> None:
+        return None
+
+    def reset(self, module: nn.Module) -> None:
+        return None
+
+    def initial(self, module: nn.Module, *inputs: Any, **kwargs: Any) -> State:
+        return ()
 
 
 class MemoryAdapter:

@@ -8,7 +8,6 @@ single-step form.
 from __future__ import annotations
 
 import weakref
-from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -18,13 +17,13 @@ from torch._subclasses.fake_tensor import FakeTensor, unset_fake_temporarily
 from torch.utils import _pytree as pytree
 
 from snnfx.errors import CaptureError
-from snnfx.state import State, StatefulCall, has_forward_hooks, register_adapter
+from snnfx.state import State, StatefulCall, StatelessAdapter, has_forward_hooks, register_adapter
 
 __all__ = ["NorseAdapter"]
 
 
-class NorseAdapter:
-    """Cells: `LIFCell`, `LIFRecurrentCell`, `LICell`, `LIFAdExCell`, `IAFCell`, ..."""
+class NorseAdapter(StatelessAdapter):
+    """Cells: `LIFCell`, `LIFRecurrentCell`, `LICell`, `LIFAdExCell`, `IAFCell`, ... The caller has their state."""
 
     def elementwise(self, module: nn.Module) -> bool:
         return isinstance(module, snn.SNNCell)
@@ -38,21 +37,6 @@ class NorseAdapter:
 
     def refuse(self, module: nn.Module, where: str) -> None:
         return None
-
-    def names(self, module: nn.Module) -> tuple[str, ...]:
-        return ()  # the caller has the state
-
-    def read(self, module: nn.Module) -> State:
-        return ()
-
-    def write(self, module: nn.Module, state: Sequence[Any]) -> None:
-        return None
-
-    def reset(self, module: nn.Module) -> None:
-        return None
-
-    def initial(self, module: nn.Module, *inputs: Any, **kwargs: Any) -> State:
-        return ()
 
     def step(self, module: nn.Module, state: State, *inputs: Any, **kwargs: Any) -> tuple[Any, State]:
         given = pytree.tree_unflatten(list(state), _structure(module)) if state[0] is not None else None

@@ -15,12 +15,12 @@ from torch import Tensor, nn
 
 from snnfx.errors import CaptureError
 from snnfx.leaves import vouch
-from snnfx.state import State, has_forward_hooks, register_adapter, step_by_swapping
+from snnfx.state import State, StatelessAdapter, has_forward_hooks, register_adapter, step_by_swapping
 
 __all__ = ["SpikingJellyAdapter"]
 
 
-class StepModeAdapter:
+class StepModeAdapter(StatelessAdapter):
     """Any module with a step mode: refuses those that process whole sequences; has no state of its own."""
 
     def elementwise(self, module: nn.Module) -> bool:
@@ -46,21 +46,6 @@ class StepModeAdapter:
                 why="snnfx converts models of ONE time step.",
                 hint='Call spikingjelly.activation_based.functional.set_step_mode(model, "s") first.',
             )
-
-    def names(self, module: nn.Module) -> tuple[str, ...]:
-        return ()
-
-    def read(self, module: nn.Module) -> State:
-        return ()
-
-    def write(self, module: nn.Module, state: Sequence[Any]) -> None:
-        return None
-
-    def reset(self, module: nn.Module) -> None:
-        return None
-
-    def initial(self, module: nn.Module, *inputs: Any, **kwargs: Any) -> State:
-        return ()
 
     def step(self, module: nn.Module, state: State, *inputs: Any, **kwargs: Any) -> tuple[Any, State]:
         return module(*inputs, **kwargs), ()
