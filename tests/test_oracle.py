@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
+from spikes import Spike
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.overrides import TorchFunctionMode
@@ -35,20 +36,6 @@ def _in_float64() -> Iterator[None]:
     torch.set_default_dtype(torch.float64)
     yield
     assert not [thread for thread in threading.enumerate() if isinstance(thread, Coroutine)], "left hanging"
-
-
-class Spike(torch.autograd.Function):
-    """Heaviside step with a triangular surrogate."""
-
-    @staticmethod
-    def forward(ctx: Any, x: Tensor) -> Tensor:
-        ctx.save_for_backward(x)
-        return (x >= 0).to(x)
-
-    @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> Tensor:
-        (x,) = ctx.saved_tensors
-        return grad * (1 - x.abs()).clamp(min=0)
 
 
 class LIF(snnfx.MemoryModule):

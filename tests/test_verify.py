@@ -12,6 +12,7 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
+from spikes import Spike
 from torch import Tensor, fx, nn
 from torch.utils import _pytree as pytree
 
@@ -23,20 +24,6 @@ from snnfx.program import Slot, StepProgram
 from snnfx.verify import VerificationReport, verify
 
 torch.set_num_threads(1)
-
-
-class Spike(torch.autograd.Function):
-    """Heaviside step with a triangular surrogate."""
-
-    @staticmethod
-    def forward(ctx: Any, x: Tensor) -> Tensor:
-        ctx.save_for_backward(x)
-        return (x >= 0).to(x)
-
-    @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> Tensor:
-        (x,) = ctx.saved_tensors
-        return grad * (1 - x.abs()).clamp(min=0)
 
 
 class LIF(snnfx.MemoryModule):
