@@ -23,7 +23,17 @@ from snnfx.passes.batch_kinds import Along, Leading, Trailing
 from snnfx.passes.batch_products import MatMul
 from snnfx.passes.batch_site import Site
 
-__all__ = ["FOREIGN", "METHODS", "MODULES", "NEUTRAL", "OPERATORS", "ROWS", "ModuleRow", "Row"]
+__all__ = [
+    "ELEMENTWISE_OPERATIONS",
+    "FOREIGN",
+    "METHODS",
+    "MODULES",
+    "NEUTRAL",
+    "OPERATORS",
+    "ROWS",
+    "ModuleRow",
+    "Row",
+]
 
 
 @dataclass(frozen=True)
@@ -62,6 +72,7 @@ _ELEMENTWISE = (
     "sgn sigmoid sign signbit silu sin sinc sinh softplus softshrink softsign sqrt square sub subtract tan tanh "
     "tanhshrink threshold true_divide trunc xlogy"
 )
+ELEMENTWISE_OPERATIONS = frozenset(_ELEMENTWISE.split())
 _COPIES = "bfloat16 bool byte clone contiguous cpu cuda detach double float half int long short to type_as"
 _MAX_POOL = "input, kernel_size, stride=None, padding=0, dilation=1, ceil_mode=False, return_indices=False"
 _UNPOOL = "input, indices, kernel_size, stride=None, padding=0, output_size=None"
@@ -174,6 +185,11 @@ ROWS: tuple[Row, ...] = (
     Row("baddbmm", "input, batch1, batch2, ...", MatMul("batch1", "batch2", "input"), operands="input batch1 batch2"),
     Row("einsum", "equation, *operands", products.einsum, operands="operands"),
     Row("scaled_dot_product_attention", _ATTENTION, products.attention, operands="query key value attn_mask"),
+    # what online rules put into a graph
+    Row("cut_history", "input", kinds.same),
+    Row("update_trace", "*operands", kinds.elementwise, operands="operands"),
+    Row("ones_per_sample", "input", modules.sample_ones),
+    Row("draw_dropout_mask", "how, input, name", kinds.same, random=True),
     # modules with rules of their own
     Row("nn.MultiheadAttention", _MULTIHEAD, modules.multihead_attention, "query key value key_padding_mask attn_mask"),
     Row("nn.TransformerEncoder", _ENCODER, modules.encoder, "src src_mask mask src_key_padding_mask"),
@@ -196,6 +212,7 @@ ROWS: tuple[Row, ...] = (
     Row("repeat tile", "input, *repeats", shapes.repeat, sizes="repeats"),
     Row("repeat_interleave", "input, repeats, dim=None, ...", shapes.interleave),
     Row("getitem", "input, index", parts.getitem, operands="input index"),
+    Row("set_part", "input, index, value", parts.set_part, operands="input index value"),
     # sizes, and what is made of them
     Row("getattr", "input, name", parts.attribute),
     Row("size", "input, dim=None", parts.size),

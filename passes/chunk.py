@@ -8,7 +8,7 @@ evaluation mode, where no value depends on the number of steps that are run toge
 from __future__ import annotations
 
 import os
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -24,11 +24,11 @@ from torch.fx import Node
 from torch.utils import _pytree as pytree
 
 from snnfx.errors import InputError
-from snnfx.passes.emit import whole_step
+from snnfx.passes.region_builder import whole_step
 from snnfx.program import StepProgram
 from snnfx.state import without_hooks
 
-__all__ = ["ChunkPlan", "check_chunk_option", "plan_chunks"]
+__all__ = ["ChunkPlan", "check_chunk_option", "plan_chunks", "shapes_of_state"]
 
 _CPU_BUDGET = 64 * 2**20
 """Bytes of live intermediates on a CPU. Measured on a convolutional SNN (`tools/bench_csnn.py`): with more, large
@@ -101,6 +101,43 @@ def live_bytes_per_step(program: StepProgram, steps: Sequence[Tensor]) -> int:
     Raises:
         CarriedState: the step cannot start without a state of the caller's.
     """
+    meter: _LiveBytes | None = None
+
+    def measured(first: fx.GraphModule, arguments: Sequence[Any]) -> Any:
+        nonlocal meter
+        meter = _LiveBytes(first)
+        return meter.run(*arguments)
+
+    _first_step_of_shapes(program, steps, measured)
+    assert meter is not None
+    return meter.peak
+
+
+def shapes_of_state(program: StepProgram, steps: Sequence[Tensor]) -> dict[str, tuple[int, ...]]:
+    """The shape of each slot after a step on inputs of these shapes, as far as shapes alone tell.
+
+    Args:
+        program: a partitioned program.
+        steps: tensors with the shapes of ONE step of the inputs (no values are read).
+    """
+    program = program.first_step or program
+    try:
+        _, following = _first_step_of_shapes(program, steps, lambda first, arguments: first(*arguments))
+    except (
+        DataDependentOutputException,
+        DynamicOutputShapeException,
+        UnsupportedOperatorException,
+        CarriedState,
+    ):
+        return {}
+    pairs = zip(program.slots, following, strict=True)
+    return {slot.name: tuple(value.shape) for slot, value in pairs if isinstance(value, Tensor)}
+
+
+def _first_step_of_shapes(
+    program: StepProgram, steps: Sequence[Tensor], run: Callable[[fx.GraphModule, Sequence[Any]], Any]
+) -> Any:
+    """Let `run` run the first step on fake tensors: it is given the graph and its arguments."""
     for slot, node, initial in zip(program.slots, program.slot_nodes(), program.initial_values, strict=True):
         if initial is None and node.users:
             raise CarriedState(f"the state {slot.name} is given by the caller, so the bytes of a step are not known")
@@ -116,9 +153,7 @@ def live_bytes_per_step(program: StepProgram, steps: Sequence[Tensor]) -> int:
     ]
     # A user's hooks have no business with fake tensors.
     with mode, torch.no_grad(), without_hooks(program.source):
-        meter = _LiveBytes(first)
-        meter.run(*arguments)
-    return meter.peak
+        return run(first, arguments)
 
 
 class _LiveBytes(fx.Interpreter):

@@ -15,13 +15,14 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from torch import fx, nn
-from torch.fx import Node, map_arg
+from torch.fx import Node
 from torch.utils import _pytree as pytree
 
-from snnfx.errors import CaptureError
+from snnfx.cut_loop import CutLoopRegion, TraceRegion
 from snnfx.functional import map_forward, multi_step_forward, seq_to_ann_forward
-from snnfx.passes.dependence import is_size
-from snnfx.program import Region, StepProgram, add_placeholder, describe_node, place_of
+from snnfx.passes.detach import folds_when_cut, is_trace_loop
+from snnfx.passes.region_builder import RegionBuilder, same_for_all_samples, whole_step
+from snnfx.program import Region, StepProgram, add_placeholder, describe_node
 from snnfx.regions import (
     LoopRegion,
     MapRegion,
@@ -30,16 +31,16 @@ from snnfx.regions import (
     call_module,
     call_once,
     delay_one_step,
-    in_shape_of,
+    hold_over_time,
     pick_state,
     reduce_over_time,
-    repeat_for_samples,
     repeat_over_time,
     time_steps,
     times_steps,
 )
+from snnfx.tensor_layout import row_major
 
-__all__ = ["Emitted", "RegionBuilder", "emit_multi_step", "emit_plain", "emit_single_step", "whole_step"]
+__all__ = ["Emitted", "emit_multi_step", "emit_plain", "emit_single_step"]
 
 TargetName = Callable[[str], str]
 
@@ -139,6 +140,12 @@ class _Emitter:
         """The values of some slots before the first step; None is the reset state."""
         return self.graph.call_function(pick_state, (self.state, tuple(slots)))
 
+    def for_the_caller(self, node: Any, value: Any) -> Any:
+        """The emitted value of a node as it leaves the net: row-major, whatever was chosen inside."""
+        if isinstance(node, Node) and node.meta.get("channels_last"):
+            return self.graph.call_function(row_major, (value,))
+        return value
+
     def finish(self, outputs: Any, state: dict[str, Any], records: Any = ()) -> Emitted:
         self.graph.output((tuple(outputs), state, tuple(records)))
         return Emitted(self.graph, self.regions)
@@ -164,7 +171,9 @@ class _MultiStepEmitter(_Emitter):
         self.read_outside = self._read_outside()
 
     def _builder(self, region: Region) -> RegionBuilder:
-        builder = RegionBuilder(self.program, region.nodes, region.slots)
+        # A loop whose state is cut is folded over time after all.
+        folds = folds_when_cut(self.program, region) or None
+        builder = RegionBuilder(self.program, region.nodes, region.slots, folds=folds)
         if region.kind == "loop":
             builder.add_initial_values(region.slots)
         return builder
@@ -173,8 +182,11 @@ class _MultiStepEmitter(_Emitter):
         self.placeholders()
         for region in self.program.regions:
             self._emit_region(region)
-        outputs = [self._output(value) for value in self.program.outputs]
+        outputs = [self.for_the_caller(value, self._output(value)) for value in self.program.outputs]
+        handed_out = {name for argument in self.program.carried for name in argument.slot_names()}
         state = {slot.name: self._final_state(slot.name) for slot in self.program.slots}
+        for name in sorted(handed_out & state.keys()):
+            state[name] = self.for_the_caller(self.next_of[name], state[name])
         return self.finish(outputs, state, [self._as_sequence(node) for node in self.record])
 
     def _emit_region(self, region: Region) -> None:
@@ -211,7 +223,7 @@ class _MultiStepEmitter(_Emitter):
             return
         for index, node in enumerate(wanted):
             value = self.graph.call_function(operator.getitem, (call, index))
-            if region.kind == "fold" and _same_for_all_samples(node):
+            if region.kind == "fold" and same_for_all_samples(node):
                 value = self.graph.call_method("select", (value, 1, 0))
             self._define(node, value)
 
@@ -222,7 +234,7 @@ class _MultiStepEmitter(_Emitter):
         batch_dims = tuple(node.meta["batch_dim"] for node in builder.inputs)
         if any(batch_dims):
             kwargs["batch_dim"] = batch_dims
-        out_dims = tuple(0 if _same_for_all_samples(node) else node.meta["batch_dim"] for node in wanted)
+        out_dims = tuple(0 if same_for_all_samples(node) else node.meta["batch_dim"] for node in wanted)
         if any(out_dims):
             kwargs["out_batch_dim"] = out_dims
         return self.graph.call_function(seq_to_ann_forward, (inputs, module), kwargs, name=region.name)
@@ -258,7 +270,12 @@ class _MultiStepEmitter(_Emitter):
             if not region.slots:
                 return LoopRegion(_label(region), step, None)
             first = builder.graph_module(wanted, nexts, region.slots, first=True, extra_input=extra)
-            return LoopRegion(_label(region), step, first)
+            if is_trace_loop(region):
+                leak = region.nodes[-1].args[2]
+                return TraceRegion(_label(region), step, first, None if isinstance(leak, Node) else leak)  # type: ignore[arg-type]
+            if extra or not folds_when_cut(self.program, region, builder.inputs):
+                return LoopRegion(_label(region), step, first)
+            return self._cut_loop(region, builder, step, first, wanted, nexts)
 
         state: Any = self.state_of(region.slots) if region.slots else ()
         call = self._emit_sequence_call(region, builder, make, multi_step_forward, wanted, constants, {"state": state})
@@ -266,6 +283,29 @@ class _MultiStepEmitter(_Emitter):
         for index, node in enumerate(wanted):
             self._define(node, self.graph.call_function(operator.getitem, (outputs, index)))
         self.loop_calls.update({slot: (call, index) for index, slot in enumerate(region.slots)})
+
+    def _cut_loop(
+        self,
+        region: Region,
+        builder: RegionBuilder,
+        step: RegionGraph,
+        first: RegionGraph,
+        wanted: list[Node],
+        nexts: list[Any],
+    ) -> CutLoopRegion:
+        by_slot = {node.meta["slot"]: node for node in self.program.slot_nodes()}
+        slots = [by_slot[slot] for slot in region.slots]
+        return CutLoopRegion(
+            _label(region),
+            step,
+            first,
+            start=builder.graph_module(slots, nexts, region.slots, first=True),
+            advance=builder.graph_module((), nexts, region.slots).without_dead_code(),
+            outputs=builder.graph_module(wanted, (), region.slots).without_dead_code(),
+            input_dims=[node.meta["batch_dim"] for node in builder.inputs],
+            state_dims=[node.meta["batch_dim"] for node in slots],
+            output_dims=[node.meta["batch_dim"] for node in wanted],
+        )
 
     def _read_outside(self) -> set[Node]:
         """The nodes that somebody outside of their region reads (sizes are computed again there)."""
@@ -336,6 +376,7 @@ class _MultiStepEmitter(_Emitter):
         following = self.next_of[slot]
         state = self.state_of((slot,))
         initial = self.initial_of[slot]
+        is_held = following is placeholder
         if isinstance(initial, Node):
             builder = RegionBuilder(self.program, [], [], stop=self.region_of)
             builder.add_values([initial])
@@ -347,6 +388,8 @@ class _MultiStepEmitter(_Emitter):
             )
             values = self.graph.call_function(call_once, (module, (*constants, *first)))
             initial = self.graph.call_function(operator.getitem, (values, 0))
+        if is_held:
+            return self.graph.call_function(hold_over_time, (state, initial, self.steps()))
         return self.graph.call_function(delay_one_step, (self._as_sequence(following), state, initial, self.steps()))
 
     def _final_state(self, slot: str) -> Any:
@@ -402,7 +445,7 @@ class _PlainEmitter(_MultiStepEmitter):
         self.placeholders()
         for region in self.program.regions:
             self._emit_region(region)
-        outputs = [self._time_back(self._output(value)) for value in self.program.outputs]
+        outputs = [self.for_the_caller(v, self._time_back(self._output(v))) for v in self.program.outputs]
         self.graph.output(pytree.tree_unflatten(outputs, self.program.output_spec))
         return Emitted(self.graph, self.regions)
 
@@ -432,7 +475,9 @@ class _SingleStepEmitter(_Emitter):
         outputs = self.graph.call_function(operator.getitem, (call, 0))
         nexts = self.graph.call_function(operator.getitem, (call, 1))
         values = [
-            self.graph.call_function(operator.getitem, (outputs, wanted.index(v))) if isinstance(v, Node) else v
+            self.for_the_caller(v, self.graph.call_function(operator.getitem, (outputs, wanted.index(v))))
+            if isinstance(v, Node)
+            else v
             for v in program.outputs
         ]
         following = {
@@ -442,199 +487,6 @@ class _SingleStepEmitter(_Emitter):
 
     def _given(self, node: Node) -> Node:
         return self.values[node] if node in self.values else self.attribute(str(node.target))
-
-
-class RegionBuilder:
-    """Builds the graphs of one region out of nodes of the step graph.
-
-    Args:
-        program: the program of the nodes.
-        nodes: what the region computes, in program order.
-        slots: names of the slots whose state it carries.
-        stop: nodes at which `add_values` stops because they are computed elsewhere (default: nodes not in `nodes`).
-    """
-
-    def __init__(
-        self, program: StepProgram, nodes: Sequence[Node], slots: Sequence[str], stop: Iterable[Node] | None = None
-    ) -> None:
-        self.program, self.slots = program, slots
-        self.inside = dict.fromkeys(nodes)
-        self.stop = set(stop) if stop is not None else set()
-        self.constants: dict[Node | str, None] = {}
-        self.input_nodes: dict[Node, None] = {}
-        self.initial: dict[str, Any] = {}
-        self.initial_nodes: dict[Node, None] = {}
-        for node in nodes:
-            self._need_operands(node)
-
-    @property
-    def inputs(self) -> list[Node]:
-        """The values from outside that vary in time."""
-        return list(self.input_nodes)
-
-    def add_initial_values(self, slots: Sequence[str]) -> None:
-        """Take what the initial values of the slots need as inputs too."""
-        by_slot = dict(zip((s.name for s in self.program.slots), self.program.initial_values, strict=True))
-        main = {n for r in self.program.regions for n in r.nodes} or set(self.inside)
-        self.stop |= main
-        self.add_values([by_slot[slot] for slot in slots])
-
-    def add_values(self, values: Iterable[Any]) -> None:
-        """Compute further nodes in the region, down to nodes of the step proper."""
-        stack = [v for v in values if isinstance(v, Node)]
-        while stack:
-            node = stack.pop()
-            if node in self.inside or node in self.initial_nodes:
-                continue
-            if node in self.stop or node.op in ("placeholder", "get_attr"):
-                self._need(node)
-                continue
-            self.initial_nodes[node] = None
-            if node.op == "call_module":
-                self.constants[str(node.target)] = None
-            stack.extend(node.all_input_nodes)
-
-    def _need_operands(self, node: Node) -> None:
-        if node.op == "call_module":
-            self.constants[str(node.target)] = None
-        for operand in node.all_input_nodes:
-            self._need(operand)
-
-    def _need(self, operand: Node) -> None:
-        if operand in self.inside or (operand.op == "placeholder" and operand.meta.get("slot") in self.slots):
-            return
-        if is_size(operand):
-            self._need_operands(operand)
-        elif operand.op == "get_attr" or not (operand.meta.get("varying", True)):
-            # An invariant value that has a batch is repeated for a fold: see `graph_module`.
-            if operand.op != "get_attr" and self._folds() and operand.meta.get("batch_dim") is not None:
-                self.input_nodes[operand] = None
-            else:
-                self.constants[operand] = None
-        else:
-            self.input_nodes[operand] = None
-
-    def _folds(self) -> bool:
-        return any(node.meta.get("kind") == "fold" for node in self.inside)
-
-    def graph_module(
-        self,
-        outputs: Sequence[Node],
-        next_states: Sequence[Any] | None = None,
-        slots: Sequence[str] = (),
-        first: bool = False,
-        extra_input: bool = False,
-    ) -> RegionGraph:
-        """The graph `(*constants, *inputs[, state]) -> outputs` or `-> (outputs, next states)`.
-
-        Args:
-            outputs: nodes whose values are returned, as a tuple.
-            next_states: what the slots become; then the state is the last argument.
-            slots: the slots, in the order of the state tuple.
-            first: build the step from the reset state: no state argument, slots are their initial values.
-            extra_input: take an input that is not used (a loop over nothing but constants).
-        """
-        graph = fx.Graph()
-        env: dict[Node, Any] = {}
-        modules: dict[str, Node] = {}
-        for key in self.constants:
-            if isinstance(key, str):
-                modules[key] = add_placeholder(graph, key)
-            else:
-                env[key] = add_placeholder(graph, key.name)
-        for node in self.input_nodes:
-            env[node] = add_placeholder(graph, node.name)
-        if extra_input:
-            add_placeholder(graph, "time")
-        # In a peeled first step, a slot that is traced through is not read: its first value is written into the graph.
-        by_name = self.program.nodes_by_name
-        readers = {s.name: by_name[s.placeholder] for s in self.program.slots if s.placeholder in by_name}
-        slot_nodes = {name: node for name, node in readers.items() if name in slots}
-        if next_states is not None and not first:
-            state = add_placeholder(graph, "state")
-            for index, slot in enumerate(slots):
-                if slot in slot_nodes:
-                    env[slot_nodes[slot]] = graph.call_function(operator.getitem, (state, index))
-        builder = _Copier(graph, env, modules, self.program, slot_nodes if first else {})
-        for node in self.inside:
-            builder.copy(node)
-        results = [builder.copy(node) for node in outputs]
-        if first and next_states is not None:
-            following = dict(zip(slots, next_states, strict=True))
-            for index, node in enumerate(outputs):
-                # A slot that is read outside of the loop: there it has the shape of the later steps.
-                if node in builder.first_slots:
-                    after = builder.argument(following[builder.first_slots[node]])
-                    results[index] = graph.call_function(in_shape_of, (results[index], after))
-        if next_states is None:
-            dims = ((node, node.meta.get("batch_dim")) for node in self.input_nodes)
-            samples = next(((env[node], dim) for node, dim in dims if isinstance(dim, int)), None)
-            for index, node in enumerate(outputs):
-                if samples is not None and _same_for_all_samples(node):
-                    results[index] = graph.call_function(repeat_for_samples, (results[index], *samples))
-            graph.output(tuple(results))
-        else:
-            graph.output((tuple(results), tuple(builder.argument(value) for value in next_states)))
-        return RegionGraph(nn.Module(), graph, class_name="RegionGraph")
-
-
-def whole_step(program: StepProgram) -> RegionBuilder:
-    """A builder of the whole program as one region, with all its state."""
-    nodes = [n for n in program.graph.nodes if n.op.startswith("call") or "slot" in n.meta]
-    builder = RegionBuilder(program, nodes, [slot.name for slot in program.slots])
-    builder.add_values([*program.outputs, *program.next_states, *program.initial_values])
-    return builder
-
-
-class _Copier:
-    """Copies nodes into a region graph on demand; in a first step, slots turn into their initial values."""
-
-    def __init__(
-        self,
-        graph: fx.Graph,
-        env: dict[Node, Any],
-        modules: dict[str, Node],
-        program: StepProgram,
-        first_slots: dict[str, Node],
-    ) -> None:
-        self.graph, self.env, self.modules, self.program = graph, env, modules, program
-        self.initial_of = dict(zip((s.name for s in program.slots), program.initial_values, strict=True))
-        self.first_slots = {node: slot for slot, node in first_slots.items()}
-        self.open: set[Node] = set()
-
-    def argument(self, value: Any) -> Any:
-        return map_arg(value, self.copy)
-
-    def copy(self, node: Node) -> Any:
-        if node in self.env:
-            return self.env[node]
-        if node in self.open:
-            raise CaptureError(
-                "SNNFX210",
-                f"the initial value of `{node.name}` cannot be computed",
-                where=place_of(node),
-                why="it depends on a value that itself needs this state.",
-                hint="Give register_memory a number or a tensor, or make the initial value depend on the input alone.",
-            )
-        self.open.add(node)
-        if node in self.first_slots:
-            self.env[node] = self.argument(self.initial_of[self.first_slots[node]])
-        else:
-            args, kwargs = self.argument(tuple(node.args)), self.argument(node.kwargs)
-            if node.op == "call_module":
-                args = (self.modules[str(node.target)], *args)
-                new = self.graph.create_node("call_function", call_module, args, dict(kwargs), name=node.name)
-            else:
-                new = self.graph.create_node(node.op, node.target, args, dict(kwargs), name=node.name)
-            new.meta.update({k: v for k, v in node.meta.items() if k in ("where", "module", "val")})
-            self.env[node] = new
-        self.open.discard(node)
-        return self.env[node]
-
-
-def _same_for_all_samples(node: Node) -> bool:
-    """Whether a folded node gives a tensor without a batch: made of sizes, such as torch.arange(x.shape[1])."""
-    return node.meta.get("kind") == "fold" and node.meta.get("batch_dim") is None
 
 
 def _main_operands(program: StepProgram, value: Any, stop: Iterable[Node]) -> list[Node]:

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import inspect
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
+from functools import partial
 from typing import Any
 
 from torch import nn
@@ -18,12 +20,13 @@ from snnfx.options import ConvertOptions, time_dims_of_leaves
 from snnfx.passes.base import Pass, PassManager, PassRecord, verify_program
 from snnfx.passes.chunk import check_chunk_option
 from snnfx.passes.dce import RemoveDeadCode
+from snnfx.passes.layout import ChooseLayout
 from snnfx.passes.normalize import Normalize
 from snnfx.passes.partition import Partition
 from snnfx.passes.sink import REDUCTIONS, SinkReductions
 from snnfx.program import StepProgram
 
-__all__ = ["convert", "pipeline", "prepare_programs"]
+__all__ = ["convert", "edited", "pipeline", "planning", "prepare_programs"]
 
 
 def convert(
@@ -38,6 +41,7 @@ def convert(
     carry_state: bool = False,
     reduce: str | None = None,
     carry: Mapping[str, Any] | None = None,
+    memory_format: str | None = "auto",
 ) -> Net:
     """Convert a model of one time step into a net that runs sequences, with the same result.
 
@@ -70,6 +74,8 @@ def convert(
             "state.v". None: inferred (`net.program.inferred_carry` tells): trailing arguments named like a state, with
             the default None and left out of `example_inputs`, k of them, are carried from the last k of k + 1
             outputs. `{}`: nothing is carried.
+        memory_format: "auto": images between 2-d convolutions have their channels innermost in memory on a CPU, which
+            is faster; None: tensors keep the format in which the model makes them.
 
     Returns:
         A `snnfx.Net` (a torch.fx.GraphModule).
@@ -93,28 +99,61 @@ def convert(
     _check_choice("batch_norm", batch_norm, ("fold", "per_step"))
     if reduce is not None:
         _check_choice("reduce", reduce, REDUCTIONS)
+    if memory_format is not None:
+        _check_choice("memory_format", memory_format, ("auto",))
     check_chunk_option(chunk)
     paths = paths_of(carry) if carry is not None else infer_carry(model, entry, example_inputs)
-    options = ConvertOptions(step_mode, time_dim, entry, batch_norm, chunk, carry_state, reduce, paths or None)
+    options = ConvertOptions(step_mode, time_dim, entry, batch_norm, chunk, carry_state, reduce, paths or None, memory_format)
     programs, history = prepare_programs(model, options, example_inputs, inferred_carry=carry is None)
     return Net(model, programs, options, history, _convert_for_shapes)
 
 
 def pipeline(program: StepProgram, options: ConvertOptions) -> list[Pass]:
     """The passes that lead from a captured step to its regions."""
-    dims = time_dims_of_leaves(options.time_dim, program)
-    invariant = tuple(
-        leaf.placeholder
-        for leaf, dim in zip(program.input_leaves, dims, strict=True)
-        if leaf.placeholder and dim is None
-    )
+    invariant = _invariant_inputs(program, options)
     sinking = [SinkReductions(reduce=options.reduce, invariant_inputs=invariant)] if options.reduce is not None else []
-    return [
-        Normalize(),
-        RemoveDeadCode(),
-        *sinking,
-        Partition(batch_norm=options.batch_norm, invariant_inputs=invariant),
-    ]
+    return [Normalize(), RemoveDeadCode(), *sinking, *planning(program, options)]
+
+
+def planning(program: StepProgram, options: ConvertOptions) -> list[Pass]:
+    """The last part of the pipeline, after which nothing of the step changes: regions, and how they are laid out."""
+    layout = [ChooseLayout()] if options.memory_format is not None else []
+    return [Partition(batch_norm=options.batch_norm, invariant_inputs=_invariant_inputs(program, options)), *layout]
+
+
+def edited(net: Net, edits: Sequence[Pass], **changes: Any) -> Net:
+    """A net with edits made to its step, between the passes that simplify the step and those that plan its regions.
+
+    Args:
+        net: stays as it is; modules, parameters and buffers are shared.
+        edits: passes that take and leave a program at stage "normalized", for both modes.
+        **changes: fields of the net's `ConvertOptions` that are to be others.
+    """
+    options = replace(net.options, **changes)
+    programs: dict[bool, StepProgram] = {}
+    history: list[PassRecord] = list(net.history)
+    for mode in (True, False):
+        program = net.programs[mode].copy().unplanned()
+        program.training = mode
+        done = PassManager([*edits, *planning(program, options)]).run(program)
+        history += done if mode else []
+        programs[mode] = program
+    if _same_plan(*programs.values()) and _same_steps(*programs.values()):
+        programs[False] = programs[True]
+    return Net(net.source, programs, options, history, partial(_edited_for_shapes, tuple(edits), net._replan))
+
+
+def _edited_for_shapes(
+    edits: tuple[Pass, ...], replan: Callable[..., Net] | None, net: Net, args: tuple[Any, ...], kwargs: dict[str, Any]
+) -> Net:
+    """The edited net for inputs that its plan does not cover."""
+    return edited((replan or _convert_for_shapes)(net, args, kwargs), edits)
+
+
+def _invariant_inputs(program: StepProgram, options: ConvertOptions) -> tuple[str, ...]:
+    dims = time_dims_of_leaves(options.time_dim, program)
+    leaves = zip(program.input_leaves, dims, strict=True)
+    return tuple(leaf.placeholder for leaf, dim in leaves if leaf.placeholder and dim is None)
 
 
 def prepare_programs(
@@ -143,6 +182,11 @@ def prepare_programs(
     return {True: training, False: evaluation}, history
 
 
+def _same_steps(a: StepProgram, b: StepProgram) -> bool:
+    """Whether two programs compute the same with the same: then one of them does for both modes."""
+    return str(a) == str(b) and a.constants.keys() == b.constants.keys()
+
+
 def _same_plan(a: StepProgram, b: StepProgram) -> bool:
     def plan(program: StepProgram) -> list[Any]:
         return [(r.kind, [n.name for n in r.nodes], r.slots) for r in program.regions]
@@ -152,8 +196,8 @@ def _same_plan(a: StepProgram, b: StepProgram) -> bool:
 
 
 def _convert_for_shapes(net: Net, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Net:
-    """The net for inputs that the plan of `net` does not cover: captured again with their shapes."""
-    example: Any = kwargs if kwargs and not args else args
+    """The net for inputs that the plan of `net` does not cover: captured again with their shapes (none: without)."""
+    example: Any = (kwargs if kwargs and not args else args) or None
     if args and kwargs:
         method = getattr(type(net.source), net.options.entry)
         example = {**dict(zip(list(inspect.signature(method).parameters)[1:], args, strict=False)), **kwargs}

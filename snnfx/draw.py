@@ -124,7 +124,7 @@ def _picture_of_net(net: Net, example_inputs: Any) -> Picture:
     subtitle = f"T time steps in {regions}, {_mode(net.training)}"
     if program.first_step is not None:
         subtitle += ", the first step is run by a graph of its own"
-    dims = dict(zip(program.input_nodes(), net._tensor_dims(), strict=True))
+    dims = dict(zip(program.input_nodes(), net._arguments.tensor_dims, strict=True))
     output_dim = net.options.time_dim if isinstance(net.options.time_dim, int) else 0
     painter.reduce = net.options.reduce
     return Picture(

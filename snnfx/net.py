@@ -20,8 +20,9 @@ from torch.fx import Node
 from torch.fx.graph_module import _forward_from_src
 from torch.utils import _pytree as pytree
 
-from snnfx.carry import flatten_state, outputs_without, rebuild_state, split_arguments, with_output_at
-from snnfx.errors import InputError, warn_once
+from snnfx.arguments import Arguments
+from snnfx.carry import outputs_without, rebuild_state, split_arguments, with_output_at
+from snnfx.errors import CaptureError, InputError, warn_once
 from snnfx.functional import chunk_multi_step_forward
 from snnfx.options import ConvertOptions, time_dims_of_leaves
 from snnfx.passes.base import PassRecord
@@ -29,6 +30,7 @@ from snnfx.passes.chunk import ChunkPlan, plan_chunks
 from snnfx.passes.emit import Emitted, emit_multi_step, emit_plain, emit_single_step
 from snnfx.program import SELF_TARGET, Region, StepProgram
 from snnfx.regions import combine_reductions
+from snnfx.scalars import WatchedScalar, first_change, watch
 from snnfx.serialize import pack_program, unpack_program
 
 __all__ = ["ConvertOptions", "Net"]
@@ -48,8 +50,7 @@ class Net(fx.GraphModule):
     history: list[PassRecord]
     _programs: dict[bool, StepProgram]
     _replan: Callable[..., Net] | None
-    _time_dims: list[int | None]
-    _output_time_dim: int
+    _arguments_in: dict[bool, Arguments]
 
     def __init__(
         self,
@@ -68,16 +69,20 @@ class Net(fx.GraphModule):
         )
         self.__dict__[SELF_TARGET] = source
         # Not by assignment: the model may have children of these names.
-        self.__dict__.update(
-            options=options,
-            history=list(history),
-            training=source.training,
-            _programs=programs,
-            _replan=replan,
-            _time_dims=time_dims_of_leaves(options.time_dim, programs[True]),
-            _output_time_dim=options.time_dim if isinstance(options.time_dim, int) else 0,
-        )
+        self.__dict__.update(options=options, training=source.training, _replan=replan)
         self._carried: dict[str, Any] | None = None
+        self._take_programs(programs, history)
+
+    # -- building -------------------------------------------------------------------------------------------------
+
+    def _take_programs(self, programs: dict[bool, StepProgram], history: Sequence[PassRecord]) -> None:
+        """Become the net of these programs; what was made for others is forgotten."""
+        self.__dict__.update(_programs=programs, history=list(history))
+        time_dims = time_dims_of_leaves(self.options.time_dim, programs[True])
+        self._arguments_in = {mode: Arguments(p, time_dims, self.options) for mode, p in programs.items()}
+        reads = {(r.owner, r.name): r for p in programs.values() for r in p.scalars}
+        self._scalars = watch(list(reads.values()), self.source)
+        self._has_own_graph = False
         self._nets_for_shapes: dict[Any, Net] = {}
         self._recordings: dict[Any, Callable[..., Any]] = {}
         self._chunk_plans: dict[Any, ChunkPlan] = {}
@@ -91,8 +96,6 @@ class Net(fx.GraphModule):
         self._modules[_CONSTANTS] = _hold_constants(constants)
         self._modules[_REGIONS] = nn.Module()
         self._emit_all()
-
-    # -- building -------------------------------------------------------------------------------------------------
 
     def _emit_all(self) -> None:
         same = self._programs[True] is self._programs[False]
@@ -121,8 +124,8 @@ class Net(fx.GraphModule):
                     container,
                     self._target_name,
                     emitted.regions,
-                    self._tensor_dims(),
-                    self._output_time_dim,
+                    self._arguments.tensor_dims,
+                    self._arguments.output_time_dim,
                     self.options.reduce,
                 )
                 self._graphs[mode] = plain.graph
@@ -208,6 +211,7 @@ class Net(fx.GraphModule):
         self._graph = graph
         graph.owning_module = self
         if graphs:
+            self._has_own_graph = True
             runner = self._compile(graph)
             for mode in (True, False):
                 if mode == self.training or self._programs[True] is self._programs[False]:
@@ -219,6 +223,16 @@ class Net(fx.GraphModule):
     def program(self) -> StepProgram:
         """The step program of the current mode."""
         return self._programs[self.training]
+
+    @property
+    def programs(self) -> dict[bool, StepProgram]:
+        """The step program of each mode, `{training: program}`."""
+        return self._programs
+
+    @property
+    def _arguments(self) -> Arguments:
+        """What a call takes in the current mode."""
+        return self._arguments_in[self.training]
 
     @property
     def regions(self) -> list[Region]:
@@ -268,41 +282,87 @@ class Net(fx.GraphModule):
             (True, torch.Size([4, 4, 2]))
         """
         names = (record,) if isinstance(record, str) else tuple(record)
-        outputs, state, records = self._execute(args, kwargs, state, names, T)
+        _, leaves, given, T = self._received(args, kwargs, T)
+        outputs, state, records = self._execute(leaves, given, state, names, T)
         outputs = outputs_without(outputs, [c.path for c in self.program.carried])
         return (outputs, state, dict(zip(names, records, strict=True))) if names else (outputs, state)
 
+    def _received(
+        self, args: tuple[Any, ...], kwargs: dict[str, Any], T: int | None
+    ) -> tuple[list[Tensor], list[Tensor], dict[str, Any], int | None]:
+        """`(tensors, the same with time first, carried arguments by name, T)` of a call."""
+        given: dict[str, Any] = {}
+        if self.program.carried:
+            args, kwargs, given = self.split_carried(args, kwargs)
+        leaves = ordered = self._arguments.bind(args, kwargs)
+        if self.options.step_mode == "m":
+            ordered, T = self._arguments.time_first(leaves, T)
+        change = first_change(self._scalars)
+        if change is not None:
+            self._capture_again(*change, ordered, given)
+        return leaves, ordered, given, T
+
+    # Compiled code looks for changes too; a part of one graph (fullgraph=True) this cannot be.
+    @torch.compiler.disable(
+        reason="SNNFX315 a plain value of the model changed after conversion: call the net once without torch.compile"
+    )
+    def _capture_again(self, scalar: WatchedScalar, now: Any, leaves: list[Tensor], given: dict[str, Any]) -> None:
+        """The model has another plain value than the graph: the net becomes that of the model as it is now."""
+        what = f"`{scalar.qualified_name}` is {now!r}, but the step was captured with {scalar.shown}"
+        replan = self._replan
+        if replan is None or self._has_own_graph:
+            raise InputError(
+                "SNNFX315",
+                what,
+                why="the graph was replaced by hand, and capturing the model again would lose that.",
+                hint="Convert the model again, or set the value back.",
+            )
+        warn_once(
+            "SNNFX315",
+            f"{what}: the model is captured again. Make it a buffer or a parameter if it changes often.",
+            key=(id(self), scalar.qualified_name),
+        )
+        steps = self._arguments.at_step(leaves, 0) if self.options.step_mode == "m" else leaves
+        # Captured from shapes before, from shapes again.
+        fresh = replan(self, *(self._example(steps, given) if self.program.input_ranks else ((), {})))
+        self._take_programs(fresh._programs, fresh.history)
+
+    def _example(self, steps: list[Tensor], given: dict[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
+        """The arguments of one step, for capturing with their shapes."""
+        args, kwargs = self._arguments.arguments_of(steps)
+        return args, kwargs | {c.name: given[c.name] for c in self.program.carried if c.required and c.name in given}
+
     def _execute(
         self,
-        args: tuple[Any, ...],
-        kwargs: dict[str, Any],
+        leaves: list[Tensor],
+        given: dict[str, Any],
         state: dict[str, Any] | None,
         record: tuple[str, ...],
         T: int | None,
     ) -> tuple[Any, dict[str, Any], tuple[Any, ...]]:
-        given: dict[str, Any] = {}
-        inputs: tuple[tuple[Any, ...], dict[str, Any]] = (args, kwargs)
-        if self.program.carried:
-            *inputs, given = self.split_carried(args, kwargs)  # type: ignore[assignment]
-        leaves = self._bind(*inputs)
-        if self.options.step_mode == "s":
-            self._check_state(state)
-            state = self._first_state(state, given)
+        """Run bound inputs, time first (one step of them in step mode "s", where T is not used)."""
+        arguments = self._arguments
+        if T is None or self.options.step_mode == "s":
+            arguments.check_state(state)
+            if state is not None:
+                arguments.check_shapes(state, leaves)
+            state = arguments.first_state(state, given)
             flat, state, recorded = self._single(leaves, state, record)
             return pytree.tree_unflatten(list(flat), self.program.output_spec), state, recorded
-        leaves, T = self._time_first(leaves, T)
         other = self._other_net(leaves, given)
         if other is not None:
-            return other._execute(args, kwargs, state, record, T)
-        self._check_state(state)
-        state = self._first_state(state, given)
+            return other._execute(leaves, given, state, record, T)
+        arguments.check_state(state)
+        if state is not None:
+            arguments.check_shapes(state, arguments.at_step(leaves, 0))
+        state = arguments.first_state(state, given)
         k = None if record else self._chunk_length(leaves, T)
         if k is not None and k < T:
             flat, state = self._in_chunks(k, leaves, state, T)
             records: tuple[Any, ...] = ()
         else:
             flat, state, records = self._steps(leaves, state, record, T)
-        outputs = [self._time_back(y) for y in flat]
+        outputs = [arguments.time_back(y) for y in flat]
         return pytree.tree_unflatten(outputs, self.program.output_spec), state, records
 
     def _steps(
@@ -318,8 +378,7 @@ class Net(fx.GraphModule):
         self, runner: Callable[..., Any], leaves: list[Tensor], record: tuple[str, ...], T: int
     ) -> tuple[tuple[Any, ...], dict[str, Any], tuple[Any, ...]]:
         """The first step does something else than the others: it is run on its own."""
-        varying = self._varying_leaves()
-        now = [x[0] if v else x for x, v in zip(leaves, varying, strict=True)]
+        now = self._arguments.at_step(leaves, 0)
         first, state, _ = self._runners[self.training, "first"](self, *now, None, None)
         if record:
             raise InputError(
@@ -333,7 +392,7 @@ class Net(fx.GraphModule):
             first = tuple(y.unsqueeze(0) if isinstance(y, Tensor) else y for y in first)
         if T == 1:
             return first, state, ()
-        later = [x[1:] if v else x for x, v in zip(leaves, varying, strict=True)]
+        later = self._arguments.from_step(leaves, 1)
         time = torch.arange(1, T, device=leaves[0].device)
         rest, state, _ = runner(self, *later, state, time)
         if reduce is not None:
@@ -352,7 +411,7 @@ class Net(fx.GraphModule):
     def _in_chunks(
         self, k: int, leaves: list[Tensor], state: dict[str, Any] | None, T: int
     ) -> tuple[tuple[Any, ...], dict[str, Any]]:
-        varying = self._varying_leaves()
+        varying = self._arguments.varying
         sequences = tuple(x for x, v in zip(leaves, varying, strict=True) if v) or (torch.arange(T),)
 
         def one_chunk(*chunk_and_state: Any) -> Any:
@@ -380,171 +439,54 @@ class Net(fx.GraphModule):
         parameters = list(inspect.signature(getattr(type(self.source), self.options.entry)).parameters.values())[1:]
         return split_arguments(parameters, [c.name for c in self.program.carried], args, kwargs)
 
-    def _first_state(self, state: dict[str, Any] | None, given: dict[str, Any]) -> dict[str, Any] | None:
-        """The state before the first step, with what the caller gives as carried arguments."""
-        for argument in self.program.carried:
-            value = given.get(argument.name)
-            if value is not None:
-                state = {**(state or {}), **flatten_state(argument, value)}
-            elif argument.required and not set(argument.slot_names()) <= set(state or {}):
-                raise InputError(
-                    "SNNFX308",
-                    f"the first value of `{argument.name}` is missing",
-                    why="it was given in example_inputs, and has no default.",
-                    hint=f"Pass it as the model takes it: net(x_seq, {argument.name}=...).",
-                )
-        alone = self.options.step_mode == "s" or self.program.first_step is not None
-        missing = {slot.name for slot in self.program.slots} - set(state or {})
-        if state is not None and missing and alone:
-            raise InputError(
-                "SNNFX308",
-                f"only a part of the state is given, {', '.join(sorted(missing))} is missing",
-                why="the first step of this model does something else than the others, or is run on its own.",
-                hint="Give all of it or nothing; net.run returns all of it.",
-            )
-        return state
-
     def final_state_in(self, outputs: Any, state: dict[str, Any]) -> Any:
         """What the model returns: outputs with the final values of what is carried in their places."""
         for argument in self.program.carried:
             outputs = with_output_at(outputs, argument.path, rebuild_state(argument, state))
         return outputs
 
-    def _bind(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> list[Tensor]:
-        """The tensors for the placeholders, after checking that the arguments are nested as they were at capture."""
-        program = self.program
-        flat, spec = pytree.tree_flatten((args, kwargs))
-        if spec != program.input_spec:
-            flat = self._bind_by_name(args, kwargs)
-        tensors: list[Tensor] = []
-        for leaf, value in zip(program.input_leaves, flat, strict=True):
-            if leaf.placeholder is None:
-                if value is not leaf.constant and value != leaf.constant:
-                    raise InputError(
-                        "SNNFX307",
-                        f"the argument `{leaf.name}` is {value!r}, but the step was captured with {leaf.constant!r}",
-                        why="values that are no tensors are fixed at conversion.",
-                        hint="Convert again with this value in example_inputs.",
-                    )
-            elif not isinstance(value, Tensor):
-                raise InputError("SNNFX305", f"the input `{leaf.name}` is a {type(value).__name__}, not a tensor")
-            else:
-                tensors.append(value)
-        return tensors
+    def planned_for(self, *args: Any, T: int | None = None, **kwargs: Any) -> Net:
+        """The net that runs these inputs: this one, or the one that it planned for shapes that its plan does not cover.
 
-    def _bind_by_name(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> list[Any]:
-        """Arguments that are given by keyword where they were captured by position, or the other way round."""
-        program = self.program
-        expected = pytree.tree_unflatten(list(range(len(program.input_leaves))), program.input_spec)
-        names = [leaf.name for leaf in program.input_leaves]
-        flat_expected = len(expected[0]) + len(expected[1]) == len(names)
-        given = {**dict(zip([n for n in names if n not in kwargs], args, strict=False)), **kwargs}
-        if flat_expected and len(args) + len(kwargs) == len(names) and set(given) == set(names):
-            return [given[name] for name in names]
-        raise InputError(
-            "SNNFX307",
-            "the arguments do not fit the captured step",
-            why=f"it takes ({', '.join(names)}), nested as {program.input_spec}.",
-            hint="Pass what one step takes with a time dimension, or convert with other example_inputs.",
-        )
-
-    def _tensor_dims(self) -> list[int | None]:
-        """The time dimension of each tensor input."""
-        leaves = self._programs[True].input_leaves
-        return [d for d, leaf in zip(self._time_dims, leaves, strict=True) if leaf.placeholder is not None]
-
-    def _varying_leaves(self) -> list[bool]:
-        return [dim is not None for dim in self._tensor_dims()]
-
-    def _time_first(self, leaves: list[Tensor], T: int | None) -> tuple[list[Tensor], int]:
-        """Move time to dim 0 of every sequence and find T."""
-        dims = self._tensor_dims()
-        names = [leaf.name for leaf in self.program.input_leaves if leaf.placeholder is not None]
-        moved: list[Tensor] = []
-        if T is not None and (isinstance(T, bool) or not isinstance(T, int | torch.SymInt)):
-            raise InputError("SNNFX309", f"T={T!r}", hint="T is the number of time steps, an int.")
-        for name, dim, x in zip(names, dims, leaves, strict=True):
-            if dim is None:
-                moved.append(x)
-                continue
-            if x.dim() == 0 or not -x.dim() <= dim < x.dim():
-                raise InputError(
-                    "SNNFX306",
-                    f"the input `{name}` has shape {list(x.shape)}",
-                    why=f"its time dimension is {dim}.",
-                    hint="A sequence is [T, N, ...].",
-                )
-            moved.append(x if dim == 0 else x.movedim(dim, 0))
-            length = moved[-1].shape[0]
-            if T is None:
-                T = length
-            elif length != T:
-                raise InputError("SNNFX303", f"the input `{name}` has {length} time steps, others have {T}")
-        if T is None:
-            raise InputError("SNNFX310", "no input carries a time dimension", hint="Say how many steps: net(x, T=8).")
-        if T < 1:
-            raise InputError("SNNFX301", "the sequence has no time steps")
-        return moved, T
-
-    def _time_back(self, y: Any) -> Any:
-        if not isinstance(y, Tensor) or self._output_time_dim == 0 or self.options.reduce is not None:
-            return y
-        return y.movedim(0, self._output_time_dim)
+        Args and Raises as of `run`.
+        """
+        _, leaves, given, T = self._received(args, kwargs, T)
+        other = self._other_net(leaves, given) if self.options.step_mode == "m" else None
+        return self if other is None else other
 
     def _other_net(self, leaves: list[Tensor], given: dict[str, Any]) -> Net | None:
         """A net planned for the shapes of these inputs, when the plan of this one does not cover them."""
-        if self._covers(leaves):
+        if self._arguments.covered(leaves):
             return None
-        key = (self.training, tuple((x.dim(), tuple(x.shape)) for x in leaves))
+        key = tuple(tuple(x.shape) for x in leaves)
         ranks = (self.training, tuple(x.dim() for x in leaves))
         if key not in self._nets_for_shapes:
             if self._replan is None:
                 raise InputError("SNNFX306", f"inputs of shapes {[list(x.shape) for x in leaves]} do not fit the plan")
-            varying = self._varying_leaves()
-            example = iter([x[0] if v else x for x, v in zip(leaves, varying, strict=True)])
-            values = [next(example) if leaf.placeholder else leaf.constant for leaf in self.program.input_leaves]
-            args, kwargs = pytree.tree_unflatten(values, self.program.input_spec)
-            kwargs |= {c.name: given[c.name] for c in self.program.carried if c.required and c.name in given}
             warn_once(
                 "SNNFX102",
                 f"inputs of step rank {ranks[1]} are not what the net was planned for (batched, equal batch sizes); "
                 "it is planned again for them, which may map instead of fold. Pass example_inputs to plan once.",
                 key=(id(self), ranks),
             )
-            self._nets_for_shapes[key] = self._replan(self, args, kwargs)
+            example = self._example(self._arguments.at_step(leaves, 0), given)
+            try:
+                self._nets_for_shapes[key] = self._replan(self, *example)
+            except CaptureError as error:
+                sizes = self._arguments.batch_sizes(leaves)
+                if len(set(sizes.values())) < 2:
+                    raise
+                raise InputError(
+                    "SNNFX303",
+                    "the batch sizes of the inputs differ",
+                    where=", ".join(f"`{name}`: {size}" for name, size in sizes.items()),
+                    why=f"one step of the model does not take them: {error.why or error.what}",
+                    hint="Give all inputs the same batch size, as one call of the model takes them.",
+                ) from error
         other = self._nets_for_shapes[key]
         if other.training != self.training:
             other.__dict__["training"] = self.training
         return other
-
-    def _covers(self, leaves: list[Tensor]) -> bool:
-        program = self.program
-        names = [leaf.placeholder for leaf in program.input_leaves if leaf.placeholder is not None]
-        size: Any = None
-        for name, varying, x in zip(names, self._varying_leaves(), leaves, strict=True):
-            rank = x.dim() - (1 if varying else 0)
-            exact = program.input_ranks.get(name)
-            if rank < program.requirements.get(name, 0) or (exact is not None and rank != exact):
-                return False
-            if name in program.batched_inputs:
-                this = x.shape[1 if varying else 0]
-                if size is not None and this != size:
-                    return False
-                size = this
-        return True
-
-    def _check_state(self, state: dict[str, Any] | None) -> None:
-        if state is None:
-            return
-        expected = {slot.name for slot in self.program.slots}
-        if set(state) - expected or (set(state) != expected and not self.program.carried):
-            missing, unknown = sorted(expected - set(state)), sorted(set(state) - expected)
-            raise InputError(
-                "SNNFX308",
-                "the state does not have the slots of the net",
-                why=f"missing {missing}, unknown {unknown}.",
-                hint="Pass on what net.run returned, or None for the reset state.",
-            )
 
     # -- chunks ---------------------------------------------------------------------------------------------------
 
@@ -558,8 +500,7 @@ class Net(fx.GraphModule):
 
     def chunk_plan(self, *sequences: Tensor) -> ChunkPlan:
         """The chunk plan for inputs of these shapes (time first), see `snnfx.passes.chunk`."""
-        varying = self._varying_leaves()
-        steps = [x[0] if v else x for x, v in zip(sequences, varying, strict=True)]
+        steps = self._arguments.at_step(sequences, 0)
         key = tuple((tuple(x.shape), x.dtype) for x in steps)
         if key not in self._chunk_plans:
             self._chunk_plans[key] = plan_chunks(self._programs[False], steps, self.options.chunk)
@@ -661,20 +602,20 @@ class Net(fx.GraphModule):
 def _forward(self: Net, args: tuple[Any, ...], kwargs: dict[str, Any], T: int | None) -> Any:
     """Run a whole sequence from the reset state (or the carried one)."""
     options = self.options
+    leaves, ordered, given, T = self._received(args, kwargs, T)
     plain = self._runners.get((self.training, "plain"))
-    if plain is not None and not options.carry_state:
-        leaves = self._bind(args, kwargs)
-        ordered, T = self._time_first(leaves, T)
-        # Chunks are only planned for inputs that this plan covers.
-        if self._covers(ordered) and ((k := self._chunk_length(ordered, T)) is None or k >= T):
-            carriers = any(dim is not None for dim in self._tensor_dims())
+    # Chunks are only planned for inputs that this plan covers.
+    if plain is not None and T is not None and not options.carry_state and self._arguments.covered(ordered):
+        k = self._chunk_length(ordered, T)
+        if k is None or k >= T:
+            carriers = any(self._arguments.varying)
             return plain(self, *leaves) if carriers else plain(self, *leaves, torch.arange(T, device=leaves[0].device))
     state = self._carried if options.carry_state or options.step_mode == "s" else None
     if state is not None and self.program.carried and not options.carry_state:
         # In single steps the caller hands on what the model takes as arguments.
         explicit = {name for c in self.program.carried for name in c.slot_names()}
         state = {name: value for name, value in state.items() if name not in explicit} or None
-    outputs, state, _ = self._execute(args, kwargs, state, (), T)
+    outputs, state, _ = self._execute(ordered, given, state, (), T)
     outputs = self.final_state_in(outputs, state)
     if options.carry_state or options.step_mode == "s":
         self._carried = state

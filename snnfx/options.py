@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypedDict
 
 from torch.utils import _pytree as pytree
 
@@ -11,7 +12,7 @@ from snnfx.carry import OutputPath
 from snnfx.errors import InputError
 from snnfx.program import StepProgram
 
-__all__ = ["ConvertOptions", "time_dims_of_leaves"]
+__all__ = ["ConvertKeywords", "ConvertOptions", "time_dims_of_leaves"]
 
 
 @dataclass(frozen=True)
@@ -26,11 +27,33 @@ class ConvertOptions:
     carry_state: bool = False
     reduce: str | None = None
     carry: dict[str, OutputPath] | None = None
+    memory_format: str | None = "auto"
+
+
+class ConvertKeywords(TypedDict, total=False):
+    """The keyword arguments of `snnfx.convert` that say how a model is converted, for functions that hand them on."""
+
+    example_inputs: Any
+    time_dim: Any
+    entry: str
+    batch_norm: str
+    chunk: int | str | None
+    carry_state: bool
+    reduce: str | None
+    carry: Mapping[str, Any] | None
+    memory_format: str | None
 
 
 def time_dims_of_leaves(time_dim: Any, program: StepProgram) -> list[int | None]:
     """The time dimension of each leaf of the arguments; `time_dim` is a prefix of their nesting, as vmap's in_dims."""
     count = len(program.input_leaves)
+    if any(isinstance(dim, bool) for dim in pytree.tree_leaves(time_dim)):
+        raise InputError(
+            "SNNFX309",
+            f"time_dim={time_dim!r}",
+            why="a bool is no dimension.",
+            hint="Give the place of T, an int; None for an input that is the same at every step.",
+        )
     if time_dim is None or isinstance(time_dim, int):
         return [time_dim] * count
     numbered = pytree.tree_unflatten(list(range(count)), program.input_spec)

@@ -17,6 +17,7 @@ import torch
 from torch import Tensor, fx, nn
 
 from snnfx.errors import InputError, PassError, warn_once
+from snnfx.tensor_layout import stack_in_layout, unbind_in_layout
 
 __all__ = [
     "LoopRegion",
@@ -27,6 +28,7 @@ __all__ = [
     "call_once",
     "combine_reductions",
     "delay_one_step",
+    "hold_over_time",
     "in_shape_of",
     "pick_state",
     "reduce_over_time",
@@ -43,6 +45,17 @@ _counter = itertools.count()
 
 class RegionGraph(fx.GraphModule):
     """The graph of one step of a region; placeholders are its constants, its step inputs and, in loops, its state."""
+
+    def without_dead_code(self) -> RegionGraph:
+        """The same graph without the nodes that no result needs; nothing in a region graph has side effects."""
+        needed = {self.graph.output_node()}
+        for node in reversed(self.graph.nodes):
+            if node in needed:
+                needed.update(node.all_input_nodes)
+            elif node.op != "placeholder":
+                self.graph.erase_node(node)
+        self.recompile()
+        return self
 
 
 class SequenceRegion(nn.Module):
@@ -104,7 +117,7 @@ class LoopRegion(SequenceRegion):
             return run_loop_as_operator(self, x_seq, state, constants)
         outputs: list[tuple[Tensor, ...]] = []
         step = self.step.forward  # not step(...): module calls and their wrappers cost more than a small step
-        for x in zip(*(x.unbind(0) for x in x_seq), strict=True):
+        for x in zip(*(unbind_in_layout(x) for x in x_seq), strict=True):
             y, state = self(*constants, *x, None) if state is None else step(*constants, *x, state)
             outputs.append(y)
         return tuple(stack_steps(y, x_seq[0].device) for y in zip(*outputs, strict=True)), state  # type: ignore[return-value]
@@ -194,7 +207,7 @@ def stack_steps(steps: Sequence[Any], device: torch.device) -> Tensor:
         dtype = torch.float64 if any(isinstance(value, float) for value in steps) else None
         return torch.tensor(steps, dtype=dtype, device=device)
     if all(isinstance(value, Tensor) and value.shape == last.shape for value in steps):
-        return torch.stack(tuple(steps))
+        return stack_in_layout(steps)
     return torch.stack(
         [torch.as_tensor(value, dtype=last.dtype, device=last.device).expand_as(last) for value in steps]
     )
@@ -296,6 +309,18 @@ def delay_one_step(following: Any, state: tuple[Any, ...] | None, initial: Any, 
     if not isinstance(first, Tensor):
         first = torch.full_like(following[0], first)
     return torch.cat((first.to(following.dtype).expand_as(following[0]).unsqueeze(0), following[:-1]))
+
+
+def hold_over_time(state: tuple[Any, ...] | None, initial: Any, time: Tensor) -> Tensor:
+    """The sequence of a slot that is never written: its first value at every step, `[T, *]` (a view).
+
+    Args:
+        state: a tuple of the value before the first step; None: `initial`.
+        initial: a tensor `[*]`.
+        time: `[T]`.
+    """
+    value: Tensor = initial if state is None else state[0]
+    return value.unsqueeze(0).expand(time.shape[0], *value.shape)
 
 
 def batch_norm_per_step(x_seq: Tensor, module: nn.modules.batchnorm._BatchNorm) -> Tensor:

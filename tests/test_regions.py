@@ -160,7 +160,7 @@ def loop_of(model: nn.Module) -> tuple[LoopRegion, tuple[Any, ...]]:
 
 
 def _constants_of(net: snnfx.Net) -> Sequence[Any]:
-    from snnfx.passes.emit import RegionBuilder
+    from snnfx.passes.region_builder import RegionBuilder
 
     (region,) = [r for r in net.regions if r.kind == "loop"]
     builder = RegionBuilder(net.program, region.nodes, region.slots)

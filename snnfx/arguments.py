@@ -1,0 +1,225 @@
+"""The arguments of a net: bound to the inputs of the captured step, with time where the graph wants it."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils import _pytree as pytree
+
+from snnfx.carry import flatten_state
+from snnfx.errors import InputError
+from snnfx.isolation import undisturbed
+from snnfx.options import ConvertOptions
+from snnfx.passes.chunk import shapes_of_state
+from snnfx.program import StepProgram
+
+__all__ = ["Arguments"]
+
+
+class Arguments:
+    """What a net takes in one mode, and how a call's arguments become the tensors of its graph.
+
+    Args:
+        program: the step program of the mode.
+        time_dims: where time is in each leaf of the arguments, None for one that is the same at every step.
+        options: what the net was converted with.
+    """
+
+    def __init__(self, program: StepProgram, time_dims: Sequence[int | None], options: ConvertOptions) -> None:
+        self.program, self.options = program, options
+        self.time_dims = list(time_dims)
+        pairs = list(zip(self.time_dims, program.input_leaves, strict=True))
+        self.tensor_dims = [dim for dim, leaf in pairs if leaf.placeholder is not None]
+        """The time dimension of each tensor input."""
+        self.varying = [dim is not None for dim in self.tensor_dims]
+        self._state_shapes: dict[Any, dict[str, tuple[int, ...]]] = {}
+        self.output_time_dim = options.time_dim if isinstance(options.time_dim, int) else 0
+
+    def bind(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> list[Tensor]:
+        """The tensors for the placeholders, after checking that the arguments are nested as they were at capture.
+
+        Raises:
+            InputError: SNNFX307, other arguments; SNNFX305, something else than a tensor.
+        """
+        flat, spec = pytree.tree_flatten((args, kwargs))
+        if spec != self.program.input_spec:
+            flat = self._bind_by_name(args, kwargs)
+        tensors: list[Tensor] = []
+        for leaf, value in zip(self.program.input_leaves, flat, strict=True):
+            if leaf.placeholder is None:
+                if value is not leaf.constant and value != leaf.constant:
+                    raise InputError(
+                        "SNNFX307",
+                        f"the argument `{leaf.name}` is {value!r}, but the step was captured with {leaf.constant!r}",
+                        why="values that are no tensors are fixed at conversion.",
+                        hint="Convert again with this value in example_inputs.",
+                    )
+            elif not isinstance(value, Tensor):
+                raise InputError("SNNFX305", f"the input `{leaf.name}` is a {type(value).__name__}, not a tensor")
+            else:
+                tensors.append(value)
+        return tensors
+
+    def _bind_by_name(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> list[Any]:
+        """Arguments that are given by keyword where they were captured by position, or the other way round."""
+        program = self.program
+        expected = pytree.tree_unflatten(list(range(len(program.input_leaves))), program.input_spec)
+        names = [leaf.name for leaf in program.input_leaves]
+        flat_expected = len(expected[0]) + len(expected[1]) == len(names)
+        given = {**dict(zip([n for n in names if n not in kwargs], args, strict=False)), **kwargs}
+        if flat_expected and len(args) + len(kwargs) == len(names) and set(given) == set(names):
+            return [given[name] for name in names]
+        raise InputError(
+            "SNNFX307",
+            "the arguments do not fit the captured step",
+            why=f"it takes ({', '.join(names)}), nested as {program.input_spec}.",
+            hint="Pass what one step takes with a time dimension, or convert with other example_inputs.",
+        )
+
+    def time_first(self, leaves: Sequence[Tensor], T: int | None) -> tuple[list[Tensor], int]:
+        """Move time to dim 0 of every sequence and find T.
+
+        Raises:
+            InputError: SNNFX301, 303, 306, 309 or 310, the inputs do not have the same, known number of time steps.
+        """
+        names = [leaf.name for leaf in self.program.input_leaves if leaf.placeholder is not None]
+        moved: list[Tensor] = []
+        if T is not None and (isinstance(T, bool) or not isinstance(T, int | torch.SymInt)):
+            raise InputError("SNNFX309", f"T={T!r}", hint="T is the number of time steps, an int.")
+        for name, dim, x in zip(names, self.tensor_dims, leaves, strict=True):
+            if dim is None:
+                moved.append(x)
+                continue
+            if x.dim() == 0 or not -x.dim() <= dim < x.dim():
+                raise InputError(
+                    "SNNFX306",
+                    f"the input `{name}` has shape {list(x.shape)}",
+                    why=f"its time dimension is {dim}.",
+                    hint="A sequence is [T, N, ...].",
+                )
+            moved.append(x if dim == 0 else x.movedim(dim, 0))
+            length = moved[-1].shape[0]
+            if T is None:
+                T = length
+            elif length != T:
+                raise InputError("SNNFX303", f"the input `{name}` has {length} time steps, others have {T}")
+        if T is None:
+            raise InputError("SNNFX310", "no input carries a time dimension", hint="Say how many steps: net(x, T=8).")
+        if T < 1:
+            raise InputError("SNNFX301", "the sequence has no time steps")
+        return moved, T
+
+    def time_back(self, y: Any) -> Any:
+        """An output with time where the caller has it."""
+        if not isinstance(y, Tensor) or self.output_time_dim == 0 or self.options.reduce is not None:
+            return y
+        return y.movedim(0, self.output_time_dim)
+
+    def at_step(self, leaves: Sequence[Tensor], step: int) -> list[Tensor]:
+        """The inputs of one step, from inputs with time first."""
+        return [x[step] if v else x for x, v in zip(leaves, self.varying, strict=True)]
+
+    def from_step(self, leaves: Sequence[Tensor], step: int) -> list[Tensor]:
+        """The inputs of a step and those after it, from inputs with time first."""
+        return [x[step:] if v else x for x, v in zip(leaves, self.varying, strict=True)]
+
+    def arguments_of(self, leaves: Sequence[Tensor]) -> tuple[tuple[Any, ...], dict[str, Any]]:
+        """The other way round: `(args, kwargs)` as the model takes them, from one tensor for each placeholder."""
+        tensors = iter(leaves)
+        values = [next(tensors) if leaf.placeholder else leaf.constant for leaf in self.program.input_leaves]
+        return pytree.tree_unflatten(values, self.program.input_spec)  # type: ignore[no-any-return]
+
+    def batch_sizes(self, leaves: Sequence[Tensor]) -> dict[str, int]:
+        """The size of the first dimension of one step of each tensor input, by name."""
+        names = [leaf.name for leaf in self.program.input_leaves if leaf.placeholder is not None]
+        pairs = zip(names, self.at_step(leaves, 0), strict=True)
+        return {name: x.shape[0] for name, x in pairs if x.dim() > 0}
+
+    def covered(self, leaves: Sequence[Tensor]) -> bool:
+        """Whether the plan holds for inputs (time first) of these ranks and batch sizes."""
+        program = self.program
+        names = [leaf.placeholder for leaf in program.input_leaves if leaf.placeholder is not None]
+        size: Any = None
+        for name, varying, x in zip(names, self.varying, leaves, strict=True):
+            rank = x.dim() - (1 if varying else 0)
+            exact = program.input_ranks.get(name)
+            if rank < program.requirements.get(name, 0) or (exact is not None and rank != exact):
+                return False
+            if name in program.batched_inputs:
+                this = x.shape[1 if varying else 0]
+                if size is not None and this != size:
+                    return False
+                size = this
+        return True
+
+    # -- state ----------------------------------------------------------------------------------------------------
+
+    def check_state(self, state: dict[str, Any] | None) -> None:
+        """Raise InputError (SNNFX308) for a state with other slots than the program has."""
+        if state is None:
+            return
+        expected = {slot.name for slot in self.program.slots}
+        if set(state) - expected or (set(state) != expected and not self.program.carried):
+            missing, unknown = sorted(expected - set(state)), sorted(set(state) - expected)
+            raise InputError(
+                "SNNFX308",
+                "the state does not have the slots of the net",
+                why=f"missing {missing}, unknown {unknown}.",
+                hint="Pass on what net.run returned, or None for the reset state.",
+            )
+
+    def check_shapes(self, state: Mapping[str, Any], steps: Sequence[Tensor]) -> None:
+        """Raise InputError (SNNFX308) for a state that does not have, or broadcast to, the shape that a step gives it.
+
+        Args:
+            state: by slot.
+            steps: the inputs of one step.
+        """
+        if torch.compiler.is_compiling():
+            return
+        key = tuple((tuple(x.shape), x.dtype) for x in steps)
+        if key not in self._state_shapes:
+            with undisturbed(self.program.source):
+                self._state_shapes[key] = shapes_of_state(self.program, steps)
+        for name, shape in self._state_shapes[key].items():
+            value = state.get(name)
+            if isinstance(value, Tensor) and not _broadcasts(tuple(value.shape), shape):
+                raise InputError(
+                    "SNNFX308",
+                    f"the state `{name}` has shape {list(value.shape)}, but a step on these inputs gives {list(shape)}",
+                    why="it is the state of another batch, or of another model.",
+                    hint="Pass on what net.run returned for these samples, or None for the reset state.",
+                )
+
+    def first_state(self, state: dict[str, Any] | None, given: dict[str, Any]) -> dict[str, Any] | None:
+        """The state before the first step, with what the caller gives as carried arguments."""
+        for argument in self.program.carried:
+            value = given.get(argument.name)
+            if value is not None:
+                state = {**(state or {}), **flatten_state(argument, value)}
+            elif argument.required and not set(argument.slot_names()) <= set(state or {}):
+                raise InputError(
+                    "SNNFX308",
+                    f"the first value of `{argument.name}` is missing",
+                    why="it was given in example_inputs, and has no default.",
+                    hint=f"Pass it as the model takes it: net(x_seq, {argument.name}=...).",
+                )
+        alone = self.options.step_mode == "s" or self.program.first_step is not None
+        missing = {slot.name for slot in self.program.slots} - set(state or {})
+        if state is not None and missing and alone:
+            raise InputError(
+                "SNNFX308",
+                f"only a part of the state is given, {', '.join(sorted(missing))} is missing",
+                why="the first step of this model does something else than the others, or is run on its own.",
+                hint="Give all of it or nothing; net.run returns all of it.",
+            )
+        return state
+
+
+def _broadcasts(shape: tuple[int, ...], to: tuple[int, ...]) -> bool:
+    """Whether a tensor of a shape can stand where one of shape `to` is expected."""
+    pairs = zip(reversed(shape), reversed(to), strict=False)
+    return len(shape) <= len(to) and all(size in (1, expected) for size, expected in pairs)

@@ -1,0 +1,49 @@
+"""Memory formats of images: channels-last for CPU convolutions, row-major for code that may look at strides."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+__all__ = ["channels_last", "row_major", "stack_in_layout", "unbind_in_layout"]
+
+_FORMATS_OF_THE_CPU = (torch.float32, torch.bfloat16, torch.float16)
+
+
+def channels_last(x: Tensor) -> Tensor:
+    """Images `[N, C, H, W]` on a CPU with the channels innermost in memory; everything else as it is.
+
+    oneDNN's convolutions and torch's pooling take that format several times faster than row-major (`[N, C, H, W]` in
+    this order in memory). The values are the same. Under torch.compile the choice is left to the compiler, under
+    torch.vmap to torch. float64 has no such kernels.
+    """
+    if torch.compiler.is_compiling() or x.dim() != 4 or x.device.type != "cpu" or x.dtype not in _FORMATS_OF_THE_CPU:
+        return x
+    if torch._C._functorch.is_batchedtensor(x):
+        return x
+    if x.shape[1] == 1:
+        # One channel is in either order: only its strides tell torch which one is meant.
+        return x.contiguous().squeeze(1).unsqueeze(-1).permute(0, 3, 1, 2)
+    return x.contiguous(memory_format=torch.channels_last)
+
+
+def row_major(x: Tensor) -> Tensor:
+    """The value with its last dimension innermost in memory, as `view` and the caller expect it."""
+    return x.contiguous()
+
+
+def unbind_in_layout(x_seq: Tensor) -> Sequence[Tensor]:
+    """The T steps of a sequence; of images that are channels-last, the gradient will be channels-last, too."""
+    if x_seq.dim() != 5 or x_seq.is_contiguous() or x_seq.stride(2) != 1:
+        return x_seq.unbind(0)
+    return [x.permute(0, 3, 1, 2) for x in x_seq.permute(0, 1, 3, 4, 2).unbind(0)]
+
+
+def stack_in_layout(steps: Sequence[Tensor]) -> Tensor:
+    """`torch.stack` of T images `[N, C, H, W]` that keeps their memory format: `[T, N, C, H, W]`."""
+    first = steps[0]
+    if first.dim() == 4 and not first.is_contiguous() and first.is_contiguous(memory_format=torch.channels_last):
+        return torch.stack([x.permute(0, 2, 3, 1) for x in steps]).permute(0, 1, 4, 2, 3)
+    return torch.stack(tuple(steps))
