@@ -7,7 +7,7 @@ import builtins
 import inspect
 import operator
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache
 from typing import Any
 
@@ -17,11 +17,20 @@ from torch import Tensor, nn
 from torch.fx import Node
 
 from snnfx.leaves import is_vouched
+from snnfx.online_ops import (
+    cut_history,
+    draw_dropout_mask,
+    ones_per_sample,
+    traced_call,
+    traced_module,
+    update_trace,
+)
 from snnfx.passes.batch_facts import Fact, Rank
+from snnfx.passes.batch_modules import OnTrace
 from snnfx.passes.batch_rules import FOREIGN, METHODS, MODULES, OPERATORS, ROWS, ModuleRow, Row
 from snnfx.program import estimates_weights
 from snnfx.state import call_opaque, call_stateful, initial_value, opaque_initial_value
-from snnfx.step_functions import apply_autograd_function, expect_size
+from snnfx.step_functions import apply_autograd_function, expect_size, set_part
 
 __all__ = ["Found", "constant_fact", "look_up", "row_names"]
 
@@ -40,6 +49,8 @@ def look_up(node: Node, resolve: Callable[[str], object]) -> Found | None:
     """The row of a node, with its arguments by name; None when there is none or the arguments do not fit."""
     if node.op == "call_module":
         return _look_up_module(node, resolve(str(node.target)))
+    if node.target is traced_module or node.target is traced_call:
+        return _look_up_traced(node, resolve)
     name = _function_names().get(node.target) if node.op == "call_function" else _method_name(str(node.target))
     row = _rows().get(name) if name is not None else None
     if row is None or name is None:
@@ -48,6 +59,33 @@ def look_up(node: Node, resolve: Callable[[str], object]) -> Found | None:
     if arguments is None:
         return None
     return Found(row, name, arguments, _module_argument(node, resolve))
+
+
+def _look_up_traced(node: Node, resolve: Callable[[str], object]) -> Found | None:
+    """A weight op that sees a trace: the row of the op, on its operand; the trace has to lie like the operand."""
+    if node.target is traced_module:
+        called, operand, trace, *rest = node.args
+        assert isinstance(called, Node)
+        found = _look_up_module(Call((operand,), {}), resolve(str(called.target)))
+    else:
+        name, position, trace, bias_trace, *args = node.args
+        operand, rest = args[position], [bias_trace]  # type: ignore[index]
+        row = _rows().get(str(name))
+        arguments = None if row is None else bind(row.signature, args, node.kwargs)
+        found = None if row is None or arguments is None else Found(row, str(name), arguments)
+    if found is None:
+        return None
+    row = replace(found.row, rule=OnTrace(found.row.rule), operands=f"{found.row.operands} operand traces")
+    traces = tuple(t for t in (trace, *rest) if t is not None)
+    return replace(found, row=row, arguments={**found.arguments, "operand": operand, "traces": traces})
+
+
+@dataclass(frozen=True)
+class Call:
+    """What a module is called with."""
+
+    args: tuple[Any, ...]
+    kwargs: Mapping[str, Any]
 
 
 def row_names() -> list[str]:
@@ -68,9 +106,14 @@ def _function_names() -> dict[Any, str]:
         apply_autograd_function,
         call_opaque,
         call_stateful,
+        cut_history,
+        draw_dropout_mask,
         expect_size,
         initial_value,
+        ones_per_sample,
         opaque_initial_value,
+        set_part,
+        update_trace,
     ):
         names[function] = function.__name__
     for name in _rows():
@@ -176,7 +219,7 @@ _ELEMENTWISE_MODULE = ModuleRow("", "relu")
 _HARMLESS = {"__init__", "__repr__", "extra_repr", "reset_parameters", "__setstate__", "_load_from_state_dict"}
 
 
-def _look_up_module(node: Node, module: object) -> Found | None:
+def _look_up_module(node: Node | Call, module: object) -> Found | None:
     if not isinstance(module, nn.Module):
         return None
     cls, module_row = _class_with_row(module)

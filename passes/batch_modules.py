@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -13,6 +15,7 @@ from snnfx.passes.batch_site import Site, aligned, broadcast, is_batch_sized, lo
 from snnfx.state import adapter_of
 
 __all__ = [
+    "OnTrace",
     "autograd_function",
     "batch_norm",
     "cell",
@@ -23,6 +26,7 @@ __all__ = [
     "multihead_attention",
     "opaque",
     "recurrent",
+    "sample_ones",
     "stateful",
 ]
 
@@ -240,6 +244,35 @@ def _keeps_shape(function: type[torch.autograd.Function], operands: Any) -> bool
         if not isinstance(result, torch.Tensor) or result.shape != shape:
             return False
     return True
+
+
+@dataclass(frozen=True)
+class OnTrace:
+    """A weight op whose weight gradient is taken on a trace of its operand: carries the batch as the op does.
+
+    Args:
+        rule: that of the op.
+    """
+
+    rule: Callable[[Site], Value]
+
+    def __call__(self, site: Site) -> Value:
+        operand = site["operand"]
+        for trace in leaves(site["traces"]):
+            if not isinstance(operand, Fact) or not isinstance(trace, Fact) or trace.dim is None:
+                site.refuse("SNNFX105", f"where the batch of a trace of {site.text} is, is not known")
+            elif (trace.dim, trace.size) != (operand.dim, operand.size):
+                site.refuse("SNNFX105", f"a trace of {site.text} does not have its batch where the operand has it")
+        return self.rule(site)
+
+
+def sample_ones(site: Site) -> Value:
+    """One number for each sample, `[N]`."""
+    operand = site["input"]
+    if not isinstance(operand, Fact) or operand.dim != 0:
+        site.refuse("SNNFX105", f"the operand of {site.text} does not have its batch first")
+        return UNKNOWN
+    return Fact(Rank(1), 0, operand.size)
 
 
 def expect_size(site: Site) -> Value:

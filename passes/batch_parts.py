@@ -15,6 +15,7 @@ from snnfx.passes.batch_facts import (
     SizeFact,
     Unknown,
     Value,
+    gap,
     leaves,
 )
 from snnfx.passes.batch_shapes import (
@@ -26,9 +27,10 @@ from snnfx.passes.batch_shapes import (
     transpose_last,
     unsqueeze,
 )
-from snnfx.passes.batch_site import Site, aligned, is_batch_sized, lost, number
+from snnfx.passes.batch_site import Site, aligned, broadcast, is_batch_sized, lost, number
 
 __all__ = ["attribute", "cat", "create", "getitem", "make_constant", "numel", "pieces", "python_value", "rank_of"]
+__all__ += ["set_part"]
 __all__ += ["select", "size", "stack", "unbind"]
 
 
@@ -103,6 +105,23 @@ def getitem(site: Site) -> Value:
         return UNKNOWN
     items = index if isinstance(index, tuple) else (index,)
     return _sliced(site, source, items)
+
+
+def set_part(site: Site) -> Value:
+    """`x` after `x[index] = value`: the index must not touch the batch, and the value must fit the part."""
+    target, index, value = site["input"], site["index"], site["value"]
+    if not isinstance(target, Fact):
+        return UNKNOWN
+    part = _sliced(site, target, index if isinstance(index, tuple) else (index,))
+    if not isinstance(part, Fact):
+        return UNKNOWN
+    merged = broadcast(site, [part, value])
+    if merged == part:
+        return target
+    if isinstance(merged, Fact) and not merged.batched and not target.batched and gap(merged.rank, part.rank) == 0:
+        return Fact(target.rank, varying=merged.varying)
+    site.refuse("SNNFX105", f"the value assigned in {site.text} has its batch elsewhere than the part")
+    return UNKNOWN
 
 
 def _element(site: Site, source: tuple[Any, ...], index: Any) -> Value:

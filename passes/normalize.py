@@ -17,6 +17,7 @@ from torch.fx import Node
 from snnfx.errors import CaptureError
 from snnfx.passes.base import Pass
 from snnfx.passes.dependence import is_size
+from snnfx.passes.state_aliases import is_output_of_stateful_call, unite_output_with_state
 from snnfx.program import (
     IN_PLACE_OPERATORS,
     StepProgram,
@@ -27,6 +28,7 @@ from snnfx.program import (
     place_of,
     takes_from_tuple,
 )
+from snnfx.step_functions import set_part_
 
 __all__ = ["Normalize"]
 
@@ -60,6 +62,12 @@ class Normalize(Pass):
             self.apply(program.first_step)
         _merge_attributes(program)
         for node in list(program.graph.nodes):
+            if node.target is set_part_:
+                _change_before_assigning(node)
+        for node in list(program.graph.nodes):
+            if is_in_place(node) or has_in_place_flag(program, node):
+                _unite_changed_output_with_state(program, node)
+        for node in list(program.graph.nodes):
             if is_in_place(node):
                 _functionalize(program, node)
                 replaced += 1
@@ -82,16 +90,46 @@ def _merge_attributes(program: StepProgram) -> None:
                 program.graph.erase_node(node)
 
 
+def _change_before_assigning(node: Node) -> None:
+    """`x[i] += y` is a change of the view `x[i]` and then `x[i] = ` that: the change may as well make a new value."""
+    target, index, value = node.args
+    if not isinstance(value, Node) or not is_in_place(value) or set(value.users) != {node}:
+        return
+    part = value.args[0]
+    is_part = isinstance(part, Node) and part.target is operator.getitem and part.args == (target, index)
+    if is_part and set(part.users) == {value} and value.target in IN_PLACE_OPERATORS:  # type: ignore[union-attr]
+        value.target = IN_PLACE_OPERATORS[value.target]
+
+
+def _unite_changed_output_with_state(program: StepProgram, node: Node) -> None:
+    """Where a change in place reaches the output of a stateful module: that may be its state."""
+    changed = node.args[0] if node.args else None
+    while isinstance(changed, Node) and not is_output_of_stateful_call(changed):
+        source = changed.args[0] if changed.args else None
+        changed = source if isinstance(source, Node) and _may_share_memory(program, changed, source) else None
+    if isinstance(changed, Node):
+        unite_output_with_state(program, changed, node)
+
+
 def _functionalize(program: StepProgram, node: Node) -> None:
     operand = node.args[0]
     assert isinstance(operand, Node)
-    if operation_name(operand) in _VIEWS and operand.op.startswith("call"):
+    is_view = operation_name(operand) in _VIEWS and operand.op.startswith("call")
+    if is_view and not is_output_of_stateful_call(operand):
         raise CaptureError(
             "SNNFX214",
             f"`{node.name}` changes a view in place",
             where=place_of(node),
             why=f"`{operand.name}` shares its memory with another value, which would change as well.",
             hint="Write it without the underscore, e.g. x = torch.where(...) or x.index_fill(...).",
+        )
+    if operand.op == "get_attr" and str(operand.target) in program.constants:
+        raise CaptureError(
+            "SNNFX214",
+            f"`{node.name}` changes a tensor in place that the step did not compute",
+            where=place_of(node),
+            why="it was made before, or without the inputs, and would keep the change from step to step.",
+            hint="Make it of an input: x.new_zeros(x.shape[0], 4), torch.zeros_like(x).",
         )
     if operand.op == "get_attr":
         raise CaptureError(
@@ -207,6 +245,6 @@ def _copy_operand(program: StepProgram, node: Node) -> None:
     node.replace_input_with(operand, copy)
     seen = False
     for user in list(program.graph.nodes):
-        if seen and operand in user.all_input_nodes and user.target is not operator.getitem:
+        if seen and operand in user.all_input_nodes:
             user.replace_input_with(operand, node)
         seen = seen or user is node

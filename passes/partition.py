@@ -9,7 +9,7 @@ order; unconnected branches are not joined, borders are views and cost nothing.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Set
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -19,7 +19,7 @@ from torch.fx import Node
 
 from snnfx.errors import CaptureError, Refusal
 from snnfx.passes.base import Pass
-from snnfx.passes.batch import infer_batch
+from snnfx.passes.batch import BatchAnalysis, infer_batch
 from snnfx.passes.batch_facts import Fact, model_input
 from snnfx.passes.dependence import Dependence, analyse_dependence, is_size
 from snnfx.program import (
@@ -55,16 +55,10 @@ class Partition(Pass):
     invariant_inputs: tuple[str, ...] = field(default=())
 
     def apply(self, program: StepProgram) -> str:
-        dependence = analyse_dependence(program, self.invariant_inputs, self._updates_at_every_step(program))
-        analysis = infer_batch(
-            program.graph,
-            program.resolve,
-            _input_facts(program),
-            carried=dependence.carried,
-            varying=dependence.varying,
-            training=program.training,
-            batch_norm=self.batch_norm,  # type: ignore[arg-type]
-        )
+        dependence, analysis = self._analyse(program)
+        stepped = _layers_called_again_that_stay_out_of_the_fold(program, analysis.refusals)
+        if stepped:
+            dependence, analysis = self._analyse(program, stepped)
         program.requirements = dict(analysis.requirements)
         for node in program.graph.nodes:
             node.meta["varying"] = node in dependence.varying and not node.meta.get("sunk")
@@ -79,10 +73,25 @@ class Partition(Pass):
         summary = ", ".join(f"{count} {kind}" for kind, count in counts.items() if count)
         return f"{sum(len(r.nodes) for r in program.regions)} nodes in {len(program.regions)} regions: {summary}"
 
-    def _updates_at_every_step(self, program: StepProgram) -> Callable[[Node], bool]:
+    def _analyse(self, program: StepProgram, stepped: Set[str] = frozenset()) -> tuple[Dependence, BatchAnalysis]:
+        changing = self._updates_at_every_step(program, stepped)
+        dependence = analyse_dependence(program, self.invariant_inputs, changing)
+        analysis = infer_batch(
+            program.graph,
+            program.resolve,
+            _input_facts(program),
+            carried=dependence.carried,
+            varying=dependence.varying,
+            training=program.training,
+            batch_norm=self.batch_norm,  # type: ignore[arg-type]
+        )
+        return dependence, analysis
+
+    def _updates_at_every_step(self, program: StepProgram, stepped: Set[str]) -> Callable[[Node], bool]:
         """In training, what takes a step of its own at each call does so T times even if its input never changes.
 
-        That is a BatchNorm with statistics per step, and a weight that is estimated by power iteration.
+        That is a BatchNorm with statistics per step, by option or because it is in `stepped`, and a weight that is
+        estimated by power iteration.
         """
 
         def changing(node: Node) -> bool:
@@ -92,9 +101,25 @@ class Partition(Pass):
                 return False
             module = program.resolve(str(node.target))
             per_step = self.batch_norm == "per_step" and isinstance(module, nn.modules.batchnorm._BatchNorm)
-            return per_step or estimates_weights(module)
+            return per_step or str(node.target) in stepped or estimates_weights(module)
 
         return changing
+
+
+def _layers_called_again_that_stay_out_of_the_fold(
+    program: StepProgram, refusals: Mapping[Node, Refusal]
+) -> frozenset[str]:
+    """Layers with running statistics that are called more than once in a step, where not every call can be folded.
+
+    A call that is not folded has the statistics of one step: they go from call to call, through all steps.
+    """
+    calls: dict[str, list[Node]] = {}
+    for node in program.graph.nodes:
+        if node.op == "call_module" and updates_buffers(program, node):
+            calls.setdefault(str(node.target), []).append(node)
+    return frozenset(
+        name for name, nodes in calls.items() if len(nodes) > 1 and any(node in refusals for node in nodes)
+    )
 
 
 def _input_facts(program: StepProgram) -> dict[Node, Fact]:
@@ -139,8 +164,12 @@ def _kinds(program: StepProgram, dependence: Dependence, refusals: Mapping[Node,
     }
     kinds: dict[Node, str] = {}
     for node in program.graph.nodes:
+        node.meta.pop("step_refusal", None)
         if node in cycle_slots:
             kinds[node] = "loop"
+            if any(n in refusals for n in [node, *_sizes_behind(node)]):
+                # Even with its state known, its steps could not be taken together.
+                node.meta["step_refusal"] = True
             through = ", ".join(cycle_slots[node]) or "what a layer keeps that is called more than once in a step"
             reason = f"its value at one step depends on the step before, through {through}"
             node.meta["refusal"] = _opaque(program, node) or Refusal("SNNFX107", reason)

@@ -24,6 +24,7 @@ from snnfx.explain import explain
 from snnfx.factory import load_model
 from snnfx.layout import WIDTH
 from snnfx.net import Net
+from snnfx.options import ConvertKeywords
 from snnfx.verify import verify
 
 __all__ = ["main"]
@@ -98,6 +99,21 @@ def _command(commands: Any, name: str, run: Any, text: str) -> argparse.Argument
     )
     command.add_argument("--entry", default="forward", help="the method that is one step (default: forward)")
     command.add_argument("--batch-norm", default="fold", metavar="fold|per_step", help="statistics in training")
+    command.add_argument(
+        "--time-dim",
+        default="0",
+        metavar="0,none",
+        help="where T is in each input, or in all (default: 0; --time-dim=-1 for the last); none: the same at every step",
+    )
+    command.add_argument("--chunk", default="auto", metavar="16|auto|none", help="time steps at once in inference")
+    command.add_argument("--reduce", metavar="mean|sum|last", help="return that over time instead of sequences")
+    command.add_argument(
+        "--carry",
+        action="append",
+        metavar="mem=1",
+        help="an argument that is an output of the step before, and which (in a nest: state=1.0); once for each; "
+        "none: nothing is carried (default: inferred)",
+    )
     modes = ("training", "evaluation")
     command.add_argument("--mode", choices=modes, help="default: as the model is made; verify: both")
     return command
@@ -139,9 +155,21 @@ def _verify(arguments: argparse.Namespace) -> int:
     modes = (True, False) if arguments.mode is None else (arguments.mode == "training",)
     for training in modes:
         net.train(training)
-        sequences = [_random(text, arguments.T) for text in arguments.input]
-        print(verify(model, net, *sequences, double=arguments.double))
+        sequences, T = _sequences(arguments, options["time_dim"])
+        print(verify(model, net, *sequences, T=T, double=arguments.double))
     return 0
+
+
+def _sequences(arguments: argparse.Namespace, time_dim: Any) -> tuple[list[Tensor], int | None]:
+    """A random sequence for each input, with T where it belongs; and T where no input has it."""
+    dims = time_dim if isinstance(time_dim, tuple) else (time_dim,) * len(arguments.input)
+    if len(dims) != len(arguments.input):
+        raise InputError(
+            "SNNFX309", f"--time-dim {arguments.time_dim}", why=f"there are {len(arguments.input)} inputs."
+        )
+    pairs = zip(arguments.input, dims, strict=True)
+    sequences = [_random(text) if d is None else _random(text, arguments.T).movedim(0, d) for text, d in pairs]
+    return sequences, arguments.T if all(d is None for d in dims) else None
 
 
 def _model(arguments: argparse.Namespace) -> nn.Module:
@@ -150,9 +178,48 @@ def _model(arguments: argparse.Namespace) -> nn.Module:
     return model if arguments.mode is None else model.train(arguments.mode == "training")
 
 
-def _options(arguments: argparse.Namespace) -> dict[str, Any]:
+def _options(arguments: argparse.Namespace) -> ConvertKeywords:
     inputs = tuple(_random(text) for text in arguments.input)
-    return {"example_inputs": inputs or None, "entry": arguments.entry, "batch_norm": arguments.batch_norm}
+    return {
+        "example_inputs": inputs or None,
+        "entry": arguments.entry,
+        "batch_norm": arguments.batch_norm,
+        "time_dim": _time_dim(arguments.time_dim),
+        "chunk": arguments.chunk if arguments.chunk == "auto" else _number("--chunk", arguments.chunk),
+        "reduce": arguments.reduce,
+        "carry": _carry(arguments.carry),
+    }
+
+
+def _time_dim(text: str) -> Any:
+    """`0`, `none`, or one of them for each input: `0,none`."""
+    dims = tuple(_number("--time-dim", part) for part in text.split(","))
+    return dims if len(dims) > 1 else dims[0]
+
+
+def _number(option: str, text: str) -> int | None:
+    """An int, or None for `none`."""
+    if text.lower() == "none":
+        return None
+    try:
+        return int(text)
+    except ValueError as error:
+        raise InputError("SNNFX309", f"{option} {text}", hint="Give a number, or none.") from error
+
+
+def _carry(given: list[str] | None) -> dict[str, tuple[int | str, ...]] | None:
+    """`["mem1=1", "state=1.v"]` as a dict of paths; `["none"]` is the empty one."""
+    if given is None or [text.lower() for text in given] == ["none"]:
+        return None if given is None else {}
+    pairs = [text.partition("=") for text in given]
+    if not all(name and path for name, _, path in pairs):
+        raise InputError(
+            "SNNFX309", f"--carry {' '.join(given)}", hint="Name an argument and an output: --carry mem=1."
+        )
+    return {
+        name: tuple(int(key) if key.lstrip("-").isdigit() else key for key in path.split("."))
+        for name, _, path in pairs
+    }
 
 
 def _random(text: str, *time: int) -> Tensor:

@@ -64,6 +64,8 @@ CODES: dict[str, CodeEntry] = {
     "SNNFX107": CodeEntry(
         "sequential: on a cycle through time",
         "The value of this node at step t depends on its own value at an earlier step, so it has to be stepped.",
+        "self.h = self.cell(self.fc(torch.cat([x, self.h], 1)))   # fc is on the cycle",
+        "self.h = self.cell(self.fc_x(x) + self.fc_h(self.h))     # fc_x is not, and is folded",
     ),
     "SNNFX108": CodeEntry(
         "opaque: could not be traced",
@@ -153,14 +155,20 @@ CODES: dict[str, CodeEntry] = {
     "SNNFX210": CodeEntry(
         "the initial state depends on the step itself",
         "The first value of a state is computed from something that needs this state already.",
+        "if self.v is None: self.v = self.lif(self.w(self.v_other)); self.v_other = self.v",
+        "if self.v is None: self.v = torch.zeros_like(x)",
     ),
     "SNNFX211": CodeEntry(
         "the forward takes arguments that cannot be captured",
         "Inputs have to be tensors, or nested tuples, lists and dicts of tensors. Other values are fixed at conversion.",
+        "def forward(self, *xs): ...    # snnfx.convert(model): how many?",
+        "snnfx.convert(model, example_inputs=(x1, x2))",
     ),
     "SNNFX212": CodeEntry(
         "tracing changed with the first step",
         "The first step and the later ones do different things; the first step is run on its own (peeled).",
+        "if self.h is None: y = self.first(x)   # another layer at the first step\nelse: y = self.later(x, self.h)",
+        "if self.h is None: self.h = torch.zeros_like(x)\ny = self.later(x, self.h)   # an initial value: nothing is peeled",
     ),
     "SNNFX213": CodeEntry(
         "an undeclared state in a module that cannot be traced",
@@ -181,6 +189,14 @@ CODES: dict[str, CodeEntry] = {
         "place; the numbers of the capture would be used in every call.",
         "noise = torch.empty(5).normal_()",
         "noise = torch.randn(5)",
+    ),
+    "SNNFX216": CodeEntry(
+        "an input or output that is no nest of tensors",
+        "What a step takes and returns are tensors, numbers and the like, or tuples, lists, dicts and named tuples of them "
+        "(pytrees). Generators are used up by being looked at; tensors inside other objects, NumPy arrays and sets would be "
+        "fixed at conversion, or lost.",
+        "def forward(self, x): return Output(spikes=self.lif(x))   # a plain class",
+        "class Output(NamedTuple): ...   # or torch.utils._pytree.register_dataclass(Output)",
     ),
     # 3xx: inputs of a call
     "SNNFX301": CodeEntry(
@@ -222,6 +238,8 @@ CODES: dict[str, CodeEntry] = {
     "SNNFX307": CodeEntry(
         "the arguments do not fit the captured step",
         "The net was captured for other arguments: another number of inputs, another nesting, or another constant.",
+        "net = snnfx.convert(model, example_inputs=(x, True)); net(x_seq, False)",
+        "net = snnfx.convert(model, example_inputs=(x, False)); net(x_seq, False)",
     ),
     "SNNFX308": CodeEntry(
         "unknown or missing state",
@@ -229,7 +247,12 @@ CODES: dict[str, CodeEntry] = {
         'net.run(x_seq, state={"lif.u": v})',
         'net.run(x_seq, state={"lif.v": v})',
     ),
-    "SNNFX309": CodeEntry("an option has no such value", "The option does not take this value."),
+    "SNNFX309": CodeEntry(
+        "an option has no such value",
+        "The option does not take this value; the message says which it takes.",
+        'snnfx.convert(model, batch_norm="frozen")',
+        'snnfx.convert(model, batch_norm="per_step")',
+    ),
     "SNNFX310": CodeEntry(
         "the number of time steps is not known",
         "No input carries a time dimension (time_dim=None everywhere), so T has to be said.",
@@ -262,11 +285,41 @@ CODES: dict[str, CodeEntry] = {
         "snnfx.convert(model)                             # forward(self, x, mem=None) -> (spk, aux, mem)",
         'snnfx.convert(model, carry={"mem": 2})           # carry={} if no argument is carried',
     ),
+    "SNNFX315": CodeEntry(
+        "a plain value of the model changed after conversion",
+        "A number, flag or string that the model's code reads (`self.tau`, `if self.flag`) is part of the graph. The net "
+        "notices at the next call that it changed, and captures the model again; it says so once. Where it cannot (inside "
+        "torch.compile, or after the graph was replaced by hand) it raises, instead of going on with the old value. "
+        "Neurons and layers that stay one call read their own settings at every call, and need none of this.",
+        "net = torch.compile(snnfx.convert(model), fullgraph=True); net(x_seq); model.tau = 3.0; net(x_seq)",
+        'self.register_buffer("tau", torch.tensor(2.0))   # live; or call the net itself once after the change',
+    ),
     # 4xx: verification
-    "SNNFX401": CodeEntry("outputs differ", "The net's output is not that of the stepped model."),
-    "SNNFX402": CodeEntry("final states differ", "The state after the last step is not that of the stepped model."),
-    "SNNFX403": CodeEntry("gradients differ", "A gradient is not that of the stepped model."),
-    "SNNFX404": CodeEntry("buffers differ", "Running statistics are not those of the stepped model."),
+    "SNNFX401": CodeEntry(
+        "outputs differ",
+        "The net's output is not that of the stepped model. In float32 a potential at the threshold may round to the other "
+        "side, and that spike then differs: compare in float64 first. If it still differs, it is a fault of snnfx.",
+        "snnfx.verify(model, net, x_seq)                # one spike in a million differs",
+        "snnfx.verify(model, net, x_seq, double=True)",
+    ),
+    "SNNFX402": CodeEntry(
+        "final states differ",
+        "The state after the last step is not that of the stepped model; see SNNFX401.",
+        "snnfx.verify(model, net, x_seq)",
+        "snnfx.verify(model, net, x_seq, double=True)",
+    ),
+    "SNNFX403": CodeEntry(
+        "gradients differ",
+        "A gradient is not that of the stepped model; see SNNFX401.",
+        "snnfx.verify(model, net, x_seq)",
+        "snnfx.verify(model, net, x_seq, double=True)",
+    ),
+    "SNNFX404": CodeEntry(
+        "buffers differ",
+        "Running statistics, or other buffers, are not those of the stepped model; see SNNFX401.",
+        "snnfx.verify(model, net, x_seq)",
+        "snnfx.verify(model, net, x_seq, double=True)",
+    ),
     "SNNFX405": CodeEntry(
         "the declared semantics does not apply",
         'With batch_norm="fold", a BatchNorm in training takes its statistics over all time steps at once. That has no '
@@ -276,14 +329,30 @@ CODES: dict[str, CodeEntry] = {
         'snnfx.verify(model, snnfx.convert(model, batch_norm="per_step"), x_seq)',
     ),
     # 5xx: passes
-    "SNNFX501": CodeEntry("a pass broke the graph", "The verifier between passes found the graph invalid."),
-    "SNNFX502": CodeEntry("passes in an illegal order", "A pass was run at a stage that it does not take."),
+    "SNNFX501": CodeEntry(
+        "a pass broke the graph",
+        "The verifier between passes found the graph invalid. The message names the pass and the node.",
+        "program.graph.erase_node(node)   # in a pass: somebody still reads the slot",
+        "node.replace_all_uses_with(new); program.graph.erase_node(node)",
+    ),
+    "SNNFX502": CodeEntry(
+        "passes in an illegal order",
+        "A pass was run at a stage that it does not take: `requires` and `ensures` of the passes do not meet.",
+        "PassManager([Partition(), Normalize()]).run(program)",
+        "PassManager([Normalize(), Partition()]).run(program)",
+    ),
     "SNNFX503": CodeEntry(
-        "a region is gone", "A compiled or exported program calls a region of a net that no longer exists."
+        "a region is gone",
+        "A compiled or exported program calls a region of a net that no longer exists: it refers to the loops of the "
+        "living net, so it runs in the same process only, and as long as the net is there.",
+        "exported = torch.export.export(net, (x_seq,)); del net; exported.module()(x_seq)",
+        "exported = torch.export.export(net, (x_seq,)); exported.module()(x_seq)   # net is kept",
     ),
     "SNNFX504": CodeEntry(
         "a fallback was taken",
         "A faster form of a region was refused at run time and a slower one is used from now on; the result is the same.",
+        "y[mask] = 0                  # torch.vmap has no rule for a boolean index: stepped",
+        "y = y.masked_fill(mask, 0)   # mapped, or folded",
     ),
     # 6xx: tools around the library
     "SNNFX601": CodeEntry(
@@ -292,6 +361,16 @@ CODES: dict[str, CodeEntry] = {
         'snnfx.draw(net, "net.svg")',
         'apt install graphviz; pip install "snnfx[draw]"   # or draw to a .dot file',
     ),
-    "SNNFX602": CodeEntry("cannot load the model", "The path pkg.module:factory does not lead to a model."),
-    "SNNFX603": CodeEntry("unknown file type", "draw writes .svg, .png, .pdf and .dot."),
+    "SNNFX602": CodeEntry(
+        "cannot load the model",
+        "The path pkg.module:factory does not lead to a model, or to a function that makes one without arguments.",
+        "python -m snnfx explain models.csnn",
+        "python -m snnfx explain models.csnn:build",
+    ),
+    "SNNFX603": CodeEntry(
+        "unknown file type",
+        "draw writes .svg, .png, .pdf and .dot.",
+        'snnfx.draw(net, "net.jpg")',
+        'snnfx.draw(net, "net.png")',
+    ),
 }

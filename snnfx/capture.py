@@ -27,11 +27,13 @@ from snnfx.carry import OutputPath
 from snnfx.errors import CaptureError, InputError
 from snnfx.leaves import is_leaf
 from snnfx.matching import GraphMatch
+from snnfx.places import place_of_forward
 from snnfx.program import InputLeaf, Slot, StepProgram, add_placeholder, results_of
 from snnfx.state import StateSnapshot
 from snnfx.step_arguments import Carried, carried_arguments, step_arguments
 from snnfx.traced import Traces, erase_unused_placeholders
 from snnfx.tracer import SubmoduleNotTraceable
+from snnfx.tracing_patches import watched_training_flag
 
 __all__ = ["capture", "capture_both_modes"]
 
@@ -47,7 +49,11 @@ def capture_both_modes(
     Returns:
         `(training program, evaluation program)`; the same object twice when the mode makes no difference.
     """
-    training = capture(model, example_inputs, entry, training=True, carry=carry)
+    _check_model(model, entry)
+    with watched_training_flag(model) as flag:
+        training = capture(model, example_inputs, entry, training=True, carry=carry)
+    if not flag.was_read:
+        return training, training
     evaluation = capture(model, example_inputs, entry, training=False, carry=carry)
     match = GraphMatch(training, evaluation)
     if match.same_program():
@@ -111,7 +117,10 @@ def capture(
                 break
             except SubmoduleNotTraceable as failure:
                 if failure.name in opaque or failure.name == "":
-                    raise CaptureError("SNNFX201", "the model cannot be traced", why=failure.reason) from failure
+                    where = place_of_forward(model, entry)
+                    raise CaptureError(
+                        "SNNFX201", "the model cannot be traced", where=where, why=failure.reason
+                    ) from failure
                 opaque[failure.name] = failure.reason
     for captured in filter(None, (program, program.first_step)):
         for node in captured.graph.nodes:
@@ -139,7 +148,7 @@ def _capture_once(
         discovered[attribute.name] = attribute
     starts_as_none = {name for c in carried if not c.required for name in c.argument().slot_names()}
     if not discovered and not traced.inlined_slots() and not starts_as_none:
-        return traced.program(cold, leaves, spec, training)
+        return replace(traced.program(cold, leaves, spec, training), scalars=traced.scalars(()))
     cold_program = traced.program(cold, leaves, spec, training, drop_overwritten=False)
     structures = [c.structure for c in carried]
     for _ in range(3):
@@ -154,7 +163,7 @@ def _capture_once(
         raise CaptureError(
             "SNNFX201",
             f"the state of the model does not settle: each step adds to it, `{new[0].name}` last",
-            where=type(new[0].module).__name__,
+            where=place_of_forward(new[0].module),
             why="a net has the same states at every step.",
             hint="Register the states with snnfx.MemoryModule.register_memory.",
         )
@@ -162,11 +171,12 @@ def _capture_once(
         raise CaptureError(
             "SNNFX201",
             f"the carried state {', '.join(c.name for c in carried)} has another structure after the second step",
-            where=type(model).__name__,
+            where=place_of_forward(model, entry),
             why="a net has the same states at every step.",
             hint="Let one step return the state nested as it takes it.",
         )
     program = traced.program(warm, leaves, spec, training, set(discovered))
+    program.scalars = traced.scalars(discovered.values())
     # What the cold trace left in discovered attributes is their next value there.
     outputs, nexts, initials = cold_program.results
     by_name = dict(zip((s.name for s in cold_program.slots), zip(nexts, initials, strict=True), strict=True))
@@ -239,6 +249,7 @@ def _check_model(model: nn.Module, entry: str) -> None:
             raise CaptureError(
                 "SNNFX207",
                 f"`{name}` has no values yet",
+                where=place_of_forward(model, entry),
                 why="it belongs to a lazy module.",
                 hint="Call the model once with a batch of one step, then convert it.",
             )
@@ -247,10 +258,11 @@ def _check_model(model: nn.Module, entry: str) -> None:
 @contextlib.contextmanager
 def _mode(model: nn.Module, training: bool) -> Iterator[None]:
     """Set the training flag of everything that is traced through; leaves look at their own flag at the call."""
-    if model.training == training:
+    # Not by the attribute: that somebody looks at it is noticed.
+    before = [(m, m.__dict__["training"]) for m in model.modules() if "training" in m.__dict__]
+    if model.__dict__.get("training") == training:
         yield
         return
-    before = [(m, m.training) for m in model.modules()]
     try:
         for m, _ in before:
             if m is model or not is_leaf(m):

@@ -5,8 +5,8 @@ from __future__ import annotations
 import dataclasses
 import operator
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
-from typing import Any
+from collections.abc import Iterator, Sequence
+from typing import Any, Unpack
 
 import torch
 from torch import Tensor, nn
@@ -18,6 +18,7 @@ from snnfx.errors import CaptureError, Refusal
 from snnfx.expressions import expression_of_initial_value
 from snnfx.isolation import undisturbed
 from snnfx.net import Net
+from snnfx.options import ConvertKeywords, ConvertOptions
 from snnfx.passes.batch import infer_batch, model_input
 from snnfx.passes.chunk import plan_chunks
 from snnfx.passes.dependence import analyse_dependence
@@ -38,32 +39,15 @@ from snnfx.step_functions import apply_autograd_function
 __all__ = ["Report", "explain"]
 
 
-def explain(
-    model: nn.Module,
-    *,
-    example_inputs: Any = None,
-    time_dim: Any = 0,
-    entry: str = "forward",
-    batch_norm: str = "fold",
-    chunk: int | str | None = "auto",
-    carry_state: bool = False,
-    reduce: str | None = None,
-    carry: Mapping[str, Any] | None = None,
-) -> Report:
+def explain(model: nn.Module, **options: Unpack[ConvertKeywords]) -> Report:
     """Tell what `snnfx.convert` does with a model: what is folded, mapped or looped, and why.
 
     A model that cannot be converted gives a report as well, with the reason in `report.error`. Nothing is changed.
 
     Args:
         model: a single-step model; or a converted net, which is reported on as it is (the options are its own then).
-        example_inputs: as for `snnfx.convert`, like the following; without it shapes are not known.
-        time_dim: where T is in each input.
-        entry: the name of the method that is one step.
-        batch_norm: "fold" or "per_step".
-        chunk: time steps to run at once in inference.
-        carry_state: keep the state from call to call.
-        reduce: "mean", "sum" or "last": return that over the time steps.
-        carry: for models with explicit state, which argument is carried from which output.
+        **options: those of `snnfx.convert`: `example_inputs` (without it shapes are not known), `time_dim`, `entry`,
+            `batch_norm`, `chunk`, `reduce`, `carry` and so on.
 
     Returns:
         A `Report`: `print(report)`, `report.to_dict()`, `report.to_markdown()`. Regions, shapes and reasons are those
@@ -83,20 +67,12 @@ def explain(
     """
     if isinstance(model, Net):
         return _report_on(model)
-    options: dict[str, Any] = {
-        "time_dim": time_dim,
-        "entry": entry,
-        "batch_norm": batch_norm,
-        "chunk": chunk,
-        "carry_state": carry_state,
-        "reduce": reduce,
-        "carry": carry,
-    }
     try:
-        net = convert(model, example_inputs=example_inputs, **options)
+        net = convert(model, **options)
     except CaptureError as error:
         problem = Problem(error.code, str(error), error.where, error.why, error.hint)
-        return Report(type(model).__name__, model.training, {"step_mode": "m", **options}, problem)
+        asked: dict[str, Any] = {name: value for name, value in options.items() if name != "example_inputs"}
+        return Report(type(model).__name__, model.training, dataclasses.asdict(ConvertOptions(**asked)), problem)
     return _report_on(net)
 
 
@@ -225,7 +201,7 @@ def _losing_the_batch(net: Net) -> Iterator[NotFolded]:
     program = net.program
     if not any(refusal.code == "SNNFX105" for region in program.regions for _, refusal in region.refusals()):
         return
-    dims = zip(program.input_leaves, net._time_dims, strict=True)
+    dims = zip(program.input_leaves, net._arguments.time_dims, strict=True)
     dependence = analyse_dependence(program, [leaf.placeholder or "" for leaf, dim in dims if dim is None])
     inputs = {n: model_input(n, "N" if n.name in program.batched_inputs else n.name) for n in program.input_nodes()}
     refusals = infer_batch(
@@ -263,7 +239,7 @@ def _row(program: StepProgram, region: Region, node: Node, refusal: Refusal) -> 
 def _inputs(net: Net) -> Iterator[InputRow]:
     program = net.program
     by_name = program.nodes_by_name
-    for leaf, dim in zip(program.input_leaves, net._time_dims, strict=True):
+    for leaf, dim in zip(program.input_leaves, net._arguments.time_dims, strict=True):
         if leaf.placeholder is None:
             continue
         node = by_name[leaf.placeholder]
@@ -302,7 +278,8 @@ def _chunk(net: Net) -> ChunkRow | None:
         return ChunkRow(None, 0, 'chunk="auto": decided at the first call, from the shapes (example_inputs would tell)')
     device = next((p.device for p in net.source.parameters()), torch.device("cpu"))
     steps = [torch.empty(value.shape, dtype=value.dtype, device=device) for value in inputs]  # type: ignore[union-attr]
-    sequences = [x.unsqueeze(0) if dim is not None else x for x, dim in zip(steps, net._tensor_dims(), strict=True)]
+    varying = net._arguments.varying
+    sequences = [x.unsqueeze(0) if v else x for x, v in zip(steps, varying, strict=True)]
     with undisturbed(net.source):
         plan = net.chunk_plan(*sequences)
     return ChunkRow(plan.length, plan.bytes_per_step, plan.reason)

@@ -7,6 +7,7 @@ its placeholder, and its value for the next step is one of the nodes in `next_st
 
 from __future__ import annotations
 
+import functools
 import keyword
 import operator
 import os
@@ -23,7 +24,9 @@ from torch.utils import _pytree as pytree
 
 from snnfx.carry import CarriedArgument
 from snnfx.errors import Refusal
+from snnfx.scalars import ScalarRead
 from snnfx.state import call_opaque, call_stateful
+from snnfx.step_functions import set_part, set_part_
 
 __all__ = [
     "InputLeaf",
@@ -108,6 +111,7 @@ class StepProgram:
         opaque: modules that could not be traced, with the reason.
         carried: the arguments that are outputs of the step before; those outputs are None among `outputs`.
         inferred_carry: whether `carried` was inferred from the signature.
+        scalars: the plain values of the model that the graph holds as they were.
         overwritten: states of modules that every step overwrites before anything reads them; they are no slots.
         stage: how far the pipeline has come: "captured", "classified", "partitioned".
     """
@@ -128,6 +132,7 @@ class StepProgram:
     carried: list[CarriedArgument] = field(default_factory=list)
     inferred_carry: bool = False
     overwritten: frozenset[str] = frozenset()
+    scalars: list[ScalarRead] = field(default_factory=list)
     regions: list[Region] = field(default_factory=list)
     stage: str = "captured"
 
@@ -212,6 +217,15 @@ class StepProgram:
             first_step=self.first_step.copy() if self.first_step is not None else None,
         )
 
+    def unplanned(self) -> StepProgram:
+        """The same program before its regions were planned, in place: at stage "normalized" again."""
+        for node in self.graph.nodes:
+            for key in ("kind", "region", "refusal", "batch_dim", "varying"):
+                node.meta.pop(key, None)
+        self.regions, self.stage = [], "normalized"
+        self.constants = dict(self.constants)
+        return self
+
     def __str__(self) -> str:
         return "\n".join(format_node(node) for node in self.graph.nodes)
 
@@ -270,6 +284,7 @@ IN_PLACE_OPERATORS = {
     operator.isub: operator.sub,
     operator.imul: operator.mul,
     operator.itruediv: operator.truediv,
+    set_part_: set_part,
 }
 """`x += 1` and its like, with the operation that makes a new value."""
 
@@ -320,10 +335,14 @@ def place_of(node: Node) -> str:
     where = node.meta.get("where")
     if not where:
         return ""
-    filename, line = where
-    relative = os.path.relpath(filename)
-    short = relative if not relative.startswith("..") else os.path.join(*filename.split(os.sep)[-2:])
-    return f"{short}:{line}"
+    return f"{_short_path(where[0], os.getcwd())}:{where[1]}"
+
+
+@functools.lru_cache(maxsize=256)
+def _short_path(filename: str, folder: str) -> str:
+    """The path from `folder`, or the last two parts of a path that leads elsewhere; asked for at each node."""
+    relative = os.path.relpath(filename, folder)
+    return relative if not relative.startswith("..") else os.path.join(*filename.split(os.sep)[-2:])
 
 
 def describe_node(node: Node) -> str:

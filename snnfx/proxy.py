@@ -8,12 +8,14 @@ import operator
 from collections.abc import Callable, Iterator
 from typing import Any
 
+import torch
 from torch import Tensor, fx
 from torch.fx import Node
 
 from snnfx.errors import CaptureError
-from snnfx.places import format_place, user_place
+from snnfx.places import format_place
 from snnfx.program import operation_name
+from snnfx.step_functions import set_part_
 
 __all__ = ["UNKNOWN", "StepProxy", "needs_examples", "value_of"]
 
@@ -45,7 +47,9 @@ class StepProxy(fx.Proxy):
             isinstance(value, tuple) or (value is UNKNOWN and _gives_pair(self.node))
         ):
             return self[0 if name == "values" else 1]  # type: ignore[index]
-        if name in ("shape", "dtype", "device", "T", "mT", "H", "mH", "real", "imag", "data"):
+        if name == "data":
+            return self.tracer.create_proxy("call_method", "detach", (self,), {})  # the same, and vmap takes it
+        if name in ("shape", "dtype", "device", "T", "mT", "H", "mH", "real", "imag"):
             return self.tracer.create_proxy("call_function", getattr, (self, name), {})
         return super().__getattr__(name)
 
@@ -91,13 +95,10 @@ class StepProxy(fx.Proxy):
         return self.tracer.create_proxy("call_function", operation, (self, other), {})
 
     def __setitem__(self, index: Any, value: Any) -> None:
-        raise CaptureError(
-            "SNNFX201",
-            "a part of a tensor is assigned",
-            where=format_place(user_place()),
-            why=f"`{self.node.name}[...] = ...` changes a value in place, which a graph of values cannot record.",
-            hint="Use torch.where, torch.cat, index_fill or masked_fill, or put the code into a submodule.",
-        )
+        if type(index) is StepProxy and isinstance(value, int | float) and _is_mask_of(index.node, self.node):
+            self.tracer.create_proxy("call_method", "masked_fill_", (self, index, value), {})
+        else:
+            self.tracer.create_proxy("call_function", set_part_, (self, index, value), {})
 
     def __bool__(self) -> bool:
         return bool(self.tracer.concrete(self))  # type: ignore[attr-defined]
@@ -117,6 +118,15 @@ class StepProxy(fx.Proxy):
 def value_of(proxy: StepProxy) -> Any:
     """The example of the value, a fake tensor or a Python object, or UNKNOWN."""
     return proxy.node.meta.get("val", UNKNOWN)
+
+
+def _is_mask_of(mask: Node, node: Node) -> bool:
+    """Whether `mask` is known to be a mask with the shape of a value."""
+    known, of = mask.meta.get("val"), node.meta.get("val")
+    if isinstance(known, Tensor) and isinstance(of, Tensor):
+        return known.dtype is torch.bool and known.shape == of.shape
+    compared = mask.op != "placeholder" and operation_name(mask) in ("gt", "ge", "lt", "le", "eq", "ne")
+    return compared and mask.args[0] is node and isinstance(mask.args[1], int | float)
 
 
 _PAIRS = frozenset("max min sort topk median nanmedian mode kthvalue cummax cummin".split())

@@ -21,6 +21,7 @@ from torch._subclasses.fake_tensor import FakeTensor
 from torch.utils import _pytree as pytree
 
 from snnfx.errors import CaptureError, InputError
+from snnfx.places import place_of_forward
 
 __all__ = [
     "Adapter",
@@ -362,6 +363,7 @@ def _attributes_unchanged(module: nn.Module) -> Iterator[None]:
             raise CaptureError(
                 "SNNFX213",
                 f"`{type(m).__name__}` changes its attribute `{changed[0]}` in a step",
+                where=place_of_forward(m),
                 why="the module could not be traced, and a state that is not registered cannot be handed on.",
                 hint=f'Derive it from snnfx.MemoryModule and call self.register_memory("{changed[0]}", initial).',
             )

@@ -14,6 +14,8 @@ from torch.utils import _pytree as pytree
 from snnfx.attributes import is_number, recorded
 from snnfx.carry import CarriedArgument, OutputPath, SlotName, output_at, split_arguments
 from snnfx.errors import CaptureError, InputError
+from snnfx.nests import refuse_inputs
+from snnfx.places import place_of_forward
 from snnfx.program import InputLeaf
 from snnfx.proxy import StepProxy
 from snnfx.tracer import ArgumentLeaf
@@ -115,6 +117,12 @@ def as_call(example_inputs: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:
         return (), {}
     if isinstance(example_inputs, dict):
         return (), dict(example_inputs)
+    if not isinstance(example_inputs, Tensor | tuple | list):
+        raise InputError(
+            "SNNFX305",
+            f"example_inputs is a {type(example_inputs).__name__}",
+            hint="Give what ONE call takes: a tensor, a tuple of arguments, or a dict of keyword arguments.",
+        )
     return ((example_inputs,) if isinstance(example_inputs, Tensor) else tuple(example_inputs)), {}
 
 
@@ -136,6 +144,7 @@ def step_arguments(
             raise CaptureError(
                 "SNNFX211",
                 f"{type(model).__name__}.{entry} has no required arguments",
+                where=place_of_forward(model, entry),
                 why=f"its signature is {entry}{signature}.",
                 hint="Pass example_inputs=(x, ...) with what one step takes.",
             )
@@ -157,6 +166,8 @@ def step_arguments(
     del bound
     flat, spec = pytree.tree_flatten_with_path(given)
     names_in_order = [p.name for p in parameters]
+    others = [(_leaf_name(path, names_in_order), v) for path, v in flat if not isinstance(v, Tensor | _Unknown)]
+    refuse_inputs(others, place_of_forward(model, entry))
     leaves: list[InputLeaf] = []
     arguments: list[Any] = []
     for path, value in flat:

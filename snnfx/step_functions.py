@@ -5,11 +5,11 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from snnfx.errors import InputError
 
-__all__ = ["FunctionHolder", "apply_autograd_function", "expect_size"]
+__all__ = ["FunctionHolder", "apply_autograd_function", "expect_size", "set_part", "set_part_"]
 
 
 class FunctionHolder(nn.Module):
@@ -23,6 +23,21 @@ class FunctionHolder(nn.Module):
 def apply_autograd_function(holder: FunctionHolder, *args: Any) -> Any:
     """Call `holder.function.apply(*args)`: the node that keeps a custom backward."""
     return holder.function.apply(*args)
+
+
+def set_part(x: Tensor, index: Any, value: Any) -> Tensor:
+    """What `x` is after `x[index] = value`."""
+    x = x.clone()
+    x[index] = value
+    return x
+
+
+def set_part_(x: Tensor, index: Any, value: Any) -> Tensor:
+    """`x[index] = value` as the model writes it: to the graph, an operation in place on `x`.
+
+    Passes replace it by `set_part` before anything runs; the example value must not be changed while capturing.
+    """
+    return set_part(x, index, value)
 
 
 def expect_size(size: int, expected: int, where: str) -> int:

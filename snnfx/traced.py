@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import replace
 from typing import Any
 
@@ -16,6 +16,7 @@ from snnfx.errors import CaptureError
 from snnfx.leaves import is_leaf
 from snnfx.program import InputLeaf, Slot, StepProgram, results_of
 from snnfx.proxy import StepProxy
+from snnfx.scalars import ScalarRead
 from snnfx.state import Adapter, StateSnapshot, adapter_of, composite_adapter, copy_containers, is_stateful_tree
 from snnfx.step_arguments import Carried, carried_output
 from snnfx.tracer import StepTracer
@@ -38,6 +39,7 @@ class Traces:
         self.model, self.entry, self.arguments = model, entry, arguments
         self.opaque, self.fake_mode, self.carried = opaque, fake_mode, carried
         self.stateful = _outermost_stateful(model, opaque)
+        self.reads: dict[tuple[nn.Module, str], tuple[Any, str]] = {}
 
     def inlined_slots(self) -> set[str]:
         return {f"{prefix}{n}" for prefix, m, a, leaf in self.stateful if not leaf for n in a.names(m)}
@@ -55,11 +57,20 @@ class Traces:
     def leaf_slots(self) -> set[str]:
         return {f"{prefix}{n}" for prefix, m, a, leaf in self.stateful if leaf for n in a.names(m)}
 
+    def scalars(self, discovered: Iterable[Attribute]) -> list[ScalarRead]:
+        """The plain values that the model's code read in the traces, without what is state."""
+        state = {(m, name) for _, m, adapter, _ in self.stateful for name in adapter.names(m)}
+        state |= {(a.module, a.attribute) for a in discovered}
+        paths = {module: name for name, module in self.model.named_modules()}
+        reads = {key: read for key, read in self.reads.items() if key not in state and key[0] in paths}
+        return [ScalarRead(paths[module], name, *read) for (module, name), read in reads.items()]
+
     def trace(
         self, discovered: dict[str, Attribute], warm: bool, shapes: dict[str, Any] | None = None
     ) -> tuple[StepTracer, list[Attribute]]:
         """One trace; returns the tracer (with its graph) and the attributes that were changed beyond `discovered`."""
         tracer = StepTracer(self.arguments, self.entry, self.opaque, self.fake_mode)
+        tracer.reads = self.reads
         found: list[Attribute] = []
         shapes = shapes or {}
 

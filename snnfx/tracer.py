@@ -8,6 +8,7 @@ step as a fake tensor, so Python control flow on shapes works; nodes remember th
 from __future__ import annotations
 
 import contextlib
+import operator
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -24,9 +25,11 @@ from torch.utils import _pytree as pytree
 
 from snnfx.errors import CaptureError
 from snnfx.leaves import is_leaf
-from snnfx.places import format_place, user_place
+from snnfx.nests import refuse_outputs
+from snnfx.places import format_place, place_of_error, place_of_forward, user_calls, user_place
 from snnfx.program import SELF_TARGET, add_placeholder
 from snnfx.proxy import UNKNOWN, StepProxy, needs_examples, value_of
+from snnfx.scalars import recorded_reads
 from snnfx.state import (
     adapter_of,
     call_opaque,
@@ -38,8 +41,15 @@ from snnfx.state import (
     takes_state,
     without_hooks,
 )
-from snnfx.step_functions import expect_size
-from snnfx.tracing_patches import autocast_state, patched_apply, patched_factories, patched_isinstance
+from snnfx.step_functions import expect_size, set_part_
+from snnfx.tracing_patches import (
+    autocast_state,
+    patched_apply,
+    patched_factories,
+    patched_isinstance,
+    plain_isinstance,
+    quiet_fake_tensors,
+)
 
 __all__ = ["ArgumentLeaf", "StepTracer", "SubmoduleNotTraceable"]
 
@@ -87,10 +97,13 @@ class StepTracer(fx.Tracer):
         self.overwritten_slots: set[str] = set()
         self.carried_arguments: dict[str, Any] = {}
         self.take_carried: Callable[[Any], Any] = lambda outputs: outputs
-        self.calls_at: dict[tuple[str, object], int] = {}
+        self.calls_at: dict[tuple[str, object], list[object]] = {}
+        self._open_containers: list[object] = []
         self.output_spec: pytree.TreeSpec | None = None
+        self.reads: dict[tuple[nn.Module, str], tuple[Any, str]] = {}
         self.is_evaluating = False
         self._inside_call = False
+        self._value_of_next: Any = UNKNOWN
         self._autocast = autocast_state()
         self._paths: dict[nn.Module, str] = {}
 
@@ -102,14 +115,15 @@ class StepTracer(fx.Tracer):
         """Trace `root`; `prepare` runs when placeholders may be made, `finish` when the step has been recorded."""
         self._prepare, self._finish = prepare, finish
         self._paths = {module: name for name, module in root.named_modules()}
-        with patched_apply(self), patched_isinstance(), patched_factories(self):
+        reads = recorded_reads(self, self.reads)
+        with quiet_fake_tensors(), patched_apply(self), patched_isinstance(), patched_factories(self), reads:
             before = torch.get_rng_state()
             graph = self.trace(root)
         if not torch.equal(before, torch.get_rng_state()):
             raise CaptureError(
                 "SNNFX215",
                 "random numbers are drawn that the graph does not record",
-                where=type(root).__name__,
+                where=place_of_forward(root, self.traced_func_name),
                 why="they would be the same in every call of the net.",
                 hint="Draw them with torch.rand, torch.randn, torch.rand_like or torch.bernoulli of a recorded value.",
             )
@@ -123,6 +137,7 @@ class StepTracer(fx.Tracer):
         def one_step(root: nn.Module) -> Any:
             outputs = self._call_root(root, root_fn, args, {**kwargs, **self.carried_arguments})
             flat, self.output_spec = pytree.tree_flatten(self.take_carried(outputs))
+            refuse_outputs(flat, place_of_forward(root, self.traced_func_name))
             self._finish(self)
             names = list(self.slot_values)
             return (
@@ -146,7 +161,7 @@ class StepTracer(fx.Tracer):
         if self.traced_func_name == "forward":
             _refuse_hooks(root, "")
         if adapter is not None:
-            adapter.refuse(root, "the model")
+            _refuse_by(adapter, root, "the model", place_of_forward(root, self.traced_func_name))
         try:
             return root_fn(root, *args, **kwargs)
         except (CaptureError, SubmoduleNotTraceable):
@@ -155,7 +170,7 @@ class StepTracer(fx.Tracer):
             raise CaptureError(
                 "SNNFX201",
                 "the model cannot be traced",
-                where=type(root).__name__,
+                where=format_place(place_of_error(error)) or place_of_forward(root, self.traced_func_name),
                 why=f"{type(error).__name__}: {error}.",
                 hint="Put the code that cannot be traced into a submodule: that submodule is then stepped as it is.",
             ) from error
@@ -209,6 +224,8 @@ class StepTracer(fx.Tracer):
         return self.create_node("get_attr", name, (), {})
 
     def create_proxy(self, kind: str, target: Any, args: Any, kwargs: Any, *rest: Any, **more: Any) -> Any:
+        if kind == "call_method" and target == "__setitem__":  # of a tensor that the model made without its input
+            kind, target = "call_function", set_part_
         proxy = super().create_proxy(kind, target, args, kwargs, *rest, **more)
         if kind.startswith("call") and not torch.is_grad_enabled() and not self._inside_call:
             return self._without_gradient(proxy)
@@ -256,6 +273,9 @@ class StepTracer(fx.Tracer):
     def _evaluate(self, node: Node) -> None:
         if self.fake_mode is None or node.op in ("placeholder", "output") or "val" in node.meta:
             return
+        if node.op == "call_function" and self._value_of_next is not UNKNOWN:
+            node.meta["val"], self._value_of_next = self._value_of_next, UNKNOWN
+            return
         if node.op == "get_attr":
             self._record_value(node, lambda: self._fake(self._resolve(str(node.target))))
             return
@@ -269,13 +289,24 @@ class StepTracer(fx.Tracer):
         args, kwargs = fx.map_arg((node.args, node.kwargs), load)
         if unknown:
             return
-        if node.op == "call_module":
+        if node.target is operator.getitem and isinstance(args[0], tuple) and args[1] in range(len(args[0])):
+            node.meta["val"] = args[0][args[1]]  # most often of what a stateful call returns
+        elif node.op == "call_module":
             module = self._resolve(str(node.target))
             self._record_value(node, lambda: module(*args, **kwargs))
         elif node.op == "call_method":
             self._record_value(node, lambda: getattr(args[0], str(node.target))(*args[1:], **kwargs))
         else:
             self._record_value(node, lambda: node.target(*args, **kwargs))  # type: ignore[operator]
+
+    @contextlib.contextmanager
+    def _already_evaluated(self, value: Any) -> Iterator[None]:
+        """The value of the next node is known, if it is not UNKNOWN."""
+        before, self._value_of_next = self._value_of_next, value
+        try:
+            yield
+        finally:
+            self._value_of_next = before
 
     def _record_value(self, node: Node, compute: Callable[[], Any]) -> None:
         try:
@@ -313,7 +344,7 @@ class StepTracer(fx.Tracer):
         """Run real Python on values: nothing is recorded, modules are called for what they are."""
         before, self.is_evaluating = self.is_evaluating, True
         try:
-            with self.fake_mode or contextlib.nullcontext(), torch.no_grad():
+            with plain_isinstance(), self.fake_mode or contextlib.nullcontext(), torch.no_grad():
                 yield
         finally:
             self.is_evaluating = before
@@ -374,7 +405,7 @@ class StepTracer(fx.Tracer):
             return self._marked(self._call_with_state(m, name, call_opaque, composite_adapter(m), args, kwargs), name)
         adapter = adapter_of(m)
         if adapter is not None:
-            adapter.refuse(m, name)
+            _refuse_by(adapter, m, name or "the model", format_place(user_place()) or place_of_forward(m))
         if takes_state(adapter):
             return self._call_that_takes_state(m, name, adapter, args, kwargs)
         if adapter is not None and adapter.names(m):
@@ -390,6 +421,8 @@ class StepTracer(fx.Tracer):
             is_pair = isinstance(m, nn.LSTMCell)
             return (self._element(result, 0, name), self._element(result, 1, name)) if is_pair else result
         _refuse_hooks(m, name)
+        containers = [object()] if isinstance(m, nn.Sequential) else []
+        self._open_containers += containers
         try:
             result = super().call_module(m, forward, args, kwargs)
         except SubmoduleNotTraceable:
@@ -401,6 +434,8 @@ class StepTracer(fx.Tracer):
         except Exception as error:
             # Whatever Python does with a proxy that it cannot do: the module is run as it is instead.
             raise SubmoduleNotTraceable(name, f"{type(error).__name__}: {error}") from error
+        finally:
+            del self._open_containers[len(self._open_containers) - len(containers) :]
         return self._marked(result, name)
 
     def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
@@ -478,14 +513,16 @@ class StepTracer(fx.Tracer):
         slots = [prefix + slot for slot in adapter.names(m)]
         module = self._at_module(name, "get_attr", name or SELF_TARGET, (), {})
         first_initial = initial_value if call is call_stateful else opaque_initial_value
-        self._evaluate_slots(adapter, m, slots, args, kwargs)
+        initial, result = self._evaluate_slots(adapter, m, slots, args, kwargs)
         for index, slot in enumerate(slots):
             if slot not in self.slot_initials:
-                self.slot_initials[slot] = self._at_module(
-                    name, "call_function", first_initial, (module, index, *args), kwargs
-                )
+                with self._already_evaluated(initial[index] if initial is not None else UNKNOWN):
+                    self.slot_initials[slot] = self._at_module(
+                        name, "call_function", first_initial, (module, index, *args), kwargs
+                    )
         states = tuple(self.slot_values[slot] for slot in slots)
-        both = self._at_module(name, "call_function", call, (module, states, *args), kwargs)
+        with self._already_evaluated(result):
+            both = self._at_module(name, "call_function", call, (module, states, *args), kwargs)
         output = self._element(both, 0, name)
         next_states = self._element(both, 1, name) if slots else None
         for index, slot in enumerate(slots):
@@ -505,35 +542,54 @@ class StepTracer(fx.Tracer):
 
     def _evaluate_slots(
         self, adapter: Any, m: nn.Module, slots: list[str], args: tuple[Any, ...], kwargs: dict[str, Any]
-    ) -> None:
-        """Give the slots the shape they have after a step: an initial value may be a mere number."""
+    ) -> tuple[Any, Any]:
+        """Give the slots the shape they have after a step: an initial value may be a mere number.
+
+        Returns:
+            The initial values, None if they are not known, and what a step from the values of the slots returns, as far
+            as it need not be evaluated for that again.
+        """
         if self.fake_mode is None or all("val" in self.slot_placeholders[s].meta for s in slots):
-            return
+            return None, UNKNOWN
         leaves = pytree.tree_leaves((args, kwargs))
         if any(type(leaf) is StepProxy and value_of(leaf) is UNKNOWN for leaf in leaves):
-            return
+            return None, UNKNOWN
         real_args, real_kwargs = pytree.tree_map(lambda a: value_of(a) if type(a) is StepProxy else a, (args, kwargs))
         try:
             with self.evaluating():
                 initial = adapter.initial(m, *real_args, **real_kwargs)
                 stepper = adapter.step
-                _, after = stepper(m, initial, *real_args, **real_kwargs)
+                result = stepper(m, initial, *real_args, **real_kwargs)
         except (DataDependentOutputException, DynamicOutputShapeException, UnsupportedOperatorException):
-            return
-        for slot, value in zip(slots, after, strict=True):
+            return None, UNKNOWN
+        first_call = all("val" not in self.slot_placeholders[slot].meta for slot in slots)
+        for slot, value in zip(slots, result[1], strict=True):
             self.slot_placeholders[slot].meta.setdefault("val", value)
+        settled = first_call and adapter.elementwise(m) and _all_like(real_args[0], result[1])
+        return initial, result if settled else UNKNOWN
 
     def _refuse_time_loop(self, name: str) -> None:
-        key = (name, user_place())
-        self.calls_at[key] = self.calls_at.get(key, 0) + 1
-        if self.calls_at[key] >= 3 and key[1] is not None:
+        calls = user_calls()
+        rounds = self.calls_at.setdefault((name, calls), [])
+        # A neuron that is several times in one nn.Sequential is called once by the user's code.
+        container = self._open_containers[-1] if self._open_containers else object()
+        if not rounds or rounds[-1] is not container:
+            rounds.append(container)
+        if len(rounds) >= 3 and calls:
             raise CaptureError(
                 "SNNFX203",
-                f"`{name}` is called {self.calls_at[key]} times by the same line of one forward",
-                where=format_place(key[1]),
+                f"`{name}` is called {len(rounds)} times by the same line of one forward",
+                where=format_place(user_place()),
                 why="a stateful module called in a loop means that the forward runs over time itself.",
                 hint='Move the body of the loop to a method, e.g. `step(self, x)`, and convert with entry="step".',
             )
+
+
+def _all_like(x: Any, values: tuple[Any, ...]) -> bool:
+    """Whether all are tensors of the shape and dtype of `x`."""
+    return isinstance(x, Tensor) and all(
+        isinstance(v, Tensor) and v.shape == x.shape and v.dtype == x.dtype for v in values
+    )
 
 
 class ArgumentLeaf:
@@ -543,12 +599,22 @@ class ArgumentLeaf:
         self.name, self.index, self.value = name, index, value
 
 
+def _refuse_by(adapter: Any, m: nn.Module, name: str, where: str) -> None:
+    """Let an adapter refuse a module, and say where it is called."""
+    try:
+        adapter.refuse(m, name)
+    except CaptureError as error:
+        raise CaptureError(
+            error.code, error.what, where=error.where or where, why=error.why, hint=error.hint
+        ) from error.__cause__
+
+
 def _refuse_hooks(m: nn.Module, name: str) -> None:
     if m._forward_hooks or m._forward_pre_hooks or m._backward_hooks or m._backward_pre_hooks:
         raise CaptureError(
             "SNNFX208",
             f"`{name or 'the model'}` has hooks that would never run",
-            where=type(m).__name__,
+            where=place_of_forward(m),
             why="it is traced through, so the converted net does not call it as a module.",
             hint="Put the hook on a leaf module inside it, or remove it while converting.",
         )

@@ -4,19 +4,31 @@ from __future__ import annotations
 
 import builtins
 import contextlib
+import logging
 from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING, Any
 
 import torch
+from torch import nn
 from torch.utils import _pytree as pytree
 
+from snnfx.leaves import is_leaf
 from snnfx.proxy import StepProxy
 from snnfx.step_functions import FunctionHolder, apply_autograd_function
 
 if TYPE_CHECKING:
     from snnfx.tracer import StepTracer
 
-__all__ = ["autocast_state", "patched_apply", "patched_factories", "patched_isinstance"]
+__all__ = [
+    "WatchedFlag",
+    "autocast_state",
+    "patched_apply",
+    "patched_factories",
+    "patched_isinstance",
+    "plain_isinstance",
+    "quiet_fake_tensors",
+    "watched_training_flag",
+]
 
 _FACTORIES = ("zeros", "ones", "empty", "full", "rand", "randn", "arange", "eye", "linspace", "randint", "randperm")
 _RANDOM_FACTORIES = ("rand", "randn", "randint", "randperm")
@@ -62,6 +74,49 @@ def patched_isinstance() -> Iterator[None]:
         builtins.isinstance = original
 
 
+_ISINSTANCE = builtins.isinstance
+
+
+@contextlib.contextmanager
+def plain_isinstance() -> Iterator[None]:
+    """Python's own `isinstance` inside `patched_isinstance`, where no proxy is met: torch calls it very often."""
+    patched, builtins.isinstance = builtins.isinstance, _ISINSTANCE
+    try:
+        yield
+    finally:
+        builtins.isinstance = patched
+
+
+class WatchedFlag:
+    """Stands for `training` in nn.Module and remembers whether a module that is traced through looked at it."""
+
+    def __init__(self) -> None:
+        self.was_read = False
+
+    def __get__(self, module: nn.Module | None, cls: type) -> Any:
+        if module is None or "training" not in module.__dict__:
+            raise AttributeError("training")
+        self.was_read = self.was_read or not is_leaf(module)
+        return module.__dict__["training"]
+
+    def __set__(self, module: nn.Module, value: bool) -> None:
+        module.__dict__["training"] = value
+
+
+@contextlib.contextmanager
+def watched_training_flag(model: nn.Module) -> Iterator[WatchedFlag]:
+    """Notice whether what is recorded may depend on the mode; leaves look at their own flag when they are called."""
+    watch = WatchedFlag()
+    # A class with a flag of its own hides the one that is watched.
+    classes = {c for m in model.modules() for c in type(m).__mro__} - {nn.Module}
+    watch.was_read = any("training" in vars(c) for c in classes)
+    nn.Module.training = watch  # type: ignore[assignment]
+    try:
+        yield watch
+    finally:
+        del nn.Module.training
+
+
 @contextlib.contextmanager
 def patched_factories(tracer: StepTracer) -> Iterator[None]:
     """While tracing, `torch.zeros(x.shape[0], 4)` records one node: C++ does not take a proxy for a size.
@@ -86,6 +141,18 @@ def patched_factories(tracer: StepTracer) -> Iterator[None]:
     finally:
         for name, original in originals.items():
             setattr(torch, name, original)
+
+
+@contextlib.contextmanager
+def quiet_fake_tensors() -> Iterator[None]:
+    """While tracing, torch does not log the errors of fake tensors: they are raised, with the user's line."""
+    logger = logging.getLogger("torch._subclasses.fake_tensor")
+    before = logger.level
+    logger.setLevel(logging.CRITICAL)
+    try:
+        yield
+    finally:
+        logger.setLevel(before)
 
 
 def autocast_state() -> tuple[bool, ...]:

@@ -118,7 +118,9 @@ class _Verification:
         self.arguments: list[CarriedArgument] = getattr(getattr(net, "program", None), "carried", None) or [
             CarriedArgument(name, path, SlotName(name)) for name, path in self.carry.items()
         ]
-        once, per_step = called_in(net, {"once"}), called_in(net, {r.kind for r in net.regions} - {"once", "fold"})
+        self.plan = self._planned()
+        kinds = {region.kind for region in self.plan.regions}
+        once, per_step = called_in(self.plan, {"once"}), called_in(self.plan, kinds - {"once", "fold"})
         folded = {
             name
             for name, module in model.named_modules()
@@ -130,6 +132,14 @@ class _Verification:
         self.initial: dict[str, Any] = {}
         self.output_names: list[str] = []
         self.notes: list[str] = []
+
+    def _planned(self) -> Any:
+        """The net whose regions run these inputs: one of other ranks or batch sizes is planned again for them."""
+        planned_for = getattr(self.net, "planned_for", None)
+        if planned_for is None:
+            return self.net
+        args, kwargs = self.inputs.whole()
+        return planned_for(*args, **kwargs, **self._first_arguments())
 
     @property
     def semantics(self) -> str:
@@ -246,7 +256,7 @@ class _Verification:
                 if module not in shared:
                     module.training = self.net.training
         reset_net(self.model)
-        reset_discovered_state(self.model, self.net)
+        reset_discovered_state(self.model, self.plan)
         self.initial = _states(self.model)
         pairs = [inputs.of_step(t) for t in range(inputs.steps)]
         pairs[0] = pairs[0][0], {**pairs[0][1], **self._first_arguments()}
@@ -397,11 +407,11 @@ class _Verification:
         code = {"output": "SNNFX401", "state": "SNNFX402", "gradient": "SNNFX403", "buffer": "SNNFX404"}
         quoted = comparison.name.split("`")[1]
         if divergence is not None:
-            where = place_of_module(self.net, divergence.name)
+            where = place_of_module(self.plan, divergence.name)
         elif comparison.kind == "output":
-            where = place_of_output(self.net, self.output_names.index(quoted))
+            where = place_of_output(self.plan, self.output_names.index(quoted))
         else:
-            where = place_of_module(self.net, quoted.rpartition(".")[0])
+            where = place_of_module(self.plan, quoted.rpartition(".")[0])
         what = f"{comparison.name} is not that of {self.semantics}"
         return VerificationError(code[comparison.kind], what, where=where, why=why, hint=hint)
 

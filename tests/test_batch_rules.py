@@ -27,7 +27,7 @@ from snnfx.passes.batch_facts import UNKNOWN, Rank, Repeated, ShapeFact, leaves
 from snnfx.passes.batch_lookup import look_up, row_names
 from snnfx.passes.batch_rules import MODULES
 from snnfx.state import call_stateful, initial_value
-from snnfx.step_functions import FunctionHolder, apply_autograd_function, expect_size
+from snnfx.step_functions import FunctionHolder, apply_autograd_function, expect_size, set_part
 
 T = 3
 BATCHES = (2, 3)
@@ -574,6 +574,17 @@ def legal_cases() -> Iterator[Case]:
         "getitem", lambda self, x: x[:, 0] + x[:, 1:3].sum(1) + x[:, -1, :] + x[..., 0].sum(1, keepdim=True), [X3]
     )
     yield Case("getitem None", lambda self, x: x[:, None] * x[:, :, None][:, :, 0, None, :].mean(2, True)[:, :1], [X3])
+    yield Case("set_part number", lambda self, x: record(set_part, x, (slice(None), 0), 1.5), [X3])
+    yield Case("set_part ellipsis", lambda self, x: record(set_part, x, (..., slice(1, 2)), 0.0), [X3])
+    yield Case(
+        "set_part value", lambda self, x: record(set_part, x, (slice(None), slice(0, 2)), x[:, 1:3] * 2), [(N, 3, 4)]
+    )
+    yield Case(
+        "set_part constant",
+        lambda self, x: record(set_part, x, (slice(None), 0), self.c),
+        [(N, 3, 4)],
+        {"c": torch.arange(4.0)},
+    )
     yield Case("getitem ellipsis", lambda self, x: x[..., None, 1:] + x[:, ..., :1][..., None], [X3])
     yield Case("getitem batch elsewhere", lambda self, x: x.transpose(0, 1)[0] + x.transpose(0, 1)[1:, :, 2:3][0], [X3])
     yield Case(
@@ -775,6 +786,16 @@ def illegal_cases() -> Iterator[Illegal]:
     yield illegal("SNNFX101", "nonzero", lambda self, x: torch.where(x > 0.5), X3)
     yield illegal("SNNFX101", "tensor index", lambda self, x: x[self.i], X3, parts={"i": torch.tensor([0, 1])})
     yield illegal("SNNFX101", "boolean index", lambda self, x: x[x > 0.5], X3, conservative=denied)
+    whole = slice(None)
+    yield illegal("SNNFX103", "set_part of a sample", lambda self, x: record(set_part, x, 0, 1.0), X3)
+    yield illegal("SNNFX103", "set_part in a cut", lambda self, x: record(set_part, x, (slice(1, None), 0), 1.0), X3)
+    by_mask = illegal("SNNFX101", "set_part by mask", lambda self, x: record(set_part, x, x > 0.5, 1.0), X3)
+    by_mask.conservative = denied
+    yield by_mask
+    yield illegal("SNNFX103", "set_part of a sum", lambda self, x: record(set_part, x, (whole, 0), x[:, 1].sum(0)), X3)
+    constant = {"c": torch.ones(2, 4, 5)}
+    into = lambda self, x: record(set_part, self.c, 0, x[0])  # noqa: E731
+    yield illegal("SNNFX103", "set_part in a constant", into, X3, parts=constant)
     yield illegal("SNNFX101", "view as another dtype", lambda self, x: x.view(torch.int32), (N,), conservative=denied)
     embedding = nn.Embedding(4, 3, max_norm=1.0)
     yield illegal(

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+import inspect
 import json
 import os
 import subprocess
@@ -17,6 +19,7 @@ import snnfx
 from snnfx.__main__ import main
 from snnfx.errors import ToolError
 from snnfx.factory import load_model
+from snnfx.options import ConvertKeywords, ConvertOptions
 
 ROOT = Path(__file__).parents[1]
 
@@ -52,6 +55,14 @@ class Embedded(nn.Module):
 class Branch(nn.Module):
     def forward(self, x):
         return x if x.sum() > 0 else -x
+
+class Stateful(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.fc = nn.Linear(3, 3)
+    def forward(self, x, mem, bias):
+        mem = 0.5 * mem + self.fc(x) + bias
+        return mem * 2, {"mem": mem}
 
 class Zoo:
     @staticmethod
@@ -147,6 +158,34 @@ def test_explain_with_options(capsys: pytest.CaptureFixture[str]) -> None:
     assert "loop_1: lif (LIFNode)" in capsys.readouterr().out
 
 
+def test_options_are_those_of_convert(capsys: pytest.CaptureFixture[str]) -> None:
+    # The inputs are in the order of the arguments; what is carried has no time dimension to name.
+    stateful = ["files/models.py:Stateful", *("--input=2,3",) * 3, "--carry", "mem=1.mem"]
+    options = ["--time-dim=-1,none", "--chunk", "3", "--reduce", "mean"]
+    assert main(["explain", *stateful, *options, "--json"]) == 0
+    options_used = json.loads(capsys.readouterr().out)["options"]
+    assert options_used["carry"] == {"mem": [1, "mem"]}
+    assert options_used["time_dim"] == [-1, None]
+    assert (options_used["chunk"], options_used["reduce"]) == (3, "mean")
+    assert main(["explain", "files/models.py:Net", "--chunk", "none", "--carry", "none", "--json"]) == 0
+    options_used = json.loads(capsys.readouterr().out)["options"]
+    assert options_used["chunk"] is None and options_used["carry"] is None
+
+
+@pytest.mark.parametrize(
+    "option", [("--chunk", "many"), ("--time-dim", "first"), ("--carry", "mem"), ("--reduce", "max"), ("--chunk", "0")]
+)
+def test_option_values_that_do_not_fit(option: tuple[str, str], capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["explain", "files/models.py:Net", *option]) == 2
+    assert capsys.readouterr().err.startswith("SNNFX30")
+
+
+def test_the_keywords_of_convert_are_listed_once() -> None:
+    keywords = set(ConvertKeywords.__annotations__)
+    assert keywords == set(inspect.signature(snnfx.convert).parameters) - {"model", "step_mode"}
+    assert keywords == {f.name for f in dataclasses.fields(ConvertOptions)} - {"step_mode"} | {"example_inputs"}
+
+
 def test_inputs_of_several_kinds(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["explain", "files/models.py:Embedded", "--input", "2,7:int64", "--input", "2,7,4:float64"]) == 0
     text = " ".join(capsys.readouterr().out.split())
@@ -185,6 +224,16 @@ def test_verify_looks_at_both_modes(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["verify", "files/models.py:Net", "--input", "4,3", "--mode", "evaluation"]) == 0
     text = capsys.readouterr().out
     assert "T = 8" in text and "training" not in text
+
+
+def test_verify_puts_time_where_it_is_said_to_be(capsys: pytest.CaptureFixture[str]) -> None:
+    two = ["files/models.py:Embedded", "--input", "2,7:int64", "--input", "2,7,4"]
+    assert main(["verify", *two, "--time-dim", "none,-1", "--T", "5", "--reduce", "sum", "--chunk", "2"]) == 0
+    assert "T = 5" in capsys.readouterr().out
+    assert main(["verify", "files/models.py:Net", "--input", "4,3", "--time-dim", "none", "--T", "6"]) == 0
+    assert "T = 6" in capsys.readouterr().out
+    assert main(["verify", "files/models.py:Net", "--input", "4,3", "--time-dim", "0,0"]) == 2
+    assert "SNNFX309" in capsys.readouterr().err
 
 
 def test_difference_found_by_verify_is_exit_code_1(

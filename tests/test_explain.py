@@ -644,12 +644,12 @@ def test_paragraph_under_a_title_is_set_in() -> None:
 
 
 @pytest.mark.parametrize("code", sorted(CODES))
-def test_code_has_a_title_and_a_meaning(code: str) -> None:
+def test_code_has_a_title_a_meaning_and_both_examples(code: str) -> None:
     entry = CODES[code]
     assert re.fullmatch(r"SNNFX[1-6]\d\d", code)
     assert entry.title and not entry.title.endswith(".")
     assert entry.meaning.endswith(".") and len(entry.meaning) > 20
-    assert bool(entry.fails) or not entry.works, "a fixed example needs a failing one"
+    assert entry.fails and entry.works and entry.fails != entry.works
     text = describe_code(code)
     assert text.startswith(f"{code}: {entry.title}") and entry.meaning in text
 
@@ -662,6 +662,21 @@ def test_codes_used_in_the_sources_are_registered() -> None:
                 used.setdefault(code, []).append(path.name)
     assert {code: files for code, files in used.items() if code not in CODES} == {}
     assert len(used) > 30
+
+
+def test_registered_codes_are_used() -> None:
+    sources = [p for folder in ("snnfx", "passes") for p in (ROOT / folder).rglob("*.py") if p.name != "_codes.py"]
+    used = {code for path in sources for code in re.findall(r"SNNFX\d+", path.read_text(encoding="utf-8"))}
+    assert set(CODES) - used == set()
+
+
+@pytest.mark.parametrize("code", sorted(CODES))
+def test_the_command_line_explains_every_code(code: str, capsys: pytest.CaptureFixture[str]) -> None:
+    from snnfx.__main__ import main
+
+    assert main(["explain", "--code", code]) == 0
+    text = capsys.readouterr().out
+    assert text.startswith(f"{code}: ") and "\nFails:\n" in text and "\nWorks:\n" in text
 
 
 def test_unknown_code_lists_the_known_ones() -> None:

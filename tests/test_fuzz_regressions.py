@@ -249,3 +249,111 @@ def test_initial_value_that_only_running_statistics_depend_on(examples: bool) ->
     net(x_seq)
     step_model(fresh := fresh_copy(other), x_seq)
     assert_same(dict(model.named_buffers()), dict(fresh.named_buffers()))
+
+
+def test_verify_looks_at_the_regions_that_run_the_inputs() -> None:
+    class Two(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.bn = nn.BatchNorm1d(3)
+
+        def forward(self, x: Tensor, y: Tensor) -> Tensor:
+            return self.bn(x + y)
+
+    model = Two().double()
+    net = snnfx.convert(model, batch_norm="fold")
+    snnfx.verify(model, net, sequence(3, 4, 3), sequence(3, 1, 3))
+    snnfx.verify(model, net, sequence(3, 4, 3), sequence(3, 4, 3))
+
+
+def test_layer_called_twice_that_cannot_be_folded_updates_its_statistics_in_the_order_of_the_calls() -> None:
+    class Twice(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.bn = nn.BatchNorm1d(3)
+
+        def forward(self, x: Tensor) -> Tensor:
+            mixed = x.flip(0)  # not step by step along the batch: what follows is mapped
+            self.bn(mixed.transpose(0, 1).reshape(-1, 3) * 2)
+            self.bn(x.mean(0, keepdim=True).repeat(2, 1))
+            return x
+
+    model = Twice().double()
+    net = snnfx.convert(model, batch_norm="fold", example_inputs=torch.rand(4, 3))
+    x_seq = sequence(3, 4, 3)
+    net(x_seq)
+    changed = {name: b.clone() for name, b in model.named_buffers()}
+    step_model(fresh := Twice().double(), x_seq)
+    assert_same(changed, dict(fresh.named_buffers()))
+
+
+class OwnLeak(snnfx.MemoryModule):
+    """Gives its state itself, not a copy of it."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.register_memory("v", 0.0)
+
+    def forward(self, x: Tensor) -> Tensor:
+        self.v = 0.5 * self.v + x
+        return self.v
+
+
+class OpaqueLeak(OwnLeak):
+    def forward(self, x: Tensor) -> Tensor:
+        self.v = 0.5 * self.v + x
+        if float(self.v.detach().mean()) > 0.4:
+            self.v = self.v - 0.5
+        return self.v
+
+
+def relu_in_place(y: Tensor) -> Tensor:
+    return F.relu(y, inplace=True)
+
+
+def twice_in_place(y: Tensor) -> Tensor:
+    y.mul_(2)
+    return y
+
+
+@EXAMPLES
+@pytest.mark.parametrize("change", [relu_in_place, twice_in_place])
+@pytest.mark.parametrize("leak", [OwnLeak, neuron.LeakyIntegrator])
+def test_change_in_place_of_an_output_that_is_the_state_changes_the_state(
+    leak: Any, change: Any, examples: bool
+) -> None:
+    model = Step(lambda self, x: change(self.layer(x - 0.3)), leak())
+    assert_converts(model, sequence(4, 2, 3), examples=examples)
+
+
+@pytest.mark.parametrize("change", [relu_in_place, twice_in_place])
+def test_change_in_place_of_an_opaque_output_that_is_the_state_needs_examples(change: Any) -> None:
+    model = Step(lambda self, x: change(self.layer(x - 0.3)), OpaqueLeak())
+    assert_converts(model, sequence(4, 2, 3), examples=True)
+    with pytest.raises(snnfx.errors.CaptureError, match="SNNFX214.*may be the state of `layer`"):
+        snnfx.convert(model)
+
+
+def test_change_in_place_of_a_view_of_the_state_is_refused() -> None:
+    model = nn.Sequential(neuron.LeakyIntegrator(), nn.Flatten(), nn.ReLU(inplace=True))
+    with pytest.raises(snnfx.errors.CaptureError, match="SNNFX214"):
+        snnfx.convert(model)
+
+
+@EXAMPLES
+@pytest.mark.parametrize("change", [relu_in_place, twice_in_place])
+def test_spikes_may_be_changed_in_place(change: Any, examples: bool) -> None:
+    model = Step(lambda self, x: change(self.layer(x)), neuron.LIFNode(v_threshold=0.5))
+    assert_converts(model, sequence(4, 2, 3), examples=examples)
+
+
+@EXAMPLES
+def test_part_of_a_value_that_a_layer_changed_in_place_is_changed(examples: bool) -> None:
+    model = Step(lambda self, x: self.layer(y := x - 0.5) + y[:, :1], nn.ReLU(inplace=True))
+    assert_converts(model, sequence(3, 2, 4), examples=examples)
+
+
+@EXAMPLES
+def test_data_of_a_mapped_value_is_detached(examples: bool) -> None:
+    model = Step(lambda self, x: x.flip(0).data * x)
+    assert_converts(model, sequence(3, 2, 4), examples=examples)

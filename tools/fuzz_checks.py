@@ -10,8 +10,9 @@ import collections
 import copy
 import pickle
 import warnings
+import weakref
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -85,6 +86,30 @@ def to_net(model: nn.Module, s: Setting, **options: Any) -> Any:
     if net.program.first_step is not None:
         REGIONS_SEEN["first step of its own"] += 1
     return net
+
+
+_MADE: weakref.WeakKeyDictionary[nn.Module, dict[Any, Any]] = weakref.WeakKeyDictionary()
+"""What the checks of one model share: its nets, and what it does in a plain loop."""
+
+
+def made(model: nn.Module) -> dict[Any, Any]:
+    return _MADE.setdefault(model, {})
+
+
+def shared_net(model: nn.Module, s: Setting, training: bool, batch_norm: str = "fold") -> Any:
+    """A net of a clone of the model, converted once for all checks; its buffers are those of the model again."""
+    key = ("net", s.examples, batch_norm)
+    if key not in made(model):
+        made(model)[key] = to_net(clone_of(model, bool(s.seed % 2)), s, batch_norm=batch_norm)
+    net = made(model)[key].train(training)
+    for name, buffer in net.source.named_buffers():
+        buffer.copy_(model.get_buffer(name))
+    return net
+
+
+def with_options(net: Any, **options: Any) -> Any:
+    """The same programs with other options that no pass looks at."""
+    return snnfx.Net(net.source, net._programs, replace(net.options, **options), net.history, net._replan)
 
 
 def step_plain(model: nn.Module, s: Setting, sequences: Sequence[Tensor]) -> list[Any]:
@@ -161,21 +186,19 @@ def compare_everything(model: nn.Module, s: Setting, training: bool, **options: 
         expected_gradients = gradients(plain, expected, given)
     except RuntimeError as error:
         raise Inapplicable(str(error)) from error
-    shared = clone_of(model, training)
-    net = to_net(shared, s, **options)
+    net = shared_net(model, s, training, **options)
     sequences = [x.requires_grad_() for x in s.sequences()]
     outputs, state = net.run(*sequences, **s.extra)
     if s.random and training:
         same("shapes", pytree.tree_map(torch.zeros_like, outputs), pytree.tree_map(torch.zeros_like, expected))
         return
     same("outputs", outputs, expected)
-    same("gradients", gradients(shared, outputs, sequences), expected_gradients)
+    same("gradients", gradients(net.source, outputs, sequences), expected_gradients)
     same("state", state, state_of(plain, list(state)))
     names = [n for n, _ in plain.named_buffers() if n not in state]
-    same("buffers", [shared.get_buffer(n) for n in names], [plain.get_buffer(n) for n in names])
-    fresh = clone_of(model, training)
-    called = to_net(fresh, s, **options)(*s.sequences(), **s.extra)
-    same("outputs of a call", called, expected)
+    same("buffers", [net.source.get_buffer(n) for n in names], [plain.get_buffer(n) for n in names])
+    net = shared_net(model, s, training, **options)
+    same("outputs of a call", net(*s.sequences(), **s.extra), expected)
 
 
 def check_train(model: nn.Module, s: Setting) -> None:
@@ -188,24 +211,29 @@ def check_eval(model: nn.Module, s: Setting) -> None:
 
 def check_fold(model: nn.Module, s: Setting) -> None:
     """Statistics of BatchNorm over T*N, against the layer-by-layer oracle."""
-    shared = clone_of(model, True)
     step_plain(clone_of(model, True), s, s.sequences())
-    net = to_net(shared, s, batch_norm="fold")
+    net = shared_net(model, s, True)
     try:
-        snnfx.verify(shared, net, *s.sequences(), **s.extra)
+        snnfx.verify(net.source, net, *s.sequences(), **s.extra)
     except snnfx.errors.VerificationError as error:
         if error.code != "SNNFX405":
             raise Mismatch(str(error)) from error
 
 
 def reference(model: nn.Module, s: Setting, **more: Any) -> tuple[Any, nn.Module]:
-    plain = clone_of(model, False)
-    return stacked(step_plain(plain, s, s.sequences(**more))), plain
+    """Outputs of stepping a copy of the model in evaluation mode, and the copy as it is then."""
+    key = ("reference", *more)
+    if key not in made(model):
+        plain = clone_of(model, False)
+        with torch.no_grad():
+            made(model)[key] = stacked(step_plain(plain, s, s.sequences(**more))), plain
+    expected, plain = made(model)[key]
+    return expected, plain
 
 
 def check_split(model: nn.Module, s: Setting) -> None:
     expected, plain = reference(model, s)
-    net = to_net(clone_of(model, False), s)
+    net = shared_net(model, s, False)
     parts, state = [], None
     for start, stop in ((0, 1), (1, max(2, s.T - 1)), (max(2, s.T - 1), s.T)):
         if start < stop <= s.T:
@@ -220,20 +248,21 @@ def check_chunk(model: nn.Module, s: Setting) -> None:
     expected, _ = reference(model, s)
     for chunk in (1, 2):
         with torch.no_grad():
-            net = to_net(clone_of(model, False), s, chunk=chunk)
+            net = with_options(shared_net(model, s, False), chunk=chunk)
             same(f"chunk={chunk}", net(*s.sequences(), **s.extra), expected)
 
 
 def check_single(model: nn.Module, s: Setting) -> None:
     expected, _ = reference(model, s)
-    net = to_net(clone_of(model, False), s, step_mode="s")
+    fresh = s.seed % 4 == 0
+    net = to_net(clone_of(model, False), s, step_mode="s") if fresh else shared_net(model, s, False).convert_to("s")
     same("single steps", stacked([net(*s.step(s.sequences(), t)) for t in range(s.T)]), expected)
 
 
 def check_batch(model: nn.Module, s: Setting) -> None:
     """A larger batch than that of the example."""
     expected, _ = reference(model, s, larger_batch=True)
-    net = to_net(clone_of(model, False), s)
+    net = shared_net(model, s, False)
     try:
         outputs = net(*s.sequences(larger_batch=True), **s.extra)
     except snnfx.errors.InputError as error:
@@ -282,8 +311,8 @@ def plan_of(net: Any) -> list[Any]:
 
 def check_again(model: nn.Module, s: Setting) -> None:
     expected, _ = reference(model, s)
-    shared = clone_of(model, False)
-    net, other = to_net(shared, s), to_net(shared, s)
+    net = shared_net(model, s, False)
+    other, shared = to_net(clone_of(model, False), s), net.source
     if plan_of(net) != plan_of(other) or snnfx.convert(net) is not net:
         raise Mismatch("converting again gives another plan")
     others = [copy.deepcopy(net)]
@@ -305,11 +334,12 @@ def check_passes(model: nn.Module, s: Setting) -> None:
     from snnfx.passes.base import PassManager
 
     expected, _ = reference(model, s)
+    net = shared_net(model, s, False)
+    shared = net.source
+    example = s.step(s.sequences(), 0) if s.examples else None
+    captured = snnfx.capture.capture(shared, example, training=False)
     for order in ((0, 0, 1, 1, 2), (0, 2), (0, 1, 0, 1, 2, 2)):
-        shared = clone_of(model, False)
-        net = to_net(shared, s)
-        example = s.step(s.sequences(), 0) if s.examples else None
-        program = snnfx.capture.capture(shared, example, training=False)
+        program = captured.copy()
         passes = [p for p in pipeline(program, net.options) if p.name in ("normalize", "dce", "partition")]
         PassManager([passes[i] for i in order]).run(program)
         net = snnfx.Net(shared, {True: program, False: program}, net.options, (), _convert_for_shapes)
@@ -333,7 +363,7 @@ def check_carry(model: nn.Module, s: Setting) -> None:
     expected, _ = reference(model, s)
     if s.T < 2 or s.extra:
         raise Inapplicable("nothing to carry")
-    net = to_net(clone_of(model, False), s, carry_state=True)
+    net = with_options(shared_net(model, s, False), carry_state=True)
     for _ in range(2):
         parts = [net(*s.part(s.sequences(), 0, 1)), net(*s.part(s.sequences(), 1, s.T))]
         same("carried state", pytree.tree_map(lambda *y: torch.cat(y), *parts), expected)
@@ -342,7 +372,7 @@ def check_carry(model: nn.Module, s: Setting) -> None:
 
 def check_record(model: nn.Module, s: Setting) -> None:
     plain = clone_of(model, False)
-    net = to_net(clone_of(model, False), s)
+    net = shared_net(model, s, False)
     names = [slot.name for slot in net.program.slots]
     if not names or net.program.first_step is not None:
         raise Inapplicable("no state to record")

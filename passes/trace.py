@@ -1,0 +1,301 @@
+"""Give every weight the eligibility trace of its own operand.
+
+`y = op(operand, W)` becomes
+
+    a' = leak * a + operand            # a: a new state slot, "fc1.trace", 0 before the first step
+    y  = traced op(operand, a', W)     # value of op(operand); dy/dW is taken on a', dy/d(operand) is the op's own
+
+The operand is what the weight op is given, after whatever lies between it and the neurons before (pooling, dropout,
+sums, concatenations), so the rule holds for any graph. `leak` is that of the neuron that the weight feeds: through a
+linear leak the membrane's dependence on the weight at all earlier steps is exactly the trace (Xiao et al. 2022,
+eq. 9; Bellec et al. 2020, eq. 22). A weight that feeds no neuron has no trace: what it feeds keeps nothing.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import Any, Literal
+
+from torch import nn
+from torch.fx import Node
+
+from snnfx.errors import InputError
+from snnfx.online_ops import cut_history, ones_per_sample, probe_leak, traced_call, traced_module, update_trace
+from snnfx.passes.base import Pass
+from snnfx.passes.batch_lookup import look_up
+from snnfx.passes.dependence import Dependence, analyse_dependence
+from snnfx.passes.hold_dropout import add_slot
+from snnfx.passes.leak import LeakProbe, StepOnNumbers, fed_slots, no_single_leak
+from snnfx.step_functions import FunctionHolder
+from snnfx.program import StepProgram, describe_node, is_module_call, place_of
+
+__all__ = ["TraceOperands"]
+
+_CONVOLUTIONS = "conv1d conv2d conv3d conv_transpose1d conv_transpose2d conv_transpose3d".split()
+_PRODUCTS = {"linear": "input", "matmul": "input other", "mm": "input mat2", **dict.fromkeys(_CONVOLUTIONS, "input")}
+"""Functions with a weight, and which of their arguments may be the operand."""
+
+Leak = float | Node
+
+
+@dataclass(frozen=True)
+class _WeightOp:
+    """A weight op: the node, its operand, and which positional argument that is (None: of a module)."""
+
+    node: Node
+    operand: Node
+    position: int | None
+
+
+@dataclass(frozen=True)
+class TraceOperands(Pass):
+    """Take the gradient of every weight on the trace of its operand.
+
+    Args:
+        leak: "post": that of the neuron that the weight feeds; "pre": of the neuron that emits the operand; a number.
+        inputs: whether weights whose operand comes from the network's input alone have a trace as well.
+        biases: whether the gradients of biases are taken on the trace of 1.
+    """
+
+    name = "trace"
+    requires = "normalized"
+    ensures = "normalized"
+
+    leak: Literal["post", "pre"] | float = "post"
+    inputs: bool = False
+    biases: bool = False
+
+    def apply(self, program: StepProgram) -> str:
+        if program.first_step is not None:
+            raise InputError(
+                "SNNFX616",
+                "this model's weights cannot have traces",
+                why="its first step computes something else than the others.",
+                hint="Use a rule without traces, or make the first step like the others.",
+            )
+        dependence = analyse_dependence(program)
+        ops = _weight_ops(program, dependence)
+        leaks = _Leaks(program, self.leak)
+        traced, left = 0, []
+        plans: list[tuple[_WeightOp, float | LeakProbe]] = []
+        for op in ops:
+            if not self.inputs and not _depends_on_state(op.operand):
+                left.append(f"{describe_node(op.node)} (network input)")
+                continue
+            leak = leaks.of(op)
+            if leak is None:
+                left.append(f"{describe_node(op.node)} (feeds no leaking state whose gradients through time are cut)")
+            else:
+                plans.append((op, leak))
+        for op, leak in plans:
+            self._trace(program, op, leaks.node(leak))
+            traced += 1
+        note = f"{traced} of {len(ops)} weights see a trace"
+        return f"{note}; not {', '.join(left)}" if left else note
+
+    def _trace(self, program: StepProgram, op: _WeightOp, leak: Leak) -> None:
+        graph, node, operand = program.graph, op.node, op.operand
+        name = str(node.target) if node.op == "call_module" else node.name
+        trace = add_slot(program, f"{name}.trace", operand)
+        slots, first = [trace], [0.0]
+        with graph.inserting_before(node):
+            following = [graph.call_function(update_trace, (trace, operand, leak))]
+        following[0].meta = {k: v for k, v in operand.meta.items() if k == "val"} | _site(node)
+        bias_trace = None
+        if self.biases and _has_bias(program, op):
+            bias_slot = add_slot(program, f"{name}.bias_trace", node)
+            bias_slot.meta.pop("val", None)
+            with graph.inserting_before(node):
+                ones = graph.call_function(ones_per_sample, (operand,))
+                bias_trace = graph.call_function(update_trace, (bias_slot, ones, leak))
+            for new in (ones, bias_trace):
+                new.meta = _site(node)
+            slots.append(bias_slot)
+            following.append(bias_trace)
+            first.append(0.0)
+        with graph.inserting_before(node):
+            if op.position is None:
+                module = graph.get_attr(str(node.target))
+                new = graph.call_function(traced_module, (module, operand, following[0], bias_trace), name=node.name)
+            else:
+                function = _function_name(program, node)
+                arguments = (function, op.position, following[0], bias_trace, *node.args)
+                new = graph.call_function(traced_call, arguments, dict(node.kwargs), name=node.name)
+        new.meta = dict(node.meta)
+        node.replace_all_uses_with(new)
+        graph.erase_node(node)
+        program.set_output(
+            program.outputs, (*program.next_states, *following), (*program.initial_values, *first)
+        )
+
+
+def _site(node: Node) -> dict[str, Any]:
+    return {k: v for k, v in node.meta.items() if k in ("where", "module")}
+
+
+def _weight_ops(program: StepProgram, dependence: Dependence) -> list[_WeightOp]:
+    """Linear layers, convolutions and products with a weight that is the same at every step."""
+    found: list[_WeightOp] = []
+    for node in program.graph.nodes:
+        if not node.op.startswith("call") or node in dependence.initial_only or node not in dependence.varying:
+            continue
+        row = look_up(node, program.resolve)
+        if row is None or row.name not in _PRODUCTS:
+            continue
+        if node.op == "call_module":
+            operand = node.args[0] if len(node.args) == 1 and not node.kwargs else None
+            if isinstance(operand, Node) and _has_parameters(program.resolve(str(node.target))):
+                found.append(_WeightOp(node, operand, None))
+            continue
+        if node.kwargs.keys() & {"input", "self", "other", "mat2"}:
+            continue
+        for position, name in enumerate(_PRODUCTS[row.name].split()):
+            operand = node.args[position]
+            others = [n for n in node.all_input_nodes if n is not operand]
+            varies = isinstance(operand, Node) and operand in dependence.varying
+            if varies and others and not any(n in dependence.varying for n in others):
+                assert row.arguments[name] is operand
+                found.append(_WeightOp(node, operand, position))  # type: ignore[arg-type]
+                break
+    return found
+
+
+def _has_parameters(module: Any) -> bool:
+    return isinstance(module, nn.Module) and any(True for _ in module.parameters())
+
+
+def _has_bias(program: StepProgram, op: _WeightOp) -> bool:
+    if op.position is None:
+        return getattr(program.resolve(str(op.node.target)), "bias", None) is not None
+    found = look_up(op.node, program.resolve)
+    return found is not None and isinstance(found.arguments.get("bias", op.node.kwargs.get("bias")), Node)
+
+
+def _function_name(program: StepProgram, node: Node) -> str:
+    found = look_up(node, program.resolve)
+    assert found is not None
+    return found.name
+
+
+def _depends_on_state(operand: Node) -> bool:
+    """Whether anything that a neuron keeps is behind a value; the masks of dropouts and traces are no such thing."""
+    return any(n.op == "placeholder" and "slot" in n.meta and not _is_own_slot(n) for n in _ancestors([operand]))
+
+
+def _is_own_slot(node: Node) -> bool:
+    return bool(node.meta.get("added_by_rule"))
+
+
+def _ancestors(roots: Iterable[Node]) -> set[Node]:
+    found: set[Node] = set()
+    stack = list(roots)
+    while stack:
+        node = stack.pop()
+        if node not in found:
+            found.add(node)
+            stack.extend(node.all_input_nodes)
+    return found
+
+
+class _Leaks:
+    """The leaks of the neurons of a program, found once for each slot."""
+
+    def __init__(self, program: StepProgram, leak: Literal["post", "pre"] | float) -> None:
+        self.program, self.leak = program, leak
+        self.step = StepOnNumbers(program) if isinstance(leak, str) else None
+        self.probes: dict[str, LeakProbe] = {}
+        self.nodes: dict[str, Node] = {}
+        self.cycles = {n: cycle for cycle in analyse_dependence(program).cycles for n in cycle}
+
+    def of(self, op: _WeightOp) -> float | LeakProbe | None:
+        """The leak for the trace of an operand; None when it has none: the weight feeds nothing that is cut and leaks."""
+        if not isinstance(self.leak, str):
+            return float(self.leak)
+        if self.leak == "post":
+            assert self.step is not None
+            slots = fed_slots(self.step, self.program, op.node)
+        else:
+            slots = self._emitting(op.operand)
+            if not slots:
+                raise InputError(
+                    "SNNFX615",
+                    f"no neuron emits the operand of `{describe_node(op.node)}`",
+                    where=place_of(op.node),
+                    why='trace_leak="pre" takes the leak of the neuron in front of a weight.',
+                    hint="Do not trace inputs, or give the leak as a number.",
+                )
+        leaking = [(slot, leak) for slot in slots if (leak := self._now(slot)) != 0.0]
+        if not leaking:
+            return None
+        if self.leak == "post":
+            cut = {slot for slot, _ in leaking if self._is_cut(slot)}
+            if not cut:
+                return None  # its gradients go through time
+            if len(cut) < len(leaking):
+                why = "some of the neurons that it feeds keep their gradients through time, others do not"
+                raise no_single_leak(describe_node(op.node), why)
+        values = [leak for _, leak in leaking]
+        if max(values) - min(values) > 1e-9:
+            shown = ", ".join(f"{slot} {leak:g}" for slot, leak in leaking)
+            raise no_single_leak(describe_node(op.node), f"there are several: {shown}")
+        if len(leaking) > 1 and any(self.probes[slot].learnable for slot, _ in leaking):
+            raise no_single_leak(describe_node(op.node), "several neurons have leaks that are learned separately")
+        return self.probes[leaking[0][0]]
+
+    def _now(self, slot: str) -> float:
+        if slot not in self.probes:
+            self.probes[slot] = LeakProbe(self.program, slot)
+        probe = self.probes[slot]
+        return probe(*(self.program.resolve(target) for target in probe.targets))
+
+    def _is_cut(self, slot: str) -> bool:
+        placeholder = next(n for n in self.program.slot_nodes() if n.meta["slot"] == slot)
+        return all(user.target is cut_history for user in placeholder.users if user.op != "output")
+
+    def _emitting(self, operand: Node) -> list[str]:
+        """The slots of the neurons that a value comes from directly."""
+        slots: dict[str, None] = {}
+        seen: set[Node] = set()
+        stack = [operand]
+        while stack:
+            node = stack.pop()
+            if node in seen:
+                continue
+            seen.add(node)
+            if node in self.cycles:
+                own = [n for n in self.cycles[node] if is_module_call(n)] if is_module_call(node) else None
+                members = self.cycles[node] if own is None or len(own) == 1 else [node, *node.all_input_nodes]
+                slots.update((n.meta["slot"], None) for n in members if "slot" in n.meta and not _is_own_slot(n))
+            else:
+                stack.extend(node.all_input_nodes)
+        return list(slots)
+
+    def node(self, leak: float | LeakProbe) -> Leak:
+        """The leak as an argument of a trace: a number, or a node that measures it."""
+        if not isinstance(leak, LeakProbe):
+            return leak
+        if all(isinstance(self.program.resolve(target), FunctionHolder) for target in leak.targets):
+            return self._now(leak.slot)  # made of numbers that are in the graph
+        if leak.slot not in self.nodes:
+            program, graph = self.program, self.program.graph
+            mode = "training" if program.training else "evaluation"
+            name = f"leak_of_{leak.slot.replace('.', '_')}_in_{mode}"
+            program.constants[name] = leak
+            first = next(n for n in graph.nodes if n.op not in ("placeholder", "get_attr"))
+            with graph.inserting_before(first):
+                own = graph.get_attr(name)
+                constants = [_attribute(program, target, first) for target in leak.targets]
+                node = graph.call_function(probe_leak, (own, *constants))
+            node.meta["val"] = 0.5
+            self.nodes[leak.slot] = node
+        return self.nodes[leak.slot]
+
+
+def _attribute(program: StepProgram, target: str, before: Node) -> Node:
+    """The get_attr node of a target, which comes before another node."""
+    for node in program.graph.nodes:
+        if node.op == "get_attr" and node.target == target:
+            before.prepend(node)
+            return node
+    return program.graph.get_attr(target)

@@ -1,0 +1,227 @@
+"""What one time step of an elementwise loop computes, as expressions of one element: the form between front and back.
+
+The front (`record`, `translate`) makes a `StepExpressions` out of what PyTorch does in a step; a back end (`cpp`) turns
+it into a kernel for whole sequences. Nothing here knows of tensors, modules or devices.
+
+An expression is a node of a directed acyclic graph. Nodes are made by a `Builder`, which gives back the same object for
+the same expression, so that equal means identical. Every element of a step `[N, *]` is computed by the same
+expressions from the leaves at its place:
+
+| leaf          | what it reads                                                                              |
+|---------------|--------------------------------------------------------------------------------------------|
+| `sequence`    | input number `index` at this time step, `[T, N, *]` or what can be expanded to it          |
+| `invariant`   | operand number `index`, the same at every step: `[N, *]`, or what can be expanded to it     |
+| `scalar`      | operand number `index`, one number for all steps and elements                              |
+| `state`       | state number `index` before this step                                                      |
+| `grad_output` | derivative of the loss with respect to output number `index` at this step                  |
+| `grad_state`  | derivative of the loss with respect to state number `index` after this step                |
+| `constant`    | the number `value`                                                                         |
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, field
+
+__all__ = ["LEAVES", "TANGENTS", "Builder", "Expression", "StepExpressions", "is_leaf", "topological"]
+
+LEAVES = ("sequence", "invariant", "scalar", "state", "grad_output", "grad_state", "constant")
+TANGENTS = ("grad_output", "grad_state")
+
+
+@dataclass(frozen=True, eq=False)
+class Expression:
+    """One node.
+
+    Args:
+        op: one of `LEAVES`, or an operation of `OPERATIONS`.
+        operands: what it is computed from.
+        dtype: "float32", "float64" or "bool"; what is half as wide is computed in float32.
+        index: number of the input, operand, state or output that a leaf reads.
+        value: of a constant.
+        number: in the order of creation; operands have smaller ones.
+    """
+
+    op: str
+    operands: tuple[Expression, ...]
+    dtype: str
+    index: int = -1
+    value: float = 0.0
+    number: int = 0
+
+    def __repr__(self) -> str:
+        if self.op == "constant":
+            return repr(self.value)
+        if self.op in LEAVES:
+            return f"{self.op}{self.index}"
+        return f"{self.op}({', '.join(map(repr, self.operands))})"
+
+
+OPERATIONS: dict[str, int] = {
+    **dict.fromkeys(("add", "sub", "mul", "div", "pow", "maximum", "minimum", "fmod", "atan2"), 2),
+    **dict.fromkeys(("eq", "ne", "lt", "le", "gt", "ge", "and", "or", "xor"), 2),
+    **dict.fromkeys(("neg", "abs", "sign", "not", "cast", "isnan", "floor", "ceil", "trunc", "round"), 1),
+    **dict.fromkeys(("sqrt", "exp", "expm1", "log", "log1p", "sigmoid", "tanh", "atan", "erf"), 1),
+    **dict.fromkeys(("sin", "cos", "tan", "asin", "acos", "sinh", "cosh", "log2", "log10", "exp2", "erfc"), 1),
+    "where": 3,
+}
+"""Operations and the number of their operands. NaN passes through all of them but comparisons, as in PyTorch."""
+
+_FOLDED: dict[str, Callable[..., float]] = {
+    "add": lambda a, b: a + b,
+    "sub": lambda a, b: a - b,
+    "mul": lambda a, b: a * b,
+    "neg": lambda a: -a,
+    "abs": abs,
+}
+
+
+class Builder:
+    """Makes expressions; asks for equal ones give one object.
+
+    Args:
+        simplify: leave out operations that change nothing, such as `x * 1`.
+    """
+
+    def __init__(self, simplify: bool = True) -> None:
+        self.simplify = simplify
+        self._made: dict[tuple[object, ...], Expression] = {}
+
+    def _intern(
+        self, op: str, operands: tuple[Expression, ...], dtype: str, index: int = -1, value: float = 0.0
+    ) -> Expression:
+        # By the representation: 0.0 and -0.0 are equal, and NaN is not equal to itself.
+        key = (op, tuple(map(id, operands)), dtype, index, repr(value))
+        if key not in self._made:
+            self._made[key] = Expression(op, operands, dtype, index, value, len(self._made))
+        return self._made[key]
+
+    def leaf(self, op: str, index: int, dtype: str) -> Expression:
+        """What is read at this element."""
+        return self._intern(op, (), dtype, index)
+
+    def constant(self, value: float, dtype: str) -> Expression:
+        """A number."""
+        return self._intern("constant", (), dtype, value=float(value))
+
+    def cast(self, operand: Expression, dtype: str) -> Expression:
+        """The value in another dtype."""
+        if operand.dtype == dtype:
+            return operand
+        if operand.op == "constant":
+            value = operand.value if dtype != "bool" else float(operand.value != 0)
+            return self.constant(value, dtype)
+        if dtype == "bool":
+            return self.make("ne", (operand, self.constant(0.0, operand.dtype)), "bool")
+        return self._intern("cast", (operand,), dtype)
+
+    def make(self, op: str, operands: Sequence[Expression], dtype: str) -> Expression:
+        """An operation, simplified where the value stays the same to the last bit."""
+        operands = tuple(operands)
+        assert len(operands) == OPERATIONS[op], (op, operands)
+        same = self._identity(op, operands) if self.simplify else None
+        if same is not None:
+            return same
+        if self.simplify and op in _FOLDED and dtype == "float64" and all(o.op == "constant" for o in operands):
+            return self.constant(_FOLDED[op](*(o.value for o in operands)), dtype)
+        return self._intern(op, operands, dtype)
+
+    def _identity(self, op: str, operands: tuple[Expression, ...]) -> Expression | None:
+        if op == "neg" and operands[0].op == "neg":
+            return operands[0].operands[0]
+        if op == "where" and operands[1] is operands[2]:
+            return operands[1]
+        if len(operands) != 2:
+            return None
+        a, b = operands
+        if op in ("mul", "div") and _is(b, 1.0):
+            return a
+        if op == "mul" and _is(a, 1.0):
+            return b
+        if op == "sub" and _is(b, 0.0):
+            return a
+        return None
+
+
+def _is(expression: Expression, value: float) -> bool:
+    if expression.op != "constant" or expression.value != value:
+        return False
+    return math.copysign(1.0, expression.value) == math.copysign(1.0, value)
+
+
+def is_leaf(expression: Expression) -> bool:
+    """Whether an expression is read, not computed."""
+    return expression.op in LEAVES
+
+
+def topological(roots: Iterable[Expression], stop: Iterable[Expression] = ()) -> list[Expression]:
+    """The expressions that some are computed from, themselves included, operands first.
+
+    Args:
+        roots: what is wanted.
+        stop: expressions that are at hand; they are listed if they are needed, what they are computed from is not.
+    """
+    at_hand = set(stop)
+    found: set[Expression] = set()
+    stack = list(roots)
+    while stack:
+        expression = stack.pop()
+        if expression not in found:
+            found.add(expression)
+            if expression not in at_hand:
+                stack.extend(expression.operands)
+    return sorted(found, key=lambda e: e.number)
+
+
+@dataclass(frozen=True)
+class StepExpressions:
+    """One time step, forward and backward.
+
+    Args:
+        sequences: dtype in memory of each input, e.g. "bfloat16".
+        operands: dtype in memory of each operand that does not change with time.
+        scalars: which of the operands are one number.
+        state_dtypes: dtype in memory of each state.
+        output_dtypes: dtype in memory of each output.
+        outputs: the outputs of the step.
+        next_states: the states after the step.
+        grad_sequences: the gradient of each input; None: it has none.
+        grad_states: the gradient of each state before the step; None: it has none.
+        sums: expressions to be summed over all steps: what the gradients of the operands are made of.
+        total: for each of `sums`, whether it is summed over all elements as well.
+    """
+
+    sequences: tuple[str, ...]
+    operands: tuple[str, ...]
+    scalars: tuple[bool, ...]
+    state_dtypes: tuple[str, ...]
+    output_dtypes: tuple[str, ...]
+    outputs: tuple[Expression, ...]
+    next_states: tuple[Expression, ...]
+    grad_sequences: tuple[Expression | None, ...] = ()
+    grad_states: tuple[Expression | None, ...] = ()
+    sums: tuple[Expression, ...] = ()
+    total: tuple[bool, ...] = field(default=())
+
+    def __str__(self) -> str:
+        names: dict[Expression, str] = {}
+        lines: list[str] = []
+        gradients = [g for g in (*self.grad_sequences, *self.grad_states, *self.sums) if g is not None]
+        for expression in topological([*self.outputs, *self.next_states, *gradients]):
+            if is_leaf(expression):
+                names[expression] = repr(expression)
+                continue
+            names[expression] = f"e{len(lines)}"
+            operands = ", ".join(names[o] for o in expression.operands)
+            lines.append(f"{names[expression]}: {expression.dtype} = {expression.op}({operands})")
+
+        def listed(values: Iterable[Expression | None]) -> str:
+            return ", ".join("none" if v is None else names[v] for v in values)
+
+        lines.append(f"outputs {listed(self.outputs)}")
+        lines.append(f"next states {listed(self.next_states)}")
+        lines.append(f"gradients of inputs {listed(self.grad_sequences)}")
+        lines.append(f"gradients of states {listed(self.grad_states)}")
+        lines.append(f"sums {listed(self.sums)} {self.total}")
+        return "\n".join(lines)

@@ -1,0 +1,294 @@
+"""One recorded step as something that runs: kernels for each pass, and what PyTorch computes around them."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from snnfx.kernels.buffers import pool
+from snnfx.kernels.build import load
+from snnfx.kernels.cpp import Backward, KernelSource, Slot, write_backward, write_forward
+from snnfx.kernels.launch import blocks_of, dense_strides, description, launch, memory_order, plan_layout
+from snnfx.kernels.saving import SavePlan, plan_saving
+from snnfx.kernels.translate import TranslatedStep
+
+__all__ = ["build", "Kept", "LoweredStep", "Needs"]
+
+_DTYPES = {
+    "float16": torch.float16,
+    "bfloat16": torch.bfloat16,
+    "float32": torch.float32,
+    "float64": torch.float64,
+    "bool": torch.bool,
+}
+
+
+@dataclass(frozen=True)
+class Needs:
+    """Which inputs, initial states and constants (by their positions) need a gradient."""
+
+    sequences: tuple[bool, ...]
+    states: tuple[bool, ...]
+    constants: tuple[bool, ...]
+
+
+@dataclass
+class Kept:
+    """What the backward pass gets from the forward pass besides tensors."""
+
+    needs: Needs
+    T: int
+    shape: tuple[int, ...]
+    order: tuple[int, ...]
+    states: tuple[float | None, ...]
+
+
+@dataclass
+class _Training:
+    """The kernels of a training step with certain gradients."""
+
+    plan: SavePlan
+    wanted: Backward
+    forward: KernelSource
+    backward: KernelSource
+
+
+@dataclass
+class LoweredStep:
+    """A step of an elementwise loop, ready to run over sequences.
+
+    Args:
+        step: what was translated.
+    """
+
+    step: TranslatedStep
+    _inference: KernelSource | None = None
+    _training: dict[Needs, _Training] = field(default_factory=dict)
+
+    # -- forward --------------------------------------------------------------------------------------------------
+
+    def forward(
+        self,
+        x_seq: Sequence[Tensor],
+        states: Sequence[Tensor | float],
+        constants: Sequence[Tensor],
+        needs: Needs | None,
+    ) -> tuple[list[Tensor], list[Tensor], list[Tensor], Kept | None]:
+        """Run a sequence: outputs `[T, N, *]`, final states `[N, *]`, saved values, and what else backward needs.
+
+        Args:
+            x_seq: the inputs, `[T, *]` each.
+            states: before the first step, numbers or tensors that can be expanded to `[N, *]`.
+            constants: those of `step.constants`.
+            needs: None: nothing is saved.
+        """
+        expressions = self.step.expressions
+        source = self.inference() if needs is None else self.training(needs).forward
+        T = x_seq[0].shape[0]
+        operands = self._operands(constants)
+        shape, order = self._shape(x_seq, states, operands)
+        strides = dense_strides(shape, order)
+        count = max(1, _product(shape))
+        outputs = [
+            pool.empty((T, *shape), (count, *strides), _DTYPES[d]) for d in expressions.output_dtypes
+        ]
+        finals = [pool.empty(shape, strides, _DTYPES[d]) for d in expressions.state_dtypes]
+        plan = self.training(needs).plan if needs is not None else None
+        saved = [pool.empty((T, *shape), (count, *strides), _DTYPES[e.dtype]) for e in (plan.saved if plan else ())]
+        self._run(source, shape, order, T, {
+            "sequence": x_seq, "operand": operands, "initial": states, "output": outputs, "final": finals, "saved": saved,
+        })
+        if needs is None:
+            return outputs, finals, saved, None
+        numbers = tuple(None if isinstance(s, Tensor) else float(s) for s in states)
+        return outputs, finals, saved, Kept(needs, T, shape, order, numbers)
+
+    def inference(self) -> KernelSource:
+        """The kernel that saves nothing."""
+        if self._inference is None:
+            self._inference = write_forward(self.step.expressions)
+        return self._inference
+
+    def training(self, needs: Needs) -> _Training:
+        """The kernels of both passes for certain gradients."""
+        found = self._training.get(needs)
+        if found is None:
+            step = self.step.expressions
+            sums = sorted({s for i, n in enumerate(needs.constants) if n for s in self._sums_behind(self.step.constants[i][1])})
+            wanted = Backward(
+                tuple(i for i, n in enumerate(needs.sequences) if n and step.grad_sequences[i] is not None),
+                tuple(i for i, n in enumerate(needs.states) if n),
+                tuple(sums),
+            )
+            plan = plan_saving(step, wanted.expressions(step))
+            found = _Training(plan, wanted, write_forward(step, plan), write_backward(step, plan, wanted))
+            self._training[needs] = found
+        return found
+
+    def _operands(self, constants: Sequence[Tensor]) -> list[Tensor]:
+        known = {number: tensor for (number, _), tensor in zip(self.step.constants, constants, strict=True)}
+        with torch.no_grad():
+            return self.step.prologue.run(known, self.step.operands)
+
+    def _shape(
+        self, x_seq: Sequence[Tensor], states: Sequence[Tensor | float], operands: Sequence[Tensor]
+    ) -> tuple[tuple[int, ...], tuple[int, ...]]:
+        """The shape of a step, and the order of its dimensions in memory."""
+        rank = len(self.step.shape)
+        shape = tuple(x_seq[0].shape[1:])
+        if len(x_seq) > 1 or len(shape) != rank or operands or any(isinstance(s, Tensor) for s in states):
+            used = [x.shape[1:] for x, d in zip(x_seq, self.step.expressions.sequences, strict=True) if d != "unused"]
+            used += [s.shape for s in states if isinstance(s, Tensor)] + [o.shape for o in operands]
+            shape = tuple(torch.broadcast_shapes(*used))
+        for x in x_seq:
+            if x.shape[1:] == shape:
+                return shape, memory_order(shape, x.stride()[1:])
+        return shape, tuple(range(len(shape)))
+
+    # -- backward -------------------------------------------------------------------------------------------------
+
+    def backward(
+        self,
+        kept: Kept,
+        x_seq: Sequence[Tensor | None],
+        states: Sequence[Tensor | None],
+        constants: Sequence[Tensor],
+        saved: Sequence[Tensor],
+        grad_outputs: Sequence[Tensor | None],
+        grad_finals: Sequence[Tensor | None],
+        shapes: tuple[Sequence[tuple[int, ...]], Sequence[tuple[int, ...]]],
+    ) -> tuple[list[Tensor | None], list[Tensor | None], list[Tensor | None]]:
+        """Gradients of the inputs, initial states and constants that need one.
+
+        Args:
+            kept: from the forward pass.
+            x_seq, states, constants, saved: as they were there, None for inputs and states that are not needed.
+            grad_outputs, grad_finals: from above, None for zero.
+            shapes: of the inputs, `[T, *]`, and of the initial states.
+        """
+        training, step = self.training(kept.needs), self.step.expressions
+        T, shape, order = kept.T, kept.shape, kept.order
+        strides, count = dense_strides(shape, order), max(1, _product(shape))
+        wanted = training.wanted
+        grad_sequences: dict[int, Tensor] = {
+            i: pool.empty((T, *shape), (count, *strides), _DTYPES[step.sequences[i]]) for i in wanted.sequences
+        }
+        grad_initials = {k: pool.empty(shape, strides, _DTYPES[step.state_dtypes[k]]) for k in wanted.initials}
+        blocks = blocks_of(training.backward, _product(shape), T)
+        sums = {
+            i: torch.empty(blocks, dtype=torch.float64) if step.total[i] else pool.empty(shape, strides, _DTYPES[step.sums[i].dtype])
+            for i in wanted.sums
+        }
+        initial = [number if s is None else s for s, number in zip(states, kept.states, strict=True)]
+        self._run(training.backward, shape, order, T, {
+            "sequence": x_seq, "operand": self._operands(constants), "initial": initial, "saved": saved,
+            "grad_output": grad_outputs, "grad_final": grad_finals, "grad_sequence": grad_sequences,
+            "grad_initial": grad_initials, "sum": sums,
+        })
+        found_x: list[Tensor | None] = [None] * len(step.sequences)
+        for i, grad in grad_sequences.items():
+            found_x[i] = grad if grad.shape == shapes[0][i] else grad.sum_to_size(shapes[0][i])
+        found_states: list[Tensor | None] = [None] * len(step.state_dtypes)
+        for k, grad in grad_initials.items():
+            found_states[k] = grad if grad.shape == shapes[1][k] else grad.sum_to_size(shapes[1][k])
+        return found_x, found_states, self._epilogue(kept.needs, constants, sums)
+
+    def _epilogue(self, needs: Needs, constants: Sequence[Tensor], sums: dict[int, Tensor]) -> list[Tensor | None]:
+        """The gradients of constants from sums over time."""
+        if not any(needs.constants):
+            return [None] * len(constants)
+        known = {number: tensor for (number, _), tensor in zip(self.step.constants, constants, strict=True)}
+        with torch.no_grad():
+            self.step.prologue.run(known, ())
+            for index, value in sums.items():
+                number, shape = self.step.sums[index]
+                if self.step.expressions.total[index]:
+                    known[number] = value.sum().to(_DTYPES[self.step.expressions.sums[index].dtype]).view(shape)
+                else:
+                    known[number] = value.view((1,) * (len(shape) - value.dim()) + tuple(value.shape))
+            grads: list[Tensor | None] = []
+            for (_, index), constant, need in zip(self.step.constants, constants, needs.constants, strict=True):
+                number = self.step.gradients.get(index) if need else None
+                if number is not None:
+                    self._epilogue_for(number, known)
+                grads.append(None if number is None else known[number].to(constant.dtype).sum_to_size(constant.shape))
+            return grads
+
+    def _epilogue_for(self, number: int, known: dict[int, Tensor]) -> None:
+        """Run the part of the epilogue that computes one value."""
+        if number in known:
+            return
+        call = next(c for c in self.step.epilogue.calls if number in c.results)
+        for reference in call.references():
+            self._epilogue_for(reference, known)
+        type(self.step.epilogue)([call]).run(known, ())
+
+    def _sums_behind(self, constant: int) -> set[int]:
+        """The sums that the gradient of a constant is made of."""
+        positions = {number: position for position, (number, _) in enumerate(self.step.sums)}
+        found: set[int] = set()
+        stack = [self.step.gradients[constant]] if constant in self.step.gradients else []
+        while stack:
+            number = stack.pop()
+            if number in positions:
+                found.add(positions[number])
+                continue
+            stack.extend(r for c in self.step.epilogue.calls if number in c.results for r in c.references())
+        return found
+
+    # -- both -----------------------------------------------------------------------------------------------------
+
+    def _run(
+        self, source: KernelSource, shape: tuple[int, ...], order: tuple[int, ...], T: int, given: dict[str, Any]
+    ) -> None:
+        addresses: list[tuple[int, float]] = []
+        described: list[Any] = []
+        for slot in source.slots:
+            value = given[slot.kind][slot.index]
+            if isinstance(value, Tensor):
+                value = self._in_memory(slot, value)
+                addresses.append((value.data_ptr(), 0.0))
+                if slot.kind == "sum" and value.dim() == 1 and self.step.expressions.total[slot.index]:
+                    described.append(None)
+                else:
+                    described.append(description(value, slot.kind in _WITH_TIME))
+            else:
+                addresses.append((0, 0.0 if value is None else float(value)))
+                described.append(None)
+        launch(source, plan_layout(shape, order, tuple(described)), T, addresses)
+
+    def _in_memory(self, slot: Slot, value: Tensor) -> Tensor:
+        """A tensor in the dtype that a kernel expects; lazy negatives and conjugates are no memory."""
+        expected = _DTYPES[slot.dtype]
+        if value.dtype != expected:
+            value = value.to(expected)
+        if value.is_neg():
+            value = value.resolve_neg()
+        return value
+
+
+_WITH_TIME = frozenset(("sequence", "output", "saved", "grad_output", "grad_sequence"))
+
+
+def _product(shape: Sequence[int]) -> int:
+    count = 1
+    for size in shape:
+        count *= size
+    return count
+
+
+def build(lowered: LoweredStep, needs: Needs | None) -> None:
+    """Build what is about to be run.
+
+    Raises:
+        NotLowered: it cannot be built.
+    """
+    if needs is None:
+        load(lowered.inference())
+    else:
+        load(lowered.training(needs).forward)
+        load(lowered.training(needs).backward)

@@ -1,0 +1,285 @@
+"""The kernels of one loop region: made at the first call, kept by what they depend on, or a reason why there are none.
+
+A recording holds for the dtypes and shapes of a step (for its ranks only, where nobody looked at sizes), and for the
+Python values in the modules of the region: `neuron.tau` is looked at in every call. T is in nothing. Kernels are kept by
+their text, so another `tau` or batch size builds nothing.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, fx, nn
+from torch.autograd import forward_ad
+
+from snnfx.errors import warn_once
+from snnfx.kernels.aten import decomposition
+from snnfx.kernels.function import needs_of, run_lowered
+from snnfx.kernels.initial import InitialStates, find_initial_states
+from snnfx.kernels.lowered import LoweredStep, build
+from snnfx.kernels.record import NotLowered, Recording, record_step
+from snnfx.kernels.translate import translate
+from snnfx.program import is_size_read
+from snnfx.state import adapter_of, call_stateful, has_forward_hooks, initial_value
+
+__all__ = ["RegionKernels"]
+
+_MOST = 64
+"""Recordings kept for a region."""
+
+
+@dataclass
+class _Entry:
+    """One recording, or why there is none."""
+
+    lowered: LoweredStep | None
+    initial: InitialStates | None
+    constants: tuple[Callable[[Sequence[Any]], Tensor], ...] = ()
+    baked: tuple[tuple[Callable[[Sequence[Any]], Tensor], int, int], ...] = ()
+    kept_alive: tuple[Any, ...] = ()
+    reason: str = ""
+    built: frozenset[Any] = frozenset()
+
+
+class RegionKernels:
+    """Runs a loop region by generated kernels where that is possible.
+
+    Args:
+        label: of the region, for messages.
+        step: `(*constants, *inputs, state) -> (outputs, state)`.
+        first: `(*constants, *inputs) -> (outputs, state)`, None without state.
+        start: `(*constants, *inputs) -> (states before the first step, states after it)`, None without state.
+    """
+
+    def __init__(
+        self, label: str, step: fx.GraphModule, first: fx.GraphModule | None, start: fx.GraphModule | None
+    ) -> None:
+        self.label, self.step, self.first, self.start = label, step, first, start
+        self.entries: dict[Any, _Entry] = {}
+        self.refusal = ""
+        self.in_use: LoweredStep | None = None
+
+    def run(
+        self, x_seq: Sequence[Tensor], state: Sequence[Any] | None, constants: Sequence[Any]
+    ) -> tuple[tuple[Tensor, ...], tuple[Tensor, ...]] | None:
+        """All steps of a sequence, or None when they have to be run one by one."""
+        if not _ordinary(x_seq, state, constants):
+            return None
+        entry = self._entry(x_seq, state, constants)
+        if entry is None or entry.lowered is None:
+            self.refusal = entry.reason if entry is not None else self.refusal
+            return None
+        given = [fetch(constants) for fetch in entry.constants]
+        if state is None and self.first is not None:
+            assert entry.initial is not None
+            state = entry.initial.values(constants, x_seq, self.start)
+        states = list(state or ())
+        if not self._ready(entry, x_seq, states, given):
+            return None
+        self.in_use = entry.lowered
+        return run_lowered(entry.lowered, x_seq, states, given)
+
+    def _ready(self, entry: _Entry, x_seq: Sequence[Tensor], states: Sequence[Any], given: Sequence[Tensor]) -> bool:
+        """Build what this call needs; where that fails, the region is not lowered from now on."""
+        assert entry.lowered is not None
+        needs = needs_of(x_seq, states, given) if torch.is_grad_enabled() else None
+        if needs in entry.built:
+            return True
+        try:
+            build(entry.lowered, needs)
+        except NotLowered as reason:
+            entry.lowered, entry.reason = None, str(reason)
+            self.refusal = entry.reason
+            warn_once(
+                "SNNFX505",
+                f"loops are run step by step by PyTorch: {reason}.",
+                key="build",
+            )
+            return False
+        entry.built |= {needs}
+        return True
+
+    # -- recordings -----------------------------------------------------------------------------------------------
+
+    def _entry(self, x_seq: Sequence[Tensor], state: Sequence[Any] | None, constants: Sequence[Any]) -> _Entry | None:
+        try:
+            fixed = (
+                tuple([_of_constant(c) for c in constants]),
+                None if state is None else tuple([_of_state(s) for s in state]),
+                torch.is_autocast_enabled("cpu") and torch.get_autocast_dtype("cpu"),
+                torch.get_default_dtype(),
+            )
+        except NotLowered as reason:
+            self.refusal = str(reason)
+            return None
+        exact = (tuple([(x.shape[1:], x.dtype) for x in x_seq]), fixed)
+        entry = self.entries.get(exact)
+        if entry is None:
+            general = (tuple([(_pattern(x.shape[1:]), x.dtype) for x in x_seq]), fixed)
+            entry = self.entries.get(general)
+            if entry is None:
+                entry, is_general = self._record(x_seq, state, constants)
+                self._keep(general if is_general else exact, entry)
+        for fetch, identity, version in entry.baked:
+            tensor = fetch(constants)
+            if id(tensor) != identity or tensor._version != version:
+                entry, is_general = self._record(x_seq, state, constants)
+                self._keep(exact, entry)
+                break
+        return entry
+
+    def _keep(self, key: Any, entry: _Entry) -> None:
+        if len(self.entries) >= _MOST:
+            self.entries.pop(next(iter(self.entries)))
+        self.entries[key] = entry
+
+    def _record(
+        self, x_seq: Sequence[Tensor], state: Sequence[Any] | None, constants: Sequence[Any]
+    ) -> tuple[_Entry, bool]:
+        """Record a step, and whether the recording holds for other sizes of its inputs."""
+        alive = tuple(x for c in constants if isinstance(c, nn.Module) for m in c.modules() for x in m.__dict__.values())
+        try:
+            inputs = [x[0] for x in x_seq]
+            with torch.no_grad():
+                after = self._after_one_step(inputs, state, constants)
+            step = functools.partial(self.step.forward, *constants)
+            recording = record_step(step, inputs, after, True, decomposition)
+            lowered = LoweredStep(translate(recording))
+            initial = None
+            if self.first is not None and state is None:
+                first = record_step(functools.partial(self.first.forward, *constants), inputs, None, False, decomposition)
+                initial = find_initial_states(recording, first, lambda t: _fetcher(t, constants))
+        except NotLowered as reason:
+            return _Entry(None, None, reason=str(reason), kept_alive=alive), False
+        entry = _Entry(
+            lowered,
+            initial,
+            tuple(_fetcher(recording.constants[i], constants) for _, i in lowered.step.constants),
+            tuple((_fetcher(t, constants), id(t), version) for t, version in recording.baked),
+            alive,
+        )
+        holds_for_all = not lowered.step.holds_sizes and (not recording.reads_sizes or self._is_vouched_for(constants))
+        return entry, holds_for_all
+
+    def _after_one_step(
+        self, inputs: Sequence[Tensor], state: Sequence[Any] | None, constants: Sequence[Any]
+    ) -> list[Tensor]:
+        """The states after a step: what all later steps start from."""
+        rng = torch.get_rng_state()
+        try:
+            if state is None and self.first is not None:
+                _, after = self.first.forward(*constants, *inputs)
+            else:
+                _, after = self.step.forward(*constants, *inputs, tuple(state or ()))
+        finally:
+            torch.set_rng_state(rng)
+        for value in after:
+            if not isinstance(value, Tensor):
+                raise NotLowered(f"a state is a {type(value).__name__} that Python computes")
+        return list(after)
+
+    def _is_vouched_for(self, constants: Sequence[Any]) -> bool:
+        """Whether sizes are only read by modules that are known to be elementwise."""
+        modules = dict(zip((n for n in self.step.graph.nodes if n.op == "placeholder"), constants, strict=False))
+        for node in self.step.graph.nodes:
+            if is_size_read(node):
+                return False
+            if node.op == "call_function" and node.target in (call_stateful, initial_value):
+                module = modules.get(node.args[0])
+                adapter = adapter_of(module) if isinstance(module, nn.Module) else None
+                if adapter is None or not adapter.elementwise(module):
+                    return False
+            elif node.op == "call_function" and node.args and isinstance(modules.get(node.args[0]), nn.Module):
+                if not type(modules[node.args[0]]).__module__.startswith(("torch.nn.", "snnfx.")):
+                    return False
+        return True
+
+
+def _ordinary(x_seq: Sequence[Any], state: Sequence[Any] | None, constants: Sequence[Any]) -> bool:
+    """Whether these are plain tensors on the CPU that nobody watches, and modules without hooks."""
+    if torch._C._len_torch_dispatch_stack() or torch._C._are_functorch_transforms_active():
+        return False
+    if forward_ad._current_level >= 0:
+        return False
+    for value in (*x_seq, *(state or ()), *constants):
+        if isinstance(value, Tensor):
+            if type(value) not in (Tensor, nn.Parameter, nn.Buffer) or value.device.type != "cpu":
+                return False
+            if value.layout != torch.strided or value.is_nested:
+                return False
+        elif isinstance(value, nn.Module):
+            if any(has_forward_hooks(m) for m in value.modules()):
+                return False
+        elif not isinstance(value, bool | int | float):
+            return False
+    return x_seq[0].shape[0] > 0
+
+
+def _pattern(shape: Sequence[int]) -> tuple[bool, ...]:
+    """What of a shape decides how values are combined."""
+    return tuple([n == 1 for n in shape])
+
+
+def _of_state(value: Any) -> Any:
+    return (value.dtype, _pattern(value.shape)) if isinstance(value, Tensor) else (type(value), value)
+
+
+def _of_constant(constant: Any) -> Any:
+    """What a recording depends on in a constant of the region."""
+    if isinstance(constant, Tensor):
+        return (constant.shape, constant.dtype, constant.requires_grad)
+    if isinstance(constant, nn.Module):
+        return tuple([_of_module(module) for module in constant.modules()])
+    return (type(constant), constant)
+
+
+_NOT_HYPERPARAMETERS = frozenset(("_parameters", "_buffers", "_modules", "_memories", "_non_persistent_buffers_set"))
+
+
+def _of_module(module: nn.Module) -> Any:
+    found: list[Any] = [type(module)]
+    for name, value in module.__dict__.items():
+        kind = type(value)
+        if kind is bool or kind is int or kind is float or kind is str or value is None:
+            found.append(value if kind is not float or value == value else "nan")
+            found.append(kind)
+        elif name not in _NOT_HYPERPARAMETERS:
+            found.append(_frozen(value))
+    for registry in (module._parameters, module._buffers):
+        for tensor in registry.values():
+            found.append(None if tensor is None else (tensor.shape, tensor.dtype, tensor.requires_grad))
+    return tuple(found)
+
+
+def _frozen(value: Any) -> Any:
+    """A value as a key: plain values by value, all else by identity (its owner keeps it alive)."""
+    if isinstance(value, bool | int | float | str | bytes | None | torch.dtype | torch.device):
+        return (type(value), value)
+    if isinstance(value, tuple | list):
+        return (type(value), *[_frozen(v) for v in value])
+    if isinstance(value, dict):
+        return (dict, *[(_frozen(k), _frozen(v)) for k, v in value.items()])
+    if isinstance(value, Tensor):
+        return (id(value), value.shape, value.dtype, value.requires_grad)
+    return id(value)
+
+
+def _fetcher(tensor: Tensor, constants: Sequence[Any]) -> Callable[[Sequence[Any]], Tensor]:
+    """How to get at a constant of a recording in later calls: where it is now, or the tensor itself."""
+    for index, constant in enumerate(constants):
+        if constant is tensor:
+            return lambda given, index=index: given[index]  # type: ignore[misc]
+        if isinstance(constant, nn.Module):
+            for module in constant.modules():
+                for registry in (module._parameters, module._buffers):
+                    for name, value in registry.items():
+                        if value is tensor:
+                            return lambda given, registry=registry, name=name: registry[name]  # type: ignore[misc]
+    return lambda given: tensor
+
+
+_ = Recording

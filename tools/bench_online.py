@@ -1,0 +1,264 @@
+"""Time online training: snnfx.online on a converted net against SpikingJelly's functions with its own OTTT modules.
+
+    python tools/bench_online.py [--repeats 9] [--only ottt|fptt|memory] [--json tools/results/online_cpu.json]
+
+Both sides have the same weights, inputs, loss, optimizer, threads and malloc; they take turns, and the medians of a
+call on one batch are given as a ratio. With a learning rate of 0, both see the same spikes at every repeat (the
+optimizer's step runs all the same). The largest difference of the first gradients is printed beside the times;
+SpikingJelly pools the trace where snnfx traces what the weight is given, which is not the same for a max-pool.
+Each case runs in a process of its own.
+
+Peak memory is that of one training call, above what the process held before the call.
+"""
+
+from __future__ import annotations
+
+import argparse
+import importlib.metadata
+import json
+import multiprocessing
+import os
+import platform
+import statistics
+import sys
+import time
+from collections.abc import Callable
+from concurrent.futures import ProcessPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+import snnfx
+import snnfx.online
+
+RESULTS = Path(__file__).resolve().parent / "results" / "online_cpu.json"
+ALPHA = 0.1
+MEMORY_LENGTHS = (32, 256, 512)
+MEMORY_CHUNK = 16
+
+Call = Callable[[], Any]
+Sides = dict[str, tuple[Call, nn.Module]]
+
+
+# The nets, in both libraries: soft reset, the reset detached, the input not divided by tau.
+
+
+def lif() -> nn.Module:
+    return snnfx.neuron.LIFNode(
+        tau=2.0, decay_input=False, v_reset=None, detach_reset=True, surrogate_function=snnfx.surrogate.Sigmoid()
+    )
+
+
+def peer_lif(online: bool) -> nn.Module:
+    from spikingjelly.activation_based import neuron, surrogate
+
+    make = neuron.OTTTLIFNode if online else neuron.LIFNode
+    return make(tau=2.0, decay_input=False, v_reset=None, detach_reset=True, surrogate_function=surrogate.Sigmoid())
+
+
+def csnn(neuron: Callable[[], nn.Module]) -> list[nn.Module]:
+    """The CSNN of tools/bench_csnn.py: two conv-BN-LIF-pool blocks of 64 channels, two fully connected layers."""
+
+    def block(channels_in: int) -> list[nn.Module]:
+        conv = nn.Conv2d(channels_in, 64, 3, padding=1, bias=False)
+        return [conv, nn.BatchNorm2d(64), neuron(), nn.MaxPool2d(2)]
+
+    head = [nn.Flatten(), nn.Linear(64 * 7 * 7, 256), neuron(), nn.Linear(256, 10), neuron()]
+    return [*block(1), *block(64), *head]
+
+
+def mlp(neuron: Callable[[], nn.Module]) -> list[nn.Module]:
+    """64-128-128-10, the size of scikit-learn's digits."""
+    return [nn.Linear(64, 128), neuron(), nn.Linear(128, 128), neuron(), nn.Linear(128, 10), neuron()]
+
+
+NETS: dict[str, tuple[Callable[..., list[nn.Module]], tuple[int, ...]]] = {
+    "CSNN": (csnn, (1, 28, 28)),
+    "MLP": (mlp, (64,)),
+}
+
+
+def peer_model(net: str, online: bool) -> nn.Module:
+    from spikingjelly.activation_based import layer
+
+    layers = NETS[net][0](lambda: peer_lif(online))
+    return layer.OTTTSequential(*layers) if online else nn.Sequential(*layers)
+
+
+def batch(net: str, T: int, N: int) -> tuple[Tensor, Tensor]:
+    """Spikes `[T, N, ...]` and what ten neurons should do at each step, `[T, N, 10]`."""
+    generator = torch.Generator().manual_seed(T)
+    x_seq = (torch.rand(T, N, *NETS[net][1], generator=generator) < 0.3).float()
+    labels = torch.randint(10, (N,), generator=generator)
+    return x_seq, F.one_hot(labels, 10).float().expand(T, N, 10)
+
+
+# One call on one batch, for each side.
+
+
+def ottt_sides(net: str, T: int, N: int) -> Sides:
+    from spikingjelly.activation_based import functional
+    from spikingjelly.activation_based.learning import online_learning
+
+    x_seq, target = (s.transpose(0, 1).contiguous() for s in batch(net, T, N))
+    model = nn.Sequential(*NETS[net][0](lif))
+    ours = snnfx.convert(model, example_inputs=x_seq[:, 0])
+    peer = peer_model(net, online=True)
+    peer.load_state_dict(model.state_dict())
+    optimizers = {module: torch.optim.SGD(module.parameters(), lr=0.0) for module in (ours, peer)}
+
+    def run_peer() -> None:
+        online_learning.ottt_online_training(peer, optimizers[peer], x_seq, target, F.mse_loss, False)
+        functional.reset_net(peer)
+
+    def run_ours() -> None:
+        snnfx.online.ottt_online_training(ours, optimizers[ours], x_seq, target, F.mse_loss, False)
+
+    return {"snnfx": (run_ours, ours), "SpikingJelly": (run_peer, peer)}
+
+
+def fptt_sides(net: str, T: int, N: int) -> Sides:
+    from spikingjelly.activation_based import functional
+    from spikingjelly.activation_based.learning import online_learning
+
+    x_seq, target = batch(net, T, N)
+    model = nn.Sequential(*NETS[net][0](lif))
+    ours = snnfx.convert(model, example_inputs=x_seq[0])
+    peer = peer_model(net, online=False)
+    peer.load_state_dict(model.state_dict())
+    optimizers = {module: torch.optim.SGD(module.parameters(), lr=0.0) for module in (ours, peer)}
+
+    def run_peer() -> None:
+        w_ra = online_learning.fptt_online_training_init_w_ra(optimizers[peer])
+        online_learning.fptt_online_training(peer, optimizers[peer], x_seq, target, F.mse_loss, ALPHA, w_ra)
+        functional.reset_net(peer)
+
+    def run_ours() -> None:
+        w_ra = snnfx.online.fptt_online_training_init_w_ra(optimizers[ours])
+        snnfx.online.fptt_online_training(ours, optimizers[ours], x_seq, target, F.mse_loss, ALPHA, w_ra)
+
+    return {"snnfx": (run_ours, ours), "SpikingJelly": (run_peer, peer)}
+
+
+CASES: tuple[tuple[str, Callable[..., Sides], str, int, int, float], ...] = (
+    ("OTTT-A", ottt_sides, "CSNN", 16, 8, 3.0),
+    ("OTTT-A", ottt_sides, "MLP", 32, 16, 8.0),
+    ("OTTT-A", ottt_sides, "MLP", 128, 16, 8.0),
+    ("FPTT", fptt_sides, "MLP", 32, 16, 1.5),
+    ("FPTT", fptt_sides, "MLP", 128, 16, 1.5),
+)
+
+
+def gradient_difference(sides: Sides) -> float | None:
+    """Largest difference of the gradients that the two sides left, relative to the largest gradient; None without."""
+    ours, theirs = ([p.grad for p in module.parameters() if p.grad is not None] for _, module in sides.values())
+    if not ours or len(ours) != len(theirs):
+        return None
+    return max(float((a - b).abs().max()) for a, b in zip(ours, theirs, strict=True)) / max(
+        float(g.abs().max()) for g in theirs
+    )
+
+
+def measure(
+    rule: str, make: Callable[..., Sides], net: str, T: int, N: int, target: float, repeats: int
+) -> dict[str, Any]:
+    torch.manual_seed(0)
+    sides = make(net, T, N)
+    for run, _ in sides.values():
+        run()
+    difference = gradient_difference(sides)
+    times: dict[str, list[float]] = {name: [] for name in sides}
+    for repeat in range(repeats + 1):
+        order = list(sides.items()) if repeat % 2 else list(sides.items())[::-1]
+        for name, (run, _) in order:
+            start = time.perf_counter()
+            run()
+            if repeat:
+                times[name].append((time.perf_counter() - start) * 1e3)
+    medians = {name: statistics.median(values) for name, values in times.items()}
+    return {
+        "rule": rule,
+        "net": net,
+        "T": T,
+        "N": N,
+        "milliseconds": medians,
+        "ratio": medians["SpikingJelly"] / medians["snnfx"],
+        "target": target,
+        "gradient_difference": difference,
+    }
+
+
+# Peak memory.
+
+
+def memory_mib(field: str) -> float:
+    """Memory of this process: `VmRSS` is what it holds now, `VmHWM` the most that it ever held.
+
+    Not `getrusage`, whose maximum a new process inherits from the one that started it.
+    """
+    for line in Path("/proc/self/status").read_text().splitlines():
+        if line.startswith(field):
+            return int(line.split()[1]) / 1024
+    raise RuntimeError(f"/proc/self/status has no {field}")
+
+
+def peak_of_one_call(T: int, N: int, chunk: int) -> float:
+    """MiB by which the peak grows while one sequence is trained on by OTTT-A; to be called in a fresh process."""
+    torch.manual_seed(0)
+    x_seq, target = batch("CSNN", T, N)
+    net = snnfx.convert(nn.Sequential(*csnn(lif)), example_inputs=x_seq[0])
+    optimizer = torch.optim.SGD(net.parameters(), lr=0.0)
+    trainer = snnfx.online.Trainer(net, snnfx.online.OTTT_A, optimizer, F.mse_loss, chunk=chunk)
+    before = memory_mib("VmRSS")
+    trainer.step(x_seq, target)
+    return memory_mib("VmHWM") - before
+
+
+def show(result: dict[str, Any]) -> None:
+    t, difference = result["milliseconds"], result["gradient_difference"]
+    same = "" if difference is None else f"   gradients differ by {difference:.1e}"
+    print(
+        f"  {result['rule']:<7} {result['net']:<5} T={result['T']:<4} N={result['N']:<3} snnfx {t['snnfx']:8.1f} ms"
+        f"   SpikingJelly {t['SpikingJelly']:8.1f} ms   {result['ratio']:5.2f}x (target {result['target']}x){same}",
+        flush=True,
+    )
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else "")
+    parser.add_argument("--repeats", type=int, default=9)
+    parser.add_argument("--only", choices=("ottt", "fptt", "memory"))
+    parser.add_argument("--json", type=Path, help=f"where to write the figures, for example {RESULTS.name}")
+    arguments = parser.parse_args()
+    machine = {
+        "torch": torch.__version__,
+        "spikingjelly": importlib.metadata.version("spikingjelly"),
+        "threads": torch.get_num_threads(),
+        "machine": platform.machine(),
+    }
+    print(", ".join(f"{key} {value}" for key, value in machine.items()))
+    # The processes below start with this: threads that spin while they wait slow down a busy machine.
+    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+    found: dict[str, Any] = {"machine": machine, "cases": []}
+    context = multiprocessing.get_context("spawn")
+    with ProcessPoolExecutor(1, mp_context=context, max_tasks_per_child=1) as fresh:
+        for case in CASES:
+            if arguments.only in (None, case[0].split("-")[0].lower()):
+                found["cases"].append(fresh.submit(measure, *case, arguments.repeats).result())
+                show(found["cases"][-1])
+        if arguments.only in (None, "memory") and sys.platform == "linux":
+            peaks = {T: fresh.submit(peak_of_one_call, T, 8, MEMORY_CHUNK).result() for T in MEMORY_LENGTHS}
+            found["memory"] = {"net": "CSNN", "N": 8, "chunk": MEMORY_CHUNK, "peak_mib": peaks}
+            shown = "   ".join(f"T={T} {peak:.0f} MiB" for T, peak in peaks.items())
+            growth = peaks[MEMORY_LENGTHS[-1]] / peaks[MEMORY_LENGTHS[0]]
+            print(f"  peak of OTTT-A, CSNN, N=8, chunk {MEMORY_CHUNK}: {shown}   last to first {growth:.2f}x")
+    if arguments.json:
+        arguments.json.parent.mkdir(parents=True, exist_ok=True)
+        arguments.json.write_text(json.dumps(found, indent=2) + "\n")
+
+
+if __name__ == "__main__":
+    main()
