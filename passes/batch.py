@@ -13,7 +13,7 @@ from collections.abc import Callable, Mapping, Set
 from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
-from torch import Tensor, fx
+from torch import Tensor, fx, nn
 from torch.fx import Node
 from torch.fx.node import map_aggregate
 
@@ -64,6 +64,7 @@ def infer_batch(
     training: bool,
     batch_norm: Literal["fold", "per_step"],
     initial: Mapping[Node, object] | None = None,
+    training_of: Callable[[nn.Module], bool] | None = None,
 ) -> BatchAnalysis:
     """Find where the batch of every value of a step graph is, and which nodes may not be folded.
 
@@ -79,11 +80,12 @@ def infer_batch(
         initial: slot placeholder -> its value before the first step. A number or a tensor without dimensions stands
             for a tensor of the shape of the next value. Default: read from the graph's output node, if that has the
             form `(outputs, next_states, initial_values)`.
+        training_of: whether a layer that is called is in training; default: as the graph.
 
     Returns:
         Facts, refusals and requirements. Nothing is changed.
     """
-    walk = _Walk(graph, resolve, dict(inputs), varying, training, batch_norm)
+    walk = _Walk(graph, resolve, dict(inputs), varying, training, batch_norm, training_of)
     before = _initial_values(graph, carried) if initial is None else initial
     slots: dict[Node, Value] = dict.fromkeys(carried, BOTTOM)
     settled: set[Node] = set()  # slots that nothing but themselves says anything about
@@ -129,7 +131,9 @@ class _Walk:
         varying: Set[Node],
         training: bool,
         batch_norm: str,
+        training_of: Callable[[nn.Module], bool] | None,
     ) -> None:
+        self.training_of = training_of
         self.graph, self.resolve, self.inputs, self.varying = graph, resolve, inputs, varying
         self.training, self.batch_norm = training, batch_norm
         self.found = {node: look_up(node, resolve) for node in graph.nodes if node.op.startswith("call")}
@@ -218,7 +222,10 @@ class _Walk:
             return self.facts[argument] if isinstance(argument, Node) else argument
 
         arguments = {name: map_aggregate(value, load) for name, value in found.arguments.items()}
-        return Site(node, found.name, arguments, found.module, self.training, self.batch_norm, self.bases)
+        training = self.training
+        if found.module is not None and self.training_of is not None:
+            training = self.training_of(found.module)
+        return Site(node, found.name, arguments, found.module, training, self.batch_norm, self.bases)
 
     def _evaluate(self, site: Site, found: Found) -> Value:
         looked_at = found.row.operands.split()

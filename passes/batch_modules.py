@@ -116,7 +116,6 @@ def batch_norm(site: Site) -> Value:
     """Statistics of the batch in training: what folding means for them is declared by `batch_norm=`."""
     module = site.module
     in_training = site.training if module is not None else site["training"] not in (None, False)
-    # A module that is frozen now may be thawed later: in a training program only its mode counts.
     if site["running_mean"] is None and site["running_var"] is None and not in_training:
         site.refuse(
             "SNNFX106",

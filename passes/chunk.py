@@ -1,13 +1,12 @@
-"""Choose how many time steps to run at once in inference (strip-mining of the time loop).
+"""How many time steps are run at once in inference (strip-mining of the time loop), and the shapes of a step's state.
 
-Run over all T steps, a value takes T times the bytes of one step. The plan counts the bytes that are alive at the
-widest point of one step and takes as many steps as fit the budget; the state is handed from chunk to chunk. Legal in
-evaluation mode, where no value depends on the number of steps that are run together.
+Run over all T steps, a value takes T times the bytes of one step; the plan (`snnfx.memory.plan`) takes as many steps as
+fit, and the state is handed from chunk to chunk. Legal in evaluation mode, where no value depends on the number of steps
+that are run together.
 """
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -21,7 +20,6 @@ from torch._subclasses.fake_tensor import (
     UnsupportedOperatorException,
 )
 from torch.fx import Node
-from torch.utils import _pytree as pytree
 
 from snnfx.errors import InputError
 from snnfx.passes.region_builder import whole_step
@@ -29,11 +27,6 @@ from snnfx.program import StepProgram
 from snnfx.state import without_hooks
 
 __all__ = ["ChunkPlan", "check_chunk_option", "plan_chunks", "shapes_of_state"]
-
-_CPU_BUDGET = 64 * 2**20
-"""Bytes of live intermediates on a CPU. Measured on a convolutional SNN (`tools/bench_csnn.py`): with more, large
-blocks come from fresh pages each time and page faults dominate; with less, the calls do."""
-
 
 @dataclass(frozen=True)
 class ChunkPlan:
@@ -62,55 +55,15 @@ def check_chunk_option(chunk: Any) -> None:
         raise InputError("SNNFX302", f"chunk={chunk}", hint="A chunk has at least one time step.")
 
 
-def plan_chunks(program: StepProgram, steps: Sequence[Tensor], chunk: int | str | None) -> ChunkPlan:
-    """Plan the chunks of an evaluation program.
-
-    Args:
-        program: the program of evaluation mode.
-        steps: tensors with the shapes of ONE step of the inputs (no values are read).
-        chunk: the option of `snnfx.convert`.
-    """
+def plan_chunks(chunk: int | None) -> ChunkPlan:
+    """The plan of a chunk length that was given; `snnfx.memory.plan` makes one for "auto"."""
     if chunk is None:
         return ChunkPlan(None, 0, 0, "chunk=None: all time steps at once")
-    if isinstance(chunk, int):
-        return ChunkPlan(chunk, 0, 0, f"chunk={chunk} as asked for")
-    try:
-        needed = live_bytes_per_step(program.first_step or program, steps)
-    except (
-        DataDependentOutputException,
-        DynamicOutputShapeException,
-        UnsupportedOperatorException,
-        CarriedState,
-    ) as error:
-        if isinstance(error, CarriedState):
-            return ChunkPlan(None, 0, 0, f"all time steps at once: {error}")
-        return ChunkPlan(None, 0, 0, "all time steps at once: the bytes of a step depend on the values of tensors")
-    budget = _budget(steps[0].device if steps else torch.device("cpu"))
-    length = max(1, budget // max(1, needed))
-    reason = f"{_bytes(needed)} alive per time step, budget {_bytes(budget)}: {length} steps at once"
-    return ChunkPlan(length, needed, budget, reason)
+    return ChunkPlan(chunk, 0, 0, f"chunk={chunk} as asked for")
 
 
 class CarriedState(Exception):
     """The first step needs a state that only the caller has."""
-
-
-def live_bytes_per_step(program: StepProgram, steps: Sequence[Tensor]) -> int:
-    """The bytes alive at the widest point of the first step, from shapes alone.
-
-    Raises:
-        CarriedState: the step cannot start without a state of the caller's.
-    """
-    meter: _LiveBytes | None = None
-
-    def measured(first: fx.GraphModule, arguments: Sequence[Any]) -> Any:
-        nonlocal meter
-        meter = _LiveBytes(first)
-        return meter.run(*arguments)
-
-    _first_step_of_shapes(program, steps, measured)
-    assert meter is not None
-    return meter.peak
 
 
 def shapes_of_state(program: StepProgram, steps: Sequence[Tensor]) -> dict[str, tuple[int, ...]]:
@@ -154,49 +107,3 @@ def _first_step_of_shapes(
     # A user's hooks have no business with fake tensors.
     with mode, torch.no_grad(), without_hooks(program.source):
         return run(first, arguments)
-
-
-class _LiveBytes(fx.Interpreter):
-    """Runs a graph on fake tensors and keeps the largest sum of bytes alive; views of a live tensor count once."""
-
-    def __init__(self, module: fx.GraphModule) -> None:
-        super().__init__(module)
-        self.peak = 0
-        self.held: dict[Node, dict[int, int]] = {}
-
-    def run_node(self, n: Node) -> Any:
-        result = super().run_node(n)
-        if n.op != "placeholder":
-            self.held[n] = {
-                id(t.untyped_storage()): t.untyped_storage().nbytes()
-                for t in pytree.tree_leaves(result)
-                if isinstance(t, Tensor)
-            }
-        alive: dict[int, int] = {}
-        for storages in self.held.values():
-            alive.update(storages)
-        self.peak = max(self.peak, sum(alive.values()))
-        for dead in self.user_to_last_uses.get(n, ()):
-            self.held.pop(dead, None)
-        return result
-
-
-def _budget(device: torch.device) -> int:
-    if device.type == "cuda":
-        free, _ = torch.cuda.mem_get_info(device)
-        return free // 4
-    return min(_CPU_BUDGET, _available_memory() // 4)
-
-
-def _available_memory() -> int:
-    try:
-        return os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
-    except (ValueError, OSError, AttributeError):
-        return 4 * _CPU_BUDGET
-
-
-def _bytes(count: int) -> str:
-    for unit, size in (("GiB", 2**30), ("MiB", 2**20), ("KiB", 2**10)):
-        if count >= size:
-            return f"{count / size:.1f} {unit}"
-    return f"{count} bytes"

@@ -94,9 +94,7 @@ def folds_when_cut(program: StepProgram, region: Region, inputs: Iterable[Node] 
         if node.op == "placeholder":
             if not all(user.target in (cut_history, update_trace) for user in node.users if user.op != "output"):
                 return False
-        elif "step_refusal" in node.meta or is_random(program, node) or node.target is call_opaque:
-            return False
-        elif keeps_statistics(program, node):
+        elif "step_refusal" in node.meta or is_random(program, node) or node.target is call_opaque or keeps_statistics(program, node):
             return False
     values = [n for n in (*region.nodes, *inputs) if not is_size(n) and n.meta.get("varying", True)]
     return all(_has_batch(n.meta.get("batch_dim")) for n in values)

@@ -20,8 +20,9 @@ from torch.utils import _pytree as pytree
 
 from snnfx.cut_loop import CutLoopRegion, TraceRegion
 from snnfx.functional import map_forward, multi_step_forward, seq_to_ann_forward
+from snnfx.kernels.region import RegionKernels
 from snnfx.passes.detach import folds_when_cut, is_trace_loop
-from snnfx.passes.region_builder import RegionBuilder, same_for_all_samples, whole_step
+from snnfx.passes.region_builder import RegionBuilder, has_batch_in_front, same_for_all_samples, whole_step
 from snnfx.program import Region, StepProgram, add_placeholder, describe_node
 from snnfx.regions import (
     LoopRegion,
@@ -253,6 +254,12 @@ class _MultiStepEmitter(_Emitter):
             module = make()
             targets = [_module_target(self.program, key) for key in builder.constants]
             module.bind(self.program.resolve, targets, output_count=len(wanted))
+            module.slot_count = len(region.slots)
+            if region.not_lowered == "" and isinstance(module, LoopRegion):
+                nexts = [self.next_of[slot] for slot in region.slots]
+                module.kernels = RegionKernels(
+                    module.label, module.step, module.first, lambda: self._start_of_loop(region, builder, nexts)
+                )
             return module
 
         inputs = tuple(self._sequence_input(node) for node in builder.inputs) or (self.steps(),)
@@ -284,6 +291,12 @@ class _MultiStepEmitter(_Emitter):
             self._define(node, self.graph.call_function(operator.getitem, (outputs, index)))
         self.loop_calls.update({slot: (call, index) for index, slot in enumerate(region.slots)})
 
+    def _start_of_loop(self, region: Region, builder: RegionBuilder, nexts: list[Any]) -> RegionGraph:
+        """`(*constants, *inputs) -> (states before the first step, states after it)`, from the reset state."""
+        by_slot = {node.meta["slot"]: node for node in self.program.slot_nodes()}
+        slots = [by_slot[slot] for slot in region.slots]
+        return builder.graph_module(slots, nexts, region.slots, first=True, extra_input=not builder.inputs)
+
     def _cut_loop(
         self,
         region: Region,
@@ -299,7 +312,7 @@ class _MultiStepEmitter(_Emitter):
             _label(region),
             step,
             first,
-            start=builder.graph_module(slots, nexts, region.slots, first=True),
+            start=self._start_of_loop(region, builder, nexts),
             advance=builder.graph_module((), nexts, region.slots).without_dead_code(),
             outputs=builder.graph_module(wanted, (), region.slots).without_dead_code(),
             input_dims=[node.meta["batch_dim"] for node in builder.inputs],
@@ -323,6 +336,7 @@ class _MultiStepEmitter(_Emitter):
 
     def _define(self, node: Node, value: Node) -> None:
         value.meta.update({k: v for k, v in node.meta.items() if k in ("where", "module", "val", "region", "varying")})
+        value.meta["step_node"] = node.name
         self.values[node] = value
 
     def value(self, node: Node) -> Node:
@@ -376,6 +390,7 @@ class _MultiStepEmitter(_Emitter):
         following = self.next_of[slot]
         state = self.state_of((slot,))
         initial = self.initial_of[slot]
+        has_batch = has_batch_in_front(initial)
         is_held = following is placeholder
         if isinstance(initial, Node):
             builder = RegionBuilder(self.program, [], [], stop=self.region_of)
@@ -390,7 +405,8 @@ class _MultiStepEmitter(_Emitter):
             initial = self.graph.call_function(operator.getitem, (values, 0))
         if is_held:
             return self.graph.call_function(hold_over_time, (state, initial, self.steps()))
-        return self.graph.call_function(delay_one_step, (self._as_sequence(following), state, initial, self.steps()))
+        arguments = (self._as_sequence(following), state, initial, self.steps(), slot, has_batch)
+        return self.graph.call_function(delay_one_step, arguments)
 
     def _final_state(self, slot: str) -> Any:
         if slot in self.loop_calls:

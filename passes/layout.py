@@ -80,6 +80,8 @@ class ChooseLayout(Pass):
 def _may_be_channels_last(program: StepProgram, node: Node, marked: set[Node], following: dict[str, object]) -> bool:
     if node in marked or is_convolution(program, node):
         return True
+    if is_size(node):
+        return False  # a number or a dtype, though one of an image
     if node.op == "placeholder":
         return following.get(node.name) in marked
     return takes_any_layout(program, node) and any(operand in marked for operand in node.all_input_nodes)

@@ -18,6 +18,7 @@ import torch
 from torch import Tensor, nn
 from torch.fx import Node
 from torch.fx.node import map_aggregate
+from torch.utils import _pytree as pytree
 
 from snnfx.errors import InputError
 from snnfx.passes.batch_lookup import look_up
@@ -100,14 +101,13 @@ class StepOnNumbers:
         return self.targets.index(target)
 
     def run(
-        self, constants: Sequence[Any], swept: Mapping[str, Sequence[float]], starts: Iterable[str] = ()
+        self, constants: Sequence[Any], swept: Mapping[str, Sequence[float]]
     ) -> tuple[dict[str, Any], set[str]]:
         """Evaluate the step.
 
         Args:
             constants: what `targets` name.
             swept: the values that some nodes take, one for each point; the other slots and the inputs are 0.
-            starts: with values for computed nodes among `swept`: their names.
 
         Returns:
             The value of each node, and the names of those that a change reached through what is not elementwise.
@@ -233,15 +233,51 @@ def _operands_in(node: Node, nodes: set[Node]) -> bool:
     return all(operand in nodes for operand in node.all_input_nodes)
 
 
-def fed_slots(step: StepOnNumbers, program: StepProgram, node: Node) -> list[str]:
-    """The slots whose next value changes in the same step with the value of a node, while nothing fires."""
+def fed_slots(
+    step: StepOnNumbers, program: StepProgram, node: Node, weights: Iterable[tuple[Node, Node]] = ()
+) -> list[str]:
+    """The slots whose next value changes in the same step with the value of a node, while nothing fires.
+
+    Args:
+        step: the whole step.
+        program: of the step.
+        node: a weight op.
+        weights: all weight ops with their operands. Where the operand is what a neuron that is fed gives (it never fires,
+            so it hands the change on), what comes behind the weight is fed by that neuron.
+    """
     constants = [program.resolve(target) for target in step.targets]
-    values, _ = step.run(constants, {node.name: _BELOW})
-    return [
-        slot.name
-        for slot, following in zip(program.slots, program.next_states, strict=True)
-        if isinstance(following, Node) and _changes(values[following.name], len(_BELOW))
-    ]
+    swept = {node.name: _BELOW}
+    readers = dict(zip((slot.name for slot in program.slots), program.slot_nodes(), strict=True))
+    while True:
+        values, _ = step.run(constants, swept)
+        fed = [
+            slot.name
+            for slot, following in zip(program.slots, program.next_states, strict=True)
+            if isinstance(following, Node) and _changes(values[following.name], len(_BELOW))
+        ]
+        states = {readers[slot] for slot in fed}
+        behind = [
+            weight.name
+            for weight, operand in weights
+            if weight.name not in swept
+            and _changes(values[operand.name], len(_BELOW))
+            and _read_by(operand) & states
+        ]
+        if not behind:
+            return fed
+        swept |= dict.fromkeys(behind, (0.0,) * len(_BELOW))
+
+
+def _read_by(value: Node) -> set[Node]:
+    """The slots that a value is computed from in one step."""
+    found: set[Node] = set()
+    stack = [value]
+    while stack:
+        node = stack.pop()
+        if node not in found:
+            found.add(node)
+            stack.extend(node.all_input_nodes)
+    return {node for node in found if node.op == "placeholder" and "slot" in node.meta}
 
 
 def fires(step: StepOnNumbers, program: StepProgram, slot: str) -> bool:
@@ -250,8 +286,8 @@ def fires(step: StepOnNumbers, program: StepProgram, slot: str) -> bool:
     constants = [program.resolve(target) for target in step.targets]
     values, _ = step.run(constants, {placeholder: _ALL})
     for value in values.values():
-        for leaf in value if isinstance(value, tuple | list) else (value,):
-            if _changes(leaf, len(_ALL)) and len(torch.unique(leaf[:, 0, 0, 0, 0])) == 2:
+        for leaf in pytree.tree_leaves(value):
+            if isinstance(leaf, Tensor) and _changes(leaf, len(_ALL)) and len(torch.unique(leaf[:, 0, 0, 0, 0])) == 2:
                 return True
     return False
 

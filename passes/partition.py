@@ -23,6 +23,7 @@ from snnfx.passes.batch import BatchAnalysis, infer_batch
 from snnfx.passes.batch_facts import Fact, model_input
 from snnfx.passes.dependence import Dependence, analyse_dependence, is_size
 from snnfx.program import (
+    SELF_TARGET,
     Region,
     StepProgram,
     estimates_weights,
@@ -31,6 +32,7 @@ from snnfx.program import (
     takes_from_tuple,
     updates_buffers,
 )
+from snnfx.scalars import ScalarRead
 from snnfx.state import call_opaque
 
 __all__ = ["Partition"]
@@ -75,6 +77,8 @@ class Partition(Pass):
 
     def _analyse(self, program: StepProgram, stepped: Set[str] = frozenset()) -> tuple[Dependence, BatchAnalysis]:
         changing = self._updates_at_every_step(program, stepped)
+        settings = [read for read in program.scalars if read.name != "training"]
+        program.scalars = settings + _flags_of_norms(program, self.batch_norm)
         dependence = analyse_dependence(program, self.invariant_inputs, changing)
         analysis = infer_batch(
             program.graph,
@@ -84,6 +88,7 @@ class Partition(Pass):
             varying=dependence.varying,
             training=program.training,
             batch_norm=self.batch_norm,  # type: ignore[arg-type]
+            training_of=program.is_in_training,
         )
         return dependence, analysis
 
@@ -120,6 +125,27 @@ def _layers_called_again_that_stay_out_of_the_fold(
     return frozenset(
         name for name, nodes in calls.items() if len(nodes) > 1 and any(node in refusals for node in nodes)
     )
+
+
+def _flags_of_norms(program: StepProgram, batch_norm: str) -> list[ScalarRead]:
+    """The modes of the layers whose statistics decide how they are run: a net looks for a change at each call.
+
+    Of a layer that is frozen in the mode that the model is in, the own flag counts.
+    """
+    found: dict[str, ScalarRead] = {}
+    for node in program.graph.nodes:
+        target = str(node.target)
+        if node.op != "call_module" or target in program.constants:
+            continue
+        module = program.resolve(target)
+        if not isinstance(module, nn.modules.batchnorm._NormBase):
+            continue
+        is_batch_norm = isinstance(module, nn.modules.batchnorm._BatchNorm)
+        tracks = module.running_mean is not None
+        if (tracks and batch_norm == "per_step") or (is_batch_norm and not tracks):
+            flag = module.training if program.source.training == program.training else program.training
+            found[target] = ScalarRead("" if target == SELF_TARGET else target, "training", flag, str(flag))
+    return list(found.values())
 
 
 def _input_facts(program: StepProgram) -> dict[Node, Fact]:
@@ -194,6 +220,8 @@ def _kinds(program: StepProgram, dependence: Dependence, refusals: Mapping[Node,
             refusal = refusal or Refusal("SNNFX102", "an operand of it is mapped and has no batch dimension")
             node.meta["refusal"] = refusal
             kinds[node] = {"SNNFX106": "per_step", "SNNFX109": "step"}.get(refusal.code, "map")
+            if kinds[node] == "per_step" and isinstance(program.module_of(node), nn.modules.instancenorm._InstanceNorm):
+                kinds[node] = "step"  # vmap cannot update its running statistics
     for node in program.graph.nodes:
         # One element of a tuple goes where the tuple is, even if only an initial value is made of it.
         source = node.args[0] if node.args else None

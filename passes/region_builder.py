@@ -19,7 +19,7 @@ from snnfx.program import StepProgram, add_placeholder, place_of
 from snnfx.regions import RegionGraph, call_module, in_shape_of, repeat_for_samples
 from snnfx.tensor_layout import channels_last, row_major
 
-__all__ = ["RegionBuilder", "same_for_all_samples", "whole_step"]
+__all__ = ["RegionBuilder", "has_batch_in_front", "same_for_all_samples", "whole_step"]
 
 
 class RegionBuilder:
@@ -148,8 +148,9 @@ class RegionBuilder:
             for index, node in enumerate(outputs):
                 # A slot that is read outside of the loop: there it has the shape of the later steps.
                 if node in builder.first_slots:
-                    after = builder.argument(following[builder.first_slots[node]])
-                    results[index] = graph.call_function(in_shape_of, (results[index], after))
+                    slot = builder.first_slots[node]
+                    after, has_batch = builder.argument(following[slot]), has_batch_in_front(builder.initial_of[slot])
+                    results[index] = graph.call_function(in_shape_of, (results[index], after, slot, has_batch))
         if next_states is None:
             dims = ((node, node.meta.get("batch_dim")) for node in self.input_nodes)
             samples = next(((env[node], dim) for node, dim in dims if isinstance(dim, int)), None)
@@ -236,6 +237,11 @@ class _Copier:
             self.env[node] = new
         self.open.discard(node)
         return self.env[node]
+
+
+def has_batch_in_front(initial: Any) -> bool:
+    """Whether the first value of a slot is known to have the batch in dim 0."""
+    return isinstance(initial, Node) and initial.meta.get("batch_dim") == 0
 
 
 def same_for_all_samples(node: Node) -> bool:

@@ -23,12 +23,8 @@ __all__ = ["is_output_of_stateful_call", "unite_output_with_state"]
 def is_output_of_stateful_call(node: Node) -> bool:
     """Whether the node is what a stateful module returns, not its state."""
     source = node.args[0] if node.args else None
-    return (
-        is_structural(node)
-        and node.args[1] == 0
-        and isinstance(source, Node)
-        and source.target in (call_stateful, call_opaque)
-    )
+    is_stateful = isinstance(source, Node) and source.target in (call_stateful, call_opaque)
+    return is_stateful and is_structural(node) and node.args[1] == 0
 
 
 def unite_output_with_state(program: StepProgram, output: Node, change: Node) -> None:
@@ -81,7 +77,7 @@ def _slots_in_output(program: StepProgram, call: Node) -> set[int] | None:
     if not isinstance(output, Tensor):
         return None
     shared = {i for i, value in enumerate(states) if isinstance(value, Tensor) and _share(value, output)}
-    whole = all(value.shape == output.shape and value.stride() == output.stride() for value in map(states.__getitem__, shared))
+    whole = all(states[i].shape == output.shape and states[i].stride() == output.stride() for i in shared)
     return shared if whole else None
 
 

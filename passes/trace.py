@@ -13,7 +13,7 @@ eq. 9; Bellec et al. 2020, eq. 22). A weight that feeds no neuron has no trace: 
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -27,10 +27,10 @@ from snnfx.passes.batch_lookup import look_up
 from snnfx.passes.dependence import Dependence, analyse_dependence
 from snnfx.passes.hold_dropout import add_slot
 from snnfx.passes.leak import LeakProbe, StepOnNumbers, fed_slots, no_single_leak
-from snnfx.step_functions import FunctionHolder
 from snnfx.program import StepProgram, describe_node, is_module_call, place_of
+from snnfx.step_functions import FunctionHolder
 
-__all__ = ["TraceOperands"]
+__all__ = ["TraceOperands", "WeightOp", "weight_ops"]
 
 _CONVOLUTIONS = "conv1d conv2d conv3d conv_transpose1d conv_transpose2d conv_transpose3d".split()
 _PRODUCTS = {"linear": "input", "matmul": "input other", "mm": "input mat2", **dict.fromkeys(_CONVOLUTIONS, "input")}
@@ -40,7 +40,7 @@ Leak = float | Node
 
 
 @dataclass(frozen=True)
-class _WeightOp:
+class WeightOp:
     """A weight op: the node, its operand, and which positional argument that is (None: of a module)."""
 
     node: Node
@@ -75,10 +75,10 @@ class TraceOperands(Pass):
                 hint="Use a rule without traces, or make the first step like the others.",
             )
         dependence = analyse_dependence(program)
-        ops = _weight_ops(program, dependence)
-        leaks = _Leaks(program, self.leak)
+        ops = weight_ops(program, dependence)
+        leaks = _Leaks(program, self.leak, ops)
         traced, left = 0, []
-        plans: list[tuple[_WeightOp, float | LeakProbe]] = []
+        plans: list[tuple[WeightOp, float | LeakProbe]] = []
         for op in ops:
             if not self.inputs and not _depends_on_state(op.operand):
                 left.append(f"{describe_node(op.node)} (network input)")
@@ -94,7 +94,7 @@ class TraceOperands(Pass):
         note = f"{traced} of {len(ops)} weights see a trace"
         return f"{note}; not {', '.join(left)}" if left else note
 
-    def _trace(self, program: StepProgram, op: _WeightOp, leak: Leak) -> None:
+    def _trace(self, program: StepProgram, op: WeightOp, leak: Leak) -> None:
         graph, node, operand = program.graph, op.node, op.operand
         name = str(node.target) if node.op == "call_module" else node.name
         trace = add_slot(program, f"{name}.trace", operand)
@@ -134,9 +134,9 @@ def _site(node: Node) -> dict[str, Any]:
     return {k: v for k, v in node.meta.items() if k in ("where", "module")}
 
 
-def _weight_ops(program: StepProgram, dependence: Dependence) -> list[_WeightOp]:
+def weight_ops(program: StepProgram, dependence: Dependence) -> list[WeightOp]:
     """Linear layers, convolutions and products with a weight that is the same at every step."""
-    found: list[_WeightOp] = []
+    found: list[WeightOp] = []
     for node in program.graph.nodes:
         if not node.op.startswith("call") or node in dependence.initial_only or node not in dependence.varying:
             continue
@@ -146,7 +146,7 @@ def _weight_ops(program: StepProgram, dependence: Dependence) -> list[_WeightOp]
         if node.op == "call_module":
             operand = node.args[0] if len(node.args) == 1 and not node.kwargs else None
             if isinstance(operand, Node) and _has_parameters(program.resolve(str(node.target))):
-                found.append(_WeightOp(node, operand, None))
+                found.append(WeightOp(node, operand, None))
             continue
         if node.kwargs.keys() & {"input", "self", "other", "mat2"}:
             continue
@@ -156,7 +156,7 @@ def _weight_ops(program: StepProgram, dependence: Dependence) -> list[_WeightOp]
             varies = isinstance(operand, Node) and operand in dependence.varying
             if varies and others and not any(n in dependence.varying for n in others):
                 assert row.arguments[name] is operand
-                found.append(_WeightOp(node, operand, position))  # type: ignore[arg-type]
+                found.append(WeightOp(node, operand, position))  # type: ignore[arg-type]
                 break
     return found
 
@@ -165,7 +165,7 @@ def _has_parameters(module: Any) -> bool:
     return isinstance(module, nn.Module) and any(True for _ in module.parameters())
 
 
-def _has_bias(program: StepProgram, op: _WeightOp) -> bool:
+def _has_bias(program: StepProgram, op: WeightOp) -> bool:
     if op.position is None:
         return getattr(program.resolve(str(op.node.target)), "bias", None) is not None
     found = look_up(op.node, program.resolve)
@@ -201,20 +201,21 @@ def _ancestors(roots: Iterable[Node]) -> set[Node]:
 class _Leaks:
     """The leaks of the neurons of a program, found once for each slot."""
 
-    def __init__(self, program: StepProgram, leak: Literal["post", "pre"] | float) -> None:
+    def __init__(self, program: StepProgram, leak: Literal["post", "pre"] | float, ops: Sequence[WeightOp]) -> None:
         self.program, self.leak = program, leak
+        self.weights = [(op.node, op.operand) for op in ops]
         self.step = StepOnNumbers(program) if isinstance(leak, str) else None
         self.probes: dict[str, LeakProbe] = {}
         self.nodes: dict[str, Node] = {}
         self.cycles = {n: cycle for cycle in analyse_dependence(program).cycles for n in cycle}
 
-    def of(self, op: _WeightOp) -> float | LeakProbe | None:
+    def of(self, op: WeightOp) -> float | LeakProbe | None:
         """The leak for the trace of an operand; None when it has none: the weight feeds nothing that is cut and leaks."""
         if not isinstance(self.leak, str):
             return float(self.leak)
         if self.leak == "post":
             assert self.step is not None
-            slots = fed_slots(self.step, self.program, op.node)
+            slots = fed_slots(self.step, self.program, op.node, self.weights)
         else:
             slots = self._emitting(op.operand)
             if not slots:

@@ -16,11 +16,12 @@ from pathlib import Path
 if not (Path(__file__).parent / "passes").is_dir() and (Path(__file__).parents[1] / "passes").is_dir():
     __path__.append(str(Path(__file__).parents[1]))
 
-from snnfx import errors, functional, neuron, passes, surrogate
+from snnfx import errors, functional, kernels, neuron, online, passes, surrogate
 
 # Four functions are named like the modules they live in. Each is bound here, after its module, and the name stays the
 # function's: a later `import snnfx.explain` finds the module loaded and does not bind it again. Therefore these
 # imports are eager; a lazy `__getattr__` would lose against whichever submodule is imported first.
+from snnfx.allocator import tune_allocator
 from snnfx.convert import convert
 from snnfx.draw import draw
 from snnfx.explain import explain
@@ -38,8 +39,11 @@ __all__ = [
     "errors",
     "explain",
     "functional",
+    "kernels",
     "neuron",
+    "online",
     "passes",
     "surrogate",
+    "tune_allocator",
     "verify",
 ]

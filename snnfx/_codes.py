@@ -294,6 +294,27 @@ CODES: dict[str, CodeEntry] = {
         "net = torch.compile(snnfx.convert(model), fullgraph=True); net(x_seq); model.tau = 3.0; net(x_seq)",
         'self.register_buffer("tau", torch.tensor(2.0))   # live; or call the net itself once after the change',
     ),
+    "SNNFX317": CodeEntry(
+        "time cannot be cut here",
+        'With batch_norm="fold" a BatchNorm in training takes its statistics over all time steps together. Running some '
+        "steps after the others (checkpoint=<steps>, net.stream) would give each part statistics of its own.",
+        "snnfx.convert(model, checkpoint=16)",
+        'snnfx.convert(model, checkpoint="regions")       # or batch_norm="per_step"; in evaluation mode there is no limit',
+    ),
+    "SNNFX318": CodeEntry(
+        "the memory budget cannot be met",
+        "Even with one time step at a time (in training: with everything computed again in the backward pass) the net "
+        "allocates more. The message says the least that would do, and which region needs it.",
+        "snnfx.convert(model, memory_budget=1000)(x_seq)",
+        "snnfx.convert(model, memory_budget=2 * 2**30)    # bytes; or a smaller batch",
+    ),
+    "SNNFX316": CodeEntry(
+        "a kernel is differentiated twice",
+        "A loop that runs as one generated kernel has a first derivative only; the gradient of its gradient "
+        "(create_graph=True) is not generated. It is said when the second derivative is asked for, not before.",
+        "net = snnfx.convert(model); (g,) = torch.autograd.grad(net(x).sum(), x, create_graph=True); g.sum().backward()",
+        "net = snnfx.convert(model, lower=None)   # PyTorch runs every step, and can",
+    ),
     # 4xx: verification
     "SNNFX401": CodeEntry(
         "outputs differ",
@@ -354,6 +375,24 @@ CODES: dict[str, CodeEntry] = {
         "y[mask] = 0                  # torch.vmap has no rule for a boolean index: stepped",
         "y = y.masked_fill(mask, 0)   # mapped, or folded",
     ),
+    "SNNFX506": CodeEntry(
+        "a compiled net is not checkpointed",
+        "Under torch.compile the compiler's own partitioner decides what is kept for the backward pass and what is computed "
+        "again; checkpoint= and memory_budget= act on training only when the net is not compiled.",
+    ),
+    "SNNFX507": CodeEntry(
+        "out of memory",
+        "An allocation failed while the net ran. The message names the region and a plan that is predicted to need less.",
+        "snnfx.convert(model, chunk=None)(x_seq)",
+        "snnfx.convert(model, memory_budget=0.5)(x_seq)",
+    ),
+    "SNNFX505": CodeEntry(
+        "no kernel could be built",
+        "A loop could run as one generated kernel, but there is no C++ compiler, it failed, or SNNFX_KERNELS=0 forbids it. "
+        "PyTorch runs the loop step by step instead: the same result, slower.",
+        "a machine without g++ and clang++",
+        "apt install g++   # or set CXX; or convert(model, lower=None), which asks for no kernels",
+    ),
     # 6xx: tools around the library
     "SNNFX601": CodeEntry(
         "graphviz is missing",
@@ -372,5 +411,58 @@ CODES: dict[str, CodeEntry] = {
         "draw writes .svg, .png, .pdf and .dot.",
         'snnfx.draw(net, "net.jpg")',
         'snnfx.draw(net, "net.png")',
+    ),
+    # 61x: online training
+    "SNNFX610": CodeEntry(
+        "input and target of an online rule differ in length",
+        "An online rule takes a loss at every time step, so the target has as many steps and as large a batch as the "
+        "input. One target for all steps is said with target_dim=None.",
+        "trainer.step(x_seq, labels)                                  # x_seq: [T, N, ...], labels: [N]",
+        "Trainer(net, rule, optimizer, loss, target_dim=None).step(x_seq, labels)",
+    ),
+    "SNNFX611": CodeEntry(
+        "the loss of a step is not a scalar",
+        "A loss function takes the outputs and the target of one time step and returns one number with a gradient.",
+        "loss=lambda y, target: (y - target) ** 2",
+        "loss=lambda y, target: ((y - target) ** 2).mean()",
+    ),
+    "SNNFX612": CodeEntry(
+        "the optimizer is not for this model",
+        "All parameters of the optimizer have to be the model's: others would never get a gradient.",
+        "Trainer(net, rule, torch.optim.SGD(copy.deepcopy(net).parameters(), lr=0.1), loss)",
+        "Trainer(net, rule, torch.optim.SGD(net.parameters(), lr=0.1), loss)",
+    ),
+    "SNNFX613": CodeEntry(
+        "the running averages do not fit the optimizer",
+        "w_ra holds one tensor for each parameter of the optimizer, in its order and of its shape.",
+        "w_ra = []",
+        "w_ra = fptt_online_training_init_w_ra(optimizer)",
+    ),
+    "SNNFX614": CodeEntry(
+        "a number of time steps is out of range",
+        "Lengths of chunks, of truncation and of intervals between updates are at least one step; at random, at most "
+        "all steps of the sequence can be chosen.",
+        "trainer = Trainer(net, SLTT_K(8), optimizer, loss); trainer.step(x_seq[:4], target[:4])",
+        "trainer = Trainer(net, SLTT_K(4), optimizer, loss); trainer.step(x_seq[:4], target[:4])",
+    ),
+    "SNNFX615": CodeEntry(
+        "the leak of a trace is not one number",
+        "An eligibility trace decays with the leak of a neuron. The neuron found has none that is a number (it differs "
+        "from neuron to neuron or with the potential), or there are several neurons with different ones, or none.",
+        "Trainer(net, OTTT_A, optimizer, loss)                        # a weight feeds a CUBALIFNode: two leaks",
+        "Trainer(net, OTTT_A(trace_leak=0.5), optimizer, loss)",
+    ),
+    "SNNFX616": CodeEntry(
+        "the rule contradicts itself or does not apply",
+        "The choices of an online rule do not go together, or the model is of a kind that the rule cannot train.",
+        'Rule(operand="trace", temporal="keep")',
+        'Rule(operand="trace", temporal="cut")',
+    ),
+    "SNNFX617": CodeEntry(
+        "a loss is evaluated step by step",
+        "torch.vmap could not evaluate the loss for all time steps of a chunk at once. The numbers are the same, the "
+        "loss takes longer.",
+        "loss=lambda y, target: my_loss(y, target) if y.sum().item() > 0 else y.sum()",
+        "loss=lambda y, target: torch.where(y.sum() > 0, my_loss(y, target), y.sum())",
     ),
 }

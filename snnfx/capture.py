@@ -25,7 +25,6 @@ from torch.utils import _pytree as pytree
 from snnfx.attributes import Attribute, is_number, recorded
 from snnfx.carry import OutputPath
 from snnfx.errors import CaptureError, InputError
-from snnfx.leaves import is_leaf
 from snnfx.matching import GraphMatch
 from snnfx.places import place_of_forward
 from snnfx.program import InputLeaf, Slot, StepProgram, add_placeholder, results_of
@@ -257,7 +256,7 @@ def _check_model(model: nn.Module, entry: str) -> None:
 
 @contextlib.contextmanager
 def _mode(model: nn.Module, training: bool) -> Iterator[None]:
-    """Set the training flag of everything that is traced through; leaves look at their own flag at the call."""
+    """Set the training flag of all modules: what is traced through may look at it; layers do so at the call as well."""
     # Not by the attribute: that somebody looks at it is noticed.
     before = [(m, m.__dict__["training"]) for m in model.modules() if "training" in m.__dict__]
     if model.__dict__.get("training") == training:
@@ -265,8 +264,7 @@ def _mode(model: nn.Module, training: bool) -> Iterator[None]:
         return
     try:
         for m, _ in before:
-            if m is model or not is_leaf(m):
-                m.training = training
+            m.training = training
         yield
     finally:
         for m, flag in before:

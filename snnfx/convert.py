@@ -15,12 +15,15 @@ from snnfx.capture import capture_both_modes
 from snnfx.carry import paths_of
 from snnfx.errors import InputError
 from snnfx.inferred_carry import infer_carry
+from snnfx.memory.budget import check_memory_budget
+from snnfx.memory.training import check_checkpoint_option, refuse_statistics_over_time
 from snnfx.net import Net
 from snnfx.options import ConvertOptions, time_dims_of_leaves
 from snnfx.passes.base import Pass, PassManager, PassRecord, verify_program
 from snnfx.passes.chunk import check_chunk_option
 from snnfx.passes.dce import RemoveDeadCode
 from snnfx.passes.layout import ChooseLayout
+from snnfx.passes.lower import Lower
 from snnfx.passes.normalize import Normalize
 from snnfx.passes.partition import Partition
 from snnfx.passes.sink import REDUCTIONS, SinkReductions
@@ -42,6 +45,9 @@ def convert(
     reduce: str | None = None,
     carry: Mapping[str, Any] | None = None,
     memory_format: str | None = "auto",
+    lower: str | None = "auto",
+    checkpoint: int | str | None = "auto",
+    memory_budget: int | float | None = None,
 ) -> Net:
     """Convert a model of one time step into a net that runs sequences, with the same result.
 
@@ -61,7 +67,7 @@ def convert(
         batch_norm: in training, "fold": statistics over T*N, as multi-step SNNs are trained; "per_step": statistics of
             each time step, exactly the stepped model. In evaluation mode there is no difference.
         chunk: in inference (evaluation mode without gradients), run this many time steps at once; None: all; "auto":
-            as many as fit a memory budget.
+            as many as fit `memory_budget` and are not slower for it.
         reduce: "mean", "sum" or "last": return that over the time steps instead of sequences. It is moved as far up as
             it goes: linear layers at the end run once, on the reduced value.
         carry_state: keep the state from call to call, detached, until `reset_net(net)`.
@@ -76,13 +82,25 @@ def convert(
             outputs. `{}`: nothing is carried.
         memory_format: "auto": images between 2-d convolutions have their channels innermost in memory on a CPU, which
             is faster; None: tensors keep the format in which the model makes them.
+        lower: "auto": a loop whose steps compute every element on its own (neurons) runs as one generated kernel for
+            all time steps, forward and backward, on CPUs with a C++ compiler; `explain` tells which. None: PyTorch runs
+            every step of every loop.
+        checkpoint: what training keeps less of and computes again in the backward pass. An int: the state every so many
+            time steps, and nothing in between; "regions": the inputs of each region, spikes in bits; "auto": as little
+            recomputation as `memory_budget` allows, none without a budget; None: nothing is computed again. Gradients
+            are the same; random numbers and running statistics are those of one run.
+        memory_budget: bytes that one call may allocate besides parameters and inputs (in training, until the backward
+            pass is through, gradients of the parameters included); a float is a part of the memory that is free at
+            the first call; None: half of it for inference, no limit for training.
 
     Returns:
         A `snnfx.Net` (a torch.fx.GraphModule).
 
     Raises:
         CaptureError: the model cannot be captured (codes 2xx).
-        InputError: an option or `example_inputs` does not fit; SNNFX314: which outputs are the state is not clear.
+        InputError: an option or `example_inputs` does not fit; SNNFX314: which outputs are the state is not clear;
+            SNNFX317: `checkpoint` would change the statistics of a BatchNorm; SNNFX318: not even with `example_inputs`
+            and one time step is `memory_budget` enough.
 
     Example:
         >>> import torch, snnfx
@@ -101,10 +119,30 @@ def convert(
         _check_choice("reduce", reduce, REDUCTIONS)
     if memory_format is not None:
         _check_choice("memory_format", memory_format, ("auto",))
+    if lower is not None:
+        _check_choice("lower", lower, ("auto",))
     check_chunk_option(chunk)
+    check_checkpoint_option(checkpoint)
+    check_memory_budget(memory_budget)
     paths = paths_of(carry) if carry is not None else infer_carry(model, entry, example_inputs)
-    options = ConvertOptions(step_mode, time_dim, entry, batch_norm, chunk, carry_state, reduce, paths or None, memory_format)
+    options = ConvertOptions(
+        step_mode,
+        time_dim,
+        entry,
+        batch_norm,
+        chunk,
+        carry_state,
+        reduce,
+        paths or None,
+        memory_format,
+        lower,
+        checkpoint,
+        memory_budget,
+    )
     programs, history = prepare_programs(model, options, example_inputs, inferred_carry=carry is None)
+    if isinstance(checkpoint, int):
+        # A model in evaluation mode is told when it is trained.
+        refuse_statistics_over_time(programs[model.training], f"checkpoint={checkpoint}")
     return Net(model, programs, options, history, _convert_for_shapes)
 
 
@@ -116,9 +154,10 @@ def pipeline(program: StepProgram, options: ConvertOptions) -> list[Pass]:
 
 
 def planning(program: StepProgram, options: ConvertOptions) -> list[Pass]:
-    """The last part of the pipeline, after which nothing of the step changes: regions, and how they are laid out."""
+    """The last part of the pipeline, after which nothing of the step changes: regions, layouts, kernels."""
     layout = [ChooseLayout()] if options.memory_format is not None else []
-    return [Partition(batch_norm=options.batch_norm, invariant_inputs=_invariant_inputs(program, options)), *layout]
+    partition = Partition(batch_norm=options.batch_norm, invariant_inputs=_invariant_inputs(program, options))
+    return [partition, *layout, *([Lower()] if options.lower is not None else [])]
 
 
 def edited(net: Net, edits: Sequence[Pass], **changes: Any) -> Net:
@@ -192,7 +231,7 @@ def _same_plan(a: StepProgram, b: StepProgram) -> bool:
         return [(r.kind, [n.name for n in r.nodes], r.slots) for r in program.regions]
 
     dims_a = [n.meta.get("batch_dim") for n in a.graph.nodes]
-    return plan(a) == plan(b) and dims_a == [n.meta.get("batch_dim") for n in b.graph.nodes]
+    return plan(a) == plan(b) and a.scalars == b.scalars and dims_a == [n.meta.get("batch_dim") for n in b.graph.nodes]
 
 
 def _convert_for_shapes(net: Net, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Net:

@@ -59,6 +59,9 @@ class CutLoopRegion(LoopRegion):
         """All steps of a sequence: `(outputs [T, *], final state)`, gradients without a loop over time."""
         if not torch.is_grad_enabled() or self.runs_as_operator(constants):
             return super().multi_step(x_seq, state, constants)
+        done = None if self.kernels is None else self.kernels.run(x_seq, state, constants)
+        if done is not None:
+            return done
         state_seq, final = self.states_before(x_seq, state, constants)
         return self.all_steps(x_seq, state_seq, constants), final
 

@@ -22,7 +22,6 @@ from snnfx.errors import CaptureError
 from snnfx.net import Net
 from snnfx.painter import Painter
 from snnfx.passes.base import Pass, PassManager
-from snnfx.passes.chunk import plan_chunks
 from snnfx.passes.dce import RemoveDeadCode
 from snnfx.passes.normalize import Normalize
 from snnfx.passes.partition import Partition
@@ -179,11 +178,8 @@ def _chunk_frame(net: Net, values: Mapping[str, Any], members: list[Member]) -> 
         return [frame]
     held = next((t for t in (*net.source.parameters(), *net.source.buffers())), torch.empty(0))
     steps = [torch.empty(1, dtype=v.dtype, device=held.device).expand(v.shape) for v in recorded]  # type: ignore[union-attr]
-    try:
-        plan = plan_chunks(program, steps, chunk)
-    except RuntimeError:
-        # A module that is run as it is may look at values, of which there are none here.
-        return [frame]
+    varying = net._arguments.varying
+    plan = net.chunk_plan(*(x.unsqueeze(0) if v else x for x, v in zip(steps, varying, strict=True)))
     if plan.length is not None:
         batch = next((f", N = {s.shape[0]}" for s in steps if s.dim()), "")
         frame.title, frame.note, frame.tooltip = _chunk_title(plan.length), f"in inference{batch}", plan.reason

@@ -32,9 +32,12 @@ class _DropoutOff(TorchFunctionMode):
         self, func: Callable[..., Any], types: Any, args: Sequence[Any] = (), kwargs: Mapping[str, Any] | None = None
     ) -> Any:
         args, kwargs = list(args), dict(kwargs or {})
+        makes_new = False
         if func in _DROPOUT_FUNCTIONS:
             # All of them begin with (input, p, training), which the functions of ATen call `train`.
             training = "training" if getattr(func, "__module__", None) == F.__name__ else "train"
+            in_place = func.__name__.endswith("_") or (args[3] if len(args) > 3 else kwargs.get("inplace", False))
+            makes_new = bool(args[2] if len(args) > 2 else kwargs.get(training, True)) and not in_place
             for position, name, value in ((1, "p", 0.0), (2, training, False)):
                 if position < len(args):
                     args[position] = value
@@ -45,7 +48,9 @@ class _DropoutOff(TorchFunctionMode):
                 args[4] = 0.0
             else:
                 kwargs["dropout_p"] = 0.0
-        return func(*args, **kwargs)
+        result = func(*args, **kwargs)
+        # With p = 0 it would be the input itself, which somebody may change in place afterwards.
+        return result.clone() if makes_new and isinstance(result, torch.Tensor) else result
 
 
 @contextmanager

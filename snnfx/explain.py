@@ -28,6 +28,7 @@ from snnfx.remarks import (
     carried_arguments,
     first_step_differs,
     fixed_sizes,
+    kernels_of_loops,
     mode_differences,
     random_nodes,
     reduced_outputs,
@@ -99,6 +100,7 @@ def _report_on(net: Net) -> Report:
         batch_norm=tuple(batch_norm_semantics(net)),
         random=tuple(random_nodes(program)),
         fallbacks=tuple(vmap_fallbacks(net)),
+        kernels=tuple(kernels_of_loops(net)),
         chunk=_chunk(net),
         passes=tuple(PassRow(r.description, r.milliseconds, r.note) for r in net.history),
     )
@@ -212,6 +214,7 @@ def _losing_the_batch(net: Net) -> Iterator[NotFolded]:
         varying=dependence.varying,
         training=program.training,
         batch_norm=net.options.batch_norm,  # type: ignore[arg-type]
+        training_of=program.is_in_training,
     ).refusals
     for region in program.regions:
         for node in region.nodes if region.slots else ():
@@ -271,7 +274,7 @@ def _chunk(net: Net) -> ChunkRow | None:
         return None
     chunk = net.options.chunk
     if chunk is None or isinstance(chunk, int):
-        plan = plan_chunks(net.program, (), chunk)
+        plan = plan_chunks(chunk)
         return ChunkRow(plan.length, plan.bytes_per_step, plan.reason)
     inputs = [node.meta.get("val") for node in net.program.input_nodes()]
     if not all(isinstance(value, Tensor) for value in inputs):

@@ -24,8 +24,10 @@ from snnfx.arguments import Arguments
 from snnfx.carry import outputs_without, rebuild_state, split_arguments, with_output_at
 from snnfx.errors import CaptureError, InputError, warn_once
 from snnfx.functional import chunk_multi_step_forward
+from snnfx.memory.training import Recomputation, refuse_statistics_over_time
 from snnfx.options import ConvertOptions, time_dims_of_leaves
 from snnfx.passes.base import PassRecord
+from snnfx.passes.checkpoint import RecomputePlan
 from snnfx.passes.chunk import ChunkPlan, plan_chunks
 from snnfx.passes.emit import Emitted, emit_multi_step, emit_plain, emit_single_step
 from snnfx.program import SELF_TARGET, Region, StepProgram
@@ -80,12 +82,13 @@ class Net(fx.GraphModule):
         self.__dict__.update(_programs=programs, history=list(history))
         time_dims = time_dims_of_leaves(self.options.time_dim, programs[True])
         self._arguments_in = {mode: Arguments(p, time_dims, self.options) for mode, p in programs.items()}
-        reads = {(r.owner, r.name): r for p in programs.values() for r in p.scalars}
-        self._scalars = watch(list(reads.values()), self.source)
+        self._scalars = {mode: watch(p.scalars, self.source) for mode, p in programs.items()}
         self._has_own_graph = False
         self._nets_for_shapes: dict[Any, Net] = {}
         self._recordings: dict[Any, Callable[..., Any]] = {}
         self._chunk_plans: dict[Any, ChunkPlan] = {}
+        self._recomputation = Recomputation(self)
+        self._recompute_plans: dict[Any, RecomputePlan] = {}
         constants = {
             name: value
             for p in programs.values()
@@ -101,11 +104,14 @@ class Net(fx.GraphModule):
         same = self._programs[True] is self._programs[False]
         self._graphs: dict[bool, fx.Graph] = {}
         self._runners: dict[tuple[bool, str], Callable[..., Any]] = {}
+        self._emitted: dict[tuple[bool, str], fx.Graph] = {}
         for mode in (True, False):
             if mode is False and same:
                 self._graphs[False] = self._graphs[True]
                 for (_, part), runner in list(self._runners.items()):
                     self._runners[False, part] = runner
+                for (_, part), graph in list(self._emitted.items()):
+                    self._emitted[False, part] = graph
                 continue
             program = self._programs[mode]
             multi_step = self.options.step_mode == "m"
@@ -115,7 +121,7 @@ class Net(fx.GraphModule):
                 emitted = emit_multi_step(program, container, self._target_name, reduce=self.options.reduce)
             else:
                 emitted = emit_single_step(program, container, self._target_name)
-            self._graphs[mode] = emitted.graph
+            self._graphs[mode] = self._emitted[mode, "main"] = emitted.graph
             self._runners[mode, "main"] = self._compile(emitted.graph)
             is_plain = program.first_step is None and not program.carried and _is_plain_structure(program.output_spec)
             if multi_step and is_plain:
@@ -128,7 +134,7 @@ class Net(fx.GraphModule):
                     self._arguments.output_time_dim,
                     self.options.reduce,
                 )
-                self._graphs[mode] = plain.graph
+                self._graphs[mode] = self._emitted[mode, "plain"] = plain.graph
                 self._runners[mode, "plain"] = self._compile(plain.graph)
                 emitted.regions.update(plain.regions)
             self._install(emitted, label)
@@ -230,6 +236,21 @@ class Net(fx.GraphModule):
         return self._programs
 
     @property
+    def positional_inputs(self) -> int:
+        """How many of the tensors of `bound` belong to positional arguments."""
+        args, _ = pytree.tree_unflatten(list(range(len(self.program.input_leaves))), self.program.input_spec)
+        return sum(self.program.input_leaves[i].placeholder is not None for i in pytree.tree_leaves(args))
+
+    def covers(self, leaves: list[Tensor]) -> bool:
+        """Whether the net was planned for tensors of these shapes, time first; it is planned again for others."""
+        return self._arguments.covered(leaves)
+
+    @property
+    def varying_inputs(self) -> list[bool]:
+        """Of each tensor input, whether it has a time dimension."""
+        return self._arguments.varying
+
+    @property
     def _arguments(self) -> Arguments:
         """What a call takes in the current mode."""
         return self._arguments_in[self.training]
@@ -287,6 +308,34 @@ class Net(fx.GraphModule):
         outputs = outputs_without(outputs, [c.path for c in self.program.carried])
         return (outputs, state, dict(zip(names, records, strict=True))) if names else (outputs, state)
 
+    def bound(
+        self, args: tuple[Any, ...], kwargs: dict[str, Any], T: int | None = None
+    ) -> tuple[list[Tensor], dict[str, Any], int]:
+        """`(tensors with time first, carried arguments by name, T)` of a call, for `run_bound`.
+
+        Raises:
+            InputError: as `run`.
+        """
+        _, ordered, given, steps = self._received(args, kwargs, T)
+        assert steps is not None
+        return ordered, given, steps
+
+    def run_bound(
+        self, leaves: list[Tensor], given: dict[str, Any], state: dict[str, Any] | None, T: int | None
+    ) -> tuple[Any, dict[str, Any]]:
+        """Run what `bound` gave, or a slice of it over time: `(outputs without those that are carried, final state)`.
+
+        Args:
+            leaves: one tensor for each input of a step, time first; without time in step mode "s".
+            given: carried arguments, for the first slice.
+            state: as for `run`.
+            T: the number of time steps; None in step mode "s".
+        """
+        outputs, state, _ = self._execute(leaves, given, state, (), T)
+        if self.program.carried:
+            outputs = outputs_without(outputs, [c.path for c in self.program.carried])
+        return outputs, state
+
     def _received(
         self, args: tuple[Any, ...], kwargs: dict[str, Any], T: int | None
     ) -> tuple[list[Tensor], list[Tensor], dict[str, Any], int | None]:
@@ -297,7 +346,7 @@ class Net(fx.GraphModule):
         leaves = ordered = self._arguments.bind(args, kwargs)
         if self.options.step_mode == "m":
             ordered, T = self._arguments.time_first(leaves, T)
-        change = first_change(self._scalars)
+        change = first_change(self._scalars[self.training])
         if change is not None:
             self._capture_again(*change, ordered, given)
         return leaves, ordered, given, T
@@ -319,7 +368,8 @@ class Net(fx.GraphModule):
             )
         warn_once(
             "SNNFX315",
-            f"{what}: the model is captured again. Make it a buffer or a parameter if it changes often.",
+            f"{what}: the model is captured again."
+            + (" Make it a buffer or a parameter if it changes often." if scalar.name != "training" else ""),
             key=(id(self), scalar.qualified_name),
         )
         steps = self._arguments.at_step(leaves, 0) if self.options.step_mode == "m" else leaves
@@ -356,10 +406,13 @@ class Net(fx.GraphModule):
         if state is not None:
             arguments.check_shapes(state, arguments.at_step(leaves, 0))
         state = arguments.first_state(state, given)
-        k = None if record else self._chunk_length(leaves, T)
+        k = None if record else self._chunk_length(leaves, T, state)
+        recompute = None if record else self._checkpoint_length(leaves, T)
+        records: tuple[Any, ...] = ()
         if k is not None and k < T:
             flat, state = self._in_chunks(k, leaves, state, T)
-            records: tuple[Any, ...] = ()
+        elif recompute is not None:
+            flat, state = self._in_chunks(recompute, leaves, state, T, checkpoint=True)
         else:
             flat, state, records = self._steps(leaves, state, record, T)
         outputs = [arguments.time_back(y) for y in flat]
@@ -368,7 +421,7 @@ class Net(fx.GraphModule):
     def _steps(
         self, leaves: list[Tensor], state: dict[str, Any] | None, record: tuple[str, ...], T: int
     ) -> tuple[tuple[Any, ...], dict[str, Any], tuple[Any, ...]]:
-        runner = self._recorder(record) if record else self._runners[self.training, "main"]
+        runner = self._recorder(record) if record else self._runner("main", leaves, T)
         if state is None and (self.training, "first") in self._runners:
             return self._first_then_rest(runner, leaves, record, T)
         time = torch.arange(T, device=leaves[0].device) if leaves else torch.arange(T)
@@ -409,23 +462,28 @@ class Net(fx.GraphModule):
         return self._runners[self.training, part](self, *leaves, state, None)  # type: ignore[no-any-return]
 
     def _in_chunks(
-        self, k: int, leaves: list[Tensor], state: dict[str, Any] | None, T: int
+        self, k: int, leaves: list[Tensor], state: dict[str, Any] | None, T: int, checkpoint: bool = False
     ) -> tuple[tuple[Any, ...], dict[str, Any]]:
         varying = self._arguments.varying
         sequences = tuple(x for x, v in zip(leaves, varying, strict=True) if v) or (torch.arange(T),)
+
+        def run(inputs: list[Tensor], state: dict[str, Any] | None, steps: int) -> Any:
+            flat, state, _ = self._steps(inputs, state, (), steps)
+            return flat, state
 
         def one_chunk(*chunk_and_state: Any) -> Any:
             *chunk, state = chunk_and_state
             parts = iter(chunk)
             inputs = [next(parts) if v else x for x, v in zip(leaves, varying, strict=True)]
-            flat, state, _ = self._steps(inputs, state, (), chunk[0].shape[0])
-            return flat, state
+            steps = chunk[0].shape[0]
+            if checkpoint:
+                return self._recomputation.one_chunk(lambda x, s: run(x, s, steps))(inputs, state)
+            return run(inputs, state, steps)
 
         if self.options.reduce is None:
             return chunk_multi_step_forward(k, sequences, one_chunk, state=state)  # type: ignore[no-any-return]
         parts: list[tuple[int, tuple[Any, ...]]] = []
-        for start in range(0, T, k):
-            chunk = [x[start : start + k] for x in sequences]
+        for chunk in zip(*(x.split(k) for x in sequences), strict=True):
             flat, state = one_chunk(*chunk, state)
             parts.append((chunk[0].shape[0], flat))
         return combine_reductions(parts, self.options.reduce), state  # type: ignore[return-value]
@@ -488,22 +546,62 @@ class Net(fx.GraphModule):
             other.__dict__["training"] = self.training
         return other
 
+    # -- memory in training ---------------------------------------------------------------------------------------
+
+    def _runner(self, part: str, leaves: Sequence[Tensor], T: int) -> Callable[..., Any]:
+        """The form of the graph for this call: as it is, or with parts that backward computes again."""
+        if self._recomputation.applies() and not isinstance(self.options.checkpoint, int):
+            plan = self.recompute_plan(T, *leaves)
+            if plan.segments:
+                return self._recomputation.runner(part, plan)
+        return self._runners[self.training, part]
+
+    def _checkpoint_length(self, leaves: Sequence[Tensor], T: int) -> int | None:
+        """Time steps between the checkpoints of the state in training, None for no such checkpoints."""
+        if not self._recomputation.applies():
+            return None
+        k = self.recompute_plan(T, *leaves).steps
+        return k if k is not None and k < T else None
+
+    def recompute_plan(self, T: int, *sequences: Tensor) -> RecomputePlan:
+        """What is computed again in the backward pass of T steps of inputs of these shapes (time first)."""
+        key = (self.training, T, tuple((tuple(x.shape), x.dtype, x.requires_grad) for x in sequences))
+        if key not in self._recompute_plans:
+            self._recompute_plans[key] = self._plan_recomputation(T, sequences)
+        return self._recompute_plans[key]
+
+    def _plan_recomputation(self, T: int, sequences: Sequence[Tensor]) -> RecomputePlan:
+        checkpoint = self.options.checkpoint
+        if isinstance(checkpoint, int):
+            refuse_statistics_over_time(self.program, f"checkpoint={checkpoint}")
+            return RecomputePlan(steps=checkpoint, reason=f"the state is kept every {checkpoint} steps, as asked for")
+        if checkpoint == "regions":
+            return self._recomputation.every_region(T, sequences)
+        from snnfx.memory.plan import plan_training
+
+        return plan_training(self, T, sequences, None)
+
     # -- chunks ---------------------------------------------------------------------------------------------------
 
-    def _chunk_length(self, leaves: list[Tensor], T: int) -> int | None:
+    def _chunk_length(self, leaves: list[Tensor], T: int, state: dict[str, Any] | None = None) -> int | None:
         """How many steps to run at once, None for all: inference in evaluation mode only, never while compiling."""
         if self.options.chunk is None or torch.compiler.is_compiling() or torch.is_grad_enabled() or self.training:
             return None
         if isinstance(self.options.chunk, int):
             return self.options.chunk
-        return self.chunk_plan(*leaves).length
+        return self.chunk_plan(*leaves, state=state).length
 
-    def chunk_plan(self, *sequences: Tensor) -> ChunkPlan:
-        """The chunk plan for inputs of these shapes (time first), see `snnfx.passes.chunk`."""
+    def chunk_plan(self, *sequences: Tensor, state: dict[str, Any] | None = None) -> ChunkPlan:
+        """The chunk plan for inputs (time first) and a first state of these shapes, see `snnfx.memory.plan`."""
+        if self.options.chunk != "auto":
+            return plan_chunks(self.options.chunk)
         steps = self._arguments.at_step(sequences, 0)
-        key = tuple((tuple(x.shape), x.dtype) for x in steps)
+        first = tuple((k, tuple(v.shape), v.dtype) for k, v in (state or {}).items() if isinstance(v, Tensor))
+        key = (tuple((tuple(x.shape), x.dtype) for x in steps), state is None, first)
         if key not in self._chunk_plans:
-            self._chunk_plans[key] = plan_chunks(self._programs[False], steps, self.options.chunk)
+            from snnfx.memory.plan import plan_inference
+
+            self._chunk_plans[key] = plan_inference(self, sequences, state)
         return self._chunk_plans[key]
 
     # -- recording ------------------------------------------------------------------------------------------------
@@ -549,6 +647,15 @@ class Net(fx.GraphModule):
         return found
 
     # -- state carried from call to call -----------------------------------------------------------------------------
+
+    @property
+    def carried_state(self) -> dict[str, Any] | None:
+        """The state carried between calls, by slot name; None: the reset state."""
+        return self._carried
+
+    @carried_state.setter
+    def carried_state(self, state: dict[str, Any] | None) -> None:
+        self._carried = state
 
     def reset_carried_state(self) -> None:
         """Forget the state carried between calls (`snnfx.functional.reset_net`)."""
@@ -607,7 +714,8 @@ def _forward(self: Net, args: tuple[Any, ...], kwargs: dict[str, Any], T: int | 
     # Chunks are only planned for inputs that this plan covers.
     if plain is not None and T is not None and not options.carry_state and self._arguments.covered(ordered):
         k = self._chunk_length(ordered, T)
-        if k is None or k >= T:
+        if (k is None or k >= T) and self._checkpoint_length(ordered, T) is None:
+            plain = self._runner("plain", ordered, T)
             carriers = any(self._arguments.varying)
             return plain(self, *leaves) if carriers else plain(self, *leaves, torch.arange(T, device=leaves[0].device))
     state = self._carried if options.carry_state or options.step_mode == "s" else None

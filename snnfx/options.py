@@ -28,6 +28,9 @@ class ConvertOptions:
     reduce: str | None = None
     carry: dict[str, OutputPath] | None = None
     memory_format: str | None = "auto"
+    lower: str | None = "auto"
+    checkpoint: int | str | None = "auto"
+    memory_budget: int | float | None = None
 
 
 class ConvertKeywords(TypedDict, total=False):
@@ -42,6 +45,9 @@ class ConvertKeywords(TypedDict, total=False):
     reduce: str | None
     carry: Mapping[str, Any] | None
     memory_format: str | None
+    lower: str | None
+    checkpoint: int | str | None
+    memory_budget: int | float | None
 
 
 def time_dims_of_leaves(time_dim: Any, program: StepProgram) -> list[int | None]:

@@ -76,12 +76,14 @@ class Region:
         kind: ``"once"``, ``"fold"``, ``"map"`` or ``"loop"``.
         nodes: the nodes of the step graph, in program order.
         slots: names of the slots that live in it (loops only).
+        not_lowered: why no kernel may run it, "" where one may; None: it was not asked (see `snnfx.passes.lower`).
     """
 
     name: str
     kind: str
     nodes: list[Node]
     slots: list[str] = field(default_factory=list)
+    not_lowered: str | None = None
 
     def refusals(self) -> Iterator[tuple[Node, Refusal]]:
         """The nodes of the region that could not be folded, with the reason."""
@@ -199,6 +201,13 @@ class StepProgram:
             return self.resolve(str(node.args[0].target))  # type: ignore[union-attr, no-any-return]
         return None
 
+    def is_in_training(self, module: nn.Module) -> bool:
+        """Whether a layer is taken to be in training: as the program is, unless its own flag was noted down."""
+        for read in self.scalars:
+            if read.name == "training" and self.source.get_submodule(read.owner) is module:
+                return bool(read.value)
+        return self.training
+
     def copy(self) -> StepProgram:
         """A copy with its own graph (nodes keep their names); the source model and constants are shared."""
         graph = fx.Graph()
@@ -212,6 +221,7 @@ class StepProgram:
             self,
             graph=graph,
             slots=list(self.slots),
+            scalars=list(self.scalars),
             requirements=dict(self.requirements),
             regions=regions,
             first_step=self.first_step.copy() if self.first_step is not None else None,

@@ -9,14 +9,14 @@ arguments, so autograd and torch.compile see them.
 from __future__ import annotations
 
 import contextlib
-import functools
-import threading
 from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from snnfx.dispatch import ordinary_dispatch
+from snnfx.kernels.operator import fake_results, run_backward, run_forward
 from snnfx.regions import LoopRegion, MapRegion, SequenceRegion, region_of_handle
 
 __all__ = ["run_loop_as_operator", "run_map_as_operator"]
@@ -26,22 +26,20 @@ def run_loop_as_operator(
     region: LoopRegion, x_seq: Sequence[Tensor], state: Sequence[Any] | None, constants: Sequence[Any]
 ) -> tuple[tuple[Tensor, ...], tuple[Tensor, ...]]:
     """`LoopRegion.multi_step` through the operator."""
-    results = torch.ops.snnfx.run_region(
-        region.handle,
-        list(x_seq),
-        _tensors_of(constants),
-        [] if state is None else [s if isinstance(s, Tensor) else torch.tensor(s) for s in state],
-        state is not None,
-    )
+    tensors = _tensors_of(constants)
+    first = [] if state is None else [s if isinstance(s, Tensor) else torch.tensor(s) for s in state]
+    needs = [t.requires_grad and torch.is_grad_enabled() for t in (*x_seq, *tensors, *first)]
+    results = torch.ops.snnfx.run_region(region.handle, list(x_seq), tensors, first, state is not None, needs)
     outputs = region.output_count
-    slots = len(results) - outputs
-    # After the outputs: the final states, then the states after each step, kept for backward.
-    return tuple(results[:outputs]), tuple(results[outputs : outputs + slots // 2])
+    # After the outputs: the final states, then what is kept for backward.
+    return tuple(results[:outputs]), tuple(results[outputs : outputs + region.slot_count])
 
 
 def run_map_as_operator(region: MapRegion, x_seq: Sequence[Tensor], constants: Sequence[Any]) -> tuple[Tensor, ...]:
     """`MapRegion.map_steps` through the operator."""
-    return tuple(torch.ops.snnfx.run_region(region.handle, list(x_seq), _tensors_of(constants), [], False))
+    tensors = _tensors_of(constants)
+    needs = [t.requires_grad and torch.is_grad_enabled() for t in (*x_seq, *tensors)]
+    return tuple(torch.ops.snnfx.run_region(region.handle, list(x_seq), tensors, [], False, needs))
 
 
 def _tensors_of(constants: Sequence[Any]) -> list[Tensor]:
@@ -85,35 +83,61 @@ def _constants_from(region: SequenceRegion, tensors: Sequence[Tensor]) -> Iterat
             registry[key] = own
 
 
-@functools.cache
-def _fresh_dispatch_keys() -> tuple[Any, Any]:
-    """What the dispatcher includes and excludes in a thread where nothing has been switched on or off."""
-    found: list[Any] = []
+def _constants_with(region: SequenceRegion, tensors: Sequence[Tensor]) -> list[Any]:
+    """The constants of a region: its modules as they are, and the tensors that are none of theirs."""
+    remaining = iter(tensors)
+    constants: list[Any] = []
+    for target in region.constant_targets:
+        if target is None:
+            constants.append(next(remaining))
+            continue
+        assert region.resolve is not None
+        constants.append(region.resolve(target))
+        for _ in (*constants[-1].parameters(), *constants[-1].buffers()):
+            next(remaining)
+    return constants
 
-    def look() -> None:
-        found.append(torch._C._dispatch_tls_local_include_set())
-        found.append(torch._C._dispatch_tls_local_exclude_set())
 
-    thread = threading.Thread(target=look)
-    thread.start()
-    thread.join()
-    return found[0], found[1]
-
-
-@contextlib.contextmanager
-def _ordinary_dispatch(grad: bool) -> Iterator[None]:
-    """Let autograd and vmap work inside an operator, where the dispatcher has switched them off."""
-    with torch._C._ForceDispatchKeyGuard(*_fresh_dispatch_keys()), torch.set_grad_enabled(grad):
-        yield
+def _by_kernel(
+    region: SequenceRegion,
+    run: Any,
+    x_seq: Sequence[Tensor],
+    tensors: Sequence[Tensor],
+    state: Sequence[Tensor],
+    has_state: bool,
+    needs: Sequence[bool],
+    *more: Any,
+) -> list[Tensor] | None:
+    """What the kernels of a region compute; None where it has none."""
+    kernels = getattr(region, "kernels", None)
+    if kernels is None:
+        return None
+    count = len(x_seq)
+    flags = needs[count : count + len(tensors)]
+    given = [t.detach().requires_grad_(n) for t, n in zip(tensors, flags, strict=True)]
+    with ordinary_dispatch(grad=False), _constants_from(region, given) as constants:
+        first = list(state) if has_state else None
+        return run(kernels, list(x_seq), constants, first, *more, list(needs))  # type: ignore[no-any-return]
 
 
 @torch.library.custom_op("snnfx::run_region", mutates_args=())
 def run_region(
-    handle: str, x_seq: Sequence[Tensor], tensors: Sequence[Tensor], state: Sequence[Tensor], has_state: bool
+    handle: str,
+    x_seq: Sequence[Tensor],
+    tensors: Sequence[Tensor],
+    state: Sequence[Tensor],
+    has_state: bool,
+    needs: Sequence[bool],
 ) -> list[Tensor]:
-    """Run a region over a sequence: outputs, then for a loop the final states and the states after each step."""
+    """Run a region over a sequence: outputs, then for a loop the final states and what is kept for backward.
+
+    That is what its kernel saves, or the states after each step. `needs` says which of the tensors need a gradient.
+    """
     region = region_of_handle(handle)
-    with _ordinary_dispatch(grad=False), _constants_from(region, tensors) as constants:
+    done = _by_kernel(region, run_forward, x_seq, tensors, state, has_state, needs)
+    if done is not None:
+        return done
+    with ordinary_dispatch(grad=False), _constants_from(region, tensors) as constants:
         if isinstance(region, MapRegion):
             return [y.contiguous() for y in region.map_eagerly(x_seq, constants)]
         current: Any = tuple(state) if has_state else None
@@ -129,9 +153,21 @@ def run_region(
 
 @run_region.register_fake
 def _(
-    handle: str, x_seq: Sequence[Tensor], tensors: Sequence[Tensor], state: Sequence[Tensor], has_state: bool
+    handle: str,
+    x_seq: Sequence[Tensor],
+    tensors: Sequence[Tensor],
+    state: Sequence[Tensor],
+    has_state: bool,
+    needs: Sequence[bool],
 ) -> list[Tensor]:
     region = region_of_handle(handle)
+    kernels = getattr(region, "kernels", None)
+    if kernels is not None:
+        done = fake_results(
+            kernels, x_seq, _constants_with(region, tensors), list(state) if has_state else None, needs
+        )
+        if done is not None:
+            return done
     T = x_seq[0].shape[0]
     with _constants_from(region, tensors) as constants:
         x = [x[0] for x in x_seq]
@@ -161,7 +197,10 @@ def run_region_backward(
 ) -> list[Tensor]:
     """Gradients of x_seq, tensors and state (in that order), for those that `needs` names."""
     region = region_of_handle(handle)
-    with _ordinary_dispatch(grad=True):
+    done = _by_kernel(region, run_backward, x_seq, tensors, state, has_state, needs, kept, grads)
+    if done is not None:
+        return done
+    with ordinary_dispatch(grad=True):
         leaves = [t.detach().requires_grad_(n) for t, n in zip([*x_seq, *tensors, *state], needs, strict=True)]
         xs = leaves[: len(x_seq)]
         given = leaves[len(x_seq) : len(x_seq) + len(tensors)]
@@ -244,13 +283,12 @@ def _(
 
 
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: list[Tensor]) -> None:
-    handle, x_seq, tensors, state, has_state = inputs
+    handle, x_seq, tensors, state, has_state, _ = inputs
     region = region_of_handle(handle)
-    slots = (len(output) - region.output_count) // 2 if isinstance(region, LoopRegion) else 0
-    kept = output[len(output) - slots :] if slots else []
+    kept = output[region.output_count + region.slot_count :]
     ctx.handle, ctx.has_state = handle, has_state
     ctx.sizes = (len(x_seq), len(tensors), len(state))
-    ctx.results = [(y.shape, y.dtype, y.device) for y in output[: len(output) - slots]]
+    ctx.results = [(y.shape, y.dtype, y.device) for y in output[: len(output) - len(kept)]]
     ctx.needs = [t.requires_grad for t in (*x_seq, *tensors, *state)]
     ctx.save_for_backward(*x_seq, *tensors, *state, *kept)
 
@@ -269,7 +307,7 @@ def _backward(ctx: Any, grads: list[Tensor | None]) -> tuple[Any, ...]:
         torch.ops.snnfx.run_region_backward(ctx.handle, x_seq, tensors, state, ctx.has_state, kept, given, ctx.needs)
     )
     each = [next(found) if need else None for need in ctx.needs]
-    return None, each[:n_x], each[n_x : n_x + n_tensors], each[n_x + n_tensors :], None
+    return None, each[:n_x], each[n_x : n_x + n_tensors], each[n_x + n_tensors :], None, None
 
 
 run_region.register_autograd(_backward, setup_context=_setup_context)

@@ -11,13 +11,16 @@ from __future__ import annotations
 import itertools
 import weakref
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, fx, nn
 
 from snnfx.errors import InputError, PassError, warn_once
 from snnfx.tensor_layout import stack_in_layout, unbind_in_layout
+
+if TYPE_CHECKING:
+    from snnfx.kernels.region import RegionKernels
 
 __all__ = [
     "LoopRegion",
@@ -69,6 +72,7 @@ class SequenceRegion(nn.Module):
         self.resolve: Callable[[str], Any] | None = None
         self.constant_targets: list[str | None] = []
         self.output_count = 0
+        self.slot_count = 0
         _handles[self.handle] = self
 
     def bind(self, resolve: Callable[[str], Any], constant_targets: Sequence[str | None], output_count: int) -> None:
@@ -99,6 +103,7 @@ class LoopRegion(SequenceRegion):
     def __init__(self, label: str, step: RegionGraph, first: RegionGraph | None) -> None:
         super().__init__(label, step)
         self.first = first
+        self.kernels: RegionKernels | None = None
 
     def forward(self, *arguments: Any) -> tuple[tuple[Tensor, ...], tuple[Tensor, ...]]:
         """One step: `(*constants, *inputs, state)`, where state None means the reset state."""
@@ -115,6 +120,9 @@ class LoopRegion(SequenceRegion):
             from snnfx.region_op import run_loop_as_operator
 
             return run_loop_as_operator(self, x_seq, state, constants)
+        done = None if self.kernels is None else self.kernels.run(x_seq, state, constants)
+        if done is not None:
+            return done
         outputs: list[tuple[Tensor, ...]] = []
         step = self.step.forward  # not step(...): module calls and their wrappers cost more than a small step
         for x in zip(*(unbind_in_layout(x) for x in x_seq), strict=True):
@@ -203,6 +211,13 @@ def stack_steps(steps: Sequence[Any], device: torch.device) -> Tensor:
     """
     last = steps[-1]
     if not isinstance(last, Tensor):
+        if not isinstance(last, bool | int | float | complex):
+            raise InputError(
+                "SNNFX313",
+                f"a module that is stepped as it is returns a {type(last).__name__} at each step",
+                why="its outputs are not known to be several.",
+                hint="Pass example_inputs, so that it can be traced; or return tensors from the module.",
+            )
         # In float64, which as a 0-dimensional value of a step does not change the dtype of what it meets.
         dtype = torch.float64 if any(isinstance(value, float) for value in steps) else None
         return torch.tensor(steps, dtype=dtype, device=device)
@@ -213,15 +228,33 @@ def stack_steps(steps: Sequence[Any], device: torch.device) -> Tensor:
     )
 
 
-def in_shape_of(value: Any, following: Any) -> Any:
-    """The first value of a slot in the shape of its next value, for which a number or a smaller tensor stands."""
+def in_shape_of(value: Any, following: Any, slot: str = "", has_batch: bool = False) -> Any:
+    """The first value of a slot in the shape of its next value, for which a number or a smaller tensor stands.
+
+    Args:
+        value: a number or a tensor.
+        following: the value after a step.
+        slot: for the message.
+        has_batch: the first value has the batch in dim 0: a value of more dimensions is no repetition of it.
+
+    Raises:
+        InputError: SNNFX313, the state changes its shape.
+    """
     if not isinstance(following, Tensor):
         return value
     if not isinstance(value, Tensor):
         return torch.full_like(following, value)
     sizes = zip(reversed(value.shape), reversed(following.shape), strict=False)
     fits = value.dim() <= following.dim() and all(size in (1, other) for size, other in sizes)
-    return value.expand_as(following) if fits and value.shape != following.shape else value
+    if not fits or (has_batch and 0 < value.dim() < following.dim()):
+        raise InputError(
+            "SNNFX313",
+            f"the state `{slot}` changes its shape: {list(value.shape)} before the first step, "
+            f"{list(following.shape)} after it",
+            why="a sequence has values of one shape.",
+            hint="Create the state in the shape that it keeps, e.g. torch.zeros_like of what is assigned to it.",
+        )
+    return value if value.shape == following.shape else value.expand_as(following)
 
 
 def pick_state(state: dict[str, Any] | None, names: tuple[str, ...]) -> tuple[Any, ...] | None:
@@ -293,7 +326,14 @@ def repeat_over_time(value: Any, time: Tensor) -> Any:
     return value.unsqueeze(0).expand(time.shape[0], *value.shape)
 
 
-def delay_one_step(following: Any, state: tuple[Any, ...] | None, initial: Any, time: Tensor) -> Tensor:
+def delay_one_step(
+    following: Any,
+    state: tuple[Any, ...] | None,
+    initial: Any,
+    time: Tensor,
+    slot: str = "",
+    has_batch: bool = False,
+) -> Tensor:
     """The sequence of a slot that only hands a value to the next step: `[initial, following[0], ..., [T-2]]`.
 
     Args:
@@ -301,14 +341,17 @@ def delay_one_step(following: Any, state: tuple[Any, ...] | None, initial: Any, 
         state: a tuple of the value before the first step; None: `initial`.
         initial: a number, or a tensor that can be expanded to `[*]`.
         time: `[T]`.
+        slot, has_batch: as for `in_shape_of`.
+
+    Raises:
+        InputError: SNNFX313, the state changes its shape.
     """
     first = initial if state is None else state[0]
     if not isinstance(following, Tensor):
         like = first if isinstance(first, Tensor) else stack_steps((first, following), time.device)[0]
         following = torch.full_like(like, following).expand(time.shape[0], *like.shape)
-    if not isinstance(first, Tensor):
-        first = torch.full_like(following[0], first)
-    return torch.cat((first.to(following.dtype).expand_as(following[0]).unsqueeze(0), following[:-1]))
+    first = in_shape_of(first, following[0], slot, has_batch and state is None)
+    return torch.cat((first.to(following.dtype).unsqueeze(0), following[:-1]))
 
 
 def hold_over_time(state: tuple[Any, ...] | None, initial: Any, time: Tensor) -> Tensor:

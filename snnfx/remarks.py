@@ -13,7 +13,8 @@ from snnfx.expressions import expression
 from snnfx.net import Net
 from snnfx.passes.dependence import is_random
 from snnfx.program import StepProgram, describe_node, place_of
-from snnfx.regions import MapRegion
+from snnfx.kernels.build import find_compiler
+from snnfx.regions import LoopRegion, MapRegion
 from snnfx.step_functions import expect_size
 
 __all__ = [
@@ -21,6 +22,7 @@ __all__ = [
     "carried_arguments",
     "first_step_differs",
     "fixed_sizes",
+    "kernels_of_loops",
     "mode_differences",
     "random_nodes",
     "reduced_outputs",
@@ -153,6 +155,24 @@ def vmap_fallbacks(net: Net) -> Iterator[str]:
         if isinstance(region, MapRegion) and region.refused_by_vmap:
             reason = region.refused_by_vmap.rstrip(".")
             yield f"torch.vmap refused {region.label}: {reason}. Its steps are run one by one (SNNFX504)."
+
+
+def kernels_of_loops(net: Net) -> Iterator[str]:
+    """For each loop of the net, whether it is one kernel; after it was run, what the kernel saves."""
+    modules = {m.label.partition(" ")[0]: m for m in net.snnfx_regions.modules() if isinstance(m, LoopRegion)}  # type: ignore[union-attr]
+    for region in net.regions:
+        if region.kind != "loop" or region.not_lowered is None:
+            continue
+        kernels = getattr(modules.get(region.name), "kernels", None)
+        refusal = region.not_lowered or (kernels.refusal if kernels is not None else "")
+        if not refusal and find_compiler() is None:
+            refusal = "there is no C++ compiler, or SNNFX_KERNELS=0"
+        if refusal:
+            yield f"{region.name}: stepped by PyTorch, because {refusal}."
+        elif kernels is None or kernels.in_use is None:
+            yield f"{region.name}: one kernel for all time steps, made at the first call."
+        else:
+            yield f"{region.name}: one kernel for all time steps{kernels.in_use.saves}."
 
 
 def _and(names: Iterable[str], most: int = 6) -> str:

@@ -182,6 +182,7 @@ class Report:
         batch_norm: which statistics the BatchNorm layers use in training.
         random: nodes that draw random numbers.
         fallbacks: what torch.vmap refused when the net was run.
+        kernels: which loops run as one generated kernel, and why others do not.
         chunk: the chunk plan for inference.
         passes: the history of the pipeline.
     """
@@ -205,6 +206,7 @@ class Report:
     batch_norm: tuple[str, ...] = ()
     random: tuple[str, ...] = ()
     fallbacks: tuple[str, ...] = ()
+    kernels: tuple[str, ...] = ()
     chunk: ChunkRow | None = None
     passes: tuple[PassRow, ...] = ()
 
@@ -235,6 +237,7 @@ class Report:
             *_section("Regions, in the order in which they run", _regions_table(self.regions)),
             *_legend({region.kind for region in self.regions}),
             *self._not_folded(),
+            *_section("Kernels", _bullets([[note] for note in self.kernels])),
             *_section("State", _slots_table(self.slots)),
             *_section("Good to know", _bullets([[note] for note in self._notes()])),
             *self._footer(),

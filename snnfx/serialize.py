@@ -8,6 +8,7 @@ from typing import Any
 from torch import fx, nn
 from torch.fx import Node
 from torch.fx.node import map_aggregate
+from torch.nn import functional
 from torch.utils import _pytree as pytree
 
 from snnfx.program import StepProgram
@@ -23,9 +24,22 @@ class _Reference:
 
 
 @dataclass(frozen=True)
+class _Functional:
+    """Stands for a function that torch.nn.functional makes while it is imported, like max_pool2d."""
+
+    name: str
+
+
+def _packed(target: Any) -> Any:
+    if "<locals>" not in getattr(target, "__qualname__", ""):
+        return target
+    return next((_Functional(name) for name, value in vars(functional).items() if value is target), target)
+
+
+@dataclass(frozen=True)
 class _PackedProgram:
     nodes: list[tuple[str, str, Any, Any, Any, dict[str, Any]]]
-    regions: list[tuple[str, str, list[str], list[str]]]
+    regions: list[tuple[str, str, list[str], list[str], str | None]]
     fields: dict[str, Any]
     first_step: _PackedProgram | None
 
@@ -41,10 +55,10 @@ def pack_program(program: StepProgram) -> _PackedProgram:
         return _Reference(value.name) if isinstance(value, Node) else value
 
     nodes = [
-        (n.name, n.op, n.target, map_aggregate(n.args, pack), map_aggregate(n.kwargs, pack), dict(n.meta))
+        (n.name, n.op, _packed(n.target), map_aggregate(n.args, pack), map_aggregate(n.kwargs, pack), dict(n.meta))
         for n in program.graph.nodes
     ]
-    regions = [(r.name, r.kind, [n.name for n in r.nodes], list(r.slots)) for r in program.regions]
+    regions = [(r.name, r.kind, [n.name for n in r.nodes], list(r.slots), r.not_lowered) for r in program.regions]
     fields = {k: v for k, v in vars(program).items() if k not in _REBUILT}
     for name in _SPECS:
         # A structure pickles as a nested container of zeros; pytree's own pickling is deprecated.
@@ -64,12 +78,13 @@ def unpack_program(packed: _PackedProgram, source: nn.Module) -> StepProgram:
         return nodes[value.name] if isinstance(value, _Reference) else value
 
     for name, op, target, args, kwargs, meta in packed.nodes:
+        target = getattr(functional, target.name) if isinstance(target, _Functional) else target
         node = graph.create_node(op, target, map_aggregate(args, unpack), map_aggregate(kwargs, unpack), name=name)
         node.name = name
         node.meta = dict(meta)
         nodes[name] = node
     fields = {**packed.fields, **{name: pytree.tree_structure(packed.fields[name]) for name in _SPECS}}
     program = StepProgram(graph=graph, source=source, **fields)
-    regions = [Region(name, kind, [nodes[n] for n in members], slots) for name, kind, members, slots in packed.regions]
+    regions = [Region(name, kind, [nodes[n] for n in members], *rest) for name, kind, members, *rest in packed.regions]
     first = unpack_program(packed.first_step, source) if packed.first_step is not None else None
     return replace(program, regions=regions, first_step=first)

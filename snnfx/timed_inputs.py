@@ -67,7 +67,9 @@ class TimedInputs:
     def of_step(self, t: int) -> tuple[tuple[Any, ...], dict[str, Any]]:
         """The arguments of the model at step t."""
         pairs = zip(self.leaves, self.dims, strict=True)
-        leaves = [leaf if dim is None else leaf.select(dim, t) for leaf, dim in pairs]
+        # Copies: a model may change its input in place, which is its own business at each step.
+        parts = [leaf if dim is None else leaf.select(dim, t) for leaf, dim in pairs]
+        leaves = [part.clone() if isinstance(part, Tensor) else part for part in parts]
         return pytree.tree_unflatten(leaves, self.spec)  # type: ignore[no-any-return]
 
 

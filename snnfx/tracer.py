@@ -10,6 +10,7 @@ from __future__ import annotations
 import contextlib
 import operator
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -289,11 +290,13 @@ class StepTracer(fx.Tracer):
         args, kwargs = fx.map_arg((node.args, node.kwargs), load)
         if unknown:
             return
-        if node.target is operator.getitem and isinstance(args[0], tuple) and args[1] in range(len(args[0])):
-            node.meta["val"] = args[0][args[1]]  # most often of what a stateful call returns
+        is_element = node.target is operator.getitem and isinstance(args[0], tuple)
+        index: Any = args[1] if is_element else None
+        if is_element and index in range(len(args[0])):
+            node.meta["val"] = args[0][index]  # most often of what a stateful call returns
         elif node.op == "call_module":
             module = self._resolve(str(node.target))
-            self._record_value(node, lambda: module(*args, **kwargs))
+            self._record_value(node, lambda: _call_for_shape(module, args, kwargs))
         elif node.op == "call_method":
             self._record_value(node, lambda: getattr(args[0], str(node.target))(*args[1:], **kwargs))
         else:
@@ -478,6 +481,10 @@ class StepTracer(fx.Tracer):
         with self.evaluating():
             starts_as_none = any(value is None for value in self.carried_arguments.values())
             call = adapter.read_call(m, args, kwargs, starts_as_none)
+            weights = adapter.projected(m) if hasattr(adapter, "projected") else None
+        if weights is not None:
+            product = self._at_module(name, "call_function", nn.functional.linear, (call.inputs[0], weights), {})
+            call = replace(call, inputs=(product,), kwargs={**call.kwargs, "projected": True})
         slots = [f"{name}.{slot}" if name else slot for slot in adapter.names(m)]
         if call.state is None:
             output = self._call_with_state(m, name, call_stateful, adapter, call.inputs, call.kwargs)
@@ -583,6 +590,19 @@ class StepTracer(fx.Tracer):
                 why="a stateful module called in a loop means that the forward runs over time itself.",
                 hint='Move the body of the loop to a method, e.g. `step(self, x)`, and convert with entry="step".',
             )
+
+
+def _call_for_shape(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    """What a layer returns, as far as its shape goes."""
+    counts = isinstance(module, nn.modules.batchnorm._NormBase) and module.training and module.momentum is None
+    if not counts:
+        return module(*args, **kwargs)
+    # Its momentum is one over the number of batches so far, a value that no shape tells.
+    module.__dict__["training"] = False
+    try:
+        return module(*args, **kwargs)
+    finally:
+        module.__dict__["training"] = True
 
 
 def _all_like(x: Any, values: tuple[Any, ...]) -> bool:

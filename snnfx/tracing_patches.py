@@ -5,6 +5,8 @@ from __future__ import annotations
 import builtins
 import contextlib
 import logging
+import os
+import sys
 from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING, Any
 
@@ -75,6 +77,7 @@ def patched_isinstance() -> Iterator[None]:
 
 
 _ISINSTANCE = builtins.isinstance
+_TORCH = os.path.dirname(torch.__file__) + os.sep
 
 
 @contextlib.contextmanager
@@ -88,7 +91,7 @@ def plain_isinstance() -> Iterator[None]:
 
 
 class WatchedFlag:
-    """Stands for `training` in nn.Module and remembers whether a module that is traced through looked at it."""
+    """Stands for `training` in nn.Module and remembers whether anybody but torch's own layers looked at it."""
 
     def __init__(self) -> None:
         self.was_read = False
@@ -96,7 +99,9 @@ class WatchedFlag:
     def __get__(self, module: nn.Module | None, cls: type) -> Any:
         if module is None or "training" not in module.__dict__:
             raise AttributeError("training")
-        self.was_read = self.was_read or not is_leaf(module)
+        if not self.was_read:
+            reader = sys._getframe(1).f_code.co_filename
+            self.was_read = not is_leaf(module) or not reader.startswith(_TORCH)
         return module.__dict__["training"]
 
     def __set__(self, module: nn.Module, value: bool) -> None:
@@ -105,7 +110,7 @@ class WatchedFlag:
 
 @contextlib.contextmanager
 def watched_training_flag(model: nn.Module) -> Iterator[WatchedFlag]:
-    """Notice whether what is recorded may depend on the mode; leaves look at their own flag when they are called."""
+    """Notice whether what is recorded may depend on the mode; layers look at their own flag when they are called."""
     watch = WatchedFlag()
     # A class with a flag of its own hides the one that is watched.
     classes = {c for m in model.modules() for c in type(m).__mro__} - {nn.Module}

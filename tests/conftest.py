@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import importlib.metadata
 import importlib.util
+import os
 import sys
+import tempfile
 from collections.abc import Iterator
 
 import pytest
@@ -15,6 +17,9 @@ settings.register_profile("snnfx", deadline=None, derandomize=True, print_blob=T
 settings.load_profile("snnfx")
 
 torch.set_num_threads(1)
+
+# Kernels built for the tests stay out of the user's cache; all test processes share them.
+os.environ.setdefault("SNNFX_CACHE_DIR", os.path.join(tempfile.gettempdir(), f"snnfx_tests_{os.getuid()}"))
 
 
 def _let_torchvision_import() -> None:

@@ -179,3 +179,42 @@ def test_what_runs_over_time_itself_is_refused(make: Callable[[], nn.Module]) ->
     for model in (make(), norse.SequentialState(nn.Linear(4, 4), make())):
         with pytest.raises(CaptureError, match="SNNFX205"):
             snnfx.convert(model)
+
+
+RECURRENT = [name for name in CELLS if "Recurrent" in name or "Linear" in name]
+
+
+@pytest.mark.parametrize("name", RECURRENT)
+def test_the_input_projection_of_a_cell_leaves_the_loop(name: str) -> None:
+    net = snnfx.convert(Around(CELLS[name]()).double())
+    (loop,) = [region for region in net.regions if region.kind == "loop"]
+    assert "linear" not in {node.name.rstrip("_0123456789") for node in loop.nodes}
+    folded = [node for region in net.regions if region.kind == "fold" for node in region.nodes]
+    assert any(node.target is nn.functional.linear and node.meta["module"] == "cell" for node in folded)
+
+
+@pytest.mark.parametrize("name", RECURRENT)
+def test_a_cell_with_hooks_is_given_its_own_input(name: str) -> None:
+    model, x_seq, shapes = Around(CELLS[name]()).double(), sequence(2, 4), []
+    model.cell.register_forward_pre_hook(lambda module, args: shapes.append(args[0].shape))
+    net = snnfx.convert(model)
+    assert_same(net(x_seq), stepped(model, x_seq))
+    assert shapes[: len(x_seq)] == [(2, 6)] * len(x_seq)
+
+
+@pytest.mark.parametrize("name", RECURRENT)
+def test_a_hook_that_comes_later_runs_too(name: str) -> None:
+    model, x_seq, calls = Around(CELLS[name]()).double(), sequence(2, 4), []
+    net, keys = snnfx.convert(model), list(model.state_dict())
+    model.cell.register_forward_hook(lambda module, args, output: calls.append(1))
+    actual = net(x_seq)
+    assert len(calls) == len(x_seq)
+    assert_same(actual, stepped(model, x_seq))
+    assert list(model.state_dict()) == keys
+
+
+def test_a_cell_with_other_weights_than_parameters_stays_whole() -> None:
+    cell = norse.LIFRecurrentCell(6, 6, input_weights=torch.rand(6, 6, dtype=torch.float64))
+    model, x_seq = Around(cell).double(), sequence(2, 4)
+    net = snnfx.convert(model)
+    assert_same(net(x_seq), stepped(model, x_seq))

@@ -15,15 +15,29 @@ pytest.importorskip("spikingjelly")
 from spikingjelly.activation_based import functional, layer, neuron, surrogate
 
 import snnfx
-from snnfx.errors import CaptureError
+from snnfx.errors import CaptureError, InputError
 
 FEATURES = 6
+
+
+def leaky(x: torch.Tensor, v: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """A user's neuron for FlexSN."""
+    h = v / 2.0 + x
+    spike = surrogate.Sigmoid()(h - 1.0)
+    return spike, h * (1.0 - spike)
+
+
+def scaled_leaky(x: torch.Tensor, v: torch.Tensor, scale: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    return leaky(x * scale, v)
+
 
 NEURONS: dict[str, Callable[[], nn.Module]] = {
     "ActivationAwareIFNode": neuron.ActivationAwareIFNode,
     "CUBALIFNode": neuron.CUBALIFNode,
     "ComplementaryLIFNode": neuron.ComplementaryLIFNode,
     "EIFNode": neuron.EIFNode,
+    "FlexSN": lambda: neuron.FlexSN(leaky, num_states=1, step_mode="s"),
+    "FlexSN, static input": lambda: neuron.FlexSN(scaled_leaky, 1, (torch.tensor(1.5).double(),), step_mode="s"),
     "HalfThresholdIFNode": neuron.HalfThresholdIFNode,
     "IFNode": neuron.IFNode,
     "ILIFNode": neuron.ILIFNode,
@@ -38,6 +52,7 @@ NEURONS: dict[str, Callable[[], nn.Module]] = {
     "ParametricLIFNode": neuron.ParametricLIFNode,
     "QIFNode": neuron.QIFNode,
     "RAFNode": neuron.RAFNode,
+    "SLTTLIFNode": neuron.SLTTLIFNode,
     "SimpleIFNode": neuron.SimpleIFNode,
     "SimpleLIFNode": lambda: neuron.SimpleLIFNode(tau=2.0, decay_input=True),
     "TernaryIFNode": neuron.TernaryIFNode,
@@ -46,15 +61,10 @@ NEURONS: dict[str, Callable[[], nn.Module]] = {
 
 NOT_NEURONS = {"BaseNode", "AdaptBaseNode", "SimpleBaseNode", "MPBNBaseNode", "NonSpikingBaseNode", "NoisyBaseNode"}
 NOT_NEURONS |= {"ILCBaseNode", "NoisyILCBaseNode", "NoisyNonSpikingBaseNode"}
-ELSEWHERE = {
-    "FewSpikeNode", "HGNode", "OutlierAwareThresholdNode",  # code a number over several steps of their own
-    "FlexSN",  # compiles a user's function
-    "OTTTLIFNode", "SLTTLIFNode",  # their gradient is that of an online rule
-    "GatedLIFNode",  # its parameters are indexed by the step
-}  # fmt: skip
 MULTI_STEP: dict[str, Callable[[], nn.Module]] = {
     "DSRIFNode": neuron.DSRIFNode,
     "DSRLIFNode": neuron.DSRLIFNode,
+    "GatedLIFNode": lambda: neuron.GatedLIFNode(T=4),
     "NonSpikingIFNode": neuron.NonSpikingIFNode,
     "NonSpikingLIFNode": neuron.NonSpikingLIFNode,
     "PSN": lambda: neuron.PSN(T=4),
@@ -102,8 +112,43 @@ def test_every_neuron_of_the_release_is_in_a_table() -> None:
     classes = {
         n for n, c in vars(neuron).items() if inspect.isclass(c) and issubclass(c, nn.Module) and not n.startswith("_")
     }
-    tested = {name.partition(",")[0] for name in (*NEURONS, *MULTI_STEP, "STBIFNode")}
-    assert classes - tested - NOT_NEURONS - ELSEWHERE - {"MaskedPSN", "SlidingPSN"} == set()
+    tested = {name.partition(",")[0] for name in (*NEURONS, *MULTI_STEP, *CODING, "STBIFNode", "OTTTLIFNode")}
+    assert classes - tested - NOT_NEURONS - {"MaskedPSN", "SlidingPSN"} == set()
+
+
+def table() -> Any:
+    return neuron.FewSpikeTable(*(torch.tensor([1.0, 0.5, 0.25]).double(),) * 3)
+
+
+CODING: dict[str, Callable[[], nn.Module]] = {
+    "FewSpikeNode": lambda: neuron.FewSpikeNode(table()),
+    "OutlierAwareThresholdNode": lambda: neuron.OutlierAwareThresholdNode(table(), table(), split_threshold=1.0),
+    "HGNode": lambda: neuron.HGNode([table(), table()], [0.5]),
+}
+
+
+@pytest.mark.parametrize("name", CODING)
+def test_neuron_that_codes_a_number_within_a_step_has_no_state(name: str) -> None:
+    net = check(nn.Sequential(nn.Linear(4, FEATURES), CODING[name](), nn.Linear(FEATURES, 3)).double(), sequence(2, 4))
+    assert net.program.slots == []
+    assert "loop" not in {region.kind for region in net.regions}
+
+
+@pytest.mark.filterwarnings("ignore:SNNFX504")
+def test_online_neurons_and_their_container_have_the_gradient_of_the_rule() -> None:
+    hidden = nn.Linear(FEATURES, FEATURES)
+    ottt, out = neuron.OTTTLIFNode, nn.Linear(FEATURES, 3)
+    model = layer.OTTTSequential(
+        nn.Linear(4, FEATURES), ottt(), hidden, ottt(), nn.Dropout(0.0), nn.Linear(FEATURES, 3)
+    )
+    net = check(model.double(), sequence(2, 4))
+    assert {slot.name for slot in net.train().program.slots} == {"1.v", "1.trace", "3.v", "3.trace"}
+
+
+def test_online_neurons_need_examples_and_it_is_said() -> None:
+    model = layer.OTTTSequential(nn.Linear(4, FEATURES), neuron.OTTTLIFNode(), nn.Linear(FEATURES, 3)).double()
+    with pytest.raises(InputError, match="example_inputs"):
+        snnfx.convert(model)(sequence(2, 4))
 
 
 def test_neuron_for_inference_only() -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import pickle
 from typing import Any
 
 import pytest
@@ -357,3 +358,108 @@ def test_part_of_a_value_that_a_layer_changed_in_place_is_changed(examples: bool
 def test_data_of_a_mapped_value_is_detached(examples: bool) -> None:
     model = Step(lambda self, x: x.flip(0).data * x)
     assert_converts(model, sequence(3, 2, 4), examples=examples)
+
+
+@EXAMPLES
+@pytest.mark.parametrize("drop", [False, True], ids=["input", "dropout"])
+def test_verify_runs_a_layer_that_changes_what_it_is_given_in_place(drop: bool, examples: bool) -> None:
+    model = Step(lambda self, x: self.layer(F.dropout(x, 1.0) if drop else x), nn.Hardtanh(inplace=True))
+    x_seq = sequence(2, 4, 3) * 2
+    snnfx.verify(model, snnfx.convert(model, example_inputs=x_seq[0] if examples else None), x_seq)
+
+
+@EXAMPLES
+@pytest.mark.parametrize("rank", [3, 4])
+def test_state_that_changes_its_shape_after_the_first_step_is_refused(rank: int, examples: bool) -> None:
+    class Growing(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.h: Any = None
+
+        def forward(self, x: Tensor) -> Tensor:
+            if self.h is None:
+                self.h = torch.zeros(x.shape[0], 4)
+            before = self.h + 0.0
+            self.h = x
+            return before
+
+    x_seq = torch.rand(3, *(4, 2, 3, 4)[4 - rank :])
+    net = snnfx.convert(Growing(), example_inputs=x_seq[0] if examples else None)
+    with pytest.raises(snnfx.errors.InputError, match="SNNFX313 the state `h` changes its shape"):
+        net(x_seq)
+
+
+@EXAMPLES
+def test_first_value_without_a_batch_stands_for_that_of_every_sample(examples: bool) -> None:
+    class Trace(snnfx.MemoryModule):
+        def __init__(self) -> None:
+            super().__init__()
+            self.register_memory("h", torch.full((4,), 0.3, dtype=torch.float64))
+
+        def forward(self, x: Tensor) -> Tensor:
+            before = x + self.h
+            self.h = x
+            return before
+
+    assert_converts(Trace(), sequence(3, 2, 4), examples=examples)
+
+
+@EXAMPLES
+def test_spikingjelly_neuron_called_with_two_shapes_in_a_step_is_refused(examples: bool) -> None:
+    sj = pytest.importorskip("spikingjelly.activation_based.neuron")
+    model = Step(lambda self, x: self.layer(x).sum() + self.layer(x[:, :2]), sj.LIFNode())
+    with pytest.raises(snnfx.errors.SnnfxError, match=r"SNNFX308 state `v` of LIFNode has shape \[2, 4\]"):
+        snnfx.convert(model, example_inputs=torch.rand(2, 4) if examples else None)(torch.rand(3, 2, 4))
+
+
+def test_net_that_calls_a_function_without_a_name_of_its_own_pickles() -> None:
+    net = snnfx.convert(nn.Sequential(Pooled()))
+    x_seq = torch.rand(3, 2, 1, 4, 4)
+    assert torch.equal(pickle.loads(pickle.dumps(net))(x_seq), net(x_seq))
+
+
+class Pooled(nn.Module):
+    def forward(self, x: Tensor) -> Tensor:
+        return F.max_pool2d(x, 2)
+
+
+def test_batch_norm_that_averages_over_all_batches_tells_its_shape() -> None:
+    model = nn.Sequential(nn.BatchNorm1d(3, momentum=None), Step(lambda self, x: x.expand(2, *x.shape))).double()
+    net = snnfx.convert(model, example_inputs=torch.rand(4, 3, dtype=torch.float64))
+    assert not net.program.opaque
+    snnfx.verify(model, net, sequence(3, 4, 3))
+
+
+@EXAMPLES
+def test_dtype_and_size_of_an_image_behind_a_convolution(examples: bool) -> None:
+    model = Step(lambda self, x: (y := self.layer(x)).to(y.dtype) * y.size(1), nn.Conv2d(2, 3, 3))
+    assert_converts(model.double(), sequence(2, 2, 2, 5, 5), examples=examples)
+
+
+@pytest.mark.parametrize("asks", [False, True])
+def test_model_is_captured_in_both_modes_only_if_it_asks_for_its_mode(asks: bool) -> None:
+    modes: list[bool] = []
+
+    def function(self: Step, x: Tensor) -> Tensor:
+        modes.append(vars(self)["training"])
+        return x * 2 if asks and self.layer.asked() else x + 1
+
+    class Inside(nn.Module):
+        def asked(self) -> bool:
+            return self.training
+
+    net = snnfx.convert(Step(function, Inside()))
+    assert modes == ([True, False] if asks else [True])
+    x_seq = torch.ones(2, 3)
+    assert net(x_seq).unique().item() == 2.0
+    assert net.eval()(x_seq + 1).unique().item() == 3.0
+    assert "training" not in vars(nn.Module)
+
+
+def test_flag_of_a_layer_is_that_of_the_mode() -> None:
+    model = Step(lambda self, x: F.dropout(x, self.layer.p, self.layer.training), nn.Dropout(0.5))
+    for training in (True, False):
+        net = snnfx.convert(model.train(training))
+        x_seq = torch.ones(4, 3, 50)
+        assert torch.equal(net.eval()(x_seq), x_seq)
+        assert not torch.equal(net.train()(x_seq), x_seq)

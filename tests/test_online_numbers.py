@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import functools
 import itertools
 from collections.abc import Callable
 from typing import Any
@@ -65,7 +66,8 @@ def same(found: dict[str, Tensor], expected: dict[str, Tensor], tolerance: float
     assert found.keys() == expected.keys()
     assert any(value.any() for value in expected.values())
     for name, value in expected.items():
-        torch.testing.assert_close(found[name], value, atol=tolerance, rtol=tolerance, msg=lambda m, n=name: f"{n}: {m}")
+        named = functools.partial("{}: {}".format, name)
+        torch.testing.assert_close(found[name], value, atol=tolerance, rtol=tolerance, msg=named)
 
 
 class ZooNet(nn.Module):
@@ -383,6 +385,9 @@ class FirstOutput(nn.Module):
 def test_ottt_draws_one_dropout_mask_for_the_sequence() -> None:
     model = Dropped(nn.Dropout(0.5))
     x_seq, target = sequences(4, 5)
+    # All hidden neurons fire in the first step, so that the mask can be read off what is let through.
+    nn.init.uniform_(model.fc1.weight, 0.1, 0.5)
+    x_seq[0] = 8.0
     found = Trained(model, OTTT_A, x_seq, target, first_mse, chunk=3)
     dropped = found.result.outputs[1]
     mask = (dropped > 0).any(0).double() * 2

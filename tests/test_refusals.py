@@ -231,7 +231,13 @@ def everything_of(model: nn.Module) -> list[Any]:
     kept: list[Any] = [torch.get_rng_state(), random.getstate(), np.random.get_state()[1].tolist()]
     for name, module in model.named_modules():
         attributes = {k: v for k, v in vars(module).items() if k not in ("_parameters", "_buffers", "_modules")}
-        kept.append((name, type(module), {k: copy.copy(v) for k, v in attributes.items()}))
+        kept.append(
+            (
+                name,
+                type(module),
+                {k: copy.copy(v) if isinstance(v, dict | list | set) else v for k, v in attributes.items()},
+            )
+        )
         kept.append([(k, id(v)) for k, v in (*module._parameters.items(), *module._buffers.items())])
         kept.append([(k, id(v)) for k, v in module._modules.items()])
     kept += [(name, value.detach().clone()) for name, value in model.state_dict().items() if not is_lazy(value)]

@@ -47,7 +47,10 @@ class Inapplicable(Exception):
 
 @dataclass(frozen=True)
 class Setting:
-    """How a model is run: `shapes` of one step of each input, which inputs never change, T, and the options."""
+    """How a model is run: `shapes` of one step of each input, which inputs never change, T, and the options.
+
+    Kernels take most of a second each to build, so that `lower` is for a share of the models.
+    """
 
     shapes: tuple[tuple[int, ...], ...]
     invariant: tuple[bool, ...]
@@ -55,6 +58,7 @@ class Setting:
     seed: int = 0
     examples: bool = True
     random: bool = False
+    lower: bool = False
 
     def sequences(self, seed: int = 0, larger_batch: bool = False) -> list[Tensor]:
         g = torch.Generator().manual_seed(self.seed * 7 + seed)
@@ -76,6 +80,7 @@ class Setting:
 def to_net(model: nn.Module, s: Setting, **options: Any) -> Any:
     if s.examples:
         options["example_inputs"] = s.step(s.sequences(), 0)
+    options.setdefault("lower", "auto" if s.lower else None)
     if any(s.invariant):
         options.setdefault("time_dim", tuple(None if i else 0 for i in s.invariant))
     try:

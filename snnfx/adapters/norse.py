@@ -7,12 +7,21 @@ single-step form.
 
 from __future__ import annotations
 
+import contextlib
 import weakref
+from collections.abc import Iterator
 from typing import Any
 
 import torch
+from norse.torch.functional.izhikevich import izhikevich_recurrent_step
+from norse.torch.functional.lif import lif_step
+from norse.torch.functional.lif_adex import lif_adex_step
+from norse.torch.functional.lif_adex_refrac import lif_adex_refrac_step
+from norse.torch.functional.lif_ex import lif_ex_step
+from norse.torch.functional.lif_refrac import lif_refrac_step
+from norse.torch.functional.lsnn import lsnn_step
 from norse.torch.module import coba_lif, conv, encode, leaky_integrator, lift, snn
-from torch import nn
+from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensor, unset_fake_temporarily
 from torch.utils import _pytree as pytree
 
@@ -38,14 +47,26 @@ class NorseAdapter(StatelessAdapter):
     def refuse(self, module: nn.Module, where: str) -> None:
         return None
 
-    def step(self, module: nn.Module, state: State, *inputs: Any, **kwargs: Any) -> tuple[Any, State]:
+    def projected(self, module: nn.Module) -> Tensor | None:
+        """The weights that a recurrent cell multiplies its input by, if that can be done before the call.
+
+        The product with the input of each step needs no state, so it leaves the loop: one matrix product for all
+        steps. A hook sees what the call is given, so a cell with hooks keeps it.
+        """
+        by_linear = getattr(module, "activation", None) in _BY_LINEAR or type(module) is leaky_integrator.LILinearCell
+        return module._parameters.get("input_weights") if by_linear and not has_forward_hooks(module) else None
+
+    def step(
+        self, module: nn.Module, state: State, *inputs: Any, projected: bool = False, **kwargs: Any
+    ) -> tuple[Any, State]:
         given = pytree.tree_unflatten(list(state), _structure(module)) if state[0] is not None else None
         if given is None and isinstance(inputs[0], FakeTensor) and hasattr(module, "state_fallback"):
             # Recurrent cells have sizes and potentials in tensors, whose values a fake tensor does not tell.
             with unset_fake_temporarily():
                 given = module.state_fallback(torch.zeros(inputs[0].shape, dtype=inputs[0].dtype))  # type: ignore[operator]
         call = module if has_forward_hooks(module) else module.forward
-        outputs, following = call(*inputs, given, **kwargs)
+        with _without_projection(module) if projected else contextlib.nullcontext():
+            outputs, following = call(*inputs, given, **kwargs)
         return outputs, tuple(pytree.tree_leaves(following))
 
     def read_call(
@@ -70,6 +91,43 @@ class NorseAdapter(StatelessAdapter):
             return output, pytree.tree_unflatten(list(following), structure)
 
         return StatefulCall(tuple(values), inputs, {}, returns)
+
+
+class _Projected:
+    """Stands for the input weights of a cell whose input has been multiplied by them already."""
+
+    @classmethod
+    def __torch_function__(cls, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if function is not torch.nn.functional.linear or kwargs or len(args) != 2:
+            raise NotImplementedError(f"{function} of weights that have been applied already")
+        return args[0]
+
+
+@contextlib.contextmanager
+def _without_projection(module: nn.Module) -> Iterator[None]:
+    """Let the cell take its input for the product with its weights."""
+    weights = module._parameters.pop("input_weights")
+    module.__dict__["input_weights"] = _Projected()
+    try:
+        yield
+    finally:
+        del module.__dict__["input_weights"]
+        # The order of the parameters is that of the optimizer and of the state_dict.
+        others = dict(module._parameters)
+        module._parameters.clear()
+        module._parameters.update({"input_weights": weights, **others})
+
+
+_BY_LINEAR = (
+    lif_step,
+    lif_adex_step,
+    lif_adex_refrac_step,
+    lif_ex_step,
+    lif_refrac_step,
+    lsnn_step,
+    izhikevich_recurrent_step,
+)
+"""Steps whose only use of the input weights is `linear(input, input_weights)`."""
 
 
 class _WholeSequenceAdapter(NorseAdapter):

@@ -13,7 +13,7 @@ from typing import Any
 from spikingjelly.activation_based import base, layer, neuron
 from torch import Tensor, nn
 
-from snnfx.errors import CaptureError
+from snnfx.errors import CaptureError, InputError
 from snnfx.leaves import vouch
 from snnfx.state import State, StatelessAdapter, has_forward_hooks, register_adapter, step_by_swapping
 
@@ -32,7 +32,7 @@ class StepModeAdapter(StatelessAdapter):
     def refuse(self, module: nn.Module, where: str) -> None:
         supported = module.supported_step_mode()  # type: ignore[operator]
         name = f"`{where}` ({type(module).__name__})"
-        if "s" not in supported:
+        if "s" not in supported or isinstance(module, _OVER_TIME):
             raise CaptureError(
                 "SNNFX205",
                 f"{name} has no single-step form",
@@ -62,7 +62,8 @@ class SpikingJellyAdapter(StepModeAdapter):
         return isinstance(module, _ELEMENTWISE)
 
     def is_leaf(self, module: nn.Module) -> bool:
-        return True
+        # In training it returns a list, spike and trace: what follows is told apart by that.
+        return not isinstance(module, _LISTS)
 
     def names(self, module: nn.Module) -> tuple[str, ...]:
         if isinstance(module, layer.Dropout) and not module.training:
@@ -86,10 +87,24 @@ class SpikingJellyAdapter(StepModeAdapter):
         return reset_values
 
     def step(self, module: nn.Module, state: State, *inputs: Any, **kwargs: Any) -> tuple[Any, State]:
+        if self.elementwise(module):
+            self._refuse_other_shape(module, state, inputs)
         if not _is_functional(module) or has_forward_hooks(module) or getattr(module, "store_v_seq", False):
             return self._step_by_swapping(module, state, *inputs, **kwargs)
         outputs, following = module.single_step_functional_forward(inputs, state, **kwargs)  # type: ignore[operator]
         return outputs[0] if len(outputs) == 1 else outputs, tuple(following)
+
+    def _refuse_other_shape(self, module: nn.Module, state: State, inputs: tuple[Any, ...]) -> None:
+        """Refuse an input of another shape than the state, of which SpikingJelly would make a new one."""
+        shape = inputs[0].shape if inputs and isinstance(inputs[0], Tensor) else None
+        for name, value in zip(self.names(module), state, strict=True):
+            if shape is not None and isinstance(value, Tensor) and value.dim() > 0 and value.shape != shape:
+                raise InputError(
+                    "SNNFX308",
+                    f"state `{name}` of {type(module).__name__} has shape {list(value.shape)}, its input {list(shape)}",
+                    why="a neuron has one state for each element of its input.",
+                    hint="Use a neuron of its own for each shape; a state that is passed has to have the input's.",
+                )
 
     def _step_by_swapping(self, module: nn.Module, state: State, *inputs: Any, **kwargs: Any) -> tuple[Any, State]:
         recorded = module.__dict__.get("v_seq")
@@ -117,9 +132,18 @@ _NORMALIZING: tuple[type, ...] = tuple(filter(None, (getattr(neuron, "MPBNBaseNo
 """Neurons that normalise their potential over the batch; only a call updates their statistics, not the function."""
 
 
+_LISTS: tuple[type, ...] = tuple(filter(None, (getattr(neuron, "OTTTLIFNode", None),)))
+
+_OVER_TIME: tuple[type, ...] = tuple(filter(None, (getattr(neuron, "GatedLIFNode", None),)))
+"""Classes that claim a step mode "s" and have no step: the parameters of GatedLIFNode are indexed by the time step."""
+
+_WITH_OPERANDS: tuple[type, ...] = tuple(filter(None, (getattr(neuron, "FlexSN", None),)))
+"""Neurons whose function takes more than inputs and states; a call knows what."""
+
+
 def _is_functional(module: nn.Module) -> bool:
     """Whether the class gives its transition as a function, and nothing nearer to it overrides the step itself."""
-    if isinstance(module, _NORMALIZING):
+    if isinstance(module, _NORMALIZING + _WITH_OPERANDS):
         return False
     for cls in type(module).__mro__:
         if "single_step_functional_forward" in vars(cls):

@@ -86,6 +86,8 @@ class Site:
             if rank == best or not dtype:
                 dtype = candidate if dtype is None else torch.promote_types(dtype, candidate)
         assert dtype is not None
+        if not dtype.is_floating_point and dtype != torch.bool:
+            return "float64"
         return "float32" if dtype == torch.bool else compute_dtype(dtype)
 
 

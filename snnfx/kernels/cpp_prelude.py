@@ -161,14 +161,14 @@ template <> struct Number<float> {
   static constexpr float shift = 12582912.0f, log2e = 1.44269504088896341f, ln2_high = 0.693359375f,
                          ln2_low = -2.12194440054690583e-4f, least = -104.0f, most = 89.0f;
   static constexpr int digits = 23, bias = 127;
-  static constexpr float smallest = 1.17549435e-38f, up = 0x1p24f, steps = 24.0f;
+  static constexpr float limit = 87.0f, smallest = 1.17549435e-38f, up = 0x1p24f, steps = 24.0f;
 };
 template <> struct Number<double> {
   typedef int64_t Int;
   static constexpr double shift = 6755399441055744.0, log2e = 1.4426950408889634074, ln2_high = 6.93145751953125e-1,
                           ln2_low = 1.42860682030941723212e-6, least = -746.0, most = 710.0;
   static constexpr int digits = 52, bias = 1023;
-  static constexpr double smallest = 2.2250738585072014e-308, up = 0x1p54, steps = 54.0;
+  static constexpr double limit = 708.0, smallest = 2.2250738585072014e-308, up = 0x1p54, steps = 54.0;
 };
 template <class C> INLINE C power_of_two(C n) {
   typedef typename Number<C>::Int Int;
@@ -209,7 +209,15 @@ template <class C> INLINE C expm1_(C x) {
   C small = a * (small_expm1(r) * b) + (a * b - (C)1);
   return n > (C)(N::bias - 1) ? ((small_expm1(r) + (C)1) * a) * b : small;
 }
-template <class C> INLINE C sigmoid_(C x) { return (C)1 / ((C)1 + exp_<C>(-x)); }
+template <class C> INLINE C sigmoid_(C x) {
+  // exp(-x) between the limits, where one power of two is enough; below them the result is less than the least number.
+  typedef Number<C> N;
+  C y = x < -N::limit ? N::limit : (x > N::limit ? -N::limit : -x);
+  C n = (y * N::log2e + N::shift) - N::shift;
+  C r = (y - n * N::ln2_high) - n * N::ln2_low;
+  C s = (C)1 / ((C)1 + (small_expm1(r) + (C)1) * power_of_two<C>(n));
+  return x < -N::limit ? (C)0 : s;
+}
 template <class C> INLINE C tanh_(C x) {
   C y = x > (C)22 ? (C)22 : x;
   y = y < (C)-22 ? (C)-22 : y;

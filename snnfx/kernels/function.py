@@ -15,7 +15,11 @@ __all__ = ["run_lowered"]
 
 
 def run_lowered(
-    lowered: LoweredStep, x_seq: Sequence[Tensor], states: Sequence[Tensor | float], constants: Sequence[Tensor]
+    lowered: LoweredStep,
+    x_seq: Sequence[Tensor],
+    states: Sequence[Tensor | float],
+    constants: Sequence[Tensor],
+    needs: Needs | None,
 ) -> tuple[tuple[Tensor, ...], tuple[Tensor, ...]]:
     """Run a sequence through the kernels of a step: `(outputs [T, N, *], final states [N, *])`.
 
@@ -24,8 +28,8 @@ def run_lowered(
         x_seq: the inputs, `[T, *]` each.
         states: before the first step: numbers, or tensors that can be expanded to `[N, *]`.
         constants: those of the step.
+        needs: what needs a gradient, None for nothing (`needs_of`).
     """
-    needs = needs_of(x_seq, states, constants) if torch.is_grad_enabled() else None
     count = len(lowered.step.expressions.outputs)
     if needs is None:
         outputs, finals, _, _ = lowered.forward(x_seq, states, constants, None)
@@ -118,7 +122,7 @@ class _NoSecondDerivative(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *grads: Tensor | None) -> tuple[Any, ...]:
         raise InputError(
-            "SNNFX315",
+            "SNNFX316",
             "a kernel is differentiated twice",
             why="the gradient of a gradient (create_graph=True) is not generated.",
             hint="Convert with lower=None: the loop is then run by PyTorch, which can.",

@@ -16,7 +16,7 @@ from snnfx.kernels.launch import blocks_of, dense_strides, description, launch, 
 from snnfx.kernels.saving import SavePlan, plan_saving
 from snnfx.kernels.translate import TranslatedStep
 
-__all__ = ["build", "Kept", "LoweredStep", "Needs"]
+__all__ = ["Kept", "LoweredStep", "Needs", "build"]
 
 _DTYPES = {
     "float16": torch.float16,
@@ -77,6 +77,7 @@ class LoweredStep:
         states: Sequence[Tensor | float],
         constants: Sequence[Tensor],
         needs: Needs | None,
+        in_layout: bool = True,
     ) -> tuple[list[Tensor], list[Tensor], list[Tensor], Kept | None]:
         """Run a sequence: outputs `[T, N, *]`, final states `[N, *]`, saved values, and what else backward needs.
 
@@ -85,12 +86,14 @@ class LoweredStep:
             states: before the first step, numbers or tensors that can be expanded to `[N, *]`.
             constants: those of `step.constants`.
             needs: None: nothing is saved.
+            in_layout: results have the memory layout of the inputs; else they are contiguous.
         """
         expressions = self.step.expressions
         source = self.inference() if needs is None else self.training(needs).forward
         T = x_seq[0].shape[0]
         operands = self._operands(constants)
-        shape, order = self._shape(x_seq, states, operands)
+        shape = self._shape(x_seq, states, operands)
+        order = self._order(x_seq, shape) if in_layout else tuple(range(len(shape)))
         strides = dense_strides(shape, order)
         count = max(1, _product(shape))
         outputs = [
@@ -132,22 +135,57 @@ class LoweredStep:
     def _operands(self, constants: Sequence[Tensor]) -> list[Tensor]:
         known = {number: tensor for (number, _), tensor in zip(self.step.constants, constants, strict=True)}
         with torch.no_grad():
-            return self.step.prologue.run(known, self.step.operands)
+            found = self.step.prologue.run(known, self.step.operands)
+            return [v if v.is_floating_point() or v.dtype == torch.bool else v.double() for v in found]
 
     def _shape(
         self, x_seq: Sequence[Tensor], states: Sequence[Tensor | float], operands: Sequence[Tensor]
-    ) -> tuple[tuple[int, ...], tuple[int, ...]]:
-        """The shape of a step, and the order of its dimensions in memory."""
+    ) -> tuple[int, ...]:
+        """The shape of a step."""
         rank = len(self.step.shape)
         shape = tuple(x_seq[0].shape[1:])
         if len(x_seq) > 1 or len(shape) != rank or operands or any(isinstance(s, Tensor) for s in states):
             used = [x.shape[1:] for x, d in zip(x_seq, self.step.expressions.sequences, strict=True) if d != "unused"]
             used += [s.shape for s in states if isinstance(s, Tensor)] + [o.shape for o in operands]
             shape = tuple(torch.broadcast_shapes(*used))
+        return shape
+
+    def _order(self, x_seq: Sequence[Tensor], shape: tuple[int, ...]) -> tuple[int, ...]:
+        """The dimensions of a step from the slowest to the fastest, as the first full input has them."""
         for x in x_seq:
             if x.shape[1:] == shape:
-                return shape, memory_order(shape, x.stride()[1:])
-        return shape, tuple(range(len(shape)))
+                return memory_order(shape, x.stride()[1:])
+        return tuple(range(len(shape)))
+
+    def shape_of_step(
+        self, x_seq: Sequence[Tensor], states: Sequence[Tensor | float], constants: Sequence[Tensor]
+    ) -> tuple[int, ...]:
+        """The shape of a step of this call."""
+        return self._shape(x_seq, states, self._operands(constants))
+
+    @property
+    def saves(self) -> str:
+        """What a training step keeps of the sequence, as a clause; "" before the first training step."""
+        if not self._training:
+            return ""
+        plan = list(self._training.values())[-1].plan
+        tensors = f"{len(plan.saved)} tensor{'s' if len(plan.saved) != 1 else ''} of the size of the sequence"
+        inputs = ", and its input" if plan.inputs else ""
+        return f"; training keeps {tensors}{inputs}"
+
+    @property
+    def output_dtypes(self) -> list[torch.dtype]:
+        """Of the outputs, in memory."""
+        return [_DTYPES[d] for d in self.step.expressions.output_dtypes]
+
+    @property
+    def state_dtypes(self) -> list[torch.dtype]:
+        """Of the states, in memory."""
+        return [_DTYPES[d] for d in self.step.expressions.state_dtypes]
+
+    def saved_dtypes(self, needs: Needs) -> list[torch.dtype]:
+        """Of what a forward pass saves."""
+        return [_DTYPES[e.dtype] for e in self.training(needs).plan.saved]
 
     # -- backward -------------------------------------------------------------------------------------------------
 

@@ -25,7 +25,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 __all__ = ["Call", "NotLowered", "Recording", "Reference", "Value", "record_step"]
 
 
-class NotLowered(Exception):  # noqa: N818 - not an error: the loop is run eagerly
+class NotLowered(Exception):
     """A step cannot become a kernel; the text is a clause that says why."""
 
 

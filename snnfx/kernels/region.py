@@ -19,14 +19,13 @@ from torch.autograd import forward_ad
 from snnfx.errors import warn_once
 from snnfx.kernels.aten import decomposition
 from snnfx.kernels.function import needs_of, run_lowered
-from snnfx.kernels.initial import InitialStates, find_initial_states
-from snnfx.kernels.lowered import LoweredStep, build
+from snnfx.kernels.initial import InitialStates, initial_states_by_comparison, initial_states_of_start
+from snnfx.kernels.lowered import LoweredStep, Needs, build
 from snnfx.kernels.record import NotLowered, Recording, record_step
 from snnfx.kernels.translate import translate
-from snnfx.program import is_size_read
 from snnfx.state import adapter_of, call_stateful, has_forward_hooks, initial_value
 
-__all__ = ["RegionKernels"]
+__all__ = ["Prepared", "RegionKernels"]
 
 _MOST = 64
 """Recordings kept for a region."""
@@ -45,6 +44,41 @@ class _Entry:
     built: frozenset[Any] = frozenset()
 
 
+@dataclass
+class Prepared:
+    """A recording with the arguments of a call.
+
+    Args:
+        kernels, entry, lowered: what was recorded.
+        x_seq, constants: of the call.
+        given: the tensors among the constants that the step reads.
+    """
+
+    kernels: RegionKernels
+    entry: _Entry
+    lowered: LoweredStep
+    x_seq: Sequence[Tensor]
+    constants: Sequence[Any]
+    given: list[Tensor]
+
+    @property
+    def starts_from_numbers(self) -> bool:
+        """Whether the reset state is made of numbers."""
+        return self.entry.initial is None or None not in self.entry.initial.numbers
+
+    @property
+    def operand_shapes(self) -> list[tuple[int, ...]]:
+        """Of what does not change with time."""
+        return list(self.lowered.step.operand_shapes)
+
+    def first_states(self, state: Sequence[Any] | None) -> list[Any]:
+        """The states before the first step."""
+        if state is None and self.kernels.first is not None:
+            assert self.entry.initial is not None
+            return self.entry.initial.values(self.constants, self.x_seq, self.kernels.start)
+        return list(state or ())
+
+
 class RegionKernels:
     """Runs a loop region by generated kernels where that is possible.
 
@@ -52,13 +86,14 @@ class RegionKernels:
         label: of the region, for messages.
         step: `(*constants, *inputs, state) -> (outputs, state)`.
         first: `(*constants, *inputs) -> (outputs, state)`, None without state.
-        start: `(*constants, *inputs) -> (states before the first step, states after it)`, None without state.
+        make_start: makes the graph `(*constants, *inputs) -> (states before the first step, states after it)`.
     """
 
     def __init__(
-        self, label: str, step: fx.GraphModule, first: fx.GraphModule | None, start: fx.GraphModule | None
+        self, label: str, step: fx.GraphModule, first: fx.GraphModule | None, make_start: Callable[[], fx.GraphModule]
     ) -> None:
-        self.label, self.step, self.first, self.start = label, step, first, start
+        self.label, self.step, self.first, self.make_start = label, step, first, make_start
+        self._start: fx.GraphModule | None = None
         self.entries: dict[Any, _Entry] = {}
         self.refusal = ""
         self.in_use: LoweredStep | None = None
@@ -67,38 +102,45 @@ class RegionKernels:
         self, x_seq: Sequence[Tensor], state: Sequence[Any] | None, constants: Sequence[Any]
     ) -> tuple[tuple[Tensor, ...], tuple[Tensor, ...]] | None:
         """All steps of a sequence, or None when they have to be run one by one."""
+        prepared = self.prepared(x_seq, state, constants)
+        if prepared is None:
+            return None
+        states = prepared.first_states(state)
+        needs = needs_of(x_seq, states, prepared.given) if torch.is_grad_enabled() else None
+        if not self.ready(prepared, needs):
+            return None
+        self.in_use = prepared.lowered
+        return run_lowered(prepared.lowered, x_seq, states, prepared.given, needs)
+
+    def prepared(
+        self, x_seq: Sequence[Tensor], state: Sequence[Any] | None, constants: Sequence[Any]
+    ) -> Prepared | None:
+        """The recording for these arguments, made if need be, with its constants; None where there is none."""
         if not _ordinary(x_seq, state, constants):
             return None
         entry = self._entry(x_seq, state, constants)
         if entry is None or entry.lowered is None:
             self.refusal = entry.reason if entry is not None else self.refusal
             return None
-        given = [fetch(constants) for fetch in entry.constants]
-        if state is None and self.first is not None:
-            assert entry.initial is not None
-            state = entry.initial.values(constants, x_seq, self.start)
-        states = list(state or ())
-        if not self._ready(entry, x_seq, states, given):
-            return None
-        self.in_use = entry.lowered
-        return run_lowered(entry.lowered, x_seq, states, given)
+        return Prepared(self, entry, entry.lowered, x_seq, constants, [fetch(constants) for fetch in entry.constants])
 
-    def _ready(self, entry: _Entry, x_seq: Sequence[Tensor], states: Sequence[Any], given: Sequence[Tensor]) -> bool:
-        """Build what this call needs; where that fails, the region is not lowered from now on."""
-        assert entry.lowered is not None
-        needs = needs_of(x_seq, states, given) if torch.is_grad_enabled() else None
+    def start(self) -> fx.GraphModule:
+        """The graph of the states before the first step."""
+        if self._start is None:
+            self._start = self.make_start()
+        return self._start
+
+    def ready(self, prepared: Prepared, needs: Needs | None) -> bool:
+        """Build what a call needs; where that fails, the region is not lowered from now on."""
+        entry = prepared.entry
         if needs in entry.built:
             return True
         try:
-            build(entry.lowered, needs)
+            build(prepared.lowered, needs)
         except NotLowered as reason:
             entry.lowered, entry.reason = None, str(reason)
             self.refusal = entry.reason
-            warn_once(
-                "SNNFX505",
-                f"loops are run step by step by PyTorch: {reason}.",
-                key="build",
-            )
+            warn_once("SNNFX505", f"loops are run step by step by PyTorch: {reason}.", key="build")
             return False
         entry.built |= {needs}
         return True
@@ -141,18 +183,20 @@ class RegionKernels:
         self, x_seq: Sequence[Tensor], state: Sequence[Any] | None, constants: Sequence[Any]
     ) -> tuple[_Entry, bool]:
         """Record a step, and whether the recording holds for other sizes of its inputs."""
+        # Without their history: the rehearsal of the backward pass must not go through it.
+        constants = [c.detach().requires_grad_(c.requires_grad) if isinstance(c, Tensor) else c for c in constants]
         alive = tuple(x for c in constants if isinstance(c, nn.Module) for m in c.modules() for x in m.__dict__.values())
         try:
             inputs = [x[0] for x in x_seq]
             with torch.no_grad():
                 after = self._after_one_step(inputs, state, constants)
+            _refuse_other_shapes(inputs, after)
             step = functools.partial(self.step.forward, *constants)
             recording = record_step(step, inputs, after, True, decomposition)
             lowered = LoweredStep(translate(recording))
             initial = None
             if self.first is not None and state is None:
-                first = record_step(functools.partial(self.first.forward, *constants), inputs, None, False, decomposition)
-                initial = find_initial_states(recording, first, lambda t: _fetcher(t, constants))
+                initial = self._initial_states(recording, inputs, constants)
         except NotLowered as reason:
             return _Entry(None, None, reason=str(reason), kept_alive=alive), False
         entry = _Entry(
@@ -182,11 +226,26 @@ class RegionKernels:
                 raise NotLowered(f"a state is a {type(value).__name__} that Python computes")
         return list(after)
 
+    def _initial_states(
+        self, recording: Recording, inputs: Sequence[Tensor], constants: Sequence[Any]
+    ) -> InitialStates:
+        def fetcher(tensor: Tensor) -> Callable[[Sequence[Any]], Tensor]:
+            return _fetcher(tensor, constants)
+
+        def record(graph: fx.GraphModule) -> Recording:
+            return record_step(functools.partial(graph.forward, *constants), inputs, None, False, decomposition)
+
+        try:
+            return initial_states_of_start(record(self.start()), fetcher)
+        except (NotLowered, TypeError):  # TypeError: a module makes its states itself, from None
+            assert self.first is not None
+            return initial_states_by_comparison(recording, record(self.first), fetcher)
+
     def _is_vouched_for(self, constants: Sequence[Any]) -> bool:
         """Whether sizes are only read by modules that are known to be elementwise."""
         modules = dict(zip((n for n in self.step.graph.nodes if n.op == "placeholder"), constants, strict=False))
         for node in self.step.graph.nodes:
-            if is_size_read(node):
+            if _reads_size(node):
                 return False
             if node.op == "call_function" and node.target in (call_stateful, initial_value):
                 module = modules.get(node.args[0])
@@ -197,6 +256,16 @@ class RegionKernels:
                 if not type(modules[node.args[0]]).__module__.startswith(("torch.nn.", "snnfx.")):
                     return False
         return True
+
+
+def _refuse_other_shapes(inputs: Sequence[Tensor], states: Sequence[Tensor]) -> None:
+    """A kernel gives all states the shape of a step, that of its inputs: an input may serve their first values alone."""
+    try:
+        shape = torch.broadcast_shapes(*[v.shape for v in (*inputs, *states)])
+    except RuntimeError:
+        shape = None
+    if any(state.shape != shape for state in states):
+        raise NotLowered("a state has another shape than the inputs")
 
 
 def _ordinary(x_seq: Sequence[Any], state: Sequence[Any] | None, constants: Sequence[Any]) -> bool:
@@ -217,6 +286,12 @@ def _ordinary(x_seq: Sequence[Any], state: Sequence[Any] | None, constants: Sequ
         elif not isinstance(value, bool | int | float):
             return False
     return x_seq[0].shape[0] > 0
+
+
+def _reads_size(node: fx.Node) -> bool:
+    if node.op == "call_method":
+        return node.target in ("size", "numel", "nelement", "__len__")
+    return node.op == "call_function" and (node.target is len or (node.target is getattr and node.args[1] == "shape"))
 
 
 def _pattern(shape: Sequence[int]) -> tuple[bool, ...]:
@@ -281,5 +356,3 @@ def _fetcher(tensor: Tensor, constants: Sequence[Any]) -> Callable[[Sequence[Any
                             return lambda given, registry=registry, name=name: registry[name]  # type: ignore[misc]
     return lambda given: tensor
 
-
-_ = Recording

@@ -67,6 +67,7 @@ class TranslatedStep:
         sequence_values: the inputs that the step reads, by their position.
         constants: the constants that prologue and epilogue start from, as `(number of value, index of constant)`.
         operands: values that are the operands of the kernel.
+        operand_shapes: their shapes when they were recorded.
         prologue: computes them.
         sums: values of the epilogue that are sums over time, with the shape that they have there; None: that of a step.
         epilogue: computes the gradients of constants.
@@ -80,6 +81,7 @@ class TranslatedStep:
     sequence_values: tuple[int, ...]
     constants: tuple[tuple[int, int], ...]
     operands: tuple[int, ...]
+    operand_shapes: tuple[tuple[int, ...], ...]
     prologue: Replay
     sums: tuple[tuple[int, tuple[int, ...]], ...]
     epilogue: Replay
@@ -88,23 +90,24 @@ class TranslatedStep:
     holds_sizes: bool
 
 
-def translate(recording: Recording, simplify: bool = True) -> TranslatedStep:
+def translate(recording: Recording, to_compare: bool = False) -> TranslatedStep:
     """The expressions of a recorded step.
 
     Args:
         recording: the step.
-        simplify: leave out operations that change nothing.
+        to_compare: leave every operation in its place, those on constants alone as well.
 
     Raises:
         NotLowered: something in it is not elementwise.
     """
-    return _Translator(recording, simplify).translate()
+    return _Translator(recording, to_compare).translate()
 
 
 class _Translator:
-    def __init__(self, recording: Recording, simplify: bool) -> None:
+    def __init__(self, recording: Recording, to_compare: bool) -> None:
+        self.to_compare = to_compare
         self.recording, self.values = recording, recording.values
-        self.builder = Builder(simplify)
+        self.builder = Builder(simplify=not to_compare)
         self.expressions: dict[int, Expression | NotLowered] = {}
         self.operands: dict[int, int] = {}
         self.sums: dict[int, tuple[Expression, bool]] = {}
@@ -139,7 +142,7 @@ class _Translator:
         constants = tuple((n, v.index) for n, v in enumerate(self.values) if v.origin == "constant" and n in read)
         expressions = StepExpressions(
             sequences=tuple(memory_dtype(v.dtype) if v.dtype in _MEMORY else "unused" for v in inputs),
-            operands=tuple(memory_dtype(self.values[n].dtype) for n in self.operands),
+            operands=tuple(_MEMORY.get(self.values[n].dtype, "float64") for n in self.operands),
             scalars=tuple(_is_scalar(self.values[n].shape) for n in self.operands),
             state_dtypes=tuple(memory_dtype(self.values[n].dtype) for n in recording.next_states),
             output_dtypes=tuple(memory_dtype(self.values[n].dtype) for n in recording.outputs),
@@ -156,6 +159,7 @@ class _Translator:
             tuple(n for n, v in enumerate(self.values) if v.origin == "sequence"),
             constants,
             tuple(self.operands),
+            tuple(self.values[n].shape for n in self.operands),
             Replay(prologue),
             tuple((n, self.values[n].shape) for n in self.sums),
             Replay(calls),
@@ -215,11 +219,16 @@ class _Translator:
             site = Site(call, value, self.values, self.builder, self.expression)
             if not any(isinstance(a, Reference) for a in call.args[1:]):
                 return rule(site)
+        if call is not None and self.to_compare and call.name in (*ELEMENTWISE, "clone"):
+            if call.name == "clone":
+                return self._operand(call.references()[0])
+            return ELEMENTWISE[call.name](Site(call, value, self.values, self.builder, self.expression))
         if not _broadcasts(value.shape, self.shape):
             raise NotLowered(f"an operand of shape {list(value.shape)} does not fit the step's {list(self.shape)}")
         index = self.operands.setdefault(number, len(self.operands))
         kind = "scalar" if _is_scalar(value.shape) else "invariant"
-        return self.builder.leaf(kind, index, compute_dtype(value.dtype))
+        # Integers among the constants are exact in float64; `LoweredStep` converts them.
+        return self.builder.leaf(kind, index, compute_dtype(value.dtype if value.dtype in _MEMORY else torch.float64))
 
     def _moved(self, number: int, call: Call) -> Expression:
         """The result of an operator that moves values: they have to stay in their places."""

@@ -7,6 +7,7 @@ unpacked there. Exact for the values that `passes.whole_numbers` proves, and for
 from __future__ import annotations
 
 import functools
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -14,7 +15,7 @@ from torch import Tensor
 from torch.nn import functional as F
 from torch.utils.weak import WeakIdKeyDictionary
 
-__all__ = ["PackedTensor", "pack", "packed_bytes", "unpack"]
+__all__ = ["PackedTensor", "empty_steps", "memory_order", "pack", "packed_bytes", "unpack"]
 
 @functools.cache
 def _weights(dtype: torch.dtype, device: torch.device) -> Tensor:
@@ -40,19 +41,21 @@ class PackedTensor:
     Args:
         data: `[T, ceil(n / 8)]` uint8 for `largest` 1, `[T, n]` uint8 up to 255.
         shape: `[T, *]`.
+        order: the dimensions of one step, from the outermost to the innermost in memory.
         dtype: of the tensor that was packed.
         largest: the largest value in it.
     """
 
     data: Tensor
     shape: torch.Size
+    order: tuple[int, ...]
     dtype: torch.dtype
     largest: int
 
     def steps(self, start: int, stop: int) -> PackedTensor:
         """The time steps from `start` to `stop`, still packed."""
         shape = torch.Size((len(range(*slice(start, stop).indices(self.shape[0]))), *self.shape[1:]))
-        return PackedTensor(self.data[start:stop], shape, self.dtype, self.largest)
+        return PackedTensor(self.data[start:stop], shape, self.order, self.dtype, self.largest)
 
 
 def packed_bytes(shape: torch.Size | tuple[int, ...], largest: int) -> int:
@@ -75,10 +78,10 @@ def pack(x_seq: Tensor, largest: int) -> PackedTensor:
     known = _lately.get(x_seq)
     if known is not None and known[0] == x_seq._version and known[1].largest == largest:
         return known[1]  # type: ignore[no-any-return]
-    T = x_seq.shape[0]
+    T, order = x_seq.shape[0], memory_order(x_seq)
     rows = x_seq.numel() // T
     data = torch.empty((T, rows if largest > 1 else -(-rows // 8)), dtype=torch.uint8, device=x_seq.device)
-    for t, x in enumerate(x_seq.detach().unbind(0)):
+    for t, x in enumerate(in_order(x_seq.detach(), order).unbind(0)):
         # Step by step: what is needed on the way is small.
         if largest > 1:
             data[t].copy_(x.reshape(-1))
@@ -86,20 +89,40 @@ def pack(x_seq: Tensor, largest: int) -> PackedTensor:
         row = x.reshape(-1)
         eights = (row if rows % 8 == 0 else F.pad(row, (0, -rows % 8))).view(-1, 8)
         data[t] = torch.mv(eights, _weights(x.dtype, x.device)).to(torch.uint8)
-    packed = PackedTensor(data, x_seq.shape, x_seq.dtype, largest)
+    packed = PackedTensor(data, x_seq.shape, order, x_seq.dtype, largest)
     _lately[x_seq] = (x_seq._version, packed)
     return packed
 
 
 def unpack(packed: PackedTensor) -> Tensor:
-    """The tensor again, contiguous."""
+    """The tensor again, in its memory format."""
+    whole = empty_steps(packed.shape, packed.order, packed.dtype, packed.data.device)
+    x_seq = in_order(whole, packed.order)
     if packed.largest > 1:
-        return packed.data.to(packed.dtype).view(packed.shape)
-    x_seq = torch.empty(packed.shape, dtype=packed.dtype, device=packed.data.device)
+        x_seq.view(packed.data.shape).copy_(packed.data)
+        return whole
     bits = _bits(packed.dtype, packed.data.device)
     for x, row in zip(x_seq.unbind(0), packed.data.unbind(0), strict=True):
         if x.numel() % 8 == 0:
             torch.index_select(bits, 0, row.int(), out=x.view(-1, 8))
         else:
             x.copy_(bits.index_select(0, row.int()).view(-1)[: x.numel()].view(x.shape))
-    return x_seq
+    return whole
+
+
+def memory_order(x_seq: Tensor) -> tuple[int, ...]:
+    """The dimensions of one step of `[T, *]`, from the outermost to the innermost in memory."""
+    strides = x_seq.stride()[1:]
+    return tuple(sorted(range(len(strides)), key=lambda dim: -strides[dim]))
+
+
+def in_order(x_seq: Tensor, order: Sequence[int]) -> Tensor:
+    """A view of `[T, *]` with the dimensions of a step in this order."""
+    return x_seq.permute(0, *(dim + 1 for dim in order))
+
+
+def empty_steps(shape: Sequence[int], order: Sequence[int], dtype: torch.dtype, device: torch.device) -> Tensor:
+    """An uninitialised sequence `[T, *]` with the dimensions of a step in this order in memory."""
+    sizes = [shape[0], *(shape[dim + 1] for dim in order)]
+    back = [order.index(dim) for dim in range(len(order))]
+    return in_order(torch.empty(sizes, dtype=dtype, device=device), back)

@@ -12,7 +12,6 @@ copies (running statistics move once).
 from __future__ import annotations
 
 import contextlib
-import itertools
 import operator
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -25,7 +24,7 @@ from torch.autograd.graph import get_gradient_edge
 from torch.fx import Node, map_arg
 from torch.utils import _pytree as pytree
 
-from snnfx.memory.packing import PackedTensor, pack, unpack
+from snnfx.memory.packing import PackedTensor, empty_steps, memory_order, pack, unpack
 from snnfx.state import has_forward_hooks
 
 __all__ = ["Segment", "run_segment"]
@@ -93,8 +92,9 @@ def run_segment(segment: Segment, values: tuple[Any, ...]) -> tuple[Any, ...]:
     tensors = [leaf for leaf in leaves if isinstance(leaf, Tensor)]
     if not any(t.requires_grad for t in (*tensors, *parameters)) or any(map(has_forward_hooks, modules)):
         return segment.plainly(values)
+    positions = [i for i, leaf in enumerate(leaves) if isinstance(leaf, Tensor)]
     statics = [None if isinstance(leaf, Tensor) else leaf for leaf in leaves]
-    call = _Call(segment, statics, spec, len(tensors), _Modules(modules, parameters))
+    call = _Call(segment, statics, spec, positions, _Modules(modules, parameters))
     found = iter(_Recompute.apply(call, *tensors, *parameters))
     return pytree.tree_unflatten(  # type: ignore[no-any-return]
         [next(found) if is_tensor else value for is_tensor, value in call.results], call.result_spec
@@ -126,7 +126,7 @@ class _Modules:
 
     def buffers(self) -> list[tuple[dict[str, Any], str, Tensor]]:
         """Copies of what a run may change: the buffers of modules in training, with their places."""
-        changing = [m for m in self.modules if m.training and (not _is_plain_layer(m) or _keeps_statistics(m))]
+        changing = [m for m in self.modules if m.training]
         return [(m._buffers, key, b.clone()) for m in changing for key, b in m._buffers.items() if b is not None]
 
     @contextlib.contextmanager
@@ -151,16 +151,12 @@ class _Modules:
                 module.training = training
 
 
-def _is_plain_layer(module: nn.Module) -> bool:
-    return type(module).__module__.startswith("torch.nn.")
-
-
-def _keeps_statistics(module: nn.Module) -> bool:
-    return isinstance(module, nn.modules.batchnorm._NormBase) or bool(module._forward_pre_hooks)
-
-
 class _Key:
     """Stands for one tensor that goes into or comes out of a stage."""
+
+
+class _Held:
+    """Stands for a tensor that autograd holds."""
 
 
 @dataclass
@@ -170,7 +166,7 @@ class _Call:
     segment: Segment
     statics: list[Any]
     spec: pytree.TreeSpec
-    count: int
+    tensor_positions: list[int]
     modules: _Modules
     results: list[tuple[bool, Any]] = field(default_factory=list)
     result_spec: Any = None
@@ -182,13 +178,17 @@ class _Call:
 
     def values(self, tensors: Sequence[Any]) -> list[Any]:
         """What the placeholders are given."""
-        remaining = iter(tensors)
-        tensor_at = self.tensor_positions
-        leaves = [next(remaining) if i in tensor_at else value for i, value in enumerate(self.statics)]
+        leaves = list(self.statics)
+        for position, value in zip(self.tensor_positions, tensors, strict=True):
+            leaves[position] = value
         return pytree.tree_unflatten(leaves, self.spec)  # type: ignore[no-any-return]
 
-    def __post_init__(self) -> None:
-        self.tensor_positions: set[int] = set()
+    def packable(self, tensors: Sequence[Tensor]) -> list[int]:
+        """The largest whole number in each tensor that is to be packed, 0 for the others."""
+        segment = self.segment
+        proven = segment.packed if segment.packed and segment.still_packable() else {}
+        by_tensor = {id(v): proven.get(n.name, 0) for n, v in zip(segment.placeholders, self.values(tensors), strict=True)}
+        return [by_tensor.get(id(x), 0) for x in tensors]
 
     def forward(self, tensors: Sequence[Tensor]) -> Any:
         """Run the stages without a history."""
@@ -221,16 +221,18 @@ class _Call:
         """A stage without a history, in its chunks."""
         length = self.segment.chunks.get(node.name)
         if length is None:
+            args, kwargs = pytree.tree_map(_unpacked, (args, kwargs))
             return node.target(*args, **kwargs)
         T, kwargs, joined = args[0][0].shape[0], dict(kwargs), None
         kept: list[Any] = []
         for start in range(0, T, length):
             kept.append(kwargs.get("state"))
-            y = node.target(tuple(x[start : start + length] for x in args[0]), *args[1:], **kwargs)
+            x = tuple(_unpacked(_steps(value, start, start + length)) for value in args[0])
+            y = node.target(x, *args[1:], **kwargs)
             if "state" in kwargs:
                 y, kwargs["state"] = y
             if joined is None:
-                joined = tuple(part.new_empty((T, *part.shape[1:])) for part in y)
+                joined = tuple(_empty_like(part, T) for part in y)
             for whole, part in zip(joined, y, strict=True):
                 whole[start : start + length] = part
         if borders is not None:
@@ -246,7 +248,7 @@ class _Call:
         segment = self.segment
         env: dict[Node, Any] = dict(zip(segment.placeholders, self.values(tensors), strict=True))
         outside = pytree.tree_leaves([self.keys[node] for node in segment.placeholders])
-        keys_of_tensors = [key for key, at in zip(outside, range(len(outside)), strict=True) if at in self.tensor_positions]
+        keys_of_tensors = [outside[position] for position in self.tensor_positions]
         frozen = {key for key, need in zip(keys_of_tensors, needs, strict=False) if not need}
         found: dict[Any, Tensor] = {}
         output = segment.graph.output_node()
@@ -260,7 +262,7 @@ class _Call:
             if node.target is operator.getitem and node.args[0] in env:
                 env[node] = env[node.args[0]][node.args[1]]
             elif node in segment.stages[:-1]:
-                args, kwargs = map_arg((node.args, node.kwargs), lambda n: pytree.tree_map(_unpacked, env[n]))
+                args, kwargs = map_arg((node.args, node.kwargs), env.__getitem__)
                 with torch.no_grad(), self._as_then(node, own):
                     env[node] = self._run(node, args, kwargs)
         for node in reversed(segment.stages):
@@ -285,26 +287,28 @@ class _Call:
     def _vjp(self, node: Node, args: Any, kwargs: Any, keys: Any, given: list[Tensor | None], state: _Pass) -> None:
         """The vector-Jacobian product of one run of a stage; gradients are added up in `state`."""
         values, spec = pytree.tree_flatten((args, kwargs))
-        fresh: dict[Any, Tensor] = {}
-        for i, (value, key) in enumerate(zip(values, pytree.tree_leaves(keys), strict=True)):
-            if isinstance(value, Tensor | PackedTensor) and isinstance(key, _Key):
-                if key not in fresh:
-                    x = _unpacked(value).detach()
-                    wanted = key not in state.frozen and (x.is_floating_point() or x.is_complex())
-                    fresh[key] = x.requires_grad_(wanted)
-                values[i] = fresh[key]
+        inputs: dict[Any, Tensor] = {}
+        entered: dict[Any, Tensor] = {}
         with torch.enable_grad(), self._as_then(node, state.parameters):
+            for i, (value, key) in enumerate(zip(values, pytree.tree_leaves(keys), strict=True)):
+                if isinstance(value, Tensor | PackedTensor) and isinstance(key, _Key):
+                    if key not in entered:
+                        x = _unpacked(value).detach()
+                        if key not in state.frozen and (x.is_floating_point() or x.is_complex()):
+                            inputs[key] = x.new_empty(()).expand(x.shape).requires_grad_()
+                            x = _Enter.apply(inputs[key], [x])
+                        entered[key] = x
+                        del x
+                    values[i] = entered[key]
             args, kwargs = pytree.tree_unflatten(values, spec)
             outputs = pytree.tree_leaves(node.target(*args, **kwargs))
-            del values, args, kwargs
+            del values, args, kwargs, entered
         pairs = [(get_gradient_edge(y), g) for y, g in zip(outputs, given, strict=True) if g is not None and y.requires_grad]
         del outputs
-        inputs = {key: x for key, x in fresh.items() if x.requires_grad}
         parameters = [(i, p) for i, p in enumerate(state.parameters) if p.requires_grad]
         if not pairs or not (inputs or parameters):
             return
         ends = [*inputs.values(), *(p for _, p in parameters)]
-        del fresh
         grads = torch.autograd.grad([e for e, _ in pairs], ends, [g for _, g in pairs], allow_unused=True)
         for key, grad in zip(inputs, grads, strict=False):
             if grad is not None:
@@ -312,7 +316,7 @@ class _Call:
         for (i, _), grad in zip(parameters, grads[len(inputs) :], strict=True):
             if grad is not None:
                 before = state.of_parameters[i]
-                state.of_parameters[i] = grad if before is None else before.add_(grad)
+                state.of_parameters[i] = grad if before is None else before + grad
 
     def _vjp_in_chunks(
         self, node: Node, length: int, args: Any, kwargs: dict[str, Any], keys: Any, given: list[Tensor | None], state: _Pass
@@ -336,13 +340,14 @@ class _Call:
             self._vjp(node, (x, *args[1:]), now, now_keys, [*after, *of_state], part)
             for key, value in zip(key_args[0], args[0], strict=True):
                 grad = part.found.pop(key, None)
-                if grad is not None:
-                    if key not in totals:
-                        totals[key] = (torch.empty if length >= T else torch.zeros)(
-                            tuple(value.shape), dtype=grad.dtype, device=grad.device
-                        )
-                    totals[key][start : start + length] = grad
-            of_state = [part.found.pop(key, None) for key in pytree.tree_leaves(before_keys)] if number else []
+                if grad is not None and key not in totals:
+                    totals[key] = _empty_like(grad, T)
+                    totals[key][start + length :] = 0.0  # later chunks gave none
+                if key in totals:
+                    totals[key][start : start + length] = 0.0 if grad is None else grad
+            if number == 0:
+                carries = False  # the gradient of the first state goes outside
+            of_state = [part.found.pop(key, None) for key in pytree.tree_leaves(before_keys)] if carries else []
             for key, grad in part.found.items():
                 _add(state.found, key, grad)
         for key, grad in totals.items():
@@ -372,12 +377,26 @@ class _Pass:
     of_parameters: list[Tensor | None]
 
 
+class _Enter(torch.autograd.Function):
+    """Where a value enters a run in backward. Its gradient is that of a token of its shape and of no size, so that
+    nobody holds the value itself once it has been used."""
+
+    @staticmethod
+    def forward(ctx: Any, token: Tensor, value: list[Tensor]) -> Tensor:
+        return value.pop()
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:  # type: ignore[override]
+        return grad, None
+
+
 class _Recompute(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, call: _Call, *tensors: Tensor) -> tuple[Tensor, ...]:
         ctx.set_materialize_grads(False)
         ctx.call = call
-        inputs, parameters = tensors[: call.count], tensors[call.count :]
+        count = len(call.tensor_positions)
+        inputs, parameters = tensors[:count], tensors[count:]
         packable = call.packable(inputs)
         call.autocast = _autocast_states()
         outputs = call.forward(inputs)
@@ -387,12 +406,14 @@ class _Recompute(torch.autograd.Function):
         ctx.packed = []
         for x, largest in zip(inputs, packable, strict=True):
             packed = pack(x, largest) if largest else None
-            ctx.packed.append(packed and (packed.shape, packed.dtype, packed.largest))
+            ctx.packed.append(packed and (packed.shape, packed.order, packed.dtype, packed.largest))
             kept.append(x if packed is None else packed.data)
-        # The state at the inner borders is neither an input nor an output; it is saved with the others.
-        borders = [leaf for states in call.borders.values() for leaf in pytree.tree_leaves(states[1:])]
-        ctx.border_tensors = [isinstance(leaf, Tensor) for leaf in borders]
-        ctx.save_for_backward(*kept, *parameters)
+        # Saved like the rest, so that it goes when the rest goes.
+        states, ctx.border_spec = pytree.tree_flatten(call.borders)
+        ctx.border_numbers = [_Held() if isinstance(leaf, Tensor) else leaf for leaf in states]
+        call.borders = {}
+        ctx.save_for_backward(*kept, *parameters, *(leaf for leaf in states if isinstance(leaf, Tensor)))
+        ctx.counts = (count, count + len(parameters))
         results = tuple(y for y in leaves if isinstance(y, Tensor))
         ctx.mark_non_differentiable(*(y for y in results if not (y.is_floating_point() or y.is_complex())))
         return results
@@ -401,15 +422,23 @@ class _Recompute(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, *grads: Tensor | None) -> tuple[Any, ...]:
         call: _Call = ctx.call
-        saved = ctx.saved_tensors
+        saved, (first, second) = ctx.saved_tensors, ctx.counts
         inputs: list[Any] = [
-            x if packed is None else PackedTensor(x, *packed)
-            for x, packed in zip(saved[: call.count], ctx.packed, strict=True)
+            x if packed is None else PackedTensor(x, *packed) for x, packed in zip(saved[:first], ctx.packed, strict=True)
         ]
+        states = iter(saved[second:])
+        borders = [next(states) if isinstance(n, _Held) else n for n in ctx.border_numbers]
+        call.borders = pytree.tree_unflatten(borders, ctx.border_spec)
         remaining = iter(grads)
         each = [next(remaining) if is_tensor else None for is_tensor, _ in call.results]
-        of_tensors, of_parameters = call.backward(inputs, saved[call.count :], ctx.needs_input_grad[1:], each)
+        of_tensors, of_parameters = call.backward(inputs, saved[first:second], ctx.needs_input_grad[1:], each)
+        call.borders = {}
         return None, *of_tensors, *of_parameters
+
+
+def _empty_like(x_seq: Tensor, T: int) -> Tensor:
+    """T steps in the memory format of these."""
+    return empty_steps((T, *x_seq.shape[1:]), memory_order(x_seq), x_seq.dtype, x_seq.device)
 
 
 def _keys_of(value: Any) -> Any:

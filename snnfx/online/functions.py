@@ -3,10 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
+
+from snnfx.errors import InputError
+from snnfx.online.checks import check_averages
+from snnfx.online.module_state import read_state, write_state
+from snnfx.online.rules import FPTT, OTTT_A, Rule
+from snnfx.online.trainer import StepResult, Trainer, first_step
 
 __all__ = ["fptt_online_training", "fptt_online_training_init_w_ra", "ottt_online_training"]
 
@@ -18,7 +24,7 @@ def fptt_online_training_init_w_ra(optimizer: torch.optim.Optimizer) -> list[Ten
         A list in the order of the optimizer's parameters, `[p for group in optimizer.param_groups for p in
         group["params"]]`. The copies are detached and share no memory with the parameters.
     """
-    raise NotImplementedError
+    return [p.detach().clone() for group in optimizer.param_groups for p in group["params"]]
 
 
 def fptt_online_training(
@@ -55,7 +61,11 @@ def fptt_online_training(
     Source: Kag & Saligrama 2021, ICML; Yin et al. 2021, arXiv:2112.11231; SpikingJelly 2.0.0's function of that name,
     to whose numbers the variant "reference" is equal.
     """
-    raise NotImplementedError
+    trainer = Trainer(model, FPTT(alpha, cast(Any, variant)), optimizer, f_loss_t)
+    check_averages(w_ra, trainer.updates.parameters)
+    trainer.averages = w_ra
+    _train(trainer, x_seq, target_seq)
+    optimizer.zero_grad()
 
 
 def ottt_online_training(
@@ -69,8 +79,8 @@ def ottt_online_training(
     """Train on one batch of sequences with OTTT.
 
     Every weight op of the model gets the eligibility trace of its own operand, the network's input excepted; no special
-    modules are needed. Models made of SpikingJelly's OTTT modules (`OTTTLIFNode`, `OTTTSequential`) get the leak of
-    the emitting neuron, as those modules have it, and those with `SLTTLIFNode` no trace.
+    modules are needed. A model made of SpikingJelly's OTTT modules (`OTTTLIFNode`, `OTTTSequential`) has traces of its
+    own, and one with `SLTTLIFNode` is meant to have none: those get no others, and their dropout draws as it does.
 
     Args:
         model: a converted net, or any single-step model that `snnfx.convert` accepts.
@@ -94,4 +104,38 @@ def ottt_online_training(
     Source: Xiao et al. 2022, arXiv:2210.04195; SpikingJelly 2.0.0's function of that name, to whose numbers this is
     equal on models with its OTTT modules.
     """
-    raise NotImplementedError
+    for name, value in (("x_seq", x_seq), ("target_seq", target_seq)):
+        if not isinstance(value, Tensor) or value.dim() < 2:
+            shown = list(value.shape) if isinstance(value, Tensor) else f"a {type(value).__name__}"
+            raise InputError("SNNFX610", f"{name} is {shown}", hint="It is a tensor [B, T, ...].")
+    rule = _ottt_for(model)(update="step" if online else "end", loss_scale="sum")
+    trainer = Trainer(model, rule, optimizer, f_loss_t)
+    spec = trainer.nets((x_seq[:, 0],)).base.program.output_spec
+    if spec.type in (tuple, list):
+        trainer.loss = lambda y, target: f_loss_t(y[0], target)
+    result = _train(trainer, x_seq.transpose(0, 1), target_seq.transpose(0, 1), return_outputs=True)
+    outputs = result.outputs
+    y_seq = outputs[0] if isinstance(outputs, tuple | list) else outputs
+    return result.loss, y_seq.transpose(0, 1).contiguous()
+
+
+def _train(trainer: Trainer, x_seq: Any, target: Any, **options: Any) -> StepResult:
+    """One call that goes on from the state of the model and leaves the final state there."""
+    model = trainer.model
+    args = x_seq if isinstance(x_seq, tuple) else (x_seq,)
+    nets = trainer.nets(first_step(args))
+    slots = [slot.name for slot in nets.base.program.slots]
+    names = [slot.name for slot in nets.sequence.program.slots]
+    result = trainer.step(x_seq, target, state=read_state(model, slots, names), **options)
+    write_state(model, slots, result.state)
+    return result
+
+
+def _ottt_for(model: nn.Module) -> Rule:
+    """OTTT as the model means it: SpikingJelly's modules say which of the rules they are made for."""
+    source = getattr(model, "source", model)
+    kinds = {type(m).__name__ for m in source.modules() if type(m).__module__.startswith("spikingjelly.")}
+    if kinds & {"OTTTLIFNode", "SLTTLIFNode"}:
+        return OTTT_A(name="the rule of the model's modules", operand="raw", dropout="step")
+    return OTTT_A
+

@@ -38,6 +38,20 @@ class FPTTTerm:
             raise InputError("SNNFX309", f"variant={self.variant!r}", hint=hint)
 
 
+_CHOICES: dict[str, tuple[Any, ...]] = {
+    "operand": ("raw", "trace"),
+    "signal": ("spatial", "readout"),
+    "dropout": ("step", "sequence"),
+    "trace_inputs": (False, True),
+    "trace_bias": (False, True),
+}
+_NUMBERS_OR: dict[str, tuple[Any, ...]] = {
+    "temporal": ("keep", "cut"),
+    "update": ("end", "step"),
+    "random_steps": (None,),
+}
+
+
 @dataclass(frozen=True)
 class Rule:
     """A learning rule for sequences with a loss at every time step.
@@ -87,6 +101,50 @@ class Rule:
     def __call__(self, **changes: Any) -> Rule:
         """The same rule with some fields changed."""
         return replace(self, **changes)
+
+    def __post_init__(self) -> None:
+        for name, choices in _CHOICES.items():
+            if (value := getattr(self, name)) not in choices:
+                hint = f"Choose one of {', '.join(map(repr, choices))}."
+                raise InputError("SNNFX309", f"{name}={value!r}", hint=hint)
+        for name, words in _NUMBERS_OR.items():
+            value = getattr(self, name)
+            if value not in words and (isinstance(value, bool) or not isinstance(value, int) or value < 1):
+                choices = ", ".join(map(repr, words))
+                raise InputError("SNNFX614", f"{name}={value!r}", why=f"it is {choices} or a number of steps above 0.")
+        if self.cut not in ("all", "spiking") and not isinstance(self.cut, tuple):
+            raise InputError("SNNFX309", f"cut={self.cut!r}", hint="Choose 'all', 'spiking' or a tuple of slot names.")
+        leak = self.trace_leak
+        if leak not in ("post", "pre") and (isinstance(leak, bool) or not isinstance(leak, int | float)):
+            raise InputError("SNNFX309", f"trace_leak={leak!r}", hint="Choose 'post', 'pre' or a number.")
+        if self.extra is not None and not isinstance(self.extra, FPTTTerm):
+            raise InputError("SNNFX309", f"extra={self.extra!r}", hint="Use an FPTTTerm, or None.")
+        self._refuse_contradictions()
+
+    def _refuse_contradictions(self) -> None:
+        def contradiction(what: str, why: str) -> InputError:
+            return InputError("SNNFX616", f"the rule {self.name} contradicts itself: {what}", why=why)
+
+        if self.operand == "trace" and self.temporal != "cut":
+            why = "a trace stands for the gradients through time of what is cut; not cut, they would count twice."
+            raise contradiction('operand="trace" without temporal="cut"', why)
+        if self.random_steps is not None and (self.temporal != "cut" or self.keeps_some):
+            why = "a gradient at one step alone needs the state cut."
+            raise contradiction('random_steps without temporal="cut" and cut="all"', why)
+        if self.random_steps is not None and self.update != "end":
+            raise contradiction("random_steps with updates within the sequence", "they are taken together.")
+        if self.extra is not None and (self.update not in ("step", 1) or self.random_steps is not None):
+            raise contradiction('the terms of FPTT without update="step"', "they are made for an update at each step.")
+
+    @property
+    def keeps_some(self) -> bool:
+        """Whether gradients may go through some states over the whole sequence, while others are cut."""
+        return self.temporal == "cut" and self.cut != "all"
+
+    @property
+    def updates_within_sequence(self) -> bool:
+        """Whether the weights change before the sequence ends."""
+        return self.update != "end"
 
 
 BPTT = Rule(name="BPTT", temporal="keep", citation="Werbos 1990, Backpropagation through time, Proc. IEEE 78(10)")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
@@ -9,12 +10,16 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from snnfx.errors import InputError
+from snnfx.net import Net
+from snnfx.online.checks import check_optimizer, check_steps, number_of_steps, target_with_time_first
+from snnfx.online.gradients import Updates
+from snnfx.online.losses import Loss
+from snnfx.online.nets import RuleNets, nets_for
 from snnfx.online.rules import Rule
+from snnfx.online.runs import Run, run_chunks, run_random_steps, run_steps
 
 __all__ = ["StepResult", "Trainer"]
-
-Loss = Callable[[Any, Any], Tensor]
-"""The loss of one step: `loss(y_t, target_t)` is a scalar tensor."""
 
 
 @dataclass(frozen=True)
@@ -106,7 +111,62 @@ class Trainer:
         progress: Callable[[int, int, Tensor], None] | None = None,
         example_inputs: Any = None,
     ) -> None:
-        raise NotImplementedError
+        if not isinstance(rule, Rule):
+            hint = "Choose one of snnfx.online, e.g. OTTT_A, or make a Rule."
+            raise InputError("SNNFX309", f"the rule is a {type(rule).__name__}", hint=hint)
+        if batch_norm not in ("per_step", "fold"):
+            raise InputError("SNNFX309", f"batch_norm={batch_norm!r}", hint="Choose 'per_step' or 'fold'.")
+        if not callable(loss):
+            raise InputError("SNNFX309", f"the loss is a {type(loss).__name__}, not a function")
+        if chunk is not None:
+            number_of_steps("chunk", chunk)
+        if isinstance(model, nn.parallel.DistributedDataParallel):
+            process_group = process_group if process_group is not None else model.process_group
+            model = model.module
+        self.model, self.rule, self.optimizer, self.loss = model, rule, optimizer, loss
+        self.chunk, self.target_dim, self.batch_norm, self.progress = chunk, target_dim, batch_norm, progress
+        self.loss_scale = checked_scale(rule.loss_scale if loss_scale is None else loss_scale)
+        self.metrics = dict(metrics or {})
+        check_optimizer(model, optimizer)
+        self.updates = Updates(optimizer, accumulate, clip_grad_norm, amp_dtype, process_group)
+        if rule.updates_within_sequence and accumulate != 1:
+            raise InputError(
+                "SNNFX616",
+                f"the rule {rule.name} cannot accumulate over {accumulate} calls",
+                why="it updates the weights within a sequence.",
+                hint="Use accumulate=1, or the rule with update='end'.",
+            )
+        if rule.extra is not None and amp_dtype is torch.float16:
+            hint = "Use torch.bfloat16, which needs no scaling of gradients."
+            raise InputError("SNNFX616", f"the rule {rule.name} does not work with float16", hint=hint)
+        self._example = example_inputs
+        self.averages: list[Tensor] | None = None
+        """The running averages of FPTT, one for each parameter of the optimizer; made at the first call."""
+        if isinstance(model, Net) or example_inputs is not None:
+            self.nets(example_inputs)
+
+    def nets(self, example_inputs: Any = None) -> RuleNets:
+        """The forms of the model in which the rule runs it; `nets().sequence` is the edited net, to look at."""
+        example = self._example if self._example is not None else example_inputs
+        return nets_for(self.model, self.rule, self.batch_norm, example)
+
+    def chunk_length(self, T: int, step_elements: int = 0) -> int:
+        """How many time steps are run at once for a sequence of T.
+
+        Rules whose gradients go through time take stretches of their own; all others the given `chunk`, or as many
+        steps as have 2**23 elements in the largest state.
+
+        Args:
+            T: length of the sequence.
+            step_elements: elements of the largest state of one step, where it is known.
+        """
+        if self.rule.temporal == "keep" or self.rule.keeps_some:
+            return T
+        if isinstance(self.rule.temporal, int):
+            return self.rule.temporal
+        if self.chunk is not None:
+            return min(self.chunk, T)
+        return max(1, min(T, _ELEMENTS_OF_A_CHUNK // step_elements if step_elements else _STEPS_OF_A_CHUNK))
 
     def step(
         self, x_seq: Any, target: Any, *, state: dict[str, Any] | None = None, return_outputs: bool = False
@@ -123,4 +183,71 @@ class Trainer:
             InputError: before the first update: SNNFX610 (lengths differ), SNNFX611 (the loss is not a scalar),
                 SNNFX614 (`random_steps` above T), and those of `Net.run`.
         """
-        raise NotImplementedError
+        args = x_seq if isinstance(x_seq, tuple) else (x_seq,)
+        nets = self.nets(first_step(args))
+        leaves, given, T = nets.base.bound(args, {})
+        check_steps(self.rule, T)
+        varying = nets.base.varying_inputs
+        sequences = [x for x, v in zip(leaves, varying, strict=True) if v]
+        target = target_with_time_first(target, self.target_dim, T, sequences)
+        nets.set_mode(self.model.training)
+        run = Run(
+            rule=self.rule,
+            nets=nets,
+            leaves=leaves,
+            varying=varying,
+            given=given,
+            T=T,
+            target=target,
+            target_has_time=self.target_dim is not None,
+            state=state,
+            loss=self.loss,
+            scale=1.0 / T if self.loss_scale == "mean" else 1.0 if self.loss_scale == "sum" else float(self.loss_scale),
+            updates=self.updates,
+            keep_outputs=return_outputs or bool(self.metrics),
+            progress=self.progress,
+        )
+        if self.rule.extra is not None:
+            self.averages = self.updates.snapshot() if self.averages is None else self.averages
+            run_steps(run, self.averages)
+        elif self.rule.update in ("step", 1):
+            run_steps(run, None)
+        elif self.rule.random_steps is not None:
+            run_random_steps(run, self.chunk_length(T, nets.step_elements))
+        else:
+            run_chunks(run, self.chunk_length(T, nets.step_elements))
+        outputs = run.outputs()
+        metrics = {name: metric(outputs, target) for name, metric in self.metrics.items()}
+        return StepResult(
+            loss=run.total,
+            updates=run.update_count,
+            state=run.state or {},
+            outputs=outputs if return_outputs else None,
+            metrics=metrics,
+            grad_norm=self.updates.grad_norm,
+        )
+
+
+_ELEMENTS_OF_A_CHUNK = 2**23
+_STEPS_OF_A_CHUNK = 64
+
+
+def checked_scale(value: Any) -> str | float:
+    """A loss scale: "mean", "sum" or a number.
+
+    Raises:
+        InputError: SNNFX309.
+    """
+    is_number = isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
+    if value not in ("mean", "sum") and not is_number:
+        raise InputError("SNNFX309", f"loss_scale={value!r}", hint="Choose 'mean', 'sum' or a number.")
+    return value  # type: ignore[no-any-return]
+
+
+def first_step(args: tuple[Any, ...]) -> tuple[Any, ...]:
+    """The arguments of the first step, to capture a model with their shapes."""
+    for x in args:
+        if not isinstance(x, Tensor) or x.dim() == 0 or x.shape[0] == 0:
+            what = f"an input has shape {list(x.shape)}" if isinstance(x, Tensor) else f"an input is a {type(x).__name__}"
+            raise InputError("SNNFX306", what, hint="A sequence is a tensor [T, N, ...].")
+    return tuple(x[0] for x in args)

@@ -1,0 +1,43 @@
+"""Turn the state slots into inputs: a step whose states are known is a function without a past.
+
+What is left has no cycle, so any set of time steps can be evaluated at once, folded, in any order: SLTT-K takes the
+gradients of K steps of a sequence in this way. The next values of the states are not computed.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from torch.utils import _pytree as pytree
+
+from snnfx.passes.base import Pass
+from snnfx.program import InputLeaf, StepProgram, keeps_statistics
+
+__all__ = ["ReadStatesAsInputs"]
+
+
+@dataclass(frozen=True)
+class ReadStatesAsInputs(Pass):
+    """Take the value of every slot as a further argument of the step, in the order of the slots."""
+
+    name = "known_states"
+    requires = "normalized"
+    ensures = "normalized"
+
+    def apply(self, program: StepProgram) -> str:
+        count = len(program.slots)
+        args, kwargs = pytree.tree_unflatten([0] * len(program.input_leaves), program.input_spec)
+        leaves = list(program.input_leaves)
+        positional = len(pytree.tree_leaves(args))
+        new = [InputLeaf(slot.name, slot.placeholder) for slot in program.slots]
+        program.input_leaves = [*leaves[:positional], *new, *leaves[positional:]]
+        program.input_spec = pytree.tree_structure(((*args, *[0] * count), kwargs))
+        for placeholder in program.slot_nodes():
+            del placeholder.meta["slot"]
+            placeholder.meta["input"] = placeholder.name
+        program.set_output(program.outputs, (), ())
+        program.slots, program.carried, program.first_step = [], [], None
+        for node in reversed(list(program.graph.nodes)):
+            if node.op not in ("placeholder", "output") and not node.users and not keeps_statistics(program, node):
+                program.graph.erase_node(node)
+        return f"{count} states are inputs"

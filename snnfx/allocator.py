@@ -1,0 +1,42 @@
+"""Tell the C library to keep the memory of large tensors, so that the next one does not fault every page in anew."""
+
+from __future__ import annotations
+
+import ctypes
+import sys
+
+__all__ = ["tune_allocator"]
+
+_M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3
+
+
+def tune_allocator(largest: int = 1 << 30) -> bool:
+    """Keep freed memory in the process, for all tensors on the CPU (glibc only).
+
+    glibc takes every block of 32 MB and more fresh from the system and gives it back when it is freed; writing such a
+    tensor for the first time costs a page fault for every 4 kB, often more than computing it. After this call blocks up
+    to `largest` bytes come from the heap, and the heap is not trimmed. The memory of the process then stays at its peak.
+    What snnfx's kernels write does not need it (`snnfx.kernels`); convolutions, linear layers and the rest of PyTorch do.
+    It acts on the whole process and cannot be undone.
+
+    Args:
+        largest: bytes of the largest block to keep, at least 1.
+
+    Returns:
+        True; False where the C library has no such setting (macOS, Windows, musl), and nothing was changed.
+
+    Raises:
+        ValueError: `largest` is not positive or does not fit into 31 bits.
+
+    Source: mallopt(3), M_MMAP_THRESHOLD and M_TRIM_THRESHOLD.
+    """
+    if not 0 < largest < 1 << 31:
+        raise ValueError(f"largest={largest} has to be above 0 and below 2**31")
+    if not sys.platform.startswith("linux"):
+        return False
+    library = ctypes.CDLL(None)
+    if not hasattr(library, "gnu_get_libc_version") or not hasattr(library, "mallopt"):
+        return False
+    kept = library.mallopt(_M_MMAP_THRESHOLD, ctypes.c_int(largest))
+    trimmed = library.mallopt(_M_TRIM_THRESHOLD, ctypes.c_int((1 << 31) - 1))
+    return bool(kept and trimmed)

@@ -1,0 +1,195 @@
+"""Kernels behind `snnfx::run_region`, the operator of a loop under torch.compile and torch.export.
+
+While a program is traced there are only fake tensors, with symbols for sizes. The step is then recorded on stand-ins of
+the same dtypes and sizes; recordings hold for all T, and mostly for all batch sizes, so the operator finds the same one
+when it runs. In a compiled program all results are contiguous, whatever the layout of the input.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch._subclasses.fake_tensor import unset_fake_temporarily
+from torch.utils._python_dispatch import _disable_current_modes
+
+from snnfx.dispatch import ordinary_dispatch
+from snnfx.errors import PassError
+from snnfx.kernels.lowered import Kept, LoweredStep, Needs
+from snnfx.kernels.region import Prepared, RegionKernels
+
+__all__ = ["fake_results", "run_backward", "run_forward"]
+
+
+def run_forward(
+    kernels: RegionKernels,
+    x_seq: Sequence[Tensor],
+    constants: Sequence[Any],
+    state: Sequence[Tensor] | None,
+    needs: Sequence[bool],
+) -> list[Tensor] | None:
+    """Outputs, final states and what is saved, or None where the loop has to be stepped."""
+    prepared = kernels.prepared(x_seq, state, constants)
+    if prepared is None or not prepared.starts_from_numbers:
+        return None
+    needed = _needs(prepared, x_seq, constants, state, needs)
+    if not kernels.ready(prepared, needed):
+        raise PassError(
+            "SNNFX503",
+            f"the kernel of {kernels.label} can no longer be built",
+            why=kernels.refusal,
+            hint="Compile the net again.",
+        )
+    outputs, finals, saved, _ = prepared.lowered.forward(
+        x_seq, prepared.first_states(state), prepared.given, needed, in_layout=False
+    )
+    return [*outputs, *finals, *saved]
+
+
+def fake_results(
+    kernels: RegionKernels,
+    x_seq: Sequence[Tensor],
+    constants: Sequence[Any],
+    state: Sequence[Tensor] | None,
+    needs: Sequence[bool],
+) -> list[Tensor] | None:
+    """As `run_forward` for fake tensors: their shapes and dtypes."""
+    with _for_real():
+        x_real = [_stand_in(x, first=1) for x in x_seq]
+        state_real = None if state is None else [_stand_in(s) for s in state]
+        tensors = iter([c for c in constants if isinstance(c, Tensor)])
+        flags = iter(needs[len(x_seq) :])
+        real: list[Any] = []
+        for constant in constants:
+            if isinstance(constant, nn.Module):
+                real.append(constant)
+                for _ in (*constant.parameters(), *constant.buffers()):
+                    next(flags)
+            else:
+                real.append(_stand_in(next(tensors)).requires_grad_(next(flags)))
+        prepared = kernels.prepared(x_real, state_real, real)
+        if prepared is None or not prepared.starts_from_numbers:
+            return None
+        needed = _needs(prepared, x_real, real, state_real, needs)
+        if not kernels.ready(prepared, needed):
+            return None
+        lowered = prepared.lowered
+        saved = [] if needed is None else lowered.saved_dtypes(needed)
+    T = x_seq[0].shape[0]
+    shape = _step_shape(lowered, x_seq, state, prepared.operand_shapes)
+    return [
+        *(x_seq[0].new_empty((T, *shape), dtype=d) for d in lowered.output_dtypes),
+        *(x_seq[0].new_empty(shape, dtype=d) for d in lowered.state_dtypes),
+        *(x_seq[0].new_empty((T, *shape), dtype=d) for d in saved),
+    ]
+
+
+def run_backward(
+    kernels: RegionKernels,
+    x_seq: Sequence[Tensor],
+    constants: Sequence[Any],
+    state: Sequence[Tensor] | None,
+    kept: Sequence[Tensor],
+    grads: Sequence[Tensor],
+    needs: Sequence[bool],
+) -> list[Tensor] | None:
+    """Gradients of inputs, tensors of the constants and states that need one; None where the loop was stepped."""
+    prepared = kernels.prepared(x_seq, state, constants)
+    if prepared is None or not prepared.starts_from_numbers:
+        return None
+    needed = _needs(prepared, x_seq, constants, state, needs)
+    assert needed is not None
+    lowered = prepared.lowered
+    states = prepared.first_states(state)
+    count = len(lowered.output_dtypes)
+    shape = lowered.shape_of_step(x_seq, states, prepared.given)
+    numbers = tuple(None if isinstance(s, Tensor) else float(s) for s in states)
+    details = Kept(needed, x_seq[0].shape[0], shape, tuple(range(len(shape))), numbers)
+    tensors = [s if isinstance(s, Tensor) else None for s in states]
+    found_x, found_states, found_constants = lowered.backward(
+        details,
+        x_seq,
+        tensors,
+        prepared.given,
+        kept,
+        grads[:count],
+        grads[count:],
+        ([x.shape for x in x_seq], [s.shape if isinstance(s, Tensor) else () for s in states]),
+    )
+    by_tensor = {id(t): g for t, g in zip(prepared.given, found_constants, strict=True)}
+    everything = [*x_seq, *_tensors_of(constants), *(state or ())]
+    found: list[Tensor | None] = [*found_x, *(by_tensor.get(id(t)) for t in _tensors_of(constants))]
+    found += found_states if state is not None else []
+    return [
+        torch.zeros_like(t) if g is None else g.contiguous()
+        for t, g, need in zip(everything, found, needs, strict=True)
+        if need
+    ]
+
+
+def _needs(
+    prepared: Prepared,
+    x_seq: Sequence[Tensor],
+    constants: Sequence[Any],
+    state: Sequence[Tensor] | None,
+    needs: Sequence[bool],
+) -> Needs | None:
+    if not any(needs):
+        return None
+    count = len(x_seq)
+    tensors = _tensors_of(constants)
+    by_tensor = {id(t): n for t, n in zip(tensors, needs[count : count + len(tensors)], strict=True)}
+    states = needs[count + len(tensors) :] if state is not None else [False] * len(prepared.lowered.state_dtypes)
+    return Needs(tuple(needs[:count]), tuple(states), tuple(by_tensor.get(id(t), False) for t in prepared.given))
+
+
+def _tensors_of(constants: Sequence[Any]) -> list[Tensor]:
+    found: list[Tensor] = []
+    for constant in constants:
+        if isinstance(constant, nn.Module):
+            found.extend(constant.parameters())
+            found.extend(constant.buffers())
+        elif isinstance(constant, Tensor):
+            found.append(constant)
+    return found
+
+
+@contextlib.contextmanager
+def _for_real() -> Iterator[None]:
+    """Compute with real tensors in the middle of a trace."""
+    with _disable_current_modes(), unset_fake_temporarily(), ordinary_dispatch(grad=False):
+        yield
+
+
+def _stand_in(tensor: Tensor, first: int | None = None) -> Tensor:
+    shape = [_hint(n) for n in tensor.shape]
+    if first is not None:
+        shape[0] = first
+    return torch.zeros(shape, dtype=tensor.dtype)
+
+
+def _hint(size: Any) -> int:
+    if isinstance(size, torch.SymInt):
+        return int(size.node.hint) if size.node.has_hint() else 3
+    return int(size)
+
+
+def _step_shape(
+    lowered: LoweredStep,
+    x_seq: Sequence[Tensor],
+    state: Sequence[Tensor] | None,
+    operand_shapes: Sequence[tuple[int, ...]],
+) -> tuple[Any, ...]:
+    """The shape of a step, symbols included."""
+    for x in x_seq:
+        if x.dim() - 1 == len(lowered.step.shape) and not any(
+            isinstance(a, int) and isinstance(b, int) and a == 1 != b
+            for a, b in zip(x.shape[1:], lowered.step.shape, strict=True)
+        ):
+            return tuple(x.shape[1:])
+    shapes = [x.shape[1:] for x in x_seq if x.is_floating_point()]
+    shapes += [s.shape for s in state or ()]
+    return tuple(torch.broadcast_shapes(*shapes, *operand_shapes))

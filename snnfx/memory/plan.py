@@ -1,0 +1,186 @@
+"""Plans from the memory model: how many steps to run at once, and what backward is to compute again."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from snnfx.errors import InputError
+from snnfx.memory.budget import CACHE_FRIENDLY, bytes_as_text, inference_budget
+from snnfx.memory.model import MemoryModel, NotPredictable, model_memory
+from snnfx.memory.packing import packed_bytes
+from snnfx.memory.training import grouped
+from snnfx.memory.training_peak import recompute_seconds, state_bytes, training_peak
+from snnfx.passes.checkpoint import RecomputePlan, can_be_chunked, region_calls
+from snnfx.passes.chunk import ChunkPlan
+from snnfx.passes.whole_numbers import prove_whole_numbers
+from snnfx.program import keeps_statistics
+
+if TYPE_CHECKING:
+    from snnfx.net import Net
+
+__all__ = ["packed_parts", "plan_inference", "plan_training"]
+
+
+def plan_inference(net: Net, leaves: Sequence[Tensor], state: Mapping[str, Any] | None) -> ChunkPlan:
+    """How many time steps to run at once in inference.
+
+    As many as the budget allows, and on a CPU no more than what caches and malloc are good at (`CACHE_FRIENDLY`).
+
+    Args:
+        net: in evaluation mode.
+        leaves: the inputs, time first; only shapes are looked at.
+        state: the state before the first step.
+
+    Raises:
+        InputError: SNNFX318, one time step does not fit.
+    """
+    device = leaves[0].device if leaves else torch.device("cpu")
+    try:
+        model = model_memory(net, leaves, state, training=False)
+    except NotPredictable as reason:
+        return ChunkPlan(None, 0, 0, f"all time steps at once: the bytes of a step are not known ({reason})")
+    budget = inference_budget(net.options.memory_budget, device)
+    needed, where = model.inference(1)
+    if needed > budget and net.options.memory_budget is not None:
+        raise cannot_be_met(budget, needed, where, "one time step at a time")
+    per_step = max(1.0, model.inference(3)[0] - model.inference(2)[0])
+    fixed = max(0.0, needed - per_step)
+    fitting = max(1, int((budget - fixed) // per_step))
+    fast = max(1, int(CACHE_FRIENDLY // per_step)) if device.type == "cpu" else fitting
+    length = min(fitting, fast)
+    limit = f"budget {bytes_as_text(budget)}" if fitting <= fast else f"{bytes_as_text(CACHE_FRIENDLY)} are fast on a CPU"
+    reason = f"{bytes_as_text(per_step)} alive per time step, widest at {where}, {limit}: {length} steps at once"
+    return ChunkPlan(length, int(per_step), budget, reason)
+
+
+def cannot_be_met(budget: float, needed: float, where: str, how: str) -> InputError:
+    """The error for a budget that is too small."""
+    return InputError(
+        "SNNFX318",
+        f"memory_budget is {bytes_as_text(budget)}, but {bytes_as_text(needed)} are needed {how}",
+        where=where,
+        why="that region is the widest point.",
+        hint=f"Give memory_budget={int(needed * 1.05)} or more, or a smaller batch.",
+    )
+
+
+def packed_parts(net: Net, model: MemoryModel) -> dict[int, float]:
+    """For values that can be kept packed, the part of their bytes that this takes."""
+    (graph, _), program = net._recomputation.form("main"), net.program
+    largest = {node.name: bound for node, bound in prove_whole_numbers(program).largest.items()}
+    calls = {call.name: call for call in model.calls}
+    parts: dict[int, float] = {}
+    for name, node in region_calls(graph).items():
+        outputs = node if node.target.__name__ != "multi_step_forward" else _element(node, 0)
+        for user in outputs.users if outputs is not None else ():
+            bound = largest.get(user.meta.get("step_node", ""))
+            if bound is not None and name in calls and user.args[1] < len(calls[name].makes):
+                parts[calls[name].makes[user.args[1]]] = packed_bytes((1, 64), bound) / (64 * 4)
+    return parts
+
+
+def _element(node: Any, index: int) -> Any:
+    return next((user for user in node.users if user.args[1:] == (index,)), None)
+
+
+def plan_training(net: Net, T: int, leaves: Sequence[Tensor], state: Mapping[str, Any] | None) -> RecomputePlan:
+    """What backward computes again so that a training step fits the budget, as little as the model can tell.
+
+    First regions, those first that free most bytes for the time of computing them again (a greedy knapsack); where that
+    is not enough, the net as a whole in chunks of time steps.
+
+    Raises:
+        InputError: SNNFX318, nothing fits.
+    """
+    device = leaves[0].device if leaves else torch.device("cpu")
+    budget = inference_budget(net.options.memory_budget, device)
+    try:
+        model = model_memory(net, leaves, state, training=True)
+    except NotPredictable as reason:
+        return RecomputePlan(reason=f"nothing is computed again: the bytes of a step are not known ({reason})")
+    packed = packed_parts(net, model)
+    chunks: dict[str, int | None] = {}
+    peak = training_peak(model, T, chunks, packed)
+    regions = net._recomputation.form("main")[1]
+    chunked = {region.name for region in regions if can_be_chunked(net.program, region)}
+    lengths = region_chunks(chunked, model, T)
+    calls = [call for call in model.calls if call.is_region]
+    tried = set()
+    groups = grouped([call.name for call in calls])
+    by_name = {call.name: call for call in calls}
+
+    def gain(group: tuple[str, ...]) -> float:
+        """Bytes freed for a second of computing them again."""
+        members = [by_name[name] for name in group]
+        return sum(c.bytes["saved"](T) for c in members) / (sum(recompute_seconds(c, T) for c in members) + 1e-6)
+
+    while peak.bytes > budget and len(tried) < len(groups):
+        best = max((group for group in groups if group not in tried), key=gain)
+        tried.add(best)
+        with_it = {**chunks, **{name: lengths[name] for name in best}}
+        widest = training_peak(model, T, with_it, packed)
+        if widest.bytes <= peak.bytes * 1.02:
+            chunks, peak = with_it, widest
+    if peak.bytes > budget:
+        everything = training_peak(model, T, lengths, packed)
+        if everything.bytes < peak.bytes:
+            chunks, peak = dict(lengths), everything
+    at = f"{bytes_as_text(peak.bytes)} at {peak.name} ({peak.phase}), budget {bytes_as_text(budget)}"
+    if peak.bytes <= budget:
+        names = [group for group in groups if group[0] in chunks]
+        told = f"computed again: {', '.join(group[0] for group in names) or 'nothing'}; {at}"
+        return RecomputePlan(
+            tuple(names), {n: c for n, c in chunks.items() if c is not None and c < T}, None, told
+        )
+    if not _has_statistics_over_time(net):
+        least, length = peak, None
+        for steps in _halved(T):
+            borders = (-(-T // steps)) * model.state(1)
+            # The chunks but the last hold their states alone.
+            here = training_peak(model, steps, {}, packed)
+            here = type(here)(here.bytes + borders, here.name, here.phase)
+            if here.bytes < least.bytes:
+                least, length = here, steps
+            if here.bytes <= budget:
+                break
+        if least.bytes <= budget and length is not None:
+            at = f"{bytes_as_text(least.bytes)} at {least.name}, budget {bytes_as_text(budget)}"
+            return RecomputePlan((), {}, length, f"the state is kept every {length} steps; {at}")
+        peak = least
+    raise cannot_be_met(budget, peak.bytes, f"{peak.name}, {peak.phase}", "with everything computed again")
+
+
+def region_chunks(chunked: set[str], model: MemoryModel, T: int) -> dict[str, int | None]:
+    """Time steps at once in each region that is computed again, None for all of them.
+
+    With c steps, a loop keeps its state at T / c borders and has c steps of its insides alive: least at the square root
+    of their ratio (Chen et al. 2016). Below `CACHE_FRIENDLY / 8` there is nothing to be gained.
+    """
+    lengths: dict[str, int | None] = {}
+    for call in model.calls:
+        if not call.is_region:
+            continue
+        per_step = max(1.0, call.bytes["saved"].per_step + call.bytes["backward"].per_step)
+        length = max(math.sqrt(T * state_bytes(model, call) / per_step), CACHE_FRIENDLY / 8 / per_step, 1.0)
+        lengths[call.name] = round(length) if call.name in chunked and round(length) < T else None
+    return lengths
+
+
+def _has_statistics_over_time(net: Net) -> bool:
+    program = net.program
+    return program.training and any(
+        region.kind == "fold" and keeps_statistics(program, node) for region in program.regions for node in region.nodes
+    )
+
+
+def _halved(T: int) -> list[int]:
+    lengths = []
+    while T > 1:
+        T = -(-T // 2)
+        lengths.append(T)
+    return lengths or [1]

@@ -1,0 +1,105 @@
+"""The terms that FPTT adds to the loss of every step, and the running averages behind them.
+
+With the weights W, their running average A, and g the gradient of the last loss at the weights of then:
+
+    reference  dW = dl + alpha (W - A - g / 2 alpha) / n       A = (A + W) / 2 - g' / 2 alpha    n: elements of W
+    paper      dW = dl + alpha (W - A - g / 2 alpha)           A = (A + W) / 2 - g' / 2 alpha
+    authors    dW = dl - m + alpha (W - A)                     m = m - alpha (W - A); A = (A + W) / 2 - m / 2 alpha
+
+where g' is the gradient of the same loss at the new weights, which is g in the next step. The regulariser's gradient is
+added in closed form. Kag & Saligrama 2021, eq. 4 and algorithm 1; the "reference" is SpikingJelly 2.0.0's function.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from snnfx.online.gradients import Updates
+from snnfx.online.rules import FPTTTerm
+
+__all__ = ["FPTTSequence"]
+
+
+class FPTTSequence:
+    """FPTT's updates over one sequence.
+
+    Args:
+        term: strength and variant.
+        updates: does the updates.
+        averages: one for each parameter of the optimizer; elements are replaced by the new running averages.
+    """
+
+    def __init__(self, term: FPTTTerm, updates: Updates, averages: list[Tensor]) -> None:
+        self.term, self.updates, self.averages = term, updates, averages
+        self.trained = [(i, p) for i, p in enumerate(updates.parameters) if p.requires_grad]
+        self.last: dict[int, Tensor] = {}
+
+    def update(
+        self, loss: Tensor, is_last: bool, before: Any, after: Any, loss_again: Callable[[Any], Tensor]
+    ) -> None:
+        """One step's update, and the running averages after it.
+
+        Args:
+            loss: of the step, with its graph.
+            is_last: whether it is the last step of the sequence.
+            before, after: the states before and after the step.
+            loss_again: the same loss with the weights as they are then, from a given state.
+        """
+        parameters = [p for _, p in self.trained]
+        found = torch.autograd.grad(loss, parameters, allow_unused=True)
+        used = [(i, p, g) for (i, p), g in zip(self.trained, found, strict=True) if g is not None]
+        index = [i for i, _, _ in used]
+        weights = [p for _, p, _ in used]
+        alpha = self.term.alpha
+        with torch.no_grad():
+            pulls = self._pulls(index, weights)
+            gradients = torch._foreach_add([g for _, _, g in used], pulls)
+            for _, p in self.trained:
+                p.grad = None
+            for p, gradient in zip(weights, gradients, strict=True):
+                p.grad = gradient
+        self.updates.apply()
+        if self.term.variant == "authors":
+            with torch.no_grad():
+                self._follow_multipliers(index, weights, alpha)
+            return
+        if is_last and self.term.variant == "reference":
+            return
+        again = torch.autograd.grad(loss_again(after if self.term.variant == "reference" else before), weights)
+        self.updates.average_over_processes(again)
+        with torch.no_grad():
+            self._average(index, weights, list(again))
+        self.last = dict(zip(index, again, strict=True))
+
+    def _pulls(self, index: list[int], weights: list[nn.Parameter]) -> list[Tensor]:
+        """The gradient of the regulariser."""
+        alpha, variant = self.term.alpha, self.term.variant
+        pulls = list(torch._foreach_sub(weights, [self.averages[i] for i in index]))
+        torch._foreach_mul_(pulls, alpha)
+        if self.last:
+            factor = -1.0 if variant == "authors" else -0.5
+            known = [(p, self.last[i]) for p, i in zip(pulls, index, strict=True) if i in self.last]
+            torch._foreach_add_([p for p, _ in known], [g for _, g in known], alpha=factor)
+        if variant == "reference":
+            torch._foreach_div_(pulls, [float(p.numel()) for p in weights])
+        return pulls
+
+    def _average(self, index: list[int], weights: list[nn.Parameter], gradients: list[Tensor]) -> None:
+        """`A = (A + W) / 2 - g / (2 alpha)`, in new tensors."""
+        averages = list(torch._foreach_add([self.averages[i] for i in index], weights))
+        torch._foreach_mul_(averages, 0.5)
+        torch._foreach_add_(averages, gradients, alpha=-0.5 / self.term.alpha)
+        for i, average in zip(index, averages, strict=True):
+            self.averages[i] = average
+
+    def _follow_multipliers(self, index: list[int], weights: list[nn.Parameter], alpha: float) -> None:
+        """`m = m - alpha (W - A)`, with the new weights and the running average of before."""
+        steps = list(torch._foreach_sub(weights, [self.averages[i] for i in index]))
+        torch._foreach_mul_(steps, -alpha)
+        for i, step in zip(index, steps, strict=True):
+            self.last[i] = self.last[i] + step if i in self.last else step
+        self._average(index, weights, [self.last[i] for i in index])

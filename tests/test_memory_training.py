@@ -1,0 +1,391 @@
+"""Training that computes parts again in the backward pass: the same gradients, one update of statistics, less held."""
+
+from __future__ import annotations
+
+import copy
+import gc
+import weakref
+from typing import Any
+
+import pytest
+import torch
+from nets import ACCEPTANCE
+from torch import Tensor, nn
+from torch.utils import _pytree as pytree
+from torch.utils._python_dispatch import TorchDispatchMode
+
+import snnfx
+from snnfx import neuron
+from snnfx.errors import InputError
+from snnfx.functional import reset_net
+from snnfx.memory.packing import pack, packed_bytes, unpack
+from snnfx.passes.whole_numbers import prove_whole_numbers
+
+CHECKPOINTS = ("regions", 3)
+
+
+def without_statistics() -> nn.Module:
+    return nn.Sequential(nn.Linear(5, 7), neuron.LIFNode(), nn.Linear(7, 6), neuron.ParametricLIFNode(), nn.Linear(6, 2))
+
+
+def with_statistics(dropout: float = 0.0) -> nn.Module:
+    return nn.Sequential(
+        nn.Conv2d(2, 8, 3, padding=1),
+        nn.BatchNorm2d(8),
+        neuron.LIFNode(),
+        nn.MaxPool2d(2),
+        nn.Dropout(dropout),
+        nn.Conv2d(8, 8, 3, padding=1),
+        nn.BatchNorm2d(8),
+        neuron.IFNode(),
+        nn.Flatten(),
+        nn.Linear(8 * 9, 3),
+    )
+
+
+def trained(net: nn.Module, *sequences: Tensor) -> list[Tensor]:
+    """Outputs, gradients and buffers after a training step, under a fixed seed."""
+    torch.manual_seed(3)
+    given = [x.clone().requires_grad_(x.is_floating_point()) for x in sequences]
+    outputs = [y for y in pytree.tree_leaves(net(*given)) if isinstance(y, Tensor) and y.requires_grad]
+    weights = [torch.randn(y.shape, dtype=y.dtype, generator=torch.Generator().manual_seed(0)) for y in outputs]
+    sum((y * w).sum() for y, w in zip(outputs, weights, strict=True)).backward()  # type: ignore[union-attr]
+    leaves = [*given, *net.parameters()]
+    grads = [torch.zeros_like(p) if p.grad is None else p.grad.clone() for p in leaves]
+    net.zero_grad()
+    return [*(y.detach() for y in outputs), *grads, *(b.clone() for b in net.buffers())]
+
+
+def assert_equal_training(a: list[Tensor], b: list[Tensor]) -> None:
+    assert len(a) == len(b)
+    for x, y in zip(a, b, strict=True):
+        torch.testing.assert_close(x, y, rtol=1e-12, atol=1e-12)
+
+
+@pytest.mark.parametrize("checkpoint", CHECKPOINTS)
+@pytest.mark.parametrize("name", ACCEPTANCE)
+def test_gradients_are_those_of_stepping_the_model(name: str, checkpoint: int | str) -> None:
+    acceptance = ACCEPTANCE[name]
+    if acceptance.package != "torch":
+        pytest.importorskip(acceptance.package)
+    model = acceptance.make().double().eval()
+    sequences = acceptance.sequences(7, torch.float64)
+
+    class Stepped(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.model = copy.deepcopy(model)
+
+        def forward(self, *x_seq: Tensor) -> Any:
+            reset_net(self.model)
+            steps = [pytree.tree_flatten(self.model(*(x[t] for x in x_seq)))[0] for t in range(x_seq[0].shape[0])]
+            return [torch.stack(y) for y in zip(*steps, strict=True) if isinstance(y[0], Tensor)]
+
+    net = snnfx.convert(model, example_inputs=acceptance.example(torch.float64), checkpoint=checkpoint)
+    assert_equal_training(trained(net, *sequences), trained(Stepped(), *sequences))
+
+
+@pytest.mark.parametrize("lower", ["auto", None])
+def test_statistics_over_all_steps_are_kept_and_move_once(lower: str | None) -> None:
+    model = with_statistics().double()
+    plain = snnfx.convert(copy.deepcopy(model), checkpoint=None, lower=lower)
+    net = snnfx.convert(model, checkpoint="regions", lower=lower)
+    x_seq = torch.rand(6, 2, 2, 6, 6, dtype=torch.float64)
+    for _ in range(2):
+        assert_equal_training(trained(net, x_seq), trained(plain, x_seq))
+    assert int(model[1].num_batches_tracked) == 2
+
+
+def test_dropout_is_replayed() -> None:
+    model = with_statistics(dropout=0.5).double()
+    plain = snnfx.convert(copy.deepcopy(model), checkpoint=None)
+    net = snnfx.convert(model, checkpoint="regions")
+    x_seq = torch.rand(6, 2, 2, 6, 6, dtype=torch.float64)
+    before = torch.get_rng_state()
+    assert_equal_training(trained(net, x_seq), trained(plain, x_seq))
+    torch.set_rng_state(before)
+    net(x_seq).sum().backward()
+    after = torch.get_rng_state()
+    torch.set_rng_state(before)
+    plain(x_seq).sum().backward()
+    assert torch.equal(after, torch.get_rng_state())  # backward draws nothing
+
+
+def test_dropout_in_chunks_of_time_is_replayed() -> None:
+    model = nn.Sequential(nn.Linear(5, 64), nn.Dropout(0.5), neuron.LIFNode(), nn.Linear(64, 2)).double()
+    net = snnfx.convert(model, checkpoint=2, lower=None)
+    x_seq = torch.rand(6, 3, 5, dtype=torch.float64)
+
+    def loss() -> Tensor:
+        torch.manual_seed(5)
+        return net(x_seq).sum()
+
+    loss().backward()
+    a = model[0].weight.grad.clone()
+    model.zero_grad()
+    loss().backward()
+    assert torch.equal(a, model[0].weight.grad)
+
+
+@pytest.mark.parametrize("steps", [1, 2, 4, 100])
+def test_state_is_handed_from_checkpoint_to_checkpoint(steps: int) -> None:
+    model = without_statistics().double()
+    net = snnfx.convert(model, checkpoint=steps)
+    plain = snnfx.convert(copy.deepcopy(model), checkpoint=None)
+    x_seq = torch.rand(9, 3, 5, dtype=torch.float64)
+    with torch.no_grad():
+        _, first = plain.run(x_seq[:2])
+    y, state = net.run(x_seq, state=first)
+    expected, expected_state = plain.run(x_seq, state=first)
+    torch.testing.assert_close(y, expected, rtol=1e-12, atol=1e-12)
+    for name, value in expected_state.items():
+        torch.testing.assert_close(state[name], value, rtol=1e-12, atol=1e-12)
+    (y.sum() + state["1.v"].sum()).backward()
+    (expected.sum() + expected_state["1.v"].sum()).backward()
+    for p, q in zip(net.parameters(), plain.parameters(), strict=True):
+        torch.testing.assert_close(p.grad, q.grad, rtol=1e-12, atol=1e-12)
+
+
+def test_gradient_reaches_the_state_that_was_given() -> None:
+    model = without_statistics().double()
+    x_seq = torch.rand(6, 3, 5, dtype=torch.float64)
+    _, state = snnfx.convert(model).run(x_seq)
+    found = []
+    for checkpoint in (None, "regions", 2):
+        leaves = {name: value.detach().requires_grad_() for name, value in state.items()}
+        y, _ = snnfx.convert(model, checkpoint=checkpoint).run(x_seq, state=leaves)
+        y.square().sum().backward()
+        found.append([leaf.grad for leaf in leaves.values()])
+    for others in found[1:]:
+        assert_equal_training(others, found[0])  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("reduce", ["mean", "sum", "last"])
+def test_checkpoints_of_the_state_go_with_reductions(reduce: str) -> None:
+    model = without_statistics().double()
+    x_seq = torch.rand(7, 3, 5, dtype=torch.float64)
+    plain = snnfx.convert(copy.deepcopy(model), reduce=reduce, checkpoint=None)
+    assert_equal_training(trained(snnfx.convert(model, reduce=reduce, checkpoint=3), x_seq), trained(plain, x_seq))
+
+
+def test_time_is_not_cut_where_statistics_go_over_it() -> None:
+    with pytest.raises(InputError, match="SNNFX317.*`1`"):
+        snnfx.convert(with_statistics(), checkpoint=2)
+    per_step = snnfx.convert(with_statistics().double(), checkpoint=2, batch_norm="per_step")
+    plain = snnfx.convert(copy.deepcopy(per_step.source), checkpoint=None, batch_norm="per_step")
+    x_seq = torch.rand(5, 2, 2, 6, 6, dtype=torch.float64)
+    assert_equal_training(trained(per_step, x_seq), trained(plain, x_seq))
+
+
+def test_backward_uses_the_mode_of_forward() -> None:
+    model = with_statistics().double()
+    plain = snnfx.convert(copy.deepcopy(model), checkpoint=None)
+    net = snnfx.convert(model, checkpoint="regions")
+    x_seq = torch.rand(4, 2, 2, 6, 6, dtype=torch.float64)
+    for side in (net, plain):
+        loss = side(x_seq).sum()
+        side.eval()
+        loss.backward()
+        assert not any(m.training for m in side.modules() if isinstance(m, nn.BatchNorm2d))
+    for p, q in zip(net.parameters(), plain.parameters(), strict=True):
+        torch.testing.assert_close(p.grad, q.grad, rtol=1e-12, atol=1e-12)
+
+
+def test_parameters_that_were_put_in_for_the_call_get_the_gradient() -> None:
+    model = without_statistics().double()
+    net = snnfx.convert(model, checkpoint="regions")
+    given = {name: (p.detach() * 1.5).requires_grad_() for name, p in net.named_parameters()}
+    x_seq = torch.rand(4, 2, 5, dtype=torch.float64)
+    torch.func.functional_call(net, given, (x_seq,)).sum().backward()
+    plain = snnfx.convert(copy.deepcopy(model), checkpoint=None)
+    with torch.no_grad():
+        for p in plain.parameters():
+            p.mul_(1.5)
+    plain(x_seq).sum().backward()
+    assert all(p.grad is None for p in net.parameters())
+    for p, q in zip(given.values(), plain.parameters(), strict=True):
+        torch.testing.assert_close(p.grad, q.grad, rtol=1e-12, atol=1e-12)
+
+
+def test_parameter_changed_before_backward_is_an_error() -> None:
+    net = snnfx.convert(without_statistics(), checkpoint="regions")
+    loss = net(torch.rand(4, 2, 5)).sum()
+    with torch.no_grad():
+        next(iter(net.parameters())).add_(1.0)
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        loss.backward()
+
+
+def test_nothing_is_left_behind() -> None:
+    net = snnfx.convert(without_statistics(), checkpoint="regions")
+    y = net(torch.rand(4, 2, 5))
+    graph = weakref.ref(y.grad_fn)
+    y.sum().backward()
+    del y
+    gc.collect()
+    assert graph() is None
+    assert all(isinstance(m.v, float) for m in net.modules() if isinstance(m, neuron.BaseNode))
+
+
+def test_hooks_fire_once() -> None:
+    model = without_statistics()
+    net = snnfx.convert(model, checkpoint="regions")
+    calls = []
+    model[2].register_forward_hook(lambda *_: calls.append(1))
+    net(torch.rand(4, 2, 5)).sum().backward()
+    assert calls == [1]
+
+
+def test_evaluation_and_no_grad_compute_nothing_twice() -> None:
+    net = snnfx.convert(without_statistics(), checkpoint="regions")
+    with torch.no_grad():
+        assert net(torch.rand(4, 2, 5)).grad_fn is None
+
+
+class Held(TorchDispatchMode):
+    """The bytes of all storages that are alive and were made under it: an oracle of what is held."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.alive: dict[int, int] = {}
+        self.peak = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        result = func(*args, **(kwargs or {}))
+        for tensor in pytree.tree_leaves(result):
+            if isinstance(tensor, Tensor):
+                storage = tensor.untyped_storage()
+                key = storage._cdata
+                if key not in self.alive:
+                    self.alive[key] = storage.nbytes()
+                    weakref.finalize(storage, self.alive.pop, key, None)
+        self.peak = max(self.peak, sum(self.alive.values()))
+        return result
+
+
+def held_after_forward(net: nn.Module, x_seq: Tensor) -> tuple[int, int]:
+    """Bytes held between forward and backward, and at the peak."""
+    gc.collect()
+    with Held() as meter:
+        loss = net(x_seq).sum()
+        between = sum(meter.alive.values())
+        loss.backward()
+    net.zero_grad()
+    return between, meter.peak
+
+
+def test_regions_hold_less_than_plain_training() -> None:
+    x_seq = torch.rand(16, 4, 2, 6, 6)
+    model = with_statistics()
+    plain, _ = held_after_forward(snnfx.convert(copy.deepcopy(model), checkpoint=None, lower=None), x_seq)
+    between, _ = held_after_forward(snnfx.convert(model, checkpoint="regions", lower=None), x_seq)
+    assert between < plain / 3
+
+
+def test_checkpoints_of_the_state_do_not_grow_with_the_insides_of_the_net() -> None:
+    model = nn.Sequential(nn.Linear(5, 200), neuron.LIFNode(), nn.Linear(200, 200), neuron.LIFNode(), nn.Linear(200, 2))
+    net = snnfx.convert(model, checkpoint=8, lower=None)
+    short, short_peak = held_after_forward(net, torch.rand(16, 4, 5))
+    long, long_peak = held_after_forward(net, torch.rand(64, 4, 5))
+    state = 2 * 4 * 200 * 4
+    assert long - short <= 6 * state + 48 * 4 * 2 * 4 * 2 + 2**12  # six more borders, and the outputs
+    assert long_peak < 1.5 * short_peak
+
+
+def test_spikes_are_held_in_bits() -> None:
+    wide = nn.Sequential(nn.Linear(5, 800, bias=False), neuron.LIFNode(), nn.Linear(800, 2, bias=False))
+    x_seq = torch.rand(8, 4, 5)
+    spikes = 8 * 4 * 800
+    net = snnfx.convert(wide, checkpoint="regions", lower=None)
+    between, _ = held_after_forward(net, x_seq)
+    # The current of the neuron in four bytes; its spikes in a bit; its potential at the borders of four chunks.
+    assert 4 * spikes + spikes // 8 <= between <= 4.5 * spikes + 5 * (4 * 800 * 4)
+
+
+@pytest.mark.parametrize("largest", [1, 2, 255])
+@pytest.mark.parametrize("shape", [(3, 2, 5), (4, 8), (2, 3, 4, 6, 5), (1, 1), (5, 17)])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.float16, torch.bfloat16])
+def test_packing_is_exact(largest: int, shape: tuple[int, ...], dtype: torch.dtype) -> None:
+    x_seq = torch.randint(0, largest + 1, shape).to(dtype)
+    packed = pack(x_seq, largest)
+    assert torch.equal(unpack(packed), x_seq) and unpack(packed).dtype == dtype
+    assert packed.data.numel() == packed_bytes(shape, largest)
+    assert torch.equal(unpack(packed.steps(1, 3)), x_seq[1:3])
+
+
+def test_packing_keeps_the_memory_format() -> None:
+    x_seq = torch.randint(0, 2, (3, 2, 5, 6, 4)).float().permute(0, 1, 4, 2, 3)
+    assert unpack(pack(x_seq, 1)).stride() == x_seq.stride()
+    assert torch.equal(unpack(pack(x_seq, 1)), x_seq)
+
+
+def largest_of(model: nn.Module, example: Tensor) -> dict[str, int]:
+    """What is proven about the output of each module, by its name."""
+    program = snnfx.convert(model, example_inputs=example).program
+    proven = prove_whole_numbers(program).largest
+    return {name: proven[n] for n in program.graph.nodes for name in n.meta.get("returned_by", ()) if n in proven}
+
+
+def test_spikes_are_proven_through_pooling_and_reshaping() -> None:
+    proven = largest_of(with_statistics().eval(), torch.rand(2, 2, 6, 6))
+    assert {name: proven[name] for name in ("2", "3", "4", "7", "8")} == {"2": 1, "3": 1, "4": 1, "7": 1, "8": 1}
+    assert not {"0", "1", "5", "6", "9"} & set(proven)
+
+
+def test_sums_of_spikes_are_proven_with_their_bound() -> None:
+    class Adding(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.a, self.b, self.fc = neuron.LIFNode(), neuron.IFNode(), nn.Linear(3, 3)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.fc(self.a(x) + self.b(x)) + self.a.v_threshold
+
+    program = snnfx.convert(Adding()).program
+    assert sorted(prove_whole_numbers(program).largest.values()) == [1, 1, 2]
+
+
+@pytest.mark.parametrize(
+    "module",
+    [
+        neuron.LeakyIntegrator(),
+        neuron.LIFNode(surrogate_function=snnfx.surrogate.Sigmoid(spiking=False)),
+        neuron.LIFNode(surrogate_function=torch.sigmoid),
+    ],
+)
+def test_what_is_no_spike_is_not_proven(module: nn.Module) -> None:
+    assert "1" not in largest_of(nn.Sequential(nn.Linear(3, 3), module, nn.Linear(3, 1)), torch.rand(2, 3))
+
+
+def test_neuron_that_stops_spiking_after_conversion_is_kept_as_it_is() -> None:
+    model = nn.Sequential(nn.Linear(3, 3), neuron.LIFNode(), nn.Linear(3, 2)).double()
+    net = snnfx.convert(model, checkpoint="regions")
+    x_seq = torch.rand(5, 2, 3, dtype=torch.float64)
+    net(x_seq).sum().backward()
+    net.zero_grad()
+    model[1].surrogate_function.spiking = False
+    plain = snnfx.convert(copy.deepcopy(model), checkpoint=None)
+    assert_equal_training(trained(net, x_seq), trained(plain, x_seq))
+
+
+def test_compiled_net_says_that_it_is_not_checkpointed() -> None:
+    net = snnfx.convert(without_statistics(), checkpoint="regions")
+    x_seq = torch.rand(4, 2, 5)
+    with pytest.warns(snnfx.errors.SnnfxWarning, match="SNNFX506"):
+        compiled = torch.compile(net, backend="aot_eager", fullgraph=True)(x_seq)
+    torch.testing.assert_close(compiled, net(x_seq))
+
+
+def test_transforms_of_torch_func_go_through() -> None:
+    net = snnfx.convert(without_statistics().double(), checkpoint="regions")
+    x_seq = torch.rand(4, 2, 5, dtype=torch.float64)
+    found = torch.func.grad(lambda x: net(x).sum())(x_seq)
+    leaf = x_seq.clone().requires_grad_()
+    net(leaf).sum().backward()
+    torch.testing.assert_close(found, leaf.grad, rtol=1e-12, atol=1e-12)
+
+
+@pytest.mark.parametrize("checkpoint", [0, -1, True, "layers", 2.0])
+def test_no_such_checkpoint(checkpoint: Any) -> None:
+    with pytest.raises(InputError, match="SNNFX309"):
+        snnfx.convert(without_statistics(), checkpoint=checkpoint)
