@@ -13,7 +13,7 @@ from torch import fx, nn
 from torch.fx import Node, map_arg
 
 from snnfx.errors import CaptureError
-from snnfx.passes.dependence import is_size
+from snnfx.passes.dependence import analyse_dependence, is_size
 from snnfx.passes.layout import image_of, is_convolution, takes_any_layout
 from snnfx.program import StepProgram, add_placeholder, place_of
 from snnfx.regions import RegionGraph, call_module, in_shape_of, repeat_for_samples
@@ -165,7 +165,8 @@ class RegionBuilder:
 
 def whole_step(program: StepProgram) -> RegionBuilder:
     """A builder of the whole program as one region, with all its state."""
-    nodes = [n for n in program.graph.nodes if n.op.startswith("call") or "slot" in n.meta]
+    initial_only = analyse_dependence(program).initial_only
+    nodes = [n for n in program.graph.nodes if (n.op.startswith("call") and n not in initial_only) or "slot" in n.meta]
     builder = RegionBuilder(program, nodes, [slot.name for slot in program.slots])
     builder.add_values([*program.outputs, *program.next_states, *program.initial_values])
     return builder

@@ -48,8 +48,9 @@ def split_statistics(
             env[node] = new.node_copy(node, env.__getitem__)
             continue
         assert name is not None
+        whole = regions[name][0]
         regions[name] = parts
-        _emit_parts(program, node, parts, new, env, container, modules)
+        _emit_parts(program, node, whole, parts, new, env, container, modules)
     return new, [part for group in regions.values() for part in group], modules
 
 
@@ -91,6 +92,7 @@ def _read_outside(call: Node, region: Region) -> list[Node]:
 def _emit_parts(
     program: StepProgram,
     call: Node,
+    region: Region,
     parts: list[Region],
     new: fx.Graph,
     env: dict[Node, Node],
@@ -98,10 +100,10 @@ def _emit_parts(
     modules: dict[str, nn.Module],
 ) -> None:
     early, late = parts
-    whole = RegionBuilder(program, [*early.nodes, *late.nodes], [])
+    whole = RegionBuilder(program, region.nodes, [])
     values: dict[Node, Node] = {n: env[x] for n, x in zip(whole.inputs, call.args[0], strict=True)}  # type: ignore[arg-type]
     constants = dict(zip(whole.constants, call.kwargs.get("constants", ()), strict=True))  # type: ignore[arg-type]
-    outside = {node.name: node for node in _read_outside(call, replace(early, nodes=[*early.nodes, *late.nodes]))}
+    outside = {node.name: node for node in _read_outside(call, region)}
     crossing = _crossing(program, early, early.nodes, dict.fromkeys(late.nodes))
     for part, more in ((early, crossing), (late, [])):
         builder = RegionBuilder(program, part.nodes, [])

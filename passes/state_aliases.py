@@ -24,7 +24,7 @@ def is_output_of_stateful_call(node: Node) -> bool:
     """Whether the node is what a stateful module returns, not its state."""
     source = node.args[0] if node.args else None
     is_stateful = isinstance(source, Node) and source.target in (call_stateful, call_opaque)
-    return is_stateful and is_structural(node) and node.args[1] == 0
+    return is_stateful and is_structural(node) and bool(node.args[1] == 0)
 
 
 def unite_output_with_state(program: StepProgram, output: Node, change: Node) -> None:

@@ -103,7 +103,7 @@ def _command(commands: Any, name: str, run: Any, text: str) -> argparse.Argument
         "--time-dim",
         default="0",
         metavar="0,none",
-        help="where T is in each input, or in all (default: 0; --time-dim=-1 for the last); none: the same at every step",
+        help="where T is in each input, or in all (default: 0; last: --time-dim=-1); none: the same at every step",
     )
     command.add_argument("--chunk", default="auto", metavar="16|auto|none", help="time steps at once in inference")
     command.add_argument("--reduce", metavar="mean|sum|last", help="return that over time instead of sequences")

@@ -10,7 +10,7 @@ from __future__ import annotations
 import copy
 import inspect
 from collections import OrderedDict
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -31,9 +31,10 @@ from snnfx.passes.checkpoint import RecomputePlan
 from snnfx.passes.chunk import ChunkPlan, plan_chunks
 from snnfx.passes.emit import Emitted, emit_multi_step, emit_plain, emit_single_step
 from snnfx.program import SELF_TARGET, Region, StepProgram
-from snnfx.regions import combine_reductions
+from snnfx.regions import JoinedOutputs, combine_reductions
 from snnfx.scalars import WatchedScalar, first_change, watch
 from snnfx.serialize import pack_program, unpack_program
+from snnfx.streaming import Stream
 
 __all__ = ["ConvertOptions", "Net"]
 
@@ -336,6 +337,36 @@ class Net(fx.GraphModule):
             outputs = outputs_without(outputs, [c.path for c in self.program.carried])
         return outputs, state
 
+    def stream(self, inputs: Iterable[Any], *, of: str = "chunks", state: dict[str, Any] | None = None) -> Stream:
+        """Run a sequence whose inputs come bit by bit, in memory that does not grow with its length.
+
+        Args:
+            inputs: yields the arguments of a call for the next few time steps (`of="chunks"`, `[k, N, *]`, any k) or
+                for the next one (`of="steps"`, `[N, *]`): a tensor, a tuple of positional or a dict of keyword
+                arguments. It is asked for one item at a time.
+            of: "chunks" or "steps"; steps are put together to chunks of the length that the chunk plan chooses.
+            state: the state before the first step, as for `run`; None: the reset state.
+
+        Returns:
+            An iterator over the outputs, chunk by chunk; with `reduce=`, over the reduction of all steps so far. Its
+            `state` is the state after the last chunk, its `steps` their number. History is kept as in `run`: use it
+            under `torch.no_grad()` unless you mean to differentiate.
+
+        Raises:
+            InputError: SNNFX309, `of` or the step mode does not fit; SNNFX317 at the first chunk: a BatchNorm in
+                training takes its statistics over all time steps; otherwise as `run`.
+
+        Example:
+            >>> import torch, snnfx
+            >>> net = snnfx.convert(torch.nn.Sequential(torch.nn.Linear(3, 2), snnfx.neuron.LIFNode()))
+            >>> x_seq = torch.rand(10, 4, 3)
+            >>> stream = net.stream(x_seq.split(4))
+            >>> y_seq = torch.cat(list(stream))
+            >>> torch.equal(y_seq, net(x_seq)), stream.steps, list(stream.state)
+            (True, 10, ['1.v'])
+        """
+        return Stream(self, inputs, of, state)
+
     def _received(
         self, args: tuple[Any, ...], kwargs: dict[str, Any], T: int | None
     ) -> tuple[list[Tensor], list[Tensor], dict[str, Any], int | None]:
@@ -352,7 +383,7 @@ class Net(fx.GraphModule):
         return leaves, ordered, given, T
 
     # Compiled code looks for changes too; a part of one graph (fullgraph=True) this cannot be.
-    @torch.compiler.disable(
+    @torch.compiler.disable(  # type: ignore[untyped-decorator]
         reason="SNNFX315 a plain value of the model changed after conversion: call the net once without torch.compile"
     )
     def _capture_again(self, scalar: WatchedScalar, now: Any, leaves: list[Tensor], given: dict[str, Any]) -> None:
@@ -480,8 +511,14 @@ class Net(fx.GraphModule):
                 return self._recomputation.one_chunk(lambda x, s: run(x, s, steps))(inputs, state)
             return run(inputs, state, steps)
 
-        if self.options.reduce is None:
+        if self.options.reduce is None and checkpoint:
             return chunk_multi_step_forward(k, sequences, one_chunk, state=state)  # type: ignore[no-any-return]
+        if self.options.reduce is None:
+            joined = JoinedOutputs(T)
+            for chunk in zip(*(x.split(k) for x in sequences), strict=True):
+                flat, state = one_chunk(*chunk, state)
+                joined.add(flat)
+            return joined.values(), state  # type: ignore[return-value]
         parts: list[tuple[int, tuple[Any, ...]]] = []
         for chunk in zip(*(x.split(k) for x in sequences), strict=True):
             flat, state = one_chunk(*chunk, state)

@@ -84,7 +84,7 @@ def traced_module(module: nn.Module, operand: Tensor, trace: Tensor, bias_trace:
     """
     if not torch.is_grad_enabled():
         return module(operand)  # type: ignore[no-any-return]
-    if not has_forward_hooks(module):
+    if not has_forward_hooks(module) and not _is_mapped(operand):
         if type(module).forward is nn.Linear.forward:
             return _TracedLinear.apply(operand, trace, module.weight, module.bias, bias_trace)  # type: ignore[no-any-return]
         if isinstance(module, nn.modules.conv._ConvNd) and _is_torchs_own(module):
@@ -104,6 +104,8 @@ def traced_call(name: str, position: int, trace: Tensor, bias_trace: Any, *args:
     function = getattr(F, name, None) or getattr(torch, name)
     if not torch.is_grad_enabled():
         return function(*args, **kwargs)  # type: ignore[no-any-return]
+    if _is_mapped(args[position]):
+        return _call_with_gradients_on_trace(function, position, trace, *args, **kwargs)
     if name == "linear":
         operand, weight, bias = _linear_arguments(*args, **kwargs)
         return _TracedLinear.apply(operand, trace, weight, bias, bias_trace)  # type: ignore[no-any-return]
@@ -111,10 +113,21 @@ def traced_call(name: str, position: int, trace: Tensor, bias_trace: Any, *args:
         return _TracedLinear.apply(args[0], trace, args[1].t(), None, None)  # type: ignore[no-any-return]
     if name.startswith("conv"):
         return _traced_convolution_function(name, trace, bias_trace, *args, **kwargs)
+    return _call_with_gradients_on_trace(function, position, trace, *args, **kwargs)
+
+
+def _call_with_gradients_on_trace(
+    function: Callable[..., Tensor], position: int, trace: Tensor, *args: Any, **kwargs: Any
+) -> Tensor:
     fixed = tuple(a.detach() if isinstance(a, Tensor) and i != position else a for i, a in enumerate(args))
     on_trace = tuple(trace.to(a.dtype) if i == position else a for i, a in enumerate(args))
     detached = {k: v.detach() if isinstance(v, Tensor) else v for k, v in kwargs.items()}
     return _ValueAndGradients.apply(function(*fixed, **detached), function(*on_trace, **kwargs))  # type: ignore[no-any-return]
+
+
+def _is_mapped(x: Tensor) -> bool:
+    """Whether a value is under torch.vmap."""
+    return torch._C._functorch.is_batchedtensor(x)  # type: ignore[no-any-return]
 
 
 def _linear_arguments(input: Tensor, weight: Tensor, bias: Tensor | None = None) -> tuple[Tensor, Tensor, Tensor | None]:
@@ -155,17 +168,15 @@ class _ValueAndGradients(torch.autograd.Function):
 class _TracedLinear(torch.autograd.Function):
     """`y = x W^T + b`, with `dW = g^T a` for the trace a of x."""
 
-    generate_vmap_rule = True
+    # Not with setup_context, for which torch binds arguments at each call: that costs more than a small layer.
 
     @staticmethod
-    def forward(operand: Tensor, trace: Tensor, weight: Tensor, bias: Tensor | None, bias_trace: Tensor | None) -> Tensor:
-        return F.linear(operand, weight, bias)
-
-    @staticmethod
-    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-        operand, trace, weight, bias, bias_trace = inputs
+    def forward(
+        ctx: Any, operand: Tensor, trace: Tensor, weight: Tensor, bias: Tensor | None, bias_trace: Tensor | None
+    ) -> Tensor:
         ctx.save_for_backward(trace, weight, bias_trace)
         ctx.operand_dtype, ctx.bias_dtype = operand.dtype, None if bias is None else bias.dtype
+        return F.linear(operand, weight, bias)
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
@@ -189,10 +200,9 @@ def _along_batch(per_sample: Tensor, like: Tensor) -> Tensor:
 class _TracedConvolution(torch.autograd.Function):
     """A convolution whose weight gradient is taken on a trace: both gradients out of one backward of torch's."""
 
-    generate_vmap_rule = True
-
     @staticmethod
     def forward(
+        ctx: Any,
         operand: Tensor,
         trace: Tensor,
         weight: Tensor,
@@ -200,13 +210,10 @@ class _TracedConvolution(torch.autograd.Function):
         bias_trace: Tensor | None,
         geometry: tuple[Any, ...],
     ) -> Tensor:
-        return torch.convolution(operand, weight, bias, *geometry)
-
-    @staticmethod
-    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-        operand, trace, weight, bias, bias_trace, ctx.geometry = inputs
         ctx.save_for_backward(trace, weight, bias_trace)
-        ctx.operand_dtype, ctx.bias_dtype = operand.dtype, None if bias is None else bias.dtype
+        ctx.geometry, ctx.operand_dtype = geometry, operand.dtype
+        ctx.bias_dtype = None if bias is None else bias.dtype
+        return torch.convolution(operand, weight, bias, *geometry)
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:

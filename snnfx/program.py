@@ -11,7 +11,7 @@ import functools
 import keyword
 import operator
 import os
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field, replace
 from typing import Any, cast
 
@@ -289,7 +289,7 @@ def is_in_place(node: Node) -> bool:
     return by_name or node.kwargs.get("inplace") is True or node.target in IN_PLACE_OPERATORS
 
 
-IN_PLACE_OPERATORS = {
+IN_PLACE_OPERATORS: dict[Callable[..., Any], Callable[..., Any]] = {
     operator.iadd: operator.add,
     operator.isub: operator.sub,
     operator.imul: operator.mul,

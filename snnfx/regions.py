@@ -17,12 +17,14 @@ import torch
 from torch import Tensor, fx, nn
 
 from snnfx.errors import InputError, PassError, warn_once
+from snnfx.step_batch_norm import normalize_steps
 from snnfx.tensor_layout import stack_in_layout, unbind_in_layout
 
 if TYPE_CHECKING:
     from snnfx.kernels.region import RegionKernels
 
 __all__ = [
+    "JoinedOutputs",
     "LoopRegion",
     "MapRegion",
     "RegionGraph",
@@ -110,7 +112,7 @@ class LoopRegion(SequenceRegion):
         *rest, state = arguments
         if state is None and self.first is not None:
             return self.first(*rest)  # type: ignore[no-any-return]
-        return self.step(*rest, state)  # type: ignore[no-any-return]
+        return self.step.forward(*rest, state)  # type: ignore[no-any-return]
 
     def multi_step(
         self, x_seq: tuple[Tensor, ...], state: tuple[Any, ...] | None, constants: tuple[Any, ...]
@@ -309,6 +311,50 @@ def combine_reductions(parts: Sequence[tuple[int, tuple[Any, ...]]], reduce: str
     return tuple(combined)
 
 
+class JoinedOutputs:
+    """The outputs of chunks of a sequence of T steps, written into one tensor each, so that there are never two copies.
+
+    Outputs whose shape or dtype changes from chunk to chunk are concatenated in the end.
+    """
+
+    def __init__(self, T: int) -> None:
+        self.T, self.steps = T, 0
+        self.wholes: list[Any] | None = None
+        self.parts: list[tuple[Any, ...]] = []
+
+    def add(self, outputs: tuple[Any, ...]) -> None:
+        """The outputs of the next few steps, `[k, *]` each, or values that are no tensors."""
+        tensors = [y for y in outputs if isinstance(y, Tensor)]
+        stop = self.steps + (tensors[0].shape[0] if tensors else 0)
+        if self.wholes is None and not self.parts and all(y.dim() and y.shape[0] == stop for y in tensors):
+            self.wholes = [y.new_empty((self.T, *y.shape[1:])) if isinstance(y, Tensor) else y for y in outputs]
+        if self.wholes is not None and not all(map(_fits, self.wholes, outputs)):
+            self.parts = [tuple(y[: self.steps] if isinstance(y, Tensor) else y for y in self.wholes)]
+            self.wholes = None
+        if self.wholes is None:
+            self.parts.append(outputs)
+        else:
+            for index, y in enumerate(outputs):
+                if isinstance(y, Tensor):
+                    self.wholes[index][self.steps : stop] = y
+                else:
+                    self.wholes[index] = y
+        self.steps = stop
+
+    def values(self) -> tuple[Any, ...]:
+        """All steps of each output."""
+        if self.wholes is not None:
+            return tuple(self.wholes)
+        columns = zip(*self.parts, strict=True)
+        return tuple(torch.cat(column) if isinstance(column[0], Tensor) else column[-1] for column in columns)
+
+
+def _fits(whole: Any, y: Any) -> bool:
+    if not isinstance(whole, Tensor) or not isinstance(y, Tensor):
+        return not isinstance(whole, Tensor) and not isinstance(y, Tensor)
+    return whole.shape[1:] == y.shape[1:] and whole.dtype == y.dtype
+
+
 def times_steps(value: Any, time: Tensor) -> Any:
     """T times a value."""
     return value * time.shape[0]
@@ -385,6 +431,8 @@ def batch_norm_per_step(x_seq: Tensor, module: nn.modules.batchnorm._BatchNorm) 
     count = x_seq[0].numel() // x_seq.shape[2]
     if module.training and count <= 1:
         return torch.stack([module(x) for x in x_seq.unbind(0)])  # torch's own error
+    if not torch.compiler.is_compiling() and not isinstance(module, nn.SyncBatchNorm):
+        return normalize_steps(x_seq, module)
     dims = [1, *range(3, x_seq.dim())]
     variance, mean = torch.var_mean(x_seq, dims, correction=0, keepdim=True)
     y = (x_seq - mean) * torch.rsqrt(variance + module.eps)

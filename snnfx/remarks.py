@@ -10,10 +10,10 @@ from torch.nn.modules.dropout import _DropoutNd
 
 from snnfx.counted import NodeKey, is_computing, nodes_by_key
 from snnfx.expressions import expression
+from snnfx.kernels.build import find_compiler
 from snnfx.net import Net
 from snnfx.passes.dependence import is_random
 from snnfx.program import StepProgram, describe_node, place_of
-from snnfx.kernels.build import find_compiler
 from snnfx.regions import LoopRegion, MapRegion
 from snnfx.step_functions import expect_size
 

@@ -69,6 +69,8 @@ class WatchedScalar:
     shown: str
 
 
+_INTERNALS = frozenset(vars(nn.Module()))
+"""What every module has: `training`, which is captured in both values, and its registries."""
 _UNSUITABLE = object()
 _MISSING = "(missing)"
 
@@ -102,7 +104,7 @@ def recorded_reads(tracer: StepTracer, reads: dict[tuple[nn.Module, str], tuple[
 
     def read(self: nn.Module, name: str) -> Any:
         value = object.__getattribute__(self, name)
-        if name == "training" or tracer.is_evaluating or (self, name) in reads:
+        if name in _INTERNALS or tracer.is_evaluating or (self, name) in reads:
             return value
         if isinstance(value, _SCALARS) or not callable(value):
             reader = sys._getframe(1).f_code.co_filename

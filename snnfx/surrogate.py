@@ -110,6 +110,9 @@ def _spike_with(derivative: Callable[..., Tensor]) -> Callable[..., Tensor]:
     """The spike function of one derivative, as a function of tensors and numbers only."""
 
     def spike(x: Tensor, *hyperparameters: float) -> Tensor:
+        if type(x) is Tensor and not torch.compiler.is_compiling() and not torch._C._are_functorch_transforms_active():
+            # What `apply` comes to; before, it would look at the signature of `forward`, longer than a small step takes.
+            return cast(Tensor, super(torch.autograd.Function, SpikeFunction).apply(x, derivative, hyperparameters))
         return cast(Tensor, SpikeFunction.apply(x, derivative, hyperparameters))
 
     return spike

@@ -11,7 +11,7 @@ import contextlib
 import operator
 from collections.abc import Callable, Iterator
 from dataclasses import replace
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, fx, nn
@@ -290,10 +290,9 @@ class StepTracer(fx.Tracer):
         args, kwargs = fx.map_arg((node.args, node.kwargs), load)
         if unknown:
             return
-        is_element = node.target is operator.getitem and isinstance(args[0], tuple)
-        index: Any = args[1] if is_element else None
-        if is_element and index in range(len(args[0])):
-            node.meta["val"] = args[0][index]  # most often of what a stateful call returns
+        whole, index = cast("tuple[Any, Any]", args) if node.target is operator.getitem else (None, 0)
+        if isinstance(whole, tuple) and index in range(len(whole)):
+            node.meta["val"] = whole[index]  # most often of what a stateful call returns
         elif node.op == "call_module":
             module = self._resolve(str(node.target))
             self._record_value(node, lambda: _call_for_shape(module, args, kwargs))

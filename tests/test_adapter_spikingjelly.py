@@ -138,9 +138,7 @@ def test_neuron_that_codes_a_number_within_a_step_has_no_state(name: str) -> Non
 def test_online_neurons_and_their_container_have_the_gradient_of_the_rule() -> None:
     hidden = nn.Linear(FEATURES, FEATURES)
     ottt, out = neuron.OTTTLIFNode, nn.Linear(FEATURES, 3)
-    model = layer.OTTTSequential(
-        nn.Linear(4, FEATURES), ottt(), hidden, ottt(), nn.Dropout(0.0), nn.Linear(FEATURES, 3)
-    )
+    model = layer.OTTTSequential(nn.Linear(4, FEATURES), ottt(), hidden, ottt(), nn.Dropout(0.0), out)
     net = check(model.double(), sequence(2, 4))
     assert {slot.name for slot in net.train().program.slots} == {"1.v", "1.trace", "3.v", "3.trace"}
 

@@ -463,3 +463,21 @@ def test_flag_of_a_layer_is_that_of_the_mode() -> None:
         x_seq = torch.ones(4, 3, 50)
         assert torch.equal(net.eval()(x_seq), x_seq)
         assert not torch.equal(net.train()(x_seq), x_seq)
+
+
+@EXAMPLES
+@pytest.mark.parametrize("decay", [1.0, 0.5], ids=["held", "decaying"])
+def test_state_of_another_shape_than_the_inputs_of_its_loop_keeps_it(decay: float, examples: bool) -> None:
+    class Pool(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.h: Any = None
+
+        def forward(self, x: Tensor) -> Tensor:
+            if self.h is None:
+                self.h = torch.full_like(F.max_pool2d(x, 2), 0.3)
+            if decay < 1:
+                self.h = self.h * decay
+            return self.h + x.mean()
+
+    assert_converts(Pool(), sequence(3, 2, 1, 4, 4), examples=examples)

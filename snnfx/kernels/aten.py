@@ -308,4 +308,4 @@ def decomposition(func: Any) -> Callable[..., Any] | None:
             return None
     from torch._decomp import decomposition_table
 
-    return decomposition_table.get(func)  # type: ignore[no-any-return]
+    return decomposition_table.get(func)

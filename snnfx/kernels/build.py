@@ -65,10 +65,10 @@ class Library:
     def __init__(self, path: Path) -> None:
         self._library = ctypes.CDLL(str(path))
         self.run: Callable[[Any], None] = self._library.run
-        self.run.restype, self.run.argtypes = None, [ctypes.c_void_p]  # type: ignore[attr-defined]
+        self.run.restype, self.run.argtypes = None, [ctypes.c_void_p]
         self.run_part: Callable[[Any, int, int], None] = self._library.run_part
-        self.run_part.restype = None  # type: ignore[attr-defined]
-        self.run_part.argtypes = [ctypes.c_void_p, ctypes.c_int64, ctypes.c_int64]  # type: ignore[attr-defined]
+        self.run_part.restype = None
+        self.run_part.argtypes = [ctypes.c_void_p, ctypes.c_int64, ctypes.c_int64]
 
 
 _loaded: dict[str, Library] = {}

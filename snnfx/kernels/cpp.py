@@ -126,7 +126,9 @@ class _Writer:
     def read(self, expression: Expression, pointer: str) -> str:
         return f"({pointer}[i] != 0)" if expression.dtype == "bool" else f"{pointer}[i]"
 
-    def body(self, roots: Sequence[Expression], at_hand: dict[Expression, str]) -> tuple[list[str], dict[Expression, str]]:
+    def body(
+        self, roots: Sequence[Expression], at_hand: dict[Expression, str]
+    ) -> tuple[list[str], dict[Expression, str]]:
         """The lines that compute expressions of one element, and the name of each."""
         names = {**self.names, **at_hand}
         lines: list[str] = []
@@ -208,7 +210,9 @@ def write_forward(step: StepExpressions, plan: SavePlan | None = None) -> Kernel
     for index, (following, memory) in enumerate(zip(step.next_states, step.state_dtypes, strict=True)):
         ctype, name = _C[following.dtype], writer.buffer(f"v{index}", _C[following.dtype])
         if index in states:
-            once.append(f"gather<{_MEMORY[memory]}, {ctype}>({name}, {writer.slot('initial', index, memory)}, a, 0, start, n);")
+            once.append(
+                f"gather<{_MEMORY[memory]}, {ctype}>({name}, {writer.slot('initial', index, memory)}, a, 0, start, n);"
+            )
             at_hand[states[index]] = writer.read(states[index], name)
         last.append(f"store<{_MEMORY[memory]}, {ctype}>({writer.slot('final', index, memory)}, 0, start, n, {name});")
     writes: list[tuple[str, Expression]] = []
@@ -265,7 +269,9 @@ def write_backward(step: StepExpressions, plan: SavePlan, wanted: Backward) -> K
             (each, at_hand, "t", f"saved{index}"),
             (each_before, before, "(t - 1)", f"saved{index}_before"),
         ):
-            lines.append(f"const {ctype} *RESTRICT {name} = (const {ctype} *){operand}.data + {t} * {operand}.time + start;")
+            lines.append(
+                f"const {ctype} *RESTRICT {name} = (const {ctype} *){operand}.data + {t} * {operand}.time + start;"
+            )
             names[expression] = f"{name}[i]"
     recompute = _states_from_before(writer, plan, before, each_before, at_hand, used)
     last: list[str] = []
@@ -285,7 +291,9 @@ def write_backward(step: StepExpressions, plan: SavePlan, wanted: Backward) -> K
         dtype = (leaf or gradient or step.next_states[index]).dtype
         name = writer.buffer(f"g{index}", _C[dtype])
         memory = step.state_dtypes[index]
-        once.append(f"gather<{_MEMORY[memory]}, {_C[dtype]}>({name}, {writer.slot('grad_final', index, memory)}, a, 0, start, n);")
+        once.append(
+            f"gather<{_MEMORY[memory]}, {_C[dtype]}>({name}, {writer.slot('grad_final', index, memory)}, a, 0, start, n);"
+        )
         if leaf is not None:
             at_hand[leaf] = f"{name}[i]"
         if gradient is None:
@@ -293,7 +301,9 @@ def write_backward(step: StepExpressions, plan: SavePlan, wanted: Backward) -> K
         else:
             writes.append((name, gradient))
         if index in wanted.initials:
-            last.append(f"store<{_MEMORY[memory]}, {_C[dtype]}>({writer.slot('grad_initial', index, memory)}, 0, start, n, {name});")
+            last.append(
+                f"store<{_MEMORY[memory]}, {_C[dtype]}>({writer.slot('grad_initial', index, memory)}, 0, start, n, {name});"
+            )
     adds: list[tuple[str, Expression]] = []
     for index in wanted.sums:
         expression, ctype = step.sums[index], _C[step.sums[index].dtype]
@@ -407,7 +417,11 @@ def _text(expression: Expression, operands: list[str]) -> str:
     if op == "neg":
         return f"-{operands[0]}"
     function = _ROUNDED.get(op, f"{op}_")
-    template = f"<{ctype}>" if op in ("exp", "expm1", "log", "log1p", "sigmoid", "tanh", "atan", "maximum", "minimum", "sign") else ""
+    template = (
+        f"<{ctype}>"
+        if op in ("exp", "expm1", "log", "log1p", "sigmoid", "tanh", "atan", "maximum", "minimum", "sign")
+        else ""
+    )
     return f"{function}{template}({', '.join(operands)})"
 
 

@@ -40,9 +40,7 @@ def run_lowered(
     return results[:count], results[count:]
 
 
-def needs_of(
-    x_seq: Sequence[Tensor], states: Sequence[Tensor | float], constants: Sequence[Tensor]
-) -> Needs | None:
+def needs_of(x_seq: Sequence[Tensor], states: Sequence[Tensor | float], constants: Sequence[Tensor]) -> Needs | None:
     """What needs a gradient; None for nothing."""
     needs = Needs(
         tuple([x.requires_grad for x in x_seq]),
@@ -54,7 +52,7 @@ def needs_of(
 
 class _Kernel(torch.autograd.Function):
     @staticmethod
-    def forward(  # type: ignore[override]
+    def forward(
         ctx: Any, lowered: LoweredStep, needs: Needs, numbers: list[float | None], count: int, *tensors: Tensor
     ) -> tuple[Tensor, ...]:
         x_seq, rest = tensors[:count], list(tensors[count:])
@@ -107,16 +105,16 @@ class _Kernel(torch.autograd.Function):
 def _refuse_second_derivative(found: list[Tensor | None], read: Sequence[Tensor | None]) -> list[Tensor | None]:
     """Gradients that raise an error when they are differentiated."""
     present = [g for g in found if g is not None]
-    roots = [t for t in read if t is not None and t.requires_grad]
-    if not present or not roots:
-        return found
+    # The values that the gradients depend on are not all there any more; one leaf stands for those that are gone.
+    gone = torch.zeros((), requires_grad=True)
+    roots = [gone, *(t for t in read if t is not None and t.requires_grad)]
     marked = iter(_NoSecondDerivative.apply(len(present), *present, *roots))
     return [None if g is None else next(marked) for g in found]
 
 
 class _NoSecondDerivative(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, count: int, *tensors: Tensor) -> tuple[Tensor, ...]:  # type: ignore[override]
+    def forward(ctx: Any, count: int, *tensors: Tensor) -> tuple[Tensor, ...]:
         return tuple(t.view_as(t) for t in tensors[:count])
 
     @staticmethod

@@ -79,9 +79,7 @@ def initial_states_by_comparison(later: Recording, first: Recording, fetcher: Fe
     after, before = translate(later, to_compare=True), translate(first, to_compare=True)
     a, b = after.expressions, before.expressions
     pairs = list(zip((*a.outputs, *a.next_states), (*b.outputs, *b.next_states), strict=True))
-    comparison = _Comparison(
-        lambda i, j: _described(after.operands[i], later) == _described(before.operands[j], first)
-    )
+    comparison = _Comparison(lambda i, j: _described(after.operands[i], later) == _described(before.operands[j], first))
     bound: dict[int, Expression] | None = {}
     for pair in pairs:
         bound = comparison.matched(*pair, bound) if bound is not None else None
@@ -163,7 +161,6 @@ def _described(number: int, recording: Recording) -> Any:
     assert value.call is not None
     operands = [_described(r, recording) for r in value.call.references()]
     return (str(value.call.target), value.call.results.index(number), _plain(value.call.args), operands)
-
 
 
 def _plain(arguments: Any) -> str:

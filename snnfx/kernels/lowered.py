@@ -96,15 +96,24 @@ class LoweredStep:
         order = self._order(x_seq, shape) if in_layout else tuple(range(len(shape)))
         strides = dense_strides(shape, order)
         count = max(1, _product(shape))
-        outputs = [
-            pool.empty((T, *shape), (count, *strides), _DTYPES[d]) for d in expressions.output_dtypes
-        ]
+        outputs = [pool.empty((T, *shape), (count, *strides), _DTYPES[d]) for d in expressions.output_dtypes]
         finals = [pool.empty(shape, strides, _DTYPES[d]) for d in expressions.state_dtypes]
         plan = self.training(needs).plan if needs is not None else None
         saved = [pool.empty((T, *shape), (count, *strides), _DTYPES[e.dtype]) for e in (plan.saved if plan else ())]
-        self._run(source, shape, order, T, {
-            "sequence": x_seq, "operand": operands, "initial": states, "output": outputs, "final": finals, "saved": saved,
-        })
+        self._run(
+            source,
+            shape,
+            order,
+            T,
+            {
+                "sequence": x_seq,
+                "operand": operands,
+                "initial": states,
+                "output": outputs,
+                "final": finals,
+                "saved": saved,
+            },
+        )
         if needs is None:
             return outputs, finals, saved, None
         numbers = tuple(None if isinstance(s, Tensor) else float(s) for s in states)
@@ -121,7 +130,9 @@ class LoweredStep:
         found = self._training.get(needs)
         if found is None:
             step = self.step.expressions
-            sums = sorted({s for i, n in enumerate(needs.constants) if n for s in self._sums_behind(self.step.constants[i][1])})
+            sums = sorted(
+                {s for i, n in enumerate(needs.constants) if n for s in self._sums_behind(self.step.constants[i][1])}
+            )
             wanted = Backward(
                 tuple(i for i, n in enumerate(needs.sequences) if n and step.grad_sequences[i] is not None),
                 tuple(i for i, n in enumerate(needs.states) if n),
@@ -133,6 +144,8 @@ class LoweredStep:
         return found
 
     def _operands(self, constants: Sequence[Tensor]) -> list[Tensor]:
+        if not self.step.operands:
+            return []
         known = {number: tensor for (number, _), tensor in zip(self.step.constants, constants, strict=True)}
         with torch.no_grad():
             found = self.step.prologue.run(known, self.step.operands)
@@ -218,15 +231,29 @@ class LoweredStep:
         grad_initials = {k: pool.empty(shape, strides, _DTYPES[step.state_dtypes[k]]) for k in wanted.initials}
         blocks = blocks_of(training.backward, _product(shape), T)
         sums = {
-            i: torch.empty(blocks, dtype=torch.float64) if step.total[i] else pool.empty(shape, strides, _DTYPES[step.sums[i].dtype])
+            i: torch.empty(blocks, dtype=torch.float64)
+            if step.total[i]
+            else pool.empty(shape, strides, _DTYPES[step.sums[i].dtype])
             for i in wanted.sums
         }
         initial = [number if s is None else s for s, number in zip(states, kept.states, strict=True)]
-        self._run(training.backward, shape, order, T, {
-            "sequence": x_seq, "operand": self._operands(constants), "initial": initial, "saved": saved,
-            "grad_output": grad_outputs, "grad_final": grad_finals, "grad_sequence": grad_sequences,
-            "grad_initial": grad_initials, "sum": sums,
-        })
+        self._run(
+            training.backward,
+            shape,
+            order,
+            T,
+            {
+                "sequence": x_seq,
+                "operand": self._operands(constants),
+                "initial": initial,
+                "saved": saved,
+                "grad_output": grad_outputs,
+                "grad_final": grad_finals,
+                "grad_sequence": grad_sequences,
+                "grad_initial": grad_initials,
+                "sum": sums,
+            },
+        )
         found_x: list[Tensor | None] = [None] * len(step.sequences)
         for i, grad in grad_sequences.items():
             found_x[i] = grad if grad.shape == shapes[0][i] else grad.sum_to_size(shapes[0][i])

@@ -106,7 +106,16 @@ class Recording:
 
 
 _SIZES = {"size", "numel", "nelement", "__len__"}
-_ESCAPES = {"numpy", "tolist", "data_ptr", "__array__", "__dlpack__", "untyped_storage", "storage", "__cuda_array_interface__"}
+_ESCAPES = {
+    "numpy",
+    "tolist",
+    "data_ptr",
+    "__array__",
+    "__dlpack__",
+    "untyped_storage",
+    "storage",
+    "__cuda_array_interface__",
+}
 
 
 class _PythonWatch(TorchFunctionMode):
@@ -225,10 +234,13 @@ def _written(func: Any, args: Sequence[Any], kwargs: dict[str, Any]) -> list[Ten
 
 @contextlib.contextmanager
 def _undisturbed() -> Iterator[None]:
-    """Random numbers that a step may draw before it is refused do not count; autograd is on."""
+    """Autograd is on; random numbers that are drawn do not count, hooks of saved tensors are not called."""
     state = torch.get_rng_state()
+    hooks: Any = contextlib.nullcontext()
+    if torch._C._autograd._top_saved_tensors_default_hooks(False) is not None:
+        hooks = torch.autograd.graph.saved_tensors_hooks(lambda t: t, lambda t: t)
     try:
-        with torch.enable_grad():
+        with torch.enable_grad(), hooks:
             yield
     finally:
         torch.set_rng_state(state)
@@ -319,6 +331,4 @@ def _record_backward(
     finally:
         for t, kept in hooks:
             t._backward_hooks = kept
-    return {
-        recorder.number(t): recorder.number(g) for t, g in zip(wanted, found, strict=True) if g is not None
-    }
+    return {recorder.number(t): recorder.number(g) for t, g in zip(wanted, found, strict=True) if g is not None}

@@ -182,10 +182,12 @@ class RegionKernels:
     def _record(
         self, x_seq: Sequence[Tensor], state: Sequence[Any] | None, constants: Sequence[Any]
     ) -> tuple[_Entry, bool]:
-        """Record a step, and whether the recording holds for other sizes of its inputs."""
+        """Record a step, and whether the recording (or the reason against one) holds for other sizes of its inputs."""
         # Without their history: the rehearsal of the backward pass must not go through it.
         constants = [c.detach().requires_grad_(c.requires_grad) if isinstance(c, Tensor) else c for c in constants]
-        alive = tuple(x for c in constants if isinstance(c, nn.Module) for m in c.modules() for x in m.__dict__.values())
+        alive = tuple(
+            x for c in constants if isinstance(c, nn.Module) for m in c.modules() for x in m.__dict__.values()
+        )
         try:
             inputs = [x[0] for x in x_seq]
             with torch.no_grad():
@@ -198,7 +200,7 @@ class RegionKernels:
             if self.first is not None and state is None:
                 initial = self._initial_states(recording, inputs, constants)
         except NotLowered as reason:
-            return _Entry(None, None, reason=str(reason), kept_alive=alive), False
+            return _Entry(None, None, reason=str(reason), kept_alive=alive), True
         entry = _Entry(
             lowered,
             initial,
@@ -259,7 +261,7 @@ class RegionKernels:
 
 
 def _refuse_other_shapes(inputs: Sequence[Tensor], states: Sequence[Tensor]) -> None:
-    """A kernel gives all states the shape of a step, that of its inputs: an input may serve their first values alone."""
+    """A kernel gives all states the shape of its inputs, of which some may only serve for the first values."""
     try:
         shape = torch.broadcast_shapes(*[v.shape for v in (*inputs, *states)])
     except RuntimeError:
@@ -281,7 +283,7 @@ def _ordinary(x_seq: Sequence[Any], state: Sequence[Any] | None, constants: Sequ
             if value.layout != torch.strided or value.is_nested:
                 return False
         elif isinstance(value, nn.Module):
-            if any(has_forward_hooks(m) for m in value.modules()):
+            if any(map(has_forward_hooks, _modules_of(value))):
                 return False
         elif not isinstance(value, bool | int | float):
             return False
@@ -308,21 +310,33 @@ def _of_constant(constant: Any) -> Any:
     if isinstance(constant, Tensor):
         return (constant.shape, constant.dtype, constant.requires_grad)
     if isinstance(constant, nn.Module):
-        return tuple([_of_module(module) for module in constant.modules()])
+        return tuple([_of_module(module) for module in _modules_of(constant)])
     return (type(constant), constant)
 
 
-_NOT_HYPERPARAMETERS = frozenset(("_parameters", "_buffers", "_modules", "_memories", "_non_persistent_buffers_set"))
+_NOT_HYPERPARAMETERS = frozenset((*nn.Module().__dict__, "_memories")) - {"training"}
+"""What every module has, and states."""
+
+
+def _modules_of(module: nn.Module) -> list[nn.Module]:
+    """The module and everything inside it; some more than once. `Module.modules` is slow."""
+    found = [module]
+    for child in module._modules.values():
+        if child is not None:
+            found += _modules_of(child)
+    return found
 
 
 def _of_module(module: nn.Module) -> Any:
     found: list[Any] = [type(module)]
     for name, value in module.__dict__.items():
+        if name in _NOT_HYPERPARAMETERS:
+            continue
         kind = type(value)
         if kind is bool or kind is int or kind is float or kind is str or value is None:
             found.append(value if kind is not float or value == value else "nan")
             found.append(kind)
-        elif name not in _NOT_HYPERPARAMETERS:
+        else:
             found.append(_frozen(value))
     for registry in (module._parameters, module._buffers):
         for tensor in registry.values():
@@ -355,4 +369,3 @@ def _fetcher(tensor: Tensor, constants: Sequence[Any]) -> Callable[[Sequence[Any
                         if value is tensor:
                             return lambda given, registry=registry, name=name: registry[name]  # type: ignore[misc]
     return lambda given: tensor
-

@@ -113,7 +113,10 @@ def _cut(step: StepExpressions, needed: Sequence[Expression], through_time: bool
         _, (reachable, _) = nx.minimum_cut(graph, "source", "sink")
     except nx.NetworkXUnbounded:
         return None
-    return sorted((e for e, side in (n for n in reachable if n != "source") if side == "in" and (e, "out") not in reachable), key=lambda e: e.number)
+    return sorted(
+        (e for e, side in (n for n in reachable if n != "source") if side == "in" and (e, "out") not in reachable),
+        key=lambda e: e.number,
+    )
 
 
 def _is_enough(step: StepExpressions, needed: Sequence[Expression], cut: Sequence[Expression]) -> bool:

@@ -235,9 +235,7 @@ class _Translator:
         varying = [r for r in dict.fromkeys(call.references()) if self.values[r].varying]
         source, result = self.values[varying[0]], self.values[number]
         if len(varying) != 1 or not _same_places(source.shape, result.shape, self.shape):
-            raise NotLowered(
-                f"`{call.name}` moves values, from shape {list(source.shape)} to {list(result.shape)}"
-            )
+            raise NotLowered(f"`{call.name}` moves values, from shape {list(source.shape)} to {list(result.shape)}")
         if call.name in ("permute", "t", "transpose") and [s for s in source.shape if s != 1] != [
             s for s in self.shape if s != 1
         ]:

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from snnfx.errors import InputError
 from snnfx.memory.budget import CACHE_FRIENDLY, bytes_as_text, inference_budget
-from snnfx.memory.model import MemoryModel, NotPredictable, model_memory
+from snnfx.memory.model import CallCost, MemoryModel, NotPredictable, model_memory
 from snnfx.memory.packing import packed_bytes
 from snnfx.memory.training import grouped
 from snnfx.memory.training_peak import recompute_seconds, state_bytes, training_peak
@@ -111,8 +111,12 @@ def plan_training(net: Net, T: int, leaves: Sequence[Tensor], state: Mapping[str
     lengths = region_chunks(chunked, model, T)
     calls = [call for call in model.calls if call.is_region]
     tried = set()
-    groups = grouped([call.name for call in calls])
     by_name = {call.name: call for call in calls}
+    groups = [
+        group
+        for group in grouped(list(by_name))
+        if len(group) > 1 or by_name[group[0]].bytes["saved"](T) > kept_instead(model, by_name[group[0]], T, packed)
+    ]
 
     def gain(group: tuple[str, ...]) -> float:
         """Bytes freed for a second of computing them again."""
@@ -127,9 +131,10 @@ def plan_training(net: Net, T: int, leaves: Sequence[Tensor], state: Mapping[str
         if widest.bytes <= peak.bytes * 1.02:
             chunks, peak = with_it, widest
     if peak.bytes > budget:
-        everything = training_peak(model, T, lengths, packed)
-        if everything.bytes < peak.bytes:
-            chunks, peak = dict(lengths), everything
+        everything = {name: lengths[name] for group in groups for name in group}
+        widest = training_peak(model, T, everything, packed)
+        if widest.bytes < peak.bytes:
+            chunks, peak = everything, widest
     at = f"{bytes_as_text(peak.bytes)} at {peak.name} ({peak.phase}), budget {bytes_as_text(budget)}"
     if peak.bytes <= budget:
         names = [group for group in groups if group[0] in chunks]
@@ -153,6 +158,11 @@ def plan_training(net: Net, T: int, leaves: Sequence[Tensor], state: Mapping[str
             return RecomputePlan((), {}, length, f"the state is kept every {length} steps; {at}")
         peak = least
     raise cannot_be_met(budget, peak.bytes, f"{peak.name}, {peak.phase}", "with everything computed again")
+
+
+def kept_instead(model: MemoryModel, call: CallCost, T: int, packed: Mapping[int, float]) -> float:
+    """The bytes that are kept for a call when it is computed again: its inputs."""
+    return sum(model.values[value](T) * packed.get(value, 1.0) for value in call.reads)
 
 
 def region_chunks(chunked: set[str], model: MemoryModel, T: int) -> dict[str, int | None]:

@@ -116,19 +116,23 @@ class Recomputation:
     def every_region(self, T: int, leaves: Sequence[Tensor]) -> RecomputePlan:
         """The plan of `checkpoint="regions"`: each region by itself, in chunks of time where it may."""
         from snnfx.memory.model import NotPredictable, model_memory
-        from snnfx.memory.plan import region_chunks
+        from snnfx.memory.plan import kept_instead, packed_parts, region_chunks
 
         graph, regions = self.form("main")
         names = list(region_calls(graph))
         chunked = {region.name for region in regions if can_be_chunked(self.net.program, region)}
+        lengths: dict[str, int | None]
         try:
-            lengths = region_chunks(chunked, model_memory(self.net, leaves, None, training=True), T)
+            model = model_memory(self.net, leaves, None, training=True)
+            lengths, packed = region_chunks(chunked, model, T), packed_parts(self.net, model)
+            # What a generated kernel saves is no more than its input, which would be kept instead.
+            holds = {call.name: call.bytes["saved"](T) > kept_instead(model, call, T, packed) for call in model.calls}
         except NotPredictable:
-            lengths = {name: max(1, T // 4) for name in names if name in chunked}
+            lengths, holds = {name: max(1, T // 4) for name in names if name in chunked}, {}
         return RecomputePlan(
-            segments=grouped(names),
+            segments=tuple(group for group in grouped(names) if len(group) > 1 or holds.get(group[0], True)),
             chunks={name: k for name, k in lengths.items() if k is not None and k < T},
-            reason="every region is computed again in the backward pass",
+            reason="every region that would hold more than its input is computed again in the backward pass",
         )
 
 

@@ -19,7 +19,7 @@ from snnfx.passes.known_states import ReadStatesAsInputs
 from snnfx.passes.signal import CutSpatialEdges
 from snnfx.passes.trace import TraceOperands
 
-__all__ = ["RuleNets", "edits_of", "nets_for"]
+__all__ = ["RuleNets", "edits_of", "nets_for", "shapes_of"]
 
 _CACHE = "_snnfx_online_nets"
 
@@ -72,6 +72,7 @@ class RuleNets:
             batch_norm=self.batch_norm,
             carry_state=False,
             chunk=None,
+            checkpoint=None,
         )
 
     @property
@@ -121,16 +122,17 @@ def nets_for(model: nn.Module, rule: Rule, batch_norm: str, example_inputs: Any)
         example_inputs: the arguments of one step, for a model that is not converted.
     """
     kept: _Kept = model.__dict__.setdefault(_CACHE, _Kept())
-    shapes = () if isinstance(model, Net) else _shapes(example_inputs)
-    modules = tuple(map(id, model.modules()))
+    shapes = () if isinstance(model, Net) else shapes_of(example_inputs)
+    modules = tuple(map(id, getattr(model, "source", model).modules()))
     key = (tuple(edits_of(rule)), batch_norm, shapes)
     if key not in kept or kept[key][0] != modules:
-        base = model if isinstance(model, Net) else convert(model, example_inputs=example_inputs, chunk=None)
+        base = model if isinstance(model, Net) else convert(model, example_inputs=example_inputs, chunk=None, checkpoint=None)
         kept[key] = (modules, RuleNets(base.convert_to("m"), rule, batch_norm))
     return kept[key][1]  # type: ignore[no-any-return]
 
 
-def _shapes(example_inputs: Any) -> tuple[Any, ...]:
+def shapes_of(example_inputs: Any) -> tuple[Any, ...]:
+    """What a model is captured with: shapes, types and devices of the arguments of a step."""
     leaves = pytree.tree_leaves(example_inputs)
     return tuple((tuple(x.shape), x.dtype, x.device) if isinstance(x, Tensor) else x for x in leaves)
 

@@ -97,7 +97,7 @@ class Run:
 
     def finish_steps(self, state: State, losses: Tensor, outputs: Any, done: int) -> None:
         """Note down what some steps gave."""
-        self.state = detached(state)
+        self.state = None if state is None else {k: v.detach() if isinstance(v, Tensor) else v for k, v in state.items()}
         self.losses.append(losses.detach().reshape(-1))
         if self.keep_outputs:
             self.parts.append(detached(outputs))
@@ -186,19 +186,18 @@ def run_steps(run: Run, averages: list[Tensor] | None) -> None:
                 return y, after, value, with_gradient(value * run.scale)
 
         y, after, value, loss = step_and_loss(before)
-        after = detached(after)
+        run.finish_steps(after, value, _with_time(y) if run.keep_outputs else None, t + 1)
         if extra is None:
             run.updates.zero()
             run.updates.backward(loss)
             run.updates.apply()
         else:
-            extra.update(loss, t == run.T - 1, before, after, lambda state, f=step_and_loss: f(state)[3])
+            extra.update(loss, t == run.T - 1, before, run.state, lambda state, f=step_and_loss: f(state)[3])
         run.update_count += 1
-        run.finish_steps(after, value, _with_time(y) if run.keep_outputs else None, t + 1)
 
 
 def _with_time(y: Any) -> Any:
-    return pytree.tree_map_only(Tensor, lambda v: v.unsqueeze(0), y)
+    return y.unsqueeze(0) if isinstance(y, Tensor) else pytree.tree_map_only(Tensor, lambda v: v.unsqueeze(0), y)
 
 
 def run_random_steps(run: Run, chunk: int) -> None:

@@ -15,7 +15,7 @@ from snnfx.net import Net
 from snnfx.online.checks import check_optimizer, check_steps, number_of_steps, target_with_time_first
 from snnfx.online.gradients import Updates
 from snnfx.online.losses import Loss
-from snnfx.online.nets import RuleNets, nets_for
+from snnfx.online.nets import RuleNets, nets_for, shapes_of
 from snnfx.online.rules import Rule
 from snnfx.online.runs import Run, run_chunks, run_random_steps, run_steps
 
@@ -140,6 +140,7 @@ class Trainer:
             hint = "Use torch.bfloat16, which needs no scaling of gradients."
             raise InputError("SNNFX616", f"the rule {rule.name} does not work with float16", hint=hint)
         self._example = example_inputs
+        self._nets: tuple[Any, RuleNets] | None = None
         self.averages: list[Tensor] | None = None
         """The running averages of FPTT, one for each parameter of the optimizer; made at the first call."""
         if isinstance(model, Net) or example_inputs is not None:
@@ -148,7 +149,10 @@ class Trainer:
     def nets(self, example_inputs: Any = None) -> RuleNets:
         """The forms of the model in which the rule runs it; `nets().sequence` is the edited net, to look at."""
         example = self._example if self._example is not None else example_inputs
-        return nets_for(self.model, self.rule, self.batch_norm, example)
+        shapes = () if isinstance(self.model, Net) else shapes_of(example)
+        if self._nets is None or self._nets[0] != shapes:
+            self._nets = (shapes, nets_for(self.model, self.rule, self.batch_norm, example))
+        return self._nets[1]
 
     def chunk_length(self, T: int, step_elements: int = 0) -> int:
         """How many time steps are run at once for a sequence of T.

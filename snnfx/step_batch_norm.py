@@ -1,0 +1,95 @@
+"""BatchNorm over the steps of a sequence, each with its own statistics: torch's kernel once a step, one node in autograd.
+
+The kernel reads a step once for its statistics and once to normalise it; written with tensor operations over the whole
+sequence, the same takes ten passes over memory.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
+
+__all__ = ["normalize_steps"]
+
+
+def normalize_steps(x_seq: Tensor, module: nn.modules.batchnorm._BatchNorm) -> Tensor:
+    """What T calls of a BatchNorm in training give; its running statistics take T updates.
+
+    Args:
+        x_seq: `[T, N, C, *]`.
+        module: uses the statistics of its input.
+
+    Returns:
+        `[T, N, C, *]`, in the memory format of `x_seq`.
+    """
+    T = x_seq.shape[0]
+    running = module.training and module.track_running_stats and module.running_mean is not None
+    factors = [0.0] * T
+    if running:
+        assert module.num_batches_tracked is not None
+        if module.momentum is None:
+            seen = int(module.num_batches_tracked)
+            factors = [1.0 / (seen + t + 1) for t in range(T)]
+        else:
+            factors = [module.momentum] * T
+        module.num_batches_tracked.add_(T)
+    statistics = (module.running_mean, module.running_var) if running else (None, None)
+    return _NormalizeSteps.apply(x_seq, module.weight, module.bias, *statistics, factors, module.eps)  # type: ignore[no-any-return]
+
+
+class _NormalizeSteps(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any,
+        x_seq: Tensor,
+        weight: Tensor | None,
+        bias: Tensor | None,
+        running_mean: Tensor | None,
+        running_var: Tensor | None,
+        factors: list[float],
+        eps: float,
+    ) -> Tensor:
+        T, channels = x_seq.shape[0], x_seq.shape[2]
+        y_seq = torch.empty_like(x_seq)
+        kind = x_seq.dtype if weight is None else weight.dtype
+        means, deviations = (torch.empty(T, channels, dtype=kind, device=x_seq.device) for _ in range(2))
+        steps = zip(x_seq.unbind(0), y_seq.unbind(0), means.unbind(0), deviations.unbind(0), factors, strict=True)
+        for x, y, mean, deviation, factor in steps:
+            torch.ops.aten.native_batch_norm.out(
+                x,
+                weight,
+                bias,
+                running_mean,
+                running_var,
+                True,
+                factor,
+                eps,
+                out=y,
+                save_mean=mean,
+                save_invstd=deviation,
+            )
+        ctx.save_for_backward(x_seq, weight, means, deviations)
+        ctx.eps = eps
+        return y_seq
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad_seq: Tensor) -> tuple[Any, ...]:
+        x_seq, weight, means, deviations = ctx.saved_tensors
+        mask = [ctx.needs_input_grad[0], ctx.needs_input_grad[1], ctx.needs_input_grad[2]]
+        grad_x = torch.empty_like(x_seq) if mask[0] else None
+        grad_weight = grad_bias = None
+        for t, (x, grad) in enumerate(zip(x_seq.unbind(0), grad_seq.unbind(0), strict=True)):
+            g_x, g_weight, g_bias = torch.ops.aten.native_batch_norm_backward(
+                grad, x, weight, None, None, means[t], deviations[t], True, ctx.eps, mask
+            )
+            if grad_x is not None:
+                grad_x[t] = g_x
+            if mask[1]:
+                grad_weight = g_weight if grad_weight is None else grad_weight.add_(g_weight)
+            if mask[2]:
+                grad_bias = g_bias if grad_bias is None else grad_bias.add_(g_bias)
+        return grad_x, grad_weight, grad_bias, None, None, None, None
