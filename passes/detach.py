@@ -54,7 +54,9 @@ class CutTemporalEdges(Pass):
             with program.graph.inserting_before(first):
                 cut = program.graph.call_function(cut_history, (placeholder,))
             cut.meta = {k: v for k, v in placeholder.meta.items() if k in ("val", "where", "module")}
-            placeholder.replace_all_uses_with(cut, delete_user_cb=lambda user, cut=cut: user is not cut)
+            for user in list(placeholder.users):
+                if user is not cut:
+                    user.replace_input_with(placeholder, cut)
             count += 1
         return f"{count} of {len(program.slots)} states cut"
 
@@ -94,7 +96,12 @@ def folds_when_cut(program: StepProgram, region: Region, inputs: Iterable[Node] 
         if node.op == "placeholder":
             if not all(user.target in (cut_history, update_trace) for user in node.users if user.op != "output"):
                 return False
-        elif "step_refusal" in node.meta or is_random(program, node) or node.target is call_opaque or keeps_statistics(program, node):
+        elif (
+            "step_refusal" in node.meta
+            or is_random(program, node)
+            or node.target is call_opaque
+            or keeps_statistics(program, node)
+        ):
             return False
     values = [n for n in (*region.nodes, *inputs) if not is_size(n) and n.meta.get("varying", True)]
     return all(_has_batch(n.meta.get("batch_dim")) for n in values)

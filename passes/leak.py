@@ -72,7 +72,9 @@ class StepOnNumbers:
 
     def __init__(self, program: StepProgram, path: tuple[Node, Node] | None = None) -> None:
         needed = set(program.graph.nodes) if path is None else _between(program, *path)
-        zeros = set() if path is None else {n for n in needed if n.op.startswith("call") and not _operands_in(n, needed)}
+        zeros = (
+            set() if path is None else {n for n in needed if n.op.startswith("call") and not _operands_in(n, needed)}
+        )
         self.targets: list[str] = []
         self.instructions: list[Instruction] = []
         for node in program.graph.nodes:
@@ -87,7 +89,12 @@ class StepOnNumbers:
             return Instruction(node.name, "slot" if "slot" in node.meta else "zero")
         if node.op == "get_attr":
             return Instruction(node.name, "constant", self._constant(str(node.target)))
-        args, kwargs = map_aggregate((node.args, dict(node.kwargs)), lambda a: Value(a.name) if isinstance(a, Node) else a)
+
+        def packed(argument: Any) -> Any:
+            return Value(argument.name) if isinstance(argument, Node) else argument
+
+        args: Any = map_aggregate(node.args, packed)
+        kwargs: Any = map_aggregate(dict(node.kwargs), packed)
         if is_size(node) or not _is_elementwise(program, node):
             return Instruction(node.name, "other", None, args, kwargs)
         if node.op == "call_module":
@@ -100,9 +107,7 @@ class StepOnNumbers:
             self.targets.append(target)
         return self.targets.index(target)
 
-    def run(
-        self, constants: Sequence[Any], swept: Mapping[str, Sequence[float]]
-    ) -> tuple[dict[str, Any], set[str]]:
+    def run(self, constants: Sequence[Any], swept: Mapping[str, Sequence[float]]) -> tuple[dict[str, Any], set[str]]:
         """Evaluate the step.
 
         Args:
@@ -205,7 +210,14 @@ def _is_elementwise(program: StepProgram, node: Node) -> bool:
     found = look_up(node, program.resolve)
     if found is None:
         return False
-    return found.row.rule in NEUTRAL or found.name in ("cut_history", "clone", "detach", "contiguous", "float", "double")
+    return found.row.rule in NEUTRAL or found.name in (
+        "cut_history",
+        "clone",
+        "detach",
+        "contiguous",
+        "float",
+        "double",
+    )
 
 
 def _between(program: StepProgram, slot: Node, following: Node) -> set[Node]:
@@ -246,7 +258,7 @@ def fed_slots(
             so it hands the change on), what comes behind the weight is fed by that neuron.
     """
     constants = [program.resolve(target) for target in step.targets]
-    swept = {node.name: _BELOW}
+    swept: dict[str, Sequence[float]] = {node.name: _BELOW}
     readers = dict(zip((slot.name for slot in program.slots), program.slot_nodes(), strict=True))
     while True:
         values, _ = step.run(constants, swept)
@@ -259,9 +271,7 @@ def fed_slots(
         behind = [
             weight.name
             for weight, operand in weights
-            if weight.name not in swept
-            and _changes(values[operand.name], len(_BELOW))
-            and _read_by(operand) & states
+            if weight.name not in swept and _changes(values[operand.name], len(_BELOW)) and _read_by(operand) & states
         ]
         if not behind:
             return fed
@@ -381,5 +391,3 @@ def _fingerprint(value: Any) -> Any:
             found += [v for v in vars(module).values() if isinstance(v, int | float | str)]
         return tuple(found)
     return id(value)
-
-

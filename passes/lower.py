@@ -53,7 +53,7 @@ def _reason(program: StepProgram, node: Node) -> str:
         return ""
     what = describe_node(node)
     if node.target is call_opaque:
-        return f"`{what}` could not be traced"
+        return f"`{what}` is opaque"
     if is_random(program, node):
         return f"`{what}` draws random numbers"
     module = program.module_of(node)
@@ -86,6 +86,7 @@ _MIXING = (
 _MIXING_FUNCTIONS = frozenset(
     "matmul mm bmm addmm baddbmm linear bilinear einsum dot tensordot mv outer conv1d conv2d conv3d conv_transpose1d "
     "conv_transpose2d conv_transpose3d mean sum prod var std norm softmax log_softmax cumsum cumprod sort topk argmax "
-    "argmin max_pool1d max_pool2d max_pool3d avg_pool1d avg_pool2d avg_pool3d adaptive_avg_pool2d layer_norm group_norm "
-    "batch_norm instance_norm scaled_dot_product_attention embedding roll flip gather scatter index_select".split()
+    "argmin max_pool1d max_pool2d max_pool3d avg_pool1d avg_pool2d avg_pool3d layer_norm group_norm "
+    "adaptive_avg_pool2d batch_norm instance_norm scaled_dot_product_attention embedding roll flip gather scatter "
+    "index_select".split()
 )

@@ -125,9 +125,7 @@ class TraceOperands(Pass):
         new.meta = dict(node.meta)
         node.replace_all_uses_with(new)
         graph.erase_node(node)
-        program.set_output(
-            program.outputs, (*program.next_states, *following), (*program.initial_values, *first)
-        )
+        program.set_output(program.outputs, (*program.next_states, *following), (*program.initial_values, *first))
 
 
 def _site(node: Node) -> dict[str, Any]:
@@ -156,7 +154,7 @@ def weight_ops(program: StepProgram, dependence: Dependence) -> list[WeightOp]:
             varies = isinstance(operand, Node) and operand in dependence.varying
             if varies and others and not any(n in dependence.varying for n in others):
                 assert row.arguments[name] is operand
-                found.append(WeightOp(node, operand, position))  # type: ignore[arg-type]
+                found.append(WeightOp(node, operand, position))
                 break
     return found
 
@@ -248,7 +246,7 @@ class _Leaks:
         if slot not in self.probes:
             self.probes[slot] = LeakProbe(self.program, slot)
         probe = self.probes[slot]
-        return probe(*(self.program.resolve(target) for target in probe.targets))
+        return float(probe(*(self.program.resolve(target) for target in probe.targets)))
 
     def _is_cut(self, slot: str) -> bool:
         placeholder = next(n for n in self.program.slot_nodes() if n.meta["slot"] == slot)
@@ -298,5 +296,7 @@ def _attribute(program: StepProgram, target: str, before: Node) -> Node:
     for node in program.graph.nodes:
         if node.op == "get_attr" and node.target == target:
             before.prepend(node)
-            return node
-    return program.graph.get_attr(target)
+            found: Node = node
+            return found
+    made: Node = program.graph.get_attr(target)
+    return made

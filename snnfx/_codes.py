@@ -379,6 +379,8 @@ CODES: dict[str, CodeEntry] = {
         "a compiled net is not checkpointed",
         "Under torch.compile the compiler's own partitioner decides what is kept for the backward pass and what is computed "
         "again; checkpoint= and memory_budget= act on training only when the net is not compiled.",
+        'torch.compile(snnfx.convert(model, checkpoint="regions"))(x_seq).sum().backward()',
+        'snnfx.convert(model, checkpoint="regions")(x_seq).sum().backward()',
     ),
     "SNNFX507": CodeEntry(
         "out of memory",

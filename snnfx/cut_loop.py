@@ -81,7 +81,7 @@ class CutLoopRegion(LoopRegion):
                 kept.append(state)
                 _, state = advance(*constants, *x, state)
             device = x_seq[0].device
-            return tuple(stack_steps(s, device) for s in zip(*kept, strict=True)), state  # type: ignore[return-value]
+            return tuple(stack_steps(s, device) for s in zip(*kept, strict=True)), state
 
     def all_steps(
         self, x_seq: tuple[Tensor, ...], state_seq: tuple[Tensor, ...], constants: tuple[Any, ...]

@@ -6,7 +6,7 @@ A message says what happened, where (qualified name and the user's file:line), w
     It will be mapped over time instead (slower). Use an explicit feature dim, e.g. `x.mean(1)`, if that was not meant.
 
 Codes are grouped: 1xx why a node is not folded (reported by `explain`, never raised), 2xx capture,
-3xx input of a call, 4xx verification, 5xx passes, 6xx tools around the library.
+3xx input of a call, 4xx verification, 5xx passes, 6xx tools around the library and online training (61x).
 `python -m snnfx explain --code SNNFX103` prints the entry of a code.
 """
 
@@ -19,6 +19,7 @@ from snnfx._codes import CODES, CodeEntry
 
 __all__ = [
     "CODES",
+    "AllocationError",
     "CaptureError",
     "CodeEntry",
     "InputError",
@@ -81,6 +82,10 @@ class VerificationError(SnnfxError, AssertionError):
 
 class PassError(SnnfxError):
     """A pass broke the graph, or was asked for something it cannot do (codes 5xx)."""
+
+
+class AllocationError(SnnfxError, RuntimeError):
+    """Memory ran out while a net was running (SNNFX507); the cause is the error of the allocator."""
 
 
 class ToolError(SnnfxError):

@@ -22,8 +22,9 @@ from torch.utils import _pytree as pytree
 
 from snnfx.arguments import Arguments
 from snnfx.carry import outputs_without, rebuild_state, split_arguments, with_output_at
-from snnfx.errors import CaptureError, InputError, warn_once
+from snnfx.errors import AllocationError, CaptureError, InputError, warn_once
 from snnfx.functional import chunk_multi_step_forward
+from snnfx.memory.failure import explained_failure, is_allocation_failure
 from snnfx.memory.training import Recomputation, refuse_statistics_over_time
 from snnfx.options import ConvertOptions, time_dims_of_leaves
 from snnfx.passes.base import PassRecord
@@ -176,7 +177,14 @@ class Net(fx.GraphModule):
         code = super().recompile()
 
         def forward(self: Net, *args: Any, T: int | None = None, **kwargs: Any) -> Any:
-            return _forward(self, args, kwargs, T)
+            if torch.compiler.is_compiling():
+                return _forward(self, args, kwargs, T)
+            try:
+                return _forward(self, args, kwargs, T)
+            except (RuntimeError, MemoryError) as error:
+                if not is_allocation_failure(error) or isinstance(error, AllocationError):
+                    raise
+                raise explained_failure(self, error) from error
 
         # torch.export matches dynamic_shapes with the names of the arguments.
         forward.__signature__ = self._signature()  # type: ignore[attr-defined]

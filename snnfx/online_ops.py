@@ -127,10 +127,12 @@ def _call_with_gradients_on_trace(
 
 def _is_mapped(x: Tensor) -> bool:
     """Whether a value is under torch.vmap."""
-    return torch._C._functorch.is_batchedtensor(x)  # type: ignore[no-any-return]
+    return torch._C._functorch.is_batchedtensor(x)
 
 
-def _linear_arguments(input: Tensor, weight: Tensor, bias: Tensor | None = None) -> tuple[Tensor, Tensor, Tensor | None]:
+def _linear_arguments(
+    input: Tensor, weight: Tensor, bias: Tensor | None = None
+) -> tuple[Tensor, Tensor, Tensor | None]:
     return input, weight, bias
 
 
@@ -291,6 +293,7 @@ def _traced_convolution_function(
     name: str, trace: Tensor, bias_trace: Tensor | None, *args: Any, **kwargs: Any
 ) -> Tensor:
     dims = int(name[-2])
+    names: tuple[str, ...]
     if "transpose" in name:
         names = ("input", "weight", "bias", "stride", "padding", "output_padding", "groups", "dilation")
     else:
@@ -306,8 +309,17 @@ def _traced_convolution_function(
         operand, trace, padding = _padded(operand, trace, padding, weight.shape[2:], tuple(dilation))
     if operand.dim() == dims + 1:  # torch takes this for one sample without a batch
         return _convolve(
-            operand.unsqueeze(0), trace.unsqueeze(0), weight, bias, None, each(given.get("stride", 1)), each(padding),
-            dilation, "transpose" in name, each(given.get("output_padding", 0)), given.get("groups", 1),
+            operand.unsqueeze(0),
+            trace.unsqueeze(0),
+            weight,
+            bias,
+            None,
+            each(given.get("stride", 1)),
+            each(padding),
+            dilation,
+            "transpose" in name,
+            each(given.get("output_padding", 0)),
+            given.get("groups", 1),
         ).squeeze(0)
     return _convolve(
         operand,

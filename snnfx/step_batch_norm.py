@@ -1,4 +1,4 @@
-"""BatchNorm over the steps of a sequence, each with its own statistics: torch's kernel once a step, one node in autograd.
+"""BatchNorm over the steps of a sequence, each with its own statistics: torch's kernel for each, one node in autograd.
 
 The kernel reads a step once for its statistics and once to normalise it; written with tensor operations over the whole
 sequence, the same takes ten passes over memory.

@@ -725,6 +725,7 @@ NEEDS_EXAMPLES = {"parameter with more dimensions", "expand in front", "repeat i
 NEEDS_A_GPU = {"cuda"}
 NEVER_LEGAL = {"nn.RNN", "call_opaque", "opaque_initial_value"}
 TESTED_ELSEWHERE = {"call_stateful", "initial_value", "apply_autograd_function", "expect_size"}
+TESTED_ELSEWHERE |= {"cut_history", "update_trace", "ones_per_sample", "draw_dropout_mask"}  # in test_online_ops.py
 
 
 @pytest.mark.parametrize("case", LEGAL, ids=lambda case: case.name)

@@ -134,6 +134,9 @@ Not folded
 SNNFX107 sequential: on a cycle through time
   - loop_1: 1 (LIFNode), through v
 
+Kernels
+  - loop_1 is one kernel for all time steps, made at the first call.
+
 State
   slot  starts at  one step
   ----  ---------  --------

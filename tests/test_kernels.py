@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import gc
 import importlib
 import multiprocessing
 import pickle
@@ -17,6 +18,7 @@ from torch import Tensor, nn
 
 import snnfx
 from snnfx import neuron, surrogate
+from snnfx.kernels.buffers import BufferPool
 from snnfx.kernels.build import find_compiler
 from snnfx.kernels.region import RegionKernels
 from snnfx.regions import LoopRegion
@@ -140,7 +142,7 @@ def test_smooth_neurons_pass_gradcheck(spike: nn.Module) -> None:
     assert_used(net)
 
 
-# -- other libraries ---------------------------------------------------------------------------------------------------
+# -- other libraries -------------------------------------------------------------------------------------------------
 
 SPIKINGJELLY = "IFNode LIFNode ParametricLIFNode QIFNode EIFNode IzhikevichNode KLIFNode CUBALIFNode".split()
 
@@ -199,7 +201,7 @@ def test_cells_of_norse(name: str) -> None:
     assert_same_as_steps(Cell(), x_of(6, 4, 3) * 2, 1e-12 if name != "LIFAdExCell" else 1e-9, carry={"state": 1})
 
 
-# -- users' own modules ------------------------------------------------------------------------------------------------
+# -- users' own modules ----------------------------------------------------------------------------------------------
 
 
 class PerChannel(snnfx.MemoryModule):
@@ -330,7 +332,7 @@ def test_python_that_decides_by_the_data_is_stepped() -> None:
     assert "Python decides" in kernels_of(net)[0].refusal
 
 
-# -- shapes, layouts, dtypes -------------------------------------------------------------------------------------------
+# -- shapes, layouts, dtypes -----------------------------------------------------------------------------------------
 
 
 @settings(max_examples=25)
@@ -477,7 +479,44 @@ def test_float32_spikes_differ_only_where_the_potential_is_at_the_threshold() ->
     assert exact.shape == x_seq.shape
 
 
-# -- life ----------------------------------------------------------------------------------------------------------------
+FUNCTIONS: dict[str, tuple[Callable[[Tensor], Tensor], float, float]] = {
+    "exp": (torch.exp, -80, 88),
+    "sigmoid": (torch.sigmoid, -86, 90),
+    "tanh": (torch.tanh, -12, 12),
+    "expm1": (torch.expm1, -20, 20),
+    "log": (torch.log, 1e-3, 1e4),
+    "log1p": (torch.log1p, -0.99, 50),
+    "atan": (torch.atan, -30, 30),
+    "erf": (torch.erf, -4, 4),
+    "sin": (torch.sin, -10, 10),
+}
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("name", FUNCTIONS)
+def test_functions_are_right_to_a_few_units_in_the_last_place(name: str, dtype: torch.dtype) -> None:
+    function, low, high = FUNCTIONS[name]
+
+    class Iterated(snnfx.MemoryModule):
+        def __init__(self) -> None:
+            super().__init__()
+            self.register_memory("v", 0.0)
+
+        def forward(self, x: Tensor) -> Tensor:
+            self.v = function(self.v + x)
+            return self.v
+
+    net = snnfx.convert(Iterated())
+    x = torch.linspace(low, high, 20011, dtype=torch.float64).to(dtype)
+    exact = function(x.double())
+    error = (net(x[None])[0].double() - exact).abs() / exact.abs().clamp_min(torch.finfo(dtype).tiny)
+    assert_used(net)
+    assert float(error.max()) <= 3 * torch.finfo(dtype).eps
+    special = torch.tensor([float("nan"), float("inf"), -float("inf"), 0.0, -1.0, 1000.0, -1000.0], dtype=dtype)
+    torch.testing.assert_close(net(special[None])[0], function(special), equal_nan=True)
+
+
+# -- life ------------------------------------------------------------------------------------------------------------
 
 
 def test_a_changed_hyperparameter_acts_at_the_next_call() -> None:
@@ -594,7 +633,7 @@ def test_processes_that_build_at_once_get_along(tmp_path: Any) -> None:
 
 def test_explain_tells_of_kernels() -> None:
     net = snnfx.convert(nn.Sequential(nn.Linear(3, 3), neuron.LIFNode()))
-    assert snnfx.explain(net).kernels == ("loop_1: one kernel for all time steps, made at the first call.",)
+    assert snnfx.explain(net).kernels == ("loop_1 is one kernel for all time steps, made at the first call.",)
     net(torch.rand(4, 2, 3)).sum().backward()
     assert "training keeps 1 tensor" in snnfx.explain(net).kernels[0]
     assert any(record.description.startswith("lower") for record in net.history)
@@ -615,3 +654,40 @@ def assert_used_by_operator(loop: LoopRegion, arguments: Any) -> None:
     saved = torch.ops.snnfx.run_region(*arguments)
     # The output, the final state and one saved tensor; the loop keeps the states after each step instead.
     assert loop.kernels is not None and len(saved) == 3 and loop.kernels.entries
+
+
+# -- memory --------------------------------------------------------------------------------------------------------
+
+
+def test_memory_of_a_dead_tensor_is_used_again() -> None:
+    pool = BufferPool()
+    first = pool.empty((1 << 20,), (1,), torch.float32)
+    address = first.data_ptr()
+    view = first[5:].view(-1, 1)
+    del first
+    second = pool.empty((1 << 20,), (1,), torch.float32)
+    assert second.data_ptr() != address  # the view is alive
+    del view
+    gc.collect()
+    assert pool.empty((1 << 20,), (1,), torch.float32).data_ptr() == address
+
+
+def test_pool_is_bounded_and_can_be_emptied() -> None:
+    pool = BufferPool(limit=6 << 20)
+    tensors = [pool.empty((1 << 20,), (1,), torch.float32) for _ in range(3)]
+    del tensors
+    pool.empty((1 << 18,), (1,), torch.float32)
+    assert pool.free_bytes <= 6 << 20
+    assert pool.release() == 5 << 20
+    assert snnfx.kernels.release_buffers() >= 0
+
+
+def test_autograd_keeps_what_the_pool_gave() -> None:
+    pool = BufferPool()
+    leaf = torch.ones(1 << 19, requires_grad=True)
+    factor = pool.empty((1 << 19,), (1,), torch.float32).fill_(3.0)
+    product = leaf * factor
+    del factor
+    other = pool.empty((1 << 19,), (1,), torch.float32).fill_(7.0)
+    product.sum().backward()
+    assert leaf.grad is not None and torch.equal(leaf.grad, torch.full_like(leaf, 3.0)) and float(other[0]) == 7.0

@@ -193,7 +193,7 @@ def inference_over(T: int) -> dict[str, Any]:
     """Peak of chunked inference, the caller's input and output not counted."""
     net, shape = net_for("CSNN")
     net.eval()
-    N = 32
+    N = 8
     with torch.no_grad():
         net(torch.rand(16, N, *shape))
 

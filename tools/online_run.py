@@ -8,8 +8,8 @@ The digits are scikit-learn's (8x8 pixels), rate-coded: in each step a pixel spi
 from a seed. The net is two convolutions with spiking neurons and a leaky read-out; its loss is the cross-entropy of the
 read-out's potential at every step. All rules start from the same weights and see the same spikes in the same order;
 rules that update at every step have a smaller learning rate. Each run has a process and a thread of its own, two run at
-a time; its time is that which its thread was busy, its peak memory what the process grew by while it trained. Accuracy is
-that of the mean potential on 360 digits that were held back.
+a time. Its time is what its thread was busy, its peak memory what the process grew by while it trained. Accuracy is of
+the mean potential, on 360 digits that were held back.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ from snnfx.online import BPTT, FPTT, OTTT_A, OTTT_O, SLTT_K, Rule, Trainer
 
 TOOLS = Path(__file__).resolve().parent
 BATCH = 64
-CHUNK = 8
+CHUNK = 16
 LABELS = ("BPTT", "OTTT-A", "OTTT-O", "SLTT-K", "FPTT")
 COLOURS = {"BPTT": "#555555", "OTTT-A": "#1f77b4", "OTTT-O": "#17a2b8", "SLTT-K": "#2ca02c", "FPTT": "#d6621e"}
 MARKERS = {"BPTT": "s", "OTTT-A": "o", "OTTT-O": "v", "SLTT-K": "D", "FPTT": "^"}

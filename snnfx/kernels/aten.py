@@ -302,10 +302,11 @@ _KNOWN = ELEMENTWISE.keys() | SAME_VALUE | {"sum", "mean", "item", "_local_scala
 def decomposition(func: Any) -> Callable[..., Any] | None:
     """What PyTorch defines an elementwise operator by, where the table has no rule for it: softplus, gelu, ..."""
     name = str(func._schema.name).partition("::")[2]
-    if name in _KNOWN or name.rstrip("_") in _KNOWN or torch.Tag.pointwise not in func.tags:
-        # The backward passes of pointwise operators are not tagged.
-        if not name.endswith("_backward") or name in _KNOWN:
-            return None
+    if name in _KNOWN or name.rstrip("_") in _KNOWN:
+        return None
+    # The backward passes of pointwise operators are not tagged.
+    if torch.Tag.pointwise not in func.tags and not name.endswith("_backward"):
+        return None
     from torch._decomp import decomposition_table
 
     return decomposition_table.get(func)

@@ -4,8 +4,9 @@ Most of the time of writing a fresh large tensor goes into page faults: the C li
 back to the system at once, and the next one comes with every page to be mapped anew. Here the memory of a tensor that
 has died goes to the next one of about its size.
 
-A block is given out as a ctypes array, of which `torch.frombuffer` makes a tensor; the tensor's storage holds the array,
-views and autograd hold the storage. When nobody does any more, the array dies, and a weak reference hands its block back.
+A block is given out as a ctypes array, of which `torch.frombuffer` makes a tensor. The tensor's storage holds the
+array, views and autograd hold the storage. When nobody does any more, the array dies, and a weak reference hands its
+block back.
 """
 
 from __future__ import annotations

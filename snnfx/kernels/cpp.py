@@ -5,8 +5,8 @@ backward pass, or `backward`, which goes through time in reverse. It is a plain 
 header of PyTorch's, so that it builds in a fraction of a second.
 
 The elements of a step are taken in blocks; for each block all time steps are done before the next one. Operands whose
-elements do not lie one after the other (broadcast, strided, half precision) are first copied to a block of their own, the
-time-invariant ones once for all steps, so that no index is computed in the inner loop.
+elements do not lie one after the other (broadcast, strided, half precision) are first copied to a block of their own,
+those that do not change with time once for all steps, so that no index is computed in the inner loop.
 """
 
 from __future__ import annotations
@@ -278,13 +278,13 @@ def write_backward(step: StepExpressions, plan: SavePlan, wanted: Backward) -> K
     writes: list[tuple[str, Expression]] = []
     after: list[str] = []
     for index in wanted.sequences:
-        expression = step.grad_sequences[index]
-        if expression is None:
+        found = step.grad_sequences[index]
+        if found is None:
             continue
-        line, name, afterwards = writer.target("grad_sequence", index, step.sequences[index], expression.dtype)
+        line, name, afterwards = writer.target("grad_sequence", index, step.sequences[index], found.dtype)
         each += [line] if line else []
         after += [afterwards] if afterwards else []
-        writes.append((name, expression))
+        writes.append((name, found))
     for index in wanted.states(step):
         gradient = step.grad_states[index]
         leaf = next((e for e in used if e.op == "grad_state" and e.index == index), None)
@@ -292,7 +292,8 @@ def write_backward(step: StepExpressions, plan: SavePlan, wanted: Backward) -> K
         name = writer.buffer(f"g{index}", _C[dtype])
         memory = step.state_dtypes[index]
         once.append(
-            f"gather<{_MEMORY[memory]}, {_C[dtype]}>({name}, {writer.slot('grad_final', index, memory)}, a, 0, start, n);"
+            f"gather<{_MEMORY[memory]}, {_C[dtype]}>("
+            f"{name}, {writer.slot('grad_final', index, memory)}, a, 0, start, n);"
         )
         if leaf is not None:
             at_hand[leaf] = f"{name}[i]"
@@ -302,7 +303,8 @@ def write_backward(step: StepExpressions, plan: SavePlan, wanted: Backward) -> K
             writes.append((name, gradient))
         if index in wanted.initials:
             last.append(
-                f"store<{_MEMORY[memory]}, {_C[dtype]}>({writer.slot('grad_initial', index, memory)}, 0, start, n, {name});"
+                f"store<{_MEMORY[memory]}, {_C[dtype]}>("
+                f"{writer.slot('grad_initial', index, memory)}, 0, start, n, {name});"
             )
     adds: list[tuple[str, Expression]] = []
     for index in wanted.sums:

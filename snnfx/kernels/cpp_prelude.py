@@ -1,11 +1,11 @@
 """What every generated C++ kernel starts with: operands, their loading by blocks, and functions that vectorise.
 
 libm's `exp` and its like are calls of one number each; here they are polynomials without branches, which compilers
-turn into vector code. Errors are at most a few units in the last place over the whole range (`tests/test_cpp.py`); infinities, NaN
-and results too small or large for the dtype come out as libm has them.
+turn into vector code. Errors are a few units in the last place; infinities, NaN and results too small or too large for
+the dtype come out as libm has them.
 
-Range reduction by Cody & Waite (1980), "Software Manual for the Elementary Functions"; the shift constant that rounds
-to an integer in the low bits of the significand is folklore (see Muller, "Elementary Functions", 3rd ed., section 11.2).
+Range reduction by Cody & Waite (1980), "Software Manual for the Elementary Functions"; for the shift constant that
+rounds to an integer in the low bits of the significand see Muller (2016), "Elementary Functions", section 11.2.
 """
 
 from __future__ import annotations
@@ -174,48 +174,63 @@ template <class C> INLINE C power_of_two(C n) {
   typedef typename Number<C>::Int Int;
   return bits_of<C>((Int)((bits_of<Int>(n + Number<C>::shift) + (Int)Number<C>::bias) << Number<C>::digits));
 }
+// Inside the functions below; the arithmetic of a step is never contracted.
+#if defined(__FMA__) || defined(__ARM_FEATURE_FMA)
+INLINE float fma_(float a, float b, float c) { return __builtin_fmaf(a, b, c); }
+INLINE double fma_(double a, double b, double c) { return __builtin_fma(a, b, c); }
+#else
+INLINE float fma_(float a, float b, float c) { return a * b + c; }
+INLINE double fma_(double a, double b, double c) { return a * b + c; }
+#endif
 // exp(r) - 1 for |r| <= ln(2) / 2, by its Taylor series.
 INLINE float small_expm1(float r) {
   float p = 1.9841270e-4f;
-  p = p * r + 1.3888889e-3f; p = p * r + 8.3333333e-3f; p = p * r + 4.1666667e-2f; p = p * r + 1.6666667e-1f;
-  p = p * r + 0.5f;
-  return p * r * r + r;
+  p = fma_(p, r, 1.3888889e-3f); p = fma_(p, r, 8.3333333e-3f); p = fma_(p, r, 4.1666667e-2f);
+  p = fma_(p, r, 1.6666667e-1f); p = fma_(p, r, 0.5f);
+  return fma_(p * r, r, r);
 }
 INLINE double small_expm1(double r) {
   double p = 1.0 / 6227020800.0;
-  p = p * r + 1.0 / 479001600.0; p = p * r + 1.0 / 39916800.0; p = p * r + 1.0 / 3628800.0;
-  p = p * r + 1.0 / 362880.0; p = p * r + 1.0 / 40320.0; p = p * r + 1.0 / 5040.0; p = p * r + 1.0 / 720.0;
-  p = p * r + 1.0 / 120.0; p = p * r + 1.0 / 24.0; p = p * r + 1.0 / 6.0; p = p * r + 0.5;
-  return p * r * r + r;
+  p = fma_(p, r, 1.0 / 479001600.0); p = fma_(p, r, 1.0 / 39916800.0); p = fma_(p, r, 1.0 / 3628800.0);
+  p = fma_(p, r, 1.0 / 362880.0); p = fma_(p, r, 1.0 / 40320.0); p = fma_(p, r, 1.0 / 5040.0);
+  p = fma_(p, r, 1.0 / 720.0); p = fma_(p, r, 1.0 / 120.0); p = fma_(p, r, 1.0 / 24.0);
+  p = fma_(p, r, 1.0 / 6.0); p = fma_(p, r, 0.5);
+  return fma_(p * r, r, r);
+}
+// x = n ln(2) + r with |r| <= ln(2) / 2.
+template <class C> INLINE C nearest_power(C x) {
+  return fma_(x, Number<C>::log2e, Number<C>::shift) - Number<C>::shift;
+}
+template <class C> INLINE C rest_of(C x, C n) {
+  return fma_(-n, Number<C>::ln2_low, fma_(-n, Number<C>::ln2_high, x));
+}
+template <class C> INLINE C between(C x, C low, C high) {
+  x = x < low ? low : x;  // NaN stays
+  return x > high ? high : x;
 }
 template <class C> INLINE C exp_(C x) {
   typedef Number<C> N;
-  x = x < N::least ? N::least : x;
-  x = x > N::most ? N::most : x;
-  C n = (x * N::log2e + N::shift) - N::shift;
-  C r = (x - n * N::ln2_high) - n * N::ln2_low;
+  x = between(x, N::least, N::most);
+  C n = nearest_power(x), r = rest_of(x, n);
   C half = (n * (C)0.5 + N::shift) - N::shift;
   return ((small_expm1(r) + (C)1) * power_of_two<C>(half)) * power_of_two<C>(n - half);
 }
 template <class C> INLINE C expm1_(C x) {
   typedef Number<C> N;
-  x = x < N::least ? N::least : x;
-  x = x > N::most ? N::most : x;
-  C n = (x * N::log2e + N::shift) - N::shift;
-  C r = (x - n * N::ln2_high) - n * N::ln2_low;
+  x = between(x, N::least, N::most);
+  C n = nearest_power(x), r = rest_of(x, n);
   C half = (n * (C)0.5 + N::shift) - N::shift;
-  C a = power_of_two<C>(half), b = power_of_two<C>(n - half);
+  C a = power_of_two<C>(half), b = power_of_two<C>(n - half), p = small_expm1(r);
   // 2^n (expm1(r) + 1 - 2^-n), with the factor in two parts that are no infinities.
-  C small = a * (small_expm1(r) * b) + (a * b - (C)1);
-  return n > (C)(N::bias - 1) ? ((small_expm1(r) + (C)1) * a) * b : small;
+  C small = a * (p * b) + (a * b - (C)1);
+  return n > (C)(N::bias - 1) ? ((p + (C)1) * a) * b : small;
 }
 template <class C> INLINE C sigmoid_(C x) {
   // exp(-x) between the limits, where one power of two is enough; below them the result is less than the least number.
   typedef Number<C> N;
-  C y = x < -N::limit ? N::limit : (x > N::limit ? -N::limit : -x);
-  C n = (y * N::log2e + N::shift) - N::shift;
-  C r = (y - n * N::ln2_high) - n * N::ln2_low;
-  C s = (C)1 / ((C)1 + (small_expm1(r) + (C)1) * power_of_two<C>(n));
+  C y = between<C>(-x, -N::limit, N::limit);
+  C n = nearest_power(y), e = power_of_two<C>(n);
+  C s = (C)1 / ((C)1 + fma_(small_expm1(rest_of(y, n)), e, e));
   return x < -N::limit ? (C)0 : s;
 }
 template <class C> INLINE C tanh_(C x) {
@@ -279,7 +294,8 @@ INLINE double atan_series(double z) {
 }
 template <class C> INLINE C atan_(C x) {
   C a = x < (C)0 ? -x : x;
-  C high = a > (C)2.41421356237309505 ? (C)1 : (C)0, middle = (a > (C)0.41421356237309505) & (a <= (C)2.41421356237309505) ? (C)1 : (C)0;
+  C high = a > (C)2.41421356237309505 ? (C)1 : (C)0;
+  C middle = (a > (C)0.41421356237309505) & (a <= (C)2.41421356237309505) ? (C)1 : (C)0;
   C top = high != (C)0 ? (C)-1 : (middle != (C)0 ? a - (C)1 : a);
   C bottom = high != (C)0 ? a : (middle != (C)0 ? a + (C)1 : (C)1);
   C r = top / bottom, base = high * (C)1.57079632679489662 + middle * (C)0.785398163397448310;

@@ -95,7 +95,8 @@ def _initial_states(
 ) -> InitialStates:
     numbers: list[float | None] = []
     computed: list[int | None] = []
-    for expression in map(lambda e: e and _uncast(e), values):
+    for value in values:
+        expression = value and _uncast(value)
         if expression is None or expression.op == "constant":
             numbers.append(0.0 if expression is None else expression.value)
             computed.append(None)

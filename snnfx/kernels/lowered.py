@@ -277,10 +277,12 @@ class LoweredStep:
                     known[number] = value.view((1,) * (len(shape) - value.dim()) + tuple(value.shape))
             grads: list[Tensor | None] = []
             for (_, index), constant, need in zip(self.step.constants, constants, needs.constants, strict=True):
-                number = self.step.gradients.get(index) if need else None
-                if number is not None:
-                    self._epilogue_for(number, known)
-                grads.append(None if number is None else known[number].to(constant.dtype).sum_to_size(constant.shape))
+                gradient = self.step.gradients.get(index) if need else None
+                if gradient is None:
+                    grads.append(None)
+                    continue
+                self._epilogue_for(gradient, known)
+                grads.append(known[gradient].to(constant.dtype).sum_to_size(constant.shape))
             return grads
 
     def _epilogue_for(self, number: int, known: dict[int, Tensor]) -> None:
@@ -312,10 +314,12 @@ class LoweredStep:
     ) -> None:
         addresses: list[tuple[int, float]] = []
         described: list[Any] = []
+        alive: list[Tensor] = []  # copies in another dtype, whose address is all that the kernel has
         for slot in source.slots:
             value = given[slot.kind][slot.index]
             if isinstance(value, Tensor):
                 value = self._in_memory(slot, value)
+                alive.append(value)
                 addresses.append((value.data_ptr(), 0.0))
                 if slot.kind == "sum" and value.dim() == 1 and self.step.expressions.total[slot.index]:
                     described.append(None)

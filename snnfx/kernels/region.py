@@ -1,7 +1,7 @@
 """The kernels of one loop region: made at the first call, kept by what they depend on, or a reason why there are none.
 
-A recording holds for the dtypes and shapes of a step (for its ranks only, where nobody looked at sizes), and for the
-Python values in the modules of the region: `neuron.tau` is looked at in every call. T is in nothing. Kernels are kept by
+A recording holds for the dtypes and shapes of a step (for its ranks, where nobody looked at sizes), and for the Python
+values in the modules of the region: `neuron.tau` is looked at in every call. T is in nothing. Kernels are kept by
 their text, so another `tau` or batch size builds nothing.
 """
 
@@ -10,7 +10,7 @@ from __future__ import annotations
 import functools
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, fx, nn
@@ -22,7 +22,7 @@ from snnfx.kernels.function import needs_of, run_lowered
 from snnfx.kernels.initial import InitialStates, initial_states_by_comparison, initial_states_of_start
 from snnfx.kernels.lowered import LoweredStep, Needs, build
 from snnfx.kernels.record import NotLowered, Recording, record_step
-from snnfx.kernels.translate import translate
+from snnfx.kernels.translate import TranslatedStep, translate
 from snnfx.state import adapter_of, call_stateful, has_forward_hooks, initial_value
 
 __all__ = ["Prepared", "RegionKernels"]
@@ -122,6 +122,9 @@ class RegionKernels:
         if entry is None or entry.lowered is None:
             self.refusal = entry.reason if entry is not None else self.refusal
             return None
+        if state is not None and not _fit(state, x_seq, entry.lowered.step):
+            self.refusal = "a given state has another shape than the states after a step"
+            return None
         return Prepared(self, entry, entry.lowered, x_seq, constants, [fetch(constants) for fetch in entry.constants])
 
     def start(self) -> fx.GraphModule:
@@ -201,6 +204,9 @@ class RegionKernels:
                 initial = self._initial_states(recording, inputs, constants)
         except NotLowered as reason:
             return _Entry(None, None, reason=str(reason), kept_alive=alive), True
+        except Exception as error:  # in the user's code: should it be an error of the model, the loop raises it again
+            reason_text = f"its step cannot be differentiated in a rehearsal: {type(error).__name__}: {error}"
+            return _Entry(None, None, reason=reason_text.rstrip("."), kept_alive=alive), True
         entry = _Entry(
             lowered,
             initial,
@@ -252,10 +258,12 @@ class RegionKernels:
             if node.op == "call_function" and node.target in (call_stateful, initial_value):
                 module = modules.get(node.args[0])
                 adapter = adapter_of(module) if isinstance(module, nn.Module) else None
-                if adapter is None or not adapter.elementwise(module):
+                if adapter is None or not adapter.elementwise(cast(nn.Module, module)):
                     return False
-            elif node.op == "call_function" and node.args and isinstance(modules.get(node.args[0]), nn.Module):
-                if not type(modules[node.args[0]]).__module__.startswith(("torch.nn.", "snnfx.")):
+            elif node.op == "call_function" and node.args:
+                module = modules.get(node.args[0])
+                known = type(module).__module__.startswith(("torch.nn.", "snnfx."))
+                if isinstance(module, nn.Module) and not known:
                     return False
         return True
 
@@ -287,7 +295,20 @@ def _ordinary(x_seq: Sequence[Any], state: Sequence[Any] | None, constants: Sequ
                 return False
         elif not isinstance(value, bool | int | float):
             return False
-    return x_seq[0].shape[0] > 0
+    return bool(x_seq[0].shape[0] > 0)
+
+
+def _fit(state: Sequence[Any], x_seq: Sequence[Tensor], step: TranslatedStep) -> bool:
+    """Whether states can be expanded to the shape of a step; some libraries pass an empty one for the reset state."""
+    shapes = [s.shape for s in state if isinstance(s, Tensor)]
+    if all(shape == x_seq[0].shape[1:] for shape in shapes):
+        return True
+    read = [x.shape[1:] for x, d in zip(x_seq, step.expressions.sequences, strict=True) if d != "unused"]
+    try:
+        full = torch.broadcast_shapes(*read, *step.operand_shapes)
+        return not read or all(torch.broadcast_shapes(full, shape) == full for shape in shapes)
+    except RuntimeError:
+        return False
 
 
 def _reads_size(node: fx.Node) -> bool:

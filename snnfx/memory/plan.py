@@ -115,7 +115,7 @@ def plan_training(net: Net, T: int, leaves: Sequence[Tensor], state: Mapping[str
     groups = [
         group
         for group in grouped(list(by_name))
-        if len(group) > 1 or by_name[group[0]].bytes["saved"](T) > kept_instead(model, by_name[group[0]], T, packed)
+        if len(group) > 1 or kept_by_history(model, by_name[group[0]], T) > kept_instead(model, by_name[group[0]], T, packed)
     ]
 
     def gain(group: tuple[str, ...]) -> float:
@@ -158,6 +158,11 @@ def plan_training(net: Net, T: int, leaves: Sequence[Tensor], state: Mapping[str
             return RecomputePlan((), {}, length, f"the state is kept every {length} steps; {at}")
         peak = least
     raise cannot_be_met(budget, peak.bytes, f"{peak.name}, {peak.phase}", "with everything computed again")
+
+
+def kept_by_history(model: MemoryModel, call: CallCost, T: int) -> float:
+    """The bytes that a call's history holds, inputs included."""
+    return call.bytes["saved"](T) + sum(model.values[value](T) for value in call.saves)
 
 
 def kept_instead(model: MemoryModel, call: CallCost, T: int, packed: Mapping[int, float]) -> float:

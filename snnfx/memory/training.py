@@ -116,7 +116,7 @@ class Recomputation:
     def every_region(self, T: int, leaves: Sequence[Tensor]) -> RecomputePlan:
         """The plan of `checkpoint="regions"`: each region by itself, in chunks of time where it may."""
         from snnfx.memory.model import NotPredictable, model_memory
-        from snnfx.memory.plan import kept_instead, packed_parts, region_chunks
+        from snnfx.memory.plan import kept_by_history, kept_instead, packed_parts, region_chunks
 
         graph, regions = self.form("main")
         names = list(region_calls(graph))
@@ -126,7 +126,7 @@ class Recomputation:
             model = model_memory(self.net, leaves, None, training=True)
             lengths, packed = region_chunks(chunked, model, T), packed_parts(self.net, model)
             # What a generated kernel saves is no more than its input, which would be kept instead.
-            holds = {call.name: call.bytes["saved"](T) > kept_instead(model, call, T, packed) for call in model.calls}
+            holds = {call.name: kept_by_history(model, call, T) > kept_instead(model, call, T, packed) for call in model.calls}
         except NotPredictable:
             lengths, holds = {name: max(1, T // 4) for name in names if name in chunked}, {}
         return RecomputePlan(

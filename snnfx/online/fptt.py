@@ -16,7 +16,7 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from snnfx.online.gradients import Updates
 from snnfx.online.rules import FPTTTerm
@@ -39,7 +39,12 @@ class FPTTSequence:
         self.last: dict[int, Tensor] = {}
 
     def update(
-        self, loss: Tensor, is_last: bool, before: Any, after: Any, loss_again: Callable[[Any], Tensor]
+        self,
+        loss: Tensor,
+        is_last: bool,
+        before: Any,
+        after: Any,
+        step_again: Callable[[Any], tuple[Any, Any, Tensor, Tensor]],
     ) -> None:
         """One step's update, and the running averages after it.
 
@@ -47,21 +52,21 @@ class FPTTSequence:
             loss: of the step, with its graph.
             is_last: whether it is the last step of the sequence.
             before, after: the states before and after the step.
-            loss_again: the same loss with the weights as they are then, from a given state.
+            step_again: takes the step once more from a given state; the last of what it returns is the loss.
         """
         parameters = [p for _, p in self.trained]
         found = torch.autograd.grad(loss, parameters, allow_unused=True)
         used = [(i, p, g) for (i, p), g in zip(self.trained, found, strict=True) if g is not None]
         index = [i for i, _, _ in used]
-        weights = [p for _, p, _ in used]
+        weights: list[Tensor] = [p for _, p, _ in used]
         alpha = self.term.alpha
         with torch.no_grad():
             pulls = self._pulls(index, weights)
             gradients = torch._foreach_add([g for _, _, g in used], pulls)
             for _, p in self.trained:
                 p.grad = None
-            for p, gradient in zip(weights, gradients, strict=True):
-                p.grad = gradient
+            for weight, gradient in zip(weights, gradients, strict=True):
+                weight.grad = gradient
         self.updates.apply()
         if self.term.variant == "authors":
             with torch.no_grad():
@@ -69,13 +74,14 @@ class FPTTSequence:
             return
         if is_last and self.term.variant == "reference":
             return
-        again = torch.autograd.grad(loss_again(after if self.term.variant == "reference" else before), weights)
+        *_, loss = step_again(after if self.term.variant == "reference" else before)
+        again = torch.autograd.grad(loss, weights)
         self.updates.average_over_processes(again)
         with torch.no_grad():
             self._average(index, weights, list(again))
         self.last = dict(zip(index, again, strict=True))
 
-    def _pulls(self, index: list[int], weights: list[nn.Parameter]) -> list[Tensor]:
+    def _pulls(self, index: list[int], weights: list[Tensor]) -> list[Tensor]:
         """The gradient of the regulariser."""
         alpha, variant = self.term.alpha, self.term.variant
         pulls = list(torch._foreach_sub(weights, [self.averages[i] for i in index]))
@@ -88,7 +94,7 @@ class FPTTSequence:
             torch._foreach_div_(pulls, [float(p.numel()) for p in weights])
         return pulls
 
-    def _average(self, index: list[int], weights: list[nn.Parameter], gradients: list[Tensor]) -> None:
+    def _average(self, index: list[int], weights: list[Tensor], gradients: list[Tensor]) -> None:
         """`A = (A + W) / 2 - g / (2 alpha)`, in new tensors."""
         averages = list(torch._foreach_add([self.averages[i] for i in index], weights))
         torch._foreach_mul_(averages, 0.5)
@@ -96,7 +102,7 @@ class FPTTSequence:
         for i, average in zip(index, averages, strict=True):
             self.averages[i] = average
 
-    def _follow_multipliers(self, index: list[int], weights: list[nn.Parameter], alpha: float) -> None:
+    def _follow_multipliers(self, index: list[int], weights: list[Tensor], alpha: float) -> None:
         """`m = m - alpha (W - A)`, with the new weights and the running average of before."""
         steps = list(torch._foreach_sub(weights, [self.averages[i] for i in index]))
         torch._foreach_mul_(steps, -alpha)

@@ -138,4 +138,3 @@ def _ottt_for(model: nn.Module) -> Rule:
     if kinds & {"OTTTLIFNode", "SLTTLIFNode"}:
         return OTTT_A(name="the rule of the model's modules", operand="raw", dropout="step")
     return OTTT_A
-

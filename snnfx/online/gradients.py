@@ -61,7 +61,7 @@ class Updates:
             yield
             return
         if self.amp_dtype is torch.float16 and self.scaler is None:
-            self.scaler = torch.amp.GradScaler(device.type)  # type: ignore[attr-defined]
+            self.scaler = torch.amp.GradScaler(device.type)
         with torch.autocast(device.type, dtype=self.amp_dtype):
             yield
 

@@ -126,7 +126,11 @@ def nets_for(model: nn.Module, rule: Rule, batch_norm: str, example_inputs: Any)
     modules = tuple(map(id, getattr(model, "source", model).modules()))
     key = (tuple(edits_of(rule)), batch_norm, shapes)
     if key not in kept or kept[key][0] != modules:
-        base = model if isinstance(model, Net) else convert(model, example_inputs=example_inputs, chunk=None, checkpoint=None)
+        base = (
+            model
+            if isinstance(model, Net)
+            else convert(model, example_inputs=example_inputs, chunk=None, checkpoint=None)
+        )
         kept[key] = (modules, RuleNets(base.convert_to("m"), rule, batch_norm))
     return kept[key][1]  # type: ignore[no-any-return]
 
@@ -135,4 +139,3 @@ def shapes_of(example_inputs: Any) -> tuple[Any, ...]:
     """What a model is captured with: shapes, types and devices of the arguments of a step."""
     leaves = pytree.tree_leaves(example_inputs)
     return tuple((tuple(x.shape), x.dtype, x.device) if isinstance(x, Tensor) else x for x in leaves)
-

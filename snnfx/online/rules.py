@@ -104,14 +104,15 @@ class Rule:
 
     def __post_init__(self) -> None:
         for name, choices in _CHOICES.items():
-            if (value := getattr(self, name)) not in choices:
+            value = getattr(self, name)
+            if value not in choices:
                 hint = f"Choose one of {', '.join(map(repr, choices))}."
                 raise InputError("SNNFX309", f"{name}={value!r}", hint=hint)
         for name, words in _NUMBERS_OR.items():
             value = getattr(self, name)
             if value not in words and (isinstance(value, bool) or not isinstance(value, int) or value < 1):
-                choices = ", ".join(map(repr, words))
-                raise InputError("SNNFX614", f"{name}={value!r}", why=f"it is {choices} or a number of steps above 0.")
+                known = ", ".join(map(repr, words))
+                raise InputError("SNNFX614", f"{name}={value!r}", why=f"it is {known} or a number of steps above 0.")
         if self.cut not in ("all", "spiking") and not isinstance(self.cut, tuple):
             raise InputError("SNNFX309", f"cut={self.cut!r}", hint="Choose 'all', 'spiking' or a tuple of slot names.")
         leak = self.trace_leak
@@ -200,7 +201,8 @@ EProp = Rule(
     operand="trace",
     trace_inputs=True,
     signal="readout",
-    citation="Bellec et al. 2020, A solution to the learning dilemma for recurrent networks of spiking neurons, Nat. Comm.",
+    citation="Bellec et al. 2020, A solution to the learning dilemma for recurrent networks of spiking neurons, "
+    "Nature Communications 11",
 )
 """Eligibility propagation with the readout's own weights as the learning signal (symmetric e-prop), for leaky neurons.
 

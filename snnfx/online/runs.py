@@ -1,7 +1,7 @@
 """How a rule goes through a sequence: in chunks, in single steps, or with gradients at random steps only.
 
-In chunks, the gradients of all steps of a chunk come from one folded forward and backward pass. Where the weights change
-at every step, the form of the net that takes one step is run.
+In chunks, the gradients of all steps of a chunk come from one folded forward and backward pass. Where the weights
+change at every step, the form of the net that takes one step is run.
 """
 
 from __future__ import annotations
@@ -97,7 +97,9 @@ class Run:
 
     def finish_steps(self, state: State, losses: Tensor, outputs: Any, done: int) -> None:
         """Note down what some steps gave."""
-        self.state = None if state is None else {k: v.detach() if isinstance(v, Tensor) else v for k, v in state.items()}
+        self.state = (
+            None if state is None else {k: v.detach() if isinstance(v, Tensor) else v for k, v in state.items()}
+        )
         self.losses.append(losses.detach().reshape(-1))
         if self.keep_outputs:
             self.parts.append(detached(outputs))
@@ -109,7 +111,9 @@ class Run:
         if not self.parts:
             return None
         leaves, specs = zip(*(pytree.tree_flatten(part) for part in self.parts), strict=True)
-        joined = [torch.cat(column) if isinstance(column[0], Tensor) else column[0] for column in zip(*leaves, strict=True)]
+        joined = [
+            torch.cat(column) if isinstance(column[0], Tensor) else column[0] for column in zip(*leaves, strict=True)
+        ]
         return pytree.tree_unflatten(joined, specs[0])
 
 
@@ -192,7 +196,7 @@ def run_steps(run: Run, averages: list[Tensor] | None) -> None:
             run.updates.backward(loss)
             run.updates.apply()
         else:
-            extra.update(loss, t == run.T - 1, before, run.state, lambda state, f=step_and_loss: f(state)[3])
+            extra.update(loss, t == run.T - 1, before, run.state, step_and_loss)
         run.update_count += 1
 
 
@@ -240,9 +244,7 @@ def _run_without_gradients(run: Run, start: int, stop: int, chunk: int, state: S
         end = min(start + chunk, stop)
         with torch.no_grad(), run.updates.autocast(run.device):
             y_seq, state = net.run_bound(run.inputs(start, end), run.carried(start), state, end - start)
-            losses = losses_of_steps(
-                run.loss, y_seq, run.targets(slice(start, end)), run.target_has_time, end - start
-            )
+            losses = losses_of_steps(run.loss, y_seq, run.targets(slice(start, end)), run.target_has_time, end - start)
         run.finish_steps(state, losses, y_seq, end)
         start = end
     return state

@@ -252,6 +252,8 @@ def first_step(args: tuple[Any, ...]) -> tuple[Any, ...]:
     """The arguments of the first step, to capture a model with their shapes."""
     for x in args:
         if not isinstance(x, Tensor) or x.dim() == 0 or x.shape[0] == 0:
-            what = f"an input has shape {list(x.shape)}" if isinstance(x, Tensor) else f"an input is a {type(x).__name__}"
+            what = (
+                f"an input has shape {list(x.shape)}" if isinstance(x, Tensor) else f"an input is a {type(x).__name__}"
+            )
             raise InputError("SNNFX306", what, hint="A sequence is a tensor [T, N, ...].")
     return tuple(x[0] for x in args)

@@ -1,0 +1,170 @@
+"""The memory model: predicted from shapes alone, compared with what a run holds, counted by an independent meter."""
+
+from __future__ import annotations
+
+import gc
+from typing import Any
+
+import pytest
+import torch
+from nets import ACCEPTANCE
+from test_memory_training import Held, with_statistics, without_statistics
+from torch import Tensor, nn
+
+import snnfx
+from snnfx import neuron
+from snnfx.errors import InputError
+from snnfx.memory.model import MemoryModel, NotPredictable, model_memory
+from snnfx.memory.plan import packed_parts
+from snnfx.memory.training_peak import training_peak
+
+# Without kernels, whose buffers no dispatcher sees, and in the format that the model makes.
+OPTIONS: dict[str, Any] = {"lower": None, "memory_format": None, "chunk": None}
+
+
+def measured(net: nn.Module, x_seq: Tensor, training: bool) -> int:
+    gc.collect()
+    with torch.set_grad_enabled(training), Held() as meter:
+        y = net(x_seq)
+        if training:
+            y.sum().backward()
+    net.zero_grad()
+    return meter.peak
+
+
+def predicted(net: Any, x_seq: Tensor, training: bool) -> float:
+    T = x_seq.shape[0]
+    model = model_memory(net, [x_seq], None, training)
+    if not training:
+        return model.inference(T)[0]
+    plan = net.recompute_plan(T, x_seq)
+    chunks = {name: plan.chunks.get(name) for group in plan.segments for name in group}
+    return training_peak(model, T, chunks, packed_parts(net, model)).bytes
+
+
+@pytest.mark.parametrize("T", [2, 5, 16])
+@pytest.mark.parametrize("N", [2, 9])
+@pytest.mark.parametrize("name", ["csnn", "residual", "unet"])
+def test_peak_of_inference_is_predicted(name: str, N: int, T: int) -> None:
+    acceptance = ACCEPTANCE[name]
+    net = snnfx.convert(acceptance.make().eval(), example_inputs=acceptance.example(), **OPTIONS)
+    x_seq = torch.rand(T, N, *acceptance.shapes[0][1:])
+    assert predicted(net, x_seq, False) == pytest.approx(measured(net, x_seq, False), rel=0.15)
+
+
+@pytest.mark.parametrize("T", [5, 16])
+@pytest.mark.parametrize("name", ["csnn", "residual", "unet"])
+@pytest.mark.parametrize("checkpoint", [None, "regions"])
+def test_peak_of_training_is_predicted(name: str, T: int, checkpoint: str | None) -> None:
+    acceptance = ACCEPTANCE[name]
+    net = snnfx.convert(acceptance.make(), example_inputs=acceptance.example(), checkpoint=checkpoint, **OPTIONS)
+    x_seq = torch.rand(T, 16, *acceptance.shapes[0][1:])
+    assert predicted(net, x_seq, True) == pytest.approx(measured(net, x_seq, True), rel=0.25)
+
+
+def test_nothing_is_run_and_nothing_is_changed() -> None:
+    model = with_statistics(dropout=0.5)
+    net = snnfx.convert(model, chunk=None)
+    calls: list[int] = []
+    model[0].register_forward_hook(lambda *_: calls.append(1))
+    before, generator = {k: v.clone() for k, v in model.state_dict().items()}, torch.get_rng_state()
+    model_memory(net, [torch.rand(4, 2, 2, 6, 6)], None, training=True)
+    assert calls == [] and torch.equal(generator, torch.get_rng_state())
+    assert all(torch.equal(v, before[k]) for k, v in model.state_dict().items())
+    assert all(not p.is_meta and p.grad is None for p in model.parameters())
+
+
+def model_of(net: Any, x_seq: Tensor, training: bool = False) -> MemoryModel:
+    return model_memory(net, [x_seq], None, training)
+
+
+def test_peak_grows_with_the_steps_and_the_batch() -> None:
+    net = snnfx.convert(without_statistics().eval())
+    small, large = model_of(net, torch.rand(2, 4, 5)), model_of(net, torch.rand(2, 8, 5))
+    peaks = [small.inference(k)[0] for k in (1, 2, 4, 8)]
+    assert peaks == sorted(peaks) and peaks[-1] > 4 * peaks[0]
+    assert large.inference(8)[0] == pytest.approx(2 * peaks[-1], rel=0.05)
+
+
+def test_holders_of_the_peak_are_named() -> None:
+    net = snnfx.convert(without_statistics().eval())
+    model = model_of(net, torch.rand(2, 64, 5))
+    holders = model.holders(16)
+    peak, where = model.inference(16)
+    assert where in dict(holders) and sum(count for _, count in holders) == pytest.approx(peak)
+
+
+def test_model_that_looks_at_values_is_not_predicted() -> None:
+    class Looking(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.lif = neuron.LIFNode()
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.lif(x[x.sum(1) > 0])
+
+    net = snnfx.convert(Looking().eval())
+    with pytest.raises(NotPredictable):
+        model_of(net, torch.rand(3, 4, 5))
+
+
+def test_chunk_is_the_largest_that_fits_the_budget() -> None:
+    x_seq = torch.rand(64, 32, 5)
+    free = snnfx.convert(without_statistics().eval())
+    model = model_of(free, x_seq)
+    budget = int(model.inference(7)[0])
+    net = snnfx.convert(without_statistics().eval(), memory_budget=budget)
+    length = net.chunk_plan(x_seq).length
+    assert length is not None
+    assert model.inference(length)[0] <= budget * 1.001 and model.inference(length + 1)[0] > budget
+
+
+def test_chunks_are_planned_when_the_first_state_is_the_callers() -> None:
+    net = snnfx.convert(without_statistics().eval(), memory_budget=60_000)
+    x_seq = torch.rand(64, 32, 5)
+    with torch.no_grad():
+        whole, state = net.run(x_seq[:4])
+        assert net.chunk_plan(x_seq, state=state).length is not None
+        expected, _ = snnfx.convert(net.source, chunk=None).run(x_seq, state=state)
+        y, _ = net.run(x_seq, state=state)
+    assert torch.equal(y, expected) and whole.shape[0] == 4
+
+
+def test_budget_that_cannot_be_met_says_the_least_and_where() -> None:
+    net = snnfx.convert(without_statistics().eval(), memory_budget=1000)
+    with torch.no_grad(), pytest.raises(InputError, match=r"SNNFX318 .*1000 bytes.*(fold|loop)_") as raised:
+        net(torch.rand(8, 32, 5))
+    least = int(raised.value.hint.partition("memory_budget=")[2].split()[0])
+    enough = snnfx.convert(net.source, memory_budget=least)
+    with torch.no_grad():
+        enough(torch.rand(8, 32, 5))
+
+
+def test_training_recomputes_no_more_than_the_budget_asks_for() -> None:
+    x_seq = torch.rand(16, 32, 2, 6, 6)
+    plain = snnfx.convert(with_statistics(), checkpoint=None)
+    needed = training_peak(model_of(plain, x_seq, True), 16, {}, {}).bytes
+    counts = []
+    for part in (1.1, 0.9, 0.75):
+        net = snnfx.convert(with_statistics(), memory_budget=int(needed * part))
+        counts.append(len(net.recompute_plan(16, x_seq).segments))
+    assert counts[0] == 0 < counts[1] <= counts[2]
+
+
+def test_training_within_a_budget_has_the_same_gradients() -> None:
+    x_seq = torch.rand(16, 8, 2, 6, 6, dtype=torch.float64)
+    plain = snnfx.convert(with_statistics().double(), checkpoint=None)
+    needed = training_peak(model_of(plain, x_seq, True), 16, {}, {}).bytes
+    import copy
+
+    net = snnfx.convert(copy.deepcopy(plain.source), memory_budget=int(needed * 0.8))
+    net(x_seq).square().sum().backward()
+    plain(x_seq).square().sum().backward()
+    for p, q in zip(net.parameters(), plain.parameters(), strict=True):
+        torch.testing.assert_close(p.grad, q.grad, rtol=1e-12, atol=1e-12)
+
+
+@pytest.mark.parametrize("budget", [0, -5, 1.5, 0.0, True, "much"])
+def test_no_such_budget(budget: Any) -> None:
+    with pytest.raises(InputError, match="SNNFX309"):
+        snnfx.convert(without_statistics(), memory_budget=budget)
