@@ -28,6 +28,7 @@ from snnfx.state import without_hooks
 
 __all__ = ["ChunkPlan", "check_chunk_option", "plan_chunks", "shapes_of_state"]
 
+
 @dataclass(frozen=True)
 class ChunkPlan:
     """How many time steps are run at once.

@@ -23,7 +23,9 @@ from snnfx.surrogate import Surrogate
 __all__ = ["WholeNumbers", "prove_whole_numbers"]
 
 _LARGEST = 255
-_SAME = "flatten reshape view permute transpose contiguous unsqueeze squeeze expand select unflatten movedim clone t detach"
+_SAME = (
+    "flatten reshape view permute transpose contiguous unsqueeze squeeze expand select unflatten movedim clone t detach"
+)
 _SAME_FUNCTIONS = (torch.flatten, torch.reshape, torch.permute, torch.transpose, torch.unsqueeze, torch.squeeze)
 _SAME_FUNCTIONS += (torch.movedim, torch.unflatten, torch.relu, F.relu, F.max_pool1d, F.max_pool2d, F.max_pool3d)
 _SAME_MODULES = (nn.Flatten, nn.Unflatten, nn.Identity, nn.MaxPool1d, nn.MaxPool2d, nn.MaxPool3d, nn.ReLU)
@@ -111,9 +113,7 @@ def _bound(program: StepProgram, node: Node, largest: dict[Node, int], neurons: 
     return None
 
 
-def _element(
-    program: StepProgram, node: Node, largest: dict[Node, int], neurons: list[nn.Module]
-) -> int | None:
+def _element(program: StepProgram, node: Node, largest: dict[Node, int], neurons: list[nn.Module]) -> int | None:
     """The output of a neuron, or a part of a proven tensor."""
     source: Any = node.args[0]
     if source in largest:

@@ -168,11 +168,11 @@ def kernels_of_loops(net: Net) -> Iterator[str]:
         if not refusal and find_compiler() is None:
             refusal = "there is no C++ compiler, or SNNFX_KERNELS=0"
         if refusal:
-            yield f"{region.name} is stepped by PyTorch, because {refusal}."
+            yield f"Stepped by PyTorch: {region.name}, because {refusal}."
         elif kernels is None or kernels.in_use is None:
-            yield f"{region.name} is one kernel for all time steps, made at the first call."
+            yield f"One kernel for all time steps: {region.name}, made at the first call."
         else:
-            yield f"{region.name} is one kernel for all time steps{kernels.in_use.saves}."
+            yield f"One kernel for all time steps: {region.name}{kernels.in_use.saves}."
 
 
 def _and(names: Iterable[str], most: int = 6) -> str:

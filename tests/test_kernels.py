@@ -294,7 +294,7 @@ def test_what_is_not_elementwise_is_stepped(couple: Callable[[Tensor], Tensor], 
     torch.testing.assert_close(net(x_seq), stepped(x_seq))
     assert all(k.in_use is None for k in kernels_of(net))
     (note,) = snnfx.explain(net).kernels
-    assert "stepped by PyTorch, because" in note and why in note
+    assert note.startswith("Stepped by PyTorch: loop_0, because") and why in note
 
 
 class Wandering(snnfx.MemoryModule):
@@ -633,7 +633,7 @@ def test_processes_that_build_at_once_get_along(tmp_path: Any) -> None:
 
 def test_explain_tells_of_kernels() -> None:
     net = snnfx.convert(nn.Sequential(nn.Linear(3, 3), neuron.LIFNode()))
-    assert snnfx.explain(net).kernels == ("loop_1 is one kernel for all time steps, made at the first call.",)
+    assert snnfx.explain(net).kernels == ("One kernel for all time steps: loop_1, made at the first call.",)
     net(torch.rand(4, 2, 3)).sum().backward()
     assert "training keeps 1 tensor" in snnfx.explain(net).kernels[0]
     assert any(record.description.startswith("lower") for record in net.history)

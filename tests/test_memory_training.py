@@ -25,7 +25,9 @@ CHECKPOINTS = ("regions", 3)
 
 
 def without_statistics() -> nn.Module:
-    return nn.Sequential(nn.Linear(5, 7), neuron.LIFNode(), nn.Linear(7, 6), neuron.ParametricLIFNode(), nn.Linear(6, 2))
+    return nn.Sequential(
+        nn.Linear(5, 7), neuron.LIFNode(), nn.Linear(7, 6), neuron.ParametricLIFNode(), nn.Linear(6, 2)
+    )
 
 
 def with_statistics(dropout: float = 0.0) -> nn.Module:

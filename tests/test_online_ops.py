@@ -32,7 +32,8 @@ T, N = 4, 3
 def folded(function: Callable[..., Tensor], *sequences: Tensor) -> None:
     """All steps in one batch give what the steps give one after the other."""
     at_once = function(*(x.flatten(0, 1) for x in sequences)).unflatten(0, (T, -1))
-    assert torch.equal(at_once, torch.stack([function(*step) for step in zip(*sequences, strict=True)]))
+    singly = torch.stack([function(*step) for step in zip(*sequences, strict=True)])
+    torch.testing.assert_close(at_once, singly, atol=1e-15, rtol=0)
 
 
 def test_a_state_without_history_has_its_value() -> None:
@@ -44,7 +45,8 @@ def test_a_state_without_history_has_its_value() -> None:
 
 def test_a_trace_is_what_is_left_of_it_and_the_operand() -> None:
     a, x = torch.rand(T, N, 2), torch.rand(T, N, 2, requires_grad=True)
-    assert torch.equal(update_trace(a, x, 0.75), 0.75 * a + x) and not update_trace(a, x, 0.75).requires_grad
+    torch.testing.assert_close(update_trace(a, x, 0.75), (0.75 * a + x).detach(), atol=1e-15, rtol=0)
+    assert not update_trace(a, x, 0.75).requires_grad
     assert torch.equal(update_trace(0.0, x, 0.75), x) and torch.equal(update_trace(2.0, x, 0.5), x + 1)
     folded(lambda a, x: update_trace(a, x, 0.75), a, x.detach())
 

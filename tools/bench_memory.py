@@ -259,7 +259,9 @@ def main() -> None:
                 row |= in_process(["train", name, side, T, N, "bytes", 0], {**EXACT, **extra})
                 for setting, environment in (("default", {}), ("keeping", KEEPING)):
                     if "error" not in row:
-                        found = in_process(["train", name, side, T, N, "time", options.repeats], {**environment, **extra})
+                        found = in_process(
+                            ["train", name, side, T, N, "time", options.repeats], {**environment, **extra}
+                        )
                         row[f"{setting}_ms"] = found.get("milliseconds")
                 base = base or row
                 results["training"].append(row)

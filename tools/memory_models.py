@@ -55,7 +55,11 @@ class Attention(nn.Module):
         return x.unflatten(-1, (self.heads, -1)).transpose(1, 2)
 
     def forward(self, x: Tensor) -> Tensor:
-        q, k, v = self.split(self.q_lif(self.q(x))), self.split(self.k_lif(self.k(x))), self.split(self.v_lif(self.v(x)))
+        q, k, v = (
+            self.split(self.q_lif(self.q(x))),
+            self.split(self.k_lif(self.k(x))),
+            self.split(self.v_lif(self.v(x))),
+        )
         y = (q @ k.transpose(-2, -1)) @ v * self.scale
         return self.out_lif(self.out(self.attn_lif(y.transpose(1, 2).flatten(2))))
 

@@ -208,9 +208,7 @@ def _measure_history(
         value = None
         del outputs, roots, root, value, x
         found.saved_inputs = tuple(i for i, ref in inputs.items() if ref() is not None)
-        found.saved_outputs = tuple(
-            i for i, ref in ends.items() if ref() is not None and found.aliases[i] < 0
-        )
+        found.saved_outputs = tuple(i for i, ref in ends.items() if ref() is not None and found.aliases[i] < 0)
         held = sum(found.outputs[i] for i in found.saved_outputs)
         found.saved = meter.live - held
         if edge is None or not (tokens or parameters):

@@ -17,6 +17,7 @@ from torch.utils.weak import WeakIdKeyDictionary
 
 __all__ = ["PackedTensor", "empty_steps", "memory_order", "pack", "packed_bytes", "unpack"]
 
+
 @functools.cache
 def _weights(dtype: torch.dtype, device: torch.device) -> Tensor:
     """The value of each bit of a byte."""

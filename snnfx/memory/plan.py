@@ -53,7 +53,9 @@ def plan_inference(net: Net, leaves: Sequence[Tensor], state: Mapping[str, Any] 
     fitting = max(1, int((budget - fixed) // per_step))
     fast = max(1, int(CACHE_FRIENDLY // per_step)) if device.type == "cpu" else fitting
     length = min(fitting, fast)
-    limit = f"budget {bytes_as_text(budget)}" if fitting <= fast else f"{bytes_as_text(CACHE_FRIENDLY)} are fast on a CPU"
+    limit = (
+        f"budget {bytes_as_text(budget)}" if fitting <= fast else f"{bytes_as_text(CACHE_FRIENDLY)} are fast on a CPU"
+    )
     reason = f"{bytes_as_text(per_step)} alive per time step, widest at {where}, {limit}: {length} steps at once"
     return ChunkPlan(length, int(per_step), budget, reason)
 
@@ -115,7 +117,8 @@ def plan_training(net: Net, T: int, leaves: Sequence[Tensor], state: Mapping[str
     groups = [
         group
         for group in grouped(list(by_name))
-        if len(group) > 1 or kept_by_history(model, by_name[group[0]], T) > kept_instead(model, by_name[group[0]], T, packed)
+        if len(group) > 1
+        or kept_by_history(model, by_name[group[0]], T) > kept_instead(model, by_name[group[0]], T, packed)
     ]
 
     def gain(group: tuple[str, ...]) -> float:
@@ -139,9 +142,7 @@ def plan_training(net: Net, T: int, leaves: Sequence[Tensor], state: Mapping[str
     if peak.bytes <= budget:
         names = [group for group in groups if group[0] in chunks]
         told = f"computed again: {', '.join(group[0] for group in names) or 'nothing'}; {at}"
-        return RecomputePlan(
-            tuple(names), {n: c for n, c in chunks.items() if c is not None and c < T}, None, told
-        )
+        return RecomputePlan(tuple(names), {n: c for n, c in chunks.items() if c is not None and c < T}, None, told)
     if not _has_statistics_over_time(net):
         least, length = peak, None
         for steps in _halved(T):

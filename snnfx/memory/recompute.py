@@ -130,7 +130,9 @@ class _Modules:
         return [(m._buffers, key, b.clone()) for m in changing for key, b in m._buffers.items() if b is not None]
 
     @contextlib.contextmanager
-    def again(self, parameters: Sequence[Tensor], buffers: Sequence[tuple[dict[str, Any], str, Tensor]]) -> Iterator[None]:
+    def again(
+        self, parameters: Sequence[Tensor], buffers: Sequence[tuple[dict[str, Any], str, Tensor]]
+    ) -> Iterator[None]:
         """Modules in their mode of then, with these parameters and with copies of these buffers."""
         undo: list[tuple[dict[str, Any], str, Any]] = []
         modes = [(m, m.training) for m in self.modules]
@@ -187,7 +189,9 @@ class _Call:
         """The largest whole number in each tensor that is to be packed, 0 for the others."""
         segment = self.segment
         proven = segment.packed if segment.packed and segment.still_packable() else {}
-        by_tensor = {id(v): proven.get(n.name, 0) for n, v in zip(segment.placeholders, self.values(tensors), strict=True)}
+        by_tensor = {
+            id(v): proven.get(n.name, 0) for n, v in zip(segment.placeholders, self.values(tensors), strict=True)
+        }
         return [by_tensor.get(id(x), 0) for x in tensors]
 
     def forward(self, tensors: Sequence[Tensor]) -> Any:
@@ -242,7 +246,11 @@ class _Call:
     # -- backward -------------------------------------------------------------------------------------------------
 
     def backward(
-        self, tensors: Sequence[Any], parameters: Sequence[Tensor], needs: Sequence[bool], grads: Sequence[Tensor | None]
+        self,
+        tensors: Sequence[Any],
+        parameters: Sequence[Tensor],
+        needs: Sequence[bool],
+        grads: Sequence[Tensor | None],
     ) -> tuple[list[Tensor | None], list[Tensor | None]]:
         """Gradients of the tensors and of the parameters."""
         segment = self.segment
@@ -275,7 +283,9 @@ class _Call:
     def _backward_node(self, node: Node, env: dict[Node, Any], state: _Pass) -> None:
         args, kwargs = map_arg((node.args, node.kwargs), env.__getitem__)
         keys = map_arg((node.args, node.kwargs), self.keys.__getitem__)
-        given = [state.found.pop(key, None) if isinstance(key, _Key) else None for key in pytree.tree_leaves(self.keys[node])]
+        given = [
+            state.found.pop(key, None) if isinstance(key, _Key) else None for key in pytree.tree_leaves(self.keys[node])
+        ]
         if all(g is None for g in given):
             return
         length = self.segment.chunks.get(node.name)
@@ -303,7 +313,9 @@ class _Call:
             args, kwargs = pytree.tree_unflatten(values, spec)
             outputs = pytree.tree_leaves(node.target(*args, **kwargs))
             del values, args, kwargs, entered
-        pairs = [(get_gradient_edge(y), g) for y, g in zip(outputs, given, strict=True) if g is not None and y.requires_grad]
+        pairs = [
+            (get_gradient_edge(y), g) for y, g in zip(outputs, given, strict=True) if g is not None and y.requires_grad
+        ]
         del outputs
         parameters = [(i, p) for i, p in enumerate(state.parameters) if p.requires_grad]
         if not pairs or not (inputs or parameters):
@@ -319,7 +331,14 @@ class _Call:
                 state.of_parameters[i] = grad if before is None else before + grad
 
     def _vjp_in_chunks(
-        self, node: Node, length: int, args: Any, kwargs: dict[str, Any], keys: Any, given: list[Tensor | None], state: _Pass
+        self,
+        node: Node,
+        length: int,
+        args: Any,
+        kwargs: dict[str, Any],
+        keys: Any,
+        given: list[Tensor | None],
+        state: _Pass,
     ) -> None:
         """The same in chunks of time steps, from the last one to the first."""
         (key_args, key_kwargs), carries = keys, "state" in kwargs
@@ -424,7 +443,8 @@ class _Recompute(torch.autograd.Function):
         call: _Call = ctx.call
         saved, (first, second) = ctx.saved_tensors, ctx.counts
         inputs: list[Any] = [
-            x if packed is None else PackedTensor(x, *packed) for x, packed in zip(saved[:first], ctx.packed, strict=True)
+            x if packed is None else PackedTensor(x, *packed)
+            for x, packed in zip(saved[:first], ctx.packed, strict=True)
         ]
         states = iter(saved[second:])
         borders = [next(states) if isinstance(n, _Held) else n for n in ctx.border_numbers]

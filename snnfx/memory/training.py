@@ -126,7 +126,10 @@ class Recomputation:
             model = model_memory(self.net, leaves, None, training=True)
             lengths, packed = region_chunks(chunked, model, T), packed_parts(self.net, model)
             # What a generated kernel saves is no more than its input, which would be kept instead.
-            holds = {call.name: kept_by_history(model, call, T) > kept_instead(model, call, T, packed) for call in model.calls}
+            holds = {
+                call.name: kept_by_history(model, call, T) > kept_instead(model, call, T, packed)
+                for call in model.calls
+            }
         except NotPredictable:
             lengths, holds = {name: max(1, T // 4) for name in names if name in chunked}, {}
         return RecomputePlan(

@@ -28,7 +28,9 @@ def recompute_seconds(call: CallCost, steps: int) -> float:
     return call.bytes["written"](steps) / _BYTES_PER_SECOND + call.bytes["operations"](steps) / _OPERATIONS_PER_SECOND
 
 
-def training_peak(model: MemoryModel, steps: int, chunks: Mapping[str, int | None], packed: Mapping[int, float]) -> Moment:
+def training_peak(
+    model: MemoryModel, steps: int, chunks: Mapping[str, int | None], packed: Mapping[int, float]
+) -> Moment:
     """The widest point of a training step, see `training_timeline`."""
     moments = training_timeline(model, steps, chunks, packed)
     return max(moments, key=lambda at: at.bytes, default=Moment(0.0, "", "forward"))
@@ -131,8 +133,10 @@ class _Timeline:
             start = self.calls[index - 1]
             first = self._chunk(index - 1)
             again = self._sizes(start.makes) + start.bytes["peak"](first) if first else start.bytes["peak"](steps)
-            rest = self._sizes(start.makes) + cost["saved"](steps) + max(
-                held + cost["peak_with_history"](steps) - cost["saved"](steps), cost["backward_held"](steps)
+            rest = (
+                self._sizes(start.makes)
+                + cost["saved"](steps)
+                + max(held + cost["peak_with_history"](steps) - cost["saved"](steps), cost["backward_held"](steps))
             )
             now += max(held + again, rest)
         elif not self.again[index]:
