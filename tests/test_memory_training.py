@@ -227,7 +227,8 @@ def test_nothing_is_left_behind() -> None:
         y.sum().backward()
         del y
         gc.collect()
-        assert sum(meter.alive.values()) <= sum(p.numel() * 4 for p in net.parameters()) + 64
+        # The meter also sees the weights, through their views; their gradients are what is left.
+        assert sum(meter.alive.values()) <= 2 * sum(p.numel() * 4 for p in net.parameters()) + 64
     assert all(isinstance(m.v, float) for m in net.modules() if isinstance(m, neuron.BaseNode))
 
 

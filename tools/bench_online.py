@@ -8,7 +8,8 @@ optimizer's step runs all the same). The largest difference of the first gradien
 SpikingJelly pools the trace where snnfx traces what the weight is given, which is not the same for a max-pool.
 Each case runs in a process of its own.
 
-Peak memory is that of one training call, above what the process held before the call.
+Peak memory is that of one training call, above what the process held before the call: with malloc as it is, which
+keeps freed blocks in pieces, and with a malloc that gives them back, where the peak is what is in use at one time.
 """
 
 from __future__ import annotations
@@ -24,6 +25,7 @@ import sys
 import time
 from collections.abc import Callable
 from concurrent.futures import ProcessPoolExecutor
+from multiprocessing.context import SpawnContext
 from pathlib import Path
 from typing import Any
 
@@ -38,6 +40,7 @@ RESULTS = Path(__file__).resolve().parent / "results" / "online_cpu.json"
 ALPHA = 0.1
 MEMORY_LENGTHS = (32, 256, 512)
 MEMORY_CHUNK = 16
+GIVE_BACK = {"MALLOC_MMAP_THRESHOLD_": "65536", "MALLOC_TRIM_THRESHOLD_": "65536"}
 
 Call = Callable[[], Any]
 Sides = dict[str, tuple[Call, nn.Module]]
@@ -217,6 +220,28 @@ def peak_of_one_call(T: int, N: int, chunk: int) -> float:
     return memory_mib("VmHWM") - before
 
 
+def measure_memory(context: SpawnContext) -> dict[str, Any]:
+    """Peaks by T, with the system's malloc settings and with those that give every freed block back at once."""
+    peaks: dict[str, dict[int, float]] = {}
+    for name, settings in (("as it is", {}), ("freed blocks given back", GIVE_BACK)):
+        kept = dict(os.environ)
+        os.environ.update(settings)
+        with ProcessPoolExecutor(1, mp_context=context, max_tasks_per_child=1) as fresh:
+            peaks[name] = {T: fresh.submit(peak_of_one_call, T, 8, MEMORY_CHUNK).result() for T in MEMORY_LENGTHS}
+        for key in settings:
+            os.environ.pop(key)
+        os.environ.update(kept)
+    return {"net": "CSNN", "N": 8, "chunk": MEMORY_CHUNK, "peak_mib": peaks}
+
+
+def show_memory(result: dict[str, Any]) -> None:
+    print(f"  peak memory of OTTT-A, CSNN, N={result['N']}, chunk {result['chunk']}")
+    for name, peaks in result["peak_mib"].items():
+        shown = "   ".join(f"T={T} {peak:.0f} MiB" for T, peak in peaks.items())
+        growth = peaks[MEMORY_LENGTHS[-1]] / peaks[MEMORY_LENGTHS[0]]
+        print(f"    malloc {name:<24} {shown}   last to first {growth:.2f}x", flush=True)
+
+
 def show(result: dict[str, Any]) -> None:
     t, difference = result["milliseconds"], result["gradient_difference"]
     same = "" if difference is None else f"   gradients differ by {difference:.1e}"
@@ -249,12 +274,9 @@ def main() -> None:
             if arguments.only in (None, case[0].split("-")[0].lower()):
                 found["cases"].append(fresh.submit(measure, *case, arguments.repeats).result())
                 show(found["cases"][-1])
-        if arguments.only in (None, "memory") and sys.platform == "linux":
-            peaks = {T: fresh.submit(peak_of_one_call, T, 8, MEMORY_CHUNK).result() for T in MEMORY_LENGTHS}
-            found["memory"] = {"net": "CSNN", "N": 8, "chunk": MEMORY_CHUNK, "peak_mib": peaks}
-            shown = "   ".join(f"T={T} {peak:.0f} MiB" for T, peak in peaks.items())
-            growth = peaks[MEMORY_LENGTHS[-1]] / peaks[MEMORY_LENGTHS[0]]
-            print(f"  peak of OTTT-A, CSNN, N=8, chunk {MEMORY_CHUNK}: {shown}   last to first {growth:.2f}x")
+    if arguments.only in (None, "memory") and sys.platform == "linux":
+        found["memory"] = measure_memory(context)
+        show_memory(found["memory"])
     if arguments.json:
         arguments.json.parent.mkdir(parents=True, exist_ok=True)
         arguments.json.write_text(json.dumps(found, indent=2) + "\n")

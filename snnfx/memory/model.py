@@ -105,7 +105,7 @@ class MemoryModel:
 
     def holders(self, steps: int) -> list[tuple[str, float]]:
         """Who holds the bytes at the peak of inference: `(region, bytes)`, the largest first."""
-        peak, where = self.inference(steps)
+        _, where = self.inference(steps)
         alive: dict[int, tuple[str, float]] = {}
         for call in self.calls:
             if call.name == where:

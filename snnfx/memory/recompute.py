@@ -357,7 +357,7 @@ class _Call:
             after = [g[start : start + length] if g is not None else None for g in of_outputs]
             part = _Pass({}, state.frozen, state.parameters, state.of_parameters)
             self._vjp(node, (x, *args[1:]), now, now_keys, [*after, *of_state], part)
-            for key, value in zip(key_args[0], args[0], strict=True):
+            for key in key_args[0]:
                 grad = part.found.pop(key, None)
                 if grad is not None and key not in totals:
                     totals[key] = _empty_like(grad, T)
