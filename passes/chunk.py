@@ -1,7 +1,7 @@
 """How many time steps are run at once in inference (strip-mining of the time loop), and the shapes of a step's state.
 
 Run over all T steps, a value takes T times the bytes of one step; the plan (`snnfx.memory.plan`) takes as many steps as
-fit, and the state is handed from chunk to chunk. Legal in evaluation mode, where no value depends on the number of steps
+fit, and the state is handed from chunk to chunk. Legal in evaluation mode: no value depends on the number of steps
 that are run together.
 """
 

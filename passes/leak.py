@@ -254,7 +254,7 @@ def fed_slots(
         step: the whole step.
         program: of the step.
         node: a weight op.
-        weights: all weight ops with their operands. Where the operand is what a neuron that is fed gives (it never fires,
+        weights: all weight ops with their operands. Where the operand is what a fed neuron gives (it never fires,
             so it hands the change on), what comes behind the weight is fed by that neuron.
     """
     constants = [program.resolve(target) for target in step.targets]

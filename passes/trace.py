@@ -208,7 +208,7 @@ class _Leaks:
         self.cycles = {n: cycle for cycle in analyse_dependence(program).cycles for n in cycle}
 
     def of(self, op: WeightOp) -> float | LeakProbe | None:
-        """The leak for the trace of an operand; None when it has none: the weight feeds nothing that is cut and leaks."""
+        """The leak for the trace of an operand; None where the weight feeds nothing that is cut and leaks."""
         if not isinstance(self.leak, str):
             return float(self.leak)
         if self.leak == "post":

@@ -1,6 +1,6 @@
-"""Prove which values of a step are small whole numbers: spikes (0 or 1), and what pooling, reshaping, adding make of them.
+"""Prove which values of a step are small whole numbers: spikes, and what pooling, reshaping and adding make of them.
 
-An analysis of intervals over the step graph (Cousot & Cousot 1977) with the lower bound 0: a node is in the result if all
+An analysis of intervals over the step graph (Cousot & Cousot 1977) with the lower bound 0: a node is in it if all
 its elements are whole numbers from 0 to the bound. What is not known is left out. Such a value can be kept for the
 backward pass in a bit or a byte, exactly.
 """

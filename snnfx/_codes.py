@@ -311,8 +311,8 @@ CODES: dict[str, CodeEntry] = {
     "SNNFX316": CodeEntry(
         "a kernel is differentiated twice",
         "A loop that runs as one generated kernel has a first derivative only; the gradient of its gradient "
-        "(create_graph=True) is not generated. It is said when the second derivative is asked for, not before.",
-        "net = snnfx.convert(model); (g,) = torch.autograd.grad(net(x).sum(), x, create_graph=True); g.sum().backward()",
+        "(create_graph=True) is not generated. It is said when the first derivative is taken with create_graph=True.",
+        "net = snnfx.convert(model); (g,) = torch.autograd.grad(net(x).sum(), x, create_graph=True)",
         "net = snnfx.convert(model, lower=None)   # PyTorch runs every step, and can",
     ),
     # 4xx: verification

@@ -1,6 +1,6 @@
 """Inference on sequences of any length, whose inputs come a few steps at a time.
 
-`for y in net.stream(chunks)` holds one chunk, its outputs, and the state: memory does not grow with the number of steps.
+`for y in net.stream(chunks)` holds one chunk, its outputs, and the state: memory does not grow with the steps.
 """
 
 from __future__ import annotations

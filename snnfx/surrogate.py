@@ -111,7 +111,7 @@ def _spike_with(derivative: Callable[..., Tensor]) -> Callable[..., Tensor]:
 
     def spike(x: Tensor, *hyperparameters: float) -> Tensor:
         if type(x) is Tensor and not torch.compiler.is_compiling() and not torch._C._are_functorch_transforms_active():
-            # What `apply` comes to; before, it would look at the signature of `forward`, longer than a small step takes.
+            # What `apply` comes to; before, it looks at the signature of `forward`, longer than a small step takes.
             return cast(Tensor, super(torch.autograd.Function, SpikeFunction).apply(x, derivative, hyperparameters))
         return cast(Tensor, SpikeFunction.apply(x, derivative, hyperparameters))
 

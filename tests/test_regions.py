@@ -226,7 +226,8 @@ def test_the_operator_satisfies_torchs_checks() -> None:
     arguments = (loop.handle, [x_seq], tensors, [], False, needs)
     torch.library.opcheck(torch.ops.snnfx.run_region.default, arguments)
     state = [torch.zeros(N, C, dtype=torch.float64) for _ in range(3)]
-    torch.library.opcheck(torch.ops.snnfx.run_region.default, (*arguments[:3], state, True, [*needs, False, False, False]))
+    given = (*arguments[:3], state, True, [*needs, False, False, False])
+    torch.library.opcheck(torch.ops.snnfx.run_region.default, given)
 
 
 class Centred(nn.Module):
@@ -252,7 +253,8 @@ def test_a_map_as_operator_has_the_values_and_gradients_of_stepping() -> None:
         results.append((y, torch.autograd.grad((weights * y).sum(), x_seq)))
     assert_same(results[1], results[0])
     assert_same(results[0][0], torch.stack([x - x.mean(0) for x in x_seq]))
-    torch.library.opcheck(torch.ops.snnfx.run_region.default, (region.handle, list(inputs), [], [], False, [True] * len(inputs)))
+    given = (region.handle, list(inputs), [], [], False, [True] * len(inputs))
+    torch.library.opcheck(torch.ops.snnfx.run_region.default, given)
 
 
 def test_a_map_that_vmap_refuses_is_stepped_with_one_warning() -> None:

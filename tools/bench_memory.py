@@ -72,8 +72,9 @@ def step_of(module: nn.Module, run: Callable[[Tensor], Tensor]) -> Callable[[Ten
 
 
 def net_for(name: str, **options: Any) -> Any:
-    import snnfx
     from memory_models import MODELS
+
+    import snnfx
 
     make, shape = MODELS[name]
     torch.manual_seed(0)

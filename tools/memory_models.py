@@ -1,4 +1,4 @@
-"""The models of `bench_memory.py`: single-step, with the shape of one step's input; two have a peer in multi-step form."""
+"""The models of `bench_memory.py`: single-step, with the shape of one step's input; two have a multi-step peer."""
 
 from __future__ import annotations
 

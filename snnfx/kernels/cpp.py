@@ -287,16 +287,16 @@ def write_backward(step: StepExpressions, plan: SavePlan, wanted: Backward) -> K
         writes.append((name, found))
     for index in wanted.states(step):
         gradient = step.grad_states[index]
-        leaf = next((e for e in used if e.op == "grad_state" and e.index == index), None)
-        dtype = (leaf or gradient or step.next_states[index]).dtype
+        above = next((e for e in used if e.op == "grad_state" and e.index == index), None)
+        dtype = (above or gradient or step.next_states[index]).dtype
         name = writer.buffer(f"g{index}", _C[dtype])
         memory = step.state_dtypes[index]
         once.append(
             f"gather<{_MEMORY[memory]}, {_C[dtype]}>("
             f"{name}, {writer.slot('grad_final', index, memory)}, a, 0, start, n);"
         )
-        if leaf is not None:
-            at_hand[leaf] = f"{name}[i]"
+        if above is not None:
+            at_hand[above] = f"{name}[i]"
         if gradient is None:
             after.append(f"for (i64 i = 0; i < n; i++) {name}[i] = 0;")
         else:

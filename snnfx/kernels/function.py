@@ -73,6 +73,14 @@ class _Kernel(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor | None) -> tuple[Any, ...]:
+        if torch.is_grad_enabled():
+            # Said here, where create_graph=True asks for it: later, what is gone from the graph would count as a zero.
+            raise InputError(
+                "SNNFX316",
+                "the gradient of a kernel is to be differentiated",
+                why="create_graph=True asks for the gradient of a gradient, which is not generated.",
+                hint="Convert with lower=None: the loop is then run by PyTorch, which can.",
+            )
         lowered, kept = ctx.lowered, ctx.kept
         tensors = list(ctx.saved_tensors)
         n_inputs, n_initials, n_constants = ctx.counts
@@ -97,31 +105,4 @@ class _Kernel(torch.autograd.Function):
             *(g for g, number in zip(found_states, ctx.numbers, strict=True) if number is None),
             *found_constants,
         ]
-        if torch.is_grad_enabled():
-            found = _refuse_second_derivative(found, [*grads, *tensors])
         return (None, None, None, None, *found)
-
-
-def _refuse_second_derivative(found: list[Tensor | None], read: Sequence[Tensor | None]) -> list[Tensor | None]:
-    """Gradients that raise an error when they are differentiated."""
-    present = [g for g in found if g is not None]
-    # The values that the gradients depend on are not all there any more; one leaf stands for those that are gone.
-    gone = torch.zeros((), requires_grad=True)
-    roots = [gone, *(t for t in read if t is not None and t.requires_grad)]
-    marked = iter(_NoSecondDerivative.apply(len(present), *present, *roots))
-    return [None if g is None else next(marked) for g in found]
-
-
-class _NoSecondDerivative(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, count: int, *tensors: Tensor) -> tuple[Tensor, ...]:
-        return tuple(t.view_as(t) for t in tensors[:count])
-
-    @staticmethod
-    def backward(ctx: Any, *grads: Tensor | None) -> tuple[Any, ...]:
-        raise InputError(
-            "SNNFX316",
-            "a kernel is differentiated twice",
-            why="the gradient of a gradient (create_graph=True) is not generated.",
-            hint="Convert with lower=None: the loop is then run by PyTorch, which can.",
-        )

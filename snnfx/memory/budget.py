@@ -13,8 +13,8 @@ __all__ = ["CACHE_FRIENDLY", "bytes_as_text", "check_memory_budget", "free_bytes
 
 CACHE_FRIENDLY = 64 * 2**20
 """Bytes of live intermediates up to which more steps at once are faster on a CPU. Measured on a convolutional SNN
-(`tools/bench_csnn.py`): with more, large blocks come from fresh pages each time and page faults dominate; with less, the
-calls do."""
+(`tools/bench_csnn.py`): with more, large blocks come from fresh pages each time and page faults dominate; with less,
+the calls do."""
 
 
 def check_memory_budget(budget: Any) -> None:

@@ -234,7 +234,7 @@ class _Enter(torch.autograd.Function):
 
 
 class _Seed(torch.autograd.Function):
-    """A number whose backward makes the gradients of the outputs, so that the engine lets go of each when it is used."""
+    """A number whose backward makes the gradients of the outputs, so that the engine lets go of each after its use."""
 
     @staticmethod
     def forward(ctx: Any, meter: Meter, *outputs: Tensor) -> Tensor:  # type: ignore[override]

@@ -1,7 +1,7 @@
 """The memory model: the bytes that an emitted graph holds over its execution, as a function of the steps run at once.
 
-Every region call is run on meta tensors for two small numbers of steps (`snnfx.memory.meter`); what it takes is affine in
-that number. The life of the values between the calls is read off the graph. So the peak for any number of steps, any
+Every region call is run on meta tensors for two small numbers of steps (`snnfx.memory.meter`); what it takes is affine
+in that number. The life of the values between the calls is read off the graph. So the peak for any number of steps, any
 chunk, and any plan of what backward computes again is a sum over a table, without another run.
 """
 
@@ -329,7 +329,7 @@ class _Walk:
 
 
 def _saved_by_kernel(region: LoopRegion) -> tuple[int, tuple[int, ...]]:
-    """Sequences that its kernel saves, and inputs that it keeps; before the first call: one, the cut of most neurons."""
+    """Sequences that its kernel saves, and inputs that it keeps; before the first call: one, as for most neurons."""
     assert region.kernels is not None
     for entry in region.kernels.entries.values():
         for needs in entry.built:

@@ -11,14 +11,14 @@ from torch import Tensor, fx, nn
 from snnfx.errors import InputError, warn_once
 from snnfx.memory.recompute import Segment, run_segment
 from snnfx.passes.checkpoint import RecomputePlan, can_be_chunked, recompute_segments, region_calls
-from snnfx.passes.whole_numbers import prove_whole_numbers
 from snnfx.passes.split_statistics import split_statistics
+from snnfx.passes.whole_numbers import prove_whole_numbers
 from snnfx.program import Region, StepProgram, describe_node, keeps_statistics
 
 if TYPE_CHECKING:
     from snnfx.net import Net
 
-__all__ = ["Recomputation", "grouped", "check_checkpoint_option", "refuse_statistics_over_time"]
+__all__ = ["Recomputation", "check_checkpoint_option", "grouped", "refuse_statistics_over_time"]
 
 
 def check_checkpoint_option(checkpoint: Any) -> None:
