@@ -56,7 +56,7 @@ def check_chunk_option(chunk: Any) -> None:
         raise InputError("SNNFX302", f"chunk={chunk}", hint="A chunk has at least one time step.")
 
 
-def plan_chunks(chunk: int | None) -> ChunkPlan:
+def plan_chunks(chunk: Any) -> ChunkPlan:
     """The plan of a chunk length that was given; `snnfx.memory.plan` makes one for "auto"."""
     if chunk is None:
         return ChunkPlan(None, 0, 0, "chunk=None: all time steps at once")

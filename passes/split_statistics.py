@@ -1,6 +1,6 @@
 """Split folds at their batch statistics, so that what comes before them may go through the sequence in chunks.
 
-`fold(pool, conv, bn)` becomes `fold(pool, conv)` and `fold(bn)`: BatchNorm in training needs all time steps, pooling and
+`fold(pool, conv, bn)` becomes `fold(pool, conv)` and `fold(bn)`: BatchNorm in training needs all steps, pooling and
 convolution do not. Legal for any cut of a fold: both parts are batch-equivariant, and borders are views. Used only for
 forms of the graph that compute parts again in backward.
 """

@@ -26,7 +26,14 @@ _LARGEST = 255
 _SAME = (
     "flatten reshape view permute transpose contiguous unsqueeze squeeze expand select unflatten movedim clone t detach"
 )
-_SAME_FUNCTIONS = (torch.flatten, torch.reshape, torch.permute, torch.transpose, torch.unsqueeze, torch.squeeze)
+_SAME_FUNCTIONS: tuple[Any, ...] = (
+    torch.flatten,
+    torch.reshape,
+    torch.permute,
+    torch.transpose,
+    torch.unsqueeze,
+    torch.squeeze,
+)
 _SAME_FUNCTIONS += (torch.movedim, torch.unflatten, torch.relu, F.relu, F.max_pool1d, F.max_pool2d, F.max_pool3d)
 _SAME_MODULES = (nn.Flatten, nn.Unflatten, nn.Identity, nn.MaxPool1d, nn.MaxPool2d, nn.MaxPool3d, nn.ReLU)
 
@@ -78,7 +85,8 @@ def fires_spikes(module: nn.Module) -> bool:
     return False
 
 
-_ADVANCES = {cls.advance for cls in (BaseNode, *BaseNode.__subclasses__())}
+_NEURONS: list[type[BaseNode]] = [BaseNode, *BaseNode.__subclasses__()]
+_ADVANCES = {cls.advance for cls in _NEURONS}
 
 
 def _bound(program: StepProgram, node: Node, largest: dict[Node, int], neurons: list[nn.Module]) -> int | None:

@@ -49,7 +49,7 @@ def _unfit(value: Any) -> str:
         return "an iterator is used up by being looked at."
     if isinstance(value, set | frozenset):
         return "a set has no order."
-    if type(value).__module__ == "numpy" and hasattr(value, "__array__") and getattr(value, "ndim", 0):
+    if type(value).__module__ == "numpy" and hasattr(value, "__array__") and bool(getattr(value, "ndim", 0)):
         return "it would be fixed at conversion."
     inside = getattr(value, "__dict__", None)
     if isinstance(inside, dict) and any(isinstance(v, Tensor | fx.Proxy) for v in pytree.tree_leaves(inside)):

@@ -163,9 +163,7 @@ def _(
     region = region_of_handle(handle)
     kernels = getattr(region, "kernels", None)
     if kernels is not None:
-        done = fake_results(
-            kernels, x_seq, _constants_with(region, tensors), list(state) if has_state else None, needs
-        )
+        done = fake_results(kernels, x_seq, _constants_with(region, tensors), list(state) if has_state else None, needs)
         if done is not None:
             return done
     T = x_seq[0].shape[0]

@@ -85,6 +85,6 @@ def unpack_program(packed: _PackedProgram, source: nn.Module) -> StepProgram:
         nodes[name] = node
     fields = {**packed.fields, **{name: pytree.tree_structure(packed.fields[name]) for name in _SPECS}}
     program = StepProgram(graph=graph, source=source, **fields)
-    regions = [Region(name, kind, [nodes[n] for n in members], *rest) for name, kind, members, *rest in packed.regions]
+    regions = [Region(r[0], r[1], [nodes[n] for n in r[2]], *r[3:]) for r in packed.regions]
     first = unpack_program(packed.first_step, source) if packed.first_step is not None else None
     return replace(program, regions=regions, first_step=first)

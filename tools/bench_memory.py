@@ -20,7 +20,7 @@ import statistics
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -165,7 +165,7 @@ def optimized(memopt: Any, peer: nn.Module, x_seq: Tensor, side: str) -> nn.Modu
         functional.reset_net(model)
         return model(x_seq)
 
-    return memopt.optimize_memory(peer, targets, example, level=2 if "2" in side else 1)  # type: ignore[no-any-return]
+    return memopt.optimize_memory(peer, targets, example, level=2 if "2" in side else 1)
 
 
 def train(name: str, side: str, T: int, N: int, what: str, repeats: int) -> dict[str, Any]:
@@ -206,13 +206,13 @@ def inference_over(T: int) -> dict[str, Any]:
         return {"T": T, "bytes": peak_of(lambda: net(x_seq)), "streamed_bytes": peak_of(run)}
 
 
-def in_process(arguments: list[str], environment: dict[str, str]) -> dict[str, Any]:
+def in_process(arguments: Sequence[Any], environment: dict[str, str]) -> dict[str, Any]:
     """Run a part of this file in a fresh process."""
     command = [sys.executable, __file__, "--worker", json.dumps(arguments)]
     done = subprocess.run(command, env={**os.environ, **environment}, capture_output=True, text=True, check=False)
     if done.returncode:
         return {"error": done.stderr.strip().splitlines()[-1] if done.stderr.strip() else f"exit {done.returncode}"}
-    return json.loads(done.stdout.splitlines()[-1])  # type: ignore[no-any-return]
+    return json.loads(done.stdout.splitlines()[-1])
 
 
 def work(arguments: list[Any]) -> dict[str, Any]:

@@ -8,6 +8,7 @@ the seconds that the conversion took. A library that is not installed is left ou
 from __future__ import annotations
 
 import argparse
+import functools
 import importlib.util
 import os
 import sys
@@ -68,7 +69,8 @@ def spikingjelly_models() -> Iterator[Entry]:
     from spikingjelly.activation_based import functional, neuron, surrogate
     from spikingjelly.activation_based.model import parametric_lif_net, spiking_vgg
 
-    def single_step(model: nn.Module) -> nn.Module:
+    def built(make: Callable[..., nn.Module], **options: Any) -> nn.Module:
+        model = make(**options)
         functional.set_step_mode(model, "s")
         return model
 
@@ -79,15 +81,15 @@ def spikingjelly_models() -> Iterator[Entry]:
 
         for depth in (18, 101):
             make = getattr(sew_resnet, f"sew_resnet{depth}")
-            yield Entry(f"sew_resnet{depth}", lambda make=make: single_step(make(cnf="ADD", **spiking)), image)
+            yield Entry(f"sew_resnet{depth}", functools.partial(built, make, cnf="ADD", **spiking), image)
         for depth in (34,):
             make = getattr(spiking_resnet, f"spiking_resnet{depth}")
-            yield Entry(f"spiking_resnet{depth}", lambda make=make: single_step(make(**spiking)), image)
+            yield Entry(f"spiking_resnet{depth}", functools.partial(built, make, **spiking), image)
     else:
         print("torchvision is not installed: no spiking_resnet, no sew_resnet", file=sys.stderr)
     for name in ("spiking_vgg11_bn", "spiking_vgg19"):
         make = getattr(spiking_vgg, name)
-        yield Entry(name, lambda make=make: single_step(make(**spiking)), image)
+        yield Entry(name, functools.partial(built, make, **spiking), image)
     leaky: dict[str, Any] = {"channels": 8, "spiking_neuron": neuron.ParametricLIFNode}
     for name, shape in (
         ("MNISTNet", (2, 1, 28, 28)),
@@ -96,7 +98,7 @@ def spikingjelly_models() -> Iterator[Entry]:
         ("DVSGestureNet", (2, 2, 128, 128)),
     ):
         make = getattr(parametric_lif_net, name)
-        yield Entry(f"parametric_lif_net.{name}", lambda make=make: single_step(make(**leaky)), shape)
+        yield Entry(f"parametric_lif_net.{name}", functools.partial(built, make, **leaky), shape)
 
 
 def snntorch_models() -> Iterator[Entry]:

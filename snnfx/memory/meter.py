@@ -229,7 +229,7 @@ class _Enter(torch.autograd.Function):
         return value.pop()
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:  # type: ignore[override]
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
         return grad, None
 
 
@@ -237,13 +237,13 @@ class _Seed(torch.autograd.Function):
     """A number whose backward makes the gradients of the outputs, so that the engine lets go of each after its use."""
 
     @staticmethod
-    def forward(ctx: Any, meter: Meter, *outputs: Tensor) -> Tensor:  # type: ignore[override]
+    def forward(ctx: Any, meter: Meter, *outputs: Tensor) -> Tensor:
         ctx.meter = meter
         ctx.shapes = [(y.shape, y.dtype) for y in outputs]
         return torch.empty((), device="meta")
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:  # type: ignore[override]
+    def backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
         grads = [torch.empty(shape, dtype=dtype, device="meta") for shape, dtype in ctx.shapes]
         for g in grads:
             ctx.meter.put_aside(g)

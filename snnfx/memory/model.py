@@ -142,7 +142,7 @@ def model_memory(net: Net, leaves: Sequence[Tensor], state: Mapping[str, Any] | 
     finally:
         if random_state() != generators:
             torch.set_rng_state(torch.tensor(list(generators[0]), dtype=torch.uint8))
-    return _combined(*runs, training)
+    return _combined(runs[0], runs[1], training)
 
 
 class _Twin:
@@ -157,7 +157,8 @@ class _Twin:
         for _, module, adapter in named_stateful(net.source):
             memo.update((id(value), meta_like(value)) for value in adapter.read(module) if isinstance(value, Tensor))
         roots = (net.source, net._modules["snnfx_constants"])
-        self.source, self.constants = copy.deepcopy(roots, memo)
+        copies: Any = copy.deepcopy(roots, memo)
+        self.source, self.constants = copies
         for module in (*self.source.modules(), *self.constants.modules()):
             for hooks in ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks"):
                 module.__dict__[hooks].clear()
@@ -214,7 +215,7 @@ class _Walk:
         self.known: dict[Any, tuple[Any, CallBytes]] = {}
         self.alive: list[Any] = []
         varying = net._arguments.varying
-        self.given = [
+        self.given: list[Any] = [
             self._input(x, torch.empty((steps, *x.shape[1:]), dtype=x.dtype, device="meta") if v else meta_like(x))
             for x, v in zip(leaves, varying, strict=True)
         ]

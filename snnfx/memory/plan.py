@@ -42,8 +42,8 @@ def plan_inference(net: Net, leaves: Sequence[Tensor], state: Mapping[str, Any] 
     device = leaves[0].device if leaves else torch.device("cpu")
     try:
         model = model_memory(net, leaves, state, training=False)
-    except NotPredictable as reason:
-        return ChunkPlan(None, 0, 0, f"all time steps at once: the bytes of a step are not known ({reason})")
+    except NotPredictable as why:
+        return ChunkPlan(None, 0, 0, f"all time steps at once: the bytes of a step are not known ({why})")
     budget = inference_budget(net.options.memory_budget, device)
     needed, where = model.inference(1)
     if needed > budget and net.options.memory_budget is not None:
@@ -77,8 +77,9 @@ def packed_parts(net: Net, model: MemoryModel) -> dict[int, float]:
     largest = {node.name: bound for node, bound in prove_whole_numbers(program).largest.items()}
     calls = {call.name: call for call in model.calls}
     parts: dict[int, float] = {}
+    node: Any
     for name, node in region_calls(graph).items():
-        outputs = node if node.target.__name__ != "multi_step_forward" else _element(node, 0)
+        outputs: Any = node if node.target.__name__ != "multi_step_forward" else _element(node, 0)
         for user in outputs.users if outputs is not None else ():
             bound = largest.get(user.meta.get("step_node", ""))
             if bound is not None and name in calls and user.args[1] < len(calls[name].makes):
@@ -112,7 +113,7 @@ def plan_training(net: Net, T: int, leaves: Sequence[Tensor], state: Mapping[str
     chunked = {region.name for region in regions if can_be_chunked(net.program, region)}
     lengths = region_chunks(chunked, model, T)
     calls = [call for call in model.calls if call.is_region]
-    tried = set()
+    tried: set[Any] = set()
     by_name = {call.name: call for call in calls}
     groups = [
         group

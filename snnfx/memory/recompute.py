@@ -135,11 +135,12 @@ class _Modules:
     ) -> Iterator[None]:
         """Modules in their mode of then, with these parameters and with copies of these buffers."""
         undo: list[tuple[dict[str, Any], str, Any]] = []
+        registry: dict[str, Any]
         modes = [(m, m.training) for m in self.modules]
         try:
             for registry, key, index in self.places:
                 undo.append((registry, key, registry[key]))
-                registry[key] = parameters[index]
+                registry[key] = parameters[index]  # type: ignore[assignment]
             for registry, key, value in buffers:
                 undo.append((registry, key, registry[key]))
                 registry[key] = value.clone()
@@ -210,10 +211,13 @@ class _Call:
                 del env[dead]
         raise AssertionError("a graph has an output")
 
-    def _forward_node(self, node: Node, env: dict[Node, Any]) -> None:
+    def _forward_node(self, node: Any, env: dict[Node, Any]) -> None:
         args, kwargs = map_arg((node.args, node.kwargs), env.__getitem__)
         if node.target is operator.getitem:
-            env[node], self.keys[node] = args[0][args[1]], self.keys[node.args[0]][args[1]]
+            source: Any = node.args[0]
+            index: Any = args[1]
+            env[node] = args[0][index]
+            self.keys[node] = self.keys[source][index]
             return
         self.buffers[node] = self.modules.buffers()
         if node.name in self.segment.random:
@@ -221,7 +225,7 @@ class _Call:
         env[node] = self._run(node, args, kwargs, self.borders)
         self.keys[node] = _keys_of(env[node])
 
-    def _run(self, node: Node, args: Any, kwargs: Any, borders: dict[Node, list[Any]] | None = None) -> Any:
+    def _run(self, node: Any, args: Any, kwargs: Any, borders: dict[Node, list[Any]] | None = None) -> Any:
         """A stage without a history, in its chunks."""
         length = self.segment.chunks.get(node.name)
         if length is None:
@@ -294,7 +298,7 @@ class _Call:
         else:
             self._vjp_in_chunks(node, length, args, dict(kwargs), keys, given, state)
 
-    def _vjp(self, node: Node, args: Any, kwargs: Any, keys: Any, given: list[Tensor | None], state: _Pass) -> None:
+    def _vjp(self, node: Any, args: Any, kwargs: Any, keys: Any, given: list[Tensor | None], state: _Pass) -> None:
         """The vector-Jacobian product of one run of a stage; gradients are added up in `state`."""
         values, spec = pytree.tree_flatten((args, kwargs))
         inputs: dict[Any, Tensor] = {}
@@ -405,7 +409,7 @@ class _Enter(torch.autograd.Function):
         return value.pop()
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:  # type: ignore[override]
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
         return grad, None
 
 

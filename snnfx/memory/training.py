@@ -149,7 +149,7 @@ def grouped(names: Sequence[str]) -> tuple[tuple[str, ...], ...]:
     )
 
 
-@torch.compiler.assume_constant_result
+@torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
 def _told_that_compiled_nets_are_left_alone() -> bool:
     warn_once(
         "SNNFX506",
