@@ -232,10 +232,14 @@ def main() -> None:
         print(json.dumps(work(json.loads(options.worker))))
         return
     results: dict[str, Any] = {"torch": torch.__version__, "machine": platform.machine()}
+    row: dict[str, Any]
     if options.only in (None, "predict"):
         results["predicted"] = []
         for case in PREDICTED:
-            row = dict(zip(("model", "T", "N", "phase"), case, strict=True)) | in_process(["predict", *case], EXACT)
+            row = {
+                **dict(zip(("model", "T", "N", "phase"), case, strict=True)),
+                **in_process(["predict", *case], EXACT),
+            }
             results["predicted"].append(row)
             if "error" in row:
                 print(case, row["error"])
