@@ -142,7 +142,7 @@ def convert(
     programs, history = prepare_programs(model, options, example_inputs, inferred_carry=carry is None)
     if isinstance(checkpoint, int):
         # A model in evaluation mode is told when it is trained.
-        refuse_statistics_over_time(programs[model.training], f"checkpoint={checkpoint}")
+        refuse_statistics_over_time(programs[model.training], model.training, f"checkpoint={checkpoint}")
     return Net(model, programs, options, history, _convert_for_shapes)
 
 

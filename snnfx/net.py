@@ -618,7 +618,7 @@ class Net(fx.GraphModule):
     def _plan_recomputation(self, T: int, sequences: Sequence[Tensor]) -> RecomputePlan:
         checkpoint = self.options.checkpoint
         if isinstance(checkpoint, int):
-            refuse_statistics_over_time(self.program, f"checkpoint={checkpoint}")
+            refuse_statistics_over_time(self.program, self.training, f"checkpoint={checkpoint}")
             return RecomputePlan(steps=checkpoint, reason=f"the state is kept every {checkpoint} steps, as asked for")
         if checkpoint == "regions":
             return self._recomputation.every_region(T, sequences)

@@ -48,8 +48,7 @@ class Stream(Iterator[Any]):
         self._spec: Any = None
 
     def __next__(self) -> Any:
-        if self.net.training:
-            refuse_statistics_over_time(self.net.program, "net.stream")
+        refuse_statistics_over_time(self.net.program, self.net.training, "net.stream")
         args, kwargs = _arguments(next(self._chunks))
         T = self._length(args, kwargs)
         outputs, self.state = self.net.run(*args, state=self.state, **kwargs)

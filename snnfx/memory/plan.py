@@ -190,7 +190,7 @@ def region_chunks(chunked: set[str], model: MemoryModel, T: int) -> dict[str, in
 
 def _has_statistics_over_time(net: Net) -> bool:
     program = net.program
-    return program.training and any(
+    return net.training and any(
         region.kind == "fold" and keeps_statistics(program, node) for region in program.regions for node in region.nodes
     )
 

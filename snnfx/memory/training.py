@@ -30,7 +30,7 @@ def check_checkpoint_option(checkpoint: Any) -> None:
         raise InputError("SNNFX309", f"checkpoint={checkpoint!r}", hint=hint)
 
 
-def refuse_statistics_over_time(program: StepProgram, what: str) -> None:
+def refuse_statistics_over_time(program: StepProgram, training: bool, what: str) -> None:
     """Raise where the result of some time steps depends on the others through statistics of all of them.
 
     Raises:
@@ -38,7 +38,7 @@ def refuse_statistics_over_time(program: StepProgram, what: str) -> None:
     """
     for region in program.regions:
         for node in region.nodes:
-            if region.kind == "fold" and program.training and keeps_statistics(program, node):
+            if training and region.kind == "fold" and keeps_statistics(program, node):
                 raise InputError(
                     "SNNFX317",
                     f"{what} would change what `{describe_node(node)}` computes",
