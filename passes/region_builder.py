@@ -214,17 +214,37 @@ class _Copier:
         return self.reformatted[key]
 
     def copy(self, node: Node) -> Any:
+        pending = [node]  # not by recursion: a graph may be deeper than Python's stack
+        while node not in self.env:
+            current = pending[-1]
+            missing = [n for n in self._read_by(current) if n not in self.env]
+            if current in self.env or not missing:
+                self._copy_one(pending.pop())
+                continue
+            self.open.add(current)
+            for operand in missing:
+                if operand in self.open:
+                    raise CaptureError(
+                        "SNNFX210",
+                        f"the initial value of `{operand.name}` cannot be computed",
+                        where=place_of(operand),
+                        why="it depends on a value that itself needs this state.",
+                        hint="Give register_memory a number or a tensor, or make the initial value depend on the "
+                        "input alone.",
+                    )
+            pending.append(missing[0])
+        return self.env[node]
+
+    def _read_by(self, node: Node) -> list[Node]:
+        if node not in self.first_slots:
+            return node.all_input_nodes
+        found: list[Node] = []
+        map_arg(self.initial_of[self.first_slots[node]], found.append)
+        return found
+
+    def _copy_one(self, node: Node) -> None:
         if node in self.env:
-            return self.env[node]
-        if node in self.open:
-            raise CaptureError(
-                "SNNFX210",
-                f"the initial value of `{node.name}` cannot be computed",
-                where=place_of(node),
-                why="it depends on a value that itself needs this state.",
-                hint="Give register_memory a number or a tensor, or make the initial value depend on the input alone.",
-            )
-        self.open.add(node)
+            return
         if node in self.first_slots:
             self.env[node] = self.argument(self.initial_of[self.first_slots[node]])
         else:
@@ -237,7 +257,6 @@ class _Copier:
             new.meta.update({k: v for k, v in node.meta.items() if k in ("where", "module", "val")})
             self.env[node] = new
         self.open.discard(node)
-        return self.env[node]
 
 
 def has_batch_in_front(initial: Any) -> bool:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import operator
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Generator, Mapping
 from typing import Any
 
 import torch
@@ -73,22 +73,33 @@ class GraphMatch:
             return self.a.graph.get_attr(target)
 
     def _copy(self, node: Node, copied: dict[Node, Node]) -> Node:
-        if node not in copied and node.op == "placeholder":
-            copied[node] = next(n for n in self.b.graph.nodes if n.op == "placeholder" and _reads_the_same(n, node))
-        if node not in copied:
-            arguments = map_arg((node.args, node.kwargs), lambda n: self._copy(n, copied))
-            # Where `a` has it, so that it comes behind what was changed in place before it, and before all else.
-            before = node.prev
-            while before.op != "root" and before not in copied:
-                before = before.prev
-            target = node.target
-            if node.op == "get_attr" and target in self.a.constants:
-                target = self._constant(self.a.constants[str(target)], self.b)
-            with self.b.graph.inserting_after(copied.get(before, self._last_placeholder())):
-                new = self.b.graph.create_node(node.op, target, *arguments)
-            new.meta = dict(node.meta)
-            copied[node] = new
+        pending = [node]  # not by recursion: a graph may be deeper than Python's stack
+        while pending:
+            missing = [n for n in pending[-1].all_input_nodes if n not in copied]
+            if missing and pending[-1] not in copied:
+                pending += reversed(missing)
+            else:
+                self._copy_one(pending.pop(), copied)
         return copied[node]
+
+    def _copy_one(self, node: Node, copied: dict[Node, Node]) -> None:
+        if node in copied:
+            return
+        if node.op == "placeholder":
+            copied[node] = next(n for n in self.b.graph.nodes if n.op == "placeholder" and _reads_the_same(n, node))
+            return
+        arguments = map_arg((node.args, node.kwargs), copied.__getitem__)
+        # Where `a` has it, so that it comes behind what was changed in place before it, and before all else.
+        before = node.prev
+        while before.op != "root" and before not in copied:
+            before = before.prev
+        target = node.target
+        if node.op == "get_attr" and target in self.a.constants:
+            target = self._constant(self.a.constants[str(target)], self.b)
+        with self.b.graph.inserting_after(copied.get(before, self._last_placeholder())):
+            new = self.b.graph.create_node(node.op, target, *arguments)
+        new.meta = dict(node.meta)
+        copied[node] = new
 
     def _last_placeholder(self) -> Node:
         found: Node = [n for n in self.b.graph.nodes if n.op == "placeholder"][-1]
@@ -104,6 +115,21 @@ class GraphMatch:
         return name
 
     def _same(self, a: Any, b: Any) -> bool:
+        open_comparisons = [self._compare(a, b)]  # not by recursion: a graph may be deeper than Python's stack
+        answer: bool | None = None
+        while open_comparisons:
+            try:
+                parts = open_comparisons[-1].send(answer)
+            except StopIteration as done:
+                open_comparisons.pop()
+                answer = done.value
+            else:
+                open_comparisons.append(self._compare(*parts))
+                answer = None
+        return bool(answer)
+
+    def _compare(self, a: Any, b: Any) -> Generator[tuple[Any, Any], Any, bool]:
+        """Whether two values are the same; asks for the comparison of their parts by yielding them."""
         if isinstance(b, Node) and b.meta.get("slot") in self.bindable and b.op == "placeholder":
             return self._bind(b.meta["slot"], a)
         if isinstance(b, Node) and self._is_what_python_made(a, b):
@@ -111,15 +137,25 @@ class GraphMatch:
         if isinstance(a, Node) != isinstance(b, Node):
             return False
         if isinstance(a, Node):
-            return self._same_node(a, b)
+            return (yield from self._compare_nodes(a, b))
         if type(a) is not type(b):
             return False
-        if isinstance(a, tuple | list):
-            return len(a) == len(b) and all(self._same(x, y) for x, y in zip(a, b, strict=True))
-        if isinstance(a, dict):
-            return a.keys() == b.keys() and all(self._same(a[k], b[k]) for k in a)
         if isinstance(a, slice):
-            return self._same((a.start, a.stop, a.step), (b.start, b.stop, b.step))
+            a, b = (a.start, a.stop, a.step), (b.start, b.stop, b.step)
+        if isinstance(a, tuple | list):
+            if len(a) != len(b):
+                return False
+            for parts in zip(a, b, strict=True):
+                if not (yield parts):
+                    return False
+            return True
+        if isinstance(a, dict):
+            if a.keys() != b.keys():
+                return False
+            for key in a:
+                if not (yield a[key], b[key]):
+                    return False
+            return True
         return bool(a == b) or (a != a and b != b)
 
     def _bind(self, slot: str, a: Any) -> bool:
@@ -147,29 +183,42 @@ class GraphMatch:
             return False
         return all(self._bind(slot, self.bindable[slot]) for slot in slots)
 
-    def _evaluate(self, b: Any, slots: set[str]) -> Any:
+    def _evaluate(self, b: Node, slots: set[str]) -> Any:
         """The value of an expression over nothing but slots that start as numbers or tensors, and constants."""
-        if b.op == "placeholder":
-            start = self.bindable.get(b.meta.get("slot"))
-            slots.add(b.meta.get("slot"))
+        values: dict[Node, Any] = {}
+        pending = [b]
+        while pending:
+            node = pending[-1]
+            missing = [] if node.op == "placeholder" else [n for n in node.all_input_nodes if n not in values]
+            if missing and node not in values:
+                pending += reversed(missing)
+                continue
+            pending.pop()
+            if node.op == "placeholder":
+                slots.add(node.meta.get("slot", ""))
+            if node not in values:
+                values[node] = self._evaluate_one(node, values)
+            if values[node] is _NO_VALUE:
+                return _NO_VALUE
+        return values[b]
+
+    def _evaluate_one(self, node: Node, values: dict[Node, Any]) -> Any:
+        if node.op == "placeholder":
+            start = self.bindable.get(node.meta.get("slot", ""))
             return _NO_VALUE if start is None else start
-        if b.op == "get_attr":
-            return self.b.constants.get(str(b.target), _NO_VALUE)
-        if b.op not in ("call_function", "call_method"):
+        if node.op == "get_attr":
+            return self.b.constants.get(str(node.target), _NO_VALUE)
+        if node.op not in ("call_function", "call_method"):
             return _NO_VALUE
-        values = {operand: self._evaluate(operand, slots) for operand in b.all_input_nodes}
-        if any(value is _NO_VALUE for value in values.values()):
-            return _NO_VALUE
-        args, kwargs = map_arg((b.args, b.kwargs), values.__getitem__)
+        args, kwargs = map_arg((node.args, node.kwargs), values.__getitem__)
+        target: Any = node.target
         try:
             with torch.no_grad():
-                return (
-                    b.target(*args, **kwargs) if callable(b.target) else getattr(args[0], b.target)(*args[1:], **kwargs)
-                )
+                return target(*args, **kwargs) if callable(target) else getattr(args[0], target)(*args[1:], **kwargs)
         except (RuntimeError, TypeError, ValueError, AttributeError):
             return _NO_VALUE  # a number has no method `sigmoid`: then Python has made nothing of it
 
-    def _same_node(self, a: Node, b: Node) -> bool:
+    def _compare_nodes(self, a: Node, b: Node) -> Generator[tuple[Any, Any], Any, bool]:
         if a in self.matched:
             return self.matched[a] is b
         if a.op != b.op and not (a.op.startswith("call") and b.op.startswith("call")):
@@ -179,11 +228,9 @@ class GraphMatch:
         elif a.op == "get_attr":
             same = _same_object(self.a.resolve, str(a.target), self.b.resolve, str(b.target))
         else:
-            same = (
-                _operation(a) == _operation(b)
-                and self._same(tuple(a.args), tuple(b.args))
-                and self._same(a.kwargs, b.kwargs)
-            )
+            same = _operation(a) == _operation(b)
+            same = same and (yield tuple(a.args), tuple(b.args))
+            same = same and (yield a.kwargs, b.kwargs)
         if same:
             self.matched[a] = b
         return same

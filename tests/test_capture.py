@@ -1020,3 +1020,21 @@ def test_random_initial_state_is_drawn_at_each_call_and_held() -> None:
 def test_random_numbers_that_leave_no_node_are_refused() -> None:
     with pytest.raises(CaptureError, match="SNNFX215"):
         snnfx.convert(FillsInPlace())
+
+
+def test_a_model_deeper_than_pythons_stack() -> None:
+    class Deep(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.lif, self.v = snnfx.neuron.LIFNode(), None
+
+        def forward(self, x: Tensor) -> Tensor:
+            for _ in range(1200):
+                x = x * 1.0
+            self.v = torch.zeros_like(x) if self.v is None else self.v * 0.5
+            self.v = self.v + x
+            return self.lif(x) + self.v
+
+    model, x_seq = Deep(), torch.rand(3, 2, 4)
+    net = snnfx.convert(model, example_inputs=x_seq[0])
+    torch.testing.assert_close(net(x_seq), step_model(model, x_seq))
