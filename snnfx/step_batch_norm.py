@@ -40,6 +40,12 @@ def normalize_steps(x_seq: Tensor, module: nn.modules.batchnorm._BatchNorm) -> T
     return _NormalizeSteps.apply(x_seq, module.weight, module.bias, *statistics, factors, module.eps)  # type: ignore[no-any-return]
 
 
+def _is_dense(x: Tensor) -> bool:
+    """Whether a step `[N, C, *]` is row-major or, an image, channels-last."""
+    image = {4: torch.channels_last, 5: torch.channels_last_3d}.get(x.dim())
+    return x.is_contiguous() or (image is not None and x.is_contiguous(memory_format=image))
+
+
 class _NormalizeSteps(torch.autograd.Function):
     @staticmethod
     def forward(
@@ -53,6 +59,8 @@ class _NormalizeSteps(torch.autograd.Function):
         eps: float,
     ) -> Tensor:
         T, channels = x_seq.shape[0], x_seq.shape[2]
+        if not _is_dense(x_seq[0]):
+            x_seq = x_seq.contiguous()  # the kernel writes to `out=` as if its strides were those of the input
         y_seq = torch.empty_like(x_seq)
         kind = x_seq.dtype if weight is None else weight.dtype
         means, deviations = (torch.empty(T, channels, dtype=kind, device=x_seq.device) for _ in range(2))
