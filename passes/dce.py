@@ -56,11 +56,12 @@ def _drop_unread_slots(program: StepProgram) -> list[str]:
     """Drop discovered slots that no output and no other slot depends on; returns their names."""
     placeholders = dict(zip((s.name for s in program.slots), program.slot_nodes(), strict=True))
     following = dict(zip((s.name for s in program.slots), program.next_states, strict=True))
+    initial = dict(zip((s.name for s in program.slots), program.initial_values, strict=True))
     needed = {s.name for s in program.slots if not s.discovered}
     while True:
         roots = [n for n in program.outputs if isinstance(n, Node)]
         roots += [n for n in program.graph.nodes if updates_buffers(program, n)]
-        roots += [following[name] for name in needed if isinstance(following[name], Node)]
+        roots += [value for name in needed for value in (following[name], initial[name]) if isinstance(value, Node)]
         live = _ancestors(roots)
         new = {name for name, node in placeholders.items() if node in live} - needed
         if not new:

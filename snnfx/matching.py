@@ -96,7 +96,10 @@ class GraphMatch:
         target = node.target
         if node.op == "get_attr" and target in self.a.constants:
             target = self._constant(self.a.constants[str(target)], self.b)
-        with self.b.graph.inserting_after(copied.get(before, self._last_placeholder())):
+        anchor = copied.get(before)
+        if anchor is None or anchor.op == "placeholder":  # never between placeholders
+            anchor = self._last_placeholder()
+        with self.b.graph.inserting_after(anchor):
             new = self.b.graph.create_node(node.op, target, *arguments)
         new.meta = dict(node.meta)
         copied[node] = new

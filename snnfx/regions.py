@@ -245,7 +245,8 @@ def in_shape_of(value: Any, following: Any, slot: str = "", has_batch: bool = Fa
     if not isinstance(following, Tensor):
         return value
     if not isinstance(value, Tensor):
-        return torch.full_like(following, value)
+        # None where a step reads no more of the slot than its shape.
+        return torch.full_like(following, 0 if value is None else value)
     sizes = zip(reversed(value.shape), reversed(following.shape), strict=False)
     fits = value.dim() <= following.dim() and all(size in (1, other) for size, other in sizes)
     if not fits or (has_batch and 0 < value.dim() < following.dim()):

@@ -481,3 +481,39 @@ def test_state_of_another_shape_than_the_inputs_of_its_loop_keeps_it(decay: floa
             return self.h + x.mean()
 
     assert_converts(Pool(), sequence(3, 2, 1, 4, 4), examples=examples)
+
+
+def test_attribute_that_only_an_initial_value_reads_is_kept() -> None:
+    class Decay(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.h: Tensor | None = None
+
+        def forward(self, x: Tensor) -> Tensor:
+            if self.h is None:
+                self.h = x * 0 + 1
+            self.h = self.h * 0.8
+            return self.h
+
+    model, x_seq = nn.Sequential(Decay(), Decay()).double(), torch.rand(4, 2, 3, dtype=torch.float64)
+    net = snnfx.convert(model, example_inputs=x_seq[0])
+    torch.testing.assert_close(net(x_seq), step_model(model, x_seq))
+
+
+def test_state_of_which_only_the_shape_is_read() -> None:
+    class Checked(snnfx.MemoryModule):
+        def __init__(self) -> None:
+            super().__init__()
+            self.register_memory("h", None)
+
+        def forward(self, x: Tensor) -> Tensor:
+            if self.h is None:
+                self.h = torch.zeros(x.shape[0], 3, dtype=x.dtype)
+            before = x + self.h
+            assert before.shape == x.shape
+            self.h = x * 2
+            return self.h
+
+    model, x_seq = Checked().double(), torch.rand(4, 2, 3, dtype=torch.float64)
+    net = snnfx.convert(model, example_inputs=x_seq[0])
+    torch.testing.assert_close(net(x_seq), step_model(model, x_seq))
