@@ -245,8 +245,7 @@ def in_shape_of(value: Any, following: Any, slot: str = "", has_batch: bool = Fa
     if not isinstance(following, Tensor):
         return value
     if not isinstance(value, Tensor):
-        # None where a step reads no more of the slot than its shape.
-        return torch.full_like(following, 0 if value is None else value)
+        return torch.full_like(following, value)
     sizes = zip(reversed(value.shape), reversed(following.shape), strict=False)
     fits = value.dim() <= following.dim() and all(size in (1, other) for size, other in sizes)
     if not fits or (has_batch and 0 < value.dim() < following.dim()):
@@ -394,6 +393,8 @@ def delay_one_step(
         InputError: SNNFX313, the state changes its shape.
     """
     first = initial if state is None else state[0]
+    if first is None:
+        first = 0  # nothing reads more of such a slot than its shape: it is on no cycle, and no value was found for it
     if not isinstance(following, Tensor):
         like = first if isinstance(first, Tensor) else stack_steps((first, following), time.device)[0]
         following = torch.full_like(like, following).expand(time.shape[0], *like.shape)
