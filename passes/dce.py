@@ -8,12 +8,12 @@ takes for somebody else.
 
 from __future__ import annotations
 
-from collections.abc import Iterable
 from dataclasses import dataclass
 
 from torch.fx import Node
 
 from snnfx.passes.base import Pass
+from snnfx.passes.dependence import ancestors
 from snnfx.program import StepProgram, updates_buffers
 from snnfx.step_functions import expect_size
 
@@ -46,7 +46,7 @@ def _remove_dead_nodes(program: StepProgram) -> None:
         for n in program.graph.nodes
         if n.op == "placeholder" or n.target is expect_size or updates_buffers(program, n)
     ]
-    live = _ancestors([program.output, *kept])
+    live = ancestors([program.output, *kept])
     for node in reversed(list(program.graph.nodes)):
         if node not in live:
             program.graph.erase_node(node)
@@ -62,7 +62,7 @@ def _drop_unread_slots(program: StepProgram) -> list[str]:
         roots = [n for n in program.outputs if isinstance(n, Node)]
         roots += [n for n in program.graph.nodes if updates_buffers(program, n)]
         roots += [value for name in needed for value in (following[name], initial[name]) if isinstance(value, Node)]
-        live = _ancestors(roots)
+        live = ancestors(roots)
         new = {name for name, node in placeholders.items() if node in live} - needed
         if not new:
             break
@@ -83,17 +83,5 @@ def _keep_slots(program: StepProgram, names: set[str]) -> None:
     )
     program.slots = [program.slots[i] for i in kept]
     for node in reversed(list(program.graph.nodes)):
-        if not node.users and _ancestors([node]) & gone:
+        if not node.users and ancestors([node]) & gone:
             program.graph.erase_node(node)
-
-
-def _ancestors(roots: Iterable[Node]) -> set[Node]:
-    """The given nodes and everything they are computed from."""
-    found: set[Node] = set()
-    stack = list(roots)
-    while stack:
-        node = stack.pop()
-        if node not in found:
-            found.add(node)
-            stack.extend(node.all_input_nodes)
-    return found

@@ -18,7 +18,7 @@ from torch.fx import Node
 from snnfx.program import StepProgram, operation_name, updates_buffers
 from snnfx.step_functions import expect_size
 
-__all__ = ["Dependence", "analyse_dependence", "is_random", "is_size"]
+__all__ = ["Dependence", "analyse_dependence", "ancestors", "is_random", "is_size"]
 
 
 @dataclass(frozen=True)
@@ -141,6 +141,18 @@ def is_random(program: StepProgram, node: Node) -> bool:
 
 def _drops_out_inside(module: nn.Module) -> bool:
     return isinstance(module, nn.MultiheadAttention | nn.RNNBase) and bool(module.dropout)
+
+
+def ancestors(roots: Iterable[Node]) -> set[Node]:
+    """The given nodes and everything they are computed from."""
+    found: set[Node] = set()
+    stack = list(roots)
+    while stack:
+        node = stack.pop()
+        if node not in found:
+            found.add(node)
+            stack.extend(node.all_input_nodes)
+    return found
 
 
 def is_size(node: Node) -> bool:

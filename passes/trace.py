@@ -13,7 +13,7 @@ eq. 9; Bellec et al. 2020, eq. 22). A weight that feeds no neuron has no trace: 
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -24,7 +24,7 @@ from snnfx.errors import InputError
 from snnfx.online_ops import cut_history, ones_per_sample, probe_leak, traced_call, traced_module, update_trace
 from snnfx.passes.base import Pass
 from snnfx.passes.batch_lookup import look_up
-from snnfx.passes.dependence import Dependence, analyse_dependence
+from snnfx.passes.dependence import Dependence, analyse_dependence, ancestors
 from snnfx.passes.hold_dropout import add_slot
 from snnfx.passes.leak import LeakProbe, StepOnNumbers, fed_slots, no_single_leak
 from snnfx.program import StepProgram, describe_node, is_module_call, place_of
@@ -178,22 +178,11 @@ def _function_name(program: StepProgram, node: Node) -> str:
 
 def _depends_on_state(operand: Node) -> bool:
     """Whether anything that a neuron keeps is behind a value; the masks of dropouts and traces are no such thing."""
-    return any(n.op == "placeholder" and "slot" in n.meta and not _is_own_slot(n) for n in _ancestors([operand]))
+    return any(n.op == "placeholder" and "slot" in n.meta and not _is_own_slot(n) for n in ancestors([operand]))
 
 
 def _is_own_slot(node: Node) -> bool:
     return bool(node.meta.get("added_by_rule"))
-
-
-def _ancestors(roots: Iterable[Node]) -> set[Node]:
-    found: set[Node] = set()
-    stack = list(roots)
-    while stack:
-        node = stack.pop()
-        if node not in found:
-            found.add(node)
-            stack.extend(node.all_input_nodes)
-    return found
 
 
 class _Leaks:

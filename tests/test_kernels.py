@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 import snnfx
 from snnfx import neuron, surrogate
-from snnfx.kernels.buffers import BufferPool
+from snnfx.buffers import BufferPool
 from snnfx.kernels.build import find_compiler
 from snnfx.kernels.region import RegionKernels
 from snnfx.regions import LoopRegion

@@ -83,7 +83,7 @@ def net_for(name: str, **options: Any) -> Any:
 
 def predict(name: str, T: int, N: int, phase: str) -> dict[str, Any]:
     """Predicted and measured bytes of one call."""
-    from snnfx.kernels.buffers import pool
+    from snnfx.buffers import pool
     from snnfx.memory.model import model_memory
     from snnfx.memory.plan import packed_parts
     from snnfx.memory.training_peak import training_peak
@@ -177,7 +177,7 @@ def train(name: str, side: str, T: int, N: int, what: str, repeats: int) -> dict
     x_seq = torch.rand(T, N, *shape)
     if what == "bytes":
         if side in ("plain", "half", "least"):
-            from snnfx.kernels.buffers import pool
+            from snnfx.buffers import pool
 
             pool.limit = 0
         step(x_seq[:, :1] if side != "half" else x_seq)

@@ -8,6 +8,9 @@ optimizer's step runs all the same). The largest difference of the first gradien
 SpikingJelly pools the trace where snnfx traces what the weight is given, which is not the same for a max-pool.
 Each case runs in a process of its own.
 
+Times are taken twice: with malloc as it is, which gives large freed blocks back to the system, so that the next ones
+fault every page in anew; and with one that keeps them, as `snnfx.tune_allocator()` sets it.
+
 Peak memory is that of one training call, above what the process held before the call: with malloc as it is, which
 keeps freed blocks in pieces, and with a malloc that gives them back, where the peak is what is in use at one time.
 """
@@ -15,6 +18,7 @@ keeps freed blocks in pieces, and with a malloc that gives them back, where the 
 from __future__ import annotations
 
 import argparse
+import contextlib
 import importlib.metadata
 import json
 import multiprocessing
@@ -23,13 +27,14 @@ import platform
 import statistics
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from concurrent.futures import ProcessPoolExecutor
 from multiprocessing.context import SpawnContext
 from pathlib import Path
 from typing import Any
 
 import torch
+from process_memory import peak_of
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -41,6 +46,7 @@ ALPHA = 0.1
 MEMORY_LENGTHS = (32, 256, 512)
 MEMORY_CHUNK = 16
 GIVE_BACK = {"MALLOC_MMAP_THRESHOLD_": "65536", "MALLOC_TRIM_THRESHOLD_": "65536"}
+KEEP = {"MALLOC_MMAP_THRESHOLD_": str(2**30), "MALLOC_TRIM_THRESHOLD_": str(2**31 - 1)}
 
 Call = Callable[[], Any]
 Sides = dict[str, tuple[Call, nn.Module]]
@@ -194,18 +200,21 @@ def measure(
     }
 
 
+@contextlib.contextmanager
+def fresh_processes(context: SpawnContext, settings: dict[str, str]) -> Iterator[ProcessPoolExecutor]:
+    """Each call runs in a process of its own, which starts with these settings of malloc in its environment."""
+    kept = dict(os.environ)
+    os.environ.update(settings)
+    try:
+        with ProcessPoolExecutor(1, mp_context=context, max_tasks_per_child=1) as fresh:
+            yield fresh
+    finally:
+        for key in settings:
+            os.environ.pop(key)
+        os.environ.update(kept)
+
+
 # Peak memory.
-
-
-def memory_mib(field: str) -> float:
-    """Memory of this process: `VmRSS` is what it holds now, `VmHWM` the most that it ever held.
-
-    Not `getrusage`, whose maximum a new process inherits from the one that started it.
-    """
-    for line in Path("/proc/self/status").read_text().splitlines():
-        if line.startswith(field):
-            return int(line.split()[1]) / 1024
-    raise RuntimeError(f"/proc/self/status has no {field}")
 
 
 def peak_of_one_call(T: int, N: int, chunk: int) -> float:
@@ -215,22 +224,15 @@ def peak_of_one_call(T: int, N: int, chunk: int) -> float:
     net = snnfx.convert(nn.Sequential(*csnn(lif)), example_inputs=x_seq[0])
     optimizer = torch.optim.SGD(net.parameters(), lr=0.0)
     trainer = snnfx.online.Trainer(net, snnfx.online.OTTT_A, optimizer, F.mse_loss, chunk=chunk)
-    before = memory_mib("VmRSS")
-    trainer.step(x_seq, target)
-    return memory_mib("VmHWM") - before
+    return peak_of(lambda: trainer.step(x_seq, target)) / 2**20
 
 
 def measure_memory(context: SpawnContext) -> dict[str, Any]:
     """Peaks by T, with the system's malloc settings and with those that give every freed block back at once."""
     peaks: dict[str, dict[int, float]] = {}
     for name, settings in (("as it is", {}), ("freed blocks given back", GIVE_BACK)):
-        kept = dict(os.environ)
-        os.environ.update(settings)
-        with ProcessPoolExecutor(1, mp_context=context, max_tasks_per_child=1) as fresh:
+        with fresh_processes(context, settings) as fresh:
             peaks[name] = {T: fresh.submit(peak_of_one_call, T, 8, MEMORY_CHUNK).result() for T in MEMORY_LENGTHS}
-        for key in settings:
-            os.environ.pop(key)
-        os.environ.update(kept)
     return {"net": "CSNN", "N": 8, "chunk": MEMORY_CHUNK, "peak_mib": peaks}
 
 
@@ -265,15 +267,18 @@ def main() -> None:
         "machine": platform.machine(),
     }
     print(", ".join(f"{key} {value}" for key, value in machine.items()))
-    # The processes below start with this: threads that spin while they wait slow down a busy machine.
-    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     found: dict[str, Any] = {"machine": machine, "cases": []}
     context = multiprocessing.get_context("spawn")
-    with ProcessPoolExecutor(1, mp_context=context, max_tasks_per_child=1) as fresh:
-        for case in CASES:
-            if arguments.only in (None, case[0].split("-")[0].lower()):
-                found["cases"].append(fresh.submit(measure, *case, arguments.repeats).result())
-                show(found["cases"][-1])
+    for name, settings in (("as it is", {}), ("freed blocks kept", KEEP)):
+        if arguments.only == "memory":
+            break
+        print(f"  malloc {name}")
+        with fresh_processes(context, settings) as fresh:
+            for case in CASES:
+                if arguments.only in (None, case[0].split("-")[0].lower()):
+                    result = fresh.submit(measure, *case, arguments.repeats).result()
+                    found["cases"].append({"malloc": name, **result})
+                    show(result)
     if arguments.only in (None, "memory") and sys.platform == "linux":
         found["memory"] = measure_memory(context)
         show_memory(found["memory"])

@@ -28,6 +28,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from process_memory import peak_of
 from sklearn.datasets import load_digits
 from sklearn.model_selection import train_test_split
 from torch import Tensor, nn
@@ -116,17 +117,6 @@ class Outcome:
     updates: int
 
 
-def memory_mib(field: str) -> float:
-    """Memory of this process: `VmRSS` is what it holds now, `VmHWM` the most that it ever held.
-
-    Not `getrusage`, whose maximum a new process inherits from the one that started it.
-    """
-    for line in Path("/proc/self/status").read_text().splitlines():
-        if line.startswith(field):
-            return int(line.split()[1]) / 1024
-    raise RuntimeError(f"/proc/self/status has no {field}")
-
-
 def train(label: str, T: int, epochs: int) -> Outcome:
     """Train from scratch; to be called in a process of its own."""
     torch.set_num_threads(1)
@@ -138,16 +128,19 @@ def train(label: str, T: int, epochs: int) -> Outcome:
     trainer = Trainer(net, rule, optimizer, F.cross_entropy, target_dim=None, chunk=chunk)
     torch.manual_seed(0)
     generator = torch.Generator().manual_seed(0)
-    before = memory_mib("VmRSS")
     seconds, updates = 0.0, 0
-    for _ in range(epochs):
-        order = torch.randperm(len(digits.train_labels), generator=generator)
-        for index in order.split(BATCH):
-            x_seq = spike_trains(digits.train_images[index], T, generator)
-            start = time.process_time()
-            updates += trainer.step(x_seq, digits.train_labels[index]).updates
-            seconds += time.process_time() - start
-    peak = memory_mib("VmHWM") - before
+
+    def run_epochs() -> None:
+        nonlocal seconds, updates
+        for _ in range(epochs):
+            order = torch.randperm(len(digits.train_labels), generator=generator)
+            for index in order.split(BATCH):
+                x_seq = spike_trains(digits.train_images[index], T, generator)
+                start = time.process_time()
+                updates += trainer.step(x_seq, digits.train_labels[index]).updates
+                seconds += time.process_time() - start
+
+    peak = peak_of(run_epochs) / 2**20
     return Outcome(label, T, accuracy(net, digits, T), seconds / epochs, peak, updates)
 
 

@@ -8,6 +8,6 @@ autograd sees, `operator` what torch.compile sees.
 
 from __future__ import annotations
 
-from snnfx.kernels.buffers import release_buffers
+from snnfx.buffers import release_buffers
 
 __all__ = ["release_buffers"]

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from snnfx.kernels.buffers import pool
+from snnfx.buffers import pool
 from snnfx.kernels.build import load
 from snnfx.kernels.cpp import Backward, KernelSource, Slot, write_backward, write_forward
 from snnfx.kernels.launch import blocks_of, dense_strides, description, launch, memory_order, plan_layout
