@@ -35,6 +35,9 @@ class Arguments:
         self.tensor_dims = [dim for dim, leaf in pairs if leaf.placeholder is not None]
         """The time dimension of each tensor input."""
         self.varying = [dim is not None for dim in self.tensor_dims]
+        count = len(program.input_leaves)
+        positional = pytree.tree_structure(((0,) * count, {})) == program.input_spec
+        self._is_plain = positional and all(leaf.placeholder is not None for leaf in program.input_leaves)
         self._state_shapes: dict[Any, dict[str, tuple[int, ...]]] = {}
         self.output_time_dim = options.time_dim if isinstance(options.time_dim, int) else 0
 
@@ -44,6 +47,9 @@ class Arguments:
         Raises:
             InputError: SNNFX307, other arguments; SNNFX305, something else than a tensor.
         """
+        is_plain = self._is_plain and not kwargs and len(args) == len(self.tensor_dims)
+        if is_plain and all(isinstance(x, Tensor) for x in args):
+            return list(args)
         flat, spec = pytree.tree_flatten((args, kwargs))
         if spec != self.program.input_spec:
             flat = self._bind_by_name(args, kwargs)

@@ -199,7 +199,7 @@ def seq_to_ann_forward(
     """
     chain = _check_modules(stateless_module, constants)
     T = _check_sequences(x_seq, time_dim=0)
-    x_leaves, spec = pytree.tree_flatten(x_seq)
+    x_leaves, rebuild = _flatten(x_seq)
     batch_dims = _dim_of_each(batch_dim, len(x_leaves), "batch_dim")
     _dim_of_each(out_batch_dim, None, "out_batch_dim")
     if any(not 1 - x.dim() <= b < x.dim() - 1 for x, b in zip(x_leaves, batch_dims, strict=True)):
@@ -212,14 +212,14 @@ def seq_to_ann_forward(
         raise InputError("SNNFX303", "the sequences differ in their batch size", why=why)
 
     folded = [_fold(x, b) for x, b in zip(x_leaves, batch_dims, strict=True)]
-    y = _apply(chain, (*constants, *_positional(pytree.tree_unflatten(folded, spec))))
-    y_leaves, spec = pytree.tree_flatten(y)
+    y = _apply(chain, (*constants, *_positional(rebuild(folded))))
+    y_leaves, rebuild = _flatten(y)
     out_dims = _dim_of_each(out_batch_dim, len(y_leaves), "out_batch_dim")
-    return pytree.tree_unflatten([_unfold(y, T, b) for y, b in zip(y_leaves, out_dims, strict=True)], spec)
+    return rebuild([_unfold(y, T, b) for y, b in zip(y_leaves, out_dims, strict=True)])
 
 
 def _fold(x: Tensor, batch_dim: int) -> Tensor:
-    y = x.movedim(0, batch_dim).flatten(batch_dim, batch_dim + 1)
+    y = (x.movedim(0, batch_dim) if batch_dim else x).flatten(batch_dim, batch_dim + 1)
     # What may be viewed in one step, may be viewed in all.
     return y if y.is_contiguous() or not x[0].is_contiguous() else y.contiguous()
 
@@ -283,9 +283,13 @@ def _step_through(x_seq: Any, modules: Modules, state: Any, constants: Sequence[
         steps = _slices(x_seq, lambda x: x.unbind(time_dim), T)
         return _join([_apply(chain, (*constants, *x_t)) for x_t in steps], stack)
     if callable(run := getattr(modules, "multi_step", None)):
-        inputs = pytree.tree_map(lambda x: x.movedim(time_dim, 0), _positional(x_seq))
+        inputs = _positional(x_seq)
+        if time_dim != 0:
+            inputs = pytree.tree_map(lambda x: x.movedim(time_dim, 0), inputs)
         y_seq, state = run(inputs, state, tuple(constants))
-        return pytree.tree_map_only(Tensor, lambda y: y.movedim(0, time_dim), y_seq), state
+        if time_dim != 0:
+            y_seq = pytree.tree_map_only(Tensor, lambda y: y.movedim(0, time_dim), y_seq)
+        return y_seq, state
 
     several = isinstance(modules, _SEVERAL)
     entries = _entry_of_each(chain, state) if several else [state]
@@ -396,6 +400,16 @@ def _output_and_state(returned: Any) -> tuple[Any, Any]:
     raise _no_sequence(f"a module given its state has to return (output, state), not a {type(returned).__name__}.")
 
 
+def _flatten(tree: Any) -> tuple[list[Any], Callable[[list[Any]], Any]]:
+    """The leaves of a nest, and what puts others in their place; fast for what is mostly given."""
+    if isinstance(tree, Tensor):
+        return [tree], operator.itemgetter(0)
+    if type(tree) is tuple and all(isinstance(leaf, Tensor) for leaf in tree):
+        return list(tree), tuple
+    leaves, spec = pytree.tree_flatten(tree)
+    return leaves, partial(pytree.tree_unflatten, treespec=spec)
+
+
 def _positional(x: Any) -> tuple[Any, ...]:
     return tuple(x) if isinstance(x, (tuple, list)) else (x,)
 
@@ -437,7 +451,8 @@ def _unfold(y: Any, T: int, batch_dim: int) -> Any:
         why = f"the module is not batch-equivariant: it returned {got}, T is {T}, the batch is dimension {batch_dim}."
         raise _no_sequence(why, hint="Use map_forward.")
     b = batch_dim % y.dim()
-    return y.unflatten(b, (T, -1)).movedim(b, 0)
+    y = y.unflatten(b, (T, -1))
+    return y.movedim(b, 0) if b else y
 
 
 def _check_modules(modules: Any, constants: Any = ()) -> Chain:
@@ -455,13 +470,13 @@ def _check_modules(modules: Any, constants: Any = ()) -> Chain:
 
 def _check_sequences(x_seq: Any, time_dim: int) -> int:
     """T, on which all tensors in `x_seq` have to agree."""
-    leaves = [x_seq] if isinstance(x_seq, Tensor) else pytree.tree_leaves(x_seq)
+    leaves, _ = _flatten(x_seq)
     others = [type(x).__name__ for x in leaves if not isinstance(x, Tensor)]
     if others or not leaves:
         raise InputError("SNNFX305", f"x_seq holds {', '.join(others) or 'nothing'} where a tensor is expected")
     if any(x.dim() == 0 for x in leaves):
         raise InputError("SNNFX306", "a tensor without dimensions has no time steps", why=f"{_shapes(x_seq)}.")
-    T = leaves[0].shape[time_dim]
+    T: int = leaves[0].shape[time_dim]
     if any(x.shape[time_dim] != T for x in leaves):
         why = f"{_shapes(x_seq)}, and time is dimension {time_dim}."
         raise InputError("SNNFX303", "the sequences differ in their number of time steps", why=why)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dis
 import inspect
-import operator
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -14,7 +13,7 @@ from torch.fx import Node
 
 from snnfx.errors import CaptureError
 from snnfx.places import format_place
-from snnfx.program import operation_name
+from snnfx.program import IN_PLACE_OPERATORS, operation_name
 from snnfx.step_functions import set_part_
 
 __all__ = ["UNKNOWN", "StepProxy", "needs_examples", "value_of"]
@@ -75,18 +74,6 @@ class StepProxy(fx.Proxy):
                     return iter([self[i] for i in range(instruction.argval)])  # type: ignore[index]
         raise needs_examples(self)
 
-    def __iadd__(self, other: Any) -> Any:
-        return self._in_place(operator.add, operator.iadd, other)
-
-    def __isub__(self, other: Any) -> Any:
-        return self._in_place(operator.sub, operator.isub, other)
-
-    def __imul__(self, other: Any) -> Any:
-        return self._in_place(operator.mul, operator.imul, other)
-
-    def __itruediv__(self, other: Any) -> Any:
-        return self._in_place(operator.truediv, operator.itruediv, other)
-
     def _in_place(self, on_numbers: Callable[..., Any], on_tensors: Callable[..., Any], other: Any) -> Any:
         """`x += 1` changes a tensor, whoever else holds it; of a number it makes another number."""
         value = value_of(self)
@@ -113,6 +100,18 @@ class StepProxy(fx.Proxy):
 
     def __hash__(self) -> int:
         return id(self)
+
+
+def _assignment(in_place: Callable[..., Any], on_numbers: Callable[..., Any]) -> Callable[..., Any]:
+    def assign(self: StepProxy, other: Any) -> Any:
+        return self._in_place(on_numbers, in_place, other)
+
+    return assign
+
+
+for _in_place, _on_numbers in IN_PLACE_OPERATORS.items():
+    if _in_place is not set_part_:
+        setattr(StepProxy, f"__{_in_place.__name__}__", _assignment(_in_place, _on_numbers))
 
 
 def value_of(proxy: StepProxy) -> Any:

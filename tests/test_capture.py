@@ -616,6 +616,9 @@ IN_PLACE = {
     "method": "y.add_(1).mul_(2); return y",
     "operator with an alias": "z = y; y += 1; return z * y",
     "operator on a number of the step": "n = x.shape[1]; n += 1; return y * n",
+    "logic": "return torch.where((y > 0) & (y < 1) | ~(y > -1) ^ (y > 2), y, 2 * y)",
+    "logic with an alias": "m = y > 0; k = m; m &= y < 1; m |= y > 2; m ^= y > 3; return torch.where(k, y, 2 * y)",
+    "arithmetic with an alias": "z = y * 2; k = z; z **= 2; z %= 0.7; z //= 0.1; return k + y",
     "functional": "z = F.relu(y, inplace=True); return y + z",
     "module, the value is read before and after": "w = y.exp(); z = self.relu(y); return w + y + z",
     "filling": "z = torch.empty_like(y); z.fill_(3.0); y = y * z; y.zero_(); return y + z",
@@ -623,6 +626,7 @@ IN_PLACE = {
 REFUSED_IN_PLACE = {
     "x.mul_(2); return y": "SNNFX209",
     "x += 1; return y": "SNNFX209",
+    "x **= 2; return y": "SNNFX209",
     "return F.relu(x, inplace=True)": "SNNFX209",
     "y[:, 0].mul_(2); return y": "SNNFX214",
     "y.view(-1).add_(1); return y": "SNNFX214",
