@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import importlib.metadata
 import importlib.util
 from collections.abc import Callable
@@ -103,12 +104,14 @@ def sew_resnet18(multi_step: bool = False) -> nn.Module:
     return model
 
 
+@functools.cache
 def _let_torchvision_import() -> None:
     """Declare the operators that a CUDA build of torchvision asks for next to a CPU build of torch."""
     found = importlib.util.find_spec("torchvision") is not None and not torch.version.cuda
     if found and "+cpu" not in importlib.metadata.version("torchvision"):
         for name in ("nms", "qnms"):
-            torch.library.define(f"torchvision::{name}", "(Tensor a, Tensor b, float c) -> Tensor")
+            if not hasattr(torch.ops.torchvision, name):
+                torch.library.define(f"torchvision::{name}", "(Tensor a, Tensor b, float c) -> Tensor")
 
 
 MODELS: dict[str, tuple[Callable[[], nn.Module], tuple[int, ...]]] = {

@@ -7,12 +7,13 @@ With the weights W, their running average A, and g the gradient of the last loss
     authors    dW = dl - m + alpha (W - A)                     m = m - alpha (W - A); A = (A + W) / 2 - m / 2 alpha
 
 where g' is the gradient of the same loss at the new weights, which is g in the next step. The regulariser's gradient is
-added in closed form. Kag & Saligrama 2021, eq. 4 and algorithm 1; the "reference" is SpikingJelly 2.0.0's function.
+added in closed form; in the first two rows `A + g / 2 alpha` is the middle between the last A and W, which is what is
+kept. Kag & Saligrama 2021, eq. 4 and algorithm 1; the "reference" is SpikingJelly 2.0.0's function.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -36,7 +37,8 @@ class FPTTSequence:
     def __init__(self, term: FPTTTerm, updates: Updates, averages: list[Tensor]) -> None:
         self.term, self.updates, self.averages = term, updates, averages
         self.trained = [(i, p) for i, p in enumerate(updates.parameters) if p.requires_grad]
-        self.last: dict[int, Tensor] = {}
+        self.middles: dict[int, Tensor] = {}
+        self.multipliers: dict[int, Tensor] = {}
 
     def update(
         self,
@@ -61,8 +63,7 @@ class FPTTSequence:
         weights: list[Tensor] = [p for _, p, _ in used]
         alpha = self.term.alpha
         with torch.no_grad():
-            pulls = self._pulls(index, weights)
-            gradients = torch._foreach_add([g for _, _, g in used], pulls)
+            gradients = self._with_pulls(index, weights, [g for _, _, g in used])
             for _, p in self.trained:
                 p.grad = None
             for weight, gradient in zip(weights, gradients, strict=True):
@@ -78,27 +79,25 @@ class FPTTSequence:
         again = torch.autograd.grad(loss, weights)
         self.updates.average_over_processes(again)
         with torch.no_grad():
-            self._average(index, weights, list(again))
-        self.last = dict(zip(index, again, strict=True))
+            middles = torch._foreach_lerp([self.averages[i] for i in index], weights, 0.5)
+            self.middles = dict(zip(index, middles, strict=True))
+            self._set_averages(index, torch._foreach_add(middles, again, alpha=-0.5 / alpha))
 
-    def _pulls(self, index: list[int], weights: list[Tensor]) -> list[Tensor]:
-        """The gradient of the regulariser."""
+    def _with_pulls(self, index: list[int], weights: list[Tensor], gradients: list[Tensor]) -> Sequence[Tensor]:
+        """The gradients with those of the regulariser."""
         alpha, variant = self.term.alpha, self.term.variant
-        pulls = list(torch._foreach_sub(weights, [self.averages[i] for i in index]))
-        torch._foreach_mul_(pulls, alpha)
-        if self.last:
-            factor = -1.0 if variant == "authors" else -0.5
-            known = [(p, self.last[i]) for p, i in zip(pulls, index, strict=True) if i in self.last]
-            torch._foreach_add_([p for p, _ in known], [g for _, g in known], alpha=factor)
+        pulls = torch._foreach_sub(weights, [self.middles.get(i, self.averages[i]) for i in index])
         if variant == "reference":
-            torch._foreach_div_(pulls, [float(p.numel()) for p in weights])
+            torch._foreach_mul_(pulls, [alpha / p.numel() for p in weights])
+        else:
+            torch._foreach_mul_(pulls, alpha)
+        torch._foreach_add_(pulls, gradients)
+        known = [(p, self.multipliers[i]) for p, i in zip(pulls, index, strict=True) if i in self.multipliers]
+        if known:
+            torch._foreach_sub_([p for p, _ in known], [m for _, m in known])
         return pulls
 
-    def _average(self, index: list[int], weights: list[Tensor], gradients: list[Tensor]) -> None:
-        """`A = (A + W) / 2 - g / (2 alpha)`, in new tensors."""
-        averages = list(torch._foreach_add([self.averages[i] for i in index], weights))
-        torch._foreach_mul_(averages, 0.5)
-        torch._foreach_add_(averages, gradients, alpha=-0.5 / self.term.alpha)
+    def _set_averages(self, index: list[int], averages: Sequence[Tensor]) -> None:
         for i, average in zip(index, averages, strict=True):
             self.averages[i] = average
 
@@ -107,5 +106,7 @@ class FPTTSequence:
         steps = list(torch._foreach_sub(weights, [self.averages[i] for i in index]))
         torch._foreach_mul_(steps, -alpha)
         for i, step in zip(index, steps, strict=True):
-            self.last[i] = self.last[i] + step if i in self.last else step
-        self._average(index, weights, [self.last[i] for i in index])
+            self.multipliers[i] = self.multipliers[i] + step if i in self.multipliers else step
+        averages = torch._foreach_lerp([self.averages[i] for i in index], weights, 0.5)
+        multipliers = [self.multipliers[i] for i in index]
+        self._set_averages(index, torch._foreach_add(averages, multipliers, alpha=-0.5 / alpha))

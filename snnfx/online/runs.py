@@ -6,6 +6,7 @@ change at every step, the form of the net that takes one step is run.
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -15,11 +16,13 @@ from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
 from snnfx.errors import InputError
+from snnfx.net import Net
 from snnfx.online.fptt import FPTTSequence
 from snnfx.online.gradients import Updates
 from snnfx.online.losses import Loss, losses_of_steps, scalar
 from snnfx.online.nets import RuleNets
 from snnfx.online.rules import Rule
+from snnfx.online.threads import is_small, one_thread
 from snnfx.passes.dependence import is_random
 
 __all__ = ["Run", "run_chunks", "run_random_steps", "run_steps"]
@@ -172,32 +175,34 @@ def run_steps(run: Run, averages: list[Tensor] | None) -> None:
         run: the sequence.
         averages: the running averages of FPTT, whose elements are replaced; None for rules without.
     """
-    net = run.nets.step
-    first_carried = run.given
-    extra = None
+    net, extra = run.nets.step, None
     if run.rule.extra is not None:
         assert averages is not None
         extra = FPTTSequence(run.rule.extra, run.updates, averages)
-    for t in range(run.T):
-        x, target, before = run.inputs_at(t), run.targets(t), run.state
+    with one_thread() if is_small(run.updates.parameters, run.nets.step_elements) else contextlib.nullcontext():
+        for t in range(run.T):
+            _run_step(run, net, t, extra)
 
-        def step_and_loss(
-            state: State, x: list[Tensor] = x, target: Any = target, t: int = t
-        ) -> tuple[Any, State, Tensor, Tensor]:
-            with run.updates.autocast(run.device):
-                y, after = net.run_bound(x, first_carried if t == 0 else {}, state, None)
-                value = scalar(run.loss(y, target))
-                return y, after, value, with_gradient(value * run.scale)
 
-        y, after, value, loss = step_and_loss(before)
-        run.finish_steps(after, value, _with_time(y) if run.keep_outputs else None, t + 1)
-        if extra is None:
-            run.updates.zero()
-            run.updates.backward(loss)
-            run.updates.apply()
-        else:
-            extra.update(loss, t == run.T - 1, before, run.state, step_and_loss)
-        run.update_count += 1
+def _run_step(run: Run, net: Net, t: int, extra: FPTTSequence | None) -> None:
+    """A step, and the update after it."""
+    x, target, before = run.inputs_at(t), run.targets(t), run.state
+
+    def step_and_loss(state: State) -> tuple[Any, State, Tensor, Tensor]:
+        with run.updates.autocast(run.device):
+            y, after = net.run_bound(x, run.carried(t), state, None)
+            value = scalar(run.loss(y, target))
+            return y, after, value, with_gradient(value * run.scale)
+
+    y, after, value, loss = step_and_loss(before)
+    run.finish_steps(after, value, _with_time(y) if run.keep_outputs else None, t + 1)
+    if extra is None:
+        run.updates.zero()
+        run.updates.backward(loss)
+        run.updates.apply()
+    else:
+        extra.update(loss, t == run.T - 1, before, run.state, step_and_loss)
+    run.update_count += 1
 
 
 def _with_time(y: Any) -> Any:

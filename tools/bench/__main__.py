@@ -1,0 +1,115 @@
+"""Measure speed against the peers and the limits: `python tools/bench [layers] [networks] [--quick]`.
+
+Every case runs in a process of its own; its sides take turns and their medians are compared. All sides have the same
+threads and the same malloc: as it is, and tuned so that freed blocks stay in the process (`snnfx.tune_allocator()`).
+Figures are ratios: how many times faster snnfx is than a side, or how many times slower than a limit.
+"""
+
+from __future__ import annotations
+
+import argparse
+import datetime
+import importlib.metadata
+import json
+import os
+import sys
+from pathlib import Path
+from typing import Any
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent.parent))
+
+import layers
+import networks
+import torch
+from timing import MALLOC, fresh_process
+
+RESULTS = Path(__file__).resolve().parent.parent / "results"
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(prog="tools/bench", description=__doc__.splitlines()[0] if __doc__ else "")
+    parser.add_argument("what", nargs="*", help="layers, networks (default: both)")
+    parser.add_argument("--quick", action="store_true", help="a few cases")
+    parser.add_argument("--seconds", type=float, default=1.5, help="of a comparison, at least (default: 1.5)")
+    parser.add_argument("--malloc", choices=[*MALLOC, "both"], default="both")
+    parser.add_argument("--compile", action="store_true", help="SpikingJelly under torch.compile too: minutes")
+    parser.add_argument("--json", type=Path, help=f"a folder for the figures, for example {RESULTS.name}")
+    parser.add_argument("--svg", type=Path, help="where to draw them")
+    arguments = parser.parse_args()
+    unknown = set(arguments.what) - {"layers", "networks"}
+    if unknown:
+        parser.error(f"no benchmark is called {', '.join(sorted(unknown))}")
+    mallocs = list(MALLOC) if arguments.malloc == "both" else [arguments.malloc]
+    machine = _machine()
+    print(", ".join(f"{key} {value}" for key, value in machine.items()))
+    found: dict[str, Any] = {}
+    for name in arguments.what or ["layers", "networks"]:
+        module: Any = {"layers": layers, "networks": networks}[name]
+        cases = module.QUICK if arguments.quick else module.CASES
+        if arguments.compile and name == "layers":
+            cases = (*cases, layers.LayerCase("LIF", 16, 256 * layers.K, compiled=True))
+        found[name] = []
+        for malloc in mallocs:
+            _headline(name, malloc)
+            for case in cases:
+                with fresh_process(malloc) as call:
+                    result = {"malloc": malloc, **call(module.measure, case, arguments.seconds)}
+                found[name].append(result)
+                (_show_layer if name == "layers" else _show_network)(result)
+        if arguments.json:
+            arguments.json.mkdir(parents=True, exist_ok=True)
+            path = arguments.json / f"{name}_cpu.json"
+            path.write_text(json.dumps({"machine": machine, "cases": found[name]}, indent=2) + "\n")
+    if arguments.svg:
+        import plots
+
+        plots.draw(found, arguments.svg)
+
+
+def _machine() -> dict[str, Any]:
+    versions = {name: importlib.metadata.version(name) for name in ("torch", "spikingjelly", "snntorch", "norse")}
+    return {
+        "date": datetime.date.today().isoformat(),
+        **versions,
+        "threads": torch.get_num_threads(),
+        "cores": os.cpu_count(),
+        "cpu": torch.backends.cpu.get_cpu_capability(),
+    }
+
+
+def _headline(name: str, malloc: str) -> None:
+    print(f"\n{name}, malloc {'as it is' if malloc == 'default' else 'tuned'}")
+    if name == "layers":
+        print(f"  {'neuron':<18}{'T':>5}{'neurons':>9}   {'peer':<13}{'forward':>22}{'training':>24}{'passes':>16}")
+    else:
+        print(f"  {'network':<18}{'T':>5}{'N':>5}{'inference':>32}{'training':>38}{'of the floor':>16}")
+
+
+def _show_layer(result: dict[str, Any]) -> None:
+    case, forward, training = result["case"], result["forward"], result["training"]
+    peers = [name for name in forward if name not in ("snnfx", "one pass")]
+    for peer in peers:
+        columns = (
+            f"{times['snnfx']:8.2f} ms {times[peer] / times['snnfx']:6.1f}x faster" for times in (forward, training)
+        )
+        limits = f"{forward['snnfx'] / forward['one pass']:6.2f} {training['snnfx'] / training['three passes']:6.2f}"
+        neurons = f"{case['elements'] >> 10}k"
+        print(
+            f"  {case['neuron']:<18}{case['T']:>5}{neurons:>9}   {peer:<13}" + " ".join(columns) + f"   {limits}",
+            flush=True,
+        )
+
+
+def _show_network(result: dict[str, Any]) -> None:
+    case = result["case"]
+    line = f"  {case['network']:<18}{case['T']:>5}{case['N']:>5}"
+    for kind in ("inference", "training"):
+        times = result[kind]
+        peer = f"{times['SpikingJelly'] / times['snnfx']:5.1f}x SJ" if "SpikingJelly" in times else " " * 9
+        line += f"   {times['snnfx']:8.1f} ms {times['stepped'] / times['snnfx']:6.1f}x stepped {peer}"
+    limits = " ".join(f"{result[kind]['snnfx'] / result[kind]['floor']:6.2f}" for kind in ("inference", "training"))
+    print(f"{line}   {limits}", flush=True)
+
+
+if __name__ == "__main__":
+    main()

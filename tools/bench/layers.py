@@ -1,0 +1,192 @@
+"""One layer of neurons over a whole sequence: snnfx's kernel, the peers, and the byte limit.
+
+The same neuron object runs on both sides: stepped or in its library's multi-step form, and converted. The byte limit is
+one pass over the sequence, `torch.add(x, 1, out=y)`, for the forward pass, and three for forward and backward (the
+input is read, the output written; the gradient is read, what was saved read, the gradient written).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import torch
+from timing import alternate
+from torch import Tensor, nn
+
+import snnfx
+from snnfx.functional import reset_net
+
+__all__ = ["CASES", "QUICK", "LayerCase", "measure"]
+
+
+@dataclass(frozen=True)
+class LayerCase:
+    """A neuron by its name in `NEURONS`, on `[T, elements]`; `compiled`: SpikingJelly under torch.compile as well."""
+
+    neuron: str
+    T: int
+    elements: int
+    compiled: bool = False
+
+
+class Bursting(snnfx.MemoryModule):
+    """A neuron of a user: a threshold that grows with every spike and decays."""
+
+    v: Tensor
+    threshold: Tensor
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.register_memory("v", 0.0)
+        self.register_memory("threshold", 1.0)
+        self.surrogate = snnfx.surrogate.ATan()
+
+    def forward(self, x: Tensor) -> Tensor:
+        self.v = 0.9 * self.v + x
+        spike: Tensor = self.surrogate(self.v - self.threshold)
+        self.threshold = 1.0 + 0.8 * (self.threshold - 1.0) + 0.2 * spike
+        self.v = self.v - self.threshold * spike
+        return spike
+
+
+def _spikingjelly(name: str, **options: Any) -> nn.Module:
+    from spikingjelly.activation_based import neuron, surrogate
+
+    made: nn.Module = getattr(neuron, name)(surrogate_function=surrogate.ATan(), detach_reset=True, **options)
+    return made
+
+
+def _snntorch() -> nn.Module:
+    import snntorch
+
+    made: nn.Module = snntorch.Leaky(beta=0.9, init_hidden=True, spike_grad=snntorch.surrogate.atan())
+    return made
+
+
+class _Norse(nn.Module):
+    """Norse's cell with its state kept, so that it is called like the others."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        import norse.torch
+
+        self.cell, self.state = norse.torch.LIFCell(), None
+
+    def forward(self, x: Tensor, state: Any = None) -> tuple[Tensor, Any]:
+        y, state = self.cell(x, state)
+        return y, state
+
+
+NEURONS: dict[str, Callable[[], nn.Module]] = {
+    "IF": lambda: _spikingjelly("IFNode"),
+    "LIF": lambda: _spikingjelly("LIFNode", tau=2.0),
+    "LIF, soft reset": lambda: _spikingjelly("LIFNode", tau=2.0, v_reset=None),
+    "PLIF": lambda: _spikingjelly("ParametricLIFNode", init_tau=2.0),
+    "Leaky (snnTorch)": _snntorch,
+    "LIFCell (Norse)": _Norse,
+    "user's own": Bursting,
+}
+
+K, M = 1 << 10, 1 << 20
+QUICK = (LayerCase("LIF", 16, 256 * K), LayerCase("user's own", 16, 256 * K))
+CASES = (
+    *(LayerCase("LIF", T, 256 * K) for T in (4, 16, 64, 256)),
+    *(LayerCase("LIF", 16, elements) for elements in (16 * K, 64 * K, 512 * K, 2 * M)),
+    *(LayerCase(name, 16, 256 * K) for name in NEURONS if name != "LIF"),
+)
+
+
+def measure(case: LayerCase, seconds: float) -> dict[str, Any]:
+    """Median milliseconds by side, forward under no_grad and forward with backward."""
+    torch.manual_seed(0)
+    neuron = NEURONS[case.neuron]()
+    shape = (case.T, 1, case.elements)
+    x_seq, above = 1.2 * torch.rand(shape), torch.rand(shape)
+    net = snnfx.convert(neuron, example_inputs=x_seq[0])
+    runs: dict[str, Callable[[Tensor], Tensor]] = {"snnfx": lambda x: _first(net(x))}
+    peer, run = _peer(case.neuron)
+    runs[peer] = run
+    if case.compiled:
+        runs["SpikingJelly, torch.compile"] = _compiled(case.neuron)
+    forward: dict[str, Callable[[], Any]] = {}
+    training: dict[str, Callable[[], Any]] = {}
+    for name, run in runs.items():
+        forward[name] = _inference(run, x_seq)
+        training[name] = _training(run, x_seq, above)
+    out = torch.empty_like(x_seq)
+    forward["one pass"] = lambda: torch.add(x_seq, 1, out=out)
+
+    def three_passes() -> None:
+        for _ in range(3):
+            torch.add(x_seq, 1, out=out)
+
+    training["three passes"] = three_passes
+    return {
+        "case": asdict(case),
+        "peer": peer,
+        "forward": alternate(forward, seconds),
+        "training": alternate(training, seconds),
+    }
+
+
+def _first(y: Any) -> Tensor:
+    found: Tensor = y[0] if isinstance(y, tuple) else y
+    return found
+
+
+def _inference(run: Callable[[Tensor], Tensor], x_seq: Tensor) -> Callable[[], Any]:
+    def call() -> None:
+        with torch.no_grad():
+            run(x_seq)
+
+    return call
+
+
+def _training(run: Callable[[Tensor], Tensor], x_seq: Tensor, above: Tensor) -> Callable[[], Any]:
+    def call() -> None:
+        x = x_seq.detach().requires_grad_()
+        torch.autograd.grad(run(x), x, above)
+
+    return call
+
+
+def _peer(name: str) -> tuple[str, Callable[[Tensor], Tensor]]:
+    """The fastest form that the neuron's own library has for a sequence on a CPU."""
+    neuron = NEURONS[name]()
+    if type(neuron).__module__.startswith("spikingjelly."):
+        neuron.step_mode = "m"  # type: ignore[assignment]
+
+        def multi_step(x_seq: Tensor) -> Tensor:
+            neuron.reset()  # type: ignore[operator]
+            y: Tensor = neuron(x_seq)
+            return y
+
+        return "SpikingJelly", multi_step
+
+    def stepped(x_seq: Tensor) -> Tensor:
+        reset_net(neuron)
+        return torch.stack([_first(neuron(x)) for x in x_seq])
+
+    def stepped_with_state(x_seq: Tensor) -> Tensor:
+        state, outputs = None, []
+        for x in x_seq:
+            y, state = neuron(x, state)
+            outputs.append(y)
+        return torch.stack(outputs)
+
+    return "stepped", stepped_with_state if isinstance(neuron, _Norse) else stepped
+
+
+def _compiled(name: str) -> Callable[[Tensor], Tensor]:
+    neuron = NEURONS[name]()
+    neuron.step_mode = "m"  # type: ignore[assignment]
+    compiled = torch.compile(neuron)
+
+    def run(x_seq: Tensor) -> Tensor:
+        neuron.reset()  # type: ignore[operator]
+        y: Tensor = compiled(x_seq)
+        return y
+
+    return run

@@ -1,0 +1,166 @@
+"""Whole networks: the stepped model, the converted net, SpikingJelly's multi-step form, and the compute floor.
+
+The compute floor is the same network with its neurons left out, T folded into the batch, in the faster of the two
+memory formats: what its convolutions, linear layers, norms and pools take by themselves.
+"""
+
+from __future__ import annotations
+
+import copy
+import sys
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from timing import alternate
+from torch import Tensor, nn
+
+sys.path.append(str(Path(__file__).resolve().parent.parent))
+
+import bench_csnn
+import memory_models
+
+import snnfx
+from snnfx.functional import reset_net
+
+__all__ = ["CASES", "QUICK", "NetworkCase", "measure"]
+
+
+@dataclass(frozen=True)
+class NetworkCase:
+    """A network by its name in `NETWORKS`, on `[T, N, ...]`."""
+
+    network: str
+    T: int
+    N: int
+
+
+def spiking_vgg11(multi_step: bool = False) -> nn.Module:
+    """Eight convolutions with BatchNorm and LIF neurons, for images of 32x32 pixels."""
+    if multi_step:
+        from spikingjelly.activation_based import functional, layer, neuron, surrogate
+
+        library: Any = layer
+
+        def lif() -> nn.Module:
+            made: nn.Module = neuron.LIFNode(tau=2.0, surrogate_function=surrogate.ATan(), detach_reset=True)
+            return made
+
+    else:
+        library, lif = nn, memory_models.lif
+    torch.manual_seed(0)
+    layers: list[nn.Module] = []
+    channels = 3
+    for width in (64, "pool", 128, "pool", 256, 256, "pool", 512, 512, "pool", 512, 512, "pool"):
+        if width == "pool":
+            layers.append(library.MaxPool2d(2))
+            continue
+        assert isinstance(width, int)
+        layers += [library.Conv2d(channels, width, 3, padding=1, bias=False), library.BatchNorm2d(width), lif()]
+        channels = width
+    model = nn.Sequential(*layers, library.Flatten(), library.Linear(512, 10))
+    if multi_step:
+        functional.set_step_mode(model, "m")
+    return model
+
+
+def _csnn(multi_step: bool = False) -> nn.Module:
+    torch.manual_seed(0)
+    model = bench_csnn.single_step_model()
+    if not multi_step:
+        return model
+    peer = bench_csnn.spikingjelly_model(model)
+    assert peer is not None
+    return peer
+
+
+NETWORKS: dict[str, tuple[Callable[..., nn.Module], tuple[int, ...], bool]] = {
+    "CSNN": (_csnn, (1, 28, 28), True),
+    "SEW-ResNet-18": (memory_models.sew_resnet18, (3, 64, 64), True),
+    "Spiking-VGG-11": (spiking_vgg11, (3, 32, 32), True),
+    "Spikformer-like": (memory_models.Spikformer, (3, 32, 32), False),
+}
+"""By name: how it is made, the shape of a sample, and whether there is a multi-step form by SpikingJelly."""
+
+QUICK = (NetworkCase("CSNN", 4, 32), NetworkCase("CSNN", 16, 1))
+CASES = (
+    *(NetworkCase("CSNN", T, N) for T, N in ((4, 32), (16, 1), (16, 8))),
+    *(NetworkCase("SEW-ResNet-18", T, N) for T, N in ((4, 4), (16, 1))),
+    *(NetworkCase("Spiking-VGG-11", T, N) for T, N in ((4, 8), (16, 1))),
+    *(NetworkCase("Spikformer-like", T, N) for T, N in ((4, 8), (16, 1))),
+)
+
+
+def measure(case: NetworkCase, seconds: float) -> dict[str, Any]:
+    """Median milliseconds by side, of inference and of a training step."""
+    make, shape, has_peer = NETWORKS[case.network]
+    model = make()
+    x_seq = torch.rand(case.T, case.N, *shape)
+    net = snnfx.convert(model, example_inputs=x_seq[0])
+
+    def stepped(x: Tensor) -> Tensor:
+        reset_net(model)
+        return torch.stack([model(step) for step in x])
+
+    runs: dict[str, tuple[Callable[[Tensor], Tensor], nn.Module]] = {"stepped": (stepped, model), "snnfx": (net, net)}
+    if has_peer:
+        from spikingjelly.activation_based import functional
+
+        peer = make(multi_step=True)
+        peer.load_state_dict(model.state_dict())
+
+        def multi_step(x: Tensor) -> Tensor:
+            functional.reset_net(peer)
+            y: Tensor = peer(x)
+            return y
+
+        runs["SpikingJelly"] = (multi_step, peer)
+    bare = without_neurons(model)
+    runs["floor"] = (lambda x: bare(x.flatten(0, 1)), bare)
+    last = copy.deepcopy(bare).to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+    runs["floor, channels-last"] = (
+        lambda x: last(x.flatten(0, 1).contiguous(memory_format=torch.channels_last)),
+        last,
+    )
+    sides = {name: (_inference(*run, x_seq), _training(*run, x_seq)) for name, run in runs.items()}
+    return {
+        "case": asdict(case),
+        "inference": _joined(alternate({name: calls[0] for name, calls in sides.items()}, seconds)),
+        "training": _joined(alternate({name: calls[1] for name, calls in sides.items()}, seconds)),
+    }
+
+
+def without_neurons(model: nn.Module) -> nn.Module:
+    """A copy whose neurons hand their input on."""
+    bare = copy.deepcopy(model)
+    for parent in list(bare.modules()):
+        for name, child in list(parent.named_children()):
+            if type(child).__name__ == "LIFNode":  # snnfx's or SpikingJelly's
+                setattr(parent, name, nn.Identity())
+    return bare
+
+
+def _joined(times: dict[str, float]) -> dict[str, float]:
+    """One floor, the lower one."""
+    other = times.pop("floor, channels-last")
+    return {**times, "floor": min(times["floor"], other)}
+
+
+def _inference(run: Callable[[Tensor], Tensor], module: nn.Module, x_seq: Tensor) -> Callable[[], Any]:
+    def call() -> None:
+        module.eval()
+        with torch.no_grad():
+            run(x_seq)
+
+    return call
+
+
+def _training(run: Callable[[Tensor], Tensor], module: nn.Module, x_seq: Tensor) -> Callable[[], Any]:
+    def call() -> None:
+        module.train()
+        run(x_seq).sum().backward()
+        module.zero_grad()
+
+    return call

@@ -1,0 +1,72 @@
+"""Draw what was measured as one SVG: `pip install ".[bench]"`."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import matplotlib as mpl
+import matplotlib.pyplot as plt
+
+__all__ = ["draw"]
+
+OURS, PEER, PLAIN = "#2a6f97", "#c8553d", "#9aa0a6"
+
+
+def draw(found: dict[str, list[dict[str, Any]]], path: Path) -> None:
+    """One row of panels for each benchmark that was run, with malloc as it is where both were measured."""
+    plt.switch_backend("svg")
+    mpl.rcParams["svg.hashsalt"] = "snnfx"
+    rows = [name for name in ("layers", "networks") if found.get(name)]
+    figure, axes = plt.subplots(len(rows), 2, figsize=(10, 3.6 * len(rows)), squeeze=False)
+    for row, name in zip(axes, rows, strict=True):
+        malloc = found[name][0]["malloc"]
+        cases = [result for result in found[name] if result["malloc"] == malloc]
+        (_draw_layers if name == "layers" else _draw_networks)(row, cases)
+    for axis in axes.flat:
+        axis.spines[["top", "right"]].set_visible(False)
+    figure.tight_layout()
+    path.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(path, metadata={"Date": None})
+    plt.close(figure)
+
+
+def _draw_layers(row: Any, cases: list[dict[str, Any]]) -> None:
+    lif = sorted((c for c in cases if c["case"]["neuron"] == "LIF" and c["case"]["elements"] == 1 << 18), key=_steps)
+    for axis, kind, limit, title in (
+        (row[0], "forward", "one pass", "LIF layer, 262,144 neurons: forward"),
+        (row[1], "training", "three passes", "forward and backward"),
+    ):
+        steps = [_steps(case) for case in lif]
+        for side, color, label in (("SpikingJelly", PEER, "SpikingJelly, multi-step"), ("snnfx", OURS, "snnfx")):
+            axis.plot(steps, [case[kind][side] for case in lif], "o-", color=color, label=label)
+        axis.plot(steps, [case[kind][limit] for case in lif], "--", color=PLAIN, label=f"{limit} over the memory")
+        axis.set(title=title, xscale="log", yscale="log", xlabel="time steps", ylabel="ms")
+        axis.set_xticks(steps, [str(t) for t in steps])
+        axis.minorticks_off()
+    row[0].legend(frameon=False)
+
+
+def _draw_networks(row: Any, cases: list[dict[str, Any]]) -> None:
+    labels = [f"{c['case']['network']}\nT={c['case']['T']} N={c['case']['N']}" for c in cases]
+    places = range(len(cases))
+    for axis, kind in zip(row, ("inference", "training"), strict=True):
+        for place, case in zip(places, cases, strict=True):
+            times = case[kind]
+            axis.barh(place, times["stepped"] / times["snnfx"], 0.6, color=OURS)
+            axis.plot([times["stepped"] / times["floor"]] * 2, [place - 0.4, place + 0.4], color=PLAIN, lw=2)
+            if "SpikingJelly" in times:
+                axis.plot(times["stepped"] / times["SpikingJelly"], place, "D", color=PEER)
+        axis.axvline(1, color="black", lw=0.8)
+        axis.set(title=f"{kind}: times faster than the stepped model")
+        axis.set_yticks(places, labels if kind == "inference" else [""] * len(cases))
+        axis.invert_yaxis()
+    row[1].plot([], [], "s", color=OURS, label="snnfx")
+    row[1].plot([], [], "D", color=PEER, label="SpikingJelly, multi-step")
+    row[1].plot([], [], color=PLAIN, lw=2, label="the network without neurons")
+    row[1].legend(frameon=False, loc="lower right")
+
+
+def _steps(case: dict[str, Any]) -> int:
+    steps: int = case["case"]["T"]
+    return steps

@@ -1,0 +1,56 @@
+"""Time several sides of one case in turns, in a process of its own, under the C library's malloc as it is or tuned."""
+
+from __future__ import annotations
+
+import contextlib
+import multiprocessing
+import os
+import statistics
+import time
+from collections.abc import Callable, Iterator
+from concurrent.futures import ProcessPoolExecutor
+from typing import Any
+
+__all__ = ["MALLOC", "alternate", "fresh_process"]
+
+MALLOC: dict[str, dict[str, str]] = {
+    "default": {},
+    "tuned": {"MALLOC_MMAP_THRESHOLD_": str(2**30), "MALLOC_TRIM_THRESHOLD_": str(2**31 - 1)},
+}
+"""Environments: malloc as it is, and as `snnfx.tune_allocator()` sets it: freed blocks stay in the process."""
+
+
+def alternate(sides: dict[str, Callable[[], Any]], seconds: float, least: int = 5) -> dict[str, float]:
+    """Median milliseconds of a call of each side.
+
+    Args:
+        sides: what to call; they take turns, and every other round goes the other way round.
+        seconds: rounds are added until this time is over.
+        least: rounds at least, after two that do not count.
+    """
+    times: dict[str, list[float]] = {name: [] for name in sides}
+    begin, rounds = time.perf_counter(), -2
+    while rounds < least or time.perf_counter() - begin < seconds:
+        order = list(sides.items()) if rounds % 2 else list(sides.items())[::-1]
+        for name, call in order:
+            start = time.perf_counter()
+            call()
+            if rounds >= 0:
+                times[name].append((time.perf_counter() - start) * 1e3)
+        rounds += 1
+    return {name: statistics.median(values) for name, values in times.items()}
+
+
+@contextlib.contextmanager
+def fresh_process(malloc: str) -> Iterator[Callable[..., Any]]:
+    """A function that calls another one in a new process; what it is given and returns has to pickle."""
+    kept = dict(os.environ)
+    os.environ.update(MALLOC[malloc])
+    context = multiprocessing.get_context("spawn")
+    try:
+        with ProcessPoolExecutor(1, mp_context=context, max_tasks_per_child=1) as pool:
+            yield lambda function, *args: pool.submit(function, *args).result()
+    finally:
+        for key in MALLOC[malloc]:
+            os.environ.pop(key, None)
+        os.environ.update(kept)
