@@ -33,6 +33,7 @@ _EXAMPLES = """\
 examples:
   python -m snnfx explain models.csnn:build --input 2,1,28,28
   python -m snnfx explain models/csnn.py:CSNN --markdown
+  python -m snnfx explain models.csnn:build --input 32,1,28,28 --T 64 --memory-budget 2GiB --plot memory.svg
   python -m snnfx explain --code SNNFX103
   python -m snnfx draw models.csnn:build --input 2,1,28,28 --out net.svg
   python -m snnfx verify models.csnn:build --input 2,1,28,28 --T 8 --double
@@ -68,6 +69,10 @@ def _parser() -> argparse.ArgumentParser:
 
     command = _command(commands, "explain", _explain, "tell what is folded, mapped or looped, and why")
     command.add_argument("--code", metavar="SNNFX103", help="print what a code means, instead")
+    command.add_argument(
+        "--T", type=int, metavar="STEPS", help="also predict the memory of a call on so many time steps"
+    )
+    command.add_argument("--plot", metavar="FILE.svg", help="draw the memory over the execution; needs --T")
     form = command.add_mutually_exclusive_group()
     form.add_argument("--markdown", action="store_true", help="as Markdown")
     form.add_argument("--json", action="store_true", help="as JSON")
@@ -106,6 +111,14 @@ def _command(commands: Any, name: str, run: Any, text: str) -> argparse.Argument
         help="where T is in each input, or in all (default: 0; last: --time-dim=-1); none: the same at every step",
     )
     command.add_argument("--chunk", default="auto", metavar="16|auto|none", help="time steps at once in inference")
+    command.add_argument(
+        "--checkpoint", default="auto", metavar="16|regions|auto|none", help="what training computes again in backward"
+    )
+    command.add_argument(
+        "--memory-budget",
+        metavar="512MiB|0.5|none",
+        help="bytes of a call, or the part of what is free (default: none)",
+    )
     command.add_argument("--reduce", metavar="mean|sum|last", help="return that over time instead of sequences")
     command.add_argument(
         "--carry",
@@ -127,7 +140,11 @@ def _explain(arguments: argparse.Namespace) -> int:
     if arguments.model is None:
         raise InputError("SNNFX309", "explain needs a model", hint="Give pkg.module:factory, or --code SNNFX103.")
     options = _options(arguments)
-    report = explain(_model(arguments), **options)
+    if arguments.plot is not None and arguments.T is None:
+        raise InputError("SNNFX309", f"--plot {arguments.plot}", hint="Give the number of time steps as well: --T 16.")
+    report = explain(_model(arguments), T=arguments.T, **options)
+    if arguments.plot is not None and report.memory is not None:
+        report.memory.save(arguments.plot)
     if arguments.json:
         print(json.dumps(report.to_dict(), indent=2))
     else:
@@ -186,6 +203,8 @@ def _options(arguments: argparse.Namespace) -> ConvertKeywords:
         "batch_norm": arguments.batch_norm,
         "time_dim": _time_dim(arguments.time_dim),
         "chunk": arguments.chunk if arguments.chunk == "auto" else _number("--chunk", arguments.chunk),
+        "checkpoint": _checkpoint(arguments.checkpoint),
+        "memory_budget": _bytes(arguments.memory_budget),
         "reduce": arguments.reduce,
         "carry": _carry(arguments.carry),
     }
@@ -205,6 +224,27 @@ def _number(option: str, text: str) -> int | None:
         return int(text)
     except ValueError as error:
         raise InputError("SNNFX309", f"{option} {text}", hint="Give a number, or none.") from error
+
+
+def _checkpoint(text: str) -> int | str | None:
+    return text if text in ("auto", "regions") else _number("--checkpoint", text)
+
+
+_UNITS = {"KiB": 2**10, "MiB": 2**20, "GiB": 2**30, "kB": 10**3, "MB": 10**6, "GB": 10**9}
+
+
+def _bytes(text: str | None) -> int | float | None:
+    """`2GiB` or `1000000` as an int, `0.5` as a float."""
+    if text is None or text.lower() == "none":
+        return None
+    unit = next((unit for unit in _UNITS if text.endswith(unit)), "")
+    try:
+        count = float(text.removesuffix(unit))
+    except ValueError as error:
+        hint = "Give bytes (512MiB), or a part of the free memory (0.5)."
+        raise InputError("SNNFX309", f"--memory-budget {text}", hint=hint) from error
+    whole = unit or "." not in text
+    return int(count * _UNITS.get(unit, 1)) if whole else count
 
 
 def _carry(given: list[str] | None) -> dict[str, tuple[int | str, ...]] | None:

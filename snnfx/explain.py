@@ -8,15 +8,16 @@ from collections import Counter
 from collections.abc import Iterator, Sequence
 from typing import Any, Unpack
 
-import torch
 from torch import Tensor, nn
 from torch.fx import Node
 
 from snnfx.convert import convert
 from snnfx.counted import computing_nodes, is_computing
-from snnfx.errors import CaptureError, Refusal
+from snnfx.errors import CaptureError, InputError, Refusal
 from snnfx.expressions import expression_of_initial_value
 from snnfx.isolation import undisturbed
+from snnfx.memory.plan import example_steps
+from snnfx.memory.report import MemoryReport, report_memory
 from snnfx.net import Net
 from snnfx.options import ConvertKeywords, ConvertOptions
 from snnfx.passes.batch import infer_batch, model_input
@@ -40,22 +41,27 @@ from snnfx.step_functions import apply_autograd_function
 __all__ = ["Report", "explain"]
 
 
-def explain(model: nn.Module, **options: Unpack[ConvertKeywords]) -> Report:
+def explain(model: nn.Module, *, T: int | None = None, **options: Unpack[ConvertKeywords]) -> Report:
     """Tell what `snnfx.convert` does with a model: what is folded, mapped or looped, and why.
 
     A model that cannot be converted gives a report as well, with the reason in `report.error`. Nothing is changed.
 
     Args:
-        model: a single-step model; or a converted net, which is reported on as it is (the options are its own then).
+        model: a single-step model; or a converted net, which is reported on as it is (the options are its own then, but
+            for `example_inputs`).
+        T: also predict the memory of a call on so many time steps, for inputs like `example_inputs`: the peak of each
+            region in inference and in training, and which tensors hold it. `report.memory` has it as data,
+            `report.memory.save("memory.svg")` draws it.
         **options: those of `snnfx.convert`: `example_inputs` (without it shapes are not known), `time_dim`, `entry`,
-            `batch_norm`, `chunk`, `reduce`, `carry` and so on.
+            `batch_norm`, `chunk`, `reduce`, `carry`, `checkpoint`, `memory_budget` and so on.
 
     Returns:
         A `Report`: `print(report)`, `report.to_dict()`, `report.to_markdown()`. Regions, shapes and reasons are those
         of the mode (training or evaluation) that the model is in; differences between the modes are listed.
 
     Raises:
-        InputError: an option or `example_inputs` does not fit, or `model` is no module.
+        InputError: an option or `example_inputs` does not fit, or `model` is no module; SNNFX301: T is below 1;
+            SNNFX309: T is given, but no `example_inputs`.
 
     Example:
         >>> import torch, snnfx
@@ -66,18 +72,20 @@ def explain(model: nn.Module, **options: Unpack[ConvertKeywords]) -> Report:
         >>> [(row.what, row.code) for row in report.not_folded]
         [('1', 'SNNFX107')]
     """
+    if T is not None and (isinstance(T, bool) or not isinstance(T, int) or T < 1):
+        raise InputError("SNNFX301", f"T={T!r}", hint="Give the number of time steps, an int above 0.")
     if isinstance(model, Net):
-        return _report_on(model)
+        return _report_on(model, T, options.get("example_inputs"))
     try:
         net = convert(model, **options)
     except CaptureError as error:
         problem = Problem(error.code, str(error), error.where, error.why, error.hint)
         asked: dict[str, Any] = {name: value for name, value in options.items() if name != "example_inputs"}
         return Report(type(model).__name__, model.training, dataclasses.asdict(ConvertOptions(**asked)), problem)
-    return _report_on(net)
+    return _report_on(net, T, None)
 
 
-def _report_on(net: Net) -> Report:
+def _report_on(net: Net, T: int | None, example_inputs: Any) -> Report:
     program = net.program
     counts = _counts(program)
     not_folded = [*_not_folded(program), *_losing_the_batch(net)]
@@ -102,6 +110,7 @@ def _report_on(net: Net) -> Report:
         fallbacks=tuple(vmap_fallbacks(net)),
         kernels=tuple(kernels_of_loops(net)),
         chunk=_chunk(net),
+        memory=_memory(net, T, example_inputs) if T is not None and net.options.step_mode == "m" else None,
         passes=tuple(PassRow(r.description, r.milliseconds, r.note) for r in net.history),
     )
 
@@ -276,16 +285,26 @@ def _chunk(net: Net) -> ChunkRow | None:
     if chunk is None or isinstance(chunk, int):
         plan = plan_chunks(chunk)
         return ChunkRow(plan.length, plan.bytes_per_step, plan.reason)
-    inputs = [node.meta.get("val") for node in net.program.input_nodes()]
-    if not all(isinstance(value, Tensor) for value in inputs):
+    steps = example_steps(net)
+    if steps is None:
         return ChunkRow(None, 0, 'chunk="auto": decided at the first call, from the shapes (example_inputs would tell)')
-    device = next((p.device for p in net.source.parameters()), torch.device("cpu"))
-    steps = [torch.empty(value.shape, dtype=value.dtype, device=device) for value in inputs]  # type: ignore[union-attr]
-    varying = net._arguments.varying
-    sequences = [x.unsqueeze(0) if v else x for x, v in zip(steps, varying, strict=True)]
+    sequences = [x.unsqueeze(0) if v else x for x, v in zip(steps, net.varying_inputs, strict=True)]
     with undisturbed(net.source):
         plan = net.chunk_plan(*sequences)
     return ChunkRow(plan.length, plan.bytes_per_step, plan.reason)
+
+
+def _memory(net: Net, T: int, example_inputs: Any) -> MemoryReport:
+    if example_inputs is None:
+        steps = example_steps(net)
+    else:
+        kwargs = example_inputs if isinstance(example_inputs, dict) else {}
+        args = () if kwargs else example_inputs if isinstance(example_inputs, tuple | list) else (example_inputs,)
+        steps = net.tensors_of_step(tuple(args), kwargs)
+    if steps is None:
+        hint = "Give example_inputs: what ONE call of the model takes, with its batch."
+        raise InputError("SNNFX309", f"T={T} without shapes", why="the memory is predicted from shapes.", hint=hint)
+    return report_memory(net, steps, T)
 
 
 def _count(number: int, noun: str) -> str:

@@ -14,12 +14,31 @@ from torch.utils import _pytree as pytree
 
 from snnfx.state import StateSnapshot, reset_net
 
-__all__ = ["copies_in_float64", "random_state", "to_float64", "undisturbed"]
+__all__ = ["RandomState", "copies_in_float64", "in_mode", "random_state", "to_float64", "undisturbed"]
 
 
-def random_state() -> tuple[Any, ...]:
+class RandomState:
+    """The states of torch's random number generators, that of the CPU first; made by `random_state`."""
+
+    def __init__(self, states: list[Tensor]) -> None:
+        self.states = states
+
+    def __eq__(self, other: object) -> bool:
+        if not isinstance(other, RandomState) or len(self.states) != len(other.states):
+            return False
+        return all(torch.equal(a, b) for a, b in zip(self.states, other.states, strict=True))
+
+    def restore(self) -> None:
+        """Go on drawing from here."""
+        torch.set_rng_state(self.states[0])
+        if len(self.states) > 1:
+            torch.cuda.set_rng_state_all(self.states[1:])
+
+
+def random_state() -> RandomState:
+    """The states of the generators now."""
     on_devices = torch.cuda.get_rng_state_all() if torch.cuda.is_initialized() else []
-    return tuple(bytes(state.tolist()) for state in [torch.get_rng_state(), *on_devices])
+    return RandomState([torch.get_rng_state(), *on_devices])
 
 
 @contextmanager
@@ -37,6 +56,22 @@ def undisturbed(*modules: nn.Module) -> Iterator[None]:
             if not torch.equal(buffer, value):
                 buffer.data.copy_(value)
         random.setstate(python_random)
+
+
+@contextmanager
+def in_mode(net: nn.Module, training: bool) -> Iterator[None]:
+    """A net and its model in this mode; if they are not, every flag is put back afterwards."""
+    if net.training == training:
+        yield
+        return
+    flags = [(module, module.training) for module in net.modules()]
+    net.train(training)
+    try:
+        yield
+    finally:
+        net.train(not training)  # a net sets the flag of its model, which is no child of it
+        for module, flag in flags:
+            module.training = flag
 
 
 def to_float64(x: Tensor) -> Tensor:

@@ -9,6 +9,7 @@ from typing import Any
 
 from snnfx.errors import CODES
 from snnfx.layout import NO_BREAK, Bullets, Document, Paragraph, Table, Title, as_markdown, as_text
+from snnfx.memory.report import MemoryReport, memory_document
 
 __all__ = ["ChunkRow", "InputRow", "NotFolded", "Operation", "PassRow", "Problem", "RegionRow", "Report", "SlotRow"]
 
@@ -184,6 +185,7 @@ class Report:
         fallbacks: what torch.vmap refused when the net was run.
         kernels: which loops run as one generated kernel, and why others do not.
         chunk: the chunk plan for inference.
+        memory: of a call on T steps, if it was asked for.
         passes: the history of the pipeline.
     """
 
@@ -208,6 +210,7 @@ class Report:
     fallbacks: tuple[str, ...] = ()
     kernels: tuple[str, ...] = ()
     chunk: ChunkRow | None = None
+    memory: MemoryReport | None = None
     passes: tuple[PassRow, ...] = ()
 
     def to_dict(self) -> dict[str, Any]:
@@ -239,6 +242,7 @@ class Report:
             *self._not_folded(),
             *_section("Kernels", _bullets([[note] for note in self.kernels])),
             *_section("State", _slots_table(self.slots)),
+            *(memory_document(self.memory) if self.memory is not None else []),
             *_section("Good to know", _bullets([[note] for note in self._notes()])),
             *self._footer(),
         ]

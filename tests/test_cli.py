@@ -172,8 +172,25 @@ def test_options_are_those_of_convert(capsys: pytest.CaptureFixture[str]) -> Non
     assert options_used["chunk"] is None and options_used["carry"] is None
 
 
+def test_memory_is_told_and_drawn(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    model = ["explain", "files/models.py:build", "--input", "4,3", "--T", "8"]
+    options = ["--checkpoint", "2", "--memory-budget", "1.5MiB"]
+    assert main([*model, *options, "--plot", str(tmp_path / "memory.svg"), "--json"]) == 0
+    told = json.loads(capsys.readouterr().out)
+    assert (told["options"]["checkpoint"], told["options"]["memory_budget"]) == (2, 3 * 2**19)
+    assert told["memory"]["T"] == 8 and told["memory"]["training"]["steps"] == 2
+    assert (tmp_path / "memory.svg").read_text(encoding="utf-8").startswith("<svg")
+    for text, budget in (("0.5", 0.5), ("2000000", 2_000_000), ("none", None)):
+        assert main([*model[:2], "--memory-budget", text, "--checkpoint", "none", "--json"]) == 0
+        used = json.loads(capsys.readouterr().out)["options"]
+        assert (used["memory_budget"], used["checkpoint"]) == (budget, None)
+    assert main([*model[:2], "--plot", "memory.svg"]) == 2 and "--T" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize(
-    "option", [("--chunk", "many"), ("--time-dim", "first"), ("--carry", "mem"), ("--reduce", "max"), ("--chunk", "0")]
+    "option",
+    [("--chunk", "many"), ("--memory-budget", "much"), ("--checkpoint", "all"), ("--T", "0")]
+    + [("--time-dim", "first"), ("--carry", "mem"), ("--reduce", "max"), ("--chunk", "0")],
 )
 def test_option_values_that_do_not_fit(option: tuple[str, str], capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["explain", "files/models.py:Net", *option]) == 2

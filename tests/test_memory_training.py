@@ -390,12 +390,48 @@ def test_neuron_that_stops_spiking_after_conversion_is_kept_as_it_is() -> None:
     assert_equal_training(trained(net, x_seq), trained(plain, x_seq))
 
 
-def test_compiled_net_says_that_it_is_not_checkpointed() -> None:
-    net = snnfx.convert(without_statistics(), checkpoint="regions")
-    x_seq = torch.rand(4, 2, 5)
+@pytest.mark.parametrize("checkpoint", CHECKPOINTS)
+def test_compiled_net_says_that_it_is_not_checkpointed(checkpoint: int | str) -> None:
+    torch.compiler.reset()
+    net = snnfx.convert(without_statistics().double(), checkpoint=checkpoint)
+    plain = snnfx.convert(copy.deepcopy(net.source), checkpoint=None)
+    compiled = torch.compile(net, backend="aot_eager", fullgraph=True)
+    x_seq = torch.rand(7, 2, 5, dtype=torch.float64)
     with pytest.warns(snnfx.errors.SnnfxWarning, match="SNNFX506"):
-        compiled = torch.compile(net, backend="aot_eager", fullgraph=True)(x_seq)
-    torch.testing.assert_close(compiled, net(x_seq))
+        compiled(x_seq)
+    assert_equal_training(trained(compiled, x_seq), trained(plain, x_seq))
+
+
+@pytest.mark.parametrize("lower", ["auto", None])
+def test_second_run_meets_the_autocast_of_the_first(lower: str | None) -> None:
+    model = with_statistics()
+    plain = snnfx.convert(copy.deepcopy(model), checkpoint=None, lower=lower)
+    net = snnfx.convert(model, checkpoint="regions", lower=lower)
+    x_seq = torch.rand(6, 2, 2, 6, 6)
+
+    def gradients(one: nn.Module) -> list[Tensor]:
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            y = one(x_seq)
+        y.float().square().sum().backward()  # outside of it, as people do
+        return [y.detach(), *(p.grad for p in one.parameters() if p.grad is not None)]
+
+    found, expected, without = gradients(net), gradients(plain), trained(copy.deepcopy(plain), x_seq)
+    assert found[0].dtype == torch.bfloat16 and not torch.equal(found[0].float(), without[0])
+    assert len(found) == len(expected)
+    for a, b in zip(found, expected, strict=True):
+        torch.testing.assert_close(a, b, rtol=0.02, atol=0.02 * float(b.abs().max()))
+
+
+def test_state_checkpoints_meet_the_autocast_of_the_first_run() -> None:
+    model = without_statistics()
+    plain, net = snnfx.convert(copy.deepcopy(model), checkpoint=None), snnfx.convert(model, checkpoint=3)
+    x_seq = torch.rand(7, 3, 5)
+    for one in (net, plain):
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            loss = one(x_seq).float().square().sum()
+        loss.backward()
+    for p, q in zip(net.parameters(), plain.parameters(), strict=True):
+        torch.testing.assert_close(p.grad, q.grad, rtol=0.02, atol=0.02 * float(q.grad.abs().max()))
 
 
 def test_transforms_of_torch_func_go_through() -> None:

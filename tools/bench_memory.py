@@ -1,6 +1,6 @@
 """Memory: predicted against measured, and training side by side with SpikingJelly and its memopt.
 
-    python tools/bench_memory.py [--quick] [--json tools/results/memory_cpu.json]
+    python tools/bench_memory.py [--only predict|inference|train] [--json tools/results/memory_cpu.json]
 
 Every number comes from a process of its own: the peak resident set during one call (VmHWM, reset before it) above the
 resident set before it. Blocks of 64 KiB and more go back to the system when they are freed
@@ -42,7 +42,10 @@ PREDICTED = [
     for T, N in cases
     for phase in ("inference", "training", "regions")
 ]
-SIDES = ("SpikingJelly", "memopt 1 neurons", "memopt 1 layers", "memopt 2", "plain", "half", "least")
+SIDES = (
+    "SpikingJelly", "memopt 1 neurons", "memopt 1 layers", "memopt 2",
+    "plain", "half", "least", "per step, every 2", "per step, every 4",
+)  # fmt: skip
 SHAPES = {"CSNN": (16, 32), "SEW-ResNet-18": (16, 4)}
 
 
@@ -86,7 +89,7 @@ def predict(name: str, T: int, N: int, phase: str) -> dict[str, Any]:
     from snnfx.buffers import pool
     from snnfx.memory.model import model_memory
     from snnfx.memory.plan import packed_parts
-    from snnfx.memory.training_peak import training_peak
+    from snnfx.memory.timeline import inference_peak, training_peak
 
     pool.limit = 0  # what kernels keep for their next outputs is not alive
     options: dict[str, Any] = {"checkpoint": "regions"} if phase == "regions" else {"checkpoint": None}
@@ -119,7 +122,7 @@ def predict(name: str, T: int, N: int, phase: str) -> dict[str, Any]:
         plan = net.recompute_plan(T, x_seq)
         chunks = {name: plan.chunks.get(name) for group in plan.segments for name in group}
     predicted = (
-        model.inference(T)[0]
+        inference_peak(model, T).bytes
         if phase == "inference"
         else training_peak(model, T, chunks, packed_parts(net, model)).bytes
     )
@@ -147,10 +150,15 @@ def side_of(name: str, side: str, T: int, N: int) -> tuple[Callable[[Tensor], No
 
         return step_of(peer, run), shape
     options: dict[str, Any] = {"checkpoint": None}
-    if side == "least":
+    if side.startswith("per step"):
+        # Statistics of each step: then time can be cut.
+        options = {"checkpoint": int(side.split()[-1]), "batch_norm": "per_step"}
+    elif side == "least":
         options = {"checkpoint": "regions"}
     elif side == "half":
-        options = {"checkpoint": "auto", "memory_budget": int(os.environ["BUDGET"])}
+        # What is compared is measured besides the gradients of the parameters, a budget includes them.
+        gradients = sum(p.numel() * p.element_size() for p in MODELS[name][0]().parameters())
+        options = {"checkpoint": "auto", "memory_budget": int(os.environ["BUDGET"]) + gradients}
     net, _ = net_for(name, chunk=None, **options)
     return step_of(net, net), shape
 
@@ -176,7 +184,7 @@ def train(name: str, side: str, T: int, N: int, what: str, repeats: int) -> dict
     torch.manual_seed(0)
     x_seq = torch.rand(T, N, *shape)
     if what == "bytes":
-        if side in ("plain", "half", "least"):
+        if not side.startswith(("Spiking", "memopt")):
             from snnfx.buffers import pool
 
             pool.limit = 0
@@ -190,11 +198,13 @@ def train(name: str, side: str, T: int, N: int, what: str, repeats: int) -> dict
     return {"milliseconds": statistics.median(times[1:])}
 
 
-def inference_over(T: int) -> dict[str, Any]:
-    """Peak of chunked inference, the caller's input and output not counted."""
+def inference_over(T: int, N: int) -> dict[str, Any]:
+    """Peak of chunked inference, the caller's input not counted."""
+    from snnfx.buffers import pool
+
+    pool.limit = 0
     net, shape = net_for("CSNN")
     net.eval()
-    N = 8
     with torch.no_grad():
         net(torch.rand(16, N, *shape))
 
@@ -203,7 +213,7 @@ def inference_over(T: int) -> dict[str, Any]:
                 pass
 
         x_seq = torch.rand(T, N, *shape)
-        return {"T": T, "bytes": peak_of(lambda: net(x_seq)), "streamed_bytes": peak_of(run)}
+        return {"T": T, "N": N, "bytes": peak_of(lambda: net(x_seq)), "streamed_bytes": peak_of(run)}
 
 
 def in_process(arguments: Sequence[Any], environment: dict[str, str]) -> dict[str, Any]:
@@ -251,7 +261,7 @@ def main() -> None:
                 flush=True,
             )
     if options.only in (None, "inference"):
-        results["inference"] = [in_process(["inference", T], EXACT) for T in (16, 1024)]
+        results["inference"] = [in_process(["inference", T, N], EXACT) for N in (8, 32) for T in (16, 1024)]
         for row in results["inference"]:
             print(row, flush=True)
     if options.only in (None, "train"):
@@ -259,7 +269,7 @@ def main() -> None:
         for name, (T, N) in SHAPES.items():
             base: dict[str, Any] = {}
             for side in SIDES:
-                extra = {"BUDGET": str(int(base.get("bytes", 0) * 0.45))}
+                extra = {"BUDGET": str(int(base.get("bytes", 0) * 0.5))}
                 row = {"model": name, "T": T, "N": N, "side": side}
                 row |= in_process(["train", name, side, T, N, "bytes", 0], {**EXACT, **extra})
                 for setting, environment in (("default", {}), ("keeping", KEEPING)):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -13,8 +14,16 @@ from snnfx.errors import InputError
 from snnfx.memory.budget import CACHE_FRIENDLY, bytes_as_text, inference_budget
 from snnfx.memory.model import CallCost, MemoryModel, NotPredictable, model_memory
 from snnfx.memory.packing import packed_bytes
+from snnfx.memory.timeline import (
+    Moment,
+    inference_peak,
+    inference_timeline,
+    state_bytes,
+    training_peak,
+    training_timeline,
+    widest_of,
+)
 from snnfx.memory.training import grouped
-from snnfx.memory.training_peak import recompute_seconds, state_bytes, training_peak
 from snnfx.passes.checkpoint import RecomputePlan, can_be_chunked, region_calls
 from snnfx.passes.chunk import ChunkPlan
 from snnfx.passes.whole_numbers import prove_whole_numbers
@@ -23,7 +32,18 @@ from snnfx.program import keeps_statistics
 if TYPE_CHECKING:
     from snnfx.net import Net
 
-__all__ = ["packed_parts", "plan_inference", "plan_training"]
+__all__ = [
+    "example_steps",
+    "packed_parts",
+    "plan_inference",
+    "plan_training",
+    "refuse_impossible_budget",
+    "with_borders",
+]
+
+_BYTES_PER_SECOND = 3e9
+_OPERATIONS_PER_SECOND = 3e10
+"""One core; only their ratio matters, for what is cheaper to compute again."""
 
 
 def plan_inference(net: Net, leaves: Sequence[Tensor], state: Mapping[str, Any] | None) -> ChunkPlan:
@@ -45,10 +65,12 @@ def plan_inference(net: Net, leaves: Sequence[Tensor], state: Mapping[str, Any] 
     except NotPredictable as why:
         return ChunkPlan(None, 0, 0, f"all time steps at once: the bytes of a step are not known ({why})")
     budget = inference_budget(net.options.memory_budget, device)
-    needed, where = model.inference(1)
+    widest = inference_peak(model, 1)
+    needed, where = widest.bytes, widest.name
     if needed > budget and net.options.memory_budget is not None:
-        raise cannot_be_met(budget, needed, where, "one time step at a time")
-    per_step = max(1.0, model.inference(3)[0] - model.inference(2)[0])
+        model = model_memory(net, leaves, state, training=False, describe=1)
+        raise cannot_be_met(budget, widest_of(inference_timeline(model, 1, detailed=True)), model, "for one time step")
+    per_step = max(1.0, inference_peak(model, 3).bytes - inference_peak(model, 2).bytes)
     fixed = max(0.0, needed - per_step)
     fitting = max(1, int((budget - fixed) // per_step))
     fast = max(1, int(CACHE_FRIENDLY // per_step)) if device.type == "cpu" else fitting
@@ -60,14 +82,42 @@ def plan_inference(net: Net, leaves: Sequence[Tensor], state: Mapping[str, Any] 
     return ChunkPlan(length, int(per_step), budget, reason)
 
 
-def cannot_be_met(budget: float, needed: float, where: str, how: str) -> InputError:
-    """The error for a budget that is too small."""
+def example_steps(net: Net) -> list[Tensor] | None:
+    """Tensors without memory like one step of the inputs that a net was converted with, None where it was without."""
+    device = next((p.device for p in net.source.parameters()), torch.device("cpu"))
+    inputs = [node.meta.get("val") for node in net.program.input_nodes()]
+    steps = [torch.empty((), dtype=x.dtype, device=device).expand(x.shape) for x in inputs if isinstance(x, Tensor)]
+    return steps if len(steps) == len(inputs) else None
+
+
+def refuse_impossible_budget(net: Net) -> None:
+    """Raise where not even one time step fits, as far as shapes are known.
+
+    Raises:
+        InputError: SNNFX318.
+    """
+    known = example_steps(net)
+    unknown = net.options.memory_budget is None or net.options.step_mode == "s" or not known
+    if unknown or any(argument.required for argument in net.program.carried):
+        return
+    sequences = [x.unsqueeze(0) if v else x for x, v in zip(known or (), net.varying_inputs, strict=True)]
+    if net.training:
+        plan_training(net, 1, sequences, None)
+    else:
+        plan_inference(net, sequences, None)
+
+
+def cannot_be_met(budget: float, widest: Moment, model: MemoryModel, how: str) -> InputError:
+    """The error for a budget that is too small; `widest` is detailed, and `model` knows who made what."""
+    from snnfx.memory.report import largest_holders
+
+    at = f"{widest.name}, {widest.phase}" if model.training else widest.name
     return InputError(
         "SNNFX318",
-        f"memory_budget is {bytes_as_text(budget)}, but {bytes_as_text(needed)} are needed {how}",
-        where=where,
-        why="that region is the widest point.",
-        hint=f"Give memory_budget={int(needed * 1.05)} or more, or a smaller batch.",
+        f"memory_budget is {bytes_as_text(budget)}, but {bytes_as_text(widest.bytes)} are needed {how}",
+        where=at,
+        why=f"most is held by {largest_holders(model, widest)}.",
+        hint=f"Give memory_budget={int(widest.bytes * 1.05)} or more, or a smaller batch.",
     )
 
 
@@ -147,10 +197,7 @@ def plan_training(net: Net, T: int, leaves: Sequence[Tensor], state: Mapping[str
     if not _has_statistics_over_time(net):
         least, length = peak, None
         for steps in _halved(T):
-            borders = (-(-T // steps)) * model.state(1)
-            # The chunks but the last hold their states alone.
-            here = training_peak(model, steps, {}, packed)
-            here = type(here)(here.bytes + borders, here.name, here.phase)
+            here = with_borders(model, training_peak(model, steps, {}, packed), T, steps)
             if here.bytes < least.bytes:
                 least, length = here, steps
             if here.bytes <= budget:
@@ -158,8 +205,26 @@ def plan_training(net: Net, T: int, leaves: Sequence[Tensor], state: Mapping[str
         if least.bytes <= budget and length is not None:
             at = f"{bytes_as_text(least.bytes)} at {least.name}, budget {bytes_as_text(budget)}"
             return RecomputePlan((), {}, length, f"the state is kept every {length} steps; {at}")
-        peak = least
-    raise cannot_be_met(budget, peak.bytes, f"{peak.name}, {peak.phase}", "with everything computed again")
+        if length is not None:
+            model = model_memory(net, leaves, state, training=True, describe=length)
+            moments = training_timeline(model, length, {}, packed, detailed=True)
+            at_peak = with_borders(model, widest_of(moments), T, length)
+            raise cannot_be_met(budget, at_peak, model, f"with the state kept every {length} steps")
+    model = model_memory(net, leaves, state, training=True, describe=T)
+    at_peak = widest_of(training_timeline(model, T, chunks, packed, detailed=True))
+    raise cannot_be_met(budget, at_peak, model, "with everything computed again")
+
+
+def recompute_seconds(call: CallCost, steps: int) -> float:
+    """About how long a call takes, for comparing calls."""
+    return call.bytes["written"](steps) / _BYTES_PER_SECOND + call.bytes["operations"](steps) / _OPERATIONS_PER_SECOND
+
+
+def with_borders(model: MemoryModel, moment: Moment, T: int, steps: int) -> Moment:
+    """A moment of one chunk of a net that keeps its state every so many steps: the other chunks hold that alone."""
+    borders = -(-T // steps) * model.state(1)
+    held = {**moment.held, ("state", 0): borders} if moment.held else {}
+    return replace(moment, bytes=moment.bytes + borders, held=held)
 
 
 def kept_by_history(model: MemoryModel, call: CallCost, T: int) -> float:

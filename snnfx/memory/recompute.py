@@ -20,11 +20,14 @@ from typing import Any
 import torch
 from torch import Tensor, fx, nn
 from torch.autograd.function import once_differentiable
-from torch.autograd.graph import get_gradient_edge
 from torch.fx import Node, map_arg
 from torch.utils import _pytree as pytree
 
-from snnfx.memory.packing import PackedTensor, empty_steps, memory_order, pack, unpack
+from snnfx.isolation import RandomState, random_state
+from snnfx.memory.packing import PackedTensor, pack
+from snnfx.memory.replay import Autocast, Modules, drawing_from, parameters_of
+from snnfx.memory.staging import empty_like, keys_of, steps_of, unpacked
+from snnfx.memory.vjp import backward
 from snnfx.state import has_forward_hooks
 
 __all__ = ["Segment", "run_segment"]
@@ -88,74 +91,17 @@ def run_segment(segment: Segment, values: tuple[Any, ...]) -> tuple[Any, ...]:
         return segment.plainly(values)
     leaves, spec = pytree.tree_flatten(values)
     modules = [m for leaf in leaves if isinstance(leaf, nn.Module) for m in leaf.modules()]
-    parameters = _parameters_of(modules)
+    parameters = parameters_of(modules)
     tensors = [leaf for leaf in leaves if isinstance(leaf, Tensor)]
     if not any(t.requires_grad for t in (*tensors, *parameters)) or any(map(has_forward_hooks, modules)):
         return segment.plainly(values)
     positions = [i for i, leaf in enumerate(leaves) if isinstance(leaf, Tensor)]
     statics = [None if isinstance(leaf, Tensor) else leaf for leaf in leaves]
-    call = _Call(segment, statics, spec, positions, _Modules(modules, parameters))
+    call = Call(segment, statics, spec, positions, Modules(modules, parameters))
     found = iter(_Recompute.apply(call, *tensors, *parameters))
     return pytree.tree_unflatten(  # type: ignore[no-any-return]
         [next(found) if is_tensor else value for is_tensor, value in call.results], call.result_spec
     )
-
-
-def _parameters_of(modules: Sequence[nn.Module]) -> list[Tensor]:
-    return list({id(p): p for m in modules for p in m._parameters.values() if p is not None}.values())
-
-
-@dataclass
-class _Modules:
-    """The modules of a segment as they were in forward."""
-
-    modules: list[nn.Module]
-    parameters: list[Tensor]
-
-    def __post_init__(self) -> None:
-        number = {id(p): i for i, p in enumerate(self.parameters)}
-        # A recurrent layer of torch.nn reads its parameters past its registry: they are used as they are.
-        self.places = [
-            (m._parameters, key, number[id(p)])
-            for m in self.modules
-            if not isinstance(m, nn.RNNBase)
-            for key, p in m._parameters.items()
-            if p is not None
-        ]
-        self.training = [m.training for m in self.modules]
-
-    def buffers(self) -> list[tuple[dict[str, Any], str, Tensor]]:
-        """Copies of what a run may change: the buffers of modules in training, with their places."""
-        changing = [m for m in self.modules if m.training]
-        return [(m._buffers, key, b.clone()) for m in changing for key, b in m._buffers.items() if b is not None]
-
-    @contextlib.contextmanager
-    def again(
-        self, parameters: Sequence[Tensor], buffers: Sequence[tuple[dict[str, Any], str, Tensor]]
-    ) -> Iterator[None]:
-        """Modules in their mode of then, with these parameters and with copies of these buffers."""
-        undo: list[tuple[dict[str, Any], str, Any]] = []
-        registry: dict[str, Any]
-        modes = [(m, m.training) for m in self.modules]
-        try:
-            for registry, key, index in self.places:
-                undo.append((registry, key, registry[key]))
-                registry[key] = parameters[index]  # type: ignore[assignment]
-            for registry, key, value in buffers:
-                undo.append((registry, key, registry[key]))
-                registry[key] = value.clone()
-            for module, training in zip(self.modules, self.training, strict=True):
-                module.training = training
-            yield
-        finally:
-            for registry, key, own in reversed(undo):
-                registry[key] = own
-            for module, training in modes:
-                module.training = training
-
-
-class _Key:
-    """Stands for one tensor that goes into or comes out of a stage."""
 
 
 class _Held:
@@ -163,21 +109,21 @@ class _Held:
 
 
 @dataclass
-class _Call:
+class Call:
     """One run of a segment, and what its backward pass needs to know."""
 
     segment: Segment
     statics: list[Any]
     spec: pytree.TreeSpec
     tensor_positions: list[int]
-    modules: _Modules
+    modules: Modules
     results: list[tuple[bool, Any]] = field(default_factory=list)
     result_spec: Any = None
     keys: dict[Node, Any] = field(default_factory=dict)
     buffers: dict[Node, list[Any]] = field(default_factory=dict)
-    generators: dict[Node, Any] = field(default_factory=dict)
+    generators: dict[Node, RandomState] = field(default_factory=dict)
     borders: dict[Node, list[Any]] = field(default_factory=dict)
-    autocast: Any = None
+    autocast: Autocast = field(default_factory=Autocast)
 
     def values(self, tensors: Sequence[Any]) -> list[Any]:
         """What the placeholders are given."""
@@ -200,7 +146,7 @@ class _Call:
         segment = self.segment
         env: dict[Node, Any] = dict(zip(segment.placeholders, self.values(tensors), strict=True))
         for node in segment.placeholders:
-            self.keys[node] = _keys_of(env[node])
+            self.keys[node] = keys_of(env[node])
         for node in segment.graph.nodes:
             if node.op == "output":
                 self.keys[node] = map_arg(node.args[0], self.keys.__getitem__)
@@ -221,207 +167,48 @@ class _Call:
             return
         self.buffers[node] = self.modules.buffers()
         if node.name in self.segment.random:
-            self.generators[node] = _generator_states()
-        env[node] = self._run(node, args, kwargs, self.borders)
-        self.keys[node] = _keys_of(env[node])
+            self.generators[node] = random_state()
+        env[node] = self.run(node, args, kwargs, self.borders)
+        self.keys[node] = keys_of(env[node])
 
-    def _run(self, node: Any, args: Any, kwargs: Any, borders: dict[Node, list[Any]] | None = None) -> Any:
+    def run(self, node: Any, args: Any, kwargs: Any, borders: dict[Node, list[Any]] | None = None) -> Any:
         """A stage without a history, in its chunks."""
         length = self.segment.chunks.get(node.name)
         if length is None:
-            args, kwargs = pytree.tree_map(_unpacked, (args, kwargs))
+            args, kwargs = pytree.tree_map(unpacked, (args, kwargs))
             return node.target(*args, **kwargs)
         T, kwargs, joined = args[0][0].shape[0], dict(kwargs), None
         kept: list[Any] = []
         for start in range(0, T, length):
             kept.append(kwargs.get("state"))
-            x = tuple(_unpacked(_steps(value, start, start + length)) for value in args[0])
+            x = tuple(unpacked(steps_of(value, start, start + length)) for value in args[0])
             y = node.target(x, *args[1:], **kwargs)
             if "state" in kwargs:
                 y, kwargs["state"] = y
             if joined is None:
-                joined = tuple(_empty_like(part, T) for part in y)
+                joined = tuple(empty_like(part, T) for part in y)
             for whole, part in zip(joined, y, strict=True):
                 whole[start : start + length] = part
         if borders is not None:
             borders[node] = kept
         return (joined, kwargs["state"]) if "state" in kwargs else joined
 
-    # -- backward -------------------------------------------------------------------------------------------------
-
-    def backward(
-        self,
-        tensors: Sequence[Any],
-        parameters: Sequence[Tensor],
-        needs: Sequence[bool],
-        grads: Sequence[Tensor | None],
-    ) -> tuple[list[Tensor | None], list[Tensor | None]]:
-        """Gradients of the tensors and of the parameters."""
-        segment = self.segment
-        env: dict[Node, Any] = dict(zip(segment.placeholders, self.values(tensors), strict=True))
-        outside = pytree.tree_leaves([self.keys[node] for node in segment.placeholders])
-        keys_of_tensors = [outside[position] for position in self.tensor_positions]
-        frozen = {key for key, need in zip(keys_of_tensors, needs, strict=False) if not need}
-        found: dict[Any, Tensor] = {}
-        output = segment.graph.output_node()
-        for key, grad in zip(pytree.tree_leaves(self.keys[output]), grads, strict=True):
-            if grad is not None:
-                _add(found, key, grad)
-        own = [p.detach().requires_grad_(n) for p, n in zip(parameters, needs[len(tensors) :], strict=True)]
-        pass_on = _Pass(found, frozen, own, [None] * len(own))
-        for node in segment.graph.nodes:
-            # What the later stages read is computed once more, without a history.
-            if node.target is operator.getitem and node.args[0] in env:
-                env[node] = env[node.args[0]][node.args[1]]
-            elif node in segment.stages[:-1]:
-                args, kwargs = map_arg((node.args, node.kwargs), env.__getitem__)
-                with torch.no_grad(), self._as_then(node, own):
-                    env[node] = self._run(node, args, kwargs)
-        for node in reversed(segment.stages):
-            env.pop(node, None)
-            for user in node.users:
-                env.pop(user, None)
-            self._backward_node(node, env, pass_on)
-        return [found.get(key) for key in keys_of_tensors], pass_on.of_parameters
-
-    def _backward_node(self, node: Node, env: dict[Node, Any], state: _Pass) -> None:
-        args, kwargs = map_arg((node.args, node.kwargs), env.__getitem__)
-        keys = map_arg((node.args, node.kwargs), self.keys.__getitem__)
-        given = [
-            state.found.pop(key, None) if isinstance(key, _Key) else None for key in pytree.tree_leaves(self.keys[node])
-        ]
-        if all(g is None for g in given):
-            return
-        length = self.segment.chunks.get(node.name)
-        if length is None:
-            self._vjp(node, args, kwargs, keys, given, state)
-        else:
-            self._vjp_in_chunks(node, length, args, dict(kwargs), keys, given, state)
-
-    def _vjp(self, node: Any, args: Any, kwargs: Any, keys: Any, given: list[Tensor | None], state: _Pass) -> None:
-        """The vector-Jacobian product of one run of a stage; gradients are added up in `state`."""
-        values, spec = pytree.tree_flatten((args, kwargs))
-        inputs: dict[Any, Tensor] = {}
-        entered: dict[Any, Tensor] = {}
-        with torch.enable_grad(), self._as_then(node, state.parameters):
-            for i, (value, key) in enumerate(zip(values, pytree.tree_leaves(keys), strict=True)):
-                if isinstance(value, Tensor | PackedTensor) and isinstance(key, _Key):
-                    if key not in entered:
-                        x = _unpacked(value).detach()
-                        if key not in state.frozen and (x.is_floating_point() or x.is_complex()):
-                            inputs[key] = x.new_empty(()).expand(x.shape).requires_grad_()
-                            x = _Enter.apply(inputs[key], [x])
-                        entered[key] = x
-                        del x
-                    values[i] = entered[key]
-            args, kwargs = pytree.tree_unflatten(values, spec)
-            outputs = pytree.tree_leaves(node.target(*args, **kwargs))
-            del values, args, kwargs, entered
-        pairs = [
-            (get_gradient_edge(y), g) for y, g in zip(outputs, given, strict=True) if g is not None and y.requires_grad
-        ]
-        del outputs
-        parameters = [(i, p) for i, p in enumerate(state.parameters) if p.requires_grad]
-        if not pairs or not (inputs or parameters):
-            return
-        ends = [*inputs.values(), *(p for _, p in parameters)]
-        grads = torch.autograd.grad([e for e, _ in pairs], ends, [g for _, g in pairs], allow_unused=True)
-        for key, grad in zip(inputs, grads, strict=False):
-            if grad is not None:
-                _add(state.found, key, grad)
-        for (i, _), grad in zip(parameters, grads[len(inputs) :], strict=True):
-            if grad is not None:
-                before = state.of_parameters[i]
-                state.of_parameters[i] = grad if before is None else before + grad
-
-    def _vjp_in_chunks(
-        self,
-        node: Node,
-        length: int,
-        args: Any,
-        kwargs: dict[str, Any],
-        keys: Any,
-        given: list[Tensor | None],
-        state: _Pass,
-    ) -> None:
-        """The same in chunks of time steps, from the last one to the first."""
-        (key_args, key_kwargs), carries = keys, "state" in kwargs
-        outputs = len(self.keys[node][0]) if carries else len(self.keys[node])
-        of_outputs, of_state = given[:outputs], given[outputs:]
-        T = args[0][0].shape[0]
-        totals: dict[Any, Tensor] = {}
-        starts = range(0, T, length)
-        for number, start in reversed(list(enumerate(starts))):
-            x = tuple(_steps(value, start, start + length) for value in args[0])
-            before = self.borders[node][number] if carries else None
-            # The state at an inner border is a value of its own; the first one came from outside.
-            before_keys = key_kwargs.get("state") if number == 0 else _keys_of(before)
-            now = {**kwargs, "state": before} if carries else kwargs
-            now_keys = (key_args, {**key_kwargs, "state": before_keys} if carries else key_kwargs)
-            after = [g[start : start + length] if g is not None else None for g in of_outputs]
-            part = _Pass({}, state.frozen, state.parameters, state.of_parameters)
-            self._vjp(node, (x, *args[1:]), now, now_keys, [*after, *of_state], part)
-            for key in key_args[0]:
-                grad = part.found.pop(key, None)
-                if grad is not None and key not in totals:
-                    totals[key] = _empty_like(grad, T)
-                    totals[key][start + length :] = 0.0  # later chunks gave none
-                if key in totals:
-                    totals[key][start : start + length] = 0.0 if grad is None else grad
-            if number == 0:
-                carries = False  # the gradient of the first state goes outside
-            of_state = [part.found.pop(key, None) for key in pytree.tree_leaves(before_keys)] if carries else []
-            for key, grad in part.found.items():
-                _add(state.found, key, grad)
-        for key, grad in totals.items():
-            _add(state.found, key, grad)
-
     @contextlib.contextmanager
-    def _as_then(self, node: Node, parameters: Sequence[Tensor]) -> Iterator[None]:
+    def as_then(self, node: Node, parameters: Sequence[Tensor]) -> Iterator[None]:
         """What the stage met in forward."""
-        with contextlib.ExitStack() as stack:
-            stack.enter_context(self.modules.again(parameters, self.buffers[node]))
-            for device, dtype, enabled, cache in self.autocast:
-                stack.enter_context(torch.autocast(device, dtype=dtype, enabled=enabled, cache_enabled=cache))
-            if node in self.generators:
-                now = _generator_states()
-                stack.callback(_set_generators, now)
-                _set_generators(self.generators[node])
+        modules, generators = self.modules.again(parameters, self.buffers[node]), self.generators.get(node)
+        with modules, self.autocast.again(), drawing_from(generators):
             yield
-
-
-@dataclass
-class _Pass:
-    """What a backward pass through a segment gathers."""
-
-    found: dict[Any, Tensor]
-    frozen: set[Any]
-    parameters: list[Tensor]
-    of_parameters: list[Tensor | None]
-
-
-class _Enter(torch.autograd.Function):
-    """Where a value enters a run in backward. Its gradient is that of a token of its shape and of no size, so that
-    nobody holds the value itself once it has been used."""
-
-    @staticmethod
-    def forward(ctx: Any, token: Tensor, value: list[Tensor]) -> Tensor:
-        return value.pop()
-
-    @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
-        return grad, None
 
 
 class _Recompute(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, call: _Call, *tensors: Tensor) -> tuple[Tensor, ...]:
+    def forward(ctx: Any, call: Call, *tensors: Tensor) -> tuple[Tensor, ...]:
         ctx.set_materialize_grads(False)
         ctx.call = call
         count = len(call.tensor_positions)
         inputs, parameters = tensors[:count], tensors[count:]
         packable = call.packable(inputs)
-        call.autocast = _autocast_states()
         outputs = call.forward(inputs)
         leaves, call.result_spec = pytree.tree_flatten(outputs)
         call.results = [(isinstance(y, Tensor), None if isinstance(y, Tensor) else y) for y in leaves]
@@ -444,7 +231,7 @@ class _Recompute(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, *grads: Tensor | None) -> tuple[Any, ...]:
-        call: _Call = ctx.call
+        call: Call = ctx.call
         saved, (first, second) = ctx.saved_tensors, ctx.counts
         inputs: list[Any] = [
             x if packed is None else PackedTensor(x, *packed)
@@ -455,44 +242,6 @@ class _Recompute(torch.autograd.Function):
         call.borders = pytree.tree_unflatten(borders, ctx.border_spec)
         remaining = iter(grads)
         each = [next(remaining) if is_tensor else None for is_tensor, _ in call.results]
-        of_tensors, of_parameters = call.backward(inputs, saved[first:second], ctx.needs_input_grad[1:], each)
+        of_tensors, of_parameters = backward(call, inputs, saved[first:second], ctx.needs_input_grad[1:], each)
         call.borders = {}
         return None, *of_tensors, *of_parameters
-
-
-def _empty_like(x_seq: Tensor, T: int) -> Tensor:
-    """T steps in the memory format of these."""
-    return empty_steps((T, *x_seq.shape[1:]), memory_order(x_seq), x_seq.dtype, x_seq.device)
-
-
-def _keys_of(value: Any) -> Any:
-    return pytree.tree_map(lambda _: _Key(), value)
-
-
-def _unpacked(value: Any) -> Any:
-    return unpack(value) if isinstance(value, PackedTensor) else value
-
-
-def _steps(value: Any, start: int, stop: int) -> Any:
-    return value.steps(start, stop) if isinstance(value, PackedTensor) else value[start:stop]
-
-
-def _add(found: dict[Any, Tensor], key: Any, grad: Tensor) -> None:
-    found[key] = found[key] + grad if key in found else grad
-
-
-def _generator_states() -> tuple[Tensor, list[Tensor]]:
-    on_devices = torch.cuda.get_rng_state_all() if torch.cuda.is_initialized() else []
-    return torch.get_rng_state(), on_devices
-
-
-def _set_generators(states: tuple[Tensor, list[Tensor]]) -> None:
-    torch.set_rng_state(states[0])
-    if states[1]:
-        torch.cuda.set_rng_state_all(states[1])
-
-
-def _autocast_states() -> list[tuple[str, torch.dtype, bool, bool]]:
-    cache = torch.is_autocast_cache_enabled()
-    devices = ["cpu", *(["cuda"] if torch.cuda.is_available() else [])]
-    return [(d, torch.get_autocast_dtype(d), torch.is_autocast_enabled(d), cache) for d in devices]

@@ -68,11 +68,16 @@ class Recomputation:
             self.forms[key] = graph, regions
         return self.forms[key]
 
+    @property
+    def is_wanted(self) -> bool:
+        """Whether training is to be planned."""
+        options = self.net.options
+        return options.checkpoint is not None and (options.checkpoint != "auto" or options.memory_budget is not None)
+
     def applies(self) -> bool:
         """Whether this call keeps a history that a plan could make smaller."""
         options = self.net.options
-        wanted = options.checkpoint is not None and (options.checkpoint != "auto" or options.memory_budget is not None)
-        if not wanted or not torch.is_grad_enabled() or options.step_mode == "s" or self.net._has_own_graph:
+        if not self.is_wanted or not torch.is_grad_enabled() or options.step_mode == "s" or self.net._has_own_graph:
             return False
         if torch.compiler.is_compiling():
             return not _told_that_compiled_nets_are_left_alone()

@@ -1,43 +1,88 @@
-"""The bytes that a training step holds under a plan of what its backward pass computes again."""
+"""The bytes that a call of a net holds over its execution, at the widest point of each region's call.
+
+In training, under a plan of what the backward pass computes again.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from snnfx.memory.model import CallCost, MemoryModel
 
-__all__ = ["Moment", "recompute_seconds", "state_bytes", "training_peak", "training_timeline"]
-
-_BYTES_PER_SECOND = 3e9
-_OPERATIONS_PER_SECOND = 3e10
-"""One core; only their ratio matters, for what is cheaper to compute again."""
+__all__ = [
+    "Moment",
+    "inference_peak",
+    "inference_timeline",
+    "state_bytes",
+    "training_peak",
+    "training_timeline",
+    "widest_of",
+]
 
 
 @dataclass(frozen=True)
 class Moment:
-    """The widest point of one call: bytes alive, its region, and "forward" or "backward"."""
+    """The widest point of one call.
+
+    Args:
+        bytes: alive.
+        name: of the region, or of the node between regions.
+        phase: "forward" or "backward".
+        held: by what, if that was asked for. Keys are kinds with a number: of a value ("result" while others read it,
+            "value" or "packed" when it is kept for backward, "gradient"), of a call ("own": what its history holds,
+            "borders": its state between chunks, "work": while it runs), or 0 ("parameters": their gradients, "state":
+            that of the net between chunks).
+    """
 
     bytes: float
     name: str
     phase: str
+    held: Mapping[tuple[str, int], float] = field(default_factory=dict)
 
 
-def recompute_seconds(call: CallCost, steps: int) -> float:
-    """About how long a call takes, for comparing calls."""
-    return call.bytes["written"](steps) / _BYTES_PER_SECOND + call.bytes["operations"](steps) / _OPERATIONS_PER_SECOND
+_NOTHING = Moment(0.0, "", "forward")
+
+
+def widest_of(moments: Iterable[Moment]) -> Moment:
+    """The moment at which most is held."""
+    return max(moments, key=lambda at: at.bytes, default=_NOTHING)
+
+
+def inference_peak(model: MemoryModel, steps: int) -> Moment:
+    """The widest point of running so many steps at once without a history."""
+    return widest_of(inference_timeline(model, steps))
+
+
+def inference_timeline(model: MemoryModel, steps: int, detailed: bool = False) -> list[Moment]:
+    """The widest point of each call without a history; with `detailed`, what is held there."""
+    alive: dict[int, float] = {}
+    moments = []
+    for index, call in enumerate(model.calls):
+        work = call.bytes["peak"](steps)
+        held: dict[tuple[str, int], float] = {("result", v): b for v, b in alive.items()} if detailed else {}
+        if detailed:
+            held["work", index] = work
+        moments.append(Moment(sum(alive.values()) + work, call.name, "forward", held))
+        alive.update((value, model.values[value](steps)) for value in call.makes)
+        for value in call.dies:
+            alive.pop(value, None)
+    return moments
 
 
 def training_peak(
     model: MemoryModel, steps: int, chunks: Mapping[str, int | None], packed: Mapping[int, float]
 ) -> Moment:
     """The widest point of a training step, see `training_timeline`."""
-    moments = training_timeline(model, steps, chunks, packed)
-    return max(moments, key=lambda at: at.bytes, default=Moment(0.0, "", "forward"))
+    return widest_of(training_timeline(model, steps, chunks, packed))
 
 
 def training_timeline(
-    model: MemoryModel, steps: int, chunks: Mapping[str, int | None], packed: Mapping[int, float]
+    model: MemoryModel,
+    steps: int,
+    chunks: Mapping[str, int | None],
+    packed: Mapping[int, float],
+    detailed: bool = False,
 ) -> list[Moment]:
     """The widest point of each call, forward and then backward.
 
@@ -47,14 +92,21 @@ def training_timeline(
         chunks: the regions that backward computes again, by name, with the time steps at once in each (None: all).
             Statistics are computed again together with the region that they are taken of.
         packed: for values that can be kept packed, the part of their bytes that this takes.
+        detailed: say of each moment what is held.
     """
-    return _Timeline(model, steps, chunks, packed).moments
+    return _Timeline(model, steps, chunks, packed, detailed).moments
 
 
 class _Timeline:
     def __init__(
-        self, model: MemoryModel, steps: int, chunks: Mapping[str, int | None], packed: Mapping[int, float]
+        self,
+        model: MemoryModel,
+        steps: int,
+        chunks: Mapping[str, int | None],
+        packed: Mapping[int, float],
+        detailed: bool = False,
     ) -> None:
+        self.detailed = detailed
         self.model, self.steps, self.chunks, self.packed = model, steps, chunks, packed
         self.calls = model.calls
         self.size = [value(steps) for value in model.values]
@@ -76,7 +128,7 @@ class _Timeline:
                     continue
                 table = self.packers if self.again[index] and value in packed else self.holders
                 table.setdefault(value, []).append(index)
-        self.kept: dict[object, float] = {}
+        self.kept: dict[tuple[str, int], float] = {}
         self.alive: dict[int, float] = {}
         for index in range(len(self.calls)):
             self._forward(index)
@@ -98,6 +150,17 @@ class _Timeline:
         extra = sum(count for value, count in self.alive.items() if ("value", value) not in self.kept)
         return sum(self.kept.values()) + extra
 
+    def _note(self, index: int, phase: str, total: float) -> None:
+        held: dict[tuple[str, int], float] = {}
+        if self.detailed:
+            held = dict(self.kept)
+            held |= {("result", v): b for v, b in self.alive.items() if ("value", v) not in self.kept}
+            if phase == "backward":
+                held |= {("gradient", v): b for v, b in self.grads.items()}
+                held["parameters", 0] = self.of_parameters
+            held["work", index] = total - sum(held.values())
+        self.moments.append(Moment(total, self.calls[index].name, phase, held))
+
     def _forward(self, index: int) -> None:
         call, chunk = self.calls[index], self._chunk(index)
         if chunk is not None:
@@ -108,7 +171,7 @@ class _Timeline:
         for value in call.reads:
             if index in self.packers.get(value, ()):
                 self.kept["packed", value] = self.size[value] * self.packed[value]
-        self.moments.append(Moment(self._now() + widest, call.name, "forward"))
+        self._note(index, "forward", self._now() + widest)
         if not self.again[index]:
             self.kept["own", index] = call.bytes["saved"](self.steps)
         for value in call.makes:
@@ -147,7 +210,7 @@ class _Timeline:
         else:
             now += self._sizes(v for v in call.reads if index in self.packers.get(v, ()))
             now += max(held + cost["peak_with_history"](steps), cost["saved"](steps) + cost["backward_held"](steps))
-        self.moments.append(Moment(now, call.name, "backward"))
+        self._note(index, "backward", now)
         self.of_parameters += cost["of_parameters"](steps)
         self.kept.pop(("own", index), None)
         self.kept.pop(("borders", index), None)

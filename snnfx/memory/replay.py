@@ -1,0 +1,102 @@
+"""What a second run of a segment meets: the modules, random numbers and autocast of the first one.
+
+State is a value, so nothing has to be put back; but a run also sees the mode of modules and their buffers, of which it
+gets copies (running statistics move once), the generators of random numbers, and whether autocast is on.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from snnfx.isolation import RandomState, random_state
+
+__all__ = ["Autocast", "Modules", "drawing_from", "parameters_of"]
+
+
+def parameters_of(modules: Sequence[nn.Module]) -> list[Tensor]:
+    return list({id(p): p for m in modules for p in m._parameters.values() if p is not None}.values())
+
+
+@dataclass
+class Modules:
+    """The modules of a segment as they are when this is made."""
+
+    modules: list[nn.Module]
+    parameters: list[Tensor]
+
+    def __post_init__(self) -> None:
+        number = {id(p): i for i, p in enumerate(self.parameters)}
+        # A recurrent layer of torch.nn reads its parameters past its registry: they are used as they are.
+        self.places = [
+            (m._parameters, key, number[id(p)])
+            for m in self.modules
+            if not isinstance(m, nn.RNNBase)
+            for key, p in m._parameters.items()
+            if p is not None
+        ]
+        self.training = [m.training for m in self.modules]
+
+    def buffers(self) -> list[tuple[dict[str, Any], str, Tensor]]:
+        """Copies of what a run may change: the buffers of modules in training, with their places."""
+        changing = [m for m in self.modules if m.training]
+        return [(m._buffers, key, b.clone()) for m in changing for key, b in m._buffers.items() if b is not None]
+
+    @contextlib.contextmanager
+    def again(
+        self, parameters: Sequence[Tensor], buffers: Sequence[tuple[dict[str, Any], str, Tensor]]
+    ) -> Iterator[None]:
+        """Modules in their mode of then, with these parameters and with copies of these buffers."""
+        undo: list[tuple[dict[str, Any], str, Any]] = []
+        registry: dict[str, Any]
+        modes = [(m, m.training) for m in self.modules]
+        try:
+            for registry, key, index in self.places:
+                undo.append((registry, key, registry[key]))
+                registry[key] = parameters[index]  # type: ignore[assignment]
+            for registry, key, value in buffers:
+                undo.append((registry, key, registry[key]))
+                registry[key] = value.clone()
+            for module, training in zip(self.modules, self.training, strict=True):
+                module.training = training
+            yield
+        finally:
+            for registry, key, own in reversed(undo):
+                registry[key] = own
+            for module, training in modes:
+                module.training = training
+
+
+class Autocast:
+    """Whether autocast is on when this is made, for each type of device; as a context, the same again."""
+
+    def __init__(self) -> None:
+        devices = ["cpu", *(["cuda"] if torch.cuda.is_available() else [])]
+        cache = torch.is_autocast_cache_enabled()
+        self.states = [(d, torch.get_autocast_dtype(d), torch.is_autocast_enabled(d), cache) for d in devices]
+
+    @contextlib.contextmanager
+    def again(self) -> Iterator[None]:
+        with contextlib.ExitStack() as stack:
+            for device, dtype, enabled, cache in self.states:
+                stack.enter_context(torch.autocast(device, dtype=dtype, enabled=enabled, cache_enabled=cache))
+            yield
+
+
+@contextlib.contextmanager
+def drawing_from(state: RandomState | None) -> Iterator[None]:
+    """Draw random numbers from this state on, and go on from the one of now afterwards; None: nothing is drawn."""
+    if state is None:
+        yield
+        return
+    now = random_state()
+    state.restore()
+    try:
+        yield
+    finally:
+        now.restore()
