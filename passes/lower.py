@@ -1,9 +1,11 @@
-"""Mark the loops that may run as one generated kernel, and say of the others why not.
+"""Mark the loops that may run without autograd and Python's steps, and say of the others why not.
 
 A loop over T small operations for each of a dozen operators becomes one pass over memory when every element of a step
 is computed on its own (loop fusion and strip mining; Allen & Kennedy, "Optimizing Compilers for Modern Architectures",
-chapters 5 and 8). Here only what is known from the graph is looked at; the kernel itself is made at the first call, for
-the shapes and dtypes at hand (`snnfx.kernels`), which may still refuse.
+chapters 5 and 8); where a step has products or convolutions inside, it becomes a list of calls with the elementwise
+ones fused between them. Here only what is known from the graph is looked at; which of the two it is, and the kernels
+themselves, are made at the first call, for the shapes and dtypes at hand (`snnfx.kernels`, `snnfx.loops`), which may
+still refuse.
 """
 
 from __future__ import annotations
@@ -16,15 +18,16 @@ from torch.fx import Node
 
 from snnfx.passes.base import Pass
 from snnfx.passes.dependence import is_random
+from snnfx.passes.detach import folds_when_cut
 from snnfx.program import Region, StepProgram, describe_node, operation_name
-from snnfx.state import call_opaque
+from snnfx.state import adapter_of, call_opaque
 
-__all__ = ["Lower", "reason_against_kernel"]
+__all__ = ["Lower", "mixing_node", "reason_against_kernel"]
 
 
 @dataclass(frozen=True)
 class Lower(Pass):
-    """Set `not_lowered` of every loop region: "" where a kernel may run it."""
+    """Set `not_lowered` of every loop region: "" where it may be lowered."""
 
     name: ClassVar[str] = "lower"
     requires: ClassVar[str] = "partitioned"
@@ -33,34 +36,49 @@ class Lower(Pass):
         loops = [region for region in program.regions if region.kind == "loop"]
         for region in loops:
             region.not_lowered = reason_against_kernel(program, region)
-        refused = [region for region in loops if region.not_lowered]
-        note = f"{len(loops) - len(refused)} of {len(loops)} loops may be one kernel each"
-        reasons = dict.fromkeys(f"{region.name}: {region.not_lowered}" for region in refused)
-        return "; ".join([note, *reasons])
+        lowered = [region for region in loops if not region.not_lowered]
+        elementwise = [region for region in lowered if mixing_node(program, region) is None]
+        notes = [f"{len(elementwise)} of {len(loops)} loops may be one kernel each"]
+        if len(lowered) > len(elementwise):
+            notes.append(f"{len(lowered) - len(elementwise)} may run without autograd")
+        reasons = dict.fromkeys(f"{region.name}: {region.not_lowered}" for region in loops if region.not_lowered)
+        return "; ".join([*notes, *reasons])
 
 
 def reason_against_kernel(program: StepProgram, region: Region) -> str:
-    """Why a loop is not elementwise, as far as its graph tells; "" where nothing is known against it."""
+    """Why a loop cannot be lowered, as far as its graph tells; "" where nothing is known against it."""
     for node in region.nodes:
         reason = _reason(program, node)
         if reason:
             return reason
+    mixing = mixing_node(program, region)
+    if mixing is not None and folds_when_cut(program, region):
+        return f"`{describe_node(mixing)}` is not elementwise, and without gradients through time its steps are folded"
     return ""
+
+
+def mixing_node(program: StepProgram, region: Region) -> Node | None:
+    """A node of a loop whose outputs are made of several elements of its input, if one is known."""
+    return next((node for node in region.nodes if _mixes(program, node)), None)
 
 
 def _reason(program: StepProgram, node: Node) -> str:
     if not node.op.startswith("call"):
         return ""
     what = describe_node(node)
-    if node.target is call_opaque:
+    module = program.module_of(node)
+    if node.target is call_opaque and (module is None or adapter_of(module) is None):
         return f"`{what}` is opaque"
-    if is_random(program, node):
-        return f"`{what}` draws random numbers"
+    return f"`{what}` draws random numbers" if is_random(program, node) else ""
+
+
+def _mixes(program: StepProgram, node: Node) -> bool:
+    if not node.op.startswith("call"):
+        return False
     module = program.module_of(node)
     if module is not None:
-        mixing = next((m for m in module.modules() if isinstance(m, _MIXING)), None)
-        return "" if mixing is None else f"`{what}` ({type(mixing).__name__}) is not elementwise"
-    return f"`{what}` is not elementwise" if operation_name(node) in _MIXING_FUNCTIONS else ""
+        return any(isinstance(m, _MIXING) for m in module.modules())
+    return operation_name(node) in _MIXING_FUNCTIONS
 
 
 _MIXING = (

@@ -143,7 +143,7 @@ def _flags_of_norms(program: StepProgram, batch_norm: str) -> list[ScalarRead]:
         is_batch_norm = isinstance(module, nn.modules.batchnorm._BatchNorm)
         tracks = module.running_mean is not None
         if (tracks and batch_norm == "per_step") or (is_batch_norm and not tracks):
-            flag = module.training if program.source.training == program.training else program.training
+            flag = program.mode_of(module)
             found[target] = ScalarRead("" if target == SELF_TARGET else target, "training", flag, str(flag))
     return list(found.values())
 

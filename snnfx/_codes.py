@@ -390,8 +390,8 @@ CODES: dict[str, CodeEntry] = {
     ),
     "SNNFX505": CodeEntry(
         "no kernel could be built",
-        "A loop could run as one generated kernel, but there is no C++ compiler, it failed, or SNNFX_KERNELS=0 forbids it. "
-        "PyTorch runs the loop step by step instead: the same result, slower.",
+        "A loop could run as one generated kernel, but there is no C++ compiler (on a GPU: no Triton), it failed, or "
+        "SNNFX_KERNELS=0 forbids it. PyTorch runs the loop step by step instead: the same result, slower.",
         "a machine without g++ and clang++",
         "apt install g++   # or set CXX; or convert(model, lower=None), which asks for no kernels",
     ),

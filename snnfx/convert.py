@@ -16,9 +16,11 @@ from snnfx.carry import paths_of
 from snnfx.errors import InputError
 from snnfx.inferred_carry import infer_carry
 from snnfx.memory.budget import check_memory_budget
+from snnfx.memory.plan import refuse_impossible_budget
 from snnfx.memory.training import check_checkpoint_option, refuse_statistics_over_time
 from snnfx.net import Net
 from snnfx.options import ConvertOptions, time_dims_of_leaves
+from snnfx.passes.absorb import Absorb
 from snnfx.passes.base import Pass, PassManager, PassRecord, verify_program
 from snnfx.passes.chunk import check_chunk_option
 from snnfx.passes.dce import RemoveDeadCode
@@ -143,7 +145,10 @@ def convert(
     if isinstance(checkpoint, int):
         # A model in evaluation mode is told when it is trained.
         refuse_statistics_over_time(programs[model.training], model.training, f"checkpoint={checkpoint}")
-    return Net(model, programs, options, history, _convert_for_shapes)
+    net = Net(model, programs, options, history, _convert_for_shapes)
+    if memory_budget is not None:
+        refuse_impossible_budget(net)
+    return net
 
 
 def pipeline(program: StepProgram, options: ConvertOptions) -> list[Pass]:
@@ -157,7 +162,7 @@ def planning(program: StepProgram, options: ConvertOptions) -> list[Pass]:
     """The last part of the pipeline, after which nothing of the step changes: regions, layouts, kernels."""
     layout = [ChooseLayout()] if options.memory_format is not None else []
     partition = Partition(batch_norm=options.batch_norm, invariant_inputs=_invariant_inputs(program, options))
-    return [partition, *layout, *([Lower()] if options.lower is not None else [])]
+    return [partition, *layout, *([Lower(), Absorb()] if options.lower is not None else [])]
 
 
 def edited(net: Net, edits: Sequence[Pass], **changes: Any) -> Net:

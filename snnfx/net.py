@@ -12,7 +12,7 @@ import inspect
 from collections import OrderedDict
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import replace
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, fx, nn
@@ -147,6 +147,13 @@ class Net(fx.GraphModule):
         self._graph = self._graphs[self.training]
         self._graph.owning_module = self
         self.recompile()
+
+    def region_modules(self) -> dict[str, nn.Module]:
+        """What runs the regions in the mode that the net is in, by their names."""
+        containers = cast(nn.Module, self._modules[_REGIONS])._modules
+        own = "in_training" if self.training else "in_evaluation"
+        container = cast(nn.Module, containers[own if own in containers else "both_modes"])
+        return dict(container.named_children())
 
     def _install(self, emitted: Emitted, label: str) -> fx.Graph:
         container = nn.Module()
@@ -344,6 +351,12 @@ class Net(fx.GraphModule):
         if self.program.carried:
             outputs = outputs_without(outputs, [c.path for c in self.program.carried])
         return outputs, state
+
+    def tensors_of_step(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> list[Tensor]:
+        """The tensors among the arguments of one step, in the order of `varying_inputs`."""
+        if self.program.carried:
+            args, kwargs, _ = self.split_carried(args, kwargs)
+        return self._arguments.bind(args, kwargs)
 
     def stream(self, inputs: Iterable[Any], *, of: str = "chunks", state: dict[str, Any] | None = None) -> Stream:
         """Run a sequence whose inputs come bit by bit, in memory that does not grow with its length.

@@ -77,6 +77,7 @@ class Region:
         nodes: the nodes of the step graph, in program order.
         slots: names of the slots that live in it (loops only).
         not_lowered: why no kernel may run it, "" where one may; None: it was not asked (see `snnfx.passes.lower`).
+        absorbed: names of nodes that were moved into it from folds (see `snnfx.passes.absorb`).
     """
 
     name: str
@@ -84,6 +85,7 @@ class Region:
     nodes: list[Node]
     slots: list[str] = field(default_factory=list)
     not_lowered: str | None = None
+    absorbed: tuple[str, ...] = ()
 
     def refusals(self) -> Iterator[tuple[Node, Refusal]]:
         """The nodes of the region that could not be folded, with the reason."""
@@ -208,6 +210,10 @@ class StepProgram:
                 return bool(read.value)
         return self.training
 
+    def mode_of(self, module: nn.Module) -> bool:
+        """Whether a layer trains in this program: its own flag counts where the model is in the program's mode."""
+        return module.training if self.source.training == self.training else self.training
+
     def copy(self) -> StepProgram:
         """A copy with its own graph (nodes keep their names); the source model and constants are shared."""
         graph = fx.Graph()
@@ -285,7 +291,8 @@ def is_in_place(node: Node) -> bool:
     if node.op != "call_function":
         return False
     name = getattr(node.target, "__name__", "")
-    by_name = name.endswith("_") and not name.endswith("__")
+    # The underscore of `operator.and_` only tells it from a word of the language.
+    by_name = name.endswith("_") and not name.endswith("__") and getattr(operator, name, None) is not node.target
     return by_name or node.kwargs.get("inplace") is True or node.target in IN_PLACE_OPERATORS
 
 
@@ -294,6 +301,14 @@ IN_PLACE_OPERATORS: dict[Callable[..., Any], Callable[..., Any]] = {
     operator.isub: operator.sub,
     operator.imul: operator.mul,
     operator.itruediv: operator.truediv,
+    operator.ifloordiv: operator.floordiv,
+    operator.imod: operator.mod,
+    operator.ipow: operator.pow,
+    operator.iand: operator.and_,
+    operator.ior: operator.or_,
+    operator.ixor: operator.xor,
+    operator.ilshift: operator.lshift,
+    operator.irshift: operator.rshift,
     set_part_: set_part,
 }
 """`x += 1` and its like, with the operation that makes a new value."""

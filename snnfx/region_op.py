@@ -13,11 +13,11 @@ from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from snnfx.dispatch import ordinary_dispatch
 from snnfx.kernels.operator import fake_results, run_backward, run_forward
-from snnfx.regions import LoopRegion, MapRegion, SequenceRegion, region_of_handle
+from snnfx.regions import LoopRegion, MapRegion, SequenceRegion, region_of_handle, tensors_of
 
 __all__ = ["run_loop_as_operator", "run_map_as_operator"]
 
@@ -26,7 +26,7 @@ def run_loop_as_operator(
     region: LoopRegion, x_seq: Sequence[Tensor], state: Sequence[Any] | None, constants: Sequence[Any]
 ) -> tuple[tuple[Tensor, ...], tuple[Tensor, ...]]:
     """`LoopRegion.multi_step` through the operator."""
-    tensors = _tensors_of(constants)
+    tensors = tensors_of(constants)
     first = [] if state is None else [s if isinstance(s, Tensor) else torch.tensor(s) for s in state]
     needs = [t.requires_grad and torch.is_grad_enabled() for t in (*x_seq, *tensors, *first)]
     results = torch.ops.snnfx.run_region(region.handle, list(x_seq), tensors, first, state is not None, needs)
@@ -37,20 +37,9 @@ def run_loop_as_operator(
 
 def run_map_as_operator(region: MapRegion, x_seq: Sequence[Tensor], constants: Sequence[Any]) -> tuple[Tensor, ...]:
     """`MapRegion.map_steps` through the operator."""
-    tensors = _tensors_of(constants)
+    tensors = tensors_of(constants)
     needs = [t.requires_grad and torch.is_grad_enabled() for t in (*x_seq, *tensors)]
     return tuple(torch.ops.snnfx.run_region(region.handle, list(x_seq), tensors, [], False, needs))
-
-
-def _tensors_of(constants: Sequence[Any]) -> list[Tensor]:
-    found: list[Tensor] = []
-    for constant in constants:
-        if isinstance(constant, nn.Module):
-            found.extend(constant.parameters())
-            found.extend(constant.buffers())
-        elif isinstance(constant, Tensor):
-            found.append(constant)
-    return found
 
 
 @contextlib.contextmanager

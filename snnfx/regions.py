@@ -29,6 +29,7 @@ __all__ = [
     "MapRegion",
     "RegionGraph",
     "batch_norm_per_step",
+    "buffers_of",
     "call_module",
     "call_once",
     "combine_reductions",
@@ -40,6 +41,7 @@ __all__ = [
     "region_of_handle",
     "repeat_for_samples",
     "repeat_over_time",
+    "tensors_of",
     "time_steps",
     "times_steps",
 ]
@@ -159,7 +161,7 @@ class MapRegion(SequenceRegion):
         """torch.vmap, or the steps one by one once vmap has refused."""
         if self.refused_by_vmap:
             return self._one_by_one(x_seq, constants)
-        buffers = _buffers_of(constants)
+        buffers = buffers_of(constants)
         try:
             return torch.vmap(lambda *x: self.step(*constants, *x), randomness="different")(*x_seq)  # type: ignore[no-any-return]
         except (RuntimeError, NotImplementedError) as error:
@@ -182,10 +184,22 @@ class MapRegion(SequenceRegion):
         return tuple(torch.stack(y) for y in zip(*steps, strict=True))
 
 
-def _buffers_of(constants: Sequence[Any]) -> list[tuple[Tensor, Tensor]]:
+def buffers_of(constants: Sequence[Any]) -> list[tuple[Tensor, Tensor]]:
     """The buffers that a step may change, with copies of their values."""
     modules = [m for c in constants if isinstance(c, nn.Module) for m in c.modules() if m.training]
     return [(buffer, buffer.clone()) for m in modules for buffer in m.buffers(recurse=False)]
+
+
+def tensors_of(constants: Sequence[Any]) -> list[Tensor]:
+    """The tensors of a region's constants: parameters and buffers of modules, in their order, and tensors."""
+    found: list[Tensor] = []
+    for constant in constants:
+        if isinstance(constant, nn.Module):
+            found.extend(constant.parameters())
+            found.extend(constant.buffers())
+        elif isinstance(constant, Tensor):
+            found.append(constant)
+    return found
 
 
 def region_of_handle(handle: str) -> SequenceRegion:

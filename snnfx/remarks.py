@@ -4,17 +4,20 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
 
+import torch
 from torch.fx import Node, map_arg
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.modules.dropout import _DropoutNd
 
 from snnfx.counted import NodeKey, is_computing, nodes_by_key
 from snnfx.expressions import expression
-from snnfx.kernels.build import find_compiler
+from snnfx.kernels.back_ends import obstacle
+from snnfx.loops.mixed import MixedStep
 from snnfx.net import Net
 from snnfx.passes.dependence import is_random
-from snnfx.program import StepProgram, describe_node, place_of
-from snnfx.regions import LoopRegion, MapRegion
+from snnfx.passes.lower import mixing_node
+from snnfx.program import Region, StepProgram, describe_node, place_of
+from snnfx.regions import MapRegion
 from snnfx.step_functions import expect_size
 
 __all__ = [
@@ -119,9 +122,13 @@ def mode_differences(net: Net) -> Iterator[str]:
     if training is evaluation:
         return
     in_training, in_evaluation = nodes_by_key(training), nodes_by_key(evaluation)
+    absorbed = {n for region in evaluation.regions for n in region.nodes if n.name in region.absorbed}
     changed: dict[tuple[str, str], list[str]] = {}
     for key, node in in_training.items():
-        kinds = (node.meta.get("kind"), in_evaluation[key].meta.get("kind")) if key in in_evaluation else (None, None)
+        other = in_evaluation.get(key)
+        # What a kernel took in counts as folded here; `kernels_of_loops` tells of it.
+        there = "fold" if other in absorbed else other.meta.get("kind") if other is not None else None
+        kinds = (node.meta.get("kind"), there)
         if None not in kinds and kinds[0] != kinds[1]:
             changed.setdefault(kinds, []).append(describe_node(node))  # type: ignore[arg-type]
     for (kind, other_kind), names in changed.items():
@@ -159,20 +166,44 @@ def vmap_fallbacks(net: Net) -> Iterator[str]:
 
 def kernels_of_loops(net: Net) -> Iterator[str]:
     """For each loop of the net, whether it is one kernel; after it was run, what the kernel saves."""
-    modules = {m.label.partition(" ")[0]: m for m in net.snnfx_regions.modules() if isinstance(m, LoopRegion)}  # type: ignore[union-attr]
+    modules = net.region_modules()
     for region in net.regions:
         if region.kind != "loop" or region.not_lowered is None:
             continue
         kernels = getattr(modules.get(region.name), "kernels", None)
         refusal = region.not_lowered or (kernels.refusal if kernels is not None else "")
-        if not refusal and find_compiler() is None:
-            refusal = "there is no C++ compiler, or SNNFX_KERNELS=0"
+        if not refusal and (kernels is None or kernels.in_use is None):
+            refusal = obstacle(next((p.device for p in net.parameters()), torch.device("cpu")))
         if refusal:
             yield f"Stepped by PyTorch: {region.name}, because {refusal}."
         elif kernels is None or kernels.in_use is None:
-            yield f"One kernel for all time steps: {region.name}, made at the first call."
+            mixing = mixing_node(net.program, region)
+            if mixing is None:
+                yield f"One kernel for all time steps: {region.name}, made at the first call."
+            else:
+                yield (
+                    f"Stepped without autograd, elementwise work in kernels: {region.name}, because "
+                    f"`{describe_node(mixing)}` is not elementwise; recorded at the first call."
+                )
+        elif isinstance(kernels.in_use, MixedStep):
+            called = " and ".join(f"`{name}`" for name in kernels.in_use.heavy)
+            why = f"PyTorch computes {called} in each step" if called else kernels.in_use.reason
+            yield (
+                f"Stepped without autograd, elementwise work in kernels: {region.name}, because "
+                f"{why}{kernels.in_use.saves}."
+            )
         else:
             yield f"One kernel for all time steps: {region.name}{kernels.in_use.saves}."
+    for mode in dict.fromkeys((net.training, False)):
+        program = net.programs[mode]
+        taken = [f"{_and(_absorbed(program, r))} in {r.name}" for r in program.regions if r.absorbed]
+        if taken:
+            when = "" if mode == net.training else "In evaluation: "
+            yield f"{when}Computed by the kernel of the neurons next to it: {'; '.join(taken)}."
+
+
+def _absorbed(program: StepProgram, region: Region) -> list[str]:
+    return [describe_node(node) for node in region.nodes if node.name in region.absorbed]
 
 
 def _and(names: Iterable[str], most: int = 6) -> str:

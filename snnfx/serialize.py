@@ -39,7 +39,7 @@ def _packed(target: Any) -> Any:
 @dataclass(frozen=True)
 class _PackedProgram:
     nodes: list[tuple[str, str, Any, Any, Any, dict[str, Any]]]
-    regions: list[tuple[str, str, list[str], list[str], str | None]]
+    regions: list[tuple[str, str, list[str], list[str], str | None, tuple[str, ...]]]
     fields: dict[str, Any]
     first_step: _PackedProgram | None
 
@@ -58,7 +58,9 @@ def pack_program(program: StepProgram) -> _PackedProgram:
         (n.name, n.op, _packed(n.target), map_aggregate(n.args, pack), map_aggregate(n.kwargs, pack), dict(n.meta))
         for n in program.graph.nodes
     ]
-    regions = [(r.name, r.kind, [n.name for n in r.nodes], list(r.slots), r.not_lowered) for r in program.regions]
+    regions = [
+        (r.name, r.kind, [n.name for n in r.nodes], list(r.slots), r.not_lowered, r.absorbed) for r in program.regions
+    ]
     fields = {k: v for k, v in vars(program).items() if k not in _REBUILT}
     for name in _SPECS:
         # A structure pickles as a nested container of zeros; pytree's own pickling is deprecated.

@@ -184,17 +184,19 @@ def test_golden_picture_of_a_tiny_net() -> None:
         "x0 'x [T, N, 3] float32'\n"
         "cluster_chunk 'chunk: 4 steps at once in inference'\n"
         "  cluster_fold_0 'fold_0'\n"
-        "    b0 'Linear 3→2 fc [T·N, 2] BatchNorm1d 2 norm'\n"
+        "    b0 'Linear 3→2 fc'\n"
         "  cluster_loop_1 'loop_1 SNNFX107'\n"
-        "    cluster_row_b1\n"
+        "    b1 'BatchNorm1d 2 norm'\n"
+        "    cluster_row_b2\n"
         "      s0 'v'\n"
-        "      b1 'LIFNode tau=2 lif'\n"
+        "      b2 'LIFNode tau=2 lif'\n"
         "y0 'y [T, N, 2] float32'\n"
         "x0 -> b0\n"
-        "s0 -> b1\n"
         "b0 -> b1 '[T, N, 2] float32'\n"
-        "b1 -> y0\n"
-        "s0 -> b1 dashed back 't→t+1'"
+        "s0 -> b2\n"
+        "b1 -> b2\n"
+        "b2 -> y0\n"
+        "s0 -> b2 dashed back 't→t+1'"
     )
 
 
@@ -229,16 +231,19 @@ def test_every_edge_joins_two_nodes_that_are_drawn(name: str, what: str) -> None
 
 
 def test_regions_show_what_runs_in_them() -> None:
-    drawn = skeleton(str(draw(net_of("convolutional", chunk=None))))
-    assert "b0 'Conv2d 1→4 3x3 s2 pad 1 conv [T·N, 4, 4, 4] BatchNorm2d 4 norm'" in drawn
-    assert "b2 'MaxPool2d 2x2 pool [T·N, 4, 2, 2] flatten (1) [T·N, 16] Linear 16→3 fc'" in drawn
+    net = net_of("convolutional", chunk=None)
+    drawn = skeleton(str(draw(net)))
+    assert "  b0 'Conv2d 1→4 3x3 s2 pad 1 conv'\ncluster_loop_1 'loop_1 SNNFX107'\n  b1 'BatchNorm2d 4 norm'" in drawn
+    assert "b3 'MaxPool2d 2x2 pool [T·N, 4, 2, 2] flatten (1) [T·N, 16] Linear 16→3 fc'" in drawn
     assert "b0 -> b1 '[T, N, 4, 4, 4] float32'" in drawn
+    in_training = skeleton(str(draw(net.train())))
+    assert "b0 'Conv2d 1→4 3x3 s2 pad 1 conv [T·N, 4, 4, 4] BatchNorm2d 4 norm'" in in_training
 
 
 def test_neuron_with_two_states_shows_both_beside_it() -> None:
     drawn = skeleton(str(draw(net_of("convolutional"))))
     assert "s1 'v'" in drawn and "s2 'c'" in drawn
-    assert drawn.count("-> b3 dashed back 't→t+1'") == 2
+    assert drawn.count("-> b4 dashed back 't→t+1'") == 2
 
 
 def test_sizes_and_initial_values_are_not_drawn() -> None:

@@ -20,6 +20,7 @@ import snnfx
 from snnfx import neuron, surrogate
 from snnfx.buffers import BufferPool
 from snnfx.kernels.build import find_compiler
+from snnfx.kernels.lowered import LoweredStep
 from snnfx.kernels.region import RegionKernels
 from snnfx.regions import LoopRegion
 
@@ -28,7 +29,7 @@ pytestmark = needs_compiler
 
 
 def loops_of(net: Any) -> list[LoopRegion]:
-    return [m for m in net.snnfx_regions.modules() if isinstance(m, LoopRegion)]
+    return [m for m in net.region_modules().values() if isinstance(m, LoopRegion)]
 
 
 def kernels_of(net: Any) -> list[RegionKernels]:
@@ -279,22 +280,31 @@ class Coupled(snnfx.MemoryModule):
 @pytest.mark.parametrize(
     ("couple", "why"),
     [
-        (lambda v: v - v.mean(1, keepdim=True), "mean"),
-        (lambda v: v.flip(1), "flip"),
-        (lambda v: v * torch.rand_like(v) * 0, "random"),
-        (lambda v: v @ torch.eye(3, dtype=v.dtype), "matmul"),
-        (lambda v: v.cumsum(1), "cumsum"),
-        (lambda v: torch.stack([v[:, 1], v[:, 0], v[:, 2]], 1), "moves values"),
+        (lambda v: v - v.mean(1, keepdim=True), "`mean`"),
+        (lambda v: v.flip(1), "`flip`"),
+        (lambda v: v @ torch.eye(3, dtype=v.dtype), "`mm`"),
+        (lambda v: v.cumsum(1), "`cumsum`"),
+        (lambda v: torch.stack([v[:, 1], v[:, 0], v[:, 2]], 1), "`stack`"),
     ],
 )
-def test_what_is_not_elementwise_is_stepped(couple: Callable[[Tensor], Tensor], why: str) -> None:
+def test_what_is_not_elementwise_is_no_single_kernel(couple: Callable[[Tensor], Tensor], why: str) -> None:
     model = Coupled(couple)
+    net, stepped = snnfx.convert(model), snnfx.convert(model, lower=None)
+    x_seq = x_of(4, 2, 3)
+    torch.testing.assert_close(net(x_seq), stepped(x_seq))
+    assert not any(isinstance(k.in_use, LoweredStep) for k in kernels_of(net))
+    (note,) = snnfx.explain(net).kernels
+    assert note.startswith("Stepped without autograd") and why in note
+
+
+def test_what_draws_random_numbers_is_stepped() -> None:
+    model = Coupled(lambda v: v * torch.rand_like(v) * 0)
     net, stepped = snnfx.convert(model), snnfx.convert(model, lower=None)
     x_seq = x_of(4, 2, 3)
     torch.testing.assert_close(net(x_seq), stepped(x_seq))
     assert all(k.in_use is None for k in kernels_of(net))
     (note,) = snnfx.explain(net).kernels
-    assert note.startswith("Stepped by PyTorch: loop_0, because") and why in note
+    assert note.startswith("Stepped by PyTorch: loop_0, because") and "random" in note
 
 
 class Wandering(snnfx.MemoryModule):

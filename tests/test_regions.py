@@ -219,9 +219,9 @@ def test_the_gradient_of_a_loop_is_that_of_finite_differences() -> None:
 def test_the_operator_satisfies_torchs_checks() -> None:
     loop, constants = loop_of(Recurrent().double())
     x_seq = torch.randn(3, N, C, dtype=torch.float64, requires_grad=True)
-    from snnfx.region_op import _tensors_of
+    from snnfx.regions import tensors_of
 
-    tensors = _tensors_of(constants)
+    tensors = tensors_of(constants)
     needs = [t.requires_grad for t in (x_seq, *tensors)]
     arguments = (loop.handle, [x_seq], tensors, [], False, needs)
     torch.library.opcheck(torch.ops.snnfx.run_region.default, arguments)

@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 
+from snnfx.kernels.batch_norm import DECOMPOSITIONS
 from snnfx.kernels.expressions import Builder, Expression
 from snnfx.kernels.record import Call, NotLowered, Reference, Value
 
@@ -302,6 +303,8 @@ _KNOWN = ELEMENTWISE.keys() | SAME_VALUE | {"sum", "mean", "item", "_local_scala
 def decomposition(func: Any) -> Callable[..., Any] | None:
     """What PyTorch defines an elementwise operator by, where the table has no rule for it: softplus, gelu, ..."""
     name = str(func._schema.name).partition("::")[2]
+    if name in DECOMPOSITIONS:
+        return DECOMPOSITIONS[name]
     if name in _KNOWN or name.rstrip("_") in _KNOWN:
         return None
     # The backward passes of pointwise operators are not tagged.

@@ -36,7 +36,12 @@ def cache_directory() -> Path:
 
 
 def find_compiler() -> str | None:
-    """The C++ compiler: $CXX, g++, clang++ or c++; None where there is none or SNNFX_KERNELS=0."""
+    """The C++ compiler: $CXX, g++, clang++ or c++; None where there is none or SNNFX_KERNELS=0.
+
+    SNNFX_KERNELS=0 forbids kernels on all devices. SNNFX_KERNELS=triton has the Triton back end run tensors on the CPU
+    as well, in Triton's interpreter, which has to be asked for before Triton is imported (TRITON_INTERPRET=1). That is
+    slow, and meant for trying the kernels of a GPU where there is none.
+    """
     if os.environ.get("SNNFX_KERNELS") == "0":
         return None
     for name in (os.environ.get("CXX"), "g++", "clang++", "c++"):
@@ -95,14 +100,14 @@ def _built(text: str) -> Path:
     if compiler is None:
         raise NotLowered("there is no C++ compiler (g++, clang++ or $CXX)")
     key = hashlib.sha256(f"{_identity_of(compiler)}\0{text}".encode()).hexdigest()[:32]
-    directory = _usable_directory()
+    directory = usable_directory()
     path = directory / f"{key}.so"
     if not path.exists():
         _build(compiler, text, path)
     return path
 
 
-def _usable_directory() -> Path:
+def usable_directory() -> Path:
     directory = cache_directory()
     try:
         directory.mkdir(parents=True, exist_ok=True)

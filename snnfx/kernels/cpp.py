@@ -14,11 +14,13 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
-from snnfx.kernels.cpp_prelude import MAX_DIMS, PRELUDE
+from snnfx.kernels.back_end import Backward, Slot
+from snnfx.kernels.cpp_prelude import PRELUDE
 from snnfx.kernels.expressions import Expression, StepExpressions, topological
+from snnfx.kernels.layout import MAX_DIMS
 from snnfx.kernels.saving import SavePlan
 
-__all__ = ["KernelSource", "Slot", "write_backward", "write_forward"]
+__all__ = ["KernelSource", "write_backward", "write_forward"]
 
 _C = {"float32": "float", "float64": "double", "bool": "float"}
 _MEMORY = {
@@ -37,15 +39,6 @@ _LOGIC = {"and": "&", "or": "|", "xor": "^"}
 _ROUNDED = {"sqrt": "rooted", "abs": "absolute"}
 _BLOCK_BYTES = 8192
 """Of one array of a block."""
-
-
-@dataclass(frozen=True)
-class Slot:
-    """One operand of a kernel: what it is, its number, and its dtype in memory."""
-
-    kind: str
-    index: int
-    dtype: str
 
 
 @dataclass(frozen=True)
@@ -109,10 +102,20 @@ class _Writer:
         self.hoisted.append(f"const {ctype} {name} = widened<{ctype}, {memory}>(*(const {memory} *){operand}.data);")
         self.names[expression] = name
 
-    def load(self, expression: Expression, kind: str, memory: str, t: str, at: str = "") -> tuple[str, str]:
-        """An operand whose elements an expression stands for: `(declaration of its pointer, name of the pointer)`."""
-        operand = self.slot(kind, expression.index, memory)
-        return self.load_again(expression, operand, memory, t, f"{kind}{expression.index}{at}")
+    def load(self, expression: Expression, memory: str) -> tuple[str, str]:
+        """A sequence that an expression stands for: `(declaration of its pointer, name of the pointer)`."""
+        operand = self.slot("sequence", expression.index, memory)
+        return self.load_again(expression, operand, memory, "t", f"sequence{expression.index}")
+
+    def load_invariant(self, expression: Expression) -> tuple[str, str]:
+        """As `load` for an operand that does not change with time; one that repeats is copied for the first block."""
+        memory, ctype = self.step.operands[expression.index], _C[expression.dtype]
+        operand, name = self.slot("operand", expression.index, memory), f"operand{expression.index}"
+        buffer = self.buffer(f"{name}_block", ctype)
+        loader = f"Loader<{_MEMORY[memory]}, {ctype}>::at({buffer}, {operand}, a, 0, start, n)"
+        self.hoisted.append(f"const bool {name}_repeats = repeats({operand}, a);")
+        line = f"const {ctype} *RESTRICT {name} = k > first && {name}_repeats ? {buffer} : {loader};"
+        return line, name
 
     def load_again(self, expression: Expression, operand: str, memory: str, t: str, name: str) -> tuple[str, str]:
         ctype = _C[expression.dtype]
@@ -122,6 +125,45 @@ class _Writer:
             f"Loader<{_MEMORY[memory]}, {ctype}>::at({buffer}, {operand}, a, {t}, start, n);"
         )
         return line, name
+
+    def hoist(
+        self, roots: Sequence[Expression], at_hand: dict[Expression, str], saved: Iterable[Expression] = ()
+    ) -> list[str]:
+        """Lines that compute for a block what does not change with time, once for all steps.
+
+        Args:
+            roots: what each step computes.
+            at_hand: the invariant leaves; what is computed here is added.
+            saved: values of each step that are in memory.
+        """
+        leaves: dict[Expression, set[str]] = {}
+        lines: list[str] = []
+        saved = set(saved)
+        used = topological(roots, saved)
+        for expression in used:
+            if expression in saved:
+                continue
+            if expression.op == "invariant":
+                leaves[expression] = {f"operand{expression.index}"}
+            elif expression.op in ("constant", "scalar"):
+                leaves[expression] = set()
+            elif expression.operands and all(o in leaves for o in expression.operands):
+                leaves[expression] = set().union(*(leaves[o] for o in expression.operands))
+        changing = [e for e in used if e not in leaves]
+        wanted = {o for e in changing if e not in saved for o in e.operands} | set(roots)
+        for expression in used:
+            if not leaves.get(expression) or not expression.operands or expression not in wanted:
+                continue
+            if expression.dtype == "bool":
+                continue
+            name = self.buffer(f"once{expression.number}", _C[expression.dtype])
+            body, names = self.body([expression], at_hand)
+            again = " && ".join(f"{leaf}_repeats" for leaf in sorted(leaves[expression]))
+            lines.append(f"if (k == first || !({again})) for (i64 i = 0; i < n; i++) {{")
+            lines += _indented([*body, f"{name}[i] = {names[expression]};"], 1)
+            lines.append("}")
+            at_hand[expression] = f"{name}[i]"
+        return lines
 
     def read(self, expression: Expression, pointer: str) -> str:
         return f"({pointer}[i] != 0)" if expression.dtype == "bool" else f"{pointer}[i]"
@@ -173,7 +215,8 @@ class _Writer:
             "  const i64 blocks = (a.E + a.block - 1) / a.block;",
             *_indented(self.buffers, 1),
             *_indented(self.hoisted, 1),
-            "  for (i64 k = blocks * number / parts; k < blocks * (number + 1) / parts; k++) {",
+            "  const i64 first = blocks * number / parts;",
+            "  for (i64 k = first; k < blocks * (number + 1) / parts; k++) {",
             "    const i64 start = k * a.block, n = a.E - start < a.block ? a.E - start : a.block;",
             *_indented(per_block, 2),
             "  }",
@@ -199,12 +242,13 @@ def write_forward(step: StepExpressions, plan: SavePlan | None = None) -> Kernel
     leaves = [e for e in topological(roots) if e.op in ("sequence", "invariant")]
     for leaf in leaves:
         if leaf.op == "invariant":
-            line, name = writer.load(leaf, "operand", step.operands[leaf.index], "0")
+            line, name = writer.load_invariant(leaf)
             once.append(line)
         else:
-            line, name = writer.load(leaf, "sequence", step.sequences[leaf.index], "t")
+            line, name = writer.load(leaf, step.sequences[leaf.index])
             each.append(line)
         at_hand[leaf] = writer.read(leaf, name)
+    once += writer.hoist(roots, at_hand)
     states = {e.index: e for e in topological(roots) if e.op == "state"}
     last: list[str] = []
     for index, (following, memory) in enumerate(zip(step.next_states, step.state_dtypes, strict=True)):
@@ -249,7 +293,7 @@ def write_backward(step: StepExpressions, plan: SavePlan, wanted: Backward) -> K
     used = topological([*roots, *(step.next_states[k] for k in plan.earlier)], available)
     for leaf in used:
         if leaf.op == "invariant":
-            line, name = writer.load(leaf, "operand", step.operands[leaf.index], "0")
+            line, name = writer.load_invariant(leaf)
             once.append(line)
             at_hand[leaf] = before[leaf] = writer.read(leaf, name)
         elif leaf.op in ("sequence", "grad_output"):
@@ -262,6 +306,10 @@ def write_backward(step: StepExpressions, plan: SavePlan, wanted: Backward) -> K
                 line, name = writer.load_again(leaf, operand, memory, "t - 1", f"{leaf.op}{leaf.index}_before")
                 each_before.append(line)
                 before[leaf] = writer.read(leaf, name)
+    invariant = {leaf: name for leaf, name in at_hand.items() if leaf.op == "invariant"}
+    once += writer.hoist([*roots, *(step.next_states[k] for k in plan.earlier)], invariant, available)
+    for names in (at_hand, before):
+        names.update(invariant)
     for index, expression in enumerate(plan.saved):
         operand = writer.slot("saved", index, expression.dtype)
         ctype = _C[expression.dtype]
@@ -347,32 +395,6 @@ def _states_from_before(
         at_hand[leaf] = writer.read(leaf, name)
     body = _loop(writer, [e for _, e in writes], before, writes)
     return ["if (t > 0) {", *_indented([*loads, *body], 1), "} else {", *_indented(initial, 1), "}"]
-
-
-@dataclass(frozen=True)
-class Backward:
-    """Which gradients are wanted, by number: of inputs, of initial states, and sums for those of operands."""
-
-    sequences: tuple[int, ...]
-    initials: tuple[int, ...]
-    sums: tuple[int, ...]
-
-    def states(self, step: StepExpressions) -> list[int]:
-        """The states whose gradient has to be carried from step to step."""
-        carried: set[int] = set(self.initials)
-        while True:
-            read = {e.index for e in topological(self._roots(step, carried)) if e.op == "grad_state"} | carried
-            if read == carried:
-                return sorted(carried)
-            carried = read
-
-    def expressions(self, step: StepExpressions) -> list[Expression]:
-        """What one step of the backward pass has to compute."""
-        return self._roots(step, self.states(step))
-
-    def _roots(self, step: StepExpressions, carried: Iterable[int]) -> list[Expression]:
-        found = [step.grad_sequences[i] for i in self.sequences] + [step.grad_states[k] for k in sorted(carried)]
-        return [e for e in found if e is not None] + [step.sums[i] for i in self.sums]
 
 
 def _loop(

@@ -10,10 +10,7 @@ rounds to an integer in the low bits of the significand see Muller (2016), "Elem
 
 from __future__ import annotations
 
-__all__ = ["MAX_DIMS", "PRELUDE"]
-
-MAX_DIMS = 8
-"""Dimensions of a step after those that can be taken together are."""
+__all__ = ["PRELUDE"]
 
 PRELUDE = r"""
 #include <math.h>
@@ -140,6 +137,16 @@ template <class C> struct Loader<C, C> {
     return buffer;
   }
 };
+// Whether every block of a step has the same elements of an operand: one number, or one for each place in the last
+// dimension (a channel), of which whole rounds fit into a block. Of a dense operand only its address is needed.
+static inline bool repeats(const Operand &o, const Args &a) {
+  if (!o.data) return true;
+  if (o.dense) return false;
+  const i64 last = a.dims - 1;
+  for (i64 d = 0; d < last; d++)
+    if (o.stride[d]) return false;
+  return !o.stride[last] || a.block % a.size[last] == 0;
+}
 template <class M, class C> static void store(const Operand &o, i64 t, i64 start, i64 n, const C *RESTRICT from) {
   M *RESTRICT to = (M *)o.data + t * o.time + start;
   for (i64 i = 0; i < n; i++) to[i] = Narrow<M, C>::of(from[i]);

@@ -1,7 +1,7 @@
 """What one time step of an elementwise loop computes, as expressions of one element: the form between front and back.
 
-The front (`record`, `translate`) makes a `StepExpressions` out of what PyTorch does in a step; a back end (`cpp`) turns
-it into a kernel for whole sequences. Nothing here knows of tensors, modules or devices.
+The front (`record`, `translate`) makes a `StepExpressions` out of what PyTorch does in a step; a back end (`cpp`,
+`triton`) turns it into a kernel for whole sequences. Nothing here knows of tensors, modules or devices.
 
 An expression is a node of a directed acyclic graph. Nodes are made by a `Builder`, which gives back the same object for
 the same expression, so that equal means identical. Every element of a step `[N, *]` is computed by the same

@@ -9,14 +9,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from snnfx.buffers import pool
-from snnfx.kernels.build import load
-from snnfx.kernels.cpp import Backward, KernelSource, Slot, write_backward, write_forward
-from snnfx.kernels.launch import blocks_of, dense_strides, description, launch, memory_order, plan_layout
+from snnfx.kernels.back_end import BackEnd, Backward, Slot
+from snnfx.kernels.layout import broadcast, dense_strides, description, memory_order, plan_layout
 from snnfx.kernels.saving import SavePlan, plan_saving
-from snnfx.kernels.translate import TranslatedStep
+from snnfx.kernels.translate import Replay, TranslatedStep
 
-__all__ = ["Kept", "LoweredStep", "Needs", "build"]
+__all__ = ["Kept", "LoweredStep", "Needs"]
 
 _DTYPES = {
     "float16": torch.float16,
@@ -53,8 +51,8 @@ class _Training:
 
     plan: SavePlan
     wanted: Backward
-    forward: KernelSource
-    backward: KernelSource
+    forward: Any
+    backward: Any
 
 
 @dataclass
@@ -63,11 +61,16 @@ class LoweredStep:
 
     Args:
         step: what was translated.
+        back_end: writes and runs its kernels.
+        device: of the tensors that it runs on.
     """
 
     step: TranslatedStep
-    _inference: KernelSource | None = None
+    back_end: BackEnd
+    device: torch.device
+    _inference: Any = None
     _training: dict[Needs, _Training] = field(default_factory=dict)
+    _prologues: dict[tuple[int, ...], Replay] = field(default_factory=dict)
 
     # -- forward --------------------------------------------------------------------------------------------------
 
@@ -91,15 +94,17 @@ class LoweredStep:
         expressions = self.step.expressions
         source = self.inference() if needs is None else self.training(needs).forward
         T = x_seq[0].shape[0]
-        operands = self._operands(constants)
-        shape = self._shape(x_seq, states, operands)
+        operands = self._operands(source, constants)
+        shape = self.shape_of_step(x_seq, states)
         order = self._order(x_seq, shape) if in_layout else tuple(range(len(shape)))
         strides = dense_strides(shape, order)
         count = max(1, _product(shape))
-        outputs = [pool.empty((T, *shape), (count, *strides), _DTYPES[d]) for d in expressions.output_dtypes]
-        finals = [pool.empty(shape, strides, _DTYPES[d]) for d in expressions.state_dtypes]
+        empty, device = self.back_end.empty, self.device
+        outputs = [empty((T, *shape), (count, *strides), _DTYPES[d], device) for d in expressions.output_dtypes]
+        finals = [empty(shape, strides, _DTYPES[d], device) for d in expressions.state_dtypes]
         plan = self.training(needs).plan if needs is not None else None
-        saved = [pool.empty((T, *shape), (count, *strides), _DTYPES[e.dtype]) for e in (plan.saved if plan else ())]
+        dtypes = [_DTYPES[e.dtype] for e in plan.saved] if plan is not None else []
+        saved = [empty((T, *shape), (count, *strides), d, device) for d in dtypes]
         self._run(
             source,
             shape,
@@ -119,10 +124,22 @@ class LoweredStep:
         numbers = tuple(None if isinstance(s, Tensor) else float(s) for s in states)
         return outputs, finals, saved, Kept(needs, T, shape, order, numbers)
 
-    def inference(self) -> KernelSource:
+    def build(self, needs: Needs | None, elements: int) -> None:
+        """Build what is about to be run, on about so many elements of a step.
+
+        Raises:
+            NotLowered: it cannot be built.
+        """
+        if needs is None:
+            self.back_end.build(self.inference(), elements)
+        else:
+            self.back_end.build(self.training(needs).forward, elements)
+            self.back_end.build(self.training(needs).backward, elements)
+
+    def inference(self) -> Any:
         """The kernel that saves nothing."""
         if self._inference is None:
-            self._inference = write_forward(self.step.expressions)
+            self._inference = self.back_end.write_forward(self.step.expressions)
         return self._inference
 
     def training(self, needs: Needs) -> _Training:
@@ -139,28 +156,34 @@ class LoweredStep:
                 tuple(sums),
             )
             plan = plan_saving(step, wanted.expressions(step))
-            found = _Training(plan, wanted, write_forward(step, plan), write_backward(step, plan, wanted))
+            forward = self.back_end.write_forward(step, plan)
+            found = _Training(plan, wanted, forward, self.back_end.write_backward(step, plan, wanted))
             self._training[needs] = found
         return found
 
-    def _operands(self, constants: Sequence[Tensor]) -> list[Tensor]:
-        if not self.step.operands:
-            return []
+    def _operands(self, source: Any, constants: Sequence[Tensor]) -> dict[int, Tensor]:
+        """What does not change with time and is read by a kernel, by its number."""
+        read = [slot.index for slot in source.slots if slot.kind == "operand"]
+        if not read:
+            return {}
+        wanted = tuple(self.step.operands[i] for i in read)
+        if wanted not in self._prologues:
+            self._prologues[wanted] = self.step.prologue.part_for(wanted)
         known = {number: tensor for (number, _), tensor in zip(self.step.constants, constants, strict=True)}
         with torch.no_grad():
-            found = self.step.prologue.run(known, self.step.operands)
-            return [v if v.is_floating_point() or v.dtype == torch.bool else v.double() for v in found]
+            found = self._prologues[wanted].run(known, wanted)
+        values = (v if v.is_floating_point() or v.dtype == torch.bool else v.double() for v in found)
+        return dict(zip(read, values, strict=True))
 
-    def _shape(
-        self, x_seq: Sequence[Tensor], states: Sequence[Tensor | float], operands: Sequence[Tensor]
-    ) -> tuple[int, ...]:
-        """The shape of a step."""
-        rank = len(self.step.shape)
+    def shape_of_step(self, x_seq: Sequence[Tensor], states: Sequence[Tensor | float]) -> tuple[int, ...]:
+        """The shape of a step of a call."""
         shape = tuple(x_seq[0].shape[1:])
-        if len(x_seq) > 1 or len(shape) != rank or operands or any(isinstance(s, Tensor) for s in states):
-            used = [x.shape[1:] for x, d in zip(x_seq, self.step.expressions.sequences, strict=True) if d != "unused"]
-            used += [s.shape for s in states if isinstance(s, Tensor)] + [o.shape for o in operands]
-            shape = tuple(torch.broadcast_shapes(*used))
+        given = [tuple(s.shape) for s in states if isinstance(s, Tensor)]
+        constant = self.step.operand_shapes
+        if len(x_seq) > 1 or len(shape) != len(self.step.shape) or constant or given:
+            kinds = self.step.expressions.sequences
+            read = [tuple(x.shape[1:]) for x, kind in zip(x_seq, kinds, strict=True) if kind != "unused"]
+            shape = broadcast(*read, *given, *constant)
         return shape
 
     def _order(self, x_seq: Sequence[Tensor], shape: tuple[int, ...]) -> tuple[int, ...]:
@@ -169,12 +192,6 @@ class LoweredStep:
             if x.shape[1:] == shape:
                 return memory_order(shape, x.stride()[1:])
         return tuple(range(len(shape)))
-
-    def shape_of_step(
-        self, x_seq: Sequence[Tensor], states: Sequence[Tensor | float], constants: Sequence[Tensor]
-    ) -> tuple[int, ...]:
-        """The shape of a step of this call."""
-        return self._shape(x_seq, states, self._operands(constants))
 
     @property
     def saves(self) -> str:
@@ -225,15 +242,16 @@ class LoweredStep:
         T, shape, order = kept.T, kept.shape, kept.order
         strides, count = dense_strides(shape, order), max(1, _product(shape))
         wanted = training.wanted
+        empty, device = self.back_end.empty, self.device
         grad_sequences: dict[int, Tensor] = {
-            i: pool.empty((T, *shape), (count, *strides), _DTYPES[step.sequences[i]]) for i in wanted.sequences
+            i: empty((T, *shape), (count, *strides), _DTYPES[step.sequences[i]], device) for i in wanted.sequences
         }
-        grad_initials = {k: pool.empty(shape, strides, _DTYPES[step.state_dtypes[k]]) for k in wanted.initials}
-        blocks = blocks_of(training.backward, _product(shape), T)
+        grad_initials = {k: empty(shape, strides, _DTYPES[step.state_dtypes[k]], device) for k in wanted.initials}
+        parts = self.back_end.parts(training.backward, _product(shape), T)
         sums = {
-            i: torch.empty(blocks, dtype=torch.float64)
+            i: torch.empty(parts, dtype=torch.float64, device=device)
             if step.total[i]
-            else pool.empty(shape, strides, _DTYPES[step.sums[i].dtype])
+            else empty(shape, strides, _DTYPES[step.sums[i].dtype], device)
             for i in wanted.sums
         }
         initial = [number if s is None else s for s, number in zip(states, kept.states, strict=True)]
@@ -244,7 +262,7 @@ class LoweredStep:
             T,
             {
                 "sequence": x_seq,
-                "operand": self._operands(constants),
+                "operand": self._operands(training.backward, constants),
                 "initial": initial,
                 "saved": saved,
                 "grad_output": grad_outputs,
@@ -309,26 +327,22 @@ class LoweredStep:
 
     # -- both -----------------------------------------------------------------------------------------------------
 
-    def _run(
-        self, source: KernelSource, shape: tuple[int, ...], order: tuple[int, ...], T: int, given: dict[str, Any]
-    ) -> None:
-        addresses: list[tuple[int, float]] = []
+    def _run(self, source: Any, shape: tuple[int, ...], order: tuple[int, ...], T: int, given: dict[str, Any]) -> None:
+        operands: list[Tensor | float] = []
         described: list[Any] = []
-        alive: list[Tensor] = []  # copies in another dtype, whose address is all that the kernel has
         for slot in source.slots:
             value = given[slot.kind][slot.index]
             if isinstance(value, Tensor):
                 value = self._in_memory(slot, value)
-                alive.append(value)
-                addresses.append((value.data_ptr(), 0.0))
+                operands.append(value)
                 if slot.kind == "sum" and value.dim() == 1 and self.step.expressions.total[slot.index]:
                     described.append(None)
                 else:
-                    described.append(description(value, slot.kind in _WITH_TIME))
+                    described.append(description(value, slot.has_time))
             else:
-                addresses.append((0, 0.0 if value is None else float(value)))
+                operands.append(0.0 if value is None else float(value))
                 described.append(None)
-        launch(source, plan_layout(shape, order, tuple(described)), T, addresses)
+        self.back_end.run(source, plan_layout(shape, order, tuple(described)), T, operands)
 
     def _in_memory(self, slot: Slot, value: Tensor) -> Tensor:
         """A tensor in the dtype that a kernel expects; lazy negatives and conjugates are no memory."""
@@ -340,24 +354,8 @@ class LoweredStep:
         return value
 
 
-_WITH_TIME = frozenset(("sequence", "output", "saved", "grad_output", "grad_sequence"))
-
-
 def _product(shape: Sequence[int]) -> int:
     count = 1
     for size in shape:
         count *= size
     return count
-
-
-def build(lowered: LoweredStep, needs: Needs | None) -> None:
-    """Build what is about to be run.
-
-    Raises:
-        NotLowered: it cannot be built.
-    """
-    if needs is None:
-        load(lowered.inference())
-    else:
-        load(lowered.training(needs).forward)
-        load(lowered.training(needs).backward)

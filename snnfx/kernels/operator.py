@@ -20,6 +20,9 @@ from snnfx.dispatch import ordinary_dispatch
 from snnfx.errors import PassError
 from snnfx.kernels.lowered import Kept, LoweredStep, Needs
 from snnfx.kernels.region import Prepared, RegionKernels
+from snnfx.loops.mixed import MixedStep
+from snnfx.loops.operator import Shapes, apart, hint, shapes_of, symbolic_shapes
+from snnfx.regions import tensors_of
 
 __all__ = ["fake_results", "run_backward", "run_forward"]
 
@@ -33,7 +36,7 @@ def run_forward(
 ) -> list[Tensor] | None:
     """Outputs, final states and what is saved, or None where the loop has to be stepped."""
     prepared = kernels.prepared(x_seq, state, constants)
-    if prepared is None or not prepared.starts_from_numbers:
+    if prepared is None or not _knows_start(prepared, state):
         return None
     needed = _needs(prepared, x_seq, constants, state, needs)
     if not kernels.ready(prepared, needed):
@@ -43,9 +46,11 @@ def run_forward(
             why=kernels.refusal,
             hint="Compile the net again.",
         )
-    outputs, finals, saved, _ = prepared.lowered.forward(
-        x_seq, prepared.first_states(state), prepared.given, needed, in_layout=False
-    )
+    states, given = prepared.first_states(state), prepared.given
+    if isinstance(prepared.lowered, MixedStep):
+        outputs, finals, saved = prepared.lowered.forward(x_seq, states, given, needed)
+        return apart([*outputs, *finals, *saved], [*x_seq, *given, *(state or ())])
+    outputs, finals, saved, _ = prepared.lowered.forward(x_seq, states, given, needed, in_layout=False)
     return [*outputs, *finals, *saved]
 
 
@@ -57,27 +62,17 @@ def fake_results(
     needs: Sequence[bool],
 ) -> list[Tensor] | None:
     """As `run_forward` for fake tensors: their shapes and dtypes."""
+    if x_seq[0].device.type == "cuda" and not torch.cuda.is_available():
+        return None  # nothing to record a step on
     with _for_real():
-        x_real = [_stand_in(x, first=1) for x in x_seq]
-        state_real = None if state is None else [_stand_in(s) for s in state]
-        tensors = iter([c for c in constants if isinstance(c, Tensor)])
-        flags = iter(needs[len(x_seq) :])
-        real: list[Any] = []
-        for constant in constants:
-            if isinstance(constant, nn.Module):
-                real.append(constant)
-                for _ in (*constant.parameters(), *constant.buffers()):
-                    next(flags)
-            else:
-                real.append(_stand_in(next(tensors)).requires_grad_(next(flags)))
-        prepared = kernels.prepared(x_real, state_real, real)
-        if prepared is None or not prepared.starts_from_numbers:
-            return None
-        needed = _needs(prepared, x_real, real, state_real, needs)
-        if not kernels.ready(prepared, needed):
-            return None
-        lowered = prepared.lowered
-        saved = [] if needed is None else lowered.saved_dtypes(needed)
+        found = _recorded(kernels, x_seq, constants, state, needs, {})
+    if found is None:
+        return None
+    prepared, needed = found
+    lowered = prepared.lowered
+    if isinstance(lowered, MixedStep):
+        return _fake_results_of_mixed(kernels, x_seq, constants, state, needs)
+    saved = [] if needed is None else lowered.saved_dtypes(needed)
     T = x_seq[0].shape[0]
     shape = _step_shape(lowered, x_seq, state, prepared.operand_shapes)
     return [
@@ -85,6 +80,55 @@ def fake_results(
         *(x_seq[0].new_empty(shape, dtype=d) for d in lowered.state_dtypes),
         *(x_seq[0].new_empty((T, *shape), dtype=d) for d in saved),
     ]
+
+
+def _recorded(
+    kernels: RegionKernels,
+    x_seq: Sequence[Tensor],
+    constants: Sequence[Any],
+    state: Sequence[Tensor] | None,
+    needs: Sequence[bool],
+    larger: dict[str, int],
+) -> tuple[Prepared, Needs | None] | None:
+    """A recording on stand-ins for fake tensors, with some symbols among their sizes larger than they are."""
+    x_real = [_stand_in(x, larger, first=1) for x in x_seq]
+    state_real = None if state is None else [_stand_in(s, larger) for s in state]
+    tensors = iter([c for c in constants if isinstance(c, Tensor)])
+    flags = iter(needs[len(x_seq) :])
+    real: list[Any] = []
+    for constant in constants:
+        if isinstance(constant, nn.Module):
+            real.append(constant)
+            for _ in (*constant.parameters(), *constant.buffers()):
+                next(flags)
+        else:
+            real.append(_stand_in(next(tensors), {}).requires_grad_(next(flags)))
+    prepared = kernels.prepared(x_real, state_real, real)
+    if prepared is None or not _knows_start(prepared, state):
+        return None
+    needed = _needs(prepared, x_real, real, state_real, needs)
+    return (prepared, needed) if kernels.ready(prepared, needed) else None
+
+
+def _fake_results_of_mixed(
+    kernels: RegionKernels,
+    x_seq: Sequence[Tensor],
+    constants: Sequence[Any],
+    state: Sequence[Tensor] | None,
+    needs: Sequence[bool],
+) -> list[Tensor] | None:
+    def shapes(larger: dict[str, int]) -> Shapes | None:
+        with _for_real():
+            found = _recorded(kernels, x_seq, constants, state, needs, larger)
+            if found is None or not isinstance(found[0].lowered, MixedStep):
+                return None
+            return shapes_of(found[0].lowered, found[1])
+
+    found = symbolic_shapes([*(x[0] for x in x_seq), *(state or ())], shapes)
+    if found is None:
+        return None
+    T = x_seq[0].shape[0]
+    return [x_seq[0].new_empty((T, *shape) if has_time else shape, dtype=d) for has_time, shape, d in found]
 
 
 def run_backward(
@@ -98,14 +142,24 @@ def run_backward(
 ) -> list[Tensor] | None:
     """Gradients of inputs, tensors of the constants and states that need one; None where the loop was stepped."""
     prepared = kernels.prepared(x_seq, state, constants)
-    if prepared is None or not prepared.starts_from_numbers:
+    if prepared is None or not _knows_start(prepared, state):
         return None
     needed = _needs(prepared, x_seq, constants, state, needs)
     assert needed is not None
     lowered = prepared.lowered
     states = prepared.first_states(state)
     count = len(lowered.output_dtypes)
-    shape = lowered.shape_of_step(x_seq, states, prepared.given)
+    if isinstance(lowered, MixedStep):
+        found_x, found_states, found_constants = lowered.backward(
+            needed, x_seq[0].shape[0], x_seq, prepared.given, kept, grads[:count], grads[count:]
+        )
+        shapes = [s.shape if isinstance(s, Tensor) else () for s in states]
+        found_states = [
+            None if g is None else g.sum_to_size(shape) for g, shape in zip(found_states, shapes, strict=True)
+        ]
+        gathered = _gathered(prepared, x_seq, constants, state, needs, (found_x, found_states, found_constants))
+        return apart(gathered, [*x_seq, *prepared.given, *(state or ()), *kept, *grads])
+    shape = lowered.shape_of_step(x_seq, states)
     numbers = tuple(None if isinstance(s, Tensor) else float(s) for s in states)
     details = Kept(needed, x_seq[0].shape[0], shape, tuple(range(len(shape))), numbers)
     tensors = [s if isinstance(s, Tensor) else None for s in states]
@@ -119,15 +173,33 @@ def run_backward(
         grads[count:],
         ([x.shape for x in x_seq], [s.shape if isinstance(s, Tensor) else () for s in states]),
     )
+    return _gathered(prepared, x_seq, constants, state, needs, (found_x, found_states, found_constants))
+
+
+def _gathered(
+    prepared: Prepared,
+    x_seq: Sequence[Tensor],
+    constants: Sequence[Any],
+    state: Sequence[Tensor] | None,
+    needs: Sequence[bool],
+    grads: tuple[Sequence[Tensor | None], Sequence[Tensor | None], Sequence[Tensor | None]],
+) -> list[Tensor]:
+    """Gradients of inputs, tensors of the constants and states, for those that need one."""
+    found_x, found_states, found_constants = grads
     by_tensor = {id(t): g for t, g in zip(prepared.given, found_constants, strict=True)}
-    everything = [*x_seq, *_tensors_of(constants), *(state or ())]
-    found: list[Tensor | None] = [*found_x, *(by_tensor.get(id(t)) for t in _tensors_of(constants))]
+    everything = [*x_seq, *tensors_of(constants), *(state or ())]
+    found: list[Tensor | None] = [*found_x, *(by_tensor.get(id(t)) for t in tensors_of(constants))]
     found += found_states if state is not None else []
     return [
         torch.zeros_like(t) if g is None else g.contiguous()
         for t, g, need in zip(everything, found, needs, strict=True)
         if need
     ]
+
+
+def _knows_start(prepared: Prepared, state: Sequence[Tensor] | None) -> bool:
+    """Whether the states before the first step are given or numbers."""
+    return prepared.starts_from_numbers and not prepared.runs_first_step(state)
 
 
 def _needs(
@@ -140,21 +212,10 @@ def _needs(
     if not any(needs):
         return None
     count = len(x_seq)
-    tensors = _tensors_of(constants)
+    tensors = tensors_of(constants)
     by_tensor = {id(t): n for t, n in zip(tensors, needs[count : count + len(tensors)], strict=True)}
     states = needs[count + len(tensors) :] if state is not None else [False] * len(prepared.lowered.state_dtypes)
     return Needs(tuple(needs[:count]), tuple(states), tuple(by_tensor.get(id(t), False) for t in prepared.given))
-
-
-def _tensors_of(constants: Sequence[Any]) -> list[Tensor]:
-    found: list[Tensor] = []
-    for constant in constants:
-        if isinstance(constant, nn.Module):
-            found.extend(constant.parameters())
-            found.extend(constant.buffers())
-        elif isinstance(constant, Tensor):
-            found.append(constant)
-    return found
 
 
 @contextlib.contextmanager
@@ -164,17 +225,11 @@ def _for_real() -> Iterator[None]:
         yield
 
 
-def _stand_in(tensor: Tensor, first: int | None = None) -> Tensor:
-    shape = [_hint(n) for n in tensor.shape]
+def _stand_in(tensor: Tensor, larger: dict[str, int], first: int | None = None) -> Tensor:
+    shape = [hint(n) + (larger.get(str(n), 0) if isinstance(n, torch.SymInt) else 0) for n in tensor.shape]
     if first is not None:
         shape[0] = first
-    return torch.zeros(shape, dtype=tensor.dtype)
-
-
-def _hint(size: Any) -> int:
-    if isinstance(size, torch.SymInt):
-        return int(size.node.hint) if size.node.has_hint() else 3
-    return int(size)
+    return torch.zeros(shape, dtype=tensor.dtype, device=tensor.device)
 
 
 def _step_shape(

@@ -22,7 +22,7 @@ from torch.overrides import TorchFunctionMode
 from torch.utils import _pytree as pytree
 from torch.utils._python_dispatch import TorchDispatchMode
 
-__all__ = ["Call", "NotLowered", "Recording", "Reference", "Value", "record_step"]
+__all__ = ["Call", "NotLowered", "Recording", "Reference", "Value", "random_numbers_kept", "record_step"]
 
 
 class NotLowered(Exception):
@@ -192,6 +192,8 @@ class _Recorder(TorchDispatchMode):
             self._check_write(name, tensor)
         call = Call(func, *numbered)
         results = func(*args, **kwargs)
+        if not written and isinstance(results, Tensor) and any(results is tensor for tensor in tensors):
+            return results  # what gives back what it was given, such as `to`, computes nothing
         sources = [self.values[n] for n in call.references()]
         for result in pytree.tree_leaves(results):
             if isinstance(result, Tensor):
@@ -233,17 +235,28 @@ def _written(func: Any, args: Sequence[Any], kwargs: dict[str, Any]) -> list[Ten
 
 
 @contextlib.contextmanager
-def _undisturbed() -> Iterator[None]:
-    """Autograd is on; random numbers that are drawn do not count, hooks of saved tensors are not called."""
+def random_numbers_kept(device: torch.device) -> Iterator[None]:
+    """Random numbers that are drawn on a device, or on the CPU, do not count."""
     state = torch.get_rng_state()
+    own = torch.cuda.get_rng_state(device) if device.type == "cuda" else None
+    try:
+        yield
+    finally:
+        torch.set_rng_state(state)
+        if own is not None:
+            torch.cuda.set_rng_state(own, device)
+
+
+@contextlib.contextmanager
+def _undisturbed(device: torch.device) -> Iterator[None]:
+    """Autograd is on, in this thread; random numbers do not count, hooks of saved tensors are not called."""
     hooks: Any = contextlib.nullcontext()
     if torch._C._autograd._top_saved_tensors_default_hooks(False) is not None:
         hooks = torch.autograd.graph.saved_tensors_hooks(lambda t: t, lambda t: t)
-    try:
-        with torch.enable_grad(), hooks:
-            yield
-    finally:
-        torch.set_rng_state(state)
+    # Calls on a GPU would be recorded in the threads that autograd has for its devices.
+    one_thread = torch.autograd.set_multithreading_enabled(False)
+    with random_numbers_kept(device), torch.enable_grad(), one_thread, hooks:
+        yield
 
 
 def stand_ins(tensors: Sequence[Tensor]) -> list[Tensor]:
@@ -277,7 +290,7 @@ def record_step(
     for origin, tensors in (("sequence", inputs), ("state", given)):
         for index, tensor in enumerate(tensors):
             recorder.add_input(tensor, origin, index)
-    with _undisturbed():
+    with _undisturbed(inputs[0].device):
         with watch, recorder:
             outputs, following = step(*inputs, *([tuple(given)] if states is not None else []))
         for value in (*outputs, *following):

@@ -18,11 +18,16 @@ from torch.autograd import forward_ad
 
 from snnfx.errors import warn_once
 from snnfx.kernels.aten import decomposition
+from snnfx.kernels.back_ends import DEVICES, back_end_of, kind_of
 from snnfx.kernels.function import needs_of, run_lowered
 from snnfx.kernels.initial import InitialStates, initial_states_by_comparison, initial_states_of_start
-from snnfx.kernels.lowered import LoweredStep, Needs, build
-from snnfx.kernels.record import NotLowered, Recording, record_step
+from snnfx.kernels.lowered import LoweredStep, Needs
+from snnfx.kernels.record import NotLowered, Recording, random_numbers_kept, record_step
 from snnfx.kernels.translate import TranslatedStep, translate
+from snnfx.loops.function import run_mixed
+from snnfx.loops.initial import initial_states_of_each
+from snnfx.loops.mixed import MixedStep
+from snnfx.regions import buffers_of
 from snnfx.state import adapter_of, call_stateful, has_forward_hooks, initial_value
 
 __all__ = ["Prepared", "RegionKernels"]
@@ -35,7 +40,7 @@ _MOST = 64
 class _Entry:
     """One recording, or why there is none."""
 
-    lowered: LoweredStep | None
+    lowered: LoweredStep | MixedStep | None
     initial: InitialStates | None
     constants: tuple[Callable[[Sequence[Any]], Tensor], ...] = ()
     baked: tuple[tuple[Callable[[Sequence[Any]], Tensor], int, int], ...] = ()
@@ -56,7 +61,7 @@ class Prepared:
 
     kernels: RegionKernels
     entry: _Entry
-    lowered: LoweredStep
+    lowered: LoweredStep | MixedStep
     x_seq: Sequence[Tensor]
     constants: Sequence[Any]
     given: list[Tensor]
@@ -66,10 +71,14 @@ class Prepared:
         """Whether the reset state is made of numbers."""
         return self.entry.initial is None or None not in self.entry.initial.numbers
 
+    def runs_first_step(self, state: Sequence[Any] | None) -> bool:
+        """Whether the first step has to be run as it is: nobody else knows what it starts from."""
+        return state is None and self.kernels.first is not None and self.entry.initial is None
+
     @property
     def operand_shapes(self) -> list[tuple[int, ...]]:
         """Of what does not change with time."""
-        return list(self.lowered.step.operand_shapes)
+        return [] if isinstance(self.lowered, MixedStep) else list(self.lowered.step.operand_shapes)
 
     def first_states(self, state: Sequence[Any] | None) -> list[Any]:
         """The states before the first step."""
@@ -96,7 +105,7 @@ class RegionKernels:
         self._start: fx.GraphModule | None = None
         self.entries: dict[Any, _Entry] = {}
         self.refusal = ""
-        self.in_use: LoweredStep | None = None
+        self.in_use: LoweredStep | MixedStep | None = None
 
     def run(
         self, x_seq: Sequence[Tensor], state: Sequence[Any] | None, constants: Sequence[Any]
@@ -105,12 +114,37 @@ class RegionKernels:
         prepared = self.prepared(x_seq, state, constants)
         if prepared is None:
             return None
+        if prepared.runs_first_step(state):
+            return self._after_first_step(prepared)
         states = prepared.first_states(state)
         needs = needs_of(x_seq, states, prepared.given) if torch.is_grad_enabled() else None
         if not self.ready(prepared, needs):
             return None
         self.in_use = prepared.lowered
-        return run_lowered(prepared.lowered, x_seq, states, prepared.given, needs)
+        if isinstance(prepared.lowered, LoweredStep):
+            return run_lowered(prepared.lowered, x_seq, states, prepared.given, needs)
+        if not prepared.lowered.fits(states):
+            self.refusal = "a state before the first step has another shape than those after it"
+            return None
+        return run_mixed(prepared.lowered, x_seq, states, prepared.given, needs)
+
+    def _after_first_step(self, prepared: Prepared) -> tuple[tuple[Tensor, ...], tuple[Tensor, ...]] | None:
+        """The first step as it is, then all others."""
+        assert self.first is not None and isinstance(prepared.lowered, MixedStep)
+        x_seq = prepared.x_seq
+        outputs, states = self.first.forward(*prepared.constants, *[x[0] for x in x_seq])
+        self.in_use = prepared.lowered
+        if x_seq[0].shape[0] == 1:
+            return tuple([y.unsqueeze(0) for y in outputs]), states
+        later = [x[1:] for x in x_seq]
+        needs = needs_of(later, states, prepared.given) if torch.is_grad_enabled() else None
+        if not self.ready(prepared, needs):
+            return None
+        found, states = run_mixed(prepared.lowered, later, states, prepared.given, needs)
+        if any(y.shape != rest.shape[1:] for y, rest in zip(outputs, found, strict=True)):
+            self.refusal = "the first step has outputs of another shape than the others"
+            return None
+        return tuple([torch.cat((y.unsqueeze(0), rest)) for y, rest in zip(outputs, found, strict=True)]), states
 
     def prepared(
         self, x_seq: Sequence[Tensor], state: Sequence[Any] | None, constants: Sequence[Any]
@@ -122,7 +156,9 @@ class RegionKernels:
         if entry is None or entry.lowered is None:
             self.refusal = entry.reason if entry is not None else self.refusal
             return None
-        if state is not None and not _fit(state, x_seq, entry.lowered.step):
+        lowered = entry.lowered
+        fits = lowered.fits(state or ()) if isinstance(lowered, MixedStep) else _fit(state or (), x_seq, lowered.step)
+        if state is not None and not fits:
             self.refusal = "a given state has another shape than the states after a step"
             return None
         return Prepared(self, entry, entry.lowered, x_seq, constants, [fetch(constants) for fetch in entry.constants])
@@ -139,7 +175,8 @@ class RegionKernels:
         if needs in entry.built:
             return True
         try:
-            build(prepared.lowered, needs)
+            x_seq = prepared.x_seq[0]
+            prepared.lowered.build(needs, x_seq.numel() // x_seq.shape[0])
         except NotLowered as reason:
             entry.lowered, entry.reason = None, str(reason)
             self.refusal = entry.reason
@@ -151,11 +188,14 @@ class RegionKernels:
     # -- recordings -----------------------------------------------------------------------------------------------
 
     def _entry(self, x_seq: Sequence[Tensor], state: Sequence[Any] | None, constants: Sequence[Any]) -> _Entry | None:
+        device = x_seq[0].device
+        kind = kind_of(device)
         try:
             fixed = (
                 tuple([_of_constant(c) for c in constants]),
                 None if state is None else tuple([_of_state(s) for s in state]),
-                torch.is_autocast_enabled("cpu") and torch.get_autocast_dtype("cpu"),
+                device,
+                torch.is_autocast_enabled(kind) and torch.get_autocast_dtype(kind),
                 torch.get_default_dtype(),
             )
         except NotLowered as reason:
@@ -191,44 +231,73 @@ class RegionKernels:
         alive = tuple(
             x for c in constants if isinstance(c, nn.Module) for m in c.modules() for x in m.__dict__.values()
         )
+        buffers = buffers_of(constants)
         try:
             inputs = [x[0] for x in x_seq]
             with torch.no_grad():
                 after = self._after_one_step(inputs, state, constants)
-            _refuse_other_shapes(inputs, after)
             step = functools.partial(self.step.forward, *constants)
             recording = record_step(step, inputs, after, True, decomposition)
-            lowered = LoweredStep(translate(recording))
-            initial = None
-            if self.first is not None and state is None:
-                initial = self._initial_states(recording, inputs, constants)
+            starts = self.first is not None and state is None
+            lowered, initial = self._lowered(recording, inputs, after, starts, constants)
+            if any(_differs(buffer, value) for buffer, value in buffers):
+                raise NotLowered("the step changes a buffer")
         except NotLowered as reason:
             return _Entry(None, None, reason=str(reason), kept_alive=alive), True
         except Exception as error:  # in the user's code: should it be an error of the model, the loop raises it again
             reason_text = f"its step cannot be differentiated in a rehearsal: {type(error).__name__}: {error}"
             return _Entry(None, None, reason=reason_text.rstrip("."), kept_alive=alive), True
+        finally:
+            for buffer, value in buffers:
+                if _differs(buffer, value):  # past the version counter: no user has seen the rehearsal
+                    buffer.data.copy_(value)
         entry = _Entry(
             lowered,
             initial,
-            tuple(_fetcher(recording.constants[i], constants) for _, i in lowered.step.constants),
+            tuple(_fetcher(recording.constants[i], constants) for _, i in _constants_of(lowered)),
             tuple((_fetcher(t, constants), id(t), version) for t, version in recording.baked),
             alive,
         )
+        if isinstance(lowered, MixedStep):
+            return entry, False
         holds_for_all = not lowered.step.holds_sizes and (not recording.reads_sizes or self._is_vouched_for(constants))
         return entry, holds_for_all
+
+    def _lowered(
+        self,
+        recording: Recording,
+        inputs: Sequence[Tensor],
+        after: Sequence[Tensor],
+        starts: bool,
+        constants: Sequence[Any],
+    ) -> tuple[LoweredStep | MixedStep, InitialStates | None]:
+        """One kernel for all steps; where the step is not elementwise, the step without autograd."""
+        device = inputs[0].device
+        try:
+            _refuse_other_shapes(inputs, after)
+            lowered = LoweredStep(translate(recording), back_end_of(device), device)
+            return lowered, self._initial_states(recording, inputs, constants) if starts else None
+        except NotLowered as reason:
+            if device.type != "cpu" or torch.is_autocast_enabled("cpu"):
+                raise
+            mixed = MixedStep(recording, str(reason))
+        try:
+            return mixed, initial_states_of_each(self._recorded(self.start(), inputs, constants)) if starts else None
+        except (NotLowered, TypeError):  # TypeError: a module makes its states itself, from None
+            return mixed, None
+
+    def _recorded(self, graph: fx.GraphModule, inputs: Sequence[Tensor], constants: Sequence[Any]) -> Recording:
+        return record_step(functools.partial(graph.forward, *constants), inputs, None, False, decomposition)
 
     def _after_one_step(
         self, inputs: Sequence[Tensor], state: Sequence[Any] | None, constants: Sequence[Any]
     ) -> list[Tensor]:
         """The states after a step: what all later steps start from."""
-        rng = torch.get_rng_state()
-        try:
+        with random_numbers_kept(inputs[0].device):
             if state is None and self.first is not None:
                 _, after = self.first.forward(*constants, *inputs)
             else:
                 _, after = self.step.forward(*constants, *inputs, tuple(state or ()))
-        finally:
-            torch.set_rng_state(rng)
         for value in after:
             if not isinstance(value, Tensor):
                 raise NotLowered(f"a state is a {type(value).__name__} that Python computes")
@@ -240,14 +309,11 @@ class RegionKernels:
         def fetcher(tensor: Tensor) -> Callable[[Sequence[Any]], Tensor]:
             return _fetcher(tensor, constants)
 
-        def record(graph: fx.GraphModule) -> Recording:
-            return record_step(functools.partial(graph.forward, *constants), inputs, None, False, decomposition)
-
         try:
-            return initial_states_of_start(record(self.start()), fetcher)
+            return initial_states_of_start(self._recorded(self.start(), inputs, constants), fetcher)
         except (NotLowered, TypeError):  # TypeError: a module makes its states itself, from None
             assert self.first is not None
-            return initial_states_by_comparison(recording, record(self.first), fetcher)
+            return initial_states_by_comparison(recording, self._recorded(self.first, inputs, constants), fetcher)
 
     def _is_vouched_for(self, constants: Sequence[Any]) -> bool:
         """Whether sizes are only read by modules that are known to be elementwise."""
@@ -268,6 +334,17 @@ class RegionKernels:
         return True
 
 
+def _differs(a: Tensor, b: Tensor) -> bool:
+    """Whether values changed; NaN is the same as NaN."""
+    if torch.equal(a, b):
+        return False
+    return not (a.is_floating_point() and torch.equal(a.nan_to_num(), b.nan_to_num()) and torch.equal(a != a, b != b))
+
+
+def _constants_of(lowered: LoweredStep | MixedStep) -> tuple[tuple[int, int], ...]:
+    return lowered.constants if isinstance(lowered, MixedStep) else lowered.step.constants
+
+
 def _refuse_other_shapes(inputs: Sequence[Tensor], states: Sequence[Tensor]) -> None:
     """A kernel gives all states the shape of its inputs, of which some may only serve for the first values."""
     try:
@@ -279,14 +356,19 @@ def _refuse_other_shapes(inputs: Sequence[Tensor], states: Sequence[Tensor]) -> 
 
 
 def _ordinary(x_seq: Sequence[Any], state: Sequence[Any] | None, constants: Sequence[Any]) -> bool:
-    """Whether these are plain tensors on the CPU that nobody watches, and modules without hooks."""
+    """Whether these are plain tensors on a device with kernels, which nobody watches, and modules without hooks."""
     if torch._C._len_torch_dispatch_stack() or torch._C._are_functorch_transforms_active():
         return False
     if forward_ad._current_level >= 0:
         return False
+    device = x_seq[0].device
+    if kind_of(device) not in DEVICES:
+        return False
     for value in (*x_seq, *(state or ()), *constants):
         if isinstance(value, Tensor):
-            if type(value) not in (Tensor, nn.Parameter, nn.Buffer) or value.device.type != "cpu":
+            if type(value) not in (Tensor, nn.Parameter, nn.Buffer):
+                return False
+            if value.device != device and (value.dim() > 0 or value.device.type != "cpu"):
                 return False
             if value.layout != torch.strided or value.is_nested:
                 return False

@@ -9,19 +9,19 @@ derivative is linear in what comes from above.
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
-from torch.utils import _pytree as pytree
 
 from snnfx.kernels.aten import ELEMENTWISE, SAME_VALUE, Site, compute_dtype
 from snnfx.kernels.expressions import Builder, Expression, StepExpressions
 from snnfx.kernels.record import Call, NotLowered, Recording, Reference
 
-__all__ = ["Replay", "TranslatedStep", "translate"]
+__all__ = ["Replay", "TranslatedStep", "Translator", "memory_dtype", "translate"]
 
 _MEMORY = {
     torch.float16: "float16",
@@ -48,13 +48,35 @@ class Replay:
     def run(self, known: dict[int, Tensor], wanted: Sequence[int]) -> list[Tensor]:
         """The values `wanted`, from those known (which is filled up)."""
         for call in self.calls:
-            args, kwargs = pytree.tree_map(
-                lambda a: known[a.number] if isinstance(a, Reference) else a, (call.args, call.kwargs)
-            )
-            results = call.target(*args, **kwargs)
+            if call.name == "view":  # most of them: as a method it takes half the time
+                (source, shape), result = call.args, call.results[0]
+                known[result] = known[source.number].view(shape)
+                continue
+            results = call.target(*[_known(a, known) for a in call.args], **_known(call.kwargs, known))
             results = results if isinstance(results, tuple | list) else (results,)
             known.update(zip(call.results, (r for r in results if isinstance(r, Tensor)), strict=True))
         return [known[number] for number in wanted]
+
+    def part_for(self, wanted: Sequence[int]) -> Replay:
+        """The calls that some values need."""
+        needed = set(wanted)
+        calls: list[Call] = []
+        for call in reversed(self.calls):
+            if needed.intersection(call.results):
+                needed.update(call.references())
+                calls.insert(0, call)
+        return Replay(calls)
+
+
+def _known(argument: Any, known: dict[int, Tensor]) -> Any:
+    """An argument with tensors in place of references."""
+    if isinstance(argument, Reference):
+        return known[argument.number]
+    if isinstance(argument, list | tuple):
+        return [_known(a, known) for a in argument]
+    if isinstance(argument, dict):
+        return {key: _known(a, known) for key, a in argument.items()}
+    return argument
 
 
 @dataclass
@@ -100,10 +122,12 @@ def translate(recording: Recording, to_compare: bool = False) -> TranslatedStep:
     Raises:
         NotLowered: something in it is not elementwise.
     """
-    return _Translator(recording, to_compare).translate()
+    return Translator(recording, to_compare).translate()
 
 
-class _Translator:
+class Translator:
+    """Makes the expressions of a recording."""
+
     def __init__(self, recording: Recording, to_compare: bool) -> None:
         self.to_compare = to_compare
         self.recording, self.values = recording, recording.values
@@ -223,6 +247,10 @@ class _Translator:
             if call.name == "clone":
                 return self._operand(call.references()[0])
             return ELEMENTWISE[call.name](Site(call, value, self.values, self.builder, self.expression))
+        if call is not None and call.name in _EXACT and value.dtype in (torch.float32, torch.float64):
+            with contextlib.suppress(NotLowered):
+                self._check_places(number, call)
+                return ELEMENTWISE[call.name](Site(call, value, self.values, self.builder, self.expression))
         if not _broadcasts(value.shape, self.shape):
             raise NotLowered(f"an operand of shape {list(value.shape)} does not fit the step's {list(self.shape)}")
         index = self.operands.setdefault(number, len(self.operands))
@@ -234,6 +262,8 @@ class _Translator:
         """The result of an operator that moves values: they have to stay in their places."""
         varying = [r for r in dict.fromkeys(call.references()) if self.values[r].varying]
         source, result = self.values[varying[0]], self.values[number]
+        if call.name == "view" and source.dtype != result.dtype:
+            raise NotLowered("`view` looks at the bits of values")
         if len(varying) != 1 or not _same_places(source.shape, result.shape, self.shape):
             raise NotLowered(f"`{call.name}` moves values, from shape {list(source.shape)} to {list(result.shape)}")
         if call.name in ("permute", "t", "transpose") and [s for s in source.shape if s != 1] != [
@@ -331,6 +361,10 @@ class _Translator:
         """Whether a call makes something larger than what it is given: then a size is among its arguments."""
         given = max((_numel(self.values[r].shape) for r in call.references()), default=1)
         return any(_numel(self.values[r].shape) > given for r in call.results)
+
+
+_EXACT = frozenset("add sub rsub mul div neg sqrt rsqrt reciprocal".split())
+"""Operators on constants that a kernel does itself: rounded as everywhere, and cheaper than a call of PyTorch's."""
 
 
 def _numel(shape: Sequence[int]) -> int:
