@@ -20,6 +20,7 @@ from torch.fx import Node
 from torch.fx.graph_module import _forward_from_src
 from torch.utils import _pytree as pytree
 
+from snnfx.allocator import expect_large_blocks
 from snnfx.arguments import Arguments
 from snnfx.carry import outputs_without, rebuild_state, split_arguments, with_output_at
 from snnfx.errors import AllocationError, CaptureError, InputError, warn_once
@@ -76,6 +77,7 @@ class Net(fx.GraphModule):
         self.__dict__.update(options=options, training=source.training, _replan=replan)
         self._carried: dict[str, Any] | None = None
         self._take_programs(programs, history)
+        expect_large_blocks()
 
     # -- building -------------------------------------------------------------------------------------------------
 

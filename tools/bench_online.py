@@ -46,7 +46,6 @@ ALPHA = 0.1
 MEMORY_LENGTHS = (32, 256, 512)
 MEMORY_CHUNK = 16
 GIVE_BACK = {"MALLOC_MMAP_THRESHOLD_": "65536", "MALLOC_TRIM_THRESHOLD_": "65536"}
-KEEP = {"MALLOC_MMAP_THRESHOLD_": str(2**30), "MALLOC_TRIM_THRESHOLD_": str(2**31 - 1)}
 
 Call = Callable[[], Any]
 Sides = dict[str, tuple[Call, nn.Module]]
@@ -201,12 +200,20 @@ def measure(
 
 
 @contextlib.contextmanager
-def fresh_processes(context: SpawnContext, settings: dict[str, str]) -> Iterator[ProcessPoolExecutor]:
-    """Each call runs in a process of its own, which starts with these settings of malloc in its environment."""
+def fresh_processes(
+    context: SpawnContext, settings: dict[str, str], first: Callable[[], Any] | None = None
+) -> Iterator[ProcessPoolExecutor]:
+    """Each call runs in a process of its own.
+
+    Args:
+        context: how processes are started.
+        settings: of malloc, in their environment.
+        first: what they call before anything else.
+    """
     kept = dict(os.environ)
     os.environ.update(settings)
     try:
-        with ProcessPoolExecutor(1, mp_context=context, max_tasks_per_child=1) as fresh:
+        with ProcessPoolExecutor(1, mp_context=context, initializer=first, max_tasks_per_child=1) as fresh:
             yield fresh
     finally:
         for key in settings:
@@ -269,11 +276,11 @@ def main() -> None:
     print(", ".join(f"{key} {value}" for key, value in machine.items()))
     found: dict[str, Any] = {"machine": machine, "cases": []}
     context = multiprocessing.get_context("spawn")
-    for name, settings in (("as it is", {}), ("freed blocks kept", KEEP)):
+    for name, first in (("as it is", None), ("freed blocks kept", snnfx.tune_allocator)):
         if arguments.only == "memory":
             break
         print(f"  malloc {name}")
-        with fresh_processes(context, settings) as fresh:
+        with fresh_processes(context, {}, first) as fresh:
             for case in CASES:
                 if arguments.only in (None, case[0].split("-")[0].lower()):
                     result = fresh.submit(measure, *case, arguments.repeats).result()

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from snnfx.allocator import is_tuned
 from snnfx.errors import InputError
 from snnfx.net import Net
 from snnfx.online.checks import check_optimizer, check_steps, number_of_steps, target_with_time_first
@@ -158,7 +159,8 @@ class Trainer:
         """How many time steps are run at once for a sequence of T.
 
         Rules whose gradients go through time take stretches of their own; all others the given `chunk`, or as many
-        steps as have 2**23 elements in the largest state.
+        steps as have 2**22 elements in the largest state (16 MB in float32: freed blocks of twice that go back to the
+        system, see `snnfx.tune_allocator`, after which it is twice as many), in chunks of one length.
 
         Args:
             T: length of the sequence.
@@ -170,7 +172,9 @@ class Trainer:
             return self.rule.temporal
         if self.chunk is not None:
             return min(self.chunk, T)
-        return max(1, min(T, _ELEMENTS_OF_A_CHUNK // step_elements if step_elements else _STEPS_OF_A_CHUNK))
+        elements = _ELEMENTS_OF_A_CHUNK * (2 if is_tuned() else 1)
+        most = max(1, elements // step_elements if step_elements else _STEPS_OF_A_CHUNK)
+        return math.ceil(T / math.ceil(T / most))
 
     def step(
         self, x_seq: Any, target: Any, *, state: dict[str, Any] | None = None, return_outputs: bool = False
@@ -232,7 +236,7 @@ class Trainer:
         )
 
 
-_ELEMENTS_OF_A_CHUNK = 2**23
+_ELEMENTS_OF_A_CHUNK = 2**22
 _STEPS_OF_A_CHUNK = 64
 
 
