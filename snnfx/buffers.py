@@ -22,7 +22,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-__all__ = ["BufferPool", "pool", "release_buffers"]
+__all__ = ["BufferPool", "empty_like", "pool", "release_buffers"]
 
 _LEAST = 1 << 20
 """Bytes from which on a tensor comes from the pool; malloc is good at smaller ones."""
@@ -97,6 +97,14 @@ class BufferPool:
 
 
 pool = BufferPool()
+
+
+def empty_like(tensor: Tensor) -> Tensor:
+    """`torch.empty_like` of a dense tensor, with memory of the pool where it is a tensor in the memory of the CPU."""
+    is_plain = type(tensor) in (Tensor, torch.nn.Parameter) and tensor.device.type == "cpu"
+    if torch.compiler.is_compiling() or not is_plain or not torch.ops.aten.is_non_overlapping_and_dense(tensor):
+        return torch.empty_like(tensor)
+    return pool.empty(tensor.shape, tensor.stride(), tensor.dtype)
 
 
 def release_buffers() -> int:

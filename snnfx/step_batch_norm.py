@@ -12,6 +12,8 @@ import torch
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
+from snnfx.buffers import empty_like
+
 __all__ = ["normalize_steps"]
 
 
@@ -61,7 +63,7 @@ class _NormalizeSteps(torch.autograd.Function):
         T, channels = x_seq.shape[0], x_seq.shape[2]
         if not _is_dense(x_seq[0]):
             x_seq = x_seq.contiguous()  # the kernel writes to `out=` as if its strides were those of the input
-        y_seq = torch.empty_like(x_seq)
+        y_seq = empty_like(x_seq)
         kind = x_seq.dtype if weight is None else weight.dtype
         means, deviations = (torch.empty(T, channels, dtype=kind, device=x_seq.device) for _ in range(2))
         steps = zip(x_seq.unbind(0), y_seq.unbind(0), means.unbind(0), deviations.unbind(0), factors, strict=True)
@@ -88,7 +90,7 @@ class _NormalizeSteps(torch.autograd.Function):
     def backward(ctx: Any, grad_seq: Tensor) -> tuple[Any, ...]:
         x_seq, weight, means, deviations = ctx.saved_tensors
         mask = [ctx.needs_input_grad[0], ctx.needs_input_grad[1], ctx.needs_input_grad[2]]
-        grad_x = torch.empty_like(x_seq) if mask[0] else None
+        grad_x = empty_like(x_seq) if mask[0] else None
         grad_weight = grad_bias = None
         for t, (x, grad) in enumerate(zip(x_seq.unbind(0), grad_seq.unbind(0), strict=True)):
             g_x, g_weight, g_bias = torch.ops.aten.native_batch_norm_backward(
