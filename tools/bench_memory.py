@@ -206,7 +206,7 @@ def inference_over(T: int, N: int) -> dict[str, Any]:
     net, shape = net_for("CSNN")
     net.eval()
     with torch.no_grad():
-        net(torch.rand(16, N, *shape))
+        net(torch.rand(48, N, *shape))  # records the neurons, from the reset state and from one that is handed on
 
         def run() -> None:
             for _ in net.stream(torch.rand(8, N, *shape) for _ in range(T // 8)):
