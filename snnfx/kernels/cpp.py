@@ -1,4 +1,4 @@
-"""Generated C++: the time loop inside, the state of a block of neurons in the L1 cache, vector code over the block.
+"""Generated C++: the time loop inside, the state of a block of neurons in a cache, vector code over the block.
 
 A source is one function, for any T, N, shape, stride and number of threads: `forward`, which may save values for the
 backward pass, or `backward`, which goes through time in reverse. It is a plain function of a struct `Args`, without a
@@ -37,8 +37,11 @@ _INFIX = {"add": "+", "sub": "-", "mul": "*", "div": "/"}
 _COMPARE = {"eq": "==", "ne": "!=", "lt": "<", "le": "<=", "gt": ">", "ge": ">="}
 _LOGIC = {"and": "&", "or": "|", "xor": "^"}
 _ROUNDED = {"sqrt": "rooted", "abs": "absolute"}
-_BLOCK_BYTES = 8192
-"""Of one array of a block."""
+_BLOCK_BYTES = 65536
+"""Of one array of a block, at most; `launch` takes shorter blocks where that is faster."""
+
+_STACK_BYTES = 8 * _BLOCK_BYTES
+"""Of all arrays of a block, at most: threads have small stacks."""
 
 
 @dataclass(frozen=True)
@@ -49,7 +52,7 @@ class KernelSource:
         text: C++, with the entry points `run(const Args *)` and `run_part(const Args *, part, parts)`.
         slots: its operands, in order.
         literals: numbers that it is passed.
-        block: most elements of a block.
+        block: most elements of a block, a power of two.
     """
 
     text: str
@@ -69,8 +72,7 @@ class _Writer:
         self.hoisted: list[str] = []
         self.names: dict[Expression, str] = {}
         used = topological(roots)
-        wide = any(e.dtype == "float64" for e in used)
-        self.block = _BLOCK_BYTES // (8 if wide else 4)
+        self.wide = any(e.dtype == "float64" for e in used)
         for expression in used:
             if expression.op == "constant":
                 self._constant(expression)
@@ -202,6 +204,8 @@ class _Writer:
 
     def source(self, per_block: list[str]) -> KernelSource:
         """The whole text."""
+        size, arrays = 8 if self.wide else 4, max(1, len(self.buffers))
+        block = min(_BLOCK_BYTES // size, 1 << (_STACK_BYTES // (size * arrays)).bit_length() - 1)
         define = [
             f"#define MAX_DIMS {MAX_DIMS}",
             f"#define LITERALS {max(1, len(self.literals))}",
@@ -210,7 +214,7 @@ class _Writer:
         lines = [
             *define,
             PRELUDE,
-            f"static constexpr i64 BLOCK = {self.block};",
+            f"static constexpr i64 BLOCK = {block};",
             "static void part(const Args &a, i64 number, i64 parts) {",
             "  const i64 blocks = (a.E + a.block - 1) / a.block;",
             *_indented(self.buffers, 1),
@@ -228,7 +232,7 @@ class _Writer:
             "  else part(*a, 0, 1);",
             "}",
         ]
-        return KernelSource("\n".join(lines) + "\n", tuple(self.slots), tuple(self.literals), self.block)
+        return KernelSource("\n".join(lines) + "\n", tuple(self.slots), tuple(self.literals), block)
 
 
 def write_forward(step: StepExpressions, plan: SavePlan | None = None) -> KernelSource:
