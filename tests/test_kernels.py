@@ -62,7 +62,7 @@ def assert_close(actual: list[Any], expected: list[Any], tolerance: float) -> No
             assert a is None or not a.any()
             continue
         assert a.shape == e.shape and a.dtype == e.dtype
-        scale = max(1.0, float(e.abs().max())) if e.numel() else 1.0
+        scale = max(1.0, float(e.abs().max())) if e.numel() and e.dtype != torch.bool else 1.0
         torch.testing.assert_close(a, e, rtol=tolerance, atol=tolerance * scale, equal_nan=True)
 
 
@@ -347,7 +347,7 @@ def test_python_that_decides_by_the_data_is_stepped() -> None:
 
 @settings(max_examples=25)
 @given(
-    T=st.integers(1, 6),
+    T=st.integers(1, 10),
     shape=st.lists(st.integers(1, 5), min_size=1, max_size=4),
     permute=st.randoms(use_true_random=False),
     step=st.sampled_from([1, 2]),
@@ -376,6 +376,28 @@ def test_odd_sizes_and_several_threads(size: int) -> None:
         assert_same_as_steps(nn.Sequential(neuron.ParametricLIFNode()).double(), x_of(3, size))
     finally:
         torch.set_num_threads(before)
+
+
+@pytest.mark.parametrize("T", range(1, 10))
+@pytest.mark.parametrize("name", ["LIF", "adaptive"])
+def test_number_of_steps_that_does_not_fill_a_stride(name: str, T: int) -> None:
+    assert_same_as_steps(nn.Sequential(ZOO[name]()).double(), x_of(T, 5, 3))
+
+
+def test_state_that_is_true_or_false_is_read_before_it_is_written() -> None:
+    class Alternating(snnfx.MemoryModule):
+        def __init__(self) -> None:
+            super().__init__()
+            self.register_memory("fired", None)
+            self.register_memory("before", None)
+
+        def forward(self, x: Tensor) -> Tensor:
+            if self.fired is None:
+                self.fired, self.before = x > 2, x > 2
+            self.fired, self.before = (x > 0.5) ^ self.before, self.fired
+            return torch.where(self.before, x, -x)
+
+    assert_same_as_steps(nn.Sequential(Alternating()), x_of(9, 5, 3))
 
 
 @pytest.mark.parametrize("leak", [(3,), (1, 3), (2, 1), (2, 3), (1, 1), ()])

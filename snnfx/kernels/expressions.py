@@ -204,6 +204,10 @@ class StepExpressions:
     sums: tuple[Expression, ...] = ()
     total: tuple[bool, ...] = field(default=())
 
+    def memory_of(self, leaf: Expression) -> str:
+        """The dtype in memory of an input, or of the gradient of an output."""
+        return (self.sequences if leaf.op == "sequence" else self.output_dtypes)[leaf.index]
+
     def __str__(self) -> str:
         names: dict[Expression, str] = {}
         lines: list[str] = []
