@@ -3,15 +3,16 @@
 On a CPU, oneDNN's convolutions and torch's pooling are several times faster when the channels are innermost in memory.
 The pass marks the values that may have this format: those of 2-d convolutions, and what is computed from them by
 operations that take any format and hand it on. Where such a value leaves them (a `view`, an operation that is not
-known, an output), the emitted code brings it back to row-major. Values are the same up to the rounding of another
-convolution kernel.
+known, an output), the emitted code brings it back to row-major. Convolutions with more weights than their images have
+elements are faster row-major: which it is, is decided at the call, where T and N are known. Values are the same up to
+the rounding of another convolution kernel.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 
-from torch import nn
+from torch import Tensor, nn
 from torch.fx import Node
 
 from snnfx.online_ops import traced_call, traced_module
@@ -22,7 +23,7 @@ from snnfx.program import StepProgram, is_structural, operation_name, takes_from
 from snnfx.state import adapter_of, call_stateful, initial_value
 from snnfx.step_functions import apply_autograd_function
 
-__all__ = ["ChooseLayout", "image_of", "is_convolution", "takes_any_layout"]
+__all__ = ["ChooseLayout", "image_of", "is_convolution", "takes_any_layout", "weights_of"]
 
 _CONVOLUTIONS = (nn.Conv2d, nn.ConvTranspose2d)
 
@@ -101,6 +102,23 @@ def image_of(node: Node) -> object:
     """What a convolution over images is given."""
     position = {traced_module: 1, traced_call: 4}.get(node.target, 0)  # type: ignore[arg-type]
     return node.args[position] if len(node.args) > position else None
+
+
+def weights_of(program: StepProgram, node: Node) -> int:
+    """How many weights a convolution over images has; 0 where that is not known."""
+    if node.op == "call_module":
+        return _elements(program.resolve(str(node.target)).weight)
+    if node.target is traced_module:
+        return _elements(program.resolve(str(node.args[0].target)).weight)  # type: ignore[union-attr]
+    position = 5 if node.target is traced_call else 1
+    weight = node.args[position] if len(node.args) > position else node.kwargs.get("weight")
+    if not isinstance(weight, Node):
+        return 0
+    return _elements(program.resolve(str(weight.target)) if weight.op == "get_attr" else weight.meta.get("val"))
+
+
+def _elements(weight: object) -> int:
+    return weight.numel() if isinstance(weight, Tensor) else 0
 
 
 def takes_any_layout(program: StepProgram, node: Node) -> bool:

@@ -14,10 +14,10 @@ from torch.fx import Node, map_arg
 
 from snnfx.errors import CaptureError
 from snnfx.passes.dependence import analyse_dependence, is_size
-from snnfx.passes.layout import image_of, is_convolution, takes_any_layout
+from snnfx.passes.layout import image_of, is_convolution, takes_any_layout, weights_of
 from snnfx.program import StepProgram, add_placeholder, place_of
 from snnfx.regions import RegionGraph, call_module, in_shape_of, repeat_for_samples
-from snnfx.tensor_layout import channels_last, row_major
+from snnfx.tensor_layout import image_format, row_major
 
 __all__ = ["RegionBuilder", "has_batch_in_front", "same_for_all_samples", "whole_step"]
 
@@ -187,7 +187,7 @@ class _Copier:
         self.initial_of = dict(zip((s.name for s in program.slots), program.initial_values, strict=True))
         self.first_slots = {node: slot for slot, node in first_slots.items()}
         self.open: set[Node] = set()
-        self.reformatted: dict[tuple[Node, Callable[..., Any]], Node] = {}
+        self.reformatted: dict[tuple[Any, ...], Node] = {}
 
     def argument(self, value: Any) -> Any:
         return map_arg(value, self.copy)
@@ -200,17 +200,17 @@ class _Copier:
 
         def operand(value: Node) -> Any:
             if value is image:
-                return self.in_format(value, channels_last)
+                return self.in_format(value, image_format, weights_of(self.program, node))
             if is_particular and value.meta.get("channels_last"):
                 return self.in_format(value, row_major)
             return self.copy(value)
 
         return map_arg(tuple(node.args), operand), map_arg(node.kwargs, operand)
 
-    def in_format(self, value: Node, convert: Callable[..., Any]) -> Any:
-        key = (value, convert)
+    def in_format(self, value: Node, convert: Callable[..., Any], *more: int) -> Any:
+        key = (value, convert, *more)
         if key not in self.reformatted:
-            self.reformatted[key] = self.graph.call_function(convert, (self.copy(value),))
+            self.reformatted[key] = self.graph.call_function(convert, (self.copy(value), *more))
         return self.reformatted[key]
 
     def copy(self, node: Node) -> Any:

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 import snnfx
 from snnfx.errors import InputError
-from snnfx.tensor_layout import channels_last, row_major, stack_in_layout, unbind_in_layout
+from snnfx.tensor_layout import channels_last, image_format, row_major, stack_in_layout, unbind_in_layout
 
 
 def lif() -> nn.Module:
@@ -128,6 +128,25 @@ def test_only_float_images_of_a_cpu_are_changed() -> None:
     assert channels_last(image).is_contiguous(memory_format=torch.channels_last)
     for other in (image[0], image.double(), image.to("meta"), image.long()):
         assert channels_last(other) is other
+
+
+def test_images_with_fewer_elements_than_the_weights_are_row_major() -> None:
+    image = channels_last(torch.rand(2, 8, 3, 3))
+    assert image_format(image, image.numel() + 1).is_contiguous()
+    assert image_format(image, image.numel()) is image
+    double = torch.rand(2, 3, 3, 8, dtype=torch.float64).permute(0, 3, 1, 2)
+    assert image_format(double, 10**6) is double
+
+
+@pytest.mark.parametrize(("T", "row"), [(2, True), (40, False)])
+def test_the_format_is_chosen_at_the_call(T: int, row: bool) -> None:
+    model = nn.Sequential(nn.Conv2d(8, 8, 3, padding=1), lif(), nn.Conv2d(8, 8, 3, padding=1)).eval()
+    net = snnfx.convert(model)
+    seen: list[bool] = []
+    model[2].register_forward_pre_hook(lambda _, args: seen.append(args[0].is_contiguous()))
+    x_seq = torch.rand(T, 1, 8, 4, 4)
+    torch.testing.assert_close(net(x_seq), step_model(model, x_seq), rtol=1e-4, atol=1e-5)
+    assert seen[0] is row
 
 
 def test_one_channel_gets_the_strides_of_channels_last() -> None:

@@ -150,7 +150,8 @@ def _joined(times: dict[str, float]) -> dict[str, float]:
 
 def _inference(run: Callable[[Tensor], Tensor], module: nn.Module, x_seq: Tensor) -> Callable[[], Any]:
     def call() -> None:
-        module.eval()
+        if module.training:
+            module.eval()
         with torch.no_grad():
             run(x_seq)
 
@@ -158,9 +159,13 @@ def _inference(run: Callable[[Tensor], Tensor], module: nn.Module, x_seq: Tensor
 
 
 def _training(run: Callable[[Tensor], Tensor], module: nn.Module, x_seq: Tensor) -> Callable[[], Any]:
+    parameters = list(module.parameters())
+
     def call() -> None:
-        module.train()
+        if not module.training:
+            module.train()
         run(x_seq).sum().backward()
-        module.zero_grad()
+        for parameter in parameters:  # as an optimizer does it
+            parameter.grad = None
 
     return call
