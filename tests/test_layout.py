@@ -157,6 +157,15 @@ def test_one_channel_gets_the_strides_of_channels_last() -> None:
     assert torch.equal(image.grad, torch.ones_like(image))
 
 
+def test_the_gradient_of_images_comes_back_in_their_format() -> None:
+    image = channels_last(torch.rand(2, 3, 4, 5)).requires_grad_()
+    (2 * row_major(image).flatten(1)).sum().backward()
+    assert image.grad.is_contiguous(memory_format=torch.channels_last)
+    assert torch.equal(image.grad, torch.full_like(image, 2))
+    (weight,) = torch.autograd.grad(row_major(image).square().sum(), image, create_graph=True)
+    torch.testing.assert_close(torch.autograd.grad(weight.sum(), image)[0], torch.full_like(image, 2))
+
+
 def test_stacking_and_unbinding_keep_the_format() -> None:
     steps = [channels_last(torch.rand(2, 3, 4, 5)) for _ in range(6)]
     x_seq = stack_in_layout(steps)
