@@ -165,41 +165,42 @@ def vmap_fallbacks(net: Net) -> Iterator[str]:
 
 
 def kernels_of_loops(net: Net) -> Iterator[str]:
-    """For each loop of the net, whether it is one kernel; after it was run, what the kernel saves."""
-    modules = net.region_modules()
+    """For the loops of the net, whether they are one kernel each; after they were run, what the kernels save."""
+    alike: dict[tuple[str, str], list[str]] = {}
     for region in net.regions:
-        if region.kind != "loop" or region.not_lowered is None:
-            continue
-        kernels = getattr(modules.get(region.name), "kernels", None)
-        refusal = region.not_lowered or (kernels.refusal if kernels is not None else "")
-        if not refusal and (kernels is None or kernels.in_use is None):
-            refusal = obstacle(next((p.device for p in net.parameters()), torch.device("cpu")))
-        if refusal:
-            yield f"Stepped by PyTorch: {region.name}, because {refusal}."
-        elif kernels is None or kernels.in_use is None:
-            mixing = mixing_node(net.program, region)
-            if mixing is None:
-                yield f"One kernel for all time steps: {region.name}, made at the first call."
-            else:
-                yield (
-                    f"Stepped without autograd, elementwise work in kernels: {region.name}, because "
-                    f"`{describe_node(mixing)}` is not elementwise; recorded at the first call."
-                )
-        elif isinstance(kernels.in_use, MixedStep):
-            called = " and ".join(f"`{name}`" for name in kernels.in_use.heavy)
-            why = f"PyTorch computes {called} in each step" if called else kernels.in_use.reason
-            yield (
-                f"Stepped without autograd, elementwise work in kernels: {region.name}, because "
-                f"{why}{kernels.in_use.saves}."
-            )
-        else:
-            yield f"One kernel for all time steps: {region.name}{kernels.in_use.saves}."
+        if region.kind == "loop" and region.not_lowered is not None:
+            alike.setdefault(_how_it_runs(net, region), []).append(region.name)
+    for (how, details), names in alike.items():
+        each = " for each" if len(names) > 1 and "training keeps" in details else ""
+        yield f"{how}: {_and(names, len(names))}{details}{each}."
     for mode in dict.fromkeys((net.training, False)):
         program = net.programs[mode]
         taken = [f"{_and(_absorbed(program, r))} in {r.name}" for r in program.regions if r.absorbed]
         if taken:
             when = "" if mode == net.training else "In evaluation: "
             yield f"{when}Computed by the kernel of the neurons next to it: {'; '.join(taken)}."
+
+
+def _how_it_runs(net: Net, region: Region) -> tuple[str, str]:
+    """How a loop is run, and why or with what."""
+    kernels = getattr(net.region_modules().get(region.name), "kernels", None)
+    in_use = kernels.in_use if kernels is not None else None
+    refusal = region.not_lowered or (kernels.refusal if kernels is not None else "")
+    if not refusal and in_use is None:
+        refusal = obstacle(next((p.device for p in net.parameters()), torch.device("cpu")))
+    if refusal:
+        return "Stepped by PyTorch", f", because {refusal}"
+    if in_use is None:
+        mixing = mixing_node(net.program, region)
+        if mixing is None:
+            return "One kernel for all time steps", ", made at the first call"
+        why = f"`{describe_node(mixing)}` is not elementwise; recorded at the first call"
+        return "Stepped without autograd, elementwise work in kernels", f", because {why}"
+    if isinstance(in_use, MixedStep):
+        called = " and ".join(f"`{name}`" for name in in_use.heavy)
+        why = f"PyTorch computes {called} in each step" if called else in_use.reason
+        return "Stepped without autograd, elementwise work in kernels", f", because {why}{in_use.saves}"
+    return "One kernel for all time steps", in_use.saves
 
 
 def _absorbed(program: StepProgram, region: Region) -> list[str]:
