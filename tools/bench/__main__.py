@@ -80,19 +80,22 @@ def _machine() -> dict[str, Any]:
 def _headline(name: str, malloc: str) -> None:
     print(f"\n{name}, malloc {'as it is' if malloc == 'default' else 'tuned'}")
     if name == "layers":
-        print(f"  {'neuron':<18}{'T':>5}{'neurons':>9}   {'peer':<13}{'forward':>22}{'training':>24}{'passes':>16}")
+        print(f"  {'neuron':<18}{'T':>5}{'neurons':>9}   {'peer':<13}{'forward':>22}{'training':>24}{'kernels, passes':>19}")
     else:
         print(f"  {'network':<18}{'T':>5}{'N':>5}{'inference':>32}{'training':>38}{'of the floor':>16}")
 
 
 def _show_layer(result: dict[str, Any]) -> None:
     case, forward, training = result["case"], result["forward"], result["training"]
-    peers = [name for name in forward if name not in ("snnfx", "one pass")]
+    peers = [name for name in forward if name not in ("snnfx", "kernels alone", "one pass")]
     for peer in peers:
         columns = (
             f"{times['snnfx']:8.2f} ms {times[peer] / times['snnfx']:6.1f}x faster" for times in (forward, training)
         )
-        limits = f"{forward['snnfx'] / forward['one pass']:6.2f} {training['snnfx'] / training['three passes']:6.2f}"
+        limits = " ".join(
+            f"{times['kernels alone'] / times[limit]:8.2f}"
+            for times, limit in ((forward, "one pass"), (training, "three passes"))
+        )
         neurons = f"{case['elements'] >> 10}k"
         print(
             f"  {case['neuron']:<18}{case['T']:>5}{neurons:>9}   {peer:<13}" + " ".join(columns) + f"   {limits}",

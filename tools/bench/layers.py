@@ -1,8 +1,10 @@
 """One layer of neurons over a whole sequence: snnfx's kernel, the peers, and the byte limit.
 
 The same neuron object runs on both sides: stepped or in its library's multi-step form, and converted. The byte limit is
-one pass over the sequence, `torch.add(x, 1, out=y)`, for the forward pass, and three for forward and backward (the
-input is read, the output written; the gradient is read, what was saved read, the gradient written).
+one pass over the sequence, `torch.add(x, 1, out=y)`, for the forward pass. Forward and backward together read and write
+five sequences in six goes, like three passes: from the input to the output, from what was saved to the gradient of the
+output, and from there to the gradient of the input. "Kernels alone" are the generated kernels of the same call, run
+again on the tensors that they had, without operator and autograd.
 """
 
 from __future__ import annotations
@@ -10,6 +12,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from typing import Any
+from unittest import mock
 
 import torch
 from timing import alternate
@@ -17,6 +20,7 @@ from torch import Tensor, nn
 
 import snnfx
 from snnfx.functional import reset_net
+from snnfx.kernels.launch import CppBackEnd
 
 __all__ = ["CASES", "QUICK", "LayerCase", "measure"]
 
@@ -115,12 +119,15 @@ def measure(case: LayerCase, seconds: float) -> dict[str, Any]:
     for name, run in runs.items():
         forward[name] = _inference(run, x_seq)
         training[name] = _training(run, x_seq, above)
-    out = torch.empty_like(x_seq)
+    forward["kernels alone"] = _kernels_of(forward["snnfx"])
+    training["kernels alone"] = _kernels_of(training["snnfx"])
+    out, saved, grad = (torch.empty_like(x_seq) for _ in range(3))
     forward["one pass"] = lambda: torch.add(x_seq, 1, out=out)
 
     def three_passes() -> None:
-        for _ in range(3):
-            torch.add(x_seq, 1, out=out)
+        torch.add(x_seq, 1, out=out)
+        torch.add(above, 1, out=saved)
+        torch.add(saved, 1, out=grad)
 
     training["three passes"] = three_passes
     return {
@@ -129,6 +136,26 @@ def measure(case: LayerCase, seconds: float) -> dict[str, Any]:
         "forward": alternate(forward, seconds),
         "training": alternate(training, seconds),
     }
+
+
+def _kernels_of(call: Callable[[], Any]) -> Callable[[], Any]:
+    """The kernels that a call runs, with their tensors."""
+    runs: list[Callable[[], Any]] = []
+    run = CppBackEnd.run
+
+    def noted(self: CppBackEnd, *args: Any) -> None:
+        runs.append(lambda: run(self, *args))
+        run(self, *args)
+
+    call()  # builds them
+    with mock.patch.object(CppBackEnd, "run", noted):
+        call()
+
+    def again() -> None:
+        for kernel in runs:
+            kernel()
+
+    return again
 
 
 def _first(y: Any) -> Tensor:
