@@ -1,4 +1,4 @@
-"""Measure speed against the peers and the limits: `python tools/bench [layers] [networks] [--quick]`.
+"""Measure speed against the peers and the limits: `python tools/bench [layers] [networks] [compiling] [--quick]`.
 
 Every case runs in a process of its own; its sides take turns and their medians are compared. All sides have the same
 threads and the same malloc: as it is, and tuned so that freed blocks stay in the process (`snnfx.tune_allocator()`).
@@ -13,11 +13,13 @@ import importlib.metadata
 import json
 import os
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent.parent))
 
+import compiling
 import layers
 import networks
 import torch
@@ -28,7 +30,7 @@ RESULTS = Path(__file__).resolve().parent.parent / "results"
 
 def main() -> None:
     parser = argparse.ArgumentParser(prog="tools/bench", description=__doc__.splitlines()[0] if __doc__ else "")
-    parser.add_argument("what", nargs="*", help="layers, networks (default: both)")
+    parser.add_argument("what", nargs="*", help="layers, networks, compiling (default: layers and networks)")
     parser.add_argument("--quick", action="store_true", help="a few cases")
     parser.add_argument("--seconds", type=float, default=1.5, help="of a comparison, at least (default: 1.5)")
     parser.add_argument("--malloc", choices=[*MALLOC, "both"], default="both")
@@ -36,7 +38,7 @@ def main() -> None:
     parser.add_argument("--json", type=Path, help=f"a folder for the figures, for example {RESULTS.name}")
     parser.add_argument("--svg", type=Path, help="where to draw them")
     arguments = parser.parse_args()
-    unknown = set(arguments.what) - {"layers", "networks"}
+    unknown = set(arguments.what) - {*SUITES}
     if unknown:
         parser.error(f"no benchmark is called {', '.join(sorted(unknown))}")
     mallocs = list(MALLOC) if arguments.malloc == "both" else [arguments.malloc]
@@ -44,18 +46,18 @@ def main() -> None:
     print(", ".join(f"{key} {value}" for key, value in machine.items()))
     found: dict[str, Any] = {}
     for name in arguments.what or ["layers", "networks"]:
-        module: Any = {"layers": layers, "networks": networks}[name]
+        module, show = SUITES[name]
         cases = module.QUICK if arguments.quick else module.CASES
         if arguments.compile and name == "layers":
             cases = (*cases, layers.LayerCase("LIF", 16, 256 * layers.K, compiled=True))
         found[name] = []
-        for malloc in mallocs:
+        for malloc in mallocs if name != "compiling" else mallocs[:1]:
             _headline(name, malloc)
             for case in cases:
                 with fresh_process(malloc) as call:
                     result = {"malloc": malloc, **call(module.measure, case, arguments.seconds)}
                 found[name].append(result)
-                (_show_layer if name == "layers" else _show_network)(result)
+                show(result)
         if arguments.json:
             arguments.json.mkdir(parents=True, exist_ok=True)
             path = arguments.json / f"{name}_cpu.json"
@@ -79,8 +81,11 @@ def _machine() -> dict[str, Any]:
 
 def _headline(name: str, malloc: str) -> None:
     print(f"\n{name}, malloc {'as it is' if malloc == 'default' else 'tuned'}")
-    if name == "layers":
-        print(f"  {'neuron':<18}{'T':>5}{'neurons':>9}   {'peer':<13}{'forward':>22}{'training':>24}{'kernels, passes':>19}")
+    if name == "compiling":
+        print(f"  {'network':<18}{'side':<14}{'T':>16}{'first step':>14}{'graphs':>8}")
+    elif name == "layers":
+        columns = f"{'peer':<13}{'forward':>22}{'training':>24}{'kernels, passes':>19}"
+        print(f"  {'neuron':<18}{'T':>5}{'neurons':>9}   {columns}")
     else:
         print(f"  {'network':<18}{'T':>5}{'N':>5}{'inference':>32}{'training':>38}{'of the floor':>16}")
 
@@ -113,6 +118,20 @@ def _show_network(result: dict[str, Any]) -> None:
     limits = " ".join(f"{result[kind]['snnfx'] / result[kind]['floor']:6.2f}" for kind in ("inference", "training"))
     print(f"{line}   {limits}", flush=True)
 
+
+def _show_compiling(result: dict[str, Any]) -> None:
+    case = result["case"]
+    T = str(case["T"] or ", ".join(map(str, compiling.LENGTHS)))
+    print(
+        f"  {case['network']:<18}{case['side']:<14}{T:>16}{result['seconds']:>12.1f} s{result['graphs']:>8}", flush=True
+    )
+
+
+SUITES: dict[str, tuple[Any, Callable[[dict[str, Any]], None]]] = {
+    "layers": (layers, _show_layer),
+    "networks": (networks, _show_network),
+    "compiling": (compiling, _show_compiling),
+}
 
 if __name__ == "__main__":
     main()
