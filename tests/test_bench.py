@@ -82,5 +82,16 @@ def test_the_floor_has_every_layer_but_the_neurons(networks: Any, name: str) -> 
 
 def test_a_case_is_measured(layers: Any) -> None:
     found = layers.measure(layers.LayerCase("LIF", 4, 1000), seconds=0.01)
-    assert found["forward"].keys() == {"snnfx", "SpikingJelly", "one pass"}
+    assert found["forward"].keys() == {"snnfx", "kernels alone", "SpikingJelly", "one pass"}
     assert all(t > 0 for times in (found["forward"], found["training"]) for t in times.values())
+
+
+def test_kernels_alone_are_those_of_the_call(layers: Any) -> None:
+    net = snnfx.convert(layers.NEURONS["LIF"](), example_inputs=torch.rand(1, 64))
+    x_seq = 3 * torch.rand(5, 1, 64)
+    outputs: list[torch.Tensor] = []
+    again = layers._kernels_of(lambda: outputs.append(net(x_seq)))
+    expected = outputs[-1].clone()
+    outputs[-1].zero_()
+    again()
+    assert torch.equal(outputs[-1], expected) and expected.any()

@@ -13,7 +13,7 @@ import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -60,8 +60,7 @@ def measure(case: CompileCase, seconds: float) -> dict[str, Any]:
             graphs += 1
             from torch._inductor.compile_fx import compile_fx
 
-            compiled: Callable[..., Any] = compile_fx(graph, inputs)
-            return compiled
+            return cast(Callable[..., Any], compile_fx(graph, inputs))
 
         compiled = torch.compile(run, backend=counted, fullgraph=case.side == "snnfx")
         start = time.perf_counter()
