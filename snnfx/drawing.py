@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from snnfx.errors import ToolError, warn_once
+from snnfx.text_lengths import with_text_lengths
 
 __all__ = ["Drawing", "check_file"]
 
@@ -57,7 +58,10 @@ class Drawing:
         import graphviz
 
         try:
-            rendered: bytes = graphviz.Source(self.source).pipe(format=format)
+            source = graphviz.Source(self.source)
+            rendered: bytes = source.pipe(format=format)
+            if format == "svg":
+                rendered = with_text_lengths(rendered.decode(), source.pipe(format="json").decode()).encode()
         except (graphviz.CalledProcessError, graphviz.ExecutableNotFound) as error:
             raise ToolError(
                 "SNNFX601",
