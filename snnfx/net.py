@@ -12,17 +12,17 @@ import inspect
 from collections import OrderedDict
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import replace
-from typing import Any, cast
+from typing import Any
 
 import torch
 from torch import Tensor, fx, nn
 from torch.fx import Node
-from torch.fx.graph_module import _forward_from_src
 from torch.utils import _pytree as pytree
 
 from snnfx.allocator import expect_large_blocks
 from snnfx.arguments import Arguments
 from snnfx.carry import outputs_without, rebuild_state, split_arguments, with_output_at
+from snnfx.emitted_graphs import REGIONS, EmittedGraphs, compile_graph
 from snnfx.errors import AllocationError, CaptureError, InputError, warn_once
 from snnfx.functional import chunk_multi_step_forward
 from snnfx.memory.failure import explained_failure, is_allocation_failure
@@ -31,17 +31,14 @@ from snnfx.options import ConvertOptions, time_dims_of_leaves
 from snnfx.passes.base import PassRecord
 from snnfx.passes.checkpoint import RecomputePlan
 from snnfx.passes.chunk import ChunkPlan, plan_chunks
-from snnfx.passes.emit import Emitted, emit_multi_step, emit_plain, emit_single_step
+from snnfx.passes.emit import emit_multi_step
 from snnfx.program import SELF_TARGET, Region, StepProgram
 from snnfx.regions import JoinedOutputs, combine_reductions
 from snnfx.scalars import WatchedScalar, first_change, watch
-from snnfx.serialize import pack_program, unpack_program
+from snnfx.serialize import copy_model, pack_programs, unpack_programs
 from snnfx.streaming import Stream
 
 __all__ = ["ConvertOptions", "Net"]
-
-_REGIONS = "snnfx_regions"
-_CONSTANTS = "snnfx_constants"
 
 
 class Net(fx.GraphModule):
@@ -87,99 +84,20 @@ class Net(fx.GraphModule):
         time_dims = time_dims_of_leaves(self.options.time_dim, programs[True])
         self._arguments_in = {mode: Arguments(p, time_dims, self.options) for mode, p in programs.items()}
         self._scalars = {mode: watch(p.scalars, self.source) for mode, p in programs.items()}
-        self._has_own_graph = False
         self._nets_for_shapes: dict[Any, Net] = {}
         self._recordings: dict[Any, Callable[..., Any]] = {}
         self._chunk_plans: dict[Any, ChunkPlan] = {}
         self._recomputation = Recomputation(self)
         self._recompute_plans: dict[Any, RecomputePlan] = {}
-        constants = {
-            name: value
-            for p in programs.values()
-            for q in (p, p.first_step)
-            if q
-            for name, value in q.constants.items()
-        }
-        self._modules[_CONSTANTS] = _hold_constants(constants)
-        self._modules[_REGIONS] = nn.Module()
-        self._emit_all()
-
-    def _emit_all(self) -> None:
-        same = self._programs[True] is self._programs[False]
-        self._graphs: dict[bool, fx.Graph] = {}
-        self._runners: dict[tuple[bool, str], Callable[..., Any]] = {}
-        self._emitted: dict[tuple[bool, str], fx.Graph] = {}
-        for mode in (True, False):
-            if mode is False and same:
-                self._graphs[False] = self._graphs[True]
-                for (_, part), runner in list(self._runners.items()):
-                    self._runners[False, part] = runner
-                for (_, part), graph in list(self._emitted.items()):
-                    self._emitted[False, part] = graph
-                continue
-            program = self._programs[mode]
-            multi_step = self.options.step_mode == "m"
-            label = "both_modes" if same else ("in_training" if mode else "in_evaluation")
-            container = f"{_REGIONS}.{label}"
-            if multi_step:
-                emitted = emit_multi_step(program, container, self._target_name, reduce=self.options.reduce)
-            else:
-                emitted = emit_single_step(program, container, self._target_name)
-            self._graphs[mode] = self._emitted[mode, "main"] = emitted.graph
-            self._runners[mode, "main"] = self._compile(emitted.graph)
-            is_plain = program.first_step is None and not program.carried and _is_plain_structure(program.output_spec)
-            if multi_step and is_plain:
-                plain = emit_plain(
-                    program,
-                    container,
-                    self._target_name,
-                    emitted.regions,
-                    self._arguments.tensor_dims,
-                    self._arguments.output_time_dim,
-                    self.options.reduce,
-                )
-                self._graphs[mode] = self._emitted[mode, "plain"] = plain.graph
-                self._runners[mode, "plain"] = self._compile(plain.graph)
-                emitted.regions.update(plain.regions)
-            self._install(emitted, label)
-            if program.first_step is not None:
-                first = emit_single_step(program.first_step, f"{_REGIONS}.{label}_first", self._target_name)
-                self._install(first, f"{label}_first")
-                self._runners[mode, "first"] = self._compile(first.graph)
-        self._graph = self._graphs[self.training]
+        self._graphs = EmittedGraphs(self)
+        self._graphs.emit()
+        self._graph = self._graphs.shown[self.training]
         self._graph.owning_module = self
         self.recompile()
 
     def region_modules(self) -> dict[str, nn.Module]:
         """What runs the regions in the mode that the net is in, by their names."""
-        containers = cast(nn.Module, self._modules[_REGIONS])._modules
-        own = "in_training" if self.training else "in_evaluation"
-        container = cast(nn.Module, containers[own if own in containers else "both_modes"])
-        return dict(container.named_children())
-
-    def _install(self, emitted: Emitted, label: str) -> fx.Graph:
-        container = nn.Module()
-        for name, region in emitted.regions.items():
-            container._modules[name] = region
-        self._modules[_REGIONS]._modules[label] = container  # type: ignore[union-attr]
-        return emitted.graph
-
-    def _compile(self, graph: fx.Graph) -> Callable[..., Any]:
-        code = graph.python_code(root_module="self")
-        return _forward_from_src(code.src, code.globals, {})
-
-    def _target_name(self, target: str) -> str:
-        """Where the net keeps what a target of the program names."""
-        if target == SELF_TARGET:
-            return target
-        if any(target in p.constants for p in self._all_programs()):
-            return f"{_CONSTANTS}.{target}"
-        # A child called like a method or an attribute of ours (`run`, `options`, ...) is reached through the model.
-        first = target.partition(".")[0]
-        return f"{SELF_TARGET}.{target}" if hasattr(type(self), first) or first in self.__dict__ else target
-
-    def _all_programs(self) -> list[StepProgram]:
-        return [q for p in self._programs.values() for q in (p, p.first_step) if q is not None]
+        return self._graphs.region_modules(self.training)
 
     def recompile(self) -> Any:
         """Regenerate the code of the current graph; `forward` stays the driver around it."""
@@ -226,7 +144,7 @@ class Net(fx.GraphModule):
     def graph(self) -> fx.Graph:
         """The graph of the current mode (training or evaluation)."""
         graphs = self.__dict__.get("_graphs")
-        return graphs[self.training] if graphs else self._graph
+        return graphs.shown[self.training] if graphs else self._graph
 
     @graph.setter
     def graph(self, graph: fx.Graph) -> None:
@@ -235,12 +153,7 @@ class Net(fx.GraphModule):
         self._graph = graph
         graph.owning_module = self
         if graphs:
-            self._has_own_graph = True
-            runner = self._compile(graph)
-            for mode in (True, False):
-                if mode == self.training or self._programs[True] is self._programs[False]:
-                    graphs[mode] = graph
-                    self._runners[mode, "plain" if (mode, "plain") in self._runners else "main"] = runner
+            graphs.replace(self.training, graph)
         self.recompile()
 
     @property
@@ -413,7 +326,7 @@ class Net(fx.GraphModule):
         """The model has another plain value than the graph: the net becomes that of the model as it is now."""
         what = f"`{scalar.qualified_name}` is {now!r}, but the step was captured with {scalar.shown}"
         replan = self._replan
-        if replan is None or self._has_own_graph:
+        if replan is None or self._graphs.is_replaced:
             raise InputError(
                 "SNNFX315",
                 what,
@@ -476,7 +389,7 @@ class Net(fx.GraphModule):
         self, leaves: list[Tensor], state: dict[str, Any] | None, record: tuple[str, ...], T: int
     ) -> tuple[tuple[Any, ...], dict[str, Any], tuple[Any, ...]]:
         runner = self._recorder(record) if record else self._runner("main", leaves, T)
-        if state is None and (self.training, "first") in self._runners:
+        if state is None and (self.training, "first") in self._graphs.runners:
             return self._first_then_rest(runner, leaves, record, T)
         time = torch.arange(T, device=leaves[0].device) if leaves else torch.arange(T)
         return runner(self, *leaves, state, time)  # type: ignore[no-any-return]
@@ -486,7 +399,7 @@ class Net(fx.GraphModule):
     ) -> tuple[tuple[Any, ...], dict[str, Any], tuple[Any, ...]]:
         """The first step does something else than the others: it is run on its own."""
         now = self._arguments.at_step(leaves, 0)
-        first, state, _ = self._runners[self.training, "first"](self, *now, None, None)
+        first, state, _ = self._graphs.runners[self.training, "first"](self, *now, None, None)
         if record:
             raise InputError(
                 "SNNFX311",
@@ -512,8 +425,8 @@ class Net(fx.GraphModule):
     ) -> tuple[tuple[Any, ...], dict[str, Any], tuple[Any, ...]]:
         if record:
             raise InputError("SNNFX311", "record= is for sequences", hint='Convert with step_mode="m".')
-        part = "first" if state is None and (self.training, "first") in self._runners else "main"
-        return self._runners[self.training, part](self, *leaves, state, None)  # type: ignore[no-any-return]
+        part = "first" if state is None and (self.training, "first") in self._graphs.runners else "main"
+        return self._graphs.runners[self.training, part](self, *leaves, state, None)  # type: ignore[no-any-return]
 
     def _in_chunks(
         self, k: int, leaves: list[Tensor], state: dict[str, Any] | None, T: int, checkpoint: bool = False
@@ -614,7 +527,7 @@ class Net(fx.GraphModule):
             plan = self.recompute_plan(T, *leaves)
             if plan.segments:
                 return self._recomputation.runner(part, plan)
-        return self._runners[self.training, part]
+        return self._graphs.runners[self.training, part]
 
     def _checkpoint_length(self, leaves: Sequence[Tensor], T: int) -> int | None:
         """Time steps between the checkpoints of the state in training, None for no such checkpoints."""
@@ -680,11 +593,10 @@ class Net(fx.GraphModule):
                     why=f"with reduce={self.options.reduce!r} it has no value at each step.",
                     hint="Convert without reduce= to record it.",
                 )
-            emitted = emit_multi_step(
-                program, f"{_REGIONS}.{label}", self._target_name, nodes, reduce=self.options.reduce
-            )
-            self._install(emitted, label)
-            self._recordings[key] = self._compile(emitted.graph)
+            name_on_net, reduce = self._graphs.target_name, self.options.reduce
+            emitted = emit_multi_step(program, f"{REGIONS}.{label}", name_on_net, nodes, reduce=reduce)
+            self._graphs.keep(label, emitted.regions)
+            self._recordings[key] = compile_graph(emitted.graph)
         return self._recordings[key]
 
     @staticmethod
@@ -742,35 +654,27 @@ class Net(fx.GraphModule):
         return Net(self.source, self._programs, options, self.history, self._replan)
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Net:
-        source = _deepcopy_module(self.source, memo)
-        clone = _rebuild(source, self._packed(memo), self.options, self.history, self._replan)
+        source = copy_model(self.source, memo)
+        packed = pack_programs(self._programs)
+        clone = _rebuild(source, copy.deepcopy(packed, memo), self.options, self.history, self._replan)
         clone.__dict__["training"] = self.training
         memo[id(self)] = clone
         return clone
 
     def __reduce__(self) -> tuple[Any, ...]:
         # GraphModule would trace again; the program is packed as it is, with the model beside it.
-        return (
-            _rebuild,
-            (self.source, self._packed({}), self.options, self.history, self._replan),
-            {"training": self.training},
-        )
+        packed = pack_programs(self._programs)
+        return _rebuild, (self.source, packed, self.options, self.history, self._replan), {"training": self.training}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__dict__.update(state)
-
-    def _packed(self, memo: dict[int, Any]) -> tuple[Any, ...]:
-        first = pack_program(self._programs[True])
-        same = self._programs[True] is self._programs[False]
-        packed = (first, None if same else pack_program(self._programs[False]))
-        return copy.deepcopy(packed, memo) if memo else packed
 
 
 def _forward(self: Net, args: tuple[Any, ...], kwargs: dict[str, Any], T: int | None) -> Any:
     """Run a whole sequence from the reset state (or the carried one)."""
     options = self.options
     leaves, ordered, given, T = self._received(args, kwargs, T)
-    plain = self._runners.get((self.training, "plain"))
+    plain = self._graphs.runners.get((self.training, "plain"))
     # Chunks are only planned for inputs that this plan covers.
     if plain is not None and T is not None and not options.carry_state and self._arguments.covered(ordered):
         k = self._chunk_length(ordered, T)
@@ -792,38 +696,7 @@ def _forward(self: Net, args: tuple[Any, ...], kwargs: dict[str, Any], T: int | 
     return outputs
 
 
-def _is_plain_structure(spec: pytree.TreeSpec) -> bool:
-    """Whether outputs nested like this can be returned by a graph."""
-    return spec.type in (None, tuple, list, dict) and all(map(_is_plain_structure, spec.children()))
-
-
 def _rebuild(
     source: nn.Module, packed: tuple[Any, ...], options: ConvertOptions, history: Sequence[PassRecord], replan: Any
 ) -> Net:
-    training = unpack_program(packed[0], source)
-    evaluation = training if packed[1] is None else unpack_program(packed[1], source)
-    return Net(source, {True: training, False: evaluation}, options, history, replan)
-
-
-def _deepcopy_module(source: nn.Module, memo: dict[int, Any]) -> nn.Module:
-    """A deep copy that does not fail on state with a history (it is left behind by a training step)."""
-    from snnfx.state import named_stateful
-
-    for _, module, adapter in named_stateful(source):
-        for value in adapter.read(module):
-            if isinstance(value, Tensor) and not value.is_leaf and id(value) not in memo:
-                memo[id(value)] = value.detach().clone()
-    return copy.deepcopy(source, memo)
-
-
-def _hold_constants(constants: dict[str, Any]) -> nn.Module:
-    """A module without parameters or persistent buffers that keeps the constants of a program."""
-    holder = nn.Module()
-    for name, value in constants.items():
-        if isinstance(value, nn.Module):
-            holder._modules[name] = value
-        elif isinstance(value, Tensor) and not value.requires_grad:
-            holder.register_buffer(name, value.detach(), persistent=False)
-        else:
-            holder.__dict__[name] = value
-    return holder
+    return Net(source, unpack_programs(packed, source), options, history, replan)

@@ -1,19 +1,25 @@
-"""A step program as plain records, for pickle and deepcopy: torch.fx would lose names and what is known of a node."""
+"""Copies and pickles of a net: its step programs as plain records, and its model.
+
+torch.fx would lose the names of nodes and what is known of them.
+"""
 
 from __future__ import annotations
 
+import copy
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
-from torch import fx, nn
+from torch import Tensor, fx, nn
 from torch.fx import Node
 from torch.fx.node import map_aggregate
 from torch.nn import functional
 from torch.utils import _pytree as pytree
 
-from snnfx.program import StepProgram
+from snnfx.program import Region, StepProgram
+from snnfx.state import named_stateful
 
-__all__ = ["pack_program", "unpack_program"]
+__all__ = ["copy_model", "pack_program", "pack_programs", "unpack_program", "unpack_programs"]
 
 
 @dataclass(frozen=True)
@@ -71,8 +77,6 @@ def pack_program(program: StepProgram) -> _PackedProgram:
 
 def unpack_program(packed: _PackedProgram, source: nn.Module) -> StepProgram:
     """The program again, over `source`."""
-    from snnfx.program import Region
-
     graph = fx.Graph()
     nodes: dict[str, Node] = {}
 
@@ -90,3 +94,24 @@ def unpack_program(packed: _PackedProgram, source: nn.Module) -> StepProgram:
     regions = [Region(r[0], r[1], [nodes[n] for n in r[2]], *r[3:]) for r in packed.regions]
     first = unpack_program(packed.first_step, source) if packed.first_step is not None else None
     return replace(program, regions=regions, first_step=first)
+
+
+def pack_programs(programs: Mapping[bool, StepProgram]) -> tuple[Any, ...]:
+    """The programs of both modes; one that serves for both stays one."""
+    training, evaluation = programs[True], programs[False]
+    return pack_program(training), None if evaluation is training else pack_program(evaluation)
+
+
+def unpack_programs(packed: tuple[Any, ...], source: nn.Module) -> dict[bool, StepProgram]:
+    """The programs of both modes again, over `source`."""
+    training = unpack_program(packed[0], source)
+    return {True: training, False: training if packed[1] is None else unpack_program(packed[1], source)}
+
+
+def copy_model(source: nn.Module, memo: dict[int, Any]) -> nn.Module:
+    """A deep copy that does not fail on state with a history (it is left behind by a training step)."""
+    for _, module, adapter in named_stateful(source):
+        for value in adapter.read(module):
+            if isinstance(value, Tensor) and not value.is_leaf and id(value) not in memo:
+                memo[id(value)] = value.detach().clone()
+    return copy.deepcopy(source, memo)

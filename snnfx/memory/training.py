@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, fx, nn
 
+from snnfx.emitted_graphs import REGIONS, compile_graph
 from snnfx.errors import InputError, warn_once
 from snnfx.memory.recompute import Segment, run_segment
 from snnfx.passes.checkpoint import RecomputePlan, can_be_chunked, recompute_segments, region_calls
@@ -61,10 +62,9 @@ class Recomputation:
         key = (net.training, part)
         if key not in self.forms:
             container = f"split_{len(self.forms)}"
-            graph, regions, modules = split_statistics(net.program, net._emitted[key], f"snnfx_regions.{container}")
-            holder = nn.Module()
-            holder._modules.update(modules)
-            net._modules["snnfx_regions"]._modules[container] = holder  # type: ignore[union-attr]
+            emitted = net._graphs.emitted[key]
+            graph, regions, modules = split_statistics(net.program, emitted, f"{REGIONS}.{container}")
+            net._graphs.keep(container, modules)
             self.forms[key] = graph, regions
         return self.forms[key]
 
@@ -76,8 +76,8 @@ class Recomputation:
 
     def applies(self) -> bool:
         """Whether this call keeps a history that a plan could make smaller."""
-        options = self.net.options
-        if not self.is_wanted or not torch.is_grad_enabled() or options.step_mode == "s" or self.net._has_own_graph:
+        net = self.net
+        if not self.is_wanted or not torch.is_grad_enabled() or net.options.step_mode == "s" or net._graphs.is_replaced:
             return False
         if torch.compiler.is_compiling():
             return not _told_that_compiled_nets_are_left_alone()
@@ -92,12 +92,10 @@ class Recomputation:
             label = f"recomputed_{len(self.runners)}"
             form, regions = self.form(part)
             graph, segments = recompute_segments(
-                program, form, regions, plan, f"snnfx_regions.{label}", prove_whole_numbers(program)
+                program, form, regions, plan, f"{REGIONS}.{label}", prove_whole_numbers(program)
             )
-            container = nn.Module()
-            container._modules.update(segments)
-            net._modules["snnfx_regions"]._modules[label] = container  # type: ignore[union-attr]
-            self.runners[key] = net._compile(graph)
+            net._graphs.keep(label, segments)
+            self.runners[key] = compile_graph(graph)
         return self.runners[key]
 
     def one_chunk(self, run: Callable[..., Any]) -> Callable[..., Any]:

@@ -96,7 +96,7 @@ class Walk:
     ) -> None:
         self.twin, self.training, self.steps, self.naming = twin, training, steps, naming
         net = twin.net
-        self.graph = net._recomputation.form("main")[0] if training else net._emitted[net.training, "main"]
+        self.graph = net._recomputation.form("main")[0] if training else net._graphs.emitted[net.training, "main"]
         self.regions = {call: name for name, call in region_calls(self.graph).items()}
         device = leaves[0].device if leaves else torch.device("cpu")
         self.has_kernels = not obstacle(device)
