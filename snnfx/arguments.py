@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -9,14 +10,14 @@ import torch
 from torch import Tensor
 from torch.utils import _pytree as pytree
 
-from snnfx.carry import flatten_state
+from snnfx.carry import flatten_state, split_arguments
 from snnfx.errors import InputError
 from snnfx.isolation import undisturbed
 from snnfx.options import ConvertOptions
 from snnfx.passes.chunk import shapes_of_state
 from snnfx.program import StepProgram
 
-__all__ = ["Arguments"]
+__all__ = ["Arguments", "signature_of"]
 
 
 class Arguments:
@@ -40,6 +41,22 @@ class Arguments:
         self._is_plain = positional and all(leaf.placeholder is not None for leaf in program.input_leaves)
         self._state_shapes: dict[Any, dict[str, tuple[int, ...]]] = {}
         self.output_time_dim = options.time_dim if isinstance(options.time_dim, int) else 0
+        entry = getattr(type(program.source), options.entry) if program.carried else None
+        self._parameters = list(inspect.signature(entry).parameters.values())[1:] if entry is not None else []
+
+    def split_carried(
+        self, args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> tuple[tuple[Any, ...], dict[str, Any], dict[str, Any]]:
+        """The arguments of a call as `(args, kwargs, those that are carried)`."""
+        if not self.program.carried:
+            return args, kwargs, {}
+        return split_arguments(self._parameters, [c.name for c in self.program.carried], args, kwargs)
+
+    @property
+    def positional_inputs(self) -> int:
+        """How many of the tensors of a call belong to positional arguments."""
+        args, _ = pytree.tree_unflatten(list(range(len(self.program.input_leaves))), self.program.input_spec)
+        return sum(self.program.input_leaves[i].placeholder is not None for i in pytree.tree_leaves(args))
 
     def bind(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> list[Tensor]:
         """The tensors for the placeholders, after checking that the arguments are nested as they were at capture.
@@ -229,3 +246,23 @@ def _broadcasts(shape: tuple[int, ...], to: tuple[int, ...]) -> bool:
     """Whether a tensor of a shape can stand where one of shape `to` is expected."""
     pairs = zip(reversed(shape), reversed(to), strict=False)
     return len(shape) <= len(to) and all(size in (1, expected) for size, expected in pairs)
+
+
+def signature_of(program: StepProgram | None) -> inspect.Signature:
+    """The signature of a net's `forward`: the arguments of the captured step, by name, and `T`."""
+    me = inspect.Parameter("self", inspect.Parameter.POSITIONAL_OR_KEYWORD)
+    T = inspect.Parameter("T", inspect.Parameter.KEYWORD_ONLY, default=None)
+    if program is None:
+        return inspect.Signature([me, T])
+    leaves = program.input_leaves
+    numbered = pytree.tree_unflatten(list(range(len(leaves))), program.input_spec)
+    arguments = [*numbered[0], *numbered[1].values()]
+    names = [leaves[min(pytree.tree_leaves(a), default=0)].name.partition(".")[0] for a in arguments]
+    if len(set(names)) != len(names) or not all(n.isidentifier() and n not in ("self", "T") for n in names):
+        many = inspect.Parameter("args", inspect.Parameter.VAR_POSITIONAL)
+        return inspect.Signature([me, many, T, inspect.Parameter("kwargs", inspect.Parameter.VAR_KEYWORD)])
+    positional = [inspect.Parameter(n, inspect.Parameter.POSITIONAL_OR_KEYWORD) for n in names]
+    positional += [
+        inspect.Parameter(c.name, inspect.Parameter.POSITIONAL_OR_KEYWORD, default=None) for c in program.carried
+    ]
+    return inspect.Signature([me, *positional, T])

@@ -25,6 +25,7 @@ __all__ = [
     "paths_of",
     "rebuild_state",
     "split_arguments",
+    "with_final_state",
     "with_output_at",
 ]
 
@@ -178,3 +179,10 @@ def flatten_state(argument: CarriedArgument, value: Any) -> dict[str, Any]:
 def rebuild_state(argument: CarriedArgument, state: Mapping[str, Any]) -> Any:
     """The argument as the model takes it, from the values of its slots."""
     return pytree.tree_map(lambda leaf: state[leaf.name] if isinstance(leaf, SlotName) else leaf, argument.structure)
+
+
+def with_final_state(outputs: Any, carried: Sequence[CarriedArgument], state: Mapping[str, Any]) -> Any:
+    """What the model returns: outputs with the final values of what is carried in their places."""
+    for argument in carried:
+        outputs = with_output_at(outputs, argument.path, rebuild_state(argument, state))
+    return outputs

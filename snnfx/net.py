@@ -8,7 +8,6 @@ final state)`; `forward`, `run` and the chunked form around it are ordinary Pyth
 from __future__ import annotations
 
 import copy
-import inspect
 from collections import OrderedDict
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import replace
@@ -16,25 +15,24 @@ from typing import Any
 
 import torch
 from torch import Tensor, fx, nn
-from torch.fx import Node
-from torch.utils import _pytree as pytree
 
 from snnfx.allocator import expect_large_blocks
-from snnfx.arguments import Arguments
-from snnfx.carry import outputs_without, rebuild_state, split_arguments, with_output_at
-from snnfx.emitted_graphs import REGIONS, EmittedGraphs, compile_graph
-from snnfx.errors import AllocationError, CaptureError, InputError, warn_once
-from snnfx.functional import chunk_multi_step_forward
+from snnfx.arguments import Arguments, signature_of
+from snnfx.call_plans import CallPlans
+from snnfx.carry import outputs_without, with_final_state
+from snnfx.emitted_graphs import EmittedGraphs
+from snnfx.errors import AllocationError
 from snnfx.memory.failure import explained_failure, is_allocation_failure
-from snnfx.memory.training import Recomputation, refuse_statistics_over_time
+from snnfx.memory.training import Recomputation
 from snnfx.options import ConvertOptions, time_dims_of_leaves
 from snnfx.passes.base import PassRecord
 from snnfx.passes.checkpoint import RecomputePlan
-from snnfx.passes.chunk import ChunkPlan, plan_chunks
-from snnfx.passes.emit import emit_multi_step
+from snnfx.passes.chunk import ChunkPlan
 from snnfx.program import SELF_TARGET, Region, StepProgram
-from snnfx.regions import JoinedOutputs, combine_reductions
-from snnfx.scalars import WatchedScalar, first_change, watch
+from snnfx.recordings import Recordings
+from snnfx.replanning import capture_again, net_for
+from snnfx.running import run_sequence, run_step
+from snnfx.scalars import first_change, watch
 from snnfx.serialize import copy_model, pack_programs, unpack_programs
 from snnfx.streaming import Stream
 
@@ -85,10 +83,9 @@ class Net(fx.GraphModule):
         self._arguments_in = {mode: Arguments(p, time_dims, self.options) for mode, p in programs.items()}
         self._scalars = {mode: watch(p.scalars, self.source) for mode, p in programs.items()}
         self._nets_for_shapes: dict[Any, Net] = {}
-        self._recordings: dict[Any, Callable[..., Any]] = {}
-        self._chunk_plans: dict[Any, ChunkPlan] = {}
+        self._recordings = Recordings(self)
+        self._plans = CallPlans(self)
         self._recomputation = Recomputation(self)
-        self._recompute_plans: dict[Any, RecomputePlan] = {}
         self._graphs = EmittedGraphs(self)
         self._graphs.emit()
         self._graph = self._graphs.shown[self.training]
@@ -114,31 +111,11 @@ class Net(fx.GraphModule):
                 raise explained_failure(self, error) from error
 
         # torch.export matches dynamic_shapes with the names of the arguments.
-        forward.__signature__ = self._signature()  # type: ignore[attr-defined]
+        programs = self.__dict__.get("_programs")
+        forward.__signature__ = signature_of(programs and programs[True])  # type: ignore[attr-defined]
         forward.__doc__ = _forward.__doc__
         type(self).forward = forward
         return code
-
-    def _signature(self) -> inspect.Signature:
-        """The arguments of the captured step, by name, and `T`."""
-        me = inspect.Parameter("self", inspect.Parameter.POSITIONAL_OR_KEYWORD)
-        T = inspect.Parameter("T", inspect.Parameter.KEYWORD_ONLY, default=None)
-        programs = self.__dict__.get("_programs")
-        if programs is None:
-            return inspect.Signature([me, T])
-        numbered = pytree.tree_unflatten(list(range(len(programs[True].input_leaves))), programs[True].input_spec)
-        arguments = [*numbered[0], *numbered[1].values()]
-        leaves = programs[True].input_leaves
-        names = [leaves[min(pytree.tree_leaves(a), default=0)].name.partition(".")[0] for a in arguments]
-        if len(set(names)) != len(names) or not all(n.isidentifier() and n not in ("self", "T") for n in names):
-            many = inspect.Parameter("args", inspect.Parameter.VAR_POSITIONAL)
-            return inspect.Signature([me, many, T, inspect.Parameter("kwargs", inspect.Parameter.VAR_KEYWORD)])
-        positional = [inspect.Parameter(n, inspect.Parameter.POSITIONAL_OR_KEYWORD) for n in names]
-        positional += [
-            inspect.Parameter(c.name, inspect.Parameter.POSITIONAL_OR_KEYWORD, default=None)
-            for c in programs[True].carried
-        ]
-        return inspect.Signature([me, *positional, T])
 
     @property
     def graph(self) -> fx.Graph:
@@ -169,8 +146,7 @@ class Net(fx.GraphModule):
     @property
     def positional_inputs(self) -> int:
         """How many of the tensors of `bound` belong to positional arguments."""
-        args, _ = pytree.tree_unflatten(list(range(len(self.program.input_leaves))), self.program.input_spec)
-        return sum(self.program.input_leaves[i].placeholder is not None for i in pytree.tree_leaves(args))
+        return self._arguments.positional_inputs
 
     def covers(self, leaves: list[Tensor]) -> bool:
         """Whether the net was planned for tensors of these shapes, time first; it is planned again for others."""
@@ -263,14 +239,11 @@ class Net(fx.GraphModule):
             T: the number of time steps; None in step mode "s".
         """
         outputs, state, _ = self._execute(leaves, given, state, (), T)
-        if self.program.carried:
-            outputs = outputs_without(outputs, [c.path for c in self.program.carried])
-        return outputs, state
+        return outputs_without(outputs, [c.path for c in self.program.carried]), state
 
     def tensors_of_step(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> list[Tensor]:
         """The tensors among the arguments of one step, in the order of `varying_inputs`."""
-        if self.program.carried:
-            args, kwargs, _ = self.split_carried(args, kwargs)
+        args, kwargs, _ = self.split_carried(args, kwargs)
         return self._arguments.bind(args, kwargs)
 
     def stream(self, inputs: Iterable[Any], *, of: str = "chunks", state: dict[str, Any] | None = None) -> Stream:
@@ -307,47 +280,15 @@ class Net(fx.GraphModule):
         self, args: tuple[Any, ...], kwargs: dict[str, Any], T: int | None
     ) -> tuple[list[Tensor], list[Tensor], dict[str, Any], int | None]:
         """`(tensors, the same with time first, carried arguments by name, T)` of a call."""
-        given: dict[str, Any] = {}
-        if self.program.carried:
-            args, kwargs, given = self.split_carried(args, kwargs)
-        leaves = ordered = self._arguments.bind(args, kwargs)
+        arguments = self._arguments
+        args, kwargs, given = arguments.split_carried(args, kwargs)
+        leaves = ordered = arguments.bind(args, kwargs)
         if self.options.step_mode == "m":
-            ordered, T = self._arguments.time_first(leaves, T)
+            ordered, T = arguments.time_first(leaves, T)
         change = first_change(self._scalars[self.training])
         if change is not None:
-            self._capture_again(*change, ordered, given)
+            capture_again(self, *change, ordered, given)
         return leaves, ordered, given, T
-
-    # Compiled code looks for changes too; a part of one graph (fullgraph=True) this cannot be.
-    @torch.compiler.disable(  # type: ignore[untyped-decorator]
-        reason="SNNFX315 a plain value of the model changed after conversion: call the net once without torch.compile"
-    )
-    def _capture_again(self, scalar: WatchedScalar, now: Any, leaves: list[Tensor], given: dict[str, Any]) -> None:
-        """The model has another plain value than the graph: the net becomes that of the model as it is now."""
-        what = f"`{scalar.qualified_name}` is {now!r}, but the step was captured with {scalar.shown}"
-        replan = self._replan
-        if replan is None or self._graphs.is_replaced:
-            raise InputError(
-                "SNNFX315",
-                what,
-                why="the graph was replaced by hand, and capturing the model again would lose that.",
-                hint="Convert the model again, or set the value back.",
-            )
-        warn_once(
-            "SNNFX315",
-            f"{what}: the model is captured again."
-            + (" Make it a buffer or a parameter if it changes often." if scalar.name != "training" else ""),
-            key=(id(self), scalar.qualified_name),
-        )
-        steps = self._arguments.at_step(leaves, 0) if self.options.step_mode == "m" else leaves
-        # Captured from shapes before, from shapes again.
-        fresh = replan(self, *(self._example(steps, given) if self.program.input_ranks else ((), {})))
-        self._take_programs(fresh._programs, fresh.history)
-
-    def _example(self, steps: list[Tensor], given: dict[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
-        """The arguments of one step, for capturing with their shapes."""
-        args, kwargs = self._arguments.arguments_of(steps)
-        return args, kwargs | {c.name: given[c.name] for c in self.program.carried if c.required and c.name in given}
 
     def _execute(
         self,
@@ -358,265 +299,32 @@ class Net(fx.GraphModule):
         T: int | None,
     ) -> tuple[Any, dict[str, Any], tuple[Any, ...]]:
         """Run bound inputs, time first (one step of them in step mode "s", where T is not used)."""
-        arguments = self._arguments
         if T is None or self.options.step_mode == "s":
-            arguments.check_state(state)
-            if state is not None:
-                arguments.check_shapes(state, leaves)
-            state = arguments.first_state(state, given)
-            flat, state, recorded = self._single(leaves, state, record)
-            return pytree.tree_unflatten(list(flat), self.program.output_spec), state, recorded
-        other = self._other_net(leaves, given)
-        if other is not None:
-            return other._execute(leaves, given, state, record, T)
-        arguments.check_state(state)
-        if state is not None:
-            arguments.check_shapes(state, arguments.at_step(leaves, 0))
-        state = arguments.first_state(state, given)
-        k = None if record else self._chunk_length(leaves, T, state)
-        recompute = None if record else self._checkpoint_length(leaves, T)
-        records: tuple[Any, ...] = ()
-        if k is not None and k < T:
-            flat, state = self._in_chunks(k, leaves, state, T)
-        elif recompute is not None:
-            flat, state = self._in_chunks(recompute, leaves, state, T, checkpoint=True)
-        else:
-            flat, state, records = self._steps(leaves, state, record, T)
-        outputs = [arguments.time_back(y) for y in flat]
-        return pytree.tree_unflatten(outputs, self.program.output_spec), state, records
-
-    def _steps(
-        self, leaves: list[Tensor], state: dict[str, Any] | None, record: tuple[str, ...], T: int
-    ) -> tuple[tuple[Any, ...], dict[str, Any], tuple[Any, ...]]:
-        runner = self._recorder(record) if record else self._runner("main", leaves, T)
-        if state is None and (self.training, "first") in self._graphs.runners:
-            return self._first_then_rest(runner, leaves, record, T)
-        time = torch.arange(T, device=leaves[0].device) if leaves else torch.arange(T)
-        return runner(self, *leaves, state, time)  # type: ignore[no-any-return]
-
-    def _first_then_rest(
-        self, runner: Callable[..., Any], leaves: list[Tensor], record: tuple[str, ...], T: int
-    ) -> tuple[tuple[Any, ...], dict[str, Any], tuple[Any, ...]]:
-        """The first step does something else than the others: it is run on its own."""
-        now = self._arguments.at_step(leaves, 0)
-        first, state, _ = self._graphs.runners[self.training, "first"](self, *now, None, None)
-        if record:
-            raise InputError(
-                "SNNFX311",
-                "record= needs the state before the first step here",
-                why="the first step of this model does something else than the others.",
-                hint="Run one step first: _, state = net.run(x_seq[:1]); then record the rest with state=state.",
-            )
-        reduce = self.options.reduce
-        if reduce is None:
-            first = tuple(y.unsqueeze(0) if isinstance(y, Tensor) else y for y in first)
-        if T == 1:
-            return first, state, ()
-        later = self._arguments.from_step(leaves, 1)
-        time = torch.arange(1, T, device=leaves[0].device)
-        rest, state, _ = runner(self, *later, state, time)
-        if reduce is not None:
-            return combine_reductions([(1, first), (T - 1, rest)], reduce), state, ()
-        joined = tuple(torch.cat((a, b)) if isinstance(a, Tensor) else a for a, b in zip(first, rest, strict=True))
-        return joined, state, ()
-
-    def _single(
-        self, leaves: list[Tensor], state: dict[str, Any] | None, record: tuple[str, ...]
-    ) -> tuple[tuple[Any, ...], dict[str, Any], tuple[Any, ...]]:
-        if record:
-            raise InputError("SNNFX311", "record= is for sequences", hint='Convert with step_mode="m".')
-        part = "first" if state is None and (self.training, "first") in self._graphs.runners else "main"
-        return self._graphs.runners[self.training, part](self, *leaves, state, None)  # type: ignore[no-any-return]
-
-    def _in_chunks(
-        self, k: int, leaves: list[Tensor], state: dict[str, Any] | None, T: int, checkpoint: bool = False
-    ) -> tuple[tuple[Any, ...], dict[str, Any]]:
-        varying = self._arguments.varying
-        sequences = tuple(x for x, v in zip(leaves, varying, strict=True) if v) or (torch.arange(T),)
-
-        def run(inputs: list[Tensor], state: dict[str, Any] | None, steps: int) -> Any:
-            flat, state, _ = self._steps(inputs, state, (), steps)
-            return flat, state
-
-        def one_chunk(*chunk_and_state: Any) -> Any:
-            *chunk, state = chunk_and_state
-            parts = iter(chunk)
-            inputs = [next(parts) if v else x for x, v in zip(leaves, varying, strict=True)]
-            steps = chunk[0].shape[0]
-            if checkpoint:
-                return self._recomputation.one_chunk(lambda x, s: run(x, s, steps))(inputs, state)
-            return run(inputs, state, steps)
-
-        if self.options.reduce is None and checkpoint:
-            return chunk_multi_step_forward(k, sequences, one_chunk, state=state)  # type: ignore[no-any-return]
-        if self.options.reduce is None:
-            joined = JoinedOutputs(T)
-            for chunk in zip(*(x.split(k) for x in sequences), strict=True):
-                flat, state = one_chunk(*chunk, state)
-                joined.add(flat)
-            return joined.values(), state  # type: ignore[return-value]
-        parts: list[tuple[int, tuple[Any, ...]]] = []
-        for chunk in zip(*(x.split(k) for x in sequences), strict=True):
-            flat, state = one_chunk(*chunk, state)
-            parts.append((chunk[0].shape[0], flat))
-        return combine_reductions(parts, self.options.reduce), state  # type: ignore[return-value]
-
-    # -- arguments ------------------------------------------------------------------------------------------------
+            return run_step(self, leaves, given, state, record)
+        return run_sequence(self, leaves, given, state, record, T)
 
     def split_carried(
         self, args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> tuple[tuple[Any, ...], dict[str, Any], dict[str, Any]]:
         """The arguments of a call as `(args, kwargs, those that are carried)`."""
-        parameters = list(inspect.signature(getattr(type(self.source), self.options.entry)).parameters.values())[1:]
-        return split_arguments(parameters, [c.name for c in self.program.carried], args, kwargs)
-
-    def final_state_in(self, outputs: Any, state: dict[str, Any]) -> Any:
-        """What the model returns: outputs with the final values of what is carried in their places."""
-        for argument in self.program.carried:
-            outputs = with_output_at(outputs, argument.path, rebuild_state(argument, state))
-        return outputs
+        return self._arguments.split_carried(args, kwargs)
 
     def planned_for(self, *args: Any, T: int | None = None, **kwargs: Any) -> Net:
         """The net that runs these inputs: this one, or the one that it planned for shapes that its plan does not cover.
 
         Args and Raises as of `run`.
         """
-        _, leaves, given, T = self._received(args, kwargs, T)
-        other = self._other_net(leaves, given) if self.options.step_mode == "m" else None
+        _, leaves, given, _ = self._received(args, kwargs, T)
+        other = net_for(self, leaves, given) if self.options.step_mode == "m" else None
         return self if other is None else other
 
-    def _other_net(self, leaves: list[Tensor], given: dict[str, Any]) -> Net | None:
-        """A net planned for the shapes of these inputs, when the plan of this one does not cover them."""
-        if self._arguments.covered(leaves):
-            return None
-        key = tuple(tuple(x.shape) for x in leaves)
-        ranks = (self.training, tuple(x.dim() for x in leaves))
-        if key not in self._nets_for_shapes:
-            if self._replan is None:
-                raise InputError("SNNFX306", f"inputs of shapes {[list(x.shape) for x in leaves]} do not fit the plan")
-            warn_once(
-                "SNNFX102",
-                f"inputs of step rank {ranks[1]} are not what the net was planned for (batched, equal batch sizes); "
-                "it is planned again for them, which may map instead of fold. Pass example_inputs to plan once.",
-                key=(id(self), ranks),
-            )
-            example = self._example(self._arguments.at_step(leaves, 0), given)
-            try:
-                self._nets_for_shapes[key] = self._replan(self, *example)
-            except CaptureError as error:
-                sizes = self._arguments.batch_sizes(leaves)
-                if len(set(sizes.values())) < 2:
-                    raise
-                raise InputError(
-                    "SNNFX303",
-                    "the batch sizes of the inputs differ",
-                    where=", ".join(f"`{name}`: {size}" for name, size in sizes.items()),
-                    why=f"one step of the model does not take them: {error.why or error.what}",
-                    hint="Give all inputs the same batch size, as one call of the model takes them.",
-                ) from error
-        other = self._nets_for_shapes[key]
-        if other.training != self.training:
-            other.__dict__["training"] = self.training
-        return other
-
-    # -- memory in training ---------------------------------------------------------------------------------------
-
-    def _runner(self, part: str, leaves: Sequence[Tensor], T: int) -> Callable[..., Any]:
-        """The form of the graph for this call: as it is, or with parts that backward computes again."""
-        if self._recomputation.applies() and not isinstance(self.options.checkpoint, int):
-            plan = self.recompute_plan(T, *leaves)
-            if plan.segments:
-                return self._recomputation.runner(part, plan)
-        return self._graphs.runners[self.training, part]
-
-    def _checkpoint_length(self, leaves: Sequence[Tensor], T: int) -> int | None:
-        """Time steps between the checkpoints of the state in training, None for no such checkpoints."""
-        if not self._recomputation.applies():
-            return None
-        k = self.recompute_plan(T, *leaves).steps
-        return k if k is not None and k < T else None
+    def chunk_plan(self, *sequences: Tensor, state: dict[str, Any] | None = None) -> ChunkPlan:
+        """How many time steps are run at once, for inputs (time first) and a first state of these shapes."""
+        return self._plans.chunk_plan(sequences, state)
 
     def recompute_plan(self, T: int, *sequences: Tensor) -> RecomputePlan:
         """What is computed again in the backward pass of T steps of inputs of these shapes (time first)."""
-        key = (self.training, T, tuple((tuple(x.shape), x.dtype, x.requires_grad) for x in sequences))
-        if key not in self._recompute_plans:
-            self._recompute_plans[key] = self._plan_recomputation(T, sequences)
-        return self._recompute_plans[key]
-
-    def _plan_recomputation(self, T: int, sequences: Sequence[Tensor]) -> RecomputePlan:
-        checkpoint = self.options.checkpoint
-        if isinstance(checkpoint, int):
-            refuse_statistics_over_time(self.program, self.training, f"checkpoint={checkpoint}")
-            return RecomputePlan(steps=checkpoint, reason=f"the state is kept every {checkpoint} steps, as asked for")
-        if checkpoint == "regions":
-            return self._recomputation.every_region(T, sequences)
-        from snnfx.memory.plan import plan_training
-
-        return plan_training(self, T, sequences, None)
-
-    # -- chunks ---------------------------------------------------------------------------------------------------
-
-    def _chunk_length(self, leaves: list[Tensor], T: int, state: dict[str, Any] | None = None) -> int | None:
-        """How many steps to run at once, None for all: inference in evaluation mode only, never while compiling."""
-        if self.options.chunk is None or torch.compiler.is_compiling() or torch.is_grad_enabled() or self.training:
-            return None
-        if isinstance(self.options.chunk, int):
-            return self.options.chunk
-        return self.chunk_plan(*leaves, state=state).length
-
-    def chunk_plan(self, *sequences: Tensor, state: dict[str, Any] | None = None) -> ChunkPlan:
-        """The chunk plan for inputs (time first) and a first state of these shapes, see `snnfx.memory.plan`."""
-        if self.options.chunk != "auto":
-            return plan_chunks(self.options.chunk)
-        steps = self._arguments.at_step(sequences, 0)
-        first = tuple((k, tuple(v.shape), v.dtype) for k, v in (state or {}).items() if isinstance(v, Tensor))
-        key = (tuple((tuple(x.shape), x.dtype) for x in steps), state is None, first)
-        if key not in self._chunk_plans:
-            from snnfx.memory.plan import plan_inference
-
-            self._chunk_plans[key] = plan_inference(self, sequences, state)
-        return self._chunk_plans[key]
-
-    # -- recording ------------------------------------------------------------------------------------------------
-
-    def _recorder(self, names: tuple[str, ...]) -> Callable[..., Any]:
-        """A form of the graph that also returns values over time."""
-        key = (self.training, names)
-        if key not in self._recordings:
-            program = self.program
-            nodes = [self._recorded_node(program, name) for name in names]
-            label = f"record_{len(self._recordings)}"
-            if any(node.meta.get("sunk") for node in nodes if isinstance(node, Node)):
-                raise InputError(
-                    "SNNFX311",
-                    f"one of {', '.join(names)} runs on the {self.options.reduce} over time",
-                    why=f"with reduce={self.options.reduce!r} it has no value at each step.",
-                    hint="Convert without reduce= to record it.",
-                )
-            name_on_net, reduce = self._graphs.target_name, self.options.reduce
-            emitted = emit_multi_step(program, f"{REGIONS}.{label}", name_on_net, nodes, reduce=reduce)
-            self._graphs.keep(label, emitted.regions)
-            self._recordings[key] = compile_graph(emitted.graph)
-        return self._recordings[key]
-
-    @staticmethod
-    def _recorded_node(program: StepProgram, name: str) -> Any:
-        for slot, following in zip(program.slots, program.next_states, strict=True):
-            if slot.name == name:
-                return following
-        known = {slot.name for slot in program.slots}
-        found = None
-        for node in program.graph.nodes:
-            returned = node.meta.get("returned_by", ())
-            known.update(returned)
-            found = node if name in returned else found
-        if found is None:
-            raise InputError(
-                "SNNFX311",
-                f"there is nothing called `{name}` to record",
-                why=f"known are {', '.join(sorted(k for k in known if k))}.",
-            )
-        return found
+        return self._plans.recompute_plan(T, sequences)
 
     # -- state carried from call to call -----------------------------------------------------------------------------
 
@@ -674,21 +382,20 @@ def _forward(self: Net, args: tuple[Any, ...], kwargs: dict[str, Any], T: int | 
     """Run a whole sequence from the reset state (or the carried one)."""
     options = self.options
     leaves, ordered, given, T = self._received(args, kwargs, T)
-    plain = self._graphs.runners.get((self.training, "plain"))
     # Chunks are only planned for inputs that this plan covers.
-    if plain is not None and T is not None and not options.carry_state and self._arguments.covered(ordered):
-        k = self._chunk_length(ordered, T)
-        if (k is None or k >= T) and self._checkpoint_length(ordered, T) is None:
-            plain = self._runner("plain", ordered, T)
+    is_plain = (self.training, "plain") in self._graphs.runners and not options.carry_state
+    if is_plain and T is not None and self._arguments.covered(ordered):
+        run = self._plans.runner_at_once("plain", ordered, T)
+        if run is not None:
             carriers = any(self._arguments.varying)
-            return plain(self, *leaves) if carriers else plain(self, *leaves, torch.arange(T, device=leaves[0].device))
+            return run(self, *leaves) if carriers else run(self, *leaves, torch.arange(T, device=leaves[0].device))
     state = self._carried if options.carry_state or options.step_mode == "s" else None
     if state is not None and self.program.carried and not options.carry_state:
         # In single steps the caller hands on what the model takes as arguments.
         explicit = {name for c in self.program.carried for name in c.slot_names()}
         state = {name: value for name, value in state.items() if name not in explicit} or None
     outputs, state, _ = self._execute(ordered, given, state, (), T)
-    outputs = self.final_state_in(outputs, state)
+    outputs = with_final_state(outputs, self.program.carried, state)
     if options.carry_state or options.step_mode == "s":
         self._carried = state
         if options.carry_state:

@@ -24,7 +24,6 @@ if TYPE_CHECKING:
     from snnfx.kernels.region import RegionKernels
 
 __all__ = [
-    "JoinedOutputs",
     "LoopRegion",
     "MapRegion",
     "RegionGraph",
@@ -32,7 +31,6 @@ __all__ = [
     "buffers_of",
     "call_module",
     "call_once",
-    "combine_reductions",
     "delay_one_step",
     "hold_over_time",
     "in_shape_of",
@@ -310,63 +308,6 @@ def reduce_over_time(y_seq: Any, how: str) -> Any:
     if how == "last":
         return y_seq[-1]
     return y_seq.sum(0) if how == "sum" else y_seq.mean(0)
-
-
-def combine_reductions(parts: Sequence[tuple[int, tuple[Any, ...]]], reduce: str) -> tuple[Any, ...]:
-    """The reduction over all steps from those over pieces, given as `(number of steps, outputs)`."""
-    T = sum(steps for steps, _ in parts)
-    combined: list[Any] = []
-    for values in zip(*(outputs for _, outputs in parts), strict=True):
-        if reduce == "last" or not isinstance(values[-1], Tensor):
-            combined.append(values[-1])
-        else:
-            weights = [steps / T if reduce == "mean" else 1.0 for steps, _ in parts]
-            combined.append(sum(w * y for w, y in zip(weights, values, strict=True)))
-    return tuple(combined)
-
-
-class JoinedOutputs:
-    """The outputs of chunks of a sequence of T steps, written into one tensor each, so that there are never two copies.
-
-    Outputs whose shape or dtype changes from chunk to chunk are concatenated in the end.
-    """
-
-    def __init__(self, T: int) -> None:
-        self.T, self.steps = T, 0
-        self.wholes: list[Any] | None = None
-        self.parts: list[tuple[Any, ...]] = []
-
-    def add(self, outputs: tuple[Any, ...]) -> None:
-        """The outputs of the next few steps, `[k, *]` each, or values that are no tensors."""
-        tensors = [y for y in outputs if isinstance(y, Tensor)]
-        stop = self.steps + (tensors[0].shape[0] if tensors else 0)
-        if self.wholes is None and not self.parts and all(y.dim() and y.shape[0] == stop for y in tensors):
-            self.wholes = [y.new_empty((self.T, *y.shape[1:])) if isinstance(y, Tensor) else y for y in outputs]
-        if self.wholes is not None and not all(map(_fits, self.wholes, outputs)):
-            self.parts = [tuple(y[: self.steps] if isinstance(y, Tensor) else y for y in self.wholes)]
-            self.wholes = None
-        if self.wholes is None:
-            self.parts.append(outputs)
-        else:
-            for index, y in enumerate(outputs):
-                if isinstance(y, Tensor):
-                    self.wholes[index][self.steps : stop] = y
-                else:
-                    self.wholes[index] = y
-        self.steps = stop
-
-    def values(self) -> tuple[Any, ...]:
-        """All steps of each output."""
-        if self.wholes is not None:
-            return tuple(self.wholes)
-        columns = zip(*self.parts, strict=True)
-        return tuple(torch.cat(column) if isinstance(column[0], Tensor) else column[-1] for column in columns)
-
-
-def _fits(whole: Any, y: Any) -> bool:
-    if not isinstance(whole, Tensor) or not isinstance(y, Tensor):
-        return not isinstance(whole, Tensor) and not isinstance(y, Tensor)
-    return whole.shape[1:] == y.shape[1:] and whole.dtype == y.dtype
 
 
 def times_steps(value: Any, time: Tensor) -> Any:

@@ -14,8 +14,8 @@ from torch import Tensor
 from torch.utils import _pytree as pytree
 
 from snnfx.errors import InputError
+from snnfx.joined_outputs import combine_reductions
 from snnfx.memory.training import refuse_statistics_over_time
-from snnfx.regions import combine_reductions
 
 if TYPE_CHECKING:
     from snnfx.net import Net

@@ -31,7 +31,7 @@ def explained_failure(net: Net, error: BaseException) -> AllocationError:
     if torch.is_grad_enabled():
         hint = 'Convert with checkpoint="regions" or a memory_budget, or use a smaller batch.'
     else:
-        lengths = [plan.length for plan in net._chunk_plans.values() if plan.length is not None]
+        lengths = [plan.length for plan in net._plans.chunks.values() if plan.length is not None]
         asked = net.options.chunk if isinstance(net.options.chunk, int) else min(lengths, default=None)
         smaller = max(1, asked // 2) if asked is not None else 16
         hint = f"Convert with chunk={smaller} or a memory_budget, call net.eval() for chunks, or use a smaller batch."

@@ -1,0 +1,109 @@
+"""How a call is run, by the shapes of its inputs: how many time steps at once, and what backward computes again.
+
+Plans are made at the first call with inputs of such shapes, and kept.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from snnfx.memory.training import refuse_statistics_over_time
+from snnfx.passes.checkpoint import RecomputePlan
+from snnfx.passes.chunk import ChunkPlan, plan_chunks
+
+if TYPE_CHECKING:
+    from snnfx.net import Net
+
+__all__ = ["CallPlans"]
+
+
+class CallPlans:
+    """The plans of one net.
+
+    Attributes:
+        chunks: chunk plans, by the shapes that they are for.
+    """
+
+    def __init__(self, net: Net) -> None:
+        self.net = net
+        self.chunks: dict[Any, ChunkPlan] = {}
+        self._recomputed: dict[Any, RecomputePlan] = {}
+
+    def runner(self, part: str, leaves: Sequence[Tensor], T: int) -> Callable[..., Any]:
+        """The form of the graph for this call: as it is, or with parts that backward computes again."""
+        net = self.net
+        if net._recomputation.applies() and not isinstance(net.options.checkpoint, int):
+            plan = self.recompute_plan(T, leaves)
+            if plan.segments:
+                return net._recomputation.runner(part, plan)
+        return net._graphs.runners[net.training, part]
+
+    def runner_at_once(self, part: str, leaves: Sequence[Tensor], T: int) -> Callable[..., Any] | None:
+        """The form of the graph for all steps of this call; None where it is run in chunks."""
+        net = self.net
+        if self.chunk_length(leaves, T) is not None:
+            return None
+        if not net._recomputation.applies():
+            return net._graphs.runners[net.training, part]
+        return self.runner(part, leaves, T) if self.checkpoint_length(leaves, T) is None else None
+
+    # -- inference ------------------------------------------------------------------------------------------------
+
+    def chunk_length(self, leaves: Sequence[Tensor], T: int, state: dict[str, Any] | None = None) -> int | None:
+        """Steps to run at once, None for all `T`: fewer in evaluation mode without gradients, never in a compiler."""
+        net = self.net
+        chunk = net.options.chunk
+        if chunk is None or torch.compiler.is_compiling() or torch.is_grad_enabled() or net.training:
+            return None
+        k = chunk if isinstance(chunk, int) else self.chunk_plan(leaves, state).length
+        return k if k is not None and k < T else None
+
+    def chunk_plan(self, leaves: Sequence[Tensor], state: dict[str, Any] | None) -> ChunkPlan:
+        """The plan for inputs (time first) and a first state of these shapes, see `snnfx.memory.plan`."""
+        net = self.net
+        if net.options.chunk != "auto":
+            return plan_chunks(net.options.chunk)
+        # How many steps there are is no matter.
+        steps = zip(leaves, net._arguments.varying, strict=True)
+        shapes = tuple([(x.shape[1:] if varies else x.shape, x.dtype) for x, varies in steps])
+        key = (shapes, None if state is None else _shapes_of_state(state))
+        if key not in self.chunks:
+            from snnfx.memory.plan import plan_inference
+
+            self.chunks[key] = plan_inference(net, leaves, state)
+        return self.chunks[key]
+
+    # -- training -------------------------------------------------------------------------------------------------
+
+    def checkpoint_length(self, leaves: Sequence[Tensor], T: int) -> int | None:
+        """Time steps between the checkpoints of the state in training, None for no such checkpoints."""
+        if not self.net._recomputation.applies():
+            return None
+        k = self.recompute_plan(T, leaves).steps
+        return k if k is not None and k < T else None
+
+    def recompute_plan(self, T: int, leaves: Sequence[Tensor]) -> RecomputePlan:
+        """What is computed again in the backward pass of T steps of inputs of these shapes (time first)."""
+        key = (self.net.training, T, tuple((tuple(x.shape), x.dtype, x.requires_grad) for x in leaves))
+        if key not in self._recomputed:
+            self._recomputed[key] = self._plan_recomputation(T, leaves)
+        return self._recomputed[key]
+
+    def _plan_recomputation(self, T: int, leaves: Sequence[Tensor]) -> RecomputePlan:
+        net, checkpoint = self.net, self.net.options.checkpoint
+        if isinstance(checkpoint, int):
+            refuse_statistics_over_time(net.program, net.training, f"checkpoint={checkpoint}")
+            return RecomputePlan(steps=checkpoint, reason=f"the state is kept every {checkpoint} steps, as asked for")
+        if checkpoint == "regions":
+            return net._recomputation.every_region(T, leaves)
+        from snnfx.memory.plan import plan_training
+
+        return plan_training(net, T, leaves, None)
+
+
+def _shapes_of_state(state: dict[str, Any]) -> tuple[Any, ...]:
+    return tuple((name, tuple(v.shape), v.dtype) for name, v in state.items() if isinstance(v, Tensor))
