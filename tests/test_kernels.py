@@ -722,3 +722,61 @@ def test_autograd_keeps_what_the_pool_gave() -> None:
     other = pool.empty((1 << 19,), (1,), torch.float32).fill_(7.0)
     product.sum().backward()
     assert leaf.grad is not None and torch.equal(leaf.grad, torch.full_like(leaf, 3.0)) and float(other[0]) == 7.0
+
+
+# -- inputs of fewer dimensions, numbers of other kinds -------------------------------------------------------------
+
+
+class BatchInhibition(snnfx.MemoryModule):
+    """Neurons that are inhibited by the mean input of their feature over the batch: `[N, 3]` and `[3]` in one step."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.fc = nn.Linear(3, 3)
+        self.register_memory("v", 0.0)
+        self.spike = surrogate.Sigmoid()
+
+    def forward(self, x: Tensor) -> Tensor:
+        current = self.fc(x)
+        v = self.v * current.mean(0) + current
+        spike = self.spike(v - 0.4)
+        self.v = v * (1 - spike)
+        return spike
+
+
+@pytest.mark.parametrize(("T", "N"), [(4, 2), (4, 4), (3, 3), (3, 1)])
+def test_gradient_of_an_input_that_has_no_batch(T: int, N: int) -> None:
+    torch.manual_seed(0)
+    model = BatchInhibition().double()
+    x_seq = 3 * torch.rand(T, N, 3, dtype=torch.float64)
+    above = torch.rand(T, N, 3, dtype=torch.float64)
+    reference = copy.deepcopy(model)
+    (torch.stack([reference(x) for x in x_seq]) * above).sum().backward()
+    net = snnfx.convert(model, example_inputs=x_seq[0])
+    (net(x_seq) * above).sum().backward()
+    assert_used(net)
+    for p, expected in zip(model.parameters(), reference.parameters(), strict=True):
+        torch.testing.assert_close(p.grad, expected.grad, rtol=1e-12, atol=1e-12)
+
+
+def test_complex_states_keep_their_gradients() -> None:
+    class Resonator(snnfx.MemoryModule):
+        def __init__(self) -> None:
+            super().__init__()
+            self.frequency = nn.Parameter(torch.rand(3, dtype=torch.float64))
+            self.register_memory("z", None)
+
+        def forward(self, x: Tensor) -> Tensor:
+            if self.z is None:
+                self.z = torch.zeros(x.shape, dtype=torch.complex128)
+            self.z = self.z * torch.exp(torch.complex(-0.1 * torch.ones_like(self.frequency), self.frequency)) + x
+            return self.z.real.sigmoid()
+
+    model = nn.Sequential(Resonator())
+    x_seq = x_of(5, 2, 3)
+    reference = copy.deepcopy(model)
+    torch.stack([reference(x) for x in x_seq]).square().sum().backward()
+    net = snnfx.convert(model, example_inputs=x_seq[0])
+    net(x_seq).square().sum().backward()
+    torch.testing.assert_close(model[0].frequency.grad, reference[0].frequency.grad, rtol=1e-12, atol=1e-12)
+    assert "complex" in kernels_of(net)[0].refusal

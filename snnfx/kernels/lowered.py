@@ -274,7 +274,7 @@ class LoweredStep:
         )
         found_x: list[Tensor | None] = [None] * len(step.sequences)
         for i, grad in grad_sequences.items():
-            found_x[i] = grad if grad.shape == shapes[0][i] else grad.sum_to_size(shapes[0][i])
+            found_x[i] = grad if grad.shape == shapes[0][i] else _summed_in_steps(grad, shapes[0][i])
         found_states: list[Tensor | None] = [None] * len(step.state_dtypes)
         for k, grad in grad_initials.items():
             found_states[k] = grad if grad.shape == shapes[1][k] else grad.sum_to_size(shapes[1][k])
@@ -352,6 +352,12 @@ class LoweredStep:
         if value.is_neg():
             value = value.resolve_neg()
         return value
+
+
+def _summed_in_steps(grad: Tensor, shape: tuple[int, ...]) -> Tensor:
+    """The gradient `[T, N, *]` of an input `[T, *]` whose steps were expanded to those of others: summed over that."""
+    aligned = (shape[0], *(1,) * (grad.dim() - len(shape)), *shape[1:])
+    return grad.sum_to_size(aligned).reshape(shape)
 
 
 def _product(shape: Sequence[int]) -> int:

@@ -146,6 +146,8 @@ class _Recorder(TorchDispatchMode):
         self.decompose: Callable[[Any], Any] | None = None
 
     def add(self, tensor: Tensor, value: Value) -> int:
+        if tensor.is_complex():
+            raise NotLowered("it computes with complex numbers")
         self.number_of[id(tensor)] = len(self.values)
         self.kept.append(tensor)
         self.values.append(value)
