@@ -9,6 +9,7 @@ of the model, from the state that the model is in, and leaves the model alone. R
 |---|---|---|
 | `bptt`, `truncated_bptt` | the state cut never, or every K steps | Williams & Peng 1990 |
 | `rtrl` | forward mode: tangents of the state carried along | Williams & Zipser 1989 |
+| `ostl` | forward mode in each layer, backward from layer to layer in one step | Bohnstingl et al. 2022 |
 | `sltt` | the state cut at every step | Meng et al. 2023, arXiv 2302.14311 |
 | `ottt` | the same, with traces of the operands of the weights | Xiao et al. 2022, arXiv 2210.04195 |
 | `fptt` | a regulariser towards a running average, updated at each step | Kag & Saligrama 2021; Yin et al. 2023 |
@@ -268,6 +269,65 @@ def rtrl(model: nn.Module, x_seq: Tensor, target: Tensor, loss: Loss, scale: flo
             (_, after), (slope, tangents[i]) = torch.func.jvp(step_and_loss, (parameters, state), (unit, tangents[i]))
             gradients[name].view(-1)[index] += scale * slope
         state = [v.detach() for v in after]
+    return gradients
+
+
+class Outputs:
+    """What some modules of a model give, call by call; `cut`: everybody else reads it without history."""
+
+    def __init__(self, model: nn.Module, names: Sequence[str], cut: bool) -> None:
+        self.values: list[Tensor] = []
+
+        def remember(module: nn.Module, inputs: Any, output: Tensor) -> Tensor:
+            self.values.append(output)
+            return output.detach() if cut else output
+
+        for name in names:
+            model.get_submodule(name).register_forward_hook(remember)
+
+
+def ostl(
+    model: nn.Module, neurons: Sequence[str], x_seq: Tensor, target: Tensor, loss: Loss, scale: float = 1.0
+) -> dict[str, Tensor]:
+    """Exact in each layer, spatial between layers.
+
+    A layer ends with one of the modules named in `neurons`. What arrives at their outputs, and at that of the model, is
+    taken by back-propagation with the state cut at every step; d(outputs)/d(parameters) through time, with nothing
+    going from layer to layer, by forward mode, one tangent for each parameter entry.
+    """
+    spatial = _copy(model)
+    seen = Outputs(spatial, neurons, cut=False)
+    signals: list[list[Tensor]] = []
+    for x, wanted in zip(x_seq, target, strict=True):
+        seen.values.clear()
+        y = spatial(x)
+        values = [*seen.values, y]
+        found = torch.autograd.grad(loss(y, wanted), values, allow_unused=True)
+        signals.append([torch.zeros_like(v) if g is None else g for v, g in zip(values, found, strict=True)])
+        detach_state(spatial)
+
+    own = _copy(model)
+    cut = Outputs(own, neurons, cut=True)
+    step, initial = pure_step(own, x_seq[0])
+    parameters = {name: p.detach() for name, p in model.named_parameters()}
+    gradients = {name: torch.zeros_like(p) for name, p in parameters.items()}
+
+    def step_and_values(p: dict[str, Tensor], s: list[Tensor], x: Tensor) -> tuple[list[Tensor], list[Tensor]]:
+        cut.values.clear()
+        y, s = step(p, s, x)
+        return [*cut.values, y], s
+
+    for name, p in parameters.items():
+        for index in range(p.numel()):
+            unit = {n: torch.zeros_like(q) for n, q in parameters.items()}
+            unit[name].view(-1)[index] = 1.0
+            state, tangents = initial, [torch.zeros_like(v) for v in initial]
+            for x, signal in zip(x_seq, signals, strict=True):
+                (_, state), (changes, tangents) = torch.func.jvp(
+                    lambda p, s, x=x: step_and_values(p, s, x), (parameters, state), (unit, tangents)
+                )
+                total = sum((g * change).sum() for g, change in zip(signal, changes, strict=True))
+                gradients[name].view(-1)[index] += scale * total
     return gradients
 
 

@@ -20,6 +20,7 @@ from online_oracles import (
     bptt,
     fptt,
     mse,
+    ostl,
     ottt,
     rtrl,
     sltt,
@@ -133,6 +134,16 @@ def test_layerwise_exact_is_ottt_with_everything_traced() -> None:
     for a, b in zip(exact, traced, strict=True):
         close(a, b)
     assert all(differ(a, b) for a, b in zip(exact_biases, untraced_biases, strict=True))
+
+
+def test_layerwise_exact_on_modules_is_layerwise_exact_written_out() -> None:
+    model = dense_net((0.5, 0.7, 0.6))
+    x_seq, target = sequences(3, 5)
+    weights, biases = layerwise_exact(equations_of(model), x_seq, target, mse_slope)
+    found = ostl(model, ("1", "3", "5"), x_seq, target, mse)
+    for layer, (weight, bias) in enumerate(zip(weights, biases, strict=True)):
+        close(found[f"{2 * layer}.weight"], weight)
+        close(found[f"{2 * layer}.bias"], bias)
 
 
 def test_layerwise_exact_is_bptt_in_the_last_layer() -> None:
