@@ -19,6 +19,7 @@ from snnfx.neuron import AdaptiveLIFNode, CUBALIFNode, LIFNode, ParametricLIFNod
 from snnfx.online import (
     BPTT,
     FPTT,
+    OSTL,
     OTTT_A,
     OTTT_O,
     SLTT,
@@ -34,7 +35,7 @@ from snnfx.online import (
 )
 
 T, N = 6, 3
-RULES = [BPTT, TBPTT(2), OTTT_A, OTTT_O, SLTT, SLTT_K(2), FPTT(0.5), EProp]
+RULES = [BPTT, TBPTT(2), OTTT_A, OTTT_O, SLTT, SLTT_K(2), FPTT(0.5), EProp, OSTL]
 each_rule = pytest.mark.parametrize("rule", RULES, ids=lambda rule: rule.name)
 
 

@@ -12,7 +12,7 @@ from test_online_numbers import Trained, ZooNet, prepared, same
 from test_online_oracles import N, T, close, differ, sequences, sgd
 from torch import Tensor, nn
 
-from snnfx.online import BPTT, FPTT, OTTT_A, OTTT_O, SLTT, SLTT_K, TBPTT, EProp, Rule, Trainer
+from snnfx.online import BPTT, FPTT, OSTL, OTTT_A, OTTT_O, SLTT, SLTT_K, TBPTT, EProp, Rule, Trainer
 
 
 @pytest.fixture(autouse=True)
@@ -23,7 +23,7 @@ def _double() -> None:
 # How it is run makes no difference.
 
 
-@pytest.mark.parametrize("rule", [SLTT, OTTT_A, OTTT_O, FPTT(0.5), EProp], ids=lambda rule: rule.name)
+@pytest.mark.parametrize("rule", [SLTT, OTTT_A, OTTT_O, FPTT(0.5), EProp, OSTL, BPTT], ids=lambda rule: rule.name)
 def test_the_length_of_chunks_does_not_change_the_numbers(rule: Rule) -> None:
     model, x_seq, target, _ = prepared("zoo")
     whole = Trained(model, rule, x_seq, target, chunk=T)
@@ -79,7 +79,7 @@ def most_held(rule: Rule, T: int, **options: Any) -> int:
     return held.most
 
 
-@pytest.mark.parametrize("rule", [SLTT, OTTT_A, OTTT_O, FPTT(0.5)], ids=lambda rule: rule.name)
+@pytest.mark.parametrize("rule", [SLTT, OTTT_A, OTTT_O, FPTT(0.5), OSTL], ids=lambda rule: rule.name)
 def test_what_is_held_for_backward_does_not_grow_with_the_sequence(rule: Rule) -> None:
     assert most_held(rule, 240, chunk=8) <= 1.1 * most_held(rule, 24, chunk=8)
 
@@ -131,7 +131,7 @@ def test_gradients_are_clipped_by_their_norm() -> None:
     same(found.gradients, {n: g / 3 for n, g in expected.items()}, 1e-6)
 
 
-@pytest.mark.parametrize("rule", [BPTT, OTTT_A, OTTT_O, SLTT_K(2), FPTT(0.5), FPTT(0.5, "authors")], ids=str)
+@pytest.mark.parametrize("rule", [BPTT, OTTT_A, OTTT_O, SLTT_K(2), FPTT(0.5), FPTT(0.5, "authors"), OSTL], ids=str)
 def test_frozen_parameters_are_left_alone_by_every_rule(rule: Rule) -> None:
     model, x_seq, target, _ = prepared("plain")
     model[2].weight.requires_grad_(False)

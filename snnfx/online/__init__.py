@@ -24,6 +24,7 @@ from snnfx.online.functions import fptt_online_training, fptt_online_training_in
 from snnfx.online.rules import (
     BPTT,
     FPTT,
+    OSTL,
     OTTT_A,
     OTTT_O,
     SLTT,
@@ -38,6 +39,7 @@ from snnfx.online.trainer import StepResult, Trainer
 __all__ = [
     "BPTT",
     "FPTT",
+    "OSTL",
     "OTTT_A",
     "OTTT_O",
     "SLTT",

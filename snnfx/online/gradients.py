@@ -74,13 +74,15 @@ class Updates:
         """Gradients belong to no update yet."""
         self.optimizer.zero_grad()
 
-    def backward(self, loss: Tensor) -> None:
-        """Add the gradients of a loss, divided by the number of calls whose gradients are averaged."""
+    def scaled(self, loss: Tensor) -> Tensor:
+        """A loss whose gradients can be added to those that are there: averaged over calls, scaled for float16."""
         if self.accumulate != 1:
             loss = loss / self.accumulate
-        if self.scaler is not None:
-            loss = self.scaler.scale(loss)
-        loss.backward()
+        return loss if self.scaler is None else self.scaler.scale(loss)
+
+    def backward(self, loss: Tensor) -> None:
+        """Add the gradients of a loss."""
+        self.scaled(loss).backward()
 
     def end_call(self) -> int:
         """Update after as many calls as were asked for; the number of updates."""

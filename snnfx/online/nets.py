@@ -2,22 +2,30 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
+from snnfx.carry import outputs_without
 from snnfx.convert import convert, edited
 from snnfx.errors import InputError
 from snnfx.net import Net
+from snnfx.online.replay import Moment
 from snnfx.online.rules import Rule
+from snnfx.online_ops import draw_dropout_mask
+from snnfx.options import time_dims_of_leaves
 from snnfx.passes.base import Pass
+from snnfx.passes.dependence import is_random
 from snnfx.passes.detach import CutTemporalEdges
 from snnfx.passes.hold_dropout import HoldDropout
 from snnfx.passes.known_states import ReadStatesAsInputs
+from snnfx.passes.part_layers import CutLayers, TapLayers
 from snnfx.passes.signal import CutSpatialEdges
 from snnfx.passes.trace import TraceOperands
+from snnfx.program import StepProgram, keeps_statistics
 
 __all__ = ["RuleNets", "edits_of", "nets_for", "shapes_of"]
 
@@ -41,6 +49,9 @@ def edits_of(rule: Rule) -> list[Pass]:
 class RuleNets:
     """The forms in which a rule runs a model, each made when it is first needed.
 
+    `sequence` takes sequences, `step` one step, `known` steps whose states are known; `own` and `between` are the two
+    forms of layers.
+
     Args:
         base: the model, converted.
         rule: says what to edit.
@@ -60,20 +71,30 @@ class RuleNets:
         self.sequence = self._edited("m")
         self._step: Net | None = None
         self._known: Net | None = None
+        self._layers: tuple[Net, Net] | None = None
+        self._found: tuple[StepProgram, _Findings] | None = None
 
     def _edited(self, step_mode: str, *more: Pass) -> Net:
-        time_dim = self.base.options.time_dim
         return edited(
             self.base,
             [*self.edits, *more],
             step_mode=step_mode,
             # Time is in front where these nets run; the base binds the arguments.
-            time_dim=0 if isinstance(time_dim, int) else time_dim,
+            time_dim=0 if more else self._time_in_front(),
             batch_norm=self.batch_norm,
             carry_state=False,
             chunk=None,
             checkpoint=None,
         )
+
+    def _time_in_front(self) -> Any:
+        """The option `time_dim` of the base, with 0 for every sequence."""
+        option, program = self.base.options.time_dim, self.base.program
+        if option is None or isinstance(option, int):
+            return None if option is None else 0
+        dims = [None if dim is None else 0 for dim in time_dims_of_leaves(option, program)]
+        args, kwargs = pytree.tree_unflatten(dims, program.input_spec)
+        return (*args, *kwargs.values())
 
     @property
     def step(self) -> Net:
@@ -83,11 +104,71 @@ class RuleNets:
         return self._step
 
     @property
+    def has_known_form(self) -> bool:
+        """Whether a step whose state is known is the same whenever it is run."""
+        return self._findings().is_repeatable
+
+    def moment(self) -> Moment:
+        """What the next steps meet, to run them again later."""
+        return Moment(self._findings().counting, self._findings().draws)
+
+    def _findings(self) -> _Findings:
+        program = self.sequence.program
+        if self._found is None or self._found[0] is not program:
+            self._found = (program, _findings_of(program))
+        return self._found[1]
+
+    @property
     def known(self) -> Net:
-        """The form that takes steps whose states are known, all at once: the slots are inputs."""
+        """The form that takes steps whose states are known, all at once: the slots are inputs, and all have time."""
         if self._known is None:
             self._known = self._edited("m", ReadStatesAsInputs())
         return self._known
+
+    def run_recording(
+        self, leaves: list[Tensor], given: dict[str, Any], state: dict[str, Any] | None, T: int, record: Sequence[str]
+    ) -> tuple[Any, dict[str, Any], dict[str, Tensor]]:
+        """Some steps of the sequence, and the values of some slots after each of them, `[T, *]`."""
+        program, tensors = self.sequence.program, iter(leaves)
+        values = [next(tensors) if leaf.placeholder else leaf.constant for leaf in program.input_leaves]
+        args, kwargs = pytree.tree_unflatten(values, program.input_spec)
+        found = self.sequence.run(*args, **kwargs, **given, state=state, record=record, T=T)
+        return found if record else (*found, {})
+
+    @property
+    def layers(self) -> tuple[Net, Net]:
+        """The forms that return what leaves each layer, and that add something to it: `snnfx.passes.part_layers`."""
+        if self._layers is None:
+            self._layers = self._edited("m", CutLayers()), self._edited("m", TapLayers(), CutTemporalEdges())
+        for net in self._layers:
+            net.__dict__["training"] = self.sequence.training
+        return self._layers
+
+    def run_known(self, leaves: list[Tensor], states: list[Tensor], T: int) -> Any:
+        """Some steps, from the states before them `[T, *]`, in the order of the slots."""
+        self.known.__dict__["training"] = self.sequence.training
+        outputs, _ = self.known.run_bound(self._with_more(leaves, states, T), {}, None, T)
+        return outputs_without(outputs, [c.path for c in self.sequence.program.carried])
+
+    def run_layers(
+        self, leaves: list[Tensor], given: dict[str, Any], state: dict[str, Any] | None, T: int
+    ) -> tuple[Any, list[Tensor], dict[str, Any]]:
+        """Some steps without a gradient between layers: `(outputs, what leaves the layers, final state)`."""
+        (outputs, values), after = self.layers[0].run_bound(self._with_more(leaves, [], T), given, state, T)
+        return outputs, values, after
+
+    def run_between_layers(
+        self, leaves: list[Tensor], taps: list[Tensor], given: dict[str, Any], state: dict[str, Any] | None, T: int
+    ) -> Any:
+        """Some steps without a gradient through time; the taps, `[T, *]`, are added to what leaves the layers."""
+        return self.layers[1].run_bound(self._with_more(leaves, taps, T), given, state, T)[0]
+
+    def _with_more(self, leaves: list[Tensor], more: list[Tensor], T: int) -> list[Tensor]:
+        """The inputs, all with time, and further ones behind those that are positional arguments."""
+        pairs = zip(leaves, self.base.varying_inputs, strict=True)
+        sequences = [x if varies else x.expand(T, *x.shape) for x, varies in pairs]
+        count = self.base.positional_inputs
+        return [*sequences[:count], *more, *sequences[count:]]
 
     @property
     def step_elements(self) -> int:
@@ -100,6 +181,33 @@ class RuleNets:
         for net in (self.sequence, self._step, self._known):
             if net is not None:
                 net.__dict__["training"] = training
+
+
+@dataclass(frozen=True)
+class _Findings:
+    """What matters of a step that is run again.
+
+    Args:
+        draws: whether it draws random numbers, at each step or once for a sequence.
+        is_repeatable: whether it is the same for every step, apart from its state, and draws nothing at each.
+        counting: the modules whose buffers change when they are run in training.
+    """
+
+    draws: bool
+    is_repeatable: bool
+    counting: tuple[nn.Module, ...]
+
+
+def _findings_of(program: StepProgram) -> _Findings:
+    calls = [
+        n for p in (program, program.first_step) if p is not None for n in p.graph.nodes if n.op.startswith("call")
+    ]
+    drawing = [n for n in calls if is_random(program, n)]
+    each_step = any(n.target is not draw_dropout_mask for n in drawing)
+    unlike = program.first_step is not None or bool(program.opaque)
+    modules = {module: None for n in calls if keeps_statistics(program, n) and (module := program.module_of(n))}
+    opaque = dict.fromkeys(program.source.get_submodule(name) for name in program.opaque)
+    return _Findings(bool(drawing or opaque), not (each_step or unlike), tuple(modules | opaque))
 
 
 class _Kept(dict[Any, Any]):

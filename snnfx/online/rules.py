@@ -11,7 +11,7 @@ from typing import Any, Literal
 
 from snnfx.errors import InputError
 
-__all__ = ["BPTT", "FPTT", "OTTT_A", "OTTT_O", "SLTT", "SLTT_K", "TBPTT", "EProp", "FPTTTerm", "Rule"]
+__all__ = ["BPTT", "FPTT", "OSTL", "OTTT_A", "OTTT_O", "SLTT", "SLTT_K", "TBPTT", "EProp", "FPTTTerm", "Rule"]
 
 
 @dataclass(frozen=True)
@@ -46,7 +46,7 @@ _CHOICES: dict[str, tuple[Any, ...]] = {
     "trace_bias": (False, True),
 }
 _NUMBERS_OR: dict[str, tuple[Any, ...]] = {
-    "temporal": ("keep", "cut"),
+    "temporal": ("keep", "cut", "layer"),
     "update": ("end", "step"),
     "random_steps": (None,),
 }
@@ -61,7 +61,9 @@ class Rule:
     Args:
         name: for messages and tables.
         temporal: which gradients go through the state from step to step. "keep": all (back-propagation through time).
-            "cut": none. An int K: within stretches of K steps, counted from the start of the sequence.
+            "cut": none. "layer": those inside of a layer, a neuron with all that feeds back into it and the weights in
+            front of it; from layer to layer they go inside of one step. An int K: within stretches of K steps, counted
+            from the start of the sequence.
         cut: which slots `temporal` is about: "all"; "spiking": all but those of neurons that never fire (a leaky
             readout keeps its gradients through time); or a tuple of slot names.
         operand: what the gradient of a weight is taken with. "raw": the operand of the weight op itself. "trace": its
@@ -84,7 +86,7 @@ class Rule:
     """
 
     name: str = "custom"
-    temporal: Literal["keep", "cut"] | int = "keep"
+    temporal: Literal["keep", "cut", "layer"] | int = "keep"
     cut: Literal["all", "spiking"] | tuple[str, ...] = "all"
     operand: Literal["raw", "trace"] = "raw"
     trace_leak: Literal["post", "pre"] | float = "post"
@@ -129,6 +131,8 @@ class Rule:
         if self.operand == "trace" and self.temporal != "cut":
             why = "a trace stands for the gradients through time of what is cut; not cut, they would count twice."
             raise contradiction('operand="trace" without temporal="cut"', why)
+        if self.temporal == "layer" and self.cut != "all":
+            raise contradiction('temporal="layer" with cut=', "which states belong to a layer is found in the graph.")
         if self.random_steps is not None and (self.temporal != "cut" or self.keeps_some):
             why = "a gradient at one step alone needs the state cut."
             raise contradiction('random_steps without temporal="cut" and cut="all"', why)
@@ -141,6 +145,11 @@ class Rule:
     def keeps_some(self) -> bool:
         """Whether gradients may go through some states over the whole sequence, while others are cut."""
         return self.temporal == "cut" and self.cut != "all"
+
+    @property
+    def goes_through_time(self) -> bool:
+        """Whether gradients go from step to step, as far as a stretch of K steps or the sequence."""
+        return self.temporal != "cut" or self.keeps_some
 
     @property
     def updates_within_sequence(self) -> bool:
@@ -193,6 +202,18 @@ def FPTT(alpha: float, variant: Literal["reference", "paper", "authors"] = "refe
         citation="Kag & Saligrama 2021, ICML (PMLR 139); Yin et al. 2021, arXiv:2112.11231",
     )
 
+
+OSTL = Rule(
+    name="OSTL",
+    temporal="layer",
+    citation="Bohnstingl et al. 2022, Online Spatio-Temporal Learning in Deep Neural Networks, IEEE TNNLS, "
+    "arXiv:2007.12723",
+)
+"""Online spatio-temporal learning: exact in each layer, whatever neuron and recurrence it has; spatial between layers.
+
+Published with eligibilities for each weight that are carried forward. The same gradients are taken here by going back
+through time in each layer, which costs a chunk of memory instead of one tensor of the weight's size for each sample.
+"""
 
 EProp = Rule(
     name="e-prop",

@@ -17,8 +17,10 @@ from snnfx.online.checks import check_optimizer, check_steps, number_of_steps, t
 from snnfx.online.gradients import Updates
 from snnfx.online.losses import Loss
 from snnfx.online.nets import RuleNets, nets_for, shapes_of
+from snnfx.online.random_steps import run_random_steps
 from snnfx.online.rules import Rule
-from snnfx.online.runs import Run, run_chunks, run_random_steps, run_steps
+from snnfx.online.run import Run
+from snnfx.online.runs import run_chunks, run_steps
 
 __all__ = ["StepResult", "Trainer"]
 
@@ -53,9 +55,9 @@ class Trainer:
         optimizer: over parameters of the model. Schedulers work on it as usual: call them between calls of `step`.
         loss: `loss(y_t, target_t)`, the scalar loss of one time step; a pure function. It is evaluated for all steps
             of a chunk at once (torch.vmap) where that gives the same values and gradients, which is checked once.
-        chunk: how many time steps are run at once; bounds the memory. None: chosen by the rule (see `chunk_length`).
-            The numbers do not depend on it, except for "keep" rules, which take all steps at once, and TBPTT, whose
-            chunk is K.
+        chunk: how many time steps are run at once; bounds the memory. The numbers do not depend on it (but see
+            `batch_norm`). Where gradients go through time (BPTT, TBPTT with K above it, e-prop's readout), every chunk
+            is run twice, and one state is kept for each. None: see `chunk_length`.
         loss_scale: overrides that of the rule: "mean": divide each step's loss by T; "sum": do not; or a number.
         clip_grad_norm: largest norm of the gradients at an update, over the optimizer's parameters together.
         amp_dtype: run the forward pass under torch.autocast with this type (torch.bfloat16 or torch.float16; the
@@ -158,20 +160,19 @@ class Trainer:
     def chunk_length(self, T: int, step_elements: int = 0) -> int:
         """How many time steps are run at once for a sequence of T.
 
-        Rules whose gradients go through time take stretches of their own; all others the given `chunk`, or as many
-        steps as have 2**22 elements in the largest state (16 MB in float32: freed blocks of twice that go back to the
-        system, see `snnfx.tune_allocator`, after which it is twice as many), in chunks of one length.
+        The given `chunk`; without one, as many steps as have 2**22 elements in the largest state (16 MB in float32:
+        freed blocks of twice that go back to the system, see `snnfx.tune_allocator`, after which it is twice as many),
+        in chunks of one length. BPTT and TBPTT take all steps, or all K, at once unless `chunk` says otherwise.
 
         Args:
             T: length of the sequence.
             step_elements: elements of the largest state of one step, where it is known.
         """
-        if self.rule.temporal == "keep" or self.rule.keeps_some:
-            return T
-        if isinstance(self.rule.temporal, int):
-            return self.rule.temporal
+        most = self.rule.temporal if isinstance(self.rule.temporal, int) else T
         if self.chunk is not None:
-            return min(self.chunk, T)
+            return min(self.chunk, most)
+        if self.rule.temporal not in ("cut", "layer"):
+            return most
         elements = _ELEMENTS_OF_A_CHUNK * (2 if is_tuned() else 1)
         most = max(1, elements // step_elements if step_elements else _STEPS_OF_A_CHUNK)
         return math.ceil(T / math.ceil(T / most))
