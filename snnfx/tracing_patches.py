@@ -7,6 +7,7 @@ import contextlib
 import logging
 import os
 import sys
+import types
 from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING, Any
 
@@ -38,24 +39,43 @@ _RANDOM_FACTORIES = ("rand", "randn", "randint", "randperm")
 
 @contextlib.contextmanager
 def patched_apply(tracer: StepTracer) -> Iterator[None]:
-    """While tracing, `SomeFunction.apply(proxy)` records one node instead of running the forward on proxies."""
-    base = torch.autograd.Function
-    original = base.__dict__["apply"]
+    """While tracing, `SomeFunction.apply(proxy)` records one node instead of running the forward on proxies.
 
-    def apply(cls: type[torch.autograd.Function], *args: Any, **kwargs: Any) -> Any:
+    Modules often keep `spike = SomeFunction.apply`, a method that is bound already, so it is no use to put another
+    function into its place: the function gets other code.
+    """
+
+    def apply(cls: type[torch.autograd.Function], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         if tracer.is_evaluating or not any(type(a) is StepProxy for a in pytree.tree_leaves((args, kwargs))):
-            return original.__get__(None, cls)(*args, **kwargs)
+            return _apply_as_it_is(cls, *args, **kwargs)
         holder = next(
             (h for h in tracer.constants.values() if isinstance(h, FunctionHolder) and h.function is cls), None
         )
         holder_proxy = tracer.proxy(tracer.constant(holder or FunctionHolder(cls)))
         return tracer.create_proxy("call_function", apply_autograd_function, (holder_proxy, *args), kwargs)
 
-    base.apply = classmethod(apply)  # type: ignore[assignment]
+    _applies.append(apply)
+    before, _APPLY.__code__ = _APPLY.__code__, _Recording.apply.__code__
     try:
         yield
     finally:
-        base.apply = original  # type: ignore[method-assign]
+        _APPLY.__code__ = before
+        _applies.pop()
+
+
+_APPLY = torch.autograd.Function.__dict__["apply"].__func__
+_apply_as_it_is = types.FunctionType(_APPLY.__code__, _APPLY.__globals__, closure=_APPLY.__closure__)
+_applies: list[Callable[..., Any]] = []
+"""What `SomeFunction.apply` does instead, for the traces that are going on, the innermost last."""
+
+
+class _Recording:
+    def apply(cls, *args: Any, **kwargs: Any) -> Any:
+        """The code that `torch.autograd.Function.apply` gets; it sees the names of torch's module, not of this one."""
+        from snnfx.tracing_patches import _applies
+
+        super  # noqa: B018 - it makes the cell `__class__`, without which this code could not take the place of torch's
+        return _applies[-1](cls, args, kwargs)
 
 
 @contextlib.contextmanager

@@ -501,6 +501,30 @@ def test_a_users_autograd_function_keeps_its_gradient() -> None:
     assert_converts(Spiking(), sequence())
 
 
+spike_function = Surrogate.apply  # bound before anything is traced, as most models have it
+
+
+def test_an_apply_that_was_bound_beforehand_keeps_its_gradient() -> None:
+    class Spiking(Layer):
+        def prepare(self) -> None:
+            self.v: Any = None
+            self.spike = spike_function
+
+        def forward(self, x: Tensor) -> Tensor:
+            x = self.fc(x)
+            if self.v is None:
+                self.v = torch.zeros_like(x)
+            self.v = 0.5 * self.v + x
+            spike = self.spike(self.v - 0.3, 4.0)
+            self.v = self.v - 0.3 * spike
+            return spike
+
+    assert_converts(Spiking(), sequence())
+    x = torch.ones(2, requires_grad=True)
+    spike_function(x, 4.0).sum().backward()
+    torch.testing.assert_close(x.grad, torch.full((2,), 4.0).sigmoid())
+
+
 def test_no_grad_and_detach_inside_a_step_cut_the_gradient() -> None:
     class Cuts(Layer):
         def prepare(self) -> None:
