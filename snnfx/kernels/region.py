@@ -23,17 +23,19 @@ from snnfx.kernels.function import needs_of, run_lowered
 from snnfx.kernels.initial import InitialStates, initial_states_by_comparison, initial_states_of_start
 from snnfx.kernels.lowered import LoweredStep, Needs
 from snnfx.kernels.record import NotLowered, Recording, random_numbers_kept, record_step
+from snnfx.kernels.settings import SettingsOfRegion
 from snnfx.kernels.translate import TranslatedStep, translate
 from snnfx.loops.function import run_mixed
 from snnfx.loops.initial import initial_states_of_each
 from snnfx.loops.mixed import MixedStep
 from snnfx.regions import buffers_of
-from snnfx.state import adapter_of, call_stateful, has_forward_hooks, initial_value
+from snnfx.state import adapter_of, call_stateful, initial_value
 
 __all__ = ["Prepared", "RegionKernels"]
 
 _MOST = 64
 """Recordings kept for a region."""
+_PLAIN_TENSORS = (Tensor, nn.Parameter, nn.Buffer)
 
 
 @dataclass
@@ -104,6 +106,8 @@ class RegionKernels:
         self.label, self.step, self.first, self.make_start = label, step, first, make_start
         self._start: fx.GraphModule | None = None
         self.entries: dict[Any, _Entry] = {}
+        self._latest: tuple[Any, _Entry] | None = None
+        self._settings = SettingsOfRegion()
         self.refusal = ""
         self.in_use: LoweredStep | MixedStep | None = None
 
@@ -152,16 +156,20 @@ class RegionKernels:
         """The recording for these arguments, made if need be, with its constants; None where there is none."""
         if not _ordinary(x_seq, state, constants):
             return None
-        entry = self._entry(x_seq, state, constants)
-        if entry is None or entry.lowered is None:
-            self.refusal = entry.reason if entry is not None else self.refusal
+        settings = self._settings.of(constants)
+        if settings is None:
             return None
+        entry = self._entry(x_seq, state, constants, settings)
         lowered = entry.lowered
-        fits = lowered.fits(state or ()) if isinstance(lowered, MixedStep) else _fit(state or (), x_seq, lowered.step)
-        if state is not None and not fits:
-            self.refusal = "a given state has another shape than the states after a step"
+        if lowered is None:
+            self.refusal = entry.reason
             return None
-        return Prepared(self, entry, entry.lowered, x_seq, constants, [fetch(constants) for fetch in entry.constants])
+        if state is not None:
+            fits = lowered.fits(state) if isinstance(lowered, MixedStep) else _fit(state, x_seq, lowered.step)
+            if not fits:
+                self.refusal = "a given state has another shape than the states after a step"
+                return None
+        return Prepared(self, entry, lowered, x_seq, constants, [fetch(constants) for fetch in entry.constants])
 
     def start(self) -> fx.GraphModule:
         """The graph of the states before the first step."""
@@ -187,34 +195,43 @@ class RegionKernels:
 
     # -- recordings -----------------------------------------------------------------------------------------------
 
-    def _entry(self, x_seq: Sequence[Tensor], state: Sequence[Any] | None, constants: Sequence[Any]) -> _Entry | None:
+    def _entry(
+        self, x_seq: Sequence[Tensor], state: Sequence[Any] | None, constants: Sequence[Any], settings: Any
+    ) -> _Entry:
         device = x_seq[0].device
         kind = kind_of(device)
-        try:
-            fixed = (
-                tuple([_of_constant(c) for c in constants]),
-                None if state is None else tuple([_of_state(s) for s in state]),
-                device,
-                torch.is_autocast_enabled(kind) and torch.get_autocast_dtype(kind),
-                torch.get_default_dtype(),
-            )
-        except NotLowered as reason:
-            self.refusal = str(reason)
-            return None
+        fixed = (
+            settings,
+            None if state is None else tuple([_of_state(s) for s in state]),
+            device,
+            torch.is_autocast_enabled(kind) and torch.get_autocast_dtype(kind),
+            torch.get_default_dtype(),
+        )
         exact = (tuple([(x.shape[1:], x.dtype) for x in x_seq]), fixed)
+        if self._latest is not None and self._latest[0] == exact:
+            entry = self._latest[1]
+        else:
+            entry = self._found_or_recorded(exact, x_seq, state, constants)
+        for fetch, identity, version in entry.baked:
+            tensor = fetch(constants)
+            if id(tensor) != identity or tensor._version != version:
+                entry, _ = self._record(x_seq, state, constants)
+                self._keep(exact, entry)
+                break
+        self._latest = exact, entry
+        return entry
+
+    def _found_or_recorded(
+        self, exact: tuple[Any, Any], x_seq: Sequence[Tensor], state: Sequence[Any] | None, constants: Sequence[Any]
+    ) -> _Entry:
+        """What is kept for the sizes of these inputs, or for all sizes."""
         entry = self.entries.get(exact)
         if entry is None:
-            general = (tuple([(_pattern(x.shape[1:]), x.dtype) for x in x_seq]), fixed)
+            general = (tuple([(_pattern(x.shape[1:]), x.dtype) for x in x_seq]), exact[1])
             entry = self.entries.get(general)
             if entry is None:
                 entry, is_general = self._record(x_seq, state, constants)
                 self._keep(general if is_general else exact, entry)
-        for fetch, identity, version in entry.baked:
-            tensor = fetch(constants)
-            if id(tensor) != identity or tensor._version != version:
-                entry, is_general = self._record(x_seq, state, constants)
-                self._keep(exact, entry)
-                break
         return entry
 
     def _keep(self, key: Any, entry: _Entry) -> None:
@@ -356,7 +373,7 @@ def _refuse_other_shapes(inputs: Sequence[Tensor], states: Sequence[Tensor]) -> 
 
 
 def _ordinary(x_seq: Sequence[Any], state: Sequence[Any] | None, constants: Sequence[Any]) -> bool:
-    """Whether these are plain tensors on a device with kernels, which nobody watches, and modules without hooks."""
+    """Whether these are plain tensors on a device with kernels, which nobody watches, and modules and numbers."""
     if torch._C._len_torch_dispatch_stack() or torch._C._are_functorch_transforms_active():
         return False
     if forward_ad._current_level >= 0:
@@ -366,16 +383,13 @@ def _ordinary(x_seq: Sequence[Any], state: Sequence[Any] | None, constants: Sequ
         return False
     for value in (*x_seq, *(state or ()), *constants):
         if isinstance(value, Tensor):
-            if type(value) not in (Tensor, nn.Parameter, nn.Buffer):
+            if type(value) not in _PLAIN_TENSORS:
                 return False
             if value.device != device and (value.dim() > 0 or value.device.type != "cpu"):
                 return False
             if value.layout != torch.strided or value.is_nested:
                 return False
-        elif isinstance(value, nn.Module):
-            if any(map(has_forward_hooks, _modules_of(value))):
-                return False
-        elif not isinstance(value, bool | int | float):
+        elif not isinstance(value, nn.Module | bool | int | float):
             return False
     return bool(x_seq[0].shape[0] > 0)
 
@@ -406,58 +420,6 @@ def _pattern(shape: Sequence[int]) -> tuple[bool, ...]:
 
 def _of_state(value: Any) -> Any:
     return (value.dtype, _pattern(value.shape)) if isinstance(value, Tensor) else (type(value), value)
-
-
-def _of_constant(constant: Any) -> Any:
-    """What a recording depends on in a constant of the region."""
-    if isinstance(constant, Tensor):
-        return (constant.shape, constant.dtype, constant.requires_grad)
-    if isinstance(constant, nn.Module):
-        return tuple([_of_module(module) for module in _modules_of(constant)])
-    return (type(constant), constant)
-
-
-_NOT_HYPERPARAMETERS = frozenset((*nn.Module().__dict__, "_memories")) - {"training"}
-"""What every module has, and states."""
-
-
-def _modules_of(module: nn.Module) -> list[nn.Module]:
-    """The module and everything inside it; some more than once. `Module.modules` is slow."""
-    found = [module]
-    for child in module._modules.values():
-        if child is not None:
-            found += _modules_of(child)
-    return found
-
-
-def _of_module(module: nn.Module) -> Any:
-    found: list[Any] = [type(module)]
-    for name, value in module.__dict__.items():
-        if name in _NOT_HYPERPARAMETERS:
-            continue
-        kind = type(value)
-        if kind is bool or kind is int or kind is float or kind is str or value is None:
-            found.append(value if kind is not float or value == value else "nan")
-            found.append(kind)
-        else:
-            found.append(_frozen(value))
-    for registry in (module._parameters, module._buffers):
-        for tensor in registry.values():
-            found.append(None if tensor is None else (tensor.shape, tensor.dtype, tensor.requires_grad))
-    return tuple(found)
-
-
-def _frozen(value: Any) -> Any:
-    """A value as a key: plain values by value, all else by identity (its owner keeps it alive)."""
-    if isinstance(value, bool | int | float | str | bytes | None | torch.dtype | torch.device):
-        return (type(value), value)
-    if isinstance(value, tuple | list):
-        return (type(value), *[_frozen(v) for v in value])
-    if isinstance(value, dict):
-        return (dict, *[(_frozen(k), _frozen(v)) for k, v in value.items()])
-    if isinstance(value, Tensor):
-        return (id(value), value.shape, value.dtype, value.requires_grad)
-    return id(value)
 
 
 def _fetcher(tensor: Tensor, constants: Sequence[Any]) -> Callable[[Sequence[Any]], Tensor]:
