@@ -24,11 +24,8 @@ from snnfx.kernels.region import RegionKernels
 from snnfx.passes.detach import folds_when_cut, is_trace_loop
 from snnfx.passes.region_builder import RegionBuilder, has_batch_in_front, same_for_all_samples, whole_step
 from snnfx.program import Region, StepProgram, add_placeholder, describe_node
-from snnfx.regions import (
-    LoopRegion,
-    MapRegion,
-    RegionGraph,
-    batch_norm_per_step,
+from snnfx.regions import LoopRegion, MapRegion, RegionGraph
+from snnfx.sequence_functions import (
     call_module,
     call_once,
     delay_one_step,
@@ -39,6 +36,7 @@ from snnfx.regions import (
     time_steps,
     times_steps,
 )
+from snnfx.step_batch_norm import batch_norm_per_step
 from snnfx.tensor_layout import row_major
 
 __all__ = ["Emitted", "emit_multi_step", "emit_plain", "emit_single_step"]

@@ -16,7 +16,8 @@ from snnfx.errors import CaptureError
 from snnfx.passes.dependence import analyse_dependence, is_size
 from snnfx.passes.layout import image_of, is_convolution, takes_any_layout, weights_of
 from snnfx.program import StepProgram, add_placeholder, place_of
-from snnfx.regions import RegionGraph, call_module, in_shape_of, repeat_for_samples
+from snnfx.regions import RegionGraph
+from snnfx.sequence_functions import call_module, in_shape_of, repeat_for_samples
 from snnfx.tensor_layout import image_format, row_major
 
 __all__ = ["RegionBuilder", "has_batch_in_front", "same_for_all_samples", "whole_step"]

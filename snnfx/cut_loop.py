@@ -15,7 +15,8 @@ from torch import Tensor
 
 from snnfx.functional import seq_to_ann_forward
 from snnfx.online_ops import update_trace
-from snnfx.regions import LoopRegion, RegionGraph, stack_steps
+from snnfx.regions import LoopRegion, RegionGraph
+from snnfx.sequence_functions import stack_steps
 
 __all__ = ["CutLoopRegion", "TraceRegion"]
 

@@ -14,7 +14,57 @@ from torch.autograd.function import once_differentiable
 
 from snnfx.buffers import empty_like
 
-__all__ = ["normalize_steps"]
+__all__ = ["batch_norm_per_step", "normalize_steps"]
+
+
+def batch_norm_per_step(x_seq: Tensor, module: nn.modules.batchnorm._BatchNorm) -> Tensor:
+    """BatchNorm over `[T, N, C, *]` as T calls one after the other do it, computed for all steps at once.
+
+    Statistics are those of one step; the running statistics after it are those after T updates, in closed form:
+    with momentum m, `r_T = (1-m)^T r_0 + sum_t m (1-m)^(T-1-t) stat_t` (Ioffe & Szegedy 2015 for one update).
+
+    Args:
+        x_seq: `[T, N, C, *]`.
+        module: a BatchNorm module; in evaluation mode it is folded.
+    """
+    T = x_seq.shape[0]
+    if module._forward_hooks or module._forward_pre_hooks:
+        return torch.stack([module(x) for x in x_seq.unbind(0)])
+    if not module.training and module.running_mean is not None:
+        return module(x_seq.flatten(0, 1)).unflatten(0, (T, x_seq.shape[1]))  # type: ignore[no-any-return]
+    module._check_input_dim(x_seq[0])
+    count = x_seq[0].numel() // x_seq.shape[2]
+    if module.training and count <= 1:
+        return torch.stack([module(x) for x in x_seq.unbind(0)])  # torch's own error
+    if not torch.compiler.is_compiling() and not isinstance(module, nn.SyncBatchNorm):
+        return normalize_steps(x_seq, module)
+    dims = [1, *range(3, x_seq.dim())]
+    variance, mean = torch.var_mean(x_seq, dims, correction=0, keepdim=True)
+    y = (x_seq - mean) * torch.rsqrt(variance + module.eps)
+    if module.weight is not None:
+        shape = (-1, *(1,) * (x_seq.dim() - 3))
+        y = y * module.weight.view(shape) + module.bias.view(shape)
+    if module.training and module.track_running_stats and module.running_mean is not None:
+        with torch.no_grad():
+            _update_running_statistics(module, mean.view(T, -1), variance.view(T, -1) * (count / (count - 1)))
+    return y.to(x_seq.dtype)
+
+
+def _update_running_statistics(module: nn.modules.batchnorm._BatchNorm, mean: Tensor, variance: Tensor) -> None:
+    T = mean.shape[0]
+    assert module.num_batches_tracked is not None
+    if module.momentum is None:
+        seen = module.num_batches_tracked.to(mean.dtype)
+        keep = seen / (seen + T)
+        weights = (torch.ones(T, dtype=mean.dtype, device=mean.device) / (seen + T)).unsqueeze(1)
+    else:
+        age = torch.arange(T - 1, -1, -1, dtype=mean.dtype, device=mean.device)
+        keep = torch.tensor(1.0 - module.momentum, dtype=mean.dtype, device=mean.device) ** T
+        weights = (module.momentum * (1.0 - module.momentum) ** age).unsqueeze(1)
+    for running, statistic in ((module.running_mean, mean), (module.running_var, variance)):
+        assert running is not None
+        running.copy_(keep * running + (weights * statistic).sum(0))
+    module.num_batches_tracked.add_(T)
 
 
 def normalize_steps(x_seq: Tensor, module: nn.modules.batchnorm._BatchNorm) -> Tensor:

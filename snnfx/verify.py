@@ -21,7 +21,7 @@ from snnfx.errors import InputError, VerificationError
 from snnfx.isolation import copies_in_float64, random_state, to_float64, undisturbed
 from snnfx.oracle import folded_forward, step_forward
 from snnfx.region_lookup import called_in, is_within, place_of_module, place_of_output, reset_discovered_state
-from snnfx.regions import reduce_over_time
+from snnfx.sequence_functions import reduce_over_time
 from snnfx.state import named_stateful, reset_net
 from snnfx.timed_inputs import TimedInputs
 

@@ -16,18 +16,9 @@ import snnfx
 from snnfx import neuron
 from snnfx.errors import PassError, SnnfxWarning
 from snnfx.region_op import run_loop_as_operator, run_map_as_operator
-from snnfx.regions import (
-    LoopRegion,
-    MapRegion,
-    SequenceRegion,
-    batch_norm_per_step,
-    delay_one_step,
-    pick_state,
-    region_of_handle,
-    repeat_over_time,
-    stack_steps,
-    time_steps,
-)
+from snnfx.regions import LoopRegion, MapRegion, SequenceRegion, region_of_handle
+from snnfx.sequence_functions import delay_one_step, pick_state, repeat_over_time, stack_steps, time_steps
+from snnfx.step_batch_norm import batch_norm_per_step
 
 T, N, C = 4, 3, 5
 
