@@ -1,55 +1,39 @@
 """Emit the multi-step graph: one call of a `snnfx.functional` function for each region of a partitioned program.
 
-There are two forms over the same region modules. The plain one is what a user sees and exports: from the sequences
-of the model's inputs to its outputs, starting from the reset state. The one with state takes sequences with time first,
-the state by slot name (None: the reset state) and `time`, a tensor `[T]` for regions that have no sequence; it returns
-outputs, final state and what is recorded. Regions take modules and parameters as arguments, so that every one of them
-stays where the model has it.
+There are two forms over the same region modules. This one, with state, takes sequences with time first, the state by
+slot name (None: the reset state) and `time`, a tensor `[T]` for regions that have no sequence; it returns outputs,
+final state and what is recorded. The plain one (`snnfx.passes.emit_plain`) is what a user sees and exports. Regions
+take modules and parameters as arguments, so that every one of them stays where the model has it.
 """
 
 from __future__ import annotations
 
 import operator
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass, field
 from typing import Any
 
-from torch import fx, nn
+from torch import nn
 from torch.fx import Node
-from torch.utils import _pytree as pytree
 
 from snnfx.cut_loop import CutLoopRegion, TraceRegion
 from snnfx.functional import map_forward, multi_step_forward, seq_to_ann_forward
 from snnfx.kernels.region import RegionKernels
 from snnfx.passes.detach import folds_when_cut, is_trace_loop
-from snnfx.passes.region_builder import RegionBuilder, has_batch_in_front, same_for_all_samples, whole_step
-from snnfx.program import Region, StepProgram, add_placeholder, describe_node
+from snnfx.passes.emitter import Emitted, Emitter, TargetName
+from snnfx.passes.region_builder import RegionBuilder, has_batch_in_front, same_for_all_samples
+from snnfx.program import Region, StepProgram, describe_node
 from snnfx.regions import LoopRegion, MapRegion, RegionGraph
 from snnfx.sequence_functions import (
-    call_module,
     call_once,
     delay_one_step,
     hold_over_time,
-    pick_state,
     reduce_over_time,
     repeat_over_time,
-    time_steps,
     times_steps,
 )
 from snnfx.step_batch_norm import batch_norm_per_step
-from snnfx.tensor_layout import row_major
 
-__all__ = ["Emitted", "emit_multi_step", "emit_plain", "emit_single_step"]
-
-TargetName = Callable[[str], str]
-
-
-@dataclass
-class Emitted:
-    """An emitted graph and the region modules that it refers to as ``<container>.<region name>``."""
-
-    graph: fx.Graph
-    regions: dict[str, nn.Module] = field(default_factory=dict)
+__all__ = ["MultiStepEmitter", "emit_multi_step"]
 
 
 def emit_multi_step(
@@ -71,86 +55,12 @@ def emit_multi_step(
     Returns:
         A graph `(inputs..., state=None, time=None) -> (outputs, {slot: final value}, records)`.
     """
-    return _MultiStepEmitter(program, container, target_name, record, reduce).emit()
+    return MultiStepEmitter(program, container, target_name, record, reduce).emit()
 
 
-def emit_plain(
-    program: StepProgram,
-    container: str,
-    target_name: TargetName,
-    regions: dict[str, nn.Module],
-    time_dims: Sequence[int | None],
-    output_time_dim: int,
-    reduce: str | None = None,
-) -> Emitted:
-    """Emit a partitioned program for whole sequences from the reset state: `(inputs...) -> outputs`.
+class MultiStepEmitter(Emitter):
+    """Emits the form with state, region by region; the plain form differs in its ends."""
 
-    Args:
-        program: at stage "partitioned".
-        container: where the net keeps the region modules.
-        target_name: from a target of the program to the attribute path on the net.
-        regions: the region modules of `emit_multi_step`, used again.
-        time_dims: where T is in each tensor input, None for one that is the same at every step.
-        output_time_dim: where T is in the outputs.
-        reduce: as for `emit_multi_step`.
-    """
-    return _PlainEmitter(program, container, target_name, regions, time_dims, output_time_dim, reduce).emit()
-
-
-def emit_single_step(program: StepProgram, container: str, target_name: TargetName) -> Emitted:
-    """Emit a program for one step: `(inputs..., state=None) -> (outputs, {slot: next value}, ())`."""
-    return _SingleStepEmitter(program, container, target_name).emit()
-
-
-class _Emitter:
-    """What both forms share: placeholders, attributes, and the state as a dict."""
-
-    def __init__(self, program: StepProgram, container: str, target_name: TargetName) -> None:
-        self.program, self.container, self.target_name = program, container, target_name
-        self.graph = fx.Graph()
-        self.regions: dict[str, nn.Module] = {}
-        self.attributes: dict[str, Node] = {}
-        self.values: dict[Node, Node] = {}
-
-    def placeholders(self) -> None:
-        for node in self.program.input_nodes():
-            self.values[node] = add_placeholder(self.graph, node.name)
-            self.values[node].meta.update(node.meta)
-        self.state = add_placeholder(self.graph, "state", default_value=None)
-        self.time = add_placeholder(self.graph, "time", default_value=None)
-
-    def attribute(self, target: str) -> Node:
-        """A get_attr node of the net for a target of the program."""
-        if target not in self.attributes:
-            self.attributes[target] = self.graph.get_attr(self.target_name(target))
-        return self.attributes[target]
-
-    def steps(self) -> Node:
-        """A tensor `[T]`."""
-        return self.time
-
-    def region(self, name: str, make: Callable[[], nn.Module]) -> Node:
-        """A get_attr node of the net for a region module, made unless the other form has it already."""
-        if name not in self.regions:
-            self.regions[name] = make()
-        return self.graph.get_attr(f"{self.container}.{name}")
-
-    def state_of(self, slots: Sequence[str]) -> Any:
-        """The values of some slots before the first step; None is the reset state."""
-        return self.graph.call_function(pick_state, (self.state, tuple(slots)))
-
-    def for_the_caller(self, node: Any, value: Any) -> Any:
-        """The emitted value of a node as it leaves the net: row-major, whatever was chosen inside."""
-        if isinstance(node, Node) and node.meta.get("channels_last"):
-            return self.graph.call_function(row_major, (value,))
-        return value
-
-    def finish(self, outputs: Any, state: dict[str, Any], records: Any = ()) -> Emitted:
-        self.graph.output((tuple(outputs), state, tuple(records)))
-        return Emitted(self.graph, self.regions)
-
-
-class _MultiStepEmitter(_Emitter):
     def __init__(
         self,
         program: StepProgram,
@@ -180,15 +90,16 @@ class _MultiStepEmitter(_Emitter):
     def emit(self) -> Emitted:
         self.placeholders()
         for region in self.program.regions:
-            self._emit_region(region)
-        outputs = [self.for_the_caller(value, self._output(value)) for value in self.program.outputs]
+            self.emit_region(region)
+        outputs = [self.for_the_caller(value, self.returned(value)) for value in self.program.outputs]
         handed_out = {name for argument in self.program.carried for name in argument.slot_names()}
         state = {slot.name: self._final_state(slot.name) for slot in self.program.slots}
         for name in sorted(handed_out & state.keys()):
             state[name] = self.for_the_caller(self.next_of[name], state[name])
         return self.finish(outputs, state, [self._as_sequence(node) for node in self.record])
 
-    def _emit_region(self, region: Region) -> None:
+    def emit_region(self, region: Region) -> None:
+        """Add the call of a region and define what is read outside of it."""
         builder = self.builders[region.name]
         wanted = [node for node in region.nodes if node in self.read_outside]
         constants = builder.constants
@@ -351,8 +262,8 @@ class _MultiStepEmitter(_Emitter):
     def _constant(self, key: Node | str) -> Node:
         return self.attribute(key) if isinstance(key, str) else self.value(key)
 
-    def _output(self, value: Any) -> Any:
-        """A sequence, or its reduction over time."""
+    def returned(self, value: Any) -> Any:
+        """An output: a sequence, or its reduction over time."""
         if self.reduce is None or not isinstance(value, Node):
             return self._as_sequence(value)
         if value.meta.get("sunk"):
@@ -415,92 +326,6 @@ class _MultiStepEmitter(_Emitter):
         if not isinstance(following, Node):
             return following
         return self.graph.call_function(operator.getitem, (self._as_sequence(following), -1))
-
-
-class _PlainEmitter(_MultiStepEmitter):
-    """The form without state: what is read at the start is the reset state, final states are not returned."""
-
-    def __init__(
-        self,
-        program: StepProgram,
-        container: str,
-        target_name: TargetName,
-        regions: dict[str, nn.Module],
-        time_dims: Sequence[int | None],
-        output_time_dim: int,
-        reduce: str | None,
-    ) -> None:
-        super().__init__(program, container, target_name, (), reduce)
-        self.regions.update(regions)
-        self.time_dims, self.output_time_dim = time_dims, output_time_dim
-
-    def placeholders(self) -> None:
-        inputs = self.program.input_nodes()
-        for node in inputs:
-            self.values[node] = add_placeholder(self.graph, node.name)
-        carriers = [n for n, dim in zip(inputs, self.time_dims, strict=True) if dim is not None]
-        self.time = None if carriers else add_placeholder(self.graph, "time")  # type: ignore[assignment]
-        for node, dim in zip(inputs, self.time_dims, strict=True):
-            if dim:
-                self.values[node] = self.graph.call_method("movedim", (self.values[node], dim, 0))
-            self.values[node].meta.update(node.meta)
-        self.first_carrier = carriers[0] if carriers else None
-
-    def state_of(self, slots: Sequence[str]) -> Any:
-        return None
-
-    def steps(self) -> Node:
-        if self.time is None:
-            assert self.first_carrier is not None
-            self.time = self.graph.call_function(time_steps, (self.values[self.first_carrier],))
-        return self.time
-
-    def emit(self) -> Emitted:
-        self.placeholders()
-        for region in self.program.regions:
-            self._emit_region(region)
-        outputs = [self.for_the_caller(v, self._time_back(self._output(v))) for v in self.program.outputs]
-        self.graph.output(pytree.tree_unflatten(outputs, self.program.output_spec))
-        return Emitted(self.graph, self.regions)
-
-    def _time_back(self, value: Any) -> Any:
-        if isinstance(value, Node) and self.output_time_dim != 0 and self.reduce is None:
-            return self.graph.call_method("movedim", (value, 0, self.output_time_dim))
-        return value
-
-
-class _SingleStepEmitter(_Emitter):
-    def emit(self) -> Emitted:
-        self.placeholders()
-        program = self.program
-        slots = [slot.name for slot in program.slots]
-        builder = whole_step(program)
-        wanted = [n for n in program.outputs if isinstance(n, Node)]
-
-        def make() -> LoopRegion:
-            step = builder.graph_module(wanted, program.next_states, slots)
-            return LoopRegion("step", step, builder.graph_module(wanted, program.next_states, slots, first=True))
-
-        module = self.region("step", make)
-        arguments = [self.attribute(key) if isinstance(key, str) else self._given(key) for key in builder.constants]
-        arguments += [self.values[node] for node in builder.inputs]
-        state = self.state_of(slots)
-        call = self.graph.call_function(call_module, (module, *arguments, state), name="step")
-        outputs = self.graph.call_function(operator.getitem, (call, 0))
-        nexts = self.graph.call_function(operator.getitem, (call, 1))
-        values = [
-            self.for_the_caller(v, self.graph.call_function(operator.getitem, (outputs, wanted.index(v))))
-            if isinstance(v, Node)
-            else v
-            for v in program.outputs
-        ]
-        following = {
-            slot: self.graph.call_function(operator.getitem, (nexts, index)) for index, slot in enumerate(slots)
-        }
-        return self.finish(values, following)
-
-    def _given(self, node: Node) -> Node:
-        return self.values[node] if node in self.values else self.attribute(str(node.target))
 
 
 def _main_operands(program: StepProgram, value: Any, stop: Iterable[Node]) -> list[Node]:

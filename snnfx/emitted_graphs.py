@@ -13,7 +13,9 @@ from torch import Tensor, fx, nn
 from torch.fx.graph_module import _forward_from_src
 from torch.utils import _pytree as pytree
 
-from snnfx.passes.emit import emit_multi_step, emit_plain, emit_single_step
+from snnfx.passes.emit import emit_multi_step
+from snnfx.passes.emit_plain import emit_plain
+from snnfx.passes.emit_step import emit_single_step
 from snnfx.program import SELF_TARGET
 
 if TYPE_CHECKING:
