@@ -140,7 +140,15 @@ class GraphMatch:
         if isinstance(a, Node) != isinstance(b, Node):
             return False
         if isinstance(a, Node):
-            return (yield from self._compare_nodes(a, b))
+            rest = self._rest_from_zero(b)
+            if rest is None:
+                return (yield from self._compare_nodes(a, b))
+            bound, matched = dict(self.bound), dict(self.matched)
+            if (yield from self._compare_nodes(a, b)):
+                return True
+            self.bound, self.matched = bound, matched
+            value, slot = rest
+            return bool((yield a, value) and self._bind(slot, 0.0))
         if type(a) is not type(b):
             return False
         if isinstance(a, slice):
@@ -160,6 +168,42 @@ class GraphMatch:
                     return False
             return True
         return bool(a == b) or (a != a and b != b)
+
+    def _rest_from_zero(self, b: Node) -> tuple[Node, str] | None:
+        """Of `0.9 * v + x`, where the slot v starts as None: `(x, "v")`, which is what it is for v = 0.
+
+        People write `self.v = x if self.v is None else 0.9 * self.v + x`.
+        """
+        operation = _arithmetic(b)
+        if operation not in ("add", "sub") or len(b.args) != 2:
+            return None
+        for kept, other in ((0, 1), (1, 0)) if operation == "add" else ((0, 1),):
+            slot = self._slot_of_product(b.args[other])
+            if slot is not None and isinstance(b.args[kept], Node):
+                return b.args[kept], slot  # type: ignore[return-value]
+        return None
+
+    def _slot_of_product(self, b: Any) -> str | None:
+        """The slot that starts as None and that a value is a multiple of, by factors that come neither from it nor
+        from the step's input: with those, zero could become NaN."""
+        while isinstance(b, Node) and b.op != "placeholder":
+            operation = _arithmetic(b)
+            if operation not in ("mul", "div", "neg"):
+                return None
+            slots = [a for a in b.args if self._reads_a_slot(a)]
+            if len(slots) != 1 or (operation == "div" and slots[0] is b.args[1]):
+                return None
+            if not all(other is slots[0] or self._is_invariant(other) for other in b.args):
+                return None
+            b = slots[0]
+        slot = b.meta.get("slot") if isinstance(b, Node) else None
+        return str(slot) if slot in self.bindable and self.bindable[slot] is None else None
+
+    def _reads_a_slot(self, value: Any) -> bool:
+        return isinstance(value, Node) and any("slot" in n.meta for n in _behind(value))
+
+    def _is_invariant(self, value: Any) -> bool:
+        return not isinstance(value, Node) or all(n.op != "placeholder" for n in _behind(value))
 
     def _bind(self, slot: str, a: Any) -> bool:
         """Let a slot begin as `a`: an expression or a constant of the cold trace."""
@@ -266,6 +310,40 @@ def _operation(node: Node) -> tuple[str, Any]:
         return "call_function", _METHODS[str(node.target)]
     target: Any = node.target
     return node.op, IN_PLACE_OPERATORS.get(target, target)
+
+
+_ARITHMETIC = {
+    function: name
+    for name, functions in {
+        "add": (operator.add, torch.add),
+        "sub": (operator.sub, torch.sub),
+        "mul": (operator.mul, torch.mul),
+        "div": (operator.truediv, torch.div),
+        "neg": (operator.neg, torch.neg),
+    }.items()
+    for function in functions
+}
+
+
+def _arithmetic(node: Node) -> str:
+    """The name of an arithmetic operation on one or two operands; "" for all else."""
+    if node.kwargs:
+        return ""
+    if node.op == "call_method":
+        return str(node.target) if node.target in _ARITHMETIC.values() else ""
+    return _ARITHMETIC.get(IN_PLACE_OPERATORS.get(node.target, node.target), "")  # type: ignore[arg-type]
+
+
+def _behind(node: Node) -> set[Node]:
+    """A node and all that it is computed from."""
+    found: set[Node] = set()
+    pending = [node]
+    while pending:
+        current = pending.pop()
+        if current not in found:
+            found.add(current)
+            pending += current.all_input_nodes
+    return found
 
 
 def _reads_the_same(a: Node, b: Node) -> bool:

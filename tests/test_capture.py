@@ -468,6 +468,48 @@ def test_a_leaf_neuron_and_batch_norm_on_a_cycle_are_stepped() -> None:
     assert_converts(Recurrent().eval(), sequence())
 
 
+@pytest.mark.parametrize(
+    "following",
+    [
+        lambda self, x: 0.9 * self.v + x,
+        lambda self, x: x + self.v * torch.sigmoid(self.leak),
+        lambda self, x: x - self.v / 2,
+        lambda self, x: torch.add(torch.mul(self.v, 0.5), x),
+    ],
+)
+def test_a_state_that_starts_as_the_input_starts_from_zero_where_that_is_the_same(following: Any) -> None:
+    class Leaky(Layer):
+        def prepare(self) -> None:
+            self.v: Any = None
+            self.leak = nn.Parameter(torch.zeros(()))
+
+        def forward(self, x: Tensor) -> Tensor:
+            x = self.fc(x)
+            self.v = x if self.v is None else following(self, x)
+            spike = torch.sigmoid(self.v - 1.0)
+            self.v = self.v - spike
+            return spike
+
+    net = assert_converts(Leaky(), sequence())
+    assert net.program.first_step is None and net.program.initial_values == (0.0,)
+
+
+@pytest.mark.parametrize(
+    "following", [lambda v, x: v + (x - v) / 2, lambda v, x: v * x + x, lambda v, x: 0.9 * v + 0.1 * x]
+)
+def test_a_first_step_that_no_zero_explains_is_run_on_its_own(following: Any) -> None:
+    class Leaky(Layer):
+        def prepare(self) -> None:
+            self.v: Any = None
+
+        def forward(self, x: Tensor) -> Tensor:
+            x = self.fc(x)
+            self.v = x if self.v is None else following(self.v, x)
+            return self.v
+
+    assert assert_converts(Leaky(), sequence()).program.first_step is not None
+
+
 # -- gradients ---------------------------------------------------------------------------------------------------------
 
 
