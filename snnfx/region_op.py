@@ -17,6 +17,7 @@ from torch import Tensor
 
 from snnfx.dispatch import ordinary_dispatch
 from snnfx.kernels.operator import fake_results, run_backward, run_forward
+from snnfx.loops.operator import apart
 from snnfx.regions import LoopRegion, MapRegion, SequenceRegion, region_of_handle, tensors_of
 
 __all__ = ["run_loop_as_operator", "run_map_as_operator"]
@@ -128,7 +129,7 @@ def run_region(
         return done
     with ordinary_dispatch(grad=False), _constants_from(region, tensors) as constants:
         if isinstance(region, MapRegion):
-            return [y.contiguous() for y in region.map_eagerly(x_seq, constants)]
+            return apart(region.map_eagerly(x_seq, constants), [*x_seq, *tensors])
         current: Any = tuple(state) if has_state else None
         outputs: list[Sequence[Tensor]] = []
         kept: list[Sequence[Tensor]] = []
@@ -196,8 +197,10 @@ def run_region_backward(
             if isinstance(region, MapRegion):
                 wanted = [leaf for leaf, n in zip(leaves, needs, strict=True) if n]
                 found = _vjp(region.map_eagerly(xs, constants), grads, wanted)
-                return [torch.zeros_like(w) if g is None else g for w, g in zip(wanted, found, strict=True)]
-            return _reverse(region, constants, xs, given, first if has_state else None, kept, grads, needs)
+                results = [torch.zeros_like(w) if g is None else g for w, g in zip(wanted, found, strict=True)]
+            else:
+                results = _reverse(region, constants, xs, given, first if has_state else None, kept, grads, needs)
+        return apart(results, [*x_seq, *tensors, *state, *kept, *grads])
 
 
 def _reverse(

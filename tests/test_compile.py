@@ -98,3 +98,23 @@ def test_state_goes_through_a_compiled_run() -> None:
     whole, final = net.run(x_seq)
     assert_same(torch.cat([first, second]), whole)
     assert_same(state, final)
+
+
+def test_a_mapped_region_may_hand_on_its_argument_and_its_gradient() -> None:
+    class AddsGrid(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.fc, self.lif = nn.Linear(4, 4), snnfx.neuron.LIFNode(tau=2.0)
+
+        def forward(self, x: Tensor) -> Tensor:
+            y = self.fc(x)
+            rows = torch.stack(torch.meshgrid(torch.arange(y.shape[1]), torch.arange(1), indexing="ij"), 0)
+            return self.lif(y + rows.view(2, 1, 4)[0].to(y))
+
+    x_seq = torch.rand(5, 2, 4)
+    net = snnfx.convert(AddsGrid(), example_inputs=x_seq[0])
+    assert "map" in [region.kind for region in net.regions]
+    expected = torch.autograd.grad(net(x_seq).sum(), list(net.parameters()))
+    compiled = torch.compile(net, backend="aot_eager", fullgraph=True)
+    for a, e in zip(torch.autograd.grad(compiled(x_seq).sum(), list(net.parameters())), expected, strict=True):
+        torch.testing.assert_close(a, e)
