@@ -15,7 +15,8 @@ from torch.utils import _pytree as pytree
 
 from snnfx.errors import CaptureError
 from snnfx.program import StepProgram, describe_node, is_structural, place_of
-from snnfx.state import StateSnapshot, adapter_of, call_opaque, call_stateful, composite_adapter
+from snnfx.snapshot import StateSnapshot
+from snnfx.state import adapter_of, call_opaque, call_stateful, composite_adapter
 
 __all__ = ["is_output_of_stateful_call", "unite_output_with_state"]
 

@@ -25,8 +25,8 @@ from snnfx.allocator import tune_allocator
 from snnfx.convert import convert
 from snnfx.draw import draw
 from snnfx.explain import explain
+from snnfx.memory_module import MemoryModule
 from snnfx.net import Net
-from snnfx.state import MemoryModule
 from snnfx.verify import verify
 
 __version__ = "0.1.0"

@@ -40,7 +40,8 @@ import torch
 from torch import Tensor, nn
 
 from snnfx.errors import InputError
-from snnfx.state import MemoryModule, State
+from snnfx.memory_module import MemoryModule
+from snnfx.state import State
 from snnfx.surrogate import Rectangle, Sigmoid, checked_number
 
 __all__ = [

@@ -30,7 +30,8 @@ from torch.utils import _pytree as pytree
 from snnfx.carry import output_at, paths_of
 from snnfx.coroutine import Coroutine, inherited_settings
 from snnfx.errors import VerificationError
-from snnfx.state import StateSnapshot, copy_containers, named_stateful
+from snnfx.snapshot import StateSnapshot, copy_containers
+from snnfx.state import named_stateful
 
 __all__ = ["folded_forward", "lockstep_forward", "replay_forward", "step_forward"]
 

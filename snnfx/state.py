@@ -1,4 +1,4 @@
-"""State as a value: the `Stateful` protocol, `MemoryModule`, and the registry of third-party modules.
+"""State as a value: the `Stateful` protocol, and the registry of how modules of each kind are stepped.
 
 A stateful module is stepped by a pure function `step(state, *inputs) -> (outputs, state)`. Modules that keep their
 state in attributes, as people write them, are made pure by swapping the attributes in and out around one call.
@@ -7,26 +7,21 @@ state in attributes, as people write them, are made pure by swapping the attribu
 from __future__ import annotations
 
 import contextlib
-import copy
 import importlib
 import sys
 from collections import OrderedDict
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol, runtime_checkable
 
-import torch
 from torch import Tensor, nn
-from torch._subclasses.fake_tensor import FakeTensor
-from torch.utils import _pytree as pytree
 
-from snnfx.errors import CaptureError, InputError
+from snnfx.errors import CaptureError
+from snnfx.memory_module import MemoryModule, fresh
 from snnfx.places import place_of_forward
 
 __all__ = [
     "Adapter",
-    "MemoryModule",
-    "StateSnapshot",
     "Stateful",
     "StatefulCall",
     "StatelessAdapter",
@@ -34,7 +29,6 @@ __all__ = [
     "call_opaque",
     "call_stateful",
     "composite_adapter",
-    "copy_containers",
     "detach_net",
     "has_forward_hooks",
     "initial_value",
@@ -64,95 +58,6 @@ class Stateful(Protocol):
     def initial_state(self, *inputs: Any, **kwargs: Any) -> State: ...
 
     def step(self, state: State, *inputs: Any, **kwargs: Any) -> tuple[Any, State]: ...
-
-
-class MemoryModule(nn.Module):
-    """Base class of a user's own stateful module.
-
-    Register each state with its initial value, then read and write `self.<name>` in `forward` as if the module
-    processed one step at a time. The initial value is a number (it stands for a tensor of the right shape), a
-    tensor, or None (then `forward` creates the state at the first step).
-
-    Example:
-        >>> import torch, snnfx
-        >>> class Leaky(snnfx.MemoryModule):
-        ...     def __init__(self):
-        ...         super().__init__()
-        ...         self.register_memory("v", 0.0)
-        ...     def forward(self, x):
-        ...         self.v = 0.5 * self.v + x
-        ...         return self.v
-        >>> cell = Leaky()
-        >>> [float(cell(torch.ones(1))) for _ in range(3)]
-        [1.0, 1.5, 1.75]
-        >>> cell.reset(); float(cell(torch.ones(1)))
-        1.0
-    """
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.__dict__["_memories"] = {}
-        self.__dict__["_initial_memories"] = {}
-
-    def register_memory(self, name: str, initial: Any) -> None:
-        """Declare the state `self.<name>` with the value it has before the first step.
-
-        Args:
-            name: a valid attribute name that is not taken.
-            initial: a number, a tensor, or None.
-        """
-        if not name.isidentifier():
-            raise InputError("SNNFX309", f"`{name}` is not an attribute name", where=type(self).__name__)
-        if hasattr(self, name):
-            raise InputError(
-                "SNNFX309",
-                f"cannot register the memory `{name}`",
-                where=type(self).__name__,
-                why="the module has an attribute of that name.",
-                hint="Choose another name.",
-            )
-        self._initial_memories[name] = initial
-        self._memories[name] = _fresh(initial)
-
-    def memory_names(self) -> tuple[str, ...]:
-        """The names of the registered states, in order of registration."""
-        return tuple(self._memories)
-
-    def reset(self) -> None:
-        """Give every state its initial value."""
-        for name, initial in self._initial_memories.items():
-            self._memories[name] = _fresh(initial)
-
-    def __getattr__(self, name: str) -> Any:
-        memories = self.__dict__.get("_memories")
-        if memories is not None and name in memories:
-            return memories[name]
-        return super().__getattr__(name)
-
-    def __setattr__(self, name: str, value: Any) -> None:
-        memories = self.__dict__.get("_memories")
-        if memories is not None and name in memories:
-            memories[name] = value
-        else:
-            super().__setattr__(name, value)
-
-    def __deepcopy__(self, memo: dict[int, Any]) -> MemoryModule:
-        # A state that is the result of a backward-able step has a grad_fn, which deepcopy refuses.
-        clone = self.__class__.__new__(self.__class__)
-        memo[id(self)] = clone
-        for key, value in self.__dict__.items():
-            if key == "_memories":
-                value = {name: _without_history(memory) for name, memory in value.items()}
-            clone.__dict__[key] = copy.deepcopy(value, memo)
-        return clone
-
-
-def _fresh(initial: Any) -> Any:
-    return initial.clone() if isinstance(initial, Tensor) else copy.copy(initial)
-
-
-def _without_history(value: Any) -> Any:
-    return value.detach() if isinstance(value, Tensor) and not value.is_leaf else value
 
 
 class Adapter(Protocol):
@@ -258,7 +163,7 @@ class MemoryAdapter:
     def initial(self, module: nn.Module, *inputs: Any, **kwargs: Any) -> State:
         if isinstance(module, Stateful):
             return module.initial_state(*inputs, **kwargs)
-        return tuple(_fresh(value) for value in module._initial_memories.values())  # type: ignore[operator]
+        return tuple(fresh(value) for value in module._initial_memories.values())  # type: ignore[operator]
 
     def step(self, module: nn.Module, state: State, *inputs: Any, **kwargs: Any) -> tuple[Any, State]:
         if _is_pure(type(module)) and not has_forward_hooks(module):
@@ -479,95 +384,3 @@ def without_hooks(model: nn.Module) -> Iterator[None]:
     finally:
         for module, name, hooks in taken:
             module.__dict__[name] = hooks
-
-
-@dataclass
-class StateSnapshot:
-    """Everything a run of a model can change besides gradients, to be put back afterwards.
-
-    Holds the state of stateful modules, plain attributes, buffers (values), training flags and the random
-    number generators. Use as a context manager: `with StateSnapshot.of(model): ...`.
-    """
-
-    restore_functions: list[Callable[[], None]]
-
-    @staticmethod
-    def of(model: nn.Module) -> StateSnapshot:
-        """Take the snapshot of a model and all its submodules."""
-        undo: list[Callable[[], None]] = []
-        for module in model.modules():
-            undo.append(_restorer_of_attributes(module))
-        rng_state = torch.get_rng_state()
-        undo.append(lambda: torch.set_rng_state(rng_state))
-        if torch.cuda.is_available() and torch.cuda.is_initialized():
-            cuda_states = torch.cuda.get_rng_state_all()
-            undo.append(lambda: torch.cuda.set_rng_state_all(cuda_states))
-        return StateSnapshot(undo)
-
-    def restore(self) -> None:
-        """Put everything back."""
-        for undo in self.restore_functions:
-            undo()
-
-    def __enter__(self) -> StateSnapshot:
-        return self
-
-    def __exit__(self, *exc_info: object) -> None:
-        self.restore()
-
-
-_REGISTRIES = ("_parameters", "_buffers", "_modules")
-
-
-def _restorer_of_attributes(module: nn.Module) -> Callable[[], None]:
-    """Remember a module's `__dict__` (containers copied one level and deeper), its registries, and values.
-
-    Values are those of buffers and of tensors in plain attributes, which a step may change in place.
-    """
-    attributes = {k: copy_containers(v) for k, v in module.__dict__.items() if k not in _REGISTRIES}
-    originals = dict(module.__dict__)
-    registries = {k: dict(module.__dict__[k]) for k in _REGISTRIES}
-    plain = [
-        v
-        for v in pytree.tree_leaves(list(attributes.values()))
-        if isinstance(v, Tensor) and not isinstance(v, FakeTensor)
-    ]
-    buffers = [(b, b.detach().clone()) for b in (*module._buffers.values(), *plain) if b is not None]
-
-    def restore() -> None:
-        for key in list(module.__dict__):
-            if key not in originals:
-                del module.__dict__[key]
-        for key, value in attributes.items():
-            original = originals[key]
-            if isinstance(original, dict | list) and type(original) in (dict, list):
-                _refill(original, value)
-                module.__dict__[key] = original
-            else:
-                module.__dict__[key] = value
-        for key, entries in registries.items():
-            _refill(module.__dict__[key], entries)
-        for buffer, value in buffers:
-            # By value: BatchNorm changes its statistics without raising their version. Through `.data`: a graph
-            # that has saved the buffer for a backward pass stays usable.
-            if not torch.equal(buffer, value):
-                buffer.data.copy_(value)
-
-    return restore
-
-
-def copy_containers(value: Any) -> Any:
-    """The same values in new dicts and lists."""
-    if type(value) is dict:
-        return {k: copy_containers(v) for k, v in value.items()}
-    if type(value) is list:
-        return [copy_containers(v) for v in value]
-    return value
-
-
-def _refill(container: Any, content: Mapping[Any, Any] | list[Any]) -> None:
-    container.clear()
-    if isinstance(content, list):
-        container.extend(content)
-    else:
-        container.update(content)

@@ -17,7 +17,8 @@ from snnfx.leaves import is_leaf
 from snnfx.program import InputLeaf, Slot, StepProgram, results_of
 from snnfx.proxy import StepProxy
 from snnfx.scalars import ScalarRead
-from snnfx.state import Adapter, StateSnapshot, adapter_of, composite_adapter, copy_containers, is_stateful_tree
+from snnfx.snapshot import StateSnapshot, copy_containers
+from snnfx.state import Adapter, adapter_of, composite_adapter, is_stateful_tree
 from snnfx.step_arguments import Carried, carried_output
 from snnfx.tracer import StepTracer
 

@@ -16,8 +16,8 @@ import snnfx
 from snnfx import neuron
 from snnfx.errors import CaptureError, InputError
 from snnfx.functional import detach_net, reset_net
+from snnfx.snapshot import StateSnapshot
 from snnfx.state import (
-    StateSnapshot,
     adapter_of,
     call_opaque,
     call_stateful,

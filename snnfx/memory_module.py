@@ -1,0 +1,102 @@
+"""The base class of modules with state that a user writes."""
+
+from __future__ import annotations
+
+import copy
+from typing import Any
+
+from torch import Tensor, nn
+
+from snnfx.errors import InputError
+
+__all__ = ["MemoryModule", "fresh"]
+
+
+class MemoryModule(nn.Module):
+    """Base class of a user's own stateful module.
+
+    Register each state with its initial value, then read and write `self.<name>` in `forward` as if the module
+    processed one step at a time. The initial value is a number (it stands for a tensor of the right shape), a
+    tensor, or None (then `forward` creates the state at the first step).
+
+    Example:
+        >>> import torch, snnfx
+        >>> class Leaky(snnfx.MemoryModule):
+        ...     def __init__(self):
+        ...         super().__init__()
+        ...         self.register_memory("v", 0.0)
+        ...     def forward(self, x):
+        ...         self.v = 0.5 * self.v + x
+        ...         return self.v
+        >>> cell = Leaky()
+        >>> [float(cell(torch.ones(1))) for _ in range(3)]
+        [1.0, 1.5, 1.75]
+        >>> cell.reset(); float(cell(torch.ones(1)))
+        1.0
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.__dict__["_memories"] = {}
+        self.__dict__["_initial_memories"] = {}
+
+    def register_memory(self, name: str, initial: Any) -> None:
+        """Declare the state `self.<name>` with the value it has before the first step.
+
+        Args:
+            name: a valid attribute name that is not taken.
+            initial: a number, a tensor, or None.
+        """
+        if not name.isidentifier():
+            raise InputError("SNNFX309", f"`{name}` is not an attribute name", where=type(self).__name__)
+        if hasattr(self, name):
+            raise InputError(
+                "SNNFX309",
+                f"cannot register the memory `{name}`",
+                where=type(self).__name__,
+                why="the module has an attribute of that name.",
+                hint="Choose another name.",
+            )
+        self._initial_memories[name] = initial
+        self._memories[name] = fresh(initial)
+
+    def memory_names(self) -> tuple[str, ...]:
+        """The names of the registered states, in order of registration."""
+        return tuple(self._memories)
+
+    def reset(self) -> None:
+        """Give every state its initial value."""
+        for name, initial in self._initial_memories.items():
+            self._memories[name] = fresh(initial)
+
+    def __getattr__(self, name: str) -> Any:
+        memories = self.__dict__.get("_memories")
+        if memories is not None and name in memories:
+            return memories[name]
+        return super().__getattr__(name)
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        memories = self.__dict__.get("_memories")
+        if memories is not None and name in memories:
+            memories[name] = value
+        else:
+            super().__setattr__(name, value)
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> MemoryModule:
+        # A state that is the result of a backward-able step has a grad_fn, which deepcopy refuses.
+        clone = self.__class__.__new__(self.__class__)
+        memo[id(self)] = clone
+        for key, value in self.__dict__.items():
+            if key == "_memories":
+                value = {name: _without_history(memory) for name, memory in value.items()}
+            clone.__dict__[key] = copy.deepcopy(value, memo)
+        return clone
+
+
+def fresh(initial: Any) -> Any:
+    """An initial value that a step may change in place."""
+    return initial.clone() if isinstance(initial, Tensor) else copy.copy(initial)
+
+
+def _without_history(value: Any) -> Any:
+    return value.detach() if isinstance(value, Tensor) and not value.is_leaf else value
