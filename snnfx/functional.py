@@ -14,7 +14,7 @@ takes before `x_t`. What is wrong with the arguments is found before any module 
 from __future__ import annotations
 
 import operator
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -23,6 +23,15 @@ from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
 from snnfx.errors import InputError
+from snnfx.nested_sequences import (
+    check_sequences,
+    cut_into_calls,
+    flatten_nest,
+    join_over_time,
+    no_sequence,
+    positional_arguments,
+    shapes_of,
+)
 from snnfx.state import Stateful, adapter_of, detach_net, reset_net
 
 __all__ = [
@@ -147,15 +156,15 @@ def chunk_multi_step_forward(
     if not isinstance(split_size, int) or split_size < 1:
         raise InputError("SNNFX302", f"cannot make chunks of {split_size!r} time steps", hint="Use an int above 0.")
     _check_modules((multi_step_module,))
-    T = _check_sequences(x_seq, time_dim=0)
+    T = check_sequences(x_seq, time_dim=0)
     y_chunks = []
-    for chunk in _slices(x_seq, lambda x: x.split(split_size), -(-T // split_size)):
+    for chunk in cut_into_calls(x_seq, lambda x: x.split(split_size), -(-T // split_size)):
         if state is _OWN_STATE:
             y_chunks.append(multi_step_module(*chunk))
         else:
             y, state = _output_and_state(multi_step_module(*chunk, state))
             y_chunks.append(y)
-    y_seq = _join(y_chunks, torch.cat if len(y_chunks) > 1 else operator.itemgetter(0))
+    y_seq = join_over_time(y_chunks, torch.cat if len(y_chunks) > 1 else operator.itemgetter(0))
     return y_seq if state is _OWN_STATE else (y_seq, state)
 
 
@@ -198,22 +207,22 @@ def seq_to_ann_forward(
     Source: SpikingJelly's documented function of that name.
     """
     chain = _check_modules(stateless_module, constants)
-    T = _check_sequences(x_seq, time_dim=0)
-    x_leaves, rebuild = _flatten(x_seq)
+    T = check_sequences(x_seq, time_dim=0)
+    x_leaves, rebuild = flatten_nest(x_seq)
     batch_dims = _dim_of_each(batch_dim, len(x_leaves), "batch_dim")
     _dim_of_each(out_batch_dim, None, "out_batch_dim")
     if any(not 1 - x.dim() <= b < x.dim() - 1 for x, b in zip(x_leaves, batch_dims, strict=True)):
-        why = f"{_shapes(x_seq)}, and dimension {batch_dim} of one step should be the batch."
+        why = f"{shapes_of(x_seq)}, and dimension {batch_dim} of one step should be the batch."
         raise InputError("SNNFX306", "too few dimensions to fold time into the batch", why=why)
     batch_dims = [b % (x.dim() - 1) for x, b in zip(x_leaves, batch_dims, strict=True)]
     sizes = [x.shape[b + 1] for x, b in zip(x_leaves, batch_dims, strict=True)]
     if any(size != sizes[0] for size in sizes):
-        why = f"{_shapes(x_seq)}, and dimension {batch_dim} of one step should be the batch."
+        why = f"{shapes_of(x_seq)}, and dimension {batch_dim} of one step should be the batch."
         raise InputError("SNNFX303", "the sequences differ in their batch size", why=why)
 
     folded = [_fold(x, b) for x, b in zip(x_leaves, batch_dims, strict=True)]
-    y = _apply(chain, (*constants, *_positional(rebuild(folded))))
-    y_leaves, rebuild = _flatten(y)
+    y = _apply(chain, (*constants, *positional_arguments(rebuild(folded))))
+    y_leaves, rebuild = flatten_nest(y)
     out_dims = _dim_of_each(out_batch_dim, len(y_leaves), "out_batch_dim")
     return rebuild([_unfold(y, T, b) for y, b in zip(y_leaves, out_dims, strict=True)])
 
@@ -277,13 +286,12 @@ def map_forward(x_seq: Any, stateless_module: Modules, *, constants: Sequence[An
 
 def _step_through(x_seq: Any, modules: Modules, state: Any, constants: Sequence[Any], time_dim: int) -> Any:
     chain = _check_modules(modules, constants)
-    T = _check_sequences(x_seq, time_dim)
-    stack = partial(torch.stack, dim=time_dim)
+    T = check_sequences(x_seq, time_dim)
     if state is _OWN_STATE:
-        steps = _slices(x_seq, lambda x: x.unbind(time_dim), T)
-        return _join([_apply(chain, (*constants, *x_t)) for x_t in steps], stack)
+        steps = cut_into_calls(x_seq, lambda x: x.unbind(time_dim), T)
+        return join_over_time([_apply(chain, (*constants, *x_t)) for x_t in steps], partial(torch.stack, dim=time_dim))
     if callable(run := getattr(modules, "multi_step", None)):
-        inputs = _positional(x_seq)
+        inputs = positional_arguments(x_seq)
         if time_dim != 0:
             inputs = pytree.tree_map(lambda x: x.movedim(time_dim, 0), inputs)
         y_seq, state = run(inputs, state, tuple(constants))
@@ -296,14 +304,15 @@ def _step_through(x_seq: Any, modules: Modules, state: Any, constants: Sequence[
     pure = [_pure_step(module, entry, several) for module, entry in zip(chain, entries, strict=True)]
     states = [first for _, first, _ in pure]
     y_steps = []
-    for x_t in _slices(x_seq, lambda x: x.unbind(time_dim), T):
+    for x_t in cut_into_calls(x_seq, lambda x: x.unbind(time_dim), T):
         values = (*constants, *x_t)
         for i, (step, _, _) in enumerate(pure):
             y, states[i] = step(states[i], *values)
             values = (y,)
         y_steps.append(y)
     states = [leave(last) for (_, _, leave), last in zip(pure, states, strict=True)]
-    return _join(y_steps, stack), states if several else states[0]
+    y_seq = join_over_time(y_steps, partial(torch.stack, dim=time_dim))
+    return y_seq, states if several else states[0]
 
 
 _SEVERAL = (list, tuple, nn.ModuleList)
@@ -357,8 +366,8 @@ def _is_reset(state: Any) -> bool:
 
 def _map_over_time(x_seq: Any, modules: Modules, constants: Sequence[Any], time_dim: int) -> Any:
     chain = _check_modules(modules, constants)
-    _check_sequences(x_seq, time_dim)
-    inputs = _positional(x_seq)
+    check_sequences(x_seq, time_dim)
+    inputs = positional_arguments(x_seq)
     if time_dim == 0 and callable(run := getattr(modules, "map_steps", None)):
         return run(inputs, tuple(constants))
 
@@ -383,7 +392,7 @@ class _HiddenNone(NamedTuple):
 
 def _hide_none(y: Any) -> Any:
     if y is not None and not isinstance(y, Tensor):
-        raise _no_sequence(f"a step returned a {type(y).__name__}, not a tensor.")
+        raise no_sequence(f"a step returned a {type(y).__name__}, not a tensor.")
     return _HiddenNone() if y is None else y
 
 
@@ -397,49 +406,7 @@ def _apply(chain: Chain, arguments: Sequence[Any]) -> Any:
 def _output_and_state(returned: Any) -> tuple[Any, Any]:
     if isinstance(returned, (tuple, list)) and len(returned) == 2:
         return returned[0], returned[1]
-    raise _no_sequence(f"a module given its state has to return (output, state), not a {type(returned).__name__}.")
-
-
-def _flatten(tree: Any) -> tuple[list[Any], Callable[[list[Any]], Any]]:
-    """The leaves of a nest, and what puts others in their place; fast for what is mostly given."""
-    if isinstance(tree, Tensor):
-        return [tree], operator.itemgetter(0)
-    if type(tree) is tuple and all(isinstance(leaf, Tensor) for leaf in tree):
-        return list(tree), tuple
-    leaves, spec = pytree.tree_flatten(tree)
-    return leaves, partial(pytree.tree_unflatten, treespec=spec)
-
-
-def _positional(x: Any) -> tuple[Any, ...]:
-    return tuple(x) if isinstance(x, (tuple, list)) else (x,)
-
-
-def _slices(x_seq: Any, cut: Callable[[Tensor], Sequence[Tensor]], count: int) -> Iterator[tuple[Any, ...]]:
-    """The positional arguments of each of `count` calls, every tensor cut along time."""
-
-    def slices(x: Any) -> Sequence[Any]:
-        if isinstance(x, Tensor):
-            return cut(x)
-        leaves, spec = pytree.tree_flatten(x)
-        columns = zip(range(count), *map(cut, leaves), strict=True)  # the range: there may be no leaves
-        return [pytree.tree_unflatten(leaves, spec) for _, *leaves in columns]
-
-    return zip(*map(slices, _positional(x_seq)), strict=True)
-
-
-def _join(parts: list[Any], join: Callable[[list[Tensor]], Tensor]) -> Any:
-    """One sequence for each leaf of what the steps or chunks returned."""
-    if all(isinstance(part, Tensor) for part in parts):
-        return join(parts)
-    leaves, specs = zip(*(pytree.tree_flatten(part) for part in parts), strict=True)
-    if any(spec != specs[0] for spec in specs):
-        raise _no_sequence("not all time steps returned the same nesting.")
-    y_leaves: list[Tensor | None] = []
-    for column in zip(*leaves, strict=True):
-        if not (all(isinstance(y, Tensor) for y in column) or all(y is None for y in column)):
-            raise _no_sequence(f"the time steps returned {', '.join(sorted({type(y).__name__ for y in column}))}.")
-        y_leaves.append(None if column[0] is None else join(list(column)))
-    return pytree.tree_unflatten(y_leaves, specs[0])
+    raise no_sequence(f"a module given its state has to return (output, state), not a {type(returned).__name__}.")
 
 
 def _unfold(y: Any, T: int, batch_dim: int) -> Any:
@@ -449,7 +416,7 @@ def _unfold(y: Any, T: int, batch_dim: int) -> Any:
     if not isinstance(y, Tensor) or not -y.dim() <= batch_dim < y.dim() or y.shape[batch_dim] % T != 0:
         got = list(y.shape) if isinstance(y, Tensor) else f"a {type(y).__name__}"
         why = f"the module is not batch-equivariant: it returned {got}, T is {T}, the batch is dimension {batch_dim}."
-        raise _no_sequence(why, hint="Use map_forward.")
+        raise no_sequence(why, hint="Use map_forward.")
     b = batch_dim % y.dim()
     y = y.unflatten(b, (T, -1))
     return y.movedim(b, 0) if b else y
@@ -468,23 +435,6 @@ def _check_modules(modules: Any, constants: Any = ()) -> Chain:
     return chain
 
 
-def _check_sequences(x_seq: Any, time_dim: int) -> int:
-    """T, on which all tensors in `x_seq` have to agree."""
-    leaves, _ = _flatten(x_seq)
-    others = [type(x).__name__ for x in leaves if not isinstance(x, Tensor)]
-    if others or not leaves:
-        raise InputError("SNNFX305", f"x_seq holds {', '.join(others) or 'nothing'} where a tensor is expected")
-    if any(x.dim() == 0 for x in leaves):
-        raise InputError("SNNFX306", "a tensor without dimensions has no time steps", why=f"{_shapes(x_seq)}.")
-    T: int = leaves[0].shape[time_dim]
-    if any(x.shape[time_dim] != T for x in leaves):
-        why = f"{_shapes(x_seq)}, and time is dimension {time_dim}."
-        raise InputError("SNNFX303", "the sequences differ in their number of time steps", why=why)
-    if T == 0:
-        raise InputError("SNNFX301", "there are no time steps", why=f"{_shapes(x_seq)}.")
-    return T
-
-
 def _dim_of_each(dims: Any, count: int | None, name: str) -> Sequence[int]:
     """The dimension for each of `count` tensors (None: not known yet)."""
     if isinstance(dims, int):
@@ -494,12 +444,3 @@ def _dim_of_each(dims: Any, count: int | None, name: str) -> Sequence[int]:
     if count is not None and len(dims) != count:
         raise InputError("SNNFX309", f"`{name}` has {len(dims)} entries for {count} tensors")
     return dims
-
-
-def _shapes(x_seq: Any) -> str:
-    paths = pytree.tree_flatten_with_path(x_seq)[0]
-    return ", ".join(f"x_seq{pytree.keystr(path)} is {list(x.shape)}" for path, x in paths)
-
-
-def _no_sequence(why: str, hint: str = "") -> InputError:
-    return InputError("SNNFX313", "the outputs do not form a sequence", why=why, hint=hint)
