@@ -780,3 +780,30 @@ def test_complex_states_keep_their_gradients() -> None:
     net(x_seq).square().sum().backward()
     torch.testing.assert_close(model[0].frequency.grad, reference[0].frequency.grad, rtol=1e-12, atol=1e-12)
     assert "complex" in kernels_of(net)[0].refusal
+
+
+@pytest.mark.parametrize("dim", [0, 1, 2])
+def test_state_of_two_values_in_one_tensor(dim: int) -> None:
+    """A part of a state is not the state: the gradient of `select` has zeros elsewhere."""
+
+    class TwoInOne(snnfx.MemoryModule):
+        def __init__(self) -> None:
+            super().__init__()
+            self.register_memory("both", None)
+
+        def forward(self, x: Tensor) -> Tensor:
+            if self.both is None:
+                self.both = torch.stack([torch.zeros_like(x)] * 2, dim)
+            v, w = self.both.select(dim, 0), self.both.select(dim, 1)
+            v = 0.5 * v + x
+            w = 0.7 * w + torch.sigmoid(v)
+            self.both = torch.stack([v, w], dim)
+            return torch.sigmoid(w)
+
+    model = nn.Sequential(nn.Linear(3, 3), TwoInOne()).double()
+    x_seq = x_of(4, 2, 3)
+    reference = copy.deepcopy(model)
+    torch.stack([reference(x) for x in x_seq]).square().sum().backward()
+    snnfx.convert(model, example_inputs=x_seq[0])(x_seq).square().sum().backward()
+    for p, expected in zip(model.parameters(), reference.parameters(), strict=True):
+        torch.testing.assert_close(p.grad, expected.grad, rtol=1e-12, atol=1e-12)

@@ -10,6 +10,7 @@ derivative is linear in what comes from above.
 from __future__ import annotations
 
 import contextlib
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -264,7 +265,9 @@ class Translator:
         source, result = self.values[varying[0]], self.values[number]
         if call.name == "view" and source.dtype != result.dtype:
             raise NotLowered("`view` looks at the bits of values")
-        if len(varying) != 1 or not _same_places(source.shape, result.shape, self.shape):
+        repeats = call.name in ("expand", "expand_copy")
+        same_count = math.prod(source.shape) == math.prod(result.shape)
+        if len(varying) != 1 or not (same_count or repeats) or not _same_places(source.shape, result.shape, self.shape):
             raise NotLowered(f"`{call.name}` moves values, from shape {list(source.shape)} to {list(result.shape)}")
         if call.name in ("permute", "t", "transpose") and [s for s in source.shape if s != 1] != [
             s for s in self.shape if s != 1
