@@ -7,14 +7,19 @@ e-prop (Bellec et al. 2020).
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass
 
+from torch import nn
+from torch.fx import Node
+
+from snnfx.errors import InputError
 from snnfx.online_ops import cut_history
 from snnfx.passes.base import Pass
 from snnfx.passes.dependence import analyse_dependence
 from snnfx.passes.leak import StepOnNumbers, fed_slots, fires
 from snnfx.passes.trace import weight_ops
-from snnfx.program import StepProgram
+from snnfx.program import StepProgram, describe_node
 
 __all__ = ["CutSpatialEdges"]
 
@@ -38,4 +43,38 @@ class CutSpatialEdges(Pass):
                 cut = program.graph.call_function(cut_history, (op.operand,))
             cut.meta = {k: v for k, v in op.operand.meta.items() if k in ("val", "where", "module")}
             op.node.replace_input_with(op.operand, cut)
+        _refuse_weights_without_signal(program, [op.node for op in weights])
         return f"{len(ops)} weights hand no error on to the neurons in front of them"
+
+
+def _refuse_weights_without_signal(program: StepProgram, weights: Iterable[Node]) -> None:
+    """A weight that no error reaches would silently stay as it is.
+
+    Raises:
+        InputError: SNNFX616.
+    """
+    following = dict(zip(program.slot_nodes(), program.next_states, strict=True))
+    reached: set[Node] = set()
+    stack = [value for value in program.outputs if isinstance(value, Node)]
+    while stack:
+        node = stack.pop()
+        if node not in reached and node.target is not cut_history:
+            reached.add(node)
+            before = [*node.all_input_nodes, following.get(node)]
+            stack.extend(n for n in before if isinstance(n, Node))
+    missed = [describe_node(node) for node in weights if node not in reached and _is_trained(program, node)]
+    if missed:
+        raise InputError(
+            "SNNFX616",
+            f"no learning signal reaches the weights {', '.join(missed)}",
+            why='with signal="readout", an error goes to a neuron only where nothing fires between it and the output.',
+            hint="Let the neurons of these weights reach a readout that does not fire (e.g. LeakyIntegrator), freeze "
+            "the weights, or choose signal='spatial'.",
+        )
+
+
+def _is_trained(program: StepProgram, node: Node) -> bool:
+    targets = [n.target for n in (node, *node.all_input_nodes) if n.op in ("call_module", "get_attr")]
+    values = [program.resolve(str(target)) for target in targets]
+    found = (p for value in values for p in (value.parameters() if isinstance(value, nn.Module) else [value]))
+    return any(isinstance(p, nn.Parameter) and p.requires_grad for p in found)

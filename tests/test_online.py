@@ -15,7 +15,7 @@ from torch.nn import functional as F
 import snnfx
 from snnfx.errors import InputError, SnnfxWarning
 from snnfx.functional import reset_net
-from snnfx.neuron import AdaptiveLIFNode, CUBALIFNode, LIFNode, ParametricLIFNode
+from snnfx.neuron import AdaptiveLIFNode, CUBALIFNode, LeakyIntegrator, LIFNode, ParametricLIFNode
 from snnfx.online import (
     BPTT,
     FPTT,
@@ -49,6 +49,14 @@ def mlp(neuron: Callable[[], nn.Module] = lambda: LIFNode(tau=2.0, v_threshold=0
     return nn.Sequential(nn.Linear(4, 5), neuron(), nn.Linear(5, 3), neuron())
 
 
+def net_for(rule: Rule) -> nn.Sequential:
+    """A net that the rule can train: with signals from a readout, one that does not fire."""
+    model = mlp()
+    if rule.signal == "readout":
+        model[3] = LeakyIntegrator(tau=2.0)
+    return model
+
+
 def sequences(out: int = 3) -> tuple[Tensor, Tensor]:
     return torch.rand(T, N, 4) * 3, torch.rand(T, N, out)
 
@@ -72,7 +80,7 @@ def refused(model: nn.Module, code: str, call: Callable[[], Any]) -> InputError:
 @each_rule
 @pytest.mark.parametrize("shape", [(T - 1, N, 3), (T, N + 1, 3), (T + 4, N, 3)])
 def test_a_target_of_another_length_is_refused(rule: Rule, shape: tuple[int, ...]) -> None:
-    model = mlp()
+    model = net_for(rule)
     trainer = Trainer(model, rule, sgd(model), F.mse_loss)
     refused(model, "SNNFX610", lambda: trainer.step(sequences()[0], torch.rand(shape)))
 
@@ -89,14 +97,14 @@ def test_a_target_of_another_length_is_refused(rule: Rule, shape: tuple[int, ...
     ids=["not reduced", "a number", "without a gradient", "torch's, not reduced"],
 )
 def test_a_loss_that_is_no_scalar_with_a_gradient_is_refused(rule: Rule, loss: Any) -> None:
-    model = mlp()
+    model = net_for(rule)
     trainer = Trainer(model, rule, sgd(model), loss)
     refused(model, "SNNFX611", lambda: trainer.step(*sequences()))
 
 
 @each_rule
 def test_an_optimizer_of_another_model_is_refused(rule: Rule) -> None:
-    model = mlp()
+    model = net_for(rule)
     refused(model, "SNNFX612", lambda: Trainer(model, rule, sgd(copy.deepcopy(model)), F.mse_loss))
     for p in model.parameters():
         p.requires_grad_(False)
@@ -256,7 +264,7 @@ def test_what_is_traced_is_told() -> None:
 
 @each_rule
 def test_a_trainer_leaves_no_state_in_the_model(rule: Rule) -> None:
-    model = mlp()
+    model = net_for(rule)
     net = snnfx.convert(model)
     x_seq, _ = sequences()
     expected = net(x_seq).detach()

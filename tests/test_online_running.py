@@ -12,7 +12,7 @@ from test_online_numbers import Trained, ZooNet, prepared, same
 from test_online_oracles import N, T, close, differ, sequences, sgd
 from torch import Tensor, nn
 
-from snnfx.online import BPTT, FPTT, OSTL, OTTT_A, OTTT_O, SLTT, SLTT_K, TBPTT, EProp, Rule, Trainer
+from snnfx.online import BPTT, FPTT, OSTL, OTTT_A, OTTT_O, SLTT, SLTT_K, TBPTT, Rule, Trainer
 
 
 @pytest.fixture(autouse=True)
@@ -23,7 +23,7 @@ def _double() -> None:
 # How it is run makes no difference.
 
 
-@pytest.mark.parametrize("rule", [SLTT, OTTT_A, OTTT_O, FPTT(0.5), EProp, OSTL, BPTT], ids=lambda rule: rule.name)
+@pytest.mark.parametrize("rule", [SLTT, OTTT_A, OTTT_O, FPTT(0.5), OSTL, BPTT], ids=lambda rule: rule.name)
 def test_the_length_of_chunks_does_not_change_the_numbers(rule: Rule) -> None:
     model, x_seq, target, _ = prepared("zoo")
     whole = Trained(model, rule, x_seq, target, chunk=T)

@@ -2,17 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils import _pytree as pytree
 
 from snnfx.errors import InputError
 from snnfx.online.rules import Rule
 
-__all__ = ["check_averages", "check_optimizer", "check_steps", "number_of_steps", "target_with_time_first"]
+__all__ = ["check_averages", "check_optimizer", "check_steps", "number_of_steps"]
 
 
 def number_of_steps(name: str, value: Any, least: int = 1) -> int:
@@ -30,8 +29,16 @@ def check_optimizer(model: nn.Module, optimizer: torch.optim.Optimizer) -> list[
     """The parameters of the optimizer, all of which are the model's.
 
     Raises:
-        InputError: SNNFX612, one is not.
+        InputError: SNNFX612, one is not; SNNFX309, there is no model, no optimizer, or one that calls the loss itself.
     """
+    if not isinstance(model, nn.Module):
+        raise InputError("SNNFX309", f"the model is a {type(model).__name__}, not a module")
+    if not isinstance(optimizer, torch.optim.Optimizer):
+        hint = "Make one, e.g. torch.optim.SGD(model.parameters(), lr=0.1)."
+        raise InputError("SNNFX309", f"the optimizer is a {type(optimizer).__name__}", hint=hint)
+    if isinstance(optimizer, torch.optim.LBFGS):
+        why = "it computes the loss several times for one update, which an online rule cannot."
+        raise InputError("SNNFX309", "the optimizer is LBFGS", why=why, hint="Choose e.g. torch.optim.Adam.")
     own = {id(p) for p in model.parameters()}
     parameters = [p for group in optimizer.param_groups for p in group["params"]]
     foreign = [list(p.shape) for p in parameters if id(p) not in own]
@@ -64,6 +71,13 @@ def check_averages(w_ra: Any, parameters: Sequence[Tensor]) -> None:
             shown = list(average.shape) if isinstance(average, Tensor) else type(average).__name__
             what = f"w_ra[{index}] is {shown}, the parameter of the optimizer has shape {list(parameter.shape)}"
             raise InputError("SNNFX613", what, hint=hint)
+        if (average.dtype, average.device) != (parameter.dtype, parameter.device):
+            what = f"w_ra[{index}] is {average.dtype} on {average.device}"
+            why = f"the parameter of the optimizer is {parameter.dtype} on {parameter.device}."
+            raise InputError("SNNFX613", what, why=why, hint=hint)
+        if parameter.numel() and average.data_ptr() == parameter.data_ptr():
+            why = "it would change with every update, and there would be nothing to average."
+            raise InputError("SNNFX613", f"w_ra[{index}] is the parameter itself", why=why, hint=hint)
 
 
 def check_steps(rule: Rule, T: int) -> None:
@@ -78,40 +92,3 @@ def check_steps(rule: Rule, T: int) -> None:
             f"cannot take gradients at {rule.random_steps} random steps of a sequence of {T}",
             hint="Choose K at most T.",
         )
-
-
-def target_with_time_first(target: Any, time_dim: int | None, T: int, leaves: Iterable[Tensor]) -> Any:
-    """The target with T in front (or without T, for `time_dim=None`), after looking at its lengths.
-
-    Raises:
-        InputError: SNNFX610, the number of steps or the batch is not that of the input.
-    """
-
-    def moved(value: Any) -> Any:
-        if not isinstance(value, Tensor) or time_dim is None:
-            return value
-        if value.dim() == 0 or not -value.dim() <= time_dim < value.dim():
-            why = f"its shape is {list(value.shape)}, and its time is dimension {time_dim}."
-            hint = "For one target for all steps pass target_dim=None."
-            raise InputError("SNNFX610", "the target has no time dimension", why=why, hint=hint)
-        return value if time_dim == 0 else value.movedim(time_dim, 0)
-
-    first = pytree.tree_map(moved, target)
-    batches = {x.shape[1] for x in leaves if x.dim() > 2}
-    for value in pytree.tree_leaves(first):
-        if not isinstance(value, Tensor):
-            continue
-        if time_dim is not None and value.shape[0] != T:
-            raise InputError(
-                "SNNFX610",
-                f"the target has {value.shape[0]} time steps, the input has {T}",
-                hint="Both have T in the same place; for one target for all steps pass target_dim=None.",
-            )
-        step = value.shape[0 if time_dim is None else 1 :]
-        if len(batches) == 1 and len(step) > 0 and step[0] not in batches:
-            raise InputError(
-                "SNNFX610",
-                f"the target has a batch of {step[0]}, the input of {next(iter(batches))}",
-                why=f"one step of the target has shape {list(step)}.",
-            )
-    return first

@@ -7,12 +7,16 @@ from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
+from torch.utils import _pytree as pytree
 
+from snnfx.carry import outputs_without
 from snnfx.errors import InputError
+from snnfx.net import Net
 from snnfx.online.checks import check_averages
+from snnfx.online.inputs import first_step, output_time_dim, time_where_it_belongs
 from snnfx.online.module_state import read_state, write_state
 from snnfx.online.rules import FPTT, OTTT_A, Rule
-from snnfx.online.trainer import StepResult, Trainer, first_step
+from snnfx.online.trainer import StepResult, Trainer
 
 __all__ = ["fptt_online_training", "fptt_online_training_init_w_ra", "ottt_online_training"]
 
@@ -51,7 +55,8 @@ def fptt_online_training(
 
     State: a single-step model starts from the state its modules are in and is left with the final state, detached, as
     by SpikingJelly's function: call `reset_net(model)` before the next sequence. A converted net starts from the reset
-    state and keeps nothing, unless it carries its state (`carry_state=True` or `step_mode="s"`).
+    state and keeps nothing, unless it carries its state (`carry_state=True` or `step_mode="s"`); a model that takes its
+    state as an argument always does.
     Gradients are None afterwards.
 
     Raises:
@@ -61,7 +66,7 @@ def fptt_online_training(
     Source: Kag & Saligrama 2021, ICML; Yin et al. 2021, arXiv:2112.11231; SpikingJelly 2.0.0's function of that name,
     to whose numbers the variant "reference" is equal.
     """
-    trainer = Trainer(model, FPTT(alpha, cast(Any, variant)), optimizer, f_loss_t)
+    trainer = Trainer(model, FPTT(alpha, cast(Any, variant)), optimizer, f_loss_t, target_dim=0)
     check_averages(w_ra, trainer.updates.parameters)
     trainer.averages = w_ra
     _train(trainer, x_seq, target_seq)
@@ -109,24 +114,41 @@ def ottt_online_training(
             shown = list(value.shape) if isinstance(value, Tensor) else f"a {type(value).__name__}"
             raise InputError("SNNFX610", f"{name} is {shown}", hint="It is a tensor [B, T, ...].")
     rule = _ottt_for(model)(update="step" if online else "end", loss_scale="sum")
-    trainer = Trainer(model, rule, optimizer, f_loss_t)
-    spec = trainer.nets((x_seq[:, 0],)).base.program.output_spec
-    if spec.type in (tuple, list):
+    trainer = Trainer(model, rule, optimizer, f_loss_t, target_dim=0)
+    base = trainer.nets((x_seq[:, 0],)).base
+    if isinstance(_outputs_of_step(base), tuple | list):
         trainer.loss = lambda y, target: f_loss_t(y[0], target)
     result = _train(trainer, x_seq.transpose(0, 1), target_seq.transpose(0, 1), return_outputs=True)
     outputs = result.outputs
     y_seq = outputs[0] if isinstance(outputs, tuple | list) else outputs
-    return result.loss, y_seq.transpose(0, 1).contiguous()
+    return result.loss, y_seq.movedim(output_time_dim(base), 0).transpose(0, 1).contiguous()
+
+
+def _outputs_of_step(net: Net) -> Any:
+    """What a step returns apart from its state, with something in the place of each tensor."""
+    spec = net.program.output_spec
+    places = pytree.tree_unflatten([0] * spec.num_leaves, spec)
+    return outputs_without(places, [argument.path for argument in net.program.carried])
 
 
 def _train(trainer: Trainer, x_seq: Any, target: Any, **options: Any) -> StepResult:
-    """One call that goes on from the state of the model and leaves the final state there."""
+    """One call that goes on from the state of the model and leaves the final state there.
+
+    Args:
+        trainer: of the model.
+        x_seq: positional arguments, time first.
+        target: time first.
+        **options: of `Trainer.step`.
+    """
     model = trainer.model
     args = x_seq if isinstance(x_seq, tuple) else (x_seq,)
-    nets = trainer.nets(first_step(args))
+    nets = trainer.nets(first_step(args, {}))
+    args = time_where_it_belongs(nets.base, args)
+    if nets.base.program.carried:
+        return trainer.step(args, target, **options)
     slots = [slot.name for slot in nets.base.program.slots]
     names = [slot.name for slot in nets.sequence.program.slots]
-    result = trainer.step(x_seq, target, state=read_state(model, slots, names), **options)
+    result = trainer.step(args, target, state=read_state(model, slots, names), **options)
     write_state(model, slots, result.state)
     return result
 

@@ -35,7 +35,8 @@ class Updates:
     ) -> None:
         if isinstance(accumulate, bool) or not isinstance(accumulate, int) or accumulate < 1:
             raise InputError("SNNFX309", f"accumulate={accumulate!r}", why="it is a number of calls above 0.")
-        if clip_grad_norm is not None and not (isinstance(clip_grad_norm, int | float) and clip_grad_norm > 0):
+        is_number = isinstance(clip_grad_norm, int | float) and not isinstance(clip_grad_norm, bool)
+        if clip_grad_norm is not None and not (is_number and clip_grad_norm > 0):
             raise InputError("SNNFX309", f"clip_grad_norm={clip_grad_norm!r}", why="it is a norm above 0.")
         if amp_dtype not in (None, torch.bfloat16, torch.float16):
             raise InputError("SNNFX309", f"amp_dtype={amp_dtype!r}", hint="Choose torch.bfloat16 or torch.float16.")

@@ -84,7 +84,8 @@ def _steps(tree: Any, steps: int) -> Sequence[Any]:
 
 
 def _vmapped(loss: Loss, y_seq: Any, target: Any, has_time: bool) -> Tensor:
-    losses = torch.vmap(loss, in_dims=(0, 0 if has_time else None), randomness="different")(y_seq, target)
+    dims = pytree.tree_map(lambda value: 0 if has_time and isinstance(value, Tensor) else None, target)
+    losses = torch.vmap(loss, in_dims=(0, dims), randomness="different")(y_seq, target)
     if not isinstance(losses, Tensor) or losses.numel() != losses.shape[0]:
         scalar(losses[0])
     return losses.reshape(-1)

@@ -143,6 +143,6 @@ class _KnownStates:
 def _starts_from_numbers(program: StepProgram) -> bool:
     """Whether the reset state is made of numbers, apart from what is drawn once and never written again."""
     return all(
-        not isinstance(initial, Node) or (isinstance(following, Node) and following.name == slot.placeholder)
+        isinstance(initial, int | float) or (isinstance(following, Node) and following.name == slot.placeholder)
         for slot, following, initial in zip(program.slots, program.next_states, program.initial_values, strict=True)
     )

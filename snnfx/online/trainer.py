@@ -9,12 +9,22 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils import _pytree as pytree
 
 from snnfx.allocator import is_tuned
 from snnfx.errors import InputError
 from snnfx.net import Net
-from snnfx.online.checks import check_optimizer, check_steps, number_of_steps, target_with_time_first
+from snnfx.online.checks import check_optimizer, check_steps, number_of_steps
 from snnfx.online.gradients import Updates
+from snnfx.online.inputs import (
+    batch_of_steps,
+    call_arguments,
+    first_step,
+    output_time_dim,
+    steps_of_target,
+    target_with_time_first,
+    without_history,
+)
 from snnfx.online.losses import Loss
 from snnfx.online.nets import RuleNets, nets_for, shapes_of
 from snnfx.online.random_steps import run_random_steps
@@ -33,7 +43,7 @@ class StepResult:
         loss: the sum of the steps' losses, each times the loss scale, without regularisers; detached.
         updates: how many optimizer steps were taken.
         state: the state after the last step, detached; pass it to the next call to go on with the sequence.
-        outputs: `y_seq`, `[T, N, *]`, detached; None unless asked for.
+        outputs: `y_seq` as the model returns it for a sequence, `[T, N, *]`, detached; None unless asked for.
         metrics: the value of each metric.
         grad_norm: the norm of the gradients before clipping at the last update; None without clipping.
     """
@@ -51,6 +61,7 @@ class Trainer:
 
     Args:
         model: a converted net, any single-step model that `snnfx.convert` accepts, or a DistributedDataParallel of one.
+            What torch.compile made of one is taken as it was before: a rule runs graphs of its own.
         rule: a `snnfx.online.Rule`.
         optimizer: over parameters of the model. Schedulers work on it as usual: call them between calls of `step`.
         loss: `loss(y_t, target_t)`, the scalar loss of one time step; a pure function. It is evaluated for all steps
@@ -62,9 +73,10 @@ class Trainer:
         clip_grad_norm: largest norm of the gradients at an update, over the optimizer's parameters together.
         amp_dtype: run the forward pass under torch.autocast with this type (torch.bfloat16 or torch.float16; the
             latter with a gradient scaler).
-        metrics: `{name: f(y_seq, target)}`, evaluated after the sequence on the detached outputs `[T, N, *]` and the
-            target as it was given.
-        target_dim: where T is in the target; None: the same target at every step.
+        metrics: `{name: f(y_seq, target)}`, evaluated after the sequence on the detached outputs and the target as it
+            was given.
+        target_dim: where T is in the target; None: the same target at every step; "output": where it is in the model's
+            outputs (0, unless a net was converted with another `time_dim`).
         batch_norm: "per_step": statistics of one step at a time, as an online rule sees them; "fold": over all steps
             of a chunk, as `snnfx.convert` does.
         accumulate: take an update every so many calls of `step` (rules that update at the end of a sequence only). The
@@ -107,7 +119,7 @@ class Trainer:
         clip_grad_norm: float | None = None,
         amp_dtype: torch.dtype | None = None,
         metrics: Mapping[str, Callable[[Any, Any], Any]] | None = None,
-        target_dim: int | None = 0,
+        target_dim: int | str | None = "output",
         batch_norm: str = "per_step",
         accumulate: int = 1,
         process_group: Any = None,
@@ -123,9 +135,9 @@ class Trainer:
             raise InputError("SNNFX309", f"the loss is a {type(loss).__name__}, not a function")
         if chunk is not None:
             number_of_steps("chunk", chunk)
-        if isinstance(model, nn.parallel.DistributedDataParallel):
-            process_group = process_group if process_group is not None else model.process_group
-            model = model.module
+        if target_dim not in ("output", None) and (isinstance(target_dim, bool) or not isinstance(target_dim, int)):
+            raise InputError("SNNFX309", f"target_dim={target_dim!r}", hint="Give the place of T, None, or 'output'.")
+        model, process_group = unwrapped(model, process_group)
         self.model, self.rule, self.optimizer, self.loss = model, rule, optimizer, loss
         self.chunk, self.target_dim, self.batch_norm, self.progress = chunk, target_dim, batch_norm, progress
         self.loss_scale = checked_scale(rule.loss_scale if loss_scale is None else loss_scale)
@@ -178,37 +190,53 @@ class Trainer:
         return math.ceil(T / math.ceil(T / most))
 
     def step(
-        self, x_seq: Any, target: Any, *, state: dict[str, Any] | None = None, return_outputs: bool = False
+        self,
+        x_seq: Any,
+        target: Any,
+        *,
+        state: dict[str, Any] | None = None,
+        T: int | None = None,
+        return_outputs: bool = False,
     ) -> StepResult:
-        """Train on one batch of sequences.
+        """Train on one batch of sequences. Gradients go to parameters only, not into the history of what is given.
 
         Args:
-            x_seq: `[T, N, *]`, or a tuple of the model's inputs.
+            x_seq: `[T, N, *]`, a tuple of the model's inputs, or a dict of keyword arguments.
             target: `[T, N, *]` (see `target_dim`), or nested; what the loss takes, with time.
             state: the state before the first step, as `StepResult.state`; None: the reset state.
+            T: the number of time steps where no input carries time (`time_dim=None`); None: as many as the target has.
             return_outputs: whether the result holds the outputs of all steps.
 
         Raises:
             InputError: before the first update: SNNFX610 (lengths differ), SNNFX611 (the loss is not a scalar),
                 SNNFX614 (`random_steps` above T), and those of `Net.run`.
         """
-        args = x_seq if isinstance(x_seq, tuple) else (x_seq,)
-        nets = self.nets(first_step(args))
-        leaves, given, T = nets.base.bound(args, {})
+        with torch.inference_mode(False), torch.enable_grad():
+            x_seq, target, state = without_history((x_seq, target, state))
+            return self._step(x_seq, target, state, T, return_outputs)
+
+    def _step(
+        self, x_seq: Any, target: Any, state: dict[str, Any] | None, T: int | None, return_outputs: bool
+    ) -> StepResult:
+        args, kwargs = call_arguments(x_seq)
+        nets = self.nets(None if isinstance(self.model, Net) else first_step(args, kwargs))
+        output_dim = output_time_dim(nets.base)
+        target_dim = output_dim if isinstance(self.target_dim, str) else self.target_dim
+        if T is None and not any(nets.base.varying_inputs):
+            T = steps_of_target(target, target_dim)
+        leaves, given, T = nets.base.bound(args, kwargs, T)
         check_steps(self.rule, T)
-        varying = nets.base.varying_inputs
-        sequences = [x for x, v in zip(leaves, varying, strict=True) if v]
-        target = target_with_time_first(target, self.target_dim, T, sequences)
+        as_given, target = target, target_with_time_first(target, target_dim, T, batch_of_steps(nets.base, leaves))
         nets.set_mode(self.model.training)
         run = Run(
             rule=self.rule,
             nets=nets,
             leaves=leaves,
-            varying=varying,
+            varying=nets.base.varying_inputs,
             given=given,
             T=T,
             target=target,
-            target_has_time=self.target_dim is not None,
+            target_has_time=target_dim is not None,
             state=state,
             loss=self.loss,
             scale=1.0 / T if self.loss_scale == "mean" else 1.0 if self.loss_scale == "sum" else float(self.loss_scale),
@@ -225,8 +253,8 @@ class Trainer:
             run_random_steps(run, self.chunk_length(T, nets.step_elements))
         else:
             run_chunks(run, self.chunk_length(T, nets.step_elements))
-        outputs = run.outputs()
-        metrics = {name: metric(outputs, target) for name, metric in self.metrics.items()}
+        outputs = pytree.tree_map_only(Tensor, lambda y: y.movedim(0, output_dim), run.outputs())
+        metrics = {name: metric(outputs, as_given) for name, metric in self.metrics.items()}
         return StepResult(
             loss=run.total,
             updates=run.update_count,
@@ -241,6 +269,25 @@ _ELEMENTS_OF_A_CHUNK = 2**22
 _STEPS_OF_A_CHUNK = 64
 
 
+def unwrapped(model: nn.Module, process_group: Any) -> tuple[nn.Module, Any]:
+    """The model in what is wrapped around it, and the processes over which gradients are averaged.
+
+    Raises:
+        InputError: SNNFX309, it is spread over devices in this process.
+    """
+    while True:
+        if isinstance(model, nn.parallel.DistributedDataParallel):
+            process_group = process_group if process_group is not None else model.process_group
+            model = model.module
+        elif isinstance(model, nn.DataParallel):
+            hint = "Train the model itself, or use DistributedDataParallel with a process for each device."
+            raise InputError("SNNFX309", "the model is a DataParallel", hint=hint)
+        elif isinstance(model, torch._dynamo.OptimizedModule):
+            model = model._orig_mod
+        else:
+            return model, process_group
+
+
 def checked_scale(value: Any) -> str | float:
     """A loss scale: "mean", "sum" or a number.
 
@@ -251,14 +298,3 @@ def checked_scale(value: Any) -> str | float:
     if value not in ("mean", "sum") and not is_number:
         raise InputError("SNNFX309", f"loss_scale={value!r}", hint="Choose 'mean', 'sum' or a number.")
     return value  # type: ignore[no-any-return]
-
-
-def first_step(args: tuple[Any, ...]) -> tuple[Any, ...]:
-    """The arguments of the first step, to capture a model with their shapes."""
-    for x in args:
-        if not isinstance(x, Tensor) or x.dim() == 0 or x.shape[0] == 0:
-            what = (
-                f"an input has shape {list(x.shape)}" if isinstance(x, Tensor) else f"an input is a {type(x).__name__}"
-            )
-            raise InputError("SNNFX306", what, hint="A sequence is a tensor [T, N, ...].")
-    return tuple(x[0] for x in args)
