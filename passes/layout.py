@@ -70,6 +70,11 @@ class ChooseLayout(Pass):
             for node in program.graph.nodes:
                 if _may_be_channels_last(program, node, marked, following):
                     marked.add(node)
+            for region in program.regions:
+                values = {operand for node in region.nodes for operand in (node, *node.all_input_nodes)}
+                if region.kind == "loop" and marked & values:
+                    # One kernel gives all its results the format of its input, whatever is between them.
+                    marked.update(n for n in region.nodes if not is_size(n))
         for node in program.graph.nodes:
             node.meta.pop("channels_last", None)
         for node in marked:

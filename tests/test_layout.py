@@ -123,6 +123,29 @@ def test_an_unbatched_image_keeps_its_format() -> None:
     torch.testing.assert_close(snnfx.convert(model)(x_seq), step_model(model, x_seq))
 
 
+def test_what_a_kernel_makes_of_images_may_be_viewed() -> None:
+    """The kernel hands its input's format on through operations that the pass knows nothing of."""
+
+    class Scaled(snnfx.MemoryModule):
+        def __init__(self) -> None:
+            super().__init__()
+            self.conv, self.fc = nn.Conv2d(2, 4, 3, padding=1), nn.Linear(144, 3)
+            self.threshold = nn.Parameter(torch.full((1, 4, 1, 1), 0.6))
+            self.register_memory("v", 0.0)
+
+        def forward(self, x: Tensor) -> Tensor:
+            v = self.v * 0.5 + self.conv(x)
+            spike = torch.sigmoid(torch.true_divide(v, self.threshold) - 1.0)
+            self.v = v - spike
+            return self.fc(spike.view(spike.size(0), -1))
+
+    model, x_seq = Scaled(), torch.rand(4, 2, 2, 6, 6)
+    net = snnfx.convert(model, example_inputs=x_seq[0])
+    for grad in (True, False):
+        with torch.set_grad_enabled(grad):
+            torch.testing.assert_close(net(x_seq), step_model(model, x_seq), rtol=1e-4, atol=1e-5)
+
+
 def test_only_float_images_of_a_cpu_are_changed() -> None:
     image = torch.rand(2, 3, 4, 5)
     assert channels_last(image).is_contiguous(memory_format=torch.channels_last)
