@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from stepping import step_model
+from stepping import fresh_copy, step_model
 from torch import Tensor, nn
 
 import snnfx
@@ -143,7 +143,7 @@ def test_what_a_kernel_makes_of_images_may_be_viewed() -> None:
     net = snnfx.convert(model, example_inputs=x_seq[0])
     for grad in (True, False):
         with torch.set_grad_enabled(grad):
-            torch.testing.assert_close(net(x_seq), step_model(model, x_seq), rtol=1e-4, atol=1e-5)
+            torch.testing.assert_close(net(x_seq), step_model(fresh_copy(model), x_seq), rtol=1e-4, atol=1e-5)
 
 
 def test_only_float_images_of_a_cpu_are_changed() -> None:
