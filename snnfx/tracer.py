@@ -7,27 +7,20 @@ step as a fake tensor, so Python control flow on shapes works; nodes remember th
 
 from __future__ import annotations
 
-import contextlib
-import operator
-from collections.abc import Callable, Iterator
-from dataclasses import replace
-from typing import Any, cast
+from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import Tensor, fx, nn
-from torch._subclasses.fake_tensor import (
-    DataDependentOutputException,
-    DynamicOutputShapeException,
-    FakeTensorMode,
-    UnsupportedOperatorException,
-)
+from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.fx import Node
 from torch.utils import _pytree as pytree
 
 from snnfx.errors import CaptureError
+from snnfx.example_values import ExampleValues
 from snnfx.leaves import is_leaf
 from snnfx.nests import refuse_outputs
-from snnfx.places import format_place, place_of_error, place_of_forward, user_calls, user_place
+from snnfx.places import format_place, place_of_error, place_of_forward, user_place
 from snnfx.program import SELF_TARGET, add_placeholder
 from snnfx.proxy import UNKNOWN, StepProxy, needs_examples, value_of
 from snnfx.scalars import recorded_reads
@@ -40,15 +33,14 @@ from snnfx.state import (
     is_stateful_tree,
     opaque_initial_value,
     takes_state,
-    without_hooks,
 )
+from snnfx.stateful_calls import StatefulCalls, element_of, mark_returned
 from snnfx.step_functions import expect_size, set_part_
 from snnfx.tracing_patches import (
     autocast_state,
     patched_apply,
     patched_factories,
     patched_isinstance,
-    plain_isinstance,
     quiet_fake_tensors,
 )
 
@@ -70,10 +62,9 @@ class StepTracer(fx.Tracer):
     """Records one step of a model; see the module docstring.
 
     Args:
-        example_arguments: `(args, kwargs)` of one step as fake tensors and constants, or None.
+        arguments: `(args, kwargs)` of one step, with an `ArgumentLeaf` for each tensor.
         entry: name of the method that is one step.
         opaque: qualified names of submodules that must not be traced, with the reason.
-        inlined: slots of modules that are traced through, as `{slot name: (module, write function)}`.
         fake_mode: the mode under which values are computed, or None without example inputs.
     """
 
@@ -90,7 +81,8 @@ class StepTracer(fx.Tracer):
         self.traced_func_name = entry
         self.arguments = arguments
         self.opaque = opaque or {}
-        self.fake_mode = fake_mode
+        self.values = ExampleValues(self, fake_mode)
+        self.calls = StatefulCalls(self)
         self.constants: dict[str, Any] = {}
         self.slot_values: dict[str, Any] = {}
         self.slot_initials: dict[str, Any] = {}
@@ -98,13 +90,9 @@ class StepTracer(fx.Tracer):
         self.overwritten_slots: set[str] = set()
         self.carried_arguments: dict[str, Any] = {}
         self.take_carried: Callable[[Any], Any] = lambda outputs: outputs
-        self.calls_at: dict[tuple[str, object], list[object]] = {}
-        self._open_containers: list[object] = []
         self.output_spec: pytree.TreeSpec | None = None
         self.reads: dict[tuple[nn.Module, str], tuple[Any, str]] = {}
         self.is_evaluating = False
-        self._inside_call = False
-        self._value_of_next: Any = UNKNOWN
         self._autocast = autocast_state()
         self._paths: dict[nn.Module, str] = {}
 
@@ -228,11 +216,17 @@ class StepTracer(fx.Tracer):
         if kind == "call_method" and target == "__setitem__":  # of a tensor that the model made without its input
             kind, target = "call_function", set_part_
         proxy = super().create_proxy(kind, target, args, kwargs, *rest, **more)
-        if kind.startswith("call") and not torch.is_grad_enabled() and not self._inside_call:
-            return self._without_gradient(proxy)
+        if kind.startswith("call") and not torch.is_grad_enabled() and not self.calls.is_recording:
+            return self.without_gradient(proxy)
         return proxy
 
-    def _without_gradient(self, proxy: Any) -> Any:
+    def record_at(self, name: str, kind: str, target: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> StepProxy:
+        """A node that belongs to the module of a name."""
+        proxy = self.create_proxy(kind, target, args, kwargs)
+        proxy.node.meta["module"] = name
+        return proxy  # type: ignore[no-any-return]
+
+    def without_gradient(self, proxy: Any) -> Any:
         """What `torch.no_grad()` around an operation means in a graph: its result is detached."""
         value = value_of(proxy)
         is_tensor = isinstance(value, Tensor) or (value is UNKNOWN and not proxy.node.meta.get("shape_like"))
@@ -268,88 +262,8 @@ class StepTracer(fx.Tracer):
         elif kind == "call_function" and getattr(target, "__module__", "") in _NUMBER_MODULES:
             operands = node.all_input_nodes
             node.meta["shape_like"] = bool(operands) and all(n.meta.get("shape_like") for n in operands)
-        self._evaluate(node)
+        self.values.evaluate(node)
         return node
-
-    def _evaluate(self, node: Node) -> None:
-        if self.fake_mode is None or node.op in ("placeholder", "output") or "val" in node.meta:
-            return
-        if node.op == "call_function" and self._value_of_next is not UNKNOWN:
-            node.meta["val"], self._value_of_next = self._value_of_next, UNKNOWN
-            return
-        if node.op == "get_attr":
-            self._record_value(node, lambda: self._fake(self._resolve(str(node.target))))
-            return
-        unknown = False
-
-        def load(n: Node) -> Any:
-            nonlocal unknown
-            unknown = unknown or "val" not in n.meta
-            return n.meta.get("val")
-
-        args, kwargs = fx.map_arg((node.args, node.kwargs), load)
-        if unknown:
-            return
-        whole, index = cast("tuple[Any, Any]", args) if node.target is operator.getitem else (None, 0)
-        if isinstance(whole, tuple) and index in range(len(whole)):
-            node.meta["val"] = whole[index]  # most often of what a stateful call returns
-        elif node.op == "call_module":
-            module = self._resolve(str(node.target))
-            self._record_value(node, lambda: _call_for_shape(module, args, kwargs))
-        elif node.op == "call_method":
-            self._record_value(node, lambda: getattr(args[0], str(node.target))(*args[1:], **kwargs))
-        else:
-            self._record_value(node, lambda: node.target(*args, **kwargs))  # type: ignore[operator]
-
-    @contextlib.contextmanager
-    def _already_evaluated(self, value: Any) -> Iterator[None]:
-        """The value of the next node is known, if it is not UNKNOWN."""
-        before, self._value_of_next = self._value_of_next, value
-        try:
-            yield
-        finally:
-            self._value_of_next = before
-
-    def _record_value(self, node: Node, compute: Callable[[], Any]) -> None:
-        try:
-            with self.evaluating():
-                node.meta["val"] = compute()
-        except (DataDependentOutputException, DynamicOutputShapeException, UnsupportedOperatorException):
-            return
-        except (RuntimeError, ValueError, TypeError, IndexError) as error:
-            raise CaptureError(
-                "SNNFX201",
-                f"one step fails on the example inputs at `{node.name}`",
-                where=format_place(node.meta["where"]),
-                why=f"{type(error).__name__}: {error}.",
-                hint="example_inputs has to be what ONE call of the model takes, batch dimension included.",
-            ) from error
-
-    def _resolve(self, target: str) -> Any:
-        if target in self.constants:
-            return self.constants[target]
-        if target == SELF_TARGET:
-            return self.root
-        found: Any = self.root
-        with self.evaluating():
-            for atom in target.split("."):
-                found = getattr(found, atom)
-        return found
-
-    def _fake(self, value: Any) -> Any:
-        if isinstance(value, Tensor) and self.fake_mode is not None:
-            return self.fake_mode.from_tensor(value, static_shapes=True)
-        return value
-
-    @contextlib.contextmanager
-    def evaluating(self) -> Iterator[None]:
-        """Run real Python on values: nothing is recorded, modules are called for what they are."""
-        before, self.is_evaluating = self.is_evaluating, True
-        try:
-            with plain_isinstance(), self.fake_mode or contextlib.nullcontext(), torch.no_grad():
-                yield
-        finally:
-            self.is_evaluating = before
 
     def concrete(self, proxy: StepProxy) -> Any:
         """The Python number behind a proxy, when it is a size; its use is remembered as an expectation."""
@@ -365,16 +279,9 @@ class StepTracer(fx.Tracer):
             )
         if value is UNKNOWN:
             raise needs_examples(proxy)
-        if isinstance(value, int) and not isinstance(value, bool):
+        if isinstance(value, int):  # of a bool, `if x.shape[1] == 3`, the comparison itself is pinned
             self.create_proxy("call_function", expect_size, (proxy, value, place), {})
-        elif isinstance(value, bool):
-            self._expect_operands(proxy, place)
         return value
-
-    def _expect_operands(self, proxy: StepProxy, place: str) -> None:
-        # `if x.shape[1] == 3` fixes the size only where it was true: then the operand is pinned. Where it was false
-        # the comparison itself is pinned, as a number.
-        self.create_proxy("call_function", expect_size, (proxy, value_of(proxy), place), {})
 
     # -- modules ------------------------------------------------------------------------------------------------
 
@@ -402,31 +309,28 @@ class StepTracer(fx.Tracer):
             return m.forward(*args, **kwargs)  # not m(...): a user's hooks have no business with fake tensors
         name = self.path_of_module(m)
         if name == "" and is_leaf(m) and adapter_of(m) is None:
-            return self._at_module("", "call_module", SELF_TARGET, args, kwargs)
+            return self.record_at("", "call_module", SELF_TARGET, args, kwargs)
         if name in self.opaque:
-            return self._marked(self._call_with_state(m, name, call_opaque, composite_adapter(m), args, kwargs), name)
+            return mark_returned(self.calls.call(m, name, call_opaque, composite_adapter(m), args, kwargs), name)
         adapter = adapter_of(m)
         if adapter is not None:
             _refuse_by(adapter, m, name or "the model", format_place(user_place()) or place_of_forward(m))
         if takes_state(adapter):
-            return self._call_that_takes_state(m, name, adapter, args, kwargs)
+            return self.calls.call_that_takes_state(m, name, adapter, args, kwargs)
         if adapter is not None and adapter.names(m):
             if is_stateful_tree(m, adapter):
-                return self._marked(
-                    self._call_with_state(m, name, call_opaque, composite_adapter(m), args, kwargs), name
-                )
+                return mark_returned(self.calls.call(m, name, call_opaque, composite_adapter(m), args, kwargs), name)
             if adapter.is_leaf(m):
-                return self._marked(self._call_with_state(m, name, call_stateful, adapter, args, kwargs), name)
+                return mark_returned(self.calls.call(m, name, call_stateful, adapter, args, kwargs), name)
         elif is_leaf(m):
-            result = self._marked(super().call_module(m, forward, args, kwargs), name)
+            result = mark_returned(super().call_module(m, forward, args, kwargs), name)
             # Two values, also where nothing is known of them: a state that is carried has to have a structure.
             is_pair = isinstance(m, nn.LSTMCell)
-            return (self._element(result, 0, name), self._element(result, 1, name)) if is_pair else result
+            return (element_of(result, 0, name), element_of(result, 1, name)) if is_pair else result
         _refuse_hooks(m, name)
-        containers = [object()] if isinstance(m, nn.Sequential) else []
-        self._open_containers += containers
         try:
-            result = super().call_module(m, forward, args, kwargs)
+            with self.calls.inside(m):
+                result = super().call_module(m, forward, args, kwargs)
         except SubmoduleNotTraceable:
             raise
         except CaptureError as error:
@@ -436,179 +340,10 @@ class StepTracer(fx.Tracer):
         except Exception as error:
             # Whatever Python does with a proxy that it cannot do: the module is run as it is instead.
             raise SubmoduleNotTraceable(name, f"{type(error).__name__}: {error}") from error
-        finally:
-            del self._open_containers[len(self._open_containers) - len(containers) :]
-        return self._marked(result, name)
+        return mark_returned(result, name)
 
     def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
         return is_leaf(m)
-
-    def _marked(self, result: Any, name: str) -> Any:
-        if type(result) is StepProxy:
-            result.node.meta.setdefault("returned_by", []).append(name)
-        return result
-
-    def _call_with_state(
-        self,
-        m: nn.Module,
-        name: str,
-        call: Callable[..., Any],
-        adapter: Any,
-        args: tuple[Any, ...],
-        kwargs: dict[str, Any],
-    ) -> Any:
-        """A node for one pure step of a module, its slots threaded through; returns what the module returns."""
-        self._refuse_time_loop(name)
-        self._inside_call = True
-        try:
-            # A user's hooks have no business with fake tensors.
-            with without_hooks(m):
-                output = self._record_call(m, name, call, adapter, args, kwargs)
-        finally:
-            self._inside_call = False
-        if torch.is_grad_enabled():
-            return output
-        for slot in adapter.names(m):
-            slot = f"{name}.{slot}" if name else slot
-            self.slot_values[slot] = self._without_gradient(self.slot_values[slot])
-        return self._without_gradient(output)
-
-    def _call_that_takes_state(
-        self, m: nn.Module, name: str, adapter: Any, args: tuple[Any, ...], kwargs: dict[str, Any]
-    ) -> Any:
-        """A call that may pass the state as arguments: then no slot of the module is read, but all are written."""
-        with self.evaluating():
-            starts_as_none = any(value is None for value in self.carried_arguments.values())
-            call = adapter.read_call(m, args, kwargs, starts_as_none)
-            weights = adapter.projected(m) if hasattr(adapter, "projected") else None
-        if weights is not None:
-            product = self._at_module(name, "call_function", nn.functional.linear, (call.inputs[0], weights), {})
-            call = replace(call, inputs=(product,), kwargs={**call.kwargs, "projected": True})
-        slots = [f"{name}.{slot}" if name else slot for slot in adapter.names(m)]
-        if call.state is None:
-            output = self._call_with_state(m, name, call_stateful, adapter, call.inputs, call.kwargs)
-            return call.returns(self._marked(output, name), tuple(self.slot_values[slot] for slot in slots))
-        self._refuse_time_loop(name)
-        self._inside_call = True
-        try:
-            module = self._at_module(name, "get_attr", name or SELF_TARGET, (), {})
-            with without_hooks(m):
-                both = self._at_module(
-                    name, "call_function", call_stateful, (module, call.state, *call.inputs), call.kwargs
-                )
-            output, following = self._element(both, 0, name), self._element(both, 1, name)
-            values = [self._element(following, index, name) for index in range(len(call.state))]
-        finally:
-            self._inside_call = False
-        if not torch.is_grad_enabled():
-            output, values = self._without_gradient(output), [self._without_gradient(v) for v in values]
-        self.slot_values.update(zip(slots, values, strict=False))
-        self.overwritten_slots.update(slots)
-        return call.returns(self._marked(output, name), tuple(values))
-
-    def _record_call(
-        self,
-        m: nn.Module,
-        name: str,
-        call: Callable[..., Any],
-        adapter: Any,
-        args: tuple[Any, ...],
-        kwargs: dict[str, Any],
-    ) -> Any:
-        prefix = f"{name}." if name else ""
-        slots = [prefix + slot for slot in adapter.names(m)]
-        module = self._at_module(name, "get_attr", name or SELF_TARGET, (), {})
-        first_initial = initial_value if call is call_stateful else opaque_initial_value
-        initial, result = self._evaluate_slots(adapter, m, slots, args, kwargs)
-        for index, slot in enumerate(slots):
-            if slot not in self.slot_initials:
-                with self._already_evaluated(initial[index] if initial is not None else UNKNOWN):
-                    self.slot_initials[slot] = self._at_module(
-                        name, "call_function", first_initial, (module, index, *args), kwargs
-                    )
-        states = tuple(self.slot_values[slot] for slot in slots)
-        with self._already_evaluated(result):
-            both = self._at_module(name, "call_function", call, (module, states, *args), kwargs)
-        output = self._element(both, 0, name)
-        next_states = self._element(both, 1, name) if slots else None
-        for index, slot in enumerate(slots):
-            self.slot_values[slot] = self._element(next_states, index, name)
-        return output
-
-    def _at_module(self, name: str, kind: str, target: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> StepProxy:
-        proxy = self.create_proxy(kind, target, args, kwargs)
-        proxy.node.meta["module"] = name
-        return proxy  # type: ignore[no-any-return]
-
-    def _element(self, proxy: Any, index: int, name: str) -> StepProxy:
-        element = proxy[index]
-        element.node.meta["structural"] = True
-        element.node.meta["module"] = name
-        return element  # type: ignore[no-any-return]
-
-    def _evaluate_slots(
-        self, adapter: Any, m: nn.Module, slots: list[str], args: tuple[Any, ...], kwargs: dict[str, Any]
-    ) -> tuple[Any, Any]:
-        """Give the slots the shape they have after a step: an initial value may be a mere number.
-
-        Returns:
-            The initial values, None if they are not known, and what a step from the values of the slots returns, as far
-            as it need not be evaluated for that again.
-        """
-        if self.fake_mode is None or all("val" in self.slot_placeholders[s].meta for s in slots):
-            return None, UNKNOWN
-        leaves = pytree.tree_leaves((args, kwargs))
-        if any(type(leaf) is StepProxy and value_of(leaf) is UNKNOWN for leaf in leaves):
-            return None, UNKNOWN
-        real_args, real_kwargs = pytree.tree_map(lambda a: value_of(a) if type(a) is StepProxy else a, (args, kwargs))
-        try:
-            with self.evaluating():
-                initial = adapter.initial(m, *real_args, **real_kwargs)
-                stepper = adapter.step
-                result = stepper(m, initial, *real_args, **real_kwargs)
-        except (DataDependentOutputException, DynamicOutputShapeException, UnsupportedOperatorException):
-            return None, UNKNOWN
-        first_call = all("val" not in self.slot_placeholders[slot].meta for slot in slots)
-        for slot, value in zip(slots, result[1], strict=True):
-            self.slot_placeholders[slot].meta.setdefault("val", value)
-        settled = first_call and adapter.elementwise(m) and _all_like(real_args[0], result[1])
-        return initial, result if settled else UNKNOWN
-
-    def _refuse_time_loop(self, name: str) -> None:
-        calls = user_calls()
-        rounds = self.calls_at.setdefault((name, calls), [])
-        # A neuron that is several times in one nn.Sequential is called once by the user's code.
-        container = self._open_containers[-1] if self._open_containers else object()
-        if not rounds or rounds[-1] is not container:
-            rounds.append(container)
-        if len(rounds) >= 3 and calls:
-            raise CaptureError(
-                "SNNFX203",
-                f"`{name}` is called {len(rounds)} times by the same line of one forward",
-                where=format_place(user_place()),
-                why="a stateful module called in a loop means that the forward runs over time itself.",
-                hint='Move the body of the loop to a method, e.g. `step(self, x)`, and convert with entry="step".',
-            )
-
-
-def _call_for_shape(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-    """What a layer returns, as far as its shape goes."""
-    counts = isinstance(module, nn.modules.batchnorm._NormBase) and module.training and module.momentum is None
-    if not counts:
-        return module(*args, **kwargs)
-    # Its momentum is one over the number of batches so far, a value that no shape tells.
-    module.__dict__["training"] = False
-    try:
-        return module(*args, **kwargs)
-    finally:
-        module.__dict__["training"] = True
-
-
-def _all_like(x: Any, values: tuple[Any, ...]) -> bool:
-    """Whether all are tensors of the shape and dtype of `x`."""
-    return isinstance(x, Tensor) and all(
-        isinstance(v, Tensor) and v.shape == x.shape and v.dtype == x.dtype for v in values
-    )
 
 
 class ArgumentLeaf:
