@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -36,6 +37,8 @@ class Arguments:
         self.tensor_dims = [dim for dim, leaf in pairs if leaf.placeholder is not None]
         """The time dimension of each tensor input."""
         self.varying = [dim is not None for dim in self.tensor_dims]
+        self._tensor_names = [leaf.name for leaf in program.input_leaves if leaf.placeholder is not None]
+        self._planned = [_Planned.of(program, leaf.placeholder, dim) for dim, leaf in pairs if leaf.placeholder]
         count = len(program.input_leaves)
         positional = pytree.tree_structure(((0,) * count, {})) == program.input_spec
         self._is_plain = positional and all(leaf.placeholder is not None for leaf in program.input_leaves)
@@ -108,11 +111,10 @@ class Arguments:
         Raises:
             InputError: SNNFX301, 303, 306, 309 or 310, the inputs do not have the same, known number of time steps.
         """
-        names = [leaf.name for leaf in self.program.input_leaves if leaf.placeholder is not None]
         moved: list[Tensor] = []
         if T is not None and (isinstance(T, bool) or not isinstance(T, int | torch.SymInt)):
             raise InputError("SNNFX309", f"T={T!r}", hint="T is the number of time steps, an int.")
-        for name, dim, x in zip(names, self.tensor_dims, leaves, strict=True):
+        for name, dim, x in zip(self._tensor_names, self.tensor_dims, leaves, strict=True):
             if dim is None:
                 moved.append(x)
                 continue
@@ -157,22 +159,18 @@ class Arguments:
 
     def batch_sizes(self, leaves: Sequence[Tensor]) -> dict[str, int]:
         """The size of the first dimension of one step of each tensor input, by name."""
-        names = [leaf.name for leaf in self.program.input_leaves if leaf.placeholder is not None]
-        pairs = zip(names, self.at_step(leaves, 0), strict=True)
+        pairs = zip(self._tensor_names, self.at_step(leaves, 0), strict=True)
         return {name: x.shape[0] for name, x in pairs if x.dim() > 0}
 
     def covered(self, leaves: Sequence[Tensor]) -> bool:
         """Whether the plan holds for inputs (time first) of these ranks and batch sizes."""
-        program = self.program
-        names = [leaf.placeholder for leaf in program.input_leaves if leaf.placeholder is not None]
         size: Any = None
-        for name, varying, x in zip(names, self.varying, leaves, strict=True):
-            rank = x.dim() - (1 if varying else 0)
-            exact = program.input_ranks.get(name)
-            if rank < program.requirements.get(name, 0) or (exact is not None and rank != exact):
+        for planned, x in zip(self._planned, leaves, strict=True):
+            rank = x.dim()
+            if rank < planned.least_rank or (planned.rank is not None and rank != planned.rank):
                 return False
-            if name in program.batched_inputs:
-                this = x.shape[1 if varying else 0]
+            if planned.batch_dim is not None:
+                this = x.shape[planned.batch_dim]
                 if size is not None and this != size:
                     return False
                 size = this
@@ -240,6 +238,31 @@ class Arguments:
                 hint="Give all of it or nothing; net.run returns all of it.",
             )
         return state
+
+
+@dataclass(frozen=True)
+class _Planned:
+    """What a plan says about a tensor input, time included.
+
+    Args:
+        least_rank: its least number of dimensions.
+        rank: its number of dimensions, None where any from there on will do.
+        batch_dim: where it has the batch that inputs share, None where it has none.
+    """
+
+    least_rank: int
+    rank: int | None
+    batch_dim: int | None
+
+    @staticmethod
+    def of(program: StepProgram, placeholder: str, time_dim: int | None) -> _Planned:
+        time = 0 if time_dim is None else 1
+        rank = program.input_ranks.get(placeholder)
+        return _Planned(
+            program.requirements.get(placeholder, 0) + time,
+            None if rank is None else rank + time,
+            time if placeholder in program.batched_inputs else None,
+        )
 
 
 def _broadcasts(shape: tuple[int, ...], to: tuple[int, ...]) -> bool:

@@ -43,12 +43,13 @@ class CallPlans:
         return net._graphs.runners[net.training, part]
 
     def runner_at_once(self, part: str, leaves: Sequence[Tensor], T: int) -> Callable[..., Any] | None:
-        """The form of the graph for all steps of this call; None where it is run in chunks."""
+        """The form of the graph for all steps of this call; None where there is none, or it is run in chunks."""
         net = self.net
-        if self.chunk_length(leaves, T) is not None:
+        runner = net._graphs.runners.get((net.training, part))
+        if runner is None or self.chunk_length(leaves, T) is not None:
             return None
         if not net._recomputation.applies():
-            return net._graphs.runners[net.training, part]
+            return runner
         return self.runner(part, leaves, T) if self.checkpoint_length(leaves, T) is None else None
 
     # -- inference ------------------------------------------------------------------------------------------------

@@ -280,12 +280,13 @@ class Net(fx.GraphModule):
         self, args: tuple[Any, ...], kwargs: dict[str, Any], T: int | None
     ) -> tuple[list[Tensor], list[Tensor], dict[str, Any], int | None]:
         """`(tensors, the same with time first, carried arguments by name, T)` of a call."""
-        arguments = self._arguments
+        training = self.training
+        arguments = self._arguments_in[training]
         args, kwargs, given = arguments.split_carried(args, kwargs)
         leaves = ordered = arguments.bind(args, kwargs)
         if self.options.step_mode == "m":
             ordered, T = arguments.time_first(leaves, T)
-        change = first_change(self._scalars[self.training])
+        change = first_change(self._scalars[training])
         if change is not None:
             capture_again(self, *change, ordered, given)
         return leaves, ordered, given, T
@@ -382,13 +383,13 @@ def _forward(self: Net, args: tuple[Any, ...], kwargs: dict[str, Any], T: int | 
     """Run a whole sequence from the reset state (or the carried one)."""
     options = self.options
     leaves, ordered, given, T = self._received(args, kwargs, T)
+    arguments = self._arguments
     # Chunks are only planned for inputs that this plan covers.
-    is_plain = (self.training, "plain") in self._graphs.runners and not options.carry_state
-    if is_plain and T is not None and self._arguments.covered(ordered):
+    if T is not None and not options.carry_state and arguments.covered(ordered):
         run = self._plans.runner_at_once("plain", ordered, T)
         if run is not None:
-            carriers = any(self._arguments.varying)
-            return run(self, *leaves) if carriers else run(self, *leaves, torch.arange(T, device=leaves[0].device))
+            have_time = any(arguments.varying)
+            return run(self, *leaves) if have_time else run(self, *leaves, torch.arange(T, device=leaves[0].device))
     state = self._carried if options.carry_state or options.step_mode == "s" else None
     if state is not None and self.program.carried and not options.carry_state:
         # In single steps the caller hands on what the model takes as arguments.
