@@ -198,6 +198,13 @@ CODES: dict[str, CodeEntry] = {
         "def forward(self, x): return Output(spikes=self.lif(x))   # a plain class",
         "class Output(NamedTuple): ...   # or torch.utils._pytree.register_dataclass(Output)",
     ),
+    "SNNFX217": CodeEntry(
+        "a state is set to what is no state of a net",
+        "The step gives a neuron's state, from outside of the neuron, a value that no slot can have: None, or something that "
+        "is no tensor.",
+        "s = self.lif(x); self.lif.v = None",
+        "s = self.lif(x); self.lif.v = torch.zeros_like(s)",
+    ),
     # 3xx: inputs of a call
     "SNNFX301": CodeEntry(
         "no time steps",

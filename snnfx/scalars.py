@@ -103,6 +103,7 @@ def recorded_reads(tracer: StepTracer, reads: dict[tuple[nn.Module, str], tuple[
     """While a step is traced, note down in `reads` the plain values that the model's code reads from modules."""
 
     def read(self: nn.Module, name: str) -> Any:
+        tracer.leaf_states.note_read(self, name)
         value = object.__getattribute__(self, name)
         if name in _INTERNALS or tracer.is_evaluating or (self, name) in reads:
             return value

@@ -70,11 +70,12 @@ class StatefulCalls:
                 output = self._record_call(m, name, call, adapter, args, kwargs)
         finally:
             self.is_recording = False
-        if torch.is_grad_enabled():
-            return output
-        for slot in _slots_of(adapter, m, name):
-            tracer.slot_values[slot] = tracer.without_gradient(tracer.slot_values[slot])
-        return tracer.without_gradient(output)
+        if not torch.is_grad_enabled():
+            for slot in _slots_of(adapter, m, name):
+                tracer.slot_values[slot] = tracer.without_gradient(tracer.slot_values[slot])
+            output = tracer.without_gradient(output)
+        tracer.leaf_states.show(name, m, adapter)
+        return output
 
     def call_that_takes_state(
         self, m: nn.Module, name: str, adapter: Any, args: tuple[Any, ...], kwargs: dict[str, Any]
@@ -107,6 +108,8 @@ class StatefulCalls:
             output, values = tracer.without_gradient(output), [tracer.without_gradient(v) for v in values]
         tracer.slot_values.update(zip(slots, values, strict=False))
         tracer.overwritten_slots.update(slots)
+        tracer.leaf_states.call(name, m, adapter)
+        tracer.leaf_states.show(name, m, adapter)
         return call.returns(mark_returned(output, name), tuple(values))
 
     def _record_call(
@@ -123,11 +126,12 @@ class StatefulCalls:
         first_initial = initial_value if call is call_stateful else opaque_initial_value
         initial, result = self._evaluate_slots(adapter, m, slots, args, kwargs)
         for index, slot in enumerate(slots):
-            if slot not in tracer.slot_initials:
+            if tracer.leaf_states.takes_initial(slot):
                 with tracer.values.already_evaluated(initial[index] if initial is not None else UNKNOWN):
                     arguments = (module, index, *args)
                     first = tracer.record_at(name, "call_function", first_initial, arguments, kwargs)
-                    tracer.slot_initials[slot] = first
+                tracer.leaf_states.set_initial(slot, first)
+        tracer.leaf_states.before_call(name, m, adapter)
         states = tuple(tracer.slot_values[slot] for slot in slots)
         with tracer.values.already_evaluated(result):
             both = tracer.record_at(name, "call_function", call, (module, states, *args), kwargs)
@@ -149,7 +153,7 @@ class StatefulCalls:
         values = self.tracer.values
         if values.mode is None:
             return None, UNKNOWN
-        placeholders = [self.tracer.slot_placeholders[slot] for slot in slots]
+        placeholders = [self.tracer.slot_placeholders[s] for s in slots if s in self.tracer.slot_placeholders]
         if all("val" in node.meta for node in placeholders):
             return None, UNKNOWN
         leaves = pytree.tree_leaves((args, kwargs))
@@ -163,8 +167,9 @@ class StatefulCalls:
         except NOT_EVALUATED:
             return None, UNKNOWN
         first_call = all("val" not in node.meta for node in placeholders)
-        for node, value in zip(placeholders, result[1], strict=True):
-            node.meta.setdefault("val", value)
+        for slot, value in zip(slots, result[1], strict=True):
+            if slot in self.tracer.slot_placeholders:
+                self.tracer.slot_placeholders[slot].meta.setdefault("val", value)
         settled = first_call and adapter.elementwise(m) and _all_like(real_args[0], result[1])
         return initial, result if settled else UNKNOWN
 

@@ -13,6 +13,7 @@ from torch.utils import _pytree as pytree
 from snnfx.attributes import Attribute, changed_elements, is_number, is_state_change, known_value, recorded, versions
 from snnfx.carry import SlotName, with_output_at
 from snnfx.errors import CaptureError
+from snnfx.leaf_states import owners
 from snnfx.leaves import is_leaf
 from snnfx.program import InputLeaf, Slot, StepProgram, results_of
 from snnfx.proxy import StepProxy
@@ -41,26 +42,33 @@ class Traces:
         self.opaque, self.fake_mode, self.carried = opaque, fake_mode, carried
         self.stateful = _outermost_stateful(model, opaque)
         self.reads: dict[tuple[nn.Module, str], tuple[Any, str]] = {}
+        self.met_early: set[str] = set()
+        """Leaves whose state the model looks at before it calls them; they are compared cold and warm as well."""
+
+    def _is_bound(self, prefix: str, leaf: bool) -> bool:
+        """Whether the initial values of a module's slots come of comparing the cold trace with the warm one."""
+        return not leaf or prefix.removesuffix(".") in self.met_early
 
     def inlined_slots(self) -> set[str]:
-        return {f"{prefix}{n}" for prefix, m, a, leaf in self.stateful if not leaf for n in a.names(m)}
+        return {prefix + n for prefix, m, a, leaf in self.stateful if self._is_bound(prefix, leaf) for n in a.names(m)}
 
     def inlined_starts(self) -> dict[str, Any]:
-        """The reset values of the slots that are traced through."""
+        """The reset values of the same slots."""
         starts: dict[str, Any] = {}
         with StateSnapshot.of(self.model):
             for prefix, module, adapter, leaf in self.stateful:
-                if not leaf:
+                if self._is_bound(prefix, leaf):
                     adapter.reset(module)
                     starts.update(zip([prefix + n for n in adapter.names(module)], adapter.read(module), strict=True))
         return starts
 
     def leaf_slots(self) -> set[str]:
-        return {f"{prefix}{n}" for prefix, m, a, leaf in self.stateful if leaf for n in a.names(m)}
+        slots = {prefix + n for prefix, m, a, leaf in self.stateful for n in a.names(m)}
+        return slots - self.inlined_slots()
 
     def scalars(self, discovered: Iterable[Attribute]) -> list[ScalarRead]:
         """The plain values that the model's code read in the traces, without what is state."""
-        state = {(m, name) for _, m, adapter, _ in self.stateful for name in adapter.names(m)}
+        state = {owner for _, m, adapter, _ in self.stateful for owner in owners(m, adapter)}
         state |= {(a.module, a.attribute) for a in discovered}
         paths = {module: name for name, module in self.model.named_modules()}
         reads = {key: read for key, read in self.reads.items() if key not in state and key[0] in paths}
@@ -70,17 +78,30 @@ class Traces:
         self, discovered: dict[str, Attribute], warm: bool, shapes: dict[str, Any] | None = None
     ) -> tuple[StepTracer, list[Attribute]]:
         """One trace; returns the tracer (with its graph) and the attributes that were changed beyond `discovered`."""
-        tracer = StepTracer(self.arguments, self.entry, self.opaque, self.fake_mode)
-        tracer.reads = self.reads
+        while True:
+            tracer = StepTracer(self.arguments, self.entry, self.opaque, self.fake_mode)
+            tracer.reads = self.reads
+            met_early = tracer.leaf_states.met_early
+            try:
+                found = self._trace(tracer, discovered, warm, shapes or {})
+            except Exception:
+                if warm or met_early <= self.met_early:
+                    raise
+            else:
+                if warm or met_early <= self.met_early:
+                    return tracer, found
+            self.met_early |= met_early  # again, with their reset values
+
+    def _trace(
+        self, tracer: StepTracer, discovered: dict[str, Attribute], warm: bool, shapes: dict[str, Any]
+    ) -> list[Attribute]:
         found: list[Attribute] = []
-        shapes = shapes or {}
 
         def prepare(tracer: StepTracer) -> None:
             for prefix, module, adapter, leaf in self.stateful:
                 slots = [prefix + name for name in adapter.names(module)]
                 if leaf:
-                    for slot in slots:
-                        tracer.add_slot(slot)
+                    self._begin_leaf(tracer, prefix, module, adapter, warm, shapes)
                 elif warm:
                     adapter.write(module, [tracer.add_slot(slot, *known_value(shapes.get(slot))) for slot in slots])
                 else:
@@ -116,7 +137,9 @@ class Traces:
 
         def finish(tracer: StepTracer) -> None:
             for prefix, module, adapter, leaf in self.stateful:
-                if not leaf:
+                if leaf:
+                    tracer.leaf_states.collect(prefix.removesuffix("."), module, adapter)
+                else:
                     names = [prefix + name for name in adapter.names(module)]
                     tracer.slot_values.update(zip(names, adapter.read(module), strict=True))
             for attribute in discovered.values():
@@ -134,7 +157,22 @@ class Traces:
                 tracer.record(self.model, prepare, finish)
             finally:
                 self._refuse_changed_tensors(before)
-        return tracer, found
+        return found
+
+    def _begin_leaf(
+        self, tracer: StepTracer, prefix: str, module: nn.Module, adapter: Adapter, warm: bool, shapes: dict[str, Any]
+    ) -> None:
+        """Make the slots of a leaf, and show the model's code what it may read of them."""
+        name = prefix.removesuffix(".")
+        is_bound = self._is_bound(prefix, leaf=True)
+        if is_bound:
+            tracer.leaf_states.bind(name, module, adapter)
+        if is_bound and not warm:
+            tracer.leaf_states.begin_with_reset_values(name, module, adapter)
+            return
+        for slot in adapter.names(module):
+            tracer.add_slot(prefix + slot, *(known_value(shapes.get(prefix + slot)) if is_bound else ()))
+        tracer.leaf_states.begin(name, module, adapter)
 
     def _traced_modules(self) -> Iterator[tuple[str, nn.Module]]:
         """Modules whose forward is traced through: not leaves, and not inside one."""

@@ -18,6 +18,7 @@ from torch.utils import _pytree as pytree
 
 from snnfx.errors import CaptureError
 from snnfx.example_values import ExampleValues
+from snnfx.leaf_states import LeafStates
 from snnfx.leaves import is_leaf
 from snnfx.nests import refuse_outputs
 from snnfx.places import format_place, place_of_error, place_of_forward, user_place
@@ -83,6 +84,7 @@ class StepTracer(fx.Tracer):
         self.opaque = opaque or {}
         self.values = ExampleValues(self, fake_mode)
         self.calls = StatefulCalls(self)
+        self.leaf_states = LeafStates(self)
         self.constants: dict[str, Any] = {}
         self.slot_values: dict[str, Any] = {}
         self.slot_initials: dict[str, Any] = {}
