@@ -30,7 +30,7 @@ from snnfx.passes.batch_modules import OnTrace
 from snnfx.passes.batch_rules import FOREIGN, METHODS, MODULES, OPERATORS, ROWS, ModuleRow, Row
 from snnfx.program import estimates_weights
 from snnfx.state import call_opaque, call_stateful, initial_value, opaque_initial_value
-from snnfx.step_functions import apply_autograd_function, expect_size, set_part
+from snnfx.step_functions import apply_autograd_function, change_value, expect_size, set_part
 
 __all__ = ["Found", "constant_fact", "look_up", "row_names"]
 
@@ -106,6 +106,7 @@ def _function_names() -> dict[Any, str]:
         apply_autograd_function,
         call_opaque,
         call_stateful,
+        change_value,
         cut_history,
         draw_dropout_mask,
         expect_size,

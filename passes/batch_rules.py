@@ -185,6 +185,7 @@ ROWS: tuple[Row, ...] = (
     Row("baddbmm", "input, batch1, batch2, ...", MatMul("batch1", "batch2", "input"), operands="input batch1 batch2"),
     Row("einsum", "equation, *operands", products.einsum, operands="operands"),
     Row("scaled_dot_product_attention", _ATTENTION, products.attention, operands="query key value attn_mask"),
+    Row("change_value", "*operands", kinds.elementwise, operands="operands"),
     # what online rules put into a graph
     Row("cut_history", "input", kinds.same),
     Row("update_trace", "*operands", kinds.elementwise, operands="operands"),

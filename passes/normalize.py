@@ -28,7 +28,7 @@ from snnfx.program import (
     place_of,
     takes_from_tuple,
 )
-from snnfx.step_functions import set_part_
+from snnfx.step_functions import change_value, set_part_
 
 __all__ = ["Normalize"]
 
@@ -70,6 +70,8 @@ class Normalize(Pass):
         for node in list(program.graph.nodes):
             if is_in_place(node):
                 _functionalize(program, node)
+                if node.meta.pop("without_gradient", False):
+                    _keep_history(program, node)
                 replaced += 1
             elif has_in_place_flag(program, node) and isinstance(operand := node.args[0], Node):
                 _refuse_other_names(program, node, operand, inputs_as_well=False)
@@ -172,6 +174,14 @@ def _functionalize(program: StepProgram, node: Node) -> None:
             why=f"torch has no `{name}`.",
             hint="Assign a new tensor instead of changing one.",
         )
+
+
+def _keep_history(program: StepProgram, node: Node) -> None:
+    """Under `torch.no_grad()` a change in place gives a tensor another value, and leaves its history alone."""
+    with program.graph.inserting_after(node):
+        changed = program.graph.call_function(change_value, (node.args[0], node))
+    changed.meta = dict(node.meta)
+    node.replace_all_uses_with(changed, delete_user_cb=lambda user: user is not changed)
 
 
 def _refuse_other_names(program: StepProgram, node: Node, operand: Node, inputs_as_well: bool = True) -> None:

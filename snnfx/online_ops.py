@@ -15,6 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from snnfx.state import has_forward_hooks
+from snnfx.step_functions import ValueAndGradients
 
 __all__ = [
     "cut_history",
@@ -122,7 +123,7 @@ def _call_with_gradients_on_trace(
     fixed = tuple(a.detach() if isinstance(a, Tensor) and i != position else a for i, a in enumerate(args))
     on_trace = tuple(trace.to(a.dtype) if i == position else a for i, a in enumerate(args))
     detached = {k: v.detach() if isinstance(v, Tensor) else v for k, v in kwargs.items()}
-    return _ValueAndGradients.apply(function(*fixed, **detached), function(*on_trace, **kwargs))  # type: ignore[no-any-return]
+    return ValueAndGradients.apply(function(*fixed, **detached), function(*on_trace, **kwargs))  # type: ignore[no-any-return]
 
 
 def _is_mapped(x: Tensor) -> bool:
@@ -146,25 +147,7 @@ def _with_gradients_on_trace(module: nn.Module, operand: Tensor, trace: Tensor) 
     """The general form: a second forward pass, on the trace, that carries the gradients of the parameters."""
     fixed = {name: p.detach() for name, p in module.named_parameters()}
     value = torch.func.functional_call(module, fixed, (operand,))
-    return _ValueAndGradients.apply(value, module(trace.to(operand.dtype)))  # type: ignore[no-any-return]
-
-
-class _ValueAndGradients(torch.autograd.Function):
-    """The value of the first; gradients go to both."""
-
-    generate_vmap_rule = True
-
-    @staticmethod
-    def forward(value: Tensor, carrier: Tensor) -> Tensor:
-        return value.view_as(value)
-
-    @staticmethod
-    def setup_context(ctx: Any, inputs: tuple[Tensor, Tensor], output: Tensor) -> None:
-        return None
-
-    @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor]:
-        return grad, grad
+    return ValueAndGradients.apply(value, module(trace.to(operand.dtype)))  # type: ignore[no-any-return]
 
 
 class _TracedLinear(torch.autograd.Function):

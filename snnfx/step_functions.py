@@ -9,7 +9,15 @@ from torch import Tensor, nn
 
 from snnfx.errors import InputError
 
-__all__ = ["FunctionHolder", "apply_autograd_function", "expect_size", "set_part", "set_part_"]
+__all__ = [
+    "FunctionHolder",
+    "ValueAndGradients",
+    "apply_autograd_function",
+    "change_value",
+    "expect_size",
+    "set_part",
+    "set_part_",
+]
 
 
 class FunctionHolder(nn.Module):
@@ -51,3 +59,28 @@ def expect_size(size: int, expected: int, where: str) -> int:
             hint="Convert again with example_inputs of the new size.",
         )
     return size
+
+
+def change_value(x: Any, value: Any) -> Any:
+    """What `x` is after a change in place under `torch.no_grad()`: another value with the history of `x`."""
+    if not isinstance(x, Tensor) or not isinstance(value, Tensor):
+        return value  # `+=` makes a new number
+    return ValueAndGradients.apply(value.detach(), x)  # type: ignore[no-any-return]
+
+
+class ValueAndGradients(torch.autograd.Function):
+    """The value of the first; gradients go to both."""
+
+    generate_vmap_rule = True
+
+    @staticmethod
+    def forward(value: Tensor, carrier: Tensor) -> Tensor:
+        return value.view_as(value)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Tensor, Tensor], output: Tensor) -> None:
+        return None
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor]:
+        return grad, grad

@@ -22,7 +22,7 @@ from snnfx.leaf_states import LeafStates
 from snnfx.leaves import is_leaf
 from snnfx.nests import refuse_outputs
 from snnfx.places import format_place, place_of_error, place_of_forward, user_place
-from snnfx.program import SELF_TARGET, add_placeholder
+from snnfx.program import SELF_TARGET, add_placeholder, is_in_place
 from snnfx.proxy import UNKNOWN, StepProxy, needs_examples, value_of
 from snnfx.scalars import recorded_reads
 from snnfx.state import (
@@ -217,8 +217,19 @@ class StepTracer(fx.Tracer):
     def create_proxy(self, kind: str, target: Any, args: Any, kwargs: Any, *rest: Any, **more: Any) -> Any:
         if kind == "call_method" and target == "__setitem__":  # of a tensor that the model made without its input
             kind, target = "call_function", set_part_
+        if kind == "call_function" and kwargs.get("out") is not None:
+            raise CaptureError(
+                "SNNFX214",
+                f"`{getattr(target, '__name__', target)}` writes into a tensor that it is given as out=",
+                where=format_place(user_place()),
+                why="a graph of values has no tensor that changes.",
+                hint="Use what it returns: y = torch.add(a, b).",
+            )
         proxy = super().create_proxy(kind, target, args, kwargs, *rest, **more)
         if kind.startswith("call") and not torch.is_grad_enabled() and not self.calls.is_recording:
+            if is_in_place(proxy.node):
+                proxy.node.meta["without_gradient"] = True
+                return proxy
             return self.without_gradient(proxy)
         return proxy
 

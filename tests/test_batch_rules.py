@@ -726,6 +726,7 @@ NEEDS_A_GPU = {"cuda"}
 NEVER_LEGAL = {"nn.RNN", "call_opaque", "opaque_initial_value"}
 TESTED_ELSEWHERE = {"call_stateful", "initial_value", "apply_autograd_function", "expect_size"}
 TESTED_ELSEWHERE |= {"cut_history", "update_trace", "ones_per_sample", "draw_dropout_mask"}  # in test_online_ops.py
+TESTED_ELSEWHERE |= {"change_value"}  # in test_capture.py, with changes in place
 
 
 @pytest.mark.parametrize("case", LEGAL, ids=lambda case: case.name)
@@ -1588,7 +1589,8 @@ STRICTER_ORACLE = {
 UNJUDGED = {
     "made of sizes alone, not of a sharded tensor": "arange empty eye full linspace new_full new_ones new_zeros ones "
     "rand randn scalar_tensor tensor zeros ones_per_sample",
-    "DTensor has no rule": "bilinear fold normal poisson unfold unfold_dim cut_history draw_dropout_mask update_trace",
+    "DTensor has no rule": "bilinear fold normal poisson unfold unfold_dim cut_history draw_dropout_mask update_trace "
+    "change_value",
     "attention without a fused kernel takes DTensor minutes": "nn.MultiheadAttention nn.TransformerEncoder "
     "scaled_dot_product_attention",
     "stricter than folding, see STRICTER_ORACLE": "batch_norm expand_as tril triu",

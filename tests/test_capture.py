@@ -543,6 +543,33 @@ def test_a_users_autograd_function_keeps_its_gradient() -> None:
     assert_converts(Spiking(), sequence())
 
 
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda v: v.clamp_(max=0.3),
+        lambda v: v.mul_(0.5),
+        lambda v: v.masked_fill_(v > 0.3, 0.1),
+        lambda v: v.__setitem__(v > 0.3, 0.0),
+        lambda v: v.__setitem__((slice(None), 0), 0.0),
+        lambda v: v.__imul__(2),
+    ],
+)
+def test_a_change_in_place_without_gradient_leaves_the_history_alone(change: Any) -> None:
+    class Clipped(Layer):
+        def prepare(self) -> None:
+            self.v: Any = None
+
+        def forward(self, x: Tensor) -> Tensor:
+            x = self.fc(x)
+            v = 1.0 * x if self.v is None else 0.5 * self.v + x
+            with torch.no_grad():
+                change(v)
+            self.v = v
+            return v.sin()
+
+    assert_converts(Clipped(), sequence())
+
+
 spike_function = Surrogate.apply  # bound before anything is traced, as most models have it
 
 

@@ -54,6 +54,13 @@ class RectifiesItsInput(Layer):
         return self.body(F.relu(x, inplace=True))
 
 
+class WritesIntoAnother(Layer):
+    def forward(self, x: Tensor) -> Tensor:
+        y = torch.zeros_like(x)
+        torch.add(x, 1, out=y)
+        return self.body(y)
+
+
 class AssignsToItsInput(Layer):
     def forward(self, x: Tensor) -> Tensor:
         x[:, 0] = 0
@@ -201,6 +208,7 @@ REFUSALS = {
     "mul_ on the input": Refusal(ChangesItsInput, "SNNFX209"),
     "+= on the input": Refusal(AddsToItsInput, "SNNFX209"),
     "relu in place on the input": Refusal(RectifiesItsInput, "SNNFX209"),
+    "out=": Refusal(WritesIntoAnother, "SNNFX214"),
     "an assignment to a part of the input": Refusal(AssignsToItsInput, "SNNFX209"),
     "a lazy module": Refusal(
         lambda: nn.Sequential(nn.LazyLinear(3), neuron.LIFNode()), "SNNFX207", lambda: X, has_line=False
