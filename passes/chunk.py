@@ -22,6 +22,7 @@ from torch._subclasses.fake_tensor import (
 from torch.fx import Node
 
 from snnfx.errors import InputError
+from snnfx.isolation import without_cached_casts
 from snnfx.passes.region_builder import whole_step
 from snnfx.program import StepProgram
 from snnfx.state import without_hooks
@@ -106,5 +107,5 @@ def _first_step_of_shapes(
         for key in [*builder.constants, *builder.inputs]
     ]
     # A user's hooks have no business with fake tensors.
-    with mode, torch.no_grad(), without_hooks(program.source):
+    with mode, torch.no_grad(), without_hooks(program.source), without_cached_casts():
         return run(first, arguments)

@@ -25,10 +25,11 @@ from torch.utils import _pytree as pytree
 from snnfx.attributes import Attribute, is_number, recorded
 from snnfx.carry import OutputPath
 from snnfx.errors import CaptureError, InputError
+from snnfx.isolation import without_cached_casts
 from snnfx.matching import GraphMatch
 from snnfx.places import place_of_forward
 from snnfx.program import InputLeaf, Slot, StepProgram, add_placeholder, results_of
-from snnfx.snapshot import StateSnapshot
+from snnfx.state import StateSnapshot
 from snnfx.step_arguments import Carried, carried_arguments, step_arguments
 from snnfx.traced import Traces, erase_unused_placeholders
 from snnfx.tracer import SubmoduleNotTraceable
@@ -109,7 +110,7 @@ def capture(
     carried = carried_arguments(model, entry, example_inputs, carry or {}, fake_mode)
     arguments, leaves, spec = step_arguments(model, entry, example_inputs, fake_mode, tuple(c.name for c in carried))
     opaque: dict[str, str] = {}
-    with StateSnapshot.of(model), _mode(model, training), torch.enable_grad():
+    with StateSnapshot.of(model), _mode(model, training), torch.enable_grad(), without_cached_casts():
         while True:
             try:
                 program = _capture_once(model, entry, arguments, leaves, spec, opaque, fake_mode, training, carried)

@@ -12,10 +12,17 @@ import torch
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
-from snnfx.snapshot import StateSnapshot
-from snnfx.state import reset_net
+from snnfx.state import StateSnapshot, reset_net
 
-__all__ = ["RandomState", "copies_in_float64", "in_mode", "random_state", "to_float64", "undisturbed"]
+__all__ = [
+    "RandomState",
+    "copies_in_float64",
+    "in_mode",
+    "random_state",
+    "to_float64",
+    "undisturbed",
+    "without_cached_casts",
+]
 
 
 class RandomState:
@@ -57,6 +64,17 @@ def undisturbed(*modules: nn.Module) -> Iterator[None]:
             if not torch.equal(buffer, value):
                 buffer.data.copy_(value)
         random.setstate(python_random)
+
+
+@contextmanager
+def without_cached_casts() -> Iterator[None]:
+    """Autocast keeps no cast weights: after a run on fake tensors, a real one would compute with fake weights."""
+    was_enabled = torch.is_autocast_cache_enabled()
+    torch.set_autocast_cache_enabled(False)
+    try:
+        yield
+    finally:
+        torch.set_autocast_cache_enabled(was_enabled)
 
 
 @contextmanager
