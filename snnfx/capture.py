@@ -29,7 +29,7 @@ from snnfx.isolation import without_cached_casts
 from snnfx.matching import GraphMatch
 from snnfx.places import place_of_forward
 from snnfx.program import InputLeaf, Slot, StepProgram, add_placeholder, results_of
-from snnfx.state import StateSnapshot
+from snnfx.snapshot import StateSnapshot
 from snnfx.step_arguments import Carried, carried_arguments, step_arguments
 from snnfx.traced import Traces, erase_unused_placeholders
 from snnfx.tracer import SubmoduleNotTraceable

@@ -12,7 +12,8 @@ import torch
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
-from snnfx.state import StateSnapshot, reset_net
+from snnfx.snapshot import StateSnapshot
+from snnfx.state import reset_net
 
 __all__ = [
     "RandomState",
