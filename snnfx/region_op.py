@@ -110,6 +110,20 @@ def _by_kernel(
         return run(kernels, list(x_seq), constants, first, *more, list(needs))  # type: ignore[no-any-return]
 
 
+@contextlib.contextmanager
+def _real_tensors_allowed(x_seq: Sequence[Tensor]) -> Iterator[None]:
+    """Some modules keep tensors of their own that are neither parameters nor buffers, Norse's cells for instance."""
+    mode = getattr(x_seq[0], "fake_mode", None)
+    if mode is None:
+        yield
+        return
+    before, mode.allow_non_fake_inputs = mode.allow_non_fake_inputs, True
+    try:
+        yield
+    finally:
+        mode.allow_non_fake_inputs = before
+
+
 @torch.library.custom_op("snnfx::run_region", mutates_args=())
 def run_region(
     handle: str,
@@ -135,7 +149,7 @@ def run_region(
         kept: list[Sequence[Tensor]] = []
         for x in zip(*(x.unbind(0) for x in x_seq), strict=True):
             y, current = region(*constants, *x, current)
-            outputs.append(y)
+            outputs.append([torch.as_tensor(v) for v in y])
             kept.append([torch.as_tensor(s) for s in current])
         stacked = [torch.stack(y) for y in zip(*outputs, strict=True)]
         return [*stacked, *(s.clone() for s in kept[-1]), *(torch.stack(s) for s in zip(*kept, strict=True))]
@@ -157,7 +171,7 @@ def _(
         if done is not None:
             return done
     T = x_seq[0].shape[0]
-    with _constants_from(region, tensors) as constants:
+    with _constants_from(region, tensors) as constants, _real_tensors_allowed(x_seq):
         x = [x[0] for x in x_seq]
         if isinstance(region, MapRegion):
             return [y.new_empty((T, *y.shape)) for y in region(*constants, *x)]
@@ -166,7 +180,7 @@ def _(
         outputs, after = region(*constants, *x, after)
         after = [torch.as_tensor(s) for s in after]
         return [
-            *(y.new_empty((T, *y.shape)) for y in outputs),
+            *(y.new_empty((T, *y.shape)) for y in map(torch.as_tensor, outputs)),
             *(s.new_empty(s.shape) for s in after),
             *(s.new_empty((T, *s.shape)) for s in after),
         ]

@@ -118,3 +118,22 @@ def test_a_mapped_region_may_hand_on_its_argument_and_its_gradient() -> None:
     compiled = torch.compile(net, backend="aot_eager", fullgraph=True)
     for a, e in zip(torch.autograd.grad(compiled(x_seq).sum(), list(net.parameters())), expected, strict=True):
         torch.testing.assert_close(a, e)
+
+
+@pytest.mark.skipif(not has("norse"), reason="norse is not installed")
+@pytest.mark.parametrize("cell", ["LIFCell", "LIFRecurrentCell", "LILinearCell", "LSNNRecurrentCell"])
+def test_cells_with_tensors_of_their_own_compile(cell: str) -> None:
+    import norse.torch
+
+    made = norse.torch.LIFCell() if cell == "LIFCell" else getattr(norse.torch, cell)(4, 4)
+    model = norse.torch.SequentialState(nn.Linear(4, 4), made).double()
+    x_seq = 30 * torch.rand(5, 2, 4, dtype=torch.float64)
+    net = snnfx.convert(model, example_inputs=x_seq[0])
+    compiled = torch.compile(net, backend="aot_eager", fullgraph=True)
+
+    def found_by(run: Any) -> list[Tensor]:
+        y_seq, _ = run(x_seq)
+        return [y_seq.detach(), *torch.autograd.grad(y_seq.square().sum(), list(model.parameters()))]
+
+    for a, e in zip(found_by(compiled), found_by(net), strict=True):
+        torch.testing.assert_close(a, e, rtol=1e-12, atol=1e-12)
