@@ -134,7 +134,7 @@ class MapRegion(SequenceRegion):
 
     def forward(self, *arguments: Any) -> tuple[Tensor, ...]:
         """One step: `(*constants, *inputs)`."""
-        return self.step(*arguments)  # type: ignore[no-any-return]
+        return self.step.forward(*arguments)  # type: ignore[no-any-return]
 
     def map_steps(self, x_seq: tuple[Tensor, ...], constants: tuple[Any, ...]) -> tuple[Tensor, ...]:
         """All steps of a sequence at once: outputs `[T, *]`."""
@@ -150,7 +150,7 @@ class MapRegion(SequenceRegion):
             return self._one_by_one(x_seq, constants)
         buffers = buffers_of(constants)
         try:
-            return torch.vmap(lambda *x: self.step(*constants, *x), randomness="different")(*x_seq)  # type: ignore[no-any-return]
+            return torch.vmap(lambda *x: self.step.forward(*constants, *x), randomness="different")(*x_seq)  # type: ignore[no-any-return]
         except (RuntimeError, NotImplementedError) as error:
             for buffer, value in buffers:
                 # BatchNorm counts its batch before vmap finds that it has no rule. Past the version counter: an
@@ -167,7 +167,7 @@ class MapRegion(SequenceRegion):
             return result
 
     def _one_by_one(self, x_seq: Sequence[Tensor], constants: Sequence[Any]) -> tuple[Tensor, ...]:
-        steps = [self.step(*constants, *x) for x in zip(*(x.unbind(0) for x in x_seq), strict=True)]
+        steps = [self.step.forward(*constants, *x) for x in zip(*(x.unbind(0) for x in x_seq), strict=True)]
         return tuple(torch.stack(y) for y in zip(*steps, strict=True))
 
 

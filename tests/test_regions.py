@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import math
 import warnings
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -293,3 +294,21 @@ def test_a_region_graph_has_no_parameters_of_its_own() -> None:
     (loop,) = regions_of(net, LoopRegion)
     assert list(loop.state_dict()) == []
     assert list(loop.parameters()) == []
+
+
+def test_a_map_that_falls_back_prints_no_traceback(capfd: pytest.CaptureFixture[str]) -> None:
+    class Fading(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.t = 0.0
+
+        def forward(self, x: Tensor) -> Tensor:
+            self.t += 0.5
+            return x * math.exp(-self.t)
+
+    net = snnfx.convert(Fading())
+    x_seq = torch.rand(5, 2, 3)
+    with pytest.warns(SnnfxWarning, match="SNNFX504"):
+        y_seq = net(x_seq)
+    torch.testing.assert_close(y_seq, torch.stack([x * math.exp(-0.5 * (t + 1)) for t, x in enumerate(x_seq)]))
+    assert capfd.readouterr().err == ""
