@@ -79,9 +79,15 @@ def _panel(phase: PhaseMemory, memory: MemoryReport, top: int) -> list[str]:
     widest = max(range(len(totals)), key=totals.__getitem__)
     x, y = _LEFT + (widest + 0.5) * step, bottom - totals[widest] * scale
     parts.append(f'<path d="M{x:.1f} {y - 2:.1f} l-4 -7 h8 z" fill="{_INK}"/>')
-    side, offset = ("end", -8) if widest > len(totals) / 2 else ("start", 8)
+    # Away from the line between the passes, where their names are, as long as there is room.
+    away = phase.moments[widest][1] or not phase.moments[-1][1]
+    side, offset = ("start", 8) if away and x + _ROOM < _LEFT + _WIDTH else ("end", -8)
     parts.append(_text(x + offset, y - 4, f"peak {bytes_as_text(phase.peak)}", anchor=side, weight="bold"))
     return [*parts, *_legend(phase, shown, colors, widest, top)]
+
+
+_ROOM = 120
+"""Pixels that the peak's text takes."""
 
 
 def _shown(phase: PhaseMemory) -> list[str]:
