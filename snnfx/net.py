@@ -1,8 +1,9 @@
 """`Net`: the converted model, a torch.fx.GraphModule that runs whole sequences.
 
 The net shares the children, parameters and buffers of the model it came from, so an optimizer of the model goes on
-working and the keys of the state_dict are the model's. Its graph is functional: `(inputs, state, time) -> (outputs,
-final state)`; `forward`, `run` and the chunked form around it are ordinary Python.
+working and the keys of the state_dict are the model's. Its graphs (`snnfx.emitted_graphs`) are functional: `(inputs,
+state, time) -> (outputs, final state)`. Around them is ordinary Python: what a call takes (`snnfx.arguments`), how it
+is run (`snnfx.call_plans`, `snnfx.running`), and for which inputs it is planned again (`snnfx.replanning`).
 """
 
 from __future__ import annotations
