@@ -41,11 +41,17 @@ Leak = float | Node
 
 @dataclass(frozen=True)
 class WeightOp:
-    """A weight op: the node, its operand, and which positional argument that is (None: of a module)."""
+    """A weight op: the node, and which positional argument the operand is (None: of a module)."""
 
     node: Node
-    operand: Node
     position: int | None
+
+    @property
+    def operand(self) -> Node:
+        """What it is given now: the node changes when it is a weight op that is replaced."""
+        operand = self.node.args[self.position or 0]
+        assert isinstance(operand, Node)
+        return operand
 
 
 @dataclass(frozen=True)
@@ -144,7 +150,7 @@ def weight_ops(program: StepProgram, dependence: Dependence) -> list[WeightOp]:
         if node.op == "call_module":
             operand = node.args[0] if len(node.args) == 1 and not node.kwargs else None
             if isinstance(operand, Node) and _has_parameters(program.resolve(str(node.target))):
-                found.append(WeightOp(node, operand, None))
+                found.append(WeightOp(node, None))
             continue
         if node.kwargs.keys() & {"input", "self", "other", "mat2"}:
             continue
@@ -154,7 +160,7 @@ def weight_ops(program: StepProgram, dependence: Dependence) -> list[WeightOp]:
             varies = isinstance(operand, Node) and operand in dependence.varying
             if varies and others and not any(n in dependence.varying for n in others):
                 assert row.arguments[name] is operand
-                found.append(WeightOp(node, operand, position))
+                found.append(WeightOp(node, position))
                 break
     return found
 

@@ -328,6 +328,31 @@ def test_ottt_of_a_layer_used_twice_in_a_step() -> None:
     same(Trained(model, OTTT_A, x_seq, target).gradients, expected)
 
 
+class Chain(nn.Module):
+    """Two weights without a neuron between: the operand of the second is what the first one gives."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.one, self.two = nn.Linear(5, 6), nn.Linear(6, 4), nn.Linear(4, 4)
+        self.lif1, self.lif2 = PlainLIF(0.5), PlainLIF(0.7)
+        self.functional = False
+        for layer in (self.first, self.one, self.two):
+            nn.init.normal_(layer.weight, 0.3, 0.5)
+
+    def forward(self, x: Tensor) -> Tensor:
+        one = self.one(self.lif1(self.first(x)))
+        return self.lif2(F.linear(one, self.two.weight, self.two.bias) if self.functional else self.two(one))
+
+
+def test_ottt_of_weights_behind_each_other() -> None:
+    model = Chain()
+    x_seq, target = sequences(4, 5)
+    expected = ottt(model, x_seq, target, mse, {"one": 0.7, "two": 0.7}, 1 / T).gradients
+    same(Trained(model, OTTT_A, x_seq, target).gradients, expected)
+    model.functional = True
+    same(Trained(model, OTTT_A, x_seq, target).gradients, expected)
+
+
 class Recurrence(nn.Module):
     """The spikes of the last step come back through a weight, whose operand has a trace like any other."""
 
