@@ -70,7 +70,7 @@ class Net(fx.GraphModule):
         )
         self.__dict__[SELF_TARGET] = source
         # Not by assignment: the model may have children of these names.
-        self.__dict__.update(options=options, training=source.training, _replan=replan)
+        self.__dict__.update(options=options, _replan=replan)
         self._carried: dict[str, Any] | None = None
         self._take_programs(programs, history)
         expect_large_blocks()
@@ -350,11 +350,16 @@ class Net(fx.GraphModule):
 
     # -- life of the module -----------------------------------------------------------------------------------------
 
-    def train(self, mode: bool = True) -> Net:
-        """Set the mode of the net and of the model that it shares its modules with."""
-        super().train(mode)
-        self.source.training = mode
-        return self
+    @property
+    def training(self) -> bool:
+        """Whether the model, and so the net, is in training mode: setting the mode of either sets that of both."""
+        source = self.__dict__.get(SELF_TARGET)
+        return True if source is None else source.training
+
+    @training.setter
+    def training(self, mode: bool) -> None:
+        if SELF_TARGET in self.__dict__:  # nn.Module sets it before there is a model
+            self.source.training = mode
 
     def convert_to(self, step_mode: str) -> Net:
         """The same programs in another step mode; modules are shared."""
@@ -367,17 +372,13 @@ class Net(fx.GraphModule):
         source = copy_model(self.source, memo)
         packed = pack_programs(self._programs)
         clone = _rebuild(source, copy.deepcopy(packed, memo), self.options, self.history, self._replan)
-        clone.__dict__["training"] = self.training
         memo[id(self)] = clone
         return clone
 
     def __reduce__(self) -> tuple[Any, ...]:
         # GraphModule would trace again; the program is packed as it is, with the model beside it.
         packed = pack_programs(self._programs)
-        return _rebuild, (self.source, packed, self.options, self.history, self._replan), {"training": self.training}
-
-    def __setstate__(self, state: dict[str, Any]) -> None:
-        self.__dict__.update(state)
+        return _rebuild, (self.source, packed, self.options, self.history, self._replan)
 
 
 def _forward(self: Net, args: tuple[Any, ...], kwargs: dict[str, Any], T: int | None) -> Any:

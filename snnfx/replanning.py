@@ -56,10 +56,7 @@ def net_for(net: Net, leaves: list[Tensor], given: dict[str, Any]) -> Net | None
                 why=f"one step of the model does not take them: {error.why or error.what}",
                 hint="Give all inputs the same batch size, as one call of the model takes them.",
             ) from error
-    other = net._nets_for_shapes[key]
-    if other.training != net.training:
-        other.__dict__["training"] = net.training
-    return other
+    return net._nets_for_shapes[key]
 
 
 # Compiled code looks for changes too; a part of one graph (fullgraph=True) this cannot be.

@@ -6,6 +6,7 @@ import copy
 import inspect
 import io
 import pickle
+import warnings
 from collections.abc import Callable
 from typing import Any
 
@@ -16,7 +17,7 @@ from torch import Tensor, nn
 
 import snnfx
 from snnfx import neuron
-from snnfx.errors import InputError, SnnfxError
+from snnfx.errors import InputError, SnnfxError, SnnfxWarning
 from snnfx.functional import reset_net
 from snnfx.serialize import pack_program, unpack_program
 
@@ -162,6 +163,22 @@ def test_modes_are_shared_both_ways_and_frozen_layers_stay_frozen_in_the_models_
     before = model.bn.running_mean.clone()
     net(sequence().float())
     assert torch.equal(model.bn.running_mean, before)
+
+
+def test_the_mode_of_the_model_is_that_of_the_net() -> None:
+    model = nn.Sequential(nn.Conv2d(1, 2, 3), nn.BatchNorm2d(2), snnfx.neuron.LIFNode())
+    net = snnfx.convert(model)
+    compiled = torch.compile(net, fullgraph=True, backend="aot_eager")
+    x_seq = torch.rand(4, 2, 1, 6, 6)
+    for mode in (False, True, False):
+        model.train(mode)
+        assert net.training is mode
+        before = model[1].num_batches_tracked.clone()
+        with warnings.catch_warnings():
+            warnings.simplefilter("error", SnnfxWarning)  # nothing is captured again
+            net(x_seq)
+            compiled(x_seq)
+        assert model[1].num_batches_tracked - before == 2 * mode
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16, torch.float16])
