@@ -65,7 +65,7 @@ def change_value(x: Any, value: Any) -> Any:
     """What `x` is after a change in place under `torch.no_grad()`: another value with the history of `x`."""
     if not isinstance(x, Tensor) or not isinstance(value, Tensor):
         return value  # `+=` makes a new number
-    return ValueAndGradients.apply(value.detach(), x)  # type: ignore[no-any-return]
+    return ValueAndGradients.apply(value.detach(), x)
 
 
 class ValueAndGradients(torch.autograd.Function):
