@@ -13,7 +13,9 @@ from torch import fx, nn
 from torch.fx import Node, map_arg
 
 from snnfx.errors import CaptureError
+from snnfx.folded_weights import call_layer, call_norm
 from snnfx.passes.dependence import analyse_dependence, is_size
+from snnfx.passes.fold_batch_norm import layer_of_norm
 from snnfx.passes.layout import image_of, is_convolution, takes_any_layout, weights_of
 from snnfx.program import StepProgram, add_placeholder, place_of
 from snnfx.regions import RegionGraph
@@ -140,7 +142,8 @@ class RegionBuilder:
             for index, slot in enumerate(slots):
                 if slot in slot_nodes:
                     env[slot_nodes[slot]] = graph.call_function(operator.getitem, (state, index))
-        builder = _Copier(graph, env, modules, self.program, slot_nodes if first else {})
+        norms = self._norms_of_layers(outputs)
+        builder = _Copier(graph, env, modules, self.program, slot_nodes if first else {}, norms)
         for node in self.inside:
             builder.copy(node)
         results = [builder.copy(node) for node in outputs]
@@ -163,6 +166,14 @@ class RegionBuilder:
             graph.output((tuple(results), tuple(builder.argument(value) for value in next_states)))
         return RegionGraph(nn.Module(), graph, class_name="RegionGraph")
 
+    def _norms_of_layers(self, outputs: Sequence[Node]) -> dict[Node, Node]:
+        """Layers with the BatchNorms that they may compute (see `snnfx.passes.fold_batch_norm`).
+
+        None whose own result is wanted.
+        """
+        pairs = {layer_of_norm(node): node for node in self.inside if node.meta.get("in_weights")}
+        return {layer: norm for layer, norm in pairs.items() if layer in self.inside and layer not in outputs}
+
 
 def whole_step(program: StepProgram) -> RegionBuilder:
     """A builder of the whole program as one region, with all its state."""
@@ -183,8 +194,10 @@ class _Copier:
         modules: dict[str, Node],
         program: StepProgram,
         first_slots: dict[str, Node],
+        norms: dict[Node, Node],
     ) -> None:
         self.graph, self.env, self.modules, self.program = graph, env, modules, program
+        self.norms, self.normalized = norms, set(norms.values())
         self.initial_of = dict(zip((s.name for s in program.slots), program.initial_values, strict=True))
         self.first_slots = {node: slot for slot, node in first_slots.items()}
         self.open: set[Node] = set()
@@ -251,8 +264,11 @@ class _Copier:
         else:
             args, kwargs = self.operands(node)
             if node.op == "call_module":
+                call: Callable[..., Any] = call_norm if node in self.normalized else call_module
+                if node in self.norms:
+                    call, args = call_layer, (self.modules[str(self.norms[node].target)], *args)
                 args = (self.modules[str(node.target)], *args)
-                new = self.graph.create_node("call_function", call_module, args, dict(kwargs), name=node.name)
+                new = self.graph.create_node("call_function", call, args, dict(kwargs), name=node.name)
             else:
                 new = self.graph.create_node(node.op, node.target, args, dict(kwargs), name=node.name)
             new.meta.update({k: v for k, v in node.meta.items() if k in ("where", "module", "val")})

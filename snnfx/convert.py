@@ -24,6 +24,7 @@ from snnfx.passes.absorb import Absorb
 from snnfx.passes.base import Pass, PassManager, PassRecord, verify_program
 from snnfx.passes.chunk import check_chunk_option
 from snnfx.passes.dce import RemoveDeadCode
+from snnfx.passes.fold_batch_norm import FoldBatchNorm
 from snnfx.passes.layout import ChooseLayout
 from snnfx.passes.lower import Lower
 from snnfx.passes.normalize import Normalize
@@ -162,7 +163,7 @@ def planning(program: StepProgram, options: ConvertOptions) -> list[Pass]:
     """The last part of the pipeline, after which nothing of the step changes: regions, layouts, kernels."""
     layout = [ChooseLayout()] if options.memory_format is not None else []
     partition = Partition(batch_norm=options.batch_norm, invariant_inputs=_invariant_inputs(program, options))
-    return [partition, *layout, *([Lower(), Absorb()] if options.lower is not None else [])]
+    return [partition, *layout, *([Lower(), Absorb()] if options.lower is not None else []), FoldBatchNorm()]
 
 
 def edited(net: Net, edits: Sequence[Pass], **changes: Any) -> Net:

@@ -15,6 +15,7 @@ from snnfx.kernels.back_ends import obstacle
 from snnfx.loops.mixed import MixedStep
 from snnfx.net import Net
 from snnfx.passes.dependence import is_random
+from snnfx.passes.fold_batch_norm import layer_of_norm
 from snnfx.passes.lower import mixing_node
 from snnfx.program import Region, StepProgram, describe_node, place_of
 from snnfx.regions import MapRegion
@@ -25,6 +26,7 @@ __all__ = [
     "carried_arguments",
     "first_step_differs",
     "fixed_sizes",
+    "folded_batch_norms",
     "kernels_of_loops",
     "mode_differences",
     "random_nodes",
@@ -92,6 +94,17 @@ def batch_norm_semantics(net: Net) -> Iterator[str]:
         yield f"BatchNorm of {_and(stepped)}: in training, statistics of each time step, as in the stepped model."
     if "once" in names:
         yield f"BatchNorm of {_and(names['once'])}: computed once, with the statistics of the N samples."
+
+
+def folded_batch_norms(net: Net) -> Iterator[str]:
+    """BatchNorms that the layer before them computes, and when."""
+    marked = [node for node in net.programs[False].graph.nodes if node.meta.get("in_weights")]
+    pairs = [f"{describe_node(norm)} into {describe_node(layer_of_norm(norm))}" for norm in marked]
+    if pairs:
+        yield (
+            f"BatchNorm folded into weights: {_and(pairs)}; in evaluation without gradients, on a CPU, where the layer "
+            "has fewer weights than outputs."
+        )
 
 
 def reduced_outputs(net: Net) -> Iterator[str]:

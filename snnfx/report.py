@@ -180,7 +180,7 @@ class Report:
         fixed: sizes that the model's Python code used as numbers, so that the net holds for them alone.
         mode_differences: what is done differently in training and in evaluation mode.
         reduced: what runs once, on the reduction over time.
-        batch_norm: which statistics the BatchNorm layers use in training.
+        batch_norm: which statistics the BatchNorm layers use in training, and which of them are folded into weights.
         random: nodes that draw random numbers.
         fallbacks: what torch.vmap refused when the net was run.
         kernels: which loops run as one generated kernel, and why others do not.
