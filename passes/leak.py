@@ -10,7 +10,8 @@ state that reaches itself through one has no leak that is a number.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+import contextlib
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -27,7 +28,7 @@ from snnfx.passes.dependence import is_size
 from snnfx.program import StepProgram, is_module_call, takes_from_tuple
 from snnfx.state import adapter_of, call_stateful
 
-__all__ = ["LeakProbe", "StepOnNumbers", "no_single_leak"]
+__all__ = ["LeakProbe", "StepOnNumbers", "leaks_held", "no_single_leak"]
 
 _BELOW = (-8.0, -1.0, -0.5, 0.0, 2.0**-10)
 """Values of a potential that no neuron fires at whose threshold is above 2**-10."""
@@ -320,6 +321,7 @@ class LeakProbe(nn.Module):
         # A value that is always the same does not depend on the slot: there is nothing to evaluate.
         self.step = StepOnNumbers(program, (placeholder, following if isinstance(following, Node) else placeholder))
         self._seen: tuple[Any, float] | None = None
+        self._held_in: object = None
 
     @property
     def targets(self) -> list[str]:
@@ -337,9 +339,12 @@ class LeakProbe(nn.Module):
         Raises:
             InputError: SNNFX615, it is not one number.
         """
+        if self._seen is not None and self._held_in is not None and self._held_in is _holding:
+            return self._seen[1]
         print_of_now = tuple(_fingerprint(constant) for constant in constants)
         if self._seen is None or self._seen[0] != print_of_now:
             self._seen = (print_of_now, self._measure(constants))
+        self._held_in = None if self.learnable else _holding
         return self._seen[1]
 
     def _measure(self, constants: Sequence[Any]) -> float:
@@ -366,7 +371,22 @@ class LeakProbe(nn.Module):
         return 0.0 if abs(float(leak)) < _LEAST_LEAK else float(leak)
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "_seen": None}
+        return {**self.__dict__, "_seen": None, "_held_in": None}
+
+
+_holding: object = None
+"""Stands for the block in which leaks are held."""
+
+
+@contextlib.contextmanager
+def leaks_held() -> Iterator[None]:
+    """A leak that is not learned stays what it is at its first use, which saves looking at the neuron every time."""
+    global _holding
+    before, _holding = _holding, object()
+    try:
+        yield
+    finally:
+        _holding = before
 
 
 def no_single_leak(slot: str, why: str) -> InputError:

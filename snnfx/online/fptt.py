@@ -62,10 +62,9 @@ class FPTTSequence:
         index = [i for i, _, _ in used]
         weights: list[Tensor] = [p for _, p, _ in used]
         alpha = self.term.alpha
+        self.updates.zero()
         with torch.no_grad():
             gradients = self._with_pulls(index, weights, [g for _, _, g in used])
-            for _, p in self.trained:
-                p.grad = None
             for weight, gradient in zip(weights, gradients, strict=True):
                 weight.grad = gradient
         self.updates.apply()

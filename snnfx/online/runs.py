@@ -18,6 +18,7 @@ from snnfx.online.losses import scalar
 from snnfx.online.run import Run, State, with_gradient
 from snnfx.online.sweep import backward_stretch
 from snnfx.online.threads import is_small, one_thread
+from snnfx.passes.leak import leaks_held
 
 __all__ = ["run_chunks", "run_steps"]
 
@@ -57,7 +58,8 @@ def run_steps(run: Run, averages: list[Tensor] | None) -> None:
     if run.rule.extra is not None:
         assert averages is not None
         extra = FPTTSequence(run.rule.extra, run.updates, averages)
-    with one_thread() if is_small(run.updates.parameters, run.nets.step_elements) else contextlib.nullcontext():
+    small = is_small(run.updates.parameters, run.nets.step_elements)
+    with one_thread() if small else contextlib.nullcontext(), leaks_held():
         for t in range(run.T):
             _run_step(run, net, t, extra)
 
@@ -70,7 +72,7 @@ def _run_step(run: Run, net: Net, t: int, extra: FPTTSequence | None) -> None:
         with run.updates.autocast(run.device):
             y, after = net.run_bound(x, run.carried(t), state, None)
             value = scalar(run.loss(y, target))
-            return y, after, value, with_gradient(value * run.scale)
+            return y, after, value, with_gradient(value if run.scale == 1.0 else value * run.scale)
 
     y, after, value, loss = step_and_loss(before)
     run.finish_steps(after, value, _with_time(y) if run.keep_outputs else None, t + 1)

@@ -88,9 +88,9 @@ class Trainer:
             first sequence.
 
     BatchNorm: see `batch_norm`. Dropout: see `Rule.dropout`. State: each call of `step` starts from the reset state
-    (or the one given) and leaves nothing behind in the model. `zero_grad`: gradients are set to None (or left to
-    `optimizer.zero_grad`'s default) before the first backward pass that belongs to an update, and stay after the
-    update, so they can be looked at.
+    (or the one given) and leaves nothing behind in the model. `zero_grad`: the gradients of the optimizer's
+    parameters are set to None before the first backward pass that belongs to an update, and stay after the update, so
+    they can be looked at.
 
     Raises:
         InputError: before anything is changed: SNNFX612 (the optimizer's parameters are not the model's), SNNFX614 (a
