@@ -179,7 +179,7 @@ def _opaque(program: StepProgram, node: Node) -> Refusal | None:
     if node.target is not call_opaque:
         return None
     name = node.meta.get("module", "")
-    reason = f"`{name}` could not be traced: {program.opaque.get(name, 'it holds the state of other modules')}"
+    reason = f"{f'`{name}`' if name else 'the model'} could not be traced: {program.opaque.get(name, 'it holds the state of other modules')}"
     return Refusal("SNNFX108", reason, "It is stepped as it is.")
 
 

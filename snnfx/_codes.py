@@ -205,6 +205,14 @@ CODES: dict[str, CodeEntry] = {
         "s = self.lif(x); self.lif.v = None",
         "s = self.lif(x); self.lif.v = torch.zeros_like(s)",
     ),
+    "SNNFX218": CodeEntry(
+        "a step changes something that a net cannot hand on",
+        "State in tensors and numbers is found in the attributes of modules, and in lists, tuples, dicts and deques there. "
+        "What a step changes elsewhere, or of another kind (a string, an attribute of a plain object, a set, a setting of a "
+        "layer), would stay at its first value, so it is refused.",
+        "self.state.v = x if self.state.v is None else self.state.v + x   # a plain object",
+        "self.v = x if self.v is None else self.v + x",
+    ),
     # 3xx: inputs of a call
     "SNNFX301": CodeEntry(
         "no time steps",

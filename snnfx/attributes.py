@@ -11,9 +11,19 @@ from torch.fx import Node
 from torch.utils import _pytree as pytree
 
 from snnfx.errors import CaptureError
+from snnfx.places import place_of_forward
 from snnfx.proxy import StepProxy
+from snnfx.unread_lists import ListThatNotesReads
 
-__all__ = ["Attribute", "changed_elements", "is_number", "is_state_change", "known_value", "recorded", "versions"]
+__all__ = [
+    "Attribute",
+    "changed_elements",
+    "is_number",
+    "is_state_change",
+    "known_value",
+    "recorded",
+    "versions",
+]
 
 
 @dataclass
@@ -28,6 +38,12 @@ class Attribute:
     result: Any
     container: Any = None
     path: tuple[Any, ...] = ()
+    start: Any = None
+    """What the whole attribute held before the step, MISSING if it was not there."""
+    grows: bool = False
+    """Whether a step was seen to make the container longer although it had its state already."""
+    is_watched: bool = False
+    """Whether to find out if anybody looks at such a container."""
 
     def final_node(self) -> Any:
         return self.result.node if type(self.result) is StepProxy else self.result
@@ -38,6 +54,8 @@ class Attribute:
             if spec != pytree.tree_structure(self.container):
                 leaves, spec = pytree.tree_flatten_with_path(self.container)
             value = pytree.tree_unflatten([value if path == self.path else leaf for path, leaf in leaves], spec)
+            if self.is_watched and type(value) is list:
+                value = ListThatNotesReads(value)
         if self.attribute in self.module._buffers:
             self.module._buffers[self.attribute] = value
         else:
@@ -47,19 +65,33 @@ class Attribute:
         """The value after the step that began with `written`."""
         if not self.path:
             return self._current()
-        leaves = dict(pytree.tree_flatten_with_path(self._current())[0])
-        if pytree.tree_structure(self._current()) == pytree.tree_structure(self.container):
-            return leaves[self.path]
-        if not written.node.users:
-            return written  # a list that notes something down for somebody else grows; nothing reads it
-        raise CaptureError(
+        if self.keeps_structure():
+            return dict(pytree.tree_flatten_with_path(self._current())[0])[self.path]
+        now = self._stored()
+        self.grows = True
+        if written.node.users or (self.is_watched and not (isinstance(now, ListThatNotesReads) and not now.was_read)):
+            raise self.refusal()
+        return written  # a list that notes something down for somebody else grows; nothing reads it
+
+    def refusal(self) -> CaptureError:
+        """The error of a container that is nested in another way after each step."""
+        return CaptureError(
             "SNNFX201",
             f"`{self.attribute}` of {type(self.module).__name__} has another structure after each step",
+            where=place_of_forward(self.module),
             why="it holds state, and a net has the same states at every step.",
             hint="Keep a fixed number of tensors in it, or register them with snnfx.MemoryModule.register_memory.",
         )
 
+    def keeps_structure(self) -> bool:
+        """Whether the container is nested as it was after the step that showed it to be state."""
+        return bool(pytree.tree_structure(self._current()) == pytree.tree_structure(self.container))
+
     def _current(self) -> Any:
+        value = self._stored()
+        return value.plain() if isinstance(value, ListThatNotesReads) else value
+
+    def _stored(self) -> Any:
         if self.attribute in self.module._buffers:
             return self.module._buffers[self.attribute]
         return self.module.__dict__.get(self.attribute)
@@ -76,11 +108,13 @@ def is_state_change(old: Any, new: Any) -> bool:
         return True
     if is_number(new) and (old is None or is_number(old)):
         return bool(old != new)
-    return False
+    return isinstance(new, Tensor) and new is not old and (old is None or is_number(old) or isinstance(old, Tensor))
 
 
 def changed_elements(slot: str, module: nn.Module, key: str, old: Any, new: Any) -> Iterator[Attribute]:
     """State that is kept in a tuple, a list or a dict: one slot for each element that a step changes."""
+    if isinstance(new, ListThatNotesReads):
+        new = new.plain()
     before = dict(pytree.tree_flatten_with_path(old)[0])
     new = pytree.tree_map(lambda leaf: leaf, new)  # a copy: the model's own list is put back after the trace
     for path, value in pytree.tree_flatten_with_path(new)[0]:

@@ -116,11 +116,15 @@ def capture(
                 program = _capture_once(model, entry, arguments, leaves, spec, opaque, fake_mode, training, carried)
                 break
             except SubmoduleNotTraceable as failure:
-                if failure.name in opaque or failure.name == "":
+                if failure.name in opaque:
                     where = place_of_forward(model, entry)
                     raise CaptureError(
                         "SNNFX201", "the model cannot be traced", where=where, why=failure.reason
                     ) from failure
+                _refuse_undeclared_state(model, failure)
+                if failure.name == "" and (entry != "forward" or carried):
+                    assert failure.error is not None
+                    raise failure.error from failure.__cause__
                 opaque[failure.name] = failure.reason
     for captured in filter(None, (program, program.first_step)):
         for node in captured.graph.nodes:
@@ -177,6 +181,7 @@ def _capture_once(
         )
     program = traced.program(warm, leaves, spec, training, set(discovered))
     program.scalars = traced.scalars(discovered.values())
+    program.starts = traced.starts(discovered.values())
     # What the cold trace left in discovered attributes is their next value there.
     outputs, nexts, initials = cold_program.results
     by_name = dict(zip((s.name for s in cold_program.slots), zip(nexts, initials, strict=True), strict=True))
@@ -199,6 +204,30 @@ def _capture_once(
         _rename_constants(cold_program, program.constants)
         program.first_step = cold_program
     return program
+
+
+def _refuse_undeclared_state(model: nn.Module, failure: SubmoduleNotTraceable) -> None:
+    """Refuse a module that cannot be traced, and that keeps state where a step of it as it is does not hand it on."""
+    prefix = f"{failure.name}." if failure.name else ""
+    inside = [a for a in failure.undeclared if a.name.startswith(prefix)]
+    if not inside:
+        return
+    module = inside[0].module
+    lines = [f'self.register_memory("{a.attribute}", {_start_in_words(a)})' for a in inside if a.module is module]
+    what = f"`{failure.name}`" if failure.name else "the model"
+    raise CaptureError(
+        "SNNFX213",
+        f"{what} cannot be traced, and its state `{inside[0].name}` is not registered",
+        where=(failure.error.where if failure.error else "") or place_of_forward(module),
+        why=f"{failure.reason.rstrip('.')}. It could be stepped as it is, but that hands on registered states only.",
+        hint=f"Derive {type(module).__name__} from snnfx.MemoryModule, with {', '.join(dict.fromkeys(lines))} instead "
+        "of the plain attribute; the rest may stay as it is.",
+    ) from failure.__cause__
+
+
+def _start_in_words(attribute: Attribute) -> str:
+    is_plain = not attribute.path and (attribute.before is None or is_number(attribute.before))
+    return repr(attribute.before) if is_plain else "initial"
 
 
 def _slots_with_placeholders(program: StepProgram, slots: list[Slot]) -> list[Slot]:

@@ -32,6 +32,7 @@ __all__ = [
     "InputLeaf",
     "Region",
     "Slot",
+    "StartingValue",
     "StepProgram",
     "add_placeholder",
     "describe_node",
@@ -56,6 +57,23 @@ class Slot:
     name: str
     placeholder: str
     discovered: bool = False
+
+
+@dataclass(frozen=True)
+class StartingValue:
+    """What an attribute that capture found to be state held then: `reset_net` does not know it.
+
+    Args:
+        owner: qualified name of the module, "" for the model itself.
+        attribute: its name.
+        value: a value, or a container with the values in it.
+        exists: False where the step itself makes the attribute.
+    """
+
+    owner: str
+    attribute: str
+    value: Any
+    exists: bool = True
 
 
 @dataclass(frozen=True)
@@ -116,6 +134,7 @@ class StepProgram:
         carried: the arguments that are outputs of the step before; those outputs are None among `outputs`.
         inferred_carry: whether `carried` was inferred from the signature.
         scalars: the plain values of the model that the graph holds as they were.
+        starts: what the attributes that are discovered slots held before the first step.
         overwritten: states of modules that every step overwrites before anything reads them; they are no slots.
         stage: how far the pipeline has come: "captured", "classified", "partitioned".
     """
@@ -137,6 +156,7 @@ class StepProgram:
     inferred_carry: bool = False
     overwritten: frozenset[str] = frozenset()
     scalars: list[ScalarRead] = field(default_factory=list)
+    starts: list[StartingValue] = field(default_factory=list)
     regions: list[Region] = field(default_factory=list)
     stage: str = "captured"
 

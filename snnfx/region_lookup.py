@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Set
+from collections.abc import Iterable, Mapping, Sequence, Set
 from typing import Any
 
 from torch import Tensor, nn
 from torch.fx import Node
+from torch.utils import _pytree as pytree
 
 from snnfx.program import SELF_TARGET, is_module_call, place_of
 
-__all__ = ["called_in", "is_within", "place_of_module", "place_of_output", "reset_discovered_state"]
+__all__ = ["called_in", "is_within", "place_of_module", "place_of_output", "reset_discovered_state", "value_at"]
 
 
 def called_in(net: Any, kinds: Set[str]) -> set[str]:
@@ -38,21 +39,35 @@ def place_of_output(net: Any, index: int) -> str:
 def reset_discovered_state(model: nn.Module, net: Any) -> None:
     """Give the attributes that capture found to be state the value they had then; `reset_net` does not know them."""
     program = getattr(net, "program", None)
-    if program is None:
-        return
-    for slot, initial in zip(program.slots, program.initial_values, strict=True):
-        if slot.discovered:
-            path, _, attribute = slot.name.rpartition(".")
-            module = model.get_submodule(path)
-            now = getattr(module, attribute)
-            if isinstance(initial, Node) and initial.op == "get_attr":
-                initial = program.resolve(str(initial.target))
-            elif isinstance(initial, Node):
-                # The step computes its first value itself, where it finds none.
-                initial = None if isinstance(now, Tensor) else now
-            if isinstance(initial, Tensor):
-                initial = initial.detach().to(now if isinstance(now, Tensor) else initial, copy=True)
-            setattr(module, attribute, initial)
+    for start in program.starts if program is not None else ():
+        module = model.get_submodule(start.owner)
+        if not start.exists:
+            module.__dict__.pop(start.attribute, None)
+            continue
+        # The model may have another type by now, and with it its state.
+        tensors = [v for v in pytree.tree_leaves(module.__dict__.get(start.attribute)) if isinstance(v, Tensor)]
+        values, spec = pytree.tree_flatten(start.value)
+        values = [v.to(tensors[0] if tensors else v, copy=True) if isinstance(v, Tensor) else v for v in values]
+        setattr(module, start.attribute, pytree.tree_unflatten(values, spec))
+
+
+def value_at(model: nn.Module, name: str) -> tuple[Any, ...]:
+    """The value of an attribute, or of an element of a container in one, by the name of its slot; () for none."""
+    found: Any = model
+    for atom in name.split("."):
+        if isinstance(found, nn.Module):
+            inside: Any = {a: getattr(found, a) for a in (atom,) if hasattr(found, a)}
+        elif isinstance(found, Mapping):
+            inside = {str(key): value for key, value in found.items()}
+        elif isinstance(found, Sequence) or hasattr(found, "maxlen"):
+            inside = {str(key): value for key, value in enumerate(found)}
+            inside |= dict(zip(getattr(found, "_fields", ()), found, strict=False))
+        else:
+            inside = {}
+        if atom not in inside:
+            return ()
+        found = inside[atom]
+    return (found,)
 
 
 def _called_by(node: Node) -> str | None:

@@ -276,9 +276,10 @@ class Report:
             yield 'This net runs one step at a time; the regions are those that it has with step_mode="m".'
         told = {row.what for row in self.not_folded if row.code == "SNNFX108"}
         for name, reason in self.opaque.items():
-            if name in told:
+            if (name or "the model") in told:
                 continue
-            yield f"`{name}` could not be traced and is stepped as it is: {reason.rstrip('.')}."
+            what = f"`{name}`" if name else "the model"
+            yield f"{what} could not be traced and is stepped as it is: {reason.rstrip('.')}."
         if self.first_step:
             yield self.first_step
         yield from (*self.carried, *self.fixed, *self.reduced, *self.batch_norm, *self.random)

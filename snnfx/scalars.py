@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import io
 import os
 import sys
 import types
@@ -17,6 +18,11 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
+
+from snnfx.errors import CaptureError
+from snnfx.held import MISSING
+from snnfx.places import place_of_forward
+from snnfx.unread_lists import ListThatNotesReads
 
 if TYPE_CHECKING:
     from snnfx.tracer import StepTracer
@@ -79,7 +85,7 @@ def contents(value: Any, depth: int = 0) -> Any:
     """The value as something to compare with later: itself, or what is in it now; a mark if it is no plain value."""
     if isinstance(value, _SCALARS):
         return value
-    if depth == 3:
+    if depth == 3 or isinstance(value, ListThatNotesReads):
         return _UNSUITABLE
     if isinstance(value, dict):
         pairs = list(value.items())
@@ -104,8 +110,17 @@ def recorded_reads(tracer: StepTracer, reads: dict[tuple[nn.Module, str], tuple[
 
     def read(self: nn.Module, name: str) -> Any:
         tracer.leaf_states.note_read(self, name)
-        value = object.__getattribute__(self, name)
-        if name in _INTERNALS or tracer.is_evaluating or (self, name) in reads:
+        try:
+            value = object.__getattribute__(self, name)
+        except AttributeError:
+            tracer.first_reads.setdefault((self, name), MISSING)
+            raise
+        if name in _INTERNALS or tracer.is_evaluating:
+            return value
+        tracer.first_reads.setdefault((self, name), value)
+        if hasattr(type(value), "__next__") and not isinstance(value, io.IOBase):
+            _refuse_iterator(self, name, value)
+        if (self, name) in reads:
             return value
         if isinstance(value, _SCALARS) or not callable(value):
             reader = sys._getframe(1).f_code.co_filename
@@ -120,6 +135,19 @@ def recorded_reads(tracer: StepTracer, reads: dict[tuple[nn.Module, str], tuple[
         yield
     finally:
         del nn.Module.__getattribute__
+
+
+def _refuse_iterator(module: nn.Module, name: str, value: Any) -> None:
+    """Refuse what a step is about to use up: nothing could put it back."""
+    if not sys._getframe(2).f_code.co_filename.startswith(_MACHINERY) and name in module.__dict__:
+        raise CaptureError(
+            "SNNFX218",
+            f"a step of {type(module).__name__} takes the next element of `{name}`",
+            where=place_of_forward(module),
+            why=f"a {type(value).__name__} is used up by it, and a net starts each call from the reset state.",
+            hint=f'Count the steps instead: self.register_memory("{name}", 0) of a snnfx.MemoryModule, and '
+            f"self.{name} += 1 in the step.",
+        )
 
 
 def _is_stored(module: nn.Module, name: str) -> bool:

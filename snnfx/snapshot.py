@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 from torch._subclasses.fake_tensor import FakeTensor
-from torch.utils import _pytree as pytree
+
+from snnfx.held import Held, HeldByClasses, global_random_state, restore_global_random_state
 
 __all__ = ["StateSnapshot", "copy_containers"]
 
@@ -30,6 +31,9 @@ class StateSnapshot:
         undo: list[Callable[[], None]] = []
         for module in model.modules():
             undo.append(_restorer_of_attributes(module))
+        undo.append(HeldByClasses(model).restore)
+        numbers = global_random_state()
+        undo.append(lambda: restore_global_random_state(numbers))
         rng_state = torch.get_rng_state()
         undo.append(lambda: torch.set_rng_state(rng_state))
         if torch.cuda.is_available() and torch.cuda.is_initialized():
@@ -53,33 +57,24 @@ _REGISTRIES = ("_parameters", "_buffers", "_modules")
 
 
 def _restorer_of_attributes(module: nn.Module) -> Callable[[], None]:
-    """Remember a module's `__dict__` (containers copied one level and deeper), its registries, and values.
+    """Remember a module's `__dict__` with what its containers and objects hold, its registries, and values.
 
     Values are those of buffers and of tensors in plain attributes, which a step may change in place.
     """
-    attributes = {k: copy_containers(v) for k, v in module.__dict__.items() if k not in _REGISTRIES}
-    originals = dict(module.__dict__)
+    attributes = {k: v for k, v in module.__dict__.items() if k not in _REGISTRIES}
+    held = Held(attributes)
     registries = {k: dict(module.__dict__[k]) for k in _REGISTRIES}
-    plain = [
-        v
-        for v in pytree.tree_leaves(list(attributes.values()))
-        if isinstance(v, Tensor) and not isinstance(v, FakeTensor)
-    ]
+    plain = [v for v in held.tensors if not isinstance(v, FakeTensor)]
     buffers = [(b, b.detach().clone()) for b in (*module._buffers.values(), *plain) if b is not None]
 
     def restore() -> None:
-        for key in list(module.__dict__):
-            if key not in originals:
-                del module.__dict__[key]
-        for key, value in attributes.items():
-            original = originals[key]
-            if isinstance(original, dict | list) and type(original) in (dict, list):
-                _refill(original, value)
-                module.__dict__[key] = original
-            else:
-                module.__dict__[key] = value
+        for key in [key for key in module.__dict__ if key not in attributes and key not in _REGISTRIES]:
+            del module.__dict__[key]
+        module.__dict__.update(attributes)
+        held.restore()
         for key, entries in registries.items():
-            _refill(module.__dict__[key], entries)
+            module.__dict__[key].clear()
+            module.__dict__[key].update(entries)
         for buffer, value in buffers:
             # By value: BatchNorm changes its statistics without raising their version. Through `.data`: a graph
             # that has saved the buffer for a backward pass stays usable.
@@ -96,11 +91,3 @@ def copy_containers(value: Any) -> Any:
     if type(value) is list:
         return [copy_containers(v) for v in value]
     return value
-
-
-def _refill(container: Any, content: Mapping[Any, Any] | list[Any]) -> None:
-    container.clear()
-    if isinstance(content, list):
-        container.extend(content)
-    else:
-        container.update(content)

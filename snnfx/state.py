@@ -17,6 +17,7 @@ from typing import Any, Protocol, runtime_checkable
 from torch import Tensor, nn
 
 from snnfx.errors import CaptureError
+from snnfx.held import MISSING, Held, attributes_of
 from snnfx.memory_module import MemoryModule, fresh
 from snnfx.places import place_of_forward
 
@@ -256,15 +257,18 @@ def is_stateful_tree(module: nn.Module, adapter: Adapter | None) -> bool:
 @contextlib.contextmanager
 def _attributes_unchanged(module: nn.Module) -> Iterator[None]:
     """Refuse a module that keeps state where nobody declared it: its results would leak into the next call."""
-    before = {m: dict(m.__dict__) for m in module.modules()}
+    before = {m: Held(attributes_of(m)) for m in module.modules()}
     yield
-    for m, attributes in before.items():
-        changed = [k for k, v in m.__dict__.items() if k not in attributes or attributes[k] is not v]
+    for m, held in before.items():
+        now = attributes_of(m)
+        changes = [c for key in {**held.values, **now} for c in held.changes(key, now.get(key, MISSING))]
+        # What it draws from a generator of its own is drawn anew in each step.
+        changed = [".".join(str(key) for key in c.path) for c in changes if c.kind != "random"]
         if changed:
-            for name in changed:
-                m.__dict__.pop(name)
-                if name in attributes:
-                    m.__dict__[name] = attributes[name]
+            for name in now.keys() - held.values.keys():
+                del m.__dict__[name]
+            m.__dict__.update(held.values)
+            held.restore()
             raise CaptureError(
                 "SNNFX213",
                 f"`{type(m).__name__}` changes its attribute `{changed[0]}` in a step",

@@ -17,6 +17,7 @@ from torch.utils import _pytree as pytree
 
 from snnfx.errors import CaptureError
 from snnfx.example_values import NOT_EVALUATED
+from snnfx.held import global_random_state, restore_global_random_state
 from snnfx.places import format_place, user_calls, user_place
 from snnfx.program import SELF_TARGET
 from snnfx.proxy import UNKNOWN, StepProxy, value_of
@@ -64,12 +65,14 @@ class StatefulCalls:
         tracer = self.tracer
         self._refuse_time_loop(name)
         self.is_recording = True
+        numbers = global_random_state()
         try:
             # A user's hooks have no business with fake tensors.
             with without_hooks(m):
                 output = self._record_call(m, name, call, adapter, args, kwargs)
         finally:
             self.is_recording = False
+            restore_global_random_state(numbers)
         if not torch.is_grad_enabled():
             for slot in _slots_of(adapter, m, name):
                 tracer.slot_values[slot] = tracer.without_gradient(tracer.slot_values[slot])

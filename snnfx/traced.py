@@ -6,22 +6,23 @@ from collections.abc import Iterable, Iterator
 from dataclasses import replace
 from typing import Any
 
-from torch import nn
+from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils import _pytree as pytree
 
-from snnfx.attributes import Attribute, changed_elements, is_number, is_state_change, known_value, recorded, versions
+from snnfx.attributes import Attribute, is_number, known_value
 from snnfx.carry import SlotName, with_output_at
-from snnfx.errors import CaptureError
+from snnfx.held import MISSING, Change
 from snnfx.leaf_states import owners
 from snnfx.leaves import is_leaf
-from snnfx.program import InputLeaf, Slot, StepProgram, results_of
+from snnfx.program import InputLeaf, Slot, StartingValue, StepProgram, results_of
 from snnfx.proxy import StepProxy
 from snnfx.scalars import ScalarRead
-from snnfx.snapshot import StateSnapshot, copy_containers
+from snnfx.snapshot import StateSnapshot
 from snnfx.state import Adapter, adapter_of, composite_adapter, is_stateful_tree
 from snnfx.step_arguments import Carried, carried_output
-from snnfx.tracer import StepTracer
+from snnfx.step_changes import StepChanges, refuse_change
+from snnfx.tracer import StepTracer, SubmoduleNotTraceable
 
 __all__ = ["Traces", "erase_unused_placeholders"]
 
@@ -42,6 +43,9 @@ class Traces:
         self.opaque, self.fake_mode, self.carried = opaque, fake_mode, carried
         self.stateful = _outermost_stateful(model, opaque)
         self.reads: dict[tuple[nn.Module, str], tuple[Any, str]] = {}
+        self.set_before_read: set[tuple[nn.Module, str]] = set()
+        """Attributes that each step sets before it reads them."""
+        self._written: set[str] = set()
         self.met_early: set[str] = set()
         """Leaves whose state the model looks at before it calls them; they are compared cold and warm as well."""
 
@@ -69,10 +73,21 @@ class Traces:
     def scalars(self, discovered: Iterable[Attribute]) -> list[ScalarRead]:
         """The plain values that the model's code read in the traces, without what is state."""
         state = {owner for _, m, adapter, _ in self.stateful for owner in owners(m, adapter)}
-        state |= {(a.module, a.attribute) for a in discovered}
+        state |= {(a.module, a.attribute) for a in discovered} | self.set_before_read
         paths = {module: name for name, module in self.model.named_modules()}
         reads = {key: read for key, read in self.reads.items() if key not in state and key[0] in paths}
         return [ScalarRead(paths[module], name, *read) for (module, name), read in reads.items()]
+
+    def starts(self, discovered: Iterable[Attribute]) -> list[StartingValue]:
+        """What the attributes with discovered slots held before the first step."""
+        paths = {module: name for name, module in self.model.named_modules()}
+        found = {(paths[a.module], a.attribute): a.start for a in discovered}
+        return [
+            StartingValue(*key, None, exists=False)
+            if start is MISSING
+            else StartingValue(*key, pytree.tree_map_only(Tensor, lambda v: v.detach().clone(), start))
+            for key, start in found.items()
+        ]
 
     def trace(
         self, discovered: dict[str, Attribute], warm: bool, shapes: dict[str, Any] | None = None
@@ -89,13 +104,30 @@ class Traces:
                     raise
             else:
                 if warm or met_early <= self.met_early:
+                    self._refuse_growth_that_is_looked_at(discovered, shapes or {})
                     return tracer, found
             self.met_early |= met_early  # again, with their reset values
+
+    def _refuse_growth_that_is_looked_at(self, discovered: dict[str, Attribute], shapes: dict[str, Any]) -> None:
+        """Record the step once more if it makes containers longer: only what nobody looks at is no state."""
+        growing = [a for a in discovered.values() if a.grows]
+        if not growing:
+            return
+        try:
+            for attribute in growing:
+                attribute.is_watched = True
+            self._trace(StepTracer(self.arguments, self.entry, self.opaque, self.fake_mode), discovered, True, shapes)
+        except Exception as error:  # torch takes no list but its own: then it was read
+            raise growing[0].refusal() from error
+        finally:
+            for attribute in growing:
+                attribute.is_watched = False
 
     def _trace(
         self, tracer: StepTracer, discovered: dict[str, Attribute], warm: bool, shapes: dict[str, Any]
     ) -> list[Attribute]:
         found: list[Attribute] = []
+        starts: dict[str, tuple[Any, ...]] = {}
 
         def prepare(tracer: StepTracer) -> None:
             for prefix, module, adapter, leaf in self.stateful:
@@ -107,6 +139,7 @@ class Traces:
                 else:
                     adapter.reset(module)
                     tracer.slot_values.update(zip(slots, adapter.read(module), strict=True))
+                starts[prefix] = adapter.read(module)
             for attribute in discovered.values():
                 number = is_number(attribute.before) and is_number(attribute.result)
                 known = known_value(shapes.get(attribute.name))
@@ -141,23 +174,44 @@ class Traces:
                     tracer.leaf_states.collect(prefix.removesuffix("."), module, adapter)
                 else:
                     names = [prefix + name for name in adapter.names(module)]
-                    tracer.slot_values.update(zip(names, adapter.read(module), strict=True))
+                    for name, start, value in zip(names, starts.get(prefix, ()), adapter.read(module), strict=True):
+                        self._refuse_what_is_no_state(module, name, start, value)
+                        tracer.slot_values[name] = value
             for attribute in discovered.values():
-                tracer.slot_values[attribute.name] = attribute.read(
-                    tracer.proxy(tracer.slot_placeholders[attribute.name])
-                )
-            nested = {(a.module, a.attribute) for a in discovered.values() if a.path}
+                value = attribute.read(tracer.proxy(tracer.slot_placeholders[attribute.name]))
+                self._written.add(attribute.name)
+                self._refuse_what_is_no_state(attribute.module, attribute.name, attribute.before, value)
+                tracer.slot_values[attribute.name] = value
+            growing = {(a.module, a.attribute) for a in discovered.values() if a.path and not a.keeps_structure()}
             found.extend(
-                a for a in self._changed(before) if a.name not in discovered and (a.module, a.attribute) not in nested
+                a
+                for a in changes.attributes(traced, slots, tracer.first_reads)
+                if a.name not in discovered and (a.module, a.attribute) not in growing
             )
+            self.set_before_read |= changes.set_before_read
 
+        traced = {module for _, module in self._traced_modules()}
+        slots = {owner for _, m, adapter, _ in self.stateful for owner in owners(m, adapter)}
         with StateSnapshot.of(self.model):
-            before = {m: (copy_containers(m.__dict__), dict(m._buffers), versions(m)) for m in self.model.modules()}
+            changes = StepChanges(self.model, self.entry)
             try:
                 tracer.record(self.model, prepare, finish)
+            except SubmoduleNotTraceable as failure:
+                found = list(changes.attributes(traced, slots, tracer.first_reads))
+                failure.undeclared = list({a.name: a for a in (*discovered.values(), *found)}.values())
+                raise
             finally:
-                self._refuse_changed_tensors(before)
+                changes.refuse_tensors_in_place(traced)
         return found
+
+    def _refuse_what_is_no_state(self, module: nn.Module, slot: str, before: Any, after: Any) -> None:
+        """A slot holds a tensor, a number, or None where nothing has been written yet."""
+        is_state = isinstance(after, StepProxy | Tensor) or is_number(after)
+        if not is_state and not (after is None and before is None and slot not in self._written):
+            path = slot.rpartition(".")
+            refuse_change(path[0] + path[1], module, Change((path[2],), before, after, ""), self.entry)
+        if is_state:
+            self._written.add(slot)
 
     def _begin_leaf(
         self, tracer: StepTracer, prefix: str, module: nn.Module, adapter: Adapter, warm: bool, shapes: dict[str, Any]
@@ -176,44 +230,14 @@ class Traces:
 
     def _traced_modules(self) -> Iterator[tuple[str, nn.Module]]:
         """Modules whose forward is traced through: not leaves, and not inside one."""
+        if "" in self.opaque:
+            return
         hidden = tuple(f"{name}." for name in self.opaque)
         inside = tuple(prefix for prefix, _, _, leaf in self.stateful if leaf)
         for name, module in self.model.named_modules():
             below_leaf = f"{name}.".startswith(hidden + inside) if hidden + inside else False
             if not below_leaf and not is_leaf(module):
                 yield name, module
-
-    def _changed(self, before: dict[nn.Module, Any]) -> Iterator[Attribute]:
-        skip = {"_memories", "training"}
-        for name, module in self._traced_modules():
-            attributes, buffers, _ = before[module]
-            old = {
-                **{k: v for k, v in attributes.items() if k not in ("_buffers", "_parameters", "_modules")},
-                **buffers,
-            }
-            new = {**{k: v for k, v in module.__dict__.items() if k in old or not k.startswith("_")}, **module._buffers}
-            for key, value in new.items():
-                if key in skip or key in ("_buffers", "_parameters", "_modules"):
-                    continue
-                slot = f"{name}.{key}" if name else key
-                if is_state_change(old.get(key), value):
-                    yield Attribute(slot, module, key, old.get(key), recorded(value), value)
-                elif isinstance(value, tuple | list | dict) and any(
-                    type(x) is StepProxy for x in pytree.tree_leaves(value)
-                ):
-                    yield from changed_elements(slot, module, key, old.get(key), value)
-
-    def _refuse_changed_tensors(self, before: dict[nn.Module, Any]) -> None:
-        for name, module in self._traced_modules():
-            for key, (tensor, version) in before[module][2].items():
-                if tensor._version != version:
-                    raise CaptureError(
-                        "SNNFX206",
-                        f"the tensor `{name + '.' if name else ''}{key}` is changed in place",
-                        where=type(module).__name__,
-                        why="a step may only change state by assigning it, so that it can be handed from step to step.",
-                        hint="Write `self.x = self.x + ...`, or register it as a memory of a snnfx.MemoryModule.",
-                    )
 
     def program(
         self,

@@ -16,8 +16,10 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.fx import Node
 from torch.utils import _pytree as pytree
 
+from snnfx.attributes import Attribute
 from snnfx.errors import CaptureError
 from snnfx.example_values import ExampleValues
+from snnfx.held import global_random_state
 from snnfx.leaf_states import LeafStates
 from snnfx.leaves import is_leaf
 from snnfx.nests import refuse_outputs
@@ -49,14 +51,19 @@ __all__ = ["ArgumentLeaf", "StepTracer", "SubmoduleNotTraceable"]
 
 _NUMBER_MODULES = ("_operator", "builtins", "math")
 """Where functions live that make numbers of numbers: sizes of sizes."""
+_DRAWS = "it draws random numbers of Python or NumPy, which a graph does not record."
 
 
 class SubmoduleNotTraceable(Exception):
     """Raised through a trace when a submodule has to become an opaque leaf; the trace is then started again."""
 
-    def __init__(self, name: str, reason: str) -> None:
+    def __init__(self, name: str, reason: str, error: CaptureError | None = None) -> None:
         super().__init__(f"{name}: {reason}")
         self.name, self.reason = name, reason
+        self.error = error
+        """Of the model itself: what to raise if it cannot be stepped as it is either."""
+        self.undeclared: list[Attribute] = []
+        """State that was found up to there, in attributes that nobody registered."""
 
 
 class StepTracer(fx.Tracer):
@@ -94,6 +101,8 @@ class StepTracer(fx.Tracer):
         self.take_carried: Callable[[Any], Any] = lambda outputs: outputs
         self.output_spec: pytree.TreeSpec | None = None
         self.reads: dict[tuple[nn.Module, str], tuple[Any, str]] = {}
+        self.first_reads: dict[tuple[nn.Module, str], Any] = {}
+        """What the model's code found when it first read an attribute in this trace."""
         self.is_evaluating = False
         self._autocast = autocast_state()
         self._paths: dict[nn.Module, str] = {}
@@ -153,18 +162,40 @@ class StepTracer(fx.Tracer):
             _refuse_hooks(root, "")
         if adapter is not None:
             _refuse_by(adapter, root, "the model", place_of_forward(root, self.traced_func_name))
+        if "" in self.opaque:
+            return mark_returned(self.calls.call(root, "", call_opaque, composite_adapter(root), args, kwargs), "")
+        numbers = global_random_state()
         try:
-            return root_fn(root, *args, **kwargs)
-        except (CaptureError, SubmoduleNotTraceable):
+            outputs = root_fn(root, *args, **kwargs)
+        except SubmoduleNotTraceable:
             raise
+        except CaptureError as error:
+            # With a cause it is about running the step on the examples: stepping the model would fail as well.
+            if error.code != "SNNFX201" or error.__cause__ is not None:
+                raise
+            raise SubmoduleNotTraceable("", error.why or error.what, error) from error
         except Exception as error:
-            raise CaptureError(
+            refusal = CaptureError(
                 "SNNFX201",
                 "the model cannot be traced",
                 where=format_place(place_of_error(error)) or place_of_forward(root, self.traced_func_name),
                 why=f"{type(error).__name__}: {error}.",
-                hint="Put the code that cannot be traced into a submodule: that submodule is then stepped as it is.",
-            ) from error
+                hint="Put the code that cannot be traced into a submodule: that submodule is then stepped as it is. "
+                "With example_inputs, so is a model whose state is registered.",
+            )
+            if self.values.mode is None:  # nothing tells whether the step itself runs
+                raise refusal from error
+            raise SubmoduleNotTraceable("", refusal.why, refusal) from error
+        if global_random_state() != numbers:
+            refusal = CaptureError(
+                "SNNFX215",
+                "random numbers of Python or NumPy are drawn in a step",
+                where=place_of_forward(root, self.traced_func_name),
+                why="they would be the same in every call of the net.",
+                hint="Draw them with torch.rand or torch.randn, or in a submodule, which is then stepped as it is.",
+            )
+            raise SubmoduleNotTraceable("", _DRAWS, refusal)
+        return outputs
 
     def _argument(self, leaf: Any) -> Any:
         if not isinstance(leaf, ArgumentLeaf):
@@ -341,9 +372,12 @@ class StepTracer(fx.Tracer):
             is_pair = isinstance(m, nn.LSTMCell)
             return (element_of(result, 0, name), element_of(result, 1, name)) if is_pair else result
         _refuse_hooks(m, name)
+        numbers = global_random_state()
         try:
             with self.calls.inside(m):
                 result = super().call_module(m, forward, args, kwargs)
+            if name and global_random_state() != numbers:
+                raise SubmoduleNotTraceable(name, _DRAWS)
         except SubmoduleNotTraceable:
             raise
         except CaptureError as error:

@@ -20,7 +20,7 @@ from snnfx.dropout_off import without_dropout
 from snnfx.errors import InputError, VerificationError
 from snnfx.isolation import copies_in_float64, random_state, to_float64, undisturbed
 from snnfx.oracle import folded_forward, step_forward
-from snnfx.region_lookup import called_in, is_within, place_of_module, place_of_output, reset_discovered_state
+from snnfx.region_lookup import called_in, is_within, place_of_module, place_of_output, reset_discovered_state, value_at
 from snnfx.sequence_functions import reduce_over_time
 from snnfx.state import named_stateful, reset_net
 from snnfx.timed_inputs import TimedInputs
@@ -278,11 +278,9 @@ class _Verification:
         states = _states(self.model)
         for argument in self.arguments:
             states |= flatten_state(argument, output_at(last_outputs, argument.path))
-        modules = dict(self.model.named_modules())
         for name in names - states.keys():
-            path, _, attribute = name.rpartition(".")
-            if hasattr(modules.get(path), attribute):
-                states[name] = getattr(modules[path], attribute)
+            for value in value_at(self.model, name):
+                states[name] = value
         return states
 
     def _outputs_of_model(self, outputs_of_steps: list[Any], names: Set[str]) -> dict[str, Any]:

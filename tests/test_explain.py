@@ -369,13 +369,18 @@ def test_opaque_module_with_state_is_named_as_well() -> None:
     assert [(slot.name, slot.initial) for slot in report.slots] == [("1.lif.v", "set by StatefulGate")]
 
 
+class FormatsValues(nn.Module):
+    def forward(self, x: Tensor) -> Tensor:
+        return x * len(f"{x:.2f}")
+
+
 @pytest.mark.parametrize("form", [str, Report.to_markdown])
 def test_model_that_cannot_be_captured_gives_a_report(form: Any) -> None:
-    report = explain(Gate(), example_inputs=torch.rand(2, 3))
+    report = explain(FormatsValues())
     assert report.error is not None and report.error.code == "SNNFX201"
     assert report.error.hint in report.error.text and report.error.where in report.error.text
     text = " ".join(form(report).split())
-    assert "Gate cannot be converted" in text
+    assert "FormatsValues cannot be converted" in text
     assert CODES["SNNFX201"].meaning in text
     assert "python -m snnfx explain --code SNNFX201" in text
 

@@ -40,8 +40,8 @@ def test_random_models_run_on_their_own() -> None:
 
 def broken_case() -> Case:
     """A model that the checks find different from itself: it counts its calls where nobody looks."""
-    body = Body("Model", "nn.Module", ["x"], ["self.calls = [0]"])
-    body.statements = ["self.calls.append(0)", "v1 = x.abs()", "v2 = v1 * len(self.calls)", "v3 = v2 + 1"]
+    body = Body("Model", "nn.Module", ["x"], ["self.calls = lambda seen=[0]: seen.append(0) or len(seen)"])
+    body.statements = ["v1 = x.abs()", "v2 = v1 * self.calls()", "v3 = v2 + 1"]
     body.result = "v3, v1"
     return Case(7, [body], [(2, 3)], [False], 3)
 

@@ -25,7 +25,7 @@ T, N, C = 5, 3, 4
 
 
 class Model(nn.Module):
-    """A layer that is never called, a folded front, a map, a loop, a buffer that is state, a constant, two modes."""
+    """A layer that is never called, a folded front, a map, a loop, a buffer, state, a constant, two modes."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -35,13 +35,14 @@ class Model(nn.Module):
         self.bn = nn.BatchNorm1d(C)
         self.lif = neuron.ParametricLIFNode()
         self.gain = nn.Parameter(torch.rand(C))
-        self.register_buffer("trace", torch.zeros(1, C))
+        self.register_buffer("decay", torch.full((1, C), 0.5))
+        self.trace: Any = 0.0
 
     def forward(self, x: Tensor) -> Any:
         x = self.bn(self.first(x)) * torch.tensor([1.0, 2.0, 3.0, 4.0], dtype=x.dtype)
         x = x - x.mean(0)
         spike = self.lif(x * (2.0 if self.training else 3.0))
-        self.trace = 0.5 * self.trace + spike * self.gain
+        self.trace = self.decay * self.trace + spike * self.gain
         return self.last(spike + self.trace), {"spike": spike}
 
 

@@ -75,25 +75,41 @@ class LoopsOverTime(Layer):
         return torch.stack(spikes)
 
 
-class BranchesOnValues(Layer):
-    def forward(self, x: Tensor) -> Tensor:
-        y = self.body(x)
-        if y.sum() > 0:
-            y = y * 2
+class KeepsTheLast(Layer):
+    """With state that is not registered: else it would be stepped as it is."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.last: Any = None
+
+    def forward(self, x: Tensor) -> Any:
+        self.last = x if self.last is None else self.last + x
+        return self.rest(self.body(x), x)
+
+    def rest(self, y: Tensor, x: Tensor) -> Tensor:
         return y
 
 
-class CountsValues(Layer):
-    def forward(self, x: Tensor) -> Tensor:
-        y = self.body(x)
+class BranchesOnValues(KeepsTheLast):
+    def rest(self, y: Tensor, x: Tensor) -> Tensor:
+        return y * 2 if y.sum() > 0 else y
+
+
+class CountsValues(KeepsTheLast):
+    def rest(self, y: Tensor, x: Tensor) -> Tensor:
         for _ in range(int(y.max())):
             y = y + 1
         return y
 
 
-class AsksForItem(Layer):
+class AsksForItem(KeepsTheLast):
+    def rest(self, y: Tensor, x: Tensor) -> Tensor:
+        return y * float(x.mean().item())
+
+
+class FormatsValues(Layer):
     def forward(self, x: Tensor) -> Tensor:
-        return self.body(x) * float(x.mean().item())
+        return self.body(x) * len(f"{x:.2f}")
 
 
 class ReturnsAGenerator(Layer):
@@ -158,10 +174,29 @@ class FillsNoise(Layer):
         return self.body(x + torch.empty(3).normal_())
 
 
-class SwitchesAutocast(Layer):
-    def forward(self, x: Tensor) -> Tensor:
+class SwitchesAutocast(KeepsTheLast):
+    def rest(self, y: Tensor, x: Tensor) -> Tensor:
         with torch.autocast("cpu", dtype=torch.bfloat16):
-            return self.body(x)
+            return self.fc(y)
+
+
+class CountsInABuffer(Layer):
+    def __init__(self) -> None:
+        super().__init__()
+        self.register_buffer("count", torch.zeros(3))
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.body(x)
+        self.count += y.sum(0)
+        return y
+
+
+class KeepsAWord(Layer):
+    phase = "on"
+
+    def forward(self, x: Tensor) -> Tensor:
+        self.phase = "off" if self.phase == "on" else "on"
+        return self.body(x) * len(self.phase)
 
 
 def hooked(register: Callable[[Layer], Any]) -> Callable[[], nn.Module]:
@@ -216,9 +251,12 @@ REFUSALS = {
     "a multi-step module": Refusal(multi_step, "SNNFX204", has_line=False),
     "a module that has no single step": Refusal(only_multi_step, "SNNFX205", has_line=False),
     "a loop over time": Refusal(LoopsOverTime, "SNNFX203"),
-    "a branch on values": Refusal(BranchesOnValues, "SNNFX201"),
-    "a loop as long as a value": Refusal(CountsValues, "SNNFX201"),
-    "a number out of a tensor": Refusal(AsksForItem, "SNNFX201"),
+    "a branch on values": Refusal(BranchesOnValues, "SNNFX213"),
+    "a loop as long as a value": Refusal(CountsValues, "SNNFX213"),
+    "a number out of a tensor": Refusal(AsksForItem, "SNNFX213"),
+    "a value as text": Refusal(FormatsValues, "SNNFX201"),
+    "a word that changes": Refusal(KeepsAWord, "SNNFX218"),
+    "a buffer that is added to": Refusal(CountsInABuffer, "SNNFX206"),
     "a generator as output": Refusal(ReturnsAGenerator, "SNNFX216"),
     "an object as output": Refusal(ReturnsAnObject, "SNNFX216"),
     "a set as output": Refusal(ReturnsASet, "SNNFX216"),
@@ -230,7 +268,7 @@ REFUSALS = {
     "a view changed in place": Refusal(ChangesAView, "SNNFX214"),
     "a module that is not registered": Refusal(CallsAStranger, "SNNFX211"),
     "noise that leaves no node": Refusal(FillsNoise, "SNNFX215"),
-    "autocast inside the step": Refusal(SwitchesAutocast, "SNNFX201"),
+    "autocast inside the step": Refusal(SwitchesAutocast, "SNNFX213"),
 }
 
 
@@ -409,7 +447,6 @@ def test_no_code_of_capture_is_without_a_test() -> None:
         "SNNFX202": "test_capture.py",
         "SNNFX210": "test_capture.py",
         "SNNFX212": "test_capture.py",
-        "SNNFX213": "test_capture.py",
         "SNNFX217": "test_leaf_states.py",
     }
     codes = {code for code in CODES if code.startswith("SNNFX2")}

@@ -20,7 +20,7 @@ import snnfx
 from snnfx.comparison import Tolerance, compare
 from snnfx.coroutine import Coroutine
 from snnfx.errors import InputError, SnnfxError, VerificationError
-from snnfx.program import Slot, StepProgram
+from snnfx.program import Slot, StartingValue, StepProgram
 from snnfx.verify import VerificationReport, verify
 
 torch.set_num_threads(1)
@@ -553,7 +553,9 @@ def test_attributes_that_the_net_took_for_state_start_where_they_were_when_it_wa
     constants = {"one": torch.ones(5)}
     graph.output(((), (None,) * 3, (0.0, *first)))
     spec = pytree.tree_structure(())
-    program = StepProgram(graph, model, constants, [], spec, spec, slots, training=True)
+    starts = [StartingValue("0", "number", 0.0), StartingValue("0", "lazy", None)]
+    starts.append(StartingValue("0", "tensor", torch.ones(5)))
+    program = StepProgram(graph, model, constants, [], spec, spec, slots, training=True, starts=starts)
 
     def function(net: Any, x_seq: Tensor) -> Any:
         sums, product = x_seq.cumsum(0), x_seq.cumprod(0)
