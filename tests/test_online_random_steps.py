@@ -10,11 +10,13 @@ import torch
 from online_oracles import PlainLIF, TriangleSpike, mse, sltt
 from test_online_numbers import Trained, batch_norm_net, each_case, prepared, same
 from test_online_oracles import N, close, sequences
+from test_online_sweep import leaky_net, most_held
 from torch import Tensor, nn
 
 import snnfx
 from snnfx.net import Net
 from snnfx.online import OTTT_A, SLTT, SLTT_K
+from snnfx.running import run_sequence
 
 T = 5
 
@@ -133,22 +135,27 @@ def test_state_may_be_an_argument() -> None:
 def count_runs(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     """The number of steps of each run of a net from now on."""
     lengths: list[int] = []
-    execute = Net._execute
 
-    def counting(net: Net, leaves: Any, given: Any, state: Any, record: Any, steps: Any) -> Any:
+    def counting(net: Net, leaves: Any, given: Any, state: Any, record: Any, steps: int) -> Any:
         lengths.append(steps)
-        return execute(net, leaves, given, state, record, steps)
+        return run_sequence(net, leaves, given, state, record, steps)
 
-    monkeypatch.setattr(Net, "_execute", counting)
+    monkeypatch.setattr("snnfx.net.run_sequence", counting)
     return lengths
 
 
-@pytest.mark.parametrize("case", ["plain", "graph", "zoo"])
+@each_case
 def test_each_chunk_is_run_once_and_the_chosen_steps_together(case: str, monkeypatch: pytest.MonkeyPatch) -> None:
     model, x_seq, target, _ = prepared(case)
     lengths = count_runs(monkeypatch)
-    Trained(model, SLTT_K(3), x_seq, target, chunk=4)
-    assert lengths == [4, 3, 3]
+    Trained(model, SLTT_K(2), x_seq, target, chunk=5)
+    assert sum(lengths) == len(x_seq) + 2
+    assert lengths in ([5, 2, 2], [5, 1, 2, 1])  # as the chosen steps are in one chunk or two
+
+
+def test_what_is_held_for_backward_is_bounded_by_the_chunk() -> None:
+    held = [most_held(leaky_net(), SLTT_K(20), T, chunk=8) for T in (24, 240)]
+    assert held[1] <= 1.1 * held[0]
 
 
 def test_inputs_that_are_the_same_at_every_step_are_run_once_too(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -168,5 +175,5 @@ def test_inputs_that_are_the_same_at_every_step_are_run_once_too(monkeypatch: py
     whole = Trained(net, SLTT, args, target)
     lengths = count_runs(monkeypatch)
     found = Trained(net, SLTT_K(len(x_seq)), args, target)
-    assert len(lengths) == 2
+    assert sorted(lengths) == [1, 2, 2, 2, 7]
     same(found.gradients, whole.gradients)

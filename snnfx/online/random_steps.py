@@ -8,6 +8,7 @@ with gradients, of which only theirs are asked for: it takes as long as all of t
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from typing import Any
 
@@ -75,11 +76,12 @@ class _KnownStates:
 
     Args:
         run: the sequence.
-        chunk: how many steps are run at once, with gradients or without.
+        chunk: how many steps are run at once without gradients. With gradients it is a quarter of that: known steps are
+            no loop, for which there would be a kernel, so each of them keeps more.
     """
 
     def __init__(self, run: Run, chunk: int) -> None:
-        self.run_of, self.chunk = run, chunk
+        self.run_of, self.chunk, self.most = run, chunk, math.ceil(chunk / 4)
         self.program = run.nets.sequence.program
         self.slots = [slot.name for slot in self.program.slots]
         self.written = [
@@ -93,21 +95,26 @@ class _KnownStates:
     def run(self, chosen: Sequence[int]) -> None:
         """Go through the sequence."""
         run, start = self.run_of, 0
-        if chosen[0] == 0 and run.state is None and (run.given or not _starts_from_numbers(self.program)):
+        if chosen[0] == 0 and not self._knows_first_state():
             _run_steps_with_gradients(run, 0, 1, [0])
             start = 1
         while start < run.T:
             stop = min(start + self.chunk, run.T)
             steps = [t for t in chosen if start <= t < stop]
-            if len(self.waiting) + len(steps) > self.chunk:
-                self.backward()
             before = run.state
             after = _run_without_gradients(run, start, stop, self.written if steps else ())
             if steps:
                 self._note(steps, start, before, after)
+            del before, after
+            if len(self.waiting) >= self.most or stop == run.T:
+                self._backward()
             start = stop
-        if self.waiting:
-            self.backward()
+
+    def _knows_first_state(self) -> bool:
+        run = self.run_of
+        if run.state is not None:
+            return set(self.slots) <= run.state.keys()
+        return not run.given and _starts_from_numbers(self.program)
 
     def _note(self, steps: Sequence[int], start: int, before: dict[str, Any] | None, after: dict[str, Tensor]) -> None:
         """Keep the states before some steps of the chunk that begins at `start`."""
@@ -123,21 +130,43 @@ class _KnownStates:
             if is_first:
                 first = torch.as_tensor(initial[name] if before is None else before[name])
                 self.states[name].append(first.to(final).expand_as(final).unsqueeze(0))
-            self.states[name].append(after[name].index_select(0, index))
+            self.states[name].append(_picked(after[name], index))
         self.waiting += steps
 
-    def backward(self) -> None:
+    def _backward(self) -> None:
         """Run the waiting steps with gradients."""
-        run, steps = self.run_of, self.waiting
-        states = [torch.cat(self.states[name]) for name in self.slots]
-        index = torch.tensor(steps, device=run.device)
+        steps, states = self.waiting, [_joined(self.states[name]) for name in self.slots if self.waiting]
         self.waiting, self.states = [], {name: [] for name in self.slots}
+        for start in range(0, len(steps), self.most):
+            part = slice(start, start + self.most)
+            self._backward_part(steps[part], [state[part] for state in states])
+
+    def _backward_part(self, steps: Sequence[int], states: list[Tensor]) -> None:
+        run, index = self.run_of, torch.tensor(steps, device=self.run_of.device)
         inputs = [x.index_select(0, index) if v else x for x, v in zip(run.leaves, run.varying, strict=True)]
         with run.nets.moment().again(), run.updates.autocast(run.device):
             y_seq = run.nets.run_known(inputs, states, len(steps))
             losses = losses_of_steps(run.loss, y_seq, run.targets(index), run.target_has_time, len(steps))
             loss = with_gradient(losses.sum() * run.scale)
         run.updates.backward(loss)
+
+
+def _has_channels_inside(x: Tensor) -> bool:
+    """Whether images `[T, N, C, H, W]` have their channels innermost in memory, as the layers of a net want them."""
+    return x.dim() == 5 and x.stride(2) == 1 and not x.is_contiguous()
+
+
+def _picked(x: Tensor, index: Tensor) -> Tensor:
+    """Some time steps, in the layout of all."""
+    if not _has_channels_inside(x):
+        return x.index_select(0, index)
+    return x.permute(0, 1, 3, 4, 2).index_select(0, index).permute(0, 1, 4, 2, 3)
+
+
+def _joined(parts: Sequence[Tensor]) -> Tensor:
+    if not _has_channels_inside(parts[-1]):
+        return torch.cat(list(parts))
+    return torch.cat([x.permute(0, 1, 3, 4, 2) for x in parts]).permute(0, 1, 4, 2, 3)
 
 
 def _starts_from_numbers(program: StepProgram) -> bool:
