@@ -179,7 +179,8 @@ def _opaque(program: StepProgram, node: Node) -> Refusal | None:
     if node.target is not call_opaque:
         return None
     name = node.meta.get("module", "")
-    reason = f"{f'`{name}`' if name else 'the model'} could not be traced: {program.opaque.get(name, 'it holds the state of other modules')}"
+    what = f"`{name}`" if name else "the model"
+    reason = f"{what} could not be traced: {program.opaque.get(name, 'it holds the state of other modules')}"
     return Refusal("SNNFX108", reason, "It is stepped as it is.")
 
 
