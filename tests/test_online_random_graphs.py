@@ -7,13 +7,13 @@ import random
 
 import pytest
 import torch
-from online_oracles import GivenDropout, PlainLIF, PlainReadout, bptt, mse, ottt, sltt
+from online_oracles import GivenDropout, PlainLIF, PlainReadout, bptt, mse, ostl, ottt, sltt
 from test_online_numbers import Trained, same
 from test_online_oracles import sgd
 from torch import Tensor, nn
 
 import snnfx
-from snnfx.online import BPTT, OTTT_A, OTTT_O, SLTT
+from snnfx.online import BPTT, OSTL, OTTT_A, OTTT_O, SLTT, SLTT_K
 
 T, N, WIDTH = 6, 3, 5
 
@@ -90,8 +90,22 @@ def test_rules_on_a_random_graph(seed: int) -> None:
     model = RandomGraph(seed)
     x_seq, target = (torch.rand(T, N, WIDTH) < 0.6).double(), torch.rand(T, N, WIDTH)
     leaks, scale = model.leaks, 1 / T
-    same(Trained(model, BPTT, x_seq, target).gradients, bptt(model, x_seq, target, mse, scale).gradients)
-    same(Trained(model, SLTT, x_seq, target).gradients, sltt(model, x_seq, target, mse, scale).gradients)
+    through_time = bptt(model, x_seq, target, mse, scale).gradients
+    for chunk in (4, None):
+        same(Trained(model, BPTT, x_seq, target, chunk=chunk).gradients, through_time)
+    spatial = sltt(model, x_seq, target, mse, scale).gradients
+    for rule in (SLTT, SLTT_K(T)):
+        same(Trained(model, rule, x_seq, target).gradients, spatial)
     same(Trained(model, OTTT_A, x_seq, target).gradients, ottt(model, x_seq, target, mse, leaks, scale).gradients)
     updated = ottt(copy.deepcopy(model), x_seq, target, mse, leaks, scale, make_optimizer=sgd)
     same(Trained(model, OTTT_O, x_seq, target).parameters, updated.parameters)
+
+
+@pytest.mark.parametrize("seed", [1, 2, 6])
+def test_layers_of_a_random_graph(seed: int) -> None:
+    torch.set_default_dtype(torch.float64)
+    torch.manual_seed(seed)
+    model = RandomGraph(seed)
+    x_seq, target = (torch.rand(3, N, WIDTH) < 0.6).double(), torch.rand(3, N, WIDTH)
+    neurons = [f"layers.{name}" for name in model.layers if name.endswith("_n")]
+    same(Trained(model, OSTL, x_seq, target, chunk=2).gradients, ostl(model, neurons, x_seq, target, mse, 1 / 3))

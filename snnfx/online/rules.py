@@ -74,8 +74,10 @@ class Rule:
         trace_bias: whether biases have one (the operand of a bias is 1 at every step).
         signal: how the error reaches a neuron. "spatial": by back-propagation through the layers of the same step.
             "readout": only through the layers between it and the output in which nothing spikes.
-        update: "end": one update after the sequence; an int K: after every K steps (and at the end), "step": K = 1.
-        random_steps: None, or the number of steps, drawn at random for each sequence, at which a gradient is taken.
+        update: "end": one update after the sequence; an int K: after every K steps (and at the end), "step": K = 1. An
+            update ends what goes through time.
+        random_steps: None, or the number of steps, drawn at random for each sequence, at which a gradient is taken. The
+            others are run without, unless the step draws numbers (dropout): then all are differentiated.
         extra: None, or the extra terms of FPTT.
         dropout: "step": `nn.Dropout` draws a mask at every step; "sequence": one mask for the whole sequence.
         loss_scale: "mean": the loss of each step is divided by T; "sum": it is not; a number: it is multiplied by it.
@@ -228,5 +230,7 @@ EProp = Rule(
 """Eligibility propagation with the readout's own weights as the learning signal (symmetric e-prop), for leaky neurons.
 
 A readout that leaks but never fires keeps its gradients through time, which is the same as filtering the eligibility
-traces with its leak. The state of adaptive thresholds has no eligibility of its own.
+traces with its leak. They are taken backwards, chunk by chunk (see `Trainer`), so memory grows by one state for each
+chunk. The state of adaptive thresholds has no eligibility of its own; weights in front of a neuron that reaches the
+output only through other neurons that fire get no signal and are refused.
 """
