@@ -18,14 +18,13 @@ def draw(found: dict[str, list[dict[str, Any]]], path: Path) -> None:
     plt.switch_backend("svg")
     mpl.rcParams["svg.hashsalt"] = "snnfx"
     rows = [name for name in ("layers", "networks") if found.get(name)]
-    figure, axes = plt.subplots(len(rows), 2, figsize=(10, 3.6 * len(rows)), squeeze=False)
+    figure, axes = plt.subplots(len(rows), 2, figsize=(10, 3.8 * len(rows)), squeeze=False, layout="constrained")
     for row, name in zip(axes, rows, strict=True):
         malloc = found[name][0]["malloc"]
         cases = [result for result in found[name] if result["malloc"] == malloc]
         (_draw_layers if name == "layers" else _draw_networks)(row, cases)
     for axis in axes.flat:
         axis.spines[["top", "right"]].set_visible(False)
-    figure.tight_layout()
     path.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path, metadata={"Date": None})
     plt.close(figure)
@@ -48,7 +47,7 @@ def _draw_layers(row: Any, cases: list[dict[str, Any]]) -> None:
 
 
 def _draw_networks(row: Any, cases: list[dict[str, Any]]) -> None:
-    labels = [f"{c['case']['network']}\nT={c['case']['T']} N={c['case']['N']}" for c in cases]
+    labels = [f"{c['case']['network']}  T={c['case']['T']} N={c['case']['N']}" for c in cases]
     places = range(len(cases))
     for axis, kind in zip(row, ("inference", "training"), strict=True):
         for place, case in zip(places, cases, strict=True):
@@ -58,13 +57,13 @@ def _draw_networks(row: Any, cases: list[dict[str, Any]]) -> None:
             if "SpikingJelly" in times:
                 axis.plot(times["stepped"] / times["SpikingJelly"], place, "D", color=PEER)
         axis.axvline(1, color="black", lw=0.8)
-        axis.set(title=f"{kind}: times faster than the stepped model")
+        axis.set(title=f"{kind}: times faster than stepping")
         axis.set_yticks(places, labels if kind == "inference" else [""] * len(cases))
         axis.invert_yaxis()
     row[1].plot([], [], "s", color=OURS, label="snnfx")
     row[1].plot([], [], "D", color=PEER, label="SpikingJelly, multi-step")
     row[1].plot([], [], color=PLAIN, lw=2, label="the network without neurons")
-    row[1].legend(frameon=False, loc="lower right")
+    row[1].figure.legend(*row[1].get_legend_handles_labels(), frameon=False, loc="outside lower center", ncols=3)
 
 
 def _steps(case: dict[str, Any]) -> int:
