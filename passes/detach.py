@@ -15,12 +15,13 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any, Literal
 
+from torch import nn
 from torch.fx import Node
 
-from snnfx.errors import InputError
+from snnfx.errors import InputError, warn_once
 from snnfx.online_ops import cut_history, update_trace
 from snnfx.passes.base import Pass
-from snnfx.passes.dependence import is_random, is_size
+from snnfx.passes.dependence import analyse_dependence, ancestors, is_random, is_size
 from snnfx.passes.leak import StepOnNumbers, fires
 from snnfx.program import Region, StepProgram, keeps_statistics
 from snnfx.state import call_opaque
@@ -46,6 +47,7 @@ class CutTemporalEdges(Pass):
         chosen = self._chosen(program)
         first = next(n for n in program.graph.nodes if n.op != "placeholder")
         following = dict(zip((s.name for s in program.slots), program.next_states, strict=True))
+        _tell_of_learned_first_states(program, chosen)
         count = 0
         for placeholder in program.slot_nodes():
             slot = placeholder.meta["slot"]
@@ -72,6 +74,22 @@ class CutTemporalEdges(Pass):
             why = f"the states are {', '.join(names)}."
             raise InputError("SNNFX616", f"there is no state {', '.join(unknown)} to cut", why=why)
         return set(self.slots)
+
+
+def _tell_of_learned_first_states(program: StepProgram, cut: set[str]) -> None:
+    initial_only = analyse_dependence(program).initial_only
+    for slot, initial in zip(program.slots, program.initial_values, strict=True):
+        if slot.name not in cut or not isinstance(initial, Node):
+            continue
+        own = ancestors([initial]) & initial_only
+        read = {initial, *(operand for node in own for operand in node.all_input_nodes)}
+        values = [program.resolve(str(n.target)) for n in read if n.op == "get_attr"]
+        if any(isinstance(value, nn.Parameter) and value.requires_grad for value in values):
+            warn_once(
+                "SNNFX619",
+                f"the first value of `{slot.name}` is learned, but the rule cuts it: it will get no gradient.",
+                key=(id(program.source), slot.name),
+            )
 
 
 def is_trace_loop(region: Region) -> bool:

@@ -28,7 +28,7 @@ from snnfx.passes.dependence import is_size
 from snnfx.program import StepProgram, is_module_call, takes_from_tuple
 from snnfx.state import adapter_of, call_stateful
 
-__all__ = ["LeakProbe", "StepOnNumbers", "leaks_held", "no_single_leak"]
+__all__ = ["LeakProbe", "StepOnNumbers", "is_elementwise", "leaks_held", "no_single_leak"]
 
 _BELOW = (-8.0, -1.0, -0.5, 0.0, 2.0**-10)
 """Values of a potential that no neuron fires at whose threshold is above 2**-10."""
@@ -96,7 +96,7 @@ class StepOnNumbers:
 
         args: Any = map_aggregate(node.args, packed)
         kwargs: Any = map_aggregate(dict(node.kwargs), packed)
-        if is_size(node) or not _is_elementwise(program, node):
+        if is_size(node) or not is_elementwise(program, node):
             return Instruction(node.name, "other", None, args, kwargs)
         if node.op == "call_module":
             position = self._constant(str(node.target))
@@ -201,7 +201,8 @@ def _changes(value: Any, points: int) -> bool:
     return bool((value != value[:1]).any())
 
 
-def _is_elementwise(program: StepProgram, node: Node) -> bool:
+def is_elementwise(program: StepProgram, node: Node) -> bool:
+    """Whether every element of what a node computes comes from elements of its operands in the same place."""
     if takes_from_tuple(node):
         return True
     if is_module_call(node) and node.target is call_stateful:
@@ -237,7 +238,7 @@ def _between(program: StepProgram, slot: Node, following: Node) -> set[Node]:
         if node in found:
             continue
         found.add(node)
-        if node in behind or not node.op.startswith("call") or _is_elementwise(program, node):
+        if node in behind or not node.op.startswith("call") or is_elementwise(program, node):
             stack.extend(node.all_input_nodes)
     return found
 

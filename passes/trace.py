@@ -20,13 +20,13 @@ from typing import Any, Literal
 from torch import nn
 from torch.fx import Node
 
-from snnfx.errors import InputError
+from snnfx.errors import InputError, warn_once
 from snnfx.online_ops import cut_history, ones_per_sample, probe_leak, traced_call, traced_module, update_trace
 from snnfx.passes.base import Pass
 from snnfx.passes.batch_lookup import look_up
 from snnfx.passes.dependence import Dependence, analyse_dependence, ancestors
 from snnfx.passes.hold_dropout import add_slot
-from snnfx.passes.leak import LeakProbe, StepOnNumbers, fed_slots, no_single_leak
+from snnfx.passes.leak import LeakProbe, StepOnNumbers, fed_slots, is_elementwise, no_single_leak
 from snnfx.program import StepProgram, describe_node, is_module_call, place_of
 from snnfx.step_functions import FunctionHolder
 
@@ -82,6 +82,7 @@ class TraceOperands(Pass):
             )
         dependence = analyse_dependence(program)
         ops = weight_ops(program, dependence)
+        self._tell_of_other_weights(program, {op.node for op in ops})
         leaks = _Leaks(program, self.leak, ops)
         traced, left = 0, []
         plans: list[tuple[WeightOp, float | LeakProbe]] = []
@@ -99,6 +100,25 @@ class TraceOperands(Pass):
             traced += 1
         note = f"{traced} of {len(ops)} weights see a trace"
         return f"{note}; not {', '.join(left)}" if left else note
+
+    def _tell_of_other_weights(self, program: StepProgram, known: set[Node]) -> None:
+        """Warn of weights, matrices at least, in operations that have no form with a trace."""
+        for node in program.graph.nodes:
+            if not node.op.startswith("call") or node in known or not (self.inputs or _depends_on_state(node)):
+                continue
+            module = program.module_of(node)
+            if module is None:
+                given = [program.resolve(str(n.target)) for n in node.all_input_nodes if n.op == "get_attr"]
+                parameters = [] if is_elementwise(program, node) else given
+            else:
+                parameters = list(module.parameters())
+            if any(isinstance(p, nn.Parameter) and p.requires_grad and p.dim() > 1 for p in parameters):
+                warn_once(
+                    "SNNFX618",
+                    f"the weights of `{describe_node(node)}` have no eligibility trace: only linear layers, "
+                    "convolutions and products with a weight have one. Their gradient is that of the same step.",
+                    key=(id(program.source), describe_node(node)),
+                )
 
     def _trace(self, program: StepProgram, op: WeightOp, leak: Leak) -> None:
         graph, node, operand = program.graph, op.node, op.operand

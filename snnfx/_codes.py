@@ -482,4 +482,17 @@ CODES: dict[str, CodeEntry] = {
         "loss=lambda y, target: my_loss(y, target) if y.sum().item() > 0 else y.sum()",
         "loss=lambda y, target: torch.where(y.sum() > 0, my_loss(y, target), y.sum())",
     ),
+    "SNNFX618": CodeEntry(
+        "weights without an eligibility trace",
+        "Linear layers, convolutions and products with a weight get a trace. Weights of other operations, and of a module "
+        "that could not be traced, have the gradient of the same step alone, as in SLTT.",
+        "torch.einsum('bi,oi->bo', spikes, self.weight)",
+        "torch.nn.functional.linear(spikes, self.weight)",
+    ),
+    "SNNFX619": CodeEntry(
+        "a learned first state gets no gradient",
+        "A rule that cuts the states cuts what they are before the first step as well.",
+        "Trainer(net, SLTT, optimizer, loss)                # self.v = self.first.expand_as(x) before the first step",
+        "Trainer(net, SLTT(cut=('other.v',)), optimizer, loss)  # or freeze the first state",
+    ),
 }

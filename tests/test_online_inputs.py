@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 import torch
-from online_oracles import PlainLIF, TriangleSpike, mse, sltt
+from online_oracles import PlainLIF, TriangleSpike, bptt, mse, sltt
 from test_online import refused
 from test_online_numbers import Trained, same
 from test_online_oracles import close, dense_net, sgd
@@ -16,8 +16,10 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 import snnfx
+from snnfx.errors import SnnfxWarning
 from snnfx.neuron import LIFNode
 from snnfx.online import (
+    BPTT,
     OTTT_A,
     OTTT_O,
     SLTT,
@@ -251,3 +253,74 @@ def test_values_beside_the_tensors_of_a_target_are_handed_on() -> None:
             Trained(model, rule, x_seq, (target, 2.0), loss).gradients,  # type: ignore[arg-type]
             Trained(model, rule, x_seq, target, lambda y, t: 2.0 * mse(y, t)).gradients,
         )
+
+
+# What a rule cannot do for a part of the model, it says.
+
+
+class Opaque(nn.Module):
+    """Looks at a value, so it cannot be traced."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.fc, self.lif = nn.Linear(5, 5), LIFNode(v_threshold=0.3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.lif(self.fc(x) if float(x.detach().sum()) > -1.0 else x)
+
+
+class Einsum(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.weight, self.lif = nn.Parameter(torch.randn(5, 5)), LIFNode(v_threshold=0.3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.lif(torch.einsum("bi,oi->bo", x, self.weight))
+
+
+@pytest.mark.parametrize("part", [Opaque, Einsum])
+def test_weights_that_have_no_trace_are_told(part: Callable[[], nn.Module]) -> None:
+    model = nn.Sequential(nn.Linear(5, 5), LIFNode(v_threshold=0.3), part(), nn.Linear(5, 4), LIFNode())
+    _, x_seq, target = given()
+    with pytest.warns(SnnfxWarning, match="SNNFX618") as caught:
+        found = Trained(model, OTTT_A, x_seq, target)
+    told = [str(w.message) for w in caught if issubclass(w.category, SnnfxWarning)]
+    assert len(told) == 1, told
+    assert any(slot.endswith("trace") for slot in found.result.state)
+
+
+def test_every_weight_of_an_ordinary_model_has_a_trace_or_a_reason(recwarn: pytest.WarningsRecorder) -> None:
+    model, x_seq, target = given()
+    normed = nn.Sequential(model[0], nn.BatchNorm1d(6), model[1], nn.LayerNorm(6), nn.Dropout(0.1), *model[2:])
+    Trained(normed, OTTT_A, x_seq, target)
+    assert not [w for w in recwarn if issubclass(w.category, SnnfxWarning)]
+
+
+class LearnedStart(nn.Module):
+    """The potential before the first step is a parameter."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.fc, self.first = nn.Linear(5, 4), nn.Parameter(torch.full((4,), 0.3))
+        self.v: Tensor | None = None
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.fc(x)
+        if self.v is None:
+            self.v = self.first.expand_as(x)
+        u = 0.7 * self.v + x
+        spike = TriangleSpike.apply(u - 1)
+        self.v = u - spike.detach()
+        return spike
+
+
+def test_a_learned_first_state_is_trained_where_it_is_kept_and_told_of_where_it_is_cut() -> None:
+    model = LearnedStart()
+    _, x_seq, target = given()
+    for chunk in (2, None):
+        found = Trained(model, BPTT, x_seq, target, chunk=chunk).gradients
+        same(found, bptt(model, x_seq, target, mse, 1 / T).gradients)
+    with pytest.warns(SnnfxWarning, match="SNNFX619.*`v`"):
+        spatial = Trained(model, SLTT, x_seq, target).gradients
+    close(spatial["fc.weight"], sltt(model, x_seq, target, mse, 1 / T).gradients["fc.weight"])
+    assert not spatial["first"].any()
