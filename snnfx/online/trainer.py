@@ -67,7 +67,7 @@ class Trainer:
         loss: `loss(y_t, target_t)`, the scalar loss of one time step; a pure function. It is evaluated for all steps
             of a chunk at once (torch.vmap) where that gives the same values and gradients, which is checked once.
         chunk: how many time steps are run at once; bounds the memory. The numbers do not depend on it (but see
-            `batch_norm`). Where gradients go through time (BPTT, TBPTT with K above it, e-prop's readout), every chunk
+            `batch_norm`). Where gradients go through time (BPTT, long TBPTT, OSTL, e-prop's readout), each chunk
             is run twice, and one state is kept for each. None: see `chunk_length`.
         loss_scale: overrides that of the rule: "mean": divide each step's loss by T; "sum": do not; or a number.
         clip_grad_norm: largest norm of the gradients at an update, over the optimizer's parameters together.
