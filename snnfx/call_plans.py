@@ -38,7 +38,7 @@ class CallPlans:
         net = self.net
         if net._recomputation.applies() and not isinstance(net.options.checkpoint, int):
             plan = self.recompute_plan(T, leaves)
-            if plan.segments:
+            if plan.segments or plan.packs:
                 return net._recomputation.runner(part, plan)
         return net._graphs.runners[net.training, part]
 
@@ -99,8 +99,8 @@ class CallPlans:
         if isinstance(checkpoint, int):
             refuse_statistics_over_time(net.program, net.training, f"checkpoint={checkpoint}")
             return RecomputePlan(steps=checkpoint, reason=f"the state is kept every {checkpoint} steps, as asked for")
-        if checkpoint == "regions":
-            return net._recomputation.every_region(T, leaves)
+        if checkpoint in ("selective", "regions"):
+            return net._recomputation.plan(checkpoint, T, leaves)
         from snnfx.memory.plan import plan_training
 
         return plan_training(net, T, leaves, None)

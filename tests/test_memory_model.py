@@ -15,8 +15,9 @@ import snnfx
 from snnfx import neuron
 from snnfx.errors import InputError
 from snnfx.memory.model import MemoryModel, NotPredictable, model_memory
-from snnfx.memory.plan import packed_parts
+from snnfx.memory.planner import packed_parts
 from snnfx.memory.timeline import inference_peak, training_peak
+from snnfx.passes.checkpoint import RecomputePlan
 
 # Without kernels, whose buffers no dispatcher sees, and in the format that the model makes.
 OPTIONS: dict[str, Any] = {"lower": None, "memory_format": None, "chunk": None}
@@ -34,12 +35,11 @@ def measured(net: nn.Module, x_seq: Tensor, training: bool) -> int:
 
 def predicted(net: Any, x_seq: Tensor, training: bool) -> float:
     T = x_seq.shape[0]
-    model = model_memory(net, [x_seq], None, training)
     if not training:
-        return inference_peak(model, T).bytes
-    plan = net.recompute_plan(T, x_seq)
-    chunks = {name: plan.chunks.get(name) for group in plan.segments for name in group}
-    return training_peak(model, T, chunks, packed_parts(net, model)).bytes
+        return inference_peak(model_memory(net, [x_seq], None, training=False), T).bytes
+    plan = net.recompute_plan(T, x_seq) if net.options.checkpoint else RecomputePlan()
+    model = model_memory(net, [x_seq], None, training=True, in_tiles=plan.packs)
+    return training_peak(model, T, plan, packed_parts(net, model, x_seq.element_size())).bytes
 
 
 @pytest.mark.parametrize("T", [8, 16])
@@ -55,7 +55,7 @@ def test_peak_of_inference_is_predicted(name: str, N: int, T: int) -> None:
 
 @pytest.mark.parametrize("T", [8, 16])
 @pytest.mark.parametrize("name", ["csnn", "residual", "unet"])
-@pytest.mark.parametrize("checkpoint", [None, "regions"])
+@pytest.mark.parametrize("checkpoint", [None, "selective", "regions"])
 def test_peak_of_training_is_predicted(name: str, T: int, checkpoint: str | None) -> None:
     acceptance = ACCEPTANCE[name]
     model = acceptance.make().double()
@@ -150,7 +150,7 @@ def test_convert_refuses_a_budget_that_not_even_one_step_fits(training: bool) ->
 def test_training_recomputes_no_more_than_the_budget_asks_for() -> None:
     x_seq = torch.rand(16, 32, 2, 6, 6)
     plain = snnfx.convert(with_statistics(), checkpoint=None)
-    needed = training_peak(model_of(plain, x_seq, True), 16, {}, {}).bytes
+    needed = training_peak(model_of(plain, x_seq, True), 16, RecomputePlan(), {}).bytes
     counts = []
     for part in (1.1, 0.95, 0.85):
         net = snnfx.convert(with_statistics(), memory_budget=int(needed * part))
@@ -161,7 +161,7 @@ def test_training_recomputes_no_more_than_the_budget_asks_for() -> None:
 def test_training_within_a_budget_has_the_same_gradients() -> None:
     x_seq = torch.rand(16, 8, 2, 6, 6, dtype=torch.float64)
     plain = snnfx.convert(with_statistics().double(), checkpoint=None)
-    needed = training_peak(model_of(plain, x_seq, True), 16, {}, {}).bytes
+    needed = training_peak(model_of(plain, x_seq, True), 16, RecomputePlan(), {}).bytes
     import copy
 
     net = snnfx.convert(copy.deepcopy(plain.source), memory_budget=int(needed * 0.8))

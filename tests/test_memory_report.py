@@ -53,7 +53,7 @@ def test_peak_is_what_a_run_holds() -> None:
 def test_tensors_are_named_with_their_makers_and_shapes() -> None:
     holders = memory_of(with_statistics(), lower=None).training.holders
     first = next(h for h in holders if h.what == "0 (Conv2d)")
-    assert (first.shape, first.dtype, first.bytes) == ((T, N, 8, 6, 6), "float32", T * N * 8 * 36 * 4)
+    assert (first.shape, first.dtype, first.bytes) == ((T * N, 8, 6, 6), "float32", T * N * 8 * 36 * 4)
     assert "int64" in {h.dtype for h in holders if h.what == "3 (MaxPool2d)"}  # its indices
 
 
@@ -65,8 +65,9 @@ def test_state_and_kernels_are_named() -> None:
 
 
 def test_kept_packed_spikes_are_told_apart() -> None:
-    holders = memory_of(with_statistics(), checkpoint="regions").training.holders
-    packed = [h for h in holders if h.kind == "kept packed"]
+    layers = [nn.Sequential(nn.Linear(n, m), snnfx.neuron.LIFNode()) for n, m in ((5, 40), (40, 400))]
+    memory = memory_of(nn.Sequential(*layers), example_inputs=torch.rand(N, 5), checkpoint="regions")
+    packed = [h for h in memory.training.holders if h.kind == "kept packed"]
     assert packed and all(h.bytes * 31 < torch.Size(h.shape).numel() * 4 for h in packed)
 
 

@@ -21,7 +21,7 @@ from snnfx.functional import reset_net
 from snnfx.memory.packing import pack, packed_bytes, unpack
 from snnfx.passes.whole_numbers import prove_whole_numbers
 
-CHECKPOINTS = ("regions", 3)
+CHECKPOINTS = ("selective", "regions", 3)
 
 
 def without_statistics() -> nn.Module:
@@ -318,13 +318,16 @@ def test_spikes_are_held_in_bits() -> None:
     wide = nn.Sequential(nn.Linear(5, 800, bias=False), neuron.LIFNode(), nn.Linear(800, 2, bias=False))
     x_seq = torch.rand(8, 4, 5)
     spikes = 8 * 4 * 800
-    net = snnfx.convert(wide, checkpoint="regions", lower=None)
-    between, _ = held_after_forward(net, x_seq)
-    # The current of the neuron in four bytes; its spikes in a bit; its potential at the borders of four chunks.
-    assert 4 * spikes + spikes // 8 <= between <= 4.5 * spikes + 5 * (4 * 800 * 4)
+    between, _ = held_after_forward(snnfx.convert(wide, checkpoint="selective", lower=None), x_seq)
+    state_and_weights = 2 * (4 * 800 * 4)
+    # The current of the neuron in four bytes, its spikes in a bit.
+    assert 4 * spikes + spikes // 8 <= between <= 4 * spikes + spikes // 8 + state_and_weights
+    between, _ = held_after_forward(snnfx.convert(wide, checkpoint="regions", lower=None), x_seq)
+    # The current is computed again.
+    assert spikes // 8 <= between <= spikes // 8 + state_and_weights
 
 
-@pytest.mark.parametrize("largest", [1, 2, 255])
+@pytest.mark.parametrize("largest", [1, 2, 3, 9, 255])
 @pytest.mark.parametrize("shape", [(3, 2, 5), (4, 8), (2, 3, 4, 6, 5), (1, 1), (5, 17)])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.float16, torch.bfloat16])
 def test_packing_is_exact(largest: int, shape: tuple[int, ...], dtype: torch.dtype) -> None:
@@ -418,8 +421,10 @@ def test_second_run_meets_the_autocast_of_the_first(lower: str | None) -> None:
     found, expected, without = gradients(net), gradients(plain), trained(copy.deepcopy(plain), x_seq)
     assert found[0].dtype == torch.bfloat16 and not torch.equal(found[0].float(), without[0])
     assert len(found) == len(expected)
+    # The bias in front of a BatchNorm has no gradient but what rounding leaves.
+    scale = max(float(b.abs().max()) for b in expected[1:])
     for a, b in zip(found, expected, strict=True):
-        torch.testing.assert_close(a, b, rtol=0.02, atol=0.02 * float(b.abs().max()))
+        torch.testing.assert_close(a, b, rtol=0.02, atol=0.02 * scale)
 
 
 def test_state_checkpoints_meet_the_autocast_of_the_first_run() -> None:

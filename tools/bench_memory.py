@@ -40,11 +40,11 @@ PREDICTED = [
         "Spikformer": ((4, 8), (16, 4)),
     }.items()
     for T, N in cases
-    for phase in ("inference", "training", "regions")
+    for phase in ("inference", "training", "selective", "regions")
 ]
 SIDES = (
     "SpikingJelly", "memopt 1 neurons", "memopt 1 layers", "memopt 2",
-    "plain", "half", "least", "per step, every 2", "per step, every 4",
+    "plain", "selective", "half", "fifth", "least", "per step, every 2", "per step, every 4",
 )  # fmt: skip
 SHAPES = {"CSNN": (16, 32), "SEW-ResNet-18": (16, 4)}
 
@@ -88,11 +88,12 @@ def predict(name: str, T: int, N: int, phase: str) -> dict[str, Any]:
     """Predicted and measured bytes of one call."""
     from snnfx.buffers import pool
     from snnfx.memory.model import model_memory
-    from snnfx.memory.plan import packed_parts
+    from snnfx.memory.planner import packed_parts
     from snnfx.memory.timeline import inference_peak, training_peak
+    from snnfx.passes.checkpoint import RecomputePlan
 
     pool.limit = 0  # what kernels keep for their next outputs is not alive
-    options: dict[str, Any] = {"checkpoint": "regions"} if phase == "regions" else {"checkpoint": None}
+    options: dict[str, Any] = {"checkpoint": phase if phase in ("selective", "regions") else None}
     net, shape = net_for(name, chunk=None, **options)
     x_seq = torch.rand(T, N, *shape)
     if phase == "inference":
@@ -115,16 +116,13 @@ def predict(name: str, T: int, N: int, phase: str) -> dict[str, Any]:
     del y
     net.zero_grad()
     start = time.perf_counter()
-    model = model_memory(net, [x_seq], None, training=phase != "inference")
+    plan = net.recompute_plan(T, x_seq) if options["checkpoint"] else RecomputePlan()
+    model = model_memory(net, [x_seq], None, training=phase != "inference", in_tiles=plan.packs)
     planned = time.perf_counter() - start
-    chunks: dict[str, int | None] = {}
-    if phase == "regions":
-        plan = net.recompute_plan(T, x_seq)
-        chunks = {name: plan.chunks.get(name) for group in plan.segments for name in group}
     predicted = (
         inference_peak(model, T).bytes
         if phase == "inference"
-        else training_peak(model, T, chunks, packed_parts(net, model)).bytes
+        else training_peak(model, T, plan, packed_parts(net, model)).bytes
     )
     net(small[:, :1])  # compile what this shape needs
     measured = peak_of(run)
@@ -153,12 +151,13 @@ def side_of(name: str, side: str, T: int, N: int) -> tuple[Callable[[Tensor], No
     if side.startswith("per step"):
         # Statistics of each step: then time can be cut.
         options = {"checkpoint": int(side.split()[-1]), "batch_norm": "per_step"}
-    elif side == "least":
-        options = {"checkpoint": "regions"}
-    elif side == "half":
+    elif side in ("selective", "least"):
+        options = {"checkpoint": {"least": "regions"}.get(side, side)}
+    elif side in ("half", "fifth"):
         # What is compared is measured besides the gradients of the parameters, a budget includes them.
         gradients = sum(p.numel() * p.element_size() for p in MODELS[name][0]().parameters())
-        options = {"checkpoint": "auto", "memory_budget": int(os.environ["BUDGET"]) + gradients}
+        budget = int(int(os.environ["OF_PEER"]) * {"half": 0.5, "fifth": 0.2}[side])
+        options = {"checkpoint": "auto", "memory_budget": budget + gradients}
     net, _ = net_for(name, chunk=None, **options)
     return step_of(net, net), shape
 
@@ -188,7 +187,7 @@ def train(name: str, side: str, T: int, N: int, what: str, repeats: int) -> dict
             from snnfx.buffers import pool
 
             pool.limit = 0
-        step(x_seq[:, :1] if side != "half" else x_seq)
+        step(x_seq if side in ("half", "fifth") else x_seq[:, :1])
         return {"bytes": peak_of(lambda: step(x_seq)), "preparing_s": prepared}
     times = []
     for _ in range(repeats + 1):
@@ -234,6 +233,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else "")
     parser.add_argument("--json", type=Path)
     parser.add_argument("--repeats", type=int, default=5)
+    parser.add_argument("--bytes", action="store_true", help="leave out the times")
     parser.add_argument("--only", choices=("predict", "train", "inference"))
     parser.add_argument("--worker", help=argparse.SUPPRESS)
     options = parser.parse_args()
@@ -269,10 +269,10 @@ def main() -> None:
         for name, (T, N) in SHAPES.items():
             base: dict[str, Any] = {}
             for side in SIDES:
-                extra = {"BUDGET": str(int(base.get("bytes", 0) * 0.5))}
+                extra = {"OF_PEER": str(base.get("bytes", 0))}
                 row = {"model": name, "T": T, "N": N, "side": side}
                 row |= in_process(["train", name, side, T, N, "bytes", 0], {**EXACT, **extra})
-                for setting, environment in (("default", {}), ("keeping", KEEPING)):
+                for setting, environment in () if options.bytes else (("default", {}), ("keeping", KEEPING)):
                     if "error" not in row:
                         found = in_process(
                             ["train", name, side, T, N, "time", options.repeats], {**environment, **extra}
@@ -283,12 +283,13 @@ def main() -> None:
                 if "error" in row:
                     print(f"{name:14} {side:17} {row['error']}")
                     continue
-                print(
-                    f"{name:14} {side:17} {row['bytes'] / MiB:8.1f} MiB ({row['bytes'] / base['bytes']:.2f})  "
-                    f"{row['default_ms']:8.0f} ms ({row['default_ms'] / base['default_ms']:.2f})  "
-                    f"{row['keeping_ms']:8.0f} ms ({row['keeping_ms'] / base['keeping_ms']:.2f})",
-                    flush=True,
-                )
+                times = [
+                    f"{row[key]:8.0f} ms ({row[key] / base[key]:.2f})"
+                    for key in ("default_ms", "keeping_ms")
+                    if row.get(key) and base.get(key)
+                ]
+                bytes_of = f"{row['bytes'] / MiB:8.1f} MiB ({row['bytes'] / base['bytes']:.3f})"
+                print(f"{name:14} {side:17} {'  '.join([bytes_of, *times])}", flush=True)
     if options.json:
         options.json.parent.mkdir(parents=True, exist_ok=True)
         options.json.write_text(json.dumps(results, indent=2) + "\n")

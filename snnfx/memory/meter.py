@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import weakref
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -16,7 +16,7 @@ from torch.utils.flop_counter import flop_registry
 
 from snnfx.memory.entering import enter
 
-__all__ = ["CallBytes", "Meter", "Part", "Shape", "dtype_name", "measure_call", "meta_like"]
+__all__ = ["ZERO", "CallBytes", "Count", "Meter", "Part", "Shape", "dtype_name", "measure_call", "meta_like"]
 
 
 @dataclass(frozen=True)
@@ -82,20 +82,54 @@ _FLOPS = {
 }
 
 
-class Meter(TorchDispatchMode):
-    """Bytes alive of the storages that are made under it; `workspace` adds what an operation takes while it runs.
+@dataclass(frozen=True, slots=True)
+class Count:
+    """A number of bytes: those of tensors that do not depend on the number of steps, and those that grow with it."""
 
-    Views of what is `given` are not counted. With `naming`, it notes who made what.
+    constant: int = 0
+    over_time: int = 0
+
+    @property
+    def total(self) -> int:
+        """All of them, for the steps that were run."""
+        return self.constant + self.over_time
+
+    def __add__(self, other: Count) -> Count:
+        return Count(self.constant + other.constant, self.over_time + other.over_time)
+
+    def __sub__(self, other: Count) -> Count:
+        return Count(self.constant - other.constant, self.over_time - other.over_time)
+
+
+ZERO = Count()
+
+
+def total_of(counts: Iterable[Count]) -> Count:
+    """Their sum."""
+    found = list(counts)
+    return Count(sum(c.constant for c in found), sum(c.over_time for c in found))
+
+
+class Meter(TorchDispatchMode):
+    """Bytes alive of the storages that are made under it.
+
+    Args:
+        workspace: what an operation takes while it runs, in pieces.
+        given: views of these are not counted.
+        naming: if given, it is noted who made what.
+        marker: the number of steps, a prime that divides no other size: what it divides grows with the steps. None: all
+            counts are constant.
     """
 
     def __init__(
         self,
-        workspace: Callable[[Any, Sequence[Any], Any], int],
+        workspace: Callable[[Any, Sequence[Any], Any], Sequence[int]],
         given: Sequence[Any],
         naming: Named | None = None,
+        marker: int | None = None,
     ) -> None:
         super().__init__()
-        self.naming = naming
+        self.naming, self.marker = naming, marker
         self.parts: dict[int, Part] = {}
         self.at_peak: tuple[Part, ...] = ()
         self.given: set[int] = set()
@@ -105,10 +139,14 @@ class Meter(TorchDispatchMode):
                 self.given.add(storage._cdata)
                 weakref.finalize(storage, self.given.discard, storage._cdata)
         self.workspace = workspace
-        self.alive: dict[int, int] = {}
-        self.set_aside: dict[int, int] = {}
-        self.live = self.peak = self.peak_without_set_aside = 0
-        self.written = self.operations = 0
+        self.alive: dict[int, Count] = {}
+        self.set_aside: dict[int, Count] = {}
+        self.live = self.peak = self.peak_without_set_aside = self.written = ZERO
+        self.operations = 0
+
+    def count(self, number: int) -> Count:
+        """A number of bytes of one tensor."""
+        return Count(0, number) if self.marker is not None and number % self.marker == 0 else Count(number)
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         rule = _RULES.get(func)
@@ -118,40 +156,46 @@ class Meter(TorchDispatchMode):
         for value in result if isinstance(result, tuple | list) else (result,):
             if isinstance(value, Tensor):
                 self._see(value)
-        count = None if torch.is_grad_enabled() else _FLOPS.get(func)
+        count = _FLOPS.get(func)
         if count is not None:
             self.operations += count(*args, **(kwargs or {}), out_val=result)
-        extra = self.workspace(func, args, result)
-        now = self.live + extra
-        if self.naming is not None and now > self.peak:
-            taken = (Part(f"workspace of {self.naming.current}", (), extra),) if extra else ()
+        now = self.live
+        for extra in self.workspace(func, args, result):
+            now += self.count(extra)
+        if self.naming is not None and now.total > self.peak.total:
+            more = now.total - self.live.total
+            taken = (Part(f"workspace of {self.naming.current}", (), more),) if more else ()
             self.at_peak = (*self.parts.values(), *taken)
-        self.peak = max(self.peak, now)
-        self.peak_without_set_aside = max(self.peak_without_set_aside, now - sum(self.set_aside.values()))
+        self.peak = _larger(self.peak, now)
+        if self.set_aside:
+            now -= total_of(self.set_aside.values())
+        self.peak_without_set_aside = _larger(self.peak_without_set_aside, now)
         return result
 
     def _see(self, value: Tensor) -> None:
         storage = value.untyped_storage()
         key = storage._cdata
         if key not in self.alive and key not in self.given:
-            self.alive[key] = storage.nbytes()
-            self.live += self.alive[key]
-            self.written += self.alive[key]
+            made = self.alive[key] = self.count(storage.nbytes())
+            self.live += made
+            self.written += made
             if self.naming is not None:
-                self.parts[key] = Part(
-                    self.naming.current, tuple(value.shape), self.alive[key], dtype_name(value.dtype)
-                )
+                self.parts[key] = Part(self.naming.current, tuple(value.shape), made.total, dtype_name(value.dtype))
             weakref.finalize(storage, self._gone, key)
 
     def _gone(self, key: int) -> None:
-        self.live -= self.alive.pop(key, 0)
+        self.live -= self.alive.pop(key, ZERO)
         self.set_aside.pop(key, None)
         self.parts.pop(key, None)
 
     def put_aside(self, value: Tensor) -> None:
         """Count this storage as one that the caller would hold."""
         key = value.untyped_storage()._cdata
-        self.set_aside[key] = self.alive.get(key, 0)
+        self.set_aside[key] = self.alive.get(key, ZERO)
+
+
+def _larger(a: Count, b: Count) -> Count:
+    return a if a.total >= b.total else b
 
 
 @dataclass
@@ -159,9 +203,10 @@ class CallBytes:
     """Bytes of one call, besides its inputs.
 
     Args:
-        outputs: of each output, 0 for one that shares the memory of an input.
+        outputs: of each output, none for one that shares the memory of an input.
         aliases: for each output, the number of the input whose memory it is, -1 for its own.
-        peak: at the widest point of the call without a history, outputs included.
+        peak: at the widest point of the call without a history, outputs included. In training it is measured only if
+            names are asked for; else it is `peak_with_history`, the least that backward takes anyway.
         peak_with_history: the same while a history is kept.
         saved: what the history holds besides inputs and outputs.
         saved_inputs, saved_outputs: the numbers of those that it holds.
@@ -170,24 +215,24 @@ class CallBytes:
         grads: what is left afterwards: gradients of the inputs.
         of_parameters: the same, of the parameters.
         written: bytes that the forward pass writes.
-        operations: floating-point operations of its products and convolutions.
+        operations: in forward, floating-point operations of its products and convolutions.
         parts, parts_with_history: what is alive at `peak` and at `peak_with_history`, if that was noted.
         saved_parts: the same of what is `saved`.
     """
 
-    outputs: list[int]
+    outputs: list[Count]
     aliases: list[int]
-    peak: int = 0
-    peak_with_history: int = 0
-    saved: int = 0
+    peak: Count = ZERO
+    peak_with_history: Count = ZERO
+    saved: Count = ZERO
     saved_inputs: tuple[int, ...] = ()
     saved_outputs: tuple[int, ...] = ()
-    backward: int = 0
-    backward_held: int = 0
-    grads: int = 0
-    of_parameters: int = 0
-    written: int = 0
-    operations: int = 0
+    backward: Count = ZERO
+    backward_held: Count = ZERO
+    grads: Count = ZERO
+    of_parameters: Count = ZERO
+    written: Count = ZERO
+    operations: Count = ZERO
     parts: tuple[Part, ...] = ()
     parts_with_history: tuple[Part, ...] = ()
     saved_parts: tuple[Part, ...] = ()
@@ -219,8 +264,9 @@ def measure_call(
     leaves: Sequence[Any],
     parameters: Sequence[Tensor],
     training: bool,
-    workspace: Callable[[Any, Sequence[Any], Any], int],
+    workspace: Callable[[Any, Sequence[Any], Any], Sequence[int]],
     naming: Named | None = None,
+    marker: int | None = None,
 ) -> CallBytes:
     """Measure a call.
 
@@ -229,30 +275,43 @@ def measure_call(
         leaves: meta tensors (with `requires_grad` as at the call) and other arguments.
         parameters: meta parameters and buffers that it may read.
         training: whether a history is kept.
-        workspace, naming: see `Meter`.
+        workspace, naming, marker: see `Meter`.
     """
-    given = [meta_like(x) if isinstance(x, Tensor) else x for x in leaves]
-    with torch.no_grad(), Meter(workspace, [*given, *parameters], naming) as meter:
-        outputs = [y for y in pytree.tree_leaves(run(given)) if isinstance(y, Tensor)]
-        own = {x.untyped_storage()._cdata: i for i, x in enumerate(given) if isinstance(x, Tensor)}
-        aliases = [own.get(y.untyped_storage()._cdata, -1) for y in outputs]
-        sizes = [y.untyped_storage().nbytes() if a < 0 else 0 for y, a in zip(outputs, aliases, strict=True)]
-        found = CallBytes(sizes, aliases, peak=meter.peak, written=meter.written, operations=meter.operations)
-        found.parts = meter.at_peak
-    del outputs, given
+
+    def meter_for(given: Sequence[Any]) -> Meter:
+        return Meter(workspace, [*given, *parameters], naming, marker)
+
     if training:
-        _measure_history(found, run, leaves, parameters, workspace, naming)
+        found = _measure_history(run, leaves, parameters, meter_for)
+        if naming is None:
+            return found
+    given = [meta_like(x) if isinstance(x, Tensor) else x for x in leaves]
+    with torch.no_grad(), meter_for(given) as meter:
+        outputs = [y for y in pytree.tree_leaves(run(given)) if isinstance(y, Tensor)]
+        if not training:
+            found = _bytes_of_outputs(given, outputs, meter)
+        found.peak, found.parts = meter.peak, meter.at_peak
     return found
 
 
+def _bytes_of_outputs(given: Sequence[Any], outputs: Sequence[Tensor], meter: Meter) -> CallBytes:
+    own = {x.untyped_storage()._cdata: i for i, x in enumerate(given) if isinstance(x, Tensor)}
+    aliases = [own.get(y.untyped_storage()._cdata, -1) for y in outputs]
+    sizes = [meter.count(_bytes(y)) if a < 0 else ZERO for y, a in zip(outputs, aliases, strict=True)]
+    operations = Count(0, meter.operations) if meter.marker is not None else Count(meter.operations)
+    return CallBytes(sizes, aliases, written=meter.written, operations=operations)
+
+
+def _bytes(value: Tensor) -> int:
+    return value.untyped_storage().nbytes()
+
+
 def _measure_history(
-    found: CallBytes,
     run: Callable[[Sequence[Any]], Any],
     leaves: Sequence[Any],
     parameters: Sequence[Tensor],
-    workspace: Callable[[Any, Sequence[Any], Any], int],
-    naming: Named | None,
-) -> None:
+    meter_for: Callable[[Sequence[Any]], Meter],
+) -> CallBytes:
     tokens: list[Tensor] = []
     given: list[Any] = []
     for x in leaves:
@@ -262,10 +321,12 @@ def _measure_history(
             tokens.append(token)
         given.append(value)
     inputs = {i: weakref.ref(x.untyped_storage()) for i, x in enumerate(given) if isinstance(x, Tensor)}
-    with torch.enable_grad(), Meter(workspace, [*given, *tokens, *parameters], naming) as meter:
+    with torch.enable_grad(), meter_for([*given, *tokens]) as meter:
         outputs = [y for y in pytree.tree_leaves(run(given)) if isinstance(y, Tensor)]
+        found = _bytes_of_outputs(given, outputs, meter)
         del given
-        found.peak_with_history, found.parts_with_history = meter.peak, meter.at_peak
+        found.peak = found.peak_with_history = meter.peak
+        found.parts_with_history = meter.at_peak
         ends = {i: weakref.ref(y.untyped_storage()) for i, y in enumerate(outputs)}
         roots = [y for y in outputs if y.requires_grad]
         root = _Seed.apply(meter, *roots) if roots else None
@@ -274,20 +335,19 @@ def _measure_history(
         del outputs, roots, root, value, x
         found.saved_inputs = tuple(i for i, ref in inputs.items() if ref() is not None)
         found.saved_outputs = tuple(i for i, ref in ends.items() if ref() is not None and found.aliases[i] < 0)
-        held = sum(found.outputs[i] for i in found.saved_outputs)
-        found.saved = meter.live - held
+        found.saved = meter.live - total_of(found.outputs[i] for i in found.saved_outputs)
         kept = {ref()._cdata for ref in ends.values() if ref() is not None}  # type: ignore[union-attr]
         found.saved_parts = tuple(part for key, part in meter.parts.items() if key not in kept)
         if edge is None or not (tokens or parameters):
-            return
+            return found
         before = meter.peak = meter.peak_without_set_aside = meter.live
         wanted = [*tokens, *(p for p in parameters if p.requires_grad)]
         grads = torch.autograd.grad([edge], wanted, [torch.empty((), device="meta")], allow_unused=True)
-        seeds = sum(found.outputs)
-        found.backward = max(0, meter.peak - before)
-        found.backward_held = max(0, meter.peak_without_set_aside - before) + seeds
-        found.grads = sum(g.untyped_storage().nbytes() for g in grads[: len(tokens)] if g is not None)
-        found.of_parameters = sum(g.untyped_storage().nbytes() for g in grads[len(tokens) :] if g is not None)
+        found.backward = meter.peak - before
+        found.backward_held = meter.peak_without_set_aside - before + total_of(found.outputs)
+        sizes = [ZERO if g is None else meter.count(_bytes(g)) for g in grads]
+        found.grads, found.of_parameters = total_of(sizes[: len(tokens)]), total_of(sizes[len(tokens) :])
+    return found
 
 
 class _Seed(torch.autograd.Function):

@@ -1,7 +1,6 @@
 """The memory model: the bytes that an emitted graph holds over its execution, as a function of the steps run at once.
 
-Every region call is run on meta tensors for two small numbers of steps (`snnfx.memory.meter`); what it takes is affine
-in that number. The life of the values between the calls is read off the graph. So the peak for any number of steps, any
+Every region call is run on meta tensors (`snnfx.memory.meter`); what it takes is affine in the number of steps. The life of the values between the calls is read off the graph. So the peak for any number of steps, any
 chunk, and any plan of what backward computes again is a sum over a table, without another run.
 """
 
@@ -14,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 from torch import Tensor
 
 from snnfx.isolation import random_state
-from snnfx.memory.meter import Part
+from snnfx.memory.meter import Count, Part
 from snnfx.memory.naming import Naming
 from snnfx.memory.walk import Twin, Walk
 from snnfx.regions import LoopRegion
@@ -47,6 +46,7 @@ class CallCost:
     Args:
         name: of its region, or of the node for what is between regions.
         is_region: whether it runs a region.
+        role: "product" for a tile that is dear to compute again, "statistics", or "".
         reads: values (numbers into `MemoryModel.values`) that it is given.
         makes: values that it makes.
         saves: values that its history holds.
@@ -56,6 +56,7 @@ class CallCost:
 
     name: str
     is_region: bool
+    role: str
     reads: tuple[int, ...]
     makes: tuple[int, ...]
     saves: tuple[int, ...]
@@ -90,6 +91,7 @@ class MemoryModel:
         outputs: the values that are returned.
         training: whether a history was looked at.
         state: bytes of the final state.
+        step_of: the node of the step that a value is a sequence of, by name.
         named: what is known about who made what, with `describe`.
     """
 
@@ -98,7 +100,15 @@ class MemoryModel:
     outputs: tuple[int, ...]
     training: bool
     state: Affine
+    step_of: dict[int, str]
     named: Names | None = None
+    _known: dict[int, list[dict[str, float]]] = field(default_factory=dict, repr=False)
+
+    def costs(self, steps: int) -> list[dict[str, float]]:
+        """The bytes of each call for so many steps."""
+        if steps not in self._known:
+            self._known[steps] = [{name: cost(steps) for name, cost in call.bytes.items()} for call in self.calls]
+        return self._known[steps]
 
 
 def model_memory(
@@ -107,6 +117,7 @@ def model_memory(
     state: Mapping[str, Any] | None,
     training: bool,
     describe: int | None = None,
+    in_tiles: bool = False,
 ) -> MemoryModel:
     """The memory model of the current mode of a net.
 
@@ -116,6 +127,7 @@ def model_memory(
         state: the state before the first step, None: the reset state.
         training: whether a history is kept.
         describe: also note who made what, for so many time steps.
+        in_tiles: of the form from which segments are made, see `snnfx.memory.training`.
 
     Raises:
         NotPredictable: the net looks at values, or does what meta tensors do not do.
@@ -123,24 +135,34 @@ def model_memory(
     twin = Twin(net)
     generators = random_state()
     try:
-        # The few tensors of a single step of a Python loop must not be what is widest: it takes more steps to see that.
-        few = 8 if any(isinstance(m, LoopRegion) and m.kernels is None for m in net.modules()) else 2
-        runs = [Walk(twin, leaves, state, training, steps).run() for steps in (few, few + 1)]
-        described = Walk(twin, leaves, state, training, describe, Naming(net)).run() if describe else None
+        if any(isinstance(m, LoopRegion) and m.kernels is None for m in net.modules()) or not twin.has_kernels(leaves):
+            # A Python loop makes tensors of single steps, one for each: they are told by running one more. The few
+            # tensors of a step must not be what is widest; it takes more steps to see that.
+            runs = [Walk(twin, leaves, state, training, steps, None, in_tiles).run() for steps in (8, 9)]
+        else:
+            runs = [Walk(twin, leaves, state, training, twin.marker(leaves), None, in_tiles, marker=True).run()]
+        described = None
+        if describe:
+            form = net._recomputation.form("main") if in_tiles else None
+            naming = Naming(net, net.regions, {}) if form is None else Naming(net, form.regions, form.tiles)
+            described = Walk(twin, leaves, state, training, describe, naming, in_tiles).run()
     except (RuntimeError, NotImplementedError, TypeError, ValueError) as error:
         raise NotPredictable(str(error).splitlines()[0]) from error
     finally:
         generators.restore()
-    return _combined(runs[0], runs[1], training, described)
+    return _table(runs[0], runs[-1], training, described)
 
 
-def _combined(two: Walk, three: Walk, training: bool, described: Walk | None) -> MemoryModel:
-    """The table for any number of steps, from those for two and for three."""
+def _table(walk: Walk, longer: Walk, training: bool, described: Walk | None) -> MemoryModel:
+    """The table for any number of steps, from a walk that tells what grows with them, or from two walks."""
 
-    def affine(a: float, b: float) -> Affine:
-        return Affine(a - two.steps * (b - a), b - a)
+    def affine(a: Count, b: Count) -> Affine:
+        if longer is walk:
+            return Affine(a.constant, a.over_time / walk.steps)
+        per_step = b.total - a.total
+        return Affine(a.total - walk.steps * per_step, per_step)
 
-    if len(two.calls) != len(three.calls) or len(two.values) != len(three.values):
+    if len(walk.calls) != len(longer.calls) or len(walk.values) != len(longer.values):
         raise NotPredictable("it does something else for another number of time steps")
     fields = (
         "peak",
@@ -157,23 +179,24 @@ def _combined(two: Walk, three: Walk, training: bool, described: Walk | None) ->
         CallCost(
             a.name,
             a.is_region,
+            a.role,
             a.reads,
             a.makes,
             a.saves,
             bytes={f: affine(getattr(a.bytes, f), getattr(b.bytes, f)) for f in fields},
         )
-        for a, b in zip(two.calls, three.calls, strict=True)
+        for a, b in zip(walk.calls, longer.calls, strict=True)
     ]
-    outputs, state = two.result[0], two.result[1]
-    returned = two.numbers(outputs)
-    in_state = two.numbers(state)
+    outputs, state = walk.result[0], walk.result[1]
+    returned = walk.numbers(outputs)
+    in_state = walk.numbers(state)
     last: dict[int, int] = {}
     for index, call in enumerate(calls):
         last.update(dict.fromkeys((*call.reads, *call.makes), index))
     for value, index in last.items():
         if value not in returned and value not in in_state:
             calls[index].dies += (value,)
-    values = [affine(a, b) for a, b in zip(two.values, three.values, strict=True)]
+    values = [affine(a, b) for a, b in zip(walk.values, longer.values, strict=True)]
     total = [values[v] for v in in_state]
     return MemoryModel(
         calls,
@@ -181,6 +204,7 @@ def _combined(two: Walk, three: Walk, training: bool, described: Walk | None) ->
         returned,
         training,
         Affine(sum(v.constant for v in total), sum(v.per_step for v in total)),
+        walk.step_of,
         _names(described) if described is not None and len(described.calls) == len(calls) else None,
     )
 

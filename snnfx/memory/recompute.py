@@ -1,111 +1,167 @@
 """Computing again in the backward pass what the forward pass did not keep.
 
-Revolve and its kin trade recomputation for memory (Griewank & Walther 2000; Chen et al. 2016). Here a segment is a few
-region calls of an emitted graph. Forward runs them without a history and keeps what enters the segment, spikes packed
-in bits; backward runs them again, stage by stage, and takes vector-Jacobian products. A stage may go through its
-sequence in chunks: then a loop keeps only its state at the borders of the chunks, and of its insides one chunk is alive
-at a time (Gruslys et al. 2016). State is a value, so nothing has to be put back afterwards; what a second run could
-change or see differently is replayed: random numbers, autocast, the mode of modules, and buffers, which it gets as
-copies (running statistics move once).
+Revolve and its kin trade recomputation for memory (Griewank & Walther 2000; Chen et al. 2016). Here a segment is a tile
+(`norm -> neurons -> pool`) with the statistics that it normalises by and, if that is wanted, the products in front of it.
+Forward runs it without a history, slice by slice, and keeps what enters it, spikes packed in bits; backward runs the
+slices again and takes vector-Jacobian products (`snnfx.memory.vjp`). So of its insides no more than a slice is alive. State
+is a value, so nothing has to be put back afterwards; what a second run could change or see differently is replayed:
+random numbers, autocast, the mode of modules, and buffers, which it gets as copies. Statistics are kept, so they move
+once.
 """
 
 from __future__ import annotations
 
 import contextlib
-import operator
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-from torch import Tensor, fx, nn
+from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
-from torch.fx import Node, map_arg
 from torch.utils import _pytree as pytree
 
 from snnfx.isolation import RandomState, random_state
 from snnfx.memory.packing import PackedTensor, pack
 from snnfx.memory.replay import Autocast, Modules, drawing_from, parameters_of
-from snnfx.memory.staging import empty_like, keys_of, steps_of, unpacked
-from snnfx.memory.vjp import backward
+from snnfx.memory.statistics import takes_statistics
+from snnfx.memory.tile import (
+    Joined,
+    Part,
+    Slices,
+    Tile,
+    cut,
+    cut_state,
+    joined_states,
+    run_tile,
+    slices_of,
+    states_can_be_cut,
+)
 from snnfx.state import has_forward_hooks
 
-__all__ = ["Segment", "run_segment"]
+__all__ = ["TILE", "Segment", "StatisticsCall", "TileCall", "run_segment"]
+
+
+TILE = -1
+"""The place of the tile, where products are 0, 1, ..."""
+
+
+@dataclass(frozen=True)
+class TileCall:
+    """A call of a tile in a segment. Values are numbered: first what goes into the segment, then what is made in it.
+
+    Args:
+        tile: what is called.
+        sequences, constants: the values that it is given.
+        states: the values of the states before the first step, or None or () where nothing is handed in.
+        makes: the numbers of the sequences that it makes.
+    """
+
+    tile: Tile
+    sequences: tuple[int, ...]
+    states: tuple[Any, ...]
+    constants: tuple[int, ...]
+    makes: tuple[int, ...]
+
+
+@dataclass(frozen=True)
+class StatisticsCall:
+    """Statistics that are taken in a segment.
+
+    Args:
+        function: of a sequence and a module.
+        x, module: the values that it is given.
+        makes: the numbers of mean and variance.
+    """
+
+    function: Callable[..., tuple[Tensor, Tensor]]
+    x: int
+    module: int
+    makes: tuple[int, int]
 
 
 class Segment(nn.Module):
-    """A few calls of an emitted graph that are run again in backward.
+    """What is computed again together.
 
     Args:
         label: for messages.
-        graph: placeholders (anything), calls and getitems, a tuple of values as output.
-        chunks: time steps at once, by name of a call; the others take the whole sequence. A call in chunks is
-            `target((x_seq, ...), ...)`, with `state=` if it is a loop.
-        packed: the largest whole number in a placeholder's sequence, by name, for those that are kept packed.
+        products: tiles that are computed before the statistics are taken, without states.
+        statistics: what is taken of the whole sequence.
+        tile: what comes last; its sequences and final states are the results.
+        slices: how sequences are cut.
+        twice: backward computes the products two times, each time slice by slice, so that their results are never there
+            as a whole; otherwise once.
+        packed: the largest whole number in a sequence that goes in, by number, for those that are kept packed.
         still_packable: whether the proof of that holds at this call (a neuron's settings are live).
-        random: names of the calls that draw random numbers.
     """
 
     def __init__(
         self,
         label: str,
-        graph: fx.Graph,
-        chunks: Mapping[str, int],
-        packed: Mapping[str, int],
+        products: Sequence[TileCall],
+        statistics: Sequence[StatisticsCall],
+        tile: TileCall,
+        slices: Slices,
+        twice: bool,
+        packed: Mapping[int, int],
         still_packable: Callable[[], bool],
-        random: frozenset[str] = frozenset(),
     ) -> None:
         super().__init__()
-        self.label, self.graph, self.random = label, graph, random
-        self.chunks, self.packed, self.still_packable = dict(chunks), dict(packed), still_packable
-        self.placeholders = [n for n in graph.nodes if n.op == "placeholder"]
-        self.stages = [n for n in graph.nodes if n.op == "call_function" and n.target is not operator.getitem]
-        self.last_use: dict[Node, list[Node]] = {}
-        seen: set[Node] = set()
-        for node in reversed(graph.nodes):
-            dead = [n for n in node.all_input_nodes if n not in seen]
-            seen.update(dead)
-            self.last_use[node] = dead
+        self.label, self.products, self.statistics, self.tile = label, tuple(products), tuple(statistics), tile
+        self.slices, self.twice = slices, twice
+        self.packed, self.still_packable = dict(packed), still_packable
 
-    def plainly(self, values: Sequence[Any]) -> tuple[Any, ...]:
+    @property
+    def joint(self) -> tuple[TileCall, ...]:
+        """What goes through the slices together."""
+        return (self.tile,) if self.statistics else (*self.products, self.tile)
+
+    def plainly(self, values: Sequence[Any]) -> Any:
         """Run it with the history that autograd keeps."""
-        env: dict[Node, Any] = dict(zip(self.placeholders, values, strict=True))
-        for node in self.graph.nodes:
-            if node.op == "output":
-                return tuple(map_arg(node.args[0], env.__getitem__))
-            if node.op == "call_function":
-                args, kwargs = map_arg((node.args, node.kwargs), env.__getitem__)
-                env[node] = node.target(*args, **kwargs)
-            for dead in self.last_use[node]:
-                del env[dead]
-        raise AssertionError("a graph has an output")
+        table: dict[int, Any] = dict(enumerate(values))
+        for product in self.products:
+            table.update(zip(product.makes, run_slice([product], table, Part(), ())[0], strict=True))
+        for taken in self.statistics:
+            table.update(dict.fromkeys(taken.makes))  # the modules are called as they are
+        sequences, finals = run_slice([self.tile], table, Part(), [state_of(table, s) for s in self.tile.states])
+        return tuple(sequences), tuple(finals)
+
+
+def state_of(values: Mapping[int, Any], state: Any) -> Any:
+    """The state before the first step that a loop is given."""
+    return values[state] if isinstance(state, int) else state
 
 
 def run_segment(segment: Segment, values: tuple[Any, ...]) -> tuple[Any, ...]:
-    """Run a segment so that its backward pass computes it again.
+    """Run a segment so that its backward pass computes it again: `(sequences, final states)`.
 
     It keeps its history as usual where that cannot be done: under torch.compile (whose own partitioner decides what to
     compute again), under transforms of torch.func, and while a module in it has forward hooks, which would fire twice.
     """
     if torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active() or not torch.is_grad_enabled():
-        return segment.plainly(values)
+        return segment.plainly(values)  # type: ignore[no-any-return]
     leaves, spec = pytree.tree_flatten(values)
     modules = [m for leaf in leaves if isinstance(leaf, nn.Module) for m in leaf.modules()]
     parameters = parameters_of(modules)
     tensors = [leaf for leaf in leaves if isinstance(leaf, Tensor)]
     if not any(t.requires_grad for t in (*tensors, *parameters)) or any(map(has_forward_hooks, modules)):
-        return segment.plainly(values)
+        return segment.plainly(values)  # type: ignore[no-any-return]
     positions = [i for i, leaf in enumerate(leaves) if isinstance(leaf, Tensor)]
     statics = [None if isinstance(leaf, Tensor) else leaf for leaf in leaves]
-    call = Call(segment, statics, spec, positions, Modules(modules, parameters))
+    flows = [_flows(product, values) for product in segment.products]
+    call = Call(segment, statics, spec, positions, Modules(modules, parameters), flows)
     found = iter(_Recompute.apply(call, *tensors, *parameters))
     return pytree.tree_unflatten(  # type: ignore[no-any-return]
         [next(found) if is_tensor else value for is_tensor, value in call.results], call.result_spec
     )
 
 
-class _Held:
-    """Stands for a tensor that autograd holds."""
+def _flows(call: TileCall, values: Sequence[Any]) -> bool:
+    """Whether a gradient goes back through a product: to something that goes in, or to a parameter."""
+    leaves = pytree.tree_leaves([values[n] for n in (*call.sequences, *call.constants)])
+    tensors = [x for x in leaves if isinstance(x, Tensor)]
+    tensors += [p for x in leaves if isinstance(x, nn.Module) for p in x.parameters()]
+    return any(x.requires_grad for x in tensors)
 
 
 @dataclass
@@ -117,16 +173,19 @@ class Call:
     spec: pytree.TreeSpec
     tensor_positions: list[int]
     modules: Modules
+    flows: list[bool]  # of each product
     results: list[tuple[bool, Any]] = field(default_factory=list)
     result_spec: Any = None
-    keys: dict[Node, Any] = field(default_factory=dict)
-    buffers: dict[Node, list[Any]] = field(default_factory=dict)
-    generators: dict[Node, RandomState] = field(default_factory=dict)
-    borders: dict[Node, list[Any]] = field(default_factory=dict)
+    sequences: int = 0
+    T: int = 0
+    N: int = 0
+    buffers: list[Any] = field(default_factory=list)
+    generators: dict[int, RandomState] = field(default_factory=dict)  # by the place of a product, or TILE
+    live: dict[int, bool] = field(default_factory=dict)  # by number of the mean: taken now, or running statistics
     autocast: Autocast = field(default_factory=Autocast)
 
     def values(self, tensors: Sequence[Any]) -> list[Any]:
-        """What the placeholders are given."""
+        """What goes in."""
         leaves = list(self.statics)
         for position, value in zip(self.tensor_positions, tensors, strict=True):
             leaves[position] = value
@@ -136,69 +195,101 @@ class Call:
         """The largest whole number in each tensor that is to be packed, 0 for the others."""
         segment = self.segment
         proven = segment.packed if segment.packed and segment.still_packable() else {}
-        by_tensor = {
-            id(v): proven.get(n.name, 0) for n, v in zip(segment.placeholders, self.values(tensors), strict=True)
-        }
+        by_tensor = {id(v): proven.get(n, 0) for n, v in enumerate(self.values(tensors))}
         return [by_tensor.get(id(x), 0) for x in tensors]
 
-    def forward(self, tensors: Sequence[Tensor]) -> Any:
-        """Run the stages without a history."""
+    def forward(self, tensors: Sequence[Tensor]) -> tuple[Any, list[Tensor]]:
+        """The results, and the statistics, without a history."""
         segment = self.segment
-        env: dict[Node, Any] = dict(zip(segment.placeholders, self.values(tensors), strict=True))
-        for node in segment.placeholders:
-            self.keys[node] = keys_of(env[node])
-        for node in segment.graph.nodes:
-            if node.op == "output":
-                self.keys[node] = map_arg(node.args[0], self.keys.__getitem__)
-                return tuple(map_arg(node.args[0], env.__getitem__))
-            if node.op == "call_function":
-                self._forward_node(node, env)
-            for dead in segment.last_use[node]:
-                del env[dead]
-        raise AssertionError("a graph has an output")
+        values: dict[int, Any] = dict(enumerate(self.values(tensors)))
+        self._measure(values)
+        self.buffers = self.modules.buffers()
+        kept: list[Tensor] = []
+        if segment.statistics:
+            for number, product in enumerate(segment.products):
+                if product.tile.has_dice:
+                    self.generators[number] = random_state()
+                # As backward will cut it: a product of other slices may be rounded otherwise.
+                like = (*segment.products, segment.tile) if segment.twice else (product,)
+                made, _ = self.in_slices([product], values, self.lengths(like, values))
+                values.update(zip(product.makes, made, strict=True))
+            for taken in segment.statistics:
+                module = values[taken.module]
+                self.live[taken.makes[0]] = takes_statistics(module)
+                found = taken.function(values[taken.x], module)
+                values.update(zip(taken.makes, found, strict=True))
+                kept += found if self.live[taken.makes[0]] else [s.clone() for s in found]
+        calls = (*segment.products, segment.tile) if segment.twice else segment.joint
+        if any(one.tile.has_dice for one in segment.joint):
+            self.generators[TILE] = random_state()
+        results = self.in_slices(segment.joint, values, self.lengths(calls, values))
+        self.sequences = len(results[0])
+        return results, kept
 
-    def _forward_node(self, node: Any, env: dict[Node, Any]) -> None:
-        args, kwargs = map_arg((node.args, node.kwargs), env.__getitem__)
-        if node.target is operator.getitem:
-            source: Any = node.args[0]
-            index: Any = args[1]
-            env[node] = args[0][index]
-            self.keys[node] = self.keys[source][index]
-            return
-        self.buffers[node] = self.modules.buffers()
-        if node.name in self.segment.random:
-            self.generators[node] = random_state()
-        env[node] = self.run(node, args, kwargs, self.borders)
-        self.keys[node] = keys_of(env[node])
+    def _measure(self, values: Mapping[int, Any]) -> None:
+        """Time steps and samples."""
+        for call in (*self.segment.products, self.segment.tile):
+            for number, batched in zip(call.sequences, call.tile.batched, strict=True):
+                x = values.get(number)
+                if isinstance(x, Tensor) and x.dim() > 0:
+                    self.T = x.shape[0]
+                    if batched and x.dim() > 1:
+                        self.N = x.shape[1]
 
-    def run(self, node: Any, args: Any, kwargs: Any, borders: dict[Node, list[Any]] | None = None) -> Any:
-        """A stage without a history, in its chunks."""
-        length = self.segment.chunks.get(node.name)
-        if length is None:
-            args, kwargs = pytree.tree_map(unpacked, (args, kwargs))
-            return node.target(*args, **kwargs)
-        T, kwargs, joined = args[0][0].shape[0], dict(kwargs), None
-        kept: list[Any] = []
-        for start in range(0, T, length):
-            kept.append(kwargs.get("state"))
-            x = tuple(unpacked(steps_of(value, start, start + length)) for value in args[0])
-            y = node.target(x, *args[1:], **kwargs)
-            if "state" in kwargs:
-                y, kwargs["state"] = y
-            if joined is None:
-                joined = tuple(empty_like(part, T) for part in y)
-            for whole, part in zip(joined, y, strict=True):
-                whole[start : start + length] = part
-        if borders is not None:
-            borders[node] = kept
-        return (joined, kwargs["state"]) if "state" in kwargs else joined
+    def lengths(self, calls: Sequence[TileCall], values: Mapping[int, Any]) -> tuple[int | None, int | None]:
+        """Samples and steps of a slice of these calls, None for all."""
+        slices = self.segment.slices
+        states = [state_of(values, s) for call in calls for s in call.states]
+        by_samples = all(c.tile.by_samples for c in calls) and states_can_be_cut(states, self.N)
+        by_steps = all(c.tile.by_steps for c in calls)
+        return slices.samples if by_samples else None, slices.steps if by_steps else None
+
+    def in_slices(
+        self,
+        calls: Sequence[TileCall],
+        values: Mapping[int, Any],
+        lengths: tuple[int | None, int | None],
+    ) -> tuple[tuple[Any, ...], Any]:
+        """Sequences and final states of the last of some calls, which go through the slices together."""
+        last, (samples, steps) = calls[-1], lengths
+        joined: list[Joined] = []
+        finals = []
+        for of_samples in slices_of(self.N, samples):
+            states = [cut_state(state_of(values, s), Part(of_samples)) for s in last.states]
+            for of_steps in slices_of(self.T, steps):
+                part = Part(of_samples, of_steps)
+                made, states = run_slice(calls, values, part, states)
+                joined = joined or [Joined(self.T, self.N) for _ in made]
+                for whole, y in zip(joined, made, strict=True):
+                    whole.add(y, part)
+            finals.append(tuple(states))
+        return tuple(whole.whole for whole in joined), joined_states(finals)
 
     @contextlib.contextmanager
-    def as_then(self, node: Node, parameters: Sequence[Tensor]) -> Iterator[None]:
-        """What the stage met in forward."""
-        modules, generators = self.modules.again(parameters, self.buffers[node]), self.generators.get(node)
-        with modules, self.autocast.again(), drawing_from(generators):
+    def as_then(self, parameters: Sequence[Tensor], product: int) -> Iterator[None]:
+        """What one of the products, or the tile, met in forward."""
+        generators = self.generators.get(product)
+        with self.modules.again(parameters, self.buffers), self.autocast.again(), drawing_from(generators):
             yield
+
+
+def run_slice(
+    calls: Sequence[TileCall], values: Mapping[int, Any], part: Part, states: Sequence[Any]
+) -> tuple[Sequence[Tensor], Sequence[Any]]:
+    """Sequences and final states of the last of some calls on a slice of the values."""
+    made: dict[int, Tensor] = {}
+    result: tuple[Sequence[Tensor], Sequence[Any]] = ((), ())
+    for call in calls:
+        sequences = [
+            made[n] if n in made else cut(values[n], part, batched)
+            for n, batched in zip(call.sequences, call.tile.batched, strict=True)
+        ]
+        before = states if call is calls[-1] else call.states
+        result = run_tile(call.tile, sequences, before, [values[n] for n in call.constants])
+        del sequences
+        if call is not calls[-1]:
+            made.update(zip(call.makes, result[0], strict=True))
+    return result
 
 
 class _Recompute(torch.autograd.Function):
@@ -209,7 +300,7 @@ class _Recompute(torch.autograd.Function):
         count = len(call.tensor_positions)
         inputs, parameters = tensors[:count], tensors[count:]
         packable = call.packable(inputs)
-        outputs = call.forward(inputs)
+        outputs, statistics = call.forward(inputs)
         leaves, call.result_spec = pytree.tree_flatten(outputs)
         call.results = [(isinstance(y, Tensor), None if isinstance(y, Tensor) else y) for y in leaves]
         kept: list[Tensor] = []
@@ -218,11 +309,8 @@ class _Recompute(torch.autograd.Function):
             packed = pack(x, largest) if largest else None
             ctx.packed.append(packed and (packed.shape, packed.order, packed.dtype, packed.largest))
             kept.append(x if packed is None else packed.data)
-        # Saved like the rest, so that it goes when the rest goes.
-        states, ctx.border_spec = pytree.tree_flatten(call.borders)
-        ctx.border_numbers = [_Held() if isinstance(leaf, Tensor) else leaf for leaf in states]
-        call.borders = {}
-        ctx.save_for_backward(*kept, *parameters, *(leaf for leaf in states if isinstance(leaf, Tensor)))
+        # Saved like the rest, so that they go when the rest goes.
+        ctx.save_for_backward(*kept, *parameters, *statistics)
         ctx.counts = (count, count + len(parameters))
         results = tuple(y for y in leaves if isinstance(y, Tensor))
         ctx.mark_non_differentiable(*(y for y in results if not (y.is_floating_point() or y.is_complex())))
@@ -231,17 +319,17 @@ class _Recompute(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, *grads: Tensor | None) -> tuple[Any, ...]:
+        from snnfx.memory.vjp import backward
+
         call: Call = ctx.call
         saved, (first, second) = ctx.saved_tensors, ctx.counts
         inputs: list[Any] = [
             x if packed is None else PackedTensor(x, *packed)
             for x, packed in zip(saved[:first], ctx.packed, strict=True)
         ]
-        states = iter(saved[second:])
-        borders = [next(states) if isinstance(n, _Held) else n for n in ctx.border_numbers]
-        call.borders = pytree.tree_unflatten(borders, ctx.border_spec)
         remaining = iter(grads)
         each = [next(remaining) if is_tensor else None for is_tensor, _ in call.results]
-        of_tensors, of_parameters = backward(call, inputs, saved[first:second], ctx.needs_input_grad[1:], each)
-        call.borders = {}
+        of_tensors, of_parameters = backward(
+            call, inputs, saved[first:second], saved[second:], ctx.needs_input_grad[1:], each
+        )
         return None, *of_tensors, *of_parameters

@@ -17,8 +17,10 @@ from snnfx.memory.budget import bytes_as_text
 from snnfx.memory.meter import Part
 from snnfx.memory.model import MemoryModel, Names, NotPredictable, model_memory
 from snnfx.memory.picture import memory_as_svg
-from snnfx.memory.plan import packed_parts, with_borders
+from snnfx.memory.plan import with_borders
+from snnfx.memory.planner import packed_parts
 from snnfx.memory.timeline import Moment, inference_timeline, training_timeline
+from snnfx.passes.checkpoint import RecomputePlan
 
 if TYPE_CHECKING:
     from snnfx.net import Net
@@ -170,16 +172,16 @@ def _inference(net: Net, sequences: list[Tensor], T: int) -> PhaseMemory:
 
 def _training(net: Net, sequences: list[Tensor], T: int) -> PhaseMemory:
     try:
-        plan = net.recompute_plan(T, *sequences) if net._recomputation.is_wanted else None
-        steps = min(T, plan.steps or T) if plan else T
-        model = model_memory(net, sequences, None, training=True, describe=steps)
+        plan = net.recompute_plan(T, *sequences) if net._recomputation.is_wanted else RecomputePlan()
+        steps = min(T, plan.steps or T)
+        model = model_memory(net, sequences, None, training=True, describe=steps, in_tiles=bool(plan.segments) or plan.packs)
     except (NotPredictable, InputError) as error:
         return PhaseMemory("training", T, _why_not(error))
-    chunks = {name: plan.chunks.get(name) for group in plan.segments for name in group} if plan else {}
-    moments = training_timeline(model, steps, chunks, packed_parts(net, model), detailed=True)
+    packed = packed_parts(net, model, sequences[0].element_size()) if sequences else {}
+    moments = training_timeline(model, steps, plan, packed, detailed=True)
     if steps < T:
         moments = [with_borders(model, moment, T, steps) for moment in moments]
-    reason = plan.reason if plan else "nothing is computed again"
+    reason = plan.reason or "nothing is computed again"
     return _phase("training", model, steps, moments, reason, net)
 
 
@@ -197,7 +199,7 @@ def _phase(phase: str, model: MemoryModel, steps: int, moments: list[Moment], re
     first = next((m for m in moments if m.phase == "backward"), None)
     kept: dict[str, float] = {}
     for key, count in first.held.items() if first is not None else ():
-        if key[0] in ("value", "packed", "own", "borders"):
+        if key[0] in ("value", "packed", "own"):
             kept[makers.of(key)] = kept.get(makers.of(key), 0.0) + count
     regions = [call.name for call in model.calls if call.is_region]
     return PhaseMemory(
@@ -209,7 +211,7 @@ def _phase(phase: str, model: MemoryModel, steps: int, moments: list[Moment], re
         widest.phase == "backward",
         tuple(sorted(names.holders(widest, makers), key=lambda holder: -holder.bytes)),
         tuple(
-            RegionMemory(name, round(forward[name]), round(kept.get(name, 0.0)), round(backward.get(name, 0.0)))
+            RegionMemory(name, round(forward.get(name, 0.0)), round(kept.get(name, 0.0)), round(backward.get(name, 0.0)))
             for name in regions
         ),
         tuple((m.name, m.phase == "backward", makers.by_region(m)) for m in moments if m.name in regions),
@@ -233,7 +235,7 @@ class _Makers:
         kind, number = key
         if kind in ("parameters", "state"):
             return OUTSIDE
-        return self.calls[number] if kind in ("own", "borders", "work") else self.of_value[number]
+        return self.calls[number] if kind in ("own", "work") else self.of_value[number]
 
     def by_region(self, moment: Moment) -> dict[str, int]:
         found: dict[str, int] = {}
@@ -248,8 +250,8 @@ _KINDS = {
     "value": "kept for backward",
     "packed": "kept packed",
     "own": "kept within the region",
-    "borders": "state between chunks",
     "gradient": "gradient",
+    "again": "computed again",
     "parameters": "gradients",
     "state": "state between chunks",
 }
@@ -268,7 +270,7 @@ class _Names:
             (kind, number), region = key, makers.of(key)
             if round(count) <= 0:
                 continue
-            if kind in ("result", "value", "packed", "gradient") and number < len(self.names.values):
+            if kind in ("result", "value", "packed", "gradient", "again") and number < len(self.names.values):
                 value = self.names.values[number]
                 yield Holder(value.what, _KINDS[kind], region, value.shape, value.dtype, round(count))
             elif kind == "own" and self.names.saved[number]:

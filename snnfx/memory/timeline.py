@@ -9,6 +9,8 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 
 from snnfx.memory.model import CallCost, MemoryModel
+from snnfx.memory.tile import Slices
+from snnfx.passes.checkpoint import RecomputePlan
 
 __all__ = [
     "Moment",
@@ -30,9 +32,9 @@ class Moment:
         name: of the region, or of the node between regions.
         phase: "forward" or "backward".
         held: by what, if that was asked for. Keys are kinds with a number: of a value ("result" while others read it,
-            "value" or "packed" when it is kept for backward, "gradient"), of a call ("own": what its history holds,
-            "borders": its state between chunks, "work": while it runs), or 0 ("parameters": their gradients, "state":
-            that of the net between chunks).
+            "value" or "packed" when it is kept for backward, "gradient", "again" when it is computed again), of a call
+            ("own": what its history holds, "work": while it runs), or 0 ("parameters": their gradients, "state": that
+            of the net between chunks).
     """
 
     bytes: float
@@ -70,31 +72,45 @@ def inference_timeline(model: MemoryModel, steps: int, detailed: bool = False) -
     return moments
 
 
-def training_peak(
-    model: MemoryModel, steps: int, chunks: Mapping[str, int | None], packed: Mapping[int, float]
-) -> Moment:
+def training_peak(model: MemoryModel, steps: int, plan: RecomputePlan, packed: Mapping[int, float]) -> Moment:
     """The widest point of a training step, see `training_timeline`."""
-    return widest_of(training_timeline(model, steps, chunks, packed))
+    return widest_of(training_timeline(model, steps, plan, packed))
 
 
 def training_timeline(
-    model: MemoryModel,
-    steps: int,
-    chunks: Mapping[str, int | None],
-    packed: Mapping[int, float],
-    detailed: bool = False,
+    model: MemoryModel, steps: int, plan: RecomputePlan, packed: Mapping[int, float], detailed: bool = False
 ) -> list[Moment]:
     """The widest point of each call, forward and then backward.
 
     Args:
-        model: with a history.
+        model: with a history; in tiles if anything is computed again.
         steps: time steps run at once.
-        chunks: the regions that backward computes again, by name, with the time steps at once in each (None: all).
-            Statistics are computed again together with the region that they are taken of.
+        plan: its segments; its `steps` are not looked at.
         packed: for values that can be kept packed, the part of their bytes that this takes.
         detailed: say of each moment what is held.
     """
-    return _Timeline(model, steps, chunks, packed, detailed).moments
+    return _Timeline(model, steps, plan, packed, detailed).moments
+
+
+@dataclass
+class _Group:
+    """What is computed again together, by the numbers of its calls."""
+
+    products: list[int]
+    statistics: list[int]
+    tile: int
+    slices: Slices
+    twice: bool
+    reads: tuple[int, ...] = ()
+    inner: frozenset[int] = frozenset()
+
+    @property
+    def is_cut(self) -> bool:
+        return self.slices != Slices()
+
+    @property
+    def members(self) -> list[int]:
+        return [*self.products, *self.statistics, self.tile]
 
 
 class _Timeline:
@@ -102,124 +118,225 @@ class _Timeline:
         self,
         model: MemoryModel,
         steps: int,
-        chunks: Mapping[str, int | None],
+        plan: RecomputePlan,
         packed: Mapping[int, float],
-        detailed: bool = False,
+        detailed: bool,
     ) -> None:
         self.detailed = detailed
-        self.model, self.steps, self.chunks, self.packed = model, steps, chunks, packed
-        self.calls = model.calls
+        self.model, self.steps, self.calls, self.costs = model, steps, model.calls, model.costs(steps)
+        self.packed, self.packs = packed, plan.packs
         self.size = [value(steps) for value in model.values]
-        self.again = [call.is_region and call.name in chunks for call in self.calls]
         self.moments: list[Moment] = []
-        # Between a region and its statistics, nothing is kept if both are computed again.
-        self.start_of: dict[int, int] = {}
-        for index, call in enumerate(self.calls):
-            before = self.calls[index - 1] if index else call
-            if self.again[index] and index and self.again[index - 1] and call.name == f"{before.name}_statistics":
-                self.start_of[index] = index - 1
-        self.starts = set(self.start_of.values())
-        inner = {value for index in self.starts for value in self.calls[index].makes}
+        self.group_of: dict[int, _Group] = {}
+        self._take_groups(plan)
         self.holders: dict[int, list[int]] = {}
         self.packers: dict[int, list[int]] = {}
-        for index, call in enumerate(self.calls):
-            for value in call.reads if self.again[index] else call.saves:
-                if value in inner and index in self.start_of:
-                    continue
-                table = self.packers if self.again[index] and value in packed else self.holders
-                table.setdefault(value, []).append(index)
+        self._find_holders()
+        self.released: dict[int, list[tuple[str, int]]] = {}
+        for kind, table in (("value", self.holders), ("packed", self.packers)):
+            for value, users in table.items():
+                # Backward comes last to the first of them.
+                self.released.setdefault(users[0], []).append((kind, value))
         self.kept: dict[tuple[str, int], float] = {}
+        self.kept_bytes = 0.0
         self.alive: dict[int, float] = {}
+        self.alive_bytes = 0.0
         for index in range(len(self.calls)):
             self._forward(index)
         # What is returned stays with the caller until the end; what is kept anyway is not counted twice.
         self.alive = {v: b for v, b in self.alive.items() if v in model.outputs}
+        self.alive_bytes = sum(b for v, b in self.alive.items() if ("value", v) not in self.kept)
         self.grads: dict[int, float] = {}
         self.of_parameters = 0.0
         for index in range(len(self.calls) - 1, -1, -1):
             self._backward(index)
 
-    def _chunk(self, index: int) -> int | None:
-        chunk = self.chunks.get(self.calls[index].name) if self.again[index] else None
-        return chunk if chunk is not None and chunk < self.steps else None
+    def _take_groups(self, plan: RecomputePlan) -> None:
+        number = {call.name: index for index, call in enumerate(self.calls)}
+        for names in plan.segments:
+            indices = [number[name] for name in names if name in number]
+            if not indices or names[-1] not in number:
+                continue
+            tile = indices[-1]
+            products = [i for i in indices[:-1] if self.calls[i].role == "product"]
+            statistics = [i for i in indices[:-1] if self.calls[i].role != "product"]
+            group = _Group(products, statistics, tile, plan.slices.get(names[-1], Slices()), names[-1] in plan.twice)
+            group.inner = frozenset(v for i in (*products, *statistics) for v in self.calls[i].makes)
+            reads = dict.fromkeys(v for i in group.members for v in self.calls[i].reads if v not in group.inner)
+            group.reads = tuple(reads)
+            self.group_of.update(dict.fromkeys(group.members, group))
+
+    def _is_left_out(self, index: int) -> bool:
+        """Whether nobody takes these statistics: the module is called as it is."""
+        return self.calls[index].role == "statistics" and index not in self.group_of
+
+    def _find_holders(self) -> None:
+        for index, call in enumerate(self.calls):
+            group = self.group_of.get(index)
+            if (group is not None and index != group.tile) or self._is_left_out(index):
+                continue
+            for value in call.saves if group is None else group.reads:
+                packs = value in self.packed and (group is not None or (self.packs and call.role == "product"))
+                table = self.packers if packs else self.holders
+                table.setdefault(value, []).append(index)
 
     def _sizes(self, values: Iterable[int]) -> float:
         return sum(self.size[v] for v in values)
 
-    def _now(self) -> float:
-        extra = sum(count for value, count in self.alive.items() if ("value", value) not in self.kept)
-        return sum(self.kept.values()) + extra
+    def _keep(self, key: tuple[str, int], count: float) -> None:
+        if key not in self.kept:
+            self.kept[key] = count
+            self.kept_bytes += count
+            if key[0] == "value":
+                self.alive_bytes -= self.alive.get(key[1], 0.0)
 
-    def _note(self, index: int, phase: str, total: float) -> None:
+    def _let_go(self, key: tuple[str, int]) -> None:
+        if key in self.kept:
+            self.kept_bytes -= self.kept.pop(key)
+            if key[0] == "value":
+                self.alive_bytes += self.alive.get(key[1], 0.0)
+
+    def _dies(self, value: int) -> None:
+        count = self.alive.pop(value, 0.0)
+        if ("value", value) not in self.kept:
+            self.alive_bytes -= count
+
+    def _now(self) -> float:
+        """Bytes of what is kept and of results; those that are kept are not counted twice."""
+        return self.kept_bytes + self.alive_bytes
+
+    def _note(self, index: int, phase: str, total: float, again: Mapping[int, float] | None = None) -> None:
         held: dict[tuple[str, int], float] = {}
         if self.detailed:
             held = dict(self.kept)
             held |= {("result", v): b for v, b in self.alive.items() if ("value", v) not in self.kept}
             if phase == "backward":
                 held |= {("gradient", v): b for v, b in self.grads.items()}
+                held |= {("again", v): b for v, b in (again or {}).items()}
                 held["parameters", 0] = self.of_parameters
             held["work", index] = total - sum(held.values())
         self.moments.append(Moment(total, self.calls[index].name, phase, held))
 
+    # -- forward ----------------------------------------------------------------------------------------------------
+
     def _forward(self, index: int) -> None:
-        call, chunk = self.calls[index], self._chunk(index)
-        if chunk is not None:
-            widest = self._sizes(call.makes) + call.bytes["peak"](chunk)
-            self.kept["borders", index] = (self.steps // chunk) * state_bytes(self.model, call)
-        else:
-            widest = call.bytes["peak" if self.again[index] else "peak_with_history"](self.steps)
-        for value in call.reads:
-            if index in self.packers.get(value, ()):
-                self.kept["packed", value] = self.size[value] * self.packed[value]
+        call, group = self.calls[index], self.group_of.get(index)
+        if group is not None and not group.statistics and index != group.tile:
+            return  # it goes through the slices together with the tile
+        if self._is_left_out(index):
+            return
+        widest = self._work_forward(index, call, group)
+        if group is None or index == group.tile:
+            for value in call.reads if group is None else group.reads:
+                if index in self.packers.get(value, ()):
+                    self._keep(("packed", value), self.size[value] * self.packed[value])
         self._note(index, "forward", self._now() + widest)
-        if not self.again[index]:
-            self.kept["own", index] = call.bytes["saved"](self.steps)
+        if group is None:
+            self._keep(("own", index), self.costs[index]["saved"])
         for value in call.makes:
             self.alive[value] = self.size[value]
-        for value in (*call.reads, *call.makes):
-            if index in self.holders.get(value, ()):
-                self.kept["value", value] = self.size[value]
+            self.alive_bytes += self.size[value]
+        if group is None or index == group.tile:
+            for value in (*call.makes, *(call.reads if group is None else group.reads)):
+                if index in self.holders.get(value, ()):
+                    self._keep(("value", value), self.size[value])
         for value in call.dies:
-            self.alive.pop(value, None)
+            self._dies(value)
+
+    def _work_forward(self, index: int, call: CallCost, group: _Group | None) -> float:
+        if group is None:
+            return self.costs[index]["peak_with_history"]
+        if not group.is_cut:
+            joint = 0.0 if group.statistics else self._sizes(v for i in group.products for v in self.calls[i].makes)
+            return joint + self.costs[index]["peak"]
+        joint = [index, *(group.products if index == group.tile and not group.statistics else ())]
+        return self._sizes(call.makes) + sum(self._on_slice("peak", i, group.slices) for i in joint)
+
+    def _on_slice(self, cost: str, index: int, slices: Slices) -> float:
+        """Bytes of a call on one slice."""
+        length = self.steps if slices.steps is None else min(slices.steps, self.steps)
+        return self.model.costs(length)[index][cost] * slices.share
+
+    # -- backward ---------------------------------------------------------------------------------------------------
 
     def _backward(self, index: int) -> None:
-        call, cost, steps = self.calls[index], self.calls[index].bytes, self.steps
-        held = self._sizes(call.makes)  # the gradients of what it made
+        call, group = self.calls[index], self.group_of.get(index)
+        if (group is not None and index != group.tile) or self._is_left_out(index):
+            return
         for value in call.makes:
             self.grads.pop(value, None)
         now = self._now() + sum(self.grads.values()) + self.of_parameters
-        chunk = self._chunk(index)
-        if index in self.starts:
-            # The gradients that its statistics were given are still held.
-            now += self._sizes(v for v in self.calls[index + 1].makes)
-        if index in self.start_of:
-            start = self.calls[index - 1]
-            first = self._chunk(index - 1)
-            again = self._sizes(start.makes) + start.bytes["peak"](first) if first else start.bytes["peak"](steps)
-            rest = (
-                self._sizes(start.makes)
-                + cost["saved"](steps)
-                + max(held + cost["peak_with_history"](steps) - cost["saved"](steps), cost["backward_held"](steps))
-            )
-            now += max(held + again, rest)
-        elif not self.again[index]:
-            now += cost["backward"](steps)
-        elif chunk is not None:
-            now += self._sizes((*call.makes, *call.reads))
-            now += max(cost["peak_with_history"](chunk), cost["saved"](chunk) + cost["backward_held"](chunk))
+        if group is None:
+            # Who keeps its sequences packed has them as they are for as long as it runs.
+            unpacked = self._sizes(v for v in call.saves if index in self.packers.get(v, ()))
+            self._note(index, "backward", now + unpacked + self.costs[index]["backward"])
         else:
-            now += self._sizes(v for v in call.reads if index in self.packers.get(v, ()))
-            now += max(held + cost["peak_with_history"](steps), cost["saved"](steps) + cost["backward_held"](steps))
-        self._note(index, "backward", now)
-        self.of_parameters += cost["of_parameters"](steps)
-        self.kept.pop(("own", index), None)
-        self.kept.pop(("borders", index), None)
-        for label, table in (("value", self.holders), ("packed", self.packers)):
-            for value, users in table.items():
-                if users[0] == index:
-                    self.kept.pop((label, value), None)
-        if cost["grads"](steps) > 0:
-            self.grads.update((value, self.size[value]) for value in call.reads)
+            work, again = self._work_backward(group)
+            self._note(index, "backward", now + work, again)
+        for i in [index] if group is None else group.members:
+            self.of_parameters += self.costs[i]["of_parameters"]
+            if self.costs[i]["grads"] > 0:
+                inner = group.inner if group is not None else ()
+                self.grads.update((value, self.size[value]) for value in self.calls[i].reads if value not in inner)
+        self._let_go(("own", index))
+        for key in self.released.get(index, ()):
+            self._let_go(key)
+
+    def _work_backward(self, group: _Group) -> tuple[float, Mapping[int, float]]:
+        """What a segment takes while it goes back, and what of that are values computed again."""
+        calls, tile = self.calls, self.calls[group.tile]
+        given = self._sizes(tile.makes)  # the gradients of its results
+        through = [i for i in group.members if self.costs[i]["grads"] > 0]
+        found = self._sizes({v for i in through for v in calls[i].reads if v not in group.inner})
+        made = {v: self.size[v] for i in group.products for v in calls[i].makes}
+        again = sum(made.values())
+
+        def part(cost: str, *indices: int) -> float:
+            return sum(self._on_slice(cost, i, group.slices) for i in indices)
+
+        def unpacked(*indices: int) -> float:
+            values = {v for i in indices for v in calls[i].reads if group.tile in self.packers.get(v, ())}
+            return self._sizes(values) * self._share(group.slices)
+
+        def inside(*indices: int) -> float:
+            """Running slices of some calls with a history and going back: the gradients that are cut count as well."""
+            last = indices[-1]
+            before = part("saved", *indices[:-1]) + sum(self._sizes(calls[i].makes) for i in indices[:-1]) * self._share(
+                group.slices
+            )
+            return unpacked(*indices) + before + max(
+                part("peak_with_history", last), part("saved", last) + part("backward_held", last)
+            )
+
+        borders = 0.0
+        if group.slices.steps is not None:
+            borders = self.steps / group.slices.steps * state_bytes(self.model, tile) * group.slices.share
+        if not group.statistics or not group.products:
+            members = (*group.products, group.tile) if not group.statistics else (group.tile,)
+            if group.is_cut:
+                return given + found + borders + inside(*members), {}
+            # One slice: its gradients are those of the whole.
+            last = max(given + part("peak_with_history", group.tile), part("saved", group.tile) + part("backward_held", group.tile))
+            return unpacked(*members) + part("saved", *members[:-1]) + again * (not group.statistics) + last, {}
+        if not group.is_cut:
+            work = unpacked(group.tile) + max(
+                given + part("peak_with_history", group.tile), part("saved", group.tile) + part("backward_held", group.tile)
+            )
+            beside = self._sizes(v for v in tile.reads if v not in group.inner) if group.tile in through else 0.0
+            second = given + beside + max(unpacked(i) + part("saved", i) + part("backward_held", i) for i in group.products)
+            first = max(unpacked(i) + part("peak_with_history", i) for i in group.products)
+            return again + max(first - again, work, second), made
+        # The gradient of what was normalised is there as a whole; so is what was normalised, if it is computed once.
+        whole = again * (1 if group.twice else 2)
+        own = again * self._share(group.slices) if group.twice else 0.0
+        product = max(unpacked(i) + max(part("peak_with_history", i), part("saved", i) + part("backward_held", i)) for i in group.products)
+        first = own + inside(group.tile) + (part("peak", *group.products) if group.twice else 0.0)
+        work = given + found + whole + borders + max(first, own + product)
+        return work, {} if group.twice else made
+
+    def _share(self, slices: Slices) -> float:
+        """The part of a sequence that is in a slice."""
+        return slices.share * (1.0 if slices.steps is None else min(1.0, slices.steps / self.steps))
 
 
 def state_bytes(model: MemoryModel, call: CallCost) -> float:

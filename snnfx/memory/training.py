@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -10,24 +11,26 @@ from torch import Tensor, fx, nn
 
 from snnfx.emitted_graphs import REGIONS, compile_graph
 from snnfx.errors import InputError, warn_once
-from snnfx.memory.recompute import Segment, run_segment
-from snnfx.passes.checkpoint import RecomputePlan, can_be_chunked, recompute_segments, region_calls
-from snnfx.passes.split_statistics import split_statistics
+from snnfx.memory.recompute import Segment, TileCall, run_segment
+from snnfx.memory.tile import Slices, Tile
+from snnfx.passes.checkpoint import RecomputePlan, recompute_segments, segments_of
+from snnfx.passes.parts import emit_parts, split_folds
+from snnfx.passes.tiles import group_tiles
 from snnfx.passes.whole_numbers import prove_whole_numbers
 from snnfx.program import Region, StepProgram, describe_node, keeps_statistics
 
 if TYPE_CHECKING:
     from snnfx.net import Net
 
-__all__ = ["Recomputation", "check_checkpoint_option", "grouped", "refuse_statistics_over_time"]
+__all__ = ["Recomputation", "check_checkpoint_option", "refuse_statistics_over_time"]
 
 
 def check_checkpoint_option(checkpoint: Any) -> None:
     """Raise for a value that `checkpoint=` does not take."""
-    if checkpoint is None or checkpoint in ("auto", "regions"):
+    if checkpoint is None or checkpoint in ("auto", "selective", "regions"):
         return
     if isinstance(checkpoint, bool) or not isinstance(checkpoint, int) or checkpoint < 1:
-        hint = 'Give a number of time steps above 0, "regions", "auto" or None.'
+        hint = 'Give a number of time steps above 0, "selective", "regions", "auto" or None.'
         raise InputError("SNNFX309", f"checkpoint={checkpoint!r}", hint=hint)
 
 
@@ -48,24 +51,47 @@ def refuse_statistics_over_time(program: StepProgram, training: bool, what: str)
                 )
 
 
+@dataclass(frozen=True)
+class Form:
+    """A form of the net from which segments are made: its calls in tiles.
+
+    Args:
+        graph: of `passes.tiles`.
+        tiles: that it runs, by name.
+        regions: the regions of the net and the parts of those that were split.
+    """
+
+    graph: fx.Graph
+    tiles: Mapping[str, Tile]
+    regions: tuple[Region, ...]
+
+
 class Recomputation:
     """Makes and keeps the forms of one net that compute parts again in backward."""
 
     def __init__(self, net: Net) -> None:
         self.net = net
         self.runners: dict[Any, Callable[..., Any]] = {}
-        self.forms: dict[Any, tuple[fx.Graph, list[Region]]] = {}
+        self.forms: dict[Any, Form] = {}
 
-    def form(self, part: str) -> tuple[fx.Graph, list[Region]]:
-        """The "main" or "plain" graph of the current mode, its folds split at statistics, and the regions in it."""
+    def form(self, part: str) -> Form:
+        """The "main" or "plain" graph of the current mode in tiles."""
         net = self.net
         key = (net.training, part)
         if key not in self.forms:
-            container = f"split_{len(self.forms)}"
-            emitted = net._graphs.emitted[key]
-            graph, regions, modules = split_statistics(net.program, emitted, f"{REGIONS}.{container}")
-            net._graphs.keep(container, modules)
-            self.forms[key] = graph, regions
+            program, label = net.program, f"parts_{len(self.forms)}"
+            parts = split_folds(program)
+            whole = {p.region.name for p in parts if any(p.region is region for region in program.regions)}
+            split = {region.name for region in program.regions} - whole
+            known = {n: m for n, m in net._graphs.region_modules(net.training).items() if n not in split}
+            plain = (net._arguments.tensor_dims, net._arguments.output_time_dim) if part == "plain" else None
+            graph, modules = emit_parts(
+                program, parts, f"{REGIONS}.{label}", net._graphs.target_name, known, net.options.reduce, plain
+            )
+            net._graphs.keep(label, modules)
+            graph, tiles = group_tiles(program, graph, parts, f"{REGIONS}.{label}_tiles")
+            net._graphs.keep(f"{label}_tiles", tiles)
+            self.forms[key] = Form(graph, tiles, tuple(part.region for part in parts))
         return self.forms[key]
 
     @property
@@ -85,71 +111,64 @@ class Recomputation:
 
     def runner(self, part: str, plan: RecomputePlan) -> Callable[..., Any]:
         """The "main" or "plain" form of the net with the segments of a plan."""
-        net = self.net
-        key = (net.training, part, plan.segments, tuple(sorted(plan.chunks.items())))
+        net, form = self.net, self.form(part)
+        key = (net.training, part, plan.segments, tuple(sorted(plan.slices.items(), key=str)), plan.twice, plan.packs)
         if key not in self.runners:
-            program = net.program
             label = f"recomputed_{len(self.runners)}"
-            form, regions = self.form(part)
-            graph, segments = recompute_segments(
-                program, form, regions, plan, f"{REGIONS}.{label}", prove_whole_numbers(program)
+            graph, modules = recompute_segments(
+                form.graph,
+                form.tiles,
+                plan,
+                f"{REGIONS}.{label}",
+                net.program.nodes_by_name,
+                prove_whole_numbers(net.program),
             )
-            net._graphs.keep(label, segments)
+            net._graphs.keep(label, modules)
             self.runners[key] = compile_graph(graph)
         return self.runners[key]
 
     def one_chunk(self, run: Callable[..., Any]) -> Callable[..., Any]:
         """A function of some time steps, `(inputs, state) -> (outputs, state)`, that is run again in backward."""
 
-        def again(_: nn.Module, inputs: list[Tensor], state: Any) -> Any:
-            return run(inputs, state)
-
-        graph = fx.Graph()
-        source, inputs, state = (graph.placeholder(name) for name in ("source", "inputs", "state"))
-        call = graph.call_function(again, (source, inputs, state), name="chunk")
-        graph.output((call,))
-        # Whatever a step may draw is drawn again.
-        segment = Segment("a chunk of time steps", graph, {}, {}, bool, frozenset({call.name}))
+        def again(_: Tile, *given: Any) -> Any:
+            *inputs, state, _source = given
+            outputs, state = run(inputs, state)
+            return tuple(outputs), (state,)
 
         def checkpointed(x: list[Tensor], first: Any) -> Any:
-            return run_segment(segment, (self.net.source, x, first))[0]
+            count = len(x)
+            # Whatever a step may draw is drawn again.
+            tile = Tile("a chunk of time steps", fx.Graph(), again, [True] * count, False, False, has_dice=True)
+            call = TileCall(tile, tuple(range(count)), (count,), (count + 1,), ())
+            segment = Segment("a chunk of time steps", (), (), call, Slices(), False, {}, bool)
+            outputs, (state,) = run_segment(segment, (*x, first, self.net.source))
+            return outputs, state
 
         return checkpointed
 
-    def every_region(self, T: int, leaves: Sequence[Tensor]) -> RecomputePlan:
-        """The plan of `checkpoint="regions"`: each region by itself, in chunks of time where it may."""
-        from snnfx.memory.model import NotPredictable, model_memory
-        from snnfx.memory.plan import kept_by_history, kept_instead, packed_parts, region_chunks
+    def plan(self, checkpoint: str, T: int, leaves: Sequence[Tensor]) -> RecomputePlan:
+        """The plan of `checkpoint="selective"` or `"regions"`."""
+        from snnfx.memory.model import NotPredictable
+        from snnfx.memory.planner import TrainingPlanner
 
-        graph, regions = self.form("main")
-        names = list(region_calls(graph))
-        chunked = {region.name for region in regions if can_be_chunked(self.net.program, region)}
-        lengths: dict[str, int | None]
         try:
-            model = model_memory(self.net, leaves, None, training=True)
-            lengths, packed = region_chunks(chunked, model, T), packed_parts(self.net, model)
-            # What a generated kernel saves is no more than its input, which would be kept instead.
-            holds = {
-                call.name: kept_by_history(model, call, T) > kept_instead(model, call, T, packed)
-                for call in model.calls
-            }
-        except NotPredictable:
-            lengths, holds = {name: max(1, T // 4) for name in names if name in chunked}, {}
-        return RecomputePlan(
-            segments=tuple(group for group in grouped(names) if len(group) > 1 or holds.get(group[0], True)),
-            chunks={name: k for name, k in lengths.items() if k is not None and k < T},
-            reason="every region that would hold more than its input is computed again in the backward pass",
-        )
+            planner = TrainingPlanner(self.net, T, leaves, None)
+        except NotPredictable as reason:
+            return self._plan_without_bytes(checkpoint, T, str(reason))
+        if checkpoint == "selective":
+            reason = "everything but products is computed again in the backward pass"
+            return replace(planner.selective(), reason=reason)
+        return replace(planner.least(), reason="everything is computed again in the backward pass")
 
-
-def grouped(names: Sequence[str]) -> tuple[tuple[str, ...], ...]:
-    """Regions by themselves, but statistics together with what they are taken of: that is not kept for them."""
-    known = set(names)
-    return tuple(
-        (name, f"{name}_statistics") if f"{name}_statistics" in known else (name,)
-        for name in names
-        if not name.endswith("_statistics") or name.removesuffix("_statistics") not in known
-    )
+    def _plan_without_bytes(self, checkpoint: str, T: int, why: str) -> RecomputePlan:
+        """The same where bytes are not known."""
+        form = self.form("main")
+        groups = [
+            (*(products if checkpoint == "regions" else ()), *statistics, name)
+            for name, (products, statistics) in segments_of(form.graph, form.tiles).items()
+        ]
+        slices = {group[-1]: Slices(steps=max(1, T // 4)) for group in groups}
+        return RecomputePlan(tuple(groups), slices, packs=True, reason=f"computed again region by region ({why})")
 
 
 @torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]

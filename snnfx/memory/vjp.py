@@ -1,170 +1,366 @@
-"""The backward pass of a segment: its stages are run again, the last one first, for their vector-Jacobian products.
+"""The backward pass of a segment: its slices are run again for their vector-Jacobian products.
 
-A stage in chunks goes through its sequence backwards; the gradient of a loop's state is handed from chunk to chunk.
+With statistics there are two passes over the slices. The first one goes back through the tile; it gives the gradient of
+what was normalised, and that of the statistics, which is complete only when all slices are through. The second one adds
+what comes through the statistics and goes back through the products. Without statistics one pass does both. Slices of
+time are taken from the last one to the first; the gradient of a loop's state is handed from slice to slice.
 """
 
 from __future__ import annotations
 
-import operator
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
-from torch import Tensor
-from torch.autograd.graph import get_gradient_edge
-from torch.fx import Node, map_arg
+from torch import Tensor, nn
+from torch.autograd.graph import GradientEdge, get_gradient_edge
 from torch.utils import _pytree as pytree
 
 from snnfx.memory.entering import enter
+from snnfx.memory.keeping import keeping_packed
 from snnfx.memory.packing import PackedTensor
-from snnfx.memory.staging import Key, empty_like, keys_of, steps_of, unpacked
-
-if TYPE_CHECKING:
-    from snnfx.memory.recompute import Call
+from snnfx.memory.recompute import TILE, Call, TileCall, run_slice
+from snnfx.memory.statistics import add_gradient_of_statistics, step_statistics
+from snnfx.memory.tile import Joined, Part, cut, cut_state, run_tile, slices_of
 
 __all__ = ["backward"]
 
-
-@dataclass
-class _Pass:
-    """What a backward pass through a segment gathers."""
-
-    found: dict[Any, Tensor]
-    frozen: set[Any]
-    parameters: list[Tensor]
-    of_parameters: list[Tensor | None]
+Key = tuple[Any, int]
+"""A tensor: the number of its value, or ("state", number of the loop), and its place among the leaves of the value."""
 
 
 def backward(
     call: Call,
     tensors: Sequence[Any],
     parameters: Sequence[Tensor],
+    statistics: Sequence[Tensor],
     needs: Sequence[bool],
     grads: Sequence[Tensor | None],
 ) -> tuple[list[Tensor | None], list[Tensor | None]]:
-    """Gradients of the tensors and of the parameters."""
-    segment = call.segment
-    env: dict[Node, Any] = dict(zip(segment.placeholders, call.values(tensors), strict=True))
-    outside = pytree.tree_leaves([call.keys[node] for node in segment.placeholders])
-    keys_of_tensors = [outside[position] for position in call.tensor_positions]
-    frozen = {key for key, need in zip(keys_of_tensors, needs, strict=False) if not need}
-    found: dict[Any, Tensor] = {}
-    output = segment.graph.output_node()
-    for key, grad in zip(pytree.tree_leaves(call.keys[output]), grads, strict=True):
-        if grad is not None:
-            _add(found, key, grad)
-    own = [p.detach().requires_grad_(n) for p, n in zip(parameters, needs[len(tensors) :], strict=True)]
-    pass_on = _Pass(found, frozen, own, [None] * len(own))
-    for node in segment.graph.nodes:
-        # What the later stages read is computed once more, without a history.
-        if node.target is operator.getitem and node.args[0] in env:
-            env[node] = env[node.args[0]][node.args[1]]
-        elif node in segment.stages[:-1]:
-            args, kwargs = map_arg((node.args, node.kwargs), env.__getitem__)
-            with torch.no_grad(), call.as_then(node, own):
-                env[node] = call.run(node, args, kwargs)
-    for node in reversed(segment.stages):
-        env.pop(node, None)
-        for user in node.users:
-            env.pop(user, None)
-        _backward_node(call, node, env, pass_on)
-    return [found.get(key) for key in keys_of_tensors], pass_on.of_parameters
+    """Gradients of the tensors and of the parameters.
+
+    Args:
+        call: of the forward pass.
+        tensors, parameters: what it was given.
+        statistics: mean and variance of each call that took some.
+        needs: which of the tensors and parameters need a gradient.
+        grads: of the sequences and final states.
+    """
+    run = _Backward(call, tensors, parameters, statistics, needs)
+    run.through(grads)
+    return [run.found_of(key) for key in run.keys], run.of_parameters
 
 
-def _backward_node(call: Call, node: Node, env: dict[Node, Any], state: _Pass) -> None:
-    args, kwargs = map_arg((node.args, node.kwargs), env.__getitem__)
-    keys = map_arg((node.args, node.kwargs), call.keys.__getitem__)
-    given = [
-        state.found.pop(key, None) if isinstance(key, Key) else None for key in pytree.tree_leaves(call.keys[node])
-    ]
-    if all(g is None for g in given):
-        return
-    length = call.segment.chunks.get(node.name)
-    if length is None:
-        _vjp(call, node, args, kwargs, keys, given, state)
-    else:
-        _vjp_in_chunks(call, node, length, args, dict(kwargs), keys, given, state)
+@dataclass
+class _History:
+    """A call of a product with what autograd keeps of it."""
+
+    part: Part
+    edges: list[GradientEdge | None]
+    tokens: dict[Key, Tensor]
 
 
-def _vjp(call: Call, node: Any, args: Any, kwargs: Any, keys: Any, given: list[Tensor | None], state: _Pass) -> None:
-    """The vector-Jacobian product of one run of a stage; gradients are added up in `state`."""
-    values, spec = pytree.tree_flatten((args, kwargs))
-    inputs: dict[Any, Tensor] = {}
-    entered: dict[Any, Tensor] = {}
-    with torch.enable_grad(), call.as_then(node, state.parameters):
-        for i, (value, key) in enumerate(zip(values, pytree.tree_leaves(keys), strict=True)):
-            if isinstance(value, Tensor | PackedTensor) and isinstance(key, Key):
-                if key not in entered:
-                    x = unpacked(value).detach()
-                    if key not in state.frozen and (x.is_floating_point() or x.is_complex()):
-                        inputs[key], x = enter(x)
-                    entered[key] = x
-                    del x
-                values[i] = entered[key]
-        args, kwargs = pytree.tree_unflatten(values, spec)
-        outputs = pytree.tree_leaves(node.target(*args, **kwargs))
-        del values, args, kwargs, entered
-    pairs = [
-        (get_gradient_edge(y), g) for y, g in zip(outputs, given, strict=True) if g is not None and y.requires_grad
-    ]
-    del outputs
-    parameters = [(i, p) for i, p in enumerate(state.parameters) if p.requires_grad]
-    if not pairs or not (inputs or parameters):
-        return
-    ends = [*inputs.values(), *(p for _, p in parameters)]
-    grads = torch.autograd.grad([e for e, _ in pairs], ends, [g for _, g in pairs], allow_unused=True)
-    for key, grad in zip(inputs, grads, strict=False):
-        if grad is not None:
-            _add(state.found, key, grad)
-    for (i, _), grad in zip(parameters, grads[len(inputs) :], strict=True):
-        if grad is not None:
-            before = state.of_parameters[i]
-            state.of_parameters[i] = grad if before is None else before + grad
+class _Backward:
+    def __init__(
+        self,
+        call: Call,
+        tensors: Sequence[Any],
+        parameters: Sequence[Tensor],
+        statistics: Sequence[Tensor],
+        needs: Sequence[bool],
+    ) -> None:
+        self.call, self.segment = call, call.segment
+        self.values: dict[int, Any] = dict(enumerate(call.values(tensors)))
+        places = [(n, i, leaf) for n, v in self.values.items() for i, leaf in enumerate(pytree.tree_leaves(v))]
+        self.keys: list[Key] = [(n, i) for n, i, leaf in places if isinstance(leaf, Tensor | PackedTensor)]
+        self.needed = {key for key, need in zip(self.keys, needs, strict=False) if need}
+        self.own = [p.detach().requires_grad_(n) for p, n in zip(parameters, needs[len(tensors) :], strict=True)]
+        self.ends = [(i, p) for i, p in enumerate(self.own) if p.requires_grad]
+        self.of_parameters: list[Tensor | None] = [None] * len(self.own)
+        self.found: dict[Key, Joined | Tensor] = {}
+        self.unbatched: set[int] = set()
+        for c in (*self.segment.products, self.segment.tile):
+            self.unbatched.update(n for n, batched in zip(c.sequences, c.tile.batched, strict=True) if not batched)
+        for product, flows in zip(self.segment.products, call.flows, strict=True):
+            if flows:
+                self.needed.update((n, 0) for n in product.makes)
+        kept = iter(statistics)
+        for taken in self.segment.statistics:
+            for n in taken.makes:
+                self.values[n] = next(kept)
+                if call.live[taken.makes[0]] and (taken.x, 0) in self.needed:
+                    self.needed.add((n, 0))
+
+    def found_of(self, key: Key) -> Tensor | None:
+        """The gradient of a tensor."""
+        found = self.found.get(key)
+        return found.whole if isinstance(found, Joined) else found
+
+    def through(self, grads: Sequence[Tensor | None]) -> None:
+        """Go back through the segment."""
+        segment, call = self.segment, self.call
+        if not segment.statistics:
+            with call.as_then(self.own, TILE):
+                self._slices(segment.joint, grads)
+            return
+        histories: dict[int, list[_History]] = {}
+        if segment.products and not segment.twice:
+            for number, product in enumerate(segment.products):
+                with call.as_then(self.own, number):
+                    histories[number] = self._once_more(product)
+        with call.as_then(self.own, TILE):
+            self._slices((*segment.products, segment.tile) if segment.twice else (segment.tile,), grads)
+        made = {n for product in segment.products for n in product.makes}
+        for x in dict.fromkeys(taken.x for taken in segment.statistics if taken.x not in made):
+            if (x, 0) in self.found:
+                self._add_statistics(x, Part(), cut(self.values[x], Part()), self.found_of((x, 0)))
+        for number, product in enumerate(segment.products):
+            if call.flows[number]:
+                with call.as_then(self.own, number):
+                    self._back_through(product, histories.pop(number, None))
+
+    # -- the first pass ---------------------------------------------------------------------------------------------
+
+    def _slices(self, calls: Sequence[TileCall], grads: Sequence[Tensor | None]) -> None:
+        """Back through some calls, slice by slice. The products of a segment with statistics are only computed."""
+        last, (samples, steps) = calls[-1], self.call.lengths(calls, self.values)
+        before = [self.values[s] if isinstance(s, int) else s for s in last.states]
+        count = self.call.sequences
+        for of_samples in slices_of(self.call.N, samples):
+            part = Part(of_samples)
+            of_finals = [None if g is None else cut_state(g, part) for g in grads[count:]]
+            states = [cut_state(s, part) for s in before]
+            of_states = self._over_time(calls, part, steps, grads[:count], of_finals, states)
+            for (n, place), grad in of_states.items():
+                self._add_state((last.states[n], place), grad, of_samples)
+
+    def _over_time(
+        self,
+        calls: Sequence[TileCall],
+        part: Part,
+        steps: int | None,
+        of_outputs: Sequence[Tensor | None],
+        of_finals: Sequence[Tensor | None],
+        states: list[Any],
+    ) -> dict[Key, Tensor | None]:
+        """Back through the time of some samples; the gradients of the states before the first step."""
+        parts = [Part(part.samples, of_steps) for of_steps in slices_of(self.call.T, steps)]
+        borders = [states]
+        for one in parts[:-1]:
+            with torch.no_grad():
+                borders.append(list(run_slice(calls, self.values, one, borders[-1])[1]))
+        of_states: dict[Key, Tensor | None] = {}
+        for number in range(len(parts) - 1, -1, -1):
+            one, before = parts[number], borders.pop()
+            after = [None if g is None else cut(g, one) for g in of_outputs]
+            # The state at an inner border is a value of its own; the first one came from outside.
+            of_states = self._back(calls, one, before, [*after, *of_finals], everywhere=number > 0)
+            of_finals = [of_states.get((n, i)) for n, s in enumerate(before) for i in range(len(pytree.tree_leaves(s)))]
+        return of_states
+
+    def _back(
+        self,
+        calls: Sequence[TileCall],
+        part: Part,
+        states: Sequence[Any],
+        given: Sequence[Tensor | None],
+        everywhere: bool,
+    ) -> dict[Key, Tensor | None]:
+        """The vector-Jacobian product of one slice."""
+        tokens: dict[Key, Tensor] = {}
+        edges = self._with_history(calls, part, states, tokens, everywhere)
+        of_states: dict[Key, Tensor | None] = {}
+        grads = self._gradients(edges, given, tokens)
+        for key, grad in zip(tokens, grads, strict=True):
+            if isinstance(key[0], tuple):
+                of_states[key[0][1], key[1]] = grad
+            else:
+                self._add(key, grad, part)
+        return of_states
+
+    def _gradients(
+        self, edges: Sequence[GradientEdge | None], given: Sequence[Tensor | None], tokens: Mapping[Key, Tensor]
+    ) -> list[Tensor | None]:
+        """Of the tokens; those of the parameters are added up."""
+        pairs = [(e, g) for e, g in zip(edges, given, strict=True) if e is not None and g is not None]
+        ends = [*tokens.values(), *(p for _, p in self.ends)]
+        if not pairs or not ends:
+            return [None] * len(tokens)
+        grads = torch.autograd.grad([e for e, _ in pairs], ends, [g for _, g in pairs], allow_unused=True)
+        for (i, _), grad in zip(self.ends, grads[len(tokens) :], strict=True):
+            if grad is not None:
+                before = self.of_parameters[i]
+                self.of_parameters[i] = grad if before is None else before + grad
+        return list(grads[: len(tokens)])
+
+    def _with_history(
+        self,
+        calls: Sequence[TileCall],
+        part: Part,
+        states: Sequence[Any],
+        tokens: dict[Key, Tensor],
+        everywhere: bool,
+    ) -> list[GradientEdge | None]:
+        """Run a slice with a history: the edges of its results. Only the history holds what was computed."""
+        entered: dict[int, Tensor] = {}
+        result: Any = ((), ())
+        for call in calls:
+            is_last = call is calls[-1]
+            only_computed = not is_last and bool(self.segment.statistics)
+            with torch.set_grad_enabled(not only_computed):
+                sequences = []
+                for n, batched in zip(call.sequences, call.tile.batched, strict=True):
+                    if n not in entered:
+                        x = cut(self.values[n], part, batched)
+                        entered[n] = x if only_computed else self._entered((n, 0), x, tokens)
+                    sequences.append(entered[n] if not is_last else entered.pop(n))
+                constants = [self._constant(n, tokens) for n in call.constants]
+                given = self._states(states, tokens, everywhere) if is_last else call.states
+                result = run_tile(call.tile, sequences, given, constants)
+            del sequences
+            for n, y in zip(call.makes, result[0], strict=True) if not is_last else ():
+                entered[n] = self._entered((n, 0), y, tokens) if only_computed else y
+        return [_edge(y) for y in pytree.tree_leaves(result)]
+
+    def _entered(self, key: Key, x: Any, tokens: dict[Key, Tensor]) -> Any:
+        if key not in self.needed or not (x.is_floating_point() or x.is_complex()):
+            return x
+        with torch.enable_grad():
+            tokens[key], x = enter(x.detach())
+        return x
+
+    def _constant(self, number: int, tokens: dict[Key, Tensor]) -> Any:
+        value = self.values[number]
+        if isinstance(value, Tensor):
+            return self._entered((number, 0), value, tokens)
+        if isinstance(value, nn.Module) or not any(n == number for n, _ in self.needed):
+            return value
+        leaves, spec = pytree.tree_flatten(value)
+        leaves = [
+            self._entered((number, i), x, tokens) if isinstance(x, Tensor) else x for i, x in enumerate(leaves)
+        ]
+        return pytree.tree_unflatten(leaves, spec)
+
+    def _states(self, states: Sequence[Any], tokens: dict[Key, Tensor], everywhere: bool) -> list[Any]:
+        found = []
+        for n, (state, source) in enumerate(zip(states, self.segment.tile.states, strict=True)):
+            leaves, spec = pytree.tree_flatten(state)
+            for i, leaf in enumerate(leaves):
+                if isinstance(leaf, Tensor) and leaf.is_floating_point() and (everywhere or (source, i) in self.needed):
+                    with torch.enable_grad():
+                        tokens[("state", n), i], leaves[i] = enter(leaf.detach())
+            found.append(pytree.tree_unflatten(leaves, spec))
+        return found
+
+    # -- the second pass --------------------------------------------------------------------------------------------
+
+    def _once_more(self, product: TileCall) -> list[_History]:
+        """Compute a product again, with a history that keeps its sequences packed."""
+        samples, steps = self.call.lengths([product], self.values)
+        joined = [Joined(self.call.T, self.call.N) for _ in product.makes]
+        found = []
+        for of_samples in slices_of(self.call.N, samples):
+            for of_steps in slices_of(self.call.T, steps):
+                part = Part(of_samples, of_steps)
+                made, history = self._with_packed_history(product, part)
+                for whole, y in zip(joined, made, strict=True):
+                    whole.add(y, part)
+                found.append(history)
+        self.values.update(zip(product.makes, (whole.whole for whole in joined), strict=True))
+        return found
+
+    def _with_packed_history(self, product: TileCall, part: Part) -> tuple[list[Tensor], _History]:
+        tokens: dict[Key, Tensor] = {}
+        pairs = []
+        with torch.enable_grad():
+            sequences = []
+            for n, batched in zip(product.sequences, product.tile.batched, strict=True):
+                x = cut(self.values[n], part, batched)
+                if isinstance(self.values[n], PackedTensor) and (part.samples is None or self.values[n].has_samples):
+                    pairs.append((x, _slicer(self.values[n], part)))
+                sequences.append(self._entered((n, 0), x, tokens))
+            constants = [self._constant(n, tokens) for n in product.constants]
+            with keeping_packed(pairs):
+                made, _ = run_tile(product.tile, sequences, product.states, constants)
+        return [y.detach() for y in made], _History(part, [_edge(y) for y in made], tokens)
+
+    def _back_through(self, product: TileCall, histories: list[_History] | None) -> None:
+        """Back through a product, whose results have their gradient but for what comes through the statistics."""
+        wholes = {n: self.found_of((n, 0)) for n in product.makes}
+        if histories is None:
+            samples, steps = self.call.lengths((*self.segment.products, self.segment.tile), self.values)
+            parts = [Part(a, b) for a in slices_of(self.call.N, samples) for b in slices_of(self.call.T, steps)]
+        for item in histories if histories is not None else parts:
+            if isinstance(item, Part):
+                made, history = self._with_packed_history(product, item)
+            else:
+                history = item
+                made = [cut(self.values[n], history.part) for n in product.makes]
+            given = []
+            for n, x in zip(product.makes, made, strict=True):
+                whole = wholes[n]
+                grad = None if whole is None else cut(whole, history.part)
+                self._add_statistics(n, history.part, x, grad)
+                given.append(grad)
+            del made, x
+            grads = self._gradients(history.edges, given, history.tokens)
+            for key, grad in zip(history.tokens, grads, strict=True):
+                self._add(key, grad, history.part)
+        for n in product.makes:
+            self.found.pop((n, 0), None)
+            self.values.pop(n, None)
+
+    def _add_statistics(self, x: int, part: Part, value: Tensor, grad: Tensor | None) -> None:
+        """Add what comes through statistics of a value to its gradient."""
+        for taken in self.segment.statistics:
+            if taken.x != x or grad is None:
+                continue
+            mean, var = taken.makes
+            of_mean, of_var = self.found_of((mean, 0)), self.found_of((var, 0))
+            if of_mean is None or of_var is None:
+                continue
+            per_step = taken.function is step_statistics
+            count = self.call.N * value[0, 0, 0].numel() * (1 if per_step else self.call.T)
+            of_steps = [v if not per_step else cut(v, part, False) for v in (self.values[mean], of_mean, of_var)]
+            add_gradient_of_statistics(grad, value, *of_steps, count)
+
+    # -- what was found ---------------------------------------------------------------------------------------------
+
+    def _add(self, key: Key, grad: Tensor | None, part: Part) -> None:
+        number = key[0]
+        is_sequence = any(
+            number in call.sequences or number in call.makes for call in (*self.segment.products, self.segment.tile)
+        )
+        if is_sequence:
+            whole = self.found.setdefault(key, Joined(self.call.T, self.call.N, number not in self.unbatched))
+            assert isinstance(whole, Joined)
+            whole.add(grad, part)
+        elif grad is not None:
+            before = self.found.get(key)
+            assert not isinstance(before, Joined)
+            self.found[key] = grad if before is None else before + grad
+
+    def _add_state(self, key: Key, grad: Tensor | None, of_samples: tuple[int, int] | None) -> None:
+        if grad is None:
+            return
+        if of_samples is None:
+            self.found[key] = grad
+            return
+        if key not in self.found:
+            self.found[key] = grad.new_zeros((self.call.N, *grad.shape[1:]))
+        whole = self.found[key]
+        assert isinstance(whole, Tensor)
+        whole[slice(*of_samples)] = grad
 
 
-def _vjp_in_chunks(
-    call: Call,
-    node: Node,
-    length: int,
-    args: Any,
-    kwargs: dict[str, Any],
-    keys: Any,
-    given: list[Tensor | None],
-    state: _Pass,
-) -> None:
-    """The same in chunks of time steps, from the last one to the first."""
-    (key_args, key_kwargs), carries = keys, "state" in kwargs
-    outputs = len(call.keys[node][0]) if carries else len(call.keys[node])
-    of_outputs, of_state = given[:outputs], given[outputs:]
-    T = args[0][0].shape[0]
-    totals: dict[Any, Tensor] = {}
-    starts = range(0, T, length)
-    for number, start in reversed(list(enumerate(starts))):
-        x = tuple(steps_of(value, start, start + length) for value in args[0])
-        before = call.borders[node][number] if carries else None
-        # The state at an inner border is a value of its own; the first one came from outside.
-        before_keys = key_kwargs.get("state") if number == 0 else keys_of(before)
-        now = {**kwargs, "state": before} if carries else kwargs
-        now_keys = (key_args, {**key_kwargs, "state": before_keys} if carries else key_kwargs)
-        after = [g[start : start + length] if g is not None else None for g in of_outputs]
-        part = _Pass({}, state.frozen, state.parameters, state.of_parameters)
-        _vjp(call, node, (x, *args[1:]), now, now_keys, [*after, *of_state], part)
-        for key in key_args[0]:
-            grad = part.found.pop(key, None)
-            if grad is not None and key not in totals:
-                totals[key] = empty_like(grad, T)
-                totals[key][start + length :] = 0.0  # later chunks gave none
-            if key in totals:
-                totals[key][start : start + length] = 0.0 if grad is None else grad
-        if number == 0:
-            carries = False  # the gradient of the first state goes outside
-        of_state = [part.found.pop(key, None) for key in pytree.tree_leaves(before_keys)] if carries else []
-        for key, grad in part.found.items():
-            _add(state.found, key, grad)
-    for key, grad in totals.items():
-        _add(state.found, key, grad)
+def _edge(y: Any) -> GradientEdge | None:
+    return get_gradient_edge(y) if isinstance(y, Tensor) and y.requires_grad else None
 
 
-def _add(found: dict[Any, Tensor], key: Any, grad: Tensor) -> None:
-    found[key] = found[key] + grad if key in found else grad
+def _slicer(packed: PackedTensor, part: Part) -> Any:
+    def sliced() -> PackedTensor:
+        found = packed if part.steps is None else packed.steps(*part.steps)
+        return found if part.samples is None else found.samples(*part.samples)
+
+    return sliced

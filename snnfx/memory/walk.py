@@ -13,14 +13,17 @@ from torch import Tensor, nn
 from torch.fx import Node, map_arg
 from torch.utils import _pytree as pytree
 
-from snnfx.functional import multi_step_forward
 from snnfx.kernels.back_ends import obstacle
-from snnfx.memory.meter import CallBytes, Part, Shape, dtype_name, measure_call, meta_like
+from snnfx.memory.kernel_stand_in import KernelStandIn
+from snnfx.memory.meter import CallBytes, Count, Part, Shape, dtype_name, measure_call, meta_like
 from snnfx.memory.naming import Naming
-from snnfx.memory.workspace import workspace_on
+from snnfx.memory.statistics import step_statistics
+from snnfx.memory.workspace import Workspace
 from snnfx.passes.checkpoint import region_calls
-from snnfx.regions import LoopRegion
+from snnfx.passes.tiles import STATISTICS
+from snnfx.regions import LoopRegion, RegionGraph
 from snnfx.state import named_stateful
+from snnfx.tensor_layout import image_format
 
 if TYPE_CHECKING:
     from snnfx.net import Net
@@ -33,6 +36,8 @@ class Twin:
 
     def __init__(self, net: Net) -> None:
         self.net = net
+        self.steps: dict[Any, Any] = {}
+        self.keys: dict[int, Any] = {}
         memo: dict[int, Any] = {}
         for tensor in [*net.source.parameters(), *net.source.buffers(), *net._modules["snnfx_constants"].buffers()]:  # type: ignore[union-attr]
             meta = meta_like(tensor)
@@ -48,6 +53,23 @@ class Twin:
             for name, value in module.__dict__.items():
                 if isinstance(value, Tensor):
                     module.__dict__[name] = meta_like(value)
+
+    def has_kernels(self, leaves: Sequence[Tensor]) -> bool:
+        """Whether loops may run by generated kernels on the device of the inputs."""
+        return not obstacle(leaves[0].device if leaves else torch.device("cpu"))
+
+    def marker(self, leaves: Sequence[Tensor]) -> int:
+        """A number of steps that divides no size of a parameter or of a step: a prime of at least T."""
+        modules = (*self.source.modules(), *self.constants.modules())
+        tensors = [t for m in modules for t in (*m._parameters.values(), *m._buffers.values()) if t is not None]
+        tensors += [v for node in self.net.program.graph.nodes if isinstance(v := node.meta.get("val"), Tensor)]
+        sizes = {n for t in tensors for n in t.shape}
+        sizes |= {n for x, v in zip(leaves, self.net.varying_inputs, strict=True) for n in x.shape[v:]}
+        T = max((x.shape[0] for x, v in zip(leaves, self.net.varying_inputs, strict=True) if v), default=1)
+        number = max(T, 101) | 1
+        while not all(number % d for d in range(3, int(number**0.5) + 1, 2)) or any(n % number == 0 for n in sizes if n):
+            number += 2
+        return number
 
     def resolve(self, target: str) -> Any:
         if target.startswith("snnfx_regions."):
@@ -73,6 +95,7 @@ class _Measured:
 
     name: str
     is_region: bool
+    role: str
     reads: tuple[int, ...]
     makes: tuple[int, ...]
     bytes: CallBytes
@@ -82,7 +105,8 @@ class _Measured:
 class Walk:
     """Runs an emitted graph on meta tensors for some number of steps, call by call, like calls once.
 
-    With `naming`, who made what is noted: in `named`, of each value, and in the `CallBytes` of each call.
+    With `naming`, who made what is noted: in `named`, of each value, and in the `CallBytes` of each call. With `marker`,
+    the steps are a prime that tells what grows with them (see `snnfx.memory.meter.Meter`).
     """
 
     def __init__(
@@ -93,16 +117,21 @@ class Walk:
         training: bool,
         steps: int,
         naming: Naming | None = None,
+        in_tiles: bool = False,
+        marker: bool = False,
     ) -> None:
         self.twin, self.training, self.steps, self.naming = twin, training, steps, naming
+        self.marker = steps if marker else None
         net = twin.net
-        self.graph = net._recomputation.form("main")[0] if training else net._graphs.emitted[net.training, "main"]
+        self.graph = net._recomputation.form("main").graph if in_tiles else net._graphs.emitted[net.training, "main"]
         self.regions = {call: name for name, call in region_calls(self.graph).items()}
         device = leaves[0].device if leaves else torch.device("cpu")
-        self.has_kernels = not obstacle(device)
-        self.workspace = workspace_on(device, net.options.memory_format)
+        self.has_kernels = twin.has_kernels(leaves)
+        longest = max((x.shape[0] for x, v in zip(leaves, net.varying_inputs, strict=True) if v), default=steps)
+        self.workspace = Workspace(device, longest / steps)
         self.calls: list[_Measured] = []
-        self.values: list[int] = []
+        self.values: list[Count] = []
+        self.step_of: dict[int, str] = {}
         self.named: list[Part] = []
         self.number: dict[int, int] = {}
         self.known: dict[Any, tuple[Any, CallBytes]] = {}
@@ -138,6 +167,8 @@ class Walk:
                 env[node] = env[node.args[0]][node.args[1]]
             else:
                 env[node] = self._call(node, *map_arg((node.args, node.kwargs), env.__getitem__))
+            if "step_node" in node.meta and isinstance(env[node], Tensor):
+                self.step_of.setdefault(self.number.get(id(env[node]), -1), node.meta["step_node"])
         return self
 
     def numbers(self, tree: Any) -> tuple[int, ...]:
@@ -151,7 +182,7 @@ class Walk:
             # Every call has its own names.
             template, found = self._measure(node, leaves, spec)
         else:
-            key = ((node.op, node.target), spec, tuple(_leaf_key(x) for x in leaves))
+            key = ((node.op, node.target), spec, tuple(self._leaf_key(x) for x in leaves))
             if key not in self.known:
                 self.known[key] = self._measure(node, leaves, spec)
             template, found = self.known[key]
@@ -173,7 +204,7 @@ class Walk:
                 makes.append(len(self.values))
                 self.values.append(found.outputs[index])
                 if labels:
-                    self.named.append(Part(labels[index], tuple(y.shape), found.outputs[index], dtype_name(y.dtype)))
+                    self.named.append(Part(labels[index], tuple(y.shape), found.outputs[index].total, dtype_name(y.dtype)))
                 if index in found.saved_outputs:
                     saved.append(self.number[id(value)])
             return value
@@ -182,37 +213,70 @@ class Walk:
         name = self.regions.get(node, node.name)
         reads = tuple(dict.fromkeys(t for t in tensors if t >= 0))
         held = tuple(dict.fromkeys(s for s in saved if s >= 0))
-        self.calls.append(_Measured(name, node in self.regions, reads, tuple(makes), found, held))
+        role = "product" if node.meta.get("is_product") else "statistics" if node.target in STATISTICS else ""
+        self.calls.append(_Measured(name, node in self.regions, role, reads, tuple(makes), found, held))
         return result
 
+    def _leaf_key(self, value: Any) -> Any:
+        """Two calls with equal keys take the same memory."""
+        if not isinstance(value, nn.Module):
+            return _leaf_key(value)
+        known = self.twin.keys.get(id(value))
+        if known is None:
+            known = self.twin.keys[id(value)] = _leaf_key(value)
+        return known
+
     def _measure(self, node: Node, leaves: list[Any], spec: Any) -> tuple[Any, CallBytes]:
-        region = next((x for x in leaves if isinstance(x, LoopRegion)), None)
         results: list[Any] = []
-        if region is None and not any(isinstance(x, Tensor | nn.Module) for x in leaves):
+        if not any(isinstance(x, Tensor | nn.Module) for x in leaves):
             result = self._plainly(node, leaves, spec)
             if not any(isinstance(y, Tensor) for y in pytree.tree_leaves(result)):
                 found = CallBytes([], [])
                 found.requires_grad = False  # type: ignore[attr-defined]
                 return result, found
+        if node.target in STATISTICS:
+            return self._statistics(leaves, node.target is step_statistics)
         naming = self.naming
         if naming is not None:
             naming.enter(self.regions.get(node, node.name))
-            leaves = [naming.named(x) for x in leaves]
+        modules = [m for x in leaves if isinstance(x, nn.Module) for m in x.modules()]
+        parameters = [p for m in modules for p in (*m._parameters.values(), *m._buffers.values()) if p is not None]
+        needs = any(isinstance(x, Tensor) and x.requires_grad for x in (*leaves, *parameters))
+        graphs = [x.graph for x in leaves if isinstance(x, RegionGraph)]
+        self.workspace.reformats = any(n.target is image_format for graph in graphs for n in graph.nodes)
+        leaves = [self._stand_in(x) for x in leaves]
 
         def run(values: Sequence[Any]) -> Any:
             result = self._plainly(node, values, spec)
             results[:] = [pytree.tree_map_only(Tensor, Shape.of, result)]
             return result
 
-        modules = [m for x in leaves if isinstance(x, nn.Module) for m in x.modules()]
-        parameters = [p for m in modules for p in (*m._parameters.values(), *m._buffers.values()) if p is not None]
-        if node.target is multi_step_forward and region is not None and self.has_kernels and region.kernels is not None:
-            found = self._kernel(node, run, leaves, region, results)
-        else:
-            found = measure_call(run, leaves, parameters, self.training, self.workspace, naming)
-        needs = any(isinstance(x, Tensor) and x.requires_grad for x in (*leaves, *parameters))
+        found = measure_call(run, leaves, parameters, self.training, self.workspace, naming, self.marker)
         found.requires_grad = needs  # type: ignore[attr-defined]
         return results[0], found
+
+    def _statistics(self, leaves: list[Any], per_step: bool) -> tuple[Any, CallBytes]:
+        """Statistics take a few numbers; the plan knows what goes back through them."""
+        x = next(leaf for leaf in leaves if isinstance(leaf, Tensor))
+        kind = torch.promote_types(x.dtype, torch.float32)
+        sizes = (self.steps, x.shape[2]) if per_step else (x.shape[2],)
+        value = torch.empty(sizes, dtype=kind, device="meta")
+        number, gradient = value.numel() * value.element_size(), x.numel() * x.element_size()
+        each = Count(0, number) if per_step and self.marker else Count(number)
+        found = CallBytes([each, each], [-1, -1], peak=each + each, peak_with_history=each + each)
+        if x.requires_grad:
+            found.grads = Count(0, gradient) if self.marker else Count(gradient)
+        found.requires_grad = x.requires_grad  # type: ignore[attr-defined]
+        return (Shape.of(value), Shape.of(value)), found
+
+    def _stand_in(self, value: Any) -> Any:
+        """What runs in place of something: loops with kernels allocate what these do, graphs tell who runs."""
+        if isinstance(value, LoopRegion) and self.has_kernels and value.kernels is not None:
+            name = value.label.partition(" ")[0]
+            if self.naming is None:
+                return KernelStandIn(value, self.twin.steps)
+            return KernelStandIn(value, self.twin.steps, self.naming, self.naming.of_region(name), self.naming.slots.get(name, ()))
+        return self.naming.named(value) if self.naming is not None else value
 
     @staticmethod
     def _plainly(node: Node, values: Sequence[Any], spec: Any) -> Any:
@@ -220,49 +284,6 @@ class Walk:
         if node.op == "call_method":
             return getattr(args[0], str(node.target))(*args[1:], **kwargs)
         return node.target(*args, **kwargs)  # type: ignore[operator]
-
-    def _kernel(self, node: Node, run: Any, leaves: list[Any], region: LoopRegion, results: list[Any]) -> CallBytes:
-        """A generated kernel writes its outputs and, for backward, the cut of a step; nothing else takes memory."""
-        given = [meta_like(x) if isinstance(x, Tensor) else x for x in leaves]
-        with torch.no_grad():
-            run(given)
-        outputs = [y.tensor() for y in pytree.tree_leaves(results[0]) if isinstance(y, Shape)]
-        sizes = [y.numel() * y.element_size() for y in outputs]
-        sequences = [i for i, x in enumerate(leaves) if isinstance(x, Tensor) and x.dim() and x.shape[0] == self.steps]
-        found = CallBytes(sizes, [-1] * len(sizes), peak=sum(sizes), peak_with_history=sum(sizes), written=sum(sizes))
-        if self.naming is not None:
-            labels = self.naming.of_results(node, results[0])
-            found.parts = tuple(
-                Part(label, tuple(y.shape), size, dtype_name(y.dtype))
-                for label, y, size in zip(labels, outputs, sizes, strict=True)
-            )
-        if not self.training:
-            return found
-        count, inputs = _saved_by_kernel(region)
-        largest = max(sizes, default=0)
-        found.saved = count * largest
-        if self.naming is not None:
-            like = max(outputs, key=lambda y: y.numel() * y.element_size())
-            what, shape = f"{self.naming.current}: saved by its kernel", (*[count][: count > 1], *like.shape)
-            found.saved_parts = (Part(what, shape, found.saved, dtype_name(like.dtype)),)
-            found.parts_with_history = (*found.parts, *found.saved_parts)
-        found.saved_inputs = tuple(sequences[i] for i in inputs if i < len(sequences))
-        found.peak_with_history += found.saved
-        found.grads = sum(leaves[i].numel() * leaves[i].element_size() for i in sequences if leaves[i].requires_grad)
-        found.backward = found.backward_held = found.grads + sum(sizes)
-        return found
-
-
-def _saved_by_kernel(region: LoopRegion) -> tuple[int, tuple[int, ...]]:
-    """Sequences that its kernel saves, and inputs that it keeps; before the first call: one, as for most neurons."""
-    assert region.kernels is not None
-    for entry in region.kernels.entries.values():
-        for needs in entry.built:
-            if needs is not None and entry.lowered is not None:
-                plan = entry.lowered.training(needs).plan
-                return len(plan.saved), tuple(plan.inputs)
-    return 1, ()
-
 
 def _leaf_key(value: Any) -> Any:
     """Two calls with equal keys take the same memory."""

@@ -1,41 +1,66 @@
 """What operations take while they run, besides their results. Measured (peak RSS of single calls, torch 2.13, one CPU).
 
-oneDNN's convolutions reorder row-major operands into blocks: forward takes the larger of input and output once more,
-backward twice. Images whose channels are innermost in memory are taken as they are. In float64, and for other devices,
-nothing is counted.
+oneDNN's convolutions reorder row-major operands into blocks: forward takes the larger of input and output once more and
+the weight, backward twice the larger, or the weight if that is more. Images whose channels are innermost in memory are
+taken as they are, but the weight is reordered, twice in forward and three times in backward. In float64, and for other
+devices, nothing is counted.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
-__all__ = ["workspace_on"]
+__all__ = ["Workspace"]
 
 _REORDERED = (torch.float32, torch.bfloat16)
 
 
-def workspace_on(device: torch.device, memory_format: str | None) -> Callable[[Any, Sequence[Any], Any], int]:
-    """`(operation, arguments, result) -> bytes` for calls on a device, with a net's choice of memory format."""
-    if device.type != "cpu" or not torch.backends.mkldnn.is_available():
-        return lambda *_: 0
+class Workspace:
+    """`(operation, arguments, result) -> bytes`, in pieces, for operations that run on tensors without data.
 
-    def workspace(func: Any, args: Sequence[Any], result: Any) -> int:
+    Args:
+        device: on which they would run.
+        scale: how many times more elements images would have there.
+
+    Attributes:
+        reformats: whether images are brought into the format in which a convolution is fastest: channels-last, unless
+            the weight has more elements than they have (`snnfx.tensor_layout.image_format`).
+    """
+
+    def __init__(self, device: torch.device, scale: float = 1.0) -> None:
+        self.is_counted = device.type == "cpu" and torch.backends.mkldnn.is_available()
+        self.scale, self.reformats = scale, False
+
+    def __call__(self, func: Any, args: Sequence[Any], result: Any) -> Sequence[int]:
+        if not self.is_counted:
+            return ()
         if func is torch.ops.aten.convolution.default:
-            x, y = args[0], result
-            larger = max(_bytes(x), _bytes(y))
-        elif func is torch.ops.aten.convolution_backward.default:
-            x, y = args[1], args[0]
-            larger = 2 * max(_bytes(x), _bytes(y)) if x.shape[1] >= 8 else _bytes(y)
-        else:
-            return 0
-        as_it_is = memory_format is not None and x.dim() == 4
-        return larger if x.dtype in _REORDERED and not as_it_is else 0
+            x, y, weight = args[0], result, args[1]
+            if x.dtype not in _REORDERED:
+                return ()
+            if self._is_channels_last(x, weight):
+                return (2 * _bytes(weight),)
+            return max(_bytes(x), _bytes(y)), _bytes(weight)
+        if func is torch.ops.aten.convolution_backward.default:
+            y, x, weight = args[0], args[1], args[2]
+            if x.dtype not in _REORDERED:
+                return ()
+            if self._is_channels_last(x, weight):
+                return (3 * _bytes(weight),)
+            images = 2 * max(_bytes(x), _bytes(y)) if x.shape[1] >= 8 else _bytes(y)
+            return (max(images, _bytes(weight)),)
+        return ()
 
-    return workspace
+    def _is_channels_last(self, x: Tensor, weight: Tensor) -> bool:
+        if x.dim() != 4:
+            return False
+        if self.reformats:
+            return x.numel() * self.scale >= weight.numel()
+        return x.is_contiguous(memory_format=torch.channels_last) and not x.is_contiguous()
 
 
 def _bytes(x: Tensor) -> int:
