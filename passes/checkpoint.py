@@ -8,7 +8,7 @@ replayed by `snnfx.memory.recompute`. A segment is convex: only its last tile is
 from __future__ import annotations
 
 import operator
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -55,7 +55,7 @@ def region_calls(graph: fx.Graph) -> dict[str, Node]:
 
 
 def segments_of(graph: fx.Graph, tiles: Mapping[str, Tile]) -> dict[str, tuple[list[str], list[str]]]:
-    """For each tile that is no product, the products and the statistics that only it needs, in the order of the graph."""
+    """For each tile that is no product, the products and statistics that only it needs, in the order of the graph."""
     calls = region_calls(graph)
     order = {node: i for i, node in enumerate(graph.nodes)}
     readers = {name: _readers(node) for name, node in calls.items()}
@@ -204,7 +204,9 @@ class _Segments:
                 tuple(numbers[n] for n in sequences),  # type: ignore[union-attr]
                 tuple(numbers[s] if isinstance(s, Node) else s for s in states),  # type: ignore[union-attr]
                 tuple(numbers[n] for n in constants),  # type: ignore[union-attr]
-                self._makes(call, numbers) if call is not calls[-1] else tuple(range(count, count + _outputs(self.tiles[name]))),
+                self._makes(call, numbers)
+                if call is not calls[-1]
+                else tuple(range(count, count + _outputs(self.tiles[name]))),
             )
             if call is not calls[-1]:
                 products.append(tile)

@@ -66,7 +66,9 @@ def _parts_of(program: StepProgram, region: Region) -> list[Part]:
         return [Part(region, NORM if _is_batch_norm(program, region.nodes[0]) else "")]
     if region.kind not in ("map", "loop"):
         return [Part(region, "")]
-    is_elementwise = region.kind == "loop" and not (reason_against_kernel(program, region) or mixing_node(program, region))
+    is_elementwise = region.kind == "loop" and not (
+        reason_against_kernel(program, region) or mixing_node(program, region)
+    )
     return [_described(program, region, LIGHT if is_elementwise else PRODUCT)]
 
 
@@ -94,8 +96,8 @@ def _is_in_front(dim: Any) -> bool:
 class _Fold:
     """One fold in parts: nodes of one kind that hang together.
 
-    A node is in the phase after those of its operands, or in theirs if it is of their kind. So no value goes from a part
-    to a part that runs before it.
+    A node is in the phase after those of its operands, or in theirs if it is of their kind. So no value goes from a
+    part to a part that runs before it.
     """
 
     def __init__(self, program: StepProgram, region: Region) -> None:
@@ -205,9 +207,9 @@ def _multiplies(program: StepProgram, node: Node) -> bool:
 
 
 _PRODUCTS = frozenset(
-    "matmul mm bmm mv addmm addmv baddbmm linear bilinear einsum conv1d conv2d conv3d conv_transpose1d conv_transpose2d "
-    "conv_transpose3d scaled_dot_product_attention embedding nn.MultiheadAttention nn.TransformerEncoder nn.RNNCell "
-    "nn.RNN call_opaque call_stateful".split()
+    "matmul mm bmm mv addmm addmv baddbmm linear bilinear einsum conv1d conv2d conv3d conv_transpose1d "
+    "conv_transpose2d conv_transpose3d scaled_dot_product_attention embedding nn.MultiheadAttention "
+    "nn.TransformerEncoder nn.RNNCell nn.RNN call_opaque call_stateful".split()
 )
 
 
@@ -249,7 +251,9 @@ def _with_statistics(graph: fx.Graph, norms: Mapping[str, Region]) -> fx.Graph:
             env[node] = _normalized(new, x_seq, module, by_node[node.meta["step_node"]], per_step=True)
             env[node].meta.update(node.meta)
         elif node.target is seq_to_ann_forward and (name := _region_of(node)) in norms:
-            (x_seq,), (module,) = (map_arg(given, env.__getitem__) for given in (node.args[0], node.kwargs["constants"]))
+            (x_seq,), (module,) = (
+                map_arg(given, env.__getitem__) for given in (node.args[0], node.kwargs["constants"])
+            )
             env[node] = _normalized(new, x_seq, module, name, per_step=False)
         elif node.target is operator.getitem and isinstance(node.args[0], Node) and _region_of(node.args[0]) in norms:
             env[node] = env[node.args[0]]  # the tensor itself
@@ -266,10 +270,12 @@ def _region_of(node: Node) -> str:
 
 
 def _normalized(graph: fx.Graph, x_seq: Node, module: Node, name: str, per_step: bool) -> Node:
-    taken = graph.call_function(step_statistics if per_step else batch_statistics, (x_seq, module), name=f"{name}_statistics")
+    taken = graph.call_function(
+        step_statistics if per_step else batch_statistics, (x_seq, module), name=f"{name}_statistics"
+    )
     taken.meta["region_name"] = f"{name}_statistics"
     mean, var = (graph.call_function(operator.getitem, (taken, index)) for index in range(2))
-    options = {"per_step": True} if per_step else {}
+    options: dict[str, Any] = {"per_step": True} if per_step else {}
     value = graph.call_function(normalize, (x_seq, mean, var, module), options, name=name)
     value.meta["region_name"] = name
     return value

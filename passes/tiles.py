@@ -1,9 +1,9 @@
 """Put calls of an emitted graph together to tiles (loop fusion).
 
-`norm -> loop -> pool` becomes one call, which can be run on a slice of the sequence from beginning to end. A tile is what
-hangs together and is cheap to compute again, between the products before it and those after it. No path leaves a tile
-and comes back: nodes are counted in layers, one more wherever a path goes from what is light to what is not or back, and a
-tile has nodes of one layer. A product is a tile by itself.
+`norm -> loop -> pool` becomes one call, which can be run on a slice of the sequence from beginning to end. A tile is
+what hangs together and is cheap to compute again, between the products before it and those after it. No path leaves a
+tile and comes back: nodes are counted in layers, one more wherever a path goes from what is light to what is not or
+back, and a tile has nodes of one layer. A product is a tile by itself.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from torch import fx, nn
+from torch import fx
 from torch.fx import Node, map_arg
 
 from snnfx.functional import map_forward, multi_step_forward, seq_to_ann_forward

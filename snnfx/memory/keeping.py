@@ -70,7 +70,7 @@ def _is_all_of(value: Tensor, x_seq: Tensor) -> bool:
     if value.data_ptr() != x_seq.data_ptr() or value.numel() != x_seq.numel() or value.dtype != x_seq.dtype:
         return False
     dense = torch.ops.aten.is_non_overlapping_and_dense
-    return value.numel() > 0 and dense(value) and dense(x_seq)  # type: ignore[no-any-return]
+    return value.numel() > 0 and dense(value) and dense(x_seq)
 
 
 @dataclass

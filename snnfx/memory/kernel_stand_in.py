@@ -53,7 +53,9 @@ class KernelStandIn:
         results = [next(rest) if isinstance(v, Tensor) else v for v in (*y, *after)]
         return tuple(results[:count]), tuple(results[count:])
 
-    def _step(self, x_seq: Sequence[Tensor], state: Any, constants: Sequence[Any]) -> tuple[Sequence[Any], Sequence[Any]]:
+    def _step(
+        self, x_seq: Sequence[Tensor], state: Any, constants: Sequence[Any]
+    ) -> tuple[Sequence[Any], Sequence[Any]]:
         """Outputs and states of one step, run once for inputs of these shapes."""
         shapes = tuple((tuple(x.shape[1:]), x.dtype) for x in x_seq)
         given = None if state is None else tuple(_form(s) for s in state)
@@ -87,8 +89,14 @@ class _Kernel(torch.autograd.Function):
         results = []
         for i, v in enumerate(step):
             if isinstance(v, Tensor):
-                kernel.name(f"state {kernel.slots[i - outputs]}" if 0 <= i - outputs < len(kernel.slots) else kernel.named)
-                results.append(_empty(like, (T, *v.shape), v.dtype) if i < outputs else torch.empty(tuple(v.shape), dtype=v.dtype, device="meta"))
+                kernel.name(
+                    f"state {kernel.slots[i - outputs]}" if 0 <= i - outputs < len(kernel.slots) else kernel.named
+                )
+                results.append(
+                    _empty(like, (T, *v.shape), v.dtype)
+                    if i < outputs
+                    else torch.empty(tuple(v.shape), dtype=v.dtype, device="meta")
+                )
         ctx.shapes = [(x.shape, x.stride(), x.dtype) for x in given]
         ctx.mark_non_differentiable(*(y for y in results if not y.is_floating_point()))
         largest = max(results, key=lambda y: y.numel() * y.element_size())

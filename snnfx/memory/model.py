@@ -1,7 +1,8 @@
 """The memory model: the bytes that an emitted graph holds over its execution, as a function of the steps run at once.
 
-Every region call is run on meta tensors (`snnfx.memory.meter`); what it takes is affine in the number of steps. The life of the values between the calls is read off the graph. So the peak for any number of steps, any
-chunk, and any plan of what backward computes again is a sum over a table, without another run.
+Every region call is run on meta tensors (`snnfx.memory.meter`); what it takes is affine in the number of steps. The
+life of the values between the calls is read off the graph. So the peak for any number of steps, any chunk, and any
+plan of what backward computes again is a sum over a table, without another run.
 """
 
 from __future__ import annotations

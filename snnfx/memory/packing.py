@@ -1,7 +1,7 @@
 """Tensors of small whole numbers, stored in one to eight bits an element.
 
-A spike is 1 or 0 and takes four bytes: what is kept for the backward pass is packed, 4 to 32 times smaller, and unpacked
-there. Exact for the values that `passes.whole_numbers` proves, and for no others.
+A spike is 1 or 0 and takes four bytes: what is kept for the backward pass is packed, 4 to 32 times smaller, and
+unpacked there. Exact for the values that `passes.whole_numbers` proves, and for no others.
 """
 
 from __future__ import annotations

@@ -36,6 +36,7 @@ __all__ = [
     "with_borders",
 ]
 
+
 def plan_inference(net: Net, leaves: Sequence[Tensor], state: Mapping[str, Any] | None) -> ChunkPlan:
     """How many time steps to run at once in inference.
 

@@ -1,8 +1,9 @@
 """Plans of what backward computes again, from the memory model of one net for inputs of one shape.
 
-A tile is at one of four levels. At level 0 it keeps its history. At level 1 it is computed again, slice by slice, from
-what goes into it. At level 2 the products in front of it are computed again as well, so that their results are not kept.
-At level 3 they are computed two times in backward, slice by slice, so that their results are never there as a whole.
+A tile is at one of four levels. At level 0 it keeps its history. At level 1 it is computed again, slice by slice,
+from what goes into it. At level 2 the products in front of it are computed again as well, so that their results are
+not kept. At level 3 they are computed two times in backward, slice by slice, so that their results are never there as
+a whole.
 """
 
 from __future__ import annotations

@@ -1,12 +1,12 @@
 """Computing again in the backward pass what the forward pass did not keep.
 
-Revolve and its kin trade recomputation for memory (Griewank & Walther 2000; Chen et al. 2016). Here a segment is a tile
-(`norm -> neurons -> pool`) with the statistics that it normalises by and, if that is wanted, the products in front of it.
-Forward runs it without a history, slice by slice, and keeps what enters it, spikes packed in bits; backward runs the
-slices again and takes vector-Jacobian products (`snnfx.memory.vjp`). So of its insides no more than a slice is alive. State
-is a value, so nothing has to be put back afterwards; what a second run could change or see differently is replayed:
-random numbers, autocast, the mode of modules, and buffers, which it gets as copies. Statistics are kept, so they move
-once.
+Revolve and its kin trade recomputation for memory (Griewank & Walther 2000; Chen et al. 2016). Here a segment is a
+tile (`norm -> neurons -> pool`) with the statistics that it normalises by and, if that is wanted, the products in
+front of it. Forward runs it without a history, slice by slice, and keeps what enters it, spikes packed in bits;
+backward runs the slices again and takes vector-Jacobian products (`snnfx.memory.vjp`). So of its insides no more than
+a slice is alive. State is a value, so nothing has to be put back afterwards; what a second run could change or see
+differently is replayed: random numbers, autocast, the mode of modules, and buffers, which it gets as copies.
+Statistics are kept, so they move once.
 """
 
 from __future__ import annotations
@@ -255,7 +255,7 @@ class Call:
         joined: list[Joined] = []
         finals = []
         for of_samples in slices_of(self.N, samples):
-            states = [cut_state(state_of(values, s), Part(of_samples)) for s in last.states]
+            states: Sequence[Any] = [cut_state(state_of(values, s), Part(of_samples)) for s in last.states]
             for of_steps in slices_of(self.T, steps):
                 part = Part(of_samples, of_steps)
                 made, states = run_slice(calls, values, part, states)

@@ -174,7 +174,9 @@ def _training(net: Net, sequences: list[Tensor], T: int) -> PhaseMemory:
     try:
         plan = net.recompute_plan(T, *sequences) if net._recomputation.is_wanted else RecomputePlan()
         steps = min(T, plan.steps or T)
-        model = model_memory(net, sequences, None, training=True, describe=steps, in_tiles=bool(plan.segments) or plan.packs)
+        model = model_memory(
+            net, sequences, None, training=True, describe=steps, in_tiles=bool(plan.segments) or plan.packs
+        )
     except (NotPredictable, InputError) as error:
         return PhaseMemory("training", T, _why_not(error))
     packed = packed_parts(net, model, sequences[0].element_size()) if sequences else {}
@@ -211,7 +213,9 @@ def _phase(phase: str, model: MemoryModel, steps: int, moments: list[Moment], re
         widest.phase == "backward",
         tuple(sorted(names.holders(widest, makers), key=lambda holder: -holder.bytes)),
         tuple(
-            RegionMemory(name, round(forward.get(name, 0.0)), round(kept.get(name, 0.0)), round(backward.get(name, 0.0)))
+            RegionMemory(
+                name, round(forward.get(name, 0.0)), round(kept.get(name, 0.0)), round(backward.get(name, 0.0))
+            )
             for name in regions
         ),
         tuple((m.name, m.phase == "backward", makers.by_region(m)) for m in moments if m.name in regions),

@@ -43,7 +43,8 @@ def batch_statistics(x_seq: Tensor, module: _BatchNorm) -> tuple[Tensor, Tensor]
     if not x.is_meta:
         F._verify_batch_size(list(x.shape))  # type: ignore[attr-defined]
     (factor,) = _factors(module, 1)
-    return _Statistics.apply(x_seq, *(running if module.training and module.track_running_stats else (None, None)), factor)  # type: ignore[no-any-return]
+    moved = running if module.training and module.track_running_stats else (None, None)
+    return _Statistics.apply(x_seq, *moved, factor)  # type: ignore[no-any-return]
 
 
 def step_statistics(x_seq: Tensor, module: _BatchNorm) -> tuple[Tensor, Tensor]:
@@ -57,7 +58,8 @@ def step_statistics(x_seq: Tensor, module: _BatchNorm) -> tuple[Tensor, Tensor]:
     if not x_seq.is_meta:
         F._verify_batch_size(list(x_seq.shape[1:]))  # type: ignore[attr-defined]
     factors = _factors(module, T)
-    return _Statistics.apply(x_seq, *(running if module.training and module.track_running_stats else (None, None)), factors)  # type: ignore[no-any-return]
+    moved = running if module.training and module.track_running_stats else (None, None)
+    return _Statistics.apply(x_seq, *moved, factors)  # type: ignore[no-any-return]
 
 
 def takes_statistics(module: _BatchNorm) -> bool:
@@ -201,7 +203,7 @@ class _Normalize(torch.autograd.Function):
         parts = _parts(x_seq, each_step)
         if len(parts) == 1 and not each_step:
             y = torch.ops.aten.native_batch_norm(parts[0], weight, bias, mean, var, False, 0.0, eps)[0]
-            return y.unflatten(0, x_seq.shape[:2])
+            return y.unflatten(0, x_seq.shape[:2])  # type: ignore[no-any-return]
         y_seq = empty_steps(x_seq.shape, memory_order(x_seq), x_seq.dtype, x_seq.device)
         for t, (x, y) in enumerate(zip(parts, y_seq.unbind(0), strict=True)):
             arguments = (weight, bias, _of_step(mean, t), _of_step(var, t), False, 0.0, eps)
@@ -225,14 +227,12 @@ class _Normalize(torch.autograd.Function):
         parts = _parts(x_seq, each_step)
         as_one = len(parts) == 1 and not each_step
         grads = [grad.flatten(0, 1)] if as_one else grad.unbind(0)
-        of_x, of_weight, of_bias = [], [], []
+        found: list[Any] = []
         for t, (g, x) in enumerate(zip(grads, parts, strict=True)):
             m, v = _of_step(mean, t), _of_step(var, t)
-            found = torch.ops.aten.native_batch_norm_backward(
-                g, x, weight, m, v, None, None, False, ctx.eps, [True, True, True]
-            )
-            for of, value in zip((of_x, of_weight, of_bias), found, strict=True):
-                of.append(value)
+            arguments = (g, x, weight, m, v, None, None, False, ctx.eps, [True, True, True])
+            found.append(torch.ops.aten.native_batch_norm_backward(*arguments))
+        of_x, of_weight, of_bias = (list(values) for values in zip(*found, strict=True))
         # Of `(x - mean) / sqrt(var + eps)`, summed: that is what the gradients of weight and bias are.
         scaled, plain = torch.stack(of_weight), torch.stack(of_bias)
         inverse = torch.rsqrt(var + ctx.eps)
@@ -259,4 +259,3 @@ def _without_data(like: Tensor) -> Tensor:
 
 def _of_step(value: Tensor, t: int) -> Tensor:
     return value[t] if value.dim() == 2 else value
-

@@ -1,8 +1,8 @@
 """A tile: a few calls over sequences that can be run on a slice of them, some samples or some time steps.
 
-Between the calls of a tile there is never more than a slice (loop fusion and tiling: Irigoin & Triolet 1988; Wolfe 1989).
-Samples are independent of each other, so slices of samples need nothing of each other; slices of time hand on their
-state.
+Between the calls of a tile there is never more than a slice (loop fusion and tiling: Irigoin & Triolet 1988; Wolfe
+1989). Samples are independent of each other, so slices of samples need nothing of each other; slices of time hand on
+their state.
 """
 
 from __future__ import annotations

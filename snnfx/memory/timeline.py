@@ -247,8 +247,8 @@ class _Timeline:
         if group is None:
             return self.costs[index]["peak_with_history"]
         if not group.is_cut:
-            joint = 0.0 if group.statistics else self._sizes(v for i in group.products for v in self.calls[i].makes)
-            return joint + self.costs[index]["peak"]
+            made = 0.0 if group.statistics else self._sizes(v for i in group.products for v in self.calls[i].makes)
+            return made + self.costs[index]["peak"]
         joint = [index, *(group.products if index == group.tile and not group.statistics else ())]
         return self._sizes(call.makes) + sum(self._on_slice("peak", i, group.slices) for i in joint)
 
@@ -301,12 +301,9 @@ class _Timeline:
         def inside(*indices: int) -> float:
             """Running slices of some calls with a history and going back: the gradients that are cut count as well."""
             last = indices[-1]
-            before = part("saved", *indices[:-1]) + sum(self._sizes(calls[i].makes) for i in indices[:-1]) * self._share(
-                group.slices
-            )
-            return unpacked(*indices) + before + max(
-                part("peak_with_history", last), part("saved", last) + part("backward_held", last)
-            )
+            results = self._sizes(v for i in indices[:-1] for v in calls[i].makes) * self._share(group.slices)
+            there = unpacked(*indices) + part("saved", *indices[:-1]) + results
+            return there + max(part("peak_with_history", last), part("saved", last) + part("backward_held", last))
 
         borders = 0.0
         if group.slices.steps is not None:
@@ -316,20 +313,29 @@ class _Timeline:
             if group.is_cut:
                 return given + found + borders + inside(*members), {}
             # One slice: its gradients are those of the whole.
-            last = max(given + part("peak_with_history", group.tile), part("saved", group.tile) + part("backward_held", group.tile))
+            last = max(
+                given + part("peak_with_history", group.tile),
+                part("saved", group.tile) + part("backward_held", group.tile),
+            )
             return unpacked(*members) + part("saved", *members[:-1]) + again * (not group.statistics) + last, {}
         if not group.is_cut:
             work = unpacked(group.tile) + max(
-                given + part("peak_with_history", group.tile), part("saved", group.tile) + part("backward_held", group.tile)
+                given + part("peak_with_history", group.tile),
+                part("saved", group.tile) + part("backward_held", group.tile),
             )
             beside = self._sizes(v for v in tile.reads if v not in group.inner) if group.tile in through else 0.0
-            second = given + beside + max(unpacked(i) + part("saved", i) + part("backward_held", i) for i in group.products)
+            second = (
+                given + beside + max(unpacked(i) + part("saved", i) + part("backward_held", i) for i in group.products)
+            )
             first = max(unpacked(i) + part("peak_with_history", i) for i in group.products)
             return again + max(first - again, work, second), made
         # The gradient of what was normalised is there as a whole; so is what was normalised, if it is computed once.
         whole = again * (1 if group.twice else 2)
         own = again * self._share(group.slices) if group.twice else 0.0
-        product = max(unpacked(i) + max(part("peak_with_history", i), part("saved", i) + part("backward_held", i)) for i in group.products)
+        product = max(
+            unpacked(i) + max(part("peak_with_history", i), part("saved", i) + part("backward_held", i))
+            for i in group.products
+        )
         first = own + inside(group.tile) + (part("peak", *group.products) if group.twice else 0.0)
         work = given + found + whole + borders + max(first, own + product)
         return work, {} if group.twice else made

@@ -7,7 +7,7 @@ from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import Tensor, fx, nn
+from torch import Tensor, fx
 
 from snnfx.emitted_graphs import REGIONS, compile_graph
 from snnfx.errors import InputError, warn_once
@@ -153,8 +153,8 @@ class Recomputation:
 
         try:
             planner = TrainingPlanner(self.net, T, leaves, None)
-        except NotPredictable as reason:
-            return self._plan_without_bytes(checkpoint, T, str(reason))
+        except NotPredictable as unknown:
+            return self._plan_without_bytes(checkpoint, T, str(unknown))
         if checkpoint == "selective":
             reason = "everything but products is computed again in the backward pass"
             return replace(planner.selective(), reason=reason)

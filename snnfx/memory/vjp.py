@@ -237,9 +237,7 @@ class _Backward:
         if isinstance(value, nn.Module) or not any(n == number for n, _ in self.needed):
             return value
         leaves, spec = pytree.tree_flatten(value)
-        leaves = [
-            self._entered((number, i), x, tokens) if isinstance(x, Tensor) else x for i, x in enumerate(leaves)
-        ]
+        leaves = [self._entered((number, i), x, tokens) if isinstance(x, Tensor) else x for i, x in enumerate(leaves)]
         return pytree.tree_unflatten(leaves, spec)
 
     def _states(self, states: Sequence[Any], tokens: dict[Key, Tensor], everywhere: bool) -> list[Any]:
@@ -322,8 +320,8 @@ class _Backward:
                 continue
             per_step = taken.function is step_statistics
             count = self.call.N * value[0, 0, 0].numel() * (1 if per_step else self.call.T)
-            of_steps = [v if not per_step else cut(v, part, False) for v in (self.values[mean], of_mean, of_var)]
-            add_gradient_of_statistics(grad, value, *of_steps, count)
+            here = [v if not per_step else cut(v, part, False) for v in (self.values[mean], of_mean, of_var)]
+            add_gradient_of_statistics(grad, value, here[0], here[1], here[2], count)
 
     # -- what was found ---------------------------------------------------------------------------------------------
 

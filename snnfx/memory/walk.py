@@ -67,7 +67,9 @@ class Twin:
         sizes |= {n for x, v in zip(leaves, self.net.varying_inputs, strict=True) for n in x.shape[v:]}
         T = max((x.shape[0] for x, v in zip(leaves, self.net.varying_inputs, strict=True) if v), default=1)
         number = max(T, 101) | 1
-        while not all(number % d for d in range(3, int(number**0.5) + 1, 2)) or any(n % number == 0 for n in sizes if n):
+        while not all(number % d for d in range(3, int(number**0.5) + 1, 2)) or any(
+            n % number == 0 for n in sizes if n
+        ):
             number += 2
         return number
 
@@ -105,8 +107,8 @@ class _Measured:
 class Walk:
     """Runs an emitted graph on meta tensors for some number of steps, call by call, like calls once.
 
-    With `naming`, who made what is noted: in `named`, of each value, and in the `CallBytes` of each call. With `marker`,
-    the steps are a prime that tells what grows with them (see `snnfx.memory.meter.Meter`).
+    With `naming`, who made what is noted: in `named`, of each value, and in the `CallBytes` of each call. With
+    `marker`, the steps are a prime that tells what grows with them (see `snnfx.memory.meter.Meter`).
     """
 
     def __init__(
@@ -204,7 +206,9 @@ class Walk:
                 makes.append(len(self.values))
                 self.values.append(found.outputs[index])
                 if labels:
-                    self.named.append(Part(labels[index], tuple(y.shape), found.outputs[index].total, dtype_name(y.dtype)))
+                    self.named.append(
+                        Part(labels[index], tuple(y.shape), found.outputs[index].total, dtype_name(y.dtype))
+                    )
                 if index in found.saved_outputs:
                     saved.append(self.number[id(value)])
             return value
@@ -275,7 +279,9 @@ class Walk:
             name = value.label.partition(" ")[0]
             if self.naming is None:
                 return KernelStandIn(value, self.twin.steps)
-            return KernelStandIn(value, self.twin.steps, self.naming, self.naming.of_region(name), self.naming.slots.get(name, ()))
+            return KernelStandIn(
+                value, self.twin.steps, self.naming, self.naming.of_region(name), self.naming.slots.get(name, ())
+            )
         return self.naming.named(value) if self.naming is not None else value
 
     @staticmethod
@@ -284,6 +290,7 @@ class Walk:
         if node.op == "call_method":
             return getattr(args[0], str(node.target))(*args[1:], **kwargs)
         return node.target(*args, **kwargs)  # type: ignore[operator]
+
 
 def _leaf_key(value: Any) -> Any:
     """Two calls with equal keys take the same memory."""
