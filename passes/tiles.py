@@ -14,7 +14,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from torch import fx
+from torch import Tensor, fx
 from torch.fx import Node, map_arg
 
 from snnfx.functional import map_forward, multi_step_forward, seq_to_ann_forward
@@ -102,6 +102,7 @@ class _Grouping:
                 elements = sorted(_elements(node), key=self.position.__getitem__)
                 self.calls[node] = self.call_of[node] = _Call(node, part, dict.fromkeys(elements))
                 self.call_of.update(dict.fromkeys(self.calls[node].elements, self.calls[node]))
+        self.samples = _samples_of(program)
         self.before = self._order_to_keep()
         self.layer: dict[Node, int] = {}
         for node in graph.nodes:
@@ -261,19 +262,27 @@ class _Grouping:
             [batched for _, batched in sequences],
             by_steps=all(part.by_steps or part.role == NORM for part in members),
             by_samples=all(part.by_samples or part.role == NORM for part in members)
-            and all(self._batch_of(n) == 0 for n in borders)
+            and all(map(self._has_samples_in_front, borders))
             and not any(self._is_batched_constant(n) for n in constants),
             has_dice=is_product and members[0].has_dice,
         )
 
-    def _batch_of(self, node: Node) -> Any:
-        """Where the batch is in a step of a value; None where it is not known."""
+    def _has_samples_in_front(self, node: Node) -> bool:
+        """Whether the first dimension of a step of a value is its samples; others may be merged into it."""
         step = self.steps.get(node.meta.get("step_node", ""), node)
-        return step.meta.get("batch_dim")
+        value = step.meta.get("val")
+        is_merged = isinstance(value, Tensor) and self.samples is not None and value.shape[:1] != (self.samples,)
+        return step.meta.get("batch_dim") == 0 and not is_merged
 
     def _is_batched_constant(self, node: Node) -> bool:
         step = self.steps.get(node.meta.get("step_node", ""))
         return step is not None and step.meta.get("batch_dim") is not None and node.target not in STATISTICS
+
+
+def _samples_of(program: StepProgram) -> int | None:
+    """The samples that the program was captured with, None where that is not known."""
+    inputs = [node for node in program.input_nodes() if node.meta.get("batch_dim") == 0]
+    return next((n.meta["val"].shape[0] for n in inputs if isinstance(n.meta.get("val"), Tensor)), None)
 
 
 def _copy(body: fx.Graph, node: Node, copies: dict[Node, Node], given: dict[str, Any]) -> Node:

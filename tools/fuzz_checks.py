@@ -8,7 +8,10 @@ from __future__ import annotations
 
 import collections
 import copy
+import functools
 import pickle
+import random
+import unittest.mock
 import warnings
 import weakref
 from collections.abc import Sequence
@@ -21,8 +24,11 @@ from torch.utils import _pytree as pytree
 
 import snnfx
 from snnfx.functional import reset_net
+from snnfx.memory import planner
+from snnfx.memory.model import NotPredictable
+from snnfx.passes.checkpoint import RecomputePlan
 
-CHECKS = "train eval fold split chunk single batch effects again passes time_dim carry record invariant_off".split()
+CHECKS = "train eval fold checkpoint split chunk single batch effects again passes time_dim carry record invariant_off".split()
 """The names of the checks; the first three compare outputs, gradients and final state, the others are relations."""
 
 REGIONS_SEEN: collections.Counter[str] = collections.Counter()
@@ -223,6 +229,49 @@ def check_fold(model: nn.Module, s: Setting) -> None:
     except snnfx.errors.VerificationError as error:
         if error.code != "SNNFX405":
             raise Mismatch(str(error)) from error
+
+
+def check_checkpoint(model: nn.Module, s: Setting) -> None:
+    """Computing parts again in backward changes nothing, however it is planned and cut."""
+    r = random.Random(s.seed)
+    training, batch_norm = r.random() < 0.7, r.choice(("fold", "per_step"))
+    net = shared_net(model, s, training, batch_norm)
+    buffers = [b.clone() for b in net.source.buffers()]
+
+    def run(net: Any) -> list[Any]:
+        for buffer, before in zip(net.source.buffers(), buffers, strict=True):
+            buffer.copy_(before)
+        torch.manual_seed(s.seed)
+        given = [x.requires_grad_() for x in s.sequences()]
+        outputs, state = net.run(*given, **s.extra)
+        found = gradients(net.source, (outputs, list(state.values())), given)
+        return [outputs, state, found, [b.clone() for b in net.source.buffers()]]
+
+    try:
+        expected = run(with_options(net, checkpoint=None))
+    except RuntimeError as error:
+        raise Inapplicable(str(error)) from error
+    for option in ("selective", "regions", "any"):
+        other = with_options(net, checkpoint="regions" if option == "any" else option)
+        plan = functools.partial(any_plan, other, r)
+        own = other._plans._plan_recomputation
+        with (
+            unittest.mock.patch.object(planner, "SLICE", r.choice((2**23, 4096, 256, 1))),
+            unittest.mock.patch.object(other._plans, "_plan_recomputation", plan if option == "any" else own),
+        ):
+            found = run(other)
+        what = f"{batch_norm}, checkpoint={option}"
+        for name, a, b in zip(("outputs", "state", "gradients", "buffers"), found, expected, strict=True):
+            same(f"{name} with {what}", a, b)
+
+
+def any_plan(net: Any, r: random.Random, T: int, leaves: Sequence[Tensor]) -> RecomputePlan:
+    """A plan in which each tile is at any of the levels that it can be at."""
+    try:
+        plans = planner.TrainingPlanner(net, T, leaves, None)
+    except NotPredictable:
+        return net._recomputation.plan("regions", T, leaves)  # type: ignore[no-any-return]
+    return plans.plan({name: r.choice(plans.levels_of(name)) for name in plans.names})
 
 
 def reference(model: nn.Module, s: Setting, **more: Any) -> tuple[Any, nn.Module]:

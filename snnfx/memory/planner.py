@@ -88,19 +88,29 @@ class TrainingPlanner:
         """The widest point of a training step under a plan."""
         return training_peak(self.model, self.T, plan, self.packed)
 
+    @property
+    def names(self) -> list[str]:
+        """The tiles that can be computed again."""
+        return list(dict.fromkeys((*self.light, *self.full)))
+
+    def levels_of(self, name: str) -> list[int]:
+        """The levels at which a tile can be."""
+        with_products = ([2, 3] if self._can_be_cut(name) else [2]) if name in self.full else []
+        return [0, *([1] if name in self.light else []), *with_products]
+
     # -- plans ------------------------------------------------------------------------------------------------------
 
     def selective(self) -> RecomputePlan:
         """Everything but products is computed again."""
-        return self._plan(dict.fromkeys(self.light, 1))
+        return self.plan(dict.fromkeys(self.light, 1))
 
     def least(self) -> RecomputePlan:
         """Everything is computed again; products two times where that lowers the peak."""
         levels = dict.fromkeys(self.light, 1) | dict.fromkeys(self.full, 2)
-        plan = self._plan(levels)
+        plan = self.plan(levels)
         peak = self.peak(plan)
         while self._can_be_twice(peak, levels):
-            other = self._plan(levels | {peak.name: 3})
+            other = self.plan(levels | {peak.name: 3})
             lower = self.peak(other)
             if lower.bytes > 0.98 * peak.bytes:
                 break
@@ -114,7 +124,7 @@ class TrainingPlanner:
         knapsack). When nothing there can, slices get smaller. What turns out not to be needed is put back.
         """
         levels: dict[str, int] = {}
-        plan = best = self._plan(levels)
+        plan = best = self.plan(levels)
         peak = lowest = self.peak(plan)
         while peak.bytes > budget:
             name = self._most_worth(peak, levels)
@@ -124,7 +134,7 @@ class TrainingPlanner:
                 self.slice /= 4
             else:
                 break
-            plan = self._plan(levels)
+            plan = self.plan(levels)
             peak = self.peak(plan)
             if peak.bytes < lowest.bytes:
                 best, lowest = plan, peak
@@ -133,13 +143,14 @@ class TrainingPlanner:
     def _without_the_needless(self, levels: dict[str, int], budget: float) -> RecomputePlan:
         for name in sorted(levels, key=lambda n: -self._seconds(self._group(n, levels[n]))):
             fewer = {n: level for n, level in levels.items() if n != name}
-            if self.peak(self._plan(fewer)).bytes <= budget:
+            if self.peak(self.plan(fewer)).bytes <= budget:
                 levels = fewer
-        plan = self._plan(levels)
+        plan = self.plan(levels)
         unpacked = replace(plan, packs=False)
         return unpacked if self.peak(unpacked).bytes <= budget else plan
 
-    def _plan(self, levels: Mapping[str, int]) -> RecomputePlan:
+    def plan(self, levels: Mapping[str, int]) -> RecomputePlan:
+        """The plan with these tiles at these levels, all others at level 0."""
         ordered = sorted((n for n, level in levels.items() if level), key=self.place.__getitem__)
         groups = tuple(self._group(n, levels[n]) for n in ordered)
         slices = {group[-1]: self._slices(group) for group in groups}
@@ -176,7 +187,7 @@ class TrainingPlanner:
 
     def _most_worth(self, peak: Moment, levels: Mapping[str, int]) -> str | None:
         best, name = 0.0, None
-        for candidate in dict.fromkeys((*self.light, *self.full)):
+        for candidate in self.names:
             level = self._next_level(candidate, levels)
             if level > (2 if candidate in self.full else 1) and not (
                 candidate == peak.name and self._can_be_twice(peak, levels)

@@ -241,8 +241,15 @@ class Call:
         slices = self.segment.slices
         states = [state_of(values, s) for call in calls for s in call.states]
         by_samples = all(c.tile.by_samples for c in calls) and states_can_be_cut(states, self.N)
+        by_samples = by_samples and all(self._has_samples(c, values) for c in calls)
         by_steps = all(c.tile.by_steps for c in calls)
         return slices.samples if by_samples else None, slices.steps if by_steps else None
+
+    def _has_samples(self, call: TileCall, values: Mapping[int, Any]) -> bool:
+        """Whether the samples of all that goes into a call are the same."""
+        given = zip(call.sequences, call.tile.batched, strict=True)
+        shapes = [values[n].shape for n, batched in given if batched and n in values]
+        return all(len(shape) > 1 and shape[1] == self.N for shape in shapes)
 
     def in_slices(
         self,

@@ -152,7 +152,9 @@ class Joined:
             self.whole = y
             return
         if self.whole is None:
-            sizes = (self.T, self.N, *y.shape[2:]) if self.batched else (self.T, *y.shape[1:])
+            # A sequence without a batch is only cut in time.
+            is_cut = self.batched and part.samples is not None
+            sizes = (self.T, self.N, *y.shape[2:]) if is_cut else (self.T, *y.shape[1:])
             self.whole = empty_steps(sizes, memory_order(y), y.dtype, y.device)
             if not self.batched:
                 self.whole.zero_()
