@@ -14,7 +14,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from torch import Tensor, fx
+from torch import fx
 from torch.fx import Node, map_arg
 
 from snnfx.functional import map_forward, multi_step_forward, seq_to_ann_forward
@@ -102,7 +102,6 @@ class _Grouping:
                 elements = sorted(_elements(node), key=self.position.__getitem__)
                 self.calls[node] = self.call_of[node] = _Call(node, part, dict.fromkeys(elements))
                 self.call_of.update(dict.fromkeys(self.calls[node].elements, self.calls[node]))
-        self.samples = _samples_of(program)
         self.before = self._order_to_keep()
         self.layer: dict[Node, int] = {}
         for node in graph.nodes:
@@ -268,21 +267,17 @@ class _Grouping:
         )
 
     def _has_samples_in_front(self, node: Node) -> bool:
-        """Whether the first dimension of a step of a value is its samples; others may be merged into it."""
+        """Whether the first dimension of a step of a value is its samples, and what is merged into it behind them."""
         step = self.steps.get(node.meta.get("step_node", ""), node)
-        value = step.meta.get("val")
-        is_merged = isinstance(value, Tensor) and self.samples is not None and value.shape[:1] != (self.samples,)
-        return step.meta.get("batch_dim") == 0 and not is_merged
+        return step.meta.get("batch_dim") == 0
 
     def _is_batched_constant(self, node: Node) -> bool:
-        step = self.steps.get(node.meta.get("step_node", ""))
-        return step is not None and step.meta.get("batch_dim") is not None and node.target not in STATISTICS
-
-
-def _samples_of(program: StepProgram) -> int | None:
-    """The samples that the program was captured with, None where that is not known."""
-    inputs = [node for node in program.input_nodes() if node.meta.get("batch_dim") == 0]
-    return next((n.meta["val"].shape[0] for n in inputs if isinstance(n.meta.get("val"), Tensor)), None)
+        """Whether what is the same at all steps may be another for each sample."""
+        is_statistic = any(n.target in STATISTICS for n in (node, *node.all_input_nodes))
+        if node.op == "get_attr" or is_statistic:
+            return False
+        step = self.steps.get(node.meta.get("step_node", ""), node)
+        return "batch_dim" not in step.meta or step.meta["batch_dim"] is not None
 
 
 def _copy(body: fx.Graph, node: Node, copies: dict[Node, Node], given: dict[str, Any]) -> Node:

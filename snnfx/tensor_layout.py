@@ -43,7 +43,13 @@ def image_format(x: Tensor, weights: int) -> Tensor:
 
 
 def _may_be_reformatted(x: Tensor) -> bool:
-    if torch.compiler.is_compiling() or x.dim() != 4 or x.device.type != "cpu" or x.dtype not in _FORMATS_OF_THE_CPU:
+    if (
+        torch.compiler.is_compiling()
+        or not isinstance(x, Tensor)
+        or x.dim() != 4
+        or x.device.type != "cpu"
+        or x.dtype not in _FORMATS_OF_THE_CPU
+    ):
         return False
     return not torch._C._functorch.is_batchedtensor(x)
 
@@ -51,9 +57,13 @@ def _may_be_reformatted(x: Tensor) -> bool:
 def row_major(x: Tensor) -> Tensor:
     """The value with its last dimension innermost in memory, as `view` and the caller expect it.
 
+    A state that starts as a number or as None stays what it is.
+
     The gradient of images that are channels-last comes back channels-last: torch's max-pooling takes four times as long
     for a gradient that is row-major, and a kernel of neurons gathers it element by element.
     """
+    if not isinstance(x, Tensor):
+        return x
     if x.requires_grad and torch.is_grad_enabled() and _may_be_reformatted(x) and not x.is_contiguous():
         return _RowMajor.apply(x)  # type: ignore[no-any-return]
     return x.contiguous()

@@ -411,7 +411,7 @@ def test_gradients_are_those_of_stepping(norms: list[Tensor], checkpoint: Any) -
     expected = run_stepped(model, x_seq)
     norms.clear()
     assert_same_run(run_net(snnfx.convert(fresh_copy(model), checkpoint=checkpoint), x_seq), expected)
-    assert norms
+    assert norms or checkpoint == "regions"  # which normalizes with the statistics, apart from taking them
 
 
 @pytest.mark.parametrize("reentrant", [True, False])

@@ -202,3 +202,21 @@ def test_stacking_and_unbinding_keep_the_format() -> None:
 def test_a_bad_memory_format_is_refused() -> None:
     with pytest.raises(InputError, match="memory_format"):
         snnfx.convert(Residual(), memory_format="channels_last")
+
+
+def test_a_state_that_starts_as_none_may_become_an_image() -> None:
+    class Feedback(snnfx.MemoryModule):
+        def __init__(self) -> None:
+            super().__init__()
+            self.conv, self.lif = nn.Conv2d(3, 3, 2, stride=2), snnfx.neuron.IFNode()
+            self.register_memory("y", None)
+
+        def forward(self, x: Tensor) -> Tensor:
+            x = self.conv(x)
+            if self.y is None:
+                self.y = torch.zeros_like(x)
+            self.y = self.lif(x + 0.5 * self.y)
+            return self.y  # type: ignore[no-any-return]
+
+    model, x_seq = Feedback(), torch.rand(3, 2, 3, 4, 4)
+    snnfx.verify(model, snnfx.convert(model, example_inputs=x_seq[0], lower=None), x_seq)

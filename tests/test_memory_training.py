@@ -98,6 +98,63 @@ def test_statistics_over_all_steps_are_kept_and_move_once(lower: str | None) -> 
     assert int(model[1].num_batches_tracked) == 2
 
 
+class NormReadsItsOwnInput(nn.Module):
+    """A product and the tile behind it read the same value."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv, self.bn, self.lif = nn.Conv2d(2, 2, 1), nn.BatchNorm2d(2), neuron.LIFNode()
+
+    def forward(self, x: Tensor) -> Tensor:
+        return torch.addcmul(self.lif(self.bn(self.conv(x))), x, x, value=0.5)
+
+
+class TwoCallsOfOneNeuron(nn.Module):
+    """One with what is the same at all steps: another for each sample."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.lif = neuron.LIFNode(tau=1.3)
+
+    def forward(self, x: Tensor, y: Tensor) -> Tensor:
+        return self.lif(x * 2) + self.lif(y)
+
+
+class MeanOverTheBatch(nn.Module):
+    def forward(self, x: Tensor) -> Tensor:
+        return torch.sigmoid(x.mean(0, keepdim=True)) * x.amax(0, keepdim=True)
+
+
+CUT = {
+    "read twice": (NormReadsItsOwnInput, (2, 4, 4), 0),
+    "batch merged with what is behind it": (
+        lambda: nn.Sequential(nn.Conv2d(2, 3, 1), nn.Flatten(0, 1), neuron.LIFNode(), nn.Sigmoid()), (2, 4, 4), 0),
+    "one input is the same at all steps": (TwoCallsOfOneNeuron, (6,), (0, None)),
+    "batch reduced": (MeanOverTheBatch, (5,), 0),
+    "changed in place": (
+        lambda: nn.Sequential(nn.Linear(6, 6), nn.BatchNorm1d(6), nn.ReLU(inplace=True), nn.Linear(6, 2)), (6,), 0),
+    "residual": (
+        lambda: nn.Sequential(nn.Conv2d(2, 2, 3, padding=1), nn.BatchNorm2d(2), NormReadsItsOwnInput()), (2, 4, 4), 0),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("bytes_of_slice", [1, 600])
+@pytest.mark.parametrize("checkpoint", ["selective", "regions"])
+@pytest.mark.parametrize("name", CUT)
+def test_gradients_do_not_depend_on_how_sequences_are_cut(
+    name: str, checkpoint: str, bytes_of_slice: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("snnfx.memory.planner.SLICE", bytes_of_slice)
+    make, shape, time_dim = CUT[name]
+    model: nn.Module = make().double()
+    dims = time_dim if isinstance(time_dim, tuple) else (time_dim,)
+    sequences = [torch.rand(*((5,) if d == 0 else ()), 4, *shape, dtype=torch.float64) for d in dims]
+    options: Any = {"example_inputs": tuple(torch.rand(4, *shape).double() for _ in dims), "time_dim": time_dim}
+    plain = snnfx.convert(copy.deepcopy(model), checkpoint=None, **options)
+    net = snnfx.convert(model, checkpoint=checkpoint, **options)
+    assert_equal_training(trained(net, *sequences), trained(plain, *sequences))
+
+
 def test_dropout_is_replayed() -> None:
     model = with_statistics(dropout=0.5).double()
     plain = snnfx.convert(copy.deepcopy(model), checkpoint=None)

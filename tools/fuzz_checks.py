@@ -270,7 +270,7 @@ def any_plan(net: Any, r: random.Random, T: int, leaves: Sequence[Tensor]) -> Re
     try:
         plans = planner.TrainingPlanner(net, T, leaves, None)
     except NotPredictable:
-        return net._recomputation.plan("regions", T, leaves)  # type: ignore[no-any-return]
+        return net._recomputation.plan("regions", T, leaves)
     return plans.plan({name: r.choice(plans.levels_of(name)) for name in plans.names})
 
 

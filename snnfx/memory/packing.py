@@ -149,6 +149,7 @@ def in_order(x_seq: Tensor, order: Sequence[int]) -> Tensor:
 
 def empty_steps(shape: Sequence[int], order: Sequence[int], dtype: torch.dtype, device: torch.device) -> Tensor:
     """An uninitialised sequence `[T, *]` with the dimensions of a step in this order in memory."""
-    sizes = [shape[0], *(shape[dim + 1] for dim in order)]
-    back = [order.index(dim) for dim in range(len(order))]
-    return in_order(torch.empty(sizes, dtype=dtype, device=device), back)
+    strides, step = [0] * len(order), 1
+    for dim in reversed(order):
+        strides[dim], step = step, step * shape[dim + 1]
+    return torch.empty_strided(tuple(shape), (step, *strides), dtype=dtype, device=device)

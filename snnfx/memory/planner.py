@@ -58,8 +58,9 @@ class TrainingPlanner:
 
     def __init__(self, net: Net, T: int, leaves: Sequence[Tensor], state: Mapping[str, Any] | None) -> None:
         self.T = T
-        varying = zip(leaves, net.varying_inputs, strict=True)
-        self.N = next((x.shape[1] for x, v in varying if v and x.dim() > 1), 1)
+        inputs = zip(leaves, net.varying_inputs, net.program.input_nodes(), strict=True)
+        batched = [x for x, v, node in inputs if v and x.dim() > 1 and node.meta.get("batch_dim") == 0]
+        self.N = batched[0].shape[1] if batched else 1
         form = net._recomputation.form("main")
         self.tiles = form.tiles
         self.model = model_memory(net, leaves, state, training=True, in_tiles=True)
@@ -177,7 +178,8 @@ class TrainingPlanner:
             per_step = max(1.0, needed / self.T)
             least = math.sqrt(self.T * state_bytes(self.model, self.calls[group[-1]]) / per_step)
             steps = max(1, round(max(least, self.slice / (per_step * share))))
-        return Slices(samples, steps if steps is not None and steps < self.T else None, share)
+        steps = steps if steps is not None and steps < self.T else None
+        return Slices(samples, steps, self.N if samples is not None else 0)
 
     # -- what is worth it -------------------------------------------------------------------------------------------
 

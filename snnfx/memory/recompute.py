@@ -12,6 +12,7 @@ Statistics are kept, so they move once.
 from __future__ import annotations
 
 import contextlib
+from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -24,7 +25,7 @@ from torch.utils import _pytree as pytree
 from snnfx.isolation import RandomState, random_state
 from snnfx.memory.packing import PackedTensor, pack
 from snnfx.memory.replay import Autocast, Modules, drawing_from, parameters_of
-from snnfx.memory.statistics import takes_statistics
+from snnfx.memory.statistics import as_its_own, takes_statistics
 from snnfx.memory.tile import (
     Joined,
     Part,
@@ -228,28 +229,29 @@ class Call:
 
     def _measure(self, values: Mapping[int, Any]) -> None:
         """Time steps and samples."""
+        self.N = self.segment.slices.of
         for call in (*self.segment.products, self.segment.tile):
-            for number, batched in zip(call.sequences, call.tile.batched, strict=True):
+            for number in call.sequences:
                 x = values.get(number)
                 if isinstance(x, Tensor) and x.dim() > 0:
                     self.T = x.shape[0]
-                    if batched and x.dim() > 1:
-                        self.N = x.shape[1]
 
     def lengths(self, calls: Sequence[TileCall], values: Mapping[int, Any]) -> tuple[int | None, int | None]:
         """Samples and steps of a slice of these calls, None for all."""
         slices = self.segment.slices
         states = [state_of(values, s) for call in calls for s in call.states]
-        by_samples = all(c.tile.by_samples for c in calls) and states_can_be_cut(states, self.N)
-        by_samples = by_samples and all(self._has_samples(c, values) for c in calls)
+        by_samples = slices.samples is not None and all(c.tile.by_samples for c in calls)
+        by_samples = (
+            by_samples and states_can_be_cut(states, self.N) and all(self._has_samples(c, values) for c in calls)
+        )
         by_steps = all(c.tile.by_steps for c in calls)
         return slices.samples if by_samples else None, slices.steps if by_steps else None
 
     def _has_samples(self, call: TileCall, values: Mapping[int, Any]) -> bool:
-        """Whether the samples of all that goes into a call are the same."""
+        """Whether all that goes into a call has these samples."""
         given = zip(call.sequences, call.tile.batched, strict=True)
         shapes = [values[n].shape for n, batched in given if batched and n in values]
-        return all(len(shape) > 1 and shape[1] == self.N for shape in shapes)
+        return all(len(shape) > 1 and shape[1] % self.N == 0 for shape in shapes)
 
     def in_slices(
         self,
@@ -262,11 +264,11 @@ class Call:
         joined: list[Joined] = []
         finals = []
         for of_samples in slices_of(self.N, samples):
-            states: Sequence[Any] = [cut_state(state_of(values, s), Part(of_samples)) for s in last.states]
+            states: Sequence[Any] = [cut_state(state_of(values, s), Part(of_samples, of=self.N)) for s in last.states]
             for of_steps in slices_of(self.T, steps):
-                part = Part(of_samples, of_steps)
+                part = Part(of_samples, of_steps, self.N)
                 made, states = run_slice(calls, values, part, states)
-                joined = joined or [Joined(self.T, self.N) for _ in made]
+                joined = joined or [Joined(self.T) for _ in made]
                 for whole, y in zip(joined, made, strict=True):
                     whole.add(y, part)
             finals.append(tuple(states))
@@ -319,7 +321,9 @@ class _Recompute(torch.autograd.Function):
         # Saved like the rest, so that they go when the rest goes.
         ctx.save_for_backward(*kept, *parameters, *statistics)
         ctx.counts = (count, count + len(parameters))
-        results = tuple(y for y in leaves if isinstance(y, Tensor))
+        made = [y for y in leaves if isinstance(y, Tensor)]
+        storages = Counter(x.untyped_storage()._cdata for x in (*inputs, *made))
+        results = tuple(as_its_own(y) if storages[y.untyped_storage()._cdata] == 1 else y for y in made)
         ctx.mark_non_differentiable(*(y for y in results if not (y.is_floating_point() or y.is_complex())))
         return results
 

@@ -18,7 +18,14 @@ from snnfx.memory.packing import empty_steps, memory_order
 from snnfx.step_batch_norm import batch_norm_per_step
 from snnfx.tensor_layout import stack_in_layout
 
-__all__ = ["add_gradient_of_statistics", "batch_statistics", "normalize", "step_statistics", "takes_statistics"]
+__all__ = [
+    "add_gradient_of_statistics",
+    "as_its_own",
+    "batch_statistics",
+    "normalize",
+    "step_statistics",
+    "takes_statistics",
+]
 
 _BatchNorm = nn.modules.batchnorm._BatchNorm
 
@@ -203,7 +210,7 @@ class _Normalize(torch.autograd.Function):
         parts = _parts(x_seq, each_step)
         if len(parts) == 1 and not each_step:
             y = torch.ops.aten.native_batch_norm(parts[0], weight, bias, mean, var, False, 0.0, eps)[0]
-            return y.unflatten(0, x_seq.shape[:2])  # type: ignore[no-any-return]
+            return as_its_own(y.unflatten(0, x_seq.shape[:2]))
         y_seq = empty_steps(x_seq.shape, memory_order(x_seq), x_seq.dtype, x_seq.device)
         for t, (x, y) in enumerate(zip(parts, y_seq.unbind(0), strict=True)):
             arguments = (weight, bias, _of_step(mean, t), _of_step(var, t), False, 0.0, eps)
@@ -250,6 +257,14 @@ class _Normalize(torch.autograd.Function):
             plain.sum(0) if needs[4] else None,
             None,
         )
+
+
+def as_its_own(y: Tensor) -> Tensor:
+    """A tensor that is no view: what is made in an `autograd.Function` may else not be changed in place behind it."""
+    if not y._is_view():
+        return y
+    own = torch.empty(0, dtype=y.dtype, device=y.device)
+    return own.set_(y.untyped_storage(), y.storage_offset(), y.shape, y.stride())
 
 
 def _without_data(like: Tensor) -> Tensor:

@@ -74,20 +74,40 @@ class Slices:
     Args:
         samples: in a slice, None for all.
         steps: in a slice, None for all.
-        share: of all samples, what a slice has.
+        of: how many samples there are.
     """
 
     samples: int | None = None
     steps: int | None = None
-    share: float = 1.0
+    of: int = 0
+
+    @property
+    def share(self) -> float:
+        """Of all samples, what a slice has."""
+        return 1.0 if self.samples is None else self.samples / self.of
 
 
 @dataclass(frozen=True)
 class Part:
-    """A slice: samples and time steps from the first number up to the second; None for all."""
+    """A slice: samples and time steps from the first number up to the second, None for all; `of` so many samples."""
 
     samples: tuple[int, int] | None = None
     steps: tuple[int, int] | None = None
+    of: int = 0
+
+    def rows(self, count: int) -> tuple[int, int]:
+        """Where the samples lie in a dimension of this size: others may be merged into it, behind them."""
+        assert self.samples is not None
+        first, last = self.samples
+        each = count // self.of
+        return first * each, last * each
+
+    def all_rows(self, count: int) -> int:
+        """The size for all samples of what is of this size for those of the slice."""
+        if self.samples is None:
+            return count
+        first, last = self.samples
+        return count // (last - first) * self.of
 
 
 def slices_of(count: int, length: int | None) -> Iterator[tuple[int, int] | None]:
@@ -106,19 +126,18 @@ def cut(value: Any, part: Part, batched: bool = True) -> Tensor:
         if part.steps is not None:
             value = value.steps(*part.steps)
         if samples is not None and value.has_samples:
-            return unpack(value.samples(*samples))
+            return unpack(value.samples(*part.rows(value.shape[1])))
         value = unpack(value)
     elif part.steps is not None:
         value = value[slice(*part.steps)]
-    return value if samples is None else value[:, slice(*samples)]  # type: ignore[no-any-return]
+    return value if samples is None else value[:, slice(*part.rows(value.shape[1]))]  # type: ignore[no-any-return]
 
 
 def cut_state(state: Any, part: Part) -> Any:
     """The state of some samples; numbers stay as they are."""
     if part.samples is None:
         return state
-    first, last = part.samples
-    return pytree.tree_map_only(Tensor, lambda s: s[first:last], state)
+    return pytree.tree_map_only(Tensor, lambda s: s[slice(*part.rows(s.shape[0]))], state)
 
 
 def states_can_be_cut(states: Sequence[Any], samples: int) -> bool:
@@ -131,12 +150,12 @@ class Joined:
     """A sequence put together from its slices; one that is all of it is taken as it is.
 
     Args:
-        T, N: time steps and samples of the whole.
+        T: time steps of the whole.
         batched: False for `[T, *]`: what slices of samples give is then added up.
     """
 
-    def __init__(self, T: int, N: int, batched: bool = True) -> None:
-        self.T, self.N, self.batched = T, N, batched
+    def __init__(self, T: int, batched: bool = True) -> None:
+        self.T, self.batched = T, batched
         self.whole: Tensor | None = None
         self.missing: list[Part] = []
 
@@ -154,7 +173,7 @@ class Joined:
         if self.whole is None:
             # A sequence without a batch is only cut in time.
             is_cut = self.batched and part.samples is not None
-            sizes = (self.T, self.N, *y.shape[2:]) if is_cut else (self.T, *y.shape[1:])
+            sizes = (self.T, part.all_rows(y.shape[1]), *y.shape[2:]) if is_cut else (self.T, *y.shape[1:])
             self.whole = empty_steps(sizes, memory_order(y), y.dtype, y.device)
             if not self.batched:
                 self.whole.zero_()

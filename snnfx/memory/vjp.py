@@ -8,7 +8,7 @@ time are taken from the last one to the first; the gradient of a loop's state is
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -28,6 +28,9 @@ __all__ = ["backward"]
 
 Key = tuple[Any, int]
 """A tensor: the number of its value, or ("state", number of the loop), and its place among the leaves of the value."""
+
+Tokens = list[tuple[Key, Any]]
+"""Where tensors enter a history, or their gradients. One may enter twice: in a product and in the tile behind it."""
 
 
 def backward(
@@ -58,7 +61,7 @@ class _History:
 
     part: Part
     edges: list[GradientEdge | None]
-    tokens: dict[Key, Tensor]
+    tokens: Tokens
 
 
 class _Backward:
@@ -78,9 +81,12 @@ class _Backward:
         self.own = [p.detach().requires_grad_(n) for p, n in zip(parameters, needs[len(tensors) :], strict=True)]
         self.ends = [(i, p) for i, p in enumerate(self.own) if p.requires_grad]
         self.of_parameters: list[Tensor | None] = [None] * len(self.own)
-        self.found: dict[Key, Joined | Tensor] = {}
+        self.found: dict[Key, Tensor] = {}
+        self.slices: dict[Key, Joined] = {}  # of what is gone through now
+        self.sequences: set[int] = set()
         self.unbatched: set[int] = set()
         for c in (*self.segment.products, self.segment.tile):
+            self.sequences.update((*c.sequences, *c.makes))
             self.unbatched.update(n for n, batched in zip(c.sequences, c.tile.batched, strict=True) if not batched)
         for product, flows in zip(self.segment.products, call.flows, strict=True):
             if flows:
@@ -94,8 +100,7 @@ class _Backward:
 
     def found_of(self, key: Key) -> Tensor | None:
         """The gradient of a tensor."""
-        found = self.found.get(key)
-        return found.whole if isinstance(found, Joined) else found
+        return self.found.get(key)
 
     def through(self, grads: Sequence[Tensor | None]) -> None:
         """Go back through the segment."""
@@ -128,12 +133,13 @@ class _Backward:
         before = [self.values[s] if isinstance(s, int) else s for s in last.states]
         count = self.call.sequences
         for of_samples in slices_of(self.call.N, samples):
-            part = Part(of_samples)
+            part = Part(of_samples, of=self.call.N)
             of_finals = [None if g is None else cut_state(g, part) for g in grads[count:]]
             states = [cut_state(s, part) for s in before]
             of_states = self._over_time(calls, part, steps, grads[:count], of_finals, states)
             for (n, place), grad in of_states.items():
-                self._add_state((last.states[n], place), grad, of_samples)
+                self._add_state((last.states[n], place), grad, part)
+        self._join()
 
     def _over_time(
         self,
@@ -145,7 +151,7 @@ class _Backward:
         states: list[Any],
     ) -> dict[Key, Tensor | None]:
         """Back through the time of some samples; the gradients of the states before the first step."""
-        parts = [Part(part.samples, of_steps) for of_steps in slices_of(self.call.T, steps)]
+        parts = [Part(part.samples, of_steps, part.of) for of_steps in slices_of(self.call.T, steps)]
         borders = [states]
         for one in parts[:-1]:
             with torch.no_grad():
@@ -168,23 +174,25 @@ class _Backward:
         everywhere: bool,
     ) -> dict[Key, Tensor | None]:
         """The vector-Jacobian product of one slice."""
-        tokens: dict[Key, Tensor] = {}
+        tokens: Tokens = []
         edges = self._with_history(calls, part, states, tokens, everywhere)
         of_states: dict[Key, Tensor | None] = {}
         grads = self._gradients(edges, given, tokens)
-        for key, grad in zip(tokens, grads, strict=True):
+        of_values: Tokens = []
+        for (key, _), grad in zip(tokens, grads, strict=True):
             if isinstance(key[0], tuple):
                 of_states[key[0][1], key[1]] = grad
             else:
-                self._add(key, grad, part)
+                of_values.append((key, grad))
+        self._add(of_values, part)
         return of_states
 
     def _gradients(
-        self, edges: Sequence[GradientEdge | None], given: Sequence[Tensor | None], tokens: Mapping[Key, Tensor]
+        self, edges: Sequence[GradientEdge | None], given: Sequence[Tensor | None], tokens: Tokens
     ) -> list[Tensor | None]:
         """Of the tokens; those of the parameters are added up."""
         pairs = [(e, g) for e, g in zip(edges, given, strict=True) if e is not None and g is not None]
-        ends = [*tokens.values(), *(p for _, p in self.ends)]
+        ends = [*(token for _, token in tokens), *(p for _, p in self.ends)]
         if not pairs or not ends:
             return [None] * len(tokens)
         grads = torch.autograd.grad([e for e, _ in pairs], ends, [g for _, g in pairs], allow_unused=True)
@@ -199,7 +207,7 @@ class _Backward:
         calls: Sequence[TileCall],
         part: Part,
         states: Sequence[Any],
-        tokens: dict[Key, Tensor],
+        tokens: Tokens,
         everywhere: bool,
     ) -> list[GradientEdge | None]:
         """Run a slice with a history: the edges of its results. Only the history holds what was computed."""
@@ -213,7 +221,11 @@ class _Backward:
                 for n, batched in zip(call.sequences, call.tile.batched, strict=True):
                     if n not in entered:
                         x = cut(self.values[n], part, batched)
-                        entered[n] = x if only_computed else self._entered((n, 0), x, tokens)
+                        if only_computed:
+                            # The tile may read it as well, and then goes back to it.
+                            sequences.append(x)
+                            continue
+                        entered[n] = self._entered((n, 0), x, tokens)
                     sequences.append(entered[n] if not is_last else entered.pop(n))
                 constants = [self._constant(n, tokens) for n in call.constants]
                 given = self._states(states, tokens, everywhere) if is_last else call.states
@@ -223,14 +235,15 @@ class _Backward:
                 entered[n] = self._entered((n, 0), y, tokens) if only_computed else y
         return [_edge(y) for y in pytree.tree_leaves(result)]
 
-    def _entered(self, key: Key, x: Any, tokens: dict[Key, Tensor]) -> Any:
+    def _entered(self, key: Key, x: Any, tokens: Tokens) -> Any:
         if key not in self.needed or not (x.is_floating_point() or x.is_complex()):
             return x
         with torch.enable_grad():
-            tokens[key], x = enter(x.detach())
+            token, x = enter(x.detach())
+        tokens.append((key, token))
         return x
 
-    def _constant(self, number: int, tokens: dict[Key, Tensor]) -> Any:
+    def _constant(self, number: int, tokens: Tokens) -> Any:
         value = self.values[number]
         if isinstance(value, Tensor):
             return self._entered((number, 0), value, tokens)
@@ -240,14 +253,15 @@ class _Backward:
         leaves = [self._entered((number, i), x, tokens) if isinstance(x, Tensor) else x for i, x in enumerate(leaves)]
         return pytree.tree_unflatten(leaves, spec)
 
-    def _states(self, states: Sequence[Any], tokens: dict[Key, Tensor], everywhere: bool) -> list[Any]:
+    def _states(self, states: Sequence[Any], tokens: Tokens, everywhere: bool) -> list[Any]:
         found = []
         for n, (state, source) in enumerate(zip(states, self.segment.tile.states, strict=True)):
             leaves, spec = pytree.tree_flatten(state)
             for i, leaf in enumerate(leaves):
                 if isinstance(leaf, Tensor) and leaf.is_floating_point() and (everywhere or (source, i) in self.needed):
                     with torch.enable_grad():
-                        tokens[("state", n), i], leaves[i] = enter(leaf.detach())
+                        token, leaves[i] = enter(leaf.detach())
+                    tokens.append(((("state", n), i), token))
             found.append(pytree.tree_unflatten(leaves, spec))
         return found
 
@@ -256,11 +270,11 @@ class _Backward:
     def _once_more(self, product: TileCall) -> list[_History]:
         """Compute a product again, with a history that keeps its sequences packed."""
         samples, steps = self.call.lengths([product], self.values)
-        joined = [Joined(self.call.T, self.call.N) for _ in product.makes]
+        joined = [Joined(self.call.T) for _ in product.makes]
         found = []
         for of_samples in slices_of(self.call.N, samples):
             for of_steps in slices_of(self.call.T, steps):
-                part = Part(of_samples, of_steps)
+                part = Part(of_samples, of_steps, self.call.N)
                 made, history = self._with_packed_history(product, part)
                 for whole, y in zip(joined, made, strict=True):
                     whole.add(y, part)
@@ -269,7 +283,7 @@ class _Backward:
         return found
 
     def _with_packed_history(self, product: TileCall, part: Part) -> tuple[list[Tensor], _History]:
-        tokens: dict[Key, Tensor] = {}
+        tokens: Tokens = []
         pairs = []
         with torch.enable_grad():
             sequences = []
@@ -288,7 +302,8 @@ class _Backward:
         wholes = {n: self.found_of((n, 0)) for n in product.makes}
         if histories is None:
             samples, steps = self.call.lengths((*self.segment.products, self.segment.tile), self.values)
-            parts = [Part(a, b) for a in slices_of(self.call.N, samples) for b in slices_of(self.call.T, steps)]
+            N, T = self.call.N, self.call.T
+            parts = [Part(a, b, N) for a in slices_of(N, samples) for b in slices_of(T, steps)]
         for item in histories if histories is not None else parts:
             if isinstance(item, Part):
                 made, history = self._with_packed_history(product, item)
@@ -303,8 +318,8 @@ class _Backward:
                 given.append(grad)
             del made, x
             grads = self._gradients(history.edges, given, history.tokens)
-            for key, grad in zip(history.tokens, grads, strict=True):
-                self._add(key, grad, history.part)
+            self._add([(key, grad) for (key, _), grad in zip(history.tokens, grads, strict=True)], history.part)
+        self._join()
         for n in product.makes:
             self.found.pop((n, 0), None)
             self.values.pop(n, None)
@@ -319,37 +334,46 @@ class _Backward:
             if of_mean is None or of_var is None:
                 continue
             per_step = taken.function is step_statistics
-            count = self.call.N * value[0, 0, 0].numel() * (1 if per_step else self.call.T)
+            count = part.all_rows(value.shape[1]) * value[0, 0, 0].numel() * (1 if per_step else self.call.T)
             here = [v if not per_step else cut(v, part, False) for v in (self.values[mean], of_mean, of_var)]
             add_gradient_of_statistics(grad, value, here[0], here[1], here[2], count)
 
     # -- what was found ---------------------------------------------------------------------------------------------
 
-    def _add(self, key: Key, grad: Tensor | None, part: Part) -> None:
-        number = key[0]
-        is_sequence = any(
-            number in call.sequences or number in call.makes for call in (*self.segment.products, self.segment.tile)
-        )
-        if is_sequence:
-            whole = self.found.setdefault(key, Joined(self.call.T, self.call.N, number not in self.unbatched))
-            assert isinstance(whole, Joined)
-            whole.add(grad, part)
-        elif grad is not None:
-            before = self.found.get(key)
-            assert not isinstance(before, Joined)
-            self.found[key] = grad if before is None else before + grad
+    def _add(self, grads: Tokens, part: Part) -> None:
+        """The gradients of one slice."""
+        total: dict[Key, Tensor | None] = {}
+        for key, grad in grads:
+            total[key] = _sum(total.get(key), grad)
+        for key, grad in total.items():
+            if key[0] in self.sequences:
+                joined = self.slices.setdefault(key, Joined(self.call.T, key[0] not in self.unbatched))
+                joined.add(grad, part)
+            elif grad is not None:
+                self.found[key] = _sum(self.found.get(key), grad)  # type: ignore[assignment]
 
-    def _add_state(self, key: Key, grad: Tensor | None, of_samples: tuple[int, int] | None) -> None:
+    def _join(self) -> None:
+        """All slices are through."""
+        for key, joined in self.slices.items():
+            if joined.whole is not None:
+                self.found[key] = _sum(self.found.get(key), joined.whole)  # type: ignore[assignment]
+        self.slices.clear()
+
+    def _add_state(self, key: Key, grad: Tensor | None, part: Part) -> None:
         if grad is None:
             return
-        if of_samples is None:
+        if part.samples is None:
             self.found[key] = grad
             return
         if key not in self.found:
             self.found[key] = grad.new_zeros((self.call.N, *grad.shape[1:]))
-        whole = self.found[key]
-        assert isinstance(whole, Tensor)
-        whole[slice(*of_samples)] = grad
+        self.found[key][slice(*part.samples)] = grad
+
+
+def _sum(a: Tensor | None, b: Tensor | None) -> Tensor | None:
+    if a is None or b is None:
+        return b if a is None else a
+    return a + b
 
 
 def _edge(y: Any) -> GradientEdge | None:
@@ -359,6 +383,6 @@ def _edge(y: Any) -> GradientEdge | None:
 def _slicer(packed: PackedTensor, part: Part) -> Any:
     def sliced() -> PackedTensor:
         found = packed if part.steps is None else packed.steps(*part.steps)
-        return found if part.samples is None else found.samples(*part.samples)
+        return found if part.samples is None else found.samples(*part.rows(found.shape[1]))
 
     return sliced
