@@ -16,9 +16,10 @@ from torch import nn
 from torch.fx import Node
 
 from snnfx.program import StepProgram, operation_name, updates_buffers
+from snnfx.state import adapter_of, call_opaque, call_stateful, initial_value
 from snnfx.step_functions import expect_size
 
-__all__ = ["Dependence", "analyse_dependence", "ancestors", "is_random", "is_size"]
+__all__ = ["Dependence", "analyse_dependence", "ancestors", "is_random", "is_size", "may_draw"]
 
 
 @dataclass(frozen=True)
@@ -137,6 +138,25 @@ def is_random(program: StepProgram, node: Node) -> bool:
     if name != "scaled_dot_product_attention":
         return False
     return bool(node.kwargs.get("dropout_p", node.args[4] if len(node.args) > 4 else 0.0))
+
+
+def may_draw(program: StepProgram, node: Node) -> bool:
+    """Whether a call may draw random numbers, be it at the first step only: a dropout that holds its mask."""
+    if is_random(program, node):
+        return True
+    if node.target not in (call_stateful, call_opaque, initial_value):
+        return False
+    module = program.module_of(node)
+    if module is None or node.target is call_opaque or adapter_of(module) is None:
+        return True
+    return any(not _is_known_to_be_sure(part) for part in module.modules())
+
+
+def _is_known_to_be_sure(module: nn.Module) -> bool:
+    """Whether a module is one of a library's that draws no numbers."""
+    name, package = type(module).__name__.lower(), type(module).__module__.partition(".")[0]
+    draws = isinstance(module, _RANDOM_MODULES) or _drops_out_inside(module) or "drop" in name
+    return package in ("torch", "snnfx", "spikingjelly", "snntorch", "norse") and not draws
 
 
 def _drops_out_inside(module: nn.Module) -> bool:

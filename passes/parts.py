@@ -21,7 +21,7 @@ from snnfx.functional import seq_to_ann_forward
 from snnfx.leaves import is_vouched
 from snnfx.memory.statistics import batch_statistics, normalize, step_statistics
 from snnfx.passes.batch_lookup import look_up
-from snnfx.passes.dependence import is_random, is_size
+from snnfx.passes.dependence import is_random, is_size, may_draw
 from snnfx.passes.emit import emit_multi_step
 from snnfx.passes.emit_plain import emit_plain
 from snnfx.passes.emitter import TargetName
@@ -30,7 +30,7 @@ from snnfx.passes.region_builder import same_for_all_samples
 from snnfx.program import Region, StepProgram, keeps_statistics, takes_from_tuple
 from snnfx.step_batch_norm import batch_norm_per_step
 
-__all__ = ["LIGHT", "NORM", "PRODUCT", "Part", "emit_parts", "split_folds"]
+__all__ = ["LIGHT", "NORM", "PRODUCT", "Part", "depends_on_the_others", "emit_parts", "split_folds"]
 
 LIGHT, PRODUCT, NORM = "light", "product", "norm"
 
@@ -66,15 +66,13 @@ def _parts_of(program: StepProgram, region: Region) -> list[Part]:
         return [Part(region, NORM if _is_batch_norm(program, region.nodes[0]) else "")]
     if region.kind not in ("map", "loop"):
         return [Part(region, "")]
-    is_elementwise = region.kind == "loop" and not (
-        reason_against_kernel(program, region) or mixing_node(program, region)
-    )
-    return [_described(program, region, LIGHT if is_elementwise else PRODUCT)]
+    reasons = reason_against_kernel(program, region) or mixing_node(program, region) or _any(program, region, may_draw)
+    return [_described(program, region, LIGHT if region.kind == "loop" and not reasons else PRODUCT)]
 
 
 def _described(program: StepProgram, region: Region, role: str) -> Part:
-    has_dice = _any(program, region, is_random)
-    by_steps = not has_dice and not _any(program, region, _depends_on_the_others)
+    has_dice = _any(program, region, may_draw)
+    by_steps = not has_dice and not _any(program, region, depends_on_the_others)
     by_samples = by_steps and region.kind != "map" and (region.kind == "fold" or _steps_by_sample(region))
     return Part(region, role, has_dice, by_steps, by_samples)
 
@@ -179,7 +177,7 @@ def _takes_statistics_of_steps(node: Node) -> bool:
 def _kind_of(program: StepProgram, node: Node) -> str:
     if _is_batch_norm(program, node) and node.meta.get("batch_dim") == 0 == node.args[0].meta.get("batch_dim"):  # type: ignore[union-attr]
         return NORM
-    dear = _multiplies(program, node) or is_random(program, node) or _depends_on_the_others(program, node)
+    dear = _multiplies(program, node) or is_random(program, node) or depends_on_the_others(program, node)
     return PRODUCT if dear else LIGHT
 
 
@@ -192,8 +190,11 @@ def _is_batch_norm(program: StepProgram, node: Node) -> bool:
     return is_torchs and len(node.args) == 1 and not node.kwargs
 
 
-def _depends_on_the_others(program: StepProgram, node: Node) -> bool:
-    """Whether what a node computes for some steps depends on which others are there: it takes statistics."""
+def depends_on_the_others(program: StepProgram, node: Node) -> bool:
+    """Whether what a node computes for some steps in training depends on the others: it takes statistics."""
+    module = program.module_of(node)
+    if module is not None and any(isinstance(m, nn.modules.batchnorm._BatchNorm) for m in module.modules()):
+        return True
     if keeps_statistics(program, node):
         return True
     found = look_up(node, program.resolve)

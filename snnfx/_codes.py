@@ -397,6 +397,13 @@ CODES: dict[str, CodeEntry] = {
         'torch.compile(snnfx.convert(model, checkpoint="regions"))(x_seq).sum().backward()',
         'snnfx.convert(model, checkpoint="regions")(x_seq).sum().backward()',
     ),
+    "SNNFX508": CodeEntry(
+        "a memory budget that is not kept",
+        "memory_budget= could not be taken into account: the bytes of the net cannot be told from shapes, because it looks "
+        "at values, or what was asked for besides (checkpoint=, record=) needs more. The result is the same.",
+        "snnfx.convert(model, memory_budget=2**30)            # a part of the model calls .item()",
+        'snnfx.convert(model, checkpoint="regions", chunk=16)',
+    ),
     "SNNFX507": CodeEntry(
         "out of memory",
         "An allocation failed while the net ran. The message names the region and a plan that is predicted to need less.",

@@ -5,11 +5,14 @@ Plans are made at the first call with inputs of such shapes, and kept.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
+from torch.autograd.graph import saved_tensors_hooks
+from torch.utils._python_dispatch import _disable_current_modes
 
 from snnfx.memory.training import refuse_statistics_over_time
 from snnfx.passes.checkpoint import RecomputePlan
@@ -75,7 +78,8 @@ class CallPlans:
         if key not in self.chunks:
             from snnfx.memory.plan import plan_inference
 
-            self.chunks[key] = plan_inference(net, leaves, state)
+            with _out_of_sight():
+                self.chunks[key] = plan_inference(net, leaves, state)
         return self.chunks[key]
 
     # -- training -------------------------------------------------------------------------------------------------
@@ -89,9 +93,15 @@ class CallPlans:
 
     def recompute_plan(self, T: int, leaves: Sequence[Tensor]) -> RecomputePlan:
         """What is computed again in the backward pass of T steps of inputs of these shapes (time first)."""
-        key = (self.net.training, T, tuple((tuple(x.shape), x.dtype, x.requires_grad) for x in leaves))
+        net = self.net
+        shapes = tuple((tuple(x.shape), x.dtype, x.requires_grad) for x in leaves)
+        learned = tuple(p.requires_grad for p in net.source.parameters())
+        device = leaves[0].device.type if leaves else "cpu"
+        autocast = torch.is_autocast_enabled(device) and torch.get_autocast_dtype(device)
+        key = (net.training, T, shapes, learned, autocast)
         if key not in self._recomputed:
-            self._recomputed[key] = self._plan_recomputation(T, leaves)
+            with _out_of_sight():
+                self._recomputed[key] = self._plan_recomputation(T, leaves)
         return self._recomputed[key]
 
     def _plan_recomputation(self, T: int, leaves: Sequence[Tensor]) -> RecomputePlan:
@@ -104,6 +114,20 @@ class CallPlans:
         from snnfx.memory.plan import plan_training
 
         return plan_training(net, T, leaves, None)
+
+
+@contextmanager
+def _out_of_sight() -> Iterator[None]:
+    """What is run here to make a plan is not seen by the caller's modes and hooks, nor changed by them."""
+    with ExitStack() as stack:
+        stack.enter_context(_disable_current_modes())
+        if not torch._C._are_functorch_transforms_active():  # which know no hooks
+            stack.enter_context(saved_tensors_hooks(_as_it_is, _as_it_is))
+        yield
+
+
+def _as_it_is(tensor: Tensor) -> Tensor:
+    return tensor
 
 
 def _shapes_of_state(state: dict[str, Any]) -> tuple[Any, ...]:

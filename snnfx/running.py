@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 from torch.utils import _pytree as pytree
 
-from snnfx.errors import InputError
+from snnfx.errors import InputError, warn_once
 from snnfx.functional import chunk_multi_step_forward
 from snnfx.joined_outputs import JoinedOutputs, JoinedReductions, combine_reductions
 from snnfx.replanning import net_for
@@ -46,12 +46,15 @@ def run_sequence(
         arguments.check_shapes(state, arguments.at_step(leaves, 0))
     state = arguments.first_state(state, given)
     records: Flat = ()
-    k = None if record else net._plans.chunk_length(leaves, T, state)
+    k = net._plans.chunk_length(leaves, T, state)
     checkpoint = None if record else net._plans.checkpoint_length(leaves, T)
+    if record and net._recomputation.applies():
+        told = "checkpoint= and memory_budget= are not looked at in a call with record="
+        warn_once("SNNFX508", f"{told}: what is recorded has a history of its own, and all of it is kept.")
     if k is not None:
-        flat, state = _in_chunks(net, k, leaves, state, T)
+        flat, state, records = _in_chunks(net, k, leaves, state, T, record)
     elif checkpoint is not None:
-        flat, state = _in_chunks(net, checkpoint, leaves, state, T, checkpointed=True)
+        flat, state, _ = _in_chunks(net, checkpoint, leaves, state, T, (), checkpointed=True)
     else:
         flat, state, records = _at_once(net, leaves, state, record, T)
     outputs = [arguments.time_back(y) for y in flat]
@@ -118,29 +121,43 @@ def _first_then_rest(
 
 
 def _in_chunks(
-    net: Net, k: int, leaves: list[Tensor], state: State | None, T: int, checkpointed: bool = False
-) -> tuple[Flat, State]:
+    net: Net,
+    k: int,
+    leaves: list[Tensor],
+    state: State | None,
+    T: int,
+    record: tuple[str, ...],
+    checkpointed: bool = False,
+) -> tuple[Flat, State, Flat]:
     """Run k steps at a time and hand the state on; `checkpointed`: backward runs each chunk again."""
     varying = net._arguments.varying
     sequences = tuple(x for x, v in zip(leaves, varying, strict=True) if v) or (torch.arange(T),)
     reduce = net.options.reduce
 
-    def one_chunk(*chunk_and_state: Any) -> tuple[Flat, State]:
-        *chunk, state = chunk_and_state
+    def inputs_of(chunk: Iterable[Tensor]) -> list[Tensor]:
         parts = iter(chunk)
-        inputs = [next(parts) if v else x for x, v in zip(leaves, varying, strict=True)]
-        steps = chunk[0].shape[0]
+        return [next(parts) if v else x for x, v in zip(leaves, varying, strict=True)]
+
+    def run_again(*chunk_and_state: Any) -> tuple[Flat, State]:
+        *chunk, state = chunk_and_state
 
         def run(inputs: list[Tensor], state: State | None) -> tuple[Flat, State]:
-            flat, following, _ = _at_once(net, inputs, state, (), steps)
+            flat, following, _ = _at_once(net, inputs, state, (), chunk[0].shape[0])
             return flat, following
 
-        return net._recomputation.one_chunk(run)(inputs, state) if checkpointed else run(inputs, state)
+        return net._recomputation.one_chunk(run)(inputs_of(chunk), state)  # type: ignore[no-any-return]
 
     if reduce is None and checkpointed:
-        return chunk_multi_step_forward(k, sequences, one_chunk, state=state)  # type: ignore[no-any-return]
+        return *chunk_multi_step_forward(k, sequences, run_again, state=state), ()
     joined = JoinedOutputs(T) if reduce is None else JoinedReductions(reduce)
+    recorded = JoinedOutputs(T) if record else None
     for chunk in zip(*(x.split(k) for x in sequences), strict=True):
-        flat, state = one_chunk(*chunk, state)
-        joined.add(flat, chunk[0].shape[0])
-    return joined.values(), state  # type: ignore[return-value]
+        steps = chunk[0].shape[0]
+        if checkpointed:
+            flat, state = run_again(*chunk, state)
+        else:
+            flat, state, records = _at_once(net, inputs_of(chunk), state, record, steps)
+            if recorded is not None:
+                recorded.add(records, steps)
+        joined.add(flat, steps)
+    return joined.values(), state, recorded.values() if recorded is not None else ()  # type: ignore[return-value]

@@ -10,7 +10,6 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.autograd.function import once_differentiable
 
 from snnfx.buffers import empty_like
 
@@ -38,12 +37,7 @@ def batch_norm_per_step(x_seq: Tensor, module: nn.modules.batchnorm._BatchNorm) 
         return torch.stack([module(x) for x in x_seq.unbind(0)])  # torch's own error
     if not torch.compiler.is_compiling() and not isinstance(module, nn.SyncBatchNorm):
         return normalize_steps(x_seq, module)
-    dims = [1, *range(3, x_seq.dim())]
-    variance, mean = torch.var_mean(x_seq, dims, correction=0, keepdim=True)
-    y = (x_seq - mean) * torch.rsqrt(variance + module.eps)
-    if module.weight is not None:
-        shape = (-1, *(1,) * (x_seq.dim() - 3))
-        y = y * module.weight.view(shape) + module.bias.view(shape)
+    y, variance, mean = _normalized(x_seq, module.weight, module.bias, module.eps)
     if module.training and module.track_running_stats and module.running_mean is not None:
         with torch.no_grad():
             _update_running_statistics(module, mean.view(T, -1), variance.view(T, -1) * (count / (count - 1)))
@@ -83,7 +77,7 @@ def normalize_steps(x_seq: Tensor, module: nn.modules.batchnorm._BatchNorm) -> T
     if running:
         assert module.num_batches_tracked is not None
         if module.momentum is None:
-            seen = int(module.num_batches_tracked)
+            seen = 0 if module.num_batches_tracked.is_meta else int(module.num_batches_tracked)
             factors = [1.0 / (seen + t + 1) for t in range(T)]
         else:
             factors = [module.momentum] * T
@@ -96,6 +90,33 @@ def _is_dense(x: Tensor) -> bool:
     """Whether a step `[N, C, *]` is row-major or, an image, channels-last."""
     image = {4: torch.channels_last, 5: torch.channels_last_3d}.get(x.dim())
     return x.is_contiguous() or (image is not None and x.is_contiguous(memory_format=image))
+
+
+def _dense(x_seq: Tensor) -> Tensor:
+    return x_seq if _is_dense(x_seq[0]) else x_seq.contiguous()
+
+
+def _normalized(x_seq: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float) -> tuple[Tensor, Tensor, Tensor]:
+    """The sequence normalized step by step in operations that PyTorch can differentiate again; variance and mean."""
+    dims = [1, *range(3, x_seq.dim())]
+    variance, mean = torch.var_mean(x_seq, dims, correction=0, keepdim=True)
+    y = (x_seq - mean) * torch.rsqrt(variance + eps)
+    shape = (-1, *(1,) * (x_seq.dim() - 3))
+    if weight is not None:
+        y = y * weight.view(shape)
+    if bias is not None:
+        y = y + bias.view(shape)
+    return y, variance, mean
+
+
+def _differentiable_gradients(
+    x_seq: Tensor, weight: Tensor | None, bias: Tensor | None, ctx: Any, grad_seq: Tensor
+) -> list[Tensor | None]:
+    """The gradients with a graph of their own, for create_graph=True."""
+    y, _, _ = _normalized(x_seq, weight, bias, ctx.eps)
+    wanted = [v if need else None for v, need in zip((x_seq, weight, bias), ctx.needs_input_grad, strict=False)]
+    grads = iter(torch.autograd.grad(y, [v for v in wanted if v is not None], grad_seq.to(y.dtype), create_graph=True))
+    return [None if v is None else next(grads) for v in wanted]
 
 
 class _NormalizeSteps(torch.autograd.Function):
@@ -111,8 +132,7 @@ class _NormalizeSteps(torch.autograd.Function):
         eps: float,
     ) -> Tensor:
         T, channels = x_seq.shape[0], x_seq.shape[2]
-        if not _is_dense(x_seq[0]):
-            x_seq = x_seq.contiguous()  # the kernel writes to `out=` as if its strides were those of the input
+        given, x_seq = x_seq, _dense(x_seq)  # the kernel writes to `out=` as if its strides were those of the input
         y_seq = empty_like(x_seq)
         kind = x_seq.dtype if weight is None else weight.dtype
         means, deviations = (torch.empty(T, channels, dtype=kind, device=x_seq.device) for _ in range(2))
@@ -131,14 +151,16 @@ class _NormalizeSteps(torch.autograd.Function):
                 save_mean=mean,
                 save_invstd=deviation,
             )
-        ctx.save_for_backward(x_seq, weight, means, deviations)
+        ctx.save_for_backward(given, weight, bias, means, deviations)
         ctx.eps = eps
         return y_seq
 
     @staticmethod
-    @once_differentiable
     def backward(ctx: Any, grad_seq: Tensor) -> tuple[Any, ...]:
-        x_seq, weight, means, deviations = ctx.saved_tensors
+        x_seq, weight, bias, means, deviations = ctx.saved_tensors
+        if torch.is_grad_enabled():
+            return *_differentiable_gradients(x_seq, weight, bias, ctx, grad_seq), None, None, None, None
+        x_seq = _dense(x_seq)
         mask = [ctx.needs_input_grad[0], ctx.needs_input_grad[1], ctx.needs_input_grad[2]]
         grad_x = empty_like(x_seq) if mask[0] else None
         grad_weight = grad_bias = None

@@ -170,6 +170,50 @@ def test_dropout_is_replayed() -> None:
     assert torch.equal(after, torch.get_rng_state())  # backward draws nothing
 
 
+@pytest.mark.parametrize("cell", [nn.GRU, nn.RNN])
+@pytest.mark.parametrize("checkpoint", CHECKPOINTS)
+def test_weights_of_recurrent_layers_get_their_gradient(cell: Any, checkpoint: int | str) -> None:
+    class Recurrent(snnfx.MemoryModule):
+        def __init__(self) -> None:
+            super().__init__()
+            self.cell, self.lif = cell(5, 6), neuron.LIFNode()
+            self.register_memory("h", None)
+
+        def forward(self, x: Tensor) -> Tensor:
+            if self.h is None:
+                self.h = x.new_zeros(1, x.shape[0], 6)
+            y, self.h = self.cell(x.unsqueeze(0), self.h)
+            return self.lif(y[0])  # type: ignore[no-any-return]
+
+    model = Recurrent().double()
+    x_seq = torch.rand(5, 3, 5, dtype=torch.float64)
+    plain = snnfx.convert(copy.deepcopy(model), example_inputs=x_seq[0], checkpoint=None)
+    net = snnfx.convert(model, example_inputs=x_seq[0], checkpoint=checkpoint)
+    expected = trained(plain, x_seq)
+    assert all(g.any() for g in expected[2:6])
+    assert_equal_training(trained(net, x_seq), expected)
+
+
+@pytest.mark.parametrize("checkpoint", CHECKPOINTS)
+def test_masks_that_are_held_are_replayed(checkpoint: int | str) -> None:
+    layer = pytest.importorskip("spikingjelly.activation_based.layer")
+    model = nn.Sequential(
+        nn.Linear(5, 8), neuron.LIFNode(v_threshold=0.3), layer.Dropout(0.5), nn.Linear(8, 3)
+    ).double()
+    x_seq = torch.rand(7, 3, 5, dtype=torch.float64) * 3
+    plain = snnfx.convert(copy.deepcopy(model), example_inputs=x_seq[0], checkpoint=None)
+    net = snnfx.convert(model, example_inputs=x_seq[0], checkpoint=checkpoint)
+    assert_equal_training(trained(net, x_seq), trained(plain, x_seq))
+
+
+@pytest.mark.parametrize("checkpoint", CHECKPOINTS)
+def test_second_derivatives_are_refused_and_not_zero(checkpoint: int | str) -> None:
+    net = snnfx.convert(nn.Sequential(nn.Linear(4, 4), nn.Softplus(), neuron.LeakyIntegrator()), checkpoint=checkpoint)
+    x_seq = torch.rand(6, 3, 4, requires_grad=True)
+    with pytest.raises(InputError, match="SNNFX316"):
+        torch.autograd.grad(net(x_seq).sum(), x_seq, create_graph=True)
+
+
 def test_dropout_in_chunks_of_time_is_replayed() -> None:
     model = nn.Sequential(nn.Linear(5, 64), nn.Dropout(0.5), neuron.LIFNode(), nn.Linear(64, 2)).double()
     net = snnfx.convert(model, checkpoint=2, lower=None)

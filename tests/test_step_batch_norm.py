@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
 from torch import Tensor, nn
 
-from snnfx.step_batch_norm import normalize_steps
+from snnfx.step_batch_norm import batch_norm_per_step, normalize_steps
 
 LAYOUTS = {
     "row-major": lambda x: x,
@@ -44,3 +46,21 @@ def test_statistics_of_a_slice_without_running_statistics() -> None:
     module = nn.BatchNorm1d(2, track_running_stats=False).eval()
     x_seq: Tensor = torch.rand(3, 4, 2, 6)[..., :3]
     torch.testing.assert_close(normalize_steps(x_seq, module), torch.stack([module(x) for x in x_seq]))
+
+
+@pytest.mark.parametrize("affine", [True, False])
+def test_the_gradient_has_a_gradient(affine: bool) -> None:
+    norm = nn.BatchNorm2d(3, affine=affine).double()
+    if affine:
+        nn.init.uniform_(norm.weight)
+
+    def penalty(normalized: Any) -> list[Tensor]:
+        x_seq = torch.rand(4, 2, 3, 2, 2, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
+        x_seq = x_seq.transpose(3, 4).requires_grad_()
+        weight = torch.rand(x_seq.shape, dtype=torch.float64, generator=torch.Generator().manual_seed(2))
+        (grad,) = torch.autograd.grad((normalized(x_seq) * weight).sum(), x_seq, create_graph=True)
+        return list(torch.autograd.grad(grad.square().sum(), [x_seq, *list(norm.parameters())[:1]]))
+
+    expected = penalty(lambda x_seq: torch.stack([norm(x) for x in x_seq]))
+    for found, wanted in zip(penalty(lambda x_seq: batch_norm_per_step(x_seq, norm)), expected, strict=True):
+        torch.testing.assert_close(found, wanted)

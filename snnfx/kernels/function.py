@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from snnfx.errors import InputError
+from snnfx.first_derivatives import refuse_second_derivative
 from snnfx.kernels.lowered import LoweredStep, Needs
 
 __all__ = ["run_lowered"]
@@ -73,14 +73,7 @@ class _Kernel(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor | None) -> tuple[Any, ...]:
-        if torch.is_grad_enabled():
-            # Said here, where create_graph=True asks for it: later, what is gone from the graph would count as a zero.
-            raise InputError(
-                "SNNFX316",
-                "the gradient of a kernel is to be differentiated",
-                why="create_graph=True asks for the gradient of a gradient, which is not generated.",
-                hint="Convert with lower=None: the loop is then run by PyTorch, which can.",
-            )
+        refuse_second_derivative("a kernel", "Convert with lower=None: PyTorch then runs the loop, and can.")
         lowered, kept = ctx.lowered, ctx.kept
         tensors = list(ctx.saved_tensors)
         n_inputs, n_initials, n_constants = ctx.counts

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from snnfx.errors import InputError
+from snnfx.first_derivatives import refuse_second_derivative
 from snnfx.kernels.lowered import Needs
 from snnfx.loops.mixed import MixedStep
 
@@ -63,14 +63,8 @@ class _Loop(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor | None) -> tuple[Any, ...]:
-        if torch.is_grad_enabled():
-            # Said here, where create_graph=True asks for it: later, what is gone from the graph would count as a zero.
-            raise InputError(
-                "SNNFX316",
-                "the gradient of a loop that runs without autograd is to be differentiated",
-                why="create_graph=True asks for the gradient of a gradient, which is not generated.",
-                hint="Convert with lower=None: the loop is then run by PyTorch, which can.",
-            )
+        what = "a loop that runs without autograd"
+        refuse_second_derivative(what, "Convert with lower=None: the loop is then run by PyTorch, which can.")
         mixed, needs = ctx.mixed, ctx.needs
         n_sequences, n_inputs, n_constants = ctx.counts
         tensors = list(ctx.saved_tensors)

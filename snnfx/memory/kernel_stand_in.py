@@ -11,6 +11,7 @@ from torch.utils._python_dispatch import _disable_current_modes
 
 from snnfx.loops.mixed import MixedStep
 from snnfx.regions import LoopRegion, tensors_of
+from snnfx.sequence_functions import stack_steps
 
 __all__ = ["KernelStandIn"]
 
@@ -46,12 +47,15 @@ class KernelStandIn:
         """`(outputs [T, *], final state)`."""
         y, after = self._step(x_seq, state, constants)
         saved, kept = _saved_by_kernel(self.region)
-        count = len(y)
+        count, T = len(y), x_seq[0].shape[0]
         given = [*x_seq, *tensors_of(constants), *(s for s in state or () if isinstance(s, Tensor))]
-        found = _Kernel.apply(self, x_seq[0].shape[0], [*y, *after], count, saved, kept, *given)
+        found = _Kernel.apply(self, T, [*y, *after], count, saved, kept, *given)
         rest = iter(found)
         results = [next(rest) if isinstance(v, Tensor) else v for v in (*y, *after)]
-        return tuple(results[:count]), tuple(results[count:])
+        # A number at each step, such as a count, is a sequence as well.
+        device = x_seq[0].device
+        outputs = [v if isinstance(v, Tensor) else stack_steps([v] * T, device) for v in results[:count]]
+        return tuple(outputs), tuple(results[count:])
 
     def _step(
         self, x_seq: Sequence[Tensor], state: Any, constants: Sequence[Any]
@@ -99,7 +103,7 @@ class _Kernel(torch.autograd.Function):
                 )
         ctx.shapes = [(x.shape, x.stride(), x.dtype) for x in given]
         ctx.mark_non_differentiable(*(y for y in results if not y.is_floating_point()))
-        largest = max(results, key=lambda y: y.numel() * y.element_size())
+        largest = max(results, key=lambda y: y.numel() * y.element_size(), default=like)
         kernel.name(f"{kernel.named}: saved by its kernel")
         own = [_empty(largest, largest.shape, largest.dtype) for _ in range(saved if any(ctx.needs_input_grad) else 0)]
         kernel.name(kernel.named)

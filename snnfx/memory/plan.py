@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from snnfx.errors import InputError
+from snnfx.errors import InputError, warn_once
 from snnfx.memory.budget import CACHE_FRIENDLY, bytes_as_text, inference_budget
 from snnfx.memory.model import MemoryModel, NotPredictable, model_memory
 from snnfx.memory.planner import TrainingPlanner
@@ -23,7 +23,7 @@ from snnfx.memory.timeline import (
 )
 from snnfx.passes.checkpoint import RecomputePlan
 from snnfx.passes.chunk import ChunkPlan
-from snnfx.program import keeps_statistics
+from snnfx.passes.parts import depends_on_the_others
 
 if TYPE_CHECKING:
     from snnfx.net import Net
@@ -54,6 +54,7 @@ def plan_inference(net: Net, leaves: Sequence[Tensor], state: Mapping[str, Any] 
     try:
         model = model_memory(net, leaves, state, training=False)
     except NotPredictable as why:
+        _warn_of_unknown_bytes(net, why, "chunk=, a number of time steps")
         return ChunkPlan(None, 0, 0, f"all time steps at once: the bytes of a step are not known ({why})")
     budget = inference_budget(net.options.memory_budget, device)
     widest = inference_peak(model, 1)
@@ -92,9 +93,9 @@ def refuse_impossible_budget(net: Net) -> None:
     if unknown or any(argument.required for argument in net.program.carried):
         return
     sequences = [x.unsqueeze(0) if v else x for x, v in zip(known or (), net.varying_inputs, strict=True)]
-    if net.training:
+    if net.training and net.options.checkpoint == "auto":
         plan_training(net, 1, sequences, None)
-    else:
+    elif not net.training:
         plan_inference(net, sequences, None)
 
 
@@ -126,12 +127,23 @@ def plan_training(net: Net, T: int, leaves: Sequence[Tensor], state: Mapping[str
     Raises:
         InputError: SNNFX318, nothing fits.
     """
+    try:
+        return _plan_training(net, T, leaves, state)
+    except NotPredictable as why:
+        _warn_of_unknown_bytes(net, why, 'checkpoint="regions" or checkpoint=, a number of time steps')
+        return RecomputePlan(reason=f"nothing is computed again: the bytes of a step are not known ({why})")
+
+
+def _warn_of_unknown_bytes(net: Net, why: NotPredictable, instead: str) -> None:
+    if net.options.memory_budget is not None:
+        message = f"memory_budget is not looked at: the bytes of this net cannot be told from shapes ({why})."
+        warn_once("SNNFX508", f"{message} Give {instead} instead.")
+
+
+def _plan_training(net: Net, T: int, leaves: Sequence[Tensor], state: Mapping[str, Any] | None) -> RecomputePlan:
     device = leaves[0].device if leaves else torch.device("cpu")
     budget = inference_budget(net.options.memory_budget, device)
-    try:
-        planner = TrainingPlanner(net, T, leaves, state)
-    except NotPredictable as reason:
-        return RecomputePlan(reason=f"nothing is computed again: the bytes of a step are not known ({reason})")
+    planner = TrainingPlanner(net, T, leaves, state)
     peak = planner.peak(RecomputePlan())
     if peak.bytes <= _MARGIN * budget:
         return RecomputePlan(reason=f"nothing is computed again; {_at(peak, budget)}")
@@ -191,10 +203,8 @@ def with_borders(model: MemoryModel, moment: Moment, T: int, steps: int) -> Mome
 
 
 def _has_statistics_over_time(net: Net) -> bool:
-    program = net.program
-    return net.training and any(
-        region.kind == "fold" and keeps_statistics(program, node) for region in program.regions for node in region.nodes
-    )
+    folded = [node for region in net.program.regions if region.kind == "fold" for node in region.nodes]
+    return net.training and any(depends_on_the_others(net.program, node) for node in folded)
 
 
 def _halved(T: int) -> list[int]:

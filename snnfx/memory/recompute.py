@@ -19,9 +19,10 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.autograd.function import once_differentiable
 from torch.utils import _pytree as pytree
 
+from snnfx.errors import warn_once
+from snnfx.first_derivatives import refuse_second_derivative
 from snnfx.isolation import RandomState, random_state
 from snnfx.memory.packing import PackedTensor, pack
 from snnfx.memory.replay import Autocast, Modules, drawing_from, parameters_of
@@ -145,7 +146,11 @@ def run_segment(segment: Segment, values: tuple[Any, ...]) -> tuple[Any, ...]:
     modules = [m for leaf in leaves if isinstance(leaf, nn.Module) for m in leaf.modules()]
     parameters = parameters_of(modules)
     tensors = [leaf for leaf in leaves if isinstance(leaf, Tensor)]
-    if not any(t.requires_grad for t in (*tensors, *parameters)) or any(map(has_forward_hooks, modules)):
+    if not any(t.requires_grad for t in (*tensors, *parameters)):
+        return segment.plainly(values)  # type: ignore[no-any-return]
+    if any(map(has_forward_hooks, modules)):
+        what = f"{segment.label} is not computed again in backward, and its history is kept"
+        warn_once("SNNFX504", f"{what}: a module in it has forward hooks, which would fire twice.")
         return segment.plainly(values)  # type: ignore[no-any-return]
     positions = [i for i, leaf in enumerate(leaves) if isinstance(leaf, Tensor)]
     statics = [None if isinstance(leaf, Tensor) else leaf for leaf in leaves]
@@ -328,10 +333,11 @@ class _Recompute(torch.autograd.Function):
         return results
 
     @staticmethod
-    @once_differentiable
     def backward(ctx: Any, *grads: Tensor | None) -> tuple[Any, ...]:
         from snnfx.memory.vjp import backward
 
+        what = "what backward computes again"
+        refuse_second_derivative(what, "Convert with checkpoint=None, lower=None: PyTorch keeps a history then.")
         call: Call = ctx.call
         saved, (first, second) = ctx.saved_tensors, ctx.counts
         inputs: list[Any] = [

@@ -32,14 +32,17 @@ class Modules:
 
     def __post_init__(self) -> None:
         number = {id(p): i for i, p in enumerate(self.parameters)}
-        # A recurrent layer of torch.nn reads its parameters past its registry: they are used as they are.
-        self.places = [
+        self.places: list[tuple[Any, Any, int]] = [
             (m._parameters, key, number[id(p)])
             for m in self.modules
-            if not isinstance(m, nn.RNNBase)
             for key, p in m._parameters.items()
             if p is not None
         ]
+        for m in self.modules:
+            if isinstance(m, nn.RNNBase):
+                # It reads its parameters past its registry.
+                weights = enumerate(m._flat_weights)
+                self.places += [(m._flat_weights, i, number[id(p)]) for i, p in weights if id(p) in number]
         self.training = [m.training for m in self.modules]
 
     def buffers(self) -> list[tuple[dict[str, Any], str, Tensor]]:
@@ -52,13 +55,13 @@ class Modules:
         self, parameters: Sequence[Tensor], buffers: Sequence[tuple[dict[str, Any], str, Tensor]]
     ) -> Iterator[None]:
         """Modules in their mode of then, with these parameters and with copies of these buffers."""
-        undo: list[tuple[dict[str, Any], str, Any]] = []
-        registry: dict[str, Any]
+        undo: list[tuple[Any, Any, Any]] = []
+        registry: Any
         modes = [(m, m.training) for m in self.modules]
         try:
             for registry, key, index in self.places:
                 undo.append((registry, key, registry[key]))
-                registry[key] = parameters[index]  # type: ignore[assignment]
+                registry[key] = parameters[index]
             for registry, key, value in buffers:
                 undo.append((registry, key, registry[key]))
                 registry[key] = value.clone()

@@ -11,9 +11,9 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
+from snnfx.first_derivatives import refuse_second_derivative
 from snnfx.memory.packing import empty_steps, memory_order
 from snnfx.step_batch_norm import batch_norm_per_step
 from snnfx.tensor_layout import stack_in_layout
@@ -28,6 +28,7 @@ __all__ = [
 ]
 
 _BatchNorm = nn.modules.batchnorm._BatchNorm
+_WHAT, _HINT = "a BatchNorm with its statistics apart", "Convert with checkpoint=None."
 
 
 def batch_statistics(x_seq: Tensor, module: _BatchNorm) -> tuple[Tensor, Tensor]:
@@ -174,8 +175,8 @@ class _Statistics(torch.autograd.Function):
         return mean, var
 
     @staticmethod
-    @once_differentiable
     def backward(ctx: Any, of_mean: Tensor | None, of_var: Tensor | None) -> tuple[Tensor, None, None, None]:
+        refuse_second_derivative(_WHAT, _HINT)
         x_seq, mean = ctx.saved_tensors
         if x_seq.is_meta:
             return _without_data(x_seq), None, None, None
@@ -223,8 +224,8 @@ class _Normalize(torch.autograd.Function):
         return y_seq
 
     @staticmethod
-    @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        refuse_second_derivative(_WHAT, _HINT)
         x_seq, mean, var, weight = ctx.saved_tensors
         each_step = mean.dim() == 2
         if x_seq.is_meta:

@@ -11,13 +11,14 @@ from torch import Tensor, fx
 
 from snnfx.emitted_graphs import REGIONS, compile_graph
 from snnfx.errors import InputError, warn_once
+from snnfx.memory.budget import bytes_as_text
 from snnfx.memory.recompute import Segment, TileCall, run_segment
 from snnfx.memory.tile import Slices, Tile
 from snnfx.passes.checkpoint import RecomputePlan, recompute_segments, segments_of
-from snnfx.passes.parts import emit_parts, split_folds
+from snnfx.passes.parts import depends_on_the_others, emit_parts, split_folds
 from snnfx.passes.tiles import group_tiles
 from snnfx.passes.whole_numbers import prove_whole_numbers
-from snnfx.program import Region, StepProgram, describe_node, keeps_statistics
+from snnfx.program import Region, StepProgram, describe_node
 
 if TYPE_CHECKING:
     from snnfx.net import Net
@@ -42,7 +43,7 @@ def refuse_statistics_over_time(program: StepProgram, training: bool, what: str)
     """
     for region in program.regions:
         for node in region.nodes:
-            if training and region.kind == "fold" and keeps_statistics(program, node):
+            if training and region.kind == "fold" and depends_on_the_others(program, node):
                 raise InputError(
                     "SNNFX317",
                     f"{what} would change what `{describe_node(node)}` computes",
@@ -105,6 +106,8 @@ class Recomputation:
         net = self.net
         if not self.is_wanted or not torch.is_grad_enabled() or net.options.step_mode == "s" or net._graphs.is_replaced:
             return False
+        if torch._C._are_functorch_transforms_active():
+            return False
         if torch.compiler.is_compiling():
             return not _told_that_compiled_nets_are_left_alone()
         return True
@@ -155,10 +158,14 @@ class Recomputation:
             planner = TrainingPlanner(self.net, T, leaves, None)
         except NotPredictable as unknown:
             return self._plan_without_bytes(checkpoint, T, str(unknown))
-        if checkpoint == "selective":
-            reason = "everything but products is computed again in the backward pass"
-            return replace(planner.selective(), reason=reason)
-        return replace(planner.least(), reason="everything is computed again in the backward pass")
+        plan = planner.selective() if checkpoint == "selective" else planner.least()
+        budget, peak = self.net.options.memory_budget, planner.peak(plan)
+        if isinstance(budget, int) and peak.bytes > budget:
+            needed = f'checkpoint="{checkpoint}" needs {bytes_as_text(peak.bytes)} at {peak.name}'
+            instead = 'Use checkpoint="auto", which looks at the budget.'
+            warn_once("SNNFX508", f"memory_budget is {bytes_as_text(budget)}, but {needed}. {instead}")
+        what = "everything but products" if checkpoint == "selective" else "everything"
+        return replace(plan, reason=f"{what} is computed again in the backward pass")
 
     def _plan_without_bytes(self, checkpoint: str, T: int, why: str) -> RecomputePlan:
         """The same where bytes are not known."""

@@ -51,7 +51,8 @@ class Twin:
             for hooks in ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks"):
                 module.__dict__[hooks].clear()
             for name, value in module.__dict__.items():
-                if isinstance(value, Tensor):
+                # Numbers stay as they are: some cells keep their sizes and thresholds in tensors.
+                if isinstance(value, Tensor) and value.dim() > 0:
                     module.__dict__[name] = meta_like(value)
 
     def has_kernels(self, leaves: Sequence[Tensor]) -> bool:
