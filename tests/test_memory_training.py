@@ -125,7 +125,22 @@ class MeanOverTheBatch(nn.Module):
         return torch.sigmoid(x.mean(0, keepdim=True)) * x.amax(0, keepdim=True)
 
 
+class ChecksASize(nn.Module):
+    """The number of channels is looked at behind the second product of a fold."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layers = nn.Sequential(nn.Linear(4, 2), nn.Tanh(), nn.Linear(2, 4))
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.layers(x)
+        for i in range(y.shape[1]):
+            y = y + y[:, i : i + 1].mean()
+        return y  # type: ignore[no-any-return]
+
+
 CUT = {
+    "a size that is looked at": (ChecksASize, (2, 4), 0),
     "read twice": (NormReadsItsOwnInput, (2, 4, 4), 0),
     "batch merged with what is behind it": (
         lambda: nn.Sequential(nn.Conv2d(2, 3, 1), nn.Flatten(0, 1), neuron.LIFNode(), nn.Sigmoid()), (2, 4, 4), 0),
