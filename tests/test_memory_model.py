@@ -171,7 +171,23 @@ def test_training_within_a_budget_has_the_same_gradients() -> None:
         torch.testing.assert_close(p.grad, q.grad, rtol=1e-12, atol=1e-12)
 
 
-@pytest.mark.parametrize("budget", [0, -5, 1.5, 0.0, True, "much"])
+@pytest.mark.parametrize(
+    ("text", "budget"),
+    [("2G", 2 * 2**30), ("2GiB", 2 * 2**30), ("2gib", 2 * 2**30), ("2GB", 2 * 10**9), ("512mb", 512 * 10**6)]
+    + [("512M", 512 * 2**20), ("1.5 KiB", 1536), ("2e9", 2 * 10**9), ("1000", 1000), ("100b", 100), ("0.5", 0.5)],
+)
+def test_budget_as_text(text: str, budget: float) -> None:
+    found = snnfx.convert(without_statistics(), memory_budget=text).options.memory_budget
+    assert found == budget and type(found) is type(budget)
+
+
+def test_bytes_as_a_float_are_told_apart_from_a_part() -> None:
+    with pytest.raises(InputError, match="SNNFX309") as raised:
+        snnfx.convert(without_statistics(), memory_budget=2e9)
+    assert "int(2e9)" in raised.value.hint
+
+
+@pytest.mark.parametrize("budget", [0, -5, 1.5, 0.0, True, "much", "", "0GiB", "2GG", "-1", "nan", b"1", float("nan")])
 def test_no_such_budget(budget: Any) -> None:
     with pytest.raises(InputError, match="SNNFX309"):
         snnfx.convert(without_statistics(), memory_budget=budget)

@@ -116,12 +116,38 @@ def test_table_is_in_the_text_the_markdown_and_the_data() -> None:
     assert data["memory"]["training"]["holders"][0]["bytes"] > 0
 
 
+def test_memory_is_a_report_of_its_own() -> None:
+    report = snnfx.explain(with_statistics(), T=T, example_inputs=ONE_STEP)
+    memory = report.memory
+    assert memory is not None
+    assert json.loads(json.dumps(memory.to_dict())) == report.to_dict()["memory"]
+    assert memory.to_markdown().startswith(f"## Memory at T={T}") and memory.to_markdown() in report.to_markdown()
+    assert str(memory) in str(report)
+
+
+@pytest.mark.parametrize("training", [True, False])
+@pytest.mark.parametrize("steps", [None, T])
+def test_budget_that_is_too_small_is_told(training: bool, steps: int | None) -> None:
+    model = with_statistics().train(training)
+    report = snnfx.explain(model, T=steps, example_inputs=ONE_STEP, memory_budget="1kB")
+    assert report.error is None and report.too_little.startswith("SNNFX318")
+    assert report.options["memory_budget"] == 1000 and report.to_dict()["too_little"] == report.too_little
+    assert "SNNFX318 memory_budget is 1000 bytes" in str(report)
+    assert steps is None or (report.memory is not None and report.memory.training.reason.startswith("SNNFX318"))
+    with pytest.raises(InputError, match="SNNFX318"):
+        snnfx.convert(model, example_inputs=ONE_STEP, memory_budget="1kB")
+
+
+def test_budget_that_is_enough_is_not_told() -> None:
+    assert snnfx.explain(with_statistics(), example_inputs=ONE_STEP, memory_budget="1GB").too_little == ""
+
+
 def test_no_memory_is_told_without_steps() -> None:
     report = snnfx.explain(with_statistics(), example_inputs=ONE_STEP)
     assert report.memory is None and "Memory at" not in str(report)
 
 
-def test_what_is_not_predictable_is_told() -> None:
+def test_what_is_not_predictable_is_told_and_not_drawn(tmp_path: Path) -> None:
     class Looking(nn.Module):
         def __init__(self) -> None:
             super().__init__()
@@ -133,6 +159,9 @@ def test_what_is_not_predictable_is_told() -> None:
     report = snnfx.explain(snnfx.convert(Looking()), T=3, example_inputs=torch.rand(4, 5))
     assert report.memory is not None and report.memory.training.peak == 0
     assert "Training: no prediction" in str(report)
+    with pytest.raises(InputError, match="SNNFX319 there is no memory to draw: inference: .*; training: "):
+        report.memory.save(tmp_path / "memory.svg")
+    assert list(tmp_path.iterdir()) == [] and report.memory._repr_svg_() is None
 
 
 @pytest.mark.parametrize("steps", [0, -1, True, 2.0])
@@ -171,4 +200,4 @@ def test_picture_is_svg(tmp_path: Path) -> None:
     memory = memory_of(with_statistics())
     with pytest.raises(ToolError, match="SNNFX603"):
         memory.save(tmp_path / "memory.png")
-    assert list(tmp_path.iterdir()) == [] and memory._repr_svg_().startswith("<svg")
+    assert list(tmp_path.iterdir()) == [] and (memory._repr_svg_() or "").startswith("<svg")
