@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import dataclasses
 import itertools
 import json
 from pathlib import Path
@@ -17,7 +18,7 @@ from torch import Tensor, nn
 
 import snnfx
 from snnfx.errors import InputError, ToolError
-from snnfx.memory.report import MemoryReport
+from snnfx.memory.report import MemoryReport, PhaseMemory
 
 T, N = 8, 16
 ONE_STEP = torch.rand(N, 2, 6, 6)
@@ -194,6 +195,45 @@ def test_picture_has_the_heights_of_the_data(tmp_path: Path) -> None:
     assert heights == pytest.approx([max(heights) * t / max(totals) for t in totals], abs=1.0)
     words = " ".join(t.text or "" for t in root.iter(f"{{{space['svg']}}}text"))
     assert "forward" in words and "backward" in words and words.count("peak ") >= 2
+
+
+def bars_of(memory: MemoryReport) -> dict[str, set[str]]:
+    """The colours of the bars of each region in a picture."""
+    colors: dict[str, set[str]] = {}
+    root = ElementTree.fromstring(memory.svg())
+    for bar in root.iter("{http://www.w3.org/2000/svg}rect"):
+        title = bar.find("{http://www.w3.org/2000/svg}title")
+        if title is not None:
+            colors.setdefault((title.text or "").partition(":")[0], set()).add(bar.get("fill", ""))
+    return colors
+
+
+def test_region_has_one_colour_in_both_panels() -> None:
+    layers = [nn.Sequential(nn.Linear(5 + i, 6 + i), snnfx.neuron.LIFNode()) for i in range(8)]
+    for model, x in ((with_statistics(), ONE_STEP), (nn.Sequential(*layers), torch.rand(N, 5))):
+        colors = bars_of(memory_of(model, example_inputs=x))
+        assert all(len(found) == 1 for found in colors.values())
+        assert len({color for found in colors.values() for color in found}) == len(colors) > 5
+
+
+def test_words_of_the_picture_are_within_it() -> None:
+    memory = memory_of(with_statistics(), checkpoint="regions", memory_budget=2**22)
+    root = ElementTree.fromstring(memory.svg())
+    width, height = float(root.get("width", 0)), float(root.get("height", 0))
+    for text in root.iter("{http://www.w3.org/2000/svg}text"):
+        x, y, length = float(text.get("x", 0)), float(text.get("y", 0)), 6 * len(text.text or "")
+        if "rotate" in text.get("transform", ""):  # to the left and down
+            assert x - 0.65 * 5 * len(text.text or "") > 0 and y + 0.77 * 5 * len(text.text or "") < height
+        elif text.get("text-anchor") == "end":
+            assert x - length > 0 and x <= width
+        else:
+            assert x + length < width
+
+
+def test_phase_without_a_prediction_is_named_in_the_picture() -> None:
+    memory = memory_of(without_statistics(), example_inputs=torch.rand(N, 5))
+    unknown = dataclasses.replace(memory, training=PhaseMemory("training", T, "not known"))
+    assert "Training: no prediction" in unknown.svg() and "Inference, " in unknown.svg()
 
 
 def test_picture_is_svg(tmp_path: Path) -> None:
