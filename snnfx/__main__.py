@@ -235,7 +235,7 @@ def _number(option: str, text: str) -> int | None:
 def _checkpoint(text: str) -> int | str | None:
     if text.lower() == "none":
         return None
-    return int(text) if text.lstrip("-").isdecimal() else text
+    return int(text) if text.removeprefix("-").isdecimal() else text
 
 
 def _memory_budget(text: str | None) -> int | float | None:
