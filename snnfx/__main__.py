@@ -23,6 +23,7 @@ from snnfx.errors import InputError, SnnfxError, VerificationError, describe_cod
 from snnfx.explain import explain
 from snnfx.factory import load_model
 from snnfx.layout import WIDTH
+from snnfx.memory.budget import read_memory_budget
 from snnfx.net import Net
 from snnfx.options import ConvertKeywords
 from snnfx.verify import verify
@@ -112,12 +113,17 @@ def _command(commands: Any, name: str, run: Any, text: str) -> argparse.Argument
     )
     command.add_argument("--chunk", default="auto", metavar="16|auto|none", help="time steps at once in inference")
     command.add_argument(
-        "--checkpoint", default="auto", metavar="16|regions|auto|none", help="what training computes again in backward"
+        "--checkpoint",
+        default="auto",
+        metavar="16|selective|regions|auto|none",
+        help="what training computes again in backward: a number: the state is kept every so many steps; selective: "
+        "all but products; regions: everything; auto: as little as the budget allows (default); none: nothing",
     )
     command.add_argument(
         "--memory-budget",
-        metavar="512MiB|0.5|none",
-        help="bytes of a call, or the part of what is free (default: none)",
+        metavar="512MiB|2GB|0.5|none",
+        help="bytes of a call, or the part of what is free (default: none); in any case, M and MiB are 2**20 bytes, "
+        "MB is 10**6; K, G and T likewise",
     )
     command.add_argument("--reduce", metavar="mean|sum|last", help="return that over time instead of sequences")
     command.add_argument(
@@ -143,12 +149,12 @@ def _explain(arguments: argparse.Namespace) -> int:
     if arguments.plot is not None and arguments.T is None:
         raise InputError("SNNFX309", f"--plot {arguments.plot}", hint="Give the number of time steps as well: --T 16.")
     report = explain(_model(arguments), T=arguments.T, **options)
-    if arguments.plot is not None and report.memory is not None:
-        report.memory.save(arguments.plot)
     if arguments.json:
         print(json.dumps(report.to_dict(), indent=2))
     else:
         print(report.to_markdown() if arguments.markdown else report)
+    if arguments.plot is not None and report.memory is not None:
+        report.memory.save(arguments.plot)
     return 0 if report.error is None else 2
 
 
@@ -204,7 +210,7 @@ def _options(arguments: argparse.Namespace) -> ConvertKeywords:
         "time_dim": _time_dim(arguments.time_dim),
         "chunk": arguments.chunk if arguments.chunk == "auto" else _number("--chunk", arguments.chunk),
         "checkpoint": _checkpoint(arguments.checkpoint),
-        "memory_budget": _bytes(arguments.memory_budget),
+        "memory_budget": _memory_budget(arguments.memory_budget),
         "reduce": arguments.reduce,
         "carry": _carry(arguments.carry),
     }
@@ -227,24 +233,13 @@ def _number(option: str, text: str) -> int | None:
 
 
 def _checkpoint(text: str) -> int | str | None:
-    return text if text in ("auto", "regions") else _number("--checkpoint", text)
-
-
-_UNITS = {"KiB": 2**10, "MiB": 2**20, "GiB": 2**30, "kB": 10**3, "MB": 10**6, "GB": 10**9}
-
-
-def _bytes(text: str | None) -> int | float | None:
-    """`2GiB` or `1000000` as an int, `0.5` as a float."""
-    if text is None or text.lower() == "none":
+    if text.lower() == "none":
         return None
-    unit = next((unit for unit in _UNITS if text.endswith(unit)), "")
-    try:
-        count = float(text.removesuffix(unit))
-    except ValueError as error:
-        hint = "Give bytes (512MiB), or a part of the free memory (0.5)."
-        raise InputError("SNNFX309", f"--memory-budget {text}", hint=hint) from error
-    whole = unit or "." not in text
-    return int(count * _UNITS.get(unit, 1)) if whole else count
+    return int(text) if text.removeprefix("-").isdecimal() else text
+
+
+def _memory_budget(text: str | None) -> int | float | None:
+    return None if text is None or text.lower() == "none" else read_memory_budget(text)
 
 
 def _carry(given: list[str] | None) -> dict[str, tuple[int | str, ...]] | None:

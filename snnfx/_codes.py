@@ -323,6 +323,13 @@ CODES: dict[str, CodeEntry] = {
         "snnfx.convert(model, memory_budget=1000)(x_seq)",
         "snnfx.convert(model, memory_budget=2 * 2**30)    # bytes; or a smaller batch",
     ),
+    "SNNFX319": CodeEntry(
+        "no memory to draw",
+        "The memory of the net could not be predicted, neither in inference nor in training: a shape depends on values, "
+        "only the caller has the first state, or nothing fits the budget. The message says which.",
+        'snnfx.explain(model, example_inputs=x, T=16, memory_budget=1000).memory.save("memory.svg")',
+        'snnfx.explain(model, example_inputs=x, T=16, memory_budget="2GiB").memory.save("memory.svg")',
+    ),
     "SNNFX316": CodeEntry(
         "a kernel is differentiated twice",
         "A loop that runs as one generated kernel has a first derivative only; the gradient of its gradient "

@@ -137,6 +137,34 @@ class Arguments:
             raise InputError("SNNFX301", "the sequence has no time steps")
         return moved, T
 
+    def check_time_first(self, T: Any, sequences: Sequence[Any], call: str) -> None:
+        """Raise for what are not T steps of each tensor input, time first.
+
+        Args:
+            T: the number of time steps.
+            sequences: one for each tensor input.
+            call: what was called, for the message, e.g. "recompute_plan".
+
+        Raises:
+            InputError: SNNFX301, 303, 305, 306, 307 or 309.
+        """
+        names = ", ".join(self._tensor_names)
+        hint = f"Call net.{call}(T, {names}): the number of time steps, then the inputs of a call, time first."
+        if isinstance(T, bool) or not isinstance(T, int):
+            raise InputError("SNNFX309", f"T is a {type(T).__name__}, not an int", hint=hint)
+        if T < 1:
+            raise InputError("SNNFX301", f"T={T}", hint="Give at least one time step.")
+        if len(sequences) != len(self.tensor_dims):
+            what = f"net.{call} got {len(sequences)} inputs"
+            raise InputError("SNNFX307", what, why=f"the net takes ({names}).", hint=hint)
+        for name, varies, x in zip(self._tensor_names, self.varying, sequences, strict=True):
+            if not isinstance(x, Tensor):
+                raise InputError("SNNFX305", f"the input `{name}` is a {type(x).__name__}, not a tensor", hint=hint)
+            if varies and x.dim() == 0:
+                raise InputError("SNNFX306", f"the input `{name}` has shape []", hint=hint)
+            if varies and x.shape[0] != T:
+                raise InputError("SNNFX303", f"the input `{name}` has {x.shape[0]} time steps, T is {T}", hint=hint)
+
     def time_back(self, y: Any) -> Any:
         """An output with time where the caller has it."""
         if not isinstance(y, Tensor) or self.output_time_dim == 0 or self.options.reduce is not None:

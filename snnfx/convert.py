@@ -15,7 +15,7 @@ from snnfx.capture import capture_both_modes
 from snnfx.carry import paths_of
 from snnfx.errors import InputError
 from snnfx.inferred_carry import infer_carry
-from snnfx.memory.budget import check_memory_budget
+from snnfx.memory.budget import read_memory_budget
 from snnfx.memory.plan import refuse_impossible_budget
 from snnfx.memory.training import check_checkpoint_option, refuse_statistics_over_time
 from snnfx.net import Net
@@ -32,7 +32,7 @@ from snnfx.passes.partition import Partition
 from snnfx.passes.sink import REDUCTIONS, SinkReductions
 from snnfx.program import StepProgram
 
-__all__ = ["convert", "edited", "pipeline", "planning", "prepare_programs"]
+__all__ = ["convert", "convert_within_any_budget", "edited", "pipeline", "planning", "prepare_programs"]
 
 
 def convert(
@@ -50,7 +50,7 @@ def convert(
     memory_format: str | None = "auto",
     lower: str | None = "auto",
     checkpoint: int | str | None = "auto",
-    memory_budget: int | float | None = None,
+    memory_budget: int | float | str | None = None,
 ) -> Net:
     """Convert a model of one time step into a net that runs sequences, with the same result.
 
@@ -89,12 +89,14 @@ def convert(
             all time steps, forward and backward, on CPUs with a C++ compiler; `explain` tells which. None: PyTorch runs
             every step of every loop.
         checkpoint: what training keeps less of and computes again in the backward pass. An int: the state every so many
-            time steps, and nothing in between; "regions": the inputs of each region, spikes in bits; "auto": as little
-            recomputation as `memory_budget` allows, none without a budget; None: nothing is computed again. Gradients
-            are the same; random numbers and running statistics are those of one run.
+            time steps, and nothing in between; "selective": everything but products (convolutions, linear layers,
+            attention) is computed again; "regions": everything is, from the inputs of each region, spikes in bits;
+            "auto": as little as `memory_budget` allows, nothing without a budget; None: nothing is computed again.
+            Gradients are the same; random numbers and running statistics are those of one run.
         memory_budget: bytes that one call may allocate besides parameters and inputs (in training, until the backward
-            pass is through, gradients of the parameters included); a float is a part of the memory that is free at
-            the first call; None: half of it for inference, no limit for training.
+            pass is through, gradients of the parameters included), an int, or text: "512MiB", "2G" (2 * 2**30), "2GB"
+            (2 * 10**9); a float is a part of the memory that is free at the first call; None: half of it for
+            inference, no limit for training.
 
     Returns:
         A `snnfx.Net` (a torch.fx.GraphModule).
@@ -114,20 +116,9 @@ def convert(
         >>> [region.kind for region in net.regions]
         ['fold', 'loop', 'fold']
     """
-    _check_choice("step_mode", step_mode, ("m", "s"))
     if isinstance(model, Net):
+        _check_choice("step_mode", step_mode, ("m", "s"))
         return model.convert_to(step_mode)
-    _check_choice("batch_norm", batch_norm, ("fold", "per_step"))
-    if reduce is not None:
-        _check_choice("reduce", reduce, REDUCTIONS)
-    if memory_format is not None:
-        _check_choice("memory_format", memory_format, ("auto",))
-    if lower is not None:
-        _check_choice("lower", lower, ("auto",))
-    check_chunk_option(chunk)
-    check_checkpoint_option(checkpoint)
-    check_memory_budget(memory_budget)
-    paths = paths_of(carry) if carry is not None else infer_carry(model, entry, example_inputs)
     options = ConvertOptions(
         step_mode,
         time_dim,
@@ -136,20 +127,45 @@ def convert(
         chunk,
         carry_state,
         reduce,
-        paths or None,
+        None,
         memory_format,
         lower,
         checkpoint,
-        memory_budget,
+        read_memory_budget(memory_budget),
     )
-    programs, history = prepare_programs(model, options, example_inputs, inferred_carry=carry is None)
-    if isinstance(checkpoint, int):
-        # A model in evaluation mode is told when it is trained.
-        refuse_statistics_over_time(programs[model.training], model.training, f"checkpoint={checkpoint}")
-    net = Net(model, programs, options, history, _convert_for_shapes)
+    net = convert_within_any_budget(model, options, example_inputs, carry)
     if memory_budget is not None:
         refuse_impossible_budget(net)
     return net
+
+
+def convert_within_any_budget(
+    model: nn.Module, options: ConvertOptions, example_inputs: Any = None, carry: Mapping[str, Any] | None = None
+) -> Net:
+    """What `convert` does, but for the refusal of a budget that is too small.
+
+    Args:
+        model, example_inputs, carry: as for `convert`.
+        options: the others; its `carry` is not looked at.
+    """
+    _check_choice("step_mode", options.step_mode, ("m", "s"))
+    _check_choice("batch_norm", options.batch_norm, ("fold", "per_step"))
+    if options.reduce is not None:
+        _check_choice("reduce", options.reduce, REDUCTIONS)
+    if options.memory_format is not None:
+        _check_choice("memory_format", options.memory_format, ("auto",))
+    if options.lower is not None:
+        _check_choice("lower", options.lower, ("auto",))
+    check_chunk_option(options.chunk)
+    check_checkpoint_option(options.checkpoint)
+    paths = paths_of(carry) if carry is not None else infer_carry(model, options.entry, example_inputs)
+    options = replace(options, carry=paths or None)
+    programs, history = prepare_programs(model, options, example_inputs, inferred_carry=carry is None)
+    if isinstance(options.checkpoint, int):
+        # A model in evaluation mode is told when it is trained.
+        what = f"checkpoint={options.checkpoint}"
+        refuse_statistics_over_time(programs[model.training], model.training, what)
+    return Net(model, programs, options, history, _convert_for_shapes)
 
 
 def pipeline(program: StepProgram, options: ConvertOptions) -> list[Pass]:

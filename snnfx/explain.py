@@ -11,12 +11,13 @@ from typing import Any, Unpack
 from torch import Tensor, nn
 from torch.fx import Node
 
-from snnfx.convert import convert
+from snnfx.convert import convert_within_any_budget
 from snnfx.counted import computing_nodes, is_computing
 from snnfx.errors import CaptureError, InputError, Refusal
 from snnfx.expressions import expression_of_initial_value
 from snnfx.isolation import undisturbed
-from snnfx.memory.plan import example_steps
+from snnfx.memory.budget import read_memory_budget
+from snnfx.memory.plan import example_steps, refuse_impossible_budget
 from snnfx.memory.report import MemoryReport, report_memory
 from snnfx.net import Net
 from snnfx.options import ConvertKeywords, ConvertOptions
@@ -45,7 +46,8 @@ __all__ = ["Report", "explain"]
 def explain(model: nn.Module, *, T: int | None = None, **options: Unpack[ConvertKeywords]) -> Report:
     """Tell what `snnfx.convert` does with a model: what is folded, mapped or looped, and why.
 
-    A model that cannot be converted gives a report as well, with the reason in `report.error`. Nothing is changed.
+    A model that cannot be converted gives a report as well, with the reason in `report.error`, and so does a
+    `memory_budget` that is too small for one time step, with the reason in `report.too_little`. Nothing is changed.
 
     Args:
         model: a single-step model; or a converted net, which is reported on as it is (the options are its own then, but
@@ -77,12 +79,14 @@ def explain(model: nn.Module, *, T: int | None = None, **options: Unpack[Convert
         raise InputError("SNNFX301", f"T={T!r}", hint="Give the number of time steps, an int above 0.")
     if isinstance(model, Net):
         return _report_on(model, T, options.get("example_inputs"))
+    given: dict[str, Any] = dict(options)
+    example_inputs, carry = given.pop("example_inputs", None), given.pop("carry", None)
+    asked = ConvertOptions(**{**given, "memory_budget": read_memory_budget(given.get("memory_budget"))})
     try:
-        net = convert(model, **options)
+        net = convert_within_any_budget(model, asked, example_inputs, carry)
     except CaptureError as error:
         problem = Problem(error.code, str(error), error.where, error.why, error.hint)
-        asked: dict[str, Any] = {name: value for name, value in options.items() if name != "example_inputs"}
-        return Report(type(model).__name__, model.training, dataclasses.asdict(ConvertOptions(**asked)), problem)
+        return Report(type(model).__name__, model.training, {**dataclasses.asdict(asked), "carry": carry}, problem)
     return _report_on(net, T, None)
 
 
@@ -94,6 +98,7 @@ def _report_on(net: Net, T: int | None, example_inputs: Any) -> Report:
         model=type(net.source).__name__,
         training=net.training,
         options=dataclasses.asdict(net.options),
+        too_little=_too_little(net),
         coverage=_coverage(program, counts, not_folded),
         counts=counts,
         inputs=tuple(_inputs(net)),
@@ -290,9 +295,26 @@ def _chunk(net: Net) -> ChunkRow | None:
     if steps is None:
         return ChunkRow(None, 0, 'chunk="auto": decided at the first call, from the shapes (example_inputs would tell)')
     sequences = [x.unsqueeze(0) if v else x for x, v in zip(steps, net.varying_inputs, strict=True)]
-    with undisturbed(net.source):
-        plan = net.chunk_plan(*sequences)
+    try:
+        with undisturbed(net.source):
+            plan = net.chunk_plan(*sequences)
+    except InputError as error:
+        if error.code != "SNNFX318":
+            raise
+        return ChunkRow(None, 0, str(error).rstrip("."))
     return ChunkRow(plan.length, plan.bytes_per_step, plan.reason)
+
+
+def _too_little(net: Net) -> str:
+    """Why `convert` refuses the budget, "" where it does not."""
+    try:
+        with undisturbed(net.source):
+            refuse_impossible_budget(net)
+    except InputError as error:
+        if error.code != "SNNFX318":
+            raise
+        return str(error)
+    return ""
 
 
 def _memory(net: Net, T: int, example_inputs: Any) -> MemoryReport:

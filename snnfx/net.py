@@ -253,9 +253,11 @@ class Net(fx.GraphModule):
         Args:
             inputs: yields the arguments of a call for the next few time steps (`of="chunks"`, `[k, N, *]`, any k) or
                 for the next one (`of="steps"`, `[N, *]`): a tensor, a tuple of positional or a dict of keyword
-                arguments. It is asked for one item at a time.
+                arguments. It is asked for one item at a time. A DataLoader with labels gives the net what it takes by
+                `net.stream(x for x, label in loader)`.
             of: "chunks" or "steps"; steps are put together to chunks of the length that the chunk plan chooses.
-            state: the state before the first step, as for `run`; None: the reset state.
+            state: the state before the first step, as for `run`; None: the reset state, with `carry_state=True` the
+                one that the net carries. Then each chunk leaves its state in the net, as a call does.
 
         Returns:
             An iterator over the outputs, chunk by chunk; with `reduce=`, over the reduction of all steps so far. Its
@@ -263,8 +265,10 @@ class Net(fx.GraphModule):
             under `torch.no_grad()` unless you mean to differentiate.
 
         Raises:
-            InputError: SNNFX309, `of` or the step mode does not fit; SNNFX317 at the first chunk: a BatchNorm in
-                training takes its statistics over all time steps; otherwise as `run`.
+            InputError: SNNFX309, `of` or the step mode does not fit; SNNFX305 or 307, an item is not what the net
+                takes; SNNFX301, a chunk has no time steps; SNNFX310, no input has time, so that only steps can be
+                streamed; SNNFX317 at the first chunk: a BatchNorm in training takes its statistics over all time
+                steps; otherwise as `run`.
 
         Example:
             >>> import torch, snnfx
@@ -325,7 +329,16 @@ class Net(fx.GraphModule):
         return self._plans.chunk_plan(sequences, state)
 
     def recompute_plan(self, T: int, *sequences: Tensor) -> RecomputePlan:
-        """What is computed again in the backward pass of T steps of inputs of these shapes (time first)."""
+        """What is computed again in the backward pass of T steps of inputs of these shapes.
+
+        Args:
+            T: the number of time steps.
+            *sequences: one tensor for each input, time first whatever `time_dim` is; only shapes are looked at.
+
+        Raises:
+            InputError: the inputs do not fit (SNNFX301, 303, 305 to 307, 309); SNNFX318, the budget is too small.
+        """
+        self._arguments.check_time_first(T, sequences, "recompute_plan")
         return self._plans.recompute_plan(T, sequences)
 
     # -- state carried from call to call -----------------------------------------------------------------------------

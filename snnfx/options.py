@@ -47,7 +47,7 @@ class ConvertKeywords(TypedDict, total=False):
     memory_format: str | None
     lower: str | None
     checkpoint: int | str | None
-    memory_budget: int | float | None
+    memory_budget: int | float | str | None
 
 
 def time_dims_of_leaves(time_dim: Any, program: StepProgram) -> list[int | None]:

@@ -10,6 +10,7 @@ from typing import Any
 from snnfx.errors import CODES
 from snnfx.layout import NO_BREAK, Bullets, Document, Paragraph, Table, Title, as_markdown, as_text
 from snnfx.memory.report import MemoryReport, memory_document
+from snnfx.plain_data import plain_data
 
 __all__ = ["ChunkRow", "InputRow", "NotFolded", "Operation", "PassRow", "Problem", "RegionRow", "Report", "SlotRow"]
 
@@ -171,6 +172,7 @@ class Report:
         training: the mode that regions, shapes and reasons are those of.
         options: the options of the conversion.
         error: why there is no conversion; everything below is empty then.
+        too_little: why `memory_budget` is refused, "" where it is not.
         coverage: one sentence: how many nodes are folded, and why the others are not.
         counts: number of computing nodes by kind of region, and in all ("nodes").
         inputs, regions, not_folded, slots: see the classes.
@@ -193,6 +195,7 @@ class Report:
     training: bool
     options: Mapping[str, Any]
     error: Problem | None = None
+    too_little: str = ""
     coverage: str = ""
     counts: Mapping[str, int] = field(default_factory=dict)
     inputs: tuple[InputRow, ...] = ()
@@ -215,7 +218,8 @@ class Report:
 
     def to_dict(self) -> dict[str, Any]:
         """The report as dicts, lists, strings and numbers, ready for `json.dumps`."""
-        return _plain(dataclasses.asdict(self))  # type: ignore[no-any-return]
+        memory = None if self.memory is None else self.memory.to_dict()
+        return {**plain_data(dataclasses.replace(self, memory=None)), "memory": memory}
 
     def to_markdown(self) -> str:
         """The report as GitHub-flavoured Markdown."""
@@ -235,6 +239,7 @@ class Report:
         mode = "training" if self.training else "evaluation"
         return [
             Title(f"{self.model}, {mode} mode", 1),
+            *(Paragraph(line) for line in self.too_little.splitlines()),
             Paragraph(f"{self.coverage}."),
             *_section("Inputs", _inputs_table(self.inputs)),
             *_section("Regions, in the order in which they run", _regions_table(self.regions)),
@@ -368,12 +373,3 @@ def _bullets(items: Sequence[Sequence[str]]) -> Bullets:
 def _section(title: str, block: Table | Bullets) -> Document:
     content = block.rows if isinstance(block, Table) else block.items
     return [Title(title), block] if content else []
-
-
-def _plain(value: Any) -> Any:
-    """Tuples become lists, and what JSON does not know becomes text."""
-    if isinstance(value, Mapping):
-        return {str(key): _plain(item) for key, item in value.items()}
-    if isinstance(value, tuple | list):
-        return [_plain(item) for item in value]
-    return value if value is None or isinstance(value, bool | int | float | str) else str(value)

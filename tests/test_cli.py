@@ -189,6 +189,32 @@ def test_memory_is_told_and_drawn(capsys: pytest.CaptureFixture[str], tmp_path: 
     assert main([*model[:2], "--plot", "memory.svg"]) == 2 and "--T" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize("checkpoint", ["selective", "regions", "auto"])
+def test_checkpoint_takes_what_convert_takes(checkpoint: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["explain", "files/models.py:build", "--checkpoint", checkpoint, "--json"]) == 0
+    assert json.loads(capsys.readouterr().out)["options"]["checkpoint"] == checkpoint
+    assert main(["explain", "files/models.py:build", "--checkpoint", "everything"]) == 2
+    assert checkpoint in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("text", ["2G", "2gb", "2GiB", "512M", "512mb", "0.5"])
+def test_memory_budget_is_what_it_is_in_python(text: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["explain", "files/models.py:build", "--memory-budget", text, "--json"]) == 0
+    net = snnfx.convert(load_model("files/models.py:build"), memory_budget=text)
+    assert json.loads(capsys.readouterr().out)["options"]["memory_budget"] == net.options.memory_budget
+
+
+def test_budget_that_is_too_small_is_explained(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    model = ["explain", "files/models.py:build", "--input", "4,3", "--T", "8", "--memory-budget", "100"]
+    assert main([*model, "--mode", "training"]) == 0
+    captured = capsys.readouterr()
+    assert "SNNFX318" in captured.out and captured.err == ""
+    assert main([*model, "--plot", str(tmp_path / "memory.svg")]) == 2
+    captured = capsys.readouterr()
+    assert "SNNFX318" in captured.out and captured.err.startswith("SNNFX319")
+    assert not (tmp_path / "memory.svg").exists()
+
+
 @pytest.mark.parametrize(
     "option",
     [("--chunk", "many"), ("--memory-budget", "much"), ("--checkpoint", "all"), ("--T", "0")]

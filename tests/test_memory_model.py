@@ -136,6 +136,41 @@ def test_budget_that_cannot_be_met_says_the_least_and_who_needs_it() -> None:
         enough(torch.rand(8, 32, 5))
 
 
+def test_inference_that_keeps_a_history_is_told_of_no_grad() -> None:
+    x_seq = torch.rand(8, 32, 5)
+    model = without_statistics().eval()
+    with torch.no_grad():
+        peak = inference_peak(model_of(snnfx.convert(model), x_seq), 1).bytes
+    net = snnfx.convert(model, memory_budget=int(1.1 * peak))
+    with pytest.raises(InputError, match="SNNFX318") as raised:
+        net(x_seq)
+    assert "with torch.no_grad()" in raised.value.hint
+    with torch.no_grad():
+        net(x_seq)
+    with pytest.raises(InputError, match="SNNFX318") as raised:
+        net.train()(x_seq)
+    assert "no_grad" not in raised.value.hint
+
+
+def test_plan_without_a_budget_says_so() -> None:
+    net = snnfx.convert(without_statistics())
+    plan = net.recompute_plan(8, torch.rand(8, 32, 5))
+    assert "no budget is set" in plan.reason and not plan.segments
+    net = snnfx.convert(without_statistics(), memory_budget="1GiB")
+    assert "budget 1.0 GiB" in net.recompute_plan(8, torch.rand(8, 32, 5)).reason
+
+
+@pytest.mark.parametrize(
+    ("arguments", "code"),
+    [((16,), "SNNFX307"), ((torch.rand(16, 32, 5),), "SNNFX309"), ((8, torch.rand(16, 32, 5)), "SNNFX303")]
+    + [((2, torch.rand(2, 32, 5), torch.rand(2)), "SNNFX307"), ((2, [1, 2]), "SNNFX305"), ((True,), "SNNFX309")]
+    + [((0, torch.rand(0, 32, 5)), "SNNFX301"), ((2, torch.tensor(1.0)), "SNNFX306")],
+)
+def test_plan_is_asked_for_with_steps_and_inputs(arguments: Any, code: str) -> None:
+    with pytest.raises(InputError, match=code):
+        snnfx.convert(without_statistics()).recompute_plan(*arguments)
+
+
 @pytest.mark.parametrize("training", [False, True])
 def test_convert_refuses_a_budget_that_not_even_one_step_fits(training: bool) -> None:
     model = without_statistics().train(training)
@@ -171,7 +206,23 @@ def test_training_within_a_budget_has_the_same_gradients() -> None:
         torch.testing.assert_close(p.grad, q.grad, rtol=1e-12, atol=1e-12)
 
 
-@pytest.mark.parametrize("budget", [0, -5, 1.5, 0.0, True, "much"])
+@pytest.mark.parametrize(
+    ("text", "budget"),
+    [("2G", 2 * 2**30), ("2GiB", 2 * 2**30), ("2gib", 2 * 2**30), ("2GB", 2 * 10**9), ("512mb", 512 * 10**6)]
+    + [("512M", 512 * 2**20), ("1.5 KiB", 1536), ("2e9", 2 * 10**9), ("1000", 1000), ("100b", 100), ("0.5", 0.5)],
+)
+def test_budget_as_text(text: str, budget: float) -> None:
+    found = snnfx.convert(without_statistics(), memory_budget=text).options.memory_budget
+    assert found == budget and type(found) is type(budget)
+
+
+def test_bytes_as_a_float_are_told_apart_from_a_part() -> None:
+    with pytest.raises(InputError, match="SNNFX309") as raised:
+        snnfx.convert(without_statistics(), memory_budget=2e9)
+    assert "int(2e9)" in raised.value.hint
+
+
+@pytest.mark.parametrize("budget", [0, -5, 1.5, 0.0, True, "much", "", "0GiB", "2GG", "-1", "nan", b"1", float("nan")])
 def test_no_such_budget(budget: Any) -> None:
     with pytest.raises(InputError, match="SNNFX309"):
         snnfx.convert(without_statistics(), memory_budget=budget)

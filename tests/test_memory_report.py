@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import dataclasses
 import itertools
 import json
 from pathlib import Path
@@ -17,7 +18,7 @@ from torch import Tensor, nn
 
 import snnfx
 from snnfx.errors import InputError, ToolError
-from snnfx.memory.report import MemoryReport
+from snnfx.memory.report import MemoryReport, PhaseMemory
 
 T, N = 8, 16
 ONE_STEP = torch.rand(N, 2, 6, 6)
@@ -116,12 +117,38 @@ def test_table_is_in_the_text_the_markdown_and_the_data() -> None:
     assert data["memory"]["training"]["holders"][0]["bytes"] > 0
 
 
+def test_memory_is_a_report_of_its_own() -> None:
+    report = snnfx.explain(with_statistics(), T=T, example_inputs=ONE_STEP)
+    memory = report.memory
+    assert memory is not None
+    assert json.loads(json.dumps(memory.to_dict())) == report.to_dict()["memory"]
+    assert memory.to_markdown().startswith(f"## Memory at T={T}") and memory.to_markdown() in report.to_markdown()
+    assert str(memory) in str(report)
+
+
+@pytest.mark.parametrize("training", [True, False])
+@pytest.mark.parametrize("steps", [None, T])
+def test_budget_that_is_too_small_is_told(training: bool, steps: int | None) -> None:
+    model = with_statistics().train(training)
+    report = snnfx.explain(model, T=steps, example_inputs=ONE_STEP, memory_budget="1kB")
+    assert report.error is None and report.too_little.startswith("SNNFX318")
+    assert report.options["memory_budget"] == 1000 and report.to_dict()["too_little"] == report.too_little
+    assert "SNNFX318 memory_budget is 1000 bytes" in str(report)
+    assert steps is None or (report.memory is not None and report.memory.training.reason.startswith("SNNFX318"))
+    with pytest.raises(InputError, match="SNNFX318"):
+        snnfx.convert(model, example_inputs=ONE_STEP, memory_budget="1kB")
+
+
+def test_budget_that_is_enough_is_not_told() -> None:
+    assert snnfx.explain(with_statistics(), example_inputs=ONE_STEP, memory_budget="1GB").too_little == ""
+
+
 def test_no_memory_is_told_without_steps() -> None:
     report = snnfx.explain(with_statistics(), example_inputs=ONE_STEP)
     assert report.memory is None and "Memory at" not in str(report)
 
 
-def test_what_is_not_predictable_is_told() -> None:
+def test_what_is_not_predictable_is_told_and_not_drawn(tmp_path: Path) -> None:
     class Looking(nn.Module):
         def __init__(self) -> None:
             super().__init__()
@@ -133,6 +160,9 @@ def test_what_is_not_predictable_is_told() -> None:
     report = snnfx.explain(snnfx.convert(Looking()), T=3, example_inputs=torch.rand(4, 5))
     assert report.memory is not None and report.memory.training.peak == 0
     assert "Training: no prediction" in str(report)
+    with pytest.raises(InputError, match="SNNFX319 there is no memory to draw: inference: .*; training: "):
+        report.memory.save(tmp_path / "memory.svg")
+    assert list(tmp_path.iterdir()) == [] and report.memory._repr_svg_() is None
 
 
 @pytest.mark.parametrize("steps", [0, -1, True, 2.0])
@@ -167,8 +197,47 @@ def test_picture_has_the_heights_of_the_data(tmp_path: Path) -> None:
     assert "forward" in words and "backward" in words and words.count("peak ") >= 2
 
 
+def bars_of(memory: MemoryReport) -> dict[str, set[str]]:
+    """The colours of the bars of each region in a picture."""
+    colors: dict[str, set[str]] = {}
+    root = ElementTree.fromstring(memory.svg())
+    for bar in root.iter("{http://www.w3.org/2000/svg}rect"):
+        title = bar.find("{http://www.w3.org/2000/svg}title")
+        if title is not None:
+            colors.setdefault((title.text or "").partition(":")[0], set()).add(bar.get("fill", ""))
+    return colors
+
+
+def test_region_has_one_colour_in_both_panels() -> None:
+    layers = [nn.Sequential(nn.Linear(5 + i, 6 + i), snnfx.neuron.LIFNode()) for i in range(8)]
+    for model, x in ((with_statistics(), ONE_STEP), (nn.Sequential(*layers), torch.rand(N, 5))):
+        colors = bars_of(memory_of(model, example_inputs=x))
+        assert all(len(found) == 1 for found in colors.values())
+        assert len({color for found in colors.values() for color in found}) == len(colors) > 5
+
+
+def test_words_of_the_picture_are_within_it() -> None:
+    memory = memory_of(with_statistics(), checkpoint="regions", memory_budget=2**22)
+    root = ElementTree.fromstring(memory.svg())
+    width, height = float(root.get("width", 0)), float(root.get("height", 0))
+    for text in root.iter("{http://www.w3.org/2000/svg}text"):
+        x, y, length = float(text.get("x", 0)), float(text.get("y", 0)), 6 * len(text.text or "")
+        if "rotate" in text.get("transform", ""):  # to the left and down
+            assert x - 0.65 * 5 * len(text.text or "") > 0 and y + 0.77 * 5 * len(text.text or "") < height
+        elif text.get("text-anchor") == "end":
+            assert x - length > 0 and x <= width
+        else:
+            assert x + length < width
+
+
+def test_phase_without_a_prediction_is_named_in_the_picture() -> None:
+    memory = memory_of(without_statistics(), example_inputs=torch.rand(N, 5))
+    unknown = dataclasses.replace(memory, training=PhaseMemory("training", T, "not known"))
+    assert "Training: no prediction" in unknown.svg() and "Inference, " in unknown.svg()
+
+
 def test_picture_is_svg(tmp_path: Path) -> None:
     memory = memory_of(with_statistics())
     with pytest.raises(ToolError, match="SNNFX603"):
         memory.save(tmp_path / "memory.png")
-    assert list(tmp_path.iterdir()) == [] and memory._repr_svg_().startswith("<svg")
+    assert list(tmp_path.iterdir()) == [] and (memory._repr_svg_() or "").startswith("<svg")

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import os
+import re
 from typing import Any
 
 import torch
 
 from snnfx.errors import InputError
 
-__all__ = ["CACHE_FRIENDLY", "bytes_as_text", "check_memory_budget", "free_bytes", "inference_budget"]
+__all__ = ["CACHE_FRIENDLY", "bytes_as_text", "free_bytes", "inference_budget", "read_memory_budget"]
 
 CACHE_FRIENDLY = 64 * 2**20
 """Bytes of live intermediates up to which more steps at once are faster on a CPU. Measured on a convolutional SNN
@@ -17,15 +18,49 @@ CACHE_FRIENDLY = 64 * 2**20
 the calls do."""
 
 
-def check_memory_budget(budget: Any) -> None:
-    """Raise for a value that `memory_budget=` does not take."""
-    good = budget is None or (
-        not isinstance(budget, bool)
-        and ((isinstance(budget, int) and budget > 0) or (isinstance(budget, float) and 0.0 < budget <= 1.0))
-    )
-    if not good:
-        hint = "Give a number of bytes (an int), a part of the free memory (a float up to 1.0), or None."
-        raise InputError("SNNFX309", f"memory_budget={budget!r}", hint=hint)
+_TEXT = re.compile(
+    r"(?P<count>(?:\d+\.?\d*|\.\d+)(?:e\d+)?)(?P<unit>\s*(?:(?P<size>[kmgt])(?P<ending>i?b?)|b))?",
+    re.IGNORECASE | re.ASCII,
+)
+
+
+def read_memory_budget(budget: Any) -> int | float | None:
+    """The value of `memory_budget=`, as bytes, as a part of what is free, or None.
+
+    Args:
+        budget: an int, a float up to 1.0, None, or text in any case: "2GiB" and "2G" are 2 * 2**30 bytes, "2GB"
+            is 2 * 10**9; "1000000" is bytes, "0.5" (with a point) a part.
+
+    Raises:
+        InputError: SNNFX309, it is none of these.
+
+    Example:
+        >>> read_memory_budget("1.5kib"), read_memory_budget("2 MB"), read_memory_budget("0.5")
+        (1536, 2000000, 0.5)
+    """
+    found = _number_in(budget) if isinstance(budget, str) else budget
+    if found is None and budget is None:
+        return None
+    if isinstance(found, int) and not isinstance(found, bool) and found > 0:
+        return found
+    if isinstance(found, float) and 0.0 < found <= 1.0:
+        return found
+    hint = 'Give bytes (an int, or text as "512MiB"), a part of the free memory (a float up to 1.0), or None.'
+    if isinstance(found, float) and found > 1.0:
+        hint = 'A float is a part of the free memory, up to 1.0. Give bytes as an int, int(2e9), or as text, "2GB".'
+    raise InputError("SNNFX309", f"memory_budget={budget!r}", hint=hint)
+
+
+def _number_in(text: str) -> int | float | None:
+    match = _TEXT.fullmatch(text.strip())
+    if match is None:
+        return None
+    count = match["count"]
+    if match["unit"] is None and "." in count and "e" not in count.lower():
+        return float(count)
+    power = "kmgt".index(match["size"].lower()) + 1 if match["size"] else 0
+    base = 1000 if (match["ending"] or "").lower() == "b" else 1024
+    return int(count) * base**power if count.isdecimal() else int(float(count) * base**power)
 
 
 def free_bytes(device: torch.device) -> int:

@@ -61,7 +61,9 @@ def plan_inference(net: Net, leaves: Sequence[Tensor], state: Mapping[str, Any] 
     needed, where = widest.bytes, widest.name
     if needed > budget and net.options.memory_budget is not None:
         model = model_memory(net, leaves, state, training=False, describe=1)
-        raise cannot_be_met(budget, widest_of(inference_timeline(model, 1, detailed=True)), model, "for one time step")
+        raise cannot_be_met(
+            budget, widest_of(inference_timeline(model, 1, detailed=True)), model, "for one time step", net
+        )
     per_step = max(1.0, inference_peak(model, 3).bytes - inference_peak(model, 2).bytes)
     fixed = max(0.0, needed - per_step)
     fitting = max(1, int((budget - fixed) // per_step))
@@ -99,17 +101,20 @@ def refuse_impossible_budget(net: Net) -> None:
         plan_inference(net, sequences, None)
 
 
-def cannot_be_met(budget: float, widest: Moment, model: MemoryModel, how: str) -> InputError:
+def cannot_be_met(budget: float, widest: Moment, model: MemoryModel, how: str, net: Net) -> InputError:
     """The error for a budget that is too small; `widest` is detailed, and `model` knows who made what."""
     from snnfx.memory.report import largest_holders
 
     at = f"{widest.name}, {widest.phase}" if model.training else widest.name
+    hint = f"Give memory_budget={int(widest.bytes * 1.05)} or more, or a smaller batch."
+    if model.training and not net.training:
+        hint += " For inference, call the net under `with torch.no_grad():`, which keeps nothing for backward."
     return InputError(
         "SNNFX318",
         f"memory_budget is {bytes_as_text(budget)}, but {bytes_as_text(widest.bytes)} are needed {how}",
         where=at,
         why=f"most is held by {largest_holders(model, widest)}.",
-        hint=f"Give memory_budget={int(widest.bytes * 1.05)} or more, or a smaller batch.",
+        hint=hint,
     )
 
 
@@ -120,9 +125,9 @@ _MARGIN = 0.97
 def plan_training(net: Net, T: int, leaves: Sequence[Tensor], state: Mapping[str, Any] | None) -> RecomputePlan:
     """What backward computes again so that a training step fits the budget, as little as the model can tell.
 
-    Nothing, if that fits; else everything but the products; then products as well, those first that free most bytes for
-    the time of computing them again (a greedy knapsack); where that is not enough, the net as a whole in chunks of time
-    steps.
+    Nothing, if that fits or no budget is set; else everything but the products; then products as well, those first that
+    free most bytes for the time of computing them again (a greedy knapsack); where that is not enough, the net as a
+    whole in chunks of time steps.
 
     Raises:
         InputError: SNNFX318, nothing fits.
@@ -145,8 +150,9 @@ def _plan_training(net: Net, T: int, leaves: Sequence[Tensor], state: Mapping[st
     budget = inference_budget(net.options.memory_budget, device)
     planner = TrainingPlanner(net, T, leaves, state)
     peak = planner.peak(RecomputePlan())
-    if peak.bytes <= _MARGIN * budget:
-        return RecomputePlan(reason=f"nothing is computed again; {_at(peak, budget)}")
+    is_limited = net.options.memory_budget is not None
+    if not is_limited or peak.bytes <= _MARGIN * budget:
+        return RecomputePlan(reason=f"nothing is computed again; {_at(peak, budget if is_limited else None)}")
     plan = planner.within(_MARGIN * budget)
     least = planner.peak(plan)
     if least.bytes <= budget:
@@ -160,14 +166,15 @@ def _plan_training(net: Net, T: int, leaves: Sequence[Tensor], state: Mapping[st
         moments = training_timeline(model, length, RecomputePlan(), {}, detailed=True)
         at_peak = with_borders(model, widest_of(moments), T, length)
         if at_peak.bytes < least.bytes:
-            raise cannot_be_met(budget, at_peak, model, f"with the state kept every {length} steps")
+            raise cannot_be_met(budget, at_peak, model, f"with the state kept every {length} steps", net)
     model = model_memory(net, leaves, state, training=True, describe=T, in_tiles=True)
     at_peak = widest_of(training_timeline(model, T, plan, planner.packed, detailed=True))
-    raise cannot_be_met(budget, at_peak, model, "with everything computed again")
+    raise cannot_be_met(budget, at_peak, model, "with everything computed again", net)
 
 
-def _at(peak: Moment, budget: float) -> str:
-    return f"{bytes_as_text(peak.bytes)} at {peak.name} ({peak.phase}), budget {bytes_as_text(budget)}"
+def _at(peak: Moment, budget: float | None) -> str:
+    limit = "no budget is set" if budget is None else f"budget {bytes_as_text(budget)}"
+    return f"{bytes_as_text(peak.bytes)} at {peak.name} ({peak.phase}), {limit}"
 
 
 def told(plan: RecomputePlan) -> str:

@@ -6,13 +6,13 @@ import os
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from torch import Tensor
 
 from snnfx.errors import InputError, ToolError
 from snnfx.isolation import in_mode
-from snnfx.layout import Bullets, Document, Paragraph, Table, Title
+from snnfx.layout import Bullets, Document, Paragraph, Table, Title, as_markdown, as_text
 from snnfx.memory.budget import bytes_as_text
 from snnfx.memory.meter import Part
 from snnfx.memory.model import MemoryModel, Names, NotPredictable, model_memory
@@ -21,6 +21,7 @@ from snnfx.memory.plan import with_borders
 from snnfx.memory.planner import packed_parts
 from snnfx.memory.timeline import Moment, inference_timeline, training_timeline
 from snnfx.passes.checkpoint import RecomputePlan
+from snnfx.plain_data import plain_data
 
 if TYPE_CHECKING:
     from snnfx.net import Net
@@ -103,7 +104,7 @@ class PhaseMemory:
     moments: tuple[tuple[str, bool, Mapping[str, int]], ...] = ()
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class MemoryReport:
     """The memory of a call on T steps, predicted from shapes.
 
@@ -120,15 +121,45 @@ class MemoryReport:
     inference: PhaseMemory
     training: PhaseMemory
 
+    def to_dict(self) -> dict[str, Any]:
+        """The report as dicts, lists, strings and numbers, ready for `json.dumps`."""
+        return plain_data(self)
+
+    def to_markdown(self) -> str:
+        """The report as GitHub-flavoured Markdown."""
+        return as_markdown(memory_document(self))
+
+    def __str__(self) -> str:
+        return as_text(memory_document(self))
+
+    __repr__ = __str__
+
     def svg(self) -> str:
-        """A picture of the bytes alive over the execution, stacked by region, with the peak marked."""
+        """A picture of the bytes alive over the execution, stacked by region, with the peak marked.
+
+        Raises:
+            InputError: SNNFX319, the memory is not predictable, neither in inference nor in training.
+        """
+        if not self.is_predicted:
+            raise InputError(
+                "SNNFX319",
+                "there is no memory to draw",
+                why=f"inference: {self.inference.reason.rstrip('.')}; training: {self.training.reason.rstrip('.')}.",
+                hint="What is known about the net is in the text of the report.",
+            )
         return memory_as_svg(self)
+
+    @property
+    def is_predicted(self) -> bool:
+        """Whether the bytes of inference or of training are known."""
+        return bool(self.inference.moments or self.training.moments)
 
     def save(self, file: str | os.PathLike[str]) -> Path:
         """Write that picture to a file ending in .svg.
 
         Raises:
             ToolError: SNNFX603, another type of file.
+            InputError: SNNFX319, as `svg`.
         """
         path = Path(file)
         if path.suffix.lower() != ".svg":
@@ -137,8 +168,11 @@ class MemoryReport:
         path.write_text(self.svg(), encoding="utf-8")
         return path
 
-    def _repr_svg_(self) -> str:
-        return self.svg()
+    def _repr_svg_(self) -> str | None:
+        return self.svg() if self.is_predicted else None
+
+    def _repr_markdown_(self) -> str:
+        return self.to_markdown()
 
 
 def report_memory(net: Net, steps: Sequence[Tensor], T: int) -> MemoryReport:
