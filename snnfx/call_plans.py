@@ -106,6 +106,8 @@ class CallPlans:
 
     def _plan_recomputation(self, T: int, leaves: Sequence[Tensor]) -> RecomputePlan:
         net, checkpoint = self.net, self.net.options.checkpoint
+        if checkpoint is None:
+            return RecomputePlan(reason="nothing is computed again, as asked for")
         if isinstance(checkpoint, int):
             refuse_statistics_over_time(net.program, net.training, f"checkpoint={checkpoint}")
             return RecomputePlan(steps=checkpoint, reason=f"the state is kept every {checkpoint} steps, as asked for")

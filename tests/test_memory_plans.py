@@ -164,3 +164,10 @@ def test_statistics_of_each_step_without_momentum_can_be_predicted() -> None:
     net = snnfx.convert(model, example_inputs=x_seq[0], batch_norm="per_step", memory_budget=2**20)
     assert "not known" not in net.recompute_plan(6, x_seq).reason
     assert int(model[1].num_batches_tracked) == 0
+
+
+def test_nothing_is_planned_where_nothing_was_asked_for() -> None:
+    x_seq = torch.rand(16, 16, 8)
+    net = snnfx.convert(layers(), example_inputs=x_seq[0], checkpoint=None, memory_budget=1000)
+    assert net.recompute_plan(16, x_seq).segments == ()
+    net(x_seq).sum().backward()
