@@ -282,7 +282,7 @@ def _normalized(graph: fx.Graph, x_seq: Node, module: Node, name: str, per_step:
     taken = graph.call_function(
         step_statistics if per_step else batch_statistics, (x_seq, module), name=f"{name}_statistics"
     )
-    taken.meta["region_name"] = f"{name}_statistics"
+    taken.meta["region_name"] = f"{name}_stats"
     mean, var = (graph.call_function(operator.getitem, (taken, index)) for index in range(2))
     options: dict[str, Any] = {"per_step": True} if per_step else {}
     value = graph.call_function(normalize, (x_seq, mean, var, module), options, name=name)

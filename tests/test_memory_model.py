@@ -89,6 +89,14 @@ def test_peak_grows_with_the_steps_and_the_batch() -> None:
     assert inference_peak(large, 8).bytes == pytest.approx(2 * peaks[-1], rel=0.05)
 
 
+def test_inference_does_not_count_what_kernels_save_for_backward() -> None:
+    model = nn.Sequential(nn.Linear(64, 64), nn.BatchNorm1d(64), neuron.ParametricLIFNode()).eval()
+    x_seq = torch.rand(8, 32, 64)
+    one, state = 8 * 32 * 64 * 4, 32 * 64 * 4
+    found = inference_peak(model_of(snnfx.convert(model, example_inputs=x_seq[0]), x_seq), 8).bytes
+    assert 2 * one <= found <= 2 * one + 2 * state
+
+
 def test_model_that_looks_at_values_is_not_predicted() -> None:
     class Looking(nn.Module):
         def __init__(self) -> None:

@@ -46,7 +46,7 @@ class KernelStandIn:
     ) -> tuple[tuple[Tensor, ...], tuple[Any, ...]]:
         """`(outputs [T, *], final state)`."""
         y, after = self._step(x_seq, state, constants)
-        saved, kept = _saved_by_kernel(self.region)
+        saved, kept = _saved_by_kernel(self.region) if torch.is_grad_enabled() else (0, ())
         count, T = len(y), x_seq[0].shape[0]
         given = [*x_seq, *tensors_of(constants), *(s for s in state or () if isinstance(s, Tensor))]
         found = _Kernel.apply(self, T, [*y, *after], count, saved, kept, *given)

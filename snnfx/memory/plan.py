@@ -190,7 +190,7 @@ def told(plan: RecomputePlan) -> str:
 
 
 def _is_statistic(name: str) -> bool:
-    return name.endswith("_statistics")
+    return name.endswith("_stats")
 
 
 def _in_chunks(model: MemoryModel, T: int, budget: float) -> RecomputePlan | None:
