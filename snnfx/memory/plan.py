@@ -40,7 +40,8 @@ __all__ = [
 def plan_inference(net: Net, leaves: Sequence[Tensor], state: Mapping[str, Any] | None) -> ChunkPlan:
     """How many time steps to run at once in inference.
 
-    As many as the budget allows, and on a CPU no more than what caches and malloc are good at (`CACHE_FRIENDLY`).
+    As many as the budget allows, and on a CPU no more than what caches and malloc are good at (`CACHE_FRIENDLY`): then a
+    power of two, which divides most lengths, so that the last chunk is seldom one of another shape.
 
     Args:
         net: in evaluation mode.
@@ -67,13 +68,18 @@ def plan_inference(net: Net, leaves: Sequence[Tensor], state: Mapping[str, Any] 
     per_step = max(1.0, inference_peak(model, 3).bytes - inference_peak(model, 2).bytes)
     fixed = max(0.0, needed - per_step)
     fitting = max(1, int((budget - fixed) // per_step))
-    fast = max(1, int(CACHE_FRIENDLY // per_step)) if device.type == "cpu" else fitting
+    fast = _power_of_two(CACHE_FRIENDLY / per_step) if device.type == "cpu" else fitting
     length = min(fitting, fast)
     limit = (
         f"budget {bytes_as_text(budget)}" if fitting <= fast else f"{bytes_as_text(CACHE_FRIENDLY)} are fast on a CPU"
     )
     reason = f"{bytes_as_text(per_step)} alive per time step, widest at {where}, {limit}: {length} steps at once"
     return ChunkPlan(length, int(per_step), budget, reason)
+
+
+def _power_of_two(count: float) -> int:
+    """The largest one that is not above, and 1 at least."""
+    return 1 << max(0, int(count).bit_length() - 1)
 
 
 def example_steps(net: Net) -> list[Tensor] | None:
