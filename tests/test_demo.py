@@ -29,7 +29,7 @@ def quick_run(tmp_path_factory: pytest.TempPathFactory) -> tuple[subprocess.Comp
 def test_quick_demo_goes_through_every_section(quick_run: tuple[subprocess.CompletedProcess[str], Path]) -> None:
     done, _ = quick_run
     assert done.returncode == 0, done.stdout + done.stderr
-    sections = ["Model", "Convert", "Verify", "Draw", "Train", "Time", "Where everything is"]
+    sections = ["Model", "Convert", "Verify", "Draw", "Train", "Time", "Memory", "Where everything is"]
     assert re.findall(rf"^({'|'.join(sections)})  ", done.stdout, flags=re.MULTILINE) == sections
 
 

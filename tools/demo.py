@@ -24,6 +24,7 @@ from torch import Tensor, nn
 
 import snnfx
 from snnfx import neuron, surrogate
+from snnfx.options import ConvertKeywords
 
 ROOT = Path(__file__).resolve().parents[1]
 TARGET = 0.97
@@ -345,6 +346,37 @@ def cases(
         yield f"inference      T={T} N={N}", calls
 
 
+def compare_memory(model: nn.Module, terminal: Terminal, digits: Digits, T: int, N: int, repeats: int) -> None:
+    """Training steps that may hold less, with what does not fit computed again in the backward pass."""
+    x_seq, labels = spike_trains(digits.train_images[:N], T), digits.train_labels[:N]
+    whole = predicted_peak(snnfx.convert(model, example_inputs=x_seq[0]), x_seq)
+    ways: dict[str, ConvertKeywords] = {
+        "all kept": {},
+        "half of it": {"memory_budget": whole // 2},
+        "the least": {"checkpoint": "regions"},
+    }
+    nets = {name: snnfx.convert(model, example_inputs=x_seq[0], **options) for name, options in ways.items()}
+    seconds = measure(
+        {name: training_step(model, net, x_seq, labels) for name, net in nets.items()}, repeats, x_seq.device
+    )
+    terminal.section(
+        "Memory", "training steps that keep less (memory_budget=, checkpoint=), predicted bytes; the same gradients"
+    )
+    for name, net in nets.items():
+        peak = f"{predicted_peak(net, x_seq) / 2**20:10.1f} MiB"
+        slower = f"{seconds[name] / seconds['all kept']:7.2f} of the time" if name != "all kept" else ""
+        print(f"  {f'T={T} N={N}, {name}':<26}{peak}{seconds[name] * 1000:10.1f} ms{slower}")
+    model.zero_grad()
+
+
+def predicted_peak(net: snnfx.Net, x_seq: Tensor) -> int:
+    """Bytes at the widest point of a training step, told from shapes."""
+    net.train()
+    memory = snnfx.explain(net, example_inputs=x_seq[0], T=x_seq.shape[0]).memory
+    assert memory is not None
+    return memory.training.peak
+
+
 def table_row(terminal: Terminal, label: str, seconds: dict[str, float]) -> str:
     """Milliseconds of each way, and how many times faster than the first it is."""
     baseline, *_ = seconds.values()
@@ -420,6 +452,8 @@ def main() -> int:
         terminal.item("torch.compile", "left out: it needs a C++ compiler (g++ or clang++)")
     sizes = [(options.T, 16)] if options.quick else [(options.T, 64), (4 * options.T, 1)]
     compare_speed(model, net, terminal, digits, sizes, repeats=3 if options.quick else 15, with_compile=with_compile)
+
+    compare_memory(model, terminal, digits, *sizes[0], repeats=3 if options.quick else 15)
 
     terminal.section("Where everything is", f"{time.perf_counter() - started:.0f} s in all")
     for name, path in zip(["before", "after"], pictures, strict=True):

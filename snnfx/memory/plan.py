@@ -40,8 +40,8 @@ __all__ = [
 def plan_inference(net: Net, leaves: Sequence[Tensor], state: Mapping[str, Any] | None) -> ChunkPlan:
     """How many time steps to run at once in inference.
 
-    As many as the budget allows, and on a CPU no more than what caches and malloc are good at (`CACHE_FRIENDLY`): then a
-    power of two, which divides most lengths, so that the last chunk is seldom one of another shape.
+    As many as the budget allows, and on a CPU no more than what caches and malloc are good at (`CACHE_FRIENDLY`): then
+    a power of two, which divides most lengths, so that the last chunk is seldom one of another shape.
 
     Args:
         net: in evaluation mode.
