@@ -199,10 +199,11 @@ class _Walk:
         self._judge_without_batch(site, found, flat, fact)
         for name, least in site.requirements.items():
             self.requirements[name] = max(least, self.requirements.get(name, 0))
+        is_update = node.op == "call_module" and node in self.varying  # it changes its layer at each step
+        if site.refusal is not None and (is_update or not same_at_each_step):
+            self.refusals[node] = site.refusal
         if same_at_each_step:
             return self._marked(node, self._constant_result(node) if fact is UNKNOWN else fact)
-        if site.refusal is not None:
-            self.refusals[node] = site.refusal
         return self._marked(node, fact)
 
     def _depends_on_time(self, node: Node, found: Found | None) -> bool:

@@ -19,7 +19,15 @@ from snnfx.program import StepProgram, operation_name, updates_buffers
 from snnfx.state import adapter_of, call_opaque, call_stateful, initial_value
 from snnfx.step_functions import expect_size
 
-__all__ = ["Dependence", "analyse_dependence", "ancestors", "is_random", "is_size", "may_draw"]
+__all__ = [
+    "Dependence",
+    "analyse_dependence",
+    "ancestors",
+    "is_random",
+    "is_size",
+    "may_draw",
+    "operands_through_sizes",
+]
 
 
 @dataclass(frozen=True)
@@ -182,3 +190,16 @@ def is_size(node: Node) -> bool:
     if node.meta.get("shape_like"):
         return not hasattr(node.meta.get("val"), "stride")
     return node.target is getattr and node.args[1] in ("dtype", "device")
+
+
+def operands_through_sizes(node: Node) -> list[Node]:
+    """The operands of a node, where a size counts as the tensor whose size it is."""
+    found: list[Node] = []
+    stack = list(node.all_input_nodes)
+    while stack:
+        operand = stack.pop()
+        if is_size(operand):
+            stack.extend(operand.all_input_nodes)
+        elif operand not in found:
+            found.append(operand)
+    return found

@@ -21,7 +21,8 @@ from snnfx.errors import CaptureError, Refusal
 from snnfx.passes.base import Pass
 from snnfx.passes.batch import BatchAnalysis, infer_batch
 from snnfx.passes.batch_facts import Fact, model_input
-from snnfx.passes.dependence import Dependence, analyse_dependence, is_size
+from snnfx.passes.batch_sizes import meetings_in_folds, meets_in_loop
+from snnfx.passes.dependence import Dependence, analyse_dependence, is_size, operands_through_sizes
 from snnfx.program import (
     SELF_TARGET,
     Region,
@@ -66,9 +67,18 @@ class Partition(Pass):
             node.meta["varying"] = node in dependence.varying and not node.meta.get("sunk")
             node.meta["batch_dim"] = _batch_dim(analysis.facts.get(node))
             node.meta.pop("refusal", None)
-        kinds = _kinds(program, dependence, analysis.refusals)
-        program.regions = _regions(program, dependence, kinds)
+        refusals = dict(analysis.refusals)
+        while True:
+            kinds = _kinds(program, dependence, refusals)
+            program.regions = _regions(program, dependence, kinds)
+            meetings = meetings_in_folds(program.regions, analysis.facts)
+            if not meetings:
+                break
+            refusals.update(meetings)
         for region in program.regions:
+            if region.kind == "loop" and meets_in_loop(region, analysis.facts):
+                for node in region.nodes:
+                    node.meta["step_refusal"] = True
             for node in region.nodes:
                 node.meta["kind"], node.meta["region"] = region.kind, region.name
         counts = {kind: sum(r.kind == kind for r in program.regions) for kind in ("once", "fold", "map", "loop")}
@@ -287,7 +297,7 @@ class _Groups:
         """Build the graph between groups: operands (through sizes), delays, and what initial values are made of."""
         self.graph.add_nodes_from(self.members)
         for node, group in self.group.items():
-            for operand in _operands_through_sizes(node):
+            for operand in operands_through_sizes(node):
                 self._edge(operand, group)
             if "slot" in node.meta and node.op == "placeholder":
                 following = self.dependence.carried[node]
@@ -349,7 +359,7 @@ class _Groups:
             for node in sorted(self.group, key=self.position.__getitem__):
                 if kinds.get(node) not in _MERGED_KINDS:
                     continue
-                for operand in sorted(_operands_through_sizes(node), key=self.position.__getitem__, reverse=True):
+                for operand in sorted(operands_through_sizes(node), key=self.position.__getitem__, reverse=True):
                     if kinds.get(operand) == kinds[node] and self._merge(self.group[operand], self.group[node]):
                         changed = True
 
@@ -407,17 +417,4 @@ def _sizes_behind(node: Node) -> list[Node]:
         if is_size(operand) and operand not in found:
             found.append(operand)
             stack.extend(operand.all_input_nodes)
-    return found
-
-
-def _operands_through_sizes(node: Node) -> list[Node]:
-    """The operands of a node, where a size counts as the tensor whose size it is."""
-    found: list[Node] = []
-    stack = list(node.all_input_nodes)
-    while stack:
-        operand = stack.pop()
-        if is_size(operand):
-            stack.extend(operand.all_input_nodes)
-        elif operand not in found:
-            found.append(operand)
     return found

@@ -10,7 +10,7 @@ the parts are batch-equivariant, and their borders are views.
 from __future__ import annotations
 
 import operator
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -21,7 +21,7 @@ from snnfx.functional import seq_to_ann_forward
 from snnfx.leaves import is_vouched
 from snnfx.memory.statistics import batch_statistics, normalize, step_statistics
 from snnfx.passes.batch_lookup import look_up
-from snnfx.passes.dependence import is_random, is_size, may_draw
+from snnfx.passes.dependence import is_random, is_size, may_draw, operands_through_sizes
 from snnfx.passes.emit import emit_multi_step
 from snnfx.passes.emit_plain import emit_plain
 from snnfx.passes.emitter import TargetName
@@ -105,7 +105,7 @@ class _Fold:
         self.group: dict[Node, Node] = {}
         inside = set(region.nodes)
         for node in region.nodes:
-            operands = [n for n in _operands_of(node) if n in inside]
+            operands = [n for n in operands_through_sizes(node) if n in inside]
             source = next((n for n in operands), None)
             if source is not None and (is_size(node) or takes_from_tuple(node)):
                 self.kind[node], self.phase[node] = self.kind[source], self.phase[source]
@@ -154,14 +154,6 @@ class _Fold:
         if all(self._find(user) is self._find(node) for user in inside):
             return True
         return isinstance(node.meta.get("batch_dim"), int) and not same_for_all_samples(node)
-
-
-def _operands_of(node: Node) -> Iterator[Node]:
-    """What a node is computed from; a size is computed again wherever it is needed, from what it is a size of."""
-    for operand in node.all_input_nodes:
-        yield operand
-        if is_size(operand):
-            yield from _operands_of(operand)
 
 
 def _names(name: str, kinds: Sequence[str]) -> list[str]:

@@ -517,3 +517,47 @@ def test_state_of_which_only_the_shape_is_read() -> None:
     model, x_seq = Checked().double(), torch.rand(4, 2, 3, dtype=torch.float64)
     net = snnfx.convert(model, example_inputs=x_seq[0])
     torch.testing.assert_close(net(x_seq), step_model(model, x_seq))
+
+
+@EXAMPLES
+@pytest.mark.parametrize("training", [True, False])
+def test_state_whose_shape_nothing_tells_that_a_step_reads(examples: bool, training: bool) -> None:
+    """The kernel made a state without dimensions: only the first value had a shape, and that came in as a number."""
+
+    class Halving(snnfx.MemoryModule):
+        def __init__(self) -> None:
+            super().__init__()
+            self.register_memory("h", None)
+
+        def forward(self, x: Tensor) -> Tensor:
+            if self.h is None:
+                self.h = torch.zeros(x.shape[0], 4, dtype=x.dtype) + 0.5
+            self.h = 0.5 * self.h
+            return self.h
+
+    x, model = sequence(3, 5), Halving().train(training)
+    net = snnfx.convert(model, example_inputs=x if examples else None, time_dim=None)
+    for batch in (3, 2):
+        outputs, state = net.run(x[:batch], T=3)
+        expected = step_model(fresh_copy(model), x[:batch].expand(3, batch, 5))
+        assert_same([outputs, state["h"]], [expected, expected[-1]])
+
+
+@EXAMPLES
+def test_batch_norm_of_a_constant_whose_batch_is_not_known(examples: bool) -> None:
+    """SNNFX305 at the call: a fold without inputs. Its statistics are updated at each step."""
+
+    class Padded(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.pad, self.norm, self.lif = nn.ZeroPad2d(1), nn.BatchNorm1d(6), neuron.IFNode(v_threshold=0.7)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.lif(self.norm(self.pad(x)))
+
+    x, model = sequence(3, 4), Padded().double()
+    plain = fresh_copy(model)
+    expected = step_model(plain, x.expand(3, 3, 4))
+    net = snnfx.convert(model, example_inputs=x if examples else None, time_dim=None, batch_norm="per_step")
+    assert_same(net(x, T=3), expected)
+    assert_same(model.norm.running_mean, plain.norm.running_mean)

@@ -244,6 +244,30 @@ def test_gradients_are_right_where_the_values_settle_early(forward: Forward) -> 
         torch.testing.assert_close(value, other, rtol=1e-8, atol=1e-8)
 
 
+class CalledTwice(nn.Module):
+    """Norm and neuron are called twice in a step; without a spike, the order of the neuron's calls is not seen."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.bn, self.lif = nn.BatchNorm1d(5), LIF()
+        nn.init.constant_(self.bn.bias, 0.25)
+
+    def forward(self, x: Tensor) -> Tensor:
+        self.lif(self.bn(x))
+        return self.lif(self.bn(x))
+
+
+@pytest.mark.parametrize("forward", [replay_forward, folded_forward])
+def test_gradients_are_right_where_all_calls_have_equal_values(forward: Forward) -> None:
+    model, x_seq = CalledTwice(), torch.ones(4, 6, 5, requires_grad=True)
+    leaves = [x_seq, *model.parameters()]
+    values, gradients = run_and_differentiate(torch.stack(forward(model, [(x,) for x in x_seq], is_norm)), leaves)
+    twice = folded(model.bn, x_seq).repeat_interleave(2, 0)
+    expected, expected_gradients = run_and_differentiate(lif_sequence(twice)[1::2], leaves)
+    for value, other in zip(values + gradients, expected + expected_gradients, strict=True):
+        torch.testing.assert_close(value, other, rtol=1e-9, atol=1e-9)
+
+
 @folds
 def test_running_statistics_are_those_of_one_call(forward: Forward) -> None:
     model, x_seq = CNN(), torch.rand(5, 6, 2, 4, 4)

@@ -10,7 +10,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from stepping import assert_same, run_stepped
+from stepping import assert_converts, assert_same, run_stepped
 from torch import Tensor, nn
 from torch.fx import Node
 
@@ -254,3 +254,77 @@ def test_dropout_inside_attention_is_drawn_at_each_step_even_if_the_input_never_
     assert "once" not in {region.kind for region in net.regions}
     y_seq = net(torch.rand(2, 3, 4), T=3)
     assert not torch.equal(y_seq[0], y_seq[1])
+
+
+BACK: dict[str, Any] = {
+    "view_as": lambda h, x: h.view_as(x),
+    "reshape_as": lambda h, x: h.reshape_as(x) + x,
+    "view of a shape": lambda h, x: h.view(x.shape),
+    "view": lambda h, x: h.view(x.shape[0], 4, 5),
+    "unflatten": lambda h, x: h.unflatten(0, (x.shape[0], 4)),
+}
+
+
+class MergedBatch(nn.Module):
+    """A batch that is merged with another dimension, and split again by the shape of what it came from."""
+
+    def __init__(self, inner: nn.Module, back: Any) -> None:
+        super().__init__()
+        self.inner, self.back = inner, back
+
+    def forward(self, x: Tensor) -> Any:
+        return self.back(self.inner(x.flatten(0, 1)), x)
+
+
+@pytest.mark.parametrize("back", BACK)
+def test_inputs_of_a_fold_have_one_batch_size(back: str) -> None:
+    """SNNFX303 at the call: spikes of a merged batch and `x` were inputs of one fold."""
+    net = assert_converts(MergedBatch(neuron.LIFNode(v_threshold=0.1), BACK[back]), torch.randn(3, 2, 4, 5).double())
+    (mapped,) = [region for region in net.program.regions if region.kind == MAPPED]
+    assert [refusal.code for _, refusal in mapped.refusals()] == ["SNNFX105"]
+
+
+@pytest.mark.parametrize("back", BACK)
+def test_a_batch_may_change_its_size_inside_a_fold(back: str) -> None:
+    net = assert_converts(MergedBatch(nn.Tanh(), BACK[back]), torch.randn(3, 2, 4, 5).double())
+    assert [region.kind for region in net.program.regions] == [FOLDED]
+
+
+class ShapeOfAnother(snnfx.MemoryModule):
+    """The shape of one input for the values of another one, which starts a state, too."""
+
+    def __init__(self, change: Any) -> None:
+        super().__init__()
+        self.change = change
+        self.register_memory("h", None)
+
+    def forward(self, x: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
+        changed = self.change(x, y)
+        if self.h is None:
+            self.h = x.detach() * 0.5
+        self.h = x + self.h
+        return changed.tanh(), self.h
+
+
+SHAPED: dict[str, Any] = {
+    "view_as": lambda x, y: x.view_as(y),
+    "reshape_as": lambda x, y: x.reshape_as(y),
+    "view": lambda x, y: x.view(y.shape),
+    "size": lambda x, y: x.reshape(y.shape[0], -1),
+}
+
+
+@pytest.mark.parametrize("change", SHAPED)
+@pytest.mark.parametrize("shape", [(5, 4), (2, 2, 5), (4, 5), (4, 5, 1)])
+def test_the_shape_of_an_input_with_another_batch_is_not_taken_in_a_fold(change: str, shape: tuple[int, ...]) -> None:
+    """Fuzz seed 5241: SNNFX303 at the call."""
+    x, y = torch.randn(3, 4, 5).double(), torch.randn(3, *shape).double()
+    net = assert_converts(ShapeOfAnother(SHAPED[change]), x, y)
+    if shape[0] == 4:
+        assert all(region.kind != MAPPED for region in net.program.regions)
+
+
+@pytest.mark.parametrize("shape", [(4, 5), (3, 4, 5), (4, 4, 5)])
+def test_expand_as_to_an_input_with_another_batch(shape: tuple[int, ...]) -> None:
+    x, y = torch.randn(3, 1, 5).double(), torch.randn(3, *shape).double()
+    assert_converts(ShapeOfAnother(lambda x, y: x.expand_as(y)), x, y)

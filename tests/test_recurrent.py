@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 import torch
-from stepping import assert_converts, fresh_copy
+from stepping import assert_converts, assert_same, assert_same_run, fresh_copy, run_net, run_stepped
 from torch import Tensor, nn
 from torch._dynamo.testing import CompileCounterWithBackend
 
@@ -695,3 +695,71 @@ def test_exported() -> None:
     x_seq = x_of(5, 3, 4)
     program = torch.export.export(net, (x_seq,), dynamic_shapes=({0: torch.export.Dim("T", min=2)},))
     torch.testing.assert_close(program.module()(x_of(9, 3, 4) * 0 + 1.0), net(x_of(9, 3, 4) * 0 + 1.0))
+
+
+class Inside(nn.Module):
+    """Spikes come back into a layer that returns several values."""
+
+    def __init__(self, layer: nn.Module, pick: Callable[[nn.Module, Tensor], Tensor]) -> None:
+        super().__init__()
+        self.layer, self.pick, self.back = layer, pick, nn.Linear(4, 5)
+        self.lif = neuron.LIFNode(v_threshold=0.1)
+        self.spk: Any = None
+
+    def forward(self, x: Tensor) -> Tensor:
+        if self.spk is None:
+            self.spk = torch.zeros_like(x[:, 0, :4])
+        self.spk = self.lif(self.pick(self.layer, x + self.back(self.spk).unsqueeze(1)))
+        return self.spk
+
+
+class CarriesLSTM(snnfx.MemoryModule):
+    """A recurrent layer whose own states go from step to step."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer, self.lif = nn.LSTM(5, 4, 2, batch_first=True), neuron.LIFNode(v_threshold=0.1)
+        self.register_memory("h", None)
+        self.register_memory("c", None)
+
+    def forward(self, x: Tensor) -> Tensor:
+        if self.h is None:
+            self.h, self.c = x.new_zeros(2, x.shape[0], 4), x.new_zeros(2, x.shape[0], 4)
+        y, (self.h, self.c) = self.layer(x, (self.h, self.c))
+        return self.lif(y[:, -1])
+
+
+RETURNING_SEVERAL: dict[str, Callable[[], nn.Module]] = {
+    "lstm": lambda: Inside(nn.LSTM(5, 4, batch_first=True), lambda f, x: f(x)[0].mean(1)),
+    "lstm, last hidden state": lambda: Inside(nn.LSTM(5, 4, 2, batch_first=True), lambda f, x: f(x)[1][0][-1]),
+    "lstm, cell state": lambda: Inside(nn.LSTM(5, 4), lambda f, x: f(x.transpose(0, 1))[1][1][0]),
+    "lstm both ways": lambda: Inside(nn.LSTM(5, 2, batch_first=True, bidirectional=True), lambda f, x: f(x)[0][:, 0]),
+    "gru": lambda: Inside(nn.GRU(5, 4, 2, batch_first=True), lambda f, x: f(x)[1][-1]),
+    "lstm cell": lambda: Inside(nn.LSTMCell(5, 4), lambda f, x: f(x[:, 0])[1]),
+    "attention": lambda: Inside(
+        nn.MultiheadAttention(5, 1, batch_first=True), lambda f, x: f(x, x, x, need_weights=False)[0][:, 0, :4]
+    ),
+    "indices not used": lambda: Inside(nn.MaxPool1d(2, return_indices=True), lambda f, x: f(x.mT)[0].sum(2)[:, 1:]),
+    "states of its own": CarriesLSTM,
+}
+
+
+@pytest.mark.parametrize("lower", ["auto", None])
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32])  # of float32, oneDNN computes the LSTM
+@pytest.mark.parametrize("name", RETURNING_SEVERAL)
+def test_layers_that_return_several_values(name: str, dtype: torch.dtype, lower: Any) -> None:
+    """`copy_(): argument 'other' must be Tensor, not NoneType`: without autograd, oneDNN returns no workspace."""
+    model = RETURNING_SEVERAL[name]()
+    x_seq = x_of(5, 3, 4, 5)
+    expected = run_stepped(copy.deepcopy(model).double(), x_seq)
+    model = model.to(dtype)
+    net = snnfx.convert(model, example_inputs=x_seq[0].to(dtype), lower=lower)
+    found = run_net(net, x_seq.to(dtype))
+    expected.buffers = found.buffers = {}
+    if dtype is torch.float64:
+        assert_same_run(found, expected)
+        return
+    tolerance = 1e-4
+    torch.testing.assert_close(found.outputs.double(), expected.outputs, atol=tolerance, rtol=tolerance)
+    for name, gradient in expected.parameter_grads.items():
+        assert_same(found.parameter_grads[name].double(), gradient, tolerance)

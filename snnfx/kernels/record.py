@@ -22,7 +22,8 @@ from torch.overrides import TorchFunctionMode
 from torch.utils import _pytree as pytree
 from torch.utils._python_dispatch import TorchDispatchMode
 
-__all__ = ["Call", "NotLowered", "Recording", "Reference", "Value", "random_numbers_kept", "record_step"]
+__all__ = ["Call", "NotLowered", "Recording", "Reference", "Value", "call_as_recorded", "random_numbers_kept"]
+__all__ += ["record_step"]
 
 
 class NotLowered(Exception):
@@ -61,12 +62,20 @@ class Value:
 
 @dataclass
 class Call:
-    """A call of an operator; tensors in `args` are `Reference`s, `results` are their numbers."""
+    """A call of an operator; tensors in `args` are `Reference`s.
+
+    Args:
+        target: the operator.
+        args, kwargs: of the call.
+        results: the numbers of the tensors that it returned.
+        places: where each of them stands in what it returned, as a flat list: an operator may leave out some.
+    """
 
     target: Any
     args: tuple[Any, ...]
     kwargs: dict[str, Any]
     results: list[int] = field(default_factory=list)
+    places: list[int] = field(default_factory=list)
 
     @property
     def name(self) -> str:
@@ -197,12 +206,13 @@ class _Recorder(TorchDispatchMode):
         if not written and isinstance(results, Tensor) and any(results is tensor for tensor in tensors):
             return results  # what gives back what it was given, such as `to`, computes nothing
         sources = [self.values[n] for n in call.references()]
-        for result in pytree.tree_leaves(results):
+        for place, result in enumerate(pytree.tree_leaves(results)):
             if isinstance(result, Tensor):
                 value = Value(tuple(result.shape), result.dtype, "computed", call=call)
                 value.varying = any(s.varying for s in sources)
                 value.tangential = any(s.tangential for s in sources)
                 call.results.append(self.add(result, value))
+                call.places.append(place)
         return results
 
     def _read_by_python(self, func: Any, name: str, tensors: list[Tensor], args: Any, kwargs: Any) -> Any:
@@ -259,6 +269,16 @@ def _undisturbed(device: torch.device) -> Iterator[None]:
     one_thread = torch.autograd.set_multithreading_enabled(False)
     with random_numbers_kept(device), torch.enable_grad(), one_thread, hooks:
         yield
+
+
+def call_as_recorded(target: Any, args: Sequence[Any], kwargs: dict[str, Any]) -> Any:
+    """Call an operator in the modes in which a step is recorded: autograd is on, but its own kernels are not called.
+
+    Without autograd, some operators leave out a result that only their backward pass reads: a recurrent layer of oneDNN
+    its workspace.
+    """
+    with torch.enable_grad(), torch._C._AutoDispatchBelowAutograd():
+        return target(*args, **kwargs)
 
 
 def stand_ins(tensors: Sequence[Tensor]) -> list[Tensor]:

@@ -122,7 +122,10 @@ class Rehearsal:
         try:
             _refuse_other_shapes(inputs, after)
             lowered = LoweredStep(translate(recording), back_end_of(device), device)
-            return lowered, self._initial_states(recording, inputs, constants) if starts else None
+            initial = self._initial_states(recording, inputs, constants) if starts else None
+            if initial is not None:
+                self._refuse_unknown_shape(lowered, initial, inputs, constants)
+            return lowered, initial
         except NotLowered as reason:
             if device.type != "cpu" or torch.is_autocast_enabled("cpu"):
                 raise
@@ -133,6 +136,16 @@ class Rehearsal:
             return mixed, initial_states_of_each(self._recording_of(self.start(), inputs, constants))
         except (NotLowered, TypeError):  # TypeError: a module makes its states itself, from None
             return mixed, None
+
+    def _refuse_unknown_shape(
+        self, lowered: LoweredStep, initial: InitialStates, inputs: Sequence[Tensor], constants: Sequence[Any]
+    ) -> None:
+        """A kernel has no shape of its own: one that only the first values of the states had is lost with them."""
+        x_seq, shape = [x.unsqueeze(0) for x in inputs], lowered.step.shape
+        if lowered.shape_of_step(x_seq, ()) != shape:
+            states = initial.values(constants, x_seq, self.start)
+            if lowered.shape_of_step(x_seq, states) != shape:
+                raise NotLowered("the states have a shape that nothing tells which each step reads")
 
     def _recording_of(self, graph: fx.GraphModule, inputs: Sequence[Tensor], constants: Sequence[Any]) -> Recording:
         return record_step(functools.partial(graph.forward, *constants), inputs, None, False, decomposition)

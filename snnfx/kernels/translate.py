@@ -17,10 +17,11 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.utils import _pytree as pytree
 
 from snnfx.kernels.aten import ELEMENTWISE, SAME_VALUE, Site, compute_dtype
 from snnfx.kernels.expressions import Builder, Expression, StepExpressions
-from snnfx.kernels.record import Call, NotLowered, Recording, Reference
+from snnfx.kernels.record import Call, NotLowered, Recording, Reference, call_as_recorded
 
 __all__ = ["Replay", "TranslatedStep", "Translator", "memory_dtype", "translate"]
 
@@ -53,9 +54,13 @@ class Replay:
                 (source, shape), result = call.args, call.results[0]
                 known[result] = known[source.number].view(shape)
                 continue
-            results = call.target(*[_known(a, known) for a in call.args], **_known(call.kwargs, known))
-            results = results if isinstance(results, tuple | list) else (results,)
-            known.update(zip(call.results, (r for r in results if isinstance(r, Tensor)), strict=True))
+            args, kwargs = [_known(a, known) for a in call.args], _known(call.kwargs, known)
+            if len(call.results) == 1:
+                results = call.target(*args, **kwargs)
+            else:
+                results = call_as_recorded(call.target, args, kwargs)
+            flat = [results] if isinstance(results, Tensor) else pytree.tree_leaves(results)
+            known.update((number, flat[place]) for number, place in zip(call.results, call.places, strict=True))
         return [known[number] for number in wanted]
 
     def part_for(self, wanted: Sequence[int]) -> Replay:

@@ -94,8 +94,7 @@ def plan_gradient(recording: Recording, kinds: Kinds, number: int) -> Deferred:
 
 def _is_of_constant(call: Call, number: int) -> bool:
     """Whether a result of `convolution_backward` is the gradient of the weight or of the bias."""
-    made = [i for i, is_made in enumerate(call.args[-1]) if is_made]
-    return made[call.results.index(number)] > 0
+    return call.places[call.results.index(number)] > 0
 
 
 def _product(a: Tensor, b: Tensor) -> Tensor:

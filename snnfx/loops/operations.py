@@ -7,8 +7,9 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.utils import _pytree as pytree
 
-from snnfx.kernels.record import Call, Recording, Reference, Value
+from snnfx.kernels.record import Call, Recording, Reference, Value, call_as_recorded
 
 __all__ = ["BATCHED", "LINEAR", "VIEWS", "Pure", "calls_behind", "in_order", "resolved", "stripped"]
 
@@ -86,19 +87,21 @@ class Pure:
         self.written = [i for i, a in enumerate(schema.arguments) if a.alias_info is not None and a.alias_info.is_write]
         self.args = list(call.args)
         names = [a.name for a in schema.arguments]
-        self.positions = [call.results.index(number) for number in self.wanted]
+        self.places = [call.places[call.results.index(number)] for number in self.wanted]
         if "output_mask" in names and names.index("output_mask") < len(self.args):
             position = names.index("output_mask")
-            made = [i for i, is_made in enumerate(self.args[position]) if is_made]
-            self.positions = [made[p] for p in self.positions]
-            self.args[position] = [i in self.positions for i in range(len(self.args[position]))]
+            self.args[position] = [i in self.places for i in range(len(self.args[position]))]
         self.dtype = [recording.values[number].dtype for number in self.wanted]
 
     def __call__(self, args: Sequence[Any], kwargs: dict[str, Any]) -> list[Tensor]:
         """The wanted results."""
         if self.written:
             args = [a.clone() if i in self.written and isinstance(a, Tensor) else a for i, a in enumerate(args)]
-        results = self.target(*args, **kwargs)
+        if len(self.wanted) == 1 or self.call.name in VIEWS:
+            results = self.target(*args, **kwargs)
+        else:
+            results = call_as_recorded(self.target, args, kwargs)
         if isinstance(results, Tensor):
             return [results]
-        return [results[p] for p in self.positions]
+        flat = pytree.tree_leaves(results)
+        return [flat[place] for place in self.places]
