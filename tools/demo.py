@@ -350,12 +350,13 @@ def compare_memory(model: nn.Module, terminal: Terminal, digits: Digits, T: int,
     """Training steps that may hold less, with what does not fit computed again in the backward pass."""
     x_seq, labels = spike_trains(digits.train_images[:N], T), digits.train_labels[:N]
     whole = predicted_peak(snnfx.convert(model, example_inputs=x_seq[0]), x_seq)
+    example = x_seq[0]
     ways: dict[str, ConvertKeywords] = {
-        "all kept": {},
-        "half of it": {"memory_budget": whole // 2},
-        "the least": {"checkpoint": "regions"},
+        "all kept": {"example_inputs": example},
+        "half of it": {"example_inputs": example, "memory_budget": whole // 2},
+        "the least": {"example_inputs": example, "checkpoint": "regions"},
     }
-    nets = {name: snnfx.convert(model, example_inputs=x_seq[0], **options) for name, options in ways.items()}
+    nets = {name: snnfx.convert(model, **options) for name, options in ways.items()}
     seconds = measure(
         {name: training_step(model, net, x_seq, labels) for name, net in nets.items()}, repeats, x_seq.device
     )
