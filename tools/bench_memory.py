@@ -5,7 +5,8 @@
 Every number comes from a process of its own: the peak resident set during one call (VmHWM, reset before it) above the
 resident set before it. Blocks of 64 KiB and more go back to the system when they are freed
 (`MALLOC_MMAP_THRESHOLD_`), so the resident set is what is alive. Times are measured in other processes, with the C
-library's own settings and with ones that keep freed blocks, the same for all sides.
+library's own settings and with ones that keep freed blocks, the same for all sides. Threads stay on their cores
+(OMP_PROC_BIND): otherwise the scheduler of a virtual machine makes much of the noise.
 """
 
 from __future__ import annotations
@@ -29,7 +30,9 @@ from torch import Tensor, nn
 
 MiB = 2**20
 EXACT = {"MALLOC_MMAP_THRESHOLD_": "65536", "MALLOC_TRIM_THRESHOLD_": "131072"}
+STEADY = {"OMP_PROC_BIND": "true"}
 KEEPING = {"MALLOC_MMAP_THRESHOLD_": str(2**30), "MALLOC_TRIM_THRESHOLD_": str(2**31 - 1)}
+TIMED = (("default", STEADY), ("keeping", {**STEADY, **KEEPING}))
 
 PREDICTED = [
     (name, T, N, phase)
@@ -116,11 +119,15 @@ def predict(name: str, T: int, N: int, phase: str) -> dict[str, Any]:
     del y
     net.zero_grad()
     start = time.perf_counter()
-    plan = net.recompute_plan(T, x_seq) if options["checkpoint"] else RecomputePlan()
-    model = model_memory(net, [x_seq], None, training=phase != "inference", in_tiles=plan.packs)
-    planned = time.perf_counter() - start
+    if options["checkpoint"]:
+        plan = net.recompute_plan(T, x_seq)
+        planned = time.perf_counter() - start
+        model = model_memory(net, [x_seq], None, training=True, in_tiles=plan.packs)
+    else:
+        plan, model = RecomputePlan(), model_memory(net, [x_seq], None, training=phase != "inference")
+        planned = time.perf_counter() - start
     predicted = (
-        inference_peak(model, T).bytes
+        inference_peak(model, T, hands_on=False).bytes
         if phase == "inference"
         else training_peak(model, T, plan, packed_parts(net, model)).bytes
     )
@@ -272,7 +279,7 @@ def main() -> None:
                 extra = {"OF_PEER": str(base.get("bytes", 0))}
                 row = {"model": name, "T": T, "N": N, "side": side}
                 row |= in_process(["train", name, side, T, N, "bytes", 0], {**EXACT, **extra})
-                for setting, environment in () if options.bytes else (("default", {}), ("keeping", KEEPING)):
+                for setting, environment in () if options.bytes else TIMED:
                     if "error" not in row:
                         found = in_process(
                             ["train", name, side, T, N, "time", options.repeats], {**environment, **extra}

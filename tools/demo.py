@@ -353,7 +353,7 @@ def compare_memory(model: nn.Module, terminal: Terminal, digits: Digits, T: int,
     example = x_seq[0]
     ways: dict[str, ConvertKeywords] = {
         "all kept": {"example_inputs": example},
-        "half of it": {"example_inputs": example, "memory_budget": whole // 2},
+        "two thirds of it": {"example_inputs": example, "memory_budget": 2 * whole // 3},
         "the least": {"example_inputs": example, "checkpoint": "regions"},
     }
     nets = {name: snnfx.convert(model, **options) for name, options in ways.items()}

@@ -52,6 +52,7 @@ class CallCost:
         makes: values that it makes.
         saves: values that its history holds.
         dies: values that are not needed after it in forward.
+        finals: values that are not needed after it, except as the final state.
         bytes: its `CallBytes`, each number as an affine function.
     """
 
@@ -62,6 +63,7 @@ class CallCost:
     makes: tuple[int, ...]
     saves: tuple[int, ...]
     dies: tuple[int, ...] = ()
+    finals: tuple[int, ...] = ()
     bytes: dict[str, Affine] = field(default_factory=dict)
 
 
@@ -195,7 +197,9 @@ def _table(walk: Walk, longer: Walk, training: bool, described: Walk | None) -> 
     for index, call in enumerate(calls):
         last.update(dict.fromkeys((*call.reads, *call.makes), index))
     for value, index in last.items():
-        if value not in returned and value not in in_state:
+        if value in in_state and value not in returned:
+            calls[index].finals += (value,)
+        elif value not in returned:
             calls[index].dies += (value,)
     values = [affine(a, b) for a, b in zip(walk.values, longer.values, strict=True)]
     total = [values[v] for v in in_state]

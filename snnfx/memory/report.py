@@ -201,7 +201,8 @@ def _inference(net: Net, sequences: list[Tensor], T: int) -> PhaseMemory:
         model = model_memory(net, sequences, None, training=False, describe=steps)
     except (NotPredictable, InputError) as error:
         return PhaseMemory("inference", T, _why_not(error))
-    return _phase("inference", model, steps, inference_timeline(model, steps, detailed=True), plan.reason, net)
+    moments = inference_timeline(model, steps, detailed=True, hands_on=steps < T)
+    return _phase("inference", model, steps, moments, plan.reason, net)
 
 
 def _training(net: Net, sequences: list[Tensor], T: int) -> PhaseMemory:

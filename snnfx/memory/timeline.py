@@ -51,13 +51,20 @@ def widest_of(moments: Iterable[Moment]) -> Moment:
     return max(moments, key=lambda at: at.bytes, default=_NOTHING)
 
 
-def inference_peak(model: MemoryModel, steps: int) -> Moment:
-    """The widest point of running so many steps at once without a history."""
-    return widest_of(inference_timeline(model, steps))
+def inference_peak(model: MemoryModel, steps: int, hands_on: bool = True) -> Moment:
+    """The widest point of running so many steps at once without a history, see `inference_timeline`."""
+    return widest_of(inference_timeline(model, steps, hands_on=hands_on))
 
 
-def inference_timeline(model: MemoryModel, steps: int, detailed: bool = False) -> list[Moment]:
-    """The widest point of each call without a history; with `detailed`, what is held there."""
+def inference_timeline(model: MemoryModel, steps: int, detailed: bool = False, hands_on: bool = True) -> list[Moment]:
+    """The widest point of each call without a history.
+
+    Args:
+        model: without a history.
+        steps: time steps run at once.
+        detailed: say of each moment what is held.
+        hands_on: whether the final state is kept, for the next chunk or for the caller of `run`.
+    """
     alive: dict[int, float] = {}
     moments = []
     for index, call in enumerate(model.calls):
@@ -67,7 +74,7 @@ def inference_timeline(model: MemoryModel, steps: int, detailed: bool = False) -
             held["work", index] = work
         moments.append(Moment(sum(alive.values()) + work, call.name, "forward", held))
         alive.update((value, model.values[value](steps)) for value in call.makes)
-        for value in call.dies:
+        for value in call.dies if hands_on else (*call.dies, *call.finals):
             alive.pop(value, None)
     return moments
 
