@@ -292,7 +292,8 @@ class _Timeline:
     def _work_backward(self, group: _Group) -> tuple[float, Mapping[int, float]]:
         """What a segment takes while it goes back, and what of that are values computed again."""
         calls, tile = self.calls, self.calls[group.tile]
-        given = self._sizes(tile.makes)  # the gradients of its results
+        # The gradients of its results; a final state seldom has one.
+        given = self._sizes(v for v in tile.makes if v not in tile.finals)
         through = [i for i in group.members if self.costs[i]["grads"] > 0]
         found = self._sizes({v for i in through for v in calls[i].reads if v not in group.inner})
         made = {v: self.size[v] for i in group.products for v in calls[i].makes}
