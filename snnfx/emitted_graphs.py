@@ -93,6 +93,7 @@ class EmittedGraphs:
         if program.first_step is not None:
             first = emit_single_step(program.first_step, f"{REGIONS}.{label}_first", self.target_name)
             self.keep(f"{label}_first", first.regions)
+            self.emitted[mode, "first"] = first.graph
             self.runners[mode, "first"] = compile_graph(first.graph)
 
     def _take(self, mode: bool, part: str, graph: fx.Graph) -> None:

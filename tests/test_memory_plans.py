@@ -82,6 +82,33 @@ def test_a_counter_in_the_step_can_be_predicted() -> None:
     assert "not known" not in net.recompute_plan(6, torch.rand(6, 2, 4)).reason
 
 
+class FirstStepOfItsOwn(nn.Module):
+    """The largest potential so far; there is none before the first step."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.lif, self.v, self.best = neuron.LIFNode(), 0.0, None
+
+    def forward(self, x: Tensor) -> Tensor:
+        self.v = self.v + (self.lif(x) - self.v) / 2.0
+        self.best = self.v if self.best is None else torch.max(self.best, self.v)  # type: ignore[assignment]
+        return self.best  # type: ignore[return-value]
+
+
+def test_a_net_whose_first_step_differs_can_be_predicted() -> None:
+    x_seq = torch.rand(6, 2, 4)
+    net = snnfx.convert(FirstStepOfItsOwn(), example_inputs=x_seq[0])
+    assert net.program.first_step is not None
+    assert "not known" not in net.recompute_plan(6, x_seq.requires_grad_()).reason
+    assert "not known" not in net.chunk_plan(x_seq).reason
+
+
+def test_what_cannot_be_predicted_leaves_no_code_on_the_terminal(capfd: pytest.CaptureFixture[str]) -> None:
+    net = snnfx.convert(LooksAtValues(), example_inputs=torch.rand(2, 4))
+    assert "not known" in net.chunk_plan(torch.rand(6, 2, 4)).reason
+    assert "traced Module" not in capfd.readouterr().err
+
+
 def test_cells_that_keep_their_size_in_a_tensor_can_be_predicted() -> None:
     norse = pytest.importorskip("norse.torch")
     model = norse.SequentialState(nn.Linear(5, 6), norse.LIFRecurrentCell(6, 4))

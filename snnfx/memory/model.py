@@ -7,7 +7,10 @@ plan of what backward computes again is a sum over a table, without another run.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import contextlib
+import io
+import sys
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
@@ -138,22 +141,48 @@ def model_memory(
     twin = Twin(net)
     generators = random_state()
     try:
-        if any(isinstance(m, LoopRegion) and m.kernels is None for m in net.modules()) or not twin.has_kernels(leaves):
-            # A Python loop makes tensors of single steps, one for each: they are told by running one more. The few
-            # tensors of a step must not be what is widest; it takes more steps to see that.
-            runs = [Walk(twin, leaves, state, training, steps, None, in_tiles).run() for steps in (8, 9)]
-        else:
-            runs = [Walk(twin, leaves, state, training, twin.marker(leaves), None, in_tiles, marker=True).run()]
-        described = None
-        if describe:
-            form = net._recomputation.form("main") if in_tiles else None
-            naming = Naming(net, net.regions, {}) if form is None else Naming(net, form.regions, form.tiles)
-            described = Walk(twin, leaves, state, training, describe, naming, in_tiles).run()
+        with _without_echo():
+            runs, described = _walks(twin, leaves, state, training, describe, in_tiles)
     except (RuntimeError, NotImplementedError, TypeError, ValueError) as error:
         raise NotPredictable(str(error).splitlines()[0]) from error
     finally:
         generators.restore()
     return _table(runs[0], runs[-1], training, described)
+
+
+@contextlib.contextmanager
+def _without_echo() -> Iterator[None]:
+    """torch.fx prints the code of a graph that fails; here that is no failure, and is told in the reason."""
+    printed = io.StringIO()
+    with contextlib.redirect_stderr(printed):
+        yield
+    sys.stderr.write(printed.getvalue())
+
+
+def _walks(
+    twin: Twin,
+    leaves: Sequence[Tensor],
+    state: Mapping[str, Any] | None,
+    training: bool,
+    describe: int | None,
+    in_tiles: bool,
+) -> tuple[list[Walk], Walk | None]:
+    """One walk, or two for different numbers of steps; and one that says who made what, if that is asked for."""
+    net = twin.net
+    if state is None and (net.training, "first") in net._graphs.emitted:
+        # The first step is run by itself: the others start from the state behind it.
+        state = Walk(twin, leaves, None, training=False, steps=1, part="first").run().result[1]
+    if any(isinstance(m, LoopRegion) and m.kernels is None for m in net.modules()) or not twin.has_kernels(leaves):
+        # A Python loop makes tensors of single steps, one for each: they are told by running one more. The few
+        # tensors of a step must not be what is widest; it takes more steps to see that.
+        runs = [Walk(twin, leaves, state, training, steps, None, in_tiles).run() for steps in (8, 9)]
+    else:
+        runs = [Walk(twin, leaves, state, training, twin.marker(leaves), None, in_tiles, marker=True).run()]
+    if not describe:
+        return runs, None
+    form = net._recomputation.form("main") if in_tiles else None
+    naming = Naming(net, net.regions, {}) if form is None else Naming(net, form.regions, form.tiles)
+    return runs, Walk(twin, leaves, state, training, describe, naming, in_tiles).run()
 
 
 def _table(walk: Walk, longer: Walk, training: bool, described: Walk | None) -> MemoryModel:

@@ -109,7 +109,8 @@ class Walk:
     """Runs an emitted graph on meta tensors for some number of steps, call by call, like calls once.
 
     With `naming`, who made what is noted: in `named`, of each value, and in the `CallBytes` of each call. With
-    `marker`, the steps are a prime that tells what grows with them (see `snnfx.memory.meter.Meter`).
+    `marker`, the steps are a prime that tells what grows with them (see `snnfx.memory.meter.Meter`). `part` is "main",
+    or "first" for a first step that does something else than the others.
     """
 
     def __init__(
@@ -122,11 +123,12 @@ class Walk:
         naming: Naming | None = None,
         in_tiles: bool = False,
         marker: bool = False,
+        part: str = "main",
     ) -> None:
         self.twin, self.training, self.steps, self.naming = twin, training, steps, naming
         self.marker = steps if marker else None
         net = twin.net
-        self.graph = net._recomputation.form("main").graph if in_tiles else net._graphs.emitted[net.training, "main"]
+        self.graph = net._recomputation.form("main").graph if in_tiles else net._graphs.emitted[net.training, part]
         self.regions = {call: name for name, call in region_calls(self.graph).items()}
         device = leaves[0].device if leaves else torch.device("cpu")
         self.has_kernels = twin.has_kernels(leaves)
@@ -140,8 +142,9 @@ class Walk:
         self.known: dict[Any, tuple[Any, CallBytes]] = {}
         self.alive: list[Any] = []
         varying = net._arguments.varying
+        over_time = () if part == "first" else (steps,)
         self.given: list[Any] = [
-            self._input(x, torch.empty((steps, *x.shape[1:]), dtype=x.dtype, device="meta") if v else meta_like(x))
+            self._input(x, torch.empty((*over_time, *x.shape[1:]), dtype=x.dtype, device="meta") if v else meta_like(x))
             for x, v in zip(leaves, varying, strict=True)
         ]
         self.given.append(
