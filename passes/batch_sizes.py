@@ -16,7 +16,7 @@ from snnfx.passes.batch_facts import Fact, Value, leaves
 from snnfx.passes.dependence import operands_through_sizes
 from snnfx.program import Region, operation_name
 
-__all__ = ["meetings_in_folds", "meets_in_loop"]
+__all__ = ["meetings_in_folds", "meets_in_loop", "sizes_of"]
 
 
 def meetings_in_folds(regions: Iterable[Region], facts: Mapping[Node, Value]) -> dict[Node, Refusal]:
@@ -34,7 +34,7 @@ def meets_in_loop(region: Region, facts: Mapping[Node, Value]) -> bool:
     """Whether the inputs and states of a loop have batches of different sizes, so that its steps do not fold."""
     outside = {n for node in region.nodes for n in operands_through_sizes(node)} - set(region.nodes)
     slots = {node for node in region.nodes if node.op == "placeholder"}
-    return len({size for node in outside | slots for size in _sizes(facts.get(node))}) > 1
+    return len({size for node in outside | slots for size in sizes_of(facts.get(node))}) > 1
 
 
 def _meetings(region: Region, facts: Mapping[Node, Value]) -> Iterator[tuple[Node, list[str]]]:
@@ -45,12 +45,13 @@ def _meetings(region: Region, facts: Mapping[Node, Value]) -> Iterator[tuple[Nod
         is_first = True
         for operand in operands_through_sizes(node):
             inside = reaching.get(operand)
-            sizes.update(dict.fromkeys(_sizes(facts.get(operand))) if inside is None else inside)
+            sizes.update(dict.fromkeys(sizes_of(facts.get(operand))) if inside is None else inside)
             is_first = is_first and (inside is None or len(inside) < 2)
         reaching[node] = sizes
         if is_first and len(sizes) > 1:
             yield node, list(sizes)
 
 
-def _sizes(value: Value | None) -> Iterator[str]:
+def sizes_of(value: Value | None) -> Iterator[str]:
+    """The sizes of the batches of a value: one, or one for each element of a tuple."""
     return (fact.size for fact in leaves(value) if isinstance(fact, Fact) and fact.batched and fact.size is not None)

@@ -21,7 +21,7 @@ from snnfx.errors import CaptureError, Refusal
 from snnfx.passes.base import Pass
 from snnfx.passes.batch import BatchAnalysis, infer_batch
 from snnfx.passes.batch_facts import Fact, model_input
-from snnfx.passes.batch_sizes import meetings_in_folds, meets_in_loop
+from snnfx.passes.batch_sizes import meetings_in_folds, meets_in_loop, sizes_of
 from snnfx.passes.dependence import Dependence, analyse_dependence, is_size, operands_through_sizes
 from snnfx.program import (
     SELF_TARGET,
@@ -66,6 +66,7 @@ class Partition(Pass):
         for node in program.graph.nodes:
             node.meta["varying"] = node in dependence.varying and not node.meta.get("sunk")
             node.meta["batch_dim"] = _batch_dim(analysis.facts.get(node))
+            node.meta["batch_sizes"] = frozenset(sizes_of(analysis.facts.get(node)))
             node.meta.pop("refusal", None)
         refusals = dict(analysis.refusals)
         while True:

@@ -138,7 +138,7 @@ class _Fold:
         ordered = sorted(groups.values(), key=lambda nodes: self.phase[nodes[0]])
         if len(ordered) == 1 and self.kind[ordered[0][0]] != NORM:
             return [_described(self.program, self.region, self.kind[ordered[0][0]])]
-        if not all(map(self._has_plain_borders, self.region.nodes)):
+        if not all(map(self._has_plain_borders, self.region.nodes)) or not all(map(_takes_one_batch, ordered)):
             return [_described(self.program, self.region, PRODUCT)]
         found, names = [], _names(self.region.name, [self.kind[nodes[0]] for nodes in ordered])
         for nodes, name in zip(ordered, names, strict=True):
@@ -154,6 +154,12 @@ class _Fold:
         if all(self._find(user) is self._find(node) for user in inside):
             return True
         return isinstance(node.meta.get("batch_dim"), int) and not same_for_all_samples(node)
+
+
+def _takes_one_batch(nodes: Sequence[Node]) -> bool:
+    """Whether what comes into a part has batches of one size: others may be merged into it inside of a fold."""
+    outside = {n for node in nodes for n in operands_through_sizes(node)} - set(nodes)
+    return len({size for node in outside for size in node.meta.get("batch_sizes", ())}) < 2
 
 
 def _names(name: str, kinds: Sequence[str]) -> list[str]:

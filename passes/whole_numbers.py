@@ -15,9 +15,10 @@ from torch import nn
 from torch.fx import Node
 from torch.nn import functional as F
 
+from snnfx.leaves import is_vouched
 from snnfx.neuron import BaseNode
 from snnfx.program import StepProgram
-from snnfx.state import call_stateful
+from snnfx.state import call_stateful, has_forward_hooks
 from snnfx.surrogate import Surrogate
 
 __all__ = ["WholeNumbers", "prove_whole_numbers"]
@@ -46,68 +47,88 @@ class WholeNumbers:
         holds: whether the settings that the proof rests on are still what they were.
     """
 
-    def __init__(self, largest: dict[Node, int], neurons: list[nn.Module]) -> None:
-        self.largest, self.neurons = largest, neurons
+    def __init__(self, largest: dict[Node, int], modules: list[nn.Module]) -> None:
+        self.largest, self.modules = largest, modules
 
     def holds(self) -> bool:
-        """Whether every module that the proof rests on still is as it was (settings are live)."""
-        return all(map(fires_spikes, self.neurons))
+        """Whether every module that the proof rests on still is as it was: settings are live, hooks come and go."""
+        return all(fires_spikes(module) or hands_on(module) for module in self.modules)
 
 
 def prove_whole_numbers(program: StepProgram) -> WholeNumbers:
     """Find the values that are whole numbers from 0 to at most 255."""
     largest: dict[Node, int] = {}
-    neurons: list[nn.Module] = []
+    modules: list[nn.Module] = []
     for node in program.graph.nodes:
-        bound = _bound(program, node, largest, neurons)
+        bound = _bound(program, node, largest, modules)
         if bound is not None and bound <= _LARGEST:
             largest[node] = bound
-    return WholeNumbers(largest, neurons)
+    return WholeNumbers(largest, list(dict.fromkeys(modules)))
 
 
 def fires_spikes(module: nn.Module) -> bool:
-    """Whether the output of a neuron or spike function is 0 or 1, whatever its input; dropout: whether it is off."""
-    if isinstance(module, nn.Dropout):
-        return not module.training
+    """Whether the output of a neuron or spike function is 0 or 1, whatever its input."""
+    if _is_hooked(module):
+        return False
     if isinstance(module, Surrogate):
-        return module.spiking
+        return module.spiking and type(module).forward.__module__ == Surrogate.__module__
     surrogate = getattr(module, "surrogate_function", None)
     if isinstance(module, BaseNode):
-        return type(module).advance in _ADVANCES and isinstance(surrogate, Surrogate) and surrogate.spiking
-    if type(module).__module__ == "spikingjelly.activation_based.neuron" or type(module).__module__.startswith(
-        "spikingjelly.activation_based.neuron."
-    ):
-        from spikingjelly.activation_based import neuron
-        from spikingjelly.activation_based import surrogate as surrogates
-
-        known = isinstance(module, neuron.BaseNode) and isinstance(surrogate, surrogates.SurrogateFunctionBase)
-        return known and bool(getattr(surrogate, "spiking", False))
+        return type(module).advance in _ADVANCES and isinstance(surrogate, Surrogate) and fires_spikes(surrogate)
+    if type(module).__module__.startswith("spikingjelly.activation_based.neuron"):
+        package = "spikingjelly.activation_based.surrogate"
+        known = type(module).__name__ in _OF_SPIKINGJELLY and type(surrogate).__module__.startswith(package)
+        return known and bool(getattr(surrogate, "spiking", False)) and not _is_hooked(surrogate)
     return False
+
+
+def hands_on(module: nn.Module) -> bool:
+    """Whether a layer gives whole numbers for whole numbers, none larger."""
+    if _is_hooked(module):
+        return False
+    is_torchs = is_vouched(module) or (type(module).forward.__module__ or "").startswith("torch.nn.")
+    if isinstance(module, nn.Dropout):
+        return is_torchs and not module.training
+    return is_torchs and isinstance(module, _SAME_MODULES) and not getattr(module, "return_indices", False)
+
+
+def _is_hooked(module: Any) -> bool:
+    everywhere = nn.modules.module
+    hooked = bool(everywhere._global_forward_hooks or everywhere._global_forward_pre_hooks)
+    return hooked or (isinstance(module, nn.Module) and has_forward_hooks(module))
+
+
+_OF_SPIKINGJELLY = frozenset(
+    "IFNode LIFNode ParametricLIFNode QIFNode EIFNode IzhikevichNode KLIFNode CLIFNode SimpleIFNode "
+    "SimpleLIFNode".split()
+)
+"""Neurons whose output is that of their surrogate function: others are analog, ternary or fire several spikes."""
 
 
 _NEURONS: list[type[BaseNode]] = [BaseNode, *BaseNode.__subclasses__()]
 _ADVANCES = {cls.advance for cls in _NEURONS}
 
 
-def _bound(program: StepProgram, node: Node, largest: dict[Node, int], neurons: list[nn.Module]) -> int | None:
+def _bound(program: StepProgram, node: Node, largest: dict[Node, int], modules: list[nn.Module]) -> int | None:
     operands = [largest.get(n) for n in node.all_input_nodes]
     if node.op == "call_module":
         module = program.resolve(str(node.target))
-        if isinstance(module, Surrogate) and module.spiking:
-            neurons.append(module)
+        if fires_spikes(module):
+            modules.append(module)
             return 1
-        if isinstance(module, nn.Dropout) and not module.training:
-            neurons.append(module)
+        if len(operands) == 1 and operands[0] is not None and hands_on(module):
+            modules.append(module)
             return operands[0]
-        return operands[0] if isinstance(module, _SAME_MODULES) and len(operands) == 1 else None
+        return None
     if node.op == "call_method":
         return operands[0] if str(node.target) in _SAME.split() and len(operands) == 1 else None
     if node.op != "call_function":
         return None
     if node.target is operator.getitem:
-        return _element(program, node, largest, neurons)
+        return _element(program, node, largest, modules)
     if node.target in _SAME_FUNCTIONS and len(operands) == 1:
-        return operands[0]
+        gives_indices = node.kwargs.get("return_indices", False) or len(node.args) > 6
+        return None if gives_indices else operands[0]
     if any(bound is None for bound in operands) or not operands:
         return None
     known = [bound for bound in operands if bound is not None]
@@ -121,7 +142,7 @@ def _bound(program: StepProgram, node: Node, largest: dict[Node, int], neurons: 
     return None
 
 
-def _element(program: StepProgram, node: Node, largest: dict[Node, int], neurons: list[nn.Module]) -> int | None:
+def _element(program: StepProgram, node: Node, largest: dict[Node, int], modules: list[nn.Module]) -> int | None:
     """The output of a neuron, or a part of a proven tensor."""
     source: Any = node.args[0]
     if source in largest:
@@ -129,6 +150,6 @@ def _element(program: StepProgram, node: Node, largest: dict[Node, int], neurons
     if source.op == "call_function" and source.target is call_stateful and node.args[1] == 0:
         module = program.module_of(source)
         if module is not None and fires_spikes(module):
-            neurons.append(module)
+            modules.append(module)
             return 1
     return None

@@ -24,6 +24,9 @@ if TYPE_CHECKING:
 __all__ = ["CallPlans"]
 
 
+State = dict[str, Any]
+
+
 class CallPlans:
     """The plans of one net.
 
@@ -36,11 +39,11 @@ class CallPlans:
         self.chunks: dict[Any, ChunkPlan] = {}
         self._recomputed: dict[Any, RecomputePlan] = {}
 
-    def runner(self, part: str, leaves: Sequence[Tensor], T: int) -> Callable[..., Any]:
+    def runner(self, part: str, leaves: Sequence[Tensor], T: int, state: State | None = None) -> Callable[..., Any]:
         """The form of the graph for this call: as it is, or with parts that backward computes again."""
         net = self.net
         if net._recomputation.applies() and not isinstance(net.options.checkpoint, int):
-            plan = self.recompute_plan(T, leaves)
+            plan = self.recompute_plan(T, leaves, state)
             if plan.segments or plan.packs:
                 return net._recomputation.runner(part, plan)
         return net._graphs.runners[net.training, part]
@@ -57,7 +60,7 @@ class CallPlans:
 
     # -- inference ------------------------------------------------------------------------------------------------
 
-    def chunk_length(self, leaves: Sequence[Tensor], T: int, state: dict[str, Any] | None = None) -> int | None:
+    def chunk_length(self, leaves: Sequence[Tensor], T: int, state: State | None = None) -> int | None:
         """Steps to run at once, None for all `T`: fewer in evaluation mode without gradients, never in a compiler."""
         net = self.net
         chunk = net.options.chunk
@@ -66,7 +69,7 @@ class CallPlans:
         k = chunk if isinstance(chunk, int) else self.chunk_plan(leaves, state).length
         return k if k is not None and k < T else None
 
-    def chunk_plan(self, leaves: Sequence[Tensor], state: dict[str, Any] | None) -> ChunkPlan:
+    def chunk_plan(self, leaves: Sequence[Tensor], state: State | None) -> ChunkPlan:
         """The plan for inputs (time first) and a first state of these shapes, see `snnfx.memory.plan`."""
         net = self.net
         if net.options.chunk != "auto":
@@ -84,27 +87,27 @@ class CallPlans:
 
     # -- training -------------------------------------------------------------------------------------------------
 
-    def checkpoint_length(self, leaves: Sequence[Tensor], T: int) -> int | None:
+    def checkpoint_length(self, leaves: Sequence[Tensor], T: int, state: State | None = None) -> int | None:
         """Time steps between the checkpoints of the state in training, None for no such checkpoints."""
         if not self.net._recomputation.applies():
             return None
-        k = self.recompute_plan(T, leaves).steps
+        k = self.recompute_plan(T, leaves, state).steps
         return k if k is not None and k < T else None
 
-    def recompute_plan(self, T: int, leaves: Sequence[Tensor]) -> RecomputePlan:
-        """What is computed again in the backward pass of T steps of inputs of these shapes (time first)."""
+    def recompute_plan(self, T: int, leaves: Sequence[Tensor], state: State | None = None) -> RecomputePlan:
+        """What is computed again in the backward pass of T steps of inputs (time first) and a state like these."""
         net = self.net
         shapes = tuple((tuple(x.shape), x.dtype, x.requires_grad) for x in leaves)
         learned = tuple(p.requires_grad for p in net.source.parameters())
         device = leaves[0].device.type if leaves else "cpu"
         autocast = torch.is_autocast_enabled(device) and torch.get_autocast_dtype(device)
-        key = (net.training, T, shapes, learned, autocast)
+        key = (net.training, T, shapes, learned, autocast, None if state is None else _shapes_of_state(state))
         if key not in self._recomputed:
             with _out_of_sight():
-                self._recomputed[key] = self._plan_recomputation(T, leaves)
+                self._recomputed[key] = self._plan_recomputation(T, leaves, state)
         return self._recomputed[key]
 
-    def _plan_recomputation(self, T: int, leaves: Sequence[Tensor]) -> RecomputePlan:
+    def _plan_recomputation(self, T: int, leaves: Sequence[Tensor], state: State | None) -> RecomputePlan:
         net, checkpoint = self.net, self.net.options.checkpoint
         if checkpoint is None:
             return RecomputePlan(reason="nothing is computed again, as asked for")
@@ -112,10 +115,10 @@ class CallPlans:
             refuse_statistics_over_time(net.program, net.training, f"checkpoint={checkpoint}")
             return RecomputePlan(steps=checkpoint, reason=f"the state is kept every {checkpoint} steps, as asked for")
         if checkpoint in ("selective", "regions"):
-            return net._recomputation.plan(checkpoint, T, leaves)
+            return net._recomputation.plan(checkpoint, T, leaves, state)
         from snnfx.memory.plan import plan_training
 
-        return plan_training(net, T, leaves, None)
+        return plan_training(net, T, leaves, state)
 
 
 @contextmanager
@@ -132,5 +135,5 @@ def _as_it_is(tensor: Tensor) -> Tensor:
     return tensor
 
 
-def _shapes_of_state(state: dict[str, Any]) -> tuple[Any, ...]:
+def _shapes_of_state(state: State) -> tuple[Any, ...]:
     return tuple((name, tuple(v.shape), v.dtype) for name, v in state.items() if isinstance(v, Tensor))

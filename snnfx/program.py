@@ -256,7 +256,7 @@ class StepProgram:
     def unplanned(self) -> StepProgram:
         """The same program before its regions were planned, in place: at stage "normalized" again."""
         for node in self.graph.nodes:
-            for key in ("kind", "region", "refusal", "batch_dim", "varying"):
+            for key in ("kind", "region", "refusal", "batch_dim", "batch_sizes", "varying"):
                 node.meta.pop(key, None)
         self.regions, self.stage = [], "normalized"
         self.constants = dict(self.constants)

@@ -47,7 +47,7 @@ def run_sequence(
     state = arguments.first_state(state, given)
     records: Flat = ()
     k = net._plans.chunk_length(leaves, T, state)
-    checkpoint = None if record else net._plans.checkpoint_length(leaves, T)
+    checkpoint = None if record else net._plans.checkpoint_length(leaves, T, state)
     if record and net._recomputation.applies():
         told = "checkpoint= and memory_budget= are not looked at in a call with record="
         warn_once("SNNFX508", f"{told}: what is recorded has a history of its own, and all of it is kept.")
@@ -88,7 +88,7 @@ def run_step(
 def _at_once(
     net: Net, leaves: list[Tensor], state: State | None, record: tuple[str, ...], T: int
 ) -> tuple[Flat, State, Flat]:
-    runner = net._recordings.runner(record) if record else net._plans.runner("main", leaves, T)
+    runner = net._recordings.runner(record) if record else net._plans.runner("main", leaves, T, state)
     first = net._graphs.runners.get((net.training, "first")) if state is None else None
     if first is not None:
         if record:

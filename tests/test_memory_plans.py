@@ -198,3 +198,32 @@ def test_nothing_is_planned_where_nothing_was_asked_for() -> None:
     net = snnfx.convert(layers(), example_inputs=x_seq[0], checkpoint=None, memory_budget=1000)
     assert net.recompute_plan(16, x_seq).segments == ()
     net(x_seq).sum().backward()
+
+
+def test_models_that_pass_their_state_are_planned_from_it() -> None:
+    class Explicit(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.fc = nn.Linear(4, 4)
+
+        def forward(self, x: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+            v = 0.5 * v + self.fc(x)
+            return torch.tanh(v), v
+
+    x_seq, v = torch.rand(16, 32, 4), torch.zeros(32, 4)
+    net = snnfx.convert(Explicit(), example_inputs=(x_seq[0], v), carry={"v": 1}, memory_budget=30_000)
+    assert not any("SNNFX508" in m for m in messages(lambda: net(x_seq, v)))
+    assert any(plan.steps is not None or plan.segments for plan in net._plans._recomputed.values())
+
+
+def test_an_online_rule_says_that_it_does_not_look_at_the_budget() -> None:
+    from snnfx.online import OTTT_A, Trainer
+
+    net = snnfx.convert(layers(), memory_budget=2**30)
+    optimizer = torch.optim.SGD(net.parameters(), lr=0.1)
+
+    def run() -> None:
+        trainer = Trainer(net, OTTT_A, optimizer, nn.functional.cross_entropy, target_dim=None)
+        trainer.step(torch.rand(4, 3, 8), torch.zeros(3, dtype=torch.int64))
+
+    assert any("SNNFX508" in m and "online rule" in m for m in messages(run))

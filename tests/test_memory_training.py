@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import gc
+import threading
 import weakref
 from typing import Any
 
@@ -15,7 +16,7 @@ from torch.utils import _pytree as pytree
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import snnfx
-from snnfx import neuron
+from snnfx import neuron, surrogate
 from snnfx.errors import InputError
 from snnfx.functional import reset_net
 from snnfx.memory.packing import pack, packed_bytes, unpack
@@ -139,7 +140,20 @@ class ChecksASize(nn.Module):
         return y  # type: ignore[no-any-return]
 
 
+class TokensOfSamples(nn.Module):
+    """Tokens are merged with the samples for a layer, and come apart behind it."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.lin, self.bn, self.lif = nn.Linear(4, 4), nn.BatchNorm1d(4), neuron.LIFNode()
+
+    def forward(self, x: Tensor) -> Tensor:
+        N, tokens, channels = x.shape
+        return self.lif(self.bn(self.lin(x.flatten(0, 1))).reshape(N, tokens, channels))  # type: ignore[no-any-return]
+
+
 CUT = {
+    "tokens merged with samples": (TokensOfSamples, (3, 4), 0),
     "a size that is looked at": (ChecksASize, (2, 4), 0),
     "read twice": (NormReadsItsOwnInput, (2, 4, 4), 0),
     "batch merged with what is behind it": (
@@ -207,6 +221,53 @@ def test_weights_of_recurrent_layers_get_their_gradient(cell: Any, checkpoint: i
     expected = trained(plain, x_seq)
     assert all(g.any() for g in expected[2:6])
     assert_equal_training(trained(net, x_seq), expected)
+
+
+@pytest.mark.parametrize("checkpoint", ["selective", "regions"])
+def test_an_empty_batch_is_run_as_it_is(checkpoint: str) -> None:
+    net = snnfx.convert(with_statistics(), checkpoint=checkpoint)
+    assert net(torch.rand(3, 0, 2, 6, 6)).shape == (3, 0, 3)
+
+
+@pytest.mark.parametrize("checkpoint", ["selective", "regions", 3])
+def test_the_second_run_meets_the_settings_of_the_first(checkpoint: int | str) -> None:
+    def annealed(checkpoint: int | str | None) -> list[Tensor]:
+        torch.manual_seed(0)
+        model = without_statistics().double()
+        net = snnfx.convert(model, checkpoint=checkpoint)
+        x_seq = torch.rand(7, 3, 5, dtype=torch.float64, generator=torch.Generator().manual_seed(1)) * 3
+        total = torch.zeros((), dtype=torch.float64)
+        for threshold in (0.5, 0.9):
+            model[1].v_threshold = threshold
+            total = total + net(x_seq).square().sum()
+        model[1].v_threshold = 0.7
+        total.backward()
+        assert model[1].v_threshold == 0.7
+        return [torch.zeros_like(p) if p.grad is None else p.grad for p in net.parameters()]
+
+    assert_equal_training(annealed(checkpoint), annealed(None))
+
+
+def test_threads_train_the_same_net() -> None:
+    model = with_statistics().double().eval()
+    net = snnfx.convert(model, checkpoint="regions")
+    x_seq = torch.rand(5, 2, 2, 6, 6, dtype=torch.float64)
+    parameters = list(model.parameters())
+    expected = torch.autograd.grad(net(x_seq).sum(), parameters)
+    wrong: list[int] = []
+
+    def train(number: int) -> None:
+        for _ in range(20):
+            found = torch.autograd.grad(net(x_seq).sum(), parameters, allow_unused=True)
+            if any(g is None or not torch.equal(g, e) for g, e in zip(found, expected, strict=True)):
+                wrong.append(number)
+
+    threads = [threading.Thread(target=train, args=(number,)) for number in range(2)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert not wrong and all(a is b for a, b in zip(model.parameters(), parameters, strict=True))
 
 
 @pytest.mark.parametrize("checkpoint", CHECKPOINTS)
@@ -496,6 +557,61 @@ def test_sums_of_spikes_are_proven_with_their_bound() -> None:
 )
 def test_what_is_no_spike_is_not_proven(module: nn.Module) -> None:
     assert "1" not in largest_of(nn.Sequential(nn.Linear(3, 3), module, nn.Linear(3, 1)), torch.rand(2, 3))
+
+
+class Third(surrogate.Sigmoid):
+    def forward(self, x: Tensor) -> Tensor:
+        return 0.3 * super().forward(x)
+
+
+def hooked(layer: nn.Module) -> nn.Module:
+    layer.register_forward_hook(lambda module, given, result: 0.3 * result)
+    return layer
+
+
+@pytest.mark.parametrize(
+    "layers",
+    [
+        [hooked(neuron.LIFNode()), nn.MaxPool2d(2)],
+        [neuron.LIFNode(), hooked(nn.MaxPool2d(2))],
+        [neuron.LIFNode(surrogate_function=Third()), nn.MaxPool2d(2)],
+        [neuron.LIFNode(), type("Halved", (nn.MaxPool2d,), {"forward": lambda self, x: x[..., ::2, ::2] * 0.5})(2)],
+    ],
+)
+def test_spikes_that_are_changed_are_not_kept_in_bits(layers: list[nn.Module]) -> None:
+    model = nn.Sequential(nn.Conv2d(2, 3, 3, padding=1), *layers, nn.Conv2d(3, 2, 3), neuron.LIFNode()).double()
+    x_seq = torch.rand(4, 2, 2, 8, 8, dtype=torch.float64) * 3
+    plain = snnfx.convert(copy.deepcopy(model), example_inputs=x_seq[0], checkpoint=None)
+    net = snnfx.convert(model, example_inputs=x_seq[0], checkpoint="regions")
+    assert_equal_training(trained(net, x_seq), trained(plain, x_seq))
+
+
+def test_indices_of_a_pool_are_no_spikes() -> None:
+    class Unpooled(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.conv, self.lif, self.last = nn.Conv2d(2, 3, 3, padding=1), neuron.LIFNode(), nn.Conv2d(3, 2, 1)
+            self.pool, self.unpool = nn.MaxPool2d(2, return_indices=True), nn.MaxUnpool2d(2)
+
+        def forward(self, x: Tensor) -> Tensor:
+            y, indices = self.pool(self.lif(self.conv(x)))
+            return self.last(self.unpool(y * 0.5, indices))  # type: ignore[no-any-return]
+
+    model, x_seq = Unpooled().double(), torch.rand(4, 2, 2, 8, 8, dtype=torch.float64) * 3
+    plain = snnfx.convert(copy.deepcopy(model), example_inputs=x_seq[0], checkpoint=None)
+    net = snnfx.convert(model, example_inputs=x_seq[0], checkpoint="regions")
+    assert_equal_training(trained(net, x_seq), trained(plain, x_seq))
+
+
+@pytest.mark.parametrize("name", ["LIAFNode", "ILIFNode", "TernaryIFNode"])
+def test_neurons_that_fire_other_numbers_are_not_proven(name: str) -> None:
+    from snnfx.passes.whole_numbers import fires_spikes
+
+    neurons = pytest.importorskip("spikingjelly.activation_based.neuron")
+    if not hasattr(neurons, name):
+        pytest.skip(f"this SpikingJelly has no {name}")
+    options = {"act": torch.nn.ReLU(), "threshold_related": False} if name == "LIAFNode" else {}
+    assert not fires_spikes(getattr(neurons, name)(**options))
 
 
 def test_neuron_that_stops_spiking_after_conversion_is_kept_as_it_is() -> None:

@@ -265,12 +265,12 @@ def check_checkpoint(model: nn.Module, s: Setting) -> None:
             same(f"{name} with {what}", a, b)
 
 
-def any_plan(net: Any, r: random.Random, T: int, leaves: Sequence[Tensor]) -> RecomputePlan:
+def any_plan(net: Any, r: random.Random, T: int, leaves: Sequence[Tensor], state: Any) -> RecomputePlan:
     """A plan in which each tile is at any of the levels that it can be at."""
     try:
-        plans = planner.TrainingPlanner(net, T, leaves, None)
+        plans = planner.TrainingPlanner(net, T, leaves, state)
     except NotPredictable:
-        return net._recomputation.plan("regions", T, leaves)
+        return net._recomputation.plan("regions", T, leaves, state)
     return plans.plan({name: r.choice(plans.levels_of(name)) for name in plans.names})
 
 

@@ -101,10 +101,16 @@ def refuse_impossible_budget(net: Net) -> None:
     if unknown or any(argument.required for argument in net.program.carried):
         return
     sequences = [x.unsqueeze(0) if v else x for x, v in zip(known or (), net.varying_inputs, strict=True)]
-    if net.training and net.options.checkpoint == "auto":
-        plan_training(net, 1, sequences, None)
-    elif not net.training:
-        plan_inference(net, sequences, None)
+    try:
+        if net.training and net.options.checkpoint == "auto":
+            plan_training(net, 1, sequences, None)
+        elif not net.training:
+            plan_inference(net, sequences, None)
+    except InputError as error:
+        if not net.training:
+            raise
+        hint = f"{error.hint} That is for one time step of the example; snnfx.explain(model, T=...) tells it for more."
+        raise InputError(error.code, error.what, where=error.where, why=error.why, hint=hint) from None
 
 
 def cannot_be_met(budget: float, widest: Moment, model: MemoryModel, how: str, net: Net) -> InputError:

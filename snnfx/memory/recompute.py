@@ -25,7 +25,7 @@ from snnfx.errors import warn_once
 from snnfx.first_derivatives import refuse_second_derivative
 from snnfx.isolation import RandomState, random_state
 from snnfx.memory.packing import PackedTensor, pack
-from snnfx.memory.replay import Autocast, Modules, drawing_from, parameters_of
+from snnfx.memory.replay import Autocast, Modules, drawing_from, one_at_a_time, parameters_of
 from snnfx.memory.statistics import as_its_own, takes_statistics
 from snnfx.memory.tile import (
     Joined,
@@ -138,7 +138,8 @@ def run_segment(segment: Segment, values: tuple[Any, ...]) -> tuple[Any, ...]:
     """Run a segment so that its backward pass computes it again: `(sequences, final states)`.
 
     It keeps its history as usual where that cannot be done: under torch.compile (whose own partitioner decides what to
-    compute again), under transforms of torch.func, and while a module in it has forward hooks, which would fire twice.
+    compute again), under transforms of torch.func, without samples, and while a module in it has forward hooks, which
+    would fire twice.
     """
     if torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active() or not torch.is_grad_enabled():
         return segment.plainly(values)  # type: ignore[no-any-return]
@@ -146,7 +147,8 @@ def run_segment(segment: Segment, values: tuple[Any, ...]) -> tuple[Any, ...]:
     modules = [m for leaf in leaves if isinstance(leaf, nn.Module) for m in leaf.modules()]
     parameters = parameters_of(modules)
     tensors = [leaf for leaf in leaves if isinstance(leaf, Tensor)]
-    if not any(t.requires_grad for t in (*tensors, *parameters)):
+    is_empty = any(t.numel() == 0 for t in tensors)
+    if is_empty or not any(t.requires_grad for t in (*tensors, *parameters)):
         return segment.plainly(values)  # type: ignore[no-any-return]
     if any(map(has_forward_hooks, modules)):
         what = f"{segment.label} is not computed again in backward, and its history is kept"
@@ -155,8 +157,9 @@ def run_segment(segment: Segment, values: tuple[Any, ...]) -> tuple[Any, ...]:
     positions = [i for i, leaf in enumerate(leaves) if isinstance(leaf, Tensor)]
     statics = [None if isinstance(leaf, Tensor) else leaf for leaf in leaves]
     flows = [_flows(product, values) for product in segment.products]
-    call = Call(segment, statics, spec, positions, Modules(modules, parameters), flows)
-    found = iter(_Recompute.apply(call, *tensors, *parameters))
+    with one_at_a_time:
+        call = Call(segment, statics, spec, positions, Modules(modules, parameters), flows)
+        found = iter(_Recompute.apply(call, *tensors, *parameters))
     return pytree.tree_unflatten(  # type: ignore[no-any-return]
         [next(found) if is_tensor else value for is_tensor, value in call.results], call.result_spec
     )

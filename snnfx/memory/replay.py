@@ -1,12 +1,14 @@
 """What a second run of a segment meets: the modules, random numbers and autocast of the first one.
 
-State is a value, so nothing has to be put back; but a run also sees the mode of modules and their buffers, of which it
-gets copies (running statistics move once), the generators of random numbers, and whether autocast is on.
+State is a value, so nothing has to be put back; but a run also sees the mode and the settings of modules and their
+buffers, of which it gets copies (running statistics move once), the generators of random numbers, and whether autocast
+is on.
 """
 
 from __future__ import annotations
 
 import contextlib
+import threading
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -16,7 +18,10 @@ from torch import Tensor, nn
 
 from snnfx.isolation import RandomState, random_state
 
-__all__ = ["Autocast", "Modules", "drawing_from", "parameters_of"]
+__all__ = ["Autocast", "Modules", "drawing_from", "one_at_a_time", "parameters_of"]
+
+one_at_a_time = threading.RLock()
+"""Held while a segment runs: the second run puts other parameters into the modules, which no other thread may see."""
 
 
 def parameters_of(modules: Sequence[nn.Module]) -> list[Tensor]:
@@ -44,6 +49,7 @@ class Modules:
                 weights = enumerate(m._flat_weights)
                 self.places += [(m._flat_weights, i, number[id(p)]) for i, p in weights if id(p) in number]
         self.training = [m.training for m in self.modules]
+        self.settings = [_settings_of(m) for m in self.modules]
 
     def buffers(self) -> list[tuple[dict[str, Any], str, Tensor]]:
         """Copies of what a run may change: the buffers of modules in training, with their places."""
@@ -57,6 +63,7 @@ class Modules:
         """Modules in their mode of then, with these parameters and with copies of these buffers."""
         undo: list[tuple[Any, Any, Any]] = []
         registry: Any
+        one_at_a_time.acquire()
         modes = [(m, m.training) for m in self.modules]
         try:
             for registry, key, index in self.places:
@@ -65,14 +72,25 @@ class Modules:
             for registry, key, value in buffers:
                 undo.append((registry, key, registry[key]))
                 registry[key] = value.clone()
-            for module, training in zip(self.modules, self.training, strict=True):
+            for module, training, settings in zip(self.modules, self.training, self.settings, strict=True):
                 module.training = training
+                for name, value in settings.items():
+                    now = module.__dict__.get(name, value)
+                    if now is not value and now != value:
+                        undo.append((module.__dict__, name, now))
+                        module.__dict__[name] = value
             yield
         finally:
             for registry, key, own in reversed(undo):
                 registry[key] = own
             for module, training in modes:
                 module.training = training
+            one_at_a_time.release()
+
+
+def _settings_of(module: nn.Module) -> dict[str, Any]:
+    """Numbers and flags that a module keeps in its attributes: the leak of a neuron, the eps of a BatchNorm."""
+    return {k: v for k, v in module.__dict__.items() if isinstance(v, bool | int | float) and k != "training"}
 
 
 class Autocast:

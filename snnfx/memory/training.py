@@ -13,6 +13,7 @@ from snnfx.emitted_graphs import REGIONS, compile_graph
 from snnfx.errors import InputError, warn_once
 from snnfx.memory.budget import bytes_as_text
 from snnfx.memory.recompute import Segment, TileCall, run_segment
+from snnfx.memory.replay import one_at_a_time
 from snnfx.memory.tile import Slices, Tile
 from snnfx.passes.checkpoint import RecomputePlan, recompute_segments, segments_of
 from snnfx.passes.parts import depends_on_the_others, emit_parts, split_folds
@@ -127,7 +128,7 @@ class Recomputation:
                 prove_whole_numbers(net.program),
             )
             net._graphs.keep(label, modules)
-            self.runners[key] = compile_graph(graph)
+            self.runners[key] = _one_at_a_time(compile_graph(graph))
         return self.runners[key]
 
     def one_chunk(self, run: Callable[..., Any]) -> Callable[..., Any]:
@@ -149,13 +150,13 @@ class Recomputation:
 
         return checkpointed
 
-    def plan(self, checkpoint: str, T: int, leaves: Sequence[Tensor]) -> RecomputePlan:
+    def plan(self, checkpoint: str, T: int, leaves: Sequence[Tensor], state: Mapping[str, Any] | None) -> RecomputePlan:
         """The plan of `checkpoint="selective"` or `"regions"`."""
         from snnfx.memory.model import NotPredictable
         from snnfx.memory.planner import TrainingPlanner
 
         try:
-            planner = TrainingPlanner(self.net, T, leaves, None)
+            planner = TrainingPlanner(self.net, T, leaves, state)
         except NotPredictable as unknown:
             return self._plan_without_bytes(checkpoint, T, str(unknown))
         plan = planner.selective() if checkpoint == "selective" else planner.least()
@@ -176,6 +177,14 @@ class Recomputation:
         ]
         slices = {group[-1]: Slices(steps=max(1, T // 4)) for group in groups}
         return RecomputePlan(tuple(groups), slices, packs=True, reason=f"computed again region by region ({why})")
+
+
+def _one_at_a_time(run: Callable[..., Any]) -> Callable[..., Any]:
+    def alone(*arguments: Any) -> Any:
+        with one_at_a_time:
+            return run(*arguments)
+
+    return alone
 
 
 @torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]

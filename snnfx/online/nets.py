@@ -11,7 +11,7 @@ from torch.utils import _pytree as pytree
 
 from snnfx.carry import outputs_without
 from snnfx.convert import convert, edited
-from snnfx.errors import InputError
+from snnfx.errors import InputError, warn_once
 from snnfx.net import Net
 from snnfx.online.replay import Moment
 from snnfx.online.rules import Rule
@@ -234,6 +234,9 @@ def nets_for(model: nn.Module, rule: Rule, batch_norm: str, example_inputs: Any)
     modules = tuple(map(id, getattr(model, "source", model).modules()))
     key = (tuple(edits_of(rule)), batch_norm, shapes)
     if key not in kept or kept[key][0] != modules:
+        if isinstance(model, Net) and (model.options.memory_budget is not None or model.options.checkpoint != "auto"):
+            told = "checkpoint= and memory_budget= of the net are not looked at by an online rule"
+            warn_once("SNNFX508", f"{told}: chunk= of the Trainer bounds its memory.")
         base = (
             model
             if isinstance(model, Net)
