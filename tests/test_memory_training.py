@@ -237,12 +237,12 @@ def test_the_second_run_meets_the_settings_of_the_first(checkpoint: int | str) -
         net = snnfx.convert(model, checkpoint=checkpoint)
         x_seq = torch.rand(7, 3, 5, dtype=torch.float64, generator=torch.Generator().manual_seed(1)) * 3
         total = torch.zeros((), dtype=torch.float64)
-        for threshold in (0.5, 0.9):
-            model[1].v_threshold = threshold
+        for threshold, reset in ((0.5, 0.0), (0.9, -0.2), (0.6, None)):
+            model[1].v_threshold, model[1].v_reset = threshold, reset
             total = total + net(x_seq).square().sum()
-        model[1].v_threshold = 0.7
+        model[1].v_threshold, model[1].v_reset = 0.7, 0.1
         total.backward()
-        assert model[1].v_threshold == 0.7
+        assert (model[1].v_threshold, model[1].v_reset) == (0.7, 0.1)
         return [torch.zeros_like(p) if p.grad is None else p.grad for p in net.parameters()]
 
     assert_equal_training(annealed(checkpoint), annealed(None))

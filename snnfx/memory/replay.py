@@ -76,7 +76,7 @@ class Modules:
                 module.training = training
                 for name, value in settings.items():
                     now = module.__dict__.get(name, value)
-                    if now is not value and now != value:
+                    if now is not value and (type(now) is not type(value) or now != value):
                         undo.append((module.__dict__, name, now))
                         module.__dict__[name] = value
             yield
@@ -90,7 +90,15 @@ class Modules:
 
 def _settings_of(module: nn.Module) -> dict[str, Any]:
     """Numbers and flags that a module keeps in its attributes: the leak of a neuron, the eps of a BatchNorm."""
-    return {k: v for k, v in module.__dict__.items() if isinstance(v, bool | int | float) and k != "training"}
+    found = {name: value for name, value in module.__dict__.items() if type(value) in _PLAIN and name != "training"}
+    for name, table in module.__dict__.items():
+        # What states start at is such a table.
+        if type(table) is dict and table and all(type(value) in _PLAIN for value in table.values()):
+            found[name] = dict(table)
+    return found
+
+
+_PLAIN = (bool, int, float, str, type(None))
 
 
 class Autocast:
