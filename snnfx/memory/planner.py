@@ -122,8 +122,10 @@ class TrainingPlanner:
         """A plan that fits the budget, or else the best that was found.
 
         From level 0 on, what frees most bytes at the peak for the time that it takes goes up a level (a greedy
-        knapsack). When nothing there can, slices get smaller. What turns out not to be needed is put back.
+        knapsack). When nothing there can, slices get smaller; large ones are a little faster. What turns out not to be
+        needed is put back.
         """
+        self.slice = 4 * SLICE
         levels: dict[str, int] = {}
         plan = best = self.plan(levels)
         peak = lowest = self.peak(plan)
