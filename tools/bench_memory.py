@@ -4,8 +4,8 @@
 
 Every number comes from a process of its own: the peak resident set during one call (VmHWM, reset before it) above the
 resident set before it. Blocks of 64 KiB and more go back to the system when they are freed
-(`MALLOC_MMAP_THRESHOLD_`), so the resident set is what is alive. Times are measured in other processes, with the C
-library's own settings and with ones that keep freed blocks, the same for all sides. Threads stay on their cores
+(`MALLOC_MMAP_THRESHOLD_`), so the resident set is what is alive. Times are measured in other processes, in which the
+sides take turns, with the C library's own settings and with ones that keep freed blocks. Threads stay on their cores
 (OMP_PROC_BIND): otherwise the scheduler of a virtual machine makes much of the noise.
 """
 
@@ -182,26 +182,34 @@ def optimized(memopt: Any, peer: nn.Module, x_seq: Tensor, side: str) -> nn.Modu
     return memopt.optimize_memory(peer, targets, example, level=2 if "2" in side else 1)
 
 
-def train(name: str, side: str, T: int, N: int, what: str, repeats: int) -> dict[str, Any]:
-    """Peak bytes, or median milliseconds, of a training step of one side."""
+def train(name: str, side: str, T: int, N: int) -> dict[str, Any]:
+    """Peak bytes of a training step of one side."""
     start = time.perf_counter()
     step, shape = side_of(name, side, T, N)
     prepared = time.perf_counter() - start
     torch.manual_seed(0)
     x_seq = torch.rand(T, N, *shape)
-    if what == "bytes":
-        if not side.startswith(("Spiking", "memopt")):
-            from snnfx.buffers import pool
+    if not side.startswith(("Spiking", "memopt")):
+        from snnfx.buffers import pool
 
-            pool.limit = 0
-        step(x_seq if side in ("half", "fifth") else x_seq[:, :1])
-        return {"bytes": peak_of(lambda: step(x_seq)), "preparing_s": prepared}
-    times = []
-    for _ in range(repeats + 1):
-        start = time.perf_counter()
-        step(x_seq)
-        times.append((time.perf_counter() - start) * 1e3)
-    return {"milliseconds": statistics.median(times[1:])}
+        pool.limit = 0
+    step(x_seq if side in ("half", "fifth") else x_seq[:, :1])
+    return {"bytes": peak_of(lambda: step(x_seq)), "preparing_s": prepared}
+
+
+def train_in_turns(name: str, sides: Sequence[str], T: int, N: int, repeats: int) -> dict[str, Any]:
+    """Median milliseconds of a training step of each side; they take turns, so that the machine's pace meets all."""
+    steps = {side: side_of(name, side, T, N) for side in sides}
+    torch.manual_seed(0)
+    times: dict[str, list[float]] = {side: [] for side in sides}
+    for turn in range(repeats + 1):
+        for side, (step, shape) in steps.items():
+            x_seq = torch.rand(T, N, *shape)
+            start = time.perf_counter()
+            step(x_seq)
+            if turn > 0:
+                times[side].append((time.perf_counter() - start) * 1e3)
+    return {side: statistics.median(found) for side, found in times.items()}
 
 
 def inference_over(T: int, N: int) -> dict[str, Any]:
@@ -233,7 +241,7 @@ def in_process(arguments: Sequence[Any], environment: dict[str, str]) -> dict[st
 
 def work(arguments: list[Any]) -> dict[str, Any]:
     what, *rest = arguments
-    return {"predict": predict, "train": train, "inference": inference_over}[what](*rest)  # type: ignore[operator]
+    return {"predict": predict, "train": train, "times": train_in_turns, "inference": inference_over}[what](*rest)  # type: ignore[operator]
 
 
 def main() -> None:
@@ -275,28 +283,30 @@ def main() -> None:
         results["training"] = []
         for name, (T, N) in SHAPES.items():
             base: dict[str, Any] = {}
+            rows: list[dict[str, Any]] = []
             for side in SIDES:
                 extra = {"OF_PEER": str(base.get("bytes", 0))}
                 row = {"model": name, "T": T, "N": N, "side": side}
-                row |= in_process(["train", name, side, T, N, "bytes", 0], {**EXACT, **extra})
-                for setting, environment in () if options.bytes else TIMED:
-                    if "error" not in row:
-                        found = in_process(
-                            ["train", name, side, T, N, "time", options.repeats], {**environment, **extra}
-                        )
-                        row[f"{setting}_ms"] = found.get("milliseconds")
+                row |= in_process(["train", name, side, T, N], {**EXACT, **extra})
                 base = base or row
-                results["training"].append(row)
+                rows.append(row)
+            sides = [row["side"] for row in rows if "error" not in row]
+            for setting, environment in () if options.bytes else TIMED:
+                times = in_process(["times", name, sides, T, N, options.repeats], {**environment, **extra})
+                for row in rows:
+                    row[f"{setting}_ms"] = times.get(row["side"])
+            results["training"] += rows
+            for row in rows:
                 if "error" in row:
-                    print(f"{name:14} {side:17} {row['error']}")
+                    print(f"{name:14} {row['side']:17} {row['error']}")
                     continue
-                times = [
+                measured = [
                     f"{row[key]:8.0f} ms ({row[key] / base[key]:.2f})"
                     for key in ("default_ms", "keeping_ms")
                     if row.get(key) and base.get(key)
                 ]
                 bytes_of = f"{row['bytes'] / MiB:8.1f} MiB ({row['bytes'] / base['bytes']:.3f})"
-                print(f"{name:14} {side:17} {'  '.join([bytes_of, *times])}", flush=True)
+                print(f"{name:14} {row['side']:17} {'  '.join([bytes_of, *measured])}", flush=True)
     if options.json:
         options.json.parent.mkdir(parents=True, exist_ok=True)
         options.json.write_text(json.dumps(results, indent=2) + "\n")
