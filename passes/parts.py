@@ -18,7 +18,7 @@ from torch import fx, nn
 from torch.fx import Node, map_arg
 
 from snnfx.functional import seq_to_ann_forward
-from snnfx.leaves import is_vouched
+from snnfx.leaves import computes_what_torch_does
 from snnfx.memory.statistics import batch_statistics, normalize, step_statistics
 from snnfx.passes.batch_lookup import look_up
 from snnfx.passes.dependence import is_random, is_size, may_draw, operands_through_sizes
@@ -192,8 +192,7 @@ def _is_batch_norm(program: StepProgram, node: Node) -> bool:
     module = program.module_of(node)
     if node.op != "call_module" or not isinstance(module, nn.BatchNorm1d | nn.BatchNorm2d | nn.BatchNorm3d):
         return False
-    is_torchs = is_vouched(module) or (type(module).forward.__module__ or "").startswith("torch.nn.")
-    return is_torchs and len(node.args) == 1 and not node.kwargs
+    return computes_what_torch_does(module) and len(node.args) == 1 and not node.kwargs
 
 
 def depends_on_the_others(program: StepProgram, node: Node) -> bool:

@@ -15,7 +15,7 @@ from torch import nn
 from torch.fx import Node
 from torch.nn import functional as F
 
-from snnfx.leaves import is_vouched
+from snnfx.leaves import computes_what_torch_does
 from snnfx.neuron import BaseNode
 from snnfx.program import StepProgram
 from snnfx.state import call_stateful, has_forward_hooks
@@ -86,7 +86,7 @@ def hands_on(module: nn.Module) -> bool:
     """Whether a layer gives whole numbers for whole numbers, none larger."""
     if _is_hooked(module):
         return False
-    is_torchs = is_vouched(module) or (type(module).forward.__module__ or "").startswith("torch.nn.")
+    is_torchs = computes_what_torch_does(module)
     if isinstance(module, nn.Dropout):
         return is_torchs and not module.training
     return is_torchs and isinstance(module, _SAME_MODULES) and not getattr(module, "return_indices", False)

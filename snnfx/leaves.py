@@ -6,7 +6,7 @@ from collections.abc import Callable
 
 from torch import nn
 
-__all__ = ["is_leaf", "is_vouched", "vouch"]
+__all__ = ["computes_what_torch_does", "is_leaf", "is_vouched", "vouch"]
 
 _vouched: dict[type, Callable[[nn.Module], bool]] = {}
 _CONTAINERS = (nn.Sequential, nn.ModuleList, nn.ModuleDict)
@@ -26,6 +26,11 @@ def is_vouched(module: nn.Module) -> bool:
     """Whether somebody vouched for the module's own class, as it is configured."""
     when = _vouched.get(type(module))
     return when is not None and when(module)
+
+
+def computes_what_torch_does(module: nn.Module) -> bool:
+    """Whether a module of a class of torch.nn has torch's own forward, or somebody vouched for its own."""
+    return is_vouched(module) or (type(module).forward.__module__ or "").startswith("torch.nn.")
 
 
 def is_leaf(module: nn.Module) -> bool:

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from snnfx.buffers import empty_like
 
-__all__ = ["batch_norm_per_step", "normalize_steps"]
+__all__ = ["batch_norm_per_step", "is_dense", "normalize_steps", "update_factors"]
 
 
 def batch_norm_per_step(x_seq: Tensor, module: nn.modules.batchnorm._BatchNorm) -> Tensor:
@@ -61,6 +61,19 @@ def _update_running_statistics(module: nn.modules.batchnorm._BatchNorm, mean: Te
     module.num_batches_tracked.add_(T)
 
 
+def update_factors(module: nn.modules.batchnorm._BatchNorm, T: int) -> list[float]:
+    """How far running statistics move in each of T updates, which are counted."""
+    if not (module.training and module.track_running_stats and module.num_batches_tracked is not None):
+        return [module.momentum or 0.0] * T
+    seen = module.num_batches_tracked
+    factors = [module.momentum or 0.0] * T
+    if module.momentum is None:
+        before = 0 if seen.is_meta else int(seen)
+        factors = [1.0 / (before + t + 1) for t in range(T)]
+    seen.add_(T)
+    return factors
+
+
 def normalize_steps(x_seq: Tensor, module: nn.modules.batchnorm._BatchNorm) -> Tensor:
     """What T calls of a BatchNorm in training give; its running statistics take T updates.
 
@@ -73,27 +86,19 @@ def normalize_steps(x_seq: Tensor, module: nn.modules.batchnorm._BatchNorm) -> T
     """
     T = x_seq.shape[0]
     running = module.training and module.track_running_stats and module.running_mean is not None
-    factors = [0.0] * T
-    if running:
-        assert module.num_batches_tracked is not None
-        if module.momentum is None:
-            seen = 0 if module.num_batches_tracked.is_meta else int(module.num_batches_tracked)
-            factors = [1.0 / (seen + t + 1) for t in range(T)]
-        else:
-            factors = [module.momentum] * T
-        module.num_batches_tracked.add_(T)
+    factors = update_factors(module, T)
     statistics = (module.running_mean, module.running_var) if running else (None, None)
     return _NormalizeSteps.apply(x_seq, module.weight, module.bias, *statistics, factors, module.eps)  # type: ignore[no-any-return]
 
 
-def _is_dense(x: Tensor) -> bool:
+def is_dense(x: Tensor) -> bool:
     """Whether a step `[N, C, *]` is row-major or, an image, channels-last."""
     image = {4: torch.channels_last, 5: torch.channels_last_3d}.get(x.dim())
     return x.is_contiguous() or (image is not None and x.is_contiguous(memory_format=image))
 
 
 def _dense(x_seq: Tensor) -> Tensor:
-    return x_seq if _is_dense(x_seq[0]) else x_seq.contiguous()
+    return x_seq if is_dense(x_seq[0]) else x_seq.contiguous()
 
 
 def _normalized(x_seq: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float) -> tuple[Tensor, Tensor, Tensor]:

@@ -15,7 +15,7 @@ from torch.nn import functional as F
 
 from snnfx.first_derivatives import refuse_second_derivative
 from snnfx.memory.packing import empty_steps, memory_order
-from snnfx.step_batch_norm import batch_norm_per_step
+from snnfx.step_batch_norm import batch_norm_per_step, is_dense, update_factors
 from snnfx.tensor_layout import stack_in_layout
 
 __all__ = [
@@ -50,7 +50,7 @@ def batch_statistics(x_seq: Tensor, module: _BatchNorm) -> tuple[Tensor, Tensor]
         return running  # type: ignore[return-value]
     if not x.is_meta:
         F._verify_batch_size(list(x.shape))  # type: ignore[attr-defined]
-    (factor,) = _factors(module, 1)
+    (factor,) = update_factors(module, 1)
     moved = running if module.training and module.track_running_stats else (None, None)
     return _Statistics.apply(x_seq, *moved, factor)  # type: ignore[no-any-return]
 
@@ -65,26 +65,13 @@ def step_statistics(x_seq: Tensor, module: _BatchNorm) -> tuple[Tensor, Tensor]:
         return mean.expand(T, -1), var.expand(T, -1)
     if not x_seq.is_meta:
         F._verify_batch_size(list(x_seq.shape[1:]))  # type: ignore[attr-defined]
-    factors = _factors(module, T)
+    factors = update_factors(module, T)
     moved = running if module.training and module.track_running_stats else (None, None)
     return _Statistics.apply(x_seq, *moved, factors)  # type: ignore[no-any-return]
 
 
 def takes_statistics(module: _BatchNorm) -> bool:
     return module.training or (module.running_mean is None and module.running_var is None)
-
-
-def _factors(module: _BatchNorm, T: int) -> list[float]:
-    """How far running statistics move in each of T updates, which are counted."""
-    if not (module.training and module.track_running_stats and module.num_batches_tracked is not None):
-        return [module.momentum or 0.0] * T
-    seen = module.num_batches_tracked
-    factors = [module.momentum or 0.0] * T
-    if module.momentum is None:
-        before = 0 if seen.is_meta else int(seen)
-        factors = [1.0 / (before + t + 1) for t in range(T)]
-    seen.add_(T)
-    return factors
 
 
 def normalize(
@@ -129,19 +116,13 @@ def add_gradient_of_statistics(
             g += torch.addcmul(a.view(shape), x.to(a.dtype), b.view(shape)).to(g.dtype)
 
 
-def _is_dense(x: Tensor) -> bool:
-    """Whether samples `[N, C, *]` are row-major or, images, channels-last: torch's kernels read both as they are."""
-    image = {4: torch.channels_last, 5: torch.channels_last_3d}.get(x.dim())
-    return x.is_contiguous() or (image is not None and x.is_contiguous(memory_format=image))
-
-
 def _parts(x_seq: Tensor, each_step: bool) -> list[Tensor]:
     """The sequence as one batch where it can be one, else its steps, `[N, C, *]` each."""
     if not each_step:
         batch = x_seq.flatten(0, 1) if x_seq.shape[0] == 1 or _can_be_one(x_seq) else None
-        if batch is not None and _is_dense(batch):
+        if batch is not None and is_dense(batch):
             return [batch]
-    return [x if _is_dense(x) else x.contiguous() for x in x_seq.unbind(0)]
+    return [x if is_dense(x) else x.contiguous() for x in x_seq.unbind(0)]
 
 
 def _can_be_one(x_seq: Tensor) -> bool:
@@ -165,7 +146,7 @@ class _Statistics(torch.autograd.Function):
         parts = list(x_seq.unbind(0)) if each_step else [x_seq.flatten(0, 1)]
         factors = factor if isinstance(factor, list) else [factor]
         found = [
-            _statistics_of(x if _is_dense(x) else x.contiguous(), running_mean, running_var, f)
+            _statistics_of(x if is_dense(x) else x.contiguous(), running_mean, running_var, f)
             for x, f in zip(parts, factors, strict=True)
         ]
         mean, var = (torch.stack(list(values)) if each_step else values[0] for values in zip(*found, strict=True))
