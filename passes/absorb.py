@@ -15,11 +15,11 @@ from typing import ClassVar
 from torch import nn
 from torch.fx import Node
 
+from snnfx.analysis.dependence import ancestors, is_size
+from snnfx.ir.program import SELF_TARGET, Region, StepProgram, operation_name
+from snnfx.ir.setting_read import ScalarRead
 from snnfx.passes.base import Pass
-from snnfx.passes.dependence import ancestors, is_size
 from snnfx.passes.detach import folds_when_cut
-from snnfx.program import SELF_TARGET, Region, StepProgram, operation_name
-from snnfx.scalars import ScalarRead
 
 __all__ = ["Absorb"]
 

@@ -12,10 +12,10 @@ from dataclasses import dataclass
 
 from torch.fx import Node
 
+from snnfx.analysis.dependence import ancestors
+from snnfx.ir.program import StepProgram, updates_buffers
+from snnfx.ops.step_functions import expect_size
 from snnfx.passes.base import Pass
-from snnfx.passes.dependence import ancestors
-from snnfx.program import StepProgram, updates_buffers
-from snnfx.step_functions import expect_size
 
 __all__ = ["RemoveDeadCode"]
 

@@ -18,13 +18,13 @@ from typing import Any, Literal
 from torch import nn
 from torch.fx import Node
 
+from snnfx.analysis.dependence import analyse_dependence, ancestors, is_random, is_size
+from snnfx.analysis.leak import StepOnNumbers, fires
 from snnfx.errors import InputError, warn_once
-from snnfx.online_ops import cut_history, update_trace
+from snnfx.ir.program import Region, StepProgram, keeps_statistics
+from snnfx.ops.online_functions import cut_history, update_trace
 from snnfx.passes.base import Pass
-from snnfx.passes.dependence import analyse_dependence, ancestors, is_random, is_size
-from snnfx.passes.leak import StepOnNumbers, fires
-from snnfx.program import Region, StepProgram, keeps_statistics
-from snnfx.state import call_opaque
+from snnfx.state.registry import call_opaque
 
 __all__ = ["CutTemporalEdges", "folds_when_cut", "is_trace_loop"]
 

@@ -4,8 +4,8 @@ In evaluation a BatchNorm multiplies each channel by a constant and adds one, an
 linear in its weights and bias: those times the constant give the same, without a pass over the sequence. The pass marks
 the BatchNorms that may be computed so; nobody else may read what the layer gives. Before it `snnfx.passes.absorb` moves
 those next to a neuron into its kernel, where they cost nothing; left are those before a pooling, a branch or an output.
-Modes, hooks and values are looked at in each call (`snnfx.folded_weights`). Jacob et al., "Quantization and Training of
-Neural Networks for Efficient Integer-Arithmetic-Only Inference", 2018, section 3.2.
+Modes, hooks and values are looked at in each call (`snnfx.ops.folded_weights`). Jacob et al., "Quantization and
+Training of Neural Networks for Efficient Integer-Arithmetic-Only Inference", 2018, section 3.2.
 """
 
 from __future__ import annotations
@@ -15,9 +15,9 @@ from typing import ClassVar
 
 from torch.fx import Node
 
-from snnfx.folded_weights import NORMS_AFTER
+from snnfx.ir.program import StepProgram
+from snnfx.ops.folded_weights import NORMS_AFTER
 from snnfx.passes.base import Pass
-from snnfx.program import StepProgram
 
 __all__ = ["FoldBatchNorm", "layer_of_norm"]
 

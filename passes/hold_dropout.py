@@ -14,9 +14,9 @@ from typing import Any
 from torch import nn
 from torch.fx import Node
 
-from snnfx.online_ops import draw_dropout_mask
+from snnfx.ir.program import Slot, StepProgram, add_placeholder, operation_name
+from snnfx.ops.online_functions import draw_dropout_mask
 from snnfx.passes.base import Pass
-from snnfx.program import Slot, StepProgram, add_placeholder, operation_name
 
 __all__ = ["HoldDropout", "add_slot"]
 

@@ -10,8 +10,8 @@ from dataclasses import dataclass
 
 from torch.utils import _pytree as pytree
 
+from snnfx.ir.program import InputLeaf, StepProgram, keeps_statistics
 from snnfx.passes.base import Pass
-from snnfx.program import InputLeaf, StepProgram, keeps_statistics
 
 __all__ = ["ReadStatesAsInputs"]
 

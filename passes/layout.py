@@ -15,13 +15,13 @@ from dataclasses import dataclass
 from torch import Tensor, nn
 from torch.fx import Node
 
-from snnfx.online_ops import traced_call, traced_module
+from snnfx.analysis.batch.rule_table import ELEMENTWISE_OPERATIONS
+from snnfx.analysis.dependence import is_size
+from snnfx.ir.program import StepProgram, is_structural, operation_name, takes_from_tuple
+from snnfx.ops.online_functions import traced_call, traced_module
+from snnfx.ops.step_functions import apply_autograd_function
 from snnfx.passes.base import Pass
-from snnfx.passes.batch_rules import ELEMENTWISE_OPERATIONS
-from snnfx.passes.dependence import is_size
-from snnfx.program import StepProgram, is_structural, operation_name, takes_from_tuple
-from snnfx.state import adapter_of, call_stateful, initial_value
-from snnfx.step_functions import apply_autograd_function
+from snnfx.state.registry import adapter_of, call_stateful, initial_value
 
 __all__ = ["ChooseLayout", "image_of", "is_convolution", "takes_any_layout", "weights_of"]
 

@@ -16,11 +16,11 @@ from typing import ClassVar
 from torch import nn
 from torch.fx import Node
 
+from snnfx.analysis.dependence import is_random
+from snnfx.ir.program import Region, StepProgram, describe_node, operation_name
 from snnfx.passes.base import Pass
-from snnfx.passes.dependence import is_random
 from snnfx.passes.detach import folds_when_cut
-from snnfx.program import Region, StepProgram, describe_node, operation_name
-from snnfx.state import adapter_of, call_opaque
+from snnfx.state.registry import adapter_of, call_opaque
 
 __all__ = ["Lower", "mixing_node", "reason_against_kernel"]
 

@@ -14,11 +14,10 @@ import torch
 from torch import Tensor, nn
 from torch.fx import Node
 
+from snnfx.analysis.dependence import is_size
+from snnfx.analysis.state_aliases import is_output_of_stateful_call, unite_output_with_state
 from snnfx.errors import CaptureError
-from snnfx.passes.base import Pass
-from snnfx.passes.dependence import is_size
-from snnfx.passes.state_aliases import is_output_of_stateful_call, unite_output_with_state
-from snnfx.program import (
+from snnfx.ir.program import (
     IN_PLACE_OPERATORS,
     StepProgram,
     has_in_place_flag,
@@ -28,7 +27,8 @@ from snnfx.program import (
     place_of,
     takes_from_tuple,
 )
-from snnfx.step_functions import change_value, set_part_
+from snnfx.ops.step_functions import change_value, set_part_
+from snnfx.passes.base import Pass
 
 __all__ = ["Normalize"]
 

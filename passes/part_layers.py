@@ -1,6 +1,6 @@
 """Part a step into layers: through time inside of a layer, from layer to layer inside of a step.
 
-Two forms of a step compute the same values (for what a layer is, see `snnfx.passes.layers`):
+Two forms of a step compute the same values (for what a layer is, see `snnfx.analysis.recurrent_layers`):
 
     CutLayers   a value that leaves a layer is read without history, and returned. What is left are gradients of the
                 weights of each layer, through time, for a given gradient of what leaves it.
@@ -20,10 +20,10 @@ from dataclasses import dataclass, replace
 from torch.fx import Node
 from torch.utils import _pytree as pytree
 
-from snnfx.online_ops import cut_history
+from snnfx.analysis.recurrent_layers import is_reader, leaving_values
+from snnfx.ir.program import InputLeaf, StepProgram, add_placeholder
+from snnfx.ops.online_functions import cut_history
 from snnfx.passes.base import Pass
-from snnfx.passes.layers import is_reader, leaving_values
-from snnfx.program import InputLeaf, StepProgram, add_placeholder
 
 __all__ = ["CutLayers", "TapLayers"]
 

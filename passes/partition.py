@@ -17,13 +17,12 @@ import networkx as nx
 from torch import nn
 from torch.fx import Node
 
+from snnfx.analysis.batch.equivariance import BatchAnalysis, infer_batch
+from snnfx.analysis.batch.facts import Fact, model_input
+from snnfx.analysis.batch.mixed_batch_sizes import meetings_in_folds, meets_in_loop, sizes_of
+from snnfx.analysis.dependence import Dependence, analyse_dependence, is_size, operands_through_sizes
 from snnfx.errors import CaptureError, Refusal
-from snnfx.passes.base import Pass
-from snnfx.passes.batch import BatchAnalysis, infer_batch
-from snnfx.passes.batch_facts import Fact, model_input
-from snnfx.passes.batch_sizes import meetings_in_folds, meets_in_loop, sizes_of
-from snnfx.passes.dependence import Dependence, analyse_dependence, is_size, operands_through_sizes
-from snnfx.program import (
+from snnfx.ir.program import (
     SELF_TARGET,
     Region,
     StepProgram,
@@ -33,8 +32,9 @@ from snnfx.program import (
     takes_from_tuple,
     updates_buffers,
 )
-from snnfx.scalars import ScalarRead
-from snnfx.state import call_opaque
+from snnfx.ir.setting_read import ScalarRead
+from snnfx.passes.base import Pass
+from snnfx.state.registry import call_opaque
 
 __all__ = ["Partition"]
 

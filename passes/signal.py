@@ -13,13 +13,13 @@ from dataclasses import dataclass
 from torch import nn
 from torch.fx import Node
 
+from snnfx.analysis.dependence import analyse_dependence
+from snnfx.analysis.leak import StepOnNumbers, fed_slots, fires
+from snnfx.analysis.weight_ops import weight_ops
 from snnfx.errors import InputError
-from snnfx.online_ops import cut_history
+from snnfx.ir.program import StepProgram, describe_node
+from snnfx.ops.online_functions import cut_history
 from snnfx.passes.base import Pass
-from snnfx.passes.dependence import analyse_dependence
-from snnfx.passes.leak import StepOnNumbers, fed_slots, fires
-from snnfx.passes.trace import weight_ops
-from snnfx.program import StepProgram, describe_node
 
 __all__ = ["CutSpatialEdges"]
 

@@ -15,10 +15,10 @@ from typing import Any
 from torch import nn
 from torch.fx import Node
 
+from snnfx.analysis.dependence import Dependence, analyse_dependence, is_random, is_size
+from snnfx.ir.program import StepProgram, is_module_call, operation_name, takes_from_tuple
+from snnfx.ops.step_functions import expect_size
 from snnfx.passes.base import Pass
-from snnfx.passes.dependence import Dependence, analyse_dependence, is_random, is_size
-from snnfx.program import StepProgram, is_module_call, operation_name, takes_from_tuple
-from snnfx.step_functions import expect_size
 
 __all__ = ["REDUCTIONS", "SinkReductions"]
 

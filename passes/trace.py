@@ -20,38 +20,30 @@ from typing import Any, Literal
 from torch import nn
 from torch.fx import Node
 
+from snnfx.analysis.batch.rule_lookup import look_up
+from snnfx.analysis.dependence import analyse_dependence, ancestors
+from snnfx.analysis.leak import LeakProbe, StepOnNumbers, fed_slots, is_elementwise, no_single_leak
+from snnfx.analysis.weight_ops import WeightOp, weight_ops
 from snnfx.errors import InputError, warn_once
-from snnfx.online_ops import cut_history, ones_per_sample, probe_leak, traced_call, traced_module, update_trace
+from snnfx.ir.program import StepProgram, describe_node, is_module_call, place_of
+from snnfx.ops.online_functions import (
+    cut_history,
+    ones_per_sample,
+    probe_leak,
+    traced_call,
+    traced_module,
+    update_trace,
+)
+from snnfx.ops.step_functions import FunctionHolder
 from snnfx.passes.base import Pass
-from snnfx.passes.batch_lookup import look_up
-from snnfx.passes.dependence import Dependence, analyse_dependence, ancestors
 from snnfx.passes.hold_dropout import add_slot
-from snnfx.passes.leak import LeakProbe, StepOnNumbers, fed_slots, is_elementwise, no_single_leak
-from snnfx.program import StepProgram, describe_node, is_module_call, place_of
-from snnfx.step_functions import FunctionHolder
 
-__all__ = ["TraceOperands", "WeightOp", "weight_ops"]
+__all__ = [
+    "TraceOperands",
+]
 
-_CONVOLUTIONS = "conv1d conv2d conv3d conv_transpose1d conv_transpose2d conv_transpose3d".split()
-_PRODUCTS = {"linear": "input", "matmul": "input other", "mm": "input mat2", **dict.fromkeys(_CONVOLUTIONS, "input")}
-"""Functions with a weight, and which of their arguments may be the operand."""
 
 Leak = float | Node
-
-
-@dataclass(frozen=True)
-class WeightOp:
-    """A weight op: the node, and which positional argument the operand is (None: of a module)."""
-
-    node: Node
-    position: int | None
-
-    @property
-    def operand(self) -> Node:
-        """What it is given now: the node changes when it is a weight op that is replaced."""
-        operand = self.node.args[self.position or 0]
-        assert isinstance(operand, Node)
-        return operand
 
 
 @dataclass(frozen=True)
@@ -156,37 +148,6 @@ class TraceOperands(Pass):
 
 def _site(node: Node) -> dict[str, Any]:
     return {k: v for k, v in node.meta.items() if k in ("where", "module")}
-
-
-def weight_ops(program: StepProgram, dependence: Dependence) -> list[WeightOp]:
-    """Linear layers, convolutions and products with a weight that is the same at every step."""
-    found: list[WeightOp] = []
-    for node in program.graph.nodes:
-        if not node.op.startswith("call") or node in dependence.initial_only or node not in dependence.varying:
-            continue
-        row = look_up(node, program.resolve)
-        if row is None or row.name not in _PRODUCTS:
-            continue
-        if node.op == "call_module":
-            operand = node.args[0] if len(node.args) == 1 and not node.kwargs else None
-            if isinstance(operand, Node) and _has_parameters(program.resolve(str(node.target))):
-                found.append(WeightOp(node, None))
-            continue
-        if node.kwargs.keys() & {"input", "self", "other", "mat2"}:
-            continue
-        for position, name in enumerate(_PRODUCTS[row.name].split()):
-            operand = node.args[position]
-            others = [n for n in node.all_input_nodes if n is not operand]
-            varies = isinstance(operand, Node) and operand in dependence.varying
-            if varies and others and not any(n in dependence.varying for n in others):
-                assert row.arguments[name] is operand
-                found.append(WeightOp(node, position))
-                break
-    return found
-
-
-def _has_parameters(module: Any) -> bool:
-    return isinstance(module, nn.Module) and any(True for _ in module.parameters())
 
 
 def _has_bias(program: StepProgram, op: WeightOp) -> bool:

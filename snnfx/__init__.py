@@ -16,18 +16,15 @@ from pathlib import Path
 if not (Path(__file__).parent / "passes").is_dir() and (Path(__file__).parents[1] / "passes").is_dir():
     __path__.append(str(Path(__file__).parents[1]))
 
-from snnfx import errors, functional, kernels, neuron, online, passes, surrogate
-
-# Four functions are named like the modules they live in. Each is bound here, after its module, and the name stays the
-# function's: a later `import snnfx.explain` finds the module loaded and does not bind it again. Therefore these
-# imports are eager; a lazy `__getattr__` would lose against whichever submodule is imported first.
+from snnfx import errors, functional, neuron, online, passes, surrogate
 from snnfx.allocator import tune_allocator
 from snnfx.convert import convert
-from snnfx.draw import draw
-from snnfx.explain import explain
+from snnfx.inspect.explain import explain
+from snnfx.inspect.picture.draw import draw
+from snnfx.inspect.verify.verify import verify
 from snnfx.memory_module import MemoryModule
-from snnfx.net import Net
-from snnfx.verify import verify
+from snnfx.ops.buffer_pool import release_buffers
+from snnfx.runtime.net import Net
 
 __version__ = "0.1.0"
 __all__ = [
@@ -39,10 +36,10 @@ __all__ = [
     "errors",
     "explain",
     "functional",
-    "kernels",
     "neuron",
     "online",
     "passes",
+    "release_buffers",
     "surrogate",
     "tune_allocator",
     "verify",

@@ -42,8 +42,8 @@ def tune_allocator(largest: int = 1 << 30) -> bool:
     glibc takes every block of 32 MB and more fresh from the system and gives it back when it is freed; writing such a
     tensor for the first time costs a page fault for every 4 kB, often more than computing it. After this call blocks up
     to `largest` bytes come from the heap, and the heap is not trimmed: the memory of the process stays at its peak.
-    What snnfx's kernels write does not need it (`snnfx.kernels`); convolutions, linear layers and the rest of PyTorch
-    do. It acts on the whole process and cannot be undone.
+    Generated kernels do not need it, since they reuse their buffers; convolutions, linear layers and the rest of
+    PyTorch do. It acts on the whole process and cannot be undone.
 
     Args:
         largest: bytes of the largest block to keep, at least 1.

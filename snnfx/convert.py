@@ -11,18 +11,17 @@ from typing import Any
 
 from torch import nn
 
-from snnfx.capture import capture_both_modes
-from snnfx.carry import paths_of
+from snnfx.capture.capture import capture_both_modes
+from snnfx.capture.carry_inference import infer_carry
 from snnfx.errors import InputError
-from snnfx.inferred_carry import infer_carry
+from snnfx.ir.options import ConvertOptions, time_dims_of_leaves
+from snnfx.ir.pass_manager import Pass, PassManager, PassRecord, verify_program
+from snnfx.ir.program import StepProgram
 from snnfx.memory.budget import read_memory_budget
-from snnfx.memory.plan import refuse_impossible_budget
-from snnfx.memory.training import check_checkpoint_option, refuse_statistics_over_time
-from snnfx.net import Net
-from snnfx.options import ConvertOptions, time_dims_of_leaves
+from snnfx.memory.chunk_plan import check_chunk_option
+from snnfx.memory.planning import refuse_impossible_budget
+from snnfx.memory.recompute_forms import check_checkpoint_option, refuse_statistics_over_time
 from snnfx.passes.absorb import Absorb
-from snnfx.passes.base import Pass, PassManager, PassRecord, verify_program
-from snnfx.passes.chunk import check_chunk_option
 from snnfx.passes.dce import RemoveDeadCode
 from snnfx.passes.fold_batch_norm import FoldBatchNorm
 from snnfx.passes.layout import ChooseLayout
@@ -30,7 +29,8 @@ from snnfx.passes.lower import Lower
 from snnfx.passes.normalize import Normalize
 from snnfx.passes.partition import Partition
 from snnfx.passes.sink import REDUCTIONS, SinkReductions
-from snnfx.program import StepProgram
+from snnfx.runtime.net import Net
+from snnfx.state.carry import paths_of
 
 __all__ = ["convert", "convert_within_any_budget", "edited", "pipeline", "planning", "prepare_programs"]
 

@@ -23,7 +23,7 @@ from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
 from snnfx.errors import InputError
-from snnfx.nested_sequences import (
+from snnfx.ops.nested_sequences import (
     check_sequences,
     cut_into_calls,
     flatten_nest,
@@ -32,7 +32,7 @@ from snnfx.nested_sequences import (
     positional_arguments,
     shapes_of,
 )
-from snnfx.state import Stateful, adapter_of, detach_net, reset_net
+from snnfx.state.registry import Stateful, adapter_of, detach_net, reset_net
 
 __all__ = [
     "chunk_multi_step_forward",
@@ -59,9 +59,9 @@ def multi_step_forward(
 
     Without `state`, modules keep their state themselves, by side effect. With it the run is pure, and `state` is
 
-    - for a module with known state (a `snnfx.MemoryModule`, a class with an adapter, a `snnfx.state.Stateful`): the
-      tuple of its slot values, or a dict of them by name, or None or "reset": its initial state. Its attributes are
-      neither used nor changed;
+    - for a module with known state (a `snnfx.MemoryModule`, a class with an adapter, a
+      `snnfx.state.registry.Stateful`): the tuple of its slot values, or a dict of them by name, or None or "reset":
+      its initial state. Its attributes are neither used nor changed;
     - for any other callable, which is called as `module(*constants, *x_t, state)` and returns `(y_t, state)`: anything,
       also None; "reset" is passed as None;
     - for a list of modules: a list with such an entry for each, where None for a callable without known state says

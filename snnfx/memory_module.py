@@ -8,8 +8,9 @@ from typing import Any
 from torch import Tensor, nn
 
 from snnfx.errors import InputError
+from snnfx.state.registry import MemoryAdapter, fresh, register_adapter
 
-__all__ = ["MemoryModule", "fresh"]
+__all__ = ["MemoryModule"]
 
 
 class MemoryModule(nn.Module):
@@ -93,10 +94,8 @@ class MemoryModule(nn.Module):
         return clone
 
 
-def fresh(initial: Any) -> Any:
-    """An initial value that a step may change in place."""
-    return initial.clone() if isinstance(initial, Tensor) else copy.copy(initial)
-
-
 def _without_history(value: Any) -> Any:
     return value.detach() if isinstance(value, Tensor) and not value.is_leaf else value
+
+
+register_adapter(MemoryModule, MemoryAdapter())

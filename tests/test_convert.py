@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 import torch
-from nets import ACCEPTANCE, CSNN, AcceptanceNet, has
+from support.nets import ACCEPTANCE, CSNN, AcceptanceNet, has
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 

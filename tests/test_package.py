@@ -20,7 +20,7 @@ OPTIONAL = ("spikingjelly", "snntorch", "norse", "graphviz", "sklearn", "matplot
 
 REPORT = f"""
 import importlib.resources, json, sys
-import snnfx, snnfx.adapters, snnfx.errors, snnfx.passes
+import snnfx, snnfx.state.adapters, snnfx.errors, snnfx.passes
 print(json.dumps({{
     "package": snnfx.__file__,
     "passes": snnfx.passes.__file__,

@@ -159,5 +159,5 @@ typecheck() {
   done
   ln -s "$ROOT/passes" "$layout/snnfx/passes"
   local mypy=("$PY" -m mypy --config-file "$ROOT/pyproject.toml" --cache-dir "$ROOT/.mypy_cache")
-  (cd "$layout" && "${mypy[@]}" -p snnfx && MYPYPATH=.:$ROOT/tools:$ROOT/tools/bench "${mypy[@]}" "$ROOT"/tools/*.py "$ROOT"/tools/bench/*.py) | sed 's#^snnfx/passes/#passes/#'
+  (cd "$layout" && "${mypy[@]}" -p snnfx && MYPYPATH=.:$ROOT/tools:$ROOT/tools/bench:$ROOT/tools/fuzz "${mypy[@]}" "$ROOT"/tools/*.py "$ROOT"/tools/bench/*.py "$ROOT"/tools/fuzz/fuzz*.py) | sed 's#^snnfx/passes/#passes/#'
 }

@@ -24,7 +24,7 @@ from torch import Tensor, nn
 
 import snnfx
 from snnfx import neuron, surrogate
-from snnfx.options import ConvertKeywords
+from snnfx.ir.options import ConvertKeywords
 
 ROOT = Path(__file__).resolve().parents[1]
 TARGET = 0.97

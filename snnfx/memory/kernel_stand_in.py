@@ -9,9 +9,9 @@ import torch
 from torch import Tensor
 from torch.utils._python_dispatch import _disable_current_modes
 
-from snnfx.loops.mixed import MixedStep
-from snnfx.regions import LoopRegion, tensors_of
-from snnfx.sequence_functions import stack_steps
+from snnfx.lowering.mixed.mixed_step import MixedStep
+from snnfx.ops.sequence_functions import stack_steps
+from snnfx.regions.region_modules import LoopRegion, tensors_of
 
 __all__ = ["KernelStandIn"]
 
@@ -22,7 +22,7 @@ class KernelStandIn:
     Args:
         region: with a kernel.
         known: steps that were run, kept by what they depend on.
-        naming: says who makes what, see `snnfx.memory.naming`; None: nobody asks.
+        naming: says who makes what, see `snnfx.memory.tensor_names`; None: nobody asks.
         named: what it is called there.
         slots: of its states.
     """

@@ -14,7 +14,7 @@ from torch.utils import _pytree as pytree
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import flop_registry
 
-from snnfx.memory.entering import enter
+from snnfx.recompute.autograd_entry import enter
 
 __all__ = ["ZERO", "CallBytes", "Count", "Meter", "Part", "Shape", "dtype_name", "measure_call", "meta_like"]
 
@@ -35,7 +35,7 @@ def dtype_name(dtype: torch.dtype) -> str:
 
 
 class Named(Protocol):
-    """What says who makes a tensor, see `snnfx.memory.naming`."""
+    """What says who makes a tensor, see `snnfx.memory.tensor_names`."""
 
     current: str
 

@@ -8,9 +8,9 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 
-from snnfx.memory.model import CallCost, MemoryModel
-from snnfx.memory.tile import Slices
-from snnfx.passes.checkpoint import RecomputePlan
+from snnfx.emit.recompute_segments import RecomputePlan
+from snnfx.memory.memory_model import CallCost, MemoryModel
+from snnfx.recompute.tile import Slices
 
 __all__ = [
     "Moment",

@@ -28,7 +28,7 @@ class Workspace:
 
     Attributes:
         reformats: whether images are brought into the format in which a convolution is fastest: channels-last, unless
-            the weight has more elements than they have (`snnfx.tensor_layout.image_format`).
+            the weight has more elements than they have (`snnfx.ops.memory_format.image_format`).
     """
 
     def __init__(self, device: torch.device, scale: float = 1.0) -> None:

@@ -21,7 +21,7 @@ Example:
 from __future__ import annotations
 
 from snnfx.online.functions import fptt_online_training, fptt_online_training_init_w_ra, ottt_online_training
-from snnfx.online.rules import (
+from snnfx.online.learning_rules import (
     BPTT,
     FPTT,
     OSTL,

@@ -19,8 +19,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from snnfx.online.gradients import Updates
-from snnfx.online.rules import FPTTTerm
+from snnfx.online.learning_rules import FPTTTerm
+from snnfx.online.updates import Updates
 
 __all__ = ["FPTTSequence"]
 

@@ -9,14 +9,14 @@ import torch
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
-from snnfx.carry import outputs_without
 from snnfx.errors import InputError
-from snnfx.net import Net
-from snnfx.online.checks import check_averages
+from snnfx.online.call_checks import check_averages
 from snnfx.online.inputs import first_step, output_time_dim, time_where_it_belongs
+from snnfx.online.learning_rules import FPTT, OTTT_A, Rule
 from snnfx.online.module_state import read_state, write_state
-from snnfx.online.rules import FPTT, OTTT_A, Rule
 from snnfx.online.trainer import StepResult, Trainer
+from snnfx.runtime.net import Net
+from snnfx.state.carry import outputs_without
 
 __all__ = ["fptt_online_training", "fptt_online_training_init_w_ra", "ottt_online_training"]
 

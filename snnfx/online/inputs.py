@@ -10,8 +10,8 @@ from torch.fx import Node
 from torch.utils import _pytree as pytree
 
 from snnfx.errors import InputError
-from snnfx.net import Net
-from snnfx.options import time_dims_of_leaves
+from snnfx.ir.options import time_dims_of_leaves
+from snnfx.runtime.net import Net
 
 __all__ = [
     "batch_of_steps",

@@ -10,8 +10,8 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from snnfx.net import Net
-from snnfx.state import adapter_of
+from snnfx.runtime.net import Net
+from snnfx.state.registry import adapter_of
 
 __all__ = ["read_state", "write_state"]
 

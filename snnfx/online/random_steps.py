@@ -16,9 +16,9 @@ import torch
 from torch import Tensor
 from torch.fx import Node
 
+from snnfx.ir.program import StepProgram
 from snnfx.online.losses import losses_of_steps
-from snnfx.online.run import Run, with_gradient
-from snnfx.program import StepProgram
+from snnfx.online.sequence_run import Run, with_gradient
 
 __all__ = ["run_random_steps"]
 

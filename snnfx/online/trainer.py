@@ -13,9 +13,7 @@ from torch.utils import _pytree as pytree
 
 from snnfx.allocator import is_tuned
 from snnfx.errors import InputError
-from snnfx.net import Net
-from snnfx.online.checks import check_optimizer, check_steps, number_of_steps
-from snnfx.online.gradients import Updates
+from snnfx.online.call_checks import check_optimizer, check_steps, number_of_steps
 from snnfx.online.inputs import (
     batch_of_steps,
     call_arguments,
@@ -25,12 +23,14 @@ from snnfx.online.inputs import (
     target_with_time_first,
     without_history,
 )
+from snnfx.online.learning_rules import Rule
 from snnfx.online.losses import Loss
-from snnfx.online.nets import RuleNets, nets_for, shapes_of
 from snnfx.online.random_steps import run_random_steps
-from snnfx.online.rules import Rule
-from snnfx.online.run import Run
-from snnfx.online.runs import run_chunks, run_steps
+from snnfx.online.rule_nets import RuleNets, nets_for, shapes_of
+from snnfx.online.sequence_run import Run
+from snnfx.online.traversal import run_chunks, run_steps
+from snnfx.online.updates import Updates
+from snnfx.runtime.net import Net
 
 __all__ = ["StepResult", "Trainer"]
 

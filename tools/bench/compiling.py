@@ -7,21 +7,16 @@ how many compilations a net needs that is called with sequences of five differen
 from __future__ import annotations
 
 import os
-import sys
 import tempfile
 import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
-from pathlib import Path
 from typing import Any, cast
 
-import torch
-from torch import Tensor, nn
-
-sys.path.append(str(Path(__file__).resolve().parent.parent))
-
 import bench_csnn
+import torch
 from layers import NEURONS
+from torch import Tensor, nn
 
 import snnfx
 

@@ -20,7 +20,7 @@ from torch import Tensor, nn
 
 import snnfx
 from snnfx.functional import reset_net
-from snnfx.kernels.launch import CppBackEnd
+from snnfx.lowering.elementwise.cpp.cpp_launch import CppBackEnd
 
 __all__ = ["CASES", "QUICK", "LayerCase", "measure"]
 

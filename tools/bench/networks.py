@@ -7,20 +7,15 @@ memory formats: what its convolutions, linear layers, norms and pools take by th
 from __future__ import annotations
 
 import copy
-import sys
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
-from pathlib import Path
 from typing import Any
-
-import torch
-from timing import alternate
-from torch import Tensor, nn
-
-sys.path.append(str(Path(__file__).resolve().parent.parent))
 
 import bench_csnn
 import memory_models
+import torch
+from timing import alternate
+from torch import Tensor, nn
 
 import snnfx
 from snnfx.functional import reset_net

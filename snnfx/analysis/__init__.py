@@ -1,0 +1,1 @@
+"""Facts about a step program that passes ask for; an analysis changes nothing."""

@@ -1,0 +1,284 @@
+"""One operation under analysis: its arguments as facts, and the verdict that its rule comes to."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Set
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+from torch import nn
+from torch.fx import Node
+
+from snnfx.analysis.batch.facts import BOTTOM, UNKNOWN, Fact, Rank, ShapeFact, SizeFact, Value, gap, leaves
+from snnfx.errors import Refusal
+from snnfx.ir.program import operation_name
+
+__all__ = ["Site", "aligned", "broadcast", "is_batch_sized", "lost", "number", "reserve"]
+
+
+@dataclass
+class Site:
+    """A call in the step graph.
+
+    Args:
+        node: the call.
+        name: the row's name of the operation.
+        arguments: argument name -> fact, Python value, or a nest of both.
+        module: the module that is called, if one is.
+        training, batch_norm: as for `infer_batch`.
+        inputs: names of the model's inputs, whose rank may be required.
+        refusal: why the node is not folded; the first reason counts.
+        requirements: least rank of one step of an input, where the rule had to assume one.
+    """
+
+    node: Node
+    name: str
+    arguments: dict[str, Any]
+    module: nn.Module | None
+    training: bool
+    batch_norm: str
+    inputs: Set[str]
+    refusal: Refusal | None = None
+    requirements: dict[str, int] = field(default_factory=dict)
+
+    def __getitem__(self, name: str) -> Any:
+        return self.arguments.get(name)
+
+    def refuse(self, code: str, reason: str, hint: str = "") -> None:
+        """Do not fold this node."""
+        if self.refusal is None:
+            self.refusal = Refusal(code, reason, hint)
+
+    @property
+    def fresh(self) -> str:
+        """A size symbol of this node's own, the same in every round of the analysis."""
+        return f"size({self.node.name})"
+
+    @property
+    def text(self) -> str:
+        """The call as the user may have written it."""
+        node = self.node
+        args = [*map(_text, node.args), *(f"{k}={_text(v)}" for k, v in node.kwargs.items())]
+        if node.op == "call_method":
+            return f"`{args[0]}.{node.target}({', '.join(args[1:])})`"
+        if operation_name(node) == "getitem":
+            inner = node.args[1]
+            index = ", ".join(map(_text, inner)) if isinstance(inner, tuple) else args[1]
+            return f"`{args[0]}[{index}]`"
+        name = str(node.target) if node.op == "call_module" else operation_name(node)
+        return f"`{name}({', '.join(args)})`"
+
+    def require(self, rank: Rank, least: int, why: str) -> bool:
+        """Whether a value may be taken to have `least` dimensions; demands it of the model's input if it must."""
+        if rank.known is not None:
+            if rank.known < least:
+                self.refuse(
+                    "SNNFX102",
+                    f"{self.text} {why} and therefore {least} dimensions, but has {rank.known} in one step",
+                    f"Give one step {least} dimensions or more, the first of them the batch.",
+                )
+            return rank.known >= least
+        if rank.base in self.inputs:
+            needed = max(least - rank.offset, self.requirements.get(rank.base, 0))
+            self.requirements[rank.base] = needed
+            return True
+        self.refuse_rank(why)
+        return False
+
+    def refuse_rank(self, why: str = "depends on the number of dimensions") -> None:
+        """Do not fold: the rule needs a rank that is not known."""
+        self.refuse("SNNFX111", f"{self.text} {why}, which is not known", "Pass example_inputs.")
+
+    def refuse_mixing(self, fact: Fact, what: str, hint: str = "") -> None:
+        """Do not fold: the operation works along the batch."""
+        self.refuse("SNNFX103", f"{self.text} {what} dim {fact.dim}, which is the batch", hint)
+
+    def axis(self, fact: Fact, dim: Any) -> int | None:
+        """A `dim` argument counted from the left, or negative when it is known to be to the right of the batch.
+
+        None, after a refusal, when it is not a constant number.
+        """
+        place = number(dim)
+        if place is None:
+            self.refuse("SNNFX101", f"the dimension of {self.text} is not a constant number")
+            return None
+        if place >= 0:
+            return place
+        if fact.rank.known is not None:
+            return place + fact.rank.known
+        if fact.dim is not None:
+            self.require(fact.rank, fact.dim + 1 - place, f"counts dim {place} from the right of the batch")
+        return place
+
+    def axes(self, fact: Fact, dims: Any) -> list[int] | None:
+        """The same for one dimension or several."""
+        found = [self.axis(fact, dim) for dim in leaves(dims)]
+        return None if None in found else [axis for axis in found if axis is not None]
+
+
+def _text(value: Any) -> str:
+    if isinstance(value, slice):
+        parts = ["" if part is None else _text(part) for part in (value.start, value.stop)]
+        return ":".join(parts) + (f":{_text(value.step)}" if value.step is not None else "")
+    return "..." if value is Ellipsis else str(value)
+
+
+def number(value: Any) -> int | None:
+    """A constant int, literal or computed from ranks; None for anything else."""
+    if isinstance(value, SizeFact):
+        return value.value
+    return value if isinstance(value, int) and not isinstance(value, bool) else None
+
+
+def is_batch_sized(value: Any) -> bool:
+    """Whether a Python value contains the size of the batch."""
+    return any(
+        (isinstance(leaf, SizeFact) and leaf.symbol is not None) or (isinstance(leaf, ShapeFact) and leaf.of.batched)
+        for leaf in leaves(value)
+    )
+
+
+def lost(rank: Rank) -> Fact:
+    """A tensor of one step in which the batch is no dimension any more."""
+    return Fact(rank, varying=True)
+
+
+def reserve(site: Site, fact: Fact, count: int) -> bool:
+    """Whether the last `count` dimensions can be worked on without touching the batch."""
+    if fact.dim is None:
+        return True
+    if fact.dim > 0 and fact.rank.known is not None and fact.rank.known < fact.dim + 1 + count:
+        site.refuse_mixing(fact, f"works on the last {count} dimensions, among them")
+        return False
+    return site.require(fact.rank, fact.dim + 1 + count, f"needs a batch and {count} more")
+
+
+def broadcast(site: Site, values: Iterable[Any]) -> Value:
+    """The fact of an elementwise result. Batches have to lie on each other, counted from the right.
+
+    An operand without a batch has to be the same at each step and must not reach the batch, unless with size 1.
+    """
+    operands = list(leaves(list(values)))
+    if any(is_batch_sized(operand) for operand in operands):
+        site.refuse(
+            "SNNFX110",
+            f"{site.text} computes with the size of the batch",
+            "Use a size that does not depend on the batch, or a mean over a feature dimension.",
+        )
+    tensors = [operand for operand in operands if isinstance(operand, Fact)]
+    if UNKNOWN in operands:
+        site.refuse("SNNFX105", f"where the batch of an operand of {site.text} is, is not known")
+        return UNKNOWN
+    if not tensors:
+        return BOTTOM if BOTTOM in operands else UNKNOWN
+    batched = [tensor for tensor in tensors if tensor.batched]
+    if not batched:
+        # A slot that is not known yet may bring a batch and more dimensions than the constants have.
+        return BOTTOM if BOTTOM in operands else _broadcast_constants(tensors)
+    result = batched[0]
+    for tensor in batched[1:]:
+        merged = _merge_batched(site, result, tensor)
+        if merged is None:
+            return UNKNOWN
+        result = merged
+    for tensor in tensors:
+        if not tensor.batched:
+            merged = _merge_constant(site, result, tensor)
+            if merged is None:
+                return UNKNOWN
+            result = merged
+    return result
+
+
+def _broadcast_constants(tensors: list[Fact]) -> Value:
+    if len(tensors) == 1:
+        return tensors[0]
+    ranks = [tensor.rank for tensor in tensors]
+    gaps = [gap(rank, ranks[0]) for rank in ranks]
+    varying = any(tensor.varying for tensor in tensors)
+    if any(g is None for g in gaps):
+        return UNKNOWN
+    largest = max(g for g in gaps if g is not None)
+    return Fact(ranks[0] + largest, varying=varying)
+
+
+def _merge_batched(site: Site, a: Fact, b: Fact) -> Fact | None:
+    assert a.dim is not None and b.dim is not None
+    from_right = gap(a.rank - a.dim, b.rank - b.dim)
+    if from_right is None:
+        site.refuse_rank("aligns operands by their number of dimensions")
+        return None
+    if from_right != 0:
+        site.refuse("SNNFX105", f"the operands of {site.text} have their batch in different places ({a}; {b})")
+        return None
+    if a.size != b.size:
+        reason = f"the batches of the operands of {site.text} are not known to be of one size ({a.size}, {b.size})"
+        site.refuse("SNNFX105", reason)
+        return None
+    return a if a.dim >= b.dim else b
+
+
+def _merge_constant(site: Site, result: Fact, constant: Fact) -> Fact | None:
+    """`result`, which has a batch, broadcast with a tensor that has none."""
+    assert result.dim is not None
+    if constant.varying:
+        site.refuse(
+            "SNNFX105",
+            f"an operand of {site.text} varies in time but has no batch dimension",
+            "Expand it to the batch, e.g. with expand_as.",
+        )
+    if constant.rank.known == 0:
+        return result
+    right = result.rank - result.dim  # the batch is the `right`-th dimension from the right
+    reach = gap(constant.rank, right)
+    if reach is None:
+        return _merge_unrelated(site, result, constant)
+    if reach < 0:
+        return result
+    size = constant.known[reach] if reach < len(constant.known) else None
+    if size != 1:
+        code = "SNNFX105" if constant.varying else "SNNFX104"
+        site.refuse(code, f"an operand of {site.text} has a fixed size where the other one has the batch")
+        return None
+    return result if reach <= result.dim else Fact(constant.rank, reach, result.size)
+
+
+def _merge_unrelated(site: Site, result: Fact, constant: Fact) -> Fact | None:
+    rank = constant.rank.known
+    if rank is None or result.rank.known is not None:
+        site.refuse_rank("aligns operands by their number of dimensions")
+        return None
+    assert result.dim is not None
+    ones = next((i for i, size in enumerate(constant.known) if size != 1), len(constant.known))
+    why = f"has an operand of {rank} dimensions without a batch; the other one needs its batch to the left of them,"
+    if not site.require(result.rank, max(result.dim + 1 + rank - ones, rank), why):
+        return None
+    return result
+
+
+def aligned(site: Site, values: Iterable[Any], equal_ranks: bool = True) -> Fact | None:
+    """The common fact of tensors that must have the same rank and the same batch; None after a refusal.
+
+    Without any batched tensor, the fact of the first. `equal_ranks` says that torch itself refuses different ranks.
+    """
+    tensors = list(leaves(list(values)))
+    if not tensors or not all(isinstance(tensor, Fact) for tensor in tensors):
+        site.refuse("SNNFX105", f"where the batch of an operand of {site.text} is, is not known")
+        return None
+    batched = [tensor for tensor in tensors if tensor.batched]
+    if not batched:
+        return tensors[0]  # type: ignore[no-any-return]
+    # A known rank first: the others are as large, if torch takes them at all.
+    first: Fact = min(batched, key=lambda fact: fact.rank.known is None)
+    for tensor in tensors:
+        if not tensor.batched:
+            code = "SNNFX105" if tensor.varying else "SNNFX104"
+            site.refuse(code, f"an operand of {site.text} has no batch, but the others have one")
+            return None
+        known = first.rank.known
+        if equal_ranks and known is not None and tensor.rank.known is None:
+            tensor = replace(tensor, rank=first.rank) if site.require(tensor.rank, known, "has operands") else tensor
+        if (tensor.rank, tensor.dim, tensor.size) != (first.rank, first.dim, first.size):
+            site.refuse("SNNFX105", f"the operands of {site.text} do not share the batch ({first}; {tensor})")
+            return None
+    return first

@@ -1,0 +1,300 @@
+"""How most operations carry the batch: elementwise, along named dimensions, on trailing or on leading ones.
+
+A rule takes a `Site`, gives the fact of the result, and refuses the site where folding would be wrong. Arguments that a
+row does not list as operands have been checked before: they are the same at each step and have no batch.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+from snnfx.analysis.batch.call_site import Site, aligned, broadcast, is_batch_sized, lost, number, reserve
+from snnfx.analysis.batch.facts import BOTTOM, UNKNOWN, Bottom, Fact, Rank, SizeFact, Unknown, Value, leaves
+
+__all__ = [
+    "Along",
+    "Leading",
+    "Trailing",
+    "elementwise",
+    "embedding",
+    "extremum",
+    "median",
+    "normalized_dimensions",
+    "one_hot",
+    "pad",
+    "pairwise",
+    "prelu",
+    "same",
+    "scatter",
+    "softmax",
+    "where",
+]
+
+
+def elementwise(site: Site) -> Value:
+    """Every element on its own, operands broadcast; without tensors it is arithmetic on sizes."""
+    operands = [*leaves(site.arguments)]
+    if any(isinstance(operand, Fact | Unknown | Bottom) for operand in operands):
+        return broadcast(site, operands)
+    return _arithmetic(site, operands) if getattr(site.node.target, "__module__", "") == "_operator" else UNKNOWN
+
+
+def _arithmetic(site: Site, operands: list[Any]) -> Value:
+    if site.name == "add" and all(isinstance(operand, tuple | list) for operand in site["operands"]):
+        return tuple(entry for operand in site["operands"] for entry in operand)
+    batch_sized = [operand for operand in operands if is_batch_sized(operand)]
+    if batch_sized:
+        scaled = _scaled(site, batch_sized, operands)
+        if scaled is None:
+            site.refuse(
+                "SNNFX110",
+                f"{site.text} computes with the size of the batch; only multiples of it are sizes of a batch",
+                "Compute sizes from the feature dimensions.",
+            )
+            return UNKNOWN
+        return scaled
+    values = [number(operand) for operand in operands]
+    if callable(site.node.target) and None not in values:
+        result = site.node.target(*values)
+        return SizeFact(value=result if isinstance(result, int) else None)
+    return SizeFact()
+
+
+def _scaled(site: Site, batch_sized: list[Any], operands: list[Any]) -> SizeFact | None:
+    """The batch size times or divided by a number: still T times as large when T steps are folded."""
+    if len(batch_sized) != 1 or len(operands) != 2 or not isinstance(batch_sized[0], SizeFact):
+        return None
+    symbol = batch_sized[0].symbol
+    assert symbol is not None
+    factor, _, base = symbol.rpartition("*")
+    if site.name == "mul":
+        other = operands[0] if operands[1] is batch_sized[0] else operands[1]
+        constant = number(other)
+        if constant is None:
+            return SizeFact(site.fresh)
+        if constant < 1:
+            return None
+        constant *= int(factor or 1)
+        return SizeFact(symbol if constant == 1 else f"{constant}*{base}")
+    divisor = number(operands[1])
+    if site.name == "floor_divide" and divisor and int(factor or 1) % divisor == 0 and operands[0] is batch_sized[0]:
+        quotient = int(factor or 1) // divisor
+        return SizeFact(base if quotient == 1 else f"{quotient}*{base}")
+    return None
+
+
+def where(site: Site) -> Value:
+    """`where(condition, a, b)`; with the condition alone it lists positions, and their number is not known."""
+    if len(site["operands"]) < 3 and not site["options"]:
+        site.refuse("SNNFX101", f"{site.text} has a result whose shape depends on values")
+        return UNKNOWN
+    return elementwise(site)
+
+
+def same(site: Site) -> Value:
+    """The shape of the first argument; the others do not matter (`type_as`, `rand_like`, dropout)."""
+    value = site["input"]
+    return value if isinstance(value, Fact) else UNKNOWN
+
+
+@dataclass(frozen=True)
+class Trailing:
+    """Works on the last `count` dimensions; all dimensions before them are independent.
+
+    Args:
+        count: a number, or a function of the site.
+        operands: tensors that share the batch; broadcast against each other.
+        grows: by how many dimensions the result is larger.
+        pair: whether the result is a pair of tensors: True, False, or the name of an argument.
+    """
+
+    count: int | Callable[[Site], int | None]
+    operands: tuple[str, ...] = ("input",)
+    grows: int = 0
+    pair: bool | str = False
+
+    def __call__(self, site: Site) -> Value:
+        fact = broadcast(site, [site[name] for name in self.operands])
+        if not isinstance(fact, Fact):
+            return fact
+        count = self.count if isinstance(self.count, int) else self.count(site)
+        if count is None:
+            site.refuse("SNNFX101", f"how many dimensions {site.text} works on is not a constant number")
+            return UNKNOWN
+        result = Fact(fact.rank + self.grows, fact.dim, fact.size, varying=fact.varying)
+        if not reserve(site, fact, count):
+            result = lost(result.rank)
+        is_pair = site[self.pair] not in (None, False) if isinstance(self.pair, str) else self.pair
+        return (result, result) if is_pair else result
+
+
+@dataclass(frozen=True)
+class Leading:
+    """Takes samples along dimension 0 and treats each on its own: convolutions, normalisation of a sample.
+
+    Args:
+        least: least rank with a batch; what has fewer dimensions is taken for one unbatched sample by torch.
+        to: rank of the result, if it is another one.
+    """
+
+    least: int
+    to: int | None = None
+
+    def __call__(self, site: Site) -> Value:
+        fact = site["input"]
+        if not isinstance(fact, Fact):
+            return UNKNOWN
+        rank = fact.rank if self.to is None else Rank(self.to)
+        if fact.dim is None:
+            return Fact(rank, varying=fact.varying)
+        if fact.dim != 0:
+            site.refuse_mixing(fact, "works across", "Move the batch to the front.")
+            return lost(rank)
+        if not site.require(fact.rank, self.least, "needs a batch"):
+            return lost(rank) if self.to is None else UNKNOWN
+        return Fact(rank, 0, fact.size)
+
+
+@dataclass(frozen=True)
+class Along:
+    """Works along the dimensions named in an argument; all others are independent.
+
+    Args:
+        dim: name of that argument.
+        drops: whether the dimensions disappear: True, False, or the name of the `keepdim` argument.
+        outputs: number of tensors in the result.
+        operands: tensors that share the batch; broadcast against each other.
+        aligned: they must have the same shape instead.
+        grows: by how many dimensions the result is larger (appended at the end).
+        resizes: whether the dimension may have another size afterwards.
+    """
+
+    dim: str = "dim"
+    drops: bool | str = False
+    outputs: int = 1
+    operands: tuple[str, ...] = ("input",)
+    aligned: bool = False
+    grows: int = 0
+    resizes: bool = False
+
+    def __call__(self, site: Site) -> Value:
+        values = [site[name] for name in self.operands if site[name] is not None]
+        fact = aligned(site, values) if self.aligned else broadcast(site, values)
+        if not isinstance(fact, Fact):
+            return BOTTOM if fact is BOTTOM else UNKNOWN
+        dims = site[self.dim]
+        if isinstance(dims, bool):  # x.std(False): the flag of another overload
+            site.refuse("SNNFX101", f"the overload of {site.text} is not in the table")
+            return UNKNOWN
+        if dims is None or dims == () or dims == []:
+            return self._whole(site, fact)
+        axes = site.axes(fact, dims)
+        if axes is None:
+            return UNKNOWN
+        return self._pack(self._result(site, fact, axes))
+
+    def _whole(self, site: Site, fact: Fact) -> Value:
+        if fact.batched:
+            site.refuse_mixing(fact, "works along all dimensions, also along", "Name the feature dimensions in `dim`.")
+        if site[self.dim] is not None or not isinstance(self.drops, str):
+            return UNKNOWN  # what an empty tuple means, and what shape there is, is up to the operation
+        return self._pack(lost(fact.rank if site[self.drops] not in (None, False) else Rank(0)))
+
+    def _result(self, site: Site, fact: Fact, axes: list[int]) -> Fact:
+        keeps = self.drops is False or (isinstance(self.drops, str) and site[self.drops] not in (None, False))
+        rank = fact.rank + self.grows
+        if not keeps:
+            rank = rank - len(axes)
+        if fact.dim is not None and fact.dim in axes:
+            site.refuse_mixing(fact, "works along", "Use a feature dimension, e.g. dim=1, if that was not meant.")
+            if self.drops is not False:
+                ones = (*(None for _ in range(fact.dim)), 1) if keeps else ()
+                return Fact(rank, varying=True, known=ones)
+            if self.resizes:
+                return Fact(rank, fact.dim, site.fresh)
+        if fact.dim is None:
+            return Fact(rank, varying=fact.varying)
+        before = 0 if keeps else sum(0 <= axis < fact.dim for axis in axes)
+        return Fact(rank, fact.dim - before, fact.size)
+
+    def _pack(self, fact: Fact) -> Value:
+        return (fact,) * self.outputs if self.outputs > 1 else fact
+
+
+def softmax(site: Site) -> Value:
+    """Along `dim`; without it torch takes dim 0 for ranks 0, 1 and 3, and dim 1 for others."""
+    fact = site["input"]
+    if site["dim"] is None and isinstance(fact, Fact):
+        rank = fact.rank.known
+        if rank is None:
+            site.refuse_rank("chooses its dimension by the number of dimensions")
+            return fact
+        site.arguments["dim"] = 0 if rank in (0, 1, 3) else 1
+    return Along()(site)
+
+
+def extremum(site: Site) -> Value:
+    """`max` and `min`: of two tensors, along a dimension (with positions), or of everything."""
+    other = site["dim"] if site["dim"] is not None else site["other"]
+    if isinstance(other, Fact):
+        return broadcast(site, [site["input"], other])
+    return Along(drops="keepdim", outputs=1 if other is None else 2)(site)
+
+
+def median(site: Site) -> Value:
+    """`median`: along a dimension (with positions) or of everything."""
+    return Along(drops="keepdim", outputs=1 if site["dim"] is None else 2)(site)
+
+
+def pairwise(site: Site) -> Value:
+    """Distances along the last dimension of two tensors."""
+    fact = Trailing(1, operands=("x1", "x2"))(site)
+    if not isinstance(fact, Fact) or site["keepdim"] not in (None, False):
+        return fact
+    return Fact(fact.rank - 1, fact.dim, fact.size, varying=fact.varying)
+
+
+def scatter(site: Site) -> Value:
+    """`scatter(input, dim, index, src)`: all along one dimension; `src` may be a number."""
+    operands = ("input", "index", "src") if isinstance(site["src"], Fact) else ("input", "index")
+    return Along(operands=operands, aligned=True)(site)
+
+
+def normalized_dimensions(site: Site) -> int | None:
+    """How many dimensions `layer_norm` normalises."""
+    shape = site["normalized_shape"]
+    return 1 if number(shape) is not None else len(list(leaves(shape)))
+
+
+def embedding(site: Site) -> Value:
+    """Each index becomes a vector."""
+    if site["max_norm"] is not None:
+        site.refuse("SNNFX101", f"{site.text} with max_norm changes its weight")
+    if site["scale_grad_by_freq"] not in (None, False):
+        site.refuse("SNNFX103", f"{site.text} scales gradients by how often an index occurs in the batch")
+    return Trailing(0, grows=1)(site)
+
+
+def one_hot(site: Site) -> Value:
+    """Each index becomes a vector, whose length has to be given."""
+    if number(site["num_classes"]) in (None, -1):
+        hint = "Pass num_classes."
+        site.refuse("SNNFX103", f"{site.text} takes the number of classes from the largest index in the batch", hint)
+    return Trailing(0, grows=1)(site)
+
+
+def prelu(site: Site) -> Value:
+    """Elementwise with one weight; otherwise the weights belong to dimension 1."""
+    weight = site["weight"]
+    if isinstance(weight, Fact) and (weight.rank.known == 0 or weight.known == (1,)):
+        return same(site)
+    return Leading(2)(site)
+
+
+def pad(site: Site) -> Value:
+    """Pads the last dimensions, two numbers each."""
+    amounts = list(leaves(site["pad"]))
+    count = 1 if len(amounts) == 1 else len(amounts) // 2
+    return Trailing(count)(site)

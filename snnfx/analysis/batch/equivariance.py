@@ -1,0 +1,319 @@
+"""Batch equivariance: which nodes of a step graph may be folded, and where the batch of each value is (an analysis).
+
+A stateless node may be folded when running it once on all time steps, with T folded into the batch (`[T, N, ...]` as
+`[T*N, ...]`), gives the results of the single steps one after the other: `f(cat_t x_t) == cat_t f(x_t)` along the batch
+dimension of each value. The proof is an abstract interpretation (Cousot & Cousot 1977) of the graph over facts about
+shapes (`batch_facts`) with one rule for each known operation (`batch_rules`); what has no rule is refused.
+State slots start unknown to everybody ("bottom") and are iterated to a fixpoint around the loop over time.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Set
+from dataclasses import dataclass, field, replace
+from typing import Any, Literal
+
+from torch import Tensor, fx, nn
+from torch.fx import Node
+from torch.fx.node import map_aggregate
+
+from snnfx.analysis.batch.call_site import Site, is_batch_sized
+from snnfx.analysis.batch.facts import (
+    BOTTOM,
+    OTHER,
+    UNKNOWN,
+    Fact,
+    Rank,
+    Repeated,
+    ShapeFact,
+    SizeFact,
+    Value,
+    join,
+    leaves,
+    model_input,
+)
+from snnfx.analysis.batch.rule_lookup import Found, constant_fact, look_up
+from snnfx.analysis.batch.rule_table import NEUTRAL
+from snnfx.errors import Refusal
+
+__all__ = ["BatchAnalysis", "Fact", "Rank", "ShapeFact", "SizeFact", "Value", "infer_batch", "model_input"]
+
+
+@dataclass(frozen=True)
+class BatchAnalysis:
+    """The result of `infer_batch`.
+
+    Args:
+        facts: what is known of the value of each node; a tuple of facts for a node whose value is a tuple.
+        refusals: why a node may not be folded; a node that is not in it may be.
+        requirements: input name -> least number of dimensions that one step of it has to have for this to hold.
+    """
+
+    facts: dict[Node, Value] = field(default_factory=dict)
+    refusals: dict[Node, Refusal] = field(default_factory=dict)
+    requirements: dict[str, int] = field(default_factory=dict)
+
+
+def infer_batch(
+    graph: fx.Graph,
+    resolve: Callable[[str], object],
+    inputs: Mapping[Node, Fact],
+    *,
+    carried: Mapping[Node, object],
+    varying: Set[Node],
+    training: bool,
+    batch_norm: Literal["fold", "per_step"],
+    initial: Mapping[Node, object] | None = None,
+    training_of: Callable[[nn.Module], bool] | None = None,
+) -> BatchAnalysis:
+    """Find where the batch of every value of a step graph is, and which nodes may not be folded.
+
+    Args:
+        graph: the graph of one step, without operations in place. Where nodes have `meta["val"]`, the ranks are those
+            of the example; the result then holds for inputs of these ranks, which are its requirements.
+        resolve: gives the object that a get_attr or call_module target names.
+        inputs: the fact of each input placeholder, see `model_input`.
+        carried: slot placeholder -> the node (or constant) that gives its next value.
+        varying: nodes whose value may differ between time steps, random ones included; others are the same at each.
+        training: the mode that the graph is for.
+        batch_norm: what a BatchNorm in training may be taken to mean, see `snnfx.convert`.
+        initial: slot placeholder -> its value before the first step. A number or a tensor without dimensions stands
+            for a tensor of the shape of the next value. Default: read from the graph's output node, if that has the
+            form `(outputs, next_states, initial_values)`.
+        training_of: whether a layer that is called is in training; default: as the graph.
+
+    Returns:
+        Facts, refusals and requirements. Nothing is changed.
+    """
+    walk = _Walk(graph, resolve, dict(inputs), varying, training, batch_norm, training_of)
+    before = _initial_values(graph, carried) if initial is None else initial
+    slots: dict[Node, Value] = dict.fromkeys(carried, BOTTOM)
+    settled: set[Node] = set()  # slots that nothing but themselves says anything about
+    while True:
+        analysis = walk.run(slots)
+        following = {slot: _next_fact(walk, slot, value, before.get(slot)) for slot, value in carried.items()}
+        joined = {slot: join(fact, following[slot]) for slot, fact in slots.items()}
+        if joined == slots:
+            open_slots = [slot for slot, fact in slots.items() if BOTTOM in leaves(fact) and slot not in settled]
+            if not open_slots:
+                return analysis
+            settled.update(open_slots)
+            joined.update(dict.fromkeys(open_slots, UNKNOWN))
+        slots = joined
+
+
+def _initial_values(graph: fx.Graph, carried: Mapping[Node, object]) -> Mapping[Node, object]:
+    output = graph.output_node().args[0] if graph.nodes else None
+    values = output[2] if isinstance(output, tuple) and len(output) == 3 else None
+    if isinstance(values, tuple) and len(values) == len(carried):
+        return dict(zip(carried, values, strict=True))
+    return {}
+
+
+def _next_fact(walk: _Walk, slot: Node, following: object, initial: object) -> Value:
+    after = walk.facts.get(following, UNKNOWN) if isinstance(following, Node) else UNKNOWN
+    if not isinstance(initial, Node):
+        return after  # a number stands for a tensor of the shape of the next value
+    first = walk.facts.get(initial, UNKNOWN)
+    if isinstance(first, SizeFact) or (isinstance(first, Fact) and first.rank == Rank(0)):
+        return after
+    return join(first, after)
+
+
+class _Walk:
+    """One interpretation of the graph, given facts of the slots."""
+
+    def __init__(
+        self,
+        graph: fx.Graph,
+        resolve: Callable[[str], object],
+        inputs: dict[Node, Fact],
+        varying: Set[Node],
+        training: bool,
+        batch_norm: str,
+        training_of: Callable[[nn.Module], bool] | None,
+    ) -> None:
+        self.training_of = training_of
+        self.graph, self.resolve, self.inputs, self.varying = graph, resolve, inputs, varying
+        self.training, self.batch_norm = training, batch_norm
+        self.found = {node: look_up(node, resolve) for node in graph.nodes if node.op.startswith("call")}
+        self.bases = {fact.rank.base for fact in inputs.values() if fact.rank.base}
+        self.facts: dict[Node, Value] = {}
+
+    def run(self, slots: Mapping[Node, Value]) -> BatchAnalysis:
+        """Facts of all nodes under the assumption that those of the slots hold."""
+        self.facts = {}
+        self.refusals: dict[Node, Refusal] = {}
+        self.examples: dict[str, int] = {}
+        self.changing: set[Node] = set()  # the varying nodes whose value, not only size, may really differ
+        self.requirements = {
+            fact.rank.base or node.name: 1 if fact.rank.known is None else fact.rank.known
+            for node, fact in self.inputs.items()
+        }
+        for node in self.graph.nodes:
+            if node.op != "output":
+                fact = self._checked(node, self._fact(node, slots))
+                self.facts[node] = self._new_batch(node) if fact is UNKNOWN and node in self.refusals else fact
+        return BatchAnalysis(self.facts, self.refusals, self.requirements)
+
+    def _new_batch(self, node: Node) -> Value:
+        """What starts behind a node that is run step by step, when only the example tells its shape.
+
+        Any dimension of its sequence may be the one that T is folded into, so dim 0 is; its size has nothing to do
+        with that of other batches.
+        """
+        value = node.meta.get("val")
+        if not isinstance(value, Tensor) or value.dim() == 0:
+            return UNKNOWN
+        return Fact(Rank(value.dim()), 0, f"size of {node.name}")
+
+    def _fact(self, node: Node, slots: Mapping[Node, Value]) -> Value:
+        if node.op == "placeholder":
+            if node in self.varying:
+                self.changing.add(node)
+            return slots[node] if node in slots else self.inputs.get(node, UNKNOWN)
+        if node.op == "get_attr":
+            value = self.resolve(str(node.target))
+            return constant_fact(value) if isinstance(value, Tensor) else OTHER
+        return self._call(node)
+
+    def _call(self, node: Node) -> Value:
+        found = self.found[node]
+        operands = [self.facts[operand] for operand in node.all_input_nodes]
+        flat = list(leaves(operands))
+        if node in self.varying and self._depends_on_time(node, found):
+            self.changing.add(node)
+        same_at_each_step = node not in self.changing and not any(
+            fact is UNKNOWN or is_batch_sized(fact) or (isinstance(fact, Fact) and (fact.batched or fact.varying))
+            for fact in flat
+        )
+        if found is None:
+            if same_at_each_step and node not in self.varying:
+                return self._constant_result(node)
+            self.refusals[node] = _no_row(node, flat)
+            return UNKNOWN
+        site = self._site(node, found)
+        fact = self._evaluate(site, found)
+        if fact is BOTTOM:
+            return BOTTOM
+        self._judge_without_batch(site, found, flat, fact)
+        for name, least in site.requirements.items():
+            self.requirements[name] = max(least, self.requirements.get(name, 0))
+        is_update = node.op == "call_module" and node in self.varying  # it changes its layer at each step
+        if site.refusal is not None and (is_update or not same_at_each_step):
+            self.refusals[node] = site.refusal
+        if same_at_each_step:
+            return self._marked(node, self._constant_result(node) if fact is UNKNOWN else fact)
+        return self._marked(node, fact)
+
+    def _depends_on_time(self, node: Node, found: Found | None) -> bool:
+        if found is not None and (found.row.random or found.row.shape_only):
+            return found.row.random
+        return any(self._may_differ(operand) for operand in node.all_input_nodes)
+
+    def _may_differ(self, operand: Node) -> bool:
+        """Whether the value of an operand may differ between steps, apart from sizes, which do not."""
+        fact = self.facts[operand]
+        return operand in self.changing and any(
+            not isinstance(leaf, SizeFact | ShapeFact) and leaf is not OTHER for leaf in leaves([fact])
+        )
+
+    def _site(self, node: Node, found: Found) -> Site:
+        def load(argument: Any) -> Any:
+            return self.facts[argument] if isinstance(argument, Node) else argument
+
+        arguments = {name: map_aggregate(value, load) for name, value in found.arguments.items()}
+        training = self.training
+        if found.module is not None and self.training_of is not None:
+            training = self.training_of(found.module)
+        return Site(node, found.name, arguments, found.module, training, self.batch_norm, self.bases)
+
+    def _evaluate(self, site: Site, found: Found) -> Value:
+        looked_at = found.row.operands.split()
+        sized = found.row.sizes.split()
+        neutral = found.row.rule in NEUTRAL
+        if not neutral and any(leaf is BOTTOM for leaf in leaves(site.arguments)):
+            return BOTTOM
+        for name, value in site.arguments.items():
+            if name not in looked_at:
+                _check_invariant(site, value, may_be_sized=name in sized)
+        fact = found.row.rule(site)
+        if fact is UNKNOWN and site.refusal is None:
+            site.refuse("SNNFX105", f"where the batch of an operand of {site.text} is, is not known")
+        return fact
+
+    def _judge_without_batch(self, site: Site, found: Found, operands: list[Any], fact: Value) -> None:
+        """Refuse what varies in time and has no batch, going in or coming out: a folded region could not take it."""
+        if found.name == "getitem" and isinstance(site["input"], tuple):
+            return  # an element goes where its tuple goes
+        tensors = [operand for operand in operands if isinstance(operand, Fact)]
+        if found.row.random and isinstance(fact, Fact) and not fact.batched and site.node in self.varying:
+            site.refuse(
+                "SNNFX105",
+                f"{site.text} draws random numbers without a batch dimension; folded, all steps would share them",
+                "Draw them in the shape of a batched value, e.g. torch.rand_like(x).",
+            )
+        if tensors and not any(tensor.batched for tensor in tensors) and site.node in self.changing:
+            site.refuse("SNNFX102", f"{site.text} gets values that vary in time but have no batch dimension")
+        if UNKNOWN in operands or any(tensor.varying and not tensor.batched for tensor in tensors):
+            site.refuse("SNNFX105", f"an operand of {site.text} varies in time, and has no batch that is known")
+
+    def _marked(self, node: Node, fact: Value) -> Value:
+        """Note at facts without a batch whether the value may differ between steps."""
+        if isinstance(fact, Fact):
+            return fact if fact.batched else replace(fact, varying=node in self.changing)
+        if isinstance(fact, tuple):
+            marked = [self._marked(node, element) for element in fact]
+            return Repeated(marked[0]) if isinstance(fact, Repeated) else tuple(marked)
+        return fact
+
+    def _constant_result(self, node: Node) -> Value:
+        """The fact of what is computed from parameters and constants alone, whatever computes it."""
+        value = node.meta.get("val")
+        if isinstance(value, Tensor):
+            return constant_fact(value)
+        if isinstance(value, tuple | list):
+            return tuple(constant_fact(v) if isinstance(v, Tensor) else OTHER for v in value)
+        return Fact(Rank(0, node.name)) if value is None else OTHER
+
+    def _checked(self, node: Node, fact: Value) -> Value:
+        """The fact with what the example knows better; a contradiction between them is a refusal."""
+        value = node.meta.get("val")
+        if isinstance(value, tuple | list) and type(fact) is tuple and len(value) == len(fact):
+            return tuple(self._checked_one(node, f, v) for f, v in zip(fact, value, strict=True))
+        return self._checked_one(node, fact, value)
+
+    def _checked_one(self, node: Node, fact: Value, value: Any) -> Value:
+        if not isinstance(value, Tensor) or not isinstance(fact, Fact):
+            return fact
+        rank = fact.rank if fact.rank.base in self.bases else Rank(value.dim())
+        agrees = rank.known is None or fact.rank.known in (None, rank.known)
+        if agrees and fact.dim is not None and fact.size is not None and rank.known is not None:
+            agrees = fact.dim < value.dim()
+            agrees = agrees and self.examples.setdefault(fact.size, value.shape[fact.dim]) == value.shape[fact.dim]
+        if not agrees:
+            reason = f"its shape in the example, {list(value.shape)}, is not what the table says ({fact})"
+            self.refusals.setdefault(node, Refusal("SNNFX101", reason))
+            return UNKNOWN
+        return replace(fact, rank=rank)
+
+
+def _check_invariant(site: Site, value: Any, may_be_sized: bool) -> None:
+    """Refuse an argument that the rule takes for a constant and that is none."""
+    for leaf in leaves(value):
+        if leaf is UNKNOWN or (isinstance(leaf, Fact) and (leaf.batched or leaf.varying)):
+            site.refuse("SNNFX105", f"an argument of {site.text} has to be the same at each step and may not be")
+        elif is_batch_sized(leaf) and not may_be_sized:
+            site.refuse(
+                "SNNFX110",
+                f"{site.text} depends on the size of the batch",
+                "Use sizes of feature dimensions.",
+            )
+
+
+def _no_row(node: Node, operands: list[Any]) -> Refusal:
+    name = str(node.target) if isinstance(node.target, str) else getattr(node.target, "__name__", str(node.target))
+    if any(is_batch_sized(operand) for operand in operands):
+        return Refusal("SNNFX110", f"`{name}` is not in the table, and it depends on the size of the batch")
+    what = "the module" if node.op == "call_module" else "the operation"
+    return Refusal("SNNFX101", f"{what} `{name}` is not in the table of batch rules, or not with these arguments")

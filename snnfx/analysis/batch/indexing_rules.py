@@ -1,0 +1,341 @@
+"""How the batch goes through indexing, joining and sizes, and into tensors that are made from sizes."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from snnfx.analysis.batch.call_site import Site, aligned, broadcast, is_batch_sized, lost, number
+from snnfx.analysis.batch.facts import (
+    BOTTOM,
+    OTHER,
+    UNKNOWN,
+    Fact,
+    Rank,
+    Repeated,
+    ShapeFact,
+    SizeFact,
+    Unknown,
+    Value,
+    gap,
+    leaves,
+)
+from snnfx.analysis.batch.shape_rules import (
+    is_size,
+    keep,
+    literal_sizes,
+    refuse_batch_size,
+    reverse,
+    transpose_last,
+    unsqueeze,
+)
+
+__all__ = ["attribute", "cat", "create", "getitem", "make_constant", "numel", "pieces", "python_value", "rank_of"]
+__all__ += ["set_part"]
+__all__ += ["select", "size", "stack", "unbind"]
+
+
+def cat(site: Site) -> Value:
+    """Join tensors along a dimension that is not the batch."""
+    tensors, dim = site["tensors"], site["dim"]
+    fact = aligned(site, list(leaves(tensors)))
+    if fact is None:
+        return UNKNOWN
+    axis = site.axis(fact, dim)
+    if axis is None:
+        return UNKNOWN
+    if fact.dim is not None and axis == fact.dim:
+        site.refuse_mixing(fact, "joins along", "Join along a feature dimension, e.g. dim=1.")
+        return Fact(fact.rank, fact.dim, site.fresh)
+    return keep(fact, fact.dim)
+
+
+def stack(site: Site) -> Value:
+    """Join tensors along a new dimension, which moves the batch when it comes in front of it."""
+    fact = aligned(site, list(leaves(site["tensors"])))
+    if fact is None:
+        return UNKNOWN
+    site.arguments["input"] = fact
+    return unsqueeze(site)
+
+
+def pieces(site: Site) -> Value:
+    """`chunk`, `split`, `tensor_split`: not along the batch."""
+    fact = site["input"]
+    if not isinstance(fact, Fact):
+        return UNKNOWN
+    axis = site.axis(fact, site["dim"])
+    if axis is None:
+        return UNKNOWN
+    if fact.dim is not None and axis == fact.dim:
+        site.refuse_mixing(fact, "cuts along", "Cut a feature dimension, e.g. dim=1.")
+        return Repeated(lost(fact.rank))  # the last piece may be smaller
+    return Repeated(keep(fact, fact.dim))
+
+
+def unbind(site: Site) -> Value:
+    """All slices along a dimension that is not the batch."""
+    part = select(site)
+    return Repeated(part) if isinstance(part, Fact) else UNKNOWN
+
+
+def select(site: Site) -> Value:
+    """One slice along a dimension that is not the batch."""
+    fact = site["input"]
+    if not isinstance(fact, Fact):
+        return UNKNOWN
+    axis = site.axis(fact, site["dim"])
+    if axis is None:
+        return UNKNOWN
+    if fact.dim is None:
+        return keep(fact, None, -1)
+    if axis == fact.dim:
+        site.refuse_mixing(fact, "picks from", "Every sample has to be treated the same; index a feature dimension.")
+        return lost(fact.rank - 1)
+    return keep(fact, fact.dim - 1 if 0 <= axis < fact.dim else fact.dim, -1)
+
+
+def getitem(site: Site) -> Value:
+    """`x[...]`: of a tensor, a tuple, or a shape."""
+    source, index = site["input"], site["index"]
+    if isinstance(source, tuple):
+        return _element(site, source, index)
+    if isinstance(source, ShapeFact):
+        return _size_of(site, source, index)
+    if not isinstance(source, Fact):
+        return UNKNOWN
+    items = index if isinstance(index, tuple) else (index,)
+    return _sliced(site, source, items)
+
+
+def set_part(site: Site) -> Value:
+    """`x` after `x[index] = value`: the index must not touch the batch, and the value must fit the part."""
+    target, index, value = site["input"], site["index"], site["value"]
+    if not isinstance(target, Fact):
+        return UNKNOWN
+    part = _sliced(site, target, index if isinstance(index, tuple) else (index,))
+    if not isinstance(part, Fact):
+        return UNKNOWN
+    merged = broadcast(site, [part, value])
+    if merged == part:
+        return target
+    if isinstance(merged, Fact) and not merged.batched and not target.batched and gap(merged.rank, part.rank) == 0:
+        return Fact(target.rank, varying=merged.varying)
+    site.refuse("SNNFX105", f"the value assigned in {site.text} has its batch elsewhere than the part")
+    return UNKNOWN
+
+
+def _element(site: Site, source: tuple[Any, ...], index: Any) -> Value:
+    if isinstance(source, Repeated):
+        return source if isinstance(index, slice) else source[0]
+    place = number(index)
+    if isinstance(index, slice):
+        bounds = [number(bound) for bound in (index.start, index.stop, index.step)]
+        return _as_fact(source[slice(*bounds)])
+    if place is None or not -len(source) <= place < len(source):
+        site.refuse("SNNFX101", f"which element {site.text} takes is not known")
+        return UNKNOWN
+    return _as_fact(source[place])
+
+
+def _as_fact(value: Any) -> Value:
+    if isinstance(value, int) and not isinstance(value, bool):
+        return SizeFact(value=value)
+    if value is None or isinstance(value, bool | float | str):
+        return OTHER
+    return value  # type: ignore[no-any-return]
+
+
+def _size_of(site: Site, shape: ShapeFact, index: Any) -> Value:
+    fact = shape.of
+    if isinstance(index, slice):
+        stop = number(index.stop)
+        if index.start in (None, 0) and index.step in (None, 1) and stop is not None and stop >= 0:
+            site.require(fact.rank, stop, f"reads {stop} sizes")
+            return tuple(_one_size(shape, i) for i in range(stop))
+        site.refuse_rank("reads sizes counted from the right")
+        return UNKNOWN
+    axis = site.axis(fact, index)
+    return UNKNOWN if axis is None else _one_size(shape, axis)
+
+
+def _one_size(shape: ShapeFact, axis: int) -> SizeFact:
+    symbol = shape.of.size if axis == shape.of.dim else None
+    return SizeFact(symbol, origin=(shape.tensor, axis))
+
+
+def _sliced(site: Site, fact: Fact, items: tuple[Any, ...]) -> Value:
+    for item in items:
+        if not (item is None or item is Ellipsis or isinstance(item, slice) or number(item) is not None):
+            kind = "a tensor" if isinstance(item, Fact) else "something that is not a constant number"
+            site.refuse("SNNFX101", f"{site.text} indexes with {kind}", "Use torch.gather or torch.index_select.")
+            return UNKNOWN
+    bounds = list(leaves(items))
+    if is_batch_sized(bounds):
+        refuse_batch_size(site)
+    if any(isinstance(bound, Fact | Unknown) for bound in bounds):
+        site.refuse("SNNFX101", f"the bounds of a slice in {site.text} are tensors")
+    middle = next((i for i, item in enumerate(items) if item is Ellipsis), len(items))
+    left, right = items[:middle], items[middle + 1 :]
+    consumed = sum(item is not None for item in right)
+    change = sum((item is None) - (number(item) is not None) for item in left + right)
+    rank = fact.rank + change
+    if fact.dim is None:
+        return Fact(rank, varying=fact.varying)
+    walk = _Walk(site, fact)
+    for item in left:
+        walk.take(item)
+    if consumed or any(item is None for item in right):
+        if fact.rank.known is not None:
+            walk.skip_to(fact.rank.known - consumed)
+            for item in right:
+                walk.take(item)
+        else:
+            least = max(fact.dim, walk.axis - 1) + 1 + consumed
+            if not site.require(fact.rank, least, "counts from the right of the batch"):
+                return UNKNOWN
+    if walk.dropped:
+        return lost(rank)
+    walk.skip_to(max(walk.axis, fact.dim + 1))
+    return Fact(rank, walk.place, walk.size)
+
+
+class _Walk:
+    """Goes through an index from the left and notes where the batch ends up."""
+
+    def __init__(self, site: Site, fact: Fact) -> None:
+        self.site, self.fact, self.size = site, fact, fact.size
+        self.axis = 0
+        self.out = 0
+        self.place: int | None = None
+        self.dropped = False
+
+    def take(self, item: Any) -> None:
+        if item is None:
+            self.out += 1
+            return
+        at_batch = self.axis == self.fact.dim
+        self.axis += 1
+        if not isinstance(item, slice):
+            if at_batch:
+                self.dropped = True
+                hint = "Every sample has to be treated the same; index a feature dimension, e.g. x[:, 0]."
+                self.site.refuse_mixing(self.fact, "picks from", hint)
+            return
+        if at_batch:
+            self.place = self.out
+            if item.start not in (None, 0) or item.stop is not None or item.step not in (None, 1):
+                self.site.refuse_mixing(self.fact, "cuts", "Slice a feature dimension, e.g. x[:, :4].")
+                self.size = self.site.fresh
+        self.out += 1
+
+    def skip_to(self, axis: int) -> None:
+        """Dimensions that are taken whole."""
+        while self.axis < axis:
+            self.take(slice(None))
+
+
+# --- sizes and what is made of them
+
+
+def attribute(site: Site) -> Value:
+    """`x.shape`, `x.T`, `x.dtype`, ..."""
+    name = site["name"]
+    if not isinstance(site["input"], Fact):
+        return UNKNOWN
+    if name in ("dtype", "device", "layout", "is_cuda", "requires_grad"):
+        return python_value(site)
+    found = _ATTRIBUTES.get(name)
+    if found is None:
+        site.refuse("SNNFX101", f"the attribute `{name}` is not in the table")
+        return UNKNOWN
+    return found(site)
+
+
+def _can_be_asked(fact: Any) -> bool:
+    """Whether a folded region may ask the tensor for its shape or type, for which it has to be given the tensor."""
+    return isinstance(fact, Fact) and (fact.batched or not fact.varying)
+
+
+def size(site: Site) -> Value:
+    """`x.size()`, `x.size(0)`, `x.shape`."""
+    fact = site["input"]
+    if not _can_be_asked(fact):
+        return UNKNOWN
+    tensor = getattr(site.node.args[0], "name", "")
+    shape = ShapeFact(fact, tensor)
+    if site["dim"] is not None:
+        return _size_of(site, shape, site["dim"])
+    if fact.rank.known is None:
+        return shape
+    return tuple(_one_size(shape, i) for i in range(fact.rank.known))
+
+
+def numel(site: Site) -> Value:
+    """How many elements a tensor has: a multiple of the batch."""
+    fact = site["input"]
+    return SizeFact(site.fresh if fact.batched else None) if _can_be_asked(fact) else UNKNOWN
+
+
+def rank_of(site: Site) -> Value:
+    """`x.dim()`, `x.ndim`."""
+    fact = site["input"]
+    return SizeFact(value=fact.rank.known) if _can_be_asked(fact) else UNKNOWN
+
+
+def _same_tensor(site: Site) -> Value:
+    return site["input"]  # type: ignore[no-any-return]
+
+
+_ATTRIBUTES = {
+    "shape": size,
+    "ndim": rank_of,
+    "T": reverse,
+    "mT": transpose_last,
+    "mH": transpose_last,
+    "data": _same_tensor,
+    "real": _same_tensor,
+    "imag": _same_tensor,
+}
+
+
+def python_value(site: Site) -> Value:
+    """A question about the tensor that does not depend on the batch."""
+    return OTHER if _can_be_asked(site["input"]) else UNKNOWN
+
+
+def create(site: Site) -> Value:
+    """`torch.zeros(sizes)`, `x.new_full(sizes, value)`: the same value at each step; the size may be the batch's."""
+    shape = site["size"]
+    if isinstance(shape, ShapeFact):
+        return Fact(shape.of.rank, shape.of.dim, shape.of.size)
+    entries = list(leaves(shape))
+    if not all(map(is_size, entries)):
+        site.refuse("SNNFX101", f"the shape in {site.text} is not known")
+        return UNKNOWN
+    places = [i for i, entry in enumerate(entries) if is_batch_sized(entry)]
+    if len(places) > 1:
+        refuse_batch_size(site)
+        return UNKNOWN
+    if places:
+        return Fact(Rank(len(entries)), places[0], entries[places[0]].symbol)
+    return Fact(Rank(len(entries)), known=literal_sizes(entries))
+
+
+def make_constant(site: Site) -> Value:
+    """`torch.arange(n)`, `torch.eye(n)`, `torch.tensor(data)`: made of numbers that are not the batch size."""
+    operands = list(leaves(site.arguments))
+    if is_batch_sized(operands):
+        site.refuse("SNNFX110", f"{site.text} depends on the size of the batch")
+        return UNKNOWN
+    if any(isinstance(operand, Fact) for operand in operands) or UNKNOWN in operands:
+        site.refuse("SNNFX101", f"{site.text} is in the table with numbers only")
+        return UNKNOWN
+    if BOTTOM in operands:
+        return BOTTOM
+    ranks = {"arange": 1, "linspace": 1, "eye": 2}
+    values = site["values"]
+    return Fact(Rank(ranks[site.name] if site.name in ranks else _nesting(values[0] if values else 0)))
+
+
+def _nesting(data: Any) -> int:
+    return 1 + _nesting(data[0] if data else 0) if isinstance(data, tuple | list) else 0

@@ -1,0 +1,281 @@
+"""Find the row of a node and bind its arguments by name, so that positional and keyword forms are one."""
+
+from __future__ import annotations
+
+import ast
+import builtins
+import inspect
+import operator
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from functools import cache
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.fx import Node
+
+from snnfx.analysis.batch.facts import Fact, Rank
+from snnfx.analysis.batch.module_rules import OnTrace
+from snnfx.analysis.batch.rule_table import FOREIGN, METHODS, MODULES, OPERATORS, ROWS, ModuleRow, Row
+from snnfx.ir.program import estimates_weights
+from snnfx.ops.online_functions import (
+    cut_history,
+    draw_dropout_mask,
+    ones_per_sample,
+    traced_call,
+    traced_module,
+    update_trace,
+)
+from snnfx.ops.step_functions import apply_autograd_function, change_value, expect_size, set_part
+from snnfx.state.leaf_modules import is_vouched
+from snnfx.state.registry import call_opaque, call_stateful, initial_value, opaque_initial_value
+
+__all__ = ["Found", "constant_fact", "look_up", "row_names"]
+
+
+@dataclass(frozen=True)
+class Found:
+    """A row that applies to a node: the name in the row, the bound arguments (nodes and Python values), the module."""
+
+    row: Row
+    name: str
+    arguments: dict[str, Any]
+    module: nn.Module | None = None
+
+
+def look_up(node: Node, resolve: Callable[[str], object]) -> Found | None:
+    """The row of a node, with its arguments by name; None when there is none or the arguments do not fit."""
+    if node.op == "call_module":
+        return _look_up_module(node, resolve(str(node.target)))
+    if node.target is traced_module or node.target is traced_call:
+        return _look_up_traced(node, resolve)
+    name = _function_names().get(node.target) if node.op == "call_function" else _method_name(str(node.target))
+    row = _rows().get(name) if name is not None else None
+    if row is None or name is None:
+        return None
+    arguments = bind(row.signature, node.args, node.kwargs)
+    if arguments is None:
+        return None
+    return Found(row, name, arguments, _module_argument(node, resolve))
+
+
+def _look_up_traced(node: Node, resolve: Callable[[str], object]) -> Found | None:
+    """A weight op that sees a trace: the row of the op, on its operand; the trace has to lie like the operand."""
+    if node.target is traced_module:
+        called, operand, trace, *rest = node.args
+        assert isinstance(called, Node)
+        found = _look_up_module(Call((operand,), {}), resolve(str(called.target)))
+    else:
+        name, position, trace, bias_trace, *args = node.args
+        operand, rest = args[position], [bias_trace]  # type: ignore[index]
+        row = _rows().get(str(name))
+        arguments = None if row is None else bind(row.signature, args, node.kwargs)
+        found = None if row is None or arguments is None else Found(row, str(name), arguments)
+    if found is None:
+        return None
+    row = replace(found.row, rule=OnTrace(found.row.rule), operands=f"{found.row.operands} operand traces")
+    traces = tuple(t for t in (trace, *rest) if t is not None)
+    return replace(found, row=row, arguments={**found.arguments, "operand": operand, "traces": traces})
+
+
+@dataclass(frozen=True)
+class Call:
+    """What a module is called with."""
+
+    args: tuple[Any, ...]
+    kwargs: Mapping[str, Any]
+
+
+def row_names() -> list[str]:
+    """All names in the table."""
+    return list(_rows())
+
+
+@cache
+def _rows() -> dict[str, Row]:
+    return {name: row for row in ROWS for name in row.names.split()}
+
+
+@cache
+def _function_names() -> dict[Any, str]:
+    """The functions that the names in the table stand for."""
+    names: dict[Any, str] = {builtins.getattr: "getattr"}
+    for function in (
+        apply_autograd_function,
+        call_opaque,
+        call_stateful,
+        change_value,
+        cut_history,
+        draw_dropout_mask,
+        expect_size,
+        initial_value,
+        ones_per_sample,
+        opaque_initial_value,
+        set_part,
+        update_trace,
+    ):
+        names[function] = function.__name__
+    for name in _rows():
+        for namespace in (torch, F, torch.special, torch.linalg):
+            for spelling in (name, name + "_"):
+                found = getattr(namespace, spelling, None)
+                if callable(found) and found not in FOREIGN:
+                    names.setdefault(found, name)
+    for name, row_name in OPERATORS.items():
+        names[getattr(operator, name)] = row_name
+        in_place = getattr(operator, "i" + name.rstrip("_"), None)
+        if in_place is not None and name not in ("nv", "nvert"):
+            names[in_place] = row_name
+    return names
+
+
+def _method_name(method: str) -> str:
+    name = method.removesuffix("_") if not method.endswith("__") else method
+    return METHODS.get(name, name)
+
+
+def _module_argument(node: Node, resolve: Callable[[str], object]) -> nn.Module | None:
+    """The module in front of the arguments of a stateful call, or the holder of an autograd.Function."""
+    first = node.args[0] if node.args else None
+    if isinstance(first, Node) and first.op == "get_attr":
+        found = resolve(str(first.target))
+        if isinstance(found, nn.Module):
+            return found
+    return None
+
+
+_RENAMED = {"axis": "dim", "keepdims": "keepdim", "self": "input"}
+
+
+def bind(signature: str, args: Sequence[Any], kwargs: Mapping[str, Any]) -> dict[str, Any] | None:
+    """Arguments by name; None when they do not fit the signature of a row."""
+    if kwargs.get("out") is not None:
+        return None
+    names, defaults, star, double_star, rest = _parse(signature)
+    bound: dict[str, Any] = dict(zip(names, args, strict=False))
+    extra = tuple(args[len(names) :])
+    options = {_RENAMED.get(key, key): value for key, value in kwargs.items()}
+    if options.keys() & bound.keys():
+        return None
+    for key in names:
+        if key in options:
+            bound[key] = options.pop(key)
+        elif key not in bound:
+            if key not in defaults:
+                return None
+            bound[key] = defaults[key]
+    if star:
+        given = options.pop(star, extra)
+        packed = star in _PACKED and len(extra) == 1 and isinstance(extra[0], tuple | list | Node)
+        bound[star] = extra[0] if packed else given
+    elif extra:
+        if not rest:
+            return None
+        bound["..."] = extra
+    if double_star:
+        bound[double_star] = options
+    elif options:
+        if not rest:
+            return None
+        bound["... by name"] = options
+    return bound
+
+
+_PACKED = frozenset({"shape", "size", "dims", "repeats"})
+"""Arguments that may be given one by one or as one tuple."""
+
+
+@cache
+def _parse(signature: str) -> tuple[list[str], dict[str, Any], str, str, bool]:
+    names: list[str] = []
+    defaults: dict[str, Any] = {}
+    star = double_star = ""
+    rest = False
+    for part in signature.split(", "):
+        name, has_default, default = part.partition("=")
+        if part == "...":
+            rest = True
+        elif part.startswith("**"):
+            double_star = part[2:]
+        elif part.startswith("*"):
+            star = part[1:]
+        else:
+            names.append(name)
+            if has_default:
+                defaults[name] = ast.literal_eval(default)
+    return names, defaults, star, double_star, rest
+
+
+# --- modules
+
+
+@cache
+def _module_classes() -> dict[type, ModuleRow]:
+    return {getattr(nn, name): row for row in MODULES for name in row.classes.split()}
+
+
+_ELEMENTWISE_MODULE = ModuleRow("", "relu")
+_HARMLESS = {"__init__", "__repr__", "extra_repr", "reset_parameters", "__setstate__", "_load_from_state_dict"}
+
+
+def _look_up_module(node: Node | Call, module: object) -> Found | None:
+    if not isinstance(module, nn.Module):
+        return None
+    cls, module_row = _class_with_row(module)
+    if module_row is None or estimates_weights(module):
+        return None
+    row = _rows()[module_row.row]
+    names, _, star, _, _ = _parse(row.signature)
+    if star:
+        return Found(row, module_row.row, {star: tuple(node.args), **node.kwargs}, module)
+    # The arguments that the call gives are those of the module's forward; the rest are its attributes.
+    forward = list(inspect.signature(cls.forward).parameters)[1:]
+    if len(node.args) > len(forward):
+        return None
+    spelling = {forward[0]: names[0]} if forward else {}  # nn.RMSNorm calls its input `x`
+    arguments: dict[str, Any] = {
+        spelling.get(name, name): value
+        for name, value in {**dict(zip(forward, node.args, strict=False)), **node.kwargs}.items()
+    }
+    for name in names:
+        if name in arguments:
+            continue
+        source = module_row.given.get(name, name)
+        if not isinstance(source, str):
+            arguments[name] = source
+        elif hasattr(module, source):
+            value = getattr(module, source)
+            arguments[name] = constant_fact(value) if isinstance(value, Tensor) else value
+    return Found(row, module_row.row, arguments, module)
+
+
+def _class_with_row(module: nn.Module) -> tuple[type[nn.Module], ModuleRow | None]:
+    cls = type(module)
+    if "forward" in vars(module):
+        return cls, None
+    vouched = is_vouched(module)
+    mro = cls.__mro__
+    for i, base in enumerate(mro):
+        row = _module_classes().get(base)
+        if row is not None and issubclass(base, nn.Module):
+            trusted = vouched or (cls.forward is base.forward and not _changes_helpers(mro[:i], base))
+            return base, row if trusted else None
+    is_layer = any(base.__module__.startswith("torch.nn.") and base is not nn.Module for base in mro)
+    if getattr(cls, "snnfx_elementwise", False) or (vouched and not is_layer):
+        return cls, _ELEMENTWISE_MODULE
+    return cls, None
+
+
+def _changes_helpers(subclasses: Sequence[type], base: type) -> bool:
+    """Whether a subclass replaces a method that the inherited forward may call."""
+    helpers = {"__call__", "_call_impl", "__getattr__", "__getattribute__"}
+    for cls in base.__mro__[: base.__mro__.index(nn.Module)]:
+        helpers.update(name for name, value in vars(cls).items() if callable(value))
+    return any(name in vars(cls) for cls in subclasses for name in helpers - _HARMLESS)
+
+
+def constant_fact(tensor: Tensor) -> Fact:
+    """The fact of a parameter, a buffer or a constant."""
+    return Fact(Rank(tensor.dim()), known=tuple(tensor.shape))

@@ -1,0 +1,328 @@
+"""The table: which operations may be folded, and how each carries the batch. What is not in it is refused.
+
+A row names operations (a torch function, a `torch.nn.functional` one and a tensor method of one name are the same
+operation), their arguments, and the rule that they follow. Modules that compute what a function computes share its row.
+Every row is tested against what torch does (`tests/test_batch_rules.py`).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+
+from snnfx.analysis.batch import elementwise_rules as kinds
+from snnfx.analysis.batch import indexing_rules as parts
+from snnfx.analysis.batch import module_rules as modules
+from snnfx.analysis.batch import product_rules as products
+from snnfx.analysis.batch import shape_rules as shapes
+from snnfx.analysis.batch.call_site import Site
+from snnfx.analysis.batch.elementwise_rules import Along, Leading, Trailing
+from snnfx.analysis.batch.facts import Value
+from snnfx.analysis.batch.product_rules import MatMul
+
+__all__ = [
+    "ELEMENTWISE_OPERATIONS",
+    "FOREIGN",
+    "METHODS",
+    "MODULES",
+    "NEUTRAL",
+    "OPERATORS",
+    "ROWS",
+    "ModuleRow",
+    "Row",
+]
+
+
+@dataclass(frozen=True)
+class Row:
+    """Some operations and the rule they follow.
+
+    Args:
+        names: names of the operations, separated by spaces.
+        signature: names and defaults of their arguments; a last `...` takes all others, which must not depend on the
+            batch, `*name` takes any number.
+        rule: gives the fact of the result and refuses.
+        operands: arguments that the rule looks at itself; the others have to be the same at each step, without a batch.
+        sizes: arguments that may contain the size of the batch.
+        random: draws new numbers at each call, so a value without a batch would be drawn once instead of T times.
+        shape_only: the values of its operands do not matter: the result is the same at each step.
+    """
+
+    names: str
+    signature: str
+    rule: Callable[[Site], Value]
+    operands: str = "input"
+    sizes: str = ""
+    random: bool = False
+    shape_only: bool = False
+
+
+_ELEMENTWISE = (
+    "abs absolute acos acosh add addcdiv addcmul angle arccos arccosh arcsin arcsinh arctan arctan2 arctanh asin asinh "
+    "atan atan2 atanh bitwise_and bitwise_left_shift bitwise_not bitwise_or bitwise_right_shift bitwise_xor ceil celu "
+    "clamp clamp_max clamp_min clip conj copysign cos cosh deg2rad digamma div divide elu eq erf erfc erfinv exp exp2 "
+    "expit expm1 fix float_power floor floor_divide fmax fmin fmod frac ge gelu greater greater_equal gt hardshrink "
+    "hardsigmoid hardswish hardtanh heaviside hypot i0 isclose isfinite isinf isnan isneginf isposinf isreal ldexp le "
+    "leaky_relu lerp less less_equal lgamma log log10 log1p log2 logaddexp logaddexp2 logical_and logical_not "
+    "logical_or logical_xor logit logsigmoid lt masked_fill maximum minimum mish mul multiply nan_to_num ne neg "
+    "negative nextafter not_equal polygamma positive pow rad2deg reciprocal relu relu6 remainder round rsqrt rsub selu "
+    "sgn sigmoid sign signbit silu sin sinc sinh softplus softshrink softsign sqrt square sub subtract tan tanh "
+    "tanhshrink threshold true_divide trunc xlogy"
+)
+ELEMENTWISE_OPERATIONS = frozenset(_ELEMENTWISE.split())
+_COPIES = "bfloat16 bool byte clone contiguous cpu cuda detach double float half int long short to type_as"
+_MAX_POOL = "input, kernel_size, stride=None, padding=0, dilation=1, ceil_mode=False, return_indices=False"
+_UNPOOL = "input, indices, kernel_size, stride=None, padding=0, output_size=None"
+_EMBEDDING = "input, weight, padding_idx=None, max_norm=None, norm_type=2.0, scale_grad_by_freq=False, sparse=False"
+_BATCH_NORM = "input, running_mean, running_var, weight=None, bias=None, training=False, ..."
+_INSTANCE_NORM = "input, running_mean=None, running_var=None, weight=None, bias=None, use_input_stats=True, ..."
+_ATTENTION = "query, key, value, attn_mask=None, ..."
+_MULTIHEAD = (
+    "query, key, value, key_padding_mask=None, need_weights=True, attn_mask=None, average_attn_weights=True, ..."
+)
+_ENCODER = "src, src_mask=None, src_key_padding_mask=None, is_causal=None, mask=None"
+
+ROWS: tuple[Row, ...] = (
+    # each element on its own
+    Row(_ELEMENTWISE, "*operands, **options", kinds.elementwise, operands="operands options"),
+    Row("where", "*operands, **options", kinds.where, operands="operands options"),
+    Row(_COPIES, "input, *others, **options", kinds.same, operands="input others options"),
+    Row("zeros_like ones_like full_like empty_like", "input, ...", kinds.same, shape_only=True),
+    Row("dropout alpha_dropout rrelu", "input, ...", kinds.same, random=True),
+    Row("rand_like randn_like randint_like", "input, ...", kinds.same, random=True),
+    Row("bernoulli poisson normal", "*operands, **options", kinds.elementwise, "operands options", random=True),
+    Row("apply_autograd_function", "holder, *operands", modules.autograd_function, operands="operands"),
+    # along named dimensions
+    Row("sum nansum", "input, dim=None, keepdim=False, ...", Along(drops="keepdim")),
+    Row("mean nanmean prod logsumexp amax amin", "input, dim=None, keepdim=False, ...", Along(drops="keepdim")),
+    Row("all any argmax argmin count_nonzero", "input, dim=None, keepdim=False, ...", Along(drops="keepdim")),
+    Row("std var", "input, dim=None, unbiased=True, keepdim=False, ...", Along(drops="keepdim")),
+    Row("std_mean var_mean", "input, dim=None, unbiased=True, keepdim=False, ...", Along(drops="keepdim", outputs=2)),
+    Row("norm", "input, p='fro', dim=None, keepdim=False, ...", Along(drops="keepdim")),
+    Row("vector_norm", "input, ord=2, dim=None, keepdim=False, ...", Along(drops="keepdim")),
+    Row("max min", "input, dim=None, keepdim=False, other=None", kinds.extremum, operands="input dim other"),
+    Row("aminmax", "input, dim=None, keepdim=False", Along(drops="keepdim", outputs=2)),
+    Row("median nanmedian", "input, dim=None, keepdim=False", kinds.median),
+    Row("mode", "input, dim=-1, keepdim=False", Along(drops="keepdim", outputs=2)),
+    Row("kthvalue", "input, k, dim=-1, keepdim=False", Along(drops="keepdim", outputs=2)),
+    Row("topk", "input, k, dim=-1, ...", Along(outputs=2, resizes=True)),
+    Row("sort", "input, dim=-1, ...", Along(outputs=2)),
+    Row("argsort", "input, dim=-1, ...", Along()),
+    Row("cumsum cumprod logcumsumexp", "input, dim, ...", Along()),
+    Row("cummax cummin", "input, dim", Along(outputs=2)),
+    Row("diff", "input, n=1, dim=-1", Along(resizes=True)),
+    Row("flip", "input, *dims", Along(dim="dims")),
+    Row("roll", "input, shifts, dims=None", Along(dim="dims")),
+    Row("softmax log_softmax softmin", "input, dim=None, ...", kinds.softmax),
+    Row("gumbel_softmax", "input, tau=1, hard=False, eps=1e-10, dim=-1", Along(), random=True),
+    Row("glu", "input, dim=-1", Along(resizes=True)),
+    Row("normalize", "input, p=2.0, dim=1, ...", Along()),
+    Row("cosine_similarity", "x1, x2, dim=1, ...", Along(drops=True, operands=("x1", "x2")), operands="x1 x2"),
+    Row("index_select", "input, dim, index", Along(resizes=True)),
+    Row("gather", "input, dim, index, ...", Along(operands=("input", "index"), aligned=True), operands="input index"),
+    Row("take_along_dim", "input, indices, dim=None", Along(operands=("input", "indices")), operands="input indices"),
+    Row("scatter scatter_add", "input, dim, index, src, ...", kinds.scatter, operands="input index src"),
+    Row("narrow", "input, dim, start, length", Along(resizes=True)),
+    Row("select", "input, dim, index", parts.select),
+    Row("unbind", "input, dim=0", parts.unbind),
+    Row("unfold_dim", "input, dimension, size, step", Along(dim="dimension", grows=1, resizes=True)),
+    Row("chunk", "input, chunks, dim=0", parts.pieces),
+    Row("tensor_split", "input, indices_or_sections, dim=0", parts.pieces),
+    Row("split", "input, split_size_or_sections, dim=0", parts.pieces),
+    Row("cat concat concatenate", "tensors, dim=0", parts.cat, operands="tensors"),
+    Row("stack", "tensors, dim=0", parts.stack, operands="tensors"),
+    # on the last dimensions
+    Row("linear", "input, weight, bias=None", products.linear),
+    Row("bilinear", "input1, input2, weight, bias=None", products.bilinear, operands="input1 input2"),
+    Row("layer_norm rms_norm", "input, normalized_shape, ...", Trailing(kinds.normalized_dimensions)),
+    Row("avg_pool1d lp_pool1d adaptive_avg_pool1d", "input, ...", Trailing(1)),
+    Row("avg_pool2d lp_pool2d adaptive_avg_pool2d", "input, ...", Trailing(2)),
+    Row("avg_pool3d lp_pool3d adaptive_avg_pool3d", "input, ...", Trailing(3)),
+    Row("max_pool1d", _MAX_POOL, Trailing(1, pair="return_indices")),
+    Row("max_pool2d", _MAX_POOL, Trailing(2, pair="return_indices")),
+    Row("max_pool3d", _MAX_POOL, Trailing(3, pair="return_indices")),
+    Row("adaptive_max_pool1d", "input, output_size, return_indices=False", Trailing(1, pair="return_indices")),
+    Row("adaptive_max_pool2d", "input, output_size, return_indices=False", Trailing(2, pair="return_indices")),
+    Row("adaptive_max_pool3d", "input, output_size, return_indices=False", Trailing(3, pair="return_indices")),
+    Row("max_pool1d_with_indices adaptive_max_pool1d_with_indices", "input, ...", Trailing(1, pair=True)),
+    Row("max_pool2d_with_indices adaptive_max_pool2d_with_indices", "input, ...", Trailing(2, pair=True)),
+    Row("max_pool3d_with_indices adaptive_max_pool3d_with_indices", "input, ...", Trailing(3, pair=True)),
+    Row("max_unpool1d", _UNPOOL, Trailing(1, ("input", "indices")), "input indices", sizes="output_size"),
+    Row("max_unpool2d", _UNPOOL, Trailing(2, ("input", "indices")), "input indices", sizes="output_size"),
+    Row("max_unpool3d", _UNPOOL, Trailing(3, ("input", "indices")), "input indices", sizes="output_size"),
+    Row("pad", "input, pad, ...", kinds.pad),
+    Row("pixel_shuffle pixel_unshuffle", "input, ...", Trailing(3)),
+    Row("tril triu", "input, diagonal=0", Trailing(2)),
+    Row("pairwise_distance", "x1, x2, p=2.0, eps=1e-6, keepdim=False", kinds.pairwise, operands="x1 x2"),
+    Row("embedding", _EMBEDDING, kinds.embedding),
+    Row("one_hot", "input, num_classes=-1", kinds.one_hot),
+    # one sample of dimension 0 at a time
+    Row("conv1d conv_transpose1d", "input, weight, ...", Leading(3)),
+    Row("conv2d conv_transpose2d", "input, weight, ...", Leading(4)),
+    Row("conv3d conv_transpose3d", "input, weight, ...", Leading(5)),
+    Row("unfold", "input, ...", Leading(4, to=3)),
+    Row("fold", "input, ...", Leading(3, to=4)),
+    Row("interpolate", "input, ...", Leading(3)),
+    Row("group_norm", "input, num_groups, ...", Leading(2)),
+    Row("local_response_norm", "input, ...", Leading(3)),
+    Row("channel_shuffle", "input, groups", Leading(3)),
+    Row("prelu", "input, weight", kinds.prelu),
+    Row("feature_alpha_dropout", "input, ...", Leading(2), random=True),
+    Row("dropout1d", "input, ...", Leading(3), random=True),
+    Row("dropout2d", "input, ...", Leading(4), random=True),
+    Row("dropout3d", "input, ...", Leading(5), random=True),
+    Row("batch_norm", _BATCH_NORM, modules.batch_norm),
+    Row("instance_norm", _INSTANCE_NORM, modules.instance_norm),
+    # products
+    Row("matmul", "input, other", MatMul("input", "other"), operands="input other"),
+    Row("mm bmm", "input, mat2", MatMul("input", "mat2"), operands="input mat2"),
+    Row("mv", "input, vec", MatMul("input", "vec"), operands="input vec"),
+    Row("addmm", "input, mat1, mat2, ...", MatMul("mat1", "mat2", "input"), operands="input mat1 mat2"),
+    Row("addmv", "input, mat, vec, ...", MatMul("mat", "vec", "input"), operands="input mat vec"),
+    Row("baddbmm", "input, batch1, batch2, ...", MatMul("batch1", "batch2", "input"), operands="input batch1 batch2"),
+    Row("einsum", "equation, *operands", products.einsum, operands="operands"),
+    Row("scaled_dot_product_attention", _ATTENTION, products.attention, operands="query key value attn_mask"),
+    Row("change_value", "*operands", kinds.elementwise, operands="operands"),
+    # what online rules put into a graph
+    Row("cut_history", "input", kinds.same),
+    Row("update_trace", "*operands", kinds.elementwise, operands="operands"),
+    Row("ones_per_sample", "input", modules.sample_ones),
+    Row("draw_dropout_mask", "how, input, name", kinds.same, random=True),
+    # modules with rules of their own
+    Row("nn.MultiheadAttention", _MULTIHEAD, modules.multihead_attention, "query key value key_padding_mask attn_mask"),
+    Row("nn.TransformerEncoder", _ENCODER, modules.encoder, "src src_mask mask src_key_padding_mask"),
+    Row("nn.RNNCell", "input, hx=None", modules.cell, operands="input hx"),
+    Row("nn.RNN", "input, hx=None", modules.recurrent, operands="input hx"),
+    # shapes
+    Row("transpose swapaxes swapdims", "input, dim0, dim1", shapes.transpose),
+    Row("t", "input", shapes.reverse),
+    Row("adjoint", "input", shapes.transpose_last),
+    Row("permute", "input, *dims", shapes.permute),
+    Row("movedim moveaxis", "input, source, destination", shapes.move_dims),
+    Row("unsqueeze", "input, dim", shapes.unsqueeze),
+    Row("squeeze", "input, dim=None", shapes.squeeze),
+    Row("flatten ravel", "input, start_dim=0, end_dim=-1", shapes.flatten),
+    Row("unflatten", "input, dim, sizes", shapes.unflatten, sizes="sizes"),
+    Row("view reshape", "input, *shape", shapes.view, sizes="shape"),
+    Row("view_as reshape_as", "input, other", shapes.view_as, operands="input other"),
+    Row("expand broadcast_to", "input, *shape", shapes.expand, sizes="shape"),
+    Row("expand_as", "*operands", kinds.elementwise, operands="operands"),
+    Row("repeat tile", "input, *repeats", shapes.repeat, sizes="repeats"),
+    Row("repeat_interleave", "input, repeats, dim=None, ...", shapes.interleave),
+    Row("getitem", "input, index", parts.getitem, operands="input index"),
+    Row("set_part", "input, index, value", parts.set_part, operands="input index value"),
+    # sizes, and what is made of them
+    Row("getattr", "input, name", parts.attribute),
+    Row("size", "input, dim=None", parts.size),
+    Row("numel nelement", "input", parts.numel),
+    Row("dim ndimension", "input", parts.rank_of),
+    Row("is_floating_point is_complex element_size get_device", "input, ...", parts.python_value),
+    Row("expect_size", "size, expected, where", modules.expect_size, operands="size"),
+    Row("zeros ones empty", "*size, **options", parts.create, sizes="size", shape_only=True),
+    Row("full", "size, fill_value, ...", parts.create, sizes="size", shape_only=True),
+    Row("rand randn", "*size, **options", parts.create, sizes="size", random=True),
+    Row("new_zeros new_ones new_empty", "input, *size, **options", parts.create, sizes="size", shape_only=True),
+    Row("new_full", "input, size, fill_value, ...", parts.create, sizes="size", shape_only=True),
+    Row("arange linspace eye tensor scalar_tensor", "*values, **options", parts.make_constant, "values options"),
+    # state
+    Row("call_stateful", "module, state, *inputs, **options", modules.stateful, operands="state inputs"),
+    Row("initial_value", "module, index, *inputs, **options", modules.initial_state, operands="inputs"),
+    Row("call_opaque opaque_initial_value", "*operands, **options", modules.opaque, operands="operands options"),
+)
+
+
+@dataclass(frozen=True)
+class ModuleRow:
+    """Classes of `torch.nn` that compute what a row's function computes.
+
+    Args:
+        classes: names in `torch.nn`, separated by spaces.
+        row: a name in `ROWS`. Arguments of the row that the call does not give are attributes of the module.
+        given: arguments that are attributes of another name (a str), or fixed (anything else).
+    """
+
+    classes: str
+    row: str
+    given: Mapping[str, Any] = field(default_factory=dict)
+
+
+MODULES: tuple[ModuleRow, ...] = (
+    ModuleRow("CELU ELU GELU Hardshrink Hardsigmoid Hardswish Hardtanh Identity LeakyReLU LogSigmoid Mish", "relu"),
+    ModuleRow("ReLU ReLU6 SELU Sigmoid SiLU Softplus Softshrink Softsign Tanh Tanhshrink Threshold", "relu"),
+    ModuleRow("Dropout AlphaDropout RReLU", "dropout"),
+    ModuleRow("Dropout1d", "dropout1d"),
+    ModuleRow("Dropout2d", "dropout2d"),
+    ModuleRow("Dropout3d", "dropout3d"),
+    ModuleRow("FeatureAlphaDropout", "feature_alpha_dropout"),
+    ModuleRow("PReLU", "prelu"),
+    ModuleRow("Softmax LogSoftmax Softmin", "softmax"),
+    ModuleRow("Softmax2d", "softmax", {"dim": -3}),
+    ModuleRow("GLU", "glu"),
+    ModuleRow("Linear", "linear"),
+    ModuleRow("Bilinear", "bilinear"),
+    ModuleRow("Conv1d ConvTranspose1d", "conv1d"),
+    ModuleRow("Conv2d ConvTranspose2d", "conv2d"),
+    ModuleRow("Conv3d ConvTranspose3d", "conv3d"),
+    ModuleRow("BatchNorm1d BatchNorm2d BatchNorm3d SyncBatchNorm", "batch_norm"),
+    ModuleRow("InstanceNorm1d InstanceNorm2d InstanceNorm3d", "instance_norm"),
+    ModuleRow("LayerNorm RMSNorm", "layer_norm"),
+    ModuleRow("GroupNorm", "group_norm"),
+    ModuleRow("LocalResponseNorm", "local_response_norm"),
+    ModuleRow("AvgPool1d LPPool1d AdaptiveAvgPool1d", "avg_pool1d"),
+    ModuleRow("AvgPool2d LPPool2d AdaptiveAvgPool2d", "avg_pool2d"),
+    ModuleRow("AvgPool3d LPPool3d AdaptiveAvgPool3d", "avg_pool3d"),
+    ModuleRow("MaxPool1d AdaptiveMaxPool1d", "max_pool1d"),
+    ModuleRow("MaxPool2d AdaptiveMaxPool2d", "max_pool2d"),
+    ModuleRow("MaxPool3d AdaptiveMaxPool3d", "max_pool3d"),
+    ModuleRow("MaxUnpool1d", "max_unpool1d"),
+    ModuleRow("MaxUnpool2d", "max_unpool2d"),
+    ModuleRow("MaxUnpool3d", "max_unpool3d"),
+    ModuleRow("ConstantPad1d CircularPad1d ReflectionPad1d ReplicationPad1d ZeroPad1d", "pad", {"pad": "padding"}),
+    ModuleRow("ConstantPad2d CircularPad2d ReflectionPad2d ReplicationPad2d ZeroPad2d", "pad", {"pad": "padding"}),
+    ModuleRow("ConstantPad3d CircularPad3d ReflectionPad3d ReplicationPad3d ZeroPad3d", "pad", {"pad": "padding"}),
+    ModuleRow("Upsample UpsamplingNearest2d UpsamplingBilinear2d", "interpolate"),
+    ModuleRow("PixelShuffle PixelUnshuffle", "pixel_shuffle"),
+    ModuleRow("ChannelShuffle", "channel_shuffle"),
+    ModuleRow("Flatten", "flatten"),
+    ModuleRow("Unflatten", "unflatten", {"sizes": "unflattened_size"}),
+    ModuleRow("Unfold", "unfold"),
+    ModuleRow("Fold", "fold"),
+    ModuleRow("Embedding", "embedding"),
+    ModuleRow("CosineSimilarity", "cosine_similarity"),
+    ModuleRow("PairwiseDistance", "pairwise_distance"),
+    ModuleRow("MultiheadAttention", "nn.MultiheadAttention"),
+    ModuleRow("TransformerEncoderLayer TransformerEncoder", "nn.TransformerEncoder"),
+    ModuleRow("RNNCell GRUCell LSTMCell", "nn.RNNCell"),
+    ModuleRow("RNN GRU LSTM", "nn.RNN"),
+)
+
+OPERATORS = {
+    "floordiv": "floor_divide",
+    "truediv": "true_divide",
+    "mod": "remainder",
+    "and_": "bitwise_and",
+    "or_": "bitwise_or",
+    "xor": "bitwise_xor",
+    "invert": "bitwise_not",
+    "inv": "bitwise_not",
+    "lshift": "bitwise_left_shift",
+    "rshift": "bitwise_right_shift",
+    "pos": "positive",
+    **{name: name for name in ("abs", "add", "sub", "mul", "pow", "neg", "matmul", "getitem")},
+    **{name: name for name in ("lt", "le", "gt", "ge", "eq", "ne")},
+}
+"""Functions of Python's operator module (each also in place: iadd, ...) and the rows they belong to."""
+
+METHODS = {"unfold": "unfold_dim"}
+"""Tensor methods that are another operation than the function of their name."""
+
+NEUTRAL = frozenset(
+    {kinds.elementwise, kinds.where, modules.autograd_function, modules.stateful, modules.initial_state}
+)
+"""Rules that ignore an operand of which nothing is known yet (a state slot in the first round)."""
+
+FOREIGN = frozenset({torch.batch_norm, torch.instance_norm, torch.embedding})
+"""Functions of torch whose arguments come in another order than those of the torch.nn.functional one."""

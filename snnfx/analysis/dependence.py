@@ -1,0 +1,205 @@
+"""What depends on what through time: the dependence graph of a step program (an analysis, changes nothing).
+
+The edges are those of the step graph plus one from each slot's next value back to the slot's placeholder: the value at
+step t becomes the value read at step t + 1. A node on a cycle is sequential; every other node is parallel in time.
+Kuck et al. 1981; Kennedy & Allen, Optimizing Compilers for Modern Architectures, ch. 2.
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+
+import networkx as nx
+from torch import nn
+from torch.fx import Node
+
+from snnfx.ir.program import StepProgram, operation_name, updates_buffers
+from snnfx.ops.step_functions import expect_size
+from snnfx.state.registry import adapter_of, call_opaque, call_stateful, initial_value
+
+__all__ = [
+    "Dependence",
+    "analyse_dependence",
+    "ancestors",
+    "is_random",
+    "is_size",
+    "may_draw",
+    "operands_through_sizes",
+]
+
+
+@dataclass(frozen=True)
+class Dependence:
+    """The result of `analyse_dependence`.
+
+    Args:
+        graph: operand -> user, plus next value -> slot placeholder with the edge attribute ``carried=True``.
+        cycles: the sets of nodes that depend on themselves through time, in program order.
+        varying: nodes whose value may differ between time steps.
+        initial_only: nodes that only serve to compute initial values, run on the first step alone.
+        carried: slot placeholder -> its next value (a node or a constant).
+    """
+
+    graph: nx.DiGraph
+    cycles: list[list[Node]]
+    varying: set[Node]
+    initial_only: set[Node]
+    carried: dict[Node, object]
+
+    @property
+    def sequential(self) -> set[Node]:
+        """All nodes on a cycle."""
+        return {node for cycle in self.cycles for node in cycle}
+
+
+def analyse_dependence(
+    program: StepProgram, invariant_inputs: Iterable[str] = (), changing: Callable[[Node], bool] = lambda node: False
+) -> Dependence:
+    """Find cycles through time, and what varies in time.
+
+    Args:
+        program: at stage "normalized" or later.
+        invariant_inputs: placeholders of inputs that are the same at every step.
+        changing: further nodes that have to be run at every step, whatever they are given.
+    """
+    graph = nx.DiGraph()
+    position = {node: i for i, node in enumerate(program.graph.nodes)}
+    for node in program.graph.nodes:
+        if node.op == "output":
+            continue
+        graph.add_node(node)
+        graph.add_edges_from((operand, node) for operand in node.all_input_nodes)
+    carried: dict[Node, object] = {}
+    for placeholder, following in zip(program.slot_nodes(), program.next_states, strict=True):
+        carried[placeholder] = following
+        if isinstance(following, Node):
+            graph.add_edge(following, placeholder, carried=True)
+    for calls in _calls_of_one_layer(program, changing):
+        # What it keeps goes from call to call, and from the last of a step to the first of the next.
+        graph.add_edges_from(itertools.pairwise(calls))
+        graph.add_edge(calls[-1], calls[0], carried=True)
+    cycles = [
+        sorted(component, key=position.__getitem__)
+        for component in nx.strongly_connected_components(graph)
+        if len(component) > 1 or graph.has_edge(*(2 * tuple(component)))
+    ]
+    cycles.sort(key=lambda cycle: position[cycle[0]])
+    fixed = set(invariant_inputs)
+    varying: set[Node] = set()
+    stack = [
+        node
+        for node in program.graph.nodes
+        if (node.op == "placeholder" and node.name not in fixed) or is_random(program, node) or changing(node)
+    ]
+    while stack:
+        node = stack.pop()
+        if node not in varying and node.op != "output":
+            varying.add(node)
+            stack.extend(node.users)
+    return Dependence(graph, cycles, varying, _initial_only(program), carried)
+
+
+def _calls_of_one_layer(program: StepProgram, changing: Callable[[Node], bool]) -> list[list[Node]]:
+    """The calls of each layer that is called more than once in a step and changes its buffers at each call."""
+    calls: dict[str, list[Node]] = {}
+    for node in program.graph.nodes:
+        if node.op == "call_module" and changing(node) and updates_buffers(program, node):
+            calls.setdefault(str(node.target), []).append(node)
+    return [nodes for nodes in calls.values() if len(nodes) > 1]
+
+
+def _initial_only(program: StepProgram) -> set[Node]:
+    """Nodes that neither an output nor a next state nor a check needs."""
+    needed: set[Node] = set()
+    roots = [n for n in (*program.outputs, *program.next_states) if isinstance(n, Node)]
+    stack = roots + [n for n in program.graph.nodes if n.target is expect_size or updates_buffers(program, n)]
+    while stack:
+        node = stack.pop()
+        if node not in needed:
+            needed.add(node)
+            stack.extend(node.all_input_nodes)
+    return {n for n in program.graph.nodes if n.op.startswith("call") and n not in needed}
+
+
+_RANDOM_FUNCTIONS = frozenset(
+    "rand randn randint randperm rand_like randn_like randint_like bernoulli normal multinomial poisson rrelu "
+    "gumbel_softmax".split()
+)
+_RANDOM_MODULES = (nn.modules.dropout._DropoutNd, nn.RReLU)
+
+
+def is_random(program: StepProgram, node: Node) -> bool:
+    """Whether a node draws random numbers, so that it differs from step to step whatever it is given."""
+    if node.op == "call_module":
+        module = program.resolve(str(node.target))
+        return any(isinstance(m, _RANDOM_MODULES) or _drops_out_inside(m) for m in module.modules())
+    if not node.op.startswith("call"):
+        return False
+    name = operation_name(node)
+    if name in _RANDOM_FUNCTIONS:
+        return True
+    if "dropout" in name:
+        training = node.kwargs.get("training", node.args[2] if len(node.args) > 2 else True)
+        return training is not False
+    if name != "scaled_dot_product_attention":
+        return False
+    return bool(node.kwargs.get("dropout_p", node.args[4] if len(node.args) > 4 else 0.0))
+
+
+def may_draw(program: StepProgram, node: Node) -> bool:
+    """Whether a call may draw random numbers, be it at the first step only: a dropout that holds its mask."""
+    if is_random(program, node):
+        return True
+    if node.target not in (call_stateful, call_opaque, initial_value):
+        return False
+    module = program.module_of(node)
+    if module is None or node.target is call_opaque or adapter_of(module) is None:
+        return True
+    return any(not _is_known_to_be_sure(part) for part in module.modules())
+
+
+def _is_known_to_be_sure(module: nn.Module) -> bool:
+    """Whether a module is one of a library's that draws no numbers."""
+    name, package = type(module).__name__.lower(), type(module).__module__.partition(".")[0]
+    draws = isinstance(module, _RANDOM_MODULES) or _drops_out_inside(module) or "drop" in name
+    return package in ("torch", "snnfx", "spikingjelly", "snntorch", "norse") and not draws
+
+
+def _drops_out_inside(module: nn.Module) -> bool:
+    return isinstance(module, nn.MultiheadAttention | nn.RNNBase) and bool(module.dropout)
+
+
+def ancestors(roots: Iterable[Node]) -> set[Node]:
+    """The given nodes and everything they are computed from."""
+    found: set[Node] = set()
+    stack = list(roots)
+    while stack:
+        node = stack.pop()
+        if node not in found:
+            found.add(node)
+            stack.extend(node.all_input_nodes)
+    return found
+
+
+def is_size(node: Node) -> bool:
+    """Whether the value of a node is a size or made of sizes: it is computed again in each region that needs it."""
+    if node.op not in ("call_function", "call_method") or node.target is expect_size:
+        return False
+    if node.meta.get("shape_like"):
+        return not hasattr(node.meta.get("val"), "stride")
+    return node.target is getattr and node.args[1] in ("dtype", "device")
+
+
+def operands_through_sizes(node: Node) -> list[Node]:
+    """The operands of a node, where a size counts as the tensor whose size it is."""
+    found: list[Node] = []
+    stack = list(node.all_input_nodes)
+    while stack:
+        operand = stack.pop()
+        if is_size(operand):
+            stack.extend(operand.all_input_nodes)
+        elif operand not in found:
+            found.append(operand)
+    return found

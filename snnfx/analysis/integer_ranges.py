@@ -1,0 +1,155 @@
+"""Prove which values of a step are small whole numbers: spikes, and what pooling, reshaping and adding make of them.
+
+An analysis of intervals over the step graph (Cousot & Cousot 1977) with the lower bound 0: a node is in it if all
+its elements are whole numbers from 0 to the bound. What is not known is left out. Such a value can be kept for the
+backward pass in a bit or a byte, exactly.
+"""
+
+from __future__ import annotations
+
+import operator
+from typing import Any
+
+import torch
+from torch import nn
+from torch.fx import Node
+from torch.nn import functional as F
+
+from snnfx.ir.program import StepProgram
+from snnfx.neuron import BaseNode
+from snnfx.state.leaf_modules import computes_what_torch_does
+from snnfx.state.registry import call_stateful, has_forward_hooks
+from snnfx.surrogate import Surrogate
+
+__all__ = ["WholeNumbers", "prove_whole_numbers"]
+
+_LARGEST = 255
+_SAME = (
+    "flatten reshape view permute transpose contiguous unsqueeze squeeze expand select unflatten movedim clone t detach"
+)
+_SAME_FUNCTIONS: tuple[Any, ...] = (
+    torch.flatten,
+    torch.reshape,
+    torch.permute,
+    torch.transpose,
+    torch.unsqueeze,
+    torch.squeeze,
+)
+_SAME_FUNCTIONS += (torch.movedim, torch.unflatten, torch.relu, F.relu, F.max_pool1d, F.max_pool2d, F.max_pool3d)
+_SAME_MODULES = (nn.Flatten, nn.Unflatten, nn.Identity, nn.MaxPool1d, nn.MaxPool2d, nn.MaxPool3d, nn.ReLU)
+
+
+class WholeNumbers:
+    """What `prove_whole_numbers` found.
+
+    Args:
+        largest: the largest value of each proven node.
+        holds: whether the settings that the proof rests on are still what they were.
+    """
+
+    def __init__(self, largest: dict[Node, int], modules: list[nn.Module]) -> None:
+        self.largest, self.modules = largest, modules
+
+    def holds(self) -> bool:
+        """Whether every module that the proof rests on still is as it was: settings are live, hooks come and go."""
+        return all(fires_spikes(module) or hands_on(module) for module in self.modules)
+
+
+def prove_whole_numbers(program: StepProgram) -> WholeNumbers:
+    """Find the values that are whole numbers from 0 to at most 255."""
+    largest: dict[Node, int] = {}
+    modules: list[nn.Module] = []
+    for node in program.graph.nodes:
+        bound = _bound(program, node, largest, modules)
+        if bound is not None and bound <= _LARGEST:
+            largest[node] = bound
+    return WholeNumbers(largest, list(dict.fromkeys(modules)))
+
+
+def fires_spikes(module: nn.Module) -> bool:
+    """Whether the output of a neuron or spike function is 0 or 1, whatever its input."""
+    if _is_hooked(module):
+        return False
+    if isinstance(module, Surrogate):
+        return module.spiking and type(module).forward.__module__ == Surrogate.__module__
+    surrogate = getattr(module, "surrogate_function", None)
+    if isinstance(module, BaseNode):
+        return type(module).advance in _ADVANCES and isinstance(surrogate, Surrogate) and fires_spikes(surrogate)
+    if type(module).__module__.startswith("spikingjelly.activation_based.neuron"):
+        package = "spikingjelly.activation_based.surrogate"
+        known = type(module).__name__ in _OF_SPIKINGJELLY and type(surrogate).__module__.startswith(package)
+        return known and bool(getattr(surrogate, "spiking", False)) and not _is_hooked(surrogate)
+    return False
+
+
+def hands_on(module: nn.Module) -> bool:
+    """Whether a layer gives whole numbers for whole numbers, none larger."""
+    if _is_hooked(module):
+        return False
+    is_torchs = computes_what_torch_does(module)
+    if isinstance(module, nn.Dropout):
+        return is_torchs and not module.training
+    return is_torchs and isinstance(module, _SAME_MODULES) and not getattr(module, "return_indices", False)
+
+
+def _is_hooked(module: Any) -> bool:
+    everywhere = nn.modules.module
+    hooked = bool(everywhere._global_forward_hooks or everywhere._global_forward_pre_hooks)
+    return hooked or (isinstance(module, nn.Module) and has_forward_hooks(module))
+
+
+_OF_SPIKINGJELLY = frozenset(
+    "IFNode LIFNode ParametricLIFNode QIFNode EIFNode IzhikevichNode KLIFNode CLIFNode SimpleIFNode "
+    "SimpleLIFNode".split()
+)
+"""Neurons whose output is that of their surrogate function: others are analog, ternary or fire several spikes."""
+
+
+_NEURONS: list[type[BaseNode]] = [BaseNode, *BaseNode.__subclasses__()]
+_ADVANCES = {cls.advance for cls in _NEURONS}
+
+
+def _bound(program: StepProgram, node: Node, largest: dict[Node, int], modules: list[nn.Module]) -> int | None:
+    operands = [largest.get(n) for n in node.all_input_nodes]
+    if node.op == "call_module":
+        module = program.resolve(str(node.target))
+        if fires_spikes(module):
+            modules.append(module)
+            return 1
+        if len(operands) == 1 and operands[0] is not None and hands_on(module):
+            modules.append(module)
+            return operands[0]
+        return None
+    if node.op == "call_method":
+        return operands[0] if str(node.target) in _SAME.split() and len(operands) == 1 else None
+    if node.op != "call_function":
+        return None
+    if node.target is operator.getitem:
+        return _element(program, node, largest, modules)
+    if node.target in _SAME_FUNCTIONS and len(operands) == 1:
+        gives_indices = node.kwargs.get("return_indices", False) or len(node.args) > 6
+        return None if gives_indices else operands[0]
+    if any(bound is None for bound in operands) or not operands:
+        return None
+    known = [bound for bound in operands if bound is not None]
+    two = len(node.args) == 2 and all(isinstance(a, Node) for a in node.args) and not node.kwargs
+    if two and node.target in (operator.add, torch.add):
+        return known[0] + known[-1]
+    if two and node.target in (operator.mul, torch.mul):
+        return known[0] * known[-1]
+    if node.target in (torch.cat, torch.concat):
+        return max(known)
+    return None
+
+
+def _element(program: StepProgram, node: Node, largest: dict[Node, int], modules: list[nn.Module]) -> int | None:
+    """The output of a neuron, or a part of a proven tensor."""
+    source: Any = node.args[0]
+    if source in largest:
+        return largest[source]
+    if source.op == "call_function" and source.target is call_stateful and node.args[1] == 0:
+        module = program.module_of(source)
+        if module is not None and fires_spikes(module):
+            modules.append(module)
+            return 1
+    return None

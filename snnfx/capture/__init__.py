@@ -1,0 +1,1 @@
+"""Record one time step of a module as a step program."""

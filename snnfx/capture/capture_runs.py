@@ -1,0 +1,312 @@
+"""The traces that one capture needs, and the program that comes of one."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+from dataclasses import replace
+from typing import Any
+
+from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.utils import _pytree as pytree
+
+from snnfx.capture.attribute_state import Attribute, is_number, known_value
+from snnfx.capture.leaf_states import owners
+from snnfx.capture.proxy import StepProxy
+from snnfx.capture.step_arguments import Carried, carried_output
+from snnfx.capture.step_changes import StepChanges, refuse_change
+from snnfx.capture.tracer import StepTracer, SubmoduleNotTraceable
+from snnfx.ir.program import InputLeaf, Slot, StartingValue, StepProgram, results_of
+from snnfx.ir.setting_read import ScalarRead
+from snnfx.sandbox.contents import MISSING, Change
+from snnfx.sandbox.snapshot import StateSnapshot
+from snnfx.state.carry import SlotName, with_output_at
+from snnfx.state.leaf_modules import is_leaf
+from snnfx.state.registry import Adapter, adapter_of, composite_adapter, is_stateful_tree
+
+__all__ = ["Traces", "erase_unused_placeholders"]
+
+
+class Traces:
+    """Runs the traces of one capture and finds out which attributes they change."""
+
+    def __init__(
+        self,
+        model: nn.Module,
+        entry: str,
+        arguments: Any,
+        opaque: dict[str, str],
+        fake_mode: FakeTensorMode | None,
+        carried: list[Carried],
+    ) -> None:
+        self.model, self.entry, self.arguments = model, entry, arguments
+        self.opaque, self.fake_mode, self.carried = opaque, fake_mode, carried
+        self.stateful = _outermost_stateful(model, opaque)
+        self.reads: dict[tuple[nn.Module, str], tuple[Any, str]] = {}
+        self.set_before_read: set[tuple[nn.Module, str]] = set()
+        """Attributes that each step sets before it reads them."""
+        self._written: set[str] = set()
+        self.met_early: set[str] = set()
+        """Leaves whose state the model looks at before it calls them; they are compared cold and warm as well."""
+
+    def _is_bound(self, prefix: str, leaf: bool) -> bool:
+        """Whether the initial values of a module's slots come of comparing the cold trace with the warm one."""
+        return not leaf or prefix.removesuffix(".") in self.met_early
+
+    def inlined_slots(self) -> set[str]:
+        return {prefix + n for prefix, m, a, leaf in self.stateful if self._is_bound(prefix, leaf) for n in a.names(m)}
+
+    def inlined_starts(self) -> dict[str, Any]:
+        """The reset values of the same slots."""
+        starts: dict[str, Any] = {}
+        with StateSnapshot.of(self.model):
+            for prefix, module, adapter, leaf in self.stateful:
+                if self._is_bound(prefix, leaf):
+                    adapter.reset(module)
+                    starts.update(zip([prefix + n for n in adapter.names(module)], adapter.read(module), strict=True))
+        return starts
+
+    def leaf_slots(self) -> set[str]:
+        slots = {prefix + n for prefix, m, a, leaf in self.stateful for n in a.names(m)}
+        return slots - self.inlined_slots()
+
+    def scalars(self, discovered: Iterable[Attribute]) -> list[ScalarRead]:
+        """The plain values that the model's code read in the traces, without what is state."""
+        state = {owner for _, m, adapter, _ in self.stateful for owner in owners(m, adapter)}
+        state |= {(a.module, a.attribute) for a in discovered} | self.set_before_read
+        paths = {module: name for name, module in self.model.named_modules()}
+        reads = {key: read for key, read in self.reads.items() if key not in state and key[0] in paths}
+        return [ScalarRead(paths[module], name, *read) for (module, name), read in reads.items()]
+
+    def starts(self, discovered: Iterable[Attribute]) -> list[StartingValue]:
+        """What the attributes with discovered slots held before the first step."""
+        paths = {module: name for name, module in self.model.named_modules()}
+        found = {(paths[a.module], a.attribute): a.start for a in discovered}
+        return [
+            StartingValue(*key, None, exists=False)
+            if start is MISSING
+            else StartingValue(*key, pytree.tree_map_only(Tensor, lambda v: v.detach().clone(), start))
+            for key, start in found.items()
+        ]
+
+    def trace(
+        self, discovered: dict[str, Attribute], warm: bool, shapes: dict[str, Any] | None = None
+    ) -> tuple[StepTracer, list[Attribute]]:
+        """One trace; returns the tracer (with its graph) and the attributes that were changed beyond `discovered`."""
+        while True:
+            tracer = StepTracer(self.arguments, self.entry, self.opaque, self.fake_mode)
+            tracer.reads = self.reads
+            met_early = tracer.leaf_states.met_early
+            try:
+                found = self._trace(tracer, discovered, warm, shapes or {})
+            except Exception:
+                if warm or met_early <= self.met_early:
+                    raise
+            else:
+                if warm or met_early <= self.met_early:
+                    self._refuse_growth_that_is_looked_at(discovered, shapes or {})
+                    return tracer, found
+            self.met_early |= met_early  # again, with their reset values
+
+    def _refuse_growth_that_is_looked_at(self, discovered: dict[str, Attribute], shapes: dict[str, Any]) -> None:
+        """Record the step once more if it makes containers longer: only what nobody looks at is no state."""
+        growing = [a for a in discovered.values() if a.grows]
+        if not growing:
+            return
+        try:
+            for attribute in growing:
+                attribute.is_watched = True
+            self._trace(StepTracer(self.arguments, self.entry, self.opaque, self.fake_mode), discovered, True, shapes)
+        except Exception as error:  # torch takes no list but its own: then it was read
+            raise growing[0].refusal() from error
+        finally:
+            for attribute in growing:
+                attribute.is_watched = False
+
+    def _trace(
+        self, tracer: StepTracer, discovered: dict[str, Attribute], warm: bool, shapes: dict[str, Any]
+    ) -> list[Attribute]:
+        found: list[Attribute] = []
+        starts: dict[str, tuple[Any, ...]] = {}
+
+        def prepare(tracer: StepTracer) -> None:
+            for prefix, module, adapter, leaf in self.stateful:
+                slots = [prefix + name for name in adapter.names(module)]
+                if leaf:
+                    self._begin_leaf(tracer, prefix, module, adapter, warm, shapes)
+                elif warm:
+                    adapter.write(module, [tracer.add_slot(slot, *known_value(shapes.get(slot))) for slot in slots])
+                else:
+                    adapter.reset(module)
+                    tracer.slot_values.update(zip(slots, adapter.read(module), strict=True))
+                starts[prefix] = adapter.read(module)
+            for attribute in discovered.values():
+                number = is_number(attribute.before) and is_number(attribute.result)
+                known = known_value(shapes.get(attribute.name))
+                attribute.write(tracer.add_slot(attribute.name, *known, number=number))
+            for c in self.carried:
+                values = {**c.examples, **shapes}
+                tracer.carried_arguments[c.name] = (
+                    pytree.tree_map(
+                        lambda leaf, values=values, numbers=c.numbers: (
+                            tracer.add_slot(leaf.name, *known_value(values.get(leaf.name)), number=leaf.name in numbers)
+                            if isinstance(leaf, SlotName)
+                            else leaf
+                        ),
+                        c.structure,
+                    )
+                    if warm or c.required
+                    else None
+                )
+
+        def take_carried(outputs: Any) -> Any:
+            for c in self.carried:
+                c.take(carried_output(self.model, outputs, c), tracer.slot_values)
+            for c in self.carried:
+                outputs = with_output_at(outputs, c.path, None)
+            return outputs
+
+        tracer.take_carried = take_carried
+
+        def finish(tracer: StepTracer) -> None:
+            for prefix, module, adapter, leaf in self.stateful:
+                if leaf:
+                    tracer.leaf_states.collect(prefix.removesuffix("."), module, adapter)
+                else:
+                    names = [prefix + name for name in adapter.names(module)]
+                    for name, start, value in zip(names, starts.get(prefix, ()), adapter.read(module), strict=True):
+                        self._refuse_what_is_no_state(module, name, start, value)
+                        tracer.slot_values[name] = value
+            for attribute in discovered.values():
+                value = attribute.read(tracer.proxy(tracer.slot_placeholders[attribute.name]))
+                self._written.add(attribute.name)
+                self._refuse_what_is_no_state(attribute.module, attribute.name, attribute.before, value)
+                tracer.slot_values[attribute.name] = value
+            growing = {(a.module, a.attribute) for a in discovered.values() if a.path and not a.keeps_structure()}
+            found.extend(
+                a
+                for a in changes.attributes(traced, slots, tracer.first_reads)
+                if a.name not in discovered and (a.module, a.attribute) not in growing
+            )
+            self.set_before_read |= changes.set_before_read
+
+        traced = {module for _, module in self._traced_modules()}
+        slots = {owner for _, m, adapter, _ in self.stateful for owner in owners(m, adapter)}
+        with StateSnapshot.of(self.model):
+            changes = StepChanges(self.model, self.entry)
+            try:
+                tracer.record(self.model, prepare, finish)
+            except SubmoduleNotTraceable as failure:
+                found = list(changes.attributes(traced, slots, tracer.first_reads))
+                failure.undeclared = list({a.name: a for a in (*discovered.values(), *found)}.values())
+                raise
+            finally:
+                changes.refuse_tensors_in_place(traced)
+        return found
+
+    def _refuse_what_is_no_state(self, module: nn.Module, slot: str, before: Any, after: Any) -> None:
+        """A slot holds a tensor, a number, or None where nothing has been written yet."""
+        is_state = isinstance(after, StepProxy | Tensor) or is_number(after)
+        if not is_state and not (after is None and before is None and slot not in self._written):
+            path = slot.rpartition(".")
+            refuse_change(path[0] + path[1], module, Change((path[2],), before, after, ""), self.entry)
+        if is_state:
+            self._written.add(slot)
+
+    def _begin_leaf(
+        self, tracer: StepTracer, prefix: str, module: nn.Module, adapter: Adapter, warm: bool, shapes: dict[str, Any]
+    ) -> None:
+        """Make the slots of a leaf, and show the model's code what it may read of them."""
+        name = prefix.removesuffix(".")
+        is_bound = self._is_bound(prefix, leaf=True)
+        if is_bound:
+            tracer.leaf_states.bind(name, module, adapter)
+        if is_bound and not warm:
+            tracer.leaf_states.begin_with_reset_values(name, module, adapter)
+            return
+        for slot in adapter.names(module):
+            tracer.add_slot(prefix + slot, *(known_value(shapes.get(prefix + slot)) if is_bound else ()))
+        tracer.leaf_states.begin(name, module, adapter)
+
+    def _traced_modules(self) -> Iterator[tuple[str, nn.Module]]:
+        """Modules whose forward is traced through: not leaves, and not inside one."""
+        if "" in self.opaque:
+            return
+        hidden = tuple(f"{name}." for name in self.opaque)
+        inside = tuple(prefix for prefix, _, _, leaf in self.stateful if leaf)
+        for name, module in self.model.named_modules():
+            below_leaf = f"{name}.".startswith(hidden + inside) if hidden + inside else False
+            if not below_leaf and not is_leaf(module):
+                yield name, module
+
+    def program(
+        self,
+        tracer: StepTracer,
+        leaves: list[InputLeaf],
+        spec: pytree.TreeSpec,
+        training: bool,
+        discovered: set[str] | None = None,
+        drop_overwritten: bool = True,
+    ) -> StepProgram:
+        """The program of a finished trace; slots of modules that were never called are left out."""
+        graph = tracer.graph
+        outputs, nexts, initials = results_of(graph)
+        # torch.fx renames what would hide a builtin (`input`), so the placeholders are found by their place.
+        placeholders = {n.meta["input"]: n.name for n in graph.nodes if "input" in n.meta and n.op == "placeholder"}
+        leaves = [replace(leaf, placeholder=placeholders.get(index)) for index, leaf in enumerate(leaves)]
+        kept: list[tuple[Slot, Any, Any]] = []
+        for (name, _), following, initial in zip(tracer.slot_values.items(), nexts, initials, strict=True):
+            placeholder = tracer.slot_placeholders.get(name)
+            if placeholder is not None and following is placeholder and len(placeholder.users) == 1:
+                continue
+            is_overwritten = name in tracer.overwritten_slots and placeholder is not None and not placeholder.users
+            if drop_overwritten and is_overwritten:
+                continue
+            slot = Slot(name, placeholder.name if placeholder else "", name in (discovered or ()))
+            kept.append((slot, following, initial))
+        program = StepProgram(
+            graph=graph,
+            source=self.model,
+            constants=tracer.constants,
+            input_leaves=leaves,
+            input_spec=spec,
+            output_spec=tracer.output_spec,  # type: ignore[arg-type]
+            slots=[slot for slot, _, _ in kept],
+            training=training,
+            opaque=dict(self.opaque),
+            carried=[c.argument() for c in self.carried],
+            overwritten=frozenset(tracer.overwritten_slots - {slot.name for slot, _, _ in kept}),
+        )
+        program.set_output(outputs, [n for _, n, _ in kept], [i for _, _, i in kept])
+        erase_unused_placeholders(program)
+        return program
+
+
+def erase_unused_placeholders(program: StepProgram) -> None:
+    """Remove the placeholders of what is no slot."""
+    used = {slot.placeholder for slot in program.slots}
+    for node in list(program.graph.nodes):
+        if node.op == "placeholder" and "slot" in node.meta and node.name not in used and not node.users:
+            program.graph.erase_node(node)
+
+
+def _outermost_stateful(model: nn.Module, opaque: dict[str, str]) -> list[tuple[str, nn.Module, Adapter, bool]]:
+    """`(prefix, module, adapter, is leaf)` of stateful modules, those inside a leaf covered by the leaf."""
+    found: list[tuple[str, nn.Module, Adapter, bool]] = []
+    covered: tuple[str, ...] = ()
+    for name, module in model.named_modules():
+        prefix = f"{name}." if name else ""
+        if covered and prefix.startswith(covered):
+            continue
+        adapter = adapter_of(module)
+        whole = composite_adapter(module) if name in opaque or is_stateful_tree(module, adapter) else None
+        if whole is not None:
+            covered = (*covered, prefix)
+            if whole.names(module):
+                found.append((prefix, module, whole, True))
+        elif adapter is not None and adapter.names(module):
+            leaf = adapter.is_leaf(module)
+            if leaf:
+                covered = (*covered, prefix)
+            found.append((prefix, module, adapter, leaf))
+    return found

@@ -1,0 +1,113 @@
+"""Finding out which arguments of a step are its state, where `carry=` does not say it.
+
+The rule. Trailing arguments with the default None that `example_inputs` leaves out are state when their names say so
+(`state`, `hidden`, `mem1`, `h`, `v`, ...), there are k of them, and a step returns a tuple or list of k + 1 elements of
+which the last k hold tensors: these are their next values, in order. Where as many arguments of other names would fit,
+and what is returned there depends on them, the caller is asked.
+"""
+
+from __future__ import annotations
+
+import inspect
+import re
+from typing import Any
+
+from torch import nn
+from torch.fx import Node
+from torch.utils import _pytree as pytree
+
+from snnfx.capture.capture import capture
+from snnfx.capture.step_arguments import as_call
+from snnfx.errors import CaptureError, InputError
+from snnfx.state.carry import OutputPath, split_arguments
+
+__all__ = ["infer_carry"]
+
+_NAMES_OF_STATE = re.compile(
+    r".*(state|hidden|mem|syn|spk|spike|potential|carry|voltage|current).*|(prev|last)_.*|.*_(prev|last)|[hcsvuz]x?_?\d*",
+    re.IGNORECASE,
+)
+
+
+def infer_carry(model: nn.Module, entry: str, example_inputs: Any) -> dict[str, OutputPath]:
+    """Which arguments are carried from which outputs, by the rule above; empty when none is.
+
+    Raises:
+        InputError: SNNFX314, arguments and outputs may be state, but which is which is not clear.
+        CaptureError: the model cannot be captured.
+    """
+    optional = _optional_arguments(model, entry, example_inputs)
+    if not optional:
+        return {}
+    program = capture(model, example_inputs, entry)
+    outputs = pytree.tree_unflatten(list(program.outputs), program.output_spec)
+    if not isinstance(outputs, tuple | list):
+        return {}
+    named = [name for name in optional if _NAMES_OF_STATE.fullmatch(name)]
+    # Only trailing outputs that hold tensors can be state.
+    count = len(outputs) - 1
+    holding = all(any(isinstance(leaf, Node) for leaf in pytree.tree_leaves(value)) for value in outputs[1:])
+    if named:
+        if len(named) == count and holding:
+            return {name: (1 + index,) for index, name in enumerate(named)}
+        if not any(isinstance(leaf, Node) for value in outputs[1:] for leaf in pytree.tree_leaves(value)):
+            return {}
+        raise _unclear(model, entry, named, len(outputs))
+    if len(optional) == count and holding:
+        carry: dict[str, OutputPath] = {name: (1 + index,) for index, name in enumerate(optional)}
+        if _is_handed_on(model, entry, example_inputs, carry):
+            raise _unclear(model, entry, optional, len(outputs))
+    return {}
+
+
+def _optional_arguments(model: nn.Module, entry: str, example_inputs: Any) -> list[str]:
+    """The trailing arguments that default to None and are not given."""
+    method = getattr(type(model), entry, None)
+    if method is None:
+        return []
+    parameters = list(inspect.signature(method).parameters.values())[1:]
+    given = split_arguments(parameters, [p.name for p in parameters], *as_call(example_inputs))[2]
+    found: list[str] = []
+    for p in reversed(parameters):
+        if p.kind is p.VAR_KEYWORD:
+            continue
+        if p.kind is p.VAR_POSITIONAL or p.default is not None or given.get(p.name) is not None:
+            break
+        found.append(p.name)
+    return found[::-1]
+
+
+def _is_handed_on(model: nn.Module, entry: str, example_inputs: Any, carry: dict[str, OutputPath]) -> bool:
+    """Whether the step takes these outputs as these arguments, and returns something there that depends on them."""
+    try:
+        program = capture(model, example_inputs, entry, carry=carry)
+    except CaptureError:
+        return False
+    for argument in program.carried:
+        for slot, node, following in zip(program.slots, program.slot_nodes(), program.next_states, strict=True):
+            if slot.name in argument.slot_names() and isinstance(following, Node) and _depends_on(following, node):
+                return True
+    return False
+
+
+def _depends_on(node: Node, other: Node) -> bool:
+    seen: set[Node] = set()
+    stack = [node]
+    while stack:
+        current = stack.pop()
+        if current is other:
+            return True
+        if current not in seen:
+            seen.add(current)
+            stack.extend(current.all_input_nodes)
+    return False
+
+
+def _unclear(model: nn.Module, entry: str, names: list[str], count: int) -> InputError:
+    example = ", ".join(f'"{name}": {index}' for index, name in enumerate(names, 1))
+    return InputError(
+        "SNNFX314",
+        f"which outputs of {type(model).__name__}.{entry} are its next state is not clear",
+        why=f"{', '.join(f'`{name}`' for name in names)} may be state, and a step returns {count} values.",
+        hint=f"Say which argument is carried from which output: carry={{{example}}}; carry={{}} if none is.",
+    )

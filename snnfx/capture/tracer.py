@@ -1,0 +1,421 @@
+"""The tracer that records one time step: proxies that know shapes, leaves, surrogate gradients, stateful calls.
+
+Built on `torch.fx.Tracer`. What it adds: stateful modules become calls with explicit state; the `apply` of an
+autograd.Function becomes one node, so its backward survives; with example inputs every proxy knows the value of one
+step as a fake tensor, so Python control flow on shapes works; nodes remember the user's file and line.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor, fx, nn
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.fx import Node
+from torch.utils import _pytree as pytree
+
+from snnfx.capture.attribute_state import Attribute
+from snnfx.capture.example_values import ExampleValues
+from snnfx.capture.leaf_states import LeafStates
+from snnfx.capture.patches import (
+    autocast_state,
+    patched_apply,
+    patched_factories,
+    patched_isinstance,
+    quiet_fake_tensors,
+)
+from snnfx.capture.proxy import UNKNOWN, StepProxy, needs_examples, value_of
+from snnfx.capture.setting_reads import recorded_reads
+from snnfx.capture.stateful_calls import StatefulCalls, element_of, mark_returned
+from snnfx.capture.supported_values import refuse_outputs
+from snnfx.errors import CaptureError
+from snnfx.ir.program import SELF_TARGET, add_placeholder, is_in_place
+from snnfx.ops.step_functions import expect_size, set_part_
+from snnfx.sandbox.contents import global_random_state
+from snnfx.sandbox.user_code import format_place, place_of_error, place_of_forward, user_place
+from snnfx.state.leaf_modules import is_leaf
+from snnfx.state.registry import (
+    adapter_of,
+    call_opaque,
+    call_stateful,
+    composite_adapter,
+    initial_value,
+    is_stateful_tree,
+    opaque_initial_value,
+    takes_state,
+)
+
+__all__ = ["ArgumentLeaf", "StepTracer", "SubmoduleNotTraceable"]
+
+_NUMBER_MODULES = ("_operator", "builtins", "math")
+"""Where functions live that make numbers of numbers: sizes of sizes."""
+_DRAWS = "it draws random numbers of Python or NumPy, which a graph does not record."
+
+
+class SubmoduleNotTraceable(Exception):
+    """Raised through a trace when a submodule has to become an opaque leaf; the trace is then started again."""
+
+    def __init__(self, name: str, reason: str, error: CaptureError | None = None) -> None:
+        super().__init__(f"{name}: {reason}")
+        self.name, self.reason = name, reason
+        self.error = error
+        """Of the model itself: what to raise if it cannot be stepped as it is either."""
+        self.undeclared: list[Attribute] = []
+        """State that was found up to there, in attributes that nobody registered."""
+
+
+class StepTracer(fx.Tracer):
+    """Records one step of a model; see the module docstring.
+
+    Args:
+        arguments: `(args, kwargs)` of one step, with an `ArgumentLeaf` for each tensor.
+        entry: name of the method that is one step.
+        opaque: qualified names of submodules that must not be traced, with the reason.
+        fake_mode: the mode under which values are computed, or None without example inputs.
+    """
+
+    proxy_buffer_attributes = True
+
+    def __init__(
+        self,
+        arguments: pytree.PyTree,
+        entry: str = "forward",
+        opaque: dict[str, str] | None = None,
+        fake_mode: FakeTensorMode | None = None,
+    ) -> None:
+        super().__init__(autowrap_functions=(call_stateful, call_opaque, initial_value, opaque_initial_value))
+        self.traced_func_name = entry
+        self.arguments = arguments
+        self.opaque = opaque or {}
+        self.values = ExampleValues(self, fake_mode)
+        self.calls = StatefulCalls(self)
+        self.leaf_states = LeafStates(self)
+        self.constants: dict[str, Any] = {}
+        self.slot_values: dict[str, Any] = {}
+        self.slot_initials: dict[str, Any] = {}
+        self.slot_placeholders: dict[str, Node] = {}
+        self.overwritten_slots: set[str] = set()
+        self.carried_arguments: dict[str, Any] = {}
+        self.take_carried: Callable[[Any], Any] = lambda outputs: outputs
+        self.output_spec: pytree.TreeSpec | None = None
+        self.reads: dict[tuple[nn.Module, str], tuple[Any, str]] = {}
+        self.first_reads: dict[tuple[nn.Module, str], Any] = {}
+        """What the model's code found when it first read an attribute in this trace."""
+        self.is_evaluating = False
+        self._autocast = autocast_state()
+        self._paths: dict[nn.Module, str] = {}
+
+    # -- recording ---------------------------------------------------------------------------------------------
+
+    def record(
+        self, root: nn.Module, prepare: Callable[[StepTracer], None], finish: Callable[[StepTracer], None]
+    ) -> fx.Graph:
+        """Trace `root`; `prepare` runs when placeholders may be made, `finish` when the step has been recorded."""
+        self._prepare, self._finish = prepare, finish
+        self._paths = {module: name for name, module in root.named_modules()}
+        reads = recorded_reads(self, self.reads)
+        with quiet_fake_tensors(), patched_apply(self), patched_isinstance(), patched_factories(self), reads:
+            before = torch.get_rng_state()
+            graph = self.trace(root)
+        if not torch.equal(before, torch.get_rng_state()):
+            raise CaptureError(
+                "SNNFX215",
+                "random numbers are drawn that the graph does not record",
+                where=place_of_forward(root, self.traced_func_name),
+                why="they would be the same in every call of the net.",
+                hint="Draw them with torch.rand, torch.randn, torch.rand_like or torch.bernoulli of a recorded value.",
+            )
+        return graph
+
+    def create_args_for_root(self, root_fn: Any, is_module: bool, concrete_args: Any = None) -> tuple[Any, list[Any]]:
+        leaves, spec = pytree.tree_flatten(self.arguments)
+        args, kwargs = pytree.tree_unflatten([self._argument(leaf) for leaf in leaves], spec)
+        self._prepare(self)
+
+        def one_step(root: nn.Module) -> Any:
+            outputs = self._call_root(root, root_fn, args, {**kwargs, **self.carried_arguments})
+            flat, self.output_spec = pytree.tree_flatten(self.take_carried(outputs))
+            refuse_outputs(flat, place_of_forward(root, self.traced_func_name))
+            self._finish(self)
+            names = list(self.slot_values)
+            return (
+                tuple(flat),
+                tuple(self.slot_values[name] for name in names),
+                tuple(self.slot_initials.get(name) for name in names),
+            )
+
+        one_step.__globals__.setdefault("__name__", __name__)
+        return one_step, [self.root]
+
+    def _call_root(
+        self, root: nn.Module, root_fn: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> Any:
+        """Record the step; a model that is a single layer or neuron is one call of itself."""
+        adapter = adapter_of(root)
+        is_single = is_leaf(root) if adapter is None else bool(adapter.names(root)) and adapter.is_leaf(root)
+        is_single = is_single or takes_state(adapter)
+        if is_single and self.traced_func_name == "forward":
+            return self.call_module(root, root.forward, args, kwargs)
+        if self.traced_func_name == "forward":
+            _refuse_hooks(root, "")
+        if adapter is not None:
+            _refuse_by(adapter, root, "the model", place_of_forward(root, self.traced_func_name))
+        if "" in self.opaque:
+            return mark_returned(self.calls.call(root, "", call_opaque, composite_adapter(root), args, kwargs), "")
+        numbers = global_random_state()
+        try:
+            outputs = root_fn(root, *args, **kwargs)
+        except SubmoduleNotTraceable:
+            raise
+        except CaptureError as error:
+            # With a cause it is about running the step on the examples: stepping the model would fail as well.
+            if error.code != "SNNFX201" or error.__cause__ is not None:
+                raise
+            raise SubmoduleNotTraceable("", error.why or error.what, error) from error
+        except Exception as error:
+            refusal = CaptureError(
+                "SNNFX201",
+                "the model cannot be traced",
+                where=format_place(place_of_error(error)) or place_of_forward(root, self.traced_func_name),
+                why=f"{type(error).__name__}: {error}.",
+                hint="Put the code that cannot be traced into a submodule: that submodule is then stepped as it is. "
+                "With example_inputs, so is a model whose state is registered.",
+            )
+            if self.values.mode is None:  # nothing tells whether the step itself runs
+                raise refusal from error
+            raise SubmoduleNotTraceable("", refusal.why, refusal) from error
+        if global_random_state() != numbers:
+            refusal = CaptureError(
+                "SNNFX215",
+                "random numbers of Python or NumPy are drawn in a step",
+                where=place_of_forward(root, self.traced_func_name),
+                why="they would be the same in every call of the net.",
+                hint="Draw them with torch.rand or torch.randn, or in a submodule, which is then stepped as it is.",
+            )
+            raise SubmoduleNotTraceable("", _DRAWS, refusal)
+        return outputs
+
+    def _argument(self, leaf: Any) -> Any:
+        if not isinstance(leaf, ArgumentLeaf):
+            return leaf
+        return self.placeholder(leaf.name, leaf.value, {"input": leaf.index})
+
+    def placeholder(self, name: str, value: Any, meta: dict[str, Any]) -> StepProxy:
+        """A placeholder node with a known value (or `UNKNOWN`)."""
+        node = add_placeholder(self.graph, name)
+        node.meta.update(meta)
+        if value is not UNKNOWN:
+            node.meta["val"] = value
+        return self.proxy(node)
+
+    def add_slot(self, name: str, value: Any = UNKNOWN, *, number: bool = False) -> StepProxy:
+        """A slot and the placeholder that reads it; `number`: it is a Python number before and after the first step."""
+        proxy = self.placeholder(name, value, {"slot": name, "number": number})
+        self.slot_values[name] = proxy
+        self.slot_placeholders[name] = proxy.node
+        return proxy
+
+    def proxy(self, node: Node) -> StepProxy:
+        return StepProxy(node, self)
+
+    def create_arg(self, a: Any) -> Any:
+        if type(a) is StepProxy:
+            return a.node
+        if isinstance(a, fx.Proxy):
+            return super().create_arg(a)
+        if isinstance(a, nn.Module):
+            if a in self._paths:
+                return self.create_node("get_attr", self._paths[a] or SELF_TARGET, (), {})
+            return self.constant(a)
+        if isinstance(a, Tensor):
+            for name, tensor in (*self.root.named_parameters(), *self.root.named_buffers()):
+                if tensor is a:
+                    return self.create_node("get_attr", name, (), {})
+            return self.constant(a)
+        return super().create_arg(a)
+
+    def constant(self, value: Any) -> Node:
+        """A get_attr node for an object that the model does not register: kept with the program."""
+        for name, known in self.constants.items():
+            if known is value:
+                return self.create_node("get_attr", name, (), {})
+        name = f"snnfx_constant_{len(self.constants)}"
+        self.constants[name] = value
+        return self.create_node("get_attr", name, (), {})
+
+    def create_proxy(self, kind: str, target: Any, args: Any, kwargs: Any, *rest: Any, **more: Any) -> Any:
+        if kind == "call_method" and target == "__setitem__":  # of a tensor that the model made without its input
+            kind, target = "call_function", set_part_
+        if kind == "call_function" and kwargs.get("out") is not None:
+            raise CaptureError(
+                "SNNFX214",
+                f"`{getattr(target, '__name__', target)}` writes into a tensor that it is given as out=",
+                where=format_place(user_place()),
+                why="a graph of values has no tensor that changes.",
+                hint="Use what it returns: y = torch.add(a, b).",
+            )
+        proxy = super().create_proxy(kind, target, args, kwargs, *rest, **more)
+        if kind.startswith("call") and not torch.is_grad_enabled() and not self.calls.is_recording:
+            if is_in_place(proxy.node):
+                proxy.node.meta["without_gradient"] = True
+                return proxy
+            return self.without_gradient(proxy)
+        return proxy
+
+    def record_at(self, name: str, kind: str, target: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> StepProxy:
+        """A node that belongs to the module of a name."""
+        proxy = self.create_proxy(kind, target, args, kwargs)
+        proxy.node.meta["module"] = name
+        return proxy  # type: ignore[no-any-return]
+
+    def without_gradient(self, proxy: Any) -> Any:
+        """What `torch.no_grad()` around an operation means in a graph: its result is detached."""
+        value = value_of(proxy)
+        is_tensor = isinstance(value, Tensor) or (value is UNKNOWN and not proxy.node.meta.get("shape_like"))
+        return super().create_proxy("call_method", "detach", (proxy,), {}) if is_tensor else proxy
+
+    def create_node(
+        self,
+        kind: str,
+        target: Any,
+        args: tuple[Any, ...],
+        kwargs: dict[str, Any],
+        name: str | None = None,
+        type_expr: Any | None = None,
+    ) -> Node:
+        if kind.startswith("call") and not self.is_evaluating and autocast_state() != self._autocast:
+            raise CaptureError(
+                "SNNFX201",
+                "autocast is switched inside the step",
+                where=format_place(user_place()),
+                why="a graph does not record it.",
+                hint="Put autocast around the call of the net, or the code into a submodule, which is then stepped.",
+            )
+        node = super().create_node(kind, target, args, kwargs, name, None)
+        node.meta.pop("nn_module_stack", None)
+        node.meta["where"] = user_place()
+        node.meta.setdefault("module", self.scope.module_path if hasattr(self, "scope") else "")
+        if kind == "call_module":
+            node.meta["module"] = str(target)
+        if (kind == "call_function" and target is getattr and args[1] == "shape") or (
+            kind == "call_method" and target in ("size", "dim", "numel", "ndimension")
+        ):
+            node.meta["shape_like"] = True
+        elif kind == "call_function" and getattr(target, "__module__", "") in _NUMBER_MODULES:
+            operands = node.all_input_nodes
+            node.meta["shape_like"] = bool(operands) and all(n.meta.get("shape_like") for n in operands)
+        self.values.evaluate(node)
+        return node
+
+    def concrete(self, proxy: StepProxy) -> Any:
+        """The Python number behind a proxy, when it is a size; its use is remembered as an expectation."""
+        value = value_of(proxy)
+        place = format_place(user_place())
+        if isinstance(value, Tensor) or (value is UNKNOWN and not proxy.node.meta.get("shape_like")):
+            raise CaptureError(
+                "SNNFX201",
+                "control flow that depends on the values of a tensor cannot be captured",
+                where=place,
+                why=f"`{proxy.node.name}` is used as a Python bool or number.",
+                hint="Use torch.where, or put the code into a submodule: that submodule is then stepped as it is.",
+            )
+        if value is UNKNOWN:
+            raise needs_examples(proxy)
+        if isinstance(value, int):  # of a bool, `if x.shape[1] == 3`, the comparison itself is pinned
+            self.create_proxy("call_function", expect_size, (proxy, value, place), {})
+        return value
+
+    # -- modules ------------------------------------------------------------------------------------------------
+
+    def getattr(self, attr: str, attr_val: Any, parameter_proxy_cache: dict[str, Any]) -> Any:
+        # A buffer that is a slot is a proxy already.
+        if self.is_evaluating or type(attr_val) is StepProxy:
+            return attr_val
+        return super().getattr(attr, attr_val, parameter_proxy_cache)
+
+    def path_of_module(self, mod: nn.Module) -> str:
+        if mod in self._paths:
+            return self._paths[mod]
+        raise CaptureError(
+            "SNNFX211",
+            f"a {type(mod).__name__} is called that is not a submodule of the model",
+            where=format_place(user_place()),
+            why="snnfx can only follow modules that are registered.",
+            hint="Assign it as an attribute of a module, or use nn.ModuleList or nn.ModuleDict.",
+        )
+
+    def call_module(
+        self, m: nn.Module, forward: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> Any:
+        if self.is_evaluating:
+            return m.forward(*args, **kwargs)  # not m(...): a user's hooks have no business with fake tensors
+        name = self.path_of_module(m)
+        if name == "" and is_leaf(m) and adapter_of(m) is None:
+            return self.record_at("", "call_module", SELF_TARGET, args, kwargs)
+        if name in self.opaque:
+            return mark_returned(self.calls.call(m, name, call_opaque, composite_adapter(m), args, kwargs), name)
+        adapter = adapter_of(m)
+        if adapter is not None:
+            _refuse_by(adapter, m, name or "the model", format_place(user_place()) or place_of_forward(m))
+        if takes_state(adapter):
+            return self.calls.call_that_takes_state(m, name, adapter, args, kwargs)
+        if adapter is not None and adapter.names(m):
+            if is_stateful_tree(m, adapter):
+                return mark_returned(self.calls.call(m, name, call_opaque, composite_adapter(m), args, kwargs), name)
+            if adapter.is_leaf(m):
+                return mark_returned(self.calls.call(m, name, call_stateful, adapter, args, kwargs), name)
+        elif is_leaf(m):
+            result = mark_returned(super().call_module(m, forward, args, kwargs), name)
+            # Two values, also where nothing is known of them: a state that is carried has to have a structure.
+            is_pair = isinstance(m, nn.LSTMCell)
+            return (element_of(result, 0, name), element_of(result, 1, name)) if is_pair else result
+        _refuse_hooks(m, name)
+        numbers = global_random_state()
+        try:
+            with self.calls.inside(m):
+                result = super().call_module(m, forward, args, kwargs)
+            if name and global_random_state() != numbers:
+                raise SubmoduleNotTraceable(name, _DRAWS)
+        except SubmoduleNotTraceable:
+            raise
+        except CaptureError as error:
+            if error.code not in ("SNNFX201", "SNNFX202") or name == "":
+                raise
+            raise SubmoduleNotTraceable(name, error.why or error.what) from error
+        except Exception as error:
+            # Whatever Python does with a proxy that it cannot do: the module is run as it is instead.
+            raise SubmoduleNotTraceable(name, f"{type(error).__name__}: {error}") from error
+        return mark_returned(result, name)
+
+    def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
+        return is_leaf(m)
+
+
+class ArgumentLeaf:
+    """A tensor argument of the step: its name, its place among the leaves, its fake value if there is one."""
+
+    def __init__(self, name: str, index: int, value: Any = UNKNOWN) -> None:
+        self.name, self.index, self.value = name, index, value
+
+
+def _refuse_by(adapter: Any, m: nn.Module, name: str, where: str) -> None:
+    """Let an adapter refuse a module, and say where it is called."""
+    try:
+        adapter.refuse(m, name)
+    except CaptureError as error:
+        raise CaptureError(
+            error.code, error.what, where=error.where or where, why=error.why, hint=error.hint
+        ) from error.__cause__
+
+
+def _refuse_hooks(m: nn.Module, name: str) -> None:
+    if m._forward_hooks or m._forward_pre_hooks or m._backward_hooks or m._backward_pre_hooks:
+        raise CaptureError(
+            "SNNFX208",
+            f"`{name or 'the model'}` has hooks that would never run",
+            where=place_of_forward(m),
+            why="it is traced through, so the converted net does not call it as a module.",
+            hint="Put the hook on a leaf module inside it, or remove it while converting.",
+        )

@@ -1,0 +1,319 @@
+"""The arguments of a net: bound to the inputs of the captured step, with time where the graph wants it."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils import _pytree as pytree
+
+from snnfx.emit.state_shapes import shapes_of_state
+from snnfx.errors import InputError
+from snnfx.ir.options import ConvertOptions
+from snnfx.ir.program import StepProgram
+from snnfx.sandbox.isolation import undisturbed
+from snnfx.state.carry import flatten_state, split_arguments
+
+__all__ = ["Arguments", "signature_of"]
+
+
+class Arguments:
+    """What a net takes in one mode, and how a call's arguments become the tensors of its graph.
+
+    Args:
+        program: the step program of the mode.
+        time_dims: where time is in each leaf of the arguments, None for one that is the same at every step.
+        options: what the net was converted with.
+    """
+
+    def __init__(self, program: StepProgram, time_dims: Sequence[int | None], options: ConvertOptions) -> None:
+        self.program, self.options = program, options
+        self.time_dims = list(time_dims)
+        pairs = list(zip(self.time_dims, program.input_leaves, strict=True))
+        self.tensor_dims = [dim for dim, leaf in pairs if leaf.placeholder is not None]
+        """The time dimension of each tensor input."""
+        self.varying = [dim is not None for dim in self.tensor_dims]
+        self._tensor_names = [leaf.name for leaf in program.input_leaves if leaf.placeholder is not None]
+        self._planned = [_Planned.of(program, leaf.placeholder, dim) for dim, leaf in pairs if leaf.placeholder]
+        count = len(program.input_leaves)
+        positional = pytree.tree_structure(((0,) * count, {})) == program.input_spec
+        self._is_plain = positional and all(leaf.placeholder is not None for leaf in program.input_leaves)
+        self._state_shapes: dict[Any, dict[str, tuple[int, ...]]] = {}
+        self.output_time_dim = options.time_dim if isinstance(options.time_dim, int) else 0
+        entry = getattr(type(program.source), options.entry) if program.carried else None
+        self._parameters = list(inspect.signature(entry).parameters.values())[1:] if entry is not None else []
+
+    def split_carried(
+        self, args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> tuple[tuple[Any, ...], dict[str, Any], dict[str, Any]]:
+        """The arguments of a call as `(args, kwargs, those that are carried)`."""
+        if not self.program.carried:
+            return args, kwargs, {}
+        return split_arguments(self._parameters, [c.name for c in self.program.carried], args, kwargs)
+
+    @property
+    def positional_inputs(self) -> int:
+        """How many of the tensors of a call belong to positional arguments."""
+        args, _ = pytree.tree_unflatten(list(range(len(self.program.input_leaves))), self.program.input_spec)
+        return sum(self.program.input_leaves[i].placeholder is not None for i in pytree.tree_leaves(args))
+
+    def bind(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> list[Tensor]:
+        """The tensors for the placeholders, after checking that the arguments are nested as they were at capture.
+
+        Raises:
+            InputError: SNNFX307, other arguments; SNNFX305, something else than a tensor.
+        """
+        is_plain = self._is_plain and not kwargs and len(args) == len(self.tensor_dims)
+        if is_plain and all(isinstance(x, Tensor) for x in args):
+            return list(args)
+        flat, spec = pytree.tree_flatten((args, kwargs))
+        if spec != self.program.input_spec:
+            flat = self._bind_by_name(args, kwargs)
+        tensors: list[Tensor] = []
+        for leaf, value in zip(self.program.input_leaves, flat, strict=True):
+            if leaf.placeholder is None:
+                if value is not leaf.constant and value != leaf.constant:
+                    raise InputError(
+                        "SNNFX307",
+                        f"the argument `{leaf.name}` is {value!r}, but the step was captured with {leaf.constant!r}",
+                        why="values that are no tensors are fixed at conversion.",
+                        hint="Convert again with this value in example_inputs.",
+                    )
+            elif not isinstance(value, Tensor):
+                raise InputError("SNNFX305", f"the input `{leaf.name}` is a {type(value).__name__}, not a tensor")
+            else:
+                tensors.append(value)
+        return tensors
+
+    def _bind_by_name(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> list[Any]:
+        """Arguments that are given by keyword where they were captured by position, or the other way round."""
+        program = self.program
+        expected = pytree.tree_unflatten(list(range(len(program.input_leaves))), program.input_spec)
+        names = [leaf.name for leaf in program.input_leaves]
+        flat_expected = len(expected[0]) + len(expected[1]) == len(names)
+        given = {**dict(zip([n for n in names if n not in kwargs], args, strict=False)), **kwargs}
+        if flat_expected and len(args) + len(kwargs) == len(names) and set(given) == set(names):
+            return [given[name] for name in names]
+        raise InputError(
+            "SNNFX307",
+            "the arguments do not fit the captured step",
+            why=f"it takes ({', '.join(names)}), nested as {program.input_spec}.",
+            hint="Pass what one step takes with a time dimension, or convert with other example_inputs.",
+        )
+
+    def time_first(self, leaves: Sequence[Tensor], T: int | None) -> tuple[list[Tensor], int]:
+        """Move time to dim 0 of every sequence and find T.
+
+        Raises:
+            InputError: SNNFX301, 303, 306, 309 or 310, the inputs do not have the same, known number of time steps.
+        """
+        moved: list[Tensor] = []
+        if T is not None and (isinstance(T, bool) or not isinstance(T, int | torch.SymInt)):
+            raise InputError("SNNFX309", f"T={T!r}", hint="T is the number of time steps, an int.")
+        for name, dim, x in zip(self._tensor_names, self.tensor_dims, leaves, strict=True):
+            if dim is None:
+                moved.append(x)
+                continue
+            if x.dim() == 0 or not -x.dim() <= dim < x.dim():
+                raise InputError(
+                    "SNNFX306",
+                    f"the input `{name}` has shape {list(x.shape)}",
+                    why=f"its time dimension is {dim}.",
+                    hint="A sequence is [T, N, ...].",
+                )
+            moved.append(x if dim == 0 else x.movedim(dim, 0))
+            length = moved[-1].shape[0]
+            if T is None:
+                T = length
+            elif length != T:
+                raise InputError("SNNFX303", f"the input `{name}` has {length} time steps, others have {T}")
+        if T is None:
+            raise InputError("SNNFX310", "no input carries a time dimension", hint="Say how many steps: net(x, T=8).")
+        if T < 1:
+            raise InputError("SNNFX301", "the sequence has no time steps")
+        return moved, T
+
+    def check_time_first(self, T: Any, sequences: Sequence[Any], call: str) -> None:
+        """Raise for what are not T steps of each tensor input, time first.
+
+        Args:
+            T: the number of time steps.
+            sequences: one for each tensor input.
+            call: what was called, for the message, e.g. "recompute_plan".
+
+        Raises:
+            InputError: SNNFX301, 303, 305, 306, 307 or 309.
+        """
+        names = ", ".join(self._tensor_names)
+        hint = f"Call net.{call}(T, {names}): the number of time steps, then the inputs of a call, time first."
+        if isinstance(T, bool) or not isinstance(T, int):
+            raise InputError("SNNFX309", f"T is a {type(T).__name__}, not an int", hint=hint)
+        if T < 1:
+            raise InputError("SNNFX301", f"T={T}", hint="Give at least one time step.")
+        if len(sequences) != len(self.tensor_dims):
+            what = f"net.{call} got {len(sequences)} inputs"
+            raise InputError("SNNFX307", what, why=f"the net takes ({names}).", hint=hint)
+        for name, varies, x in zip(self._tensor_names, self.varying, sequences, strict=True):
+            if not isinstance(x, Tensor):
+                raise InputError("SNNFX305", f"the input `{name}` is a {type(x).__name__}, not a tensor", hint=hint)
+            if varies and x.dim() == 0:
+                raise InputError("SNNFX306", f"the input `{name}` has shape []", hint=hint)
+            if varies and x.shape[0] != T:
+                raise InputError("SNNFX303", f"the input `{name}` has {x.shape[0]} time steps, T is {T}", hint=hint)
+
+    def time_back(self, y: Any) -> Any:
+        """An output with time where the caller has it."""
+        if not isinstance(y, Tensor) or self.output_time_dim == 0 or self.options.reduce is not None:
+            return y
+        return y.movedim(0, self.output_time_dim)
+
+    def at_step(self, leaves: Sequence[Tensor], step: int) -> list[Tensor]:
+        """The inputs of one step, from inputs with time first."""
+        return [x[step] if v else x for x, v in zip(leaves, self.varying, strict=True)]
+
+    def from_step(self, leaves: Sequence[Tensor], step: int) -> list[Tensor]:
+        """The inputs of a step and those after it, from inputs with time first."""
+        return [x[step:] if v else x for x, v in zip(leaves, self.varying, strict=True)]
+
+    def arguments_of(self, leaves: Sequence[Tensor]) -> tuple[tuple[Any, ...], dict[str, Any]]:
+        """The other way round: `(args, kwargs)` as the model takes them, from one tensor for each placeholder."""
+        tensors = iter(leaves)
+        values = [next(tensors) if leaf.placeholder else leaf.constant for leaf in self.program.input_leaves]
+        return pytree.tree_unflatten(values, self.program.input_spec)  # type: ignore[no-any-return]
+
+    def batch_sizes(self, leaves: Sequence[Tensor]) -> dict[str, int]:
+        """The size of the first dimension of one step of each tensor input, by name."""
+        pairs = zip(self._tensor_names, self.at_step(leaves, 0), strict=True)
+        return {name: x.shape[0] for name, x in pairs if x.dim() > 0}
+
+    def covered(self, leaves: Sequence[Tensor]) -> bool:
+        """Whether the plan holds for inputs (time first) of these ranks and batch sizes."""
+        size: Any = None
+        for planned, x in zip(self._planned, leaves, strict=True):
+            rank = x.dim()
+            if rank < planned.least_rank or (planned.rank is not None and rank != planned.rank):
+                return False
+            if planned.batch_dim is not None:
+                this = x.shape[planned.batch_dim]
+                if size is not None and this != size:
+                    return False
+                size = this
+        return True
+
+    # -- state ----------------------------------------------------------------------------------------------------
+
+    def check_state(self, state: dict[str, Any] | None) -> None:
+        """Raise InputError (SNNFX308) for a state with other slots than the program has."""
+        if state is None:
+            return
+        expected = {slot.name for slot in self.program.slots}
+        if set(state) - expected or (set(state) != expected and not self.program.carried):
+            missing, unknown = sorted(expected - set(state)), sorted(set(state) - expected)
+            raise InputError(
+                "SNNFX308",
+                "the state does not have the slots of the net",
+                why=f"missing {missing}, unknown {unknown}.",
+                hint="Pass on what net.run returned, or None for the reset state.",
+            )
+
+    def check_shapes(self, state: Mapping[str, Any], steps: Sequence[Tensor]) -> None:
+        """Raise InputError (SNNFX308) for a state that does not have, or broadcast to, the shape that a step gives it.
+
+        Args:
+            state: by slot.
+            steps: the inputs of one step.
+        """
+        if torch.compiler.is_compiling():
+            return
+        key = tuple((tuple(x.shape), x.dtype) for x in steps)
+        if key not in self._state_shapes:
+            with undisturbed(self.program.source):
+                self._state_shapes[key] = shapes_of_state(self.program, steps)
+        for name, shape in self._state_shapes[key].items():
+            value = state.get(name)
+            if isinstance(value, Tensor) and not _broadcasts(tuple(value.shape), shape):
+                raise InputError(
+                    "SNNFX308",
+                    f"the state `{name}` has shape {list(value.shape)}, but a step on these inputs gives {list(shape)}",
+                    why="it is the state of another batch, or of another model.",
+                    hint="Pass on what net.run returned for these samples, or None for the reset state.",
+                )
+
+    def first_state(self, state: dict[str, Any] | None, given: dict[str, Any]) -> dict[str, Any] | None:
+        """The state before the first step, with what the caller gives as carried arguments."""
+        for argument in self.program.carried:
+            value = given.get(argument.name)
+            if value is not None:
+                state = {**(state or {}), **flatten_state(argument, value)}
+            elif argument.required and not set(argument.slot_names()) <= set(state or {}):
+                raise InputError(
+                    "SNNFX308",
+                    f"the first value of `{argument.name}` is missing",
+                    why="it was given in example_inputs, and has no default.",
+                    hint=f"Pass it as the model takes it: net(x_seq, {argument.name}=...).",
+                )
+        alone = self.options.step_mode == "s" or self.program.first_step is not None
+        missing = {slot.name for slot in self.program.slots} - set(state or {})
+        if state is not None and missing and alone:
+            raise InputError(
+                "SNNFX308",
+                f"only a part of the state is given, {', '.join(sorted(missing))} is missing",
+                why="the first step of this model does something else than the others, or is run on its own.",
+                hint="Give all of it or nothing; net.run returns all of it.",
+            )
+        return state
+
+
+@dataclass(frozen=True)
+class _Planned:
+    """What a plan says about a tensor input, time included.
+
+    Args:
+        least_rank: its least number of dimensions.
+        rank: its number of dimensions, None where any from there on will do.
+        batch_dim: where it has the batch that inputs share, None where it has none.
+    """
+
+    least_rank: int
+    rank: int | None
+    batch_dim: int | None
+
+    @staticmethod
+    def of(program: StepProgram, placeholder: str, time_dim: int | None) -> _Planned:
+        time = 0 if time_dim is None else 1
+        rank = program.input_ranks.get(placeholder)
+        return _Planned(
+            program.requirements.get(placeholder, 0) + time,
+            None if rank is None else rank + time,
+            time if placeholder in program.batched_inputs else None,
+        )
+
+
+def _broadcasts(shape: tuple[int, ...], to: tuple[int, ...]) -> bool:
+    """Whether a tensor of a shape can stand where one of shape `to` is expected."""
+    pairs = zip(reversed(shape), reversed(to), strict=False)
+    return len(shape) <= len(to) and all(size in (1, expected) for size, expected in pairs)
+
+
+def signature_of(program: StepProgram | None) -> inspect.Signature:
+    """The signature of a net's `forward`: the arguments of the captured step, by name, and `T`."""
+    me = inspect.Parameter("self", inspect.Parameter.POSITIONAL_OR_KEYWORD)
+    T = inspect.Parameter("T", inspect.Parameter.KEYWORD_ONLY, default=None)
+    if program is None:
+        return inspect.Signature([me, T])
+    leaves = program.input_leaves
+    numbered = pytree.tree_unflatten(list(range(len(leaves))), program.input_spec)
+    arguments = [*numbered[0], *numbered[1].values()]
+    names = [leaves[min(pytree.tree_leaves(a), default=0)].name.partition(".")[0] for a in arguments]
+    if len(set(names)) != len(names) or not all(n.isidentifier() and n not in ("self", "T") for n in names):
+        many = inspect.Parameter("args", inspect.Parameter.VAR_POSITIONAL)
+        return inspect.Signature([me, many, T, inspect.Parameter("kwargs", inspect.Parameter.VAR_KEYWORD)])
+    positional = [inspect.Parameter(n, inspect.Parameter.POSITIONAL_OR_KEYWORD) for n in names]
+    positional += [
+        inspect.Parameter(c.name, inspect.Parameter.POSITIONAL_OR_KEYWORD, default=None) for c in program.carried
+    ]
+    return inspect.Signature([me, *positional, T])

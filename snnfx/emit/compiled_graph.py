@@ -1,0 +1,15 @@
+"""Compile an FX graph into a function."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+from torch import fx
+from torch.fx.graph_module import _forward_from_src
+
+
+def compile_graph(graph: fx.Graph) -> Callable[..., Any]:
+    """A function that runs a graph; its first argument is the net."""
+    code = graph.python_code(root_module="self")
+    return _forward_from_src(code.src, code.globals, {})

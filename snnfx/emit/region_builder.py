@@ -1,0 +1,286 @@
+"""Build the graph of one region out of nodes of the step graph.
+
+A region graph takes modules and parameters as arguments: every one of them stays where the model has it.
+"""
+
+from __future__ import annotations
+
+import operator
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any
+
+from torch import fx, nn
+from torch.fx import Node, map_arg
+
+from snnfx.analysis.dependence import analyse_dependence, is_size
+from snnfx.errors import CaptureError
+from snnfx.ir.program import StepProgram, add_placeholder, place_of
+from snnfx.ops.folded_weights import call_layer, call_norm
+from snnfx.ops.memory_format import image_format, row_major
+from snnfx.ops.sequence_functions import call_module, in_shape_of, repeat_for_samples
+from snnfx.passes.fold_batch_norm import layer_of_norm
+from snnfx.passes.layout import image_of, is_convolution, takes_any_layout, weights_of
+from snnfx.regions.region_modules import RegionGraph
+
+__all__ = ["RegionBuilder", "has_batch_in_front", "same_for_all_samples", "whole_step"]
+
+
+class RegionBuilder:
+    """Builds the graphs of one region out of nodes of the step graph.
+
+    Args:
+        program: the program of the nodes.
+        nodes: what the region computes, in program order.
+        slots: names of the slots whose state it carries.
+        stop: nodes at which `add_values` stops because they are computed elsewhere (default: nodes not in `nodes`).
+        folds: whether T is folded into the batch of the region (default: by the kind of its nodes).
+    """
+
+    def __init__(
+        self,
+        program: StepProgram,
+        nodes: Sequence[Node],
+        slots: Sequence[str],
+        stop: Iterable[Node] | None = None,
+        folds: bool | None = None,
+    ) -> None:
+        self.program, self.slots, self.folds = program, slots, folds
+        self.inside = dict.fromkeys(nodes)
+        self.stop = set(stop) if stop is not None else set()
+        self.constants: dict[Node | str, None] = {}
+        self.input_nodes: dict[Node, None] = {}
+        self.initial: dict[str, Any] = {}
+        self.initial_nodes: dict[Node, None] = {}
+        for node in nodes:
+            self._need_operands(node)
+
+    @property
+    def inputs(self) -> list[Node]:
+        """The values from outside that vary in time."""
+        return list(self.input_nodes)
+
+    def add_initial_values(self, slots: Sequence[str]) -> None:
+        """Take what the initial values of the slots need as inputs too."""
+        by_slot = dict(zip((s.name for s in self.program.slots), self.program.initial_values, strict=True))
+        main = {n for r in self.program.regions for n in r.nodes} or set(self.inside)
+        self.stop |= main
+        self.add_values([by_slot[slot] for slot in slots])
+
+    def add_values(self, values: Iterable[Any]) -> None:
+        """Compute further nodes in the region, down to nodes of the step proper."""
+        stack = [v for v in values if isinstance(v, Node)]
+        while stack:
+            node = stack.pop()
+            if node in self.inside or node in self.initial_nodes:
+                continue
+            if node in self.stop or node.op in ("placeholder", "get_attr"):
+                self._need(node)
+                continue
+            self.initial_nodes[node] = None
+            if node.op == "call_module":
+                self.constants[str(node.target)] = None
+            stack.extend(node.all_input_nodes)
+
+    def _need_operands(self, node: Node) -> None:
+        if node.op == "call_module":
+            self.constants[str(node.target)] = None
+        for operand in node.all_input_nodes:
+            self._need(operand)
+
+    def _need(self, operand: Node) -> None:
+        if operand in self.inside or (operand.op == "placeholder" and operand.meta.get("slot") in self.slots):
+            return
+        if is_size(operand):
+            self._need_operands(operand)
+        elif operand.op == "get_attr" or not (operand.meta.get("varying", True)):
+            # An invariant value that has a batch is repeated for a fold: see `graph_module`.
+            if operand.op != "get_attr" and self._folds() and operand.meta.get("batch_dim") is not None:
+                self.input_nodes[operand] = None
+            else:
+                self.constants[operand] = None
+        else:
+            self.input_nodes[operand] = None
+
+    def _folds(self) -> bool:
+        return self.folds if self.folds is not None else any(node.meta.get("kind") == "fold" for node in self.inside)
+
+    def graph_module(
+        self,
+        outputs: Sequence[Node],
+        next_states: Sequence[Any] | None = None,
+        slots: Sequence[str] = (),
+        first: bool = False,
+        extra_input: bool = False,
+    ) -> RegionGraph:
+        """The graph `(*constants, *inputs[, state]) -> outputs` or `-> (outputs, next states)`.
+
+        Args:
+            outputs: nodes whose values are returned, as a tuple.
+            next_states: what the slots become; then the state is the last argument.
+            slots: the slots, in the order of the state tuple.
+            first: build the step from the reset state: no state argument, slots are their initial values.
+            extra_input: take an input that is not used (a loop over nothing but constants).
+        """
+        graph = fx.Graph()
+        env: dict[Node, Any] = {}
+        modules: dict[str, Node] = {}
+        for key in self.constants:
+            if isinstance(key, str):
+                modules[key] = add_placeholder(graph, key)
+            else:
+                env[key] = add_placeholder(graph, key.name)
+        for node in self.input_nodes:
+            env[node] = add_placeholder(graph, node.name)
+        if extra_input:
+            add_placeholder(graph, "time")
+        # In a peeled first step, a slot that is traced through is not read: its first value is written into the graph.
+        by_name = self.program.nodes_by_name
+        readers = {s.name: by_name[s.placeholder] for s in self.program.slots if s.placeholder in by_name}
+        slot_nodes = {name: node for name, node in readers.items() if name in slots}
+        if next_states is not None and not first:
+            state = add_placeholder(graph, "state")
+            for index, slot in enumerate(slots):
+                if slot in slot_nodes:
+                    env[slot_nodes[slot]] = graph.call_function(operator.getitem, (state, index))
+        norms = self._norms_of_layers(outputs)
+        builder = _Copier(graph, env, modules, self.program, slot_nodes if first else {}, norms)
+        for node in self.inside:
+            builder.copy(node)
+        results = [builder.copy(node) for node in outputs]
+        if first and next_states is not None:
+            following = dict(zip(slots, next_states, strict=True))
+            for index, node in enumerate(outputs):
+                # A slot that is read outside of the loop: there it has the shape of the later steps.
+                if node in builder.first_slots:
+                    slot = builder.first_slots[node]
+                    after, has_batch = builder.argument(following[slot]), has_batch_in_front(builder.initial_of[slot])
+                    results[index] = graph.call_function(in_shape_of, (results[index], after, slot, has_batch))
+        if next_states is None:
+            dims = ((node, node.meta.get("batch_dim")) for node in self.input_nodes)
+            samples = next(((env[node], dim) for node, dim in dims if isinstance(dim, int)), None)
+            for index, node in enumerate(outputs):
+                if samples is not None and same_for_all_samples(node):
+                    results[index] = graph.call_function(repeat_for_samples, (results[index], *samples))
+            graph.output(tuple(results))
+        else:
+            graph.output((tuple(results), tuple(builder.argument(value) for value in next_states)))
+        return RegionGraph(nn.Module(), graph, class_name="RegionGraph")
+
+    def _norms_of_layers(self, outputs: Sequence[Node]) -> dict[Node, Node]:
+        """Layers with the BatchNorms that they may compute (see `snnfx.passes.fold_batch_norm`).
+
+        None whose own result is wanted.
+        """
+        pairs = {layer_of_norm(node): node for node in self.inside if node.meta.get("in_weights")}
+        return {layer: norm for layer, norm in pairs.items() if layer in self.inside and layer not in outputs}
+
+
+def whole_step(program: StepProgram) -> RegionBuilder:
+    """A builder of the whole program as one region, with all its state."""
+    initial_only = analyse_dependence(program).initial_only
+    nodes = [n for n in program.graph.nodes if (n.op.startswith("call") and n not in initial_only) or "slot" in n.meta]
+    builder = RegionBuilder(program, nodes, [slot.name for slot in program.slots])
+    builder.add_values([*program.outputs, *program.next_states, *program.initial_values])
+    return builder
+
+
+class _Copier:
+    """Copies nodes into a region graph on demand; in a first step, slots turn into their initial values."""
+
+    def __init__(
+        self,
+        graph: fx.Graph,
+        env: dict[Node, Any],
+        modules: dict[str, Node],
+        program: StepProgram,
+        first_slots: dict[str, Node],
+        norms: dict[Node, Node],
+    ) -> None:
+        self.graph, self.env, self.modules, self.program = graph, env, modules, program
+        self.norms, self.normalized = norms, set(norms.values())
+        self.initial_of = dict(zip((s.name for s in program.slots), program.initial_values, strict=True))
+        self.first_slots = {node: slot for slot, node in first_slots.items()}
+        self.open: set[Node] = set()
+        self.reformatted: dict[tuple[Any, ...], Node] = {}
+
+    def argument(self, value: Any) -> Any:
+        return map_arg(value, self.copy)
+
+    def operands(self, node: Node) -> tuple[Any, Any]:
+        """The arguments of a copy of `node`, in the memory format that it takes (see `snnfx.passes.layout`)."""
+        takes_images = "channels_last" in node.meta and is_convolution(self.program, node)
+        image = image_of(node) if takes_images else None
+        is_particular = not takes_any_layout(self.program, node)
+
+        def operand(value: Node) -> Any:
+            if value is image:
+                return self.in_format(value, image_format, weights_of(self.program, node))
+            if is_particular and value.meta.get("channels_last"):
+                return self.in_format(value, row_major)
+            return self.copy(value)
+
+        return map_arg(tuple(node.args), operand), map_arg(node.kwargs, operand)
+
+    def in_format(self, value: Node, convert: Callable[..., Any], *more: int) -> Any:
+        key = (value, convert, *more)
+        if key not in self.reformatted:
+            self.reformatted[key] = self.graph.call_function(convert, (self.copy(value), *more))
+        return self.reformatted[key]
+
+    def copy(self, node: Node) -> Any:
+        pending = [node]  # not by recursion: a graph may be deeper than Python's stack
+        while node not in self.env:
+            current = pending[-1]
+            missing = [n for n in self._read_by(current) if n not in self.env]
+            if current in self.env or not missing:
+                self._copy_one(pending.pop())
+                continue
+            self.open.add(current)
+            for operand in missing:
+                if operand in self.open:
+                    raise CaptureError(
+                        "SNNFX210",
+                        f"the initial value of `{operand.name}` cannot be computed",
+                        where=place_of(operand),
+                        why="it depends on a value that itself needs this state.",
+                        hint="Give register_memory a number or a tensor, or make the initial value depend on the "
+                        "input alone.",
+                    )
+            pending.append(missing[0])
+        return self.env[node]
+
+    def _read_by(self, node: Node) -> list[Node]:
+        if node not in self.first_slots:
+            return node.all_input_nodes
+        found: list[Node] = []
+        map_arg(self.initial_of[self.first_slots[node]], found.append)
+        return found
+
+    def _copy_one(self, node: Node) -> None:
+        if node in self.env:
+            return
+        if node in self.first_slots:
+            self.env[node] = self.argument(self.initial_of[self.first_slots[node]])
+        else:
+            args, kwargs = self.operands(node)
+            if node.op == "call_module":
+                call: Callable[..., Any] = call_norm if node in self.normalized else call_module
+                if node in self.norms:
+                    call, args = call_layer, (self.modules[str(self.norms[node].target)], *args)
+                args = (self.modules[str(node.target)], *args)
+                new = self.graph.create_node("call_function", call, args, dict(kwargs), name=node.name)
+            else:
+                new = self.graph.create_node(node.op, node.target, args, dict(kwargs), name=node.name)
+            new.meta.update({k: v for k, v in node.meta.items() if k in ("where", "module", "val")})
+            self.env[node] = new
+        self.open.discard(node)
+
+
+def has_batch_in_front(initial: Any) -> bool:
+    """Whether the first value of a slot is known to have the batch in dim 0."""
+    return isinstance(initial, Node) and initial.meta.get("batch_dim") == 0
+
+
+def same_for_all_samples(node: Node) -> bool:
+    """Whether a folded node gives a tensor without a batch: made of sizes, such as torch.arange(x.shape[1])."""
+    return node.meta.get("kind") == "fold" and node.meta.get("batch_dim") is None

@@ -1,0 +1,304 @@
+"""Put calls of an emitted graph together to tiles (loop fusion).
+
+`norm -> loop -> pool` becomes one call, which can be run on a slice of the sequence from beginning to end. A tile is
+what hangs together and is cheap to compute again, between the products before it and those after it. No path leaves a
+tile and comes back: nodes are counted in layers, one more wherever a path goes from what is light to what is not or
+back, and a tile has nodes of one layer. A product is a tile by itself.
+"""
+
+from __future__ import annotations
+
+import heapq
+import operator
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from torch import fx
+from torch.fx import Node, map_arg
+
+from snnfx.emit.compiled_graph import compile_graph
+from snnfx.emit.fold_parts import LIGHT, NORM, PRODUCT, Part
+from snnfx.functional import map_forward, multi_step_forward, seq_to_ann_forward
+from snnfx.ir.program import StepProgram, add_placeholder
+from snnfx.recompute.batch_statistics import batch_statistics, normalize, step_statistics
+from snnfx.recompute.tile import Tile, run_tile
+
+__all__ = ["STATISTICS", "group_tiles", "name_of_call"]
+
+STATISTICS = (batch_statistics, step_statistics)
+_OVER_TIME = (seq_to_ann_forward, map_forward, multi_step_forward)
+
+
+def name_of_call(node: Node) -> str | None:
+    """The name of the region, part or tile that a node of an emitted graph runs over time; None for any other node."""
+    if node.op != "call_function":
+        return None
+    if node.target in (*STATISTICS, normalize, run_tile):
+        return str(node.meta["region_name"])
+    return str(node.args[1].target).rpartition(".")[2] if node.target in _OVER_TIME else None  # type: ignore[union-attr]
+
+
+@dataclass
+class _Call:
+    """A call that goes into a tile: its arguments, and the values taken from its result."""
+
+    node: Node
+    part: Part
+    elements: dict[Node, None] = field(default_factory=dict)
+
+    @property
+    def sequences(self) -> tuple[Node, ...]:
+        if self.node.target is not normalize:
+            return tuple(self.node.args[0])  # type: ignore[arg-type]
+        count = 3 if self.is_per_step else 1
+        return tuple(self.node.args[:count])  # type: ignore[arg-type]
+
+    @property
+    def is_per_step(self) -> bool:
+        """Whether it is normalised with the statistics of each step."""
+        return self.node.target is normalize and self.part.region.kind == "map"
+
+    @property
+    def finals(self) -> list[Node]:
+        """The final states of a loop, taken from its result once or more."""
+        return [n for n in self.elements if _is_loop(self.node) and n.args == (self.node, 1)]
+
+    @property
+    def values(self) -> list[Node]:
+        """The sequences that it makes."""
+        if self.node.target is normalize:
+            return [self.node]
+        return [n for n in self.elements if not (_is_loop(self.node) and n.args[0] is self.node)]
+
+
+def _is_loop(node: Node) -> bool:
+    return node.target is multi_step_forward
+
+
+def group_tiles(
+    program: StepProgram, graph: fx.Graph, parts: Sequence[Part], container: str
+) -> tuple[fx.Graph, dict[str, Tile]]:
+    """The graph with its calls in tiles, and these by name.
+
+    Args:
+        program: what the graph was emitted from.
+        graph: of `passes.parts`; it is not changed.
+        parts: what it runs.
+        container: where the net will keep the tiles.
+    """
+    return _Grouping(program, graph, {part.region.name: part for part in parts}, container).result()
+
+
+class _Grouping:
+    def __init__(self, program: StepProgram, graph: fx.Graph, parts: Mapping[str, Part], container: str) -> None:
+        self.program, self.graph, self.parts, self.container = program, graph, parts, container
+        self.position = {node: index for index, node in enumerate(graph.nodes)}
+        self.steps = program.nodes_by_name
+        self.calls: dict[Node, _Call] = {}
+        self.call_of: dict[Node, _Call] = {}
+        for node in graph.nodes:
+            part = parts.get(name_of_call(node) or "")
+            if part is not None and part.role and node.target not in STATISTICS:
+                elements = sorted(_elements(node), key=self.position.__getitem__)
+                self.calls[node] = self.call_of[node] = _Call(node, part, dict.fromkeys(elements))
+                self.call_of.update(dict.fromkeys(self.calls[node].elements, self.calls[node]))
+        self.before = self._order_to_keep()
+        self.layer: dict[Node, int] = {}
+        for node in graph.nodes:
+            self._count(node)
+        self.groups = self._group()
+
+    def _is_light(self, node: Node) -> bool:
+        call = self.call_of.get(node)
+        return call is not None and call.part.role in (LIGHT, NORM)
+
+    def _order_to_keep(self) -> dict[Node, Node]:
+        """What draws numbers or moves statistics of the same layer stays in order: the call before each."""
+        found: dict[Node, Node] = {}
+        last: dict[Any, Node] = {}
+        for node in self.graph.nodes:
+            call = self.calls.get(node)
+            keys: list[Any] = ["dice"] if call is not None and call.part.has_dice else []
+            keys += [node.args[1]] if node.target in STATISTICS else []
+            for key in keys:
+                if key in last:
+                    found[node] = last[key]
+                last[key] = node
+        return found
+
+    def _count(self, node: Node) -> None:
+        light = self._is_light(node)
+        operands = [*node.all_input_nodes, *([self.before[node]] if node in self.before else [])]
+        self.layer[node] = max((self.layer[n] + (self._is_light(n) != light) for n in operands), default=0)
+
+    def _group(self) -> list[list[_Call]]:
+        lead: dict[Node, Node] = {node: node for node in self.calls}
+
+        def find(node: Node) -> Node:
+            while lead[node] is not node:
+                node = lead[node]
+            return node
+
+        for node, call in self.calls.items():
+            if call.part.role == PRODUCT:
+                continue
+            for operand in call.sequences:
+                other = self.call_of.get(operand)
+                if other is not None and self._is_light(other.node) and self.layer[other.node] == self.layer[node]:
+                    lead[find(node)] = find(other.node)
+        groups: dict[Node, list[_Call]] = {}
+        for node, call in self.calls.items():
+            groups.setdefault(find(node), []).append(call)
+        return list(groups.values())
+
+    # -- the new graph ----------------------------------------------------------------------------------------------
+
+    def result(self) -> tuple[fx.Graph, dict[str, Tile]]:
+        """The graph and its tiles."""
+        group_of = {n: group for group in self.groups for call in group for n in (call.node, *call.elements)}
+        new = fx.Graph()
+        env: dict[Node, Node] = {}
+        tiles: dict[str, Tile] = {}
+        for unit in self._in_order(group_of):
+            if isinstance(unit, Node):
+                env[unit] = new.node_copy(unit, env.__getitem__)
+                env[unit].meta = dict(unit.meta)
+            else:
+                name = _name(unit)
+                tiles[name] = self._emit(unit, name, new, env)
+        return new, tiles
+
+    def _in_order(self, group_of: Mapping[Node, list[_Call]]) -> Iterable[Node | list[_Call]]:
+        """Nodes and groups, after what they need, and otherwise as early as they were."""
+        key_of = {n: id(group_of[n]) if n in group_of else id(n) for n in self.graph.nodes}
+        units: dict[int, Node | list[_Call]] = {}
+        needs: dict[int, set[int]] = {}
+        users: dict[int, set[int]] = {}
+        first: dict[int, int] = {}
+        for node in self.graph.nodes:
+            key = key_of[node]
+            units.setdefault(key, group_of.get(node, node))
+            # A group is where its last call was.
+            first[key] = self.position[node] if node not in group_of or node in self.calls else first.get(key, 0)
+            operands = [*node.all_input_nodes, *([self.before[node]] if node in self.before else [])]
+            needs.setdefault(key, set()).update(k for k in map(key_of.__getitem__, operands) if k != key)
+        for key, before in needs.items():
+            for k in before:
+                users.setdefault(k, set()).add(key)
+        missing = {key: len(before) for key, before in needs.items()}
+        ready = [(first[key], key) for key, count in missing.items() if count == 0]
+        heapq.heapify(ready)
+        while ready:
+            _, key = heapq.heappop(ready)
+            yield units[key]
+            for user in users.get(key, ()):
+                missing[user] -= 1
+                if missing[user] == 0:
+                    heapq.heappush(ready, (first[user], user))
+
+    def _emit(self, group: list[_Call], name: str, new: fx.Graph, env: dict[Node, Node]) -> Tile:
+        inside = {n for call in group for n in (call.node, *call.elements)}
+        sequences: dict[Node, bool] = {}
+        states: list[Any] = []
+        constants: dict[Node, None] = {}
+        for call in group:
+            batched = call.sequences[:1] if call.node.target is normalize else call.sequences
+            for n in call.sequences:
+                if n not in inside:
+                    sequences[n] = sequences.get(n, False) or n in batched
+            state = call.node.kwargs.get("state")
+            states += [state] if _is_loop(call.node) else []
+            rest = [n for n in call.node.all_input_nodes if n not in call.sequences and n is not state]
+            constants.update(dict.fromkeys(rest))
+        constants = {n: None for n in constants if n not in sequences}
+        values = [v for call in group for v in call.values if any(user not in inside for user in v.users)]
+        finals = [call.finals for call in group if _is_loop(call.node)]
+        body = fx.Graph()
+        copies = {n: add_placeholder(body, n.name) for n in sequences}
+        before = iter([add_placeholder(body, f"state_{index}") for index in range(len(states))])
+        copies.update({n: add_placeholder(body, n.name) for n in constants})
+        after = []
+        for call in group:
+            given = {"state": next(before)} if _is_loop(call.node) else {}
+            made = _copy(body, call.node, copies, given)
+            for n in call.elements:
+                copies[n] = body.node_copy(n, copies.__getitem__)
+                copies[n].meta = dict(n.meta)
+            after += [body.call_function(operator.getitem, (made, 1))] if given else []
+        body.output((tuple(copies[v] for v in values), tuple(after)))
+        attribute = new.get_attr(f"{self.container}.{name}")
+        arguments: Any = map_arg((tuple(sequences), tuple(states), tuple(constants)), env.__getitem__)
+        made = new.call_function(run_tile, (attribute, *arguments), name=name)
+        made.meta.update(region_name=name, is_product=group[0].part.role == PRODUCT)
+        for index, parts in enumerate(([[v] for v in values], finals)):
+            of_kind = new.call_function(operator.getitem, (made, index)) if any(parts) else made
+            for position, same in enumerate(parts):
+                if not same:
+                    continue
+                element = new.call_function(operator.getitem, (of_kind, position))
+                element.meta = dict(same[0].meta)
+                env.update(dict.fromkeys(same, element))
+        return self._tile(group, name, body, list(sequences.items()), values, list(constants))
+
+    def _tile(
+        self,
+        group: list[_Call],
+        name: str,
+        body: fx.Graph,
+        sequences: list[tuple[Node, bool]],
+        values: list[Node],
+        constants: list[Node],
+    ) -> Tile:
+        members = [call.part for call in group]
+        is_product = members[0].role == PRODUCT
+        borders = [*(n for n, batched in sequences if batched), *values]
+        return Tile(
+            ", ".join(part.region.name for part in members),
+            body,
+            compile_graph(body),
+            [batched for _, batched in sequences],
+            by_steps=all(part.by_steps or part.role == NORM for part in members),
+            by_samples=all(part.by_samples or part.role == NORM for part in members)
+            and all(map(self._has_samples_in_front, borders))
+            and not any(self._is_batched_constant(n) for n in constants),
+            has_dice=is_product and members[0].has_dice,
+        )
+
+    def _has_samples_in_front(self, node: Node) -> bool:
+        """Whether the first dimension of a step of a value is its samples, and what is merged into it behind them."""
+        step = self.steps.get(node.meta.get("step_node", ""), node)
+        return step.meta.get("batch_dim") == 0
+
+    def _is_batched_constant(self, node: Node) -> bool:
+        """Whether what is the same at all steps may be another for each sample."""
+        is_statistic = any(n.target in STATISTICS for n in (node, *node.all_input_nodes))
+        if node.op == "get_attr" or is_statistic:
+            return False
+        step = self.steps.get(node.meta.get("step_node", ""), node)
+        return "batch_dim" not in step.meta or step.meta["batch_dim"] is not None
+
+
+def _copy(body: fx.Graph, node: Node, copies: dict[Node, Node], given: dict[str, Any]) -> Node:
+    """A copy of a call with some of its keyword arguments given."""
+    args, kwargs = map_arg((node.args, {k: v for k, v in node.kwargs.items() if k not in given}), copies.__getitem__)
+    copies[node] = body.create_node(node.op, node.target, args, {**kwargs, **given}, name=node.name)
+    copies[node].meta = dict(node.meta)
+    return copies[node]
+
+
+def _name(group: list[_Call]) -> str:
+    """The name of a tile: that of its first loop, or of its first part."""
+    names = [call.part.region.name for call in group]
+    return next((call.part.region.name for call in group if _is_loop(call.node)), names[0])
+
+
+def _elements(call: Node) -> Iterable[Node]:
+    """What is taken from the tuple that a call returns."""
+    if call.target is normalize:
+        return []
+    found = [user for user in call.users if user.target is operator.getitem]
+    if _is_loop(call):
+        for outputs in [n for n in found if n.args[1] == 0]:
+            found += [user for user in outputs.users if user.target is operator.getitem]
+    return found

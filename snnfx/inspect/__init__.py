@@ -1,0 +1,1 @@
+"""Reports about a model or a net: explain, draw, verify."""

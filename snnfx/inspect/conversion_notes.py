@@ -1,0 +1,231 @@
+"""What a user should know about a converted net besides its regions: sentences for the report of `snnfx.explain`."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+
+import torch
+from torch.fx import Node, map_arg
+from torch.nn.modules.batchnorm import _BatchNorm
+from torch.nn.modules.dropout import _DropoutNd
+
+from snnfx.analysis.dependence import is_random
+from snnfx.inspect.node_counts import NodeKey, is_computing, nodes_by_key
+from snnfx.inspect.source_expressions import expression
+from snnfx.ir.program import Region, StepProgram, describe_node, place_of
+from snnfx.lowering.elementwise.back_end_choice import obstacle
+from snnfx.lowering.mixed.mixed_step import MixedStep
+from snnfx.ops.step_functions import expect_size
+from snnfx.passes.fold_batch_norm import layer_of_norm
+from snnfx.passes.lower import mixing_node
+from snnfx.regions.region_modules import MapRegion
+from snnfx.runtime.net import Net
+
+__all__ = [
+    "batch_norm_semantics",
+    "carried_arguments",
+    "first_step_differs",
+    "fixed_sizes",
+    "folded_batch_norms",
+    "kernels_of_loops",
+    "mode_differences",
+    "random_nodes",
+    "reduced_outputs",
+    "vmap_fallbacks",
+]
+
+_PAST = {"fold": "folded", "map": "mapped", "loop": "looped", "once": "computed once"}
+
+
+def first_step_differs(program: StepProgram) -> str:
+    """How the first step differs from the others."""
+    if program.first_step is None:
+        return ""
+    first, later = nodes_by_key(program.first_step), nodes_by_key(program)
+    text = "The first step does something else than the others and is run on its own (SNNFX212)."
+    only_first, only_later = _missing(first, later), _missing(later, first)
+    if only_first:
+        text += f" Only in the first: {_and(only_first)}."
+    if only_later:
+        text += f" Only in the others: {_and(only_later)}."
+    return text
+
+
+def carried_arguments(program: StepProgram) -> Iterator[str]:
+    """Arguments that are outputs of the step before."""
+    how = "inferred from the signature" if program.inferred_carry else "carry="
+    for argument in program.carried:
+        path = "".join(f"[{key!r}]" for key in argument.path)
+        start = " It has to be given before the first step." if argument.required else ""
+        yield f"The argument {argument.name} is output{path} of the step before ({how}).{start}"
+
+
+def fixed_sizes(program: StepProgram) -> Iterator[str]:
+    """Sizes that the model's Python code used as numbers, so that the net holds for them alone."""
+    seen: set[str] = set()
+    for node in program.graph.nodes:
+        if node.target is expect_size:
+            size, expected, place = node.args
+            note = (
+                f"`{expression(program, size)}` has to be {expected} in every call: the model's Python code used it as "
+                f"a number while it was captured{f' ({place})' if place else ''}."
+            )
+            if note not in seen:
+                seen.add(note)
+                yield note
+
+
+def batch_norm_semantics(net: Net) -> Iterator[str]:
+    """Which statistics the BatchNorm layers use in training, by how the training program treats them."""
+    program = net._programs[True]
+    names: dict[str, list[str]] = {}
+    for region in program.regions:
+        for node in region.nodes:
+            if node.op == "call_module" and isinstance(program.resolve(str(node.target)), _BatchNorm):
+                names.setdefault(region.kind, []).append(str(node.target))
+    if "fold" in names:
+        yield (
+            f'BatchNorm of {_and(names["fold"])}: in training, statistics over all T*N samples (batch_norm="fold"), as '
+            'multi-step SNNs are trained; batch_norm="per_step" does exactly what the stepped model does. In '
+            "evaluation mode there is no difference."
+        )
+    stepped = [*names.get("map", []), *names.get("loop", [])]
+    if stepped:
+        yield f"BatchNorm of {_and(stepped)}: in training, statistics of each time step, as in the stepped model."
+    if "once" in names:
+        yield f"BatchNorm of {_and(names['once'])}: computed once, with the statistics of the N samples."
+
+
+def folded_batch_norms(net: Net) -> Iterator[str]:
+    """BatchNorms that the layer before them computes, and when."""
+    marked = [node for node in net.programs[False].graph.nodes if node.meta.get("in_weights")]
+    pairs = [f"{describe_node(norm)} into {describe_node(layer_of_norm(norm))}" for norm in marked]
+    if pairs:
+        yield (
+            f"BatchNorm folded into weights: {_and(pairs)}; in evaluation without gradients, on a CPU, where the layer "
+            "has fewer weights than outputs."
+        )
+
+
+def reduced_outputs(net: Net) -> Iterator[str]:
+    """That outputs are reduced over time, and what runs on the reduced value."""
+    reduce = net.options.reduce
+    if reduce is None:
+        return
+    value = "value at the last step" if reduce == "last" else f"{reduce} over time"
+    sunk = [describe_node(node) for node in net.program.graph.nodes if node.meta.get("sunk") and is_computing(node)]
+    runs = f"; {_and(sunk)} run{'s' if len(sunk) == 1 else ''} once, on that" if sunk else ""
+    yield f'The net returns the {value} of each output (reduce="{reduce}"){runs}.'
+
+
+def random_nodes(program: StepProgram) -> Iterator[str]:
+    """What draws random numbers, and that it does so at each time step."""
+    nodes = [node for region in program.regions for node in region.nodes if is_random(program, node)]
+    dropouts = [describe_node(node) for node in nodes if isinstance(program.module_of(node), _DropoutNd)]
+    others = [f"{describe_node(node)}{_at(node)}" for node in nodes if describe_node(node) not in dropouts]
+    if dropouts:
+        yield f"Dropout of {_and(dropouts)}: a fresh mask at each time step in training, as in the stepped model."
+    if others:
+        yield f"New random numbers at each time step: {_and(others)}."
+
+
+def mode_differences(net: Net) -> Iterator[str]:
+    """What the programs of training and evaluation mode do with the same node, and the nodes that one of them lacks."""
+    training, evaluation = net._programs[True], net._programs[False]
+    if training is evaluation:
+        return
+    in_training, in_evaluation = nodes_by_key(training), nodes_by_key(evaluation)
+    absorbed = {n for region in evaluation.regions for n in region.nodes if n.name in region.absorbed}
+    changed: dict[tuple[str, str], list[str]] = {}
+    for key, node in in_training.items():
+        other = in_evaluation.get(key)
+        # What a kernel took in counts as folded here; `kernels_of_loops` tells of it.
+        there = "fold" if other in absorbed else other.meta.get("kind") if other is not None else None
+        kinds = (node.meta.get("kind"), there)
+        if None not in kinds and kinds[0] != kinds[1]:
+            changed.setdefault(kinds, []).append(describe_node(node))  # type: ignore[arg-type]
+    for (kind, other_kind), names in changed.items():
+        yield f"{_and(names)}: {_PAST[kind]} in training, {_PAST[other_kind]} in evaluation mode."
+    for mode, here, there in (("training", in_training, in_evaluation), ("evaluation", in_evaluation, in_training)):
+        missing = _missing(here, there)
+        if missing:
+            yield f"Only in {mode} mode: {_and(missing)}."
+    other_arguments = [
+        f"{describe_node(node)}{_at(node)}"
+        for key, node in in_training.items()
+        if key in in_evaluation and _constants(node) != _constants(in_evaluation[key])
+    ]
+    if other_arguments:
+        yield f"Called with other arguments in training than in evaluation mode: {_and(other_arguments)}."
+
+
+def _missing(here: dict[NodeKey, Node], there: dict[NodeKey, Node]) -> list[str]:
+    return [f"{describe_node(node)}{_at(node)}" for key, node in here.items() if key not in there]
+
+
+def _constants(node: Node) -> str:
+    """The arguments of a node, apart from those that other nodes compute."""
+    return str(map_arg((node.args, node.kwargs), lambda n: None))
+
+
+def vmap_fallbacks(net: Net) -> Iterator[str]:
+    """What torch.vmap refused when the net was run."""
+    nets = [net, *net._nets_for_shapes.values()]
+    for region in (region for n in nets for region in n.snnfx_regions.modules()):  # type: ignore[union-attr]
+        if isinstance(region, MapRegion) and region.refused_by_vmap:
+            reason = region.refused_by_vmap.rstrip(".")
+            yield f"torch.vmap refused {region.label}: {reason}. Its steps are run one by one (SNNFX504)."
+
+
+def kernels_of_loops(net: Net) -> Iterator[str]:
+    """For the loops of the net, whether they are one kernel each; after they were run, what the kernels save."""
+    alike: dict[tuple[str, str], list[str]] = {}
+    for region in net.regions:
+        if region.kind == "loop" and region.not_lowered is not None:
+            alike.setdefault(_how_it_runs(net, region), []).append(region.name)
+    for (how, details), names in alike.items():
+        each = " for each" if len(names) > 1 and "training keeps" in details else ""
+        yield f"{how}: {_and(names, len(names))}{details}{each}."
+    for mode in dict.fromkeys((net.training, False)):
+        program = net.programs[mode]
+        taken = [f"{_and(_absorbed(program, r))} in {r.name}" for r in program.regions if r.absorbed]
+        if taken:
+            when = "" if mode == net.training else "In evaluation: "
+            yield f"{when}Computed by the kernel of the neurons next to it: {'; '.join(taken)}."
+
+
+def _how_it_runs(net: Net, region: Region) -> tuple[str, str]:
+    """How a loop is run, and why or with what."""
+    kernels = getattr(net.region_modules().get(region.name), "kernels", None)
+    in_use = kernels.in_use if kernels is not None else None
+    refusal = region.not_lowered or (kernels.refusal if kernels is not None else "")
+    if not refusal and in_use is None:
+        refusal = obstacle(next((p.device for p in net.parameters()), torch.device("cpu")))
+    if refusal:
+        return "Stepped by PyTorch", f", because {refusal}"
+    if in_use is None:
+        mixing = mixing_node(net.program, region)
+        if mixing is None:
+            return "One kernel for all time steps", ", made at the first call"
+        why = f"`{describe_node(mixing)}` is not elementwise; recorded at the first call"
+        return "Stepped without autograd, elementwise work in kernels", f", because {why}"
+    if isinstance(in_use, MixedStep):
+        called = " and ".join(f"`{name}`" for name in in_use.heavy)
+        why = f"PyTorch computes {called} in each step" if called else in_use.reason
+        return "Stepped without autograd, elementwise work in kernels", f", because {why}{in_use.saves}"
+    return "One kernel for all time steps", in_use.saves
+
+
+def _absorbed(program: StepProgram, region: Region) -> list[str]:
+    return [describe_node(node) for node in region.nodes if node.name in region.absorbed]
+
+
+def _and(names: Iterable[str], most: int = 6) -> str:
+    different = list(dict.fromkeys(names))
+    if len(different) > most:
+        different = [*different[:most], f"{len(different) - most} more"]
+    return different[0] if len(different) == 1 else f"{', '.join(different[:-1])} and {different[-1]}"
+
+
+def _at(node: Node) -> str:
+    return f" ({place_of(node)})" if place_of(node) else ""

@@ -1,0 +1,44 @@
+"""Which nodes of a step graph count as computing something, and which are the same in two graphs of one model."""
+
+from __future__ import annotations
+
+from collections import Counter
+from typing import Any
+
+from torch.fx import Node
+
+from snnfx.analysis.dependence import is_size
+from snnfx.ir.program import Region, StepProgram, describe_node, takes_from_tuple
+from snnfx.ops.step_functions import expect_size
+
+__all__ = ["NodeKey", "computing_nodes", "is_computing", "nodes_by_key"]
+
+NodeKey = tuple[str, Any, int]
+"""What a node is, where the user wrote it, and how many of the kind came before it."""
+
+
+def is_computing(node: Node) -> bool:
+    """Whether a node computes something, and is not merely an element of a tuple, a size or a check."""
+    if not node.op.startswith("call") or takes_from_tuple(node):
+        return False
+    return not is_size(node) and node.target is not expect_size
+
+
+def computing_nodes(region: Region) -> list[Node]:
+    """The computing nodes of a region, in program order."""
+    return [node for node in region.nodes if is_computing(node)]
+
+
+def nodes_by_key(program: StepProgram) -> dict[NodeKey, Node]:
+    """The computing nodes of one step by keys that programs captured from the same model have in common.
+
+    What only serves to compute initial values is left out, once the program is partitioned.
+    """
+    keys: dict[NodeKey, Node] = {}
+    count: Counter[tuple[str, Any]] = Counter()
+    for node in program.graph.nodes:
+        if is_computing(node) and (not program.regions or "kind" in node.meta):
+            what = (describe_node(node), node.meta.get("where"))
+            keys[(*what, count[what])] = node
+            count[what] += 1
+    return keys

@@ -1,0 +1,1 @@
+"""Pictures of step graphs and converted nets."""

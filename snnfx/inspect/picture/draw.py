@@ -1,0 +1,242 @@
+"""`snnfx.draw`: pictures of a model's step graph and of the regions of a converted net.
+
+A picture is made from a step program alone: `snnfx.inspect.picture.painter` turns its nodes into boxes and arrows,
+this file says what goes into which frame, and `snnfx.inspect.picture.dot` writes it all down.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Mapping
+from dataclasses import replace
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.fx import Node
+
+from snnfx.capture.capture import capture
+from snnfx.errors import CaptureError
+from snnfx.inspect.picture.dot import STYLES, Box, Cluster, Member, Picture, write_dot
+from snnfx.inspect.picture.drawing import Drawing, check_file
+from snnfx.inspect.picture.painter import Painter
+from snnfx.ir.pass_manager import Pass, PassManager
+from snnfx.ir.program import StepProgram, is_module_call
+from snnfx.passes.dce import RemoveDeadCode
+from snnfx.passes.normalize import Normalize
+from snnfx.passes.partition import Partition
+from snnfx.runtime.net import Net
+
+__all__ = ["draw"]
+
+
+def draw(
+    model: nn.Module, file: str | os.PathLike[str] | None = None, *, example_inputs: Any = None, entry: str = "forward"
+) -> Drawing:
+    """Draw the step graph of a model, or the regions of a converted net. The model or net is not changed.
+
+    Args:
+        model: a single-step model, drawn as one time step by containers; or what `snnfx.convert` returned, drawn by
+            regions: what is computed once, folded, mapped and looped.
+        file: where to write the picture: .svg, .png, .pdf, or .dot for the text, which needs no graphviz.
+        example_inputs: what ONE call of the model takes (a tensor, a tuple or a dict): then shapes are drawn. A net
+            that was converted with example inputs has shapes already.
+        entry: the method of a model that is one step.
+
+    Returns:
+        The picture: shows in notebooks; `str()` or `.source` is the DOT text, `.save(file)` writes it.
+
+    Raises:
+        ToolError: `file` has another suffix (SNNFX603), or graphviz is missing (SNNFX601); before any work.
+        CaptureError: the model cannot be captured (codes 2xx).
+
+    Example:
+        >>> import torch, snnfx
+        >>> model = torch.nn.Sequential(torch.nn.Linear(3, 2), snnfx.neuron.LIFNode())
+        >>> net = snnfx.convert(model, example_inputs=torch.rand(4, 3))
+        >>> "[T, N, 2] float32" in str(snnfx.draw(net))
+        True
+    """
+    path = None if file is None else check_file(file)
+    if isinstance(model, Net):
+        picture = _picture_of_net(model, example_inputs)
+    else:
+        picture = _picture_of_model(model, example_inputs, entry)
+    drawing = Drawing(write_dot(picture))
+    if path is not None:
+        drawing.save(path)
+    return drawing
+
+
+# -- what is drawn ------------------------------------------------------------------------------------------------
+
+
+def _picture_of_model(model: nn.Module, example_inputs: Any, entry: str) -> Picture:
+    program = _captured(model, example_inputs, entry, model.training)
+    batch_known = True
+    try:
+        # Where the batch dimension is, is found out on the way to the regions.
+        PassManager([Partition()]).run(program)
+    except CaptureError:
+        batch_known = False
+    return _picture_of_step(program, model.training, batch_known)
+
+
+def _picture_of_step(program: StepProgram, training: bool, batch_known: bool = True) -> Picture:
+    painter = Painter(program, _recorded_values(program), _module_places(program))
+    painter.batch_known = batch_known
+    members = _module_clusters(painter)
+    stateful = any(box.style == "stateful" for box in painter.boxes)
+    legend = [*(["stateful"] if stateful else []), *(["carried"] if program.slots else [])]
+    return Picture(
+        type(program.source).__name__,
+        f"one time step, {_mode(training)}",
+        [*painter.inputs({}), *members, *painter.outputs()],
+        painter.edges(),
+        legend,
+    )
+
+
+def _picture_of_net(net: Net, example_inputs: Any) -> Picture:
+    program = net.program
+    if net.options.step_mode == "s":
+        return _picture_of_step(program, net.training)
+    values = _recorded_values(program)
+    if example_inputs is not None:
+        values = _values_for(program, example_inputs, net.options.entry) or values
+    places = {node: region.name for region in program.regions for node in region.nodes}
+    painter = Painter(program, values, places, {region.name: region.kind for region in program.regions})
+    members: list[Member] = []
+    for region in program.regions:
+        refusals = [(node, refusal) for node, refusal in region.refusals() if node in painter.depth]
+        codes = {refusal.code for _, refusal in refusals}
+        shared = codes.pop() if len(codes) == 1 else ""
+        reasons = dict.fromkeys(f"{refusal.code} {refusal.reason}" for _, refusal in refusals)
+        cluster = Cluster(region.name, region.kind, region.name, note=shared)
+        cluster.tooltip = "\n".join([f"{region.name}: {STYLES[region.kind].meaning}", *reasons])
+        cluster.members = painter.members(region.name, show_codes=not shared)
+        members.append(cluster)
+    members += painter.members("")
+    members = _chunk_frame(net, values, members)
+    kinds = {region.kind for region in program.regions}
+    regions = f"{len(program.regions)} region{'s' * (len(program.regions) != 1)}"
+    subtitle = f"T time steps in {regions}, {_mode(net.training)}"
+    if program.first_step is not None:
+        subtitle += ", the first step is run by a graph of its own"
+    dims = dict(zip(program.input_nodes(), net._arguments.tensor_dims, strict=True))
+    output_dim = net.options.time_dim if isinstance(net.options.time_dim, int) else 0
+    painter.reduce = net.options.reduce
+    return Picture(
+        type(net.source).__name__,
+        subtitle,
+        [*painter.inputs(dims), *members, *painter.outputs(None if painter.reduce else output_dim)],
+        painter.edges(),
+        [kind for kind in ("once", "fold", "map", "loop") if kind in kinds] + ["carried"] * bool(program.slots),
+    )
+
+
+def _mode(training: bool) -> str:
+    return "training mode" if training else "evaluation mode"
+
+
+def _captured(model: nn.Module, example_inputs: Any, entry: str, training: bool) -> StepProgram:
+    program = capture(model, example_inputs, entry, training)
+    passes: list[Pass] = [Normalize(), RemoveDeadCode()]
+    PassManager(passes).run(program)
+    return program
+
+
+def _recorded_values(program: StepProgram) -> dict[str, Any]:
+    return {node.name: node.meta["val"] for node in program.graph.nodes if "val" in node.meta}
+
+
+def _values_for(program: StepProgram, example_inputs: Any, entry: str) -> dict[str, Any]:
+    """The values of one step for other examples; {} when the model does something else for these."""
+    other = _captured(program.source, example_inputs, entry, program.training)
+
+    def form(program: StepProgram) -> list[tuple[str, str, str]]:
+        return [(node.name, node.op, str(node.target)) for node in program.graph.nodes]
+
+    return _recorded_values(other) if form(other) == form(program) else {}
+
+
+def _chunk_frame(net: Net, values: Mapping[str, Any], members: list[Member]) -> list[Member]:
+    """What is inside the inputs and outputs, in a frame that says how many time steps are run at once."""
+    chunk = net.options.chunk
+    if chunk is None:
+        return members
+    reason = "as many time steps as fit a memory budget"
+    frame = Cluster("chunk", "chunk", "chunk: auto", members, "in inference", reason)
+    if isinstance(chunk, int):
+        frame.title, frame.tooltip = _chunk_title(chunk), "as asked for"
+        return [frame]
+    program = net.program
+    recorded = [values.get(node.name) for node in program.input_nodes()]
+    # Planning runs the modules on tensors without values, which are not for a user's hooks to see.
+    hooked = any(module._forward_hooks or module._forward_pre_hooks for module in net.source.modules())
+    if net.training or hooked or not all(isinstance(value, Tensor) for value in recorded):
+        return [frame]
+    held = next((t for t in (*net.source.parameters(), *net.source.buffers())), torch.empty(0))
+    steps = [torch.empty(1, dtype=v.dtype, device=held.device).expand(v.shape) for v in recorded]  # type: ignore[union-attr]
+    varying = net._arguments.varying
+    plan = net.chunk_plan(*(x.unsqueeze(0) if v else x for x, v in zip(steps, varying, strict=True)))
+    if plan.length is not None:
+        batch = next((f", N = {s.shape[0]}" for s in steps if s.dim()), "")
+        frame.title, frame.note, frame.tooltip = _chunk_title(plan.length), f"in inference{batch}", plan.reason
+    return [frame]
+
+
+def _chunk_title(length: int) -> str:
+    return f"chunk: {length} step{'s' * (length != 1)} at once"
+
+
+# -- containers ---------------------------------------------------------------------------------------------------
+
+
+def _module_places(program: StepProgram) -> dict[Node, str]:
+    """The container that each node is in, by qualified name."""
+    places = {}
+    for node in program.graph.nodes:
+        module = str(node.target) if node.op == "call_module" else str(node.meta.get("module") or "")
+        calls = node.op == "call_module" or is_module_call(node)
+        places[node] = module.rpartition(".")[0] if calls else module
+    return places
+
+
+def _module_clusters(painter: Painter) -> list[Member]:
+    """The boxes of a model in frames that are nested as its modules are."""
+    places = dict.fromkeys(painter.place.values())
+    children: dict[str, list[str]] = {}
+    for place in places:
+        while place:
+            parent = place.rpartition(".")[0]
+            siblings = children.setdefault(parent, [])
+            if place not in siblings:
+                siblings.append(place)
+            place = parent
+    resolve: Callable[[str], Any] = painter.program.resolve
+
+    def inside(place: str, depth: int) -> list[Member]:
+        members = painter.members(place)
+        for child in children.get(place, []):
+            below = inside(child, depth + 1)
+            if len(below) > 1:
+                style = "inner container" if depth % 2 else "container"
+                for box in (box for member in below for box in _boxes_of(member)):
+                    box.rows = [replace(row, name=row.name.removeprefix(f"{child}.")) for row in box.rows]
+                cluster = Cluster(f"c{len(numbers)}", style, child, below, note=type(resolve(child)).__name__)
+                numbers.append(child)
+                members.append(cluster)
+            else:
+                members += below
+        return members
+
+    numbers: list[str] = []
+    return inside("", 0)
+
+
+def _boxes_of(member: Member) -> list[Box]:
+    """The boxes at the level of a member itself, not in a frame."""
+    if isinstance(member, Cluster):
+        return [box for box in member.members if isinstance(box, Box)] if member.style == "row" else []
+    return [member] if isinstance(member, Box) else []

@@ -1,0 +1,329 @@
+"""The nodes of a step program as the parts of a picture: boxes, pills and the arrows between them.
+
+Chains of operations become the rows of one box, state slots small nodes with a dashed arrow to the next time step; what
+only computes sizes or initial values is left out.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+from torch import Tensor
+from torch.fx import Node
+from torch.utils import _pytree as pytree
+
+from snnfx.analysis.dependence import analyse_dependence, is_size
+from snnfx.inspect.picture.dot import Box, Cluster, Edge, Member, Pill, Row
+from snnfx.inspect.picture.layer_summary import summarize_node
+from snnfx.ir.program import StepProgram, describe_node, is_module_call, is_structural, place_of
+from snnfx.ops.step_functions import expect_size
+from snnfx.state.registry import initial_value
+
+__all__ = ["Painter"]
+
+_CARRIED = "t→t+1"
+
+
+class Painter:
+    """Turns the nodes of a program into boxes, pills and edges.
+
+    Args:
+        program: the program.
+        values: the value of one step, by node name, as far as it is known.
+        places: the container or region that each drawn node is in.
+
+        kinds: the kind of each region, when places are regions.
+
+    Attributes:
+        reduce: the reduction over time of the outputs, as in `snnfx.convert`.
+        batch_known: whether the program says where the batch dimension of each value is.
+    """
+
+    def __init__(
+        self,
+        program: StepProgram,
+        values: Mapping[str, Any],
+        places: Mapping[Node, str],
+        kinds: Mapping[str, str] | None = None,
+    ) -> None:
+        self.program, self.values, self.kinds = program, values, dict(kinds or {})
+        self.reduce: str | None = None
+        self.batch_known = True
+        dependence = analyse_dependence(program)
+        self.sequential = dependence.sequential
+        self.drawn = [n for n in program.graph.nodes if _is_drawn(n) and n not in dependence.initial_only]
+        self.place = {node: places.get(node, "") for node in self.drawn}
+        self.slots = dict(zip(program.slot_nodes(), program.next_states, strict=True))
+        self.batch = self._batch_size()
+        known = set(self.drawn)
+        self.readers: dict[Node, list[Node]] = {}
+        for node in self.drawn:
+            for operand in self._operands(node):
+                self.readers.setdefault(operand, []).append(node)
+        self.depth: dict[Node, int] = {}
+        for node in self.drawn:
+            self.depth[node] = 1 + max((self.depth.get(o, 0) for o in self._operands(node)), default=0)
+        for slot in self.slots:
+            # A slot that only delays a value is in no region.
+            near = [] if self.kinds else [*self.readers.get(slot, []), self._source(self.slots[slot])]
+            self.place[slot] = next((self.place[n] for n in near if n in known), places.get(slot, ""))
+        self.constants: dict[tuple[Any, str], str] = {}
+        for node in self.drawn:
+            for operand in self._operands(node):
+                if operand.op == "get_attr":
+                    self.constants.setdefault((operand, self.place[node]), f"p{len(self.constants)}")
+        for slot, following in self.slots.items():
+            if not self._is_computed(following):
+                self.constants.setdefault((following, self.place[slot]), f"p{len(self.constants)}")
+        for value in self.program.outputs:
+            if isinstance(value, Node) and not self._is_computed(value):
+                self.constants.setdefault((value, ""), f"p{len(self.constants)}")
+        self.id: dict[Node, str] = {}
+        self.row: dict[Node, str] = {}
+        self.boxes = self._stack()
+
+    # -- the graph as it is drawn
+
+    def _source(self, value: Any) -> Node | None:
+        """The drawn node, slot, input or parameter that a value comes from; None for sizes and constants."""
+        while isinstance(value, Node) and is_structural(value):
+            value = value.args[0]
+        if not isinstance(value, Node) or is_size(value) or value.target is expect_size:
+            return None
+        if value.op == "get_attr" and not isinstance(self.program.resolve(str(value.target)), Tensor):
+            return None
+        return value
+
+    def _operands(self, node: Node) -> list[Node]:
+        sources = (self._source(operand) for operand in node.all_input_nodes)
+        return list(dict.fromkeys(s for s in sources if s is not None))
+
+    def _is_computed(self, value: Any) -> bool:
+        """Whether a value comes from a drawn node, a slot or an input, and not from a parameter or a constant."""
+        source = self._source(value)
+        return source is not None and source.op != "get_attr"
+
+    def _batch_size(self) -> int | None:
+        """N of the examples."""
+        for node in self.program.input_nodes():
+            value = self.values.get(node.name)
+            if isinstance(value, Tensor) and value.dim() > 0:
+                return value.shape[0]
+        return None
+
+    def _stack(self) -> list[Box]:
+        """Chains of nodes that nothing leaves or enters become one box each."""
+        self.ends = {self._source(value) for value in self.program.outputs}
+        ends = self.ends | {self._source(value) for value in self.program.next_states}
+        chains: dict[Node, list[Node]] = {}
+        for node in self.drawn:
+            operands = [o for o in self._operands(node) if o.op != "get_attr"]
+            above = operands[0] if len(operands) == 1 else None
+            joins = (
+                above in chains
+                and above not in ends
+                and self.readers[above] == [node]
+                and self.place[above] == self.place[node]
+                and not is_module_call(above)
+                and not is_module_call(node)
+            )
+            chain = chains[above] if joins and above is not None else []
+            chain.append(node)
+            chains[node] = chain
+        self.chains = list({id(chain): chain for chain in chains.values()}.values())
+        boxes = []
+        for index, chain in enumerate(self.chains):
+            for row, node in enumerate(chain):
+                self.id[node] = f"b{index}"
+                self.row[node] = f"b{index}:r{row}" if row else f"b{index}"
+            boxes.append(Box(f"b{index}", []))
+            if is_module_call(chain[0]):
+                boxes[-1].style = "stateful"
+        for index, slot in enumerate(self.slots):
+            self.id[slot] = f"s{index}"
+        for index, node in enumerate(self.program.input_nodes()):
+            self.id[node] = f"x{index}"
+        return boxes
+
+    # -- nodes
+
+    def members(self, place: str, show_codes: bool = False) -> list[Member]:
+        """What is drawn at one place: parameters, slots, boxes."""
+        found: list[Member] = []
+        for (value, where), identifier in self.constants.items():
+            if where == place:
+                known = isinstance(value, Node)
+                name = str(value.target) if known else repr(value)
+                shape = self.shape(value) if known else ""
+                found.append(
+                    Pill(identifier, "parameter", name, shape, f"{'parameter' if known else 'constant'} {name}")
+                )
+        beside: dict[Node, list[Member]] = {}
+        for slot, following in self.slots.items():
+            if self.place[slot] == place:
+                # A slot that one operation reads and writes stands next to it.
+                readers, writer = self.readers.get(slot, []), self._source(following)
+                single = len(readers) == 1 and readers[0] is writer
+                (beside.setdefault(readers[0], []) if single else found).append(self._slot(slot))
+        for chain, box in zip(self.chains, self.boxes, strict=True):
+            if self.place[chain[0]] != place:
+                continue
+            box.rows = self._rows(chain, show_codes)
+            if place in self.kinds:
+                box.style = "layer"
+            if chain[0] in beside:
+                found.append(Cluster(f"row_{box.id}", "row", "", [*beside[chain[0]], box]))
+            else:
+                found.append(box)
+        return found
+
+    def _rows(self, chain: list[Node], show_codes: bool) -> list[Row]:
+        rows = []
+        before = next((self._sizes(o) for o in chain[0].all_input_nodes if o.op != "get_attr"), (None, ""))
+        usual = next((self._sizes(node)[1] for node in self.program.input_nodes()), "")
+        for node in chain:
+            title, detail = summarize_node(self.program, node)
+            name = describe_node(node) if node.op == "call_module" or is_module_call(node) else ""
+            refusal = node.meta.get("refusal") if self.kinds else None
+            lines = [line for line in (f"{describe_node(node)}: {title} {detail}".rstrip(), place_of(node)) if line]
+            if refusal is not None:
+                lines.append(f"{refusal.code} {refusal.reason}. {refusal.hint}".rstrip())
+            code = refusal.code if refusal is not None and show_codes else ""
+            sizes = self._sizes(node)
+            shape = "" if sizes == before or self._shape_is_outside(node) else self.shape(node)
+            shape = shape.removesuffix(f" {usual}")
+            rows.append(Row(title, detail, name, shape, code, "\n".join(lines)))
+            before = sizes
+        return rows
+
+    def _shape_is_outside(self, node: Node) -> bool:
+        """Whether the shape of a value stands at an edge or at an output."""
+        outside = any(self.place[reader] != self.place[node] for reader in self.readers.get(node, []))
+        return (outside and bool(self.kinds)) or node in self.ends
+
+    def _slot(self, slot: Node) -> Pill:
+        name = str(slot.meta["slot"])
+        initial = self.program.initial_values[list(self.slots).index(slot)]
+        if not isinstance(initial, Node):
+            start = repr(initial)
+        elif initial.target is initial_value:
+            start = "its reset value"
+        else:
+            start = f"{describe_node(initial)}, computed on the first step"
+        tooltip = f"state {name} {self.shape(slot)}".rstrip() + f"\nstarts at {start}"
+        return Pill(self.id[slot], "slot", name.rpartition(".")[2], tooltip=tooltip)
+
+    def inputs(self, time_dims: Mapping[Node, int | None]) -> list[Pill]:
+        """The inputs; `time_dims` says where T is in each, and nothing for one step."""
+        pills = []
+        for node in self.program.input_nodes():
+            shape = self._shape_outside(node, time_dims.get(node))
+            if node in time_dims and time_dims[node] is None:
+                shape += " at every step"
+            name = next(leaf.name for leaf in self.program.input_leaves if leaf.placeholder == node.name)
+            pills.append(Pill(self.id[node], "input", name, shape.strip(), f"input {name}"))
+        return pills
+
+    def outputs(self, time_dim: int | None = None) -> list[Pill]:
+        """One node for each output, named by its place in what a step returns; T is at `time_dim`, if anywhere."""
+        pills = []
+        for index, (name, value) in enumerate(zip(self._output_names(), self.program.outputs, strict=True)):
+            shape = self._shape_outside(value, time_dim) if isinstance(value, Node) else repr(value)
+            if self.reduce is not None:
+                shape = f"{shape} {self.reduce} over T".strip()
+            pills.append(Pill(f"y{index}", "output", name, shape, f"output {name}"))
+        return pills
+
+    def _output_names(self) -> list[str]:
+        numbered = pytree.tree_unflatten(list(self.program.outputs), self.program.output_spec)
+        paths, _ = pytree.tree_flatten_with_path(numbered)
+        return ["y" + pytree.keystr(path) for path, _ in paths]
+
+    # -- shapes
+
+    def shape(self, node: Any, context: str | None = None) -> str:
+        """Shape and dtype of a value, with N and T as symbols, as it is at its place ("time": between places)."""
+        sizes, dtype = self._sizes(node)
+        if sizes is None:
+            return ""
+        context = context or self.kinds.get(self.place.get(node, ""), "step")
+        if node.meta.get("varying", True):
+            if context == "fold":
+                sizes = [size.replace("N", "T·N") for size in sizes]
+            elif context == "time":
+                sizes = ["T", *sizes]
+        return f"[{', '.join(sizes)}] {dtype}"
+
+    def _shape_outside(self, node: Node, time_dim: int | None) -> str:
+        """Shape and dtype as the caller of the net sees them."""
+        sizes, dtype = self._sizes(node)
+        if sizes is None:
+            return ""
+        if time_dim is not None:
+            sizes.insert(time_dim if time_dim >= 0 else len(sizes) + 1 + time_dim, "T")
+        return f"[{', '.join(sizes)}] {dtype}"
+
+    def _sizes(self, node: Node) -> tuple[list[str] | None, str]:
+        if is_module_call(node):
+            # (output, next states): the output is what is meant.
+            node = next((user for user in node.users if is_structural(user) and user.args[1] == 0), node)
+        value = self.values.get(node.name)
+        if value is None and node.op == "get_attr":
+            value = self.program.resolve(str(node.target))
+        if not isinstance(value, Tensor):
+            return None, ""
+        sizes = [str(size) for size in value.shape]
+        dim = node.meta.get("batch_dim") if self.batch_known else None
+        if isinstance(dim, int) and self.batch and dim < len(sizes) and value.shape[dim] % self.batch == 0:
+            times = value.shape[dim] // self.batch
+            sizes[dim] = "N" if times == 1 else f"{times}·N"
+        return sizes, str(value.dtype).removeprefix("torch.")
+
+    # -- edges
+
+    def edges(self) -> list[Edge]:
+        """Data, then what is handed to the next step."""
+        found: dict[tuple[str, str], Edge] = {}
+        for node in self.drawn:
+            for operand in node.all_input_nodes:
+                self._add_edge(found, operand, node)
+        for index, value in enumerate(self.program.outputs):
+            tail = self._tail(value, "")
+            if tail:
+                found[tail, f"y{index}"] = Edge(tail, f"y{index}", main=True)
+        return [*found.values(), *self._carried_edges()]
+
+    def _add_edge(self, found: dict[tuple[str, str], Edge], operand: Node, node: Node) -> None:
+        source = self._source(operand)
+        if source is None:
+            return
+        if self.id.get(source) == self.id[node]:
+            return
+        tail = self.constants[source, self.place[node]] if source.op == "get_attr" else self.id[source]
+        head = self.row[node]
+        crosses = source in self.place and self.place[source] != self.place[node]
+        label = self.shape(operand, "time") if crosses and self.kinds else ""
+        if node.meta.get("sunk") and not source.meta.get("sunk") and source.meta.get("varying") and self.kinds:
+            # The reduction of the outputs is done here: what follows runs once.
+            how = "last" if self.reduce == "last" else "mean"
+            label = f"{self.shape(operand, 'step')} {how} over T".strip()
+        longest = max(self._operands(node), key=lambda o: self.depth.get(o, -1))
+        found.setdefault((tail, head), Edge(tail, head, label, main=source is longest))
+
+    def _carried_edges(self) -> Iterable[Edge]:
+        for slot, following in self.slots.items():
+            tail = self._tail(following, self.place[slot])
+            yield Edge(tail, self.id[slot], _CARRIED, carried=True, upwards=slot in self.sequential)
+
+    def _tail(self, value: Any, place: str) -> str:
+        """Where an arrow from a value starts, at a place if it is a constant; "" if it is not drawn."""
+        source = self._source(value)
+        if source is not None and source.op != "get_attr":
+            return self.id[source]
+        return self.constants.get((value, place), "")
+
+
+def _is_drawn(node: Node) -> bool:
+    computes = node.op.startswith("call") and node.target is not expect_size
+    return computes and not is_structural(node) and not is_size(node)

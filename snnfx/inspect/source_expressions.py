@@ -1,0 +1,89 @@
+"""Nodes of a step graph as the expressions that a user may have written."""
+
+from __future__ import annotations
+
+import operator
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.fx import Node
+
+from snnfx.ir.program import StepProgram, describe_node, is_module_call, operation_name
+from snnfx.state.registry import adapter_of
+
+__all__ = ["expression", "expression_of_initial_value"]
+
+_INFIX = {
+    operator.add: "+",
+    operator.sub: "-",
+    operator.mul: "*",
+    operator.truediv: "/",
+    operator.floordiv: "//",
+    operator.mod: "%",
+    operator.eq: "==",
+    operator.ne: "!=",
+    operator.lt: "<",
+    operator.le: "<=",
+    operator.gt: ">",
+    operator.ge: ">=",
+}
+_LONGEST = 60
+
+
+def expression(program: StepProgram, value: Any) -> str:
+    """A value as an expression of inputs, slots, parameters and modules, e.g. ``full((x.shape[0], 5), 0.3)``."""
+    if isinstance(value, tuple | list):
+        inner = ", ".join(expression(program, item) for item in value)
+        return f"({inner}{',' if len(value) == 1 else ''})" if isinstance(value, tuple) else f"[{inner}]"
+    if isinstance(value, slice):
+        parts = ["" if part is None else expression(program, part) for part in (value.start, value.stop)]
+        return ":".join(parts) + (f":{expression(program, value.step)}" if value.step is not None else "")
+    if not isinstance(value, Node):
+        return "..." if value is Ellipsis else str(value).removeprefix("torch.")
+    if value.op.startswith("call"):
+        return _call(program, value)
+    inputs = {leaf.placeholder: leaf.name for leaf in program.input_leaves}
+    return str(value.meta.get("slot") or inputs.get(value.name, value.target))
+
+
+def _call(program: StepProgram, node: Node) -> str:
+    args = [expression(program, arg) for arg in node.args]
+    kwargs = [f"{key}={expression(program, arg)}" for key, arg in node.kwargs.items()]
+    if node.target is getattr:
+        return f"{args[0]}.{args[1]}"
+    if node.target is operator.getitem:
+        index = node.args[1]
+        inner = ", ".join(expression(program, i) for i in index) if isinstance(index, tuple) else args[1]
+        return f"{args[0]}[{inner}]"
+    if node.target in _INFIX and len(args) == 2:
+        return f"{args[0]} {_INFIX[node.target]} {args[1]}"
+    if node.op == "call_method":
+        return f"{args[0]}.{node.target}({', '.join([*args[1:], *kwargs])})"
+    name = str(node.target) if node.op == "call_module" else operation_name(node)
+    return f"{name}({', '.join([*args, *kwargs])})"
+
+
+def expression_of_initial_value(program: StepProgram, initial: Any) -> str:
+    """What a slot starts at: a number, what a module of a known kind sets, or an expression over the first inputs."""
+    if isinstance(initial, Tensor):
+        return f"a tensor {list(initial.shape)}"
+    if not isinstance(initial, Node):
+        return "what the first step makes it" if initial is None else str(initial)
+    if is_module_call(initial):
+        return _set_by_module(program, initial)
+    text = expression(program, initial)
+    return text if len(text) <= _LONGEST else f"{describe_node(initial)}(...)"
+
+
+def _set_by_module(program: StepProgram, initial: Node) -> str:
+    """The number that a neuron starts at, where it is one; otherwise who sets it."""
+    module = program.module_of(initial)
+    adapter = adapter_of(module) if module is not None else None
+    _, index, *inputs = initial.args
+    number = None
+    if adapter is not None and adapter.elementwise(module) and len(inputs) == 1 and not initial.kwargs:  # type: ignore[arg-type]
+        with torch.no_grad():
+            value = adapter.initial(module, torch.zeros(1, 1))[int(index)]  # type: ignore[arg-type]
+        number = value.flatten()[0].item() if isinstance(value, Tensor) and value.numel() == 1 else value
+    return str(number) if isinstance(number, bool | int | float) else f"set by {type(module).__name__}"

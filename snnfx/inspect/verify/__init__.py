@@ -1,0 +1,1 @@
+"""Compare a net with an independent reference: the user's model, stepped."""

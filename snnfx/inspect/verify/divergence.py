@@ -1,0 +1,116 @@
+"""Find the neuron at which a net begins to differ from the model, and how close to its threshold it was."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils import _pytree as pytree
+
+from snnfx.inspect.verify.comparison import Tolerance, are_spikes, compare
+from snnfx.state.registry import Adapter, named_stateful
+
+__all__ = ["Divergence", "NeuronTrace", "first_divergence", "recorded_neurons"]
+
+_POTENTIALS = ("v", "mem")
+_THRESHOLDS = ("v_threshold", "threshold", "v_th")
+
+
+@dataclass
+class NeuronTrace:
+    """What one stateful module of the model gave at each call, in order.
+
+    Args:
+        module: the module.
+        slot: name of its slot that holds the membrane potential, or "".
+        outputs: the output of each call, the first tensor of it.
+        potentials: the membrane potential after each call.
+    """
+
+    module: nn.Module
+    slot: str
+    outputs: list[Tensor] = field(default_factory=list)
+    potentials: list[Any] = field(default_factory=list)
+
+
+@dataclass(frozen=True)
+class Divergence:
+    """The first neuron that differs: its qualified name, what differs, and whether rounding alone explains it."""
+
+    name: str
+    in_words: str
+    is_rounding: bool
+
+
+@contextmanager
+def recorded_neurons(model: nn.Module) -> Iterator[dict[str, NeuronTrace]]:
+    """Record the stateful modules of a model by qualified name, in the order of their first call."""
+    traces: dict[str, NeuronTrace] = {}
+    handles = []
+
+    def watch(name: str, module: nn.Module, adapter: Adapter) -> None:
+        slots = adapter.names(module)
+        slot = next((s for s in _POTENTIALS if s in slots), "")
+
+        def hook(module: nn.Module, args: Any, output: Any) -> None:
+            tensors = [leaf for leaf in pytree.tree_leaves(output) if isinstance(leaf, Tensor)]
+            if tensors:
+                trace = traces.setdefault(name, NeuronTrace(module, slot))
+                trace.outputs.append(tensors[0].detach().clone())
+                state = dict(zip(slots, adapter.read(module), strict=True))
+                trace.potentials.append(state.get(slot))
+
+        handles.append(module.register_forward_hook(hook))
+
+    try:
+        for name, module, adapter in named_stateful(model):
+            watch(name, module, adapter)
+        yield traces
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+def first_divergence(
+    traces: Mapping[str, NeuronTrace], record: Mapping[str, Any], tolerance: Tolerance, *, by_time: bool
+) -> Divergence | None:
+    """The neuron at which the difference comes up: the first in time, and of several the one called first in a step.
+
+    Args:
+        traces: of the model, T calls each.
+        record: what `net.run` recorded: outputs `[T, *]` by name, potentials by "name.slot".
+        tolerance: how much outputs may differ.
+        by_time: False: the one called first, whenever it differs. A BatchNorm over T*N takes a difference at one step
+            to all of them, so that time does not tell what came first.
+    """
+    found = []
+    for name, trace in traces.items():
+        if isinstance(record.get(name), Tensor):
+            expected = torch.stack(trace.outputs)
+            comparison = compare("output", name, record[name], expected, tolerance, timed=True)
+            if comparison.step is not None:
+                found.append((comparison.step, name))
+    if not found:
+        return None
+    step, name = min(found, key=lambda entry: entry[0]) if by_time else found[0]
+    trace = traces[name]
+    actual, expected = record[name][step], trace.outputs[step]
+    if not (are_spikes(actual) and are_spikes(expected)):
+        return Divergence(name, f"`{name}` at t = {step}, by {float((actual - expected).abs().max()):.3g}", False)
+    differ = actual != expected
+    words = f"`{name}` at t = {step}: {int(differ.sum())} of {differ.numel()} spikes"
+    threshold = next((getattr(trace.module, key) for key in _THRESHOLDS if hasattr(trace.module, key)), None)
+    v_actual, v_expected = record.get(f"{name}.{trace.slot}"), trace.potentials[step]
+    if threshold is None or not (isinstance(v_actual, Tensor) and isinstance(v_expected, Tensor)):
+        return Divergence(name, words, False)
+    v_actual = v_actual[step]
+    if not v_actual.shape == v_expected.shape == differ.shape:
+        return Divergence(name, words, False)
+    # Where one side spikes it has been reset; the other still holds the potential that was compared.
+    margin = (torch.where(actual == 0, v_actual, v_expected) - threshold).abs()[differ].max()
+    is_rounding = float(margin) <= tolerance.allowed(v_expected.dtype, float(torch.as_tensor(threshold).abs().max()))
+    return Divergence(name, f"{words}, with |v - threshold| up to {float(margin):.2g}", is_rounding)

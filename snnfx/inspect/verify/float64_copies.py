@@ -1,0 +1,44 @@
+"""Copies of a model and its net in float64."""
+
+from __future__ import annotations
+
+import copy
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils import _pytree as pytree
+
+from snnfx.sandbox.isolation import undisturbed
+from snnfx.state.registry import reset_net
+
+
+def to_float64(x: Tensor) -> Tensor:
+    return x.to(torch.complex128 if x.is_complex() else torch.float64) if x.is_floating_point() or x.is_complex() else x
+
+
+def copies_in_float64(model: nn.Module, net: Any) -> tuple[nn.Module, Any]:
+    """Deep copies in float64, which share with each other what the originals share."""
+    with undisturbed(model, net):
+        reset_net(model)
+        reset_net(net)
+        attributes = [_plain_attributes(module) for root in (model, net) for module in root.modules()]
+        # deepcopy refuses tensors that are the result of something that can be differentiated.
+        memo = {id(x): x.detach().clone() for x in pytree.tree_leaves(attributes) if _has_history(x)}
+        model, net = copy.deepcopy((model, net), memo)
+    for root in (model, net):
+        root.double()
+        for module in root.modules():
+            for key, value in _plain_attributes(module).items():
+                # Not parameters or buffers, so `double` leaves them alone: first states, constants, masks.
+                if any(isinstance(leaf, Tensor) for leaf in pytree.tree_leaves(value)):
+                    module.__dict__[key] = pytree.tree_map_only(Tensor, to_float64, value)
+    return model, net
+
+
+def _has_history(x: Any) -> bool:
+    return isinstance(x, Tensor) and not x.is_leaf
+
+
+def _plain_attributes(module: nn.Module) -> dict[str, Any]:
+    return {k: v for k, v in module.__dict__.items() if k not in ("_parameters", "_buffers", "_modules")}

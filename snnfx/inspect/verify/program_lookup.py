@@ -1,0 +1,87 @@
+"""What the program of a converted net says about its model: where a module or an output is, how a state begins."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence, Set
+from typing import Any
+
+from torch import Tensor, nn
+from torch.fx import Node
+from torch.utils import _pytree as pytree
+
+from snnfx.ir.program import SELF_TARGET, is_module_call, place_of
+
+__all__ = ["called_in", "is_within", "place_of_module", "place_of_output", "reset_discovered_state", "value_at"]
+
+
+def called_in(net: Any, kinds: Set[str]) -> set[str]:
+    """The qualified names of the modules called in regions of these kinds."""
+    nodes = (node for region in net.regions if region.kind in kinds for node in region.nodes)
+    return {name for name in map(_called_by, nodes) if name is not None}
+
+
+def is_within(name: str, parents: Set[str]) -> bool:
+    """Whether a module is one of these modules or inside one."""
+    return any(name == parent or not parent or name.startswith(parent + ".") for parent in parents)
+
+
+def place_of_module(net: Any, name: str) -> str:
+    """The first region that calls a module, or "" where none is known to."""
+    return _place(net, (node for region in net.regions for node in region.nodes if _called_by(node) == name))
+
+
+def place_of_output(net: Any, index: int) -> str:
+    """The region that computes output number `index` of the flattened outputs, or "" where it is not known."""
+    outputs = net.program.outputs if hasattr(net, "program") else ()
+    return _place(net, [node for node in outputs[index : index + 1] if isinstance(node, Node)])
+
+
+def reset_discovered_state(model: nn.Module, net: Any) -> None:
+    """Give the attributes that capture found to be state the value they had then; `reset_net` does not know them."""
+    program = getattr(net, "program", None)
+    for start in program.starts if program is not None else ():
+        module = model.get_submodule(start.owner)
+        if not start.exists:
+            module.__dict__.pop(start.attribute, None)
+            continue
+        # The model may have another type by now, and with it its state.
+        tensors = [v for v in pytree.tree_leaves(module.__dict__.get(start.attribute)) if isinstance(v, Tensor)]
+        values, spec = pytree.tree_flatten(start.value)
+        values = [v.to(tensors[0] if tensors else v, copy=True) if isinstance(v, Tensor) else v for v in values]
+        setattr(module, start.attribute, pytree.tree_unflatten(values, spec))
+
+
+def value_at(model: nn.Module, name: str) -> tuple[Any, ...]:
+    """The value of an attribute, or of an element of a container in one, by the name of its slot; () for none."""
+    found: Any = model
+    for atom in name.split("."):
+        if isinstance(found, nn.Module):
+            inside: Any = {a: getattr(found, a) for a in (atom,) if hasattr(found, a)}
+        elif isinstance(found, Mapping):
+            inside = {str(key): value for key, value in found.items()}
+        elif isinstance(found, Sequence) or hasattr(found, "maxlen"):
+            inside = {str(key): value for key, value in enumerate(found)}
+            inside |= dict(zip(getattr(found, "_fields", ()), found, strict=False))
+        else:
+            inside = {}
+        if atom not in inside:
+            return ()
+        found = inside[atom]
+    return (found,)
+
+
+def _called_by(node: Node) -> str | None:
+    if node.op == "call_module":
+        return str(node.target)
+    if not is_module_call(node):
+        return None
+    target = str(node.args[0].target)  # type: ignore[union-attr]
+    return "" if target == SELF_TARGET else target
+
+
+def _place(net: Any, nodes: Iterable[Node]) -> str:
+    for node in nodes:
+        for region in net.regions:
+            if node in region.nodes:
+                return ", ".join(filter(None, [f"region `{region.name}` ({region.kind})", place_of(node)]))
+    return ""

@@ -1,0 +1,460 @@
+"""Check that a converted net does what stepping the model does."""
+
+from __future__ import annotations
+
+import zlib
+from collections.abc import Iterator, Mapping, Set
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
+from torch.utils import _pytree as pytree
+
+from snnfx.errors import InputError, VerificationError
+from snnfx.inspect.verify.comparison import Comparison, Tolerance, VerificationReport, compare, is_same, named_leaves
+from snnfx.inspect.verify.divergence import Divergence, first_divergence, recorded_neurons
+from snnfx.inspect.verify.float64_copies import copies_in_float64, to_float64
+from snnfx.inspect.verify.oracle import folded_forward, step_forward
+from snnfx.inspect.verify.program_lookup import (
+    called_in,
+    is_within,
+    place_of_module,
+    place_of_output,
+    reset_discovered_state,
+    value_at,
+)
+from snnfx.inspect.verify.timed_inputs import TimedInputs
+from snnfx.inspect.verify.without_dropout import without_dropout
+from snnfx.ops.sequence_functions import reduce_over_time
+from snnfx.sandbox.isolation import random_state, undisturbed
+from snnfx.state.carry import CarriedArgument, SlotName, flatten_state, output_at, outputs_without, paths_of
+from snnfx.state.registry import named_stateful, reset_net
+
+__all__ = ["VerificationReport", "verify"]
+
+
+def verify(
+    model: nn.Module,
+    net: Any,
+    *x_seq: Any,
+    T: int | None = None,
+    atol: float | None = None,
+    rtol: float | None = None,
+    double: bool = False,
+    gradients: bool = True,
+    **kwargs: Any,
+) -> VerificationReport:
+    """Compare a converted net with the model that it was made from: outputs, final state, buffers, gradients.
+
+    Both start from the reset state, with dropout off and from the same random numbers, in the mode that the net is in.
+    The reference is a Python loop over the model; in training with `batch_norm="fold"`, with the statistics of each
+    BatchNorm taken over all steps (`snnfx.inspect.verify.oracle`), but for those in regions that are not folded.
+    Nothing is changed: neither state, buffers, gradients, flags nor random number generators.
+
+    Args:
+        model: the single-step model that was given to `snnfx.convert`.
+        net: the net that was returned.
+        *x_seq: what the net takes, e.g. one tensor `[T, N, *]`.
+        T: number of time steps; needed where no input carries time.
+        atol: largest absolute difference allowed; the default goes by dtype: 1e-9 for float64, 1e-5 for float32.
+        rtol: the same, relative to the largest magnitude in the tensor: 1e-9 for float64, 1e-4 for float32.
+        double: compare copies in float64. Rounding can flip a spike in float32, where a potential is at the threshold.
+        gradients: compare the gradients of a random linear functional of the outputs, with respect to each floating
+            input and each parameter that requires one.
+        **kwargs: keyword arguments of the net.
+
+    Returns:
+        What was compared with what, and the largest differences; `str()` of it is a summary.
+
+    Raises:
+        VerificationError: outputs (SNNFX401), states (SNNFX402), gradients (SNNFX403) or buffers (SNNFX404) differ.
+            The message names the first of them, the time step, the region, and the neuron that differs first.
+            SNNFX405: the declared semantics has no meaning for this model.
+        InputError: SNNFX301, 303, 304, 306, 307, 310: the arguments do not fit together.
+
+    Example:
+        >>> import torch, snnfx
+        >>> model = torch.nn.Sequential(torch.nn.Linear(3, 4), snnfx.neuron.LIFNode())
+        >>> report = snnfx.verify(model, snnfx.convert(model), torch.rand(8, 2, 3))
+        >>> print(str(report).splitlines()[0])
+        the net does the same over T = 8 steps as stepping the model (training, float32)
+    """
+    if not isinstance(model, nn.Module) or not (isinstance(net, nn.Module) and hasattr(net, "run")):
+        raise InputError("SNNFX304", "verify takes the model and the net", hint="Call verify(model, net, x_seq).")
+    options: Any = net.options
+    first: dict[str, Any] = {}
+    if getattr(getattr(net, "program", None), "carried", None):
+        x_seq, kwargs, first = net.split_carried(x_seq, kwargs)  # type: ignore[operator]
+    inputs = TimedInputs.of(x_seq, kwargs, options.time_dim, T)
+    with undisturbed(model, net), torch.inference_mode(False), torch.set_grad_enabled(gradients):
+        if double:
+            model, net = copies_in_float64(model, net)
+            inputs = inputs.with_leaves(to_float64)
+            first = pytree.tree_map_only(Tensor, to_float64, first)
+        return _Verification(model, net, inputs, Tolerance(atol, rtol), gradients, first).report()
+
+
+@dataclass
+class _Run:
+    """What one side did: `outputs` [T, *] by name, the other fields by qualified name."""
+
+    outputs: dict[str, Any]
+    states: dict[str, Any]
+    buffers: dict[str, Tensor]
+    gradients: dict[str, Tensor | None]
+    drew_random_numbers: bool
+
+
+class _Verification:
+    """One comparison of a model and its net."""
+
+    def __init__(
+        self,
+        model: nn.Module,
+        net: Any,
+        inputs: TimedInputs,
+        tolerance: Tolerance,
+        gradients: bool,
+        first: dict[str, Any],
+    ) -> None:
+        self.model, self.net, self.inputs, self.tolerance, self.gradients = model, net, inputs, tolerance, gradients
+        self.first = first
+        self.carry = paths_of(getattr(net.options, "carry", None))
+        self.arguments: list[CarriedArgument] = getattr(getattr(net, "program", None), "carried", None) or [
+            CarriedArgument(name, path, SlotName(name)) for name, path in self.carry.items()
+        ]
+        self.plan = self._planned()
+        kinds = {region.kind for region in self.plan.regions}
+        once, per_step = called_in(self.plan, {"once"}), called_in(self.plan, kinds - {"once", "fold"})
+        folded = {
+            name
+            for name, module in model.named_modules()
+            if isinstance(module, _BatchNorm) and module.training and not is_within(name, per_step)
+        }
+        self.folded = folded if net.options.batch_norm == "fold" else set()
+        self.once = {name for name in self.folded if is_within(name, once)}
+        self.reduce: str | None = getattr(net.options, "reduce", None)
+        self.initial: dict[str, Any] = {}
+        self.output_names: list[str] = []
+        self.notes: list[str] = []
+
+    def _planned(self) -> Any:
+        """The net whose regions run these inputs: one of other ranks or batch sizes is planned again for them."""
+        planned_for = getattr(self.net, "planned_for", None)
+        if planned_for is None:
+            return self.net
+        args, kwargs = self.inputs.whole()
+        return planned_for(*args, **kwargs, **self._first_arguments())
+
+    @property
+    def semantics(self) -> str:
+        return "the model with BatchNorm over T*N" if self.folded else "stepping the model"
+
+    @property
+    def dtype(self) -> str:
+        dtypes = {str(p.dtype).removeprefix("torch.") for p in self.model.parameters() if p.is_floating_point()}
+        return ", ".join(sorted(dtypes))
+
+    def report(self) -> VerificationReport:
+        """Run both, compare, and raise or report."""
+        actual = self._run_net()
+        expected = self._run_model(actual.outputs.keys(), actual.states.keys())
+        self.output_names = list(actual.outputs)
+        random_ops = actual.drew_random_numbers or expected.drew_random_numbers
+        results = [
+            self._compare_outputs(actual.outputs, expected.outputs),
+            self._compare_outputs(self._call_net(), expected.outputs, " of a call without gradients"),
+            self._compare_states(actual.states, expected.states),
+            self._compare_buffers(actual.buffers, expected.buffers),
+            self._compare_gradients(actual.gradients, expected.gradients),
+        ]
+        for comparisons in results:
+            failed = [c for c in comparisons if c.failed]
+            if failed:
+                raise self._error(min(failed, key=lambda c: c.step or 0), random_ops)
+        if random_ops:
+            self.notes.append("random numbers were drawn, and used alike on both sides")
+        for name, y in expected.outputs.items():
+            if isinstance(y, Tensor) and not y.any():
+                self.notes.append(f"`{name}` is zero at every step; an input that gives spikes would tell more")
+        return VerificationReport(
+            T=self.inputs.steps,
+            training=self.net.training,
+            dtype=self.dtype,
+            semantics=self.semantics,
+            comparisons=tuple(c for comparisons in results for c in comparisons),
+            notes=tuple(self.notes),
+        )
+
+    @contextmanager
+    def _isolated(self) -> Iterator[None]:
+        with undisturbed(self.model, self.net), without_dropout(self.model, self.net):
+            yield
+
+    def _run_net(self) -> _Run:
+        with self._isolated():
+            before = random_state()
+            inputs = self.inputs.fresh()
+            args, kwargs = inputs.whole()
+            y_seq, states = self.net.run(*args, **self._first_state(), **kwargs)
+            outputs = self._outputs_of_net(y_seq)
+            states = {name.lstrip("."): value for name, value in states.items()}
+            return self._result(self.net, inputs, outputs, states, random_state() != before)
+
+    def _result(
+        self, module: nn.Module, inputs: TimedInputs, outputs: dict[str, Any], states: dict[str, Any], is_random: bool
+    ) -> _Run:
+        gradients = self._gradients(outputs, inputs, module)
+        buffers = {name: buffer.clone() for name, buffer in module.named_buffers()}
+        outputs, states = pytree.tree_map_only(Tensor, Tensor.detach, (outputs, states))
+        return _Run(outputs, states, buffers, gradients, is_random)
+
+    def _call_net(self) -> dict[str, Any]:
+        """The outputs of what users call, without gradients: nets may take another path then."""
+        with self._isolated(), torch.no_grad():
+            getattr(self.net, "reset_carried_state", lambda: None)()
+            args, kwargs = self.inputs.fresh().whole()
+            y_seq = self.net(*args, **kwargs, **self._first_arguments())
+            if hasattr(self.net, "program"):
+                y_seq = outputs_without(y_seq, list(self.carry.values()))
+            return self._outputs_of_net(y_seq)
+
+    def _first_arguments(self) -> dict[str, Any]:
+        """What is carried, as it is given for the first step, in new containers."""
+        return pytree.tree_map_only(Tensor, Tensor.detach, self.first)  # type: ignore[no-any-return]
+
+    def _first_state(self) -> dict[str, Any]:
+        """The same as an argument of `net.run`."""
+        state: dict[str, Any] = {}
+        for argument in self.arguments:
+            if self.first.get(argument.name) is not None:
+                state |= flatten_state(argument, self._first_arguments()[argument.name])
+        return {"state": state} if state else {}
+
+    def _outputs_of_net(self, y_seq: Any) -> dict[str, Any]:
+        outputs, dim = named_leaves(y_seq, "output"), self.inputs.output_dim
+        for name, leaf in outputs.items():
+            if isinstance(leaf, Tensor) and self.reduce is not None:
+                outputs[name] = leaf.unsqueeze(0)
+            elif isinstance(leaf, Tensor):
+                if not -leaf.ndim <= dim < leaf.ndim or leaf.shape[dim] != self.inputs.steps:
+                    why = f"it is {list(leaf.shape)}, and dimension {dim} should be T = {self.inputs.steps}."
+                    raise VerificationError("SNNFX401", f"`{name}` of the net has no time dimension", why=why)
+                outputs[name] = leaf.movedim(dim, 0)
+        return outputs
+
+    def _run_model(self, output_names: Set[str], state_names: Set[str]) -> _Run:
+        with self._isolated():
+            before = random_state()
+            inputs = self.inputs.fresh()
+            outputs_of_steps = self._step_model(inputs)
+            outputs = self._outputs_of_model(outputs_of_steps, output_names)
+            states = self._states_of_model(outputs_of_steps[-1], state_names)
+            return self._result(self.model, inputs, outputs, states, random_state() != before)
+
+    def _step_model(self, inputs: TimedInputs) -> list[Any]:
+        """What the model returns at each step, from the reset state."""
+        if self.model.training != self.net.training:
+            # What the net does not share is the model's containers: they follow the net, as the shared layers do.
+            shared = set(self.net.modules())
+            for module in self.model.modules():
+                if module not in shared:
+                    module.training = self.net.training
+        reset_net(self.model)
+        reset_discovered_state(self.model, self.plan)
+        self.initial = _states(self.model)
+        pairs = [inputs.of_step(t) for t in range(inputs.steps)]
+        pairs[0] = pairs[0][0], {**pairs[0][1], **self._first_arguments()}
+        steps, keywords, entry = [args for args, _ in pairs], [kwargs for _, kwargs in pairs], self.net.options.entry
+        if not self.folded:
+            return step_forward(self.model, steps, entry, kwargs=keywords, carry=self.carry)
+        return folded_forward(
+            self.model,
+            steps,
+            lambda name, module: name in self.folded,
+            entry,
+            kwargs=keywords,
+            carry=self.carry,
+            is_once=lambda name, module: name in self.once,
+        )
+
+    def _states_of_model(self, last_outputs: Any, names: Set[str]) -> dict[str, Any]:
+        """The states after the last step: registered ones, carried ones, and attributes that the net took for state."""
+        states = _states(self.model)
+        for argument in self.arguments:
+            states |= flatten_state(argument, output_at(last_outputs, argument.path))
+        for name in names - states.keys():
+            for value in value_at(self.model, name):
+                states[name] = value
+        return states
+
+    def _outputs_of_model(self, outputs_of_steps: list[Any], names: Set[str]) -> dict[str, Any]:
+        steps = [named_leaves(y, "output") for y in outputs_of_steps]
+        if self.carry and names != steps[0].keys():
+            # A net may keep what is carried to itself; a single output is then no longer in a tuple.
+            paths = list(self.carry.values())
+            steps = [named_leaves(outputs_without(y, paths), "output") for y in outputs_of_steps]
+        if any(step.keys() != steps[0].keys() for step in steps):
+            raise VerificationError("SNNFX401", "the outputs of the model are not nested alike at every step")
+        over_time = {name: _over_time(name, [step[name] for step in steps]) for name in steps[0]}
+        if self.reduce is None:
+            return over_time
+        how = self.reduce
+        return {n: reduce_over_time(y, how).unsqueeze(0) if isinstance(y, Tensor) else y for n, y in over_time.items()}
+
+    def _gradients(
+        self, outputs: Mapping[str, Any], inputs: TimedInputs, module: nn.Module
+    ) -> dict[str, Tensor | None]:
+        """Gradients of a random linear functional of the outputs, the same on both sides."""
+        parts = []
+        for name, y in outputs.items():
+            if isinstance(y, Tensor) and y.requires_grad:
+                # The weights go by the name, so that they do not depend on what else has a gradient.
+                generator = torch.Generator().manual_seed(zlib.crc32(name.encode()))
+                weights = torch.randn(y.shape, generator=generator, dtype=torch.float64).to(y)
+                parts.append(torch.real(y * weights).sum())
+        wanted: dict[str, Tensor] = {
+            f"parameter `{name}`": p for name, p in module.named_parameters() if p.requires_grad
+        }
+        leaves = zip(inputs.names, inputs.leaves, strict=True)
+        wanted |= {f"`{name}`": x for name, x in leaves if isinstance(x, Tensor) and x.requires_grad}
+        if not self.gradients or not wanted:
+            return {}
+        if not parts:
+            return dict.fromkeys(wanted)
+        found = torch.autograd.grad(parts, list(wanted.values()), allow_unused=True)
+        return dict(zip(wanted, found, strict=True))
+
+    def _compare_outputs(self, actual: dict[str, Any], expected: dict[str, Any], how: str = "") -> list[Comparison]:
+        if actual.keys() != expected.keys():
+            names, others = ", ".join(actual) or "none", ", ".join(expected) or "none"
+            why = f"they are {names}{how}, and those of the model {others}."
+            raise VerificationError("SNNFX401", "the outputs of the net are nested differently", why=why)
+        pairs = [(name, actual[name], value) for name, value in expected.items()]
+        return [
+            compare("output", f"`{name}`{how}", a, b, self.tolerance, timed=isinstance(a, Tensor))
+            for name, a, b in pairs
+        ]
+
+    def _compare_states(self, actual: dict[str, Any], expected: dict[str, Any]) -> list[Comparison]:
+        found = []
+        overwritten: frozenset[str] = getattr(getattr(self.net, "program", None), "overwritten", frozenset())
+        for name, value in expected.items():
+            if name in overwritten:
+                continue  # the model keeps a copy of a state that is passed to it
+            if name in actual:
+                leaves, others = named_leaves(actual[name]), named_leaves(value)
+                for path in leaves | others:
+                    pair = leaves.get(path), others.get(path)
+                    found.append(compare("state", f"state `{name}{path}`", *pair, self.tolerance))
+            elif not is_same(value, self.initial.get(name)):
+                missing = "the net returns no such state"
+                found.append(Comparison("state", f"state `{name}`", failed=True, detail=missing))
+        unknown = [f"`{name}`" for name in actual if name not in expected]
+        if unknown:
+            self.notes.append(f"not compared, because the model has no such attribute: state {', '.join(unknown)}")
+        return found
+
+    def _compare_buffers(self, actual: dict[str, Tensor], expected: dict[str, Tensor]) -> list[Comparison]:
+        found, before = [], dict(self.model.named_buffers())
+        states = self.initial.keys()
+        for name, value in expected.items():
+            if name in states:
+                continue  # compared as a state; the net does not write it
+            if name in actual:
+                found.append(compare("buffer", f"buffer `{name}`", actual[name], value, self.tolerance))
+            elif not is_same(value, before[name]):
+                found.append(Comparison("buffer", f"buffer `{name}`", failed=True, detail="the net has no such buffer"))
+        return found
+
+    def _compare_gradients(
+        self, actual: dict[str, Tensor | None], expected: dict[str, Tensor | None]
+    ) -> list[Comparison]:
+        sizes = [float(g.abs().max()) for g in expected.values() if g is not None and g.numel()]
+        # A gradient that is zero but for rounding (a bias ahead of a BatchNorm) has no scale of its own.
+        floor = 1e-2 * max(sizes, default=0.0)
+        dims = {f"`{name}`": dim for name, dim in zip(self.inputs.names, self.inputs.dims, strict=True)}
+        found = []
+        for name, reference in expected.items():
+            value, dim = actual.get(name), dims.get(name)
+            present = [g for g in (value, reference) if g is not None]
+            if not present:
+                continue
+            zero = torch.zeros_like(present[0])
+            a, b = (zero if value is None else value), (zero if reference is None else reference)
+            if dim is not None:
+                a, b = a.movedim(dim, 0), b.movedim(dim, 0)
+            timed = dim is not None
+            result = compare("gradient", f"gradient of {name}", a, b, self.tolerance, timed=timed, floor=floor)
+            if result.failed and value is None:
+                detail = f"the net gives none, the model one of up to {float(b.abs().max()):.3g}"
+                result = replace(result, detail=detail)
+            found.append(result)
+        return found
+
+    def _error(self, comparison: Comparison, random_ops: bool) -> VerificationError:
+        why = comparison.detail + "."
+        hint = "snnfx.explain(model) shows what is done to each module."
+        if self.dtype != "float64":
+            hint = f"Rule out rounding with double=True; {hint}"
+        divergence = None
+        if random_ops:
+            why += " The model draws random numbers by other means than dropout, so the two cannot be compared."
+            hint = "Verify in eval mode, or without the random operations."
+        elif comparison.kind in ("output", "state"):
+            divergence = self._first_differing_neuron()
+        if divergence is not None:
+            why += f" The first neuron that differs is {divergence.in_words}."
+        if divergence is not None and divergence.is_rounding:
+            hint = "This is rounding, at the threshold: compare in float64 with double=True."
+        code = {"output": "SNNFX401", "state": "SNNFX402", "gradient": "SNNFX403", "buffer": "SNNFX404"}
+        quoted = comparison.name.split("`")[1]
+        if divergence is not None:
+            where = place_of_module(self.plan, divergence.name)
+        elif comparison.kind == "output":
+            where = place_of_output(self.plan, self.output_names.index(quoted))
+        else:
+            where = place_of_module(self.plan, quoted.rpartition(".")[0])
+        what = f"{comparison.name} is not that of {self.semantics}"
+        return VerificationError(code[comparison.kind], what, where=where, why=why, hint=hint)
+
+    def _first_differing_neuron(self) -> Divergence | None:
+        with self._isolated(), torch.no_grad(), recorded_neurons(self.model) as traces:
+            self._step_model(self.inputs.fresh())
+        # Called once per step, that is; the oracle runs the model a second time.
+        runs = 2 if self.folded and not self.carry else 1
+        T = self.inputs.steps
+        traces = {name: trace for name, trace in traces.items() if len(trace.outputs) == runs * T}
+        for trace in traces.values():
+            trace.outputs, trace.potentials = trace.outputs[-T:], trace.potentials[-T:]
+        if not traces:
+            return None
+        with self._isolated(), torch.no_grad():
+            args, kwargs = self.inputs.fresh().whole()
+            names = [*traces, *(f"{name}.{trace.slot}" for name, trace in traces.items() if trace.slot)]
+            try:
+                _, _, record = self.net.run(*args, **self._first_state(), **kwargs, record=tuple(names))
+            except InputError:
+                return None
+        return first_divergence(traces, record, self.tolerance, by_time=not self.folded)
+
+
+def _over_time(name: str, values: list[Any]) -> Any:
+    """The values of one output at each step as one: tensors `[T, *]`, other things once if they stay the same."""
+    if all(isinstance(value, Tensor) for value in values):
+        if any(value.shape != values[0].shape or value.dtype != values[0].dtype for value in values):
+            raise VerificationError("SNNFX401", f"`{name}` of the model changes its shape or dtype from step to step")
+        return torch.stack(values)
+    return values[0] if all(is_same(value, values[0]) for value in values) else values
+
+
+def _states(model: nn.Module) -> dict[str, Any]:
+    """Every state of a model by its qualified name, e.g. "lif1.v"."""
+    return {
+        f"{name}.{slot}" if name else slot: value
+        for name, module, adapter in named_stateful(model)
+        for slot, value in zip(adapter.names(module), adapter.read(module), strict=True)
+    }

@@ -1,0 +1,88 @@
+"""What `snnfx.convert` was asked for, kept with the net."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, TypedDict
+
+from torch.utils import _pytree as pytree
+
+from snnfx.errors import InputError
+from snnfx.ir.program import StepProgram
+from snnfx.state.carry import OutputPath
+
+__all__ = ["ConvertKeywords", "ConvertOptions", "time_dims_of_leaves"]
+
+
+@dataclass(frozen=True)
+class ConvertOptions:
+    """What `snnfx.convert` was asked for; see there."""
+
+    step_mode: str = "m"
+    time_dim: Any = 0
+    entry: str = "forward"
+    batch_norm: str = "fold"
+    chunk: int | str | None = "auto"
+    carry_state: bool = False
+    reduce: str | None = None
+    carry: dict[str, OutputPath] | None = None
+    memory_format: str | None = "auto"
+    lower: str | None = "auto"
+    checkpoint: int | str | None = "auto"
+    memory_budget: int | float | None = None
+
+
+class ConvertKeywords(TypedDict, total=False):
+    """The keyword arguments of `snnfx.convert` that say how a model is converted, for functions that hand them on."""
+
+    example_inputs: Any
+    time_dim: Any
+    entry: str
+    batch_norm: str
+    chunk: int | str | None
+    carry_state: bool
+    reduce: str | None
+    carry: Mapping[str, Any] | None
+    memory_format: str | None
+    lower: str | None
+    checkpoint: int | str | None
+    memory_budget: int | float | str | None
+
+
+def time_dims_of_leaves(time_dim: Any, program: StepProgram) -> list[int | None]:
+    """The time dimension of each leaf of the arguments; `time_dim` is a prefix of their nesting, as vmap's in_dims."""
+    count = len(program.input_leaves)
+    if any(isinstance(dim, bool) for dim in pytree.tree_leaves(time_dim)):
+        raise InputError(
+            "SNNFX309",
+            f"time_dim={time_dim!r}",
+            why="a bool is no dimension.",
+            hint="Give the place of T, an int; None for an input that is the same at every step.",
+        )
+    if time_dim is None or isinstance(time_dim, int):
+        return [time_dim] * count
+    numbered = pytree.tree_unflatten(list(range(count)), program.input_spec)
+    args, kwargs = numbered
+    dims: list[int | None] = [0] * count
+
+    def spread(prefix: Any, tree: Any) -> None:
+        if prefix is None or isinstance(prefix, int):
+            for index in pytree.tree_leaves(tree):
+                dims[index] = prefix
+        elif isinstance(prefix, dict) and isinstance(tree, dict) and prefix.keys() == tree.keys():
+            for key in prefix:
+                spread(prefix[key], tree[key])
+        elif isinstance(prefix, tuple | list) and isinstance(tree, tuple | list) and len(prefix) == len(tree):
+            for p, t in zip(prefix, tree, strict=True):
+                spread(p, t)
+        else:
+            raise InputError(
+                "SNNFX309",
+                f"time_dim={time_dim!r} does not fit the arguments",
+                why=f"one step takes {len(args)} positional and {sorted(kwargs)} keyword arguments.",
+                hint="Give an int, or one entry for each argument; None for an input that is the same at every step.",
+            )
+
+    spread(time_dim, kwargs if isinstance(time_dim, dict) else tuple(args) if not kwargs else (*args, *kwargs.values()))
+    return dims

@@ -1,0 +1,117 @@
+"""Copies and pickles of a net: its step programs as plain records, and its model.
+
+torch.fx would lose the names of nodes and what is known of them.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from typing import Any
+
+from torch import Tensor, fx, nn
+from torch.fx import Node
+from torch.fx.node import map_aggregate
+from torch.nn import functional
+from torch.utils import _pytree as pytree
+
+from snnfx.ir.program import Region, StepProgram
+from snnfx.state.registry import named_stateful
+
+__all__ = ["copy_model", "pack_program", "pack_programs", "unpack_program", "unpack_programs"]
+
+
+@dataclass(frozen=True)
+class _Reference:
+    """Stands for a node in packed arguments."""
+
+    name: str
+
+
+@dataclass(frozen=True)
+class _Functional:
+    """Stands for a function that torch.nn.functional makes while it is imported, like max_pool2d."""
+
+    name: str
+
+
+def _packed(target: Any) -> Any:
+    if "<locals>" not in getattr(target, "__qualname__", ""):
+        return target
+    return next((_Functional(name) for name, value in vars(functional).items() if value is target), target)
+
+
+@dataclass(frozen=True)
+class _PackedProgram:
+    nodes: list[tuple[str, str, Any, Any, Any, dict[str, Any]]]
+    regions: list[tuple[str, str, list[str], list[str], str | None, tuple[str, ...]]]
+    fields: dict[str, Any]
+    first_step: _PackedProgram | None
+
+
+_REBUILT = ("graph", "source", "regions", "first_step")
+_SPECS = ("input_spec", "output_spec")
+
+
+def pack_program(program: StepProgram) -> _PackedProgram:
+    """Everything of a program but its model, in a form that pickles."""
+
+    def pack(value: Any) -> Any:
+        return _Reference(value.name) if isinstance(value, Node) else value
+
+    nodes = [
+        (n.name, n.op, _packed(n.target), map_aggregate(n.args, pack), map_aggregate(n.kwargs, pack), dict(n.meta))
+        for n in program.graph.nodes
+    ]
+    regions = [
+        (r.name, r.kind, [n.name for n in r.nodes], list(r.slots), r.not_lowered, r.absorbed) for r in program.regions
+    ]
+    fields = {k: v for k, v in vars(program).items() if k not in _REBUILT}
+    for name in _SPECS:
+        # A structure pickles as a nested container of zeros; pytree's own pickling is deprecated.
+        fields[name] = pytree.tree_unflatten([0] * fields[name].num_leaves, fields[name])
+    first = pack_program(program.first_step) if program.first_step is not None else None
+    return _PackedProgram(nodes, regions, fields, first)
+
+
+def unpack_program(packed: _PackedProgram, source: nn.Module) -> StepProgram:
+    """The program again, over `source`."""
+    graph = fx.Graph()
+    nodes: dict[str, Node] = {}
+
+    def unpack(value: Any) -> Any:
+        return nodes[value.name] if isinstance(value, _Reference) else value
+
+    for name, op, target, args, kwargs, meta in packed.nodes:
+        target = getattr(functional, target.name) if isinstance(target, _Functional) else target
+        node = graph.create_node(op, target, map_aggregate(args, unpack), map_aggregate(kwargs, unpack), name=name)
+        node.name = name
+        node.meta = dict(meta)
+        nodes[name] = node
+    fields = {**packed.fields, **{name: pytree.tree_structure(packed.fields[name]) for name in _SPECS}}
+    program = StepProgram(graph=graph, source=source, **fields)
+    regions = [Region(r[0], r[1], [nodes[n] for n in r[2]], *r[3:]) for r in packed.regions]
+    first = unpack_program(packed.first_step, source) if packed.first_step is not None else None
+    return replace(program, regions=regions, first_step=first)
+
+
+def pack_programs(programs: Mapping[bool, StepProgram]) -> tuple[Any, ...]:
+    """The programs of both modes; one that serves for both stays one."""
+    training, evaluation = programs[True], programs[False]
+    return pack_program(training), None if evaluation is training else pack_program(evaluation)
+
+
+def unpack_programs(packed: tuple[Any, ...], source: nn.Module) -> dict[bool, StepProgram]:
+    """The programs of both modes again, over `source`."""
+    training = unpack_program(packed[0], source)
+    return {True: training, False: training if packed[1] is None else unpack_program(packed[1], source)}
+
+
+def copy_model(source: nn.Module, memo: dict[int, Any]) -> nn.Module:
+    """A deep copy that does not fail on state with a history (it is left behind by a training step)."""
+    for _, module, adapter in named_stateful(source):
+        for value in adapter.read(module):
+            if isinstance(value, Tensor) and not value.is_leaf and id(value) not in memo:
+                memo[id(value)] = value.detach().clone()
+    return copy.deepcopy(source, memo)

@@ -1,0 +1,315 @@
+"""How each ATen operator is written in expressions of one element: the table behind `translate`.
+
+A rule takes the `Site` of a call and gives the expression of its result. An operator that is not here is not known to
+be elementwise; `decomposition` names those that PyTorch itself defines by others.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+
+from snnfx.lowering.aten_recording import Call, NotLowered, Reference, Value
+from snnfx.lowering.elementwise.batch_norm import DECOMPOSITIONS
+from snnfx.lowering.elementwise.expressions import Builder, Expression
+
+__all__ = ["ELEMENTWISE", "SAME_VALUE", "Site", "compute_dtype", "decomposition"]
+
+_COMPUTE = {
+    torch.float16: "float32",
+    torch.bfloat16: "float32",
+    torch.float32: "float32",
+    torch.float64: "float64",
+    torch.bool: "bool",
+}
+
+
+def compute_dtype(dtype: torch.dtype) -> str:
+    """The dtype in which a value of a dtype is computed."""
+    if dtype not in _COMPUTE:
+        raise NotLowered(f"it computes in {str(dtype).removeprefix('torch.')}")
+    return _COMPUTE[dtype]
+
+
+class Site:
+    """One call, as its rule sees it: arguments by position or name, as expressions in a dtype."""
+
+    def __init__(
+        self, call: Call, result: Value, values: list[Value], builder: Builder, expression: Callable[[int], Expression]
+    ) -> None:
+        self.call, self.result, self.values, self.builder, self.expression = call, result, values, builder, expression
+        self.names = [a.name for a in call.target._schema.arguments]
+
+    @property
+    def dtype(self) -> str:
+        return compute_dtype(self.result.dtype)
+
+    def raw(self, position: int | str, default: Any = None) -> Any:
+        """An argument as it was passed."""
+        if isinstance(position, str):
+            if position in self.call.kwargs:
+                return self.call.kwargs[position]
+            position = self.names.index(position) if position in self.names else len(self.call.args)
+        if position < len(self.call.args):
+            return self.call.args[position]
+        name = self.names[position] if position < len(self.names) else ""
+        return self.call.kwargs.get(name, default)
+
+    def operand(self, position: int | str, dtype: str | None = None) -> Expression:
+        """An argument as an expression in a dtype (default: that of the result)."""
+        return self.of(self.raw(position), dtype or self.dtype)
+
+    def of(self, argument: Any, dtype: str) -> Expression:
+        if isinstance(argument, Reference):
+            return self.builder.cast(self.expression(argument.number), dtype)
+        if isinstance(argument, bool | int | float):
+            return self.builder.constant(float(argument), dtype)
+        raise NotLowered(f"`{self.call.name}` takes a {type(argument).__name__}")
+
+    def number(self, value: float) -> Expression:
+        return self.builder.constant(value, self.dtype)
+
+    def make(self, op: str, *operands: Expression, dtype: str | None = None) -> Expression:
+        return self.builder.make(op, operands, dtype or self.dtype)
+
+    def common_dtype(self) -> str:
+        """The dtype in which a comparison is made: tensors with dimensions outrank those without, and numbers."""
+        ranked: list[tuple[int, torch.dtype]] = []
+        for argument in (self.raw(0), self.raw(1)):
+            if isinstance(argument, Reference):
+                value = self.values[argument.number]
+                ranked.append((1 if value.shape else 0, value.dtype))
+        best = max(rank for rank, _ in ranked)
+        dtype = ranked[0][1] if len(ranked) == 1 else None
+        for rank, candidate in ranked:
+            if rank == best or not dtype:
+                dtype = candidate if dtype is None else torch.promote_types(dtype, candidate)
+        assert dtype is not None
+        if not dtype.is_floating_point and dtype != torch.bool:
+            return "float64"
+        return "float32" if dtype == torch.bool else compute_dtype(dtype)
+
+
+Rule = Callable[[Site], Expression]
+
+
+def _unary(op: str) -> Rule:
+    return lambda s: s.make(op, s.operand(0))
+
+
+def _binary(op: str) -> Rule:
+    return lambda s: s.make(op, s.operand(0), s.operand(1))
+
+
+def _compare(op: str) -> Rule:
+    def rule(s: Site) -> Expression:
+        dtype = s.common_dtype()
+        return s.make(op, s.operand(0, dtype), s.operand(1, dtype), dtype="bool")
+
+    return rule
+
+
+def _logical(op: str) -> Rule:
+    return lambda s: s.make(op, *(s.operand(i, "bool") for i in range(1 if op == "not" else 2)), dtype="bool")
+
+
+def _bitwise(op: str) -> Rule:
+    def rule(s: Site) -> Expression:
+        if s.dtype != "bool":
+            raise NotLowered("it computes with integers")
+        return _logical(op)(s)
+
+    return rule
+
+
+def _scaled(s: Site, position: int) -> Expression:
+    alpha = s.raw("alpha", 1)
+    operand = s.operand(position)
+    return operand if alpha == 1 else s.make("mul", operand, s.number(alpha))
+
+
+def _div(s: Site) -> Expression:
+    quotient = s.make("div", s.operand(0), s.operand(1))
+    mode = s.raw("rounding_mode")
+    return quotient if mode is None else s.make(mode, quotient)
+
+
+def _pow(s: Site) -> Expression:
+    base, exponent = s.operand(0), s.raw(1)
+    if isinstance(exponent, int | float) and exponent in (1, 2, 3, 0.5, -1):
+        if exponent == 0.5:
+            return s.make("sqrt", base)
+        if exponent == -1:
+            return s.make("div", s.number(1.0), base)
+        power = base
+        for _ in range(int(exponent) - 1):
+            power = s.make("mul", power, base)
+        return power
+    return s.make("pow", base, s.operand(1))
+
+
+def _clamp(s: Site) -> Expression:
+    low, high = s.raw("min"), s.raw("max")
+    value = s.operand(0)
+    if low is not None:
+        value = s.make("maximum", value, s.of(low, s.dtype))
+    return value if high is None else s.make("minimum", value, s.of(high, s.dtype))
+
+
+def _where(s: Site) -> Expression:
+    return s.make("where", s.operand(0, "bool"), s.operand(1), s.operand(2))
+
+
+def _masked_fill(s: Site) -> Expression:
+    return s.make("where", s.operand(1, "bool"), s.operand(2), s.operand(0))
+
+
+def _heaviside(s: Site) -> Expression:
+    x = s.operand(0)
+    zero = s.number(0.0)
+    step = s.make("cast", s.make("gt", x, zero, dtype="bool")) if s.dtype != "bool" else s.make("gt", x, zero)
+    at_zero = s.make("where", s.make("eq", x, zero, dtype="bool"), s.operand(1), step)
+    return s.make("where", s.make("isnan", x, dtype="bool"), x, at_zero)
+
+
+def _fill(value: float | None, position: int = 1) -> Rule:
+    def rule(s: Site) -> Expression:
+        return s.of(s.raw(position) if value is None else value, s.dtype)
+
+    return rule
+
+
+def _sigmoid_backward(s: Site) -> Expression:
+    grad, y = s.operand(0), s.operand(1)
+    return s.make("mul", grad, s.make("mul", s.make("sub", s.number(1.0), y), y))
+
+
+def _tanh_backward(s: Site) -> Expression:
+    grad, y = s.operand(0), s.operand(1)
+    return s.make("mul", grad, s.make("sub", s.number(1.0), s.make("mul", y, y)))
+
+
+def _threshold_backward(s: Site) -> Expression:
+    below = s.make("le", s.operand(1), s.operand(2), dtype="bool")
+    return s.make("where", below, s.number(0.0), s.operand(0))
+
+
+def _addcmul(op: str) -> Rule:
+    def rule(s: Site) -> Expression:
+        product = s.make(op, s.operand(1), s.operand(2))
+        value = s.raw("value", 1)
+        return s.make("add", s.operand(0), product if value == 1 else s.make("mul", s.number(value), product))
+
+    return rule
+
+
+def _lerp(s: Site) -> Expression:
+    start, end, weight = s.operand(0), s.operand(1), s.operand(2)
+    return s.make("add", start, s.make("mul", weight, s.make("sub", end, start)))
+
+
+def _remainder(s: Site) -> Expression:
+    a, b = s.operand(0), s.operand(1)
+    rest = s.make("fmod", a, b)
+    zero = s.number(0.0)
+    other_sign = s.make("ne", s.make("lt", rest, zero, dtype="bool"), s.make("lt", b, zero, dtype="bool"), dtype="bool")
+    wrong = s.make("and", s.make("ne", rest, zero, dtype="bool"), other_sign, dtype="bool")
+    return s.make("where", wrong, s.make("add", rest, b), rest)
+
+
+def _reciprocal(s: Site) -> Expression:
+    return s.make("div", s.number(1.0), s.operand(0))
+
+
+def _rsqrt(s: Site) -> Expression:
+    return s.make("div", s.number(1.0), s.make("sqrt", s.operand(0)))
+
+
+def _square(s: Site) -> Expression:
+    return s.make("mul", s.operand(0), s.operand(0))
+
+
+def _same(s: Site) -> Expression:
+    return s.operand(0)
+
+
+SAME_VALUE = frozenset(
+    "detach alias clone lift_fresh lift_fresh_copy lift contiguous _to_copy to expand view reshape _unsafe_view "
+    "unsqueeze squeeze expand_copy view_copy _reshape_alias stack unbind select select_backward cat flatten "
+    "permute t transpose split unsafe_split chunk squeeze_copy unsqueeze_copy slice slice_backward".split()
+)
+"""Operators that only say where values are. `translate` checks that they stay in their places."""
+
+ELEMENTWISE: dict[str, Rule] = {
+    "add": lambda s: s.make("add", s.operand(0), _scaled(s, 1)),
+    "sub": lambda s: s.make("sub", s.operand(0), _scaled(s, 1)),
+    "rsub": lambda s: s.make("sub", s.operand(1), _scaled(s, 0)),
+    "mul": lambda s: s.make("and" if s.dtype == "bool" else "mul", s.operand(0), s.operand(1)),
+    "div": _div,
+    "pow": _pow,
+    "square": _square,
+    "reciprocal": _reciprocal,
+    "rsqrt": _rsqrt,
+    "clamp": _clamp,
+    "clamp_min": lambda s: s.make("maximum", s.operand(0), s.operand(1)),
+    "clamp_max": lambda s: s.make("minimum", s.operand(0), s.operand(1)),
+    "relu": lambda s: s.make("maximum", s.operand(0), s.number(0.0)),
+    "where": _where,
+    "masked_fill": _masked_fill,
+    "heaviside": _heaviside,
+    "sigmoid_backward": _sigmoid_backward,
+    "tanh_backward": _tanh_backward,
+    "threshold_backward": _threshold_backward,
+    "addcmul": _addcmul("mul"),
+    "addcdiv": _addcmul("div"),
+    "lerp": _lerp,
+    "remainder": _remainder,
+    "copy": lambda s: s.operand(1),
+    "copy_": lambda s: s.operand(1),
+    "zeros_like": _fill(0.0),
+    "new_zeros": _fill(0.0),
+    "zeros": _fill(0.0),
+    "zero": _fill(0.0),
+    "ones_like": _fill(1.0),
+    "new_ones": _fill(1.0),
+    "ones": _fill(1.0),
+    "full_like": _fill(None),
+    "full": _fill(None),
+    "new_full": _fill(None, 2),
+    "scalar_tensor": _fill(None, 0),
+    "fill": _fill(None),
+    "sgn": _unary("sign"),
+    "rrelu_with_noise": lambda s: _refuse("it draws random numbers"),
+    **{name: _unary(name) for name in "neg abs sign floor ceil trunc round sqrt exp expm1 exp2 log log1p log2".split()},
+    **{name: _unary(name) for name in "log10 sigmoid tanh atan erf erfc sin cos tan asin acos sinh cosh".split()},
+    **{name: _binary(name) for name in "maximum minimum fmod atan2".split()},
+    **{name: _compare(name) for name in "eq ne lt le gt ge".split()},
+    **{f"logical_{name}": _logical(name) for name in "and or xor not".split()},
+    **{f"bitwise_{name}": _bitwise(name) for name in "and or xor not".split()},
+    "isnan": lambda s: s.make("isnan", s.operand(0, compute_dtype(s.values[s.raw(0).number].dtype)), dtype="bool"),
+    **{f"__{name}__": _bitwise(name) for name in "and or xor".split()},
+}
+
+
+def _refuse(why: str) -> Expression:
+    raise NotLowered(why)
+
+
+_KNOWN = ELEMENTWISE.keys() | SAME_VALUE | {"sum", "mean", "item", "_local_scalar_dense", "empty_like", "empty"}
+
+
+def decomposition(func: Any) -> Callable[..., Any] | None:
+    """What PyTorch defines an elementwise operator by, where the table has no rule for it: softplus, gelu, ..."""
+    name = str(func._schema.name).partition("::")[2]
+    if name in DECOMPOSITIONS:
+        return DECOMPOSITIONS[name]
+    if name in _KNOWN or name.rstrip("_") in _KNOWN:
+        return None
+    # The backward passes of pointwise operators are not tagged.
+    if torch.Tag.pointwise not in func.tags and not name.endswith("_backward"):
+        return None
+    from torch._decomp import decomposition_table
+
+    return decomposition_table.get(func)

@@ -1,0 +1,367 @@
+"""One recorded step as something that runs: kernels for each pass, and what PyTorch computes around them."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from snnfx.lowering.elementwise.back_end import BackEnd, Backward, Slot
+from snnfx.lowering.elementwise.operand_layout import broadcast, dense_strides, description, memory_order, plan_layout
+from snnfx.lowering.elementwise.saved_values import SavePlan, plan_saving
+from snnfx.lowering.elementwise.translation import Replay, TranslatedStep
+
+__all__ = ["Kept", "LoweredStep", "Needs"]
+
+_DTYPES = {
+    "float16": torch.float16,
+    "bfloat16": torch.bfloat16,
+    "float32": torch.float32,
+    "float64": torch.float64,
+    "bool": torch.bool,
+}
+
+
+@dataclass(frozen=True)
+class Needs:
+    """Which inputs, initial states and constants (by their positions) need a gradient."""
+
+    sequences: tuple[bool, ...]
+    states: tuple[bool, ...]
+    constants: tuple[bool, ...]
+
+
+@dataclass
+class Kept:
+    """What the backward pass gets from the forward pass besides tensors."""
+
+    needs: Needs
+    T: int
+    shape: tuple[int, ...]
+    order: tuple[int, ...]
+    states: tuple[float | None, ...]
+
+
+@dataclass
+class _Training:
+    """The kernels of a training step with certain gradients."""
+
+    plan: SavePlan
+    wanted: Backward
+    forward: Any
+    backward: Any
+
+
+@dataclass
+class LoweredStep:
+    """A step of an elementwise loop, ready to run over sequences.
+
+    Args:
+        step: what was translated.
+        back_end: writes and runs its kernels.
+        device: of the tensors that it runs on.
+    """
+
+    step: TranslatedStep
+    back_end: BackEnd
+    device: torch.device
+    _inference: Any = None
+    _training: dict[Needs, _Training] = field(default_factory=dict)
+    _prologues: dict[tuple[int, ...], Replay] = field(default_factory=dict)
+
+    # -- forward --------------------------------------------------------------------------------------------------
+
+    def forward(
+        self,
+        x_seq: Sequence[Tensor],
+        states: Sequence[Tensor | float],
+        constants: Sequence[Tensor],
+        needs: Needs | None,
+        in_layout: bool = True,
+    ) -> tuple[list[Tensor], list[Tensor], list[Tensor], Kept | None]:
+        """Run a sequence: outputs `[T, N, *]`, final states `[N, *]`, saved values, and what else backward needs.
+
+        Args:
+            x_seq: the inputs, `[T, *]` each.
+            states: before the first step, numbers or tensors that can be expanded to `[N, *]`.
+            constants: those of `step.constants`.
+            needs: None: nothing is saved.
+            in_layout: results have the memory layout of the inputs; else they are contiguous.
+        """
+        expressions = self.step.expressions
+        source = self.inference() if needs is None else self.training(needs).forward
+        T = x_seq[0].shape[0]
+        operands = self._operands(source, constants)
+        shape = self.shape_of_step(x_seq, states)
+        order = self._order(x_seq, shape) if in_layout else tuple(range(len(shape)))
+        strides = dense_strides(shape, order)
+        count = max(1, _product(shape))
+        empty, device = self.back_end.empty, self.device
+        outputs = [empty((T, *shape), (count, *strides), _DTYPES[d], device) for d in expressions.output_dtypes]
+        finals = [empty(shape, strides, _DTYPES[d], device) for d in expressions.state_dtypes]
+        plan = self.training(needs).plan if needs is not None else None
+        dtypes = [_DTYPES[e.dtype] for e in plan.saved] if plan is not None else []
+        saved = [empty((T, *shape), (count, *strides), d, device) for d in dtypes]
+        self._run(
+            source,
+            shape,
+            order,
+            T,
+            {
+                "sequence": x_seq,
+                "operand": operands,
+                "initial": states,
+                "output": outputs,
+                "final": finals,
+                "saved": saved,
+            },
+        )
+        if needs is None:
+            return outputs, finals, saved, None
+        numbers = tuple(None if isinstance(s, Tensor) else float(s) for s in states)
+        return outputs, finals, saved, Kept(needs, T, shape, order, numbers)
+
+    def build(self, needs: Needs | None, elements: int) -> None:
+        """Build what is about to be run, on about so many elements of a step.
+
+        Raises:
+            NotLowered: it cannot be built.
+        """
+        if needs is None:
+            self.back_end.build(self.inference(), elements)
+        else:
+            self.back_end.build(self.training(needs).forward, elements)
+            self.back_end.build(self.training(needs).backward, elements)
+
+    def inference(self) -> Any:
+        """The kernel that saves nothing."""
+        if self._inference is None:
+            self._inference = self.back_end.write_forward(self.step.expressions)
+        return self._inference
+
+    def training(self, needs: Needs) -> _Training:
+        """The kernels of both passes for certain gradients."""
+        found = self._training.get(needs)
+        if found is None:
+            step = self.step.expressions
+            sums = sorted(
+                {s for i, n in enumerate(needs.constants) if n for s in self._sums_behind(self.step.constants[i][1])}
+            )
+            wanted = Backward(
+                tuple(i for i, n in enumerate(needs.sequences) if n and step.grad_sequences[i] is not None),
+                tuple(i for i, n in enumerate(needs.states) if n),
+                tuple(sums),
+            )
+            plan = plan_saving(step, wanted.expressions(step))
+            forward = self.back_end.write_forward(step, plan)
+            found = _Training(plan, wanted, forward, self.back_end.write_backward(step, plan, wanted))
+            self._training[needs] = found
+        return found
+
+    def _operands(self, source: Any, constants: Sequence[Tensor]) -> dict[int, Tensor]:
+        """What does not change with time and is read by a kernel, by its number."""
+        read = [slot.index for slot in source.slots if slot.kind == "operand"]
+        if not read:
+            return {}
+        wanted = tuple(self.step.operands[i] for i in read)
+        if wanted not in self._prologues:
+            self._prologues[wanted] = self.step.prologue.part_for(wanted)
+        known = {number: tensor for (number, _), tensor in zip(self.step.constants, constants, strict=True)}
+        with torch.no_grad():
+            found = self._prologues[wanted].run(known, wanted)
+        values = (v if v.is_floating_point() or v.dtype == torch.bool else v.double() for v in found)
+        return dict(zip(read, values, strict=True))
+
+    def shape_of_step(self, x_seq: Sequence[Tensor], states: Sequence[Tensor | float]) -> tuple[int, ...]:
+        """The shape of a step of a call."""
+        shape = tuple(x_seq[0].shape[1:])
+        given = [tuple(s.shape) for s in states if isinstance(s, Tensor)]
+        constant = self.step.operand_shapes
+        if len(x_seq) > 1 or len(shape) != len(self.step.shape) or constant or given:
+            kinds = self.step.expressions.sequences
+            read = [tuple(x.shape[1:]) for x, kind in zip(x_seq, kinds, strict=True) if kind != "unused"]
+            shape = broadcast(*read, *given, *constant)
+        return shape
+
+    def _order(self, x_seq: Sequence[Tensor], shape: tuple[int, ...]) -> tuple[int, ...]:
+        """The dimensions of a step from the slowest to the fastest, as the first full input has them."""
+        for x in x_seq:
+            if x.shape[1:] == shape:
+                return memory_order(shape, x.stride()[1:])
+        return tuple(range(len(shape)))
+
+    @property
+    def saves(self) -> str:
+        """What a training step keeps of the sequence, as a clause; "" before the first training step."""
+        if not self._training:
+            return ""
+        plan = list(self._training.values())[-1].plan
+        tensors = f"{len(plan.saved)} tensor{'s' if len(plan.saved) != 1 else ''} of the size of the sequence"
+        inputs = ", and its input" if plan.inputs else ""
+        return f"; training keeps {tensors}{inputs}"
+
+    @property
+    def output_dtypes(self) -> list[torch.dtype]:
+        """Of the outputs, in memory."""
+        return [_DTYPES[d] for d in self.step.expressions.output_dtypes]
+
+    @property
+    def state_dtypes(self) -> list[torch.dtype]:
+        """Of the states, in memory."""
+        return [_DTYPES[d] for d in self.step.expressions.state_dtypes]
+
+    def saved_dtypes(self, needs: Needs) -> list[torch.dtype]:
+        """Of what a forward pass saves."""
+        return [_DTYPES[e.dtype] for e in self.training(needs).plan.saved]
+
+    # -- backward -------------------------------------------------------------------------------------------------
+
+    def backward(
+        self,
+        kept: Kept,
+        x_seq: Sequence[Tensor | None],
+        states: Sequence[Tensor | None],
+        constants: Sequence[Tensor],
+        saved: Sequence[Tensor],
+        grad_outputs: Sequence[Tensor | None],
+        grad_finals: Sequence[Tensor | None],
+        shapes: tuple[Sequence[tuple[int, ...]], Sequence[tuple[int, ...]]],
+    ) -> tuple[list[Tensor | None], list[Tensor | None], list[Tensor | None]]:
+        """Gradients of the inputs, initial states and constants that need one.
+
+        Args:
+            kept: from the forward pass.
+            x_seq, states, constants, saved: as they were there, None for inputs and states that are not needed.
+            grad_outputs, grad_finals: from above, None for zero.
+            shapes: of the inputs, `[T, *]`, and of the initial states.
+        """
+        training, step = self.training(kept.needs), self.step.expressions
+        T, shape, order = kept.T, kept.shape, kept.order
+        strides, count = dense_strides(shape, order), max(1, _product(shape))
+        wanted = training.wanted
+        empty, device = self.back_end.empty, self.device
+        grad_sequences: dict[int, Tensor] = {
+            i: empty((T, *shape), (count, *strides), _DTYPES[step.sequences[i]], device) for i in wanted.sequences
+        }
+        grad_initials = {k: empty(shape, strides, _DTYPES[step.state_dtypes[k]], device) for k in wanted.initials}
+        parts = self.back_end.parts(training.backward, _product(shape), T)
+        sums = {
+            i: torch.empty(parts, dtype=torch.float64, device=device)
+            if step.total[i]
+            else empty(shape, strides, _DTYPES[step.sums[i].dtype], device)
+            for i in wanted.sums
+        }
+        initial = [number if s is None else s for s, number in zip(states, kept.states, strict=True)]
+        self._run(
+            training.backward,
+            shape,
+            order,
+            T,
+            {
+                "sequence": x_seq,
+                "operand": self._operands(training.backward, constants),
+                "initial": initial,
+                "saved": saved,
+                "grad_output": grad_outputs,
+                "grad_final": grad_finals,
+                "grad_sequence": grad_sequences,
+                "grad_initial": grad_initials,
+                "sum": sums,
+            },
+        )
+        found_x: list[Tensor | None] = [None] * len(step.sequences)
+        for i, grad in grad_sequences.items():
+            found_x[i] = grad if grad.shape == shapes[0][i] else _summed_in_steps(grad, shapes[0][i])
+        found_states: list[Tensor | None] = [None] * len(step.state_dtypes)
+        for k, grad in grad_initials.items():
+            found_states[k] = grad if grad.shape == shapes[1][k] else grad.sum_to_size(shapes[1][k])
+        return found_x, found_states, self._epilogue(kept.needs, constants, sums)
+
+    def _epilogue(self, needs: Needs, constants: Sequence[Tensor], sums: dict[int, Tensor]) -> list[Tensor | None]:
+        """The gradients of constants from sums over time."""
+        if not any(needs.constants):
+            return [None] * len(constants)
+        known = {number: tensor for (number, _), tensor in zip(self.step.constants, constants, strict=True)}
+        with torch.no_grad():
+            self.step.prologue.run(known, ())
+            for index, value in sums.items():
+                number, shape = self.step.sums[index]
+                if self.step.expressions.total[index]:
+                    known[number] = value.sum().to(_DTYPES[self.step.expressions.sums[index].dtype]).view(shape)
+                else:
+                    known[number] = value.view((1,) * (len(shape) - value.dim()) + tuple(value.shape))
+            grads: list[Tensor | None] = []
+            for (_, index), constant, need in zip(self.step.constants, constants, needs.constants, strict=True):
+                gradient = self.step.gradients.get(index) if need else None
+                if gradient is None:
+                    grads.append(None)
+                    continue
+                self._epilogue_for(gradient, known)
+                grads.append(known[gradient].to(constant.dtype).sum_to_size(constant.shape))
+            return grads
+
+    def _epilogue_for(self, number: int, known: dict[int, Tensor]) -> None:
+        """Run the part of the epilogue that computes one value."""
+        if number in known:
+            return
+        call = next(c for c in self.step.epilogue.calls if number in c.results)
+        for reference in call.references():
+            self._epilogue_for(reference, known)
+        type(self.step.epilogue)([call]).run(known, ())
+
+    def _sums_behind(self, constant: int) -> set[int]:
+        """The sums that the gradient of a constant is made of."""
+        positions = {number: position for position, (number, _) in enumerate(self.step.sums)}
+        found: set[int] = set()
+        stack = [self.step.gradients[constant]] if constant in self.step.gradients else []
+        while stack:
+            number = stack.pop()
+            if number in positions:
+                found.add(positions[number])
+                continue
+            stack.extend(r for c in self.step.epilogue.calls if number in c.results for r in c.references())
+        return found
+
+    # -- both -----------------------------------------------------------------------------------------------------
+
+    def _run(self, source: Any, shape: tuple[int, ...], order: tuple[int, ...], T: int, given: dict[str, Any]) -> None:
+        operands: list[Tensor | float] = []
+        described: list[Any] = []
+        for slot in source.slots:
+            value = given[slot.kind][slot.index]
+            if isinstance(value, Tensor):
+                value = self._in_memory(slot, value)
+                operands.append(value)
+                if slot.kind == "sum" and value.dim() == 1 and self.step.expressions.total[slot.index]:
+                    described.append(None)
+                else:
+                    described.append(description(value, slot.has_time))
+            else:
+                operands.append(0.0 if value is None else float(value))
+                described.append(None)
+        self.back_end.run(source, plan_layout(shape, order, tuple(described)), T, operands)
+
+    def _in_memory(self, slot: Slot, value: Tensor) -> Tensor:
+        """A tensor in the dtype that a kernel expects; lazy negatives and conjugates are no memory."""
+        expected = _DTYPES[slot.dtype]
+        if value.dtype != expected:
+            value = value.to(expected)
+        if value.is_neg():
+            value = value.resolve_neg()
+        return value
+
+
+def _summed_in_steps(grad: Tensor, shape: tuple[int, ...]) -> Tensor:
+    """The gradient `[T, N, *]` of an input `[T, *]` whose steps were expanded to those of others: summed over that."""
+    aligned = (shape[0], *(1,) * (grad.dim() - len(shape)), *shape[1:])
+    return grad.sum_to_size(aligned).reshape(shape)
+
+
+def _product(shape: Sequence[int]) -> int:
+    count = 1
+    for size in shape:
+        count *= size
+    return count

@@ -1,0 +1,145 @@
+"""What a recording depends on in the constants of a region, looked at in every call: `neuron.tau` may have changed.
+
+To describe all attributes of a module takes longer than a small kernel. So the description is kept, together with the
+objects that it was made of; as long as the module has the very same ones, it still holds.
+"""
+
+from __future__ import annotations
+
+import operator
+from collections.abc import Collection, Iterator, Sequence
+from itertools import chain
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from snnfx.state.registry import has_forward_hooks
+
+__all__ = ["Settings", "SettingsOfRegion"]
+
+_HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
+_REGISTRIES = ("_parameters", "_buffers", "_modules", *_HOOKS)
+_NOT_HYPERPARAMETERS = frozenset((*nn.Module().__dict__, "_memories")) - {"training"}
+"""What every module has, and states."""
+
+
+class Settings:
+    """A description of a module and everything in it, as a key: equal for equal settings, fast for the same object."""
+
+    __slots__ = ("_hash", "value")
+
+    def __init__(self, value: tuple[Any, ...]) -> None:
+        self.value = value
+        self._hash = hash(value)
+
+    def __hash__(self) -> int:
+        return self._hash
+
+    def __eq__(self, other: object) -> bool:
+        return self is other or (isinstance(other, Settings) and self.value == other.value)
+
+
+class SettingsOfRegion:
+    """The settings of the constants of one region, kept from call to call."""
+
+    def __init__(self) -> None:
+        self._seen: dict[int, _Seen] = {}
+
+    def of(self, constants: Sequence[Any]) -> tuple[Any, ...] | None:
+        """A key for the constants of a call; None where a module among them has hooks, which a kernel does not run."""
+        found: list[Any] = []
+        for index, constant in enumerate(constants):
+            if isinstance(constant, nn.Module):
+                seen = self._seen.get(index)
+                if seen is None or seen.module is not constant or not seen.still_holds():
+                    seen = self._seen[index] = _Seen(constant)
+                if seen.has_hooks:
+                    return None
+                found.append(seen.settings)
+            elif isinstance(constant, Tensor):
+                found.append((constant.shape, constant.dtype, constant.requires_grad))
+            else:
+                found.append((type(constant), constant))
+        return tuple(found)
+
+
+class _Seen:
+    """A module and everything in it as it was, and the settings that this gave."""
+
+    def __init__(self, module: nn.Module) -> None:
+        self.module = module
+        self.modules = list(_modules_of(module))
+        self.settings = Settings(tuple([_described(m) for m in self.modules]))
+        self.has_hooks = any(map(has_forward_hooks, self.modules))
+        self._classes, self._attributes = list(map(type, self.modules)), list(map(vars, self.modules))
+        # Views of dicts and the lists themselves: they show what is in them when they are looked at.
+        self._views: list[Collection[Any]] = []
+        for attributes in self._attributes:
+            self._views += [attributes.values(), *(attributes[name].values() for name in _REGISTRIES)]
+            hyperparameters = (v for k, v in attributes.items() if k not in _NOT_HYPERPARAMETERS)
+            self._views += _views_inside(hyperparameters)
+        self._lengths = list(map(len, self._views))
+        self._objects = list(chain.from_iterable(self._views))
+        self._tensors = [x for x in self._objects if isinstance(x, Tensor)]
+        self._of_tensors = [(x.shape, x.dtype, x.requires_grad) for x in self._tensors]
+
+    def still_holds(self) -> bool:
+        """Whether every attribute is the object that it was, and every tensor still looks like it did."""
+        return (
+            list(map(len, self._views)) == self._lengths
+            and all(map(operator.is_, chain.from_iterable(self._views), self._objects))
+            and all(map(operator.is_, map(type, self.modules), self._classes))
+            and all(map(operator.is_, map(vars, self.modules), self._attributes))
+            and [(x.shape, x.dtype, x.requires_grad) for x in self._tensors] == self._of_tensors
+        )
+
+
+def _modules_of(module: nn.Module) -> Iterator[nn.Module]:
+    """The module and everything inside it; some more than once. `Module.modules` is slow."""
+    yield module
+    for child in module._modules.values():
+        if child is not None:
+            yield from _modules_of(child)
+
+
+def _views_inside(values: Any) -> Iterator[Collection[Any]]:
+    """Of each list and dict among values, however deep in tuples, lists and dicts: what shows its elements."""
+    for value in values:
+        if isinstance(value, dict):
+            yield value.keys()
+            yield value.values()
+            yield from _views_inside((*value.keys(), *value.values()))
+        elif isinstance(value, tuple | list):
+            yield value
+            yield from _views_inside(value)
+
+
+def _described(module: nn.Module) -> tuple[Any, ...]:
+    found: list[Any] = [type(module)]
+    for name, value in module.__dict__.items():
+        if name in _NOT_HYPERPARAMETERS:
+            continue
+        kind = type(value)
+        if kind is bool or kind is int or kind is float or kind is str or value is None:
+            found.append(value if kind is not float or value == value else "nan")
+            found.append(kind)
+        else:
+            found.append(_frozen(value))
+    for registry in (module._parameters, module._buffers):
+        for tensor in registry.values():
+            found.append(None if tensor is None else (tensor.shape, tensor.dtype, tensor.requires_grad))
+    return tuple(found)
+
+
+def _frozen(value: Any) -> Any:
+    """A value as a key: plain values by value, all else by identity (its owner keeps it alive)."""
+    if isinstance(value, bool | int | float | str | bytes | None | torch.dtype | torch.device):
+        return (type(value), value)
+    if isinstance(value, tuple | list):
+        return (type(value), *[_frozen(v) for v in value])
+    if isinstance(value, dict):
+        return (dict, *[(_frozen(k), _frozen(v)) for k, v in value.items()])
+    if isinstance(value, Tensor):
+        return (id(value), value.shape, value.dtype, value.requires_grad)
+    return id(value)

@@ -1,0 +1,85 @@
+"""A loop with products inside, as autograd sees it."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from snnfx.lowering.elementwise.lowered_step import Needs
+from snnfx.lowering.mixed.mixed_step import MixedStep
+from snnfx.ops.first_derivatives import refuse_second_derivative
+
+__all__ = ["run_mixed"]
+
+
+def run_mixed(
+    mixed: MixedStep,
+    x_seq: Sequence[Tensor],
+    states: Sequence[Tensor | float],
+    constants: Sequence[Tensor],
+    needs: Needs | None,
+) -> tuple[tuple[Tensor, ...], tuple[Tensor, ...]]:
+    """Run a sequence: `(outputs [T, N, *], final states [N, *])`.
+
+    Args:
+        mixed: the step.
+        x_seq: the inputs, `[T, N, *]` each.
+        states: before the first step: numbers, or tensors that can be expanded to `[N, *]`.
+        constants: those of the step.
+        needs: what needs a gradient, None for nothing.
+    """
+    if needs is None:
+        outputs, finals, _ = mixed.forward(x_seq, states, constants, None)
+        return tuple(outputs), tuple(finals)
+    numbers = [None if isinstance(s, Tensor) else float(s) for s in states]
+    tensors = [s for s in states if isinstance(s, Tensor)]
+    results = _Loop.apply(mixed, needs, numbers, len(x_seq), *x_seq, *tensors, *constants)
+    count = len(mixed.recording.outputs)
+    return results[:count], results[count:]
+
+
+class _Loop(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any, mixed: MixedStep, needs: Needs, numbers: list[float | None], count: int, *tensors: Tensor
+    ) -> tuple[Tensor, ...]:
+        x_seq, rest = tensors[:count], list(tensors[count:])
+        states: list[Tensor | float] = [rest.pop(0) if n is None else n for n in numbers]
+        outputs, finals, saved = mixed.forward(x_seq, states, rest, needs)
+        plan = mixed.training(needs).plan
+        inputs = [x_seq[i] for i in plan.inputs]
+        ctx.mixed, ctx.needs, ctx.T, ctx.numbers = mixed, needs, x_seq[0].shape[0], numbers
+        ctx.counts = (count, len(inputs), len(rest))
+        ctx.shapes = [s.shape if isinstance(s, Tensor) else () for s in states]
+        ctx.set_materialize_grads(False)
+        ctx.save_for_backward(*inputs, *rest, *saved)
+        constant = [r for r, d in zip((*outputs, *finals), mixed.differentiable, strict=True) if not d]
+        if constant:
+            ctx.mark_non_differentiable(*constant)
+        return (*outputs, *finals)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor | None) -> tuple[Any, ...]:
+        what = "a loop that runs without autograd"
+        refuse_second_derivative(what, "Convert with lower=None: the loop is then run by PyTorch, which can.")
+        mixed, needs = ctx.mixed, ctx.needs
+        n_sequences, n_inputs, n_constants = ctx.counts
+        tensors = list(ctx.saved_tensors)
+        x_seq: list[Tensor | None] = [None] * n_sequences
+        for i, x in zip(mixed.training(needs).plan.inputs, tensors[:n_inputs], strict=True):
+            x_seq[i] = x
+        constants = tensors[n_inputs : n_inputs + n_constants]
+        saved = tensors[n_inputs + n_constants :]
+        count = len(mixed.recording.outputs)
+        found_x, found_states, found_constants = mixed.backward(
+            needs, ctx.T, x_seq, constants, saved, grads[:count], grads[count:]
+        )
+        states = [
+            None if g is None else g.sum_to_size(shape)
+            for g, shape, number in zip(found_states, ctx.shapes, ctx.numbers, strict=True)
+            if number is None
+        ]
+        return (None, None, None, None, *found_x, *states, *found_constants)

@@ -1,0 +1,69 @@
+"""Calls for all time steps at once, on stacks `[T, *]` of what they take at each step."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+import torch
+from torch import Tensor
+
+from snnfx.lowering.aten_recording import Call, Recording
+from snnfx.lowering.mixed.call_kinds import Pure, resolved
+
+__all__ = ["run_batched"]
+
+
+def run_batched(
+    recording: Recording,
+    calls: Sequence[Call],
+    results_read: Callable[[Call], Sequence[int]],
+    stacks: dict[int, Tensor],
+    invariants: dict[int, Tensor],
+) -> None:
+    """Run calls, filling up `stacks`.
+
+    Args:
+        recording: that the calls are from.
+        calls: in order.
+        results_read: the results of a call that are wanted.
+        stacks: values at all steps, `[T, *]`.
+        invariants: values that are the same at each step.
+    """
+    for call in calls:
+        wanted = list(results_read(call))
+        if not wanted:
+            continue
+        found = _product(call, stacks, invariants)
+        if found is None:
+            found = _mapped(call, wanted, recording, stacks, invariants)
+        stacks.update(zip(wanted, found, strict=True))
+
+
+def _product(call: Call, stacks: dict[int, Tensor], invariants: dict[int, Tensor]) -> list[Tensor] | None:
+    """`mm` and `addmm` of a stack and a matrix: one product, T folded into the rows."""
+    if call.name not in ("mm", "addmm") or call.kwargs:
+        return None
+    *bias, rows, matrix = [a.number for a in call.args]
+    if rows not in stacks or matrix not in invariants or any(b not in invariants for b in bias):
+        return None
+    stack = stacks[rows]
+    folded = stack.reshape(stack.shape[0] * stack.shape[1], stack.shape[2])
+    if not bias:
+        return [torch.mm(folded, invariants[matrix]).unflatten(0, stack.shape[:2])]
+    term = invariants[bias[0]]
+    if term.dim() > 1 and term.shape[0] != 1:
+        return None
+    return [torch.addmm(term, folded, invariants[matrix]).unflatten(0, stack.shape[:2])]
+
+
+def _mapped(
+    call: Call, wanted: Sequence[int], recording: Recording, stacks: dict[int, Tensor], invariants: dict[int, Tensor]
+) -> list[Tensor]:
+    pure = Pure(call, wanted, recording)
+    numbers = [r for r in dict.fromkeys(call.references()) if r in stacks]
+
+    def step(*values: Tensor) -> tuple[Tensor, ...]:
+        known = {**invariants, **dict(zip(numbers, values, strict=True))}
+        return tuple(pure([resolved(a, known) for a in pure.args], resolved(call.kwargs, known)))
+
+    return list(torch.vmap(step)(*[stacks[n] for n in numbers]))

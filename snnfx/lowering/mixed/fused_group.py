@@ -1,0 +1,112 @@
+"""Elementwise calls of one step as one kernel: a group, from the values that it reads to those that it makes."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from snnfx.lowering.aten_recording import NotLowered, Recording
+from snnfx.lowering.elementwise.cpp.cpp_kernel import KernelSource, write_forward
+from snnfx.lowering.elementwise.expressions import Builder, Expression, StepExpressions
+from snnfx.lowering.elementwise.translation import Translator, memory_dtype
+from snnfx.lowering.mixed.call_kinds import stripped
+
+__all__ = ["Group", "is_elementwise"]
+
+
+class _Members(Translator):
+    """Expressions of some calls; every other value that varies is read."""
+
+    def __init__(self, recording: Recording, shape: tuple[int, ...], members: set[int]) -> None:
+        self.to_compare = False
+        self.recording, self.values = recording, recording.values
+        self.builder = Builder()
+        self.expressions: dict[int, Expression | NotLowered] = {}
+        self.operands: dict[int, int] = {}
+        self.shape, self.members = shape, members
+        self.read: dict[int, int] = {}
+
+    def _expression(self, number: int) -> Expression:
+        value = self.values[number]
+        if not value.varying or number in self.members:
+            return super()._expression(number)
+        shape = stripped(value.shape)
+        sizes = zip(reversed(shape), reversed(self.shape), strict=False)
+        if len(shape) > len(self.shape) or any(s not in (1, size) for s, size in sizes):
+            raise NotLowered(f"a value of shape {list(value.shape)} does not fit {list(self.shape)}")
+        memory = memory_dtype(value.dtype)
+        index = self.read.setdefault(number, len(self.read))
+        computed = "float32" if memory in ("float16", "bfloat16") else memory
+        return self.builder.leaf("sequence", index, computed)
+
+
+def is_elementwise(recording: Recording, number: int) -> bool:
+    """Whether a kernel can compute a value element by element from what its call reads."""
+    value = recording.values[number]
+    assert value.call is not None
+    try:
+        memory_dtype(value.dtype)
+        _Members(recording, stripped(value.shape), {number}).expression(number)
+    except NotLowered:
+        return False
+    return True
+
+
+class Group:
+    """A kernel of one step.
+
+    Args:
+        recording: of the step.
+        shape: of its elements, without leading ones.
+        members: the values that are computed in it.
+        made: those of them that leave it; a value may leave it to several places.
+        added: those whose sum over the steps so far is updated.
+    """
+
+    def __init__(
+        self,
+        recording: Recording,
+        shape: tuple[int, ...],
+        members: set[int],
+        made: Sequence[int],
+        added: Sequence[int],
+    ) -> None:
+        translator = _Members(recording, shape, members)
+        roots = [translator.expression(number) for number in made]
+        dtypes = [memory_dtype(recording.values[number].dtype) for number in (*made, *added)]
+        terms = [translator.expression(number) for number in added]
+        reads = list(translator.read)
+        builder = translator.builder
+        for k, term in enumerate(terms):
+            so_far = builder.leaf("sequence", len(reads) + k, term.dtype)
+            roots.append(builder.make("add", (so_far, term), term.dtype))
+        self.shape = shape
+        self.reads, self.operands = reads, list(translator.operands)
+        self.made, self.added = tuple(made), tuple(added)
+        values = recording.values
+        operand_dtypes = [values[number].dtype for number in self.operands]
+        self.source: KernelSource = write_forward(
+            StepExpressions(
+                sequences=(*(memory_dtype(values[n].dtype) for n in reads), *dtypes[len(made) :]),
+                operands=tuple(_operand_dtype(d) for d in operand_dtypes),
+                scalars=tuple(len(values[n].shape) == 0 for n in self.operands),
+                state_dtypes=(),
+                output_dtypes=tuple(dtypes),
+                outputs=tuple(roots),
+                next_states=(),
+            )
+        )
+
+    def place_of_read(self, index: int) -> int | tuple[str, int]:
+        """What a kernel's operand of kind "sequence" is: a value, or a sum so far."""
+        return self.reads[index] if index < len(self.reads) else ("sum", self.added[index - len(self.reads)])
+
+    def place_of_write(self, index: int) -> int | tuple[str, int]:
+        """What a kernel's operand of kind "output" is."""
+        return self.made[index] if index < len(self.made) else ("sum", self.added[index - len(self.made)])
+
+
+def _operand_dtype(dtype: object) -> str:
+    try:
+        return memory_dtype(dtype)  # type: ignore[arg-type]
+    except NotLowered:
+        return "float64"

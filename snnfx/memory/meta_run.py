@@ -1,0 +1,328 @@
+"""Running an emitted graph on meta tensors, call by call, to measure what each call takes."""
+
+from __future__ import annotations
+
+import copy
+import operator
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+from torch.fx import Node, map_arg
+from torch.utils import _pytree as pytree
+
+from snnfx.emit.recompute_segments import region_calls
+from snnfx.emit.tiling import STATISTICS
+from snnfx.lowering.elementwise.back_end_choice import obstacle
+from snnfx.memory.kernel_stand_in import KernelStandIn
+from snnfx.memory.meter import CallBytes, Count, Part, Shape, dtype_name, measure_call, meta_like
+from snnfx.memory.tensor_names import Naming
+from snnfx.memory.workspace import Workspace
+from snnfx.ops.memory_format import image_format
+from snnfx.recompute.batch_statistics import step_statistics
+from snnfx.regions.region_modules import LoopRegion, RegionGraph
+from snnfx.state.registry import named_stateful
+
+if TYPE_CHECKING:
+    from snnfx.runtime.net import Net
+
+__all__ = ["Twin", "Walk"]
+
+
+class Twin:
+    """The modules of a net without data, in the same modes."""
+
+    def __init__(self, net: Net) -> None:
+        self.net = net
+        self.steps: dict[Any, Any] = {}
+        self.keys: dict[int, Any] = {}
+        memo: dict[int, Any] = {}
+        for tensor in [*net.source.parameters(), *net.source.buffers(), *net._modules["snnfx_constants"].buffers()]:  # type: ignore[union-attr]
+            meta = meta_like(tensor)
+            memo[id(tensor)] = nn.Parameter(meta, tensor.requires_grad) if isinstance(tensor, nn.Parameter) else meta
+        for _, module, adapter in named_stateful(net.source):
+            memo.update((id(value), meta_like(value)) for value in adapter.read(module) if isinstance(value, Tensor))
+        roots = (net.source, net._modules["snnfx_constants"])
+        copies: Any = copy.deepcopy(roots, memo)
+        self.source, self.constants = copies
+        for module in (*self.source.modules(), *self.constants.modules()):
+            for hooks in ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks"):
+                module.__dict__[hooks].clear()
+            for name, value in module.__dict__.items():
+                # Numbers stay as they are: some cells keep their sizes and thresholds in tensors.
+                if isinstance(value, Tensor) and value.dim() > 0:
+                    module.__dict__[name] = meta_like(value)
+
+    def has_kernels(self, leaves: Sequence[Tensor]) -> bool:
+        """Whether loops may run by generated kernels on the device of the inputs."""
+        return not obstacle(leaves[0].device if leaves else torch.device("cpu"))
+
+    def marker(self, leaves: Sequence[Tensor]) -> int:
+        """A number of steps that divides no size of a parameter or of a step: a prime of at least T."""
+        modules = (*self.source.modules(), *self.constants.modules())
+        tensors = [t for m in modules for t in (*m._parameters.values(), *m._buffers.values()) if t is not None]
+        tensors += [v for node in self.net.program.graph.nodes if isinstance(v := node.meta.get("val"), Tensor)]
+        sizes = {n for t in tensors for n in t.shape}
+        sizes |= {n for x, v in zip(leaves, self.net.varying_inputs, strict=True) for n in x.shape[v:]}
+        T = max((x.shape[0] for x, v in zip(leaves, self.net.varying_inputs, strict=True) if v), default=1)
+        number = max(T, 101) | 1
+        while not all(number % d for d in range(3, int(number**0.5) + 1, 2)) or any(
+            n % number == 0 for n in sizes if n
+        ):
+            number += 2
+        return number
+
+    def resolve(self, target: str) -> Any:
+        if target.startswith("snnfx_regions."):
+            found: Any = self.net
+            for atom in target.split("."):
+                found = found._modules[atom]
+            return found
+        atoms = target.split(".")
+        if atoms[0] == "snnfx_constants":
+            found, atoms = self.constants, atoms[1:]
+        elif atoms[0] == "snnfx_source":
+            found, atoms = self.source, atoms[1:]
+        else:
+            found = self.source
+        for atom in atoms:
+            found = getattr(found, atom)
+        return found
+
+
+@dataclass
+class _Measured:
+    """One call, for one number of steps."""
+
+    name: str
+    is_region: bool
+    role: str
+    reads: tuple[int, ...]
+    makes: tuple[int, ...]
+    bytes: CallBytes
+    saves: tuple[int, ...]
+
+
+class Walk:
+    """Runs an emitted graph on meta tensors for some number of steps, call by call, like calls once.
+
+    With `naming`, who made what is noted: in `named`, of each value, and in the `CallBytes` of each call. With
+    `marker`, the steps are a prime that tells what grows with them (see `snnfx.memory.meter.Meter`). `part` is "main",
+    or "first" for a first step that does something else than the others.
+    """
+
+    def __init__(
+        self,
+        twin: Twin,
+        leaves: Sequence[Tensor],
+        state: Mapping[str, Any] | None,
+        training: bool,
+        steps: int,
+        naming: Naming | None = None,
+        in_tiles: bool = False,
+        marker: bool = False,
+        part: str = "main",
+    ) -> None:
+        self.twin, self.training, self.steps, self.naming = twin, training, steps, naming
+        self.marker = steps if marker else None
+        net = twin.net
+        self.graph = net._recomputation.form("main").graph if in_tiles else net._graphs.emitted[net.training, part]
+        self.regions = {call: name for name, call in region_calls(self.graph).items()}
+        device = leaves[0].device if leaves else torch.device("cpu")
+        self.has_kernels = twin.has_kernels(leaves)
+        longest = max((x.shape[0] for x, v in zip(leaves, net.varying_inputs, strict=True) if v), default=steps)
+        self.workspace = Workspace(device, longest / steps)
+        self.calls: list[_Measured] = []
+        self.values: list[Count] = []
+        self.step_of: dict[int, str] = {}
+        self.named: list[Part] = []
+        self.number: dict[int, int] = {}
+        self.known: dict[Any, tuple[Any, CallBytes]] = {}
+        self.alive: list[Any] = []
+        varying = net._arguments.varying
+        over_time = () if part == "first" else (steps,)
+        self.given: list[Any] = [
+            self._input(x, torch.empty((*over_time, *x.shape[1:]), dtype=x.dtype, device="meta") if v else meta_like(x))
+            for x, v in zip(leaves, varying, strict=True)
+        ]
+        self.given.append(
+            pytree.tree_map_only(Tensor, lambda s: self._input(s, meta_like(s)), dict(state)) if state else None
+        )
+        self.given.append(torch.empty(steps, dtype=torch.int64, device="meta"))
+
+    def _input(self, original: Tensor, value: Tensor) -> Tensor:
+        """A value of the caller's: it is not counted."""
+        value.requires_grad_(self.training and original.requires_grad)
+        self.alive.append(value)
+        self.number[id(value)] = -1
+        return value
+
+    def run(self) -> Walk:
+        env: dict[Node, Any] = {}
+        given = iter(self.given)
+        for node in self.graph.nodes:
+            if node.op == "placeholder":
+                env[node] = next(given)
+            elif node.op == "get_attr":
+                env[node] = self.twin.resolve(str(node.target))
+            elif node.op == "output":
+                self.result = map_arg(node.args[0], env.__getitem__)
+            elif node.target is operator.getitem and not isinstance(env[node.args[0]], Tensor):
+                env[node] = env[node.args[0]][node.args[1]]
+            else:
+                env[node] = self._call(node, *map_arg((node.args, node.kwargs), env.__getitem__))
+            if "step_node" in node.meta and isinstance(env[node], Tensor):
+                self.step_of.setdefault(self.number.get(id(env[node]), -1), node.meta["step_node"])
+        return self
+
+    def numbers(self, tree: Any) -> tuple[int, ...]:
+        """The values among the leaves of a tree, without those of the caller's."""
+        found = [self.number.get(id(x), -1) for x in pytree.tree_leaves(tree) if isinstance(x, Tensor)]
+        return tuple(dict.fromkeys(n for n in found if n >= 0))
+
+    def _call(self, node: Node, args: Any, kwargs: Any) -> Any:
+        leaves, spec = pytree.tree_flatten((args, kwargs))
+        if self.naming is not None:
+            # Every call has its own names.
+            template, found = self._measure(node, leaves, spec)
+        else:
+            key = ((node.op, node.target), spec, tuple(self._leaf_key(x) for x in leaves))
+            if key not in self.known:
+                self.known[key] = self._measure(node, leaves, spec)
+            template, found = self.known[key]
+        tensors = [self.number.get(id(x), -1) if isinstance(x, Tensor) else -1 for x in leaves]
+        makes: list[int] = []
+        saved = [tensors[i] for i in found.saved_inputs]
+        positions = iter(range(len(found.outputs)))
+        labels = self.naming.of_results(node, template) if self.naming is not None else []
+
+        def fresh(y: Shape) -> Tensor:
+            value, index = y.tensor(), next(positions)
+            grown = self.training and y.dtype.is_floating_point and found.requires_grad  # type: ignore[attr-defined]
+            value.requires_grad_(grown)
+            self.alive.append(value)
+            if found.aliases[index] >= 0:
+                self.number[id(value)] = tensors[found.aliases[index]]
+            else:
+                self.number[id(value)] = len(self.values)
+                makes.append(len(self.values))
+                self.values.append(found.outputs[index])
+                if labels:
+                    self.named.append(
+                        Part(labels[index], tuple(y.shape), found.outputs[index].total, dtype_name(y.dtype))
+                    )
+                if index in found.saved_outputs:
+                    saved.append(self.number[id(value)])
+            return value
+
+        result = pytree.tree_map_only(Shape, fresh, template)
+        name = self.regions.get(node, node.name)
+        reads = tuple(dict.fromkeys(t for t in tensors if t >= 0))
+        held = tuple(dict.fromkeys(s for s in saved if s >= 0))
+        role = "product" if node.meta.get("is_product") else "statistics" if node.target in STATISTICS else ""
+        self.calls.append(_Measured(name, node in self.regions, role, reads, tuple(makes), found, held))
+        return result
+
+    def _leaf_key(self, value: Any) -> Any:
+        """Two calls with equal keys take the same memory."""
+        if not isinstance(value, nn.Module):
+            return _leaf_key(value)
+        known = self.twin.keys.get(id(value))
+        if known is None:
+            known = self.twin.keys[id(value)] = _leaf_key(value)
+        return known
+
+    def _measure(self, node: Node, leaves: list[Any], spec: Any) -> tuple[Any, CallBytes]:
+        results: list[Any] = []
+        if not any(isinstance(x, Tensor | nn.Module) for x in leaves):
+            result = self._plainly(node, leaves, spec)
+            if not any(isinstance(y, Tensor) for y in pytree.tree_leaves(result)):
+                found = CallBytes([], [])
+                found.requires_grad = False  # type: ignore[attr-defined]
+                return result, found
+        if node.target in STATISTICS:
+            return self._statistics(leaves, node.target is step_statistics)
+        naming = self.naming
+        if naming is not None:
+            naming.enter(self.regions.get(node, node.name))
+        modules = [m for x in leaves if isinstance(x, nn.Module) for m in x.modules()]
+        parameters = [p for m in modules for p in (*m._parameters.values(), *m._buffers.values()) if p is not None]
+        needs = any(isinstance(x, Tensor) and x.requires_grad for x in (*leaves, *parameters))
+        graphs = [x.graph for x in leaves if isinstance(x, RegionGraph)]
+        self.workspace.reformats = any(n.target is image_format for graph in graphs for n in graph.nodes)
+        leaves = [self._stand_in(x) for x in leaves]
+
+        def run(values: Sequence[Any]) -> Any:
+            result = self._plainly(node, values, spec)
+            results[:] = [pytree.tree_map_only(Tensor, Shape.of, result)]
+            return result
+
+        found = measure_call(run, leaves, parameters, self.training, self.workspace, naming, self.marker)
+        found.requires_grad = needs  # type: ignore[attr-defined]
+        return results[0], found
+
+    def _statistics(self, leaves: list[Any], per_step: bool) -> tuple[Any, CallBytes]:
+        """Statistics take a few numbers; the plan knows what goes back through them."""
+        x = next(leaf for leaf in leaves if isinstance(leaf, Tensor))
+        kind = torch.promote_types(x.dtype, torch.float32)
+        sizes = (self.steps, x.shape[2]) if per_step else (x.shape[2],)
+        value = torch.empty(sizes, dtype=kind, device="meta")
+        number, gradient = value.numel() * value.element_size(), x.numel() * x.element_size()
+        each = Count(0, number) if per_step and self.marker else Count(number)
+        found = CallBytes([each, each], [-1, -1], peak=each + each, peak_with_history=each + each)
+        if x.requires_grad:
+            found.grads = Count(0, gradient) if self.marker else Count(gradient)
+        found.requires_grad = x.requires_grad  # type: ignore[attr-defined]
+        return (Shape.of(value), Shape.of(value)), found
+
+    def _stand_in(self, value: Any) -> Any:
+        """What runs in place of something: loops with kernels allocate what these do, graphs tell who runs."""
+        if isinstance(value, LoopRegion) and self.has_kernels and value.kernels is not None:
+            name = value.label.partition(" ")[0]
+            if self.naming is None:
+                return KernelStandIn(value, self.twin.steps)
+            return KernelStandIn(
+                value, self.twin.steps, self.naming, self.naming.of_region(name), self.naming.slots.get(name, ())
+            )
+        return self.naming.named(value) if self.naming is not None else value
+
+    @staticmethod
+    def _plainly(node: Node, values: Sequence[Any], spec: Any) -> Any:
+        args, kwargs = pytree.tree_unflatten(list(values), spec)
+        if node.op == "call_method":
+            return getattr(args[0], str(node.target))(*args[1:], **kwargs)
+        return node.target(*args, **kwargs)  # type: ignore[operator]
+
+
+def _leaf_key(value: Any) -> Any:
+    """Two calls with equal keys take the same memory."""
+    if isinstance(value, Tensor):
+        return (tuple(value.shape), tuple(value.stride()), value.dtype, value.requires_grad)
+    if isinstance(value, nn.Module):
+        graphs = [m.graph for m in value.modules() if hasattr(m, "graph")]
+        if graphs:
+            return (type(value), *(_graph_key(graph) for graph in graphs), getattr(value, "kernels", None) is None)
+        return (repr(value), value.training, *(_leaf_key(p) for m in value.modules() for p in m._parameters.values()))
+    return value if isinstance(value, int | float | bool | str | None) else repr(value)
+
+
+def _graph_key(graph: Any) -> Any:
+    key = graph.__dict__.get("_snnfx_key")
+    if key is None:
+        order = {node: f"%{i}" for i, node in enumerate(graph.nodes)}
+        key = tuple(
+            (
+                n.op,
+                "" if n.op == "placeholder" else str(n.target),
+                str(map_arg((n.args, n.kwargs), lambda m: _Name(order[m]))),
+            )
+            for n in graph.nodes
+        )
+        graph.__dict__["_snnfx_key"] = key
+    return key
+
+
+class _Name(str):
+    __slots__ = ()

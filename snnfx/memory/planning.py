@@ -1,0 +1,233 @@
+"""Plans from the memory model: how many steps to run at once, and what backward is to compute again."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from snnfx.emit.fold_parts import depends_on_the_others
+from snnfx.emit.recompute_segments import RecomputePlan
+from snnfx.errors import InputError, warn_once
+from snnfx.memory.budget import CACHE_FRIENDLY, bytes_as_text, inference_budget
+from snnfx.memory.chunk_plan import ChunkPlan
+from snnfx.memory.memory_model import MemoryModel, NotPredictable, model_memory
+from snnfx.memory.peak_holders import largest_holders
+from snnfx.memory.timeline import (
+    Moment,
+    inference_peak,
+    inference_timeline,
+    training_peak,
+    training_timeline,
+    widest_of,
+)
+from snnfx.memory.training_planner import TrainingPlanner
+
+if TYPE_CHECKING:
+    from snnfx.runtime.net import Net
+
+__all__ = [
+    "example_steps",
+    "plan_inference",
+    "plan_training",
+    "refuse_impossible_budget",
+    "with_borders",
+]
+
+
+def plan_inference(net: Net, leaves: Sequence[Tensor], state: Mapping[str, Any] | None) -> ChunkPlan:
+    """How many time steps to run at once in inference.
+
+    As many as the budget allows, and on a CPU no more than what caches and malloc are good at (`CACHE_FRIENDLY`): then
+    a power of two, which divides most lengths, so that the last chunk is seldom one of another shape.
+
+    Args:
+        net: in evaluation mode.
+        leaves: the inputs, time first; only shapes are looked at.
+        state: the state before the first step.
+
+    Raises:
+        InputError: SNNFX318, one time step does not fit.
+    """
+    device = leaves[0].device if leaves else torch.device("cpu")
+    try:
+        model = model_memory(net, leaves, state, training=False)
+    except NotPredictable as why:
+        _warn_of_unknown_bytes(net, why, "chunk=, a number of time steps")
+        return ChunkPlan(None, 0, 0, f"all time steps at once: the bytes of a step are not known ({why})")
+    budget = inference_budget(net.options.memory_budget, device)
+    widest = inference_peak(model, 1)
+    needed, where = widest.bytes, widest.name
+    if needed > budget and net.options.memory_budget is not None:
+        model = model_memory(net, leaves, state, training=False, describe=1)
+        raise cannot_be_met(
+            budget, widest_of(inference_timeline(model, 1, detailed=True)), model, "for one time step", net
+        )
+    per_step = max(1.0, inference_peak(model, 3).bytes - inference_peak(model, 2).bytes)
+    fixed = max(0.0, needed - per_step)
+    fitting = max(1, int((budget - fixed) // per_step))
+    fast = _power_of_two(CACHE_FRIENDLY / per_step) if device.type == "cpu" else fitting
+    length = min(fitting, fast)
+    limit = (
+        f"budget {bytes_as_text(budget)}" if fitting <= fast else f"{bytes_as_text(CACHE_FRIENDLY)} are fast on a CPU"
+    )
+    reason = f"{bytes_as_text(per_step)} alive per time step, widest at {where}, {limit}: {length} steps at once"
+    return ChunkPlan(length, int(per_step), budget, reason)
+
+
+def _power_of_two(count: float) -> int:
+    """The largest one that is not above, and 1 at least."""
+    return 1 << max(0, int(count).bit_length() - 1)
+
+
+def example_steps(net: Net) -> list[Tensor] | None:
+    """Tensors without memory like one step of the inputs that a net was converted with, None where it was without."""
+    device = next((p.device for p in net.source.parameters()), torch.device("cpu"))
+    inputs = [node.meta.get("val") for node in net.program.input_nodes()]
+    steps = [torch.empty((), dtype=x.dtype, device=device).expand(x.shape) for x in inputs if isinstance(x, Tensor)]
+    return steps if len(steps) == len(inputs) else None
+
+
+def refuse_impossible_budget(net: Net) -> None:
+    """Raise where not even one time step fits, as far as shapes are known.
+
+    Raises:
+        InputError: SNNFX318.
+    """
+    known = example_steps(net)
+    unknown = net.options.memory_budget is None or net.options.step_mode == "s" or not known
+    if unknown or any(argument.required for argument in net.program.carried):
+        return
+    sequences = [x.unsqueeze(0) if v else x for x, v in zip(known or (), net.varying_inputs, strict=True)]
+    try:
+        if net.training and net.options.checkpoint == "auto":
+            plan_training(net, 1, sequences, None)
+        elif not net.training:
+            plan_inference(net, sequences, None)
+    except InputError as error:
+        if not net.training:
+            raise
+        hint = f"{error.hint} That is for one time step of the example; snnfx.explain(model, T=...) tells it for more."
+        raise InputError(error.code, error.what, where=error.where, why=error.why, hint=hint) from None
+
+
+def cannot_be_met(budget: float, widest: Moment, model: MemoryModel, how: str, net: Net) -> InputError:
+    """The error for a budget that is too small; `widest` is detailed, and `model` knows who made what."""
+    at = f"{widest.name}, {widest.phase}" if model.training else widest.name
+    hint = f"Give memory_budget={int(widest.bytes * 1.05)} or more, or a smaller batch."
+    if model.training and not net.training:
+        hint += " For inference, call the net under `with torch.no_grad():`, which keeps nothing for backward."
+    return InputError(
+        "SNNFX318",
+        f"memory_budget is {bytes_as_text(budget)}, but {bytes_as_text(widest.bytes)} are needed {how}",
+        where=at,
+        why=f"most is held by {largest_holders(model, widest)}.",
+        hint=hint,
+    )
+
+
+_MARGIN = 0.97
+"""Of a budget, what a plan may take: predictions are a few percent off."""
+
+
+def plan_training(net: Net, T: int, leaves: Sequence[Tensor], state: Mapping[str, Any] | None) -> RecomputePlan:
+    """What backward computes again so that a training step fits the budget, as little as the model can tell.
+
+    Nothing, if that fits or no budget is set; else everything but the products; then products as well, those first that
+    free most bytes for the time of computing them again (a greedy knapsack); where that is not enough, the net as a
+    whole in chunks of time steps.
+
+    Raises:
+        InputError: SNNFX318, nothing fits.
+    """
+    try:
+        return _plan_training(net, T, leaves, state)
+    except NotPredictable as why:
+        _warn_of_unknown_bytes(net, why, 'checkpoint="regions" or checkpoint=, a number of time steps')
+        return RecomputePlan(reason=f"nothing is computed again: the bytes of a step are not known ({why})")
+
+
+def _warn_of_unknown_bytes(net: Net, why: NotPredictable, instead: str) -> None:
+    if net.options.memory_budget is not None:
+        message = f"memory_budget is not looked at: the bytes of this net cannot be told from shapes ({why})."
+        warn_once("SNNFX508", f"{message} Give {instead} instead.")
+
+
+def _plan_training(net: Net, T: int, leaves: Sequence[Tensor], state: Mapping[str, Any] | None) -> RecomputePlan:
+    device = leaves[0].device if leaves else torch.device("cpu")
+    budget = inference_budget(net.options.memory_budget, device)
+    planner = TrainingPlanner(net, T, leaves, state)
+    peak = planner.peak(RecomputePlan())
+    is_limited = net.options.memory_budget is not None
+    if not is_limited or peak.bytes <= _MARGIN * budget:
+        return RecomputePlan(reason=f"nothing is computed again; {_at(peak, budget if is_limited else None)}")
+    plan = planner.within(_MARGIN * budget)
+    least = planner.peak(plan)
+    if least.bytes <= budget:
+        return replace(plan, reason=f"{told(plan)}; {_at(least, budget)}")
+    if not _has_statistics_over_time(net):
+        found = _in_chunks(model_memory(net, leaves, state, training=True), T, budget)
+        if found is not None:
+            return found
+        length = 1
+        model = model_memory(net, leaves, state, training=True, describe=length)
+        moments = training_timeline(model, length, RecomputePlan(), {}, detailed=True)
+        at_peak = with_borders(model, widest_of(moments), T, length)
+        if at_peak.bytes < least.bytes:
+            raise cannot_be_met(budget, at_peak, model, f"with the state kept every {length} steps", net)
+    model = model_memory(net, leaves, state, training=True, describe=T, in_tiles=True)
+    at_peak = widest_of(training_timeline(model, T, plan, planner.packed, detailed=True))
+    raise cannot_be_met(budget, at_peak, model, "with everything computed again", net)
+
+
+def _at(peak: Moment, budget: float | None) -> str:
+    limit = "no budget is set" if budget is None else f"budget {bytes_as_text(budget)}"
+    return f"{bytes_as_text(peak.bytes)} at {peak.name} ({peak.phase}), {limit}"
+
+
+def told(plan: RecomputePlan) -> str:
+    """What a plan computes again, in a clause."""
+    with_products = [group[-1] for group in plan.segments if len(group) > 1 and not _is_statistic(group[0])]
+    light = [group[-1] for group in plan.segments if group[-1] not in with_products]
+    parts = []
+    if with_products:
+        parts.append(f"computed again with the products in front: {', '.join(with_products)}")
+    if light:
+        parts.append(f"computed again: {', '.join(light)}" if not with_products else f"without: {', '.join(light)}")
+    return "; ".join(parts) or "nothing is computed again"
+
+
+def _is_statistic(name: str) -> bool:
+    return name.endswith("_stats")
+
+
+def _in_chunks(model: MemoryModel, T: int, budget: float) -> RecomputePlan | None:
+    """The net as a whole, with its state kept as seldom as fits; None where nothing fits."""
+    for steps in _halved(T):
+        here = with_borders(model, training_peak(model, steps, RecomputePlan(), {}), T, steps)
+        if here.bytes <= budget:
+            return RecomputePlan(steps=steps, reason=f"the state is kept every {steps} steps; {_at(here, budget)}")
+    return None
+
+
+def with_borders(model: MemoryModel, moment: Moment, T: int, steps: int) -> Moment:
+    """A moment of one chunk of a net that keeps its state every so many steps: the other chunks hold that alone."""
+    borders = -(-T // steps) * model.state(1)
+    held = {**moment.held, ("state", 0): borders} if moment.held else {}
+    return replace(moment, bytes=moment.bytes + borders, held=held)
+
+
+def _has_statistics_over_time(net: Net) -> bool:
+    folded = [node for region in net.program.regions if region.kind == "fold" for node in region.nodes]
+    return net.training and any(depends_on_the_others(net.program, node) for node in folded)
+
+
+def _halved(T: int) -> list[int]:
+    lengths = []
+    while T > 1:
+        T = -(-T // 2)
+        lengths.append(T)
+    return lengths or [1]

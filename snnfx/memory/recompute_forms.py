@@ -1,0 +1,197 @@
+"""The forms of a net that keep less for the backward pass, made when a plan asks for them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, fx
+
+from snnfx.analysis.integer_ranges import prove_whole_numbers
+from snnfx.emit.compiled_graph import compile_graph
+from snnfx.emit.emitted_graphs import REGIONS
+from snnfx.emit.fold_parts import depends_on_the_others, emit_parts, split_folds
+from snnfx.emit.recompute_segments import RecomputePlan, recompute_segments, segments_of
+from snnfx.emit.tiling import group_tiles
+from snnfx.errors import InputError, warn_once
+from snnfx.ir.program import Region, StepProgram, describe_node
+from snnfx.memory.budget import bytes_as_text
+from snnfx.memory.memory_model import NotPredictable
+from snnfx.memory.training_planner import TrainingPlanner
+from snnfx.recompute.recomputation import Segment, TileCall, run_segment
+from snnfx.recompute.replay import one_at_a_time
+from snnfx.recompute.tile import Slices, Tile
+
+if TYPE_CHECKING:
+    from snnfx.runtime.net import Net
+
+__all__ = ["Recomputation", "check_checkpoint_option", "refuse_statistics_over_time"]
+
+
+def check_checkpoint_option(checkpoint: Any) -> None:
+    """Raise for a value that `checkpoint=` does not take."""
+    if checkpoint is None or checkpoint in ("auto", "selective", "regions"):
+        return
+    if isinstance(checkpoint, bool) or not isinstance(checkpoint, int) or checkpoint < 1:
+        hint = 'Give a number of time steps above 0, "selective", "regions", "auto" or None.'
+        raise InputError("SNNFX309", f"checkpoint={checkpoint!r}", hint=hint)
+
+
+def refuse_statistics_over_time(program: StepProgram, training: bool, what: str) -> None:
+    """Raise where the result of some time steps depends on the others through statistics of all of them.
+
+    Raises:
+        InputError: SNNFX317, a BatchNorm in training takes its statistics over T * N.
+    """
+    for region in program.regions:
+        for node in region.nodes:
+            if training and region.kind == "fold" and depends_on_the_others(program, node):
+                raise InputError(
+                    "SNNFX317",
+                    f"{what} would change what `{describe_node(node)}` computes",
+                    why='with batch_norm="fold" its statistics in training are those of all time steps together.',
+                    hint='Use checkpoint="regions" (it keeps all steps together), batch_norm="per_step", or eval().',
+                )
+
+
+@dataclass(frozen=True)
+class Form:
+    """A form of the net from which segments are made: its calls in tiles.
+
+    Args:
+        graph: of `passes.tiles`.
+        tiles: that it runs, by name.
+        regions: the regions of the net and the parts of those that were split.
+    """
+
+    graph: fx.Graph
+    tiles: Mapping[str, Tile]
+    regions: tuple[Region, ...]
+
+
+class Recomputation:
+    """Makes and keeps the forms of one net that compute parts again in backward."""
+
+    def __init__(self, net: Net) -> None:
+        self.net = net
+        self.runners: dict[Any, Callable[..., Any]] = {}
+        self.forms: dict[Any, Form] = {}
+
+    def form(self, part: str) -> Form:
+        """The "main" or "plain" graph of the current mode in tiles."""
+        net = self.net
+        key = (net.training, part)
+        if key not in self.forms:
+            program, label = net.program, f"parts_{len(self.forms)}"
+            parts = split_folds(program)
+            whole = {p.region.name for p in parts if any(p.region is region for region in program.regions)}
+            split = {region.name for region in program.regions} - whole
+            known = {n: m for n, m in net._graphs.region_modules(net.training).items() if n not in split}
+            plain = (net._arguments.tensor_dims, net._arguments.output_time_dim) if part == "plain" else None
+            graph, modules = emit_parts(
+                program, parts, f"{REGIONS}.{label}", net._graphs.target_name, known, net.options.reduce, plain
+            )
+            net._graphs.keep(label, modules)
+            graph, tiles = group_tiles(program, graph, parts, f"{REGIONS}.{label}_tiles")
+            net._graphs.keep(f"{label}_tiles", tiles)
+            self.forms[key] = Form(graph, tiles, tuple(part.region for part in parts))
+        return self.forms[key]
+
+    @property
+    def is_wanted(self) -> bool:
+        """Whether training is to be planned."""
+        options = self.net.options
+        return options.checkpoint is not None and (options.checkpoint != "auto" or options.memory_budget is not None)
+
+    def applies(self) -> bool:
+        """Whether this call keeps a history that a plan could make smaller."""
+        net = self.net
+        if not self.is_wanted or not torch.is_grad_enabled() or net.options.step_mode == "s" or net._graphs.is_replaced:
+            return False
+        if torch._C._are_functorch_transforms_active():
+            return False
+        if torch.compiler.is_compiling():
+            return not _told_that_compiled_nets_are_left_alone()
+        return True
+
+    def runner(self, part: str, plan: RecomputePlan) -> Callable[..., Any]:
+        """The "main" or "plain" form of the net with the segments of a plan."""
+        net, form = self.net, self.form(part)
+        key = (net.training, part, plan.segments, tuple(sorted(plan.slices.items(), key=str)), plan.twice, plan.packs)
+        if key not in self.runners:
+            label = f"recomputed_{len(self.runners)}"
+            graph, modules = recompute_segments(
+                form.graph,
+                form.tiles,
+                plan,
+                f"{REGIONS}.{label}",
+                net.program.nodes_by_name,
+                prove_whole_numbers(net.program),
+            )
+            net._graphs.keep(label, modules)
+            self.runners[key] = _one_at_a_time(compile_graph(graph))
+        return self.runners[key]
+
+    def one_chunk(self, run: Callable[..., Any]) -> Callable[..., Any]:
+        """A function of some time steps, `(inputs, state) -> (outputs, state)`, that is run again in backward."""
+
+        def again(_: Tile, *given: Any) -> Any:
+            *inputs, state, _source = given
+            outputs, state = run(inputs, state)
+            return tuple(outputs), (state,)
+
+        def checkpointed(x: list[Tensor], first: Any) -> Any:
+            count = len(x)
+            # Whatever a step may draw is drawn again.
+            tile = Tile("a chunk of time steps", fx.Graph(), again, [True] * count, False, False, has_dice=True)
+            call = TileCall(tile, tuple(range(count)), (count,), (count + 1,), ())
+            segment = Segment("a chunk of time steps", (), (), call, Slices(), False, {}, bool)
+            outputs, (state,) = run_segment(segment, (*x, first, self.net.source))
+            return outputs, state
+
+        return checkpointed
+
+    def plan(self, checkpoint: str, T: int, leaves: Sequence[Tensor], state: Mapping[str, Any] | None) -> RecomputePlan:
+        """The plan of `checkpoint="selective"` or `"regions"`."""
+        try:
+            planner = TrainingPlanner(self.net, T, leaves, state)
+        except NotPredictable as unknown:
+            return self._plan_without_bytes(checkpoint, T, str(unknown))
+        plan = planner.selective() if checkpoint == "selective" else planner.least()
+        budget, peak = self.net.options.memory_budget, planner.peak(plan)
+        if isinstance(budget, int) and peak.bytes > budget:
+            needed = f'checkpoint="{checkpoint}" needs {bytes_as_text(peak.bytes)} at {peak.name}'
+            instead = 'Use checkpoint="auto", which looks at the budget.'
+            warn_once("SNNFX508", f"memory_budget is {bytes_as_text(budget)}, but {needed}. {instead}")
+        what = "everything but products" if checkpoint == "selective" else "everything"
+        return replace(plan, reason=f"{what} is computed again in the backward pass")
+
+    def _plan_without_bytes(self, checkpoint: str, T: int, why: str) -> RecomputePlan:
+        """The same where bytes are not known."""
+        form = self.form("main")
+        groups = [
+            (*(products if checkpoint == "regions" else ()), *statistics, name)
+            for name, (products, statistics) in segments_of(form.graph, form.tiles).items()
+        ]
+        slices = {group[-1]: Slices(steps=max(1, T // 4)) for group in groups}
+        return RecomputePlan(tuple(groups), slices, packs=True, reason=f"computed again region by region ({why})")
+
+
+def _one_at_a_time(run: Callable[..., Any]) -> Callable[..., Any]:
+    def alone(*arguments: Any) -> Any:
+        with one_at_a_time:
+            return run(*arguments)
+
+    return alone
+
+
+@torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
+def _told_that_compiled_nets_are_left_alone() -> bool:
+    warn_once(
+        "SNNFX506",
+        "a compiled net keeps what the compiler's own partitioner chooses for the backward pass; checkpoint= and "
+        "memory_budget= act on it when it is not compiled.",
+    )
+    return True

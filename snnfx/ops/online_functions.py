@@ -1,0 +1,319 @@
+"""The functions that the edits of an online rule put into a step graph: cut states, traces, weights that see a trace.
+
+A traced weight op has the value of `op(operand)`. Its gradient to the operand is that of the op; its gradient to the
+weight is the one that the op would have on the trace, taken without running the op on the trace: of a product and of a
+convolution it is a function of the trace and the gradient that arrives.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from snnfx.ops.step_functions import ValueAndGradients
+from snnfx.state.registry import has_forward_hooks
+
+__all__ = [
+    "cut_history",
+    "draw_dropout_mask",
+    "ones_per_sample",
+    "probe_leak",
+    "traced_call",
+    "traced_module",
+    "update_trace",
+]
+
+_HALF = (torch.float16, torch.bfloat16)
+
+
+def cut_history(value: Any) -> Any:
+    """A state without its history; a state may start as a number."""
+    return value.detach() if isinstance(value, Tensor) else value
+
+
+def update_trace(trace: Any, operand: Tensor, leak: Any) -> Tensor:
+    """`leak * trace + operand`, without gradients; in float32 at least.
+
+    Args:
+        trace: `[N, *]`, or the number 0 before the first step.
+        operand: `[N, *]`.
+        leak: a number.
+    """
+    with torch.no_grad():
+        operand = operand.detach()
+        operand = operand.float() if operand.dtype in _HALF else operand
+        if isinstance(trace, Tensor):
+            return torch.add(operand, trace, alpha=leak)
+        return operand + leak * trace if trace else operand
+
+
+def ones_per_sample(operand: Tensor) -> Tensor:
+    """The operand of a bias: 1 for each sample, `[N]`."""
+    return operand.new_ones(operand.shape[0])
+
+
+def probe_leak(probe: Callable[..., float], *constants: Any) -> float:
+    """The leak of a neuron as it is now; see `snnfx.analysis.leak`."""
+    return probe(*constants)
+
+
+def draw_dropout_mask(how: Any, operand: Tensor, name: str) -> Tensor:
+    """What a dropout multiplies its operand with, drawn anew: 0 or `1 / (1 - p)`.
+
+    Args:
+        how: the probability, or the dropout module.
+        operand: `[N, *]`.
+        name: of the function in `torch.nn.functional`.
+    """
+    p = how.p if isinstance(how, nn.Module) else how
+    with torch.no_grad():
+        return getattr(F, name)(torch.ones_like(operand), p, True)  # type: ignore[no-any-return]
+
+
+def traced_module(module: nn.Module, operand: Tensor, trace: Tensor, bias_trace: Tensor | None = None) -> Tensor:
+    """Call a weight module on its operand, with the gradient of its weight taken on a trace.
+
+    Args:
+        module: a linear or convolutional layer, or any module whose parameters are to see the trace.
+        operand: `[N, *]`.
+        trace: like the operand.
+        bias_trace: `[N]`, or None: the bias has no trace.
+    """
+    if not torch.is_grad_enabled():
+        return module(operand)  # type: ignore[no-any-return]
+    if not has_forward_hooks(module) and not _is_mapped(operand):
+        if type(module).forward is nn.Linear.forward:
+            return _TracedLinear.apply(operand, trace, module.weight, module.bias, bias_trace)  # type: ignore[no-any-return]
+        if isinstance(module, nn.modules.conv._ConvNd) and _is_torchs_own(module):
+            return _traced_convolution_module(module, operand, trace, bias_trace)
+    return _with_gradients_on_trace(module, operand, trace)
+
+
+def traced_call(name: str, position: int, trace: Tensor, bias_trace: Any, *args: Any, **kwargs: Any) -> Tensor:
+    """Call a weight function, `getattr(torch.nn.functional or torch, name)(*args, **kwargs)`, with a trace.
+
+    Args:
+        name: of the function.
+        position: which positional argument is the operand.
+        trace: like the operand.
+        bias_trace: `[N]`, or None: the bias has no trace.
+    """
+    function = getattr(F, name, None) or getattr(torch, name)
+    if not torch.is_grad_enabled():
+        return function(*args, **kwargs)  # type: ignore[no-any-return]
+    if _is_mapped(args[position]):
+        return _call_with_gradients_on_trace(function, position, trace, *args, **kwargs)
+    if name == "linear":
+        operand, weight, bias = _linear_arguments(*args, **kwargs)
+        return _TracedLinear.apply(operand, trace, weight, bias, bias_trace)  # type: ignore[no-any-return]
+    if name in ("matmul", "mm") and position == 0 and args[1].dim() == 2 and args[0].dim() > 1:
+        return _TracedLinear.apply(args[0], trace, args[1].t(), None, None)  # type: ignore[no-any-return]
+    if name.startswith("conv"):
+        return _traced_convolution_function(name, trace, bias_trace, *args, **kwargs)
+    return _call_with_gradients_on_trace(function, position, trace, *args, **kwargs)
+
+
+def _call_with_gradients_on_trace(
+    function: Callable[..., Tensor], position: int, trace: Tensor, *args: Any, **kwargs: Any
+) -> Tensor:
+    fixed = tuple(a.detach() if isinstance(a, Tensor) and i != position else a for i, a in enumerate(args))
+    on_trace = tuple(trace.to(a.dtype) if i == position else a for i, a in enumerate(args))
+    detached = {k: v.detach() if isinstance(v, Tensor) else v for k, v in kwargs.items()}
+    return ValueAndGradients.apply(function(*fixed, **detached), function(*on_trace, **kwargs))  # type: ignore[no-any-return]
+
+
+def _is_mapped(x: Tensor) -> bool:
+    """Whether a value is under torch.vmap."""
+    return torch._C._functorch.is_batchedtensor(x)
+
+
+def _linear_arguments(
+    input: Tensor, weight: Tensor, bias: Tensor | None = None
+) -> tuple[Tensor, Tensor, Tensor | None]:
+    return input, weight, bias
+
+
+def _is_torchs_own(module: nn.Module) -> bool:
+    return (type(module).forward.__module__ or "").startswith("torch.nn.") and (
+        getattr(type(module), "_conv_forward", nn.Conv2d._conv_forward).__module__.startswith("torch.nn.")
+    )
+
+
+def _with_gradients_on_trace(module: nn.Module, operand: Tensor, trace: Tensor) -> Tensor:
+    """The general form: a second forward pass, on the trace, that carries the gradients of the parameters."""
+    fixed = {name: p.detach() for name, p in module.named_parameters()}
+    value = torch.func.functional_call(module, fixed, (operand,))
+    return ValueAndGradients.apply(value, module(trace.to(operand.dtype)))  # type: ignore[no-any-return]
+
+
+class _TracedLinear(torch.autograd.Function):
+    """`y = x W^T + b`, with `dW = g^T a` for the trace a of x."""
+
+    # Not with setup_context, for which torch binds arguments at each call: that costs more than a small layer.
+
+    @staticmethod
+    def forward(
+        ctx: Any, operand: Tensor, trace: Tensor, weight: Tensor, bias: Tensor | None, bias_trace: Tensor | None
+    ) -> Tensor:
+        ctx.save_for_backward(trace, weight, bias_trace)
+        ctx.operand_dtype, ctx.bias_dtype = operand.dtype, None if bias is None else bias.dtype
+        return F.linear(operand, weight, bias)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        trace, weight, bias_trace = ctx.saved_tensors
+        grad_operand = grad_weight = grad_bias = None
+        if ctx.needs_input_grad[0]:
+            grad_operand = (grad @ weight.to(grad.dtype)).to(ctx.operand_dtype)
+        if ctx.needs_input_grad[2]:
+            flat, given = grad.reshape(-1, grad.shape[-1]), trace.reshape(-1, trace.shape[-1])
+            grad_weight = (flat.t() @ given.to(grad.dtype)).to(weight.dtype)
+        if ctx.needs_input_grad[3]:
+            weighted = grad if bias_trace is None else grad * _along_batch(bias_trace, grad)
+            grad_bias = weighted.reshape(-1, grad.shape[-1]).sum(0).to(ctx.bias_dtype)
+        return grad_operand, None, grad_weight, grad_bias, None
+
+
+def _along_batch(per_sample: Tensor, like: Tensor) -> Tensor:
+    return per_sample.to(like.dtype).view(-1, *(1,) * (like.dim() - 1))
+
+
+class _TracedConvolution(torch.autograd.Function):
+    """A convolution whose weight gradient is taken on a trace: both gradients out of one backward of torch's."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        operand: Tensor,
+        trace: Tensor,
+        weight: Tensor,
+        bias: Tensor | None,
+        bias_trace: Tensor | None,
+        geometry: tuple[Any, ...],
+    ) -> Tensor:
+        ctx.save_for_backward(trace, weight, bias_trace)
+        ctx.geometry, ctx.operand_dtype = geometry, operand.dtype
+        ctx.bias_dtype = None if bias is None else bias.dtype
+        return torch.convolution(operand, weight, bias, *geometry)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        trace, weight, bias_trace = ctx.saved_tensors
+        wanted = [ctx.needs_input_grad[0], ctx.needs_input_grad[2], False]
+        grad_operand = grad_weight = grad_bias = None
+        if any(wanted):
+            given = trace.to(grad.dtype), weight.to(grad.dtype)
+            grad_operand, grad_weight, _ = torch.ops.aten.convolution_backward(
+                grad, *given, None, *ctx.geometry, wanted
+            )
+        if ctx.needs_input_grad[3]:
+            weighted = grad if bias_trace is None else grad * _along_batch(bias_trace, grad)
+            grad_bias = weighted.sum([0, *range(2, grad.dim())]).to(ctx.bias_dtype)
+        return (
+            None if grad_operand is None else grad_operand.to(ctx.operand_dtype),
+            None,
+            None if grad_weight is None else grad_weight.to(weight.dtype),
+            grad_bias,
+            None,
+            None,
+        )
+
+
+def _convolve(
+    operand: Tensor, trace: Tensor, weight: Tensor, bias: Tensor | None, bias_trace: Tensor | None, *geometry: Any
+) -> Tensor:
+    if torch.is_autocast_enabled(operand.device.type):
+        dtype = torch.get_autocast_dtype(operand.device.type)
+        operand, weight, bias = operand.to(dtype), weight.to(dtype), None if bias is None else bias.to(dtype)
+    return _TracedConvolution.apply(operand, trace, weight, bias, bias_trace, geometry)  # type: ignore[no-any-return]
+
+
+def _traced_convolution_module(
+    module: nn.modules.conv._ConvNd, operand: Tensor, trace: Tensor, bias_trace: Tensor | None
+) -> Tensor:
+    dims = len(module.kernel_size)
+    padding = module.padding
+    unbatched = operand.dim() == dims + 1
+    if unbatched or (module.transposed and bias_trace is not None and operand.dim() != dims + 2):
+        return _with_gradients_on_trace(module, operand, trace)
+    if module.padding_mode != "zeros":
+        pads = module._reversed_padding_repeated_twice
+        operand, trace = (F.pad(x, pads, mode=module.padding_mode) for x in (operand, trace))
+        padding = (0,) * dims
+    elif isinstance(padding, str):
+        operand, trace, padding = _padded(operand, trace, padding, module.kernel_size, module.dilation)
+    return _convolve(
+        operand,
+        trace,
+        module.weight,
+        module.bias,
+        bias_trace,
+        list(module.stride),
+        list(padding),
+        list(module.dilation),
+        module.transposed,
+        list(module.output_padding),
+        module.groups,
+    )
+
+
+def _padded(
+    operand: Tensor, trace: Tensor, padding: str, kernel: tuple[int, ...], dilation: tuple[int, ...]
+) -> tuple[Tensor, Tensor, tuple[int, ...]]:
+    """Numbers for padding="same" or "valid"; an odd total is padded beforehand, as torch does."""
+    total = [d * (k - 1) if padding == "same" else 0 for k, d in zip(kernel, dilation, strict=True)]
+    if any(t % 2 for t in total):
+        pads = [side for t in reversed(total) for side in (t // 2, t - t // 2)]
+        return F.pad(operand, pads), F.pad(trace, pads), (0,) * len(kernel)
+    return operand, trace, tuple(t // 2 for t in total)
+
+
+def _traced_convolution_function(
+    name: str, trace: Tensor, bias_trace: Tensor | None, *args: Any, **kwargs: Any
+) -> Tensor:
+    dims = int(name[-2])
+    names: tuple[str, ...]
+    if "transpose" in name:
+        names = ("input", "weight", "bias", "stride", "padding", "output_padding", "groups", "dilation")
+    else:
+        names = ("input", "weight", "bias", "stride", "padding", "dilation", "groups")
+    given = {**dict(zip(names, args, strict=False)), **kwargs}
+    operand, weight, bias = given["input"], given["weight"], given.get("bias")
+
+    def each(value: Any) -> list[int]:
+        return [value] * dims if isinstance(value, int) else list(value) * (dims // len(value))
+
+    dilation, padding = each(given.get("dilation", 1)), given.get("padding", 0)
+    if isinstance(padding, str):
+        operand, trace, padding = _padded(operand, trace, padding, weight.shape[2:], tuple(dilation))
+    if operand.dim() == dims + 1:  # torch takes this for one sample without a batch
+        return _convolve(
+            operand.unsqueeze(0),
+            trace.unsqueeze(0),
+            weight,
+            bias,
+            None,
+            each(given.get("stride", 1)),
+            each(padding),
+            dilation,
+            "transpose" in name,
+            each(given.get("output_padding", 0)),
+            given.get("groups", 1),
+        ).squeeze(0)
+    return _convolve(
+        operand,
+        trace,
+        weight,
+        bias,
+        bias_trace,
+        each(given.get("stride", 1)),
+        each(padding),
+        dilation,
+        "transpose" in name,
+        each(given.get("output_padding", 0)),
+        given.get("groups", 1),
+    )

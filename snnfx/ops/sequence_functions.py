@@ -1,0 +1,182 @@
+"""Functions of its own that an emitted graph calls beside its regions: state picked, held, delayed; values over time.
+
+Most of them make sequences `[T, *]` of what a step graph has as one value.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from snnfx.errors import InputError
+from snnfx.ops.memory_format import stack_in_layout
+
+__all__ = [
+    "call_module",
+    "call_once",
+    "delay_one_step",
+    "hold_over_time",
+    "in_shape_of",
+    "pick_state",
+    "reduce_over_time",
+    "repeat_for_samples",
+    "repeat_over_time",
+    "stack_steps",
+    "time_steps",
+    "times_steps",
+]
+
+
+def pick_state(state: dict[str, Any] | None, names: tuple[str, ...]) -> tuple[Any, ...] | None:
+    """The values of one region's slots out of the state of the net; None means the reset state."""
+    if state is None or not any(name in state for name in names):
+        return None
+    missing = [name for name in names if name not in state]
+    if missing:
+        raise InputError(
+            "SNNFX308",
+            f"the first value of {', '.join(missing)} is missing",
+            why=f"it is computed together with {', '.join(name for name in names if name in state)}, which is given.",
+            hint="Give all of the state or nothing.",
+        )
+    return tuple(state[name] for name in names)
+
+
+def call_module(module: nn.Module, *args: Any, **kwargs: Any) -> Any:
+    """Call a module that is an argument of a region (torch.compile does not follow `operator.call`)."""
+    return module(*args, **kwargs)
+
+
+def call_once(region: Callable[..., Any], constants: tuple[Any, ...]) -> Any:
+    """Run a region whose value does not change with time."""
+    return region(*constants)
+
+
+def time_steps(x_seq: Tensor) -> Tensor:
+    """The numbers of the time steps of a sequence `[T, *]`: a tensor `[T]`."""
+    return torch.arange(x_seq.shape[0], device=x_seq.device)
+
+
+def reduce_over_time(y_seq: Any, how: str) -> Any:
+    """The mean, sum or last step of a sequence `[T, *]`."""
+    if not isinstance(y_seq, Tensor):
+        return y_seq
+    if how == "last":
+        return y_seq[-1]
+    return y_seq.sum(0) if how == "sum" else y_seq.mean(0)
+
+
+def times_steps(value: Any, time: Tensor) -> Any:
+    """T times a value."""
+    return value * time.shape[0]
+
+
+def repeat_for_samples(value: Tensor, like: Tensor, batch_dim: int) -> Tensor:
+    """A value that all samples share, `[*]`, as one for each sample of another, `[N, *]` (a view)."""
+    return value.unsqueeze(0).expand(like.shape[batch_dim], *value.shape)
+
+
+def repeat_over_time(value: Any, time: Tensor) -> Any:
+    """A value that is the same at every step as a sequence `[T, *]` (a view, nothing is copied)."""
+    if not isinstance(value, Tensor):
+        return value
+    return value.unsqueeze(0).expand(time.shape[0], *value.shape)
+
+
+def delay_one_step(
+    following: Any,
+    state: tuple[Any, ...] | None,
+    initial: Any,
+    time: Tensor,
+    slot: str = "",
+    has_batch: bool = False,
+) -> Tensor:
+    """The sequence of a slot that only hands a value to the next step: `[initial, following[0], ..., [T-2]]`.
+
+    Args:
+        following: the next value at each step, `[T, *]`; a number where it is always the same.
+        state: a tuple of the value before the first step; None: `initial`.
+        initial: a number, or a tensor that can be expanded to `[*]`.
+        time: `[T]`.
+        slot, has_batch: as for `in_shape_of`.
+
+    Raises:
+        InputError: SNNFX313, the state changes its shape.
+    """
+    first = initial if state is None else state[0]
+    if first is None:
+        first = 0  # nothing reads more of such a slot than its shape: it is on no cycle, and no value was found for it
+    if not isinstance(following, Tensor):
+        like = first if isinstance(first, Tensor) else stack_steps((first, following), time.device)[0]
+        following = torch.full_like(like, following).expand(time.shape[0], *like.shape)
+    first = in_shape_of(first, following[0], slot, has_batch and state is None)
+    return torch.cat((first.to(following.dtype).unsqueeze(0), following[:-1]))
+
+
+def hold_over_time(state: tuple[Any, ...] | None, initial: Any, time: Tensor) -> Tensor:
+    """The sequence of a slot that is never written: its first value at every step, `[T, *]` (a view).
+
+    Args:
+        state: a tuple of the value before the first step; None: `initial`.
+        initial: a tensor `[*]`.
+        time: `[T]`.
+    """
+    value: Tensor = initial if state is None else state[0]
+    return value.unsqueeze(0).expand(time.shape[0], *value.shape)
+
+
+def stack_steps(steps: Sequence[Any], device: torch.device) -> Tensor:
+    """One value at each of T steps as a sequence `[T, *]`.
+
+    State may start as a number, or as a tensor that stands for one of the shape of the later steps; a count stays a
+    number at all steps.
+    """
+    last = steps[-1]
+    if not isinstance(last, Tensor):
+        if not isinstance(last, bool | int | float | complex):
+            raise InputError(
+                "SNNFX313",
+                f"a module that is stepped as it is returns a {type(last).__name__} at each step",
+                why="its outputs are not known to be several.",
+                hint="Pass example_inputs, so that it can be traced; or return tensors from the module.",
+            )
+        # In float64, which as a 0-dimensional value of a step does not change the dtype of what it meets.
+        dtype = torch.float64 if any(isinstance(value, float) for value in steps) else None
+        return torch.tensor(steps, dtype=dtype, device=device)
+    if all(isinstance(value, Tensor) and value.shape == last.shape for value in steps):
+        return stack_in_layout(steps)
+    return torch.stack(
+        [torch.as_tensor(value, dtype=last.dtype, device=last.device).expand_as(last) for value in steps]
+    )
+
+
+def in_shape_of(value: Any, following: Any, slot: str = "", has_batch: bool = False) -> Any:
+    """The first value of a slot in the shape of its next value, for which a number or a smaller tensor stands.
+
+    Args:
+        value: a number or a tensor.
+        following: the value after a step.
+        slot: for the message.
+        has_batch: the first value has the batch in dim 0: a value of more dimensions is no repetition of it.
+
+    Raises:
+        InputError: SNNFX313, the state changes its shape.
+    """
+    if not isinstance(following, Tensor):
+        return value
+    if not isinstance(value, Tensor):
+        return torch.full_like(following, value)
+    sizes = zip(reversed(value.shape), reversed(following.shape), strict=False)
+    fits = value.dim() <= following.dim() and all(size in (1, other) for size, other in sizes)
+    if not fits or (has_batch and 0 < value.dim() < following.dim()):
+        raise InputError(
+            "SNNFX313",
+            f"the state `{slot}` changes its shape: {list(value.shape)} before the first step, "
+            f"{list(following.shape)} after it",
+            why="a sequence has values of one shape.",
+            hint="Create the state in the shape that it keeps, e.g. torch.zeros_like of what is assigned to it.",
+        )
+    return value if value.shape == following.shape else value.expand_as(following)

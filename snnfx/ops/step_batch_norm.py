@@ -1,0 +1,182 @@
+"""BatchNorm over the steps of a sequence, each with its own statistics: torch's kernel for each, one node in autograd.
+
+The kernel reads a step once for its statistics and once to normalise it; written with tensor operations over the whole
+sequence, the same takes ten passes over memory.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from snnfx.ops.buffer_pool import empty_like
+
+__all__ = ["batch_norm_per_step", "is_dense", "normalize_steps", "update_factors"]
+
+
+def batch_norm_per_step(x_seq: Tensor, module: nn.modules.batchnorm._BatchNorm) -> Tensor:
+    """BatchNorm over `[T, N, C, *]` as T calls one after the other do it, computed for all steps at once.
+
+    Statistics are those of one step; the running statistics after it are those after T updates, in closed form:
+    with momentum m, `r_T = (1-m)^T r_0 + sum_t m (1-m)^(T-1-t) stat_t` (Ioffe & Szegedy 2015 for one update).
+
+    Args:
+        x_seq: `[T, N, C, *]`.
+        module: a BatchNorm module; in evaluation mode it is folded.
+    """
+    T = x_seq.shape[0]
+    if module._forward_hooks or module._forward_pre_hooks:
+        return torch.stack([module(x) for x in x_seq.unbind(0)])
+    if not module.training and module.running_mean is not None:
+        return module(x_seq.flatten(0, 1)).unflatten(0, (T, x_seq.shape[1]))  # type: ignore[no-any-return]
+    module._check_input_dim(x_seq[0])
+    count = x_seq[0].numel() // x_seq.shape[2]
+    if module.training and count <= 1:
+        return torch.stack([module(x) for x in x_seq.unbind(0)])  # torch's own error
+    if not torch.compiler.is_compiling() and not isinstance(module, nn.SyncBatchNorm):
+        return normalize_steps(x_seq, module)
+    y, variance, mean = _normalized(x_seq, module.weight, module.bias, module.eps)
+    if module.training and module.track_running_stats and module.running_mean is not None:
+        with torch.no_grad():
+            _update_running_statistics(module, mean.view(T, -1), variance.view(T, -1) * (count / (count - 1)))
+    return y.to(x_seq.dtype)
+
+
+def _update_running_statistics(module: nn.modules.batchnorm._BatchNorm, mean: Tensor, variance: Tensor) -> None:
+    T = mean.shape[0]
+    assert module.num_batches_tracked is not None
+    if module.momentum is None:
+        seen = module.num_batches_tracked.to(mean.dtype)
+        keep = seen / (seen + T)
+        weights = (torch.ones(T, dtype=mean.dtype, device=mean.device) / (seen + T)).unsqueeze(1)
+    else:
+        age = torch.arange(T - 1, -1, -1, dtype=mean.dtype, device=mean.device)
+        keep = torch.tensor(1.0 - module.momentum, dtype=mean.dtype, device=mean.device) ** T
+        weights = (module.momentum * (1.0 - module.momentum) ** age).unsqueeze(1)
+    for running, statistic in ((module.running_mean, mean), (module.running_var, variance)):
+        assert running is not None
+        running.copy_(keep * running + (weights * statistic).sum(0))
+    module.num_batches_tracked.add_(T)
+
+
+def update_factors(module: nn.modules.batchnorm._BatchNorm, T: int) -> list[float]:
+    """How far running statistics move in each of T updates, which are counted."""
+    if not (module.training and module.track_running_stats and module.num_batches_tracked is not None):
+        return [module.momentum or 0.0] * T
+    seen = module.num_batches_tracked
+    factors = [module.momentum or 0.0] * T
+    if module.momentum is None:
+        before = 0 if seen.is_meta else int(seen)
+        factors = [1.0 / (before + t + 1) for t in range(T)]
+    seen.add_(T)
+    return factors
+
+
+def normalize_steps(x_seq: Tensor, module: nn.modules.batchnorm._BatchNorm) -> Tensor:
+    """What T calls of a BatchNorm in training give; its running statistics take T updates.
+
+    Args:
+        x_seq: `[T, N, C, *]`.
+        module: uses the statistics of its input.
+
+    Returns:
+        `[T, N, C, *]`, in the memory format of `x_seq`.
+    """
+    T = x_seq.shape[0]
+    running = module.training and module.track_running_stats and module.running_mean is not None
+    factors = update_factors(module, T)
+    statistics = (module.running_mean, module.running_var) if running else (None, None)
+    return _NormalizeSteps.apply(x_seq, module.weight, module.bias, *statistics, factors, module.eps)  # type: ignore[no-any-return]
+
+
+def is_dense(x: Tensor) -> bool:
+    """Whether a step `[N, C, *]` is row-major or, an image, channels-last."""
+    image = {4: torch.channels_last, 5: torch.channels_last_3d}.get(x.dim())
+    return x.is_contiguous() or (image is not None and x.is_contiguous(memory_format=image))
+
+
+def _dense(x_seq: Tensor) -> Tensor:
+    return x_seq if is_dense(x_seq[0]) else x_seq.contiguous()
+
+
+def _normalized(x_seq: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float) -> tuple[Tensor, Tensor, Tensor]:
+    """The sequence normalized step by step in operations that PyTorch can differentiate again; variance and mean."""
+    dims = [1, *range(3, x_seq.dim())]
+    variance, mean = torch.var_mean(x_seq, dims, correction=0, keepdim=True)
+    y = (x_seq - mean) * torch.rsqrt(variance + eps)
+    shape = (-1, *(1,) * (x_seq.dim() - 3))
+    if weight is not None:
+        y = y * weight.view(shape)
+    if bias is not None:
+        y = y + bias.view(shape)
+    return y, variance, mean
+
+
+def _differentiable_gradients(
+    x_seq: Tensor, weight: Tensor | None, bias: Tensor | None, ctx: Any, grad_seq: Tensor
+) -> list[Tensor | None]:
+    """The gradients with a graph of their own, for create_graph=True."""
+    y, _, _ = _normalized(x_seq, weight, bias, ctx.eps)
+    wanted = [v if need else None for v, need in zip((x_seq, weight, bias), ctx.needs_input_grad, strict=False)]
+    grads = iter(torch.autograd.grad(y, [v for v in wanted if v is not None], grad_seq.to(y.dtype), create_graph=True))
+    return [None if v is None else next(grads) for v in wanted]
+
+
+class _NormalizeSteps(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any,
+        x_seq: Tensor,
+        weight: Tensor | None,
+        bias: Tensor | None,
+        running_mean: Tensor | None,
+        running_var: Tensor | None,
+        factors: list[float],
+        eps: float,
+    ) -> Tensor:
+        T, channels = x_seq.shape[0], x_seq.shape[2]
+        given, x_seq = x_seq, _dense(x_seq)  # the kernel writes to `out=` as if its strides were those of the input
+        y_seq = empty_like(x_seq)
+        kind = x_seq.dtype if weight is None else weight.dtype
+        means, deviations = (torch.empty(T, channels, dtype=kind, device=x_seq.device) for _ in range(2))
+        steps = zip(x_seq.unbind(0), y_seq.unbind(0), means.unbind(0), deviations.unbind(0), factors, strict=True)
+        for x, y, mean, deviation, factor in steps:
+            torch.ops.aten.native_batch_norm.out(
+                x,
+                weight,
+                bias,
+                running_mean,
+                running_var,
+                True,
+                factor,
+                eps,
+                out=y,
+                save_mean=mean,
+                save_invstd=deviation,
+            )
+        ctx.save_for_backward(given, weight, bias, means, deviations)
+        ctx.eps = eps
+        return y_seq
+
+    @staticmethod
+    def backward(ctx: Any, grad_seq: Tensor) -> tuple[Any, ...]:
+        x_seq, weight, bias, means, deviations = ctx.saved_tensors
+        if torch.is_grad_enabled():
+            return *_differentiable_gradients(x_seq, weight, bias, ctx, grad_seq), None, None, None, None
+        x_seq = _dense(x_seq)
+        mask = [ctx.needs_input_grad[0], ctx.needs_input_grad[1], ctx.needs_input_grad[2]]
+        grad_x = empty_like(x_seq) if mask[0] else None
+        grad_weight = grad_bias = None
+        for t, (x, grad) in enumerate(zip(x_seq.unbind(0), grad_seq.unbind(0), strict=True)):
+            g_x, g_weight, g_bias = torch.ops.aten.native_batch_norm_backward(
+                grad, x, weight, None, None, means[t], deviations[t], True, ctx.eps, mask
+            )
+            if grad_x is not None:
+                grad_x[t] = g_x
+            if mask[1]:
+                grad_weight = g_weight if grad_weight is None else grad_weight.add_(g_weight)
+            if mask[2]:
+                grad_bias = g_bias if grad_bias is None else grad_bias.add_(g_bias)
+        return grad_x, grad_weight, grad_bias, None, None, None, None

@@ -1,0 +1,1 @@
+"""Segments that recompute values in the backward pass instead of saving them."""

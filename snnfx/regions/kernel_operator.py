@@ -1,0 +1,250 @@
+"""Kernels behind `snnfx::run_region`, the operator of a loop under torch.compile and torch.export.
+
+While a program is traced there are only fake tensors, with symbols for sizes. The step is then recorded on stand-ins of
+the same dtypes and sizes; recordings hold for all T, and mostly for all batch sizes, so the operator finds the same one
+when it runs. In a compiled program all results are contiguous, whatever the layout of the input.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch._subclasses.fake_tensor import unset_fake_temporarily
+from torch.utils._python_dispatch import _disable_current_modes
+
+from snnfx.errors import PassError
+from snnfx.lowering.elementwise.lowered_step import Kept, LoweredStep, Needs
+from snnfx.lowering.mixed.mixed_step import MixedStep
+from snnfx.lowering.mixed.operator_shapes import Shapes, apart, hint, shapes_of, symbolic_shapes
+from snnfx.regions.region_kernels import Prepared, RegionKernels
+from snnfx.regions.region_modules import tensors_of
+from snnfx.sandbox.plain_dispatch import ordinary_dispatch
+
+__all__ = ["fake_results", "run_backward", "run_forward"]
+
+
+def run_forward(
+    kernels: RegionKernels,
+    x_seq: Sequence[Tensor],
+    constants: Sequence[Any],
+    state: Sequence[Tensor] | None,
+    needs: Sequence[bool],
+) -> list[Tensor] | None:
+    """Outputs, final states and what is saved, or None where the loop has to be stepped."""
+    prepared = kernels.prepared(x_seq, state, constants)
+    if prepared is None or not _knows_start(prepared, state):
+        return None
+    needed = _needs(prepared, x_seq, constants, state, needs)
+    if not kernels.ready(prepared, needed):
+        raise PassError(
+            "SNNFX503",
+            f"the kernel of {kernels.label} can no longer be built",
+            why=kernels.refusal,
+            hint="Compile the net again.",
+        )
+    states, given = prepared.first_states(state), prepared.given
+    if isinstance(prepared.lowered, MixedStep):
+        outputs, finals, saved = prepared.lowered.forward(x_seq, states, given, needed)
+        return apart([*outputs, *finals, *saved], [*x_seq, *given, *(state or ())])
+    outputs, finals, saved, _ = prepared.lowered.forward(x_seq, states, given, needed, in_layout=False)
+    return [*outputs, *finals, *saved]
+
+
+def fake_results(
+    kernels: RegionKernels,
+    x_seq: Sequence[Tensor],
+    constants: Sequence[Any],
+    state: Sequence[Tensor] | None,
+    needs: Sequence[bool],
+) -> list[Tensor] | None:
+    """As `run_forward` for fake tensors: their shapes and dtypes."""
+    if x_seq[0].device.type == "cuda" and not torch.cuda.is_available():
+        return None  # nothing to record a step on
+    with _for_real():
+        found = _recorded(kernels, x_seq, constants, state, needs, {})
+    if found is None:
+        return None
+    prepared, needed = found
+    lowered = prepared.lowered
+    if isinstance(lowered, MixedStep):
+        return _fake_results_of_mixed(kernels, x_seq, constants, state, needs)
+    saved = [] if needed is None else lowered.saved_dtypes(needed)
+    T = x_seq[0].shape[0]
+    shape = _step_shape(lowered, x_seq, state, prepared.operand_shapes)
+    return [
+        *(x_seq[0].new_empty((T, *shape), dtype=d) for d in lowered.output_dtypes),
+        *(x_seq[0].new_empty(shape, dtype=d) for d in lowered.state_dtypes),
+        *(x_seq[0].new_empty((T, *shape), dtype=d) for d in saved),
+    ]
+
+
+def _recorded(
+    kernels: RegionKernels,
+    x_seq: Sequence[Tensor],
+    constants: Sequence[Any],
+    state: Sequence[Tensor] | None,
+    needs: Sequence[bool],
+    larger: dict[str, int],
+) -> tuple[Prepared, Needs | None] | None:
+    """A recording on stand-ins for fake tensors, with some symbols among their sizes larger than they are."""
+    x_real = [_stand_in(x, larger, first=1) for x in x_seq]
+    state_real = None if state is None else [_stand_in(s, larger) for s in state]
+    tensors = iter([c for c in constants if isinstance(c, Tensor)])
+    flags = iter(needs[len(x_seq) :])
+    real: list[Any] = []
+    for constant in constants:
+        if isinstance(constant, nn.Module):
+            real.append(constant)
+            for _ in (*constant.parameters(), *constant.buffers()):
+                next(flags)
+        else:
+            real.append(_stand_in(next(tensors), {}).requires_grad_(next(flags)))
+    prepared = kernels.prepared(x_real, state_real, real)
+    if prepared is None or not _knows_start(prepared, state):
+        return None
+    needed = _needs(prepared, x_real, real, state_real, needs)
+    return (prepared, needed) if kernels.ready(prepared, needed) else None
+
+
+def _fake_results_of_mixed(
+    kernels: RegionKernels,
+    x_seq: Sequence[Tensor],
+    constants: Sequence[Any],
+    state: Sequence[Tensor] | None,
+    needs: Sequence[bool],
+) -> list[Tensor] | None:
+    def shapes(larger: dict[str, int]) -> Shapes | None:
+        with _for_real():
+            found = _recorded(kernels, x_seq, constants, state, needs, larger)
+            if found is None or not isinstance(found[0].lowered, MixedStep):
+                return None
+            return shapes_of(found[0].lowered, found[1])
+
+    found = symbolic_shapes([*(x[0] for x in x_seq), *(state or ())], shapes)
+    if found is None:
+        return None
+    T = x_seq[0].shape[0]
+    return [x_seq[0].new_empty((T, *shape) if has_time else shape, dtype=d) for has_time, shape, d in found]
+
+
+def run_backward(
+    kernels: RegionKernels,
+    x_seq: Sequence[Tensor],
+    constants: Sequence[Any],
+    state: Sequence[Tensor] | None,
+    kept: Sequence[Tensor],
+    grads: Sequence[Tensor],
+    needs: Sequence[bool],
+) -> list[Tensor] | None:
+    """Gradients of inputs, tensors of the constants and states that need one; None where the loop was stepped."""
+    prepared = kernels.prepared(x_seq, state, constants)
+    if prepared is None or not _knows_start(prepared, state):
+        return None
+    needed = _needs(prepared, x_seq, constants, state, needs)
+    assert needed is not None
+    lowered = prepared.lowered
+    states = prepared.first_states(state)
+    count = len(lowered.output_dtypes)
+    if isinstance(lowered, MixedStep):
+        found_x, found_states, found_constants = lowered.backward(
+            needed, x_seq[0].shape[0], x_seq, prepared.given, kept, grads[:count], grads[count:]
+        )
+        shapes = [s.shape if isinstance(s, Tensor) else () for s in states]
+        found_states = [
+            None if g is None else g.sum_to_size(shape) for g, shape in zip(found_states, shapes, strict=True)
+        ]
+        gathered = _gathered(prepared, x_seq, constants, state, needs, (found_x, found_states, found_constants))
+        return apart(gathered, [*x_seq, *prepared.given, *(state or ()), *kept, *grads])
+    shape = lowered.shape_of_step(x_seq, states)
+    numbers = tuple(None if isinstance(s, Tensor) else float(s) for s in states)
+    details = Kept(needed, x_seq[0].shape[0], shape, tuple(range(len(shape))), numbers)
+    tensors = [s if isinstance(s, Tensor) else None for s in states]
+    found_x, found_states, found_constants = lowered.backward(
+        details,
+        x_seq,
+        tensors,
+        prepared.given,
+        kept,
+        grads[:count],
+        grads[count:],
+        ([x.shape for x in x_seq], [s.shape if isinstance(s, Tensor) else () for s in states]),
+    )
+    return _gathered(prepared, x_seq, constants, state, needs, (found_x, found_states, found_constants))
+
+
+def _gathered(
+    prepared: Prepared,
+    x_seq: Sequence[Tensor],
+    constants: Sequence[Any],
+    state: Sequence[Tensor] | None,
+    needs: Sequence[bool],
+    grads: tuple[Sequence[Tensor | None], Sequence[Tensor | None], Sequence[Tensor | None]],
+) -> list[Tensor]:
+    """Gradients of inputs, tensors of the constants and states, for those that need one."""
+    found_x, found_states, found_constants = grads
+    by_tensor = {id(t): g for t, g in zip(prepared.given, found_constants, strict=True)}
+    everything = [*x_seq, *tensors_of(constants), *(state or ())]
+    found: list[Tensor | None] = [*found_x, *(by_tensor.get(id(t)) for t in tensors_of(constants))]
+    found += found_states if state is not None else []
+    return [
+        torch.zeros_like(t) if g is None else g.contiguous()
+        for t, g, need in zip(everything, found, needs, strict=True)
+        if need
+    ]
+
+
+def _knows_start(prepared: Prepared, state: Sequence[Tensor] | None) -> bool:
+    """Whether the states before the first step are given or numbers."""
+    return prepared.starts_from_numbers and not prepared.runs_first_step(state)
+
+
+def _needs(
+    prepared: Prepared,
+    x_seq: Sequence[Tensor],
+    constants: Sequence[Any],
+    state: Sequence[Tensor] | None,
+    needs: Sequence[bool],
+) -> Needs | None:
+    if not any(needs):
+        return None
+    count = len(x_seq)
+    tensors = tensors_of(constants)
+    by_tensor = {id(t): n for t, n in zip(tensors, needs[count : count + len(tensors)], strict=True)}
+    states = needs[count + len(tensors) :] if state is not None else [False] * len(prepared.lowered.state_dtypes)
+    return Needs(tuple(needs[:count]), tuple(states), tuple(by_tensor.get(id(t), False) for t in prepared.given))
+
+
+@contextlib.contextmanager
+def _for_real() -> Iterator[None]:
+    """Compute with real tensors in the middle of a trace."""
+    with _disable_current_modes(), unset_fake_temporarily(), ordinary_dispatch(grad=False):
+        yield
+
+
+def _stand_in(tensor: Tensor, larger: dict[str, int], first: int | None = None) -> Tensor:
+    shape = [hint(n) + (larger.get(str(n), 0) if isinstance(n, torch.SymInt) else 0) for n in tensor.shape]
+    if first is not None:
+        shape[0] = first
+    return torch.zeros(shape, dtype=tensor.dtype, device=tensor.device)
+
+
+def _step_shape(
+    lowered: LoweredStep,
+    x_seq: Sequence[Tensor],
+    state: Sequence[Tensor] | None,
+    operand_shapes: Sequence[tuple[int, ...]],
+) -> tuple[Any, ...]:
+    """The shape of a step, symbols included."""
+    for x in x_seq:
+        if x.dim() - 1 == len(lowered.step.shape) and not any(
+            isinstance(a, int) and isinstance(b, int) and a == 1 != b
+            for a, b in zip(x.shape[1:], lowered.step.shape, strict=True)
+        ):
+            return tuple(x.shape[1:])
+    shapes = [x.shape[1:] for x in x_seq if x.is_floating_point()]
+    shapes += [s.shape for s in state or ()]
+    return tuple(torch.broadcast_shapes(*shapes, *operand_shapes))

@@ -1,0 +1,317 @@
+"""`snnfx::run_region`: a loop or map region as one opaque operator, so that a compiled net does not depend on T.
+
+Forward steps the region's graph (or maps it); of a loop only the states after each step are kept. Backward goes
+through the steps in reverse, recomputes one step under autograd and takes its vector-Jacobian product, surrogate
+gradients included: back-propagation through time with one step alive at a time. The tensors of the region's modules are
+arguments, so autograd and torch.compile see them.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from snnfx.lowering.mixed.operator_shapes import apart
+from snnfx.regions.kernel_operator import fake_results, run_backward, run_forward
+from snnfx.regions.region_modules import LoopRegion, MapRegion, SequenceRegion, region_of_handle, tensors_of
+from snnfx.sandbox.plain_dispatch import ordinary_dispatch
+
+__all__ = ["run_loop_as_operator", "run_map_as_operator"]
+
+
+def run_loop_as_operator(
+    region: LoopRegion, x_seq: Sequence[Tensor], state: Sequence[Any] | None, constants: Sequence[Any]
+) -> tuple[tuple[Tensor, ...], tuple[Tensor, ...]]:
+    """`LoopRegion.multi_step` through the operator."""
+    tensors = tensors_of(constants)
+    first = [] if state is None else [s if isinstance(s, Tensor) else torch.tensor(s) for s in state]
+    needs = [t.requires_grad and torch.is_grad_enabled() for t in (*x_seq, *tensors, *first)]
+    results = torch.ops.snnfx.run_region(region.handle, list(x_seq), tensors, first, state is not None, needs)
+    outputs = region.output_count
+    # After the outputs: the final states, then what is kept for backward.
+    return tuple(results[:outputs]), tuple(results[outputs : outputs + region.slot_count])
+
+
+def run_map_as_operator(region: MapRegion, x_seq: Sequence[Tensor], constants: Sequence[Any]) -> tuple[Tensor, ...]:
+    """`MapRegion.map_steps` through the operator."""
+    tensors = tensors_of(constants)
+    needs = [t.requires_grad and torch.is_grad_enabled() for t in (*x_seq, *tensors)]
+    return tuple(torch.ops.snnfx.run_region(region.handle, list(x_seq), tensors, [], False, needs))
+
+
+@contextlib.contextmanager
+def _constants_from(region: SequenceRegion, tensors: Sequence[Tensor]) -> Iterator[list[Any]]:
+    """The constants of a region again: its modules, with the given tensors in place of their own."""
+    remaining = iter(tensors)
+    undo: list[tuple[dict[str, Any], str, Any]] = []
+    constants: list[Any] = []
+    try:
+        for target in region.constant_targets:
+            if target is None:
+                constants.append(next(remaining))
+                continue
+            assert region.resolve is not None
+            module = region.resolve(target)
+            constants.append(module)
+            for kind, named in (("_parameters", module.named_parameters()), ("_buffers", module.named_buffers())):
+                for name, own in list(named):
+                    given = next(remaining)
+                    for owner in module.modules():
+                        registry = getattr(owner, kind)
+                        for key, value in registry.items():
+                            if value is own:
+                                undo.append((registry, key, own))
+                                registry[key] = given
+                    del name
+        yield constants
+    finally:
+        for registry, key, own in reversed(undo):
+            registry[key] = own
+
+
+def _constants_with(region: SequenceRegion, tensors: Sequence[Tensor]) -> list[Any]:
+    """The constants of a region: its modules as they are, and the tensors that are none of theirs."""
+    remaining = iter(tensors)
+    constants: list[Any] = []
+    for target in region.constant_targets:
+        if target is None:
+            constants.append(next(remaining))
+            continue
+        assert region.resolve is not None
+        constants.append(region.resolve(target))
+        for _ in (*constants[-1].parameters(), *constants[-1].buffers()):
+            next(remaining)
+    return constants
+
+
+def _by_kernel(
+    region: SequenceRegion,
+    run: Any,
+    x_seq: Sequence[Tensor],
+    tensors: Sequence[Tensor],
+    state: Sequence[Tensor],
+    has_state: bool,
+    needs: Sequence[bool],
+    *more: Any,
+) -> list[Tensor] | None:
+    """What the kernels of a region compute; None where it has none."""
+    kernels = getattr(region, "kernels", None)
+    if kernels is None:
+        return None
+    count = len(x_seq)
+    flags = needs[count : count + len(tensors)]
+    given = [t.detach().requires_grad_(n) for t, n in zip(tensors, flags, strict=True)]
+    with ordinary_dispatch(grad=False), _constants_from(region, given) as constants:
+        first = list(state) if has_state else None
+        return run(kernels, list(x_seq), constants, first, *more, list(needs))  # type: ignore[no-any-return]
+
+
+@contextlib.contextmanager
+def _real_tensors_allowed(x_seq: Sequence[Tensor]) -> Iterator[None]:
+    """Some modules keep tensors of their own that are neither parameters nor buffers, Norse's cells for instance."""
+    mode = getattr(x_seq[0], "fake_mode", None)
+    if mode is None:
+        yield
+        return
+    before, mode.allow_non_fake_inputs = mode.allow_non_fake_inputs, True
+    try:
+        yield
+    finally:
+        mode.allow_non_fake_inputs = before
+
+
+@torch.library.custom_op("snnfx::run_region", mutates_args=())
+def run_region(
+    handle: str,
+    x_seq: Sequence[Tensor],
+    tensors: Sequence[Tensor],
+    state: Sequence[Tensor],
+    has_state: bool,
+    needs: Sequence[bool],
+) -> list[Tensor]:
+    """Run a region over a sequence: outputs, then for a loop the final states and what is kept for backward.
+
+    That is what its kernel saves, or the states after each step. `needs` says which of the tensors need a gradient.
+    """
+    region = region_of_handle(handle)
+    done = _by_kernel(region, run_forward, x_seq, tensors, state, has_state, needs)
+    if done is not None:
+        return done
+    with ordinary_dispatch(grad=False), _constants_from(region, tensors) as constants:
+        if isinstance(region, MapRegion):
+            return apart(region.map_eagerly(x_seq, constants), [*x_seq, *tensors])
+        current: Any = tuple(state) if has_state else None
+        outputs: list[Sequence[Tensor]] = []
+        kept: list[Sequence[Tensor]] = []
+        for x in zip(*(x.unbind(0) for x in x_seq), strict=True):
+            y, current = region(*constants, *x, current)
+            outputs.append([torch.as_tensor(v) for v in y])
+            kept.append([torch.as_tensor(s) for s in current])
+        stacked = [torch.stack(y) for y in zip(*outputs, strict=True)]
+        return [*stacked, *(s.clone() for s in kept[-1]), *(torch.stack(s) for s in zip(*kept, strict=True))]
+
+
+@run_region.register_fake
+def _(
+    handle: str,
+    x_seq: Sequence[Tensor],
+    tensors: Sequence[Tensor],
+    state: Sequence[Tensor],
+    has_state: bool,
+    needs: Sequence[bool],
+) -> list[Tensor]:
+    region = region_of_handle(handle)
+    kernels = getattr(region, "kernels", None)
+    if kernels is not None:
+        done = fake_results(kernels, x_seq, _constants_with(region, tensors), list(state) if has_state else None, needs)
+        if done is not None:
+            return done
+    T = x_seq[0].shape[0]
+    with _constants_from(region, tensors) as constants, _real_tensors_allowed(x_seq):
+        x = [x[0] for x in x_seq]
+        if isinstance(region, MapRegion):
+            return [y.new_empty((T, *y.shape)) for y in region(*constants, *x)]
+        # The first step may start from numbers; from the second on every state has its full shape.
+        _, after = region(*constants, *x, tuple(state) if has_state else None)
+        outputs, after = region(*constants, *x, after)
+        after = [torch.as_tensor(s) for s in after]
+        return [
+            *(y.new_empty((T, *y.shape)) for y in map(torch.as_tensor, outputs)),
+            *(s.new_empty(s.shape) for s in after),
+            *(s.new_empty((T, *s.shape)) for s in after),
+        ]
+
+
+@torch.library.custom_op("snnfx::run_region_backward", mutates_args=())
+def run_region_backward(
+    handle: str,
+    x_seq: Sequence[Tensor],
+    tensors: Sequence[Tensor],
+    state: Sequence[Tensor],
+    has_state: bool,
+    kept: Sequence[Tensor],
+    grads: Sequence[Tensor],
+    needs: Sequence[bool],
+) -> list[Tensor]:
+    """Gradients of x_seq, tensors and state (in that order), for those that `needs` names."""
+    region = region_of_handle(handle)
+    done = _by_kernel(region, run_backward, x_seq, tensors, state, has_state, needs, kept, grads)
+    if done is not None:
+        return done
+    with ordinary_dispatch(grad=True):
+        leaves = [t.detach().requires_grad_(n) for t, n in zip([*x_seq, *tensors, *state], needs, strict=True)]
+        xs = leaves[: len(x_seq)]
+        given = leaves[len(x_seq) : len(x_seq) + len(tensors)]
+        first = leaves[len(x_seq) + len(tensors) :]
+        with _constants_from(region, given) as constants:
+            if isinstance(region, MapRegion):
+                wanted = [leaf for leaf, n in zip(leaves, needs, strict=True) if n]
+                found = _vjp(region.map_eagerly(xs, constants), grads, wanted)
+                results = [torch.zeros_like(w) if g is None else g for w, g in zip(wanted, found, strict=True)]
+            else:
+                results = _reverse(region, constants, xs, given, first if has_state else None, kept, grads, needs)
+        return apart(results, [*x_seq, *tensors, *state, *kept, *grads])
+
+
+def _reverse(
+    region: SequenceRegion,
+    constants: Sequence[Any],
+    x_seq: Sequence[Tensor],
+    tensors: Sequence[Tensor],
+    state: Sequence[Tensor] | None,
+    kept: Sequence[Tensor],
+    grads: Sequence[Tensor],
+    needs: Sequence[bool],
+) -> list[Tensor]:
+    """Back-propagation through time, one step alive at a time."""
+    T = x_seq[0].shape[0]
+    count = region.output_count
+    grad_y, grad_state = list(grads[:count]), list(grads[count:])
+    x_needed, tensor_needed = needs[: len(x_seq)], needs[len(x_seq) : len(x_seq) + len(tensors)]
+    grad_x = [torch.zeros_like(x) if n else None for x, n in zip(x_seq, x_needed, strict=True)]
+    grad_tensors = [torch.zeros_like(p) if n else None for p, n in zip(tensors, tensor_needed, strict=True)]
+    wanted_tensors = [p for p, n in zip(tensors, tensor_needed, strict=True) if n]
+    for t in range(T - 1, -1, -1):
+        x = [x[t].detach().requires_grad_(n) for x, n in zip(x_seq, x_needed, strict=True)]
+        if t > 0:
+            before: list[Tensor] | None = [s[t - 1].detach() for s in kept]
+        else:
+            before = None if state is None else [s.detach() for s in state]
+        for s in before or ():
+            s.requires_grad_(s.is_floating_point() or s.is_complex())
+        y, after = region(*constants, *x, None if before is None else tuple(before))
+        wanted_x = [v for v, n in zip(x, x_needed, strict=True) if n]
+        wanted_state = [s for s in before or () if s.requires_grad]
+        found = _vjp([*y, *after], [*(g[t] for g in grad_y), *grad_state], [*wanted_x, *wanted_state, *wanted_tensors])
+        remaining = iter(found)
+        for total in grad_x:
+            if total is not None and (g := next(remaining)) is not None:
+                total[t] = g
+        grad_state = [_zeros_for(next(remaining) if s.requires_grad else None, s) for s in before or ()]
+        for i, total in enumerate(grad_tensors):
+            if total is not None and (g := next(remaining)) is not None:
+                grad_tensors[i] = total + g
+    grad_first = grad_state if state is not None else []
+    everything = [*grad_x, *grad_tensors, *grad_first]
+    return [g for g, n in zip(everything, needs, strict=True) if n and g is not None]
+
+
+def _zeros_for(grad: Tensor | None, like: Tensor) -> Tensor:
+    return torch.zeros_like(like) if grad is None else grad
+
+
+def _vjp(outputs: Sequence[Any], grads: Sequence[Tensor], wanted: Sequence[Tensor]) -> Sequence[Tensor | None]:
+    pairs = [(y, g) for y, g in zip(outputs, grads, strict=True) if isinstance(y, Tensor) and y.requires_grad]
+    if not pairs or not wanted:
+        return [None] * len(wanted)
+    return torch.autograd.grad([y for y, _ in pairs], list(wanted), [g for _, g in pairs], allow_unused=True)
+
+
+@run_region_backward.register_fake
+def _(
+    handle: str,
+    x_seq: Sequence[Tensor],
+    tensors: Sequence[Tensor],
+    state: Sequence[Tensor],
+    has_state: bool,
+    kept: Sequence[Tensor],
+    grads: Sequence[Tensor],
+    needs: Sequence[bool],
+) -> list[Tensor]:
+    everything = [*x_seq, *tensors, *state]
+    return [torch.empty_like(t) for t, n in zip(everything, needs, strict=True) if n]
+
+
+def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: list[Tensor]) -> None:
+    handle, x_seq, tensors, state, has_state, _ = inputs
+    region = region_of_handle(handle)
+    kept = output[region.output_count + region.slot_count :]
+    ctx.handle, ctx.has_state = handle, has_state
+    ctx.sizes = (len(x_seq), len(tensors), len(state))
+    ctx.results = [(y.shape, y.dtype, y.device) for y in output[: len(output) - len(kept)]]
+    ctx.needs = [t.requires_grad for t in (*x_seq, *tensors, *state)]
+    ctx.save_for_backward(*x_seq, *tensors, *state, *kept)
+
+
+def _backward(ctx: Any, grads: list[Tensor | None]) -> tuple[Any, ...]:
+    n_x, n_tensors, n_state = ctx.sizes
+    saved = list(ctx.saved_tensors)
+    x_seq, tensors = saved[:n_x], saved[n_x : n_x + n_tensors]
+    state = saved[n_x + n_tensors : n_x + n_tensors + n_state]
+    kept = saved[n_x + n_tensors + n_state :]
+    given = [
+        torch.zeros(shape, dtype=dtype, device=device) if g is None else g
+        for (shape, dtype, device), g in zip(ctx.results, grads, strict=False)
+    ]
+    found = iter(
+        torch.ops.snnfx.run_region_backward(ctx.handle, x_seq, tensors, state, ctx.has_state, kept, given, ctx.needs)
+    )
+    each = [next(found) if need else None for need in ctx.needs]
+    return None, each[:n_x], each[n_x : n_x + n_tensors], each[n_x + n_tensors :], None, None
+
+
+run_region.register_autograd(_backward, setup_context=_setup_context)

@@ -1,0 +1,260 @@
+"""The kernels of one loop region: made at the first call, kept by what they depend on, or a reason why there are none.
+
+A recording holds for the dtypes and shapes of a step (for its ranks, where nobody looked at sizes), and for the Python
+values in the modules of the region: `neuron.tau` is looked at in every call. T is in nothing. Kernels are kept by
+their text, so another `tau` or batch size builds nothing.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, fx, nn
+from torch.autograd import forward_ad
+
+from snnfx.errors import warn_once
+from snnfx.lowering.aten_recording import NotLowered
+from snnfx.lowering.elementwise.autograd_kernel import needs_of, run_lowered
+from snnfx.lowering.elementwise.back_end_choice import DEVICES, kind_of
+from snnfx.lowering.elementwise.lowered_step import LoweredStep, Needs
+from snnfx.lowering.elementwise.translation import TranslatedStep
+from snnfx.lowering.live_settings import SettingsOfRegion
+from snnfx.lowering.mixed.autograd_loop import run_mixed
+from snnfx.lowering.mixed.mixed_step import MixedStep
+from snnfx.regions.step_lowering import Recorded, Rehearsal
+
+__all__ = ["Prepared", "RegionKernels"]
+
+_MOST = 64
+"""Recordings kept for a region."""
+_PLAIN_TENSORS = (Tensor, nn.Parameter, nn.Buffer)
+
+
+@dataclass
+class Prepared:
+    """A recording with the arguments of a call.
+
+    Args:
+        kernels, entry, lowered: what was recorded.
+        x_seq, constants: of the call.
+        given: the tensors among the constants that the step reads.
+    """
+
+    kernels: RegionKernels
+    entry: Recorded
+    lowered: LoweredStep | MixedStep
+    x_seq: Sequence[Tensor]
+    constants: Sequence[Any]
+    given: list[Tensor]
+
+    @property
+    def starts_from_numbers(self) -> bool:
+        """Whether the reset state is made of numbers."""
+        return self.entry.initial is None or None not in self.entry.initial.numbers
+
+    def runs_first_step(self, state: Sequence[Any] | None) -> bool:
+        """Whether the first step has to be run as it is: nobody else knows what it starts from."""
+        return state is None and self.kernels.first is not None and self.entry.initial is None
+
+    @property
+    def operand_shapes(self) -> list[tuple[int, ...]]:
+        """Of what does not change with time."""
+        return [] if isinstance(self.lowered, MixedStep) else list(self.lowered.step.operand_shapes)
+
+    def first_states(self, state: Sequence[Any] | None) -> list[Any]:
+        """The states before the first step."""
+        if state is None and self.kernels.first is not None:
+            assert self.entry.initial is not None
+            return self.entry.initial.values(self.constants, self.x_seq, self.kernels.rehearsal.start)
+        return list(state or ())
+
+
+class RegionKernels:
+    """Runs a loop region by generated kernels where that is possible.
+
+    Args:
+        label: of the region, for messages.
+        step: `(*constants, *inputs, state) -> (outputs, state)`.
+        first: `(*constants, *inputs) -> (outputs, state)`, None without state.
+        make_start: makes the graph `(*constants, *inputs) -> (states before the first step, states after it)`.
+    """
+
+    def __init__(
+        self, label: str, step: fx.GraphModule, first: fx.GraphModule | None, make_start: Callable[[], fx.GraphModule]
+    ) -> None:
+        self.label, self.first = label, first
+        self.rehearsal = Rehearsal(step, first, make_start)
+        self.entries: dict[Any, Recorded] = {}
+        self._latest: tuple[Any, Recorded] | None = None
+        self._settings = SettingsOfRegion()
+        self.refusal = ""
+        self.in_use: LoweredStep | MixedStep | None = None
+
+    def run(
+        self, x_seq: Sequence[Tensor], state: Sequence[Any] | None, constants: Sequence[Any]
+    ) -> tuple[tuple[Tensor, ...], tuple[Tensor, ...]] | None:
+        """All steps of a sequence, or None when they have to be run one by one."""
+        prepared = self.prepared(x_seq, state, constants)
+        if prepared is None:
+            return None
+        if prepared.runs_first_step(state):
+            return self._after_first_step(prepared)
+        states = prepared.first_states(state)
+        needs = needs_of(x_seq, states, prepared.given) if torch.is_grad_enabled() else None
+        if not self.ready(prepared, needs):
+            return None
+        self.in_use = prepared.lowered
+        if isinstance(prepared.lowered, LoweredStep):
+            return run_lowered(prepared.lowered, x_seq, states, prepared.given, needs)
+        if not prepared.lowered.fits(states):
+            self.refusal = "a state before the first step has another shape than those after it"
+            return None
+        return run_mixed(prepared.lowered, x_seq, states, prepared.given, needs)
+
+    def _after_first_step(self, prepared: Prepared) -> tuple[tuple[Tensor, ...], tuple[Tensor, ...]] | None:
+        """The first step as it is, then all others."""
+        assert self.first is not None and isinstance(prepared.lowered, MixedStep)
+        x_seq = prepared.x_seq
+        outputs, states = self.first.forward(*prepared.constants, *[x[0] for x in x_seq])
+        self.in_use = prepared.lowered
+        if x_seq[0].shape[0] == 1:
+            return tuple([y.unsqueeze(0) for y in outputs]), states
+        later = [x[1:] for x in x_seq]
+        needs = needs_of(later, states, prepared.given) if torch.is_grad_enabled() else None
+        if not self.ready(prepared, needs):
+            return None
+        found, states = run_mixed(prepared.lowered, later, states, prepared.given, needs)
+        if any(y.shape != rest.shape[1:] for y, rest in zip(outputs, found, strict=True)):
+            self.refusal = "the first step has outputs of another shape than the others"
+            return None
+        return tuple([torch.cat((y.unsqueeze(0), rest)) for y, rest in zip(outputs, found, strict=True)]), states
+
+    def prepared(
+        self, x_seq: Sequence[Tensor], state: Sequence[Any] | None, constants: Sequence[Any]
+    ) -> Prepared | None:
+        """The recording for these arguments, made if need be, with its constants; None where there is none."""
+        if not _ordinary(x_seq, state, constants):
+            return None
+        settings = self._settings.of(constants)
+        if settings is None:
+            return None
+        entry = self._entry(x_seq, state, constants, settings)
+        lowered = entry.lowered
+        if lowered is None:
+            self.refusal = entry.reason
+            return None
+        if state is not None:
+            fits = lowered.fits(state) if isinstance(lowered, MixedStep) else _fit(state, x_seq, lowered.step)
+            if not fits:
+                self.refusal = "a given state has another shape than the states after a step"
+                return None
+        return Prepared(self, entry, lowered, x_seq, constants, [fetch(constants) for fetch in entry.constants])
+
+    def ready(self, prepared: Prepared, needs: Needs | None) -> bool:
+        """Build what a call needs; where that fails, the region is not lowered from now on."""
+        entry = prepared.entry
+        if needs in entry.built:
+            return True
+        try:
+            x_seq = prepared.x_seq[0]
+            prepared.lowered.build(needs, x_seq.numel() // x_seq.shape[0])
+        except NotLowered as reason:
+            entry.lowered, entry.reason = None, str(reason)
+            self.refusal = entry.reason
+            warn_once("SNNFX505", f"loops are run step by step by PyTorch: {reason}.", key="build")
+            return False
+        entry.built |= {needs}
+        return True
+
+    # -- recordings -----------------------------------------------------------------------------------------------
+
+    def _entry(
+        self, x_seq: Sequence[Tensor], state: Sequence[Any] | None, constants: Sequence[Any], settings: Any
+    ) -> Recorded:
+        device = x_seq[0].device
+        kind = kind_of(device)
+        fixed = (
+            settings,
+            None if state is None else tuple([_of_state(s) for s in state]),
+            device,
+            torch.is_autocast_enabled(kind) and torch.get_autocast_dtype(kind),
+            torch.get_default_dtype(),
+        )
+        exact = (tuple([(x.shape[1:], x.dtype) for x in x_seq]), fixed)
+        if self._latest is not None and self._latest[0] == exact:
+            entry = self._latest[1]
+        else:
+            entry = self._found_or_recorded(exact, x_seq, state, constants)
+        for fetch, identity, version in entry.baked:
+            tensor = fetch(constants)
+            if id(tensor) != identity or tensor._version != version:
+                entry, _ = self.rehearsal.recorded(x_seq, state, constants)
+                self._keep(exact, entry)
+                break
+        self._latest = exact, entry
+        return entry
+
+    def _found_or_recorded(
+        self, exact: tuple[Any, Any], x_seq: Sequence[Tensor], state: Sequence[Any] | None, constants: Sequence[Any]
+    ) -> Recorded:
+        """What is kept for the sizes of these inputs, or for all sizes."""
+        entry = self.entries.get(exact)
+        if entry is None:
+            general = (tuple([(_pattern(x.shape[1:]), x.dtype) for x in x_seq]), exact[1])
+            entry = self.entries.get(general)
+            if entry is None:
+                entry, is_general = self.rehearsal.recorded(x_seq, state, constants)
+                self._keep(general if is_general else exact, entry)
+        return entry
+
+    def _keep(self, key: Any, entry: Recorded) -> None:
+        if len(self.entries) >= _MOST:
+            self.entries.pop(next(iter(self.entries)))
+        self.entries[key] = entry
+
+
+def _ordinary(x_seq: Sequence[Any], state: Sequence[Any] | None, constants: Sequence[Any]) -> bool:
+    """Whether these are plain tensors on a device with kernels, which nobody watches, and modules and numbers."""
+    if torch._C._len_torch_dispatch_stack() or torch._C._are_functorch_transforms_active():
+        return False
+    if forward_ad._current_level >= 0:
+        return False
+    device = x_seq[0].device
+    if kind_of(device) not in DEVICES:
+        return False
+    for value in (*x_seq, *(state or ()), *constants):
+        if isinstance(value, Tensor):
+            if type(value) not in _PLAIN_TENSORS:
+                return False
+            if value.device != device and (value.dim() > 0 or value.device.type != "cpu"):
+                return False
+            if value.layout != torch.strided or value.is_nested:
+                return False
+        elif not isinstance(value, nn.Module | bool | int | float):
+            return False
+    return bool(x_seq[0].shape[0] > 0)
+
+
+def _fit(state: Sequence[Any], x_seq: Sequence[Tensor], step: TranslatedStep) -> bool:
+    """Whether states can be expanded to the shape of a step; some libraries pass an empty one for the reset state."""
+    shapes = [s.shape for s in state if isinstance(s, Tensor)]
+    if all(shape == x_seq[0].shape[1:] for shape in shapes):
+        return True
+    read = [x.shape[1:] for x, d in zip(x_seq, step.expressions.sequences, strict=True) if d != "unused"]
+    try:
+        full = torch.broadcast_shapes(*read, *step.operand_shapes)
+        return not read or all(torch.broadcast_shapes(full, shape) == full for shape in shapes)
+    except RuntimeError:
+        return False
+
+
+def _pattern(shape: Sequence[int]) -> tuple[bool, ...]:
+    """What of a shape decides how values are combined."""
+    return tuple([n == 1 for n in shape])
+
+
+def _of_state(value: Any) -> Any:
+    return (value.dtype, _pattern(value.shape)) if isinstance(value, Tensor) else (type(value), value)

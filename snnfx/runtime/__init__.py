@@ -1,0 +1,1 @@
+"""The converted net and its calls."""

@@ -1,0 +1,425 @@
+"""`Net`: the converted model, a torch.fx.GraphModule that runs whole sequences.
+
+The net shares the children, parameters and buffers of the model it came from, so an optimizer of the model goes on
+working and the keys of the state_dict are the model's. Its graphs (`snnfx.emit.emitted_graphs`) are functional:
+`(inputs, state, time) -> (outputs, final state)`. Around them is ordinary Python: what a call takes
+(`snnfx.emit.arguments`), how it is run (`snnfx.runtime.call_plans`, `snnfx.runtime.execution`), and for which inputs
+it is planned again (`snnfx.runtime.replanning`)."""
+
+from __future__ import annotations
+
+import copy
+from collections import OrderedDict
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import replace
+from typing import Any
+
+import torch
+from torch import Tensor, fx, nn
+
+from snnfx.allocator import expect_large_blocks
+from snnfx.capture.setting_reads import first_change, watch
+from snnfx.emit.arguments import Arguments, signature_of
+from snnfx.emit.emitted_graphs import EmittedGraphs
+from snnfx.emit.recompute_segments import RecomputePlan
+from snnfx.errors import AllocationError
+from snnfx.ir.options import ConvertOptions, time_dims_of_leaves
+from snnfx.ir.pass_manager import PassRecord
+from snnfx.ir.program import SELF_TARGET, Region, StepProgram
+from snnfx.ir.serialization import copy_model, pack_programs, unpack_programs
+from snnfx.memory.allocation_failure import explained_failure, is_allocation_failure
+from snnfx.memory.chunk_plan import ChunkPlan
+from snnfx.memory.recompute_forms import Recomputation
+from snnfx.runtime.call_plans import CallPlans
+from snnfx.runtime.execution import run_sequence, run_step
+from snnfx.runtime.recordings import Recordings
+from snnfx.runtime.replanning import capture_again, net_for
+from snnfx.runtime.streaming import Stream
+from snnfx.state.carry import outputs_without, with_final_state
+
+__all__ = ["ConvertOptions", "Net"]
+
+
+class Net(fx.GraphModule):
+    """A converted single-step model; made by `snnfx.convert`.
+
+    Call it with whole sequences: `y_seq = net(x_seq)` starts from the reset state every time. `run` takes and returns
+    the state. `graph`, `code`, `regions` and `program` show what it does; `history` how it came about.
+    """
+
+    options: ConvertOptions
+    history: list[PassRecord]
+    _programs: dict[bool, StepProgram]
+    _replan: Callable[..., Net] | None
+    _arguments_in: dict[bool, Arguments]
+
+    def __init__(
+        self,
+        source: nn.Module,
+        programs: dict[bool, StepProgram],
+        options: ConvertOptions,
+        history: Sequence[PassRecord] = (),
+        replan: Callable[..., Net] | None = None,
+    ) -> None:
+        super().__init__(nn.Module(), fx.Graph(), class_name=type(source).__name__)
+        self.__dict__.update(
+            _parameters=source._parameters,
+            _buffers=source._buffers,
+            _non_persistent_buffers_set=source._non_persistent_buffers_set,
+            _modules=OrderedDict(source._modules),
+        )
+        self.__dict__[SELF_TARGET] = source
+        # Not by assignment: the model may have children of these names.
+        self.__dict__.update(options=options, _replan=replan)
+        self._carried: dict[str, Any] | None = None
+        self._take_programs(programs, history)
+        expect_large_blocks()
+
+    # -- building -------------------------------------------------------------------------------------------------
+
+    def _take_programs(self, programs: dict[bool, StepProgram], history: Sequence[PassRecord]) -> None:
+        """Become the net of these programs; what was made for others is forgotten."""
+        self.__dict__.update(_programs=programs, history=list(history))
+        time_dims = time_dims_of_leaves(self.options.time_dim, programs[True])
+        self._arguments_in = {mode: Arguments(p, time_dims, self.options) for mode, p in programs.items()}
+        self._scalars = {mode: watch(p.scalars, self.source) for mode, p in programs.items()}
+        self._nets_for_shapes: dict[Any, Net] = {}
+        self._recordings = Recordings(self)
+        self._plans = CallPlans(self)
+        self._recomputation = Recomputation(self)
+        self._graphs = EmittedGraphs(self)
+        self._graphs.emit()
+        self._graph = self._graphs.shown[self.training]
+        self._graph.owning_module = self
+        self.recompile()
+
+    def region_modules(self) -> dict[str, nn.Module]:
+        """What runs the regions in the mode that the net is in, by their names."""
+        return self._graphs.region_modules(self.training)
+
+    def recompile(self) -> Any:
+        """Regenerate the code of the current graph; `forward` stays the driver around it."""
+        code = super().recompile()
+
+        def forward(self: Net, *args: Any, T: int | None = None, **kwargs: Any) -> Any:
+            if torch.compiler.is_compiling():
+                return _forward(self, args, kwargs, T)
+            try:
+                return _forward(self, args, kwargs, T)
+            except (RuntimeError, MemoryError) as error:
+                if not is_allocation_failure(error) or isinstance(error, AllocationError):
+                    raise
+                raise explained_failure(self, error) from error
+
+        # torch.export matches dynamic_shapes with the names of the arguments.
+        programs = self.__dict__.get("_programs")
+        forward.__signature__ = signature_of(programs and programs[True])  # type: ignore[attr-defined]
+        forward.__doc__ = _forward.__doc__
+        type(self).forward = forward
+        return code
+
+    @property
+    def graph(self) -> fx.Graph:
+        """The graph of the current mode (training or evaluation)."""
+        graphs = self.__dict__.get("_graphs")
+        return graphs.shown[self.training] if graphs else self._graph
+
+    @graph.setter
+    def graph(self, graph: fx.Graph) -> None:
+        """Replace the graph of the current mode (and of both, while they are one)."""
+        graphs = self.__dict__.get("_graphs")
+        self._graph = graph
+        graph.owning_module = self
+        if graphs:
+            graphs.replace(self.training, graph)
+        self.recompile()
+
+    @property
+    def program(self) -> StepProgram:
+        """The step program of the current mode."""
+        return self._programs[self.training]
+
+    @property
+    def programs(self) -> dict[bool, StepProgram]:
+        """The step program of each mode, `{training: program}`."""
+        return self._programs
+
+    @property
+    def positional_inputs(self) -> int:
+        """How many of the tensors of `bound` belong to positional arguments."""
+        return self._arguments.positional_inputs
+
+    def covers(self, leaves: list[Tensor]) -> bool:
+        """Whether the net was planned for tensors of these shapes, time first; it is planned again for others."""
+        return self._arguments.covered(leaves)
+
+    @property
+    def varying_inputs(self) -> list[bool]:
+        """Of each tensor input, whether it has a time dimension."""
+        return self._arguments.varying
+
+    @property
+    def _arguments(self) -> Arguments:
+        """What a call takes in the current mode."""
+        return self._arguments_in[self.training]
+
+    @property
+    def regions(self) -> list[Region]:
+        """The regions of the current mode, in the order in which they run."""
+        return self.program.regions
+
+    @property
+    def source(self) -> nn.Module:
+        """The single-step model that the net was converted from; its modules are the net's."""
+        return self.__dict__[SELF_TARGET]  # type: ignore[no-any-return]
+
+    # -- running --------------------------------------------------------------------------------------------------
+
+    def run(
+        self,
+        *args: Any,
+        state: dict[str, Any] | None = None,
+        record: Sequence[str] = (),
+        T: int | None = None,
+        **kwargs: Any,
+    ) -> Any:
+        """Run a sequence with explicit state; nothing is kept in the net.
+
+        Args:
+            *args: the inputs, as for calling the net.
+            state: `{"lif1.v": Tensor, ...}`, the state before the first step; None: the reset state.
+            record: qualified names of modules called in a step (their output) or of slots (their value after each
+                step); the values over time are returned.
+            T: the number of time steps, when no input carries time.
+            **kwargs: inputs by name.
+
+        Returns:
+            `(y_seq, final state)`, or `(y_seq, final state, {name: [T, N, *]})` with `record`. Outputs that are
+            carried (see `snnfx.convert`) are in the state, not in `y_seq`.
+
+        Raises:
+            InputError: the inputs do not fit (SNNFX301, 303, 305 to 307, 310), the state has other slots (SNNFX308),
+                or there is nothing of a name in `record` (SNNFX311).
+
+        Example:
+            >>> import torch, snnfx
+            >>> net = snnfx.convert(torch.nn.Sequential(torch.nn.Linear(3, 2), snnfx.neuron.LIFNode()))
+            >>> x_seq = torch.rand(6, 4, 3)
+            >>> first, state = net.run(x_seq[:2])
+            >>> second, state, records = net.run(x_seq[2:], state=state, record=("1.v",))
+            >>> torch.equal(torch.cat([first, second]), net(x_seq)), records["1.v"].shape
+            (True, torch.Size([4, 4, 2]))
+        """
+        names = (record,) if isinstance(record, str) else tuple(record)
+        _, leaves, given, T = self._received(args, kwargs, T)
+        outputs, state, records = self._execute(leaves, given, state, names, T)
+        outputs = outputs_without(outputs, [c.path for c in self.program.carried])
+        return (outputs, state, dict(zip(names, records, strict=True))) if names else (outputs, state)
+
+    def bound(
+        self, args: tuple[Any, ...], kwargs: dict[str, Any], T: int | None = None
+    ) -> tuple[list[Tensor], dict[str, Any], int]:
+        """`(tensors with time first, carried arguments by name, T)` of a call, for `run_bound`.
+
+        Raises:
+            InputError: as `run`.
+        """
+        _, ordered, given, steps = self._received(args, kwargs, T)
+        assert steps is not None
+        return ordered, given, steps
+
+    def run_bound(
+        self, leaves: list[Tensor], given: dict[str, Any], state: dict[str, Any] | None, T: int | None
+    ) -> tuple[Any, dict[str, Any]]:
+        """Run what `bound` gave, or a slice of it over time: `(outputs without those that are carried, final state)`.
+
+        Args:
+            leaves: one tensor for each input of a step, time first; without time in step mode "s".
+            given: carried arguments, for the first slice.
+            state: as for `run`.
+            T: the number of time steps; None in step mode "s".
+        """
+        outputs, state, _ = self._execute(leaves, given, state, (), T)
+        return outputs_without(outputs, [c.path for c in self.program.carried]), state
+
+    def tensors_of_step(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> list[Tensor]:
+        """The tensors among the arguments of one step, in the order of `varying_inputs`."""
+        args, kwargs, _ = self.split_carried(args, kwargs)
+        return self._arguments.bind(args, kwargs)
+
+    def stream(self, inputs: Iterable[Any], *, of: str = "chunks", state: dict[str, Any] | None = None) -> Stream:
+        """Run a sequence whose inputs come bit by bit, in memory that does not grow with its length.
+
+        Args:
+            inputs: yields the arguments of a call for the next few time steps (`of="chunks"`, `[k, N, *]`, any k) or
+                for the next one (`of="steps"`, `[N, *]`): a tensor, a tuple of positional or a dict of keyword
+                arguments. It is asked for one item at a time. A DataLoader with labels gives the net what it takes by
+                `net.stream(x for x, label in loader)`.
+            of: "chunks" or "steps"; steps are put together to chunks of the length that the chunk plan chooses.
+            state: the state before the first step, as for `run`; None: the reset state, with `carry_state=True` the
+                one that the net carries. Then each chunk leaves its state in the net, as a call does.
+
+        Returns:
+            An iterator over the outputs, chunk by chunk; with `reduce=`, over the reduction of all steps so far. Its
+            `state` is the state after the last chunk, its `steps` their number. History is kept as in `run`: use it
+            under `torch.no_grad()` unless you mean to differentiate.
+
+        Raises:
+            InputError: SNNFX309, `of` or the step mode does not fit; SNNFX305 or 307, an item is not what the net
+                takes; SNNFX301, a chunk has no time steps; SNNFX310, no input has time, so that only steps can be
+                streamed; SNNFX317 at the first chunk: a BatchNorm in training takes its statistics over all time
+                steps; otherwise as `run`.
+
+        Example:
+            >>> import torch, snnfx
+            >>> net = snnfx.convert(torch.nn.Sequential(torch.nn.Linear(3, 2), snnfx.neuron.LIFNode()))
+            >>> x_seq = torch.rand(10, 4, 3)
+            >>> stream = net.stream(x_seq.split(4))
+            >>> y_seq = torch.cat(list(stream))
+            >>> torch.equal(y_seq, net(x_seq)), stream.steps, list(stream.state)
+            (True, 10, ['1.v'])
+        """
+        return Stream(self, inputs, of, state)
+
+    def _received(
+        self, args: tuple[Any, ...], kwargs: dict[str, Any], T: int | None
+    ) -> tuple[list[Tensor], list[Tensor], dict[str, Any], int | None]:
+        """`(tensors, the same with time first, carried arguments by name, T)` of a call."""
+        training = self.training
+        arguments = self._arguments_in[training]
+        args, kwargs, given = arguments.split_carried(args, kwargs)
+        leaves = ordered = arguments.bind(args, kwargs)
+        if self.options.step_mode == "m":
+            ordered, T = arguments.time_first(leaves, T)
+        change = first_change(self._scalars[training])
+        if change is not None:
+            capture_again(self, *change, ordered, given)
+        return leaves, ordered, given, T
+
+    def _execute(
+        self,
+        leaves: list[Tensor],
+        given: dict[str, Any],
+        state: dict[str, Any] | None,
+        record: tuple[str, ...],
+        T: int | None,
+    ) -> tuple[Any, dict[str, Any], tuple[Any, ...]]:
+        """Run bound inputs, time first (one step of them in step mode "s", where T is not used)."""
+        if T is None or self.options.step_mode == "s":
+            return run_step(self, leaves, given, state, record)
+        return run_sequence(self, leaves, given, state, record, T)
+
+    def split_carried(
+        self, args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> tuple[tuple[Any, ...], dict[str, Any], dict[str, Any]]:
+        """The arguments of a call as `(args, kwargs, those that are carried)`."""
+        return self._arguments.split_carried(args, kwargs)
+
+    def planned_for(self, *args: Any, T: int | None = None, **kwargs: Any) -> Net:
+        """The net that runs these inputs: this one, or the one that it planned for shapes that its plan does not cover.
+
+        Args and Raises as of `run`.
+        """
+        _, leaves, given, _ = self._received(args, kwargs, T)
+        other = net_for(self, leaves, given) if self.options.step_mode == "m" else None
+        return self if other is None else other
+
+    def chunk_plan(self, *sequences: Tensor, state: dict[str, Any] | None = None) -> ChunkPlan:
+        """How many time steps are run at once, for inputs (time first) and a first state of these shapes."""
+        return self._plans.chunk_plan(sequences, state)
+
+    def recompute_plan(self, T: int, *sequences: Tensor) -> RecomputePlan:
+        """What is computed again in the backward pass of T steps of inputs of these shapes.
+
+        Args:
+            T: the number of time steps.
+            *sequences: one tensor for each input, time first whatever `time_dim` is; only shapes are looked at.
+
+        Raises:
+            InputError: the inputs do not fit (SNNFX301, 303, 305 to 307, 309); SNNFX318, the budget is too small.
+        """
+        self._arguments.check_time_first(T, sequences, "recompute_plan")
+        return self._plans.recompute_plan(T, sequences)
+
+    # -- state carried from call to call -----------------------------------------------------------------------------
+
+    @property
+    def carried_state(self) -> dict[str, Any] | None:
+        """The state carried between calls, by slot name; None: the reset state."""
+        return self._carried
+
+    @carried_state.setter
+    def carried_state(self, state: dict[str, Any] | None) -> None:
+        self._carried = state
+
+    def reset_carried_state(self) -> None:
+        """Forget the state carried between calls (`snnfx.functional.reset_net`)."""
+        self._carried = None
+
+    def detach_carried_state(self) -> None:
+        """Cut the history of the state carried between calls (`snnfx.functional.detach_net`)."""
+        if self._carried is not None:
+            self._carried = {k: v.detach() if isinstance(v, Tensor) else v for k, v in self._carried.items()}
+
+    # -- life of the module -----------------------------------------------------------------------------------------
+
+    @property
+    def training(self) -> bool:
+        """Whether the model, and so the net, is in training mode: setting the mode of either sets that of both."""
+        source = self.__dict__.get(SELF_TARGET)
+        return True if source is None else source.training
+
+    @training.setter
+    def training(self, mode: bool) -> None:
+        if SELF_TARGET in self.__dict__:  # nn.Module sets it before there is a model
+            self.source.training = mode
+
+    def convert_to(self, step_mode: str) -> Net:
+        """The same programs in another step mode; modules are shared."""
+        if step_mode == self.options.step_mode:
+            return self
+        options = replace(self.options, step_mode=step_mode)
+        return Net(self.source, self._programs, options, self.history, self._replan)
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Net:
+        source = copy_model(self.source, memo)
+        packed = pack_programs(self._programs)
+        clone = _rebuild(source, copy.deepcopy(packed, memo), self.options, self.history, self._replan)
+        memo[id(self)] = clone
+        return clone
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        # GraphModule would trace again; the program is packed as it is, with the model beside it.
+        packed = pack_programs(self._programs)
+        return _rebuild, (self.source, packed, self.options, self.history, self._replan)
+
+
+def _forward(self: Net, args: tuple[Any, ...], kwargs: dict[str, Any], T: int | None) -> Any:
+    """Run a whole sequence from the reset state (or the carried one)."""
+    options = self.options
+    leaves, ordered, given, T = self._received(args, kwargs, T)
+    arguments = self._arguments
+    # Chunks are only planned for inputs that this plan covers.
+    if T is not None and not options.carry_state and arguments.covered(ordered):
+        run = self._plans.runner_at_once("plain", ordered, T)
+        if run is not None:
+            have_time = any(arguments.varying)
+            return run(self, *leaves) if have_time else run(self, *leaves, torch.arange(T, device=leaves[0].device))
+    state = self._carried if options.carry_state or options.step_mode == "s" else None
+    if state is not None and self.program.carried and not options.carry_state:
+        # In single steps the caller hands on what the model takes as arguments.
+        explicit = {name for c in self.program.carried for name in c.slot_names()}
+        state = {name: value for name, value in state.items() if name not in explicit} or None
+    outputs, state, _ = self._execute(ordered, given, state, (), T)
+    outputs = with_final_state(outputs, self.program.carried, state)
+    if options.carry_state or options.step_mode == "s":
+        self._carried = state
+        if options.carry_state:
+            self.detach_carried_state()
+    return outputs
+
+
+def _rebuild(
+    source: nn.Module, packed: tuple[Any, ...], options: ConvertOptions, history: Sequence[PassRecord], replan: Any
+) -> Net:
+    return Net(source, unpack_programs(packed, source), options, history, replan)

@@ -1,0 +1,1 @@
+"""Run a model and restore everything that the run changed."""

@@ -1,0 +1,170 @@
+"""SpikingJelly: its stateful modules as pure steps, its `layer.*` wrappers as the torch.nn layers they are.
+
+Written for SpikingJelly 2.0, whose modules offer `materialize_states` and `single_step_functional_forward`; classes
+without them (and SpikingJelly 0.0.0.0.14) are stepped by swapping their memories in and out.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Sequence
+from typing import Any
+
+from spikingjelly.activation_based import base, layer, neuron
+from torch import Tensor, nn
+
+from snnfx.errors import CaptureError, InputError
+from snnfx.state.leaf_modules import vouch
+from snnfx.state.registry import State, StatelessAdapter, has_forward_hooks, register_adapter, step_by_swapping
+
+__all__ = ["SpikingJellyAdapter"]
+
+
+class StepModeAdapter(StatelessAdapter):
+    """Any module with a step mode: refuses those that process whole sequences; has no state of its own."""
+
+    def elementwise(self, module: nn.Module) -> bool:
+        return False
+
+    def is_leaf(self, module: nn.Module) -> bool:
+        return False
+
+    def refuse(self, module: nn.Module, where: str) -> None:
+        supported = module.supported_step_mode()  # type: ignore[operator]
+        name = f"`{where}` ({type(module).__name__})"
+        if "s" not in supported or isinstance(module, _OVER_TIME):
+            raise CaptureError(
+                "SNNFX205",
+                f"{name} has no single-step form",
+                why="it is defined on whole sequences only.",
+                hint="Use a neuron that can be stepped, or convert the parts of the model around it.",
+            )
+        if getattr(module, "step_mode", "s") != "s":
+            raise CaptureError(
+                "SNNFX204",
+                f"{name} is in multi-step mode",
+                why="snnfx converts models of ONE time step.",
+                hint='Call spikingjelly.activation_based.functional.set_step_mode(model, "s") first.',
+            )
+
+    def step(self, module: nn.Module, state: State, *inputs: Any, **kwargs: Any) -> tuple[Any, State]:
+        return module(*inputs, **kwargs), ()
+
+
+class SpikingJellyAdapter(StepModeAdapter):
+    """`base.MemoryModule`: neurons, synapse filters, recurrent containers, dropout that holds its mask."""
+
+    def elementwise(self, module: nn.Module) -> bool:
+        return isinstance(module, _ELEMENTWISE) and not isinstance(module, _NORMALIZING)
+
+    def keeps_batch(self, module: nn.Module) -> bool:
+        """Everything has the rank of the input, with the batch in dim 0."""
+        return isinstance(module, _ELEMENTWISE)
+
+    def is_leaf(self, module: nn.Module) -> bool:
+        # In training it returns a list, spike and trace: what follows is told apart by that.
+        return not isinstance(module, _LISTS)
+
+    def names(self, module: nn.Module) -> tuple[str, ...]:
+        if isinstance(module, layer.Dropout) and not module.training:
+            return ()  # no mask is held in evaluation mode: it is the identity
+        return tuple(module._memories)  # type: ignore[arg-type]
+
+    def read(self, module: nn.Module) -> State:
+        return tuple(module._memories[name] for name in self.names(module))  # type: ignore[index]
+
+    def write(self, module: nn.Module, state: Sequence[Any]) -> None:
+        for name, value in zip(self.names(module), state, strict=True):
+            module._memories[name] = value  # type: ignore[index, operator]
+
+    def reset(self, module: nn.Module) -> None:
+        module.reset()  # type: ignore[operator]
+
+    def initial(self, module: nn.Module, *inputs: Any, **kwargs: Any) -> State:
+        reset_values = tuple(_copied(module._memories_rv[name]) for name in self.names(module))  # type: ignore[index]
+        if _is_functional(module):
+            return tuple(module.materialize_states(inputs, reset_values, "s"))  # type: ignore[operator]
+        return reset_values
+
+    def step(self, module: nn.Module, state: State, *inputs: Any, **kwargs: Any) -> tuple[Any, State]:
+        if self.elementwise(module):
+            self._refuse_other_shape(module, state, inputs)
+        if not _is_functional(module) or has_forward_hooks(module) or getattr(module, "store_v_seq", False):
+            return self._step_by_swapping(module, state, *inputs, **kwargs)
+        outputs, following = module.single_step_functional_forward(inputs, state, **kwargs)  # type: ignore[operator]
+        return outputs[0] if len(outputs) == 1 else outputs, tuple(following)
+
+    def _refuse_other_shape(self, module: nn.Module, state: State, inputs: tuple[Any, ...]) -> None:
+        """Refuse an input of another shape than the state, of which SpikingJelly would make a new one."""
+        shape = inputs[0].shape if inputs and isinstance(inputs[0], Tensor) else None
+        for name, value in zip(self.names(module), state, strict=True):
+            if shape is not None and isinstance(value, Tensor) and value.dim() > 0 and value.shape != shape:
+                raise InputError(
+                    "SNNFX308",
+                    f"state `{name}` of {type(module).__name__} has shape {list(value.shape)}, its input {list(shape)}",
+                    why="a neuron has one state for each element of its input.",
+                    hint="Use a neuron of its own for each shape; a state that is passed has to have the input's.",
+                )
+
+    def _step_by_swapping(self, module: nn.Module, state: State, *inputs: Any, **kwargs: Any) -> tuple[Any, State]:
+        recorded = module.__dict__.get("v_seq")
+        try:
+            return step_by_swapping(self, module, state, *inputs, **kwargs)
+        finally:
+            if "v_seq" in module.__dict__:
+                module.__dict__["v_seq"] = recorded
+
+
+_ELEMENTWISE: tuple[type, ...] = tuple(
+    cls
+    for cls in (
+        getattr(neuron, "BaseNode", None),
+        getattr(neuron, "SimpleBaseNode", None),
+        getattr(neuron, "GatedLIFNode", None),
+        layer.Dropout,
+        layer.SynapseFilter,
+    )
+    if isinstance(cls, type)
+)
+
+
+_NORMALIZING: tuple[type, ...] = tuple(filter(None, (getattr(neuron, "MPBNBaseNode", None),)))
+"""Neurons that normalise their potential over the batch; only a call updates their statistics, not the function."""
+
+
+_LISTS: tuple[type, ...] = tuple(filter(None, (getattr(neuron, "OTTTLIFNode", None),)))
+
+_OVER_TIME: tuple[type, ...] = tuple(filter(None, (getattr(neuron, "GatedLIFNode", None),)))
+"""Classes that claim a step mode "s" and have no step: the parameters of GatedLIFNode are indexed by the time step."""
+
+_WITH_OPERANDS: tuple[type, ...] = tuple(filter(None, (getattr(neuron, "FlexSN", None),)))
+"""Neurons whose function takes more than inputs and states; a call knows what."""
+
+
+def _is_functional(module: nn.Module) -> bool:
+    """Whether the class gives its transition as a function, and nothing nearer to it overrides the step itself."""
+    if isinstance(module, _NORMALIZING + _WITH_OPERANDS):
+        return False
+    for cls in type(module).__mro__:
+        if "single_step_functional_forward" in vars(cls):
+            return cls not in (base.MemoryModule, neuron.BaseNode)
+        if "single_step_forward" in vars(cls) or "forward" in vars(cls):
+            return False
+    return False
+
+
+def _copied(value: Any) -> Any:
+    return value.clone() if isinstance(value, Tensor) else copy.deepcopy(value)
+
+
+register_adapter(base.StepModule, StepModeAdapter())
+register_adapter(base.MemoryModule, SpikingJellyAdapter())
+
+_LAYERS = (
+    "Conv1d Conv2d Conv3d ConvTranspose1d ConvTranspose2d ConvTranspose3d Upsample GroupNorm MaxPool1d MaxPool2d "
+    "MaxPool3d AvgPool1d AvgPool2d AvgPool3d AdaptiveAvgPool1d AdaptiveAvgPool2d AdaptiveAvgPool3d Linear Flatten "
+    "BatchNorm1d BatchNorm2d BatchNorm3d WSConv2d WSLinear MaxUnpool1d MaxUnpool2d MaxUnpool3d"
+).split()
+for _name in _LAYERS:
+    if hasattr(layer, _name):
+        vouch(getattr(layer, _name), lambda module: module.step_mode == "s")

@@ -1,0 +1,263 @@
+"""State: MemoryModule, adapters, snapshots, reset and detach."""
+
+from __future__ import annotations
+
+import copy
+import pickle
+import random
+from typing import Any
+
+import pytest
+import torch
+from support.stepping import assert_same
+from torch import Tensor, nn
+
+import snnfx
+from snnfx import neuron
+from snnfx.errors import CaptureError, InputError
+from snnfx.functional import detach_net, reset_net
+from snnfx.sandbox.snapshot import StateSnapshot
+from snnfx.state.registry import (
+    adapter_of,
+    call_opaque,
+    call_stateful,
+    composite_adapter,
+    initial_value,
+    is_stateful_tree,
+    named_stateful,
+    opaque_initial_value,
+    register_adapter,
+)
+
+
+class Leaky(snnfx.MemoryModule):
+    def __init__(self, initial: Any = 0.0) -> None:
+        super().__init__()
+        self.register_memory("v", initial)
+
+    def forward(self, x: Tensor) -> Tensor:
+        self.v = 0.5 * self.v + x
+        return self.v
+
+
+# -- MemoryModule ------------------------------------------------------------------------------------------------------
+
+
+def test_a_memory_is_read_and_written_as_an_attribute_and_is_no_buffer() -> None:
+    cell = Leaky()
+    assert cell.v == 0.0 and cell.memory_names() == ("v",)
+    y = cell(torch.ones(2))
+    assert cell.v is y
+    assert list(cell.state_dict()) == [] and list(cell.buffers()) == []
+    cell.reset()
+    assert cell.v == 0.0
+
+
+def test_a_tensor_as_initial_value_is_never_changed_by_the_steps() -> None:
+    start = torch.ones(2)
+    cell = Leaky(start)
+    cell.v.mul_(7)
+    assert torch.equal(start, torch.ones(2))
+    cell.reset()
+    assert torch.equal(cell.v, start) and cell.v is not start
+
+
+@pytest.mark.parametrize("name", ["not an identifier", "training", "forward", "v"])
+def test_names_that_are_taken_or_impossible_are_refused(name: str) -> None:
+    with pytest.raises(InputError, match="SNNFX309"):
+        Leaky().register_memory(name, 0.0)
+
+
+def test_an_attribute_that_is_no_memory_is_missing_as_usual() -> None:
+    with pytest.raises(AttributeError, match="nothing"):
+        _ = Leaky().nothing
+
+
+def test_copies_and_pickles_keep_the_state_apart() -> None:
+    cell = Leaky()
+    cell(torch.ones(2, requires_grad=True))
+    for other in (copy.deepcopy(cell), pickle.loads(pickle.dumps(nn.Sequential(Leaky()))[:])[0]):
+        other(torch.ones(2))
+        other.reset()
+        assert other.v == 0.0
+    assert torch.equal(cell.v.detach(), torch.ones(2))
+
+
+def test_a_copy_after_a_training_step_has_the_value_without_the_history() -> None:
+    cell = Leaky()
+    cell(torch.ones(2, requires_grad=True))
+    other = copy.deepcopy(nn.Sequential(cell, nn.Linear(2, 2)))
+    assert not other[0].v.requires_grad and torch.equal(other[0].v, cell.v)
+
+
+# -- adapters ----------------------------------------------------------------------------------------------------------
+
+
+def test_a_pure_step_leaves_the_modules_own_state_alone() -> None:
+    for cell in (Leaky(), neuron.LIFNode()):
+        cell(torch.ones(2))
+        before = cell.v
+        y, (v,) = call_stateful(cell, (torch.zeros(2),), torch.full((2,), 0.5))
+        assert cell.v is before
+        assert v.shape == y.shape == (2,)
+
+
+def test_the_state_is_put_back_when_a_step_fails() -> None:
+    class Fails(Leaky):
+        def forward(self, x: Tensor) -> Tensor:
+            self.v = x
+            raise ValueError("on purpose")
+
+    cell = Fails()
+    with pytest.raises(ValueError, match="on purpose"):
+        call_stateful(cell, (1.0,), torch.ones(2))
+    assert cell.v == 0.0
+
+
+def test_initial_values_are_those_of_the_reset_state_for_the_inputs() -> None:
+    x = torch.rand(2, 3, dtype=torch.float64)
+    assert initial_value(Leaky(0.25), 0, x) == 0.25
+    assert_same(initial_value(neuron.LIFNode(v_reset=0.1), 0, x), torch.full_like(x, 0.1))
+
+
+def test_an_opaque_module_has_the_states_of_everything_in_it() -> None:
+    model = nn.Sequential(Leaky(), nn.Sequential(neuron.AdaptiveLIFNode()), nn.Linear(2, 2))
+    adapter = composite_adapter(model)
+    assert adapter.names(model) == ("0.v", "1.0.v", "1.0.b")
+    x = torch.rand(3, 2)
+    state = tuple(opaque_initial_value(model, i, x) for i in range(3))
+    steps = []
+    for _ in range(3):
+        y, state = call_opaque(model, state, x)
+        steps.append(y)
+    assert_same([model[0].v, model[1][0].v], [0.0, 0.0])
+    assert_same(steps, [model(x) for _ in range(3)])
+    assert_same(state, adapter.read(model))
+
+
+def test_an_undeclared_state_of_an_opaque_module_is_refused_and_removed() -> None:
+    class Hidden(nn.Module):
+        def forward(self, x: Tensor) -> Tensor:
+            self.last = x
+            return x
+
+    model = Hidden()
+    with pytest.raises(CaptureError, match="SNNFX213.*last"):
+        call_opaque(model, (), torch.rand(2))
+    assert not hasattr(model, "last")
+
+
+def test_adapters_are_found_by_the_nearest_base_class() -> None:
+    class Foreign(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.v = 0.0
+
+    class Derived(Foreign):
+        pass
+
+    class ForeignAdapter(type(adapter_of(Leaky()))):  # type: ignore[misc]
+        def names(self, module: nn.Module) -> tuple[str, ...]:
+            return ("v",)
+
+    assert adapter_of(Foreign()) is None
+    adapter = ForeignAdapter()
+    register_adapter(Foreign, adapter)
+    assert adapter_of(Derived()) is adapter
+    assert adapter_of(nn.Linear(2, 2)) is None
+
+
+def test_a_leaf_with_states_inside_is_a_tree() -> None:
+    class Holds(neuron.LIFNode):
+        def __init__(self) -> None:
+            super().__init__()
+            self.inner = Leaky()
+
+    for module, expected in ((Holds(), True), (neuron.LIFNode(), False), (nn.Sequential(Leaky()), False)):
+        assert is_stateful_tree(module, adapter_of(module)) is expected
+
+
+def test_each_stateful_module_is_named_once() -> None:
+    lif = neuron.LIFNode()
+    assert [name for name, _, _ in named_stateful(nn.ModuleDict({"a": lif, "b": lif, "c": Leaky()}))] == ["a", "c"]
+
+
+# -- reset, detach -----------------------------------------------------------------------------------------------------
+
+
+def test_reset_net_resets_models_and_carried_states() -> None:
+    model = nn.Sequential(nn.Linear(2, 2), neuron.LeakyIntegrator())
+    model(torch.rand(3, 2))
+    reset_net(model)
+    assert model[1].v == 0.0
+    net = snnfx.convert(model, carry_state=True)
+    x_seq = 2 * torch.rand(4, 3, 2)
+    first = net(x_seq)
+    assert not torch.equal(net(x_seq), first)
+    reset_net(net)
+    assert torch.equal(net(x_seq), first)
+
+
+def test_detach_net_cuts_the_history_of_models_and_carried_states() -> None:
+    model = nn.Sequential(nn.Linear(2, 2), neuron.LIFNode())
+    model(torch.rand(3, 2))
+    value = model[1].v
+    assert value.requires_grad
+    detach_net(model)
+    assert not model[1].v.requires_grad and torch.equal(model[1].v, value)
+    net = snnfx.convert(model, step_mode="s")
+    x = torch.rand(3, 2)
+    net(x)
+    detach_net(net)
+    net(x).sum().backward()
+
+
+# -- snapshots ---------------------------------------------------------------------------------------------------------
+
+
+class Busy(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.bn, self.lif, self.cell = nn.BatchNorm1d(2), neuron.LIFNode(), Leaky()
+        self.count, self.notes, self.nested, self.plain = 0, [1], {"a": [torch.zeros(2)]}, torch.zeros(2)
+        self.register_buffer("mem", torch.zeros(2))
+
+    def forward(self, x: Tensor) -> Tensor:
+        self.count += 1
+        self.notes.append(x)
+        self.nested["a"][0] = x
+        self.nested["b"] = x
+        self.new = x
+        self.plain.add_(1)
+        self.mem = self.mem + 1
+        return self.cell(self.lif(self.bn(x))) + torch.rand_like(x)
+
+
+def test_a_snapshot_puts_everything_back_that_a_run_can_change() -> None:
+    model = Busy()
+    objects = {key: value for key, value in vars(model).items() if not key.startswith("_")}
+    buffers = {name: (buffer, buffer.clone()) for name, buffer in model.named_buffers()}
+    rng, modes = torch.get_rng_state(), [m.training for m in model.modules()]
+    with StateSnapshot.of(model):
+        model(torch.rand(3, 2))
+        model.eval()
+        model.bn.running_mean.fill_(3)
+    assert {key: value for key, value in vars(model).items() if not key.startswith("_")}.keys() == objects.keys()
+    assert all(vars(model)[key] is value for key, value in objects.items())
+    assert model.count == 0 and model.notes == [1] and list(model.nested) == ["a"]
+    assert_same([model.nested["a"][0], model.plain], [torch.zeros(2), torch.zeros(2)])
+    for name, buffer in model.named_buffers():
+        assert buffer is buffers[name][0] and torch.equal(buffer, buffers[name][1])
+    assert (model.lif.v, model.cell.v) == (0.0, 0.0)
+    assert torch.equal(torch.get_rng_state(), rng) and [m.training for m in model.modules()] == modes
+
+
+def test_a_snapshot_restores_after_an_exception_and_in_reverse_when_nested() -> None:
+    model = Busy()
+    with pytest.raises(ValueError, match="on purpose"), StateSnapshot.of(model):
+        model.count = 5
+        with StateSnapshot.of(model):
+            model.count = random.randint(10, 20)
+        assert model.count == 5
+        raise ValueError("on purpose")
+    assert model.count == 0

@@ -1,0 +1,1 @@
+"""Models and oracles of the tests."""

@@ -1,0 +1,223 @@
+"""Time a recurrent layer of LIF neurons: the model stepped, converted with and without kernels, SpikingJelly, snnTorch.
+
+    python tools/bench/bench_recurrent.py [--steps 100 1000] [--neurons 128 256] [--repeats 7] [--memory] [--json FILE]
+
+The network is Linear - LIF with a Linear from its spikes back to its input - Linear. All sides have the same sizes,
+inputs, threads and malloc (not the same equations: each library has its own LIF); they take turns, and the median of
+each is given as a ratio to the stepped model. --memory measures the peak of a training step in a process of its own.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import platform
+import resource
+import statistics
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+import snnfx
+from snnfx.functional import reset_net
+
+INPUTS, OUTPUTS, BATCH = 64, 10, 32
+
+Side = tuple[Callable[[Tensor], Tensor], nn.Module]
+
+
+class Recurrent(nn.Module):
+    """The network as one writes it, for one time step.
+
+    Args:
+        neurons: in the hidden layer.
+    """
+
+    def __init__(self, neurons: int) -> None:
+        super().__init__()
+        self.input = nn.Linear(INPUTS, neurons)
+        self.back = nn.Linear(neurons, neurons)
+        self.lif = snnfx.neuron.LIFNode(tau=2.0, surrogate_function=snnfx.surrogate.ATan(), detach_reset=True)
+        self.output = nn.Linear(neurons, OUTPUTS)
+        self.spike: Tensor | None = None
+
+    def forward(self, x: Tensor) -> Tensor:
+        """One step: `[N, INPUTS]` to `[N, OUTPUTS]`."""
+        if self.spike is None:
+            self.spike = torch.zeros(x.shape[0], self.back.in_features)
+        self.spike = self.lif(self.input(x) + self.back(self.spike))
+        return self.output(self.spike)  # type: ignore[no-any-return]
+
+
+def stepped(neurons: int) -> Side:
+    """The model in a Python loop."""
+    model = Recurrent(neurons)
+
+    def run(x_seq: Tensor) -> Tensor:
+        reset_net(model)
+        model.spike = None
+        return torch.stack([model(x) for x in x_seq])
+
+    return run, model
+
+
+def converted(neurons: int, lower: str | None = "auto") -> Side:
+    """The model converted."""
+    net = snnfx.convert(Recurrent(neurons), example_inputs=torch.rand(BATCH, INPUTS), lower=lower)
+    return net, net
+
+
+def spikingjelly(neurons: int) -> Side:
+    """SpikingJelly's container for recurrent layers, in multi-step mode."""
+    from spikingjelly.activation_based import functional, layer, neuron
+    from spikingjelly.activation_based import surrogate as sj_surrogate
+
+    lif = neuron.LIFNode(tau=2.0, surrogate_function=sj_surrogate.ATan(), detach_reset=True)
+    model = nn.Sequential(
+        layer.Linear(INPUTS, neurons),
+        layer.LinearRecurrentContainer(lif, neurons, neurons),
+        layer.Linear(neurons, OUTPUTS),
+    )
+    functional.set_step_mode(model, "m")
+    functional.set_step_mode(model[1].sub_module, "s")
+
+    def run(x_seq: Tensor) -> Tensor:
+        functional.reset_net(model)
+        return model(x_seq)  # type: ignore[no-any-return]
+
+    return run, model
+
+
+def snntorch(neurons: int) -> Side:
+    """snnTorch's recurrent neuron in a Python loop."""
+    import snntorch as snn
+
+    class Model(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.input = nn.Linear(INPUTS, neurons)
+            self.lif = snn.RLeaky(beta=0.5, linear_features=neurons)
+            self.output = nn.Linear(neurons, OUTPUTS)
+
+    model = Model()
+
+    def run(x_seq: Tensor) -> Tensor:
+        spike, potential = model.lif.init_rleaky()
+        outputs = []
+        for x in x_seq:
+            spike, potential = model.lif(model.input(x), spike, potential)
+            outputs.append(model.output(spike))
+        return torch.stack(outputs)
+
+    return run, model
+
+
+SIDES: dict[str, Callable[[int], Side]] = {
+    "stepped": stepped,
+    "converted, lower=None": lambda neurons: converted(neurons, None),
+    "converted": converted,
+    "SpikingJelly multi-step": spikingjelly,
+    "snnTorch stepped": snntorch,
+}
+
+
+def available(neurons: int) -> dict[str, Side]:
+    """The sides whose packages are installed."""
+    found: dict[str, Side] = {}
+    for name, make in SIDES.items():
+        torch.manual_seed(0)
+        try:
+            found[name] = make(neurons)
+        except ImportError:
+            print(f"  {name} is not installed")
+    return found
+
+
+def measure(T: int, neurons: int, repeats: int) -> dict[str, Any]:
+    """Median milliseconds of inference and of a training step for each side; the sides alternate."""
+    x_seq = torch.rand(T, BATCH, INPUTS)
+    found = available(neurons)
+    times: dict[str, dict[str, list[float]]] = {name: {"inference": [], "training": []} for name in found}
+    for repeat in range(repeats + 1):
+        for name, (run, module) in found.items():
+            with torch.no_grad():
+                start = time.perf_counter()
+                run(x_seq)
+                inference = time.perf_counter() - start
+            start = time.perf_counter()
+            run(x_seq).square().mean().backward()
+            training = time.perf_counter() - start
+            module.zero_grad()
+            if repeat:
+                times[name]["inference"].append(inference * 1e3)
+                times[name]["training"].append(training * 1e3)
+    medians = {name: {kind: statistics.median(values) for kind, values in t.items()} for name, t in times.items()}
+    return {"T": T, "N": BATCH, "neurons": neurons, "milliseconds": medians}
+
+
+def peak_of(name: str, T: int, neurons: int) -> None:
+    """Print by how many megabytes the second of two training steps and the first raise the peak of this process."""
+    run, _ = SIDES[name](neurons)
+    x_seq = torch.rand(T, BATCH, INPUTS)
+    run(x_seq[:4]).square().mean().backward()
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    for _ in range(2):
+        run(x_seq).square().mean().backward()
+    print((resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) / 1024)
+
+
+def peaks(T: int, neurons: int) -> dict[str, float]:
+    """The megabytes of a training step for each side, each in a process of its own."""
+    found = {}
+    for name in SIDES:
+        command = [sys.executable, __file__, "--peak-of", name, "--steps", str(T), "--neurons", str(neurons)]
+        done = subprocess.run(command, capture_output=True, text=True, check=False)
+        if done.returncode == 0:
+            found[name] = float(done.stdout.split()[-1])
+    return found
+
+
+def show(result: dict[str, Any]) -> None:
+    """One table: milliseconds, and how many times faster than the stepped model."""
+    base = result["milliseconds"]["stepped"]
+    print(f"\nT={result['T']} N={result['N']} neurons={result['neurons']}   {'inference':>14} {'training step':>24}")
+    for name, t in result["milliseconds"].items():
+        columns = [f"{t[kind]:10.1f} ms {base[kind] / t[kind]:6.2f}x" for kind in ("inference", "training")]
+        memory = f"{result['megabytes'][name]:10.0f} MB" if name in result.get("megabytes", {}) else ""
+        print(f"  {name:<24}" + "   ".join(columns) + memory)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else "")
+    parser.add_argument("--steps", type=int, nargs="+", default=[100, 1000])
+    parser.add_argument("--neurons", type=int, nargs="+", default=[128, 256])
+    parser.add_argument("--repeats", type=int, default=7)
+    parser.add_argument("--memory", action="store_true", help="measure the peak memory of a training step as well")
+    parser.add_argument("--peak-of", choices=SIDES, help=argparse.SUPPRESS)
+    parser.add_argument("--json", type=Path)
+    arguments = parser.parse_args()
+    if arguments.peak_of:
+        peak_of(arguments.peak_of, arguments.steps[0], arguments.neurons[0])
+        return
+    machine = {"torch": torch.__version__, "threads": torch.get_num_threads(), "machine": platform.machine()}
+    print(f"torch {machine['torch']}, {machine['threads']} threads, {machine['machine']}")
+    results = []
+    for neurons in arguments.neurons:
+        for T in arguments.steps:
+            results.append(measure(T, neurons, arguments.repeats))
+            if arguments.memory:
+                results[-1]["megabytes"] = peaks(T, neurons)
+            show(results[-1])
+    if arguments.json:
+        arguments.json.parent.mkdir(parents=True, exist_ok=True)
+        arguments.json.write_text(json.dumps({"machine": machine, "cases": results}, indent=2) + "\n")
+
+
+if __name__ == "__main__":
+    main()

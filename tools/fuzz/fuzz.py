@@ -1,0 +1,285 @@
+"""Fuzz snnfx: random single-step models, converted and compared with stepping them in a plain loop, in float64.
+
+    python tools/fuzz --n 10000 --seed 0 --jobs 2 --out build/fuzz
+
+Prints how many models went how, and writes for each failure a script that shows it, made as small as it gets.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import functools
+import logging
+import multiprocessing
+import random
+import re
+import sys
+import time
+import traceback
+import warnings
+from collections import Counter
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from torch import nn
+
+_TOOLS = Path(__file__).parent
+for _folder in (str(_TOOLS.parents[1]), str(_TOOLS)):
+    if _folder not in sys.path:
+        sys.path.insert(0, _folder)
+
+import fuzz_checks  # noqa: E402
+from fuzz_checks import CHECKS, Inapplicable, Mismatch, Refused, Setting, check_model  # noqa: E402
+from fuzz_models import Case, build, namespace_of, random_case, smaller_cases  # noqa: E402
+
+from snnfx.errors import CaptureError, InputError  # noqa: E402
+
+__all__ = ["Outcome", "fuzz_one", "main", "reproducer", "run_check", "shrink"]
+
+SHARE_OF_KERNELS = 25
+"""One of this many models is run with generated kernels."""
+
+_RANDOM = re.compile(r"Dropout\w*\(0\.3\)|0\.3, self\.training")
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """How one check of one model went: "ok", "skipped", "refused", "mismatch" or "crash", and the detail."""
+
+    kind: str
+    check: str
+    detail: str = ""
+    text: str = ""
+
+    @property
+    def failed(self) -> bool:
+        return self.kind in ("mismatch", "crash")
+
+    def is_like(self, other: Outcome) -> bool:
+        return (self.kind, self.check, self.detail) == (other.kind, other.check, other.detail)
+
+
+@dataclass
+class Result:
+    """What came of one seed."""
+
+    seed: int
+    outcomes: list[Outcome] = field(default_factory=list)
+    regions: Counter[str] = field(default_factory=Counter)
+    script: str = ""
+    seconds: float = 0.0
+
+
+def setting_of(case: Case, examples: bool) -> Setting:
+    """How the checks run a case."""
+    is_random = bool(_RANDOM.search(case.source()))
+    lower = case.seed % SHARE_OF_KERNELS == 0
+    return Setting(tuple(case.shapes), tuple(case.invariant), case.T, case.seed, examples, is_random, lower)
+
+
+def run_check(case: Case, check: str, examples: bool, model: nn.Module | None = None) -> Outcome:
+    """Run one check of a case and say how it went; checks of one `model` share its nets."""
+    try:
+        model = build(case) if model is None else model
+    except Exception as error:  # the source of a case may be anything while it is shrunk
+        return Outcome("skipped", check, type(error).__name__, str(error))
+    try:
+        check_model(model, setting_of(case, examples), check)
+    except Refused as refusal:
+        return Outcome("refused", check, refusal.code, str(refusal))
+    except CaptureError as refusal:  # of a state that shows only when it is stepped
+        return Outcome("refused", check, f"{refusal.code} at the call", str(refusal))
+    except InputError as refusal:  # a state whose shape is known when it is stepped
+        if refusal.code != "SNNFX313" or "changes its shape" not in str(refusal):
+            return Outcome("crash", check, _place(refusal), traceback.format_exc())
+        return Outcome("refused", check, f"{refusal.code} at the call", str(refusal))
+    except Inapplicable as reason:
+        return Outcome("skipped", check, "inapplicable", str(reason))
+    except Mismatch as difference:
+        text = str(difference)
+        return Outcome("mismatch", check, re.split(r"[\[:(]", text)[0], text)
+    except Exception as error:
+        return Outcome("crash", check, _place(error), traceback.format_exc())
+    return Outcome("ok", check)
+
+
+def _place(error: Exception) -> str:
+    """The type of an error and the innermost line of snnfx it went through."""
+    frames = traceback.extract_tb(error.__traceback__)
+    frames = [f for f in frames if "/snnfx/" in f.filename or "/passes/" in f.filename]  # type: ignore[assignment]
+    where = f"{Path(frames[-1].filename).name}:{frames[-1].name}" if frames else ""
+    return f"{type(error).__name__} {getattr(error, 'code', '')} {where}"
+
+
+def fuzz_one(seed: int, extra_checks: int = 2, shrink_seconds: float = 20.0, only: str = "") -> Result:
+    """Make the model of a seed, run the checks, and shrink the first failure."""
+    start = time.perf_counter()
+    result = Result(seed)
+    case = random_case(seed)
+    if case is None:
+        result.outcomes.append(Outcome("skipped", "generate"))
+        return result
+    r = random.Random(seed)
+    namespace = namespace_of(case)
+    checks = [*CHECKS[:3], *r.sample(CHECKS[3:], extra_checks)]
+    before = fuzz_checks.REGIONS_SEEN.copy()
+    examples = r.random() < 0.6
+    model = build(case, namespace)
+    for check in [only] if only else checks:
+        outcome = run_check(case, check, examples, model)
+        examples = examples or outcome.detail.startswith("SNNFX202")  # the other checks then have something to do
+        if outcome.failed:
+            alone = run_check(case, check, examples)
+            if outcome.kind == "mismatch" and alone.failed and not _fails_with_other_numbers(case, outcome, examples):
+                outcome = Outcome("rounding", check, outcome.detail, outcome.text)
+            elif shrink_seconds:
+                case = shrink(case, outcome, examples, shrink_seconds)
+            result.script = reproducer(case, outcome, examples)
+        result.outcomes.append(outcome)
+        if result.script or (check == "train" and outcome.kind == "skipped"):
+            break
+    result.regions = fuzz_checks.REGIONS_SEEN - before
+    sys.modules.pop(str(namespace["__name__"]), None)
+    result.seconds = time.perf_counter() - start
+    return result
+
+
+def _fails_with_other_numbers(case: Case, outcome: Outcome, examples: bool) -> bool:
+    """Whether a difference is more than a potential that rounding moved across its threshold."""
+    others = (dataclasses.replace(case.copy(), seed=case.seed + shift) for shift in (10**8, 2 * 10**8, 3 * 10**8))
+    return any(run_check(other, outcome.check, examples).failed for other in others)
+
+
+def shrink(case: Case, outcome: Outcome, examples: bool, seconds: float) -> Case:
+    """Leave out parts of a case as long as it fails in the same way."""
+    deadline = time.perf_counter() + seconds
+    changed = True
+    while changed and time.perf_counter() < deadline:
+        changed = False
+        for smaller in smaller_cases(case):
+            if time.perf_counter() > deadline:
+                break
+            if run_check(smaller, outcome.check, examples).is_like(outcome):
+                case, changed = smaller, True
+                break
+    return case
+
+
+def reproducer(case: Case, outcome: Outcome, examples: bool) -> str:
+    """A script that shows a failure, with nothing but snnfx installed."""
+    setting = setting_of(case, examples)
+    main = f"""
+if __name__ == "__main__":
+    torch.manual_seed({case.seed})
+    check_model(Model().double(), {setting!r}, "{outcome.check}")
+    print("no difference")
+"""
+    heading = "".join(f"# {line}\n" for line in f"seed {case.seed}: {outcome.text}".splitlines()[:1])
+    checks = (_TOOLS / "fuzz_checks.py").read_text()
+    future = "from __future__ import annotations\n"
+    return f"{future}\n{heading}\n{case.source()}\n\n{checks.replace(future, '')}\n{main}"
+
+
+def _prepare_worker() -> None:
+    import torch._dynamo  # takes seconds: before the workers are forked
+
+    torch.set_num_threads(1)
+    logging.disable(logging.ERROR)
+    warnings.simplefilter("ignore")
+
+
+def _results(arguments: argparse.Namespace) -> Iterator[Result]:
+    seeds = range(arguments.seed, arguments.seed + arguments.n)
+    work = functools.partial(
+        fuzz_one, extra_checks=arguments.extra, only=arguments.check, shrink_seconds=arguments.shrink
+    )
+    _prepare_worker()
+    if arguments.jobs == 1:
+        yield from map(work, seeds)
+        return
+    # Forked workers share what has been imported; torch has started no threads yet.
+    context = multiprocessing.get_context("fork" if "fork" in multiprocessing.get_all_start_methods() else None)
+    with context.Pool(arguments.jobs, _prepare_worker, maxtasksperchild=1000) as pool:
+        yield from pool.imap_unordered(work, seeds, chunksize=10)
+
+
+class Tally:
+    """Counts of what came of all models."""
+
+    def __init__(self, folder: Path | None) -> None:
+        self.folder = folder
+        self.start = time.perf_counter()
+        self.models: Counter[str] = Counter()
+        self.checks: Counter[str] = Counter()
+        self.refusals: dict[str, Counter[str]] = {}
+        self.regions: Counter[str] = Counter()
+        self.failures: dict[tuple[str, str, str], list[int]] = {}
+
+    def add(self, result: Result) -> None:
+        kinds = [o.kind for o in result.outcomes]
+        order = ("crash", "mismatch", "rounding", "refused", "ok", "skipped")
+        self.models[next(kind for kind in order if kind in kinds)] += 1
+        self.regions.update(result.regions)
+        for outcome in result.outcomes:
+            self.checks[f"{outcome.check} {outcome.kind}"] += 1
+            if outcome.kind == "refused":
+                why = re.sub(r"`[^`]*`|\d+", "*", outcome.text.partition(": ")[2].splitlines()[0])[:90]
+                self.refusals.setdefault(outcome.detail, Counter())[why] += 1
+        if result.script:
+            last = result.outcomes[-1]
+            self.failures.setdefault((last.kind, last.check, last.detail), []).append(result.seed)
+            self._write(result, last)
+
+    def _write(self, result: Result, outcome: Outcome) -> None:
+        if self.folder is None:
+            return
+        self.folder.mkdir(parents=True, exist_ok=True)
+        name = f"{outcome.kind}_{outcome.check}_{result.seed}.py"
+        (self.folder / name).write_text(result.script)
+        with (self.folder / "failures.txt").open("a") as log:
+            log.write(f"== {name}\n{outcome.text}\n\n")
+
+    def __str__(self) -> str:
+        seconds = time.perf_counter() - self.start
+        count = sum(self.models.values())
+        lines = [f"{count} models in {seconds:.0f} s: {count / seconds:.1f} a second"]
+        for what, counts in (("models", self.models), ("checks", self.checks), ("regions", self.regions)):
+            lines.append(f"{what}: {_listed(counts)}")
+        for code, reasons in sorted(self.refusals.items()):
+            lines.append(f"refused with {code}: {sum(reasons.values())} checks")
+            lines += [f"    {n:5} {why}" for why, n in reasons.most_common(8)]
+        for (kind, check, detail), seeds in sorted(self.failures.items()):
+            lines.append(f"{kind} in {check} ({detail}): {len(seeds)}, seeds {seeds[:6]}")
+        return "\n".join(lines)
+
+
+def _listed(counts: Counter[str]) -> str:
+    return ", ".join(f"{n} {name}" for name, n in sorted(counts.items()))
+
+
+def main(argv: list[str] | None = None) -> int:
+    """The command line; 1 if anything failed."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--n", type=int, default=1000, help="number of models")
+    parser.add_argument("--seed", type=int, default=0, help="the first seed")
+    parser.add_argument("--jobs", type=int, default=1, help="number of processes")
+    parser.add_argument("--extra", type=int, default=2, help="further checks of each model, besides the first three")
+    parser.add_argument("--check", default="", choices=["", *CHECKS], help="run this check alone")
+    parser.add_argument("--shrink", type=float, default=20.0, help="seconds to make a failing model smaller")
+    parser.add_argument("--out", type=Path, default=None, help="where the scripts that reproduce failures go")
+    arguments = parser.parse_args(argv)
+    tally = Tally(arguments.out)
+    shown = time.perf_counter()
+    for result in _results(arguments):
+        tally.add(result)
+        if time.perf_counter() - shown > 30:
+            shown = time.perf_counter()
+            print(f"... {_listed(tally.models)}", file=sys.stderr, flush=True)
+    print(tally)
+    return 1 if tally.models["crash"] + tally.models["mismatch"] else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,460 @@
+"""What a converted net has to do like the model it came from; the reference is a plain loop over the model.
+
+`check_model` runs the checks by name on fresh copies of one model. It raises `Refused` where snnfx refuses the model,
+`Mismatch` where something differs, and lets everything else through. A reproducer holds this file as it is.
+"""
+
+from __future__ import annotations
+
+import collections
+import copy
+import functools
+import pickle
+import random
+import unittest.mock
+import warnings
+import weakref
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils import _pytree as pytree
+
+import snnfx
+from snnfx.emit.recompute_segments import RecomputePlan
+from snnfx.functional import reset_net
+from snnfx.memory import training_planner as planner
+from snnfx.memory.memory_model import NotPredictable
+
+CHECKS = "train eval fold checkpoint split chunk single batch effects again passes time_dim carry record invariant_off".split()
+"""The names of the checks; the first three compare outputs, gradients and final state, the others are relations."""
+
+REGIONS_SEEN: collections.Counter[str] = collections.Counter()
+"""How many regions of each kind were made, for the coverage that `fuzz.py` prints."""
+
+
+class Mismatch(AssertionError):
+    """The net does something else than the model."""
+
+
+class Refused(Exception):
+    """snnfx refused the model with this code."""
+
+    def __init__(self, code: str, message: str) -> None:
+        super().__init__(message)
+        self.code = code
+
+
+class Inapplicable(Exception):
+    """The plain model itself cannot be run like this."""
+
+
+@dataclass(frozen=True)
+class Setting:
+    """How a model is run: `shapes` of one step of each input, which inputs never change, T, and the options.
+
+    Kernels take most of a second each to build, so that `lower` is for a share of the models.
+    """
+
+    shapes: tuple[tuple[int, ...], ...]
+    invariant: tuple[bool, ...]
+    T: int
+    seed: int = 0
+    examples: bool = True
+    random: bool = False
+    lower: bool = False
+
+    def sequences(self, seed: int = 0, larger_batch: bool = False) -> list[Tensor]:
+        g = torch.Generator().manual_seed(self.seed * 7 + seed)
+        shapes = [(s[0] + 1, *s[1:]) if larger_batch and s else s for s in self.shapes]
+        full = [s if i else (self.T, *s) for s, i in zip(shapes, self.invariant, strict=True)]
+        return [torch.rand(s, generator=g, dtype=torch.float64) * 2 - 0.4 for s in full]
+
+    def step(self, sequences: Sequence[Tensor], t: int) -> tuple[Tensor, ...]:
+        return tuple(x if i else x[t] for x, i in zip(sequences, self.invariant, strict=True))
+
+    def part(self, sequences: Sequence[Tensor], start: int, stop: int) -> list[Tensor]:
+        return [x if i else x[start:stop] for x, i in zip(sequences, self.invariant, strict=True)]
+
+    @property
+    def extra(self) -> dict[str, Any]:
+        return {"T": self.T} if all(self.invariant) else {}
+
+
+def to_net(model: nn.Module, s: Setting, **options: Any) -> Any:
+    if s.examples:
+        options["example_inputs"] = s.step(s.sequences(), 0)
+    options.setdefault("lower", "auto" if s.lower else None)
+    if any(s.invariant):
+        options.setdefault("time_dim", tuple(None if i else 0 for i in s.invariant))
+    try:
+        net = snnfx.convert(model, **options)
+    except snnfx.errors.CaptureError as error:
+        raise Refused(error.code, str(error)) from error
+    REGIONS_SEEN.update(region.kind for region in net.regions)
+    if net.program.first_step is not None:
+        REGIONS_SEEN["first step of its own"] += 1
+    return net
+
+
+_MADE: weakref.WeakKeyDictionary[nn.Module, dict[Any, Any]] = weakref.WeakKeyDictionary()
+"""What the checks of one model share: its nets, and what it does in a plain loop."""
+
+
+def made(model: nn.Module) -> dict[Any, Any]:
+    return _MADE.setdefault(model, {})
+
+
+def shared_net(model: nn.Module, s: Setting, training: bool, batch_norm: str = "fold") -> Any:
+    """A net of a clone of the model, converted once for all checks; its buffers are those of the model again."""
+    key = ("net", s.examples, batch_norm)
+    if key not in made(model):
+        made(model)[key] = to_net(clone_of(model, bool(s.seed % 2)), s, batch_norm=batch_norm)
+    net = made(model)[key].train(training)
+    for name, buffer in net.source.named_buffers():
+        buffer.copy_(model.get_buffer(name))
+    return net
+
+
+def with_options(net: Any, **options: Any) -> Any:
+    """The same programs with other options that no pass looks at."""
+    return snnfx.Net(net.source, net._programs, replace(net.options, **options), net.history, net._replan)
+
+
+def step_plain(model: nn.Module, s: Setting, sequences: Sequence[Tensor]) -> list[Any]:
+    try:
+        return [model(*s.step(sequences, t)) for t in range(s.T)]
+    except Exception as error:  # what a random model raises when it is stepped is its own business
+        raise Inapplicable(f"{type(error).__name__}: {error}") from error
+
+
+def stacked(steps: list[Any]) -> Any:
+    flat = [pytree.tree_flatten(y) for y in steps]
+    if any(spec != flat[0][1] for _, spec in flat):
+        raise Inapplicable("the outputs change their nesting")
+    leaves = list(zip(*(leaves for leaves, _ in flat), strict=True))
+    for y in leaves:
+        if any(not isinstance(v, Tensor) or v.shape != y[0].shape for v in y):
+            raise Inapplicable("the outputs change their shape")
+    return pytree.tree_unflatten([torch.stack(y) for y in leaves], flat[0][1])
+
+
+def same(what: str, actual: Any, expected: Any) -> None:
+    """Raise unless two nests of tensors and numbers are equal."""
+    a, spec_a = pytree.tree_flatten(actual, is_leaf=lambda v: v is None)
+    b, spec_b = pytree.tree_flatten(expected, is_leaf=lambda v: v is None)
+    if spec_a != spec_b:
+        raise Mismatch(f"{what}: nested as {spec_a}, expected {spec_b}")
+    for index, (x, y) in enumerate(zip(a, b, strict=True)):
+        if x is None or y is None:
+            if not (x is None or not x.any()) or not (y is None or not y.any()):
+                raise Mismatch(f"{what}[{index}]: {'no' if x is None else 'a'} value, expected the contrary")
+            continue
+        if isinstance(x, Tensor) and isinstance(y, Tensor) and x.shape != y.shape:
+            raise Mismatch(f"{what}[{index}]: shape {list(x.shape)}, expected {list(y.shape)}")
+        x, y = torch.as_tensor(x), torch.as_tensor(y)
+        if x.dtype != y.dtype and x.dim() and y.dim():
+            raise Mismatch(f"{what}[{index}]: {x.dtype}, expected {y.dtype}")
+        if x.shape != y.shape:
+            y = y.expand(x.shape) if y.dim() == 0 else y
+        x, y = x.detach().double(), y.detach().double()
+        if not torch.allclose(x, y, rtol=1e-7, atol=1e-8, equal_nan=True):
+            raise Mismatch(f"{what}[{index}]: differs by {float((x - y).abs().max()):.3g}")
+
+
+def gradients(model: nn.Module, outputs: Any, inputs: Sequence[Tensor]) -> list[Tensor | None]:
+    wanted = [*inputs, *model.parameters()]
+    leaves = [y for y in pytree.tree_leaves(outputs) if isinstance(y, Tensor)]
+    g = torch.Generator().manual_seed(5)
+    total: Any = sum((y * torch.rand(y.shape, generator=g, dtype=torch.float64)).sum() for y in leaves)
+    if not any(y.requires_grad for y in leaves):
+        return [None] * len(wanted)
+    return list(torch.autograd.grad(total, wanted, allow_unused=True))
+
+
+def state_of(model: nn.Module, names: Sequence[str]) -> dict[str, Any]:
+    found = {}
+    for name in names:
+        path, _, attribute = name.rpartition(".")
+        found[name] = getattr(model.get_submodule(path), attribute)
+    return found
+
+
+def clone_of(model: nn.Module, training: bool) -> nn.Module:
+    model = copy.deepcopy(model).train(training)
+    reset_net(model)
+    return model
+
+
+def compare_everything(model: nn.Module, s: Setting, training: bool, **options: Any) -> None:
+    """Outputs, gradients, buffers and final state against the loop, statistics of BatchNorm per step."""
+    plain = clone_of(model, training)
+    given = [x.requires_grad_() for x in s.sequences()]
+    expected = stacked(step_plain(plain, s, given))
+    try:
+        expected_gradients = gradients(plain, expected, given)
+    except RuntimeError as error:
+        raise Inapplicable(str(error)) from error
+    net = shared_net(model, s, training, **options)
+    sequences = [x.requires_grad_() for x in s.sequences()]
+    outputs, state = net.run(*sequences, **s.extra)
+    if s.random and training:
+        same("shapes", pytree.tree_map(torch.zeros_like, outputs), pytree.tree_map(torch.zeros_like, expected))
+        return
+    same("outputs", outputs, expected)
+    same("gradients", gradients(net.source, outputs, sequences), expected_gradients)
+    same("state", state, state_of(plain, list(state)))
+    names = [n for n, _ in plain.named_buffers() if n not in state]
+    same("buffers", [net.source.get_buffer(n) for n in names], [plain.get_buffer(n) for n in names])
+    net = shared_net(model, s, training, **options)
+    same("outputs of a call", net(*s.sequences(), **s.extra), expected)
+
+
+def check_train(model: nn.Module, s: Setting) -> None:
+    compare_everything(model, s, training=True, batch_norm="per_step")
+
+
+def check_eval(model: nn.Module, s: Setting) -> None:
+    compare_everything(model, s, training=False, batch_norm="fold")
+
+
+def check_fold(model: nn.Module, s: Setting) -> None:
+    """Statistics of BatchNorm over T*N, against the layer-by-layer oracle."""
+    step_plain(clone_of(model, True), s, s.sequences())
+    net = shared_net(model, s, True)
+    try:
+        snnfx.verify(net.source, net, *s.sequences(), **s.extra)
+    except snnfx.errors.VerificationError as error:
+        if error.code != "SNNFX405":
+            raise Mismatch(str(error)) from error
+
+
+def check_checkpoint(model: nn.Module, s: Setting) -> None:
+    """Computing parts again in backward changes nothing, however it is planned and cut."""
+    r = random.Random(s.seed)
+    training, batch_norm = r.random() < 0.7, r.choice(("fold", "per_step"))
+    net = shared_net(model, s, training, batch_norm)
+    buffers = [b.clone() for b in net.source.buffers()]
+
+    def run(net: Any) -> list[Any]:
+        for buffer, before in zip(net.source.buffers(), buffers, strict=True):
+            buffer.copy_(before)
+        torch.manual_seed(s.seed)
+        given = [x.requires_grad_() for x in s.sequences()]
+        outputs, state = net.run(*given, **s.extra)
+        found = gradients(net.source, (outputs, list(state.values())), given)
+        return [outputs, state, found, [b.clone() for b in net.source.buffers()]]
+
+    try:
+        expected = run(with_options(net, checkpoint=None))
+    except RuntimeError as error:
+        raise Inapplicable(str(error)) from error
+    for option in ("selective", "regions", "any"):
+        other = with_options(net, checkpoint="regions" if option == "any" else option)
+        plan = functools.partial(any_plan, other, r)
+        own = other._plans._plan_recomputation
+        with (
+            unittest.mock.patch.object(planner, "SLICE", r.choice((2**23, 4096, 256, 1))),
+            unittest.mock.patch.object(other._plans, "_plan_recomputation", plan if option == "any" else own),
+        ):
+            found = run(other)
+        what = f"{batch_norm}, checkpoint={option}"
+        for name, a, b in zip(("outputs", "state", "gradients", "buffers"), found, expected, strict=True):
+            same(f"{name} with {what}", a, b)
+
+
+def any_plan(net: Any, r: random.Random, T: int, leaves: Sequence[Tensor], state: Any) -> RecomputePlan:
+    """A plan in which each tile is at any of the levels that it can be at."""
+    try:
+        plans = planner.TrainingPlanner(net, T, leaves, state)
+    except NotPredictable:
+        return net._recomputation.plan("regions", T, leaves, state)
+    return plans.plan({name: r.choice(plans.levels_of(name)) for name in plans.names})
+
+
+def reference(model: nn.Module, s: Setting, **more: Any) -> tuple[Any, nn.Module]:
+    """Outputs of stepping a copy of the model in evaluation mode, and the copy as it is then."""
+    key = ("reference", *more)
+    if key not in made(model):
+        plain = clone_of(model, False)
+        with torch.no_grad():
+            made(model)[key] = stacked(step_plain(plain, s, s.sequences(**more))), plain
+    expected, plain = made(model)[key]
+    return expected, plain
+
+
+def check_split(model: nn.Module, s: Setting) -> None:
+    expected, plain = reference(model, s)
+    net = shared_net(model, s, False)
+    parts, state = [], None
+    for start, stop in ((0, 1), (1, max(2, s.T - 1)), (max(2, s.T - 1), s.T)):
+        if start < stop <= s.T:
+            extra = {"T": stop - start} if s.extra else {}
+            y, state = net.run(*s.part(s.sequences(), start, stop), state=state, **extra)
+            parts.append(y)
+    same("pieces", pytree.tree_map(lambda *y: torch.cat(y), *parts), expected)
+    same("state after pieces", state, state_of(plain, list(state or ())))
+
+
+def check_chunk(model: nn.Module, s: Setting) -> None:
+    expected, _ = reference(model, s)
+    for chunk in (1, 2):
+        with torch.no_grad():
+            net = with_options(shared_net(model, s, False), chunk=chunk)
+            same(f"chunk={chunk}", net(*s.sequences(), **s.extra), expected)
+
+
+def check_single(model: nn.Module, s: Setting) -> None:
+    expected, _ = reference(model, s)
+    fresh = s.seed % 4 == 0
+    net = to_net(clone_of(model, False), s, step_mode="s") if fresh else shared_net(model, s, False).convert_to("s")
+    same("single steps", stacked([net(*s.step(s.sequences(), t)) for t in range(s.T)]), expected)
+
+
+def check_batch(model: nn.Module, s: Setting) -> None:
+    """A larger batch than that of the example."""
+    expected, _ = reference(model, s, larger_batch=True)
+    net = shared_net(model, s, False)
+    try:
+        outputs = net(*s.sequences(larger_batch=True), **s.extra)
+    except snnfx.errors.InputError as error:
+        if error.code != "SNNFX312":
+            raise
+        return
+    same("larger batch", outputs, expected)
+
+
+def snapshot(model: nn.Module) -> list[Any]:
+    found: list[Any] = [torch.get_rng_state().clone(), torch.is_grad_enabled(), torch.get_default_dtype()]
+    for module in model.modules():
+        attributes = {k: v for k, v in module.__dict__.items() if k not in ("_buffers", "_parameters", "_modules")}
+        found.append([sorted(attributes), list(module._modules), list(module._parameters), module.training])
+        tensors = [v for v in pytree.tree_leaves(attributes) if isinstance(v, Tensor)]
+        found.append([v.detach().clone() for v in (*tensors, *module.parameters(), *module.buffers())])
+        found.append([repr(v) for v in pytree.tree_leaves(attributes) if isinstance(v, bool | int | float | str)])
+    return found
+
+
+def unchanged(what: str, before: list[Any], after: list[Any]) -> None:
+    flat_a, spec_a = pytree.tree_flatten(before)
+    flat_b, spec_b = pytree.tree_flatten(after)
+    equal = spec_a == spec_b and all(
+        torch.equal(a, b) if isinstance(a, Tensor) else a == b for a, b in zip(flat_a, flat_b, strict=True)
+    )
+    if not equal:
+        raise Mismatch(f"{what} changes the model")
+
+
+def check_effects(model: nn.Module, s: Setting) -> None:
+    reference(model, s)
+    shared = clone_of(model, False)
+    before = snapshot(shared)
+    net = to_net(shared, s)
+    unchanged("convert", before, snapshot(shared))
+    net(*s.sequences(), **s.extra)
+    net.run(*s.sequences(), **s.extra)
+    unchanged("a call", before, snapshot(shared))
+    same("a second call", net(*s.sequences(), **s.extra), net(*s.sequences(), **s.extra))
+
+
+def plan_of(net: Any) -> list[Any]:
+    return [(r.kind, [n.name for n in r.nodes], r.slots) for r in net.regions]
+
+
+def check_again(model: nn.Module, s: Setting) -> None:
+    expected, _ = reference(model, s)
+    net = shared_net(model, s, False)
+    other, shared = to_net(clone_of(model, False), s), net.source
+    if plan_of(net) != plan_of(other) or snnfx.convert(net) is not net:
+        raise Mismatch("converting again gives another plan")
+    others = [copy.deepcopy(net)]
+    try:
+        pickle.dumps(shared)
+    except (pickle.PicklingError, AttributeError, TypeError, RuntimeError):
+        pass
+    else:
+        others.append(pickle.loads(pickle.dumps(net)))
+    for clone in others:
+        if plan_of(clone) != plan_of(net):
+            raise Mismatch("a copy has another plan")
+        same("a copy", clone(*s.sequences(), **s.extra), expected)
+
+
+def check_passes(model: nn.Module, s: Setting) -> None:
+    """Legal orders of passes agree."""
+    from snnfx.convert import _convert_for_shapes, pipeline
+    from snnfx.ir.pass_manager import PassManager
+
+    expected, _ = reference(model, s)
+    net = shared_net(model, s, False)
+    shared = net.source
+    example = s.step(s.sequences(), 0) if s.examples else None
+    captured = snnfx.capture.capture(shared, example, training=False)
+    for order in ((0, 0, 1, 1, 2), (0, 2), (0, 1, 0, 1, 2, 2)):
+        program = captured.copy()
+        passes = [p for p in pipeline(program, net.options) if p.name in ("normalize", "dce", "partition")]
+        PassManager([passes[i] for i in order]).run(program)
+        net = snnfx.Net(shared, {True: program, False: program}, net.options, (), _convert_for_shapes)
+        same(f"passes {order}", net.run(*s.sequences(), **s.extra)[0], expected)
+
+
+def check_time_dim(model: nn.Module, s: Setting) -> None:
+    expected, _ = reference(model, s)
+    if (
+        any(s.invariant)
+        or any(not shape for shape in s.shapes)
+        or any(y.dim() < 2 for y in pytree.tree_leaves(expected))
+    ):
+        raise Inapplicable("no dimension to move time to")
+    net = to_net(clone_of(model, False), s, time_dim=1)
+    moved = [x.movedim(0, 1) for x in s.sequences()]
+    same("time in dim 1", pytree.tree_map(lambda y: y.movedim(1, 0), net(*moved)), expected)
+
+
+def check_carry(model: nn.Module, s: Setting) -> None:
+    expected, _ = reference(model, s)
+    if s.T < 2 or s.extra:
+        raise Inapplicable("nothing to carry")
+    net = with_options(shared_net(model, s, False), carry_state=True)
+    for _ in range(2):
+        parts = [net(*s.part(s.sequences(), 0, 1)), net(*s.part(s.sequences(), 1, s.T))]
+        same("carried state", pytree.tree_map(lambda *y: torch.cat(y), *parts), expected)
+        reset_net(net)
+
+
+def check_record(model: nn.Module, s: Setting) -> None:
+    plain = clone_of(model, False)
+    net = shared_net(model, s, False)
+    names = [slot.name for slot in net.program.slots]
+    if not names or net.program.first_step is not None:
+        raise Inapplicable("no state to record")
+    values = []
+    for t in range(s.T):
+        try:
+            plain(*s.step(s.sequences(), t))
+        except Exception as error:
+            raise Inapplicable(str(error)) from error
+        values.append({n: torch.as_tensor(v).clone() for n, v in state_of(plain, names).items()})
+    _, _, records = net.run(*s.sequences(), record=tuple(names), **s.extra)
+    for name in names:
+        same(f"record of {name}", list(records[name].unbind()), [v[name] for v in values])
+
+
+def check_invariant_off(model: nn.Module, s: Setting) -> None:
+    """Hoisting changes nothing: inputs that never change, given as sequences."""
+    if not any(s.invariant):
+        raise Inapplicable("every input varies")
+    expected, _ = reference(model, s)
+    sequences = [x.expand(s.T, *x.shape) if i else x for x, i in zip(s.sequences(), s.invariant, strict=True)]
+    net = to_net(clone_of(model, False), s, time_dim=0)
+    same("without hoisting", net(*sequences), expected)
+
+
+def check_model(model: nn.Module, setting: Setting, check: str) -> None:
+    """Run one check by name."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        torch.manual_seed(setting.seed)
+        globals()[f"check_{check}"](model, setting)
