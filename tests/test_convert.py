@@ -8,12 +8,13 @@ from typing import Any
 
 import pytest
 import torch
-from support.nets import ACCEPTANCE, CSNN, AcceptanceNet, has
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
 import snnfx
 from snnfx.functional import reset_net
+from support.nets import ACCEPTANCE, CSNN, AcceptanceNet, has
+from support.stepping import assert_close_leaves
 
 SMALL = [name for name, net in ACCEPTANCE.items() if net.package == "torch"]
 
@@ -36,14 +37,6 @@ def stepped(model: nn.Module, sequences: tuple[Tensor, ...]) -> Any:
     )
 
 
-def assert_same(a: Any, b: Any, tolerance: float = 1e-9) -> None:
-    flat_a, spec_a = pytree.tree_flatten(a)
-    flat_b, spec_b = pytree.tree_flatten(b)
-    assert spec_a == spec_b
-    for x, y in zip(flat_a, flat_b, strict=True):
-        torch.testing.assert_close(x, y, atol=tolerance, rtol=tolerance)
-
-
 @pytest.mark.parametrize("with_examples", [True, False], ids=["examples", "no-examples"])
 @pytest.mark.parametrize("batch_norm", ["fold", "per_step"])
 @pytest.mark.parametrize("training", [True, False], ids=["train", "eval"])
@@ -64,7 +57,7 @@ def test_evaluation_outputs_equal_a_plain_loop(name: str) -> None:
     model = acceptance.make().double().eval()
     net = snnfx.convert(model, example_inputs=acceptance.example(torch.float64))
     sequences = acceptance.sequences(6, torch.float64)
-    assert_same(net(*sequences), stepped(model, sequences))
+    assert_close_leaves(net(*sequences), stepped(model, sequences))
 
 
 @pytest.mark.parametrize("name", [n for n in SMALL if ACCEPTANCE[n].kinds is not None])
@@ -98,11 +91,11 @@ def test_copies_and_pickles_keep_class_slots_options_and_results(name: str) -> N
         assert other.options == net.options
         assert [slot.name for slot in other.program.slots] == [slot.name for slot in net.program.slots]
         assert list(other.state_dict()) == list(net.state_dict())
-        assert_same(other(*sequences), expected)
+        assert_close_leaves(other(*sequences), expected)
         with torch.no_grad():
             for parameter in other.parameters():
                 parameter.add_(1.0)
-        assert_same(net(*sequences), expected)
+        assert_close_leaves(net(*sequences), expected)
 
 
 @pytest.mark.parametrize("name", SMALL)
@@ -123,8 +116,8 @@ def test_streaming_in_pieces_equals_the_whole(name: str) -> None:
     whole, final = net.run(*sequences)
     first, state = net.run(*(x[:3] for x in sequences))
     second, state = net.run(*(x[3:] for x in sequences), state=state)
-    assert_same(pytree.tree_map(lambda a, b: torch.cat([a, b]), first, second), whole)
-    assert_same(state, final)
+    assert_close_leaves(pytree.tree_map(lambda a, b: torch.cat([a, b]), first, second), whole)
+    assert_close_leaves(state, final)
 
 
 @pytest.mark.parametrize("name", SMALL)
@@ -136,7 +129,7 @@ def test_inference_in_chunks_equals_the_whole(name: str, k: int) -> None:
     sequences = acceptance.sequences(5, torch.float64)
     with torch.no_grad():
         whole = snnfx.convert(model, example_inputs=example, chunk=None)(*sequences)
-        assert_same(snnfx.convert(model, example_inputs=example, chunk=k)(*sequences), whole)
+        assert_close_leaves(snnfx.convert(model, example_inputs=example, chunk=k)(*sequences), whole)
 
 
 @pytest.mark.parametrize("name", SMALL)
@@ -146,9 +139,9 @@ def test_single_step_form_carries_state_like_the_model(name: str) -> None:
     net = snnfx.convert(model, step_mode="s", example_inputs=acceptance.example(torch.float64))
     sequences = acceptance.sequences(4, torch.float64)
     outputs = [net(*x) for x in zip(*sequences, strict=True)]
-    assert_same(pytree.tree_map(lambda *y: torch.stack(y), *outputs), stepped(model, sequences))
+    assert_close_leaves(pytree.tree_map(lambda *y: torch.stack(y), *outputs), stepped(model, sequences))
     reset_net(net)
-    assert_same(net(*(x[0] for x in sequences)), outputs[0])
+    assert_close_leaves(net(*(x[0] for x in sequences)), outputs[0])
 
 
 def test_every_call_starts_from_the_reset_state() -> None:
@@ -187,7 +180,7 @@ def test_example_inputs_of_another_batch_size_and_spatial_size_do_not_bind_the_n
     net = snnfx.convert(model, example_inputs=torch.rand(2, 1, 6, 6, dtype=torch.float64))
     for shape in ((3, 5, 1, 6, 6), (4, 1, 1, 9, 7)):
         x_seq = torch.rand(shape, dtype=torch.float64)
-        assert_same(net(x_seq), stepped(model, (x_seq,)))
+        assert_close_leaves(net(x_seq), stepped(model, (x_seq,)))
 
 
 def test_a_model_without_a_batch_dimension_is_mapped_not_folded_into_the_features() -> None:
@@ -195,16 +188,16 @@ def test_a_model_without_a_batch_dimension_is_mapped_not_folded_into_the_feature
     x_seq = torch.rand(5, 4, dtype=torch.float64)
     planned = snnfx.convert(model, example_inputs=x_seq[0])
     assert "fold" not in {r.kind for r in planned.regions if any(n.op == "call_module" for n in r.nodes)}
-    assert_same(planned(x_seq), stepped(model, (x_seq,)))
+    assert_close_leaves(planned(x_seq), stepped(model, (x_seq,)))
     with pytest.warns(snnfx.errors.SnnfxWarning, match="SNNFX102"):
-        assert_same(snnfx.convert(model)(x_seq), stepped(model, (x_seq,)))
+        assert_close_leaves(snnfx.convert(model)(x_seq), stepped(model, (x_seq,)))
 
 
 def test_time_last_data() -> None:
     model = CSNN().double().eval()
     x_seq = torch.rand(4, 2, 1, 8, 8, dtype=torch.float64)
     net = snnfx.convert(model, time_dim=-1)
-    assert_same(net(x_seq.movedim(0, -1)), stepped(model, (x_seq,)).movedim(0, -1))
+    assert_close_leaves(net(x_seq.movedim(0, -1)), stepped(model, (x_seq,)).movedim(0, -1))
 
 
 def test_direct_encoding_takes_an_image_and_the_number_of_steps() -> None:
@@ -212,7 +205,7 @@ def test_direct_encoding_takes_an_image_and_the_number_of_steps() -> None:
     image = torch.rand(2, 1, 8, 8, dtype=torch.float64)
     net = snnfx.convert(model, time_dim=None)
     assert net.regions[0].kind == "once"
-    assert_same(net(image, T=5), stepped(model, (image.expand(5, *image.shape),)))
+    assert_close_leaves(net(image, T=5), stepped(model, (image.expand(5, *image.shape),)))
 
 
 def test_converting_a_net_again_changes_nothing_but_the_step_mode() -> None:

@@ -14,8 +14,8 @@ __all__ = ["CACHE_FRIENDLY", "bytes_as_text", "free_bytes", "inference_budget", 
 
 CACHE_FRIENDLY = 64 * 2**20
 """Bytes of live intermediates up to which more steps at once are faster on a CPU. Measured on a convolutional SNN
-(`tools/bench/bench_csnn.py`): with more, large blocks come from fresh pages each time and page faults dominate; with less,
-the calls do."""
+(`tools/bench/bench_csnn.py`): with more, large blocks come from fresh pages each time and page faults dominate; with
+less, the calls do."""
 
 
 _TEXT = re.compile(

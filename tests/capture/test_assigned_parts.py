@@ -7,12 +7,12 @@ from typing import Any
 
 import pytest
 import torch
-from support.stepping import assert_converts
 from torch import Tensor, nn
 
 import snnfx
 from snnfx import neuron
 from snnfx.errors import CaptureError
+from support.stepping import assert_converts
 
 X_SEQ = torch.rand(4, 3, 5, generator=torch.Generator().manual_seed(0), dtype=torch.float64) - 0.3
 Y_SEQ = torch.rand(4, 3, 5, generator=torch.Generator().manual_seed(1), dtype=torch.float64)

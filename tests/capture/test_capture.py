@@ -8,13 +8,13 @@ from typing import Any
 
 import pytest
 import torch
-from support.stepping import assert_converts, assert_same, fresh_copy, run_net, run_stepped, step_model
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 import snnfx
 from snnfx import neuron
 from snnfx.errors import CaptureError, InputError
+from support.stepping import assert_converts, assert_same, fresh_copy, run_net, run_stepped, step_model
 
 T, N, C = 5, 3, 4
 

@@ -7,12 +7,12 @@ from typing import Any
 
 import pytest
 import torch
-from support.stepping import assert_converts, assert_same, stack_steps
 from torch import Tensor, nn
 
 import snnfx
 from snnfx import neuron
 from snnfx.errors import CaptureError
+from support.stepping import assert_converts, assert_same, stack_steps
 
 T, N, C = 6, 3, 4
 

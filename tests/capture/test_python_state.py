@@ -12,12 +12,12 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from support.stepping import assert_converts, assert_same, step_model
 from torch import Tensor, nn
 
 import snnfx
 from snnfx import neuron
 from snnfx.errors import CaptureError
+from support.stepping import assert_converts, assert_same, step_model
 
 T, N, C = 6, 2, 3
 

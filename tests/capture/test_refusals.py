@@ -11,7 +11,6 @@ from typing import Any, NamedTuple
 import numpy as np
 import pytest
 import torch
-from support.stepping import assert_converts, assert_same
 from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils import _pytree as pytree
@@ -20,6 +19,7 @@ import snnfx
 from snnfx import neuron
 from snnfx.errors import CODES, CaptureError, InputError
 from snnfx.state.registry import named_stateful
+from support.stepping import assert_converts, assert_same
 
 THIS_FILE = "test_refusals.py:"
 

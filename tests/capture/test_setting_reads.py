@@ -12,12 +12,12 @@ from typing import Any
 
 import pytest
 import torch
-from support.stepping import fresh_copy, step_model
 from torch import Tensor, nn
 
 import snnfx
 from snnfx import neuron
 from snnfx.errors import InputError, SnnfxWarning
+from support.stepping import fresh_copy, step_model
 
 X_SEQ = torch.rand(5, 2, 3, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
 

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import pytest
 import torch
-from support.stepping import fresh_copy, step_model
 from torch import Tensor, nn
 
 import snnfx
 from snnfx import neuron
 from snnfx.errors import InputError
+from support.stepping import fresh_copy, step_model
 
 pytestmark = pytest.mark.filterwarnings("ignore:SNNFX102")
 

@@ -12,13 +12,12 @@ from xml.etree import ElementTree
 
 import pytest
 import torch
-from test_memory_model import OPTIONS, measured
-from test_memory_training import with_statistics, without_statistics
 from torch import Tensor, nn
 
 import snnfx
 from snnfx.errors import InputError, ToolError
 from snnfx.inspect.memory_report import MemoryReport, PhaseMemory
+from support.measured_memory import OPTIONS, measured, with_statistics, without_statistics
 
 T, N = 8, 16
 ONE_STEP = torch.rand(N, 2, 6, 6)

@@ -2,13 +2,10 @@
 
 from __future__ import annotations
 
-import gc
 from typing import Any
 
 import pytest
 import torch
-from support.nets import ACCEPTANCE
-from test_memory_training import Held, with_statistics, without_statistics
 from torch import Tensor, nn
 
 import snnfx
@@ -18,19 +15,8 @@ from snnfx.errors import InputError
 from snnfx.memory.memory_model import MemoryModel, NotPredictable, model_memory
 from snnfx.memory.timeline import inference_peak, training_peak
 from snnfx.memory.training_planner import packed_parts
-
-# Without kernels, whose buffers no dispatcher sees, and in the format that the model makes.
-OPTIONS: dict[str, Any] = {"lower": None, "memory_format": None, "chunk": None}
-
-
-def measured(net: nn.Module, x_seq: Tensor, training: bool) -> int:
-    gc.collect()
-    with torch.set_grad_enabled(training), Held() as meter:
-        y = net(x_seq)
-        if training:
-            y.sum().backward()
-    net.zero_grad()
-    return meter.peak
+from support.measured_memory import OPTIONS, measured, with_statistics, without_statistics
+from support.nets import ACCEPTANCE
 
 
 def predicted(net: Any, x_seq: Tensor, training: bool) -> float:

@@ -7,13 +7,13 @@ from typing import Any
 
 import pytest
 import torch
-from support.online_oracles import PlainLIF, PlainReadout, detach_state
-from test_online_oracles import sgd
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 import snnfx
 from snnfx.online import BPTT, FPTT, OSTL, OTTT_A, OTTT_O, SLTT, SLTT_K, TBPTT, EProp, Rule, Trainer
+from support.online_models import sgd
+from support.online_oracles import PlainLIF, PlainReadout, detach_state
 
 T, N = 5, 3
 

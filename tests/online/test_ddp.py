@@ -9,11 +9,11 @@ from typing import Any
 
 import pytest
 import torch
-from test_online_oracles import dense_net, sgd
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from snnfx.online import FPTT, OTTT_A, OTTT_O, Rule, Trainer
+from support.online_models import dense_net, sgd
 
 T, N = 5, 6
 RULES: dict[str, Rule] = {"OTTT-A": OTTT_A, "OTTT-O": OTTT_O, "FPTT": FPTT(0.5, "authors")}

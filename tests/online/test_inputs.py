@@ -8,10 +8,6 @@ from typing import Any
 
 import pytest
 import torch
-from support.online_oracles import PlainLIF, TriangleSpike, bptt, mse, sltt
-from test_online import refused
-from test_online_numbers import Trained, same
-from test_online_oracles import close, dense_net, sgd
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -29,6 +25,9 @@ from snnfx.online import (
     fptt_online_training_init_w_ra,
     ottt_online_training,
 )
+from support.online_models import close, dense_net, sgd
+from support.online_oracles import PlainLIF, TriangleSpike, bptt, mse, sltt
+from support.online_training import Trained, refused, same
 
 T = 5
 

@@ -6,9 +6,6 @@ from collections.abc import Callable
 
 import pytest
 import torch
-from support.online_oracles import PlainLIF, PlainReadout, RecurrentLIF, TriangleSpike, bptt, mse, ostl
-from test_online_numbers import Trained, batch_norm_net, same
-from test_online_oracles import Graph, N, close, dense_net, differ, sequences
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -16,6 +13,9 @@ import snnfx
 from snnfx.errors import InputError
 from snnfx.neuron import AdaptiveLIFNode, CUBALIFNode, LIFNode, ParametricLIFNode
 from snnfx.online import BPTT, OSTL, OTTT_A, Rule
+from support.online_models import Graph, N, close, dense_net, differ, sequences
+from support.online_oracles import PlainLIF, PlainReadout, RecurrentLIF, TriangleSpike, bptt, mse, ostl
+from support.online_training import Trained, batch_norm_net, same
 
 
 @pytest.fixture(autouse=True)

@@ -4,17 +4,18 @@ from __future__ import annotations
 
 import pytest
 import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
 from support.online_equations import (
-    Dense,
     dense_ottt,
     eprop,
     layerwise_exact,
     mse_slope,
 )
+from support.online_models import LEAKS, Graph, N, T, close, dense_net, differ, equations_of, sequences, sgd
 from support.online_oracles import (
-    GivenDropout,
     Outcome,
-    PlainLIF,
     PlainReadout,
     RecurrentLIF,
     bptt,
@@ -26,72 +27,11 @@ from support.online_oracles import (
     sltt,
     truncated_bptt,
 )
-from torch import Tensor, nn
-from torch.nn import functional as F
-
-T, N = 7, 3
 
 
 @pytest.fixture(autouse=True)
 def _double() -> None:
     torch.set_default_dtype(torch.float64)
-
-
-def dense_net(leaks: tuple[float, ...] = (0.5, 0.7), detach_reset: bool = True) -> nn.Sequential:
-    sizes = [5, 6, 4, 3][: len(leaks) + 1]
-    layers: list[nn.Module] = []
-    for given, size, leak in zip(sizes[:-1], sizes[1:], leaks, strict=True):
-        layers += [nn.Linear(given, size), PlainLIF(leak, detach_reset=detach_reset)]
-        nn.init.normal_(layers[-2].weight, 0.3, 0.5)
-    return nn.Sequential(*layers)
-
-
-def equations_of(model: nn.Sequential) -> Dense:
-    linear, neurons = list(model)[::2], list(model)[1::2]
-    return Dense([m.weight.detach() for m in linear], [m.bias.detach() for m in linear], [m.leak for m in neurons])
-
-
-def sequences(out: int, *shape: int) -> tuple[Tensor, Tensor]:
-    return (torch.rand(T, N, *shape) < 0.5).double(), torch.rand(T, N, out)
-
-
-class Graph(nn.Module):
-    """Between its neurons and its last weight: a residual sum, a concatenation, both pools and a held dropout."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.conv1 = nn.Conv2d(1, 4, 3, padding=1)
-        self.conv2 = nn.Conv2d(4, 4, 3, padding=1, bias=False)
-        self.conv3 = nn.Conv2d(8, 3, 3)
-        self.fc = nn.Linear(3, 4)
-        self.lif1, self.lif2, self.lif3, self.lif4 = (PlainLIF(0.6) for _ in range(4))
-        self.drop = GivenDropout((torch.rand(N, 8, 4, 4) < 0.7) / 0.7)
-        for conv in (self.conv1, self.conv2, self.conv3):
-            entries = conv.weight[0].numel()
-            nn.init.normal_(conv.weight, 1.5 / entries, entries**-0.5)
-        nn.init.normal_(self.fc.weight, 0.5, 0.6)
-
-    def forward(self, x: Tensor) -> Tensor:
-        a = self.lif1(self.conv1(x))
-        b = a + self.lif2(self.conv2(a))
-        joined = torch.cat([F.max_pool2d(a, 2), F.avg_pool2d(b, 2)], dim=1)
-        c = self.lif3(self.conv3(self.drop(joined)))
-        return self.lif4(self.fc(F.max_pool2d(c, 2).flatten(1)))
-
-
-LEAKS = {"conv2": 0.6, "conv3": 0.6, "fc": 0.6}
-
-
-def differ(a: Tensor, b: Tensor) -> bool:
-    return (a - b).abs().max().item() > 1e-4
-
-
-def close(a: Tensor, b: Tensor, tolerance: float = 1e-12) -> None:
-    torch.testing.assert_close(a, b, atol=tolerance, rtol=0)
-
-
-def sgd(weights: list[nn.Parameter]) -> torch.optim.Optimizer:
-    return torch.optim.SGD(weights, lr=0.1)
 
 
 @pytest.mark.parametrize("detach_reset", [True, False])

@@ -7,9 +7,10 @@ from collections.abc import Callable
 
 import pytest
 import torch
-from support.online_oracles import GivenDropout, fptt, mse, ottt
 from torch import Tensor, nn
 from torch.nn import functional as F
+
+from support.online_oracles import GivenDropout, fptt, mse, ottt
 
 pytest.importorskip("spikingjelly")
 

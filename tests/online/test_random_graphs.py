@@ -7,13 +7,13 @@ import random
 
 import pytest
 import torch
-from support.online_oracles import GivenDropout, PlainLIF, PlainReadout, bptt, mse, ostl, ottt, sltt
-from test_online_numbers import Trained, same
-from test_online_oracles import sgd
 from torch import Tensor, nn
 
 import snnfx
 from snnfx.online import BPTT, OSTL, OTTT_A, OTTT_O, SLTT, SLTT_K
+from support.online_models import sgd
+from support.online_oracles import GivenDropout, PlainLIF, PlainReadout, bptt, mse, ostl, ottt, sltt
+from support.online_training import Trained, same
 
 T, N, WIDTH = 6, 3, 5
 

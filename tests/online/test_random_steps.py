@@ -7,16 +7,15 @@ from typing import Any
 
 import pytest
 import torch
-from support.online_oracles import PlainLIF, TriangleSpike, mse, sltt
-from test_online_numbers import Trained, batch_norm_net, each_case, prepared, same
-from test_online_oracles import N, close, sequences
-from test_online_sweep import leaky_net, most_held
 from torch import Tensor, nn
 
 import snnfx
 from snnfx.online import OTTT_A, SLTT, SLTT_K
 from snnfx.runtime.execution import run_sequence
 from snnfx.runtime.net import Net
+from support.online_models import N, close, leaky_net, most_held, sequences
+from support.online_oracles import PlainLIF, TriangleSpike, mse, sltt
+from support.online_training import Trained, batch_norm_net, each_case, prepared, same
 
 T = 5
 

@@ -7,12 +7,12 @@ from typing import Any
 
 import pytest
 import torch
-from support.online_oracles import mse, ottt
-from test_online_numbers import Trained, ZooNet, prepared, same
-from test_online_oracles import N, T, close, differ, sequences, sgd
 from torch import Tensor, nn
 
 from snnfx.online import BPTT, FPTT, OSTL, OTTT_A, OTTT_O, SLTT, SLTT_K, TBPTT, Rule, Trainer
+from support.online_models import N, T, close, differ, sequences, sgd
+from support.online_oracles import mse, ottt
+from support.online_training import Trained, ZooNet, prepared, same
 
 
 @pytest.fixture(autouse=True)

@@ -6,13 +6,12 @@ from typing import Any
 
 import pytest
 import torch
-from support.online_oracles import PlainLIF, PlainReadout, RecurrentLIF, bptt, mse, truncated_bptt
-from test_online_numbers import Trained, batch_norm_net, each_case, prepared, same
-from test_online_oracles import N, T, close, dense_net, sequences, sgd
-from torch import Tensor, nn
+from torch import nn
 
-import snnfx
 from snnfx.online import BPTT, TBPTT, EProp, Rule, Trainer
+from support.online_models import T, close, dense_net, leaky_net, most_held, sequences, sgd
+from support.online_oracles import PlainLIF, bptt, mse, truncated_bptt
+from support.online_training import Trained, batch_norm_net, each_case, prepared, same
 
 
 @pytest.fixture(autouse=True)
@@ -50,12 +49,6 @@ def test_updates_within_a_sequence_end_a_stretch() -> None:
     found = Trained(model, BPTT(update=4), x_seq, target, chunk=3)
     same(found.parameters, truncated_bptt(model, x_seq, target, mse, 4, 1 / T, make_optimizer=sgd).parameters)
     assert found.result.updates == 2
-
-
-def leaky_net() -> nn.Sequential:
-    model = nn.Sequential(RecurrentLIF(4, 5, 0.8), nn.Linear(5, 2, bias=False), PlainReadout(0.9))
-    nn.init.normal_(model[0].inp.weight, 0.4, 0.5)
-    return model
 
 
 @pytest.mark.parametrize("chunk", [1, 3, T])
@@ -121,42 +114,6 @@ def test_random_numbers_are_those_of_the_first_run(dropout: Any) -> None:
 
 
 # Memory.
-
-
-class HeldBytes:
-    """Counts the bytes that autograd holds for backward passes, now and at most."""
-
-    def __init__(self) -> None:
-        self.now = self.most = 0
-
-    def pack(self, tensor: Tensor) -> Any:
-        counter, size = self, tensor.numel() * tensor.element_size()
-        counter.now += size
-        counter.most = max(counter.most, counter.now)
-
-        class Held:
-            value = tensor.detach()
-
-            def __del__(self) -> None:
-                counter.now -= size
-
-        return Held()
-
-
-def most_held(model: nn.Module, rule: Rule, T: int, **options: Any) -> int:
-    trainer = Trainer(model, rule, sgd(list(model.parameters())), mse, **options)
-    x_seq = torch.rand(T, N, 4)
-    target = torch.rand(T, *model(x_seq[0]).shape)
-    snnfx.functional.reset_net(model)
-    for m in model.modules():
-        for name in ("v", "z"):
-            if name in vars(m):
-                setattr(m, name, None if name == "z" else 0.0)
-    trainer.step(x_seq[:20], target[:20])
-    held = HeldBytes()
-    with torch.autograd.graph.saved_tensors_hooks(held.pack, lambda packed: packed.value):
-        trainer.step(x_seq, target)
-    return held.most
 
 
 @pytest.mark.parametrize("rule", [EProp, BPTT, TBPTT(60)], ids=lambda rule: rule.name)

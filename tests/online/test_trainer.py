@@ -33,6 +33,7 @@ from snnfx.online import (
     fptt_online_training_init_w_ra,
     ottt_online_training,
 )
+from support.online_training import refused
 
 T, N = 6, 3
 RULES = [BPTT, TBPTT(2), OTTT_A, OTTT_O, SLTT, SLTT_K(2), FPTT(0.5), EProp, OSTL]
@@ -63,15 +64,6 @@ def sequences(out: int = 3) -> tuple[Tensor, Tensor]:
 
 def sgd(model: nn.Module, lr: float = 0.1) -> torch.optim.Optimizer:
     return torch.optim.SGD(model.parameters(), lr=lr)
-
-
-def refused(model: nn.Module, code: str, call: Callable[[], Any]) -> InputError:
-    """The error of a call that leaves the weights and their gradients as they were."""
-    before = [p.detach().clone() for p in model.parameters()]
-    with pytest.raises(InputError, match=code) as caught:
-        call()
-    assert all(torch.equal(a, b) and b.grad is None for a, b in zip(before, model.parameters(), strict=True))
-    return caught.value
 
 
 # Bad input.

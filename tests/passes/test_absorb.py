@@ -8,10 +8,10 @@ import warnings
 
 import pytest
 import torch
-from support.stepping import assert_converts, assert_same, fresh_copy, step_model
 from torch import Tensor, nn
 
 import snnfx
+from support.stepping import assert_converts, assert_same, fresh_copy, step_model
 
 
 def lif() -> nn.Module:

@@ -9,7 +9,6 @@ from typing import Any
 
 import pytest
 import torch
-from support.stepping import assert_same, assert_same_run, fresh_copy, run_net, run_stepped, step_model
 from torch import Tensor, nn
 from torch.fx.experimental.proxy_tensor import make_fx
 from torch.nn.utils import parametrizations, prune
@@ -17,6 +16,7 @@ from torch.utils.checkpoint import checkpoint as checkpointed
 
 import snnfx
 from snnfx.passes.fold_batch_norm import layer_of_norm
+from support.stepping import assert_same, assert_same_run, fresh_copy, run_net, run_stepped, step_model
 
 T, N = 4, 3
 

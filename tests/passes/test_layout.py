@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import pytest
 import torch
-from support.stepping import fresh_copy, step_model
 from torch import Tensor, nn
 
 import snnfx
 from snnfx.errors import InputError
 from snnfx.ops.memory_format import channels_last, image_format, row_major, stack_in_layout, unbind_in_layout
+from support.stepping import fresh_copy, step_model
 
 
 def lif() -> nn.Module:

@@ -10,7 +10,6 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from support.stepping import assert_converts, assert_same, run_stepped
 from torch import Tensor, nn
 from torch.fx import Node
 
@@ -23,6 +22,7 @@ from snnfx.ir.program import Region, StepProgram
 from snnfx.passes.dce import RemoveDeadCode
 from snnfx.passes.normalize import Normalize
 from snnfx.passes.partition import Partition
+from support.stepping import assert_converts, assert_same, run_stepped
 
 FOLDED, MAPPED, LOOPED = "fold", "map", "loop"
 

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import pytest
 import torch
-from support.nets import ACCEPTANCE
-from test_convert import assert_same
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
 import snnfx
+from support.nets import ACCEPTANCE
+from support.stepping import assert_close_leaves
 
 REDUCTIONS = {"mean": lambda y: y.mean(0), "sum": lambda y: y.sum(0), "last": lambda y: y[-1]}
 SMALL = [name for name, net in ACCEPTANCE.items() if net.package == "torch"]
@@ -41,7 +41,7 @@ def test_reduced_net_equals_reducing_afterwards(name: str, reduce: str, training
     reduced = snnfx.convert(model, example_inputs=example, reduce=reduce)
     expected = pytree.tree_map(REDUCTIONS[reduce], whole(*sequences))
     actual = reduced(*sequences)
-    assert_same(actual, expected)
+    assert_close_leaves(actual, expected)
 
     def gradients(outputs: object) -> list[Tensor]:
         loss = sum(y.sin().sum() for y in pytree.tree_leaves(outputs))
@@ -49,7 +49,7 @@ def test_reduced_net_equals_reducing_afterwards(name: str, reduce: str, training
         found = torch.autograd.grad(loss, [*sequences, *parameters], allow_unused=True)
         return [torch.zeros(()) if g is None else g for g in found]
 
-    assert_same(gradients(actual), gradients(expected))
+    assert_close_leaves(gradients(actual), gradients(expected))
 
 
 @pytest.mark.parametrize("reduce", REDUCTIONS)
@@ -96,7 +96,7 @@ def test_a_value_that_a_state_needs_is_not_sunk() -> None:
 
     model = Feedback().double()
     x_seq = torch.rand(4, 2, 3, dtype=torch.float64)
-    assert_same(snnfx.convert(model, reduce="mean")(x_seq), snnfx.convert(model)(x_seq).mean(0))
+    assert_close_leaves(snnfx.convert(model, reduce="mean")(x_seq), snnfx.convert(model)(x_seq).mean(0))
 
 
 @pytest.mark.parametrize("reduce", REDUCTIONS)
@@ -106,7 +106,7 @@ def test_chunks_and_streams_combine(reduce: str, k: int) -> None:
     x_seq = torch.rand(7, 2, 4, dtype=torch.float64) * 3
     expected = REDUCTIONS[reduce](snnfx.convert(model)(x_seq))
     with torch.no_grad():
-        assert_same(snnfx.convert(model, reduce=reduce, chunk=k)(x_seq), expected)
+        assert_close_leaves(snnfx.convert(model, reduce=reduce, chunk=k)(x_seq), expected)
 
 
 @pytest.mark.parametrize("reduce", REDUCTIONS)
@@ -123,13 +123,15 @@ def test_a_first_step_of_its_own_is_counted(reduce: str) -> None:
     model = FirstIsDifferent().double()
     for T in (1, 2, 5):
         x_seq = torch.rand(T, 2, 3, dtype=torch.float64)
-        assert_same(snnfx.convert(model, reduce=reduce)(x_seq), REDUCTIONS[reduce](snnfx.convert(model)(x_seq)))
+        assert_close_leaves(snnfx.convert(model, reduce=reduce)(x_seq), REDUCTIONS[reduce](snnfx.convert(model)(x_seq)))
 
 
 def test_time_last_outputs_lose_the_time_dimension() -> None:
     model = readout_net().double()
     x = torch.rand(2, 4, 6, dtype=torch.float64)
-    assert_same(snnfx.convert(model, time_dim=-1, reduce="mean")(x), snnfx.convert(model, time_dim=-1)(x).mean(-1))
+    assert_close_leaves(
+        snnfx.convert(model, time_dim=-1, reduce="mean")(x), snnfx.convert(model, time_dim=-1)(x).mean(-1)
+    )
 
 
 def test_an_unknown_reduction_is_refused() -> None:

@@ -5,15 +5,12 @@ from __future__ import annotations
 import copy
 import gc
 import threading
-import weakref
 from typing import Any
 
 import pytest
 import torch
-from support.nets import ACCEPTANCE
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
-from torch.utils._python_dispatch import TorchDispatchMode
 
 import snnfx
 from snnfx import neuron, surrogate
@@ -21,29 +18,10 @@ from snnfx.analysis.integer_ranges import prove_whole_numbers
 from snnfx.errors import InputError
 from snnfx.functional import reset_net
 from snnfx.recompute.bit_packing import pack, packed_bytes, unpack
+from support.measured_memory import Held, with_statistics, without_statistics
+from support.nets import ACCEPTANCE
 
 CHECKPOINTS = ("selective", "regions", 3)
-
-
-def without_statistics() -> nn.Module:
-    return nn.Sequential(
-        nn.Linear(5, 7), neuron.LIFNode(), nn.Linear(7, 6), neuron.ParametricLIFNode(), nn.Linear(6, 2)
-    )
-
-
-def with_statistics(dropout: float = 0.0) -> nn.Module:
-    return nn.Sequential(
-        nn.Conv2d(2, 8, 3, padding=1),
-        nn.BatchNorm2d(8),
-        neuron.LIFNode(),
-        nn.MaxPool2d(2),
-        nn.Dropout(dropout),
-        nn.Conv2d(8, 8, 3, padding=1),
-        nn.BatchNorm2d(8),
-        neuron.IFNode(),
-        nn.Flatten(),
-        nn.Linear(8 * 9, 3),
-    )
 
 
 def trained(net: nn.Module, *sequences: Tensor) -> list[Tensor]:
@@ -439,27 +417,6 @@ def test_evaluation_and_no_grad_compute_nothing_twice() -> None:
     net = snnfx.convert(without_statistics(), checkpoint="regions")
     with torch.no_grad():
         assert net(torch.rand(4, 2, 5)).grad_fn is None
-
-
-class Held(TorchDispatchMode):
-    """The bytes of all storages that are alive and were made under it: an oracle of what is held."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.alive: dict[int, int] = {}
-        self.peak = 0
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        result = func(*args, **(kwargs or {}))
-        for tensor in pytree.tree_leaves(result):
-            if isinstance(tensor, Tensor):
-                storage = tensor.untyped_storage()
-                key = storage._cdata
-                if key not in self.alive:
-                    self.alive[key] = storage.nbytes()
-                    weakref.finalize(storage, self.alive.pop, key, None)
-        self.peak = max(self.peak, sum(self.alive.values()))
-        return result
 
 
 def held_after_forward(net: nn.Module, x_seq: Tensor) -> tuple[int, int]:

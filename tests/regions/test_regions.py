@@ -10,7 +10,6 @@ from typing import Any
 
 import pytest
 import torch
-from support.stepping import assert_same, run_stepped
 from torch import Tensor, nn
 
 import snnfx
@@ -20,6 +19,7 @@ from snnfx.ops.sequence_functions import delay_one_step, pick_state, repeat_over
 from snnfx.ops.step_batch_norm import batch_norm_per_step
 from snnfx.regions.operator import run_loop_as_operator, run_map_as_operator
 from snnfx.regions.region_modules import LoopRegion, MapRegion, SequenceRegion, region_of_handle
+from support.stepping import assert_same, run_stepped
 
 T, N, C = 4, 3, 5
 

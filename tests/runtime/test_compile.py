@@ -6,13 +6,13 @@ from typing import Any
 
 import pytest
 import torch
-from support.nets import ACCEPTANCE, AcceptanceNet, has
-from test_convert import assert_same
 from torch import Tensor, nn
 from torch._dynamo.testing import CompileCounterWithBackend
 from torch.utils import _pytree as pytree
 
 import snnfx
+from support.nets import ACCEPTANCE, AcceptanceNet, has
+from support.stepping import assert_close_leaves
 
 LENGTHS = (4, 5, 8, 16, 33)
 
@@ -49,7 +49,7 @@ def test_compiled_net_is_one_graph_for_all_T_and_trains(acceptance: AcceptanceNe
         statistics = {k: v.clone() for k, v in model.state_dict().items()}
         expected = results(net, parameters, sequences)
         model.load_state_dict(statistics)
-        assert_same(results(compiled, parameters, sequences), expected)
+        assert_close_leaves(results(compiled, parameters, sequences), expected)
     assert counter.frame_count <= 2
 
 
@@ -62,7 +62,7 @@ def test_inductor_gives_the_eager_results(name: str) -> None:
     parameters = list(model.parameters())
     for T in (4, 7):
         sequences = acceptance.sequences(T, torch.float64)
-        assert_same(results(compiled, parameters, sequences), results(net, parameters, sequences))
+        assert_close_leaves(results(compiled, parameters, sequences), results(net, parameters, sequences))
 
 
 @pytest.mark.parametrize("name", [n for n, a in ACCEPTANCE.items() if a.package == "torch"])
@@ -74,7 +74,7 @@ def test_exported_net_takes_any_T_and_batch_size(name: str) -> None:
     program = torch.export.export(net, sequences, dynamic_shapes=tuple(dynamic for _ in sequences))
     other = tuple(x[:, :4] for x in acceptance.sequences(9, torch.float64))
     # The exported module returns torch.fx's own kind of dict.
-    assert_same(pytree.tree_leaves(program.module()(*other)), pytree.tree_leaves(net(*other)))
+    assert_close_leaves(pytree.tree_leaves(program.module()(*other)), pytree.tree_leaves(net(*other)))
 
 
 def test_compiled_evaluation_ignores_chunks_and_stays_one_graph() -> None:
@@ -84,7 +84,7 @@ def test_compiled_evaluation_ignores_chunks_and_stays_one_graph() -> None:
     compiled = torch.compile(net, fullgraph=True, backend=counter)
     sequences = acceptance.sequences(6)
     with torch.no_grad():
-        assert_same(compiled(*sequences), net(*sequences), 1e-5)
+        assert_close_leaves(compiled(*sequences), net(*sequences), 1e-5)
     assert counter.frame_count == 1
 
 
@@ -96,8 +96,8 @@ def test_state_goes_through_a_compiled_run() -> None:
     first, state = compiled(x_seq[:3])
     second, state = compiled(x_seq[3:], state=state)
     whole, final = net.run(x_seq)
-    assert_same(torch.cat([first, second]), whole)
-    assert_same(state, final)
+    assert_close_leaves(torch.cat([first, second]), whole)
+    assert_close_leaves(state, final)
 
 
 def test_a_mapped_region_may_hand_on_its_argument_and_its_gradient() -> None:

@@ -8,11 +8,11 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
-from support.stepping import assert_converts, assert_same, fresh_copy, step_model
 from torch import Tensor, nn
 
 import snnfx
 from snnfx import neuron
+from support.stepping import assert_converts, assert_same, fresh_copy, step_model
 
 EXAMPLES = pytest.mark.parametrize("examples", [True, False], ids=["examples", "no-examples"])
 

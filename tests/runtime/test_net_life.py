@@ -12,7 +12,6 @@ from typing import Any
 
 import pytest
 import torch
-from support.stepping import assert_same, run_stepped, step_model
 from torch import Tensor, nn
 
 import snnfx
@@ -20,6 +19,7 @@ from snnfx import neuron
 from snnfx.errors import InputError, SnnfxError, SnnfxWarning
 from snnfx.functional import reset_net
 from snnfx.ir.serialization import pack_program, unpack_program
+from support.stepping import assert_same, run_stepped, step_model
 
 T, N, C = 5, 3, 4
 

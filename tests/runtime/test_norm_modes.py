@@ -7,12 +7,12 @@ from collections.abc import Callable
 
 import pytest
 import torch
-from support.stepping import assert_same_run, fresh_copy, run_net, run_stepped
 from torch import Tensor, nn
 
 import snnfx
 from snnfx import neuron
 from snnfx.errors import SnnfxWarning
+from support.stepping import assert_same_run, fresh_copy, run_net, run_stepped
 
 pytestmark = pytest.mark.filterwarnings("ignore:SNNFX315", "ignore:SNNFX504")
 

@@ -8,12 +8,12 @@ from typing import Any
 
 import pytest
 import torch
-from support.nets import ACCEPTANCE
 from torch import Tensor, nn
 
 import snnfx
 from snnfx import neuron
 from snnfx.errors import InputError
+from support.nets import ACCEPTANCE
 
 
 def small() -> nn.Module:

@@ -9,7 +9,6 @@ from typing import Any
 
 import pytest
 import torch
-from support.stepping import assert_same
 from torch import Tensor, nn
 
 import snnfx
@@ -28,6 +27,7 @@ from snnfx.state.registry import (
     opaque_initial_value,
     register_adapter,
 )
+from support.stepping import assert_same
 
 
 class Leaky(snnfx.MemoryModule):

@@ -116,3 +116,11 @@ def assert_converts(model: nn.Module, *sequences: Tensor, examples: Any = "both"
         actual.buffers = {name: b for name, b in actual.buffers.items() if name not in slots}
         assert_same_run(actual, expected)
     return net
+
+
+def assert_close_leaves(a: Any, b: Any, tolerance: float = 1e-9) -> None:
+    flat_a, spec_a = pytree.tree_flatten(a)
+    flat_b, spec_b = pytree.tree_flatten(b)
+    assert spec_a == spec_b
+    for x, y in zip(flat_a, flat_b, strict=True):
+        torch.testing.assert_close(x, y, atol=tolerance, rtol=tolerance)

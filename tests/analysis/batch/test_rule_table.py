@@ -25,9 +25,9 @@ from snnfx.analysis.batch.facts import UNKNOWN, Rank, Repeated, ShapeFact, leave
 from snnfx.analysis.batch.rule_lookup import look_up, row_names
 from snnfx.analysis.batch.rule_table import MODULES
 from snnfx.ops.step_functions import FunctionHolder, apply_autograd_function, expect_size, set_part
+from snnfx.state import leaf_modules as leaves_module
 from snnfx.state.leaf_modules import vouch
 from snnfx.state.registry import call_stateful, initial_value
-from snnfx.state.registry import leaf_modules as leaves_module
 
 T = 3
 BATCHES = (2, 3)

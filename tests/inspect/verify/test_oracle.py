@@ -9,7 +9,6 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
-from support.spikes import Spike
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.overrides import TorchFunctionMode
@@ -20,6 +19,7 @@ from snnfx.inspect.verify.coroutines import Coroutine
 from snnfx.inspect.verify.oracle import folded_forward, lockstep_forward, replay_forward, step_forward
 from snnfx.inspect.verify.without_dropout import without_dropout
 from snnfx.state.registry import reset_net
+from support.spikes import Spike
 
 torch.set_num_threads(1)
 

@@ -12,7 +12,6 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
-from support.spikes import Spike
 from torch import Tensor, fx, nn
 from torch.utils import _pytree as pytree
 
@@ -22,6 +21,7 @@ from snnfx.inspect.verify.comparison import Tolerance, compare
 from snnfx.inspect.verify.coroutines import Coroutine
 from snnfx.inspect.verify.verify import VerificationReport, verify
 from snnfx.ir.program import Slot, StartingValue, StepProgram
+from support.spikes import Spike
 
 torch.set_num_threads(1)
 

@@ -17,8 +17,6 @@ from typing import Any
 
 import pytest
 import torch
-from support.spikes import Spike
-from support.stepping import assert_same_run, fresh_copy, run_net, run_stepped
 from torch import Tensor, nn
 
 import snnfx
@@ -27,6 +25,8 @@ from snnfx.lowering.elementwise.triton import triton_launch
 from snnfx.lowering.elementwise.triton.triton_launch import TritonBackEnd
 from snnfx.regions.region_kernels import RegionKernels
 from snnfx.regions.region_modules import LoopRegion
+from support.spikes import Spike
+from support.stepping import assert_same_run, fresh_copy, run_net, run_stepped
 
 if importlib.util.find_spec("triton") is None:
     pytest.skip("Triton is not installed", allow_module_level=True)

@@ -9,7 +9,6 @@ from typing import Any
 
 import pytest
 import torch
-from support.stepping import assert_converts, assert_same, assert_same_run, fresh_copy, run_net, run_stepped
 from torch import Tensor, nn
 from torch._dynamo.testing import CompileCounterWithBackend
 
@@ -21,6 +20,7 @@ from snnfx.lowering.elementwise.cpp.build import find_compiler
 from snnfx.lowering.mixed import executor as machine
 from snnfx.lowering.mixed.mixed_step import MixedStep
 from snnfx.regions.region_modules import LoopRegion
+from support.stepping import assert_converts, assert_same, assert_same_run, fresh_copy, run_net, run_stepped
 
 pytestmark = pytest.mark.skipif(find_compiler() is None, reason="there is no C++ compiler")
 
