@@ -391,7 +391,7 @@ def check_passes(model: nn.Module, s: Setting) -> None:
     net = shared_net(model, s, False)
     shared = net.source
     example = s.step(s.sequences(), 0) if s.examples else None
-    captured = snnfx.capture.capture(shared, example, training=False)
+    captured = snnfx.capture.capture.capture(shared, example, training=False)
     for order in ((0, 0, 1, 1, 2), (0, 2), (0, 1, 0, 1, 2, 2)):
         program = captured.copy()
         passes = [p for p in pipeline(program, net.options) if p.name in ("normalize", "dce", "partition")]
