@@ -17,9 +17,9 @@ from torch.fx import Node
 
 from snnfx.analysis.dependence import ancestors, is_size
 from snnfx.ir.program import SELF_TARGET, Region, StepProgram, operation_name
-from snnfx.ir.setting_read import ScalarRead
+from snnfx.ir.setting_read import SettingRead
 from snnfx.passes.base import Pass
-from snnfx.passes.detach import folds_when_cut
+from snnfx.passes.cut_temporal_edges import folds_when_cut
 
 __all__ = ["Absorb"]
 
@@ -37,7 +37,7 @@ class Absorb(Pass):
         if program.training:
             return "nothing: in training, backward would compute them again"
         mover = _Mover(program)
-        for region in [r for r in program.regions if r.kind == "loop" and r.not_lowered == ""]:
+        for region in [r for r in program.regions if r.kind == "loop" and r.lowering_refusal == ""]:
             if not folds_when_cut(program, region):
                 mover.fill(region)
         program.regions = [region for region in program.regions if region.nodes]
@@ -117,5 +117,5 @@ class _Mover:
         if node.op == "call_module" and str(node.target) not in self.program.constants:
             # Its mode decides: put into training, it takes statistics over all time steps.
             owner = "" if node.target == SELF_TARGET else str(node.target)
-            if not any(read.owner == owner and read.name == "training" for read in self.program.scalars):
-                self.program.scalars.append(ScalarRead(owner, "training", False, "False"))
+            if not any(read.owner == owner and read.name == "training" for read in self.program.setting_reads):
+                self.program.setting_reads.append(SettingRead(owner, "training", False, "False"))

@@ -19,7 +19,7 @@ from torch.fx import Node
 from snnfx.analysis.dependence import is_random
 from snnfx.ir.program import Region, StepProgram, describe_node, operation_name
 from snnfx.passes.base import Pass
-from snnfx.passes.detach import folds_when_cut
+from snnfx.passes.cut_temporal_edges import folds_when_cut
 from snnfx.state.registry import adapter_of, call_opaque
 
 __all__ = ["Lower", "mixing_node", "reason_against_kernel"]
@@ -27,7 +27,7 @@ __all__ = ["Lower", "mixing_node", "reason_against_kernel"]
 
 @dataclass(frozen=True)
 class Lower(Pass):
-    """Set `not_lowered` of every loop region: "" where it may be lowered."""
+    """Set `lowering_refusal` of every loop region: "" where it may be lowered."""
 
     name: ClassVar[str] = "lower"
     requires: ClassVar[str] = "partitioned"
@@ -35,13 +35,15 @@ class Lower(Pass):
     def apply(self, program: StepProgram) -> str:
         loops = [region for region in program.regions if region.kind == "loop"]
         for region in loops:
-            region.not_lowered = reason_against_kernel(program, region)
-        lowered = [region for region in loops if not region.not_lowered]
+            region.lowering_refusal = reason_against_kernel(program, region)
+        lowered = [region for region in loops if not region.lowering_refusal]
         elementwise = [region for region in lowered if mixing_node(program, region) is None]
         notes = [f"{len(elementwise)} of {len(loops)} loops may be one kernel each"]
         if len(lowered) > len(elementwise):
             notes.append(f"{len(lowered) - len(elementwise)} may run without autograd")
-        reasons = dict.fromkeys(f"{region.name}: {region.not_lowered}" for region in loops if region.not_lowered)
+        reasons = dict.fromkeys(
+            f"{region.name}: {region.lowering_refusal}" for region in loops if region.lowering_refusal
+        )
         return "; ".join([*notes, *reasons])
 
 

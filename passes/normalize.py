@@ -23,8 +23,8 @@ from snnfx.ir.program import (
     has_in_place_flag,
     is_in_place,
     is_structural,
+    location_of,
     operation_name,
-    place_of,
     takes_from_tuple,
 )
 from snnfx.ops.step_functions import change_value, set_part_
@@ -121,7 +121,7 @@ def _functionalize(program: StepProgram, node: Node) -> None:
         raise CaptureError(
             "SNNFX214",
             f"`{node.name}` changes a view in place",
-            where=place_of(node),
+            where=location_of(node),
             why=f"`{operand.name}` shares its memory with another value, which would change as well.",
             hint="Write it without the underscore, e.g. x = torch.where(...) or x.index_fill(...).",
         )
@@ -129,7 +129,7 @@ def _functionalize(program: StepProgram, node: Node) -> None:
         raise CaptureError(
             "SNNFX214",
             f"`{node.name}` changes a tensor in place that the step did not compute",
-            where=place_of(node),
+            where=location_of(node),
             why="it was made before, or without the inputs, and would keep the change from step to step.",
             hint="Make it of an input: x.new_zeros(x.shape[0], 4), torch.zeros_like(x).",
         )
@@ -137,7 +137,7 @@ def _functionalize(program: StepProgram, node: Node) -> None:
         raise CaptureError(
             "SNNFX206",
             f"`{node.name}` changes `{operand.target}` in place",
-            where=place_of(node),
+            where=location_of(node),
             why="a step may only change state by assigning it, so that it can be handed from step to step.",
             hint="Write `self.x = self.x + ...`, or register it as a memory of a snnfx.MemoryModule.",
         )
@@ -145,7 +145,7 @@ def _functionalize(program: StepProgram, node: Node) -> None:
         raise CaptureError(
             "SNNFX209",
             f"`{node.name}` changes the input `{operand.name}` in place",
-            where=place_of(node),
+            where=location_of(node),
             why="the converted net would change the caller's whole sequence.",
             hint="Write it without the underscore.",
         )
@@ -170,7 +170,7 @@ def _functionalize(program: StepProgram, node: Node) -> None:
         raise CaptureError(
             "SNNFX214",
             f"`{node.name}` has no form that is not in place",
-            where=place_of(node),
+            where=location_of(node),
             why=f"torch has no `{name}`.",
             hint="Assign a new tensor instead of changing one.",
         )
@@ -205,7 +205,7 @@ def _refuse_other_names(program: StepProgram, node: Node, operand: Node, inputs_
             raise CaptureError(
                 "SNNFX214",
                 f"`{node.name}` changes a value in place that has another name",
-                where=place_of(node),
+                where=location_of(node),
                 why=f"`{other.name}` may share its memory, and is read afterwards.",
                 hint="Write it without the underscore, or change a copy: x = x.clone().",
             )
@@ -233,7 +233,7 @@ def _replace_filling(program: StepProgram, node: Node, operand: Node, name: str)
         raise CaptureError(
             "SNNFX214",
             f"`{operand.name}.{name}_` has no form that is not in place",
-            where=place_of(node),
+            where=location_of(node),
             hint="Use torch.rand_like, torch.randn_like or torch.bernoulli.",
         )
 

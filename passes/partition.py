@@ -19,7 +19,7 @@ from torch.fx import Node
 
 from snnfx.analysis.batch.equivariance import BatchAnalysis, infer_batch
 from snnfx.analysis.batch.facts import Fact, model_input
-from snnfx.analysis.batch.mixed_batch_sizes import meetings_in_folds, meets_in_loop, sizes_of
+from snnfx.analysis.batch.mixed_batch_sizes import find_mixed_batches_in_folds, has_mixed_batches_in_loop, sizes_of
 from snnfx.analysis.dependence import Dependence, analyse_dependence, is_size, operands_through_sizes
 from snnfx.errors import CaptureError, Refusal
 from snnfx.ir.program import (
@@ -27,12 +27,12 @@ from snnfx.ir.program import (
     Region,
     StepProgram,
     estimates_weights,
+    location_of,
     operation_name,
-    place_of,
     takes_from_tuple,
     updates_buffers,
 )
-from snnfx.ir.setting_read import ScalarRead
+from snnfx.ir.setting_read import SettingRead
 from snnfx.passes.base import Pass
 from snnfx.state.registry import call_opaque
 
@@ -72,12 +72,12 @@ class Partition(Pass):
         while True:
             kinds = _kinds(program, dependence, refusals)
             program.regions = _regions(program, dependence, kinds)
-            meetings = meetings_in_folds(program.regions, analysis.facts)
+            meetings = find_mixed_batches_in_folds(program.regions, analysis.facts)
             if not meetings:
                 break
             refusals.update(meetings)
         for region in program.regions:
-            if region.kind == "loop" and meets_in_loop(region, analysis.facts):
+            if region.kind == "loop" and has_mixed_batches_in_loop(region, analysis.facts):
                 for node in region.nodes:
                     node.meta["step_refusal"] = True
             for node in region.nodes:
@@ -88,8 +88,8 @@ class Partition(Pass):
 
     def _analyse(self, program: StepProgram, stepped: Set[str] = frozenset()) -> tuple[Dependence, BatchAnalysis]:
         changing = self._updates_at_every_step(program, stepped)
-        settings = [read for read in program.scalars if read.name != "training"]
-        program.scalars = settings + _flags_of_norms(program, self.batch_norm)
+        settings = [read for read in program.setting_reads if read.name != "training"]
+        program.setting_reads = settings + _flags_of_norms(program, self.batch_norm)
         dependence = analyse_dependence(program, self.invariant_inputs, changing)
         analysis = infer_batch(
             program.graph,
@@ -138,12 +138,12 @@ def _layers_called_again_that_stay_out_of_the_fold(
     )
 
 
-def _flags_of_norms(program: StepProgram, batch_norm: str) -> list[ScalarRead]:
+def _flags_of_norms(program: StepProgram, batch_norm: str) -> list[SettingRead]:
     """The modes of the layers whose statistics decide how they are run: a net looks for a change at each call.
 
     Of a layer that is frozen in the mode that the model is in, the own flag counts.
     """
-    found: dict[str, ScalarRead] = {}
+    found: dict[str, SettingRead] = {}
     for node in program.graph.nodes:
         target = str(node.target)
         if node.op != "call_module" or target in program.constants:
@@ -155,7 +155,7 @@ def _flags_of_norms(program: StepProgram, batch_norm: str) -> list[ScalarRead]:
         tracks = module.running_mean is not None
         if (tracks and batch_norm == "per_step") or (is_batch_norm and not tracks):
             flag = program.mode_of(module)
-            found[target] = ScalarRead("" if target == SELF_TARGET else target, "training", flag, str(flag))
+            found[target] = SettingRead("" if target == SELF_TARGET else target, "training", flag, str(flag))
     return list(found.values())
 
 
@@ -343,7 +343,7 @@ class _Groups:
     def _refuse_circular_initial_value(self) -> None:
         cycle = nx.find_cycle(self.graph)
         slots = [n.meta["slot"] for edge in cycle for n in self.members[edge[0]] if "slot" in n.meta]
-        where = next((place_of(n) for edge in cycle for n in self.members[edge[0]] if place_of(n)), "")
+        where = next((location_of(n) for edge in cycle for n in self.members[edge[0]] if location_of(n)), "")
         raise CaptureError(
             "SNNFX210",
             f"the initial value of {', '.join(slots)} cannot be computed",

@@ -22,17 +22,17 @@ from snnfx.memory.chunk_plan import check_chunk_option
 from snnfx.memory.planning import refuse_impossible_budget
 from snnfx.memory.recompute_forms import check_checkpoint_option, refuse_statistics_over_time
 from snnfx.passes.absorb import Absorb
-from snnfx.passes.dce import RemoveDeadCode
+from snnfx.passes.choose_memory_format import ChooseMemoryFormat
 from snnfx.passes.fold_batch_norm import FoldBatchNorm
-from snnfx.passes.layout import ChooseLayout
 from snnfx.passes.lower import Lower
 from snnfx.passes.normalize import Normalize
 from snnfx.passes.partition import Partition
-from snnfx.passes.sink import REDUCTIONS, SinkReductions
+from snnfx.passes.remove_dead_code import RemoveDeadCode
+from snnfx.passes.sink_reductions import REDUCTIONS, SinkReductions
 from snnfx.runtime.net import Net
 from snnfx.state.carry import paths_of
 
-__all__ = ["convert", "convert_within_any_budget", "edited", "pipeline", "planning", "prepare_programs"]
+__all__ = ["apply_edits", "convert", "convert_without_budget", "pipeline", "planning", "prepare_programs"]
 
 
 def convert(
@@ -133,13 +133,13 @@ def convert(
         checkpoint,
         read_memory_budget(memory_budget),
     )
-    net = convert_within_any_budget(model, options, example_inputs, carry)
+    net = convert_without_budget(model, options, example_inputs, carry)
     if memory_budget is not None:
         refuse_impossible_budget(net)
     return net
 
 
-def convert_within_any_budget(
+def convert_without_budget(
     model: nn.Module, options: ConvertOptions, example_inputs: Any = None, carry: Mapping[str, Any] | None = None
 ) -> Net:
     """What `convert` does, but for the refusal of a budget that is too small.
@@ -177,12 +177,12 @@ def pipeline(program: StepProgram, options: ConvertOptions) -> list[Pass]:
 
 def planning(program: StepProgram, options: ConvertOptions) -> list[Pass]:
     """The last part of the pipeline, after which nothing of the step changes: regions, layouts, kernels."""
-    layout = [ChooseLayout()] if options.memory_format is not None else []
+    layout = [ChooseMemoryFormat()] if options.memory_format is not None else []
     partition = Partition(batch_norm=options.batch_norm, invariant_inputs=_invariant_inputs(program, options))
     return [partition, *layout, *([Lower(), Absorb()] if options.lower is not None else []), FoldBatchNorm()]
 
 
-def edited(net: Net, edits: Sequence[Pass], **changes: Any) -> Net:
+def apply_edits(net: Net, edits: Sequence[Pass], **changes: Any) -> Net:
     """A net with edits made to its step, between the passes that simplify the step and those that plan its regions.
 
     Args:
@@ -208,7 +208,7 @@ def _edited_for_shapes(
     edits: tuple[Pass, ...], replan: Callable[..., Net] | None, net: Net, args: tuple[Any, ...], kwargs: dict[str, Any]
 ) -> Net:
     """The edited net for inputs that its plan does not cover."""
-    return edited((replan or _convert_for_shapes)(net, args, kwargs), edits)
+    return apply_edits((replan or _convert_for_shapes)(net, args, kwargs), edits)
 
 
 def _invariant_inputs(program: StepProgram, options: ConvertOptions) -> tuple[str, ...]:
@@ -253,7 +253,11 @@ def _same_plan(a: StepProgram, b: StepProgram) -> bool:
         return [(r.kind, [n.name for n in r.nodes], r.slots) for r in program.regions]
 
     dims_a = [n.meta.get("batch_dim") for n in a.graph.nodes]
-    return plan(a) == plan(b) and a.scalars == b.scalars and dims_a == [n.meta.get("batch_dim") for n in b.graph.nodes]
+    return (
+        plan(a) == plan(b)
+        and a.setting_reads == b.setting_reads
+        and dims_a == [n.meta.get("batch_dim") for n in b.graph.nodes]
+    )
 
 
 def _convert_for_shapes(net: Net, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Net:

@@ -8,7 +8,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from snnfx.errors import InputError
-from snnfx.state.registry import MemoryAdapter, fresh, register_adapter
+from snnfx.state.registry import MemoryAdapter, copy_initial_value, register_adapter
 
 __all__ = ["MemoryModule"]
 
@@ -59,7 +59,7 @@ class MemoryModule(nn.Module):
                 hint="Choose another name.",
             )
         self._initial_memories[name] = initial
-        self._memories[name] = fresh(initial)
+        self._memories[name] = copy_initial_value(initial)
 
     def memory_names(self) -> tuple[str, ...]:
         """The names of the registered states, in order of registration."""
@@ -68,7 +68,7 @@ class MemoryModule(nn.Module):
     def reset(self) -> None:
         """Give every state its initial value."""
         for name, initial in self._initial_memories.items():
-            self._memories[name] = fresh(initial)
+            self._memories[name] = copy_initial_value(initial)
 
     def __getattr__(self, name: str) -> Any:
         memories = self.__dict__.get("_memories")

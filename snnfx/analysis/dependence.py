@@ -25,7 +25,7 @@ __all__ = [
     "ancestors",
     "is_random",
     "is_size",
-    "may_draw",
+    "may_be_random",
     "operands_through_sizes",
 ]
 
@@ -148,7 +148,7 @@ def is_random(program: StepProgram, node: Node) -> bool:
     return bool(node.kwargs.get("dropout_p", node.args[4] if len(node.args) > 4 else 0.0))
 
 
-def may_draw(program: StepProgram, node: Node) -> bool:
+def may_be_random(program: StepProgram, node: Node) -> bool:
     """Whether a call may draw random numbers, be it at the first step only: a dropout that holds its mask."""
     if is_random(program, node):
         return True

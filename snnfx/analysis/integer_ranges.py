@@ -17,11 +17,11 @@ from torch.nn import functional as F
 
 from snnfx.ir.program import StepProgram
 from snnfx.neuron import BaseNode
-from snnfx.state.leaf_modules import computes_what_torch_does
+from snnfx.state.leaf_modules import has_torch_forward
 from snnfx.state.registry import call_stateful, has_forward_hooks
 from snnfx.surrogate import Surrogate
 
-__all__ = ["WholeNumbers", "prove_whole_numbers"]
+__all__ = ["IntegerRanges", "infer_integer_ranges"]
 
 _LARGEST = 255
 _SAME = (
@@ -39,8 +39,8 @@ _SAME_FUNCTIONS += (torch.movedim, torch.unflatten, torch.relu, F.relu, F.max_po
 _SAME_MODULES = (nn.Flatten, nn.Unflatten, nn.Identity, nn.MaxPool1d, nn.MaxPool2d, nn.MaxPool3d, nn.ReLU)
 
 
-class WholeNumbers:
-    """What `prove_whole_numbers` found.
+class IntegerRanges:
+    """What `infer_integer_ranges` found.
 
     Args:
         largest: the largest value of each proven node.
@@ -52,10 +52,10 @@ class WholeNumbers:
 
     def holds(self) -> bool:
         """Whether every module that the proof rests on still is as it was: settings are live, hooks come and go."""
-        return all(fires_spikes(module) or hands_on(module) for module in self.modules)
+        return all(fires_spikes(module) or preserves_integers(module) for module in self.modules)
 
 
-def prove_whole_numbers(program: StepProgram) -> WholeNumbers:
+def infer_integer_ranges(program: StepProgram) -> IntegerRanges:
     """Find the values that are whole numbers from 0 to at most 255."""
     largest: dict[Node, int] = {}
     modules: list[nn.Module] = []
@@ -63,7 +63,7 @@ def prove_whole_numbers(program: StepProgram) -> WholeNumbers:
         bound = _bound(program, node, largest, modules)
         if bound is not None and bound <= _LARGEST:
             largest[node] = bound
-    return WholeNumbers(largest, list(dict.fromkeys(modules)))
+    return IntegerRanges(largest, list(dict.fromkeys(modules)))
 
 
 def fires_spikes(module: nn.Module) -> bool:
@@ -82,11 +82,11 @@ def fires_spikes(module: nn.Module) -> bool:
     return False
 
 
-def hands_on(module: nn.Module) -> bool:
+def preserves_integers(module: nn.Module) -> bool:
     """Whether a layer gives whole numbers for whole numbers, none larger."""
     if _is_hooked(module):
         return False
-    is_torchs = computes_what_torch_does(module)
+    is_torchs = has_torch_forward(module)
     if isinstance(module, nn.Dropout):
         return is_torchs and not module.training
     return is_torchs and isinstance(module, _SAME_MODULES) and not getattr(module, "return_indices", False)
@@ -116,7 +116,7 @@ def _bound(program: StepProgram, node: Node, largest: dict[Node, int], modules: 
         if fires_spikes(module):
             modules.append(module)
             return 1
-        if len(operands) == 1 and operands[0] is not None and hands_on(module):
+        if len(operands) == 1 and operands[0] is not None and preserves_integers(module):
             modules.append(module)
             return operands[0]
         return None

@@ -28,7 +28,7 @@ from snnfx.errors import InputError
 from snnfx.ir.program import StepProgram, is_module_call, takes_from_tuple
 from snnfx.state.registry import adapter_of, call_stateful
 
-__all__ = ["LeakProbe", "StepOnNumbers", "is_elementwise", "leaks_held", "no_single_leak"]
+__all__ = ["LeakProbe", "StepOnNumbers", "cached_constant_leaks", "is_elementwise", "several_leaks_error"]
 
 _BELOW = (-8.0, -1.0, -0.5, 0.0, 2.0**-10)
 """Values of a potential that no neuron fires at whose threshold is above 2**-10."""
@@ -45,7 +45,7 @@ _WEIGHT = 0.7310585786300049
 
 
 @dataclass(frozen=True)
-class Value:
+class NodeReference:
     """Stands for the value of a node in the arguments of another."""
 
     name: str
@@ -92,7 +92,7 @@ class StepOnNumbers:
             return Instruction(node.name, "constant", self._constant(str(node.target)))
 
         def packed(argument: Any) -> Any:
-            return Value(argument.name) if isinstance(argument, Node) else argument
+            return NodeReference(argument.name) if isinstance(argument, Node) else argument
 
         args: Any = map_aggregate(node.args, packed)
         kwargs: Any = map_aggregate(dict(node.kwargs), packed)
@@ -124,7 +124,7 @@ class StepOnNumbers:
         mixed: set[str] = set()
 
         def load(argument: Any) -> Any:
-            return values[argument.name] if isinstance(argument, Value) else argument
+            return values[argument.name] if isinstance(argument, NodeReference) else argument
 
         with torch.no_grad():
             for i in self.instructions:
@@ -165,7 +165,7 @@ class StepOnNumbers:
 
 
 def _loaded(arguments: Any, load: Callable[[Any], Any]) -> Any:
-    if isinstance(arguments, Value):
+    if isinstance(arguments, NodeReference):
         return load(arguments)
     if isinstance(arguments, tuple | list):
         return type(arguments)(_loaded(a, load) for a in arguments)
@@ -178,7 +178,7 @@ def _operands(i: Instruction) -> list[str]:
     found: list[str] = []
 
     def visit(value: Any) -> None:
-        if isinstance(value, Value):
+        if isinstance(value, NodeReference):
             found.append(value.name)
         elif isinstance(value, tuple | list):
             for v in value:
@@ -362,13 +362,13 @@ class LeakProbe(nn.Module):
             return 0.0  # it does not depend on the slot
         flat = following.reshape(len(_BELOW), -1)
         if self.following in mixed and bool((flat != flat[:1]).any()):
-            raise no_single_leak(self.slot, "it depends on itself through an operation that mixes elements")
+            raise several_leaks_error(self.slot, "it depends on itself through an operation that mixes elements")
         slopes = flat.diff(dim=0) / points.diff().unsqueeze(1)
         leak = slopes[1, 0]
         if not torch.allclose(slopes[1], leak.expand_as(slopes[1]), rtol=1e-9, atol=_LEAST_LEAK):
-            raise no_single_leak(self.slot, "it is not the same for all neurons of the layer")
+            raise several_leaks_error(self.slot, "it is not the same for all neurons of the layer")
         if not torch.allclose(slopes, leak.expand_as(slopes), rtol=1e-6, atol=1e-9):
-            raise no_single_leak(self.slot, "it depends on the potential")
+            raise several_leaks_error(self.slot, "it depends on the potential")
         return 0.0 if abs(float(leak)) < _LEAST_LEAK else float(leak)
 
     def __getstate__(self) -> dict[str, Any]:
@@ -380,7 +380,7 @@ _holding: object = None
 
 
 @contextlib.contextmanager
-def leaks_held() -> Iterator[None]:
+def cached_constant_leaks() -> Iterator[None]:
     """A leak that is not learned stays what it is at its first use, which saves looking at the neuron every time."""
     global _holding
     before, _holding = _holding, object()
@@ -390,7 +390,7 @@ def leaks_held() -> Iterator[None]:
         _holding = before
 
 
-def no_single_leak(slot: str, why: str) -> InputError:
+def several_leaks_error(slot: str, why: str) -> InputError:
     """The error for a neuron whose leak is not one number."""
     return InputError(
         "SNNFX615",

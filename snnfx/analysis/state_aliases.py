@@ -14,7 +14,7 @@ from torch.fx import Node
 from torch.utils import _pytree as pytree
 
 from snnfx.errors import CaptureError
-from snnfx.ir.program import StepProgram, describe_node, is_structural, place_of
+from snnfx.ir.program import StepProgram, describe_node, is_structural, location_of
 from snnfx.sandbox.snapshot import StateSnapshot
 from snnfx.state.registry import adapter_of, call_opaque, call_stateful, composite_adapter
 
@@ -44,7 +44,7 @@ def unite_output_with_state(program: StepProgram, output: Node, change: Node) ->
         raise CaptureError(
             "SNNFX214",
             f"`{change.name}` changes a value in place that may be the state of `{describe_node(call)}`",
-            where=place_of(change),
+            where=location_of(change),
             why="then it would change what the module remembers, too.",
             hint="Use the form that is not in place (inplace=False), or change a copy: x = x.clone().",
         )

@@ -13,7 +13,7 @@ from torch.utils import _pytree as pytree
 from snnfx.capture.growing_lists import ListThatNotesReads
 from snnfx.capture.proxy import StepProxy
 from snnfx.errors import CaptureError
-from snnfx.sandbox.user_code import place_of_forward
+from snnfx.sandbox.user_code import location_of_forward
 
 __all__ = [
     "Attribute",
@@ -78,7 +78,7 @@ class Attribute:
         return CaptureError(
             "SNNFX201",
             f"`{self.attribute}` of {type(self.module).__name__} has another structure after each step",
-            where=place_of_forward(self.module),
+            where=location_of_forward(self.module),
             why="it holds state, and a net has the same states at every step.",
             hint="Keep a fixed number of tensors in it, or register them with snnfx.MemoryModule.register_memory.",
         )

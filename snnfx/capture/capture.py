@@ -23,16 +23,16 @@ from torch.nn.parameter import is_lazy
 from torch.utils import _pytree as pytree
 
 from snnfx.capture.attribute_state import Attribute, is_number, recorded
-from snnfx.capture.capture_runs import Traces, erase_unused_placeholders
+from snnfx.capture.capture_runs import CaptureRuns, erase_unused_placeholders
 from snnfx.capture.graph_matching import GraphMatch
 from snnfx.capture.patches import watched_training_flag
-from snnfx.capture.step_arguments import Carried, carried_arguments, step_arguments
+from snnfx.capture.step_arguments import CarriedLeaf, carried_arguments, step_arguments
 from snnfx.capture.tracer import SubmoduleNotTraceable
 from snnfx.errors import CaptureError, InputError
 from snnfx.ir.program import InputLeaf, Slot, StepProgram, add_placeholder, results_of
-from snnfx.sandbox.isolation import without_cached_casts
+from snnfx.sandbox.isolation import autocast_cache_disabled
 from snnfx.sandbox.snapshot import StateSnapshot
-from snnfx.sandbox.user_code import place_of_forward
+from snnfx.sandbox.user_code import location_of_forward
 from snnfx.state.carry import OutputPath
 
 __all__ = ["capture", "capture_both_modes"]
@@ -110,14 +110,14 @@ def capture(
     carried = carried_arguments(model, entry, example_inputs, carry or {}, fake_mode)
     arguments, leaves, spec = step_arguments(model, entry, example_inputs, fake_mode, tuple(c.name for c in carried))
     opaque: dict[str, str] = {}
-    with StateSnapshot.of(model), _mode(model, training), torch.enable_grad(), without_cached_casts():
+    with StateSnapshot.of(model), _mode(model, training), torch.enable_grad(), autocast_cache_disabled():
         while True:
             try:
                 program = _capture_once(model, entry, arguments, leaves, spec, opaque, fake_mode, training, carried)
                 break
             except SubmoduleNotTraceable as failure:
                 if failure.name in opaque:
-                    where = place_of_forward(model, entry)
+                    where = location_of_forward(model, entry)
                     raise CaptureError(
                         "SNNFX201", "the model cannot be traced", where=where, why=failure.reason
                     ) from failure
@@ -142,17 +142,17 @@ def _capture_once(
     opaque: dict[str, str],
     fake_mode: FakeTensorMode | None,
     training: bool,
-    carried: list[Carried],
+    carried: list[CarriedLeaf],
 ) -> StepProgram:
-    traced = Traces(model, entry, arguments, opaque, fake_mode, carried)
+    traced = CaptureRuns(model, entry, arguments, opaque, fake_mode, carried)
     discovered: dict[str, Attribute] = {}
     cold, found = traced.trace(discovered, warm=False)
     values = dict(zip(cold.slot_values, results_of(cold.graph)[1], strict=True))
     for attribute in found:
         discovered[attribute.name] = attribute
     starts_as_none = {name for c in carried if not c.required for name in c.argument().slot_names()}
-    if not discovered and not traced.inlined_slots() and not starts_as_none:
-        return replace(traced.program(cold, leaves, spec, training), scalars=traced.scalars(()))
+    if not discovered and not traced.traced_module_slots() and not starts_as_none:
+        return replace(traced.program(cold, leaves, spec, training), setting_reads=traced.setting_reads(()))
     cold_program = traced.program(cold, leaves, spec, training, drop_overwritten=False)
     structures = [c.structure for c in carried]
     for _ in range(3):
@@ -167,7 +167,7 @@ def _capture_once(
         raise CaptureError(
             "SNNFX201",
             f"the state of the model does not settle: each step adds to it, `{new[0].name}` last",
-            where=place_of_forward(new[0].module),
+            where=location_of_forward(new[0].module),
             why="a net has the same states at every step.",
             hint="Register the states with snnfx.MemoryModule.register_memory.",
         )
@@ -175,13 +175,13 @@ def _capture_once(
         raise CaptureError(
             "SNNFX201",
             f"the carried state {', '.join(c.name for c in carried)} has another structure after the second step",
-            where=place_of_forward(model, entry),
+            where=location_of_forward(model, entry),
             why="a net has the same states at every step.",
             hint="Let one step return the state nested as it takes it.",
         )
     program = traced.program(warm, leaves, spec, training, set(discovered))
-    program.scalars = traced.scalars(discovered.values())
-    program.starts = traced.starts(discovered.values())
+    program.setting_reads = traced.setting_reads(discovered.values())
+    program.initial_attributes = traced.initial_attributes(discovered.values())
     # What the cold trace left in discovered attributes is their next value there.
     outputs, nexts, initials = cold_program.results
     by_name = dict(zip((s.name for s in cold_program.slots), zip(nexts, initials, strict=True), strict=True))
@@ -193,7 +193,7 @@ def _capture_once(
     cold_program.set_output(
         outputs, [by_name[s.name][0] for s in program.slots], [by_name[s.name][1] for s in program.slots]
     )
-    starts = {a.name: a.before for a in discovered.values()} | traced.inlined_starts()
+    starts = {a.name: a.before for a in discovered.values()} | traced.traced_module_initial_values()
     erase_unused_placeholders(cold_program)
     given = {name for c in carried if c.required for name in c.argument().slot_names()}
     bindable = {s.name: starts.get(s.name) for s in program.slots if s.name not in traced.leaf_slots() | given}
@@ -218,7 +218,7 @@ def _refuse_undeclared_state(model: nn.Module, failure: SubmoduleNotTraceable) -
     raise CaptureError(
         "SNNFX213",
         f"{what} cannot be traced, and its state `{inside[0].name}` is not registered",
-        where=(failure.error.where if failure.error else "") or place_of_forward(module),
+        where=(failure.error.where if failure.error else "") or location_of_forward(module),
         why=f"{failure.reason.rstrip('.')}. It could be stepped as it is, but that hands on registered states only.",
         hint=f"Derive {type(module).__name__} from snnfx.MemoryModule, with {', '.join(dict.fromkeys(lines))} instead "
         "of the plain attribute; the rest may stay as it is.",
@@ -278,7 +278,7 @@ def _check_model(model: nn.Module, entry: str) -> None:
             raise CaptureError(
                 "SNNFX207",
                 f"`{name}` has no values yet",
-                where=place_of_forward(model, entry),
+                where=location_of_forward(model, entry),
                 why="it belongs to a lazy module.",
                 hint="Call the model once with a batch of one step, then convert it.",
             )

@@ -13,21 +13,21 @@ from torch.utils import _pytree as pytree
 from snnfx.capture.attribute_state import Attribute, is_number, known_value
 from snnfx.capture.leaf_states import owners
 from snnfx.capture.proxy import StepProxy
-from snnfx.capture.step_arguments import Carried, carried_output
+from snnfx.capture.step_arguments import CarriedLeaf, carried_output
 from snnfx.capture.step_changes import StepChanges, refuse_change
 from snnfx.capture.tracer import StepTracer, SubmoduleNotTraceable
-from snnfx.ir.program import InputLeaf, Slot, StartingValue, StepProgram, results_of
-from snnfx.ir.setting_read import ScalarRead
+from snnfx.ir.program import InitialAttribute, InputLeaf, Slot, StepProgram, results_of
+from snnfx.ir.setting_read import SettingRead
 from snnfx.sandbox.contents import MISSING, Change
 from snnfx.sandbox.snapshot import StateSnapshot
 from snnfx.state.carry import SlotName, with_output_at
 from snnfx.state.leaf_modules import is_leaf
 from snnfx.state.registry import Adapter, adapter_of, composite_adapter, is_stateful_tree
 
-__all__ = ["Traces", "erase_unused_placeholders"]
+__all__ = ["CaptureRuns", "erase_unused_placeholders"]
 
 
-class Traces:
+class CaptureRuns:
     """Runs the traces of one capture and finds out which attributes they change."""
 
     def __init__(
@@ -37,7 +37,7 @@ class Traces:
         arguments: Any,
         opaque: dict[str, str],
         fake_mode: FakeTensorMode | None,
-        carried: list[Carried],
+        carried: list[CarriedLeaf],
     ) -> None:
         self.model, self.entry, self.arguments = model, entry, arguments
         self.opaque, self.fake_mode, self.carried = opaque, fake_mode, carried
@@ -53,10 +53,10 @@ class Traces:
         """Whether the initial values of a module's slots come of comparing the cold trace with the warm one."""
         return not leaf or prefix.removesuffix(".") in self.met_early
 
-    def inlined_slots(self) -> set[str]:
+    def traced_module_slots(self) -> set[str]:
         return {prefix + n for prefix, m, a, leaf in self.stateful if self._is_bound(prefix, leaf) for n in a.names(m)}
 
-    def inlined_starts(self) -> dict[str, Any]:
+    def traced_module_initial_values(self) -> dict[str, Any]:
         """The reset values of the same slots."""
         starts: dict[str, Any] = {}
         with StateSnapshot.of(self.model):
@@ -68,24 +68,24 @@ class Traces:
 
     def leaf_slots(self) -> set[str]:
         slots = {prefix + n for prefix, m, a, leaf in self.stateful for n in a.names(m)}
-        return slots - self.inlined_slots()
+        return slots - self.traced_module_slots()
 
-    def scalars(self, discovered: Iterable[Attribute]) -> list[ScalarRead]:
+    def setting_reads(self, discovered: Iterable[Attribute]) -> list[SettingRead]:
         """The plain values that the model's code read in the traces, without what is state."""
         state = {owner for _, m, adapter, _ in self.stateful for owner in owners(m, adapter)}
         state |= {(a.module, a.attribute) for a in discovered} | self.set_before_read
         paths = {module: name for name, module in self.model.named_modules()}
         reads = {key: read for key, read in self.reads.items() if key not in state and key[0] in paths}
-        return [ScalarRead(paths[module], name, *read) for (module, name), read in reads.items()]
+        return [SettingRead(paths[module], name, *read) for (module, name), read in reads.items()]
 
-    def starts(self, discovered: Iterable[Attribute]) -> list[StartingValue]:
+    def initial_attributes(self, discovered: Iterable[Attribute]) -> list[InitialAttribute]:
         """What the attributes with discovered slots held before the first step."""
         paths = {module: name for name, module in self.model.named_modules()}
         found = {(paths[a.module], a.attribute): a.start for a in discovered}
         return [
-            StartingValue(*key, None, exists=False)
+            InitialAttribute(*key, None, exists=False)
             if start is MISSING
-            else StartingValue(*key, pytree.tree_map_only(Tensor, lambda v: v.detach().clone(), start))
+            else InitialAttribute(*key, pytree.tree_map_only(Tensor, lambda v: v.detach().clone(), start))
             for key, start in found.items()
         ]
 

@@ -21,7 +21,7 @@ from snnfx.capture.patches import plain_isinstance
 from snnfx.capture.proxy import UNKNOWN
 from snnfx.errors import CaptureError
 from snnfx.ir.program import SELF_TARGET
-from snnfx.sandbox.user_code import format_place
+from snnfx.sandbox.user_code import format_location
 
 if TYPE_CHECKING:
     from snnfx.capture.tracer import StepTracer
@@ -105,7 +105,7 @@ class ExampleValues:
             raise CaptureError(
                 "SNNFX201",
                 f"one step fails on the example inputs at `{node.name}`",
-                where=format_place(node.meta["where"]),
+                where=format_location(node.meta["where"]),
                 why=f"{type(error).__name__}: {error}.",
                 hint="example_inputs has to be what ONE call of the model takes, batch dimension included.",
             ) from error

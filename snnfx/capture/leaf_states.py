@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from snnfx.capture.attribute_state import is_number
 from snnfx.capture.proxy import StepProxy
 from snnfx.errors import CaptureError
-from snnfx.sandbox.user_code import format_place, place_of_forward, user_place
+from snnfx.sandbox.user_code import format_location, location_of_forward, user_location
 from snnfx.state.registry import Adapter, CompositeAdapter
 
 if TYPE_CHECKING:
@@ -132,7 +132,7 @@ class LeafStates:
         raise CaptureError(
             "SNNFX217",
             f"the state `{slot}` is set to {value!r} in a step",
-            where=format_place(user_place()) or place_of_forward(self.tracer.root),
+            where=format_location(user_location()) or location_of_forward(self.tracer.root),
             why="the state of a neuron is a tensor at every step of a net.",
             hint="Assign a tensor, e.g. torch.zeros_like(...); every call of a net starts from the reset state anyway.",
         )

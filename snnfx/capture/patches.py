@@ -55,7 +55,7 @@ def patched_apply(tracer: StepTracer) -> Iterator[None]:
         return tracer.create_proxy("call_function", apply_autograd_function, (holder_proxy, *args), kwargs)
 
     _applies.append(apply)
-    before, _APPLY.__code__ = _APPLY.__code__, _Recording.apply.__code__
+    before, _APPLY.__code__ = _APPLY.__code__, _RecordingApply.apply.__code__
     try:
         yield
     finally:
@@ -69,7 +69,7 @@ _applies: list[Callable[..., Any]] = []
 """What `SomeFunction.apply` does instead, for the traces that are going on, the innermost last."""
 
 
-class _Recording:
+class _RecordingApply:
     def apply(cls, *args: Any, **kwargs: Any) -> Any:
         """The code that `torch.autograd.Function.apply` gets; it sees the names of torch's module, not of this one."""
         from snnfx.capture.patches import _applies

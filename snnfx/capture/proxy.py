@@ -14,7 +14,7 @@ from torch.fx import Node
 from snnfx.errors import CaptureError
 from snnfx.ir.program import IN_PLACE_OPERATORS, operation_name
 from snnfx.ops.step_functions import set_part_
-from snnfx.sandbox.user_code import format_place
+from snnfx.sandbox.user_code import format_location
 
 __all__ = ["UNKNOWN", "StepProxy", "needs_examples", "value_of"]
 
@@ -141,7 +141,7 @@ def needs_examples(proxy: StepProxy) -> CaptureError:
     return CaptureError(
         "SNNFX202",
         "the model asks for the shape of a value while it is captured",
-        where=format_place(proxy.node.meta.get("where")),
+        where=format_location(proxy.node.meta.get("where")),
         why="without example_inputs there is no answer.",
         hint="Pass example_inputs=(x,) with what ONE step takes, batch dimension included.",
     )

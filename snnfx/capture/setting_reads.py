@@ -21,14 +21,14 @@ from torch import nn
 
 from snnfx.capture.growing_lists import ListThatNotesReads
 from snnfx.errors import CaptureError
-from snnfx.ir.setting_read import ScalarRead
+from snnfx.ir.setting_read import SettingRead
 from snnfx.sandbox.contents import MISSING
-from snnfx.sandbox.user_code import PACKAGE, place_of_forward
+from snnfx.sandbox.user_code import PACKAGE, location_of_forward
 
 if TYPE_CHECKING:
     from snnfx.capture.tracer import StepTracer
 
-__all__ = ["WatchedScalar", "first_change", "recorded_reads", "watch"]
+__all__ = ["WatchedSetting", "first_changed_setting", "recorded_reads", "watch_settings"]
 
 _SCALARS = (bool, int, float, complex, str, type(None))
 _MOST_ELEMENTS = 64
@@ -44,8 +44,8 @@ _MACHINERY = (
 
 
 @dataclass(frozen=True)
-class WatchedScalar:
-    """A `ScalarRead` with the module that it is looked up on."""
+class WatchedSetting:
+    """A `SettingRead` with the module that it is looked up on."""
 
     module: nn.Module
     name: str
@@ -122,7 +122,7 @@ def _refuse_iterator(module: nn.Module, name: str, value: Any) -> None:
         raise CaptureError(
             "SNNFX218",
             f"a step of {type(module).__name__} takes the next element of `{name}`",
-            where=place_of_forward(module),
+            where=location_of_forward(module),
             why=f"a {type(value).__name__} is used up by it, and a net starts each call from the reset state.",
             hint=f'Count the steps instead: self.register_memory("{name}", 0) of a snnfx.MemoryModule, and '
             f"self.{name} += 1 in the step.",
@@ -137,12 +137,12 @@ def _is_stored(module: nn.Module, name: str) -> bool:
     return found is not None and not hasattr(type(found), "__get__")
 
 
-def watch(reads: Sequence[ScalarRead], source: nn.Module) -> list[WatchedScalar]:
+def watch_settings(reads: Sequence[SettingRead], source: nn.Module) -> list[WatchedSetting]:
     """The reads with the modules of `source` that they are looked up on."""
-    return [WatchedScalar(source.get_submodule(r.owner), r.name, r.value, r.qualified_name, r.shown) for r in reads]
+    return [WatchedSetting(source.get_submodule(r.owner), r.name, r.value, r.qualified_name, r.shown) for r in reads]
 
 
-def first_change(watched: Sequence[WatchedScalar]) -> tuple[WatchedScalar, Any] | None:
+def first_changed_setting(watched: Sequence[WatchedSetting]) -> tuple[WatchedSetting, Any] | None:
     """The first attribute that is another value now than when it was read, and that value; None while none is."""
     for scalar in watched:
         now = getattr(scalar.module, scalar.name, _MISSING)

@@ -19,8 +19,8 @@ from snnfx.capture.example_values import NOT_EVALUATED
 from snnfx.capture.proxy import UNKNOWN, StepProxy, value_of
 from snnfx.errors import CaptureError
 from snnfx.ir.program import SELF_TARGET
-from snnfx.sandbox.contents import global_random_state, restore_global_random_state
-from snnfx.sandbox.user_code import format_place, user_calls, user_place
+from snnfx.sandbox.contents import python_rng_state, restore_python_rng_state
+from snnfx.sandbox.user_code import format_location, user_calls, user_location
 from snnfx.state.registry import call_stateful, initial_value, opaque_initial_value, without_hooks
 
 if TYPE_CHECKING:
@@ -65,14 +65,14 @@ class StatefulCalls:
         tracer = self.tracer
         self._refuse_time_loop(name)
         self.is_recording = True
-        numbers = global_random_state()
+        numbers = python_rng_state()
         try:
             # A user's hooks have no business with fake tensors.
             with without_hooks(m):
                 output = self._record_call(m, name, call, adapter, args, kwargs)
         finally:
             self.is_recording = False
-            restore_global_random_state(numbers)
+            restore_python_rng_state(numbers)
         if not torch.is_grad_enabled():
             for slot in _slots_of(adapter, m, name):
                 tracer.slot_values[slot] = tracer.without_gradient(tracer.slot_values[slot])
@@ -187,7 +187,7 @@ class StatefulCalls:
             raise CaptureError(
                 "SNNFX203",
                 f"`{name}` is called {len(rounds)} times by the same line of one forward",
-                where=format_place(user_place()),
+                where=format_location(user_location()),
                 why="a stateful module called in a loop means that the forward runs over time itself.",
                 hint='Move the body of the loop to a method, e.g. `step(self, x)`, and convert with entry="step".',
             )

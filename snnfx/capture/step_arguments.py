@@ -17,14 +17,14 @@ from snnfx.capture.supported_values import refuse_inputs
 from snnfx.capture.tracer import ArgumentLeaf
 from snnfx.errors import CaptureError, InputError
 from snnfx.ir.program import InputLeaf
-from snnfx.sandbox.user_code import place_of_forward
+from snnfx.sandbox.user_code import location_of_forward
 from snnfx.state.carry import CarriedArgument, OutputPath, SlotName, output_at, split_arguments
 
-__all__ = ["Carried", "as_call", "carried_arguments", "carried_output", "step_arguments"]
+__all__ = ["CarriedLeaf", "as_call", "carried_arguments", "carried_output", "step_arguments"]
 
 
 @dataclass
-class Carried:
+class CarriedLeaf:
     """An argument that is carried, while it is captured.
 
     `structure` is found by the trace that starts from None; or it is that of an example, if `required`, whose values
@@ -83,7 +83,7 @@ def carried_arguments(
     example_inputs: Any,
     carry: Mapping[str, OutputPath],
     fake_mode: FakeTensorMode | None,
-) -> list[Carried]:
+) -> list[CarriedLeaf]:
     """The arguments to be carried, with the structure of those for which there is an example and no default."""
     if not carry:
         return []
@@ -98,7 +98,7 @@ def carried_arguments(
                 f"carry: {type(model).__name__}.{entry} has no argument `{name}`",
                 hint=f"Its arguments are {', '.join(parameters)}.",
             )
-        carried = Carried(name, path)
+        carried = CarriedLeaf(name, path)
         if examples.get(name) is not None and parameters[name].default is not None:
             carried.required = True
             carried.take(examples[name], carried.examples)
@@ -144,13 +144,13 @@ def step_arguments(
             raise CaptureError(
                 "SNNFX211",
                 f"{type(model).__name__}.{entry} has no required arguments",
-                where=place_of_forward(model, entry),
+                where=location_of_forward(model, entry),
                 why=f"its signature is {entry}{signature}.",
                 hint="Pass example_inputs=(x, ...) with what one step takes.",
             )
         given: tuple[tuple[Any, ...], dict[str, Any]] = (
-            tuple(_Unknown(n) for n, keyword in names if not keyword),
-            {n: _Unknown(n) for n, keyword in names if keyword},
+            tuple(_UnknownInput(n) for n, keyword in names if not keyword),
+            {n: _UnknownInput(n) for n, keyword in names if keyword},
         )
     else:
         given = split_arguments(parameters, carried, *as_call(example_inputs))[:2]
@@ -166,14 +166,17 @@ def step_arguments(
     del bound
     flat, spec = pytree.tree_flatten_with_path(given)
     names_in_order = [p.name for p in parameters]
-    others = [(_leaf_name(path, names_in_order), v) for path, v in flat if not isinstance(v, Tensor | _Unknown)]
-    refuse_inputs(others, place_of_forward(model, entry))
+    others = [(_leaf_name(path, names_in_order), v) for path, v in flat if not isinstance(v, Tensor | _UnknownInput)]
+    refuse_inputs(others, location_of_forward(model, entry))
     leaves: list[InputLeaf] = []
     arguments: list[Any] = []
     for path, value in flat:
         name = _leaf_name(path, names_in_order)
-        if isinstance(value, Tensor | _Unknown):
-            fake = () if isinstance(value, _Unknown) else (fake_mode.from_tensor(value.detach(), static_shapes=True),)  # type: ignore[union-attr]
+        if isinstance(value, Tensor | _UnknownInput):
+            fake: tuple[Any, ...] = ()
+            if isinstance(value, Tensor):
+                assert fake_mode is not None
+                fake = (fake_mode.from_tensor(value.detach(), static_shapes=True),)
             arguments.append(ArgumentLeaf(name, len(leaves), *fake))
             leaves.append(InputLeaf(name, name.replace(".", "_")))
         else:
@@ -184,7 +187,7 @@ def step_arguments(
     return pytree.tree_unflatten(arguments, spec), leaves, spec
 
 
-class _Unknown:
+class _UnknownInput:
     """An argument of which only the name is known."""
 
     def __init__(self, name: str) -> None:
@@ -211,7 +214,7 @@ def _leaf_name(path: tuple[Any, ...], parameters: list[str]) -> str:
     return ".".join([first, *(str(k) for k in keys[2:])])
 
 
-def carried_output(model: nn.Module, outputs: Any, carried: Carried) -> Any:
+def carried_output(model: nn.Module, outputs: Any, carried: CarriedLeaf) -> Any:
     try:
         return output_at(outputs, carried.path)
     except (IndexError, KeyError, TypeError, AttributeError) as error:

@@ -13,8 +13,8 @@ from snnfx.capture.attribute_state import Attribute, changed_elements, is_number
 from snnfx.capture.growing_lists import ListThatNotesReads
 from snnfx.capture.proxy import StepProxy
 from snnfx.errors import CaptureError
-from snnfx.sandbox.contents import MISSING, Change, Held, HeldByClasses, attributes_of
-from snnfx.sandbox.user_code import place_of_forward
+from snnfx.sandbox.contents import MISSING, Change, ClassContentsSnapshot, ContentsSnapshot, attributes_of
+from snnfx.sandbox.user_code import location_of_forward
 
 __all__ = ["StepChanges", "refuse_change"]
 
@@ -32,8 +32,8 @@ class StepChanges:
     def __init__(self, model: nn.Module, entry: str) -> None:
         self.model, self.entry = model, entry
         self.set_before_read: set[tuple[nn.Module, str]] = set()
-        self._classes = HeldByClasses(model)
-        self._before = {m: (Held(_attributes(m)), dict(m._buffers), versions(m)) for m in model.modules()}
+        self._classes = ClassContentsSnapshot(model)
+        self._before = {m: (ContentsSnapshot(_attributes(m)), dict(m._buffers), versions(m)) for m in model.modules()}
 
     def attributes(
         self, traced: Set[nn.Module], slots: Container[tuple[nn.Module, str]], reads: dict[tuple[nn.Module, str], Any]
@@ -113,7 +113,7 @@ class StepChanges:
         raise CaptureError(
             "SNNFX206",
             f"a step changes the buffer `{name}`",
-            where=place_of_forward(module, self.entry),
+            where=location_of_forward(module, self.entry),
             why="a buffer lives on from one sequence to the next, while a net starts each call from the reset state.",
             hint=f'A state is registered by self.register_memory("{name.rpartition(".")[2]}", initial) of a '
             "snnfx.MemoryModule; a statistic is computed outside of it, of what net.run(x_seq, record=...) gives.",
@@ -145,7 +145,7 @@ def _is_of_slots(change: Change) -> bool:
 def refuse_change(prefix: str, module: nn.Module, change: Change, entry: str = "forward") -> None:
     """Raise the error of a change that a net could not make."""
     name = prefix + ".".join(str(key) for key in change.path)
-    where = place_of_forward(module, entry) if not prefix else place_of_forward(module)
+    where = location_of_forward(module, entry) if not prefix else location_of_forward(module)
     if change.kind == "random":
         raise CaptureError(
             "SNNFX215",

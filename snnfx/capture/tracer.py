@@ -33,8 +33,8 @@ from snnfx.capture.supported_values import refuse_outputs
 from snnfx.errors import CaptureError
 from snnfx.ir.program import SELF_TARGET, add_placeholder, is_in_place
 from snnfx.ops.step_functions import expect_size, set_part_
-from snnfx.sandbox.contents import global_random_state
-from snnfx.sandbox.user_code import format_place, place_of_error, place_of_forward, user_place
+from snnfx.sandbox.contents import python_rng_state
+from snnfx.sandbox.user_code import format_location, location_of_error, location_of_forward, user_location
 from snnfx.state.leaf_modules import is_leaf
 from snnfx.state.registry import (
     adapter_of,
@@ -123,7 +123,7 @@ class StepTracer(fx.Tracer):
             raise CaptureError(
                 "SNNFX215",
                 "random numbers are drawn that the graph does not record",
-                where=place_of_forward(root, self.traced_func_name),
+                where=location_of_forward(root, self.traced_func_name),
                 why="they would be the same in every call of the net.",
                 hint="Draw them with torch.rand, torch.randn, torch.rand_like or torch.bernoulli of a recorded value.",
             )
@@ -137,7 +137,7 @@ class StepTracer(fx.Tracer):
         def one_step(root: nn.Module) -> Any:
             outputs = self._call_root(root, root_fn, args, {**kwargs, **self.carried_arguments})
             flat, self.output_spec = pytree.tree_flatten(self.take_carried(outputs))
-            refuse_outputs(flat, place_of_forward(root, self.traced_func_name))
+            refuse_outputs(flat, location_of_forward(root, self.traced_func_name))
             self._finish(self)
             names = list(self.slot_values)
             return (
@@ -161,10 +161,10 @@ class StepTracer(fx.Tracer):
         if self.traced_func_name == "forward":
             _refuse_hooks(root, "")
         if adapter is not None:
-            _refuse_by(adapter, root, "the model", place_of_forward(root, self.traced_func_name))
+            _refuse_by(adapter, root, "the model", location_of_forward(root, self.traced_func_name))
         if "" in self.opaque:
             return mark_returned(self.calls.call(root, "", call_opaque, composite_adapter(root), args, kwargs), "")
-        numbers = global_random_state()
+        numbers = python_rng_state()
         try:
             outputs = root_fn(root, *args, **kwargs)
         except SubmoduleNotTraceable:
@@ -178,7 +178,7 @@ class StepTracer(fx.Tracer):
             refusal = CaptureError(
                 "SNNFX201",
                 "the model cannot be traced",
-                where=format_place(place_of_error(error)) or place_of_forward(root, self.traced_func_name),
+                where=format_location(location_of_error(error)) or location_of_forward(root, self.traced_func_name),
                 why=f"{type(error).__name__}: {error}.",
                 hint="Put the code that cannot be traced into a submodule: that submodule is then stepped as it is. "
                 "With example_inputs, so is a model whose state is registered.",
@@ -186,11 +186,11 @@ class StepTracer(fx.Tracer):
             if self.values.mode is None:  # nothing tells whether the step itself runs
                 raise refusal from error
             raise SubmoduleNotTraceable("", refusal.why, refusal) from error
-        if global_random_state() != numbers:
+        if python_rng_state() != numbers:
             refusal = CaptureError(
                 "SNNFX215",
                 "random numbers of Python or NumPy are drawn in a step",
-                where=place_of_forward(root, self.traced_func_name),
+                where=location_of_forward(root, self.traced_func_name),
                 why="they would be the same in every call of the net.",
                 hint="Draw them with torch.rand or torch.randn, or in a submodule, which is then stepped as it is.",
             )
@@ -252,7 +252,7 @@ class StepTracer(fx.Tracer):
             raise CaptureError(
                 "SNNFX214",
                 f"`{getattr(target, '__name__', target)}` writes into a tensor that it is given as out=",
-                where=format_place(user_place()),
+                where=format_location(user_location()),
                 why="a graph of values has no tensor that changes.",
                 hint="Use what it returns: y = torch.add(a, b).",
             )
@@ -289,13 +289,13 @@ class StepTracer(fx.Tracer):
             raise CaptureError(
                 "SNNFX201",
                 "autocast is switched inside the step",
-                where=format_place(user_place()),
+                where=format_location(user_location()),
                 why="a graph does not record it.",
                 hint="Put autocast around the call of the net, or the code into a submodule, which is then stepped.",
             )
         node = super().create_node(kind, target, args, kwargs, name, None)
         node.meta.pop("nn_module_stack", None)
-        node.meta["where"] = user_place()
+        node.meta["where"] = user_location()
         node.meta.setdefault("module", self.scope.module_path if hasattr(self, "scope") else "")
         if kind == "call_module":
             node.meta["module"] = str(target)
@@ -312,7 +312,7 @@ class StepTracer(fx.Tracer):
     def concrete(self, proxy: StepProxy) -> Any:
         """The Python number behind a proxy, when it is a size; its use is remembered as an expectation."""
         value = value_of(proxy)
-        place = format_place(user_place())
+        place = format_location(user_location())
         if isinstance(value, Tensor) or (value is UNKNOWN and not proxy.node.meta.get("shape_like")):
             raise CaptureError(
                 "SNNFX201",
@@ -341,7 +341,7 @@ class StepTracer(fx.Tracer):
         raise CaptureError(
             "SNNFX211",
             f"a {type(mod).__name__} is called that is not a submodule of the model",
-            where=format_place(user_place()),
+            where=format_location(user_location()),
             why="snnfx can only follow modules that are registered.",
             hint="Assign it as an attribute of a module, or use nn.ModuleList or nn.ModuleDict.",
         )
@@ -358,7 +358,7 @@ class StepTracer(fx.Tracer):
             return mark_returned(self.calls.call(m, name, call_opaque, composite_adapter(m), args, kwargs), name)
         adapter = adapter_of(m)
         if adapter is not None:
-            _refuse_by(adapter, m, name or "the model", format_place(user_place()) or place_of_forward(m))
+            _refuse_by(adapter, m, name or "the model", format_location(user_location()) or location_of_forward(m))
         if takes_state(adapter):
             return self.calls.call_that_takes_state(m, name, adapter, args, kwargs)
         if adapter is not None and adapter.names(m):
@@ -372,11 +372,11 @@ class StepTracer(fx.Tracer):
             is_pair = isinstance(m, nn.LSTMCell)
             return (element_of(result, 0, name), element_of(result, 1, name)) if is_pair else result
         _refuse_hooks(m, name)
-        numbers = global_random_state()
+        numbers = python_rng_state()
         try:
             with self.calls.inside(m):
                 result = super().call_module(m, forward, args, kwargs)
-            if name and global_random_state() != numbers:
+            if name and python_rng_state() != numbers:
                 raise SubmoduleNotTraceable(name, _DRAWS)
         except SubmoduleNotTraceable:
             raise
@@ -415,7 +415,7 @@ def _refuse_hooks(m: nn.Module, name: str) -> None:
         raise CaptureError(
             "SNNFX208",
             f"`{name or 'the model'}` has hooks that would never run",
-            where=place_of_forward(m),
+            where=location_of_forward(m),
             why="it is traced through, so the converted net does not call it as a module.",
             hint="Put the hook on a leaf module inside it, or remove it while converting.",
         )

@@ -15,7 +15,7 @@ from snnfx.emit.state_shapes import shapes_of_state
 from snnfx.errors import InputError
 from snnfx.ir.options import ConvertOptions
 from snnfx.ir.program import StepProgram
-from snnfx.sandbox.isolation import undisturbed
+from snnfx.sandbox.isolation import isolated
 from snnfx.state.carry import flatten_state, split_arguments
 
 __all__ = ["Arguments", "signature_of"]
@@ -231,7 +231,7 @@ class Arguments:
             return
         key = tuple((tuple(x.shape), x.dtype) for x in steps)
         if key not in self._state_shapes:
-            with undisturbed(self.program.source):
+            with isolated(self.program.source):
                 self._state_shapes[key] = shapes_of_state(self.program, steps)
         for name, shape in self._state_shapes[key].items():
             value = state.get(name)

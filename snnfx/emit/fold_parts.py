@@ -18,7 +18,7 @@ from torch import fx, nn
 from torch.fx import Node, map_arg
 
 from snnfx.analysis.batch.rule_lookup import look_up
-from snnfx.analysis.dependence import is_random, is_size, may_draw, operands_through_sizes
+from snnfx.analysis.dependence import is_random, is_size, may_be_random, operands_through_sizes
 from snnfx.emit.emitter import TargetName
 from snnfx.emit.multi_step import emit_multi_step
 from snnfx.emit.plain_graph import emit_plain
@@ -28,53 +28,55 @@ from snnfx.ir.program import Region, StepProgram, keeps_statistics, takes_from_t
 from snnfx.ops.step_batch_norm import batch_norm_per_step
 from snnfx.passes.lower import mixing_node, reason_against_kernel
 from snnfx.recompute.batch_statistics import batch_statistics, normalize, step_statistics
-from snnfx.state.leaf_modules import computes_what_torch_does
+from snnfx.state.leaf_modules import has_torch_forward
 
-__all__ = ["LIGHT", "NORM", "PRODUCT", "Part", "depends_on_the_others", "emit_parts", "split_folds"]
+__all__ = ["LIGHT", "NORM", "PRODUCT", "FoldPart", "emit_parts", "split_folds", "takes_batch_statistics"]
 
 LIGHT, PRODUCT, NORM = "light", "product", "norm"
 
 
 @dataclass(frozen=True)
-class Part:
+class FoldPart:
     """A region, or a part of one.
 
     Args:
         region: what it computes.
         role: "light" for what is cheap to compute again, "product" for what is not, or "norm" for a BatchNorm that may
             take statistics; "" for what is neither over time nor in a region of its own.
-        has_dice: whether it draws random numbers.
+        is_random: whether it draws random numbers.
         by_steps, by_samples: whether it may be run on some time steps, or samples, after the others.
     """
 
     region: Region
     role: str
-    has_dice: bool = False
+    is_random: bool = False
     by_steps: bool = False
     by_samples: bool = False
 
 
-def split_folds(program: StepProgram) -> list[Part]:
+def split_folds(program: StepProgram) -> list[FoldPart]:
     """The regions of a partitioned program, folds in parts, in an order in which they can run."""
     return [part for region in program.regions for part in _parts_of(program, region)]
 
 
-def _parts_of(program: StepProgram, region: Region) -> list[Part]:
+def _parts_of(program: StepProgram, region: Region) -> list[FoldPart]:
     if region.kind == "fold":
         return _Fold(program, region).parts()
     if region.kind == "map" and len(region.nodes) == 1 and _takes_statistics_of_steps(region.nodes[0]):
-        return [Part(region, NORM if _is_batch_norm(program, region.nodes[0]) else "")]
+        return [FoldPart(region, NORM if _is_batch_norm(program, region.nodes[0]) else "")]
     if region.kind not in ("map", "loop"):
-        return [Part(region, "")]
-    reasons = reason_against_kernel(program, region) or mixing_node(program, region) or _any(program, region, may_draw)
+        return [FoldPart(region, "")]
+    reasons = (
+        reason_against_kernel(program, region) or mixing_node(program, region) or _any(program, region, may_be_random)
+    )
     return [_described(program, region, LIGHT if region.kind == "loop" and not reasons else PRODUCT)]
 
 
-def _described(program: StepProgram, region: Region, role: str) -> Part:
-    has_dice = _any(program, region, may_draw)
-    by_steps = not has_dice and not _any(program, region, depends_on_the_others)
+def _described(program: StepProgram, region: Region, role: str) -> FoldPart:
+    is_random = _any(program, region, may_be_random)
+    by_steps = not is_random and not _any(program, region, takes_batch_statistics)
     by_samples = by_steps and region.kind != "map" and (region.kind == "fold" or _steps_by_sample(region))
-    return Part(region, role, has_dice, by_steps, by_samples)
+    return FoldPart(region, role, is_random, by_steps, by_samples)
 
 
 def _any(program: StepProgram, region: Region, holds: Any) -> bool:
@@ -130,7 +132,7 @@ class _Fold:
     def _join(self, a: Node, b: Node) -> None:
         self.group[self._find(b)] = self._find(a)
 
-    def parts(self) -> list[Part]:
+    def parts(self) -> list[FoldPart]:
         """The parts in an order in which they can run; the fold as it is where a border would not be plain."""
         groups: dict[Node, list[Node]] = {}
         for node in self.region.nodes:
@@ -144,7 +146,7 @@ class _Fold:
         for nodes, name in zip(ordered, names, strict=True):
             kind = self.kind[nodes[0]]
             region = replace(self.region, name=name, nodes=nodes)
-            found.append(Part(region, NORM) if kind == NORM else _described(self.program, region, kind))
+            found.append(FoldPart(region, NORM) if kind == NORM else _described(self.program, region, kind))
         return found
 
     def _has_plain_borders(self, node: Node) -> bool:
@@ -183,7 +185,7 @@ def _takes_statistics_of_steps(node: Node) -> bool:
 def _kind_of(program: StepProgram, node: Node) -> str:
     if _is_batch_norm(program, node) and node.meta.get("batch_dim") == 0 == node.args[0].meta.get("batch_dim"):  # type: ignore[union-attr]
         return NORM
-    dear = _multiplies(program, node) or is_random(program, node) or depends_on_the_others(program, node)
+    dear = _multiplies(program, node) or is_random(program, node) or takes_batch_statistics(program, node)
     return PRODUCT if dear else LIGHT
 
 
@@ -192,10 +194,10 @@ def _is_batch_norm(program: StepProgram, node: Node) -> bool:
     module = program.module_of(node)
     if node.op != "call_module" or not isinstance(module, nn.BatchNorm1d | nn.BatchNorm2d | nn.BatchNorm3d):
         return False
-    return computes_what_torch_does(module) and len(node.args) == 1 and not node.kwargs
+    return has_torch_forward(module) and len(node.args) == 1 and not node.kwargs
 
 
-def depends_on_the_others(program: StepProgram, node: Node) -> bool:
+def takes_batch_statistics(program: StepProgram, node: Node) -> bool:
     """Whether what a node computes for some steps in training depends on the others: it takes statistics."""
     module = program.module_of(node)
     if module is not None and any(isinstance(m, nn.modules.batchnorm._BatchNorm) for m in module.modules()):
@@ -221,7 +223,7 @@ _PRODUCTS = frozenset(
 
 def emit_parts(
     program: StepProgram,
-    parts: Sequence[Part],
+    parts: Sequence[FoldPart],
     container: str,
     target_name: TargetName,
     regions: dict[str, nn.Module],

@@ -28,7 +28,7 @@ from snnfx.ops.sequence_functions import (
     times_steps,
 )
 from snnfx.ops.step_batch_norm import batch_norm_per_step
-from snnfx.passes.detach import folds_when_cut, is_trace_loop
+from snnfx.passes.cut_temporal_edges import folds_when_cut, is_trace_loop
 from snnfx.regions.region_kernels import RegionKernels
 from snnfx.regions.region_modules import LoopRegion, MapRegion, RegionGraph
 from snnfx.regions.truncated_loop import CutLoopRegion, TraceRegion
@@ -164,7 +164,7 @@ class MultiStepEmitter(Emitter):
             targets = [_module_target(self.program, key) for key in builder.constants]
             module.bind(self.program.resolve, targets, output_count=len(wanted))
             module.slot_count = len(region.slots)
-            if region.not_lowered == "" and isinstance(module, LoopRegion):
+            if region.lowering_refusal == "" and isinstance(module, LoopRegion):
                 nexts = [self.next_of[slot] for slot in region.slots]
                 module.kernels = RegionKernels(
                     module.label, module.step, module.first, lambda: self._start_of_loop(region, builder, nexts)

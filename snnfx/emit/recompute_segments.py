@@ -15,9 +15,9 @@ from typing import Any
 from torch import fx, nn
 from torch.fx import Node, map_arg
 
-from snnfx.analysis.integer_ranges import WholeNumbers
+from snnfx.analysis.integer_ranges import IntegerRanges
 from snnfx.emit.tiling import STATISTICS, name_of_call
-from snnfx.recompute.packed_inputs import PackedInputs, run_tile_keeping_packed
+from snnfx.recompute.packed_inputs import PackedInputs, run_tile_with_packed_inputs
 from snnfx.recompute.recomputation import Segment, StatisticsCall, TileCall, run_segment
 from snnfx.recompute.tile import Slices, Tile, run_tile
 
@@ -59,7 +59,7 @@ def segments_of(graph: fx.Graph, tiles: Mapping[str, Tile]) -> dict[str, tuple[l
     calls = region_calls(graph)
     order = {node: i for i, node in enumerate(graph.nodes)}
     readers = {name: _readers(node) for name, node in calls.items()}
-    dice = [calls[name] for name, tile in tiles.items() if tile.has_dice]
+    dice = [calls[name] for name, tile in tiles.items() if tile.is_random]
     found = {}
     for name in tiles:
         tile = calls[name]
@@ -70,7 +70,7 @@ def segments_of(graph: fx.Graph, tiles: Mapping[str, Tile]) -> dict[str, tuple[l
         products = [n for n, node in calls.items() if _is_product(node) and readers[n] and readers[n] <= inside]
         # Moving a product to the tile must not change the order in which numbers are drawn.
         late = {
-            n for n in products if tiles[n].has_dice and any(order[calls[n]] < order[d] < order[tile] for d in dice)
+            n for n in products if tiles[n].is_random and any(order[calls[n]] < order[d] < order[tile] for d in dice)
         }
         found[name] = ([n for n in products if n not in late], statistics)
     return found
@@ -92,7 +92,7 @@ def recompute_segments(
     plan: RecomputePlan,
     container: str,
     program_nodes: Mapping[str, Node],
-    whole: WholeNumbers,
+    whole: IntegerRanges,
 ) -> tuple[fx.Graph, dict[str, nn.Module]]:
     """The graph with the segments of a plan, and the modules of these by name.
 
@@ -114,7 +114,7 @@ class _Segments:
         tiles: Mapping[str, Tile],
         container: str,
         program_nodes: Mapping[str, Node],
-        whole: WholeNumbers,
+        whole: IntegerRanges,
     ) -> None:
         self.graph, self.tiles, self.container = graph, tiles, container
         self.program_nodes, self.whole = program_nodes, whole
@@ -164,7 +164,7 @@ class _Segments:
         name = f"packed_{len(self.modules)}"
         holder = self._module(name, PackedInputs(bounds, self.whole.holds))
         args = map_arg(call.args, self.env.__getitem__)
-        return self.new.call_function(run_tile_keeping_packed, (holder, *args), name=call.name)
+        return self.new.call_function(run_tile_with_packed_inputs, (holder, *args), name=call.name)
 
     def _segment(self, group: tuple[str, ...], plan: RecomputePlan) -> Node:
         calls = [self.calls[name] for name in group]

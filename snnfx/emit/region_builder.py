@@ -14,12 +14,12 @@ from torch.fx import Node, map_arg
 
 from snnfx.analysis.dependence import analyse_dependence, is_size
 from snnfx.errors import CaptureError
-from snnfx.ir.program import StepProgram, add_placeholder, place_of
+from snnfx.ir.program import StepProgram, add_placeholder, location_of
 from snnfx.ops.folded_weights import call_layer, call_norm
 from snnfx.ops.memory_format import image_format, row_major
 from snnfx.ops.sequence_functions import call_module, in_shape_of, repeat_for_samples
+from snnfx.passes.choose_memory_format import image_of, is_convolution, takes_any_layout, weights_of
 from snnfx.passes.fold_batch_norm import layer_of_norm
-from snnfx.passes.layout import image_of, is_convolution, takes_any_layout, weights_of
 from snnfx.regions.region_modules import RegionGraph
 
 __all__ = ["RegionBuilder", "has_batch_in_front", "same_for_all_samples", "whole_step"]
@@ -207,7 +207,8 @@ class _Copier:
         return map_arg(value, self.copy)
 
     def operands(self, node: Node) -> tuple[Any, Any]:
-        """The arguments of a copy of `node`, in the memory format that it takes (see `snnfx.passes.layout`)."""
+        """The arguments of a copy of `node`, in the memory format that it takes (see
+        `snnfx.passes.choose_memory_format`)."""
         takes_images = "channels_last" in node.meta and is_convolution(self.program, node)
         image = image_of(node) if takes_images else None
         is_particular = not takes_any_layout(self.program, node)
@@ -241,7 +242,7 @@ class _Copier:
                     raise CaptureError(
                         "SNNFX210",
                         f"the initial value of `{operand.name}` cannot be computed",
-                        where=place_of(operand),
+                        where=location_of(operand),
                         why="it depends on a value that itself needs this state.",
                         hint="Give register_memory a number or a tensor, or make the initial value depend on the "
                         "input alone.",

@@ -17,7 +17,7 @@ from torch.fx import Node
 
 from snnfx.emit.region_builder import whole_step
 from snnfx.ir.program import StepProgram
-from snnfx.sandbox.isolation import without_cached_casts
+from snnfx.sandbox.isolation import autocast_cache_disabled
 from snnfx.state.registry import without_hooks
 
 
@@ -64,5 +64,5 @@ def _first_step_of_shapes(
         for key in [*builder.constants, *builder.inputs]
     ]
     # A user's hooks have no business with fake tensors.
-    with mode, torch.no_grad(), without_hooks(program.source), without_cached_casts():
+    with mode, torch.no_grad(), without_hooks(program.source), autocast_cache_disabled():
         return run(first, arguments)

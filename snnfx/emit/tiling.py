@@ -18,7 +18,7 @@ from torch import fx
 from torch.fx import Node, map_arg
 
 from snnfx.emit.compiled_graph import compile_graph
-from snnfx.emit.fold_parts import LIGHT, NORM, PRODUCT, Part
+from snnfx.emit.fold_parts import LIGHT, NORM, PRODUCT, FoldPart
 from snnfx.functional import map_forward, multi_step_forward, seq_to_ann_forward
 from snnfx.ir.program import StepProgram, add_placeholder
 from snnfx.recompute.batch_statistics import batch_statistics, normalize, step_statistics
@@ -44,7 +44,7 @@ class _Call:
     """A call that goes into a tile: its arguments, and the values taken from its result."""
 
     node: Node
-    part: Part
+    part: FoldPart
     elements: dict[Node, None] = field(default_factory=dict)
 
     @property
@@ -77,7 +77,7 @@ def _is_loop(node: Node) -> bool:
 
 
 def group_tiles(
-    program: StepProgram, graph: fx.Graph, parts: Sequence[Part], container: str
+    program: StepProgram, graph: fx.Graph, parts: Sequence[FoldPart], container: str
 ) -> tuple[fx.Graph, dict[str, Tile]]:
     """The graph with its calls in tiles, and these by name.
 
@@ -91,7 +91,7 @@ def group_tiles(
 
 
 class _Grouping:
-    def __init__(self, program: StepProgram, graph: fx.Graph, parts: Mapping[str, Part], container: str) -> None:
+    def __init__(self, program: StepProgram, graph: fx.Graph, parts: Mapping[str, FoldPart], container: str) -> None:
         self.program, self.graph, self.parts, self.container = program, graph, parts, container
         self.position = {node: index for index, node in enumerate(graph.nodes)}
         self.steps = program.nodes_by_name
@@ -119,7 +119,7 @@ class _Grouping:
         last: dict[Any, Node] = {}
         for node in self.graph.nodes:
             call = self.calls.get(node)
-            keys: list[Any] = ["dice"] if call is not None and call.part.has_dice else []
+            keys: list[Any] = ["dice"] if call is not None and call.part.is_random else []
             keys += [node.args[1]] if node.target in STATISTICS else []
             for key in keys:
                 if key in last:
@@ -262,7 +262,7 @@ class _Grouping:
             by_samples=all(part.by_samples or part.role == NORM for part in members)
             and all(map(self._has_samples_in_front, borders))
             and not any(self._is_batched_constant(n) for n in constants),
-            has_dice=is_product and members[0].has_dice,
+            is_random=is_product and members[0].is_random,
         )
 
     def _has_samples_in_front(self, node: Node) -> bool:

@@ -12,8 +12,8 @@ from torch.nn.modules.dropout import _DropoutNd
 from snnfx.analysis.dependence import is_random
 from snnfx.inspect.node_counts import NodeKey, is_computing, nodes_by_key
 from snnfx.inspect.source_expressions import expression
-from snnfx.ir.program import Region, StepProgram, describe_node, place_of
-from snnfx.lowering.elementwise.back_end_choice import obstacle
+from snnfx.ir.program import Region, StepProgram, describe_node, location_of
+from snnfx.lowering.elementwise.back_end_choice import reason_without_back_end
 from snnfx.lowering.mixed.mixed_step import MixedStep
 from snnfx.ops.step_functions import expect_size
 from snnfx.passes.fold_batch_norm import layer_of_norm
@@ -181,7 +181,7 @@ def kernels_of_loops(net: Net) -> Iterator[str]:
     """For the loops of the net, whether they are one kernel each; after they were run, what the kernels save."""
     alike: dict[tuple[str, str], list[str]] = {}
     for region in net.regions:
-        if region.kind == "loop" and region.not_lowered is not None:
+        if region.kind == "loop" and region.lowering_refusal is not None:
             alike.setdefault(_how_it_runs(net, region), []).append(region.name)
     for (how, details), names in alike.items():
         each = " for each" if len(names) > 1 and "training keeps" in details else ""
@@ -198,9 +198,9 @@ def _how_it_runs(net: Net, region: Region) -> tuple[str, str]:
     """How a loop is run, and why or with what."""
     kernels = getattr(net.region_modules().get(region.name), "kernels", None)
     in_use = kernels.in_use if kernels is not None else None
-    refusal = region.not_lowered or (kernels.refusal if kernels is not None else "")
+    refusal = region.lowering_refusal or (kernels.refusal if kernels is not None else "")
     if not refusal and in_use is None:
-        refusal = obstacle(next((p.device for p in net.parameters()), torch.device("cpu")))
+        refusal = reason_without_back_end(next((p.device for p in net.parameters()), torch.device("cpu")))
     if refusal:
         return "Stepped by PyTorch", f", because {refusal}"
     if in_use is None:
@@ -228,4 +228,4 @@ def _and(names: Iterable[str], most: int = 6) -> str:
 
 
 def _at(node: Node) -> str:
-    return f" ({place_of(node)})" if place_of(node) else ""
+    return f" ({location_of(node)})" if location_of(node) else ""

@@ -13,7 +13,7 @@ from torch.fx import Node
 
 from snnfx.analysis.batch.equivariance import infer_batch, model_input
 from snnfx.analysis.dependence import analyse_dependence
-from snnfx.convert import convert_within_any_budget
+from snnfx.convert import convert_without_budget
 from snnfx.errors import CaptureError, InputError, Refusal
 from snnfx.inspect.conversion_notes import (
     batch_norm_semantics,
@@ -32,13 +32,13 @@ from snnfx.inspect.node_counts import computing_nodes, is_computing
 from snnfx.inspect.report import ChunkRow, InputRow, NotFolded, Operation, PassRow, Problem, RegionRow, Report, SlotRow
 from snnfx.inspect.source_expressions import expression_of_initial_value
 from snnfx.ir.options import ConvertKeywords, ConvertOptions
-from snnfx.ir.program import Region, StepProgram, describe_node, operation_name, place_of
+from snnfx.ir.program import Region, StepProgram, describe_node, location_of, operation_name
 from snnfx.memory.budget import read_memory_budget
 from snnfx.memory.chunk_plan import plan_chunks
 from snnfx.memory.planning import example_steps, refuse_impossible_budget
 from snnfx.ops.step_functions import apply_autograd_function
 from snnfx.runtime.net import Net
-from snnfx.sandbox.isolation import undisturbed
+from snnfx.sandbox.isolation import isolated
 
 __all__ = ["Report", "explain"]
 
@@ -83,7 +83,7 @@ def explain(model: nn.Module, *, T: int | None = None, **options: Unpack[Convert
     example_inputs, carry = given.pop("example_inputs", None), given.pop("carry", None)
     asked = ConvertOptions(**{**given, "memory_budget": read_memory_budget(given.get("memory_budget"))})
     try:
-        net = convert_within_any_budget(model, asked, example_inputs, carry)
+        net = convert_without_budget(model, asked, example_inputs, carry)
     except CaptureError as error:
         problem = Problem(error.code, str(error), error.where, error.why, error.hint)
         return Report(type(model).__name__, model.training, {**dataclasses.asdict(asked), "carry": carry}, problem)
@@ -249,7 +249,7 @@ def _row(program: StepProgram, region: Region, node: Node, refusal: Refusal) -> 
         kind=region.kind,
         code=refusal.code,
         reason=refusal.reason.rstrip("."),
-        where=place_of(node),
+        where=location_of(node),
         hint=refusal.hint,
     )
 
@@ -296,7 +296,7 @@ def _chunk(net: Net) -> ChunkRow | None:
         return ChunkRow(None, 0, 'chunk="auto": decided at the first call, from the shapes (example_inputs would tell)')
     sequences = [x.unsqueeze(0) if v else x for x, v in zip(steps, net.varying_inputs, strict=True)]
     try:
-        with undisturbed(net.source):
+        with isolated(net.source):
             plan = net.chunk_plan(*sequences)
     except InputError as error:
         if error.code != "SNNFX318":
@@ -308,7 +308,7 @@ def _chunk(net: Net) -> ChunkRow | None:
 def _too_little(net: Net) -> str:
     """Why `convert` refuses the budget, "" where it does not."""
     try:
-        with undisturbed(net.source):
+        with isolated(net.source):
             refuse_impossible_budget(net)
     except InputError as error:
         if error.code != "SNNFX318":

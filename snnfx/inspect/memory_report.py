@@ -17,7 +17,7 @@ from snnfx.inspect.memory_picture import memory_as_svg
 from snnfx.inspect.plain_data import plain_data
 from snnfx.memory.budget import bytes_as_text
 from snnfx.memory.memory_model import MemoryModel, NotPredictable, model_memory
-from snnfx.memory.peak_holders import Holder, _Makers, _Names
+from snnfx.memory.peak_holders import Holder, HolderNames, TensorMakers
 from snnfx.memory.planning import with_borders
 from snnfx.memory.timeline import Moment, inference_timeline, training_timeline
 from snnfx.memory.training_planner import packed_parts
@@ -204,7 +204,7 @@ def _why_not(error: Exception) -> str:
 def _phase(phase: str, model: MemoryModel, steps: int, moments: list[Moment], reason: str, net: Net) -> PhaseMemory:
     if not moments:
         return PhaseMemory(phase, steps, reason)
-    names, makers = _Names(model), _Makers(model)
+    names, makers = HolderNames(model), TensorMakers(model)
     widest = max(moments, key=lambda at: at.bytes)
     forward = {m.name: m.bytes for m in moments if m.phase == "forward"}
     backward = {m.name: m.bytes for m in moments if m.phase == "backward"}

@@ -23,22 +23,22 @@ from torch.nn.utils.spectral_norm import SpectralNorm
 from torch.utils import _pytree as pytree
 
 from snnfx.errors import Refusal
-from snnfx.ir.setting_read import ScalarRead
+from snnfx.ir.setting_read import SettingRead
 from snnfx.ops.step_functions import set_part, set_part_
 from snnfx.state.carry import CarriedArgument
 from snnfx.state.registry import call_opaque, call_stateful
 
 __all__ = [
+    "InitialAttribute",
     "InputLeaf",
     "Region",
     "Slot",
-    "StartingValue",
     "StepProgram",
     "add_placeholder",
     "describe_node",
     "estimates_weights",
     "keeps_statistics",
-    "place_of",
+    "location_of",
     "takes_from_tuple",
     "updates_buffers",
 ]
@@ -60,7 +60,7 @@ class Slot:
 
 
 @dataclass(frozen=True)
-class StartingValue:
+class InitialAttribute:
     """What an attribute that capture found to be state held then: `reset_net` does not know it.
 
     Args:
@@ -94,7 +94,7 @@ class Region:
         kind: ``"once"``, ``"fold"``, ``"map"`` or ``"loop"``.
         nodes: the nodes of the step graph, in program order.
         slots: names of the slots that live in it (loops only).
-        not_lowered: why no kernel may run it, "" where one may; None: it was not asked (see `snnfx.passes.lower`).
+        lowering_refusal: why no kernel may run it, "" where one may; None: it was not asked (see `snnfx.passes.lower`).
         absorbed: names of nodes that were moved into it from folds (see `snnfx.passes.absorb`).
     """
 
@@ -102,7 +102,7 @@ class Region:
     kind: str
     nodes: list[Node]
     slots: list[str] = field(default_factory=list)
-    not_lowered: str | None = None
+    lowering_refusal: str | None = None
     absorbed: tuple[str, ...] = ()
 
     def refusals(self) -> Iterator[tuple[Node, Refusal]]:
@@ -133,8 +133,8 @@ class StepProgram:
         opaque: modules that could not be traced, with the reason.
         carried: the arguments that are outputs of the step before; those outputs are None among `outputs`.
         inferred_carry: whether `carried` was inferred from the signature.
-        scalars: the plain values of the model that the graph holds as they were.
-        starts: what the attributes that are discovered slots held before the first step.
+        setting_reads: the plain values of the model that the graph holds as they were.
+        initial_attributes: what the attributes that are discovered slots held before the first step.
         overwritten: states of modules that every step overwrites before anything reads them; they are no slots.
         stage: how far the pipeline has come: "captured", "classified", "partitioned".
     """
@@ -155,8 +155,8 @@ class StepProgram:
     carried: list[CarriedArgument] = field(default_factory=list)
     inferred_carry: bool = False
     overwritten: frozenset[str] = frozenset()
-    scalars: list[ScalarRead] = field(default_factory=list)
-    starts: list[StartingValue] = field(default_factory=list)
+    setting_reads: list[SettingRead] = field(default_factory=list)
+    initial_attributes: list[InitialAttribute] = field(default_factory=list)
     regions: list[Region] = field(default_factory=list)
     stage: str = "captured"
 
@@ -225,7 +225,7 @@ class StepProgram:
 
     def is_in_training(self, module: nn.Module) -> bool:
         """Whether a layer is taken to be in training: as the program is, unless its own flag was noted down."""
-        for read in self.scalars:
+        for read in self.setting_reads:
             if read.name == "training" and self.source.get_submodule(read.owner) is module:
                 return bool(read.value)
         return self.training
@@ -247,7 +247,7 @@ class StepProgram:
             self,
             graph=graph,
             slots=list(self.slots),
-            scalars=list(self.scalars),
+            setting_reads=list(self.setting_reads),
             requirements=dict(self.requirements),
             regions=regions,
             first_step=self.first_step.copy() if self.first_step is not None else None,
@@ -375,7 +375,7 @@ def estimates_weights(module: nn.Module) -> bool:
     return any(isinstance(hook, SpectralNorm) for hook in module._forward_pre_hooks.values())
 
 
-def place_of(node: Node) -> str:
+def location_of(node: Node) -> str:
     """Where the user wrote the node: `file.py:41`, or "" when it has no line of the user's."""
     where = node.meta.get("where")
     if not where:
@@ -424,8 +424,8 @@ def format_node(node: Node) -> str:
     notes = [text_of_value(node.meta.get("val"))]
     if node.meta.get("kind"):
         notes.append(node.meta["kind"])
-    if place_of(node):
-        notes.append(place_of(node))
+    if location_of(node):
+        notes.append(location_of(node))
     notes = [note for note in notes if note]
     return f"{text}    # {', '.join(notes)}" if notes else text
 

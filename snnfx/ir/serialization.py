@@ -23,7 +23,7 @@ __all__ = ["copy_model", "pack_program", "pack_programs", "unpack_program", "unp
 
 
 @dataclass(frozen=True)
-class _Reference:
+class _PackedNode:
     """Stands for a node in packed arguments."""
 
     name: str
@@ -58,14 +58,15 @@ def pack_program(program: StepProgram) -> _PackedProgram:
     """Everything of a program but its model, in a form that pickles."""
 
     def pack(value: Any) -> Any:
-        return _Reference(value.name) if isinstance(value, Node) else value
+        return _PackedNode(value.name) if isinstance(value, Node) else value
 
     nodes = [
         (n.name, n.op, _packed(n.target), map_aggregate(n.args, pack), map_aggregate(n.kwargs, pack), dict(n.meta))
         for n in program.graph.nodes
     ]
     regions = [
-        (r.name, r.kind, [n.name for n in r.nodes], list(r.slots), r.not_lowered, r.absorbed) for r in program.regions
+        (r.name, r.kind, [n.name for n in r.nodes], list(r.slots), r.lowering_refusal, r.absorbed)
+        for r in program.regions
     ]
     fields = {k: v for k, v in vars(program).items() if k not in _REBUILT}
     for name in _SPECS:
@@ -81,7 +82,7 @@ def unpack_program(packed: _PackedProgram, source: nn.Module) -> StepProgram:
     nodes: dict[str, Node] = {}
 
     def unpack(value: Any) -> Any:
-        return nodes[value.name] if isinstance(value, _Reference) else value
+        return nodes[value.name] if isinstance(value, _PackedNode) else value
 
     for name, op, target, args, kwargs, meta in packed.nodes:
         target = getattr(functional, target.name) if isinstance(target, _Functional) else target

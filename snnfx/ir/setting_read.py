@@ -7,7 +7,7 @@ from typing import Any
 
 
 @dataclass(frozen=True)
-class ScalarRead:
+class SettingRead:
     """An attribute that the model's code read while a step was captured.
 
     Args:

@@ -22,23 +22,31 @@ from torch.overrides import TorchFunctionMode
 from torch.utils import _pytree as pytree
 from torch.utils._python_dispatch import TorchDispatchMode
 
-__all__ = ["Call", "NotLowered", "Recording", "Reference", "Value", "call_as_recorded", "random_numbers_kept"]
+__all__ = [
+    "AtenCall",
+    "LoweringRefused",
+    "RecordedValue",
+    "Recording",
+    "ValueReference",
+    "call_as_recorded",
+    "preserved_rng_state",
+]
 __all__ += ["record_step"]
 
 
-class NotLowered(Exception):
+class LoweringRefused(Exception):
     """A step cannot become a kernel; the text is a clause that says why."""
 
 
 @dataclass(frozen=True)
-class Reference:
+class ValueReference:
     """Stands for a tensor among the arguments of a call."""
 
     number: int
 
 
 @dataclass
-class Value:
+class RecordedValue:
     """A tensor that was seen.
 
     Args:
@@ -55,14 +63,14 @@ class Value:
     dtype: torch.dtype
     origin: str
     index: int = -1
-    call: Call | None = None
+    call: AtenCall | None = None
     varying: bool = False
     tangential: bool = False
 
 
 @dataclass
-class Call:
-    """A call of an operator; tensors in `args` are `Reference`s.
+class AtenCall:
+    """A call of an operator; tensors in `args` are `ValueReference`s.
 
     Args:
         target: the operator.
@@ -84,7 +92,7 @@ class Call:
 
     def references(self) -> list[int]:
         """The numbers of the tensors that it reads."""
-        return [a.number for a in pytree.tree_leaves((self.args, self.kwargs)) if isinstance(a, Reference)]
+        return [a.number for a in pytree.tree_leaves((self.args, self.kwargs)) if isinstance(a, ValueReference)]
 
 
 @dataclass
@@ -103,7 +111,7 @@ class Recording:
         reads_sizes: Python has looked at the size of a tensor.
     """
 
-    values: list[Value]
+    values: list[RecordedValue]
     constants: list[Tensor]
     outputs: list[int]
     next_states: list[int]
@@ -137,7 +145,7 @@ class _PythonWatch(TorchFunctionMode):
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         name = getattr(func, "__name__", "")
         if name in _ESCAPES:
-            raise NotLowered(f"the step takes data out of PyTorch with `{name}`")
+            raise LoweringRefused(f"the step takes data out of PyTorch with `{name}`")
         if name in _SIZES or (name == "__get__" and getattr(func.__self__, "__name__", "") == "shape"):
             self.reads_sizes = True
         return func(*args, **(kwargs or {}))
@@ -146,7 +154,7 @@ class _PythonWatch(TorchFunctionMode):
 class _Recorder(TorchDispatchMode):
     def __init__(self) -> None:
         super().__init__()
-        self.values: list[Value] = []
+        self.values: list[RecordedValue] = []
         self.constants: list[Tensor] = []
         self.baked: list[tuple[Tensor, int]] = []
         self.number_of: dict[int, int] = {}
@@ -154,9 +162,9 @@ class _Recorder(TorchDispatchMode):
         self.kept: list[Any] = []  # an id is only unique among living objects
         self.decompose: Callable[[Any], Any] | None = None
 
-    def add(self, tensor: Tensor, value: Value) -> int:
+    def add(self, tensor: Tensor, value: RecordedValue) -> int:
         if tensor.is_complex():
-            raise NotLowered("it computes with complex numbers")
+            raise LoweringRefused("it computes with complex numbers")
         self.number_of[id(tensor)] = len(self.values)
         self.kept.append(tensor)
         self.values.append(value)
@@ -168,7 +176,7 @@ class _Recorder(TorchDispatchMode):
     def add_input(self, tensor: Tensor, origin: str, index: int) -> int:
         tangential = origin.startswith("grad")
         return self.add(
-            tensor, Value(tuple(tensor.shape), tensor.dtype, origin, index, varying=True, tangential=tangential)
+            tensor, RecordedValue(tuple(tensor.shape), tensor.dtype, origin, index, varying=True, tangential=tangential)
         )
 
     def number(self, tensor: Tensor) -> int:
@@ -177,17 +185,17 @@ class _Recorder(TorchDispatchMode):
         if known is not None:
             return known
         if tensor.numel() and self.storages.get(tensor.untyped_storage().data_ptr()):
-            raise NotLowered("the step looks at the memory of a tensor in a way that is not recorded")
+            raise LoweringRefused("the step looks at the memory of a tensor in a way that is not recorded")
         if type(tensor) not in (Tensor, torch.nn.Parameter, torch.nn.Buffer):
-            raise NotLowered(f"the step uses a {type(tensor).__name__}")
+            raise LoweringRefused(f"the step uses a {type(tensor).__name__}")
         self.constants.append(tensor)
-        return self.add(tensor, Value(tuple(tensor.shape), tensor.dtype, "constant", len(self.constants) - 1))
+        return self.add(tensor, RecordedValue(tuple(tensor.shape), tensor.dtype, "constant", len(self.constants) - 1))
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
         name = str(func._schema.name).partition("::")[2]
         if torch.Tag.nondeterministic_seeded in func.tags:
-            raise NotLowered(f"`{name}` draws random numbers")
+            raise LoweringRefused(f"`{name}` draws random numbers")
         tensors = [a for a in pytree.tree_leaves((args, kwargs)) if isinstance(a, Tensor)]
         for tensor in tensors:
             self.number(tensor)
@@ -198,17 +206,19 @@ class _Recorder(TorchDispatchMode):
             with self:
                 return replacement(*args, **kwargs)
         written = _written(func, args, kwargs)
-        numbered = pytree.tree_map(lambda a: Reference(self.number(a)) if isinstance(a, Tensor) else a, (args, kwargs))
+        numbered = pytree.tree_map(
+            lambda a: ValueReference(self.number(a)) if isinstance(a, Tensor) else a, (args, kwargs)
+        )
         for tensor in written:
             self._check_write(name, tensor)
-        call = Call(func, *numbered)
+        call = AtenCall(func, *numbered)
         results = func(*args, **kwargs)
         if not written and isinstance(results, Tensor) and any(results is tensor for tensor in tensors):
             return results  # what gives back what it was given, such as `to`, computes nothing
         sources = [self.values[n] for n in call.references()]
         for place, result in enumerate(pytree.tree_leaves(results)):
             if isinstance(result, Tensor):
-                value = Value(tuple(result.shape), result.dtype, "computed", call=call)
+                value = RecordedValue(tuple(result.shape), result.dtype, "computed", call=call)
                 value.varying = any(s.varying for s in sources)
                 value.tangential = any(s.tangential for s in sources)
                 call.results.append(self.add(result, value))
@@ -217,7 +227,7 @@ class _Recorder(TorchDispatchMode):
 
     def _read_by_python(self, func: Any, name: str, tensors: list[Tensor], args: Any, kwargs: Any) -> Any:
         if any(self.values[self.number(t)].varying for t in tensors):
-            raise NotLowered("Python decides or computes with a value of the data (`if`, `.item()`, `float(...)`)")
+            raise LoweringRefused("Python decides or computes with a value of the data (`if`, `.item()`, `float(...)`)")
         for tensor in tensors:
             value = self.values[self.number(tensor)]
             if value.origin == "constant":
@@ -229,9 +239,9 @@ class _Recorder(TorchDispatchMode):
     def _check_write(self, name: str, tensor: Tensor) -> None:
         value = self.values[self.number(tensor)]
         if value.origin == "constant":
-            raise NotLowered(f"`{name}` changes a tensor that outlives the step")
+            raise LoweringRefused(f"`{name}` changes a tensor that outlives the step")
         if value.varying and self.storages.get(tensor.untyped_storage().data_ptr(), 0) > 1:
-            raise NotLowered(f"`{name}` writes into a tensor that others share")
+            raise LoweringRefused(f"`{name}` writes into a tensor that others share")
 
 
 def _written(func: Any, args: Sequence[Any], kwargs: dict[str, Any]) -> list[Tensor]:
@@ -247,7 +257,7 @@ def _written(func: Any, args: Sequence[Any], kwargs: dict[str, Any]) -> list[Ten
 
 
 @contextlib.contextmanager
-def random_numbers_kept(device: torch.device) -> Iterator[None]:
+def preserved_rng_state(device: torch.device) -> Iterator[None]:
     """Random numbers that are drawn on a device, or on the CPU, do not count."""
     state = torch.get_rng_state()
     own = torch.cuda.get_rng_state(device) if device.type == "cuda" else None
@@ -260,14 +270,14 @@ def random_numbers_kept(device: torch.device) -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def _undisturbed(device: torch.device) -> Iterator[None]:
+def _isolated(device: torch.device) -> Iterator[None]:
     """Autograd is on, in this thread; random numbers do not count, hooks of saved tensors are not called."""
     hooks: Any = contextlib.nullcontext()
     if torch._C._autograd._top_saved_tensors_default_hooks(False) is not None:
         hooks = torch.autograd.graph.saved_tensors_hooks(lambda t: t, lambda t: t)
     # Calls on a GPU would be recorded in the threads that autograd has for its devices.
     one_thread = torch.autograd.set_multithreading_enabled(False)
-    with random_numbers_kept(device), torch.enable_grad(), one_thread, hooks:
+    with preserved_rng_state(device), torch.enable_grad(), one_thread, hooks:
         yield
 
 
@@ -303,7 +313,7 @@ def record_step(
         decompose: operator -> a function to record in its place, or None.
 
     Raises:
-        NotLowered: the step does something that is not a computation on its inputs.
+        LoweringRefused: the step does something that is not a computation on its inputs.
     """
     recorder, watch = _Recorder(), _PythonWatch()
     recorder.decompose = decompose
@@ -312,12 +322,12 @@ def record_step(
     for origin, tensors in (("sequence", inputs), ("state", given)):
         for index, tensor in enumerate(tensors):
             recorder.add_input(tensor, origin, index)
-    with _undisturbed(inputs[0].device):
+    with _isolated(inputs[0].device):
         with watch, recorder:
             outputs, following = step(*inputs, *([tuple(given)] if states is not None else []))
         for value in (*outputs, *following):
             if not isinstance(value, Tensor):
-                raise NotLowered(f"a step returns a {type(value).__name__}, not a tensor")
+                raise LoweringRefused(f"a step returns a {type(value).__name__}, not a tensor")
         results = [*outputs, *following]
         grads: dict[int, int] = {}
         if differentiate:
@@ -360,7 +370,7 @@ def _record_backward(
     hooks = [(t, t._backward_hooks) for t in recorder.constants if t._backward_hooks]
     try:
         for t, _ in hooks:
-            t._backward_hooks = None  # the user's hooks are not for a rehearsal
+            t._backward_hooks = None  # the user's hooks are not for a step_lowering
         with watch, recorder:
             found = torch.autograd.grad(roots, wanted, tangents, allow_unused=True)
     finally:

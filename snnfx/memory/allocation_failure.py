@@ -14,7 +14,7 @@ from snnfx.memory.budget import bytes_as_text
 if TYPE_CHECKING:
     from snnfx.runtime.net import Net
 
-__all__ = ["explained_failure", "is_allocation_failure"]
+__all__ = ["explain_allocation_failure", "is_allocation_failure"]
 
 _ON_CPU = re.compile(r"DefaultCPUAllocator|can't allocate memory|not enough memory|Cannot allocate memory")
 
@@ -25,7 +25,7 @@ def is_allocation_failure(error: BaseException) -> bool:
     return known or (isinstance(error, RuntimeError) and bool(_ON_CPU.search(str(error))))
 
 
-def explained_failure(net: Net, error: BaseException) -> AllocationError:
+def explain_allocation_failure(net: Net, error: BaseException) -> AllocationError:
     """The error with the region that was running, and what would take less."""
     region = _region_of(error)
     if torch.is_grad_enabled():

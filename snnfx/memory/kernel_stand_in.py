@@ -49,7 +49,7 @@ class KernelStandIn:
         saved, kept = _saved_by_kernel(self.region) if torch.is_grad_enabled() else (0, ())
         count, T = len(y), x_seq[0].shape[0]
         given = [*x_seq, *tensors_of(constants), *(s for s in state or () if isinstance(s, Tensor))]
-        found = _Kernel.apply(self, T, [*y, *after], count, saved, kept, *given)
+        found = _StandInFunction.apply(self, T, [*y, *after], count, saved, kept, *given)
         rest = iter(found)
         results = [next(rest) if isinstance(v, Tensor) else v for v in (*y, *after)]
         # A number at each step, such as a count, is a sequence as well.
@@ -76,7 +76,7 @@ class KernelStandIn:
             self.naming.current = what
 
 
-class _Kernel(torch.autograd.Function):
+class _StandInFunction(torch.autograd.Function):
     @staticmethod
     def forward(
         ctx: Any,

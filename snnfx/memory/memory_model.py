@@ -16,16 +16,16 @@ from typing import TYPE_CHECKING, Any
 
 from torch import Tensor
 
-from snnfx.memory.meta_run import Twin, Walk
-from snnfx.memory.meter import Count, Part
+from snnfx.memory.meta_run import MetaCopy, MetaRun
+from snnfx.memory.meter import Count, NamedBytes
 from snnfx.memory.tensor_names import Naming
 from snnfx.regions.region_modules import LoopRegion
-from snnfx.sandbox.isolation import random_state
+from snnfx.sandbox.isolation import rng_state
 
 if TYPE_CHECKING:
     from snnfx.runtime.net import Net
 
-__all__ = ["Affine", "CallCost", "MemoryModel", "Names", "NotPredictable", "model_memory"]
+__all__ = ["Affine", "CallCost", "MemoryModel", "NotPredictable", "TensorNames", "model_memory"]
 
 
 class NotPredictable(Exception):
@@ -71,7 +71,7 @@ class CallCost:
 
 
 @dataclass(frozen=True)
-class Names:
+class TensorNames:
     """Who made what, for one number of steps.
 
     Args:
@@ -81,10 +81,10 @@ class Names:
         widest_with_history: the same while a history is kept.
     """
 
-    values: list[Part]
-    saved: list[tuple[Part, ...]]
-    widest: list[tuple[Part, ...]]
-    widest_with_history: list[tuple[Part, ...]]
+    values: list[NamedBytes]
+    saved: list[tuple[NamedBytes, ...]]
+    widest: list[tuple[NamedBytes, ...]]
+    widest_with_history: list[tuple[NamedBytes, ...]]
 
 
 @dataclass
@@ -107,7 +107,7 @@ class MemoryModel:
     training: bool
     state: Affine
     step_of: dict[int, str]
-    named: Names | None = None
+    named: TensorNames | None = None
     _known: dict[int, list[dict[str, float]]] = field(default_factory=dict, repr=False)
 
     def costs(self, steps: int) -> list[dict[str, float]]:
@@ -138,11 +138,11 @@ def model_memory(
     Raises:
         NotPredictable: the net looks at values, or does what meta tensors do not do.
     """
-    twin = Twin(net)
-    generators = random_state()
+    meta_copy = MetaCopy(net)
+    generators = rng_state()
     try:
         with _without_echo():
-            runs, described = _walks(twin, leaves, state, training, describe, in_tiles)
+            runs, described = _walks(meta_copy, leaves, state, training, describe, in_tiles)
     except (RuntimeError, NotImplementedError, TypeError, ValueError) as error:
         raise NotPredictable(str(error).splitlines()[0]) from error
     finally:
@@ -160,32 +160,34 @@ def _without_echo() -> Iterator[None]:
 
 
 def _walks(
-    twin: Twin,
+    meta_copy: MetaCopy,
     leaves: Sequence[Tensor],
     state: Mapping[str, Any] | None,
     training: bool,
     describe: int | None,
     in_tiles: bool,
-) -> tuple[list[Walk], Walk | None]:
+) -> tuple[list[MetaRun], MetaRun | None]:
     """One walk, or two for different numbers of steps; and one that says who made what, if that is asked for."""
-    net = twin.net
+    net = meta_copy.net
     if state is None and (net.training, "first") in net._graphs.emitted:
         # The first step is run by itself: the others start from the state behind it.
-        state = Walk(twin, leaves, None, training=False, steps=1, part="first").run().result[1]
-    if any(isinstance(m, LoopRegion) and m.kernels is None for m in net.modules()) or not twin.has_kernels(leaves):
+        state = MetaRun(meta_copy, leaves, None, training=False, steps=1, part="first").run().result[1]
+    if any(isinstance(m, LoopRegion) and m.kernels is None for m in net.modules()) or not meta_copy.has_kernels(leaves):
         # A Python loop makes tensors of single steps, one for each: they are told by running one more. The few
         # tensors of a step must not be what is widest; it takes more steps to see that.
-        runs = [Walk(twin, leaves, state, training, steps, None, in_tiles).run() for steps in (8, 9)]
+        runs = [MetaRun(meta_copy, leaves, state, training, steps, None, in_tiles).run() for steps in (8, 9)]
     else:
-        runs = [Walk(twin, leaves, state, training, twin.marker(leaves), None, in_tiles, marker=True).run()]
+        runs = [
+            MetaRun(meta_copy, leaves, state, training, meta_copy.marker(leaves), None, in_tiles, marker=True).run()
+        ]
     if not describe:
         return runs, None
     form = net._recomputation.form("main") if in_tiles else None
     naming = Naming(net, net.regions, {}) if form is None else Naming(net, form.regions, form.tiles)
-    return runs, Walk(twin, leaves, state, training, describe, naming, in_tiles).run()
+    return runs, MetaRun(meta_copy, leaves, state, training, describe, naming, in_tiles).run()
 
 
-def _table(walk: Walk, longer: Walk, training: bool, described: Walk | None) -> MemoryModel:
+def _table(walk: MetaRun, longer: MetaRun, training: bool, described: MetaRun | None) -> MemoryModel:
     """The table for any number of steps, from a walk that tells what grows with them, or from two walks."""
 
     def affine(a: Count, b: Count) -> Affine:
@@ -243,8 +245,8 @@ def _table(walk: Walk, longer: Walk, training: bool, described: Walk | None) -> 
     )
 
 
-def _names(walk: Walk) -> Names:
+def _names(walk: MetaRun) -> TensorNames:
     found = [call.bytes for call in walk.calls]
-    return Names(
+    return TensorNames(
         walk.named, [c.saved_parts for c in found], [c.parts for c in found], [c.parts_with_history for c in found]
     )

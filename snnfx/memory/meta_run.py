@@ -15,9 +15,9 @@ from torch.utils import _pytree as pytree
 
 from snnfx.emit.recompute_segments import region_calls
 from snnfx.emit.tiling import STATISTICS
-from snnfx.lowering.elementwise.back_end_choice import obstacle
+from snnfx.lowering.elementwise.back_end_choice import reason_without_back_end
 from snnfx.memory.kernel_stand_in import KernelStandIn
-from snnfx.memory.meter import CallBytes, Count, Part, Shape, dtype_name, measure_call, meta_like
+from snnfx.memory.meter import CallBytes, Count, NamedBytes, Shape, dtype_name, measure_call, meta_like
 from snnfx.memory.tensor_names import Naming
 from snnfx.memory.workspace import Workspace
 from snnfx.ops.memory_format import image_format
@@ -28,10 +28,10 @@ from snnfx.state.registry import named_stateful
 if TYPE_CHECKING:
     from snnfx.runtime.net import Net
 
-__all__ = ["Twin", "Walk"]
+__all__ = ["MetaCopy", "MetaRun"]
 
 
-class Twin:
+class MetaCopy:
     """The modules of a net without data, in the same modes."""
 
     def __init__(self, net: Net) -> None:
@@ -57,7 +57,7 @@ class Twin:
 
     def has_kernels(self, leaves: Sequence[Tensor]) -> bool:
         """Whether loops may run by generated kernels on the device of the inputs."""
-        return not obstacle(leaves[0].device if leaves else torch.device("cpu"))
+        return not reason_without_back_end(leaves[0].device if leaves else torch.device("cpu"))
 
     def marker(self, leaves: Sequence[Tensor]) -> int:
         """A number of steps that divides no size of a parameter or of a step: a prime of at least T."""
@@ -105,7 +105,7 @@ class _Measured:
     saves: tuple[int, ...]
 
 
-class Walk:
+class MetaRun:
     """Runs an emitted graph on meta tensors for some number of steps, call by call, like calls once.
 
     With `naming`, who made what is noted: in `named`, of each value, and in the `CallBytes` of each call. With
@@ -115,7 +115,7 @@ class Walk:
 
     def __init__(
         self,
-        twin: Twin,
+        meta_copy: MetaCopy,
         leaves: Sequence[Tensor],
         state: Mapping[str, Any] | None,
         training: bool,
@@ -125,19 +125,19 @@ class Walk:
         marker: bool = False,
         part: str = "main",
     ) -> None:
-        self.twin, self.training, self.steps, self.naming = twin, training, steps, naming
+        self.meta_copy, self.training, self.steps, self.naming = meta_copy, training, steps, naming
         self.marker = steps if marker else None
-        net = twin.net
+        net = meta_copy.net
         self.graph = net._recomputation.form("main").graph if in_tiles else net._graphs.emitted[net.training, part]
         self.regions = {call: name for name, call in region_calls(self.graph).items()}
         device = leaves[0].device if leaves else torch.device("cpu")
-        self.has_kernels = twin.has_kernels(leaves)
+        self.has_kernels = meta_copy.has_kernels(leaves)
         longest = max((x.shape[0] for x, v in zip(leaves, net.varying_inputs, strict=True) if v), default=steps)
         self.workspace = Workspace(device, longest / steps)
         self.calls: list[_Measured] = []
         self.values: list[Count] = []
         self.step_of: dict[int, str] = {}
-        self.named: list[Part] = []
+        self.named: list[NamedBytes] = []
         self.number: dict[int, int] = {}
         self.known: dict[Any, tuple[Any, CallBytes]] = {}
         self.alive: list[Any] = []
@@ -159,14 +159,14 @@ class Walk:
         self.number[id(value)] = -1
         return value
 
-    def run(self) -> Walk:
+    def run(self) -> MetaRun:
         env: dict[Node, Any] = {}
         given = iter(self.given)
         for node in self.graph.nodes:
             if node.op == "placeholder":
                 env[node] = next(given)
             elif node.op == "get_attr":
-                env[node] = self.twin.resolve(str(node.target))
+                env[node] = self.meta_copy.resolve(str(node.target))
             elif node.op == "output":
                 self.result = map_arg(node.args[0], env.__getitem__)
             elif node.target is operator.getitem and not isinstance(env[node.args[0]], Tensor):
@@ -211,7 +211,7 @@ class Walk:
                 self.values.append(found.outputs[index])
                 if labels:
                     self.named.append(
-                        Part(labels[index], tuple(y.shape), found.outputs[index].total, dtype_name(y.dtype))
+                        NamedBytes(labels[index], tuple(y.shape), found.outputs[index].total, dtype_name(y.dtype))
                     )
                 if index in found.saved_outputs:
                     saved.append(self.number[id(value)])
@@ -229,9 +229,9 @@ class Walk:
         """Two calls with equal keys take the same memory."""
         if not isinstance(value, nn.Module):
             return _leaf_key(value)
-        known = self.twin.keys.get(id(value))
+        known = self.meta_copy.keys.get(id(value))
         if known is None:
-            known = self.twin.keys[id(value)] = _leaf_key(value)
+            known = self.meta_copy.keys[id(value)] = _leaf_key(value)
         return known
 
     def _measure(self, node: Node, leaves: list[Any], spec: Any) -> tuple[Any, CallBytes]:
@@ -282,9 +282,9 @@ class Walk:
         if isinstance(value, LoopRegion) and self.has_kernels and value.kernels is not None:
             name = value.label.partition(" ")[0]
             if self.naming is None:
-                return KernelStandIn(value, self.twin.steps)
+                return KernelStandIn(value, self.meta_copy.steps)
             return KernelStandIn(
-                value, self.twin.steps, self.naming, self.naming.of_region(name), self.naming.slots.get(name, ())
+                value, self.meta_copy.steps, self.naming, self.naming.of_region(name), self.naming.slots.get(name, ())
             )
         return self.naming.named(value) if self.naming is not None else value
 

@@ -14,13 +14,13 @@ from torch.utils import _pytree as pytree
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import flop_registry
 
-from snnfx.recompute.autograd_entry import enter
+from snnfx.recompute.autograd_entry import attach_to_graph
 
-__all__ = ["ZERO", "CallBytes", "Count", "Meter", "Part", "Shape", "dtype_name", "measure_call", "meta_like"]
+__all__ = ["ZERO", "CallBytes", "Count", "Meter", "NamedBytes", "Shape", "dtype_name", "measure_call", "meta_like"]
 
 
 @dataclass(frozen=True)
-class Part:
+class NamedBytes:
     """Bytes of one tensor, or of the workspace of an operation (then without a shape): who made it, what it is."""
 
     what: str
@@ -130,8 +130,8 @@ class Meter(TorchDispatchMode):
     ) -> None:
         super().__init__()
         self.naming, self.marker = naming, marker
-        self.parts: dict[int, Part] = {}
-        self.at_peak: tuple[Part, ...] = ()
+        self.parts: dict[int, NamedBytes] = {}
+        self.at_peak: tuple[NamedBytes, ...] = ()
         self.given: set[int] = set()
         for value in given:
             if isinstance(value, Tensor):
@@ -164,7 +164,7 @@ class Meter(TorchDispatchMode):
             now += self.count(extra)
         if self.naming is not None and now.total > self.peak.total:
             more = now.total - self.live.total
-            taken = (Part(f"workspace of {self.naming.current}", (), more),) if more else ()
+            taken = (NamedBytes(f"workspace of {self.naming.current}", (), more),) if more else ()
             self.at_peak = (*self.parts.values(), *taken)
         self.peak = _larger(self.peak, now)
         if self.set_aside:
@@ -180,7 +180,9 @@ class Meter(TorchDispatchMode):
             self.live += made
             self.written += made
             if self.naming is not None:
-                self.parts[key] = Part(self.naming.current, tuple(value.shape), made.total, dtype_name(value.dtype))
+                self.parts[key] = NamedBytes(
+                    self.naming.current, tuple(value.shape), made.total, dtype_name(value.dtype)
+                )
             weakref.finalize(storage, self._gone, key)
 
     def _gone(self, key: int) -> None:
@@ -233,9 +235,9 @@ class CallBytes:
     of_parameters: Count = ZERO
     written: Count = ZERO
     operations: Count = ZERO
-    parts: tuple[Part, ...] = ()
-    parts_with_history: tuple[Part, ...] = ()
-    saved_parts: tuple[Part, ...] = ()
+    parts: tuple[NamedBytes, ...] = ()
+    parts_with_history: tuple[NamedBytes, ...] = ()
+    saved_parts: tuple[NamedBytes, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -317,7 +319,7 @@ def _measure_history(
     for x in leaves:
         value = meta_like(x) if isinstance(x, Tensor) else x
         if isinstance(x, Tensor) and x.requires_grad:
-            token, value = enter(value)
+            token, value = attach_to_graph(value)
             tokens.append(token)
         given.append(value)
     inputs = {i: weakref.ref(x.untyped_storage()) for i, x in enumerate(given) if isinstance(x, Tensor)}

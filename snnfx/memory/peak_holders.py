@@ -6,8 +6,8 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 from snnfx.memory.budget import bytes_as_text
-from snnfx.memory.memory_model import MemoryModel, Names
-from snnfx.memory.meter import Part
+from snnfx.memory.memory_model import MemoryModel, TensorNames
+from snnfx.memory.meter import NamedBytes
 from snnfx.memory.timeline import Moment
 
 OUTSIDE = "parameters and state"
@@ -36,11 +36,11 @@ class Holder:
 
 def largest_holders(model: MemoryModel, moment: Moment, most: int = 3) -> str:
     """Who holds most at a moment, in a clause; `model` was made with `describe`, `moment` is detailed."""
-    holders = sorted(_Names(model).holders(moment, _Makers(model)), key=lambda holder: -holder.bytes)
+    holders = sorted(HolderNames(model).holders(moment, TensorMakers(model)), key=lambda holder: -holder.bytes)
     return ", ".join(f"{h.what} {bytes_as_text(h.bytes)}" for h in holders[:most])
 
 
-class _Makers:
+class TensorMakers:
     """Which region made what."""
 
     def __init__(self, model: MemoryModel) -> None:
@@ -73,15 +73,15 @@ _KINDS = {
 }
 
 
-class _Names:
+class HolderNames:
     """What a model says about who made what, as holders."""
 
     def __init__(self, model: MemoryModel) -> None:
         self.model = model
         none: list[tuple[()]] = [() for _ in model.calls]
-        self.names = model.named or Names([], none, none, none)  # type: ignore[arg-type]
+        self.names = model.named or TensorNames([], none, none, none)  # type: ignore[arg-type]
 
-    def holders(self, moment: Moment, makers: _Makers) -> Iterable[Holder]:
+    def holders(self, moment: Moment, makers: TensorMakers) -> Iterable[Holder]:
         for key, count in moment.held.items():
             (kind, number), region = key, makers.of(key)
             if round(count) <= 0:
@@ -105,7 +105,7 @@ class _Names:
         yield from self._split(history or self.names.widest[number], "while it runs", region, count)
 
     @staticmethod
-    def _split(parts: Sequence[Part], kind: str, region: str, count: float) -> Iterable[Holder]:
+    def _split(parts: Sequence[NamedBytes], kind: str, region: str, count: float) -> Iterable[Holder]:
         """The tensors that a number of bytes consists of, as far as they are known."""
         left = count
         for part in parts:

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from snnfx.emit.fold_parts import depends_on_the_others
+from snnfx.emit.fold_parts import takes_batch_statistics
 from snnfx.emit.recompute_segments import RecomputePlan
 from snnfx.errors import InputError, warn_once
 from snnfx.memory.budget import CACHE_FRIENDLY, bytes_as_text, inference_budget
@@ -167,7 +167,7 @@ def _plan_training(net: Net, T: int, leaves: Sequence[Tensor], state: Mapping[st
     plan = planner.within(_MARGIN * budget)
     least = planner.peak(plan)
     if least.bytes <= budget:
-        return replace(plan, reason=f"{told(plan)}; {_at(least, budget)}")
+        return replace(plan, reason=f"{describe_plan(plan)}; {_at(least, budget)}")
     if not _has_statistics_over_time(net):
         found = _in_chunks(model_memory(net, leaves, state, training=True), T, budget)
         if found is not None:
@@ -188,7 +188,7 @@ def _at(peak: Moment, budget: float | None) -> str:
     return f"{bytes_as_text(peak.bytes)} at {peak.name} ({peak.phase}), {limit}"
 
 
-def told(plan: RecomputePlan) -> str:
+def describe_plan(plan: RecomputePlan) -> str:
     """What a plan computes again, in a clause."""
     with_products = [group[-1] for group in plan.segments if len(group) > 1 and not _is_statistic(group[0])]
     light = [group[-1] for group in plan.segments if group[-1] not in with_products]
@@ -222,7 +222,7 @@ def with_borders(model: MemoryModel, moment: Moment, T: int, steps: int) -> Mome
 
 def _has_statistics_over_time(net: Net) -> bool:
     folded = [node for region in net.program.regions if region.kind == "fold" for node in region.nodes]
-    return net.training and any(depends_on_the_others(net.program, node) for node in folded)
+    return net.training and any(takes_batch_statistics(net.program, node) for node in folded)
 
 
 def _halved(T: int) -> list[int]:

@@ -9,10 +9,10 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, fx
 
-from snnfx.analysis.integer_ranges import prove_whole_numbers
+from snnfx.analysis.integer_ranges import infer_integer_ranges
 from snnfx.emit.compiled_graph import compile_graph
 from snnfx.emit.emitted_graphs import REGIONS
-from snnfx.emit.fold_parts import depends_on_the_others, emit_parts, split_folds
+from snnfx.emit.fold_parts import emit_parts, split_folds, takes_batch_statistics
 from snnfx.emit.recompute_segments import RecomputePlan, recompute_segments, segments_of
 from snnfx.emit.tiling import group_tiles
 from snnfx.errors import InputError, warn_once
@@ -21,7 +21,7 @@ from snnfx.memory.budget import bytes_as_text
 from snnfx.memory.memory_model import NotPredictable
 from snnfx.memory.training_planner import TrainingPlanner
 from snnfx.recompute.recomputation import Segment, TileCall, run_segment
-from snnfx.recompute.replay import one_at_a_time
+from snnfx.recompute.replay import recompute_lock
 from snnfx.recompute.tile import Slices, Tile
 
 if TYPE_CHECKING:
@@ -47,7 +47,7 @@ def refuse_statistics_over_time(program: StepProgram, training: bool, what: str)
     """
     for region in program.regions:
         for node in region.nodes:
-            if training and region.kind == "fold" and depends_on_the_others(program, node):
+            if training and region.kind == "fold" and takes_batch_statistics(program, node):
                 raise InputError(
                     "SNNFX317",
                     f"{what} would change what `{describe_node(node)}` computes",
@@ -57,7 +57,7 @@ def refuse_statistics_over_time(program: StepProgram, training: bool, what: str)
 
 
 @dataclass(frozen=True)
-class Form:
+class RecomputeForm:
     """A form of the net from which segments are made: its calls in tiles.
 
     Args:
@@ -77,9 +77,9 @@ class Recomputation:
     def __init__(self, net: Net) -> None:
         self.net = net
         self.runners: dict[Any, Callable[..., Any]] = {}
-        self.forms: dict[Any, Form] = {}
+        self.forms: dict[Any, RecomputeForm] = {}
 
-    def form(self, part: str) -> Form:
+    def form(self, part: str) -> RecomputeForm:
         """The "main" or "plain" graph of the current mode in tiles."""
         net = self.net
         key = (net.training, part)
@@ -96,7 +96,7 @@ class Recomputation:
             net._graphs.keep(label, modules)
             graph, tiles = group_tiles(program, graph, parts, f"{REGIONS}.{label}_tiles")
             net._graphs.keep(f"{label}_tiles", tiles)
-            self.forms[key] = Form(graph, tiles, tuple(part.region for part in parts))
+            self.forms[key] = RecomputeForm(graph, tiles, tuple(part.region for part in parts))
         return self.forms[key]
 
     @property
@@ -113,7 +113,7 @@ class Recomputation:
         if torch._C._are_functorch_transforms_active():
             return False
         if torch.compiler.is_compiling():
-            return not _told_that_compiled_nets_are_left_alone()
+            return not _warn_compiled_net_ignores_checkpoint()
         return True
 
     def runner(self, part: str, plan: RecomputePlan) -> Callable[..., Any]:
@@ -128,7 +128,7 @@ class Recomputation:
                 plan,
                 f"{REGIONS}.{label}",
                 net.program.nodes_by_name,
-                prove_whole_numbers(net.program),
+                infer_integer_ranges(net.program),
             )
             net._graphs.keep(label, modules)
             self.runners[key] = _one_at_a_time(compile_graph(graph))
@@ -145,7 +145,7 @@ class Recomputation:
         def checkpointed(x: list[Tensor], first: Any) -> Any:
             count = len(x)
             # Whatever a step may draw is drawn again.
-            tile = Tile("a chunk of time steps", fx.Graph(), again, [True] * count, False, False, has_dice=True)
+            tile = Tile("a chunk of time steps", fx.Graph(), again, [True] * count, False, False, is_random=True)
             call = TileCall(tile, tuple(range(count)), (count,), (count + 1,), ())
             segment = Segment("a chunk of time steps", (), (), call, Slices(), False, {}, bool)
             outputs, (state,) = run_segment(segment, (*x, first, self.net.source))
@@ -181,14 +181,14 @@ class Recomputation:
 
 def _one_at_a_time(run: Callable[..., Any]) -> Callable[..., Any]:
     def alone(*arguments: Any) -> Any:
-        with one_at_a_time:
+        with recompute_lock:
             return run(*arguments)
 
     return alone
 
 
 @torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
-def _told_that_compiled_nets_are_left_alone() -> bool:
+def _warn_compiled_net_ignores_checkpoint() -> bool:
     warn_once(
         "SNNFX506",
         "a compiled net keeps what the compiler's own partitioner chooses for the backward pass; checkpoint= and "

@@ -100,7 +100,7 @@ def training_timeline(
 
 
 @dataclass
-class _Group:
+class _SegmentGroup:
     """What is computed again together, by the numbers of its calls."""
 
     products: list[int]
@@ -134,7 +134,7 @@ class _Timeline:
         self.packed, self.packs = packed, plan.packs
         self.size = [value(steps) for value in model.values]
         self.moments: list[Moment] = []
-        self.group_of: dict[int, _Group] = {}
+        self.group_of: dict[int, _SegmentGroup] = {}
         self._take_groups(plan)
         self.holders: dict[int, list[int]] = {}
         self.packers: dict[int, list[int]] = {}
@@ -167,7 +167,9 @@ class _Timeline:
             tile = indices[-1]
             products = [i for i in indices[:-1] if self.calls[i].role == "product"]
             statistics = [i for i in indices[:-1] if self.calls[i].role != "product"]
-            group = _Group(products, statistics, tile, plan.slices.get(names[-1], Slices()), names[-1] in plan.twice)
+            group = _SegmentGroup(
+                products, statistics, tile, plan.slices.get(names[-1], Slices()), names[-1] in plan.twice
+            )
             group.inner = frozenset(v for i in (*products, *statistics) for v in self.calls[i].makes)
             reads = dict.fromkeys(v for i in group.members for v in self.calls[i].reads if v not in group.inner)
             group.reads = tuple(reads)
@@ -250,7 +252,7 @@ class _Timeline:
         for value in call.dies:
             self._dies(value)
 
-    def _work_forward(self, index: int, call: CallCost, group: _Group | None) -> float:
+    def _work_forward(self, index: int, call: CallCost, group: _SegmentGroup | None) -> float:
         if group is None:
             return self.costs[index]["peak_with_history"]
         if not group.is_cut:
@@ -289,7 +291,7 @@ class _Timeline:
         for key in self.released.get(index, ()):
             self._let_go(key)
 
-    def _work_backward(self, group: _Group) -> tuple[float, Mapping[int, float]]:
+    def _work_backward(self, group: _SegmentGroup) -> tuple[float, Mapping[int, float]]:
         """What a segment takes while it goes back, and what of that are values computed again."""
         calls, tile = self.calls, self.calls[group.tile]
         # The gradients of its results; a final state seldom has one.

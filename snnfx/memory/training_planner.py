@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 from torch import Tensor
 
-from snnfx.analysis.integer_ranges import prove_whole_numbers
+from snnfx.analysis.integer_ranges import infer_integer_ranges
 from snnfx.emit.recompute_segments import RecomputePlan, segments_of
 from snnfx.memory.budget import CACHE_FRIENDLY
 from snnfx.memory.memory_model import MemoryModel, model_memory
@@ -38,7 +38,7 @@ _OPERATIONS_PER_SECOND = 3e10
 
 def packed_parts(net: Net, model: MemoryModel, itemsize: int = 4) -> dict[int, float]:
     """For values that can be kept packed, the part of their bytes that this takes."""
-    largest = {node.name: bound for node, bound in prove_whole_numbers(net.program).largest.items()}
+    largest = {node.name: bound for node, bound in infer_integer_ranges(net.program).largest.items()}
     bounds = ((value, largest.get(name)) for value, name in model.step_of.items())
     return {value: packed_bytes((1, 1, 64), bound) / (64 * itemsize) for value, bound in bounds if bound is not None}
 

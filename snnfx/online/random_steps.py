@@ -18,12 +18,12 @@ from torch.fx import Node
 
 from snnfx.ir.program import StepProgram
 from snnfx.online.losses import losses_of_steps
-from snnfx.online.sequence_run import Run, with_gradient
+from snnfx.online.sequence_run import SequenceRun, with_gradient
 
 __all__ = ["run_random_steps"]
 
 
-def run_random_steps(run: Run, chunk: int) -> None:
+def run_random_steps(run: SequenceRun, chunk: int) -> None:
     """Gradients at steps drawn at random, one update after the sequence."""
     assert run.rule.random_steps is not None
     chosen = sorted(torch.randperm(run.T)[: run.rule.random_steps].tolist())
@@ -35,11 +35,11 @@ def run_random_steps(run: Run, chunk: int) -> None:
     run.update_count += run.updates.end_call()
 
 
-def _may_be_taken_together(run: Run) -> bool:
+def _may_be_taken_together(run: SequenceRun) -> bool:
     return run.nets.has_known_form and any(run.varying) and run.nets.sequence.covers(run.inputs(0, 1))
 
 
-def _run_steps_with_gradients(run: Run, start: int, stop: int, chosen: Sequence[int]) -> None:
+def _run_steps_with_gradients(run: SequenceRun, start: int, stop: int, chosen: Sequence[int]) -> None:
     """Some steps, with the gradients of those that are chosen among them."""
     with run.updates.autocast(run.device):
         inputs, targets = run.inputs(start, stop), run.targets(slice(start, stop))
@@ -50,7 +50,7 @@ def _run_steps_with_gradients(run: Run, start: int, stop: int, chosen: Sequence[
     run.finish_steps(state, losses, y_seq, stop)
 
 
-def _run_with_gradients(run: Run, chosen: Sequence[int], chunk: int) -> None:
+def _run_with_gradients(run: SequenceRun, chosen: Sequence[int], chunk: int) -> None:
     for start in range(0, run.T, chunk):
         stop = min(start + chunk, run.T)
         here = [t for t in chosen if start <= t < stop]
@@ -60,7 +60,7 @@ def _run_with_gradients(run: Run, chosen: Sequence[int], chunk: int) -> None:
             _run_without_gradients(run, start, stop, ())
 
 
-def _run_without_gradients(run: Run, start: int, stop: int, record: Sequence[str]) -> dict[str, Tensor]:
+def _run_without_gradients(run: SequenceRun, start: int, stop: int, record: Sequence[str]) -> dict[str, Tensor]:
     """Some steps, and the values of some slots after each of them, `[T, *]`."""
     with torch.no_grad(), run.updates.autocast(run.device):
         inputs = run.inputs(start, stop)
@@ -80,7 +80,7 @@ class _KnownStates:
             no loop, for which there would be a kernel, so each of them keeps more.
     """
 
-    def __init__(self, run: Run, chunk: int) -> None:
+    def __init__(self, run: SequenceRun, chunk: int) -> None:
         self.run_of, self.chunk, self.most = run, chunk, math.ceil(chunk / 4)
         self.program = run.nets.sequence.program
         self.slots = [slot.name for slot in self.program.slots]

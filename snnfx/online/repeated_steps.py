@@ -7,14 +7,14 @@ from collections.abc import Iterator, Sequence
 
 from torch import Tensor, nn
 
-from snnfx.recompute.replay import drawing_from
+from snnfx.recompute.replay import replay_rng
 from snnfx.regions.region_modules import buffers_of
-from snnfx.sandbox.isolation import random_state
+from snnfx.sandbox.isolation import rng_state
 
-__all__ = ["Moment"]
+__all__ = ["RepeatContext"]
 
 
-class Moment:
+class RepeatContext:
     """What a run meets besides inputs and state: the buffers that it changes, and where random numbers come from.
 
     Args:
@@ -24,13 +24,13 @@ class Moment:
 
     def __init__(self, modules: Sequence[nn.Module], draws: bool) -> None:
         self.buffers = buffers_of(modules)
-        self.random = random_state() if draws else None
+        self.random = rng_state() if draws else None
 
     @contextlib.contextmanager
     def again(self) -> Iterator[None]:
         """Run as then; what changes has been counted already, so it is put back to what it is now."""
         now = [(buffer, buffer.clone()) for buffer, _ in self.buffers]
-        with drawing_from(self.random):
+        with replay_rng(self.random):
             _set(self.buffers)
             try:
                 yield

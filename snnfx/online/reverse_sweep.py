@@ -15,8 +15,8 @@ from torch import Tensor
 from torch.utils import _pytree as pytree
 
 from snnfx.online.losses import losses_of_steps
-from snnfx.online.repeated_steps import Moment
-from snnfx.online.sequence_run import Run, State, with_gradient
+from snnfx.online.repeated_steps import RepeatContext
+from snnfx.online.sequence_run import SequenceRun, State, with_gradient
 
 __all__ = ["backward_stretch"]
 
@@ -24,7 +24,7 @@ Adjoints = dict[str, Tensor]
 """Gradients with respect to the state after some step, by slot."""
 
 
-def backward_stretch(run: Run, start: int, stop: int, chunk: int) -> None:
+def backward_stretch(run: SequenceRun, start: int, stop: int, chunk: int) -> None:
     """Add the gradients of the steps from `start` to `stop`, which go through time between them.
 
     Args:
@@ -32,7 +32,7 @@ def backward_stretch(run: Run, start: int, stop: int, chunk: int) -> None:
         start, stop: the stretch.
         chunk: how many steps are differentiated at once.
     """
-    borders: list[tuple[int, State, Moment]] = []
+    borders: list[tuple[int, State, RepeatContext]] = []
     last = start
     while last + chunk < stop:
         borders.append((last, run.state, run.nets.moment()))
@@ -51,19 +51,19 @@ def backward_stretch(run: Run, start: int, stop: int, chunk: int) -> None:
             _differentiate(run, first, first + chunk, before, adjoints)
 
 
-def _run_chunk(run: Run, start: int, stop: int, state: State) -> tuple[Any, dict[str, Any], Tensor]:
+def _run_chunk(run: SequenceRun, start: int, stop: int, state: State) -> tuple[Any, dict[str, Any], Tensor]:
     with run.updates.autocast(run.device):
         y_seq, after = run.nets.sequence.run_bound(run.inputs(start, stop), run.carried(start), state, stop - start)
         return y_seq, after, _losses(run, start, stop, y_seq)
 
 
-def _losses(run: Run, start: int, stop: int, y_seq: Any) -> Tensor:
+def _losses(run: SequenceRun, start: int, stop: int, y_seq: Any) -> Tensor:
     targets = run.targets(slice(start, stop))
     return losses_of_steps(run.loss, y_seq, targets, run.target_has_time, stop - start)
 
 
 def _differentiate(
-    run: Run, start: int, stop: int, before: State, adjoints: Adjoints
+    run: SequenceRun, start: int, stop: int, before: State, adjoints: Adjoints
 ) -> tuple[dict[str, Any], Tensor, Any]:
     """Run a chunk and add its gradients: `(state after it, losses, outputs)`.
 
@@ -82,7 +82,7 @@ def _differentiate(
 
 
 def _differentiate_layers(
-    run: Run, start: int, stop: int, before: State, adjoints: Adjoints
+    run: SequenceRun, start: int, stop: int, before: State, adjoints: Adjoints
 ) -> tuple[dict[str, Any], Tensor, Any]:
     """The same with gradients through time in each layer, and through the layers in each step."""
     nets, inputs, T = run.nets, run.inputs(start, stop), stop - start

@@ -10,20 +10,21 @@ from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
 from snnfx.analysis.dependence import is_random
-from snnfx.convert import convert, edited
+from snnfx.convert import apply_edits, convert
 from snnfx.errors import InputError, warn_once
 from snnfx.ir.options import time_dims_of_leaves
 from snnfx.ir.pass_manager import Pass
 from snnfx.ir.program import StepProgram, keeps_statistics
 from snnfx.online.learning_rules import Rule
-from snnfx.online.repeated_steps import Moment
+from snnfx.online.repeated_steps import RepeatContext
 from snnfx.ops.online_functions import draw_dropout_mask
-from snnfx.passes.detach import CutTemporalEdges
+from snnfx.passes.cut_layers import CutLayers
+from snnfx.passes.cut_spatial_edges import CutSpatialEdges
+from snnfx.passes.cut_temporal_edges import CutTemporalEdges
 from snnfx.passes.hold_dropout import HoldDropout
-from snnfx.passes.known_states import ReadStatesAsInputs
-from snnfx.passes.part_layers import CutLayers, TapLayers
-from snnfx.passes.signal import CutSpatialEdges
-from snnfx.passes.trace import TraceOperands
+from snnfx.passes.read_states_as_inputs import ReadStatesAsInputs
+from snnfx.passes.tap_layers import TapLayers
+from snnfx.passes.trace_operands import TraceOperands
 from snnfx.runtime.net import Net
 from snnfx.state.carry import outputs_without
 
@@ -75,7 +76,7 @@ class RuleNets:
         self._found: tuple[StepProgram, _Findings] | None = None
 
     def _edited(self, step_mode: str, *more: Pass) -> Net:
-        return edited(
+        return apply_edits(
             self.base,
             [*self.edits, *more],
             step_mode=step_mode,
@@ -108,9 +109,9 @@ class RuleNets:
         """Whether a step whose state is known is the same whenever it is run."""
         return self._findings().is_repeatable
 
-    def moment(self) -> Moment:
+    def moment(self) -> RepeatContext:
         """What the next steps meet, to run them again later."""
-        return Moment(self._findings().counting, self._findings().draws)
+        return RepeatContext(self._findings().counting, self._findings().draws)
 
     def _findings(self) -> _Findings:
         program = self.sequence.program
@@ -137,7 +138,7 @@ class RuleNets:
 
     @property
     def layers(self) -> tuple[Net, Net]:
-        """The forms that return what leaves each layer, and that add something to it: `snnfx.passes.part_layers`."""
+        """The forms that return what leaves each layer, and that add something to it: `snnfx.passes.cut_layers`."""
         if self._layers is None:
             self._layers = self._edited("m", CutLayers()), self._edited("m", TapLayers(), CutTemporalEdges())
         for net in self._layers:
@@ -210,14 +211,14 @@ def _findings_of(program: StepProgram) -> _Findings:
     return _Findings(bool(drawing or opaque), not (each_step or unlike), tuple(modules | opaque))
 
 
-class _Kept(dict[Any, Any]):
+class _NetCache(dict[Any, Any]):
     """Nets kept with a model: a copy or a pickle of the model starts without them."""
 
-    def __deepcopy__(self, memo: dict[int, Any]) -> _Kept:
-        return _Kept()
+    def __deepcopy__(self, memo: dict[int, Any]) -> _NetCache:
+        return _NetCache()
 
     def __reduce__(self) -> tuple[Callable[..., Any], tuple[Any, ...]]:
-        return _Kept, ()
+        return _NetCache, ()
 
 
 def nets_for(model: nn.Module, rule: Rule, batch_norm: str, example_inputs: Any) -> RuleNets:
@@ -229,7 +230,7 @@ def nets_for(model: nn.Module, rule: Rule, batch_norm: str, example_inputs: Any)
         batch_norm: "per_step" or "fold".
         example_inputs: the arguments of one step, for a model that is not converted.
     """
-    kept: _Kept = model.__dict__.setdefault(_CACHE, _Kept())
+    kept: _NetCache = model.__dict__.setdefault(_CACHE, _NetCache())
     shapes = () if isinstance(model, Net) else shapes_of(example_inputs)
     modules = tuple(map(id, getattr(model, "source", model).modules()))
     key = (tuple(edits_of(rule)), batch_norm, shapes)

@@ -16,13 +16,13 @@ from snnfx.online.losses import Loss
 from snnfx.online.rule_nets import RuleNets
 from snnfx.online.updates import Updates
 
-__all__ = ["Run", "State", "detached", "with_gradient"]
+__all__ = ["SequenceRun", "State", "detached", "with_gradient"]
 
 State = dict[str, Any] | None
 
 
 @dataclass
-class Run:
+class SequenceRun:
     """One sequence: what comes in, and what has come of it so far.
 
     Args:

@@ -27,7 +27,7 @@ from snnfx.online.learning_rules import Rule
 from snnfx.online.losses import Loss
 from snnfx.online.random_steps import run_random_steps
 from snnfx.online.rule_nets import RuleNets, nets_for, shapes_of
-from snnfx.online.sequence_run import Run
+from snnfx.online.sequence_run import SequenceRun
 from snnfx.online.traversal import run_chunks, run_steps
 from snnfx.online.updates import Updates
 from snnfx.runtime.net import Net
@@ -228,7 +228,7 @@ class Trainer:
         check_steps(self.rule, T)
         as_given, target = target, target_with_time_first(target, target_dim, T, batch_of_steps(nets.base, leaves))
         nets.set_mode(self.model.training)
-        run = Run(
+        run = SequenceRun(
             rule=self.rule,
             nets=nets,
             leaves=leaves,

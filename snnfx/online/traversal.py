@@ -12,18 +12,18 @@ from typing import Any
 from torch import Tensor
 from torch.utils import _pytree as pytree
 
-from snnfx.analysis.leak import leaks_held
+from snnfx.analysis.leak import cached_constant_leaks
 from snnfx.online.fptt import FPTTSequence
 from snnfx.online.losses import scalar
 from snnfx.online.reverse_sweep import backward_stretch
-from snnfx.online.sequence_run import Run, State, with_gradient
+from snnfx.online.sequence_run import SequenceRun, State, with_gradient
 from snnfx.online.thread_count import is_small, one_thread
 from snnfx.runtime.net import Net
 
 __all__ = ["run_chunks", "run_steps"]
 
 
-def run_chunks(run: Run, chunk: int) -> None:
+def run_chunks(run: SequenceRun, chunk: int) -> None:
     """Gradients of a stretch of steps at a time; updates at the end, or every K steps."""
     every = run.rule.update if isinstance(run.rule.update, int) else run.T
     start = 0
@@ -40,14 +40,14 @@ def run_chunks(run: Run, chunk: int) -> None:
     run.update_count += run.updates.end_call()
 
 
-def _end_of_stretch(run: Run, start: int, chunk: int) -> int:
+def _end_of_stretch(run: SequenceRun, start: int, chunk: int) -> int:
     """Where no gradient goes on through time: after K steps, at an update, after a chunk if none goes at all."""
     rule = run.rule
     ends = [(start // every + 1) * every for every in (rule.temporal, rule.update) if isinstance(every, int)]
     return min([run.T, *ends, *([] if rule.goes_through_time else [start + chunk])])
 
 
-def run_steps(run: Run, averages: list[Tensor] | None) -> None:
+def run_steps(run: SequenceRun, averages: list[Tensor] | None) -> None:
     """An update at every step.
 
     Args:
@@ -59,12 +59,12 @@ def run_steps(run: Run, averages: list[Tensor] | None) -> None:
         assert averages is not None
         extra = FPTTSequence(run.rule.extra, run.updates, averages)
     small = is_small(run.updates.parameters, run.nets.step_elements)
-    with one_thread() if small else contextlib.nullcontext(), leaks_held():
+    with one_thread() if small else contextlib.nullcontext(), cached_constant_leaks():
         for t in range(run.T):
             _run_step(run, net, t, extra)
 
 
-def _run_step(run: Run, net: Net, t: int, extra: FPTTSequence | None) -> None:
+def _run_step(run: SequenceRun, net: Net, t: int, extra: FPTTSequence | None) -> None:
     """A step, and the update after it."""
     x, target, before = run.inputs_at(t), run.targets(t), run.state
 

@@ -89,7 +89,7 @@ def normalize(
         if per_step:
             return batch_norm_per_step(x_seq, module)
         return module(x_seq.flatten(0, 1)).unflatten(0, x_seq.shape[:2])  # type: ignore[no-any-return]
-    return _Normalize.apply(x_seq, mean, var, module.weight, module.bias, module.eps)  # type: ignore[no-any-return]
+    return _NormalizeFunction.apply(x_seq, mean, var, module.weight, module.bias, module.eps)  # type: ignore[no-any-return]
 
 
 def add_gradient_of_statistics(
@@ -180,7 +180,7 @@ def _statistics_of(
     return torch.ops.aten.batch_norm_update_stats(x, running_mean, running_var, factor)  # type: ignore[no-any-return]
 
 
-class _Normalize(torch.autograd.Function):
+class _NormalizeFunction(torch.autograd.Function):
     @staticmethod
     def forward(
         ctx: Any, x_seq: Tensor, mean: Tensor, var: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float

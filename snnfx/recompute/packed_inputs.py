@@ -14,7 +14,7 @@ from torch.autograd.graph import saved_tensors_hooks
 from snnfx.recompute.bit_packing import PackedTensor, pack, unpack
 from snnfx.recompute.tile import run_tile
 
-__all__ = ["PackedInputs", "keeping_packed", "run_tile_keeping_packed"]
+__all__ = ["PackedInputs", "run_tile_with_packed_inputs", "with_packed_inputs"]
 
 
 class PackedInputs(nn.Module):
@@ -30,7 +30,7 @@ class PackedInputs(nn.Module):
         self.largest, self.still_packable = tuple(largest), still_packable
 
 
-def run_tile_keeping_packed(
+def run_tile_with_packed_inputs(
     packed: PackedInputs, tile: Any, sequences: Sequence[Any], states: Sequence[Any], constants: Sequence[Any]
 ) -> Any:
     """`run_tile`, with a history that keeps sequences of whole numbers packed."""
@@ -38,7 +38,7 @@ def run_tile_keeping_packed(
     if is_transformed or not torch.is_grad_enabled() or not packed.still_packable():
         return run_tile(tile, sequences, states, constants)
     pairs = [(x, _packer(x, largest)) for x, largest in zip(sequences, packed.largest, strict=True) if largest]
-    with keeping_packed(pairs):
+    with with_packed_inputs(pairs):
         return run_tile(tile, sequences, states, constants)
 
 
@@ -47,7 +47,7 @@ def _packer(x_seq: Tensor, largest: int) -> Callable[[], PackedTensor]:
 
 
 @contextmanager
-def keeping_packed(pairs: Sequence[tuple[Tensor, Callable[[], PackedTensor]]]) -> Iterator[None]:
+def with_packed_inputs(pairs: Sequence[tuple[Tensor, Callable[[], PackedTensor]]]) -> Iterator[None]:
     """Where autograd would keep one of these tensors, or a view of all of it, it keeps its packed form instead."""
 
     known = list(pairs)

@@ -25,12 +25,12 @@ from snnfx.errors import warn_once
 from snnfx.ops.first_derivatives import refuse_second_derivative
 from snnfx.recompute.batch_statistics import as_its_own, takes_statistics
 from snnfx.recompute.bit_packing import PackedTensor, pack
-from snnfx.recompute.replay import Autocast, Modules, drawing_from, one_at_a_time, parameters_of
+from snnfx.recompute.replay import Autocast, Modules, parameters_of, recompute_lock, replay_rng
 from snnfx.recompute.tile import (
     Joined,
-    Part,
     Slices,
     Tile,
+    TileSlice,
     cut,
     cut_state,
     joined_states,
@@ -38,7 +38,7 @@ from snnfx.recompute.tile import (
     slices_of,
     states_can_be_cut,
 )
-from snnfx.sandbox.isolation import RandomState, random_state
+from snnfx.sandbox.isolation import RNGState, rng_state
 from snnfx.state.registry import has_forward_hooks
 
 __all__ = ["TILE", "Segment", "StatisticsCall", "TileCall", "run_segment"]
@@ -122,10 +122,10 @@ class Segment(nn.Module):
         """Run it with the history that autograd keeps."""
         table: dict[int, Any] = dict(enumerate(values))
         for product in self.products:
-            table.update(zip(product.makes, run_slice([product], table, Part(), ())[0], strict=True))
+            table.update(zip(product.makes, run_slice([product], table, TileSlice(), ())[0], strict=True))
         for taken in self.statistics:
             table.update(dict.fromkeys(taken.makes))  # the modules are called as they are
-        sequences, finals = run_slice([self.tile], table, Part(), [state_of(table, s) for s in self.tile.states])
+        sequences, finals = run_slice([self.tile], table, TileSlice(), [state_of(table, s) for s in self.tile.states])
         return tuple(sequences), tuple(finals)
 
 
@@ -157,8 +157,8 @@ def run_segment(segment: Segment, values: tuple[Any, ...]) -> tuple[Any, ...]:
     positions = [i for i, leaf in enumerate(leaves) if isinstance(leaf, Tensor)]
     statics = [None if isinstance(leaf, Tensor) else leaf for leaf in leaves]
     flows = [_flows(product, values) for product in segment.products]
-    with one_at_a_time:
-        call = Call(segment, statics, spec, positions, Modules(modules, parameters), flows)
+    with recompute_lock:
+        call = SegmentCall(segment, statics, spec, positions, Modules(modules, parameters), flows)
         found = iter(_Recompute.apply(call, *tensors, *parameters))
     return pytree.tree_unflatten(  # type: ignore[no-any-return]
         [next(found) if is_tensor else value for is_tensor, value in call.results], call.result_spec
@@ -174,7 +174,7 @@ def _flows(call: TileCall, values: Sequence[Any]) -> bool:
 
 
 @dataclass
-class Call:
+class SegmentCall:
     """One run of a segment, and what its backward pass needs to know."""
 
     segment: Segment
@@ -189,7 +189,7 @@ class Call:
     T: int = 0
     N: int = 0
     buffers: list[Any] = field(default_factory=list)
-    generators: dict[int, RandomState] = field(default_factory=dict)  # by the place of a product, or TILE
+    generators: dict[int, RNGState] = field(default_factory=dict)  # by the place of a product, or TILE
     live: dict[int, bool] = field(default_factory=dict)  # by number of the mean: taken now, or running statistics
     autocast: Autocast = field(default_factory=Autocast)
 
@@ -216,8 +216,8 @@ class Call:
         kept: list[Tensor] = []
         if segment.statistics:
             for number, product in enumerate(segment.products):
-                if product.tile.has_dice:
-                    self.generators[number] = random_state()
+                if product.tile.is_random:
+                    self.generators[number] = rng_state()
                 # As backward will cut it: a product of other slices may be rounded otherwise.
                 like = (*segment.products, segment.tile) if segment.twice else (product,)
                 made, _ = self.in_slices([product], values, self.lengths(like, values))
@@ -229,8 +229,8 @@ class Call:
                 values.update(zip(taken.makes, found, strict=True))
                 kept += found if self.live[taken.makes[0]] else [s.clone() for s in found]
         calls = (*segment.products, segment.tile) if segment.twice else segment.joint
-        if any(one.tile.has_dice for one in segment.joint):
-            self.generators[TILE] = random_state()
+        if any(one.tile.is_random for one in segment.joint):
+            self.generators[TILE] = rng_state()
         results = self.in_slices(segment.joint, values, self.lengths(calls, values))
         self.sequences = len(results[0])
         return results, kept
@@ -272,9 +272,11 @@ class Call:
         joined: list[Joined] = []
         finals = []
         for of_samples in slices_of(self.N, samples):
-            states: Sequence[Any] = [cut_state(state_of(values, s), Part(of_samples, of=self.N)) for s in last.states]
+            states: Sequence[Any] = [
+                cut_state(state_of(values, s), TileSlice(of_samples, of=self.N)) for s in last.states
+            ]
             for of_steps in slices_of(self.T, steps):
-                part = Part(of_samples, of_steps, self.N)
+                part = TileSlice(of_samples, of_steps, self.N)
                 made, states = run_slice(calls, values, part, states)
                 joined = joined or [Joined(self.T) for _ in made]
                 for whole, y in zip(joined, made, strict=True):
@@ -286,12 +288,12 @@ class Call:
     def as_then(self, parameters: Sequence[Tensor], product: int) -> Iterator[None]:
         """What one of the products, or the tile, met in forward."""
         generators = self.generators.get(product)
-        with self.modules.again(parameters, self.buffers), self.autocast.again(), drawing_from(generators):
+        with self.modules.again(parameters, self.buffers), self.autocast.again(), replay_rng(generators):
             yield
 
 
 def run_slice(
-    calls: Sequence[TileCall], values: Mapping[int, Any], part: Part, states: Sequence[Any]
+    calls: Sequence[TileCall], values: Mapping[int, Any], part: TileSlice, states: Sequence[Any]
 ) -> tuple[Sequence[Tensor], Sequence[Any]]:
     """Sequences and final states of the last of some calls on a slice of the values."""
     made: dict[int, Tensor] = {}
@@ -311,7 +313,7 @@ def run_slice(
 
 class _Recompute(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, call: Call, *tensors: Tensor) -> tuple[Tensor, ...]:
+    def forward(ctx: Any, call: SegmentCall, *tensors: Tensor) -> tuple[Tensor, ...]:
         ctx.set_materialize_grads(False)
         ctx.call = call
         count = len(call.tensor_positions)
@@ -341,7 +343,7 @@ class _Recompute(torch.autograd.Function):
 
         what = "what backward computes again"
         refuse_second_derivative(what, "Convert with checkpoint=None, lower=None: PyTorch keeps a history then.")
-        call: Call = ctx.call
+        call: SegmentCall = ctx.call
         saved, (first, second) = ctx.saved_tensors, ctx.counts
         inputs: list[Any] = [
             x if packed is None else PackedTensor(x, *packed)

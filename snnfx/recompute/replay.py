@@ -16,11 +16,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from snnfx.sandbox.isolation import RandomState, random_state
+from snnfx.sandbox.isolation import RNGState, rng_state
 
-__all__ = ["Autocast", "Modules", "drawing_from", "one_at_a_time", "parameters_of"]
+__all__ = ["Autocast", "Modules", "parameters_of", "recompute_lock", "replay_rng"]
 
-one_at_a_time = threading.RLock()
+recompute_lock = threading.RLock()
 """Held while a segment runs: the second run puts other parameters into the modules, which no other thread may see."""
 
 
@@ -63,7 +63,7 @@ class Modules:
         """Modules in their mode of then, with these parameters and with copies of these buffers."""
         undo: list[tuple[Any, Any, Any]] = []
         registry: Any
-        one_at_a_time.acquire()
+        recompute_lock.acquire()
         modes = [(m, m.training) for m in self.modules]
         try:
             for registry, key, index in self.places:
@@ -85,7 +85,7 @@ class Modules:
                 registry[key] = own
             for module, training in modes:
                 module.training = training
-            one_at_a_time.release()
+            recompute_lock.release()
 
 
 def _settings_of(module: nn.Module) -> dict[str, Any]:
@@ -118,12 +118,12 @@ class Autocast:
 
 
 @contextlib.contextmanager
-def drawing_from(state: RandomState | None) -> Iterator[None]:
+def replay_rng(state: RNGState | None) -> Iterator[None]:
     """Draw random numbers from this state on, and go on from the one of now afterwards; None: nothing is drawn."""
     if state is None:
         yield
         return
-    now = random_state()
+    now = rng_state()
     state.restore()
     try:
         yield

@@ -17,12 +17,12 @@ from torch import Tensor, nn
 from torch.autograd.graph import GradientEdge, get_gradient_edge
 from torch.utils import _pytree as pytree
 
-from snnfx.recompute.autograd_entry import enter
+from snnfx.recompute.autograd_entry import attach_to_graph
 from snnfx.recompute.batch_statistics import add_gradient_of_statistics, step_statistics
 from snnfx.recompute.bit_packing import PackedTensor
-from snnfx.recompute.packed_inputs import keeping_packed
-from snnfx.recompute.recomputation import TILE, Call, TileCall, run_slice
-from snnfx.recompute.tile import Joined, Part, cut, cut_state, run_tile, slices_of
+from snnfx.recompute.packed_inputs import with_packed_inputs
+from snnfx.recompute.recomputation import TILE, SegmentCall, TileCall, run_slice
+from snnfx.recompute.tile import Joined, TileSlice, cut, cut_state, run_tile, slices_of
 
 __all__ = ["backward"]
 
@@ -34,7 +34,7 @@ Tokens = list[tuple[Key, Any]]
 
 
 def backward(
-    call: Call,
+    call: SegmentCall,
     tensors: Sequence[Any],
     parameters: Sequence[Tensor],
     statistics: Sequence[Tensor],
@@ -50,24 +50,24 @@ def backward(
         needs: which of the tensors and parameters need a gradient.
         grads: of the sequences and final states.
     """
-    run = _Backward(call, tensors, parameters, statistics, needs)
+    run = _SegmentBackward(call, tensors, parameters, statistics, needs)
     run.through(grads)
     return [run.found_of(key) for key in run.keys], run.of_parameters
 
 
 @dataclass
-class _History:
+class _SliceGraph:
     """A call of a product with what autograd keeps of it."""
 
-    part: Part
+    part: TileSlice
     edges: list[GradientEdge | None]
     tokens: Tokens
 
 
-class _Backward:
+class _SegmentBackward:
     def __init__(
         self,
-        call: Call,
+        call: SegmentCall,
         tensors: Sequence[Any],
         parameters: Sequence[Tensor],
         statistics: Sequence[Tensor],
@@ -109,7 +109,7 @@ class _Backward:
             with call.as_then(self.own, TILE):
                 self._slices(segment.joint, grads)
             return
-        histories: dict[int, list[_History]] = {}
+        histories: dict[int, list[_SliceGraph]] = {}
         if segment.products and not segment.twice:
             for number, product in enumerate(segment.products):
                 with call.as_then(self.own, number):
@@ -119,7 +119,7 @@ class _Backward:
         made = {n for product in segment.products for n in product.makes}
         for x in dict.fromkeys(taken.x for taken in segment.statistics if taken.x not in made):
             if (x, 0) in self.found:
-                self._add_statistics(x, Part(), cut(self.values[x], Part()), self.found_of((x, 0)))
+                self._add_statistics(x, TileSlice(), cut(self.values[x], TileSlice()), self.found_of((x, 0)))
         for number, product in enumerate(segment.products):
             if call.flows[number]:
                 with call.as_then(self.own, number):
@@ -133,7 +133,7 @@ class _Backward:
         before = [self.values[s] if isinstance(s, int) else s for s in last.states]
         count = self.call.sequences
         for of_samples in slices_of(self.call.N, samples):
-            part = Part(of_samples, of=self.call.N)
+            part = TileSlice(of_samples, of=self.call.N)
             of_finals = [None if g is None else cut_state(g, part) for g in grads[count:]]
             states = [cut_state(s, part) for s in before]
             of_states = self._over_time(calls, part, steps, grads[:count], of_finals, states)
@@ -144,14 +144,14 @@ class _Backward:
     def _over_time(
         self,
         calls: Sequence[TileCall],
-        part: Part,
+        part: TileSlice,
         steps: int | None,
         of_outputs: Sequence[Tensor | None],
         of_finals: Sequence[Tensor | None],
         states: list[Any],
     ) -> dict[Key, Tensor | None]:
         """Back through the time of some samples; the gradients of the states before the first step."""
-        parts = [Part(part.samples, of_steps, part.of) for of_steps in slices_of(self.call.T, steps)]
+        parts = [TileSlice(part.samples, of_steps, part.of) for of_steps in slices_of(self.call.T, steps)]
         borders = [states]
         for one in parts[:-1]:
             with torch.no_grad():
@@ -168,7 +168,7 @@ class _Backward:
     def _back(
         self,
         calls: Sequence[TileCall],
-        part: Part,
+        part: TileSlice,
         states: Sequence[Any],
         given: Sequence[Tensor | None],
         everywhere: bool,
@@ -205,7 +205,7 @@ class _Backward:
     def _with_history(
         self,
         calls: Sequence[TileCall],
-        part: Part,
+        part: TileSlice,
         states: Sequence[Any],
         tokens: Tokens,
         everywhere: bool,
@@ -239,7 +239,7 @@ class _Backward:
         if key not in self.needed or not (x.is_floating_point() or x.is_complex()):
             return x
         with torch.enable_grad():
-            token, x = enter(x.detach())
+            token, x = attach_to_graph(x.detach())
         tokens.append((key, token))
         return x
 
@@ -260,21 +260,21 @@ class _Backward:
             for i, leaf in enumerate(leaves):
                 if isinstance(leaf, Tensor) and leaf.is_floating_point() and (everywhere or (source, i) in self.needed):
                     with torch.enable_grad():
-                        token, leaves[i] = enter(leaf.detach())
+                        token, leaves[i] = attach_to_graph(leaf.detach())
                     tokens.append(((("state", n), i), token))
             found.append(pytree.tree_unflatten(leaves, spec))
         return found
 
     # -- the second pass --------------------------------------------------------------------------------------------
 
-    def _once_more(self, product: TileCall) -> list[_History]:
+    def _once_more(self, product: TileCall) -> list[_SliceGraph]:
         """Compute a product again, with a history that keeps its sequences packed."""
         samples, steps = self.call.lengths([product], self.values)
         joined = [Joined(self.call.T) for _ in product.makes]
         found = []
         for of_samples in slices_of(self.call.N, samples):
             for of_steps in slices_of(self.call.T, steps):
-                part = Part(of_samples, of_steps, self.call.N)
+                part = TileSlice(of_samples, of_steps, self.call.N)
                 made, history = self._with_packed_history(product, part)
                 for whole, y in zip(joined, made, strict=True):
                     whole.add(y, part)
@@ -282,7 +282,7 @@ class _Backward:
         self.values.update(zip(product.makes, (whole.whole for whole in joined), strict=True))
         return found
 
-    def _with_packed_history(self, product: TileCall, part: Part) -> tuple[list[Tensor], _History]:
+    def _with_packed_history(self, product: TileCall, part: TileSlice) -> tuple[list[Tensor], _SliceGraph]:
         tokens: Tokens = []
         pairs = []
         with torch.enable_grad():
@@ -293,19 +293,19 @@ class _Backward:
                     pairs.append((x, _slicer(self.values[n], part)))
                 sequences.append(self._entered((n, 0), x, tokens))
             constants = [self._constant(n, tokens) for n in product.constants]
-            with keeping_packed(pairs):
+            with with_packed_inputs(pairs):
                 made, _ = run_tile(product.tile, sequences, product.states, constants)
-        return [y.detach() for y in made], _History(part, [_edge(y) for y in made], tokens)
+        return [y.detach() for y in made], _SliceGraph(part, [_edge(y) for y in made], tokens)
 
-    def _back_through(self, product: TileCall, histories: list[_History] | None) -> None:
+    def _back_through(self, product: TileCall, histories: list[_SliceGraph] | None) -> None:
         """Back through a product, whose results have their gradient but for what comes through the statistics."""
         wholes = {n: self.found_of((n, 0)) for n in product.makes}
         if histories is None:
             samples, steps = self.call.lengths((*self.segment.products, self.segment.tile), self.values)
             N, T = self.call.N, self.call.T
-            parts = [Part(a, b, N) for a in slices_of(N, samples) for b in slices_of(T, steps)]
+            parts = [TileSlice(a, b, N) for a in slices_of(N, samples) for b in slices_of(T, steps)]
         for item in histories if histories is not None else parts:
-            if isinstance(item, Part):
+            if isinstance(item, TileSlice):
                 made, history = self._with_packed_history(product, item)
             else:
                 history = item
@@ -324,7 +324,7 @@ class _Backward:
             self.found.pop((n, 0), None)
             self.values.pop(n, None)
 
-    def _add_statistics(self, x: int, part: Part, value: Tensor, grad: Tensor | None) -> None:
+    def _add_statistics(self, x: int, part: TileSlice, value: Tensor, grad: Tensor | None) -> None:
         """Add what comes through statistics of a value to its gradient."""
         for taken in self.segment.statistics:
             if taken.x != x or grad is None:
@@ -340,7 +340,7 @@ class _Backward:
 
     # -- what was found ---------------------------------------------------------------------------------------------
 
-    def _add(self, grads: Tokens, part: Part) -> None:
+    def _add(self, grads: Tokens, part: TileSlice) -> None:
         """The gradients of one slice."""
         total: dict[Key, Tensor | None] = {}
         for key, grad in grads:
@@ -359,7 +359,7 @@ class _Backward:
                 self.found[key] = _sum(self.found.get(key), joined.whole)  # type: ignore[assignment]
         self.slices.clear()
 
-    def _add_state(self, key: Key, grad: Tensor | None, part: Part) -> None:
+    def _add_state(self, key: Key, grad: Tensor | None, part: TileSlice) -> None:
         if grad is None:
             return
         if part.samples is None:
@@ -380,7 +380,7 @@ def _edge(y: Any) -> GradientEdge | None:
     return get_gradient_edge(y) if isinstance(y, Tensor) and y.requires_grad else None
 
 
-def _slicer(packed: PackedTensor, part: Part) -> Any:
+def _slicer(packed: PackedTensor, part: TileSlice) -> Any:
     def sliced() -> PackedTensor:
         found = packed if part.steps is None else packed.steps(*part.steps)
         return found if part.samples is None else found.samples(*part.rows(found.shape[1]))

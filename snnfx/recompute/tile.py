@@ -19,9 +19,9 @@ from snnfx.recompute.bit_packing import PackedTensor, empty_steps, memory_order,
 
 __all__ = [
     "Joined",
-    "Part",
     "Slices",
     "Tile",
+    "TileSlice",
     "cut",
     "cut_state",
     "joined_states",
@@ -41,7 +41,7 @@ class Tile(nn.Module):
         run: what runs it: `run(tile, *sequences, *states, *constants)`.
         batched: of each sequence that goes in, whether it has a batch: `[T, N, *]`; else it is `[T, *]`.
         by_steps, by_samples: whether slices of time steps and of samples may be run on their own.
-        has_dice: whether it draws random numbers.
+        is_random: whether it draws random numbers.
     """
 
     def __init__(
@@ -52,11 +52,11 @@ class Tile(nn.Module):
         batched: Sequence[bool],
         by_steps: bool,
         by_samples: bool,
-        has_dice: bool = False,
+        is_random: bool = False,
     ) -> None:
         super().__init__()
         self.label, self.graph, self.batched = label, graph, tuple(batched)
-        self.by_steps, self.by_samples, self.has_dice = by_steps, by_samples, has_dice
+        self.by_steps, self.by_samples, self.is_random = by_steps, by_samples, is_random
         self.__dict__["run"] = run
 
 
@@ -88,7 +88,7 @@ class Slices:
 
 
 @dataclass(frozen=True)
-class Part:
+class TileSlice:
     """A slice: samples and time steps from the first number up to the second, None for all; `of` so many samples."""
 
     samples: tuple[int, int] | None = None
@@ -119,7 +119,7 @@ def slices_of(count: int, length: int | None) -> Iterator[tuple[int, int] | None
         yield start, min(start + length, count)
 
 
-def cut(value: Any, part: Part, batched: bool = True) -> Tensor:
+def cut(value: Any, part: TileSlice, batched: bool = True) -> Tensor:
     """A slice of a sequence, `[T, N, *]` or, without a batch, `[T, *]`; unpacked."""
     samples = part.samples if batched else None
     if isinstance(value, PackedTensor):
@@ -133,7 +133,7 @@ def cut(value: Any, part: Part, batched: bool = True) -> Tensor:
     return value if samples is None else value[:, slice(*part.rows(value.shape[1]))]  # type: ignore[no-any-return]
 
 
-def cut_state(state: Any, part: Part) -> Any:
+def cut_state(state: Any, part: TileSlice) -> Any:
     """The state of some samples; numbers stay as they are."""
     if part.samples is None:
         return state
@@ -157,9 +157,9 @@ class Joined:
     def __init__(self, T: int, batched: bool = True) -> None:
         self.T, self.batched = T, batched
         self.whole: Tensor | None = None
-        self.missing: list[Part] = []
+        self.missing: list[TileSlice] = []
 
-    def add(self, y: Tensor | None, part: Part) -> None:
+    def add(self, y: Tensor | None, part: TileSlice) -> None:
         """One slice, None for zeros."""
         if y is None:
             if self.whole is None:
@@ -184,7 +184,7 @@ class Joined:
         else:
             self._at(part).add_(y)
 
-    def _at(self, part: Part) -> Tensor:
+    def _at(self, part: TileSlice) -> Tensor:
         assert self.whole is not None
         return cut(self.whole, part, self.batched)
 

@@ -17,7 +17,7 @@ from torch._subclasses.fake_tensor import unset_fake_temporarily
 from torch.utils._python_dispatch import _disable_current_modes
 
 from snnfx.errors import PassError
-from snnfx.lowering.elementwise.lowered_step import Kept, LoweredStep, Needs
+from snnfx.lowering.elementwise.lowered_step import LoweredStep, Needs, SavedContext
 from snnfx.lowering.mixed.mixed_step import MixedStep
 from snnfx.lowering.mixed.operator_shapes import Shapes, apart, hint, shapes_of, symbolic_shapes
 from snnfx.regions.region_kernels import Prepared, RegionKernels
@@ -161,7 +161,7 @@ def run_backward(
         return apart(gathered, [*x_seq, *prepared.given, *(state or ()), *kept, *grads])
     shape = lowered.shape_of_step(x_seq, states)
     numbers = tuple(None if isinstance(s, Tensor) else float(s) for s in states)
-    details = Kept(needed, x_seq[0].shape[0], shape, tuple(range(len(shape))), numbers)
+    details = SavedContext(needed, x_seq[0].shape[0], shape, tuple(range(len(shape))), numbers)
     tensors = [s if isinstance(s, Tensor) else None for s in states]
     found_x, found_states, found_constants = lowered.backward(
         details,

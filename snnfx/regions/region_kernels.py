@@ -16,15 +16,15 @@ from torch import Tensor, fx, nn
 from torch.autograd import forward_ad
 
 from snnfx.errors import warn_once
-from snnfx.lowering.aten_recording import NotLowered
+from snnfx.lowering.aten_recording import LoweringRefused
 from snnfx.lowering.elementwise.autograd_kernel import needs_of, run_lowered
-from snnfx.lowering.elementwise.back_end_choice import DEVICES, kind_of
+from snnfx.lowering.elementwise.back_end_choice import DEVICES, device_kind_of
 from snnfx.lowering.elementwise.lowered_step import LoweredStep, Needs
 from snnfx.lowering.elementwise.translation import TranslatedStep
 from snnfx.lowering.live_settings import SettingsOfRegion
 from snnfx.lowering.mixed.autograd_loop import run_mixed
 from snnfx.lowering.mixed.mixed_step import MixedStep
-from snnfx.regions.step_lowering import Recorded, Rehearsal
+from snnfx.regions.step_lowering import Recorded, StepLowering
 
 __all__ = ["Prepared", "RegionKernels"]
 
@@ -68,7 +68,7 @@ class Prepared:
         """The states before the first step."""
         if state is None and self.kernels.first is not None:
             assert self.entry.initial is not None
-            return self.entry.initial.values(self.constants, self.x_seq, self.kernels.rehearsal.start)
+            return self.entry.initial.values(self.constants, self.x_seq, self.kernels.step_lowering.start)
         return list(state or ())
 
 
@@ -86,7 +86,7 @@ class RegionKernels:
         self, label: str, step: fx.GraphModule, first: fx.GraphModule | None, make_start: Callable[[], fx.GraphModule]
     ) -> None:
         self.label, self.first = label, first
-        self.rehearsal = Rehearsal(step, first, make_start)
+        self.step_lowering = StepLowering(step, first, make_start)
         self.entries: dict[Any, Recorded] = {}
         self._latest: tuple[Any, Recorded] | None = None
         self._settings = SettingsOfRegion()
@@ -161,7 +161,7 @@ class RegionKernels:
         try:
             x_seq = prepared.x_seq[0]
             prepared.lowered.build(needs, x_seq.numel() // x_seq.shape[0])
-        except NotLowered as reason:
+        except LoweringRefused as reason:
             entry.lowered, entry.reason = None, str(reason)
             self.refusal = entry.reason
             warn_once("SNNFX505", f"loops are run step by step by PyTorch: {reason}.", key="build")
@@ -175,7 +175,7 @@ class RegionKernels:
         self, x_seq: Sequence[Tensor], state: Sequence[Any] | None, constants: Sequence[Any], settings: Any
     ) -> Recorded:
         device = x_seq[0].device
-        kind = kind_of(device)
+        kind = device_kind_of(device)
         fixed = (
             settings,
             None if state is None else tuple([_of_state(s) for s in state]),
@@ -191,7 +191,7 @@ class RegionKernels:
         for fetch, identity, version in entry.baked:
             tensor = fetch(constants)
             if id(tensor) != identity or tensor._version != version:
-                entry, _ = self.rehearsal.recorded(x_seq, state, constants)
+                entry, _ = self.step_lowering.recorded(x_seq, state, constants)
                 self._keep(exact, entry)
                 break
         self._latest = exact, entry
@@ -206,7 +206,7 @@ class RegionKernels:
             general = (tuple([(_pattern(x.shape[1:]), x.dtype) for x in x_seq]), exact[1])
             entry = self.entries.get(general)
             if entry is None:
-                entry, is_general = self.rehearsal.recorded(x_seq, state, constants)
+                entry, is_general = self.step_lowering.recorded(x_seq, state, constants)
                 self._keep(general if is_general else exact, entry)
         return entry
 
@@ -223,7 +223,7 @@ def _ordinary(x_seq: Sequence[Any], state: Sequence[Any] | None, constants: Sequ
     if forward_ad._current_level >= 0:
         return False
     device = x_seq[0].device
-    if kind_of(device) not in DEVICES:
+    if device_kind_of(device) not in DEVICES:
         return False
     for value in (*x_seq, *(state or ()), *constants):
         if isinstance(value, Tensor):

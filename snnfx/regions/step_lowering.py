@@ -1,4 +1,4 @@
-"""The rehearsal of a region: one step is recorded, and lowered to kernels, or there is a reason why not."""
+"""The step_lowering of a region: one step is recorded, and lowered to kernels, or there is a reason why not."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from typing import Any, cast
 import torch
 from torch import Tensor, fx, nn
 
-from snnfx.lowering.aten_recording import NotLowered, Recording, random_numbers_kept, record_step
+from snnfx.lowering.aten_recording import LoweringRefused, Recording, preserved_rng_state, record_step
 from snnfx.lowering.elementwise.aten_table import decomposition
 from snnfx.lowering.elementwise.back_end_choice import back_end_of
 from snnfx.lowering.elementwise.initial_states import (
@@ -25,7 +25,7 @@ from snnfx.lowering.mixed.mixed_step import MixedStep
 from snnfx.regions.region_modules import buffers_of
 from snnfx.state.registry import adapter_of, call_stateful, initial_value
 
-__all__ = ["Recorded", "Rehearsal"]
+__all__ = ["Recorded", "StepLowering"]
 
 
 @dataclass
@@ -51,7 +51,7 @@ class Recorded:
     built: frozenset[Any] = frozenset()
 
 
-class Rehearsal:
+class StepLowering:
     """Records steps of one region.
 
     Args:
@@ -76,7 +76,7 @@ class Rehearsal:
         self, x_seq: Sequence[Tensor], state: Sequence[Any] | None, constants: Sequence[Any]
     ) -> tuple[Recorded, bool]:
         """Record a step, and whether the recording (or the reason against one) holds for other sizes of its inputs."""
-        # Without their history: the rehearsal of the backward pass must not go through it.
+        # Without their history: the step_lowering of the backward pass must not go through it.
         constants = [c.detach().requires_grad_(c.requires_grad) if isinstance(c, Tensor) else c for c in constants]
         alive = tuple(
             x for c in constants if isinstance(c, nn.Module) for m in c.modules() for x in m.__dict__.values()
@@ -91,15 +91,15 @@ class Rehearsal:
             starts = self.first is not None and state is None
             lowered, initial = self._lowered(recording, inputs, after, starts, constants)
             if any(_differs(buffer, value) for buffer, value in buffers):
-                raise NotLowered("the step changes a buffer")
-        except NotLowered as reason:
+                raise LoweringRefused("the step changes a buffer")
+        except LoweringRefused as reason:
             return Recorded(None, None, reason=str(reason), kept_alive=alive), True
         except Exception as error:  # in the user's code: should it be an error of the model, the loop raises it again
-            reason_text = f"its step cannot be differentiated in a rehearsal: {type(error).__name__}: {error}"
+            reason_text = f"its step cannot be differentiated in a step_lowering: {type(error).__name__}: {error}"
             return Recorded(None, None, reason=reason_text.rstrip("."), kept_alive=alive), True
         finally:
             for buffer, value in buffers:
-                if _differs(buffer, value):  # past the version counter: no user has seen the rehearsal
+                if _differs(buffer, value):  # past the version counter: no user has seen the step_lowering
                     buffer.data.copy_(value)
         entry = Recorded(
             lowered,
@@ -130,7 +130,7 @@ class Rehearsal:
             if initial is not None:
                 self._refuse_unknown_shape(lowered, initial, inputs, constants)
             return lowered, initial
-        except NotLowered as reason:
+        except LoweringRefused as reason:
             if device.type != "cpu" or torch.is_autocast_enabled("cpu"):
                 raise
             mixed = MixedStep(recording, str(reason))
@@ -138,7 +138,7 @@ class Rehearsal:
             return mixed, None
         try:
             return mixed, initial_states_of_each(self._recording_of(self.start(), inputs, constants))
-        except (NotLowered, TypeError):  # TypeError: a module makes its states itself, from None
+        except (LoweringRefused, TypeError):  # TypeError: a module makes its states itself, from None
             return mixed, None
 
     def _refuse_unknown_shape(
@@ -149,7 +149,7 @@ class Rehearsal:
         if lowered.shape_of_step(x_seq, ()) != shape:
             states = initial.values(constants, x_seq, self.start)
             if lowered.shape_of_step(x_seq, states) != shape:
-                raise NotLowered("the states have a shape that nothing tells which each step reads")
+                raise LoweringRefused("the states have a shape that nothing tells which each step reads")
 
     def _recording_of(self, graph: fx.GraphModule, inputs: Sequence[Tensor], constants: Sequence[Any]) -> Recording:
         return record_step(functools.partial(graph.forward, *constants), inputs, None, False, decomposition)
@@ -158,14 +158,14 @@ class Rehearsal:
         self, inputs: Sequence[Tensor], state: Sequence[Any] | None, constants: Sequence[Any]
     ) -> list[Tensor]:
         """The states after a step: what all later steps start from."""
-        with random_numbers_kept(inputs[0].device):
+        with preserved_rng_state(inputs[0].device):
             if state is None and self.first is not None:
                 _, after = self.first.forward(*constants, *inputs)
             else:
                 _, after = self.step.forward(*constants, *inputs, tuple(state or ()))
         for value in after:
             if not isinstance(value, Tensor):
-                raise NotLowered(f"a state is a {type(value).__name__} that Python computes")
+                raise LoweringRefused(f"a state is a {type(value).__name__} that Python computes")
         return list(after)
 
     def _initial_states(
@@ -176,7 +176,7 @@ class Rehearsal:
 
         try:
             return initial_states_of_start(self._recording_of(self.start(), inputs, constants), fetcher)
-        except (NotLowered, TypeError):  # TypeError: a module makes its states itself, from None
+        except (LoweringRefused, TypeError):  # TypeError: a module makes its states itself, from None
             assert self.first is not None
             return initial_states_by_comparison(recording, self._recording_of(self.first, inputs, constants), fetcher)
 
@@ -217,7 +217,7 @@ def _refuse_other_shapes(inputs: Sequence[Tensor], states: Sequence[Tensor]) -> 
     except RuntimeError:
         shape = None
     if any(state.shape != shape for state in states):
-        raise NotLowered("a state has another shape than the inputs")
+        raise LoweringRefused("a state has another shape than the inputs")
 
 
 def _reads_size(node: fx.Node) -> bool:

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, fx, nn
 
 from snnfx.allocator import expect_large_blocks
-from snnfx.capture.setting_reads import first_change, watch
+from snnfx.capture.setting_reads import first_changed_setting, watch_settings
 from snnfx.emit.arguments import Arguments, signature_of
 from snnfx.emit.emitted_graphs import EmittedGraphs
 from snnfx.emit.recompute_segments import RecomputePlan
@@ -27,7 +27,7 @@ from snnfx.ir.options import ConvertOptions, time_dims_of_leaves
 from snnfx.ir.pass_manager import PassRecord
 from snnfx.ir.program import SELF_TARGET, Region, StepProgram
 from snnfx.ir.serialization import copy_model, pack_programs, unpack_programs
-from snnfx.memory.allocation_failure import explained_failure, is_allocation_failure
+from snnfx.memory.allocation_failure import explain_allocation_failure, is_allocation_failure
 from snnfx.memory.chunk_plan import ChunkPlan
 from snnfx.memory.recompute_forms import Recomputation
 from snnfx.runtime.call_plans import CallPlans
@@ -82,7 +82,7 @@ class Net(fx.GraphModule):
         self.__dict__.update(_programs=programs, history=list(history))
         time_dims = time_dims_of_leaves(self.options.time_dim, programs[True])
         self._arguments_in = {mode: Arguments(p, time_dims, self.options) for mode, p in programs.items()}
-        self._scalars = {mode: watch(p.scalars, self.source) for mode, p in programs.items()}
+        self._watched_settings = {mode: watch_settings(p.setting_reads, self.source) for mode, p in programs.items()}
         self._nets_for_shapes: dict[Any, Net] = {}
         self._recordings = Recordings(self)
         self._plans = CallPlans(self)
@@ -109,7 +109,7 @@ class Net(fx.GraphModule):
             except (RuntimeError, MemoryError) as error:
                 if not is_allocation_failure(error) or isinstance(error, AllocationError):
                     raise
-                raise explained_failure(self, error) from error
+                raise explain_allocation_failure(self, error) from error
 
         # torch.export matches dynamic_shapes with the names of the arguments.
         programs = self.__dict__.get("_programs")
@@ -291,7 +291,7 @@ class Net(fx.GraphModule):
         leaves = ordered = arguments.bind(args, kwargs)
         if self.options.step_mode == "m":
             ordered, T = arguments.time_first(leaves, T)
-        change = first_change(self._scalars[training])
+        change = first_changed_setting(self._watched_settings[training])
         if change is not None:
             capture_again(self, *change, ordered, given)
         return leaves, ordered, given, T

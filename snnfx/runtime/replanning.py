@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from snnfx.capture.setting_reads import WatchedScalar
+from snnfx.capture.setting_reads import WatchedSetting
 from snnfx.errors import CaptureError, InputError, warn_once
 
 if TYPE_CHECKING:
@@ -63,7 +63,7 @@ def net_for(net: Net, leaves: list[Tensor], given: dict[str, Any]) -> Net | None
 @torch.compiler.disable(  # type: ignore[untyped-decorator]
     reason="SNNFX315 a plain value of the model changed after conversion: call the net once without torch.compile"
 )
-def capture_again(net: Net, scalar: WatchedScalar, now: Any, leaves: list[Tensor], given: dict[str, Any]) -> None:
+def capture_again(net: Net, scalar: WatchedSetting, now: Any, leaves: list[Tensor], given: dict[str, Any]) -> None:
     """The model has another plain value than the graph: the net becomes that of the model as it is now.
 
     Args:

@@ -18,11 +18,11 @@ from torch import Tensor, fx, nn
 __all__ = [
     "MISSING",
     "Change",
-    "Held",
-    "HeldByClasses",
+    "ClassContentsSnapshot",
+    "ContentsSnapshot",
     "attributes_of",
-    "global_random_state",
-    "restore_global_random_state",
+    "python_rng_state",
+    "restore_python_rng_state",
 ]
 
 MISSING = object()
@@ -57,7 +57,7 @@ class Change:
     kind: str
 
 
-class Held:
+class ContentsSnapshot:
     """The contents of named values, as they are when this is made.
 
     Args:
@@ -132,7 +132,7 @@ def attributes_of(module: nn.Module) -> dict[str, Any]:
     return {key: value for key, value in module.__dict__.items() if key not in _INTERNALS}
 
 
-class HeldByClasses:
+class ClassContentsSnapshot:
     """What the classes of a model's modules hold in plain attributes, which all their instances share."""
 
     def __init__(self, model: nn.Module) -> None:
@@ -144,7 +144,7 @@ class HeldByClasses:
             for name, value in vars(cls).items()
             if name[:2] != "__" and isinstance(value, (*_SCALARS, *_KINDS))
         }
-        self._held = Held({key: vars(cls)[name] for key, (cls, name) in self._values.items()})
+        self._held = ContentsSnapshot({key: vars(cls)[name] for key, (cls, name) in self._values.items()})
 
     def changes(self) -> Iterator[Change]:
         """How they differ from what they were."""
@@ -171,7 +171,7 @@ def _kind_of(value: Any) -> str:
     numpy = sys.modules.get("numpy")
     if numpy is not None and isinstance(value, numpy.ndarray):
         return "array"
-    if numpy is not None and isinstance(value, numpy.random.Generator | numpy.random.RandomState):
+    if numpy is not None and isinstance(value, numpy.random.Generator | numpy.random.RNGState):
         return "random"
     cls = type(value)
     package = cls.__module__.partition(".")[0]
@@ -242,7 +242,7 @@ def _state_of(generator: Any) -> bytes:
         return bytes(generator.get_state().tolist())
     if isinstance(generator, random.Random):
         return pickle.dumps(generator.getstate())
-    bits = getattr(generator, "bit_generator", None)  # of a Generator of NumPy; else a RandomState
+    bits = getattr(generator, "bit_generator", None)  # of a Generator of NumPy; else a RNGState
     return pickle.dumps(generator.get_state() if bits is None else bits.state)
 
 
@@ -265,13 +265,13 @@ def _is_equal(a: Any, b: Any) -> bool:
     return bool(a == b) or (a != a and b != b)
 
 
-def global_random_state() -> tuple[Any, bytes | None]:
+def python_rng_state() -> tuple[Any, bytes | None]:
     """The states of the generators of Python and, where it is loaded, NumPy."""
     numpy = sys.modules.get("numpy")
     return random.getstate(), None if numpy is None else pickle.dumps(numpy.random.get_state())
 
 
-def restore_global_random_state(state: tuple[Any, bytes | None]) -> None:
+def restore_python_rng_state(state: tuple[Any, bytes | None]) -> None:
     """Go on drawing from here."""
     random.setstate(state[0])
     numpy = sys.modules.get("numpy")

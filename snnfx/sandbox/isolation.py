@@ -12,22 +12,22 @@ from torch import Tensor, nn
 from snnfx.sandbox.snapshot import StateSnapshot
 
 __all__ = [
-    "RandomState",
+    "RNGState",
+    "autocast_cache_disabled",
     "in_mode",
-    "random_state",
-    "undisturbed",
-    "without_cached_casts",
+    "isolated",
+    "rng_state",
 ]
 
 
-class RandomState:
-    """The states of torch's random number generators, that of the CPU first; made by `random_state`."""
+class RNGState:
+    """The states of torch's random number generators, that of the CPU first; made by `rng_state`."""
 
     def __init__(self, states: list[Tensor]) -> None:
         self.states = states
 
     def __eq__(self, other: object) -> bool:
-        if not isinstance(other, RandomState) or len(self.states) != len(other.states):
+        if not isinstance(other, RNGState) or len(self.states) != len(other.states):
             return False
         return all(torch.equal(a, b) for a, b in zip(self.states, other.states, strict=True))
 
@@ -38,14 +38,14 @@ class RandomState:
             torch.cuda.set_rng_state_all(self.states[1:])
 
 
-def random_state() -> RandomState:
+def rng_state() -> RNGState:
     """The states of the generators now."""
     on_devices = torch.cuda.get_rng_state_all() if torch.cuda.is_initialized() else []
-    return RandomState([torch.get_rng_state(), *on_devices])
+    return RNGState([torch.get_rng_state(), *on_devices])
 
 
 @contextmanager
-def undisturbed(*modules: nn.Module) -> Iterator[None]:
+def isolated(*modules: nn.Module) -> Iterator[None]:
     """Put everything that a run can change back afterwards."""
     snapshots, python_random = [StateSnapshot.of(module) for module in modules], random.getstate()
     buffers = {buffer: buffer.detach().clone() for module in modules for buffer in module.buffers()}
@@ -62,7 +62,7 @@ def undisturbed(*modules: nn.Module) -> Iterator[None]:
 
 
 @contextmanager
-def without_cached_casts() -> Iterator[None]:
+def autocast_cache_disabled() -> Iterator[None]:
     """Autocast keeps no cast weights: after a run on fake tensors, a real one would compute with fake weights."""
     was_enabled = torch.is_autocast_cache_enabled()
     torch.set_autocast_cache_enabled(False)

@@ -10,7 +10,7 @@ import torch
 from torch import nn
 from torch._subclasses.fake_tensor import FakeTensor
 
-from snnfx.sandbox.contents import Held, HeldByClasses, global_random_state, restore_global_random_state
+from snnfx.sandbox.contents import ClassContentsSnapshot, ContentsSnapshot, python_rng_state, restore_python_rng_state
 
 __all__ = ["StateSnapshot", "copy_containers"]
 
@@ -31,9 +31,9 @@ class StateSnapshot:
         undo: list[Callable[[], None]] = []
         for module in model.modules():
             undo.append(_restorer_of_attributes(module))
-        undo.append(HeldByClasses(model).restore)
-        numbers = global_random_state()
-        undo.append(lambda: restore_global_random_state(numbers))
+        undo.append(ClassContentsSnapshot(model).restore)
+        numbers = python_rng_state()
+        undo.append(lambda: restore_python_rng_state(numbers))
         rng_state = torch.get_rng_state()
         undo.append(lambda: torch.set_rng_state(rng_state))
         if torch.cuda.is_available() and torch.cuda.is_initialized():
@@ -62,7 +62,7 @@ def _restorer_of_attributes(module: nn.Module) -> Callable[[], None]:
     Values are those of buffers and of tensors in plain attributes, which a step may change in place.
     """
     attributes = {k: v for k, v in module.__dict__.items() if k not in _REGISTRIES}
-    held = Held(attributes)
+    held = ContentsSnapshot(attributes)
     registries = {k: dict(module.__dict__[k]) for k in _REGISTRIES}
     plain = [v for v in held.tensors if not isinstance(v, FakeTensor)]
     buffers = [(b, b.detach().clone()) for b in (*module._buffers.values(), *plain) if b is not None]

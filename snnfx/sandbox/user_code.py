@@ -9,22 +9,22 @@ from types import CodeType, FrameType
 import torch
 from torch import nn
 
-__all__ = ["format_place", "place_of_error", "place_of_forward", "user_calls", "user_place"]
+__all__ = ["format_location", "location_of_error", "location_of_forward", "user_calls", "user_location"]
 
 PACKAGE = os.path.dirname(os.path.dirname(__file__)) + os.sep
 """The folder of snnfx."""
 _NOT_THE_USERS = (os.path.dirname(torch.__file__) + os.sep, PACKAGE, "<")
-START_OF_TRACE = "one_step"
+CAPTURE_ENTRY = "one_step"
 """Name of the function of ours that calls the user's model: frames outside of it are not the model's."""
 
 
-def user_place() -> tuple[str, int] | None:
+def user_location() -> tuple[str, int] | None:
     """File and line of the innermost frame that is neither torch's nor ours, up to the start of the trace."""
     frame = sys._getframe(1)
     while frame is not None:
         code = frame.f_code
         filename = code.co_filename
-        if code.co_name == START_OF_TRACE and filename.startswith(_NOT_THE_USERS):
+        if code.co_name == CAPTURE_ENTRY and filename.startswith(_NOT_THE_USERS):
             return None
         if not filename.startswith(_NOT_THE_USERS) and "contextlib" not in filename:
             return filename, frame.f_lineno
@@ -41,7 +41,7 @@ def user_calls() -> tuple[tuple[CodeType, int], ...]:
     frame: FrameType | None = sys._getframe(1)
     while frame is not None:
         code = frame.f_code
-        if code.co_name == START_OF_TRACE and code.co_filename.startswith(_NOT_THE_USERS):
+        if code.co_name == CAPTURE_ENTRY and code.co_filename.startswith(_NOT_THE_USERS):
             break
         if not code.co_filename.startswith(_NOT_THE_USERS) and "contextlib" not in code.co_filename:
             found.append((code, frame.f_lasti))
@@ -49,7 +49,7 @@ def user_calls() -> tuple[tuple[CodeType, int], ...]:
     return tuple(found)
 
 
-def place_of_error(error: BaseException) -> tuple[str, int] | None:
+def location_of_error(error: BaseException) -> tuple[str, int] | None:
     """File and line of the innermost frame of the user's code that an exception went through."""
     found = None
     traceback = error.__traceback__
@@ -60,16 +60,16 @@ def place_of_error(error: BaseException) -> tuple[str, int] | None:
     return found
 
 
-def place_of_forward(module: nn.Module, entry: str = "forward") -> str:
+def location_of_forward(module: nn.Module, entry: str = "forward") -> str:
     """`Net, net.py:12`: the class of a module and where its step is written, as far as that is the user's."""
     code = getattr(getattr(type(module), entry, None), "__code__", None)
     name = type(module).__name__
     if code is None or code.co_filename.startswith(_NOT_THE_USERS):
         return name
-    return f"{name}, {format_place((code.co_filename, code.co_firstlineno))}"
+    return f"{name}, {format_location((code.co_filename, code.co_firstlineno))}"
 
 
-def format_place(where: tuple[str, int] | None) -> str:
+def format_location(where: tuple[str, int] | None) -> str:
     """`file.py:41`, relative to the working directory where that is shorter."""
     if where is None:
         return ""

@@ -6,13 +6,13 @@ from collections.abc import Callable
 
 from torch import nn
 
-__all__ = ["computes_what_torch_does", "is_leaf", "is_vouched", "vouch"]
+__all__ = ["declare_leaf", "has_torch_forward", "is_declared_leaf", "is_leaf"]
 
 _vouched: dict[type, Callable[[nn.Module], bool]] = {}
 _CONTAINERS = (nn.Sequential, nn.ModuleList, nn.ModuleDict)
 
 
-def vouch(cls: type, when: Callable[[nn.Module], bool] = lambda module: True) -> None:
+def declare_leaf(cls: type, when: Callable[[nn.Module], bool] = lambda module: True) -> None:
     """Declare that `cls` computes in one step what the torch.nn class it derives from computes.
 
     Args:
@@ -22,20 +22,20 @@ def vouch(cls: type, when: Callable[[nn.Module], bool] = lambda module: True) ->
     _vouched[cls] = when
 
 
-def is_vouched(module: nn.Module) -> bool:
+def is_declared_leaf(module: nn.Module) -> bool:
     """Whether somebody vouched for the module's own class, as it is configured."""
     when = _vouched.get(type(module))
     return when is not None and when(module)
 
 
-def computes_what_torch_does(module: nn.Module) -> bool:
+def has_torch_forward(module: nn.Module) -> bool:
     """Whether a module of a class of torch.nn has torch's own forward, or somebody vouched for its own."""
-    return is_vouched(module) or (type(module).forward.__module__ or "").startswith("torch.nn.")
+    return is_declared_leaf(module) or (type(module).forward.__module__ or "").startswith("torch.nn.")
 
 
 def is_leaf(module: nn.Module) -> bool:
     """Whether capture keeps a stateless module as one call."""
-    if is_vouched(module) or getattr(type(module), "snnfx_elementwise", False):
+    if is_declared_leaf(module) or getattr(type(module), "snnfx_elementwise", False):
         return True
     if isinstance(module, _CONTAINERS):
         return False

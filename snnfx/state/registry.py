@@ -18,8 +18,8 @@ from typing import Any, Protocol, runtime_checkable
 from torch import Tensor, nn
 
 from snnfx.errors import CaptureError
-from snnfx.sandbox.contents import MISSING, Held, attributes_of
-from snnfx.sandbox.user_code import place_of_forward
+from snnfx.sandbox.contents import MISSING, ContentsSnapshot, attributes_of
+from snnfx.sandbox.user_code import location_of_forward
 
 __all__ = [
     "Adapter",
@@ -31,8 +31,8 @@ __all__ = [
     "call_opaque",
     "call_stateful",
     "composite_adapter",
+    "copy_initial_value",
     "detach_net",
-    "fresh",
     "has_forward_hooks",
     "initial_value",
     "is_stateful_tree",
@@ -137,7 +137,7 @@ class StatelessAdapter:
         return ()
 
 
-def fresh(initial: Any) -> Any:
+def copy_initial_value(initial: Any) -> Any:
     """An initial value that a step may change in place."""
     return initial.clone() if isinstance(initial, Tensor) else copy.copy(initial)
 
@@ -171,7 +171,7 @@ class MemoryAdapter:
     def initial(self, module: nn.Module, *inputs: Any, **kwargs: Any) -> State:
         if isinstance(module, Stateful):
             return module.initial_state(*inputs, **kwargs)
-        return tuple(fresh(value) for value in module._initial_memories.values())  # type: ignore[operator]
+        return tuple(copy_initial_value(value) for value in module._initial_memories.values())  # type: ignore[operator]
 
     def step(self, module: nn.Module, state: State, *inputs: Any, **kwargs: Any) -> tuple[Any, State]:
         if _is_pure(type(module)) and not has_forward_hooks(module):
@@ -264,7 +264,7 @@ def is_stateful_tree(module: nn.Module, adapter: Adapter | None) -> bool:
 @contextlib.contextmanager
 def _attributes_unchanged(module: nn.Module) -> Iterator[None]:
     """Refuse a module that keeps state where nobody declared it: its results would leak into the next call."""
-    before = {m: Held(attributes_of(m)) for m in module.modules()}
+    before = {m: ContentsSnapshot(attributes_of(m)) for m in module.modules()}
     yield
     for m, held in before.items():
         now = attributes_of(m)
@@ -279,7 +279,7 @@ def _attributes_unchanged(module: nn.Module) -> Iterator[None]:
             raise CaptureError(
                 "SNNFX213",
                 f"`{type(m).__name__}` changes its attribute `{changed[0]}` in a step",
-                where=place_of_forward(m),
+                where=location_of_forward(m),
                 why="the module could not be traced, and a state that is not registered cannot be handed on.",
                 hint=f'Derive it from snnfx.MemoryModule and call self.register_memory("{changed[0]}", initial).',
             )

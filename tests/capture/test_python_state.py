@@ -317,11 +317,11 @@ def test_it_is_refused_by_name(model: Callable[[], nn.Module], inside: bool, exa
 
 @pytest.mark.parametrize("model", REFUSED, ids=lambda cls: cls.__name__)
 def test_a_refusal_leaves_nothing_behind(model: Callable[[], nn.Module]) -> None:
-    made, twin = model(), model()
-    twin.load_state_dict(made.state_dict())
+    made, meta_copy = model(), model()
+    meta_copy.load_state_dict(made.state_dict())
     with pytest.raises(CaptureError):
         snnfx.convert(made)
-    assert_same(step_model(made, sequence()), step_model(twin, sequence()))
+    assert_same(step_model(made, sequence()), step_model(meta_copy, sequence()))
 
 
 def test_what_all_instances_share_is_refused_and_put_back() -> None:

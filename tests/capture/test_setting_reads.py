@@ -151,7 +151,7 @@ def test_state_is_not_taken_for_a_setting() -> None:
     model(X_SEQ[0])  # leaves a potential in the user's neuron
     net(X_SEQ)
     assert net.program is program
-    assert {r.qualified_name for r in program.scalars} == {
+    assert {r.qualified_name for r in program.setting_reads} == {
         "neuron.tau",
         "scale",
         "flag",

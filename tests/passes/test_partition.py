@@ -19,9 +19,9 @@ from snnfx.analysis.dependence import analyse_dependence, is_size
 from snnfx.capture.capture import capture
 from snnfx.ir.pass_manager import PassManager
 from snnfx.ir.program import Region, StepProgram
-from snnfx.passes.dce import RemoveDeadCode
 from snnfx.passes.normalize import Normalize
 from snnfx.passes.partition import Partition
+from snnfx.passes.remove_dead_code import RemoveDeadCode
 from support.stepping import assert_converts, assert_same, run_stepped
 
 FOLDED, MAPPED, LOOPED = "fold", "map", "loop"

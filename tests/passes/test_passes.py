@@ -17,9 +17,9 @@ from snnfx.capture.capture import capture
 from snnfx.errors import PassError
 from snnfx.ir.pass_manager import Pass, PassManager, PassRecord, verify_program
 from snnfx.ir.program import Region, StepProgram
-from snnfx.passes.dce import RemoveDeadCode
 from snnfx.passes.normalize import Normalize
 from snnfx.passes.partition import Partition
+from snnfx.passes.remove_dead_code import RemoveDeadCode
 
 
 class Model(nn.Module):
@@ -181,10 +181,10 @@ def test_passes_in_an_illegal_order_are_refused_before_anything_is_changed(passe
 
 def test_the_history_keeps_the_ir_after_each_pass() -> None:
     records = PassManager([Normalize(), RemoveDeadCode(), Partition()]).run(capture(Model()))
-    assert [r.description.partition("{")[0] for r in records] == ["normalize", "dce", "partition"]
+    assert [r.description.partition("{")[0] for r in records] == ["normalize", "remove_dead_code", "partition"]
     assert records[0].ir.count("self.fc2") == 2 and records[1].ir.count("self.fc2") == 1
     assert "fold" in records[2].ir
-    assert str(PassRecord("dce", 1.26, "removed 1 nodes", "")) == "# dce (1.3 ms): removed 1 nodes"
+    assert str(PassRecord("remove_dead_code", 1.26, "removed 1 nodes", "")) == "# remove_dead_code (1.3 ms): removed 1 nodes"
     assert snnfx.convert(Model()).history[0].description == "capture"
 
 
@@ -199,7 +199,7 @@ def test_debugging_prints_the_ir_after_each_pass(
 
 def test_options_of_a_pass_show_in_its_description() -> None:
     assert str(Partition(batch_norm="per_step")) == "partition{batch_norm='per_step', invariant_inputs=()}"
-    assert str(RemoveDeadCode()) == "dce"
+    assert str(RemoveDeadCode()) == "remove_dead_code"
 
 
 # -- normalisation and dead code ---------------------------------------------------------------------------------------

@@ -14,7 +14,7 @@ from torch.utils import _pytree as pytree
 
 import snnfx
 from snnfx import neuron, surrogate
-from snnfx.analysis.integer_ranges import prove_whole_numbers
+from snnfx.analysis.integer_ranges import infer_integer_ranges
 from snnfx.errors import InputError
 from snnfx.functional import reset_net
 from snnfx.recompute.bit_packing import pack, packed_bytes, unpack
@@ -481,7 +481,7 @@ def test_packing_keeps_the_memory_format() -> None:
 def largest_of(model: nn.Module, example: Tensor) -> dict[str, int]:
     """What is proven about the output of each module, by its name."""
     program = snnfx.convert(model, example_inputs=example).program
-    proven = prove_whole_numbers(program).largest
+    proven = infer_integer_ranges(program).largest
     return {name: proven[n] for n in program.graph.nodes for name in n.meta.get("returned_by", ()) if n in proven}
 
 
@@ -501,7 +501,7 @@ def test_sums_of_spikes_are_proven_with_their_bound() -> None:
             return self.fc(self.a(x) + self.b(x)) + self.a.v_threshold
 
     program = snnfx.convert(Adding()).program
-    assert sorted(prove_whole_numbers(program).largest.values()) == [1, 1, 2]
+    assert sorted(infer_integer_ranges(program).largest.values()) == [1, 1, 2]
 
 
 @pytest.mark.parametrize(

@@ -394,7 +394,7 @@ def check_passes(model: nn.Module, s: Setting) -> None:
     captured = snnfx.capture.capture.capture(shared, example, training=False)
     for order in ((0, 0, 1, 1, 2), (0, 2), (0, 1, 0, 1, 2, 2)):
         program = captured.copy()
-        passes = [p for p in pipeline(program, net.options) if p.name in ("normalize", "dce", "partition")]
+        passes = [p for p in pipeline(program, net.options) if p.name in ("normalize", "remove_dead_code", "partition")]
         PassManager([passes[i] for i in order]).run(program)
         net = snnfx.Net(shared, {True: program, False: program}, net.options, (), _convert_for_shapes)
         same(f"passes {order}", net.run(*s.sequences(), **s.extra)[0], expected)

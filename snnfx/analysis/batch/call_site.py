@@ -13,11 +13,11 @@ from snnfx.analysis.batch.facts import BOTTOM, UNKNOWN, Fact, Rank, ShapeFact, S
 from snnfx.errors import Refusal
 from snnfx.ir.program import operation_name
 
-__all__ = ["Site", "aligned", "broadcast", "is_batch_sized", "lost", "number", "reserve"]
+__all__ = ["CallSite", "aligned", "broadcast", "is_batch_sized", "lost", "number", "reserve"]
 
 
 @dataclass
-class Site:
+class CallSite:
     """A call in the step graph.
 
     Args:
@@ -143,7 +143,7 @@ def lost(rank: Rank) -> Fact:
     return Fact(rank, varying=True)
 
 
-def reserve(site: Site, fact: Fact, count: int) -> bool:
+def reserve(site: CallSite, fact: Fact, count: int) -> bool:
     """Whether the last `count` dimensions can be worked on without touching the batch."""
     if fact.dim is None:
         return True
@@ -153,7 +153,7 @@ def reserve(site: Site, fact: Fact, count: int) -> bool:
     return site.require(fact.rank, fact.dim + 1 + count, f"needs a batch and {count} more")
 
 
-def broadcast(site: Site, values: Iterable[Any]) -> Value:
+def broadcast(site: CallSite, values: Iterable[Any]) -> Value:
     """The fact of an elementwise result. Batches have to lie on each other, counted from the right.
 
     An operand without a batch has to be the same at each step and must not reach the batch, unless with size 1.
@@ -202,7 +202,7 @@ def _broadcast_constants(tensors: list[Fact]) -> Value:
     return Fact(ranks[0] + largest, varying=varying)
 
 
-def _merge_batched(site: Site, a: Fact, b: Fact) -> Fact | None:
+def _merge_batched(site: CallSite, a: Fact, b: Fact) -> Fact | None:
     assert a.dim is not None and b.dim is not None
     from_right = gap(a.rank - a.dim, b.rank - b.dim)
     if from_right is None:
@@ -218,7 +218,7 @@ def _merge_batched(site: Site, a: Fact, b: Fact) -> Fact | None:
     return a if a.dim >= b.dim else b
 
 
-def _merge_constant(site: Site, result: Fact, constant: Fact) -> Fact | None:
+def _merge_constant(site: CallSite, result: Fact, constant: Fact) -> Fact | None:
     """`result`, which has a batch, broadcast with a tensor that has none."""
     assert result.dim is not None
     if constant.varying:
@@ -243,7 +243,7 @@ def _merge_constant(site: Site, result: Fact, constant: Fact) -> Fact | None:
     return result if reach <= result.dim else Fact(constant.rank, reach, result.size)
 
 
-def _merge_unrelated(site: Site, result: Fact, constant: Fact) -> Fact | None:
+def _merge_unrelated(site: CallSite, result: Fact, constant: Fact) -> Fact | None:
     rank = constant.rank.known
     if rank is None or result.rank.known is not None:
         site.refuse_rank("aligns operands by their number of dimensions")
@@ -256,7 +256,7 @@ def _merge_unrelated(site: Site, result: Fact, constant: Fact) -> Fact | None:
     return result
 
 
-def aligned(site: Site, values: Iterable[Any], equal_ranks: bool = True) -> Fact | None:
+def aligned(site: CallSite, values: Iterable[Any], equal_ranks: bool = True) -> Fact | None:
     """The common fact of tensors that must have the same rank and the same batch; None after a refusal.
 
     Without any batched tensor, the fact of the first. `equal_ranks` says that torch itself refuses different ranks.

@@ -1,7 +1,7 @@
 """How most operations carry the batch: elementwise, along named dimensions, on trailing or on leading ones.
 
-A rule takes a `Site`, gives the fact of the result, and refuses the site where folding would be wrong. Arguments that a
-row does not list as operands have been checked before: they are the same at each step and have no batch.
+A rule takes a `CallSite`, gives the fact of the result, and refuses the site where folding would be wrong. Arguments
+that a row does not list as operands have been checked before: they are the same at each step and have no batch.
 """
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
-from snnfx.analysis.batch.call_site import Site, aligned, broadcast, is_batch_sized, lost, number, reserve
+from snnfx.analysis.batch.call_site import CallSite, aligned, broadcast, is_batch_sized, lost, number, reserve
 from snnfx.analysis.batch.facts import BOTTOM, UNKNOWN, Bottom, Fact, Rank, SizeFact, Unknown, Value, leaves
 
 __all__ = [
@@ -33,7 +33,7 @@ __all__ = [
 ]
 
 
-def elementwise(site: Site) -> Value:
+def elementwise(site: CallSite) -> Value:
     """Every element on its own, operands broadcast; without tensors it is arithmetic on sizes."""
     operands = [*leaves(site.arguments)]
     if any(isinstance(operand, Fact | Unknown | Bottom) for operand in operands):
@@ -41,7 +41,7 @@ def elementwise(site: Site) -> Value:
     return _arithmetic(site, operands) if getattr(site.node.target, "__module__", "") == "_operator" else UNKNOWN
 
 
-def _arithmetic(site: Site, operands: list[Any]) -> Value:
+def _arithmetic(site: CallSite, operands: list[Any]) -> Value:
     if site.name == "add" and all(isinstance(operand, tuple | list) for operand in site["operands"]):
         return tuple(entry for operand in site["operands"] for entry in operand)
     batch_sized = [operand for operand in operands if is_batch_sized(operand)]
@@ -62,7 +62,7 @@ def _arithmetic(site: Site, operands: list[Any]) -> Value:
     return SizeFact()
 
 
-def _scaled(site: Site, batch_sized: list[Any], operands: list[Any]) -> SizeFact | None:
+def _scaled(site: CallSite, batch_sized: list[Any], operands: list[Any]) -> SizeFact | None:
     """The batch size times or divided by a number: still T times as large when T steps are folded."""
     if len(batch_sized) != 1 or len(operands) != 2 or not isinstance(batch_sized[0], SizeFact):
         return None
@@ -85,7 +85,7 @@ def _scaled(site: Site, batch_sized: list[Any], operands: list[Any]) -> SizeFact
     return None
 
 
-def where(site: Site) -> Value:
+def where(site: CallSite) -> Value:
     """`where(condition, a, b)`; with the condition alone it lists positions, and their number is not known."""
     if len(site["operands"]) < 3 and not site["options"]:
         site.refuse("SNNFX101", f"{site.text} has a result whose shape depends on values")
@@ -93,7 +93,7 @@ def where(site: Site) -> Value:
     return elementwise(site)
 
 
-def same(site: Site) -> Value:
+def same(site: CallSite) -> Value:
     """The shape of the first argument; the others do not matter (`type_as`, `rand_like`, dropout)."""
     value = site["input"]
     return value if isinstance(value, Fact) else UNKNOWN
@@ -110,12 +110,12 @@ class Trailing:
         pair: whether the result is a pair of tensors: True, False, or the name of an argument.
     """
 
-    count: int | Callable[[Site], int | None]
+    count: int | Callable[[CallSite], int | None]
     operands: tuple[str, ...] = ("input",)
     grows: int = 0
     pair: bool | str = False
 
-    def __call__(self, site: Site) -> Value:
+    def __call__(self, site: CallSite) -> Value:
         fact = broadcast(site, [site[name] for name in self.operands])
         if not isinstance(fact, Fact):
             return fact
@@ -142,7 +142,7 @@ class Leading:
     least: int
     to: int | None = None
 
-    def __call__(self, site: Site) -> Value:
+    def __call__(self, site: CallSite) -> Value:
         fact = site["input"]
         if not isinstance(fact, Fact):
             return UNKNOWN
@@ -179,7 +179,7 @@ class Along:
     grows: int = 0
     resizes: bool = False
 
-    def __call__(self, site: Site) -> Value:
+    def __call__(self, site: CallSite) -> Value:
         values = [site[name] for name in self.operands if site[name] is not None]
         fact = aligned(site, values) if self.aligned else broadcast(site, values)
         if not isinstance(fact, Fact):
@@ -195,14 +195,14 @@ class Along:
             return UNKNOWN
         return self._pack(self._result(site, fact, axes))
 
-    def _whole(self, site: Site, fact: Fact) -> Value:
+    def _whole(self, site: CallSite, fact: Fact) -> Value:
         if fact.batched:
             site.refuse_mixing(fact, "works along all dimensions, also along", "Name the feature dimensions in `dim`.")
         if site[self.dim] is not None or not isinstance(self.drops, str):
             return UNKNOWN  # what an empty tuple means, and what shape there is, is up to the operation
         return self._pack(lost(fact.rank if site[self.drops] not in (None, False) else Rank(0)))
 
-    def _result(self, site: Site, fact: Fact, axes: list[int]) -> Fact:
+    def _result(self, site: CallSite, fact: Fact, axes: list[int]) -> Fact:
         keeps = self.drops is False or (isinstance(self.drops, str) and site[self.drops] not in (None, False))
         rank = fact.rank + self.grows
         if not keeps:
@@ -223,7 +223,7 @@ class Along:
         return (fact,) * self.outputs if self.outputs > 1 else fact
 
 
-def softmax(site: Site) -> Value:
+def softmax(site: CallSite) -> Value:
     """Along `dim`; without it torch takes dim 0 for ranks 0, 1 and 3, and dim 1 for others."""
     fact = site["input"]
     if site["dim"] is None and isinstance(fact, Fact):
@@ -235,7 +235,7 @@ def softmax(site: Site) -> Value:
     return Along()(site)
 
 
-def extremum(site: Site) -> Value:
+def extremum(site: CallSite) -> Value:
     """`max` and `min`: of two tensors, along a dimension (with positions), or of everything."""
     other = site["dim"] if site["dim"] is not None else site["other"]
     if isinstance(other, Fact):
@@ -243,12 +243,12 @@ def extremum(site: Site) -> Value:
     return Along(drops="keepdim", outputs=1 if other is None else 2)(site)
 
 
-def median(site: Site) -> Value:
+def median(site: CallSite) -> Value:
     """`median`: along a dimension (with positions) or of everything."""
     return Along(drops="keepdim", outputs=1 if site["dim"] is None else 2)(site)
 
 
-def pairwise(site: Site) -> Value:
+def pairwise(site: CallSite) -> Value:
     """Distances along the last dimension of two tensors."""
     fact = Trailing(1, operands=("x1", "x2"))(site)
     if not isinstance(fact, Fact) or site["keepdim"] not in (None, False):
@@ -256,19 +256,19 @@ def pairwise(site: Site) -> Value:
     return Fact(fact.rank - 1, fact.dim, fact.size, varying=fact.varying)
 
 
-def scatter(site: Site) -> Value:
+def scatter(site: CallSite) -> Value:
     """`scatter(input, dim, index, src)`: all along one dimension; `src` may be a number."""
     operands = ("input", "index", "src") if isinstance(site["src"], Fact) else ("input", "index")
     return Along(operands=operands, aligned=True)(site)
 
 
-def normalized_dimensions(site: Site) -> int | None:
+def normalized_dimensions(site: CallSite) -> int | None:
     """How many dimensions `layer_norm` normalises."""
     shape = site["normalized_shape"]
     return 1 if number(shape) is not None else len(list(leaves(shape)))
 
 
-def embedding(site: Site) -> Value:
+def embedding(site: CallSite) -> Value:
     """Each index becomes a vector."""
     if site["max_norm"] is not None:
         site.refuse("SNNFX101", f"{site.text} with max_norm changes its weight")
@@ -277,7 +277,7 @@ def embedding(site: Site) -> Value:
     return Trailing(0, grows=1)(site)
 
 
-def one_hot(site: Site) -> Value:
+def one_hot(site: CallSite) -> Value:
     """Each index becomes a vector, whose length has to be given."""
     if number(site["num_classes"]) in (None, -1):
         hint = "Pass num_classes."
@@ -285,7 +285,7 @@ def one_hot(site: Site) -> Value:
     return Trailing(0, grows=1)(site)
 
 
-def prelu(site: Site) -> Value:
+def prelu(site: CallSite) -> Value:
     """Elementwise with one weight; otherwise the weights belong to dimension 1."""
     weight = site["weight"]
     if isinstance(weight, Fact) and (weight.rank.known == 0 or weight.known == (1,)):
@@ -293,7 +293,7 @@ def prelu(site: Site) -> Value:
     return Leading(2)(site)
 
 
-def pad(site: Site) -> Value:
+def pad(site: CallSite) -> Value:
     """Pads the last dimensions, two numbers each."""
     amounts = list(leaves(site["pad"]))
     count = 1 if len(amounts) == 1 else len(amounts) // 2

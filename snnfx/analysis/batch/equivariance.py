@@ -17,7 +17,7 @@ from torch import Tensor, fx, nn
 from torch.fx import Node
 from torch.fx.node import map_aggregate
 
-from snnfx.analysis.batch.call_site import Site, is_batch_sized
+from snnfx.analysis.batch.call_site import CallSite, is_batch_sized
 from snnfx.analysis.batch.facts import (
     BOTTOM,
     OTHER,
@@ -85,7 +85,7 @@ def infer_batch(
     Returns:
         Facts, refusals and requirements. Nothing is changed.
     """
-    walk = _Walk(graph, resolve, dict(inputs), varying, training, batch_norm, training_of)
+    walk = _BatchPropagation(graph, resolve, dict(inputs), varying, training, batch_norm, training_of)
     before = _initial_values(graph, carried) if initial is None else initial
     slots: dict[Node, Value] = dict.fromkeys(carried, BOTTOM)
     settled: set[Node] = set()  # slots that nothing but themselves says anything about
@@ -110,7 +110,7 @@ def _initial_values(graph: fx.Graph, carried: Mapping[Node, object]) -> Mapping[
     return {}
 
 
-def _next_fact(walk: _Walk, slot: Node, following: object, initial: object) -> Value:
+def _next_fact(walk: _BatchPropagation, slot: Node, following: object, initial: object) -> Value:
     after = walk.facts.get(following, UNKNOWN) if isinstance(following, Node) else UNKNOWN
     if not isinstance(initial, Node):
         return after  # a number stands for a tensor of the shape of the next value
@@ -120,7 +120,7 @@ def _next_fact(walk: _Walk, slot: Node, following: object, initial: object) -> V
     return join(first, after)
 
 
-class _Walk:
+class _BatchPropagation:
     """One interpretation of the graph, given facts of the slots."""
 
     def __init__(
@@ -218,7 +218,7 @@ class _Walk:
             not isinstance(leaf, SizeFact | ShapeFact) and leaf is not OTHER for leaf in leaves([fact])
         )
 
-    def _site(self, node: Node, found: Found) -> Site:
+    def _site(self, node: Node, found: Found) -> CallSite:
         def load(argument: Any) -> Any:
             return self.facts[argument] if isinstance(argument, Node) else argument
 
@@ -226,9 +226,9 @@ class _Walk:
         training = self.training
         if found.module is not None and self.training_of is not None:
             training = self.training_of(found.module)
-        return Site(node, found.name, arguments, found.module, training, self.batch_norm, self.bases)
+        return CallSite(node, found.name, arguments, found.module, training, self.batch_norm, self.bases)
 
-    def _evaluate(self, site: Site, found: Found) -> Value:
+    def _evaluate(self, site: CallSite, found: Found) -> Value:
         looked_at = found.row.operands.split()
         sized = found.row.sizes.split()
         neutral = found.row.rule in NEUTRAL
@@ -242,7 +242,7 @@ class _Walk:
             site.refuse("SNNFX105", f"where the batch of an operand of {site.text} is, is not known")
         return fact
 
-    def _judge_without_batch(self, site: Site, found: Found, operands: list[Any], fact: Value) -> None:
+    def _judge_without_batch(self, site: CallSite, found: Found, operands: list[Any], fact: Value) -> None:
         """Refuse what varies in time and has no batch, going in or coming out: a folded region could not take it."""
         if found.name == "getitem" and isinstance(site["input"], tuple):
             return  # an element goes where its tuple goes
@@ -298,7 +298,7 @@ class _Walk:
         return replace(fact, rank=rank)
 
 
-def _check_invariant(site: Site, value: Any, may_be_sized: bool) -> None:
+def _check_invariant(site: CallSite, value: Any, may_be_sized: bool) -> None:
     """Refuse an argument that the rule takes for a constant and that is none."""
     for leaf in leaves(value):
         if leaf is UNKNOWN or (isinstance(leaf, Fact) and (leaf.batched or leaf.varying)):

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from snnfx.analysis.batch.call_site import Site, aligned, broadcast, is_batch_sized, lost, number
+from snnfx.analysis.batch.call_site import CallSite, aligned, broadcast, is_batch_sized, lost, number
 from snnfx.analysis.batch.facts import (
     BOTTOM,
     OTHER,
@@ -34,7 +34,7 @@ __all__ += ["set_part"]
 __all__ += ["select", "size", "stack", "unbind"]
 
 
-def cat(site: Site) -> Value:
+def cat(site: CallSite) -> Value:
     """Join tensors along a dimension that is not the batch."""
     tensors, dim = site["tensors"], site["dim"]
     fact = aligned(site, list(leaves(tensors)))
@@ -49,7 +49,7 @@ def cat(site: Site) -> Value:
     return keep(fact, fact.dim)
 
 
-def stack(site: Site) -> Value:
+def stack(site: CallSite) -> Value:
     """Join tensors along a new dimension, which moves the batch when it comes in front of it."""
     fact = aligned(site, list(leaves(site["tensors"])))
     if fact is None:
@@ -58,7 +58,7 @@ def stack(site: Site) -> Value:
     return unsqueeze(site)
 
 
-def pieces(site: Site) -> Value:
+def pieces(site: CallSite) -> Value:
     """`chunk`, `split`, `tensor_split`: not along the batch."""
     fact = site["input"]
     if not isinstance(fact, Fact):
@@ -72,13 +72,13 @@ def pieces(site: Site) -> Value:
     return Repeated(keep(fact, fact.dim))
 
 
-def unbind(site: Site) -> Value:
+def unbind(site: CallSite) -> Value:
     """All slices along a dimension that is not the batch."""
     part = select(site)
     return Repeated(part) if isinstance(part, Fact) else UNKNOWN
 
 
-def select(site: Site) -> Value:
+def select(site: CallSite) -> Value:
     """One slice along a dimension that is not the batch."""
     fact = site["input"]
     if not isinstance(fact, Fact):
@@ -94,7 +94,7 @@ def select(site: Site) -> Value:
     return keep(fact, fact.dim - 1 if 0 <= axis < fact.dim else fact.dim, -1)
 
 
-def getitem(site: Site) -> Value:
+def getitem(site: CallSite) -> Value:
     """`x[...]`: of a tensor, a tuple, or a shape."""
     source, index = site["input"], site["index"]
     if isinstance(source, tuple):
@@ -107,7 +107,7 @@ def getitem(site: Site) -> Value:
     return _sliced(site, source, items)
 
 
-def set_part(site: Site) -> Value:
+def set_part(site: CallSite) -> Value:
     """`x` after `x[index] = value`: the index must not touch the batch, and the value must fit the part."""
     target, index, value = site["input"], site["index"], site["value"]
     if not isinstance(target, Fact):
@@ -124,7 +124,7 @@ def set_part(site: Site) -> Value:
     return UNKNOWN
 
 
-def _element(site: Site, source: tuple[Any, ...], index: Any) -> Value:
+def _element(site: CallSite, source: tuple[Any, ...], index: Any) -> Value:
     if isinstance(source, Repeated):
         return source if isinstance(index, slice) else source[0]
     place = number(index)
@@ -145,7 +145,7 @@ def _as_fact(value: Any) -> Value:
     return value  # type: ignore[no-any-return]
 
 
-def _size_of(site: Site, shape: ShapeFact, index: Any) -> Value:
+def _size_of(site: CallSite, shape: ShapeFact, index: Any) -> Value:
     fact = shape.of
     if isinstance(index, slice):
         stop = number(index.stop)
@@ -163,7 +163,7 @@ def _one_size(shape: ShapeFact, axis: int) -> SizeFact:
     return SizeFact(symbol, origin=(shape.tensor, axis))
 
 
-def _sliced(site: Site, fact: Fact, items: tuple[Any, ...]) -> Value:
+def _sliced(site: CallSite, fact: Fact, items: tuple[Any, ...]) -> Value:
     for item in items:
         if not (item is None or item is Ellipsis or isinstance(item, slice) or number(item) is not None):
             kind = "a tensor" if isinstance(item, Fact) else "something that is not a constant number"
@@ -181,7 +181,7 @@ def _sliced(site: Site, fact: Fact, items: tuple[Any, ...]) -> Value:
     rank = fact.rank + change
     if fact.dim is None:
         return Fact(rank, varying=fact.varying)
-    walk = _Walk(site, fact)
+    walk = _IndexBinding(site, fact)
     for item in left:
         walk.take(item)
     if consumed or any(item is None for item in right):
@@ -199,10 +199,10 @@ def _sliced(site: Site, fact: Fact, items: tuple[Any, ...]) -> Value:
     return Fact(rank, walk.place, walk.size)
 
 
-class _Walk:
+class _IndexBinding:
     """Goes through an index from the left and notes where the batch ends up."""
 
-    def __init__(self, site: Site, fact: Fact) -> None:
+    def __init__(self, site: CallSite, fact: Fact) -> None:
         self.site, self.fact, self.size = site, fact, fact.size
         self.axis = 0
         self.out = 0
@@ -237,7 +237,7 @@ class _Walk:
 # --- sizes and what is made of them
 
 
-def attribute(site: Site) -> Value:
+def attribute(site: CallSite) -> Value:
     """`x.shape`, `x.T`, `x.dtype`, ..."""
     name = site["name"]
     if not isinstance(site["input"], Fact):
@@ -256,7 +256,7 @@ def _can_be_asked(fact: Any) -> bool:
     return isinstance(fact, Fact) and (fact.batched or not fact.varying)
 
 
-def size(site: Site) -> Value:
+def size(site: CallSite) -> Value:
     """`x.size()`, `x.size(0)`, `x.shape`."""
     fact = site["input"]
     if not _can_be_asked(fact):
@@ -270,19 +270,19 @@ def size(site: Site) -> Value:
     return tuple(_one_size(shape, i) for i in range(fact.rank.known))
 
 
-def numel(site: Site) -> Value:
+def numel(site: CallSite) -> Value:
     """How many elements a tensor has: a multiple of the batch."""
     fact = site["input"]
     return SizeFact(site.fresh if fact.batched else None) if _can_be_asked(fact) else UNKNOWN
 
 
-def rank_of(site: Site) -> Value:
+def rank_of(site: CallSite) -> Value:
     """`x.dim()`, `x.ndim`."""
     fact = site["input"]
     return SizeFact(value=fact.rank.known) if _can_be_asked(fact) else UNKNOWN
 
 
-def _same_tensor(site: Site) -> Value:
+def _same_tensor(site: CallSite) -> Value:
     return site["input"]  # type: ignore[no-any-return]
 
 
@@ -298,12 +298,12 @@ _ATTRIBUTES = {
 }
 
 
-def python_value(site: Site) -> Value:
+def python_value(site: CallSite) -> Value:
     """A question about the tensor that does not depend on the batch."""
     return OTHER if _can_be_asked(site["input"]) else UNKNOWN
 
 
-def create(site: Site) -> Value:
+def create(site: CallSite) -> Value:
     """`torch.zeros(sizes)`, `x.new_full(sizes, value)`: the same value at each step; the size may be the batch's."""
     shape = site["size"]
     if isinstance(shape, ShapeFact):
@@ -321,7 +321,7 @@ def create(site: Site) -> Value:
     return Fact(Rank(len(entries)), known=literal_sizes(entries))
 
 
-def make_constant(site: Site) -> Value:
+def make_constant(site: CallSite) -> Value:
     """`torch.arange(n)`, `torch.eye(n)`, `torch.tensor(data)`: made of numbers that are not the batch size."""
     operands = list(leaves(site.arguments))
     if is_batch_sized(operands):

@@ -16,28 +16,28 @@ from snnfx.analysis.dependence import operands_through_sizes
 from snnfx.errors import Refusal
 from snnfx.ir.program import Region, operation_name
 
-__all__ = ["meetings_in_folds", "meets_in_loop", "sizes_of"]
+__all__ = ["find_mixed_batches_in_folds", "has_mixed_batches_in_loop", "sizes_of"]
 
 
-def meetings_in_folds(regions: Iterable[Region], facts: Mapping[Node, Value]) -> dict[Node, Refusal]:
+def find_mixed_batches_in_folds(regions: Iterable[Region], facts: Mapping[Node, Value]) -> dict[Node, Refusal]:
     """The nodes of folds in which inputs with batches of different sizes meet, with the reason not to fold them."""
     found: dict[Node, Refusal] = {}
     for region in regions:
         if region.kind == "fold":
-            for node, sizes in _meetings(region, facts):
+            for node, sizes in _mixed_batches(region, facts):
                 reason = f"`{operation_name(node)}` takes values with batches of different sizes ({', '.join(sizes)})"
                 found[node] = Refusal("SNNFX105", reason)
     return found
 
 
-def meets_in_loop(region: Region, facts: Mapping[Node, Value]) -> bool:
+def has_mixed_batches_in_loop(region: Region, facts: Mapping[Node, Value]) -> bool:
     """Whether the inputs and states of a loop have batches of different sizes, so that its steps do not fold."""
     outside = {n for node in region.nodes for n in operands_through_sizes(node)} - set(region.nodes)
     slots = {node for node in region.nodes if node.op == "placeholder"}
     return len({size for node in outside | slots for size in sizes_of(facts.get(node))}) > 1
 
 
-def _meetings(region: Region, facts: Mapping[Node, Value]) -> Iterator[tuple[Node, list[str]]]:
+def _mixed_batches(region: Region, facts: Mapping[Node, Value]) -> Iterator[tuple[Node, list[str]]]:
     """The first nodes behind inputs of different sizes, with these sizes."""
     reaching: dict[Node, dict[str, None]] = {}  # the sizes of the inputs that a node depends on
     for node in region.nodes:

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from snnfx.analysis.batch.call_site import Site, aligned, broadcast, is_batch_sized, lost, number
+from snnfx.analysis.batch.call_site import CallSite, aligned, broadcast, is_batch_sized, lost, number
 from snnfx.analysis.batch.elementwise_rules import Leading
 from snnfx.analysis.batch.facts import BOTTOM, OTHER, UNKNOWN, Fact, Rank, SizeFact, Value, leaves
 from snnfx.state.registry import adapter_of
@@ -31,7 +31,7 @@ __all__ = [
 ]
 
 
-def multihead_attention(site: Site) -> Value:
+def multihead_attention(site: CallSite) -> Value:
     """`nn.MultiheadAttention`: three dimensions, the batch first or second."""
     module = site.module
     assert isinstance(module, nn.MultiheadAttention)
@@ -49,7 +49,7 @@ def multihead_attention(site: Site) -> Value:
     return (fact, Fact(Rank(3 + heads), 0, fact.size))
 
 
-def _sequence(site: Site, fact: Fact, batch_first: bool) -> Fact:
+def _sequence(site: CallSite, fact: Fact, batch_first: bool) -> Fact:
     """Check that a sequence module gets three dimensions with the batch where it expects it."""
     if fact.dim is None:
         return fact
@@ -62,7 +62,7 @@ def _sequence(site: Site, fact: Fact, batch_first: bool) -> Fact:
     return fact
 
 
-def _check_masks(site: Site, fact: Fact, shared: Any, padding: Any) -> None:
+def _check_masks(site: CallSite, fact: Fact, shared: Any, padding: Any) -> None:
     for mask in (shared, padding):
         if mask is not None and not isinstance(mask, Fact):
             site.refuse("SNNFX105", f"a mask of {site.text} is not known")
@@ -87,7 +87,7 @@ _PARTS_OF_AN_ENCODER = (
 )
 
 
-def encoder(site: Site) -> Value:
+def encoder(site: CallSite) -> Value:
     """`nn.TransformerEncoderLayer` and a stack of them, built of torch's own parts."""
     module = site.module
     assert module is not None
@@ -112,7 +112,7 @@ def encoder(site: Site) -> Value:
     return fact
 
 
-def batch_norm(site: Site) -> Value:
+def batch_norm(site: CallSite) -> Value:
     """Statistics of the batch in training: what folding means for them is declared by `batch_norm=`."""
     module = site.module
     in_training = site.training if module is not None else site["training"] not in (None, False)
@@ -134,7 +134,7 @@ def batch_norm(site: Site) -> Value:
     return Leading(next((rank for cls, rank in ranks.items() if isinstance(module, cls)), 2))(site)
 
 
-def instance_norm(site: Site) -> Value:
+def instance_norm(site: CallSite) -> Value:
     """Normalises each sample; with running statistics, those are updated like BatchNorm's."""
     module = site.module
     tracks = site["running_mean"] is not None
@@ -145,7 +145,7 @@ def instance_norm(site: Site) -> Value:
     return Leading(next((rank for cls, rank in ranks.items() if isinstance(module, cls)), 3))(site)
 
 
-def cell(site: Site) -> Value:
+def cell(site: CallSite) -> Value:
     """`nn.RNNCell`, `nn.GRUCell`, `nn.LSTMCell`: `[N, C]` and explicit states `[N, H]`."""
     fact = site["input"]
     states = [state for state in leaves(site["hx"]) if state is not None]
@@ -158,7 +158,7 @@ def cell(site: Site) -> Value:
     return (result, result) if isinstance(site.module, nn.LSTMCell) else result
 
 
-def recurrent(site: Site) -> Value:
+def recurrent(site: CallSite) -> Value:
     """`nn.RNN`, `nn.GRU`, `nn.LSTM` run over a sequence of their own within one step."""
     module = site.module
     assert isinstance(module, nn.RNNBase)
@@ -174,7 +174,7 @@ def recurrent(site: Site) -> Value:
     return (fact, (hidden, hidden) if isinstance(module, nn.LSTM) else hidden)
 
 
-def stateful(site: Site) -> Value:
+def stateful(site: CallSite) -> Value:
     """`call_stateful(module, slots, *inputs)` of a neuron: outputs and next values are shaped like the first input."""
     module, slots = site.module, site["state"]
     adapter = adapter_of(module) if module is not None else None
@@ -196,20 +196,20 @@ def stateful(site: Site) -> Value:
     return (first, (first,) * count)
 
 
-def initial_state(site: Site) -> Value:
+def initial_state(site: CallSite) -> Value:
     """`initial_value(module, index, *inputs)` of a neuron: a number or a tensor shaped like the first input."""
     result = stateful(site)
     assert isinstance(result, tuple)
     return result[0]  # type: ignore[no-any-return]
 
 
-def opaque(site: Site) -> Value:
+def opaque(site: CallSite) -> Value:
     """A module that could not be traced."""
     site.refuse("SNNFX108", f"{site.text} could not be traced")
     return UNKNOWN
 
 
-def autograd_function(site: Site) -> Value:
+def autograd_function(site: CallSite) -> Value:
     """A torch.autograd.Function: elementwise if it says so (`snnfx_elementwise = True`), or known to be a surrogate."""
     function = getattr(site.module, "function", None)
     module = getattr(function, "__module__", "")
@@ -253,9 +253,9 @@ class OnTrace:
         rule: that of the op.
     """
 
-    rule: Callable[[Site], Value]
+    rule: Callable[[CallSite], Value]
 
-    def __call__(self, site: Site) -> Value:
+    def __call__(self, site: CallSite) -> Value:
         operand = site["operand"]
         for trace in leaves(site["traces"]):
             if not isinstance(operand, Fact) or not isinstance(trace, Fact) or trace.dim is None:
@@ -265,7 +265,7 @@ class OnTrace:
         return self.rule(site)
 
 
-def sample_ones(site: Site) -> Value:
+def sample_ones(site: CallSite) -> Value:
     """One number for each sample, `[N]`."""
     operand = site["input"]
     if not isinstance(operand, Fact) or operand.dim != 0:
@@ -274,7 +274,7 @@ def sample_ones(site: Site) -> Value:
     return Fact(Rank(1), 0, operand.size)
 
 
-def expect_size(site: Site) -> Value:
+def expect_size(site: CallSite) -> Value:
     """A size that the model's Python code used as a number."""
     if is_batch_sized(site["size"]):
         site.refuse("SNNFX110", "the model's Python code used the size of the batch as a number")

@@ -4,14 +4,14 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from snnfx.analysis.batch.call_site import Site, aligned, broadcast, lost, reserve
+from snnfx.analysis.batch.call_site import CallSite, aligned, broadcast, lost, reserve
 from snnfx.analysis.batch.elementwise_rules import Trailing
 from snnfx.analysis.batch.facts import UNKNOWN, Fact, Rank, Value, leaves
 
 __all__ = ["MatMul", "attention", "bilinear", "einsum", "linear"]
 
 
-def linear(site: Site) -> Value:
+def linear(site: CallSite) -> Value:
     """The last dimension is replaced; the weight has two dimensions."""
     weight, bias = site["weight"], site["bias"]
     if isinstance(weight, Fact) and weight.rank.known != 2:
@@ -22,7 +22,7 @@ def linear(site: Site) -> Value:
     return Trailing(1)(site)
 
 
-def bilinear(site: Site) -> Value:
+def bilinear(site: CallSite) -> Value:
     """The last dimension of two tensors is replaced."""
     bias = site["bias"]
     if isinstance(bias, Fact) and bias.rank.known not in (0, 1):
@@ -43,7 +43,7 @@ class MatMul:
     b: str
     bias: str = ""
 
-    def __call__(self, site: Site) -> Value:
+    def __call__(self, site: CallSite) -> Value:
         a, b = site[self.a], site[self.b]
         if not isinstance(a, Fact) or not isinstance(b, Fact):
             return UNKNOWN
@@ -51,7 +51,7 @@ class MatMul:
         return broadcast(site, [result, site[self.bias]]) if self.bias else result
 
 
-def _matmul(site: Site, a: Fact, b: Fact) -> Value:
+def _matmul(site: CallSite, a: Fact, b: Fact) -> Value:
     if (a.varying and not a.batched) or (b.varying and not b.batched):
         site.refuse("SNNFX105", f"an operand of {site.text} varies in time but has no batch dimension")
     if a.batched and b.batched:
@@ -61,13 +61,13 @@ def _matmul(site: Site, a: Fact, b: Fact) -> Value:
     return _constant_times(site, a, b) if b.batched else _constant_product(a, b)
 
 
-def _merge_matrices(site: Site, a: Fact, b: Fact) -> Value:
+def _merge_matrices(site: CallSite, a: Fact, b: Fact) -> Value:
     if not (_has_matrices(site, a) and _has_matrices(site, b)):
         return UNKNOWN
     return broadcast(site, [a, b])
 
 
-def _has_matrices(site: Site, fact: Fact) -> bool:
+def _has_matrices(site: CallSite, fact: Fact) -> bool:
     """Whether the batch is in front of the matrices, so that the product does not sum over it."""
     assert fact.dim is not None
     if fact.rank.known is not None and fact.rank.known < fact.dim + 3:
@@ -77,7 +77,7 @@ def _has_matrices(site: Site, fact: Fact) -> bool:
     return reserve(site, fact, 2)
 
 
-def _times_constant(site: Site, a: Fact, b: Fact) -> Value:
+def _times_constant(site: CallSite, a: Fact, b: Fact) -> Value:
     assert a.dim is not None
     if b.rank.known in (1, 2):
         if not reserve(site, a, 1):
@@ -88,7 +88,7 @@ def _times_constant(site: Site, a: Fact, b: Fact) -> Value:
     return broadcast(site, [a, b])
 
 
-def _constant_times(site: Site, a: Fact, b: Fact) -> Value:
+def _constant_times(site: CallSite, a: Fact, b: Fact) -> Value:
     assert b.dim is not None
     if a.rank.known == 2 and b.rank.known is not None and b.rank.known >= 2 and b.dim == b.rank.known - 1:
         return b  # the batch is the columns
@@ -106,7 +106,7 @@ def _constant_product(a: Fact, b: Fact) -> Value:
     return Fact(Rank(max(a.rank.known, b.rank.known, 2) - vectors), varying=a.varying or b.varying)
 
 
-def einsum(site: Site) -> Value:
+def einsum(site: CallSite) -> Value:
     """One letter has to be the batch in every operand that has one, and stay in the result."""
     equation, operands = site["equation"], list(leaves(site["operands"]))
     if not isinstance(equation, str) or not all(isinstance(operand, Fact) for operand in operands):
@@ -131,7 +131,7 @@ def einsum(site: Site) -> Value:
     return _follow_letter(site, operands, words, result)
 
 
-def _spell(site: Site, term: str, operand: Fact) -> list[str] | None:
+def _spell(site: CallSite, term: str, operand: Fact) -> list[str] | None:
     """One name for each dimension; those behind an ellipsis are called ".1", ".2", ... from the right."""
     head, ellipsis, tail = term.partition("...")
     if not ellipsis:
@@ -143,7 +143,7 @@ def _spell(site: Site, term: str, operand: Fact) -> list[str] | None:
     return [*head, *(f".{i}" for i in range(hidden, 0, -1)), *tail]
 
 
-def _follow_letter(site: Site, operands: list[Fact], words: list[list[str]], result: list[str]) -> Value:
+def _follow_letter(site: CallSite, operands: list[Fact], words: list[list[str]], result: list[str]) -> Value:
     batched = [(fact, word) for fact, word in zip(operands, words, strict=True) if fact.batched]
     rank = Rank(len(result))
     if not batched:
@@ -168,7 +168,7 @@ def _follow_letter(site: Site, operands: list[Fact], words: list[list[str]], res
     return Fact(rank, result.index(letter), fact.size)
 
 
-def attention(site: Site) -> Value:
+def attention(site: CallSite) -> Value:
     """`scaled_dot_product_attention`: the last two dimensions are positions and features."""
     fact = aligned(site, [site["query"], site["key"], site["value"]], equal_ranks=False)
     if fact is None or not reserve(site, fact, 2):

@@ -18,7 +18,7 @@ from torch.fx import Node
 
 from snnfx.analysis.batch.facts import Fact, Rank
 from snnfx.analysis.batch.module_rules import OnTrace
-from snnfx.analysis.batch.rule_table import FOREIGN, METHODS, MODULES, OPERATORS, ROWS, ModuleRow, Row
+from snnfx.analysis.batch.rule_table import FOREIGN, METHODS, MODULES, OPERATORS, ROWS, ModuleRule, OperatorRule
 from snnfx.ir.program import estimates_weights
 from snnfx.ops.online_functions import (
     cut_history,
@@ -29,7 +29,7 @@ from snnfx.ops.online_functions import (
     update_trace,
 )
 from snnfx.ops.step_functions import apply_autograd_function, change_value, expect_size, set_part
-from snnfx.state.leaf_modules import is_vouched
+from snnfx.state.leaf_modules import is_declared_leaf
 from snnfx.state.registry import call_opaque, call_stateful, initial_value, opaque_initial_value
 
 __all__ = ["Found", "constant_fact", "look_up", "row_names"]
@@ -39,7 +39,7 @@ __all__ = ["Found", "constant_fact", "look_up", "row_names"]
 class Found:
     """A row that applies to a node: the name in the row, the bound arguments (nodes and Python values), the module."""
 
-    row: Row
+    row: OperatorRule
     name: str
     arguments: dict[str, Any]
     module: nn.Module | None = None
@@ -66,7 +66,7 @@ def _look_up_traced(node: Node, resolve: Callable[[str], object]) -> Found | Non
     if node.target is traced_module:
         called, operand, trace, *rest = node.args
         assert isinstance(called, Node)
-        found = _look_up_module(Call((operand,), {}), resolve(str(called.target)))
+        found = _look_up_module(NodeCall((operand,), {}), resolve(str(called.target)))
     else:
         name, position, trace, bias_trace, *args = node.args
         operand, rest = args[position], [bias_trace]  # type: ignore[index]
@@ -81,7 +81,7 @@ def _look_up_traced(node: Node, resolve: Callable[[str], object]) -> Found | Non
 
 
 @dataclass(frozen=True)
-class Call:
+class NodeCall:
     """What a module is called with."""
 
     args: tuple[Any, ...]
@@ -94,7 +94,7 @@ def row_names() -> list[str]:
 
 
 @cache
-def _rows() -> dict[str, Row]:
+def _rows() -> dict[str, OperatorRule]:
     return {name: row for row in ROWS for name in row.names.split()}
 
 
@@ -212,15 +212,15 @@ def _parse(signature: str) -> tuple[list[str], dict[str, Any], str, str, bool]:
 
 
 @cache
-def _module_classes() -> dict[type, ModuleRow]:
+def _module_classes() -> dict[type, ModuleRule]:
     return {getattr(nn, name): row for row in MODULES for name in row.classes.split()}
 
 
-_ELEMENTWISE_MODULE = ModuleRow("", "relu")
+_ELEMENTWISE_MODULE = ModuleRule("", "relu")
 _HARMLESS = {"__init__", "__repr__", "extra_repr", "reset_parameters", "__setstate__", "_load_from_state_dict"}
 
 
-def _look_up_module(node: Node | Call, module: object) -> Found | None:
+def _look_up_module(node: Node | NodeCall, module: object) -> Found | None:
     if not isinstance(module, nn.Module):
         return None
     cls, module_row = _class_with_row(module)
@@ -251,11 +251,11 @@ def _look_up_module(node: Node | Call, module: object) -> Found | None:
     return Found(row, module_row.row, arguments, module)
 
 
-def _class_with_row(module: nn.Module) -> tuple[type[nn.Module], ModuleRow | None]:
+def _class_with_row(module: nn.Module) -> tuple[type[nn.Module], ModuleRule | None]:
     cls = type(module)
     if "forward" in vars(module):
         return cls, None
-    vouched = is_vouched(module)
+    vouched = is_declared_leaf(module)
     mro = cls.__mro__
     for i, base in enumerate(mro):
         row = _module_classes().get(base)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-from snnfx.analysis.batch.call_site import Site, broadcast, is_batch_sized, lost, number
+from snnfx.analysis.batch.call_site import CallSite, broadcast, is_batch_sized, lost, number
 from snnfx.analysis.batch.facts import UNKNOWN, Fact, Rank, ShapeFact, SizeFact, Value, leaves
 
 __all__ = ["expand", "flatten", "interleave", "is_size", "keep", "literal_sizes", "move_dims", "permute"]
@@ -30,7 +30,7 @@ def keep(fact: Fact, dim: int | None, change: int = 0) -> Fact:
 # --- the order of dimensions
 
 
-def transpose(site: Site) -> Value:
+def transpose(site: CallSite) -> Value:
     """Swap two dimensions."""
     fact = site["input"]
     if not isinstance(fact, Fact):
@@ -38,7 +38,7 @@ def transpose(site: Site) -> Value:
     return _swap(site, fact, site["dim0"], site["dim1"])
 
 
-def _swap(site: Site, fact: Fact, first: Any, second: Any) -> Value:
+def _swap(site: CallSite, fact: Fact, first: Any, second: Any) -> Value:
     axes = site.axes(fact, [first, second])
     if axes is None:
         return UNKNOWN
@@ -51,13 +51,13 @@ def _swap(site: Site, fact: Fact, first: Any, second: Any) -> Value:
     return keep(fact, other)
 
 
-def transpose_last(site: Site) -> Value:
+def transpose_last(site: CallSite) -> Value:
     """Swap the last two dimensions: `x.mT`."""
     fact = site["input"]
     return _swap(site, fact, -2, -1) if isinstance(fact, Fact) else UNKNOWN
 
 
-def reverse(site: Site) -> Value:
+def reverse(site: CallSite) -> Value:
     """Reverse the dimensions: `x.T`, `x.t()`."""
     fact = site["input"]
     if not isinstance(fact, Fact) or fact.dim is None:
@@ -68,7 +68,7 @@ def reverse(site: Site) -> Value:
     return keep(fact, fact.rank.known - 1 - fact.dim)
 
 
-def permute(site: Site) -> Value:
+def permute(site: CallSite) -> Value:
     """Any order of the dimensions; it says how many there are."""
     fact, order = site["input"], [number(dim) for dim in leaves(site["dims"])]
     if not isinstance(fact, Fact):
@@ -84,7 +84,7 @@ def permute(site: Site) -> Value:
     return keep(fact, places.index(fact.dim))
 
 
-def move_dims(site: Site) -> Value:
+def move_dims(site: CallSite) -> Value:
     """`movedim(input, source, destination)`."""
     fact = site["input"]
     if not isinstance(fact, Fact):
@@ -109,7 +109,7 @@ def move_dims(site: Site) -> Value:
 # --- more and fewer dimensions
 
 
-def unsqueeze(site: Site) -> Value:
+def unsqueeze(site: CallSite) -> Value:
     """A new dimension of size 1."""
     fact, dim = site["input"], number(site["dim"])
     if not isinstance(fact, Fact):
@@ -130,7 +130,7 @@ def unsqueeze(site: Site) -> Value:
     return keep(fact, fact.dim + 1 if dim <= fact.dim else fact.dim, 1)
 
 
-def squeeze(site: Site) -> Value:
+def squeeze(site: CallSite) -> Value:
     """Drop dimensions of size 1; without `dim` also the batch, when it has one sample."""
     fact = site["input"]
     if not isinstance(fact, Fact):
@@ -154,7 +154,7 @@ def squeeze(site: Site) -> Value:
     return Fact(anonymous, fact.dim, fact.size)
 
 
-def flatten(site: Site) -> Value:
+def flatten(site: CallSite) -> Value:
     """Merge the dimensions from `start_dim` to `end_dim`; the batch may be the first of them."""
     fact, start, end = site["input"], number(site["start_dim"]), number(site["end_dim"])
     if not isinstance(fact, Fact):
@@ -188,7 +188,7 @@ def flatten(site: Site) -> Value:
     return Fact(rank, start, site.fresh)
 
 
-def unflatten(site: Site) -> Value:
+def unflatten(site: CallSite) -> Value:
     """Split one dimension; where it is the batch, the first part has to be the batch."""
     fact, sizes = site["input"], list(leaves(site["sizes"]))
     if not isinstance(fact, Fact):
@@ -212,12 +212,12 @@ def unflatten(site: Site) -> Value:
     return Fact(fact.rank + grows, fact.dim, symbol) if symbol else lost(fact.rank + grows)
 
 
-def refuse_batch_size(site: Site) -> None:
+def refuse_batch_size(site: CallSite) -> None:
     """Do not fold: the size of the batch stands where no batch is."""
     site.refuse("SNNFX110", f"{site.text} uses the size of the batch as the size of another dimension")
 
 
-def _symbol_in_place(site: Site, entry: Any) -> str | None:
+def _symbol_in_place(site: CallSite, entry: Any) -> str | None:
     """The size symbol that a shape entry in the place of the batch stands for; None after a refusal."""
     if isinstance(entry, SizeFact) and entry.symbol is not None:
         return entry.symbol
@@ -234,7 +234,7 @@ def _symbol_in_place(site: Site, entry: Any) -> str | None:
 # --- views
 
 
-def view(site: Site) -> Value:
+def view(site: CallSite) -> Value:
     """`view` and `reshape`: memory order, so the batch has to stay in front of what is merged or split."""
     fact, shape = site["input"], site["shape"]
     if not isinstance(fact, Fact):
@@ -282,7 +282,7 @@ def literal_sizes(entries: Sequence[Any]) -> tuple[int | None, ...]:
     return tuple(None if value == -1 else value for value in values)
 
 
-def _keeps_prefix(site: Site, fact: Fact, prefix: list[Any]) -> bool:
+def _keeps_prefix(site: CallSite, fact: Fact, prefix: list[Any]) -> bool:
     """Whether the dimensions in front of the batch are the same before and after."""
     if fact.dim == 0:
         return all(number(entry) == 1 for entry in prefix)
@@ -293,7 +293,7 @@ def _keeps_prefix(site: Site, fact: Fact, prefix: list[Any]) -> bool:
     )
 
 
-def _view_like(site: Site, fact: Fact, other: Fact) -> Value:
+def _view_like(site: CallSite, fact: Fact, other: Fact) -> Value:
     if fact.dim is None and other.dim is None:
         return Fact(other.rank, varying=fact.varying)
     if fact.dim != 0 or other.dim != 0:
@@ -302,13 +302,13 @@ def _view_like(site: Site, fact: Fact, other: Fact) -> Value:
     return other
 
 
-def view_as(site: Site) -> Value:
+def view_as(site: CallSite) -> Value:
     """`view_as`, `reshape_as`."""
     fact, other = site["input"], site["other"]
     return _view_like(site, fact, other) if isinstance(fact, Fact) and isinstance(other, Fact) else UNKNOWN
 
 
-def expand(site: Site) -> Value:
+def expand(site: CallSite) -> Value:
     """`expand`, `broadcast_to`: -1 keeps a size; the batch keeps its size, or is where a tensor without one grows."""
     fact, shape = site["input"], site["shape"]
     if not isinstance(fact, Fact):
@@ -344,7 +344,7 @@ def _expanded_constant(fact: Fact, entries: Sequence[Any]) -> Fact:
     return Fact(Rank(len(entries)), varying=fact.varying, known=literal_sizes(entries))
 
 
-def _grow_to_batch(site: Site, fact: Fact, entries: Sequence[Any], places: list[int]) -> Value:
+def _grow_to_batch(site: CallSite, fact: Fact, entries: Sequence[Any], places: list[int]) -> Value:
     """A tensor without a batch, repeated for each sample."""
     place, rank = places[0], fact.rank.known
     if fact.varying:
@@ -359,7 +359,7 @@ def _grow_to_batch(site: Site, fact: Fact, entries: Sequence[Any], places: list[
     return Fact(Rank(len(entries)), place, entries[place].symbol)
 
 
-def repeat(site: Site) -> Value:
+def repeat(site: CallSite) -> Value:
     """`repeat`, `tile`: not along the batch."""
     fact, counts = site["input"], list(leaves(site["repeats"]))
     if not isinstance(fact, Fact):
@@ -388,7 +388,7 @@ def repeat(site: Site) -> Value:
     return Fact(Rank(len(counts)), place, fact.size)
 
 
-def interleave(site: Site) -> Value:
+def interleave(site: CallSite) -> Value:
     """`repeat_interleave`: each sample several times in a row may be folded."""
     fact, dim, repeats = site["input"], site["dim"], site["repeats"]
     if not isinstance(fact, Fact):

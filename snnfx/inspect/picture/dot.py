@@ -11,10 +11,10 @@ __all__ = [
     "Box",
     "Cluster",
     "Edge",
+    "LabelRow",
     "Member",
     "Picture",
     "Pill",
-    "Row",
     "Style",
     "write_dot",
 ]
@@ -53,7 +53,7 @@ STYLES: dict[str, Style] = {
 
 
 @dataclass(frozen=True)
-class Row:
+class LabelRow:
     """One operation of a box: what it is, its hyperparameters, its qualified name, a shape, and a small code."""
 
     title: str
@@ -69,7 +69,7 @@ class Box:
     """A chain of operations, drawn as the rows of one table."""
 
     id: str
-    rows: list[Row]
+    rows: list[LabelRow]
     style: str = "layer"
 
 
@@ -210,7 +210,7 @@ _GAP = "&#160;"
 """Stands at the END of a piece of text: at the beginning of the next, some viewers drop it."""
 
 
-def _cells(row: Row, index: int, shaped: bool) -> str:
+def _cells(row: LabelRow, index: int, shaped: bool) -> str:
     detail = _markup(row.detail) if row.detail else ""
     gap = _GAP if row.detail else ""
     code = f' <FONT POINT-SIZE="8" COLOR="#8A3A10">{_markup(row.code)}</FONT>' if row.code else ""

@@ -22,9 +22,9 @@ from snnfx.inspect.picture.drawing import Drawing, check_file
 from snnfx.inspect.picture.painter import Painter
 from snnfx.ir.pass_manager import Pass, PassManager
 from snnfx.ir.program import StepProgram, is_module_call
-from snnfx.passes.dce import RemoveDeadCode
 from snnfx.passes.normalize import Normalize
 from snnfx.passes.partition import Partition
+from snnfx.passes.remove_dead_code import RemoveDeadCode
 from snnfx.runtime.net import Net
 
 __all__ = ["draw"]

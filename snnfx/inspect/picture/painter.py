@@ -14,9 +14,9 @@ from torch.fx import Node
 from torch.utils import _pytree as pytree
 
 from snnfx.analysis.dependence import analyse_dependence, is_size
-from snnfx.inspect.picture.dot import Box, Cluster, Edge, Member, Pill, Row
+from snnfx.inspect.picture.dot import Box, Cluster, Edge, LabelRow, Member, Pill
 from snnfx.inspect.picture.layer_summary import summarize_node
-from snnfx.ir.program import StepProgram, describe_node, is_module_call, is_structural, place_of
+from snnfx.ir.program import StepProgram, describe_node, is_module_call, is_structural, location_of
 from snnfx.ops.step_functions import expect_size
 from snnfx.state.registry import initial_value
 
@@ -178,7 +178,7 @@ class Painter:
                 found.append(box)
         return found
 
-    def _rows(self, chain: list[Node], show_codes: bool) -> list[Row]:
+    def _rows(self, chain: list[Node], show_codes: bool) -> list[LabelRow]:
         rows = []
         before = next((self._sizes(o) for o in chain[0].all_input_nodes if o.op != "get_attr"), (None, ""))
         usual = next((self._sizes(node)[1] for node in self.program.input_nodes()), "")
@@ -186,14 +186,14 @@ class Painter:
             title, detail = summarize_node(self.program, node)
             name = describe_node(node) if node.op == "call_module" or is_module_call(node) else ""
             refusal = node.meta.get("refusal") if self.kinds else None
-            lines = [line for line in (f"{describe_node(node)}: {title} {detail}".rstrip(), place_of(node)) if line]
+            lines = [line for line in (f"{describe_node(node)}: {title} {detail}".rstrip(), location_of(node)) if line]
             if refusal is not None:
                 lines.append(f"{refusal.code} {refusal.reason}. {refusal.hint}".rstrip())
             code = refusal.code if refusal is not None and show_codes else ""
             sizes = self._sizes(node)
             shape = "" if sizes == before or self._shape_is_outside(node) else self.shape(node)
             shape = shape.removesuffix(f" {usual}")
-            rows.append(Row(title, detail, name, shape, code, "\n".join(lines)))
+            rows.append(LabelRow(title, detail, name, shape, code, "\n".join(lines)))
             before = sizes
         return rows
 

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
-from snnfx.sandbox.isolation import undisturbed
+from snnfx.sandbox.isolation import isolated
 from snnfx.state.registry import reset_net
 
 
@@ -19,7 +19,7 @@ def to_float64(x: Tensor) -> Tensor:
 
 def copies_in_float64(model: nn.Module, net: Any) -> tuple[nn.Module, Any]:
     """Deep copies in float64, which share with each other what the originals share."""
-    with undisturbed(model, net):
+    with isolated(model, net):
         reset_net(model)
         reset_net(net)
         attributes = [_plain_attributes(module) for root in (model, net) for module in root.modules()]

@@ -9,9 +9,9 @@ from torch import Tensor, nn
 from torch.fx import Node
 from torch.utils import _pytree as pytree
 
-from snnfx.ir.program import SELF_TARGET, is_module_call, place_of
+from snnfx.ir.program import SELF_TARGET, is_module_call, location_of
 
-__all__ = ["called_in", "is_within", "place_of_module", "place_of_output", "reset_discovered_state", "value_at"]
+__all__ = ["called_in", "is_within", "region_of_module", "region_of_output", "reset_discovered_state", "value_at"]
 
 
 def called_in(net: Any, kinds: Set[str]) -> set[str]:
@@ -25,12 +25,12 @@ def is_within(name: str, parents: Set[str]) -> bool:
     return any(name == parent or not parent or name.startswith(parent + ".") for parent in parents)
 
 
-def place_of_module(net: Any, name: str) -> str:
+def region_of_module(net: Any, name: str) -> str:
     """The first region that calls a module, or "" where none is known to."""
     return _place(net, (node for region in net.regions for node in region.nodes if _called_by(node) == name))
 
 
-def place_of_output(net: Any, index: int) -> str:
+def region_of_output(net: Any, index: int) -> str:
     """The region that computes output number `index` of the flattened outputs, or "" where it is not known."""
     outputs = net.program.outputs if hasattr(net, "program") else ()
     return _place(net, [node for node in outputs[index : index + 1] if isinstance(node, Node)])
@@ -39,7 +39,7 @@ def place_of_output(net: Any, index: int) -> str:
 def reset_discovered_state(model: nn.Module, net: Any) -> None:
     """Give the attributes that capture found to be state the value they had then; `reset_net` does not know them."""
     program = getattr(net, "program", None)
-    for start in program.starts if program is not None else ():
+    for start in program.initial_attributes if program is not None else ():
         module = model.get_submodule(start.owner)
         if not start.exists:
             module.__dict__.pop(start.attribute, None)
@@ -83,5 +83,5 @@ def _place(net: Any, nodes: Iterable[Node]) -> str:
     for node in nodes:
         for region in net.regions:
             if node in region.nodes:
-                return ", ".join(filter(None, [f"region `{region.name}` ({region.kind})", place_of(node)]))
+                return ", ".join(filter(None, [f"region `{region.name}` ({region.kind})", location_of(node)]))
     return ""

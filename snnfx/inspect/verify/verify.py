@@ -21,15 +21,15 @@ from snnfx.inspect.verify.oracle import folded_forward, step_forward
 from snnfx.inspect.verify.program_lookup import (
     called_in,
     is_within,
-    place_of_module,
-    place_of_output,
+    region_of_module,
+    region_of_output,
     reset_discovered_state,
     value_at,
 )
 from snnfx.inspect.verify.timed_inputs import TimedInputs
 from snnfx.inspect.verify.without_dropout import without_dropout
 from snnfx.ops.sequence_functions import reduce_over_time
-from snnfx.sandbox.isolation import random_state, undisturbed
+from snnfx.sandbox.isolation import isolated, rng_state
 from snnfx.state.carry import CarriedArgument, SlotName, flatten_state, output_at, outputs_without, paths_of
 from snnfx.state.registry import named_stateful, reset_net
 
@@ -89,7 +89,7 @@ def verify(
     if getattr(getattr(net, "program", None), "carried", None):
         x_seq, kwargs, first = net.split_carried(x_seq, kwargs)  # type: ignore[operator]
     inputs = TimedInputs.of(x_seq, kwargs, options.time_dim, T)
-    with undisturbed(model, net), torch.inference_mode(False), torch.set_grad_enabled(gradients):
+    with isolated(model, net), torch.inference_mode(False), torch.set_grad_enabled(gradients):
         if double:
             model, net = copies_in_float64(model, net)
             inputs = inputs.with_leaves(to_float64)
@@ -98,7 +98,7 @@ def verify(
 
 
 @dataclass
-class _Run:
+class _CheckedRun:
     """What one side did: `outputs` [T, *] by name, the other fields by qualified name."""
 
     outputs: dict[str, Any]
@@ -191,26 +191,26 @@ class _Verification:
 
     @contextmanager
     def _isolated(self) -> Iterator[None]:
-        with undisturbed(self.model, self.net), without_dropout(self.model, self.net):
+        with isolated(self.model, self.net), without_dropout(self.model, self.net):
             yield
 
-    def _run_net(self) -> _Run:
+    def _run_net(self) -> _CheckedRun:
         with self._isolated():
-            before = random_state()
+            before = rng_state()
             inputs = self.inputs.fresh()
             args, kwargs = inputs.whole()
             y_seq, states = self.net.run(*args, **self._first_state(), **kwargs)
             outputs = self._outputs_of_net(y_seq)
             states = {name.lstrip("."): value for name, value in states.items()}
-            return self._result(self.net, inputs, outputs, states, random_state() != before)
+            return self._result(self.net, inputs, outputs, states, rng_state() != before)
 
     def _result(
         self, module: nn.Module, inputs: TimedInputs, outputs: dict[str, Any], states: dict[str, Any], is_random: bool
-    ) -> _Run:
+    ) -> _CheckedRun:
         gradients = self._gradients(outputs, inputs, module)
         buffers = {name: buffer.clone() for name, buffer in module.named_buffers()}
         outputs, states = pytree.tree_map_only(Tensor, Tensor.detach, (outputs, states))
-        return _Run(outputs, states, buffers, gradients, is_random)
+        return _CheckedRun(outputs, states, buffers, gradients, is_random)
 
     def _call_net(self) -> dict[str, Any]:
         """The outputs of what users call, without gradients: nets may take another path then."""
@@ -246,14 +246,14 @@ class _Verification:
                 outputs[name] = leaf.movedim(dim, 0)
         return outputs
 
-    def _run_model(self, output_names: Set[str], state_names: Set[str]) -> _Run:
+    def _run_model(self, output_names: Set[str], state_names: Set[str]) -> _CheckedRun:
         with self._isolated():
-            before = random_state()
+            before = rng_state()
             inputs = self.inputs.fresh()
             outputs_of_steps = self._step_model(inputs)
             outputs = self._outputs_of_model(outputs_of_steps, output_names)
             states = self._states_of_model(outputs_of_steps[-1], state_names)
-            return self._result(self.model, inputs, outputs, states, random_state() != before)
+            return self._result(self.model, inputs, outputs, states, rng_state() != before)
 
     def _step_model(self, inputs: TimedInputs) -> list[Any]:
         """What the model returns at each step, from the reset state."""
@@ -413,11 +413,11 @@ class _Verification:
         code = {"output": "SNNFX401", "state": "SNNFX402", "gradient": "SNNFX403", "buffer": "SNNFX404"}
         quoted = comparison.name.split("`")[1]
         if divergence is not None:
-            where = place_of_module(self.plan, divergence.name)
+            where = region_of_module(self.plan, divergence.name)
         elif comparison.kind == "output":
-            where = place_of_output(self.plan, self.output_names.index(quoted))
+            where = region_of_output(self.plan, self.output_names.index(quoted))
         else:
-            where = place_of_module(self.plan, quoted.rpartition(".")[0])
+            where = region_of_module(self.plan, quoted.rpartition(".")[0])
         what = f"{comparison.name} is not that of {self.semantics}"
         return VerificationError(code[comparison.kind], what, where=where, why=why, hint=hint)
 

@@ -1,7 +1,7 @@
 """How each ATen operator is written in expressions of one element: the table behind `translate`.
 
-A rule takes the `Site` of a call and gives the expression of its result. An operator that is not here is not known to
-be elementwise; `decomposition` names those that PyTorch itself defines by others.
+A rule takes the `ElementSite` of a call and gives the expression of its result. An operator that is not here is not
+known to be elementwise; `decomposition` names those that PyTorch itself defines by others.
 """
 
 from __future__ import annotations
@@ -11,11 +11,11 @@ from typing import Any
 
 import torch
 
-from snnfx.lowering.aten_recording import Call, NotLowered, Reference, Value
+from snnfx.lowering.aten_recording import AtenCall, LoweringRefused, RecordedValue, ValueReference
 from snnfx.lowering.elementwise.batch_norm import DECOMPOSITIONS
 from snnfx.lowering.elementwise.expressions import Builder, Expression
 
-__all__ = ["ELEMENTWISE", "SAME_VALUE", "Site", "compute_dtype", "decomposition"]
+__all__ = ["ELEMENTWISE", "SAME_VALUE", "ElementSite", "compute_dtype", "decomposition"]
 
 _COMPUTE = {
     torch.float16: "float32",
@@ -29,15 +29,20 @@ _COMPUTE = {
 def compute_dtype(dtype: torch.dtype) -> str:
     """The dtype in which a value of a dtype is computed."""
     if dtype not in _COMPUTE:
-        raise NotLowered(f"it computes in {str(dtype).removeprefix('torch.')}")
+        raise LoweringRefused(f"it computes in {str(dtype).removeprefix('torch.')}")
     return _COMPUTE[dtype]
 
 
-class Site:
+class ElementSite:
     """One call, as its rule sees it: arguments by position or name, as expressions in a dtype."""
 
     def __init__(
-        self, call: Call, result: Value, values: list[Value], builder: Builder, expression: Callable[[int], Expression]
+        self,
+        call: AtenCall,
+        result: RecordedValue,
+        values: list[RecordedValue],
+        builder: Builder,
+        expression: Callable[[int], Expression],
     ) -> None:
         self.call, self.result, self.values, self.builder, self.expression = call, result, values, builder, expression
         self.names = [a.name for a in call.target._schema.arguments]
@@ -62,11 +67,11 @@ class Site:
         return self.of(self.raw(position), dtype or self.dtype)
 
     def of(self, argument: Any, dtype: str) -> Expression:
-        if isinstance(argument, Reference):
+        if isinstance(argument, ValueReference):
             return self.builder.cast(self.expression(argument.number), dtype)
         if isinstance(argument, bool | int | float):
             return self.builder.constant(float(argument), dtype)
-        raise NotLowered(f"`{self.call.name}` takes a {type(argument).__name__}")
+        raise LoweringRefused(f"`{self.call.name}` takes a {type(argument).__name__}")
 
     def number(self, value: float) -> Expression:
         return self.builder.constant(value, self.dtype)
@@ -78,7 +83,7 @@ class Site:
         """The dtype in which a comparison is made: tensors with dimensions outrank those without, and numbers."""
         ranked: list[tuple[int, torch.dtype]] = []
         for argument in (self.raw(0), self.raw(1)):
-            if isinstance(argument, Reference):
+            if isinstance(argument, ValueReference):
                 value = self.values[argument.number]
                 ranked.append((1 if value.shape else 0, value.dtype))
         best = max(rank for rank, _ in ranked)
@@ -92,7 +97,7 @@ class Site:
         return "float32" if dtype == torch.bool else compute_dtype(dtype)
 
 
-Rule = Callable[[Site], Expression]
+Rule = Callable[[ElementSite], Expression]
 
 
 def _unary(op: str) -> Rule:
@@ -104,7 +109,7 @@ def _binary(op: str) -> Rule:
 
 
 def _compare(op: str) -> Rule:
-    def rule(s: Site) -> Expression:
+    def rule(s: ElementSite) -> Expression:
         dtype = s.common_dtype()
         return s.make(op, s.operand(0, dtype), s.operand(1, dtype), dtype="bool")
 
@@ -116,27 +121,27 @@ def _logical(op: str) -> Rule:
 
 
 def _bitwise(op: str) -> Rule:
-    def rule(s: Site) -> Expression:
+    def rule(s: ElementSite) -> Expression:
         if s.dtype != "bool":
-            raise NotLowered("it computes with integers")
+            raise LoweringRefused("it computes with integers")
         return _logical(op)(s)
 
     return rule
 
 
-def _scaled(s: Site, position: int) -> Expression:
+def _scaled(s: ElementSite, position: int) -> Expression:
     alpha = s.raw("alpha", 1)
     operand = s.operand(position)
     return operand if alpha == 1 else s.make("mul", operand, s.number(alpha))
 
 
-def _div(s: Site) -> Expression:
+def _div(s: ElementSite) -> Expression:
     quotient = s.make("div", s.operand(0), s.operand(1))
     mode = s.raw("rounding_mode")
     return quotient if mode is None else s.make(mode, quotient)
 
 
-def _pow(s: Site) -> Expression:
+def _pow(s: ElementSite) -> Expression:
     base, exponent = s.operand(0), s.raw(1)
     if isinstance(exponent, int | float) and exponent in (1, 2, 3, 0.5, -1):
         if exponent == 0.5:
@@ -150,7 +155,7 @@ def _pow(s: Site) -> Expression:
     return s.make("pow", base, s.operand(1))
 
 
-def _clamp(s: Site) -> Expression:
+def _clamp(s: ElementSite) -> Expression:
     low, high = s.raw("min"), s.raw("max")
     value = s.operand(0)
     if low is not None:
@@ -158,15 +163,15 @@ def _clamp(s: Site) -> Expression:
     return value if high is None else s.make("minimum", value, s.of(high, s.dtype))
 
 
-def _where(s: Site) -> Expression:
+def _where(s: ElementSite) -> Expression:
     return s.make("where", s.operand(0, "bool"), s.operand(1), s.operand(2))
 
 
-def _masked_fill(s: Site) -> Expression:
+def _masked_fill(s: ElementSite) -> Expression:
     return s.make("where", s.operand(1, "bool"), s.operand(2), s.operand(0))
 
 
-def _heaviside(s: Site) -> Expression:
+def _heaviside(s: ElementSite) -> Expression:
     x = s.operand(0)
     zero = s.number(0.0)
     step = s.make("cast", s.make("gt", x, zero, dtype="bool")) if s.dtype != "bool" else s.make("gt", x, zero)
@@ -175,29 +180,29 @@ def _heaviside(s: Site) -> Expression:
 
 
 def _fill(value: float | None, position: int = 1) -> Rule:
-    def rule(s: Site) -> Expression:
+    def rule(s: ElementSite) -> Expression:
         return s.of(s.raw(position) if value is None else value, s.dtype)
 
     return rule
 
 
-def _sigmoid_backward(s: Site) -> Expression:
+def _sigmoid_backward(s: ElementSite) -> Expression:
     grad, y = s.operand(0), s.operand(1)
     return s.make("mul", grad, s.make("mul", s.make("sub", s.number(1.0), y), y))
 
 
-def _tanh_backward(s: Site) -> Expression:
+def _tanh_backward(s: ElementSite) -> Expression:
     grad, y = s.operand(0), s.operand(1)
     return s.make("mul", grad, s.make("sub", s.number(1.0), s.make("mul", y, y)))
 
 
-def _threshold_backward(s: Site) -> Expression:
+def _threshold_backward(s: ElementSite) -> Expression:
     below = s.make("le", s.operand(1), s.operand(2), dtype="bool")
     return s.make("where", below, s.number(0.0), s.operand(0))
 
 
 def _addcmul(op: str) -> Rule:
-    def rule(s: Site) -> Expression:
+    def rule(s: ElementSite) -> Expression:
         product = s.make(op, s.operand(1), s.operand(2))
         value = s.raw("value", 1)
         return s.make("add", s.operand(0), product if value == 1 else s.make("mul", s.number(value), product))
@@ -205,12 +210,12 @@ def _addcmul(op: str) -> Rule:
     return rule
 
 
-def _lerp(s: Site) -> Expression:
+def _lerp(s: ElementSite) -> Expression:
     start, end, weight = s.operand(0), s.operand(1), s.operand(2)
     return s.make("add", start, s.make("mul", weight, s.make("sub", end, start)))
 
 
-def _remainder(s: Site) -> Expression:
+def _remainder(s: ElementSite) -> Expression:
     a, b = s.operand(0), s.operand(1)
     rest = s.make("fmod", a, b)
     zero = s.number(0.0)
@@ -219,19 +224,19 @@ def _remainder(s: Site) -> Expression:
     return s.make("where", wrong, s.make("add", rest, b), rest)
 
 
-def _reciprocal(s: Site) -> Expression:
+def _reciprocal(s: ElementSite) -> Expression:
     return s.make("div", s.number(1.0), s.operand(0))
 
 
-def _rsqrt(s: Site) -> Expression:
+def _rsqrt(s: ElementSite) -> Expression:
     return s.make("div", s.number(1.0), s.make("sqrt", s.operand(0)))
 
 
-def _square(s: Site) -> Expression:
+def _square(s: ElementSite) -> Expression:
     return s.make("mul", s.operand(0), s.operand(0))
 
 
-def _same(s: Site) -> Expression:
+def _same(s: ElementSite) -> Expression:
     return s.operand(0)
 
 
@@ -294,7 +299,7 @@ ELEMENTWISE: dict[str, Rule] = {
 
 
 def _refuse(why: str) -> Expression:
-    raise NotLowered(why)
+    raise LoweringRefused(why)
 
 
 _KNOWN = ELEMENTWISE.keys() | SAME_VALUE | {"sum", "mean", "item", "_local_scalar_dense", "empty_like", "empty"}

@@ -36,7 +36,7 @@ def run_lowered(
         return tuple(outputs), tuple(finals)
     numbers = [None if isinstance(s, Tensor) else float(s) for s in states]
     tensors = [s for s in states if isinstance(s, Tensor)]
-    results = _Kernel.apply(lowered, needs, numbers, len(x_seq), *x_seq, *tensors, *constants)
+    results = _KernelFunction.apply(lowered, needs, numbers, len(x_seq), *x_seq, *tensors, *constants)
     return results[:count], results[count:]
 
 
@@ -50,7 +50,7 @@ def needs_of(x_seq: Sequence[Tensor], states: Sequence[Tensor | float], constant
     return needs if any(needs.sequences) or any(needs.states) or any(needs.constants) else None
 
 
-class _Kernel(torch.autograd.Function):
+class _KernelFunction(torch.autograd.Function):
     @staticmethod
     def forward(
         ctx: Any, lowered: LoweredStep, needs: Needs, numbers: list[float | None], count: int, *tensors: Tensor

@@ -14,14 +14,14 @@ from snnfx.lowering.elementwise.expressions import Expression, StepExpressions, 
 from snnfx.lowering.elementwise.operand_layout import Layout
 from snnfx.lowering.elementwise.saved_values import SavePlan
 
-__all__ = ["BackEnd", "Backward", "Slot"]
+__all__ = ["BackEnd", "KernelOperand", "WantedGradients"]
 
 WITH_TIME = frozenset(("sequence", "output", "saved", "grad_output", "grad_sequence"))
 """Kinds of operands with a value at each time step."""
 
 
 @dataclass(frozen=True)
-class Slot:
+class KernelOperand:
     """One operand of a kernel: what it is, its number, and its dtype in memory."""
 
     kind: str
@@ -35,7 +35,7 @@ class Slot:
 
 
 @dataclass(frozen=True)
-class Backward:
+class WantedGradients:
     """Which gradients are wanted, by number: of inputs, of initial states, and sums for those of operands."""
 
     sequences: tuple[int, ...]
@@ -68,7 +68,7 @@ class BackEnd(ABC):
         """The forward pass over a whole sequence, with `slots`; with a plan, it saves what the backward pass needs."""
 
     @abstractmethod
-    def write_backward(self, step: StepExpressions, plan: SavePlan, wanted: Backward) -> Any:
+    def write_backward(self, step: StepExpressions, plan: SavePlan, wanted: WantedGradients) -> Any:
         """The backward pass over a whole sequence, in reverse."""
 
     @abstractmethod
@@ -80,7 +80,7 @@ class BackEnd(ABC):
             elements: about how many a step has.
 
         Raises:
-            NotLowered: it cannot be built here.
+            LoweringRefused: it cannot be built here.
         """
 
     @abstractmethod

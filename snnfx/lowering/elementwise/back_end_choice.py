@@ -13,7 +13,7 @@ from snnfx.lowering.elementwise.cpp.build import find_compiler
 from snnfx.lowering.elementwise.cpp.cpp_launch import CppBackEnd
 from snnfx.lowering.elementwise.triton.triton_launch import TritonBackEnd
 
-__all__ = ["DEVICES", "back_end_of", "kind_of", "obstacle"]
+__all__ = ["DEVICES", "back_end_of", "device_kind_of", "reason_without_back_end"]
 
 _cpp, _triton = CppBackEnd(), TritonBackEnd()
 
@@ -22,7 +22,7 @@ DEVICES = ("cpu", "cuda")
 
 
 @functools.cache
-def kind_of(device: torch.device) -> str:
+def device_kind_of(device: torch.device) -> str:
     """`device.type`, which takes longer than a look-up."""
     return device.type
 
@@ -33,7 +33,7 @@ def back_end_of(device: torch.device) -> BackEnd:
     return _triton if device.type == "cuda" or os.environ.get("SNNFX_KERNELS") == "triton" else _cpp
 
 
-def obstacle(device: torch.device) -> str:
+def reason_without_back_end(device: torch.device) -> str:
     """Why no kernel can be built for a device, as a clause; "" where one can."""
     if device.type not in DEVICES:
         return f"there are no kernels for {device.type} tensors"

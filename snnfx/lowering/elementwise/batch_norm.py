@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from snnfx.lowering.aten_recording import NotLowered
+from snnfx.lowering.aten_recording import LoweringRefused
 
 __all__ = ["DECOMPOSITIONS"]
 
@@ -34,7 +34,7 @@ def _forward(
     eps: float,
 ) -> tuple[Tensor, Tensor, Tensor]:
     if training or mean is None or variance is None:
-        raise NotLowered("a BatchNorm in it takes the statistics of its input")
+        raise LoweringRefused("a BatchNorm in it takes the statistics of its input")
     mean, variance, weight, bias = _per_channel(x, mean, variance, weight, bias)
     assert mean is not None and variance is not None
     scale = _inverse_deviation(variance, eps)
@@ -57,7 +57,7 @@ def _backward(
     wanted: Sequence[bool],
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
     if training or mean is None or variance is None:
-        raise NotLowered("a BatchNorm in it takes the statistics of its input")
+        raise LoweringRefused("a BatchNorm in it takes the statistics of its input")
     mean, variance, weight = _per_channel(x, mean, variance, weight)
     assert mean is not None and variance is not None
     inverse = _inverse_deviation(variance, eps)

@@ -14,7 +14,7 @@ from typing import Any
 from torch import Tensor, fx
 from torch.utils import _pytree as pytree
 
-from snnfx.lowering.aten_recording import NotLowered, Recording, Reference
+from snnfx.lowering.aten_recording import LoweringRefused, Recording, ValueReference
 from snnfx.lowering.elementwise.expressions import Expression
 from snnfx.lowering.elementwise.translation import Replay, TranslatedStep, translate
 
@@ -64,7 +64,7 @@ def initial_states_of_start(start: Recording, fetcher: Fetcher) -> InitialStates
     """From a recording of the graph that gives the states before the first step as its outputs.
 
     Raises:
-        NotLowered: they are no values of elements.
+        LoweringRefused: they are no values of elements.
     """
     translated = translate(start)
     return _initial_states(translated, start, translated.expressions.outputs, fetcher)
@@ -74,17 +74,19 @@ def initial_states_by_comparison(later: Recording, first: Recording, fetcher: Fe
     """From recordings of a later step and of the first one.
 
     Raises:
-        NotLowered: the first step does something else than the others.
+        LoweringRefused: the first step does something else than the others.
     """
     after, before = translate(later, to_compare=True), translate(first, to_compare=True)
     a, b = after.expressions, before.expressions
     pairs = list(zip((*a.outputs, *a.next_states), (*b.outputs, *b.next_states), strict=True))
-    comparison = _Comparison(lambda i, j: _described(after.operands[i], later) == _described(before.operands[j], first))
+    comparison = _StateComparison(
+        lambda i, j: _described(after.operands[i], later) == _described(before.operands[j], first)
+    )
     bound: dict[int, Expression] | None = {}
     for pair in pairs:
         bound = comparison.matched(*pair, bound) if bound is not None else None
     if bound is None:
-        raise NotLowered("the first step does something else than the others")
+        raise LoweringRefused("the first step does something else than the others")
     # A state that no step reads may have any value.
     values = [bound.get(index) for index in range(len(later.next_states))]
     return _initial_states(before, first, values, fetcher)
@@ -113,7 +115,7 @@ def _initial_states(
     return InitialStates(tuple(numbers), tuple(computed), translated.prologue, fetch)
 
 
-class _Comparison:
+class _StateComparison:
     """Walks through the expressions of two steps at once, and binds states of one to expressions of the other."""
 
     def __init__(self, same_operand: Callable[[int, int], bool]) -> None:
@@ -166,4 +168,4 @@ def _described(number: int, recording: Recording) -> Any:
 
 def _plain(arguments: Any) -> str:
     """Arguments without the tensors among them."""
-    return repr(pytree.tree_map(lambda a: None if isinstance(a, Reference) else a, arguments))
+    return repr(pytree.tree_map(lambda a: None if isinstance(a, ValueReference) else a, arguments))

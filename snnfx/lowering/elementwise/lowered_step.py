@@ -9,12 +9,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from snnfx.lowering.elementwise.back_end import BackEnd, Backward, Slot
+from snnfx.lowering.elementwise.back_end import BackEnd, KernelOperand, WantedGradients
 from snnfx.lowering.elementwise.operand_layout import broadcast, dense_strides, description, memory_order, plan_layout
 from snnfx.lowering.elementwise.saved_values import SavePlan, plan_saving
 from snnfx.lowering.elementwise.translation import Replay, TranslatedStep
 
-__all__ = ["Kept", "LoweredStep", "Needs"]
+__all__ = ["LoweredStep", "Needs", "SavedContext"]
 
 _DTYPES = {
     "float16": torch.float16,
@@ -35,7 +35,7 @@ class Needs:
 
 
 @dataclass
-class Kept:
+class SavedContext:
     """What the backward pass gets from the forward pass besides tensors."""
 
     needs: Needs
@@ -50,7 +50,7 @@ class _Training:
     """The kernels of a training step with certain gradients."""
 
     plan: SavePlan
-    wanted: Backward
+    wanted: WantedGradients
     forward: Any
     backward: Any
 
@@ -81,7 +81,7 @@ class LoweredStep:
         constants: Sequence[Tensor],
         needs: Needs | None,
         in_layout: bool = True,
-    ) -> tuple[list[Tensor], list[Tensor], list[Tensor], Kept | None]:
+    ) -> tuple[list[Tensor], list[Tensor], list[Tensor], SavedContext | None]:
         """Run a sequence: outputs `[T, N, *]`, final states `[N, *]`, saved values, and what else backward needs.
 
         Args:
@@ -122,13 +122,13 @@ class LoweredStep:
         if needs is None:
             return outputs, finals, saved, None
         numbers = tuple(None if isinstance(s, Tensor) else float(s) for s in states)
-        return outputs, finals, saved, Kept(needs, T, shape, order, numbers)
+        return outputs, finals, saved, SavedContext(needs, T, shape, order, numbers)
 
     def build(self, needs: Needs | None, elements: int) -> None:
         """Build what is about to be run, on about so many elements of a step.
 
         Raises:
-            NotLowered: it cannot be built.
+            LoweringRefused: it cannot be built.
         """
         if needs is None:
             self.back_end.build(self.inference(), elements)
@@ -150,7 +150,7 @@ class LoweredStep:
             sums = sorted(
                 {s for i, n in enumerate(needs.constants) if n for s in self._sums_behind(self.step.constants[i][1])}
             )
-            wanted = Backward(
+            wanted = WantedGradients(
                 tuple(i for i, n in enumerate(needs.sequences) if n and step.grad_sequences[i] is not None),
                 tuple(i for i, n in enumerate(needs.states) if n),
                 tuple(sums),
@@ -221,7 +221,7 @@ class LoweredStep:
 
     def backward(
         self,
-        kept: Kept,
+        kept: SavedContext,
         x_seq: Sequence[Tensor | None],
         states: Sequence[Tensor | None],
         constants: Sequence[Tensor],
@@ -344,7 +344,7 @@ class LoweredStep:
                 described.append(None)
         self.back_end.run(source, plan_layout(shape, order, tuple(described)), T, operands)
 
-    def _in_memory(self, slot: Slot, value: Tensor) -> Tensor:
+    def _in_memory(self, slot: KernelOperand, value: Tensor) -> Tensor:
         """A tensor in the dtype that a kernel expects; lazy negatives and conjugates are no memory."""
         expected = _DTYPES[slot.dtype]
         if value.dtype != expected:

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from snnfx.lowering.aten_recording import NotLowered
+from snnfx.lowering.aten_recording import LoweringRefused
 
 __all__ = ["MAX_DIMS", "Layout", "Strides", "broadcast", "dense_strides", "description", "memory_order", "plan_layout"]
 
@@ -111,7 +111,7 @@ def plan_layout(
     if not sizes:
         sizes, columns = [1], [[0] * len(rows)]
     if len(sizes) > MAX_DIMS:
-        raise NotLowered(f"its operands have {len(sizes)} dimensions that cannot be taken together")
+        raise LoweringRefused(f"its operands have {len(sizes)} dimensions that cannot be taken together")
     elements = 1
     for size in shape:
         elements *= size

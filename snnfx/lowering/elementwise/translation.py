@@ -19,8 +19,8 @@ import torch
 from torch import Tensor
 from torch.utils import _pytree as pytree
 
-from snnfx.lowering.aten_recording import Call, NotLowered, Recording, Reference, call_as_recorded
-from snnfx.lowering.elementwise.aten_table import ELEMENTWISE, SAME_VALUE, Site, compute_dtype
+from snnfx.lowering.aten_recording import AtenCall, LoweringRefused, Recording, ValueReference, call_as_recorded
+from snnfx.lowering.elementwise.aten_table import ELEMENTWISE, SAME_VALUE, ElementSite, compute_dtype
 from snnfx.lowering.elementwise.expressions import Builder, Expression, StepExpressions
 
 __all__ = ["Replay", "TranslatedStep", "Translator", "memory_dtype", "translate"]
@@ -37,7 +37,7 @@ _MEMORY = {
 def memory_dtype(dtype: torch.dtype) -> str:
     """The name of a dtype that kernels read and write."""
     if dtype not in _MEMORY:
-        raise NotLowered(f"it reads or writes {str(dtype).removeprefix('torch.')}")
+        raise LoweringRefused(f"it reads or writes {str(dtype).removeprefix('torch.')}")
     return _MEMORY[dtype]
 
 
@@ -45,7 +45,7 @@ def memory_dtype(dtype: torch.dtype) -> str:
 class Replay:
     """Calls to run again, with the numbers of what they start from and end in."""
 
-    calls: list[Call]
+    calls: list[AtenCall]
 
     def run(self, known: dict[int, Tensor], wanted: Sequence[int]) -> list[Tensor]:
         """The values `wanted`, from those known (which is filled up)."""
@@ -66,7 +66,7 @@ class Replay:
     def part_for(self, wanted: Sequence[int]) -> Replay:
         """The calls that some values need."""
         needed = set(wanted)
-        calls: list[Call] = []
+        calls: list[AtenCall] = []
         for call in reversed(self.calls):
             if needed.intersection(call.results):
                 needed.update(call.references())
@@ -76,7 +76,7 @@ class Replay:
 
 def _known(argument: Any, known: dict[int, Tensor]) -> Any:
     """An argument with tensors in place of references."""
-    if isinstance(argument, Reference):
+    if isinstance(argument, ValueReference):
         return known[argument.number]
     if isinstance(argument, list | tuple):
         return [_known(a, known) for a in argument]
@@ -126,7 +126,7 @@ def translate(recording: Recording, to_compare: bool = False) -> TranslatedStep:
         to_compare: leave every operation in its place, those on constants alone as well.
 
     Raises:
-        NotLowered: something in it is not elementwise.
+        LoweringRefused: something in it is not elementwise.
     """
     return Translator(recording, to_compare).translate()
 
@@ -138,13 +138,13 @@ class Translator:
         self.to_compare = to_compare
         self.recording, self.values = recording, recording.values
         self.builder = Builder(simplify=not to_compare)
-        self.expressions: dict[int, Expression | NotLowered] = {}
+        self.expressions: dict[int, Expression | LoweringRefused] = {}
         self.operands: dict[int, int] = {}
         self.sums: dict[int, tuple[Expression, bool]] = {}
         shapes = [self.values[n].shape for n in (*recording.outputs, *recording.next_states)]
         self.shape: tuple[int, ...] = max(shapes, key=len) if shapes else ()
         if any(shape != self.shape for shape in shapes):
-            raise NotLowered(f"its outputs and states have different shapes, {_listed(shapes)}")
+            raise LoweringRefused(f"its outputs and states have different shapes, {_listed(shapes)}")
 
     def translate(self) -> TranslatedStep:
         recording = self.recording
@@ -152,7 +152,7 @@ class Translator:
         following = [self.expression(n) for n in recording.next_states]
         for number, value in enumerate(self.values):
             if value.origin == "state" and value.dtype != self.values[recording.next_states[value.index]].dtype:
-                raise NotLowered("a state has another dtype after each step")
+                raise LoweringRefused("a state has another dtype after each step")
             del number
         grad_sequences = [self._gradient(n, "sequence", i) for i, n in enumerate(recording.grad_sequences)]
         grad_states = [self._gradient(n, "state", i) for i, n in enumerate(recording.grad_states)]
@@ -204,16 +204,16 @@ class Translator:
         """The expression of a value.
 
         Raises:
-            NotLowered: it is not elementwise.
+            LoweringRefused: it is not elementwise.
         """
         found = self.expressions.get(number)
         if found is None:
             try:
                 found = self._expression(number)
-            except NotLowered as error:
+            except LoweringRefused as error:
                 found = error
             self.expressions[number] = found
-        if isinstance(found, NotLowered):
+        if isinstance(found, LoweringRefused):
             raise found
         return found
 
@@ -221,7 +221,9 @@ class Translator:
         value = self.values[number]
         if value.origin in ("sequence", "state", "grad_output", "grad_state"):
             if not _broadcasts(value.shape, self.shape):
-                raise NotLowered(f"an input of shape {list(value.shape)} does not fit the step's {list(self.shape)}")
+                raise LoweringRefused(
+                    f"an input of shape {list(value.shape)} does not fit the step's {list(self.shape)}"
+                )
             return self.builder.leaf(value.origin, value.index, compute_dtype(value.dtype))
         if not value.varying:
             return self._operand(number)
@@ -231,9 +233,9 @@ class Translator:
             return self.builder.cast(self._moved(number, call), compute_dtype(value.dtype))
         rule = ELEMENTWISE.get(call.name) or ELEMENTWISE.get(call.name.removesuffix("_"))
         if rule is None:
-            raise NotLowered(f"`{call.name}` is not known to be elementwise")
+            raise LoweringRefused(f"`{call.name}` is not known to be elementwise")
         self._check_places(number, call)
-        return rule(Site(call, value, self.values, self.builder, self.expression))
+        return rule(ElementSite(call, value, self.values, self.builder, self.expression))
 
     def _operand(self, number: int) -> Expression:
         """What does not depend on the data: a number, or an operand of the kernel."""
@@ -246,43 +248,45 @@ class Translator:
         fills = ("zeros", "ones", "full", "zeros_like", "ones_like", "full_like", "new_zeros", "new_ones", "new_full")
         if call is not None and call.name in (*fills, "scalar_tensor"):
             rule = ELEMENTWISE[call.name]
-            site = Site(call, value, self.values, self.builder, self.expression)
-            if not any(isinstance(a, Reference) for a in call.args[1:]):
+            site = ElementSite(call, value, self.values, self.builder, self.expression)
+            if not any(isinstance(a, ValueReference) for a in call.args[1:]):
                 return rule(site)
         if call is not None and self.to_compare and call.name in (*ELEMENTWISE, "clone"):
             if call.name == "clone":
                 return self._operand(call.references()[0])
-            return ELEMENTWISE[call.name](Site(call, value, self.values, self.builder, self.expression))
+            return ELEMENTWISE[call.name](ElementSite(call, value, self.values, self.builder, self.expression))
         if call is not None and call.name in _EXACT and value.dtype in (torch.float32, torch.float64):
-            with contextlib.suppress(NotLowered):
+            with contextlib.suppress(LoweringRefused):
                 self._check_places(number, call)
-                return ELEMENTWISE[call.name](Site(call, value, self.values, self.builder, self.expression))
+                return ELEMENTWISE[call.name](ElementSite(call, value, self.values, self.builder, self.expression))
         if not _broadcasts(value.shape, self.shape):
-            raise NotLowered(f"an operand of shape {list(value.shape)} does not fit the step's {list(self.shape)}")
+            raise LoweringRefused(f"an operand of shape {list(value.shape)} does not fit the step's {list(self.shape)}")
         index = self.operands.setdefault(number, len(self.operands))
         kind = "scalar" if _is_scalar(value.shape) else "invariant"
         # Integers among the constants are exact in float64; `LoweredStep` converts them.
         return self.builder.leaf(kind, index, compute_dtype(value.dtype if value.dtype in _MEMORY else torch.float64))
 
-    def _moved(self, number: int, call: Call) -> Expression:
+    def _moved(self, number: int, call: AtenCall) -> Expression:
         """The result of an operator that moves values: they have to stay in their places."""
         varying = [r for r in dict.fromkeys(call.references()) if self.values[r].varying]
         source, result = self.values[varying[0]], self.values[number]
         if call.name == "view" and source.dtype != result.dtype:
-            raise NotLowered("`view` looks at the bits of values")
+            raise LoweringRefused("`view` looks at the bits of values")
         repeats = call.name in ("expand", "expand_copy")
         same_count = math.prod(source.shape) == math.prod(result.shape)
         if len(varying) != 1 or not (same_count or repeats) or not _same_places(source.shape, result.shape, self.shape):
-            raise NotLowered(f"`{call.name}` moves values, from shape {list(source.shape)} to {list(result.shape)}")
+            raise LoweringRefused(
+                f"`{call.name}` moves values, from shape {list(source.shape)} to {list(result.shape)}"
+            )
         if call.name in ("permute", "t", "transpose") and [s for s in source.shape if s != 1] != [
             s for s in self.shape if s != 1
         ]:
-            raise NotLowered(f"`{call.name}` moves values")
+            raise LoweringRefused(f"`{call.name}` moves values")
         if call.name in ("permute", "t", "transpose"):
-            raise NotLowered(f"`{call.name}` moves values")
+            raise LoweringRefused(f"`{call.name}` moves values")
         return self.expression(varying[0])
 
-    def _check_places(self, number: int, call: Call) -> None:
+    def _check_places(self, number: int, call: AtenCall) -> None:
         """Operands that are smaller than a step are read at the right places."""
         shape = self.values[number].shape
         for reference in call.references():
@@ -292,7 +296,7 @@ class Translator:
             leading = shape[: max(0, len(shape) - len(self.shape))]
             aligned = all(s == 1 for s in leading) and _broadcasts(shape[len(leading) :], self.shape)
             if not aligned or not _broadcasts(_without_leading_ones(operand, len(self.shape)), self.shape):
-                raise NotLowered(f"`{call.name}` combines shapes {list(operand)} and {list(shape)}")
+                raise LoweringRefused(f"`{call.name}` combines shapes {list(operand)} and {list(shape)}")
 
     # -- gradients ------------------------------------------------------------------------------------------------
 
@@ -304,7 +308,7 @@ class Translator:
         while True:
             try:
                 return self.expression(source)
-            except NotLowered:
+            except LoweringRefused:
                 call = self.values[source].call
                 movers = ("sum", "view", "squeeze", "unsqueeze", "reshape", "_unsafe_view", "_to_copy", "expand")
                 if call is None or call.name not in movers:
@@ -318,7 +322,7 @@ class Translator:
             return
         try:
             self.sums[number] = (self.expression(number), False)
-        except NotLowered:
+        except LoweringRefused:
             pass
         else:
             return
@@ -326,13 +330,13 @@ class Translator:
         assert call is not None
         sources = [r for r in dict.fromkeys(call.references()) if self.values[r].varying]
         if any(not self.values[r].tangential for r in sources):
-            raise NotLowered(f"the gradient of a parameter needs `{call.name}` at every step")
+            raise LoweringRefused(f"the gradient of a parameter needs `{call.name}` at every step")
         if len(sources) > 1 and call.name not in ("add", "sub", "cat", "stack"):
-            raise NotLowered(f"the gradient of a parameter needs `{call.name}` at every step")
+            raise LoweringRefused(f"the gradient of a parameter needs `{call.name}` at every step")
         if call.name == "sum" and _is_scalar(value.shape):
             try:
                 self.sums[number] = (self.expression(sources[0]), True)
-            except NotLowered:
+            except LoweringRefused:
                 pass
             else:
                 return
@@ -343,7 +347,7 @@ class Translator:
 
     # -- what is left to PyTorch ------------------------------------------------------------------------------------
 
-    def _in_order(self) -> list[Call]:
+    def _in_order(self) -> list[AtenCall]:
         return list({id(v.call): v.call for v in self.values if v.call is not None}.values())
 
     def _invariant_operands(self, epilogue: dict[int, None]) -> list[int]:
@@ -351,7 +355,7 @@ class Translator:
         found = (r for call in calls.values() if call is not None for r in call.references())
         return [r for r in found if not self.values[r].varying]
 
-    def _calls_behind(self, wanted: Sequence[int]) -> list[Call]:
+    def _calls_behind(self, wanted: Sequence[int]) -> list[AtenCall]:
         needed: dict[int, None] = {}
         stack = list(wanted)
         while stack:
@@ -365,7 +369,7 @@ class Translator:
                 stack.extend(call.results)
         return [c for c in self._in_order() if any(r in needed for r in c.results)]
 
-    def _holds_sizes(self, call: Call) -> bool:
+    def _holds_sizes(self, call: AtenCall) -> bool:
         """Whether a call makes something larger than what it is given: then a size is among its arguments."""
         given = max((_numel(self.values[r].shape) for r in call.references()), default=1)
         return any(_numel(self.values[r].shape) > given for r in call.results)

@@ -7,7 +7,7 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor
 
-from snnfx.lowering.aten_recording import Call, Recording
+from snnfx.lowering.aten_recording import AtenCall, Recording
 from snnfx.lowering.mixed.call_kinds import Pure, resolved
 
 __all__ = ["run_batched"]
@@ -15,8 +15,8 @@ __all__ = ["run_batched"]
 
 def run_batched(
     recording: Recording,
-    calls: Sequence[Call],
-    results_read: Callable[[Call], Sequence[int]],
+    calls: Sequence[AtenCall],
+    results_read: Callable[[AtenCall], Sequence[int]],
     stacks: dict[int, Tensor],
     invariants: dict[int, Tensor],
 ) -> None:
@@ -39,7 +39,7 @@ def run_batched(
         stacks.update(zip(wanted, found, strict=True))
 
 
-def _product(call: Call, stacks: dict[int, Tensor], invariants: dict[int, Tensor]) -> list[Tensor] | None:
+def _product(call: AtenCall, stacks: dict[int, Tensor], invariants: dict[int, Tensor]) -> list[Tensor] | None:
     """`mm` and `addmm` of a stack and a matrix: one product, T folded into the rows."""
     if call.name not in ("mm", "addmm") or call.kwargs:
         return None
@@ -57,7 +57,11 @@ def _product(call: Call, stacks: dict[int, Tensor], invariants: dict[int, Tensor
 
 
 def _mapped(
-    call: Call, wanted: Sequence[int], recording: Recording, stacks: dict[int, Tensor], invariants: dict[int, Tensor]
+    call: AtenCall,
+    wanted: Sequence[int],
+    recording: Recording,
+    stacks: dict[int, Tensor],
+    invariants: dict[int, Tensor],
 ) -> list[Tensor]:
     pure = Pure(call, wanted, recording)
     numbers = [r for r in dict.fromkeys(call.references()) if r in stacks]

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from torch.utils import _pytree as pytree
 
-from snnfx.lowering.aten_recording import Call, Recording, Reference, Value, call_as_recorded
+from snnfx.lowering.aten_recording import AtenCall, RecordedValue, Recording, ValueReference, call_as_recorded
 
 __all__ = ["BATCHED", "LINEAR", "VIEWS", "Pure", "calls_behind", "in_order", "resolved", "stripped"]
 
@@ -35,12 +35,12 @@ def stripped(shape: Sequence[int]) -> tuple[int, ...]:
     return tuple(shape[first:])
 
 
-def in_order(values: Sequence[Value]) -> list[Call]:
+def in_order(values: Sequence[RecordedValue]) -> list[AtenCall]:
     """All calls of a recording, as they were made."""
     return list({id(v.call): v.call for v in values if v.call is not None}.values())
 
 
-def calls_behind(values: Sequence[Value], wanted: Iterable[int], at_hand: Iterable[int] = ()) -> list[Call]:
+def calls_behind(values: Sequence[RecordedValue], wanted: Iterable[int], at_hand: Iterable[int] = ()) -> list[AtenCall]:
     """The calls that compute some values from others, in order."""
     seen = set(at_hand)
     needed: set[int] = set()
@@ -59,7 +59,7 @@ def calls_behind(values: Sequence[Value], wanted: Iterable[int], at_hand: Iterab
 
 def resolved(argument: Any, known: Mapping[int, Any]) -> Any:
     """An argument with what is known in place of references."""
-    if isinstance(argument, Reference):
+    if isinstance(argument, ValueReference):
         return known[argument.number]
     if isinstance(argument, list | tuple):
         return [resolved(a, known) for a in argument]
@@ -80,7 +80,7 @@ class Pure:
         recording: that it is from.
     """
 
-    def __init__(self, call: Call, wanted: Sequence[int], recording: Recording) -> None:
+    def __init__(self, call: AtenCall, wanted: Sequence[int], recording: Recording) -> None:
         self.call, self.wanted = call, list(wanted)
         self.target = torch.ops.aten.reshape.default if call.target in _RESHAPED else call.target
         schema = call.target._schema

@@ -14,7 +14,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from snnfx.lowering.aten_recording import Call, Recording
+from snnfx.lowering.aten_recording import AtenCall, Recording
 from snnfx.lowering.mixed.call_kinds import LINEAR, Pure, resolved
 from snnfx.lowering.mixed.schedule import Kinds
 
@@ -35,7 +35,7 @@ class Deferred:
 
     how: str
     number: int
-    call: Call | None = None
+    call: AtenCall | None = None
     operands: tuple[Deferred, ...] = ()
     stacks: tuple[int, ...] = ()
 
@@ -92,7 +92,7 @@ def plan_gradient(recording: Recording, kinds: Kinds, number: int) -> Deferred:
     return Deferred("linear", number, call, operands)
 
 
-def _is_of_constant(call: Call, number: int) -> bool:
+def _is_of_constant(call: AtenCall, number: int) -> bool:
     """Whether a result of `convolution_backward` is the gradient of the weight or of the bias."""
     return call.places[call.results.index(number)] > 0
 
@@ -107,7 +107,7 @@ def _product(a: Tensor, b: Tensor) -> Tensor:
 
 
 def _convolution(
-    recording: Recording, call: Call, number: int, stacks: dict[int, Tensor], invariants: dict[int, Tensor]
+    recording: Recording, call: AtenCall, number: int, stacks: dict[int, Tensor], invariants: dict[int, Tensor]
 ) -> Tensor:
     pure = Pure(call, [number], recording)
     grad, x = (stacks[a.number].flatten(0, 1) for a in call.args[:2])

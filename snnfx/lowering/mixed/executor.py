@@ -13,13 +13,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from snnfx.lowering.aten_recording import Call, Recording, Reference
+from snnfx.lowering.aten_recording import AtenCall, Recording, ValueReference
 from snnfx.lowering.elementwise.cpp.build import load, openmp
 from snnfx.lowering.elementwise.cpp.cpp_launch import address_words, pack_arguments
 from snnfx.lowering.elementwise.operand_layout import dense_strides, description, plan_layout
 from snnfx.lowering.mixed.batched_calls import run_batched
 from snnfx.lowering.mixed.call_kinds import Pure, resolved
-from snnfx.lowering.mixed.fused_group import Group
+from snnfx.lowering.mixed.fused_group import FusedGroup
 from snnfx.lowering.mixed.schedule import Schedule
 from snnfx.ops.buffer_pool import pool
 
@@ -93,10 +93,10 @@ def run_schedule(
         own: wanted stacks that have to be tensors of their own.
     """
     with torch.no_grad():
-        return _Run(schedule, T, dict(stacks), invariants, initial, reverse).result(own)
+        return _ScheduleRun(schedule, T, dict(stacks), invariants, initial, reverse).result(own)
 
 
-class _Run:
+class _ScheduleRun:
     def __init__(
         self,
         schedule: Schedule,
@@ -200,7 +200,7 @@ class _Run:
             return [self.invariants[argument.number]] * self.T
         return self._ring(argument.number).steps()
 
-    def _call(self, call: Call) -> None:
+    def _call(self, call: AtenCall) -> None:
         wanted = self.schedule.results_read(call)
         if not wanted:
             return
@@ -215,7 +215,7 @@ class _Run:
             for other in rings[1:]:
                 self.operations.append(_copier(rings[0].steps(), other.steps()))
 
-    def _view(self, call: Call, wanted: Sequence[int]) -> bool:
+    def _view(self, call: AtenCall, wanted: Sequence[int]) -> bool:
         """A view of a ring is a ring: it is made once, for all steps."""
         numbers = [r for r in dict.fromkeys(call.references()) if self.values[r].varying]
         ring = self._ring(numbers[0])
@@ -229,7 +229,7 @@ class _Run:
                 self.operations.append(_copier(self.rings[number].steps(), other.steps()))
         return True
 
-    def _into(self, call: Call, out: list[Tensor]) -> Callable[[int], None]:
+    def _into(self, call: AtenCall, out: list[Tensor]) -> Callable[[int], None]:
         """A call that writes into its place."""
         if call.name == "cat":
             parts = [self._argument(a) for a in call.args[0]]
@@ -255,10 +255,10 @@ class _Run:
 
         return product
 
-    def _copied(self, call: Call, wanted: Sequence[int], out: list[list[Tensor]]) -> Callable[[int], None]:
+    def _copied(self, call: AtenCall, wanted: Sequence[int], out: list[list[Tensor]]) -> Callable[[int], None]:
         """Any other call, its results copied into their places."""
         pure = Pure(call, wanted, self.recording)
-        numbers = {r: self._argument(Reference(r)) for r in dict.fromkeys(call.references())}
+        numbers = {r: self._argument(ValueReference(r)) for r in dict.fromkeys(call.references())}
 
         def compute(i: int) -> None:
             known = {number: steps[i] for number, steps in numbers.items()}
@@ -268,7 +268,7 @@ class _Run:
 
         return compute
 
-    def _group(self, group: Group) -> None:
+    def _group(self, group: FusedGroup) -> None:
         """A kernel: a table with the struct of arguments of each iteration, of which only addresses differ."""
         operands: list[tuple[Tensor, Sequence[int] | None]] = []
         places_left: dict[int, list[Ring]] = {}
@@ -276,7 +276,7 @@ class _Run:
             if slot.kind == "operand":
                 operands.append((self._operand(group, slot.index), None))
                 continue
-            place = group.place_of_read(slot.index) if slot.kind == "sequence" else group.place_of_write(slot.index)
+            place = group.read_location(slot.index) if slot.kind == "sequence" else group.write_location(slot.index)
             if isinstance(place, tuple):
                 ring = self.sums[place[1]][0 if slot.kind == "sequence" else 1]
             elif slot.kind == "sequence":
@@ -303,7 +303,7 @@ class _Run:
             self.alive += [tensor for tensor, _ in operands]
             self.operations.append(_launcher(group, words, addresses, self.T))
 
-    def _operand(self, group: Group, index: int) -> Tensor:
+    def _operand(self, group: FusedGroup, index: int) -> Tensor:
         tensor = self.invariants[group.operands[index]]
         tensor = tensor if tensor.is_floating_point() or tensor.dtype == torch.bool else tensor.double()
         return tensor.resolve_neg()
@@ -313,13 +313,13 @@ class _Run:
         made = {r for call in self.schedule.inside for r in call.results}
         for number, rings in self.targets.items():
             if number not in made:
-                source = self._argument(Reference(number))
+                source = self._argument(ValueReference(number))
                 for ring in rings:
                     self.operations.append(_copier(source, ring.steps()))
         fused = {n for stage in self.schedule.stages for group in stage.groups for n in group.added}
         for number, (read, write) in self.sums.items():
             if number not in fused:
-                self.operations.append(_adder(self._argument(Reference(number)), read.steps(), write.steps()))
+                self.operations.append(_adder(self._argument(ValueReference(number)), read.steps(), write.steps()))
 
     # -- what is left -----------------------------------------------------------------------------------------------
 
@@ -368,7 +368,7 @@ def _adder(term: list[Tensor], so_far: list[Tensor], following: list[Tensor]) ->
 
 
 def _launcher(
-    group: Group, words: list[int], addresses: dict[int, tuple[int, int, Sequence[int]]], T: int
+    group: FusedGroup, words: list[int], addresses: dict[int, tuple[int, int, Sequence[int]]], T: int
 ) -> Callable[[int], None]:
     """Launch a kernel at each iteration, with structs of arguments that are made for many iterations at once.
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 
-from snnfx.lowering.aten_recording import NotLowered, Recording
+from snnfx.lowering.aten_recording import LoweringRefused, Recording
 from snnfx.lowering.elementwise.initial_states import InitialStates, initial_states_of_start
 from snnfx.lowering.elementwise.translation import Replay
 
@@ -20,5 +20,5 @@ def initial_states_of_each(start: Recording) -> InitialStates:
 def _number(start: Recording) -> float | None:
     try:
         return initial_states_of_start(start, lambda tensor: lambda given: tensor).numbers[0]
-    except NotLowered:
+    except LoweringRefused:
         return None

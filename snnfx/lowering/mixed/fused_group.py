@@ -4,13 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from snnfx.lowering.aten_recording import NotLowered, Recording
+from snnfx.lowering.aten_recording import LoweringRefused, Recording
 from snnfx.lowering.elementwise.cpp.cpp_kernel import KernelSource, write_forward
 from snnfx.lowering.elementwise.expressions import Builder, Expression, StepExpressions
 from snnfx.lowering.elementwise.translation import Translator, memory_dtype
 from snnfx.lowering.mixed.call_kinds import stripped
 
-__all__ = ["Group", "is_elementwise"]
+__all__ = ["FusedGroup", "is_elementwise"]
 
 
 class _Members(Translator):
@@ -20,7 +20,7 @@ class _Members(Translator):
         self.to_compare = False
         self.recording, self.values = recording, recording.values
         self.builder = Builder()
-        self.expressions: dict[int, Expression | NotLowered] = {}
+        self.expressions: dict[int, Expression | LoweringRefused] = {}
         self.operands: dict[int, int] = {}
         self.shape, self.members = shape, members
         self.read: dict[int, int] = {}
@@ -32,7 +32,7 @@ class _Members(Translator):
         shape = stripped(value.shape)
         sizes = zip(reversed(shape), reversed(self.shape), strict=False)
         if len(shape) > len(self.shape) or any(s not in (1, size) for s, size in sizes):
-            raise NotLowered(f"a value of shape {list(value.shape)} does not fit {list(self.shape)}")
+            raise LoweringRefused(f"a value of shape {list(value.shape)} does not fit {list(self.shape)}")
         memory = memory_dtype(value.dtype)
         index = self.read.setdefault(number, len(self.read))
         computed = "float32" if memory in ("float16", "bfloat16") else memory
@@ -46,12 +46,12 @@ def is_elementwise(recording: Recording, number: int) -> bool:
     try:
         memory_dtype(value.dtype)
         _Members(recording, stripped(value.shape), {number}).expression(number)
-    except NotLowered:
+    except LoweringRefused:
         return False
     return True
 
 
-class Group:
+class FusedGroup:
     """A kernel of one step.
 
     Args:
@@ -96,11 +96,11 @@ class Group:
             )
         )
 
-    def place_of_read(self, index: int) -> int | tuple[str, int]:
+    def read_location(self, index: int) -> int | tuple[str, int]:
         """What a kernel's operand of kind "sequence" is: a value, or a sum so far."""
         return self.reads[index] if index < len(self.reads) else ("sum", self.added[index - len(self.reads)])
 
-    def place_of_write(self, index: int) -> int | tuple[str, int]:
+    def write_location(self, index: int) -> int | tuple[str, int]:
         """What a kernel's operand of kind "output" is."""
         return self.made[index] if index < len(self.made) else ("sum", self.added[index - len(self.made)])
 
@@ -108,5 +108,5 @@ class Group:
 def _operand_dtype(dtype: object) -> str:
     try:
         return memory_dtype(dtype)  # type: ignore[arg-type]
-    except NotLowered:
+    except LoweringRefused:
         return "float64"

@@ -14,7 +14,7 @@ import networkx as nx
 from snnfx.lowering.aten_recording import Recording
 from snnfx.lowering.mixed.schedule import Kinds
 
-__all__ = ["Kept", "plan_kept"]
+__all__ = ["LoopSavedValues", "plan_saved_values"]
 
 _INPUT = 0.25
 """Of an input that is kept, as a part of the price of its size: what is in front often keeps it anyway."""
@@ -22,7 +22,7 @@ _CHEAP = ("cat", "stack")
 
 
 @dataclass(frozen=True)
-class Kept:
+class LoopSavedValues:
     """Values of the forward pass that are kept at all steps.
 
     Args:
@@ -41,7 +41,7 @@ class Kept:
         return (*self.values, *self.states)
 
 
-def plan_kept(recording: Recording, kinds: Kinds, needed: Iterable[int]) -> Kept:
+def plan_saved_values(recording: Recording, kinds: Kinds, needed: Iterable[int]) -> LoopSavedValues:
     """The cheapest values from which those that the backward pass needs can be computed."""
     values = recording.values
     graph = nx.DiGraph()
@@ -69,10 +69,10 @@ def plan_kept(recording: Recording, kinds: Kinds, needed: Iterable[int]) -> Kept
     for number in targets:
         graph.add_edge((number, "out"), "sink")
     if not targets:
-        return Kept((), (), ())
+        return LoopSavedValues((), (), ())
     _, (reachable, _) = nx.minimum_cut(graph, "source", "sink")
     cut = sorted(n for n in seen if (n, "in") in reachable and (n, "out") not in reachable)
-    return Kept(
+    return LoopSavedValues(
         tuple(n for n in cut if values[n].call is not None),
         tuple(values[n].index for n in cut if values[n].origin == "state"),
         tuple(values[n].index for n in cut if values[n].origin == "sequence"),

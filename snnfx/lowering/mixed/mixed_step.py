@@ -8,15 +8,15 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-from snnfx.lowering.aten_recording import NotLowered, Recording
+from snnfx.lowering.aten_recording import LoweringRefused, Recording
 from snnfx.lowering.elementwise.cpp.build import load
 from snnfx.lowering.elementwise.lowered_step import Needs
 from snnfx.lowering.elementwise.translation import Replay
 from snnfx.lowering.mixed.call_kinds import calls_behind
 from snnfx.lowering.mixed.constant_gradients import Deferred, plan_gradient
 from snnfx.lowering.mixed.executor import run_schedule
-from snnfx.lowering.mixed.loop_saved_values import Kept, plan_kept
-from snnfx.lowering.mixed.schedule import Carried, Goal, Kinds, Schedule
+from snnfx.lowering.mixed.loop_saved_values import LoopSavedValues, plan_saved_values
+from snnfx.lowering.mixed.schedule import Goal, Kinds, LoopCarried, Schedule
 
 __all__ = ["MixedStep", "Passes"]
 
@@ -35,7 +35,7 @@ class Passes:
         deferred: for each position in `MixedStep.constants`, how its gradient is computed; None: it has none.
     """
 
-    plan: Kept
+    plan: LoopSavedValues
     forward: Schedule
     backward: Schedule
     grads: tuple[int, ...]
@@ -54,7 +54,7 @@ class MixedStep:
         constants: the constants that the step reads, as `(number of value, index of constant)`.
 
     Raises:
-        NotLowered: the states do not keep their shape or dtype.
+        LoweringRefused: the states do not keep their shape or dtype.
     """
 
     recording: Recording
@@ -70,9 +70,9 @@ class MixedStep:
             if value.origin == "state":
                 after = values[recording.next_states[value.index]]
                 if (value.shape, value.dtype) != (after.shape, after.dtype):
-                    raise NotLowered("a state has another shape or dtype after each step")
+                    raise LoweringRefused("a state has another shape or dtype after each step")
             if value.varying and value.call is not None and value.call.name in _BY_STRIDES:
-                raise NotLowered(f"`{value.call.name}` depends on where values are in memory")
+                raise LoweringRefused(f"`{value.call.name}` depends on where values are in memory")
         self._kinds = Kinds(recording)
         invariant = [n for n, v in enumerate(values) if v.call is not None and not v.varying]
         self.constants = tuple((n, v.index) for n, v in enumerate(values) if v.origin == "constant")
@@ -120,7 +120,7 @@ class MixedStep:
     def inference(self) -> Schedule:
         """The pass that keeps nothing."""
         if self._inference is None:
-            self._inference = self._forward(Kept((), (), ()))
+            self._inference = self._forward(LoopSavedValues((), (), ()))
         return self._inference
 
     def training(self, needs: Needs) -> Passes:
@@ -130,9 +130,9 @@ class MixedStep:
             found = self._training[needs] = self._plan(needs)
         return found
 
-    def _forward(self, plan: Kept) -> Schedule:
+    def _forward(self, plan: LoopSavedValues) -> Schedule:
         recording, states = self.recording, self._numbers["state"]
-        carried = tuple(Carried(states.get(k), n) for k, n in enumerate(recording.next_states))
+        carried = tuple(LoopCarried(states.get(k), n) for k, n in enumerate(recording.next_states))
         stacks = dict.fromkeys((*recording.outputs, *plan.values, *(states[k] for k in plan.states)))
         return Schedule(
             recording, self._kinds, Goal(carried, frozenset(self._numbers["sequence"].values()), tuple(stacks), ())
@@ -150,9 +150,9 @@ class MixedStep:
         sums = tuple(dict.fromkeys(part.number for part in parts if part.how == "sum"))
         stacks = tuple(dict.fromkeys((*grads, *(n for part in parts for n in part.stacks))))
         states = self._carried_gradients(needs, (*stacks, *sums))
-        carried = tuple(Carried(self._numbers["grad_state"].get(k), recording.grad_states[k]) for k in states)
+        carried = tuple(LoopCarried(self._numbers["grad_state"].get(k), recording.grad_states[k]) for k in states)
         roots = (*stacks, *sums, *(c.following for c in carried if c.following is not None))
-        plan = plan_kept(recording, self._kinds, self._read_by_gradients(roots))
+        plan = plan_saved_values(recording, self._kinds, self._read_by_gradients(roots))
         at_hand = {*self._numbers["grad_output"].values(), *plan.values}
         at_hand.update(self._numbers["state"][k] for k in plan.states)
         at_hand.update(self._numbers["sequence"][i] for i in plan.inputs)
@@ -184,7 +184,7 @@ class MixedStep:
         """Build the kernels of a call.
 
         Raises:
-            NotLowered: one cannot be built.
+            LoweringRefused: one cannot be built.
         """
         del elements
         passes = None if needs is None else self.training(needs)

@@ -12,15 +12,15 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
-from snnfx.lowering.aten_recording import Call, Recording
+from snnfx.lowering.aten_recording import AtenCall, Recording
 from snnfx.lowering.mixed.call_kinds import BATCHED, VIEWS, calls_behind, stripped
-from snnfx.lowering.mixed.fused_group import Group, is_elementwise
+from snnfx.lowering.mixed.fused_group import FusedGroup, is_elementwise
 
-__all__ = ["Carried", "Goal", "Kinds", "Schedule", "Stage"]
+__all__ = ["Goal", "Kinds", "LoopCarried", "Schedule", "Stage"]
 
 
 @dataclass(frozen=True)
-class Carried:
+class LoopCarried:
     """A value that goes from each step to the next one.
 
     Args:
@@ -43,7 +43,7 @@ class Goal:
         sums: values whose sum over all steps is wanted.
     """
 
-    carried: tuple[Carried, ...]
+    carried: tuple[LoopCarried, ...]
     at_hand: frozenset[int]
     stacks: tuple[int, ...]
     sums: tuple[int, ...]
@@ -53,8 +53,8 @@ class Goal:
 class Stage:
     """Calls of PyTorch in order, then kernels."""
 
-    calls: list[Call] = field(default_factory=list)
-    groups: list[Group] = field(default_factory=list)
+    calls: list[AtenCall] = field(default_factory=list)
+    groups: list[FusedGroup] = field(default_factory=list)
 
 
 class Kinds:
@@ -64,7 +64,7 @@ class Kinds:
         self.recording = recording
         self._known: dict[int, str] = {}
 
-    def of(self, call: Call) -> str:
+    def of(self, call: AtenCall) -> str:
         """The kind of a call."""
         if id(call) not in self._known:
             self._known[id(call)] = self._kind(call)
@@ -75,7 +75,7 @@ class Kinds:
         call = self.recording.values[number].call
         return "given" if call is None else self.of(call)
 
-    def _kind(self, call: Call) -> str:
+    def _kind(self, call: AtenCall) -> str:
         values = self.recording.values
         varying = [r for r in call.references() if values[r].varying]
         fusable = len(call.results) == 1 and is_elementwise(self.recording, call.results[0])
@@ -123,11 +123,11 @@ class Schedule:
 
     # -- distribution -----------------------------------------------------------------------------------------------
 
-    def _outside(self, needed: Sequence[Call], following: Sequence[int]) -> tuple[list[Call], list[Call]]:
+    def _outside(self, needed: Sequence[AtenCall], following: Sequence[int]) -> tuple[list[AtenCall], list[AtenCall]]:
         """What runs before the loop and after it."""
         values = self.recording.values
         movable = [c for c in needed if c.name in BATCHED and self.kinds.of(c) != "fused"]
-        before: list[Call] = []
+        before: list[AtenCall] = []
         free = set(self.goal.at_hand)
         for call in movable:
             if all(r in free for r in call.references() if values[r].varying):
@@ -136,7 +136,7 @@ class Schedule:
         in_loop = {id(c) for c in calls_behind(values, (*following, *self.goal.sums), self._given())}
         in_loop.update(id(call) for call in before)
         may_follow = {id(call) for call in movable}
-        after: list[Call] = []
+        after: list[AtenCall] = []
         read_inside: set[int] = set()
         for call in reversed(needed):  # a call is after the loop when all that reads it is
             if id(call) in may_follow and id(call) not in in_loop and not read_inside.intersection(call.results):
@@ -185,7 +185,7 @@ class Schedule:
             made = [n for n in sorted(members[key]) for _ in range(leaving.get(n, 0))]
             added = [n for n in self.goal.sums if n in members[key]]
             if made or added:
-                stages[key[0]].groups.append(Group(self.recording, key[1], members[key], made, added))
+                stages[key[0]].groups.append(FusedGroup(self.recording, key[1], members[key], made, added))
         return [stage for stage in stages if stage.calls or stage.groups]
 
     def _leaving(self, group_of: dict[int, tuple[int, tuple[int, ...]]]) -> dict[int, int]:
@@ -201,7 +201,7 @@ class Schedule:
                     found.setdefault(r, 1)
         return found
 
-    def results_read(self, call: Call) -> list[int]:
+    def results_read(self, call: AtenCall) -> list[int]:
         """The results of a call that are used."""
         if self._read is None:
             self._read = {r for c in (*self.before, *self.inside, *self.after) for r in c.references()}

@@ -130,7 +130,7 @@ _BY_LINEAR = (
 """Steps whose only use of the input weights is `linear(input, input_weights)`."""
 
 
-class _WholeSequenceAdapter(NorseAdapter):
+class _NorseSequenceAdapter(NorseAdapter):
     """Modules with their own loop over time."""
 
     read_call = None  # type: ignore[assignment]
@@ -177,4 +177,4 @@ for _module in (
     encode.SpikeLatencyEncoder,
     encode.SpikeLatencyLIFEncoder,
 ):
-    register_adapter(_module, _WholeSequenceAdapter())
+    register_adapter(_module, _NorseSequenceAdapter())

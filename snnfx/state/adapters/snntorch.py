@@ -121,7 +121,7 @@ class SnnTorchAdapter:
         return StatefulCall(values if explicit else None, inputs, {}, returns)
 
 
-class _WholeSequenceAdapter(SnnTorchAdapter):
+class _SnnTorchSequenceAdapter(SnnTorchAdapter):
     """Neurons that take all time steps at once."""
 
     def names(self, module: nn.Module) -> tuple[str, ...]:
@@ -157,4 +157,4 @@ for _family in _STATES:
         register_adapter(getattr(snntorch, _family), SnnTorchAdapter(_family))
 for _family in _WHOLE_SEQUENCES:
     if hasattr(snntorch, _family):
-        register_adapter(getattr(snntorch, _family), _WholeSequenceAdapter(_family))
+        register_adapter(getattr(snntorch, _family), _SnnTorchSequenceAdapter(_family))

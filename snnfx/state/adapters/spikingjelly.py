@@ -14,7 +14,7 @@ from spikingjelly.activation_based import base, layer, neuron
 from torch import Tensor, nn
 
 from snnfx.errors import CaptureError, InputError
-from snnfx.state.leaf_modules import vouch
+from snnfx.state.leaf_modules import declare_leaf
 from snnfx.state.registry import State, StatelessAdapter, has_forward_hooks, register_adapter, step_by_swapping
 
 __all__ = ["SpikingJellyAdapter"]
@@ -167,4 +167,4 @@ _LAYERS = (
 ).split()
 for _name in _LAYERS:
     if hasattr(layer, _name):
-        vouch(getattr(layer, _name), lambda module: module.step_mode == "s")
+        declare_leaf(getattr(layer, _name), lambda module: module.step_mode == "s")

@@ -26,7 +26,7 @@ from snnfx.analysis.batch.rule_lookup import look_up, row_names
 from snnfx.analysis.batch.rule_table import MODULES
 from snnfx.ops.step_functions import FunctionHolder, apply_autograd_function, expect_size, set_part
 from snnfx.state import leaf_modules as leaves_module
-from snnfx.state.leaf_modules import vouch
+from snnfx.state.leaf_modules import declare_leaf
 from snnfx.state.registry import call_stateful, initial_value
 
 T = 3
@@ -1145,8 +1145,8 @@ def test_a_class_that_is_vouched_for_is_its_torch_class(monkeypatch: pytest.Monk
     assert codes_of_module(Wrapper(4, 5), X2) == ["SNNFX101"]
     assert codes_of_module(Spike(), X2) == ["SNNFX101"]
     monkeypatch.setattr(leaves_module, "_vouched", dict(leaves_module._vouched))
-    vouch(Wrapper)
-    vouch(Spike)
+    declare_leaf(Wrapper)
+    declare_leaf(Spike)
     assert codes_of_module(Wrapper(4, 5), X2) == []
     assert codes_of_module(Spike(), X2) == []
     assert codes_of_module(Wrapper(4, 5), (4,)) == ["SNNFX102"]

@@ -20,7 +20,7 @@ from snnfx.errors import InputError, SnnfxError, VerificationError
 from snnfx.inspect.verify.comparison import Tolerance, compare
 from snnfx.inspect.verify.coroutines import Coroutine
 from snnfx.inspect.verify.verify import VerificationReport, verify
-from snnfx.ir.program import Slot, StartingValue, StepProgram
+from snnfx.ir.program import InitialAttribute, Slot, StepProgram
 from support.spikes import Spike
 
 torch.set_num_threads(1)
@@ -553,9 +553,9 @@ def test_attributes_that_the_net_took_for_state_start_where_they_were_when_it_wa
     constants = {"one": torch.ones(5)}
     graph.output(((), (None,) * 3, (0.0, *first)))
     spec = pytree.tree_structure(())
-    starts = [StartingValue("0", "number", 0.0), StartingValue("0", "lazy", None)]
-    starts.append(StartingValue("0", "tensor", torch.ones(5)))
-    program = StepProgram(graph, model, constants, [], spec, spec, slots, training=True, starts=starts)
+    starts = [InitialAttribute("0", "number", 0.0), InitialAttribute("0", "lazy", None)]
+    starts.append(InitialAttribute("0", "tensor", torch.ones(5)))
+    program = StepProgram(graph, model, constants, [], spec, spec, slots, training=True, initial_attributes=starts)
 
     def function(net: Any, x_seq: Tensor) -> Any:
         sums, product = x_seq.cumsum(0), x_seq.cumprod(0)

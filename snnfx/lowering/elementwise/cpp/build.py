@@ -17,7 +17,7 @@ from typing import Any
 
 import torch
 
-from snnfx.lowering.aten_recording import NotLowered
+from snnfx.lowering.aten_recording import LoweringRefused
 from snnfx.lowering.elementwise.cpp.cpp_kernel import KernelSource
 
 __all__ = ["Library", "cache_directory", "find_compiler", "load"]
@@ -84,7 +84,7 @@ def load(source: KernelSource) -> Library:
     """The library of a source: loaded already, built before, or built now.
 
     Raises:
-        NotLowered: there is no compiler, or it cannot build this.
+        LoweringRefused: there is no compiler, or it cannot build this.
     """
     library = _loaded.get(source.text)
     if library is not None:
@@ -98,7 +98,7 @@ def load(source: KernelSource) -> Library:
 def _built(text: str) -> Path:
     compiler = find_compiler()
     if compiler is None:
-        raise NotLowered("there is no C++ compiler (g++, clang++ or $CXX)")
+        raise LoweringRefused("there is no C++ compiler (g++, clang++ or $CXX)")
     key = hashlib.sha256(f"{_identity_of(compiler)}\0{text}".encode()).hexdigest()[:32]
     directory = usable_directory()
     path = directory / f"{key}.so"
@@ -140,7 +140,7 @@ def _build(compiler: str, text: str, path: Path) -> None:
             if done.returncode == 0:
                 os.replace(result, path)
                 return
-    raise NotLowered(f"{Path(compiler).name} cannot build the kernel: {done.stderr.strip().splitlines()[:1]}")
+    raise LoweringRefused(f"{Path(compiler).name} cannot build the kernel: {done.stderr.strip().splitlines()[:1]}")
 
 
 @functools.cache

@@ -13,9 +13,9 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 
-from snnfx.lowering.elementwise.back_end import Backward
+from snnfx.lowering.elementwise.back_end import WantedGradients
 from snnfx.lowering.elementwise.cpp.cpp_time_loop import Instant, State, elements, steps_at_once, time_loops
-from snnfx.lowering.elementwise.cpp.cpp_writer import C_TYPES, MEMORY_TYPES, KernelSource, Writer, indented
+from snnfx.lowering.elementwise.cpp.cpp_writer import C_TYPES, MEMORY_TYPES, CppWriter, KernelSource, indented
 from snnfx.lowering.elementwise.expressions import Expression, StepExpressions, topological
 from snnfx.lowering.elementwise.saved_values import SavePlan
 
@@ -27,7 +27,7 @@ def write_forward(step: StepExpressions, plan: SavePlan | None = None) -> Kernel
     saved = plan.saved if plan is not None else ()
     roots = [*step.outputs, *step.next_states, *saved]
     used = topological(roots)
-    writer = Writer(step, roots)
+    writer = CppWriter(step, roots)
     invariant, once = _invariant_leaves(writer, used)
     once += writer.hoist(roots, invariant)
     sequences = [(leaf, writer.slot("sequence", leaf.index, m)) for leaf, m in _sequences_of(step, used)]
@@ -61,7 +61,7 @@ def write_forward(step: StepExpressions, plan: SavePlan | None = None) -> Kernel
     return writer.source([*once, *time_loops(writer, roots, states, at, steps), *last])
 
 
-def write_backward(step: StepExpressions, plan: SavePlan, wanted: Backward) -> KernelSource:
+def write_backward(step: StepExpressions, plan: SavePlan, wanted: WantedGradients) -> KernelSource:
     """The backward pass over a whole sequence, in reverse.
 
     Args:
@@ -71,7 +71,7 @@ def write_backward(step: StepExpressions, plan: SavePlan, wanted: Backward) -> K
     """
     roots = wanted.expressions(step)
     forward = [step.next_states[k] for k in plan.earlier]
-    writer = Writer(step, [*roots, *forward])
+    writer = CppWriter(step, [*roots, *forward])
     available = set(plan.saved)
     used = topological([*roots, *forward], available)
     invariant, once = _invariant_leaves(writer, used)
@@ -135,7 +135,7 @@ def _sequences_of(step: StepExpressions, used: Iterable[Expression]) -> list[tup
     return [(e, step.memory_of(e)) for e in used if e.op in ("sequence", "grad_output")]
 
 
-def _invariant_leaves(writer: Writer, used: Iterable[Expression]) -> tuple[dict[Expression, str], list[str]]:
+def _invariant_leaves(writer: CppWriter, used: Iterable[Expression]) -> tuple[dict[Expression, str], list[str]]:
     """What does not change with time: `(text of each leaf, lines before the steps)`."""
     at_hand: dict[Expression, str] = {}
     lines: list[str] = []
@@ -157,7 +157,7 @@ class _StatesBefore:
 
     def __init__(
         self,
-        writer: Writer,
+        writer: CppWriter,
         plan: SavePlan,
         invariant: dict[Expression, str],
         sequences: Sequence[tuple[Expression, str]],

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from snnfx.lowering.elementwise.back_end import BackEnd, Backward
+from snnfx.lowering.elementwise.back_end import BackEnd, WantedGradients
 from snnfx.lowering.elementwise.cpp.build import load, openmp
 from snnfx.lowering.elementwise.cpp.cpp_kernel import KernelSource, write_backward, write_forward
 from snnfx.lowering.elementwise.expressions import StepExpressions
@@ -123,7 +123,7 @@ class CppBackEnd(BackEnd):
     def write_forward(self, step: StepExpressions, plan: SavePlan | None = None) -> KernelSource:
         return write_forward(step, plan)
 
-    def write_backward(self, step: StepExpressions, plan: SavePlan, wanted: Backward) -> KernelSource:
+    def write_backward(self, step: StepExpressions, plan: SavePlan, wanted: WantedGradients) -> KernelSource:
         return write_backward(step, plan, wanted)
 
     def build(self, source: KernelSource, elements: int) -> None:

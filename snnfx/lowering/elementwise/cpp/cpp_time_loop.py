@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
-from snnfx.lowering.elementwise.cpp.cpp_writer import Writer, indented
+from snnfx.lowering.elementwise.cpp.cpp_writer import CppWriter, indented
 from snnfx.lowering.elementwise.expressions import Expression, topological
 
 __all__ = ["Instant", "State", "elements", "steps_at_once", "time_loops"]
@@ -48,12 +48,12 @@ class Instant:
     adds: list[tuple[str, Expression]] = field(default_factory=list)
     after: list[str] = field(default_factory=list)
 
-    def read(self, writer: Writer, leaf: Expression, line: str, name: str) -> None:
+    def read(self, writer: CppWriter, leaf: Expression, line: str, name: str) -> None:
         """A leaf is read through a pointer, which a line declares."""
         self.declarations.append(line)
         self.at_hand[leaf] = writer.read(leaf, name)
 
-    def write(self, writer: Writer, value: Expression, operand: str, memory: str, t: str, name: str) -> None:
+    def write(self, writer: CppWriter, value: Expression, operand: str, memory: str, t: str, name: str) -> None:
         """A value is written to an operand."""
         line, afterwards = writer.target(operand, memory, value.dtype, t, name)
         self.declarations += [line] if line else []
@@ -85,7 +85,7 @@ def steps_at_once(roots: Sequence[Expression], streams: int, states: Sequence[St
 
 
 def time_loops(
-    writer: Writer,
+    writer: CppWriter,
     roots: Sequence[Expression],
     states: Sequence[State],
     at: Callable[[str, str], Instant],
@@ -109,7 +109,7 @@ def time_loops(
 
 
 def _loop(
-    writer: Writer,
+    writer: CppWriter,
     roots: Sequence[Expression],
     states: Sequence[State],
     at: Callable[[str, str], Instant],
@@ -134,7 +134,7 @@ def _loop(
     return [head, *indented(lines, 1), "}"]
 
 
-def elements(writer: Writer, roots: Sequence[Expression], states: Sequence[State], instant: Instant) -> list[str]:
+def elements(writer: CppWriter, roots: Sequence[Expression], states: Sequence[State], instant: Instant) -> list[str]:
     """What one step does for one element."""
     at_hand = dict(instant.at_hand)
     for state in states:

@@ -5,12 +5,12 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
-from snnfx.lowering.elementwise.back_end import Slot
+from snnfx.lowering.elementwise.back_end import KernelOperand
 from snnfx.lowering.elementwise.cpp.cpp_prelude import PRELUDE
 from snnfx.lowering.elementwise.expressions import Expression, StepExpressions, topological
 from snnfx.lowering.elementwise.operand_layout import MAX_DIMS
 
-__all__ = ["C_TYPES", "MEMORY_TYPES", "KernelSource", "Writer", "indented"]
+__all__ = ["C_TYPES", "MEMORY_TYPES", "CppWriter", "KernelSource", "indented"]
 
 C_TYPES = {"float32": "float", "float64": "double", "bool": "float"}
 MEMORY_TYPES = {
@@ -46,17 +46,17 @@ class KernelSource:
     """
 
     text: str
-    slots: tuple[Slot, ...]
+    slots: tuple[KernelOperand, ...]
     literals: tuple[float, ...]
     block: int
 
 
-class Writer:
+class CppWriter:
     """Collects the parts of a kernel."""
 
     def __init__(self, step: StepExpressions, roots: Iterable[Expression]) -> None:
         self.step = step
-        self.slots: list[Slot] = []
+        self.slots: list[KernelOperand] = []
         self.literals: dict[float, int] = {}
         self.buffers: list[str] = []
         self.hoisted: list[str] = []
@@ -71,7 +71,7 @@ class Writer:
 
     def slot(self, kind: str, index: int, dtype: str) -> str:
         """A new operand; its text in C++."""
-        self.slots.append(Slot(kind, index, dtype))
+        self.slots.append(KernelOperand(kind, index, dtype))
         return f"a.operand[{len(self.slots) - 1}]"
 
     def buffer(self, name: str, ctype: str) -> str:

@@ -2,7 +2,8 @@
 
 A source is one function, for any T, N and stride: `forward`, which may save values for the backward pass, or
 `backward`, which goes through time in reverse. What it does with an operand depends on where the elements are (its
-`Form`), so the text is written for a form. T and all numbers but a few are arguments: another T or tau builds nothing.
+`OperandForm`), so the text is written for a form. T and all numbers but a few are arguments: another T or tau builds
+nothing.
 
 The numbers are those of the C++ back end: what is half as wide is computed in float32, products and sums are not
 contracted, division and square root are rounded correctly, functions come from `triton_prelude`. Sums over all elements
@@ -13,10 +14,10 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
 
-from snnfx.lowering.elementwise.back_end import Backward, Slot
+from snnfx.lowering.elementwise.back_end import KernelOperand, WantedGradients
 from snnfx.lowering.elementwise.expressions import Expression, StepExpressions, topological
 from snnfx.lowering.elementwise.saved_values import SavePlan
-from snnfx.lowering.elementwise.triton.triton_source import Form, TritonSource
+from snnfx.lowering.elementwise.triton.triton_source import OperandForm, TritonSource
 
 __all__ = ["write_backward", "write_forward"]
 
@@ -48,7 +49,7 @@ def write_forward(step: StepExpressions, plan: SavePlan | None = None) -> Triton
     return _source(lambda form: _forward(step, plan, form))
 
 
-def write_backward(step: StepExpressions, plan: SavePlan, wanted: Backward) -> TritonSource:
+def write_backward(step: StepExpressions, plan: SavePlan, wanted: WantedGradients) -> TritonSource:
     """The backward pass over a whole sequence, in reverse.
 
     Args:
@@ -59,22 +60,22 @@ def write_backward(step: StepExpressions, plan: SavePlan, wanted: Backward) -> T
     return _source(lambda form: _backward(step, plan, wanted, form))
 
 
-def _source(writer_of: Callable[[Form | None], _Writer]) -> TritonSource:
+def _source(writer_of: Callable[[OperandForm | None], _TritonWriter]) -> TritonSource:
     first = writer_of(None)
 
-    def write(form: Form) -> str:
+    def write(form: OperandForm) -> str:
         return writer_of(form).text(source, form)
 
     source = TritonSource(tuple(first.slots), tuple(first.literals), write, frozenset(first.uses))
     return source
 
 
-class _Writer:
+class _TritonWriter:
     """Collects the parts of a kernel; values of a block of elements have a name each."""
 
-    def __init__(self, step: StepExpressions, roots: Iterable[Expression], form: Form | None) -> None:
+    def __init__(self, step: StepExpressions, roots: Iterable[Expression], form: OperandForm | None) -> None:
         self.step, self.form = step, form
-        self.slots: list[Slot] = []
+        self.slots: list[KernelOperand] = []
         self.literals: dict[float, int] = {}
         self.uses: set[str] = set()
         self.before_loop: list[str] = []
@@ -93,7 +94,7 @@ class _Writer:
 
     def slot(self, kind: str, index: int, dtype: str) -> int:
         """The number of a new operand."""
-        self.slots.append(Slot(kind, index, dtype))
+        self.slots.append(KernelOperand(kind, index, dtype))
         return len(self.slots) - 1
 
     def _constant(self, expression: Expression) -> None:
@@ -204,7 +205,7 @@ class _Writer:
             return text
         return f"tl.broadcast_to({text}, (BLOCK,))"
 
-    def text(self, source: TritonSource, form: Form) -> str:
+    def text(self, source: TritonSource, form: OperandForm) -> str:
         """The whole text."""
         lines = [f"element = tl.program_id(0){'.to(tl.int64)' if form.wide else ''} * BLOCK + tl.arange(0, BLOCK)"]
         lines.append("inside = element < elements")
@@ -237,10 +238,10 @@ def cast(value: str, dtype: str, to: str) -> str:
     return f"({value}).to({_DTYPE[to]})"
 
 
-def _forward(step: StepExpressions, plan: SavePlan | None, form: Form | None) -> _Writer:
+def _forward(step: StepExpressions, plan: SavePlan | None, form: OperandForm | None) -> _TritonWriter:
     saved = plan.saved if plan is not None else ()
     roots = [*step.outputs, *step.next_states, *saved]
-    writer = _Writer(step, roots, form)
+    writer = _TritonWriter(step, roots, form)
     at_hand: dict[Expression, str] = {}
     used = topological(roots)
     states = {e.index: e for e in used if e.op == "state"}
@@ -272,10 +273,12 @@ def _forward(step: StepExpressions, plan: SavePlan | None, form: Form | None) ->
     return writer
 
 
-def _backward(step: StepExpressions, plan: SavePlan, wanted: Backward, form: Form | None) -> _Writer:
+def _backward(
+    step: StepExpressions, plan: SavePlan, wanted: WantedGradients, form: OperandForm | None
+) -> _TritonWriter:
     roots = wanted.expressions(step)
     earlier = [step.next_states[k] for k in plan.earlier]
-    writer = _Writer(step, [*roots, *earlier], form)
+    writer = _TritonWriter(step, [*roots, *earlier], form)
     writer.is_reverse = True
     at_hand: dict[Expression, str] = {}
     before: dict[Expression, str] = {}
@@ -336,7 +339,7 @@ def _backward(step: StepExpressions, plan: SavePlan, wanted: Backward, form: For
 
 
 def _add_states_from_before(
-    writer: _Writer,
+    writer: _TritonWriter,
     plan: SavePlan,
     before: dict[Expression, str],
     at_hand: dict[Expression, str],

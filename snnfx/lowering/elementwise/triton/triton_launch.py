@@ -15,14 +15,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from snnfx.lowering.aten_recording import NotLowered
-from snnfx.lowering.elementwise.back_end import BackEnd, Backward
+from snnfx.lowering.aten_recording import LoweringRefused
+from snnfx.lowering.elementwise.back_end import BackEnd, WantedGradients
 from snnfx.lowering.elementwise.cpp.build import usable_directory
 from snnfx.lowering.elementwise.expressions import StepExpressions
 from snnfx.lowering.elementwise.operand_layout import Layout
 from snnfx.lowering.elementwise.saved_values import SavePlan
 from snnfx.lowering.elementwise.triton.triton_kernel import write_backward, write_forward
-from snnfx.lowering.elementwise.triton.triton_source import Form, TritonSource
+from snnfx.lowering.elementwise.triton.triton_source import OperandForm, TritonSource
 
 __all__ = ["TritonBackEnd", "arguments", "block_length", "form_of", "load"]
 
@@ -50,7 +50,7 @@ def load(text: str) -> Any:
     """The kernel of a text, from a file in the cache directory: Triton reads the source of its functions.
 
     Raises:
-        NotLowered: Triton is not there.
+        LoweringRefused: Triton is not there.
     """
     kernel = _loaded.get(text)
     if kernel is not None:
@@ -58,7 +58,7 @@ def load(text: str) -> Any:
     with _lock:
         if text not in _loaded:
             if importlib.util.find_spec("triton") is None:
-                raise NotLowered("Triton is not installed")
+                raise LoweringRefused("Triton is not installed")
             name = f"snnfx_{hashlib.sha256(text.encode()).hexdigest()[:32]}"
             spec = importlib.util.spec_from_file_location(name, _written(name, text))
             assert spec is not None and spec.loader is not None
@@ -66,7 +66,7 @@ def load(text: str) -> Any:
             try:
                 spec.loader.exec_module(module)
             except ImportError as error:
-                raise NotLowered(f"Triton cannot be imported: {error}") from error
+                raise LoweringRefused(f"Triton cannot be imported: {error}") from error
             _loaded[text] = module.kernel
         return _loaded[text]
 
@@ -81,7 +81,7 @@ def _written(name: str, text: str) -> Path:
     return path
 
 
-def form_of(source: TritonSource, layout: Layout, operands: Sequence[Tensor | float]) -> Form:
+def form_of(source: TritonSource, layout: Layout, operands: Sequence[Tensor | float]) -> OperandForm:
     """What of a layout the text depends on."""
     modes: list[str] = []
     for operand, strides, slot in zip(operands, layout.operands, source.slots, strict=True):
@@ -97,11 +97,11 @@ def form_of(source: TritonSource, layout: Layout, operands: Sequence[Tensor | fl
         sum((n - 1) * s for n, s in zip(layout.sizes, strides.stride, strict=True)) for strides in layout.operands
     ]
     wide = max(layout.elements + 1024, *furthest) >= 1 << 31
-    return Form(tuple(modes), len(layout.sizes) if is_strided else 1, wide)
+    return OperandForm(tuple(modes), len(layout.sizes) if is_strided else 1, wide)
 
 
 def arguments(
-    source: TritonSource, form: Form, layout: Layout, T: int, operands: Sequence[Tensor | float]
+    source: TritonSource, form: OperandForm, layout: Layout, T: int, operands: Sequence[Tensor | float]
 ) -> list[Any]:
     """What a kernel is called with, in the order of `source.parameters(form)`, without BLOCK."""
     found: list[Any] = []
@@ -117,7 +117,7 @@ def arguments(
     return [*found, layout.elements, T]
 
 
-def samples(source: TritonSource, form: Form, elements: int) -> list[Any]:
+def samples(source: TritonSource, form: OperandForm, elements: int) -> list[Any]:
     """Arguments of the types that a launch has, to compile a kernel with; dtypes stand for tensors."""
     found: list[Any] = []
     for slot, mode in zip(source.slots, form.modes, strict=True):
@@ -133,25 +133,25 @@ class TritonBackEnd(BackEnd):
     def write_forward(self, step: StepExpressions, plan: SavePlan | None = None) -> TritonSource:
         return write_forward(step, plan)
 
-    def write_backward(self, step: StepExpressions, plan: SavePlan, wanted: Backward) -> TritonSource:
+    def write_backward(self, step: StepExpressions, plan: SavePlan, wanted: WantedGradients) -> TritonSource:
         return write_backward(step, plan, wanted)
 
     def build(self, source: TritonSource, elements: int) -> None:
         if os.environ.get("SNNFX_KERNELS") == "0":
-            raise NotLowered("SNNFX_KERNELS=0 forbids kernels")
+            raise LoweringRefused("SNNFX_KERNELS=0 forbids kernels")
         form = source.usual
         kernel = load(source.text(form))
         if is_interpreted():
             if source.uses:
-                raise NotLowered(f"Triton's interpreter has no `{min(source.uses)}`")
+                raise LoweringRefused(f"Triton's interpreter has no `{min(source.uses)}`")
             return
         if not torch.cuda.is_available():
-            raise NotLowered("without a GPU, Triton needs its interpreter (TRITON_INTERPRET=1)")
+            raise LoweringRefused("without a GPU, Triton needs its interpreter (TRITON_INTERPRET=1)")
         try:
             kernel.warmup(*samples(source, form, elements), BLOCK=block_length(elements), grid=(1,), **OPTIONS)
         except Exception as error:
             reason = f"{type(error).__name__}: {error}".strip().splitlines()[0]
-            raise NotLowered(f"Triton cannot compile the kernel ({reason})") from error
+            raise LoweringRefused(f"Triton cannot compile the kernel ({reason})") from error
 
     def empty(self, size: Sequence[int], stride: Sequence[int], dtype: torch.dtype, device: torch.device) -> Tensor:
         return torch.empty_strided(size, stride, dtype=dtype, device=device)

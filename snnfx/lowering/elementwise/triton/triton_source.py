@@ -5,13 +5,13 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass, field
 
-from snnfx.lowering.elementwise.back_end import Slot
+from snnfx.lowering.elementwise.back_end import KernelOperand
 
-__all__ = ["Form", "TritonSource"]
+__all__ = ["OperandForm", "TritonSource"]
 
 
 @dataclass(frozen=True)
-class Form:
+class OperandForm:
     """What of a layout the text of a kernel depends on.
 
     Args:
@@ -37,24 +37,26 @@ class TritonSource:
         uses: what it needs of the library of the device.
     """
 
-    slots: tuple[Slot, ...]
+    slots: tuple[KernelOperand, ...]
     literals: tuple[float, ...]
-    write: Callable[[Form], str]
+    write: Callable[[OperandForm], str]
     uses: frozenset[str]
-    texts: dict[Form, str] = field(default_factory=dict)
+    texts: dict[OperandForm, str] = field(default_factory=dict)
 
-    def text(self, form: Form) -> str:
+    def text(self, form: OperandForm) -> str:
         """The kernel in Triton: a function `kernel` of `parameters(form)`."""
         if form not in self.texts:
             self.texts[form] = self.write(form)
         return self.texts[form]
 
     @property
-    def usual(self) -> Form:
+    def usual(self) -> OperandForm:
         """The form of a step from the reset state whose operands have no gaps."""
-        return Form(tuple("number" if slot.kind in ("initial", "grad_final") else "dense" for slot in self.slots))
+        return OperandForm(
+            tuple("number" if slot.kind in ("initial", "grad_final") else "dense" for slot in self.slots)
+        )
 
-    def parameters(self, form: Form) -> list[str]:
+    def parameters(self, form: OperandForm) -> list[str]:
         """The parameters of the kernel, with their annotations: operands, sizes, numbers, elements of a step, T, BLOCK.
 
         An operand has its number or pointer, then the elements from step to step if it has time, then its strides.

@@ -20,7 +20,7 @@ __all__ = ["ReadStatesAsInputs"]
 class ReadStatesAsInputs(Pass):
     """Take the value of every slot as a further argument of the step, in the order of the slots."""
 
-    name = "known_states"
+    name = "read_states_as_inputs"
     requires = "normalized"
     ensures = "normalized"
 

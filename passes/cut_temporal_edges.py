@@ -37,7 +37,7 @@ class CutTemporalEdges(Pass):
         slots: "all"; "spiking": those of neurons that fire; or names of slots.
     """
 
-    name = "cut"
+    name = "cut_temporal_edges"
     requires = "normalized"
     ensures = "normalized"
 

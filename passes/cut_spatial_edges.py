@@ -28,7 +28,7 @@ __all__ = ["CutSpatialEdges"]
 class CutSpatialEdges(Pass):
     """Cut the operand of every weight that feeds a neuron that fires."""
 
-    name = "readout_signal"
+    name = "cut_spatial_edges"
     requires = "normalized"
     ensures = "normalized"
 

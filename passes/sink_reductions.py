@@ -54,7 +54,7 @@ class SinkReductions(Pass):
         invariant_inputs: placeholders of inputs that are the same at every step.
     """
 
-    name = "sink"
+    name = "sink_reductions"
     requires = "normalized"
 
     reduce: str = "mean"

@@ -24,7 +24,7 @@ __all__ = ["RemoveDeadCode"]
 class RemoveDeadCode(Pass):
     """Remove nodes without effect, and discovered slots that only feed themselves."""
 
-    name = "dce"
+    name = "remove_dead_code"
     requires = "normalized"  # before, an operation in place looks dead when nobody reads what it returns
 
     def apply(self, program: StepProgram) -> str:

@@ -22,10 +22,10 @@ from torch.fx import Node
 
 from snnfx.analysis.batch.rule_lookup import look_up
 from snnfx.analysis.dependence import analyse_dependence, ancestors
-from snnfx.analysis.leak import LeakProbe, StepOnNumbers, fed_slots, is_elementwise, no_single_leak
+from snnfx.analysis.leak import LeakProbe, StepOnNumbers, fed_slots, is_elementwise, several_leaks_error
 from snnfx.analysis.weight_ops import WeightOp, weight_ops
 from snnfx.errors import InputError, warn_once
-from snnfx.ir.program import StepProgram, describe_node, is_module_call, place_of
+from snnfx.ir.program import StepProgram, describe_node, is_module_call, location_of
 from snnfx.ops.online_functions import (
     cut_history,
     ones_per_sample,
@@ -56,7 +56,7 @@ class TraceOperands(Pass):
         biases: whether the gradients of biases are taken on the trace of 1.
     """
 
-    name = "trace"
+    name = "trace_operands"
     requires = "normalized"
     ensures = "normalized"
 
@@ -196,7 +196,7 @@ class _Leaks:
                 raise InputError(
                     "SNNFX615",
                     f"no neuron emits the operand of `{describe_node(op.node)}`",
-                    where=place_of(op.node),
+                    where=location_of(op.node),
                     why='trace_leak="pre" takes the leak of the neuron in front of a weight.',
                     hint="Do not trace inputs, or give the leak as a number.",
                 )
@@ -209,13 +209,13 @@ class _Leaks:
                 return None  # its gradients go through time
             if len(cut) < len(leaking):
                 why = "some of the neurons that it feeds keep their gradients through time, others do not"
-                raise no_single_leak(describe_node(op.node), why)
+                raise several_leaks_error(describe_node(op.node), why)
         values = [leak for _, leak in leaking]
         if max(values) - min(values) > 1e-9:
             shown = ", ".join(f"{slot} {leak:g}" for slot, leak in leaking)
-            raise no_single_leak(describe_node(op.node), f"there are several: {shown}")
+            raise several_leaks_error(describe_node(op.node), f"there are several: {shown}")
         if len(leaking) > 1 and any(self.probes[slot].learnable for slot, _ in leaking):
-            raise no_single_leak(describe_node(op.node), "several neurons have leaks that are learned separately")
+            raise several_leaks_error(describe_node(op.node), "several neurons have leaks that are learned separately")
         return self.probes[leaking[0][0]]
 
     def _now(self, slot: str) -> float:

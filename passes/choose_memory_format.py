@@ -23,7 +23,7 @@ from snnfx.ops.step_functions import apply_autograd_function
 from snnfx.passes.base import Pass
 from snnfx.state.registry import adapter_of, call_stateful, initial_value
 
-__all__ = ["ChooseLayout", "image_of", "is_convolution", "takes_any_layout", "weights_of"]
+__all__ = ["ChooseMemoryFormat", "image_of", "is_convolution", "takes_any_layout", "weights_of"]
 
 _CONVOLUTIONS = (nn.Conv2d, nn.ConvTranspose2d)
 
@@ -55,10 +55,10 @@ _OPERATIONS = frozenset(
 
 
 @dataclass(frozen=True)
-class ChooseLayout(Pass):
+class ChooseMemoryFormat(Pass):
     """Mark the nodes whose values may be channels-last (`node.meta["channels_last"]`)."""
 
-    name = "layout"
+    name = "choose_memory_format"
     requires = "partitioned"
 
     def apply(self, program: StepProgram) -> str:

@@ -1,0 +1,47 @@
+"""Add an input of zeros to each value that leaves a layer, so that its gradient can be read there.
+
+The gradient of the added input is the one that arrives at the value. With the states cut, it is the gradient within the
+same time step: the learning signal of OSTL (Bohnstingl et al. 2022, arXiv:2007.12723). `CutLayers` gives the form that
+is differentiated with it.
+"""
+
+from __future__ import annotations
+
+import operator
+from dataclasses import dataclass
+
+from torch.utils import _pytree as pytree
+
+from snnfx.analysis.recurrent_layers import leaving_values
+from snnfx.ir.program import InputLeaf, StepProgram, add_placeholder
+from snnfx.passes.base import Pass
+from snnfx.passes.cut_layers import replace_reads_outside
+
+__all__ = ["TapLayers"]
+
+
+@dataclass(frozen=True)
+class TapLayers(Pass):
+    """Add a further argument to each value that leaves a layer, in the order in which `CutLayers` returns them."""
+
+    name = "tap_layers"
+    requires = "normalized"
+    ensures = "normalized"
+
+    def apply(self, program: StepProgram) -> str:
+        leaving = {value: layer for value, layer in leaving_values(program).items() if value.op != "placeholder"}
+        taps = []
+        first = next(n for n in program.graph.nodes if n.op != "placeholder")
+        for value in leaving:
+            with program.graph.inserting_before(first):
+                tap = add_placeholder(program.graph, f"{value.name}_tap")
+            tap.meta = {k: v for k, v in value.meta.items() if k in ("val", "where", "module")} | {"input": tap.name}
+            taps.append(tap)
+        for tap, (value, layer) in zip(taps, leaving.items(), strict=True):
+            replace_reads_outside(program, value, layer, operator.add, tap)
+        args, kwargs = pytree.tree_unflatten([0] * len(program.input_leaves), program.input_spec)
+        count = len(pytree.tree_leaves(args))
+        new = [InputLeaf(tap.name, tap.name) for tap in taps]
+        program.input_leaves = [*program.input_leaves[:count], *new, *program.input_leaves[count:]]
+        program.input_spec = pytree.tree_structure(((*args, *[0] * len(taps)), kwargs))
+        return f"{len(taps)} values have an input added to them"
