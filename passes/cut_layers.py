@@ -12,12 +12,12 @@ from collections.abc import Callable
 from dataclasses import dataclass, replace
 
 from torch.fx import Node
-from torch.utils import _pytree as pytree
 
 from snnfx.analysis.recurrent_layers import is_reader, leaving_values
 from snnfx.ir.program import StepProgram
 from snnfx.ops.online_functions import cut_history
 from snnfx.passes.base import Pass
+from snnfx.sandbox.torch_internals import pytree
 
 __all__ = [
     "CutLayers",

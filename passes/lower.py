@@ -20,6 +20,14 @@ from snnfx.analysis.dependence import is_random
 from snnfx.ir.program import Region, StepProgram, describe_node, operation_name
 from snnfx.passes.base import Pass
 from snnfx.passes.cut_temporal_edges import folds_when_cut
+from snnfx.sandbox.torch_internals import (
+    AdaptiveAvgPoolBase,
+    AdaptiveMaxPoolBase,
+    AvgPoolBase,
+    ConvBase,
+    MaxPoolBase,
+    NormBase,
+)
 from snnfx.state.registry import adapter_of, call_opaque
 
 __all__ = ["Lower", "mixing_node", "reason_against_kernel"]
@@ -86,14 +94,14 @@ def _mixes(program: StepProgram, node: Node) -> bool:
 _MIXING = (
     nn.Linear,
     nn.Bilinear,
-    nn.modules.conv._ConvNd,
-    nn.modules.batchnorm._NormBase,
+    ConvBase,
+    NormBase,
     nn.LayerNorm,
     nn.GroupNorm,
-    nn.modules.pooling._MaxPoolNd,
-    nn.modules.pooling._AvgPoolNd,
-    nn.modules.pooling._AdaptiveAvgPoolNd,
-    nn.modules.pooling._AdaptiveMaxPoolNd,
+    MaxPoolBase,
+    AvgPoolBase,
+    AdaptiveAvgPoolBase,
+    AdaptiveMaxPoolBase,
     nn.RNNCellBase,
     nn.RNNBase,
     nn.Embedding,

@@ -29,6 +29,7 @@ from snnfx.ir.program import (
 )
 from snnfx.ops.step_functions import change_value, set_part_
 from snnfx.passes.base import Pass
+from snnfx.sandbox.torch_internals import DropoutBase
 
 __all__ = ["Normalize"]
 
@@ -45,7 +46,7 @@ _MAYBE_THE_SAME = frozenset(
 
 _PARTITIONS = frozenset("chunk split tensor_split unbind".split())
 
-_MODULES_OF_VIEWS = (nn.Identity, nn.Flatten, nn.Unflatten, nn.modules.dropout._DropoutNd)
+_MODULES_OF_VIEWS = (nn.Identity, nn.Flatten, nn.Unflatten, DropoutBase)
 
 
 @dataclass(frozen=True)

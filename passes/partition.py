@@ -14,7 +14,6 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import networkx as nx
-from torch import nn
 from torch.fx import Node
 
 from snnfx.analysis.batch.equivariance import BatchAnalysis, infer_batch
@@ -34,6 +33,7 @@ from snnfx.ir.program import (
 )
 from snnfx.ir.setting_read import SettingRead
 from snnfx.passes.base import Pass
+from snnfx.sandbox.torch_internals import BatchNormBase, InstanceNormBase, NormBase
 from snnfx.state.registry import call_opaque
 
 __all__ = ["Partition"]
@@ -116,7 +116,7 @@ class Partition(Pass):
             if not program.training or node.op != "call_module":
                 return False
             module = program.resolve(str(node.target))
-            per_step = self.batch_norm == "per_step" and isinstance(module, nn.modules.batchnorm._BatchNorm)
+            per_step = self.batch_norm == "per_step" and isinstance(module, BatchNormBase)
             return per_step or str(node.target) in stepped or estimates_weights(module)
 
         return changing
@@ -149,9 +149,9 @@ def _flags_of_norms(program: StepProgram, batch_norm: str) -> list[SettingRead]:
         if node.op != "call_module" or target in program.constants:
             continue
         module = program.resolve(target)
-        if not isinstance(module, nn.modules.batchnorm._NormBase):
+        if not isinstance(module, NormBase):
             continue
-        is_batch_norm = isinstance(module, nn.modules.batchnorm._BatchNorm)
+        is_batch_norm = isinstance(module, BatchNormBase)
         tracks = module.running_mean is not None
         if (tracks and batch_norm == "per_step") or (is_batch_norm and not tracks):
             flag = program.mode_of(module)
@@ -232,7 +232,7 @@ def _kinds(program: StepProgram, dependence: Dependence, refusals: Mapping[Node,
             refusal = refusal or Refusal("SNNFX102", "an operand of it is mapped and has no batch dimension")
             node.meta["refusal"] = refusal
             kinds[node] = {"SNNFX106": "per_step", "SNNFX109": "step"}.get(refusal.code, "map")
-            if kinds[node] == "per_step" and isinstance(program.module_of(node), nn.modules.instancenorm._InstanceNorm):
+            if kinds[node] == "per_step" and isinstance(program.module_of(node), InstanceNormBase):
                 kinds[node] = "step"  # vmap cannot update its running statistics
     for node in program.graph.nodes:
         # One element of a tuple goes where the tuple is, even if only an initial value is made of it.

@@ -8,10 +8,9 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from torch.utils import _pytree as pytree
-
 from snnfx.ir.program import InputLeaf, StepProgram, keeps_statistics
 from snnfx.passes.base import Pass
+from snnfx.sandbox.torch_internals import pytree
 
 __all__ = ["ReadStatesAsInputs"]
 

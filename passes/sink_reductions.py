@@ -19,6 +19,7 @@ from snnfx.analysis.dependence import Dependence, analyse_dependence, is_random,
 from snnfx.ir.program import StepProgram, is_module_call, operation_name, takes_from_tuple
 from snnfx.ops.step_functions import expect_size
 from snnfx.passes.base import Pass
+from snnfx.sandbox.torch_internals import AdaptiveAvgPoolBase, AvgPoolBase, BatchNormBase, ConvBase, DropoutBase
 
 __all__ = ["REDUCTIONS", "SinkReductions"]
 
@@ -26,9 +27,9 @@ REDUCTIONS = ("mean", "sum", "last")
 
 _AFFINE_MODULES = (
     nn.Linear,
-    nn.modules.conv._ConvNd,
-    nn.modules.pooling._AvgPoolNd,
-    nn.modules.pooling._AdaptiveAvgPoolNd,
+    ConvBase,
+    AvgPoolBase,
+    AdaptiveAvgPoolBase,
     nn.Flatten,
     nn.Unflatten,
     nn.Identity,
@@ -86,7 +87,7 @@ class SinkReductions(Pass):
         if node not in dependence.varying or node in dependence.sequential or is_module_call(node):
             return False
         module = program.module_of(node)
-        trains = isinstance(module, nn.modules.batchnorm._BatchNorm) and program.training
+        trains = isinstance(module, BatchNormBase) and program.training
         return not trains and not is_random(program, node)
 
     @staticmethod
@@ -107,9 +108,9 @@ class SinkReductions(Pass):
 
 
 def _is_affine_module(module: nn.Module, training: bool) -> bool:
-    if isinstance(module, nn.modules.batchnorm._BatchNorm):
+    if isinstance(module, BatchNormBase):
         return not training and module.running_mean is not None
-    if isinstance(module, nn.modules.dropout._DropoutNd):
+    if isinstance(module, DropoutBase):
         return not training
     if getattr(module, "padding_mode", "zeros") not in ("zeros", "circular", "reflect", "replicate"):
         return False

@@ -10,12 +10,11 @@ from __future__ import annotations
 import operator
 from dataclasses import dataclass
 
-from torch.utils import _pytree as pytree
-
 from snnfx.analysis.recurrent_layers import leaving_values
 from snnfx.ir.program import InputLeaf, StepProgram, add_placeholder
 from snnfx.passes.base import Pass
 from snnfx.passes.cut_layers import replace_reads_outside
+from snnfx.sandbox.torch_internals import pytree
 
 __all__ = ["TapLayers"]
 

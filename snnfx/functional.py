@@ -20,7 +20,6 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
-from torch.utils import _pytree as pytree
 
 from snnfx.errors import InputError
 from snnfx.ops.nested_sequences import (
@@ -32,6 +31,7 @@ from snnfx.ops.nested_sequences import (
     positional_arguments,
     shapes_of,
 )
+from snnfx.sandbox.torch_internals import pytree
 from snnfx.state.registry import Stateful, adapter_of, detach_net, reset_net
 
 __all__ = [

@@ -39,9 +39,9 @@ from typing import Any, ClassVar, cast
 
 import torch
 from torch import Tensor, nn
-from torch.autograd import forward_ad
 
 from snnfx.errors import InputError
+from snnfx.sandbox.torch_internals import are_transforms_active, forward_mode_level
 
 __all__ = [
     "ATan",
@@ -73,7 +73,7 @@ def _nothing_is_differentiated() -> bool:
     """Whether neither backward nor forward mode is on: then the Function, some 20 us a call, is not needed."""
     if torch.compiler.is_compiling() or torch.is_grad_enabled():
         return False
-    return not torch._C._are_functorch_transforms_active() and forward_ad._current_level < 0
+    return not are_transforms_active() and forward_mode_level() < 0
 
 
 class SpikeFunction(torch.autograd.Function):
@@ -110,7 +110,7 @@ def _spike_with(derivative: Callable[..., Tensor]) -> Callable[..., Tensor]:
     """The spike function of one derivative, as a function of tensors and numbers only."""
 
     def spike(x: Tensor, *hyperparameters: float) -> Tensor:
-        if type(x) is Tensor and not torch.compiler.is_compiling() and not torch._C._are_functorch_transforms_active():
+        if type(x) is Tensor and not torch.compiler.is_compiling() and not are_transforms_active():
             # What `apply` comes to; before, it looks at the signature of `forward`, longer than a small step takes.
             return cast(Tensor, super(torch.autograd.Function, SpikeFunction).apply(x, derivative, hyperparameters))
         return cast(Tensor, SpikeFunction.apply(x, derivative, hyperparameters))

@@ -17,6 +17,7 @@ from torch.fx import Node
 
 from snnfx.ir.program import StepProgram, operation_name, updates_buffers
 from snnfx.ops.step_functions import expect_size
+from snnfx.sandbox.torch_internals import DropoutBase
 from snnfx.state.registry import adapter_of, call_opaque, call_stateful, initial_value
 
 __all__ = [
@@ -127,7 +128,7 @@ _RANDOM_FUNCTIONS = frozenset(
     "rand randn randint randperm rand_like randn_like randint_like bernoulli normal multinomial poisson rrelu "
     "gumbel_softmax".split()
 )
-_RANDOM_MODULES = (nn.modules.dropout._DropoutNd, nn.RReLU)
+_RANDOM_MODULES = (DropoutBase, nn.RReLU)
 
 
 def is_random(program: StepProgram, node: Node) -> bool:

@@ -19,13 +19,13 @@ import torch
 from torch import Tensor, nn
 from torch.fx import Node
 from torch.fx.node import map_aggregate
-from torch.utils import _pytree as pytree
 
 from snnfx.analysis.batch.rule_lookup import look_up
 from snnfx.analysis.batch.rule_table import NEUTRAL
 from snnfx.analysis.dependence import is_size
 from snnfx.errors import InputError
 from snnfx.ir.program import StepProgram, is_module_call, takes_from_tuple
+from snnfx.sandbox.torch_internals import pytree
 from snnfx.state.registry import adapter_of, call_stateful
 
 __all__ = ["LeakProbe", "StepOnNumbers", "cached_constant_leaks", "is_elementwise", "several_leaks_error"]

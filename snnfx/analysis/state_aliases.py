@@ -11,11 +11,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.fx import Node
-from torch.utils import _pytree as pytree
 
 from snnfx.errors import CaptureError
 from snnfx.ir.program import StepProgram, describe_node, is_structural, location_of
 from snnfx.sandbox.snapshot import StateSnapshot
+from snnfx.sandbox.torch_internals import pytree
 from snnfx.state.registry import adapter_of, call_opaque, call_stateful, composite_adapter
 
 __all__ = ["is_output_of_stateful_call", "unite_output_with_state"]

@@ -8,11 +8,11 @@ from typing import Any
 
 from torch import Tensor, nn
 from torch.fx import Node
-from torch.utils import _pytree as pytree
 
 from snnfx.capture.growing_lists import ListThatNotesReads
 from snnfx.capture.proxy import StepProxy
 from snnfx.errors import CaptureError
+from snnfx.sandbox.torch_internals import pytree
 from snnfx.sandbox.user_code import location_of_forward
 
 __all__ = [

@@ -17,10 +17,8 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.fx import Node
 from torch.nn.parameter import is_lazy
-from torch.utils import _pytree as pytree
 
 from snnfx.capture.attribute_state import Attribute, is_number, recorded
 from snnfx.capture.capture_runs import CaptureRuns, erase_unused_placeholders
@@ -32,6 +30,7 @@ from snnfx.errors import CaptureError, InputError
 from snnfx.ir.program import InputLeaf, Slot, StepProgram, add_placeholder, results_of
 from snnfx.sandbox.isolation import autocast_cache_disabled
 from snnfx.sandbox.snapshot import StateSnapshot
+from snnfx.sandbox.torch_internals import FakeTensor, FakeTensorMode, pytree
 from snnfx.sandbox.user_code import location_of_forward
 from snnfx.state.carry import OutputPath
 

@@ -7,8 +7,6 @@ from dataclasses import replace
 from typing import Any
 
 from torch import Tensor, nn
-from torch._subclasses.fake_tensor import FakeTensorMode
-from torch.utils import _pytree as pytree
 
 from snnfx.capture.attribute_state import Attribute, is_number, known_value
 from snnfx.capture.leaf_states import owners
@@ -20,6 +18,7 @@ from snnfx.ir.program import InitialAttribute, InputLeaf, Slot, StepProgram, res
 from snnfx.ir.setting_read import SettingRead
 from snnfx.sandbox.contents import MISSING, Change
 from snnfx.sandbox.snapshot import StateSnapshot
+from snnfx.sandbox.torch_internals import FakeTensorMode, pytree
 from snnfx.state.carry import SlotName, with_output_at
 from snnfx.state.leaf_modules import is_leaf
 from snnfx.state.registry import Adapter, adapter_of, composite_adapter, is_stateful_tree

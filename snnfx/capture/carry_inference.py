@@ -14,11 +14,11 @@ from typing import Any
 
 from torch import nn
 from torch.fx import Node
-from torch.utils import _pytree as pytree
 
 from snnfx.capture.capture import capture
 from snnfx.capture.step_arguments import as_call
 from snnfx.errors import CaptureError, InputError
+from snnfx.sandbox.torch_internals import pytree
 from snnfx.state.carry import OutputPath, split_arguments
 
 __all__ = ["infer_carry"]

@@ -9,18 +9,19 @@ from typing import TYPE_CHECKING, Any, cast
 
 import torch
 from torch import Tensor, fx, nn
-from torch._subclasses.fake_tensor import (
-    DataDependentOutputException,
-    DynamicOutputShapeException,
-    FakeTensorMode,
-    UnsupportedOperatorException,
-)
 from torch.fx import Node
 
 from snnfx.capture.patches import plain_isinstance
 from snnfx.capture.proxy import UNKNOWN
 from snnfx.errors import CaptureError
 from snnfx.ir.program import SELF_TARGET
+from snnfx.sandbox.torch_internals import (
+    DataDependentOutputException,
+    DynamicOutputShapeException,
+    FakeTensorMode,
+    NormBase,
+    UnsupportedOperatorException,
+)
 from snnfx.sandbox.user_code import format_location
 
 if TYPE_CHECKING:
@@ -129,7 +130,7 @@ class ExampleValues:
 
 def _call_for_shape(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     """What a layer returns, as far as its shape goes."""
-    counts = isinstance(module, nn.modules.batchnorm._NormBase) and module.training and module.momentum is None
+    counts = isinstance(module, NormBase) and module.training and module.momentum is None
     if not counts:
         return module(*args, **kwargs)
     # Its momentum is one over the number of batches so far, a value that no shape tells.

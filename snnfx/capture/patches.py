@@ -13,10 +13,10 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
-from torch.utils import _pytree as pytree
 
 from snnfx.capture.proxy import StepProxy
 from snnfx.ops.step_functions import FunctionHolder, apply_autograd_function
+from snnfx.sandbox.torch_internals import pytree
 from snnfx.state.leaf_modules import is_leaf
 
 if TYPE_CHECKING:

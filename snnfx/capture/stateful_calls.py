@@ -13,13 +13,13 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils import _pytree as pytree
 
 from snnfx.capture.example_values import NOT_EVALUATED
 from snnfx.capture.proxy import UNKNOWN, StepProxy, value_of
 from snnfx.errors import CaptureError
 from snnfx.ir.program import SELF_TARGET
 from snnfx.sandbox.contents import python_rng_state, restore_python_rng_state
+from snnfx.sandbox.torch_internals import pytree
 from snnfx.sandbox.user_code import format_location, user_calls, user_location
 from snnfx.state.registry import call_stateful, initial_value, opaque_initial_value, without_hooks
 

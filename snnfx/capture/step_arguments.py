@@ -8,8 +8,6 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from torch import Tensor, nn
-from torch._subclasses.fake_tensor import FakeTensorMode
-from torch.utils import _pytree as pytree
 
 from snnfx.capture.attribute_state import is_number, recorded
 from snnfx.capture.proxy import StepProxy
@@ -17,6 +15,7 @@ from snnfx.capture.supported_values import refuse_inputs
 from snnfx.capture.tracer import ArgumentLeaf
 from snnfx.errors import CaptureError, InputError
 from snnfx.ir.program import InputLeaf
+from snnfx.sandbox.torch_internals import FakeTensorMode, pytree
 from snnfx.sandbox.user_code import location_of_forward
 from snnfx.state.carry import CarriedArgument, OutputPath, SlotName, output_at, split_arguments
 

@@ -6,14 +6,13 @@ from collections.abc import Container, Iterator, Set
 from typing import Any
 
 from torch import Tensor, nn
-from torch._subclasses.fake_tensor import FakeTensor
-from torch.utils import _pytree as pytree
 
 from snnfx.capture.attribute_state import Attribute, changed_elements, is_number, is_state_change, recorded, versions
 from snnfx.capture.growing_lists import ListThatNotesReads
 from snnfx.capture.proxy import StepProxy
 from snnfx.errors import CaptureError
 from snnfx.sandbox.contents import MISSING, Change, ClassContentsSnapshot, ContentsSnapshot, attributes_of
+from snnfx.sandbox.torch_internals import FakeTensor, pytree
 from snnfx.sandbox.user_code import location_of_forward
 
 __all__ = ["StepChanges", "refuse_change"]

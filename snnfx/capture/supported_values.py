@@ -6,9 +6,9 @@ from collections.abc import Iterator, Sequence
 from typing import Any
 
 from torch import Tensor, fx
-from torch.utils import _pytree as pytree
 
 from snnfx.errors import CaptureError
+from snnfx.sandbox.torch_internals import pytree
 
 __all__ = ["refuse_inputs", "refuse_outputs"]
 

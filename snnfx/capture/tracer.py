@@ -12,9 +12,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, fx, nn
-from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.fx import Node
-from torch.utils import _pytree as pytree
 
 from snnfx.capture.attribute_state import Attribute
 from snnfx.capture.example_values import ExampleValues
@@ -34,6 +32,7 @@ from snnfx.errors import CaptureError
 from snnfx.ir.program import SELF_TARGET, add_placeholder, is_in_place
 from snnfx.ops.step_functions import expect_size, set_part_
 from snnfx.sandbox.contents import python_rng_state
+from snnfx.sandbox.torch_internals import FakeTensorMode, pytree
 from snnfx.sandbox.user_code import format_location, location_of_error, location_of_forward, user_location
 from snnfx.state.leaf_modules import is_leaf
 from snnfx.state.registry import (

@@ -9,13 +9,13 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.utils import _pytree as pytree
 
 from snnfx.emit.state_shapes import shapes_of_state
 from snnfx.errors import InputError
 from snnfx.ir.options import ConvertOptions
 from snnfx.ir.program import StepProgram
 from snnfx.sandbox.isolation import isolated
+from snnfx.sandbox.torch_internals import pytree
 from snnfx.state.carry import flatten_state, split_arguments
 
 __all__ = ["Arguments", "signature_of"]

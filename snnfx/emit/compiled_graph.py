@@ -6,10 +6,11 @@ from collections.abc import Callable
 from typing import Any
 
 from torch import fx
-from torch.fx.graph_module import _forward_from_src
+
+from snnfx.sandbox.torch_internals import function_from_source
 
 
 def compile_graph(graph: fx.Graph) -> Callable[..., Any]:
     """A function that runs a graph; its first argument is the net."""
     code = graph.python_code(root_module="self")
-    return _forward_from_src(code.src, code.globals, {})
+    return function_from_source(code.src, code.globals, {})

@@ -10,13 +10,13 @@ from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, Any, cast
 
 from torch import Tensor, fx, nn
-from torch.utils import _pytree as pytree
 
 from snnfx.emit.compiled_graph import compile_graph
 from snnfx.emit.multi_step import emit_multi_step
 from snnfx.emit.plain_graph import emit_plain
 from snnfx.emit.single_step import emit_single_step
 from snnfx.ir.program import SELF_TARGET
+from snnfx.sandbox.torch_internals import pytree
 
 if TYPE_CHECKING:
     from snnfx.runtime.net import Net

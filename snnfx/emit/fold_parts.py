@@ -28,6 +28,7 @@ from snnfx.ir.program import Region, StepProgram, keeps_statistics, takes_from_t
 from snnfx.ops.step_batch_norm import batch_norm_per_step
 from snnfx.passes.lower import mixing_node, reason_against_kernel
 from snnfx.recompute.batch_statistics import batch_statistics, normalize, step_statistics
+from snnfx.sandbox.torch_internals import BatchNormBase
 from snnfx.state.leaf_modules import has_torch_forward
 
 __all__ = ["LIGHT", "NORM", "PRODUCT", "FoldPart", "emit_parts", "split_folds", "takes_batch_statistics"]
@@ -200,7 +201,7 @@ def _is_batch_norm(program: StepProgram, node: Node) -> bool:
 def takes_batch_statistics(program: StepProgram, node: Node) -> bool:
     """Whether what a node computes for some steps in training depends on the others: it takes statistics."""
     module = program.module_of(node)
-    if module is not None and any(isinstance(m, nn.modules.batchnorm._BatchNorm) for m in module.modules()):
+    if module is not None and any(isinstance(m, BatchNormBase) for m in module.modules()):
         return True
     if keeps_statistics(program, node):
         return True

@@ -10,12 +10,12 @@ from typing import Any
 
 from torch import nn
 from torch.fx import Node
-from torch.utils import _pytree as pytree
 
 from snnfx.emit.emitter import Emitted, TargetName
 from snnfx.emit.multi_step import MultiStepEmitter
 from snnfx.ir.program import StepProgram, add_placeholder
 from snnfx.ops.sequence_functions import time_steps
+from snnfx.sandbox.torch_internals import pytree
 
 __all__ = ["emit_plain"]
 

@@ -7,17 +7,17 @@ from typing import Any
 
 import torch
 from torch import Tensor, fx
-from torch._subclasses.fake_tensor import (
-    DataDependentOutputException,
-    DynamicOutputShapeException,
-    FakeTensorMode,
-    UnsupportedOperatorException,
-)
 from torch.fx import Node
 
 from snnfx.emit.region_builder import whole_step
 from snnfx.ir.program import StepProgram
 from snnfx.sandbox.isolation import autocast_cache_disabled
+from snnfx.sandbox.torch_internals import (
+    DataDependentOutputException,
+    DynamicOutputShapeException,
+    FakeTensorMode,
+    UnsupportedOperatorException,
+)
 from snnfx.state.registry import without_hooks
 
 

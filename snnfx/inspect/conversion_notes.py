@@ -6,8 +6,6 @@ from collections.abc import Iterable, Iterator
 
 import torch
 from torch.fx import Node, map_arg
-from torch.nn.modules.batchnorm import _BatchNorm
-from torch.nn.modules.dropout import _DropoutNd
 
 from snnfx.analysis.dependence import is_random
 from snnfx.inspect.node_counts import NodeKey, is_computing, nodes_by_key
@@ -20,6 +18,7 @@ from snnfx.passes.fold_batch_norm import layer_of_norm
 from snnfx.passes.lower import mixing_node
 from snnfx.regions.region_modules import MapRegion
 from snnfx.runtime.net import Net
+from snnfx.sandbox.torch_internals import BatchNormBase, DropoutBase
 
 __all__ = [
     "batch_norm_semantics",
@@ -81,7 +80,7 @@ def batch_norm_semantics(net: Net) -> Iterator[str]:
     names: dict[str, list[str]] = {}
     for region in program.regions:
         for node in region.nodes:
-            if node.op == "call_module" and isinstance(program.resolve(str(node.target)), _BatchNorm):
+            if node.op == "call_module" and isinstance(program.resolve(str(node.target)), BatchNormBase):
                 names.setdefault(region.kind, []).append(str(node.target))
     if "fold" in names:
         yield (
@@ -121,7 +120,7 @@ def reduced_outputs(net: Net) -> Iterator[str]:
 def random_nodes(program: StepProgram) -> Iterator[str]:
     """What draws random numbers, and that it does so at each time step."""
     nodes = [node for region in program.regions for node in region.nodes if is_random(program, node)]
-    dropouts = [describe_node(node) for node in nodes if isinstance(program.module_of(node), _DropoutNd)]
+    dropouts = [describe_node(node) for node in nodes if isinstance(program.module_of(node), DropoutBase)]
     others = [f"{describe_node(node)}{_at(node)}" for node in nodes if describe_node(node) not in dropouts]
     if dropouts:
         yield f"Dropout of {_and(dropouts)}: a fresh mask at each time step in training, as in the stepped model."

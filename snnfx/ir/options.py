@@ -6,10 +6,9 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, TypedDict
 
-from torch.utils import _pytree as pytree
-
 from snnfx.errors import InputError
 from snnfx.ir.program import StepProgram
+from snnfx.sandbox.torch_internals import pytree
 from snnfx.state.carry import OutputPath
 
 __all__ = ["ConvertKeywords", "ConvertOptions", "time_dims_of_leaves"]

@@ -18,13 +18,12 @@ from typing import Any, cast
 import torch
 from torch import fx, nn
 from torch.fx import Node
-from torch.nn.utils.parametrizations import _SpectralNorm
 from torch.nn.utils.spectral_norm import SpectralNorm
-from torch.utils import _pytree as pytree
 
 from snnfx.errors import Refusal
 from snnfx.ir.setting_read import SettingRead
 from snnfx.ops.step_functions import set_part, set_part_
+from snnfx.sandbox.torch_internals import NormBase, SpectralNormParametrization, pytree
 from snnfx.state.carry import CarriedArgument
 from snnfx.state.registry import call_opaque, call_stateful
 
@@ -364,13 +363,13 @@ def keeps_statistics(program: StepProgram, node: Node) -> bool:
     module = program.module_of(node)
     assert module is not None
     return estimates_weights(module) or any(
-        isinstance(part, nn.modules.batchnorm._NormBase) and part.track_running_stats for part in module.modules()
+        isinstance(part, NormBase) and part.track_running_stats for part in module.modules()
     )
 
 
 def estimates_weights(module: nn.Module) -> bool:
     """Whether the weight takes one more step of a power iteration at each call (spectral normalisation)."""
-    if any(isinstance(part, _SpectralNorm) for part in module.modules()):
+    if any(isinstance(part, SpectralNormParametrization) for part in module.modules()):
         return True
     return any(isinstance(hook, SpectralNorm) for hook in module._forward_pre_hooks.values())
 

@@ -14,9 +14,9 @@ from torch import Tensor, fx, nn
 from torch.fx import Node
 from torch.fx.node import map_aggregate
 from torch.nn import functional
-from torch.utils import _pytree as pytree
 
 from snnfx.ir.program import Region, StepProgram
+from snnfx.sandbox.torch_internals import pytree
 from snnfx.state.registry import named_stateful
 
 __all__ = ["copy_model", "pack_program", "pack_programs", "unpack_program", "unpack_programs"]

@@ -19,8 +19,8 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
-from torch.utils import _pytree as pytree
-from torch.utils._python_dispatch import TorchDispatchMode
+
+from snnfx.sandbox.torch_internals import BelowAutograd, TorchDispatchMode, pytree, saved_tensors_hooks
 
 __all__ = [
     "AtenCall",
@@ -273,7 +273,7 @@ def preserved_rng_state(device: torch.device) -> Iterator[None]:
 def _isolated(device: torch.device) -> Iterator[None]:
     """Autograd is on, in this thread; random numbers do not count, hooks of saved tensors are not called."""
     hooks: Any = contextlib.nullcontext()
-    if torch._C._autograd._top_saved_tensors_default_hooks(False) is not None:
+    if saved_tensors_hooks(False) is not None:
         hooks = torch.autograd.graph.saved_tensors_hooks(lambda t: t, lambda t: t)
     # Calls on a GPU would be recorded in the threads that autograd has for its devices.
     one_thread = torch.autograd.set_multithreading_enabled(False)
@@ -287,7 +287,7 @@ def call_as_recorded(target: Any, args: Sequence[Any], kwargs: dict[str, Any]) -
     Without autograd, some operators leave out a result that only their backward pass reads: a recurrent layer of oneDNN
     its workspace.
     """
-    with torch.enable_grad(), torch._C._AutoDispatchBelowAutograd():
+    with torch.enable_grad(), BelowAutograd():
         return target(*args, **kwargs)
 
 

@@ -7,11 +7,11 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.utils._python_dispatch import _disable_current_modes
 
 from snnfx.lowering.mixed.mixed_step import MixedStep
 from snnfx.ops.sequence_functions import stack_steps
 from snnfx.regions.region_modules import LoopRegion, tensors_of
+from snnfx.sandbox.torch_internals import disable_dispatch_modes
 
 __all__ = ["KernelStandIn"]
 
@@ -65,7 +65,7 @@ class KernelStandIn:
         given = None if state is None else tuple(_form(s) for s in state)
         key = (self.region, shapes, given)
         if key not in self.known:
-            with _disable_current_modes(), torch.no_grad():
+            with disable_dispatch_modes(), torch.no_grad():
                 first = [torch.empty(shape, dtype=dtype, device="meta") for shape, dtype in shapes]
                 self.known[key] = self.region(*constants, *first, state)
         return self.known[key]  # type: ignore[no-any-return]

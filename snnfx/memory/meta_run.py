@@ -11,7 +11,6 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 from torch.fx import Node, map_arg
-from torch.utils import _pytree as pytree
 
 from snnfx.emit.recompute_segments import region_calls
 from snnfx.emit.tiling import STATISTICS
@@ -23,6 +22,7 @@ from snnfx.memory.workspace import Workspace
 from snnfx.ops.memory_format import image_format
 from snnfx.recompute.batch_statistics import step_statistics
 from snnfx.regions.region_modules import LoopRegion, RegionGraph
+from snnfx.sandbox.torch_internals import pytree
 from snnfx.state.registry import named_stateful
 
 if TYPE_CHECKING:

@@ -10,11 +10,10 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 from torch.autograd.graph import get_gradient_edge
-from torch.utils import _pytree as pytree
-from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import flop_registry
 
 from snnfx.recompute.autograd_entry import attach_to_graph
+from snnfx.sandbox.torch_internals import OpOverloadPacket, TorchDispatchMode, pytree
 
 __all__ = ["ZERO", "CallBytes", "Count", "Meter", "NamedBytes", "Shape", "dtype_name", "measure_call", "meta_like"]
 
@@ -78,7 +77,7 @@ _RULES: dict[Any, Callable[[Sequence[Any]], Any]] = {
 _FLOPS = {
     packet.default: count
     for packet, count in flop_registry.items()
-    if isinstance(packet, torch._ops.OpOverloadPacket) and "default" in packet.overloads()
+    if isinstance(packet, OpOverloadPacket) and "default" in packet.overloads()
 }
 
 

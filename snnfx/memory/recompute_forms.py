@@ -23,6 +23,7 @@ from snnfx.memory.training_planner import TrainingPlanner
 from snnfx.recompute.recomputation import Segment, TileCall, run_segment
 from snnfx.recompute.replay import recompute_lock
 from snnfx.recompute.tile import Slices, Tile
+from snnfx.sandbox.torch_internals import are_transforms_active
 
 if TYPE_CHECKING:
     from snnfx.runtime.net import Net
@@ -110,7 +111,7 @@ class Recomputation:
         net = self.net
         if not self.is_wanted or not torch.is_grad_enabled() or net.options.step_mode == "s" or net._graphs.is_replaced:
             return False
-        if torch._C._are_functorch_transforms_active():
+        if are_transforms_active():
             return False
         if torch.compiler.is_compiling():
             return not _warn_compiled_net_ignores_checkpoint()

@@ -9,7 +9,6 @@ from typing import TYPE_CHECKING, Any
 
 from torch import fx, nn
 from torch.fx import Node
-from torch.utils import _pytree as pytree
 
 from snnfx.emit.tiling import name_of_call
 from snnfx.functional import multi_step_forward
@@ -17,6 +16,7 @@ from snnfx.ir.program import Region, describe_node
 from snnfx.recompute.batch_statistics import normalize
 from snnfx.recompute.tile import Tile, run_tile
 from snnfx.regions.region_modules import RegionGraph
+from snnfx.sandbox.torch_internals import pytree
 
 if TYPE_CHECKING:
     from snnfx.runtime.net import Net

@@ -21,6 +21,14 @@ from torch import Tensor
 
 from snnfx.online.learning_rules import FPTTTerm
 from snnfx.online.updates import Updates
+from snnfx.sandbox.torch_internals import (
+    foreach_add,
+    foreach_add_,
+    foreach_lerp,
+    foreach_mul_,
+    foreach_sub,
+    foreach_sub_,
+)
 
 __all__ = ["FPTTSequence"]
 
@@ -78,22 +86,22 @@ class FPTTSequence:
         again = torch.autograd.grad(loss, weights)
         self.updates.average_over_processes(again)
         with torch.no_grad():
-            middles = torch._foreach_lerp([self.averages[i] for i in index], weights, 0.5)
+            middles = foreach_lerp([self.averages[i] for i in index], weights, 0.5)
             self.middles = dict(zip(index, middles, strict=True))
-            self._set_averages(index, torch._foreach_add(middles, again, alpha=-0.5 / alpha))
+            self._set_averages(index, foreach_add(middles, again, alpha=-0.5 / alpha))
 
     def _with_pulls(self, index: list[int], weights: list[Tensor], gradients: list[Tensor]) -> Sequence[Tensor]:
         """The gradients with those of the regulariser."""
         alpha, variant = self.term.alpha, self.term.variant
-        pulls = torch._foreach_sub(weights, [self.middles.get(i, self.averages[i]) for i in index])
+        pulls = foreach_sub(weights, [self.middles.get(i, self.averages[i]) for i in index])
         if variant == "reference":
-            torch._foreach_mul_(pulls, [alpha / p.numel() for p in weights])
+            foreach_mul_(pulls, [alpha / p.numel() for p in weights])
         else:
-            torch._foreach_mul_(pulls, alpha)
-        torch._foreach_add_(pulls, gradients)
+            foreach_mul_(pulls, alpha)
+        foreach_add_(pulls, gradients)
         known = [(p, self.multipliers[i]) for p, i in zip(pulls, index, strict=True) if i in self.multipliers]
         if known:
-            torch._foreach_sub_([p for p, _ in known], [m for _, m in known])
+            foreach_sub_([p for p, _ in known], [m for _, m in known])
         return pulls
 
     def _set_averages(self, index: list[int], averages: Sequence[Tensor]) -> None:
@@ -102,10 +110,10 @@ class FPTTSequence:
 
     def _follow_multipliers(self, index: list[int], weights: list[Tensor], alpha: float) -> None:
         """`m = m - alpha (W - A)`, with the new weights and the running average of before."""
-        steps = list(torch._foreach_sub(weights, [self.averages[i] for i in index]))
-        torch._foreach_mul_(steps, -alpha)
+        steps = list(foreach_sub(weights, [self.averages[i] for i in index]))
+        foreach_mul_(steps, -alpha)
         for i, step in zip(index, steps, strict=True):
             self.multipliers[i] = self.multipliers[i] + step if i in self.multipliers else step
-        averages = torch._foreach_lerp([self.averages[i] for i in index], weights, 0.5)
+        averages = foreach_lerp([self.averages[i] for i in index], weights, 0.5)
         multipliers = [self.multipliers[i] for i in index]
-        self._set_averages(index, torch._foreach_add(averages, multipliers, alpha=-0.5 / alpha))
+        self._set_averages(index, foreach_add(averages, multipliers, alpha=-0.5 / alpha))

@@ -7,7 +7,6 @@ from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
-from torch.utils import _pytree as pytree
 
 from snnfx.errors import InputError
 from snnfx.online.call_checks import check_averages
@@ -16,6 +15,7 @@ from snnfx.online.learning_rules import FPTT, OTTT_A, Rule
 from snnfx.online.module_state import read_state, write_state
 from snnfx.online.trainer import StepResult, Trainer
 from snnfx.runtime.net import Net
+from snnfx.sandbox.torch_internals import pytree
 from snnfx.state.carry import outputs_without
 
 __all__ = ["fptt_online_training", "fptt_online_training_init_w_ra", "ottt_online_training"]

@@ -7,11 +7,11 @@ from typing import Any
 
 from torch import Tensor
 from torch.fx import Node
-from torch.utils import _pytree as pytree
 
 from snnfx.errors import InputError
 from snnfx.ir.options import time_dims_of_leaves
 from snnfx.runtime.net import Net
+from snnfx.sandbox.torch_internals import pytree
 
 __all__ = [
     "batch_of_steps",

@@ -16,9 +16,9 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.utils import _pytree as pytree
 
 from snnfx.errors import InputError, warn_once
+from snnfx.sandbox.torch_internals import pytree
 
 __all__ = ["Loss", "losses_of_steps", "scalar"]
 

@@ -12,11 +12,11 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.utils import _pytree as pytree
 
 from snnfx.online.losses import losses_of_steps
 from snnfx.online.repeated_steps import RepeatContext
 from snnfx.online.sequence_run import SequenceRun, State, with_gradient
+from snnfx.sandbox.torch_internals import pytree
 
 __all__ = ["backward_stretch"]
 

@@ -7,7 +7,6 @@ from dataclasses import dataclass
 from typing import Any
 
 from torch import Tensor, nn
-from torch.utils import _pytree as pytree
 
 from snnfx.analysis.dependence import is_random
 from snnfx.convert import apply_edits, convert
@@ -26,6 +25,7 @@ from snnfx.passes.read_states_as_inputs import ReadStatesAsInputs
 from snnfx.passes.tap_layers import TapLayers
 from snnfx.passes.trace_operands import TraceOperands
 from snnfx.runtime.net import Net
+from snnfx.sandbox.torch_internals import pytree
 from snnfx.state.carry import outputs_without
 
 __all__ = ["RuleNets", "edits_of", "nets_for", "shapes_of"]

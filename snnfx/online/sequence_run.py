@@ -8,13 +8,13 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.utils import _pytree as pytree
 
 from snnfx.errors import InputError
 from snnfx.online.learning_rules import Rule
 from snnfx.online.losses import Loss
 from snnfx.online.rule_nets import RuleNets
 from snnfx.online.updates import Updates
+from snnfx.sandbox.torch_internals import pytree
 
 __all__ = ["SequenceRun", "State", "detached", "with_gradient"]
 

@@ -9,7 +9,6 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils import _pytree as pytree
 
 from snnfx.allocator import is_tuned
 from snnfx.errors import InputError
@@ -31,6 +30,7 @@ from snnfx.online.sequence_run import SequenceRun
 from snnfx.online.traversal import run_chunks, run_steps
 from snnfx.online.updates import Updates
 from snnfx.runtime.net import Net
+from snnfx.sandbox.torch_internals import pytree, without_compile_wrapper
 
 __all__ = ["StepResult", "Trainer"]
 
@@ -282,8 +282,8 @@ def unwrapped(model: nn.Module, process_group: Any) -> tuple[nn.Module, Any]:
         elif isinstance(model, nn.DataParallel):
             hint = "Train the model itself, or use DistributedDataParallel with a process for each device."
             raise InputError("SNNFX309", "the model is a DataParallel", hint=hint)
-        elif isinstance(model, torch._dynamo.OptimizedModule):
-            model = model._orig_mod
+        elif (inner := without_compile_wrapper(model)) is not None:
+            model = inner
         else:
             return model, process_group
 

@@ -10,7 +10,6 @@ import contextlib
 from typing import Any
 
 from torch import Tensor
-from torch.utils import _pytree as pytree
 
 from snnfx.analysis.leak import cached_constant_leaks
 from snnfx.online.fptt import FPTTSequence
@@ -19,6 +18,7 @@ from snnfx.online.reverse_sweep import backward_stretch
 from snnfx.online.sequence_run import SequenceRun, State, with_gradient
 from snnfx.online.thread_count import is_small, one_thread
 from snnfx.runtime.net import Net
+from snnfx.sandbox.torch_internals import pytree
 
 __all__ = ["run_chunks", "run_steps"]
 

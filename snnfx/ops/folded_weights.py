@@ -21,10 +21,17 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.autograd import forward_ad
 from torch.nn import functional
-from torch.nn.modules.module import _has_any_global_hook
 
+from snnfx.sandbox.torch_internals import (
+    are_transforms_active,
+    current_backward_pass,
+    dispatch_mode_count,
+    forward_mode_level,
+    has_global_hooks,
+    is_forward_mode_enabled,
+    tracing_state,
+)
 from snnfx.state.registry import has_forward_hooks
 
 __all__ = ["NORMS_AFTER", "call_layer", "call_norm"]
@@ -86,9 +93,9 @@ def call_norm(norm: nn.Module, called: tuple[Tensor, bool]) -> Tensor:
 
 def _is_inference() -> bool:
     """Whether nobody differentiates: not even a function of autograd, which may run this again with a history."""
-    if torch.is_grad_enabled() or torch._C._current_graph_task_id() != -1:
+    if torch.is_grad_enabled() or current_backward_pass() != -1:
         return False
-    return forward_ad._is_fwd_grad_enabled() or torch.is_inference_mode_enabled()
+    return is_forward_mode_enabled() or torch.is_inference_mode_enabled()
 
 
 def _tensors_of(layer: nn.Module, norm: nn.Module) -> Tensors | None:
@@ -141,11 +148,11 @@ def _are_plain_calls(layer: nn.Module, norm: nn.Module) -> bool:
         or has_forward_hooks(norm)
         or "forward" in layer.__dict__
         or "forward" in norm.__dict__
-        or _has_any_global_hook()
-        or torch._C._len_torch_dispatch_stack()
-        or torch._C._are_functorch_transforms_active()
-        or forward_ad._current_level >= 0
-        or torch._C._get_tracing_state() is not None
+        or has_global_hooks()
+        or dispatch_mode_count()
+        or are_transforms_active()
+        or forward_mode_level() >= 0
+        or tracing_state() is not None
         or torch.is_autocast_enabled("cpu")
     )
 

@@ -8,6 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from snnfx.sandbox.torch_internals import is_batched_by_vmap
+
 __all__ = ["channels_last", "image_format", "row_major", "stack_in_layout", "unbind_in_layout"]
 
 _FORMATS_OF_THE_CPU = (torch.float32, torch.bfloat16, torch.float16)
@@ -51,7 +53,7 @@ def _may_be_reformatted(x: Tensor) -> bool:
         or x.dtype not in _FORMATS_OF_THE_CPU
     ):
         return False
-    return not torch._C._functorch.is_batchedtensor(x)
+    return not is_batched_by_vmap(x)
 
 
 def row_major(x: Tensor) -> Tensor:

@@ -8,9 +8,9 @@ from functools import partial
 from typing import Any
 
 from torch import Tensor
-from torch.utils import _pytree as pytree
 
 from snnfx.errors import InputError
+from snnfx.sandbox.torch_internals import pytree
 
 __all__ = [
     "check_sequences",

@@ -15,6 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from snnfx.ops.step_functions import ValueAndGradients
+from snnfx.sandbox.torch_internals import ConvBase, is_batched_by_vmap
 from snnfx.state.registry import has_forward_hooks
 
 __all__ = [
@@ -88,7 +89,7 @@ def traced_module(module: nn.Module, operand: Tensor, trace: Tensor, bias_trace:
     if not has_forward_hooks(module) and not _is_mapped(operand):
         if type(module).forward is nn.Linear.forward:
             return _TracedLinear.apply(operand, trace, module.weight, module.bias, bias_trace)  # type: ignore[no-any-return]
-        if isinstance(module, nn.modules.conv._ConvNd) and _is_torchs_own(module):
+        if isinstance(module, ConvBase) and _is_torchs_own(module):
             return _traced_convolution_module(module, operand, trace, bias_trace)
     return _with_gradients_on_trace(module, operand, trace)
 
@@ -128,7 +129,7 @@ def _call_with_gradients_on_trace(
 
 def _is_mapped(x: Tensor) -> bool:
     """Whether a value is under torch.vmap."""
-    return torch._C._functorch.is_batchedtensor(x)
+    return is_batched_by_vmap(x)
 
 
 def _linear_arguments(
@@ -232,9 +233,7 @@ def _convolve(
     return _TracedConvolution.apply(operand, trace, weight, bias, bias_trace, geometry)  # type: ignore[no-any-return]
 
 
-def _traced_convolution_module(
-    module: nn.modules.conv._ConvNd, operand: Tensor, trace: Tensor, bias_trace: Tensor | None
-) -> Tensor:
+def _traced_convolution_module(module: ConvBase, operand: Tensor, trace: Tensor, bias_trace: Tensor | None) -> Tensor:
     dims = len(module.kernel_size)
     padding = module.padding
     unbatched = operand.dim() == dims + 1

@@ -12,11 +12,12 @@ import torch
 from torch import Tensor, nn
 
 from snnfx.ops.buffer_pool import empty_like
+from snnfx.sandbox.torch_internals import BatchNormBase
 
 __all__ = ["batch_norm_per_step", "is_dense", "normalize_steps", "update_factors"]
 
 
-def batch_norm_per_step(x_seq: Tensor, module: nn.modules.batchnorm._BatchNorm) -> Tensor:
+def batch_norm_per_step(x_seq: Tensor, module: BatchNormBase) -> Tensor:
     """BatchNorm over `[T, N, C, *]` as T calls one after the other do it, computed for all steps at once.
 
     Statistics are those of one step; the running statistics after it are those after T updates, in closed form:
@@ -44,7 +45,7 @@ def batch_norm_per_step(x_seq: Tensor, module: nn.modules.batchnorm._BatchNorm) 
     return y.to(x_seq.dtype)
 
 
-def _update_running_statistics(module: nn.modules.batchnorm._BatchNorm, mean: Tensor, variance: Tensor) -> None:
+def _update_running_statistics(module: BatchNormBase, mean: Tensor, variance: Tensor) -> None:
     T = mean.shape[0]
     assert module.num_batches_tracked is not None
     if module.momentum is None:
@@ -61,7 +62,7 @@ def _update_running_statistics(module: nn.modules.batchnorm._BatchNorm, mean: Te
     module.num_batches_tracked.add_(T)
 
 
-def update_factors(module: nn.modules.batchnorm._BatchNorm, T: int) -> list[float]:
+def update_factors(module: BatchNormBase, T: int) -> list[float]:
     """How far running statistics move in each of T updates, which are counted."""
     if not (module.training and module.track_running_stats and module.num_batches_tracked is not None):
         return [module.momentum or 0.0] * T
@@ -74,7 +75,7 @@ def update_factors(module: nn.modules.batchnorm._BatchNorm, T: int) -> list[floa
     return factors
 
 
-def normalize_steps(x_seq: Tensor, module: nn.modules.batchnorm._BatchNorm) -> Tensor:
+def normalize_steps(x_seq: Tensor, module: BatchNormBase) -> Tensor:
     """What T calls of a BatchNorm in training give; its running statistics take T updates.
 
     Args:

@@ -10,13 +10,14 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.nn import functional as F
 
 from snnfx.ops.first_derivatives import refuse_second_derivative
 from snnfx.ops.memory_format import stack_in_layout
 from snnfx.ops.step_batch_norm import batch_norm_per_step, is_dense, update_factors
 from snnfx.recompute.bit_packing import empty_steps, memory_order
+from snnfx.sandbox.torch_internals import BatchNormBase
 
 __all__ = [
     "add_gradient_of_statistics",
@@ -27,11 +28,11 @@ __all__ = [
     "takes_statistics",
 ]
 
-_BatchNorm = nn.modules.batchnorm._BatchNorm
+BatchNormBase = BatchNormBase
 _WHAT, _HINT = "a BatchNorm with its statistics apart", "Convert with checkpoint=None."
 
 
-def batch_statistics(x_seq: Tensor, module: _BatchNorm) -> tuple[Tensor, Tensor]:
+def batch_statistics(x_seq: Tensor, module: BatchNormBase) -> tuple[Tensor, Tensor]:
     """What a BatchNorm subtracts and divides by: mean and variance of each channel over all steps and samples.
 
     Running statistics move as if the module was called. A module in evaluation mode gives its running statistics.
@@ -55,7 +56,7 @@ def batch_statistics(x_seq: Tensor, module: _BatchNorm) -> tuple[Tensor, Tensor]
     return _Statistics.apply(x_seq, *moved, factor)  # type: ignore[no-any-return]
 
 
-def step_statistics(x_seq: Tensor, module: _BatchNorm) -> tuple[Tensor, Tensor]:
+def step_statistics(x_seq: Tensor, module: BatchNormBase) -> tuple[Tensor, Tensor]:
     """The same for the statistics of each step: two tensors `[T, C]`."""
     module._check_input_dim(x_seq[0])
     T, running = x_seq.shape[0], (module.running_mean, module.running_var)
@@ -70,12 +71,12 @@ def step_statistics(x_seq: Tensor, module: _BatchNorm) -> tuple[Tensor, Tensor]:
     return _Statistics.apply(x_seq, *moved, factors)  # type: ignore[no-any-return]
 
 
-def takes_statistics(module: _BatchNorm) -> bool:
+def takes_statistics(module: BatchNormBase) -> bool:
     return module.training or (module.running_mean is None and module.running_var is None)
 
 
 def normalize(
-    x_seq: Tensor, mean: Tensor | None, var: Tensor | None, module: _BatchNorm, per_step: bool = False
+    x_seq: Tensor, mean: Tensor | None, var: Tensor | None, module: BatchNormBase, per_step: bool = False
 ) -> Tensor:
     """A sequence `[T, N, C, *]`, or a part of it, normalised by these statistics.
 

@@ -13,6 +13,7 @@ from torch.autograd.graph import saved_tensors_hooks
 
 from snnfx.recompute.bit_packing import PackedTensor, pack, unpack
 from snnfx.recompute.tile import run_tile
+from snnfx.sandbox.torch_internals import are_transforms_active
 
 __all__ = ["PackedInputs", "run_tile_with_packed_inputs", "with_packed_inputs"]
 
@@ -34,7 +35,7 @@ def run_tile_with_packed_inputs(
     packed: PackedInputs, tile: Any, sequences: Sequence[Any], states: Sequence[Any], constants: Sequence[Any]
 ) -> Any:
     """`run_tile`, with a history that keeps sequences of whole numbers packed."""
-    is_transformed = torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active()
+    is_transformed = torch.compiler.is_compiling() or are_transforms_active()
     if is_transformed or not torch.is_grad_enabled() or not packed.still_packable():
         return run_tile(tile, sequences, states, constants)
     pairs = [(x, _packer(x, largest)) for x, largest in zip(sequences, packed.largest, strict=True) if largest]

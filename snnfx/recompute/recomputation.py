@@ -19,7 +19,6 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils import _pytree as pytree
 
 from snnfx.errors import warn_once
 from snnfx.ops.first_derivatives import refuse_second_derivative
@@ -39,6 +38,7 @@ from snnfx.recompute.tile import (
     states_can_be_cut,
 )
 from snnfx.sandbox.isolation import RNGState, rng_state
+from snnfx.sandbox.torch_internals import are_transforms_active, pytree
 from snnfx.state.registry import has_forward_hooks
 
 __all__ = ["TILE", "Segment", "StatisticsCall", "TileCall", "run_segment"]
@@ -141,7 +141,7 @@ def run_segment(segment: Segment, values: tuple[Any, ...]) -> tuple[Any, ...]:
     compute again), under transforms of torch.func, without samples, and while a module in it has forward hooks, which
     would fire twice.
     """
-    if torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active() or not torch.is_grad_enabled():
+    if torch.compiler.is_compiling() or are_transforms_active() or not torch.is_grad_enabled():
         return segment.plainly(values)  # type: ignore[no-any-return]
     leaves, spec = pytree.tree_flatten(values)
     modules = [m for leaf in leaves if isinstance(leaf, nn.Module) for m in leaf.modules()]

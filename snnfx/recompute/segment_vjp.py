@@ -15,7 +15,6 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.autograd.graph import GradientEdge, get_gradient_edge
-from torch.utils import _pytree as pytree
 
 from snnfx.recompute.autograd_entry import attach_to_graph
 from snnfx.recompute.batch_statistics import add_gradient_of_statistics, step_statistics
@@ -23,6 +22,7 @@ from snnfx.recompute.bit_packing import PackedTensor
 from snnfx.recompute.packed_inputs import with_packed_inputs
 from snnfx.recompute.recomputation import TILE, SegmentCall, TileCall, run_slice
 from snnfx.recompute.tile import Joined, TileSlice, cut, cut_state, run_tile, slices_of
+from snnfx.sandbox.torch_internals import pytree
 
 __all__ = ["backward"]
 

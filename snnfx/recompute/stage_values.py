@@ -5,9 +5,9 @@ from __future__ import annotations
 from typing import Any
 
 from torch import Tensor
-from torch.utils import _pytree as pytree
 
 from snnfx.recompute.bit_packing import PackedTensor, empty_steps, memory_order, unpack
+from snnfx.sandbox.torch_internals import pytree
 
 __all__ = ["Key", "empty_like", "keys_of", "steps_of", "unpacked"]
 

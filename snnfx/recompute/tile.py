@@ -13,9 +13,9 @@ from typing import Any
 
 import torch
 from torch import Tensor, fx, nn
-from torch.utils import _pytree as pytree
 
 from snnfx.recompute.bit_packing import PackedTensor, empty_steps, memory_order, unpack
+from snnfx.sandbox.torch_internals import pytree
 
 __all__ = [
     "Joined",

@@ -13,8 +13,6 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch._subclasses.fake_tensor import unset_fake_temporarily
-from torch.utils._python_dispatch import _disable_current_modes
 
 from snnfx.errors import PassError
 from snnfx.lowering.elementwise.lowered_step import LoweredStep, Needs, SavedContext
@@ -23,6 +21,7 @@ from snnfx.lowering.mixed.operator_shapes import Shapes, apart, hint, shapes_of,
 from snnfx.regions.region_kernels import Prepared, RegionKernels
 from snnfx.regions.region_modules import tensors_of
 from snnfx.sandbox.plain_dispatch import ordinary_dispatch
+from snnfx.sandbox.torch_internals import disable_dispatch_modes, unset_fake_temporarily
 
 __all__ = ["fake_results", "run_backward", "run_forward"]
 
@@ -221,7 +220,7 @@ def _needs(
 @contextlib.contextmanager
 def _for_real() -> Iterator[None]:
     """Compute with real tensors in the middle of a trace."""
-    with _disable_current_modes(), unset_fake_temporarily(), ordinary_dispatch(grad=False):
+    with disable_dispatch_modes(), unset_fake_temporarily(), ordinary_dispatch(grad=False):
         yield
 
 

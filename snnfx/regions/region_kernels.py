@@ -13,7 +13,6 @@ from typing import Any
 
 import torch
 from torch import Tensor, fx, nn
-from torch.autograd import forward_ad
 
 from snnfx.errors import warn_once
 from snnfx.lowering.aten_recording import LoweringRefused
@@ -25,6 +24,7 @@ from snnfx.lowering.live_settings import SettingsOfRegion
 from snnfx.lowering.mixed.autograd_loop import run_mixed
 from snnfx.lowering.mixed.mixed_step import MixedStep
 from snnfx.regions.step_lowering import Recorded, StepLowering
+from snnfx.sandbox.torch_internals import are_transforms_active, dispatch_mode_count, forward_mode_level
 
 __all__ = ["Prepared", "RegionKernels"]
 
@@ -218,9 +218,9 @@ class RegionKernels:
 
 def _ordinary(x_seq: Sequence[Any], state: Sequence[Any] | None, constants: Sequence[Any]) -> bool:
     """Whether these are plain tensors on a device with kernels, which nobody watches, and modules and numbers."""
-    if torch._C._len_torch_dispatch_stack() or torch._C._are_functorch_transforms_active():
+    if dispatch_mode_count() or are_transforms_active():
         return False
-    if forward_ad._current_level >= 0:
+    if forward_mode_level() >= 0:
         return False
     device = x_seq[0].device
     if device_kind_of(device) not in DEVICES:

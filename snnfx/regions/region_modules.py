@@ -19,6 +19,7 @@ from torch import Tensor, fx, nn
 from snnfx.errors import PassError, warn_once
 from snnfx.ops.memory_format import unbind_in_layout
 from snnfx.ops.sequence_functions import stack_steps
+from snnfx.sandbox.torch_internals import BatchNormBase
 
 if TYPE_CHECKING:
     from snnfx.regions.region_kernels import RegionKernels
@@ -75,7 +76,7 @@ class SequenceRegion(nn.Module):
     def runs_as_operator(self, constants: Sequence[Any]) -> bool:
         """Under torch.compile, unless a module in it changes its buffers: then the loop is unrolled."""
         return torch.compiler.is_compiling() and not any(
-            isinstance(m, nn.modules.batchnorm._BatchNorm) and m.training
+            isinstance(m, BatchNormBase) and m.training
             for c in constants
             if isinstance(c, nn.Module)
             for m in c.modules()

@@ -12,12 +12,12 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 from torch.autograd.graph import saved_tensors_hooks
-from torch.utils._python_dispatch import _disable_current_modes
 
 from snnfx.emit.recompute_segments import RecomputePlan
 from snnfx.memory.chunk_plan import ChunkPlan, plan_chunks
 from snnfx.memory.planning import plan_inference, plan_training
 from snnfx.memory.recompute_forms import refuse_statistics_over_time
+from snnfx.sandbox.torch_internals import are_transforms_active, disable_dispatch_modes
 
 if TYPE_CHECKING:
     from snnfx.runtime.net import Net
@@ -122,8 +122,8 @@ class CallPlans:
 def _out_of_sight() -> Iterator[None]:
     """What is run here to make a plan is not seen by the caller's modes and hooks, nor changed by them."""
     with ExitStack() as stack:
-        stack.enter_context(_disable_current_modes())
-        if not torch._C._are_functorch_transforms_active():  # which know no hooks
+        stack.enter_context(disable_dispatch_modes())
+        if not are_transforms_active():  # which know no hooks
             stack.enter_context(saved_tensors_hooks(_as_it_is, _as_it_is))
         yield
 

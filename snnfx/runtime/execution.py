@@ -7,12 +7,12 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
-from torch.utils import _pytree as pytree
 
 from snnfx.errors import InputError, warn_once
 from snnfx.functional import chunk_multi_step_forward
 from snnfx.runtime.joined_outputs import JoinedOutputs, JoinedReductions, combine_reductions
 from snnfx.runtime.replanning import net_for
+from snnfx.sandbox.torch_internals import pytree
 
 if TYPE_CHECKING:
     from snnfx.runtime.net import Net

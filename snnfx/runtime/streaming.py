@@ -11,11 +11,11 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
-from torch.utils import _pytree as pytree
 
 from snnfx.errors import InputError
 from snnfx.memory.recompute_forms import refuse_statistics_over_time
 from snnfx.runtime.joined_outputs import combine_reductions
+from snnfx.sandbox.torch_internals import pytree
 
 if TYPE_CHECKING:
     from snnfx.runtime.net import Net

@@ -10,6 +10,8 @@ from typing import Any
 
 import torch
 
+from snnfx.sandbox.torch_internals import DispatchKeyGuard, excluded_dispatch_keys, included_dispatch_keys
+
 __all__ = ["ordinary_dispatch"]
 
 
@@ -19,8 +21,8 @@ def _fresh_dispatch_keys() -> tuple[Any, Any]:
     found: list[Any] = []
 
     def look() -> None:
-        found.append(torch._C._dispatch_tls_local_include_set())
-        found.append(torch._C._dispatch_tls_local_exclude_set())
+        found.append(included_dispatch_keys())
+        found.append(excluded_dispatch_keys())
 
     thread = threading.Thread(target=look)
     thread.start()
@@ -31,5 +33,5 @@ def _fresh_dispatch_keys() -> tuple[Any, Any]:
 @contextlib.contextmanager
 def ordinary_dispatch(grad: bool) -> Iterator[None]:
     """Let autograd and vmap work inside an operator, where the dispatcher has switched them off."""
-    with torch._C._ForceDispatchKeyGuard(*_fresh_dispatch_keys()), torch.set_grad_enabled(grad):
+    with DispatchKeyGuard(*_fresh_dispatch_keys()), torch.set_grad_enabled(grad):
         yield

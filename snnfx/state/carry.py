@@ -11,9 +11,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from torch.utils import _pytree as pytree
-
 from snnfx.errors import InputError
+from snnfx.sandbox.torch_internals import pytree
 
 __all__ = [
     "CarriedArgument",

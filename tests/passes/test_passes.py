@@ -184,7 +184,10 @@ def test_the_history_keeps_the_ir_after_each_pass() -> None:
     assert [r.description.partition("{")[0] for r in records] == ["normalize", "remove_dead_code", "partition"]
     assert records[0].ir.count("self.fc2") == 2 and records[1].ir.count("self.fc2") == 1
     assert "fold" in records[2].ir
-    assert str(PassRecord("remove_dead_code", 1.26, "removed 1 nodes", "")) == "# remove_dead_code (1.3 ms): removed 1 nodes"
+    assert (
+        str(PassRecord("remove_dead_code", 1.26, "removed 1 nodes", ""))
+        == "# remove_dead_code (1.3 ms): removed 1 nodes"
+    )
     assert snnfx.convert(Model()).history[0].description == "capture"
 
 

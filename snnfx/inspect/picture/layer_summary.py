@@ -12,6 +12,15 @@ from torch.fx import Node
 from snnfx.analysis.dependence import is_size
 from snnfx.ir.program import StepProgram, operation_name
 from snnfx.ops.step_functions import FunctionHolder, apply_autograd_function
+from snnfx.sandbox.torch_internals import (
+    AdaptiveAvgPoolBase,
+    AdaptiveMaxPoolBase,
+    AvgPoolBase,
+    ConvBase,
+    DropoutBase,
+    MaxPoolBase,
+    NormBase,
+)
 from snnfx.state.registry import call_opaque
 
 __all__ = ["summarize_module", "summarize_node"]
@@ -46,15 +55,15 @@ def summarize_node(program: StepProgram, node: Node) -> tuple[str, str]:
 
 def summarize_module(module: nn.Module) -> str:
     """The hyperparameters of a layer that matter for what it computes, in short; "" when there is nothing to say."""
-    if isinstance(module, nn.modules.conv._ConvNd):
+    if isinstance(module, ConvBase):
         return _convolution(module)
-    if isinstance(module, nn.modules.pooling._MaxPoolNd | nn.modules.pooling._AvgPoolNd):
+    if isinstance(module, MaxPoolBase | AvgPoolBase):
         return _pooling(module)
-    if isinstance(module, nn.modules.pooling._AdaptiveAvgPoolNd | nn.modules.pooling._AdaptiveMaxPoolNd):
+    if isinstance(module, AdaptiveAvgPoolBase | AdaptiveMaxPoolBase):
         return f"to {_sizes(module.output_size)}"
-    if isinstance(module, nn.modules.batchnorm._NormBase):
+    if isinstance(module, NormBase):
         return str(module.num_features)
-    if isinstance(module, nn.modules.dropout._DropoutNd):
+    if isinstance(module, DropoutBase):
         return f"p={module.p:g}"
     if isinstance(module, nn.Upsample):
         scale = module.scale_factor
@@ -81,7 +90,7 @@ _BY_CLASS: tuple[tuple[type[nn.Module], tuple[str, ...], str], ...] = (
 )
 
 
-def _convolution(layer: nn.modules.conv._ConvNd) -> str:
+def _convolution(layer: ConvBase) -> str:
     parts = [f"{layer.in_channels}→{layer.out_channels}", _kernel(layer.kernel_size)]
     if not _is_all(layer.stride, 1):
         parts.append(f"s{_sizes(layer.stride)}")

@@ -7,7 +7,8 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.utils import _pytree as pytree
+
+from snnfx.sandbox.torch_internals import pytree
 
 __all__ = ["Comparison", "Tolerance", "VerificationReport", "are_spikes", "compare", "is_same", "named_leaves"]
 

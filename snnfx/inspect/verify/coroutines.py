@@ -8,7 +8,8 @@ from contextlib import AbstractContextManager, ExitStack
 from typing import Any
 
 import torch
-from torch.overrides import _get_current_function_mode_stack
+
+from snnfx.sandbox.torch_internals import function_mode_stack
 
 __all__ = ["Coroutine", "inherited_settings"]
 
@@ -79,7 +80,7 @@ class Coroutine(threading.Thread):
 def inherited_settings() -> Callable[[], ExitStack]:
     """What a new thread does not take over from its parent: gradient mode, modes, autocast, the CUDA stream."""
     gradients, inference = torch.is_grad_enabled(), torch.is_inference_mode_enabled()
-    modes = _get_current_function_mode_stack()
+    modes = function_mode_stack()
     casts = [(d, torch.get_autocast_dtype(d)) for d in ("cpu", "cuda") if torch.is_autocast_enabled(d)]
     cache = torch.is_autocast_cache_enabled()
     stream = torch.cuda.current_stream() if torch.cuda.is_initialized() else None

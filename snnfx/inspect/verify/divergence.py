@@ -9,9 +9,9 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils import _pytree as pytree
 
 from snnfx.inspect.verify.comparison import Tolerance, are_spikes, compare
+from snnfx.sandbox.torch_internals import pytree
 from snnfx.state.registry import Adapter, named_stateful
 
 __all__ = ["Divergence", "NeuronTrace", "first_divergence", "recorded_neurons"]

@@ -7,9 +7,9 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils import _pytree as pytree
 
 from snnfx.sandbox.isolation import isolated
+from snnfx.sandbox.torch_internals import pytree
 from snnfx.state.registry import reset_net
 
 

@@ -25,11 +25,11 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils import _pytree as pytree
 
 from snnfx.errors import VerificationError
 from snnfx.inspect.verify.coroutines import Coroutine, inherited_settings
 from snnfx.sandbox.snapshot import StateSnapshot, copy_containers
+from snnfx.sandbox.torch_internals import pytree
 from snnfx.state.carry import output_at, paths_of
 from snnfx.state.registry import named_stateful
 

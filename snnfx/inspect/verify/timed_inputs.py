@@ -7,9 +7,9 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from torch import Tensor
-from torch.utils import _pytree as pytree
 
 from snnfx.errors import InputError
+from snnfx.sandbox.torch_internals import pytree
 
 __all__ = ["TimedInputs"]
 

@@ -10,8 +10,6 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn.modules.batchnorm import _BatchNorm
-from torch.utils import _pytree as pytree
 
 from snnfx.errors import InputError, VerificationError
 from snnfx.inspect.verify.comparison import Comparison, Tolerance, VerificationReport, compare, is_same, named_leaves
@@ -30,6 +28,7 @@ from snnfx.inspect.verify.timed_inputs import TimedInputs
 from snnfx.inspect.verify.without_dropout import without_dropout
 from snnfx.ops.sequence_functions import reduce_over_time
 from snnfx.sandbox.isolation import isolated, rng_state
+from snnfx.sandbox.torch_internals import BatchNormBase, pytree
 from snnfx.state.carry import CarriedArgument, SlotName, flatten_state, output_at, outputs_without, paths_of
 from snnfx.state.registry import named_stateful, reset_net
 
@@ -132,7 +131,7 @@ class _Verification:
         folded = {
             name
             for name, module in model.named_modules()
-            if isinstance(module, _BatchNorm) and module.training and not is_within(name, per_step)
+            if isinstance(module, BatchNormBase) and module.training and not is_within(name, per_step)
         }
         self.folded = folded if net.options.batch_norm == "fold" else set()
         self.once = {name for name in self.folded if is_within(name, once)}

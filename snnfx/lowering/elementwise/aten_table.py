@@ -14,6 +14,7 @@ import torch
 from snnfx.lowering.aten_recording import AtenCall, LoweringRefused, RecordedValue, ValueReference
 from snnfx.lowering.elementwise.batch_norm import DECOMPOSITIONS
 from snnfx.lowering.elementwise.expressions import Builder, Expression
+from snnfx.sandbox.torch_internals import decompositions
 
 __all__ = ["ELEMENTWISE", "SAME_VALUE", "ElementSite", "compute_dtype", "decomposition"]
 
@@ -315,6 +316,4 @@ def decomposition(func: Any) -> Callable[..., Any] | None:
     # The backward passes of pointwise operators are not tagged.
     if torch.Tag.pointwise not in func.tags and not name.endswith("_backward"):
         return None
-    from torch._decomp import decomposition_table
-
-    return decomposition_table.get(func)
+    return decompositions().get(func)

@@ -12,11 +12,11 @@ from dataclasses import dataclass
 from typing import Any
 
 from torch import Tensor, fx
-from torch.utils import _pytree as pytree
 
 from snnfx.lowering.aten_recording import LoweringRefused, Recording, ValueReference
 from snnfx.lowering.elementwise.expressions import Expression
 from snnfx.lowering.elementwise.translation import Replay, TranslatedStep, translate
+from snnfx.sandbox.torch_internals import pytree
 
 __all__ = ["InitialStates", "initial_states_by_comparison", "initial_states_of_start"]
 

@@ -17,11 +17,11 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.utils import _pytree as pytree
 
 from snnfx.lowering.aten_recording import AtenCall, LoweringRefused, Recording, ValueReference, call_as_recorded
 from snnfx.lowering.elementwise.aten_table import ELEMENTWISE, SAME_VALUE, ElementSite, compute_dtype
 from snnfx.lowering.elementwise.expressions import Builder, Expression, StepExpressions
+from snnfx.sandbox.torch_internals import pytree
 
 __all__ = ["Replay", "TranslatedStep", "Translator", "memory_dtype", "translate"]
 

@@ -7,9 +7,9 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.utils import _pytree as pytree
 
 from snnfx.lowering.aten_recording import AtenCall, RecordedValue, Recording, ValueReference, call_as_recorded
+from snnfx.sandbox.torch_internals import pytree
 
 __all__ = ["BATCHED", "LINEAR", "VIEWS", "Pure", "calls_behind", "in_order", "resolved", "stripped"]
 

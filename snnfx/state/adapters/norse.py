@@ -22,10 +22,9 @@ from norse.torch.functional.lif_refrac import lif_refrac_step
 from norse.torch.functional.lsnn import lsnn_step
 from norse.torch.module import coba_lif, conv, encode, leaky_integrator, lift, snn
 from torch import Tensor, nn
-from torch._subclasses.fake_tensor import FakeTensor, unset_fake_temporarily
-from torch.utils import _pytree as pytree
 
 from snnfx.errors import CaptureError
+from snnfx.sandbox.torch_internals import FakeTensor, pytree, unset_fake_temporarily
 from snnfx.state.registry import State, StatefulCall, StatelessAdapter, has_forward_hooks, register_adapter
 
 __all__ = ["NorseAdapter"]
