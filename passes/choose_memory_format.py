@@ -16,8 +16,9 @@ from torch import Tensor, nn
 from torch.fx import Node
 
 from snnfx.analysis.batch.rule_table import ELEMENTWISE_OPERATIONS
-from snnfx.analysis.dependence import is_size
-from snnfx.ir.program import StepProgram, is_structural, operation_name, takes_from_tuple
+from snnfx.ir.nodes import is_size, is_structural, takes_from_tuple
+from snnfx.ir.printing import operation_name
+from snnfx.ir.program import StepProgram
 from snnfx.ops.online_functions import traced_call, traced_module
 from snnfx.ops.step_functions import apply_autograd_function
 from snnfx.passes.base import Pass

@@ -18,10 +18,12 @@ from typing import Any, Literal
 from torch import nn
 from torch.fx import Node
 
-from snnfx.analysis.dependence import analyse_dependence, ancestors, is_random, is_size
+from snnfx.analysis.dependence import analyse_dependence, ancestors, is_random
 from snnfx.analysis.leak import StepOnNumbers, fires
 from snnfx.errors import InputError, warn_once
-from snnfx.ir.program import Region, StepProgram, keeps_statistics
+from snnfx.ir.module_effects import keeps_statistics
+from snnfx.ir.nodes import is_size
+from snnfx.ir.program import Region, StepProgram
 from snnfx.ops.online_functions import cut_history, update_trace
 from snnfx.passes.base import Pass
 from snnfx.state.registry import call_opaque

@@ -17,7 +17,8 @@ from torch import nn
 from torch.fx import Node
 
 from snnfx.analysis.dependence import is_random
-from snnfx.ir.program import Region, StepProgram, describe_node, operation_name
+from snnfx.ir.printing import describe_node, operation_name
+from snnfx.ir.program import Region, StepProgram
 from snnfx.passes.base import Pass
 from snnfx.passes.cut_temporal_edges import folds_when_cut
 from snnfx.sandbox.torch_internals import (

@@ -19,18 +19,12 @@ from torch.fx import Node
 from snnfx.analysis.batch.equivariance import BatchAnalysis, infer_batch
 from snnfx.analysis.batch.facts import Fact, model_input
 from snnfx.analysis.batch.mixed_batch_sizes import find_mixed_batches_in_folds, has_mixed_batches_in_loop, sizes_of
-from snnfx.analysis.dependence import Dependence, analyse_dependence, is_size, operands_through_sizes
+from snnfx.analysis.dependence import Dependence, analyse_dependence, operands_through_sizes
 from snnfx.errors import CaptureError, Refusal
-from snnfx.ir.program import (
-    SELF_TARGET,
-    Region,
-    StepProgram,
-    estimates_weights,
-    location_of,
-    operation_name,
-    takes_from_tuple,
-    updates_buffers,
-)
+from snnfx.ir.module_effects import estimates_weights, updates_buffers
+from snnfx.ir.nodes import is_size, takes_from_tuple
+from snnfx.ir.printing import location_of, operation_name
+from snnfx.ir.program import SELF_TARGET, Region, StepProgram
 from snnfx.ir.setting_read import SettingRead
 from snnfx.passes.base import Pass
 from snnfx.sandbox.torch_internals import BatchNormBase, InstanceNormBase, NormBase

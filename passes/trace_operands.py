@@ -25,7 +25,10 @@ from snnfx.analysis.dependence import analyse_dependence, ancestors
 from snnfx.analysis.leak import LeakProbe, StepOnNumbers, fed_slots, is_elementwise, several_leaks_error
 from snnfx.analysis.weight_ops import WeightOp, weight_ops
 from snnfx.errors import InputError, warn_once
-from snnfx.ir.program import StepProgram, describe_node, is_module_call, location_of
+from snnfx.ir.edits import add_slot
+from snnfx.ir.nodes import is_module_call
+from snnfx.ir.printing import describe_node, location_of
+from snnfx.ir.program import StepProgram
 from snnfx.ops.online_functions import (
     cut_history,
     ones_per_sample,
@@ -36,7 +39,6 @@ from snnfx.ops.online_functions import (
 )
 from snnfx.ops.step_functions import FunctionHolder
 from snnfx.passes.base import Pass
-from snnfx.passes.hold_dropout import add_slot
 
 __all__ = [
     "TraceOperands",

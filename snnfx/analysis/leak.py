@@ -22,9 +22,9 @@ from torch.fx.node import map_aggregate
 
 from snnfx.analysis.batch.rule_lookup import look_up
 from snnfx.analysis.batch.rule_table import NEUTRAL
-from snnfx.analysis.dependence import is_size
 from snnfx.errors import InputError
-from snnfx.ir.program import StepProgram, is_module_call, takes_from_tuple
+from snnfx.ir.nodes import is_module_call, is_size, takes_from_tuple
+from snnfx.ir.program import StepProgram
 from snnfx.sandbox.torch_internals import pytree
 from snnfx.state.registry import adapter_of, call_stateful
 

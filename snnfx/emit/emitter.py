@@ -9,7 +9,8 @@ from typing import Any
 from torch import fx, nn
 from torch.fx import Node
 
-from snnfx.ir.program import StepProgram, add_placeholder
+from snnfx.ir.edits import add_placeholder
+from snnfx.ir.program import StepProgram
 from snnfx.ops.memory_format import row_major
 from snnfx.ops.sequence_functions import pick_state
 

@@ -18,7 +18,8 @@ from torch.fx import Node
 from snnfx.emit.emitter import Emitted, Emitter, TargetName
 from snnfx.emit.region_builder import RegionBuilder, has_batch_in_front, same_for_all_samples
 from snnfx.functional import map_forward, multi_step_forward, seq_to_ann_forward
-from snnfx.ir.program import Region, StepProgram, describe_node
+from snnfx.ir.printing import describe_node
+from snnfx.ir.program import Region, StepProgram
 from snnfx.ops.sequence_functions import (
     call_once,
     delay_one_step,

@@ -12,9 +12,12 @@ from typing import Any
 from torch import fx, nn
 from torch.fx import Node, map_arg
 
-from snnfx.analysis.dependence import analyse_dependence, is_size
+from snnfx.analysis.dependence import analyse_dependence
 from snnfx.errors import CaptureError
-from snnfx.ir.program import StepProgram, add_placeholder, location_of
+from snnfx.ir.edits import add_placeholder
+from snnfx.ir.nodes import is_size
+from snnfx.ir.printing import location_of
+from snnfx.ir.program import StepProgram
 from snnfx.ops.folded_weights import call_layer, call_norm
 from snnfx.ops.memory_format import image_format, row_major
 from snnfx.ops.sequence_functions import call_module, in_shape_of, repeat_for_samples

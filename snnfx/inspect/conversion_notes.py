@@ -10,7 +10,8 @@ from torch.fx import Node, map_arg
 from snnfx.analysis.dependence import is_random
 from snnfx.inspect.node_counts import NodeKey, is_computing, nodes_by_key
 from snnfx.inspect.source_expressions import expression
-from snnfx.ir.program import Region, StepProgram, describe_node, location_of
+from snnfx.ir.printing import describe_node, location_of
+from snnfx.ir.program import Region, StepProgram
 from snnfx.lowering.elementwise.back_end_choice import reason_without_back_end
 from snnfx.lowering.mixed.mixed_step import MixedStep
 from snnfx.ops.step_functions import expect_size

@@ -11,7 +11,7 @@ from torch.fx import Node
 
 from snnfx.analysis.batch.facts import BOTTOM, UNKNOWN, Fact, Rank, ShapeFact, SizeFact, Value, gap, leaves
 from snnfx.errors import Refusal
-from snnfx.ir.program import operation_name
+from snnfx.ir.printing import operation_name
 
 __all__ = ["CallSite", "aligned", "broadcast", "is_batch_sized", "lost", "number", "reserve"]
 

@@ -14,7 +14,8 @@ from torch.fx import Node
 from snnfx.analysis.batch.facts import Fact, Value, leaves
 from snnfx.analysis.dependence import operands_through_sizes
 from snnfx.errors import Refusal
-from snnfx.ir.program import Region, operation_name
+from snnfx.ir.printing import operation_name
+from snnfx.ir.program import Region
 
 __all__ = ["find_mixed_batches_in_folds", "has_mixed_batches_in_loop", "sizes_of"]
 

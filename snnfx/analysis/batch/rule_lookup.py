@@ -19,7 +19,7 @@ from torch.fx import Node
 from snnfx.analysis.batch.facts import Fact, Rank
 from snnfx.analysis.batch.module_rules import OnTrace
 from snnfx.analysis.batch.rule_table import FOREIGN, METHODS, MODULES, OPERATORS, ROWS, ModuleRule, OperatorRule
-from snnfx.ir.program import estimates_weights
+from snnfx.ir.module_effects import estimates_weights
 from snnfx.ops.online_functions import (
     cut_history,
     draw_dropout_mask,
