@@ -1,4 +1,4 @@
-"""`Pass`, `PassManager` and the verifier, which live in `snnfx.ir` so that code below the passes can use them."""
+"""`Pass`, `PassManager` and the verifier, re-exported from `snnfx.ir`."""
 
 from __future__ import annotations
 

@@ -19,6 +19,7 @@ from torch.fx import Node, map_arg
 
 from snnfx.analysis.batch.rule_lookup import look_up
 from snnfx.analysis.dependence import is_random, may_be_random, operands_through_sizes
+from snnfx.analysis.lowerable_loops import mixing_node, reason_against_kernel
 from snnfx.emit.emitter import TargetName
 from snnfx.emit.multi_step import emit_multi_step
 from snnfx.emit.plain_graph import emit_plain
@@ -28,7 +29,6 @@ from snnfx.ir.module_effects import keeps_statistics
 from snnfx.ir.nodes import is_size, takes_from_tuple
 from snnfx.ir.program import Region, StepProgram
 from snnfx.ops.step_batch_norm import batch_norm_per_step
-from snnfx.passes.lower import mixing_node, reason_against_kernel
 from snnfx.recompute.batch_statistics import batch_statistics, normalize, step_statistics
 from snnfx.sandbox.torch_internals import BatchNormBase
 from snnfx.state.leaf_modules import has_torch_forward

@@ -15,6 +15,7 @@ from typing import Any
 from torch import nn
 from torch.fx import Node
 
+from snnfx.analysis.foldable_loops import folds_when_cut, is_trace_loop
 from snnfx.emit.emitter import Emitted, Emitter, TargetName
 from snnfx.emit.region_builder import RegionBuilder, has_batch_in_front, same_for_all_samples
 from snnfx.functional import map_forward, multi_step_forward, seq_to_ann_forward
@@ -29,7 +30,6 @@ from snnfx.ops.sequence_functions import (
     times_steps,
 )
 from snnfx.ops.step_batch_norm import batch_norm_per_step
-from snnfx.passes.cut_temporal_edges import folds_when_cut, is_trace_loop
 from snnfx.regions.region_kernels import RegionKernels
 from snnfx.regions.region_modules import LoopRegion, MapRegion, RegionGraph
 from snnfx.regions.truncated_loop import CutLoopRegion, TraceRegion

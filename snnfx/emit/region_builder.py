@@ -12,7 +12,9 @@ from typing import Any
 from torch import fx, nn
 from torch.fx import Node, map_arg
 
+from snnfx.analysis.batch_norm_folding import layer_of_norm
 from snnfx.analysis.dependence import analyse_dependence
+from snnfx.analysis.image_operations import image_of, is_convolution, takes_any_layout, weights_of
 from snnfx.errors import CaptureError
 from snnfx.ir.edits import add_placeholder
 from snnfx.ir.nodes import is_size
@@ -21,8 +23,6 @@ from snnfx.ir.program import StepProgram
 from snnfx.ops.folded_weights import call_layer, call_norm
 from snnfx.ops.memory_format import image_format, row_major
 from snnfx.ops.sequence_functions import call_module, in_shape_of, repeat_for_samples
-from snnfx.passes.choose_memory_format import image_of, is_convolution, takes_any_layout, weights_of
-from snnfx.passes.fold_batch_norm import layer_of_norm
 from snnfx.regions.region_modules import RegionGraph
 
 __all__ = ["RegionBuilder", "has_batch_in_front", "same_for_all_samples", "whole_step"]
