@@ -25,9 +25,9 @@ from snnfx.ops.sequence_functions import (
     call_once,
     delay_one_step,
     hold_over_time,
+    multiply_by_time_steps,
     reduce_over_time,
     repeat_over_time,
-    times_steps,
 )
 from snnfx.ops.step_batch_norm import batch_norm_per_step
 from snnfx.regions.region_kernels import RegionKernels
@@ -275,7 +275,7 @@ class MultiStepEmitter(Emitter):
 
     def _reduced_sum(self, mean: Node) -> Node:
         """A sum over time is T times the mean: a sunk bias is added once for each step, too."""
-        return self.graph.call_function(times_steps, (mean, self.steps()))
+        return self.graph.call_function(multiply_by_time_steps, (mean, self.steps()))
 
     def _reduced_operand(self, node: Node) -> Node:
         """What a sunk node is given: the mean (or last) over time of a sequence."""

@@ -22,7 +22,7 @@ from snnfx.ir.printing import location_of
 from snnfx.ir.program import StepProgram
 from snnfx.ops.folded_weights import call_layer, call_norm
 from snnfx.ops.memory_format import image_format, row_major
-from snnfx.ops.sequence_functions import call_module, in_shape_of, repeat_for_samples
+from snnfx.ops.sequence_functions import call_module, expand_initial_value, repeat_for_samples
 from snnfx.regions.region_modules import RegionGraph
 
 __all__ = ["RegionBuilder", "has_batch_in_front", "same_for_all_samples", "whole_step"]
@@ -157,7 +157,7 @@ class RegionBuilder:
                 if node in builder.first_slots:
                     slot = builder.first_slots[node]
                     after, has_batch = builder.argument(following[slot]), has_batch_in_front(builder.initial_of[slot])
-                    results[index] = graph.call_function(in_shape_of, (results[index], after, slot, has_batch))
+                    results[index] = graph.call_function(expand_initial_value, (results[index], after, slot, has_batch))
         if next_states is None:
             dims = ((node, node.meta.get("batch_dim")) for node in self.input_nodes)
             samples = next(((env[node], dim) for node, dim in dims if isinstance(dim, int)), None)
