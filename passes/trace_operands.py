@@ -20,7 +20,7 @@ from typing import Any, Literal
 from torch import nn
 from torch.fx import Node
 
-from snnfx.analysis.batch.rule_lookup import look_up
+from snnfx.analysis.batch.rule_lookup import find_rule
 from snnfx.analysis.dependence import analyse_dependence, ancestors
 from snnfx.analysis.leak import LeakProbe, StepOnNumbers, fed_slots, is_elementwise, several_leaks_error
 from snnfx.analysis.weight_ops import WeightOp, weight_ops
@@ -155,12 +155,12 @@ def _site(node: Node) -> dict[str, Any]:
 def _has_bias(program: StepProgram, op: WeightOp) -> bool:
     if op.position is None:
         return getattr(program.resolve(str(op.node.target)), "bias", None) is not None
-    found = look_up(op.node, program.resolve)
+    found = find_rule(op.node, program.resolve)
     return found is not None and isinstance(found.arguments.get("bias", op.node.kwargs.get("bias")), Node)
 
 
 def _function_name(program: StepProgram, node: Node) -> str:
-    found = look_up(node, program.resolve)
+    found = find_rule(node, program.resolve)
     assert found is not None
     return found.name
 

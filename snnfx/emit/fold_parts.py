@@ -17,7 +17,7 @@ from typing import Any
 from torch import fx, nn
 from torch.fx import Node, map_arg
 
-from snnfx.analysis.batch.rule_lookup import look_up
+from snnfx.analysis.batch.rule_lookup import find_rule
 from snnfx.analysis.dependence import is_random, may_be_random, operands_through_sizes
 from snnfx.analysis.lowerable_loops import mixing_node, reason_against_kernel
 from snnfx.emit.emitter import TargetName
@@ -207,13 +207,13 @@ def takes_batch_statistics(program: StepProgram, node: Node) -> bool:
         return True
     if keeps_statistics(program, node):
         return True
-    found = look_up(node, program.resolve)
+    found = find_rule(node, program.resolve)
     return found is not None and found.name in ("batch_norm", "instance_norm")
 
 
 def _multiplies(program: StepProgram, node: Node) -> bool:
     """Whether a node is a product, or not known to be none."""
-    found = look_up(node, program.resolve)
+    found = find_rule(node, program.resolve)
     return found is None or found.name in _PRODUCTS
 
 

@@ -18,15 +18,15 @@ __all__ = [
     "call_module",
     "call_once",
     "delay_one_step",
-    "hold_over_time",
     "expand_initial_value",
-    "select_state",
+    "hold_over_time",
+    "multiply_by_time_steps",
     "reduce_over_time",
     "repeat_for_samples",
     "repeat_over_time",
+    "select_state",
     "stack_steps",
     "time_steps",
-    "multiply_by_time_steps",
 ]
 
 

@@ -9,11 +9,29 @@ from typing import Any
 from torch import nn
 from torch.fx import Node
 
-from snnfx.analysis.batch.facts import BOTTOM, UNKNOWN, Fact, Rank, ShapeFact, SizeFact, Value, gap, leaves
+from snnfx.analysis.batch.facts import (
+    UNDETERMINED,
+    UNKNOWN,
+    Fact,
+    Rank,
+    ShapeFact,
+    SizeFact,
+    Value,
+    leaves,
+    rank_difference,
+)
 from snnfx.errors import Refusal
 from snnfx.ir.printing import operation_name
 
-__all__ = ["CallSite", "aligned", "broadcast", "is_batch_sized", "lost", "number", "reserve"]
+__all__ = [
+    "CallSite",
+    "broadcast",
+    "common_fact",
+    "constant_int",
+    "is_batch_sized",
+    "require_trailing",
+    "without_batch",
+]
 
 
 @dataclass
@@ -98,7 +116,7 @@ class CallSite:
 
         None, after a refusal, when it is not a constant number.
         """
-        place = number(dim)
+        place = constant_int(dim)
         if place is None:
             self.refuse("SNNFX101", f"the dimension of {self.text} is not a constant number")
             return None
@@ -123,7 +141,7 @@ def _text(value: Any) -> str:
     return "..." if value is Ellipsis else str(value)
 
 
-def number(value: Any) -> int | None:
+def constant_int(value: Any) -> int | None:
     """A constant int, literal or computed from ranks; None for anything else."""
     if isinstance(value, SizeFact):
         return value.value
@@ -138,12 +156,12 @@ def is_batch_sized(value: Any) -> bool:
     )
 
 
-def lost(rank: Rank) -> Fact:
+def without_batch(rank: Rank) -> Fact:
     """A tensor of one step in which the batch is no dimension any more."""
     return Fact(rank, varying=True)
 
 
-def reserve(site: CallSite, fact: Fact, count: int) -> bool:
+def require_trailing(site: CallSite, fact: Fact, count: int) -> bool:
     """Whether the last `count` dimensions can be worked on without touching the batch."""
     if fact.dim is None:
         return True
@@ -170,11 +188,11 @@ def broadcast(site: CallSite, values: Iterable[Any]) -> Value:
         site.refuse("SNNFX105", f"where the batch of an operand of {site.text} is, is not known")
         return UNKNOWN
     if not tensors:
-        return BOTTOM if BOTTOM in operands else UNKNOWN
+        return UNDETERMINED if UNDETERMINED in operands else UNKNOWN
     batched = [tensor for tensor in tensors if tensor.batched]
     if not batched:
         # A slot that is not known yet may bring a batch and more dimensions than the constants have.
-        return BOTTOM if BOTTOM in operands else _broadcast_constants(tensors)
+        return UNDETERMINED if UNDETERMINED in operands else _broadcast_constants(tensors)
     result = batched[0]
     for tensor in batched[1:]:
         merged = _merge_batched(site, result, tensor)
@@ -194,7 +212,7 @@ def _broadcast_constants(tensors: list[Fact]) -> Value:
     if len(tensors) == 1:
         return tensors[0]
     ranks = [tensor.rank for tensor in tensors]
-    gaps = [gap(rank, ranks[0]) for rank in ranks]
+    gaps = [rank_difference(rank, ranks[0]) for rank in ranks]
     varying = any(tensor.varying for tensor in tensors)
     if any(g is None for g in gaps):
         return UNKNOWN
@@ -204,7 +222,7 @@ def _broadcast_constants(tensors: list[Fact]) -> Value:
 
 def _merge_batched(site: CallSite, a: Fact, b: Fact) -> Fact | None:
     assert a.dim is not None and b.dim is not None
-    from_right = gap(a.rank - a.dim, b.rank - b.dim)
+    from_right = rank_difference(a.rank - a.dim, b.rank - b.dim)
     if from_right is None:
         site.refuse_rank("aligns operands by their number of dimensions")
         return None
@@ -230,7 +248,7 @@ def _merge_constant(site: CallSite, result: Fact, constant: Fact) -> Fact | None
     if constant.rank.known == 0:
         return result
     right = result.rank - result.dim  # the batch is the `right`-th dimension from the right
-    reach = gap(constant.rank, right)
+    reach = rank_difference(constant.rank, right)
     if reach is None:
         return _merge_unrelated(site, result, constant)
     if reach < 0:
@@ -256,7 +274,7 @@ def _merge_unrelated(site: CallSite, result: Fact, constant: Fact) -> Fact | Non
     return result
 
 
-def aligned(site: CallSite, values: Iterable[Any], equal_ranks: bool = True) -> Fact | None:
+def common_fact(site: CallSite, values: Iterable[Any], equal_ranks: bool = True) -> Fact | None:
     """The common fact of tensors that must have the same rank and the same batch; None after a refusal.
 
     Without any batched tensor, the fact of the first. `equal_ranks` says that torch itself refuses different ranks.

@@ -10,23 +10,31 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
-from snnfx.analysis.batch.call_site import CallSite, aligned, broadcast, is_batch_sized, lost, number, reserve
-from snnfx.analysis.batch.facts import BOTTOM, UNKNOWN, Bottom, Fact, Rank, SizeFact, Unknown, Value, leaves
+from snnfx.analysis.batch.call_site import (
+    CallSite,
+    broadcast,
+    common_fact,
+    constant_int,
+    is_batch_sized,
+    require_trailing,
+    without_batch,
+)
+from snnfx.analysis.batch.facts import UNDETERMINED, UNKNOWN, Fact, Rank, SizeFact, Undetermined, Unknown, Value, leaves
 
 __all__ = [
     "Along",
-    "Leading",
+    "BatchFirst",
     "Trailing",
     "elementwise",
     "embedding",
     "extremum",
+    "like_input",
     "median",
     "normalized_dimensions",
     "one_hot",
     "pad",
     "pairwise",
     "prelu",
-    "same",
     "scatter",
     "softmax",
     "where",
@@ -36,7 +44,7 @@ __all__ = [
 def elementwise(site: CallSite) -> Value:
     """Every element on its own, operands broadcast; without tensors it is arithmetic on sizes."""
     operands = [*leaves(site.arguments)]
-    if any(isinstance(operand, Fact | Unknown | Bottom) for operand in operands):
+    if any(isinstance(operand, Fact | Unknown | Undetermined) for operand in operands):
         return broadcast(site, operands)
     return _arithmetic(site, operands) if getattr(site.node.target, "__module__", "") == "_operator" else UNKNOWN
 
@@ -55,7 +63,7 @@ def _arithmetic(site: CallSite, operands: list[Any]) -> Value:
             )
             return UNKNOWN
         return scaled
-    values = [number(operand) for operand in operands]
+    values = [constant_int(operand) for operand in operands]
     if callable(site.node.target) and None not in values:
         result = site.node.target(*values)
         return SizeFact(value=result if isinstance(result, int) else None)
@@ -71,14 +79,14 @@ def _scaled(site: CallSite, batch_sized: list[Any], operands: list[Any]) -> Size
     factor, _, base = symbol.rpartition("*")
     if site.name == "mul":
         other = operands[0] if operands[1] is batch_sized[0] else operands[1]
-        constant = number(other)
+        constant = constant_int(other)
         if constant is None:
             return SizeFact(site.fresh)
         if constant < 1:
             return None
         constant *= int(factor or 1)
         return SizeFact(symbol if constant == 1 else f"{constant}*{base}")
-    divisor = number(operands[1])
+    divisor = constant_int(operands[1])
     if site.name == "floor_divide" and divisor and int(factor or 1) % divisor == 0 and operands[0] is batch_sized[0]:
         quotient = int(factor or 1) // divisor
         return SizeFact(base if quotient == 1 else f"{quotient}*{base}")
@@ -93,7 +101,7 @@ def where(site: CallSite) -> Value:
     return elementwise(site)
 
 
-def same(site: CallSite) -> Value:
+def like_input(site: CallSite) -> Value:
     """The shape of the first argument; the others do not matter (`type_as`, `rand_like`, dropout)."""
     value = site["input"]
     return value if isinstance(value, Fact) else UNKNOWN
@@ -124,14 +132,14 @@ class Trailing:
             site.refuse("SNNFX101", f"how many dimensions {site.text} works on is not a constant number")
             return UNKNOWN
         result = Fact(fact.rank + self.grows, fact.dim, fact.size, varying=fact.varying)
-        if not reserve(site, fact, count):
-            result = lost(result.rank)
+        if not require_trailing(site, fact, count):
+            result = without_batch(result.rank)
         is_pair = site[self.pair] not in (None, False) if isinstance(self.pair, str) else self.pair
         return (result, result) if is_pair else result
 
 
 @dataclass(frozen=True)
-class Leading:
+class BatchFirst:
     """Takes samples along dimension 0 and treats each on its own: convolutions, normalisation of a sample.
 
     Args:
@@ -151,9 +159,9 @@ class Leading:
             return Fact(rank, varying=fact.varying)
         if fact.dim != 0:
             site.refuse_mixing(fact, "works across", "Move the batch to the front.")
-            return lost(rank)
+            return without_batch(rank)
         if not site.require(fact.rank, self.least, "needs a batch"):
-            return lost(rank) if self.to is None else UNKNOWN
+            return without_batch(rank) if self.to is None else UNKNOWN
         return Fact(rank, 0, fact.size)
 
 
@@ -181,9 +189,9 @@ class Along:
 
     def __call__(self, site: CallSite) -> Value:
         values = [site[name] for name in self.operands if site[name] is not None]
-        fact = aligned(site, values) if self.aligned else broadcast(site, values)
+        fact = common_fact(site, values) if self.aligned else broadcast(site, values)
         if not isinstance(fact, Fact):
-            return BOTTOM if fact is BOTTOM else UNKNOWN
+            return UNDETERMINED if fact is UNDETERMINED else UNKNOWN
         dims = site[self.dim]
         if isinstance(dims, bool):  # x.std(False): the flag of another overload
             site.refuse("SNNFX101", f"the overload of {site.text} is not in the table")
@@ -200,7 +208,7 @@ class Along:
             site.refuse_mixing(fact, "works along all dimensions, also along", "Name the feature dimensions in `dim`.")
         if site[self.dim] is not None or not isinstance(self.drops, str):
             return UNKNOWN  # what an empty tuple means, and what shape there is, is up to the operation
-        return self._pack(lost(fact.rank if site[self.drops] not in (None, False) else Rank(0)))
+        return self._pack(without_batch(fact.rank if site[self.drops] not in (None, False) else Rank(0)))
 
     def _result(self, site: CallSite, fact: Fact, axes: list[int]) -> Fact:
         keeps = self.drops is False or (isinstance(self.drops, str) and site[self.drops] not in (None, False))
@@ -265,7 +273,7 @@ def scatter(site: CallSite) -> Value:
 def normalized_dimensions(site: CallSite) -> int | None:
     """How many dimensions `layer_norm` normalises."""
     shape = site["normalized_shape"]
-    return 1 if number(shape) is not None else len(list(leaves(shape)))
+    return 1 if constant_int(shape) is not None else len(list(leaves(shape)))
 
 
 def embedding(site: CallSite) -> Value:
@@ -279,7 +287,7 @@ def embedding(site: CallSite) -> Value:
 
 def one_hot(site: CallSite) -> Value:
     """Each index becomes a vector, whose length has to be given."""
-    if number(site["num_classes"]) in (None, -1):
+    if constant_int(site["num_classes"]) in (None, -1):
         hint = "Pass num_classes."
         site.refuse("SNNFX103", f"{site.text} takes the number of classes from the largest index in the batch", hint)
     return Trailing(0, grows=1)(site)
@@ -289,8 +297,8 @@ def prelu(site: CallSite) -> Value:
     """Elementwise with one weight; otherwise the weights belong to dimension 1."""
     weight = site["weight"]
     if isinstance(weight, Fact) and (weight.rank.known == 0 or weight.known == (1,)):
-        return same(site)
-    return Leading(2)(site)
+        return like_input(site)
+    return BatchFirst(2)(site)
 
 
 def pad(site: CallSite) -> Value:

@@ -19,21 +19,21 @@ from torch.fx.node import map_aggregate
 
 from snnfx.analysis.batch.call_site import CallSite, is_batch_sized
 from snnfx.analysis.batch.facts import (
-    BOTTOM,
-    OTHER,
+    NON_TENSOR,
+    UNDETERMINED,
     UNKNOWN,
     Fact,
     Rank,
-    Repeated,
     ShapeFact,
     SizeFact,
+    UniformTuple,
     Value,
     join,
     leaves,
     model_input,
 )
-from snnfx.analysis.batch.rule_lookup import Found, constant_fact, look_up
-from snnfx.analysis.batch.rule_table import NEUTRAL
+from snnfx.analysis.batch.rule_lookup import RuleMatch, constant_fact, find_rule
+from snnfx.analysis.batch.rule_table import ELEMENTWISE_RULES
 from snnfx.errors import Refusal
 
 __all__ = ["BatchAnalysis", "Fact", "Rank", "ShapeFact", "SizeFact", "Value", "infer_batch", "model_input"]
@@ -87,14 +87,14 @@ def infer_batch(
     """
     walk = _BatchPropagation(graph, resolve, dict(inputs), varying, training, batch_norm, training_of)
     before = _initial_values(graph, carried) if initial is None else initial
-    slots: dict[Node, Value] = dict.fromkeys(carried, BOTTOM)
+    slots: dict[Node, Value] = dict.fromkeys(carried, UNDETERMINED)
     settled: set[Node] = set()  # slots that nothing but themselves says anything about
     while True:
         analysis = walk.run(slots)
         following = {slot: _next_fact(walk, slot, value, before.get(slot)) for slot, value in carried.items()}
         joined = {slot: join(fact, following[slot]) for slot, fact in slots.items()}
         if joined == slots:
-            open_slots = [slot for slot, fact in slots.items() if BOTTOM in leaves(fact) and slot not in settled]
+            open_slots = [slot for slot, fact in slots.items() if UNDETERMINED in leaves(fact) and slot not in settled]
             if not open_slots:
                 return analysis
             settled.update(open_slots)
@@ -136,7 +136,7 @@ class _BatchPropagation:
         self.training_of = training_of
         self.graph, self.resolve, self.inputs, self.varying = graph, resolve, inputs, varying
         self.training, self.batch_norm = training, batch_norm
-        self.found = {node: look_up(node, resolve) for node in graph.nodes if node.op.startswith("call")}
+        self.found = {node: find_rule(node, resolve) for node in graph.nodes if node.op.startswith("call")}
         self.bases = {fact.rank.base for fact in inputs.values() if fact.rank.base}
         self.facts: dict[Node, Value] = {}
 
@@ -174,7 +174,7 @@ class _BatchPropagation:
             return slots[node] if node in slots else self.inputs.get(node, UNKNOWN)
         if node.op == "get_attr":
             value = self.resolve(str(node.target))
-            return constant_fact(value) if isinstance(value, Tensor) else OTHER
+            return constant_fact(value) if isinstance(value, Tensor) else NON_TENSOR
         return self._call(node)
 
     def _call(self, node: Node) -> Value:
@@ -183,30 +183,30 @@ class _BatchPropagation:
         flat = list(leaves(operands))
         if node in self.varying and self._depends_on_time(node, found):
             self.changing.add(node)
-        same_at_each_step = node not in self.changing and not any(
+        is_invariant = node not in self.changing and not any(
             fact is UNKNOWN or is_batch_sized(fact) or (isinstance(fact, Fact) and (fact.batched or fact.varying))
             for fact in flat
         )
         if found is None:
-            if same_at_each_step and node not in self.varying:
+            if is_invariant and node not in self.varying:
                 return self._constant_result(node)
             self.refusals[node] = _no_row(node, flat)
             return UNKNOWN
         site = self._site(node, found)
         fact = self._evaluate(site, found)
-        if fact is BOTTOM:
-            return BOTTOM
+        if fact is UNDETERMINED:
+            return UNDETERMINED
         self._judge_without_batch(site, found, flat, fact)
         for name, least in site.requirements.items():
             self.requirements[name] = max(least, self.requirements.get(name, 0))
         is_update = node.op == "call_module" and node in self.varying  # it changes its layer at each step
-        if site.refusal is not None and (is_update or not same_at_each_step):
+        if site.refusal is not None and (is_update or not is_invariant):
             self.refusals[node] = site.refusal
-        if same_at_each_step:
+        if is_invariant:
             return self._marked(node, self._constant_result(node) if fact is UNKNOWN else fact)
         return self._marked(node, fact)
 
-    def _depends_on_time(self, node: Node, found: Found | None) -> bool:
+    def _depends_on_time(self, node: Node, found: RuleMatch | None) -> bool:
         if found is not None and (found.row.random or found.row.shape_only):
             return found.row.random
         return any(self._may_differ(operand) for operand in node.all_input_nodes)
@@ -215,10 +215,10 @@ class _BatchPropagation:
         """Whether the value of an operand may differ between steps, apart from sizes, which do not."""
         fact = self.facts[operand]
         return operand in self.changing and any(
-            not isinstance(leaf, SizeFact | ShapeFact) and leaf is not OTHER for leaf in leaves([fact])
+            not isinstance(leaf, SizeFact | ShapeFact) and leaf is not NON_TENSOR for leaf in leaves([fact])
         )
 
-    def _site(self, node: Node, found: Found) -> CallSite:
+    def _site(self, node: Node, found: RuleMatch) -> CallSite:
         def load(argument: Any) -> Any:
             return self.facts[argument] if isinstance(argument, Node) else argument
 
@@ -228,21 +228,21 @@ class _BatchPropagation:
             training = self.training_of(found.module)
         return CallSite(node, found.name, arguments, found.module, training, self.batch_norm, self.bases)
 
-    def _evaluate(self, site: CallSite, found: Found) -> Value:
-        looked_at = found.row.operands.split()
+    def _evaluate(self, site: CallSite, found: RuleMatch) -> Value:
+        operands = found.row.operands.split()
         sized = found.row.sizes.split()
-        neutral = found.row.rule in NEUTRAL
-        if not neutral and any(leaf is BOTTOM for leaf in leaves(site.arguments)):
-            return BOTTOM
+        neutral = found.row.rule in ELEMENTWISE_RULES
+        if not neutral and any(leaf is UNDETERMINED for leaf in leaves(site.arguments)):
+            return UNDETERMINED
         for name, value in site.arguments.items():
-            if name not in looked_at:
+            if name not in operands:
                 _check_invariant(site, value, may_be_sized=name in sized)
         fact = found.row.rule(site)
         if fact is UNKNOWN and site.refusal is None:
             site.refuse("SNNFX105", f"where the batch of an operand of {site.text} is, is not known")
         return fact
 
-    def _judge_without_batch(self, site: CallSite, found: Found, operands: list[Any], fact: Value) -> None:
+    def _judge_without_batch(self, site: CallSite, found: RuleMatch, operands: list[Any], fact: Value) -> None:
         """Refuse what varies in time and has no batch, going in or coming out: a folded region could not take it."""
         if found.name == "getitem" and isinstance(site["input"], tuple):
             return  # an element goes where its tuple goes
@@ -264,7 +264,7 @@ class _BatchPropagation:
             return fact if fact.batched else replace(fact, varying=node in self.changing)
         if isinstance(fact, tuple):
             marked = [self._marked(node, element) for element in fact]
-            return Repeated(marked[0]) if isinstance(fact, Repeated) else tuple(marked)
+            return UniformTuple(marked[0]) if isinstance(fact, UniformTuple) else tuple(marked)
         return fact
 
     def _constant_result(self, node: Node) -> Value:
@@ -273,8 +273,8 @@ class _BatchPropagation:
         if isinstance(value, Tensor):
             return constant_fact(value)
         if isinstance(value, tuple | list):
-            return tuple(constant_fact(v) if isinstance(v, Tensor) else OTHER for v in value)
-        return Fact(Rank(0, node.name)) if value is None else OTHER
+            return tuple(constant_fact(v) if isinstance(v, Tensor) else NON_TENSOR for v in value)
+        return Fact(Rank(0, node.name)) if value is None else NON_TENSOR
 
     def _checked(self, node: Node, fact: Value) -> Value:
         """The fact with what the example knows better; a contradiction between them is a refusal."""

@@ -14,8 +14,19 @@ from typing import Any
 from torch import Tensor
 from torch.fx import Node
 
-__all__ = ["BOTTOM", "OTHER", "UNKNOWN", "Bottom", "Fact", "Other", "Rank", "Repeated", "ShapeFact", "SizeFact"]
-__all__ += ["Unknown", "Value", "gap", "join", "leaves", "model_input"]
+__all__ = [
+    "NON_TENSOR",
+    "UNDETERMINED",
+    "UNKNOWN",
+    "Fact",
+    "NonTensor",
+    "Rank",
+    "ShapeFact",
+    "SizeFact",
+    "Undetermined",
+    "UniformTuple",
+]
+__all__ += ["Unknown", "Value", "join", "leaves", "model_input", "rank_difference"]
 
 
 @dataclass(frozen=True)
@@ -45,7 +56,7 @@ class Rank:
         return f"rank({self.base})" + (f"{self.offset:+d}" if self.offset else "")
 
 
-def gap(a: Rank, b: Rank) -> int | None:
+def rank_difference(a: Rank, b: Rank) -> int | None:
     """`a - b` where that is known."""
     return a.offset - b.offset if a.base == b.base else None
 
@@ -103,15 +114,15 @@ class ShapeFact:
     tensor: str
 
 
-class Repeated(tuple[Any, ...]):
+class UniformTuple(tuple[Any, ...]):
     """A tuple of unknown length; the one element stands for all."""
 
-    def __new__(cls, element: Any) -> Repeated:
+    def __new__(cls, element: Any) -> UniformTuple:
         return super().__new__(cls, (element,))
 
 
 @dataclass(frozen=True)
-class Other:
+class NonTensor:
     """A Python object that is the same at each step and whatever the batch: a dtype, a device, a module."""
 
 
@@ -121,21 +132,21 @@ class Unknown:
 
 
 @dataclass(frozen=True)
-class Bottom:
+class Undetermined:
     """Not computed yet: a state slot in the first round. Neutral in elementwise operations."""
 
 
-OTHER, UNKNOWN, BOTTOM = Other(), Unknown(), Bottom()
+NON_TENSOR, UNKNOWN, UNDETERMINED = NonTensor(), Unknown(), Undetermined()
 
-Value = Fact | SizeFact | ShapeFact | Other | Unknown | Bottom | tuple[Any, ...]
+Value = Fact | SizeFact | ShapeFact | NonTensor | Unknown | Undetermined | tuple[Any, ...]
 """What is known of a value; a tuple of values has a tuple of facts."""
 
 
 def join(a: Value, b: Value) -> Value:
     """What holds whether the value is described by `a` or by `b`."""
-    if a == b or b == BOTTOM:
+    if a == b or b == UNDETERMINED:
         return a
-    if a == BOTTOM:
+    if a == UNDETERMINED:
         return b
     if isinstance(a, tuple) and isinstance(b, tuple) and len(a) == len(b) and type(a) is type(b) is tuple:
         return tuple(join(x, y) for x, y in zip(a, b, strict=True))

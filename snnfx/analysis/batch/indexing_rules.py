@@ -4,32 +4,32 @@ from __future__ import annotations
 
 from typing import Any
 
-from snnfx.analysis.batch.call_site import CallSite, aligned, broadcast, is_batch_sized, lost, number
+from snnfx.analysis.batch.call_site import CallSite, broadcast, common_fact, constant_int, is_batch_sized, without_batch
 from snnfx.analysis.batch.facts import (
-    BOTTOM,
-    OTHER,
+    NON_TENSOR,
+    UNDETERMINED,
     UNKNOWN,
     Fact,
     Rank,
-    Repeated,
     ShapeFact,
     SizeFact,
+    UniformTuple,
     Unknown,
     Value,
-    gap,
     leaves,
+    rank_difference,
 )
 from snnfx.analysis.batch.shape_rules import (
-    is_size,
-    keep,
+    is_known_size,
     literal_sizes,
+    move_batch,
     refuse_batch_size,
     reverse,
     transpose_last,
     unsqueeze,
 )
 
-__all__ = ["attribute", "cat", "create", "getitem", "make_constant", "numel", "pieces", "python_value", "rank_of"]
+__all__ = ["attribute", "cat", "create", "getitem", "make_constant", "numel", "python_value", "rank_of", "split"]
 __all__ += ["set_part"]
 __all__ += ["select", "size", "stack", "unbind"]
 
@@ -37,7 +37,7 @@ __all__ += ["select", "size", "stack", "unbind"]
 def cat(site: CallSite) -> Value:
     """Join tensors along a dimension that is not the batch."""
     tensors, dim = site["tensors"], site["dim"]
-    fact = aligned(site, list(leaves(tensors)))
+    fact = common_fact(site, list(leaves(tensors)))
     if fact is None:
         return UNKNOWN
     axis = site.axis(fact, dim)
@@ -46,19 +46,19 @@ def cat(site: CallSite) -> Value:
     if fact.dim is not None and axis == fact.dim:
         site.refuse_mixing(fact, "joins along", "Join along a feature dimension, e.g. dim=1.")
         return Fact(fact.rank, fact.dim, site.fresh)
-    return keep(fact, fact.dim)
+    return move_batch(fact, fact.dim)
 
 
 def stack(site: CallSite) -> Value:
     """Join tensors along a new dimension, which moves the batch when it comes in front of it."""
-    fact = aligned(site, list(leaves(site["tensors"])))
+    fact = common_fact(site, list(leaves(site["tensors"])))
     if fact is None:
         return UNKNOWN
     site.arguments["input"] = fact
     return unsqueeze(site)
 
 
-def pieces(site: CallSite) -> Value:
+def split(site: CallSite) -> Value:
     """`chunk`, `split`, `tensor_split`: not along the batch."""
     fact = site["input"]
     if not isinstance(fact, Fact):
@@ -68,14 +68,14 @@ def pieces(site: CallSite) -> Value:
         return UNKNOWN
     if fact.dim is not None and axis == fact.dim:
         site.refuse_mixing(fact, "cuts along", "Cut a feature dimension, e.g. dim=1.")
-        return Repeated(lost(fact.rank))  # the last piece may be smaller
-    return Repeated(keep(fact, fact.dim))
+        return UniformTuple(without_batch(fact.rank))  # the last piece may be smaller
+    return UniformTuple(move_batch(fact, fact.dim))
 
 
 def unbind(site: CallSite) -> Value:
     """All slices along a dimension that is not the batch."""
     part = select(site)
-    return Repeated(part) if isinstance(part, Fact) else UNKNOWN
+    return UniformTuple(part) if isinstance(part, Fact) else UNKNOWN
 
 
 def select(site: CallSite) -> Value:
@@ -87,11 +87,11 @@ def select(site: CallSite) -> Value:
     if axis is None:
         return UNKNOWN
     if fact.dim is None:
-        return keep(fact, None, -1)
+        return move_batch(fact, None, -1)
     if axis == fact.dim:
         site.refuse_mixing(fact, "picks from", "Every sample has to be treated the same; index a feature dimension.")
-        return lost(fact.rank - 1)
-    return keep(fact, fact.dim - 1 if 0 <= axis < fact.dim else fact.dim, -1)
+        return without_batch(fact.rank - 1)
+    return move_batch(fact, fact.dim - 1 if 0 <= axis < fact.dim else fact.dim, -1)
 
 
 def getitem(site: CallSite) -> Value:
@@ -118,18 +118,23 @@ def set_part(site: CallSite) -> Value:
     merged = broadcast(site, [part, value])
     if merged == part:
         return target
-    if isinstance(merged, Fact) and not merged.batched and not target.batched and gap(merged.rank, part.rank) == 0:
+    if (
+        isinstance(merged, Fact)
+        and not merged.batched
+        and not target.batched
+        and rank_difference(merged.rank, part.rank) == 0
+    ):
         return Fact(target.rank, varying=merged.varying)
     site.refuse("SNNFX105", f"the value assigned in {site.text} has its batch elsewhere than the part")
     return UNKNOWN
 
 
 def _element(site: CallSite, source: tuple[Any, ...], index: Any) -> Value:
-    if isinstance(source, Repeated):
+    if isinstance(source, UniformTuple):
         return source if isinstance(index, slice) else source[0]
-    place = number(index)
+    place = constant_int(index)
     if isinstance(index, slice):
-        bounds = [number(bound) for bound in (index.start, index.stop, index.step)]
+        bounds = [constant_int(bound) for bound in (index.start, index.stop, index.step)]
         return _as_fact(source[slice(*bounds)])
     if place is None or not -len(source) <= place < len(source):
         site.refuse("SNNFX101", f"which element {site.text} takes is not known")
@@ -141,14 +146,14 @@ def _as_fact(value: Any) -> Value:
     if isinstance(value, int) and not isinstance(value, bool):
         return SizeFact(value=value)
     if value is None or isinstance(value, bool | float | str):
-        return OTHER
+        return NON_TENSOR
     return value  # type: ignore[no-any-return]
 
 
 def _size_of(site: CallSite, shape: ShapeFact, index: Any) -> Value:
     fact = shape.of
     if isinstance(index, slice):
-        stop = number(index.stop)
+        stop = constant_int(index.stop)
         if index.start in (None, 0) and index.step in (None, 1) and stop is not None and stop >= 0:
             site.require(fact.rank, stop, f"reads {stop} sizes")
             return tuple(_one_size(shape, i) for i in range(stop))
@@ -165,7 +170,7 @@ def _one_size(shape: ShapeFact, axis: int) -> SizeFact:
 
 def _sliced(site: CallSite, fact: Fact, items: tuple[Any, ...]) -> Value:
     for item in items:
-        if not (item is None or item is Ellipsis or isinstance(item, slice) or number(item) is not None):
+        if not (item is None or item is Ellipsis or isinstance(item, slice) or constant_int(item) is not None):
             kind = "a tensor" if isinstance(item, Fact) else "something that is not a constant number"
             site.refuse("SNNFX101", f"{site.text} indexes with {kind}", "Use torch.gather or torch.index_select.")
             return UNKNOWN
@@ -177,7 +182,7 @@ def _sliced(site: CallSite, fact: Fact, items: tuple[Any, ...]) -> Value:
     middle = next((i for i, item in enumerate(items) if item is Ellipsis), len(items))
     left, right = items[:middle], items[middle + 1 :]
     consumed = sum(item is not None for item in right)
-    change = sum((item is None) - (number(item) is not None) for item in left + right)
+    change = sum((item is None) - (constant_int(item) is not None) for item in left + right)
     rank = fact.rank + change
     if fact.dim is None:
         return Fact(rank, varying=fact.varying)
@@ -194,7 +199,7 @@ def _sliced(site: CallSite, fact: Fact, items: tuple[Any, ...]) -> Value:
             if not site.require(fact.rank, least, "counts from the right of the batch"):
                 return UNKNOWN
     if walk.dropped:
-        return lost(rank)
+        return without_batch(rank)
     walk.skip_to(max(walk.axis, fact.dim + 1))
     return Fact(rank, walk.place, walk.size)
 
@@ -300,7 +305,7 @@ _ATTRIBUTES = {
 
 def python_value(site: CallSite) -> Value:
     """A question about the tensor that does not depend on the batch."""
-    return OTHER if _can_be_asked(site["input"]) else UNKNOWN
+    return NON_TENSOR if _can_be_asked(site["input"]) else UNKNOWN
 
 
 def create(site: CallSite) -> Value:
@@ -309,7 +314,7 @@ def create(site: CallSite) -> Value:
     if isinstance(shape, ShapeFact):
         return Fact(shape.of.rank, shape.of.dim, shape.of.size)
     entries = list(leaves(shape))
-    if not all(map(is_size, entries)):
+    if not all(map(is_known_size, entries)):
         site.refuse("SNNFX101", f"the shape in {site.text} is not known")
         return UNKNOWN
     places = [i for i, entry in enumerate(entries) if is_batch_sized(entry)]
@@ -330,8 +335,8 @@ def make_constant(site: CallSite) -> Value:
     if any(isinstance(operand, Fact) for operand in operands) or UNKNOWN in operands:
         site.refuse("SNNFX101", f"{site.text} is in the table with numbers only")
         return UNKNOWN
-    if BOTTOM in operands:
-        return BOTTOM
+    if UNDETERMINED in operands:
+        return UNDETERMINED
     ranks = {"arange": 1, "linspace": 1, "eye": 2}
     values = site["values"]
     return Fact(Rank(ranks[site.name] if site.name in ranks else _nesting(values[0] if values else 0)))

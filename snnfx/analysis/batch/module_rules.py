@@ -9,9 +9,9 @@ from typing import Any
 import torch
 from torch import nn
 
-from snnfx.analysis.batch.call_site import CallSite, aligned, broadcast, is_batch_sized, lost, number
-from snnfx.analysis.batch.elementwise_rules import Leading
-from snnfx.analysis.batch.facts import BOTTOM, OTHER, UNKNOWN, Fact, Rank, SizeFact, Value, leaves
+from snnfx.analysis.batch.call_site import CallSite, broadcast, common_fact, constant_int, is_batch_sized, without_batch
+from snnfx.analysis.batch.elementwise_rules import BatchFirst
+from snnfx.analysis.batch.facts import NON_TENSOR, UNDETERMINED, UNKNOWN, Fact, Rank, SizeFact, Value, leaves
 from snnfx.state.registry import adapter_of
 
 __all__ = [
@@ -36,13 +36,13 @@ def multihead_attention(site: CallSite) -> Value:
     module = site.module
     assert isinstance(module, nn.MultiheadAttention)
     query = site["query"]
-    fact = aligned(site, [query, site["key"], site["value"]])
+    fact = common_fact(site, [query, site["key"], site["value"]])
     if fact is None:
         return (UNKNOWN, UNKNOWN)
     fact = _sequence(site, fact, module.batch_first)
     _check_masks(site, fact, site["attn_mask"], site["key_padding_mask"])
     if site["need_weights"] is False:
-        return (fact, OTHER)
+        return (fact, NON_TENSOR)
     heads = 0 if site["average_attn_weights"] is not False else 1
     if not fact.batched or site.refusal is not None:
         return (fact, UNKNOWN)
@@ -54,7 +54,7 @@ def _sequence(site: CallSite, fact: Fact, batch_first: bool) -> Fact:
     if fact.dim is None:
         return fact
     if not site.require(fact.rank, 3, "needs a batch, positions and features,"):
-        return lost(fact.rank)
+        return without_batch(fact.rank)
     if fact.dim != (0 if batch_first else 1):
         expected = "first" if batch_first else "second"
         hint = f"Transpose its input, or build it with batch_first={not batch_first}."
@@ -131,7 +131,7 @@ def batch_norm(site: CallSite) -> Value:
             'batch_norm="fold" takes them over all steps at once.',
         )
     ranks = {nn.BatchNorm2d: 4, nn.BatchNorm3d: 5}
-    return Leading(next((rank for cls, rank in ranks.items() if isinstance(module, cls)), 2))(site)
+    return BatchFirst(next((rank for cls, rank in ranks.items() if isinstance(module, cls)), 2))(site)
 
 
 def instance_norm(site: CallSite) -> Value:
@@ -142,7 +142,7 @@ def instance_norm(site: CallSite) -> Value:
     if tracks and in_training and site.batch_norm == "per_step":
         site.refuse("SNNFX106", f'{site.text} updates running statistics at each step (batch_norm="per_step")')
     ranks = {nn.InstanceNorm1d: 3, nn.InstanceNorm2d: 4, nn.InstanceNorm3d: 5}
-    return Leading(next((rank for cls, rank in ranks.items() if isinstance(module, cls)), 3))(site)
+    return BatchFirst(next((rank for cls, rank in ranks.items() if isinstance(module, cls)), 3))(site)
 
 
 def cell(site: CallSite) -> Value:
@@ -151,10 +151,10 @@ def cell(site: CallSite) -> Value:
     states = [state for state in leaves(site["hx"]) if state is not None]
     if not isinstance(fact, Fact):
         return UNKNOWN
-    merged = aligned(site, [fact, *states]) if states else fact
+    merged = common_fact(site, [fact, *states]) if states else fact
     if merged is None:
         return UNKNOWN
-    result = Leading(2)(site)
+    result = BatchFirst(2)(site)
     return (result, result) if isinstance(site.module, nn.LSTMCell) else result
 
 
@@ -192,7 +192,7 @@ def stateful(site: CallSite) -> Value:
     broadcast(site, [*leaves(slots), *leaves(site["inputs"])])
     first = next(iter(leaves(site["inputs"])), UNKNOWN)
     if not isinstance(first, Fact):
-        first = BOTTOM if first is BOTTOM else UNKNOWN
+        first = UNDETERMINED if first is UNDETERMINED else UNKNOWN
     return (first, (first,) * count)
 
 
@@ -278,4 +278,4 @@ def expect_size(site: CallSite) -> Value:
     """A size that the model's Python code used as a number."""
     if is_batch_sized(site["size"]):
         site.refuse("SNNFX110", "the model's Python code used the size of the batch as a number")
-    return SizeFact(value=number(site["expected"]))
+    return SizeFact(value=constant_int(site["expected"]))

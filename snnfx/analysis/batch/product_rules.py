@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from snnfx.analysis.batch.call_site import CallSite, aligned, broadcast, lost, reserve
+from snnfx.analysis.batch.call_site import CallSite, broadcast, common_fact, require_trailing, without_batch
 from snnfx.analysis.batch.elementwise_rules import Trailing
 from snnfx.analysis.batch.facts import UNKNOWN, Fact, Rank, Value, leaves
 
@@ -74,13 +74,13 @@ def _has_matrices(site: CallSite, fact: Fact) -> bool:
         hint = "Put the batch in front, see torch.bmm."
         site.refuse_mixing(fact, "multiplies matrices one of whose dimensions is", hint)
         return False
-    return reserve(site, fact, 2)
+    return require_trailing(site, fact, 2)
 
 
 def _times_constant(site: CallSite, a: Fact, b: Fact) -> Value:
     assert a.dim is not None
     if b.rank.known in (1, 2):
-        if not reserve(site, a, 1):
+        if not require_trailing(site, a, 1):
             return UNKNOWN
         return Fact(a.rank - 1 if b.rank.known == 1 else a.rank, a.dim, a.size)
     if not _has_matrices(site, a):
@@ -157,21 +157,21 @@ def _follow_letter(site: CallSite, operands: list[Fact], words: list[list[str]],
     for other, w in batched:
         if w[other.dim] != letter or w.count(letter) != 1 or other.size != fact.size:  # type: ignore[index]
             site.refuse("SNNFX105", f"the operands of {site.text} do not share the batch")
-            return lost(rank)
+            return without_batch(rank)
     for operand, w in zip(operands, words, strict=True):
         if not operand.batched and (operand.varying or letter in w):
             code = "SNNFX105" if operand.varying else "SNNFX104"
             site.refuse(code, f"an operand of {site.text} has no batch, but the letter of the batch or varies in time")
     if letter not in result:
         site.refuse_mixing(fact, "sums over")
-        return lost(rank)
+        return without_batch(rank)
     return Fact(rank, result.index(letter), fact.size)
 
 
 def attention(site: CallSite) -> Value:
     """`scaled_dot_product_attention`: the last two dimensions are positions and features."""
-    fact = aligned(site, [site["query"], site["key"], site["value"]], equal_ranks=False)
-    if fact is None or not reserve(site, fact, 2):
+    fact = common_fact(site, [site["query"], site["key"], site["value"]], equal_ranks=False)
+    if fact is None or not require_trailing(site, fact, 2):
         return UNKNOWN
     mask = site["attn_mask"]
     if isinstance(mask, Fact):

@@ -18,7 +18,15 @@ from torch.fx import Node
 
 from snnfx.analysis.batch.facts import Fact, Rank
 from snnfx.analysis.batch.module_rules import OnTrace
-from snnfx.analysis.batch.rule_table import FOREIGN, METHODS, MODULES, OPERATORS, ROWS, ModuleRule, OperatorRule
+from snnfx.analysis.batch.rule_table import (
+    DIFFERENT_SIGNATURES,
+    METHODS,
+    MODULES,
+    OPERATORS,
+    ROWS,
+    ModuleRule,
+    OperatorRule,
+)
 from snnfx.ir.module_effects import estimates_weights
 from snnfx.ops.online_functions import (
     cut_history,
@@ -32,11 +40,11 @@ from snnfx.ops.step_functions import apply_autograd_function, change_value, expe
 from snnfx.state.leaf_modules import is_declared_leaf
 from snnfx.state.registry import call_opaque, call_stateful, initial_value, opaque_initial_value
 
-__all__ = ["Found", "constant_fact", "look_up", "row_names"]
+__all__ = ["RuleMatch", "constant_fact", "find_rule", "row_names"]
 
 
 @dataclass(frozen=True)
-class Found:
+class RuleMatch:
     """A row that applies to a node: the name in the row, the bound arguments (nodes and Python values), the module."""
 
     row: OperatorRule
@@ -45,12 +53,12 @@ class Found:
     module: nn.Module | None = None
 
 
-def look_up(node: Node, resolve: Callable[[str], object]) -> Found | None:
+def find_rule(node: Node, resolve: Callable[[str], object]) -> RuleMatch | None:
     """The row of a node, with its arguments by name; None when there is none or the arguments do not fit."""
     if node.op == "call_module":
-        return _look_up_module(node, resolve(str(node.target)))
+        return _find_rule_of_module(node, resolve(str(node.target)))
     if node.target is traced_module or node.target is traced_call:
-        return _look_up_traced(node, resolve)
+        return _find_rule_of_traced(node, resolve)
     name = _function_names().get(node.target) if node.op == "call_function" else _method_name(str(node.target))
     row = _rows().get(name) if name is not None else None
     if row is None or name is None:
@@ -58,21 +66,21 @@ def look_up(node: Node, resolve: Callable[[str], object]) -> Found | None:
     arguments = bind(row.signature, node.args, node.kwargs)
     if arguments is None:
         return None
-    return Found(row, name, arguments, _module_argument(node, resolve))
+    return RuleMatch(row, name, arguments, _module_argument(node, resolve))
 
 
-def _look_up_traced(node: Node, resolve: Callable[[str], object]) -> Found | None:
+def _find_rule_of_traced(node: Node, resolve: Callable[[str], object]) -> RuleMatch | None:
     """A weight op that sees a trace: the row of the op, on its operand; the trace has to lie like the operand."""
     if node.target is traced_module:
         called, operand, trace, *rest = node.args
         assert isinstance(called, Node)
-        found = _look_up_module(NodeCall((operand,), {}), resolve(str(called.target)))
+        found = _find_rule_of_module(NodeCall((operand,), {}), resolve(str(called.target)))
     else:
         name, position, trace, bias_trace, *args = node.args
         operand, rest = args[position], [bias_trace]  # type: ignore[index]
         row = _rows().get(str(name))
         arguments = None if row is None else bind(row.signature, args, node.kwargs)
-        found = None if row is None or arguments is None else Found(row, str(name), arguments)
+        found = None if row is None or arguments is None else RuleMatch(row, str(name), arguments)
     if found is None:
         return None
     row = replace(found.row, rule=OnTrace(found.row.rule), operands=f"{found.row.operands} operand traces")
@@ -121,7 +129,7 @@ def _function_names() -> dict[Any, str]:
         for namespace in (torch, F, torch.special, torch.linalg):
             for spelling in (name, name + "_"):
                 found = getattr(namespace, spelling, None)
-                if callable(found) and found not in FOREIGN:
+                if callable(found) and found not in DIFFERENT_SIGNATURES:
                     names.setdefault(found, name)
     for name, row_name in OPERATORS.items():
         names[getattr(operator, name)] = row_name
@@ -220,7 +228,7 @@ _ELEMENTWISE_MODULE = ModuleRule("", "relu")
 _HARMLESS = {"__init__", "__repr__", "extra_repr", "reset_parameters", "__setstate__", "_load_from_state_dict"}
 
 
-def _look_up_module(node: Node | NodeCall, module: object) -> Found | None:
+def _find_rule_of_module(node: Node | NodeCall, module: object) -> RuleMatch | None:
     if not isinstance(module, nn.Module):
         return None
     cls, module_row = _class_with_row(module)
@@ -229,7 +237,7 @@ def _look_up_module(node: Node | NodeCall, module: object) -> Found | None:
     row = _rows()[module_row.row]
     names, _, star, _, _ = _parse(row.signature)
     if star:
-        return Found(row, module_row.row, {star: tuple(node.args), **node.kwargs}, module)
+        return RuleMatch(row, module_row.row, {star: tuple(node.args), **node.kwargs}, module)
     # The arguments that the call gives are those of the module's forward; the rest are its attributes.
     forward = list(inspect.signature(cls.forward).parameters)[1:]
     if len(node.args) > len(forward):
@@ -248,7 +256,7 @@ def _look_up_module(node: Node | NodeCall, module: object) -> Found | None:
         elif hasattr(module, source):
             value = getattr(module, source)
             arguments[name] = constant_fact(value) if isinstance(value, Tensor) else value
-    return Found(row, module_row.row, arguments, module)
+    return RuleMatch(row, module_row.row, arguments, module)
 
 
 def _class_with_row(module: nn.Module) -> tuple[type[nn.Module], ModuleRule | None]:

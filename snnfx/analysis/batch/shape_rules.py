@@ -5,10 +5,10 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-from snnfx.analysis.batch.call_site import CallSite, broadcast, is_batch_sized, lost, number
+from snnfx.analysis.batch.call_site import CallSite, broadcast, constant_int, is_batch_sized, without_batch
 from snnfx.analysis.batch.facts import UNKNOWN, Fact, Rank, ShapeFact, SizeFact, Value, leaves
 
-__all__ = ["expand", "flatten", "interleave", "is_size", "keep", "literal_sizes", "move_dims", "permute"]
+__all__ = ["expand", "flatten", "interleave", "is_known_size", "literal_sizes", "move_batch", "move_dims", "permute"]
 __all__ += [
     "refuse_batch_size",
     "repeat",
@@ -22,7 +22,7 @@ __all__ += [
 __all__ += ["view", "view_as"]
 
 
-def keep(fact: Fact, dim: int | None, change: int = 0) -> Fact:
+def move_batch(fact: Fact, dim: int | None, change: int = 0) -> Fact:
     """The same tensor with its batch elsewhere and `change` more dimensions."""
     return Fact(fact.rank + change, dim, fact.size, varying=fact.varying)
 
@@ -43,12 +43,12 @@ def _swap(site: CallSite, fact: Fact, first: Any, second: Any) -> Value:
     if axes is None:
         return UNKNOWN
     if fact.dim is None or fact.dim not in axes:
-        return keep(fact, fact.dim)
+        return move_batch(fact, fact.dim)
     other = axes[1] if axes[0] == fact.dim else axes[0]
     if other < 0:
         site.refuse_rank("moves the batch to a place counted from the right")
         return UNKNOWN
-    return keep(fact, other)
+    return move_batch(fact, other)
 
 
 def transpose_last(site: CallSite) -> Value:
@@ -65,23 +65,23 @@ def reverse(site: CallSite) -> Value:
     if fact.rank.known is None:
         site.refuse_rank("moves the batch to a place counted from the right")
         return UNKNOWN
-    return keep(fact, fact.rank.known - 1 - fact.dim)
+    return move_batch(fact, fact.rank.known - 1 - fact.dim)
 
 
 def permute(site: CallSite) -> Value:
     """Any order of the dimensions; it says how many there are."""
-    fact, order = site["input"], [number(dim) for dim in leaves(site["dims"])]
+    fact, order = site["input"], [constant_int(dim) for dim in leaves(site["dims"])]
     if not isinstance(fact, Fact):
         return UNKNOWN
     if None in order:
         site.refuse("SNNFX101", f"the order of dimensions in {site.text} is not constant")
         return UNKNOWN
     if fact.dim is None:
-        return keep(fact, None)
+        return move_batch(fact, None)
     places = [dim % len(order) for dim in order if dim is not None]
     if not site.require(fact.rank, len(order), "names all dimensions") or fact.dim not in places:
         return UNKNOWN
-    return keep(fact, places.index(fact.dim))
+    return move_batch(fact, places.index(fact.dim))
 
 
 def move_dims(site: CallSite) -> Value:
@@ -93,17 +93,17 @@ def move_dims(site: CallSite) -> Value:
     if source is None or destination is None:
         return UNKNOWN
     if fact.dim is None:
-        return keep(fact, None)
+        return move_batch(fact, None)
     if min(source + destination) < 0 and not (min(source) < 0 and min(destination) < 0 and len(source) == 1):
         site.refuse_rank("moves dimensions to places counted from the right")
         return UNKNOWN
     if source[0] < 0:  # to the right of the batch, before and after
-        return keep(fact, fact.dim)
+        return move_batch(fact, fact.dim)
     # Dimensions to the right of all that are named stay where they are.
     count = max(*source, *destination, fact.dim) + 1
     rest = iter([dim for dim in range(count) if dim not in source])
     order = [source[destination.index(i)] if i in destination else next(rest) for i in range(count)]
-    return keep(fact, order.index(fact.dim))
+    return move_batch(fact, order.index(fact.dim))
 
 
 # --- more and fewer dimensions
@@ -111,23 +111,23 @@ def move_dims(site: CallSite) -> Value:
 
 def unsqueeze(site: CallSite) -> Value:
     """A new dimension of size 1."""
-    fact, dim = site["input"], number(site["dim"])
+    fact, dim = site["input"], constant_int(site["dim"])
     if not isinstance(fact, Fact):
         return UNKNOWN
     if dim is None:
         site.refuse("SNNFX101", f"the dimension of {site.text} is not a constant number")
         return UNKNOWN
     if fact.dim is None:
-        return keep(fact, None, 1)
+        return move_batch(fact, None, 1)
     if dim < 0:
         # It lies at rank + 1 + dim, which is to the right of the batch if that has -1 - dim dimensions behind it.
         if fact.rank.known is not None:
             dim += fact.rank.known + 1
         elif site.require(fact.rank, fact.dim - dim, f"counts dim {dim} from the right of the batch"):
-            return keep(fact, fact.dim, 1)
+            return move_batch(fact, fact.dim, 1)
         else:
             return UNKNOWN
-    return keep(fact, fact.dim + 1 if dim <= fact.dim else fact.dim, 1)
+    return move_batch(fact, fact.dim + 1 if dim <= fact.dim else fact.dim, 1)
 
 
 def squeeze(site: CallSite) -> Value:
@@ -156,7 +156,7 @@ def squeeze(site: CallSite) -> Value:
 
 def flatten(site: CallSite) -> Value:
     """Merge the dimensions from `start_dim` to `end_dim`; the batch may be the first of them."""
-    fact, start, end = site["input"], number(site["start_dim"]), number(site["end_dim"])
+    fact, start, end = site["input"], constant_int(site["start_dim"]), constant_int(site["end_dim"])
     if not isinstance(fact, Fact):
         return UNKNOWN
     if start is None or end is None:
@@ -177,14 +177,18 @@ def flatten(site: CallSite) -> Value:
         site.axis(fact, start)
         return Fact(rank, fact.dim, fact.size)
     if start > fact.dim:
-        return Fact(rank, fact.dim, fact.size) if site.require(fact.rank, start + 1, "needs a batch") else lost(rank)
+        return (
+            Fact(rank, fact.dim, fact.size)
+            if site.require(fact.rank, start + 1, "needs a batch")
+            else without_batch(rank)
+        )
     if 0 <= end < fact.dim:
         return Fact(rank, fact.dim - (end - start), fact.size)
     if start == end:
         return fact
     if start < fact.dim:
         site.refuse_mixing(fact, "merges the dimensions in front of it with", "Transpose the batch to the front first.")
-        return lost(rank)
+        return without_batch(rank)
     return Fact(rank, start, site.fresh)
 
 
@@ -196,7 +200,7 @@ def unflatten(site: CallSite) -> Value:
     axis = site.axis(fact, site["dim"])
     if axis is None:
         return UNKNOWN
-    if not all(map(is_size, sizes)):
+    if not all(map(is_known_size, sizes)):
         site.refuse("SNNFX101", f"the sizes in {site.text} are not known")
         return UNKNOWN
     grows = len(sizes) - 1
@@ -204,12 +208,12 @@ def unflatten(site: CallSite) -> Value:
         if is_batch_sized(sizes):
             refuse_batch_size(site)
         shifts = fact.dim is not None and 0 <= axis < fact.dim
-        return keep(fact, fact.dim + grows if shifts and fact.dim is not None else fact.dim, grows)
+        return move_batch(fact, fact.dim + grows if shifts and fact.dim is not None else fact.dim, grows)
     if is_batch_sized(sizes[1:]):
         refuse_batch_size(site)
         return UNKNOWN
     symbol = _symbol_in_place(site, sizes[0])
-    return Fact(fact.rank + grows, fact.dim, symbol) if symbol else lost(fact.rank + grows)
+    return Fact(fact.rank + grows, fact.dim, symbol) if symbol else without_batch(fact.rank + grows)
 
 
 def refuse_batch_size(site: CallSite) -> None:
@@ -221,7 +225,7 @@ def _symbol_in_place(site: CallSite, entry: Any) -> str | None:
     """The size symbol that a shape entry in the place of the batch stands for; None after a refusal."""
     if isinstance(entry, SizeFact) and entry.symbol is not None:
         return entry.symbol
-    if number(entry) == -1:
+    if constant_int(entry) == -1:
         return site.fresh
     site.refuse(
         "SNNFX104",
@@ -242,7 +246,7 @@ def view(site: CallSite) -> Value:
     if isinstance(shape, ShapeFact):
         return _view_like(site, fact, shape.of)
     entries = list(leaves(shape))
-    if not all(map(is_size, entries)):
+    if not all(map(is_known_size, entries)):
         site.refuse("SNNFX101", f"the shape in {site.text} is not known")  # also x.view(dtype)
         return UNKNOWN
     rank = Rank(len(entries))
@@ -252,13 +256,13 @@ def view(site: CallSite) -> Value:
             site.refuse("SNNFX110", f"{site.text} gives the size of the batch to a tensor without a batch")
             return UNKNOWN
         return Fact(rank, varying=fact.varying, known=literal_sizes(entries))
-    inferred = [i for i, entry in enumerate(entries) if number(entry) == -1]
+    inferred = [i for i, entry in enumerate(entries) if constant_int(entry) == -1]
     if len(batch_sized) > 1:
         refuse_batch_size(site)
         return UNKNOWN
     if not batch_sized and not inferred:
         _symbol_in_place(site, None)
-        return lost(rank)
+        return without_batch(rank)
     place = (batch_sized or inferred)[0]
     if not _keeps_prefix(site, fact, entries[:place]):
         if batch_sized:
@@ -266,26 +270,26 @@ def view(site: CallSite) -> Value:
         else:
             _symbol_in_place(site, entries[0])
             site.refuse_mixing(fact, "moves elements across")
-        return lost(rank)
+        return without_batch(rank)
     symbol = _symbol_in_place(site, entries[place])
     return Fact(rank, place, symbol)
 
 
-def is_size(entry: Any) -> bool:
+def is_known_size(entry: Any) -> bool:
     """Whether a shape entry is a number or made of sizes."""
-    return isinstance(entry, SizeFact) or number(entry) is not None
+    return isinstance(entry, SizeFact) or constant_int(entry) is not None
 
 
 def literal_sizes(entries: Sequence[Any]) -> tuple[int | None, ...]:
     """The entries of a shape that are constant numbers; None for the others and for -1."""
-    values = [number(entry) for entry in entries]
+    values = [constant_int(entry) for entry in entries]
     return tuple(None if value == -1 else value for value in values)
 
 
 def _keeps_prefix(site: CallSite, fact: Fact, prefix: list[Any]) -> bool:
     """Whether the dimensions in front of the batch are the same before and after."""
     if fact.dim == 0:
-        return all(number(entry) == 1 for entry in prefix)
+        return all(constant_int(entry) == 1 for entry in prefix)
     operand = site.node.args[0]
     name = getattr(operand, "name", "")
     return len(prefix) == fact.dim and all(
@@ -316,7 +320,7 @@ def expand(site: CallSite) -> Value:
     if isinstance(shape, ShapeFact):
         return broadcast(site, [shape.of, fact])
     entries = list(leaves(shape))
-    if not all(map(is_size, entries)):
+    if not all(map(is_known_size, entries)):
         site.refuse("SNNFX101", f"the shape in {site.text} is not known")
         return UNKNOWN
     rank = Rank(len(entries))
@@ -334,9 +338,9 @@ def expand(site: CallSite) -> Value:
         refuse_batch_size(site)
         return UNKNOWN
     entry = entries[place]
-    if number(entry) != -1 and not (isinstance(entry, SizeFact) and entry.symbol == fact.size):
+    if constant_int(entry) != -1 and not (isinstance(entry, SizeFact) and entry.symbol == fact.size):
         _symbol_in_place(site, None)
-        return lost(rank)
+        return without_batch(rank)
     return Fact(rank, place, fact.size)
 
 
@@ -364,7 +368,7 @@ def repeat(site: CallSite) -> Value:
     fact, counts = site["input"], list(leaves(site["repeats"]))
     if not isinstance(fact, Fact):
         return UNKNOWN
-    if not all(map(is_size, counts)):
+    if not all(map(is_known_size, counts)):
         site.refuse("SNNFX101", f"the counts in {site.text} are not known")
         return UNKNOWN
     places = [i for i, count in enumerate(counts) if is_batch_sized(count)]
@@ -382,7 +386,7 @@ def repeat(site: CallSite) -> Value:
         return UNKNOWN
     rank = len(counts) if fact.rank.known is None else fact.rank.known
     place = len(counts) - rank + fact.dim
-    if place < fact.dim or number(counts[place]) != 1:
+    if place < fact.dim or constant_int(counts[place]) != 1:
         site.refuse_mixing(fact, "repeats all samples in turn along", "Use repeat_interleave for the batch.")
         return Fact(Rank(max(rank, len(counts))), max(place, fact.dim), site.fresh)
     return Fact(Rank(len(counts)), place, fact.size)
@@ -393,10 +397,10 @@ def interleave(site: CallSite) -> Value:
     fact, dim, repeats = site["input"], site["dim"], site["repeats"]
     if not isinstance(fact, Fact):
         return UNKNOWN
-    if dim is None or number(repeats) is None:
+    if dim is None or constant_int(repeats) is None:
         site.refuse("SNNFX101", f"{site.text} is in the table with a number and a dimension only")
         return UNKNOWN
     axis = site.axis(fact, dim)
     if axis is None or fact.dim != axis:
-        return keep(fact, fact.dim)
+        return move_batch(fact, fact.dim)
     return Fact(fact.rank, fact.dim, site.fresh)
