@@ -1,4 +1,4 @@
-"""Find the row of a node and bind its arguments by name, so that positional and keyword forms are one."""
+"""Find the batch rule of a node and bind its arguments by name."""
 
 from __future__ import annotations
 
@@ -45,7 +45,7 @@ __all__ = ["RuleMatch", "constant_fact", "find_rule", "row_names"]
 
 @dataclass(frozen=True)
 class RuleMatch:
-    """A row that applies to a node: the name in the row, the bound arguments (nodes and Python values), the module."""
+    """A row that applies to a node: the row, the matched name, the bound arguments and the module."""
 
     row: OperatorRule
     name: str
@@ -54,7 +54,7 @@ class RuleMatch:
 
 
 def find_rule(node: Node, resolve: Callable[[str], object]) -> RuleMatch | None:
-    """The row of a node, with its arguments by name; None when there is none or the arguments do not fit."""
+    """The rule of a node with its arguments by name; None if no row matches name and arguments."""
     if node.op == "call_module":
         return _find_rule_of_module(node, resolve(str(node.target)))
     if node.target is traced_module or node.target is traced_call:
@@ -70,7 +70,7 @@ def find_rule(node: Node, resolve: Callable[[str], object]) -> RuleMatch | None:
 
 
 def _find_rule_of_traced(node: Node, resolve: Callable[[str], object]) -> RuleMatch | None:
-    """A weight op that sees a trace: the row of the op, on its operand; the trace has to lie like the operand."""
+    """The rule of a weight op with a trace: the row of the op, on its operand."""
     if node.target is traced_module:
         called, operand, trace, *rest = node.args
         assert isinstance(called, Node)
@@ -90,14 +90,14 @@ def _find_rule_of_traced(node: Node, resolve: Callable[[str], object]) -> RuleMa
 
 @dataclass(frozen=True)
 class NodeCall:
-    """What a module is called with."""
+    """The arguments of a module call."""
 
     args: tuple[Any, ...]
     kwargs: Mapping[str, Any]
 
 
 def row_names() -> list[str]:
-    """All names in the table."""
+    """All names in the rule table."""
     return list(_rows())
 
 
@@ -108,7 +108,7 @@ def _rows() -> dict[str, OperatorRule]:
 
 @cache
 def _function_names() -> dict[Any, str]:
-    """The functions that the names in the table stand for."""
+    """Function -> its name in the rule table."""
     names: dict[Any, str] = {builtins.getattr: "getattr"}
     for function in (
         apply_autograd_function,
@@ -145,7 +145,7 @@ def _method_name(method: str) -> str:
 
 
 def _module_argument(node: Node, resolve: Callable[[str], object]) -> nn.Module | None:
-    """The module in front of the arguments of a stateful call, or the holder of an autograd.Function."""
+    """The module argument of a stateful call, or the holder of an autograd.Function."""
     first = node.args[0] if node.args else None
     if isinstance(first, Node) and first.op == "get_attr":
         found = resolve(str(first.target))
@@ -158,7 +158,7 @@ _RENAMED = {"axis": "dim", "keepdims": "keepdim", "self": "input"}
 
 
 def bind(signature: str, args: Sequence[Any], kwargs: Mapping[str, Any]) -> dict[str, Any] | None:
-    """Arguments by name; None when they do not fit the signature of a row."""
+    """Bind arguments to the signature of a row by name; None if they do not fit."""
     if kwargs.get("out") is not None:
         return None
     names, defaults, star, double_star, rest = _parse(signature)
@@ -192,7 +192,7 @@ def bind(signature: str, args: Sequence[Any], kwargs: Mapping[str, Any]) -> dict
 
 
 _PACKED = frozenset({"shape", "size", "dims", "repeats"})
-"""Arguments that may be given one by one or as one tuple."""
+"""Arguments that torch accepts one by one or as one tuple."""
 
 
 @cache
@@ -216,16 +216,13 @@ def _parse(signature: str) -> tuple[list[str], dict[str, Any], str, str, bool]:
     return names, defaults, star, double_star, rest
 
 
-# --- modules
-
-
 @cache
 def _module_classes() -> dict[type, ModuleRule]:
     return {getattr(nn, name): row for row in MODULES for name in row.classes.split()}
 
 
 _ELEMENTWISE_MODULE = ModuleRule("", "relu")
-_HARMLESS = {"__init__", "__repr__", "extra_repr", "reset_parameters", "__setstate__", "_load_from_state_dict"}
+_MAY_BE_OVERRIDDEN = {"__init__", "__repr__", "extra_repr", "reset_parameters", "__setstate__", "_load_from_state_dict"}
 
 
 def _find_rule_of_module(node: Node | NodeCall, module: object) -> RuleMatch | None:
@@ -238,7 +235,7 @@ def _find_rule_of_module(node: Node | NodeCall, module: object) -> RuleMatch | N
     names, _, star, _, _ = _parse(row.signature)
     if star:
         return RuleMatch(row, module_row.row, {star: tuple(node.args), **node.kwargs}, module)
-    # The arguments that the call gives are those of the module's forward; the rest are its attributes.
+    # Arguments of the call bind to `forward`; the other arguments of the row are attributes of the module.
     forward = list(inspect.signature(cls.forward).parameters)[1:]
     if len(node.args) > len(forward):
         return None
@@ -277,11 +274,11 @@ def _class_with_row(module: nn.Module) -> tuple[type[nn.Module], ModuleRule | No
 
 
 def _changes_helpers(subclasses: Sequence[type], base: type) -> bool:
-    """Whether a subclass replaces a method that the inherited forward may call."""
+    """Whether a subclass overrides a method that the inherited forward may call."""
     helpers = {"__call__", "_call_impl", "__getattr__", "__getattribute__"}
     for cls in base.__mro__[: base.__mro__.index(nn.Module)]:
         helpers.update(name for name, value in vars(cls).items() if callable(value))
-    return any(name in vars(cls) for cls in subclasses for name in helpers - _HARMLESS)
+    return any(name in vars(cls) for cls in subclasses for name in helpers - _MAY_BE_OVERRIDDEN)
 
 
 def constant_fact(tensor: Tensor) -> Fact:

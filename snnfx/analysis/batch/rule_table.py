@@ -1,8 +1,8 @@
-"""The table: which operations may be folded, and how each carries the batch. What is not in it is refused.
+"""The table of batch rules: operations that may be folded. Operations without a row are refused.
 
-A row names operations (a torch function, a `torch.nn.functional` one and a tensor method of one name are the same
-operation), their arguments, and the rule that they follow. Modules that compute what a function computes share its row.
-Every row is tested against what torch does (`tests/test_batch_rules.py`).
+A row lists names of operations, their arguments, and their rule. A torch function, a function of `torch.nn.functional`
+and a tensor method of one name are the same operation. A module shares the row of the function that it computes.
+Every row is tested against torch (`tests/analysis/batch/test_rule_table.py`).
 """
 
 from __future__ import annotations
@@ -38,17 +38,17 @@ __all__ = [
 
 @dataclass(frozen=True)
 class OperatorRule:
-    """Some operations and the rule they follow.
+    """A row of the table: operations and their batch rule.
 
     Args:
         names: names of the operations, separated by spaces.
-        signature: names and defaults of their arguments; a last `...` takes all others, which must not depend on the
-            batch, `*name` takes any number.
-        rule: gives the fact of the result and refuses.
-        operands: arguments that the rule looks at itself; the others have to be the same at each step, without a batch.
-        sizes: arguments that may contain the size of the batch.
-        random: draws new numbers at each call, so a value without a batch would be drawn once instead of T times.
-        shape_only: the values of its operands do not matter: the result is the same at each step.
+        signature: names and defaults of the arguments. A final `...` takes all others, which must not depend on the
+            batch; `*name` takes any number of arguments.
+        rule: returns the fact of the result, or refuses the site.
+        operands: arguments that the rule checks. All others must be invariant in time and have no batch.
+        sizes: arguments that may contain the batch size.
+        random: draws new random numbers at each call; folded, a value without a batch would be drawn only once.
+        shape_only: the result depends on the shapes of the operands only, so it is invariant in time.
     """
 
     names: str
@@ -86,7 +86,7 @@ _MULTIHEAD = (
 _ENCODER = "src, src_mask=None, src_key_padding_mask=None, is_causal=None, mask=None"
 
 ROWS: tuple[OperatorRule, ...] = (
-    # each element on its own
+    # element-wise
     OperatorRule(_ELEMENTWISE, "*operands, **options", elementwise.elementwise, operands="operands options"),
     OperatorRule("where", "*operands, **options", elementwise.where, operands="operands options"),
     OperatorRule(_COPIES, "input, *others, **options", elementwise.like_input, operands="input others options"),
@@ -171,7 +171,7 @@ ROWS: tuple[OperatorRule, ...] = (
     OperatorRule("pairwise_distance", "x1, x2, p=2.0, eps=1e-6, keepdim=False", elementwise.pairwise, operands="x1 x2"),
     OperatorRule("embedding", _EMBEDDING, elementwise.embedding),
     OperatorRule("one_hot", "input, num_classes=-1", elementwise.one_hot),
-    # one sample of dimension 0 at a time
+    # independent along dim 0
     OperatorRule("conv1d conv_transpose1d", "input, weight, ...", BatchFirst(3)),
     OperatorRule("conv2d conv_transpose2d", "input, weight, ...", BatchFirst(4)),
     OperatorRule("conv3d conv_transpose3d", "input, weight, ...", BatchFirst(5)),
@@ -200,12 +200,12 @@ ROWS: tuple[OperatorRule, ...] = (
     OperatorRule("einsum", "equation, *operands", products.einsum, operands="operands"),
     OperatorRule("scaled_dot_product_attention", _ATTENTION, products.attention, operands="query key value attn_mask"),
     OperatorRule("change_value", "*operands", elementwise.elementwise, operands="operands"),
-    # what online rules put into a graph
+    # inserted by online rules
     OperatorRule("cut_history", "input", elementwise.like_input),
     OperatorRule("update_trace", "*operands", elementwise.elementwise, operands="operands"),
     OperatorRule("ones_per_sample", "input", modules.sample_ones),
     OperatorRule("draw_dropout_mask", "how, input, name", elementwise.like_input, random=True),
-    # modules with rules of their own
+    # modules
     OperatorRule(
         "nn.MultiheadAttention", _MULTIHEAD, modules.multihead_attention, "query key value key_padding_mask attn_mask"
     ),
@@ -230,7 +230,7 @@ ROWS: tuple[OperatorRule, ...] = (
     OperatorRule("repeat_interleave", "input, repeats, dim=None, ...", shapes.interleave),
     OperatorRule("getitem", "input, index", indexing.getitem, operands="input index"),
     OperatorRule("set_part", "input, index, value", indexing.set_part, operands="input index value"),
-    # sizes, and what is made of them
+    # sizes, and tensors created from sizes
     OperatorRule("getattr", "input, name", indexing.attribute),
     OperatorRule("size", "input, dim=None", indexing.size),
     OperatorRule("numel nelement", "input", indexing.numel),
@@ -258,12 +258,12 @@ ROWS: tuple[OperatorRule, ...] = (
 
 @dataclass(frozen=True)
 class ModuleRule:
-    """Classes of `torch.nn` that compute what a row's function computes.
+    """Classes of `torch.nn` that share the row of a function.
 
     Args:
         classes: names in `torch.nn`, separated by spaces.
-        row: a name in `ROWS`. Arguments of the row that the call does not give are attributes of the module.
-        given: arguments that are attributes of another name (a str), or fixed (anything else).
+        row: a name in `ROWS`. Arguments of the row that the call does not pass are attributes of the module.
+        given: argument -> the attribute of another name (a str), or a fixed value (anything else).
     """
 
     classes: str
@@ -336,15 +336,15 @@ OPERATORS = {
     **{name: name for name in ("abs", "add", "sub", "mul", "pow", "neg", "matmul", "getitem")},
     **{name: name for name in ("lt", "le", "gt", "ge", "eq", "ne")},
 }
-"""Functions of Python's operator module (each also in place: iadd, ...) and the rows they belong to."""
+"""Function of Python's operator module (and its in-place form, e.g. iadd) -> row."""
 
 METHODS = {"unfold": "unfold_dim"}
-"""Tensor methods that are another operation than the function of their name."""
+"""Tensor methods that differ from the function of the same name."""
 
 ELEMENTWISE_RULES = frozenset(
     {elementwise.elementwise, elementwise.where, modules.autograd_function, modules.stateful, modules.initial_state}
 )
-"""Rules that ignore an operand of which nothing is known yet (a state slot in the first round)."""
+"""Element-wise rules, which ignore undetermined operands (state slots in the first iteration)."""
 
 DIFFERENT_SIGNATURES = frozenset({torch.batch_norm, torch.instance_norm, torch.embedding})
-"""Functions of torch whose arguments come in another order than those of the torch.nn.functional one."""
+"""Functions of torch whose argument order differs from torch.nn.functional."""
