@@ -15,11 +15,13 @@ from typing import ClassVar
 from torch import nn
 from torch.fx import Node
 
-from snnfx.analysis.dependence import ancestors, is_size
-from snnfx.ir.program import SELF_TARGET, Region, StepProgram, operation_name
+from snnfx.analysis.dependence import ancestors
+from snnfx.analysis.foldable_loops import folds_when_cut
+from snnfx.ir.nodes import is_size
+from snnfx.ir.printing import operation_name
+from snnfx.ir.program import SELF_TARGET, Region, StepProgram
 from snnfx.ir.setting_read import SettingRead
 from snnfx.passes.base import Pass
-from snnfx.passes.cut_temporal_edges import folds_when_cut
 
 __all__ = ["Absorb"]
 

@@ -8,20 +8,16 @@ given gradient of the values that leave it: exact in each layer, spatial between
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass, replace
 
-from torch.fx import Node
-
-from snnfx.analysis.recurrent_layers import is_reader, leaving_values
+from snnfx.analysis.recurrent_layers import leaving_values
+from snnfx.ir.edits import replace_reads_outside
 from snnfx.ir.program import StepProgram
 from snnfx.ops.online_functions import cut_history
 from snnfx.passes.base import Pass
 from snnfx.sandbox.torch_internals import pytree
 
-__all__ = [
-    "CutLayers",
-]
+__all__ = ["CutLayers"]
 
 
 @dataclass(frozen=True)
@@ -42,26 +38,3 @@ class CutLayers(Pass):
         program.set_output(flat, program.next_states, program.initial_values)
         program.carried = [replace(argument, path=(0, *argument.path)) for argument in program.carried]
         return f"{len(leaving)} values hand no gradient to another layer"
-
-
-def replace_reads_outside(
-    program: StepProgram, value: Node, layer: set[Node], function: Callable[..., object], *more: Node
-) -> None:
-    """Make everything outside of its layer read `function(value, *more)` instead of a value."""
-    graph = program.graph
-    readers = [user for user in value.users if is_reader(user, layer)]
-    behind = value.next if value.op != "placeholder" else next(n for n in graph.nodes if n.op != "placeholder")
-    with graph.inserting_before(behind):
-        new = graph.call_function(function, (value, *more))
-    new.meta = {k: v for k, v in value.meta.items() if k in ("val", "where", "module")}
-    for user in readers:
-        user.replace_input_with(value, new)
-    own = {slot.placeholder for slot in program.slots if program.nodes_by_name[slot.placeholder] in layer}
-    program.set_output(
-        [new if output is value else output for output in program.outputs],
-        [
-            new if following is value and slot.placeholder not in own else following
-            for slot, following in zip(program.slots, program.next_states, strict=True)
-        ],
-        program.initial_values,
-    )

@@ -17,7 +17,8 @@ from snnfx.analysis.dependence import analyse_dependence
 from snnfx.analysis.leak import StepOnNumbers, fed_slots, fires
 from snnfx.analysis.weight_ops import weight_ops
 from snnfx.errors import InputError
-from snnfx.ir.program import StepProgram, describe_node
+from snnfx.ir.printing import describe_node
+from snnfx.ir.program import StepProgram
 from snnfx.ops.online_functions import cut_history
 from snnfx.passes.base import Pass
 

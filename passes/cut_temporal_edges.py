@@ -11,22 +11,20 @@ by then: `folds_when_cut` says where that is legal.
 
 from __future__ import annotations
 
-from collections.abc import Iterable
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Literal
 
 from torch import nn
 from torch.fx import Node
 
-from snnfx.analysis.dependence import analyse_dependence, ancestors, is_random, is_size
+from snnfx.analysis.dependence import analyse_dependence, ancestors
 from snnfx.analysis.leak import StepOnNumbers, fires
 from snnfx.errors import InputError, warn_once
-from snnfx.ir.program import Region, StepProgram, keeps_statistics
-from snnfx.ops.online_functions import cut_history, update_trace
+from snnfx.ir.program import StepProgram
+from snnfx.ops.online_functions import cut_history
 from snnfx.passes.base import Pass
-from snnfx.state.registry import call_opaque
 
-__all__ = ["CutTemporalEdges", "folds_when_cut", "is_trace_loop"]
+__all__ = ["CutTemporalEdges"]
 
 
 @dataclass(frozen=True)
@@ -90,40 +88,3 @@ def _tell_of_learned_first_states(program: StepProgram, cut: set[str]) -> None:
                 f"the first value of `{slot.name}` is learned, but the rule cuts it: it will get no gradient.",
                 key=(id(program.source), slot.name),
             )
-
-
-def is_trace_loop(region: Region) -> bool:
-    """Whether a loop is nothing but one trace: `leak * trace + operand`, which has a form of its own."""
-    computing = [n for n in region.nodes if n.op.startswith("call")]
-    return len(computing) == 1 and computing[0].target is update_trace and len(region.slots) == 1
-
-
-def folds_when_cut(program: StepProgram, region: Region, inputs: Iterable[Node] = ()) -> bool:
-    """Whether a loop may be evaluated folded once its states are known: all of them cut, every node foldable.
-
-    What changes buffers or draws numbers is run once at each step, so it must not be run twice.
-
-    Args:
-        program: at stage "partitioned".
-        region: of the program.
-        inputs: what it takes from outside; everything that varies needs a batch.
-    """
-    if region.kind != "loop" or not region.slots:
-        return False
-    for node in region.nodes:
-        if node.op == "placeholder":
-            if not all(user.target in (cut_history, update_trace) for user in node.users if user.op != "output"):
-                return False
-        elif (
-            "step_refusal" in node.meta
-            or is_random(program, node)
-            or node.target is call_opaque
-            or keeps_statistics(program, node)
-        ):
-            return False
-    values = [n for n in (*region.nodes, *inputs) if not is_size(n) and n.meta.get("varying", True)]
-    return all(_has_batch(n.meta.get("batch_dim")) for n in values)
-
-
-def _has_batch(dim: Any) -> bool:
-    return all(map(_has_batch, dim)) if isinstance(dim, tuple) else dim is not None

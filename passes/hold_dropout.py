@@ -14,11 +14,13 @@ from typing import Any
 from torch import nn
 from torch.fx import Node
 
-from snnfx.ir.program import Slot, StepProgram, add_placeholder, operation_name
+from snnfx.ir.edits import add_slot
+from snnfx.ir.printing import operation_name
+from snnfx.ir.program import StepProgram
 from snnfx.ops.online_functions import draw_dropout_mask
 from snnfx.passes.base import Pass
 
-__all__ = ["HoldDropout", "add_slot"]
+__all__ = ["HoldDropout"]
 
 _MODULES = {nn.Dropout: "dropout", nn.Dropout1d: "dropout1d", nn.Dropout2d: "dropout2d", nn.Dropout3d: "dropout3d"}
 
@@ -73,18 +75,3 @@ def _hold(program: StepProgram, node: Node, how: Any, name: str) -> None:
     node.replace_all_uses_with(product)
     graph.erase_node(node)
     program.set_output(program.outputs, (*program.next_states, mask), (*program.initial_values, initial))
-
-
-def add_slot(program: StepProgram, name: str, like: Node) -> Node:
-    """A new slot of the program; the caller adds its next and initial value. Returns its placeholder."""
-    taken = {slot.name for slot in program.slots}
-    unique, count = name, 1
-    while unique in taken:
-        unique, count = f"{name}_{count}", count + 1
-    first = next(n for n in program.graph.nodes if n.op != "placeholder")
-    with program.graph.inserting_before(first):
-        placeholder = add_placeholder(program.graph, unique.replace(".", "_"))
-    placeholder.meta = {k: v for k, v in like.meta.items() if k in ("val", "where", "module")}
-    placeholder.meta |= {"slot": unique, "added_by_rule": True}
-    program.slots = [*program.slots, Slot(unique, placeholder.name)]
-    return placeholder

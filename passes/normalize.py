@@ -14,19 +14,12 @@ import torch
 from torch import Tensor, nn
 from torch.fx import Node
 
-from snnfx.analysis.dependence import is_size
 from snnfx.analysis.state_aliases import is_output_of_stateful_call, unite_output_with_state
 from snnfx.errors import CaptureError
-from snnfx.ir.program import (
-    IN_PLACE_OPERATORS,
-    StepProgram,
-    has_in_place_flag,
-    is_in_place,
-    is_structural,
-    location_of,
-    operation_name,
-    takes_from_tuple,
-)
+from snnfx.ir.module_effects import has_in_place_flag
+from snnfx.ir.nodes import IN_PLACE_OPERATORS, is_in_place, is_size, is_structural, takes_from_tuple
+from snnfx.ir.printing import location_of, operation_name
+from snnfx.ir.program import StepProgram
 from snnfx.ops.step_functions import change_value, set_part_
 from snnfx.passes.base import Pass
 from snnfx.sandbox.torch_internals import DropoutBase

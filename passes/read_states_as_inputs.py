@@ -8,7 +8,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from snnfx.ir.program import InputLeaf, StepProgram, keeps_statistics
+from snnfx.ir.module_effects import keeps_statistics
+from snnfx.ir.program import InputLeaf, StepProgram
 from snnfx.passes.base import Pass
 from snnfx.sandbox.torch_internals import pytree
 

@@ -13,7 +13,8 @@ from dataclasses import dataclass
 from torch.fx import Node
 
 from snnfx.analysis.dependence import ancestors
-from snnfx.ir.program import StepProgram, updates_buffers
+from snnfx.ir.module_effects import updates_buffers
+from snnfx.ir.program import StepProgram
 from snnfx.ops.step_functions import expect_size
 from snnfx.passes.base import Pass
 

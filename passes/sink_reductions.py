@@ -15,8 +15,10 @@ from typing import Any
 from torch import nn
 from torch.fx import Node
 
-from snnfx.analysis.dependence import Dependence, analyse_dependence, is_random, is_size
-from snnfx.ir.program import StepProgram, is_module_call, operation_name, takes_from_tuple
+from snnfx.analysis.dependence import Dependence, analyse_dependence, is_random
+from snnfx.ir.nodes import is_module_call, is_size, takes_from_tuple
+from snnfx.ir.printing import operation_name
+from snnfx.ir.program import StepProgram
 from snnfx.ops.step_functions import expect_size
 from snnfx.passes.base import Pass
 from snnfx.sandbox.torch_internals import AdaptiveAvgPoolBase, AvgPoolBase, BatchNormBase, ConvBase, DropoutBase

@@ -11,9 +11,9 @@ import operator
 from dataclasses import dataclass
 
 from snnfx.analysis.recurrent_layers import leaving_values
-from snnfx.ir.program import InputLeaf, StepProgram, add_placeholder
+from snnfx.ir.edits import add_placeholder, replace_reads_outside
+from snnfx.ir.program import InputLeaf, StepProgram
 from snnfx.passes.base import Pass
-from snnfx.passes.cut_layers import replace_reads_outside
 from snnfx.sandbox.torch_internals import pytree
 
 __all__ = ["TapLayers"]

@@ -20,12 +20,15 @@ from typing import Any, Literal
 from torch import nn
 from torch.fx import Node
 
-from snnfx.analysis.batch.rule_lookup import look_up
+from snnfx.analysis.batch.rule_lookup import find_rule
 from snnfx.analysis.dependence import analyse_dependence, ancestors
 from snnfx.analysis.leak import LeakProbe, StepOnNumbers, fed_slots, is_elementwise, several_leaks_error
 from snnfx.analysis.weight_ops import WeightOp, weight_ops
 from snnfx.errors import InputError, warn_once
-from snnfx.ir.program import StepProgram, describe_node, is_module_call, location_of
+from snnfx.ir.edits import add_slot
+from snnfx.ir.nodes import is_module_call
+from snnfx.ir.printing import describe_node, location_of
+from snnfx.ir.program import StepProgram
 from snnfx.ops.online_functions import (
     cut_history,
     ones_per_sample,
@@ -36,7 +39,6 @@ from snnfx.ops.online_functions import (
 )
 from snnfx.ops.step_functions import FunctionHolder
 from snnfx.passes.base import Pass
-from snnfx.passes.hold_dropout import add_slot
 
 __all__ = [
     "TraceOperands",
@@ -153,12 +155,12 @@ def _site(node: Node) -> dict[str, Any]:
 def _has_bias(program: StepProgram, op: WeightOp) -> bool:
     if op.position is None:
         return getattr(program.resolve(str(op.node.target)), "bias", None) is not None
-    found = look_up(op.node, program.resolve)
+    found = find_rule(op.node, program.resolve)
     return found is not None and isinstance(found.arguments.get("bias", op.node.kwargs.get("bias")), Node)
 
 
 def _function_name(program: StepProgram, node: Node) -> str:
-    found = look_up(node, program.resolve)
+    found = find_rule(node, program.resolve)
     assert found is not None
     return found.name
 

@@ -14,9 +14,11 @@ from torch import nn
 from snnfx.capture.capture import capture_both_modes
 from snnfx.capture.carry_inference import infer_carry
 from snnfx.errors import InputError
+from snnfx.ir.graph_pass import Pass
 from snnfx.ir.options import ConvertOptions, time_dims_of_leaves
-from snnfx.ir.pass_manager import Pass, PassManager, PassRecord, verify_program
+from snnfx.ir.pass_manager import PassManager, PassRecord
 from snnfx.ir.program import StepProgram
+from snnfx.ir.verifier import verify_program
 from snnfx.memory.budget import read_memory_budget
 from snnfx.memory.chunk_plan import check_chunk_option
 from snnfx.memory.planning import refuse_impossible_budget

@@ -15,7 +15,10 @@ import networkx as nx
 from torch import nn
 from torch.fx import Node
 
-from snnfx.ir.program import StepProgram, operation_name, updates_buffers
+from snnfx.ir.module_effects import updates_buffers
+from snnfx.ir.nodes import is_size
+from snnfx.ir.printing import operation_name
+from snnfx.ir.program import StepProgram
 from snnfx.ops.step_functions import expect_size
 from snnfx.sandbox.torch_internals import DropoutBase
 from snnfx.state.registry import adapter_of, call_opaque, call_stateful, initial_value
@@ -25,7 +28,6 @@ __all__ = [
     "analyse_dependence",
     "ancestors",
     "is_random",
-    "is_size",
     "may_be_random",
     "operands_through_sizes",
 ]
@@ -182,15 +184,6 @@ def ancestors(roots: Iterable[Node]) -> set[Node]:
             found.add(node)
             stack.extend(node.all_input_nodes)
     return found
-
-
-def is_size(node: Node) -> bool:
-    """Whether the value of a node is a size or made of sizes: it is computed again in each region that needs it."""
-    if node.op not in ("call_function", "call_method") or node.target is expect_size:
-        return False
-    if node.meta.get("shape_like"):
-        return not hasattr(node.meta.get("val"), "stride")
-    return node.target is getattr and node.args[1] in ("dtype", "device")
 
 
 def operands_through_sizes(node: Node) -> list[Node]:

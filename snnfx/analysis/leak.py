@@ -20,11 +20,11 @@ from torch import Tensor, nn
 from torch.fx import Node
 from torch.fx.node import map_aggregate
 
-from snnfx.analysis.batch.rule_lookup import look_up
-from snnfx.analysis.batch.rule_table import NEUTRAL
-from snnfx.analysis.dependence import is_size
+from snnfx.analysis.batch.rule_lookup import find_rule
+from snnfx.analysis.batch.rule_table import ELEMENTWISE_RULES
 from snnfx.errors import InputError
-from snnfx.ir.program import StepProgram, is_module_call, takes_from_tuple
+from snnfx.ir.nodes import is_module_call, is_size, takes_from_tuple
+from snnfx.ir.program import StepProgram
 from snnfx.sandbox.torch_internals import pytree
 from snnfx.state.registry import adapter_of, call_stateful
 
@@ -209,10 +209,10 @@ def is_elementwise(program: StepProgram, node: Node) -> bool:
         module = program.module_of(node)
         adapter = adapter_of(module) if module is not None else None
         return adapter is not None and adapter.elementwise(module)  # type: ignore[arg-type]
-    found = look_up(node, program.resolve)
+    found = find_rule(node, program.resolve)
     if found is None:
         return False
-    return found.row.rule in NEUTRAL or found.name in (
+    return found.row.rule in ELEMENTWISE_RULES or found.name in (
         "cut_history",
         "clone",
         "detach",

@@ -12,13 +12,14 @@ from collections.abc import Callable, Iterable
 import networkx as nx
 from torch.fx import Node
 
-from snnfx.analysis.dependence import analyse_dependence, is_size
+from snnfx.analysis.dependence import analyse_dependence
 from snnfx.analysis.leak import StepOnNumbers, fires
 from snnfx.analysis.weight_ops import weight_ops
 from snnfx.errors import InputError
-from snnfx.ir.program import StepProgram, takes_from_tuple
+from snnfx.ir.nodes import is_outside_reader, takes_from_tuple
+from snnfx.ir.program import StepProgram
 
-__all__ = ["find_layers", "is_reader", "leaving_values"]
+__all__ = ["find_layers", "leaving_values"]
 
 
 def find_layers(program: StepProgram) -> list[set[Node]]:
@@ -72,13 +73,8 @@ def leaving_values(program: StepProgram) -> dict[Node, set[Node]]:
         for node in program.graph.nodes
         if node in layer_of
         and node not in tuples
-        and (node in outputs or any(is_reader(user, layer_of[node]) for user in node.users))
+        and (node in outputs or any(is_outside_reader(user, layer_of[node]) for user in node.users))
     }
-
-
-def is_reader(user: Node, layer: set[Node]) -> bool:
-    """Whether a user of a value computes with it outside of its layer."""
-    return user.op != "output" and user not in layer and not is_size(user)
 
 
 def _is_state(node: Node) -> bool:

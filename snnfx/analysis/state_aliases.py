@@ -13,7 +13,9 @@ from torch import Tensor, nn
 from torch.fx import Node
 
 from snnfx.errors import CaptureError
-from snnfx.ir.program import StepProgram, describe_node, is_structural, location_of
+from snnfx.ir.nodes import is_structural
+from snnfx.ir.printing import describe_node, location_of
+from snnfx.ir.program import StepProgram
 from snnfx.sandbox.snapshot import StateSnapshot
 from snnfx.sandbox.torch_internals import pytree
 from snnfx.state.registry import adapter_of, call_opaque, call_stateful, composite_adapter

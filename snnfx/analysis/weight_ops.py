@@ -8,7 +8,7 @@ from typing import Any
 from torch import nn
 from torch.fx import Node
 
-from snnfx.analysis.batch.rule_lookup import look_up
+from snnfx.analysis.batch.rule_lookup import find_rule
 from snnfx.analysis.dependence import Dependence
 from snnfx.ir.program import StepProgram
 
@@ -40,7 +40,7 @@ def weight_ops(program: StepProgram, dependence: Dependence) -> list[WeightOp]:
     for node in program.graph.nodes:
         if not node.op.startswith("call") or node in dependence.initial_only or node not in dependence.varying:
             continue
-        row = look_up(node, program.resolve)
+        row = find_rule(node, program.resolve)
         if row is None or row.name not in _PRODUCTS:
             continue
         if node.op == "call_module":

@@ -27,7 +27,8 @@ from snnfx.capture.patches import watched_training_flag
 from snnfx.capture.step_arguments import CarriedLeaf, carried_arguments, step_arguments
 from snnfx.capture.tracer import SubmoduleNotTraceable
 from snnfx.errors import CaptureError, InputError
-from snnfx.ir.program import InputLeaf, Slot, StepProgram, add_placeholder, results_of
+from snnfx.ir.edits import add_placeholder
+from snnfx.ir.program import InputLeaf, Slot, StepProgram, results_of
 from snnfx.sandbox.isolation import autocast_cache_disabled
 from snnfx.sandbox.snapshot import StateSnapshot
 from snnfx.sandbox.torch_internals import FakeTensor, FakeTensorMode, pytree

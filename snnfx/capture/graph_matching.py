@@ -10,7 +10,9 @@ import torch
 from torch import Tensor
 from torch.fx import Node, map_arg
 
-from snnfx.ir.program import IN_PLACE_OPERATORS, StepProgram, has_in_place_flag, is_in_place, keeps_statistics
+from snnfx.ir.module_effects import has_in_place_flag, keeps_statistics
+from snnfx.ir.nodes import IN_PLACE_OPERATORS, is_in_place
+from snnfx.ir.program import StepProgram
 
 __all__ = ["GraphMatch"]
 

@@ -12,7 +12,8 @@ from torch import Tensor, fx
 from torch.fx import Node
 
 from snnfx.errors import CaptureError
-from snnfx.ir.program import IN_PLACE_OPERATORS, operation_name
+from snnfx.ir.nodes import IN_PLACE_OPERATORS
+from snnfx.ir.printing import operation_name
 from snnfx.ops.step_functions import set_part_
 from snnfx.sandbox.user_code import format_location
 

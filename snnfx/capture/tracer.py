@@ -29,7 +29,9 @@ from snnfx.capture.setting_reads import recorded_reads
 from snnfx.capture.stateful_calls import StatefulCalls, element_of, mark_returned
 from snnfx.capture.supported_values import refuse_outputs
 from snnfx.errors import CaptureError
-from snnfx.ir.program import SELF_TARGET, add_placeholder, is_in_place
+from snnfx.ir.edits import add_placeholder
+from snnfx.ir.nodes import is_in_place
+from snnfx.ir.program import SELF_TARGET
 from snnfx.ops.step_functions import expect_size, set_part_
 from snnfx.sandbox.contents import python_rng_state
 from snnfx.sandbox.torch_internals import FakeTensorMode, pytree

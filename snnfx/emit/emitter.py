@@ -9,9 +9,10 @@ from typing import Any
 from torch import fx, nn
 from torch.fx import Node
 
-from snnfx.ir.program import StepProgram, add_placeholder
+from snnfx.ir.edits import add_placeholder
+from snnfx.ir.program import StepProgram
 from snnfx.ops.memory_format import row_major
-from snnfx.ops.sequence_functions import pick_state
+from snnfx.ops.sequence_functions import select_state
 
 __all__ = ["Emitted", "Emitter", "TargetName"]
 
@@ -68,7 +69,7 @@ class Emitter:
 
     def state_of(self, slots: Sequence[str]) -> Any:
         """The values of some slots before the first step; None is the reset state."""
-        return self.graph.call_function(pick_state, (self.state, tuple(slots)))
+        return self.graph.call_function(select_state, (self.state, tuple(slots)))
 
     def for_the_caller(self, node: Any, value: Any) -> Any:
         """The emitted value of a node as it leaves the net: row-major, whatever was chosen inside."""

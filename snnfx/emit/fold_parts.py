@@ -17,16 +17,18 @@ from typing import Any
 from torch import fx, nn
 from torch.fx import Node, map_arg
 
-from snnfx.analysis.batch.rule_lookup import look_up
-from snnfx.analysis.dependence import is_random, is_size, may_be_random, operands_through_sizes
+from snnfx.analysis.batch.rule_lookup import find_rule
+from snnfx.analysis.dependence import is_random, may_be_random, operands_through_sizes
+from snnfx.analysis.lowerable_loops import mixing_node, reason_against_kernel
 from snnfx.emit.emitter import TargetName
 from snnfx.emit.multi_step import emit_multi_step
 from snnfx.emit.plain_graph import emit_plain
 from snnfx.emit.region_builder import same_for_all_samples
 from snnfx.functional import seq_to_ann_forward
-from snnfx.ir.program import Region, StepProgram, keeps_statistics, takes_from_tuple
+from snnfx.ir.module_effects import keeps_statistics
+from snnfx.ir.nodes import is_size, takes_from_tuple
+from snnfx.ir.program import Region, StepProgram
 from snnfx.ops.step_batch_norm import batch_norm_per_step
-from snnfx.passes.lower import mixing_node, reason_against_kernel
 from snnfx.recompute.batch_statistics import batch_statistics, normalize, step_statistics
 from snnfx.sandbox.torch_internals import BatchNormBase
 from snnfx.state.leaf_modules import has_torch_forward
@@ -205,13 +207,13 @@ def takes_batch_statistics(program: StepProgram, node: Node) -> bool:
         return True
     if keeps_statistics(program, node):
         return True
-    found = look_up(node, program.resolve)
+    found = find_rule(node, program.resolve)
     return found is not None and found.name in ("batch_norm", "instance_norm")
 
 
 def _multiplies(program: StepProgram, node: Node) -> bool:
     """Whether a node is a product, or not known to be none."""
-    found = look_up(node, program.resolve)
+    found = find_rule(node, program.resolve)
     return found is None or found.name in _PRODUCTS
 
 

@@ -15,20 +15,21 @@ from typing import Any
 from torch import nn
 from torch.fx import Node
 
+from snnfx.analysis.foldable_loops import folds_when_cut, is_trace_loop
 from snnfx.emit.emitter import Emitted, Emitter, TargetName
 from snnfx.emit.region_builder import RegionBuilder, has_batch_in_front, same_for_all_samples
 from snnfx.functional import map_forward, multi_step_forward, seq_to_ann_forward
-from snnfx.ir.program import Region, StepProgram, describe_node
+from snnfx.ir.printing import describe_node
+from snnfx.ir.program import Region, StepProgram
 from snnfx.ops.sequence_functions import (
     call_once,
     delay_one_step,
     hold_over_time,
+    multiply_by_time_steps,
     reduce_over_time,
     repeat_over_time,
-    times_steps,
 )
 from snnfx.ops.step_batch_norm import batch_norm_per_step
-from snnfx.passes.cut_temporal_edges import folds_when_cut, is_trace_loop
 from snnfx.regions.region_kernels import RegionKernels
 from snnfx.regions.region_modules import LoopRegion, MapRegion, RegionGraph
 from snnfx.regions.truncated_loop import CutLoopRegion, TraceRegion
@@ -274,7 +275,7 @@ class MultiStepEmitter(Emitter):
 
     def _reduced_sum(self, mean: Node) -> Node:
         """A sum over time is T times the mean: a sunk bias is added once for each step, too."""
-        return self.graph.call_function(times_steps, (mean, self.steps()))
+        return self.graph.call_function(multiply_by_time_steps, (mean, self.steps()))
 
     def _reduced_operand(self, node: Node) -> Node:
         """What a sunk node is given: the mean (or last) over time of a sequence."""

@@ -13,7 +13,8 @@ from torch.fx import Node
 
 from snnfx.emit.emitter import Emitted, TargetName
 from snnfx.emit.multi_step import MultiStepEmitter
-from snnfx.ir.program import StepProgram, add_placeholder
+from snnfx.ir.edits import add_placeholder
+from snnfx.ir.program import StepProgram
 from snnfx.ops.sequence_functions import time_steps
 from snnfx.sandbox.torch_internals import pytree
 

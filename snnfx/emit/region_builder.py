@@ -12,14 +12,17 @@ from typing import Any
 from torch import fx, nn
 from torch.fx import Node, map_arg
 
-from snnfx.analysis.dependence import analyse_dependence, is_size
+from snnfx.analysis.batch_norm_folding import layer_of_norm
+from snnfx.analysis.dependence import analyse_dependence
+from snnfx.analysis.image_operations import image_of, is_convolution, takes_any_layout, weights_of
 from snnfx.errors import CaptureError
-from snnfx.ir.program import StepProgram, add_placeholder, location_of
+from snnfx.ir.edits import add_placeholder
+from snnfx.ir.nodes import is_size
+from snnfx.ir.printing import location_of
+from snnfx.ir.program import StepProgram
 from snnfx.ops.folded_weights import call_layer, call_norm
 from snnfx.ops.memory_format import image_format, row_major
-from snnfx.ops.sequence_functions import call_module, in_shape_of, repeat_for_samples
-from snnfx.passes.choose_memory_format import image_of, is_convolution, takes_any_layout, weights_of
-from snnfx.passes.fold_batch_norm import layer_of_norm
+from snnfx.ops.sequence_functions import call_module, expand_initial_value, repeat_for_samples
 from snnfx.regions.region_modules import RegionGraph
 
 __all__ = ["RegionBuilder", "has_batch_in_front", "same_for_all_samples", "whole_step"]
@@ -154,7 +157,7 @@ class RegionBuilder:
                 if node in builder.first_slots:
                     slot = builder.first_slots[node]
                     after, has_batch = builder.argument(following[slot]), has_batch_in_front(builder.initial_of[slot])
-                    results[index] = graph.call_function(in_shape_of, (results[index], after, slot, has_batch))
+                    results[index] = graph.call_function(expand_initial_value, (results[index], after, slot, has_batch))
         if next_states is None:
             dims = ((node, node.meta.get("batch_dim")) for node in self.input_nodes)
             samples = next(((env[node], dim) for node, dim in dims if isinstance(dim, int)), None)

@@ -20,7 +20,8 @@ from torch.fx import Node, map_arg
 from snnfx.emit.compiled_graph import compile_graph
 from snnfx.emit.fold_parts import LIGHT, NORM, PRODUCT, FoldPart
 from snnfx.functional import map_forward, multi_step_forward, seq_to_ann_forward
-from snnfx.ir.program import StepProgram, add_placeholder
+from snnfx.ir.edits import add_placeholder
+from snnfx.ir.program import StepProgram
 from snnfx.recompute.batch_statistics import batch_statistics, normalize, step_statistics
 from snnfx.recompute.tile import Tile, run_tile
 

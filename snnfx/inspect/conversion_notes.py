@@ -7,15 +7,16 @@ from collections.abc import Iterable, Iterator
 import torch
 from torch.fx import Node, map_arg
 
+from snnfx.analysis.batch_norm_folding import layer_of_norm
 from snnfx.analysis.dependence import is_random
+from snnfx.analysis.lowerable_loops import mixing_node
 from snnfx.inspect.node_counts import NodeKey, is_computing, nodes_by_key
 from snnfx.inspect.source_expressions import expression
-from snnfx.ir.program import Region, StepProgram, describe_node, location_of
+from snnfx.ir.printing import describe_node, location_of
+from snnfx.ir.program import Region, StepProgram
 from snnfx.lowering.elementwise.back_end_choice import reason_without_back_end
 from snnfx.lowering.mixed.mixed_step import MixedStep
 from snnfx.ops.step_functions import expect_size
-from snnfx.passes.fold_batch_norm import layer_of_norm
-from snnfx.passes.lower import mixing_node
 from snnfx.regions.region_modules import MapRegion
 from snnfx.runtime.net import Net
 from snnfx.sandbox.torch_internals import BatchNormBase, DropoutBase

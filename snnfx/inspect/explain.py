@@ -32,7 +32,8 @@ from snnfx.inspect.node_counts import computing_nodes, is_computing
 from snnfx.inspect.report import ChunkRow, InputRow, NotFolded, Operation, PassRow, Problem, RegionRow, Report, SlotRow
 from snnfx.inspect.source_expressions import expression_of_initial_value
 from snnfx.ir.options import ConvertKeywords, ConvertOptions
-from snnfx.ir.program import Region, StepProgram, describe_node, location_of, operation_name
+from snnfx.ir.printing import describe_node, location_of, operation_name
+from snnfx.ir.program import Region, StepProgram
 from snnfx.memory.budget import read_memory_budget
 from snnfx.memory.chunk_plan import plan_chunks
 from snnfx.memory.planning import example_steps, refuse_impossible_budget

@@ -7,8 +7,9 @@ from typing import Any
 
 from torch.fx import Node
 
-from snnfx.analysis.dependence import is_size
-from snnfx.ir.program import Region, StepProgram, describe_node, takes_from_tuple
+from snnfx.ir.nodes import is_size, takes_from_tuple
+from snnfx.ir.printing import describe_node
+from snnfx.ir.program import Region, StepProgram
 from snnfx.ops.step_functions import expect_size
 
 __all__ = ["NodeKey", "computing_nodes", "is_computing", "nodes_by_key"]

@@ -9,7 +9,9 @@ import torch
 from torch import Tensor
 from torch.fx import Node
 
-from snnfx.ir.program import StepProgram, describe_node, is_module_call, operation_name
+from snnfx.ir.nodes import is_module_call
+from snnfx.ir.printing import describe_node, operation_name
+from snnfx.ir.program import StepProgram
 from snnfx.state.registry import adapter_of
 
 __all__ = ["expression", "expression_of_initial_value"]

@@ -1,1 +1,1 @@
-"""The step program, and the passes, manager and verifier that work on it."""
+"""The step program, and the base class of passes, the pass manager and the verifier."""

@@ -7,40 +7,25 @@ its placeholder, and its value for the next step is one of the nodes in `next_st
 
 from __future__ import annotations
 
-import functools
-import keyword
-import operator
-import os
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field, replace
 from typing import Any, cast
 
-import torch
 from torch import fx, nn
 from torch.fx import Node
-from torch.nn.utils.spectral_norm import SpectralNorm
 
 from snnfx.errors import Refusal
+from snnfx.ir.nodes import is_module_call
+from snnfx.ir.printing import format_node
 from snnfx.ir.setting_read import SettingRead
-from snnfx.ops.step_functions import set_part, set_part_
-from snnfx.sandbox.torch_internals import NormBase, SpectralNormParametrization, pytree
+from snnfx.sandbox.torch_internals import pytree
 from snnfx.state.carry import CarriedArgument
-from snnfx.state.registry import call_opaque, call_stateful
 
-__all__ = [
-    "InitialAttribute",
-    "InputLeaf",
-    "Region",
-    "Slot",
-    "StepProgram",
-    "add_placeholder",
-    "describe_node",
-    "estimates_weights",
-    "keeps_statistics",
-    "location_of",
-    "takes_from_tuple",
-    "updates_buffers",
-]
+__all__ = ["SELF_TARGET", "STAGES", "InitialAttribute", "InputLeaf", "Region", "Slot", "StepProgram", "results_of"]
+
+
+STAGES = ("captured", "normalized", "partitioned", "planned")
+"""What is guaranteed of a program, each stage on top of the one before; see `verify_program`."""
 
 
 @dataclass(frozen=True)
@@ -272,165 +257,3 @@ SELF_TARGET = "snnfx_source"
 def results_of(graph: fx.Graph) -> tuple[tuple[Any, ...], tuple[Any, ...], tuple[Any, ...]]:
     """What the output node of a step graph holds: `(outputs, next_states, initial_values)`."""
     return cast(Any, graph.output_node().args[0])  # type: ignore[no-any-return]
-
-
-def add_placeholder(graph: fx.Graph, name: str, **default: Any) -> Node:
-    """A placeholder whose name is a valid and unique argument name, close to `name`."""
-    identifier = "".join(c if c.isalnum() else "_" for c in name) or "value"
-    if identifier[0].isdigit():
-        identifier = f"layer_{identifier}"
-    if keyword.iskeyword(identifier):
-        identifier += "_"
-    node = graph.placeholder(identifier, **default)
-    node.target = node.name
-    return node
-
-
-def is_module_call(node: Node) -> bool:
-    """Whether the node is a call_function whose first argument is a module (a stateful or opaque leaf)."""
-    return (
-        node.op == "call_function"
-        and getattr(node.target, "snnfx_calls_module", False)
-        and bool(node.args)
-        and isinstance(node.args[0], Node)
-        and node.args[0].op == "get_attr"
-    )
-
-
-def is_structural(node: Node) -> bool:
-    """Whether the node takes one element of a tuple that another node returned."""
-    return node.op == "call_function" and node.target is operator.getitem and bool(node.meta.get("structural"))
-
-
-def is_in_place(node: Node) -> bool:
-    """Whether the node is an operation that changes its first operand: `x.add_(1)`, `relu(x, inplace=True)`."""
-    if node.op == "call_method":
-        name = str(node.target)
-        return name.endswith("_") and not name.endswith("__")
-    if node.op != "call_function":
-        return False
-    name = getattr(node.target, "__name__", "")
-    # The underscore of `operator.and_` only tells it from a word of the language.
-    by_name = name.endswith("_") and not name.endswith("__") and getattr(operator, name, None) is not node.target
-    return by_name or node.kwargs.get("inplace") is True or node.target in IN_PLACE_OPERATORS
-
-
-IN_PLACE_OPERATORS: dict[Callable[..., Any], Callable[..., Any]] = {
-    operator.iadd: operator.add,
-    operator.isub: operator.sub,
-    operator.imul: operator.mul,
-    operator.itruediv: operator.truediv,
-    operator.ifloordiv: operator.floordiv,
-    operator.imod: operator.mod,
-    operator.ipow: operator.pow,
-    operator.iand: operator.and_,
-    operator.ior: operator.or_,
-    operator.ixor: operator.xor,
-    operator.ilshift: operator.lshift,
-    operator.irshift: operator.rshift,
-    set_part_: set_part,
-}
-"""`x += 1` and its like, with the operation that makes a new value."""
-
-
-def has_in_place_flag(program: StepProgram, node: Node) -> bool:
-    """Whether the node calls a module like `nn.ReLU(inplace=True)`."""
-    return node.op == "call_module" and bool(getattr(program.resolve(str(node.target)), "inplace", False))
-
-
-def takes_from_tuple(node: Node) -> bool:
-    """Whether the node takes one element of a tuple of values, whoever made the tuple."""
-    if node.op != "call_function" or node.target is not operator.getitem:
-        return False
-    source = node.args[0]
-    if is_structural(node) or not isinstance(source, Node):
-        return True
-    value = source.meta.get("val")
-    if value is not None:
-        return isinstance(value, tuple | list)
-    return isinstance(source.meta.get("batch_dim"), tuple)
-
-
-def updates_buffers(program: StepProgram, node: Node) -> bool:
-    """Whether a call changes running statistics in training, so that it counts even if nobody reads its result."""
-    return program.training and keeps_statistics(program, node)
-
-
-def keeps_statistics(program: StepProgram, node: Node) -> bool:
-    """Whether a node calls a layer that changes its buffers when it is in training."""
-    if node.op != "call_module" and node.target not in (call_opaque, call_stateful):
-        return False
-    module = program.module_of(node)
-    assert module is not None
-    return estimates_weights(module) or any(
-        isinstance(part, NormBase) and part.track_running_stats for part in module.modules()
-    )
-
-
-def estimates_weights(module: nn.Module) -> bool:
-    """Whether the weight takes one more step of a power iteration at each call (spectral normalisation)."""
-    if any(isinstance(part, SpectralNormParametrization) for part in module.modules()):
-        return True
-    return any(isinstance(hook, SpectralNorm) for hook in module._forward_pre_hooks.values())
-
-
-def location_of(node: Node) -> str:
-    """Where the user wrote the node: `file.py:41`, or "" when it has no line of the user's."""
-    where = node.meta.get("where")
-    if not where:
-        return ""
-    return f"{_short_path(where[0], os.getcwd())}:{where[1]}"
-
-
-@functools.lru_cache(maxsize=256)
-def _short_path(filename: str, folder: str) -> str:
-    """The path from `folder`, or the last two parts of a path that leads elsewhere; asked for at each node."""
-    relative = os.path.relpath(filename, folder)
-    return relative if not relative.startswith("..") else os.path.join(*filename.split(os.sep)[-2:])
-
-
-def describe_node(node: Node) -> str:
-    """A node in the user's words: the qualified name of what it calls, or the operation and the module it is in."""
-    module = node.meta.get("module", "")
-    if node.op == "call_module":
-        return str(node.target)
-    if is_module_call(node):
-        return module or "the model"
-    name = operation_name(node)
-    return f"{name} in {module}" if module else name
-
-
-def operation_name(node: Node) -> str:
-    """The bare name of the operation of a node, e.g. "add" or "flatten"."""
-    target = node.target
-    name = target if isinstance(target, str) else getattr(target, "__name__", str(target))
-    return name.strip("_")
-
-
-def format_node(node: Node) -> str:
-    """One line of IR: name, operation, arguments, shape of one step, region, the user's line."""
-    if node.op == "output":
-        text = f"return {node.args[0]}"
-    elif node.op == "placeholder":
-        slot = node.meta.get("slot")
-        text = f"{node.name} = {'slot ' + slot if slot else 'input'}"
-    elif node.op == "get_attr":
-        text = f"{node.name} = self.{node.target}"
-    else:
-        arguments = ", ".join([*(str(a) for a in node.args), *(f"{k}={v}" for k, v in node.kwargs.items())])
-        called = f"self.{node.target}" if node.op == "call_module" else operation_name(node)
-        text = f"{node.name} = {called}({arguments})"
-    notes = [text_of_value(node.meta.get("val"))]
-    if node.meta.get("kind"):
-        notes.append(node.meta["kind"])
-    if location_of(node):
-        notes.append(location_of(node))
-    notes = [note for note in notes if note]
-    return f"{text}    # {', '.join(notes)}" if notes else text
-
-
-def text_of_value(value: Any) -> str:
-    """Shape and dtype of a recorded value, e.g. "[2, 64, 28, 28] float32"."""
-    if isinstance(value, torch.Tensor):
-        return f"{list(value.shape)} {str(value.dtype).removeprefix('torch.')}"
-    return ""

@@ -16,7 +16,8 @@ from snnfx.emit.fold_parts import emit_parts, split_folds, takes_batch_statistic
 from snnfx.emit.recompute_segments import RecomputePlan, recompute_segments, segments_of
 from snnfx.emit.tiling import group_tiles
 from snnfx.errors import InputError, warn_once
-from snnfx.ir.program import Region, StepProgram, describe_node
+from snnfx.ir.printing import describe_node
+from snnfx.ir.program import Region, StepProgram
 from snnfx.memory.budget import bytes_as_text
 from snnfx.memory.memory_model import NotPredictable
 from snnfx.memory.training_planner import TrainingPlanner

@@ -12,7 +12,8 @@ from torch.fx import Node
 
 from snnfx.emit.tiling import name_of_call
 from snnfx.functional import multi_step_forward
-from snnfx.ir.program import Region, describe_node
+from snnfx.ir.printing import describe_node
+from snnfx.ir.program import Region
 from snnfx.recompute.batch_statistics import normalize
 from snnfx.recompute.tile import Tile, run_tile
 from snnfx.regions.region_modules import RegionGraph

@@ -18,19 +18,19 @@ __all__ = [
     "call_module",
     "call_once",
     "delay_one_step",
+    "expand_initial_value",
     "hold_over_time",
-    "in_shape_of",
-    "pick_state",
+    "multiply_by_time_steps",
     "reduce_over_time",
     "repeat_for_samples",
     "repeat_over_time",
+    "select_state",
     "stack_steps",
     "time_steps",
-    "times_steps",
 ]
 
 
-def pick_state(state: dict[str, Any] | None, names: tuple[str, ...]) -> tuple[Any, ...] | None:
+def select_state(state: dict[str, Any] | None, names: tuple[str, ...]) -> tuple[Any, ...] | None:
     """The values of one region's slots out of the state of the net; None means the reset state."""
     if state is None or not any(name in state for name in names):
         return None
@@ -69,7 +69,7 @@ def reduce_over_time(y_seq: Any, how: str) -> Any:
     return y_seq.sum(0) if how == "sum" else y_seq.mean(0)
 
 
-def times_steps(value: Any, time: Tensor) -> Any:
+def multiply_by_time_steps(value: Any, time: Tensor) -> Any:
     """T times a value."""
     return value * time.shape[0]
 
@@ -101,7 +101,7 @@ def delay_one_step(
         state: a tuple of the value before the first step; None: `initial`.
         initial: a number, or a tensor that can be expanded to `[*]`.
         time: `[T]`.
-        slot, has_batch: as for `in_shape_of`.
+        slot, has_batch: as for `expand_initial_value`.
 
     Raises:
         InputError: SNNFX313, the state changes its shape.
@@ -112,7 +112,7 @@ def delay_one_step(
     if not isinstance(following, Tensor):
         like = first if isinstance(first, Tensor) else stack_steps((first, following), time.device)[0]
         following = torch.full_like(like, following).expand(time.shape[0], *like.shape)
-    first = in_shape_of(first, following[0], slot, has_batch and state is None)
+    first = expand_initial_value(first, following[0], slot, has_batch and state is None)
     return torch.cat((first.to(following.dtype).unsqueeze(0), following[:-1]))
 
 
@@ -153,7 +153,7 @@ def stack_steps(steps: Sequence[Any], device: torch.device) -> Tensor:
     )
 
 
-def in_shape_of(value: Any, following: Any, slot: str = "", has_batch: bool = False) -> Any:
+def expand_initial_value(value: Any, following: Any, slot: str = "", has_batch: bool = False) -> Any:
     """The first value of a slot in the shape of its next value, for which a number or a smaller tensor stands.
 
     Args:

@@ -429,7 +429,7 @@ def test_autograd_function_on_a_cycle_is_named_as_the_cause_of_what_follows() ->
     (cause,) = [row for row in report.not_folded if row.code == "SNNFX101"]
     assert (cause.what, cause.kind) == ("Spike in 1", "loop")
     assert "snnfx_elementwise" in cause.hint
-    assert "1 mapped because the autograd.Function Spike is not known to be elementwise" in report.coverage
+    assert "1 mapped because the autograd.Function Spike is not known to be element-wise" in report.coverage
     assert "Spike in 1" in {str(item) for region in report.regions for item in region.contains}
 
 

@@ -15,7 +15,7 @@ from torch.nn.utils import parametrizations, prune
 from torch.utils.checkpoint import checkpoint as checkpointed
 
 import snnfx
-from snnfx.passes.fold_batch_norm import layer_of_norm
+from snnfx.analysis.batch_norm_folding import layer_of_norm
 from support.stepping import assert_same, assert_same_run, fresh_copy, run_net, run_stepped, step_model
 
 T, N = 4, 3

@@ -15,8 +15,9 @@ from torch.fx import Node
 
 import snnfx
 from snnfx import neuron
-from snnfx.analysis.dependence import analyse_dependence, is_size
+from snnfx.analysis.dependence import analyse_dependence
 from snnfx.capture.capture import capture
+from snnfx.ir.nodes import is_size
 from snnfx.ir.pass_manager import PassManager
 from snnfx.ir.program import Region, StepProgram
 from snnfx.passes.normalize import Normalize

@@ -15,8 +15,10 @@ import snnfx
 from snnfx import neuron
 from snnfx.capture.capture import capture
 from snnfx.errors import PassError
-from snnfx.ir.pass_manager import Pass, PassManager, PassRecord, verify_program
+from snnfx.ir.graph_pass import Pass
+from snnfx.ir.pass_manager import PassManager, PassRecord
 from snnfx.ir.program import Region, StepProgram
+from snnfx.ir.verifier import verify_program
 from snnfx.passes.normalize import Normalize
 from snnfx.passes.partition import Partition
 from snnfx.passes.remove_dead_code import RemoveDeadCode

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 import snnfx
 from snnfx import neuron
 from snnfx.errors import PassError, SnnfxWarning
-from snnfx.ops.sequence_functions import delay_one_step, pick_state, repeat_over_time, stack_steps, time_steps
+from snnfx.ops.sequence_functions import delay_one_step, repeat_over_time, select_state, stack_steps, time_steps
 from snnfx.ops.step_batch_norm import batch_norm_per_step
 from snnfx.regions.operator import run_loop_as_operator, run_map_as_operator
 from snnfx.regions.region_modules import LoopRegion, MapRegion, SequenceRegion, region_of_handle
@@ -109,8 +109,8 @@ def test_an_invariant_value_is_repeated_as_a_view() -> None:
 
 
 def test_the_reset_state_is_none() -> None:
-    assert pick_state(None, ("a",)) is None
-    assert pick_state({"a": 1, "b": 2}, ("b", "a")) == (2, 1)
+    assert select_state(None, ("a",)) is None
+    assert select_state({"a": 1, "b": 2}, ("b", "a")) == (2, 1)
 
 
 # -- regions of nets ---------------------------------------------------------------------------------------------------

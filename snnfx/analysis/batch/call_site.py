@@ -1,4 +1,4 @@
-"""One operation under analysis: its arguments as facts, and the verdict that its rule comes to."""
+"""One call under analysis: its arguments as facts, and the reason not to fold it."""
 
 from __future__ import annotations
 
@@ -9,11 +9,29 @@ from typing import Any
 from torch import nn
 from torch.fx import Node
 
-from snnfx.analysis.batch.facts import BOTTOM, UNKNOWN, Fact, Rank, ShapeFact, SizeFact, Value, gap, leaves
+from snnfx.analysis.batch.facts import (
+    UNDETERMINED,
+    UNKNOWN,
+    Fact,
+    Rank,
+    ShapeFact,
+    SizeFact,
+    Value,
+    leaves,
+    rank_difference,
+)
 from snnfx.errors import Refusal
-from snnfx.ir.program import operation_name
+from snnfx.ir.printing import operation_name
 
-__all__ = ["CallSite", "aligned", "broadcast", "is_batch_sized", "lost", "number", "reserve"]
+__all__ = [
+    "CallSite",
+    "broadcast",
+    "common_fact",
+    "constant_int",
+    "is_batch_sized",
+    "require_trailing",
+    "without_batch",
+]
 
 
 @dataclass
@@ -22,13 +40,13 @@ class CallSite:
 
     Args:
         node: the call.
-        name: the row's name of the operation.
-        arguments: argument name -> fact, Python value, or a nest of both.
-        module: the module that is called, if one is.
+        name: name of the operation in the rule table.
+        arguments: argument name -> fact, Python value, or a nested container of both.
+        module: the called module, if any.
         training, batch_norm: as for `infer_batch`.
         inputs: names of the model's inputs, whose rank may be required.
-        refusal: why the node is not folded; the first reason counts.
-        requirements: least rank of one step of an input, where the rule had to assume one.
+        refusal: why the node is not folded (the first reason).
+        requirements: input name -> least rank of one step that the rules assumed.
     """
 
     node: Node
@@ -51,12 +69,12 @@ class CallSite:
 
     @property
     def fresh(self) -> str:
-        """A size symbol of this node's own, the same in every round of the analysis."""
+        """A size symbol of this node alone, equal in every iteration of the analysis."""
         return f"size({self.node.name})"
 
     @property
     def text(self) -> str:
-        """The call as the user may have written it."""
+        """The call in Python syntax, for messages."""
         node = self.node
         args = [*map(_text, node.args), *(f"{k}={_text(v)}" for k, v in node.kwargs.items())]
         if node.op == "call_method":
@@ -69,13 +87,16 @@ class CallSite:
         return f"`{name}({', '.join(args)})`"
 
     def require(self, rank: Rank, least: int, why: str) -> bool:
-        """Whether a value may be taken to have `least` dimensions; demands it of the model's input if it must."""
+        """Whether a value has at least `least` dimensions; records this as a requirement of the input where unknown.
+
+        `why` completes the sentence "the call ..., so it needs `least` dimensions".
+        """
         if rank.known is not None:
             if rank.known < least:
                 self.refuse(
                     "SNNFX102",
-                    f"{self.text} {why} and therefore {least} dimensions, but has {rank.known} in one step",
-                    f"Give one step {least} dimensions or more, the first of them the batch.",
+                    f"{self.text} {why}, so it needs {least} dimensions, but one step has {rank.known}",
+                    f"Give each step at least {least} dimensions, the first of them the batch.",
                 )
             return rank.known >= least
         if rank.base in self.inputs:
@@ -85,33 +106,33 @@ class CallSite:
         self.refuse_rank(why)
         return False
 
-    def refuse_rank(self, why: str = "depends on the number of dimensions") -> None:
-        """Do not fold: the rule needs a rank that is not known."""
-        self.refuse("SNNFX111", f"{self.text} {why}, which is not known", "Pass example_inputs.")
+    def refuse_rank(self, why: str = "depends on the rank") -> None:
+        """Do not fold: the rule needs a rank that is unknown."""
+        self.refuse("SNNFX111", f"{self.text} {why}, but the number of dimensions is unknown", "Pass example_inputs.")
 
     def refuse_mixing(self, fact: Fact, what: str, hint: str = "") -> None:
-        """Do not fold: the operation works along the batch."""
+        """Do not fold: the operation combines elements along the batch dimension."""
         self.refuse("SNNFX103", f"{self.text} {what} dim {fact.dim}, which is the batch", hint)
 
     def axis(self, fact: Fact, dim: Any) -> int | None:
-        """A `dim` argument counted from the left, or negative when it is known to be to the right of the batch.
+        """A `dim` argument counted from the left; negative where it is known to be to the right of the batch.
 
-        None, after a refusal, when it is not a constant number.
+        Returns None and refuses the site if `dim` is not a constant.
         """
-        place = number(dim)
+        place = constant_int(dim)
         if place is None:
-            self.refuse("SNNFX101", f"the dimension of {self.text} is not a constant number")
+            self.refuse("SNNFX101", f"the dimension of {self.text} is not a constant")
             return None
         if place >= 0:
             return place
         if fact.rank.known is not None:
             return place + fact.rank.known
         if fact.dim is not None:
-            self.require(fact.rank, fact.dim + 1 - place, f"counts dim {place} from the right of the batch")
+            self.require(fact.rank, fact.dim + 1 - place, f"counts dim {place} from the right")
         return place
 
     def axes(self, fact: Fact, dims: Any) -> list[int] | None:
-        """The same for one dimension or several."""
+        """`axis` for one dimension or several."""
         found = [self.axis(fact, dim) for dim in leaves(dims)]
         return None if None in found else [axis for axis in found if axis is not None]
 
@@ -123,58 +144,61 @@ def _text(value: Any) -> str:
     return "..." if value is Ellipsis else str(value)
 
 
-def number(value: Any) -> int | None:
-    """A constant int, literal or computed from ranks; None for anything else."""
+def constant_int(value: Any) -> int | None:
+    """The value of a constant int, literal or computed from ranks; None for anything else."""
     if isinstance(value, SizeFact):
         return value.value
     return value if isinstance(value, int) and not isinstance(value, bool) else None
 
 
 def is_batch_sized(value: Any) -> bool:
-    """Whether a Python value contains the size of the batch."""
+    """Whether a Python value contains the batch size."""
     return any(
         (isinstance(leaf, SizeFact) and leaf.symbol is not None) or (isinstance(leaf, ShapeFact) and leaf.of.batched)
         for leaf in leaves(value)
     )
 
 
-def lost(rank: Rank) -> Fact:
-    """A tensor of one step in which the batch is no dimension any more."""
+def without_batch(rank: Rank) -> Fact:
+    """The fact of a value that varies in time and has lost its batch dimension."""
     return Fact(rank, varying=True)
 
 
-def reserve(site: CallSite, fact: Fact, count: int) -> bool:
-    """Whether the last `count` dimensions can be worked on without touching the batch."""
+def require_trailing(site: CallSite, fact: Fact, count: int) -> bool:
+    """Whether the batch is in front of the last `count` dimensions; refuses the site otherwise."""
     if fact.dim is None:
         return True
     if fact.dim > 0 and fact.rank.known is not None and fact.rank.known < fact.dim + 1 + count:
-        site.refuse_mixing(fact, f"works on the last {count} dimensions, among them")
+        site.refuse_mixing(fact, f"works on the last {count} dimensions, which include")
         return False
-    return site.require(fact.rank, fact.dim + 1 + count, f"needs a batch and {count} more")
+    return site.require(
+        fact.rank, fact.dim + 1 + count, f"works on the last {count} dimensions and needs a batch in front of them"
+    )
 
 
 def broadcast(site: CallSite, values: Iterable[Any]) -> Value:
-    """The fact of an elementwise result. Batches have to lie on each other, counted from the right.
+    """The fact of an element-wise result, by the broadcasting rules of torch.
 
-    An operand without a batch has to be the same at each step and must not reach the batch, unless with size 1.
+    The batch dimensions of all operands must coincide, counted from the right. An operand without a batch must be
+    invariant in time and must have size 1 where it overlaps the batch.
     """
     operands = list(leaves(list(values)))
     if any(is_batch_sized(operand) for operand in operands):
         site.refuse(
             "SNNFX110",
-            f"{site.text} computes with the size of the batch",
-            "Use a size that does not depend on the batch, or a mean over a feature dimension.",
+            f"{site.text} computes with the batch size",
+            "Use the size of a feature dimension, or take a mean over a feature dimension.",
         )
     tensors = [operand for operand in operands if isinstance(operand, Fact)]
     if UNKNOWN in operands:
-        site.refuse("SNNFX105", f"where the batch of an operand of {site.text} is, is not known")
+        site.refuse("SNNFX105", f"the batch dimension of an operand of {site.text} is unknown")
         return UNKNOWN
     if not tensors:
-        return BOTTOM if BOTTOM in operands else UNKNOWN
+        return UNDETERMINED if UNDETERMINED in operands else UNKNOWN
     batched = [tensor for tensor in tensors if tensor.batched]
     if not batched:
-        # A slot that is not known yet may bring a batch and more dimensions than the constants have.
-        return BOTTOM if BOTTOM in operands else _broadcast_constants(tensors)
+        # An undetermined slot may add a batch and more dimensions than the constants have.
+        return UNDETERMINED if UNDETERMINED in operands else _broadcast_constants(tensors)
     result = batched[0]
     for tensor in batched[1:]:
         merged = _merge_batched(site, result, tensor)
@@ -194,7 +218,7 @@ def _broadcast_constants(tensors: list[Fact]) -> Value:
     if len(tensors) == 1:
         return tensors[0]
     ranks = [tensor.rank for tensor in tensors]
-    gaps = [gap(rank, ranks[0]) for rank in ranks]
+    gaps = [rank_difference(rank, ranks[0]) for rank in ranks]
     varying = any(tensor.varying for tensor in tensors)
     if any(g is None for g in gaps):
         return UNKNOWN
@@ -204,33 +228,33 @@ def _broadcast_constants(tensors: list[Fact]) -> Value:
 
 def _merge_batched(site: CallSite, a: Fact, b: Fact) -> Fact | None:
     assert a.dim is not None and b.dim is not None
-    from_right = gap(a.rank - a.dim, b.rank - b.dim)
+    from_right = rank_difference(a.rank - a.dim, b.rank - b.dim)
     if from_right is None:
-        site.refuse_rank("aligns operands by their number of dimensions")
+        site.refuse_rank("broadcasts operands of different rank")
         return None
     if from_right != 0:
-        site.refuse("SNNFX105", f"the operands of {site.text} have their batch in different places ({a}; {b})")
+        site.refuse("SNNFX105", f"the operands of {site.text} have their batch in different dimensions ({a}; {b})")
         return None
     if a.size != b.size:
-        reason = f"the batches of the operands of {site.text} are not known to be of one size ({a.size}, {b.size})"
+        reason = f"the operands of {site.text} may have different batch sizes ({a.size}, {b.size})"
         site.refuse("SNNFX105", reason)
         return None
     return a if a.dim >= b.dim else b
 
 
 def _merge_constant(site: CallSite, result: Fact, constant: Fact) -> Fact | None:
-    """`result`, which has a batch, broadcast with a tensor that has none."""
+    """The fact of `result`, which has a batch, broadcast with a tensor without one."""
     assert result.dim is not None
     if constant.varying:
         site.refuse(
             "SNNFX105",
             f"an operand of {site.text} varies in time but has no batch dimension",
-            "Expand it to the batch, e.g. with expand_as.",
+            "Expand it over the batch, e.g. with expand_as.",
         )
     if constant.rank.known == 0:
         return result
     right = result.rank - result.dim  # the batch is the `right`-th dimension from the right
-    reach = gap(constant.rank, right)
+    reach = rank_difference(constant.rank, right)
     if reach is None:
         return _merge_unrelated(site, result, constant)
     if reach < 0:
@@ -238,7 +262,7 @@ def _merge_constant(site: CallSite, result: Fact, constant: Fact) -> Fact | None
     size = constant.known[reach] if reach < len(constant.known) else None
     if size != 1:
         code = "SNNFX105" if constant.varying else "SNNFX104"
-        site.refuse(code, f"an operand of {site.text} has a fixed size where the other one has the batch")
+        site.refuse(code, f"an operand of {site.text} has a fixed size in the batch dimension of the other operand")
         return None
     return result if reach <= result.dim else Fact(constant.rank, reach, result.size)
 
@@ -246,39 +270,43 @@ def _merge_constant(site: CallSite, result: Fact, constant: Fact) -> Fact | None
 def _merge_unrelated(site: CallSite, result: Fact, constant: Fact) -> Fact | None:
     rank = constant.rank.known
     if rank is None or result.rank.known is not None:
-        site.refuse_rank("aligns operands by their number of dimensions")
+        site.refuse_rank("broadcasts operands of different rank")
         return None
     assert result.dim is not None
     ones = next((i for i, size in enumerate(constant.known) if size != 1), len(constant.known))
-    why = f"has an operand of {rank} dimensions without a batch; the other one needs its batch to the left of them,"
+    why = f"broadcasts with a constant of {rank} dimensions that must not overlap the batch"
     if not site.require(result.rank, max(result.dim + 1 + rank - ones, rank), why):
         return None
     return result
 
 
-def aligned(site: CallSite, values: Iterable[Any], equal_ranks: bool = True) -> Fact | None:
-    """The common fact of tensors that must have the same rank and the same batch; None after a refusal.
+def common_fact(site: CallSite, values: Iterable[Any], equal_ranks: bool = True) -> Fact | None:
+    """The fact shared by tensors that must have the same rank and batch; None after a refusal.
 
-    Without any batched tensor, the fact of the first. `equal_ranks` says that torch itself refuses different ranks.
+    If no tensor has a batch, this is the fact of the first. `equal_ranks`: torch raises for different ranks.
     """
     tensors = list(leaves(list(values)))
     if not tensors or not all(isinstance(tensor, Fact) for tensor in tensors):
-        site.refuse("SNNFX105", f"where the batch of an operand of {site.text} is, is not known")
+        site.refuse("SNNFX105", f"the batch dimension of an operand of {site.text} is unknown")
         return None
     batched = [tensor for tensor in tensors if tensor.batched]
     if not batched:
         return tensors[0]  # type: ignore[no-any-return]
-    # A known rank first: the others are as large, if torch takes them at all.
+    # Prefer a known rank: the other operands have the same, or torch raises.
     first: Fact = min(batched, key=lambda fact: fact.rank.known is None)
     for tensor in tensors:
         if not tensor.batched:
             code = "SNNFX105" if tensor.varying else "SNNFX104"
-            site.refuse(code, f"an operand of {site.text} has no batch, but the others have one")
+            site.refuse(code, f"an operand of {site.text} has no batch dimension, but another has one")
             return None
         known = first.rank.known
         if equal_ranks and known is not None and tensor.rank.known is None:
-            tensor = replace(tensor, rank=first.rank) if site.require(tensor.rank, known, "has operands") else tensor
+            tensor = (
+                replace(tensor, rank=first.rank)
+                if site.require(tensor.rank, known, "takes operands of one rank")
+                else tensor
+            )
         if (tensor.rank, tensor.dim, tensor.size) != (first.rank, first.dim, first.size):
-            site.refuse("SNNFX105", f"the operands of {site.text} do not share the batch ({first}; {tensor})")
+            site.refuse("SNNFX105", f"the operands of {site.text} have different batch dimensions ({first}; {tensor})")
             return None
     return first

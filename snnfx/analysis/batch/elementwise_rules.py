@@ -1,7 +1,7 @@
-"""How most operations carry the batch: elementwise, along named dimensions, on trailing or on leading ones.
+"""Batch rules of element-wise operations, reductions, pooling, convolution and normalisation.
 
-A rule takes a `CallSite`, gives the fact of the result, and refuses the site where folding would be wrong. Arguments
-that a row does not list as operands have been checked before: they are the same at each step and have no batch.
+A rule takes a `CallSite`, returns the fact of the result, and refuses the site where folding would be wrong. Arguments
+that a row does not list as operands were checked before: they are invariant in time and have no batch.
 """
 
 from __future__ import annotations
@@ -10,23 +10,31 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
-from snnfx.analysis.batch.call_site import CallSite, aligned, broadcast, is_batch_sized, lost, number, reserve
-from snnfx.analysis.batch.facts import BOTTOM, UNKNOWN, Bottom, Fact, Rank, SizeFact, Unknown, Value, leaves
+from snnfx.analysis.batch.call_site import (
+    CallSite,
+    broadcast,
+    common_fact,
+    constant_int,
+    is_batch_sized,
+    require_trailing,
+    without_batch,
+)
+from snnfx.analysis.batch.facts import UNDETERMINED, UNKNOWN, Fact, Rank, SizeFact, Undetermined, Unknown, Value, leaves
 
 __all__ = [
     "Along",
-    "Leading",
+    "BatchFirst",
     "Trailing",
     "elementwise",
     "embedding",
     "extremum",
+    "like_input",
     "median",
     "normalized_dimensions",
     "one_hot",
     "pad",
     "pairwise",
     "prelu",
-    "same",
     "scatter",
     "softmax",
     "where",
@@ -34,9 +42,9 @@ __all__ = [
 
 
 def elementwise(site: CallSite) -> Value:
-    """Every element on its own, operands broadcast; without tensors it is arithmetic on sizes."""
+    """Element-wise operation with broadcasting; without tensors, arithmetic on sizes."""
     operands = [*leaves(site.arguments)]
-    if any(isinstance(operand, Fact | Unknown | Bottom) for operand in operands):
+    if any(isinstance(operand, Fact | Unknown | Undetermined) for operand in operands):
         return broadcast(site, operands)
     return _arithmetic(site, operands) if getattr(site.node.target, "__module__", "") == "_operator" else UNKNOWN
 
@@ -50,12 +58,12 @@ def _arithmetic(site: CallSite, operands: list[Any]) -> Value:
         if scaled is None:
             site.refuse(
                 "SNNFX110",
-                f"{site.text} computes with the size of the batch; only multiples of it are sizes of a batch",
+                f"{site.text} computes with the batch size; only its multiples can be folded",
                 "Compute sizes from the feature dimensions.",
             )
             return UNKNOWN
         return scaled
-    values = [number(operand) for operand in operands]
+    values = [constant_int(operand) for operand in operands]
     if callable(site.node.target) and None not in values:
         result = site.node.target(*values)
         return SizeFact(value=result if isinstance(result, int) else None)
@@ -63,7 +71,7 @@ def _arithmetic(site: CallSite, operands: list[Any]) -> Value:
 
 
 def _scaled(site: CallSite, batch_sized: list[Any], operands: list[Any]) -> SizeFact | None:
-    """The batch size times or divided by a number: still T times as large when T steps are folded."""
+    """The batch size times or divided by a number; None if folding T steps does not make it T times as large."""
     if len(batch_sized) != 1 or len(operands) != 2 or not isinstance(batch_sized[0], SizeFact):
         return None
     symbol = batch_sized[0].symbol
@@ -71,14 +79,14 @@ def _scaled(site: CallSite, batch_sized: list[Any], operands: list[Any]) -> Size
     factor, _, base = symbol.rpartition("*")
     if site.name == "mul":
         other = operands[0] if operands[1] is batch_sized[0] else operands[1]
-        constant = number(other)
+        constant = constant_int(other)
         if constant is None:
             return SizeFact(site.fresh)
         if constant < 1:
             return None
         constant *= int(factor or 1)
         return SizeFact(symbol if constant == 1 else f"{constant}*{base}")
-    divisor = number(operands[1])
+    divisor = constant_int(operands[1])
     if site.name == "floor_divide" and divisor and int(factor or 1) % divisor == 0 and operands[0] is batch_sized[0]:
         quotient = int(factor or 1) // divisor
         return SizeFact(base if quotient == 1 else f"{quotient}*{base}")
@@ -86,28 +94,28 @@ def _scaled(site: CallSite, batch_sized: list[Any], operands: list[Any]) -> Size
 
 
 def where(site: CallSite) -> Value:
-    """`where(condition, a, b)`; with the condition alone it lists positions, and their number is not known."""
+    """`where(condition, a, b)`; refuses `where(condition)`, whose shape depends on values."""
     if len(site["operands"]) < 3 and not site["options"]:
-        site.refuse("SNNFX101", f"{site.text} has a result whose shape depends on values")
+        site.refuse("SNNFX101", f"the shape of {site.text} depends on values")
         return UNKNOWN
     return elementwise(site)
 
 
-def same(site: CallSite) -> Value:
-    """The shape of the first argument; the others do not matter (`type_as`, `rand_like`, dropout)."""
+def like_input(site: CallSite) -> Value:
+    """The fact of the first argument (`type_as`, `rand_like`, dropout)."""
     value = site["input"]
     return value if isinstance(value, Fact) else UNKNOWN
 
 
 @dataclass(frozen=True)
 class Trailing:
-    """Works on the last `count` dimensions; all dimensions before them are independent.
+    """Operation on the last `count` dimensions, independent along all others.
 
     Args:
         count: a number, or a function of the site.
-        operands: tensors that share the batch; broadcast against each other.
-        grows: by how many dimensions the result is larger.
-        pair: whether the result is a pair of tensors: True, False, or the name of an argument.
+        operands: tensors that share the batch and are broadcast.
+        grows: number of dimensions that the result has more than the operands.
+        pair: whether the result is a pair of tensors: True, False, or the name of the argument that decides.
     """
 
     count: int | Callable[[CallSite], int | None]
@@ -121,22 +129,22 @@ class Trailing:
             return fact
         count = self.count if isinstance(self.count, int) else self.count(site)
         if count is None:
-            site.refuse("SNNFX101", f"how many dimensions {site.text} works on is not a constant number")
+            site.refuse("SNNFX101", f"the number of dimensions that {site.text} works on is not a constant")
             return UNKNOWN
         result = Fact(fact.rank + self.grows, fact.dim, fact.size, varying=fact.varying)
-        if not reserve(site, fact, count):
-            result = lost(result.rank)
+        if not require_trailing(site, fact, count):
+            result = without_batch(result.rank)
         is_pair = site[self.pair] not in (None, False) if isinstance(self.pair, str) else self.pair
         return (result, result) if is_pair else result
 
 
 @dataclass(frozen=True)
-class Leading:
-    """Takes samples along dimension 0 and treats each on its own: convolutions, normalisation of a sample.
+class BatchFirst:
+    """Operation on samples in dim 0, independent along it: convolution, group norm.
 
     Args:
-        least: least rank with a batch; what has fewer dimensions is taken for one unbatched sample by torch.
-        to: rank of the result, if it is another one.
+        least: least rank with a batch; torch takes a tensor of lower rank as one unbatched sample.
+        to: rank of the result, where it differs from the input.
     """
 
     least: int
@@ -150,25 +158,25 @@ class Leading:
         if fact.dim is None:
             return Fact(rank, varying=fact.varying)
         if fact.dim != 0:
-            site.refuse_mixing(fact, "works across", "Move the batch to the front.")
-            return lost(rank)
-        if not site.require(fact.rank, self.least, "needs a batch"):
-            return lost(rank) if self.to is None else UNKNOWN
+            site.refuse_mixing(fact, "mixes elements along", "Move the batch to dim 0.")
+            return without_batch(rank)
+        if not site.require(fact.rank, self.least, "takes its samples along dim 0"):
+            return without_batch(rank) if self.to is None else UNKNOWN
         return Fact(rank, 0, fact.size)
 
 
 @dataclass(frozen=True)
 class Along:
-    """Works along the dimensions named in an argument; all others are independent.
+    """Operation along the dimensions named in an argument, independent along all others.
 
     Args:
         dim: name of that argument.
-        drops: whether the dimensions disappear: True, False, or the name of the `keepdim` argument.
+        drops: whether the dimensions are removed: True, False, or the name of the `keepdim` argument.
         outputs: number of tensors in the result.
-        operands: tensors that share the batch; broadcast against each other.
-        aligned: they must have the same shape instead.
-        grows: by how many dimensions the result is larger (appended at the end).
-        resizes: whether the dimension may have another size afterwards.
+        operands: tensors that share the batch and are broadcast.
+        aligned: the operands must have the same shape; they are not broadcast.
+        grows: number of dimensions appended to the result.
+        resizes: whether the size of the dimension may change.
     """
 
     dim: str = "dim"
@@ -181,12 +189,12 @@ class Along:
 
     def __call__(self, site: CallSite) -> Value:
         values = [site[name] for name in self.operands if site[name] is not None]
-        fact = aligned(site, values) if self.aligned else broadcast(site, values)
+        fact = common_fact(site, values) if self.aligned else broadcast(site, values)
         if not isinstance(fact, Fact):
-            return BOTTOM if fact is BOTTOM else UNKNOWN
+            return UNDETERMINED if fact is UNDETERMINED else UNKNOWN
         dims = site[self.dim]
         if isinstance(dims, bool):  # x.std(False): the flag of another overload
-            site.refuse("SNNFX101", f"the overload of {site.text} is not in the table")
+            site.refuse("SNNFX101", f"no batch rule covers this overload of {site.text}")
             return UNKNOWN
         if dims is None or dims == () or dims == []:
             return self._whole(site, fact)
@@ -197,10 +205,10 @@ class Along:
 
     def _whole(self, site: CallSite, fact: Fact) -> Value:
         if fact.batched:
-            site.refuse_mixing(fact, "works along all dimensions, also along", "Name the feature dimensions in `dim`.")
+            site.refuse_mixing(fact, "works along all dimensions, including", "Name the feature dimensions in `dim`.")
         if site[self.dim] is not None or not isinstance(self.drops, str):
-            return UNKNOWN  # what an empty tuple means, and what shape there is, is up to the operation
-        return self._pack(lost(fact.rank if site[self.drops] not in (None, False) else Rank(0)))
+            return UNKNOWN  # the meaning of an empty tuple, and so the shape, differs between operations
+        return self._pack(without_batch(fact.rank if site[self.drops] not in (None, False) else Rank(0)))
 
     def _result(self, site: CallSite, fact: Fact, axes: list[int]) -> Fact:
         keeps = self.drops is False or (isinstance(self.drops, str) and site[self.drops] not in (None, False))
@@ -208,7 +216,7 @@ class Along:
         if not keeps:
             rank = rank - len(axes)
         if fact.dim is not None and fact.dim in axes:
-            site.refuse_mixing(fact, "works along", "Use a feature dimension, e.g. dim=1, if that was not meant.")
+            site.refuse_mixing(fact, "works along", "Use a feature dimension, e.g. dim=1, if that was not intended.")
             if self.drops is not False:
                 ones = (*(None for _ in range(fact.dim)), 1) if keeps else ()
                 return Fact(rank, varying=True, known=ones)
@@ -224,19 +232,19 @@ class Along:
 
 
 def softmax(site: CallSite) -> Value:
-    """Along `dim`; without it torch takes dim 0 for ranks 0, 1 and 3, and dim 1 for others."""
+    """`softmax` along `dim`; the default is dim 0 for ranks 0, 1 and 3, and dim 1 for others."""
     fact = site["input"]
     if site["dim"] is None and isinstance(fact, Fact):
         rank = fact.rank.known
         if rank is None:
-            site.refuse_rank("chooses its dimension by the number of dimensions")
+            site.refuse_rank("has a default dimension that depends on the rank")
             return fact
         site.arguments["dim"] = 0 if rank in (0, 1, 3) else 1
     return Along()(site)
 
 
 def extremum(site: CallSite) -> Value:
-    """`max` and `min`: of two tensors, along a dimension (with positions), or of everything."""
+    """`max` and `min`: of two tensors, along a dimension (with indices), or of all elements."""
     other = site["dim"] if site["dim"] is not None else site["other"]
     if isinstance(other, Fact):
         return broadcast(site, [site["input"], other])
@@ -244,12 +252,12 @@ def extremum(site: CallSite) -> Value:
 
 
 def median(site: CallSite) -> Value:
-    """`median`: along a dimension (with positions) or of everything."""
+    """`median`: along a dimension (with indices) or of all elements."""
     return Along(drops="keepdim", outputs=1 if site["dim"] is None else 2)(site)
 
 
 def pairwise(site: CallSite) -> Value:
-    """Distances along the last dimension of two tensors."""
+    """`pairwise_distance` along the last dimension."""
     fact = Trailing(1, operands=("x1", "x2"))(site)
     if not isinstance(fact, Fact) or site["keepdim"] not in (None, False):
         return fact
@@ -257,44 +265,44 @@ def pairwise(site: CallSite) -> Value:
 
 
 def scatter(site: CallSite) -> Value:
-    """`scatter(input, dim, index, src)`: all along one dimension; `src` may be a number."""
+    """`scatter(input, dim, index, src)` along one dimension; `src` may be a number."""
     operands = ("input", "index", "src") if isinstance(site["src"], Fact) else ("input", "index")
     return Along(operands=operands, aligned=True)(site)
 
 
 def normalized_dimensions(site: CallSite) -> int | None:
-    """How many dimensions `layer_norm` normalises."""
+    """The number of dimensions that `layer_norm` normalises."""
     shape = site["normalized_shape"]
-    return 1 if number(shape) is not None else len(list(leaves(shape)))
+    return 1 if constant_int(shape) is not None else len(list(leaves(shape)))
 
 
 def embedding(site: CallSite) -> Value:
-    """Each index becomes a vector."""
+    """`embedding`: each index becomes a vector."""
     if site["max_norm"] is not None:
-        site.refuse("SNNFX101", f"{site.text} with max_norm changes its weight")
+        site.refuse("SNNFX101", f"{site.text} changes its weight (max_norm)")
     if site["scale_grad_by_freq"] not in (None, False):
         site.refuse("SNNFX103", f"{site.text} scales gradients by how often an index occurs in the batch")
     return Trailing(0, grows=1)(site)
 
 
 def one_hot(site: CallSite) -> Value:
-    """Each index becomes a vector, whose length has to be given."""
-    if number(site["num_classes"]) in (None, -1):
+    """`one_hot`: each index becomes a vector of `num_classes` elements."""
+    if constant_int(site["num_classes"]) in (None, -1):
         hint = "Pass num_classes."
-        site.refuse("SNNFX103", f"{site.text} takes the number of classes from the largest index in the batch", hint)
+        site.refuse("SNNFX103", f"{site.text} infers the number of classes from the largest index in the batch", hint)
     return Trailing(0, grows=1)(site)
 
 
 def prelu(site: CallSite) -> Value:
-    """Elementwise with one weight; otherwise the weights belong to dimension 1."""
+    """`prelu`: element-wise with one weight; otherwise one weight for each channel in dim 1."""
     weight = site["weight"]
     if isinstance(weight, Fact) and (weight.rank.known == 0 or weight.known == (1,)):
-        return same(site)
-    return Leading(2)(site)
+        return like_input(site)
+    return BatchFirst(2)(site)
 
 
 def pad(site: CallSite) -> Value:
-    """Pads the last dimensions, two numbers each."""
+    """`pad`: two numbers for each of the last dimensions."""
     amounts = list(leaves(site["pad"]))
     count = 1 if len(amounts) == 1 else len(amounts) // 2
     return Trailing(count)(site)

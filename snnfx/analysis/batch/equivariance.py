@@ -1,10 +1,10 @@
-"""Batch equivariance: which nodes of a step graph may be folded, and where the batch of each value is (an analysis).
+"""Batch equivariance: prove which nodes of a step graph may be folded.
 
-A stateless node may be folded when running it once on all time steps, with T folded into the batch (`[T, N, ...]` as
-`[T*N, ...]`), gives the results of the single steps one after the other: `f(cat_t x_t) == cat_t f(x_t)` along the batch
-dimension of each value. The proof is an abstract interpretation (Cousot & Cousot 1977) of the graph over facts about
-shapes (`batch_facts`) with one rule for each known operation (`batch_rules`); what has no rule is refused.
-State slots start unknown to everybody ("bottom") and are iterated to a fixpoint around the loop over time.
+A stateless node may be folded if one run on all time steps, with T folded into the batch (`[T, N, ...]` as
+`[T*N, ...]`), gives the results of T separate runs: `f(cat_t x_t) == cat_t f(x_t)` along the batch dimension of each
+value. The proof is an abstract interpretation (Cousot & Cousot 1977) of the graph over facts about shapes
+(`snnfx.analysis.batch.facts`) with one rule for each known operation (`snnfx.analysis.batch.rule_table`). An operation
+without a rule is refused. State slots start undetermined ("bottom"); the time loop is iterated to a fixpoint.
 """
 
 from __future__ import annotations
@@ -19,21 +19,21 @@ from torch.fx.node import map_aggregate
 
 from snnfx.analysis.batch.call_site import CallSite, is_batch_sized
 from snnfx.analysis.batch.facts import (
-    BOTTOM,
-    OTHER,
+    NON_TENSOR,
+    UNDETERMINED,
     UNKNOWN,
     Fact,
     Rank,
-    Repeated,
     ShapeFact,
     SizeFact,
+    UniformTuple,
     Value,
     join,
     leaves,
     model_input,
 )
-from snnfx.analysis.batch.rule_lookup import Found, constant_fact, look_up
-from snnfx.analysis.batch.rule_table import NEUTRAL
+from snnfx.analysis.batch.rule_lookup import RuleMatch, constant_fact, find_rule
+from snnfx.analysis.batch.rule_table import ELEMENTWISE_RULES
 from snnfx.errors import Refusal
 
 __all__ = ["BatchAnalysis", "Fact", "Rank", "ShapeFact", "SizeFact", "Value", "infer_batch", "model_input"]
@@ -44,9 +44,9 @@ class BatchAnalysis:
     """The result of `infer_batch`.
 
     Args:
-        facts: what is known of the value of each node; a tuple of facts for a node whose value is a tuple.
-        refusals: why a node may not be folded; a node that is not in it may be.
-        requirements: input name -> least number of dimensions that one step of it has to have for this to hold.
+        facts: node -> fact of its value, or a tuple of facts for a tuple.
+        refusals: node -> why it may not be folded; all other nodes may be.
+        requirements: input name -> least rank of one step for which the result holds.
     """
 
     facts: dict[Node, Value] = field(default_factory=dict)
@@ -66,35 +66,35 @@ def infer_batch(
     initial: Mapping[Node, object] | None = None,
     training_of: Callable[[nn.Module], bool] | None = None,
 ) -> BatchAnalysis:
-    """Find where the batch of every value of a step graph is, and which nodes may not be folded.
+    """Infer the batch dimension of every value, and which nodes may not be folded.
 
     Args:
-        graph: the graph of one step, without operations in place. Where nodes have `meta["val"]`, the ranks are those
-            of the example; the result then holds for inputs of these ranks, which are its requirements.
-        resolve: gives the object that a get_attr or call_module target names.
+        graph: the graph of one step, without in-place operations. Where nodes have `meta["val"]`, ranks are taken from
+            the example, and the result holds for inputs of these ranks (its requirements).
+        resolve: returns the object named by a get_attr or call_module target.
         inputs: the fact of each input placeholder, see `model_input`.
-        carried: slot placeholder -> the node (or constant) that gives its next value.
-        varying: nodes whose value may differ between time steps, random ones included; others are the same at each.
-        training: the mode that the graph is for.
-        batch_norm: what a BatchNorm in training may be taken to mean, see `snnfx.convert`.
-        initial: slot placeholder -> its value before the first step. A number or a tensor without dimensions stands
-            for a tensor of the shape of the next value. Default: read from the graph's output node, if that has the
-            form `(outputs, next_states, initial_values)`.
-        training_of: whether a layer that is called is in training; default: as the graph.
+        carried: slot placeholder -> the node (or constant) of its next value.
+        varying: nodes whose value may differ between time steps, including random nodes; all others are invariant.
+        training: the mode of the graph.
+        batch_norm: semantics of BatchNorm in training, see `snnfx.convert`.
+        initial: slot placeholder -> its value before the first step. A number or a 0-dimensional tensor is expanded to
+            the shape of the next value. Default: read from the output node of the graph, if it has the form
+            `(outputs, next_states, initial_values)`.
+        training_of: whether a called layer is in training; default: the mode of the graph.
 
     Returns:
-        Facts, refusals and requirements. Nothing is changed.
+        Facts, refusals and requirements.
     """
     walk = _BatchPropagation(graph, resolve, dict(inputs), varying, training, batch_norm, training_of)
     before = _initial_values(graph, carried) if initial is None else initial
-    slots: dict[Node, Value] = dict.fromkeys(carried, BOTTOM)
-    settled: set[Node] = set()  # slots that nothing but themselves says anything about
+    slots: dict[Node, Value] = dict.fromkeys(carried, UNDETERMINED)
+    settled: set[Node] = set()  # slots whose value depends on themselves only
     while True:
         analysis = walk.run(slots)
         following = {slot: _next_fact(walk, slot, value, before.get(slot)) for slot, value in carried.items()}
         joined = {slot: join(fact, following[slot]) for slot, fact in slots.items()}
         if joined == slots:
-            open_slots = [slot for slot, fact in slots.items() if BOTTOM in leaves(fact) and slot not in settled]
+            open_slots = [slot for slot, fact in slots.items() if UNDETERMINED in leaves(fact) and slot not in settled]
             if not open_slots:
                 return analysis
             settled.update(open_slots)
@@ -113,7 +113,7 @@ def _initial_values(graph: fx.Graph, carried: Mapping[Node, object]) -> Mapping[
 def _next_fact(walk: _BatchPropagation, slot: Node, following: object, initial: object) -> Value:
     after = walk.facts.get(following, UNKNOWN) if isinstance(following, Node) else UNKNOWN
     if not isinstance(initial, Node):
-        return after  # a number stands for a tensor of the shape of the next value
+        return after  # a number is expanded to the shape of the next value
     first = walk.facts.get(initial, UNKNOWN)
     if isinstance(first, SizeFact) or (isinstance(first, Fact) and first.rank == Rank(0)):
         return after
@@ -121,7 +121,7 @@ def _next_fact(walk: _BatchPropagation, slot: Node, following: object, initial: 
 
 
 class _BatchPropagation:
-    """One interpretation of the graph, given facts of the slots."""
+    """One abstract interpretation of the graph, given facts of the slots."""
 
     def __init__(
         self,
@@ -136,16 +136,16 @@ class _BatchPropagation:
         self.training_of = training_of
         self.graph, self.resolve, self.inputs, self.varying = graph, resolve, inputs, varying
         self.training, self.batch_norm = training, batch_norm
-        self.found = {node: look_up(node, resolve) for node in graph.nodes if node.op.startswith("call")}
+        self.found = {node: find_rule(node, resolve) for node in graph.nodes if node.op.startswith("call")}
         self.bases = {fact.rank.base for fact in inputs.values() if fact.rank.base}
         self.facts: dict[Node, Value] = {}
 
     def run(self, slots: Mapping[Node, Value]) -> BatchAnalysis:
-        """Facts of all nodes under the assumption that those of the slots hold."""
+        """The facts of all nodes, assuming the given facts of the slots."""
         self.facts = {}
         self.refusals: dict[Node, Refusal] = {}
         self.examples: dict[str, int] = {}
-        self.changing: set[Node] = set()  # the varying nodes whose value, not only size, may really differ
+        self.changing: set[Node] = set()  # varying nodes whose value, not only size, may differ between steps
         self.requirements = {
             fact.rank.base or node.name: 1 if fact.rank.known is None else fact.rank.known
             for node, fact in self.inputs.items()
@@ -157,10 +157,10 @@ class _BatchPropagation:
         return BatchAnalysis(self.facts, self.refusals, self.requirements)
 
     def _new_batch(self, node: Node) -> Value:
-        """What starts behind a node that is run step by step, when only the example tells its shape.
+        """The fact of a refused node, whose shape is known from the example only.
 
-        Any dimension of its sequence may be the one that T is folded into, so dim 0 is; its size has nothing to do
-        with that of other batches.
+        The node is not folded, so any dimension of its result may serve as the batch of the next fold: dim 0 is chosen,
+        with a size symbol unrelated to other batches.
         """
         value = node.meta.get("val")
         if not isinstance(value, Tensor) or value.dim() == 0:
@@ -174,7 +174,7 @@ class _BatchPropagation:
             return slots[node] if node in slots else self.inputs.get(node, UNKNOWN)
         if node.op == "get_attr":
             value = self.resolve(str(node.target))
-            return constant_fact(value) if isinstance(value, Tensor) else OTHER
+            return constant_fact(value) if isinstance(value, Tensor) else NON_TENSOR
         return self._call(node)
 
     def _call(self, node: Node) -> Value:
@@ -183,42 +183,42 @@ class _BatchPropagation:
         flat = list(leaves(operands))
         if node in self.varying and self._depends_on_time(node, found):
             self.changing.add(node)
-        same_at_each_step = node not in self.changing and not any(
+        is_invariant = node not in self.changing and not any(
             fact is UNKNOWN or is_batch_sized(fact) or (isinstance(fact, Fact) and (fact.batched or fact.varying))
             for fact in flat
         )
         if found is None:
-            if same_at_each_step and node not in self.varying:
+            if is_invariant and node not in self.varying:
                 return self._constant_result(node)
             self.refusals[node] = _no_row(node, flat)
             return UNKNOWN
         site = self._site(node, found)
         fact = self._evaluate(site, found)
-        if fact is BOTTOM:
-            return BOTTOM
+        if fact is UNDETERMINED:
+            return UNDETERMINED
         self._judge_without_batch(site, found, flat, fact)
         for name, least in site.requirements.items():
             self.requirements[name] = max(least, self.requirements.get(name, 0))
-        is_update = node.op == "call_module" and node in self.varying  # it changes its layer at each step
-        if site.refusal is not None and (is_update or not same_at_each_step):
+        is_update = node.op == "call_module" and node in self.varying  # updates its layer at each step
+        if site.refusal is not None and (is_update or not is_invariant):
             self.refusals[node] = site.refusal
-        if same_at_each_step:
+        if is_invariant:
             return self._marked(node, self._constant_result(node) if fact is UNKNOWN else fact)
         return self._marked(node, fact)
 
-    def _depends_on_time(self, node: Node, found: Found | None) -> bool:
+    def _depends_on_time(self, node: Node, found: RuleMatch | None) -> bool:
         if found is not None and (found.row.random or found.row.shape_only):
             return found.row.random
         return any(self._may_differ(operand) for operand in node.all_input_nodes)
 
     def _may_differ(self, operand: Node) -> bool:
-        """Whether the value of an operand may differ between steps, apart from sizes, which do not."""
+        """Whether the value of an operand may differ between steps (sizes may not)."""
         fact = self.facts[operand]
         return operand in self.changing and any(
-            not isinstance(leaf, SizeFact | ShapeFact) and leaf is not OTHER for leaf in leaves([fact])
+            not isinstance(leaf, SizeFact | ShapeFact) and leaf is not NON_TENSOR for leaf in leaves([fact])
         )
 
-    def _site(self, node: Node, found: Found) -> CallSite:
+    def _site(self, node: Node, found: RuleMatch) -> CallSite:
         def load(argument: Any) -> Any:
             return self.facts[argument] if isinstance(argument, Node) else argument
 
@@ -228,56 +228,56 @@ class _BatchPropagation:
             training = self.training_of(found.module)
         return CallSite(node, found.name, arguments, found.module, training, self.batch_norm, self.bases)
 
-    def _evaluate(self, site: CallSite, found: Found) -> Value:
-        looked_at = found.row.operands.split()
+    def _evaluate(self, site: CallSite, found: RuleMatch) -> Value:
+        operands = found.row.operands.split()
         sized = found.row.sizes.split()
-        neutral = found.row.rule in NEUTRAL
-        if not neutral and any(leaf is BOTTOM for leaf in leaves(site.arguments)):
-            return BOTTOM
+        neutral = found.row.rule in ELEMENTWISE_RULES
+        if not neutral and any(leaf is UNDETERMINED for leaf in leaves(site.arguments)):
+            return UNDETERMINED
         for name, value in site.arguments.items():
-            if name not in looked_at:
+            if name not in operands:
                 _check_invariant(site, value, may_be_sized=name in sized)
         fact = found.row.rule(site)
         if fact is UNKNOWN and site.refusal is None:
-            site.refuse("SNNFX105", f"where the batch of an operand of {site.text} is, is not known")
+            site.refuse("SNNFX105", f"the batch dimension of an operand of {site.text} is unknown")
         return fact
 
-    def _judge_without_batch(self, site: CallSite, found: Found, operands: list[Any], fact: Value) -> None:
-        """Refuse what varies in time and has no batch, going in or coming out: a folded region could not take it."""
+    def _judge_without_batch(self, site: CallSite, found: RuleMatch, operands: list[Any], fact: Value) -> None:
+        """Refuse values that vary in time and have no batch: a folded region cannot take or return them."""
         if found.name == "getitem" and isinstance(site["input"], tuple):
-            return  # an element goes where its tuple goes
+            return  # an element belongs to the region of its tuple
         tensors = [operand for operand in operands if isinstance(operand, Fact)]
         if found.row.random and isinstance(fact, Fact) and not fact.batched and site.node in self.varying:
             site.refuse(
                 "SNNFX105",
-                f"{site.text} draws random numbers without a batch dimension; folded, all steps would share them",
+                f"{site.text} draws random numbers without a batch dimension; folding would share them between steps",
                 "Draw them in the shape of a batched value, e.g. torch.rand_like(x).",
             )
         if tensors and not any(tensor.batched for tensor in tensors) and site.node in self.changing:
-            site.refuse("SNNFX102", f"{site.text} gets values that vary in time but have no batch dimension")
+            site.refuse("SNNFX102", f"the operands of {site.text} vary in time but have no batch dimension")
         if UNKNOWN in operands or any(tensor.varying and not tensor.batched for tensor in tensors):
-            site.refuse("SNNFX105", f"an operand of {site.text} varies in time, and has no batch that is known")
+            site.refuse("SNNFX105", f"an operand of {site.text} varies in time and has no known batch dimension")
 
     def _marked(self, node: Node, fact: Value) -> Value:
-        """Note at facts without a batch whether the value may differ between steps."""
+        """Set `varying` in facts without a batch."""
         if isinstance(fact, Fact):
             return fact if fact.batched else replace(fact, varying=node in self.changing)
         if isinstance(fact, tuple):
             marked = [self._marked(node, element) for element in fact]
-            return Repeated(marked[0]) if isinstance(fact, Repeated) else tuple(marked)
+            return UniformTuple(marked[0]) if isinstance(fact, UniformTuple) else tuple(marked)
         return fact
 
     def _constant_result(self, node: Node) -> Value:
-        """The fact of what is computed from parameters and constants alone, whatever computes it."""
+        """The fact of a value computed from parameters and constants only, by any operation."""
         value = node.meta.get("val")
         if isinstance(value, Tensor):
             return constant_fact(value)
         if isinstance(value, tuple | list):
-            return tuple(constant_fact(v) if isinstance(v, Tensor) else OTHER for v in value)
-        return Fact(Rank(0, node.name)) if value is None else OTHER
+            return tuple(constant_fact(v) if isinstance(v, Tensor) else NON_TENSOR for v in value)
+        return Fact(Rank(0, node.name)) if value is None else NON_TENSOR
 
     def _checked(self, node: Node, fact: Value) -> Value:
-        """The fact with what the example knows better; a contradiction between them is a refusal."""
+        """The fact refined by the example value; a contradiction is a refusal."""
         value = node.meta.get("val")
         if isinstance(value, tuple | list) and type(fact) is tuple and len(value) == len(fact):
             return tuple(self._checked_one(node, f, v) for f, v in zip(fact, value, strict=True))
@@ -292,21 +292,21 @@ class _BatchPropagation:
             agrees = fact.dim < value.dim()
             agrees = agrees and self.examples.setdefault(fact.size, value.shape[fact.dim]) == value.shape[fact.dim]
         if not agrees:
-            reason = f"its shape in the example, {list(value.shape)}, is not what the table says ({fact})"
+            reason = f"its shape in the example, {list(value.shape)}, contradicts the batch rule ({fact})"
             self.refusals.setdefault(node, Refusal("SNNFX101", reason))
             return UNKNOWN
         return replace(fact, rank=rank)
 
 
 def _check_invariant(site: CallSite, value: Any, may_be_sized: bool) -> None:
-    """Refuse an argument that the rule takes for a constant and that is none."""
+    """Refuse an argument that the rule assumes to be constant, if it may vary."""
     for leaf in leaves(value):
         if leaf is UNKNOWN or (isinstance(leaf, Fact) and (leaf.batched or leaf.varying)):
-            site.refuse("SNNFX105", f"an argument of {site.text} has to be the same at each step and may not be")
+            site.refuse("SNNFX105", f"an argument of {site.text} may vary in time, but must be constant")
         elif is_batch_sized(leaf) and not may_be_sized:
             site.refuse(
                 "SNNFX110",
-                f"{site.text} depends on the size of the batch",
+                f"{site.text} depends on the batch size",
                 "Use sizes of feature dimensions.",
             )
 
@@ -314,6 +314,6 @@ def _check_invariant(site: CallSite, value: Any, may_be_sized: bool) -> None:
 def _no_row(node: Node, operands: list[Any]) -> Refusal:
     name = str(node.target) if isinstance(node.target, str) else getattr(node.target, "__name__", str(node.target))
     if any(is_batch_sized(operand) for operand in operands):
-        return Refusal("SNNFX110", f"`{name}` is not in the table, and it depends on the size of the batch")
+        return Refusal("SNNFX110", f"no batch rule covers `{name}`, and it depends on the batch size")
     what = "the module" if node.op == "call_module" else "the operation"
-    return Refusal("SNNFX101", f"{what} `{name}` is not in the table of batch rules, or not with these arguments")
+    return Refusal("SNNFX101", f"no batch rule covers {what} `{name}` with these arguments")

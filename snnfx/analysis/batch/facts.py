@@ -1,8 +1,7 @@
-"""What the batch analysis knows of the value of one step: where its batch dimension is, and how large.
+"""Facts of the batch analysis: the rank, batch dimension and batch size of each value.
 
-A node may be folded when `f(cat_t x_t) == cat_t f(x_t)`, the concatenation being along the batch dimension of each
-value. A `Fact` says which dimension that is. Facts are about shapes alone: whether a node may be folded is said by the
-absence of a refusal.
+A node may be folded if `f(cat_t x_t) == cat_t f(x_t)`, where `cat` concatenates along the batch dimension of each
+value. A `Fact` names that dimension. Facts describe shapes only; a node may be folded if it has no refusal.
 """
 
 from __future__ import annotations
@@ -14,15 +13,26 @@ from typing import Any
 from torch import Tensor
 from torch.fx import Node
 
-__all__ = ["BOTTOM", "OTHER", "UNKNOWN", "Bottom", "Fact", "Other", "Rank", "Repeated", "ShapeFact", "SizeFact"]
-__all__ += ["Unknown", "Value", "gap", "join", "leaves", "model_input"]
+__all__ = [
+    "NON_TENSOR",
+    "UNDETERMINED",
+    "UNKNOWN",
+    "Fact",
+    "NonTensor",
+    "Rank",
+    "ShapeFact",
+    "SizeFact",
+    "Undetermined",
+    "UniformTuple",
+]
+__all__ += ["Unknown", "Value", "join", "leaves", "model_input", "rank_difference"]
 
 
 @dataclass(frozen=True)
 class Rank:
     """A number of dimensions: `offset`, or the unknown rank of `base` (an input or another node) plus `offset`.
 
-    `base == ""` is a known number. Adding and subtracting ints moves the offset.
+    `base == ""`: the number is known. Adding or subtracting an int changes the offset.
     """
 
     offset: int
@@ -30,7 +40,7 @@ class Rank:
 
     @property
     def known(self) -> int | None:
-        """The number, or None when it is relative to an unknown rank."""
+        """The number; None if it is relative to an unknown rank."""
         return None if self.base else self.offset
 
     def __add__(self, n: int) -> Rank:
@@ -45,22 +55,22 @@ class Rank:
         return f"rank({self.base})" + (f"{self.offset:+d}" if self.offset else "")
 
 
-def gap(a: Rank, b: Rank) -> int | None:
-    """`a - b` where that is known."""
+def rank_difference(a: Rank, b: Rank) -> int | None:
+    """`a - b`, or None if it is unknown."""
     return a.offset - b.offset if a.base == b.base else None
 
 
 @dataclass(frozen=True)
 class Fact:
-    """A tensor.
+    """The rank and batch dimension of a tensor at one time step.
 
     Args:
         rank: its number of dimensions in one step.
-        dim: which dimension is the batch, counted from the left; None: it has none (a parameter, `x.mean(0)`).
-        size: symbol of the size of that dimension. Equal symbols are equal sizes; "N" is that of the model's inputs.
-            Folded, every size that has a symbol is T times what it is in one step.
-        known: without a batch dimension, the sizes of the leading dimensions as far as they are known.
-        varying: without a batch dimension, whether the value may differ between time steps.
+        dim: the batch dimension, counted from the left; None: no batch (a parameter, `x.mean(0)`).
+        size: symbol of the batch size. Equal symbols are equal sizes; "N" is the batch size of the model's inputs.
+            Folding makes every size with a symbol T times as large.
+        known: for a tensor without a batch, the known sizes of its leading dimensions.
+        varying: for a tensor without a batch, whether the value may differ between time steps.
     """
 
     rank: Rank
@@ -82,12 +92,12 @@ class Fact:
 
 @dataclass(frozen=True)
 class SizeFact:
-    """A Python int that is made of sizes.
+    """A Python int computed from sizes.
 
     Args:
-        symbol: the size symbol it equals, or None when it does not depend on the batch.
-        value: the number, where it is the same in every call.
-        origin: the name of the tensor and the dimension it was read from.
+        symbol: the size symbol that it equals; None if it does not depend on the batch.
+        value: the number, if it is the same in every call.
+        origin: name of the tensor and dimension that it was read from.
     """
 
     symbol: str | None = None
@@ -97,45 +107,45 @@ class SizeFact:
 
 @dataclass(frozen=True)
 class ShapeFact:
-    """`x.shape` of a tensor whose rank is not a known number."""
+    """`x.shape` of a tensor of unknown rank."""
 
     of: Fact
     tensor: str
 
 
-class Repeated(tuple[Any, ...]):
-    """A tuple of unknown length; the one element stands for all."""
+class UniformTuple(tuple[Any, ...]):
+    """A tuple of unknown length whose elements share one fact."""
 
-    def __new__(cls, element: Any) -> Repeated:
+    def __new__(cls, element: Any) -> UniformTuple:
         return super().__new__(cls, (element,))
 
 
 @dataclass(frozen=True)
-class Other:
-    """A Python object that is the same at each step and whatever the batch: a dtype, a device, a module."""
+class NonTensor:
+    """A Python object that depends neither on time nor on the batch: a dtype, a device, a module."""
 
 
 @dataclass(frozen=True)
 class Unknown:
-    """Nothing is known."""
+    """No fact is known: the top of the lattice."""
 
 
 @dataclass(frozen=True)
-class Bottom:
-    """Not computed yet: a state slot in the first round. Neutral in elementwise operations."""
+class Undetermined:
+    """No fact yet: a state slot in the first iteration. The bottom of the lattice."""
 
 
-OTHER, UNKNOWN, BOTTOM = Other(), Unknown(), Bottom()
+NON_TENSOR, UNKNOWN, UNDETERMINED = NonTensor(), Unknown(), Undetermined()
 
-Value = Fact | SizeFact | ShapeFact | Other | Unknown | Bottom | tuple[Any, ...]
-"""What is known of a value; a tuple of values has a tuple of facts."""
+Value = Fact | SizeFact | ShapeFact | NonTensor | Unknown | Undetermined | tuple[Any, ...]
+"""The fact of any value; a tuple of values has a tuple of facts."""
 
 
 def join(a: Value, b: Value) -> Value:
-    """What holds whether the value is described by `a` or by `b`."""
-    if a == b or b == BOTTOM:
+    """The least fact implied by both `a` and `b` (join of the lattice)."""
+    if a == b or b == UNDETERMINED:
         return a
-    if a == BOTTOM:
+    if a == UNDETERMINED:
         return b
     if isinstance(a, tuple) and isinstance(b, tuple) and len(a) == len(b) and type(a) is type(b) is tuple:
         return tuple(join(x, y) for x, y in zip(a, b, strict=True))
@@ -145,7 +155,7 @@ def join(a: Value, b: Value) -> Value:
 
 
 def leaves(value: Any) -> Iterator[Any]:
-    """The facts and Python values in nested arguments."""
+    """The facts and Python values in nested arguments, one by one."""
     if isinstance(value, tuple | list):
         for element in value:
             yield from leaves(element)
@@ -158,11 +168,11 @@ def leaves(value: Any) -> Iterator[Any]:
 
 
 def model_input(node: Node, size: str = "N") -> Fact:
-    """The fact of an input of the model: its batch is dimension 0 of one step.
+    """The fact of an input of the model, whose batch is dim 0 of one step.
 
     Args:
-        node: the placeholder; `meta["val"]`, where present, gives the number of dimensions of one step.
-        size: symbol of the batch size; inputs with the same symbol have to have the same batch size in each call.
+        node: the placeholder; `meta["val"]`, if present, gives the rank of one step.
+        size: symbol of the batch size. Inputs with equal symbols must have equal batch sizes in each call.
     """
     example = node.meta.get("val")
     rank = Rank(example.dim()) if isinstance(example, Tensor) else Rank(0, node.name)

@@ -1,65 +1,65 @@
-"""How the batch goes through indexing, joining and sizes, and into tensors that are made from sizes."""
+"""Batch rules of indexing, concatenation, sizes, and tensors created from sizes."""
 
 from __future__ import annotations
 
 from typing import Any
 
-from snnfx.analysis.batch.call_site import CallSite, aligned, broadcast, is_batch_sized, lost, number
+from snnfx.analysis.batch.call_site import CallSite, broadcast, common_fact, constant_int, is_batch_sized, without_batch
 from snnfx.analysis.batch.facts import (
-    BOTTOM,
-    OTHER,
+    NON_TENSOR,
+    UNDETERMINED,
     UNKNOWN,
     Fact,
     Rank,
-    Repeated,
     ShapeFact,
     SizeFact,
+    UniformTuple,
     Unknown,
     Value,
-    gap,
     leaves,
+    rank_difference,
 )
 from snnfx.analysis.batch.shape_rules import (
-    is_size,
-    keep,
+    is_known_size,
     literal_sizes,
+    move_batch,
     refuse_batch_size,
     reverse,
     transpose_last,
     unsqueeze,
 )
 
-__all__ = ["attribute", "cat", "create", "getitem", "make_constant", "numel", "pieces", "python_value", "rank_of"]
+__all__ = ["attribute", "cat", "create", "getitem", "make_constant", "numel", "python_value", "rank_of", "split"]
 __all__ += ["set_part"]
 __all__ += ["select", "size", "stack", "unbind"]
 
 
 def cat(site: CallSite) -> Value:
-    """Join tensors along a dimension that is not the batch."""
+    """`cat` along a dimension other than the batch."""
     tensors, dim = site["tensors"], site["dim"]
-    fact = aligned(site, list(leaves(tensors)))
+    fact = common_fact(site, list(leaves(tensors)))
     if fact is None:
         return UNKNOWN
     axis = site.axis(fact, dim)
     if axis is None:
         return UNKNOWN
     if fact.dim is not None and axis == fact.dim:
-        site.refuse_mixing(fact, "joins along", "Join along a feature dimension, e.g. dim=1.")
+        site.refuse_mixing(fact, "concatenates along", "Concatenate along a feature dimension, e.g. dim=1.")
         return Fact(fact.rank, fact.dim, site.fresh)
-    return keep(fact, fact.dim)
+    return move_batch(fact, fact.dim)
 
 
 def stack(site: CallSite) -> Value:
-    """Join tensors along a new dimension, which moves the batch when it comes in front of it."""
-    fact = aligned(site, list(leaves(site["tensors"])))
+    """`stack` along a new dimension, which moves the batch if inserted in front of it."""
+    fact = common_fact(site, list(leaves(site["tensors"])))
     if fact is None:
         return UNKNOWN
     site.arguments["input"] = fact
     return unsqueeze(site)
 
 
-def pieces(site: CallSite) -> Value:
-    """`chunk`, `split`, `tensor_split`: not along the batch."""
+def split(site: CallSite) -> Value:
+    """`chunk`, `split`, `tensor_split` along a dimension other than the batch."""
     fact = site["input"]
     if not isinstance(fact, Fact):
         return UNKNOWN
@@ -67,19 +67,19 @@ def pieces(site: CallSite) -> Value:
     if axis is None:
         return UNKNOWN
     if fact.dim is not None and axis == fact.dim:
-        site.refuse_mixing(fact, "cuts along", "Cut a feature dimension, e.g. dim=1.")
-        return Repeated(lost(fact.rank))  # the last piece may be smaller
-    return Repeated(keep(fact, fact.dim))
+        site.refuse_mixing(fact, "splits", "Split a feature dimension, e.g. dim=1.")
+        return UniformTuple(without_batch(fact.rank))  # the last piece may be smaller
+    return UniformTuple(move_batch(fact, fact.dim))
 
 
 def unbind(site: CallSite) -> Value:
-    """All slices along a dimension that is not the batch."""
+    """`unbind` along a dimension other than the batch."""
     part = select(site)
-    return Repeated(part) if isinstance(part, Fact) else UNKNOWN
+    return UniformTuple(part) if isinstance(part, Fact) else UNKNOWN
 
 
 def select(site: CallSite) -> Value:
-    """One slice along a dimension that is not the batch."""
+    """`select` along a dimension other than the batch."""
     fact = site["input"]
     if not isinstance(fact, Fact):
         return UNKNOWN
@@ -87,15 +87,15 @@ def select(site: CallSite) -> Value:
     if axis is None:
         return UNKNOWN
     if fact.dim is None:
-        return keep(fact, None, -1)
+        return move_batch(fact, None, -1)
     if axis == fact.dim:
-        site.refuse_mixing(fact, "picks from", "Every sample has to be treated the same; index a feature dimension.")
-        return lost(fact.rank - 1)
-    return keep(fact, fact.dim - 1 if 0 <= axis < fact.dim else fact.dim, -1)
+        site.refuse_mixing(fact, "selects samples from", "Index a feature dimension.")
+        return without_batch(fact.rank - 1)
+    return move_batch(fact, fact.dim - 1 if 0 <= axis < fact.dim else fact.dim, -1)
 
 
 def getitem(site: CallSite) -> Value:
-    """`x[...]`: of a tensor, a tuple, or a shape."""
+    """`x[...]` of a tensor, a tuple, or a shape."""
     source, index = site["input"], site["index"]
     if isinstance(source, tuple):
         return _element(site, source, index)
@@ -108,7 +108,7 @@ def getitem(site: CallSite) -> Value:
 
 
 def set_part(site: CallSite) -> Value:
-    """`x` after `x[index] = value`: the index must not touch the batch, and the value must fit the part."""
+    """`x[index] = value`, where the index keeps the batch and the value has it in the same dimension."""
     target, index, value = site["input"], site["index"], site["value"]
     if not isinstance(target, Fact):
         return UNKNOWN
@@ -118,21 +118,28 @@ def set_part(site: CallSite) -> Value:
     merged = broadcast(site, [part, value])
     if merged == part:
         return target
-    if isinstance(merged, Fact) and not merged.batched and not target.batched and gap(merged.rank, part.rank) == 0:
+    if (
+        isinstance(merged, Fact)
+        and not merged.batched
+        and not target.batched
+        and rank_difference(merged.rank, part.rank) == 0
+    ):
         return Fact(target.rank, varying=merged.varying)
-    site.refuse("SNNFX105", f"the value assigned in {site.text} has its batch elsewhere than the part")
+    site.refuse(
+        "SNNFX105", f"the value assigned in {site.text} has its batch in another dimension than the indexed part"
+    )
     return UNKNOWN
 
 
 def _element(site: CallSite, source: tuple[Any, ...], index: Any) -> Value:
-    if isinstance(source, Repeated):
+    if isinstance(source, UniformTuple):
         return source if isinstance(index, slice) else source[0]
-    place = number(index)
+    place = constant_int(index)
     if isinstance(index, slice):
-        bounds = [number(bound) for bound in (index.start, index.stop, index.step)]
+        bounds = [constant_int(bound) for bound in (index.start, index.stop, index.step)]
         return _as_fact(source[slice(*bounds)])
     if place is None or not -len(source) <= place < len(source):
-        site.refuse("SNNFX101", f"which element {site.text} takes is not known")
+        site.refuse("SNNFX101", f"the element that {site.text} selects is unknown")
         return UNKNOWN
     return _as_fact(source[place])
 
@@ -141,16 +148,16 @@ def _as_fact(value: Any) -> Value:
     if isinstance(value, int) and not isinstance(value, bool):
         return SizeFact(value=value)
     if value is None or isinstance(value, bool | float | str):
-        return OTHER
+        return NON_TENSOR
     return value  # type: ignore[no-any-return]
 
 
 def _size_of(site: CallSite, shape: ShapeFact, index: Any) -> Value:
     fact = shape.of
     if isinstance(index, slice):
-        stop = number(index.stop)
+        stop = constant_int(index.stop)
         if index.start in (None, 0) and index.step in (None, 1) and stop is not None and stop >= 0:
-            site.require(fact.rank, stop, f"reads {stop} sizes")
+            site.require(fact.rank, stop, f"reads the first {stop} sizes")
             return tuple(_one_size(shape, i) for i in range(stop))
         site.refuse_rank("reads sizes counted from the right")
         return UNKNOWN
@@ -165,19 +172,19 @@ def _one_size(shape: ShapeFact, axis: int) -> SizeFact:
 
 def _sliced(site: CallSite, fact: Fact, items: tuple[Any, ...]) -> Value:
     for item in items:
-        if not (item is None or item is Ellipsis or isinstance(item, slice) or number(item) is not None):
-            kind = "a tensor" if isinstance(item, Fact) else "something that is not a constant number"
+        if not (item is None or item is Ellipsis or isinstance(item, slice) or constant_int(item) is not None):
+            kind = "a tensor" if isinstance(item, Fact) else "a value that is not a constant"
             site.refuse("SNNFX101", f"{site.text} indexes with {kind}", "Use torch.gather or torch.index_select.")
             return UNKNOWN
     bounds = list(leaves(items))
     if is_batch_sized(bounds):
         refuse_batch_size(site)
     if any(isinstance(bound, Fact | Unknown) for bound in bounds):
-        site.refuse("SNNFX101", f"the bounds of a slice in {site.text} are tensors")
+        site.refuse("SNNFX101", f"a slice bound in {site.text} is a tensor")
     middle = next((i for i, item in enumerate(items) if item is Ellipsis), len(items))
     left, right = items[:middle], items[middle + 1 :]
     consumed = sum(item is not None for item in right)
-    change = sum((item is None) - (number(item) is not None) for item in left + right)
+    change = sum((item is None) - (constant_int(item) is not None) for item in left + right)
     rank = fact.rank + change
     if fact.dim is None:
         return Fact(rank, varying=fact.varying)
@@ -191,16 +198,16 @@ def _sliced(site: CallSite, fact: Fact, items: tuple[Any, ...]) -> Value:
                 walk.take(item)
         else:
             least = max(fact.dim, walk.axis - 1) + 1 + consumed
-            if not site.require(fact.rank, least, "counts from the right of the batch"):
+            if not site.require(fact.rank, least, "counts dimensions from the right"):
                 return UNKNOWN
     if walk.dropped:
-        return lost(rank)
+        return without_batch(rank)
     walk.skip_to(max(walk.axis, fact.dim + 1))
     return Fact(rank, walk.place, walk.size)
 
 
 class _IndexBinding:
-    """Goes through an index from the left and notes where the batch ends up."""
+    """Applies the items of an index from the left and tracks the batch dimension."""
 
     def __init__(self, site: CallSite, fact: Fact) -> None:
         self.site, self.fact, self.size = site, fact, fact.size
@@ -218,27 +225,24 @@ class _IndexBinding:
         if not isinstance(item, slice):
             if at_batch:
                 self.dropped = True
-                hint = "Every sample has to be treated the same; index a feature dimension, e.g. x[:, 0]."
-                self.site.refuse_mixing(self.fact, "picks from", hint)
+                hint = "Index a feature dimension, e.g. x[:, 0]."
+                self.site.refuse_mixing(self.fact, "selects samples from", hint)
             return
         if at_batch:
             self.place = self.out
             if item.start not in (None, 0) or item.stop is not None or item.step not in (None, 1):
-                self.site.refuse_mixing(self.fact, "cuts", "Slice a feature dimension, e.g. x[:, :4].")
+                self.site.refuse_mixing(self.fact, "slices", "Slice a feature dimension, e.g. x[:, :4].")
                 self.size = self.site.fresh
         self.out += 1
 
     def skip_to(self, axis: int) -> None:
-        """Dimensions that are taken whole."""
+        """Keep all dimensions up to `axis`."""
         while self.axis < axis:
             self.take(slice(None))
 
 
-# --- sizes and what is made of them
-
-
 def attribute(site: CallSite) -> Value:
-    """`x.shape`, `x.T`, `x.dtype`, ..."""
+    """Attributes of a tensor: `x.shape`, `x.T`, `x.dtype`, ..."""
     name = site["name"]
     if not isinstance(site["input"], Fact):
         return UNKNOWN
@@ -246,20 +250,20 @@ def attribute(site: CallSite) -> Value:
         return python_value(site)
     found = _ATTRIBUTES.get(name)
     if found is None:
-        site.refuse("SNNFX101", f"the attribute `{name}` is not in the table")
+        site.refuse("SNNFX101", f"no batch rule covers the attribute `{name}`")
         return UNKNOWN
     return found(site)
 
 
-def _can_be_asked(fact: Any) -> bool:
-    """Whether a folded region may ask the tensor for its shape or type, for which it has to be given the tensor."""
+def _can_be_read(fact: Any) -> bool:
+    """Whether a folded region can take the tensor as an input and read its shape or dtype."""
     return isinstance(fact, Fact) and (fact.batched or not fact.varying)
 
 
 def size(site: CallSite) -> Value:
     """`x.size()`, `x.size(0)`, `x.shape`."""
     fact = site["input"]
-    if not _can_be_asked(fact):
+    if not _can_be_read(fact):
         return UNKNOWN
     tensor = getattr(site.node.args[0], "name", "")
     shape = ShapeFact(fact, tensor)
@@ -271,15 +275,15 @@ def size(site: CallSite) -> Value:
 
 
 def numel(site: CallSite) -> Value:
-    """How many elements a tensor has: a multiple of the batch."""
+    """`x.numel()`: a multiple of the batch size."""
     fact = site["input"]
-    return SizeFact(site.fresh if fact.batched else None) if _can_be_asked(fact) else UNKNOWN
+    return SizeFact(site.fresh if fact.batched else None) if _can_be_read(fact) else UNKNOWN
 
 
 def rank_of(site: CallSite) -> Value:
     """`x.dim()`, `x.ndim`."""
     fact = site["input"]
-    return SizeFact(value=fact.rank.known) if _can_be_asked(fact) else UNKNOWN
+    return SizeFact(value=fact.rank.known) if _can_be_read(fact) else UNKNOWN
 
 
 def _same_tensor(site: CallSite) -> Value:
@@ -299,18 +303,18 @@ _ATTRIBUTES = {
 
 
 def python_value(site: CallSite) -> Value:
-    """A question about the tensor that does not depend on the batch."""
-    return OTHER if _can_be_asked(site["input"]) else UNKNOWN
+    """A property of a tensor that does not depend on the batch."""
+    return NON_TENSOR if _can_be_read(site["input"]) else UNKNOWN
 
 
 def create(site: CallSite) -> Value:
-    """`torch.zeros(sizes)`, `x.new_full(sizes, value)`: the same value at each step; the size may be the batch's."""
+    """`torch.zeros(sizes)`, `x.new_full(sizes, value)`: one of the sizes may be the batch size."""
     shape = site["size"]
     if isinstance(shape, ShapeFact):
         return Fact(shape.of.rank, shape.of.dim, shape.of.size)
     entries = list(leaves(shape))
-    if not all(map(is_size, entries)):
-        site.refuse("SNNFX101", f"the shape in {site.text} is not known")
+    if not all(map(is_known_size, entries)):
+        site.refuse("SNNFX101", f"the shape in {site.text} is unknown")
         return UNKNOWN
     places = [i for i, entry in enumerate(entries) if is_batch_sized(entry)]
     if len(places) > 1:
@@ -322,16 +326,16 @@ def create(site: CallSite) -> Value:
 
 
 def make_constant(site: CallSite) -> Value:
-    """`torch.arange(n)`, `torch.eye(n)`, `torch.tensor(data)`: made of numbers that are not the batch size."""
+    """`torch.arange(n)`, `torch.eye(n)`, `torch.tensor(data)` of numbers other than the batch size."""
     operands = list(leaves(site.arguments))
     if is_batch_sized(operands):
-        site.refuse("SNNFX110", f"{site.text} depends on the size of the batch")
+        site.refuse("SNNFX110", f"{site.text} depends on the batch size")
         return UNKNOWN
     if any(isinstance(operand, Fact) for operand in operands) or UNKNOWN in operands:
-        site.refuse("SNNFX101", f"{site.text} is in the table with numbers only")
+        site.refuse("SNNFX101", f"no batch rule covers {site.text} with tensors")
         return UNKNOWN
-    if BOTTOM in operands:
-        return BOTTOM
+    if UNDETERMINED in operands:
+        return UNDETERMINED
     ranks = {"arange": 1, "linspace": 1, "eye": 2}
     values = site["values"]
     return Fact(Rank(ranks[site.name] if site.name in ranks else _nesting(values[0] if values else 0)))

@@ -1,4 +1,4 @@
-"""How modules with rules of their own carry the batch: attention, normalisation, recurrence, neurons."""
+"""Batch rules of attention, BatchNorm, recurrent modules, neurons and autograd functions."""
 
 from __future__ import annotations
 
@@ -9,9 +9,9 @@ from typing import Any
 import torch
 from torch import nn
 
-from snnfx.analysis.batch.call_site import CallSite, aligned, broadcast, is_batch_sized, lost, number
-from snnfx.analysis.batch.elementwise_rules import Leading
-from snnfx.analysis.batch.facts import BOTTOM, OTHER, UNKNOWN, Fact, Rank, SizeFact, Value, leaves
+from snnfx.analysis.batch.call_site import CallSite, broadcast, common_fact, constant_int, is_batch_sized, without_batch
+from snnfx.analysis.batch.elementwise_rules import BatchFirst
+from snnfx.analysis.batch.facts import NON_TENSOR, UNDETERMINED, UNKNOWN, Fact, Rank, SizeFact, Value, leaves
 from snnfx.state.registry import adapter_of
 
 __all__ = [
@@ -32,17 +32,17 @@ __all__ = [
 
 
 def multihead_attention(site: CallSite) -> Value:
-    """`nn.MultiheadAttention`: three dimensions, the batch first or second."""
+    """`nn.MultiheadAttention`: three dimensions, the batch in dim 0 or 1."""
     module = site.module
     assert isinstance(module, nn.MultiheadAttention)
     query = site["query"]
-    fact = aligned(site, [query, site["key"], site["value"]])
+    fact = common_fact(site, [query, site["key"], site["value"]])
     if fact is None:
         return (UNKNOWN, UNKNOWN)
     fact = _sequence(site, fact, module.batch_first)
     _check_masks(site, fact, site["attn_mask"], site["key_padding_mask"])
     if site["need_weights"] is False:
-        return (fact, OTHER)
+        return (fact, NON_TENSOR)
     heads = 0 if site["average_attn_weights"] is not False else 1
     if not fact.batched or site.refusal is not None:
         return (fact, UNKNOWN)
@@ -50,26 +50,26 @@ def multihead_attention(site: CallSite) -> Value:
 
 
 def _sequence(site: CallSite, fact: Fact, batch_first: bool) -> Fact:
-    """Check that a sequence module gets three dimensions with the batch where it expects it."""
+    """Check that a sequence module gets three dimensions with the batch in the expected one."""
     if fact.dim is None:
         return fact
-    if not site.require(fact.rank, 3, "needs a batch, positions and features,"):
-        return lost(fact.rank)
+    if not site.require(fact.rank, 3, "takes batch, positions and features"):
+        return without_batch(fact.rank)
     if fact.dim != (0 if batch_first else 1):
         expected = "first" if batch_first else "second"
         hint = f"Transpose its input, or build it with batch_first={not batch_first}."
-        site.refuse_mixing(fact, f"takes the batch as its {expected} dimension and works along", hint)
+        site.refuse_mixing(fact, f"expects the batch as its {expected} dimension and mixes elements along", hint)
     return fact
 
 
 def _check_masks(site: CallSite, fact: Fact, shared: Any, padding: Any) -> None:
     for mask in (shared, padding):
         if mask is not None and not isinstance(mask, Fact):
-            site.refuse("SNNFX105", f"a mask of {site.text} is not known")
+            site.refuse("SNNFX105", f"the batch dimension of a mask of {site.text} is unknown")
     if isinstance(shared, Fact) and (shared.batched or shared.varying or shared.rank.known != 2):
-        site.refuse("SNNFX105", f"the attention mask of {site.text} is not one [L, S] matrix for all samples and steps")
+        site.refuse("SNNFX105", f"the attention mask of {site.text} is not one constant [L, S] matrix")
     if isinstance(padding, Fact) and (padding.dim, padding.size) != (0, fact.size):
-        site.refuse("SNNFX105", f"the padding mask of {site.text} does not have the batch first")
+        site.refuse("SNNFX105", f"the padding mask of {site.text} does not have the batch in dim 0")
 
 
 _PARTS_OF_AN_ENCODER = (
@@ -88,7 +88,7 @@ _PARTS_OF_AN_ENCODER = (
 
 
 def encoder(site: CallSite) -> Value:
-    """`nn.TransformerEncoderLayer` and a stack of them, built of torch's own parts."""
+    """`nn.TransformerEncoderLayer` and `nn.TransformerEncoder`, if built from modules of torch only."""
     module = site.module
     assert module is not None
     fact = site["src"]
@@ -98,74 +98,77 @@ def encoder(site: CallSite) -> Value:
     foreign = [part for part in module.modules() if type(part) not in _PARTS_OF_AN_ENCODER]
     activations = {getattr(layer.activation, "__name__", type(layer.activation).__name__) for layer in layers}
     if foreign or not activations <= {"relu", "gelu", "ReLU", "GELU"}:
-        what = type(foreign[0]).__name__ if foreign else "an activation of its own"
-        site.refuse("SNNFX101", f"{site.text} contains {what}, which the table does not vouch for there")
+        what = type(foreign[0]).__name__ if foreign else "a custom activation"
+        site.refuse("SNNFX101", f"{site.text} contains {what}, which no batch rule covers there")
     orders = {layer.self_attn.batch_first for layer in layers}
     if len(orders) != 1:
-        site.refuse("SNNFX101", f"the layers of {site.text} do not agree on batch_first")
+        site.refuse("SNNFX101", f"the layers of {site.text} have different values of batch_first")
         return UNKNOWN
     fact = _sequence(site, fact, orders.pop())
     padding = site["src_key_padding_mask"]
     if padding is not None and isinstance(module, nn.TransformerEncoder):
-        site.refuse("SNNFX103", f"{site.text} may cut its result to the longest sample of the batch")
+        site.refuse("SNNFX103", f"{site.text} may truncate its result to the longest sample in the batch")
     _check_masks(site, fact, site["src_mask"] if site["src_mask"] is not None else site["mask"], padding)
     return fact
 
 
 def batch_norm(site: CallSite) -> Value:
-    """Statistics of the batch in training: what folding means for them is declared by `batch_norm=`."""
+    """BatchNorm; in training, `batch_norm=` declares whether its statistics may be folded."""
     module = site.module
     in_training = site.training if module is not None else site["training"] not in (None, False)
     if site["running_mean"] is None and site["running_var"] is None and not in_training:
         site.refuse(
             "SNNFX106",
-            f"{site.text} has no running statistics, so it uses those of one step even in evaluation",
+            f"{site.text} has no running statistics, so it uses the statistics of each step even in evaluation",
             "Use track_running_stats=True.",
         )
     elif in_training and (module is None or not site.training):
-        site.refuse("SNNFX106", f"{site.text} uses the statistics of one step; only modules may use others")
+        site.refuse(
+            "SNNFX106",
+            f"{site.text} uses the statistics of each step; only BatchNorm modules may be folded in training",
+        )
     elif in_training and site.batch_norm == "per_step":
         site.refuse(
             "SNNFX106",
-            f'{site.text} uses the statistics of one step at a time (batch_norm="per_step")',
-            'batch_norm="fold" takes them over all steps at once.',
+            f'{site.text} uses the statistics of each step (batch_norm="per_step")',
+            'Use batch_norm="fold" to take the statistics over all steps.',
         )
     ranks = {nn.BatchNorm2d: 4, nn.BatchNorm3d: 5}
-    return Leading(next((rank for cls, rank in ranks.items() if isinstance(module, cls)), 2))(site)
+    return BatchFirst(next((rank for cls, rank in ranks.items() if isinstance(module, cls)), 2))(site)
 
 
 def instance_norm(site: CallSite) -> Value:
-    """Normalises each sample; with running statistics, those are updated like BatchNorm's."""
+    """InstanceNorm; its running statistics, if any, are updated like those of BatchNorm."""
     module = site.module
     tracks = site["running_mean"] is not None
     in_training = site.training if module is not None else site["use_input_stats"] not in (None, False)
     if tracks and in_training and site.batch_norm == "per_step":
         site.refuse("SNNFX106", f'{site.text} updates running statistics at each step (batch_norm="per_step")')
     ranks = {nn.InstanceNorm1d: 3, nn.InstanceNorm2d: 4, nn.InstanceNorm3d: 5}
-    return Leading(next((rank for cls, rank in ranks.items() if isinstance(module, cls)), 3))(site)
+    return BatchFirst(next((rank for cls, rank in ranks.items() if isinstance(module, cls)), 3))(site)
 
 
 def cell(site: CallSite) -> Value:
-    """`nn.RNNCell`, `nn.GRUCell`, `nn.LSTMCell`: `[N, C]` and explicit states `[N, H]`."""
+    """`nn.RNNCell`, `nn.GRUCell`, `nn.LSTMCell`: input `[N, C]`, explicit states `[N, H]`."""
     fact = site["input"]
     states = [state for state in leaves(site["hx"]) if state is not None]
     if not isinstance(fact, Fact):
         return UNKNOWN
-    merged = aligned(site, [fact, *states]) if states else fact
+    merged = common_fact(site, [fact, *states]) if states else fact
     if merged is None:
         return UNKNOWN
-    result = Leading(2)(site)
+    result = BatchFirst(2)(site)
     return (result, result) if isinstance(site.module, nn.LSTMCell) else result
 
 
 def recurrent(site: CallSite) -> Value:
-    """`nn.RNN`, `nn.GRU`, `nn.LSTM` run over a sequence of their own within one step."""
+    """`nn.RNN`, `nn.GRU`, `nn.LSTM`: refused, they run over a sequence within one step."""
     module = site.module
     assert isinstance(module, nn.RNNBase)
     site.refuse(
         "SNNFX109",
         f"{site.text} runs over a sequence within one step",
-        "If that sequence is time itself, use the cell (e.g. nn.GRUCell) and pass its state.",
+        "If that sequence is time, use the cell (e.g. nn.GRUCell) and pass its state.",
     )
     fact = site["input"]
     if not isinstance(fact, Fact) or fact.rank.known != 3 or fact.dim != (0 if module.batch_first else 1):
@@ -175,42 +178,42 @@ def recurrent(site: CallSite) -> Value:
 
 
 def stateful(site: CallSite) -> Value:
-    """`call_stateful(module, slots, *inputs)` of a neuron: outputs and next values are shaped like the first input."""
+    """`call_stateful(module, slots, *inputs)`: outputs and next states have the shape of the first input."""
     module, slots = site.module, site["state"]
     adapter = adapter_of(module) if module is not None else None
     count = len(slots) if isinstance(slots, tuple | list) else 0
     if module is not None and adapter is not None and hasattr(adapter, "keeps_batch") and adapter.keeps_batch(module):
         first = next(iter(leaves(site["inputs"])), UNKNOWN)
         if not adapter.elementwise(module) and isinstance(first, Fact) and first.dim == 0:
-            # Recurrent neurons and the like mix features, but not samples, which lie along dimension 0 of everything.
+            # Recurrent neurons mix features, but not samples: the batch is dim 0 of all inputs and states.
             if any(fact is UNKNOWN or (isinstance(fact, Fact) and fact.dim != 0) for fact in leaves(slots)):
-                site.refuse("SNNFX105", f"where the batch of a state of {site.text} is, is not known")
+                site.refuse("SNNFX105", f"the batch dimension of a state of {site.text} is unknown")
             return (first, (first,) * count)
     if module is None or adapter is None or not adapter.elementwise(module):
-        site.refuse("SNNFX101", f"{site.text} is not known to be elementwise")
+        site.refuse("SNNFX101", f"{site.text} is not known to be element-wise")
         return (UNKNOWN, (UNKNOWN,) * count)
     broadcast(site, [*leaves(slots), *leaves(site["inputs"])])
     first = next(iter(leaves(site["inputs"])), UNKNOWN)
     if not isinstance(first, Fact):
-        first = BOTTOM if first is BOTTOM else UNKNOWN
+        first = UNDETERMINED if first is UNDETERMINED else UNKNOWN
     return (first, (first,) * count)
 
 
 def initial_state(site: CallSite) -> Value:
-    """`initial_value(module, index, *inputs)` of a neuron: a number or a tensor shaped like the first input."""
+    """`initial_value(module, index, *inputs)`: a number, or a tensor of the shape of the first input."""
     result = stateful(site)
     assert isinstance(result, tuple)
     return result[0]  # type: ignore[no-any-return]
 
 
 def opaque(site: CallSite) -> Value:
-    """A module that could not be traced."""
+    """An opaque module: capture could not trace it."""
     site.refuse("SNNFX108", f"{site.text} could not be traced")
     return UNKNOWN
 
 
 def autograd_function(site: CallSite) -> Value:
-    """A torch.autograd.Function: elementwise if it says so (`snnfx_elementwise = True`), or known to be a surrogate."""
+    """`torch.autograd.Function`: element-wise if declared (`snnfx_elementwise = True`) or a known surrogate."""
     function = getattr(site.module, "function", None)
     module = getattr(function, "__module__", "")
     known = module.startswith(("spikingjelly.activation_based.surrogate", "snnfx.surrogate"))
@@ -218,17 +221,17 @@ def autograd_function(site: CallSite) -> Value:
         name = getattr(function, "__name__", "the function")
         site.refuse(
             "SNNFX101",
-            f"the autograd.Function {name} is not known to be elementwise",
-            "Declare it: `snnfx_elementwise = True` in the class.",
+            f"the autograd.Function {name} is not known to be element-wise",
+            "If it is, set `snnfx_elementwise = True` in the class.",
         )
         if function is None or not _keeps_shape(function, site["operands"]):
             return UNKNOWN
-        # It is not folded, but what comes after it may be: the shape of its result is that of its operand.
+        # The node is not folded, but its users may be: the result has the shape of the operand.
     return broadcast(site, leaves(site["operands"]))
 
 
 def _keeps_shape(function: type[torch.autograd.Function], operands: Any) -> bool:
-    """Whether a Function of one tensor gives a tensor of its shape, tried on two shapes that have nothing in common."""
+    """Whether a Function of one tensor keeps its shape, tried on two unrelated shapes."""
     tensors = [i for i, operand in enumerate(operands) if isinstance(operand, Fact)]
     if len(tensors) != 1 or UNKNOWN in operands:
         return False
@@ -247,10 +250,10 @@ def _keeps_shape(function: type[torch.autograd.Function], operands: Any) -> bool
 
 @dataclass(frozen=True)
 class OnTrace:
-    """A weight op whose weight gradient is taken on a trace of its operand: carries the batch as the op does.
+    """A weight op with an eligibility trace: the rule of the op, on its operand.
 
     Args:
-        rule: that of the op.
+        rule: the rule of the op.
     """
 
     rule: Callable[[CallSite], Value]
@@ -259,23 +262,23 @@ class OnTrace:
         operand = site["operand"]
         for trace in leaves(site["traces"]):
             if not isinstance(operand, Fact) or not isinstance(trace, Fact) or trace.dim is None:
-                site.refuse("SNNFX105", f"where the batch of a trace of {site.text} is, is not known")
+                site.refuse("SNNFX105", f"the batch dimension of a trace of {site.text} is unknown")
             elif (trace.dim, trace.size) != (operand.dim, operand.size):
-                site.refuse("SNNFX105", f"a trace of {site.text} does not have its batch where the operand has it")
+                site.refuse("SNNFX105", f"a trace of {site.text} has its batch in another dimension than the operand")
         return self.rule(site)
 
 
 def sample_ones(site: CallSite) -> Value:
-    """One number for each sample, `[N]`."""
+    """`ones_per_sample`: one number for each sample, `[N]`."""
     operand = site["input"]
     if not isinstance(operand, Fact) or operand.dim != 0:
-        site.refuse("SNNFX105", f"the operand of {site.text} does not have its batch first")
+        site.refuse("SNNFX105", f"the operand of {site.text} does not have its batch in dim 0")
         return UNKNOWN
     return Fact(Rank(1), 0, operand.size)
 
 
 def expect_size(site: CallSite) -> Value:
-    """A size that the model's Python code used as a number."""
+    """`expect_size`: a size that the Python code of the model used as a number."""
     if is_batch_sized(site["size"]):
-        site.refuse("SNNFX110", "the model's Python code used the size of the batch as a number")
-    return SizeFact(value=number(site["expected"]))
+        site.refuse("SNNFX110", "the Python code of the model used the batch size as a number")
+    return SizeFact(value=constant_int(site["expected"]))

@@ -1,10 +1,10 @@
-"""How products of tensors carry the batch: linear layers, matmul, einsum, attention."""
+"""Batch rules of products: linear layers, matmul, einsum, attention."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 
-from snnfx.analysis.batch.call_site import CallSite, aligned, broadcast, lost, reserve
+from snnfx.analysis.batch.call_site import CallSite, broadcast, common_fact, require_trailing, without_batch
 from snnfx.analysis.batch.elementwise_rules import Trailing
 from snnfx.analysis.batch.facts import UNKNOWN, Fact, Rank, Value, leaves
 
@@ -12,31 +12,31 @@ __all__ = ["MatMul", "attention", "bilinear", "einsum", "linear"]
 
 
 def linear(site: CallSite) -> Value:
-    """The last dimension is replaced; the weight has two dimensions."""
+    """`linear` on the last dimension, with a two-dimensional weight."""
     weight, bias = site["weight"], site["bias"]
     if isinstance(weight, Fact) and weight.rank.known != 2:
-        site.refuse("SNNFX101", f"the weight of {site.text} is not known to have two dimensions")
+        site.refuse("SNNFX101", f"the weight of {site.text} may not have two dimensions")
         return UNKNOWN
     if isinstance(bias, Fact) and bias.rank.known not in (0, 1):
-        site.refuse("SNNFX104", f"the bias of {site.text} may have a fixed size where the batch is")
+        site.refuse("SNNFX104", f"the bias of {site.text} may have a fixed size in the batch dimension")
     return Trailing(1)(site)
 
 
 def bilinear(site: CallSite) -> Value:
-    """The last dimension of two tensors is replaced."""
+    """`bilinear` on the last dimension of two tensors."""
     bias = site["bias"]
     if isinstance(bias, Fact) and bias.rank.known not in (0, 1):
-        site.refuse("SNNFX104", f"the bias of {site.text} may have a fixed size where the batch is")
+        site.refuse("SNNFX104", f"the bias of {site.text} may have a fixed size in the batch dimension")
     return Trailing(1, ("input1", "input2"))(site)
 
 
 @dataclass(frozen=True)
 class MatMul:
-    """The last two dimensions are a matrix, those before are broadcast; also with vectors.
+    """Matrix product over the last two dimensions, broadcast over the others; also with vectors.
 
     Args:
         a, b: names of the factors.
-        bias: name of a tensor that is added.
+        bias: name of the tensor added to the product.
     """
 
     a: str
@@ -68,19 +68,19 @@ def _merge_matrices(site: CallSite, a: Fact, b: Fact) -> Value:
 
 
 def _has_matrices(site: CallSite, fact: Fact) -> bool:
-    """Whether the batch is in front of the matrices, so that the product does not sum over it."""
+    """Whether the batch is in front of the last two dimensions, so that the product does not sum over it."""
     assert fact.dim is not None
     if fact.rank.known is not None and fact.rank.known < fact.dim + 3:
-        hint = "Put the batch in front, see torch.bmm."
-        site.refuse_mixing(fact, "multiplies matrices one of whose dimensions is", hint)
+        hint = "Move the batch to dim 0, as for torch.bmm."
+        site.refuse_mixing(fact, "multiplies matrices that include", hint)
         return False
-    return reserve(site, fact, 2)
+    return require_trailing(site, fact, 2)
 
 
 def _times_constant(site: CallSite, a: Fact, b: Fact) -> Value:
     assert a.dim is not None
     if b.rank.known in (1, 2):
-        if not reserve(site, a, 1):
+        if not require_trailing(site, a, 1):
             return UNKNOWN
         return Fact(a.rank - 1 if b.rank.known == 1 else a.rank, a.dim, a.size)
     if not _has_matrices(site, a):
@@ -91,7 +91,7 @@ def _times_constant(site: CallSite, a: Fact, b: Fact) -> Value:
 def _constant_times(site: CallSite, a: Fact, b: Fact) -> Value:
     assert b.dim is not None
     if a.rank.known == 2 and b.rank.known is not None and b.rank.known >= 2 and b.dim == b.rank.known - 1:
-        return b  # the batch is the columns
+        return b  # the batch is the column dimension
     if not _has_matrices(site, b):
         return UNKNOWN
     if a.rank.known == 1:
@@ -107,15 +107,15 @@ def _constant_product(a: Fact, b: Fact) -> Value:
 
 
 def einsum(site: CallSite) -> Value:
-    """One letter has to be the batch in every operand that has one, and stay in the result."""
+    """`einsum`: one letter must be the batch in every batched operand and in the result."""
     equation, operands = site["equation"], list(leaves(site["operands"]))
     if not isinstance(equation, str) or not all(isinstance(operand, Fact) for operand in operands):
-        site.refuse("SNNFX101", f"{site.text} is not of the form einsum('...', tensors)")
+        site.refuse("SNNFX101", f"{site.text} is not of the form einsum(equation, *tensors)")
         return UNKNOWN
     left, arrow, right = equation.replace(" ", "").partition("->")
     terms = left.split(",")
     if len(terms) != len(operands):
-        site.refuse("SNNFX101", f"{site.text} has another number of operands than its equation")
+        site.refuse("SNNFX101", f"{site.text} has a different number of operands than its equation")
         return UNKNOWN
     letters = [_spell(site, term, operand) for term, operand in zip(terms, operands, strict=True)]
     if any(word is None for word in letters):
@@ -132,12 +132,12 @@ def einsum(site: CallSite) -> Value:
 
 
 def _spell(site: CallSite, term: str, operand: Fact) -> list[str] | None:
-    """One name for each dimension; those behind an ellipsis are called ".1", ".2", ... from the right."""
+    """One name for each dimension; an ellipsis gives ".1", ".2", ... from the right."""
     head, ellipsis, tail = term.partition("...")
     if not ellipsis:
         return list(term)
     if operand.rank.known is None:
-        site.refuse_rank("has an ellipsis, whose length depends on the number of dimensions")
+        site.refuse_rank("has an ellipsis, whose length depends on the rank")
         return None
     hidden = operand.rank.known - len(head) - len(tail)
     return [*head, *(f".{i}" for i in range(hidden, 0, -1)), *tail]
@@ -151,31 +151,34 @@ def _follow_letter(site: CallSite, operands: list[Fact], words: list[list[str]],
     fact, word = batched[0]
     assert fact.dim is not None
     if any(other.dim is None or other.dim >= len(w) for other, w in batched):
-        site.refuse("SNNFX101", f"the equation of {site.text} does not fit its operands")
+        site.refuse("SNNFX101", f"the equation of {site.text} has too few letters for its operands")
         return UNKNOWN
     letter = word[fact.dim]
     for other, w in batched:
         if w[other.dim] != letter or w.count(letter) != 1 or other.size != fact.size:  # type: ignore[index]
-            site.refuse("SNNFX105", f"the operands of {site.text} do not share the batch")
-            return lost(rank)
+            site.refuse("SNNFX105", f"the operands of {site.text} have different batch dimensions")
+            return without_batch(rank)
     for operand, w in zip(operands, words, strict=True):
         if not operand.batched and (operand.varying or letter in w):
             code = "SNNFX105" if operand.varying else "SNNFX104"
-            site.refuse(code, f"an operand of {site.text} has no batch, but the letter of the batch or varies in time")
+            site.refuse(
+                code,
+                f"an operand of {site.text} has no batch dimension, but uses the letter of the batch or varies in time",
+            )
     if letter not in result:
         site.refuse_mixing(fact, "sums over")
-        return lost(rank)
+        return without_batch(rank)
     return Fact(rank, result.index(letter), fact.size)
 
 
 def attention(site: CallSite) -> Value:
-    """`scaled_dot_product_attention`: the last two dimensions are positions and features."""
-    fact = aligned(site, [site["query"], site["key"], site["value"]], equal_ranks=False)
-    if fact is None or not reserve(site, fact, 2):
+    """`scaled_dot_product_attention` over the last two dimensions, positions and features."""
+    fact = common_fact(site, [site["query"], site["key"], site["value"]], equal_ranks=False)
+    if fact is None or not require_trailing(site, fact, 2):
         return UNKNOWN
     mask = site["attn_mask"]
     if isinstance(mask, Fact):
         broadcast(site, [fact, mask])
     elif mask is not None:
-        site.refuse("SNNFX105", f"the mask of {site.text} is not known")
+        site.refuse("SNNFX105", f"the batch dimension of the mask of {site.text} is unknown")
     return fact

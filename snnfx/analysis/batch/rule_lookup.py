@@ -1,4 +1,4 @@
-"""Find the row of a node and bind its arguments by name, so that positional and keyword forms are one."""
+"""Find the batch rule of a node and bind its arguments by name."""
 
 from __future__ import annotations
 
@@ -18,8 +18,16 @@ from torch.fx import Node
 
 from snnfx.analysis.batch.facts import Fact, Rank
 from snnfx.analysis.batch.module_rules import OnTrace
-from snnfx.analysis.batch.rule_table import FOREIGN, METHODS, MODULES, OPERATORS, ROWS, ModuleRule, OperatorRule
-from snnfx.ir.program import estimates_weights
+from snnfx.analysis.batch.rule_table import (
+    DIFFERENT_SIGNATURES,
+    METHODS,
+    MODULES,
+    OPERATORS,
+    ROWS,
+    ModuleRule,
+    OperatorRule,
+)
+from snnfx.ir.module_effects import estimates_weights
 from snnfx.ops.online_functions import (
     cut_history,
     draw_dropout_mask,
@@ -32,12 +40,12 @@ from snnfx.ops.step_functions import apply_autograd_function, change_value, expe
 from snnfx.state.leaf_modules import is_declared_leaf
 from snnfx.state.registry import call_opaque, call_stateful, initial_value, opaque_initial_value
 
-__all__ = ["Found", "constant_fact", "look_up", "row_names"]
+__all__ = ["RuleMatch", "constant_fact", "find_rule", "row_names"]
 
 
 @dataclass(frozen=True)
-class Found:
-    """A row that applies to a node: the name in the row, the bound arguments (nodes and Python values), the module."""
+class RuleMatch:
+    """A row that applies to a node: the row, the matched name, the bound arguments and the module."""
 
     row: OperatorRule
     name: str
@@ -45,12 +53,12 @@ class Found:
     module: nn.Module | None = None
 
 
-def look_up(node: Node, resolve: Callable[[str], object]) -> Found | None:
-    """The row of a node, with its arguments by name; None when there is none or the arguments do not fit."""
+def find_rule(node: Node, resolve: Callable[[str], object]) -> RuleMatch | None:
+    """The rule of a node with its arguments by name; None if no row matches name and arguments."""
     if node.op == "call_module":
-        return _look_up_module(node, resolve(str(node.target)))
+        return _find_rule_of_module(node, resolve(str(node.target)))
     if node.target is traced_module or node.target is traced_call:
-        return _look_up_traced(node, resolve)
+        return _find_rule_of_traced(node, resolve)
     name = _function_names().get(node.target) if node.op == "call_function" else _method_name(str(node.target))
     row = _rows().get(name) if name is not None else None
     if row is None or name is None:
@@ -58,21 +66,21 @@ def look_up(node: Node, resolve: Callable[[str], object]) -> Found | None:
     arguments = bind(row.signature, node.args, node.kwargs)
     if arguments is None:
         return None
-    return Found(row, name, arguments, _module_argument(node, resolve))
+    return RuleMatch(row, name, arguments, _module_argument(node, resolve))
 
 
-def _look_up_traced(node: Node, resolve: Callable[[str], object]) -> Found | None:
-    """A weight op that sees a trace: the row of the op, on its operand; the trace has to lie like the operand."""
+def _find_rule_of_traced(node: Node, resolve: Callable[[str], object]) -> RuleMatch | None:
+    """The rule of a weight op with a trace: the row of the op, on its operand."""
     if node.target is traced_module:
         called, operand, trace, *rest = node.args
         assert isinstance(called, Node)
-        found = _look_up_module(NodeCall((operand,), {}), resolve(str(called.target)))
+        found = _find_rule_of_module(NodeCall((operand,), {}), resolve(str(called.target)))
     else:
         name, position, trace, bias_trace, *args = node.args
         operand, rest = args[position], [bias_trace]  # type: ignore[index]
         row = _rows().get(str(name))
         arguments = None if row is None else bind(row.signature, args, node.kwargs)
-        found = None if row is None or arguments is None else Found(row, str(name), arguments)
+        found = None if row is None or arguments is None else RuleMatch(row, str(name), arguments)
     if found is None:
         return None
     row = replace(found.row, rule=OnTrace(found.row.rule), operands=f"{found.row.operands} operand traces")
@@ -82,14 +90,14 @@ def _look_up_traced(node: Node, resolve: Callable[[str], object]) -> Found | Non
 
 @dataclass(frozen=True)
 class NodeCall:
-    """What a module is called with."""
+    """The arguments of a module call."""
 
     args: tuple[Any, ...]
     kwargs: Mapping[str, Any]
 
 
 def row_names() -> list[str]:
-    """All names in the table."""
+    """All names in the rule table."""
     return list(_rows())
 
 
@@ -100,7 +108,7 @@ def _rows() -> dict[str, OperatorRule]:
 
 @cache
 def _function_names() -> dict[Any, str]:
-    """The functions that the names in the table stand for."""
+    """Function -> its name in the rule table."""
     names: dict[Any, str] = {builtins.getattr: "getattr"}
     for function in (
         apply_autograd_function,
@@ -121,7 +129,7 @@ def _function_names() -> dict[Any, str]:
         for namespace in (torch, F, torch.special, torch.linalg):
             for spelling in (name, name + "_"):
                 found = getattr(namespace, spelling, None)
-                if callable(found) and found not in FOREIGN:
+                if callable(found) and found not in DIFFERENT_SIGNATURES:
                     names.setdefault(found, name)
     for name, row_name in OPERATORS.items():
         names[getattr(operator, name)] = row_name
@@ -137,7 +145,7 @@ def _method_name(method: str) -> str:
 
 
 def _module_argument(node: Node, resolve: Callable[[str], object]) -> nn.Module | None:
-    """The module in front of the arguments of a stateful call, or the holder of an autograd.Function."""
+    """The module argument of a stateful call, or the holder of an autograd.Function."""
     first = node.args[0] if node.args else None
     if isinstance(first, Node) and first.op == "get_attr":
         found = resolve(str(first.target))
@@ -150,7 +158,7 @@ _RENAMED = {"axis": "dim", "keepdims": "keepdim", "self": "input"}
 
 
 def bind(signature: str, args: Sequence[Any], kwargs: Mapping[str, Any]) -> dict[str, Any] | None:
-    """Arguments by name; None when they do not fit the signature of a row."""
+    """Bind arguments to the signature of a row by name; None if they do not fit."""
     if kwargs.get("out") is not None:
         return None
     names, defaults, star, double_star, rest = _parse(signature)
@@ -184,7 +192,7 @@ def bind(signature: str, args: Sequence[Any], kwargs: Mapping[str, Any]) -> dict
 
 
 _PACKED = frozenset({"shape", "size", "dims", "repeats"})
-"""Arguments that may be given one by one or as one tuple."""
+"""Arguments that torch accepts one by one or as one tuple."""
 
 
 @cache
@@ -208,19 +216,16 @@ def _parse(signature: str) -> tuple[list[str], dict[str, Any], str, str, bool]:
     return names, defaults, star, double_star, rest
 
 
-# --- modules
-
-
 @cache
 def _module_classes() -> dict[type, ModuleRule]:
     return {getattr(nn, name): row for row in MODULES for name in row.classes.split()}
 
 
 _ELEMENTWISE_MODULE = ModuleRule("", "relu")
-_HARMLESS = {"__init__", "__repr__", "extra_repr", "reset_parameters", "__setstate__", "_load_from_state_dict"}
+_MAY_BE_OVERRIDDEN = {"__init__", "__repr__", "extra_repr", "reset_parameters", "__setstate__", "_load_from_state_dict"}
 
 
-def _look_up_module(node: Node | NodeCall, module: object) -> Found | None:
+def _find_rule_of_module(node: Node | NodeCall, module: object) -> RuleMatch | None:
     if not isinstance(module, nn.Module):
         return None
     cls, module_row = _class_with_row(module)
@@ -229,8 +234,8 @@ def _look_up_module(node: Node | NodeCall, module: object) -> Found | None:
     row = _rows()[module_row.row]
     names, _, star, _, _ = _parse(row.signature)
     if star:
-        return Found(row, module_row.row, {star: tuple(node.args), **node.kwargs}, module)
-    # The arguments that the call gives are those of the module's forward; the rest are its attributes.
+        return RuleMatch(row, module_row.row, {star: tuple(node.args), **node.kwargs}, module)
+    # Arguments of the call bind to `forward`; the other arguments of the row are attributes of the module.
     forward = list(inspect.signature(cls.forward).parameters)[1:]
     if len(node.args) > len(forward):
         return None
@@ -248,7 +253,7 @@ def _look_up_module(node: Node | NodeCall, module: object) -> Found | None:
         elif hasattr(module, source):
             value = getattr(module, source)
             arguments[name] = constant_fact(value) if isinstance(value, Tensor) else value
-    return Found(row, module_row.row, arguments, module)
+    return RuleMatch(row, module_row.row, arguments, module)
 
 
 def _class_with_row(module: nn.Module) -> tuple[type[nn.Module], ModuleRule | None]:
@@ -269,11 +274,11 @@ def _class_with_row(module: nn.Module) -> tuple[type[nn.Module], ModuleRule | No
 
 
 def _changes_helpers(subclasses: Sequence[type], base: type) -> bool:
-    """Whether a subclass replaces a method that the inherited forward may call."""
+    """Whether a subclass overrides a method that the inherited forward may call."""
     helpers = {"__call__", "_call_impl", "__getattr__", "__getattribute__"}
     for cls in base.__mro__[: base.__mro__.index(nn.Module)]:
         helpers.update(name for name, value in vars(cls).items() if callable(value))
-    return any(name in vars(cls) for cls in subclasses for name in helpers - _HARMLESS)
+    return any(name in vars(cls) for cls in subclasses for name in helpers - _MAY_BE_OVERRIDDEN)
 
 
 def constant_fact(tensor: Tensor) -> Fact:

@@ -1,8 +1,8 @@
-"""The table: which operations may be folded, and how each carries the batch. What is not in it is refused.
+"""The table of batch rules: operations that may be folded. Operations without a row are refused.
 
-A row names operations (a torch function, a `torch.nn.functional` one and a tensor method of one name are the same
-operation), their arguments, and the rule that they follow. Modules that compute what a function computes share its row.
-Every row is tested against what torch does (`tests/test_batch_rules.py`).
+A row lists names of operations, their arguments, and their rule. A torch function, a function of `torch.nn.functional`
+and a tensor method of one name are the same operation. A module shares the row of the function that it computes.
+Every row is tested against torch (`tests/analysis/batch/test_rule_table.py`).
 """
 
 from __future__ import annotations
@@ -13,22 +13,22 @@ from typing import Any
 
 import torch
 
-from snnfx.analysis.batch import elementwise_rules as kinds
-from snnfx.analysis.batch import indexing_rules as parts
+from snnfx.analysis.batch import elementwise_rules as elementwise
+from snnfx.analysis.batch import indexing_rules as indexing
 from snnfx.analysis.batch import module_rules as modules
 from snnfx.analysis.batch import product_rules as products
 from snnfx.analysis.batch import shape_rules as shapes
 from snnfx.analysis.batch.call_site import CallSite
-from snnfx.analysis.batch.elementwise_rules import Along, Leading, Trailing
+from snnfx.analysis.batch.elementwise_rules import Along, BatchFirst, Trailing
 from snnfx.analysis.batch.facts import Value
 from snnfx.analysis.batch.product_rules import MatMul
 
 __all__ = [
+    "DIFFERENT_SIGNATURES",
     "ELEMENTWISE_OPERATIONS",
-    "FOREIGN",
+    "ELEMENTWISE_RULES",
     "METHODS",
     "MODULES",
-    "NEUTRAL",
     "OPERATORS",
     "ROWS",
     "ModuleRule",
@@ -38,17 +38,17 @@ __all__ = [
 
 @dataclass(frozen=True)
 class OperatorRule:
-    """Some operations and the rule they follow.
+    """A row of the table: operations and their batch rule.
 
     Args:
         names: names of the operations, separated by spaces.
-        signature: names and defaults of their arguments; a last `...` takes all others, which must not depend on the
-            batch, `*name` takes any number.
-        rule: gives the fact of the result and refuses.
-        operands: arguments that the rule looks at itself; the others have to be the same at each step, without a batch.
-        sizes: arguments that may contain the size of the batch.
-        random: draws new numbers at each call, so a value without a batch would be drawn once instead of T times.
-        shape_only: the values of its operands do not matter: the result is the same at each step.
+        signature: names and defaults of the arguments. A final `...` takes all others, which must not depend on the
+            batch; `*name` takes any number of arguments.
+        rule: returns the fact of the result, or refuses the site.
+        operands: arguments that the rule checks. All others must be invariant in time and have no batch.
+        sizes: arguments that may contain the batch size.
+        random: draws new random numbers at each call; folded, a value without a batch would be drawn only once.
+        shape_only: the result depends on the shapes of the operands only, so it is invariant in time.
     """
 
     names: str
@@ -86,15 +86,15 @@ _MULTIHEAD = (
 _ENCODER = "src, src_mask=None, src_key_padding_mask=None, is_causal=None, mask=None"
 
 ROWS: tuple[OperatorRule, ...] = (
-    # each element on its own
-    OperatorRule(_ELEMENTWISE, "*operands, **options", kinds.elementwise, operands="operands options"),
-    OperatorRule("where", "*operands, **options", kinds.where, operands="operands options"),
-    OperatorRule(_COPIES, "input, *others, **options", kinds.same, operands="input others options"),
-    OperatorRule("zeros_like ones_like full_like empty_like", "input, ...", kinds.same, shape_only=True),
-    OperatorRule("dropout alpha_dropout rrelu", "input, ...", kinds.same, random=True),
-    OperatorRule("rand_like randn_like randint_like", "input, ...", kinds.same, random=True),
+    # element-wise
+    OperatorRule(_ELEMENTWISE, "*operands, **options", elementwise.elementwise, operands="operands options"),
+    OperatorRule("where", "*operands, **options", elementwise.where, operands="operands options"),
+    OperatorRule(_COPIES, "input, *others, **options", elementwise.like_input, operands="input others options"),
+    OperatorRule("zeros_like ones_like full_like empty_like", "input, ...", elementwise.like_input, shape_only=True),
+    OperatorRule("dropout alpha_dropout rrelu", "input, ...", elementwise.like_input, random=True),
+    OperatorRule("rand_like randn_like randint_like", "input, ...", elementwise.like_input, random=True),
     OperatorRule(
-        "bernoulli poisson normal", "*operands, **options", kinds.elementwise, "operands options", random=True
+        "bernoulli poisson normal", "*operands, **options", elementwise.elementwise, "operands options", random=True
     ),
     OperatorRule("apply_autograd_function", "holder, *operands", modules.autograd_function, operands="operands"),
     # along named dimensions
@@ -109,9 +109,11 @@ ROWS: tuple[OperatorRule, ...] = (
     ),
     OperatorRule("norm", "input, p='fro', dim=None, keepdim=False, ...", Along(drops="keepdim")),
     OperatorRule("vector_norm", "input, ord=2, dim=None, keepdim=False, ...", Along(drops="keepdim")),
-    OperatorRule("max min", "input, dim=None, keepdim=False, other=None", kinds.extremum, operands="input dim other"),
+    OperatorRule(
+        "max min", "input, dim=None, keepdim=False, other=None", elementwise.extremum, operands="input dim other"
+    ),
     OperatorRule("aminmax", "input, dim=None, keepdim=False", Along(drops="keepdim", outputs=2)),
-    OperatorRule("median nanmedian", "input, dim=None, keepdim=False", kinds.median),
+    OperatorRule("median nanmedian", "input, dim=None, keepdim=False", elementwise.median),
     OperatorRule("mode", "input, dim=-1, keepdim=False", Along(drops="keepdim", outputs=2)),
     OperatorRule("kthvalue", "input, k, dim=-1, keepdim=False", Along(drops="keepdim", outputs=2)),
     OperatorRule("topk", "input, k, dim=-1, ...", Along(outputs=2, resizes=True)),
@@ -122,7 +124,7 @@ ROWS: tuple[OperatorRule, ...] = (
     OperatorRule("diff", "input, n=1, dim=-1", Along(resizes=True)),
     OperatorRule("flip", "input, *dims", Along(dim="dims")),
     OperatorRule("roll", "input, shifts, dims=None", Along(dim="dims")),
-    OperatorRule("softmax log_softmax softmin", "input, dim=None, ...", kinds.softmax),
+    OperatorRule("softmax log_softmax softmin", "input, dim=None, ...", elementwise.softmax),
     OperatorRule("gumbel_softmax", "input, tau=1, hard=False, eps=1e-10, dim=-1", Along(), random=True),
     OperatorRule("glu", "input, dim=-1", Along(resizes=True)),
     OperatorRule("normalize", "input, p=2.0, dim=1, ...", Along()),
@@ -134,20 +136,20 @@ ROWS: tuple[OperatorRule, ...] = (
     OperatorRule(
         "take_along_dim", "input, indices, dim=None", Along(operands=("input", "indices")), operands="input indices"
     ),
-    OperatorRule("scatter scatter_add", "input, dim, index, src, ...", kinds.scatter, operands="input index src"),
+    OperatorRule("scatter scatter_add", "input, dim, index, src, ...", elementwise.scatter, operands="input index src"),
     OperatorRule("narrow", "input, dim, start, length", Along(resizes=True)),
-    OperatorRule("select", "input, dim, index", parts.select),
-    OperatorRule("unbind", "input, dim=0", parts.unbind),
+    OperatorRule("select", "input, dim, index", indexing.select),
+    OperatorRule("unbind", "input, dim=0", indexing.unbind),
     OperatorRule("unfold_dim", "input, dimension, size, step", Along(dim="dimension", grows=1, resizes=True)),
-    OperatorRule("chunk", "input, chunks, dim=0", parts.pieces),
-    OperatorRule("tensor_split", "input, indices_or_sections, dim=0", parts.pieces),
-    OperatorRule("split", "input, split_size_or_sections, dim=0", parts.pieces),
-    OperatorRule("cat concat concatenate", "tensors, dim=0", parts.cat, operands="tensors"),
-    OperatorRule("stack", "tensors, dim=0", parts.stack, operands="tensors"),
+    OperatorRule("chunk", "input, chunks, dim=0", indexing.split),
+    OperatorRule("tensor_split", "input, indices_or_sections, dim=0", indexing.split),
+    OperatorRule("split", "input, split_size_or_sections, dim=0", indexing.split),
+    OperatorRule("cat concat concatenate", "tensors, dim=0", indexing.cat, operands="tensors"),
+    OperatorRule("stack", "tensors, dim=0", indexing.stack, operands="tensors"),
     # on the last dimensions
     OperatorRule("linear", "input, weight, bias=None", products.linear),
     OperatorRule("bilinear", "input1, input2, weight, bias=None", products.bilinear, operands="input1 input2"),
-    OperatorRule("layer_norm rms_norm", "input, normalized_shape, ...", Trailing(kinds.normalized_dimensions)),
+    OperatorRule("layer_norm rms_norm", "input, normalized_shape, ...", Trailing(elementwise.normalized_dimensions)),
     OperatorRule("avg_pool1d lp_pool1d adaptive_avg_pool1d", "input, ...", Trailing(1)),
     OperatorRule("avg_pool2d lp_pool2d adaptive_avg_pool2d", "input, ...", Trailing(2)),
     OperatorRule("avg_pool3d lp_pool3d adaptive_avg_pool3d", "input, ...", Trailing(3)),
@@ -163,27 +165,27 @@ ROWS: tuple[OperatorRule, ...] = (
     OperatorRule("max_unpool1d", _UNPOOL, Trailing(1, ("input", "indices")), "input indices", sizes="output_size"),
     OperatorRule("max_unpool2d", _UNPOOL, Trailing(2, ("input", "indices")), "input indices", sizes="output_size"),
     OperatorRule("max_unpool3d", _UNPOOL, Trailing(3, ("input", "indices")), "input indices", sizes="output_size"),
-    OperatorRule("pad", "input, pad, ...", kinds.pad),
+    OperatorRule("pad", "input, pad, ...", elementwise.pad),
     OperatorRule("pixel_shuffle pixel_unshuffle", "input, ...", Trailing(3)),
     OperatorRule("tril triu", "input, diagonal=0", Trailing(2)),
-    OperatorRule("pairwise_distance", "x1, x2, p=2.0, eps=1e-6, keepdim=False", kinds.pairwise, operands="x1 x2"),
-    OperatorRule("embedding", _EMBEDDING, kinds.embedding),
-    OperatorRule("one_hot", "input, num_classes=-1", kinds.one_hot),
-    # one sample of dimension 0 at a time
-    OperatorRule("conv1d conv_transpose1d", "input, weight, ...", Leading(3)),
-    OperatorRule("conv2d conv_transpose2d", "input, weight, ...", Leading(4)),
-    OperatorRule("conv3d conv_transpose3d", "input, weight, ...", Leading(5)),
-    OperatorRule("unfold", "input, ...", Leading(4, to=3)),
-    OperatorRule("fold", "input, ...", Leading(3, to=4)),
-    OperatorRule("interpolate", "input, ...", Leading(3)),
-    OperatorRule("group_norm", "input, num_groups, ...", Leading(2)),
-    OperatorRule("local_response_norm", "input, ...", Leading(3)),
-    OperatorRule("channel_shuffle", "input, groups", Leading(3)),
-    OperatorRule("prelu", "input, weight", kinds.prelu),
-    OperatorRule("feature_alpha_dropout", "input, ...", Leading(2), random=True),
-    OperatorRule("dropout1d", "input, ...", Leading(3), random=True),
-    OperatorRule("dropout2d", "input, ...", Leading(4), random=True),
-    OperatorRule("dropout3d", "input, ...", Leading(5), random=True),
+    OperatorRule("pairwise_distance", "x1, x2, p=2.0, eps=1e-6, keepdim=False", elementwise.pairwise, operands="x1 x2"),
+    OperatorRule("embedding", _EMBEDDING, elementwise.embedding),
+    OperatorRule("one_hot", "input, num_classes=-1", elementwise.one_hot),
+    # independent along dim 0
+    OperatorRule("conv1d conv_transpose1d", "input, weight, ...", BatchFirst(3)),
+    OperatorRule("conv2d conv_transpose2d", "input, weight, ...", BatchFirst(4)),
+    OperatorRule("conv3d conv_transpose3d", "input, weight, ...", BatchFirst(5)),
+    OperatorRule("unfold", "input, ...", BatchFirst(4, to=3)),
+    OperatorRule("fold", "input, ...", BatchFirst(3, to=4)),
+    OperatorRule("interpolate", "input, ...", BatchFirst(3)),
+    OperatorRule("group_norm", "input, num_groups, ...", BatchFirst(2)),
+    OperatorRule("local_response_norm", "input, ...", BatchFirst(3)),
+    OperatorRule("channel_shuffle", "input, groups", BatchFirst(3)),
+    OperatorRule("prelu", "input, weight", elementwise.prelu),
+    OperatorRule("feature_alpha_dropout", "input, ...", BatchFirst(2), random=True),
+    OperatorRule("dropout1d", "input, ...", BatchFirst(3), random=True),
+    OperatorRule("dropout2d", "input, ...", BatchFirst(4), random=True),
+    OperatorRule("dropout3d", "input, ...", BatchFirst(5), random=True),
     OperatorRule("batch_norm", _BATCH_NORM, modules.batch_norm),
     OperatorRule("instance_norm", _INSTANCE_NORM, modules.instance_norm),
     # products
@@ -197,13 +199,13 @@ ROWS: tuple[OperatorRule, ...] = (
     ),
     OperatorRule("einsum", "equation, *operands", products.einsum, operands="operands"),
     OperatorRule("scaled_dot_product_attention", _ATTENTION, products.attention, operands="query key value attn_mask"),
-    OperatorRule("change_value", "*operands", kinds.elementwise, operands="operands"),
-    # what online rules put into a graph
-    OperatorRule("cut_history", "input", kinds.same),
-    OperatorRule("update_trace", "*operands", kinds.elementwise, operands="operands"),
+    OperatorRule("change_value", "*operands", elementwise.elementwise, operands="operands"),
+    # inserted by online rules
+    OperatorRule("cut_history", "input", elementwise.like_input),
+    OperatorRule("update_trace", "*operands", elementwise.elementwise, operands="operands"),
     OperatorRule("ones_per_sample", "input", modules.sample_ones),
-    OperatorRule("draw_dropout_mask", "how, input, name", kinds.same, random=True),
-    # modules with rules of their own
+    OperatorRule("draw_dropout_mask", "how, input, name", elementwise.like_input, random=True),
+    # modules
     OperatorRule(
         "nn.MultiheadAttention", _MULTIHEAD, modules.multihead_attention, "query key value key_padding_mask attn_mask"
     ),
@@ -223,27 +225,27 @@ ROWS: tuple[OperatorRule, ...] = (
     OperatorRule("view reshape", "input, *shape", shapes.view, sizes="shape"),
     OperatorRule("view_as reshape_as", "input, other", shapes.view_as, operands="input other"),
     OperatorRule("expand broadcast_to", "input, *shape", shapes.expand, sizes="shape"),
-    OperatorRule("expand_as", "*operands", kinds.elementwise, operands="operands"),
+    OperatorRule("expand_as", "*operands", elementwise.elementwise, operands="operands"),
     OperatorRule("repeat tile", "input, *repeats", shapes.repeat, sizes="repeats"),
     OperatorRule("repeat_interleave", "input, repeats, dim=None, ...", shapes.interleave),
-    OperatorRule("getitem", "input, index", parts.getitem, operands="input index"),
-    OperatorRule("set_part", "input, index, value", parts.set_part, operands="input index value"),
-    # sizes, and what is made of them
-    OperatorRule("getattr", "input, name", parts.attribute),
-    OperatorRule("size", "input, dim=None", parts.size),
-    OperatorRule("numel nelement", "input", parts.numel),
-    OperatorRule("dim ndimension", "input", parts.rank_of),
-    OperatorRule("is_floating_point is_complex element_size get_device", "input, ...", parts.python_value),
+    OperatorRule("getitem", "input, index", indexing.getitem, operands="input index"),
+    OperatorRule("set_part", "input, index, value", indexing.set_part, operands="input index value"),
+    # sizes, and tensors created from sizes
+    OperatorRule("getattr", "input, name", indexing.attribute),
+    OperatorRule("size", "input, dim=None", indexing.size),
+    OperatorRule("numel nelement", "input", indexing.numel),
+    OperatorRule("dim ndimension", "input", indexing.rank_of),
+    OperatorRule("is_floating_point is_complex element_size get_device", "input, ...", indexing.python_value),
     OperatorRule("expect_size", "size, expected, where", modules.expect_size, operands="size"),
-    OperatorRule("zeros ones empty", "*size, **options", parts.create, sizes="size", shape_only=True),
-    OperatorRule("full", "size, fill_value, ...", parts.create, sizes="size", shape_only=True),
-    OperatorRule("rand randn", "*size, **options", parts.create, sizes="size", random=True),
+    OperatorRule("zeros ones empty", "*size, **options", indexing.create, sizes="size", shape_only=True),
+    OperatorRule("full", "size, fill_value, ...", indexing.create, sizes="size", shape_only=True),
+    OperatorRule("rand randn", "*size, **options", indexing.create, sizes="size", random=True),
     OperatorRule(
-        "new_zeros new_ones new_empty", "input, *size, **options", parts.create, sizes="size", shape_only=True
+        "new_zeros new_ones new_empty", "input, *size, **options", indexing.create, sizes="size", shape_only=True
     ),
-    OperatorRule("new_full", "input, size, fill_value, ...", parts.create, sizes="size", shape_only=True),
+    OperatorRule("new_full", "input, size, fill_value, ...", indexing.create, sizes="size", shape_only=True),
     OperatorRule(
-        "arange linspace eye tensor scalar_tensor", "*values, **options", parts.make_constant, "values options"
+        "arange linspace eye tensor scalar_tensor", "*values, **options", indexing.make_constant, "values options"
     ),
     # state
     OperatorRule("call_stateful", "module, state, *inputs, **options", modules.stateful, operands="state inputs"),
@@ -256,12 +258,12 @@ ROWS: tuple[OperatorRule, ...] = (
 
 @dataclass(frozen=True)
 class ModuleRule:
-    """Classes of `torch.nn` that compute what a row's function computes.
+    """Classes of `torch.nn` that share the row of a function.
 
     Args:
         classes: names in `torch.nn`, separated by spaces.
-        row: a name in `ROWS`. Arguments of the row that the call does not give are attributes of the module.
-        given: arguments that are attributes of another name (a str), or fixed (anything else).
+        row: a name in `ROWS`. Arguments of the row that the call does not pass are attributes of the module.
+        given: argument -> the attribute of another name (a str), or a fixed value (anything else).
     """
 
     classes: str
@@ -334,15 +336,15 @@ OPERATORS = {
     **{name: name for name in ("abs", "add", "sub", "mul", "pow", "neg", "matmul", "getitem")},
     **{name: name for name in ("lt", "le", "gt", "ge", "eq", "ne")},
 }
-"""Functions of Python's operator module (each also in place: iadd, ...) and the rows they belong to."""
+"""Function of Python's operator module (and its in-place form, e.g. iadd) -> row."""
 
 METHODS = {"unfold": "unfold_dim"}
-"""Tensor methods that are another operation than the function of their name."""
+"""Tensor methods that differ from the function of the same name."""
 
-NEUTRAL = frozenset(
-    {kinds.elementwise, kinds.where, modules.autograd_function, modules.stateful, modules.initial_state}
+ELEMENTWISE_RULES = frozenset(
+    {elementwise.elementwise, elementwise.where, modules.autograd_function, modules.stateful, modules.initial_state}
 )
-"""Rules that ignore an operand of which nothing is known yet (a state slot in the first round)."""
+"""Element-wise rules, which ignore undetermined operands (state slots in the first iteration)."""
 
-FOREIGN = frozenset({torch.batch_norm, torch.instance_norm, torch.embedding})
-"""Functions of torch whose arguments come in another order than those of the torch.nn.functional one."""
+DIFFERENT_SIGNATURES = frozenset({torch.batch_norm, torch.instance_norm, torch.embedding})
+"""Functions of torch whose argument order differs from torch.nn.functional."""

@@ -20,8 +20,10 @@ from snnfx.errors import CaptureError
 from snnfx.inspect.picture.dot import STYLES, Box, Cluster, Member, Picture, write_dot
 from snnfx.inspect.picture.drawing import Drawing, check_file
 from snnfx.inspect.picture.painter import Painter
-from snnfx.ir.pass_manager import Pass, PassManager
-from snnfx.ir.program import StepProgram, is_module_call
+from snnfx.ir.graph_pass import Pass
+from snnfx.ir.nodes import is_module_call
+from snnfx.ir.pass_manager import PassManager
+from snnfx.ir.program import StepProgram
 from snnfx.passes.normalize import Normalize
 from snnfx.passes.partition import Partition
 from snnfx.passes.remove_dead_code import RemoveDeadCode

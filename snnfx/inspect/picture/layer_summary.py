@@ -9,8 +9,9 @@ import torch
 from torch import Tensor, nn
 from torch.fx import Node
 
-from snnfx.analysis.dependence import is_size
-from snnfx.ir.program import StepProgram, operation_name
+from snnfx.ir.nodes import is_size
+from snnfx.ir.printing import operation_name
+from snnfx.ir.program import StepProgram
 from snnfx.ops.step_functions import FunctionHolder, apply_autograd_function
 from snnfx.sandbox.torch_internals import (
     AdaptiveAvgPoolBase,

@@ -12,10 +12,12 @@ from typing import Any
 from torch import Tensor
 from torch.fx import Node
 
-from snnfx.analysis.dependence import analyse_dependence, is_size
+from snnfx.analysis.dependence import analyse_dependence
 from snnfx.inspect.picture.dot import Box, Cluster, Edge, LabelRow, Member, Pill
 from snnfx.inspect.picture.layer_summary import summarize_node
-from snnfx.ir.program import StepProgram, describe_node, is_module_call, is_structural, location_of
+from snnfx.ir.nodes import is_module_call, is_size, is_structural
+from snnfx.ir.printing import describe_node, location_of
+from snnfx.ir.program import StepProgram
 from snnfx.ops.step_functions import expect_size
 from snnfx.sandbox.torch_internals import pytree
 from snnfx.state.registry import initial_value

@@ -8,7 +8,9 @@ from typing import Any
 from torch import Tensor, nn
 from torch.fx import Node
 
-from snnfx.ir.program import SELF_TARGET, is_module_call, location_of
+from snnfx.ir.nodes import is_module_call
+from snnfx.ir.printing import location_of
+from snnfx.ir.program import SELF_TARGET
 from snnfx.sandbox.torch_internals import pytree
 
 __all__ = ["called_in", "is_within", "region_of_module", "region_of_output", "reset_discovered_state", "value_at"]

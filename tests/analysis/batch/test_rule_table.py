@@ -21,8 +21,8 @@ from torch import Tensor, fx, nn
 
 from snnfx import MemoryModule
 from snnfx.analysis.batch.equivariance import BatchAnalysis, Fact, SizeFact, infer_batch, model_input
-from snnfx.analysis.batch.facts import UNKNOWN, Rank, Repeated, ShapeFact, leaves
-from snnfx.analysis.batch.rule_lookup import look_up, row_names
+from snnfx.analysis.batch.facts import UNKNOWN, Rank, ShapeFact, UniformTuple, leaves
+from snnfx.analysis.batch.rule_lookup import find_rule, row_names
 from snnfx.analysis.batch.rule_table import MODULES
 from snnfx.ops.step_functions import FunctionHolder, apply_autograd_function, expect_size, set_part
 from snnfx.state import leaf_modules as leaves_module
@@ -116,7 +116,7 @@ class Case:
         return found
 
     def is_random(self, node: fx.Node) -> bool:
-        row = look_up(node, self.resolve) if node.op.startswith("call") else None
+        row = find_rule(node, self.resolve) if node.op.startswith("call") else None
         return row is not None and row.row.random
 
     def run_step(self, inputs: Sequence[Tensor]) -> dict[fx.Node, Any]:
@@ -175,7 +175,7 @@ def probe(case: Case, analysis: BatchAnalysis) -> int:
 
 
 def check_fact(case: Case, fact: Any, value: Any, sizes: dict[str, int], node: fx.Node) -> None:
-    if isinstance(fact, Repeated):
+    if isinstance(fact, UniformTuple):
         for element in value:
             check_fact(case, fact[0], element, sizes, node)
     elif isinstance(fact, tuple):
@@ -208,7 +208,7 @@ def check_fact(case: Case, fact: Any, value: Any, sizes: dict[str, int], node: f
 
 def fold(fact: Any, values: list[Any]) -> Any:
     """The value that a folded region has for the values of T steps."""
-    if isinstance(fact, Repeated):
+    if isinstance(fact, UniformTuple):
         fact = (fact[0],) * len(values[0])
     if isinstance(fact, tuple):
         elements = [fold(f, [v[i] for v in values]) for i, f in enumerate(fact)]
@@ -750,7 +750,7 @@ def test_every_row_has_a_legal_case() -> None:
         found.name
         for case in LEGAL
         for node in case.graph.nodes
-        if node.op.startswith("call") and (found := look_up(node, case.resolve)) is not None
+        if node.op.startswith("call") and (found := find_rule(node, case.resolve)) is not None
     }
     assert set(row_names()) - NEVER_LEGAL - NEEDS_A_GPU - TESTED_ELSEWHERE - covered == set()
 
@@ -1651,7 +1651,7 @@ def dtensor_verdict(case: Case, n: int, mesh: Any) -> str:
             return f"communication at {node}"
         results = values[node] if isinstance(values[node], tuple | list) else (values[node],)
         expected = facts[node] if isinstance(facts[node], tuple) else (facts[node],)
-        if isinstance(expected, Repeated):
+        if isinstance(expected, UniformTuple):
             expected = (expected[0],) * len(results)
         for result, fact in zip(results, expected, strict=True):
             if isinstance(result, Tensor) and not isinstance(result, DTensor):
@@ -1680,7 +1680,7 @@ def test_the_sharding_propagation_of_dtensor_agrees() -> None:
         for case in LEGAL
         if verdicts.get(case.name) == "ok"
         for node in case.graph.nodes
-        if node.op.startswith("call") and (found := look_up(node, case.resolve)) is not None
+        if node.op.startswith("call") and (found := find_rule(node, case.resolve)) is not None
     }
     unjudged = {name for names in UNJUDGED.values() for name in names.split()}
     assert set(row_names()) - judged - NEVER_LEGAL - NEEDS_A_GPU - TESTED_ELSEWHERE <= unjudged

@@ -1,0 +1,54 @@
+"""Loops whose states carry no gradient, so that their steps may be folded."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import Any
+
+from torch.fx import Node
+
+from snnfx.analysis.dependence import is_random
+from snnfx.ir.module_effects import keeps_statistics
+from snnfx.ir.nodes import is_size
+from snnfx.ir.program import Region, StepProgram
+from snnfx.ops.online_functions import cut_history, update_trace
+from snnfx.state.registry import call_opaque
+
+__all__ = ["folds_when_cut", "is_trace_loop"]
+
+
+def is_trace_loop(region: Region) -> bool:
+    """Whether a loop is nothing but one trace: `leak * trace + operand`, which has a form of its own."""
+    computing = [n for n in region.nodes if n.op.startswith("call")]
+    return len(computing) == 1 and computing[0].target is update_trace and len(region.slots) == 1
+
+
+def folds_when_cut(program: StepProgram, region: Region, inputs: Iterable[Node] = ()) -> bool:
+    """Whether a loop may be evaluated folded once its states are known: all of them cut, every node foldable.
+
+    What changes buffers or draws numbers is run once at each step, so it must not be run twice.
+
+    Args:
+        program: at stage "partitioned".
+        region: of the program.
+        inputs: what it takes from outside; everything that varies needs a batch.
+    """
+    if region.kind != "loop" or not region.slots:
+        return False
+    for node in region.nodes:
+        if node.op == "placeholder":
+            if not all(user.target in (cut_history, update_trace) for user in node.users if user.op != "output"):
+                return False
+        elif (
+            "step_refusal" in node.meta
+            or is_random(program, node)
+            or node.target is call_opaque
+            or keeps_statistics(program, node)
+        ):
+            return False
+    values = [n for n in (*region.nodes, *inputs) if not is_size(n) and n.meta.get("varying", True)]
+    return all(_has_batch(n.meta.get("batch_dim")) for n in values)
+
+
+def _has_batch(dim: Any) -> bool:
+    return all(map(_has_batch, dim)) if isinstance(dim, tuple) else dim is not None

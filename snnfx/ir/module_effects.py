@@ -1,0 +1,41 @@
+"""Modules that change their buffers, their weight or their operand when they are called."""
+
+from __future__ import annotations
+
+from torch import nn
+from torch.fx import Node
+from torch.nn.utils.spectral_norm import SpectralNorm
+
+from snnfx.ir.program import StepProgram
+from snnfx.sandbox.torch_internals import NormBase, SpectralNormParametrization
+from snnfx.state.registry import call_opaque, call_stateful
+
+__all__ = ["estimates_weights", "has_in_place_flag", "keeps_statistics", "updates_buffers"]
+
+
+def updates_buffers(program: StepProgram, node: Node) -> bool:
+    """Whether a call changes running statistics in training, so that it counts even if nobody reads its result."""
+    return program.training and keeps_statistics(program, node)
+
+
+def keeps_statistics(program: StepProgram, node: Node) -> bool:
+    """Whether a node calls a layer that changes its buffers when it is in training."""
+    if node.op != "call_module" and node.target not in (call_opaque, call_stateful):
+        return False
+    module = program.module_of(node)
+    assert module is not None
+    return estimates_weights(module) or any(
+        isinstance(part, NormBase) and part.track_running_stats for part in module.modules()
+    )
+
+
+def estimates_weights(module: nn.Module) -> bool:
+    """Whether the weight takes one more step of a power iteration at each call (spectral normalisation)."""
+    if any(isinstance(part, SpectralNormParametrization) for part in module.modules()):
+        return True
+    return any(isinstance(hook, SpectralNorm) for hook in module._forward_pre_hooks.values())
+
+
+def has_in_place_flag(program: StepProgram, node: Node) -> bool:
+    """Whether the node calls a module like `nn.ReLU(inplace=True)`."""
+    return node.op == "call_module" and bool(getattr(program.resolve(str(node.target)), "inplace", False))

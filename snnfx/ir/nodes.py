@@ -1,0 +1,95 @@
+"""Predicates of the nodes of a step graph."""
+
+from __future__ import annotations
+
+import operator
+from collections.abc import Callable
+from typing import Any
+
+from torch.fx import Node
+
+from snnfx.ops.step_functions import expect_size, set_part, set_part_
+
+__all__ = [
+    "IN_PLACE_OPERATORS",
+    "is_in_place",
+    "is_module_call",
+    "is_outside_reader",
+    "is_size",
+    "is_structural",
+    "takes_from_tuple",
+]
+
+
+def is_module_call(node: Node) -> bool:
+    """Whether the node is a call_function whose first argument is a module (a stateful or opaque leaf)."""
+    return (
+        node.op == "call_function"
+        and getattr(node.target, "snnfx_calls_module", False)
+        and bool(node.args)
+        and isinstance(node.args[0], Node)
+        and node.args[0].op == "get_attr"
+    )
+
+
+def is_structural(node: Node) -> bool:
+    """Whether the node takes one element of a tuple that another node returned."""
+    return node.op == "call_function" and node.target is operator.getitem and bool(node.meta.get("structural"))
+
+
+def is_in_place(node: Node) -> bool:
+    """Whether the node is an operation that changes its first operand: `x.add_(1)`, `relu(x, inplace=True)`."""
+    if node.op == "call_method":
+        name = str(node.target)
+        return name.endswith("_") and not name.endswith("__")
+    if node.op != "call_function":
+        return False
+    name = getattr(node.target, "__name__", "")
+    # The underscore of `operator.and_` only tells it from a word of the language.
+    by_name = name.endswith("_") and not name.endswith("__") and getattr(operator, name, None) is not node.target
+    return by_name or node.kwargs.get("inplace") is True or node.target in IN_PLACE_OPERATORS
+
+
+IN_PLACE_OPERATORS: dict[Callable[..., Any], Callable[..., Any]] = {
+    operator.iadd: operator.add,
+    operator.isub: operator.sub,
+    operator.imul: operator.mul,
+    operator.itruediv: operator.truediv,
+    operator.ifloordiv: operator.floordiv,
+    operator.imod: operator.mod,
+    operator.ipow: operator.pow,
+    operator.iand: operator.and_,
+    operator.ior: operator.or_,
+    operator.ixor: operator.xor,
+    operator.ilshift: operator.lshift,
+    operator.irshift: operator.rshift,
+    set_part_: set_part,
+}
+"""`x += 1` and its like, with the operation that makes a new value."""
+
+
+def takes_from_tuple(node: Node) -> bool:
+    """Whether the node takes one element of a tuple of values, whoever made the tuple."""
+    if node.op != "call_function" or node.target is not operator.getitem:
+        return False
+    source = node.args[0]
+    if is_structural(node) or not isinstance(source, Node):
+        return True
+    value = source.meta.get("val")
+    if value is not None:
+        return isinstance(value, tuple | list)
+    return isinstance(source.meta.get("batch_dim"), tuple)
+
+
+def is_size(node: Node) -> bool:
+    """Whether the value of a node is a size or made of sizes: it is computed again in each region that needs it."""
+    if node.op not in ("call_function", "call_method") or node.target is expect_size:
+        return False
+    if node.meta.get("shape_like"):
+        return not hasattr(node.meta.get("val"), "stride")
+    return node.target is getattr and node.args[1] in ("dtype", "device")
+
+
+def is_outside_reader(user: Node, layer: set[Node]) -> bool:
+    """Whether a user of a value computes with it outside of its layer."""
+    return user.op != "output" and user not in layer and not is_size(user)
