@@ -18,9 +18,9 @@ from snnfx.ir.options import ConvertOptions, time_dims_of_leaves
 from snnfx.ir.pass_manager import Pass, PassManager, PassRecord, verify_program
 from snnfx.ir.program import StepProgram
 from snnfx.memory.budget import read_memory_budget
+from snnfx.memory.checkpoint_option import check_checkpoint_option, refuse_statistics_over_time
 from snnfx.memory.chunk_plan import check_chunk_option
 from snnfx.memory.planning import refuse_impossible_budget
-from snnfx.memory.recompute_forms import check_checkpoint_option, refuse_statistics_over_time
 from snnfx.passes.absorb import Absorb
 from snnfx.passes.choose_memory_format import ChooseMemoryFormat
 from snnfx.passes.fold_batch_norm import FoldBatchNorm
@@ -135,7 +135,7 @@ def convert(
     )
     net = convert_without_budget(model, options, example_inputs, carry)
     if memory_budget is not None:
-        refuse_impossible_budget(net)
+        refuse_impossible_budget(net._executable)
     return net
 
 
