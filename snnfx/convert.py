@@ -20,9 +20,9 @@ from snnfx.ir.pass_manager import PassManager, PassRecord
 from snnfx.ir.program import StepProgram
 from snnfx.ir.verifier import verify_program
 from snnfx.memory.budget import read_memory_budget
+from snnfx.memory.checkpoint_option import check_checkpoint_option, refuse_statistics_over_time
 from snnfx.memory.chunk_plan import check_chunk_option
 from snnfx.memory.planning import refuse_impossible_budget
-from snnfx.memory.recompute_forms import check_checkpoint_option, refuse_statistics_over_time
 from snnfx.passes.absorb import Absorb
 from snnfx.passes.choose_memory_format import ChooseMemoryFormat
 from snnfx.passes.fold_batch_norm import FoldBatchNorm
@@ -137,7 +137,7 @@ def convert(
     )
     net = convert_without_budget(model, options, example_inputs, carry)
     if memory_budget is not None:
-        refuse_impossible_budget(net)
+        refuse_impossible_budget(net._executable)
     return net
 
 

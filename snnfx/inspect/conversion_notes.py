@@ -77,7 +77,7 @@ def fixed_sizes(program: StepProgram) -> Iterator[str]:
 
 def batch_norm_semantics(net: Net) -> Iterator[str]:
     """Which statistics the BatchNorm layers use in training, by how the training program treats them."""
-    program = net._programs[True]
+    program = net.programs[True]
     names: dict[str, list[str]] = {}
     for region in program.regions:
         for node in region.nodes:
@@ -131,7 +131,7 @@ def random_nodes(program: StepProgram) -> Iterator[str]:
 
 def mode_differences(net: Net) -> Iterator[str]:
     """What the programs of training and evaluation mode do with the same node, and the nodes that one of them lacks."""
-    training, evaluation = net._programs[True], net._programs[False]
+    training, evaluation = net.programs[True], net.programs[False]
     if training is evaluation:
         return
     in_training, in_evaluation = nodes_by_key(training), nodes_by_key(evaluation)

@@ -292,7 +292,7 @@ def _chunk(net: Net) -> ChunkRow | None:
     if chunk is None or isinstance(chunk, int):
         plan = plan_chunks(chunk)
         return ChunkRow(plan.length, plan.bytes_per_step, plan.reason)
-    steps = example_steps(net)
+    steps = example_steps(net._executable)
     if steps is None:
         return ChunkRow(None, 0, 'chunk="auto": decided at the first call, from the shapes (example_inputs would tell)')
     sequences = [x.unsqueeze(0) if v else x for x, v in zip(steps, net.varying_inputs, strict=True)]
@@ -310,7 +310,7 @@ def _too_little(net: Net) -> str:
     """Why `convert` refuses the budget, "" where it does not."""
     try:
         with isolated(net.source):
-            refuse_impossible_budget(net)
+            refuse_impossible_budget(net._executable)
     except InputError as error:
         if error.code != "SNNFX318":
             raise
@@ -320,7 +320,7 @@ def _too_little(net: Net) -> str:
 
 def _memory(net: Net, T: int, example_inputs: Any) -> MemoryReport:
     if example_inputs is None:
-        steps = example_steps(net)
+        steps = example_steps(net._executable)
     else:
         kwargs = example_inputs if isinstance(example_inputs, dict) else {}
         args = () if kwargs else example_inputs if isinstance(example_inputs, tuple | list) else (example_inputs,)

@@ -16,6 +16,7 @@ from snnfx.inspect.document import Bullets, Document, Paragraph, Table, Title, a
 from snnfx.inspect.memory_picture import memory_as_svg
 from snnfx.inspect.plain_data import plain_data
 from snnfx.memory.budget import bytes_as_text
+from snnfx.memory.checkpoint_option import asks_for_recomputation
 from snnfx.memory.memory_model import MemoryModel, NotPredictable, model_memory
 from snnfx.memory.peak_holders import Holder, HolderNames, TensorMakers
 from snnfx.memory.planning import with_borders
@@ -173,7 +174,7 @@ def _inference(net: Net, sequences: list[Tensor], T: int) -> PhaseMemory:
     try:
         plan = net.chunk_plan(*sequences)
         steps = min(T, plan.length or T)
-        model = model_memory(net, sequences, None, training=False, describe=steps)
+        model = model_memory(net._executable, sequences, None, training=False, describe=steps)
     except (NotPredictable, InputError) as error:
         return PhaseMemory("inference", T, _why_not(error))
     moments = inference_timeline(model, steps, detailed=True, hands_on=steps < T)
@@ -182,14 +183,19 @@ def _inference(net: Net, sequences: list[Tensor], T: int) -> PhaseMemory:
 
 def _training(net: Net, sequences: list[Tensor], T: int) -> PhaseMemory:
     try:
-        plan = net.recompute_plan(T, *sequences) if net._recomputation.is_wanted else RecomputePlan()
+        plan = net.recompute_plan(T, *sequences) if asks_for_recomputation(net.options) else RecomputePlan()
         steps = min(T, plan.steps or T)
         model = model_memory(
-            net, sequences, None, training=True, describe=steps, in_tiles=bool(plan.segments) or plan.packs
+            net._executable,
+            sequences,
+            None,
+            training=True,
+            describe=steps,
+            in_tiles=bool(plan.segments) or plan.packs,
         )
     except (NotPredictable, InputError) as error:
         return PhaseMemory("training", T, _why_not(error))
-    packed = packed_parts(net, model, sequences[0].element_size()) if sequences else {}
+    packed = packed_parts(net._executable, model, sequences[0].element_size()) if sequences else {}
     moments = training_timeline(model, steps, plan, packed, detailed=True)
     if steps < T:
         moments = [with_borders(model, moment, T, steps) for moment in moments]

@@ -4,15 +4,11 @@ from __future__ import annotations
 
 import re
 import traceback
-from typing import TYPE_CHECKING
 
 import torch
 
 from snnfx.errors import AllocationError
 from snnfx.memory.budget import bytes_as_text
-
-if TYPE_CHECKING:
-    from snnfx.runtime.net import Net
 
 __all__ = ["explain_allocation_failure", "is_allocation_failure"]
 
@@ -25,15 +21,18 @@ def is_allocation_failure(error: BaseException) -> bool:
     return known or (isinstance(error, RuntimeError) and bool(_ON_CPU.search(str(error))))
 
 
-def explain_allocation_failure(net: Net, error: BaseException) -> AllocationError:
-    """The error with the region that was running, and what would take less."""
+def explain_allocation_failure(error: BaseException, chunk: int | None) -> AllocationError:
+    """The error with the region that was running, and what would take less.
+
+    Args:
+        error: what PyTorch or Python raised.
+        chunk: the time steps run at once in inference, None where no number is known.
+    """
     region = _region_of(error)
     if torch.is_grad_enabled():
         hint = 'Convert with checkpoint="regions" or a memory_budget, or use a smaller batch.'
     else:
-        lengths = [plan.length for plan in net._plans.chunks.values() if plan.length is not None]
-        asked = net.options.chunk if isinstance(net.options.chunk, int) else min(lengths, default=None)
-        smaller = max(1, asked // 2) if asked is not None else 16
+        smaller = max(1, chunk // 2) if chunk is not None else 16
         hint = f"Convert with chunk={smaller} or a memory_budget, call net.eval() for chunks, or use a smaller batch."
     found = re.search(r"allocate (\d+) bytes", str(error))
     size = f" of {bytes_as_text(int(found.group(1)))}" if found else ""

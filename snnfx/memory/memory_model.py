@@ -12,18 +12,16 @@ import io
 import sys
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from torch import Tensor
 
+from snnfx.emit.executable import Executable
 from snnfx.memory.meta_run import MetaCopy, MetaRun
 from snnfx.memory.meter import Count, NamedBytes
 from snnfx.memory.tensor_names import Naming
 from snnfx.regions.region_modules import LoopRegion
 from snnfx.sandbox.isolation import rng_state
-
-if TYPE_CHECKING:
-    from snnfx.runtime.net import Net
 
 __all__ = ["Affine", "CallCost", "MemoryModel", "NotPredictable", "TensorNames", "model_memory"]
 
@@ -118,7 +116,7 @@ class MemoryModel:
 
 
 def model_memory(
-    net: Net,
+    executable: Executable,
     leaves: Sequence[Tensor],
     state: Mapping[str, Any] | None,
     training: bool,
@@ -128,17 +126,17 @@ def model_memory(
     """The memory model of the current mode of a net.
 
     Args:
-        net: in step mode "m".
+        executable: in step mode "m".
         leaves: inputs with time first; only shapes and dtypes are looked at.
         state: the state before the first step, None: the reset state.
         training: whether a history is kept.
         describe: also note who made what, for so many time steps.
-        in_tiles: of the form from which segments are made, see `snnfx.memory.recompute_forms`.
+        in_tiles: of the form from which segments are made, see `snnfx.emit.recompute_forms`.
 
     Raises:
         NotPredictable: the net looks at values, or does what meta tensors do not do.
     """
-    meta_copy = MetaCopy(net)
+    meta_copy = MetaCopy(executable)
     generators = rng_state()
     try:
         with _without_echo():
@@ -168,11 +166,13 @@ def _walks(
     in_tiles: bool,
 ) -> tuple[list[MetaRun], MetaRun | None]:
     """One walk, or two for different numbers of steps; and one that says who made what, if that is asked for."""
-    net = meta_copy.net
-    if state is None and (net.training, "first") in net._graphs.emitted:
+    executable = meta_copy.executable
+    if state is None and (executable.training, "first") in executable.graphs.emitted:
         # The first step is run by itself: the others start from the state behind it.
         state = MetaRun(meta_copy, leaves, None, training=False, steps=1, part="first").run().result[1]
-    if any(isinstance(m, LoopRegion) and m.kernels is None for m in net.modules()) or not meta_copy.has_kernels(leaves):
+    if any(
+        isinstance(m, LoopRegion) and m.kernels is None for m in executable.root.modules()
+    ) or not meta_copy.has_kernels(leaves):
         # A Python loop makes tensors of single steps, one for each: they are told by running one more. The few
         # tensors of a step must not be what is widest; it takes more steps to see that.
         runs = [MetaRun(meta_copy, leaves, state, training, steps, None, in_tiles).run() for steps in (8, 9)]
@@ -182,8 +182,9 @@ def _walks(
         ]
     if not describe:
         return runs, None
-    form = net._recomputation.form("main") if in_tiles else None
-    naming = Naming(net, net.regions, {}) if form is None else Naming(net, form.regions, form.tiles)
+    form = executable.recompute_form("main") if in_tiles else None
+    regions, tiles = (executable.regions, {}) if form is None else (form.regions, form.tiles)
+    naming = Naming(executable.program, regions, tiles)
     return runs, MetaRun(meta_copy, leaves, state, training, describe, naming, in_tiles).run()
 
 

@@ -6,14 +6,17 @@ import copy
 import operator
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.fx import Node, map_arg
 
+from snnfx.emit.emitted_graphs import CONSTANTS, REGIONS
+from snnfx.emit.executable import Executable
 from snnfx.emit.recompute_segments import region_calls
 from snnfx.emit.tiling import STATISTICS
+from snnfx.ir.program import SELF_TARGET
 from snnfx.lowering.elementwise.back_end_choice import reason_without_back_end
 from snnfx.memory.kernel_stand_in import KernelStandIn
 from snnfx.memory.meter import CallBytes, Count, NamedBytes, Shape, dtype_name, measure_call, meta_like
@@ -25,27 +28,24 @@ from snnfx.regions.region_modules import LoopRegion, RegionGraph
 from snnfx.sandbox.torch_internals import pytree
 from snnfx.state.registry import named_stateful
 
-if TYPE_CHECKING:
-    from snnfx.runtime.net import Net
-
 __all__ = ["MetaCopy", "MetaRun"]
 
 
 class MetaCopy:
-    """The modules of a net without data, in the same modes."""
+    """The modules of an executable without data, in the same modes."""
 
-    def __init__(self, net: Net) -> None:
-        self.net = net
+    def __init__(self, executable: Executable) -> None:
+        self.executable = executable
         self.steps: dict[Any, Any] = {}
         self.keys: dict[int, Any] = {}
         memo: dict[int, Any] = {}
-        for tensor in [*net.source.parameters(), *net.source.buffers(), *net._modules["snnfx_constants"].buffers()]:  # type: ignore[union-attr]
+        source, constants = executable.source, executable.constants
+        for tensor in [*source.parameters(), *source.buffers(), *constants.buffers()]:
             meta = meta_like(tensor)
             memo[id(tensor)] = nn.Parameter(meta, tensor.requires_grad) if isinstance(tensor, nn.Parameter) else meta
-        for _, module, adapter in named_stateful(net.source):
+        for _, module, adapter in named_stateful(source):
             memo.update((id(value), meta_like(value)) for value in adapter.read(module) if isinstance(value, Tensor))
-        roots = (net.source, net._modules["snnfx_constants"])
-        copies: Any = copy.deepcopy(roots, memo)
+        copies: Any = copy.deepcopy((source, constants), memo)
         self.source, self.constants = copies
         for module in (*self.source.modules(), *self.constants.modules()):
             for hooks in ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks"):
@@ -63,10 +63,10 @@ class MetaCopy:
         """A number of steps that divides no size of a parameter or of a step: a prime of at least T."""
         modules = (*self.source.modules(), *self.constants.modules())
         tensors = [t for m in modules for t in (*m._parameters.values(), *m._buffers.values()) if t is not None]
-        tensors += [v for node in self.net.program.graph.nodes if isinstance(v := node.meta.get("val"), Tensor)]
+        tensors += [v for node in self.executable.program.graph.nodes if isinstance(v := node.meta.get("val"), Tensor)]
         sizes = {n for t in tensors for n in t.shape}
-        sizes |= {n for x, v in zip(leaves, self.net.varying_inputs, strict=True) for n in x.shape[v:]}
-        T = max((x.shape[0] for x, v in zip(leaves, self.net.varying_inputs, strict=True) if v), default=1)
+        sizes |= {n for x, v in zip(leaves, self.executable.varying_inputs, strict=True) for n in x.shape[v:]}
+        T = max((x.shape[0] for x, v in zip(leaves, self.executable.varying_inputs, strict=True) if v), default=1)
         number = max(T, 101) | 1
         while not all(number % d for d in range(3, int(number**0.5) + 1, 2)) or any(
             n % number == 0 for n in sizes if n
@@ -75,15 +75,15 @@ class MetaCopy:
         return number
 
     def resolve(self, target: str) -> Any:
-        if target.startswith("snnfx_regions."):
-            found: Any = self.net
+        if target.startswith(f"{REGIONS}."):
+            found: Any = self.executable.root
             for atom in target.split("."):
                 found = found._modules[atom]
             return found
         atoms = target.split(".")
-        if atoms[0] == "snnfx_constants":
+        if atoms[0] == CONSTANTS:
             found, atoms = self.constants, atoms[1:]
-        elif atoms[0] == "snnfx_source":
+        elif atoms[0] == SELF_TARGET:
             found, atoms = self.source, atoms[1:]
         else:
             found = self.source
@@ -127,12 +127,15 @@ class MetaRun:
     ) -> None:
         self.meta_copy, self.training, self.steps, self.naming = meta_copy, training, steps, naming
         self.marker = steps if marker else None
-        net = meta_copy.net
-        self.graph = net._recomputation.form("main").graph if in_tiles else net._graphs.emitted[net.training, part]
+        executable = meta_copy.executable
+        if in_tiles:
+            self.graph = executable.recompute_form("main").graph
+        else:
+            self.graph = executable.graphs.emitted[executable.training, part]
         self.regions = {call: name for name, call in region_calls(self.graph).items()}
         device = leaves[0].device if leaves else torch.device("cpu")
         self.has_kernels = meta_copy.has_kernels(leaves)
-        longest = max((x.shape[0] for x, v in zip(leaves, net.varying_inputs, strict=True) if v), default=steps)
+        longest = max((x.shape[0] for x, v in zip(leaves, executable.varying_inputs, strict=True) if v), default=steps)
         self.workspace = Workspace(device, longest / steps)
         self.calls: list[_Measured] = []
         self.values: list[Count] = []
@@ -141,7 +144,7 @@ class MetaRun:
         self.number: dict[int, int] = {}
         self.known: dict[Any, tuple[Any, CallBytes]] = {}
         self.alive: list[Any] = []
-        varying = net._arguments.varying
+        varying = executable.varying_inputs
         over_time = () if part == "first" else (steps,)
         self.given: list[Any] = [
             self._input(x, torch.empty((*over_time, *x.shape[1:]), dtype=x.dtype, device="meta") if v else meta_like(x))

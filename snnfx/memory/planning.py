@@ -4,11 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor
 
+from snnfx.emit.executable import Executable
 from snnfx.emit.fold_parts import takes_batch_statistics
 from snnfx.emit.recompute_segments import RecomputePlan
 from snnfx.errors import InputError, warn_once
@@ -26,9 +27,6 @@ from snnfx.memory.timeline import (
 )
 from snnfx.memory.training_planner import TrainingPlanner
 
-if TYPE_CHECKING:
-    from snnfx.runtime.net import Net
-
 __all__ = [
     "example_steps",
     "plan_inference",
@@ -38,14 +36,14 @@ __all__ = [
 ]
 
 
-def plan_inference(net: Net, leaves: Sequence[Tensor], state: Mapping[str, Any] | None) -> ChunkPlan:
+def plan_inference(executable: Executable, leaves: Sequence[Tensor], state: Mapping[str, Any] | None) -> ChunkPlan:
     """How many time steps to run at once in inference.
 
     As many as the budget allows, and on a CPU no more than what caches and malloc are good at (`CACHE_FRIENDLY`): then
     a power of two, which divides most lengths, so that the last chunk is seldom one of another shape.
 
     Args:
-        net: in evaluation mode.
+        executable: in evaluation mode.
         leaves: the inputs, time first; only shapes are looked at.
         state: the state before the first step.
 
@@ -54,17 +52,17 @@ def plan_inference(net: Net, leaves: Sequence[Tensor], state: Mapping[str, Any] 
     """
     device = leaves[0].device if leaves else torch.device("cpu")
     try:
-        model = model_memory(net, leaves, state, training=False)
+        model = model_memory(executable, leaves, state, training=False)
     except NotPredictable as why:
-        _warn_of_unknown_bytes(net, why, "chunk=, a number of time steps")
+        _warn_of_unknown_bytes(executable, why, "chunk=, a number of time steps")
         return ChunkPlan(None, 0, 0, f"all time steps at once: the bytes of a step are not known ({why})")
-    budget = inference_budget(net.options.memory_budget, device)
+    budget = inference_budget(executable.options.memory_budget, device)
     widest = inference_peak(model, 1)
     needed, where = widest.bytes, widest.name
-    if needed > budget and net.options.memory_budget is not None:
-        model = model_memory(net, leaves, state, training=False, describe=1)
+    if needed > budget and executable.options.memory_budget is not None:
+        model = model_memory(executable, leaves, state, training=False, describe=1)
         raise cannot_be_met(
-            budget, widest_of(inference_timeline(model, 1, detailed=True)), model, "for one time step", net
+            budget, widest_of(inference_timeline(model, 1, detailed=True)), model, "for one time step", executable
         )
     per_step = max(1.0, inference_peak(model, 3).bytes - inference_peak(model, 2).bytes)
     fixed = max(0.0, needed - per_step)
@@ -83,42 +81,42 @@ def _power_of_two(count: float) -> int:
     return 1 << max(0, int(count).bit_length() - 1)
 
 
-def example_steps(net: Net) -> list[Tensor] | None:
+def example_steps(executable: Executable) -> list[Tensor] | None:
     """Tensors without memory like one step of the inputs that a net was converted with, None where it was without."""
-    device = next((p.device for p in net.source.parameters()), torch.device("cpu"))
-    inputs = [node.meta.get("val") for node in net.program.input_nodes()]
+    device = next((p.device for p in executable.source.parameters()), torch.device("cpu"))
+    inputs = [node.meta.get("val") for node in executable.program.input_nodes()]
     steps = [torch.empty((), dtype=x.dtype, device=device).expand(x.shape) for x in inputs if isinstance(x, Tensor)]
     return steps if len(steps) == len(inputs) else None
 
 
-def refuse_impossible_budget(net: Net) -> None:
+def refuse_impossible_budget(executable: Executable) -> None:
     """Raise where not even one time step fits, as far as shapes are known.
 
     Raises:
         InputError: SNNFX318.
     """
-    known = example_steps(net)
-    unknown = net.options.memory_budget is None or net.options.step_mode == "s" or not known
-    if unknown or any(argument.required for argument in net.program.carried):
+    known = example_steps(executable)
+    unknown = executable.options.memory_budget is None or executable.options.step_mode == "s" or not known
+    if unknown or any(argument.required for argument in executable.program.carried):
         return
-    sequences = [x.unsqueeze(0) if v else x for x, v in zip(known or (), net.varying_inputs, strict=True)]
+    sequences = [x.unsqueeze(0) if v else x for x, v in zip(known or (), executable.varying_inputs, strict=True)]
     try:
-        if net.training and net.options.checkpoint == "auto":
-            plan_training(net, 1, sequences, None)
-        elif not net.training:
-            plan_inference(net, sequences, None)
+        if executable.training and executable.options.checkpoint == "auto":
+            plan_training(executable, 1, sequences, None)
+        elif not executable.training:
+            plan_inference(executable, sequences, None)
     except InputError as error:
-        if not net.training:
+        if not executable.training:
             raise
         hint = f"{error.hint} That is for one time step of the example; snnfx.explain(model, T=...) tells it for more."
         raise InputError(error.code, error.what, where=error.where, why=error.why, hint=hint) from None
 
 
-def cannot_be_met(budget: float, widest: Moment, model: MemoryModel, how: str, net: Net) -> InputError:
+def cannot_be_met(budget: float, widest: Moment, model: MemoryModel, how: str, executable: Executable) -> InputError:
     """The error for a budget that is too small; `widest` is detailed, and `model` knows who made what."""
     at = f"{widest.name}, {widest.phase}" if model.training else widest.name
     hint = f"Give memory_budget={int(widest.bytes * 1.05)} or more, or a smaller batch."
-    if model.training and not net.training:
+    if model.training and not executable.training:
         hint += " For inference, call the net under `with torch.no_grad():`, which keeps nothing for backward."
     return InputError(
         "SNNFX318",
@@ -133,7 +131,9 @@ _MARGIN = 0.97
 """Of a budget, what a plan may take: predictions are a few percent off."""
 
 
-def plan_training(net: Net, T: int, leaves: Sequence[Tensor], state: Mapping[str, Any] | None) -> RecomputePlan:
+def plan_training(
+    executable: Executable, T: int, leaves: Sequence[Tensor], state: Mapping[str, Any] | None
+) -> RecomputePlan:
     """What backward computes again so that a training step fits the budget, as little as the model can tell.
 
     Nothing, if that fits or no budget is set; else everything but the products; then products as well, those first that
@@ -144,43 +144,45 @@ def plan_training(net: Net, T: int, leaves: Sequence[Tensor], state: Mapping[str
         InputError: SNNFX318, nothing fits.
     """
     try:
-        return _plan_training(net, T, leaves, state)
+        return _plan_training(executable, T, leaves, state)
     except NotPredictable as why:
-        _warn_of_unknown_bytes(net, why, 'checkpoint="regions" or checkpoint=, a number of time steps')
+        _warn_of_unknown_bytes(executable, why, 'checkpoint="regions" or checkpoint=, a number of time steps')
         return RecomputePlan(reason=f"nothing is computed again: the bytes of a step are not known ({why})")
 
 
-def _warn_of_unknown_bytes(net: Net, why: NotPredictable, instead: str) -> None:
-    if net.options.memory_budget is not None:
+def _warn_of_unknown_bytes(executable: Executable, why: NotPredictable, instead: str) -> None:
+    if executable.options.memory_budget is not None:
         message = f"memory_budget is not looked at: the bytes of this net cannot be told from shapes ({why})."
         warn_once("SNNFX508", f"{message} Give {instead} instead.")
 
 
-def _plan_training(net: Net, T: int, leaves: Sequence[Tensor], state: Mapping[str, Any] | None) -> RecomputePlan:
+def _plan_training(
+    executable: Executable, T: int, leaves: Sequence[Tensor], state: Mapping[str, Any] | None
+) -> RecomputePlan:
     device = leaves[0].device if leaves else torch.device("cpu")
-    budget = inference_budget(net.options.memory_budget, device)
-    planner = TrainingPlanner(net, T, leaves, state)
+    budget = inference_budget(executable.options.memory_budget, device)
+    planner = TrainingPlanner(executable, T, leaves, state)
     peak = planner.peak(RecomputePlan())
-    is_limited = net.options.memory_budget is not None
+    is_limited = executable.options.memory_budget is not None
     if not is_limited or peak.bytes <= _MARGIN * budget:
         return RecomputePlan(reason=f"nothing is computed again; {_at(peak, budget if is_limited else None)}")
     plan = planner.within(_MARGIN * budget)
     least = planner.peak(plan)
     if least.bytes <= budget:
         return replace(plan, reason=f"{describe_plan(plan)}; {_at(least, budget)}")
-    if not _has_statistics_over_time(net):
-        found = _in_chunks(model_memory(net, leaves, state, training=True), T, budget)
+    if not _has_statistics_over_time(executable):
+        found = _in_chunks(model_memory(executable, leaves, state, training=True), T, budget)
         if found is not None:
             return found
         length = 1
-        model = model_memory(net, leaves, state, training=True, describe=length)
+        model = model_memory(executable, leaves, state, training=True, describe=length)
         moments = training_timeline(model, length, RecomputePlan(), {}, detailed=True)
         at_peak = with_borders(model, widest_of(moments), T, length)
         if at_peak.bytes < least.bytes:
-            raise cannot_be_met(budget, at_peak, model, f"with the state kept every {length} steps", net)
-    model = model_memory(net, leaves, state, training=True, describe=T, in_tiles=True)
+            raise cannot_be_met(budget, at_peak, model, f"with the state kept every {length} steps", executable)
+    model = model_memory(executable, leaves, state, training=True, describe=T, in_tiles=True)
     at_peak = widest_of(training_timeline(model, T, plan, planner.packed, detailed=True))
-    raise cannot_be_met(budget, at_peak, model, "with everything computed again", net)
+    raise cannot_be_met(budget, at_peak, model, "with everything computed again", executable)
 
 
 def _at(peak: Moment, budget: float | None) -> str:
@@ -220,9 +222,9 @@ def with_borders(model: MemoryModel, moment: Moment, T: int, steps: int) -> Mome
     return replace(moment, bytes=moment.bytes + borders, held=held)
 
 
-def _has_statistics_over_time(net: Net) -> bool:
-    folded = [node for region in net.program.regions if region.kind == "fold" for node in region.nodes]
-    return net.training and any(takes_batch_statistics(net.program, node) for node in folded)
+def _has_statistics_over_time(executable: Executable) -> bool:
+    folded = [node for region in executable.program.regions if region.kind == "fold" for node in region.nodes]
+    return executable.training and any(takes_batch_statistics(executable.program, node) for node in folded)
 
 
 def _halved(T: int) -> list[int]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import operator
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from torch import fx, nn
 from torch.fx import Node
@@ -13,14 +13,11 @@ from torch.fx import Node
 from snnfx.emit.tiling import name_of_call
 from snnfx.functional import multi_step_forward
 from snnfx.ir.printing import describe_node
-from snnfx.ir.program import Region
+from snnfx.ir.program import Region, StepProgram
 from snnfx.recompute.batch_statistics import normalize
 from snnfx.recompute.tile import Tile, run_tile
 from snnfx.regions.region_modules import RegionGraph
 from snnfx.sandbox.torch_internals import pytree
-
-if TYPE_CHECKING:
-    from snnfx.runtime.net import Net
 
 __all__ = ["Naming"]
 
@@ -29,7 +26,7 @@ class Naming:
     """The name of what runs at the moment.
 
     Args:
-        net: whose step names the nodes.
+        program: whose step names the nodes.
         regions: that run, of the net or parts of these.
         tiles: that run, by name.
 
@@ -37,8 +34,8 @@ class Naming:
         current: the name for what is made now.
     """
 
-    def __init__(self, net: Net, regions: Sequence[Region], tiles: Mapping[str, Tile]) -> None:
-        self.program, self.current, self.tiles = net.program, "", tiles
+    def __init__(self, program: StepProgram, regions: Sequence[Region], tiles: Mapping[str, Tile]) -> None:
+        self.program, self.current, self.tiles = program, "", tiles
         self.slots = {region.name: region.slots for region in regions}
         self.contents = {
             region.name: list(dict.fromkeys(self.of_node(n) for n in region.nodes if n.op != "placeholder"))

@@ -11,20 +11,18 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from torch import Tensor
 
 from snnfx.analysis.integer_ranges import infer_integer_ranges
+from snnfx.emit.executable import Executable
 from snnfx.emit.recompute_segments import RecomputePlan, segments_of
 from snnfx.memory.budget import CACHE_FRIENDLY
 from snnfx.memory.memory_model import MemoryModel, model_memory
 from snnfx.memory.timeline import Moment, state_bytes, training_peak
 from snnfx.recompute.bit_packing import packed_bytes
 from snnfx.recompute.tile import Slices
-
-if TYPE_CHECKING:
-    from snnfx.runtime.net import Net
 
 __all__ = ["SLICE", "TrainingPlanner", "packed_parts"]
 
@@ -36,9 +34,9 @@ _OPERATIONS_PER_SECOND = 3e10
 """One core; only their ratio matters, for what is cheaper to compute again."""
 
 
-def packed_parts(net: Net, model: MemoryModel, itemsize: int = 4) -> dict[int, float]:
+def packed_parts(executable: Executable, model: MemoryModel, itemsize: int = 4) -> dict[int, float]:
     """For values that can be kept packed, the part of their bytes that this takes."""
-    largest = {node.name: bound for node, bound in infer_integer_ranges(net.program).largest.items()}
+    largest = {node.name: bound for node, bound in infer_integer_ranges(executable.program).largest.items()}
     bounds = ((value, largest.get(name)) for value, name in model.step_of.items())
     return {value: packed_bytes((1, 1, 64), bound) / (64 * itemsize) for value, bound in bounds if bound is not None}
 
@@ -47,7 +45,7 @@ class TrainingPlanner:
     """Makes plans for one number of steps.
 
     Args:
-        net: in step mode "m".
+        executable: in step mode "m".
         T: time steps.
         leaves: the inputs, time first; only shapes are looked at.
         state: the state before the first step.
@@ -56,15 +54,17 @@ class TrainingPlanner:
         NotPredictable: as `model_memory`.
     """
 
-    def __init__(self, net: Net, T: int, leaves: Sequence[Tensor], state: Mapping[str, Any] | None) -> None:
+    def __init__(
+        self, executable: Executable, T: int, leaves: Sequence[Tensor], state: Mapping[str, Any] | None
+    ) -> None:
         self.T = T
-        inputs = zip(leaves, net.varying_inputs, net.program.input_nodes(), strict=True)
+        inputs = zip(leaves, executable.varying_inputs, executable.program.input_nodes(), strict=True)
         batched = [x for x, v, node in inputs if v and x.dim() > 1 and node.meta.get("batch_dim") == 0]
         self.N = batched[0].shape[1] if batched else 1
-        form = net._recomputation.form("main")
+        form = executable.recompute_form("main")
         self.tiles = form.tiles
-        self.model = model_memory(net, leaves, state, training=True, in_tiles=True)
-        self.packed = packed_parts(net, self.model, leaves[0].element_size() if leaves else 4)
+        self.model = model_memory(executable, leaves, state, training=True, in_tiles=True)
+        self.packed = packed_parts(executable, self.model, leaves[0].element_size() if leaves else 4)
         self.calls = {call.name: call for call in self.model.calls}
         self.place = {call.name: index for index, call in enumerate(self.model.calls)}
         self.costs = dict(zip(self.calls, self.model.costs(T), strict=True))

@@ -7,20 +7,18 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor
 from torch.autograd.graph import saved_tensors_hooks
 
+from snnfx.emit.executable import Executable
 from snnfx.emit.recompute_segments import RecomputePlan
+from snnfx.memory.checkpoint_option import plan_checkpoint, recomputation_applies, refuse_statistics_over_time
 from snnfx.memory.chunk_plan import ChunkPlan, plan_chunks
 from snnfx.memory.planning import plan_inference, plan_training
-from snnfx.memory.recompute_forms import refuse_statistics_over_time
 from snnfx.sandbox.torch_internals import are_transforms_active, disable_dispatch_modes
-
-if TYPE_CHECKING:
-    from snnfx.runtime.net import Net
 
 __all__ = ["CallPlans"]
 
@@ -35,27 +33,27 @@ class CallPlans:
         chunks: chunk plans, by the shapes that they are for.
     """
 
-    def __init__(self, net: Net) -> None:
-        self.net = net
+    def __init__(self, executable: Executable) -> None:
+        self.executable = executable
         self.chunks: dict[Any, ChunkPlan] = {}
         self._recomputed: dict[Any, RecomputePlan] = {}
 
     def runner(self, part: str, leaves: Sequence[Tensor], T: int, state: State | None = None) -> Callable[..., Any]:
         """The form of the graph for this call: as it is, or with parts that backward computes again."""
-        net = self.net
-        if net._recomputation.applies() and not isinstance(net.options.checkpoint, int):
+        executable = self.executable
+        if recomputation_applies(executable) and not isinstance(executable.options.checkpoint, int):
             plan = self.recompute_plan(T, leaves, state)
             if plan.segments or plan.packs:
-                return net._recomputation.runner(part, plan)
-        return net._graphs.runners[net.training, part]
+                return executable.recomputing_runner(part, plan)
+        return executable.graphs.runners[executable.training, part]
 
     def runner_at_once(self, part: str, leaves: Sequence[Tensor], T: int) -> Callable[..., Any] | None:
         """The form of the graph for all steps of this call; None where there is none, or it is run in chunks."""
-        net = self.net
-        runner = net._graphs.runners.get((net.training, part))
+        executable = self.executable
+        runner = executable.graph_runner(part)
         if runner is None or self.chunk_length(leaves, T) is not None:
             return None
-        if not net._recomputation.applies():
+        if not recomputation_applies(executable):
             return runner
         return self.runner(part, leaves, T) if self.checkpoint_length(leaves, T) is None else None
 
@@ -63,59 +61,66 @@ class CallPlans:
 
     def chunk_length(self, leaves: Sequence[Tensor], T: int, state: State | None = None) -> int | None:
         """Steps to run at once, None for all `T`: fewer in evaluation mode without gradients, never in a compiler."""
-        net = self.net
-        chunk = net.options.chunk
-        if chunk is None or torch.compiler.is_compiling() or torch.is_grad_enabled() or net.training:
+        executable = self.executable
+        chunk = executable.options.chunk
+        if chunk is None or torch.compiler.is_compiling() or torch.is_grad_enabled() or executable.training:
             return None
         k = chunk if isinstance(chunk, int) else self.chunk_plan(leaves, state).length
         return k if k is not None and k < T else None
 
     def chunk_plan(self, leaves: Sequence[Tensor], state: State | None) -> ChunkPlan:
         """The plan for inputs (time first) and a first state of these shapes, see `snnfx.memory.planning`."""
-        net = self.net
-        if net.options.chunk != "auto":
-            return plan_chunks(net.options.chunk)
+        executable = self.executable
+        if executable.options.chunk != "auto":
+            return plan_chunks(executable.options.chunk)
         # How many steps there are is no matter.
-        steps = zip(leaves, net._arguments.varying, strict=True)
+        steps = zip(leaves, executable.varying_inputs, strict=True)
         shapes = tuple([(x.shape[1:] if varies else x.shape, x.dtype) for x, varies in steps])
         key = (shapes, None if state is None else _shapes_of_state(state))
         if key not in self.chunks:
             with _out_of_sight():
-                self.chunks[key] = plan_inference(net, leaves, state)
+                self.chunks[key] = plan_inference(executable, leaves, state)
         return self.chunks[key]
+
+    @property
+    def shortest_chunk(self) -> int | None:
+        """The fewest time steps run at once in inference so far; None: calls were not chunked."""
+        chunk = self.executable.options.chunk
+        lengths = [plan.length for plan in self.chunks.values() if plan.length is not None]
+        return chunk if isinstance(chunk, int) else min(lengths, default=None)
 
     # -- training -------------------------------------------------------------------------------------------------
 
     def checkpoint_length(self, leaves: Sequence[Tensor], T: int, state: State | None = None) -> int | None:
         """Time steps between the checkpoints of the state in training, None for no such checkpoints."""
-        if not self.net._recomputation.applies():
+        if not recomputation_applies(self.executable):
             return None
         k = self.recompute_plan(T, leaves, state).steps
         return k if k is not None and k < T else None
 
     def recompute_plan(self, T: int, leaves: Sequence[Tensor], state: State | None = None) -> RecomputePlan:
         """What is computed again in the backward pass of T steps of inputs (time first) and a state like these."""
-        net = self.net
+        executable = self.executable
         shapes = tuple((tuple(x.shape), x.dtype, x.requires_grad) for x in leaves)
-        learned = tuple(p.requires_grad for p in net.source.parameters())
+        learned = tuple(p.requires_grad for p in executable.source.parameters())
         device = leaves[0].device.type if leaves else "cpu"
         autocast = torch.is_autocast_enabled(device) and torch.get_autocast_dtype(device)
-        key = (net.training, T, shapes, learned, autocast, None if state is None else _shapes_of_state(state))
+        key = (executable.training, T, shapes, learned, autocast, None if state is None else _shapes_of_state(state))
         if key not in self._recomputed:
             with _out_of_sight():
                 self._recomputed[key] = self._plan_recomputation(T, leaves, state)
         return self._recomputed[key]
 
     def _plan_recomputation(self, T: int, leaves: Sequence[Tensor], state: State | None) -> RecomputePlan:
-        net, checkpoint = self.net, self.net.options.checkpoint
+        executable, checkpoint = self.executable, self.executable.options.checkpoint
         if checkpoint is None:
             return RecomputePlan(reason="nothing is computed again, as asked for")
         if isinstance(checkpoint, int):
-            refuse_statistics_over_time(net.program, net.training, f"checkpoint={checkpoint}")
+            refuse_statistics_over_time(executable.program, executable.training, f"checkpoint={checkpoint}")
             return RecomputePlan(steps=checkpoint, reason=f"the state is kept every {checkpoint} steps, as asked for")
         if checkpoint in ("selective", "regions"):
-            return net._recomputation.plan(checkpoint, T, leaves, state)
-        return plan_training(net, T, leaves, state)
+            return plan_checkpoint(executable, checkpoint, T, leaves, state)
+        return plan_training(executable, T, leaves, state)
 
 
 @contextmanager

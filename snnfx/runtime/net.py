@@ -20,19 +20,16 @@ from torch import Tensor, fx, nn
 from snnfx.allocator import expect_large_blocks
 from snnfx.capture.setting_reads import first_changed_setting, watch_settings
 from snnfx.emit.arguments import Arguments, signature_of
-from snnfx.emit.emitted_graphs import EmittedGraphs
+from snnfx.emit.executable import Executable
 from snnfx.emit.recompute_segments import RecomputePlan
 from snnfx.errors import AllocationError
-from snnfx.ir.options import ConvertOptions, time_dims_of_leaves
+from snnfx.ir.options import ConvertOptions
 from snnfx.ir.pass_manager import PassRecord
 from snnfx.ir.program import SELF_TARGET, Region, StepProgram
 from snnfx.ir.serialization import copy_model, pack_programs, unpack_programs
 from snnfx.memory.allocation_failure import explain_allocation_failure, is_allocation_failure
 from snnfx.memory.chunk_plan import ChunkPlan
-from snnfx.memory.recompute_forms import Recomputation
-from snnfx.runtime.call_plans import CallPlans
-from snnfx.runtime.execution import run_sequence, run_step
-from snnfx.runtime.recordings import Recordings
+from snnfx.runtime.execution import Execution
 from snnfx.runtime.replanning import capture_again, net_for
 from snnfx.runtime.streaming import Stream
 from snnfx.state.carry import outputs_without, with_final_state
@@ -47,11 +44,9 @@ class Net(fx.GraphModule):
     the state. `graph`, `code`, `regions` and `program` show what it does; `history` how it came about.
     """
 
-    options: ConvertOptions
     history: list[PassRecord]
-    _programs: dict[bool, StepProgram]
+    _executable: Executable
     _replan: Callable[..., Net] | None
-    _arguments_in: dict[bool, Arguments]
 
     def __init__(
         self,
@@ -69,33 +64,31 @@ class Net(fx.GraphModule):
             _modules=OrderedDict(source._modules),
         )
         self.__dict__[SELF_TARGET] = source
-        # Not by assignment: the model may have children of these names.
-        self.__dict__.update(options=options, _replan=replan)
+        # Not by assignment: the model may have children with this name.
+        self.__dict__["_replan"] = replan
         self._carried: dict[str, Any] | None = None
-        self._take_programs(programs, history)
+        self._use_programs(programs, history, options)
         expect_large_blocks()
 
     # -- building -------------------------------------------------------------------------------------------------
 
-    def _take_programs(self, programs: dict[bool, StepProgram], history: Sequence[PassRecord]) -> None:
-        """Become the net of these programs; what was made for others is forgotten."""
-        self.__dict__.update(_programs=programs, history=list(history))
-        time_dims = time_dims_of_leaves(self.options.time_dim, programs[True])
-        self._arguments_in = {mode: Arguments(p, time_dims, self.options) for mode, p in programs.items()}
+    def _use_programs(
+        self, programs: dict[bool, StepProgram], history: Sequence[PassRecord], options: ConvertOptions
+    ) -> None:
+        """Run these programs from now on; graphs and plans of earlier programs are dropped."""
+        executable = Executable(self, self.source, programs, options)
+        self.__dict__.update(history=list(history), _executable=executable)
         self._watched_settings = {mode: watch_settings(p.setting_reads, self.source) for mode, p in programs.items()}
         self._nets_for_shapes: dict[Any, Net] = {}
-        self._recordings = Recordings(self)
-        self._plans = CallPlans(self)
-        self._recomputation = Recomputation(self)
-        self._graphs = EmittedGraphs(self)
-        self._graphs.emit()
-        self._graph = self._graphs.shown[self.training]
+        self._execution = Execution(executable)
+        executable.graphs.emit()
+        self._graph = executable.graphs.shown[self.training]
         self._graph.owning_module = self
         self.recompile()
 
     def region_modules(self) -> dict[str, nn.Module]:
         """What runs the regions in the mode that the net is in, by their names."""
-        return self._graphs.region_modules(self.training)
+        return self._executable.region_modules()
 
     def recompile(self) -> Any:
         """Regenerate the code of the current graph; `forward` stays the driver around it."""
@@ -109,11 +102,11 @@ class Net(fx.GraphModule):
             except (RuntimeError, MemoryError) as error:
                 if not is_allocation_failure(error) or isinstance(error, AllocationError):
                     raise
-                raise explain_allocation_failure(self, error) from error
+                raise explain_allocation_failure(error, self._execution.plans.shortest_chunk) from error
 
         # torch.export matches dynamic_shapes with the names of the arguments.
-        programs = self.__dict__.get("_programs")
-        forward.__signature__ = signature_of(programs and programs[True])  # type: ignore[attr-defined]
+        executable = self.__dict__.get("_executable")
+        forward.__signature__ = signature_of(executable and executable.programs[True])  # type: ignore[attr-defined]
         forward.__doc__ = _forward.__doc__
         type(self).forward = forward
         return code
@@ -121,28 +114,38 @@ class Net(fx.GraphModule):
     @property
     def graph(self) -> fx.Graph:
         """The graph of the current mode (training or evaluation)."""
-        graphs = self.__dict__.get("_graphs")
-        return graphs.shown[self.training] if graphs else self._graph
+        executable = self.__dict__.get("_executable")
+        shown = executable.graphs.shown.get(self.training) if executable is not None else None
+        return self._graph if shown is None else shown
 
     @graph.setter
     def graph(self, graph: fx.Graph) -> None:
         """Replace the graph of the current mode (and of both, while they are one)."""
-        graphs = self.__dict__.get("_graphs")
+        executable = self.__dict__.get("_executable")
         self._graph = graph
         graph.owning_module = self
-        if graphs:
-            graphs.replace(self.training, graph)
+        if executable is not None:
+            executable.graphs.replace(self.training, graph)
         self.recompile()
 
     @property
     def program(self) -> StepProgram:
         """The step program of the current mode."""
-        return self._programs[self.training]
+        return self._executable.program
 
     @property
     def programs(self) -> dict[bool, StepProgram]:
         """The step program of each mode, `{training: program}`."""
-        return self._programs
+        return self._executable.programs
+
+    @property
+    def options(self) -> ConvertOptions:
+        """The options of `snnfx.convert`."""
+        return self._executable.options
+
+    @options.setter
+    def options(self, options: ConvertOptions) -> None:
+        self._executable.options = options
 
     @property
     def positional_inputs(self) -> int:
@@ -161,7 +164,7 @@ class Net(fx.GraphModule):
     @property
     def _arguments(self) -> Arguments:
         """What a call takes in the current mode."""
-        return self._arguments_in[self.training]
+        return self._executable.arguments
 
     @property
     def regions(self) -> list[Region]:
@@ -211,7 +214,7 @@ class Net(fx.GraphModule):
             (True, torch.Size([4, 4, 2]))
         """
         names = (record,) if isinstance(record, str) else tuple(record)
-        _, leaves, given, T = self._received(args, kwargs, T)
+        _, leaves, given, T = self._bind_call(args, kwargs, T)
         outputs, state, records = self._execute(leaves, given, state, names, T)
         outputs = outputs_without(outputs, [c.path for c in self.program.carried])
         return (outputs, state, dict(zip(names, records, strict=True))) if names else (outputs, state)
@@ -224,7 +227,7 @@ class Net(fx.GraphModule):
         Raises:
             InputError: as `run`.
         """
-        _, ordered, given, steps = self._received(args, kwargs, T)
+        _, ordered, given, steps = self._bind_call(args, kwargs, T)
         assert steps is not None
         return ordered, given, steps
 
@@ -281,17 +284,16 @@ class Net(fx.GraphModule):
         """
         return Stream(self, inputs, of, state)
 
-    def _received(
+    def _bind_call(
         self, args: tuple[Any, ...], kwargs: dict[str, Any], T: int | None
     ) -> tuple[list[Tensor], list[Tensor], dict[str, Any], int | None]:
         """`(tensors, the same with time first, carried arguments by name, T)` of a call."""
-        training = self.training
-        arguments = self._arguments_in[training]
+        arguments = self._arguments
         args, kwargs, given = arguments.split_carried(args, kwargs)
         leaves = ordered = arguments.bind(args, kwargs)
         if self.options.step_mode == "m":
             ordered, T = arguments.time_first(leaves, T)
-        change = first_changed_setting(self._watched_settings[training])
+        change = first_changed_setting(self._watched_settings[self.source.training])
         if change is not None:
             capture_again(self, *change, ordered, given)
         return leaves, ordered, given, T
@@ -306,8 +308,11 @@ class Net(fx.GraphModule):
     ) -> tuple[Any, dict[str, Any], tuple[Any, ...]]:
         """Run bound inputs, time first (one step of them in step mode "s", where T is not used)."""
         if T is None or self.options.step_mode == "s":
-            return run_step(self, leaves, given, state, record)
-        return run_sequence(self, leaves, given, state, record, T)
+            return self._execution.run_step(leaves, given, state, record)
+        replanned = net_for(self, leaves, given)
+        if replanned is not None:
+            return replanned._execute(leaves, given, state, record, T)
+        return self._execution.run_sequence(leaves, given, state, record, T)
 
     def split_carried(
         self, args: tuple[Any, ...], kwargs: dict[str, Any]
@@ -320,13 +325,13 @@ class Net(fx.GraphModule):
 
         Args and Raises as of `run`.
         """
-        _, leaves, given, _ = self._received(args, kwargs, T)
+        _, leaves, given, _ = self._bind_call(args, kwargs, T)
         other = net_for(self, leaves, given) if self.options.step_mode == "m" else None
         return self if other is None else other
 
     def chunk_plan(self, *sequences: Tensor, state: dict[str, Any] | None = None) -> ChunkPlan:
         """How many time steps are run at once, for inputs (time first) and a first state of these shapes."""
-        return self._plans.chunk_plan(sequences, state)
+        return self._execution.plans.chunk_plan(sequences, state)
 
     def recompute_plan(self, T: int, *sequences: Tensor) -> RecomputePlan:
         """What is computed again in the backward pass of T steps of inputs of these shapes.
@@ -339,7 +344,7 @@ class Net(fx.GraphModule):
             InputError: the inputs do not fit (SNNFX301, 303, 305 to 307, 309); SNNFX318, the budget is too small.
         """
         self._arguments.check_time_first(T, sequences, "recompute_plan")
-        return self._plans.recompute_plan(T, sequences)
+        return self._execution.plans.recompute_plan(T, sequences)
 
     # -- state carried from call to call -----------------------------------------------------------------------------
 
@@ -379,29 +384,29 @@ class Net(fx.GraphModule):
         if step_mode == self.options.step_mode:
             return self
         options = replace(self.options, step_mode=step_mode)
-        return Net(self.source, self._programs, options, self.history, self._replan)
+        return Net(self.source, self.programs, options, self.history, self._replan)
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Net:
         source = copy_model(self.source, memo)
-        packed = pack_programs(self._programs)
+        packed = pack_programs(self.programs)
         clone = _rebuild(source, copy.deepcopy(packed, memo), self.options, self.history, self._replan)
         memo[id(self)] = clone
         return clone
 
     def __reduce__(self) -> tuple[Any, ...]:
         # GraphModule would trace again; the program is packed as it is, with the model beside it.
-        packed = pack_programs(self._programs)
+        packed = pack_programs(self.programs)
         return _rebuild, (self.source, packed, self.options, self.history, self._replan)
 
 
 def _forward(self: Net, args: tuple[Any, ...], kwargs: dict[str, Any], T: int | None) -> Any:
     """Run a whole sequence from the reset state (or the carried one)."""
     options = self.options
-    leaves, ordered, given, T = self._received(args, kwargs, T)
+    leaves, ordered, given, T = self._bind_call(args, kwargs, T)
     arguments = self._arguments
     # Chunks are only planned for inputs that this plan covers.
     if T is not None and not options.carry_state and arguments.covered(ordered):
-        run = self._plans.runner_at_once("plain", ordered, T)
+        run = self._execution.plans.runner_at_once("plain", ordered, T)
         if run is not None:
             have_time = any(arguments.varying)
             return run(self, *leaves) if have_time else run(self, *leaves, torch.arange(T, device=leaves[0].device))

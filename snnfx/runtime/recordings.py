@@ -3,27 +3,25 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from torch.fx import Node
 
 from snnfx.emit.compiled_graph import compile_graph
 from snnfx.emit.emitted_graphs import REGIONS
+from snnfx.emit.executable import Executable
 from snnfx.emit.multi_step import emit_multi_step
 from snnfx.errors import InputError
 from snnfx.ir.program import StepProgram
-
-if TYPE_CHECKING:
-    from snnfx.runtime.net import Net
 
 __all__ = ["Recordings"]
 
 
 class Recordings:
-    """The forms of one net's graph that also return values over time, made when they are first asked for."""
+    """Forms of the emitted graphs that also return values over time, made at their first use."""
 
-    def __init__(self, net: Net) -> None:
-        self.net = net
+    def __init__(self, executable: Executable) -> None:
+        self.executable = executable
         self._runners: dict[tuple[bool, tuple[str, ...]], Callable[..., Any]] = {}
 
     def runner(self, names: tuple[str, ...]) -> Callable[..., Any]:
@@ -32,13 +30,13 @@ class Recordings:
         Raises:
             InputError: SNNFX311, there is nothing of such a name, or it has no value at each step.
         """
-        key = (self.net.training, names)
+        key = (self.executable.training, names)
         if key not in self._runners:
-            self._runners[key] = self._made(names)
+            self._runners[key] = self._emit(names)
         return self._runners[key]
 
-    def _made(self, names: tuple[str, ...]) -> Callable[..., Any]:
-        net, program, reduce = self.net, self.net.program, self.net.options.reduce
+    def _emit(self, names: tuple[str, ...]) -> Callable[..., Any]:
+        graphs, program, reduce = self.executable.graphs, self.executable.program, self.executable.options.reduce
         nodes = [_recorded_node(program, name) for name in names]
         if any(node.meta.get("sunk") for node in nodes if isinstance(node, Node)):
             raise InputError(
@@ -48,8 +46,8 @@ class Recordings:
                 hint="Convert without reduce= to record it.",
             )
         label = f"record_{len(self._runners)}"
-        emitted = emit_multi_step(program, f"{REGIONS}.{label}", net._graphs.target_name, nodes, reduce=reduce)
-        net._graphs.keep(label, emitted.regions)
+        emitted = emit_multi_step(program, f"{REGIONS}.{label}", graphs.target_name, nodes, reduce=reduce)
+        graphs.keep(label, emitted.regions)
         return compile_graph(emitted.graph)
 
 

@@ -77,7 +77,7 @@ def capture_again(net: Net, scalar: WatchedSetting, now: Any, leaves: list[Tenso
     """
     what = f"`{scalar.qualified_name}` is {now!r}, but the step was captured with {scalar.shown}"
     replan = net._replan
-    if replan is None or net._graphs.is_replaced:
+    if replan is None or net._executable.graphs.is_replaced:
         raise InputError(
             "SNNFX315",
             what,
@@ -93,7 +93,7 @@ def capture_again(net: Net, scalar: WatchedSetting, now: Any, leaves: list[Tenso
     steps = net._arguments.at_step(leaves, 0) if net.options.step_mode == "m" else leaves
     # Captured from shapes before, from shapes again.
     fresh = replan(net, *(_example(net, steps, given) if net.program.input_ranks else ((), {})))
-    net._take_programs(fresh._programs, fresh.history)
+    net._use_programs(fresh.programs, fresh.history, net.options)
 
 
 def _example(net: Net, steps: list[Tensor], given: dict[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:

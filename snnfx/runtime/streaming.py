@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from snnfx.errors import InputError
-from snnfx.memory.recompute_forms import refuse_statistics_over_time
+from snnfx.memory.checkpoint_option import refuse_statistics_over_time
 from snnfx.runtime.joined_outputs import combine_reductions
 from snnfx.sandbox.torch_internals import pytree
 

@@ -22,10 +22,10 @@ from support.nets import ACCEPTANCE
 def predicted(net: Any, x_seq: Tensor, training: bool) -> float:
     T = x_seq.shape[0]
     if not training:
-        return inference_peak(model_memory(net, [x_seq], None, training=False), T).bytes
+        return inference_peak(model_memory(net._executable, [x_seq], None, training=False), T).bytes
     plan = net.recompute_plan(T, x_seq) if net.options.checkpoint else RecomputePlan()
-    model = model_memory(net, [x_seq], None, training=True, in_tiles=plan.packs)
-    return training_peak(model, T, plan, packed_parts(net, model, x_seq.element_size())).bytes
+    model = model_memory(net._executable, [x_seq], None, training=True, in_tiles=plan.packs)
+    return training_peak(model, T, plan, packed_parts(net._executable, model, x_seq.element_size())).bytes
 
 
 @pytest.mark.parametrize("T", [8, 16])
@@ -57,14 +57,14 @@ def test_nothing_is_run_and_nothing_is_changed() -> None:
     model[0].register_forward_hook(lambda *_: calls.append(1))
     x_seq = torch.rand(4, 2, 2, 6, 6)
     before, generator = {k: v.clone() for k, v in model.state_dict().items()}, torch.get_rng_state()
-    model_memory(net, [x_seq], None, training=True)
+    model_memory(net._executable, [x_seq], None, training=True)
     assert calls == [] and torch.equal(generator, torch.get_rng_state())
     assert all(torch.equal(v, before[k]) for k, v in model.state_dict().items())
     assert all(not p.is_meta and p.grad is None for p in model.parameters())
 
 
 def model_of(net: Any, x_seq: Tensor, training: bool = False) -> MemoryModel:
-    return model_memory(net, [x_seq], None, training)
+    return model_memory(net._executable, [x_seq], None, training)
 
 
 def test_peak_grows_with_the_steps_and_the_batch() -> None:

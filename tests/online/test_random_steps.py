@@ -11,8 +11,7 @@ from torch import Tensor, nn
 
 import snnfx
 from snnfx.online import OTTT_A, SLTT, SLTT_K
-from snnfx.runtime.execution import run_sequence
-from snnfx.runtime.net import Net
+from snnfx.runtime.execution import Execution
 from support.online_models import N, close, leaky_net, most_held, sequences
 from support.online_oracles import PlainLIF, TriangleSpike, mse, sltt
 from support.online_training import Trained, batch_norm_net, each_case, prepared, same
@@ -135,11 +134,12 @@ def count_runs(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     """The number of steps of each run of a net from now on."""
     lengths: list[int] = []
 
-    def counting(net: Net, leaves: Any, given: Any, state: Any, record: Any, steps: int) -> Any:
+    def counting(execution: Execution, leaves: Any, given: Any, state: Any, record: Any, steps: int) -> Any:
         lengths.append(steps)
-        return run_sequence(net, leaves, given, state, record, steps)
+        return run_sequence(execution, leaves, given, state, record, steps)
 
-    monkeypatch.setattr("snnfx.runtime.net.run_sequence", counting)
+    run_sequence = Execution.run_sequence
+    monkeypatch.setattr(Execution, "run_sequence", counting)
     return lengths
 
 

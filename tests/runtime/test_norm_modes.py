@@ -102,6 +102,6 @@ def test_freezing_again_after_each_evaluation_captures_nothing_again() -> None:
 
 def test_one_program_for_both_modes_when_the_layer_makes_no_difference() -> None:
     net = snnfx.convert(model_of("BatchNorm"), lower=None)
-    assert net._programs[True] is net._programs[False]
+    assert net.programs[True] is net.programs[False]
     net = snnfx.convert(model_of("BatchNorm, no running statistics"), lower=None)
-    assert net._programs[True] is not net._programs[False]
+    assert net.programs[True] is not net.programs[False]

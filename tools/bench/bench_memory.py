@@ -122,14 +122,14 @@ def predict(name: str, T: int, N: int, phase: str) -> dict[str, Any]:
     if options["checkpoint"]:
         plan = net.recompute_plan(T, x_seq)
         planned = time.perf_counter() - start
-        model = model_memory(net, [x_seq], None, training=True, in_tiles=plan.packs)
+        model = model_memory(net._executable, [x_seq], None, training=True, in_tiles=plan.packs)
     else:
-        plan, model = RecomputePlan(), model_memory(net, [x_seq], None, training=phase != "inference")
+        plan, model = RecomputePlan(), model_memory(net._executable, [x_seq], None, training=phase != "inference")
         planned = time.perf_counter() - start
     predicted = (
         inference_peak(model, T, hands_on=False).bytes
         if phase == "inference"
-        else training_peak(model, T, plan, packed_parts(net, model)).bytes
+        else training_peak(model, T, plan, packed_parts(net._executable, model)).bytes
     )
     net(small[:, :1])  # compile what this shape needs
     measured = peak_of(run)

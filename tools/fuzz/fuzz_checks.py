@@ -26,6 +26,7 @@ import snnfx
 from snnfx.emit.recompute_segments import RecomputePlan
 from snnfx.functional import reset_net
 from snnfx.memory import training_planner as planner
+from snnfx.memory.checkpoint_option import plan_checkpoint
 from snnfx.memory.memory_model import NotPredictable
 
 CHECKS = "train eval fold checkpoint split chunk single batch effects again passes time_dim carry record invariant_off".split()
@@ -120,7 +121,7 @@ def shared_net(model: nn.Module, s: Setting, training: bool, batch_norm: str = "
 
 def with_options(net: Any, **options: Any) -> Any:
     """The same programs with other options that no pass looks at."""
-    return snnfx.Net(net.source, net._programs, replace(net.options, **options), net.history, net._replan)
+    return snnfx.Net(net.source, net.programs, replace(net.options, **options), net.history, net._replan)
 
 
 def step_plain(model: nn.Module, s: Setting, sequences: Sequence[Tensor]) -> list[Any]:
@@ -254,10 +255,10 @@ def check_checkpoint(model: nn.Module, s: Setting) -> None:
     for option in ("selective", "regions", "any"):
         other = with_options(net, checkpoint="regions" if option == "any" else option)
         plan = functools.partial(any_plan, other, r)
-        own = other._plans._plan_recomputation
+        own = other._execution.plans._plan_recomputation
         with (
             unittest.mock.patch.object(planner, "SLICE", r.choice((2**23, 4096, 256, 1))),
-            unittest.mock.patch.object(other._plans, "_plan_recomputation", plan if option == "any" else own),
+            unittest.mock.patch.object(other._execution.plans, "_plan_recomputation", plan if option == "any" else own),
         ):
             found = run(other)
         what = f"{batch_norm}, checkpoint={option}"
@@ -268,9 +269,9 @@ def check_checkpoint(model: nn.Module, s: Setting) -> None:
 def any_plan(net: Any, r: random.Random, T: int, leaves: Sequence[Tensor], state: Any) -> RecomputePlan:
     """A plan in which each tile is at any of the levels that it can be at."""
     try:
-        plans = planner.TrainingPlanner(net, T, leaves, state)
+        plans = planner.TrainingPlanner(net._executable, T, leaves, state)
     except NotPredictable:
-        return net._recomputation.plan("regions", T, leaves, state)
+        return plan_checkpoint(net._executable, "regions", T, leaves, state)
     return plans.plan({name: r.choice(plans.levels_of(name)) for name in plans.names})
 
 

@@ -1,0 +1,113 @@
+"""The `checkpoint=` option: its check, whether it acts on a call, and the plans that it asks for."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from snnfx.emit.executable import Executable
+from snnfx.emit.fold_parts import takes_batch_statistics
+from snnfx.emit.recompute_segments import RecomputePlan, segments_of
+from snnfx.errors import InputError, warn_once
+from snnfx.ir.options import ConvertOptions
+from snnfx.ir.printing import describe_node
+from snnfx.ir.program import StepProgram
+from snnfx.memory.budget import bytes_as_text
+from snnfx.memory.memory_model import NotPredictable
+from snnfx.memory.training_planner import TrainingPlanner
+from snnfx.recompute.tile import Slices
+from snnfx.sandbox.torch_internals import are_transforms_active
+
+__all__ = [
+    "asks_for_recomputation",
+    "check_checkpoint_option",
+    "plan_checkpoint",
+    "recomputation_applies",
+    "refuse_statistics_over_time",
+]
+
+
+def check_checkpoint_option(checkpoint: Any) -> None:
+    """Raise for a value that `checkpoint=` does not take."""
+    if checkpoint is None or checkpoint in ("auto", "selective", "regions"):
+        return
+    if isinstance(checkpoint, bool) or not isinstance(checkpoint, int) or checkpoint < 1:
+        hint = 'Give a number of time steps above 0, "selective", "regions", "auto" or None.'
+        raise InputError("SNNFX309", f"checkpoint={checkpoint!r}", hint=hint)
+
+
+def refuse_statistics_over_time(program: StepProgram, training: bool, what: str) -> None:
+    """Raise where the result of some time steps depends on the others through statistics of all of them.
+
+    Raises:
+        InputError: SNNFX317, a BatchNorm in training takes its statistics over T * N.
+    """
+    for region in program.regions:
+        for node in region.nodes:
+            if training and region.kind == "fold" and takes_batch_statistics(program, node):
+                raise InputError(
+                    "SNNFX317",
+                    f"{what} would change what `{describe_node(node)}` computes",
+                    why='with batch_norm="fold" its statistics in training are those of all time steps together.',
+                    hint='Use checkpoint="regions" (it keeps all steps together), batch_norm="per_step", or eval().',
+                )
+
+
+def asks_for_recomputation(options: ConvertOptions) -> bool:
+    """Whether training is to be planned."""
+    return options.checkpoint is not None and (options.checkpoint != "auto" or options.memory_budget is not None)
+
+
+def recomputation_applies(executable: Executable) -> bool:
+    """Whether this call keeps a history that a plan could make smaller."""
+    options = executable.options
+    if not asks_for_recomputation(options) or not torch.is_grad_enabled() or options.step_mode == "s":
+        return False
+    if executable.graphs.is_replaced or are_transforms_active():
+        return False
+    if torch.compiler.is_compiling():
+        return not _warn_compiled_net_ignores_checkpoint()
+    return True
+
+
+def plan_checkpoint(
+    executable: Executable, checkpoint: str, T: int, leaves: Sequence[Tensor], state: Mapping[str, Any] | None
+) -> RecomputePlan:
+    """The plan of `checkpoint="selective"` or `"regions"`."""
+    try:
+        planner = TrainingPlanner(executable, T, leaves, state)
+    except NotPredictable as unknown:
+        return _plan_without_bytes(executable, checkpoint, T, str(unknown))
+    plan = planner.selective() if checkpoint == "selective" else planner.least()
+    budget, peak = executable.options.memory_budget, planner.peak(plan)
+    if isinstance(budget, int) and peak.bytes > budget:
+        needed = f'checkpoint="{checkpoint}" needs {bytes_as_text(peak.bytes)} at {peak.name}'
+        instead = 'Use checkpoint="auto", which looks at the budget.'
+        warn_once("SNNFX508", f"memory_budget is {bytes_as_text(budget)}, but {needed}. {instead}")
+    what = "everything but products" if checkpoint == "selective" else "everything"
+    return replace(plan, reason=f"{what} is computed again in the backward pass")
+
+
+def _plan_without_bytes(executable: Executable, checkpoint: str, T: int, why: str) -> RecomputePlan:
+    """The same where bytes are not known."""
+    form = executable.recompute_form("main")
+    groups = [
+        (*(products if checkpoint == "regions" else ()), *statistics, name)
+        for name, (products, statistics) in segments_of(form.graph, form.tiles).items()
+    ]
+    slices = {group[-1]: Slices(steps=max(1, T // 4)) for group in groups}
+    return RecomputePlan(tuple(groups), slices, packs=True, reason=f"computed again region by region ({why})")
+
+
+@torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
+def _warn_compiled_net_ignores_checkpoint() -> bool:
+    warn_once(
+        "SNNFX506",
+        "a compiled net keeps what the compiler's own partitioner chooses for the backward pass; checkpoint= and "
+        "memory_budget= act on it when it is not compiled.",
+    )
+    return True
