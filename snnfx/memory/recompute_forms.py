@@ -20,8 +20,9 @@ from snnfx.ir.program import Region, StepProgram, describe_node
 from snnfx.memory.budget import bytes_as_text
 from snnfx.memory.memory_model import NotPredictable
 from snnfx.memory.training_planner import TrainingPlanner
-from snnfx.recompute.recomputation import Segment, TileCall, run_segment
+from snnfx.recompute.recomputation import run_segment
 from snnfx.recompute.replay import recompute_lock
+from snnfx.recompute.segment import Segment, TileCall
 from snnfx.recompute.tile import Slices, Tile
 from snnfx.sandbox.torch_internals import are_transforms_active
 

@@ -20,7 +20,7 @@ from snnfx.recompute.autograd_entry import attach_to_graph
 from snnfx.recompute.batch_statistics import add_gradient_of_statistics, step_statistics
 from snnfx.recompute.bit_packing import PackedTensor
 from snnfx.recompute.packed_inputs import with_packed_inputs
-from snnfx.recompute.recomputation import TILE, SegmentCall, TileCall, run_slice
+from snnfx.recompute.segment import TILE, SegmentCall, TileCall, run_slice
 from snnfx.recompute.tile import Joined, TileSlice, cut, cut_state, run_tile, slices_of
 from snnfx.sandbox.torch_internals import pytree
 
