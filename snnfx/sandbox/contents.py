@@ -171,7 +171,7 @@ def _kind_of(value: Any) -> str:
     numpy = sys.modules.get("numpy")
     if numpy is not None and isinstance(value, numpy.ndarray):
         return "array"
-    if numpy is not None and isinstance(value, numpy.random.Generator | numpy.random.RNGState):
+    if numpy is not None and isinstance(value, numpy.random.Generator | numpy.random.RandomState):
         return "random"
     cls = type(value)
     package = cls.__module__.partition(".")[0]
