@@ -12,7 +12,7 @@ from torch import Tensor
 from torch.autograd.graph import get_gradient_edge
 from torch.utils.flop_counter import flop_registry
 
-from snnfx.recompute.autograd_entry import attach_to_graph
+from snnfx.recompute.attach_to_graph import attach_to_graph
 from snnfx.sandbox.torch_internals import OpOverloadPacket, TorchDispatchMode, pytree
 
 __all__ = ["ZERO", "CallBytes", "Count", "Meter", "NamedBytes", "Shape", "dtype_name", "measure_call", "meta_like"]
