@@ -18,7 +18,7 @@ from types import FrameType
 
 from snnfx.errors import SnnfxError, warn_once
 
-__all__ = ["is_internal_fault", "surface"]
+__all__ = ["first_line", "is_internal_fault", "surface"]
 
 STRICT = False
 """Whether internal faults are raised instead of reported by a warning; `tests/conftest.py` sets it."""
@@ -64,6 +64,12 @@ def surface(error: Exception, fallback: str) -> None:
         "Please report this message.",
         key=(type(error), where),
     )
+
+
+def first_line(error: BaseException) -> str:
+    """The first line of an error's message, for a reason; the name of its class if the message is empty."""
+    lines = str(error).strip().splitlines()
+    return lines[0] if lines else type(error).__name__
 
 
 def _innermost_frame(error: BaseException) -> FrameType | None:

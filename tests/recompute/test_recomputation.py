@@ -18,7 +18,7 @@ from snnfx.analysis.integer_ranges import infer_integer_ranges
 from snnfx.errors import InputError
 from snnfx.functional import reset_net
 from snnfx.recompute.bit_packing import pack, packed_bytes, unpack
-from support.measured_memory import Held, with_statistics, without_statistics
+from support.measured_memory import AllocatedBytes, with_statistics, without_statistics
 from support.nets import ACCEPTANCE
 
 CHECKPOINTS = ("selective", "regions", 3)
@@ -377,7 +377,7 @@ def test_nothing_is_left_behind() -> None:
     net = snnfx.convert(without_statistics(), checkpoint="regions")
     net(torch.rand(4, 2, 5)).sum().backward()  # kernels are made
     net.zero_grad()
-    with Held() as meter:
+    with AllocatedBytes() as meter:
         y = net(torch.rand(4, 2, 5))
         y.sum().backward()
         del y
@@ -422,7 +422,7 @@ def test_evaluation_and_no_grad_compute_nothing_twice() -> None:
 def held_after_forward(net: nn.Module, x_seq: Tensor) -> tuple[int, int]:
     """Bytes held between forward and backward, and at the peak."""
     gc.collect()
-    with Held() as meter:
+    with AllocatedBytes() as meter:
         loss = net(x_seq).sum()
         between = sum(meter.alive.values())
         loss.backward()
