@@ -1,4 +1,4 @@
-"""The forms of a net that keep less for the backward pass, made when a plan asks for them."""
+"""The forms of a net that save less for the backward pass, emitted when a plan needs them."""
 
 from __future__ import annotations
 
@@ -33,39 +33,39 @@ __all__ = ["Recomputation", "check_checkpoint_option", "refuse_statistics_over_t
 
 
 def check_checkpoint_option(checkpoint: Any) -> None:
-    """Raise for a value that `checkpoint=` does not take."""
+    """Raise InputError for an invalid value of the option `checkpoint`."""
     if checkpoint is None or checkpoint in ("auto", "selective", "regions"):
         return
     if isinstance(checkpoint, bool) or not isinstance(checkpoint, int) or checkpoint < 1:
-        hint = 'Give a number of time steps above 0, "selective", "regions", "auto" or None.'
-        raise InputError("SNNFX309", f"checkpoint={checkpoint!r}", hint=hint)
+        hint = 'Use a number of time steps above 0, "selective", "regions", "auto" or None.'
+        raise InputError("SNNFX309", f"checkpoint={checkpoint!r} is not a valid value", hint=hint)
 
 
 def refuse_statistics_over_time(program: StepProgram, training: bool, what: str) -> None:
-    """Raise where the result of some time steps depends on the others through statistics of all of them.
+    """Raise if time steps depend on each other through batch statistics over time.
 
     Raises:
-        InputError: SNNFX317, a BatchNorm in training takes its statistics over T * N.
+        InputError: SNNFX317, a BatchNorm in training computes its statistics over T*N.
     """
     for region in program.regions:
         for node in region.nodes:
             if training and region.kind == "fold" and takes_batch_statistics(program, node):
                 raise InputError(
                     "SNNFX317",
-                    f"{what} would change what `{describe_node(node)}` computes",
-                    why='with batch_norm="fold" its statistics in training are those of all time steps together.',
-                    hint='Use checkpoint="regions" (it keeps all steps together), batch_norm="per_step", or eval().',
+                    f"{what} would change the result of `{describe_node(node)}`",
+                    why='with batch_norm="fold", it computes its statistics in training over all time steps.',
+                    hint='Use checkpoint="regions" (it does not cut time), batch_norm="per_step", or net.eval().',
                 )
 
 
 @dataclass(frozen=True)
 class RecomputeForm:
-    """A form of the net from which segments are made: its calls in tiles.
+    """A form of the net whose calls are grouped into tiles, for making segments.
 
     Args:
-        graph: of `passes.tiles`.
-        tiles: that it runs, by name.
-        regions: the regions of the net and the parts of those that were split.
+        graph: the graph of `snnfx.emit.tiling`.
+        tiles: its tiles, by name.
+        regions: the regions of the net; split regions are replaced by their parts.
     """
 
     graph: fx.Graph
@@ -74,7 +74,7 @@ class RecomputeForm:
 
 
 class Recomputation:
-    """Makes and keeps the forms of one net that compute parts again in backward."""
+    """Emits and caches the forms of one net that recompute parts in backward."""
 
     def __init__(self, net: Net) -> None:
         self.net = net
@@ -103,7 +103,7 @@ class Recomputation:
 
     @property
     def is_wanted(self) -> bool:
-        """Whether training is to be planned."""
+        """Whether the options ask for recomputation in training."""
         options = self.net.options
         return options.checkpoint is not None and (options.checkpoint != "auto" or options.memory_budget is not None)
 
@@ -137,17 +137,17 @@ class Recomputation:
         return self.runners[key]
 
     def one_chunk(self, run: Callable[..., Any]) -> Callable[..., Any]:
-        """A function of some time steps, `(inputs, state) -> (outputs, state)`, that is run again in backward."""
+        """Wrap a function of some time steps, `(inputs, state) -> (outputs, state)`, for recomputation in backward."""
 
-        def again(_: Tile, *given: Any) -> Any:
-            *inputs, state, _source = given
+        def run_chunk(_: Tile, *arguments: Any) -> Any:
+            *inputs, state, _source = arguments
             outputs, state = run(inputs, state)
             return tuple(outputs), (state,)
 
         def checkpointed(x: list[Tensor], first: Any) -> Any:
             count = len(x)
-            # Whatever a step may draw is drawn again.
-            tile = Tile("a chunk of time steps", fx.Graph(), again, [True] * count, False, False, is_random=True)
+            # A step may draw random numbers, so the RNG state is replayed.
+            tile = Tile("a chunk of time steps", fx.Graph(), run_chunk, [True] * count, False, False, is_random=True)
             call = TileCall(tile, tuple(range(count)), (count,), (count + 1,), ())
             segment = Segment("a chunk of time steps", (), (), call, Slices(), False, {}, bool)
             outputs, (state,) = run_segment(segment, (*x, first, self.net.source))
@@ -165,35 +165,35 @@ class Recomputation:
         budget, peak = self.net.options.memory_budget, planner.peak(plan)
         if isinstance(budget, int) and peak.bytes > budget:
             needed = f'checkpoint="{checkpoint}" needs {bytes_as_text(peak.bytes)} at {peak.name}'
-            instead = 'Use checkpoint="auto", which looks at the budget.'
+            instead = 'Use checkpoint="auto", which respects the budget.'
             warn_once("SNNFX508", f"memory_budget is {bytes_as_text(budget)}, but {needed}. {instead}")
-        what = "everything but products" if checkpoint == "selective" else "everything"
-        return replace(plan, reason=f"{what} is computed again in the backward pass")
+        what = "everything except matrix products" if checkpoint == "selective" else "everything"
+        return replace(plan, reason=f"{what} is recomputed in the backward pass")
 
     def _plan_without_bytes(self, checkpoint: str, T: int, why: str) -> RecomputePlan:
-        """The same where bytes are not known."""
+        """The same plan without predicted sizes."""
         form = self.form("main")
         groups = [
             (*(products if checkpoint == "regions" else ()), *statistics, name)
             for name, (products, statistics) in segments_of(form.graph, form.tiles).items()
         ]
         slices = {group[-1]: Slices(steps=max(1, T // 4)) for group in groups}
-        return RecomputePlan(tuple(groups), slices, packs=True, reason=f"computed again region by region ({why})")
+        return RecomputePlan(tuple(groups), slices, packs=True, reason=f"recomputed region by region ({why})")
 
 
 def _one_at_a_time(run: Callable[..., Any]) -> Callable[..., Any]:
-    def alone(*arguments: Any) -> Any:
+    def run_locked(*arguments: Any) -> Any:
         with recompute_lock:
             return run(*arguments)
 
-    return alone
+    return run_locked
 
 
 @torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
 def _warn_compiled_net_ignores_checkpoint() -> bool:
     warn_once(
         "SNNFX506",
-        "a compiled net keeps what the compiler's own partitioner chooses for the backward pass; checkpoint= and "
-        "memory_budget= act on it when it is not compiled.",
+        "checkpoint= and memory_budget= ignored: under torch.compile, the partitioner of the compiler chooses which "
+        "tensors to save for backward. Both options work if the net is not compiled.",
     )
     return True
