@@ -56,7 +56,7 @@ def plan_inference(net: Net, leaves: Sequence[Tensor], state: Mapping[str, Any] 
     try:
         model = model_memory(net, leaves, state, training=False)
     except NotPredictable as why:
-        _warn_of_unknown_bytes(net, why, "chunk=, a number of time steps")
+        _warn_of_unknown_bytes(net, why, "chunk=<number of time steps>")
         return ChunkPlan(None, 0, 0, f"chunk = all time steps: memory use cannot be predicted from shapes ({why})")
     budget = inference_budget(net.options.memory_budget, device)
     widest = inference_peak(model, 1)
@@ -149,7 +149,7 @@ def plan_training(net: Net, T: int, leaves: Sequence[Tensor], state: Mapping[str
     try:
         return _plan_training(net, T, leaves, state)
     except NotPredictable as why:
-        _warn_of_unknown_bytes(net, why, 'checkpoint="regions" or checkpoint=, a number of time steps')
+        _warn_of_unknown_bytes(net, why, 'checkpoint="regions" or checkpoint=<number of time steps>')
         return RecomputePlan(reason=f"nothing is recomputed: memory use cannot be predicted from shapes ({why})")
 
 
@@ -180,10 +180,10 @@ def _plan_training(net: Net, T: int, leaves: Sequence[Tensor], state: Mapping[st
         moments = training_timeline(model, length, RecomputePlan(), {}, detailed=True)
         at_peak = with_borders(model, widest_of(moments), T, length)
         if at_peak.bytes < least.bytes:
-            raise cannot_be_met(budget, at_peak, model, f"with the state kept every {length} steps", net)
+            raise cannot_be_met(budget, at_peak, model, f"even with the state saved every {steps_as_text(length)}", net)
     model = model_memory(net, leaves, state, training=True, describe=T, in_tiles=True)
     at_peak = widest_of(training_timeline(model, T, plan, planner.packed, detailed=True))
-    raise cannot_be_met(budget, at_peak, model, "with everything computed again", net)
+    raise cannot_be_met(budget, at_peak, model, "even with everything recomputed", net)
 
 
 def _peak_text(peak: Moment, budget: float | None) -> str:
