@@ -92,10 +92,10 @@ class _SegmentBackward:
             if needs_gradient:
                 self.needed.update((n, 0) for n in product.outputs)
         remaining = iter(statistics)
-        for c in self.segment.statistics:
-            for n in c.outputs:
+        for statistic in self.segment.statistics:
+            for n in statistic.outputs:
                 self.values[n] = next(remaining)
-                if call.from_batch[c.outputs[0]] and (c.x, 0) in self.needed:
+                if call.from_batch[statistic.outputs[0]] and (statistic.x, 0) in self.needed:
                     self.needed.add((n, 0))
 
     def backward(self, grads: Sequence[Tensor | None]) -> None:
@@ -336,11 +336,11 @@ class _SegmentBackward:
                 continue
             per_step = call.function is step_statistics
             count = part.full_size(value.shape[1]) * value[0, 0, 0].numel() * (1 if per_step else self.call.T)
-            of_part = [
+            of_slice = [
                 v if not per_step else slice_sequence(v, part, False)
                 for v in (self.values[mean], grad_of_mean, grad_of_var)
             ]
-            add_gradient_of_statistics(grad, value, *of_part, count)
+            add_gradient_of_statistics(grad, value, of_slice[0], of_slice[1], of_slice[2], count)
 
     # -- accumulation -----------------------------------------------------------------------------------------------
 
