@@ -318,8 +318,8 @@ CODES: dict[str, CodeEntry] = {
     ),
     "SNNFX318": CodeEntry(
         "the memory budget cannot be met",
-        "Even with one time step at a time (in training: with everything computed again in the backward pass) the net "
-        "allocates more. The message says the least that would do, and which region needs it.",
+        "The net needs more memory even with one time step per chunk (in training: with everything recomputed in the "
+        "backward pass). The message names the smallest budget that works and the region that needs it.",
         "snnfx.convert(model, memory_budget=1000)(x_seq)",
         "snnfx.convert(model, memory_budget=2 * 2**30)    # bytes; or a smaller batch",
     ),
@@ -399,15 +399,15 @@ CODES: dict[str, CodeEntry] = {
     ),
     "SNNFX506": CodeEntry(
         "a compiled net is not checkpointed",
-        "Under torch.compile the compiler's own partitioner decides what is kept for the backward pass and what is computed "
-        "again; checkpoint= and memory_budget= act on training only when the net is not compiled.",
+        "Under torch.compile the partitioner of the compiler chooses which tensors to save for backward and which to "
+        "recompute. The options checkpoint= and memory_budget= affect training only if the net is not compiled.",
         'torch.compile(snnfx.convert(model, checkpoint="regions"))(x_seq).sum().backward()',
         'snnfx.convert(model, checkpoint="regions")(x_seq).sum().backward()',
     ),
     "SNNFX508": CodeEntry(
-        "a memory budget that is not kept",
-        "memory_budget= could not be taken into account: the bytes of the net cannot be told from shapes, because it looks "
-        "at values, or what was asked for besides (checkpoint=, record=) needs more. The result is the same.",
+        "the memory budget is ignored",
+        "memory_budget= has no effect: memory use cannot be predicted from shapes, because the model depends on values of "
+        "tensors, or another option (checkpoint=, record=) needs more memory. The result is the same.",
         "snnfx.convert(model, memory_budget=2**30)            # a part of the model calls .item()",
         'snnfx.convert(model, checkpoint="regions", chunk=16)',
     ),
@@ -416,6 +416,13 @@ CODES: dict[str, CodeEntry] = {
         "An allocation failed while the net ran. The message names the region and a plan that is predicted to need less.",
         "snnfx.convert(model, chunk=None)(x_seq)",
         "snnfx.convert(model, memory_budget=0.5)(x_seq)",
+    ),
+    "SNNFX509": CodeEntry(
+        "internal fault: a fallback was taken",
+        "A part of snnfx failed with an error of its own. The result is the same, but the net may be slower or need more "
+        "memory. Please report the message with its file and line; the tests of snnfx raise such an error.",
+        "KeyError in snnfx/memory/meta_run.py:180",
+        "nothing to do; turn off the option that the message names, e.g. convert(model, memory_budget=None)",
     ),
     "SNNFX505": CodeEntry(
         "no kernel could be built",

@@ -17,8 +17,9 @@ from torch.fx import Node, map_arg
 
 from snnfx.analysis.integer_ranges import IntegerRanges
 from snnfx.emit.tiling import STATISTICS, name_of_call
-from snnfx.recompute.packed_inputs import PackedInputs, run_tile_with_packed_inputs
-from snnfx.recompute.recomputation import Segment, StatisticsCall, TileCall, run_segment
+from snnfx.recompute.packed_saved_tensors import PackedInputs, run_tile_with_packed_inputs
+from snnfx.recompute.recomputation import run_segment
+from snnfx.recompute.segment import Segment, StatisticsCall, TileCall
 from snnfx.recompute.tile import Slices, Tile, run_tile
 
 __all__ = ["RecomputePlan", "recompute_segments", "region_calls", "segments_of"]

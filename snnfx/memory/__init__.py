@@ -1,1 +1,1 @@
-"""Memory as a plan: what a net holds as a function of the chunk, what is packed, and what is computed twice."""
+"""Predict the memory of a net, and plan chunk lengths and recomputation within a budget."""

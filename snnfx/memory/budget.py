@@ -1,4 +1,4 @@
-"""How many bytes a call may take."""
+"""The memory budget of a call: the option `memory_budget`, and the free memory of a device."""
 
 from __future__ import annotations
 
@@ -10,12 +10,19 @@ import torch
 
 from snnfx.errors import InputError
 
-__all__ = ["CACHE_FRIENDLY", "bytes_as_text", "free_bytes", "inference_budget", "read_memory_budget"]
+__all__ = [
+    "CACHE_FRIENDLY",
+    "bytes_as_text",
+    "free_bytes",
+    "inference_budget",
+    "read_memory_budget",
+    "steps_as_text",
+]
 
 CACHE_FRIENDLY = 64 * 2**20
-"""Bytes of live intermediates up to which more steps at once are faster on a CPU. Measured on a convolutional SNN
-(`tools/bench/bench_csnn.py`): with more, large blocks come from fresh pages each time and page faults dominate; with
-less, the calls do."""
+"""The working set in bytes up to which longer chunks are faster on a CPU. Measured on a convolutional SNN
+(`tools/bench/bench_csnn.py`): above it, malloc takes large blocks from fresh pages each time and page faults dominate;
+below it, the overhead of calls dominates."""
 
 
 _TEXT = re.compile(
@@ -25,33 +32,33 @@ _TEXT = re.compile(
 
 
 def read_memory_budget(budget: Any) -> int | float | None:
-    """The value of `memory_budget=`, as bytes, as a part of what is free, or None.
+    """Parse the option `memory_budget` into bytes (int), a fraction of the free memory (float), or None.
 
     Args:
         budget: an int, a float up to 1.0, None, or text in any case: "2GiB" and "2G" are 2 * 2**30 bytes, "2GB"
-            is 2 * 10**9; "1000000" is bytes, "0.5" (with a point) a part.
+            is 2 * 10**9; "1000000" is bytes, "0.5" (with a point) a fraction.
 
     Raises:
-        InputError: SNNFX309, it is none of these.
+        InputError: SNNFX309, the value is none of these.
 
     Example:
         >>> read_memory_budget("1.5kib"), read_memory_budget("2 MB"), read_memory_budget("0.5")
         (1536, 2000000, 0.5)
     """
-    found = _number_in(budget) if isinstance(budget, str) else budget
-    if found is None and budget is None:
+    value = _parse_text(budget) if isinstance(budget, str) else budget
+    if value is None and budget is None:
         return None
-    if isinstance(found, int) and not isinstance(found, bool) and found > 0:
-        return found
-    if isinstance(found, float) and 0.0 < found <= 1.0:
-        return found
-    hint = 'Give bytes (an int, or text as "512MiB"), a part of the free memory (a float up to 1.0), or None.'
-    if isinstance(found, float) and found > 1.0:
-        hint = 'A float is a part of the free memory, up to 1.0. Give bytes as an int, int(2e9), or as text, "2GB".'
-    raise InputError("SNNFX309", f"memory_budget={budget!r}", hint=hint)
+    if isinstance(value, int) and not isinstance(value, bool) and value > 0:
+        return value
+    if isinstance(value, float) and 0.0 < value <= 1.0:
+        return value
+    hint = 'Use bytes (an int, or text such as "512MiB"), a fraction of the free memory (a float up to 1.0), or None.'
+    if isinstance(value, float) and value > 1.0:
+        hint = 'A float is a fraction of the free memory, up to 1.0. For bytes use an int, int(2e9), or text, "2GB".'
+    raise InputError("SNNFX309", f"memory_budget={budget!r} is not a valid budget", hint=hint)
 
 
-def _number_in(text: str) -> int | float | None:
+def _parse_text(text: str) -> int | float | None:
     match = _TEXT.fullmatch(text.strip())
     if match is None:
         return None
@@ -64,10 +71,10 @@ def _number_in(text: str) -> int | float | None:
 
 
 def free_bytes(device: torch.device) -> int:
-    """Bytes that can still be allocated."""
+    """Bytes that can still be allocated on a device."""
     if device.type == "cuda":
         free, _ = torch.cuda.mem_get_info(device)
-        # What the caching allocator holds and nobody uses is free for torch as well.
+        # Unused blocks of torch's caching allocator are free for torch as well.
         return free + torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
     available = _available_on_linux()
     if available is not None:
@@ -81,22 +88,27 @@ def free_bytes(device: torch.device) -> int:
 def _available_on_linux() -> int | None:
     try:
         with open("/proc/meminfo") as file:
-            found = {line.split(":")[0]: int(line.split()[1]) * 1024 for line in file if line.endswith("kB\n")}
+            sizes = {line.split(":")[0]: int(line.split()[1]) * 1024 for line in file if line.endswith("kB\n")}
     except OSError:
         return None
-    return found.get("MemAvailable")
+    return sizes.get("MemAvailable")
 
 
 def inference_budget(budget: int | float | None, device: torch.device) -> int:
-    """The bytes that a call may take: what was asked for, or half of what is free."""
+    """The bytes that a call may allocate: the budget, or half of the free memory if none is set."""
     if isinstance(budget, int):
         return budget
     return int((0.5 if budget is None else budget) * free_bytes(device))
 
 
 def bytes_as_text(count: float) -> str:
-    """A number of bytes for people, e.g. "6.1 MiB"."""
+    """Format a number of bytes, e.g. "6.1 MiB"."""
     for unit, size in (("GiB", 2**30), ("MiB", 2**20), ("KiB", 2**10)):
         if count >= size:
             return f"{count / size:.1f} {unit}"
     return f"{count:.0f} bytes"
+
+
+def steps_as_text(steps: int) -> str:
+    """Format a number of time steps: "1 step", "16 steps"."""
+    return "1 step" if steps == 1 else f"{steps} steps"

@@ -32,38 +32,38 @@ __all__ = [
 
 
 def check_checkpoint_option(checkpoint: Any) -> None:
-    """Raise for a value that `checkpoint=` does not take."""
+    """Raise InputError for an invalid value of the option `checkpoint`."""
     if checkpoint is None or checkpoint in ("auto", "selective", "regions"):
         return
     if isinstance(checkpoint, bool) or not isinstance(checkpoint, int) or checkpoint < 1:
-        hint = 'Give a number of time steps above 0, "selective", "regions", "auto" or None.'
-        raise InputError("SNNFX309", f"checkpoint={checkpoint!r}", hint=hint)
+        hint = 'Use a number of time steps above 0, "selective", "regions", "auto" or None.'
+        raise InputError("SNNFX309", f"checkpoint={checkpoint!r} is not a valid value", hint=hint)
 
 
 def refuse_statistics_over_time(program: StepProgram, training: bool, what: str) -> None:
-    """Raise where the result of some time steps depends on the others through statistics of all of them.
+    """Raise if time steps depend on each other through batch statistics over time.
 
     Raises:
-        InputError: SNNFX317, a BatchNorm in training takes its statistics over T * N.
+        InputError: SNNFX317, a BatchNorm in training computes its statistics over T*N.
     """
     for region in program.regions:
         for node in region.nodes:
             if training and region.kind == "fold" and takes_batch_statistics(program, node):
                 raise InputError(
                     "SNNFX317",
-                    f"{what} would change what `{describe_node(node)}` computes",
-                    why='with batch_norm="fold" its statistics in training are those of all time steps together.',
-                    hint='Use checkpoint="regions" (it keeps all steps together), batch_norm="per_step", or eval().',
+                    f"{what} would change the result of `{describe_node(node)}`",
+                    why='with batch_norm="fold", it computes its statistics in training over all time steps.',
+                    hint='Use checkpoint="regions" (it does not cut time), batch_norm="per_step", or net.eval().',
                 )
 
 
 def asks_for_recomputation(options: ConvertOptions) -> bool:
-    """Whether training is to be planned."""
+    """Whether the options ask for recomputation in training."""
     return options.checkpoint is not None and (options.checkpoint != "auto" or options.memory_budget is not None)
 
 
 def recomputation_applies(executable: Executable) -> bool:
-    """Whether this call keeps a history that a plan could make smaller."""
+    """Whether a plan can reduce the tensors that this call saves for backward."""
     options = executable.options
     if not asks_for_recomputation(options) or not torch.is_grad_enabled() or options.step_mode == "s":
         return False
@@ -86,28 +86,28 @@ def plan_checkpoint(
     budget, peak = executable.options.memory_budget, planner.peak(plan)
     if isinstance(budget, int) and peak.bytes > budget:
         needed = f'checkpoint="{checkpoint}" needs {bytes_as_text(peak.bytes)} at {peak.name}'
-        instead = 'Use checkpoint="auto", which looks at the budget.'
+        instead = 'Use checkpoint="auto", which respects the budget.'
         warn_once("SNNFX508", f"memory_budget is {bytes_as_text(budget)}, but {needed}. {instead}")
-    what = "everything but products" if checkpoint == "selective" else "everything"
-    return replace(plan, reason=f"{what} is computed again in the backward pass")
+    what = "everything except matrix products" if checkpoint == "selective" else "everything"
+    return replace(plan, reason=f"{what} is recomputed in the backward pass")
 
 
 def _plan_without_bytes(executable: Executable, checkpoint: str, T: int, why: str) -> RecomputePlan:
-    """The same where bytes are not known."""
+    """The same plan without predicted sizes."""
     form = executable.recompute_form("main")
     groups = [
         (*(products if checkpoint == "regions" else ()), *statistics, name)
         for name, (products, statistics) in segments_of(form.graph, form.tiles).items()
     ]
     slices = {group[-1]: Slices(steps=max(1, T // 4)) for group in groups}
-    return RecomputePlan(tuple(groups), slices, packs=True, reason=f"computed again region by region ({why})")
+    return RecomputePlan(tuple(groups), slices, packs=True, reason=f"recomputed region by region ({why})")
 
 
 @torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
 def _warn_compiled_net_ignores_checkpoint() -> bool:
     warn_once(
         "SNNFX506",
-        "a compiled net keeps what the compiler's own partitioner chooses for the backward pass; checkpoint= and "
-        "memory_budget= act on it when it is not compiled.",
+        "checkpoint= and memory_budget= ignored: under torch.compile, the partitioner of the compiler chooses which "
+        "tensors to save for backward. Both options work if the net is not compiled.",
     )
     return True

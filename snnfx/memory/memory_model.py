@@ -1,8 +1,8 @@
-"""The memory model: the bytes that an emitted graph holds over its execution, as a function of the steps run at once.
+"""The memory model: predict the memory of an emitted graph as a function of the number of time steps.
 
-Every region call is run on meta tensors (`snnfx.memory.meter`); what it takes is affine in the number of steps. The
-life of the values between the calls is read off the graph. So the peak for any number of steps, any chunk, and any
-plan of what backward computes again is a sum over a table, without another run.
+Every region call runs on meta tensors (`snnfx.memory.meter`); the memory of a call is affine in the number of steps.
+The lifetime of the values between the calls follows from the graph. So the peak for any number of steps, any chunk
+length and any recomputation plan is a sum over a table, without another run.
 """
 
 from __future__ import annotations
@@ -17,22 +17,19 @@ from typing import Any
 from torch import Tensor
 
 from snnfx.emit.executable import Executable
-from snnfx.memory.meta_run import MetaCopy, MetaRun
+from snnfx.memory.meta_run import MetaCopy, MetaRun, NotPredictable
 from snnfx.memory.meter import Count, NamedBytes
 from snnfx.memory.tensor_names import Naming
 from snnfx.regions.region_modules import LoopRegion
+from snnfx.sandbox.internal_faults import first_line, is_internal_fault, surface
 from snnfx.sandbox.isolation import rng_state
 
 __all__ = ["Affine", "CallCost", "MemoryModel", "NotPredictable", "TensorNames", "model_memory"]
 
 
-class NotPredictable(Exception):
-    """The bytes of a net cannot be told from shapes; the reason is a clause."""
-
-
 @dataclass(frozen=True)
 class Affine:
-    """`constant + per_step * k` bytes for k time steps."""
+    """A size in bytes, `constant + per_step * k` for k time steps."""
 
     constant: float = 0.0
     per_step: float = 0.0
@@ -46,15 +43,15 @@ class CallCost:
     """One call of the emitted graph.
 
     Args:
-        name: of its region, or of the node for what is between regions.
+        name: the name of its region, or of the node if it lies between regions.
         is_region: whether it runs a region.
-        role: "product" for a tile that is dear to compute again, "statistics", or "".
-        reads: values (numbers into `MemoryModel.values`) that it is given.
-        makes: values that it makes.
-        saves: values that its history holds.
-        dies: values that are not needed after it in forward.
-        finals: values that are not needed after it, except as the final state.
-        bytes: its `CallBytes`, each number as an affine function.
+        role: "product" for a tile that is expensive to recompute, "statistics", or "".
+        reads: input values (numbers into `MemoryModel.values`).
+        makes: output values.
+        saves: values that its autograd graph saves for backward.
+        dies: values whose last use in forward is this call.
+        finals: values whose last use is this call, except as the final state.
+        bytes: the fields of its `CallBytes` as affine functions.
     """
 
     name: str
@@ -70,13 +67,13 @@ class CallCost:
 
 @dataclass(frozen=True)
 class TensorNames:
-    """Who made what, for one number of steps.
+    """Names of tensors for one number of time steps.
 
     Args:
-        values: of each value of the model.
-        saved: of each call, what its history holds besides values.
-        widest: of each call, what is alive at its widest point besides what there was before, without a history.
-        widest_with_history: the same while a history is kept.
+        values: the name of each value of the model.
+        saved: for each call, the tensors that it saves for backward besides values.
+        widest: for each call, the tensors that it has allocated at its peak without autograd.
+        widest_with_history: the same with autograd.
     """
 
     values: list[NamedBytes]
@@ -87,16 +84,16 @@ class TensorNames:
 
 @dataclass
 class MemoryModel:
-    """The bytes of a net for inputs of one shape; see `model_memory`.
+    """The predicted memory of a net for inputs of one shape; see `model_memory`.
 
     Args:
-        calls: in the order in which they run.
-        values: bytes of each value that goes from call to call.
-        outputs: the values that are returned.
-        training: whether a history was looked at.
+        calls: the calls in execution order.
+        values: bytes of each value that one call passes to another.
+        outputs: the values that the graph returns.
+        training: whether the model includes autograd and the backward pass.
         state: bytes of the final state.
-        step_of: the node of the step that a value is a sequence of, by name.
-        named: what is known about who made what, with `describe`.
+        step_of: for each value that is a sequence, the name of its node in the step graph.
+        named: the names of tensors, with `describe`.
     """
 
     calls: list[CallCost]
@@ -106,13 +103,13 @@ class MemoryModel:
     state: Affine
     step_of: dict[int, str]
     named: TensorNames | None = None
-    _known: dict[int, list[dict[str, float]]] = field(default_factory=dict, repr=False)
+    _costs: dict[int, list[dict[str, float]]] = field(default_factory=dict, repr=False)
 
     def costs(self, steps: int) -> list[dict[str, float]]:
-        """The bytes of each call for so many steps."""
-        if steps not in self._known:
-            self._known[steps] = [{name: cost(steps) for name, cost in call.bytes.items()} for call in self.calls]
-        return self._known[steps]
+        """The bytes of each call for this number of time steps."""
+        if steps not in self._costs:
+            self._costs[steps] = [{name: cost(steps) for name, cost in call.bytes.items()} for call in self.calls]
+        return self._costs[steps]
 
 
 def model_memory(
@@ -123,41 +120,43 @@ def model_memory(
     describe: int | None = None,
     in_tiles: bool = False,
 ) -> MemoryModel:
-    """The memory model of the current mode of a net.
+    """Predict the memory of a net in its current mode from shapes.
 
     Args:
         executable: in step mode "m".
-        leaves: inputs with time first; only shapes and dtypes are looked at.
+        leaves: inputs with time first; only their shapes and dtypes matter.
         state: the state before the first step, None: the reset state.
-        training: whether a history is kept.
-        describe: also note who made what, for so many time steps.
-        in_tiles: of the form from which segments are made, see `snnfx.emit.recompute_forms`.
+        training: whether to include autograd and the backward pass.
+        describe: also name the tensors, for this number of time steps.
+        in_tiles: model the form of the net that is split into tiles for recomputation.
 
     Raises:
-        NotPredictable: the net looks at values, or does what meta tensors do not do.
+        NotPredictable: the net depends on values of tensors, or uses an operation that meta tensors do not support.
     """
     meta_copy = MetaCopy(executable)
-    generators = rng_state()
+    rng = rng_state()
     try:
-        with _without_echo():
-            runs, described = _walks(meta_copy, leaves, state, training, describe, in_tiles)
-    except (RuntimeError, NotImplementedError, TypeError, ValueError) as error:
-        raise NotPredictable(str(error).splitlines()[0]) from error
+        with _without_fx_traceback_print():
+            runs, described = _meta_runs(meta_copy, leaves, state, training, describe, in_tiles)
+    except Exception as error:  # torch and the modules of the user may refuse meta tensors in any way
+        if is_internal_fault(error):
+            surface(error, "snnfx does not plan the memory of this net")
+        raise NotPredictable(first_line(error)) from error
     finally:
-        generators.restore()
+        rng.restore()
     return _table(runs[0], runs[-1], training, described)
 
 
 @contextlib.contextmanager
-def _without_echo() -> Iterator[None]:
-    """torch.fx prints the code of a graph that fails; here that is no failure, and is told in the reason."""
+def _without_fx_traceback_print() -> Iterator[None]:
+    """Suppress the code that torch.fx prints when a graph raises: here the reason reports the error."""
     printed = io.StringIO()
     with contextlib.redirect_stderr(printed):
         yield
     sys.stderr.write(printed.getvalue())
 
 
-def _walks(
+def _meta_runs(
     meta_copy: MetaCopy,
     leaves: Sequence[Tensor],
     state: Mapping[str, Any] | None,
@@ -165,16 +164,16 @@ def _walks(
     describe: int | None,
     in_tiles: bool,
 ) -> tuple[list[MetaRun], MetaRun | None]:
-    """One walk, or two for different numbers of steps; and one that says who made what, if that is asked for."""
+    """One or two meta runs for the table (two with different numbers of steps), and one that names the tensors."""
     executable = meta_copy.executable
     if state is None and (executable.training, "first") in executable.graphs.emitted:
-        # The first step is run by itself: the others start from the state behind it.
+        # A separate first step runs first; the other steps start from its final state.
         state = MetaRun(meta_copy, leaves, None, training=False, steps=1, part="first").run().result[1]
     if any(
         isinstance(m, LoopRegion) and m.kernels is None for m in executable.root.modules()
     ) or not meta_copy.has_kernels(leaves):
-        # A Python loop makes tensors of single steps, one for each: they are told by running one more. The few
-        # tensors of a step must not be what is widest; it takes more steps to see that.
+        # A Python loop makes separate tensors for each step, which only a second run with one more step reveals. It
+        # takes several steps until the stacked sequences outweigh the temporaries of one step.
         runs = [MetaRun(meta_copy, leaves, state, training, steps, None, in_tiles).run() for steps in (8, 9)]
     else:
         runs = [
@@ -188,17 +187,17 @@ def _walks(
     return runs, MetaRun(meta_copy, leaves, state, training, describe, naming, in_tiles).run()
 
 
-def _table(walk: MetaRun, longer: MetaRun, training: bool, described: MetaRun | None) -> MemoryModel:
-    """The table for any number of steps, from a walk that tells what grows with them, or from two walks."""
+def _table(run: MetaRun, longer: MetaRun, training: bool, described: MetaRun | None) -> MemoryModel:
+    """The table for any number of steps, from one run that separates growing sizes, or from two runs."""
 
     def affine(a: Count, b: Count) -> Affine:
-        if longer is walk:
-            return Affine(a.constant, a.over_time / walk.steps)
+        if longer is run:
+            return Affine(a.constant, a.over_time / run.steps)
         per_step = b.total - a.total
-        return Affine(a.total - walk.steps * per_step, per_step)
+        return Affine(a.total - run.steps * per_step, per_step)
 
-    if len(walk.calls) != len(longer.calls) or len(walk.values) != len(longer.values):
-        raise NotPredictable("it does something else for another number of time steps")
+    if len(run.calls) != len(longer.calls) or len(run.values) != len(longer.values):
+        raise NotPredictable("the net makes different calls for different numbers of time steps")
     fields = (
         "peak",
         "peak_with_history",
@@ -220,11 +219,11 @@ def _table(walk: MetaRun, longer: MetaRun, training: bool, described: MetaRun | 
             a.saves,
             bytes={f: affine(getattr(a.bytes, f), getattr(b.bytes, f)) for f in fields},
         )
-        for a, b in zip(walk.calls, longer.calls, strict=True)
+        for a, b in zip(run.calls, longer.calls, strict=True)
     ]
-    outputs, state = walk.result[0], walk.result[1]
-    returned = walk.numbers(outputs)
-    in_state = walk.numbers(state)
+    outputs, state = run.result[0], run.result[1]
+    returned = run.numbers(outputs)
+    in_state = run.numbers(state)
     last: dict[int, int] = {}
     for index, call in enumerate(calls):
         last.update(dict.fromkeys((*call.reads, *call.makes), index))
@@ -233,7 +232,7 @@ def _table(walk: MetaRun, longer: MetaRun, training: bool, described: MetaRun | 
             calls[index].finals += (value,)
         elif value not in returned:
             calls[index].dies += (value,)
-    values = [affine(a, b) for a, b in zip(walk.values, longer.values, strict=True)]
+    values = [affine(a, b) for a, b in zip(run.values, longer.values, strict=True)]
     total = [values[v] for v in in_state]
     return MemoryModel(
         calls,
@@ -241,13 +240,13 @@ def _table(walk: MetaRun, longer: MetaRun, training: bool, described: MetaRun | 
         returned,
         training,
         Affine(sum(v.constant for v in total), sum(v.per_step for v in total)),
-        walk.step_of,
+        run.step_of,
         _names(described) if described is not None and len(described.calls) == len(calls) else None,
     )
 
 
-def _names(walk: MetaRun) -> TensorNames:
-    found = [call.bytes for call in walk.calls]
+def _names(run: MetaRun) -> TensorNames:
+    calls = [call.bytes for call in run.calls]
     return TensorNames(
-        walk.named, [c.saved_parts for c in found], [c.parts for c in found], [c.parts_with_history for c in found]
+        run.named, [c.saved_parts for c in calls], [c.parts for c in calls], [c.parts_with_history for c in calls]
     )

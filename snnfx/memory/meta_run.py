@@ -1,4 +1,4 @@
-"""Running an emitted graph on meta tensors, call by call, to measure what each call takes."""
+"""Run an emitted graph on meta tensors, call by call, and measure the memory of each call."""
 
 from __future__ import annotations
 
@@ -25,14 +25,19 @@ from snnfx.memory.workspace import Workspace
 from snnfx.ops.memory_format import image_format
 from snnfx.recompute.batch_statistics import step_statistics
 from snnfx.regions.region_modules import LoopRegion, RegionGraph
+from snnfx.sandbox.internal_faults import first_line
 from snnfx.sandbox.torch_internals import pytree
 from snnfx.state.registry import named_stateful
 
-__all__ = ["MetaCopy", "MetaRun"]
+__all__ = ["MetaCopy", "MetaRun", "NotPredictable"]
+
+
+class NotPredictable(Exception):
+    """Memory use cannot be predicted from shapes; the message is the reason, a clause."""
 
 
 class MetaCopy:
-    """The modules of an executable without data, in the same modes."""
+    """A copy of the modules of a net on meta tensors, in the same modes."""
 
     def __init__(self, executable: Executable) -> None:
         self.executable = executable
@@ -45,22 +50,25 @@ class MetaCopy:
             memo[id(tensor)] = nn.Parameter(meta, tensor.requires_grad) if isinstance(tensor, nn.Parameter) else meta
         for _, module, adapter in named_stateful(source):
             memo.update((id(value), meta_like(value)) for value in adapter.read(module) if isinstance(value, Tensor))
-        copies: Any = copy.deepcopy((source, constants), memo)
+        try:
+            copies: Any = copy.deepcopy((source, constants), memo)
+        except Exception as error:  # the modules of the user may refuse a copy in any way
+            raise NotPredictable(f"a module cannot be copied ({first_line(error)})") from error
         self.source, self.constants = copies
         for module in (*self.source.modules(), *self.constants.modules()):
             for hooks in ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks"):
                 module.__dict__[hooks].clear()
             for name, value in module.__dict__.items():
-                # Numbers stay as they are: some cells keep their sizes and thresholds in tensors.
+                # Scalar tensors keep their values: some cells store sizes and thresholds in them.
                 if isinstance(value, Tensor) and value.dim() > 0:
                     module.__dict__[name] = meta_like(value)
 
     def has_kernels(self, leaves: Sequence[Tensor]) -> bool:
-        """Whether loops may run by generated kernels on the device of the inputs."""
+        """Whether loops may run as generated kernels on the device of the inputs."""
         return not reason_without_back_end(leaves[0].device if leaves else torch.device("cpu"))
 
     def marker(self, leaves: Sequence[Tensor]) -> int:
-        """A number of steps that divides no size of a parameter or of a step: a prime of at least T."""
+        """A number of steps that identifies the time dimension: a prime of at least T that divides no other size."""
         modules = (*self.source.modules(), *self.constants.modules())
         tensors = [t for m in modules for t in (*m._parameters.values(), *m._buffers.values()) if t is not None]
         tensors += [v for node in self.executable.program.graph.nodes if isinstance(v := node.meta.get("val"), Tensor)]
@@ -93,8 +101,8 @@ class MetaCopy:
 
 
 @dataclass
-class _Measured:
-    """One call, for one number of steps."""
+class _MeasuredCall:
+    """One call of the graph for one number of time steps."""
 
     name: str
     is_region: bool
@@ -106,11 +114,11 @@ class _Measured:
 
 
 class MetaRun:
-    """Runs an emitted graph on meta tensors for some number of steps, call by call, like calls once.
+    """Runs an emitted graph on meta tensors for one number of time steps and measures each call.
 
-    With `naming`, who made what is noted: in `named`, of each value, and in the `CallBytes` of each call. With
-    `marker`, the steps are a prime that tells what grows with them (see `snnfx.memory.meter.Meter`). `part` is "main",
-    or "first" for a first step that does something else than the others.
+    Equal calls are measured once. `naming` records the names of tensors, in `named` for values and in the `CallBytes`
+    of each call. With `marker`, the number of steps is a prime that separates sizes that grow with the steps (see
+    `snnfx.memory.meter.Meter`). `part` is "main", or "first" for a separate first step.
     """
 
     def __init__(
@@ -137,12 +145,12 @@ class MetaRun:
         self.has_kernels = meta_copy.has_kernels(leaves)
         longest = max((x.shape[0] for x, v in zip(leaves, executable.varying_inputs, strict=True) if v), default=steps)
         self.workspace = Workspace(device, longest / steps)
-        self.calls: list[_Measured] = []
+        self.calls: list[_MeasuredCall] = []
         self.values: list[Count] = []
         self.step_of: dict[int, str] = {}
         self.named: list[NamedBytes] = []
         self.number: dict[int, int] = {}
-        self.known: dict[Any, tuple[Any, CallBytes]] = {}
+        self.measured: dict[Any, tuple[Any, CallBytes]] = {}
         self.alive: list[Any] = []
         varying = executable.varying_inputs
         over_time = () if part == "first" else (steps,)
@@ -156,7 +164,7 @@ class MetaRun:
         self.given.append(torch.empty(steps, dtype=torch.int64, device="meta"))
 
     def _input(self, original: Tensor, value: Tensor) -> Tensor:
-        """A value of the caller's: it is not counted."""
+        """Register an input: the memory of the caller does not count."""
         value.requires_grad_(self.training and original.requires_grad)
         self.alive.append(value)
         self.number[id(value)] = -1
@@ -181,70 +189,70 @@ class MetaRun:
         return self
 
     def numbers(self, tree: Any) -> tuple[int, ...]:
-        """The values among the leaves of a tree, without those of the caller's."""
-        found = [self.number.get(id(x), -1) for x in pytree.tree_leaves(tree) if isinstance(x, Tensor)]
-        return tuple(dict.fromkeys(n for n in found if n >= 0))
+        """The numbers of the values among the leaves of a tree, without the inputs."""
+        numbers = [self.number.get(id(x), -1) for x in pytree.tree_leaves(tree) if isinstance(x, Tensor)]
+        return tuple(dict.fromkeys(n for n in numbers if n >= 0))
 
     def _call(self, node: Node, args: Any, kwargs: Any) -> Any:
         leaves, spec = pytree.tree_flatten((args, kwargs))
         if self.naming is not None:
-            # Every call has its own names.
-            template, found = self._measure(node, leaves, spec)
+            # Names differ between equal calls.
+            template, measured = self._measure(node, leaves, spec)
         else:
             key = ((node.op, node.target), spec, tuple(self._leaf_key(x) for x in leaves))
-            if key not in self.known:
-                self.known[key] = self._measure(node, leaves, spec)
-            template, found = self.known[key]
+            if key not in self.measured:
+                self.measured[key] = self._measure(node, leaves, spec)
+            template, measured = self.measured[key]
         tensors = [self.number.get(id(x), -1) if isinstance(x, Tensor) else -1 for x in leaves]
         makes: list[int] = []
-        saved = [tensors[i] for i in found.saved_inputs]
-        positions = iter(range(len(found.outputs)))
+        saved = [tensors[i] for i in measured.saved_inputs]
+        positions = iter(range(len(measured.outputs)))
         labels = self.naming.of_results(node, template) if self.naming is not None else []
 
         def fresh(y: Shape) -> Tensor:
             value, index = y.tensor(), next(positions)
-            grown = self.training and y.dtype.is_floating_point and found.requires_grad  # type: ignore[attr-defined]
-            value.requires_grad_(grown)
+            is_differentiable = y.dtype.is_floating_point and measured.requires_grad  # type: ignore[attr-defined]
+            value.requires_grad_(self.training and is_differentiable)
             self.alive.append(value)
-            if found.aliases[index] >= 0:
-                self.number[id(value)] = tensors[found.aliases[index]]
+            if measured.aliases[index] >= 0:
+                self.number[id(value)] = tensors[measured.aliases[index]]
             else:
                 self.number[id(value)] = len(self.values)
                 makes.append(len(self.values))
-                self.values.append(found.outputs[index])
+                self.values.append(measured.outputs[index])
                 if labels:
                     self.named.append(
-                        NamedBytes(labels[index], tuple(y.shape), found.outputs[index].total, dtype_name(y.dtype))
+                        NamedBytes(labels[index], tuple(y.shape), measured.outputs[index].total, dtype_name(y.dtype))
                     )
-                if index in found.saved_outputs:
+                if index in measured.saved_outputs:
                     saved.append(self.number[id(value)])
             return value
 
         result = pytree.tree_map_only(Shape, fresh, template)
         name = self.regions.get(node, node.name)
         reads = tuple(dict.fromkeys(t for t in tensors if t >= 0))
-        held = tuple(dict.fromkeys(s for s in saved if s >= 0))
+        saves = tuple(dict.fromkeys(s for s in saved if s >= 0))
         role = "product" if node.meta.get("is_product") else "statistics" if node.target in STATISTICS else ""
-        self.calls.append(_Measured(name, node in self.regions, role, reads, tuple(makes), found, held))
+        self.calls.append(_MeasuredCall(name, node in self.regions, role, reads, tuple(makes), measured, saves))
         return result
 
     def _leaf_key(self, value: Any) -> Any:
-        """Two calls with equal keys take the same memory."""
+        """A cache key: calls with equal keys take the same memory."""
         if not isinstance(value, nn.Module):
             return _leaf_key(value)
-        known = self.meta_copy.keys.get(id(value))
-        if known is None:
-            known = self.meta_copy.keys[id(value)] = _leaf_key(value)
-        return known
+        key = self.meta_copy.keys.get(id(value))
+        if key is None:
+            key = self.meta_copy.keys[id(value)] = _leaf_key(value)
+        return key
 
     def _measure(self, node: Node, leaves: list[Any], spec: Any) -> tuple[Any, CallBytes]:
         results: list[Any] = []
         if not any(isinstance(x, Tensor | nn.Module) for x in leaves):
-            result = self._plainly(node, leaves, spec)
+            result = self._run_node(node, leaves, spec)
             if not any(isinstance(y, Tensor) for y in pytree.tree_leaves(result)):
-                found = CallBytes([], [])
-                found.requires_grad = False  # type: ignore[attr-defined]
-                return result, found
+                nothing = CallBytes([], [])
+                nothing.requires_grad = False  # type: ignore[attr-defined]
+                return result, nothing
         if node.target in STATISTICS:
             return self._statistics(leaves, node.target is step_statistics)
         naming = self.naming
@@ -252,36 +260,36 @@ class MetaRun:
             naming.enter(self.regions.get(node, node.name))
         modules = [m for x in leaves if isinstance(x, nn.Module) for m in x.modules()]
         parameters = [p for m in modules for p in (*m._parameters.values(), *m._buffers.values()) if p is not None]
-        needs = any(isinstance(x, Tensor) and x.requires_grad for x in (*leaves, *parameters))
+        requires_grad = any(isinstance(x, Tensor) and x.requires_grad for x in (*leaves, *parameters))
         graphs = [x.graph for x in leaves if isinstance(x, RegionGraph)]
         self.workspace.reformats = any(n.target is image_format for graph in graphs for n in graph.nodes)
         leaves = [self._stand_in(x) for x in leaves]
 
         def run(values: Sequence[Any]) -> Any:
-            result = self._plainly(node, values, spec)
+            result = self._run_node(node, values, spec)
             results[:] = [pytree.tree_map_only(Tensor, Shape.of, result)]
             return result
 
-        found = measure_call(run, leaves, parameters, self.training, self.workspace, naming, self.marker)
-        found.requires_grad = needs  # type: ignore[attr-defined]
-        return results[0], found
+        measured = measure_call(run, leaves, parameters, self.training, self.workspace, naming, self.marker)
+        measured.requires_grad = requires_grad  # type: ignore[attr-defined]
+        return results[0], measured
 
     def _statistics(self, leaves: list[Any], per_step: bool) -> tuple[Any, CallBytes]:
-        """Statistics take a few numbers; the plan knows what goes back through them."""
+        """Batch statistics are a few numbers; their backward pass adds to the gradient of the sequence."""
         x = next(leaf for leaf in leaves if isinstance(leaf, Tensor))
-        kind = torch.promote_types(x.dtype, torch.float32)
+        dtype = torch.promote_types(x.dtype, torch.float32)
         sizes = (self.steps, x.shape[2]) if per_step else (x.shape[2],)
-        value = torch.empty(sizes, dtype=kind, device="meta")
+        value = torch.empty(sizes, dtype=dtype, device="meta")
         number, gradient = value.numel() * value.element_size(), x.numel() * x.element_size()
         each = Count(0, number) if per_step and self.marker else Count(number)
-        found = CallBytes([each, each], [-1, -1], peak=each + each, peak_with_history=each + each)
+        measured = CallBytes([each, each], [-1, -1], peak=each + each, peak_with_history=each + each)
         if x.requires_grad:
-            found.grads = Count(0, gradient) if self.marker else Count(gradient)
-        found.requires_grad = x.requires_grad  # type: ignore[attr-defined]
-        return (Shape.of(value), Shape.of(value)), found
+            measured.grads = Count(0, gradient) if self.marker else Count(gradient)
+        measured.requires_grad = x.requires_grad  # type: ignore[attr-defined]
+        return (Shape.of(value), Shape.of(value)), measured
 
     def _stand_in(self, value: Any) -> Any:
-        """What runs in place of something: loops with kernels allocate what these do, graphs tell who runs."""
+        """The substitute for a module: a loop with a kernel becomes a `KernelStandIn`, a graph tracks names."""
         if isinstance(value, LoopRegion) and self.has_kernels and value.kernels is not None:
             name = value.label.partition(" ")[0]
             if self.naming is None:
@@ -292,7 +300,7 @@ class MetaRun:
         return self.naming.named(value) if self.naming is not None else value
 
     @staticmethod
-    def _plainly(node: Node, values: Sequence[Any], spec: Any) -> Any:
+    def _run_node(node: Node, values: Sequence[Any], spec: Any) -> Any:
         args, kwargs = pytree.tree_unflatten(list(values), spec)
         if node.op == "call_method":
             return getattr(args[0], str(node.target))(*args[1:], **kwargs)
@@ -300,7 +308,7 @@ class MetaRun:
 
 
 def _leaf_key(value: Any) -> Any:
-    """Two calls with equal keys take the same memory."""
+    """A cache key: calls with equal keys take the same memory."""
     if isinstance(value, Tensor):
         return (tuple(value.shape), tuple(value.stride()), value.dtype, value.requires_grad)
     if isinstance(value, nn.Module):

@@ -1,4 +1,4 @@
-"""Name the tensors that hold the most memory at one moment of a call."""
+"""Name the largest tensors at one moment of a call."""
 
 from __future__ import annotations
 
@@ -11,19 +11,19 @@ from snnfx.memory.meter import NamedBytes
 from snnfx.memory.timeline import Moment
 
 OUTSIDE = "parameters and state"
-"""Where the gradients of parameters and the state between chunks of the net are counted."""
+"""The pseudo-region of parameter gradients and of the states between chunks."""
 
 
 @dataclass(frozen=True)
 class Holder:
-    """What holds bytes at the peak.
+    """One entry of the memory at the peak.
 
     Args:
-        what: who made the tensor, e.g. "layer1.0.conv1 (Conv2d)".
-        kind: why it is there, e.g. "kept for backward".
-        region: of the one who made it.
-        shape, dtype: of the tensor; () and "" when it is not one tensor.
-        bytes: that it takes.
+        what: the module or operation that made the tensor, e.g. "layer1.0.conv1 (Conv2d)".
+        kind: why the tensor is allocated, e.g. "saved for backward".
+        region: the region that made the tensor.
+        shape, dtype: of the tensor; () and "" if the entry is not a single tensor.
+        bytes: the size of the entry.
     """
 
     what: str
@@ -35,13 +35,13 @@ class Holder:
 
 
 def largest_holders(model: MemoryModel, moment: Moment, most: int = 3) -> str:
-    """Who holds most at a moment, in a clause; `model` was made with `describe`, `moment` is detailed."""
+    """The largest entries at a moment, in a clause; needs a `model` made with `describe` and a detailed `moment`."""
     holders = sorted(HolderNames(model).holders(moment, TensorMakers(model)), key=lambda holder: -holder.bytes)
     return ", ".join(f"{h.what} {bytes_as_text(h.bytes)}" for h in holders[:most])
 
 
 class TensorMakers:
-    """Which region made what."""
+    """Maps entries of `Moment.held` to the region that made them."""
 
     def __init__(self, model: MemoryModel) -> None:
         self.calls = [call.name for call in model.calls]
@@ -54,27 +54,27 @@ class TensorMakers:
         return self.calls[number] if kind in ("own", "work") else self.of_value[number]
 
     def by_region(self, moment: Moment) -> dict[str, int]:
-        found: dict[str, int] = {}
+        totals: dict[str, int] = {}
         for key, count in moment.held.items():
             if round(count) > 0:
-                found[self.of(key)] = found.get(self.of(key), 0) + round(count)
-        return found
+                totals[self.of(key)] = totals.get(self.of(key), 0) + round(count)
+        return totals
 
 
 _KINDS = {
     "result": "result",
-    "value": "kept for backward",
-    "packed": "kept packed",
-    "own": "kept within the region",
+    "value": "saved for backward",
+    "packed": "saved for backward, packed",
+    "own": "saved inside the region",
     "gradient": "gradient",
-    "again": "computed again",
+    "again": "recomputed",
     "parameters": "gradients",
     "state": "state between chunks",
 }
 
 
 class HolderNames:
-    """What a model says about who made what, as holders."""
+    """Lists the entries of a moment with the names that a model knows."""
 
     def __init__(self, model: MemoryModel) -> None:
         self.model = model
@@ -99,14 +99,14 @@ class HolderNames:
 
     def _work(self, moment: Moment, number: int, region: str, count: float) -> Iterable[Holder]:
         if moment.phase == "backward":
-            yield Holder(region, "its backward pass", region, (), "", round(count))
+            yield Holder(region, "backward pass", region, (), "", round(count))
             return
-        history = self.names.widest_with_history[number]
-        yield from self._split(history or self.names.widest[number], "while it runs", region, count)
+        with_grad = self.names.widest_with_history[number]
+        yield from self._split(with_grad or self.names.widest[number], "temporary", region, count)
 
     @staticmethod
     def _split(parts: Sequence[NamedBytes], kind: str, region: str, count: float) -> Iterable[Holder]:
-        """The tensors that a number of bytes consists of, as far as they are known."""
+        """Split a number of bytes into known tensors and a rest."""
         left = count
         for part in parts:
             if 0 < part.bytes <= left + 1:

@@ -1,4 +1,4 @@
-"""Plans from the memory model: how many steps to run at once, and what backward is to compute again."""
+"""Choose the chunk length of inference and the recomputation of training from the memory model."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from snnfx.emit.executable import Executable
 from snnfx.emit.fold_parts import takes_batch_statistics
 from snnfx.emit.recompute_segments import RecomputePlan
 from snnfx.errors import InputError, warn_once
-from snnfx.memory.budget import CACHE_FRIENDLY, bytes_as_text, inference_budget
+from snnfx.memory.budget import CACHE_FRIENDLY, bytes_as_text, inference_budget, steps_as_text
 from snnfx.memory.chunk_plan import ChunkPlan
 from snnfx.memory.memory_model import MemoryModel, NotPredictable, model_memory
 from snnfx.memory.peak_holders import largest_holders
@@ -37,14 +37,14 @@ __all__ = [
 
 
 def plan_inference(executable: Executable, leaves: Sequence[Tensor], state: Mapping[str, Any] | None) -> ChunkPlan:
-    """How many time steps to run at once in inference.
+    """Choose how many time steps one chunk of inference runs.
 
-    As many as the budget allows, and on a CPU no more than what caches and malloc are good at (`CACHE_FRIENDLY`): then
-    a power of two, which divides most lengths, so that the last chunk is seldom one of another shape.
+    The largest chunk that the budget allows. On a CPU its working set also stays below `CACHE_FRIENDLY`; the length is
+    then a power of two, which divides most sequence lengths, so that the last chunk rarely has another shape.
 
     Args:
         executable: in evaluation mode.
-        leaves: the inputs, time first; only shapes are looked at.
+        leaves: the inputs, time first; only their shapes and dtypes matter.
         state: the state before the first step.
 
     Raises:
@@ -54,8 +54,8 @@ def plan_inference(executable: Executable, leaves: Sequence[Tensor], state: Mapp
     try:
         model = model_memory(executable, leaves, state, training=False)
     except NotPredictable as why:
-        _warn_of_unknown_bytes(executable, why, "chunk=, a number of time steps")
-        return ChunkPlan(None, 0, 0, f"all time steps at once: the bytes of a step are not known ({why})")
+        _warn_of_unknown_bytes(executable, why, "chunk=<number of time steps>")
+        return ChunkPlan(None, 0, 0, f"chunk = all time steps: memory use cannot be predicted from shapes ({why})")
     budget = inference_budget(executable.options.memory_budget, device)
     widest = inference_peak(model, 1)
     needed, where = widest.bytes, widest.name
@@ -69,20 +69,22 @@ def plan_inference(executable: Executable, leaves: Sequence[Tensor], state: Mapp
     fitting = max(1, int((budget - fixed) // per_step))
     fast = _power_of_two(CACHE_FRIENDLY / per_step) if device.type == "cpu" else fitting
     length = min(fitting, fast)
-    limit = (
-        f"budget {bytes_as_text(budget)}" if fitting <= fast else f"{bytes_as_text(CACHE_FRIENDLY)} are fast on a CPU"
-    )
-    reason = f"{bytes_as_text(per_step)} alive per time step, widest at {where}, {limit}: {length} steps at once"
+    if fitting <= fast:
+        limit = f"fits the memory budget, {bytes_as_text(budget)}"
+    else:
+        limit = f"has a working set, {bytes_as_text(CACHE_FRIENDLY)}, that fits the cache"
+    per_step_text = f"{bytes_as_text(per_step)} per time step, peak at {where}"
+    reason = f"chunk = {steps_as_text(length)} (the largest that {limit}; {per_step_text})"
     return ChunkPlan(length, int(per_step), budget, reason)
 
 
 def _power_of_two(count: float) -> int:
-    """The largest one that is not above, and 1 at least."""
+    """The largest power of two up to `count`, at least 1."""
     return 1 << max(0, int(count).bit_length() - 1)
 
 
 def example_steps(executable: Executable) -> list[Tensor] | None:
-    """Tensors without memory like one step of the inputs that a net was converted with, None where it was without."""
+    """One step of `example_inputs` as tensors without memory; None if the net was converted without them."""
     device = next((p.device for p in executable.source.parameters()), torch.device("cpu"))
     inputs = [node.meta.get("val") for node in executable.program.input_nodes()]
     steps = [torch.empty((), dtype=x.dtype, device=device).expand(x.shape) for x in inputs if isinstance(x, Tensor)]
@@ -90,7 +92,7 @@ def example_steps(executable: Executable) -> list[Tensor] | None:
 
 
 def refuse_impossible_budget(executable: Executable) -> None:
-    """Raise where not even one time step fits, as far as shapes are known.
+    """Raise if not even one time step of `example_inputs` fits the budget.
 
     Raises:
         InputError: SNNFX318.
@@ -108,37 +110,38 @@ def refuse_impossible_budget(executable: Executable) -> None:
     except InputError as error:
         if not executable.training:
             raise
-        hint = f"{error.hint} That is for one time step of the example; snnfx.explain(model, T=...) tells it for more."
+        more = "snnfx.explain(model, example_inputs=x, T=...) predicts the memory of a whole sequence."
+        hint = f"{error.hint} This is the minimum for one time step of example_inputs; {more}"
         raise InputError(error.code, error.what, where=error.where, why=error.why, hint=hint) from None
 
 
 def cannot_be_met(budget: float, widest: Moment, model: MemoryModel, how: str, executable: Executable) -> InputError:
-    """The error for a budget that is too small; `widest` is detailed, and `model` knows who made what."""
+    """The error for a budget that is too small; needs a detailed `widest` and a `model` with names."""
     at = f"{widest.name}, {widest.phase}" if model.training else widest.name
-    hint = f"Give memory_budget={int(widest.bytes * 1.05)} or more, or a smaller batch."
+    hint = f"Set memory_budget={int(widest.bytes * 1.05)} or more, or use a smaller batch."
     if model.training and not executable.training:
-        hint += " For inference, call the net under `with torch.no_grad():`, which keeps nothing for backward."
+        hint += " For inference, call the net under `with torch.no_grad():`, which saves nothing for backward."
     return InputError(
         "SNNFX318",
-        f"memory_budget is {bytes_as_text(budget)}, but {bytes_as_text(widest.bytes)} are needed {how}",
+        f"memory_budget is {bytes_as_text(budget)}, but the net needs {bytes_as_text(widest.bytes)} {how}",
         where=at,
-        why=f"most is held by {largest_holders(model, widest)}.",
+        why=f"the largest tensors are {largest_holders(model, widest)}.",
         hint=hint,
     )
 
 
 _MARGIN = 0.97
-"""Of a budget, what a plan may take: predictions are a few percent off."""
+"""The fraction of a budget that a plan may use: predictions are a few percent off."""
 
 
 def plan_training(
     executable: Executable, T: int, leaves: Sequence[Tensor], state: Mapping[str, Any] | None
 ) -> RecomputePlan:
-    """What backward computes again so that a training step fits the budget, as little as the model can tell.
+    """Choose the least recomputation with which a training step fits the budget.
 
-    Nothing, if that fits or no budget is set; else everything but the products; then products as well, those first that
-    free most bytes for the time of computing them again (a greedy knapsack); where that is not enough, the net as a
-    whole in chunks of time steps.
+    None if the step fits or no budget is set. Otherwise tiles are recomputed, then also the products before them, first
+    the ones that free the most bytes per second of recomputation (a greedy knapsack). If that is not enough, the whole
+    net is recomputed in chunks of time steps.
 
     Raises:
         InputError: SNNFX318, nothing fits.
@@ -146,14 +149,14 @@ def plan_training(
     try:
         return _plan_training(executable, T, leaves, state)
     except NotPredictable as why:
-        _warn_of_unknown_bytes(executable, why, 'checkpoint="regions" or checkpoint=, a number of time steps')
-        return RecomputePlan(reason=f"nothing is computed again: the bytes of a step are not known ({why})")
+        _warn_of_unknown_bytes(executable, why, 'checkpoint="regions" or checkpoint=<number of time steps>')
+        return RecomputePlan(reason=f"nothing is recomputed: memory use cannot be predicted from shapes ({why})")
 
 
 def _warn_of_unknown_bytes(executable: Executable, why: NotPredictable, instead: str) -> None:
     if executable.options.memory_budget is not None:
-        message = f"memory_budget is not looked at: the bytes of this net cannot be told from shapes ({why})."
-        warn_once("SNNFX508", f"{message} Give {instead} instead.")
+        message = f"memory_budget ignored: memory use cannot be predicted from shapes ({why})."
+        warn_once("SNNFX508", f"{message} Set {instead} instead.")
 
 
 def _plan_training(
@@ -165,11 +168,11 @@ def _plan_training(
     peak = planner.peak(RecomputePlan())
     is_limited = executable.options.memory_budget is not None
     if not is_limited or peak.bytes <= _MARGIN * budget:
-        return RecomputePlan(reason=f"nothing is computed again; {_at(peak, budget if is_limited else None)}")
+        return RecomputePlan(reason=f"nothing is recomputed; {_peak_text(peak, budget if is_limited else None)}")
     plan = planner.within(_MARGIN * budget)
     least = planner.peak(plan)
     if least.bytes <= budget:
-        return replace(plan, reason=f"{describe_plan(plan)}; {_at(least, budget)}")
+        return replace(plan, reason=f"{describe_plan(plan)}; {_peak_text(least, budget)}")
     if not _has_statistics_over_time(executable):
         found = _in_chunks(model_memory(executable, leaves, state, training=True), T, budget)
         if found is not None:
@@ -179,27 +182,30 @@ def _plan_training(
         moments = training_timeline(model, length, RecomputePlan(), {}, detailed=True)
         at_peak = with_borders(model, widest_of(moments), T, length)
         if at_peak.bytes < least.bytes:
-            raise cannot_be_met(budget, at_peak, model, f"with the state kept every {length} steps", executable)
+            raise cannot_be_met(
+                budget, at_peak, model, f"even with the state saved every {steps_as_text(length)}", executable
+            )
     model = model_memory(executable, leaves, state, training=True, describe=T, in_tiles=True)
     at_peak = widest_of(training_timeline(model, T, plan, planner.packed, detailed=True))
-    raise cannot_be_met(budget, at_peak, model, "with everything computed again", executable)
+    raise cannot_be_met(budget, at_peak, model, "even with everything recomputed", executable)
 
 
-def _at(peak: Moment, budget: float | None) -> str:
-    limit = "no budget is set" if budget is None else f"budget {bytes_as_text(budget)}"
-    return f"{bytes_as_text(peak.bytes)} at {peak.name} ({peak.phase}), {limit}"
+def _peak_text(peak: Moment, budget: float | None) -> str:
+    limit = "no memory_budget is set" if budget is None else f"memory_budget is {bytes_as_text(budget)}"
+    return f"peak {bytes_as_text(peak.bytes)} in the {peak.phase} pass of {peak.name}; {limit}"
 
 
 def describe_plan(plan: RecomputePlan) -> str:
-    """What a plan computes again, in a clause."""
+    """List the tiles that a plan recomputes, in a clause."""
     with_products = [group[-1] for group in plan.segments if len(group) > 1 and not _is_statistic(group[0])]
     light = [group[-1] for group in plan.segments if group[-1] not in with_products]
     parts = []
     if with_products:
-        parts.append(f"computed again with the products in front: {', '.join(with_products)}")
+        parts.append(f"recomputed with the matrix products before them: {', '.join(with_products)}")
     if light:
-        parts.append(f"computed again: {', '.join(light)}" if not with_products else f"without: {', '.join(light)}")
-    return "; ".join(parts) or "nothing is computed again"
+        without = " without these products" if with_products else ""
+        parts.append(f"recomputed{without}: {', '.join(light)}")
+    return "; ".join(parts) or "nothing is recomputed"
 
 
 def _is_statistic(name: str) -> bool:
@@ -207,19 +213,20 @@ def _is_statistic(name: str) -> bool:
 
 
 def _in_chunks(model: MemoryModel, T: int, budget: float) -> RecomputePlan | None:
-    """The net as a whole, with its state kept as seldom as fits; None where nothing fits."""
+    """Recompute the whole net in the longest chunks that fit the budget; None if no length fits."""
     for steps in _halved(T):
         here = with_borders(model, training_peak(model, steps, RecomputePlan(), {}), T, steps)
         if here.bytes <= budget:
-            return RecomputePlan(steps=steps, reason=f"the state is kept every {steps} steps; {_at(here, budget)}")
+            saved = f"the state is saved every {steps_as_text(steps)} and the steps between are recomputed"
+            return RecomputePlan(steps=steps, reason=f"{saved}; {_peak_text(here, budget)}")
     return None
 
 
 def with_borders(model: MemoryModel, moment: Moment, T: int, steps: int) -> Moment:
-    """A moment of one chunk of a net that keeps its state every so many steps: the other chunks hold that alone."""
-    borders = -(-T // steps) * model.state(1)
-    held = {**moment.held, ("state", 0): borders} if moment.held else {}
-    return replace(moment, bytes=moment.bytes + borders, held=held)
+    """Add the states saved between chunks to a moment of one chunk; the other chunks save nothing else."""
+    saved_states = -(-T // steps) * model.state(1)
+    held = {**moment.held, ("state", 0): saved_states} if moment.held else {}
+    return replace(moment, bytes=moment.bytes + saved_states, held=held)
 
 
 def _has_statistics_over_time(executable: Executable) -> bool:

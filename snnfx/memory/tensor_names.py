@@ -1,4 +1,4 @@
-"""Who made a tensor, in the user's words: the module with its class, or the operation."""
+"""Name tensors after the module (with its class) or the operation that makes them."""
 
 from __future__ import annotations
 
@@ -23,15 +23,15 @@ __all__ = ["Naming"]
 
 
 class Naming:
-    """The name of what runs at the moment.
+    """Tracks the name of the module or operation that runs.
 
     Args:
-        program: whose step names the nodes.
-        regions: that run, of the net or parts of these.
-        tiles: that run, by name.
+        executable: whose step names the nodes.
+        regions: the regions of the executable, or their parts.
+        tiles: the tiles, by name.
 
     Attributes:
-        current: the name for what is made now.
+        current: the name of the tensors that are made next.
     """
 
     def __init__(self, program: StepProgram, regions: Sequence[Region], tiles: Mapping[str, Tile]) -> None:
@@ -43,17 +43,17 @@ class Naming:
         }
 
     def enter(self, region: str) -> None:
-        """A call begins; what is not known better is named after all of it."""
+        """Begin a call: tensors without a better name are named after its region."""
         self.current = self.of_region(region)
 
     def of_region(self, region: str) -> str:
-        """The module in a region, or one of them."""
+        """The module in a region; "... and others" if there are several."""
         names = self.contents.get(region) or [region]
         modules = [name for name in names if name.endswith(")")] or names
         return modules[0] if len(modules) == 1 else f"{modules[0]} and others"
 
     def of_node(self, node: Node) -> str:
-        """A node of the step, or of a region's graph, which has the same names."""
+        """The name of a node of the step graph or of the graph of a region."""
         step = self.program.nodes_by_name.get(node.meta.get("step_node", node.name), node)
         module = self.program.module_of(step)
         if module is None and step.target is operator.getitem and isinstance(step.args[0], Node):
@@ -61,7 +61,7 @@ class Naming:
         return describe_node(step) if module is None else f"{describe_node(step)} ({type(module).__name__})"
 
     def of_results(self, call: Node, template: Any) -> list[str]:
-        """The names of the tensors in what a call of the emitted graph returns."""
+        """The names of the tensors that a call of the emitted graph returns."""
         region = name_of_call(call) or call.name
         loops = [region]
         if call.target is run_tile:
@@ -75,7 +75,7 @@ class Naming:
                 users = node.users if node is not None else ()
                 node = next((u for u in users if u.target is operator.getitem and u.args[1] == key), None)
             step = self.program.nodes_by_name.get(node.meta.get("step_node", "")) if node is not None else None
-            # The states of a loop are its second result; of a tile, the second result has those of each loop.
+            # A loop returns its states as second result; a tile returns there the states of each of its loops.
             state = (0, *keys[1:]) if call.target is multi_step_forward else tuple(keys[1:])
             if step is not None:
                 names.append(self.of_node(step))
@@ -86,28 +86,28 @@ class Naming:
         return names
 
     def named(self, value: Any) -> Any:
-        """The graph of a region, or a tile, so that `current` follows its nodes; anything else as it is."""
+        """Wrap a region graph or a tile so that `current` follows its nodes; return other values unchanged."""
         if isinstance(value, RegionGraph):
-            return self._following(value, value.graph)
+            return self._interpreter_of(value, value.graph)
         if isinstance(value, Tile):
-            follower = self._following(value, value.graph)
-            return _Following(lambda _, *args: follower(*args))
+            run = self._interpreter_of(value, value.graph)
+            return _NamedTile(lambda _, *args: run(*args))
         return value
 
-    def _following(self, module: nn.Module, graph: fx.Graph) -> Callable[..., Any]:
+    def _interpreter_of(self, module: nn.Module, graph: fx.Graph) -> Callable[..., Any]:
         naming = self
 
-        class Following(fx.Interpreter):
+        class NamingInterpreter(fx.Interpreter):
             def run_node(self, n: Node) -> Any:
                 if n.op.startswith("call") and (n.target is normalize or name_of_call(n) is None):
                     naming.current = naming.of_node(n)
                 return super().run_node(n)
 
-        return lambda *args: Following(module, graph=graph).run(*args)
+        return lambda *args: NamingInterpreter(module, graph=graph).run(*args)
 
 
 @dataclass
-class _Following:
-    """Stands for a tile."""
+class _NamedTile:
+    """Stand-in for a tile, for `run_tile`."""
 
     run: Callable[..., Any]

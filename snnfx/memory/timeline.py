@@ -1,6 +1,6 @@
-"""The bytes that a call of a net holds over its execution, at the widest point of each region's call.
+"""Predict the memory of a net over time: one peak for each region's call, forward and backward.
 
-In training, under a plan of what the backward pass computes again.
+In training, the timeline follows a recomputation plan.
 """
 
 from __future__ import annotations
@@ -25,16 +25,16 @@ __all__ = [
 
 @dataclass(frozen=True)
 class Moment:
-    """The widest point of one call.
+    """The memory at the peak of one call.
 
     Args:
-        bytes: alive.
-        name: of the region, or of the node between regions.
+        bytes: allocated bytes.
+        name: the region, or the node between regions.
         phase: "forward" or "backward".
-        held: by what, if that was asked for. Keys are kinds with a number: of a value ("result" while others read it,
-            "value" or "packed" when it is kept for backward, "gradient", "again" when it is computed again), of a call
-            ("own": what its history holds, "work": while it runs), or 0 ("parameters": their gradients, "state": that
-            of the net between chunks).
+        held: with `detailed`, the allocated bytes by `(kind, number)`. The number is a value ("result": later calls
+            read it; "value" or "packed": saved for backward; "gradient"; "again": recomputed), a call ("own": tensors
+            that it saves for backward; "work": temporaries while it runs), or 0 ("parameters": their gradients;
+            "state": the states between chunks).
     """
 
     bytes: float
@@ -47,23 +47,23 @@ _NOTHING = Moment(0.0, "", "forward")
 
 
 def widest_of(moments: Iterable[Moment]) -> Moment:
-    """The moment at which most is held."""
+    """The moment with the most allocated bytes."""
     return max(moments, key=lambda at: at.bytes, default=_NOTHING)
 
 
 def inference_peak(model: MemoryModel, steps: int, hands_on: bool = True) -> Moment:
-    """The widest point of running so many steps at once without a history, see `inference_timeline`."""
+    """The peak of inference over this number of time steps, see `inference_timeline`."""
     return widest_of(inference_timeline(model, steps, hands_on=hands_on))
 
 
 def inference_timeline(model: MemoryModel, steps: int, detailed: bool = False, hands_on: bool = True) -> list[Moment]:
-    """The widest point of each call without a history.
+    """The peak of each call in inference.
 
     Args:
-        model: without a history.
-        steps: time steps run at once.
-        detailed: say of each moment what is held.
-        hands_on: whether the final state is kept, for the next chunk or for the caller of `run`.
+        model: made with `training=False`.
+        steps: time steps per chunk.
+        detailed: fill in `Moment.held`.
+        hands_on: whether the final state stays allocated, for the next chunk or the caller of `run`.
     """
     alive: dict[int, float] = {}
     moments = []
@@ -80,28 +80,28 @@ def inference_timeline(model: MemoryModel, steps: int, detailed: bool = False, h
 
 
 def training_peak(model: MemoryModel, steps: int, plan: RecomputePlan, packed: Mapping[int, float]) -> Moment:
-    """The widest point of a training step, see `training_timeline`."""
+    """The peak of a training step, see `training_timeline`."""
     return widest_of(training_timeline(model, steps, plan, packed))
 
 
 def training_timeline(
     model: MemoryModel, steps: int, plan: RecomputePlan, packed: Mapping[int, float], detailed: bool = False
 ) -> list[Moment]:
-    """The widest point of each call, forward and then backward.
+    """The peak of each call of a training step, forward and then backward.
 
     Args:
-        model: with a history; in tiles if anything is computed again.
-        steps: time steps run at once.
-        plan: its segments; its `steps` are not looked at.
-        packed: for values that can be kept packed, the part of their bytes that this takes.
-        detailed: say of each moment what is held.
+        model: made with `training=True`, and with `in_tiles=True` if the plan recomputes anything.
+        steps: time steps of the sequence or chunk.
+        plan: only its segments count; `plan.steps` is ignored.
+        packed: for values that can be saved in packed form, the packed fraction of their bytes.
+        detailed: fill in `Moment.held`.
     """
     return _Timeline(model, steps, plan, packed, detailed).moments
 
 
 @dataclass
 class _SegmentGroup:
-    """What is computed again together, by the numbers of its calls."""
+    """A segment: calls that are recomputed together, by their numbers."""
 
     products: list[int]
     statistics: list[int]
@@ -135,30 +135,30 @@ class _Timeline:
         self.size = [value(steps) for value in model.values]
         self.moments: list[Moment] = []
         self.group_of: dict[int, _SegmentGroup] = {}
-        self._take_groups(plan)
-        self.holders: dict[int, list[int]] = {}
+        self._form_groups(plan)
+        self.savers: dict[int, list[int]] = {}
         self.packers: dict[int, list[int]] = {}
-        self._find_holders()
+        self._find_savers()
         self.released: dict[int, list[tuple[str, int]]] = {}
-        for kind, table in (("value", self.holders), ("packed", self.packers)):
+        for kind, table in (("value", self.savers), ("packed", self.packers)):
             for value, users in table.items():
-                # Backward comes last to the first of them.
+                # Backward runs in reverse order, so the first user in forward is the last in backward.
                 self.released.setdefault(users[0], []).append((kind, value))
-        self.kept: dict[tuple[str, int], float] = {}
-        self.kept_bytes = 0.0
+        self.saved: dict[tuple[str, int], float] = {}
+        self.saved_bytes = 0.0
         self.alive: dict[int, float] = {}
         self.alive_bytes = 0.0
         for index in range(len(self.calls)):
             self._forward(index)
-        # What is returned stays with the caller until the end; what is kept anyway is not counted twice.
+        # The caller keeps the outputs until the end; an output that is also saved counts once.
         self.alive = {v: b for v, b in self.alive.items() if v in model.outputs}
-        self.alive_bytes = sum(b for v, b in self.alive.items() if ("value", v) not in self.kept)
+        self.alive_bytes = sum(b for v, b in self.alive.items() if ("value", v) not in self.saved)
         self.grads: dict[int, float] = {}
         self.of_parameters = 0.0
         for index in range(len(self.calls) - 1, -1, -1):
             self._backward(index)
 
-    def _take_groups(self, plan: RecomputePlan) -> None:
+    def _form_groups(self, plan: RecomputePlan) -> None:
         number = {call.name: index for index, call in enumerate(self.calls)}
         for names in plan.segments:
             indices = [number[name] for name in names if name in number]
@@ -175,53 +175,53 @@ class _Timeline:
             group.reads = tuple(reads)
             self.group_of.update(dict.fromkeys(group.members, group))
 
-    def _is_left_out(self, index: int) -> bool:
-        """Whether nobody takes these statistics: the module is called as it is."""
+    def _is_fused_statistics(self, index: int) -> bool:
+        """Whether a statistics call does not run: without a segment, the BatchNorm module computes its statistics."""
         return self.calls[index].role == "statistics" and index not in self.group_of
 
-    def _find_holders(self) -> None:
+    def _find_savers(self) -> None:
         for index, call in enumerate(self.calls):
             group = self.group_of.get(index)
-            if (group is not None and index != group.tile) or self._is_left_out(index):
+            if (group is not None and index != group.tile) or self._is_fused_statistics(index):
                 continue
             for value in call.saves if group is None else group.reads:
                 packs = value in self.packed and (group is not None or (self.packs and call.role == "product"))
-                table = self.packers if packs else self.holders
+                table = self.packers if packs else self.savers
                 table.setdefault(value, []).append(index)
 
     def _sizes(self, values: Iterable[int]) -> float:
         return sum(self.size[v] for v in values)
 
-    def _keep(self, key: tuple[str, int], count: float) -> None:
-        if key not in self.kept:
-            self.kept[key] = count
-            self.kept_bytes += count
+    def _save(self, key: tuple[str, int], count: float) -> None:
+        if key not in self.saved:
+            self.saved[key] = count
+            self.saved_bytes += count
             if key[0] == "value":
                 self.alive_bytes -= self.alive.get(key[1], 0.0)
 
-    def _let_go(self, key: tuple[str, int]) -> None:
-        if key in self.kept:
-            self.kept_bytes -= self.kept.pop(key)
+    def _release(self, key: tuple[str, int]) -> None:
+        if key in self.saved:
+            self.saved_bytes -= self.saved.pop(key)
             if key[0] == "value":
                 self.alive_bytes += self.alive.get(key[1], 0.0)
 
-    def _dies(self, value: int) -> None:
+    def _free(self, value: int) -> None:
         count = self.alive.pop(value, 0.0)
-        if ("value", value) not in self.kept:
+        if ("value", value) not in self.saved:
             self.alive_bytes -= count
 
     def _now(self) -> float:
-        """Bytes of what is kept and of results; those that are kept are not counted twice."""
-        return self.kept_bytes + self.alive_bytes
+        """Bytes of saved tensors and of results; a result that is also saved counts once."""
+        return self.saved_bytes + self.alive_bytes
 
-    def _note(self, index: int, phase: str, total: float, again: Mapping[int, float] | None = None) -> None:
+    def _note(self, index: int, phase: str, total: float, recomputed: Mapping[int, float] | None = None) -> None:
         held: dict[tuple[str, int], float] = {}
         if self.detailed:
-            held = dict(self.kept)
-            held |= {("result", v): b for v, b in self.alive.items() if ("value", v) not in self.kept}
+            held = dict(self.saved)
+            held |= {("result", v): b for v, b in self.alive.items() if ("value", v) not in self.saved}
             if phase == "backward":
                 held |= {("gradient", v): b for v, b in self.grads.items()}
-                held |= {("again", v): b for v, b in (again or {}).items()}
+                held |= {("again", v): b for v, b in (recomputed or {}).items()}
                 held["parameters", 0] = self.of_parameters
             held["work", index] = total - sum(held.values())
         self.moments.append(Moment(total, self.calls[index].name, phase, held))
@@ -231,38 +231,38 @@ class _Timeline:
     def _forward(self, index: int) -> None:
         call, group = self.calls[index], self.group_of.get(index)
         if group is not None and not group.statistics and index != group.tile:
-            return  # it goes through the slices together with the tile
-        if self._is_left_out(index):
+            return  # it runs slice by slice together with the tile
+        if self._is_fused_statistics(index):
             return
         widest = self._work_forward(index, call, group)
         if group is None or index == group.tile:
             for value in call.reads if group is None else group.reads:
                 if index in self.packers.get(value, ()):
-                    self._keep(("packed", value), self.size[value] * self.packed[value])
+                    self._save(("packed", value), self.size[value] * self.packed[value])
         self._note(index, "forward", self._now() + widest)
         if group is None:
-            self._keep(("own", index), self.costs[index]["saved"])
+            self._save(("own", index), self.costs[index]["saved"])
         for value in call.makes:
             self.alive[value] = self.size[value]
             self.alive_bytes += self.size[value]
         if group is None or index == group.tile:
             for value in (*call.makes, *(call.reads if group is None else group.reads)):
-                if index in self.holders.get(value, ()):
-                    self._keep(("value", value), self.size[value])
+                if index in self.savers.get(value, ()):
+                    self._save(("value", value), self.size[value])
         for value in call.dies:
-            self._dies(value)
+            self._free(value)
 
     def _work_forward(self, index: int, call: CallCost, group: _SegmentGroup | None) -> float:
         if group is None:
             return self.costs[index]["peak_with_history"]
         if not group.is_cut:
-            made = 0.0 if group.statistics else self._sizes(v for i in group.products for v in self.calls[i].makes)
-            return made + self.costs[index]["peak"]
-        joint = [index, *(group.products if index == group.tile and not group.statistics else ())]
-        return self._sizes(call.makes) + sum(self._on_slice("peak", i, group.slices) for i in joint)
+            products = 0.0 if group.statistics else self._sizes(v for i in group.products for v in self.calls[i].makes)
+            return products + self.costs[index]["peak"]
+        fused = [index, *(group.products if index == group.tile and not group.statistics else ())]
+        return self._sizes(call.makes) + sum(self._on_slice("peak", i, group.slices) for i in fused)
 
     def _on_slice(self, cost: str, index: int, slices: Slices) -> float:
-        """Bytes of a call on one slice."""
+        """The cost of a call on one slice, in bytes."""
         length = self.steps if slices.steps is None else min(slices.steps, self.steps)
         return self.model.costs(length)[index][cost] * slices.share
 
@@ -270,36 +270,36 @@ class _Timeline:
 
     def _backward(self, index: int) -> None:
         call, group = self.calls[index], self.group_of.get(index)
-        if (group is not None and index != group.tile) or self._is_left_out(index):
+        if (group is not None and index != group.tile) or self._is_fused_statistics(index):
             return
         for value in call.makes:
             self.grads.pop(value, None)
         now = self._now() + sum(self.grads.values()) + self.of_parameters
         if group is None:
-            # Who keeps its sequences packed has them as they are for as long as it runs.
+            # A call that saves its sequences in packed form has them unpacked while its backward pass runs.
             unpacked = self._sizes(v for v in call.saves if index in self.packers.get(v, ()))
             self._note(index, "backward", now + unpacked + self.costs[index]["backward"])
         else:
-            work, again = self._work_backward(group)
-            self._note(index, "backward", now + work, again)
+            work, recomputed = self._work_backward(group)
+            self._note(index, "backward", now + work, recomputed)
         for i in [index] if group is None else group.members:
             self.of_parameters += self.costs[i]["of_parameters"]
             if self.costs[i]["grads"] > 0:
                 inner = group.inner if group is not None else ()
                 self.grads.update((value, self.size[value]) for value in self.calls[i].reads if value not in inner)
-        self._let_go(("own", index))
+        self._release(("own", index))
         for key in self.released.get(index, ()):
-            self._let_go(key)
+            self._release(key)
 
     def _work_backward(self, group: _SegmentGroup) -> tuple[float, Mapping[int, float]]:
-        """What a segment takes while it goes back, and what of that are values computed again."""
+        """The bytes of a segment during its backward pass, and the recomputed values among them."""
         calls, tile = self.calls, self.calls[group.tile]
-        # The gradients of its results; a final state seldom has one.
-        given = self._sizes(v for v in tile.makes if v not in tile.finals)
-        through = [i for i in group.members if self.costs[i]["grads"] > 0]
-        found = self._sizes({v for i in through for v in calls[i].reads if v not in group.inner})
-        made = {v: self.size[v] for i in group.products for v in calls[i].makes}
-        again = sum(made.values())
+        # Gradients of its results; a final state rarely has one.
+        grads_of_results = self._sizes(v for v in tile.makes if v not in tile.finals)
+        differentiated = [i for i in group.members if self.costs[i]["grads"] > 0]
+        grads_of_inputs = self._sizes({v for i in differentiated for v in calls[i].reads if v not in group.inner})
+        products = {v: self.size[v] for i in group.products for v in calls[i].makes}
+        all_products = sum(products.values())
 
         def part(cost: str, *indices: int) -> float:
             return sum(self._on_slice(cost, i, group.slices) for i in indices)
@@ -309,52 +309,54 @@ class _Timeline:
             return self._sizes(values) * self._share(group.slices)
 
         def inside(*indices: int) -> float:
-            """Running slices of some calls with a history and going back: the gradients that are cut count as well."""
+            """The bytes of running and differentiating one slice of some calls, slices of gradients included."""
             last = indices[-1]
             results = self._sizes(v for i in indices[:-1] for v in calls[i].makes) * self._share(group.slices)
-            there = unpacked(*indices) + part("saved", *indices[:-1]) + results
-            return there + max(part("peak_with_history", last), part("saved", last) + part("backward_held", last))
+            saved = unpacked(*indices) + part("saved", *indices[:-1]) + results
+            return saved + max(part("peak_with_history", last), part("saved", last) + part("backward_held", last))
 
-        borders = 0.0
+        states = 0.0
         if group.slices.steps is not None:
-            borders = self.steps / group.slices.steps * state_bytes(self.model, tile) * group.slices.share
+            states = self.steps / group.slices.steps * state_bytes(self.model, tile) * group.slices.share
         if not group.statistics or not group.products:
             members = (*group.products, group.tile) if not group.statistics else (group.tile,)
             if group.is_cut:
-                return given + found + borders + inside(*members), {}
-            # One slice: its gradients are those of the whole.
+                return grads_of_results + grads_of_inputs + states + inside(*members), {}
+            # With a single slice, its gradients are the gradients of the whole sequences.
             last = max(
-                given + part("peak_with_history", group.tile),
+                grads_of_results + part("peak_with_history", group.tile),
                 part("saved", group.tile) + part("backward_held", group.tile),
             )
-            return unpacked(*members) + part("saved", *members[:-1]) + again * (not group.statistics) + last, {}
+            return unpacked(*members) + part("saved", *members[:-1]) + all_products * (not group.statistics) + last, {}
         if not group.is_cut:
             work = unpacked(group.tile) + max(
-                given + part("peak_with_history", group.tile),
+                grads_of_results + part("peak_with_history", group.tile),
                 part("saved", group.tile) + part("backward_held", group.tile),
             )
-            beside = self._sizes(v for v in tile.reads if v not in group.inner) if group.tile in through else 0.0
+            inputs = self._sizes(v for v in tile.reads if v not in group.inner) if group.tile in differentiated else 0.0
             second = (
-                given + beside + max(unpacked(i) + part("saved", i) + part("backward_held", i) for i in group.products)
+                grads_of_results
+                + inputs
+                + max(unpacked(i) + part("saved", i) + part("backward_held", i) for i in group.products)
             )
             first = max(unpacked(i) + part("peak_with_history", i) for i in group.products)
-            return again + max(first - again, work, second), made
-        # The gradient of what was normalised is there as a whole; so is what was normalised, if it is computed once.
-        whole = again * (1 if group.twice else 2)
-        own = again * self._share(group.slices) if group.twice else 0.0
+            return all_products + max(first - all_products, work, second), products
+        # The gradient of the normalised sequence is allocated as a whole; so is the sequence if it is recomputed once.
+        whole = all_products * (1 if group.twice else 2)
+        sliced = all_products * self._share(group.slices) if group.twice else 0.0
         product = max(
             unpacked(i) + max(part("peak_with_history", i), part("saved", i) + part("backward_held", i))
             for i in group.products
         )
-        first = own + inside(group.tile) + (part("peak", *group.products) if group.twice else 0.0)
-        work = given + found + whole + borders + max(first, own + product)
-        return work, {} if group.twice else made
+        first = sliced + inside(group.tile) + (part("peak", *group.products) if group.twice else 0.0)
+        work = grads_of_results + grads_of_inputs + whole + states + max(first, sliced + product)
+        return work, {} if group.twice else products
 
     def _share(self, slices: Slices) -> float:
-        """The part of a sequence that is in a slice."""
+        """The fraction of a sequence that is in one slice."""
         return slices.share * (1.0 if slices.steps is None else min(1.0, slices.steps / self.steps))
 
 
 def state_bytes(model: MemoryModel, call: CallCost) -> float:
-    """Bytes of the state of a loop: what it makes besides sequences."""
+    """Bytes of the state of a loop: its outputs that are not sequences."""
     return sum(model.values[v].constant for v in call.makes if model.values[v].per_step <= 0.0)

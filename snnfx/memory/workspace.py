@@ -1,9 +1,9 @@
-"""What operations take while they run, besides their results. Measured (peak RSS of single calls, torch 2.13, one CPU).
+"""Workspace: the memory that operations allocate besides their results.
 
-oneDNN's convolutions reorder row-major operands into blocks: forward takes the larger of input and output once more and
-the weight, backward twice the larger, or the weight if that is more. Images whose channels are innermost in memory are
-taken as they are, but the weight is reordered, twice in forward and three times in backward. In float64, and for other
-devices, nothing is counted.
+Measured as the peak RSS of single calls (torch 2.13, one CPU). oneDNN's convolutions reorder row-major operands into
+blocks: forward allocates another copy of the larger of input and output, and one of the weight; backward two copies of
+the larger, or one of the weight if that is more. Channels-last images are not copied, but the weight is reordered,
+twice in forward and three times in backward. In float64, and on other devices, the workspace counts as zero.
 """
 
 from __future__ import annotations
@@ -20,15 +20,15 @@ _REORDERED = (torch.float32, torch.bfloat16)
 
 
 class Workspace:
-    """`(operation, arguments, result) -> bytes`, in pieces, for operations that run on tensors without data.
+    """Predict the workspace of an operation on meta tensors: `(operation, arguments, result) -> block sizes in bytes`.
 
     Args:
-        device: on which they would run.
-        scale: how many times more elements images would have there.
+        device: the device of the real run.
+        scale: how many times more elements images have in the real run.
 
     Attributes:
-        reformats: whether images are brought into the format in which a convolution is fastest: channels-last, unless
-            the weight has more elements than they have (`snnfx.ops.memory_format.image_format`).
+        reformats: whether images are converted to the fastest format for a convolution: channels-last, unless the
+            weight has more elements than the images (`snnfx.ops.memory_format.image_format`).
     """
 
     def __init__(self, device: torch.device, scale: float = 1.0) -> None:

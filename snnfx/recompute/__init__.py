@@ -1,1 +1,1 @@
-"""Segments that recompute values in the backward pass instead of saving them."""
+"""Segments that recompute intermediate tensors in the backward pass instead of saving them."""

@@ -1,8 +1,8 @@
-"""A BatchNorm in training as two operations: statistics of the whole sequence, and normalising by them.
+"""BatchNorm in training, split into batch statistics and normalisation.
 
-The first needs all steps and samples and makes a few numbers; the second can be done on any part of the sequence. In
-one operation the whole sequence has to be there before and after it. The gradient is that of torch's kernel: what comes
-through the mean and the variance is, for each element x of a channel, `a + b x`.
+The statistics need all steps and samples but return only a few numbers; the normalisation can run on any part of the
+sequence. A BatchNorm in one operation needs the whole sequence before and after it. Gradients match torch's kernel: the
+gradient through mean and variance is `a + b x` for each element x of a channel.
 """
 
 from __future__ import annotations
@@ -21,21 +21,20 @@ from snnfx.sandbox.torch_internals import BatchNormBase
 
 __all__ = [
     "add_gradient_of_statistics",
-    "as_its_own",
+    "as_non_view",
     "batch_statistics",
     "normalize",
     "step_statistics",
-    "takes_statistics",
+    "uses_batch_statistics",
 ]
 
-BatchNormBase = BatchNormBase
-_WHAT, _HINT = "a BatchNorm with its statistics apart", "Convert with checkpoint=None."
+_WHAT, _HINT = "a BatchNorm whose statistics are computed separately", "Convert with checkpoint=None."
 
 
 def batch_statistics(x_seq: Tensor, module: BatchNormBase) -> tuple[Tensor, Tensor]:
-    """What a BatchNorm subtracts and divides by: mean and variance of each channel over all steps and samples.
+    """Mean and variance of each channel over all steps and samples.
 
-    Running statistics move as if the module was called. A module in evaluation mode gives its running statistics.
+    Updates the running statistics as a call of the module does. In evaluation mode, returns the running statistics.
 
     Args:
         x_seq: `[T, N, C, *]`.
@@ -47,44 +46,45 @@ def batch_statistics(x_seq: Tensor, module: BatchNormBase) -> tuple[Tensor, Tens
     x = x_seq.flatten(0, 1)
     module._check_input_dim(x)
     running = (module.running_mean, module.running_var)
-    if not takes_statistics(module):
+    if not uses_batch_statistics(module):
         return running  # type: ignore[return-value]
     if not x.is_meta:
         F._verify_batch_size(list(x.shape))  # type: ignore[attr-defined]
     (factor,) = update_factors(module, 1)
-    moved = running if module.training and module.track_running_stats else (None, None)
-    return _Statistics.apply(x_seq, *moved, factor)  # type: ignore[no-any-return]
+    updated = running if module.training and module.track_running_stats else (None, None)
+    return _Statistics.apply(x_seq, *updated, factor)  # type: ignore[no-any-return]
 
 
 def step_statistics(x_seq: Tensor, module: BatchNormBase) -> tuple[Tensor, Tensor]:
-    """The same for the statistics of each step: two tensors `[T, C]`."""
+    """Mean and variance of each channel at each time step, as `batch_statistics`: two tensors `[T, C]`."""
     module._check_input_dim(x_seq[0])
     T, running = x_seq.shape[0], (module.running_mean, module.running_var)
-    if not takes_statistics(module):
+    if not uses_batch_statistics(module):
         mean, var = running
         assert mean is not None and var is not None
         return mean.expand(T, -1), var.expand(T, -1)
     if not x_seq.is_meta:
         F._verify_batch_size(list(x_seq.shape[1:]))  # type: ignore[attr-defined]
     factors = update_factors(module, T)
-    moved = running if module.training and module.track_running_stats else (None, None)
-    return _Statistics.apply(x_seq, *moved, factors)  # type: ignore[no-any-return]
+    updated = running if module.training and module.track_running_stats else (None, None)
+    return _Statistics.apply(x_seq, *updated, factors)  # type: ignore[no-any-return]
 
 
-def takes_statistics(module: BatchNormBase) -> bool:
+def uses_batch_statistics(module: BatchNormBase) -> bool:
+    """Whether a BatchNorm normalises by batch statistics, not by running statistics."""
     return module.training or (module.running_mean is None and module.running_var is None)
 
 
 def normalize(
     x_seq: Tensor, mean: Tensor | None, var: Tensor | None, module: BatchNormBase, per_step: bool = False
 ) -> Tensor:
-    """A sequence `[T, N, C, *]`, or a part of it, normalised by these statistics.
+    """Normalise a sequence `[T, N, C, *]`, or a part of it, by these statistics.
 
     Args:
         x_seq: the sequence.
-        mean, var: `[C]` or, with `per_step`, `[T, C]`; None: the module is called with the whole sequence.
+        mean, var: `[C]` or, with `per_step`, `[T, C]`; None: call the module with the whole sequence.
         module: a BatchNorm.
-        per_step: whether each step has its own statistics.
+        per_step: whether each time step has its own statistics.
     """
     if mean is None or var is None:
         if per_step:
@@ -94,22 +94,22 @@ def normalize(
 
 
 def add_gradient_of_statistics(
-    grad: Tensor, x_seq: Tensor, mean: Tensor, of_mean: Tensor, of_var: Tensor, count: int
+    grad: Tensor, x_seq: Tensor, mean: Tensor, grad_of_mean: Tensor, grad_of_var: Tensor, count: int
 ) -> None:
-    """Add to the gradient of a sequence, or of a part of it, what comes through its statistics.
+    """Add the gradient through the statistics to the gradient of a sequence, or of a part of it.
 
     Args:
-        grad: `[T, N, C, *]`, changed.
-        x_seq: the values.
+        grad: `[T, N, C, *]`, changed in place.
+        x_seq: the sequence.
         mean: `[C]` or `[T, C]`.
-        of_mean, of_var: gradients of the statistics, of their shape.
-        count: elements that each of them was taken over.
+        grad_of_mean, grad_of_var: gradients of the statistics, of the same shape.
+        count: the number of elements that each mean is taken over.
     """
-    slope = of_var * (2.0 / count)
-    offset = of_mean / count - slope * mean
+    slope = grad_of_var * (2.0 / count)
+    offset = grad_of_mean / count - slope * mean
     shape = (-1, *(1,) * (x_seq.dim() - 3))
     for t, (g, x) in enumerate(zip(grad.unbind(0), x_seq.unbind(0), strict=True)):
-        # Step by step: the second of the two finds its operand in the cache.
+        # Step by step, so that the second operation finds its operand in the cache.
         a, b = (v[t] if mean.dim() == 2 else v for v in (offset, slope))
         if g.dtype == a.dtype == x.dtype:
             g.addcmul_(x, b.view(shape)).add_(a.view(shape))
@@ -118,20 +118,20 @@ def add_gradient_of_statistics(
 
 
 def _parts(x_seq: Tensor, each_step: bool) -> list[Tensor]:
-    """The sequence as one batch where it can be one, else its steps, `[N, C, *]` each."""
+    """The sequence as one batch `[T*N, C, *]` if no copy is needed, else its steps, `[N, C, *]` each."""
     if not each_step:
-        batch = x_seq.flatten(0, 1) if x_seq.shape[0] == 1 or _can_be_one(x_seq) else None
+        batch = x_seq.flatten(0, 1) if x_seq.shape[0] == 1 or _is_view_as_batch(x_seq) else None
         if batch is not None and is_dense(batch):
             return [batch]
     return [x if is_dense(x) else x.contiguous() for x in x_seq.unbind(0)]
 
 
-def _can_be_one(x_seq: Tensor) -> bool:
+def _is_view_as_batch(x_seq: Tensor) -> bool:
     return x_seq.shape[1] == 1 or x_seq.stride(0) == x_seq.shape[1] * x_seq.stride(1)
 
 
 class _Statistics(torch.autograd.Function):
-    """Of the whole sequence, or, with a list of factors, of each step."""
+    """Statistics of the whole sequence or, with a list of update factors, of each step."""
 
     @staticmethod
     def forward(
@@ -140,33 +140,33 @@ class _Statistics(torch.autograd.Function):
         each_step = isinstance(factor, list)
         if x_seq.is_meta:
             sizes = (x_seq.shape[0], x_seq.shape[2]) if each_step else x_seq.shape[2:3]
-            kind = torch.promote_types(x_seq.dtype, torch.float32)
-            mean, var = (torch.empty(sizes, dtype=kind, device="meta") for _ in range(2))
+            dtype = torch.promote_types(x_seq.dtype, torch.float32)
+            mean, var = (torch.empty(sizes, dtype=dtype, device="meta") for _ in range(2))
             ctx.save_for_backward(x_seq, mean)
             return mean, var
         parts = list(x_seq.unbind(0)) if each_step else [x_seq.flatten(0, 1)]
         factors = factor if isinstance(factor, list) else [factor]
-        found = [
+        statistics = [
             _statistics_of(x if is_dense(x) else x.contiguous(), running_mean, running_var, f)
             for x, f in zip(parts, factors, strict=True)
         ]
-        mean, var = (torch.stack(list(values)) if each_step else values[0] for values in zip(*found, strict=True))
+        mean, var = (torch.stack(list(values)) if each_step else values[0] for values in zip(*statistics, strict=True))
         ctx.save_for_backward(x_seq, mean)
         ctx.count = parts[0].numel() // max(1, parts[0].shape[1])
         ctx.set_materialize_grads(False)
         return mean, var
 
     @staticmethod
-    def backward(ctx: Any, of_mean: Tensor | None, of_var: Tensor | None) -> tuple[Tensor, None, None, None]:
+    def backward(ctx: Any, grad_of_mean: Tensor | None, grad_of_var: Tensor | None) -> tuple[Tensor, None, None, None]:
         refuse_second_derivative(_WHAT, _HINT)
         x_seq, mean = ctx.saved_tensors
         if x_seq.is_meta:
             return _without_data(x_seq), None, None, None
         grad = torch.zeros_like(x_seq)
         zero = torch.zeros_like(mean)
-        add_gradient_of_statistics(
-            grad, x_seq, mean, zero if of_mean is None else of_mean, zero if of_var is None else of_var, ctx.count
-        )
+        grad_of_mean = zero if grad_of_mean is None else grad_of_mean
+        grad_of_var = zero if grad_of_var is None else grad_of_var
+        add_gradient_of_statistics(grad, x_seq, mean, grad_of_mean, grad_of_var, ctx.count)
         return grad, None, None, None
 
 
@@ -176,8 +176,8 @@ def _statistics_of(
     """Mean and variance of each channel of `[N, C, *]`, in float32 at least."""
     channels = x.shape[1]
     if running_mean is None:
-        kind = torch.promote_types(x.dtype, torch.float32)
-        running_mean, running_var = (torch.zeros(channels, dtype=kind, device=x.device) for _ in range(2))
+        dtype = torch.promote_types(x.dtype, torch.float32)
+        running_mean, running_var = (torch.zeros(channels, dtype=dtype, device=x.device) for _ in range(2))
     return torch.ops.aten.batch_norm_update_stats(x, running_mean, running_var, factor)  # type: ignore[no-any-return]
 
 
@@ -193,14 +193,14 @@ class _NormalizeFunction(torch.autograd.Function):
         parts = _parts(x_seq, each_step)
         if len(parts) == 1 and not each_step:
             y = torch.ops.aten.native_batch_norm(parts[0], weight, bias, mean, var, False, 0.0, eps)[0]
-            return as_its_own(y.unflatten(0, x_seq.shape[:2]))
+            return as_non_view(y.unflatten(0, x_seq.shape[:2]))
         y_seq = empty_steps(x_seq.shape, memory_order(x_seq), x_seq.dtype, x_seq.device)
         for t, (x, y) in enumerate(zip(parts, y_seq.unbind(0), strict=True)):
             arguments = (weight, bias, _of_step(mean, t), _of_step(var, t), False, 0.0, eps)
             if x.stride() != y.stride():
                 y.copy_(torch.ops.aten.native_batch_norm(x, *arguments)[0])
             else:
-                # torch's kernel writes to `out=` as if its strides were those of the input.
+                # torch's kernel ignores the strides of `out=` and uses the strides of the input.
                 unused = [mean.new_empty(0) for _ in range(2)]
                 torch.ops.aten.native_batch_norm.out(x, *arguments, out=y, save_mean=unused[0], save_invstd=unused[1])
         return y_seq
@@ -211,19 +211,19 @@ class _NormalizeFunction(torch.autograd.Function):
         x_seq, mean, var, weight = ctx.saved_tensors
         each_step = mean.dim() == 2
         if x_seq.is_meta:
-            likes = (x_seq, mean, var, weight, weight)
-            needed = zip(likes, ctx.needs_input_grad, strict=False)
-            return *(_without_data(like) if need else None for like, need in needed), None
+            inputs = (x_seq, mean, var, weight, weight)
+            needed = zip(inputs, ctx.needs_input_grad, strict=False)
+            return *(_without_data(x) if need else None for x, need in needed), None
         parts = _parts(x_seq, each_step)
         as_one = len(parts) == 1 and not each_step
         grads = [grad.flatten(0, 1)] if as_one else grad.unbind(0)
-        found: list[Any] = []
+        parts_of_grads: list[Any] = []
         for t, (g, x) in enumerate(zip(grads, parts, strict=True)):
             m, v = _of_step(mean, t), _of_step(var, t)
             arguments = (g, x, weight, m, v, None, None, False, ctx.eps, [True, True, True])
-            found.append(torch.ops.aten.native_batch_norm_backward(*arguments))
-        of_x, of_weight, of_bias = (list(values) for values in zip(*found, strict=True))
-        # Of `(x - mean) / sqrt(var + eps)`, summed: that is what the gradients of weight and bias are.
+            parts_of_grads.append(torch.ops.aten.native_batch_norm_backward(*arguments))
+        of_x, of_weight, of_bias = (list(values) for values in zip(*parts_of_grads, strict=True))
+        # The gradients of weight and bias are sums of the incoming gradient, with and without the normalised input.
         scaled, plain = torch.stack(of_weight), torch.stack(of_bias)
         inverse = torch.rsqrt(var + ctx.eps)
         scale = inverse if weight is None else inverse * weight
@@ -242,16 +242,16 @@ class _NormalizeFunction(torch.autograd.Function):
         )
 
 
-def as_its_own(y: Tensor) -> Tensor:
-    """A tensor that is no view: what is made in an `autograd.Function` may else not be changed in place behind it."""
+def as_non_view(y: Tensor) -> Tensor:
+    """The same tensor as a non-view: autograd forbids in-place changes of views that an `autograd.Function` returns."""
     if not y._is_view():
         return y
-    own = torch.empty(0, dtype=y.dtype, device=y.device)
-    return own.set_(y.untyped_storage(), y.storage_offset(), y.shape, y.stride())
+    result = torch.empty(0, dtype=y.dtype, device=y.device)
+    return result.set_(y.untyped_storage(), y.storage_offset(), y.shape, y.stride())
 
 
 def _without_data(like: Tensor) -> Tensor:
-    """`torch.empty_like` of a tensor without data, ten times faster."""
+    """`torch.empty_like` of a meta tensor, ten times faster."""
     return torch.empty_strided(like.shape, like.stride(), dtype=like.dtype, device="meta")
 
 

@@ -1,7 +1,7 @@
-"""Tensors of small whole numbers, stored in one to eight bits an element.
+"""Pack tensors of small non-negative integers into one to eight bits per element.
 
-A spike is 1 or 0 and takes four bytes: what is kept for the backward pass is packed, 4 to 32 times smaller, and
-unpacked there. Exact for the values that `passes.whole_numbers` proves, and for no others.
+A spike is 0 or 1 and takes four bytes. Tensors saved for backward are packed, which makes them 4 to 32 times smaller,
+and unpacked in the backward pass. Exact only for values whose range `snnfx.analysis.integer_ranges` proves.
 """
 
 from __future__ import annotations
@@ -19,37 +19,37 @@ __all__ = ["PackedTensor", "empty_steps", "memory_order", "pack", "packed_bytes"
 
 
 def _bits_for(largest: int) -> int:
-    """Bits of an element: 1, 2, 4 or 8."""
+    """Bits per element: 1, 2, 4 or 8."""
     return next(bits for bits in (1, 2, 4, 8) if largest < 1 << bits)
 
 
 @functools.cache
 def _weights(bits: int, dtype: torch.dtype, device: torch.device) -> Tensor:
-    """What each element in a byte is multiplied by."""
+    """The factor of each element in a byte."""
     return torch.tensor([1 << shift for shift in range(0, 8, bits)], dtype=dtype, device=device)
 
 
 @functools.cache
 def _elements(bits: int, dtype: torch.dtype, device: torch.device) -> Tensor:
-    """The elements that each of the 256 bytes stands for."""
+    """The elements that each of the 256 byte values encodes."""
     shifted = torch.arange(256).unsqueeze(1) >> torch.arange(0, 8, bits)
     return (shifted & ((1 << bits) - 1)).to(device=device, dtype=dtype)
 
 
-_lately: WeakIdKeyDictionary = WeakIdKeyDictionary()
-"""Packed forms of tensors that are still alive: two readers of one tensor share them."""
+_packed_forms: WeakIdKeyDictionary = WeakIdKeyDictionary()
+"""Packed forms of tensors that are still alive: all readers of a tensor share one."""
 
 
 @dataclass(frozen=True)
 class PackedTensor:
-    """A sequence `[T, *]` of whole numbers from 0 to `largest`, a few rows of bytes for each time step.
+    """A packed sequence `[T, *]` of integers from 0 to `largest`.
 
     Args:
-        data: `[T, rows, bytes]` uint8. A row is one sample where the samples are outermost in memory.
+        data: `[T, rows, bytes]` uint8. A row is one sample if the samples are outermost in memory.
         shape: `[T, *]`.
-        order: the dimensions of one step, from the outermost to the innermost in memory.
-        dtype: of the tensor that was packed.
-        largest: the largest value in it.
+        order: the dimensions of one time step, from the outermost to the innermost in memory.
+        dtype: the dtype of the unpacked tensor.
+        largest: the largest integer.
     """
 
     data: Tensor
@@ -64,14 +64,14 @@ class PackedTensor:
         return replace(self, data=data, shape=torch.Size((data.shape[0], *self.shape[1:])))
 
     def samples(self, start: int, stop: int) -> PackedTensor:
-        """The samples from `start` to `stop` (dimension 1), still packed; they have to be outermost in memory."""
+        """The samples from `start` to `stop` (dimension 1), still packed; requires `has_samples`."""
         assert self.has_samples
         data = self.data[:, start:stop]
         return replace(self, data=data, shape=torch.Size((self.shape[0], data.shape[1], *self.shape[2:])))
 
     @property
     def has_samples(self) -> bool:
-        """Whether `samples` can be taken."""
+        """Whether the samples are outermost in memory, so that `samples` works."""
         return _outermost_are_samples(self.order)
 
 
@@ -80,16 +80,16 @@ def _outermost_are_samples(order: Sequence[int]) -> bool:
 
 
 def packed_bytes(shape: torch.Size | tuple[int, ...], largest: int) -> int:
-    """The bytes that a packed tensor of this shape takes, if its samples are outermost in memory."""
-    each = 1
+    """Bytes of a packed tensor of this shape whose samples are outermost in memory."""
+    per_row = 1
     for size in shape[2:]:
-        each *= size
+        per_row *= size
     rows = shape[0] * (shape[1] if len(shape) > 1 else 1)
-    return int(rows * -(-each * _bits_for(largest) // 8))
+    return int(rows * -(-per_row * _bits_for(largest) // 8))
 
 
 def pack(x_seq: Tensor, largest: int) -> PackedTensor:
-    """Pack a sequence `[T, *]` whose elements are whole numbers from 0 to `largest` (at most 255).
+    """Pack a sequence `[T, *]` whose elements are integers from 0 to `largest` (at most 255).
 
     Example:
         >>> spikes = torch.tensor([[0.0, 1.0, 1.0], [1.0, 0.0, 0.0]])
@@ -97,38 +97,38 @@ def pack(x_seq: Tensor, largest: int) -> PackedTensor:
         >>> packed.data.dtype, torch.equal(unpack(packed), spikes)
         (torch.uint8, True)
     """
-    known = _lately.get(x_seq)
-    if known is not None and known[0] == x_seq._version and known[1].largest == largest:
-        return known[1]  # type: ignore[no-any-return]
+    cached = _packed_forms.get(x_seq)
+    if cached is not None and cached[0] == x_seq._version and cached[1].largest == largest:
+        return cached[1]  # type: ignore[no-any-return]
     T, order, bits = x_seq.shape[0], memory_order(x_seq), _bits_for(largest)
     rows = x_seq.shape[1] if _outermost_are_samples(order) else 1
-    row, each = x_seq.numel() // max(1, T * rows), 8 // bits
-    data = torch.empty((T, rows, -(-row // each)), dtype=torch.uint8, device=x_seq.device)
+    row, per_byte = x_seq.numel() // max(1, T * rows), 8 // bits
+    data = torch.empty((T, rows, -(-row // per_byte)), dtype=torch.uint8, device=x_seq.device)
     for t, x in enumerate(in_order(x_seq.detach(), order).unbind(0)):
-        # Step by step: what is needed on the way is small.
+        # Step by step, so that temporaries stay small.
         flat = x.reshape(rows, row)
-        if each == 1:
+        if per_byte == 1:
             data[t].copy_(flat)
             continue
-        groups = (flat if row % each == 0 else F.pad(flat, (0, -row % each))).view(-1, each)
+        groups = (flat if row % per_byte == 0 else F.pad(flat, (0, -row % per_byte))).view(-1, per_byte)
         data[t].view(-1).copy_(torch.mv(groups, _weights(bits, x.dtype, x.device)))
     packed = PackedTensor(data, x_seq.shape, order, x_seq.dtype, largest)
-    _lately[x_seq] = (x_seq._version, packed)
+    _packed_forms[x_seq] = (x_seq._version, packed)
     return packed
 
 
 def unpack(packed: PackedTensor) -> Tensor:
-    """The tensor again, in its memory format."""
+    """Unpack a tensor into its original memory format."""
     whole = empty_steps(packed.shape, packed.order, packed.dtype, packed.data.device)
     bits = _bits_for(packed.largest)
-    elements, each = _elements(bits, packed.dtype, packed.data.device), 8 // bits
+    elements, per_byte = _elements(bits, packed.dtype, packed.data.device), 8 // bits
     for x, data in zip(in_order(whole, packed.order).unbind(0), packed.data.unbind(0), strict=True):
         rows = data.shape[0]
         row = x.numel() // max(1, rows)
-        if each == 1:
+        if per_byte == 1:
             x.view(rows, row).copy_(data)
-        elif row % each == 0:
-            torch.index_select(elements, 0, data.reshape(-1).int(), out=x.view(-1, each))
+        elif row % per_byte == 0:
+            torch.index_select(elements, 0, data.reshape(-1).int(), out=x.view(-1, per_byte))
         else:
             x.view(rows, row).copy_(elements[data.int()].view(rows, -1)[:, :row])
     return whole
@@ -137,18 +137,18 @@ def unpack(packed: PackedTensor) -> Tensor:
 def memory_order(x_seq: Tensor) -> tuple[int, ...]:
     """The dimensions of one step of `[T, *]`, from the outermost to the innermost in memory."""
     strides = x_seq.stride()[1:]
-    # One sample has no place in memory: it counts as outermost.
+    # The stride of a batch of one sample says nothing: count it as outermost.
     first = 0 if strides and x_seq.shape[1] == 1 else None
     return tuple(sorted(range(len(strides)), key=lambda dim: (dim != first, -strides[dim])))
 
 
 def in_order(x_seq: Tensor, order: Sequence[int]) -> Tensor:
-    """A view of `[T, *]` with the dimensions of a step in this order."""
+    """View `[T, *]` with the dimensions of a step in this order."""
     return x_seq.permute(0, *(dim + 1 for dim in order))
 
 
 def empty_steps(shape: Sequence[int], order: Sequence[int], dtype: torch.dtype, device: torch.device) -> Tensor:
-    """An uninitialised sequence `[T, *]` with the dimensions of a step in this order in memory."""
+    """An uninitialised sequence `[T, *]` whose steps have their dimensions in this order in memory."""
     strides, step = [0] * len(order), 1
     for dim in reversed(order):
         strides[dim], step = step, step * shape[dim + 1]

@@ -1,8 +1,7 @@
-"""A tile: a few calls over sequences that can be run on a slice of them, some samples or some time steps.
+"""Tiles: groups of calls over sequences that can run on a slice of the samples or of the time steps.
 
-Between the calls of a tile there is never more than a slice (loop fusion and tiling: Irigoin & Triolet 1988; Wolfe
-1989). Samples are independent of each other, so slices of samples need nothing of each other; slices of time hand on
-their state.
+Between the calls of a tile no more than a slice is allocated (loop fusion and tiling: Irigoin & Triolet 1988; Wolfe
+1989). Samples are independent, so slices of samples share nothing; slices of time steps carry the state.
 """
 
 from __future__ import annotations
@@ -18,30 +17,30 @@ from snnfx.recompute.bit_packing import PackedTensor, empty_steps, memory_order,
 from snnfx.sandbox.torch_internals import pytree
 
 __all__ = [
-    "Joined",
+    "JoinedSlices",
     "Slices",
     "Tile",
     "TileSlice",
-    "cut",
-    "cut_state",
-    "joined_states",
+    "join_states",
     "run_tile",
-    "slices_of",
-    "states_can_be_cut",
+    "slice_ranges",
+    "slice_sequence",
+    "slice_state",
+    "states_can_be_sliced",
 ]
 
 
 class Tile(nn.Module):
-    """A few calls over sequences; it has no parameters of its own.
+    """A group of calls over sequences. The tile itself has no parameters.
 
     Args:
         label: for messages.
         graph: placeholders for sequences, for the state of each loop and for constants, in this order; calls; output
             `((sequences...), (final state of each loop...))`.
-        run: what runs it: `run(tile, *sequences, *states, *constants)`.
-        batched: of each sequence that goes in, whether it has a batch: `[T, N, *]`; else it is `[T, *]`.
-        by_steps, by_samples: whether slices of time steps and of samples may be run on their own.
-        is_random: whether it draws random numbers.
+        run: executes the graph: `run(tile, *sequences, *states, *constants)`.
+        batched: for each input sequence, whether it has a batch dimension, `[T, N, *]`, or not, `[T, *]`.
+        by_steps, by_samples: whether the tile can run on slices of time steps, and on slices of samples.
+        is_random: whether the tile draws random numbers.
     """
 
     def __init__(
@@ -63,18 +62,18 @@ class Tile(nn.Module):
 def run_tile(
     tile: Any, sequences: Sequence[Any], states: Sequence[Any], constants: Sequence[Any]
 ) -> tuple[tuple[Tensor, ...], tuple[Any, ...]]:
-    """`(sequences, the final state of each loop)`."""
+    """Run a tile: `(output sequences, final state of each loop)`."""
     return tile.run(tile, *sequences, *states, *constants)  # type: ignore[no-any-return]
 
 
 @dataclass(frozen=True)
 class Slices:
-    """How sequences are cut.
+    """How sequences are cut into slices.
 
     Args:
-        samples: in a slice, None for all.
-        steps: in a slice, None for all.
-        of: how many samples there are.
+        samples: samples per slice, None for all.
+        steps: time steps per slice, None for all.
+        of: the batch size.
     """
 
     samples: int | None = None
@@ -83,35 +82,35 @@ class Slices:
 
     @property
     def share(self) -> float:
-        """Of all samples, what a slice has."""
+        """The fraction of the samples that is in one slice."""
         return 1.0 if self.samples is None else self.samples / self.of
 
 
 @dataclass(frozen=True)
 class TileSlice:
-    """A slice: samples and time steps from the first number up to the second, None for all; `of` so many samples."""
+    """One slice: ranges `(start, stop)` of samples and of time steps, None for all; `of` is the batch size."""
 
     samples: tuple[int, int] | None = None
     steps: tuple[int, int] | None = None
     of: int = 0
 
-    def rows(self, count: int) -> tuple[int, int]:
-        """Where the samples lie in a dimension of this size: others may be merged into it, behind them."""
+    def rows(self, size: int) -> tuple[int, int]:
+        """The range of the samples in a dimension of this size: other dimensions may be merged into the batch."""
         assert self.samples is not None
-        first, last = self.samples
-        each = count // self.of
-        return first * each, last * each
+        start, stop = self.samples
+        per_sample = size // self.of
+        return start * per_sample, stop * per_sample
 
-    def all_rows(self, count: int) -> int:
-        """The size for all samples of what is of this size for those of the slice."""
+    def full_size(self, size: int) -> int:
+        """The size for the whole batch of a dimension that has this size in the slice."""
         if self.samples is None:
-            return count
-        first, last = self.samples
-        return count // (last - first) * self.of
+            return size
+        start, stop = self.samples
+        return size // (stop - start) * self.of
 
 
-def slices_of(count: int, length: int | None) -> Iterator[tuple[int, int] | None]:
-    """From where to where each slice goes; None for one that is all."""
+def slice_ranges(count: int, length: int | None) -> Iterator[tuple[int, int] | None]:
+    """The range of each slice of this length; one None if a single slice covers everything."""
     if length is None or length >= count:
         yield None
         return
@@ -119,8 +118,8 @@ def slices_of(count: int, length: int | None) -> Iterator[tuple[int, int] | None
         yield start, min(start + length, count)
 
 
-def cut(value: Any, part: TileSlice, batched: bool = True) -> Tensor:
-    """A slice of a sequence, `[T, N, *]` or, without a batch, `[T, *]`; unpacked."""
+def slice_sequence(value: Any, part: TileSlice, batched: bool = True) -> Tensor:
+    """A slice, unpacked, of a sequence `[T, N, *]` or, without a batch dimension, `[T, *]`."""
     samples = part.samples if batched else None
     if isinstance(value, PackedTensor):
         if part.steps is not None:
@@ -133,64 +132,64 @@ def cut(value: Any, part: TileSlice, batched: bool = True) -> Tensor:
     return value if samples is None else value[:, slice(*part.rows(value.shape[1]))]  # type: ignore[no-any-return]
 
 
-def cut_state(state: Any, part: TileSlice) -> Any:
-    """The state of some samples; numbers stay as they are."""
+def slice_state(state: Any, part: TileSlice) -> Any:
+    """The state of the samples of a slice. Leaves that are not tensors are the same for all samples."""
     if part.samples is None:
         return state
     return pytree.tree_map_only(Tensor, lambda s: s[slice(*part.rows(s.shape[0]))], state)
 
 
-def states_can_be_cut(states: Sequence[Any], samples: int) -> bool:
-    """Whether each tensor in them has the batch in front."""
+def states_can_be_sliced(states: Sequence[Any], samples: int) -> bool:
+    """Whether dimension 0 of each state tensor is the batch dimension."""
     tensors = [s for s in pytree.tree_leaves(list(states)) if isinstance(s, Tensor)]
     return all(s.dim() > 0 and s.shape[0] == samples for s in tensors)
 
 
-class Joined:
-    """A sequence put together from its slices; one that is all of it is taken as it is.
+class JoinedSlices:
+    """Assembles a sequence from its slices, without a copy if a single slice covers it.
 
     Args:
-        T: time steps of the whole.
-        batched: False for `[T, *]`: what slices of samples give is then added up.
+        T: time steps of the whole sequence.
+        batched: False for `[T, *]`: slices of samples are then summed.
     """
 
     def __init__(self, T: int, batched: bool = True) -> None:
         self.T, self.batched = T, batched
         self.whole: Tensor | None = None
-        self.missing: list[TileSlice] = []
+        self.zero_slices: list[TileSlice] = []
 
     def add(self, y: Tensor | None, part: TileSlice) -> None:
-        """One slice, None for zeros."""
+        """Add one slice; None stands for zeros."""
         if y is None:
             if self.whole is None:
-                self.missing.append(part)
+                self.zero_slices.append(part)
             elif self.batched:
-                self._at(part).zero_()
+                self._view(part).zero_()
             return
         if self.whole is None and part.steps is None and part.samples is None:
             self.whole = y
             return
         if self.whole is None:
-            # A sequence without a batch is only cut in time.
-            is_cut = self.batched and part.samples is not None
-            sizes = (self.T, part.all_rows(y.shape[1]), *y.shape[2:]) if is_cut else (self.T, *y.shape[1:])
+            # Without a batch dimension, a sequence is sliced in time only.
+            has_samples = self.batched and part.samples is not None
+            sizes = (self.T, part.full_size(y.shape[1]), *y.shape[2:]) if has_samples else (self.T, *y.shape[1:])
             self.whole = empty_steps(sizes, memory_order(y), y.dtype, y.device)
             if not self.batched:
                 self.whole.zero_()
-            for other in self.missing if self.batched else ():
-                self._at(other).zero_()
+            for zeros in self.zero_slices if self.batched else ():
+                self._view(zeros).zero_()
         if self.batched:
-            self._at(part).copy_(y)
+            self._view(part).copy_(y)
         else:
-            self._at(part).add_(y)
+            self._view(part).add_(y)
 
-    def _at(self, part: TileSlice) -> Tensor:
+    def _view(self, part: TileSlice) -> Tensor:
         assert self.whole is not None
-        return cut(self.whole, part, self.batched)
+        return slice_sequence(self.whole, part, self.batched)
 
 
-def joined_states(states: Sequence[Any]) -> Any:
-    """The final states of slices of samples as one."""
+def join_states(states: Sequence[Any]) -> Any:
+    """Concatenate the final states of slices of samples."""
     if len(states) == 1:
         return states[0]
     leaves, spec = zip(*(pytree.tree_flatten(s) for s in states), strict=True)

@@ -7,7 +7,8 @@ from typing import Any
 
 from torch import Tensor, fx, nn
 
-from snnfx.recompute.recomputation import Segment, TileCall, run_segment
+from snnfx.recompute.recomputation import run_segment
+from snnfx.recompute.segment import Segment, TileCall
 from snnfx.recompute.tile import Slices, Tile
 
 __all__ = ["checkpoint_chunk"]

@@ -143,7 +143,7 @@ State
   1.v   0.0        [N, 4]
 
 Chunks (inference)
-  chunk=16 as asked for.
+  chunk = 16 steps (set by the option chunk).
 
 Pipeline
   PASSES; 0 ms in all.
@@ -544,9 +544,9 @@ def test_chunk_plan_is_that_of_the_net() -> None:
     chunk = explain(net).chunk
     assert chunk is not None
     assert (chunk.length, chunk.bytes_per_step) == (plan.length, plan.bytes_per_step)
-    assert "alive per time step" in chunk.reason
+    assert "per time step" in chunk.reason
     assert explain(ConvNet(), chunk=None).chunk == dataclasses.replace(
-        chunk, length=None, bytes_per_step=0, reason="chunk=None: all time steps at once"
+        chunk, length=None, bytes_per_step=0, reason="chunk = all time steps (set by the option chunk)"
     )
 
 

@@ -67,7 +67,7 @@ def test_state_and_kernels_are_named() -> None:
 def test_kept_packed_spikes_are_told_apart() -> None:
     layers = [nn.Sequential(nn.Linear(n, m), snnfx.neuron.LIFNode()) for n, m in ((5, 40), (40, 400))]
     memory = memory_of(nn.Sequential(*layers), example_inputs=torch.rand(N, 5), checkpoint="regions")
-    packed = [h for h in memory.training.holders if h.kind == "kept packed"]
+    packed = [h for h in memory.training.holders if h.kind == "saved for backward, packed"]
     assert packed and all(h.bytes * 31 < torch.Size(h.shape).numel() * 4 for h in packed)
 
 

@@ -1,4 +1,4 @@
-"""The memory model: predicted from shapes alone, compared with what a run holds, counted by an independent meter."""
+"""The memory model predicts the peak of a run, which an independent meter measures, from shapes alone."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ def predicted(net: Any, x_seq: Tensor, training: bool) -> float:
 @pytest.mark.parametrize("name", ["csnn", "residual", "unet"])
 def test_peak_of_inference_is_predicted(name: str, N: int, T: int) -> None:
     acceptance = ACCEPTANCE[name]
-    # In float64, where convolutions take no workspace, which no dispatcher sees either.
+    # In float64, where convolutions need no workspace: a dispatch mode cannot see it.
     net = snnfx.convert(acceptance.make().double().eval(), example_inputs=acceptance.example(torch.float64), **OPTIONS)
     x_seq = torch.rand(T, N, *acceptance.shapes[0][1:], dtype=torch.float64)
     assert predicted(net, x_seq, False) == pytest.approx(measured(net, x_seq, False), rel=0.15)
@@ -50,7 +50,7 @@ def test_peak_of_training_is_predicted(name: str, T: int, checkpoint: str | None
     assert predicted(net, x_seq, True) == pytest.approx(measured(net, x_seq, True), rel=0.15)
 
 
-def test_nothing_is_run_and_nothing_is_changed() -> None:
+def test_prediction_runs_no_hook_and_changes_nothing() -> None:
     model = with_statistics(dropout=0.5)
     net = snnfx.convert(model, chunk=None)
     calls: list[int] = []
@@ -83,8 +83,8 @@ def test_inference_does_not_count_what_kernels_save_for_backward() -> None:
     assert 2 * one <= found <= 2 * one + 2 * state
 
 
-def test_model_that_looks_at_values_is_not_predicted() -> None:
-    class Looking(nn.Module):
+def test_model_that_depends_on_values_is_not_predicted() -> None:
+    class DependsOnValues(nn.Module):
         def __init__(self) -> None:
             super().__init__()
             self.lif = neuron.LIFNode()
@@ -92,7 +92,7 @@ def test_model_that_looks_at_values_is_not_predicted() -> None:
         def forward(self, x: Tensor) -> Tensor:
             return self.lif(x[x.sum(1) > 0])
 
-    net = snnfx.convert(Looking().eval())
+    net = snnfx.convert(DependsOnValues().eval())
     with pytest.raises(NotPredictable):
         model_of(net, torch.rand(3, 4, 5))
 
@@ -119,9 +119,9 @@ def test_chunks_are_planned_when_the_first_state_is_the_callers() -> None:
     assert torch.equal(y, expected) and whole.shape[0] == 4
 
 
-def test_budget_that_cannot_be_met_says_the_least_and_who_needs_it() -> None:
+def test_budget_that_cannot_be_met_names_the_minimum_and_the_largest_tensors() -> None:
     net = snnfx.convert(without_statistics().eval(), memory_budget=1000)
-    named = r"SNNFX318 .*1000 bytes.*(fold|loop)_.*held by .*(Linear|LIFNode|state)"
+    named = r"SNNFX318 .*1000 bytes.*(fold|loop)_.*largest tensors are .*(Linear|LIFNode|state)"
     with torch.no_grad(), pytest.raises(InputError, match=named) as raised:
         net(torch.rand(8, 32, 5))
     least = int(raised.value.hint.partition("memory_budget=")[2].split()[0])
@@ -130,7 +130,7 @@ def test_budget_that_cannot_be_met_says_the_least_and_who_needs_it() -> None:
         enough(torch.rand(8, 32, 5))
 
 
-def test_inference_that_keeps_a_history_is_told_of_no_grad() -> None:
+def test_inference_with_autograd_gets_the_hint_no_grad() -> None:
     x_seq = torch.rand(8, 32, 5)
     model = without_statistics().eval()
     with torch.no_grad():
@@ -146,12 +146,12 @@ def test_inference_that_keeps_a_history_is_told_of_no_grad() -> None:
     assert "no_grad" not in raised.value.hint
 
 
-def test_plan_without_a_budget_says_so() -> None:
+def test_plan_names_the_budget_or_says_that_none_is_set() -> None:
     net = snnfx.convert(without_statistics())
     plan = net.recompute_plan(8, torch.rand(8, 32, 5))
-    assert "no budget is set" in plan.reason and not plan.segments
+    assert "no memory_budget is set" in plan.reason and not plan.segments
     net = snnfx.convert(without_statistics(), memory_budget="1GiB")
-    assert "budget 1.0 GiB" in net.recompute_plan(8, torch.rand(8, 32, 5)).reason
+    assert "memory_budget is 1.0 GiB" in net.recompute_plan(8, torch.rand(8, 32, 5)).reason
 
 
 @pytest.mark.parametrize(
@@ -160,7 +160,7 @@ def test_plan_without_a_budget_says_so() -> None:
     + [((2, torch.rand(2, 32, 5), torch.rand(2)), "SNNFX307"), ((2, [1, 2]), "SNNFX305"), ((True,), "SNNFX309")]
     + [((0, torch.rand(0, 32, 5)), "SNNFX301"), ((2, torch.tensor(1.0)), "SNNFX306")],
 )
-def test_plan_is_asked_for_with_steps_and_inputs(arguments: Any, code: str) -> None:
+def test_recompute_plan_checks_its_arguments(arguments: Any, code: str) -> None:
     with pytest.raises(InputError, match=code):
         snnfx.convert(without_statistics()).recompute_plan(*arguments)
 
@@ -176,7 +176,7 @@ def test_convert_refuses_a_budget_that_not_even_one_step_fits(training: bool) ->
         net(torch.rand(1, 32, 5))
 
 
-def test_training_recomputes_no_more_than_the_budget_asks_for() -> None:
+def test_training_recomputes_no_more_than_the_budget_requires() -> None:
     x_seq = torch.rand(16, 32, 2, 6, 6)
     plain = snnfx.convert(with_statistics(), checkpoint=None)
     needed = training_peak(model_of(plain, x_seq, True), 16, RecomputePlan(), {}).bytes
@@ -210,13 +210,13 @@ def test_budget_as_text(text: str, budget: float) -> None:
     assert found == budget and type(found) is type(budget)
 
 
-def test_bytes_as_a_float_are_told_apart_from_a_part() -> None:
+def test_a_float_above_one_is_not_taken_for_bytes() -> None:
     with pytest.raises(InputError, match="SNNFX309") as raised:
         snnfx.convert(without_statistics(), memory_budget=2e9)
     assert "int(2e9)" in raised.value.hint
 
 
 @pytest.mark.parametrize("budget", [0, -5, 1.5, 0.0, True, "much", "", "0GiB", "2GG", "-1", "nan", b"1", float("nan")])
-def test_no_such_budget(budget: Any) -> None:
+def test_invalid_budget_is_refused(budget: Any) -> None:
     with pytest.raises(InputError, match="SNNFX309"):
         snnfx.convert(without_statistics(), memory_budget=budget)

@@ -1,4 +1,4 @@
-"""Training that computes parts again in the backward pass: the same gradients, one update of statistics, less held."""
+"""Training with recomputation: the same gradients, one update of running statistics, less memory."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from snnfx.analysis.integer_ranges import infer_integer_ranges
 from snnfx.errors import InputError
 from snnfx.functional import reset_net
 from snnfx.recompute.bit_packing import pack, packed_bytes, unpack
-from support.measured_memory import Held, with_statistics, without_statistics
+from support.measured_memory import AllocatedBytes, with_statistics, without_statistics
 from support.nets import ACCEPTANCE
 
 CHECKPOINTS = ("selective", "regions", 3)
@@ -45,7 +45,7 @@ def assert_equal_training(a: list[Tensor], b: list[Tensor]) -> None:
 
 @pytest.mark.parametrize("checkpoint", CHECKPOINTS)
 @pytest.mark.parametrize("name", ACCEPTANCE)
-def test_gradients_are_those_of_stepping_the_model(name: str, checkpoint: int | str) -> None:
+def test_gradients_match_stepping_the_model(name: str, checkpoint: int | str) -> None:
     acceptance = ACCEPTANCE[name]
     if acceptance.package != "torch":
         pytest.importorskip(acceptance.package)
@@ -67,7 +67,7 @@ def test_gradients_are_those_of_stepping_the_model(name: str, checkpoint: int | 
 
 
 @pytest.mark.parametrize("lower", ["auto", None])
-def test_statistics_over_all_steps_are_kept_and_move_once(lower: str | None) -> None:
+def test_running_statistics_are_updated_once(lower: str | None) -> None:
     model = with_statistics().double()
     plain = snnfx.convert(copy.deepcopy(model), checkpoint=None, lower=lower)
     net = snnfx.convert(model, checkpoint="regions", lower=lower)
@@ -148,7 +148,7 @@ CUT = {
 @pytest.mark.parametrize("bytes_of_slice", [1, 600])
 @pytest.mark.parametrize("checkpoint", ["selective", "regions"])
 @pytest.mark.parametrize("name", CUT)
-def test_gradients_do_not_depend_on_how_sequences_are_cut(
+def test_gradients_do_not_depend_on_the_slices(
     name: str, checkpoint: str, bytes_of_slice: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("snnfx.memory.training_planner.SLICE", bytes_of_slice)
@@ -202,13 +202,13 @@ def test_weights_of_recurrent_layers_get_their_gradient(cell: Any, checkpoint: i
 
 
 @pytest.mark.parametrize("checkpoint", ["selective", "regions"])
-def test_an_empty_batch_is_run_as_it_is(checkpoint: str) -> None:
+def test_an_empty_batch_is_not_recomputed(checkpoint: str) -> None:
     net = snnfx.convert(with_statistics(), checkpoint=checkpoint)
     assert net(torch.rand(3, 0, 2, 6, 6)).shape == (3, 0, 3)
 
 
 @pytest.mark.parametrize("checkpoint", ["selective", "regions", 3])
-def test_the_second_run_meets_the_settings_of_the_first(checkpoint: int | str) -> None:
+def test_recomputation_restores_the_settings_of_forward(checkpoint: int | str) -> None:
     def annealed(checkpoint: int | str | None) -> list[Tensor]:
         torch.manual_seed(0)
         model = without_statistics().double()
@@ -249,7 +249,7 @@ def test_threads_train_the_same_net() -> None:
 
 
 @pytest.mark.parametrize("checkpoint", CHECKPOINTS)
-def test_masks_that_are_held_are_replayed(checkpoint: int | str) -> None:
+def test_dropout_masks_shared_by_all_steps_are_replayed(checkpoint: int | str) -> None:
     layer = pytest.importorskip("spikingjelly.activation_based.layer")
     model = nn.Sequential(
         nn.Linear(5, 8), neuron.LIFNode(v_threshold=0.3), layer.Dropout(0.5), nn.Linear(8, 3)
@@ -285,7 +285,7 @@ def test_dropout_in_chunks_of_time_is_replayed() -> None:
 
 
 @pytest.mark.parametrize("steps", [1, 2, 4, 100])
-def test_state_is_handed_from_checkpoint_to_checkpoint(steps: int) -> None:
+def test_state_is_carried_across_checkpoints(steps: int) -> None:
     model = without_statistics().double()
     net = snnfx.convert(model, checkpoint=steps)
     plain = snnfx.convert(copy.deepcopy(model), checkpoint=None)
@@ -303,7 +303,7 @@ def test_state_is_handed_from_checkpoint_to_checkpoint(steps: int) -> None:
         torch.testing.assert_close(p.grad, q.grad, rtol=1e-12, atol=1e-12)
 
 
-def test_gradient_reaches_the_state_that_was_given() -> None:
+def test_gradient_reaches_the_initial_state() -> None:
     model = without_statistics().double()
     x_seq = torch.rand(6, 3, 5, dtype=torch.float64)
     _, state = snnfx.convert(model).run(x_seq)
@@ -318,7 +318,7 @@ def test_gradient_reaches_the_state_that_was_given() -> None:
 
 
 @pytest.mark.parametrize("reduce", ["mean", "sum", "last"])
-def test_checkpoints_of_the_state_go_with_reductions(reduce: str) -> None:
+def test_checkpoints_of_the_state_work_with_reductions(reduce: str) -> None:
     model = without_statistics().double()
     x_seq = torch.rand(7, 3, 5, dtype=torch.float64)
     plain = snnfx.convert(copy.deepcopy(model), reduce=reduce, checkpoint=None)
@@ -348,7 +348,7 @@ def test_backward_uses_the_mode_of_forward() -> None:
         torch.testing.assert_close(p.grad, q.grad, rtol=1e-12, atol=1e-12)
 
 
-def test_parameters_that_were_put_in_for_the_call_get_the_gradient() -> None:
+def test_parameters_of_functional_call_get_the_gradient() -> None:
     model = without_statistics().double()
     net = snnfx.convert(model, checkpoint="regions")
     given = {name: (p.detach() * 1.5).requires_grad_() for name, p in net.named_parameters()}
@@ -373,11 +373,11 @@ def test_parameter_changed_before_backward_is_an_error() -> None:
         loss.backward()
 
 
-def test_nothing_is_left_behind() -> None:
+def test_backward_frees_everything() -> None:
     net = snnfx.convert(without_statistics(), checkpoint="regions")
     net(torch.rand(4, 2, 5)).sum().backward()  # kernels are made
     net.zero_grad()
-    with Held() as meter:
+    with AllocatedBytes() as meter:
         y = net(torch.rand(4, 2, 5))
         y.sum().backward()
         del y
@@ -387,7 +387,7 @@ def test_nothing_is_left_behind() -> None:
     assert all(isinstance(m.v, float) for m in net.modules() if isinstance(m, neuron.BaseNode))
 
 
-def test_failing_allocation_names_the_region_and_what_to_do() -> None:
+def test_failing_allocation_names_the_region_and_a_remedy() -> None:
     class Huge(nn.Module):
         def __init__(self) -> None:
             super().__init__()
@@ -413,16 +413,16 @@ def test_hooks_fire_once() -> None:
     assert calls == [1]
 
 
-def test_evaluation_and_no_grad_compute_nothing_twice() -> None:
+def test_evaluation_and_no_grad_recompute_nothing() -> None:
     net = snnfx.convert(without_statistics(), checkpoint="regions")
     with torch.no_grad():
         assert net(torch.rand(4, 2, 5)).grad_fn is None
 
 
-def held_after_forward(net: nn.Module, x_seq: Tensor) -> tuple[int, int]:
-    """Bytes held between forward and backward, and at the peak."""
+def allocated_after_forward(net: nn.Module, x_seq: Tensor) -> tuple[int, int]:
+    """Bytes allocated between forward and backward, and at the peak."""
     gc.collect()
-    with Held() as meter:
+    with AllocatedBytes() as meter:
         loss = net(x_seq).sum()
         between = sum(meter.alive.values())
         loss.backward()
@@ -430,34 +430,34 @@ def held_after_forward(net: nn.Module, x_seq: Tensor) -> tuple[int, int]:
     return between, meter.peak
 
 
-def test_regions_hold_less_than_plain_training() -> None:
+def test_regions_need_less_memory_than_plain_training() -> None:
     x_seq = torch.rand(16, 4, 2, 6, 6)
     model = with_statistics()
-    plain, _ = held_after_forward(snnfx.convert(copy.deepcopy(model), checkpoint=None, lower=None), x_seq)
-    between, _ = held_after_forward(snnfx.convert(model, checkpoint="regions", lower=None), x_seq)
+    plain, _ = allocated_after_forward(snnfx.convert(copy.deepcopy(model), checkpoint=None, lower=None), x_seq)
+    between, _ = allocated_after_forward(snnfx.convert(model, checkpoint="regions", lower=None), x_seq)
     assert between < plain / 3
 
 
 def test_checkpoints_of_the_state_do_not_grow_with_the_insides_of_the_net() -> None:
     model = nn.Sequential(nn.Linear(5, 200), neuron.LIFNode(), nn.Linear(200, 200), neuron.LIFNode(), nn.Linear(200, 2))
     net = snnfx.convert(model, checkpoint=8, lower=None)
-    short, short_peak = held_after_forward(net, torch.rand(16, 4, 5))
-    long, long_peak = held_after_forward(net, torch.rand(64, 4, 5))
+    short, short_peak = allocated_after_forward(net, torch.rand(16, 4, 5))
+    long, long_peak = allocated_after_forward(net, torch.rand(64, 4, 5))
     state = 2 * 4 * 200 * 4
     assert long - short <= 6 * state + 48 * 4 * 2 * 4 * 2 + 2**12  # six more borders, and the outputs
     assert long_peak < 1.5 * short_peak
 
 
-def test_spikes_are_held_in_bits() -> None:
+def test_spikes_are_saved_in_bits() -> None:
     wide = nn.Sequential(nn.Linear(5, 800, bias=False), neuron.LIFNode(), nn.Linear(800, 2, bias=False))
     x_seq = torch.rand(8, 4, 5)
     spikes = 8 * 4 * 800
-    between, _ = held_after_forward(snnfx.convert(wide, checkpoint="selective", lower=None), x_seq)
+    between, _ = allocated_after_forward(snnfx.convert(wide, checkpoint="selective", lower=None), x_seq)
     state_and_weights = 2 * (4 * 800 * 4)
     # The current of the neuron in four bytes, its spikes in a bit.
     assert 4 * spikes + spikes // 8 <= between <= 4 * spikes + spikes // 8 + state_and_weights
-    between, _ = held_after_forward(snnfx.convert(wide, checkpoint="regions", lower=None), x_seq)
-    # The current is computed again.
+    between, _ = allocated_after_forward(snnfx.convert(wide, checkpoint="regions", lower=None), x_seq)
+    # The current is recomputed.
     assert spikes // 8 <= between <= spikes // 8 + state_and_weights
 
 
@@ -512,7 +512,7 @@ def test_sums_of_spikes_are_proven_with_their_bound() -> None:
         neuron.LIFNode(surrogate_function=torch.sigmoid),
     ],
 )
-def test_what_is_no_spike_is_not_proven(module: nn.Module) -> None:
+def test_values_that_are_not_spikes_are_not_proven(module: nn.Module) -> None:
     assert "1" not in largest_of(nn.Sequential(nn.Linear(3, 3), module, nn.Linear(3, 1)), torch.rand(2, 3))
 
 
@@ -535,7 +535,7 @@ def hooked(layer: nn.Module) -> nn.Module:
         [neuron.LIFNode(), type("Halved", (nn.MaxPool2d,), {"forward": lambda self, x: x[..., ::2, ::2] * 0.5})(2)],
     ],
 )
-def test_spikes_that_are_changed_are_not_kept_in_bits(layers: list[nn.Module]) -> None:
+def test_spikes_that_are_changed_are_not_saved_in_bits(layers: list[nn.Module]) -> None:
     model = nn.Sequential(nn.Conv2d(2, 3, 3, padding=1), *layers, nn.Conv2d(3, 2, 3), neuron.LIFNode()).double()
     x_seq = torch.rand(4, 2, 2, 8, 8, dtype=torch.float64) * 3
     plain = snnfx.convert(copy.deepcopy(model), example_inputs=x_seq[0], checkpoint=None)
@@ -543,7 +543,7 @@ def test_spikes_that_are_changed_are_not_kept_in_bits(layers: list[nn.Module]) -
     assert_equal_training(trained(net, x_seq), trained(plain, x_seq))
 
 
-def test_indices_of_a_pool_are_no_spikes() -> None:
+def test_indices_of_a_pool_are_not_spikes() -> None:
     class Unpooled(nn.Module):
         def __init__(self) -> None:
             super().__init__()
@@ -571,7 +571,7 @@ def test_neurons_that_fire_other_numbers_are_not_proven(name: str) -> None:
     assert not fires_spikes(getattr(neurons, name)(**options))
 
 
-def test_neuron_that_stops_spiking_after_conversion_is_kept_as_it_is() -> None:
+def test_neuron_that_stops_spiking_after_conversion_is_saved_unpacked() -> None:
     model = nn.Sequential(nn.Linear(3, 3), neuron.LIFNode(), nn.Linear(3, 2)).double()
     net = snnfx.convert(model, checkpoint="regions")
     x_seq = torch.rand(5, 2, 3, dtype=torch.float64)
@@ -583,7 +583,7 @@ def test_neuron_that_stops_spiking_after_conversion_is_kept_as_it_is() -> None:
 
 
 @pytest.mark.parametrize("checkpoint", CHECKPOINTS)
-def test_compiled_net_says_that_it_is_not_checkpointed(checkpoint: int | str) -> None:
+def test_compiled_net_warns_that_it_ignores_checkpoint(checkpoint: int | str) -> None:
     torch.compiler.reset()
     net = snnfx.convert(without_statistics().double(), checkpoint=checkpoint)
     plain = snnfx.convert(copy.deepcopy(net.source), checkpoint=None)
@@ -595,7 +595,7 @@ def test_compiled_net_says_that_it_is_not_checkpointed(checkpoint: int | str) ->
 
 
 @pytest.mark.parametrize("lower", ["auto", None])
-def test_second_run_meets_the_autocast_of_the_first(lower: str | None) -> None:
+def test_recomputation_restores_autocast(lower: str | None) -> None:
     model = with_statistics()
     plain = snnfx.convert(copy.deepcopy(model), checkpoint=None, lower=lower)
     net = snnfx.convert(model, checkpoint="regions", lower=lower)
@@ -616,7 +616,7 @@ def test_second_run_meets_the_autocast_of_the_first(lower: str | None) -> None:
         torch.testing.assert_close(a, b, rtol=0.02, atol=0.02 * scale)
 
 
-def test_state_checkpoints_meet_the_autocast_of_the_first_run() -> None:
+def test_chunks_of_time_restore_autocast() -> None:
     model = without_statistics()
     plain, net = snnfx.convert(copy.deepcopy(model), checkpoint=None), snnfx.convert(model, checkpoint=3)
     x_seq = torch.rand(7, 3, 5)
@@ -628,7 +628,7 @@ def test_state_checkpoints_meet_the_autocast_of_the_first_run() -> None:
         torch.testing.assert_close(p.grad, q.grad, rtol=0.02, atol=0.02 * float(q.grad.abs().max()))
 
 
-def test_transforms_of_torch_func_go_through() -> None:
+def test_transforms_of_torch_func_work() -> None:
     net = snnfx.convert(without_statistics().double(), checkpoint="regions")
     x_seq = torch.rand(4, 2, 5, dtype=torch.float64)
     found = torch.func.grad(lambda x: net(x).sum())(x_seq)
@@ -638,6 +638,6 @@ def test_transforms_of_torch_func_go_through() -> None:
 
 
 @pytest.mark.parametrize("checkpoint", [0, -1, True, "layers", 2.0])
-def test_no_such_checkpoint(checkpoint: Any) -> None:
+def test_invalid_checkpoint_is_refused(checkpoint: Any) -> None:
     with pytest.raises(InputError, match="SNNFX309"):
         snnfx.convert(without_statistics(), checkpoint=checkpoint)

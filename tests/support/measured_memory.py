@@ -1,4 +1,4 @@
-"""Memory that a run really holds, as an oracle of the predictions."""
+"""Measure the memory that a run allocates, as an oracle of the predictions."""
 
 from __future__ import annotations
 
@@ -13,13 +13,14 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from snnfx import neuron
 
-# Without kernels, whose buffers no dispatcher sees, and in the format that the model makes.
+# Without kernels, whose buffers a dispatch mode cannot see, and in the memory format of the model.
 OPTIONS: dict[str, Any] = {"lower": None, "memory_format": None, "chunk": None}
 
 
 def measured(net: nn.Module, x_seq: Tensor, training: bool) -> int:
+    """Bytes at the peak of a call, or of a training step."""
     gc.collect()
-    with torch.set_grad_enabled(training), Held() as meter:
+    with torch.set_grad_enabled(training), AllocatedBytes() as meter:
         y = net(x_seq)
         if training:
             y.sum().backward()
@@ -48,8 +49,8 @@ def with_statistics(dropout: float = 0.0) -> nn.Module:
     )
 
 
-class Held(TorchDispatchMode):
-    """The bytes of all storages that are alive and were made under it: an oracle of what is held."""
+class AllocatedBytes(TorchDispatchMode):
+    """The bytes of all living storages that were allocated in its block."""
 
     def __init__(self) -> None:
         super().__init__()

@@ -1,4 +1,4 @@
-"""Products that keep what goes into them packed: a convolution needs its spikes for the gradient of its weight only."""
+"""Save integer-valued inputs of a layer in packed form: a convolution needs its spikes only for the weight gradient."""
 
 from __future__ import annotations
 
@@ -15,15 +15,15 @@ from snnfx.recompute.bit_packing import PackedTensor, pack, unpack
 from snnfx.recompute.tile import run_tile
 from snnfx.sandbox.torch_internals import are_transforms_active
 
-__all__ = ["PackedInputs", "run_tile_with_packed_inputs", "with_packed_inputs"]
+__all__ = ["PackedInputs", "run_tile_with_packed_inputs", "saving_packed"]
 
 
 class PackedInputs(nn.Module):
-    """Says what a tile may keep packed.
+    """Which inputs of a tile may be saved in packed form.
 
     Args:
-        largest: the largest whole number in each of its sequences, 0 for those that are no whole numbers.
-        still_packable: whether the proof of that holds at this call (a neuron's settings are live).
+        largest: the largest integer in each input sequence, 0 for sequences that are not integer-valued.
+        still_packable: whether these bounds hold at this call (the settings of a neuron can change between calls).
     """
 
     def __init__(self, largest: Sequence[int], still_packable: Callable[[], bool]) -> None:
@@ -34,12 +34,12 @@ class PackedInputs(nn.Module):
 def run_tile_with_packed_inputs(
     packed: PackedInputs, tile: Any, sequences: Sequence[Any], states: Sequence[Any], constants: Sequence[Any]
 ) -> Any:
-    """`run_tile`, with a history that keeps sequences of whole numbers packed."""
+    """Run a tile like `run_tile`, saving integer-valued sequences for backward in packed form."""
     is_transformed = torch.compiler.is_compiling() or are_transforms_active()
     if is_transformed or not torch.is_grad_enabled() or not packed.still_packable():
         return run_tile(tile, sequences, states, constants)
     pairs = [(x, _packer(x, largest)) for x, largest in zip(sequences, packed.largest, strict=True) if largest]
-    with with_packed_inputs(pairs):
+    with saving_packed(pairs):
         return run_tile(tile, sequences, states, constants)
 
 
@@ -48,26 +48,26 @@ def _packer(x_seq: Tensor, largest: int) -> Callable[[], PackedTensor]:
 
 
 @contextmanager
-def with_packed_inputs(pairs: Sequence[tuple[Tensor, Callable[[], PackedTensor]]]) -> Iterator[None]:
-    """Where autograd would keep one of these tensors, or a view of all of it, it keeps its packed form instead."""
+def saving_packed(pairs: Sequence[tuple[Tensor, Callable[[], PackedTensor]]]) -> Iterator[None]:
+    """Make autograd save these tensors, and views of all their elements, in packed form."""
 
-    known = list(pairs)
+    packers = list(pairs)
 
-    def keep(value: Tensor) -> _Packed | _AsItIs:
-        for x_seq, packed in known:
-            if _is_all_of(value, x_seq):
-                return _Packed(packed(), value.size(), value.stride())
-        return _AsItIs(value.detach(), value._version)
+    def save(value: Tensor) -> _SavedPacked | _SavedTensor:
+        for x_seq, packed in packers:
+            if _is_view_of_all(value, x_seq):
+                return _SavedPacked(packed(), value.size(), value.stride())
+        return _SavedTensor(value.detach(), value._version)
 
     try:
-        with saved_tensors_hooks(keep, lambda kept: kept.value()):
+        with saved_tensors_hooks(save, lambda saved: saved.value()):
             yield
     finally:
-        known.clear()  # the history holds its hooks, and so what they know
+        packers.clear()  # the autograd graph keeps its hooks alive, and through them the tensors
 
 
-def _is_all_of(value: Tensor, x_seq: Tensor) -> bool:
-    """Whether a tensor has the elements of another one, in the same memory without gaps."""
+def _is_view_of_all(value: Tensor, x_seq: Tensor) -> bool:
+    """Whether a tensor has all elements of another one, in the same memory without gaps."""
     if value.data_ptr() != x_seq.data_ptr() or value.numel() != x_seq.numel() or value.dtype != x_seq.dtype:
         return False
     dense = torch.ops.aten.is_non_overlapping_and_dense
@@ -75,7 +75,7 @@ def _is_all_of(value: Tensor, x_seq: Tensor) -> bool:
 
 
 @dataclass
-class _Packed:
+class _SavedPacked:
     packed: PackedTensor
     size: torch.Size
     stride: tuple[int, ...]
@@ -85,8 +85,8 @@ class _Packed:
 
 
 @dataclass
-class _AsItIs:
-    """Any other tensor; autograd leaves it to whoever keeps something for it to find out about changes."""
+class _SavedTensor:
+    """An unpacked tensor. With hooks, autograd leaves it to the hook to detect in-place changes."""
 
     tensor: Tensor
     version: int

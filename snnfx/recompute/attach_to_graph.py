@@ -1,4 +1,4 @@
-"""How a value enters a history that does not hold it."""
+"""Attach a tensor to an autograd graph that does not keep the tensor alive."""
 
 from __future__ import annotations
 
@@ -11,13 +11,17 @@ __all__ = ["attach_to_graph"]
 
 
 def attach_to_graph(value: Tensor) -> tuple[Tensor, Tensor]:
-    """`(token, the value with a history)`: the gradient of the value is that of the token, which takes no memory.
+    """Give a tensor an autograd graph whose leaf takes no memory.
 
-    As a leaf, the value would live as long as its history; this way nobody holds it once it has been used.
+    As a leaf, the tensor itself would live as long as the graph. Here the leaf is a token with the same shape, and the
+    tensor is freed after its last use.
+
+    Returns:
+        `(token, value)`: the gradient of `value` is the gradient of `token`.
     """
     token = value.new_empty(()).expand(value.shape).requires_grad_()
-    entered: Tensor = _AttachToGraph.apply(token, [value])
-    return token, entered
+    attached: Tensor = _AttachToGraph.apply(token, [value])
+    return token, attached
 
 
 class _AttachToGraph(torch.autograd.Function):
