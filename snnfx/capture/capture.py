@@ -20,8 +20,8 @@ from torch import Tensor, nn
 from torch.fx import Node
 from torch.nn.parameter import is_lazy
 
-from snnfx.capture.attribute_state import Attribute, is_number, recorded
-from snnfx.capture.capture_runs import CaptureRuns, erase_unused_placeholders
+from snnfx.capture.attribute_slots import AttributeSlot, is_number, recorded
+from snnfx.capture.capture_session import CaptureSession, erase_unused_placeholders
 from snnfx.capture.graph_matching import GraphMatch
 from snnfx.capture.patches import watched_training_flag
 from snnfx.capture.step_arguments import CarriedLeaf, carried_arguments, step_arguments
@@ -143,8 +143,8 @@ def _capture_once(
     training: bool,
     carried: list[CarriedLeaf],
 ) -> StepProgram:
-    traced = CaptureRuns(model, entry, arguments, opaque, fake_mode, carried)
-    discovered: dict[str, Attribute] = {}
+    traced = CaptureSession(model, entry, arguments, opaque, fake_mode, carried)
+    discovered: dict[str, AttributeSlot] = {}
     cold, found = traced.trace(discovered, warm=False)
     values = dict(zip(cold.slot_values, results_of(cold.graph)[1], strict=True))
     for attribute in found:
@@ -224,7 +224,7 @@ def _refuse_undeclared_state(model: nn.Module, failure: SubmoduleNotTraceable) -
     ) from failure.__cause__
 
 
-def _start_in_words(attribute: Attribute) -> str:
+def _start_in_words(attribute: AttributeSlot) -> str:
     is_plain = not attribute.path and (attribute.before is None or is_number(attribute.before))
     return repr(attribute.before) if is_plain else "initial"
 

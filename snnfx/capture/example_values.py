@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import operator
 from collections.abc import Callable, Iterator
-from typing import TYPE_CHECKING, Any, cast
+from typing import Any, cast
 
 import torch
 from torch import Tensor, fx, nn
@@ -13,6 +13,7 @@ from torch.fx import Node
 
 from snnfx.capture.patches import plain_isinstance
 from snnfx.capture.proxy import UNKNOWN
+from snnfx.capture.recorder import Recorder
 from snnfx.errors import CaptureError
 from snnfx.ir.program import SELF_TARGET
 from snnfx.sandbox.torch_internals import (
@@ -24,9 +25,6 @@ from snnfx.sandbox.torch_internals import (
 )
 from snnfx.sandbox.user_code import format_location
 
-if TYPE_CHECKING:
-    from snnfx.capture.tracer import StepTracer
-
 __all__ = ["NOT_EVALUATED", "ExampleValues"]
 
 NOT_EVALUATED = (DataDependentOutputException, DynamicOutputShapeException, UnsupportedOperatorException)
@@ -37,12 +35,12 @@ class ExampleValues:
     """Evaluates the nodes of a step while it is recorded; the value of a node is its `meta["val"]`.
 
     Args:
-        tracer: records the step.
+        recorder: records the step.
         mode: the mode under which values are computed; None without example inputs: then no value is known.
     """
 
-    def __init__(self, tracer: StepTracer, mode: FakeTensorMode | None) -> None:
-        self.tracer, self.mode = tracer, mode
+    def __init__(self, recorder: Recorder, mode: FakeTensorMode | None) -> None:
+        self.recorder, self.mode = recorder, mode
         self._value_of_next: Any = UNKNOWN
 
     def evaluate(self, node: Node) -> None:
@@ -88,13 +86,13 @@ class ExampleValues:
     @contextlib.contextmanager
     def evaluating(self) -> Iterator[None]:
         """Run real Python on values: nothing is recorded, modules are called for what they are."""
-        tracer = self.tracer
-        before, tracer.is_evaluating = tracer.is_evaluating, True
+        recorder = self.recorder
+        before, recorder.is_evaluating = recorder.is_evaluating, True
         try:
             with plain_isinstance(), self.mode or contextlib.nullcontext(), torch.no_grad():
                 yield
         finally:
-            tracer.is_evaluating = before
+            recorder.is_evaluating = before
 
     def _record_value(self, node: Node, compute: Callable[[], Any]) -> None:
         try:
@@ -112,11 +110,11 @@ class ExampleValues:
             ) from error
 
     def _resolve(self, target: str) -> Any:
-        if target in self.tracer.constants:
-            return self.tracer.constants[target]
+        if target in self.recorder.constants:
+            return self.recorder.constants[target]
         if target == SELF_TARGET:
-            return self.tracer.root
-        found: Any = self.tracer.root
+            return self.recorder.root
+        found: Any = self.recorder.root
         with self.evaluating():
             for atom in target.split("."):
                 found = getattr(found, atom)

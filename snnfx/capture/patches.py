@@ -9,18 +9,16 @@ import os
 import sys
 import types
 from collections.abc import Callable, Iterator
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import nn
 
 from snnfx.capture.proxy import StepProxy
+from snnfx.capture.recorder import Recorder
 from snnfx.ops.step_functions import FunctionHolder, apply_autograd_function
 from snnfx.sandbox.torch_internals import pytree
 from snnfx.state.leaf_modules import is_leaf
-
-if TYPE_CHECKING:
-    from snnfx.capture.tracer import StepTracer
 
 __all__ = [
     "WatchedFlag",
@@ -38,44 +36,45 @@ _RANDOM_FACTORIES = ("rand", "randn", "randint", "randperm")
 
 
 @contextlib.contextmanager
-def patched_apply(tracer: StepTracer) -> Iterator[None]:
+def patched_apply(recorder: Recorder) -> Iterator[None]:
     """While tracing, `SomeFunction.apply(proxy)` records one node instead of running the forward on proxies.
 
     Modules often keep `spike = SomeFunction.apply`, a method that is bound already, so it is no use to put another
     function into its place: the function gets other code.
     """
 
-    def apply(cls: type[torch.autograd.Function], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        if tracer.is_evaluating or not any(type(a) is StepProxy for a in pytree.tree_leaves((args, kwargs))):
-            return _apply_as_it_is(cls, *args, **kwargs)
+    def record(cls: type[torch.autograd.Function], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        if recorder.is_evaluating or not any(type(a) is StepProxy for a in pytree.tree_leaves((args, kwargs))):
+            return _original_apply(cls, *args, **kwargs)
         holder = next(
-            (h for h in tracer.constants.values() if isinstance(h, FunctionHolder) and h.function is cls), None
+            (h for h in recorder.constants.values() if isinstance(h, FunctionHolder) and h.function is cls), None
         )
-        holder_proxy = tracer.proxy(tracer.constant(holder or FunctionHolder(cls)))
-        return tracer.create_proxy("call_function", apply_autograd_function, (holder_proxy, *args), kwargs)
+        holder_proxy = recorder.proxy(recorder.constant(holder or FunctionHolder(cls)))
+        return recorder.create_proxy("call_function", apply_autograd_function, (holder_proxy, *args), kwargs)
 
-    _applies.append(apply)
-    before, _APPLY.__code__ = _APPLY.__code__, _RecordingApply.apply.__code__
+    outer_record = vars(torch.autograd.Function).get("snnfx_record_apply")
+    outer_code = _APPLY.__code__
+    torch.autograd.Function.snnfx_record_apply = classmethod(record)
+    _APPLY.__code__ = _RecordingApply.apply.__code__
     try:
         yield
     finally:
-        _APPLY.__code__ = before
-        _applies.pop()
+        _APPLY.__code__ = outer_code
+        if outer_record is None:
+            del torch.autograd.Function.snnfx_record_apply
+        else:
+            torch.autograd.Function.snnfx_record_apply = outer_record
 
 
 _APPLY = torch.autograd.Function.__dict__["apply"].__func__
-_apply_as_it_is = types.FunctionType(_APPLY.__code__, _APPLY.__globals__, closure=_APPLY.__closure__)
-_applies: list[Callable[..., Any]] = []
-"""What `SomeFunction.apply` does instead, for the traces that are going on, the innermost last."""
+_original_apply = types.FunctionType(_APPLY.__code__, _APPLY.__globals__, closure=_APPLY.__closure__)
 
 
 class _RecordingApply:
-    def apply(cls, *args: Any, **kwargs: Any) -> Any:
-        """The code that `torch.autograd.Function.apply` gets; it sees the names of torch's module, not of this one."""
-        from snnfx.capture.patches import _applies
-
-        super  # noqa: B018 - it makes the cell `__class__`, without which this code could not take the place of torch's
-        return _applies[-1](cls, args, kwargs)
+    def apply(cls: Any, *args: Any, **kwargs: Any) -> Any:
+        """The code of `torch.autograd.Function.apply` during a trace; it runs with the globals of torch's module."""
+        super  # noqa: B018 - it makes the cell `__class__`, which torch's code has too, so that one can replace the other
+        return cls.snnfx_record_apply(args, kwargs)
 
 
 @contextlib.contextmanager
@@ -143,7 +142,7 @@ def watched_training_flag(model: nn.Module) -> Iterator[WatchedFlag]:
 
 
 @contextlib.contextmanager
-def patched_factories(tracer: StepTracer) -> Iterator[None]:
+def patched_factories(recorder: Recorder) -> Iterator[None]:
     """While tracing, `torch.zeros(x.shape[0], 4)` records one node: C++ does not take a proxy for a size.
 
     `torch.rand(5)` does so whatever its size: drawn for real, the numbers would be the same in every call of the net.
@@ -153,9 +152,9 @@ def patched_factories(tracer: StepTracer) -> Iterator[None]:
     def recording(original: Callable[..., Any]) -> Callable[..., Any]:
         def factory(*args: Any, **kwargs: Any) -> Any:
             proxies = any(type(a) is StepProxy for a in pytree.tree_leaves((args, kwargs)))
-            if tracer.is_evaluating or not (proxies or original.__name__ in _RANDOM_FACTORIES):
+            if recorder.is_evaluating or not (proxies or original.__name__ in _RANDOM_FACTORIES):
                 return original(*args, **kwargs)
-            return tracer.create_proxy("call_function", original, args, kwargs)
+            return recorder.create_proxy("call_function", original, args, kwargs)
 
         return factory
 

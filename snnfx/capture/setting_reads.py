@@ -14,19 +14,18 @@ import sys
 import types
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import nn
 
-from snnfx.capture.growing_lists import ListThatNotesReads
+from snnfx.capture.leaf_module_states import LeafModuleStates
+from snnfx.capture.read_tracking_list import ReadTrackingList
+from snnfx.capture.recorder import Recorder
 from snnfx.errors import CaptureError
 from snnfx.ir.setting_read import SettingRead
-from snnfx.sandbox.contents import MISSING
+from snnfx.sandbox.contents_snapshot import MISSING
 from snnfx.sandbox.user_code import PACKAGE, location_of_forward
-
-if TYPE_CHECKING:
-    from snnfx.capture.tracer import StepTracer
 
 __all__ = ["WatchedSetting", "first_changed_setting", "recorded_reads", "watch_settings"]
 
@@ -64,7 +63,7 @@ def contents(value: Any, depth: int = 0) -> Any:
     """The value as something to compare with later: itself, or what is in it now; a mark if it is no plain value."""
     if isinstance(value, _SCALARS):
         return value
-    if depth == 3 or isinstance(value, ListThatNotesReads):
+    if depth == 3 or isinstance(value, ReadTrackingList):
         return _UNSUITABLE
     if isinstance(value, dict):
         pairs = list(value.items())
@@ -84,19 +83,21 @@ def contents(value: Any, depth: int = 0) -> Any:
 
 
 @contextlib.contextmanager
-def recorded_reads(tracer: StepTracer, reads: dict[tuple[nn.Module, str], tuple[Any, str]]) -> Iterator[None]:
+def recorded_reads(
+    recorder: Recorder, leaf_states: LeafModuleStates, reads: dict[tuple[nn.Module, str], tuple[Any, str]]
+) -> Iterator[None]:
     """While a step is traced, note down in `reads` the plain values that the model's code reads from modules."""
 
     def read(self: nn.Module, name: str) -> Any:
-        tracer.leaf_states.note_read(self, name)
+        leaf_states.note_read(self, name)
         try:
             value = object.__getattribute__(self, name)
         except AttributeError:
-            tracer.first_reads.setdefault((self, name), MISSING)
+            recorder.first_reads.setdefault((self, name), MISSING)
             raise
-        if name in _INTERNALS or tracer.is_evaluating:
+        if name in _INTERNALS or recorder.is_evaluating:
             return value
-        tracer.first_reads.setdefault((self, name), value)
+        recorder.first_reads.setdefault((self, name), value)
         if hasattr(type(value), "__next__") and not isinstance(value, io.IOBase):
             _refuse_iterator(self, name, value)
         if (self, name) in reads:

@@ -9,35 +9,34 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Callable, Iterator
 from dataclasses import replace
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from snnfx.capture.example_values import NOT_EVALUATED
+from snnfx.capture.example_values import NOT_EVALUATED, ExampleValues
+from snnfx.capture.leaf_module_states import LeafModuleStates
 from snnfx.capture.proxy import UNKNOWN, StepProxy, value_of
+from snnfx.capture.recorder import Recorder
 from snnfx.errors import CaptureError
 from snnfx.ir.program import SELF_TARGET
-from snnfx.sandbox.contents import python_rng_state, restore_python_rng_state
+from snnfx.sandbox.contents_snapshot import python_rng_state, restore_python_rng_state
 from snnfx.sandbox.torch_internals import pytree
 from snnfx.sandbox.user_code import format_location, user_calls, user_location
 from snnfx.state.registry import call_stateful, initial_value, opaque_initial_value, without_hooks
-
-if TYPE_CHECKING:
-    from snnfx.capture.tracer import StepTracer
 
 __all__ = ["StatefulCalls", "element_of", "mark_returned"]
 
 
 class StatefulCalls:
-    """Records the calls of modules with state, for one tracer.
+    """Records the calls of modules with state, for one recorder.
 
     Attributes:
         is_recording: whether nodes are being made for such a call.
     """
 
-    def __init__(self, tracer: StepTracer) -> None:
-        self.tracer = tracer
+    def __init__(self, recorder: Recorder, values: ExampleValues, leaf_states: LeafModuleStates) -> None:
+        self.recorder, self.values, self.leaf_states = recorder, values, leaf_states
         self.is_recording = False
         self._rounds: dict[tuple[str, object], list[object]] = {}
         self._containers: list[object] = []
@@ -62,7 +61,7 @@ class StatefulCalls:
         kwargs: dict[str, Any],
     ) -> Any:
         """A node for one pure step of a module, its slots threaded through; returns what the module returns."""
-        tracer = self.tracer
+        recorder = self.recorder
         self._refuse_time_loop(name)
         self.is_recording = True
         numbers = python_rng_state()
@@ -75,44 +74,44 @@ class StatefulCalls:
             restore_python_rng_state(numbers)
         if not torch.is_grad_enabled():
             for slot in _slots_of(adapter, m, name):
-                tracer.slot_values[slot] = tracer.without_gradient(tracer.slot_values[slot])
-            output = tracer.without_gradient(output)
-        tracer.leaf_states.show(name, m, adapter)
+                recorder.slot_values[slot] = recorder.without_gradient(recorder.slot_values[slot])
+            output = recorder.without_gradient(output)
+        self.leaf_states.show(name, m, adapter)
         return output
 
     def call_that_takes_state(
         self, m: nn.Module, name: str, adapter: Any, args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> Any:
         """A call that may pass the state as arguments: then no slot of the module is read, but all are written."""
-        tracer = self.tracer
-        with tracer.values.evaluating():
-            starts_as_none = any(value is None for value in tracer.carried_arguments.values())
+        recorder = self.recorder
+        with self.values.evaluating():
+            starts_as_none = any(value is None for value in recorder.carried_arguments.values())
             call = adapter.read_call(m, args, kwargs, starts_as_none)
             weights = adapter.projected(m) if hasattr(adapter, "projected") else None
         if weights is not None:
-            product = tracer.record_at(name, "call_function", nn.functional.linear, (call.inputs[0], weights), {})
+            product = recorder.record_at(name, "call_function", nn.functional.linear, (call.inputs[0], weights), {})
             call = replace(call, inputs=(product,), kwargs={**call.kwargs, "projected": True})
         slots = _slots_of(adapter, m, name)
         if call.state is None:
             output = self.call(m, name, call_stateful, adapter, call.inputs, call.kwargs)
-            return call.returns(mark_returned(output, name), tuple(tracer.slot_values[slot] for slot in slots))
+            return call.returns(mark_returned(output, name), tuple(recorder.slot_values[slot] for slot in slots))
         self._refuse_time_loop(name)
         self.is_recording = True
         try:
-            module = tracer.record_at(name, "get_attr", name or SELF_TARGET, (), {})
+            module = recorder.record_at(name, "get_attr", name or SELF_TARGET, (), {})
             with without_hooks(m):
                 arguments = (module, call.state, *call.inputs)
-                both = tracer.record_at(name, "call_function", call_stateful, arguments, call.kwargs)
+                both = recorder.record_at(name, "call_function", call_stateful, arguments, call.kwargs)
             output, following = element_of(both, 0, name), element_of(both, 1, name)
             values = [element_of(following, index, name) for index in range(len(call.state))]
         finally:
             self.is_recording = False
         if not torch.is_grad_enabled():
-            output, values = tracer.without_gradient(output), [tracer.without_gradient(v) for v in values]
-        tracer.slot_values.update(zip(slots, values, strict=False))
-        tracer.overwritten_slots.update(slots)
-        tracer.leaf_states.call(name, m, adapter)
-        tracer.leaf_states.show(name, m, adapter)
+            output, values = recorder.without_gradient(output), [recorder.without_gradient(v) for v in values]
+        recorder.slot_values.update(zip(slots, values, strict=False))
+        recorder.overwritten_slots.update(slots)
+        self.leaf_states.call(name, m, adapter)
+        self.leaf_states.show(name, m, adapter)
         return call.returns(mark_returned(output, name), tuple(values))
 
     def _record_call(
@@ -124,24 +123,24 @@ class StatefulCalls:
         args: tuple[Any, ...],
         kwargs: dict[str, Any],
     ) -> Any:
-        tracer, slots = self.tracer, _slots_of(adapter, m, name)
-        module = tracer.record_at(name, "get_attr", name or SELF_TARGET, (), {})
+        recorder, slots = self.recorder, _slots_of(adapter, m, name)
+        module = recorder.record_at(name, "get_attr", name or SELF_TARGET, (), {})
         first_initial = initial_value if call is call_stateful else opaque_initial_value
         initial, result = self._evaluate_slots(adapter, m, slots, args, kwargs)
         for index, slot in enumerate(slots):
-            if tracer.leaf_states.takes_initial(slot):
-                with tracer.values.already_evaluated(initial[index] if initial is not None else UNKNOWN):
+            if self.leaf_states.takes_initial(slot):
+                with self.values.already_evaluated(initial[index] if initial is not None else UNKNOWN):
                     arguments = (module, index, *args)
-                    first = tracer.record_at(name, "call_function", first_initial, arguments, kwargs)
-                tracer.leaf_states.set_initial(slot, first)
-        tracer.leaf_states.before_call(name, m, adapter)
-        states = tuple(tracer.slot_values[slot] for slot in slots)
-        with tracer.values.already_evaluated(result):
-            both = tracer.record_at(name, "call_function", call, (module, states, *args), kwargs)
+                    first = recorder.record_at(name, "call_function", first_initial, arguments, kwargs)
+                self.leaf_states.set_initial(slot, first)
+        self.leaf_states.before_call(name, m, adapter)
+        states = tuple(recorder.slot_values[slot] for slot in slots)
+        with self.values.already_evaluated(result):
+            both = recorder.record_at(name, "call_function", call, (module, states, *args), kwargs)
         output = element_of(both, 0, name)
         next_states = element_of(both, 1, name) if slots else None
         for index, slot in enumerate(slots):
-            tracer.slot_values[slot] = element_of(next_states, index, name)
+            recorder.slot_values[slot] = element_of(next_states, index, name)
         return output
 
     def _evaluate_slots(
@@ -153,10 +152,10 @@ class StatefulCalls:
             The initial values, None if they are not known, and what a step from the values of the slots returns, as far
             as it need not be evaluated for that again.
         """
-        values = self.tracer.values
+        values = self.values
         if values.mode is None:
             return None, UNKNOWN
-        placeholders = [self.tracer.slot_placeholders[s] for s in slots if s in self.tracer.slot_placeholders]
+        placeholders = [self.recorder.slot_placeholders[s] for s in slots if s in self.recorder.slot_placeholders]
         if all("val" in node.meta for node in placeholders):
             return None, UNKNOWN
         leaves = pytree.tree_leaves((args, kwargs))
@@ -171,8 +170,8 @@ class StatefulCalls:
             return None, UNKNOWN
         first_call = all("val" not in node.meta for node in placeholders)
         for slot, value in zip(slots, result[1], strict=True):
-            if slot in self.tracer.slot_placeholders:
-                self.tracer.slot_placeholders[slot].meta.setdefault("val", value)
+            if slot in self.recorder.slot_placeholders:
+                self.recorder.slot_placeholders[slot].meta.setdefault("val", value)
         settled = first_call and adapter.elementwise(m) and _all_like(real_args[0], result[1])
         return initial, result if settled else UNKNOWN
 

@@ -9,9 +9,9 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from snnfx.capture.attribute_state import is_number, recorded
+from snnfx.capture.attribute_slots import is_number, recorded
+from snnfx.capture.input_output_checks import refuse_inputs
 from snnfx.capture.proxy import StepProxy
-from snnfx.capture.supported_values import refuse_inputs
 from snnfx.capture.tracer import ArgumentLeaf
 from snnfx.errors import CaptureError, InputError
 from snnfx.ir.program import InputLeaf

@@ -14,9 +14,10 @@ import torch
 from torch import Tensor, fx, nn
 from torch.fx import Node
 
-from snnfx.capture.attribute_state import Attribute
+from snnfx.capture.attribute_slots import AttributeSlot
 from snnfx.capture.example_values import ExampleValues
-from snnfx.capture.leaf_states import LeafStates
+from snnfx.capture.input_output_checks import refuse_outputs
+from snnfx.capture.leaf_module_states import LeafModuleStates
 from snnfx.capture.patches import (
     autocast_state,
     patched_apply,
@@ -27,11 +28,10 @@ from snnfx.capture.patches import (
 from snnfx.capture.proxy import UNKNOWN, StepProxy, needs_examples, value_of
 from snnfx.capture.setting_reads import recorded_reads
 from snnfx.capture.stateful_calls import StatefulCalls, element_of, mark_returned
-from snnfx.capture.supported_values import refuse_outputs
 from snnfx.errors import CaptureError
 from snnfx.ir.program import SELF_TARGET, add_placeholder, is_in_place
 from snnfx.ops.step_functions import expect_size, set_part_
-from snnfx.sandbox.contents import python_rng_state
+from snnfx.sandbox.contents_snapshot import python_rng_state
 from snnfx.sandbox.torch_internals import FakeTensorMode, pytree
 from snnfx.sandbox.user_code import format_location, location_of_error, location_of_forward, user_location
 from snnfx.state.leaf_modules import is_leaf
@@ -61,7 +61,7 @@ class SubmoduleNotTraceable(Exception):
         self.name, self.reason = name, reason
         self.error = error
         """Of the model itself: what to raise if it cannot be stepped as it is either."""
-        self.undeclared: list[Attribute] = []
+        self.undeclared: list[AttributeSlot] = []
         """State that was found up to there, in attributes that nobody registered."""
 
 
@@ -89,8 +89,8 @@ class StepTracer(fx.Tracer):
         self.arguments = arguments
         self.opaque = opaque or {}
         self.values = ExampleValues(self, fake_mode)
-        self.calls = StatefulCalls(self)
-        self.leaf_states = LeafStates(self)
+        self.leaf_states = LeafModuleStates(self)
+        self.calls = StatefulCalls(self, self.values, self.leaf_states)
         self.constants: dict[str, Any] = {}
         self.slot_values: dict[str, Any] = {}
         self.slot_initials: dict[str, Any] = {}
@@ -114,7 +114,7 @@ class StepTracer(fx.Tracer):
         """Trace `root`; `prepare` runs when placeholders may be made, `finish` when the step has been recorded."""
         self._prepare, self._finish = prepare, finish
         self._paths = {module: name for name, module in root.named_modules()}
-        reads = recorded_reads(self, self.reads)
+        reads = recorded_reads(self, self.leaf_states, self.reads)
         with quiet_fake_tensors(), patched_apply(self), patched_isinstance(), patched_factories(self), reads:
             before = torch.get_rng_state()
             graph = self.trace(root)

@@ -18,7 +18,7 @@ from typing import Any, Protocol, runtime_checkable
 from torch import Tensor, nn
 
 from snnfx.errors import CaptureError
-from snnfx.sandbox.contents import MISSING, ContentsSnapshot, attributes_of
+from snnfx.sandbox.contents_snapshot import MISSING, ContentsSnapshot, attributes_of
 from snnfx.sandbox.user_code import location_of_forward
 
 __all__ = [

@@ -7,21 +7,28 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from snnfx.capture.attribute_state import Attribute, changed_elements, is_number, is_state_change, recorded, versions
-from snnfx.capture.growing_lists import ListThatNotesReads
+from snnfx.capture.attribute_slots import (
+    AttributeSlot,
+    changed_elements,
+    is_number,
+    is_state_change,
+    recorded,
+    versions,
+)
 from snnfx.capture.proxy import StepProxy
+from snnfx.capture.read_tracking_list import ReadTrackingList
 from snnfx.errors import CaptureError
-from snnfx.sandbox.contents import MISSING, Change, ClassContentsSnapshot, ContentsSnapshot, attributes_of
+from snnfx.sandbox.contents_snapshot import MISSING, Change, ClassContentsSnapshot, ContentsSnapshot, attributes_of
 from snnfx.sandbox.torch_internals import FakeTensor, pytree
 from snnfx.sandbox.user_code import location_of_forward
 
-__all__ = ["StepChanges", "refuse_change"]
+__all__ = ["AttributeChanges", "refuse_change"]
 
 _ELSEWHERE = ("object", "set", "array", "random")
 """What holds values where no slot can be."""
 
 
-class StepChanges:
+class AttributeChanges:
     """The attributes of all modules of a model before a step; compares them with what they are after it.
 
     Attributes:
@@ -36,7 +43,7 @@ class StepChanges:
 
     def attributes(
         self, traced: Set[nn.Module], slots: Container[tuple[nn.Module, str]], reads: dict[tuple[nn.Module, str], Any]
-    ) -> Iterator[Attribute]:
+    ) -> Iterator[AttributeSlot]:
         """The attributes that are state.
 
         Args:
@@ -76,13 +83,15 @@ class StepChanges:
         changes: list[Change],
         value: Any,
         reads: dict[tuple[nn.Module, str], Any],
-    ) -> Iterator[Attribute]:
+    ) -> Iterator[AttributeSlot]:
         held = self._before[module][0]
         old = held.values.get(key, getattr(type(module), key, None))
         if is_state_change(old, value):
-            yield Attribute(prefix + key, module, key, old, recorded(value), value, start=held.values.get(key, MISSING))
+            yield AttributeSlot(
+                prefix + key, module, key, old, recorded(value), value, start=held.values.get(key, MISSING)
+            )
             return
-        elements: list[Attribute] = []
+        elements: list[AttributeSlot] = []
         if isinstance(value, tuple | list | dict) or type(value).__name__ == "deque":
             elements = list(changed_elements(prefix + key, module, key, held.before(old), value))
             for attribute in elements:
@@ -121,7 +130,7 @@ class StepChanges:
 
 def _attributes(module: nn.Module) -> dict[str, Any]:
     found = attributes_of(module)
-    return {key: v.plain() if isinstance(v, ListThatNotesReads) else v for key, v in found.items()}
+    return {key: v.plain() if isinstance(v, ReadTrackingList) else v for key, v in found.items()}
 
 
 def _was_read(reads: dict[tuple[nn.Module, str], Any], module: nn.Module, key: str, old: Any) -> bool:

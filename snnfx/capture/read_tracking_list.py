@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from typing import Any
 
-__all__ = ["ListThatNotesReads"]
+__all__ = ["ReadTrackingList"]
 
 
-class ListThatNotesReads(list[Any]):
+class ReadTrackingList(list[Any]):
     """Stands for a list that every step makes longer, while a step is recorded to find out."""
 
     was_read = False
@@ -16,7 +16,7 @@ class ListThatNotesReads(list[Any]):
         return list(list.__iter__(self))
 
     def __add__(self, other: Any) -> Any:
-        both = ListThatNotesReads([*self.plain(), *other])
+        both = ReadTrackingList([*self.plain(), *other])
         both.was_read = self.was_read
         return both
 
@@ -24,7 +24,7 @@ class ListThatNotesReads(list[Any]):
 def _noting(name: str) -> Any:
     original = getattr(list, name)
 
-    def read(self: ListThatNotesReads, *args: Any, **kwargs: Any) -> Any:
+    def read(self: ReadTrackingList, *args: Any, **kwargs: Any) -> Any:
         self.was_read = True
         return original(self, *args, **kwargs)
 
@@ -32,4 +32,4 @@ def _noting(name: str) -> Any:
 
 
 for _name in "__len__ __iter__ __getitem__ __contains__ __reversed__ __eq__ __mul__ index count copy pop".split():
-    setattr(ListThatNotesReads, _name, _noting(_name))
+    setattr(ReadTrackingList, _name, _noting(_name))

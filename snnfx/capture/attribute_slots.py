@@ -9,14 +9,14 @@ from typing import Any
 from torch import Tensor, nn
 from torch.fx import Node
 
-from snnfx.capture.growing_lists import ListThatNotesReads
 from snnfx.capture.proxy import StepProxy
+from snnfx.capture.read_tracking_list import ReadTrackingList
 from snnfx.errors import CaptureError
 from snnfx.sandbox.torch_internals import pytree
 from snnfx.sandbox.user_code import location_of_forward
 
 __all__ = [
-    "Attribute",
+    "AttributeSlot",
     "changed_elements",
     "is_number",
     "is_state_change",
@@ -27,7 +27,7 @@ __all__ = [
 
 
 @dataclass
-class Attribute:
+class AttributeSlot:
     """A plain attribute (or buffer) that a step changes."""
 
     name: str
@@ -55,7 +55,7 @@ class Attribute:
                 leaves, spec = pytree.tree_flatten_with_path(self.container)
             value = pytree.tree_unflatten([value if path == self.path else leaf for path, leaf in leaves], spec)
             if self.is_watched and type(value) is list:
-                value = ListThatNotesReads(value)
+                value = ReadTrackingList(value)
         if self.attribute in self.module._buffers:
             self.module._buffers[self.attribute] = value
         else:
@@ -69,7 +69,7 @@ class Attribute:
             return dict(pytree.tree_flatten_with_path(self._current())[0])[self.path]
         now = self._stored()
         self.grows = True
-        if written.node.users or (self.is_watched and not (isinstance(now, ListThatNotesReads) and not now.was_read)):
+        if written.node.users or (self.is_watched and not (isinstance(now, ReadTrackingList) and not now.was_read)):
             raise self.refusal()
         return written  # a list that notes something down for somebody else grows; nothing reads it
 
@@ -89,7 +89,7 @@ class Attribute:
 
     def _current(self) -> Any:
         value = self._stored()
-        return value.plain() if isinstance(value, ListThatNotesReads) else value
+        return value.plain() if isinstance(value, ReadTrackingList) else value
 
     def _stored(self) -> Any:
         if self.attribute in self.module._buffers:
@@ -111,16 +111,16 @@ def is_state_change(old: Any, new: Any) -> bool:
     return isinstance(new, Tensor) and new is not old and (old is None or is_number(old) or isinstance(old, Tensor))
 
 
-def changed_elements(slot: str, module: nn.Module, key: str, old: Any, new: Any) -> Iterator[Attribute]:
+def changed_elements(slot: str, module: nn.Module, key: str, old: Any, new: Any) -> Iterator[AttributeSlot]:
     """State that is kept in a tuple, a list or a dict: one slot for each element that a step changes."""
-    if isinstance(new, ListThatNotesReads):
+    if isinstance(new, ReadTrackingList):
         new = new.plain()
     before = dict(pytree.tree_flatten_with_path(old)[0])
     new = pytree.tree_map(lambda leaf: leaf, new)  # a copy: the model's own list is put back after the trace
     for path, value in pytree.tree_flatten_with_path(new)[0]:
         if is_state_change(before.get(path), value):
             name = slot + "".join(f".{getattr(k, 'idx', getattr(k, 'key', getattr(k, 'name', k)))}" for k in path)
-            yield Attribute(name, module, key, before.get(path), recorded(value), value, new, path)
+            yield AttributeSlot(name, module, key, before.get(path), recorded(value), value, new, path)
 
 
 def is_number(value: Any) -> bool:

@@ -12,21 +12,19 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Iterator
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from snnfx.capture.attribute_state import is_number
+from snnfx.capture.attribute_slots import is_number
 from snnfx.capture.proxy import StepProxy
+from snnfx.capture.recorder import Recorder
 from snnfx.errors import CaptureError
 from snnfx.sandbox.user_code import format_location, location_of_forward, user_location
 from snnfx.state.registry import Adapter, CompositeAdapter
 
-if TYPE_CHECKING:
-    from snnfx.capture.tracer import StepTracer
-
-__all__ = ["LeafStates", "owners"]
+__all__ = ["LeafModuleStates", "owners"]
 
 
 def owners(module: nn.Module, adapter: Adapter) -> list[tuple[nn.Module, str]]:
@@ -36,15 +34,15 @@ def owners(module: nn.Module, adapter: Adapter) -> list[tuple[nn.Module, str]]:
     return [(module, name) for name in adapter.names(module)]
 
 
-class LeafStates:
+class LeafModuleStates:
     """Shows the slots of leaves in their attributes while one step is recorded.
 
     Attributes:
         met_early: names of leaves whose state was read or written before they were called.
     """
 
-    def __init__(self, tracer: StepTracer) -> None:
-        self.tracer = tracer
+    def __init__(self, recorder: Recorder) -> None:
+        self.recorder = recorder
         self.met_early: set[str] = set()
         self._shown: dict[str, Any] = {}
         self._untouched: dict[tuple[nn.Module, str], str] = {}
@@ -66,7 +64,7 @@ class LeafStates:
             values = adapter.read(module)
         self._raw.update(slots)
         self._shown.update(zip(slots, values, strict=True))
-        self.tracer.slot_values.update(self._shown)
+        self.recorder.slot_values.update(self._shown)
 
     def bind(self, name: str, module: nn.Module, adapter: Adapter) -> None:
         """Leave the initial values of a leaf to the comparison of the cold trace with the warm one."""
@@ -74,24 +72,24 @@ class LeafStates:
 
     def note_read(self, module: nn.Module, attribute: str) -> None:
         """Notice that the model's code looks at an attribute of a module."""
-        if self._untouched and not self._is_ours and not self.tracer.is_evaluating:
+        if self._untouched and not self._is_ours and not self.recorder.is_evaluating:
             name = self._untouched.get((module, attribute))
             if name is not None:
                 self.met_early.add(name)
 
     def takes_initial(self, slot: str) -> bool:
         """Whether a node that computes the initial value of the slot is wanted at the first call of its leaf."""
-        return slot in self._raw if slot in self._bound else slot not in self.tracer.slot_initials
+        return slot in self._raw if slot in self._bound else slot not in self.recorder.slot_initials
 
     def set_initial(self, slot: str, initial: StepProxy) -> None:
         """Take that node: for the slot, or as what a leaf with reset values starts from."""
-        (self._starts if slot in self._bound else self.tracer.slot_initials)[slot] = initial
+        (self._starts if slot in self._bound else self.recorder.slot_initials)[slot] = initial
 
     def before_call(self, name: str, module: nn.Module, adapter: Adapter) -> None:
         """Take what was written since the last call."""
         self.collect(name, module, adapter)
         for slot in self._raw.intersection(_slots(name, module, adapter)):
-            self.tracer.slot_values[slot] = self._starts[slot]
+            self.recorder.slot_values[slot] = self._starts[slot]
         self.call(name, module, adapter)
 
     def call(self, name: str, module: nn.Module, adapter: Adapter) -> None:
@@ -104,7 +102,7 @@ class LeafStates:
         """Give the attributes of a leaf the current values of its slots."""
         slots = _slots(name, module, adapter)
         with self._unnoticed():
-            adapter.write(module, [self.tracer.slot_values[slot] for slot in slots])
+            adapter.write(module, [self.recorder.slot_values[slot] for slot in slots])
             self._shown.update(zip(slots, adapter.read(module), strict=True))
 
     def collect(self, name: str, module: nn.Module, adapter: Adapter) -> None:
@@ -119,20 +117,20 @@ class LeafStates:
                 self.met_early.add(name)
             # A module that is stepped as it is takes a number as well.
             is_number_for_it = is_number(value) and isinstance(adapter, CompositeAdapter) and not is_called
-            self.tracer.slot_values[slot] = value if is_number_for_it else self._as_tensor(slot, value)
+            self.recorder.slot_values[slot] = value if is_number_for_it else self._as_tensor(slot, value)
             self._shown[slot] = value
             self._raw.discard(slot)
 
     def _as_tensor(self, slot: str, value: Any) -> Any:
         if isinstance(value, StepProxy | Tensor):
             return value
-        like = self._starts.get(slot) if slot in self._raw else self.tracer.slot_values[slot]
+        like = self._starts.get(slot) if slot in self._raw else self.recorder.slot_values[slot]
         if is_number(value) and type(like) is StepProxy:
-            return self.tracer.create_proxy("call_function", torch.full_like, (like, value), {})
+            return self.recorder.create_proxy("call_function", torch.full_like, (like, value), {})
         raise CaptureError(
             "SNNFX217",
             f"the state `{slot}` is set to {value!r} in a step",
-            where=format_location(user_location()) or location_of_forward(self.tracer.root),
+            where=format_location(user_location()) or location_of_forward(self.recorder.root),
             why="the state of a neuron is a tensor at every step of a net.",
             hint="Assign a tensor, e.g. torch.zeros_like(...); every call of a net starts from the reset state anyway.",
         )

@@ -8,25 +8,25 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from snnfx.capture.attribute_state import Attribute, is_number, known_value
-from snnfx.capture.leaf_states import owners
+from snnfx.capture.attribute_changes import AttributeChanges, refuse_change
+from snnfx.capture.attribute_slots import AttributeSlot, is_number, known_value
+from snnfx.capture.leaf_module_states import owners
 from snnfx.capture.proxy import StepProxy
 from snnfx.capture.step_arguments import CarriedLeaf, carried_output
-from snnfx.capture.step_changes import StepChanges, refuse_change
 from snnfx.capture.tracer import StepTracer, SubmoduleNotTraceable
 from snnfx.ir.program import InitialAttribute, InputLeaf, Slot, StepProgram, results_of
 from snnfx.ir.setting_read import SettingRead
-from snnfx.sandbox.contents import MISSING, Change
+from snnfx.sandbox.contents_snapshot import MISSING, Change
 from snnfx.sandbox.snapshot import StateSnapshot
 from snnfx.sandbox.torch_internals import FakeTensorMode, pytree
 from snnfx.state.carry import SlotName, with_output_at
 from snnfx.state.leaf_modules import is_leaf
 from snnfx.state.registry import Adapter, adapter_of, composite_adapter, is_stateful_tree
 
-__all__ = ["CaptureRuns", "erase_unused_placeholders"]
+__all__ = ["CaptureSession", "erase_unused_placeholders"]
 
 
-class CaptureRuns:
+class CaptureSession:
     """Runs the traces of one capture and finds out which attributes they change."""
 
     def __init__(
@@ -69,7 +69,7 @@ class CaptureRuns:
         slots = {prefix + n for prefix, m, a, leaf in self.stateful for n in a.names(m)}
         return slots - self.traced_module_slots()
 
-    def setting_reads(self, discovered: Iterable[Attribute]) -> list[SettingRead]:
+    def setting_reads(self, discovered: Iterable[AttributeSlot]) -> list[SettingRead]:
         """The plain values that the model's code read in the traces, without what is state."""
         state = {owner for _, m, adapter, _ in self.stateful for owner in owners(m, adapter)}
         state |= {(a.module, a.attribute) for a in discovered} | self.set_before_read
@@ -77,7 +77,7 @@ class CaptureRuns:
         reads = {key: read for key, read in self.reads.items() if key not in state and key[0] in paths}
         return [SettingRead(paths[module], name, *read) for (module, name), read in reads.items()]
 
-    def initial_attributes(self, discovered: Iterable[Attribute]) -> list[InitialAttribute]:
+    def initial_attributes(self, discovered: Iterable[AttributeSlot]) -> list[InitialAttribute]:
         """What the attributes with discovered slots held before the first step."""
         paths = {module: name for name, module in self.model.named_modules()}
         found = {(paths[a.module], a.attribute): a.start for a in discovered}
@@ -89,8 +89,8 @@ class CaptureRuns:
         ]
 
     def trace(
-        self, discovered: dict[str, Attribute], warm: bool, shapes: dict[str, Any] | None = None
-    ) -> tuple[StepTracer, list[Attribute]]:
+        self, discovered: dict[str, AttributeSlot], warm: bool, shapes: dict[str, Any] | None = None
+    ) -> tuple[StepTracer, list[AttributeSlot]]:
         """One trace; returns the tracer (with its graph) and the attributes that were changed beyond `discovered`."""
         while True:
             tracer = StepTracer(self.arguments, self.entry, self.opaque, self.fake_mode)
@@ -107,7 +107,7 @@ class CaptureRuns:
                     return tracer, found
             self.met_early |= met_early  # again, with their reset values
 
-    def _refuse_growth_that_is_looked_at(self, discovered: dict[str, Attribute], shapes: dict[str, Any]) -> None:
+    def _refuse_growth_that_is_looked_at(self, discovered: dict[str, AttributeSlot], shapes: dict[str, Any]) -> None:
         """Record the step once more if it makes containers longer: only what nobody looks at is no state."""
         growing = [a for a in discovered.values() if a.grows]
         if not growing:
@@ -123,9 +123,9 @@ class CaptureRuns:
                 attribute.is_watched = False
 
     def _trace(
-        self, tracer: StepTracer, discovered: dict[str, Attribute], warm: bool, shapes: dict[str, Any]
-    ) -> list[Attribute]:
-        found: list[Attribute] = []
+        self, tracer: StepTracer, discovered: dict[str, AttributeSlot], warm: bool, shapes: dict[str, Any]
+    ) -> list[AttributeSlot]:
+        found: list[AttributeSlot] = []
         starts: dict[str, tuple[Any, ...]] = {}
 
         def prepare(tracer: StepTracer) -> None:
@@ -192,7 +192,7 @@ class CaptureRuns:
         traced = {module for _, module in self._traced_modules()}
         slots = {owner for _, m, adapter, _ in self.stateful for owner in owners(m, adapter)}
         with StateSnapshot.of(self.model):
-            changes = StepChanges(self.model, self.entry)
+            changes = AttributeChanges(self.model, self.entry)
             try:
                 tracer.record(self.model, prepare, finish)
             except SubmoduleNotTraceable as failure:
