@@ -21,7 +21,8 @@ from snnfx.ir.program import StepProgram, is_structural, operation_name, takes_f
 from snnfx.ops.online_functions import traced_call, traced_module
 from snnfx.ops.step_functions import apply_autograd_function
 from snnfx.passes.base import Pass
-from snnfx.state.registry import adapter_of, call_stateful, initial_value
+from snnfx.state.registry import adapter_of
+from snnfx.state.step_calls import call_stateful, initial_value
 
 __all__ = ["ChooseMemoryFormat", "image_of", "is_convolution", "takes_any_layout", "weights_of"]
 

@@ -24,7 +24,7 @@ from snnfx.errors import InputError, warn_once
 from snnfx.ir.program import Region, StepProgram, keeps_statistics
 from snnfx.ops.online_functions import cut_history, update_trace
 from snnfx.passes.base import Pass
-from snnfx.state.registry import call_opaque
+from snnfx.state.step_calls import call_opaque
 
 __all__ = ["CutTemporalEdges", "folds_when_cut", "is_trace_loop"]
 

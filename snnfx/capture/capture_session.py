@@ -20,8 +20,10 @@ from snnfx.sandbox.contents_snapshot import MISSING, Change
 from snnfx.sandbox.snapshot import StateSnapshot
 from snnfx.sandbox.torch_internals import FakeTensorMode, pytree
 from snnfx.state.carry import SlotName, with_output_at
+from snnfx.state.composite_adapter import composite_adapter, is_stateful_tree
 from snnfx.state.leaf_modules import is_leaf
-from snnfx.state.registry import Adapter, adapter_of, composite_adapter, is_stateful_tree
+from snnfx.state.registry import adapter_of
+from snnfx.state.stateful import Adapter
 
 __all__ = ["CaptureSession", "erase_unused_placeholders"]
 

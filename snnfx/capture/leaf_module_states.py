@@ -22,7 +22,8 @@ from snnfx.capture.proxy import StepProxy
 from snnfx.capture.recorder import Recorder
 from snnfx.errors import CaptureError
 from snnfx.sandbox.user_code import format_location, location_of_forward, user_location
-from snnfx.state.registry import Adapter, CompositeAdapter
+from snnfx.state.composite_adapter import CompositeAdapter
+from snnfx.state.stateful import Adapter
 
 __all__ = ["LeafModuleStates", "owners"]
 

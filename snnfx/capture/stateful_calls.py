@@ -23,7 +23,8 @@ from snnfx.ir.program import SELF_TARGET
 from snnfx.sandbox.contents_snapshot import python_rng_state, restore_python_rng_state
 from snnfx.sandbox.torch_internals import pytree
 from snnfx.sandbox.user_code import format_location, user_calls, user_location
-from snnfx.state.registry import call_stateful, initial_value, opaque_initial_value, without_hooks
+from snnfx.state.hooks import without_hooks
+from snnfx.state.step_calls import call_stateful, initial_value, opaque_initial_value
 
 __all__ = ["StatefulCalls", "element_of", "mark_returned"]
 

@@ -34,17 +34,11 @@ from snnfx.ops.step_functions import expect_size, set_part_
 from snnfx.sandbox.contents_snapshot import python_rng_state
 from snnfx.sandbox.torch_internals import FakeTensorMode, pytree
 from snnfx.sandbox.user_code import format_location, location_of_error, location_of_forward, user_location
+from snnfx.state.composite_adapter import composite_adapter, is_stateful_tree
 from snnfx.state.leaf_modules import is_leaf
-from snnfx.state.registry import (
-    adapter_of,
-    call_opaque,
-    call_stateful,
-    composite_adapter,
-    initial_value,
-    is_stateful_tree,
-    opaque_initial_value,
-    takes_state,
-)
+from snnfx.state.registry import adapter_of
+from snnfx.state.stateful import takes_state
+from snnfx.state.step_calls import call_opaque, call_stateful, initial_value, opaque_initial_value
 
 __all__ = ["ArgumentLeaf", "StepTracer", "SubmoduleNotTraceable"]
 

@@ -25,7 +25,7 @@ from snnfx.ir.setting_read import SettingRead
 from snnfx.ops.step_functions import set_part, set_part_
 from snnfx.sandbox.torch_internals import NormBase, SpectralNormParametrization, pytree
 from snnfx.state.carry import CarriedArgument
-from snnfx.state.registry import call_opaque, call_stateful
+from snnfx.state.step_calls import call_opaque, call_stateful
 
 __all__ = [
     "InitialAttribute",

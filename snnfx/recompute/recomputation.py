@@ -39,7 +39,7 @@ from snnfx.recompute.tile import (
 )
 from snnfx.sandbox.isolation import RNGState, rng_state
 from snnfx.sandbox.torch_internals import are_transforms_active, pytree
-from snnfx.state.registry import has_forward_hooks
+from snnfx.state.hooks import has_forward_hooks
 
 __all__ = ["TILE", "Segment", "StatisticsCall", "TileCall", "run_segment"]
 

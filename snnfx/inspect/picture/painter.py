@@ -18,7 +18,7 @@ from snnfx.inspect.picture.layer_summary import summarize_node
 from snnfx.ir.program import StepProgram, describe_node, is_module_call, is_structural, location_of
 from snnfx.ops.step_functions import expect_size
 from snnfx.sandbox.torch_internals import pytree
-from snnfx.state.registry import initial_value
+from snnfx.state.step_calls import initial_value
 
 __all__ = ["Painter"]
 

@@ -25,7 +25,9 @@ from torch import Tensor, nn
 
 from snnfx.errors import CaptureError
 from snnfx.sandbox.torch_internals import FakeTensor, pytree, unset_fake_temporarily
-from snnfx.state.registry import State, StatefulCall, StatelessAdapter, has_forward_hooks, register_adapter
+from snnfx.state.hooks import has_forward_hooks
+from snnfx.state.registry import register_adapter
+from snnfx.state.stateful import State, StatefulCall, StatelessAdapter
 
 __all__ = ["NorseAdapter"]
 

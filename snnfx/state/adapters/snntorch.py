@@ -15,7 +15,9 @@ import torch
 from torch import nn
 
 from snnfx.errors import CaptureError
-from snnfx.state.registry import State, StatefulCall, has_forward_hooks, register_adapter
+from snnfx.state.hooks import has_forward_hooks
+from snnfx.state.registry import register_adapter
+from snnfx.state.stateful import State, StatefulCall
 
 __all__ = ["SnnTorchAdapter"]
 

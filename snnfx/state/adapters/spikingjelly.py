@@ -14,8 +14,11 @@ from spikingjelly.activation_based import base, layer, neuron
 from torch import Tensor, nn
 
 from snnfx.errors import CaptureError, InputError
+from snnfx.state.hooks import has_forward_hooks
 from snnfx.state.leaf_modules import declare_leaf
-from snnfx.state.registry import State, StatelessAdapter, has_forward_hooks, register_adapter, step_by_swapping
+from snnfx.state.memory_adapter import step_by_swapping
+from snnfx.state.registry import register_adapter
+from snnfx.state.stateful import State, StatelessAdapter
 
 __all__ = ["SpikingJellyAdapter"]
 
