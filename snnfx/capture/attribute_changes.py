@@ -57,16 +57,16 @@ class AttributeChanges:
         for change in self._classes.changes():
             refuse_change("", self.model, change, self.entry)
         for name, module in self.model.named_modules():
-            held, buffers, _ = self._before[module]
+            contents, buffers, _ = self._before[module]
             prefix = f"{name}." if name else ""
             for key, value in module._buffers.items():
                 if value is not buffers.get(key) and (module, key) not in slots and not isinstance(value, FakeTensor):
                     self._refuse_buffer(prefix + key, module)
             now = _attributes(module)
-            for key in (*held.values, *(key for key in now if key not in held.values)):
+            for key in (*contents.values, *(key for key in now if key not in contents.values)):
                 if (module, key) in slots:
                     continue
-                changes = list(held.changes(key, now.get(key, MISSING)))
+                changes = list(contents.changes(key, now.get(key, MISSING)))
                 if not changes:
                     continue
                 if module in traced:
@@ -84,18 +84,18 @@ class AttributeChanges:
         value: Any,
         reads: dict[tuple[nn.Module, str], Any],
     ) -> Iterator[AttributeSlot]:
-        held = self._before[module][0]
-        old = held.values.get(key, getattr(type(module), key, None))
+        contents = self._before[module][0]
+        old = contents.values.get(key, getattr(type(module), key, None))
         if is_state_change(old, value):
             yield AttributeSlot(
-                prefix + key, module, key, old, recorded(value), value, start=held.values.get(key, MISSING)
+                prefix + key, module, key, old, recorded(value), value, start=contents.values.get(key, MISSING)
             )
             return
         elements: list[AttributeSlot] = []
         if isinstance(value, tuple | list | dict) or type(value).__name__ == "deque":
-            elements = list(changed_elements(prefix + key, module, key, held.before(old), value))
+            elements = list(changed_elements(prefix + key, module, key, contents.copy_of_original(old), value))
             for attribute in elements:
-                attribute.start = held.before(held.values.get(key, MISSING))
+                attribute.start = contents.copy_of_original(contents.values.get(key, MISSING))
         for change in changes:
             if change.kind == "" and not elements and not _was_read(reads, module, key, change.old):
                 self.set_before_read.add((module, key))

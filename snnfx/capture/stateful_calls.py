@@ -20,7 +20,7 @@ from snnfx.capture.proxy import UNKNOWN, StepProxy, value_of
 from snnfx.capture.recorder import Recorder
 from snnfx.errors import CaptureError
 from snnfx.ir.program import SELF_TARGET
-from snnfx.sandbox.contents_snapshot import python_rng_state, restore_python_rng_state
+from snnfx.sandbox.python_rng import python_rng_state, restore_python_rng_state
 from snnfx.sandbox.torch_internals import pytree
 from snnfx.sandbox.user_code import format_location, user_calls, user_location
 from snnfx.state.hooks import without_hooks

@@ -31,7 +31,7 @@ from snnfx.capture.stateful_calls import StatefulCalls, element_of, mark_returne
 from snnfx.errors import CaptureError
 from snnfx.ir.program import SELF_TARGET, add_placeholder, is_in_place
 from snnfx.ops.step_functions import expect_size, set_part_
-from snnfx.sandbox.contents_snapshot import python_rng_state
+from snnfx.sandbox.python_rng import python_rng_state
 from snnfx.sandbox.torch_internals import FakeTensorMode, pytree
 from snnfx.sandbox.user_code import format_location, location_of_error, location_of_forward, user_location
 from snnfx.state.composite_adapter import composite_adapter, is_stateful_tree

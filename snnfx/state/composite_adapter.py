@@ -19,7 +19,7 @@ __all__ = ["CompositeAdapter", "composite_adapter", "is_stateful_tree"]
 
 
 class CompositeAdapter(MemoryAdapter):
-    """The state of a module and everything inside it, for a module that is run as it is (an opaque leaf)."""
+    """Steps an opaque module, with the states of the module and of all modules inside it."""
 
     def __init__(self, module: nn.Module) -> None:
         self.parts = [(f"{name}." if name else "", part, adapter) for name, part, adapter in named_stateful(module)]
@@ -56,42 +56,42 @@ class CompositeAdapter(MemoryAdapter):
             self.write(module, before)
 
     def step(self, module: nn.Module, state: State, *inputs: Any, **kwargs: Any) -> tuple[Any, State]:
-        with _attributes_unchanged(module):
+        with _refusing_unregistered_state(module):
             return step_by_swapping(self, module, state, *inputs, **kwargs)
 
 
 def composite_adapter(module: nn.Module) -> CompositeAdapter:
-    """The adapter of an opaque module: the states of all registered modules in it."""
+    """The adapter of an opaque module, with the states of all registered modules inside it."""
     return CompositeAdapter(module)
 
 
 def is_stateful_tree(module: nn.Module, adapter: Adapter | None) -> bool:
-    """A stateful leaf with stateful modules inside it: stepped as a whole, with the states of all of them."""
+    """Whether a module is a stateful leaf with stateful modules inside, so that it is stepped as a whole."""
     if adapter is None or not adapter.is_leaf(module):
         return False
-    parts = ((part, adapter_of(part)) for part in module.modules() if part is not module)
-    return any(inner is not None and inner.names(part) for part, inner in parts)
+    submodules = ((part, adapter_of(part)) for part in module.modules() if part is not module)
+    return any(inner is not None and inner.names(part) for part, inner in submodules)
 
 
 @contextlib.contextmanager
-def _attributes_unchanged(module: nn.Module) -> Iterator[None]:
-    """Refuse a module that keeps state where nobody declared it: its results would leak into the next call."""
+def _refusing_unregistered_state(module: nn.Module) -> Iterator[None]:
+    """Refuse a module that changes unregistered attributes: their values would leak into the next call."""
     before = {m: ContentsSnapshot(attributes_of(m)) for m in module.modules()}
     yield
-    for m, held in before.items():
+    for m, snapshot in before.items():
         now = attributes_of(m)
-        changes = [c for key in {**held.values, **now} for c in held.changes(key, now.get(key, MISSING))]
-        # What it draws from a generator of its own is drawn anew in each step.
+        changes = [c for key in {**snapshot.values, **now} for c in snapshot.changes(key, now.get(key, MISSING))]
+        # The module may use its own random generator: each step draws new numbers.
         changed = [".".join(str(key) for key in c.path) for c in changes if c.kind != "random"]
         if changed:
-            for name in now.keys() - held.values.keys():
+            for name in now.keys() - snapshot.values.keys():
                 del m.__dict__[name]
-            m.__dict__.update(held.values)
-            held.restore()
+            m.__dict__.update(snapshot.values)
+            snapshot.restore()
             raise CaptureError(
                 "SNNFX213",
-                f"`{type(m).__name__}` changes its attribute `{changed[0]}` in a step",
+                f"a step of `{type(m).__name__}` changes its attribute `{changed[0]}`",
                 where=location_of_forward(m),
-                why="the module could not be traced, and a state that is not registered cannot be handed on.",
+                why="the module cannot be traced, so a net carries only its registered states across steps.",
                 hint=f'Derive it from snnfx.MemoryModule and call self.register_memory("{changed[0]}", initial).',
             )

@@ -12,7 +12,7 @@ __all__ = ["has_forward_hooks", "without_hooks"]
 
 
 def has_forward_hooks(module: nn.Module) -> bool:
-    """Whether calling the module runs hooks, so that it has to be called as a module."""
+    """Whether a call of the module runs hooks, so that it must be called as a module."""
     return bool(
         module._forward_hooks or module._forward_pre_hooks or module._backward_hooks or module._backward_pre_hooks
     )
@@ -20,13 +20,13 @@ def has_forward_hooks(module: nn.Module) -> bool:
 
 @contextlib.contextmanager
 def without_hooks(model: nn.Module) -> Iterator[None]:
-    """Take the forward hooks off a model and its submodules for a while."""
+    """Disable the forward and backward hooks of a model and its submodules inside the context."""
     names = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
-    taken = [(m, name, m.__dict__[name]) for m in model.modules() for name in names if m.__dict__.get(name)]
-    for module, name, _ in taken:
+    removed = [(m, name, m.__dict__[name]) for m in model.modules() for name in names if m.__dict__.get(name)]
+    for module, name, _ in removed:
         module.__dict__[name] = OrderedDict()
     try:
         yield
     finally:
-        for module, name, hooks in taken:
+        for module, name, hooks in removed:
             module.__dict__[name] = hooks

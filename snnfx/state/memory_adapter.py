@@ -15,13 +15,13 @@ __all__ = ["MemoryAdapter", "copy_initial_value", "step_by_swapping"]
 
 
 class MemoryAdapter:
-    """Steps any `MemoryModule` by swapping its memories in and out; uses the pure protocol where it is there."""
+    """Steps a `MemoryModule`: by its `Stateful` protocol if it has one, else by swapping its memories."""
 
     def elementwise(self, module: nn.Module) -> bool:
         return bool(getattr(module, "elementwise", False))
 
     def is_leaf(self, module: nn.Module) -> bool:
-        # Neurons of the zoo stay whole; the forward that a user wrote is traced, so that only its cycle is looped.
+        # Neurons of snnfx.neuron stay one node; a forward of the user is traced, so that only its cycle runs in a loop.
         return _is_pure(type(module))
 
     def refuse(self, module: nn.Module, where: str) -> None:
@@ -52,23 +52,23 @@ class MemoryAdapter:
 
 
 _pure_classes: dict[type, bool] = {}
-"""Plain dicts as caches, here and below: torch.compile warns about functools.cache."""
+"""A dict as cache, because torch.compile warns about functools.cache."""
 
 
 def _is_pure(module_class: type) -> bool:
-    """Whether a class gives its step as a pure function, and overrides neither `forward` nor it further down."""
+    """Whether a class implements `Stateful` and no subclass of the implementation overrides `forward`."""
     if module_class not in _pure_classes:
         methods = ("state_names", "initial_state", "step")
         nearest = next(cls for cls in module_class.__mro__ if "forward" in vars(cls) or "step" in vars(cls))
-        is_whole = all(callable(getattr(module_class, name, None)) for name in methods)
-        _pure_classes[module_class] = is_whole and "step" in vars(nearest)
+        is_stateful = all(callable(getattr(module_class, name, None)) for name in methods)
+        _pure_classes[module_class] = is_stateful and "step" in vars(nearest)
     return _pure_classes[module_class]
 
 
 def step_by_swapping(
     adapter: Adapter, module: nn.Module, state: State, *inputs: Any, **kwargs: Any
 ) -> tuple[Any, State]:
-    """One pure step of a module that keeps its state in attributes: write, call, read, put back."""
+    """One pure step of a module with state in attributes: write the state, call, read it, restore."""
     before = adapter.read(module)
     try:
         adapter.write(module, state)
@@ -79,5 +79,5 @@ def step_by_swapping(
 
 
 def copy_initial_value(initial: Any) -> Any:
-    """An initial value that a step may change in place."""
+    """Copy an initial value, so that a step may change it in place."""
     return initial.clone() if isinstance(initial, Tensor) else copy.copy(initial)

@@ -14,19 +14,20 @@ __all__ = ["adapter_of", "detach_net", "named_stateful", "register_adapter", "re
 
 _adapters: dict[type, Adapter] = {}
 _adapter_of_class: dict[type, Adapter | None] = {}
-_THIRD_PARTY = ("spikingjelly", "snntorch", "norse")
-"""Packages with an adapter module of the same name in `snnfx.state.adapters`, imported when a module of theirs is
-met."""
+"""A dict as cache, because torch.compile warns about functools.cache."""
+_LIBRARIES_WITH_ADAPTERS = ("spikingjelly", "snntorch", "norse")
+"""Packages with an adapter module of the same name in `snnfx.state.adapters`, imported for the first module of the
+package."""
 
 
 def register_adapter(cls: type, adapter: Adapter) -> None:
-    """Teach snnfx how to step `cls` and its subclasses."""
+    """Register the adapter that steps `cls` and its subclasses."""
     _adapters[cls] = adapter
     _adapter_of_class.clear()
 
 
 def adapter_of(module: nn.Module) -> Adapter | None:
-    """The adapter of the nearest registered base class of a module, or None for a module without known state."""
+    """The adapter of the nearest registered base class of a module, or None if no class is registered."""
     module_class = type(module)
     if module_class not in _adapter_of_class:
         _adapter_of_class[module_class] = _find_adapter(module_class)
@@ -36,7 +37,7 @@ def adapter_of(module: nn.Module) -> Adapter | None:
 def _find_adapter(module_class: type) -> Adapter | None:
     for cls in module_class.__mro__:
         package = cls.__module__.partition(".")[0]
-        if package in _THIRD_PARTY and f"snnfx.state.adapters.{package}" not in sys.modules:
+        if package in _LIBRARIES_WITH_ADAPTERS and f"snnfx.state.adapters.{package}" not in sys.modules:
             importlib.import_module(f"snnfx.state.adapters.{package}")
         if cls in _adapters:
             return _adapters[cls]
@@ -44,7 +45,7 @@ def _find_adapter(module_class: type) -> Adapter | None:
 
 
 def named_stateful(model: nn.Module) -> Iterator[tuple[str, nn.Module, Adapter]]:
-    """`(qualified name, module, adapter)` of each stateful module of a model, each module once."""
+    """Yield `(qualified name, module, adapter)` of each stateful module of a model, once per module."""
     for name, module in model.named_modules():
         adapter = adapter_of(module)
         if adapter is not None and adapter.names(module):
@@ -52,10 +53,10 @@ def named_stateful(model: nn.Module) -> Iterator[tuple[str, nn.Module, Adapter]]
 
 
 def reset_net(model: nn.Module) -> None:
-    """Give every state of a model, or the state carried by a converted net, its initial value.
+    """Reset every state of a model, or the state that a converted net carries, to its initial value.
 
     Args:
-        model: any module; stateful modules of registered kinds are found among its submodules.
+        model: any module; its stateful submodules of registered classes are reset.
     """
     carried = getattr(model, "reset_carried_state", None)
     if callable(carried):
@@ -65,7 +66,7 @@ def reset_net(model: nn.Module) -> None:
 
 
 def detach_net(model: nn.Module) -> None:
-    """Cut the history of every state of a model, or of the state carried by a converted net (truncated BPTT)."""
+    """Detach every state of a model, or of a converted net, from the autograd graph (truncated BPTT)."""
     carried = getattr(model, "detach_carried_state", None)
     if callable(carried):
         carried()

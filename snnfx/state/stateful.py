@@ -11,16 +11,17 @@ from torch import nn
 __all__ = ["Adapter", "State", "Stateful", "StatefulCall", "StatelessAdapter", "takes_state"]
 
 State = tuple[Any, ...]
-"""The values of a module's slots, in the order of their names."""
+"""The values of a module's slots, in the order of `state_names`."""
 
 
 @runtime_checkable
 class Stateful(Protocol):
-    """What a module has to offer to be stepped with explicit state. Both methods are pure.
+    """Protocol of a module that is stepped with explicit state. Its methods are pure.
 
-    `state_names` gives the slots in order; `initial_state(*inputs)` the state before the first step, given the
-    inputs of that step (shapes, dtype, device; a Python scalar stands for a tensor of the shape of the slot's next
-    value); `step(state, *inputs)` returns `(outputs, next_state)` and changes nothing.
+    - `state_names` returns the names of the slots, in order.
+    - `initial_state(*inputs)` returns the state before the first step, given the inputs of that step (their shapes,
+      dtype and device). A Python scalar stands for a tensor with the shape of the slot's next value.
+    - `step(state, *inputs)` returns `(outputs, next_state)` and has no side effects.
     """
 
     def state_names(self) -> tuple[str, ...]: ...
@@ -31,11 +32,12 @@ class Stateful(Protocol):
 
 
 class Adapter(Protocol):
-    """How snnfx reads, writes and steps the state of one family of modules.
+    """Reads, writes and steps the state of one family of modules.
 
-    `elementwise` says that the outputs and the state have the shape of the first input and that every element is
-    computed on its own: neurons. `is_leaf` says whether a call stays one node, or is traced through with its states as
-    slots. `refuse` raises when the module, as it is configured, cannot be stepped.
+    - `elementwise`: whether outputs and state have the shape of the first input and each element is computed
+      independently, as in neurons.
+    - `is_leaf`: whether a call is recorded as one node; otherwise the forward is traced, with its states as slots.
+    - `refuse`: raises if the module cannot be stepped in its current configuration.
     """
 
     def elementwise(self, module: nn.Module) -> bool: ...
@@ -59,14 +61,14 @@ class Adapter(Protocol):
 
 @dataclass(frozen=True)
 class StatefulCall:
-    """How a module is called that takes and returns its state, e.g. `spk, mem = lif(x, mem)`.
+    """One call of a module that takes and returns its state, e.g. `spk, mem = lif(x, mem)`.
 
     Args:
-        state: the state that the call passes, flat, None for what starts from the reset state; None: the call passes
-            no state, and the module uses the one that it keeps.
-        inputs: the other arguments.
-        kwargs: the other arguments by name.
-        returns: `(output, next state values) -> what the call returns`.
+        state: the flat state that the call passes, with None for each value that starts from the reset state. None if
+            the call passes no state, so the module uses its stored state.
+        inputs: the other positional arguments.
+        kwargs: the other keyword arguments.
+        returns: builds the return value of the call from `(output, next state values)`.
     """
 
     state: tuple[Any, ...] | None
@@ -76,17 +78,17 @@ class StatefulCall:
 
 
 def takes_state(adapter: Adapter | None) -> bool:
-    """Whether modules of this family may be given their state as arguments.
+    """Whether modules of this family accept their state as arguments.
 
-    Their adapter then has `read_call(module, args, kwargs, starts_as_none) -> StatefulCall`, where `starts_as_none`
-    says that this is the first step of a model whose own state argument is None, so that a None may stand for a state
-    that is handed on later; and its `step` takes None for a state that starts from the reset value.
+    Such an adapter has `read_call(module, args, kwargs, starts_as_none) -> StatefulCall`. `starts_as_none` is True in
+    the first step of a model whose own state argument is None; a None may then stand for a state that later steps
+    pass. The `step` of the adapter accepts None for a state that starts from the reset value.
     """
     return callable(getattr(adapter, "read_call", None))
 
 
 class StatelessAdapter:
-    """The part of an adapter that is about slots, for modules that have none of their own."""
+    """Base class of adapters for modules that store no state."""
 
     def names(self, module: nn.Module) -> tuple[str, ...]:
         return ()

@@ -14,26 +14,26 @@ __all__ = ["call_opaque", "call_stateful", "initial_value", "opaque_initial_valu
 
 
 def call_stateful(module: nn.Module, state: State, *inputs: Any, **kwargs: Any) -> tuple[Any, State]:
-    """One pure step of a registered module: `(outputs, next state)`. The node of a stateful leaf in a step graph."""
+    """One pure step of a registered module: returns `(outputs, next state)`."""
     adapter = adapter_of(module)
     assert adapter is not None, f"{type(module).__name__} has no adapter"
     return adapter.step(module, state, *inputs, **kwargs)
 
 
 def initial_value(module: nn.Module, index: int, *inputs: Any, **kwargs: Any) -> Any:
-    """The value of slot number `index` of a registered module before the first step, given that step's inputs."""
+    """The initial value of slot number `index` of a registered module, given the inputs of the first step."""
     adapter = adapter_of(module)
     assert adapter is not None, f"{type(module).__name__} has no adapter"
     return adapter.initial(module, *inputs, **kwargs)[index]
 
 
 def call_opaque(module: nn.Module, state: State, *inputs: Any, **kwargs: Any) -> tuple[Any, State]:
-    """One pure step of a module that could not be traced, with the states of everything in it."""
+    """One pure step of an opaque module, with the states of all modules inside it."""
     return composite_adapter(module).step(module, state, *inputs, **kwargs)
 
 
 def opaque_initial_value(module: nn.Module, index: int, *inputs: Any, **kwargs: Any) -> Any:
-    """The value of slot number `index` of an opaque module before the first step."""
+    """The initial value of slot number `index` of an opaque module."""
     return composite_adapter(module).initial(module, *inputs, **kwargs)[index]
 
 
