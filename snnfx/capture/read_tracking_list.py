@@ -1,4 +1,4 @@
-"""A list that notes whether anybody looks at it: one that grows in every step is no state as long as nobody does."""
+"""A list that detects reads: a list that grows in every step and is never read is not state."""
 
 from __future__ import annotations
 
@@ -8,20 +8,21 @@ __all__ = ["ReadTrackingList"]
 
 
 class ReadTrackingList(list[Any]):
-    """Stands for a list that every step makes longer, while a step is recorded to find out."""
+    """Replaces a growing list during a trace; `was_read` tells whether the step read from it."""
 
     was_read = False
 
     def plain(self) -> list[Any]:
+        """An ordinary list with the same elements."""
         return list(list.__iter__(self))
 
     def __add__(self, other: Any) -> Any:
-        both = ReadTrackingList([*self.plain(), *other])
-        both.was_read = self.was_read
-        return both
+        result = ReadTrackingList([*self.plain(), *other])
+        result.was_read = self.was_read
+        return result
 
 
-def _noting(name: str) -> Any:
+def _tracked(name: str) -> Any:
     original = getattr(list, name)
 
     def read(self: ReadTrackingList, *args: Any, **kwargs: Any) -> Any:
@@ -32,4 +33,4 @@ def _noting(name: str) -> Any:
 
 
 for _name in "__len__ __iter__ __getitem__ __contains__ __reversed__ __eq__ __mul__ index count copy pop".split():
-    setattr(ReadTrackingList, _name, _noting(_name))
+    setattr(ReadTrackingList, _name, _tracked(_name))

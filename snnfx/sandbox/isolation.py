@@ -55,7 +55,7 @@ def isolated(*modules: nn.Module) -> Iterator[None]:
         for snapshot in snapshots:
             snapshot.restore()
         for buffer, value in buffers.items():
-            # Through `.data`: BatchNorm does not raise the version of its statistics, and an autograd graph may save them.
+            # Through `.data`, which keeps the version: an autograd graph may have saved the buffer for backward.
             if not torch.equal(buffer, value):
                 buffer.data.copy_(value)
         random.setstate(python_state)

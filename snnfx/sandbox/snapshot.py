@@ -9,12 +9,8 @@ from typing import Any
 import torch
 from torch import nn
 
-from snnfx.sandbox.contents_snapshot import (
-    ClassContentsSnapshot,
-    ContentsSnapshot,
-    python_rng_state,
-    restore_python_rng_state,
-)
+from snnfx.sandbox.contents_snapshot import ClassContentsSnapshot, ContentsSnapshot
+from snnfx.sandbox.python_rng import python_rng_state, restore_python_rng_state
 from snnfx.sandbox.torch_internals import FakeTensor
 
 __all__ = ["StateSnapshot", "copy_containers"]

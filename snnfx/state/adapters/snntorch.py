@@ -122,7 +122,7 @@ class SnnTorchAdapter:
                 why=why,
                 hint="Pass all states of the neuron, or none; with init_hidden=True pass none.",
             )
-        # If the caller carries the state, None stands for zeros in the first step; otherwise the neuron uses its buffers.
+        # If the caller carries the state, None in the first step stands for zeros; else the neuron uses its buffers.
         explicit = all(is_passed) or (starts_as_none and bool(passed_states) and not module.init_hidden)
         return StatefulCall(values if explicit else None, inputs, {}, returns)
 
