@@ -1,4 +1,4 @@
-"""What has to be replaced in Python and torch while a step is recorded, each for the time of the trace only."""
+"""Temporary patches of Python and torch during a trace."""
 
 from __future__ import annotations
 
@@ -37,10 +37,10 @@ _RANDOM_FACTORIES = ("rand", "randn", "randint", "randperm")
 
 @contextlib.contextmanager
 def patched_apply(recorder: Recorder) -> Iterator[None]:
-    """While tracing, `SomeFunction.apply(proxy)` records one node instead of running the forward on proxies.
+    """Record `SomeFunction.apply(proxy)` as one node instead of running its forward on proxies.
 
-    Modules often keep `spike = SomeFunction.apply`, a method that is bound already, so it is no use to put another
-    function into its place: the function gets other code.
+    Modules often store the bound method, `spike = SomeFunction.apply`, so a new attribute `apply` would not reach them:
+    the existing function gets new code.
     """
 
     def record(cls: type[torch.autograd.Function], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
@@ -73,15 +73,16 @@ _original_apply = types.FunctionType(_APPLY.__code__, _APPLY.__globals__, closur
 class _RecordingApply:
     def apply(cls: Any, *args: Any, **kwargs: Any) -> Any:
         """The code of `torch.autograd.Function.apply` during a trace; it runs with the globals of torch's module."""
-        super  # noqa: B018 - it makes the cell `__class__`, which torch's code has too, so that one can replace the other
+        super  # noqa: B018 - creates the cell `__class__` that torch's code has too; the number of cells must agree
         return cls.snnfx_record_apply(args, kwargs)
 
 
 @contextlib.contextmanager
 def patched_isinstance() -> Iterator[None]:
-    """While tracing, `isinstance(proxy, Tensor)` in Python code says what it would say of the value.
+    """Make `isinstance(proxy, Tensor)` answer for the recorded value.
 
-    A proxy cannot claim it through `__class__`: torch's C++ code would believe it and read memory that is not there.
+    Setting `__class__` on the proxy is not an option: torch's C++ code would treat it as a tensor and read invalid
+    memory.
     """
     original = builtins.isinstance
 
@@ -101,7 +102,7 @@ _TORCH = os.path.dirname(torch.__file__) + os.sep
 
 @contextlib.contextmanager
 def plain_isinstance() -> Iterator[None]:
-    """Python's own `isinstance` inside `patched_isinstance`, where no proxy is met: torch calls it very often."""
+    """Restore Python's `isinstance` inside `patched_isinstance` where no proxies occur; torch calls it very often."""
     patched, builtins.isinstance = builtins.isinstance, _ISINSTANCE
     try:
         yield
@@ -110,7 +111,7 @@ def plain_isinstance() -> Iterator[None]:
 
 
 class WatchedFlag:
-    """Stands for `training` in nn.Module and remembers whether anybody but torch's own layers looked at it."""
+    """Descriptor for `nn.Module.training` that detects reads by code other than torch's layers."""
 
     def __init__(self) -> None:
         self.was_read = False
@@ -129,30 +130,31 @@ class WatchedFlag:
 
 @contextlib.contextmanager
 def watched_training_flag(model: nn.Module) -> Iterator[WatchedFlag]:
-    """Notice whether what is recorded may depend on the mode; layers look at their own flag when they are called."""
-    watch = WatchedFlag()
-    # A class with a flag of its own hides the one that is watched.
+    """Detect whether the graph may depend on the mode; torch's layers read their own flag at each call instead."""
+    flag = WatchedFlag()
+    # A class attribute `training` would hide the descriptor.
     classes = {c for m in model.modules() for c in type(m).__mro__} - {nn.Module}
-    watch.was_read = any("training" in vars(c) for c in classes)
-    nn.Module.training = watch  # type: ignore[assignment]
+    flag.was_read = any("training" in vars(c) for c in classes)
+    nn.Module.training = flag  # type: ignore[assignment]
     try:
-        yield watch
+        yield flag
     finally:
         del nn.Module.training
 
 
 @contextlib.contextmanager
 def patched_factories(recorder: Recorder) -> Iterator[None]:
-    """While tracing, `torch.zeros(x.shape[0], 4)` records one node: C++ does not take a proxy for a size.
+    """Record tensor factories: torch's C++ code does not accept a proxy as a size in `torch.zeros(x.shape[0], 4)`.
 
-    `torch.rand(5)` does so whatever its size: drawn for real, the numbers would be the same in every call of the net.
+    Random factories such as `torch.rand(5)` are always recorded; otherwise every call of the net would use the numbers
+    drawn during the trace.
     """
     originals = {name: getattr(torch, name) for name in _FACTORIES}
 
     def recording(original: Callable[..., Any]) -> Callable[..., Any]:
         def factory(*args: Any, **kwargs: Any) -> Any:
-            proxies = any(type(a) is StepProxy for a in pytree.tree_leaves((args, kwargs)))
-            if recorder.is_evaluating or not (proxies or original.__name__ in _RANDOM_FACTORIES):
+            has_proxies = any(type(a) is StepProxy for a in pytree.tree_leaves((args, kwargs)))
+            if recorder.is_evaluating or not (has_proxies or original.__name__ in _RANDOM_FACTORIES):
                 return original(*args, **kwargs)
             return recorder.create_proxy("call_function", original, args, kwargs)
 
@@ -169,7 +171,7 @@ def patched_factories(recorder: Recorder) -> Iterator[None]:
 
 @contextlib.contextmanager
 def quiet_fake_tensors() -> Iterator[None]:
-    """While tracing, torch does not log the errors of fake tensors: they are raised, with the user's line."""
+    """Silence torch's log of fake tensor errors; capture raises them with the user's line."""
     logger = logging.getLogger("torch._subclasses.fake_tensor")
     before = logger.level
     logger.setLevel(logging.CRITICAL)
@@ -180,5 +182,5 @@ def quiet_fake_tensors() -> Iterator[None]:
 
 
 def autocast_state() -> tuple[bool, ...]:
-    """Whether autocast is on, for each kind of device."""
+    """Whether autocast is enabled, for each device type."""
     return tuple(torch.is_autocast_enabled(device) for device in ("cpu", "cuda"))

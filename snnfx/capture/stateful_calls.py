@@ -1,7 +1,7 @@
-"""Calls of modules with state in a step that is recorded: nodes that take the state and return the next one.
+"""Record calls of stateful modules: nodes that take the state and return the next state.
 
-The first call of a module reads its slots, each later one what the call before left, and the last one leaves the state
-of the next step.
+The first call of a module in a step reads its slots, each later call reads the result of the previous call, and the
+last call returns the state of the next step.
 """
 
 from __future__ import annotations
@@ -33,18 +33,18 @@ class StatefulCalls:
     """Records the calls of modules with state, for one recorder.
 
     Attributes:
-        is_recording: whether nodes are being made for such a call.
+        is_recording: whether the nodes of such a call are being recorded.
     """
 
     def __init__(self, recorder: Recorder, values: ExampleValues, leaf_states: LeafModuleStates) -> None:
         self.recorder, self.values, self.leaf_states = recorder, values, leaf_states
         self.is_recording = False
-        self._rounds: dict[tuple[str, object], list[object]] = {}
+        self._calls_by_site: dict[tuple[str, object], list[object]] = {}
         self._containers: list[object] = []
 
     @contextlib.contextmanager
     def inside(self, module: nn.Module) -> Iterator[None]:
-        """While a module is traced through."""
+        """Context for the trace of the forward of a module."""
         containers = [object()] if isinstance(module, nn.Sequential) else []
         self._containers += containers
         try:
@@ -61,18 +61,18 @@ class StatefulCalls:
         args: tuple[Any, ...],
         kwargs: dict[str, Any],
     ) -> Any:
-        """A node for one pure step of a module, its slots threaded through; returns what the module returns."""
+        """Record one pure step of a module, update its slots, and return the output of the module."""
         recorder = self.recorder
         self._refuse_time_loop(name)
         self.is_recording = True
-        numbers = python_rng_state()
+        python_state = python_rng_state()
         try:
-            # A user's hooks have no business with fake tensors.
+            # Hooks of the user must not run on fake tensors.
             with without_hooks(m):
                 output = self._record_call(m, name, call, adapter, args, kwargs)
         finally:
             self.is_recording = False
-            restore_python_rng_state(numbers)
+            restore_python_rng_state(python_state)
         if not torch.is_grad_enabled():
             for slot in _slots_of(adapter, m, name):
                 recorder.slot_values[slot] = recorder.without_gradient(recorder.slot_values[slot])
@@ -83,7 +83,7 @@ class StatefulCalls:
     def call_that_takes_state(
         self, m: nn.Module, name: str, adapter: Any, args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> Any:
-        """A call that may pass the state as arguments: then no slot of the module is read, but all are written."""
+        """Record a call that may pass the state as arguments; such a call writes the slots but does not read them."""
         recorder = self.recorder
         with self.values.evaluating():
             starts_as_none = any(value is None for value in recorder.carried_arguments.values())
@@ -102,8 +102,8 @@ class StatefulCalls:
             module = recorder.record_at(name, "get_attr", name or SELF_TARGET, (), {})
             with without_hooks(m):
                 arguments = (module, call.state, *call.inputs)
-                both = recorder.record_at(name, "call_function", call_stateful, arguments, call.kwargs)
-            output, following = element_of(both, 0, name), element_of(both, 1, name)
+                outputs_and_state = recorder.record_at(name, "call_function", call_stateful, arguments, call.kwargs)
+            output, following = element_of(outputs_and_state, 0, name), element_of(outputs_and_state, 1, name)
             values = [element_of(following, index, name) for index in range(len(call.state))]
         finally:
             self.is_recording = False
@@ -137,9 +137,9 @@ class StatefulCalls:
         self.leaf_states.before_call(name, m, adapter)
         states = tuple(recorder.slot_values[slot] for slot in slots)
         with self.values.already_evaluated(result):
-            both = recorder.record_at(name, "call_function", call, (module, states, *args), kwargs)
-        output = element_of(both, 0, name)
-        next_states = element_of(both, 1, name) if slots else None
+            outputs_and_state = recorder.record_at(name, "call_function", call, (module, states, *args), kwargs)
+        output = element_of(outputs_and_state, 0, name)
+        next_states = element_of(outputs_and_state, 1, name) if slots else None
         for index, slot in enumerate(slots):
             recorder.slot_values[slot] = element_of(next_states, index, name)
         return output
@@ -147,11 +147,11 @@ class StatefulCalls:
     def _evaluate_slots(
         self, adapter: Any, m: nn.Module, slots: list[str], args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> tuple[Any, Any]:
-        """Give the slots the shape they have after a step: an initial value may be a mere number.
+        """Compute the shapes of slots by one step, because an initial value may be a Python number.
 
         Returns:
-            The initial values, None if they are not known, and what a step from the values of the slots returns, as far
-            as it need not be evaluated for that again.
+            The initial values, or None if they are unknown; and the result of the step, or UNKNOWN if it must be
+            evaluated again.
         """
         values = self.values
         if values.mode is None:
@@ -173,33 +173,33 @@ class StatefulCalls:
         for slot, value in zip(slots, result[1], strict=True):
             if slot in self.recorder.slot_placeholders:
                 self.recorder.slot_placeholders[slot].meta.setdefault("val", value)
-        settled = first_call and adapter.elementwise(m) and _all_like(real_args[0], result[1])
-        return initial, result if settled else UNKNOWN
+        is_final = first_call and adapter.elementwise(m) and _all_like(real_args[0], result[1])
+        return initial, result if is_final else UNKNOWN
 
     def _refuse_time_loop(self, name: str) -> None:
         calls = user_calls()
-        rounds = self._rounds.setdefault((name, calls), [])
-        # A neuron that is several times in one nn.Sequential is called once by the user's code.
+        calls_here = self._calls_by_site.setdefault((name, calls), [])
+        # All calls of a neuron that occurs several times in one nn.Sequential count as one call of the user's code.
         container = self._containers[-1] if self._containers else object()
-        if not rounds or rounds[-1] is not container:
-            rounds.append(container)
-        if len(rounds) >= 3 and calls:
+        if not calls_here or calls_here[-1] is not container:
+            calls_here.append(container)
+        if len(calls_here) >= 3 and calls:
             raise CaptureError(
                 "SNNFX203",
-                f"`{name}` is called {len(rounds)} times by the same line of one forward",
+                f"one line of the forward calls `{name}` {len(calls_here)} times",
                 where=format_location(user_location()),
-                why="a stateful module called in a loop means that the forward runs over time itself.",
-                hint='Move the body of the loop to a method, e.g. `step(self, x)`, and convert with entry="step".',
+                why="a stateful module in a loop means a loop over time, but snnfx converts ONE time step.",
+                hint='Move the loop body to a method, e.g. `step(self, x)`, and convert with entry="step".',
             )
 
 
 def _slots_of(adapter: Any, m: nn.Module, name: str) -> list[str]:
-    """The names of a module's slots in the model."""
+    """The qualified names of the slots of a module."""
     return [f"{name}.{slot}" if name else slot for slot in adapter.names(m)]
 
 
 def element_of(proxy: Any, index: int, name: str) -> StepProxy:
-    """One of the values that a call of a module returns."""
+    """Select one of the values that the call of module `name` returns."""
     element = proxy[index]
     element.node.meta["structural"] = True
     element.node.meta["module"] = name
@@ -207,14 +207,14 @@ def element_of(proxy: Any, index: int, name: str) -> StepProxy:
 
 
 def mark_returned(result: Any, name: str) -> Any:
-    """Note down, for recordings, that a value is what a module returned."""
+    """Mark a value as the return value of a module, so that `net.run(record=...)` finds it."""
     if type(result) is StepProxy:
         result.node.meta.setdefault("returned_by", []).append(name)
     return result
 
 
 def _all_like(x: Any, values: tuple[Any, ...]) -> bool:
-    """Whether all are tensors of the shape and dtype of `x`."""
+    """Whether all values are tensors with the shape and dtype of `x`."""
     return isinstance(x, Tensor) and all(
         isinstance(v, Tensor) and v.shape == x.shape and v.dtype == x.dtype for v in values
     )
