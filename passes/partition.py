@@ -28,7 +28,7 @@ from snnfx.ir.program import SELF_TARGET, StepProgram
 from snnfx.ir.setting_read import SettingRead
 from snnfx.passes.base import Pass
 from snnfx.sandbox.torch_internals import BatchNormBase, InstanceNormBase, NormBase
-from snnfx.state.registry import call_opaque
+from snnfx.state.step_calls import call_opaque
 
 __all__ = ["Partition"]
 

@@ -32,7 +32,8 @@ from snnfx.ops.nested_sequences import (
     shapes_of,
 )
 from snnfx.sandbox.torch_internals import pytree
-from snnfx.state.registry import Stateful, adapter_of, detach_net, reset_net
+from snnfx.state.registry import adapter_of, detach_net, reset_net
+from snnfx.state.stateful import Stateful
 
 __all__ = [
     "chunk_multi_step_forward",
@@ -60,7 +61,7 @@ def multi_step_forward(
     Without `state`, modules keep their state themselves, by side effect. With it the run is pure, and `state` is
 
     - for a module with known state (a `snnfx.MemoryModule`, a class with an adapter, a
-      `snnfx.state.registry.Stateful`): the tuple of its slot values, or a dict of them by name, or None or "reset":
+      `snnfx.state.stateful.Stateful`): the tuple of its slot values, or a dict of them by name, or None or "reset":
       its initial state. Its attributes are neither used nor changed;
     - for any other callable, which is called as `module(*constants, *x_t, state)` and returns `(y_t, state)`: anything,
       also None; "reset" is passed as None;

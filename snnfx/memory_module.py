@@ -8,7 +8,8 @@ from typing import Any
 from torch import Tensor, nn
 
 from snnfx.errors import InputError
-from snnfx.state.registry import MemoryAdapter, copy_initial_value, register_adapter
+from snnfx.state.memory_adapter import MemoryAdapter, copy_initial_value
+from snnfx.state.registry import register_adapter
 
 __all__ = ["MemoryModule"]
 

@@ -41,7 +41,7 @@ from torch import Tensor, nn
 
 from snnfx.errors import InputError
 from snnfx.memory_module import MemoryModule
-from snnfx.state.registry import State
+from snnfx.state.stateful import State
 from snnfx.surrogate import Rectangle, Sigmoid, checked_number
 
 __all__ = [

@@ -18,7 +18,9 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from snnfx import neuron, surrogate
 from snnfx.errors import InputError
 from snnfx.neuron import AdaptiveLIFNode, BaseNode, CUBALIFNode, IFNode, LeakyIntegrator, LIFNode, ParametricLIFNode
-from snnfx.state.registry import Stateful, adapter_of, call_stateful, detach_net, initial_value, reset_net
+from snnfx.state.registry import adapter_of, detach_net, reset_net
+from snnfx.state.stateful import Stateful
+from snnfx.state.step_calls import call_stateful, initial_value
 
 T, N, C = 12, 3, 5
 ALL: list[Callable[..., neuron.ElementwiseNode]] = [

@@ -21,7 +21,8 @@ from snnfx.ir.printing import operation_name
 from snnfx.ir.program import StepProgram
 from snnfx.ops.step_functions import expect_size
 from snnfx.sandbox.torch_internals import DropoutBase
-from snnfx.state.registry import adapter_of, call_opaque, call_stateful, initial_value
+from snnfx.state.registry import adapter_of
+from snnfx.state.step_calls import call_opaque, call_stateful, initial_value
 
 __all__ = [
     "Dependence",

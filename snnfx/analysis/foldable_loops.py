@@ -12,7 +12,7 @@ from snnfx.ir.module_effects import keeps_statistics
 from snnfx.ir.nodes import is_size
 from snnfx.ir.program import Region, StepProgram
 from snnfx.ops.online_functions import cut_history, update_trace
-from snnfx.state.registry import call_opaque
+from snnfx.state.step_calls import call_opaque
 
 __all__ = ["folds_when_cut", "is_trace_loop"]
 

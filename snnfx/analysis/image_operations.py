@@ -11,7 +11,8 @@ from snnfx.ir.printing import operation_name
 from snnfx.ir.program import StepProgram
 from snnfx.ops.online_functions import traced_call, traced_module
 from snnfx.ops.step_functions import apply_autograd_function
-from snnfx.state.registry import adapter_of, call_stateful, initial_value
+from snnfx.state.registry import adapter_of
+from snnfx.state.step_calls import call_stateful, initial_value
 
 __all__ = ["image_of", "is_convolution", "takes_any_layout", "weights_of"]
 

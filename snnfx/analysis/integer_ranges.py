@@ -17,8 +17,9 @@ from torch.nn import functional as F
 
 from snnfx.ir.program import StepProgram
 from snnfx.neuron import BaseNode
+from snnfx.state.hooks import has_forward_hooks
 from snnfx.state.leaf_modules import has_torch_forward
-from snnfx.state.registry import call_stateful, has_forward_hooks
+from snnfx.state.step_calls import call_stateful
 from snnfx.surrogate import Surrogate
 
 __all__ = ["IntegerRanges", "infer_integer_ranges"]

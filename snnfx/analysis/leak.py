@@ -26,7 +26,8 @@ from snnfx.errors import InputError
 from snnfx.ir.nodes import is_module_call, is_size, takes_from_tuple
 from snnfx.ir.program import StepProgram
 from snnfx.sandbox.torch_internals import pytree
-from snnfx.state.registry import adapter_of, call_stateful
+from snnfx.state.registry import adapter_of
+from snnfx.state.step_calls import call_stateful
 
 __all__ = ["LeakProbe", "StepOnNumbers", "cached_constant_leaks", "is_elementwise", "several_leaks_error"]
 

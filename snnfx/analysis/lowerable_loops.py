@@ -17,7 +17,8 @@ from snnfx.sandbox.torch_internals import (
     MaxPoolBase,
     NormBase,
 )
-from snnfx.state.registry import adapter_of, call_opaque
+from snnfx.state.registry import adapter_of
+from snnfx.state.step_calls import call_opaque
 
 __all__ = ["mixing_node", "reason_against_kernel"]
 

@@ -18,7 +18,9 @@ from snnfx.ir.printing import describe_node, location_of
 from snnfx.ir.program import StepProgram
 from snnfx.sandbox.snapshot import StateSnapshot
 from snnfx.sandbox.torch_internals import pytree
-from snnfx.state.registry import adapter_of, call_opaque, call_stateful, composite_adapter
+from snnfx.state.composite_adapter import composite_adapter
+from snnfx.state.registry import adapter_of
+from snnfx.state.step_calls import call_opaque, call_stateful
 
 __all__ = ["is_output_of_stateful_call", "unite_output_with_state"]
 

@@ -1,11 +1,13 @@
-"""nn.Module -> step graph: one time step of a model with its state as values.
+"""Capture: trace one time step of a model into a step program with explicit state.
 
-The model is traced from its reset state. A module that declares its state (`MemoryModule`, adapters) is either one
-call with explicit state (neurons) or traced through with its attributes as slots; any other attribute that a step
-changes is discovered as a slot. Modules that are traced through are traced twice, cold (slots at their initial
-values) and warm (slots as values), because people write `if self.v is None: self.v = torch.full_like(x, 0.3)`:
-where the two traces differ only in what stands for a slot, that expression is the slot's initial value; any other
-difference makes the cold trace the program of the first step.
+A trace starts from the reset state of the model. A module that declares its state (`MemoryModule`, adapters) becomes
+one call with explicit state (neurons), or its forward is traced with its attributes as slots. Any other attribute that
+a step changes is discovered as a slot.
+
+The model is traced twice: cold (slots at their initial values) and warm (slots as placeholders), because models contain
+code like `if self.v is None: self.v = torch.full_like(x, 0.3)`. If the two traces differ only where the warm one reads
+a slot, the expression in the cold trace is the initial value of the slot. If they differ elsewhere, the cold trace
+becomes the program of the first step.
 """
 
 from __future__ import annotations
@@ -20,8 +22,8 @@ from torch import Tensor, nn
 from torch.fx import Node
 from torch.nn.parameter import is_lazy
 
-from snnfx.capture.attribute_state import Attribute, is_number, recorded
-from snnfx.capture.capture_runs import CaptureRuns, erase_unused_placeholders
+from snnfx.capture.attribute_slots import AttributeSlot, is_number, recorded
+from snnfx.capture.capture_session import CaptureSession, erase_unused_placeholders
 from snnfx.capture.graph_matching import GraphMatch
 from snnfx.capture.patches import watched_training_flag
 from snnfx.capture.step_arguments import CarriedLeaf, carried_arguments, step_arguments
@@ -47,7 +49,7 @@ def capture_both_modes(
     """Capture a model in training and in evaluation mode.
 
     Returns:
-        `(training program, evaluation program)`; the same object twice when the mode makes no difference.
+        `(training program, evaluation program)`; the same object twice if the mode makes no difference.
     """
     _check_model(model, entry)
     with watched_training_flag(model) as flag:
@@ -63,21 +65,21 @@ def capture_both_modes(
 
 
 def _rename_constants(program: StepProgram, taken: dict[str, Any]) -> None:
-    """Give the constants of a program names that no other object has among `taken`: a net keeps them together."""
+    """Rename constants that conflict with `taken`, because a net stores the constants of all programs together."""
     renamed: dict[str, str] = {}
-    everything = dict(taken)
+    names_in_use = dict(taken)
     for name, value in program.constants.items():
         new = name
-        while new in everything and everything[new] is not value:
+        while new in names_in_use and names_in_use[new] is not value:
             new = f"{new}_"
         renamed[name] = new
-        everything[new] = value
+        names_in_use[new] = value
     program.constants = {renamed[name]: value for name, value in program.constants.items()}
     for node in program.graph.nodes:
         if node.op == "get_attr":
             node.target = renamed.get(str(node.target), node.target)
     if program.first_step is not None:
-        _rename_constants(program.first_step, everything)
+        _rename_constants(program.first_step, names_in_use)
 
 
 def capture(
@@ -87,22 +89,22 @@ def capture(
     training: bool | None = None,
     carry: Mapping[str, OutputPath] | None = None,
 ) -> StepProgram:
-    """Capture one step of `model`; the model is left exactly as it was.
+    """Capture one step of `model` without changing the model.
 
     Args:
         model: a single-step model.
-        example_inputs: what ONE call takes, batch dimension included: a tensor, a tuple of positional arguments, or a
-            dict of keyword arguments. Without it the arguments are the method's required parameters, all tensors.
-        entry: the method that is one step.
-        training: the mode to capture; default: the mode the model is in.
-        carry: arguments that are outputs of the step before, and where in the outputs they are.
+        example_inputs: the inputs of ONE call, including the batch dimension: a tensor, a tuple of arguments, or a dict
+            of keyword arguments. Without it the arguments are the method's required parameters, all tensors.
+        entry: name of the method that computes one step.
+        training: the mode to capture; default: the current mode of the model.
+        carry: arguments that carry an output of the previous step, each with the position of that output.
 
     Returns:
         The step program, stage "captured".
 
     Raises:
-        CaptureError: the model cannot be captured (codes 2xx), before anything has been changed.
-        InputError: `example_inputs` does not fit the method's signature.
+        CaptureError: the model cannot be captured (codes 2xx); nothing is changed.
+        InputError: `example_inputs` does not match the method's signature.
     """
     _check_model(model, entry)
     training = model.training if training is None else training
@@ -144,21 +146,21 @@ def _capture_once(
     training: bool,
     carried: list[CarriedLeaf],
 ) -> StepProgram:
-    traced = CaptureRuns(model, entry, arguments, opaque, fake_mode, carried)
-    discovered: dict[str, Attribute] = {}
-    cold, found = traced.trace(discovered, warm=False)
+    session = CaptureSession(model, entry, arguments, opaque, fake_mode, carried)
+    discovered: dict[str, AttributeSlot] = {}
+    cold, cold_discoveries = session.trace(discovered, warm=False)
     values = dict(zip(cold.slot_values, results_of(cold.graph)[1], strict=True))
-    for attribute in found:
+    for attribute in cold_discoveries:
         discovered[attribute.name] = attribute
     starts_as_none = {name for c in carried if not c.required for name in c.argument().slot_names()}
-    if not discovered and not traced.traced_module_slots() and not starts_as_none:
-        return replace(traced.program(cold, leaves, spec, training), setting_reads=traced.setting_reads(()))
-    cold_program = traced.program(cold, leaves, spec, training, drop_overwritten=False)
+    if not discovered and not session.matched_slots() and not starts_as_none:
+        return replace(session.program(cold, leaves, spec, training), setting_reads=session.setting_reads(()))
+    cold_program = session.program(cold, leaves, spec, training, drop_overwritten=False)
     structures = [c.structure for c in carried]
     for _ in range(3):
         shapes = {name: recorded(value) for name, value in values.items()}
         shapes.update({a.name: a.after for a in discovered.values()})
-        warm, more = traced.trace(discovered, warm=True, shapes=shapes)
+        warm, more = session.trace(discovered, warm=True, shapes=shapes)
         new = [a for a in more if a.name not in discovered]
         if not new:
             break
@@ -166,26 +168,26 @@ def _capture_once(
     else:
         raise CaptureError(
             "SNNFX201",
-            f"the state of the model does not settle: each step adds to it, `{new[0].name}` last",
+            f"each step adds state to the model, `{new[0].name}` last",
             where=location_of_forward(new[0].module),
-            why="a net has the same states at every step.",
+            why="the states of a net are the same at every step.",
             hint="Register the states with snnfx.MemoryModule.register_memory.",
         )
     if [c.structure for c in carried] != structures:
         raise CaptureError(
             "SNNFX201",
-            f"the carried state {', '.join(c.name for c in carried)} has another structure after the second step",
+            f"the structure of the carried state {', '.join(c.name for c in carried)} changes in the second step",
             where=location_of_forward(model, entry),
-            why="a net has the same states at every step.",
-            hint="Let one step return the state nested as it takes it.",
+            why="the states of a net are the same at every step.",
+            hint="Return the state from a step with the structure that the step takes.",
         )
-    program = traced.program(warm, leaves, spec, training, set(discovered))
-    program.setting_reads = traced.setting_reads(discovered.values())
-    program.initial_attributes = traced.initial_attributes(discovered.values())
-    # What the cold trace left in discovered attributes is their next value there.
+    program = session.program(warm, leaves, spec, training, set(discovered))
+    program.setting_reads = session.setting_reads(discovered.values())
+    program.initial_attributes = session.initial_attributes(discovered.values())
+    # After the cold trace, discovered attributes contain their next values.
     outputs, nexts, initials = cold_program.results
     by_name = dict(zip((s.name for s in cold_program.slots), zip(nexts, initials, strict=True), strict=True))
-    for attribute in found:
+    for attribute in cold_discoveries:
         by_name.setdefault(attribute.name, (attribute.final_node(), None))
     for attribute in discovered.values():
         by_name.setdefault(attribute.name, (attribute.before if is_number(attribute.before) else None, None))
@@ -193,10 +195,12 @@ def _capture_once(
     cold_program.set_output(
         outputs, [by_name[s.name][0] for s in program.slots], [by_name[s.name][1] for s in program.slots]
     )
-    starts = {a.name: a.before for a in discovered.values()} | traced.traced_module_initial_values()
+    starts = {a.name: a.before for a in discovered.values()} | session.matched_slot_reset_values()
     erase_unused_placeholders(cold_program)
-    given = {name for c in carried if c.required for name in c.argument().slot_names()}
-    bindable = {s.name: starts.get(s.name) for s in program.slots if s.name not in traced.leaf_slots() | given}
+    passed_by_caller = {name for c in carried if c.required for name in c.argument().slot_names()}
+    bindable = {
+        s.name: starts.get(s.name) for s in program.slots if s.name not in session.leaf_slots() | passed_by_caller
+    }
     match = GraphMatch(cold_program, program, bindable)
     if match.same_program() and not _reads_none_elsewhere(program, match, starts_as_none):
         match.move_initial_values()
@@ -207,59 +211,61 @@ def _capture_once(
 
 
 def _refuse_undeclared_state(model: nn.Module, failure: SubmoduleNotTraceable) -> None:
-    """Refuse a module that cannot be traced, and that keeps state where a step of it as it is does not hand it on."""
+    """Refuse an untraceable module with unregistered state, which a net cannot carry across steps."""
     prefix = f"{failure.name}." if failure.name else ""
-    inside = [a for a in failure.undeclared if a.name.startswith(prefix)]
-    if not inside:
+    undeclared = [a for a in failure.undeclared if a.name.startswith(prefix)]
+    if not undeclared:
         return
-    module = inside[0].module
-    lines = [f'self.register_memory("{a.attribute}", {_start_in_words(a)})' for a in inside if a.module is module]
+    module = undeclared[0].module
+    lines = [
+        f'self.register_memory("{a.attribute}", {_describe_initial_value(a)})' for a in undeclared if a.module is module
+    ]
     what = f"`{failure.name}`" if failure.name else "the model"
     raise CaptureError(
         "SNNFX213",
-        f"{what} cannot be traced, and its state `{inside[0].name}` is not registered",
+        f"{what} cannot be traced, and its state `{undeclared[0].name}` is not registered",
         where=(failure.error.where if failure.error else "") or location_of_forward(module),
-        why=f"{failure.reason.rstrip('.')}. It could be stepped as it is, but that hands on registered states only.",
+        why=f"{failure.reason.rstrip('.')}. A net can step it untraced, but then carries only registered states.",
         hint=f"Derive {type(module).__name__} from snnfx.MemoryModule, with {', '.join(dict.fromkeys(lines))} instead "
-        "of the plain attribute; the rest may stay as it is.",
+        "of the plain attribute; the other code need not change.",
     ) from failure.__cause__
 
 
-def _start_in_words(attribute: Attribute) -> str:
+def _describe_initial_value(attribute: AttributeSlot) -> str:
     is_plain = not attribute.path and (attribute.before is None or is_number(attribute.before))
     return repr(attribute.before) if is_plain else "initial"
 
 
 def _slots_with_placeholders(program: StepProgram, slots: list[Slot]) -> list[Slot]:
-    """The slots of another trace for this one; those that it does not read get a placeholder that nobody uses."""
+    """The slots of another trace with the placeholders of `program`; adds unused placeholders where missing."""
     known = {n.meta["slot"]: n.name for n in program.graph.nodes if n.op == "placeholder" and "slot" in n.meta}
     first = next(iter(program.graph.nodes))
-    found: list[Slot] = []
+    result: list[Slot] = []
     for slot in slots:
         if slot.name not in known:
             with program.graph.inserting_before(first):
                 node = add_placeholder(program.graph, slot.name)
             node.meta["slot"] = slot.name
             known[slot.name] = node.name
-        found.append(replace(slot, placeholder=known[slot.name]))
-    return found
+        result.append(replace(slot, placeholder=known[slot.name]))
+    return result
 
 
 def _reads_none_elsewhere(program: StepProgram, match: GraphMatch, names: set[str]) -> bool:
-    """Whether a state that is None at first is read by something that its own next value does not depend on.
+    """Whether a node outside the cycle of a state reads the state although it starts as None.
 
-    That is run for the whole sequence at once, and None is no part of a sequence.
+    Such a node runs for the whole sequence at once, and a sequence cannot contain None.
     """
     for slot, node, following in zip(program.slots, program.slot_nodes(), program.next_states, strict=True):
         if slot.name in names and match.bound.get(slot.name) is None:
-            before: set[Node] = set()
+            ancestors: set[Node] = set()
             stack = [following] if isinstance(following, Node) else []
             while stack:
                 current = stack.pop()
-                if current not in before:
-                    before.add(current)
+                if current not in ancestors:
+                    ancestors.add(current)
                     stack.extend(current.all_input_nodes)
-            if any(user not in before for user in node.users):
+            if any(user not in ancestors for user in node.users):
                 return True
     return False
 
@@ -270,24 +276,24 @@ def _check_model(model: nn.Module, entry: str) -> None:
     if not callable(getattr(model, entry, None)):
         raise InputError(
             "SNNFX309",
-            f"entry={entry!r} is no method of {type(model).__name__}",
+            f"{type(model).__name__} has no method {entry!r} for entry=",
             hint="Name the method that computes one time step.",
         )
     for name, parameter in (*model.named_parameters(), *model.named_buffers()):
         if is_lazy(parameter):
             raise CaptureError(
                 "SNNFX207",
-                f"`{name}` has no values yet",
+                f"`{name}` is not initialised",
                 where=location_of_forward(model, entry),
                 why="it belongs to a lazy module.",
-                hint="Call the model once with a batch of one step, then convert it.",
+                hint="Call the model once with the inputs of one step, then convert it.",
             )
 
 
 @contextlib.contextmanager
 def _mode(model: nn.Module, training: bool) -> Iterator[None]:
-    """Set the training flag of all modules: what is traced through may look at it; layers do so at the call as well."""
-    # Not by the attribute: that somebody looks at it is noticed.
+    """Set the training flag of all modules, because traced code may read it."""
+    # Through `__dict__`, because capture detects reads of the attribute.
     before = [(m, m.__dict__["training"]) for m in model.modules() if "training" in m.__dict__]
     if model.__dict__.get("training") == training:
         yield
@@ -302,7 +308,7 @@ def _mode(model: nn.Module, training: bool) -> Iterator[None]:
 
 
 def _as_meta_tensor(value: Any) -> Any:
-    """A tensor with the shape, strides and dtype of a fake one, and no memory or mode behind it."""
+    """Convert a fake tensor to a meta tensor, which belongs to no fake tensor mode."""
     if isinstance(value, FakeTensor | Tensor):
         return torch.empty_strided(tuple(value.shape), value.stride(), dtype=value.dtype, device="meta")
     return value

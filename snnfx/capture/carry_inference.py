@@ -1,9 +1,9 @@
-"""Finding out which arguments of a step are its state, where `carry=` does not say it.
+"""Infer which arguments of a step are its state, for models without `carry=`.
 
-The rule. Trailing arguments with the default None that `example_inputs` leaves out are state when their names say so
-(`state`, `hidden`, `mem1`, `h`, `v`, ...), there are k of them, and a step returns a tuple or list of k + 1 elements of
-which the last k hold tensors: these are their next values, in order. Where as many arguments of other names would fit,
-and what is returned there depends on them, the caller is asked.
+Consider the trailing arguments with default None that `example_inputs` omits. The k of them whose names denote state
+(`state`, `hidden`, `mem1`, `h`, `v`, ...) are carried if a step returns a tuple or list of k + 1 elements whose last k
+contain tensors: these are their next values, in order. If arguments with other names would fit and the outputs depend
+on them, snnfx raises an error that asks for `carry=`.
 """
 
 from __future__ import annotations
@@ -30,10 +30,10 @@ _NAMES_OF_STATE = re.compile(
 
 
 def infer_carry(model: nn.Module, entry: str, example_inputs: Any) -> dict[str, OutputPath]:
-    """Which arguments are carried from which outputs, by the rule above; empty when none is.
+    """Infer the option `carry` by the rule above; empty if no argument is carried.
 
     Raises:
-        InputError: SNNFX314, arguments and outputs may be state, but which is which is not clear.
+        InputError: SNNFX314, the assignment of outputs to arguments is ambiguous.
         CaptureError: the model cannot be captured.
     """
     optional = _optional_arguments(model, entry, example_inputs)
@@ -43,42 +43,42 @@ def infer_carry(model: nn.Module, entry: str, example_inputs: Any) -> dict[str, 
     outputs = pytree.tree_unflatten(list(program.outputs), program.output_spec)
     if not isinstance(outputs, tuple | list):
         return {}
-    named = [name for name in optional if _NAMES_OF_STATE.fullmatch(name)]
-    # Only trailing outputs that hold tensors can be state.
+    state_names = [name for name in optional if _NAMES_OF_STATE.fullmatch(name)]
+    # Only trailing outputs that contain tensors can be state.
     count = len(outputs) - 1
-    holding = all(any(isinstance(leaf, Node) for leaf in pytree.tree_leaves(value)) for value in outputs[1:])
-    if named:
-        if len(named) == count and holding:
-            return {name: (1 + index,) for index, name in enumerate(named)}
+    contain_tensors = all(any(isinstance(leaf, Node) for leaf in pytree.tree_leaves(value)) for value in outputs[1:])
+    if state_names:
+        if len(state_names) == count and contain_tensors:
+            return {name: (1 + index,) for index, name in enumerate(state_names)}
         if not any(isinstance(leaf, Node) for value in outputs[1:] for leaf in pytree.tree_leaves(value)):
             return {}
-        raise _unclear(model, entry, named, len(outputs))
-    if len(optional) == count and holding:
+        raise _unclear(model, entry, state_names, len(outputs))
+    if len(optional) == count and contain_tensors:
         carry: dict[str, OutputPath] = {name: (1 + index,) for index, name in enumerate(optional)}
-        if _is_handed_on(model, entry, example_inputs, carry):
+        if _is_carried(model, entry, example_inputs, carry):
             raise _unclear(model, entry, optional, len(outputs))
     return {}
 
 
 def _optional_arguments(model: nn.Module, entry: str, example_inputs: Any) -> list[str]:
-    """The trailing arguments that default to None and are not given."""
+    """The trailing arguments that default to None and that the example inputs omit."""
     method = getattr(type(model), entry, None)
     if method is None:
         return []
     parameters = list(inspect.signature(method).parameters.values())[1:]
     given = split_arguments(parameters, [p.name for p in parameters], *as_call(example_inputs))[2]
-    found: list[str] = []
+    names: list[str] = []
     for p in reversed(parameters):
         if p.kind is p.VAR_KEYWORD:
             continue
         if p.kind is p.VAR_POSITIONAL or p.default is not None or given.get(p.name) is not None:
             break
-        found.append(p.name)
-    return found[::-1]
+        names.append(p.name)
+    return names[::-1]
 
 
-def _is_handed_on(model: nn.Module, entry: str, example_inputs: Any, carry: dict[str, OutputPath]) -> bool:
-    """Whether the step takes these outputs as these arguments, and returns something there that depends on them."""
+def _is_carried(model: nn.Module, entry: str, example_inputs: Any, carry: dict[str, OutputPath]) -> bool:
+    """Whether the step accepts these outputs as these arguments, and the outputs depend on the arguments."""
     try:
         program = capture(model, example_inputs, entry, carry=carry)
     except CaptureError:
@@ -90,12 +90,12 @@ def _is_handed_on(model: nn.Module, entry: str, example_inputs: Any, carry: dict
     return False
 
 
-def _depends_on(node: Node, other: Node) -> bool:
+def _depends_on(node: Node, operand: Node) -> bool:
     seen: set[Node] = set()
     stack = [node]
     while stack:
         current = stack.pop()
-        if current is other:
+        if current is operand:
             return True
         if current not in seen:
             seen.add(current)
@@ -107,7 +107,7 @@ def _unclear(model: nn.Module, entry: str, names: list[str], count: int) -> Inpu
     example = ", ".join(f'"{name}": {index}' for index, name in enumerate(names, 1))
     return InputError(
         "SNNFX314",
-        f"which outputs of {type(model).__name__}.{entry} are its next state is not clear",
-        why=f"{', '.join(f'`{name}`' for name in names)} may be state, and a step returns {count} values.",
-        hint=f"Say which argument is carried from which output: carry={{{example}}}; carry={{}} if none is.",
+        f"the state of {type(model).__name__}.{entry} cannot be inferred",
+        why=f"{', '.join(f'`{name}`' for name in names)} may be state, but a step returns {count} values.",
+        hint=f"Map each state argument to its output: carry={{{example}}}; pass carry={{}} if none is state.",
     )

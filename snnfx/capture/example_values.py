@@ -1,11 +1,11 @@
-"""The values of one step on the example inputs: fake tensors, which tell the shape and dtype of every node."""
+"""Example values of nodes: fake tensors with the shape and dtype of each value of one step."""
 
 from __future__ import annotations
 
 import contextlib
 import operator
 from collections.abc import Callable, Iterator
-from typing import TYPE_CHECKING, Any, cast
+from typing import Any, cast
 
 import torch
 from torch import Tensor, fx, nn
@@ -13,6 +13,7 @@ from torch.fx import Node
 
 from snnfx.capture.patches import plain_isinstance
 from snnfx.capture.proxy import UNKNOWN
+from snnfx.capture.recorder import Recorder
 from snnfx.errors import CaptureError
 from snnfx.ir.program import SELF_TARGET
 from snnfx.sandbox.torch_internals import (
@@ -24,29 +25,26 @@ from snnfx.sandbox.torch_internals import (
 )
 from snnfx.sandbox.user_code import format_location
 
-if TYPE_CHECKING:
-    from snnfx.capture.tracer import StepTracer
-
 __all__ = ["NOT_EVALUATED", "ExampleValues"]
 
 NOT_EVALUATED = (DataDependentOutputException, DynamicOutputShapeException, UnsupportedOperatorException)
-"""What fake tensors raise where shapes do not tell the result."""
+"""Raised by fake tensors for results that depend on values."""
 
 
 class ExampleValues:
-    """Evaluates the nodes of a step while it is recorded; the value of a node is its `meta["val"]`.
+    """Evaluates each node when it is recorded; its example value is `node.meta["val"]`.
 
     Args:
-        tracer: records the step.
-        mode: the mode under which values are computed; None without example inputs: then no value is known.
+        recorder: records the step.
+        mode: the fake tensor mode of the example values; None without example inputs, so that no value is known.
     """
 
-    def __init__(self, tracer: StepTracer, mode: FakeTensorMode | None) -> None:
-        self.tracer, self.mode = tracer, mode
+    def __init__(self, recorder: Recorder, mode: FakeTensorMode | None) -> None:
+        self.recorder, self.mode = recorder, mode
         self._value_of_next: Any = UNKNOWN
 
     def evaluate(self, node: Node) -> None:
-        """Compute the value of a new node from those of its arguments, where they are known."""
+        """Compute the value of a new node if the values of its arguments are known."""
         if self.mode is None or node.op in ("placeholder", "output") or "val" in node.meta:
             return
         if node.op == "call_function" and self._value_of_next is not UNKNOWN:
@@ -67,7 +65,7 @@ class ExampleValues:
             return
         whole, index = cast("tuple[Any, Any]", args) if node.target is operator.getitem else (None, 0)
         if isinstance(whole, tuple) and index in range(len(whole)):
-            node.meta["val"] = whole[index]  # most often of what a stateful call returns
+            node.meta["val"] = whole[index]  # usually the result of a stateful call
         elif node.op == "call_module":
             module = self._resolve(str(node.target))
             self._record_value(node, lambda: _call_for_shape(module, args, kwargs))
@@ -78,7 +76,7 @@ class ExampleValues:
 
     @contextlib.contextmanager
     def already_evaluated(self, value: Any) -> Iterator[None]:
-        """The value of the next node is known, if it is not UNKNOWN."""
+        """Use `value` for the next node recorded, unless it is UNKNOWN."""
         before, self._value_of_next = self._value_of_next, value
         try:
             yield
@@ -87,14 +85,14 @@ class ExampleValues:
 
     @contextlib.contextmanager
     def evaluating(self) -> Iterator[None]:
-        """Run real Python on values: nothing is recorded, modules are called for what they are."""
-        tracer = self.tracer
-        before, tracer.is_evaluating = tracer.is_evaluating, True
+        """Run Python on example values: nothing is recorded, and modules are called directly."""
+        recorder = self.recorder
+        before, recorder.is_evaluating = recorder.is_evaluating, True
         try:
             with plain_isinstance(), self.mode or contextlib.nullcontext(), torch.no_grad():
                 yield
         finally:
-            tracer.is_evaluating = before
+            recorder.is_evaluating = before
 
     def _record_value(self, node: Node, compute: Callable[[], Any]) -> None:
         try:
@@ -105,22 +103,22 @@ class ExampleValues:
         except (RuntimeError, ValueError, TypeError, IndexError) as error:
             raise CaptureError(
                 "SNNFX201",
-                f"one step fails on the example inputs at `{node.name}`",
+                f"one step on the example inputs fails at `{node.name}`",
                 where=format_location(node.meta["where"]),
                 why=f"{type(error).__name__}: {error}.",
-                hint="example_inputs has to be what ONE call of the model takes, batch dimension included.",
+                hint="Pass example_inputs with the inputs of ONE call of the model, including the batch dimension.",
             ) from error
 
     def _resolve(self, target: str) -> Any:
-        if target in self.tracer.constants:
-            return self.tracer.constants[target]
+        if target in self.recorder.constants:
+            return self.recorder.constants[target]
         if target == SELF_TARGET:
-            return self.tracer.root
-        found: Any = self.tracer.root
+            return self.recorder.root
+        value: Any = self.recorder.root
         with self.evaluating():
             for atom in target.split("."):
-                found = getattr(found, atom)
-        return found
+                value = getattr(value, atom)
+        return value
 
     def _fake(self, value: Any) -> Any:
         if isinstance(value, Tensor) and self.mode is not None:
@@ -129,11 +127,11 @@ class ExampleValues:
 
 
 def _call_for_shape(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-    """What a layer returns, as far as its shape goes."""
-    counts = isinstance(module, NormBase) and module.training and module.momentum is None
-    if not counts:
+    """Call a layer on fake tensors to get the shape of its output."""
+    uses_cumulative_average = isinstance(module, NormBase) and module.training and module.momentum is None
+    if not uses_cumulative_average:
         return module(*args, **kwargs)
-    # Its momentum is one over the number of batches so far, a value that no shape tells.
+    # The momentum would be 1 / num_batches_tracked, and a fake tensor has no value.
     module.__dict__["training"] = False
     try:
         return module(*args, **kwargs)

@@ -1,4 +1,4 @@
-"""Comparing two captured step programs node by node, and reading initial values off the difference."""
+"""Compare two step programs node by node, and derive initial values from their differences."""
 
 from __future__ import annotations
 
@@ -20,14 +20,14 @@ _NO_VALUE = object()
 
 
 class GraphMatch:
-    """Match program `a` against program `b`, where slots of `b` may stand for any expression of `a`.
+    """Matches program `a` against program `b`, where slots of `b` may match any expression of `a`.
 
     Args:
-        a: the program that may have expressions where `b` reads a slot (the cold trace).
+        a: the program with expressions where `b` may read a slot (the cold trace).
         b: the program with slots (the warm trace).
-        bindable: slots of `b` that may be bound to expressions of `a`, with the value that each of them had when `a`
-            was traced. Where that is a number or a tensor, Python computed with it at once: `a` has 0.1 in the place
-            of what is the node `mul(0.5, v)` in `b`.
+        bindable: slots of `b` that may be bound to expressions of `a`, each with its value in the trace of `a`. If it
+            is a number or a tensor, Python evaluated expressions with it: `a` contains the constant 0.1 where `b` has
+            the node `mul(0.5, v)`.
     """
 
     def __init__(self, a: StepProgram, b: StepProgram, bindable: Mapping[str, Any] | None = None) -> None:
@@ -55,19 +55,19 @@ class GraphMatch:
         )
 
     def move_initial_values(self) -> None:
-        """Write what the slots of `b` were bound to into `b`, as its initial values."""
+        """Copy the expressions that slots of `b` are bound to into `b`, as initial values."""
         copied: dict[Node, Node] = dict(self.matched)
         initial = []
-        for slot, known in zip(self.b.slots, self.b.initial_values, strict=True):
+        for slot, value in zip(self.b.slots, self.b.initial_values, strict=True):
             if slot.name in self.bindable:
-                # What nothing reads starts as the model has it.
-                known = self.bound.get(slot.name, self.bindable[slot.name])
-                known = map_arg(self._as_node(known), lambda n: self._copy(n, copied))
-            initial.append(known)
+                # A slot that nothing reads starts from the value in the model.
+                value = self.bound.get(slot.name, self.bindable[slot.name])
+                value = map_arg(self._as_node(value), lambda n: self._copy(n, copied))
+            initial.append(value)
         self.b.set_output(self.b.outputs, self.b.next_states, initial)
 
     def _as_node(self, value: Any) -> Any:
-        """A tensor as a node of `a`."""
+        """Convert a tensor to a `get_attr` node of `a`."""
         if not isinstance(value, Tensor):
             return value
         target = self._constant(value, self.a)
@@ -75,7 +75,7 @@ class GraphMatch:
             return self.a.graph.get_attr(target)
 
     def _copy(self, node: Node, copied: dict[Node, Node]) -> Node:
-        pending = [node]  # not by recursion: a graph may be deeper than Python's stack
+        pending = [node]  # iterative, because a graph may be deeper than Python's stack
         while pending:
             missing = [n for n in pending[-1].all_input_nodes if n not in copied]
             if missing and pending[-1] not in copied:
@@ -88,10 +88,12 @@ class GraphMatch:
         if node in copied:
             return
         if node.op == "placeholder":
-            copied[node] = next(n for n in self.b.graph.nodes if n.op == "placeholder" and _reads_the_same(n, node))
+            copied[node] = next(
+                n for n in self.b.graph.nodes if n.op == "placeholder" and _is_same_placeholder(n, node)
+            )
             return
         arguments = map_arg((node.args, node.kwargs), copied.__getitem__)
-        # Where `a` has it, so that it comes behind what was changed in place before it, and before all else.
+        # At the same position as in `a`, to keep its order relative to in-place operations.
         before = node.prev
         while before.op != "root" and before not in copied:
             before = before.prev
@@ -120,7 +122,7 @@ class GraphMatch:
         return name
 
     def _same(self, a: Any, b: Any) -> bool:
-        open_comparisons = [self._compare(a, b)]  # not by recursion: a graph may be deeper than Python's stack
+        open_comparisons = [self._compare(a, b)]  # iterative, because a graph may be deeper than Python's stack
         answer: bool | None = None
         while open_comparisons:
             try:
@@ -134,22 +136,22 @@ class GraphMatch:
         return bool(answer)
 
     def _compare(self, a: Any, b: Any) -> Generator[tuple[Any, Any], Any, bool]:
-        """Whether two values are the same; asks for the comparison of their parts by yielding them."""
+        """Whether two values are the same computation; yields pairs of parts and receives whether they are the same."""
         if isinstance(b, Node) and b.meta.get("slot") in self.bindable and b.op == "placeholder":
             return self._bind(b.meta["slot"], a)
-        if isinstance(b, Node) and self._is_what_python_made(a, b):
+        if isinstance(b, Node) and self._is_evaluated(a, b):
             return True
         if isinstance(a, Node) != isinstance(b, Node):
             return False
         if isinstance(a, Node):
-            rest = self._rest_from_zero(b)
-            if rest is None:
+            reduced = self._sum_without_slot(b)
+            if reduced is None:
                 return (yield from self._compare_nodes(a, b))
             bound, matched = dict(self.bound), dict(self.matched)
             if (yield from self._compare_nodes(a, b)):
                 return True
             self.bound, self.matched = bound, matched
-            value, slot = rest
+            value, slot = reduced
             return bool((yield a, value) and self._bind(slot, 0.0))
         if type(a) is not type(b):
             return False
@@ -171,23 +173,25 @@ class GraphMatch:
             return True
         return bool(a == b) or (a != a and b != b)
 
-    def _rest_from_zero(self, b: Node) -> tuple[Node, str] | None:
-        """Of `0.9 * v + x`, where the slot v starts as None: `(x, "v")`, which is what it is for v = 0.
+    def _sum_without_slot(self, b: Node) -> tuple[Node, str] | None:
+        """For `0.9 * v + x`, where slot v starts as None: `(x, "v")`, its value for v = 0.
 
-        People write `self.v = x if self.v is None else 0.9 * self.v + x`.
+        This matches `self.v = x if self.v is None else 0.9 * self.v + x`.
         """
         operation = _arithmetic(b)
         if operation not in ("add", "sub") or len(b.args) != 2:
             return None
-        for kept, other in ((0, 1), (1, 0)) if operation == "add" else ((0, 1),):
-            slot = self._slot_of_product(b.args[other])
-            if slot is not None and isinstance(b.args[kept], Node):
-                return b.args[kept], slot  # type: ignore[return-value]
+        for remaining, product in ((0, 1), (1, 0)) if operation == "add" else ((0, 1),):
+            slot = self._slot_of_product(b.args[product])
+            if slot is not None and isinstance(b.args[remaining], Node):
+                return b.args[remaining], slot  # type: ignore[return-value]
         return None
 
     def _slot_of_product(self, b: Any) -> str | None:
-        """The slot that starts as None and that a value is a multiple of, by factors that come neither from it nor
-        from the step's input: with those, zero could become NaN."""
+        """The slot v of a product `c * v`, where v starts as None and c depends on neither slots nor inputs.
+
+        Otherwise c may be infinite or NaN, so that the product with v = 0 is NaN.
+        """
         while isinstance(b, Node) and b.op != "placeholder":
             operation = _arithmetic(b)
             if operation not in ("mul", "div", "neg"):
@@ -195,35 +199,35 @@ class GraphMatch:
             slots = [a for a in b.args if self._reads_a_slot(a)]
             if len(slots) != 1 or (operation == "div" and slots[0] is b.args[1]):
                 return None
-            if not all(other is slots[0] or self._is_invariant(other) for other in b.args):
+            if not all(operand is slots[0] or self._is_invariant(operand) for operand in b.args):
                 return None
             b = slots[0]
         slot = b.meta.get("slot") if isinstance(b, Node) else None
         return str(slot) if slot in self.bindable and self.bindable[slot] is None else None
 
     def _reads_a_slot(self, value: Any) -> bool:
-        return isinstance(value, Node) and any("slot" in n.meta for n in _behind(value))
+        return isinstance(value, Node) and any("slot" in n.meta for n in _ancestors(value))
 
     def _is_invariant(self, value: Any) -> bool:
-        return not isinstance(value, Node) or all(n.op != "placeholder" for n in _behind(value))
+        return not isinstance(value, Node) or all(n.op != "placeholder" for n in _ancestors(value))
 
     def _bind(self, slot: str, a: Any) -> bool:
-        """Let a slot begin as `a`: an expression or a constant of the cold trace."""
+        """Bind a slot to its initial value `a`, an expression or constant of the cold trace."""
         value = _NO_VALUE if isinstance(a, Node) and a.op != "get_attr" else self._constant_of(a)
         if slot in self.bound:
-            known = self.bound[slot]
-            return known is a or (value is not _NO_VALUE and _equal(self._constant_of(known), value))
+            bound = self.bound[slot]
+            return bound is a or (value is not _NO_VALUE and _equal(self._constant_of(bound), value))
         self.bound[slot] = a
         return True
 
     def _constant_of(self, a: Any) -> Any:
-        """The value of a number or a constant of the cold trace."""
+        """The value of a number or constant of the cold trace; `_NO_VALUE` for other nodes."""
         if not isinstance(a, Node):
             return a
         return self.a.constants.get(str(a.target), _NO_VALUE) if a.op == "get_attr" else _NO_VALUE
 
-    def _is_what_python_made(self, a: Any, b: Node) -> bool:
-        """Whether `a` is the constant that the expression `b` has for the values that the slots start from."""
+    def _is_evaluated(self, a: Any, b: Node) -> bool:
+        """Whether the constant `a` is the value of expression `b` for the initial values of its slots."""
         constant = self._constant_of(a)
         if constant is _NO_VALUE or not b.op.startswith("call"):
             return False
@@ -233,7 +237,7 @@ class GraphMatch:
         return all(self._bind(slot, self.bindable[slot]) for slot in slots)
 
     def _evaluate(self, b: Node, slots: set[str]) -> Any:
-        """The value of an expression over nothing but slots that start as numbers or tensors, and constants."""
+        """Evaluate an expression of constants and of slots that start as numbers or tensors."""
         values: dict[Node, Any] = {}
         pending = [b]
         while pending:
@@ -265,7 +269,7 @@ class GraphMatch:
             with torch.no_grad():
                 return target(*args, **kwargs) if callable(target) else getattr(args[0], target)(*args[1:], **kwargs)
         except (RuntimeError, TypeError, ValueError, AttributeError):
-            return _NO_VALUE  # a number has no method `sigmoid`: then Python has made nothing of it
+            return _NO_VALUE  # e.g. a number has no method `sigmoid`, so Python cannot have evaluated it
 
     def _compare_nodes(self, a: Node, b: Node) -> Generator[tuple[Any, Any], Any, bool]:
         if a in self.matched:
@@ -273,7 +277,7 @@ class GraphMatch:
         if a.op != b.op and not (a.op.startswith("call") and b.op.startswith("call")):
             return False
         if a.op == "placeholder":
-            same = _reads_the_same(a, b)
+            same = _is_same_placeholder(a, b)
         elif a.op == "get_attr":
             same = _same_object(self.a.resolve, str(a.target), self.b.resolve, str(b.target))
         else:
@@ -286,9 +290,9 @@ class GraphMatch:
 
 
 def _effects(program: StepProgram) -> list[Node]:
-    """The nodes that matter although nobody may read what they return.
+    """The nodes with side effects.
 
-    Not among them is `v += x` where v has no later reader: on a number, it is no operation in place.
+    `v += x` does not count if v has no later reader, because on a number it is not an in-place operation.
     """
     position = {node: i for i, node in enumerate(program.graph.nodes)}
     return [
@@ -307,7 +311,7 @@ _METHODS = {"add": operator.add, "sub": operator.sub, "mul": operator.mul, "div"
 
 
 def _operation(node: Node) -> tuple[str, Any]:
-    """What a node computes: `tensor + proxy` is recorded as a method, `proxy + proxy` as an operator."""
+    """Normalized operation of a node: torch.fx records `tensor + proxy` as a method, `proxy + proxy` as an operator."""
     if node.op == "call_method" and node.target in _METHODS and not node.kwargs:
         return "call_function", _METHODS[str(node.target)]
     target: Any = node.target
@@ -328,7 +332,7 @@ _ARITHMETIC = {
 
 
 def _arithmetic(node: Node) -> str:
-    """The name of an arithmetic operation on one or two operands; "" for all else."""
+    """The name of an arithmetic operation on one or two operands; "" for other operations."""
     if node.kwargs:
         return ""
     if node.op == "call_method":
@@ -336,19 +340,19 @@ def _arithmetic(node: Node) -> str:
     return _ARITHMETIC.get(IN_PLACE_OPERATORS.get(node.target, node.target), "")  # type: ignore[arg-type]
 
 
-def _behind(node: Node) -> set[Node]:
-    """A node and all that it is computed from."""
-    found: set[Node] = set()
+def _ancestors(node: Node) -> set[Node]:
+    """A node and all nodes that it depends on."""
+    nodes: set[Node] = set()
     pending = [node]
     while pending:
         current = pending.pop()
-        if current not in found:
-            found.add(current)
+        if current not in nodes:
+            nodes.add(current)
             pending += current.all_input_nodes
-    return found
+    return nodes
 
 
-def _reads_the_same(a: Node, b: Node) -> bool:
+def _is_same_placeholder(a: Node, b: Node) -> bool:
     return (a.meta.get("slot"), a.meta.get("input")) == (b.meta.get("slot"), b.meta.get("input"))
 
 

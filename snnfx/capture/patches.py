@@ -1,4 +1,4 @@
-"""What has to be replaced in Python and torch while a step is recorded, each for the time of the trace only."""
+"""Temporary patches of Python and torch during a trace."""
 
 from __future__ import annotations
 
@@ -9,18 +9,16 @@ import os
 import sys
 import types
 from collections.abc import Callable, Iterator
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import nn
 
 from snnfx.capture.proxy import StepProxy
+from snnfx.capture.recorder import Recorder
 from snnfx.ops.step_functions import FunctionHolder, apply_autograd_function
 from snnfx.sandbox.torch_internals import pytree
 from snnfx.state.leaf_modules import is_leaf
-
-if TYPE_CHECKING:
-    from snnfx.capture.tracer import StepTracer
 
 __all__ = [
     "WatchedFlag",
@@ -38,51 +36,53 @@ _RANDOM_FACTORIES = ("rand", "randn", "randint", "randperm")
 
 
 @contextlib.contextmanager
-def patched_apply(tracer: StepTracer) -> Iterator[None]:
-    """While tracing, `SomeFunction.apply(proxy)` records one node instead of running the forward on proxies.
+def patched_apply(recorder: Recorder) -> Iterator[None]:
+    """Record `SomeFunction.apply(proxy)` as one node instead of running its forward on proxies.
 
-    Modules often keep `spike = SomeFunction.apply`, a method that is bound already, so it is no use to put another
-    function into its place: the function gets other code.
+    Modules often store the bound method, `spike = SomeFunction.apply`, so a new attribute `apply` would not reach them:
+    the existing function gets new code.
     """
 
-    def apply(cls: type[torch.autograd.Function], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        if tracer.is_evaluating or not any(type(a) is StepProxy for a in pytree.tree_leaves((args, kwargs))):
-            return _apply_as_it_is(cls, *args, **kwargs)
+    def record(cls: type[torch.autograd.Function], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        if recorder.is_evaluating or not any(type(a) is StepProxy for a in pytree.tree_leaves((args, kwargs))):
+            return _original_apply(cls, *args, **kwargs)
         holder = next(
-            (h for h in tracer.constants.values() if isinstance(h, FunctionHolder) and h.function is cls), None
+            (h for h in recorder.constants.values() if isinstance(h, FunctionHolder) and h.function is cls), None
         )
-        holder_proxy = tracer.proxy(tracer.constant(holder or FunctionHolder(cls)))
-        return tracer.create_proxy("call_function", apply_autograd_function, (holder_proxy, *args), kwargs)
+        holder_proxy = recorder.proxy(recorder.constant(holder or FunctionHolder(cls)))
+        return recorder.create_proxy("call_function", apply_autograd_function, (holder_proxy, *args), kwargs)
 
-    _applies.append(apply)
-    before, _APPLY.__code__ = _APPLY.__code__, _RecordingApply.apply.__code__
+    outer_record = vars(torch.autograd.Function).get("snnfx_record_apply")
+    outer_code = _APPLY.__code__
+    torch.autograd.Function.snnfx_record_apply = classmethod(record)
+    _APPLY.__code__ = _RecordingApply.apply.__code__
     try:
         yield
     finally:
-        _APPLY.__code__ = before
-        _applies.pop()
+        _APPLY.__code__ = outer_code
+        if outer_record is None:
+            del torch.autograd.Function.snnfx_record_apply
+        else:
+            torch.autograd.Function.snnfx_record_apply = outer_record
 
 
 _APPLY = torch.autograd.Function.__dict__["apply"].__func__
-_apply_as_it_is = types.FunctionType(_APPLY.__code__, _APPLY.__globals__, closure=_APPLY.__closure__)
-_applies: list[Callable[..., Any]] = []
-"""What `SomeFunction.apply` does instead, for the traces that are going on, the innermost last."""
+_original_apply = types.FunctionType(_APPLY.__code__, _APPLY.__globals__, closure=_APPLY.__closure__)
 
 
 class _RecordingApply:
-    def apply(cls, *args: Any, **kwargs: Any) -> Any:
-        """The code that `torch.autograd.Function.apply` gets; it sees the names of torch's module, not of this one."""
-        from snnfx.capture.patches import _applies
-
-        super  # noqa: B018 - it makes the cell `__class__`, without which this code could not take the place of torch's
-        return _applies[-1](cls, args, kwargs)
+    def apply(cls: Any, *args: Any, **kwargs: Any) -> Any:
+        """The code of `torch.autograd.Function.apply` during a trace; it runs with the globals of torch's module."""
+        super  # noqa: B018 - creates the cell `__class__` that torch's code has too; the number of cells must agree
+        return cls.snnfx_record_apply(args, kwargs)
 
 
 @contextlib.contextmanager
 def patched_isinstance() -> Iterator[None]:
-    """While tracing, `isinstance(proxy, Tensor)` in Python code says what it would say of the value.
+    """Make `isinstance(proxy, Tensor)` answer for the recorded value.
 
-    A proxy cannot claim it through `__class__`: torch's C++ code would believe it and read memory that is not there.
+    Setting `__class__` on the proxy is not an option: torch's C++ code would treat it as a tensor and read invalid
+    memory.
     """
     original = builtins.isinstance
 
@@ -102,7 +102,7 @@ _TORCH = os.path.dirname(torch.__file__) + os.sep
 
 @contextlib.contextmanager
 def plain_isinstance() -> Iterator[None]:
-    """Python's own `isinstance` inside `patched_isinstance`, where no proxy is met: torch calls it very often."""
+    """Restore Python's `isinstance` inside `patched_isinstance` where no proxies occur; torch calls it very often."""
     patched, builtins.isinstance = builtins.isinstance, _ISINSTANCE
     try:
         yield
@@ -111,7 +111,7 @@ def plain_isinstance() -> Iterator[None]:
 
 
 class WatchedFlag:
-    """Stands for `training` in nn.Module and remembers whether anybody but torch's own layers looked at it."""
+    """Descriptor for `nn.Module.training` that detects reads by code other than torch's layers."""
 
     def __init__(self) -> None:
         self.was_read = False
@@ -130,32 +130,33 @@ class WatchedFlag:
 
 @contextlib.contextmanager
 def watched_training_flag(model: nn.Module) -> Iterator[WatchedFlag]:
-    """Notice whether what is recorded may depend on the mode; layers look at their own flag when they are called."""
-    watch = WatchedFlag()
-    # A class with a flag of its own hides the one that is watched.
+    """Detect whether the graph may depend on the mode; torch's layers read their own flag at each call instead."""
+    flag = WatchedFlag()
+    # A class attribute `training` would hide the descriptor.
     classes = {c for m in model.modules() for c in type(m).__mro__} - {nn.Module}
-    watch.was_read = any("training" in vars(c) for c in classes)
-    nn.Module.training = watch  # type: ignore[assignment]
+    flag.was_read = any("training" in vars(c) for c in classes)
+    nn.Module.training = flag  # type: ignore[assignment]
     try:
-        yield watch
+        yield flag
     finally:
         del nn.Module.training
 
 
 @contextlib.contextmanager
-def patched_factories(tracer: StepTracer) -> Iterator[None]:
-    """While tracing, `torch.zeros(x.shape[0], 4)` records one node: C++ does not take a proxy for a size.
+def patched_factories(recorder: Recorder) -> Iterator[None]:
+    """Record tensor factories: torch's C++ code does not accept a proxy as a size in `torch.zeros(x.shape[0], 4)`.
 
-    `torch.rand(5)` does so whatever its size: drawn for real, the numbers would be the same in every call of the net.
+    Random factories such as `torch.rand(5)` are always recorded; otherwise every call of the net would use the numbers
+    drawn during the trace.
     """
     originals = {name: getattr(torch, name) for name in _FACTORIES}
 
     def recording(original: Callable[..., Any]) -> Callable[..., Any]:
         def factory(*args: Any, **kwargs: Any) -> Any:
-            proxies = any(type(a) is StepProxy for a in pytree.tree_leaves((args, kwargs)))
-            if tracer.is_evaluating or not (proxies or original.__name__ in _RANDOM_FACTORIES):
+            has_proxies = any(type(a) is StepProxy for a in pytree.tree_leaves((args, kwargs)))
+            if recorder.is_evaluating or not (has_proxies or original.__name__ in _RANDOM_FACTORIES):
                 return original(*args, **kwargs)
-            return tracer.create_proxy("call_function", original, args, kwargs)
+            return recorder.create_proxy("call_function", original, args, kwargs)
 
         return factory
 
@@ -170,7 +171,7 @@ def patched_factories(tracer: StepTracer) -> Iterator[None]:
 
 @contextlib.contextmanager
 def quiet_fake_tensors() -> Iterator[None]:
-    """While tracing, torch does not log the errors of fake tensors: they are raised, with the user's line."""
+    """Silence torch's log of fake tensor errors; capture raises them with the user's line."""
     logger = logging.getLogger("torch._subclasses.fake_tensor")
     before = logger.level
     logger.setLevel(logging.CRITICAL)
@@ -181,5 +182,5 @@ def quiet_fake_tensors() -> Iterator[None]:
 
 
 def autocast_state() -> tuple[bool, ...]:
-    """Whether autocast is on, for each kind of device."""
+    """Whether autocast is enabled, for each device type."""
     return tuple(torch.is_autocast_enabled(device) for device in ("cpu", "cuda"))

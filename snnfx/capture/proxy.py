@@ -1,4 +1,4 @@
-"""What stands for a value while one step is recorded."""
+"""Proxies: the recorded values of one time step."""
 
 from __future__ import annotations
 
@@ -20,17 +20,17 @@ from snnfx.sandbox.user_code import format_location
 __all__ = ["UNKNOWN", "StepProxy", "needs_examples", "value_of"]
 
 UNKNOWN = object()
-"""The value of a proxy of which no example is known."""
+"""The value of a proxy without an example value."""
 
 
 class StepProxy(fx.Proxy):
-    """A recorded value of one step. With example inputs it answers questions about its shape."""
+    """A recorded value of one step; with example inputs it knows its shape and dtype."""
 
     _is_param = False
     _is_buffer = False
 
     def stands_for(self, cls: Any) -> bool:
-        """Whether the value behind the proxy is an instance of `cls`: what `isinstance` says in the model's code."""
+        """Whether the recorded value is an instance of `cls`, for `isinstance` in the model's code."""
         value = value_of(self)
         if value is not UNKNOWN:
             return isinstance(value, cls)
@@ -44,11 +44,11 @@ class StepProxy(fx.Proxy):
             if name in ("dim", "ndimension"):
                 return value.dim
         if name in ("values", "indices") and (
-            isinstance(value, tuple) or (value is UNKNOWN and _gives_pair(self.node))
+            isinstance(value, tuple) or (value is UNKNOWN and _returns_pair(self.node))
         ):
             return self[0 if name == "values" else 1]  # type: ignore[index]
         if name == "data":
-            return self.tracer.create_proxy("call_method", "detach", (self,), {})  # the same, and vmap takes it
+            return self.tracer.create_proxy("call_method", "detach", (self,), {})  # equivalent, and supported by vmap
         if name in ("shape", "dtype", "device", "T", "mT", "H", "mH", "real", "imag"):
             return self.tracer.create_proxy("call_function", getattr, (self, name), {})
         return super().__getattr__(name)
@@ -58,7 +58,7 @@ class StepProxy(fx.Proxy):
         if value is UNKNOWN:
             raise needs_examples(self)
         if isinstance(value, Tensor) and value.dim() > 0:
-            return int(self.shape[0])  # remembered: the graph holds for this size only
+            return int(self.shape[0])  # recorded, because the graph is valid for this size only
         return len(value)
 
     def __iter__(self) -> Iterator[Any]:
@@ -76,7 +76,7 @@ class StepProxy(fx.Proxy):
         raise needs_examples(self)
 
     def _in_place(self, on_numbers: Callable[..., Any], on_tensors: Callable[..., Any], other: Any) -> Any:
-        """`x += 1` changes a tensor, whoever else holds it; of a number it makes another number."""
+        """Record `x += 1`: in place for a tensor, whose aliases change too; a new value for a number."""
         value = value_of(self)
         is_number = self.node.meta.get("shape_like") if value is UNKNOWN else not isinstance(value, Tensor)
         operation = on_numbers if is_number or self.node.meta.get("number") else on_tensors
@@ -116,33 +116,33 @@ for _in_place, _on_numbers in IN_PLACE_OPERATORS.items():
 
 
 def value_of(proxy: StepProxy) -> Any:
-    """The example of the value, a fake tensor or a Python object, or UNKNOWN."""
+    """The example value of a proxy: a fake tensor, a Python object, or UNKNOWN."""
     return proxy.node.meta.get("val", UNKNOWN)
 
 
 def _is_mask_of(mask: Node, node: Node) -> bool:
-    """Whether `mask` is known to be a mask with the shape of a value."""
-    known, of = mask.meta.get("val"), node.meta.get("val")
-    if isinstance(known, Tensor) and isinstance(of, Tensor):
-        return known.dtype is torch.bool and known.shape == of.shape
-    compared = mask.op != "placeholder" and operation_name(mask) in ("gt", "ge", "lt", "le", "eq", "ne")
-    return compared and mask.args[0] is node and isinstance(mask.args[1], int | float)
+    """Whether `mask` is known to be a boolean mask with the shape of `node`."""
+    mask_value, value = mask.meta.get("val"), node.meta.get("val")
+    if isinstance(mask_value, Tensor) and isinstance(value, Tensor):
+        return mask_value.dtype is torch.bool and mask_value.shape == value.shape
+    is_comparison = mask.op != "placeholder" and operation_name(mask) in ("gt", "ge", "lt", "le", "eq", "ne")
+    return is_comparison and mask.args[0] is node and isinstance(mask.args[1], int | float)
 
 
-_PAIRS = frozenset("max min sort topk median nanmedian mode kthvalue cummax cummin".split())
+_PAIR_OPERATIONS = frozenset("max min sort topk median nanmedian mode kthvalue cummax cummin".split())
 
 
-def _gives_pair(node: Node) -> bool:
-    """Whether the node, whose value is not known, is a call that gives `(values, indices)`."""
-    return node.op in ("call_function", "call_method") and operation_name(node) in _PAIRS
+def _returns_pair(node: Node) -> bool:
+    """Whether a node without example value is a call that returns `(values, indices)`."""
+    return node.op in ("call_function", "call_method") and operation_name(node) in _PAIR_OPERATIONS
 
 
 def needs_examples(proxy: StepProxy) -> CaptureError:
-    """The error of a question that only an example can answer."""
+    """The error for a shape query that requires example inputs."""
     return CaptureError(
         "SNNFX202",
-        "the model asks for the shape of a value while it is captured",
+        "the model reads the shape of a value",
         where=format_location(proxy.node.meta.get("where")),
-        why="without example_inputs there is no answer.",
-        hint="Pass example_inputs=(x,) with what ONE step takes, batch dimension included.",
+        why="shapes are unknown without example_inputs.",
+        hint="Pass example_inputs=(x,) with the inputs of ONE step, including the batch dimension.",
     )

@@ -1,7 +1,7 @@
-"""Calls of modules with state in a step that is recorded: nodes that take the state and return the next one.
+"""Record calls of stateful modules: nodes that take the state and return the next state.
 
-The first call of a module reads its slots, each later one what the call before left, and the last one leaves the state
-of the next step.
+The first call of a module in a step reads its slots, each later call reads the result of the previous call, and the
+last call returns the state of the next step.
 """
 
 from __future__ import annotations
@@ -9,42 +9,42 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Callable, Iterator
 from dataclasses import replace
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from snnfx.capture.example_values import NOT_EVALUATED
+from snnfx.capture.example_values import NOT_EVALUATED, ExampleValues
+from snnfx.capture.leaf_module_states import LeafModuleStates
 from snnfx.capture.proxy import UNKNOWN, StepProxy, value_of
+from snnfx.capture.recorder import Recorder
 from snnfx.errors import CaptureError
 from snnfx.ir.program import SELF_TARGET
-from snnfx.sandbox.contents import python_rng_state, restore_python_rng_state
+from snnfx.sandbox.python_rng import python_rng_state, restore_python_rng_state
 from snnfx.sandbox.torch_internals import pytree
 from snnfx.sandbox.user_code import format_location, user_calls, user_location
-from snnfx.state.registry import call_stateful, initial_value, opaque_initial_value, without_hooks
-
-if TYPE_CHECKING:
-    from snnfx.capture.tracer import StepTracer
+from snnfx.state.hooks import without_hooks
+from snnfx.state.step_calls import call_stateful, initial_value, opaque_initial_value
 
 __all__ = ["StatefulCalls", "element_of", "mark_returned"]
 
 
 class StatefulCalls:
-    """Records the calls of modules with state, for one tracer.
+    """Records the calls of modules with state, for one recorder.
 
     Attributes:
-        is_recording: whether nodes are being made for such a call.
+        is_recording: whether the nodes of such a call are being recorded.
     """
 
-    def __init__(self, tracer: StepTracer) -> None:
-        self.tracer = tracer
+    def __init__(self, recorder: Recorder, values: ExampleValues, leaf_states: LeafModuleStates) -> None:
+        self.recorder, self.values, self.leaf_states = recorder, values, leaf_states
         self.is_recording = False
-        self._rounds: dict[tuple[str, object], list[object]] = {}
+        self._calls_by_site: dict[tuple[str, object], list[object]] = {}
         self._containers: list[object] = []
 
     @contextlib.contextmanager
     def inside(self, module: nn.Module) -> Iterator[None]:
-        """While a module is traced through."""
+        """Context for the trace of the forward of a module."""
         containers = [object()] if isinstance(module, nn.Sequential) else []
         self._containers += containers
         try:
@@ -61,58 +61,58 @@ class StatefulCalls:
         args: tuple[Any, ...],
         kwargs: dict[str, Any],
     ) -> Any:
-        """A node for one pure step of a module, its slots threaded through; returns what the module returns."""
-        tracer = self.tracer
+        """Record one pure step of a module, update its slots, and return the output of the module."""
+        recorder = self.recorder
         self._refuse_time_loop(name)
         self.is_recording = True
-        numbers = python_rng_state()
+        python_state = python_rng_state()
         try:
-            # A user's hooks have no business with fake tensors.
+            # Hooks of the user must not run on fake tensors.
             with without_hooks(m):
                 output = self._record_call(m, name, call, adapter, args, kwargs)
         finally:
             self.is_recording = False
-            restore_python_rng_state(numbers)
+            restore_python_rng_state(python_state)
         if not torch.is_grad_enabled():
             for slot in _slots_of(adapter, m, name):
-                tracer.slot_values[slot] = tracer.without_gradient(tracer.slot_values[slot])
-            output = tracer.without_gradient(output)
-        tracer.leaf_states.show(name, m, adapter)
+                recorder.slot_values[slot] = recorder.without_gradient(recorder.slot_values[slot])
+            output = recorder.without_gradient(output)
+        self.leaf_states.show(name, m, adapter)
         return output
 
     def call_that_takes_state(
         self, m: nn.Module, name: str, adapter: Any, args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> Any:
-        """A call that may pass the state as arguments: then no slot of the module is read, but all are written."""
-        tracer = self.tracer
-        with tracer.values.evaluating():
-            starts_as_none = any(value is None for value in tracer.carried_arguments.values())
+        """Record a call that may pass the state as arguments; such a call writes the slots but does not read them."""
+        recorder = self.recorder
+        with self.values.evaluating():
+            starts_as_none = any(value is None for value in recorder.carried_arguments.values())
             call = adapter.read_call(m, args, kwargs, starts_as_none)
             weights = adapter.projected(m) if hasattr(adapter, "projected") else None
         if weights is not None:
-            product = tracer.record_at(name, "call_function", nn.functional.linear, (call.inputs[0], weights), {})
+            product = recorder.record_at(name, "call_function", nn.functional.linear, (call.inputs[0], weights), {})
             call = replace(call, inputs=(product,), kwargs={**call.kwargs, "projected": True})
         slots = _slots_of(adapter, m, name)
         if call.state is None:
             output = self.call(m, name, call_stateful, adapter, call.inputs, call.kwargs)
-            return call.returns(mark_returned(output, name), tuple(tracer.slot_values[slot] for slot in slots))
+            return call.returns(mark_returned(output, name), tuple(recorder.slot_values[slot] for slot in slots))
         self._refuse_time_loop(name)
         self.is_recording = True
         try:
-            module = tracer.record_at(name, "get_attr", name or SELF_TARGET, (), {})
+            module = recorder.record_at(name, "get_attr", name or SELF_TARGET, (), {})
             with without_hooks(m):
                 arguments = (module, call.state, *call.inputs)
-                both = tracer.record_at(name, "call_function", call_stateful, arguments, call.kwargs)
-            output, following = element_of(both, 0, name), element_of(both, 1, name)
+                outputs_and_state = recorder.record_at(name, "call_function", call_stateful, arguments, call.kwargs)
+            output, following = element_of(outputs_and_state, 0, name), element_of(outputs_and_state, 1, name)
             values = [element_of(following, index, name) for index in range(len(call.state))]
         finally:
             self.is_recording = False
         if not torch.is_grad_enabled():
-            output, values = tracer.without_gradient(output), [tracer.without_gradient(v) for v in values]
-        tracer.slot_values.update(zip(slots, values, strict=False))
-        tracer.overwritten_slots.update(slots)
-        tracer.leaf_states.call(name, m, adapter)
-        tracer.leaf_states.show(name, m, adapter)
+            output, values = recorder.without_gradient(output), [recorder.without_gradient(v) for v in values]
+        recorder.slot_values.update(zip(slots, values, strict=False))
+        recorder.overwritten_slots.update(slots)
+        self.leaf_states.call(name, m, adapter)
+        self.leaf_states.show(name, m, adapter)
         return call.returns(mark_returned(output, name), tuple(values))
 
     def _record_call(
@@ -124,39 +124,39 @@ class StatefulCalls:
         args: tuple[Any, ...],
         kwargs: dict[str, Any],
     ) -> Any:
-        tracer, slots = self.tracer, _slots_of(adapter, m, name)
-        module = tracer.record_at(name, "get_attr", name or SELF_TARGET, (), {})
+        recorder, slots = self.recorder, _slots_of(adapter, m, name)
+        module = recorder.record_at(name, "get_attr", name or SELF_TARGET, (), {})
         first_initial = initial_value if call is call_stateful else opaque_initial_value
         initial, result = self._evaluate_slots(adapter, m, slots, args, kwargs)
         for index, slot in enumerate(slots):
-            if tracer.leaf_states.takes_initial(slot):
-                with tracer.values.already_evaluated(initial[index] if initial is not None else UNKNOWN):
+            if self.leaf_states.takes_initial(slot):
+                with self.values.already_evaluated(initial[index] if initial is not None else UNKNOWN):
                     arguments = (module, index, *args)
-                    first = tracer.record_at(name, "call_function", first_initial, arguments, kwargs)
-                tracer.leaf_states.set_initial(slot, first)
-        tracer.leaf_states.before_call(name, m, adapter)
-        states = tuple(tracer.slot_values[slot] for slot in slots)
-        with tracer.values.already_evaluated(result):
-            both = tracer.record_at(name, "call_function", call, (module, states, *args), kwargs)
-        output = element_of(both, 0, name)
-        next_states = element_of(both, 1, name) if slots else None
+                    first = recorder.record_at(name, "call_function", first_initial, arguments, kwargs)
+                self.leaf_states.set_initial(slot, first)
+        self.leaf_states.before_call(name, m, adapter)
+        states = tuple(recorder.slot_values[slot] for slot in slots)
+        with self.values.already_evaluated(result):
+            outputs_and_state = recorder.record_at(name, "call_function", call, (module, states, *args), kwargs)
+        output = element_of(outputs_and_state, 0, name)
+        next_states = element_of(outputs_and_state, 1, name) if slots else None
         for index, slot in enumerate(slots):
-            tracer.slot_values[slot] = element_of(next_states, index, name)
+            recorder.slot_values[slot] = element_of(next_states, index, name)
         return output
 
     def _evaluate_slots(
         self, adapter: Any, m: nn.Module, slots: list[str], args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> tuple[Any, Any]:
-        """Give the slots the shape they have after a step: an initial value may be a mere number.
+        """Compute the shapes of slots by one step, because an initial value may be a Python number.
 
         Returns:
-            The initial values, None if they are not known, and what a step from the values of the slots returns, as far
-            as it need not be evaluated for that again.
+            The initial values, or None if they are unknown; and the result of the step, or UNKNOWN if it must be
+            evaluated again.
         """
-        values = self.tracer.values
+        values = self.values
         if values.mode is None:
             return None, UNKNOWN
-        placeholders = [self.tracer.slot_placeholders[s] for s in slots if s in self.tracer.slot_placeholders]
+        placeholders = [self.recorder.slot_placeholders[s] for s in slots if s in self.recorder.slot_placeholders]
         if all("val" in node.meta for node in placeholders):
             return None, UNKNOWN
         leaves = pytree.tree_leaves((args, kwargs))
@@ -171,35 +171,35 @@ class StatefulCalls:
             return None, UNKNOWN
         first_call = all("val" not in node.meta for node in placeholders)
         for slot, value in zip(slots, result[1], strict=True):
-            if slot in self.tracer.slot_placeholders:
-                self.tracer.slot_placeholders[slot].meta.setdefault("val", value)
-        settled = first_call and adapter.elementwise(m) and _all_like(real_args[0], result[1])
-        return initial, result if settled else UNKNOWN
+            if slot in self.recorder.slot_placeholders:
+                self.recorder.slot_placeholders[slot].meta.setdefault("val", value)
+        is_final = first_call and adapter.elementwise(m) and _all_like(real_args[0], result[1])
+        return initial, result if is_final else UNKNOWN
 
     def _refuse_time_loop(self, name: str) -> None:
         calls = user_calls()
-        rounds = self._rounds.setdefault((name, calls), [])
-        # A neuron that is several times in one nn.Sequential is called once by the user's code.
+        calls_here = self._calls_by_site.setdefault((name, calls), [])
+        # All calls of a neuron that occurs several times in one nn.Sequential count as one call of the user's code.
         container = self._containers[-1] if self._containers else object()
-        if not rounds or rounds[-1] is not container:
-            rounds.append(container)
-        if len(rounds) >= 3 and calls:
+        if not calls_here or calls_here[-1] is not container:
+            calls_here.append(container)
+        if len(calls_here) >= 3 and calls:
             raise CaptureError(
                 "SNNFX203",
-                f"`{name}` is called {len(rounds)} times by the same line of one forward",
+                f"one line of the forward calls `{name}` {len(calls_here)} times",
                 where=format_location(user_location()),
-                why="a stateful module called in a loop means that the forward runs over time itself.",
-                hint='Move the body of the loop to a method, e.g. `step(self, x)`, and convert with entry="step".',
+                why="a stateful module in a loop means a loop over time, but snnfx converts ONE time step.",
+                hint='Move the loop body to a method, e.g. `step(self, x)`, and convert with entry="step".',
             )
 
 
 def _slots_of(adapter: Any, m: nn.Module, name: str) -> list[str]:
-    """The names of a module's slots in the model."""
+    """The qualified names of the slots of a module."""
     return [f"{name}.{slot}" if name else slot for slot in adapter.names(m)]
 
 
 def element_of(proxy: Any, index: int, name: str) -> StepProxy:
-    """One of the values that a call of a module returns."""
+    """Select one of the values that the call of module `name` returns."""
     element = proxy[index]
     element.node.meta["structural"] = True
     element.node.meta["module"] = name
@@ -207,14 +207,14 @@ def element_of(proxy: Any, index: int, name: str) -> StepProxy:
 
 
 def mark_returned(result: Any, name: str) -> Any:
-    """Note down, for recordings, that a value is what a module returned."""
+    """Mark a value as the return value of a module, so that `net.run(record=...)` finds it."""
     if type(result) is StepProxy:
         result.node.meta.setdefault("returned_by", []).append(name)
     return result
 
 
 def _all_like(x: Any, values: tuple[Any, ...]) -> bool:
-    """Whether all are tensors of the shape and dtype of `x`."""
+    """Whether all values are tensors with the shape and dtype of `x`."""
     return isinstance(x, Tensor) and all(
         isinstance(v, Tensor) and v.shape == x.shape and v.dtype == x.dtype for v in values
     )

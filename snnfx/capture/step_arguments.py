@@ -1,4 +1,4 @@
-"""The arguments of one step: what is given, what is known of it, and which of it is state."""
+"""The arguments of one step: inputs, their example values, and carried state."""
 
 from __future__ import annotations
 
@@ -9,9 +9,9 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from snnfx.capture.attribute_state import is_number, recorded
+from snnfx.capture.attribute_slots import is_number, recorded
+from snnfx.capture.input_output_checks import refuse_inputs
 from snnfx.capture.proxy import StepProxy
-from snnfx.capture.supported_values import refuse_inputs
 from snnfx.capture.tracer import ArgumentLeaf
 from snnfx.errors import CaptureError, InputError
 from snnfx.ir.program import InputLeaf
@@ -24,10 +24,10 @@ __all__ = ["CarriedLeaf", "as_call", "carried_arguments", "carried_output", "ste
 
 @dataclass
 class CarriedLeaf:
-    """An argument that is carried, while it is captured.
+    """A carried argument during capture.
 
-    `structure` is found by the trace that starts from None; or it is that of an example, if `required`, whose values
-    are in `examples` by slot.
+    The cold trace, which starts from None, determines `structure`. If the argument is `required`, its example does, and
+    `examples` has the example value of each slot.
     """
 
     name: str
@@ -41,8 +41,8 @@ class CarriedLeaf:
         return CarriedArgument(self.name, self.path, self.structure, self.required)
 
     def take(self, value: Any, slot_values: dict[str, Any]) -> None:
-        """Note down the next value of the argument: its structure, and the value of each slot."""
-        flat, spec = pytree.tree_flatten_with_path(pytree.tree_map(_spread, value))
+        """Record the next value of the argument: its structure, and the value of each slot."""
+        flat, spec = pytree.tree_flatten_with_path(pytree.tree_map(_unpack, value))
         structure: list[Any] = []
         for path, leaf in flat:
             if isinstance(leaf, StepProxy | Tensor) or (is_number(leaf) and not isinstance(leaf, bool)):
@@ -52,27 +52,27 @@ class CarriedLeaf:
                     self.numbers.add(structure[-1].name)
             else:
                 structure.append(leaf)
-        after = pytree.tree_unflatten(structure, spec)
-        if self.required and self.structure is not None and after != self.structure:
+        next_structure = pytree.tree_unflatten(structure, spec)
+        if self.required and self.structure is not None and next_structure != self.structure:
             raise InputError(
                 "SNNFX308",
-                f"the example of the state `{self.name}` is nested in another way than what one step returns",
-                hint="Give it as one step returns it.",
+                f"the example for the state `{self.name}` and the state that one step returns differ in structure",
+                hint="Pass an example with the structure that one step returns.",
             )
-        self.structure = after
+        self.structure = next_structure
 
 
-def _spread(value: Any) -> Any:
-    """A recorded value that is known to be a tuple, as a tuple of recorded values."""
-    known = recorded(value)
-    if isinstance(known, tuple | list):
-        elements = [_spread(value[index]) for index in range(len(known))]
-        return type(known)(*elements) if hasattr(known, "_fields") else type(known)(elements)
+def _unpack(value: Any) -> Any:
+    """Unpack a recorded value that is known to be a tuple into a tuple of recorded values."""
+    example = recorded(value)
+    if isinstance(example, tuple | list):
+        elements = [_unpack(value[index]) for index in range(len(example))]
+        return type(example)(*elements) if hasattr(example, "_fields") else type(example)(elements)
     return value
 
 
 def _key_of(key: Any) -> str:
-    """What one entry of a pytree path is called."""
+    """The name of one entry of a pytree path."""
     return str(getattr(key, "idx", getattr(key, "key", getattr(key, "name", None))))
 
 
@@ -83,7 +83,7 @@ def carried_arguments(
     carry: Mapping[str, OutputPath],
     fake_mode: FakeTensorMode | None,
 ) -> list[CarriedLeaf]:
-    """The arguments to be carried, with the structure of those for which there is an example and no default."""
+    """The carried arguments; those with an example and without a default have their structure."""
     if not carry:
         return []
     parameters = {p.name: p for p in list(inspect.signature(getattr(type(model), entry)).parameters.values())[1:]}
@@ -120,7 +120,7 @@ def as_call(example_inputs: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:
         raise InputError(
             "SNNFX305",
             f"example_inputs is a {type(example_inputs).__name__}",
-            hint="Give what ONE call takes: a tensor, a tuple of arguments, or a dict of keyword arguments.",
+            hint="Pass the inputs of ONE call: a tensor, a tuple of arguments, or a dict of keyword arguments.",
         )
     return ((example_inputs,) if isinstance(example_inputs, Tensor) else tuple(example_inputs)), {}
 
@@ -128,7 +128,11 @@ def as_call(example_inputs: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:
 def step_arguments(
     model: nn.Module, entry: str, example_inputs: Any, fake_mode: FakeTensorMode | None, carried: tuple[str, ...] = ()
 ) -> tuple[Any, list[InputLeaf], pytree.TreeSpec]:
-    """`((args, kwargs) with ArgumentLeaf in place of tensors, leaves, spec)`, without the carried arguments."""
+    """The arguments of one step without the carried ones.
+
+    Returns:
+        `((args, kwargs) with an ArgumentLeaf for each tensor, leaves, spec)`.
+    """
     signature = inspect.signature(getattr(type(model), entry))
     parameters = list(signature.parameters.values())[1:]
     if example_inputs is None:
@@ -137,36 +141,35 @@ def step_arguments(
             if p.kind in (p.VAR_POSITIONAL, p.VAR_KEYWORD) or p.name in carried:
                 continue
             if p.default is p.empty:
-                behind = any(q.name in carried for q in parameters[: parameters.index(p)])
-                names.append((p.name, behind or p.kind is p.KEYWORD_ONLY))
+                follows_carried = any(q.name in carried for q in parameters[: parameters.index(p)])
+                names.append((p.name, follows_carried or p.kind is p.KEYWORD_ONLY))
         if not names:
             raise CaptureError(
                 "SNNFX211",
                 f"{type(model).__name__}.{entry} has no required arguments",
                 where=location_of_forward(model, entry),
                 why=f"its signature is {entry}{signature}.",
-                hint="Pass example_inputs=(x, ...) with what one step takes.",
+                hint="Pass example_inputs=(x, ...) with the inputs of one step.",
             )
-        given: tuple[tuple[Any, ...], dict[str, Any]] = (
+        call: tuple[tuple[Any, ...], dict[str, Any]] = (
             tuple(_UnknownInput(n) for n, keyword in names if not keyword),
             {n: _UnknownInput(n) for n, keyword in names if keyword},
         )
     else:
-        given = split_arguments(parameters, carried, *as_call(example_inputs))[:2]
+        call = split_arguments(parameters, carried, *as_call(example_inputs))[:2]
     try:
-        bound = signature.bind(model, *given[0], **given[1], **dict.fromkeys(carried))
+        signature.bind(model, *call[0], **call[1], **dict.fromkeys(carried))
     except TypeError as error:
         raise InputError(
             "SNNFX307",
-            f"example_inputs does not fit {type(model).__name__}.{entry}{signature}",
+            f"example_inputs does not match {type(model).__name__}.{entry}{signature}",
             why=f"{error}.",
-            hint="It has to be what ONE call takes: a tensor, a tuple of arguments, or a dict of keyword arguments.",
+            hint="Pass the inputs of ONE call: a tensor, a tuple of arguments, or a dict of keyword arguments.",
         ) from error
-    del bound
-    flat, spec = pytree.tree_flatten_with_path(given)
+    flat, spec = pytree.tree_flatten_with_path(call)
     names_in_order = [p.name for p in parameters]
-    others = [(_leaf_name(path, names_in_order), v) for path, v in flat if not isinstance(v, Tensor | _UnknownInput)]
-    refuse_inputs(others, location_of_forward(model, entry))
+    constants = [(_leaf_name(path, names_in_order), v) for path, v in flat if not isinstance(v, Tensor | _UnknownInput)]
+    refuse_inputs(constants, location_of_forward(model, entry))
     leaves: list[InputLeaf] = []
     arguments: list[Any] = []
     for path, value in flat:
@@ -182,19 +185,21 @@ def step_arguments(
             arguments.append(value)
             leaves.append(InputLeaf(name, None, value))
     if not any(leaf.placeholder for leaf in leaves):
-        raise InputError("SNNFX305", "example_inputs holds no tensor", hint="Pass what one call of the model takes.")
+        raise InputError(
+            "SNNFX305", "example_inputs contains no tensor", hint="Pass the inputs of one call of the model."
+        )
     return pytree.tree_unflatten(arguments, spec), leaves, spec
 
 
 class _UnknownInput:
-    """An argument of which only the name is known."""
+    """An argument without an example value."""
 
     def __init__(self, name: str) -> None:
         self.name = name
 
 
 def _leaf_name(path: tuple[Any, ...], parameters: list[str]) -> str:
-    """`x`, or `x.0.key` for nested arguments."""
+    """The name of an input leaf: `x`, or `x.0.key` for nested arguments."""
     keys: list[Any] = [getattr(k, "idx", getattr(k, "key", getattr(k, "name", None))) for k in path]
     if keys[0] == 0:
         position = int(keys[1])
@@ -214,12 +219,13 @@ def _leaf_name(path: tuple[Any, ...], parameters: list[str]) -> str:
 
 
 def carried_output(model: nn.Module, outputs: Any, carried: CarriedLeaf) -> Any:
+    """Select the next value of a carried argument from the outputs of a step."""
     try:
         return output_at(outputs, carried.path)
     except (IndexError, KeyError, TypeError, AttributeError) as error:
         raise InputError(
             "SNNFX309",
-            f"carry: the outputs of a step of {type(model).__name__} have nothing at {carried.path}",
-            why=f"`{carried.name}` should be carried from there.",
-            hint="Give the index of the next state in what the step returns.",
+            f"carry: the outputs of a step of {type(model).__name__} have no element {carried.path}",
+            why=f"carry= names it as the next value of `{carried.name}`.",
+            hint="Pass the index of the next state in the outputs of the step.",
         ) from error

@@ -1,8 +1,10 @@
-"""The tracer that records one time step: proxies that know shapes, leaves, surrogate gradients, stateful calls.
+"""The tracer that records one time step, based on `torch.fx.Tracer`.
 
-Built on `torch.fx.Tracer`. What it adds: stateful modules become calls with explicit state; the `apply` of an
-autograd.Function becomes one node, so its backward survives; with example inputs every proxy knows the value of one
-step as a fake tensor, so Python control flow on shapes works; nodes remember the user's file and line.
+In addition to torch.fx:
+- stateful modules become calls with explicit state;
+- the `apply` of an autograd.Function becomes one node, which preserves surrogate gradients;
+- with example inputs every proxy has a fake tensor as example value, so Python control flow on shapes works;
+- nodes record the user's file and line.
 """
 
 from __future__ import annotations
@@ -14,9 +16,11 @@ import torch
 from torch import Tensor, fx, nn
 from torch.fx import Node
 
-from snnfx.capture.attribute_state import Attribute
+from snnfx.capture.attribute_slots import AttributeSlot
 from snnfx.capture.example_values import ExampleValues
-from snnfx.capture.leaf_states import LeafStates
+from snnfx.capture.input_output_checks import refuse_outputs
+from snnfx.capture.internal_faults import raise_internal_fault
+from snnfx.capture.leaf_module_states import LeafModuleStates
 from snnfx.capture.patches import (
     autocast_state,
     patched_apply,
@@ -27,44 +31,37 @@ from snnfx.capture.patches import (
 from snnfx.capture.proxy import UNKNOWN, StepProxy, needs_examples, value_of
 from snnfx.capture.setting_reads import recorded_reads
 from snnfx.capture.stateful_calls import StatefulCalls, element_of, mark_returned
-from snnfx.capture.supported_values import refuse_outputs
 from snnfx.errors import CaptureError
 from snnfx.ir.edits import add_placeholder
 from snnfx.ir.nodes import is_in_place
 from snnfx.ir.program import SELF_TARGET
 from snnfx.ops.step_functions import expect_size, set_part_
-from snnfx.sandbox.contents import python_rng_state
+from snnfx.sandbox.python_rng import python_rng_state
 from snnfx.sandbox.torch_internals import FakeTensorMode, pytree
 from snnfx.sandbox.user_code import format_location, location_of_error, location_of_forward, user_location
+from snnfx.state.composite_adapter import composite_adapter, is_stateful_tree
 from snnfx.state.leaf_modules import is_leaf
-from snnfx.state.registry import (
-    adapter_of,
-    call_opaque,
-    call_stateful,
-    composite_adapter,
-    initial_value,
-    is_stateful_tree,
-    opaque_initial_value,
-    takes_state,
-)
+from snnfx.state.registry import adapter_of
+from snnfx.state.stateful import takes_state
+from snnfx.state.step_calls import call_opaque, call_stateful, initial_value, opaque_initial_value
 
 __all__ = ["ArgumentLeaf", "StepTracer", "SubmoduleNotTraceable"]
 
 _NUMBER_MODULES = ("_operator", "builtins", "math")
-"""Where functions live that make numbers of numbers: sizes of sizes."""
-_DRAWS = "it draws random numbers of Python or NumPy, which a graph does not record."
+"""Modules of functions that compute numbers from numbers, such as sizes from sizes."""
+_USES_PYTHON_RNG = "it draws random numbers from Python or NumPy, which a graph does not record."
 
 
 class SubmoduleNotTraceable(Exception):
-    """Raised through a trace when a submodule has to become an opaque leaf; the trace is then started again."""
+    """Raised in a trace when a submodule must become an opaque leaf; capture then starts a new trace."""
 
     def __init__(self, name: str, reason: str, error: CaptureError | None = None) -> None:
         super().__init__(f"{name}: {reason}")
         self.name, self.reason = name, reason
         self.error = error
-        """Of the model itself: what to raise if it cannot be stepped as it is either."""
-        self.undeclared: list[Attribute] = []
-        """State that was found up to there, in attributes that nobody registered."""
+        """For the model itself: the error to raise if it cannot be stepped as an opaque leaf either."""
+        self.undeclared: list[AttributeSlot] = []
+        """State in unregistered attributes that the trace discovered before it failed."""
 
 
 class StepTracer(fx.Tracer):
@@ -72,9 +69,9 @@ class StepTracer(fx.Tracer):
 
     Args:
         arguments: `(args, kwargs)` of one step, with an `ArgumentLeaf` for each tensor.
-        entry: name of the method that is one step.
-        opaque: qualified names of submodules that must not be traced, with the reason.
-        fake_mode: the mode under which values are computed, or None without example inputs.
+        entry: name of the method that computes one step.
+        opaque: qualified names of submodules that must not be traced, each with the reason.
+        fake_mode: the fake tensor mode of example values, or None without example inputs.
     """
 
     proxy_buffer_attributes = True
@@ -91,8 +88,8 @@ class StepTracer(fx.Tracer):
         self.arguments = arguments
         self.opaque = opaque or {}
         self.values = ExampleValues(self, fake_mode)
-        self.calls = StatefulCalls(self)
-        self.leaf_states = LeafStates(self)
+        self.leaf_states = LeafModuleStates(self)
+        self.calls = StatefulCalls(self, self.values, self.leaf_states)
         self.constants: dict[str, Any] = {}
         self.slot_values: dict[str, Any] = {}
         self.slot_initials: dict[str, Any] = {}
@@ -103,29 +100,27 @@ class StepTracer(fx.Tracer):
         self.output_spec: pytree.TreeSpec | None = None
         self.reads: dict[tuple[nn.Module, str], tuple[Any, str]] = {}
         self.first_reads: dict[tuple[nn.Module, str], Any] = {}
-        """What the model's code found when it first read an attribute in this trace."""
+        """The value of each module attribute when the model's code first read it in this trace."""
         self.is_evaluating = False
         self._autocast = autocast_state()
         self._paths: dict[nn.Module, str] = {}
 
-    # -- recording ---------------------------------------------------------------------------------------------
-
     def record(
         self, root: nn.Module, prepare: Callable[[StepTracer], None], finish: Callable[[StepTracer], None]
     ) -> fx.Graph:
-        """Trace `root`; `prepare` runs when placeholders may be made, `finish` when the step has been recorded."""
+        """Trace `root`; `prepare` runs before the step and may create placeholders, `finish` runs after the step."""
         self._prepare, self._finish = prepare, finish
         self._paths = {module: name for name, module in root.named_modules()}
-        reads = recorded_reads(self, self.reads)
+        reads = recorded_reads(self, self.leaf_states, self.reads)
         with quiet_fake_tensors(), patched_apply(self), patched_isinstance(), patched_factories(self), reads:
-            before = torch.get_rng_state()
+            rng_state = torch.get_rng_state()
             graph = self.trace(root)
-        if not torch.equal(before, torch.get_rng_state()):
+        if not torch.equal(rng_state, torch.get_rng_state()):
             raise CaptureError(
                 "SNNFX215",
-                "random numbers are drawn that the graph does not record",
+                "the step draws random numbers that the graph does not record",
                 where=location_of_forward(root, self.traced_func_name),
-                why="they would be the same in every call of the net.",
+                why="every call of the net would use the same numbers.",
                 hint="Draw them with torch.rand, torch.randn, torch.rand_like or torch.bernoulli of a recorded value.",
             )
         return graph
@@ -153,7 +148,7 @@ class StepTracer(fx.Tracer):
     def _call_root(
         self, root: nn.Module, root_fn: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> Any:
-        """Record the step; a model that is a single layer or neuron is one call of itself."""
+        """Record the step; a model that is a single leaf module becomes one call."""
         adapter = adapter_of(root)
         is_single = is_leaf(root) if adapter is None else bool(adapter.names(root)) and adapter.is_leaf(root)
         is_single = is_single or takes_state(adapter)
@@ -165,13 +160,13 @@ class StepTracer(fx.Tracer):
             _refuse_by(adapter, root, "the model", location_of_forward(root, self.traced_func_name))
         if "" in self.opaque:
             return mark_returned(self.calls.call(root, "", call_opaque, composite_adapter(root), args, kwargs), "")
-        numbers = python_rng_state()
+        python_state = python_rng_state()
         try:
             outputs = root_fn(root, *args, **kwargs)
         except SubmoduleNotTraceable:
             raise
         except CaptureError as error:
-            # With a cause it is about running the step on the examples: stepping the model would fail as well.
+            # An error with a cause comes from running the step on the example inputs, so stepping would fail too.
             if error.code != "SNNFX201" or error.__cause__ is not None:
                 raise
             raise SubmoduleNotTraceable("", error.why or error.what, error) from error
@@ -181,21 +176,22 @@ class StepTracer(fx.Tracer):
                 "the model cannot be traced",
                 where=format_location(location_of_error(error)) or location_of_forward(root, self.traced_func_name),
                 why=f"{type(error).__name__}: {error}.",
-                hint="Put the code that cannot be traced into a submodule: that submodule is then stepped as it is. "
-                "With example_inputs, so is a model whose state is registered.",
+                hint="Put the code that cannot be traced into a submodule, which the net then steps without tracing. "
+                "With example_inputs the net also steps the model itself, if all its state is registered.",
             )
-            if self.values.mode is None:  # nothing tells whether the step itself runs
+            raise_internal_fault(error, "the net steps the model without tracing")
+            if self.values.mode is None:  # unknown whether the step runs at all
                 raise refusal from error
             raise SubmoduleNotTraceable("", refusal.why, refusal) from error
-        if python_rng_state() != numbers:
+        if python_rng_state() != python_state:
             refusal = CaptureError(
                 "SNNFX215",
-                "random numbers of Python or NumPy are drawn in a step",
+                "the step draws random numbers from Python or NumPy",
                 where=location_of_forward(root, self.traced_func_name),
-                why="they would be the same in every call of the net.",
-                hint="Draw them with torch.rand or torch.randn, or in a submodule, which is then stepped as it is.",
+                why="the graph does not record them, so every call of the net would use the same numbers.",
+                hint="Draw them with torch.rand or torch.randn, or in a submodule, which the net then steps untraced.",
             )
-            raise SubmoduleNotTraceable("", _DRAWS, refusal)
+            raise SubmoduleNotTraceable("", _USES_PYTHON_RNG, refusal)
         return outputs
 
     def _argument(self, leaf: Any) -> Any:
@@ -204,7 +200,7 @@ class StepTracer(fx.Tracer):
         return self.placeholder(leaf.name, leaf.value, {"input": leaf.index})
 
     def placeholder(self, name: str, value: Any, meta: dict[str, Any]) -> StepProxy:
-        """A placeholder node with a known value (or `UNKNOWN`)."""
+        """Record a placeholder node with an example value (or `UNKNOWN`)."""
         node = add_placeholder(self.graph, name)
         node.meta.update(meta)
         if value is not UNKNOWN:
@@ -212,7 +208,7 @@ class StepTracer(fx.Tracer):
         return self.proxy(node)
 
     def add_slot(self, name: str, value: Any = UNKNOWN, *, number: bool = False) -> StepProxy:
-        """A slot and the placeholder that reads it; `number`: it is a Python number before and after the first step."""
+        """Add a slot and its placeholder; `number`: its value is a Python number before and after the first step."""
         proxy = self.placeholder(name, value, {"slot": name, "number": number})
         self.slot_values[name] = proxy
         self.slot_placeholders[name] = proxy.node
@@ -238,7 +234,7 @@ class StepTracer(fx.Tracer):
         return super().create_arg(a)
 
     def constant(self, value: Any) -> Node:
-        """A get_attr node for an object that the model does not register: kept with the program."""
+        """Record a get_attr node for an object that the model does not register; the program stores the object."""
         for name, known in self.constants.items():
             if known is value:
                 return self.create_node("get_attr", name, (), {})
@@ -247,15 +243,15 @@ class StepTracer(fx.Tracer):
         return self.create_node("get_attr", name, (), {})
 
     def create_proxy(self, kind: str, target: Any, args: Any, kwargs: Any, *rest: Any, **more: Any) -> Any:
-        if kind == "call_method" and target == "__setitem__":  # of a tensor that the model made without its input
+        if kind == "call_method" and target == "__setitem__":  # on a tensor that does not depend on the input
             kind, target = "call_function", set_part_
         if kind == "call_function" and kwargs.get("out") is not None:
             raise CaptureError(
                 "SNNFX214",
-                f"`{getattr(target, '__name__', target)}` writes into a tensor that it is given as out=",
+                f"`{getattr(target, '__name__', target)}` writes into a tensor passed as out=",
                 where=format_location(user_location()),
-                why="a graph of values has no tensor that changes.",
-                hint="Use what it returns: y = torch.add(a, b).",
+                why="a functional graph cannot write into an existing tensor.",
+                hint="Use the return value instead: y = torch.add(a, b).",
             )
         proxy = super().create_proxy(kind, target, args, kwargs, *rest, **more)
         if kind.startswith("call") and not torch.is_grad_enabled() and not self.calls.is_recording:
@@ -266,13 +262,13 @@ class StepTracer(fx.Tracer):
         return proxy
 
     def record_at(self, name: str, kind: str, target: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> StepProxy:
-        """A node that belongs to the module of a name."""
+        """Record a node that belongs to the module called `name`."""
         proxy = self.create_proxy(kind, target, args, kwargs)
         proxy.node.meta["module"] = name
         return proxy  # type: ignore[no-any-return]
 
     def without_gradient(self, proxy: Any) -> Any:
-        """What `torch.no_grad()` around an operation means in a graph: its result is detached."""
+        """Detach the result of an operation, as `torch.no_grad()` around the operation does."""
         value = value_of(proxy)
         is_tensor = isinstance(value, Tensor) or (value is UNKNOWN and not proxy.node.meta.get("shape_like"))
         return super().create_proxy("call_method", "detach", (proxy,), {}) if is_tensor else proxy
@@ -289,10 +285,10 @@ class StepTracer(fx.Tracer):
         if kind.startswith("call") and not self.is_evaluating and autocast_state() != self._autocast:
             raise CaptureError(
                 "SNNFX201",
-                "autocast is switched inside the step",
+                "the step switches autocast on or off",
                 where=format_location(user_location()),
-                why="a graph does not record it.",
-                hint="Put autocast around the call of the net, or the code into a submodule, which is then stepped.",
+                why="a graph does not record autocast.",
+                hint="Use autocast around the call of the net, or put the code into a submodule, which is then stepped.",
             )
         node = super().create_node(kind, target, args, kwargs, name, None)
         node.meta.pop("nn_module_stack", None)
@@ -311,27 +307,25 @@ class StepTracer(fx.Tracer):
         return node
 
     def concrete(self, proxy: StepProxy) -> Any:
-        """The Python number behind a proxy, when it is a size; its use is remembered as an expectation."""
+        """The Python number of a proxy that is a size; the graph then checks that the size stays the same."""
         value = value_of(proxy)
-        place = format_location(user_location())
+        location = format_location(user_location())
         if isinstance(value, Tensor) or (value is UNKNOWN and not proxy.node.meta.get("shape_like")):
             raise CaptureError(
                 "SNNFX201",
-                "control flow that depends on the values of a tensor cannot be captured",
-                where=place,
-                why=f"`{proxy.node.name}` is used as a Python bool or number.",
-                hint="Use torch.where, or put the code into a submodule: that submodule is then stepped as it is.",
+                "control flow that depends on tensor values cannot be captured",
+                where=location,
+                why=f"the forward uses `{proxy.node.name}` as a Python bool or number.",
+                hint="Use torch.where, or put the code into a submodule, which the net then steps without tracing.",
             )
         if value is UNKNOWN:
             raise needs_examples(proxy)
-        if isinstance(value, int):  # of a bool, `if x.shape[1] == 3`, the comparison itself is pinned
-            self.create_proxy("call_function", expect_size, (proxy, value, place), {})
+        if isinstance(value, int):  # for a bool, `if x.shape[1] == 3`, the comparison itself is checked
+            self.create_proxy("call_function", expect_size, (proxy, value, location), {})
         return value
 
-    # -- modules ------------------------------------------------------------------------------------------------
-
     def getattr(self, attr: str, attr_val: Any, parameter_proxy_cache: dict[str, Any]) -> Any:
-        # A buffer that is a slot is a proxy already.
+        # A buffer that is a slot already is a proxy.
         if self.is_evaluating or type(attr_val) is StepProxy:
             return attr_val
         return super().getattr(attr, attr_val, parameter_proxy_cache)
@@ -341,9 +335,9 @@ class StepTracer(fx.Tracer):
             return self._paths[mod]
         raise CaptureError(
             "SNNFX211",
-            f"a {type(mod).__name__} is called that is not a submodule of the model",
+            f"the model calls a {type(mod).__name__} that is not one of its submodules",
             where=format_location(user_location()),
-            why="snnfx can only follow modules that are registered.",
+            why="snnfx can trace only registered modules.",
             hint="Assign it as an attribute of a module, or use nn.ModuleList or nn.ModuleDict.",
         )
 
@@ -351,7 +345,7 @@ class StepTracer(fx.Tracer):
         self, m: nn.Module, forward: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> Any:
         if self.is_evaluating:
-            return m.forward(*args, **kwargs)  # not m(...): a user's hooks have no business with fake tensors
+            return m.forward(*args, **kwargs)  # not m(...): hooks of the user must not run on fake tensors
         name = self.path_of_module(m)
         if name == "" and is_leaf(m) and adapter_of(m) is None:
             return self.record_at("", "call_module", SELF_TARGET, args, kwargs)
@@ -369,16 +363,16 @@ class StepTracer(fx.Tracer):
                 return mark_returned(self.calls.call(m, name, call_stateful, adapter, args, kwargs), name)
         elif is_leaf(m):
             result = mark_returned(super().call_module(m, forward, args, kwargs), name)
-            # Two values, also where nothing is known of them: a state that is carried has to have a structure.
+            # Always two values: a carried state needs a known structure even without example inputs.
             is_pair = isinstance(m, nn.LSTMCell)
             return (element_of(result, 0, name), element_of(result, 1, name)) if is_pair else result
         _refuse_hooks(m, name)
-        numbers = python_rng_state()
+        python_state = python_rng_state()
         try:
             with self.calls.inside(m):
                 result = super().call_module(m, forward, args, kwargs)
-            if name and python_rng_state() != numbers:
-                raise SubmoduleNotTraceable(name, _DRAWS)
+            if name and python_rng_state() != python_state:
+                raise SubmoduleNotTraceable(name, _USES_PYTHON_RNG)
         except SubmoduleNotTraceable:
             raise
         except CaptureError as error:
@@ -386,7 +380,8 @@ class StepTracer(fx.Tracer):
                 raise
             raise SubmoduleNotTraceable(name, error.why or error.what) from error
         except Exception as error:
-            # Whatever Python does with a proxy that it cannot do: the module is run as it is instead.
+            # Python code may fail on proxies in any way; the net then steps the module without tracing.
+            raise_internal_fault(error, f"the net steps `{name}` without tracing")
             raise SubmoduleNotTraceable(name, f"{type(error).__name__}: {error}") from error
         return mark_returned(result, name)
 
@@ -395,14 +390,14 @@ class StepTracer(fx.Tracer):
 
 
 class ArgumentLeaf:
-    """A tensor argument of the step: its name, its place among the leaves, its fake value if there is one."""
+    """A tensor argument of the step: its name, its index among all leaves, its fake value or `UNKNOWN`."""
 
     def __init__(self, name: str, index: int, value: Any = UNKNOWN) -> None:
         self.name, self.index, self.value = name, index, value
 
 
 def _refuse_by(adapter: Any, m: nn.Module, name: str, where: str) -> None:
-    """Let an adapter refuse a module, and say where it is called."""
+    """Call `adapter.refuse`, and add the location of the call to its error."""
     try:
         adapter.refuse(m, name)
     except CaptureError as error:
@@ -415,8 +410,8 @@ def _refuse_hooks(m: nn.Module, name: str) -> None:
     if m._forward_hooks or m._forward_pre_hooks or m._backward_hooks or m._backward_pre_hooks:
         raise CaptureError(
             "SNNFX208",
-            f"`{name or 'the model'}` has hooks that would never run",
+            f"`{name or 'the model'}` has hooks that the converted net would not run",
             where=location_of_forward(m),
-            why="it is traced through, so the converted net does not call it as a module.",
-            hint="Put the hook on a leaf module inside it, or remove it while converting.",
+            why="its forward is traced, so the net does not call it as a module.",
+            hint="Register the hook on a leaf module inside it, or remove it before the conversion.",
         )

@@ -18,7 +18,7 @@ from snnfx.sandbox.torch_internals import (
     FakeTensorMode,
     UnsupportedOperatorException,
 )
-from snnfx.state.registry import without_hooks
+from snnfx.state.hooks import without_hooks
 
 
 class CarriedState(Exception):

@@ -8,7 +8,7 @@ from torch.nn.utils.spectral_norm import SpectralNorm
 
 from snnfx.ir.program import StepProgram
 from snnfx.sandbox.torch_internals import NormBase, SpectralNormParametrization
-from snnfx.state.registry import call_opaque, call_stateful
+from snnfx.state.step_calls import call_opaque, call_stateful
 
 __all__ = ["estimates_weights", "has_in_place_flag", "keeps_statistics", "updates_buffers"]
 

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from snnfx.state.registry import has_forward_hooks
+from snnfx.state.hooks import has_forward_hooks
 
 __all__ = ["Settings", "SettingsOfRegion"]
 

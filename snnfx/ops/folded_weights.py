@@ -32,7 +32,7 @@ from snnfx.sandbox.torch_internals import (
     is_forward_mode_enabled,
     tracing_state,
 )
-from snnfx.state.registry import has_forward_hooks
+from snnfx.state.hooks import has_forward_hooks
 
 __all__ = ["NORMS_AFTER", "call_layer", "call_norm"]
 

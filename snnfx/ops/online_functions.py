@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from snnfx.ops.step_functions import ValueAndGradients
 from snnfx.sandbox.torch_internals import ConvBase, is_batched_by_vmap
-from snnfx.state.registry import has_forward_hooks
+from snnfx.state.hooks import has_forward_hooks
 
 __all__ = [
     "cut_history",

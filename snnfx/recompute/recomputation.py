@@ -26,7 +26,7 @@ from snnfx.recompute.replay import ModuleSettings, parameters_of, recompute_lock
 from snnfx.recompute.segment import Segment, SegmentCall, TileCall
 from snnfx.recompute.segment_vjp import backward
 from snnfx.sandbox.torch_internals import are_transforms_active, pytree
-from snnfx.state.registry import has_forward_hooks
+from snnfx.state.hooks import has_forward_hooks
 
 __all__ = ["run_segment"]
 

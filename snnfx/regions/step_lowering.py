@@ -23,7 +23,8 @@ from snnfx.lowering.elementwise.translation import translate
 from snnfx.lowering.mixed.first_states import initial_states_of_each
 from snnfx.lowering.mixed.mixed_step import MixedStep
 from snnfx.regions.region_modules import buffers_of
-from snnfx.state.registry import adapter_of, call_stateful, initial_value
+from snnfx.state.registry import adapter_of
+from snnfx.state.step_calls import call_stateful, initial_value
 
 __all__ = ["Recorded", "StepLowering"]
 

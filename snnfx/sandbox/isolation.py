@@ -1,4 +1,4 @@
-"""Runs that leave no trace: everything that a run of a model can change is put back behind it."""
+"""Run a model without side effects: restore everything that the run can change."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ __all__ = [
 
 
 class RNGState:
-    """The states of torch's random number generators, that of the CPU first; made by `rng_state`."""
+    """RNG states of torch, first the CPU generator, then the CUDA devices; see `rng_state`."""
 
     def __init__(self, states: list[Tensor]) -> None:
         self.states = states
@@ -32,22 +32,22 @@ class RNGState:
         return all(torch.equal(a, b) for a, b in zip(self.states, other.states, strict=True))
 
     def restore(self) -> None:
-        """Go on drawing from here."""
+        """Set the generators of torch to these states."""
         torch.set_rng_state(self.states[0])
         if len(self.states) > 1:
             torch.cuda.set_rng_state_all(self.states[1:])
 
 
 def rng_state() -> RNGState:
-    """The states of the generators now."""
-    on_devices = torch.cuda.get_rng_state_all() if torch.cuda.is_initialized() else []
-    return RNGState([torch.get_rng_state(), *on_devices])
+    """The current RNG states of torch."""
+    cuda_states = torch.cuda.get_rng_state_all() if torch.cuda.is_initialized() else []
+    return RNGState([torch.get_rng_state(), *cuda_states])
 
 
 @contextmanager
 def isolated(*modules: nn.Module) -> Iterator[None]:
-    """Put everything that a run can change back afterwards."""
-    snapshots, python_random = [StateSnapshot.of(module) for module in modules], random.getstate()
+    """Restore state, attributes, buffers and RNG states of the modules when the context exits."""
+    snapshots, python_state = [StateSnapshot.of(module) for module in modules], random.getstate()
     buffers = {buffer: buffer.detach().clone() for module in modules for buffer in module.buffers()}
     try:
         yield
@@ -55,15 +55,15 @@ def isolated(*modules: nn.Module) -> Iterator[None]:
         for snapshot in snapshots:
             snapshot.restore()
         for buffer, value in buffers.items():
-            # BatchNorm writes its statistics past the version counter; somebody else's graph may rely on that.
+            # Through `.data`, which keeps the version: an autograd graph may have saved the buffer for backward.
             if not torch.equal(buffer, value):
                 buffer.data.copy_(value)
-        random.setstate(python_random)
+        random.setstate(python_state)
 
 
 @contextmanager
 def autocast_cache_disabled() -> Iterator[None]:
-    """Autocast keeps no cast weights: after a run on fake tensors, a real one would compute with fake weights."""
+    """Disable autocast's weight cache: a run on fake tensors would leave fake weights in it for real runs."""
     was_enabled = torch.is_autocast_cache_enabled()
     torch.set_autocast_cache_enabled(False)
     try:
@@ -74,7 +74,7 @@ def autocast_cache_disabled() -> Iterator[None]:
 
 @contextmanager
 def in_mode(net: nn.Module, training: bool) -> Iterator[None]:
-    """A net and its model in this mode; if they are not, every flag is put back afterwards."""
+    """Set a net and its model to training or evaluation mode, and restore every flag on exit."""
     if net.training == training:
         yield
         return
@@ -83,6 +83,6 @@ def in_mode(net: nn.Module, training: bool) -> Iterator[None]:
     try:
         yield
     finally:
-        net.train(not training)  # a net sets the flag of its model, which is no child of it
+        net.train(not training)  # also sets the flag of the model, which is not a submodule of the net
         for module, flag in flags:
             module.training = flag

@@ -1,4 +1,4 @@
-"""Ordinary tensor operations where PyTorch has switched parts of itself off: inside an operator, or during a trace."""
+"""Restore ordinary dispatch where torch has disabled autograd or vmap: in an operator or a trace."""
 
 from __future__ import annotations
 
@@ -17,21 +17,21 @@ __all__ = ["ordinary_dispatch"]
 
 @functools.cache
 def _fresh_dispatch_keys() -> tuple[Any, Any]:
-    """What the dispatcher includes and excludes in a thread where nothing has been switched on or off."""
-    found: list[Any] = []
+    """The dispatch keys that a new thread includes and excludes."""
+    keys: list[Any] = []
 
-    def look() -> None:
-        found.append(included_dispatch_keys())
-        found.append(excluded_dispatch_keys())
+    def read_keys() -> None:
+        keys.append(included_dispatch_keys())
+        keys.append(excluded_dispatch_keys())
 
-    thread = threading.Thread(target=look)
+    thread = threading.Thread(target=read_keys)
     thread.start()
     thread.join()
-    return found[0], found[1]
+    return keys[0], keys[1]
 
 
 @contextlib.contextmanager
 def ordinary_dispatch(grad: bool) -> Iterator[None]:
-    """Let autograd and vmap work inside an operator, where the dispatcher has switched them off."""
+    """Enable autograd and vmap inside an operator, where the dispatcher has disabled them."""
     with DispatchKeyGuard(*_fresh_dispatch_keys()), torch.set_grad_enabled(grad):
         yield

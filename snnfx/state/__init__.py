@@ -1,1 +1,1 @@
-"""State as values: the `Stateful` protocol, the registry of stateful modules, state passed as arguments."""
+"""Explicit state: the `Stateful` protocol, adapters of stateful modules, state passed as arguments."""

@@ -1,6 +1,6 @@
 """State that a model takes and returns explicitly: `forward(x, state) -> (y, state)`.
 
-An argument is carried when one step takes what the step before returned at a certain place of its outputs. Each tensor
+An argument is carried when each step takes it from a fixed position in the outputs of the previous step. Each tensor
 in it is a state slot, named after the argument: `mem1`, `state.v`, `state.0.i`.
 """
 
@@ -29,25 +29,25 @@ __all__ = [
 ]
 
 OutputPath = tuple[Any, ...]
-"""Where something is in nested outputs: the indices and keys that lead to it."""
+"""A position in nested outputs: a sequence of indices and keys."""
 
 
 @dataclass(frozen=True)
 class SlotName:
-    """Stands for the value of a slot in the structure of a carried argument."""
+    """Placeholder for the value of a slot in the structure of a carried argument."""
 
     name: str
 
 
 @dataclass(frozen=True)
 class CarriedArgument:
-    """One argument of a step that is an output of the step before.
+    """One argument of a step that is an output of the previous step.
 
     Args:
-        name: the argument.
-        path: where its next value is in the outputs of a step.
-        structure: its value, nested as the model nests it, with a `SlotName` for each slot.
-        required: it has no value before the first step, so the caller has to give one.
+        name: name of the argument.
+        path: position of its next value in the outputs of a step.
+        structure: the nested value of the argument, with a `SlotName` for each slot.
+        required: whether the argument has no default, so the caller must pass an initial value.
     """
 
     name: str
@@ -56,12 +56,12 @@ class CarriedArgument:
     required: bool = False
 
     def slot_names(self) -> tuple[str, ...]:
-        """The names of its slots."""
+        """The names of the slots."""
         return tuple(leaf.name for leaf in pytree.tree_leaves(self.structure) if isinstance(leaf, SlotName))
 
 
 def paths_of(carry: Mapping[str, Any] | None) -> dict[str, OutputPath]:
-    """The option `carry` with a path for each argument: `{"mem": 1}` is short for `{"mem": (1,)}`.
+    """Normalize the option `carry` to one path per argument: `{"mem": 1}` means `{"mem": (1,)}`.
 
     Raises:
         InputError: SNNFX309, an entry is neither an index or key nor a tuple of them.
@@ -69,27 +69,27 @@ def paths_of(carry: Mapping[str, Any] | None) -> dict[str, OutputPath]:
     if carry is None:
         return {}
     if not isinstance(carry, Mapping):
-        raise InputError("SNNFX309", f"carry={carry!r} is no dict", hint='Write carry={"state": 1}.')
+        raise InputError("SNNFX309", f"carry={carry!r} is not a dict", hint='Write carry={"state": 1}.')
     paths = {name: path if isinstance(path, tuple) else (path,) for name, path in carry.items()}
     for name, path in paths.items():
         if not isinstance(name, str) or not path or not all(isinstance(key, int | str) for key in path):
             raise InputError(
                 "SNNFX309",
-                f"carry={dict(carry)!r} does not say where `{name}` is in the outputs",
-                hint='Give an index into what a step returns, or a tuple of indices: carry={"state": (1, 0)}.',
+                f"carry={dict(carry)!r} gives no position in the outputs for `{name}`",
+                hint='Give an index into the outputs of a step, or a tuple of indices: carry={"state": (1, 0)}.',
             )
     return paths
 
 
 def output_at(outputs: Any, path: OutputPath) -> Any:
-    """The part of nested outputs at a path."""
+    """Select the part of nested outputs at a path."""
     for key in path:
         outputs = getattr(outputs, key) if isinstance(key, str) and hasattr(outputs, "_fields") else outputs[key]
     return outputs
 
 
 def with_output_at(outputs: Any, path: OutputPath, value: Any) -> Any:
-    """A copy of nested outputs with another value at a path."""
+    """Copy nested outputs and replace the value at a path."""
     if not path:
         return value
     key, rest = path[0], path[1:]
@@ -103,7 +103,7 @@ def with_output_at(outputs: Any, path: OutputPath, value: Any) -> Any:
 
 
 def outputs_without(outputs: Any, paths: Sequence[OutputPath]) -> Any:
-    """Nested outputs without the parts at some paths; a tuple or list of which one element is left is that element.
+    """Remove the parts at some paths from nested outputs; unwrap a tuple or list with one element left.
 
     Example:
         >>> outputs_without(("spikes", "mem1", "mem2"), [(1,), (2,)])
@@ -117,15 +117,15 @@ def outputs_without(outputs: Any, paths: Sequence[OutputPath]) -> Any:
     by_position: dict[int, list[OutputPath]] = {}
     for path in paths:
         by_position.setdefault(_position(outputs, path[0]), []).append(path[1:])
-    inside = [by_position.get(i, []) for i in range(len(outputs))]
-    kept = [outputs_without(v, below) for v, below in zip(outputs, inside, strict=True) if () not in below]
-    if len(kept) == 1:
-        return kept[0]
-    return kept if isinstance(outputs, list) else tuple(kept)
+    inner_paths = [by_position.get(i, []) for i in range(len(outputs))]
+    remaining = [outputs_without(v, inner) for v, inner in zip(outputs, inner_paths, strict=True) if () not in inner]
+    if len(remaining) == 1:
+        return remaining[0]
+    return remaining if isinstance(outputs, list) else tuple(remaining)
 
 
 def _position(outputs: Any, key: Any) -> int:
-    """The index that a key means in a tuple or list; the name of a field is a key as well."""
+    """The index of a key in a tuple or list; a string names a field of a named tuple."""
     if isinstance(key, str):
         return int(outputs._fields.index(key))
     return int(range(len(outputs))[key])
@@ -134,54 +134,54 @@ def _position(outputs: Any, key: Any) -> int:
 def split_arguments(
     parameters: Sequence[inspect.Parameter], carried: Sequence[str], args: Sequence[Any], kwargs: Mapping[str, Any]
 ) -> tuple[tuple[Any, ...], dict[str, Any], dict[str, Any]]:
-    """Part the arguments of a call into `(args, kwargs, carried ones by name)`.
+    """Split the arguments of a call into `(args, kwargs, carried arguments by name)`.
 
-    What is given by position behind a carried argument moves into kwargs.
+    Positional arguments that follow a carried argument move into kwargs.
     """
-    kept: list[Any] = []
+    positional_values: list[Any] = []
     named: dict[str, Any] = {}
     state: dict[str, Any] = {}
     positional = [p for p in parameters if p.kind in (p.POSITIONAL_ONLY, p.POSITIONAL_OR_KEYWORD)]
-    passed = False
+    after_carried = False
     for index, value in enumerate(args):
         name = positional[index].name if index < len(positional) else None
         if name in carried:
-            passed = True
+            after_carried = True
             state[str(name)] = value
-        elif passed and name is not None:
+        elif after_carried and name is not None:
             named[name] = value
         else:
-            kept.append(value)
+            positional_values.append(value)
     for name, value in kwargs.items():
         (state if name in carried else named)[name] = value
-    return tuple(kept), named, state
+    return tuple(positional_values), named, state
 
 
 def flatten_state(argument: CarriedArgument, value: Any) -> dict[str, Any]:
-    """The slots of a carried argument and their values, from the argument as the model takes it.
+    """Flatten the value of a carried argument into slot values by name.
 
     Raises:
-        InputError: SNNFX308, the value is nested in another way than the state of the net.
+        InputError: SNNFX308, the value and the state of the net are nested differently.
     """
     leaves, spec = pytree.tree_flatten(value)
     names, expected = pytree.tree_flatten(argument.structure)
     if spec != expected or any(leaf is None for leaf, n in zip(leaves, names, strict=True) if isinstance(n, SlotName)):
         raise InputError(
             "SNNFX308",
-            f"the state `{argument.name}` is nested in another way than the model's",
-            why=f"it is {spec}, and one step returns {expected}.",
-            hint="Pass on what a call returned, or leave the argument out to start from the reset state.",
+            f"the structure of the state `{argument.name}` differs from the model's",
+            why=f"it is {spec}, but one step returns {expected}.",
+            hint="Pass the state that a call returned, or omit the argument to start from the reset state.",
         )
     return {n.name: leaf for n, leaf in zip(names, leaves, strict=True) if isinstance(n, SlotName)}
 
 
 def rebuild_state(argument: CarriedArgument, state: Mapping[str, Any]) -> Any:
-    """The argument as the model takes it, from the values of its slots."""
+    """Rebuild the nested value of a carried argument from slot values; inverse of `flatten_state`."""
     return pytree.tree_map(lambda leaf: state[leaf.name] if isinstance(leaf, SlotName) else leaf, argument.structure)
 
 
 def with_final_state(outputs: Any, carried: Sequence[CarriedArgument], state: Mapping[str, Any]) -> Any:
-    """What the model returns: outputs with the final values of what is carried in their places."""
+    """Insert the final values of carried arguments into outputs, as the model returns them."""
     for argument in carried:
         outputs = with_output_at(outputs, argument.path, rebuild_state(argument, state))
     return outputs

@@ -447,7 +447,7 @@ def test_no_code_of_capture_is_without_a_test() -> None:
         "SNNFX202": "test_capture.py",
         "SNNFX210": "test_capture.py",
         "SNNFX212": "test_capture.py",
-        "SNNFX217": "test_leaf_states.py",
+        "SNNFX217": "test_leaf_module_states.py",
     }
     codes = {code for code in CODES if code.startswith("SNNFX2")}
     assert codes == {r.code for r in REFUSALS.values()} | set(elsewhere)

@@ -16,17 +16,9 @@ from snnfx import neuron
 from snnfx.errors import CaptureError, InputError
 from snnfx.functional import detach_net, reset_net
 from snnfx.sandbox.snapshot import StateSnapshot
-from snnfx.state.registry import (
-    adapter_of,
-    call_opaque,
-    call_stateful,
-    composite_adapter,
-    initial_value,
-    is_stateful_tree,
-    named_stateful,
-    opaque_initial_value,
-    register_adapter,
-)
+from snnfx.state.composite_adapter import composite_adapter, is_stateful_tree
+from snnfx.state.registry import adapter_of, named_stateful, register_adapter
+from snnfx.state.step_calls import call_opaque, call_stateful, initial_value, opaque_initial_value
 from support.stepping import assert_same
 
 

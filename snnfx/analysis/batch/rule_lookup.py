@@ -38,7 +38,7 @@ from snnfx.ops.online_functions import (
 )
 from snnfx.ops.step_functions import apply_autograd_function, change_value, expect_size, set_part
 from snnfx.state.leaf_modules import is_declared_leaf
-from snnfx.state.registry import call_opaque, call_stateful, initial_value, opaque_initial_value
+from snnfx.state.step_calls import call_opaque, call_stateful, initial_value, opaque_initial_value
 
 __all__ = ["RuleMatch", "constant_fact", "find_rule", "row_names"]
 

@@ -22,7 +22,7 @@ from snnfx.sandbox.torch_internals import (
     MaxPoolBase,
     NormBase,
 )
-from snnfx.state.registry import call_opaque
+from snnfx.state.step_calls import call_opaque
 
 __all__ = ["summarize_module", "summarize_node"]
 

@@ -20,7 +20,7 @@ from snnfx.ir.printing import describe_node, location_of
 from snnfx.ir.program import StepProgram
 from snnfx.ops.step_functions import expect_size
 from snnfx.sandbox.torch_internals import pytree
-from snnfx.state.registry import initial_value
+from snnfx.state.step_calls import initial_value
 
 __all__ = ["Painter"]
 

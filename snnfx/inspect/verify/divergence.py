@@ -12,7 +12,8 @@ from torch import Tensor, nn
 
 from snnfx.inspect.verify.comparison import Tolerance, are_spikes, compare
 from snnfx.sandbox.torch_internals import pytree
-from snnfx.state.registry import Adapter, named_stateful
+from snnfx.state.registry import named_stateful
+from snnfx.state.stateful import Adapter
 
 __all__ = ["Divergence", "NeuronTrace", "first_divergence", "recorded_neurons"]
 

@@ -1,4 +1,4 @@
-"""Adapters: what makes other libraries' neurons and layers readable to snnfx.
+"""Adapters for the neurons and layers of other libraries, one module per library.
 
-Each module serves one library and imports it only when a model that uses it is converted.
+snnfx imports an adapter module only when it converts a model that uses the library.
 """

@@ -1,8 +1,7 @@
-"""Norse: its cells, which take and return their state, `z, s = cell(x, s)`, as pure steps.
+"""Adapter for Norse cells, which take and return their state: `z, s = cell(x, s)`.
 
-Written for Norse 1.1. A cell is one node with the tensors of its state as operands; the named tuple around them is put
-together again from the results. The modules that run over time themselves (`LIF`, `LIFRecurrent`, `Lift`, ...) have no
-single-step form.
+Written for Norse 1.1. A cell becomes one node with the tensors of its state as operands; the named tuple is rebuilt
+from the results. Modules with their own time loop (`LIF`, `LIFRecurrent`, `Lift`, ...) have no single-step form.
 """
 
 from __future__ import annotations
@@ -25,19 +24,21 @@ from torch import Tensor, nn
 
 from snnfx.errors import CaptureError
 from snnfx.sandbox.torch_internals import FakeTensor, pytree, unset_fake_temporarily
-from snnfx.state.registry import State, StatefulCall, StatelessAdapter, has_forward_hooks, register_adapter
+from snnfx.state.hooks import has_forward_hooks
+from snnfx.state.registry import register_adapter
+from snnfx.state.stateful import State, StatefulCall, StatelessAdapter
 
 __all__ = ["NorseAdapter"]
 
 
 class NorseAdapter(StatelessAdapter):
-    """Cells: `LIFCell`, `LIFRecurrentCell`, `LICell`, `LIFAdExCell`, `IAFCell`, ... The caller has their state."""
+    """Steps the cells, whose state the caller passes: `LIFCell`, `LIFRecurrentCell`, `LICell`, `LIFAdExCell`, ..."""
 
     def elementwise(self, module: nn.Module) -> bool:
         return isinstance(module, snn.SNNCell)
 
     def keeps_batch(self, module: nn.Module) -> bool:
-        """Each sample of dim 0 is computed on its own, and everything has the rank of the input."""
+        """Each sample along dim 0 is independent, and outputs and states have the rank of the input."""
         return True
 
     def is_leaf(self, module: nn.Module) -> bool:
@@ -47,25 +48,28 @@ class NorseAdapter(StatelessAdapter):
         return None
 
     def projected(self, module: nn.Module) -> Tensor | None:
-        """The weights that a recurrent cell multiplies its input by, if that can be done before the call.
+        """The input weights of a recurrent cell, if the input can be multiplied by them before the call.
 
-        The product with the input of each step needs no state, so it leaves the loop: one matrix product for all
-        steps. A hook sees what the call is given, so a cell with hooks keeps it.
+        This product does not depend on the state, so it leaves the loop: one matrix product for all steps. A cell with
+        hooks computes it itself, because a hook receives the arguments of the call.
         """
-        by_linear = getattr(module, "activation", None) in _BY_LINEAR or type(module) is leaky_integrator.LILinearCell
-        return module._parameters.get("input_weights") if by_linear and not has_forward_hooks(module) else None
+        is_linear = (
+            getattr(module, "activation", None) in _STEPS_WITH_LINEAR_INPUT
+            or type(module) is leaky_integrator.LILinearCell
+        )
+        return module._parameters.get("input_weights") if is_linear and not has_forward_hooks(module) else None
 
     def step(
         self, module: nn.Module, state: State, *inputs: Any, projected: bool = False, **kwargs: Any
     ) -> tuple[Any, State]:
-        given = pytree.tree_unflatten(list(state), _structure(module)) if state[0] is not None else None
-        if given is None and isinstance(inputs[0], FakeTensor) and hasattr(module, "state_fallback"):
-            # Recurrent cells have sizes and potentials in tensors, whose values a fake tensor does not tell.
+        nested_state = pytree.tree_unflatten(list(state), _structure(module)) if state[0] is not None else None
+        if nested_state is None and isinstance(inputs[0], FakeTensor) and hasattr(module, "state_fallback"):
+            # Recurrent cells store sizes and potentials in tensors, and fake tensors have no values.
             with unset_fake_temporarily():
-                given = module.state_fallback(torch.zeros(inputs[0].shape, dtype=inputs[0].dtype))  # type: ignore[operator]
+                nested_state = module.state_fallback(torch.zeros(inputs[0].shape, dtype=inputs[0].dtype))  # type: ignore[operator]
         call = module if has_forward_hooks(module) else module.forward
         with _without_projection(module) if projected else contextlib.nullcontext():
-            outputs, following = call(*inputs, given, **kwargs)
+            outputs, following = call(*inputs, nested_state, **kwargs)
         return outputs, tuple(pytree.tree_leaves(following))
 
     def read_call(
@@ -77,13 +81,13 @@ class NorseAdapter(StatelessAdapter):
         state = args[1] if len(args) > 1 else kwargs.get("state")
         values: list[Any] = [None] * structure.num_leaves
         if state is not None:
-            values, given = pytree.tree_flatten(state)
-            if given != structure:
+            values, passed_structure = pytree.tree_flatten(state)
+            if passed_structure != structure:
                 raise CaptureError(
                     "SNNFX211",
-                    f"a {type(module).__name__} is called with a state that it does not return",
-                    why=f"it is {given}, and the cell returns {structure}.",
-                    hint="Pass on the state that the cell returned.",
+                    f"a {type(module).__name__} is called with a state of another structure than it returns",
+                    why=f"it is {passed_structure}, but the cell returns {structure}.",
+                    hint="Pass the state that the cell returned.",
                 )
 
         def returns(output: Any, following: tuple[Any, ...]) -> Any:
@@ -92,8 +96,8 @@ class NorseAdapter(StatelessAdapter):
         return StatefulCall(tuple(values), inputs, {}, returns)
 
 
-class _Projected:
-    """Stands for the input weights of a cell whose input has been multiplied by them already."""
+class _AppliedWeights:
+    """Replaces the input weights of a cell whose input is already multiplied by them."""
 
     @classmethod
     def __torch_function__(cls, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
@@ -104,20 +108,20 @@ class _Projected:
 
 @contextlib.contextmanager
 def _without_projection(module: nn.Module) -> Iterator[None]:
-    """Let the cell take its input for the product with its weights."""
+    """Make the cell treat its input as the product with its input weights."""
     weights = module._parameters.pop("input_weights")
-    module.__dict__["input_weights"] = _Projected()
+    module.__dict__["input_weights"] = _AppliedWeights()
     try:
         yield
     finally:
         del module.__dict__["input_weights"]
-        # The order of the parameters is that of the optimizer and of the state_dict.
-        others = dict(module._parameters)
+        # Optimizers and the state_dict rely on the order of the parameters.
+        other_parameters = dict(module._parameters)
         module._parameters.clear()
-        module._parameters.update({"input_weights": weights, **others})
+        module._parameters.update({"input_weights": weights, **other_parameters})
 
 
-_BY_LINEAR = (
+_STEPS_WITH_LINEAR_INPUT = (
     lif_step,
     lif_adex_step,
     lif_adex_refrac_step,
@@ -130,7 +134,7 @@ _BY_LINEAR = (
 
 
 class _NorseSequenceAdapter(NorseAdapter):
-    """Modules with their own loop over time."""
+    """Refuses modules with their own loop over time."""
 
     read_call = None  # type: ignore[assignment]
 
@@ -140,11 +144,11 @@ class _NorseSequenceAdapter(NorseAdapter):
     def refuse(self, module: nn.Module, where: str) -> None:
         name = type(module).__name__
         cell = f"Use norse.torch.{name}Cell."
-        hint = cell if isinstance(module, _OVER_TIME) else "Use what is inside it for one step."
+        hint = cell if isinstance(module, _SEQUENCE_MODULES) else "Use the module inside it, which computes one step."
         raise CaptureError(
             "SNNFX205",
             f"`{where}` ({name}) has no single-step form",
-            why="it runs over the time steps itself.",
+            why="its forward loops over time.",
             hint=hint,
         )
 
@@ -153,7 +157,7 @@ _structures: weakref.WeakKeyDictionary[nn.Module, pytree.TreeSpec] = weakref.Wea
 
 
 def _structure(module: nn.Module) -> pytree.TreeSpec:
-    """How the state of a cell is nested, found by one step on zeros."""
+    """The nested structure of a cell's state, determined by one step on zeros."""
     if module not in _structures:
         like = next((p for p in module.parameters()), torch.zeros(()))
         with unset_fake_temporarily(), torch.no_grad():
@@ -163,11 +167,11 @@ def _structure(module: nn.Module) -> pytree.TreeSpec:
     return _structures[module]
 
 
-_OVER_TIME = (snn.SNN, snn.SNNRecurrent)
+_SEQUENCE_MODULES = (snn.SNN, snn.SNNRecurrent)
 for _cell in (snn.SNNCell, snn.SNNRecurrentCell, leaky_integrator.LILinearCell, coba_lif.CobaLIFCell):
     register_adapter(_cell, NorseAdapter())
 for _module in (
-    *_OVER_TIME,
+    *_SEQUENCE_MODULES,
     lift.Lift,
     conv.LConv2d,
     encode.ConstantCurrentLIFEncoder,

@@ -1,8 +1,8 @@
-"""snnTorch: its neurons as pure steps, whether they keep their state (`init_hidden=True`) or are passed it.
+"""Adapter for snnTorch neurons, with stored (`init_hidden=True`) or passed state.
 
-Written for snnTorch 1.0. Its neurons hold the state in buffers of their own and create it when the shape of the input
-is another one, so a step swaps the buffers in and out around one call. A call `spk, mem = lif(x, mem)` becomes a node
-that takes the state from its arguments; then the buffers are neither read nor written.
+Written for snnTorch 1.0. Its neurons store the state in buffers and create it anew when the shape of the input
+changes, so a step swaps the buffers in and out around one call. A call `spk, mem = lif(x, mem)` becomes a node that
+takes the state from its arguments and does not use the buffers.
 """
 
 from __future__ import annotations
@@ -15,7 +15,9 @@ import torch
 from torch import nn
 
 from snnfx.errors import CaptureError
-from snnfx.state.registry import State, StatefulCall, has_forward_hooks, register_adapter
+from snnfx.state.hooks import has_forward_hooks
+from snnfx.state.registry import register_adapter
+from snnfx.state.stateful import State, StatefulCall
 
 __all__ = ["SnnTorchAdapter"]
 
@@ -29,15 +31,15 @@ _STATES: dict[str, tuple[str, ...]] = {
     "SLSTM": ("syn", "mem"),
     "SConv2dLSTM": ("syn", "mem"),
 }
-"""The buffers that hold the state, in the order in which `forward` takes and returns them."""
+"""The state buffers, in the order in which `forward` takes and returns them."""
 
 _SHAPED_LIKE_INPUT = ("Leaky", "Lapicque", "Synaptic", "Alpha", "RLeaky", "RSynaptic")
 _ELEMENTWISE = ("Leaky", "Lapicque", "Synaptic", "Alpha")
-_WHOLE_SEQUENCES = ("StateLeaky", "LinearLeaky", "AssociativeLeaky", "LeakyParallel")
+_SEQUENCE_NEURONS = ("StateLeaky", "LinearLeaky", "AssociativeLeaky", "LeakyParallel")
 
 
 class SnnTorchAdapter:
-    """The neurons that can be stepped: `Leaky`, `Synaptic`, `Alpha`, `Lapicque`, `RLeaky`, `RSynaptic`, `SLSTM`, ..."""
+    """Steps the single-step neurons: `Leaky`, `Synaptic`, `Alpha`, `Lapicque`, `RLeaky`, `RSynaptic`, `SLSTM`, ..."""
 
     def __init__(self, family: str) -> None:
         self.family = family
@@ -46,7 +48,7 @@ class SnnTorchAdapter:
         return self.family in _ELEMENTWISE and not module.inhibition and not module.state_quant
 
     def keeps_batch(self, module: nn.Module) -> bool:
-        """Each sample of dim 0 is computed on its own, and everything has the rank of the input."""
+        """Each sample along dim 0 is independent, and outputs and states have the rank of the input."""
         return True
 
     def is_leaf(self, module: nn.Module) -> bool:
@@ -79,17 +81,17 @@ class SnnTorchAdapter:
         names = self.names(module)
         try:
             for name, value in zip(names, state, strict=True):
-                # An empty state has the shape of no input: the neuron starts from zeros.
+                # An empty state matches the shape of no input, so the neuron starts from zeros.
                 module._buffers[name] = x.new_zeros(0) if value is None else value
             if "reset_mechanism_val" in module._buffers:
-                # A number instead of a tensor: the neuron compares it in Python.
+                # A number instead of a tensor, because the neuron compares it in Python.
                 module._buffers["reset_mechanism_val"] = _reset_number(module)  # type: ignore[assignment]
             outputs = module(x) if has_forward_hooks(module) else module.forward(x)
             following = tuple(module._buffers[name] for name in names)
         finally:
-            _put_back(module.__dict__, attributes)
-            _put_back(module._buffers, buffers)
-        # What the call returns is put together again from the spikes and the states.
+            _restore_entries(module.__dict__, attributes)
+            _restore_entries(module._buffers, buffers)
+        # `read_call` rebuilds the return value of the call from the spikes and the states.
         return outputs[0] if isinstance(outputs, tuple) else outputs, following
 
     def read_call(
@@ -98,31 +100,35 @@ class SnnTorchAdapter:
         """`lif(x)`, `lif(x, mem)`, `lif(x, mem=mem)`."""
         names = self.names(module)
         inputs = args[:1] or (kwargs["input_"],)
-        given = {**dict(zip(names, args[1:], strict=False)), **{k: v for k, v in kwargs.items() if k in names}}
-        values = tuple(given.get(name) for name in names)
-        passed = [value is not None for value in values]
+        passed_states = {**dict(zip(names, args[1:], strict=False)), **{k: v for k, v in kwargs.items() if k in names}}
+        values = tuple(passed_states.get(name) for name in names)
+        is_passed = [value is not None for value in values]
 
         def returns(spikes: Any, following: tuple[Any, ...]) -> Any:
             if module.init_hidden and not module.output:
                 return spikes
-            # Recurrent neurons have their spikes among the states.
+            # The states of recurrent neurons include their spikes.
             return following if names[0] == "spk" else (spikes, *following)
 
-        if any(passed) and (module.init_hidden or not all(passed)):
-            why = "it has init_hidden=True." if module.init_hidden else f"of {', '.join(names)} only a part is passed."
+        if any(is_passed) and (module.init_hidden or not all(is_passed)):
+            why = (
+                "it has init_hidden=True."
+                if module.init_hidden
+                else f"the call passes only some of {', '.join(names)}."
+            )
             raise CaptureError(
                 "SNNFX211",
-                f"a {self.family} is called with states that it does not take like this",
+                f"a {self.family} does not accept the states that it is called with",
                 why=why,
-                hint="Pass all states of the neuron or none.",
+                hint="Pass all states of the neuron, or none; with init_hidden=True pass none.",
             )
-        # None at the first step stands for zeros, where the caller hands the state on. Else the neuron takes its own.
-        explicit = all(passed) or (starts_as_none and bool(given) and not module.init_hidden)
+        # If the caller carries the state, None in the first step stands for zeros; else the neuron uses its buffers.
+        explicit = all(is_passed) or (starts_as_none and bool(passed_states) and not module.init_hidden)
         return StatefulCall(values if explicit else None, inputs, {}, returns)
 
 
 class _SnnTorchSequenceAdapter(SnnTorchAdapter):
-    """Neurons that take all time steps at once."""
+    """Refuses neurons that take all time steps at once."""
 
     def names(self, module: nn.Module) -> tuple[str, ...]:
         return ()
@@ -135,16 +141,16 @@ class _SnnTorchSequenceAdapter(SnnTorchAdapter):
             "SNNFX205",
             f"`{where}` ({type(module).__name__}) has no single-step form",
             why="it takes the whole sequence at once.",
-            hint="Use snntorch.Leaky, which can be stepped, or convert the parts of the model around it.",
+            hint="Use snntorch.Leaky, which has a single step, or convert the other parts of the model.",
         )
 
 
 def _reset_number(module: nn.Module) -> int:
-    """The reset mechanism as the number that the neuron's buffer holds."""
+    """The reset mechanism as the number in the neuron's buffer."""
     return int(module.reset_dict[module._reset_mechanism])  # type: ignore[index]
 
 
-def _put_back(current: dict[str, Any], before: dict[str, Any]) -> None:
+def _restore_entries(current: dict[str, Any], before: dict[str, Any]) -> None:
     for key in [key for key in current if key not in before]:
         del current[key]
     for key, value in before.items():
@@ -155,6 +161,6 @@ def _put_back(current: dict[str, Any], before: dict[str, Any]) -> None:
 for _family in _STATES:
     if hasattr(snntorch, _family):
         register_adapter(getattr(snntorch, _family), SnnTorchAdapter(_family))
-for _family in _WHOLE_SEQUENCES:
+for _family in _SEQUENCE_NEURONS:
     if hasattr(snntorch, _family):
         register_adapter(getattr(snntorch, _family), _SnnTorchSequenceAdapter(_family))

@@ -1,6 +1,6 @@
-"""SpikingJelly: its stateful modules as pure steps, its `layer.*` wrappers as the torch.nn layers they are.
+"""Adapter for SpikingJelly: stateful modules as pure steps, `layer.*` wrappers as torch.nn layers.
 
-Written for SpikingJelly 2.0, whose modules offer `materialize_states` and `single_step_functional_forward`; classes
+Written for SpikingJelly 2.0, whose modules have `materialize_states` and `single_step_functional_forward`. Classes
 without them (and SpikingJelly 0.0.0.0.14) are stepped by swapping their memories in and out.
 """
 
@@ -14,14 +14,17 @@ from spikingjelly.activation_based import base, layer, neuron
 from torch import Tensor, nn
 
 from snnfx.errors import CaptureError, InputError
+from snnfx.state.hooks import has_forward_hooks
 from snnfx.state.leaf_modules import declare_leaf
-from snnfx.state.registry import State, StatelessAdapter, has_forward_hooks, register_adapter, step_by_swapping
+from snnfx.state.memory_adapter import step_by_swapping
+from snnfx.state.registry import register_adapter
+from snnfx.state.stateful import State, StatelessAdapter
 
 __all__ = ["SpikingJellyAdapter"]
 
 
 class StepModeAdapter(StatelessAdapter):
-    """Any module with a step mode: refuses those that process whole sequences; has no state of its own."""
+    """Steps a stateless module with a step mode, and refuses multi-step modules."""
 
     def elementwise(self, module: nn.Module) -> bool:
         return False
@@ -32,18 +35,18 @@ class StepModeAdapter(StatelessAdapter):
     def refuse(self, module: nn.Module, where: str) -> None:
         supported = module.supported_step_mode()  # type: ignore[operator]
         name = f"`{where}` ({type(module).__name__})"
-        if "s" not in supported or isinstance(module, _OVER_TIME):
+        if "s" not in supported or isinstance(module, _SEQUENCE_NEURONS):
             raise CaptureError(
                 "SNNFX205",
                 f"{name} has no single-step form",
                 why="it is defined on whole sequences only.",
-                hint="Use a neuron that can be stepped, or convert the parts of the model around it.",
+                hint="Use a neuron with a single step, or convert the other parts of the model.",
             )
         if getattr(module, "step_mode", "s") != "s":
             raise CaptureError(
                 "SNNFX204",
                 f"{name} is in multi-step mode",
-                why="snnfx converts models of ONE time step.",
+                why="snnfx converts models that compute ONE time step.",
                 hint='Call spikingjelly.activation_based.functional.set_step_mode(model, "s") first.',
             )
 
@@ -52,22 +55,22 @@ class StepModeAdapter(StatelessAdapter):
 
 
 class SpikingJellyAdapter(StepModeAdapter):
-    """`base.MemoryModule`: neurons, synapse filters, recurrent containers, dropout that holds its mask."""
+    """Steps a `base.MemoryModule`: neurons, synapse filters, recurrent containers, dropout with a fixed mask."""
 
     def elementwise(self, module: nn.Module) -> bool:
         return isinstance(module, _ELEMENTWISE) and not isinstance(module, _NORMALIZING)
 
     def keeps_batch(self, module: nn.Module) -> bool:
-        """Everything has the rank of the input, with the batch in dim 0."""
+        """Outputs and states have the rank of the input, with the batch in dim 0."""
         return isinstance(module, _ELEMENTWISE)
 
     def is_leaf(self, module: nn.Module) -> bool:
-        # In training it returns a list, spike and trace: what follows is told apart by that.
-        return not isinstance(module, _LISTS)
+        # OTTTLIFNode returns a list in training (spike and trace), and the next layer depends on that.
+        return not isinstance(module, _LIST_RETURNING)
 
     def names(self, module: nn.Module) -> tuple[str, ...]:
         if isinstance(module, layer.Dropout) and not module.training:
-            return ()  # no mask is held in evaluation mode: it is the identity
+            return ()  # dropout is the identity in evaluation mode and stores no mask
         return tuple(module._memories)  # type: ignore[arg-type]
 
     def read(self, module: nn.Module) -> State:
@@ -81,7 +84,7 @@ class SpikingJellyAdapter(StepModeAdapter):
         module.reset()  # type: ignore[operator]
 
     def initial(self, module: nn.Module, *inputs: Any, **kwargs: Any) -> State:
-        reset_values = tuple(_copied(module._memories_rv[name]) for name in self.names(module))  # type: ignore[index]
+        reset_values = tuple(_copy(module._memories_rv[name]) for name in self.names(module))  # type: ignore[index]
         if _is_functional(module):
             return tuple(module.materialize_states(inputs, reset_values, "s"))  # type: ignore[operator]
         return reset_values
@@ -95,7 +98,7 @@ class SpikingJellyAdapter(StepModeAdapter):
         return outputs[0] if len(outputs) == 1 else outputs, tuple(following)
 
     def _refuse_other_shape(self, module: nn.Module, state: State, inputs: tuple[Any, ...]) -> None:
-        """Refuse an input of another shape than the state, of which SpikingJelly would make a new one."""
+        """Refuse an input whose shape differs from the state; SpikingJelly would create a new state."""
         shape = inputs[0].shape if inputs and isinstance(inputs[0], Tensor) else None
         for name, value in zip(self.names(module), state, strict=True):
             if shape is not None and isinstance(value, Tensor) and value.dim() > 0 and value.shape != shape:
@@ -103,16 +106,16 @@ class SpikingJellyAdapter(StepModeAdapter):
                     "SNNFX308",
                     f"state `{name}` of {type(module).__name__} has shape {list(value.shape)}, its input {list(shape)}",
                     why="a neuron has one state for each element of its input.",
-                    hint="Use a neuron of its own for each shape; a state that is passed has to have the input's.",
+                    hint="Use one neuron per input shape, and pass a state with the shape of the input.",
                 )
 
     def _step_by_swapping(self, module: nn.Module, state: State, *inputs: Any, **kwargs: Any) -> tuple[Any, State]:
-        recorded = module.__dict__.get("v_seq")
+        v_seq = module.__dict__.get("v_seq")
         try:
             return step_by_swapping(self, module, state, *inputs, **kwargs)
         finally:
             if "v_seq" in module.__dict__:
-                module.__dict__["v_seq"] = recorded
+                module.__dict__["v_seq"] = v_seq
 
 
 _ELEMENTWISE: tuple[type, ...] = tuple(
@@ -129,20 +132,20 @@ _ELEMENTWISE: tuple[type, ...] = tuple(
 
 
 _NORMALIZING: tuple[type, ...] = tuple(filter(None, (getattr(neuron, "MPBNBaseNode", None),)))
-"""Neurons that normalise their potential over the batch; only a call updates their statistics, not the function."""
+"""Neurons that normalise their potential over the batch; their functional form does not update the statistics."""
 
 
-_LISTS: tuple[type, ...] = tuple(filter(None, (getattr(neuron, "OTTTLIFNode", None),)))
+_LIST_RETURNING: tuple[type, ...] = tuple(filter(None, (getattr(neuron, "OTTTLIFNode", None),)))
 
-_OVER_TIME: tuple[type, ...] = tuple(filter(None, (getattr(neuron, "GatedLIFNode", None),)))
-"""Classes that claim a step mode "s" and have no step: the parameters of GatedLIFNode are indexed by the time step."""
+_SEQUENCE_NEURONS: tuple[type, ...] = tuple(filter(None, (getattr(neuron, "GatedLIFNode", None),)))
+"""Classes that list step mode "s" but have no single step: the parameters of GatedLIFNode depend on the time step."""
 
 _WITH_OPERANDS: tuple[type, ...] = tuple(filter(None, (getattr(neuron, "FlexSN", None),)))
-"""Neurons whose function takes more than inputs and states; a call knows what."""
+"""Neurons whose functional form takes more operands than inputs and states; a call of the module supplies them."""
 
 
 def _is_functional(module: nn.Module) -> bool:
-    """Whether the class gives its transition as a function, and nothing nearer to it overrides the step itself."""
+    """Whether the class has a functional form that no subclass overrides by its own step."""
     if isinstance(module, _NORMALIZING + _WITH_OPERANDS):
         return False
     for cls in type(module).__mro__:
@@ -153,7 +156,7 @@ def _is_functional(module: nn.Module) -> bool:
     return False
 
 
-def _copied(value: Any) -> Any:
+def _copy(value: Any) -> Any:
     return value.clone() if isinstance(value, Tensor) else copy.deepcopy(value)
 
 

@@ -27,7 +27,7 @@ from snnfx.analysis.batch.rule_table import MODULES
 from snnfx.ops.step_functions import FunctionHolder, apply_autograd_function, expect_size, set_part
 from snnfx.state import leaf_modules as leaves_module
 from snnfx.state.leaf_modules import declare_leaf
-from snnfx.state.registry import call_stateful, initial_value
+from snnfx.state.step_calls import call_stateful, initial_value
 
 T = 3
 BATCHES = (2, 3)

@@ -1,4 +1,4 @@
-"""What one step changes in the attributes of a model's modules: state, or something that no graph can hand on."""
+"""Find the module attributes that one step changes: discovered state, or changes to refuse."""
 
 from __future__ import annotations
 
@@ -7,25 +7,32 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from snnfx.capture.attribute_state import Attribute, changed_elements, is_number, is_state_change, recorded, versions
-from snnfx.capture.growing_lists import ListThatNotesReads
+from snnfx.capture.attribute_slots import (
+    AttributeSlot,
+    changed_elements,
+    is_number,
+    is_state_change,
+    recorded,
+    versions,
+)
 from snnfx.capture.proxy import StepProxy
+from snnfx.capture.read_tracking_list import ReadTrackingList
 from snnfx.errors import CaptureError
-from snnfx.sandbox.contents import MISSING, Change, ClassContentsSnapshot, ContentsSnapshot, attributes_of
+from snnfx.sandbox.contents_snapshot import MISSING, Change, ClassContentsSnapshot, ContentsSnapshot, attributes_of
 from snnfx.sandbox.torch_internals import FakeTensor, pytree
 from snnfx.sandbox.user_code import location_of_forward
 
-__all__ = ["StepChanges", "refuse_change"]
+__all__ = ["AttributeChanges", "refuse_change"]
 
-_ELSEWHERE = ("object", "set", "array", "random")
-"""What holds values where no slot can be."""
+_KINDS_WITHOUT_SLOTS = ("object", "set", "array", "random")
+"""Kinds of containers whose elements cannot be slots."""
 
 
-class StepChanges:
-    """The attributes of all modules of a model before a step; compares them with what they are after it.
+class AttributeChanges:
+    """Compares the attributes of all modules before and after a step; construct it before the step.
 
     Attributes:
-        set_before_read: those that changed, and that the step set before it read them: neither state nor settings.
+        set_before_read: attributes that the step sets before it reads them, so they are neither state nor settings.
     """
 
     def __init__(self, model: nn.Module, entry: str) -> None:
@@ -36,30 +43,30 @@ class StepChanges:
 
     def attributes(
         self, traced: Set[nn.Module], slots: Container[tuple[nn.Module, str]], reads: dict[tuple[nn.Module, str], Any]
-    ) -> Iterator[Attribute]:
-        """The attributes that are state.
+    ) -> Iterator[AttributeSlot]:
+        """Yield the attributes that are state.
 
         Args:
-            traced: the modules whose forward was recorded.
-            slots: attributes that are slots already.
-            reads: what the model's code found when it first read an attribute.
+            traced: the modules whose forward is traced.
+            slots: attributes that already are slots.
+            reads: the value of each attribute when the model's code first read it.
 
         Raises:
-            CaptureError: the step changes something that cannot become a slot.
+            CaptureError: the step changes a value that cannot become a slot.
         """
         for change in self._classes.changes():
             refuse_change("", self.model, change, self.entry)
         for name, module in self.model.named_modules():
-            held, buffers, _ = self._before[module]
+            contents, buffers, _ = self._before[module]
             prefix = f"{name}." if name else ""
             for key, value in module._buffers.items():
                 if value is not buffers.get(key) and (module, key) not in slots and not isinstance(value, FakeTensor):
                     self._refuse_buffer(prefix + key, module)
             now = _attributes(module)
-            for key in (*held.values, *(key for key in now if key not in held.values)):
+            for key in (*contents.values, *(key for key in now if key not in contents.values)):
                 if (module, key) in slots:
                     continue
-                changes = list(held.changes(key, now.get(key, MISSING)))
+                changes = list(contents.changes(key, now.get(key, MISSING)))
                 if not changes:
                     continue
                 if module in traced:
@@ -76,36 +83,38 @@ class StepChanges:
         changes: list[Change],
         value: Any,
         reads: dict[tuple[nn.Module, str], Any],
-    ) -> Iterator[Attribute]:
-        held = self._before[module][0]
-        old = held.values.get(key, getattr(type(module), key, None))
+    ) -> Iterator[AttributeSlot]:
+        contents = self._before[module][0]
+        old = contents.values.get(key, getattr(type(module), key, None))
         if is_state_change(old, value):
-            yield Attribute(prefix + key, module, key, old, recorded(value), value, start=held.values.get(key, MISSING))
+            yield AttributeSlot(
+                prefix + key, module, key, old, recorded(value), value, start=contents.values.get(key, MISSING)
+            )
             return
-        elements: list[Attribute] = []
+        elements: list[AttributeSlot] = []
         if isinstance(value, tuple | list | dict) or type(value).__name__ == "deque":
-            elements = list(changed_elements(prefix + key, module, key, held.before(old), value))
+            elements = list(changed_elements(prefix + key, module, key, contents.copy_of_original(old), value))
             for attribute in elements:
-                attribute.start = held.before(held.values.get(key, MISSING))
+                attribute.start = contents.copy_of_original(contents.values.get(key, MISSING))
         for change in changes:
             if change.kind == "" and not elements and not _was_read(reads, module, key, change.old):
                 self.set_before_read.add((module, key))
                 continue
-            if change.kind in _ELSEWHERE or not (elements and _is_of_slots(change)):
+            if change.kind in _KINDS_WITHOUT_SLOTS or not (elements and _is_slot_change(change)):
                 refuse_change(prefix, module, change, self.entry)
         yield from elements
 
     def refuse_tensors_in_place(self, traced: Set[nn.Module]) -> None:
-        """Refuse a step that changed a tensor of the model while it was recorded."""
+        """Refuse a step that changes a tensor of the model in place during the trace."""
         for name, module in self.model.named_modules():
             for key, (tensor, version) in self._before[module][2].items():
                 if module in traced and tensor._version != version:
                     raise CaptureError(
                         "SNNFX206",
-                        f"the tensor `{name + '.' if name else ''}{key}` is changed in place",
+                        f"a step changes the tensor `{name + '.' if name else ''}{key}` in place",
                         where=type(module).__name__,
-                        why="a step may only change state by assigning it, so that it can be handed from step to step.",
-                        hint="Write `self.x = self.x + ...`, or register it as a memory of a snnfx.MemoryModule.",
+                        why="a net carries state across steps only if the step assigns a new value to it.",
+                        hint="Write `self.x = self.x + ...`, or register it with snnfx.MemoryModule.register_memory.",
                     )
 
     def _refuse_buffer(self, name: str, module: nn.Module) -> None:
@@ -113,27 +122,27 @@ class StepChanges:
             "SNNFX206",
             f"a step changes the buffer `{name}`",
             where=location_of_forward(module, self.entry),
-            why="a buffer lives on from one sequence to the next, while a net starts each call from the reset state.",
-            hint=f'A state is registered by self.register_memory("{name.rpartition(".")[2]}", initial) of a '
-            "snnfx.MemoryModule; a statistic is computed outside of it, of what net.run(x_seq, record=...) gives.",
+            why="a buffer keeps its value across sequences, but each call of a net starts from the reset state.",
+            hint=f'For state, call self.register_memory("{name.rpartition(".")[2]}", initial) in a snnfx.MemoryModule; '
+            "for a statistic, compute it from the values that net.run(x_seq, record=...) records.",
         )
 
 
 def _attributes(module: nn.Module) -> dict[str, Any]:
-    found = attributes_of(module)
-    return {key: v.plain() if isinstance(v, ListThatNotesReads) else v for key, v in found.items()}
+    attributes = attributes_of(module)
+    return {key: v.plain() if isinstance(v, ReadTrackingList) else v for key, v in attributes.items()}
 
 
 def _was_read(reads: dict[tuple[nn.Module, str], Any], module: nn.Module, key: str, old: Any) -> bool:
-    if old is MISSING:  # then a class may have a value for all its instances
+    if old is MISSING:  # the class may define the value for all instances
         old = getattr(type(module), key, MISSING)
     return (module, key) in reads and reads[module, key] is old
 
 
-def _is_of_slots(change: Change) -> bool:
-    """Whether a difference inside a container is made of what can be in slots."""
+def _is_slot_change(change: Change) -> bool:
+    """Whether slots can represent a difference inside a container."""
     if change.new is MISSING:
-        return True  # it got shorter; what is left of it is looked at when the structure is compared
+        return True  # the container became shorter; the comparison of structures handles that
     old = None if change.old is MISSING else change.old
     leaves = pytree.tree_leaves(change.new)
     if len(leaves) == 1 and leaves[0] is change.new:
@@ -142,7 +151,7 @@ def _is_of_slots(change: Change) -> bool:
 
 
 def refuse_change(prefix: str, module: nn.Module, change: Change, entry: str = "forward") -> None:
-    """Raise the error of a change that a net could not make."""
+    """Raise the error for a change that a net cannot represent."""
     name = prefix + ".".join(str(key) for key in change.path)
     where = location_of_forward(module, entry) if not prefix else location_of_forward(module)
     if change.kind == "random":
@@ -150,7 +159,7 @@ def refuse_change(prefix: str, module: nn.Module, change: Change, entry: str = "
             "SNNFX215",
             f"a step draws random numbers from `{name}`",
             where=where,
-            why="they would be the same in every call of the net.",
+            why="the graph does not record them, so every call of the net would use the same numbers.",
             hint="Draw them with torch.rand, torch.randn, torch.rand_like or torch.bernoulli of a recorded value.",
         )
     attribute = str(change.path[-1] if change.kind in ("", "object", "dict") else change.path[0]).rpartition(".")[2]
@@ -158,16 +167,16 @@ def refuse_change(prefix: str, module: nn.Module, change: Change, entry: str = "
         "SNNFX218",
         f"a step changes `{name}`",
         where=where,
-        why=f"it is {_in_words(change.old)} before and {_in_words(change.new)} after, and a net hands on only tensors "
-        "and numbers that are in attributes of modules, or in lists, tuples, dicts and deques there.",
+        why=f"it is {_describe(change.old)} before and {_describe(change.new)} after, but a net carries only tensors "
+        "and numbers across steps, in module attributes or in lists, tuples, dicts and deques there.",
         hint=f"Derive {type(module).__name__} from snnfx.MemoryModule, with self.register_memory("
         f'"{attribute}", initial) for a tensor, a number or None, and read and write self.{attribute} in the step.',
     )
 
 
-def _in_words(value: Any) -> str:
+def _describe(value: Any) -> str:
     if value is MISSING:
-        return "not there"
+        return "missing"
     if isinstance(value, StepProxy | Tensor):
         return "a tensor"
     text = repr(value)

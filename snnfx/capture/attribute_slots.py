@@ -1,4 +1,4 @@
-"""Attributes that a step changes: how they are noticed, and how a trace reads and writes them."""
+"""State in plain module attributes: detect that a step changes it, and use it as a slot."""
 
 from __future__ import annotations
 
@@ -9,14 +9,14 @@ from typing import Any
 from torch import Tensor, nn
 from torch.fx import Node
 
-from snnfx.capture.growing_lists import ListThatNotesReads
 from snnfx.capture.proxy import StepProxy
+from snnfx.capture.read_tracking_list import ReadTrackingList
 from snnfx.errors import CaptureError
 from snnfx.sandbox.torch_internals import pytree
 from snnfx.sandbox.user_code import location_of_forward
 
 __all__ = [
-    "Attribute",
+    "AttributeSlot",
     "changed_elements",
     "is_number",
     "is_state_change",
@@ -27,8 +27,18 @@ __all__ = [
 
 
 @dataclass
-class Attribute:
-    """A plain attribute (or buffer) that a step changes."""
+class AttributeSlot:
+    """A slot for a plain attribute (or buffer, or an element of a container) that a step changes.
+
+    Args:
+        name: name of the slot.
+        module, attribute: the module and its attribute.
+        before: the value before the step.
+        after: the fake value after the step, or None if it is unknown.
+        result: the value after the step: a proxy, node, tensor or number.
+        container: for an element of a container, the container after the step.
+        path: pytree path of the element in the container.
+    """
 
     name: str
     module: nn.Module
@@ -39,57 +49,64 @@ class Attribute:
     container: Any = None
     path: tuple[Any, ...] = ()
     start: Any = None
-    """What the whole attribute held before the step, MISSING if it was not there."""
+    """The value of the whole attribute before the step, MISSING if it did not exist."""
     grows: bool = False
-    """Whether a step was seen to make the container longer although it had its state already."""
+    """Whether a step extends the container although its state already exists."""
     is_watched: bool = False
-    """Whether to find out if anybody looks at such a container."""
+    """Whether to detect reads of a container that grows."""
 
     def final_node(self) -> Any:
+        """The node of the value after the step, or the value itself."""
         return self.result.node if type(self.result) is StepProxy else self.result
 
     def write(self, value: Any) -> None:
+        """Set the attribute, or the element of the container, to `value`."""
         if self.path:
             leaves, spec = pytree.tree_flatten_with_path(self._current())
             if spec != pytree.tree_structure(self.container):
                 leaves, spec = pytree.tree_flatten_with_path(self.container)
             value = pytree.tree_unflatten([value if path == self.path else leaf for path, leaf in leaves], spec)
             if self.is_watched and type(value) is list:
-                value = ListThatNotesReads(value)
+                value = ReadTrackingList(value)
         if self.attribute in self.module._buffers:
             self.module._buffers[self.attribute] = value
         else:
             self.module.__dict__[self.attribute] = value
 
-    def read(self, written: StepProxy) -> Any:
-        """The value after the step that began with `written`."""
+    def read(self, initial: StepProxy) -> Any:
+        """The value after the step that started with `initial`.
+
+        Raises:
+            CaptureError: SNNFX201, the structure of the container changes in each step.
+        """
         if not self.path:
             return self._current()
         if self.keeps_structure():
             return dict(pytree.tree_flatten_with_path(self._current())[0])[self.path]
-        now = self._stored()
+        container = self._stored()
         self.grows = True
-        if written.node.users or (self.is_watched and not (isinstance(now, ListThatNotesReads) and not now.was_read)):
+        is_unread = isinstance(container, ReadTrackingList) and not container.was_read
+        if initial.node.users or (self.is_watched and not is_unread):
             raise self.refusal()
-        return written  # a list that notes something down for somebody else grows; nothing reads it
+        return initial  # a list that only logs values grows, but the step never reads it
 
     def refusal(self) -> CaptureError:
-        """The error of a container that is nested in another way after each step."""
+        """The error for a container whose structure changes in each step."""
         return CaptureError(
             "SNNFX201",
-            f"`{self.attribute}` of {type(self.module).__name__} has another structure after each step",
+            f"`{self.attribute}` of {type(self.module).__name__} changes its structure in each step",
             where=location_of_forward(self.module),
-            why="it holds state, and a net has the same states at every step.",
+            why="it contains state, and the states of a net are the same at every step.",
             hint="Keep a fixed number of tensors in it, or register them with snnfx.MemoryModule.register_memory.",
         )
 
     def keeps_structure(self) -> bool:
-        """Whether the container is nested as it was after the step that showed it to be state."""
+        """Whether the container has the structure that it had when its state was discovered."""
         return bool(pytree.tree_structure(self._current()) == pytree.tree_structure(self.container))
 
     def _current(self) -> Any:
         value = self._stored()
-        return value.plain() if isinstance(value, ListThatNotesReads) else value
+        return value.plain() if isinstance(value, ReadTrackingList) else value
 
     def _stored(self) -> Any:
         if self.attribute in self.module._buffers:
@@ -98,12 +115,13 @@ class Attribute:
 
 
 def versions(module: nn.Module) -> dict[str, tuple[Tensor, int]]:
-    """The buffers of a module and the tensors in its plain attributes, with the number of changes they have seen."""
+    """The buffers and attribute tensors of a module, each with its version (the count of in-place changes)."""
     named = {**module.__dict__, **module._buffers}
     return {k: (v, v._version) for k, v in named.items() if type(v) is not StepProxy and isinstance(v, Tensor)}
 
 
 def is_state_change(old: Any, new: Any) -> bool:
+    """Whether a change from `old` to `new` can be a slot: a recorded value, a new tensor or another number."""
     if type(new) is StepProxy:
         return True
     if is_number(new) and (old is None or is_number(old)):
@@ -111,25 +129,26 @@ def is_state_change(old: Any, new: Any) -> bool:
     return isinstance(new, Tensor) and new is not old and (old is None or is_number(old) or isinstance(old, Tensor))
 
 
-def changed_elements(slot: str, module: nn.Module, key: str, old: Any, new: Any) -> Iterator[Attribute]:
-    """State that is kept in a tuple, a list or a dict: one slot for each element that a step changes."""
-    if isinstance(new, ListThatNotesReads):
+def changed_elements(slot: str, module: nn.Module, key: str, old: Any, new: Any) -> Iterator[AttributeSlot]:
+    """Yield a slot for each element of a tuple, list or dict that a step changes."""
+    if isinstance(new, ReadTrackingList):
         new = new.plain()
     before = dict(pytree.tree_flatten_with_path(old)[0])
-    new = pytree.tree_map(lambda leaf: leaf, new)  # a copy: the model's own list is put back after the trace
+    new = pytree.tree_map(lambda leaf: leaf, new)  # a copy, because the trace restores the model's own list
     for path, value in pytree.tree_flatten_with_path(new)[0]:
         if is_state_change(before.get(path), value):
             name = slot + "".join(f".{getattr(k, 'idx', getattr(k, 'key', getattr(k, 'name', k)))}" for k in path)
-            yield Attribute(name, module, key, before.get(path), recorded(value), value, new, path)
+            yield AttributeSlot(name, module, key, before.get(path), recorded(value), value, new, path)
 
 
 def is_number(value: Any) -> bool:
+    """Whether a value is a Python number (or bool), not a proxy."""
     kind: Any = type(value)
     return isinstance(value, bool | int | float) and kind is not StepProxy
 
 
 def recorded(value: Any) -> Any:
-    """The fake value behind a proxy or node, or None."""
+    """The fake value of a proxy or node, or None if it is unknown."""
     if type(value) is StepProxy:
         return value.node.meta.get("val")
     if isinstance(value, Node):
@@ -138,4 +157,5 @@ def recorded(value: Any) -> Any:
 
 
 def known_value(value: Any) -> tuple[Any, ...]:
+    """The optional `value` argument of `StepTracer.add_slot`: empty if the value is unknown."""
     return () if value is None else (value,)

@@ -1,4 +1,4 @@
-"""The traces that one capture needs, and the program that comes of one."""
+"""All traces of one capture, and the programs made from them."""
 
 from __future__ import annotations
 
@@ -8,26 +8,38 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from snnfx.capture.attribute_state import Attribute, is_number, known_value
-from snnfx.capture.leaf_states import owners
+from snnfx.capture.attribute_changes import AttributeChanges, refuse_change
+from snnfx.capture.attribute_slots import AttributeSlot, is_number, known_value
+from snnfx.capture.internal_faults import raise_internal_fault
+from snnfx.capture.leaf_module_states import owners
 from snnfx.capture.proxy import StepProxy
 from snnfx.capture.step_arguments import CarriedLeaf, carried_output
-from snnfx.capture.step_changes import StepChanges, refuse_change
 from snnfx.capture.tracer import StepTracer, SubmoduleNotTraceable
 from snnfx.ir.program import InitialAttribute, InputLeaf, Slot, StepProgram, results_of
 from snnfx.ir.setting_read import SettingRead
-from snnfx.sandbox.contents import MISSING, Change
+from snnfx.sandbox.contents_snapshot import MISSING, Change
 from snnfx.sandbox.snapshot import StateSnapshot
 from snnfx.sandbox.torch_internals import FakeTensorMode, pytree
 from snnfx.state.carry import SlotName, with_output_at
+from snnfx.state.composite_adapter import composite_adapter, is_stateful_tree
 from snnfx.state.leaf_modules import is_leaf
-from snnfx.state.registry import Adapter, adapter_of, composite_adapter, is_stateful_tree
+from snnfx.state.registry import adapter_of
+from snnfx.state.stateful import Adapter
 
-__all__ = ["CaptureRuns", "erase_unused_placeholders"]
+__all__ = ["CaptureSession", "erase_unused_placeholders"]
 
 
-class CaptureRuns:
-    """Runs the traces of one capture and finds out which attributes they change."""
+class CaptureSession:
+    """Runs the traces of one capture and discovers the attributes that they change.
+
+    Args:
+        model: the model.
+        entry: name of the method that computes one step.
+        arguments: `(args, kwargs)` of one step, with an `ArgumentLeaf` for each tensor.
+        opaque: qualified names of submodules that must not be traced, each with the reason.
+        fake_mode: the fake tensor mode of example values, or None without example inputs.
+        carried: the carried arguments.
+    """
 
     def __init__(
         self,
@@ -43,72 +55,85 @@ class CaptureRuns:
         self.stateful = _outermost_stateful(model, opaque)
         self.reads: dict[tuple[nn.Module, str], tuple[Any, str]] = {}
         self.set_before_read: set[tuple[nn.Module, str]] = set()
-        """Attributes that each step sets before it reads them."""
+        """Attributes that every step sets before it reads them."""
         self._written: set[str] = set()
-        self.met_early: set[str] = set()
-        """Leaves whose state the model looks at before it calls them; they are compared cold and warm as well."""
+        self.accessed_before_call: set[str] = set()
+        """Leaf modules whose state the model accesses before it calls them; their slots are matched too."""
 
-    def _is_bound(self, prefix: str, leaf: bool) -> bool:
-        """Whether the initial values of a module's slots come of comparing the cold trace with the warm one."""
-        return not leaf or prefix.removesuffix(".") in self.met_early
+    def _is_matched(self, prefix: str, leaf: bool) -> bool:
+        """Whether comparing the cold and the warm trace determines the initial values of a module's slots."""
+        return not leaf or prefix.removesuffix(".") in self.accessed_before_call
 
-    def traced_module_slots(self) -> set[str]:
-        return {prefix + n for prefix, m, a, leaf in self.stateful if self._is_bound(prefix, leaf) for n in a.names(m)}
+    def matched_slots(self) -> set[str]:
+        """The slots whose initial values the comparison of the cold and the warm trace determines."""
+        return {
+            prefix + n for prefix, m, a, leaf in self.stateful if self._is_matched(prefix, leaf) for n in a.names(m)
+        }
 
-    def traced_module_initial_values(self) -> dict[str, Any]:
-        """The reset values of the same slots."""
+    def matched_slot_reset_values(self) -> dict[str, Any]:
+        """The reset values of `matched_slots`."""
         starts: dict[str, Any] = {}
         with StateSnapshot.of(self.model):
             for prefix, module, adapter, leaf in self.stateful:
-                if self._is_bound(prefix, leaf):
+                if self._is_matched(prefix, leaf):
                     adapter.reset(module)
                     starts.update(zip([prefix + n for n in adapter.names(module)], adapter.read(module), strict=True))
         return starts
 
     def leaf_slots(self) -> set[str]:
+        """The slots whose initial values come from the adapters of leaf modules."""
         slots = {prefix + n for prefix, m, a, leaf in self.stateful for n in a.names(m)}
-        return slots - self.traced_module_slots()
+        return slots - self.matched_slots()
 
-    def setting_reads(self, discovered: Iterable[Attribute]) -> list[SettingRead]:
-        """The plain values that the model's code read in the traces, without what is state."""
+    def setting_reads(self, discovered: Iterable[AttributeSlot]) -> list[SettingRead]:
+        """The plain values that the model's code reads in the traces, except state."""
         state = {owner for _, m, adapter, _ in self.stateful for owner in owners(m, adapter)}
         state |= {(a.module, a.attribute) for a in discovered} | self.set_before_read
         paths = {module: name for name, module in self.model.named_modules()}
         reads = {key: read for key, read in self.reads.items() if key not in state and key[0] in paths}
         return [SettingRead(paths[module], name, *read) for (module, name), read in reads.items()]
 
-    def initial_attributes(self, discovered: Iterable[Attribute]) -> list[InitialAttribute]:
-        """What the attributes with discovered slots held before the first step."""
+    def initial_attributes(self, discovered: Iterable[AttributeSlot]) -> list[InitialAttribute]:
+        """The values of attributes with discovered slots before the first step."""
         paths = {module: name for name, module in self.model.named_modules()}
-        found = {(paths[a.module], a.attribute): a.start for a in discovered}
+        starts = {(paths[a.module], a.attribute): a.start for a in discovered}
         return [
             InitialAttribute(*key, None, exists=False)
             if start is MISSING
             else InitialAttribute(*key, pytree.tree_map_only(Tensor, lambda v: v.detach().clone(), start))
-            for key, start in found.items()
+            for key, start in starts.items()
         ]
 
     def trace(
-        self, discovered: dict[str, Attribute], warm: bool, shapes: dict[str, Any] | None = None
-    ) -> tuple[StepTracer, list[Attribute]]:
-        """One trace; returns the tracer (with its graph) and the attributes that were changed beyond `discovered`."""
+        self, discovered: dict[str, AttributeSlot], warm: bool, shapes: dict[str, Any] | None = None
+    ) -> tuple[StepTracer, list[AttributeSlot]]:
+        """Run one trace.
+
+        Args:
+            discovered: discovered slots by name.
+            warm: read slots from placeholders; a cold trace starts from the reset values.
+            shapes: example values of slots.
+
+        Returns:
+            The tracer with its graph, and the changed attributes that are not in `discovered`.
+        """
         while True:
             tracer = StepTracer(self.arguments, self.entry, self.opaque, self.fake_mode)
             tracer.reads = self.reads
-            met_early = tracer.leaf_states.met_early
+            accessed_before_call = tracer.leaf_states.accessed_before_call
             try:
                 found = self._trace(tracer, discovered, warm, shapes or {})
             except Exception:
-                if warm or met_early <= self.met_early:
+                if warm or accessed_before_call <= self.accessed_before_call:
                     raise
             else:
-                if warm or met_early <= self.met_early:
-                    self._refuse_growth_that_is_looked_at(discovered, shapes or {})
+                if warm or accessed_before_call <= self.accessed_before_call:
+                    self._refuse_reads_of_growing_containers(discovered, shapes or {})
                     return tracer, found
-            self.met_early |= met_early  # again, with their reset values
+            self.accessed_before_call |= accessed_before_call  # repeat the trace with their reset values
 
-    def _refuse_growth_that_is_looked_at(self, discovered: dict[str, Attribute], shapes: dict[str, Any]) -> None:
-        """Record the step once more if it makes containers longer: only what nobody looks at is no state."""
+    def _refuse_reads_of_growing_containers(self, discovered: dict[str, AttributeSlot], shapes: dict[str, Any]) -> None:
+        """Trace once more if containers grow: a growing container that the step reads is state, and refused."""
         growing = [a for a in discovered.values() if a.grows]
         if not growing:
             return
@@ -116,16 +141,17 @@ class CaptureRuns:
             for attribute in growing:
                 attribute.is_watched = True
             self._trace(StepTracer(self.arguments, self.entry, self.opaque, self.fake_mode), discovered, True, shapes)
-        except Exception as error:  # torch takes no list but its own: then it was read
+        except Exception as error:  # torch may refuse the list subclass in any way, which means that it was read
+            raise_internal_fault(error, f"`{growing[0].name}` is refused as state")
             raise growing[0].refusal() from error
         finally:
             for attribute in growing:
                 attribute.is_watched = False
 
     def _trace(
-        self, tracer: StepTracer, discovered: dict[str, Attribute], warm: bool, shapes: dict[str, Any]
-    ) -> list[Attribute]:
-        found: list[Attribute] = []
+        self, tracer: StepTracer, discovered: dict[str, AttributeSlot], warm: bool, shapes: dict[str, Any]
+    ) -> list[AttributeSlot]:
+        found: list[AttributeSlot] = []
         starts: dict[str, tuple[Any, ...]] = {}
 
         def prepare(tracer: StepTracer) -> None:
@@ -174,12 +200,12 @@ class CaptureRuns:
                 else:
                     names = [prefix + name for name in adapter.names(module)]
                     for name, start, value in zip(names, starts.get(prefix, ()), adapter.read(module), strict=True):
-                        self._refuse_what_is_no_state(module, name, start, value)
+                        self._refuse_unsupported_state(module, name, start, value)
                         tracer.slot_values[name] = value
             for attribute in discovered.values():
                 value = attribute.read(tracer.proxy(tracer.slot_placeholders[attribute.name]))
                 self._written.add(attribute.name)
-                self._refuse_what_is_no_state(attribute.module, attribute.name, attribute.before, value)
+                self._refuse_unsupported_state(attribute.module, attribute.name, attribute.before, value)
                 tracer.slot_values[attribute.name] = value
             growing = {(a.module, a.attribute) for a in discovered.values() if a.path and not a.keeps_structure()}
             found.extend(
@@ -192,7 +218,7 @@ class CaptureRuns:
         traced = {module for _, module in self._traced_modules()}
         slots = {owner for _, m, adapter, _ in self.stateful for owner in owners(m, adapter)}
         with StateSnapshot.of(self.model):
-            changes = StepChanges(self.model, self.entry)
+            changes = AttributeChanges(self.model, self.entry)
             try:
                 tracer.record(self.model, prepare, finish)
             except SubmoduleNotTraceable as failure:
@@ -203,39 +229,39 @@ class CaptureRuns:
                 changes.refuse_tensors_in_place(traced)
         return found
 
-    def _refuse_what_is_no_state(self, module: nn.Module, slot: str, before: Any, after: Any) -> None:
-        """A slot holds a tensor, a number, or None where nothing has been written yet."""
+    def _refuse_unsupported_state(self, module: nn.Module, slot: str, before: Any, after: Any) -> None:
+        """Refuse a slot value other than a tensor, a number, or None before the first write."""
         is_state = isinstance(after, StepProxy | Tensor) or is_number(after)
         if not is_state and not (after is None and before is None and slot not in self._written):
-            path = slot.rpartition(".")
-            refuse_change(path[0] + path[1], module, Change((path[2],), before, after, ""), self.entry)
+            prefix, dot, attribute = slot.rpartition(".")
+            refuse_change(prefix + dot, module, Change((attribute,), before, after, ""), self.entry)
         if is_state:
             self._written.add(slot)
 
     def _begin_leaf(
         self, tracer: StepTracer, prefix: str, module: nn.Module, adapter: Adapter, warm: bool, shapes: dict[str, Any]
     ) -> None:
-        """Make the slots of a leaf, and show the model's code what it may read of them."""
+        """Create the slots of a leaf module, and set its attributes to their values."""
         name = prefix.removesuffix(".")
-        is_bound = self._is_bound(prefix, leaf=True)
-        if is_bound:
+        is_matched = self._is_matched(prefix, leaf=True)
+        if is_matched:
             tracer.leaf_states.bind(name, module, adapter)
-        if is_bound and not warm:
+        if is_matched and not warm:
             tracer.leaf_states.begin_with_reset_values(name, module, adapter)
             return
         for slot in adapter.names(module):
-            tracer.add_slot(prefix + slot, *(known_value(shapes.get(prefix + slot)) if is_bound else ()))
+            tracer.add_slot(prefix + slot, *(known_value(shapes.get(prefix + slot)) if is_matched else ()))
         tracer.leaf_states.begin(name, module, adapter)
 
     def _traced_modules(self) -> Iterator[tuple[str, nn.Module]]:
-        """Modules whose forward is traced through: not leaves, and not inside one."""
+        """Yield the modules whose forward is traced: neither leaf modules nor inside one."""
         if "" in self.opaque:
             return
-        hidden = tuple(f"{name}." for name in self.opaque)
-        inside = tuple(prefix for prefix, _, _, leaf in self.stateful if leaf)
+        opaque_prefixes = tuple(f"{name}." for name in self.opaque)
+        leaf_prefixes = tuple(prefix for prefix, _, _, leaf in self.stateful if leaf)
         for name, module in self.model.named_modules():
-            below_leaf = f"{name}.".startswith(hidden + inside) if hidden + inside else False
-            if not below_leaf and not is_leaf(module):
+            is_in_leaf = f"{name}.".startswith(opaque_prefixes + leaf_prefixes)
+            if not is_in_leaf and not is_leaf(module):
                 yield name, module
 
     def program(
@@ -247,13 +273,13 @@ class CaptureRuns:
         discovered: set[str] | None = None,
         drop_overwritten: bool = True,
     ) -> StepProgram:
-        """The program of a finished trace; slots of modules that were never called are left out."""
+        """Build the program of a finished trace, without the slots of modules that are never called."""
         graph = tracer.graph
         outputs, nexts, initials = results_of(graph)
-        # torch.fx renames what would hide a builtin (`input`), so the placeholders are found by their place.
+        # torch.fx renames a placeholder that would shadow a builtin (`input`), so it is found by its index.
         placeholders = {n.meta["input"]: n.name for n in graph.nodes if "input" in n.meta and n.op == "placeholder"}
         leaves = [replace(leaf, placeholder=placeholders.get(index)) for index, leaf in enumerate(leaves)]
-        kept: list[tuple[Slot, Any, Any]] = []
+        used_slots: list[tuple[Slot, Any, Any]] = []
         for (name, _), following, initial in zip(tracer.slot_values.items(), nexts, initials, strict=True):
             placeholder = tracer.slot_placeholders.get(name)
             if placeholder is not None and following is placeholder and len(placeholder.users) == 1:
@@ -262,7 +288,7 @@ class CaptureRuns:
             if drop_overwritten and is_overwritten:
                 continue
             slot = Slot(name, placeholder.name if placeholder else "", name in (discovered or ()))
-            kept.append((slot, following, initial))
+            used_slots.append((slot, following, initial))
         program = StepProgram(
             graph=graph,
             source=self.model,
@@ -270,19 +296,19 @@ class CaptureRuns:
             input_leaves=leaves,
             input_spec=spec,
             output_spec=tracer.output_spec,  # type: ignore[arg-type]
-            slots=[slot for slot, _, _ in kept],
+            slots=[slot for slot, _, _ in used_slots],
             training=training,
             opaque=dict(self.opaque),
             carried=[c.argument() for c in self.carried],
-            overwritten=frozenset(tracer.overwritten_slots - {slot.name for slot, _, _ in kept}),
+            overwritten=frozenset(tracer.overwritten_slots - {slot.name for slot, _, _ in used_slots}),
         )
-        program.set_output(outputs, [n for _, n, _ in kept], [i for _, _, i in kept])
+        program.set_output(outputs, [n for _, n, _ in used_slots], [i for _, _, i in used_slots])
         erase_unused_placeholders(program)
         return program
 
 
 def erase_unused_placeholders(program: StepProgram) -> None:
-    """Remove the placeholders of what is no slot."""
+    """Remove placeholders that no slot uses."""
     used = {slot.placeholder for slot in program.slots}
     for node in list(program.graph.nodes):
         if node.op == "placeholder" and "slot" in node.meta and node.name not in used and not node.users:
@@ -290,22 +316,22 @@ def erase_unused_placeholders(program: StepProgram) -> None:
 
 
 def _outermost_stateful(model: nn.Module, opaque: dict[str, str]) -> list[tuple[str, nn.Module, Adapter, bool]]:
-    """`(prefix, module, adapter, is leaf)` of stateful modules, those inside a leaf covered by the leaf."""
-    found: list[tuple[str, nn.Module, Adapter, bool]] = []
+    """`(prefix, module, adapter, is_leaf)` of the stateful modules that are not inside a leaf module."""
+    outermost: list[tuple[str, nn.Module, Adapter, bool]] = []
     covered: tuple[str, ...] = ()
     for name, module in model.named_modules():
         prefix = f"{name}." if name else ""
         if covered and prefix.startswith(covered):
             continue
         adapter = adapter_of(module)
-        whole = composite_adapter(module) if name in opaque or is_stateful_tree(module, adapter) else None
-        if whole is not None:
+        composite = composite_adapter(module) if name in opaque or is_stateful_tree(module, adapter) else None
+        if composite is not None:
             covered = (*covered, prefix)
-            if whole.names(module):
-                found.append((prefix, module, whole, True))
+            if composite.names(module):
+                outermost.append((prefix, module, composite, True))
         elif adapter is not None and adapter.names(module):
             leaf = adapter.is_leaf(module)
             if leaf:
                 covered = (*covered, prefix)
-            found.append((prefix, module, adapter, leaf))
-    return found
+            outermost.append((prefix, module, adapter, leaf))
+    return outermost

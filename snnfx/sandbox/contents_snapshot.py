@@ -1,4 +1,4 @@
-"""What some values hold at one time, through containers and plain objects: to notice changes, and to put them back."""
+"""Snapshots of nested containers and plain objects, to detect changes and to restore them."""
 
 from __future__ import annotations
 
@@ -21,34 +21,32 @@ __all__ = [
     "ClassContentsSnapshot",
     "ContentsSnapshot",
     "attributes_of",
-    "python_rng_state",
-    "restore_python_rng_state",
 ]
 
 MISSING = object()
-"""In a `Change`: there was, or is, no such element."""
+"""In a `Change`: the element did not exist, or no longer exists."""
 
-_MOST_LEVELS = 6
+_MAX_DEPTH = 6
 _SCALARS = (bool, int, float, complex, str, bytes, type(None), enum.Enum)
-_WITHOUT_CONTENTS = (
+_ATOMIC_TYPES = (
     *_SCALARS, Tensor, nn.Module, fx.Proxy, type, types.FunctionType, types.BuiltinFunctionType, types.MethodType,
     types.ModuleType, torch.dtype, torch.device,
 )  # fmt: skip
-_KINDS: dict[type, str] = {list: "list", tuple: "tuple", dict: "dict", deque: "deque", set: "set"}
+_CONTAINER_KINDS: dict[type, str] = {list: "list", tuple: "tuple", dict: "dict", deque: "deque", set: "set"}
 
 
 _INTERNALS = frozenset(vars(nn.Module())) | {"_memories", "_initial_memories", "_memories_rv"}
-"""Attributes of modules that are torch's business, or that hold registered states."""
+"""Module attributes that torch manages or that store registered states."""
 
 
 @dataclass(frozen=True)
 class Change:
-    """One difference between what was held and what is.
+    """One difference between a snapshot and the current contents.
 
     Args:
-        path: where it is: the attribute, then keys, indices and names.
-        old, new: the values there.
-        kind: of the innermost thing that holds it: "" for the attribute itself, else "list", "dict", "object", ...
+        path: location of the difference: the attribute, then keys, indices and names.
+        old, new: the values at that location.
+        kind: type of the innermost container: "" for the attribute itself, else "list", "dict", "object", ...
     """
 
     path: tuple[Any, ...]
@@ -58,10 +56,10 @@ class Change:
 
 
 class ContentsSnapshot:
-    """The contents of named values, as they are when this is made.
+    """The contents of named values at the time of construction.
 
     Args:
-        values: what is looked into. Tensors, modules, functions and classes are taken as they are.
+        values: the named values. Tensors, modules, functions and classes are compared by identity.
     """
 
     def __init__(self, values: Mapping[str, Any]) -> None:
@@ -69,31 +67,31 @@ class ContentsSnapshot:
         self.tensors: list[Tensor] = []
         self._contents: dict[int, tuple[Any, str, Any]] = {}
         for value in self.values.values():
-            self._look_into(value, 0)
+            self._record(value, 0)
 
-    def _look_into(self, value: Any, level: int) -> None:
+    def _record(self, value: Any, depth: int) -> None:
         if isinstance(value, Tensor):
             self.tensors.append(value)
         kind = _kind_of(value)
-        if not kind or id(value) in self._contents or level == _MOST_LEVELS:
+        if not kind or id(value) in self._contents or depth == _MAX_DEPTH:
             return
-        contents = _contents_of(value, kind)
+        contents = _shallow_copy(value, kind)
         self._contents[id(value)] = value, kind, contents
         for element in _elements(contents, kind).values():
-            self._look_into(element, level + 1)
+            self._record(element, depth + 1)
 
     def restore(self) -> None:
-        """Put back what the containers and objects held; the named values are the caller's."""
+        """Restore the contents of containers and objects; the caller restores the named values themselves."""
         for value, kind, contents in self._contents.values():
-            if not _is_same_content(_contents_of(value, kind), contents, kind):
-                _put_back(value, kind, contents)
+            if not _are_same_contents(_shallow_copy(value, kind), contents, kind):
+                _restore_contents(value, kind, contents)
 
-    def before(self, value: Any) -> Any:
-        """A container as it was, as new lists, tuples, dicts and deques."""
+    def copy_of_original(self, value: Any) -> Any:
+        """A copy of a container with its contents at the time of the snapshot."""
         if id(value) not in self._contents:
             return value
         _, kind, contents = self._contents[id(value)]
-        elements = {key: self.before(element) for key, element in _elements(contents, kind).items()}
+        elements = {key: self.copy_of_original(element) for key, element in _elements(contents, kind).items()}
         if kind == "dict":
             return elements
         if kind == "deque":
@@ -103,28 +101,30 @@ class ContentsSnapshot:
         return list(elements.values()) if kind == "list" else value
 
     def changes(self, name: str, new: Any) -> Iterator[Change]:
-        """How the value of a name differs from what it was; a new container with equal contents does not."""
+        """Differences between the recorded and a new value; a new container with equal contents is no difference."""
         return self._compare((name,), self.values.get(name, MISSING), new, "", set())
 
     def _compare(
-        self, path: tuple[Any, ...], old: Any, new: Any, inside: str, seen: set[tuple[int, int]]
+        self, path: tuple[Any, ...], old: Any, new: Any, container_kind: str, seen: set[tuple[int, int]]
     ) -> Iterator[Change]:
         kind = _kind_of(old)
         if id(old) not in self._contents or type(old) is not type(new):
             if not _is_equal(old, new):
-                yield Change(path, old, new, inside)
+                yield Change(path, old, new, container_kind)
             return
         if (id(old), id(new)) in seen:
             return
         seen.add((id(old), id(new)))
-        contents, now = self._contents[id(old)][2], _contents_of(new, kind)
+        contents, now = self._contents[id(old)][2], _shallow_copy(new, kind)
         if kind in ("set", "array", "random"):
-            if not _is_same_content(now, contents, kind):
+            if not _are_same_contents(now, contents, kind):
                 yield Change(path, old, new, kind)
             return
-        elements, others = _elements(contents, kind), _elements(now, kind)
-        for key in (*elements, *(key for key in others if key not in elements)):
-            yield from self._compare((*path, key), elements.get(key, MISSING), others.get(key, MISSING), kind, seen)
+        elements, new_elements = _elements(contents, kind), _elements(now, kind)
+        for key in (*elements, *(key for key in new_elements if key not in elements)):
+            yield from self._compare(
+                (*path, key), elements.get(key, MISSING), new_elements.get(key, MISSING), kind, seen
+            )
 
 
 def attributes_of(module: nn.Module) -> dict[str, Any]:
@@ -133,7 +133,7 @@ def attributes_of(module: nn.Module) -> dict[str, Any]:
 
 
 class ClassContentsSnapshot:
-    """What the classes of a model's modules hold in plain attributes, which all their instances share."""
+    """Snapshot of the plain attributes of the classes of a model's modules, which all instances share."""
 
     def __init__(self, model: nn.Module) -> None:
         classes = {cls: None for m in model.modules() for cls in type(m).__mro__}
@@ -142,28 +142,28 @@ class ClassContentsSnapshot:
             f"{cls.__name__}.{name}": (cls, name)
             for cls in users
             for name, value in vars(cls).items()
-            if name[:2] != "__" and isinstance(value, (*_SCALARS, *_KINDS))
+            if name[:2] != "__" and isinstance(value, (*_SCALARS, *_CONTAINER_KINDS))
         }
-        self._held = ContentsSnapshot({key: vars(cls)[name] for key, (cls, name) in self._values.items()})
+        self._snapshot = ContentsSnapshot({key: vars(cls)[name] for key, (cls, name) in self._values.items()})
 
     def changes(self) -> Iterator[Change]:
-        """How they differ from what they were."""
+        """Differences between the recorded and the current attributes."""
         for key, (cls, name) in self._values.items():
-            yield from self._held.changes(key, vars(cls).get(name, MISSING))
+            yield from self._snapshot.changes(key, vars(cls).get(name, MISSING))
 
     def restore(self) -> None:
-        """Put them back."""
+        """Restore the recorded attributes."""
         for key, (cls, name) in self._values.items():
-            if vars(cls).get(name, MISSING) is not self._held.values[key]:
-                setattr(cls, name, self._held.values[key])
-        self._held.restore()
+            if vars(cls).get(name, MISSING) is not self._snapshot.values[key]:
+                setattr(cls, name, self._snapshot.values[key])
+        self._snapshot.restore()
 
 
 def _kind_of(value: Any) -> str:
-    """How a value holds others; "" for what is taken as it is."""
-    if isinstance(value, _WITHOUT_CONTENTS):
+    """The kind of container that a value is; "" for a value without recorded contents."""
+    if isinstance(value, _ATOMIC_TYPES):
         return ""
-    for cls, kind in _KINDS.items():
+    for cls, kind in _CONTAINER_KINDS.items():
         if isinstance(value, cls):
             return kind
     if isinstance(value, random.Random | torch.Generator):
@@ -175,19 +175,19 @@ def _kind_of(value: Any) -> str:
         return "random"
     cls = type(value)
     package = cls.__module__.partition(".")[0]
-    # Loggers, locks and files are no state of a model, and lead to all kinds of places.
+    # Loggers, locks and files are not model state, and they reference unrelated objects.
     foreign = package == "torch" or (package in sys.stdlib_module_names and package != "__main__")
     if cls is not types.SimpleNamespace and foreign:
         return ""
-    return "object" if hasattr(value, "__dict__") or _slots_of(cls) else ""
+    return "object" if hasattr(value, "__dict__") or _slot_names(cls) else ""
 
 
-def _slots_of(cls: type) -> list[str]:
+def _slot_names(cls: type) -> list[str]:
     names = [vars(base).get("__slots__", ()) for base in cls.__mro__]
     return [name for slots in names for name in ((slots,) if isinstance(slots, str) else slots) if name[:2] != "__"]
 
 
-def _contents_of(value: Any, kind: str) -> Any:
+def _shallow_copy(value: Any, kind: str) -> Any:
     if kind in ("list", "tuple", "deque"):
         return list(value)
     if kind == "dict":
@@ -197,8 +197,8 @@ def _contents_of(value: Any, kind: str) -> Any:
     if kind == "array":
         return value.copy()
     if kind == "random":
-        return _state_of(value)
-    slots = {name: getattr(value, name) for name in _slots_of(type(value)) if hasattr(value, name)}
+        return _generator_state(value)
+    slots = {name: getattr(value, name) for name in _slot_names(type(value)) if hasattr(value, name)}
     return {**slots, **getattr(value, "__dict__", {})}
 
 
@@ -208,7 +208,7 @@ def _elements(contents: Any, kind: str) -> dict[Any, Any]:
     return contents if kind in ("dict", "object") else {}
 
 
-def _is_same_content(now: Any, before: Any, kind: str) -> bool:
+def _are_same_contents(now: Any, before: Any, kind: str) -> bool:
     if kind in ("list", "tuple", "deque", "dict", "object"):
         a, b = _elements(now, kind), _elements(before, kind)
         return list(a) == list(b) and all(a[key] is b[key] for key in a)
@@ -217,36 +217,36 @@ def _is_same_content(now: Any, before: Any, kind: str) -> bool:
     return bool(now == before)
 
 
-def _put_back(value: Any, kind: str, contents: Any) -> None:
+def _restore_contents(value: Any, kind: str, contents: Any) -> None:
     if kind == "array":
         value[...] = contents
     elif kind == "random":
-        _set_state(value, contents)
+        _set_generator_state(value, contents)
     elif kind == "object":
-        inside = getattr(value, "__dict__", {})
-        for name in _contents_of(value, kind).keys() - contents.keys():
-            inside.pop(name, None)
+        attributes = getattr(value, "__dict__", {})
+        for name in _shallow_copy(value, kind).keys() - contents.keys():
+            attributes.pop(name, None)
         for name, element in contents.items():
-            # Not by setattr: a property would have its own opinion.
-            if name in _slots_of(type(value)):
+            # Not by setattr, which would run the setter of a property.
+            if name in _slot_names(type(value)):
                 object.__setattr__(value, name, element)
             else:
-                inside[name] = element
+                attributes[name] = element
     elif kind != "tuple":
         value.clear()
         (value.update if kind in ("dict", "set") else value.extend)(contents)
 
 
-def _state_of(generator: Any) -> bytes:
+def _generator_state(generator: Any) -> bytes:
     if isinstance(generator, torch.Generator):
         return bytes(generator.get_state().tolist())
     if isinstance(generator, random.Random):
         return pickle.dumps(generator.getstate())
-    bits = getattr(generator, "bit_generator", None)  # of a Generator of NumPy; else a RandomState
+    bits = getattr(generator, "bit_generator", None)  # a NumPy Generator has it, a RandomState does not
     return pickle.dumps(generator.get_state() if bits is None else bits.state)
 
 
-def _set_state(generator: Any, state: bytes) -> None:
+def _set_generator_state(generator: Any, state: bytes) -> None:
     if isinstance(generator, torch.Generator):
         generator.set_state(torch.tensor(list(state), dtype=torch.uint8))
     elif isinstance(generator, random.Random):
@@ -263,17 +263,3 @@ def _is_equal(a: Any, b: Any) -> bool:
     if type(a) is not type(b) or not isinstance(a, (*_SCALARS, set, torch.dtype, torch.device, types.MethodType)):
         return False
     return bool(a == b) or (a != a and b != b)
-
-
-def python_rng_state() -> tuple[Any, bytes | None]:
-    """The states of the generators of Python and, where it is loaded, NumPy."""
-    numpy = sys.modules.get("numpy")
-    return random.getstate(), None if numpy is None else pickle.dumps(numpy.random.get_state())
-
-
-def restore_python_rng_state(state: tuple[Any, bytes | None]) -> None:
-    """Go on drawing from here."""
-    random.setstate(state[0])
-    numpy = sys.modules.get("numpy")
-    if state[1] is not None and numpy is not None:
-        numpy.random.set_state(pickle.loads(state[1]))

@@ -1,0 +1,97 @@
+"""Step an opaque module with the states of all modules inside it."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+from torch import nn
+
+from snnfx.errors import CaptureError
+from snnfx.sandbox.contents_snapshot import MISSING, ContentsSnapshot, attributes_of
+from snnfx.sandbox.user_code import location_of_forward
+from snnfx.state.memory_adapter import MemoryAdapter, step_by_swapping
+from snnfx.state.registry import adapter_of, named_stateful
+from snnfx.state.stateful import Adapter, State
+
+__all__ = ["CompositeAdapter", "composite_adapter", "is_stateful_tree"]
+
+
+class CompositeAdapter(MemoryAdapter):
+    """Steps an opaque module, with the states of the module and of all modules inside it."""
+
+    def __init__(self, module: nn.Module) -> None:
+        self.parts = [(f"{name}." if name else "", part, adapter) for name, part, adapter in named_stateful(module)]
+
+    def elementwise(self, module: nn.Module) -> bool:
+        return False
+
+    def is_leaf(self, module: nn.Module) -> bool:
+        return True
+
+    def names(self, module: nn.Module) -> tuple[str, ...]:
+        return tuple(prefix + name for prefix, part, adapter in self.parts for name in adapter.names(part))
+
+    def read(self, module: nn.Module) -> State:
+        return tuple(value for _, part, adapter in self.parts for value in adapter.read(part))
+
+    def write(self, module: nn.Module, state: Sequence[Any]) -> None:
+        start = 0
+        for _, part, adapter in self.parts:
+            count = len(adapter.names(part))
+            adapter.write(part, state[start : start + count])
+            start += count
+
+    def reset(self, module: nn.Module) -> None:
+        for _, part, adapter in self.parts:
+            adapter.reset(part)
+
+    def initial(self, module: nn.Module, *inputs: Any, **kwargs: Any) -> State:
+        before = self.read(module)
+        try:
+            self.reset(module)
+            return self.read(module)
+        finally:
+            self.write(module, before)
+
+    def step(self, module: nn.Module, state: State, *inputs: Any, **kwargs: Any) -> tuple[Any, State]:
+        with _refusing_unregistered_state(module):
+            return step_by_swapping(self, module, state, *inputs, **kwargs)
+
+
+def composite_adapter(module: nn.Module) -> CompositeAdapter:
+    """The adapter of an opaque module, with the states of all registered modules inside it."""
+    return CompositeAdapter(module)
+
+
+def is_stateful_tree(module: nn.Module, adapter: Adapter | None) -> bool:
+    """Whether a module is a stateful leaf with stateful modules inside, so that it is stepped as a whole."""
+    if adapter is None or not adapter.is_leaf(module):
+        return False
+    submodules = ((part, adapter_of(part)) for part in module.modules() if part is not module)
+    return any(inner is not None and inner.names(part) for part, inner in submodules)
+
+
+@contextlib.contextmanager
+def _refusing_unregistered_state(module: nn.Module) -> Iterator[None]:
+    """Refuse a module that changes unregistered attributes: their values would leak into the next call."""
+    before = {m: ContentsSnapshot(attributes_of(m)) for m in module.modules()}
+    yield
+    for m, snapshot in before.items():
+        now = attributes_of(m)
+        changes = [c for key in {**snapshot.values, **now} for c in snapshot.changes(key, now.get(key, MISSING))]
+        # The module may use its own random generator: each step draws new numbers.
+        changed = [".".join(str(key) for key in c.path) for c in changes if c.kind != "random"]
+        if changed:
+            for name in now.keys() - snapshot.values.keys():
+                del m.__dict__[name]
+            m.__dict__.update(snapshot.values)
+            snapshot.restore()
+            raise CaptureError(
+                "SNNFX213",
+                f"a step of `{type(m).__name__}` changes its attribute `{changed[0]}`",
+                where=location_of_forward(m),
+                why="the module cannot be traced, so a net carries only its registered states across steps.",
+                hint=f'Derive it from snnfx.MemoryModule and call self.register_memory("{changed[0]}", initial).',
+            )
