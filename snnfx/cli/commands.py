@@ -23,6 +23,7 @@ from snnfx.convert import convert
 from snnfx.errors import InputError, SnnfxError, VerificationError, describe_code
 from snnfx.inspect.document import WIDTH
 from snnfx.inspect.explain import explain
+from snnfx.inspect.picture.draw import draw
 from snnfx.inspect.verify.verify import verify
 from snnfx.ir.options import ConvertKeywords
 from snnfx.memory.budget import read_memory_budget
@@ -159,8 +160,6 @@ def _explain(arguments: argparse.Namespace) -> int:
 
 
 def _draw(arguments: argparse.Namespace) -> int:
-    from snnfx.inspect.picture.draw import draw
-
     options = _options(arguments)
     draw(convert(_model(arguments), **options), arguments.out)
     print(Path(arguments.out))

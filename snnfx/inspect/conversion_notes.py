@@ -8,7 +8,7 @@ import torch
 from torch.fx import Node, map_arg
 
 from snnfx.analysis.dependence import is_random
-from snnfx.inspect.node_counts import NodeKey, is_computing, nodes_by_key
+from snnfx.inspect.computing_nodes import NodeKey, is_computing, nodes_by_key
 from snnfx.inspect.source_expressions import expression
 from snnfx.ir.program import Region, StepProgram, describe_node, location_of
 from snnfx.lowering.elementwise.back_end_choice import reason_without_back_end

@@ -28,7 +28,7 @@ from snnfx.inspect.conversion_notes import (
     vmap_fallbacks,
 )
 from snnfx.inspect.memory_report import MemoryReport, report_memory
-from snnfx.inspect.node_counts import computing_nodes, is_computing
+from snnfx.inspect.computing_nodes import computing_nodes, is_computing
 from snnfx.inspect.report import ChunkRow, InputRow, NotFolded, Operation, PassRow, Problem, RegionRow, Report, SlotRow
 from snnfx.inspect.source_expressions import expression_of_initial_value
 from snnfx.ir.options import ConvertKeywords, ConvertOptions

@@ -24,7 +24,7 @@ from snnfx.inspect.verify.program_lookup import (
     reset_discovered_state,
     value_at,
 )
-from snnfx.inspect.verify.timed_inputs import TimedInputs
+from snnfx.inspect.verify.sequence_inputs import SequenceInputs
 from snnfx.inspect.verify.without_dropout import without_dropout
 from snnfx.ops.sequence_functions import reduce_over_time
 from snnfx.sandbox.isolation import isolated, rng_state
@@ -87,7 +87,7 @@ def verify(
     first: dict[str, Any] = {}
     if getattr(getattr(net, "program", None), "carried", None):
         x_seq, kwargs, first = net.split_carried(x_seq, kwargs)  # type: ignore[operator]
-    inputs = TimedInputs.of(x_seq, kwargs, options.time_dim, T)
+    inputs = SequenceInputs.of(x_seq, kwargs, options.time_dim, T)
     with isolated(model, net), torch.inference_mode(False), torch.set_grad_enabled(gradients):
         if double:
             model, net = copies_in_float64(model, net)
@@ -114,7 +114,7 @@ class _Verification:
         self,
         model: nn.Module,
         net: Any,
-        inputs: TimedInputs,
+        inputs: SequenceInputs,
         tolerance: Tolerance,
         gradients: bool,
         first: dict[str, Any],
@@ -204,7 +204,12 @@ class _Verification:
             return self._result(self.net, inputs, outputs, states, rng_state() != before)
 
     def _result(
-        self, module: nn.Module, inputs: TimedInputs, outputs: dict[str, Any], states: dict[str, Any], is_random: bool
+        self,
+        module: nn.Module,
+        inputs: SequenceInputs,
+        outputs: dict[str, Any],
+        states: dict[str, Any],
+        is_random: bool,
     ) -> _CheckedRun:
         gradients = self._gradients(outputs, inputs, module)
         buffers = {name: buffer.clone() for name, buffer in module.named_buffers()}
@@ -254,7 +259,7 @@ class _Verification:
             states = self._states_of_model(outputs_of_steps[-1], state_names)
             return self._result(self.model, inputs, outputs, states, rng_state() != before)
 
-    def _step_model(self, inputs: TimedInputs) -> list[Any]:
+    def _step_model(self, inputs: SequenceInputs) -> list[Any]:
         """What the model returns at each step, from the reset state."""
         if self.model.training != self.net.training:
             # What the net does not share is the model's containers: they follow the net, as the shared layers do.
@@ -305,7 +310,7 @@ class _Verification:
         return {n: reduce_over_time(y, how).unsqueeze(0) if isinstance(y, Tensor) else y for n, y in over_time.items()}
 
     def _gradients(
-        self, outputs: Mapping[str, Any], inputs: TimedInputs, module: nn.Module
+        self, outputs: Mapping[str, Any], inputs: SequenceInputs, module: nn.Module
     ) -> dict[str, Tensor | None]:
         """Gradients of a random linear functional of the outputs, the same on both sides."""
         parts = []

@@ -11,11 +11,11 @@ from torch import Tensor
 from snnfx.errors import InputError
 from snnfx.sandbox.torch_internals import pytree
 
-__all__ = ["TimedInputs"]
+__all__ = ["SequenceInputs"]
 
 
 @dataclass(frozen=True)
-class TimedInputs:
+class SequenceInputs:
     """The arguments of the net, flattened, with the place of time in each of them."""
 
     leaves: list[Any]
@@ -27,7 +27,7 @@ class TimedInputs:
     output_dim: int
 
     @staticmethod
-    def of(args: tuple[Any, ...], kwargs: dict[str, Any], time_dim: Any, T: int | None) -> TimedInputs:
+    def of(args: tuple[Any, ...], kwargs: dict[str, Any], time_dim: Any, T: int | None) -> SequenceInputs:
         dims = _dims_of_leaves(time_dim, args, kwargs)
         with_paths, spec = pytree.tree_flatten_with_path((args, kwargs))
         # A path begins with the place in (args, kwargs), which is no news to the user.
@@ -49,13 +49,13 @@ class TimedInputs:
             raise InputError("SNNFX303", f"the inputs do not all have {steps} time steps", why=f"they have {lengths}.")
         if steps < 1:
             raise InputError("SNNFX301", "no time steps", hint="A sequence has at least one time step.")
-        return TimedInputs(leaves, spec, dims, names, steps, T, time_dim if isinstance(time_dim, int) else 0)
+        return SequenceInputs(leaves, spec, dims, names, steps, T, time_dim if isinstance(time_dim, int) else 0)
 
-    def with_leaves(self, function: Callable[[Tensor], Tensor]) -> TimedInputs:
+    def with_leaves(self, function: Callable[[Tensor], Tensor]) -> SequenceInputs:
         """The same arguments with a function applied to each tensor."""
         return replace(self, leaves=[function(x) if isinstance(x, Tensor) else x for x in self.leaves])
 
-    def fresh(self) -> TimedInputs:
+    def fresh(self) -> SequenceInputs:
         """The same values without a history; gradients can be taken with respect to the floating ones."""
         return self.with_leaves(lambda x: x.detach().clone().requires_grad_(x.is_floating_point() or x.is_complex()))
 
