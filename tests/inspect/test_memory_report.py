@@ -112,7 +112,7 @@ def test_table_is_in_the_text_the_markdown_and_the_data() -> None:
         "Peak of each region",
     ):
         assert part in text
-    assert "| region | inference | training: forward | kept | backward |" in report.to_markdown()
+    assert "| region | inference | training: forward | saved for backward | backward |" in report.to_markdown()
     data = json.loads(json.dumps(report.to_dict()))
     assert data["memory"]["training"]["holders"][0]["bytes"] > 0
 
