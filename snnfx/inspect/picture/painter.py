@@ -1,7 +1,7 @@
 """Turn the nodes of a step program into boxes, pills and arrows.
 
-A chain of operations becomes the rows of one box. A state slot becomes a pill, with a dashed arrow for the state carried
-to the next time step. Nodes that only compute sizes or initial values are not drawn.
+A chain of operations becomes the rows of one box. A state slot becomes a pill, with a dashed arrow to the next time
+step. Nodes that only compute sizes or initial values are not drawn.
 """
 
 from __future__ import annotations

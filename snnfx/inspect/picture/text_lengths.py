@@ -1,7 +1,7 @@
 """Fix text widths in SVG files, so that they do not depend on the viewer's fonts.
 
-graphviz positions pieces of text by their widths in its own font. In a viewer with a wider font they would overlap; with
-the attribute `textLength` the viewer fits each piece into the width that graphviz reserved.
+graphviz positions pieces of text by their widths in its own font. In a viewer with a wider font they would overlap.
+With the attribute `textLength` the viewer fits each piece into the width that graphviz reserved.
 """
 
 from __future__ import annotations

@@ -4,15 +4,15 @@ Three ways to run T time steps of a model that keeps its state between calls:
 
 - `step_forward`: a Python loop over t. The definition for every model, except for BatchNorm statistics over T*N.
 - `lockstep_forward`: T coroutines, one per time step, that synchronise at every BatchNorm (a barrier), which is called
-  once with the inputs of all steps. Between two barriers the steps run in the order of t, so that each neuron is called
-  in that order.
+  once with the inputs of all steps. Between two barriers the steps run in the order of t, and so do the calls of each
+  neuron.
 - `replay_forward`: sweeps over t until the inputs of all BatchNorms converge. In each sweep, a BatchNorm call returns
   its slice of the result that the inputs of the previous sweep gave for the whole sequence. Correct for every model for
   which statistics over T*N are defined, but takes as many sweeps as there are BatchNorms in sequence.
 
-In lockstep, step t reaches a barrier before step t-1 leaves it. The result is wrong for a model that reads a state before
-a barrier and writes it after the barrier, or that carries its state in arguments. `folded_forward` therefore checks the
-result of the lockstep with one sweep of the replay, and falls back to the replay if they disagree.
+In lockstep, step t reaches a barrier before step t-1 leaves it. The result is wrong for a model that reads a state
+before a barrier and writes it after the barrier, or that carries its state in arguments. `folded_forward` therefore
+checks the result of the lockstep with one sweep of the replay, and falls back to the replay if they disagree.
 """
 
 from __future__ import annotations
@@ -171,8 +171,8 @@ def lockstep_forward(
 ) -> list[Any]:
     """Run T time steps of a model concurrently, and call its barriers once with the inputs of all steps.
 
-    Each step is a coroutine. At a call of a barrier it waits for all other steps. Then the inputs are concatenated along
-    dim 0 in the order of t, the layer is called once, and each step continues with its slice of the result.
+    Each step is a coroutine. At a call of a barrier it waits for all other steps. Then the inputs are concatenated
+    along dim 0 in the order of t, the layer is called once, and each step continues with its slice of the result.
 
     Args:
         model: a single-step model in the state before step 0; afterwards it is in the state after step T-1.
@@ -271,8 +271,8 @@ def replay_forward(
     """Compute the result of `lockstep_forward` for any model, by sweeps over t.
 
     A sweep runs the steps in order from the initial state. A barrier returns the slice of this step from its call for
-    all steps, computed with the inputs of the previous sweep. Values and gradients that depend on k barriers in sequence
-    are correct after k sweeps; all are correct when a sweep repeats the inputs of the previous one.
+    all steps, computed with the inputs of the previous sweep. Values and gradients after k barriers in sequence are
+    correct after k sweeps; all are correct when a sweep repeats the inputs of the previous one.
 
     Args:
         model, steps, is_barrier, entry, kwargs, is_once: see `lockstep_forward`.
