@@ -2,8 +2,8 @@
 
 A message names the problem, the location (qualified name and the user's file:line), the cause, and a remedy:
 
-    SNNFX209 the step changes its input `x` in place (models/net.py:41): the net would change the caller's sequence.
-    Use an out-of-place operation, e.g. `x = x * 2`.
+    SNNFX602 calling `models.csnn:build` failed (models/csnn.py:41): ValueError: the width must be positive.
+    Correct the code there, or pass another factory.
 
 Groups of codes: 1xx a node is not folded (reported by `explain`, never raised), 2xx capture, 3xx arguments of a call,
 4xx verification, 5xx passes and running a net, 6xx command line and pictures, 61x online training.
