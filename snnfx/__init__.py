@@ -1,9 +1,9 @@
-"""Convert single-step spiking neural networks into multi-step ones by rewriting their torch.fx graph.
+"""Convert single-step spiking neural networks into multi-step ones with torch.fx.
 
 Example:
     >>> import torch, snnfx
     >>> model = torch.nn.Sequential(torch.nn.Linear(4, 3), snnfx.neuron.LIFNode())     # one time step
-    >>> net = snnfx.convert(model)                                                     # all of them
+    >>> net = snnfx.convert(model)                                                     # whole sequences
     >>> net(torch.rand(8, 2, 4)).shape                                                 # [T, N, features]
     torch.Size([8, 2, 3])
 """
@@ -12,7 +12,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-# In a plain checkout the passes lie next to this package (../passes); installed, they are snnfx/passes.
+# In a source checkout the passes are in ../passes; in an installed package they are in snnfx/passes.
 if not (Path(__file__).parent / "passes").is_dir() and (Path(__file__).parents[1] / "passes").is_dir():
     __path__.append(str(Path(__file__).parents[1]))
 

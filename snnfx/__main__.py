@@ -1,4 +1,4 @@
-"""`python -m snnfx`: the command line, see `snnfx.cli.commands`."""
+"""Command line `python -m snnfx` (see `snnfx.cli.commands`)."""
 
 from __future__ import annotations
 

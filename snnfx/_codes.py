@@ -1,4 +1,4 @@
-"""The registry of codes: one documented entry for each message (see `snnfx.errors`)."""
+"""Registry of message codes, with the meaning of each code and an example (see `snnfx.errors`)."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ __all__ = ["CODES", "CodeEntry"]
 
 @dataclass(frozen=True)
 class CodeEntry:
-    """Documentation of one code: a title, what it means, a failing example and the fixed one."""
+    """Documentation of one code: title, meaning, an example that fails and one that works."""
 
     title: str
     meaning: str
@@ -18,402 +18,421 @@ class CodeEntry:
 
 
 CODES: dict[str, CodeEntry] = {
-    # 1xx: why a node is not folded
+    # 1xx: reasons why a node is not folded
     "SNNFX101": CodeEntry(
         "no rule for this operation",
-        "The table of batch rules has no row for this function, method or module, so nothing proves that T time "
-        "steps may be run as one large batch. The node is mapped over time with torch.vmap, which is always right.",
-        "y = torch.fft.fft(x)          # no row",
-        "nothing to do; or fold it by hand inside a module you vouch for",
+        "snnfx has no rule that says how this function, method or module treats the batch dimension, so it cannot "
+        "prove that T time steps may run as one large batch. The node is mapped over time with torch.vmap instead: "
+        "the result is the same, and no change is necessary. For your own element-wise autograd.Function you can "
+        "supply the rule.",
+        "class Spike(torch.autograd.Function): ...",
+        "class Spike(torch.autograd.Function):\n    snnfx_elementwise = True   # each element on its own",
     ),
     "SNNFX102": CodeEntry(
         "the step has no batch dimension here",
-        "The operation needs a batch dimension in front of the feature dimensions to be folded, and the value it gets "
-        "at one step has too few dimensions. It is mapped over time.",
+        "Folding needs a batch dimension before the feature dimensions, and the input of this operation at one time "
+        "step has too few dimensions. The node is mapped over time.",
         "net(torch.rand(T, features))",
         "net(torch.rand(T, N, features))",
     ),
     "SNNFX103": CodeEntry(
         "the operation mixes samples of the batch",
-        "It reduces, indexes, sorts, or concatenates along the batch dimension. Folding time into the batch would mix "
-        "time steps, so the node is mapped over time.",
+        "The operation reduces, indexes, sorts or concatenates along the batch dimension. Folding time into the batch "
+        "would mix time steps, so the node is mapped over time. If the operation was meant for a feature dimension, "
+        "name that dimension.",
         "x = x - x.mean(0)",
         "x = x - x.mean(1, keepdim=True)",
     ),
     "SNNFX104": CodeEntry(
         "a literal batch size",
-        "A shape argument is a number that stands where the batch dimension is; with T steps folded in, it would be wrong. "
-        "The node is mapped over time.",
+        "A shape argument is a literal number at the batch dimension, which would be wrong with T steps folded into "
+        "the batch. The node is mapped over time. Read the size from the tensor instead.",
         "x = x.view(32, -1)",
         "x = x.view(x.shape[0], -1)   # or x.flatten(1)",
     ),
     "SNNFX105": CodeEntry(
         "operands do not share the batch dimension",
-        "The operands of this operation carry their batch in different places or with sizes that are not proven equal, "
-        "or one of them varies in time without having a batch dimension. The node is mapped over time.",
+        "The operands have their batch in different dimensions or with sizes that are not proven equal, or an operand "
+        "varies over time but lacks a batch dimension. The node is mapped over time.",
         "y = x + gain_t               # x: [N, C], gain_t: [C] at each step",
-        "y = x + gain_t.expand_as(x)  # or leave it: it is right, only slower",
+        "y = x + gain_t.expand_as(x)  # or keep it: the result is the same, only slower",
     ),
     "SNNFX106": CodeEntry(
         "BatchNorm with statistics per time step",
-        'With batch_norm="per_step" a BatchNorm in training uses the statistics of one time step at a time, exactly as the '
-        "stepped model does. It is vectorised over T, but not folded.",
+        'With batch_norm="per_step", a BatchNorm in training uses the statistics of each time step, as the stepped '
+        "model does. It is vectorised over T, but not folded.",
         'snnfx.convert(model, batch_norm="per_step")',
         'snnfx.convert(model, batch_norm="fold")   # statistics over T*N',
     ),
     "SNNFX107": CodeEntry(
         "sequential: on a cycle through time",
-        "The value of this node at step t depends on its own value at an earlier step, so it has to be stepped.",
+        "The value of this node at time step t depends on its own value at an earlier step, so it runs in a loop over "
+        "time. Neurons are always sequential. A layer is sequential if its input depends on its own output.",
         "self.h = self.cell(self.fc(torch.cat([x, self.h], 1)))   # fc is on the cycle",
-        "self.h = self.cell(self.fc_x(x) + self.fc_h(self.h))     # fc_x is not, and is folded",
+        "self.h = self.cell(self.fc_x(x) + self.fc_h(self.h))     # fc_x is not on the cycle and is folded",
     ),
     "SNNFX108": CodeEntry(
         "opaque: could not be traced",
-        "The module could not be turned into a graph. It is run step by step as it is; what it keeps as state is "
-        "handed from step to step.",
+        "The module could not be traced into a graph, for example because its control flow depends on tensor values. "
+        "snnfx calls it once per time step and carries its state from step to step.",
         "def forward(self, x):\n    if x.sum() > 0: ...",
         "def forward(self, x):\n    return torch.where(x.sum() > 0, ..., ...)",
     ),
     "SNNFX109": CodeEntry(
         "torch.vmap refused",
-        "The node may not be folded and torch.vmap has no rule for it, so it is stepped.",
+        "The node cannot be folded, and torch.vmap has no batching rule for it, so it runs in a loop over time.",
         "h = self.gru(x)",
         "h = self.cell(x, h)",
     ),
     "SNNFX110": CodeEntry(
-        "sizes or shapes read as numbers",
-        "The program computes with the size of the batch outside of a shape argument, so the result depends on how many "
-        "samples there are. The node is mapped over time.",
+        "the batch size is used as a number",
+        "The node computes with the batch size outside of a shape argument, so its result depends on the number of "
+        "samples, which folding would change. The node is mapped over time.",
         "y = x / x.shape[0]",
         "y = x / x.shape[1]",
     ),
     "SNNFX111": CodeEntry(
-        "an unknown rank",
-        "Without example_inputs the number of dimensions of this value is not known, and the rule depends on it. "
-        "The node is mapped over time.",
+        "an unknown number of dimensions",
+        "The rule for this operation depends on the number of dimensions of its input, which is unknown without "
+        "example_inputs. The node is mapped over time.",
         "net = snnfx.convert(model)",
         "net = snnfx.convert(model, example_inputs=(x,))",
     ),
     # 2xx: capture
     "SNNFX201": CodeEntry(
         "the model cannot be traced",
-        "The forward of the top-level model does something that depends on the values of tensors, or uses a Python "
-        "feature that torch.fx cannot record.",
+        "The forward of the model has control flow that depends on tensor values, or uses a Python feature that "
+        "torch.fx cannot trace.",
         "def forward(self, x):\n    if x.sum() > 0: return x\n    return -x",
         "def forward(self, x):\n    return torch.where(x.sum() > 0, x, -x)",
     ),
     "SNNFX202": CodeEntry(
         "control flow on shapes needs example inputs",
-        "The model asks for the shape of a value while it is being traced; without example_inputs there is no answer.",
+        "The model's Python code reads the shape of a tensor during capture, which is unknown without example_inputs.",
         "snnfx.convert(model)",
         "snnfx.convert(model, example_inputs=(torch.rand(2, 1, 28, 28),))",
     ),
     "SNNFX203": CodeEntry(
         "the forward loops over time itself",
-        "One stateful module is called many times in a chain within one forward: this is a model that already runs a "
-        "whole sequence. snnfx converts the model of ONE step.",
+        "One stateful module is called many times in sequence within one forward, so the model already runs a whole "
+        "sequence. snnfx converts a model of ONE time step: move the body of the loop into a method and pass its name "
+        "as entry.",
         "def forward(self, x):\n    for step in range(25):\n        spk = self.lif(self.fc(x))",
         'def step(self, x):\n    return self.lif(self.fc(x))\n\nsnnfx.convert(model, entry="step")',
     ),
     "SNNFX204": CodeEntry(
         "already in multi-step mode",
-        "A module of the model is set to process whole sequences. snnfx converts single-step models.",
+        "A module of the model processes whole sequences. snnfx converts single-step models: set the module to "
+        "single-step mode.",
         'neuron.LIFNode(step_mode="m")',
         'neuron.LIFNode(step_mode="s")',
     ),
     "SNNFX205": CodeEntry(
-        "a module that has no single-step form",
-        "The module is defined on whole sequences only, so there is no step graph to convert.",
+        "a module without a single-step form",
+        "The module is defined for whole sequences only, so it has no step graph. Replace it by a single-step module.",
         "neuron.PSN(T=8)",
         "neuron.LIFNode(tau=2.0)",
     ),
     "SNNFX206": CodeEntry(
         "a buffer is changed in place",
-        "A forward that is traced changes a buffer or a parameter in place; state has to be read and written as an "
-        "attribute so that it can be handed from step to step.",
+        "The step changes a buffer or a parameter in place. To be carried from step to step, state must be registered "
+        "and assigned as an attribute.",
         "self.count += 1   # a registered buffer",
         'self.register_memory("count", 0.0)   # in a snnfx.MemoryModule',
     ),
     "SNNFX207": CodeEntry(
         "lazy modules are not initialised",
-        "A lazy module has no weights yet. Run the model once before converting it.",
+        "A lazy module has no weights before its first call. Run the model once before converting it.",
         "snnfx.convert(nn.Sequential(nn.LazyLinear(10)))",
         "model(x); snnfx.convert(model)",
     ),
     "SNNFX208": CodeEntry(
         "hooks that would be lost",
-        "The model itself or a container that is traced through has forward hooks. They would never run in the converted net.",
+        "The model or a container module has forward hooks, which would never run in the converted net. Register them "
+        "on leaf modules.",
         "model.register_forward_hook(hook)",
-        "model.conv1.register_forward_hook(hook)   # hooks on leaf modules are kept",
+        "model.conv1.register_forward_hook(hook)   # hooks of leaf modules run",
     ),
     "SNNFX209": CodeEntry(
-        "an operation in place on an input",
-        "The step changes its own input. In the converted net that would change the caller's sequence.",
+        "an in-place operation on an input",
+        "The step changes its own input in place, so the converted net would change the caller's sequence. Use the "
+        "out-of-place operation.",
         "def forward(self, x):\n    x.mul_(2)",
         "def forward(self, x):\n    x = x * 2",
     ),
     "SNNFX210": CodeEntry(
-        "the initial state depends on the step itself",
-        "The first value of a state is computed from something that needs this state already.",
+        "the initial state depends on itself",
+        "The initial value of a state is computed from a value that already needs this state. Compute it from the "
+        "inputs or from constants.",
         "if self.v is None: self.v = self.lif(self.w(self.v_other)); self.v_other = self.v",
         "if self.v is None: self.v = torch.zeros_like(x)",
     ),
     "SNNFX211": CodeEntry(
-        "the forward takes arguments that cannot be captured",
-        "Inputs have to be tensors, or nested tuples, lists and dicts of tensors. Other values are fixed at conversion.",
-        "def forward(self, *xs): ...    # snnfx.convert(model): how many?",
+        "arguments of forward that cannot be captured",
+        "Inputs must be tensors, or nested tuples, lists and dicts of tensors; other values are fixed at conversion. "
+        "For a forward with *args, example_inputs gives the number of inputs.",
+        "def forward(self, *xs): ...    # snnfx.convert(model): unknown number of inputs",
         "snnfx.convert(model, example_inputs=(x1, x2))",
     ),
     "SNNFX212": CodeEntry(
-        "tracing changed with the first step",
-        "The first step and the later ones do different things; the first step is run on its own (peeled).",
+        "the first step differs from later steps",
+        "The first step runs other operations than the later steps, so it runs in a separate graph (loop peeling). "
+        "This is correct, but the first step cannot be fused with the others.",
         "if self.h is None: y = self.first(x)   # another layer at the first step\nelse: y = self.later(x, self.h)",
-        "if self.h is None: self.h = torch.zeros_like(x)\ny = self.later(x, self.h)   # an initial value: nothing is peeled",
+        "if self.h is None: self.h = torch.zeros_like(x)\ny = self.later(x, self.h)   # an initial value: no peeling",
     ),
     "SNNFX213": CodeEntry(
         "an undeclared state in a module that cannot be traced",
-        "A module that is run as it is changes one of its attributes in a step, and the attribute is not registered as "
-        "a state; its value would leak from one call of the net into the next.",
+        "A module that could not be traced changes an attribute that is not registered as state, so the value would "
+        "leak from one call of the net into the next. Register the attribute.",
         "self.mem = ...   # in a plain nn.Module with data-dependent control flow",
         'self.register_memory("mem", None)   # in a snnfx.MemoryModule',
     ),
     "SNNFX214": CodeEntry(
-        "an operation in place that cannot be made functional",
-        "The step changes a tensor in place that shares memory with another value, or the operation exists only in place.",
+        "an in-place operation that cannot be made functional",
+        "The step changes a tensor in place that shares memory with another value, or the operation has only an "
+        "in-place form. Write it with out-of-place operations.",
         "x[:, 0].mul_(2)",
         "x = torch.cat([x[:, :1] * 2, x[:, 1:]], dim=1)",
     ),
     "SNNFX215": CodeEntry(
         "random numbers that the graph does not record",
-        "The step draws random numbers in a way that leaves no node in the graph, for instance by filling a new tensor in "
-        "place; the numbers of the capture would be used in every call.",
+        "The step draws random numbers without a node in the graph, for example by filling a new tensor in place, so "
+        "every call would reuse the numbers drawn during capture. Use a function that returns random numbers.",
         "noise = torch.empty(5).normal_()",
         "noise = torch.randn(5)",
     ),
     "SNNFX216": CodeEntry(
-        "an input or output that is no nest of tensors",
-        "What a step takes and returns are tensors, numbers and the like, or tuples, lists, dicts and named tuples of them "
-        "(pytrees). Generators are used up by being looked at; tensors inside other objects, NumPy arrays and sets would be "
-        "fixed at conversion, or lost.",
+        "an input or output that is not a pytree of tensors",
+        "Inputs and outputs of a step must be tensors, numbers and other constants, or tuples, lists, dicts and named "
+        "tuples of them (pytrees). Generators, NumPy arrays, sets, and tensors inside other objects would be fixed at "
+        "conversion or lost.",
         "def forward(self, x): return Output(spikes=self.lif(x))   # a plain class",
         "class Output(NamedTuple): ...   # or torch.utils._pytree.register_dataclass(Output)",
     ),
     "SNNFX217": CodeEntry(
-        "a state is set to what is no state of a net",
-        "The step gives a neuron's state, from outside of the neuron, a value that no slot can have: None, or something that "
-        "is no tensor.",
+        "a state is set to an unsupported value",
+        "The step assigns to a neuron's state, from outside the neuron, a value other than a tensor or number, such "
+        "as None. Assign a tensor.",
         "s = self.lif(x); self.lif.v = None",
         "s = self.lif(x); self.lif.v = torch.zeros_like(s)",
     ),
     "SNNFX218": CodeEntry(
-        "a step changes something that a net cannot hand on",
-        "State in tensors and numbers is found in the attributes of modules, and in lists, tuples, dicts and deques there. "
-        "What a step changes elsewhere, or of another kind (a string, an attribute of a plain object, a set, a setting of a "
-        "layer), would stay at its first value, so it is refused.",
+        "a step changes something that cannot be carried as state",
+        "snnfx carries tensors and numbers in attributes of modules, and in lists, tuples, dicts and deques there. "
+        "Other changes (of a string, an attribute of a plain object, a set, a setting of a layer) would be lost after "
+        "the first step, so they are refused. Store the state in an attribute of the module.",
         "self.state.v = x if self.state.v is None else self.state.v + x   # a plain object",
         "self.v = x if self.v is None else self.v + x",
     ),
     # 3xx: inputs of a call
     "SNNFX301": CodeEntry(
         "no time steps",
-        "A sequence has to have at least one time step.",
+        "A sequence must have at least one time step.",
         "net(torch.rand(0, 2, 3))",
         "net(torch.rand(1, 2, 3))",
     ),
     "SNNFX302": CodeEntry(
         "split_size below 1",
-        "A chunk has at least one time step.",
+        "A chunk must have at least one time step.",
         "chunk_multi_step_forward(0, x_seq, net)",
         "chunk_multi_step_forward(16, x_seq, net)",
     ),
     "SNNFX303": CodeEntry(
         "leading dimensions differ",
-        "All sequences have to agree on T, and those that are folded on the batch size as well.",
+        "All sequences must have the same number of time steps T, and folded sequences also the same batch size.",
         "net(torch.rand(8, 2, 3), torch.rand(7, 2, 3))",
         "net(torch.rand(8, 2, 3), torch.rand(8, 2, 3))",
     ),
     "SNNFX304": CodeEntry(
         "neither a module nor a callable",
-        "Expected an nn.Module, a callable, or a list or tuple of them.",
+        "The argument must be an nn.Module, a callable, or a list or tuple of them.",
         "multi_step_forward(x_seq, 3)",
         "multi_step_forward(x_seq, nn.Linear(3, 2))",
     ),
     "SNNFX305": CodeEntry(
         "not a tensor",
-        "Sequences are tensors, or nested tuples, lists and dicts of tensors.",
+        "Sequences must be tensors, or nested tuples, lists and dicts of tensors.",
         "net([1, 2, 3])",
         "net(torch.tensor([[1.0], [2.0], [3.0]]))",
     ),
     "SNNFX306": CodeEntry(
         "too few dimensions for a sequence",
-        "The input has no room for the time dimension (and, where it is folded, the batch dimension).",
+        "The input lacks the time dimension or, for a folded sequence, the batch dimension.",
         "net(torch.rand(8))",
         "net(torch.rand(8, 1, 3))",
     ),
     "SNNFX307": CodeEntry(
-        "the arguments do not fit the captured step",
-        "The net was captured for other arguments: another number of inputs, another nesting, or another constant.",
+        "the arguments do not match the captured step",
+        "The net was captured with another number of inputs, another nesting, or another constant. Convert the model "
+        "with example_inputs like the arguments of the call.",
         "net = snnfx.convert(model, example_inputs=(x, True)); net(x_seq, False)",
         "net = snnfx.convert(model, example_inputs=(x, False)); net(x_seq, False)",
     ),
     "SNNFX308": CodeEntry(
         "unknown or missing state",
-        "The state passed has other keys than the slots of the net, or the shape of another batch.",
+        "The keys of the state differ from the slots of the net, or its shape belongs to another batch size. "
+        "net.run(x_seq) returns a state of the right form.",
         'net.run(x_seq, state={"lif.u": v})',
         'net.run(x_seq, state={"lif.v": v})',
     ),
     "SNNFX309": CodeEntry(
-        "an option has no such value",
-        "The option does not take this value; the message says which it takes.",
+        "illegal value of an option",
+        "The option does not accept this value; the message lists the accepted ones.",
         'snnfx.convert(model, batch_norm="frozen")',
         'snnfx.convert(model, batch_norm="per_step")',
     ),
     "SNNFX310": CodeEntry(
-        "the number of time steps is not known",
-        "No input carries a time dimension (time_dim=None everywhere), so T has to be said.",
+        "the number of time steps is unknown",
+        "None of the inputs has a time dimension (time_dim=None for all), so T must be passed.",
         "net(image)",
         "net(image, T=8)",
     ),
     "SNNFX311": CodeEntry(
-        "nothing of that name to record",
-        "record= takes qualified names of modules that are called in a step, or of state slots.",
+        "unknown name in record",
+        "record= takes qualified names of modules that a step calls, or of state slots.",
         'net.run(x_seq, record=("lif9",))',
         'net.run(x_seq, record=("lif1", "lif1.v"))',
     ),
     "SNNFX312": CodeEntry(
-        "a size differs from the one the step was captured with",
-        "The model's Python code used a size as a number while it was captured, so the net only holds for that size.",
-        "for i in range(x.shape[1]): ...",
+        "a size differs from its size at capture",
+        "The model's Python code used a size as a number during capture, so the net is valid for that size only. "
+        "Convert the model again for another size.",
+        "for i in range(x.shape[1]): ...   # captured with x.shape[1] == 3, called with 4",
         "snnfx.convert(model, example_inputs=(x_of_the_new_size,))",
     ),
     "SNNFX313": CodeEntry(
         "the outputs do not form a sequence",
-        "What a module returned cannot be put together over time: its batch is no multiple of T (then it is not "
-        "batch-equivariant), its nesting changes from step to step, or it is not made of tensors.",
+        "The outputs of a module cannot be joined over time: their batch size is not a multiple of T (the module is "
+        "not batch-equivariant), their nesting changes between steps, or they are not tensors.",
         "seq_to_ann_forward(x_seq, lambda x: x.sum(0))",
         "map_forward(x_seq, lambda x: x.sum(0))",
     ),
     "SNNFX314": CodeEntry(
-        "which outputs are the state is not clear",
-        "The step has arguments that default to None and look like state, and returns several values, but their numbers "
-        "do not match or their names do not tell. A wrong guess would feed one value into another.",
+        "ambiguous state outputs",
+        "The step has arguments that default to None and look like state, and returns several values, but their "
+        "numbers or names do not match. snnfx does not guess: name the output that each argument carries.",
         "snnfx.convert(model)                             # forward(self, x, mem=None) -> (spk, aux, mem)",
         'snnfx.convert(model, carry={"mem": 2})           # carry={} if no argument is carried',
     ),
     "SNNFX315": CodeEntry(
         "a plain value of the model changed after conversion",
-        "A number, flag or string that the model's code reads (`self.tau`, `if self.flag`) is part of the graph. The net "
-        "notices at the next call that it changed, and captures the model again; it says so once. Where it cannot (inside "
-        "torch.compile, or after the graph was replaced by hand) it raises, instead of going on with the old value. "
-        "Neurons and layers that stay one call read their own settings at every call, and need none of this.",
+        "A number, flag or string that the model's code reads (`self.tau`, `if self.flag`) is a constant of the "
+        "graph. When it changes, the next call of the net captures the model again and warns once. If that is "
+        "impossible (inside torch.compile, or after the graph was replaced by hand), the call raises instead of using "
+        "the old value. Neurons and layers that are one node of the graph read their own settings at every call and "
+        "are not affected.",
         "net = torch.compile(snnfx.convert(model), fullgraph=True); net(x_seq); model.tau = 3.0; net(x_seq)",
         'self.register_buffer("tau", torch.tensor(2.0))   # live; or call the net itself once after the change',
     ),
     "SNNFX317": CodeEntry(
-        "time cannot be cut here",
-        'With batch_norm="fold" a BatchNorm in training takes its statistics over all time steps together. Running some '
-        "steps after the others (checkpoint=<steps>, net.stream) would give each part statistics of its own.",
+        "the sequence cannot be split over time",
+        'With batch_norm="fold", a BatchNorm in training takes its statistics over all time steps. Splitting the '
+        "sequence (checkpoint=<steps>, net.stream) would change them to the statistics of each part.",
         "snnfx.convert(model, checkpoint=16)",
-        'snnfx.convert(model, checkpoint="regions")       # or batch_norm="per_step"; in evaluation mode there is no limit',
+        'snnfx.convert(model, checkpoint="regions")       # or batch_norm="per_step"; evaluation mode is not affected',
     ),
     "SNNFX318": CodeEntry(
         "the memory budget cannot be met",
-        "The net needs more memory even with one time step per chunk (in training: with everything recomputed in the "
-        "backward pass). The message names the smallest budget that works and the region that needs it.",
+        "The net exceeds the budget even with chunks of one time step (in training: with full recomputation in the "
+        "backward pass). The message names the smallest sufficient budget and the region that needs it.",
         "snnfx.convert(model, memory_budget=1000)(x_seq)",
         "snnfx.convert(model, memory_budget=2 * 2**30)    # bytes; or a smaller batch",
     ),
     "SNNFX319": CodeEntry(
-        "no memory to draw",
-        "The memory of the net could not be predicted, neither in inference nor in training: a shape depends on values, "
-        "only the caller has the first state, or nothing fits the budget. The message says which.",
+        "memory cannot be drawn",
+        "Memory could not be predicted, neither for inference nor for training: a shape depends on tensor values, the "
+        "caller supplies the initial state, or the budget is too small. The message names the reason.",
         'snnfx.explain(model, example_inputs=x, T=16, memory_budget=1000).memory.save("memory.svg")',
         'snnfx.explain(model, example_inputs=x, T=16, memory_budget="2GiB").memory.save("memory.svg")',
     ),
     "SNNFX316": CodeEntry(
         "a kernel is differentiated twice",
-        "A loop that runs as one generated kernel has a first derivative only; the gradient of its gradient "
-        "(create_graph=True) is not generated. It is said when the first derivative is taken with create_graph=True.",
+        "A loop that runs as one generated kernel has a first derivative, but not a second one. The error is raised "
+        "when the first derivative is computed with create_graph=True.",
         "net = snnfx.convert(model); (g,) = torch.autograd.grad(net(x).sum(), x, create_graph=True)",
-        "net = snnfx.convert(model, lower=None)   # PyTorch runs every step, and can",
+        "net = snnfx.convert(model, lower=None)   # PyTorch runs every step and supports it",
     ),
     # 4xx: verification
     "SNNFX401": CodeEntry(
         "outputs differ",
-        "The net's output is not that of the stepped model. In float32 a potential at the threshold may round to the other "
-        "side, and that spike then differs: compare in float64 first. If it still differs, it is a fault of snnfx.",
+        "The output of the net differs from the stepped model. In float32, rounding can flip a spike if a potential "
+        "is at the threshold, so compare in float64 first. If the outputs still differ, report it as a bug of snnfx.",
         "snnfx.verify(model, net, x_seq)                # one spike in a million differs",
         "snnfx.verify(model, net, x_seq, double=True)",
     ),
     "SNNFX402": CodeEntry(
         "final states differ",
-        "The state after the last step is not that of the stepped model; see SNNFX401.",
+        "The state after the last step differs from the stepped model; see SNNFX401.",
         "snnfx.verify(model, net, x_seq)",
         "snnfx.verify(model, net, x_seq, double=True)",
     ),
     "SNNFX403": CodeEntry(
         "gradients differ",
-        "A gradient is not that of the stepped model; see SNNFX401.",
+        "A gradient differs from the stepped model; see SNNFX401.",
         "snnfx.verify(model, net, x_seq)",
         "snnfx.verify(model, net, x_seq, double=True)",
     ),
     "SNNFX404": CodeEntry(
         "buffers differ",
-        "Running statistics, or other buffers, are not those of the stepped model; see SNNFX401.",
+        "Running statistics or other buffers differ from the stepped model; see SNNFX401.",
         "snnfx.verify(model, net, x_seq)",
         "snnfx.verify(model, net, x_seq, double=True)",
     ),
     "SNNFX405": CodeEntry(
-        "the declared semantics does not apply",
-        'With batch_norm="fold", a BatchNorm in training takes its statistics over all time steps at once. That has no '
-        "meaning where the steps call different layers, or where the statistics depend on the layer's own output at an "
-        "earlier step, so there is nothing to compare with.",
+        "BatchNorm statistics over time are undefined",
+        'With batch_norm="fold", a BatchNorm in training takes its statistics over all time steps. These are '
+        "undefined if the steps call different layers, or if the statistics depend on the layer's own output at an "
+        "earlier step, so verify has no reference.",
         'snnfx.verify(model, snnfx.convert(model, batch_norm="fold"), x_seq)',
         'snnfx.verify(model, snnfx.convert(model, batch_norm="per_step"), x_seq)',
     ),
     # 5xx: passes
     "SNNFX501": CodeEntry(
         "a pass broke the graph",
-        "The verifier between passes found the graph invalid. The message names the pass and the node.",
-        "program.graph.erase_node(node)   # in a pass: somebody still reads the slot",
+        "The verifier that runs after each pass found the graph invalid. The message names the pass and the node.",
+        "program.graph.erase_node(node)   # in a pass, while other nodes still use the node",
         "node.replace_all_uses_with(new); program.graph.erase_node(node)",
     ),
     "SNNFX502": CodeEntry(
         "passes in an illegal order",
-        "A pass was run at a stage that it does not take: `requires` and `ensures` of the passes do not meet.",
+        "A pass was run at the wrong stage: the stage that it requires (`requires`) is not the one that the pass "
+        "before it leaves (`ensures`).",
         "PassManager([Partition(), Normalize()]).run(program)",
         "PassManager([Normalize(), Partition()]).run(program)",
     ),
     "SNNFX503": CodeEntry(
-        "a region is gone",
-        "A compiled or exported program calls a region of a net that no longer exists: it refers to the loops of the "
-        "living net, so it runs in the same process only, and as long as the net is there.",
+        "a region no longer exists",
+        "A compiled or exported program calls a loop of a net that has been deleted. Such a program refers to the "
+        "net, so it runs only in the same process and while the net exists.",
         "exported = torch.export.export(net, (x_seq,)); del net; exported.module()(x_seq)",
-        "exported = torch.export.export(net, (x_seq,)); exported.module()(x_seq)   # net is kept",
+        "exported = torch.export.export(net, (x_seq,)); exported.module()(x_seq)   # net still exists",
     ),
     "SNNFX504": CodeEntry(
         "a fallback was taken",
-        "A faster form of a region was refused at run time and a slower one is used from now on; the result is the same.",
-        "y[mask] = 0                  # torch.vmap has no rule for a boolean index: stepped",
+        "torch refused a faster form of a region at run time, so a slower one is used from now on. The result is the "
+        "same.",
+        "y[mask] = 0                  # torch.vmap has no rule for a boolean index: runs step by step",
         "y = y.masked_fill(mask, 0)   # mapped, or folded",
     ),
     "SNNFX506": CodeEntry(
         "a compiled net is not checkpointed",
-        "Under torch.compile the partitioner of the compiler chooses which tensors to save for backward and which to "
-        "recompute. The options checkpoint= and memory_budget= affect training only if the net is not compiled.",
+        "Under torch.compile, the compiler's own partitioner decides which tensors are saved for backward and which "
+        "are recomputed. checkpoint= and memory_budget= have no effect on the training of a compiled net.",
         'torch.compile(snnfx.convert(model, checkpoint="regions"))(x_seq).sum().backward()',
         'snnfx.convert(model, checkpoint="regions")(x_seq).sum().backward()',
     ),
     "SNNFX508": CodeEntry(
-        "the memory budget is ignored",
-        "memory_budget= has no effect: memory use cannot be predicted from shapes, because the model depends on values of "
-        "tensors, or another option (checkpoint=, record=) needs more memory. The result is the same.",
+        "the memory budget is ignored or exceeded",
+        "memory_budget= has no effect because memory use cannot be predicted from shapes (the model reads tensor "
+        "values), or it is exceeded because another option (checkpoint=, record=) needs more memory. The result is "
+        "the same.",
         "snnfx.convert(model, memory_budget=2**30)            # a part of the model calls .item()",
         'snnfx.convert(model, checkpoint="regions", chunk=16)',
     ),
     "SNNFX507": CodeEntry(
         "out of memory",
-        "An allocation failed while the net ran. The message names the region and a plan that is predicted to need less.",
+        "An allocation failed while the net ran. The message names the region, and options that need less memory.",
         "snnfx.convert(model, chunk=None)(x_seq)",
         "snnfx.convert(model, memory_budget=0.5)(x_seq)",
     ),
@@ -426,94 +445,99 @@ CODES: dict[str, CodeEntry] = {
     ),
     "SNNFX505": CodeEntry(
         "no kernel could be built",
-        "A loop could run as one generated kernel, but there is no C++ compiler (on a GPU: no Triton), it failed, or "
-        "SNNFX_KERNELS=0 forbids it. PyTorch runs the loop step by step instead: the same result, slower.",
-        "a machine without g++ and clang++",
-        "apt install g++   # or set CXX; or convert(model, lower=None), which asks for no kernels",
+        "A loop could run as one generated kernel, but the C++ compiler (on a GPU: Triton) is missing or failed, or "
+        "SNNFX_KERNELS=0 disables kernels. PyTorch runs the loop step by step instead, which is slower with the same "
+        "result.",
+        "snnfx.convert(model)(x_seq)                # on a machine without g++ and clang++",
+        "apt install g++   # or set CXX; or silence it with snnfx.convert(model, lower=None)",
     ),
     # 6xx: tools around the library
     "SNNFX601": CodeEntry(
         "graphviz is missing",
-        "Drawing to SVG or PNG needs the program `dot` and the Python package graphviz.",
+        "Drawing to .svg, .png or .pdf needs the program `dot` and the Python package graphviz.",
         'snnfx.draw(net, "net.svg")',
-        'apt install graphviz; pip install "snnfx[draw]"   # or draw to a .dot file',
+        'apt install graphviz; pip install "snnfx[draw]"   # or write a .dot file',
     ),
     "SNNFX602": CodeEntry(
         "cannot load the model",
-        "The path pkg.module:factory does not lead to a model, or to a function that makes one without arguments.",
+        "pkg.module:factory must name a model, or a class or function that returns a model when called without "
+        "arguments.",
         "python -m snnfx explain models.csnn",
         "python -m snnfx explain models.csnn:build",
     ),
     "SNNFX603": CodeEntry(
         "unknown file type",
-        "draw writes .svg, .png, .pdf and .dot.",
+        "snnfx.draw writes .svg, .png, .pdf and .dot files.",
         'snnfx.draw(net, "net.jpg")',
         'snnfx.draw(net, "net.png")',
     ),
     # 61x: online training
     "SNNFX610": CodeEntry(
         "input and target of an online rule differ in length",
-        "An online rule takes a loss at every time step, so the target has as many steps and as large a batch as the "
-        "input. One target for all steps is said with target_dim=None.",
+        "An online rule evaluates the loss at every time step, so the target needs the time steps and the batch size "
+        "of the input. For one target for all steps, pass target_dim=None.",
         "trainer.step(x_seq, labels)                                  # x_seq: [T, N, ...], labels: [N]",
         "Trainer(net, rule, optimizer, loss, target_dim=None).step(x_seq, labels)",
     ),
     "SNNFX611": CodeEntry(
         "the loss of a step is not a scalar",
-        "A loss function takes the outputs and the target of one time step and returns one number with a gradient.",
+        "A loss function takes the outputs and the target of one time step and must return a scalar with a gradient.",
         "loss=lambda y, target: (y - target) ** 2",
         "loss=lambda y, target: ((y - target) ** 2).mean()",
     ),
     "SNNFX612": CodeEntry(
-        "the optimizer is not for this model",
-        "All parameters of the optimizer have to be the model's: others would never get a gradient.",
+        "the optimizer has parameters of another model",
+        "All parameters of the optimizer must belong to the model; others would never get a gradient.",
         "Trainer(net, rule, torch.optim.SGD(copy.deepcopy(net).parameters(), lr=0.1), loss)",
         "Trainer(net, rule, torch.optim.SGD(net.parameters(), lr=0.1), loss)",
     ),
     "SNNFX613": CodeEntry(
-        "the running averages do not fit the optimizer",
-        "w_ra holds one tensor for each parameter of the optimizer, in its order and of its shape.",
+        "the running averages do not match the optimizer",
+        "w_ra must have one tensor for each parameter of the optimizer, in the same order and of the same shape.",
         "w_ra = []",
         "w_ra = fptt_online_training_init_w_ra(optimizer)",
     ),
     "SNNFX614": CodeEntry(
         "a number of time steps is out of range",
-        "Lengths of chunks, of truncation and of intervals between updates are at least one step; at random, at most "
-        "all steps of the sequence can be chosen.",
+        "Lengths of chunks, of truncation and of intervals between updates are at least one time step; the number of "
+        "randomly chosen steps is at most the length of the sequence.",
         "trainer = Trainer(net, SLTT_K(8), optimizer, loss); trainer.step(x_seq[:4], target[:4])",
         "trainer = Trainer(net, SLTT_K(4), optimizer, loss); trainer.step(x_seq[:4], target[:4])",
     ),
     "SNNFX615": CodeEntry(
-        "the leak of a trace is not one number",
-        "An eligibility trace decays with the leak of a neuron. The neuron found has none that is a number (it differs "
-        "from neuron to neuron or with the potential), or there are several neurons with different ones, or none.",
+        "the leak of a trace is not a single number",
+        "An eligibility trace decays with the leak of the neuron that the weight feeds. That leak is not a single "
+        "number (it differs between neurons or depends on the potential), the weight feeds neurons with different "
+        "leaks, or it feeds none. Pass the leak.",
         "Trainer(net, OTTT_A, optimizer, loss)                        # a weight feeds a CUBALIFNode: two leaks",
         "Trainer(net, OTTT_A(trace_leak=0.5), optimizer, loss)",
     ),
     "SNNFX616": CodeEntry(
         "the rule contradicts itself or does not apply",
-        "The choices of an online rule do not go together, or the model is of a kind that the rule cannot train.",
+        "The settings of an online rule exclude each other, or the rule cannot train this kind of model.",
         'Rule(operand="trace", temporal="keep")',
         'Rule(operand="trace", temporal="cut")',
     ),
     "SNNFX617": CodeEntry(
         "a loss is evaluated step by step",
-        "torch.vmap could not evaluate the loss for all time steps of a chunk at once. The numbers are the same, the "
-        "loss takes longer.",
+        "torch.vmap could not evaluate the loss for all time steps of a chunk at once, so the loss is evaluated step "
+        "by step. The result is the same, only slower.",
         "loss=lambda y, target: my_loss(y, target) if y.sum().item() > 0 else y.sum()",
         "loss=lambda y, target: torch.where(y.sum() > 0, my_loss(y, target), y.sum())",
     ),
     "SNNFX618": CodeEntry(
         "weights without an eligibility trace",
-        "Linear layers, convolutions and products with a weight get a trace. Weights of other operations, and of a module "
-        "that could not be traced, have the gradient of the same step alone, as in SLTT.",
+        "Linear layers, convolutions and products with a weight have an eligibility trace. Weights of other "
+        "operations, and of modules that could not be traced, get the gradient of the current time step only, as in "
+        "SLTT.",
         "torch.einsum('bi,oi->bo', spikes, self.weight)",
         "torch.nn.functional.linear(spikes, self.weight)",
     ),
     "SNNFX619": CodeEntry(
-        "a learned first state gets no gradient",
-        "A rule that cuts the states cuts what they are before the first step as well.",
+        "a learned initial state gets no gradient",
+        "A rule that detaches the states between steps detaches their initial values as well, so parameters of an "
+        "initial state are not trained. Restrict the cut to other states, or freeze the initial state.",
         "Trainer(net, SLTT, optimizer, loss)                # self.v = self.first.expand_as(x) before the first step",
-        "Trainer(net, SLTT(cut=('other.v',)), optimizer, loss)  # or freeze the first state",
+        "Trainer(net, SLTT(cut=('other.v',)), optimizer, loss)  # or freeze the initial state",
     ),
 }

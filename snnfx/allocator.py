@@ -1,4 +1,4 @@
-"""Tell the C library to keep the memory of large tensors, so that the next one does not fault every page in anew."""
+"""Tune the C library's allocator to reuse the memory of large tensors, which avoids page faults."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ __all__ = ["expect_large_blocks", "is_tuned", "tune_allocator"]
 
 _M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3
 _LARGEST_LEARNT = 32 * 2**20 - 64 * 2**10
-"""Bytes of the largest block that glibc learns from, with some left for its own records."""
+"""Size in bytes of the largest block that adjusts glibc's threshold, minus room for its bookkeeping."""
 
 _tuned = False
 
@@ -24,47 +24,48 @@ def is_tuned() -> bool:
 
 @functools.cache
 def expect_large_blocks() -> None:
-    """Free one large block, once in a process, as any program does sooner or later.
+    """Raise glibc's dynamic mmap threshold by freeing one large block, once per process.
 
-    glibc learns from the largest block of up to 32 MB that was freed: smaller ones then come from the heap, of which
-    it keeps twice as much when it is freed. Otherwise the first calls of a net depend on the order in which its
-    tensors happened to be freed, and may fault every page in anew. The block is never written: it takes no memory.
+    glibc raises its mmap threshold to the size of the largest freed block (up to 32 MB): smaller blocks then come from
+    the heap, and twice that size stays in the process when it is freed. Without this, the speed of the first calls of a
+    net depends on the order in which its tensors are freed, with a page fault for every page of each new tensor. The
+    block is never written, so it takes no physical memory.
 
-    Source: mallopt(3), on the dynamic mmap threshold.
+    Source: mallopt(3), dynamic mmap threshold.
     """
     if sys.platform.startswith("linux"):
         torch.empty(_LARGEST_LEARNT, dtype=torch.uint8, device="cpu")
 
 
 def tune_allocator(largest: int = 1 << 30) -> bool:
-    """Keep freed memory in the process, for all tensors on the CPU (glibc only).
+    """Keep freed CPU memory in the process for reuse (glibc only).
 
-    glibc takes every block of 32 MB and more fresh from the system and gives it back when it is freed; writing such a
-    tensor for the first time costs a page fault for every 4 kB, often more than computing it. After this call blocks up
-    to `largest` bytes come from the heap, and the heap is not trimmed: the memory of the process stays at its peak.
-    Generated kernels do not need it, since they reuse their buffers; convolutions, linear layers and the rest of
-    PyTorch do. It acts on the whole process and cannot be undone.
+    By default, glibc requests every block of 32 MB or more from the system and returns it when it is freed. The first
+    write to such a tensor costs a page fault for every 4 kB, often more time than computing it. After this call, blocks
+    of up to `largest` bytes come from the heap, and the heap is never trimmed: the memory of the process stays at its
+    peak. Convolutions, linear layers and other operations of PyTorch become faster; generated kernels reuse their
+    buffers anyway. The setting affects the whole process and cannot be undone.
 
     Args:
-        largest: bytes of the largest block to keep, at least 1.
+        largest: size in bytes of the largest block to keep, from 1 to 2**31 - 1. Default: 1 GiB.
 
     Returns:
-        True; False where the C library has no such setting (macOS, Windows, musl), and nothing was changed.
+        True if the setting was changed; False if the C library does not support it (macOS, Windows, musl).
 
     Raises:
-        ValueError: `largest` is not positive or does not fit into 31 bits.
+        ValueError: `largest` is out of range.
 
     Source: mallopt(3), M_MMAP_THRESHOLD and M_TRIM_THRESHOLD.
     """
     if not 0 < largest < 1 << 31:
-        raise ValueError(f"largest={largest} has to be above 0 and below 2**31")
+        raise ValueError(f"largest={largest} must be above 0 and below 2**31")
     if not sys.platform.startswith("linux"):
         return False
     global _tuned
     library = ctypes.CDLL(None)
     if not hasattr(library, "gnu_get_libc_version") or not hasattr(library, "mallopt"):
         return False
-    kept = library.mallopt(_M_MMAP_THRESHOLD, ctypes.c_int(largest))
-    trimmed = library.mallopt(_M_TRIM_THRESHOLD, ctypes.c_int((1 << 31) - 1))
-    _tuned = bool(kept and trimmed)
+    threshold_set = library.mallopt(_M_MMAP_THRESHOLD, ctypes.c_int(largest))
+    trim_set = library.mallopt(_M_TRIM_THRESHOLD, ctypes.c_int((1 << 31) - 1))
+    _tuned = bool(threshold_set and trim_set)
     return _tuned

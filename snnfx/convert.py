@@ -1,4 +1,4 @@
-"""`snnfx.convert`: from a single-step model to the net that runs whole sequences. The pipeline, as a list of passes."""
+"""`snnfx.convert`: capture a single-step model and run the pass pipeline, which turns it into a multi-step net."""
 
 from __future__ import annotations
 
@@ -54,60 +54,63 @@ def convert(
     checkpoint: int | str | None = "auto",
     memory_budget: int | float | str | None = None,
 ) -> Net:
-    """Convert a model of one time step into a net that runs sequences, with the same result.
+    """Convert a single-step model into a net that runs whole sequences.
 
-    The model is not changed: not its parameters, state, hooks or flags, nor the random number generators. The net
-    shares its modules, parameters and buffers, so training one trains the other.
+    The net computes the same as calling the model once per time step. The model is not changed: parameters, state,
+    hooks, flags and random number generators stay the same. The net shares the model's modules, parameters and buffers,
+    so training one trains the other.
 
     Args:
-        model: computes ONE time step, `y_t = model(x_t)`, and keeps its state (membrane potentials) between calls.
-            A converted net is taken as well: then only `step_mode` matters.
-        step_mode: "m": the net takes sequences `x_seq: [T, N, *]`. "s": the single-step form of the same graph, which
-            carries its state from call to call like the model does, until `snnfx.functional.reset_net(net)`.
-        example_inputs: what ONE call of the model takes, batch dimension included: a tensor, a tuple of positional or
-            a dict of keyword arguments. Needed when the model's code looks at shapes; otherwise it makes plans exact.
-        time_dim: where T is in each input: an int, or a tuple with one entry for each argument (nested like vmap's
-            `in_dims`); None for an input that is the same at every step. With an int the outputs have T there, too.
-        entry: the name of the method that is one step.
-        batch_norm: in training, "fold": statistics over T*N, as multi-step SNNs are trained; "per_step": statistics of
-            each time step, exactly the stepped model. In evaluation mode there is no difference.
-        chunk: in inference (evaluation mode without gradients), run this many time steps at once; None: all; "auto":
-            as many as fit `memory_budget` and are not slower for it.
-        reduce: "mean", "sum" or "last": return that over the time steps instead of sequences. It is moved as far up as
-            it goes: linear layers at the end run once, on the reduced value.
-        carry_state: keep the state from call to call, detached, until `reset_net(net)`.
-        carry: for models that take and return their state: which argument is carried from which output, an index into
-            what a step returns or a tuple of indices and keys, e.g. `{"mem1": 1, "mem2": 2}` for
-            `forward(x, mem1, mem2) -> (spk, mem1, mem2)`. At the first step the argument is None, or what the caller
-            gives: `net(x_seq, mem1, mem2)`. Where `example_inputs` has a value for an argument without a default, the
-            caller has to give one. The net returns what the model returns, with the carried outputs as they are after
-            the last step: `y_seq, state = net(x_seq)`. Their slots are named after the argument, e.g. "mem1" or
-            "state.v". None: inferred (`net.program.inferred_carry` tells): trailing arguments named like a state, with
-            the default None and left out of `example_inputs`, k of them, are carried from the last k of k + 1
-            outputs. `{}`: nothing is carried.
-        memory_format: "auto": images between 2-d convolutions have their channels innermost in memory on a CPU, which
-            is faster; None: tensors keep the format in which the model makes them.
-        lower: "auto": a loop whose steps compute every element on its own (neurons) runs as one generated kernel for
-            all time steps, forward and backward, on CPUs with a C++ compiler; `explain` tells which. None: PyTorch runs
+        model: a module that computes ONE time step, `y_t = model(x_t)` with `x_t: [N, *]`, and keeps its state
+            (membrane potentials) between calls. For a converted net, all options except `step_mode` are ignored.
+        step_mode: "m" (default): the net takes sequences `x_seq: [T, N, *]`. "s": the net takes one time step and
+            carries its state across calls, like the model, until `snnfx.functional.reset_net(net)`.
+        example_inputs: inputs of ONE time step, with the batch dimension: a tensor `[N, *]`, a tuple of positional
+            arguments or a dict of keyword arguments. Required if the model's code reads shapes; otherwise it makes
+            reports and plans exact. Default: None.
+        time_dim: time dimension of the inputs: an int for all, or a tuple with one entry for each argument (nested like
+            `in_dims` of `torch.vmap`); None for an input that is the same at every step. With an int, the outputs have
+            the same time dimension. Default: 0.
+        entry: name of the method that computes one step. Default: "forward".
+        batch_norm: BatchNorm statistics in training. "fold" (default): over all T*N samples, as is usual for multi-step
+            SNNs; "per_step": of each time step, as in the stepped model. Evaluation mode is the same for both.
+        chunk: number of time steps in a chunk in inference (evaluation mode without gradients). An int; None: all;
+            "auto" (default): as many as fit `memory_budget`, and no more than run fast.
+        carry_state: True to carry the state across calls, detached, until `reset_net(net)`. Default: False, every call
+            starts from the reset state.
+        reduce: "mean", "sum" or "last" to reduce the outputs over time. Linear layers at the end run once, on the
+            reduced value. Default: None, the outputs are sequences.
+        carry: for models that take and return their state: maps each state argument to the output that it receives at
+            the next step, an index into the return value or a tuple of indices and keys, e.g. `{"mem1": 1, "mem2": 2}`
+            for `forward(x, mem1, mem2) -> (spk, mem1, mem2)`. At the first step the argument is None, or the caller
+            passes it: `net(x_seq, mem1, mem2)`. The caller must pass it if it has no default and `example_inputs` has a
+            value for it. The net returns the carried outputs as after the last step: `y_seq, state = net(x_seq)`.
+            Their slots are named after the argument, e.g. "mem1" or "state.v". `{}`: no argument is carried. None
+            (default): inferred, see `net.program.inferred_carry`: k trailing arguments that are named like a state,
+            default to None and are not in `example_inputs` receive the last k of k + 1 outputs.
+        memory_format: "auto" (default): on a CPU, images between 2-d convolutions are in channels-last format, which is
+            faster. None: tensors keep the format of the model.
+        lower: "auto" (default): on a CPU with a C++ compiler, a loop with element-wise steps (neurons) runs as one
+            generated kernel for all time steps, forward and backward; `explain` lists these loops. None: PyTorch runs
             every step of every loop.
-        checkpoint: what training keeps less of and computes again in the backward pass. An int: the state every so many
-            time steps, and nothing in between; "selective": everything but products (convolutions, linear layers,
-            attention) is computed again; "regions": everything is, from the inputs of each region, spikes in bits;
-            "auto": as little as `memory_budget` allows, nothing without a budget; None: nothing is computed again.
-            Gradients are the same; random numbers and running statistics are those of one run.
-        memory_budget: bytes that one call may allocate besides parameters and inputs (in training, until the backward
-            pass is through, gradients of the parameters included), an int, or text: "512MiB", "2G" (2 * 2**30), "2GB"
-            (2 * 10**9); a float is a part of the memory that is free at the first call; None: half of it for
-            inference, no limit for training.
+        checkpoint: recomputation in the backward pass, to save memory in training. An int: save only the state every so
+            many time steps, recompute the rest; "selective": recompute everything except products (convolutions, linear
+            layers, attention); "regions": recompute everything from the inputs of each region, with spikes saved as
+            bits; "auto" (default): as little as `memory_budget` allows, nothing without a budget; None: nothing.
+            Gradients are the same; random numbers are drawn and running statistics updated only once.
+        memory_budget: memory that one call may allocate besides parameters and inputs (in training: until the end of
+            the backward pass, gradients of parameters included). An int: bytes; text: "512MiB", "2G" (2 * 2**30 bytes),
+            "2GB" (2 * 10**9 bytes); a float: a fraction of the memory that is free at the first call. None (default):
+            half of the free memory in inference, no limit in training.
 
     Returns:
         A `snnfx.Net` (a torch.fx.GraphModule).
 
     Raises:
         CaptureError: the model cannot be captured (codes 2xx).
-        InputError: an option or `example_inputs` does not fit; SNNFX314: which outputs are the state is not clear;
-            SNNFX317: `checkpoint` would change the statistics of a BatchNorm; SNNFX318: not even with `example_inputs`
-            and one time step is `memory_budget` enough.
+        InputError: SNNFX309, an option has an illegal value; SNNFX307, `example_inputs` do not match the model;
+            SNNFX314, it is ambiguous which outputs are the state; SNNFX317, `checkpoint` would change BatchNorm
+            statistics; SNNFX318, `memory_budget` is too small for one time step of `example_inputs`.
 
     Example:
         >>> import torch, snnfx
@@ -144,11 +147,11 @@ def convert(
 def convert_without_budget(
     model: nn.Module, options: ConvertOptions, example_inputs: Any = None, carry: Mapping[str, Any] | None = None
 ) -> Net:
-    """What `convert` does, but for the refusal of a budget that is too small.
+    """Convert a model like `convert`, without refusing a memory budget that is too small.
 
     Args:
-        model, example_inputs, carry: as for `convert`.
-        options: the others; its `carry` is not looked at.
+        model, example_inputs, carry: see `convert`.
+        options: all other options; its field `carry` is ignored.
     """
     _check_choice("step_mode", options.step_mode, ("m", "s"))
     _check_choice("batch_norm", options.batch_norm, ("fold", "per_step"))
@@ -164,33 +167,33 @@ def convert_without_budget(
     options = replace(options, carry=paths or None)
     programs, history = prepare_programs(model, options, example_inputs, inferred_carry=carry is None)
     if isinstance(options.checkpoint, int):
-        # A model in evaluation mode is told when it is trained.
+        # For a model in evaluation mode, the error is raised when it is trained.
         what = f"checkpoint={options.checkpoint}"
         refuse_statistics_over_time(programs[model.training], model.training, what)
     return Net(model, programs, options, history, _convert_for_shapes)
 
 
 def pipeline(program: StepProgram, options: ConvertOptions) -> list[Pass]:
-    """The passes that lead from a captured step to its regions."""
+    """The passes from a captured step to its regions."""
     invariant = _invariant_inputs(program, options)
     sinking = [SinkReductions(reduce=options.reduce, invariant_inputs=invariant)] if options.reduce is not None else []
     return [Normalize(), RemoveDeadCode(), *sinking, *planning(program, options)]
 
 
 def planning(program: StepProgram, options: ConvertOptions) -> list[Pass]:
-    """The last part of the pipeline, after which nothing of the step changes: regions, layouts, kernels."""
+    """The last passes of the pipeline, which plan regions, layouts and kernels."""
     layout = [ChooseMemoryFormat()] if options.memory_format is not None else []
     partition = Partition(batch_norm=options.batch_norm, invariant_inputs=_invariant_inputs(program, options))
     return [partition, *layout, *([Lower(), Absorb()] if options.lower is not None else []), FoldBatchNorm()]
 
 
 def apply_edits(net: Net, edits: Sequence[Pass], **changes: Any) -> Net:
-    """A net with edits made to its step, between the passes that simplify the step and those that plan its regions.
+    """Apply edits to the normalised step of a net, plan its regions again, and return a new net.
 
     Args:
-        net: stays as it is; modules, parameters and buffers are shared.
-        edits: passes that take and leave a program at stage "normalized", for both modes.
-        **changes: fields of the net's `ConvertOptions` that are to be others.
+        net: the net, which is not changed; the new one shares its modules, parameters and buffers.
+        edits: passes that take and leave a program at stage "normalized"; they run for both modes.
+        **changes: new values of fields of the net's `ConvertOptions`.
     """
     options = replace(net.options, **changes)
     programs: dict[bool, StepProgram] = {}
@@ -209,7 +212,7 @@ def apply_edits(net: Net, edits: Sequence[Pass], **changes: Any) -> Net:
 def _edited_for_shapes(
     edits: tuple[Pass, ...], replan: Callable[..., Net] | None, net: Net, args: tuple[Any, ...], kwargs: dict[str, Any]
 ) -> Net:
-    """The edited net for inputs that its plan does not cover."""
+    """Plan an edited net again, for inputs that its plan does not cover."""
     return apply_edits((replan or _convert_for_shapes)(net, args, kwargs), edits)
 
 
@@ -233,7 +236,7 @@ def prepare_programs(
     history = [PassRecord("capture", captured, note, str(training))]
     verify_program(training)
     if same_graph:
-        # BatchNorm is planned by mode even where the graph is one.
+        # Both modes may share one graph, but BatchNorm is planned for each mode.
         evaluation = training.copy()
         evaluation.training = False
     PassManager(pipeline(training, options)).run(training, history)
@@ -246,7 +249,7 @@ def prepare_programs(
 
 
 def _same_steps(a: StepProgram, b: StepProgram) -> bool:
-    """Whether two programs compute the same with the same: then one of them does for both modes."""
+    """Whether two programs have the same step and constants, so that one of them serves both modes."""
     return str(a) == str(b) and a.constants.keys() == b.constants.keys()
 
 
@@ -263,7 +266,7 @@ def _same_plan(a: StepProgram, b: StepProgram) -> bool:
 
 
 def _convert_for_shapes(net: Net, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Net:
-    """The net for inputs that the plan of `net` does not cover: captured again with their shapes (none: without)."""
+    """Capture the model again for inputs that the plan of `net` does not cover (no inputs: without shapes)."""
     example: Any = (kwargs if kwargs and not args else args) or None
     if args and kwargs:
         method = getattr(type(net.source), net.options.entry)
@@ -274,4 +277,6 @@ def _convert_for_shapes(net: Net, args: tuple[Any, ...], kwargs: dict[str, Any])
 
 def _check_choice(name: str, value: Any, choices: tuple[str, ...]) -> None:
     if value not in choices:
-        raise InputError("SNNFX309", f"{name}={value!r}", hint=f"Choose one of {', '.join(map(repr, choices))}.")
+        raise InputError(
+            "SNNFX309", f"{name}={value!r} is not supported", hint=f"Choose one of {', '.join(map(repr, choices))}."
+        )

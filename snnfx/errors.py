@@ -1,13 +1,13 @@
-"""Every message snnfx can raise or report, by a stable code.
+"""Errors and warnings of snnfx, each with a stable code.
 
-A message says what happened, where (qualified name and the user's file:line), why, and what to do:
+A message names the problem, the location (qualified name and the user's file:line), the cause, and a remedy:
 
-    SNNFX103 cannot fold `head.pool` (models/net.py:41): `x.mean(0)` reduces over dim 0, which is the batch.
-    It will be mapped over time instead (slower). Use an explicit feature dim, e.g. `x.mean(1)`, if that was not meant.
+    SNNFX602 calling `models.csnn:build` failed (models/csnn.py:41): ValueError: the width must be positive.
+    Correct the code there, or pass another factory.
 
-Codes are grouped: 1xx why a node is not folded (reported by `explain`, never raised), 2xx capture,
-3xx input of a call, 4xx verification, 5xx passes, 6xx tools around the library and online training (61x).
-`python -m snnfx explain --code SNNFX103` prints the entry of a code.
+Groups of codes: 1xx a node is not folded (reported by `explain`, never raised), 2xx capture, 3xx arguments of a call,
+4xx verification, 5xx passes and running a net, 6xx command line and pictures, 61x online training.
+`python -m snnfx explain --code SNNFX103` prints the meaning of a code with an example.
 """
 
 from __future__ import annotations
@@ -39,15 +39,15 @@ class SnnfxError(Exception):
 
     Args:
         code: stable code, a key of `CODES`, e.g. ``"SNNFX201"``.
-        what: what went wrong, a clause without a final period.
-        where: qualified name and file:line, or "" where there is no place to name.
-        why: the reason, a sentence.
-        hint: what to do about it, a sentence.
+        what: the problem, as a clause without a final period.
+        where: qualified name and file:line, or "" if unknown.
+        why: the cause, as a sentence.
+        hint: the remedy, as a sentence.
     """
 
     def __init__(self, code: str, what: str, *, where: str = "", why: str = "", hint: str = "") -> None:
         if code not in CODES:
-            raise KeyError(f"{code} is not in the registry of error codes (snnfx/_codes.py)")
+            raise KeyError(f"{code} is not a registered error code (snnfx/_codes.py)")
         self.code, self.what, self.where, self.why, self.hint = code, what, where, why, hint
         super().__init__(format_message(code, what, where, why, hint))
 
@@ -60,7 +60,7 @@ def _rebuild_error(cls: type[SnnfxError], code: str, what: str, where: str, why:
 
 
 def format_message(code: str, what: str, where: str = "", why: str = "", hint: str = "") -> str:
-    """Put the parts of a message together in the house form."""
+    """Join the parts of a message: `code what (where): why`, and the hint on a new line."""
     head = f"{code} {what}"
     if where:
         head += f" ({where})"
@@ -69,41 +69,41 @@ def format_message(code: str, what: str, where: str = "", why: str = "", hint: s
 
 
 class CaptureError(SnnfxError):
-    """The model cannot be captured as a step graph (codes 2xx)."""
+    """A model cannot be captured as a step graph (codes 2xx)."""
 
 
 class InputError(SnnfxError, ValueError):
-    """What was passed to a function or to a net does not fit (codes 3xx)."""
+    """An argument of a function or of a net is illegal (codes 3xx)."""
 
 
 class VerificationError(SnnfxError, AssertionError):
-    """The converted net does not do what the stepped model does (codes 4xx)."""
+    """A converted net differs from the stepped model (codes 4xx)."""
 
 
 class PassError(SnnfxError):
-    """A pass broke the graph, or was asked for something it cannot do (codes 5xx)."""
+    """A pass left an invalid graph, or passes are in an illegal order (codes 5xx)."""
 
 
 class AllocationError(SnnfxError, RuntimeError):
-    """Memory ran out while a net was running (SNNFX507); the cause is the error of the allocator."""
+    """A net ran out of memory (SNNFX507); `__cause__` is the error of the allocator."""
 
 
 class ToolError(SnnfxError):
-    """A program or package around the library is missing or was called wrongly (codes 6xx)."""
+    """A program, package, file or model that a tool needs is missing or unsuitable (codes 6xx)."""
 
 
 class SnnfxWarning(UserWarning):
-    """A fallback was taken: still right, but slower than it could be."""
+    """A fallback is in use: the result is correct, but slower to compute or with an option ignored."""
 
 
 @dataclass(frozen=True)
 class Refusal:
-    """Why a node is not folded: shown by `explain`, never raised.
+    """The reason why a node is not folded: reported by `explain`, never raised.
 
     Args:
         code: a 1xx code of `CODES`.
-        reason: a clause, e.g. "`x.mean(0)` reduces over dim 0, which is the batch".
-        hint: what the user can do about it, a sentence, or "".
+        reason: the reason, as a clause, e.g. "`x.mean(0)` reduces over dim 0, which is the batch".
+        hint: the remedy, as a sentence, or "".
     """
 
     code: str
@@ -115,7 +115,7 @@ _warned: set[object] = set()
 
 
 def warn_once(code: str, message: str, *, key: object = None) -> None:
-    """Warn about a fallback the first time that `key` (default: the message) is seen."""
+    """Warn about a fallback, once for each `key` (default: the message)."""
     key = (code, message if key is None else key)
     if key not in _warned:
         _warned.add(key)
@@ -123,11 +123,11 @@ def warn_once(code: str, message: str, *, key: object = None) -> None:
 
 
 def describe_code(code: str) -> str:
-    """The registry entry of a code as text: meaning, a failing example and the fixed one."""
+    """Describe a code: its meaning, an example that fails and one that works."""
     entry = CODES.get(code.upper())
     if entry is None:
         known = ", ".join(sorted(CODES))
-        raise InputError("SNNFX309", f"there is no code `{code}`", why=f"known codes are {known}.")
+        raise InputError("SNNFX309", f"unknown code `{code}`", hint=f"Use one of {known}.")
     parts = [f"{code.upper()}: {entry.title}", "", entry.meaning]
     if entry.fails:
         parts += ["", "Fails:", *("    " + line for line in entry.fails.splitlines())]

@@ -1,4 +1,4 @@
-"""The base class of modules with state that a user writes."""
+"""`MemoryModule`: base class of user-defined stateful modules."""
 
 from __future__ import annotations
 
@@ -15,11 +15,11 @@ __all__ = ["MemoryModule"]
 
 
 class MemoryModule(nn.Module):
-    """Base class of a user's own stateful module.
+    """Base class of user-defined stateful modules.
 
-    Register each state with its initial value, then read and write `self.<name>` in `forward` as if the module
-    processed one step at a time. The initial value is a number (it stands for a tensor of the right shape), a
-    tensor, or None (then `forward` creates the state at the first step).
+    Register each state with its initial value, then read and assign `self.<name>` in `forward`, which computes one time
+    step. The initial value is a number (it stands for a tensor with the shape of the state), a tensor, or None
+    (`forward` creates the state at the first step).
 
     Example:
         >>> import torch, snnfx
@@ -43,20 +43,29 @@ class MemoryModule(nn.Module):
         self.__dict__["_initial_memories"] = {}
 
     def register_memory(self, name: str, initial: Any) -> None:
-        """Declare the state `self.<name>` with the value it has before the first step.
+        """Register the state `self.<name>` with its initial value.
 
         Args:
-            name: a valid attribute name that is not taken.
+            name: a valid, unused attribute name.
             initial: a number, a tensor, or None.
+
+        Raises:
+            InputError: SNNFX309, the name is not a valid attribute name or is already used.
         """
         if not name.isidentifier():
-            raise InputError("SNNFX309", f"`{name}` is not an attribute name", where=type(self).__name__)
+            raise InputError(
+                "SNNFX309",
+                f"cannot register the memory `{name}`",
+                where=type(self).__name__,
+                why="the name is not a valid attribute name.",
+                hint="Choose a Python identifier.",
+            )
         if hasattr(self, name):
             raise InputError(
                 "SNNFX309",
                 f"cannot register the memory `{name}`",
                 where=type(self).__name__,
-                why="the module has an attribute of that name.",
+                why="the module already has an attribute with this name.",
                 hint="Choose another name.",
             )
         self._initial_memories[name] = initial
@@ -67,7 +76,7 @@ class MemoryModule(nn.Module):
         return tuple(self._memories)
 
     def reset(self) -> None:
-        """Give every state its initial value."""
+        """Reset every state to its initial value."""
         for name, initial in self._initial_memories.items():
             self._memories[name] = copy_initial_value(initial)
 
@@ -85,17 +94,17 @@ class MemoryModule(nn.Module):
             super().__setattr__(name, value)
 
     def __deepcopy__(self, memo: dict[int, Any]) -> MemoryModule:
-        # A state that is the result of a backward-able step has a grad_fn, which deepcopy refuses.
+        # After a step with gradients, states have a grad_fn, which deepcopy refuses.
         clone = self.__class__.__new__(self.__class__)
         memo[id(self)] = clone
         for key, value in self.__dict__.items():
             if key == "_memories":
-                value = {name: _without_history(memory) for name, memory in value.items()}
+                value = {name: _detached(memory) for name, memory in value.items()}
             clone.__dict__[key] = copy.deepcopy(value, memo)
         return clone
 
 
-def _without_history(value: Any) -> Any:
+def _detached(value: Any) -> Any:
     return value.detach() if isinstance(value, Tensor) and not value.is_leaf else value
 
 

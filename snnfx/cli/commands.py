@@ -1,7 +1,7 @@
-"""`python -m snnfx explain|draw|verify pkg.module:factory`: look at the conversion of a model from the command line.
+"""Commands `python -m snnfx explain|draw|verify pkg.module:factory`.
 
-The exit code is 0 when all is well, 1 when `verify` found a difference, and 2 when the model cannot be loaded or
-converted, or an option does not fit.
+Exit codes: 0 for success, 1 if `verify` found a difference, 2 if the model cannot be loaded or converted or an option
+is illegal.
 """
 
 from __future__ import annotations
@@ -23,6 +23,7 @@ from snnfx.convert import convert
 from snnfx.errors import InputError, SnnfxError, VerificationError, describe_code
 from snnfx.inspect.document import WIDTH
 from snnfx.inspect.explain import explain
+from snnfx.inspect.picture.draw import draw
 from snnfx.inspect.verify.verify import verify
 from snnfx.ir.options import ConvertKeywords
 from snnfx.memory.budget import read_memory_budget
@@ -42,10 +43,10 @@ examples:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run the command line; returns the exit code.
+    """Run the command line and return the exit code.
 
     Args:
-        argv: the arguments after ``python -m snnfx``; None: those of the process.
+        argv: the arguments after ``python -m snnfx``. Default: the arguments of the process.
     """
     arguments = _parser().parse_args(argv)
     try:
@@ -61,28 +62,26 @@ def main(argv: Sequence[str] | None = None) -> int:
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="python -m snnfx",
-        description="Look at the conversion of a single-step model.",
+        description="Explain, draw or verify the conversion of a single-step model.",
         epilog=_EXAMPLES,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument("--version", action="version", version=f"snnfx {snnfx.__version__} (torch {torch.__version__})")
     commands = parser.add_subparsers(required=True, metavar="{explain,draw,verify}")
 
-    command = _command(commands, "explain", _explain, "tell what is folded, mapped or looped, and why")
-    command.add_argument("--code", metavar="SNNFX103", help="print what a code means, instead")
-    command.add_argument(
-        "--T", type=int, metavar="STEPS", help="also predict the memory of a call on so many time steps"
-    )
-    command.add_argument("--plot", metavar="FILE.svg", help="draw the memory over the execution; needs --T")
+    command = _command(commands, "explain", _explain, "report which nodes are folded, mapped or looped, and why")
+    command.add_argument("--code", metavar="SNNFX103", help="print the meaning of a code; needs no model")
+    command.add_argument("--T", type=int, metavar="STEPS", help="also predict the memory of a call on STEPS time steps")
+    command.add_argument("--plot", metavar="FILE.svg", help="draw memory over the execution to a file; needs --T")
     form = command.add_mutually_exclusive_group()
-    form.add_argument("--markdown", action="store_true", help="as Markdown")
-    form.add_argument("--json", action="store_true", help="as JSON")
+    form.add_argument("--markdown", action="store_true", help="print Markdown")
+    form.add_argument("--json", action="store_true", help="print JSON")
 
     command = _command(commands, "draw", _draw, "draw the converted net")
     command.add_argument("--out", default="net.svg", metavar="FILE", help=".svg, .png, .pdf or .dot (default: net.svg)")
 
-    command = _command(commands, "verify", _verify, "compare the net with the stepped model, on random inputs")
-    command.add_argument("--T", type=int, default=8, metavar="STEPS", help="time steps (default: 8)")
+    command = _command(commands, "verify", _verify, "compare the net with the model run step by step, on random inputs")
+    command.add_argument("--T", type=int, default=8, metavar="STEPS", help="number of time steps (default: 8)")
     command.add_argument("--double", action="store_true", help="compare in float64")
     return parser
 
@@ -94,47 +93,60 @@ def _command(commands: Any, name: str, run: Any, text: str) -> argparse.Argument
         "model",
         nargs="?" if name == "explain" else None,
         metavar="pkg.module:factory",
-        help="a function or class that makes the model, or a model; in a file: path/to/file.py:factory",
+        help="a model, or a function or class that returns one without arguments; for a file: path/to/file.py:factory",
     )
     command.add_argument(
         "--input",
         action="append",
         default=[],
         metavar="2,1,28,28",
-        help="shape of ONE step of an input, with its batch; once for each input; a dtype may follow: 2,3:int64",
+        help="shape of ONE time step of an input, with the batch dimension, and optionally a dtype: 2,3:int64; "
+        "repeat the option for each input",
     )
-    command.add_argument("--entry", default="forward", help="the method that is one step (default: forward)")
-    command.add_argument("--batch-norm", default="fold", metavar="fold|per_step", help="statistics in training")
+    command.add_argument("--entry", default="forward", help="method that computes one step (default: forward)")
+    command.add_argument(
+        "--batch-norm",
+        default="fold",
+        metavar="fold|per_step",
+        help="BatchNorm statistics in training: fold: over T*N samples (default); per_step: of each time step",
+    )
     command.add_argument(
         "--time-dim",
         default="0",
         metavar="0,none",
-        help="where T is in each input, or in all (default: 0; last: --time-dim=-1); none: the same at every step",
+        help="time dimension of all inputs, or of each one (default: 0; last: --time-dim=-1); "
+        "none: an input is the same at every step",
     )
-    command.add_argument("--chunk", default="auto", metavar="16|auto|none", help="time steps at once in inference")
+    command.add_argument(
+        "--chunk",
+        default="auto",
+        metavar="16|auto|none",
+        help="time steps in a chunk in inference; auto: as many as fit (default); none: all",
+    )
     command.add_argument(
         "--checkpoint",
         default="auto",
         metavar="16|selective|regions|auto|none",
-        help="what training computes again in backward: a number: the state is kept every so many steps; selective: "
-        "all but products; regions: everything; auto: as little as the budget allows (default); none: nothing",
+        help="recomputation in the backward pass: a number: save the state every so many steps, recompute the rest; "
+        "selective: recompute everything except convolutions, linear layers and attention; "
+        "regions: recompute everything; auto: as little as the memory budget allows (default); none: nothing",
     )
     command.add_argument(
         "--memory-budget",
         metavar="512MiB|2GB|0.5|none",
-        help="bytes of a call, or the part of what is free (default: none); in any case, M and MiB are 2**20 bytes, "
-        "MB is 10**6; K, G and T likewise",
+        help="memory that a call may allocate, with a unit (M and MiB: 2**20 bytes, MB: 10**6; K, G and T likewise, in "
+        "upper or lower case), or as a fraction of the free memory (default: none)",
     )
-    command.add_argument("--reduce", metavar="mean|sum|last", help="return that over time instead of sequences")
+    command.add_argument("--reduce", metavar="mean|sum|last", help="reduce the outputs over time")
     command.add_argument(
         "--carry",
         action="append",
         metavar="mem=1",
-        help="an argument that is an output of the step before, and which (in a nest: state=1.0); once for each; "
-        "none: nothing is carried (default: inferred)",
+        help="an argument and the index of the output of the previous step that it receives (nested: state=1.0); "
+        "repeat the option for each argument; none: no such argument (default: inferred)",
     )
     modes = ("training", "evaluation")
-    command.add_argument("--mode", choices=modes, help="default: as the model is made; verify: both")
+    command.add_argument("--mode", choices=modes, help="default: the mode of the model; for verify: both")
     return command
 
 
@@ -144,10 +156,17 @@ def _explain(arguments: argparse.Namespace) -> int:
             print(line if line.startswith(" ") else textwrap.fill(line, WIDTH))
         return 0
     if arguments.model is None:
-        raise InputError("SNNFX309", "explain needs a model", hint="Give pkg.module:factory, or --code SNNFX103.")
+        raise InputError(
+            "SNNFX309", "explain needs a model or a code", hint="Pass pkg.module:factory or --code SNNFX103."
+        )
     options = _options(arguments)
     if arguments.plot is not None and arguments.T is None:
-        raise InputError("SNNFX309", f"--plot {arguments.plot}", hint="Give the number of time steps as well: --T 16.")
+        raise InputError(
+            "SNNFX309",
+            f"--plot {arguments.plot} needs --T",
+            why="memory depends on the number of time steps.",
+            hint="Pass the number of time steps, e.g. --T 16.",
+        )
     report = explain(_model(arguments), T=arguments.T, **options)
     if arguments.json:
         print(json.dumps(report.to_dict(), indent=2))
@@ -159,8 +178,6 @@ def _explain(arguments: argparse.Namespace) -> int:
 
 
 def _draw(arguments: argparse.Namespace) -> int:
-    from snnfx.inspect.picture.draw import draw
-
     options = _options(arguments)
     draw(convert(_model(arguments), **options), arguments.out)
     print(Path(arguments.out))
@@ -170,9 +187,11 @@ def _draw(arguments: argparse.Namespace) -> int:
 def _verify(arguments: argparse.Namespace) -> int:
     options = _options(arguments)
     if not arguments.input:
-        raise InputError("SNNFX309", "verify needs an input", hint="Give the shape of a step, e.g. --input 2,1,28,28.")
+        raise InputError(
+            "SNNFX309", "verify needs --input", hint="Pass the shape of one time step, e.g. --input 2,1,28,28."
+        )
     if arguments.T < 1:
-        raise InputError("SNNFX301", f"--T {arguments.T}", hint="Give at least one time step.")
+        raise InputError("SNNFX301", f"--T {arguments.T} is too small", hint="Pass at least one time step.")
     model = _model(arguments)
     net: Net = convert(model, **options)
     modes = (True, False) if arguments.mode is None else (arguments.mode == "training",)
@@ -184,11 +203,14 @@ def _verify(arguments: argparse.Namespace) -> int:
 
 
 def _sequences(arguments: argparse.Namespace, time_dim: Any) -> tuple[list[Tensor], int | None]:
-    """A random sequence for each input, with T where it belongs; and T where no input has it."""
+    """A random sequence for each input; and T if none of the inputs has a time dimension."""
     dims = time_dim if isinstance(time_dim, tuple) else (time_dim,) * len(arguments.input)
     if len(dims) != len(arguments.input):
         raise InputError(
-            "SNNFX309", f"--time-dim {arguments.time_dim}", why=f"there are {len(arguments.input)} inputs."
+            "SNNFX309",
+            f"--time-dim {arguments.time_dim} does not match the inputs",
+            why=f"it has {len(dims)} entries for {len(arguments.input)} inputs.",
+            hint="Pass one entry for all inputs, or one for each.",
         )
     pairs = zip(arguments.input, dims, strict=True)
     sequences = [_random(text) if d is None else _random(text, arguments.T).movedim(0, d) for text, d in pairs]
@@ -217,19 +239,19 @@ def _options(arguments: argparse.Namespace) -> ConvertKeywords:
 
 
 def _time_dim(text: str) -> Any:
-    """`0`, `none`, or one of them for each input: `0,none`."""
+    """Parse `0`, `none`, or one of them for each input: `0,none`."""
     dims = tuple(_number("--time-dim", part) for part in text.split(","))
     return dims if len(dims) > 1 else dims[0]
 
 
 def _number(option: str, text: str) -> int | None:
-    """An int, or None for `none`."""
+    """Parse an int, or `none` as None."""
     if text.lower() == "none":
         return None
     try:
         return int(text)
     except ValueError as error:
-        raise InputError("SNNFX309", f"{option} {text}", hint="Give a number, or none.") from error
+        raise InputError("SNNFX309", f"{option} {text} is not a number", hint="Pass an integer or none.") from error
 
 
 def _checkpoint(text: str) -> int | str | None:
@@ -242,14 +264,16 @@ def _memory_budget(text: str | None) -> int | float | None:
     return None if text is None or text.lower() == "none" else read_memory_budget(text)
 
 
-def _carry(given: list[str] | None) -> dict[str, tuple[int | str, ...]] | None:
-    """`["mem1=1", "state=1.v"]` as a dict of paths; `["none"]` is the empty one."""
-    if given is None or [text.lower() for text in given] == ["none"]:
-        return None if given is None else {}
-    pairs = [text.partition("=") for text in given]
+def _carry(texts: list[str] | None) -> dict[str, tuple[int | str, ...]] | None:
+    """Parse `["mem1=1", "state=1.v"]` as a dict of paths, and `["none"]` as an empty one."""
+    if texts is None or [text.lower() for text in texts] == ["none"]:
+        return None if texts is None else {}
+    pairs = [text.partition("=") for text in texts]
     if not all(name and path for name, _, path in pairs):
         raise InputError(
-            "SNNFX309", f"--carry {' '.join(given)}", hint="Name an argument and an output: --carry mem=1."
+            "SNNFX309",
+            f"--carry {' '.join(texts)} names no output",
+            hint="Pass an argument and an output, e.g. --carry mem=1.",
         )
     return {
         name: tuple(int(key) if key.lstrip("-").isdigit() else key for key in path.split("."))
@@ -258,7 +282,7 @@ def _carry(given: list[str] | None) -> dict[str, tuple[int | str, ...]] | None:
 
 
 def _random(text: str, *time: int) -> Tensor:
-    """A random tensor for `2,1,28,28` or `2,3:int64`: uniform in [0, 1), 0 or 1 for integers."""
+    """A random tensor for `2,1,28,28` or `2,3:int64`: uniform in [0, 1), or 0 and 1 for integers."""
     sizes, _, name = text.partition(":")
     dtype = getattr(torch, name or "float32", None)
     try:
@@ -269,8 +293,8 @@ def _random(text: str, *time: int) -> Tensor:
         raise InputError(
             "SNNFX309",
             f"--input {text}",
-            why="it is no shape." if isinstance(dtype, torch.dtype) else f"torch has no dtype `{name}`.",
-            hint="Give sizes with commas, and a dtype if it is not float32: 2,1,28,28 or 2,3:int64.",
+            why="this is not a shape." if isinstance(dtype, torch.dtype) else f"`{name}` is not a dtype of torch.",
+            hint="Pass sizes separated by commas, and optionally a dtype: 2,1,28,28 or 2,3:int64.",
         )
     shape = [*time, *shape]
     if dtype.is_floating_point or dtype.is_complex:

@@ -1,4 +1,4 @@
-"""Load a model that is named on the command line: `pkg.module:factory` or `path/to/file.py:factory`."""
+"""Load the model named on the command line: `pkg.module:factory` or `path/to/file.py:factory`."""
 
 from __future__ import annotations
 
@@ -20,29 +20,33 @@ from snnfx.errors import ToolError
 
 __all__ = ["load_model"]
 
-_HINT = "Name a class, a function without arguments, or a model: pkg.module:factory or path/to/file.py:factory."
+_HINT = "Pass pkg.module:factory or path/to/file.py:factory, a model or a callable that returns one without arguments."
 
 
 def load_model(path: str) -> nn.Module:
-    """The model that a path leads to.
+    """Load a model from a module or a file.
 
     Args:
-        path: `pkg.module:factory`, the module being importable from the current directory, or
-            `path/to/file.py:factory`. The factory is a class or function that makes a model without arguments, or a
-            model itself.
+        path: `pkg.module:factory` with a module that can be imported from the current directory, or
+            `path/to/file.py:factory`. The factory is a model, or a class or function that returns one when called
+            without arguments.
+
+    Returns:
+        The model.
 
     Raises:
-        ToolError: SNNFX602, there is no such module, file or attribute, or the factory fails or makes no model.
+        ToolError: SNNFX602, the module, file or attribute does not exist, or the factory fails or returns something
+            other than a model.
     """
     module_path, colon, name = path.rpartition(":")
     if not colon or not module_path or not name:
-        raise ToolError("SNNFX602", f"`{path}` is no path to a model", hint=_HINT)
+        raise ToolError("SNNFX602", f"`{path}` does not name a model", hint=_HINT)
     with _current_directory_importable():
         module = _load_file(module_path) if module_path.endswith(".py") else _import(module_path)
-        found = _attribute(module, name, path)
-        model = found if isinstance(found, nn.Module) else _make(found, path)
+        factory = _attribute(module, name, path)
+        model = factory if isinstance(factory, nn.Module) else _make(factory, path)
     if not isinstance(model, nn.Module):
-        what = f"`{path}` is of type" if model is found else f"`{path}` returned a value of type"
+        what = f"`{path}` is of type" if model is factory else f"`{path}` returned a value of type"
         raise ToolError("SNNFX602", f"{what} {type(model).__name__}, not an nn.Module", hint=_HINT)
     return model
 
@@ -61,12 +65,12 @@ def _import(name: str) -> ModuleType:
     try:
         return importlib.import_module(name)
     except ModuleNotFoundError as error:
-        # A module that is there but imports another one that is not has failed, which is something else.
+        # If the module exists but one of its own imports does not, importing it has failed.
         if error.name is not None and (name == error.name or name.startswith(f"{error.name}.")):
             raise ToolError(
                 "SNNFX602",
-                f"there is no module `{name}`",
-                why=f"{error}, looked for in {os.getcwd()} and the installed packages.",
+                f"the module `{name}` was not found",
+                why=f"{error} in {os.getcwd()} and the installed packages.",
                 hint=_HINT,
             ) from error
         raise _failed(f"importing `{name}`", error) from error
@@ -77,8 +81,10 @@ def _import(name: str) -> ModuleType:
 def _load_file(name: str) -> ModuleType:
     file = Path(name)
     if not file.is_file():
-        raise ToolError("SNNFX602", f"there is no file `{name}`", why=f"looked for in {os.getcwd()}.", hint=_HINT)
-    # What lies beside the file can be imported by it, as in a script.
+        raise ToolError(
+            "SNNFX602", f"the file `{name}` was not found", why=f"the current directory is {os.getcwd()}.", hint=_HINT
+        )
+    # As for a script, the file can import modules in its own folder.
     sys.path.insert(0, str(file.resolve().parent))
     spec = importlib.util.spec_from_file_location(f"snnfx_loaded_{file.stem}", file)
     assert spec is not None and spec.loader is not None
@@ -93,18 +99,18 @@ def _load_file(name: str) -> ModuleType:
 
 
 def _attribute(module: ModuleType, name: str, path: str) -> Any:
-    found: Any = module
+    value: Any = module
     for atom in name.split("."):
-        if not hasattr(found, atom):
-            own = [key for key, value in vars(module).items() if callable(value) and _is_defined_in(value, module)]
+        if not hasattr(value, atom):
+            own = [key for key, item in vars(module).items() if callable(item) and _is_defined_in(item, module)]
             raise ToolError(
                 "SNNFX602",
                 f"`{path}` does not exist",
-                why=f"`{module.__name__.removeprefix('snnfx_loaded_')}` has {_list(own)}.",
+                why=f"`{module.__name__.removeprefix('snnfx_loaded_')}` defines {_list(own)}.",
                 hint=_HINT,
             )
-        found = getattr(found, atom)
-    return found
+        value = getattr(value, atom)
+    return value
 
 
 def _is_defined_in(value: Any, module: ModuleType) -> bool:
@@ -112,7 +118,7 @@ def _is_defined_in(value: Any, module: ModuleType) -> bool:
 
 
 def _list(names: list[str]) -> str:
-    return ", ".join(f"`{name}`" for name in names) if names else "no functions or classes of its own"
+    return ", ".join(f"`{name}`" for name in names) if names else "neither functions nor classes"
 
 
 def _make(factory: Any, path: str) -> Any:
@@ -125,11 +131,13 @@ def _make(factory: Any, path: str) -> Any:
 
 
 def _failed(what: str, error: Exception) -> ToolError:
-    # Where the user's code failed, not what it called.
+    # The last line of the user's own code in the traceback.
     not_users = (__file__, "<", os.path.dirname(importlib.__file__), os.path.dirname(torch.__file__))
     users = [f for f in traceback.extract_tb(error.__traceback__) if not f.filename.startswith(not_users)]
     where = f"{os.path.relpath(users[-1].filename)}:{users[-1].lineno}" if users else ""
     if isinstance(error, SyntaxError) and error.filename:
         where = f"{os.path.relpath(error.filename)}:{error.lineno}"
     why = f"{type(error).__name__}: {error}".rstrip(".") + "."
-    return ToolError("SNNFX602", f"{what} failed", where=where, why=why, hint="Correct it, or name another factory.")
+    return ToolError(
+        "SNNFX602", f"{what} failed", where=where, why=why, hint="Correct the code there, or pass another factory."
+    )

@@ -1,1 +1,14 @@
-"""Reports about a model or a net: explain, draw, verify."""
+"""Reports about a model or a net: `explain`, `draw` and `verify`.
+
+| module | what is in it |
+|---|---|
+| `explain` | `snnfx.explain`: converts a model and collects the rows of the report |
+| `report` | `Report`, what `explain` returns: rows as data, and their layout as text |
+| `conversion_notes` | the sentences of a report about state, BatchNorm, random numbers, kernels |
+| `computing_nodes` | the nodes that a report counts, and the same node in two programs |
+| `source_expressions` | nodes printed as Python expressions |
+| `memory_report`, `memory_phases`, `memory_picture` | predicted memory: section of the report, data, picture |
+| `document`, `plain_data` | output as terminal text or Markdown, and as JSON data |
+| `picture/` | `snnfx.draw` |
+| `verify/` | `snnfx.verify`, with its own reference implementation |
+"""

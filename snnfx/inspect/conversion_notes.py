@@ -1,4 +1,4 @@
-"""What a user should know about a converted net besides its regions: sentences for the report of `snnfx.explain`."""
+"""Sentences of an `explain` report about state, BatchNorm, random numbers, kernels and modes."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from torch.fx import Node, map_arg
 from snnfx.analysis.batch_norm_folding import layer_of_norm
 from snnfx.analysis.dependence import is_random
 from snnfx.analysis.lowerable_loops import mixing_node
-from snnfx.inspect.node_counts import NodeKey, is_computing, nodes_by_key
+from snnfx.inspect.computing_nodes import NodeKey, is_computing, nodes_by_key
 from snnfx.inspect.source_expressions import expression
 from snnfx.ir.printing import describe_node, location_of
 from snnfx.ir.program import Region, StepProgram
@@ -34,41 +34,42 @@ __all__ = [
     "vmap_fallbacks",
 ]
 
+_STEPPED_WITH_KERNELS = "Stepped without autograd, with element-wise kernels"
 _PAST = {"fold": "folded", "map": "mapped", "loop": "looped", "once": "computed once"}
 
 
 def first_step_differs(program: StepProgram) -> str:
-    """How the first step differs from the others."""
+    """How the first step differs from the later ones; "" if it does not."""
     if program.first_step is None:
         return ""
     first, later = nodes_by_key(program.first_step), nodes_by_key(program)
-    text = "The first step does something else than the others and is run on its own (SNNFX212)."
+    text = "The first step differs from the later steps and runs in a separate graph (SNNFX212)."
     only_first, only_later = _missing(first, later), _missing(later, first)
     if only_first:
-        text += f" Only in the first: {_and(only_first)}."
+        text += f" Only in the first step: {_and(only_first)}."
     if only_later:
-        text += f" Only in the others: {_and(only_later)}."
+        text += f" Only in later steps: {_and(only_later)}."
     return text
 
 
 def carried_arguments(program: StepProgram) -> Iterator[str]:
-    """Arguments that are outputs of the step before."""
+    """Arguments that carry an output of the previous step."""
     how = "inferred from the signature" if program.inferred_carry else "carry="
     for argument in program.carried:
         path = "".join(f"[{key!r}]" for key in argument.path)
-        start = " It has to be given before the first step." if argument.required else ""
-        yield f"The argument {argument.name} is output{path} of the step before ({how}).{start}"
+        start = " The caller must pass its initial value." if argument.required else ""
+        yield f"Argument `{argument.name}` is output{path} of the previous step ({how}).{start}"
 
 
 def fixed_sizes(program: StepProgram) -> Iterator[str]:
-    """Sizes that the model's Python code used as numbers, so that the net holds for them alone."""
+    """Sizes that the model's Python code used as numbers, for which alone the net is valid."""
     seen: set[str] = set()
     for node in program.graph.nodes:
         if node.target is expect_size:
-            size, expected, place = node.args
+            size, expected, location = node.args
             note = (
-                f"`{expression(program, size)}` has to be {expected} in every call: the model's Python code used it as "
-                f"a number while it was captured{f' ({place})' if place else ''}."
+                f"`{expression(program, size)}` must be {expected} in every call: the model's Python code used this "
+                f"size as a number during capture{f' ({location})' if location else ''}."
             )
             if note not in seen:
                 seen.add(note)
@@ -76,7 +77,7 @@ def fixed_sizes(program: StepProgram) -> Iterator[str]:
 
 
 def batch_norm_semantics(net: Net) -> Iterator[str]:
-    """Which statistics the BatchNorm layers use in training, by how the training program treats them."""
+    """The statistics that BatchNorm layers use in training, by kind of their region in the training program."""
     program = net.programs[True]
     names: dict[str, list[str]] = {}
     for region in program.regions:
@@ -85,52 +86,53 @@ def batch_norm_semantics(net: Net) -> Iterator[str]:
                 names.setdefault(region.kind, []).append(str(node.target))
     if "fold" in names:
         yield (
-            f'BatchNorm of {_and(names["fold"])}: in training, statistics over all T*N samples (batch_norm="fold"), as '
-            'multi-step SNNs are trained; batch_norm="per_step" does exactly what the stepped model does. In '
-            "evaluation mode there is no difference."
+            f'BatchNorm in {_and(names["fold"])}: training uses statistics over all T*N samples (batch_norm="fold"), '
+            'as is usual for multi-step SNNs; batch_norm="per_step" uses the statistics of each time step, as the '
+            "stepped model does. Evaluation mode is the same for both."
         )
     stepped = [*names.get("map", []), *names.get("loop", [])]
     if stepped:
-        yield f"BatchNorm of {_and(stepped)}: in training, statistics of each time step, as in the stepped model."
+        names_of_layers = _and(stepped)
+        yield f"BatchNorm in {names_of_layers}: training uses the statistics of each time step, as the stepped model does."
     if "once" in names:
-        yield f"BatchNorm of {_and(names['once'])}: computed once, with the statistics of the N samples."
+        yield f"BatchNorm in {_and(names['once'])}: computed once, with the statistics of the N samples."
 
 
 def folded_batch_norms(net: Net) -> Iterator[str]:
-    """BatchNorms that the layer before them computes, and when."""
+    """BatchNorm layers folded into the weights of the layer before, and the condition."""
     marked = [node for node in net.programs[False].graph.nodes if node.meta.get("in_weights")]
     pairs = [f"{describe_node(norm)} into {describe_node(layer_of_norm(norm))}" for norm in marked]
     if pairs:
         yield (
-            f"BatchNorm folded into weights: {_and(pairs)}; in evaluation without gradients, on a CPU, where the layer "
-            "has fewer weights than outputs."
+            f"BatchNorm folded into weights: {_and(pairs)}. Applies in evaluation mode without gradients on a CPU, to "
+            "layers with fewer weights than outputs."
         )
 
 
 def reduced_outputs(net: Net) -> Iterator[str]:
-    """That outputs are reduced over time, and what runs on the reduced value."""
+    """The reduction of the outputs over time, and the nodes that run once on the reduced value."""
     reduce = net.options.reduce
     if reduce is None:
         return
     value = "value at the last step" if reduce == "last" else f"{reduce} over time"
     sunk = [describe_node(node) for node in net.program.graph.nodes if node.meta.get("sunk") and is_computing(node)]
-    runs = f"; {_and(sunk)} run{'s' if len(sunk) == 1 else ''} once, on that" if sunk else ""
+    runs = f"; {_and(sunk)} run{'s' if len(sunk) == 1 else ''} once, on the reduced value" if sunk else ""
     yield f'The net returns the {value} of each output (reduce="{reduce}"){runs}.'
 
 
 def random_nodes(program: StepProgram) -> Iterator[str]:
-    """What draws random numbers, and that it does so at each time step."""
+    """Nodes that draw random numbers at each time step."""
     nodes = [node for region in program.regions for node in region.nodes if is_random(program, node)]
     dropouts = [describe_node(node) for node in nodes if isinstance(program.module_of(node), DropoutBase)]
     others = [f"{describe_node(node)}{_at(node)}" for node in nodes if describe_node(node) not in dropouts]
     if dropouts:
-        yield f"Dropout of {_and(dropouts)}: a fresh mask at each time step in training, as in the stepped model."
+        yield f"Dropout in {_and(dropouts)}: training draws a new mask at each time step, as the stepped model does."
     if others:
         yield f"New random numbers at each time step: {_and(others)}."
 
 
 def mode_differences(net: Net) -> Iterator[str]:
-    """What the programs of training and evaluation mode do with the same node, and the nodes that one of them lacks."""
+    """Nodes that the training program and the evaluation program treat differently."""
     training, evaluation = net.programs[True], net.programs[False]
     if training is evaluation:
         return
@@ -139,7 +141,7 @@ def mode_differences(net: Net) -> Iterator[str]:
     changed: dict[tuple[str, str], list[str]] = {}
     for key, node in in_training.items():
         other = in_evaluation.get(key)
-        # What a kernel took in counts as folded here; `kernels_of_loops` tells of it.
+        # A node absorbed into a kernel counts as folded here; `kernels_of_loops` lists it.
         there = "fold" if other in absorbed else other.meta.get("kind") if other is not None else None
         kinds = (node.meta.get("kind"), there)
         if None not in kinds and kinds[0] != kinds[1]:
@@ -156,7 +158,7 @@ def mode_differences(net: Net) -> Iterator[str]:
         if key in in_evaluation and _constants(node) != _constants(in_evaluation[key])
     ]
     if other_arguments:
-        yield f"Called with other arguments in training than in evaluation mode: {_and(other_arguments)}."
+        yield f"Arguments differ between training and evaluation mode: {_and(other_arguments)}."
 
 
 def _missing(here: dict[NodeKey, Node], there: dict[NodeKey, Node]) -> list[str]:
@@ -164,56 +166,56 @@ def _missing(here: dict[NodeKey, Node], there: dict[NodeKey, Node]) -> list[str]
 
 
 def _constants(node: Node) -> str:
-    """The arguments of a node, apart from those that other nodes compute."""
+    """The constant arguments of a node."""
     return str(map_arg((node.args, node.kwargs), lambda n: None))
 
 
 def vmap_fallbacks(net: Net) -> Iterator[str]:
-    """What torch.vmap refused when the net was run."""
+    """Map regions that torch.vmap refused at run time."""
     nets = [net, *net._nets_for_shapes.values()]
     for region in (region for n in nets for region in n.snnfx_regions.modules()):  # type: ignore[union-attr]
         if isinstance(region, MapRegion) and region.refused_by_vmap:
             reason = region.refused_by_vmap.rstrip(".")
-            yield f"torch.vmap refused {region.label}: {reason}. Its steps are run one by one (SNNFX504)."
+            yield f"torch.vmap refused {region.label}: {reason}. Its time steps run one by one (SNNFX504)."
 
 
 def kernels_of_loops(net: Net) -> Iterator[str]:
-    """For the loops of the net, whether they are one kernel each; after they were run, what the kernels save."""
-    alike: dict[tuple[str, str], list[str]] = {}
+    """How each loop runs: as one kernel, or stepped with the reason; after a training step, also the saved tensors."""
+    alike: dict[tuple[str, str, str], list[str]] = {}
     for region in net.regions:
         if region.kind == "loop" and region.lowering_refusal is not None:
             alike.setdefault(_how_it_runs(net, region), []).append(region.name)
-    for (how, details), names in alike.items():
-        each = " for each" if len(names) > 1 and "training keeps" in details else ""
-        yield f"{how}: {_and(names, len(names))}{details}{each}."
+    for (how, details, saves), names in alike.items():
+        each = " for each" if len(names) > 1 and saves else ""
+        yield f"{how}: {_and(names, len(names))}{details}{saves}{each}."
     for mode in dict.fromkeys((net.training, False)):
         program = net.programs[mode]
-        taken = [f"{_and(_absorbed(program, r))} in {r.name}" for r in program.regions if r.absorbed]
-        if taken:
-            when = "" if mode == net.training else "In evaluation: "
-            yield f"{when}Computed by the kernel of the neurons next to it: {'; '.join(taken)}."
+        absorbed = [f"{_and(_absorbed(program, r))} into {r.name}" for r in program.regions if r.absorbed]
+        if absorbed:
+            when = "Absorbed into kernels" if mode == net.training else "Absorbed into kernels in evaluation mode"
+            yield f"{when}: {'; '.join(absorbed)}."
 
 
-def _how_it_runs(net: Net, region: Region) -> tuple[str, str]:
-    """How a loop is run, and why or with what."""
+def _how_it_runs(net: Net, region: Region) -> tuple[str, str, str]:
+    """How a loop runs, a clause with the reason, and a clause with the tensors saved for backward."""
     kernels = getattr(net.region_modules().get(region.name), "kernels", None)
     in_use = kernels.in_use if kernels is not None else None
     refusal = region.lowering_refusal or (kernels.refusal if kernels is not None else "")
     if not refusal and in_use is None:
         refusal = reason_without_back_end(next((p.device for p in net.parameters()), torch.device("cpu")))
     if refusal:
-        return "Stepped by PyTorch", f", because {refusal}"
+        return "Stepped by PyTorch", f", because {refusal}", ""
     if in_use is None:
         mixing = mixing_node(net.program, region)
         if mixing is None:
-            return "One kernel for all time steps", ", made at the first call"
-        why = f"`{describe_node(mixing)}` is not elementwise; recorded at the first call"
-        return "Stepped without autograd, elementwise work in kernels", f", because {why}"
+            return "One kernel for all time steps", ", compiled at the first call", ""
+        why = f"`{describe_node(mixing)}` is not element-wise; compiled at the first call"
+        return _STEPPED_WITH_KERNELS, f", because {why}", ""
     if isinstance(in_use, MixedStep):
         called = " and ".join(f"`{name}`" for name in in_use.heavy)
         why = f"PyTorch computes {called} in each step" if called else in_use.reason
-        return "Stepped without autograd, elementwise work in kernels", f", because {why}{in_use.saves}"
-    return "One kernel for all time steps", in_use.saves
+        return _STEPPED_WITH_KERNELS, f", because {why}", in_use.saves
+    return "One kernel for all time steps", "", in_use.saves
 
 
 def _absorbed(program: StepProgram, region: Region) -> list[str]:

@@ -1,4 +1,4 @@
-"""Plain documents out of titles, paragraphs, tables and lists, as terminal text or as Markdown."""
+"""Documents made of titles, paragraphs, tables and lists, printed as terminal text or Markdown."""
 
 from __future__ import annotations
 
@@ -9,16 +9,16 @@ from dataclasses import dataclass
 __all__ = ["NO_BREAK", "WIDTH", "Bullets", "Document", "Paragraph", "Table", "Title", "as_markdown", "as_text"]
 
 WIDTH = 100
-"""Columns of a line of text."""
+"""Width of a line of text in columns."""
 NO_BREAK = "\N{NO-BREAK SPACE}"
-"""A space at which no line is broken; an ordinary one in the result."""
+"""A space that prevents a line break; the output has an ordinary space instead."""
 _GAP = "  "
 _NARROWEST = 24
 
 
 @dataclass(frozen=True)
 class Title:
-    """A heading; level 1 is the document's own."""
+    """A heading; level 1 is the title of the document."""
 
     text: str
     level: int = 2
@@ -26,26 +26,26 @@ class Title:
 
 @dataclass(frozen=True)
 class Paragraph:
-    """Running text, wrapped."""
+    """A paragraph, wrapped to the width of the document."""
 
     text: str
 
 
 @dataclass(frozen=True)
 class Bullets:
-    """A list; an item may have further lines, which are set below it."""
+    """A bulleted list; further lines of an item are printed below it."""
 
     items: Sequence[Sequence[str]]
 
 
 @dataclass(frozen=True)
 class Table:
-    """Rows under a header; columns without any content are left out, the widest column is wrapped.
+    """A table; empty columns are dropped and the widest column is wrapped.
 
     Args:
-        header: one title for each column.
-        rows: cells.
-        code: the columns that hold names and shapes, set as code in Markdown.
+        header: the title of each column.
+        rows: the cells of each row.
+        code: indices of the columns with names and shapes, formatted as code in Markdown.
     """
 
     header: Sequence[str]
@@ -53,7 +53,7 @@ class Table:
     code: frozenset[int] = frozenset()
 
     def used(self) -> list[int]:
-        """The columns that hold anything."""
+        """Indices of the columns with any content."""
         return [i for i in range(len(self.header)) if any(row[i] for row in self.rows)]
 
 
@@ -61,17 +61,18 @@ Document = Sequence[Title | Paragraph | Bullets | Table]
 
 
 def as_text(document: Document, width: int = WIDTH) -> str:
-    """The document for a terminal: aligned, at most `width` columns, without colours."""
+    """Print a document for a terminal: aligned, at most `width` columns wide, without colours."""
     parts: list[str] = []
-    within: Title | None = None
+    heading: Title | None = None
     for block in document:
-        # What follows a heading belongs to it, and is set in.
-        under, within = within, block if isinstance(block, Title) and block.level > 1 else None
+        # The paragraph below a heading is indented.
+        is_below_heading = heading is not None
+        heading = block if isinstance(block, Title) and block.level > 1 else None
         if isinstance(block, Title):
             underline = f"\n{'=' * len(block.text)}" if block.level == 1 else ""
             parts.append(block.text + underline)
         elif isinstance(block, Paragraph):
-            indent = _GAP if under else ""
+            indent = _GAP if is_below_heading else ""
             parts.append(_wrapped(block.text, width, indent, indent))
         elif isinstance(block, Bullets):
             parts.append("\n".join(_bullet(item, width) for item in block.items))
@@ -84,7 +85,7 @@ def as_text(document: Document, width: int = WIDTH) -> str:
 
 
 def as_markdown(document: Document) -> str:
-    """The document as GitHub-flavoured Markdown."""
+    """Print a document as GitHub-flavoured Markdown."""
     parts: list[str] = []
     for block in document:
         if isinstance(block, Title):

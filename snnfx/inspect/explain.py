@@ -1,4 +1,4 @@
-"""`snnfx.explain`: what a conversion does with each part of a model, and why."""
+"""`snnfx.explain`: report which nodes are folded, mapped or looped, and why."""
 
 from __future__ import annotations
 
@@ -15,6 +15,7 @@ from snnfx.analysis.batch.equivariance import infer_batch, model_input
 from snnfx.analysis.dependence import analyse_dependence
 from snnfx.convert import convert_without_budget
 from snnfx.errors import CaptureError, InputError, Refusal
+from snnfx.inspect.computing_nodes import computing_nodes, is_computing
 from snnfx.inspect.conversion_notes import (
     batch_norm_semantics,
     carried_arguments,
@@ -28,7 +29,6 @@ from snnfx.inspect.conversion_notes import (
     vmap_fallbacks,
 )
 from snnfx.inspect.memory_report import MemoryReport, report_memory
-from snnfx.inspect.node_counts import computing_nodes, is_computing
 from snnfx.inspect.report import ChunkRow, InputRow, NotFolded, Operation, PassRow, Problem, RegionRow, Report, SlotRow
 from snnfx.inspect.source_expressions import expression_of_initial_value
 from snnfx.ir.options import ConvertKeywords, ConvertOptions
@@ -45,27 +45,27 @@ __all__ = ["Report", "explain"]
 
 
 def explain(model: nn.Module, *, T: int | None = None, **options: Unpack[ConvertKeywords]) -> Report:
-    """Tell what `snnfx.convert` does with a model: what is folded, mapped or looped, and why.
+    """Report how `snnfx.convert` converts a model: nodes folded, mapped or looped, and why.
 
-    A model that cannot be converted gives a report as well, with the reason in `report.error`, and so does a
-    `memory_budget` that is too small for one time step, with the reason in `report.too_little`. Nothing is changed.
+    The model is not changed. If it cannot be converted, the report has the reason in `report.error`. If `memory_budget`
+    is too small for one time step, the report has the reason in `report.too_little`.
 
     Args:
-        model: a single-step model; or a converted net, which is reported on as it is (the options are its own then, but
-            for `example_inputs`).
-        T: also predict the memory of a call on so many time steps, for inputs like `example_inputs`: the peak of each
-            region in inference and in training, and which tensors hold it. `report.memory` has it as data,
-            `report.memory.save("memory.svg")` draws it.
-        **options: those of `snnfx.convert`: `example_inputs` (without it shapes are not known), `time_dim`, `entry`,
-            `batch_norm`, `chunk`, `reduce`, `carry`, `checkpoint`, `memory_budget` and so on.
+        model: a single-step model, or a converted net. A net is reported with its own options; of `options`, only
+            `example_inputs` is used then.
+        T: number of time steps. If given, also predict the memory of a call on T steps with inputs like
+            `example_inputs`: the peak of each region in inference and in training, and the tensors allocated there.
+            `report.memory` has the data, `report.memory.save("memory.svg")` draws them. Default: None.
+        **options: the options of `snnfx.convert`: `example_inputs` (without it shapes are unknown), `time_dim`,
+            `entry`, `batch_norm`, `chunk`, `reduce`, `carry`, `checkpoint`, `memory_budget` and so on.
 
     Returns:
-        A `Report`: `print(report)`, `report.to_dict()`, `report.to_markdown()`. Regions, shapes and reasons are those
-        of the mode (training or evaluation) that the model is in; differences between the modes are listed.
+        A `Report`: `print(report)`, `report.to_dict()`, `report.to_markdown()`. It describes the current mode of the
+        model (training or evaluation) and lists differences from the other mode.
 
     Raises:
-        InputError: an option or `example_inputs` does not fit, or `model` is no module; SNNFX301: T is below 1;
-            SNNFX309: T is given, but no `example_inputs`.
+        InputError: an option or `example_inputs` has an illegal value; SNNFX301: T is below 1; SNNFX304: `model` is not
+            a module; SNNFX309: T is given without `example_inputs`.
 
     Example:
         >>> import torch, snnfx
@@ -77,17 +77,18 @@ def explain(model: nn.Module, *, T: int | None = None, **options: Unpack[Convert
         [('1', 'SNNFX107')]
     """
     if T is not None and (isinstance(T, bool) or not isinstance(T, int) or T < 1):
-        raise InputError("SNNFX301", f"T={T!r}", hint="Give the number of time steps, an int above 0.")
+        raise InputError("SNNFX301", f"T={T!r}", hint="Pass a number of time steps, an int above 0.")
     if isinstance(model, Net):
         return _report_on(model, T, options.get("example_inputs"))
     given: dict[str, Any] = dict(options)
     example_inputs, carry = given.pop("example_inputs", None), given.pop("carry", None)
-    asked = ConvertOptions(**{**given, "memory_budget": read_memory_budget(given.get("memory_budget"))})
+    convert_options = ConvertOptions(**{**given, "memory_budget": read_memory_budget(given.get("memory_budget"))})
     try:
-        net = convert_without_budget(model, asked, example_inputs, carry)
+        net = convert_without_budget(model, convert_options, example_inputs, carry)
     except CaptureError as error:
         problem = Problem(error.code, str(error), error.where, error.why, error.hint)
-        return Report(type(model).__name__, model.training, {**dataclasses.asdict(asked), "carry": carry}, problem)
+        as_data = {**dataclasses.asdict(convert_options), "carry": carry}
+        return Report(type(model).__name__, model.training, as_data, problem)
     return _report_on(net, T, None)
 
 
@@ -127,7 +128,7 @@ def _shown_regions(program: StepProgram) -> list[Region]:
 
 
 def _counts(program: StepProgram) -> dict[str, int]:
-    """Computing nodes by kind of their region, and in all."""
+    """The number of computing nodes by kind of region, and in total."""
     counts = dict.fromkeys(("fold", "map", "loop", "once"), 0)
     for region in program.regions:
         counts[region.kind] += len(computing_nodes(region))
@@ -135,7 +136,7 @@ def _counts(program: StepProgram) -> dict[str, int]:
 
 
 def _causes(not_folded: Sequence[NotFolded]) -> list[NotFolded]:
-    """Why nodes are mapped: the reasons that lie in a node itself, not in an operand, if there are such."""
+    """Why nodes are mapped: reasons in the nodes themselves if there are any, else those in their operands."""
     rows = [row for row in not_folded if row.code not in ("SNNFX107", "SNNFX108") or row.kind == "map"]
     return [row for row in rows if row.code != "SNNFX105"] or rows
 
@@ -159,12 +160,12 @@ def _coverage(program: StepProgram, counts: dict[str, int], not_folded: Sequence
 
 def _region_row(program: StepProgram, region: Region) -> RegionRow:
     nodes = computing_nodes(region)
-    counted = Counter(_operation(program, node) for node in nodes)
+    operations = Counter(_operation(program, node) for node in nodes)
     return RegionRow(
         name=region.name,
         kind=region.kind,
         nodes=len(nodes),
-        contains=tuple(dataclasses.replace(item, count=count) for item, count in counted.items()),
+        contains=tuple(dataclasses.replace(item, count=count) for item, count in operations.items()),
         outputs=tuple(dict.fromkeys(_shapes_leaving(program, region))),
         slots=tuple(region.slots),
     )
@@ -194,7 +195,7 @@ def _shapes_leaving(program: StepProgram, region: Region) -> Iterator[str]:
 
 
 def _shape(program: StepProgram, node: Node, time: bool = False) -> str:
-    """The shape of a value with its batch as N, e.g. "[T, N, 64, 28, 28]"; "" when it is not known."""
+    """The shape of a value with its batch size as N, e.g. "[T, N, 64, 28, 28]"; "" if unknown."""
     value = node.meta.get("val")
     if not isinstance(value, Tensor):
         return ""
@@ -215,7 +216,7 @@ def _not_folded(program: StepProgram) -> Iterator[NotFolded]:
 
 
 def _losing_the_batch(net: Net) -> Iterator[NotFolded]:
-    """Nodes on a cycle after which it is not known where the batch is, so that what reads them is not folded."""
+    """Nodes on a cycle whose result has no known batch dimension, so that its readers cannot be folded."""
     program = net.program
     if not any(refusal.code == "SNNFX105" for region in program.regions for _, refusal in region.refusals()):
         return
@@ -237,7 +238,7 @@ def _losing_the_batch(net: Net) -> Iterator[NotFolded]:
             refusal = refusals.get(node)
             consequence = refusal is None or refusal.code in ("SNNFX105", "SNNFX108")
             if refusal is not None and not consequence and is_computing(node):
-                reason = f"{refusal.reason.rstrip('.')}, so what reads its result is not folded"
+                reason = f"{refusal.reason.rstrip('.')}, so nodes that read its result are not folded"
                 yield _row(program, region, node, Refusal(refusal.code, reason, refusal.hint))
 
 
@@ -278,9 +279,9 @@ def _slots(program: StepProgram) -> Iterator[SlotRow]:
     given = {name for argument in program.carried if argument.required for name in argument.slot_names()}
     for slot, initial in zip(program.slots, program.initial_values, strict=True):
         node = by_name.get(slot.placeholder)
-        # With a first step of its own, there is no value before the others that is the same for all inputs.
+        # If the first step runs in a separate graph, the initial value of the later steps depends on the inputs.
         text = expression_of_initial_value(program, None if program.first_step is not None else initial)
-        text = "what it is given" if slot.name in given else text
+        text = "passed by the caller" if slot.name in given else text
         shape = _shape(program, node) if node is not None else ""
         yield SlotRow(slot.name, text, region_of.get(slot.name, ""), shape, slot.discovered)
 
@@ -294,7 +295,9 @@ def _chunk(net: Net) -> ChunkRow | None:
         return ChunkRow(plan.length, plan.bytes_per_step, plan.reason)
     steps = example_steps(net._executable)
     if steps is None:
-        return ChunkRow(None, 0, 'chunk="auto": decided at the first call, from the shapes (example_inputs would tell)')
+        return ChunkRow(
+            None, 0, 'chunk="auto": planned at the first call, from the input shapes (or now, with example_inputs)'
+        )
     sequences = [x.unsqueeze(0) if v else x for x, v in zip(steps, net.varying_inputs, strict=True)]
     try:
         with isolated(net.source):
@@ -307,7 +310,7 @@ def _chunk(net: Net) -> ChunkRow | None:
 
 
 def _too_little(net: Net) -> str:
-    """Why `convert` refuses the budget, "" where it does not."""
+    """Why `convert` refuses the memory budget, or ""."""
     try:
         with isolated(net.source):
             refuse_impossible_budget(net._executable)
@@ -326,8 +329,9 @@ def _memory(net: Net, T: int, example_inputs: Any) -> MemoryReport:
         args = () if kwargs else example_inputs if isinstance(example_inputs, tuple | list) else (example_inputs,)
         steps = net.tensors_of_step(tuple(args), kwargs)
     if steps is None:
-        hint = "Give example_inputs: what ONE call of the model takes, with its batch."
-        raise InputError("SNNFX309", f"T={T} without shapes", why="the memory is predicted from shapes.", hint=hint)
+        hint = "Pass example_inputs: the inputs of ONE time step, with the batch dimension."
+        why = "memory is predicted from shapes, and without example_inputs they are unknown."
+        raise InputError("SNNFX309", f"cannot predict the memory of T={T} time steps", why=why, hint=hint)
     return report_memory(net, steps, T)
 
 

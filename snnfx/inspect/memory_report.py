@@ -1,9 +1,9 @@
-"""What `explain` says about memory: the peak of each region, and which tensors hold it."""
+"""The memory section of `snnfx.explain`: peak memory of each region, and the tensors allocated at the peak."""
 
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -13,12 +13,13 @@ from torch import Tensor
 from snnfx.emit.recompute_segments import RecomputePlan
 from snnfx.errors import InputError, ToolError
 from snnfx.inspect.document import Bullets, Document, Paragraph, Table, Title, as_markdown, as_text
+from snnfx.inspect.memory_phases import PhaseMemory, RegionMemory
 from snnfx.inspect.memory_picture import memory_as_svg
 from snnfx.inspect.plain_data import plain_data
 from snnfx.memory.budget import bytes_as_text
 from snnfx.memory.checkpoint_option import asks_for_recomputation
 from snnfx.memory.memory_model import MemoryModel, NotPredictable, model_memory
-from snnfx.memory.peak_holders import Holder, HolderNames, TensorMakers
+from snnfx.memory.peak_holders import HolderNames, TensorMakers
 from snnfx.memory.planning import with_borders
 from snnfx.memory.timeline import Moment, inference_timeline, training_timeline
 from snnfx.memory.training_planner import packed_parts
@@ -29,66 +30,21 @@ if TYPE_CHECKING:
 
 __all__ = [
     "MemoryReport",
-    "PhaseMemory",
-    "RegionMemory",
     "memory_document",
     "report_memory",
 ]
 
 
-@dataclass(frozen=True)
-class RegionMemory:
-    """Bytes alive at the widest point of a region's call.
-
-    Args:
-        region: its name.
-        forward: while it runs, with everything that others hold.
-        kept: what it made that is held for the backward pass when the forward pass is over.
-        backward: while its backward pass runs; 0 in inference.
-    """
-
-    region: str
-    forward: int
-    kept: int = 0
-    backward: int = 0
-
-
-@dataclass(frozen=True)
-class PhaseMemory:
-    """A call in inference, or a training step.
-
-    Args:
-        phase: "inference" or "training".
-        steps: time steps run at once; the others wait, and their state is handed on.
-        reason: the plan in a sentence.
-        peak: bytes at the widest point; 0 when it is not known.
-        region: the region that runs there.
-        backward: whether that is in the backward pass.
-        holders: what holds them, the largest first.
-        regions: in the order in which they run.
-        moments: for each call, forward and then backward: its region, and the bytes held by what each region made.
-    """
-
-    phase: str
-    steps: int
-    reason: str
-    peak: int = 0
-    region: str = ""
-    backward: bool = False
-    holders: tuple[Holder, ...] = ()
-    regions: tuple[RegionMemory, ...] = ()
-    moments: tuple[tuple[str, bool, Mapping[str, int]], ...] = ()
-
-
 @dataclass(frozen=True, repr=False)
 class MemoryReport:
-    """The memory of a call on T steps, predicted from shapes.
+    """Memory of a call on T time steps, predicted from shapes.
 
     Args:
-        T: time steps.
-        inputs: the shape of each input, time first.
-        budget: bytes, where there is one.
-        inference, training: see the class.
+        T: number of time steps.
+        inputs: shape of each input sequence, time first: `[T, N, *]`.
+        budget: `memory_budget` in bytes; None without one.
+        inference: memory of a call in evaluation mode without gradients.
+        training: memory of a forward and backward pass in training mode.
     """
 
     T: int
@@ -111,35 +67,35 @@ class MemoryReport:
     __repr__ = __str__
 
     def svg(self) -> str:
-        """A picture of the bytes alive over the execution, stacked by region, with the peak marked.
+        """Draw allocated bytes over the execution as SVG text, stacked by region, with the peak marked.
 
         Raises:
-            InputError: SNNFX319, the memory is not predictable, neither in inference nor in training.
+            InputError: SNNFX319, memory is unpredictable both in inference and in training.
         """
         if not self.is_predicted:
             raise InputError(
                 "SNNFX319",
-                "there is no memory to draw",
+                "cannot draw the memory of this net",
                 why=f"inference: {self.inference.reason.rstrip('.')}; training: {self.training.reason.rstrip('.')}.",
-                hint="What is known about the net is in the text of the report.",
+                hint="Print the report: its text says how the net was planned.",
             )
-        return memory_as_svg(self)
+        return memory_as_svg(self.inference, self.training, self.T, self.budget)
 
     @property
     def is_predicted(self) -> bool:
-        """Whether the bytes of inference or of training are known."""
+        """Whether memory could be predicted, for inference or for training."""
         return bool(self.inference.moments or self.training.moments)
 
     def save(self, file: str | os.PathLike[str]) -> Path:
-        """Write that picture to a file ending in .svg.
+        """Write the picture of `svg` to a file with the suffix .svg.
 
         Raises:
-            ToolError: SNNFX603, another type of file.
-            InputError: SNNFX319, as `svg`.
+            ToolError: SNNFX603, the suffix is not .svg.
+            InputError: SNNFX319, see `svg`.
         """
         path = Path(file)
         if path.suffix.lower() != ".svg":
-            hint = "Write to a .svg file; rsvg-convert and browsers make other formats of it."
+            hint = "Use the suffix .svg; a browser or rsvg-convert converts it to other formats."
             raise ToolError("SNNFX603", f"cannot draw memory to `{path.name}`", hint=hint)
         path.write_text(self.svg(), encoding="utf-8")
         return path
@@ -152,12 +108,12 @@ class MemoryReport:
 
 
 def report_memory(net: Net, steps: Sequence[Tensor], T: int) -> MemoryReport:
-    """Predict the memory of a call; nothing runs, and the net is not changed.
+    """Predict the memory of a call from shapes, without running or changing the net.
 
     Args:
-        net: in step mode "m".
-        steps: tensors with the shapes of one step of each input.
-        T: time steps.
+        net: a net in step mode "m".
+        steps: one tensor for each input, with the shape of one time step.
+        T: number of time steps.
     """
     varying = net.varying_inputs
     sequences = [x.unsqueeze(0).expand(T, *x.shape) if v else x for x, v in zip(steps, varying, strict=True)]
@@ -199,12 +155,12 @@ def _training(net: Net, sequences: list[Tensor], T: int) -> PhaseMemory:
     moments = training_timeline(model, steps, plan, packed, detailed=True)
     if steps < T:
         moments = [with_borders(model, moment, T, steps) for moment in moments]
-    reason = plan.reason or "nothing is computed again"
+    reason = plan.reason or "no recomputation"
     return _phase("training", model, steps, moments, reason, net)
 
 
 def _why_not(error: Exception) -> str:
-    return str(error) if isinstance(error, InputError) else f"not known: {error}"
+    return str(error) if isinstance(error, InputError) else f"unknown: {error}"
 
 
 def _phase(phase: str, model: MemoryModel, steps: int, moments: list[Moment], reason: str, net: Net) -> PhaseMemory:
@@ -242,9 +198,9 @@ _MOST_HOLDERS = 8
 
 
 def memory_document(memory: MemoryReport) -> Document:
-    """The section of the report."""
+    """The memory section of the report of `explain`."""
     shapes = ", ".join(str(list(shape)) for shape in memory.inputs)
-    about = f"Bytes besides inputs and parameters for {shapes}, predicted from shapes."
+    about = f"Memory for inputs {shapes}, predicted from shapes; inputs and parameters themselves are not counted."
     if memory.budget is not None:
         about += f" The budget is {bytes_as_text(memory.budget)}."
     blocks: list[Title | Paragraph | Bullets | Table] = [Title(f"Memory at T={memory.T}"), Paragraph(about)]
@@ -252,8 +208,8 @@ def memory_document(memory: MemoryReport) -> Document:
         blocks += [Title(_summary(phase), 3), Paragraph(f"{phase.reason.rstrip('.')}."), *_holders_table(phase)]
     rows = _region_rows(memory)
     if rows:
-        header = ["region", "inference", "training: forward", "kept", "backward"]
-        blocks += [Title("Widest point of each region", 3), Table(header, rows, frozenset({0}))]
+        header = ["region", "inference", "training: forward", "saved for backward", "backward"]
+        blocks += [Title("Peak of each region", 3), Table(header, rows, frozenset({0}))]
     return blocks
 
 
@@ -273,7 +229,7 @@ def _holders_table(phase: PhaseMemory) -> Document:
     rest = phase.holders[_MOST_HOLDERS:]
     if rest:
         rows.append([f"{len(rest)} more", "", "", "", bytes_as_text(sum(h.bytes for h in rest))])
-    return [Table(["held by", "region", "tensor", "why", "bytes"], rows, frozenset({1, 2}))]
+    return [Table(["allocated for", "region", "tensor", "kind", "bytes"], rows, frozenset({1, 2}))]
 
 
 def _region_rows(memory: MemoryReport) -> list[list[str]]:

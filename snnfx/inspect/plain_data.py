@@ -10,7 +10,7 @@ __all__ = ["plain_data"]
 
 
 def plain_data(report: Any) -> dict[str, Any]:
-    """A dataclass as plain data: tuples become lists, and what JSON does not know becomes text."""
+    """Convert a dataclass to plain data: tuples become lists, other types without a JSON form become strings."""
     return _plain(dataclasses.asdict(report))  # type: ignore[no-any-return]
 
 

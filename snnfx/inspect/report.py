@@ -1,4 +1,4 @@
-"""The report of `snnfx.explain`: what a conversion does with each part of a model, as data and as a text to read."""
+"""The report of `snnfx.explain`, as data and as text."""
 
 from __future__ import annotations
 
@@ -15,16 +15,16 @@ from snnfx.inspect.plain_data import plain_data
 __all__ = ["ChunkRow", "InputRow", "NotFolded", "Operation", "PassRow", "Problem", "RegionRow", "Report", "SlotRow"]
 
 _KINDS = {
-    "fold": "T is folded into the batch, one call for all time steps",
-    "map": "all time steps at once, but each on its own",
-    "loop": "one time step after the other",
+    "fold": "one call for all time steps, with T folded into the batch dimension",
+    "map": "one call for all time steps, vectorised over T with torch.vmap",
+    "loop": "one time step after another",
     "once": "computed once for all time steps",
 }
 
 
 @dataclass(frozen=True)
 class Problem:
-    """Why the model cannot be converted: the parts of a `CaptureError`."""
+    """The reason why a model cannot be converted: the parts of a `CaptureError`."""
 
     code: str
     text: str
@@ -35,15 +35,15 @@ class Problem:
 
 @dataclass(frozen=True)
 class InputRow:
-    """One tensor that a step takes.
+    """One input tensor of a step.
 
     Args:
-        name: of the argument.
-        shape: of one step, e.g. "[N, 1, 28, 28]"; "" when it was captured without example inputs.
-        dtype: e.g. "float32"; "" when it is not known.
-        time_dim: where T is in the sequence, None for an input that is the same at every step.
-        least_rank: number of dimensions that one step has to have; with fewer (or, captured with examples, other) ones
-            the net is planned again at the call.
+        name: name of the argument.
+        shape: shape of one step, e.g. "[N, 1, 28, 28]"; "" if captured without example inputs.
+        dtype: e.g. "float32"; "" if unknown.
+        time_dim: the time dimension of the input sequence; None for an input that is the same at every step.
+        least_rank: minimum number of dimensions of one step. For inputs with fewer dimensions (or, captured with
+            example inputs, another number) the net is planned again at the call.
     """
 
     name: str
@@ -55,13 +55,13 @@ class InputRow:
 
 @dataclass(frozen=True)
 class Operation:
-    """Something that a region computes: calls of a module, or of an operation within a module.
+    """Calls of one module, or of one operation inside a module, in a region.
 
     Args:
         name: qualified name of the module, or name of the operation.
         type: class of the module; "" for an operation.
-        within: qualified name of the module that an operation is in, "" for the model itself.
-        count: how many nodes.
+        within: qualified name of the module that contains the operation; "" for the model itself.
+        count: number of nodes.
     """
 
     name: str
@@ -80,12 +80,12 @@ class RegionRow:
     """One region, in execution order.
 
     Args:
-        name: of the region, e.g. "fold_2".
+        name: name of the region, e.g. "fold_2".
         kind: "once", "fold", "map" or "loop".
-        nodes: the number of computing nodes.
-        contains: what it computes, in program order.
-        outputs: shapes of what leaves it, over the whole sequence: "[T, N, 64, 28, 28]"; () when not known.
-        slots: the state slots in it.
+        nodes: number of computing nodes.
+        contains: its operations, in program order.
+        outputs: shapes of its outputs over the whole sequence, e.g. "[T, N, 64, 28, 28]"; () if unknown.
+        slots: its state slots.
     """
 
     name: str
@@ -98,20 +98,20 @@ class RegionRow:
 
 @dataclass(frozen=True)
 class NotFolded:
-    """One node that is not folded, and why.
+    """One node that is not folded, with the reason.
 
-    A node on a cycle that also loses track of the batch has a second entry, with the code of that reason: it is why
-    what reads its result is not folded either.
+    A node on a cycle whose result has no known batch dimension has a second entry, with the code of that reason,
+    because the nodes that read its result cannot be folded either.
 
     Args:
         node: name in the step graph.
-        what: what it is in the user's words.
+        what: qualified name of the module, or the operation and the module that contains it.
         region: name of its region.
         kind: kind of that region.
-        code: of the reason, see `snnfx.errors.describe_code`.
-        reason: a clause.
-        where: `file.py:41`, or "".
-        hint: what to do about it, or "".
+        code: code of the reason, see `snnfx.errors.describe_code`.
+        reason: the reason, as a clause.
+        where: file and line, e.g. "file.py:41"; "" if unknown.
+        hint: how to avoid it, or "".
     """
 
     node: str
@@ -130,10 +130,10 @@ class SlotRow:
 
     Args:
         name: qualified name.
-        initial: its value before the first step, as text.
-        region: the loop that it lives in, or "" for a value that is only handed to the next step.
-        shape: of one step, e.g. "[N, 64, 28, 28]", or "".
-        discovered: no class declared it; it was found by watching which attributes a step changes.
+        initial: its initial value, as text.
+        region: its loop, or "" for a value that is only delayed by one step.
+        shape: shape at one step, e.g. "[N, 64, 28, 28]"; "" if unknown.
+        discovered: True if no class declares it, so that it was inferred from the attributes that a step changes.
     """
 
     name: str
@@ -145,7 +145,7 @@ class SlotRow:
 
 @dataclass(frozen=True)
 class ChunkRow:
-    """How many time steps are run at once in inference; None for all, or when it is decided at the call."""
+    """The number of time steps in a chunk in inference; None for all, or when it is planned at the first call."""
 
     length: int | None
     bytes_per_step: int
@@ -154,7 +154,7 @@ class ChunkRow:
 
 @dataclass(frozen=True)
 class PassRow:
-    """One record of `net.history`: the pass with its options, its time in milliseconds, and its note."""
+    """One record of `net.history`: a pass with its options, its duration in milliseconds, and its note."""
 
     description: str
     milliseconds: float
@@ -163,32 +163,35 @@ class PassRow:
 
 @dataclass(frozen=True, repr=False)
 class Report:
-    """What a conversion does with a model; made by `snnfx.explain`.
+    """Report on a conversion, the result of `snnfx.explain`.
 
-    `str()` is a text for the terminal, `to_markdown()` one for an issue or a notebook, `to_dict()` plain data.
+    `str()` formats it for a terminal, `to_markdown()` for an issue or a notebook, `to_dict()` as plain data.
 
     Args:
-        model: class of the model.
-        training: the mode that regions, shapes and reasons are those of.
+        model: class name of the model.
+        training: the mode (True: training) for which regions, shapes and reasons are reported.
         options: the options of the conversion.
-        error: why there is no conversion; everything below is empty then.
-        too_little: why `memory_budget` is refused, "" where it is not.
-        coverage: one sentence: how many nodes are folded, and why the others are not.
-        counts: number of computing nodes by kind of region, and in all ("nodes").
-        inputs, regions, not_folded, slots: see the classes.
+        error: why the model cannot be converted, or None. With an error, all later fields are empty.
+        too_little: why `memory_budget` is too small, or "".
+        coverage: one sentence: the number of folded nodes, and why other nodes are not folded.
+        counts: number of computing nodes by kind of region, and in total ("nodes").
+        inputs: the input tensors.
+        regions: the regions, in execution order.
+        not_folded: the nodes that are not folded, with the reason.
+        slots: the state slots.
         opaque: modules that could not be traced, with the reason.
-        first_step: how the first step differs, where it is run on its own; else "".
-        carried: arguments that are outputs of the step before.
-        fixed: sizes that the model's Python code used as numbers, so that the net holds for them alone.
-        mode_differences: what is done differently in training and in evaluation mode.
-        reduced: what runs once, on the reduction over time.
-        batch_norm: which statistics the BatchNorm layers use in training, and which of them are folded into weights.
+        first_step: how the first step differs, if it runs in a separate graph; else "".
+        carried: arguments that carry outputs of the previous step.
+        fixed: sizes that the model's Python code used as numbers, for which alone the net is valid.
+        mode_differences: differences between training and evaluation mode.
+        reduced: nodes that run once, on the outputs reduced over time.
+        batch_norm: statistics of BatchNorm layers in training, and BatchNorm layers folded into weights.
         random: nodes that draw random numbers.
-        fallbacks: what torch.vmap refused when the net was run.
-        kernels: which loops run as one generated kernel, and why others do not.
+        fallbacks: regions that torch.vmap refused at run time.
+        kernels: the loops compiled into kernels and, for other loops, the reason.
         chunk: the chunk plan for inference.
-        memory: of a call on T steps, if it was asked for.
-        passes: the history of the pipeline.
+        memory: the predicted memory of a call on T time steps; None unless `explain` was called with T.
+        passes: the passes of the pipeline, with their durations.
     """
 
     model: str
@@ -242,23 +245,23 @@ class Report:
             *(Paragraph(line) for line in self.too_little.splitlines()),
             Paragraph(f"{self.coverage}."),
             *_section("Inputs", _inputs_table(self.inputs)),
-            *_section("Regions, in the order in which they run", _regions_table(self.regions)),
+            *_section("Regions, in execution order", _regions_table(self.regions)),
             *_legend({region.kind for region in self.regions}),
             *self._not_folded(),
             *_section("Kernels", _bullets([[note] for note in self.kernels])),
             *_section("State", _slots_table(self.slots)),
             *(memory_document(self.memory) if self.memory is not None else []),
-            *_section("Good to know", _bullets([[note] for note in self._notes()])),
+            *_section("Notes", _bullets([[note] for note in self._notes()])),
             *self._footer(),
         ]
 
     def _codes(self) -> list[str]:
-        """The codes of all reasons: first causes, then what follows from them, then what has to be as it is."""
+        """The codes of all reasons: first causes, then their consequences, then sequential and opaque nodes."""
         order = {"SNNFX105": 1, "SNNFX107": 2, "SNNFX108": 2}
         return sorted(dict.fromkeys(row.code for row in self.not_folded), key=lambda code: order.get(code, 0))
 
     def _not_folded(self) -> Document:
-        """One block for each code: what is on a cycle in a line for each loop, the rest by node."""
+        """One block for each code: one line for each loop (sequential nodes), else one item for each reason."""
         blocks: list[Title | Bullets] = []
         for code in self._codes():
             rows = [row for row in self.not_folded if row.code == code]
@@ -269,22 +272,22 @@ class Report:
     def _loops(self, rows: Sequence[NotFolded]) -> list[list[str]]:
         lines = []
         for region in self.regions:
-            places = [row.where for row in rows if row.region == region.name and row.where]
+            locations = [row.where for row in rows if row.region == region.name and row.where]
             if any(row.region == region.name for row in rows):
                 prefix = f"{region.contains[0].name}." if len(region.contains) == 1 else ""
-                through = ", ".join(slot.removeprefix(prefix) for slot in region.slots)
-                lines.append([_located(f"{region.name}: {_contents(region)}, through {through}", places)])
+                state = ", ".join(slot.removeprefix(prefix) for slot in region.slots)
+                lines.append([_located(f"{region.name}: {_contents(region)}, state {state}", locations)])
         return lines
 
     def _notes(self) -> Iterable[str]:
         if self.options.get("step_mode") == "s":
-            yield 'This net runs one step at a time; the regions are those that it has with step_mode="m".'
-        told = {row.what for row in self.not_folded if row.code == "SNNFX108"}
+            yield 'This net runs one step at a time; the report shows its regions with step_mode="m".'
+        reported = {row.what for row in self.not_folded if row.code == "SNNFX108"}
         for name, reason in self.opaque.items():
-            if (name or "the model") in told:
+            if (name or "the model") in reported:
                 continue
-            what = f"`{name}`" if name else "the model"
-            yield f"{what} could not be traced and is stepped as it is: {reason.rstrip('.')}."
+            module = f"`{name}`" if name else "the model"
+            yield f"{module} could not be traced and is called at every time step: {reason.rstrip('.')}."
         if self.first_step:
             yield self.first_step
         yield from (*self.carried, *self.fixed, *self.reduced, *self.batch_norm, *self.random)
@@ -300,9 +303,9 @@ class Report:
                 name = record.description.partition("{")[0]
                 times[name] = times.get(name, 0.0) + record.milliseconds
             each = ", ".join(f"{name} {milliseconds:.1f} ms" for name, milliseconds in times.items())
-            blocks += [Title("Pipeline"), Paragraph(f"{each}; {sum(times.values()):.1f} ms in all.")]
+            blocks += [Title("Pipeline"), Paragraph(f"{each}; {sum(times.values()):.1f} ms in total.")]
         if self.not_folded:
-            blocks.append(Paragraph(f"More about a code: python -m snnfx explain --code {self._codes()[0]}"))
+            blocks.append(Paragraph(f"To look up a code: python -m snnfx explain --code {self._codes()[0]}"))
         return blocks
 
 
@@ -311,14 +314,14 @@ def _document_of_failure(model: str, error: Problem) -> Document:
         Title(f"{model} cannot be converted", 1),
         *(Paragraph(line) for line in error.text.splitlines()),
         Paragraph(CODES[error.code].meaning),
-        Paragraph(f"More about it: python -m snnfx explain --code {error.code}"),
+        Paragraph(f"To look up the code: python -m snnfx explain --code {error.code}"),
     ]
 
 
 def _inputs_table(inputs: Sequence[InputRow]) -> Table:
     rows = []
     for x in inputs:
-        shape = x.shape or f"{x.least_rank} dimensions or more"
+        shape = x.shape or f"at least {x.least_rank} dimensions"
         time = "the same at every step" if x.time_dim is None else f"dim {x.time_dim} of the sequence"
         rows.append([x.name, shape, x.dtype, time])
     return Table(["input", "one step", "dtype", "time"], rows, frozenset({0, 1}))
@@ -341,10 +344,10 @@ def _legend(kinds: set[str]) -> Document:
 def _slots_table(slots: Sequence[SlotRow]) -> Table:
     rows = []
     for slot in slots:
-        notes = ["state found by watching attributes"] if slot.discovered else []
-        notes += [] if slot.region else ["only handed to the next step, no loop"]
+        notes = ["undeclared, inferred from attribute changes"] if slot.discovered else []
+        notes += [] if slot.region else ["delayed by one step, not in a loop"]
         rows.append([slot.name, slot.initial, slot.shape, ", ".join(notes)])
-    return Table(["slot", "starts at", "one step", "note"], rows, frozenset({0, 2}))
+    return Table(["slot", "initial value", "one step", "note"], rows, frozenset({0, 2}))
 
 
 def _reasons(rows: Sequence[NotFolded]) -> list[list[str]]:
@@ -360,8 +363,8 @@ def _reasons(rows: Sequence[NotFolded]) -> list[list[str]]:
     return items
 
 
-def _located(text: str, places: Iterable[str]) -> str:
-    known = list(dict.fromkeys(places))
+def _located(text: str, locations: Iterable[str]) -> str:
+    known = list(dict.fromkeys(locations))
     more = f" and {len(known) - 3} more" if len(known) > 3 else ""
     return f"{text} ({', '.join(known[:3])}{more})" if known else text
 

@@ -1,4 +1,4 @@
-"""Nodes of a step graph as the expressions that a user may have written."""
+"""Print nodes of a step graph as Python expressions."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ _LONGEST = 60
 
 
 def expression(program: StepProgram, value: Any) -> str:
-    """A value as an expression of inputs, slots, parameters and modules, e.g. ``full((x.shape[0], 5), 0.3)``."""
+    """Print a value as an expression of inputs, slots, parameters and modules: ``full((x.shape[0], 5), 0.3)``."""
     if isinstance(value, tuple | list):
         inner = ", ".join(expression(program, item) for item in value)
         return f"({inner}{',' if len(value) == 1 else ''})" if isinstance(value, tuple) else f"[{inner}]"
@@ -67,11 +67,11 @@ def _call(program: StepProgram, node: Node) -> str:
 
 
 def expression_of_initial_value(program: StepProgram, initial: Any) -> str:
-    """What a slot starts at: a number, what a module of a known kind sets, or an expression over the first inputs."""
+    """The initial value of a slot: a number, the module that sets it, or an expression of the first inputs."""
     if isinstance(initial, Tensor):
         return f"a tensor {list(initial.shape)}"
     if not isinstance(initial, Node):
-        return "what the first step makes it" if initial is None else str(initial)
+        return "computed at the first step" if initial is None else str(initial)
     if is_module_call(initial):
         return _set_by_module(program, initial)
     text = expression(program, initial)
@@ -79,7 +79,7 @@ def expression_of_initial_value(program: StepProgram, initial: Any) -> str:
 
 
 def _set_by_module(program: StepProgram, initial: Node) -> str:
-    """The number that a neuron starts at, where it is one; otherwise who sets it."""
+    """The initial value of a neuron's state as a number if it is one, else the module class that sets it."""
     module = program.module_of(initial)
     adapter = adapter_of(module) if module is not None else None
     _, index, *inputs = initial.args

@@ -256,7 +256,7 @@ def test_explain_a_code(capsys: pytest.CaptureFixture[str]) -> None:
 
 def test_explain_of_nothing(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["explain"]) == 2
-    assert "SNNFX309 explain needs a model" in capsys.readouterr().err
+    assert "SNNFX309 explain needs a model or a code" in capsys.readouterr().err
 
 
 # -- verify -------------------------------------------------------------------------------------------------------
@@ -265,7 +265,7 @@ def test_explain_of_nothing(capsys: pytest.CaptureFixture[str]) -> None:
 def test_verify_looks_at_both_modes(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["verify", "files/models.py:Net", "--input", "4,3", "--T", "5", "--double"]) == 0
     text = capsys.readouterr().out
-    assert "T = 5" in text and "(training, float64)" in text and "(eval, float64)" in text
+    assert "T = 5" in text and "; training, float64)" in text and "; eval, float64)" in text
     assert main(["verify", "files/models.py:Net", "--input", "4,3", "--mode", "evaluation"]) == 0
     text = capsys.readouterr().out
     assert "T = 8" in text and "training" not in text
@@ -284,20 +284,18 @@ def test_verify_puts_time_where_it_is_said_to_be(capsys: pytest.CaptureFixture[s
 def test_difference_found_by_verify_is_exit_code_1(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    import snnfx.__main__ as cli
-
     def convert_wrongly(model: nn.Module, **options: object) -> snnfx.Net:
         # The net of another model, with weights of its own.
         return snnfx.convert(load_model("files/models.py:Net"), **options)  # type: ignore[arg-type]
 
-    monkeypatch.setattr(cli, "convert", convert_wrongly)
+    monkeypatch.setattr("snnfx.cli.commands.convert", convert_wrongly)
     assert main(["verify", "files/models.py:Net", "--input", "4,3"]) == 1
     captured = capsys.readouterr()
     assert captured.err.startswith("SNNFX40") and "Traceback" not in captured.err
 
 
 @pytest.mark.parametrize(
-    ("options", "code"), [((), "SNNFX309 verify needs an input"), (("--input", "4,3", "--T", "0"), "SNNFX301")]
+    ("options", "code"), [((), "SNNFX309 verify needs --input"), (("--input", "4,3", "--T", "0"), "SNNFX301")]
 )
 def test_verify_refuses_what_it_cannot_run(
     options: tuple[str, ...], code: str, capsys: pytest.CaptureFixture[str]
@@ -372,12 +370,12 @@ def test_loading_leaves_the_search_path_alone() -> None:
 @pytest.mark.parametrize(
     ("path", "message"),
     [
-        ("zoo_of_tests.models", "is no path to a model"),
-        (":build", "is no path to a model"),
-        ("zoo_of_tests.absent:build", "there is no module `zoo_of_tests.absent`"),
-        ("absent_of_tests.models:build", "there is no module `absent_of_tests.models`"),
-        ("files/absent.py:build", "there is no file `files/absent.py`"),
-        ("files/models.py:bild", "has `build`, `Net`, `Step`"),
+        ("zoo_of_tests.models", "does not name a model"),
+        (":build", "does not name a model"),
+        ("zoo_of_tests.absent:build", "the module `zoo_of_tests.absent` was not found"),
+        ("absent_of_tests.models:build", "the module `absent_of_tests.models` was not found"),
+        ("files/absent.py:build", "the file `files/absent.py` was not found"),
+        ("files/models.py:bild", "defines `build`, `Net`, `Step`"),
         ("files/models.py:number", "is of type int, not an nn.Module"),
         ("files/models.py:no_module", "returned a value of type list, not an nn.Module"),
         ("misspelt_of_tests:build", r"\(misspelt_of_tests.py:1\): SyntaxError"),

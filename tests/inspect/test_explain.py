@@ -1,4 +1,4 @@
-"""`snnfx.explain` tells what is folded, mapped or looped, why, and what a user should know besides."""
+"""`snnfx.explain` reports what is folded, mapped or looped, why, and notes about state, modes and kernels."""
 
 from __future__ import annotations
 
@@ -120,41 +120,41 @@ Inputs
   -----  --------  -------  ---------------------
   input  [N, 3]    float32  dim 0 of the sequence
 
-Regions, in the order in which they run
+Regions, in execution order
   region  contains     output     state
   ------  -----------  ---------  -----
   fold_0  0 (Linear)   [T, N, 4]
   loop_1  1 (LIFNode)  [T, N, 4]  1.v
   fold_2  2 (Linear)   [T, N, 2]
 
-  - fold: T is folded into the batch, one call for all time steps
-  - loop: one time step after the other
+  - fold: one call for all time steps, with T folded into the batch dimension
+  - loop: one time step after another
 
 Not folded
 SNNFX107 sequential: on a cycle through time
-  - loop_1: 1 (LIFNode), through v
+  - loop_1: 1 (LIFNode), state v
 
 Kernels
-  - One kernel for all time steps: loop_1, made at the first call.
+  - One kernel for all time steps: loop_1, compiled at the first call.
 
 State
-  slot  starts at  one step
-  ----  ---------  --------
-  1.v   0.0        [N, 4]
+  slot  initial value  one step
+  ----  -------------  --------
+  1.v   0.0            [N, 4]
 
 Chunks (inference)
   chunk = 16 steps (set by the option chunk).
 
 Pipeline
-  PASSES; 0 ms in all.
+  PASSES; 0 ms in total.
 
-More about a code: python -m snnfx explain --code SNNFX107"""
+To look up a code: python -m snnfx explain --code SNNFX107"""
 
 
 def test_text_of_a_tiny_net() -> None:
     text = without_times(str(explain(tiny(), example_inputs=torch.rand(2, 3), chunk=16)))
     # Which passes there are is no business of this test.
-    text = re.sub(r"(?<=Pipeline\n).*?;\s+[\d.]+\s+ms\s+in\s+all", "  PASSES; 0 ms in all", text, flags=re.DOTALL)
+    text = re.sub(r"(?<=Pipeline\n).*?;\s+[\d.]+\s+ms\s+in\s+total", "  PASSES; 0 ms in total", text, flags=re.DOTALL)
     assert text == TINY
 
 
@@ -162,7 +162,7 @@ def test_markdown_of_a_tiny_net_has_the_same_tables() -> None:
     text = explain(tiny(), example_inputs=torch.rand(2, 3)).to_markdown()
     assert text.startswith("# Sequential, training mode\n\n2 of 3 nodes folded into 2 regions; 1 loop.\n")
     assert "| `fold_0` | 0 (Linear) | `[T, N, 4]` |  |\n| `loop_1` | 1 (LIFNode) | `[T, N, 4]` | `1.v` |" in text
-    assert "### SNNFX107 sequential: on a cycle through time\n\n- loop_1: 1 (LIFNode), through v\n" in text
+    assert "### SNNFX107 sequential: on a cycle through time\n\n- loop_1: 1 (LIFNode), state v\n" in text
 
 
 @pytest.mark.parametrize("model", [ConvNet(), BatchMean(), nn.Sequential(Gate(), LIFNode()), Recurrent()])
@@ -188,8 +188,8 @@ def test_shapes_are_left_out_without_example_inputs() -> None:
     report = explain(ConvNet())
     assert all(region.outputs == () for region in report.regions)
     assert [(x.name, x.shape, x.least_rank) for x in report.inputs] == [("x", "", 4)]
-    assert "x 4 dimensions or more" in notes(report)
-    assert "decided at the first call" in notes(report)
+    assert "x at least 4 dimensions" in notes(report)
+    assert "planned at the first call" in notes(report)
 
 
 def test_sizes_elements_and_checks_are_no_nodes_that_count() -> None:
@@ -228,7 +228,7 @@ def test_mapped_node_comes_with_code_reason_line_and_hint() -> None:
 def test_nodes_of_a_loop_are_one_line() -> None:
     text = str(explain(Recurrent(), example_inputs=torch.rand(2, 3)))
     (line,) = [line for line in text.splitlines() if line.startswith("  - loop_")]
-    assert "rec (Linear), add, tanh, through h (" in line
+    assert "rec (Linear), add, tanh, state h (" in line
 
 
 def test_what_is_fed_by_parameters_alone_is_computed_once() -> None:
@@ -245,7 +245,7 @@ def test_what_is_fed_by_parameters_alone_is_computed_once() -> None:
     assert [(r.kind, r.outputs) for r in report.regions] == [("once", ("[3]",)), ("fold", ("[T, N, 3]",))]
 
 
-def test_input_without_time_is_told() -> None:
+def test_input_without_time_is_reported() -> None:
     report = explain(tiny(), example_inputs=torch.rand(2, 3), time_dim=None)
     assert "input [N, 3] float32 the same at every step" in notes(report)
     assert report.regions[0].kind == "once"
@@ -272,7 +272,7 @@ def test_slots_come_with_what_they_start_at() -> None:
         "3.v": ("0.0", True),
     }
     assert [slot.shape for slot in report.slots[:2]] == ["[N, 5]", "[N, 4]"]
-    assert re.search(r"3\.v 0\.0 \[., 4\] state found by watching attributes", notes(report))
+    assert re.search(r"3\.v 0\.0 \[., 4\] undeclared, inferred from attribute changes", notes(report))
 
 
 def test_value_that_is_only_handed_on_is_no_loop() -> None:
@@ -288,11 +288,11 @@ def test_value_that_is_only_handed_on_is_no_loop() -> None:
 
     report = explain(Delay(), example_inputs=torch.rand(2, 3))
     assert [(slot.name, slot.region) for slot in report.slots] == [("before", "")]
-    assert "before 0.0 [N, 3] only handed to the next step, no loop" in notes(report)
+    assert "before 0.0 [N, 3] delayed by one step, not in a loop" in notes(report)
     assert report.coverage == "1 of 1 node folded into 1 region"
 
 
-def test_argument_carried_from_step_to_step_is_told() -> None:
+def test_argument_carried_from_step_to_step_is_reported() -> None:
     class Explicit(nn.Module):
         def forward(self, x: Tensor, mem: Tensor | None = None) -> tuple[Tensor, Tensor]:
             if mem is None:
@@ -306,18 +306,18 @@ def test_argument_carried_from_step_to_step_is_told() -> None:
 
     x = torch.rand(2, 3)
     inferred = explain(Explicit(), example_inputs=x)
-    assert inferred.carried == ("The argument mem is output[1] of the step before (inferred from the signature).",)
+    assert inferred.carried == ("Argument `mem` is output[1] of the previous step (inferred from the signature).",)
     assert [(slot.name, slot.initial) for slot in inferred.slots] == [("mem", "zeros_like(x)")]
     assert inferred.carried[0] in notes(inferred)
     given = explain(Given(), example_inputs=(x, x), carry={"mem": 1})
     assert given.carried == (
-        "The argument mem is output[1] of the step before (carry=). It has to be given before the first step.",
+        "Argument `mem` is output[1] of the previous step (carry=). The caller must pass its initial value.",
     )
-    assert [(slot.name, slot.initial) for slot in given.slots] == [("mem", "what it is given")]
+    assert [(slot.name, slot.initial) for slot in given.slots] == [("mem", "passed by the caller")]
     assert list(given.options["carry"]) == ["mem"]
 
 
-def test_first_step_of_its_own_is_told_with_what_differs() -> None:
+def test_first_step_of_its_own_is_reported_with_what_differs() -> None:
     class Peeled(snnfx.MemoryModule):
         def __init__(self) -> None:
             super().__init__()
@@ -333,11 +333,11 @@ def test_first_step_of_its_own_is_told_with_what_differs() -> None:
             return self.h
 
     report = explain(Peeled(), example_inputs=torch.rand(2, 3))
-    assert "run on its own (SNNFX212)" in report.first_step
-    assert re.search(r"Only in the first: begin \(\S+\) and mul", report.first_step)
-    assert re.search(r"Only in the others: go_on \(\S+\), add \(\S+\) and tanh", report.first_step)
+    assert "runs in a separate graph (SNNFX212)" in report.first_step
+    assert re.search(r"Only in the first step: begin \(\S+\) and mul", report.first_step)
+    assert re.search(r"Only in later steps: go_on \(\S+\), add \(\S+\) and tanh", report.first_step)
     assert report.first_step in notes(report)
-    assert [slot.initial for slot in report.slots] == ["what the first step makes it"]
+    assert [slot.initial for slot in report.slots] == ["computed at the first step"]
     assert explain(Recurrent(), example_inputs=torch.rand(2, 3)).first_step == ""
 
 
@@ -456,12 +456,12 @@ def test_what_follows_a_shape_preserving_autograd_function_is_folded() -> None:
 # -- notes --------------------------------------------------------------------------------------------------------
 
 
-def test_batch_norm_in_force_is_told() -> None:
+def test_batch_norm_in_force_is_reported() -> None:
     folded = explain(ConvNet())
-    assert "BatchNorm of bn: in training, statistics over all T*N samples" in notes(folded)
+    assert "BatchNorm in bn: training uses statistics over all T*N samples" in notes(folded)
     assert folded.mode_differences == ()
     per_step = explain(ConvNet(), batch_norm="per_step")
-    assert "BatchNorm of bn: in training, statistics of each time step" in notes(per_step)
+    assert "BatchNorm in bn: training uses the statistics of each time step" in notes(per_step)
     assert "bn: mapped in training, folded in evaluation mode." in per_step.mode_differences
     assert explain(tiny()).batch_norm == ()
 
@@ -476,7 +476,7 @@ def test_report_is_about_the_mode_of_the_model() -> None:
     assert in_training.mode_differences == in_evaluation.mode_differences
 
 
-def test_different_steps_in_training_and_evaluation_are_told() -> None:
+def test_different_steps_in_training_and_evaluation_are_reported() -> None:
     class Noisy(nn.Module):
         def forward(self, x: Tensor) -> Tensor:
             if self.training:
@@ -485,11 +485,11 @@ def test_different_steps_in_training_and_evaluation_are_told() -> None:
 
     report = explain(Noisy(), example_inputs=torch.rand(2, 3))
     assert re.search(r"Only in training mode: rand_like \(\S+\) and add", notes(report))
-    assert re.search(r"other arguments in training than in evaluation mode: dropout \(", notes(report))
+    assert re.search(r"Arguments differ between training and evaluation mode: dropout \(", notes(report))
 
 
 def test_random_numbers_are_fresh_at_each_step() -> None:
-    assert "Dropout of drop: a fresh mask at each time step" in notes(explain(ConvNet()))
+    assert "Dropout in drop: training draws a new mask at each time step" in notes(explain(ConvNet()))
 
     class Noise(nn.Module):
         def forward(self, x: Tensor) -> Tensor:
@@ -499,17 +499,17 @@ def test_random_numbers_are_fresh_at_each_step() -> None:
     assert explain(tiny()).random == ()
 
 
-def test_what_runs_on_the_reduced_value_is_told() -> None:
+def test_what_runs_on_the_reduced_value_is_reported() -> None:
     report = explain(tiny(), example_inputs=torch.rand(2, 3), reduce="mean")
     assert report.reduced == (
-        'The net returns the mean over time of each output (reduce="mean"); 2 runs once, on that.',
+        'The net returns the mean over time of each output (reduce="mean"); 2 runs once, on the reduced value.',
     )
     assert [(r.kind, r.outputs) for r in report.regions][-1] == ("once", ("[N, 2]",))
     assert report.reduced[0] in notes(report)
     assert explain(tiny()).reduced == ()
 
 
-def test_size_used_as_a_number_is_told() -> None:
+def test_size_used_as_a_number_is_reported() -> None:
     class Columns(nn.Module):
         def forward(self, x: Tensor) -> Tensor:
             y = x[:, 0]
@@ -519,11 +519,11 @@ def test_size_used_as_a_number_is_told() -> None:
 
     report = explain(Columns(), example_inputs=torch.rand(2, 3))
     assert len(report.fixed) == 1
-    assert report.fixed[0].startswith("`x.shape[1]` has to be 3 in every call")
+    assert report.fixed[0].startswith("`x.shape[1]` must be 3 in every call")
     assert report.coverage == "5 of 5 nodes folded into 1 region"
 
 
-def test_fallback_from_vmap_is_told_once_it_has_happened() -> None:
+def test_fallback_from_vmap_is_reported_once_it_has_happened() -> None:
     class Places(nn.Module):
         def forward(self, x: Tensor) -> Tensor:
             return torch.nonzero(x)
@@ -571,7 +571,7 @@ def test_report_on_a_net_is_the_report_on_its_model() -> None:
     assert of_model.options == of_net.options
 
 
-def test_net_of_single_steps_is_told_apart() -> None:
+def test_net_of_single_steps_is_reported_apart() -> None:
     net = convert(tiny(), step_mode="s")
     assert "This net runs one step at a time" in notes(explain(net))
     assert explain(net).chunk is None
@@ -689,5 +689,5 @@ def test_the_command_line_explains_every_code(code: str, capsys: pytest.CaptureF
 
 
 def test_unknown_code_lists_the_known_ones() -> None:
-    with pytest.raises(InputError, match="SNNFX309 there is no code `SNNFX999`.*SNNFX101"):
+    with pytest.raises(InputError, match=r"SNNFX309 unknown code `SNNFX999`\.\nUse one of SNNFX101"):
         describe_code("SNNFX999")

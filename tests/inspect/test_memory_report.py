@@ -1,4 +1,4 @@
-"""What `explain` says about memory: who holds it, for each region, as a table, as data and as a picture."""
+"""The memory section of `explain`: peak and tensors of each region, as a table, as data and as a picture."""
 
 from __future__ import annotations
 
@@ -16,7 +16,8 @@ from torch import Tensor, nn
 
 import snnfx
 from snnfx.errors import InputError, ToolError
-from snnfx.inspect.memory_report import MemoryReport, PhaseMemory
+from snnfx.inspect.memory_phases import PhaseMemory
+from snnfx.inspect.memory_report import MemoryReport
 from support.measured_memory import OPTIONS, measured, with_statistics, without_statistics
 
 T, N = 8, 16
@@ -108,10 +109,10 @@ def test_table_is_in_the_text_the_markdown_and_the_data() -> None:
         "The budget is 1.0 GiB",
         "Inference: ",
         "Training: ",
-        "Widest point of each region",
+        "Peak of each region",
     ):
         assert part in text
-    assert "| region | inference | training: forward | kept | backward |" in report.to_markdown()
+    assert "| region | inference | training: forward | saved for backward | backward |" in report.to_markdown()
     data = json.loads(json.dumps(report.to_dict()))
     assert data["memory"]["training"]["holders"][0]["bytes"] > 0
 
@@ -159,7 +160,7 @@ def test_what_is_not_predictable_is_told_and_not_drawn(tmp_path: Path) -> None:
     report = snnfx.explain(snnfx.convert(Looking()), T=3, example_inputs=torch.rand(4, 5))
     assert report.memory is not None and report.memory.training.peak == 0
     assert "Training: no prediction" in str(report)
-    with pytest.raises(InputError, match="SNNFX319 there is no memory to draw: inference: .*; training: "):
+    with pytest.raises(InputError, match="SNNFX319 cannot draw the memory of this net: inference: .*; training: "):
         report.memory.save(tmp_path / "memory.svg")
     assert list(tmp_path.iterdir()) == [] and report.memory._repr_svg_() is None
 
@@ -231,7 +232,7 @@ def test_words_of_the_picture_are_within_it() -> None:
 
 def test_phase_without_a_prediction_is_named_in_the_picture() -> None:
     memory = memory_of(without_statistics(), example_inputs=torch.rand(N, 5))
-    unknown = dataclasses.replace(memory, training=PhaseMemory("training", T, "not known"))
+    unknown = dataclasses.replace(memory, training=PhaseMemory("training", T, "unknown"))
     assert "Training: no prediction" in unknown.svg() and "Inference, " in unknown.svg()
 
 

@@ -1,1 +1,11 @@
-"""Pictures of step graphs and converted nets."""
+"""Pictures of step graphs and converted nets: `snnfx.draw`.
+
+| module | what is in it |
+|---|---|
+| `draw` | `snnfx.draw`: which part of a model or net goes into which frame |
+| `painter` | nodes of a program as boxes, pills and arrows |
+| `layer_summary` | one layer or operation in a few characters, e.g. `1→64 3x3 pad 1` |
+| `dot` | the elements of a picture, their styles, and the DOT text |
+| `drawing` | `Drawing`, what `draw` returns: rendering with graphviz |
+| `text_lengths` | text widths in SVG files that hold in every viewer |
+"""

@@ -1,4 +1,4 @@
-"""Pictures as graphviz DOT text: what a picture is made of, what it looks like, and how it is written down."""
+"""Elements of a picture, their styles, and their notation as graphviz DOT text."""
 
 from __future__ import annotations
 
@@ -26,25 +26,25 @@ _INK, _FAINT, _LINE = "#1A1A1A", "#595959", "#4D4D4D"
 
 @dataclass(frozen=True)
 class Style:
-    """Fill and border of a kind of thing, and what the legend says of it ("" to leave it out)."""
+    """Fill colour, border colour, and the entry in the legend ("" for none)."""
 
     fill: str
     border: str
     meaning: str = ""
 
 
-# Tints of hues that people with colour-blindness tell apart (Okabe & Ito 2008), each darker than the one before, so
-# that they differ in grayscale as well; all of them carry dark text.
+# Hues distinguishable with colour-blindness (Okabe & Ito 2008); each tint is darker than the previous one, so that they
+# also differ in grayscale; dark text is legible on all of them.
 STYLES: dict[str, Style] = {
     "once": Style("#F5F5F1", "#8C8C84", "computed once"),
     "fold": Style("#D9E8F6", "#3F78AD", "T folded into the batch"),
     "map": Style("#F1DA92", "#94770F", "mapped over T (vmap)"),
-    "loop": Style("#E8B59A", "#A34A1C", "stepped through T"),
+    "loop": Style("#E8B59A", "#A34A1C", "one step after another"),
     "container": Style("#F6F6F6", "#B5B5B5"),
     "inner container": Style("#ECECEC", "#A6A6A6"),
     "chunk": Style("#FFFFFF", "#8C8C8C"),
     "layer": Style("#FFFFFF", "#7A7A7A"),
-    "stateful": Style("#F8E3D8", "#A34A1C", "keeps state from step to step"),
+    "stateful": Style("#F8E3D8", "#A34A1C", "carries state across time steps"),
     "slot": Style("#FFFFFF", "#A34A1C"),
     "parameter": Style("#E2E2E2", "#8C8C8C"),
     "input": Style("#FFFFFF", "#1A1A1A"),
@@ -54,7 +54,7 @@ STYLES: dict[str, Style] = {
 
 @dataclass(frozen=True)
 class LabelRow:
-    """One operation of a box: what it is, its hyperparameters, its qualified name, a shape, and a small code."""
+    """One operation of a box: its type, hyperparameters, qualified name, shape, and a small code."""
 
     title: str
     detail: str = ""
@@ -86,7 +86,7 @@ class Pill:
 
 @dataclass
 class Cluster:
-    """A frame around nodes and other frames; the style "row" is an invisible one whose members stand in one row."""
+    """A frame around nodes and other frames; the style "row" is an invisible frame that aligns its members in a row."""
 
     id: str
     style: str
@@ -97,14 +97,15 @@ class Cluster:
 
 
 Member = Box | Pill | Cluster
-"""What stands in a frame."""
+"""An element of a frame."""
 
 
 @dataclass(frozen=True)
 class Edge:
-    """An arrow between ids, or rows of boxes (`b2:r1`); `carried` ones lead from one time step to the next.
+    """An arrow between ids or rows of boxes (`b2:r1`).
 
-    With `upwards` the head is drawn above the tail: a way back. A `main` arrow is kept straight.
+    A `carried` arrow leads from one time step to the next. With `upwards` the head is drawn above the tail, for an
+    arrow that closes a cycle. A `main` arrow is kept straight.
     """
 
     tail: str
@@ -117,7 +118,7 @@ class Edge:
 
 @dataclass
 class Picture:
-    """Everything in a picture. `legend` names the styles that are explained."""
+    """A complete picture; `legend` names the styles that the legend explains."""
 
     title: str
     subtitle: str
@@ -127,7 +128,7 @@ class Picture:
 
 
 def write_dot(picture: Picture) -> str:
-    """The picture as DOT text. Names may hold any character; the same picture gives the same text."""
+    """Write a picture as DOT text: names may contain any character, and equal pictures give equal texts."""
     lines = [
         "digraph snnfx {",
         f'  graph [rankdir=TB, newrank=true, fontname="{_FONT}", fontcolor="{_INK}", fontsize=10, labelloc=t, '
@@ -179,19 +180,19 @@ def _cluster(cluster: Cluster) -> Iterator[str]:
 
 
 def _keep_inputs_on_top(picture: Picture) -> Iterator[str]:
-    """Invisible edges from an input to states and parameters, which would otherwise be as high up as the inputs."""
+    """Invisible edges from an input to states and parameters, which `dot` would otherwise draw next to the inputs."""
     inputs = [member.id for member in picture.members if isinstance(member, Pill) and member.style == "input"]
-    for pill in _pills_that_start(picture.members):
+    for pill in _top_level_pills(picture.members):
         if inputs and pill.style in ("slot", "parameter"):
             yield f"{inputs[0]} -> {pill.id} [style=invis, weight=0];"
 
 
-def _pills_that_start(members: Sequence[Member]) -> Iterator[Pill]:
+def _top_level_pills(members: Sequence[Member]) -> Iterator[Pill]:
     for member in members:
         if isinstance(member, Pill):
             yield member
         elif isinstance(member, Cluster) and member.style != "row":
-            yield from _pills_that_start(member.members)
+            yield from _top_level_pills(member.members)
 
 
 def _box(box: Box) -> str:
@@ -207,7 +208,7 @@ def _box(box: Box) -> str:
 
 
 _GAP = "&#160;"
-"""Stands at the END of a piece of text: at the beginning of the next, some viewers drop it."""
+"""A space, put at the END of a piece of text because some viewers drop it at the beginning."""
 
 
 def _cells(row: LabelRow, index: int, shaped: bool) -> str:
@@ -247,14 +248,14 @@ def _edge(edge: Edge) -> str:
         attributes.append("weight=8")
     tail, head = edge.tail, edge.head
     if edge.upwards:
-        # Written the other way round, `dot` lays it out as well as any other arrow.
+        # `dot` ranks the tail above the head, so the edge is written in reverse.
         attributes.append("dir=back")
         tail, head = head, tail
     return f"{tail} -> {head} [{', '.join(attributes)}];" if attributes else f"{tail} -> {head};"
 
 
 def _heading(picture: Picture) -> str:
-    """The title, and below it the legend: one coloured cell for each style in the picture."""
+    """The title and, below it, the legend with one coloured cell for each style in the picture."""
     cells = "".join(
         f'<TD BGCOLOR="{STYLES[name].fill}" BORDER="1" COLOR="{STYLES[name].border}">'
         f'<FONT POINT-SIZE="9"><B>{_markup(name)}{_GAP}</B>{_markup(STYLES[name].meaning)}</FONT></TD>'
@@ -263,7 +264,7 @@ def _heading(picture: Picture) -> str:
     )
     if "carried" in picture.legend:
         color = STYLES["slot"].border
-        cells += f'<TD><FONT POINT-SIZE="9" COLOR="{color}">- - &#8594; state, to the next step</FONT></TD>'
+        cells += f'<TD><FONT POINT-SIZE="9" COLOR="{color}">- - &#8594; state carried to the next step</FONT></TD>'
     legend = f'<TABLE BORDER="0" CELLSPACING="4" CELLPADDING="3"><TR>{cells}</TR></TABLE>'
     below = f"<TR><TD>{legend}</TD></TR>" if cells else ""
     subtitle = f'<FONT POINT-SIZE="10" COLOR="{_FAINT}">{_markup(picture.subtitle)}</FONT>'
@@ -272,16 +273,16 @@ def _heading(picture: Picture) -> str:
 
 
 def _plain(text: str) -> str:
-    """Without what graphviz reads as an escape in some places and not in others: backslashes, control characters."""
+    """Replace backslashes and control characters, which graphviz interprets differently by context."""
     text = text.replace("\\", "\N{SET MINUS}")
     return "".join(c if c.isprintable() or c in "\n " else "\N{REPLACEMENT CHARACTER}" for c in text)
 
 
 def _markup(text: str) -> str:
-    """Text inside an HTML-like label."""
+    """Escape text for an HTML-like label."""
     return html.escape(_plain(text)).replace("\n", " ")
 
 
 def _quoted(text: str) -> str:
-    """Text inside a quoted attribute; graphviz resolves HTML entities there as well."""
+    """Escape text for a quoted attribute, where graphviz resolves HTML entities as well."""
     return html.escape(_plain(text)).replace("\n", "&#10;")

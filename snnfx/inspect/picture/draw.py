@@ -1,7 +1,7 @@
 """`snnfx.draw`: pictures of a model's step graph and of the regions of a converted net.
 
-A picture is made from a step program alone: `snnfx.inspect.picture.painter` turns its nodes into boxes and arrows,
-this file says what goes into which frame, and `snnfx.inspect.picture.dot` writes it all down.
+A picture is made from a step program alone. This module decides which node belongs into which frame,
+`snnfx.inspect.picture.painter` turns nodes into boxes and arrows, `snnfx.inspect.picture.dot` writes the DOT text.
 """
 
 from __future__ import annotations
@@ -35,21 +35,24 @@ __all__ = ["draw"]
 def draw(
     model: nn.Module, file: str | os.PathLike[str] | None = None, *, example_inputs: Any = None, entry: str = "forward"
 ) -> Drawing:
-    """Draw the step graph of a model, or the regions of a converted net. The model or net is not changed.
+    """Draw the step graph of a model or the regions of a net.
+
+    The model or net is not changed.
 
     Args:
-        model: a single-step model, drawn as one time step by containers; or what `snnfx.convert` returned, drawn by
-            regions: what is computed once, folded, mapped and looped.
-        file: where to write the picture: .svg, .png, .pdf, or .dot for the text, which needs no graphviz.
-        example_inputs: what ONE call of the model takes (a tensor, a tuple or a dict): then shapes are drawn. A net
-            that was converted with example inputs has shapes already.
-        entry: the method of a model that is one step.
+        model: a single-step model, drawn as one time step with its containers as frames; or a converted net, drawn with
+            its regions as frames: once, fold, map and loop.
+        file: path of the picture, with the suffix .svg, .png, .pdf or .dot (DOT text, needs no graphviz). None: write
+            no file.
+        example_inputs: inputs of ONE time step with the batch dimension, `[N, *]` (a tensor, a tuple or a dict); shapes
+            are drawn then. A net converted with example inputs has shapes already.
+        entry: name of the model's method that computes one step.
 
     Returns:
-        The picture: shows in notebooks; `str()` or `.source` is the DOT text, `.save(file)` writes it.
+        The picture. Notebooks display it; `str()` or `.source` is the DOT text, `.save(file)` writes a file.
 
     Raises:
-        ToolError: `file` has another suffix (SNNFX603), or graphviz is missing (SNNFX601); before any work.
+        ToolError: SNNFX603, `file` has another suffix; SNNFX601, graphviz is missing. Both are checked first.
         CaptureError: the model cannot be captured (codes 2xx).
 
     Example:
@@ -70,14 +73,11 @@ def draw(
     return drawing
 
 
-# -- what is drawn ------------------------------------------------------------------------------------------------
-
-
 def _picture_of_model(model: nn.Module, example_inputs: Any, entry: str) -> Picture:
     program = _captured(model, example_inputs, entry, model.training)
     batch_known = True
     try:
-        # Where the batch dimension is, is found out on the way to the regions.
+        # Partition records the batch dimension of each node.
         PassManager([Partition()]).run(program)
     except CaptureError:
         batch_known = False
@@ -85,7 +85,7 @@ def _picture_of_model(model: nn.Module, example_inputs: Any, entry: str) -> Pict
 
 
 def _picture_of_step(program: StepProgram, training: bool, batch_known: bool = True) -> Picture:
-    painter = Painter(program, _recorded_values(program), _module_places(program))
+    painter = Painter(program, _recorded_values(program), _module_frames(program))
     painter.batch_known = batch_known
     members = _module_clusters(painter)
     stateful = any(box.style == "stateful" for box in painter.boxes)
@@ -106,8 +106,8 @@ def _picture_of_net(net: Net, example_inputs: Any) -> Picture:
     values = _recorded_values(program)
     if example_inputs is not None:
         values = _values_for(program, example_inputs, net.options.entry) or values
-    places = {node: region.name for region in program.regions for node in region.nodes}
-    painter = Painter(program, values, places, {region.name: region.kind for region in program.regions})
+    frames = {node: region.name for region in program.regions for node in region.nodes}
+    painter = Painter(program, values, frames, {region.name: region.kind for region in program.regions})
     members: list[Member] = []
     for region in program.regions:
         refusals = [(node, refusal) for node, refusal in region.refusals() if node in painter.depth]
@@ -124,7 +124,7 @@ def _picture_of_net(net: Net, example_inputs: Any) -> Picture:
     regions = f"{len(program.regions)} region{'s' * (len(program.regions) != 1)}"
     subtitle = f"T time steps in {regions}, {_mode(net.training)}"
     if program.first_step is not None:
-        subtitle += ", the first step is run by a graph of its own"
+        subtitle += ", first step in a separate graph"
     dims = dict(zip(program.input_nodes(), net._arguments.tensor_dims, strict=True))
     output_dim = net.options.time_dim if isinstance(net.options.time_dim, int) else 0
     painter.reduce = net.options.reduce
@@ -153,7 +153,7 @@ def _recorded_values(program: StepProgram) -> dict[str, Any]:
 
 
 def _values_for(program: StepProgram, example_inputs: Any, entry: str) -> dict[str, Any]:
-    """The values of one step for other examples; {} when the model does something else for these."""
+    """The values of one step for other example inputs; {} when the model takes another path for them."""
     other = _captured(program.source, example_inputs, entry, program.training)
 
     def form(program: StepProgram) -> list[tuple[str, str, str]]:
@@ -163,23 +163,23 @@ def _values_for(program: StepProgram, example_inputs: Any, entry: str) -> dict[s
 
 
 def _chunk_frame(net: Net, values: Mapping[str, Any], members: list[Member]) -> list[Member]:
-    """What is inside the inputs and outputs, in a frame that says how many time steps are run at once."""
+    """Put everything between inputs and outputs into a frame that names the number of time steps in a chunk."""
     chunk = net.options.chunk
     if chunk is None:
         return members
-    reason = "as many time steps as fit a memory budget"
+    reason = "as many time steps as fit the memory budget"
     frame = Cluster("chunk", "chunk", "chunk: auto", members, "in inference", reason)
     if isinstance(chunk, int):
-        frame.title, frame.tooltip = _chunk_title(chunk), "as asked for"
+        frame.title, frame.tooltip = _chunk_title(chunk), "as requested"
         return [frame]
     program = net.program
     recorded = [values.get(node.name) for node in program.input_nodes()]
-    # Planning runs the modules on tensors without values, which are not for a user's hooks to see.
+    # Planning runs the modules on tensors without values, which a user's hooks must not see.
     hooked = any(module._forward_hooks or module._forward_pre_hooks for module in net.source.modules())
     if net.training or hooked or not all(isinstance(value, Tensor) for value in recorded):
         return [frame]
-    held = next((t for t in (*net.source.parameters(), *net.source.buffers())), torch.empty(0))
-    steps = [torch.empty(1, dtype=v.dtype, device=held.device).expand(v.shape) for v in recorded]  # type: ignore[union-attr]
+    weight = next((t for t in (*net.source.parameters(), *net.source.buffers())), torch.empty(0))
+    steps = [torch.empty(1, dtype=v.dtype, device=weight.device).expand(v.shape) for v in recorded]  # type: ignore[union-attr]
     varying = net._arguments.varying
     plan = net.chunk_plan(*(x.unsqueeze(0) if v else x for x, v in zip(steps, varying, strict=True)))
     if plan.length is not None:
@@ -189,38 +189,35 @@ def _chunk_frame(net: Net, values: Mapping[str, Any], members: list[Member]) -> 
 
 
 def _chunk_title(length: int) -> str:
-    return f"chunk: {length} step{'s' * (length != 1)} at once"
+    return f"chunk: {length} step{'s' * (length != 1)}"
 
 
-# -- containers ---------------------------------------------------------------------------------------------------
-
-
-def _module_places(program: StepProgram) -> dict[Node, str]:
-    """The container that each node is in, by qualified name."""
-    places = {}
+def _module_frames(program: StepProgram) -> dict[Node, str]:
+    """The qualified name of the container that each node is in."""
+    frames = {}
     for node in program.graph.nodes:
         module = str(node.target) if node.op == "call_module" else str(node.meta.get("module") or "")
         calls = node.op == "call_module" or is_module_call(node)
-        places[node] = module.rpartition(".")[0] if calls else module
-    return places
+        frames[node] = module.rpartition(".")[0] if calls else module
+    return frames
 
 
 def _module_clusters(painter: Painter) -> list[Member]:
-    """The boxes of a model in frames that are nested as its modules are."""
-    places = dict.fromkeys(painter.place.values())
+    """The boxes of a model in frames nested like its modules."""
+    frames = dict.fromkeys(painter.frame_of.values())
     children: dict[str, list[str]] = {}
-    for place in places:
-        while place:
-            parent = place.rpartition(".")[0]
+    for frame in frames:
+        while frame:
+            parent = frame.rpartition(".")[0]
             siblings = children.setdefault(parent, [])
-            if place not in siblings:
-                siblings.append(place)
-            place = parent
+            if frame not in siblings:
+                siblings.append(frame)
+            frame = parent
     resolve: Callable[[str], Any] = painter.program.resolve
 
-    def inside(place: str, depth: int) -> list[Member]:
-        members = painter.members(place)
-        for child in children.get(place, []):
+    def inside(frame: str, depth: int) -> list[Member]:
+        members = painter.members(frame)
+        for child in children.get(frame, []):
             below = inside(child, depth + 1)
             if len(below) > 1:
                 style = "inner container" if depth % 2 else "container"
@@ -238,7 +235,7 @@ def _module_clusters(painter: Painter) -> list[Member]:
 
 
 def _boxes_of(member: Member) -> list[Box]:
-    """The boxes at the level of a member itself, not in a frame."""
+    """The boxes of a member that are not inside a frame."""
     if isinstance(member, Cluster):
         return [box for box in member.members if isinstance(box, Box)] if member.style == "row" else []
     return [member] if isinstance(member, Box) else []

@@ -1,6 +1,6 @@
-"""What `snnfx.draw` returns: a picture as DOT text, rendered by graphviz when it is shown or written to a file.
+"""`Drawing`, the result of `snnfx.draw`: DOT text that graphviz renders.
 
-The text is made without graphviz; the Python package and the program `dot` are needed for rendering alone.
+Only rendering (display in a notebook, files other than .dot) needs the Python package graphviz and the program `dot`.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ _FORMATS = ("svg", "png", "pdf")
 
 @dataclass(frozen=True)
 class Drawing:
-    """A picture as DOT text; shows itself in notebooks.
+    """A picture as DOT text, displayed in notebooks.
 
     Args:
         source: the DOT text.
@@ -45,10 +45,10 @@ class Drawing:
         """Render with the program `dot`.
 
         Args:
-            format: "svg", "png" or "pdf"; "dot" gives the text itself.
+            format: "svg", "png", "pdf", or "dot" for the DOT text.
 
         Raises:
-            ToolError: graphviz is missing or fails (SNNFX601), or another format (SNNFX603).
+            ToolError: SNNFX601, graphviz is missing or fails; SNNFX603, another format.
         """
         if format == "dot":
             return self.source.encode()
@@ -67,15 +67,15 @@ class Drawing:
                 "SNNFX601",
                 f"the program `dot` cannot write {format}",
                 why=f"{error}.",
-                hint="Install a complete graphviz, or draw to a .dot file and render it elsewhere.",
+                hint="Install graphviz with support for that format, or write a .dot file and render it elsewhere.",
             ) from error
         return rendered
 
     def save(self, file: str | os.PathLike[str]) -> Path:
-        """Write the picture to a file; its suffix (.svg, .png, .pdf, .dot) says how.
+        """Write the picture to a file in the format of its suffix: .svg, .png, .pdf or .dot.
 
         Raises:
-            ToolError: SNNFX601, SNNFX603; nothing has been written then.
+            ToolError: SNNFX601, graphviz is missing; SNNFX603, another suffix. No file is written then.
         """
         path = check_file(file)
         path.write_bytes(self.pipe(path.suffix.lower().removeprefix(".")))
@@ -85,7 +85,7 @@ class Drawing:
         try:
             return self.pipe("svg").decode()
         except ToolError as error:
-            # A notebook then shows the text form.
+            # The notebook then falls back to the text form.
             warn_once(error.code, str(error).removeprefix(f"{error.code} "))
             return None
 
@@ -93,10 +93,10 @@ class Drawing:
 
 
 def check_file(file: str | os.PathLike[str]) -> Path:
-    """The path, after checking that a picture can be written to it.
+    """Check that a picture can be written to a file, and return its path.
 
     Raises:
-        ToolError: the suffix is none of .svg, .png, .pdf, .dot (SNNFX603), or graphviz is missing for it (SNNFX601).
+        ToolError: SNNFX603, the suffix is not .svg, .png, .pdf or .dot; SNNFX601, graphviz is missing.
     """
     path = Path(file)
     suffix = path.suffix.lower().removeprefix(".")
@@ -112,18 +112,18 @@ def _unknown_format(what: str) -> ToolError:
     return ToolError(
         "SNNFX603",
         f"cannot draw to {what}",
-        why="the type of a picture is the suffix of its file.",
-        hint=f"Use one of {', '.join('.' + name for name in known)}.",
+        why="the suffix of the file selects the format, and this one is not supported.",
+        hint=f"Use a supported suffix: {', '.join('.' + name for name in known)}.",
     )
 
 
 def _require_graphviz() -> None:
-    hint = "Install it ({}), or draw to a .dot file, which needs neither."
+    hint = "Install it ({}), or write a .dot file, which needs no graphviz."
     if shutil.which("dot") is None:
         raise ToolError(
             "SNNFX601",
             "the program `dot` is missing",
-            why="graphviz draws the pictures.",
+            why="snnfx renders pictures with graphviz.",
             hint=hint.format("apt install graphviz, brew install graphviz, or https://graphviz.org/download"),
         )
     try:
@@ -132,6 +132,6 @@ def _require_graphviz() -> None:
         raise ToolError(
             "SNNFX601",
             "the Python package graphviz is missing",
-            why="it calls the program `dot`.",
+            why="snnfx calls the program `dot` through it.",
             hint=hint.format('pip install "snnfx[draw]"'),
         ) from error

@@ -1,4 +1,4 @@
-"""One operation of a step graph in a few characters: `Conv2d` with `1→64 3x3 pad 1`, `mean` with `(0)`."""
+"""Summarise a layer or operation in a few characters: `Conv2d` with `1→64 3x3 pad 1`, `mean` with `(0)`."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ _NEURON_ATTRIBUTES = (
 
 
 def summarize_node(program: StepProgram, node: Node) -> tuple[str, str]:
-    """What a node is, and its hyperparameters: `("Conv2d", "1→64 3x3")`, `("mean", "(0)")`."""
+    """The type of a node and its hyperparameters: `("Conv2d", "1→64 3x3")`, `("mean", "(0)")`."""
     module = program.module_of(node)
     if module is not None:
         detail = summarize_module(module)
@@ -55,7 +55,7 @@ def summarize_node(program: StepProgram, node: Node) -> tuple[str, str]:
 
 
 def summarize_module(module: nn.Module) -> str:
-    """The hyperparameters of a layer that matter for what it computes, in short; "" when there is nothing to say."""
+    """The main hyperparameters of a layer in short form; "" for a layer without any."""
     if isinstance(module, ConvBase):
         return _convolution(module)
     if isinstance(module, MaxPoolBase | AvgPoolBase):
@@ -121,7 +121,7 @@ def _kernel(sizes: tuple[int, ...]) -> str:
 
 
 def _sizes(value: Any) -> str:
-    """A size that may be one number or one for each dimension; equal ones are written once."""
+    """A size, one number or one for each dimension; equal numbers are written once."""
     if isinstance(value, tuple | list):
         return _sizes(value[0]) if len(set(value)) == 1 and len(value) > 1 else ",".join(map(_sizes, value))
     return f"{value:g}" if isinstance(value, float) else str(value)
@@ -132,7 +132,7 @@ def _is_all(value: Any, number: int) -> bool:
 
 
 def _neuron(module: nn.Module) -> str:
-    """The constants of a neuron, when it has them under one of the usual names and as one fixed number."""
+    """The constants of a neuron that are single numbers under one of the usual names."""
     parts = []
     for attribute, symbol in _NEURON_ATTRIBUTES:
         value = _number(getattr(module, attribute, None))
@@ -151,9 +151,9 @@ def _number(value: Any) -> float | None:
 
 
 def _arguments(node: Node) -> str:
-    """The arguments of a call that are no tensors: `(1)`, `(dim=1)`; sizes that are computed are written `…`."""
+    """The non-tensor arguments of a call: `(1)`, `(dim=1)`; computed sizes are written `…`."""
     given = [_argument(a) for a in (node.args[1:] if node.op == "call_method" else node.args)]
-    # torch's functions are recorded with all their defaults: those say nothing.
+    # torch's functions are recorded with all their defaults, which are left out.
     named = {key: _argument(value) for key, value in node.kwargs.items() if not _is_usual(key, value)}
     texts = [text for text in given if text is not None]
     texts += [f"{key}={text}" for key, text in named.items() if text is not None]

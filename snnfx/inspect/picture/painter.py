@@ -1,7 +1,7 @@
-"""The nodes of a step program as the parts of a picture: boxes, pills and the arrows between them.
+"""Turn the nodes of a step program into boxes, pills and arrows.
 
-Chains of operations become the rows of one box, state slots small nodes with a dashed arrow to the next time step; what
-only computes sizes or initial values is left out.
+A chain of operations becomes the rows of one box. A state slot becomes a pill, with a dashed arrow to the next time
+step. Nodes that only compute sizes or initial values are not drawn.
 """
 
 from __future__ import annotations
@@ -32,10 +32,9 @@ class Painter:
 
     Args:
         program: the program.
-        values: the value of one step, by node name, as far as it is known.
-        places: the container or region that each drawn node is in.
-
-        kinds: the kind of each region, when places are regions.
+        values: known values of one step, by node name.
+        frames: name of the container or region that each drawn node is in.
+        kinds: kind of each region by name, when the frames are regions.
 
     Attributes:
         reduce: the reduction over time of the outputs, as in `snnfx.convert`.
@@ -46,7 +45,7 @@ class Painter:
         self,
         program: StepProgram,
         values: Mapping[str, Any],
-        places: Mapping[Node, str],
+        frames: Mapping[Node, str],
         kinds: Mapping[str, str] | None = None,
     ) -> None:
         self.program, self.values, self.kinds = program, values, dict(kinds or {})
@@ -55,7 +54,7 @@ class Painter:
         dependence = analyse_dependence(program)
         self.sequential = dependence.sequential
         self.drawn = [n for n in program.graph.nodes if _is_drawn(n) and n not in dependence.initial_only]
-        self.place = {node: places.get(node, "") for node in self.drawn}
+        self.frame_of = {node: frames.get(node, "") for node in self.drawn}
         self.slots = dict(zip(program.slot_nodes(), program.next_states, strict=True))
         self.batch = self._batch_size()
         known = set(self.drawn)
@@ -67,25 +66,23 @@ class Painter:
         for node in self.drawn:
             self.depth[node] = 1 + max((self.depth.get(o, 0) for o in self._operands(node)), default=0)
         for slot in self.slots:
-            # A slot that only delays a value is in no region.
+            # A slot that only delays a value belongs to none of the regions.
             near = [] if self.kinds else [*self.readers.get(slot, []), self._source(self.slots[slot])]
-            self.place[slot] = next((self.place[n] for n in near if n in known), places.get(slot, ""))
+            self.frame_of[slot] = next((self.frame_of[n] for n in near if n in known), frames.get(slot, ""))
         self.constants: dict[tuple[Any, str], str] = {}
         for node in self.drawn:
             for operand in self._operands(node):
                 if operand.op == "get_attr":
-                    self.constants.setdefault((operand, self.place[node]), f"p{len(self.constants)}")
+                    self.constants.setdefault((operand, self.frame_of[node]), f"p{len(self.constants)}")
         for slot, following in self.slots.items():
             if not self._is_computed(following):
-                self.constants.setdefault((following, self.place[slot]), f"p{len(self.constants)}")
+                self.constants.setdefault((following, self.frame_of[slot]), f"p{len(self.constants)}")
         for value in self.program.outputs:
             if isinstance(value, Node) and not self._is_computed(value):
                 self.constants.setdefault((value, ""), f"p{len(self.constants)}")
         self.id: dict[Node, str] = {}
         self.row: dict[Node, str] = {}
         self.boxes = self._stack()
-
-    # -- the graph as it is drawn
 
     def _source(self, value: Any) -> Node | None:
         """The drawn node, slot, input or parameter that a value comes from; None for sizes and constants."""
@@ -107,7 +104,7 @@ class Painter:
         return source is not None and source.op != "get_attr"
 
     def _batch_size(self) -> int | None:
-        """N of the examples."""
+        """The batch size N of the example inputs."""
         for node in self.program.input_nodes():
             value = self.values.get(node.name)
             if isinstance(value, Tensor) and value.dim() > 0:
@@ -115,7 +112,7 @@ class Painter:
         return None
 
     def _stack(self) -> list[Box]:
-        """Chains of nodes that nothing leaves or enters become one box each."""
+        """Put each chain of nodes without branches into one box."""
         self.ends = {self._source(value) for value in self.program.outputs}
         ends = self.ends | {self._source(value) for value in self.program.next_states}
         chains: dict[Node, list[Node]] = {}
@@ -126,7 +123,7 @@ class Painter:
                 above in chains
                 and above not in ends
                 and self.readers[above] == [node]
-                and self.place[above] == self.place[node]
+                and self.frame_of[above] == self.frame_of[node]
                 and not is_module_call(above)
                 and not is_module_call(node)
             )
@@ -148,37 +145,35 @@ class Painter:
             self.id[node] = f"x{index}"
         return boxes
 
-    # -- nodes
-
-    def members(self, place: str, show_codes: bool = False) -> list[Member]:
-        """What is drawn at one place: parameters, slots, boxes."""
-        found: list[Member] = []
+    def members(self, frame: str, show_codes: bool = False) -> list[Member]:
+        """The parameters, slots and boxes of one frame."""
+        members: list[Member] = []
         for (value, where), identifier in self.constants.items():
-            if where == place:
+            if where == frame:
                 known = isinstance(value, Node)
                 name = str(value.target) if known else repr(value)
                 shape = self.shape(value) if known else ""
-                found.append(
+                members.append(
                     Pill(identifier, "parameter", name, shape, f"{'parameter' if known else 'constant'} {name}")
                 )
-        beside: dict[Node, list[Member]] = {}
+        slots_of_node: dict[Node, list[Member]] = {}
         for slot, following in self.slots.items():
-            if self.place[slot] == place:
-                # A slot that one operation reads and writes stands next to it.
+            if self.frame_of[slot] == frame:
+                # A slot that a single operation reads and writes is drawn next to that operation.
                 readers, writer = self.readers.get(slot, []), self._source(following)
                 single = len(readers) == 1 and readers[0] is writer
-                (beside.setdefault(readers[0], []) if single else found).append(self._slot(slot))
+                (slots_of_node.setdefault(readers[0], []) if single else members).append(self._slot(slot))
         for chain, box in zip(self.chains, self.boxes, strict=True):
-            if self.place[chain[0]] != place:
+            if self.frame_of[chain[0]] != frame:
                 continue
             box.rows = self._rows(chain, show_codes)
-            if place in self.kinds:
+            if frame in self.kinds:
                 box.style = "layer"
-            if chain[0] in beside:
-                found.append(Cluster(f"row_{box.id}", "row", "", [*beside[chain[0]], box]))
+            if chain[0] in slots_of_node:
+                members.append(Cluster(f"row_{box.id}", "row", "", [*slots_of_node[chain[0]], box]))
             else:
-                found.append(box)
-        return found
+                members.append(box)
+        return members
 
     def _rows(self, chain: list[Node], show_codes: bool) -> list[LabelRow]:
         rows = []
@@ -200,8 +195,8 @@ class Painter:
         return rows
 
     def _shape_is_outside(self, node: Node) -> bool:
-        """Whether the shape of a value stands at an edge or at an output."""
-        outside = any(self.place[reader] != self.place[node] for reader in self.readers.get(node, []))
+        """Whether the shape of a value is written at an edge or at an output."""
+        outside = any(self.frame_of[reader] != self.frame_of[node] for reader in self.readers.get(node, []))
         return (outside and bool(self.kinds)) or node in self.ends
 
     def _slot(self, slot: Node) -> Pill:
@@ -210,14 +205,14 @@ class Painter:
         if not isinstance(initial, Node):
             start = repr(initial)
         elif initial.target is initial_value:
-            start = "its reset value"
+            start = "the reset value"
         else:
-            start = f"{describe_node(initial)}, computed on the first step"
-        tooltip = f"state {name} {self.shape(slot)}".rstrip() + f"\nstarts at {start}"
+            start = f"{describe_node(initial)}, computed at the first step"
+        tooltip = f"state {name} {self.shape(slot)}".rstrip() + f"\ninitial value: {start}"
         return Pill(self.id[slot], "slot", name.rpartition(".")[2], tooltip=tooltip)
 
     def inputs(self, time_dims: Mapping[Node, int | None]) -> list[Pill]:
-        """The inputs; `time_dims` says where T is in each, and nothing for one step."""
+        """One pill for each input; `time_dims` maps inputs to their time dimension, and is empty for a single step."""
         pills = []
         for node in self.program.input_nodes():
             shape = self._shape_outside(node, time_dims.get(node))
@@ -228,7 +223,7 @@ class Painter:
         return pills
 
     def outputs(self, time_dim: int | None = None) -> list[Pill]:
-        """One node for each output, named by its place in what a step returns; T is at `time_dim`, if anywhere."""
+        """One pill for each output, named by its path in the step's return value; None: without a time dimension."""
         pills = []
         for index, (name, value) in enumerate(zip(self._output_names(), self.program.outputs, strict=True)):
             shape = self._shape_outside(value, time_dim) if isinstance(value, Node) else repr(value)
@@ -242,14 +237,12 @@ class Painter:
         paths, _ = pytree.tree_flatten_with_path(numbered)
         return ["y" + pytree.keystr(path) for path, _ in paths]
 
-    # -- shapes
-
     def shape(self, node: Any, context: str | None = None) -> str:
-        """Shape and dtype of a value, with N and T as symbols, as it is at its place ("time": between places)."""
+        """Shape and dtype of a value with symbols N and T, as seen in its frame ("time": as seen between frames)."""
         sizes, dtype = self._sizes(node)
         if sizes is None:
             return ""
-        context = context or self.kinds.get(self.place.get(node, ""), "step")
+        context = context or self.kinds.get(self.frame_of.get(node, ""), "step")
         if node.meta.get("varying", True):
             if context == "fold":
                 sizes = [size.replace("N", "T·N") for size in sizes]
@@ -258,7 +251,7 @@ class Painter:
         return f"[{', '.join(sizes)}] {dtype}"
 
     def _shape_outside(self, node: Node, time_dim: int | None) -> str:
-        """Shape and dtype as the caller of the net sees them."""
+        """Shape and dtype as seen by the caller of the net."""
         sizes, dtype = self._sizes(node)
         if sizes is None:
             return ""
@@ -268,7 +261,7 @@ class Painter:
 
     def _sizes(self, node: Node) -> tuple[list[str] | None, str]:
         if is_module_call(node):
-            # (output, next states): the output is what is meant.
+            # A module call returns (output, next states): draw the output.
             node = next((user for user in node.users if is_structural(user) and user.args[1] == 0), node)
         value = self.values.get(node.name)
         if value is None and node.op == "get_attr":
@@ -282,48 +275,46 @@ class Painter:
             sizes[dim] = "N" if times == 1 else f"{times}·N"
         return sizes, str(value.dtype).removeprefix("torch.")
 
-    # -- edges
-
     def edges(self) -> list[Edge]:
-        """Data, then what is handed to the next step."""
-        found: dict[tuple[str, str], Edge] = {}
+        """The data edges, then the edges of carried state."""
+        edges: dict[tuple[str, str], Edge] = {}
         for node in self.drawn:
             for operand in node.all_input_nodes:
-                self._add_edge(found, operand, node)
+                self._add_edge(edges, operand, node)
         for index, value in enumerate(self.program.outputs):
             tail = self._tail(value, "")
             if tail:
-                found[tail, f"y{index}"] = Edge(tail, f"y{index}", main=True)
-        return [*found.values(), *self._carried_edges()]
+                edges[tail, f"y{index}"] = Edge(tail, f"y{index}", main=True)
+        return [*edges.values(), *self._carried_edges()]
 
-    def _add_edge(self, found: dict[tuple[str, str], Edge], operand: Node, node: Node) -> None:
+    def _add_edge(self, edges: dict[tuple[str, str], Edge], operand: Node, node: Node) -> None:
         source = self._source(operand)
         if source is None:
             return
         if self.id.get(source) == self.id[node]:
             return
-        tail = self.constants[source, self.place[node]] if source.op == "get_attr" else self.id[source]
+        tail = self.constants[source, self.frame_of[node]] if source.op == "get_attr" else self.id[source]
         head = self.row[node]
-        crosses = source in self.place and self.place[source] != self.place[node]
+        crosses = source in self.frame_of and self.frame_of[source] != self.frame_of[node]
         label = self.shape(operand, "time") if crosses and self.kinds else ""
         if node.meta.get("sunk") and not source.meta.get("sunk") and source.meta.get("varying") and self.kinds:
-            # The reduction of the outputs is done here: what follows runs once.
+            # The outputs are reduced over time here: later nodes run once.
             how = "last" if self.reduce == "last" else "mean"
             label = f"{self.shape(operand, 'step')} {how} over T".strip()
         longest = max(self._operands(node), key=lambda o: self.depth.get(o, -1))
-        found.setdefault((tail, head), Edge(tail, head, label, main=source is longest))
+        edges.setdefault((tail, head), Edge(tail, head, label, main=source is longest))
 
     def _carried_edges(self) -> Iterable[Edge]:
         for slot, following in self.slots.items():
-            tail = self._tail(following, self.place[slot])
+            tail = self._tail(following, self.frame_of[slot])
             yield Edge(tail, self.id[slot], _CARRIED, carried=True, upwards=slot in self.sequential)
 
-    def _tail(self, value: Any, place: str) -> str:
-        """Where an arrow from a value starts, at a place if it is a constant; "" if it is not drawn."""
+    def _tail(self, value: Any, frame: str) -> str:
+        """The id at which an arrow from a value starts; constants have one id in each frame; "" if not drawn."""
         source = self._source(value)
         if source is not None and source.op != "get_attr":
             return self.id[source]
-        return self.constants.get((value, place), "")
+        return self.constants.get((value, frame), "")
 
 
 def _is_drawn(node: Node) -> bool:

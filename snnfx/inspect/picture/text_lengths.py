@@ -1,7 +1,7 @@
-"""Make the text of an SVG as long as graphviz took it to be, whatever font the viewer has.
+"""Fix text widths in SVG files, so that they do not depend on the viewer's fonts.
 
-graphviz puts pieces of text side by side by the widths that they have in its font. A viewer with a wider one would draw
-them over each other; with `textLength` it fits each piece into its place.
+graphviz positions pieces of text by their widths in its own font. In a viewer with a wider font they would overlap.
+With the attribute `textLength` the viewer fits each piece into the width that graphviz reserved.
 """
 
 from __future__ import annotations
@@ -23,11 +23,11 @@ Key = tuple[str, float, bool]
 
 
 def with_text_lengths(svg: str, layout: str) -> str:
-    """An SVG of graphviz with the length of each piece of text.
+    """Add the length of each piece of text to an SVG of graphviz.
 
     Args:
-        svg: by `dot -Tsvg`.
-        layout: of the same picture, by `dot -Tjson`.
+        svg: output of `dot -Tsvg`.
+        layout: output of `dot -Tjson` for the same picture.
 
     Source: https://graphviz.org/docs/outputs/canon/#xdot, operations F, t and T; SVG 1.1, attribute textLength.
     """
@@ -46,7 +46,7 @@ def with_text_lengths(svg: str, layout: str) -> str:
 
 
 def _widths(layout: dict[str, Any]) -> Iterator[tuple[Key, float]]:
-    """The width in points of each text, by size and weight."""
+    """The width in points of each text with its font size and weight."""
     for item in (layout, *layout.get("objects", ()), *layout.get("edges", ())):
         for drawn in ("_draw_", "_ldraw_", "_hldraw_", "_tldraw_"):
             size, bold = 0.0, False

@@ -1,4 +1,4 @@
-"""Compare one value of the net with that of the model, and put what was found into words."""
+"""Compare values of the net and the reference, and report their differences."""
 
 from __future__ import annotations
 
@@ -23,20 +23,21 @@ _COARSEST = _DEFAULTS[torch.bfloat16]
 
 @dataclass(frozen=True)
 class Tolerance:
-    """How much values may differ: `atol + rtol * scale`, `scale` being the largest magnitude in the expected tensor.
+    """Largest allowed difference: `atol + rtol * scale`, with the largest magnitude of the expected tensor as scale.
 
-    Not element by element: summing in another order leaves an error of the size of the summands, not of the sum.
+    The scale is one for the whole tensor because a changed order of summation leaves an error of the size of the
+    summands, not of the sum.
 
     Args:
-        atol: absolute part; None: by dtype.
-        rtol: relative part; None: by dtype.
+        atol: absolute tolerance; None: a default for the dtype.
+        rtol: relative tolerance; None: a default for the dtype.
     """
 
     atol: float | None = None
     rtol: float | None = None
 
     def allowed(self, dtype: torch.dtype, scale: float) -> float:
-        """The largest difference allowed in tensors of this dtype; none where numbers are not floating."""
+        """The largest allowed difference for tensors of a dtype; 0 for integers and booleans."""
         if not (dtype.is_floating_point or dtype.is_complex):
             return 0.0
         atol, rtol = _DEFAULTS.get(dtype.to_real() if dtype.is_complex else dtype, _COARSEST)
@@ -45,17 +46,17 @@ class Tolerance:
 
 @dataclass(frozen=True)
 class Comparison:
-    """One value of the net beside that of the model.
+    """Comparison of one value of the net with the reference.
 
     Args:
         kind: "output", "state", "buffer" or "gradient".
         name: qualified name.
-        difference: the largest absolute difference.
-        relative: the same, relative to the largest magnitude expected.
-        allowed: the largest absolute difference allowed.
-        failed: whether they differ by more than that, or in kind.
-        detail: how they differ, in words; "" when they do not.
-        step: the first time step at which they differ, where values have a time dimension.
+        difference: largest absolute difference.
+        relative: largest difference relative to the largest magnitude of the reference.
+        allowed: largest allowed absolute difference.
+        failed: True if the difference is larger, or if the values differ in type, shape or dtype.
+        detail: description of the difference; "" without one.
+        step: first time step that differs, for values with a time dimension.
     """
 
     kind: str
@@ -71,28 +72,30 @@ class Comparison:
 def compare(
     kind: str, name: str, actual: Any, expected: Any, tolerance: Tolerance, *, timed: bool = False, floor: float = 0.0
 ) -> Comparison:
-    """Compare two values: tensors, numbers (a number stands for a tensor full of it, in states) or anything with ==.
+    """Compare two values: tensors, numbers, or other objects with ==.
+
+    In states, a number stands for a tensor filled with it.
 
     Args:
-        kind: of the comparison, see `Comparison`.
-        name: of the value.
-        actual: the net's.
-        expected: the model's.
-        tolerance: how much they may differ.
-        timed: tensors are `[T, *]`, and the first t is of interest.
-        floor: least scale for the relative tolerance.
+        kind: kind of value, see `Comparison`.
+        name: name of the value.
+        actual: value of the net.
+        expected: value of the reference.
+        tolerance: largest allowed difference.
+        timed: True for tensors `[T, *]`; the first time step that differs is reported then.
+        floor: lower bound of the scale of the relative tolerance.
     """
     numbers = (Tensor, int, float, complex)
     if not isinstance(actual, numbers) or not isinstance(expected, numbers):
         equal = type(actual) is type(expected) and bool(actual == expected)
         inf = 0.0 if equal else float("inf")
-        detail = "" if equal else f"it is {_in_words(actual)} where that of the model is {_in_words(expected)}"
+        detail = "" if equal else _both(_describe(actual), _describe(expected))
         return Comparison(kind, name, inf, inf, failed=not equal, detail=detail)
     a, b = torch.as_tensor(actual).detach(), torch.as_tensor(expected).detach()
     both_tensors = isinstance(actual, Tensor) and isinstance(expected, Tensor)
     is_scalar = kind == "state" and (a.ndim == 0 or b.ndim == 0)
     if not is_scalar and (a.shape != b.shape or (both_tensors and a.dtype != b.dtype)):
-        detail = f"it is {_in_words(a)} where that of the model is {_in_words(b)}"
+        detail = _both(_describe(a), _describe(b))
         return Comparison(kind, name, float("inf"), float("inf"), failed=True, detail=detail)
     dtype = b.dtype if isinstance(expected, Tensor) else a.dtype
     exact_dtype = torch.complex128 if dtype.is_complex else torch.float64
@@ -108,40 +111,44 @@ def compare(
         return Comparison(kind, name, largest, largest / scale if scale else 0.0, allowed)
     relative = largest / scale if scale else float("inf")
     sizes = f"largest difference {largest:.3g} (relative {relative:.3g}, allowed {allowed:.2g})"
-    what = "spikes" if are_spikes(a) and are_spikes(b) and timed else "elements"
+    noun = "spikes" if are_spikes(a) and are_spikes(b) and timed else "elements"
     if wrong.numel() == 1:
-        detail = f"it is {a.item():.6g} where that of the model is {b.item():.6g}, {sizes}"
+        detail = f"{_both(f'{a.item():.6g}', f'{b.item():.6g}')}, {sizes}"
         return Comparison(kind, name, largest, relative, allowed, True, detail, 0 if timed else None)
     if not timed:
-        detail = f"{int(wrong.sum())} of {wrong.numel()} {what} differ, {sizes}"
+        detail = f"{int(wrong.sum())} of {wrong.numel()} {noun} differ, {sizes}"
         return Comparison(kind, name, largest, relative, allowed, True, detail)
     at_each_step = wrong.flatten(1).sum(1) if wrong.ndim > 1 else wrong.long()
     step = int(at_each_step.nonzero()[0])
     detail = (
-        f"first at t = {step}, where {int(at_each_step[step])} of {wrong[step].numel()} {what} differ; over all steps "
+        f"first at t = {step}, where {int(at_each_step[step])} of {wrong[step].numel()} {noun} differ; over all steps "
     )
-    detail += f"{int(wrong.sum())} of {wrong.numel()}, {sizes}"
+    detail += f"{int(wrong.sum())} of {wrong.numel()} differ, {sizes}"
     return Comparison(kind, name, largest, relative, allowed, True, detail, step)
 
 
 def are_spikes(x: Tensor) -> bool:
-    """Whether a tensor holds nothing but zeros and ones."""
+    """Whether all elements of a tensor are zeros and ones."""
     return bool(((x == 0) | (x == 1)).all())
 
 
 def named_leaves(value: Any, prefix: str = "") -> dict[str, Any]:
-    """The leaves of a nest of values by their path, as one would write it."""
+    """The leaves of a pytree by their path in Python notation, e.g. "output['rest'][0]"."""
     return {prefix + pytree.keystr(path): leaf for path, leaf in pytree.tree_leaves_with_path(value)}
 
 
 def is_same(value: Any, other: Any) -> bool:
-    """Whether two values are equal bit by bit."""
+    """Whether two values are equal, without a tolerance."""
     if isinstance(value, Tensor) and isinstance(other, Tensor):
         return torch.equal(value, other)
     return value is other or (type(value) is type(other) and bool(value == other))
 
 
-def _in_words(value: Any) -> str:
+def _both(actual: str, expected: str) -> str:
+    return f"the net gives {actual}, the reference {expected}"
+
+
+def _describe(value: Any) -> str:
     if isinstance(value, Tensor):
         return f"{list(value.shape)} {str(value.dtype).removeprefix('torch.')}"
     return repr(value)
@@ -149,15 +156,15 @@ def _in_words(value: Any) -> str:
 
 @dataclass(frozen=True)
 class VerificationReport:
-    """What `snnfx.verify` compared, and how much it differs. `str()` is a summary.
+    """Result of `snnfx.verify`; `str()` is a summary.
 
     Args:
         T: number of time steps.
-        training: the mode of the net.
-        dtype: of the parameters.
-        semantics: what the net was compared with.
+        training: mode of the net.
+        dtype: dtype of the parameters.
+        semantics: the reference, "the model run step by step" or "BatchNorm statistics over T*N".
         comparisons: one for each output, state, buffer and gradient.
-        notes: what was not compared, or differs in how.
+        notes: values that were not compared, and other remarks; warnings begin with "warning: ".
     """
 
     T: int
@@ -172,13 +179,14 @@ class VerificationReport:
         return max((c.difference for c in self.comparisons if c.kind == kind), default=0.0)
 
     def count(self, kind: str) -> int:
-        """How many values of a kind were compared."""
+        """The number of compared values of a kind."""
         return sum(c.kind == kind for c in self.comparisons)
 
     def __str__(self) -> str:
         mode = ", ".join(["training" if self.training else "eval", *([self.dtype] if self.dtype else [])])
-        lines = [f"the net does the same over T = {self.T} steps as {self.semantics} ({mode})"]
+        lines = [f"OK: the net matches the reference over T = {self.T} steps ({self.semantics}; {mode})"]
         for kind in ("output", "state", "buffer", "gradient"):
             if self.count(kind):
                 lines.append(f"  {kind + 's':<10}{self.count(kind):>4}   largest difference {self.largest(kind):.2g}")
-        return "\n".join([*lines, *(f"  note: {note}" for note in self.notes)])
+        notes = (note if note.startswith("warning: ") else f"note: {note}" for note in self.notes)
+        return "\n".join([*lines, *(f"  {note}" for note in notes)])

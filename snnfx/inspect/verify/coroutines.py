@@ -1,4 +1,4 @@
-"""Coroutines for code that knows nothing of them: functions in threads, of which one runs at a time."""
+"""Coroutines for ordinary functions: each runs in its own thread, and only one runs at a time."""
 
 from __future__ import annotations
 
@@ -15,19 +15,19 @@ __all__ = ["Coroutine", "inherited_settings"]
 
 
 class _Cancelled(BaseException):
-    """Unwinds a coroutine that is no longer wanted. Not an Exception, so that no handler of the user's takes it."""
+    """Unwinds a cancelled coroutine. Not an Exception, so that handlers in the user's code do not catch it."""
 
 
 class Coroutine(threading.Thread):
-    """A function in a thread of its own that runs only while its owner waits for it in `resume`.
+    """A function in its own thread, which runs only while its owner waits in `resume`.
 
     Args:
         work: the function; it may call `pause` on this object.
-        settings: gives the context to run it in, see `inherited_settings`.
+        settings: returns the context manager to run it in, see `inherited_settings`.
 
     Attributes:
-        done: the function has returned, or was cancelled.
-        result: what it returned.
+        done: True after the function returned or was cancelled.
+        result: the return value.
     """
 
     def __init__(self, work: Callable[[], Any], settings: Callable[[], AbstractContextManager[Any]]) -> None:
@@ -46,14 +46,14 @@ class Coroutine(threading.Thread):
                     self.result = self.work()
         except _Cancelled:
             pass
-        except BaseException as error:  # handed to the thread that waits, which raises it
+        except BaseException as error:  # raised by the waiting thread in `resume`
             self.error = error
         finally:
             self.done = True
             self.stopped.release()
 
     def pause(self) -> None:
-        """Called by the function itself: let its owner go on, and wait to be resumed."""
+        """Suspend the function, which calls this itself, until the owner calls `resume`."""
         if not self.cancelled:
             self.stopped.release()
             self.go.acquire()
@@ -61,7 +61,7 @@ class Coroutine(threading.Thread):
             raise _Cancelled
 
     def resume(self) -> None:
-        """Run the function to its next pause or to its end, and raise what it raised."""
+        """Run the function to its next pause or to its end, and re-raise its exception."""
         if self.ident is None:
             self.start()
         self.go.release()
@@ -70,7 +70,7 @@ class Coroutine(threading.Thread):
             raise self.error
 
     def cancel(self) -> None:
-        """End the function, wherever it is, and wait for that."""
+        """End the function at its current pause, and wait for its thread."""
         self.cancelled = True
         if self.ident is not None:
             self.go.release()
@@ -78,7 +78,7 @@ class Coroutine(threading.Thread):
 
 
 def inherited_settings() -> Callable[[], ExitStack]:
-    """What a new thread does not take over from its parent: gradient mode, modes, autocast, the CUDA stream."""
+    """Record settings that a new thread does not inherit: gradient mode, modes, autocast, the CUDA stream."""
     gradients, inference = torch.is_grad_enabled(), torch.is_inference_mode_enabled()
     modes = function_mode_stack()
     casts = [(d, torch.get_autocast_dtype(d)) for d in ("cpu", "cuda") if torch.is_autocast_enabled(d)]

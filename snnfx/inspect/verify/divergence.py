@@ -1,4 +1,4 @@
-"""Find the neuron at which a net begins to differ from the model, and how close to its threshold it was."""
+"""Find the first neuron at which a net differs from the model, and its distance to the threshold."""
 
 from __future__ import annotations
 
@@ -23,12 +23,12 @@ _THRESHOLDS = ("v_threshold", "threshold", "v_th")
 
 @dataclass
 class NeuronTrace:
-    """What one stateful module of the model gave at each call, in order.
+    """Outputs and potentials of one stateful module at each call, in order.
 
     Args:
         module: the module.
-        slot: name of its slot that holds the membrane potential, or "".
-        outputs: the output of each call, the first tensor of it.
+        slot: name of the slot with the membrane potential, or "".
+        outputs: the first output tensor of each call.
         potentials: the membrane potential after each call.
     """
 
@@ -40,7 +40,7 @@ class NeuronTrace:
 
 @dataclass(frozen=True)
 class Divergence:
-    """The first neuron that differs: its qualified name, what differs, and whether rounding alone explains it."""
+    """The first neuron that differs: its qualified name, a description, and whether rounding explains it."""
 
     name: str
     in_words: str
@@ -79,25 +79,25 @@ def recorded_neurons(model: nn.Module) -> Iterator[dict[str, NeuronTrace]]:
 def first_divergence(
     traces: Mapping[str, NeuronTrace], record: Mapping[str, Any], tolerance: Tolerance, *, by_time: bool
 ) -> Divergence | None:
-    """The neuron at which the difference comes up: the first in time, and of several the one called first in a step.
+    """Find the neuron that differs first: at the earliest time step, and among several the one called first.
 
     Args:
-        traces: of the model, T calls each.
-        record: what `net.run` recorded: outputs `[T, *]` by name, potentials by "name.slot".
-        tolerance: how much outputs may differ.
-        by_time: False: the one called first, whenever it differs. A BatchNorm over T*N takes a difference at one step
-            to all of them, so that time does not tell what came first.
+        traces: the model's neurons, with T calls each.
+        record: the recording of `net.run`: outputs `[T, *]` by name, potentials by "name.slot".
+        tolerance: largest allowed difference of outputs.
+        by_time: False to take the neuron called first, at whichever step it differs. A BatchNorm over T*N spreads a
+            difference at one step to all steps, so the time step is not informative then.
     """
-    found = []
+    divergences = []
     for name, trace in traces.items():
         if isinstance(record.get(name), Tensor):
             expected = torch.stack(trace.outputs)
             comparison = compare("output", name, record[name], expected, tolerance, timed=True)
             if comparison.step is not None:
-                found.append((comparison.step, name))
-    if not found:
+                divergences.append((comparison.step, name))
+    if not divergences:
         return None
-    step, name = min(found, key=lambda entry: entry[0]) if by_time else found[0]
+    step, name = min(divergences, key=lambda entry: entry[0]) if by_time else divergences[0]
     trace = traces[name]
     actual, expected = record[name][step], trace.outputs[step]
     if not (are_spikes(actual) and are_spikes(expected)):
@@ -111,7 +111,7 @@ def first_divergence(
     v_actual = v_actual[step]
     if not v_actual.shape == v_expected.shape == differ.shape:
         return Divergence(name, words, False)
-    # Where one side spikes it has been reset; the other still holds the potential that was compared.
+    # The side that spikes has been reset; the other one still has the potential that was compared to the threshold.
     margin = (torch.where(actual == 0, v_actual, v_expected) - threshold).abs()[differ].max()
     is_rounding = float(margin) <= tolerance.allowed(v_expected.dtype, float(torch.as_tensor(threshold).abs().max()))
     return Divergence(name, f"{words}, with |v - threshold| up to {float(margin):.2g}", is_rounding)

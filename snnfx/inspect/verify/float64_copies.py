@@ -1,4 +1,4 @@
-"""Copies of a model and its net in float64."""
+"""Copy a model and its net in float64."""
 
 from __future__ import annotations
 
@@ -18,25 +18,25 @@ def to_float64(x: Tensor) -> Tensor:
 
 
 def copies_in_float64(model: nn.Module, net: Any) -> tuple[nn.Module, Any]:
-    """Deep copies in float64, which share with each other what the originals share."""
+    """Deep copies of model and net in float64 that share the same modules as the originals."""
     with isolated(model, net):
         reset_net(model)
         reset_net(net)
         attributes = [_plain_attributes(module) for root in (model, net) for module in root.modules()]
-        # deepcopy refuses tensors that are the result of something that can be differentiated.
-        memo = {id(x): x.detach().clone() for x in pytree.tree_leaves(attributes) if _has_history(x)}
+        # deepcopy refuses tensors with a grad_fn.
+        memo = {id(x): x.detach().clone() for x in pytree.tree_leaves(attributes) if _has_grad_fn(x)}
         model, net = copy.deepcopy((model, net), memo)
     for root in (model, net):
         root.double()
         for module in root.modules():
             for key, value in _plain_attributes(module).items():
-                # Not parameters or buffers, so `double` leaves them alone: first states, constants, masks.
+                # `double` converts parameters and buffers only: convert initial states, constants and masks as well.
                 if any(isinstance(leaf, Tensor) for leaf in pytree.tree_leaves(value)):
                     module.__dict__[key] = pytree.tree_map_only(Tensor, to_float64, value)
     return model, net
 
 
-def _has_history(x: Any) -> bool:
+def _has_grad_fn(x: Any) -> bool:
     return isinstance(x, Tensor) and not x.is_leaf
 
 

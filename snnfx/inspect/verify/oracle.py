@@ -1,17 +1,18 @@
-"""What a converted net has to do, computed without it: the user's own model, run step by step.
+"""Reference implementation of a net: the user's model, run step by step without snnfx's graphs.
 
-Three ways to run T steps of a model that keeps its state itself:
+Three ways to run T time steps of a model that keeps its state between calls:
 
-- `step_forward`: a Python loop over t. The meaning of every model, but for BatchNorm over T*N.
-- `lockstep_forward`: T coroutines, one for each step, that meet at every BatchNorm; the layer sees the inputs of all
-  steps at once. Between two such barriers the steps run in the order of t, so a neuron sees its calls in order.
-- `replay_forward`: sweeps over t that hand each BatchNorm call its part of what the whole sequence gave in the sweep
-  before, until nothing changes any more. Right for every model that has the meaning at all, but with as many sweeps
-  as there are BatchNorms in a row.
+- `step_forward`: a Python loop over t. The definition for every model, except for BatchNorm statistics over T*N.
+- `lockstep_forward`: T coroutines, one per time step, that synchronise at every BatchNorm (a barrier), which is called
+  once with the inputs of all steps. Between two barriers the steps run in the order of t, and so do the calls of each
+  neuron.
+- `replay_forward`: sweeps over t until the inputs of all BatchNorms converge. In each sweep, a BatchNorm call returns
+  its slice of the result that the inputs of the previous sweep gave for the whole sequence. Correct for every model for
+  which statistics over T*N are defined, but takes as many sweeps as there are BatchNorms in sequence.
 
-In lockstep, step t reaches a barrier before step t-1 has left it. A model that reads a state ahead of a barrier and
-writes it behind, or that carries its state in arguments, is not run rightly so. `folded_forward` therefore checks the
-result of the lockstep by one sweep of the replay, and takes the replay where they disagree.
+In lockstep, step t reaches a barrier before step t-1 leaves it. The result is wrong for a model that reads a state
+before a barrier and writes it after the barrier, or that carries its state in arguments. `folded_forward` therefore
+checks the result of the lockstep with one sweep of the replay, and falls back to the replay if they disagree.
 """
 
 from __future__ import annotations
@@ -36,7 +37,7 @@ from snnfx.state.registry import named_stateful
 __all__ = ["folded_forward", "lockstep_forward", "replay_forward", "step_forward"]
 
 IsBarrier = Callable[[str, nn.Module], bool]
-"""Says of a submodule, by qualified name, whether one call of it takes all time steps at once."""
+"""`(qualified name, submodule) -> bool`: whether the submodule is called once for all time steps."""
 
 Steps = Sequence[Sequence[Any]]
 """The positional arguments of each step."""
@@ -50,19 +51,19 @@ def step_forward(
     kwargs: Sequence[Mapping[str, Any]] | None = None,
     carry: Mapping[str, Any] | None = None,
 ) -> list[Any]:
-    """Run a model step by step, from the state that it is in.
+    """Run a model step by step, from its current state.
 
     Args:
         model: a single-step model.
-        steps: the positional arguments of each of the T steps.
-        entry: the method that is one step.
-        kwargs: the keyword arguments of each step.
-        carry: for models with explicit state: which argument gets which output of the step before, an index or a path
-            of indices and keys. At the first step the argument is what `kwargs` has for it, else it is left to its
-            default, or is None where it has none.
+        steps: positional arguments of each of the T time steps.
+        entry: name of the method that computes one step.
+        kwargs: keyword arguments of each step.
+        carry: for models with explicit state: the output of the previous step that each argument receives, an index or
+            a path of indices and keys. At the first step the argument has its value in `kwargs`, else its default, else
+            None.
 
     Returns:
-        What the model returned at each step.
+        The model's return value at each step.
 
     Example:
         >>> import torch
@@ -84,15 +85,17 @@ def _stepping(
     carried: dict[str, Any] = {}
     if carry:
         parameters = inspect.signature(getattr(model, entry)).parameters
-        given = kwargs[0] if kwargs else {}
+        first_kwargs = kwargs[0] if kwargs else {}
         carried = {
-            name: None for name in carry if name not in given and parameters[name].default is inspect.Parameter.empty
+            name: None
+            for name in carry
+            if name not in first_kwargs and parameters[name].default is inspect.Parameter.empty
         }
     for t, args in enumerate(steps):
         outputs = call(*args, **{**(kwargs[t] if kwargs else {}), **carried})
         if carry:
             carried = {name: output_at(outputs, path) for name, path in paths_of(carry).items()}
-            # As a copy: a container may change the list of states that it is given.
+            # A copy, because a container may modify the list of states that is passed to it.
             yield copy_containers(outputs)
             continue
         yield outputs
@@ -100,32 +103,32 @@ def _stepping(
 
 @dataclass
 class _FoldedCall:
-    """One call of a barrier: what each step brings, and what the one call for all of them gives."""
+    """One call of a barrier: the input of each time step, and the slice of the result for each step."""
 
     inputs: list[Tensor] = field(default_factory=list)
     results: tuple[Tensor, ...] = ()
 
     def compute(self, function: Callable[[Tensor], Tensor], once: bool) -> None:
-        """Call the barrier with all inputs; `once` allows one of them to stand for all if they are equal."""
+        """Call the barrier with the inputs of all steps; with `once` and equal inputs, with one of them."""
         if once and all(torch.equal(x, self.inputs[0]) for x in self.inputs):
             self.results = (function(self.inputs[0]),) * len(self.inputs)
         else:
             self.results = function(torch.cat(self.inputs)).split([x.shape[0] for x in self.inputs])
 
     def result_of(self, t: int) -> Tensor:
-        """The part of step t, as a copy: the layer behind the barrier may work in place."""
+        """The slice for step t, as a copy because the next layer may work in place."""
         return self.results[t].clone()
 
 
 Key = tuple[str, int]
-"""A barrier by name, and which of its calls within a step."""
+"""Name of a barrier, and the number of the call within a step."""
 
 
 @contextmanager
 def _intercepted(
     model: nn.Module, is_barrier: IsBarrier, arrive: Callable[[str, Callable[[Tensor], Tensor], Tensor], Tensor]
 ) -> Iterator[None]:
-    """Let `arrive(name, original forward, input)` answer the calls of the barriers of a model."""
+    """Replace the forward of each barrier of a model by `arrive(name, original forward, input)`."""
 
     def answer(name: str, original: Callable[[Tensor], Tensor]) -> Callable[..., Tensor]:
         def forward(*args: Tensor, **kwargs: Tensor) -> Tensor:
@@ -151,9 +154,9 @@ def _intercepted(
 def _undefined(why: str) -> VerificationError:
     return VerificationError(
         "SNNFX405",
-        "BatchNorm over all time steps is not defined for this model",
+        "BatchNorm statistics over all time steps are undefined for this model",
         why=why,
-        hint='Convert it with batch_norm="per_step", or verify it in eval mode.',
+        hint='Convert it with batch_norm="per_step", or verify it in evaluation mode.',
     )
 
 
@@ -166,25 +169,25 @@ def lockstep_forward(
     kwargs: Sequence[Mapping[str, Any]] | None = None,
     is_once: IsBarrier | None = None,
 ) -> list[Any]:
-    """Run T steps of a model side by side; its barriers are called once, with the inputs of all steps.
+    """Run T time steps of a model concurrently, and call its barriers once with the inputs of all steps.
 
-    Each step is a coroutine. At a call of a barrier it waits until all the others are there; then the inputs are
-    concatenated over dim 0 in the order of t, the layer is called once, and each step goes on with its part.
+    Each step is a coroutine. At a call of a barrier it waits for all other steps. Then the inputs are concatenated
+    along dim 0 in the order of t, the layer is called once, and each step continues with its slice of the result.
 
     Args:
-        model: a single-step model; its state is that before step 0, and afterwards that after step T-1.
-        steps: the positional arguments of each of the T steps.
-        is_barrier: `(qualified name, module) -> bool`; barriers take one tensor `[N, *]` and give one `[N, *]`.
-        entry: the method that is one step.
-        kwargs: the keyword arguments of each step.
-        is_once: barriers that are called with the input of one step where all steps bring the same.
+        model: a single-step model in the state before step 0; afterwards it is in the state after step T-1.
+        steps: positional arguments of each of the T time steps.
+        is_barrier: `(qualified name, module) -> bool`; a barrier maps one tensor `[N, *]` to one tensor `[N, *]`.
+        entry: name of the method that computes one step.
+        kwargs: keyword arguments of each step.
+        is_once: barriers that are called with the input of a single step if all steps have the same input.
 
     Returns:
-        What the model returned at each step.
+        The model's return value at each step.
 
     Raises:
-        VerificationError: SNNFX405, the steps do not come to the same barriers in the same order.
-        Exception: what a step raised; the other steps are ended first.
+        VerificationError: SNNFX405, the steps do not reach the same barriers in the same order.
+        Exception: any exception of a step, after the other steps have been cancelled.
 
     Example:
         >>> import torch
@@ -205,7 +208,7 @@ def _lockstep(
     kwargs: Sequence[Mapping[str, Any]] | None,
     is_once: IsBarrier | None,
 ) -> tuple[list[Any], dict[Key, _FoldedCall], bool]:
-    """Also the calls of the barriers, and whether each module with state was called by the steps in their order."""
+    """`lockstep_forward`, plus the barrier calls, and whether the steps called each stateful module in order of t."""
     calls: dict[Key, _FoldedCall] = {}
     counts = [Counter[str]() for _ in steps]
     once = {name for name, module in model.named_modules() if is_once is not None and is_once(name, module)}
@@ -216,7 +219,7 @@ def _lockstep(
         call = calls.setdefault((name, counts[t][name]), _FoldedCall())
         counts[t][name] += 1
         if len(call.inputs) != t:
-            raise _undefined(f"step {t} calls `{name}` where step {len(call.inputs)} does not.")
+            raise _undefined(f"step {t} calls `{name}`, step {len(call.inputs)} does not.")
         call.inputs.append(x)
         if t == len(steps) - 1:
             call.compute(original, name in once)
@@ -226,7 +229,7 @@ def _lockstep(
     latest: dict[nn.Module, int] = {}
     in_order = True
 
-    def see_call(module: nn.Module, args: Any) -> None:
+    def record_call(module: nn.Module, args: Any) -> None:
         nonlocal in_order
         in_order = in_order and latest.get(module, 0) <= current
         latest[module] = current
@@ -236,17 +239,17 @@ def _lockstep(
     def work(t: int) -> Callable[[], Any]:
         return lambda: step_forward(model, steps[t : t + 1], entry, kwargs=kwargs[t : t + 1] if kwargs else None)[0]
 
-    hooks = [module.register_forward_pre_hook(see_call) for _, module, _ in named_stateful(model)]
+    hooks = [module.register_forward_pre_hook(record_call) for _, module, _ in named_stateful(model)]
     threads = [Coroutine(work(t), settings) for t in range(len(steps))]
     try:
         with _intercepted(model, is_barrier, arrive):
             while threads and not threads[-1].done:
                 for current, thread in enumerate(threads):
                     if thread.done:
-                        raise _undefined(f"step {current} is at its end where step {len(steps) - 1} is not.")
+                        raise _undefined(f"step {len(steps) - 1} calls a BatchNorm that step {current} does not call.")
                     thread.resume()
             if not all(thread.done for thread in threads):
-                raise _undefined("the last step is at its end where an earlier one is not.")
+                raise _undefined("an earlier step calls a BatchNorm that the last step does not call.")
     finally:
         for thread in threads:
             thread.cancel()
@@ -265,14 +268,18 @@ def replay_forward(
     carry: Mapping[str, Any] | None = None,
     is_once: IsBarrier | None = None,
 ) -> list[Any]:
-    """The same meaning as `lockstep_forward` for any model, found by sweeps over t; arguments as there.
+    """Compute the result of `lockstep_forward` for any model, by sweeps over t.
 
-    A sweep runs the steps one after the other from the first state. A barrier is answered with the part of this step
-    in the call for all steps, which the inputs of the sweep before gave. What depends on k barriers in a row is right
-    after k sweeps, values and gradients; when a sweep repeats the inputs of the one before, all of it is.
+    A sweep runs the steps in order from the initial state. A barrier returns the slice of this step from its call for
+    all steps, computed with the inputs of the previous sweep. Values and gradients after k barriers in sequence are
+    correct after k sweeps; all are correct when a sweep repeats the inputs of the previous one.
+
+    Args:
+        model, steps, is_barrier, entry, kwargs, is_once: see `lockstep_forward`.
+        carry: see `step_forward`.
 
     Raises:
-        VerificationError: SNNFX405, the inputs do not settle (a barrier on a cycle through time), or the steps do not
+        VerificationError: SNNFX405, the inputs do not converge (a barrier on a cycle through time), or the steps do not
             all call the same barriers.
 
     Example:
@@ -293,12 +300,12 @@ def replay_forward(
         outputs, calls = _sweep(model, steps, is_barrier, entry, kwargs, carry, known)
         sweeps += 1
         settled = _same_inputs(calls, known)
-        # Equal spikes can hide that their gradients still come from an earlier sweep: with gradients, no short cut.
+        # Equal spikes may have gradients of an earlier sweep, so with gradients the sweeps are not cut short.
         last = settled and (sweeps > len(calls) or not torch.is_grad_enabled())
         if sweeps > len(calls) and not settled:
             raise _undefined("the statistics of a BatchNorm depend on its own output at an earlier step.")
         with torch.set_grad_enabled(torch.is_grad_enabled() and not last):
-            # In the last sweep nothing but the running statistics is left to be computed.
+            # The last sweep only updates the running statistics.
             for (name, _), call in calls.items():
                 call.compute(originals[name], name in once)
         if last:
@@ -316,7 +323,7 @@ def _sweep(
     carry: Mapping[str, Any] | None,
     known: Mapping[Key, _FoldedCall],
 ) -> tuple[list[Any], dict[Key, _FoldedCall]]:
-    """Run the steps in order with the answers that are known; a barrier that has none yet runs on its own step."""
+    """Run the steps in order with the known barrier results; a barrier without one runs on the current step only."""
     calls: dict[Key, _FoldedCall] = {}
     counts = Counter[str]()
     outputs: list[Any] = []
@@ -333,7 +340,7 @@ def _sweep(
             counts.clear()
     for (name, _), call in calls.items():
         if len(call.inputs) != len(steps):
-            raise _undefined(f"`{name}` is called at {len(call.inputs)} of {len(steps)} steps.")
+            raise _undefined(f"`{name}` is called at {len(call.inputs)} of {len(steps)} time steps only.")
     return outputs, calls
 
 
@@ -347,10 +354,19 @@ def folded_forward(
     carry: Mapping[str, Any] | None = None,
     is_once: IsBarrier | None = None,
 ) -> list[Any]:
-    """Run T steps with barriers over all of them: in lockstep where that is right, else by replay.
+    """Run T time steps with barriers over all of them, in lockstep if that is correct, else by replay.
 
-    Arguments, result and errors as of `lockstep_forward`; `carry` as of `step_forward`. Running statistics and state
-    are updated once, as by the result.
+    Running statistics and state are updated once.
+
+    Args:
+        model, steps, is_barrier, entry, kwargs, is_once: see `lockstep_forward`.
+        carry: see `step_forward`.
+
+    Returns:
+        The model's return value at each step.
+
+    Raises:
+        VerificationError: SNNFX405, see `replay_forward`.
     """
     options: dict[str, Any] = {"kwargs": kwargs, "carry": carry, "is_once": is_once}
     start = StateSnapshot.of(model)
@@ -362,9 +378,9 @@ def folded_forward(
             start.restore()
             _clone_buffers(model)
             with torch.no_grad():
-                outputs_again, calls_again = _sweep(model, steps, is_barrier, entry, kwargs, None, calls)
-            # Where a layer with state is called in another order, equal spikes can hide that gradients are not.
-            same = in_order and _same_inputs(calls, calls_again) and _same(outputs, outputs_again)
+                replayed_outputs, replayed_calls = _sweep(model, steps, is_barrier, entry, kwargs, None, calls)
+            # If a stateful layer is called out of order, gradients may differ although the spikes are equal.
+            same = in_order and _same_inputs(calls, replayed_calls) and _same(outputs, replayed_outputs)
             if same and _same(states, _read_states(model)):
                 finished.restore()
                 _keep_buffers(model, buffers)
@@ -385,7 +401,7 @@ def _same_inputs(calls: Mapping[Key, _FoldedCall], others: Mapping[Key, _FoldedC
 
 
 def _same(values: Any, others: Any) -> bool:
-    """Are two nests of values equal, bit by bit but for NaN?"""
+    """Whether two pytrees of values are equal, with NaN equal to NaN."""
     leaves, spec = pytree.tree_flatten(values)
     other_leaves, other_spec = pytree.tree_flatten(others)
     return spec == other_spec and all(_same_leaf(a, b) for a, b in zip(leaves, other_leaves, strict=True))
@@ -399,7 +415,7 @@ def _same_leaf(a: Any, b: Any) -> bool:
 
 
 def _clone_buffers(model: nn.Module) -> dict[Tensor, Tensor]:
-    """Put a clone in the place of each buffer, so that a graph that has saved the buffer stays valid."""
+    """Replace each buffer by a clone, so that an autograd graph that saved the buffer stays valid."""
     clones: dict[Tensor, Tensor] = {}
     for module in model.modules():
         for name, buffer in module._buffers.items():
@@ -411,12 +427,12 @@ def _clone_buffers(model: nn.Module) -> dict[Tensor, Tensor]:
 
 
 def _keep_buffers(model: nn.Module, clones: Mapping[Tensor, Tensor]) -> None:
-    """Put the buffers that were cloned back in place, with the values of their clones."""
+    """Put the original buffers back, with the values of their clones."""
     originals = {clone: original for original, clone in clones.items()}
     for module in model.modules():
         for name, buffer in module._buffers.items():
             if buffer is not None and buffer in originals:
                 module._buffers[name] = originals[buffer]
     for original, clone in clones.items():
-        # Past the version counter: somebody else's graph may have saved a buffer whose value does not change.
+        # `.data` bypasses the version counter: another autograd graph may have saved a buffer with an unchanged value.
         original.data.copy_(clone)

@@ -1,4 +1,4 @@
-"""What the program of a converted net says about its model: where a module or an output is, how a state begins."""
+"""Look up regions of modules and outputs, and states by qualified name, in the program of a net."""
 
 from __future__ import annotations
 
@@ -28,25 +28,25 @@ def is_within(name: str, parents: Set[str]) -> bool:
 
 
 def region_of_module(net: Any, name: str) -> str:
-    """The first region that calls a module, or "" where none is known to."""
-    return _place(net, (node for region in net.regions for node in region.nodes if _called_by(node) == name))
+    """The first region that calls a module, with the user's file and line; "" if unknown."""
+    return _location(net, (node for region in net.regions for node in region.nodes if _called_by(node) == name))
 
 
 def region_of_output(net: Any, index: int) -> str:
-    """The region that computes output number `index` of the flattened outputs, or "" where it is not known."""
+    """The region that computes output number `index` of the flattened outputs; "" if unknown."""
     outputs = net.program.outputs if hasattr(net, "program") else ()
-    return _place(net, [node for node in outputs[index : index + 1] if isinstance(node, Node)])
+    return _location(net, [node for node in outputs[index : index + 1] if isinstance(node, Node)])
 
 
 def reset_discovered_state(model: nn.Module, net: Any) -> None:
-    """Give the attributes that capture found to be state the value they had then; `reset_net` does not know them."""
+    """Reset attributes that capture inferred to be state to their values at capture; `reset_net` does not know them."""
     program = getattr(net, "program", None)
     for start in program.initial_attributes if program is not None else ():
         module = model.get_submodule(start.owner)
         if not start.exists:
             module.__dict__.pop(start.attribute, None)
             continue
-        # The model may have another type by now, and with it its state.
+        # The model, and with it its state, may have been converted to another dtype since capture.
         tensors = [v for v in pytree.tree_leaves(module.__dict__.get(start.attribute)) if isinstance(v, Tensor)]
         values, spec = pytree.tree_flatten(start.value)
         values = [v.to(tensors[0] if tensors else v, copy=True) if isinstance(v, Tensor) else v for v in values]
@@ -54,22 +54,22 @@ def reset_discovered_state(model: nn.Module, net: Any) -> None:
 
 
 def value_at(model: nn.Module, name: str) -> tuple[Any, ...]:
-    """The value of an attribute, or of an element of a container in one, by the name of its slot; () for none."""
-    found: Any = model
+    """The value of an attribute, or of an element of a container in it, by the name of its slot; () if absent."""
+    value: Any = model
     for atom in name.split("."):
-        if isinstance(found, nn.Module):
-            inside: Any = {a: getattr(found, a) for a in (atom,) if hasattr(found, a)}
-        elif isinstance(found, Mapping):
-            inside = {str(key): value for key, value in found.items()}
-        elif isinstance(found, Sequence) or hasattr(found, "maxlen"):
-            inside = {str(key): value for key, value in enumerate(found)}
-            inside |= dict(zip(getattr(found, "_fields", ()), found, strict=False))
+        if isinstance(value, nn.Module):
+            members: Any = {a: getattr(value, a) for a in (atom,) if hasattr(value, a)}
+        elif isinstance(value, Mapping):
+            members = {str(key): item for key, item in value.items()}
+        elif isinstance(value, Sequence) or hasattr(value, "maxlen"):
+            members = {str(key): item for key, item in enumerate(value)}
+            members |= dict(zip(getattr(value, "_fields", ()), value, strict=False))
         else:
-            inside = {}
-        if atom not in inside:
+            members = {}
+        if atom not in members:
             return ()
-        found = inside[atom]
-    return (found,)
+        value = members[atom]
+    return (value,)
 
 
 def _called_by(node: Node) -> str | None:
@@ -81,7 +81,7 @@ def _called_by(node: Node) -> str | None:
     return "" if target == SELF_TARGET else target
 
 
-def _place(net: Any, nodes: Iterable[Node]) -> str:
+def _location(net: Any, nodes: Iterable[Node]) -> str:
     for node in nodes:
         for region in net.regions:
             if node in region.nodes:

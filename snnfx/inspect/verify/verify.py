@@ -1,4 +1,4 @@
-"""Check that a converted net does what stepping the model does."""
+"""`snnfx.verify`: compare a net with its model run step by step."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ from snnfx.inspect.verify.program_lookup import (
     reset_discovered_state,
     value_at,
 )
-from snnfx.inspect.verify.timed_inputs import TimedInputs
+from snnfx.inspect.verify.sequence_inputs import SequenceInputs
 from snnfx.inspect.verify.without_dropout import without_dropout
 from snnfx.ops.sequence_functions import reduce_over_time
 from snnfx.sandbox.isolation import isolated, rng_state
@@ -46,48 +46,55 @@ def verify(
     gradients: bool = True,
     **kwargs: Any,
 ) -> VerificationReport:
-    """Compare a converted net with the model that it was made from: outputs, final state, buffers, gradients.
+    """Compare a net with its model: outputs, final state, buffers and gradients.
 
-    Both start from the reset state, with dropout off and from the same random numbers, in the mode that the net is in.
-    The reference is a Python loop over the model; in training with `batch_norm="fold"`, with the statistics of each
-    BatchNorm taken over all steps (`snnfx.inspect.verify.oracle`), but for those in regions that are not folded.
-    Nothing is changed: neither state, buffers, gradients, flags nor random number generators.
+    The reference is a Python loop that calls the model once per time step. In training with `batch_norm="fold"`, each
+    BatchNorm in a folded region takes its statistics over all time steps (`snnfx.inspect.verify.oracle`). Net and
+    reference run in the net's mode, from the reset state, with dropout disabled and the same RNG state. State, buffers,
+    gradients, flags and random number generators are restored afterwards.
 
     Args:
-        model: the single-step model that was given to `snnfx.convert`.
-        net: the net that was returned.
-        *x_seq: what the net takes, e.g. one tensor `[T, N, *]`.
-        T: number of time steps; needed where no input carries time.
-        atol: largest absolute difference allowed; the default goes by dtype: 1e-9 for float64, 1e-5 for float32.
-        rtol: the same, relative to the largest magnitude in the tensor: 1e-9 for float64, 1e-4 for float32.
-        double: compare copies in float64. Rounding can flip a spike in float32, where a potential is at the threshold.
-        gradients: compare the gradients of a random linear functional of the outputs, with respect to each floating
-            input and each parameter that requires one.
+        model: the single-step model that was passed to `snnfx.convert`.
+        net: the net that `snnfx.convert` returned.
+        *x_seq: positional arguments of the net, e.g. one tensor `[T, N, *]`.
+        T: number of time steps; required if none of the inputs has a time dimension. Default: None.
+        atol: largest allowed absolute difference. Default by dtype: 1e-9 for float64, 1e-5 for float32.
+        rtol: largest allowed difference relative to the largest magnitude in the tensor. Default by dtype: 1e-9 for
+            float64, 1e-4 for float32.
+        double: True to compare copies in float64. In float32, rounding can flip a spike if a potential is at the
+            threshold. Default: False.
+        gradients: True to compare the gradients of a random linear functional of the outputs, with respect to each
+            floating-point input and each parameter that requires a gradient. Default: True.
         **kwargs: keyword arguments of the net.
 
     Returns:
-        What was compared with what, and the largest differences; `str()` of it is a summary.
+        A `VerificationReport` with the largest differences; `str(report)` is a summary.
 
     Raises:
         VerificationError: outputs (SNNFX401), states (SNNFX402), gradients (SNNFX403) or buffers (SNNFX404) differ.
-            The message names the first of them, the time step, the region, and the neuron that differs first.
-            SNNFX405: the declared semantics has no meaning for this model.
-        InputError: SNNFX301, 303, 304, 306, 307, 310: the arguments do not fit together.
+            The message names the first difference, its time step and region, and the first neuron that differs.
+            SNNFX405: `batch_norm="fold"` is undefined for this model.
+        InputError: SNNFX301, 303, 304, 306, 307, 310: the arguments do not match the net or each other.
 
     Example:
         >>> import torch, snnfx
         >>> model = torch.nn.Sequential(torch.nn.Linear(3, 4), snnfx.neuron.LIFNode())
         >>> report = snnfx.verify(model, snnfx.convert(model), torch.rand(8, 2, 3))
         >>> print(str(report).splitlines()[0])
-        the net does the same over T = 8 steps as stepping the model (training, float32)
+        OK: the net matches the reference over T = 8 steps (the model run step by step; training, float32)
     """
     if not isinstance(model, nn.Module) or not (isinstance(net, nn.Module) and hasattr(net, "run")):
-        raise InputError("SNNFX304", "verify takes the model and the net", hint="Call verify(model, net, x_seq).")
+        raise InputError(
+            "SNNFX304",
+            "verify needs a model and its converted net",
+            why=f"it was called with a {type(model).__name__} and a {type(net).__name__}.",
+            hint="Call verify(model, net, x_seq).",
+        )
     options: Any = net.options
     first: dict[str, Any] = {}
     if getattr(getattr(net, "program", None), "carried", None):
         x_seq, kwargs, first = net.split_carried(x_seq, kwargs)  # type: ignore[operator]
-    inputs = TimedInputs.of(x_seq, kwargs, options.time_dim, T)
+    inputs = SequenceInputs.of(x_seq, kwargs, options.time_dim, T)
     with isolated(model, net), torch.inference_mode(False), torch.set_grad_enabled(gradients):
         if double:
             model, net = copies_in_float64(model, net)
@@ -98,7 +105,7 @@ def verify(
 
 @dataclass
 class _CheckedRun:
-    """What one side did: `outputs` [T, *] by name, the other fields by qualified name."""
+    """Results of the net or of the reference: `outputs` `[T, *]` by name, other fields by qualified name."""
 
     outputs: dict[str, Any]
     states: dict[str, Any]
@@ -114,7 +121,7 @@ class _Verification:
         self,
         model: nn.Module,
         net: Any,
-        inputs: TimedInputs,
+        inputs: SequenceInputs,
         tolerance: Tolerance,
         gradients: bool,
         first: dict[str, Any],
@@ -141,7 +148,7 @@ class _Verification:
         self.notes: list[str] = []
 
     def _planned(self) -> Any:
-        """The net whose regions run these inputs: one of other ranks or batch sizes is planned again for them."""
+        """The net planned for these inputs: for other ranks or batch sizes, the net is planned again."""
         planned_for = getattr(self.net, "planned_for", None)
         if planned_for is None:
             return self.net
@@ -150,7 +157,7 @@ class _Verification:
 
     @property
     def semantics(self) -> str:
-        return "the model with BatchNorm over T*N" if self.folded else "stepping the model"
+        return "BatchNorm statistics over T*N" if self.folded else "the model run step by step"
 
     @property
     def dtype(self) -> str:
@@ -158,7 +165,7 @@ class _Verification:
         return ", ".join(sorted(dtypes))
 
     def report(self) -> VerificationReport:
-        """Run both, compare, and raise or report."""
+        """Run the net and the reference, compare them, and return the report or raise."""
         actual = self._run_net()
         expected = self._run_model(actual.outputs.keys(), actual.states.keys())
         self.output_names = list(actual.outputs)
@@ -175,10 +182,13 @@ class _Verification:
             if failed:
                 raise self._error(min(failed, key=lambda c: c.step or 0), random_ops)
         if random_ops:
-            self.notes.append("random numbers were drawn, and used alike on both sides")
+            self.notes.append("the model draws random numbers; net and reference drew the same ones")
         for name, y in expected.outputs.items():
             if isinstance(y, Tensor) and not y.any():
-                self.notes.append(f"`{name}` is zero at every step; an input that gives spikes would tell more")
+                self.notes.append(
+                    f"warning: `{name}` is zero at every step, so this check is weak; "
+                    "use an input that makes neurons spike"
+                )
         return VerificationReport(
             T=self.inputs.steps,
             training=self.net.training,
@@ -204,7 +214,12 @@ class _Verification:
             return self._result(self.net, inputs, outputs, states, rng_state() != before)
 
     def _result(
-        self, module: nn.Module, inputs: TimedInputs, outputs: dict[str, Any], states: dict[str, Any], is_random: bool
+        self,
+        module: nn.Module,
+        inputs: SequenceInputs,
+        outputs: dict[str, Any],
+        states: dict[str, Any],
+        is_random: bool,
     ) -> _CheckedRun:
         gradients = self._gradients(outputs, inputs, module)
         buffers = {name: buffer.clone() for name, buffer in module.named_buffers()}
@@ -212,7 +227,7 @@ class _Verification:
         return _CheckedRun(outputs, states, buffers, gradients, is_random)
 
     def _call_net(self) -> dict[str, Any]:
-        """The outputs of what users call, without gradients: nets may take another path then."""
+        """The outputs of a plain call of the net without gradients, for which nets may take another path."""
         with self._isolated(), torch.no_grad():
             getattr(self.net, "reset_carried_state", lambda: None)()
             args, kwargs = self.inputs.fresh().whole()
@@ -222,11 +237,11 @@ class _Verification:
             return self._outputs_of_net(y_seq)
 
     def _first_arguments(self) -> dict[str, Any]:
-        """What is carried, as it is given for the first step, in new containers."""
+        """The initial values of carried arguments, in new containers."""
         return pytree.tree_map_only(Tensor, Tensor.detach, self.first)  # type: ignore[no-any-return]
 
     def _first_state(self) -> dict[str, Any]:
-        """The same as an argument of `net.run`."""
+        """The initial values of carried arguments as the argument `state` of `net.run`."""
         state: dict[str, Any] = {}
         for argument in self.arguments:
             if self.first.get(argument.name) is not None:
@@ -240,7 +255,7 @@ class _Verification:
                 outputs[name] = leaf.unsqueeze(0)
             elif isinstance(leaf, Tensor):
                 if not -leaf.ndim <= dim < leaf.ndim or leaf.shape[dim] != self.inputs.steps:
-                    why = f"it is {list(leaf.shape)}, and dimension {dim} should be T = {self.inputs.steps}."
+                    why = f"its shape is {list(leaf.shape)}, and dimension {dim} should be T = {self.inputs.steps}."
                     raise VerificationError("SNNFX401", f"`{name}` of the net has no time dimension", why=why)
                 outputs[name] = leaf.movedim(dim, 0)
         return outputs
@@ -254,10 +269,10 @@ class _Verification:
             states = self._states_of_model(outputs_of_steps[-1], state_names)
             return self._result(self.model, inputs, outputs, states, rng_state() != before)
 
-    def _step_model(self, inputs: TimedInputs) -> list[Any]:
-        """What the model returns at each step, from the reset state."""
+    def _step_model(self, inputs: SequenceInputs) -> list[Any]:
+        """The model's return value at each step, from the reset state."""
         if self.model.training != self.net.training:
-            # What the net does not share is the model's containers: they follow the net, as the shared layers do.
+            # The net shares the model's layers but not its containers, which must follow the net's mode as well.
             shared = set(self.net.modules())
             for module in self.model.modules():
                 if module not in shared:
@@ -281,7 +296,7 @@ class _Verification:
         )
 
     def _states_of_model(self, last_outputs: Any, names: Set[str]) -> dict[str, Any]:
-        """The states after the last step: registered ones, carried ones, and attributes that the net took for state."""
+        """The states after the last step: registered, carried, and attributes that capture inferred to be state."""
         states = _states(self.model)
         for argument in self.arguments:
             states |= flatten_state(argument, output_at(last_outputs, argument.path))
@@ -293,11 +308,16 @@ class _Verification:
     def _outputs_of_model(self, outputs_of_steps: list[Any], names: Set[str]) -> dict[str, Any]:
         steps = [named_leaves(y, "output") for y in outputs_of_steps]
         if self.carry and names != steps[0].keys():
-            # A net may keep what is carried to itself; a single output is then no longer in a tuple.
+            # A net may leave carried values out of its outputs; a single output is then not in a tuple.
             paths = list(self.carry.values())
             steps = [named_leaves(outputs_without(y, paths), "output") for y in outputs_of_steps]
         if any(step.keys() != steps[0].keys() for step in steps):
-            raise VerificationError("SNNFX401", "the outputs of the model are not nested alike at every step")
+            raise VerificationError(
+                "SNNFX401",
+                "the outputs of the model cannot be stacked over time",
+                why="their nesting changes between time steps.",
+                hint="Return outputs with the same nesting at every step.",
+            )
         over_time = {name: _over_time(name, [step[name] for step in steps]) for name in steps[0]}
         if self.reduce is None:
             return over_time
@@ -305,33 +325,33 @@ class _Verification:
         return {n: reduce_over_time(y, how).unsqueeze(0) if isinstance(y, Tensor) else y for n, y in over_time.items()}
 
     def _gradients(
-        self, outputs: Mapping[str, Any], inputs: TimedInputs, module: nn.Module
+        self, outputs: Mapping[str, Any], inputs: SequenceInputs, module: nn.Module
     ) -> dict[str, Tensor | None]:
-        """Gradients of a random linear functional of the outputs, the same on both sides."""
+        """Gradients of a random linear functional of the outputs, the same for net and reference."""
         parts = []
         for name, y in outputs.items():
             if isinstance(y, Tensor) and y.requires_grad:
-                # The weights go by the name, so that they do not depend on what else has a gradient.
+                # Seeded by the name, so that the weights do not depend on the other outputs with gradients.
                 generator = torch.Generator().manual_seed(zlib.crc32(name.encode()))
                 weights = torch.randn(y.shape, generator=generator, dtype=torch.float64).to(y)
                 parts.append(torch.real(y * weights).sum())
-        wanted: dict[str, Tensor] = {
+        variables: dict[str, Tensor] = {
             f"parameter `{name}`": p for name, p in module.named_parameters() if p.requires_grad
         }
         leaves = zip(inputs.names, inputs.leaves, strict=True)
-        wanted |= {f"`{name}`": x for name, x in leaves if isinstance(x, Tensor) and x.requires_grad}
-        if not self.gradients or not wanted:
+        variables |= {f"`{name}`": x for name, x in leaves if isinstance(x, Tensor) and x.requires_grad}
+        if not self.gradients or not variables:
             return {}
         if not parts:
-            return dict.fromkeys(wanted)
-        found = torch.autograd.grad(parts, list(wanted.values()), allow_unused=True)
-        return dict(zip(wanted, found, strict=True))
+            return dict.fromkeys(variables)
+        gradients = torch.autograd.grad(parts, list(variables.values()), allow_unused=True)
+        return dict(zip(variables, gradients, strict=True))
 
     def _compare_outputs(self, actual: dict[str, Any], expected: dict[str, Any], how: str = "") -> list[Comparison]:
         if actual.keys() != expected.keys():
-            names, others = ", ".join(actual) or "none", ", ".join(expected) or "none"
-            why = f"they are {names}{how}, and those of the model {others}."
-            raise VerificationError("SNNFX401", "the outputs of the net are nested differently", why=why)
+            names, reference_names = ", ".join(actual) or "none", ", ".join(expected) or "none"
+            why = f"the net returns {names}{how}, the reference {reference_names}."
+            raise VerificationError("SNNFX401", "the outputs of net and reference are nested differently", why=why)
         pairs = [(name, actual[name], value) for name, value in expected.items()]
         return [
             compare("output", f"`{name}`{how}", a, b, self.tolerance, timed=isinstance(a, Tensor))
@@ -339,44 +359,45 @@ class _Verification:
         ]
 
     def _compare_states(self, actual: dict[str, Any], expected: dict[str, Any]) -> list[Comparison]:
-        found = []
+        comparisons = []
         overwritten: frozenset[str] = getattr(getattr(self.net, "program", None), "overwritten", frozenset())
         for name, value in expected.items():
             if name in overwritten:
                 continue  # the model keeps a copy of a state that is passed to it
             if name in actual:
-                leaves, others = named_leaves(actual[name]), named_leaves(value)
-                for path in leaves | others:
-                    pair = leaves.get(path), others.get(path)
-                    found.append(compare("state", f"state `{name}{path}`", *pair, self.tolerance))
+                leaves, reference_leaves = named_leaves(actual[name]), named_leaves(value)
+                for path in leaves | reference_leaves:
+                    pair = leaves.get(path), reference_leaves.get(path)
+                    comparisons.append(compare("state", f"state `{name}{path}`", *pair, self.tolerance))
             elif not is_same(value, self.initial.get(name)):
-                missing = "the net returns no such state"
-                found.append(Comparison("state", f"state `{name}`", failed=True, detail=missing))
+                missing = "the net does not return this state"
+                comparisons.append(Comparison("state", f"state `{name}`", failed=True, detail=missing))
         unknown = [f"`{name}`" for name in actual if name not in expected]
         if unknown:
-            self.notes.append(f"not compared, because the model has no such attribute: state {', '.join(unknown)}")
-        return found
+            self.notes.append(f"state not compared, because the model has no such attribute: {', '.join(unknown)}")
+        return comparisons
 
     def _compare_buffers(self, actual: dict[str, Tensor], expected: dict[str, Tensor]) -> list[Comparison]:
-        found, before = [], dict(self.model.named_buffers())
+        comparisons, before = [], dict(self.model.named_buffers())
         states = self.initial.keys()
         for name, value in expected.items():
             if name in states:
                 continue  # compared as a state; the net does not write it
             if name in actual:
-                found.append(compare("buffer", f"buffer `{name}`", actual[name], value, self.tolerance))
+                comparisons.append(compare("buffer", f"buffer `{name}`", actual[name], value, self.tolerance))
             elif not is_same(value, before[name]):
-                found.append(Comparison("buffer", f"buffer `{name}`", failed=True, detail="the net has no such buffer"))
-        return found
+                detail = "the net does not have this buffer"
+                comparisons.append(Comparison("buffer", f"buffer `{name}`", failed=True, detail=detail))
+        return comparisons
 
     def _compare_gradients(
         self, actual: dict[str, Tensor | None], expected: dict[str, Tensor | None]
     ) -> list[Comparison]:
         sizes = [float(g.abs().max()) for g in expected.values() if g is not None and g.numel()]
-        # A gradient that is zero but for rounding (a bias ahead of a BatchNorm) has no scale of its own.
+        # A gradient that is zero up to rounding (a bias before a BatchNorm) needs a scale from the other gradients.
         floor = 1e-2 * max(sizes, default=0.0)
         dims = {f"`{name}`": dim for name, dim in zip(self.inputs.names, self.inputs.dims, strict=True)}
-        found = []
+        comparisons = []
         for name, reference in expected.items():
             value, dim = actual.get(name), dims.get(name)
             present = [g for g in (value, reference) if g is not None]
@@ -389,26 +410,26 @@ class _Verification:
             timed = dim is not None
             result = compare("gradient", f"gradient of {name}", a, b, self.tolerance, timed=timed, floor=floor)
             if result.failed and value is None:
-                detail = f"the net gives none, the model one of up to {float(b.abs().max()):.3g}"
+                detail = f"the net gives no gradient, the reference one of magnitude {float(b.abs().max()):.3g}"
                 result = replace(result, detail=detail)
-            found.append(result)
-        return found
+            comparisons.append(result)
+        return comparisons
 
     def _error(self, comparison: Comparison, random_ops: bool) -> VerificationError:
         why = comparison.detail + "."
-        hint = "snnfx.explain(model) shows what is done to each module."
+        hint = "Print snnfx.explain(net) to see how the regions were formed."
         if self.dtype != "float64":
-            hint = f"Rule out rounding with double=True; {hint}"
+            hint = f"Rule out rounding first: verify(..., double=True). {hint}"
         divergence = None
         if random_ops:
-            why += " The model draws random numbers by other means than dropout, so the two cannot be compared."
-            hint = "Verify in eval mode, or without the random operations."
+            why += " The model draws random numbers outside of dropout, so net and reference cannot be compared."
+            hint = "Verify in evaluation mode, or without the random operations."
         elif comparison.kind in ("output", "state"):
             divergence = self._first_differing_neuron()
         if divergence is not None:
             why += f" The first neuron that differs is {divergence.in_words}."
         if divergence is not None and divergence.is_rounding:
-            hint = "This is rounding, at the threshold: compare in float64 with double=True."
+            hint = "This is rounding at the threshold. Compare in float64: verify(..., double=True)."
         code = {"output": "SNNFX401", "state": "SNNFX402", "gradient": "SNNFX403", "buffer": "SNNFX404"}
         quoted = comparison.name.split("`")[1]
         if divergence is not None:
@@ -417,13 +438,15 @@ class _Verification:
             where = region_of_output(self.plan, self.output_names.index(quoted))
         else:
             where = region_of_module(self.plan, quoted.rpartition(".")[0])
-        what = f"{comparison.name} is not that of {self.semantics}"
+        what = f"{comparison.name} differs from the reference, {self.semantics}"
+        if self.folded:
+            what = f"{comparison.name} differs from the reference with {self.semantics}"
         return VerificationError(code[comparison.kind], what, where=where, why=why, hint=hint)
 
     def _first_differing_neuron(self) -> Divergence | None:
         with self._isolated(), torch.no_grad(), recorded_neurons(self.model) as traces:
             self._step_model(self.inputs.fresh())
-        # Called once per step, that is; the oracle runs the model a second time.
+        # Only neurons called once per step; the reference for folded BatchNorm runs the model twice.
         runs = 2 if self.folded and not self.carry else 1
         T = self.inputs.steps
         traces = {name: trace for name, trace in traces.items() if len(trace.outputs) == runs * T}
@@ -442,16 +465,21 @@ class _Verification:
 
 
 def _over_time(name: str, values: list[Any]) -> Any:
-    """The values of one output at each step as one: tensors `[T, *]`, other things once if they stay the same."""
+    """Stack the values of one output over time: tensors `[T, *]`; other values once if they are constant."""
     if all(isinstance(value, Tensor) for value in values):
         if any(value.shape != values[0].shape or value.dtype != values[0].dtype for value in values):
-            raise VerificationError("SNNFX401", f"`{name}` of the model changes its shape or dtype from step to step")
+            raise VerificationError(
+                "SNNFX401",
+                f"`{name}` of the model cannot be stacked over time",
+                why="its shape or dtype changes between time steps.",
+                hint="Return a tensor of the same shape and dtype at every step.",
+            )
         return torch.stack(values)
     return values[0] if all(is_same(value, values[0]) for value in values) else values
 
 
 def _states(model: nn.Module) -> dict[str, Any]:
-    """Every state of a model by its qualified name, e.g. "lif1.v"."""
+    """All states of a model by qualified name, e.g. "lif1.v"."""
     return {
         f"{name}.{slot}" if name else slot: value
         for name, module, adapter in named_stateful(model)

@@ -1,4 +1,4 @@
-"""Dropout switched off from outside, so that two runs of a model in training can be compared."""
+"""Disable dropout from outside a model, to compare two runs in training mode."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ _DROPOUT_ATTRIBUTES = ("p", "drop_prob", "dropout")
 
 
 class _DropoutOff(TorchFunctionMode):
-    """Calls dropout functions with p = 0 and not in training: the identity, without a random number drawn."""
+    """Calls dropout functions with p = 0 and training=False: the identity, without drawing random numbers."""
 
     def __torch_function__(
         self, func: Callable[..., Any], types: Any, args: Sequence[Any] = (), kwargs: Mapping[str, Any] | None = None
@@ -34,7 +34,7 @@ class _DropoutOff(TorchFunctionMode):
         args, kwargs = list(args), dict(kwargs or {})
         makes_new = False
         if func in _DROPOUT_FUNCTIONS:
-            # All of them begin with (input, p, training), which the functions of ATen call `train`.
+            # All of them begin with (input, p, training); ATen names the last one `train`.
             training = "training" if getattr(func, "__module__", None) == F.__name__ else "train"
             in_place = func.__name__.endswith("_") or (args[3] if len(args) > 3 else kwargs.get("inplace", False))
             makes_new = bool(args[2] if len(args) > 2 else kwargs.get(training, True)) and not in_place
@@ -49,17 +49,17 @@ class _DropoutOff(TorchFunctionMode):
             else:
                 kwargs["dropout_p"] = 0.0
         result = func(*args, **kwargs)
-        # With p = 0 it would be the input itself, which somebody may change in place afterwards.
+        # With p = 0 the result is the input itself; a copy, because the model may change the result in place.
         return result.clone() if makes_new and isinstance(result, torch.Tensor) else result
 
 
 @contextmanager
 def without_dropout(*models: nn.Module) -> Iterator[None]:
-    """Run models with their dropout off, whatever their mode: p = 0.
+    """Disable dropout (p = 0) in models, in either mode.
 
-    Switches off the dropout functions of PyTorch, also under `torch.vmap`, and the layers that hold a probability:
-    those with "drop" in the name of their class (SpikingJelly's draw a mask that they keep), recurrent layers and
-    attention. Other random functions cannot be switched off.
+    Disables PyTorch's dropout functions, also under `torch.vmap`, and layers with a dropout probability: layers with
+    "drop" or "stochastic" in their class name (SpikingJelly's layers store a mask), recurrent layers and attention.
+    Other random functions cannot be disabled.
 
     Example:
         >>> import torch

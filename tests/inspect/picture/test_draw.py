@@ -182,7 +182,7 @@ def test_golden_picture_of_a_tiny_net() -> None:
     drawn = skeleton(str(draw(net_of("tiny", chunk=4))))
     assert drawn == (
         "x0 'x [T, N, 3] float32'\n"
-        "cluster_chunk 'chunk: 4 steps at once in inference'\n"
+        "cluster_chunk 'chunk: 4 steps in inference'\n"
         "  cluster_fold_0 'fold_0'\n"
         "    b0 'Linear 3→2 fc'\n"
         "  cluster_loop_1 'loop_1 SNNFX107'\n"
@@ -253,7 +253,7 @@ def test_sizes_and_initial_values_are_not_drawn() -> None:
         assert hidden not in drawn
     assert "view (…, -1)" in drawn
     # How the state starts is said where the mouse points.
-    assert re.search(r'tooltip="state cell\.h \[N, 4\] float32&#10;starts at full in cell', dot)
+    assert re.search(r'tooltip="state cell\.h \[N, 4\] float32&#10;initial value: full in cell', dot)
 
 
 def test_parameter_used_directly_is_drawn_and_weights_are_not() -> None:
@@ -310,12 +310,12 @@ def test_inputs_and_outputs_are_shown_as_the_caller_sees_them(
 
 
 def test_chunk_frame_says_how_many_steps() -> None:
-    assert "chunk: 4 steps at once" in str(draw(net_of("tiny", chunk=4)))
-    assert "chunk: 1 step at once" in str(draw(net_of("tiny", chunk=1)))
+    assert "chunk: 4 steps" in str(draw(net_of("tiny", chunk=4)))
+    assert "chunk: 1 step" in str(draw(net_of("tiny", chunk=1)))
     assert "cluster_chunk" not in str(draw(net_of("tiny", chunk=None)))
     planned = net_of("tiny")
     length = planned.chunk_plan(torch.rand(8, 5, 3)).length
-    assert f"chunk: {length} steps at once" in str(draw(planned))
+    assert f"chunk: {length} steps" in str(draw(planned))
     assert "chunk: auto" in str(draw(convert(Tiny().eval())))
 
 

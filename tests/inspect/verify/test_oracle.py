@@ -389,7 +389,7 @@ class Alternating(nn.Module):
 
 @folds
 def test_steps_that_meet_at_different_barriers_are_refused(forward: Forward) -> None:
-    with pytest.raises(VerificationError, match="SNNFX405 .*(`even`|`odd`) "):
+    with pytest.raises(VerificationError, match="SNNFX405 .*(`even`|`odd`)"):
         forward(Alternating(), [(torch.rand(6, 5),)] * 4, is_norm)
 
 

@@ -199,9 +199,10 @@ def test_a_right_net_passes_and_the_report_says_what_was_compared(x_seq: Tensor,
     assert (report.T, report.training, report.dtype) == (8, training, "float64" if double else "float32")
     assert [report.count(kind) for kind in ("output", "state", "buffer", "gradient")] == [2, 2, 3, 7]
     assert report.largest("gradient") < (1e-9 if double else 1e-4)
-    semantics = "the model with BatchNorm over T*N" if training else "stepping the model"
+    semantics = "BatchNorm statistics over T*N" if training else "the model run step by step"
     assert str(report).splitlines()[0] == (
-        f"the net does the same over T = 8 steps as {semantics} ({'training' if training else 'eval'}, {report.dtype})"
+        f"OK: the net matches the reference over T = 8 steps ({semantics}; "
+        f"{'training' if training else 'eval'}, {report.dtype})"
     )
     assert "gradients    7   largest difference " in str(report)
 
@@ -221,7 +222,7 @@ def test_gradients_are_compared_whatever_the_callers_mode(x_seq: Tensor, context
 def test_per_step_statistics_are_compared_with_plain_stepping(x_seq: Tensor) -> None:
     model = Model()
     net = net_of(model, Faults(norm=norm_per_step), batch_norm="per_step")
-    assert verify(model, net, x_seq).semantics == "stepping the model"
+    assert verify(model, net, x_seq).semantics == "the model run step by step"
 
 
 def is_same(value: Any, other: Any) -> bool:
@@ -273,7 +274,7 @@ def test_state_of_before_does_not_matter(x_seq: Tensor) -> None:
 def test_a_wrong_spike_is_named_with_neuron_step_and_margin(x_seq: Tensor) -> None:
     model = Model().eval()
     text = message_of(model, net_of(model, Faults(spike_at=3)), x_seq)
-    assert text.startswith("SNNFX401 `output` is not that of stepping the model: first at t = ")
+    assert text.startswith("SNNFX401 `output` differs from the reference, the model run step by step: first at t = ")
     assert "The first neuron that differs is `lif1` at t = 3: 1 of 18 spikes, with |v - threshold| up to 0." in text
     assert "This is rounding" not in text
 
@@ -281,7 +282,7 @@ def test_a_wrong_spike_is_named_with_neuron_step_and_margin(x_seq: Tensor) -> No
 def test_a_wrong_spike_in_training_is_found_in_the_folded_reference(x_seq: Tensor) -> None:
     model = Model()
     text = message_of(model, net_of(model, Faults(spike_at=5)), x_seq)
-    assert "is not that of the model with BatchNorm over T*N" in text
+    assert "differs from the reference with BatchNorm statistics over T*N" in text
     assert "`lif1` at t = 5: 1 of 18 spikes" in text
 
 
@@ -296,7 +297,8 @@ def test_the_output_says_step_count_and_size(x_seq: Tensor) -> None:
 
     text = message_of(model, FakeNet(model, function), x_seq)
     assert (
-        "first at t = 3, where 1 of 6 elements differ; over all steps 7 of 48, largest difference 2 (relative " in text
+        "first at t = 3, where 1 of 6 elements differ; over all steps 7 of 48 differ, largest difference 2 (relative "
+        in text
     )
 
 
@@ -308,7 +310,7 @@ def test_a_spike_that_rounding_flips_is_told_as_such(offset: float, is_rounding:
         model.fc1.bias.fill_(1.0 - offset / 2)
         model.fc2.weight.fill_(1.0)
     text = message_of(model, net_of(model, Faults(bias=offset)), torch.rand(3, 2, 5))
-    assert ("This is rounding, at the threshold: compare in float64 with double=True." in text) is is_rounding
+    assert ("This is rounding at the threshold. Compare in float64: verify(..., double=True)." in text) is is_rounding
     assert "`lif1` at t = 0: 12 of 12 spikes" in text
 
 
@@ -330,7 +332,7 @@ def test_what_rounding_flips_passes_in_float64() -> None:
 def test_a_wrong_final_state_is_named(x_seq: Tensor, name: str) -> None:
     model = Model().eval()
     text = message_of(model, net_of(model, Faults(state=name)), x_seq)
-    assert text.startswith(f"SNNFX402 state `{name}` is not that of stepping the model: ")
+    assert text.startswith(f"SNNFX402 state `{name}` differs from the reference, the model run step by step: ")
     assert "elements differ, largest difference 0.25" in text
 
 
@@ -339,7 +341,7 @@ def test_an_output_without_a_spike_is_noted(x_seq: Tensor) -> None:
     with torch.no_grad():
         model.bn.bias.fill_(-9.0)
     assert verify(model, net_of(model), x_seq).notes == (
-        "`output` is zero at every step; an input that gives spikes would tell more",
+        "warning: `output` is zero at every step, so this check is weak; use an input that makes neurons spike",
     )
     text = message_of(model, net_of(model, Faults(spike_at=3)), x_seq)
     assert text.startswith("SNNFX402 state `lif2.v`")
@@ -350,7 +352,7 @@ def test_a_missing_state_is_named(x_seq: Tensor) -> None:
     model = Model().eval()
     text = message_of(model, net_of(model, Faults(no_state="lif2.v")), x_seq)
     assert text.startswith("SNNFX402 state `lif2.v`")
-    assert "the net returns no such state" in text
+    assert "the net does not return this state" in text
 
 
 def test_states_of_modules_that_are_never_called_need_not_be_there(x_seq: Tensor) -> None:
@@ -382,8 +384,10 @@ def test_a_number_stands_for_a_state_full_of_it(x_seq: Tensor) -> None:
 def test_a_missing_gradient_is_named(x_seq: Tensor) -> None:
     model = Model().eval()
     text = message_of(model, net_of(model, Faults(no_gradient_of_fc2=True)), x_seq)
-    assert text.startswith("SNNFX403 gradient of parameter `fc2.weight` is not that of stepping the model: ")
-    assert "the net gives none, the model one of up to " in text
+    assert text.startswith(
+        "SNNFX403 gradient of parameter `fc2.weight` differs from the reference, the model run step by step: "
+    )
+    assert "the net gives no gradient, the reference one of magnitude " in text
 
 
 def test_a_wrong_gradient_of_an_input_is_named_with_its_step(x_seq: Tensor) -> None:
@@ -416,7 +420,7 @@ def uncounted(bn: nn.BatchNorm1d, x_seq: Tensor) -> Tensor:
 def test_wrong_running_statistics_are_named(x_seq: Tensor, norm: Any, name: str) -> None:
     model = Model()
     text = message_of(model, net_of(model, Faults(norm=norm)), x_seq)
-    assert text.startswith(f"SNNFX404 buffer `{name}` is not that of the model with BatchNorm over T*N: ")
+    assert text.startswith(f"SNNFX404 buffer `{name}` differs from the reference with BatchNorm statistics over T*N: ")
 
 
 def test_the_declared_batch_norm_is_the_one_that_is_checked(x_seq: Tensor) -> None:
@@ -470,7 +474,7 @@ def test_a_call_without_gradients_is_checked_as_well(x_seq: Tensor) -> None:
         y_seq, states, record = right(net, x_seq)
         return (y_seq if torch.is_grad_enabled() else y_seq + 1), states, record
 
-    assert "`output` of a call without gradients is not" in message_of(model, FakeNet(model, function), x_seq)
+    assert "`output` of a call without gradients differs" in message_of(model, FakeNet(model, function), x_seq)
 
 
 # Arguments and outputs of many kinds
@@ -509,7 +513,7 @@ def test_inputs_that_stay_the_same_keywords_nested_outputs_and_entry() -> None:
     assert verify(model, constant, x_seq, image, gain=gain[0]).T == 6
     wrong = FakeNet(model, lambda net, *a, **k: (function(net, *a, **k)[0] | {"rest": (gain, None)}, {}, {}))
     wrong.options = net.options
-    assert "SNNFX401 `output['rest'][0]` is not" in message_of(model, wrong, x_seq, image, gain=gain)
+    assert "SNNFX401 `output['rest'][0]` differs" in message_of(model, wrong, x_seq, image, gain=gain)
 
 
 @pytest.mark.parametrize("time_dim", [-1, 1, 0])
@@ -612,13 +616,13 @@ def test_outputs_of_another_structure_shape_or_dtype(x_seq: Tensor) -> None:
 
         return FakeNet(model, function)
 
-    assert "they are output[0], and those of the model output" in message_of(model, changed(lambda y: (y,)), x_seq)
+    assert "the net returns output[0], the reference output" in message_of(model, changed(lambda y: (y,)), x_seq)
     assert "dimension 0 should be T = 8" in message_of(model, changed(lambda y: y[:4]), x_seq)
-    assert "it is [8, 3, 2] float32 where that of the model is [8, 3, 4] float32" in message_of(
+    assert "the net gives [8, 3, 2] float32, the reference [8, 3, 4] float32" in message_of(
         model, changed(lambda y: y[..., :2]), x_seq
     )
-    assert "it is [8, 3, 4] float64 where" in message_of(model, changed(Tensor.double), x_seq)
-    assert "it is None where" in message_of(model, changed(lambda y: None), x_seq)
+    assert "the net gives [8, 3, 4] float64, the reference" in message_of(model, changed(Tensor.double), x_seq)
+    assert "the net gives None, the reference" in message_of(model, changed(lambda y: None), x_seq)
 
 
 def test_arguments_are_checked_before_any_work(x_seq: Tensor) -> None:
@@ -701,9 +705,9 @@ class Noisy(nn.Module):
 def test_random_operations_that_differ_are_called_incomparable(x_seq: Tensor) -> None:
     model = Noisy()
     alike = FakeNet(model, lambda net, x: (folded(net.fc, x) + torch.stack([torch.rand_like(y) for y in x]), {}, {}))
-    assert "note: random numbers were drawn" in str(verify(model, alike, x_seq))
+    assert "note: the model draws random numbers" in str(verify(model, alike, x_seq))
     other = FakeNet(model, lambda net, x: (folded(net.fc, x) + torch.rand(9, *x.shape[1:])[1:], {}, {}))
-    assert "The model draws random numbers by other means than dropout" in message_of(model, other, x_seq)
+    assert "The model draws random numbers outside of dropout" in message_of(model, other, x_seq)
 
 
 def test_numbers_of_python_are_random_alike_and_drawn_anew(x_seq: Tensor) -> None:
@@ -782,7 +786,7 @@ def test_a_converted_net_does_what_the_model_does(training: bool, batch_norm: st
     x, T = (torch.rand(2, 1, 8, 8), 5) if time_dim is None else (torch.rand(5, 2, 1, 8, 8).movedim(0, time_dim), None)
     report = verify(model, net, x, T=T, double=True)
     folds = training and batch_norm == "fold"
-    assert report.semantics == ("the model with BatchNorm over T*N" if folds else "stepping the model")
+    assert report.semantics == ("BatchNorm statistics over T*N" if folds else "the model run step by step")
     assert report.largest("output") == 0
     assert not report.notes
 

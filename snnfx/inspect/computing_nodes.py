@@ -1,4 +1,4 @@
-"""Which nodes of a step graph count as computing something, and which are the same in two graphs of one model."""
+"""The nodes of a step graph that reports count, and the same node in two programs of one model."""
 
 from __future__ import annotations
 
@@ -15,11 +15,11 @@ from snnfx.ops.step_functions import expect_size
 __all__ = ["NodeKey", "computing_nodes", "is_computing", "nodes_by_key"]
 
 NodeKey = tuple[str, Any, int]
-"""What a node is, where the user wrote it, and how many of the kind came before it."""
+"""Description of a node, its file and line, and the number of equal ones before it."""
 
 
 def is_computing(node: Node) -> bool:
-    """Whether a node computes something, and is not merely an element of a tuple, a size or a check."""
+    """Whether a node computes a value, other than an element of a tuple, a size or a check."""
     if not node.op.startswith("call") or takes_from_tuple(node):
         return False
     return not is_size(node) and node.target is not expect_size
@@ -31,15 +31,15 @@ def computing_nodes(region: Region) -> list[Node]:
 
 
 def nodes_by_key(program: StepProgram) -> dict[NodeKey, Node]:
-    """The computing nodes of one step by keys that programs captured from the same model have in common.
+    """The computing nodes of one step, by keys that all programs captured from one model share.
 
-    What only serves to compute initial values is left out, once the program is partitioned.
+    In a partitioned program, nodes that only compute initial values are left out.
     """
     keys: dict[NodeKey, Node] = {}
     count: Counter[tuple[str, Any]] = Counter()
     for node in program.graph.nodes:
         if is_computing(node) and (not program.regions or "kind" in node.meta):
-            what = (describe_node(node), node.meta.get("where"))
-            keys[(*what, count[what])] = node
-            count[what] += 1
+            key = (describe_node(node), node.meta.get("where"))
+            keys[(*key, count[key])] = node
+            count[key] += 1
     return keys

@@ -1,4 +1,4 @@
-"""The arguments of a net, and where time is in each of them."""
+"""Input sequences of a net, with the time dimension of each."""
 
 from __future__ import annotations
 
@@ -11,12 +11,12 @@ from torch import Tensor
 from snnfx.errors import InputError
 from snnfx.sandbox.torch_internals import pytree
 
-__all__ = ["TimedInputs"]
+__all__ = ["SequenceInputs"]
 
 
 @dataclass(frozen=True)
-class TimedInputs:
-    """The arguments of the net, flattened, with the place of time in each of them."""
+class SequenceInputs:
+    """The flattened arguments of a net, with the time dimension of each leaf (None: the same at every step)."""
 
     leaves: list[Any]
     spec: pytree.TreeSpec
@@ -27,10 +27,10 @@ class TimedInputs:
     output_dim: int
 
     @staticmethod
-    def of(args: tuple[Any, ...], kwargs: dict[str, Any], time_dim: Any, T: int | None) -> TimedInputs:
+    def of(args: tuple[Any, ...], kwargs: dict[str, Any], time_dim: Any, T: int | None) -> SequenceInputs:
         dims = _dims_of_leaves(time_dim, args, kwargs)
         with_paths, spec = pytree.tree_flatten_with_path((args, kwargs))
-        # A path begins with the place in (args, kwargs), which is no news to the user.
+        # Drop the first key of a path, which is the index in (args, kwargs).
         names = ["input" + pytree.keystr(path[1:]) for path, _ in with_paths]
         leaves = [leaf for _, leaf in with_paths]
         dims = [dim if isinstance(leaf, Tensor) else None for leaf, dim in zip(leaves, dims, strict=True)]
@@ -39,24 +39,38 @@ class TimedInputs:
             if dim is not None:
                 if not -leaf.ndim <= dim < leaf.ndim:
                     raise InputError(
-                        "SNNFX306", f"`{name}` has no dimension {dim} for time", why=f"it is {leaf.ndim}-d."
+                        "SNNFX306",
+                        f"`{name}` does not have the time dimension {dim}",
+                        why=f"it has {leaf.ndim} dimensions.",
+                        hint="Pass a sequence, or convert the model with the time_dim of this input.",
                     )
                 lengths[name] = leaf.shape[dim]
         if not lengths and T is None:
-            raise InputError("SNNFX310", "the number of time steps is not known", hint="Say it: verify(..., T=8).")
+            raise InputError(
+                "SNNFX310",
+                "the number of time steps is unknown",
+                why="none of the inputs has a time dimension.",
+                hint="Pass it: verify(..., T=8).",
+            )
         steps = T if T is not None else next(iter(lengths.values()))
         if any(length != steps for length in lengths.values()):
-            raise InputError("SNNFX303", f"the inputs do not all have {steps} time steps", why=f"they have {lengths}.")
+            counts = ", ".join(f"`{name}` has {length}" for name, length in lengths.items())
+            raise InputError(
+                "SNNFX303",
+                f"the inputs do not all have T = {steps} time steps",
+                why=f"{counts}.",
+                hint="Pass sequences of the same length.",
+            )
         if steps < 1:
-            raise InputError("SNNFX301", "no time steps", hint="A sequence has at least one time step.")
-        return TimedInputs(leaves, spec, dims, names, steps, T, time_dim if isinstance(time_dim, int) else 0)
+            raise InputError("SNNFX301", "the inputs have no time steps", hint="Pass at least one time step.")
+        return SequenceInputs(leaves, spec, dims, names, steps, T, time_dim if isinstance(time_dim, int) else 0)
 
-    def with_leaves(self, function: Callable[[Tensor], Tensor]) -> TimedInputs:
+    def with_leaves(self, function: Callable[[Tensor], Tensor]) -> SequenceInputs:
         """The same arguments with a function applied to each tensor."""
         return replace(self, leaves=[function(x) if isinstance(x, Tensor) else x for x in self.leaves])
 
-    def fresh(self) -> TimedInputs:
-        """The same values without a history; gradients can be taken with respect to the floating ones."""
+    def fresh(self) -> SequenceInputs:
+        """Detached copies of the arguments; floating-point tensors require gradients."""
         return self.with_leaves(lambda x: x.detach().clone().requires_grad_(x.is_floating_point() or x.is_complex()))
 
     def whole(self) -> tuple[tuple[Any, ...], dict[str, Any]]:
@@ -67,24 +81,29 @@ class TimedInputs:
     def of_step(self, t: int) -> tuple[tuple[Any, ...], dict[str, Any]]:
         """The arguments of the model at step t."""
         pairs = zip(self.leaves, self.dims, strict=True)
-        # Copies: a model may change its input in place, which is its own business at each step.
+        # Copies, because a model may change its input in place.
         parts = [leaf if dim is None else leaf.select(dim, t) for leaf, dim in pairs]
         leaves = [part.clone() if isinstance(part, Tensor) else part for part in parts]
         return pytree.tree_unflatten(leaves, self.spec)  # type: ignore[no-any-return]
 
 
 def _dims_of_leaves(time_dim: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> list[int | None]:
-    """The time dimension of each leaf of `(args, kwargs)`; `time_dim` is a prefix of their nesting, or for all."""
+    """The time dimension of each leaf of `(args, kwargs)`; `time_dim` is a tree prefix of them, or an int for all."""
     prefix = time_dim
     if isinstance(time_dim, dict) and time_dim.keys() == kwargs.keys():
         prefix = ((0,) * len(args), {name: time_dim[name] for name in kwargs})
     elif isinstance(time_dim, tuple | list):
-        # One entry for each argument; those by keyword may be left out, and have time in front.
+        # One entry for each argument; keyword arguments without an entry have time in dimension 0.
         entries = [*time_dim, *[0] * len(kwargs)] if len(time_dim) == len(args) else [*time_dim]
         prefix = (tuple(entries[: len(args)]), dict(zip(kwargs, entries[len(args) :], strict=False)))
         if len(entries) != len(args) + len(kwargs):
             prefix = ()
     dims = pytree._broadcast_to_and_flatten(prefix, pytree.tree_structure((args, kwargs)))
     if dims is None:
-        raise InputError("SNNFX307", "the inputs do not fit the net", why=f"its time_dim is {time_dim!r}.")
+        raise InputError(
+            "SNNFX307",
+            "the inputs do not match the net",
+            why=f"it was converted with time_dim={time_dim!r}, which is nested differently.",
+            hint="Pass the arguments of the model's step method, with a time dimension.",
+        )
     return dims
