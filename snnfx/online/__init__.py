@@ -1,9 +1,9 @@
-"""Online training on the converted graph: learning rules as graph edits, and the driver that runs them.
+"""Online training: learning rules as graph edits, and the trainer that runs them.
 
-A `Rule` says which gradient is taken and when the weights are updated. It is a handful of independent choices (where
-gradients through time are cut, what the weight gradient is multiplied with, how often to update, ...), each of them an
-edit of the step graph or a line of the driver; the published rules are named combinations of them. `Trainer` runs a
-rule on a converted net or on a single-step model. Three functions have the signatures of SpikingJelly's.
+A `Rule` defines which gradient is computed and when the weights are updated. It combines a few independent choices
+(where gradients through time are cut, which operand forms the weight gradient, how often to update, ...). Each choice
+is an edit of the step graph or a setting of the trainer; the published rules are named combinations of them. `Trainer`
+runs a rule on a converted net or on a single-step model. Three functions have the signatures of SpikingJelly.
 
 Example:
     >>> import torch, snnfx
@@ -20,7 +20,6 @@ Example:
 
 from __future__ import annotations
 
-from snnfx.online.functions import fptt_online_training, fptt_online_training_init_w_ra, ottt_online_training
 from snnfx.online.learning_rules import (
     BPTT,
     FPTT,
@@ -33,6 +32,11 @@ from snnfx.online.learning_rules import (
     EProp,
     FPTTTerm,
     Rule,
+)
+from snnfx.online.spikingjelly_functions import (
+    fptt_online_training,
+    fptt_online_training_init_w_ra,
+    ottt_online_training,
 )
 from snnfx.online.trainer import StepResult, Trainer
 

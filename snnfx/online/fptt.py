@@ -1,14 +1,15 @@
-"""The terms that FPTT adds to the loss of every step, and the running averages behind them.
+"""FPTT: the regulariser on the loss of every step, and the running average of the weights.
 
-With the weights W, their running average A, and g the gradient of the last loss at the weights of then:
+With the weights W, their running average A, and g, the gradient of the previous step's loss at the weights after that
+step's update:
 
     reference  dW = dl + alpha (W - A - g / 2 alpha) / n       A = (A + W) / 2 - g' / 2 alpha    n: elements of W
     paper      dW = dl + alpha (W - A - g / 2 alpha)           A = (A + W) / 2 - g' / 2 alpha
     authors    dW = dl - m + alpha (W - A)                     m = m - alpha (W - A); A = (A + W) / 2 - m / 2 alpha
 
-where g' is the gradient of the same loss at the new weights, which is g in the next step. The regulariser's gradient is
-added in closed form; in the first two rows `A + g / 2 alpha` is the middle between the last A and W, which is what is
-kept. Kag & Saligrama 2021, eq. 4 and algorithm 1; the "reference" is SpikingJelly 2.0.0's function.
+g' is the gradient of the current loss at the updated weights; it is the g of the next step. The gradient of the
+regulariser is added in closed form. In the first two rows, `A + g / 2 alpha` is the midpoint of the previous A and W,
+which is stored in its place. Kag & Saligrama 2021, eq. 4 and algorithm 1; "reference" is SpikingJelly 2.0.0's function.
 """
 
 from __future__ import annotations
@@ -30,22 +31,22 @@ from snnfx.sandbox.torch_internals import (
     foreach_sub_,
 )
 
-__all__ = ["FPTTSequence"]
+__all__ = ["FPTTUpdater"]
 
 
-class FPTTSequence:
-    """FPTT's updates over one sequence.
+class FPTTUpdater:
+    """Run FPTT's updates over one sequence.
 
     Args:
-        term: strength and variant.
-        updates: does the updates.
-        averages: one for each parameter of the optimizer; elements are replaced by the new running averages.
+        term: strength and variant of the regulariser.
+        updates: runs the optimizer.
+        averages: the running average of each parameter of the optimizer; its elements are replaced at every step.
     """
 
     def __init__(self, term: FPTTTerm, updates: Updates, averages: list[Tensor]) -> None:
         self.term, self.updates, self.averages = term, updates, averages
         self.trained = [(i, p) for i, p in enumerate(updates.parameters) if p.requires_grad]
-        self.middles: dict[int, Tensor] = {}
+        self.midpoints: dict[int, Tensor] = {}
         self.multipliers: dict[int, Tensor] = {}
 
     def update(
@@ -54,62 +55,62 @@ class FPTTSequence:
         is_last: bool,
         before: Any,
         after: Any,
-        step_again: Callable[[Any], tuple[Any, Any, Tensor, Tensor]],
+        repeat_step: Callable[[Any], tuple[Any, Any, Tensor, Tensor]],
     ) -> None:
-        """One step's update, and the running averages after it.
+        """Update the weights, then their running averages, for one time step.
 
         Args:
-            loss: of the step, with its graph.
+            loss: the loss of the step, with its autograd graph.
             is_last: whether it is the last step of the sequence.
             before, after: the states before and after the step.
-            step_again: takes the step once more from a given state; the last of what it returns is the loss.
+            repeat_step: runs the step from a given state; the last element of its result is the loss.
         """
         parameters = [p for _, p in self.trained]
-        found = torch.autograd.grad(loss, parameters, allow_unused=True)
-        used = [(i, p, g) for (i, p), g in zip(self.trained, found, strict=True) if g is not None]
+        loss_gradients = torch.autograd.grad(loss, parameters, allow_unused=True)
+        used = [(i, p, g) for (i, p), g in zip(self.trained, loss_gradients, strict=True) if g is not None]
         index = [i for i, _, _ in used]
         weights: list[Tensor] = [p for _, p, _ in used]
         alpha = self.term.alpha
-        self.updates.zero()
+        self.updates.clear_gradients()
         with torch.no_grad():
-            gradients = self._with_pulls(index, weights, [g for _, _, g in used])
+            gradients = self._regularised(index, weights, [g for _, _, g in used])
             for weight, gradient in zip(weights, gradients, strict=True):
                 weight.grad = gradient
-        self.updates.apply()
+        self.updates.optimizer_step()
         if self.term.variant == "authors":
             with torch.no_grad():
-                self._follow_multipliers(index, weights, alpha)
+                self._update_multipliers(index, weights, alpha)
             return
         if is_last and self.term.variant == "reference":
             return
-        *_, loss = step_again(after if self.term.variant == "reference" else before)
-        again = torch.autograd.grad(loss, weights)
-        self.updates.average_over_processes(again)
+        *_, loss = repeat_step(after if self.term.variant == "reference" else before)
+        new_gradients = torch.autograd.grad(loss, weights)
+        self.updates.average_over_processes(new_gradients)
         with torch.no_grad():
-            middles = foreach_lerp([self.averages[i] for i in index], weights, 0.5)
-            self.middles = dict(zip(index, middles, strict=True))
-            self._set_averages(index, foreach_add(middles, again, alpha=-0.5 / alpha))
+            midpoints = foreach_lerp([self.averages[i] for i in index], weights, 0.5)
+            self.midpoints = dict(zip(index, midpoints, strict=True))
+            self._set_averages(index, foreach_add(midpoints, new_gradients, alpha=-0.5 / alpha))
 
-    def _with_pulls(self, index: list[int], weights: list[Tensor], gradients: list[Tensor]) -> Sequence[Tensor]:
-        """The gradients with those of the regulariser."""
+    def _regularised(self, index: list[int], weights: list[Tensor], gradients: list[Tensor]) -> Sequence[Tensor]:
+        """Add the gradients of the regulariser to the gradients of the loss."""
         alpha, variant = self.term.alpha, self.term.variant
-        pulls = foreach_sub(weights, [self.middles.get(i, self.averages[i]) for i in index])
+        total = foreach_sub(weights, [self.midpoints.get(i, self.averages[i]) for i in index])
         if variant == "reference":
-            foreach_mul_(pulls, [alpha / p.numel() for p in weights])
+            foreach_mul_(total, [alpha / p.numel() for p in weights])
         else:
-            foreach_mul_(pulls, alpha)
-        foreach_add_(pulls, gradients)
-        known = [(p, self.multipliers[i]) for p, i in zip(pulls, index, strict=True) if i in self.multipliers]
-        if known:
-            foreach_sub_([p for p, _ in known], [m for _, m in known])
-        return pulls
+            foreach_mul_(total, alpha)
+        foreach_add_(total, gradients)
+        with_multiplier = [(p, self.multipliers[i]) for p, i in zip(total, index, strict=True) if i in self.multipliers]
+        if with_multiplier:
+            foreach_sub_([p for p, _ in with_multiplier], [m for _, m in with_multiplier])
+        return total
 
     def _set_averages(self, index: list[int], averages: Sequence[Tensor]) -> None:
         for i, average in zip(index, averages, strict=True):
             self.averages[i] = average
 
-    def _follow_multipliers(self, index: list[int], weights: list[Tensor], alpha: float) -> None:
-        """`m = m - alpha (W - A)`, with the new weights and the running average of before."""
+    def _update_multipliers(self, index: list[int], weights: list[Tensor], alpha: float) -> None:
+        """`m = m - alpha (W - A)`, with the updated weights and the old running averages."""
         steps = list(foreach_sub(weights, [self.averages[i] for i in index]))
         foreach_mul_(steps, -alpha)
         for i, step in zip(index, steps, strict=True):

@@ -1,4 +1,4 @@
-"""What a call of online training is given, as the rules take it: time in front, no history, lengths that fit."""
+"""Prepare the inputs and targets of a training call: detach them, move time to dim 0, check their lengths."""
 
 from __future__ import annotations
 
@@ -14,78 +14,78 @@ from snnfx.runtime.net import Net
 from snnfx.sandbox.torch_internals import pytree
 
 __all__ = [
-    "batch_of_steps",
-    "call_arguments",
-    "first_step",
+    "args_and_kwargs",
+    "batch_size_of",
+    "detached_inputs",
+    "example_of_one_step",
+    "moved_to_time_dim",
     "output_time_dim",
-    "steps_of_target",
-    "target_with_time_first",
-    "time_where_it_belongs",
-    "without_history",
+    "target_length",
+    "time_first_target",
 ]
 
-Call = tuple[tuple[Any, ...], dict[str, Any]]
+Arguments = tuple[tuple[Any, ...], dict[str, Any]]
 """Positional and keyword arguments."""
 
 
-def call_arguments(x_seq: Any) -> Call:
-    """A tensor, a tuple of positional or a dict of keyword arguments as `(args, kwargs)`."""
+def args_and_kwargs(x_seq: Any) -> Arguments:
+    """Convert a tensor, a tuple of positional arguments or a dict of keyword arguments to `(args, kwargs)`."""
     if isinstance(x_seq, dict):
         return (), x_seq
     return (x_seq if isinstance(x_seq, tuple) else (x_seq,)), {}
 
 
-def without_history(tree: Any) -> Any:
-    """The same values without their history: no gradient goes to what a call is given."""
-    # A tensor made in inference mode cannot be saved for a backward pass.
+def detached_inputs(tree: Any) -> Any:
+    """Detach all tensors, so that no gradient flows into the inputs of a call."""
+    # Autograd cannot save an inference tensor for backward; a clone made outside inference mode is a normal tensor.
     return pytree.tree_map_only(Tensor, lambda x: x.clone() if x.is_inference() else x.detach(), tree)
 
 
-def first_step(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-    """The arguments of the first step as `snnfx.convert` takes them, to capture a model with their shapes.
+def example_of_one_step(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    """Extract the arguments of the first time step, as `snnfx.convert` takes them for `example_inputs`.
 
     Raises:
-        InputError: SNNFX306, there is something else than tensors with time in front, and constants.
+        InputError: SNNFX306 if an argument is neither a tensor with time in dim 0 nor a constant.
     """
     for x in pytree.tree_leaves((args, kwargs)):
         if isinstance(x, Tensor) and (x.dim() == 0 or x.shape[0] == 0):
-            what = f"an input has shape {list(x.shape)}"
+            what = f"an input of shape {list(x.shape)} has no time steps"
         elif not isinstance(x, Tensor | bool | int | float | str | None):
-            what = f"an input is a {type(x).__name__}"
+            what = f"an input is a {type(x).__name__}, not a tensor"
         else:
             continue
-        raise InputError("SNNFX306", what, hint="A sequence is a tensor [T, N, ...].")
+        raise InputError("SNNFX306", what, hint="Pass each sequence as a tensor [T, N, ...].")
     step = pytree.tree_map_only(Tensor, lambda x: x[0], (args, kwargs))
     return step[1] or step[0]
 
 
-def time_where_it_belongs(net: Net, args: tuple[Any, ...]) -> tuple[Any, ...]:
-    """Positional arguments that have time in front, with time where a net has it."""
+def moved_to_time_dim(net: Net, args: tuple[Any, ...]) -> tuple[Any, ...]:
+    """Move time from dim 0 of each positional argument to the `time_dim` of the net."""
     leaves, spec = pytree.tree_flatten((args, {}))
     dims = time_dims_of_leaves(net.options.time_dim, net.program)
     if len(leaves) != len(dims):
-        return args  # the net tells what it takes
+        return args  # the net raises an error that lists its inputs
     moved = [x.movedim(0, dim) if isinstance(x, Tensor) and dim else x for x, dim in zip(leaves, dims, strict=True)]
     return pytree.tree_unflatten(moved, spec)[0]  # type: ignore[no-any-return]
 
 
 def output_time_dim(net: Net) -> int:
-    """Where time is in the outputs of a net."""
+    """The time dimension of the outputs of a net."""
     return net.options.time_dim if isinstance(net.options.time_dim, int) else 0
 
 
-def batch_of_steps(net: Net, leaves: Iterable[Tensor]) -> int | None:
-    """The size of the batch, None where the first dimension of a step may be something else.
+def batch_size_of(net: Net, leaves: Iterable[Tensor]) -> int | None:
+    """The batch size, or None if the first dimension of a step may be something else.
 
     Args:
-        net: takes the inputs.
-        leaves: the tensors of the inputs, time first.
+        net: the net that takes the inputs.
+        leaves: the input tensors, with time in dim 0.
     """
     program = net.program
     pairs = zip(leaves, net.varying_inputs, program.input_nodes(), strict=True)
     sizes = {x.shape[1 if varies else 0] for x, varies, _ in pairs if x.dim() > (2 if varies else 1)}
     examples = {_first_size(node) for node in program.input_nodes() if node.name in program.batched_inputs}
-    # In the example, the first dimension of inputs and outputs was of one size, if it is the batch.
+    # If dim 0 is the batch, the inputs and outputs of the example agree on its size.
     results = {_first_size(value) for value in program.outputs if isinstance(value, Node)}
     return sizes.pop() if len(sizes) == 1 and len((examples | results) - {None}) <= 1 else None
 
@@ -95,8 +95,8 @@ def _first_size(node: Node) -> int | None:
     return (value.shape[0] if value.dim() else 0) if isinstance(value, Tensor) else None
 
 
-def steps_of_target(target: Any, time_dim: int | None) -> int | None:
-    """How many time steps a target has; None: it has none, or no time."""
+def target_length(target: Any, time_dim: int | None) -> int | None:
+    """The number of time steps of a target, or None if it has no time dimension."""
     if time_dim is None:
         return None
     lengths = [
@@ -107,43 +107,50 @@ def steps_of_target(target: Any, time_dim: int | None) -> int | None:
     return lengths[0] if lengths else None
 
 
-def target_with_time_first(target: Any, time_dim: int | None, T: int, batch: int | None) -> Any:
-    """The target with T in front (or without T, for `time_dim=None`), after looking at its lengths.
+def time_first_target(target: Any, time_dim: int | None, T: int, batch: int | None) -> Any:
+    """Move time to dim 0 of the target and check its lengths.
+
+    Args:
+        target: a tensor or a pytree of tensors.
+        time_dim: its time dimension; None if it is the same at every step.
+        T: number of time steps of the input.
+        batch: batch size of the input; None if unknown.
 
     Raises:
-        InputError: SNNFX610, the number of steps or the batch is not that of the input, or it holds an array that is no
-            tensor.
+        InputError: SNNFX610 if its number of steps or its batch size differs from the input, or if it contains an
+            array that is not a tensor.
     """
 
-    def moved(value: Any) -> Any:
+    def time_first(value: Any) -> Any:
         if not isinstance(value, Tensor):
             if hasattr(value, "__array__"):
-                hint = "Make it a tensor with torch.as_tensor."
+                hint = "Convert it with torch.as_tensor."
                 raise InputError("SNNFX610", f"the target is a {type(value).__name__}, not a tensor", hint=hint)
             return value
         if time_dim is None:
             return value
         if value.dim() == 0 or not -value.dim() <= time_dim < value.dim():
-            why = f"its shape is {list(value.shape)}, and its time is dimension {time_dim}."
-            hint = "For one target for all steps pass target_dim=None."
+            why = f"its shape is {list(value.shape)}, and time is expected in dim {time_dim}."
+            hint = "If the target is the same at every time step, pass target_dim=None to the Trainer."
             raise InputError("SNNFX610", "the target has no time dimension", why=why, hint=hint)
         return value if time_dim == 0 else value.movedim(time_dim, 0)
 
-    first = pytree.tree_map(moved, target)
-    for value in pytree.tree_leaves(first):
+    moved = pytree.tree_map(time_first, target)
+    for value in pytree.tree_leaves(moved):
         if not isinstance(value, Tensor):
             continue
         if time_dim is not None and value.shape[0] != T:
             raise InputError(
                 "SNNFX610",
-                f"the target has {value.shape[0]} time steps, the input has {T}",
-                hint="Both have T in the same place; for one target for all steps pass target_dim=None.",
+                f"the target has {value.shape[0]} time steps, but the input has {T}",
+                hint="Pass one target per time step; if the target is the same at every step, pass target_dim=None to "
+                "the Trainer.",
             )
         step = value.shape[0 if time_dim is None else 1 :]
         if batch is not None and len(step) > 0 and step[0] != batch:
             raise InputError(
                 "SNNFX610",
-                f"the target has a batch of {step[0]}, the input of {batch}",
-                why=f"one step of the target has shape {list(step)}.",
+                f"the target has batch size {step[0]}, but the input has batch size {batch}",
+                why=f"one time step of the target has shape {list(step)}.",
             )
-    return first
+    return moved

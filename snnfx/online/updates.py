@@ -1,4 +1,4 @@
-"""Updates: what happens between the gradients of a rule and the optimizer."""
+"""Accumulate, average, clip and unscale gradients, then run the optimizer."""
 
 from __future__ import annotations
 
@@ -15,14 +15,17 @@ __all__ = ["Updates"]
 
 
 class Updates:
-    """Backward passes and updates with gradient accumulation, clipping, mixed precision and several processes.
+    """Backward passes and optimizer steps, with accumulation, clipping, mixed precision and several processes.
 
     Args:
         optimizer: over the parameters to train.
-        accumulate: an update every so many calls; their gradients are averaged.
-        clip_grad_norm: the largest norm of all gradients together; None: no clipping.
-        amp_dtype: the type of autocast; None: none. float16 has its gradients scaled.
-        process_group: average gradients over its processes; "world": over all; None: alone.
+        accumulate: number of calls per update; their gradients are averaged.
+        clip_grad_norm: largest total norm of the gradients; None: no clipping.
+        amp_dtype: dtype for autocast; None: no autocast. float16 uses a gradient scaler.
+        process_group: average gradients over its processes; "world": over all processes; None: do not average.
+
+    Raises:
+        InputError: SNNFX309 if an argument is out of range.
     """
 
     def __init__(
@@ -34,12 +37,15 @@ class Updates:
         process_group: Any = None,
     ) -> None:
         if isinstance(accumulate, bool) or not isinstance(accumulate, int) or accumulate < 1:
-            raise InputError("SNNFX309", f"accumulate={accumulate!r}", why="it is a number of calls above 0.")
+            why = "expected a number of calls (an int of at least 1)."
+            raise InputError("SNNFX309", f"invalid accumulate={accumulate!r}", why=why)
         is_number = isinstance(clip_grad_norm, int | float) and not isinstance(clip_grad_norm, bool)
         if clip_grad_norm is not None and not (is_number and clip_grad_norm > 0):
-            raise InputError("SNNFX309", f"clip_grad_norm={clip_grad_norm!r}", why="it is a norm above 0.")
+            why = "expected a norm above 0, or None."
+            raise InputError("SNNFX309", f"invalid clip_grad_norm={clip_grad_norm!r}", why=why)
         if amp_dtype not in (None, torch.bfloat16, torch.float16):
-            raise InputError("SNNFX309", f"amp_dtype={amp_dtype!r}", hint="Choose torch.bfloat16 or torch.float16.")
+            hint = "Choose torch.bfloat16, torch.float16 or None."
+            raise InputError("SNNFX309", f"invalid amp_dtype={amp_dtype!r}", hint=hint)
         self.optimizer, self.accumulate, self.clip = optimizer, accumulate, clip_grad_norm
         self.amp_dtype, self.process_group = amp_dtype, process_group
         self.scaler: torch.amp.GradScaler | None = None
@@ -52,11 +58,11 @@ class Updates:
         return [p for group in self.optimizer.param_groups for p in group["params"]]
 
     def snapshot(self) -> list[Tensor]:
-        """A copy of every parameter."""
+        """A detached copy of every parameter."""
         return [p.detach().clone() for p in self.parameters]
 
     def autocast(self, device: torch.device) -> contextlib.AbstractContextManager[None]:
-        """The precision of the forward pass."""
+        """The autocast context for the forward pass."""
         if self.amp_dtype is None:
             return contextlib.nullcontext()
         if self.amp_dtype is torch.float16 and self.scaler is None:
@@ -64,35 +70,35 @@ class Updates:
         return torch.autocast(device.type, dtype=self.amp_dtype)
 
     def begin_call(self) -> None:
-        """Forget the gradients of the last update, unless this call adds to them."""
+        """Clear the gradients of the last update, unless this call accumulates into them."""
         if self.calls % self.accumulate == 0:
-            self.zero()
+            self.clear_gradients()
 
-    def zero(self) -> None:
-        """Gradients belong to no update yet."""
-        for parameter in self.parameters:  # as optimizer.zero_grad(), in a tenth of the time
+    def clear_gradients(self) -> None:
+        """Set all gradients to None."""
+        for parameter in self.parameters:  # a tenth of the time of optimizer.zero_grad()
             parameter.grad = None
 
     def scaled(self, loss: Tensor) -> Tensor:
-        """A loss whose gradients can be added to those that are there: averaged over calls, scaled for float16."""
+        """Scale a loss for accumulation over calls and for float16 gradients."""
         if self.accumulate != 1:
             loss = loss / self.accumulate
         return loss if self.scaler is None else self.scaler.scale(loss)
 
     def backward(self, loss: Tensor) -> None:
-        """Add the gradients of a loss."""
+        """Accumulate the gradients of a loss."""
         self.scaled(loss).backward()
 
     def end_call(self) -> int:
-        """Update after as many calls as were asked for; the number of updates."""
+        """Update if enough calls have accumulated; return the number of updates."""
         self.calls += 1
         if self.calls % self.accumulate:
             return 0
-        self.apply()
+        self.optimizer_step()
         return 1
 
-    def apply(self) -> None:
-        """One update with the gradients that are there."""
+    def optimizer_step(self) -> None:
+        """Average, unscale and clip the accumulated gradients, then run the optimizer."""
         self.average_over_processes([p.grad for p in self.parameters if p.grad is not None])
         if self.scaler is not None:
             self.scaler.unscale_(self.optimizer)
@@ -105,17 +111,17 @@ class Updates:
             self.optimizer.step()
 
     def average_over_processes(self, gradients: Sequence[Tensor]) -> None:
-        """The mean of gradients over the processes of the group, in place."""
+        """Replace gradients by their mean over the processes of the group, in place."""
         if self.process_group is None or not gradients:
             return
         group = None if self.process_group == "world" else self.process_group
-        world = torch.distributed.get_world_size(group)
-        by_type: dict[tuple[torch.dtype, torch.device], list[Tensor]] = {}
+        world_size = torch.distributed.get_world_size(group)
+        by_dtype: dict[tuple[torch.dtype, torch.device], list[Tensor]] = {}
         for gradient in gradients:
-            by_type.setdefault((gradient.dtype, gradient.device), []).append(gradient)
-        for same in by_type.values():
-            flat = torch.cat([g.reshape(-1) for g in same])
+            by_dtype.setdefault((gradient.dtype, gradient.device), []).append(gradient)
+        for of_dtype in by_dtype.values():
+            flat = torch.cat([g.reshape(-1) for g in of_dtype])
             torch.distributed.all_reduce(flat, group=group)
-            flat /= world
-            for gradient, part in zip(same, flat.split([g.numel() for g in same]), strict=True):
+            flat /= world_size
+            for gradient, part in zip(of_dtype, flat.split([g.numel() for g in of_dtype]), strict=True):
                 gradient.copy_(part.view_as(gradient))

@@ -305,7 +305,7 @@ def test_a_model_is_captured_once_for_repeated_calls(monkeypatch: pytest.MonkeyP
     x_seq, target = torch.rand(N, T, 4), torch.rand(N, T, 3)
     optimizer = sgd(model)
     ottt_online_training(model, optimizer, x_seq, target, F.mse_loss, False)
-    monkeypatch.setattr("snnfx.online.rule_nets.convert", lambda *args, **kwargs: pytest.fail("captured again"))
+    monkeypatch.setattr("snnfx.online.edited_nets.convert", lambda *args, **kwargs: pytest.fail("captured again"))
     ottt_online_training(model, optimizer, x_seq, target, F.mse_loss, False)
 
 
