@@ -171,7 +171,7 @@ def _kind_of(value: Any) -> str:
     numpy = sys.modules.get("numpy")
     if numpy is not None and isinstance(value, numpy.ndarray):
         return "array"
-    if numpy is not None and isinstance(value, numpy.random.Generator | numpy.random.RNGState):
+    if numpy is not None and isinstance(value, numpy.random.Generator | numpy.random.RandomState):
         return "random"
     cls = type(value)
     package = cls.__module__.partition(".")[0]
@@ -242,7 +242,7 @@ def _state_of(generator: Any) -> bytes:
         return bytes(generator.get_state().tolist())
     if isinstance(generator, random.Random):
         return pickle.dumps(generator.getstate())
-    bits = getattr(generator, "bit_generator", None)  # of a Generator of NumPy; else a RNGState
+    bits = getattr(generator, "bit_generator", None)  # of a Generator of NumPy; else a RandomState
     return pickle.dumps(generator.get_state() if bits is None else bits.state)
 
 
