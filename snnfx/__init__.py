@@ -26,7 +26,7 @@ from snnfx.memory_module import MemoryModule
 from snnfx.ops.buffer_pool import release_buffers
 from snnfx.runtime.net import Net
 
-__version__ = "0.1.0"
+__version__ = "0.2.0"
 __all__ = [
     "MemoryModule",
     "Net",

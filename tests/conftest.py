@@ -1,4 +1,4 @@
-"""Every test starts from the same place: one thread, one seed, no warning given yet, nothing compiled."""
+"""Every test starts with one thread, one seed, no earlier warnings and no compiled code."""
 
 from __future__ import annotations
 
@@ -23,15 +23,15 @@ torch.set_num_threads(1)
 # A fault of snnfx itself fails the test instead of turning into a fallback.
 internal_faults.STRICT = True
 
-# Kernels built for the tests stay out of the user's cache; all test processes share them.
+# All test processes share one cache of kernels, which is not the user's.
 os.environ.setdefault("SNNFX_CACHE_DIR", os.path.join(tempfile.gettempdir(), f"snnfx_tests_{os.getuid()}"))
 
 
 def _let_torchvision_import() -> None:
-    """Declare the operators that torchvision asks for when it is imported next to a CPU build of torch.
+    """Declare the operators that a CUDA build of torchvision needs when torch is a CPU build.
 
-    PyPI has no CPU build of torchvision for Linux. The models of the CUDA build, which SpikingJelly's model zoo needs,
-    run all the same; only its detection operators do not exist.
+    PyPI has no CPU build of torchvision for Linux. The models of the CUDA build, which SpikingJelly's model zoo uses,
+    also run on a CPU build of torch; only the detection operators are missing.
     """
     if sys.platform != "linux" or torch.version.cuda or importlib.util.find_spec("torchvision") is None:
         return

@@ -37,11 +37,11 @@ def folder_sources(folder: Path, prefix: str) -> set[str]:
 
 
 def import_elsewhere(place: str, folder: Path, cwd: Path) -> dict[str, object]:
-    """What a fresh interpreter, started in `cwd`, sees of the package in `folder`.
+    """Import the package in `folder` in a new interpreter, started in `cwd`, and return its report.
 
-    `place` is "site" (a site-packages folder, whose .pth files are executed: how editable installs work) or
-    "path" (an entry of sys.path). `-S` keeps an snnfx that is installed here out of the picture; the dependencies
-    come from the folders of this process that hold no snnfx.
+    `place` is "site" (a site-packages folder, whose .pth files run: how editable installs work) or "path" (an entry of
+    sys.path). `-S` hides an snnfx that is installed here; the dependencies come from the folders of this process that
+    contain no snnfx.
     """
     dependencies = [p for p in sys.path if Path(p).is_dir() and not (Path(p) / "snnfx").exists()]
     enter = {"site": f"import site; site.addsitedir({str(folder)!r})", "path": f"sys.path.insert(0, {str(folder)!r})"}
@@ -54,7 +54,7 @@ def import_elsewhere(place: str, folder: Path, cwd: Path) -> dict[str, object]:
 
 
 def build(hook: str, checkout: Path, into: Path, **settings: str) -> Path:
-    """Call one of setuptools' build hooks in a checkout, without isolation or network; returns the wheel."""
+    """Call a build hook of setuptools in a checkout, without isolation or network, and return the wheel."""
     into.mkdir(parents=True)
     code = f"from setuptools import build_meta; build_meta.{hook}({str(into)!r}, {settings!r})"
     done = subprocess.run([sys.executable, "-c", code], cwd=checkout, capture_output=True, text=True, timeout=120)
@@ -71,7 +71,7 @@ def unpack(wheel: Path, into: Path) -> Path:
 
 @pytest.fixture
 def checkout(tmp_path: Path) -> Path:
-    """A copy of what a clone holds, so that building leaves nothing behind in this one."""
+    """A copy of the files of a clone, so that a build leaves nothing behind in this one."""
     clone = tmp_path / "clone"
     clone.mkdir()
     for name in ("pyproject.toml", "README.md", "LICENSE"):
@@ -90,7 +90,7 @@ def expect_complete(report: dict[str, object], package: Path, passes: Path) -> N
     assert report["optional packages imported"] == []
 
 
-def test_wheel_holds_every_module_and_imports(checkout: Path, tmp_path: Path) -> None:
+def test_wheel_contains_every_module_and_imports(checkout: Path, tmp_path: Path) -> None:
     wheel = build("build_wheel", checkout, tmp_path / "dist")
     with zipfile.ZipFile(wheel) as archive:
         packed = {name for name in archive.namelist() if ".dist-info/" not in name}
@@ -135,7 +135,7 @@ def test_plain_checkout_finds_the_passes_beside_the_package(checkout: Path, tmp_
     expect_complete(report, checkout / "snnfx", checkout / "passes")
 
 
-def test_importing_passes_by_itself_names_the_package(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_importing_passes_directly_names_the_package(monkeypatch: pytest.MonkeyPatch) -> None:
     # Otherwise each pass would exist twice, as two classes that are not equal.
     monkeypatch.syspath_prepend(str(ROOT))
     with pytest.raises(ImportError, match=r"snnfx\.passes"):
@@ -143,12 +143,19 @@ def test_importing_passes_by_itself_names_the_package(monkeypatch: pytest.Monkey
     assert "passes" not in sys.modules
 
 
-@pytest.mark.parametrize("name", ["convert", "draw", "explain", "verify"])
-def test_function_is_not_shadowed_by_its_module(name: str) -> None:
-    module = importlib.import_module(f"snnfx.{name}")
-    function = getattr(snnfx, name)
+@pytest.mark.parametrize(
+    ("name", "module"),
+    [
+        ("convert", "snnfx.convert"),
+        ("draw", "snnfx.inspect.picture.draw"),
+        ("explain", "snnfx.inspect.explain"),
+        ("verify", "snnfx.inspect.verify.verify"),
+    ],
+)
+def test_public_function_is_not_shadowed_by_its_module(name: str, module: str) -> None:
+    function = getattr(importlib.import_module(module), name)
     assert callable(function)
-    assert function is getattr(module, name)
+    assert getattr(snnfx, name) is function
 
 
 def test_every_public_name_is_there() -> None:
@@ -157,6 +164,6 @@ def test_every_public_name_is_there() -> None:
     assert sorted(snnfx.__all__) == sorted(set(snnfx.__all__))
 
 
-def test_version_is_that_of_the_project_file() -> None:
+def test_version_equals_the_one_in_the_project_file() -> None:
     project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
     assert snnfx.__version__ == project["version"]

@@ -1,11 +1,11 @@
-# Sourced by the scripts of this folder: the virtual environment, what goes into it, and how progress is shown.
+# Sourced by the scripts of this folder: the virtual environment, its packages, and progress messages.
 #
-#   SNNFX_VENV    where the environment is (default: .venv in the repository)
-#   SNNFX_PYTHON  the Python that makes it (default: the newest of python3, python3.13 ... that is 3.11 or later)
-#   SNNFX_TORCH   what pip is told to install as PyTorch. On Linux without a GPU, the CPU build saves several GB:
+#   SNNFX_VENV    the virtual environment (default: .venv in the repository)
+#   SNNFX_PYTHON  the Python that creates it (default: the first of python3, python3.13 ... that is 3.11 or later)
+#   SNNFX_TORCH   the arguments of pip that install PyTorch. On Linux without a GPU, the CPU build saves several GB:
 #                 SNNFX_TORCH="torch==2.13.0 --index-url https://download.pytorch.org/whl/cpu"
 #
-# A second run finds everything in place and takes seconds: each step leaves a stamp with a hash of what it depends on.
+# A second run takes seconds: each step leaves a stamp with a hash of its inputs and is skipped while the hash matches.
 
 set -euo pipefail
 ROOT=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
@@ -28,7 +28,7 @@ die() {
   exit 1
 }
 
-# quietly LABEL COMMAND...: one line with the seconds it takes; the command's output only when it fails.
+# quietly LABEL COMMAND...: print one line with the time it took; show the command's output only if it fails.
 quietly() {
   local label=$1 log start status=0
   shift
@@ -37,7 +37,7 @@ quietly() {
   if [ -t 1 ]; then
     "$@" >"$log" 2>&1 &
     local pid=$!
-    # A command in the background of a script does not hear of Ctrl-C.
+    # A background command of a script does not receive Ctrl-C.
     trap 'kill "$pid" 2>/dev/null; echo; exit 130' INT
     while kill -0 "$pid" 2>/dev/null; do
       printf '\r  . %s %s%ds%s ' "$label" "$DIM" $((SECONDS - start)) "$RESET"
@@ -60,12 +60,12 @@ quietly() {
   return "$status"
 }
 
-# once NAME HASH LABEL COMMAND...: run the command unless a stamp says that it was done with the same hash.
+# once NAME HASH LABEL COMMAND...: run the command unless its stamp contains the same hash.
 once() {
   local stamp=$VENV/.snnfx-$1 hash=$2 label=$3
   shift 3
   if [ "$(cat "$stamp" 2>/dev/null)" = "$hash" ]; then
-    note "$label: in place"
+    note "$label: already installed"
     return 0
   fi
   quietly "$label" "$@" || return
@@ -96,42 +96,54 @@ apt_install() {
 
 make_venv() {
   if is_new_enough "$PY" && "$PY" -m pip --version >/dev/null 2>&1; then
-    note "environment $VENV: in place"
+    note "environment $VENV: exists"
     return
   fi
   local python
   python=$(find_python)
-  # Debian ships venv without ensurepip, in a package of its own.
+  # Debian packages ensurepip separately from venv.
   if ! "$python" -c 'import ensurepip' 2>/dev/null; then
     may_use_apt && quietly "python3-venv" apt_install python3-venv ||
       die "$python cannot make virtual environments; on Debian and Ubuntu: apt-get install python3-venv"
   fi
   quietly "environment $VENV ($("$python" --version))" "$python" -m venv --clear "$VENV"
-  # The package is built in this environment (no isolation), which needs a setuptools of today.
+  # The package is built in this environment (no build isolation), which needs a recent setuptools.
   quietly "pip, setuptools" "$PY" -m pip install -q --upgrade pip "setuptools>=77"
 }
 
-has_torch() { "$PY" -c 'import torch, sys; sys.exit(tuple(map(int, torch.__version__.split(".")[:2])) < (2, 11))' 2>/dev/null; }
+# torch_version: the installed release of torch, without the label of the build ("2.13.0", not "2.13.0+cpu").
+torch_version() { "$PY" -c 'import torch; print(torch.__version__.split("+")[0])' 2>/dev/null; }
+
+# has_torch: whether an acceptable torch is installed: the release that test.sh --torch names, or any from 2.11.
+has_torch() {
+  local version
+  version=$(torch_version) || return
+  if [ -n "${torch_release:-}" ]; then
+    [ "$version" = "$torch_release" ]
+  else
+    "$PY" -c 'import sys; sys.exit(tuple(map(int, sys.argv[1].split(".")[:2])) < (2, 11))' "$version"
+  fi
+}
 
 install_torch() {
   if has_torch; then
-    note "torch $("$PY" -c 'import torch; print(torch.__version__)'): in place"
+    note "torch $(torch_version): already installed"
     return
   fi
   if [ -n "${SNNFX_TORCH:-}" ]; then
-    # Unquoted on purpose: it may bring options of pip along.
+    # Unquoted on purpose: it may contain options of pip.
     # shellcheck disable=SC2086
     quietly "$SNNFX_TORCH" "$PY" -m pip install -q $SNNFX_TORCH
     return
   fi
-  note "PyTorch is the large part; SNNFX_TORCH chooses the build (see tools/_env.sh)"
+  note "PyTorch is the largest download; SNNFX_TORCH chooses the build (see tools/_env.sh)"
   quietly "torch 2.13.0" "$PY" -m pip install -q torch==2.13.0 ||
     quietly "torch 2.13.0 for the CPU, from pytorch.org" \
       "$PY" -m pip install -q torch==2.13.0 --index-url https://download.pytorch.org/whl/cpu ||
     quietly "torch, any version from 2.11" "$PY" -m pip install -q "torch>=2.11"
 }
 
-# install_package EXTRAS: this checkout, editable, with the given extras.
+# install_package EXTRAS: an editable install of this checkout with the given extras.
 install_package() {
   once "package-$1" "$(hash_of pyproject.toml)" "snnfx[$1]" \
     "$PY" -m pip install -q --no-build-isolation -e ".[$1]"
@@ -139,7 +151,7 @@ install_package() {
 
 install_dot() {
   if command -v dot >/dev/null; then
-    note "graphviz: in place"
+    note "graphviz: already installed"
   elif may_use_apt && quietly "graphviz, for the pictures" apt_install graphviz; then
     :
   else
@@ -148,8 +160,8 @@ install_dot() {
   fi
 }
 
-# typecheck: mypy over the package as it is when installed. In a checkout snnfx.passes lies beside snnfx, where mypy
-# cannot know it; so a folder of links puts it in its place (the messages name the real files).
+# typecheck: run mypy on the layout of the installed package. In a checkout, passes/ lies beside snnfx/, where mypy does
+# not find snnfx.passes; a folder of links puts it inside. The messages name the real files.
 typecheck() {
   local layout=$ROOT/build/mypy entry
   rm -rf "$layout"
@@ -160,4 +172,13 @@ typecheck() {
   ln -s "$ROOT/passes" "$layout/snnfx/passes"
   local mypy=("$PY" -m mypy --config-file "$ROOT/pyproject.toml" --cache-dir "$ROOT/.mypy_cache")
   (cd "$layout" && "${mypy[@]}" -p snnfx && MYPYPATH=.:$ROOT/tools:$ROOT/tools/bench:$ROOT/tools/fuzz "${mypy[@]}" "$ROOT"/tools/*.py "$ROOT"/tools/bench/*.py "$ROOT"/tools/fuzz/fuzz*.py) | sed 's#^snnfx/passes/#passes/#'
+}
+
+# check_layers: run import-linter (the contracts in pyproject.toml) on an installed wheel, because in a checkout it does
+# not find snnfx.passes either. build/lib is removed first: setuptools would pack modules left from an earlier build.
+check_layers() {
+  local target=$ROOT/build/layers
+  rm -rf "$target" "$ROOT/build/lib"
+  "$PY" -m pip install -q --no-deps --no-build-isolation --target "$target" "$ROOT" &&
+    (cd "$target" && PYTHONPATH=$target "$VENV/bin/lint-imports" --no-cache --no-logo "$ROOT/pyproject.toml")
 }

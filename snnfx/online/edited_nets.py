@@ -11,9 +11,9 @@ from torch import Tensor, nn
 from snnfx.analysis.dependence import is_random
 from snnfx.convert import apply_edits, convert
 from snnfx.errors import InputError, warn_once
+from snnfx.ir.graph_pass import Pass
 from snnfx.ir.module_effects import keeps_statistics
 from snnfx.ir.options import time_dims_of_leaves
-from snnfx.ir.pass_manager import Pass
 from snnfx.ir.program import StepProgram
 from snnfx.online.learning_rules import Rule
 from snnfx.online.step_replay import ReplayContext

@@ -1,9 +1,8 @@
-"""Every private name of torch that snnfx uses, under a public name.
+"""Private names of torch that snnfx uses, under public names.
 
 A private name may change in any release of torch. `tests/sandbox/test_torch_internals.py` states the contract of each
-one, so a release that breaks it fails there first, and the name is replaced here only. Attributes that `nn.Module`
-keeps in its instances (`_parameters`, `_buffers`, `_modules`, hooks) are part of its pickle format; they are used by
-their names, and the same test states what they hold.
+name below, so a release that breaks one fails there first, and only this module has to change. The same test lists
+the private attributes of torch's objects that snnfx reads (`module._buffers`, `tensor._version`) with their contracts.
 """
 
 from __future__ import annotations
@@ -62,6 +61,8 @@ __all__ = [
     "TorchDispatchMode",
     "UnsupportedOperatorException",
     "are_transforms_active",
+    "broadcast_prefix",
+    "check_batch_size",
     "current_backward_pass",
     "decompositions",
     "disable_dispatch_modes",
@@ -76,6 +77,7 @@ __all__ = [
     "forward_mode_level",
     "function_from_source",
     "function_mode_stack",
+    "has_global_forward_hooks",
     "has_global_hooks",
     "included_dispatch_keys",
     "is_batched_by_vmap",
@@ -87,7 +89,7 @@ __all__ = [
     "without_compile_wrapper",
 ]
 
-# Aliases, not functions around them: torch.compile knows these objects.
+# Aliases, not wrapper functions: torch.compile recognises these objects.
 are_transforms_active = torch._C._are_functorch_transforms_active
 current_backward_pass = torch._C._current_graph_task_id
 dispatch_mode_count = torch._C._len_torch_dispatch_stack
@@ -97,6 +99,8 @@ is_batched_by_vmap = torch._C._functorch.is_batchedtensor
 is_forward_mode_enabled = forward_ad._is_fwd_grad_enabled
 saved_tensors_hooks = torch._C._autograd._top_saved_tensors_default_hooks
 tracing_state = torch._C._get_tracing_state
+check_batch_size = nn.functional._verify_batch_size  # type: ignore[attr-defined]
+broadcast_prefix = pytree._broadcast_to_and_flatten
 foreach_add = torch._foreach_add
 foreach_add_ = torch._foreach_add_
 foreach_lerp = torch._foreach_lerp
@@ -106,19 +110,24 @@ foreach_sub_ = torch._foreach_sub_
 
 
 def forward_mode_level() -> int:
-    """The level of forward-mode differentiation that is active; -1 outside of it."""
+    """Return the current level of forward-mode differentiation, or -1 outside of it."""
     return forward_ad._current_level
 
 
+def has_global_forward_hooks() -> bool:
+    """Whether forward hooks or pre-hooks are registered for all modules."""
+    return bool(nn.modules.module._global_forward_hooks or nn.modules.module._global_forward_pre_hooks)
+
+
 def decompositions() -> dict[Any, Any]:
-    """The operators that torch defines by other operators, each with its function. The first call imports them."""
+    """Return torch's table of operator decompositions. The first call imports it."""
     from torch._decomp import decomposition_table
 
     return decomposition_table
 
 
 def without_compile_wrapper(module: nn.Module) -> nn.Module | None:
-    """The module inside the wrapper that `torch.compile(module)` returns; None where `module` is no such wrapper."""
-    # Not imported at the top: torch._dynamo takes a second, and whoever has such a wrapper has imported it.
+    """Return the module that `torch.compile(module)` wrapped, or None if `module` is not such a wrapper."""
+    # Not imported at the top: importing torch._dynamo takes a second, and making such a wrapper has imported it.
     wrapper = getattr(getattr(torch, "_dynamo", None), "OptimizedModule", None)
     return module._orig_mod if wrapper is not None and isinstance(module, wrapper) else None
