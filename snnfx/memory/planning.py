@@ -70,11 +70,11 @@ def plan_inference(executable: Executable, leaves: Sequence[Tensor], state: Mapp
     fast = _power_of_two(CACHE_FRIENDLY / per_step) if device.type == "cpu" else fitting
     length = min(fitting, fast)
     if fitting <= fast:
-        limit = f"fits the memory budget, {bytes_as_text(budget)}"
+        limit = f"that fits the memory budget, {bytes_as_text(budget)}"
     else:
-        limit = f"has a working set, {bytes_as_text(CACHE_FRIENDLY)}, that fits the cache"
+        limit = f"whose working set, {bytes_as_text(length * per_step)}, fits the cache"
     per_step_text = f"{bytes_as_text(per_step)} per time step, peak at {where}"
-    reason = f"chunk = {steps_as_text(length)} (the largest that {limit}; {per_step_text})"
+    reason = f"chunk = {steps_as_text(length)} (the largest {limit}; {per_step_text})"
     return ChunkPlan(length, int(per_step), budget, reason)
 
 
