@@ -91,11 +91,11 @@ class MultiStepEmitter(Emitter):
         self.placeholders()
         for region in self.program.regions:
             self.emit_region(region)
-        outputs = [self.for_the_caller(value, self.returned(value)) for value in self.program.outputs]
+        outputs = [self.in_caller_layout(value, self.returned(value)) for value in self.program.outputs]
         handed_out = {name for argument in self.program.carried for name in argument.slot_names()}
         state = {slot.name: self._final_state(slot.name) for slot in self.program.slots}
         for name in sorted(handed_out & state.keys()):
-            state[name] = self.for_the_caller(self.next_of[name], state[name])
+            state[name] = self.in_caller_layout(self.next_of[name], state[name])
         return self.finish(outputs, state, [self._as_sequence(node) for node in self.record])
 
     def emit_region(self, region: Region) -> None:
