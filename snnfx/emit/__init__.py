@@ -1,1 +1,1 @@
-"""From a step program with regions to the multi-step FX graph."""
+"""Emit FX graphs from partitioned step programs."""

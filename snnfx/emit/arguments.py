@@ -1,4 +1,4 @@
-"""The arguments of a net: bound to the inputs of the captured step, with time where the graph wants it."""
+"""Bind the arguments of a call to the inputs of the captured step, and move time to dimension 0."""
 
 from __future__ import annotations
 
@@ -22,12 +22,12 @@ __all__ = ["Arguments", "signature_of"]
 
 
 class Arguments:
-    """What a net takes in one mode, and how a call's arguments become the tensors of its graph.
+    """The arguments and the state of calls in one mode.
 
     Args:
         program: the step program of the mode.
-        time_dims: where time is in each leaf of the arguments, None for one that is the same at every step.
-        options: what the net was converted with.
+        time_dims: the time dimension of each leaf of the arguments; None for a leaf that is the same at every step.
+        options: the options of the conversion.
     """
 
     def __init__(self, program: StepProgram, time_dims: Sequence[int | None], options: ConvertOptions) -> None:
@@ -35,10 +35,10 @@ class Arguments:
         self.time_dims = list(time_dims)
         pairs = list(zip(self.time_dims, program.input_leaves, strict=True))
         self.tensor_dims = [dim for dim, leaf in pairs if leaf.placeholder is not None]
-        """The time dimension of each tensor input."""
+        """The time dimension of each tensor input; None: the input has none."""
         self.varying = [dim is not None for dim in self.tensor_dims]
         self._tensor_names = [leaf.name for leaf in program.input_leaves if leaf.placeholder is not None]
-        self._planned = [_Planned.of(program, leaf.placeholder, dim) for dim, leaf in pairs if leaf.placeholder]
+        self._planned = [_PlannedInput.of(program, leaf.placeholder, dim) for dim, leaf in pairs if leaf.placeholder]
         count = len(program.input_leaves)
         positional = pytree.tree_structure(((0,) * count, {})) == program.input_spec
         self._is_plain = positional and all(leaf.placeholder is not None for leaf in program.input_leaves)
@@ -50,22 +50,22 @@ class Arguments:
     def split_carried(
         self, args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> tuple[tuple[Any, ...], dict[str, Any], dict[str, Any]]:
-        """The arguments of a call as `(args, kwargs, those that are carried)`."""
+        """Split the arguments of a call into `(args, kwargs, carried arguments by name)`."""
         if not self.program.carried:
             return args, kwargs, {}
         return split_arguments(self._parameters, [c.name for c in self.program.carried], args, kwargs)
 
     @property
     def positional_inputs(self) -> int:
-        """How many of the tensors of a call belong to positional arguments."""
+        """The number of tensors of a call that belong to positional arguments."""
         args, _ = pytree.tree_unflatten(list(range(len(self.program.input_leaves))), self.program.input_spec)
         return sum(self.program.input_leaves[i].placeholder is not None for i in pytree.tree_leaves(args))
 
     def bind(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> list[Tensor]:
-        """The tensors for the placeholders, after checking that the arguments are nested as they were at capture.
+        """The tensors for the placeholders of the step.
 
         Raises:
-            InputError: SNNFX307, other arguments; SNNFX305, something else than a tensor.
+            InputError: the arguments are not nested as at capture (SNNFX307), or an input is not a tensor (SNNFX305).
         """
         is_plain = self._is_plain and not kwargs and len(args) == len(self.tensor_dims)
         if is_plain and all(isinstance(x, Tensor) for x in args):
@@ -80,7 +80,7 @@ class Arguments:
                     raise InputError(
                         "SNNFX307",
                         f"the argument `{leaf.name}` is {value!r}, but the step was captured with {leaf.constant!r}",
-                        why="values that are no tensors are fixed at conversion.",
+                        why="arguments that are not tensors are fixed at conversion.",
                         hint="Convert again with this value in example_inputs.",
                     )
             elif not isinstance(value, Tensor):
@@ -90,30 +90,30 @@ class Arguments:
         return tensors
 
     def _bind_by_name(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> list[Any]:
-        """Arguments that are given by keyword where they were captured by position, or the other way round."""
+        """Bind arguments passed by keyword that were captured by position, or the other way round."""
         program = self.program
         expected = pytree.tree_unflatten(list(range(len(program.input_leaves))), program.input_spec)
         names = [leaf.name for leaf in program.input_leaves]
-        flat_expected = len(expected[0]) + len(expected[1]) == len(names)
-        given = {**dict(zip([n for n in names if n not in kwargs], args, strict=False)), **kwargs}
-        if flat_expected and len(args) + len(kwargs) == len(names) and set(given) == set(names):
-            return [given[name] for name in names]
+        is_flat = len(expected[0]) + len(expected[1]) == len(names)
+        by_name = {**dict(zip([n for n in names if n not in kwargs], args, strict=False)), **kwargs}
+        if is_flat and len(args) + len(kwargs) == len(names) and set(by_name) == set(names):
+            return [by_name[name] for name in names]
         raise InputError(
             "SNNFX307",
             "the arguments do not fit the captured step",
             why=f"it takes ({', '.join(names)}), nested as {program.input_spec}.",
-            hint="Pass what one step takes with a time dimension, or convert with other example_inputs.",
+            hint="Pass the inputs of one step, each with a time dimension, or convert with other example_inputs.",
         )
 
     def time_first(self, leaves: Sequence[Tensor], T: int | None) -> tuple[list[Tensor], int]:
-        """Move time to dim 0 of every sequence and find T.
+        """Move time to dimension 0 of each sequence: `(tensors, T)`.
 
         Raises:
-            InputError: SNNFX301, 303, 306, 309 or 310, the inputs do not have the same, known number of time steps.
+            InputError: SNNFX301, 303, 306, 309 or 310, the inputs do not have one common number of time steps.
         """
         moved: list[Tensor] = []
         if T is not None and (isinstance(T, bool) or not isinstance(T, int | torch.SymInt)):
-            raise InputError("SNNFX309", f"T={T!r}", hint="T is the number of time steps, an int.")
+            raise InputError("SNNFX309", f"T={T!r}", hint="Pass the number of time steps as an int.")
         for name, dim, x in zip(self._tensor_names, self.tensor_dims, leaves, strict=True):
             if dim is None:
                 moved.append(x)
@@ -122,8 +122,8 @@ class Arguments:
                 raise InputError(
                     "SNNFX306",
                     f"the input `{name}` has shape {list(x.shape)}",
-                    why=f"its time dimension is {dim}.",
-                    hint="A sequence is [T, N, ...].",
+                    why=f"it has no dimension {dim}, its time_dim.",
+                    hint="Pass a sequence, [T, N, ...].",
                 )
             moved.append(x if dim == 0 else x.movedim(dim, 0))
             length = moved[-1].shape[0]
@@ -132,18 +132,20 @@ class Arguments:
             elif length != T:
                 raise InputError("SNNFX303", f"the input `{name}` has {length} time steps, others have {T}")
         if T is None:
-            raise InputError("SNNFX310", "no input carries a time dimension", hint="Say how many steps: net(x, T=8).")
+            raise InputError(
+                "SNNFX310", "no input has a time dimension", hint="Pass the number of time steps: net(x, T=8)."
+            )
         if T < 1:
             raise InputError("SNNFX301", "the sequence has no time steps")
         return moved, T
 
     def check_time_first(self, T: Any, sequences: Sequence[Any], call: str) -> None:
-        """Raise for what are not T steps of each tensor input, time first.
+        """Check that each tensor input is a sequence of T time steps, time first.
 
         Args:
             T: the number of time steps.
-            sequences: one for each tensor input.
-            call: what was called, for the message, e.g. "recompute_plan".
+            sequences: one sequence for each tensor input.
+            call: the method of the net to name in errors, for example "recompute_plan".
 
         Raises:
             InputError: SNNFX301, 303, 305, 306, 307 or 309.
@@ -166,48 +168,48 @@ class Arguments:
                 raise InputError("SNNFX303", f"the input `{name}` has {x.shape[0]} time steps, T is {T}", hint=hint)
 
     def time_back(self, y: Any) -> Any:
-        """An output with time where the caller has it."""
+        """An output with time moved from dimension 0 to the time dimension of the caller."""
         if not isinstance(y, Tensor) or self.output_time_dim == 0 or self.options.reduce is not None:
             return y
         return y.movedim(0, self.output_time_dim)
 
     def at_step(self, leaves: Sequence[Tensor], step: int) -> list[Tensor]:
-        """The inputs of one step, from inputs with time first."""
+        """The inputs of one time step, from inputs with time first."""
         return [x[step] if v else x for x, v in zip(leaves, self.varying, strict=True)]
 
     def from_step(self, leaves: Sequence[Tensor], step: int) -> list[Tensor]:
-        """The inputs of a step and those after it, from inputs with time first."""
+        """The inputs from a time step to the last, from inputs with time first."""
         return [x[step:] if v else x for x, v in zip(leaves, self.varying, strict=True)]
 
     def arguments_of(self, leaves: Sequence[Tensor]) -> tuple[tuple[Any, ...], dict[str, Any]]:
-        """The other way round: `(args, kwargs)` as the model takes them, from one tensor for each placeholder."""
+        """The inverse of `bind`: `(args, kwargs)` of the model, from one tensor for each placeholder."""
         tensors = iter(leaves)
         values = [next(tensors) if leaf.placeholder else leaf.constant for leaf in self.program.input_leaves]
         return pytree.tree_unflatten(values, self.program.input_spec)  # type: ignore[no-any-return]
 
     def batch_sizes(self, leaves: Sequence[Tensor]) -> dict[str, int]:
-        """The size of the first dimension of one step of each tensor input, by name."""
+        """The batch size of each tensor input, by name: the size of the first dimension of one step."""
         pairs = zip(self._tensor_names, self.at_step(leaves, 0), strict=True)
         return {name: x.shape[0] for name, x in pairs if x.dim() > 0}
 
     def covered(self, leaves: Sequence[Tensor]) -> bool:
-        """Whether the plan holds for inputs (time first) of these ranks and batch sizes."""
-        size: Any = None
+        """Whether the plan covers inputs (time first) of these ranks and batch sizes."""
+        batch_size: Any = None
         for planned, x in zip(self._planned, leaves, strict=True):
             rank = x.dim()
             if rank < planned.least_rank or (planned.rank is not None and rank != planned.rank):
                 return False
             if planned.batch_dim is not None:
-                this = x.shape[planned.batch_dim]
-                if size is not None and this != size:
+                size = x.shape[planned.batch_dim]
+                if batch_size is not None and size != batch_size:
                     return False
-                size = this
+                batch_size = size
         return True
 
     # -- state ----------------------------------------------------------------------------------------------------
 
     def check_state(self, state: dict[str, Any] | None) -> None:
-        """Raise InputError (SNNFX308) for a state with other slots than the program has."""
+        """Raise InputError (SNNFX308) if the slots of a state are not the slots of the program."""
         if state is None:
             return
         expected = {slot.name for slot in self.program.slots}
@@ -217,14 +219,14 @@ class Arguments:
                 "SNNFX308",
                 "the state does not have the slots of the net",
                 why=f"missing {missing}, unknown {unknown}.",
-                hint="Pass on what net.run returned, or None for the reset state.",
+                hint="Pass the state that net.run returned, or None for the reset state.",
             )
 
     def check_shapes(self, state: Mapping[str, Any], steps: Sequence[Tensor]) -> None:
-        """Raise InputError (SNNFX308) for a state that does not have, or broadcast to, the shape that a step gives it.
+        """Raise InputError (SNNFX308) if a state does not broadcast to the shape of the next state.
 
         Args:
-            state: by slot.
+            state: the state by slot.
             steps: the inputs of one step.
         """
         if torch.compiler.is_compiling():
@@ -239,12 +241,12 @@ class Arguments:
                 raise InputError(
                     "SNNFX308",
                     f"the state `{name}` has shape {list(value.shape)}, but a step on these inputs gives {list(shape)}",
-                    why="it is the state of another batch, or of another model.",
-                    hint="Pass on what net.run returned for these samples, or None for the reset state.",
+                    why="it belongs to another batch or another model.",
+                    hint="Pass the state that net.run returned for these samples, or None for the reset state.",
                 )
 
     def first_state(self, state: dict[str, Any] | None, given: dict[str, Any]) -> dict[str, Any] | None:
-        """The state before the first step, with what the caller gives as carried arguments."""
+        """The state before the first step, with the carried arguments that the caller passed."""
         for argument in self.program.carried:
             value = given.get(argument.name)
             if value is not None:
@@ -252,30 +254,30 @@ class Arguments:
             elif argument.required and not set(argument.slot_names()) <= set(state or {}):
                 raise InputError(
                     "SNNFX308",
-                    f"the first value of `{argument.name}` is missing",
-                    why="it was given in example_inputs, and has no default.",
-                    hint=f"Pass it as the model takes it: net(x_seq, {argument.name}=...).",
+                    f"the initial value of `{argument.name}` is missing",
+                    why="the argument has no default, and example_inputs contained it.",
+                    hint=f"Pass it as an argument: net(x_seq, {argument.name}=...).",
                 )
-        alone = self.options.step_mode == "s" or self.program.first_step is not None
+        first_step_is_separate = self.options.step_mode == "s" or self.program.first_step is not None
         missing = {slot.name for slot in self.program.slots} - set(state or {})
-        if state is not None and missing and alone:
+        if state is not None and missing and first_step_is_separate:
             raise InputError(
                 "SNNFX308",
-                f"only a part of the state is given, {', '.join(sorted(missing))} is missing",
-                why="the first step of this model does something else than the others, or is run on its own.",
-                hint="Give all of it or nothing; net.run returns all of it.",
+                f"the state is incomplete, {', '.join(sorted(missing))} is missing",
+                why="the net runs the first step separately, which needs the value of every slot or of none.",
+                hint="Pass the complete state that net.run returned, or None for the reset state.",
             )
         return state
 
 
 @dataclass(frozen=True)
-class _Planned:
-    """What a plan says about a tensor input, time included.
+class _PlannedInput:
+    """The ranks and the batch dimension of a tensor input that the plan covers, time included.
 
     Args:
-        least_rank: its least number of dimensions.
-        rank: its number of dimensions, None where any from there on will do.
-        batch_dim: where it has the batch that inputs share, None where it has none.
+        least_rank: the least number of dimensions.
+        rank: the number of dimensions; None: any number from `least_rank` on.
+        batch_dim: the batch dimension that the inputs share; None: the input has no batch.
     """
 
     least_rank: int
@@ -283,10 +285,10 @@ class _Planned:
     batch_dim: int | None
 
     @staticmethod
-    def of(program: StepProgram, placeholder: str, time_dim: int | None) -> _Planned:
+    def of(program: StepProgram, placeholder: str, time_dim: int | None) -> _PlannedInput:
         time = 0 if time_dim is None else 1
         rank = program.input_ranks.get(placeholder)
-        return _Planned(
+        return _PlannedInput(
             program.requirements.get(placeholder, 0) + time,
             None if rank is None else rank + time,
             time if placeholder in program.batched_inputs else None,
@@ -294,26 +296,26 @@ class _Planned:
 
 
 def _broadcasts(shape: tuple[int, ...], to: tuple[int, ...]) -> bool:
-    """Whether a tensor of a shape can stand where one of shape `to` is expected."""
+    """Whether a tensor of a shape broadcasts to shape `to`."""
     pairs = zip(reversed(shape), reversed(to), strict=False)
     return len(shape) <= len(to) and all(size in (1, expected) for size, expected in pairs)
 
 
 def signature_of(program: StepProgram | None) -> inspect.Signature:
     """The signature of a net's `forward`: the arguments of the captured step, by name, and `T`."""
-    me = inspect.Parameter("self", inspect.Parameter.POSITIONAL_OR_KEYWORD)
+    self_parameter = inspect.Parameter("self", inspect.Parameter.POSITIONAL_OR_KEYWORD)
     T = inspect.Parameter("T", inspect.Parameter.KEYWORD_ONLY, default=None)
     if program is None:
-        return inspect.Signature([me, T])
+        return inspect.Signature([self_parameter, T])
     leaves = program.input_leaves
     numbered = pytree.tree_unflatten(list(range(len(leaves))), program.input_spec)
     arguments = [*numbered[0], *numbered[1].values()]
     names = [leaves[min(pytree.tree_leaves(a), default=0)].name.partition(".")[0] for a in arguments]
     if len(set(names)) != len(names) or not all(n.isidentifier() and n not in ("self", "T") for n in names):
-        many = inspect.Parameter("args", inspect.Parameter.VAR_POSITIONAL)
-        return inspect.Signature([me, many, T, inspect.Parameter("kwargs", inspect.Parameter.VAR_KEYWORD)])
+        args = inspect.Parameter("args", inspect.Parameter.VAR_POSITIONAL)
+        return inspect.Signature([self_parameter, args, T, inspect.Parameter("kwargs", inspect.Parameter.VAR_KEYWORD)])
     positional = [inspect.Parameter(n, inspect.Parameter.POSITIONAL_OR_KEYWORD) for n in names]
     positional += [
         inspect.Parameter(c.name, inspect.Parameter.POSITIONAL_OR_KEYWORD, default=None) for c in program.carried
     ]
-    return inspect.Signature([me, *positional, T])
+    return inspect.Signature([self_parameter, *positional, T])

@@ -1,4 +1,4 @@
-"""What all emitted graphs have in common: placeholders, attributes of the net, region modules, the state as a dict."""
+"""Base class of the emitters: placeholders, module attributes, region modules and the state dict."""
 
 from __future__ import annotations
 
@@ -17,24 +17,24 @@ from snnfx.ops.sequence_functions import select_state
 __all__ = ["Emitted", "Emitter", "TargetName"]
 
 TargetName = Callable[[str], str]
-"""From a target of the program to the attribute path on the net."""
+"""Maps a target of the program to an attribute path on the net."""
 
 
 @dataclass
 class Emitted:
-    """An emitted graph and the region modules that it refers to as ``<container>.<region name>``."""
+    """An emitted graph and its region modules, which it refers to as `<container>.<region name>`."""
 
     graph: fx.Graph
     regions: dict[str, nn.Module] = field(default_factory=dict)
 
 
 class Emitter:
-    """A graph in the making.
+    """Builds the emitted graph of a step program.
 
     Args:
-        program: at stage "partitioned".
-        container: where the net will keep the region modules.
-        target_name: from a target of the program to the attribute path on the net.
+        program: a program at stage "partitioned".
+        container: the attribute path under which the net stores the region modules.
+        target_name: maps a target of the program to an attribute path on the net.
     """
 
     def __init__(self, program: StepProgram, container: str, target_name: TargetName) -> None:
@@ -52,27 +52,27 @@ class Emitter:
         self.time = add_placeholder(self.graph, "time", default_value=None)
 
     def attribute(self, target: str) -> Node:
-        """A get_attr node of the net for a target of the program."""
+        """The `get_attr` node for a target of the program."""
         if target not in self.attributes:
             self.attributes[target] = self.graph.get_attr(self.target_name(target))
         return self.attributes[target]
 
     def steps(self) -> Node:
-        """A tensor `[T]`."""
+        """The node of a tensor `[T]`, one element per time step."""
         return self.time
 
     def region(self, name: str, make: Callable[[], nn.Module]) -> Node:
-        """A get_attr node of the net for a region module, made unless the other form has it already."""
+        """The `get_attr` node for a region module, which is made unless another graph of the region made it."""
         if name not in self.regions:
             self.regions[name] = make()
         return self.graph.get_attr(f"{self.container}.{name}")
 
     def state_of(self, slots: Sequence[str]) -> Any:
-        """The values of some slots before the first step; None is the reset state."""
+        """The values of some slots before the first step; None: the reset state."""
         return self.graph.call_function(select_state, (self.state, tuple(slots)))
 
-    def for_the_caller(self, node: Any, value: Any) -> Any:
-        """The emitted value of a node as it leaves the net: row-major, whatever was chosen inside."""
+    def in_caller_layout(self, node: Any, value: Any) -> Any:
+        """The emitted value of an output, converted to row-major if the net computes it in channels-last layout."""
         if isinstance(node, Node) and node.meta.get("channels_last"):
             return self.graph.call_function(row_major, (value,))
         return value

@@ -1,10 +1,10 @@
-"""Split folds at what multiplies and at batch statistics, for forms of the graph that compute parts again in backward.
+"""Split fold regions at products and batch statistics, for graphs that recompute parts in backward.
 
 `fold(pool, conv, bn)` becomes `fold(pool)`, `fold(conv)` and the normalisation. Products (convolutions, linear layers,
-attention) take most of the time, and their gradient needs no more than what goes into them. What lies between takes
-little time and holds most of the memory: it is cheap to compute again (Korthikanti et al. 2022). Normalising needs the
-statistics of all steps, but with these at hand it can be done on any part of the sequence. Legal for any cut of a fold:
-the parts are batch-equivariant, and their borders are views.
+attention) take most of the time, and their gradients need only their inputs. The operations between products take
+little time but most of the memory, so they are cheap to recompute (Korthikanti et al. 2022). Normalisation needs the
+statistics of all time steps; given these, it runs on any slice of the sequence. Any split of a fold is legal because
+the parts are batch-equivariant and exchange views.
 """
 
 from __future__ import annotations
@@ -40,14 +40,15 @@ LIGHT, PRODUCT, NORM = "light", "product", "norm"
 
 @dataclass(frozen=True)
 class FoldPart:
-    """A region, or a part of one.
+    """A region, or a part of a fold region.
 
     Args:
-        region: what it computes.
-        role: "light" for what is cheap to compute again, "product" for what is not, or "norm" for a BatchNorm that may
-            take statistics; "" for what is neither over time nor in a region of its own.
-        is_random: whether it draws random numbers.
-        by_steps, by_samples: whether it may be run on some time steps, or samples, after the others.
+        region: the nodes of the part.
+        role: "light" for a part that is cheap to recompute, "product" for an expensive part, "norm" for a BatchNorm
+            that may take statistics; "" for a region that stays outside tiles.
+        is_random: whether the part draws random numbers.
+        by_steps: whether the part may run on slices of the time steps.
+        by_samples: whether the part may run on slices of the batch.
     """
 
     region: Region
@@ -58,7 +59,7 @@ class FoldPart:
 
 
 def split_folds(program: StepProgram) -> list[FoldPart]:
-    """The regions of a partitioned program, folds in parts, in an order in which they can run."""
+    """The regions of a partitioned program with its folds split into parts, in execution order."""
     return [part for region in program.regions for part in _parts_of(program, region)]
 
 
@@ -72,35 +73,35 @@ def _parts_of(program: StepProgram, region: Region) -> list[FoldPart]:
     reasons = (
         reason_against_kernel(program, region) or mixing_node(program, region) or _any(program, region, may_be_random)
     )
-    return [_described(program, region, LIGHT if region.kind == "loop" and not reasons else PRODUCT)]
+    return [_classify(program, region, LIGHT if region.kind == "loop" and not reasons else PRODUCT)]
 
 
-def _described(program: StepProgram, region: Region, role: str) -> FoldPart:
+def _classify(program: StepProgram, region: Region, role: str) -> FoldPart:
     is_random = _any(program, region, may_be_random)
     by_steps = not is_random and not _any(program, region, takes_batch_statistics)
     by_samples = by_steps and region.kind != "map" and (region.kind == "fold" or _steps_by_sample(region))
     return FoldPart(region, role, is_random, by_steps, by_samples)
 
 
-def _any(program: StepProgram, region: Region, holds: Any) -> bool:
-    return any(holds(program, node) for node in region.nodes)
+def _any(program: StepProgram, region: Region, predicate: Any) -> bool:
+    return any(predicate(program, node) for node in region.nodes)
 
 
 def _steps_by_sample(region: Region) -> bool:
-    """Whether a step of a loop is batch-equivariant, its state too."""
+    """Whether a step of a loop, state included, is batch-equivariant."""
     nodes = [n for n in region.nodes if not is_size(n) and n.meta.get("varying", True)]
-    return all("step_refusal" not in n.meta and _is_in_front(n.meta.get("batch_dim")) for n in nodes)
+    return all("step_refusal" not in n.meta and _is_batch_first(n.meta.get("batch_dim")) for n in nodes)
 
 
-def _is_in_front(dim: Any) -> bool:
-    return all(map(_is_in_front, dim)) if isinstance(dim, tuple) else dim == 0
+def _is_batch_first(dim: Any) -> bool:
+    return all(map(_is_batch_first, dim)) if isinstance(dim, tuple) else dim == 0
 
 
 class _Fold:
-    """One fold in parts: nodes of one kind that hang together.
+    """Splits one fold into parts: connected nodes of one kind.
 
-    A node is in the phase after those of its operands, or in theirs if it is of their kind. So no value goes from a
-    part to a part that runs before it.
+    A node is in the phase of its operands if it has their kind, and otherwise in the next phase. So no value flows from
+    a part to an earlier part.
     """
 
     def __init__(self, program: StepProgram, region: Region) -> None:
@@ -116,8 +117,7 @@ class _Fold:
                 self.kind[node], self.phase[node] = self.kind[source], self.phase[source]
             else:
                 self.kind[node] = kind = _kind_of(program, node)
-                alike = kind != NORM
-                phases = [self.phase[n] + (0 if alike and self.kind[n] == kind else 1) for n in operands]
+                phases = [self.phase[n] + (0 if kind != NORM and self.kind[n] == kind else 1) for n in operands]
                 self.phase[node] = max(phases, default=0)
             self.group[node] = node
             for n in operands:
@@ -136,21 +136,21 @@ class _Fold:
         self.group[self._find(b)] = self._find(a)
 
     def parts(self) -> list[FoldPart]:
-        """The parts in an order in which they can run; the fold as it is where a border would not be plain."""
+        """The parts in execution order; the whole fold if values between the parts would not have a plain batch."""
         groups: dict[Node, list[Node]] = {}
         for node in self.region.nodes:
             groups.setdefault(self._find(node), []).append(node)
         ordered = sorted(groups.values(), key=lambda nodes: self.phase[nodes[0]])
         if len(ordered) == 1 and self.kind[ordered[0][0]] != NORM:
-            return [_described(self.program, self.region, self.kind[ordered[0][0]])]
+            return [_classify(self.program, self.region, self.kind[ordered[0][0]])]
         if not all(map(self._has_plain_borders, self.region.nodes)) or not all(map(_takes_one_batch, ordered)):
-            return [_described(self.program, self.region, PRODUCT)]
-        found, names = [], _names(self.region.name, [self.kind[nodes[0]] for nodes in ordered])
+            return [_classify(self.program, self.region, PRODUCT)]
+        parts, names = [], _names(self.region.name, [self.kind[nodes[0]] for nodes in ordered])
         for nodes, name in zip(ordered, names, strict=True):
             kind = self.kind[nodes[0]]
             region = replace(self.region, name=name, nodes=nodes)
-            found.append(FoldPart(region, NORM) if kind == NORM else _described(self.program, region, kind))
-        return found
+            parts.append(FoldPart(region, NORM) if kind == NORM else _classify(self.program, region, kind))
+        return parts
 
     def _has_plain_borders(self, node: Node) -> bool:
         if is_size(node):
@@ -162,22 +162,22 @@ class _Fold:
 
 
 def _takes_one_batch(nodes: Sequence[Node]) -> bool:
-    """Whether what comes into a part has batches of one size: others may be merged into it inside of a fold."""
+    """Whether the inputs of a part have one batch size: a fold may merge other dimensions into its batch."""
     outside = {n for node in nodes for n in operands_through_sizes(node)} - set(nodes)
     return len({size for node in outside for size in node.meta.get("batch_sizes", ())}) < 2
 
 
 def _names(name: str, kinds: Sequence[str]) -> list[str]:
-    """A name for each part of a fold; the first product has that of the fold."""
-    first = kinds.index(PRODUCT) if PRODUCT in kinds else None
-    found, count = [], 0
+    """A name for each part of a fold; the first product keeps the name of the fold."""
+    first_product = kinds.index(PRODUCT) if PRODUCT in kinds else None
+    names, count = [], 0
     for index, kind in enumerate(kinds):
-        if index == first:
-            found.append(name)
+        if index == first_product:
+            names.append(name)
             continue
         count += 1
-        found.append(f"{name}_{'norm' if kind == NORM else 'part'}_{count}")
-    return found
+        names.append(f"{name}_{'norm' if kind == NORM else 'part'}_{count}")
+    return names
 
 
 def _takes_statistics_of_steps(node: Node) -> bool:
@@ -188,12 +188,12 @@ def _takes_statistics_of_steps(node: Node) -> bool:
 def _kind_of(program: StepProgram, node: Node) -> str:
     if _is_batch_norm(program, node) and node.meta.get("batch_dim") == 0 == node.args[0].meta.get("batch_dim"):  # type: ignore[union-attr]
         return NORM
-    dear = _multiplies(program, node) or is_random(program, node) or takes_batch_statistics(program, node)
-    return PRODUCT if dear else LIGHT
+    is_expensive = _is_product(program, node) or is_random(program, node) or takes_batch_statistics(program, node)
+    return PRODUCT if is_expensive else LIGHT
 
 
 def _is_batch_norm(program: StepProgram, node: Node) -> bool:
-    """Whether a node calls a BatchNorm that computes what torch's does."""
+    """Whether a node calls a BatchNorm with the forward of torch."""
     module = program.module_of(node)
     if node.op != "call_module" or not isinstance(module, nn.BatchNorm1d | nn.BatchNorm2d | nn.BatchNorm3d):
         return False
@@ -201,20 +201,20 @@ def _is_batch_norm(program: StepProgram, node: Node) -> bool:
 
 
 def takes_batch_statistics(program: StepProgram, node: Node) -> bool:
-    """Whether what a node computes for some steps in training depends on the others: it takes statistics."""
+    """Whether a node takes batch statistics in training, so that its time steps depend on each other."""
     module = program.module_of(node)
     if module is not None and any(isinstance(m, BatchNormBase) for m in module.modules()):
         return True
     if keeps_statistics(program, node):
         return True
-    found = find_rule(node, program.resolve)
-    return found is not None and found.name in ("batch_norm", "instance_norm")
+    rule = find_rule(node, program.resolve)
+    return rule is not None and rule.name in ("batch_norm", "instance_norm")
 
 
-def _multiplies(program: StepProgram, node: Node) -> bool:
-    """Whether a node is a product, or not known to be none."""
-    found = find_rule(node, program.resolve)
-    return found is None or found.name in _PRODUCTS
+def _is_product(program: StepProgram, node: Node) -> bool:
+    """Whether a node is a product, or an unknown operation, which may be one."""
+    rule = find_rule(node, program.resolve)
+    return rule is None or rule.name in _PRODUCTS
 
 
 _PRODUCTS = frozenset(
@@ -233,14 +233,14 @@ def emit_parts(
     reduce: str | None,
     plain: tuple[Sequence[int | None], int] | None,
 ) -> tuple[fx.Graph, dict[str, nn.Module]]:
-    """Emit a program in parts: the graph, and the modules that it runs.
+    """Emit a program with its folds split into parts: `(graph, region modules by name)`.
 
     Args:
-        program: at stage "partitioned".
-        parts: from `split_folds`.
-        container, target_name, reduce: as for `passes.emit`.
-        regions: the modules of the regions that were not split, used again.
-        plain: `time_dims` and `output_time_dim` of the plain form; None: the form with state.
+        program: a program at stage "partitioned".
+        parts: the parts that `split_folds` returned.
+        container, target_name, reduce: as for `emit_multi_step`.
+        regions: the modules of the regions that were not split, which this graph shares.
+        plain: `time_dims` and `output_time_dim` of the plain graph; None: the graph with state.
     """
     program = replace(program, regions=[part.region for part in parts])
     if plain is None:
@@ -248,26 +248,26 @@ def emit_parts(
     else:
         emitted = emit_plain(program, container, target_name, regions, *plain, reduce)
     norms = {part.region.name: part.region for part in parts if part.role == NORM}
-    return _with_statistics(emitted.graph, norms), {**emitted.regions, **regions}
+    return _split_norms(emitted.graph, norms), {**emitted.regions, **regions}
 
 
-def _with_statistics(graph: fx.Graph, norms: Mapping[str, Region]) -> fx.Graph:
-    """The graph with each BatchNorm as its statistics and the normalisation."""
+def _split_norms(graph: fx.Graph, norms: Mapping[str, Region]) -> fx.Graph:
+    """The graph with each BatchNorm split into its statistics and the normalisation."""
     by_node = {region.nodes[0].name: name for name, region in norms.items() if region.kind == "map"}
     new = fx.Graph()
     env: dict[Node, Node] = {}
     for node in graph.nodes:
         if node.target is batch_norm_per_step and node.meta["step_node"] in by_node:
             x_seq, module = (env[n] for n in node.all_input_nodes)
-            env[node] = _normalized(new, x_seq, module, by_node[node.meta["step_node"]], per_step=True)
+            env[node] = _normalize(new, x_seq, module, by_node[node.meta["step_node"]], per_step=True)
             env[node].meta.update(node.meta)
         elif node.target is seq_to_ann_forward and (name := _region_of(node)) in norms:
             (x_seq,), (module,) = (
-                map_arg(given, env.__getitem__) for given in (node.args[0], node.kwargs["constants"])
+                map_arg(operands, env.__getitem__) for operands in (node.args[0], node.kwargs["constants"])
             )
-            env[node] = _normalized(new, x_seq, module, name, per_step=False)
+            env[node] = _normalize(new, x_seq, module, name, per_step=False)
         elif node.target is operator.getitem and isinstance(node.args[0], Node) and _region_of(node.args[0]) in norms:
-            env[node] = env[node.args[0]]  # the tensor itself
+            env[node] = env[node.args[0]]  # `normalize` returns a tensor, not a tuple
             env[node].meta.update(node.meta)
         else:
             env[node] = new.node_copy(node, env.__getitem__)
@@ -280,12 +280,12 @@ def _region_of(node: Node) -> str:
     return str(node.args[1].target).rpartition(".")[2] if is_fold else ""  # type: ignore[union-attr]
 
 
-def _normalized(graph: fx.Graph, x_seq: Node, module: Node, name: str, per_step: bool) -> Node:
-    taken = graph.call_function(
+def _normalize(graph: fx.Graph, x_seq: Node, module: Node, name: str, per_step: bool) -> Node:
+    statistics = graph.call_function(
         step_statistics if per_step else batch_statistics, (x_seq, module), name=f"{name}_statistics"
     )
-    taken.meta["region_name"] = f"{name}_stats"
-    mean, var = (graph.call_function(operator.getitem, (taken, index)) for index in range(2))
+    statistics.meta["region_name"] = f"{name}_stats"
+    mean, var = (graph.call_function(operator.getitem, (statistics, index)) for index in range(2))
     options: dict[str, Any] = {"per_step": True} if per_step else {}
     value = graph.call_function(normalize, (x_seq, mean, var, module), options, name=name)
     value.meta["region_name"] = name

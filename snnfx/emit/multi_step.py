@@ -1,9 +1,9 @@
 """Emit the multi-step graph: one call of a `snnfx.functional` function for each region of a partitioned program.
 
-There are two forms over the same region modules. This one, with state, takes sequences with time first, the state by
-slot name (None: the reset state) and `time`, a tensor `[T]` for regions that have no sequence; it returns outputs,
-final state and what is recorded. The plain one (`snnfx.emit.plain_graph`) is what a user sees and exports. Regions
-take modules and parameters as arguments, so that every one of them stays where the model has it.
+Two graphs share the region modules. The graph of this module takes sequences with time first, the state by slot name
+(None: the reset state) and `time`, a tensor `[T]` for regions without sequence inputs; it returns outputs, final state
+and recorded values. The plain graph (`snnfx.emit.plain_graph`) has no state; users see and export it. Regions take
+modules and parameters as arguments, so that these stay where the model has them.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from torch.fx import Node
 
 from snnfx.analysis.foldable_loops import folds_when_cut, is_trace_loop
 from snnfx.emit.emitter import Emitted, Emitter, TargetName
-from snnfx.emit.region_builder import RegionBuilder, has_batch_in_front, same_for_all_samples
+from snnfx.emit.region_builder import RegionBuilder, is_batch_first, same_for_all_samples
 from snnfx.functional import map_forward, multi_step_forward, seq_to_ann_forward
 from snnfx.ir.printing import describe_node
 from snnfx.ir.program import Region, StepProgram
@@ -47,11 +47,11 @@ def emit_multi_step(
     """Emit a partitioned program for whole sequences, with state.
 
     Args:
-        program: at stage "partitioned".
-        container: where the net will keep the region modules.
-        target_name: from a target of the program to the attribute path on the net.
-        record: nodes whose values over time are wanted as well.
-        reduce: return the outputs' "mean", "sum" or "last" over time instead of sequences.
+        program: a program at stage "partitioned".
+        container: the attribute path under which the net stores the region modules.
+        target_name: maps a target of the program to an attribute path on the net.
+        record: nodes whose values over time the graph returns as well.
+        reduce: return the "mean", "sum" or "last" over time of the outputs instead of sequences.
 
     Returns:
         A graph `(inputs..., state=None, time=None) -> (outputs, {slot: final value}, records)`.
@@ -60,7 +60,7 @@ def emit_multi_step(
 
 
 class MultiStepEmitter(Emitter):
-    """Emits the form with state, region by region; the plain form differs in its ends."""
+    """Emits the graph with state, region by region; the plain graph differs in its inputs and outputs."""
 
     def __init__(
         self,
@@ -78,10 +78,10 @@ class MultiStepEmitter(Emitter):
         self.loop_calls: dict[str, tuple[Node, int]] = {}
         self.reduced: dict[Node, Node] = {}
         self.builders = {region.name: self._builder(region) for region in program.regions}
-        self.read_outside = self._read_outside()
+        self.read_outside = self._nodes_read_outside()
 
     def _builder(self, region: Region) -> RegionBuilder:
-        # A loop whose state is cut is folded over time after all.
+        # A loop whose state edges were all cut is folded over time.
         folds = folds_when_cut(self.program, region) or None
         builder = RegionBuilder(self.program, region.nodes, region.slots, folds=folds)
         if region.kind == "loop":
@@ -92,17 +92,17 @@ class MultiStepEmitter(Emitter):
         self.placeholders()
         for region in self.program.regions:
             self.emit_region(region)
-        outputs = [self.for_the_caller(value, self.returned(value)) for value in self.program.outputs]
-        handed_out = {name for argument in self.program.carried for name in argument.slot_names()}
+        outputs = [self.in_caller_layout(value, self.returned(value)) for value in self.program.outputs]
+        returned_slots = {name for argument in self.program.carried for name in argument.slot_names()}
         state = {slot.name: self._final_state(slot.name) for slot in self.program.slots}
-        for name in sorted(handed_out & state.keys()):
-            state[name] = self.for_the_caller(self.next_of[name], state[name])
+        for name in sorted(returned_slots & state.keys()):
+            state[name] = self.in_caller_layout(self.next_of[name], state[name])
         return self.finish(outputs, state, [self._as_sequence(node) for node in self.record])
 
     def emit_region(self, region: Region) -> None:
-        """Add the call of a region and define what is read outside of it."""
+        """Add the call of a region and define its values that are read outside it."""
         builder = self.builders[region.name]
-        wanted = [node for node in region.nodes if node in self.read_outside]
+        output_nodes = [node for node in region.nodes if node in self.read_outside]
         constants = builder.constants
         is_batch_norm = region.kind == "map" and _is_per_step_batch_norm(region)
         if is_batch_norm:
@@ -114,38 +114,38 @@ class MultiStepEmitter(Emitter):
             return
         constant_args = tuple(self._constant(key) for key in constants)
         if region.kind == "once":
-            module = self.region(region.name, lambda: builder.graph_module(wanted))
+            module = self.region(region.name, lambda: builder.graph_module(output_nodes))
             constant_args += tuple(self._reduced_operand(node) for node in builder.inputs)
             call = self.graph.call_function(call_once, (module, constant_args), name=region.name)
         elif region.kind == "fold":
-            call = self._emit_fold(region, builder, wanted, constant_args)
+            call = self._emit_fold(region, builder, output_nodes, constant_args)
         elif region.kind == "map":
             call = self._emit_sequence_call(
                 region,
                 builder,
-                lambda: MapRegion(_label(region), builder.graph_module(wanted, extra_input=not builder.inputs)),
+                lambda: MapRegion(_label(region), builder.graph_module(output_nodes, extra_input=not builder.inputs)),
                 map_forward,
-                wanted,
+                output_nodes,
                 constant_args,
                 {},
             )
         else:
-            self._emit_loop(region, builder, wanted, constant_args)
+            self._emit_loop(region, builder, output_nodes, constant_args)
             return
-        for index, node in enumerate(wanted):
+        for index, node in enumerate(output_nodes):
             value = self.graph.call_function(operator.getitem, (call, index))
             if region.kind == "fold" and same_for_all_samples(node):
                 value = self.graph.call_method("select", (value, 1, 0))
             self._define(node, value)
 
-    def _emit_fold(self, region: Region, builder: RegionBuilder, wanted: list[Node], constants: Any) -> Node:
-        module = self.region(region.name, lambda: builder.graph_module(wanted))
+    def _emit_fold(self, region: Region, builder: RegionBuilder, output_nodes: list[Node], constants: Any) -> Node:
+        module = self.region(region.name, lambda: builder.graph_module(output_nodes))
         inputs = tuple(self._sequence_input(node) for node in builder.inputs)
         kwargs: dict[str, Any] = {"constants": constants} if constants else {}
         batch_dims = tuple(node.meta["batch_dim"] for node in builder.inputs)
         if any(batch_dims):
             kwargs["batch_dim"] = batch_dims
-        out_dims = tuple(0 if same_for_all_samples(node) else node.meta["batch_dim"] for node in wanted)
+        out_dims = tuple(0 if same_for_all_samples(node) else node.meta["batch_dim"] for node in output_nodes)
         if any(out_dims):
             kwargs["out_batch_dim"] = out_dims
         return self.graph.call_function(seq_to_ann_forward, (inputs, module), kwargs, name=region.name)
@@ -156,19 +156,19 @@ class MultiStepEmitter(Emitter):
         builder: RegionBuilder,
         make: Callable[[], LoopRegion | MapRegion],
         function: Callable[..., Any],
-        wanted: list[Node],
+        output_nodes: list[Node],
         constants: Any,
         kwargs: dict[str, Any],
     ) -> Node:
         def make_bound() -> nn.Module:
             module = make()
             targets = [_module_target(self.program, key) for key in builder.constants]
-            module.bind(self.program.resolve, targets, output_count=len(wanted))
+            module.bind(self.program.resolve, targets, output_count=len(output_nodes))
             module.slot_count = len(region.slots)
             if region.lowering_refusal == "" and isinstance(module, LoopRegion):
-                nexts = [self.next_of[slot] for slot in region.slots]
+                next_states = [self.next_of[slot] for slot in region.slots]
                 module.kernels = RegionKernels(
-                    module.label, module.step, module.first, lambda: self._start_of_loop(region, builder, nexts)
+                    module.label, module.step, module.first, lambda: self._start_of_loop(region, builder, next_states)
                 )
             return module
 
@@ -178,34 +178,36 @@ class MultiStepEmitter(Emitter):
         attribute = self.region(region.name, make_bound)
         return self.graph.create_node("call_function", function, (inputs, attribute), kwargs, name=region.name)
 
-    def _emit_loop(self, region: Region, builder: RegionBuilder, wanted: list[Node], constants: Any) -> None:
-        nexts = [self.next_of[slot] for slot in region.slots]
+    def _emit_loop(self, region: Region, builder: RegionBuilder, output_nodes: list[Node], constants: Any) -> None:
+        next_states = [self.next_of[slot] for slot in region.slots]
         extra = not builder.inputs
 
         def make() -> LoopRegion:
-            step = builder.graph_module(wanted, nexts, region.slots, extra_input=extra)
+            step = builder.graph_module(output_nodes, next_states, region.slots, extra_input=extra)
             if not region.slots:
                 return LoopRegion(_label(region), step, None)
-            first = builder.graph_module(wanted, nexts, region.slots, first=True, extra_input=extra)
+            first = builder.graph_module(output_nodes, next_states, region.slots, first=True, extra_input=extra)
             if is_trace_loop(region):
                 leak = region.nodes[-1].args[2]
                 return TraceRegion(_label(region), step, first, None if isinstance(leak, Node) else leak)  # type: ignore[arg-type]
             if extra or not folds_when_cut(self.program, region, builder.inputs):
                 return LoopRegion(_label(region), step, first)
-            return self._cut_loop(region, builder, step, first, wanted, nexts)
+            return self._cut_loop(region, builder, step, first, output_nodes, next_states)
 
         state: Any = self.state_of(region.slots) if region.slots else ()
-        call = self._emit_sequence_call(region, builder, make, multi_step_forward, wanted, constants, {"state": state})
+        call = self._emit_sequence_call(
+            region, builder, make, multi_step_forward, output_nodes, constants, {"state": state}
+        )
         outputs = self.graph.call_function(operator.getitem, (call, 0))
-        for index, node in enumerate(wanted):
+        for index, node in enumerate(output_nodes):
             self._define(node, self.graph.call_function(operator.getitem, (outputs, index)))
         self.loop_calls.update({slot: (call, index) for index, slot in enumerate(region.slots)})
 
-    def _start_of_loop(self, region: Region, builder: RegionBuilder, nexts: list[Any]) -> RegionGraph:
+    def _start_of_loop(self, region: Region, builder: RegionBuilder, next_states: list[Any]) -> RegionGraph:
         """`(*constants, *inputs) -> (states before the first step, states after it)`, from the reset state."""
         by_slot = {node.meta["slot"]: node for node in self.program.slot_nodes()}
         slots = [by_slot[slot] for slot in region.slots]
-        return builder.graph_module(slots, nexts, region.slots, first=True, extra_input=not builder.inputs)
+        return builder.graph_module(slots, next_states, region.slots, first=True, extra_input=not builder.inputs)
 
     def _cut_loop(
         self,
@@ -213,8 +215,8 @@ class MultiStepEmitter(Emitter):
         builder: RegionBuilder,
         step: RegionGraph,
         first: RegionGraph,
-        wanted: list[Node],
-        nexts: list[Any],
+        output_nodes: list[Node],
+        next_states: list[Any],
     ) -> CutLoopRegion:
         by_slot = {node.meta["slot"]: node for node in self.program.slot_nodes()}
         slots = [by_slot[slot] for slot in region.slots]
@@ -222,22 +224,22 @@ class MultiStepEmitter(Emitter):
             _label(region),
             step,
             first,
-            start=self._start_of_loop(region, builder, nexts),
-            advance=builder.graph_module((), nexts, region.slots).without_dead_code(),
-            outputs=builder.graph_module(wanted, (), region.slots).without_dead_code(),
+            start=self._start_of_loop(region, builder, next_states),
+            advance=builder.graph_module((), next_states, region.slots).without_dead_code(),
+            outputs=builder.graph_module(output_nodes, (), region.slots).without_dead_code(),
             input_dims=[node.meta["batch_dim"] for node in builder.inputs],
             state_dims=[node.meta["batch_dim"] for node in slots],
-            output_dims=[node.meta["batch_dim"] for node in wanted],
+            output_dims=[node.meta["batch_dim"] for node in output_nodes],
         )
 
-    def _read_outside(self) -> set[Node]:
-        """The nodes that somebody outside of their region reads (sizes are computed again there)."""
+    def _nodes_read_outside(self) -> set[Node]:
+        """The nodes that are read outside their region. Sizes are excluded: each region computes the sizes it reads."""
         needed = {v for v in (*self.program.outputs, *self.record) if isinstance(v, Node)}
-        looped = {slot for region in self.program.regions for slot in region.slots}
+        loop_slots = {slot for region in self.program.regions for slot in region.slots}
         for slot in self.program.slots:
-            if slot.name not in looped:
-                following = self.next_of[slot.name]
-                needed.update([following] if isinstance(following, Node) else [])
+            if slot.name not in loop_slots:
+                next_state = self.next_of[slot.name]
+                needed.update([next_state] if isinstance(next_state, Node) else [])
                 needed.update(_main_operands(self.program, self.initial_of[slot.name], self.region_of))
         for builder in self.builders.values():
             needed.update(builder.inputs)
@@ -250,14 +252,14 @@ class MultiStepEmitter(Emitter):
         self.values[node] = value
 
     def value(self, node: Node) -> Node:
-        """The sequence (or the invariant value) of a node of the program in the emitted graph."""
+        """The emitted node with the sequence, or the invariant value, of a node of the program."""
         if node not in self.values:
             if node.op == "get_attr":
                 return self.attribute(str(node.target))
             if node.op == "placeholder" and "slot" in node.meta:
                 self.values[node] = self._delayed(node)
             else:
-                raise AssertionError(f"{node} is used before its region")
+                raise AssertionError(f"{node} is read before its region runs")
         return self.values[node]
 
     def _constant(self, key: Node | str) -> Node:
@@ -274,11 +276,11 @@ class MultiStepEmitter(Emitter):
         return self.graph.call_function(reduce_over_time, (self._as_sequence(value), self.reduce))
 
     def _reduced_sum(self, mean: Node) -> Node:
-        """A sum over time is T times the mean: a sunk bias is added once for each step, too."""
+        """The sum over time as T times the mean, so that a sunk bias counts once per time step."""
         return self.graph.call_function(multiply_by_time_steps, (mean, self.steps()))
 
     def _reduced_operand(self, node: Node) -> Node:
-        """What a sunk node is given: the mean (or last) over time of a sequence."""
+        """The operand of a sunk node: the mean, or the last value, over time of a sequence."""
         if node not in self.reduced:
             how = "last" if self.reduce == "last" else "mean"
             self.reduced[node] = self.graph.call_function(reduce_over_time, (self._as_sequence(node), how))
@@ -295,13 +297,13 @@ class MultiStepEmitter(Emitter):
         return self.graph.call_function(repeat_over_time, (self.value(value), self.steps()))
 
     def _delayed(self, placeholder: Node) -> Node:
-        """A slot that is on no cycle: the sequence of its next value, one step later."""
+        """The sequence of a slot that is on no cycle: its next value, delayed by one time step."""
         slot = placeholder.meta["slot"]
-        following = self.next_of[slot]
+        next_state = self.next_of[slot]
         state = self.state_of((slot,))
         initial = self.initial_of[slot]
-        has_batch = has_batch_in_front(initial)
-        is_held = following is placeholder
+        has_batch = is_batch_first(initial)
+        is_constant = next_state is placeholder
         if isinstance(initial, Node):
             builder = RegionBuilder(self.program, [], [], stop=self.region_of)
             builder.add_values([initial])
@@ -313,9 +315,9 @@ class MultiStepEmitter(Emitter):
             )
             values = self.graph.call_function(call_once, (module, (*constants, *first)))
             initial = self.graph.call_function(operator.getitem, (values, 0))
-        if is_held:
+        if is_constant:
             return self.graph.call_function(hold_over_time, (state, initial, self.steps()))
-        arguments = (self._as_sequence(following), state, initial, self.steps(), slot, has_batch)
+        arguments = (self._as_sequence(next_state), state, initial, self.steps(), slot, has_batch)
         return self.graph.call_function(delay_one_step, arguments)
 
     def _final_state(self, slot: str) -> Any:
@@ -323,10 +325,10 @@ class MultiStepEmitter(Emitter):
             call, index = self.loop_calls[slot]
             finals = self.graph.call_function(operator.getitem, (call, 1))
             return self.graph.call_function(operator.getitem, (finals, index))
-        following = self.next_of[slot]
-        if not isinstance(following, Node):
-            return following
-        return self.graph.call_function(operator.getitem, (self._as_sequence(following), -1))
+        next_state = self.next_of[slot]
+        if not isinstance(next_state, Node):
+            return next_state
+        return self.graph.call_function(operator.getitem, (self._as_sequence(next_state), -1))
 
 
 def _main_operands(program: StepProgram, value: Any, stop: Iterable[Node]) -> list[Node]:

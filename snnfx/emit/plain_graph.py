@@ -1,6 +1,6 @@
-"""Emit the plain multi-step graph, which a user sees and exports: from sequences to outputs, from the reset state.
+"""Emit the plain multi-step graph, which users see and export: `(inputs...) -> outputs` from the reset state.
 
-It calls the region modules of the graph with state (`snnfx.emit.multi_step`); no state goes in or out.
+It calls the region modules of the graph with state (`snnfx.emit.multi_step`), but neither takes nor returns state.
 """
 
 from __future__ import annotations
@@ -33,19 +33,19 @@ def emit_plain(
     """Emit a partitioned program for whole sequences from the reset state: `(inputs...) -> outputs`.
 
     Args:
-        program: at stage "partitioned".
-        container: where the net keeps the region modules.
-        target_name: from a target of the program to the attribute path on the net.
-        regions: the region modules of `emit_multi_step`, used again.
-        time_dims: where T is in each tensor input, None for one that is the same at every step.
-        output_time_dim: where T is in the outputs.
+        program: a program at stage "partitioned".
+        container: the attribute path under which the net stores the region modules.
+        target_name: maps a target of the program to an attribute path on the net.
+        regions: the region modules of `emit_multi_step`, which this graph shares.
+        time_dims: the time dimension of each tensor input; None for an input that is the same at every step.
+        output_time_dim: the time dimension of the outputs.
         reduce: as for `emit_multi_step`.
     """
     return _PlainEmitter(program, container, target_name, regions, time_dims, output_time_dim, reduce).emit()
 
 
 class _PlainEmitter(MultiStepEmitter):
-    """The form without state: what is read at the start is the reset state, final states are not returned."""
+    """Emits the form without state: regions start from the reset state, and final states are not returned."""
 
     def __init__(
         self,
@@ -65,28 +65,28 @@ class _PlainEmitter(MultiStepEmitter):
         inputs = self.program.input_nodes()
         for node in inputs:
             self.values[node] = add_placeholder(self.graph, node.name)
-        carriers = [n for n, dim in zip(inputs, self.time_dims, strict=True) if dim is not None]
-        self.time = None if carriers else add_placeholder(self.graph, "time")  # type: ignore[assignment]
+        sequences = [n for n, dim in zip(inputs, self.time_dims, strict=True) if dim is not None]
+        self.time = None if sequences else add_placeholder(self.graph, "time")  # type: ignore[assignment]
         for node, dim in zip(inputs, self.time_dims, strict=True):
             if dim:
                 self.values[node] = self.graph.call_method("movedim", (self.values[node], dim, 0))
             self.values[node].meta.update(node.meta)
-        self.first_carrier = carriers[0] if carriers else None
+        self.first_sequence = sequences[0] if sequences else None
 
     def state_of(self, slots: Sequence[str]) -> Any:
         return None
 
     def steps(self) -> Node:
         if self.time is None:
-            assert self.first_carrier is not None
-            self.time = self.graph.call_function(time_steps, (self.values[self.first_carrier],))
+            assert self.first_sequence is not None
+            self.time = self.graph.call_function(time_steps, (self.values[self.first_sequence],))
         return self.time
 
     def emit(self) -> Emitted:
         self.placeholders()
         for region in self.program.regions:
             self.emit_region(region)
-        outputs = [self.for_the_caller(v, self._time_back(self.returned(v))) for v in self.program.outputs]
+        outputs = [self.in_caller_layout(v, self._time_back(self.returned(v))) for v in self.program.outputs]
         self.graph.output(pytree.tree_unflatten(outputs, self.program.output_spec))
         return Emitted(self.graph, self.regions)
 

@@ -1,8 +1,9 @@
-"""Replace calls of an emitted graph by segments that are computed again in the backward pass.
+"""Replace calls of an emitted graph by segments that are recomputed in the backward pass.
 
-`conv -> statistics -> (norm, neurons, pool)` becomes one call that keeps what enters it (spikes in bits) instead of
-everything inside. Legal because regions are functional: their state is a value, and what else a second run could see is
-replayed by `snnfx.recompute.recomputation`. A segment is convex: only its last tile is read outside.
+`conv -> statistics -> (norm, neurons, pool)` becomes one call that saves its inputs for backward (spikes as bits)
+instead of every intermediate. Legal because regions are functional: their state is a value, and
+`snnfx.recompute.recomputation` replays any other effect. A segment is convex: only the values of its last tile are
+read outside.
 """
 
 from __future__ import annotations
@@ -27,17 +28,17 @@ __all__ = ["RecomputePlan", "recompute_segments", "region_calls", "segments_of"]
 
 @dataclass(frozen=True)
 class RecomputePlan:
-    """What is computed again in the backward pass.
+    """The parts of a net that are recomputed in the backward pass.
 
     Args:
-        segments: names of what is computed again together, each group in the order in which it runs: products and
-            statistics, and last a tile.
-        slices: how the sequences in a group are cut, by the name of its tile.
-        twice: names of the tiles whose products are computed two times in backward, so that they are never there as a
-            whole.
-        packs: whether products keep sequences of whole numbers packed.
-        steps: time steps at once for the net as a whole, whose state is kept at the borders; None: all of them. Then
-            there are no segments.
+        segments: the groups of calls that are recomputed together, by name in execution order: products and statistics,
+            and last a tile.
+        slices: the slices in which a group is recomputed, by the name of its tile.
+        twice: names of the tiles whose products are recomputed twice in backward, slice by slice, so that their whole
+            results are never allocated.
+        packs: whether products save sequences of integers packed.
+        steps: time steps between checkpoints of the state of the whole net; None: no such checkpoints. A plan with
+            checkpoints has no segments.
         reason: one line for `explain`.
     """
 
@@ -50,18 +51,18 @@ class RecomputePlan:
 
 
 def region_calls(graph: fx.Graph) -> dict[str, Node]:
-    """The calls of an emitted graph that run something over time, by name."""
+    """The calls of an emitted graph that run regions, parts or tiles over time, by name."""
     named = ((name_of_call(node), node) for node in graph.nodes)
     return {name: node for name, node in named if name is not None}
 
 
 def segments_of(graph: fx.Graph, tiles: Mapping[str, Tile]) -> dict[str, tuple[list[str], list[str]]]:
-    """For each tile that is no product, the products and statistics that only it needs, in the order of the graph."""
+    """For each tile except products, the products and statistics that only this tile reads, in graph order."""
     calls = region_calls(graph)
     order = {node: i for i, node in enumerate(graph.nodes)}
     readers = {name: _readers(node) for name, node in calls.items()}
-    dice = [calls[name] for name, tile in tiles.items() if tile.is_random]
-    found = {}
+    random_calls = [calls[name] for name, tile in tiles.items() if tile.is_random]
+    segments = {}
     for name in tiles:
         tile = calls[name]
         if _is_product(tile):
@@ -69,12 +70,14 @@ def segments_of(graph: fx.Graph, tiles: Mapping[str, Tile]) -> dict[str, tuple[l
         statistics = [n for n, node in calls.items() if node.target in STATISTICS and readers[n] == {tile}]
         inside = {tile, *(calls[n] for n in statistics)}
         products = [n for n, node in calls.items() if _is_product(node) and readers[n] and readers[n] <= inside]
-        # Moving a product to the tile must not change the order in which numbers are drawn.
-        late = {
-            n for n in products if tiles[n].is_random and any(order[calls[n]] < order[d] < order[tile] for d in dice)
+        # Moving a product to the tile must not change the order in which random numbers are drawn.
+        fixed = {
+            n
+            for n in products
+            if tiles[n].is_random and any(order[calls[n]] < order[call] < order[tile] for call in random_calls)
         }
-        found[name] = ([n for n in products if n not in late], statistics)
-    return found
+        segments[name] = ([n for n in products if n not in fixed], statistics)
+    return segments
 
 
 def _is_product(node: Node) -> bool:
@@ -82,9 +85,9 @@ def _is_product(node: Node) -> bool:
 
 
 def _readers(call: Node) -> set[Node]:
-    """Who reads what a call returns."""
-    taken = _taken_from(call)
-    return {user for node in (call, *taken) for user in node.users} - set(taken)
+    """The nodes that read the values of a call."""
+    elements = _elements_of(call)
+    return {user for node in (call, *elements) for user in node.users} - set(elements)
 
 
 def recompute_segments(
@@ -93,47 +96,47 @@ def recompute_segments(
     plan: RecomputePlan,
     container: str,
     program_nodes: Mapping[str, Node],
-    whole: IntegerRanges,
+    integer_ranges: IntegerRanges,
 ) -> tuple[fx.Graph, dict[str, nn.Module]]:
-    """The graph with the segments of a plan, and the modules of these by name.
+    """The graph with the segments of a plan, and the modules of the segments by name.
 
     Args:
-        graph: of `passes.tiles`; it is not changed.
-        tiles: that it runs.
-        plan: its segments.
-        container: where the net will keep the modules.
-        program_nodes: nodes of the step, by name.
-        whole: what may be kept packed.
+        graph: a graph made by `group_tiles`; it is not changed.
+        tiles: the tiles that the graph runs, by name.
+        plan: the plan with the segments.
+        container: the attribute path under which the net stores the modules.
+        program_nodes: the nodes of the step, by name.
+        integer_ranges: the integer-valued nodes of the step, whose sequences may be saved packed.
     """
-    return _Segments(graph, tiles, container, program_nodes, whole).result(plan)
+    return _SegmentEmitter(graph, tiles, container, program_nodes, integer_ranges).emit(plan)
 
 
-class _Segments:
+class _SegmentEmitter:
     def __init__(
         self,
         graph: fx.Graph,
         tiles: Mapping[str, Tile],
         container: str,
         program_nodes: Mapping[str, Node],
-        whole: IntegerRanges,
+        integer_ranges: IntegerRanges,
     ) -> None:
         self.graph, self.tiles, self.container = graph, tiles, container
-        self.program_nodes, self.whole = program_nodes, whole
+        self.program_nodes, self.integer_ranges = program_nodes, integer_ranges
         self.calls = region_calls(graph)
         self.new = fx.Graph()
         self.env: dict[Node, Any] = {}
         self.modules: dict[str, nn.Module] = {}
 
-    def result(self, plan: RecomputePlan) -> tuple[fx.Graph, dict[str, nn.Module]]:
+    def emit(self, plan: RecomputePlan) -> tuple[fx.Graph, dict[str, nn.Module]]:
         inner = {self.calls[name] for group in plan.segments for name in group[:-1]}
-        inner |= {n for call in inner for n in _taken_from(call)}
+        inner |= {n for call in inner for n in _elements_of(call)}
         last = {self.calls[group[-1]]: group for group in plan.segments}
         for node in self.graph.nodes:
             if node in inner:
                 continue
             if node.target in STATISTICS:
-                # Nothing is computed again: the module is called as it is.
-                self.env.update(dict.fromkeys([node, *_taken_from(node)]))
+                # No segment recomputes this BatchNorm: without statistics, `normalize` calls the module directly.
+                self.env.update(dict.fromkeys([node, *_elements_of(node)]))
                 continue
             if node in self.env:
                 continue
@@ -147,9 +150,9 @@ class _Segments:
         return self.new, self.modules
 
     def _largest(self, node: Any) -> int:
-        """The largest whole number in a sequence, 0 where it is not known to hold any."""
+        """The largest integer in the sequence of a node; 0: the sequence is not known to be integer-valued."""
         step = self.program_nodes.get(node.meta.get("step_node", "")) if isinstance(node, Node) else None
-        return self.whole.largest.get(step, 0) if step is not None else 0
+        return self.integer_ranges.largest.get(step, 0) if step is not None else 0
 
     def _bounds(self, call: Node) -> tuple[int, ...]:
         if not _is_product(call):
@@ -163,28 +166,28 @@ class _Segments:
 
     def _packed(self, call: Node, bounds: tuple[int, ...]) -> Node:
         name = f"packed_{len(self.modules)}"
-        holder = self._module(name, PackedInputs(bounds, self.whole.holds))
+        holder = self._module(name, PackedInputs(bounds, self.integer_ranges.holds))
         args = map_arg(call.args, self.env.__getitem__)
         return self.new.call_function(run_tile_with_packed_inputs, (holder, *args), name=call.name)
 
     def _segment(self, group: tuple[str, ...], plan: RecomputePlan) -> Node:
         calls = [self.calls[name] for name in group]
         numbers: dict[Any, int] = {}
-        given: list[Any] = []
-        inside = {n for call in calls for n in (call, *_taken_from(call))}
+        operands: list[Any] = []
+        inside = {n for call in calls for n in (call, *_elements_of(call))}
 
         def number(value: Any) -> int:
             if value not in numbers:
                 assert value not in inside
-                numbers[value] = len(given)
-                given.append(value)
+                numbers[value] = len(operands)
+                operands.append(value)
             return numbers[value]
 
         for call in calls:
             for value in call.all_input_nodes:
                 if value not in inside and not (call.target is run_tile and value is call.args[0]):
                     number(value)
-        count = len(given)
+        count = len(operands)
         for call in calls[:-1]:
             for element in _values_of(call):
                 numbers[element] = count
@@ -220,34 +223,34 @@ class _Segments:
             tile,
             plan.slices.get(group[-1], Slices()),
             group[-1] in plan.twice,
-            {numbers[n]: self._largest(n) for n in given if isinstance(n, Node) and self._largest(n)},
-            self.whole.holds,
+            {numbers[n]: self._largest(n) for n in operands if isinstance(n, Node) and self._largest(n)},
+            self.integer_ranges.holds,
         )
         module = self._module(name, segment)
-        values = tuple(self.env[n] for n in given)
+        values = tuple(self.env[n] for n in operands)
         return self.new.call_function(run_segment, (module, values), name=name)
 
     def _makes(self, call: Node, numbers: Mapping[Any, int]) -> tuple[int, ...]:
-        """The numbers of all sequences that a product makes; every one of them is read."""
+        """The numbers of the sequences that a product returns; a segment reads each of them."""
         by_index = {n.args[1]: numbers[n] for n in _values_of(call)}
         return tuple(by_index[i] for i in range(len(by_index)))
 
 
-def _taken_from(call: Node) -> list[Node]:
-    """What is taken from the result of a call: elements of tuples."""
-    found: list[Node] = []
+def _elements_of(call: Node) -> list[Node]:
+    """The nodes that take elements from the tuples that a call returns."""
+    elements: list[Node] = []
     if call.target in STATISTICS:
         return [n for n in call.users if n.target is operator.getitem]
     for part in call.users:
         if part.target is operator.getitem:
-            found += [part, *(n for n in part.users if n.target is operator.getitem)]
-    return found
+            elements += [part, *(n for n in part.users if n.target is operator.getitem)]
+    return elements
 
 
 def _values_of(call: Node) -> list[Node]:
-    """The sequences, or the statistics, that a call makes."""
+    """The nodes of the sequences, or of the statistics, that a call returns."""
     if call.target in STATISTICS:
-        return _taken_from(call)
+        return _elements_of(call)
     return [n for part in call.users if part.args[1] == 0 for n in part.users if n.target is operator.getitem]
 
 

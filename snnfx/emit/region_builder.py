@@ -1,6 +1,6 @@
-"""Build the graph of one region out of nodes of the step graph.
+"""Build the graph of a region from nodes of the step graph.
 
-A region graph takes modules and parameters as arguments: every one of them stays where the model has it.
+A region graph takes modules and parameters as arguments, so that these stay where the model has them.
 """
 
 from __future__ import annotations
@@ -25,18 +25,18 @@ from snnfx.ops.memory_format import image_format, row_major
 from snnfx.ops.sequence_functions import call_module, expand_initial_value, repeat_for_samples
 from snnfx.regions.region_modules import RegionGraph
 
-__all__ = ["RegionBuilder", "has_batch_in_front", "same_for_all_samples", "whole_step"]
+__all__ = ["RegionBuilder", "is_batch_first", "same_for_all_samples", "whole_step"]
 
 
 class RegionBuilder:
-    """Builds the graphs of one region out of nodes of the step graph.
+    """Builds the graphs of one region from nodes of the step graph.
 
     Args:
-        program: the program of the nodes.
-        nodes: what the region computes, in program order.
-        slots: names of the slots whose state it carries.
-        stop: nodes at which `add_values` stops because they are computed elsewhere (default: nodes not in `nodes`).
-        folds: whether T is folded into the batch of the region (default: by the kind of its nodes).
+        program: the step program.
+        nodes: the nodes of the region, in program order.
+        slots: names of the slots whose state the region carries.
+        stop: nodes at which `add_values` stops because another region computes them (default: nodes not in `nodes`).
+        folds: whether the region folds T into the batch (default: by the kind of its nodes).
     """
 
     def __init__(
@@ -59,18 +59,17 @@ class RegionBuilder:
 
     @property
     def inputs(self) -> list[Node]:
-        """The values from outside that vary in time."""
+        """The operands from outside the region that vary over time."""
         return list(self.input_nodes)
 
     def add_initial_values(self, slots: Sequence[str]) -> None:
-        """Take what the initial values of the slots need as inputs too."""
+        """Add the operands of the initial values of the slots as inputs."""
         by_slot = dict(zip((s.name for s in self.program.slots), self.program.initial_values, strict=True))
-        main = {n for r in self.program.regions for n in r.nodes} or set(self.inside)
-        self.stop |= main
+        self.stop |= {n for r in self.program.regions for n in r.nodes} or set(self.inside)
         self.add_values([by_slot[slot] for slot in slots])
 
     def add_values(self, values: Iterable[Any]) -> None:
-        """Compute further nodes in the region, down to nodes of the step proper."""
+        """Compute further values in the region, back to `stop`, placeholders and attributes."""
         stack = [v for v in values if isinstance(v, Node)]
         while stack:
             node = stack.pop()
@@ -96,7 +95,7 @@ class RegionBuilder:
         if is_size(operand):
             self._need_operands(operand)
         elif operand.op == "get_attr" or not (operand.meta.get("varying", True)):
-            # An invariant value that has a batch is repeated for a fold: see `graph_module`.
+            # An invariant value with a batch dimension is an input of a fold, which repeats it over time.
             if operand.op != "get_attr" and self._folds() and operand.meta.get("batch_dim") is not None:
                 self.input_nodes[operand] = None
             else:
@@ -118,11 +117,11 @@ class RegionBuilder:
         """The graph `(*constants, *inputs[, state]) -> outputs` or `-> (outputs, next states)`.
 
         Args:
-            outputs: nodes whose values are returned, as a tuple.
-            next_states: what the slots become; then the state is the last argument.
+            outputs: nodes whose values the graph returns, as a tuple.
+            next_states: the next values of the slots; the state is then the last argument.
             slots: the slots, in the order of the state tuple.
-            first: build the step from the reset state: no state argument, slots are their initial values.
-            extra_input: take an input that is not used (a loop over nothing but constants).
+            first: build the first step from the reset state: slots take their initial values, and no state argument.
+            extra_input: add an unused input, for a loop that reads only constants.
         """
         graph = fx.Graph()
         env: dict[Node, Any] = {}
@@ -136,7 +135,7 @@ class RegionBuilder:
             env[node] = add_placeholder(graph, node.name)
         if extra_input:
             add_placeholder(graph, "time")
-        # In a peeled first step, a slot that is traced through is not read: its first value is written into the graph.
+        # A peeled first step does not read a slot whose initial value capture wrote into the graph.
         by_name = self.program.nodes_by_name
         readers = {s.name: by_name[s.placeholder] for s in self.program.slots if s.placeholder in by_name}
         slot_nodes = {name: node for name, node in readers.items() if name in slots}
@@ -151,13 +150,15 @@ class RegionBuilder:
             builder.copy(node)
         results = [builder.copy(node) for node in outputs]
         if first and next_states is not None:
-            following = dict(zip(slots, next_states, strict=True))
+            next_of = dict(zip(slots, next_states, strict=True))
             for index, node in enumerate(outputs):
-                # A slot that is read outside of the loop: there it has the shape of the later steps.
+                # A slot that is read outside the loop needs the shape of the later steps.
                 if node in builder.first_slots:
                     slot = builder.first_slots[node]
-                    after, has_batch = builder.argument(following[slot]), has_batch_in_front(builder.initial_of[slot])
-                    results[index] = graph.call_function(expand_initial_value, (results[index], after, slot, has_batch))
+                    next_state, has_batch = builder.argument(next_of[slot]), is_batch_first(builder.initial_of[slot])
+                    results[index] = graph.call_function(
+                        expand_initial_value, (results[index], next_state, slot, has_batch)
+                    )
         if next_states is None:
             dims = ((node, node.meta.get("batch_dim")) for node in self.input_nodes)
             samples = next(((env[node], dim) for node, dim in dims if isinstance(dim, int)), None)
@@ -170,16 +171,16 @@ class RegionBuilder:
         return RegionGraph(nn.Module(), graph, class_name="RegionGraph")
 
     def _norms_of_layers(self, outputs: Sequence[Node]) -> dict[Node, Node]:
-        """Layers with the BatchNorms that they may compute (see `snnfx.passes.fold_batch_norm`).
+        """Layers whose weights may absorb a BatchNorm, with that BatchNorm (see `snnfx.passes.fold_batch_norm`).
 
-        None whose own result is wanted.
+        Layers whose own result is an output are excluded.
         """
         pairs = {layer_of_norm(node): node for node in self.inside if node.meta.get("in_weights")}
         return {layer: norm for layer, norm in pairs.items() if layer in self.inside and layer not in outputs}
 
 
 def whole_step(program: StepProgram) -> RegionBuilder:
-    """A builder of the whole program as one region, with all its state."""
+    """A builder for the whole program as one region with all slots."""
     initial_only = analyse_dependence(program).initial_only
     nodes = [n for n in program.graph.nodes if (n.op.startswith("call") and n not in initial_only) or "slot" in n.meta]
     builder = RegionBuilder(program, nodes, [slot.name for slot in program.slots])
@@ -188,7 +189,7 @@ def whole_step(program: StepProgram) -> RegionBuilder:
 
 
 class _Copier:
-    """Copies nodes into a region graph on demand; in a first step, slots turn into their initial values."""
+    """Copies nodes into a region graph on demand; in a first step, slots become their initial values."""
 
     def __init__(
         self,
@@ -210,16 +211,15 @@ class _Copier:
         return map_arg(value, self.copy)
 
     def operands(self, node: Node) -> tuple[Any, Any]:
-        """The arguments of a copy of `node`, in the memory format that it takes (see
-        `snnfx.passes.choose_memory_format`)."""
+        """The arguments of a copy of `node`, in the memory format that `snnfx.passes.choose_memory_format` chose."""
         takes_images = "channels_last" in node.meta and is_convolution(self.program, node)
         image = image_of(node) if takes_images else None
-        is_particular = not takes_any_layout(self.program, node)
+        needs_row_major = not takes_any_layout(self.program, node)
 
         def operand(value: Node) -> Any:
             if value is image:
                 return self.in_format(value, image_format, weights_of(self.program, node))
-            if is_particular and value.meta.get("channels_last"):
+            if needs_row_major and value.meta.get("channels_last"):
                 return self.in_format(value, row_major)
             return self.copy(value)
 
@@ -232,7 +232,7 @@ class _Copier:
         return self.reformatted[key]
 
     def copy(self, node: Node) -> Any:
-        pending = [node]  # not by recursion: a graph may be deeper than Python's stack
+        pending = [node]  # no recursion: a graph may be deeper than the stack of Python
         while node not in self.env:
             current = pending[-1]
             missing = [n for n in self._read_by(current) if n not in self.env]
@@ -256,9 +256,9 @@ class _Copier:
     def _read_by(self, node: Node) -> list[Node]:
         if node not in self.first_slots:
             return node.all_input_nodes
-        found: list[Node] = []
-        map_arg(self.initial_of[self.first_slots[node]], found.append)
-        return found
+        operands: list[Node] = []
+        map_arg(self.initial_of[self.first_slots[node]], operands.append)
+        return operands
 
     def _copy_one(self, node: Node) -> None:
         if node in self.env:
@@ -280,11 +280,11 @@ class _Copier:
         self.open.discard(node)
 
 
-def has_batch_in_front(initial: Any) -> bool:
-    """Whether the first value of a slot is known to have the batch in dim 0."""
+def is_batch_first(initial: Any) -> bool:
+    """Whether the initial value of a slot is known to have the batch in dimension 0."""
     return isinstance(initial, Node) and initial.meta.get("batch_dim") == 0
 
 
 def same_for_all_samples(node: Node) -> bool:
-    """Whether a folded node gives a tensor without a batch: made of sizes, such as torch.arange(x.shape[1])."""
+    """Whether a folded node has no batch dimension because it depends only on sizes: `torch.arange(x.shape[1])`."""
     return node.meta.get("kind") == "fold" and node.meta.get("batch_dim") is None

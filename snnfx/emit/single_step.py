@@ -1,4 +1,4 @@
-"""Emit the graph of a single step: one call of a loop region that holds the whole step."""
+"""Emit the graph of a single step: one call of a loop region that contains the whole step."""
 
 from __future__ import annotations
 
@@ -26,29 +26,29 @@ class _SingleStepEmitter(Emitter):
         program = self.program
         slots = [slot.name for slot in program.slots]
         builder = whole_step(program)
-        wanted = [n for n in program.outputs if isinstance(n, Node)]
+        output_nodes = [n for n in program.outputs if isinstance(n, Node)]
 
         def make() -> LoopRegion:
-            step = builder.graph_module(wanted, program.next_states, slots)
-            return LoopRegion("step", step, builder.graph_module(wanted, program.next_states, slots, first=True))
+            step = builder.graph_module(output_nodes, program.next_states, slots)
+            return LoopRegion("step", step, builder.graph_module(output_nodes, program.next_states, slots, first=True))
 
         module = self.region("step", make)
-        arguments = [self.attribute(key) if isinstance(key, str) else self._given(key) for key in builder.constants]
+        arguments = [self.attribute(key) if isinstance(key, str) else self._constant(key) for key in builder.constants]
         arguments += [self.values[node] for node in builder.inputs]
         state = self.state_of(slots)
         call = self.graph.call_function(call_module, (module, *arguments, state), name="step")
         outputs = self.graph.call_function(operator.getitem, (call, 0))
-        nexts = self.graph.call_function(operator.getitem, (call, 1))
+        next_states = self.graph.call_function(operator.getitem, (call, 1))
         values = [
-            self.for_the_caller(v, self.graph.call_function(operator.getitem, (outputs, wanted.index(v))))
+            self.in_caller_layout(v, self.graph.call_function(operator.getitem, (outputs, output_nodes.index(v))))
             if isinstance(v, Node)
             else v
             for v in program.outputs
         ]
-        following = {
-            slot: self.graph.call_function(operator.getitem, (nexts, index)) for index, slot in enumerate(slots)
+        next_by_slot = {
+            slot: self.graph.call_function(operator.getitem, (next_states, index)) for index, slot in enumerate(slots)
         }
-        return self.finish(values, following)
+        return self.finish(values, next_by_slot)
 
-    def _given(self, node: Node) -> Node:
+    def _constant(self, node: Node) -> Node:
         return self.values[node] if node in self.values else self.attribute(str(node.target))

@@ -1,12 +1,12 @@
-"""Infer the shapes of the state of a step from the shapes of its inputs."""
+"""Infer the shapes of the state from the shapes of the inputs of one step."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import torch
-from torch import Tensor, fx
+from torch import Tensor
 from torch.fx import Node
 
 from snnfx.emit.region_builder import whole_step
@@ -22,19 +22,22 @@ from snnfx.state.hooks import without_hooks
 
 
 class CarriedState(Exception):
-    """The first step needs a state that only the caller has."""
+    """The first step needs an initial state that only the caller can pass."""
 
 
 def shapes_of_state(program: StepProgram, steps: Sequence[Tensor]) -> dict[str, tuple[int, ...]]:
-    """The shape of each slot after a step on inputs of these shapes, as far as shapes alone tell.
+    """The shape of each slot after one step on inputs of these shapes.
 
     Args:
         program: a partitioned program.
-        steps: tensors with the shapes of ONE step of the inputs (no values are read).
+        steps: tensors with the shapes of ONE step of the inputs; no values are read.
+
+    Returns:
+        The shapes by slot; empty if they depend on values or on a state that only the caller can pass.
     """
     program = program.first_step or program
     try:
-        _, following = _first_step_of_shapes(program, steps, lambda first, arguments: first(*arguments))
+        _, next_states = _run_fake_first_step(program, steps)
     except (
         DataDependentOutputException,
         DynamicOutputShapeException,
@@ -42,27 +45,29 @@ def shapes_of_state(program: StepProgram, steps: Sequence[Tensor]) -> dict[str, 
         CarriedState,
     ):
         return {}
-    pairs = zip(program.slots, following, strict=True)
+    pairs = zip(program.slots, next_states, strict=True)
     return {slot.name: tuple(value.shape) for slot, value in pairs if isinstance(value, Tensor)}
 
 
-def _first_step_of_shapes(
-    program: StepProgram, steps: Sequence[Tensor], run: Callable[[fx.GraphModule, Sequence[Any]], Any]
-) -> Any:
-    """Let `run` run the first step on fake tensors: it is given the graph and its arguments."""
+def _run_fake_first_step(program: StepProgram, steps: Sequence[Tensor]) -> Any:
+    """Run the first step on fake tensors: `(outputs, next states)`."""
     for slot, node, initial in zip(program.slots, program.slot_nodes(), program.initial_values, strict=True):
         if initial is None and node.users:
-            raise CarriedState(f"the state {slot.name} is given by the caller, so the bytes of a step are not known")
+            raise CarriedState(f"only the caller can pass the initial state {slot.name}")
     slots = [slot.name for slot in program.slots]
     builder = whole_step(program)
-    wanted = [v for v in program.outputs if isinstance(v, Node)]
-    first = builder.graph_module(wanted, program.next_states, slots, first=True)
+    output_nodes = [v for v in program.outputs if isinstance(v, Node)]
+    first = builder.graph_module(output_nodes, program.next_states, slots, first=True)
     mode = FakeTensorMode(allow_non_fake_inputs=True)
-    given = {n: mode.from_tensor(x, static_shapes=True) for n, x in zip(program.input_nodes(), steps, strict=True)}
+    fake_inputs = {
+        n: mode.from_tensor(x, static_shapes=True) for n, x in zip(program.input_nodes(), steps, strict=True)
+    }
     arguments = [
-        given[key] if isinstance(key, Node) and key in given else program.resolve(str(getattr(key, "target", key)))
+        fake_inputs[key]
+        if isinstance(key, Node) and key in fake_inputs
+        else program.resolve(str(getattr(key, "target", key)))
         for key in [*builder.constants, *builder.inputs]
     ]
-    # A user's hooks have no business with fake tensors.
+    # Hooks of the user must not see fake tensors.
     with mode, torch.no_grad(), without_hooks(program.source), autocast_cache_disabled():
-        return run(first, arguments)
+        return first(*arguments)

@@ -1,9 +1,8 @@
-"""Put calls of an emitted graph together to tiles (loop fusion).
+"""Group calls of an emitted graph into tiles (loop fusion).
 
-`norm -> loop -> pool` becomes one call, which can be run on a slice of the sequence from beginning to end. A tile is
-what hangs together and is cheap to compute again, between the products before it and those after it. No path leaves a
-tile and comes back: nodes are counted in layers, one more wherever a path goes from what is light to what is not or
-back, and a tile has nodes of one layer. A product is a tile by itself.
+`norm -> loop -> pool` becomes one call, which can run slice by slice. A tile is a connected group of light calls (cheap
+to recompute) between products; each product is a tile of its own. A tile is convex: nodes are numbered in layers, with
+a new layer wherever a path changes between light and other nodes, and the calls of a tile share one layer.
 """
 
 from __future__ import annotations
@@ -32,7 +31,7 @@ _OVER_TIME = (seq_to_ann_forward, map_forward, multi_step_forward)
 
 
 def name_of_call(node: Node) -> str | None:
-    """The name of the region, part or tile that a node of an emitted graph runs over time; None for any other node."""
+    """The name of the region, part or tile that a node runs over time; None for any other node."""
     if node.op != "call_function":
         return None
     if node.target in (*STATISTICS, normalize, run_tile):
@@ -42,7 +41,7 @@ def name_of_call(node: Node) -> str | None:
 
 @dataclass
 class _Call:
-    """A call that goes into a tile: its arguments, and the values taken from its result."""
+    """A call of a tile: its operands, and the elements taken from its result."""
 
     node: Node
     part: FoldPart
@@ -57,17 +56,17 @@ class _Call:
 
     @property
     def is_per_step(self) -> bool:
-        """Whether it is normalised with the statistics of each step."""
+        """Whether the call normalises with the statistics of each time step."""
         return self.node.target is normalize and self.part.region.kind == "map"
 
     @property
     def finals(self) -> list[Node]:
-        """The final states of a loop, taken from its result once or more."""
+        """The nodes that take the final states of a loop from its result."""
         return [n for n in self.elements if _is_loop(self.node) and n.args == (self.node, 1)]
 
     @property
     def values(self) -> list[Node]:
-        """The sequences that it makes."""
+        """The nodes of the sequences that the call returns."""
         if self.node.target is normalize:
             return [self.node]
         return [n for n in self.elements if not (_is_loop(self.node) and n.args[0] is self.node)]
@@ -80,18 +79,18 @@ def _is_loop(node: Node) -> bool:
 def group_tiles(
     program: StepProgram, graph: fx.Graph, parts: Sequence[FoldPart], container: str
 ) -> tuple[fx.Graph, dict[str, Tile]]:
-    """The graph with its calls in tiles, and these by name.
+    """The graph with its calls grouped into tiles, and the tiles by name.
 
     Args:
-        program: what the graph was emitted from.
-        graph: of `passes.parts`; it is not changed.
-        parts: what it runs.
-        container: where the net will keep the tiles.
+        program: the program that the graph was emitted from.
+        graph: a graph made by `emit_parts`; it is not changed.
+        parts: the parts that the graph runs.
+        container: the attribute path under which the net stores the tiles.
     """
-    return _Grouping(program, graph, {part.region.name: part for part in parts}, container).result()
+    return _TileEmitter(program, graph, {part.region.name: part for part in parts}, container).emit()
 
 
-class _Grouping:
+class _TileEmitter:
     def __init__(self, program: StepProgram, graph: fx.Graph, parts: Mapping[str, FoldPart], container: str) -> None:
         self.program, self.graph, self.parts, self.container = program, graph, parts, container
         self.position = {node: index for index, node in enumerate(graph.nodes)}
@@ -104,50 +103,55 @@ class _Grouping:
                 elements = sorted(_elements(node), key=self.position.__getitem__)
                 self.calls[node] = self.call_of[node] = _Call(node, part, dict.fromkeys(elements))
                 self.call_of.update(dict.fromkeys(self.calls[node].elements, self.calls[node]))
-        self.before = self._order_to_keep()
+        self.predecessor = self._effect_predecessors()
         self.layer: dict[Node, int] = {}
         for node in graph.nodes:
-            self._count(node)
-        self.groups = self._group()
+            self._assign_layer(node)
+        self.groups = self._group_calls()
 
     def _is_light(self, node: Node) -> bool:
         call = self.call_of.get(node)
         return call is not None and call.part.role in (LIGHT, NORM)
 
-    def _order_to_keep(self) -> dict[Node, Node]:
-        """What draws numbers or moves statistics of the same layer stays in order: the call before each."""
-        found: dict[Node, Node] = {}
+    def _effect_predecessors(self) -> dict[Node, Node]:
+        """For each call that draws random numbers or updates running statistics, the last call with the same effect.
+
+        The order of these calls must not change.
+        """
+        predecessors: dict[Node, Node] = {}
         last: dict[Any, Node] = {}
         for node in self.graph.nodes:
             call = self.calls.get(node)
-            keys: list[Any] = ["dice"] if call is not None and call.part.is_random else []
+            keys: list[Any] = ["rng"] if call is not None and call.part.is_random else []
             keys += [node.args[1]] if node.target in STATISTICS else []
             for key in keys:
                 if key in last:
-                    found[node] = last[key]
+                    predecessors[node] = last[key]
                 last[key] = node
-        return found
+        return predecessors
 
-    def _count(self, node: Node) -> None:
+    def _assign_layer(self, node: Node) -> None:
         light = self._is_light(node)
-        operands = [*node.all_input_nodes, *([self.before[node]] if node in self.before else [])]
+        operands = [*node.all_input_nodes, *([self.predecessor[node]] if node in self.predecessor else [])]
         self.layer[node] = max((self.layer[n] + (self._is_light(n) != light) for n in operands), default=0)
 
-    def _group(self) -> list[list[_Call]]:
-        lead: dict[Node, Node] = {node: node for node in self.calls}
+    def _group_calls(self) -> list[list[_Call]]:
+        parent: dict[Node, Node] = {node: node for node in self.calls}
 
         def find(node: Node) -> Node:
-            while lead[node] is not node:
-                node = lead[node]
+            while parent[node] is not node:
+                node = parent[node]
             return node
 
         for node, call in self.calls.items():
             if call.part.role == PRODUCT:
                 continue
             for operand in call.sequences:
-                other = self.call_of.get(operand)
-                if other is not None and self._is_light(other.node) and self.layer[other.node] == self.layer[node]:
-                    lead[find(node)] = find(other.node)
+                producer = self.call_of.get(operand)
+                if producer is None or not self._is_light(producer.node):
+                    continue
+                if self.layer[producer.node] == self.layer[node]:
+                    parent[find(node)] = find(producer.node)
         groups: dict[Node, list[_Call]] = {}
         for node, call in self.calls.items():
             groups.setdefault(find(node), []).append(call)
@@ -155,8 +159,8 @@ class _Grouping:
 
     # -- the new graph ----------------------------------------------------------------------------------------------
 
-    def result(self) -> tuple[fx.Graph, dict[str, Tile]]:
-        """The graph and its tiles."""
+    def emit(self) -> tuple[fx.Graph, dict[str, Tile]]:
+        """The graph and its tiles by name."""
         group_of = {n: group for group in self.groups for call in group for n in (call.node, *call.elements)}
         new = fx.Graph()
         env: dict[Node, Node] = {}
@@ -167,28 +171,28 @@ class _Grouping:
                 env[unit].meta = dict(unit.meta)
             else:
                 name = _name(unit)
-                tiles[name] = self._emit(unit, name, new, env)
+                tiles[name] = self._emit_tile(unit, name, new, env)
         return new, tiles
 
     def _in_order(self, group_of: Mapping[Node, list[_Call]]) -> Iterable[Node | list[_Call]]:
-        """Nodes and groups, after what they need, and otherwise as early as they were."""
+        """Nodes and groups in topological order, and otherwise in the order of the graph."""
         key_of = {n: id(group_of[n]) if n in group_of else id(n) for n in self.graph.nodes}
         units: dict[int, Node | list[_Call]] = {}
         needs: dict[int, set[int]] = {}
         users: dict[int, set[int]] = {}
-        first: dict[int, int] = {}
+        place: dict[int, int] = {}
         for node in self.graph.nodes:
             key = key_of[node]
             units.setdefault(key, group_of.get(node, node))
-            # A group is where its last call was.
-            first[key] = self.position[node] if node not in group_of or node in self.calls else first.get(key, 0)
-            operands = [*node.all_input_nodes, *([self.before[node]] if node in self.before else [])]
+            # A group has the position of its last call.
+            place[key] = self.position[node] if node not in group_of or node in self.calls else place.get(key, 0)
+            operands = [*node.all_input_nodes, *([self.predecessor[node]] if node in self.predecessor else [])]
             needs.setdefault(key, set()).update(k for k in map(key_of.__getitem__, operands) if k != key)
-        for key, before in needs.items():
-            for k in before:
+        for key, needed in needs.items():
+            for k in needed:
                 users.setdefault(k, set()).add(key)
-        missing = {key: len(before) for key, before in needs.items()}
-        ready = [(first[key], key) for key, count in missing.items() if count == 0]
+        missing = {key: len(needed) for key, needed in needs.items()}
+        ready = [(place[key], key) for key, count in missing.items() if count == 0]
         heapq.heapify(ready)
         while ready:
             _, key = heapq.heappop(ready)
@@ -196,9 +200,9 @@ class _Grouping:
             for user in users.get(key, ()):
                 missing[user] -= 1
                 if missing[user] == 0:
-                    heapq.heappush(ready, (first[user], user))
+                    heapq.heappush(ready, (place[user], user))
 
-    def _emit(self, group: list[_Call], name: str, new: fx.Graph, env: dict[Node, Node]) -> Tile:
+    def _emit_tile(self, group: list[_Call], name: str, new: fx.Graph, env: dict[Node, Node]) -> Tile:
         inside = {n for call in group for n in (call.node, *call.elements)}
         sequences: dict[Node, bool] = {}
         states: list[Any] = []
@@ -217,35 +221,34 @@ class _Grouping:
         finals = [call.finals for call in group if _is_loop(call.node)]
         body = fx.Graph()
         copies = {n: add_placeholder(body, n.name) for n in sequences}
-        before = iter([add_placeholder(body, f"state_{index}") for index in range(len(states))])
+        initial_states = iter([add_placeholder(body, f"state_{index}") for index in range(len(states))])
         copies.update({n: add_placeholder(body, n.name) for n in constants})
-        after = []
+        final_states = []
         for call in group:
-            given = {"state": next(before)} if _is_loop(call.node) else {}
-            made = _copy(body, call.node, copies, given)
+            state_argument = {"state": next(initial_states)} if _is_loop(call.node) else {}
+            copied = _copy_call(body, call.node, copies, state_argument)
             for n in call.elements:
                 copies[n] = body.node_copy(n, copies.__getitem__)
                 copies[n].meta = dict(n.meta)
-            after += [body.call_function(operator.getitem, (made, 1))] if given else []
-        body.output((tuple(copies[v] for v in values), tuple(after)))
+            final_states += [body.call_function(operator.getitem, (copied, 1))] if state_argument else []
+        body.output((tuple(copies[v] for v in values), tuple(final_states)))
         attribute = new.get_attr(f"{self.container}.{name}")
         arguments: Any = map_arg((tuple(sequences), tuple(states), tuple(constants)), env.__getitem__)
-        made = new.call_function(run_tile, (attribute, *arguments), name=name)
-        made.meta.update(region_name=name, is_product=group[0].part.role == PRODUCT)
-        for index, parts in enumerate(([[v] for v in values], finals)):
-            of_kind = new.call_function(operator.getitem, (made, index)) if any(parts) else made
-            for position, same in enumerate(parts):
-                if not same:
+        tile_call = new.call_function(run_tile, (attribute, *arguments), name=name)
+        tile_call.meta.update(region_name=name, is_product=group[0].part.role == PRODUCT)
+        for index, aliases in enumerate(([[v] for v in values], finals)):
+            results = new.call_function(operator.getitem, (tile_call, index)) if any(aliases) else tile_call
+            for position, nodes in enumerate(aliases):
+                if not nodes:
                     continue
-                element = new.call_function(operator.getitem, (of_kind, position))
-                element.meta = dict(same[0].meta)
-                env.update(dict.fromkeys(same, element))
-        return self._tile(group, name, body, list(sequences.items()), values, list(constants))
+                element = new.call_function(operator.getitem, (results, position))
+                element.meta = dict(nodes[0].meta)
+                env.update(dict.fromkeys(nodes, element))
+        return self._make_tile(group, body, list(sequences.items()), values, list(constants))
 
-    def _tile(
+    def _make_tile(
         self,
         group: list[_Call],
-        name: str,
         body: fx.Graph,
         sequences: list[tuple[Node, bool]],
         values: list[Node],
@@ -253,7 +256,7 @@ class _Grouping:
     ) -> Tile:
         members = [call.part for call in group]
         is_product = members[0].role == PRODUCT
-        borders = [*(n for n, batched in sequences if batched), *values]
+        inputs_and_outputs = [*(n for n, batched in sequences if batched), *values]
         return Tile(
             ", ".join(part.region.name for part in members),
             body,
@@ -261,18 +264,18 @@ class _Grouping:
             [batched for _, batched in sequences],
             by_steps=all(part.by_steps or part.role == NORM for part in members),
             by_samples=all(part.by_samples or part.role == NORM for part in members)
-            and all(map(self._has_samples_in_front, borders))
+            and all(map(self._is_batch_first, inputs_and_outputs))
             and not any(self._is_batched_constant(n) for n in constants),
             is_random=is_product and members[0].is_random,
         )
 
-    def _has_samples_in_front(self, node: Node) -> bool:
-        """Whether the first dimension of a step of a value is its samples, and what is merged into it behind them."""
+    def _is_batch_first(self, node: Node) -> bool:
+        """Whether the batch is the outermost part of the first dimension of one step of a value."""
         step = self.steps.get(node.meta.get("step_node", ""), node)
         return step.meta.get("batch_dim") == 0
 
     def _is_batched_constant(self, node: Node) -> bool:
-        """Whether what is the same at all steps may be another for each sample."""
+        """Whether a value that is the same at all time steps may differ between samples."""
         is_statistic = any(n.target in STATISTICS for n in (node, *node.all_input_nodes))
         if node.op == "get_attr" or is_statistic:
             return False
@@ -280,26 +283,27 @@ class _Grouping:
         return "batch_dim" not in step.meta or step.meta["batch_dim"] is not None
 
 
-def _copy(body: fx.Graph, node: Node, copies: dict[Node, Node], given: dict[str, Any]) -> Node:
-    """A copy of a call with some of its keyword arguments given."""
-    args, kwargs = map_arg((node.args, {k: v for k, v in node.kwargs.items() if k not in given}), copies.__getitem__)
-    copies[node] = body.create_node(node.op, node.target, args, {**kwargs, **given}, name=node.name)
+def _copy_call(body: fx.Graph, node: Node, copies: dict[Node, Node], replaced: dict[str, Any]) -> Node:
+    """Copy a call into `body`, with some keyword arguments replaced."""
+    copied = {k: v for k, v in node.kwargs.items() if k not in replaced}
+    args, kwargs = map_arg((node.args, copied), copies.__getitem__)
+    copies[node] = body.create_node(node.op, node.target, args, {**kwargs, **replaced}, name=node.name)
     copies[node].meta = dict(node.meta)
     return copies[node]
 
 
 def _name(group: list[_Call]) -> str:
-    """The name of a tile: that of its first loop, or of its first part."""
+    """The name of the first loop in a group, or else of its first part."""
     names = [call.part.region.name for call in group]
     return next((call.part.region.name for call in group if _is_loop(call.node)), names[0])
 
 
 def _elements(call: Node) -> Iterable[Node]:
-    """What is taken from the tuple that a call returns."""
+    """The nodes that take elements from the tuple that a call returns."""
     if call.target is normalize:
         return []
-    found = [user for user in call.users if user.target is operator.getitem]
+    elements = [user for user in call.users if user.target is operator.getitem]
     if _is_loop(call):
-        for outputs in [n for n in found if n.args[1] == 0]:
-            found += [user for user in outputs.users if user.target is operator.getitem]
-    return found
+        for outputs in [n for n in elements if n.args[1] == 0]:
+            elements += [user for user in outputs.users if user.target is operator.getitem]
+    return elements

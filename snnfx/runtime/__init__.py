@@ -1,1 +1,1 @@
-"""The converted net and its calls."""
+"""`Net`, the converted model, and the execution of its calls."""

@@ -62,8 +62,8 @@ class Execution:
         k = self.plans.chunk_length(leaves, T, state)
         checkpoint = None if record else self.plans.checkpoint_length(leaves, T, state)
         if record and recomputation_applies(executable):
-            told = "checkpoint= and memory_budget= are not looked at in a call with record="
-            warn_once("SNNFX508", f"{told}: what is recorded has a history of its own, and all of it is kept.")
+            what = "checkpoint= and memory_budget= are ignored in a call with record="
+            warn_once("SNNFX508", f"{what}: the recorded values keep the whole autograd graph alive.")
         if k is not None:
             flat, state, records = self._run_chunks(k, leaves, state, T, record)
         elif checkpoint is not None:
@@ -88,7 +88,9 @@ class Execution:
             `(outputs, next state, ())`.
         """
         if record:
-            raise InputError("SNNFX311", "record= is for sequences", hint='Convert with step_mode="m".')
+            raise InputError(
+                "SNNFX311", 'record= is not available with step_mode="s"', hint='Convert with step_mode="m".'
+            )
         executable = self.executable
         arguments = executable.arguments
         arguments.check_state(state)
@@ -110,8 +112,8 @@ class Execution:
             if record:
                 raise InputError(
                     "SNNFX311",
-                    "record= needs the state before the first step here",
-                    why="the first step of this model does something else than the others.",
+                    "record= needs an explicit state for this model",
+                    why="its first step runs a different graph from the later steps.",
                     hint="Run one step first: _, state = net.run(x_seq[:1]); then record the rest with state=state.",
                 )
             return *self._run_first_separately(run_first, run, leaves, T), ()

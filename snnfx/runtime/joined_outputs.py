@@ -1,4 +1,4 @@
-"""The outputs of a sequence that was run piece by piece, put together."""
+"""Join the outputs of the chunks of a sequence."""
 
 from __future__ import annotations
 
@@ -12,66 +12,72 @@ __all__ = ["JoinedOutputs", "JoinedReductions", "combine_reductions"]
 
 
 class JoinedOutputs:
-    """The outputs of chunks of a sequence of T steps, written into one tensor each, so that there are never two copies.
+    """Joins the outputs of the chunks of T time steps.
 
-    Outputs whose shape or dtype changes from chunk to chunk are concatenated in the end.
+    Each chunk is written into one tensor allocated for all T steps, so that no second copy is needed. Outputs whose
+    shape or dtype changes between chunks are concatenated at the end.
     """
 
     def __init__(self, T: int) -> None:
         self.T, self.steps = T, 0
-        self.wholes: list[Any] | None = None
-        self.parts: list[tuple[Any, ...]] = []
+        self._joined: list[Any] | None = None
+        self._parts: list[tuple[Any, ...]] = []
 
     def add(self, outputs: tuple[Any, ...], steps: int) -> None:
-        """The outputs of the next few steps, `[steps, *]` each, or values that are no tensors."""
+        """Add the outputs of the next time steps: tensors `[steps, *]`, or values that are not tensors."""
         stop, tensors = self.steps + steps, [y for y in outputs if isinstance(y, Tensor)]
-        if self.wholes is None and not self.parts and all(y.dim() and y.shape[0] == stop for y in tensors):
-            self.wholes = [y.new_empty((self.T, *y.shape[1:])) if isinstance(y, Tensor) else y for y in outputs]
-        if self.wholes is not None and not all(map(_fits, self.wholes, outputs)):
-            self.parts = [tuple(y[: self.steps] if isinstance(y, Tensor) else y for y in self.wholes)]
-            self.wholes = None
-        if self.wholes is None:
-            self.parts.append(outputs)
+        if self._joined is None and not self._parts and all(y.dim() and y.shape[0] == stop for y in tensors):
+            self._joined = [y.new_empty((self.T, *y.shape[1:])) if isinstance(y, Tensor) else y for y in outputs]
+        if self._joined is not None and not all(map(_fits, self._joined, outputs)):
+            self._parts = [tuple(y[: self.steps] if isinstance(y, Tensor) else y for y in self._joined)]
+            self._joined = None
+        if self._joined is None:
+            self._parts.append(outputs)
         else:
             for index, y in enumerate(outputs):
                 if isinstance(y, Tensor):
-                    self.wholes[index][self.steps : stop] = y
+                    self._joined[index][self.steps : stop] = y
                 else:
-                    self.wholes[index] = y
+                    self._joined[index] = y
         self.steps = stop
 
     def values(self) -> tuple[Any, ...]:
-        """All steps of each output."""
-        if self.wholes is not None:
-            return tuple(self.wholes)
-        columns = zip(*self.parts, strict=True)
+        """The joined outputs of all time steps."""
+        if self._joined is not None:
+            return tuple(self._joined)
+        columns = zip(*self._parts, strict=True)
         return tuple(torch.cat(column) if isinstance(column[0], Tensor) else column[-1] for column in columns)
 
 
-def _fits(whole: Any, y: Any) -> bool:
-    if not isinstance(whole, Tensor) or not isinstance(y, Tensor):
-        return not isinstance(whole, Tensor) and not isinstance(y, Tensor)
-    return whole.shape[1:] == y.shape[1:] and whole.dtype == y.dtype
+def _fits(joined: Any, y: Any) -> bool:
+    if not isinstance(joined, Tensor) or not isinstance(y, Tensor):
+        return not isinstance(joined, Tensor) and not isinstance(y, Tensor)
+    return joined.shape[1:] == y.shape[1:] and joined.dtype == y.dtype
 
 
 class JoinedReductions:
-    """The reduction over all steps of a sequence, from those of its chunks."""
+    """Combines the reductions over the chunks of a sequence into the reduction over all time steps."""
 
     def __init__(self, reduce: str) -> None:
         self.reduce = reduce
-        self.parts: list[tuple[int, tuple[Any, ...]]] = []
+        self._parts: list[tuple[int, tuple[Any, ...]]] = []
 
     def add(self, outputs: tuple[Any, ...], steps: int) -> None:
-        """The reduction over the next few steps."""
-        self.parts.append((steps, outputs))
+        """Add the reduction over the next time steps."""
+        self._parts.append((steps, outputs))
 
     def values(self) -> tuple[Any, ...]:
-        """The reduction over all of them."""
-        return combine_reductions(self.parts, self.reduce)
+        """The reduction over all time steps."""
+        return combine_reductions(self._parts, self.reduce)
 
 
 def combine_reductions(parts: Sequence[tuple[int, tuple[Any, ...]]], reduce: str) -> tuple[Any, ...]:
-    """The reduction over all steps from those over pieces, given as `(number of steps, outputs)`."""
+    """The reduction over all time steps, from the reductions over chunks.
+
+    Args:
+        parts: `(number of time steps, reduced outputs)` of each chunk.
+        reduce: "mean", "sum" or "last".
+    """
     T = sum(steps for steps, _ in parts)
     combined: list[Any] = []
     for values in zip(*(outputs for _, outputs in parts), strict=True):

@@ -1,15 +1,13 @@
 """`Net`: the converted model, a torch.fx.GraphModule that runs whole sequences.
 
-The net shares the children, parameters and buffers of the model it came from, so an optimizer of the model goes on
-working and the keys of the state_dict are the model's. Its graphs (`snnfx.emit.emitted_graphs`) are functional:
-`(inputs, state, time) -> (outputs, final state)`. Around them is ordinary Python: what a call takes
-(`snnfx.emit.arguments`), how it is run (`snnfx.runtime.call_plans`, `snnfx.runtime.execution`), and for which inputs
-it is planned again (`snnfx.runtime.replanning`)."""
+The net owns an `Executable` (`snnfx.emit.executable`): step programs, and emitted graphs that are functional,
+`(inputs, state, time) -> (outputs, final state)`. A call binds its arguments (`snnfx.emit.arguments`), replans the net
+if its plan does not cover them (`snnfx.runtime.replanning`), and executes the graphs (`snnfx.runtime.execution`).
+"""
 
 from __future__ import annotations
 
 import copy
-from collections import OrderedDict
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import replace
 from typing import Any
@@ -25,23 +23,26 @@ from snnfx.emit.recompute_segments import RecomputePlan
 from snnfx.errors import AllocationError
 from snnfx.ir.options import ConvertOptions
 from snnfx.ir.pass_manager import PassRecord
-from snnfx.ir.program import SELF_TARGET, Region, StepProgram
+from snnfx.ir.program import Region, StepProgram
 from snnfx.ir.serialization import copy_model, pack_programs, unpack_programs
 from snnfx.memory.allocation_failure import explain_allocation_failure, is_allocation_failure
 from snnfx.memory.chunk_plan import ChunkPlan
 from snnfx.runtime.execution import Execution
 from snnfx.runtime.replanning import capture_again, net_for
+from snnfx.runtime.source_module import SourceModule
 from snnfx.runtime.streaming import Stream
 from snnfx.state.carry import outputs_without, with_final_state
 
 __all__ = ["ConvertOptions", "Net"]
 
 
-class Net(fx.GraphModule):
-    """A converted single-step model; made by `snnfx.convert`.
+class Net(SourceModule):
+    """A single-step model converted to run whole sequences; made by `snnfx.convert`.
 
-    Call it with whole sequences: `y_seq = net(x_seq)` starts from the reset state every time. `run` takes and returns
-    the state. `graph`, `code`, `regions` and `program` show what it does; `history` how it came about.
+    `y_seq = net(x_seq)` starts every call from the reset state. `run` takes and returns the state. `graph`, `code`,
+    `regions` and `program` show the converted model, and `history` lists the passes that made it.
+
+    The net shares the parameters, buffers, children and training mode of its `source` model.
     """
 
     history: list[PassRecord]
@@ -56,15 +57,8 @@ class Net(fx.GraphModule):
         history: Sequence[PassRecord] = (),
         replan: Callable[..., Net] | None = None,
     ) -> None:
-        super().__init__(nn.Module(), fx.Graph(), class_name=type(source).__name__)
-        self.__dict__.update(
-            _parameters=source._parameters,
-            _buffers=source._buffers,
-            _non_persistent_buffers_set=source._non_persistent_buffers_set,
-            _modules=OrderedDict(source._modules),
-        )
-        self.__dict__[SELF_TARGET] = source
-        # Not by assignment: the model may have children with this name.
+        super().__init__(source)
+        # Not by assignment: the model may have a child with this name.
         self.__dict__["_replan"] = replan
         self._carried: dict[str, Any] | None = None
         self._use_programs(programs, history, options)
@@ -75,7 +69,7 @@ class Net(fx.GraphModule):
     def _use_programs(
         self, programs: dict[bool, StepProgram], history: Sequence[PassRecord], options: ConvertOptions
     ) -> None:
-        """Run these programs from now on; graphs and plans of earlier programs are dropped."""
+        """Emit the graphs of these programs and run them from now on; earlier graphs and plans are dropped."""
         executable = Executable(self, self.source, programs, options)
         self.__dict__.update(history=list(history), _executable=executable)
         self._watched_settings = {mode: watch_settings(p.setting_reads, self.source) for mode, p in programs.items()}
@@ -87,11 +81,11 @@ class Net(fx.GraphModule):
         self.recompile()
 
     def region_modules(self) -> dict[str, nn.Module]:
-        """What runs the regions in the mode that the net is in, by their names."""
+        """The modules that run the regions of the current mode, by region name."""
         return self._executable.region_modules()
 
     def recompile(self) -> Any:
-        """Regenerate the code of the current graph; `forward` stays the driver around it."""
+        """Regenerate the code of the current graph; `forward` stays the Python function that drives it."""
         code = super().recompile()
 
         def forward(self: Net, *args: Any, T: int | None = None, **kwargs: Any) -> Any:
@@ -104,7 +98,7 @@ class Net(fx.GraphModule):
                     raise
                 raise explain_allocation_failure(error, self._execution.plans.shortest_chunk) from error
 
-        # torch.export matches dynamic_shapes with the names of the arguments.
+        # torch.export matches dynamic_shapes by argument names.
         executable = self.__dict__.get("_executable")
         forward.__signature__ = signature_of(executable and executable.programs[True])  # type: ignore[attr-defined]
         forward.__doc__ = _forward.__doc__
@@ -120,7 +114,7 @@ class Net(fx.GraphModule):
 
     @graph.setter
     def graph(self, graph: fx.Graph) -> None:
-        """Replace the graph of the current mode (and of both, while they are one)."""
+        """Replace the graph of the current mode, or of both modes if they share a program."""
         executable = self.__dict__.get("_executable")
         self._graph = graph
         graph.owning_module = self
@@ -149,32 +143,27 @@ class Net(fx.GraphModule):
 
     @property
     def positional_inputs(self) -> int:
-        """How many of the tensors of `bound` belong to positional arguments."""
+        """The number of tensors of `bound` that belong to positional arguments."""
         return self._arguments.positional_inputs
 
     def covers(self, leaves: list[Tensor]) -> bool:
-        """Whether the net was planned for tensors of these shapes, time first; it is planned again for others."""
+        """Whether the plan covers inputs of these shapes, time first; for others the net is planned again."""
         return self._arguments.covered(leaves)
 
     @property
     def varying_inputs(self) -> list[bool]:
-        """Of each tensor input, whether it has a time dimension."""
+        """For each tensor input, whether it has a time dimension."""
         return self._arguments.varying
 
     @property
     def _arguments(self) -> Arguments:
-        """What a call takes in the current mode."""
+        """The arguments of a call in the current mode."""
         return self._executable.arguments
 
     @property
     def regions(self) -> list[Region]:
-        """The regions of the current mode, in the order in which they run."""
+        """The regions of the current mode, in execution order."""
         return self.program.regions
-
-    @property
-    def source(self) -> nn.Module:
-        """The single-step model that the net was converted from; its modules are the net's."""
-        return self.__dict__[SELF_TARGET]  # type: ignore[no-any-return]
 
     # -- running --------------------------------------------------------------------------------------------------
 
@@ -186,23 +175,23 @@ class Net(fx.GraphModule):
         T: int | None = None,
         **kwargs: Any,
     ) -> Any:
-        """Run a sequence with explicit state; nothing is kept in the net.
+        """Run a sequence with explicit state; the net stores no state.
 
         Args:
             *args: the inputs, as for calling the net.
-            state: `{"lif1.v": Tensor, ...}`, the state before the first step; None: the reset state.
-            record: qualified names of modules called in a step (their output) or of slots (their value after each
-                step); the values over time are returned.
-            T: the number of time steps, when no input carries time.
+            state: the state before the first step, `{"lif1.v": Tensor, ...}`; None: the reset state.
+            record: qualified names of modules or slots to record over time: the output of a module, or the value of a
+                slot after each step.
+            T: the number of time steps; required if no input has a time dimension.
             **kwargs: inputs by name.
 
         Returns:
-            `(y_seq, final state)`, or `(y_seq, final state, {name: [T, N, *]})` with `record`. Outputs that are
-            carried (see `snnfx.convert`) are in the state, not in `y_seq`.
+            `(y_seq, final state)`, or `(y_seq, final state, {name: [T, N, *]})` with `record`. Carried outputs (see
+            `carry` of `snnfx.convert`) are in the state, not in `y_seq`.
 
         Raises:
             InputError: the inputs do not fit (SNNFX301, 303, 305 to 307, 310), the state has other slots (SNNFX308),
-                or there is nothing of a name in `record` (SNNFX311).
+                or a name in `record` is unknown (SNNFX311).
 
         Example:
             >>> import torch, snnfx
@@ -222,10 +211,10 @@ class Net(fx.GraphModule):
     def bound(
         self, args: tuple[Any, ...], kwargs: dict[str, Any], T: int | None = None
     ) -> tuple[list[Tensor], dict[str, Any], int]:
-        """`(tensors with time first, carried arguments by name, T)` of a call, for `run_bound`.
+        """Bind the arguments of a call for `run_bound`: `(tensors with time first, carried arguments by name, T)`.
 
         Raises:
-            InputError: as `run`.
+            InputError: as for `run`.
         """
         _, ordered, given, steps = self._bind_call(args, kwargs, T)
         assert steps is not None
@@ -234,13 +223,16 @@ class Net(fx.GraphModule):
     def run_bound(
         self, leaves: list[Tensor], given: dict[str, Any], state: dict[str, Any] | None, T: int | None
     ) -> tuple[Any, dict[str, Any]]:
-        """Run what `bound` gave, or a slice of it over time: `(outputs without those that are carried, final state)`.
+        """Run the inputs that `bound` returned, or a slice of them over time.
 
         Args:
             leaves: one tensor for each input of a step, time first; without time in step mode "s".
             given: carried arguments, for the first slice.
             state: as for `run`.
             T: the number of time steps; None in step mode "s".
+
+        Returns:
+            `(outputs without carried outputs, final state)`.
         """
         outputs, state, _ = self._execute(leaves, given, state, (), T)
         return outputs_without(outputs, [c.path for c in self.program.carried]), state
@@ -251,27 +243,27 @@ class Net(fx.GraphModule):
         return self._arguments.bind(args, kwargs)
 
     def stream(self, inputs: Iterable[Any], *, of: str = "chunks", state: dict[str, Any] | None = None) -> Stream:
-        """Run a sequence whose inputs come bit by bit, in memory that does not grow with its length.
+        """Stream a sequence from an iterable, in memory that does not grow with its length.
 
         Args:
-            inputs: yields the arguments of a call for the next few time steps (`of="chunks"`, `[k, N, *]`, any k) or
-                for the next one (`of="steps"`, `[N, *]`): a tensor, a tuple of positional or a dict of keyword
-                arguments. It is asked for one item at a time. A DataLoader with labels gives the net what it takes by
-                `net.stream(x for x, label in loader)`.
-            of: "chunks" or "steps"; steps are put together to chunks of the length that the chunk plan chooses.
-            state: the state before the first step, as for `run`; None: the reset state, with `carry_state=True` the
-                one that the net carries. Then each chunk leaves its state in the net, as a call does.
+            inputs: yields the arguments of a call for the next k time steps (`of="chunks"`, `[k, N, *]`, any k) or for
+                one time step (`of="steps"`, `[N, *]`): a tensor, a tuple of positional arguments or a dict of keyword
+                arguments. Items are requested one at a time. For a DataLoader with labels, pass
+                `(x for x, label in loader)`.
+            of: "chunks" or "steps"; steps are stacked to chunks of the length that the chunk plan chooses.
+            state: the state before the first step, as for `run`; None: the reset state, or with `carry_state=True` the
+                state that the net carries. The net then updates its carried state after each chunk, as after a call.
 
         Returns:
             An iterator over the outputs, chunk by chunk; with `reduce=`, over the reduction of all steps so far. Its
-            `state` is the state after the last chunk, its `steps` their number. History is kept as in `run`: use it
-            under `torch.no_grad()` unless you mean to differentiate.
+            attribute `state` is the state after the latest chunk, and `steps` the number of time steps so far. Autograd
+            records as in `run`: use `torch.no_grad()` for inference.
 
         Raises:
-            InputError: SNNFX309, `of` or the step mode does not fit; SNNFX305 or 307, an item is not what the net
-                takes; SNNFX301, a chunk has no time steps; SNNFX310, no input has time, so that only steps can be
-                streamed; SNNFX317 at the first chunk: a BatchNorm in training takes its statistics over all time
-                steps; otherwise as `run`.
+            InputError: `of` or the step mode does not fit (SNNFX309); an item does not fit the inputs of the net
+                (SNNFX305, 307); a chunk has no time steps (SNNFX301); no input has a time dimension, so only steps can
+                be streamed (SNNFX310); a BatchNorm in training takes its statistics over all time steps (SNNFX317, at
+                the first chunk); otherwise as for `run`.
 
         Example:
             >>> import torch, snnfx
@@ -287,7 +279,10 @@ class Net(fx.GraphModule):
     def _bind_call(
         self, args: tuple[Any, ...], kwargs: dict[str, Any], T: int | None
     ) -> tuple[list[Tensor], list[Tensor], dict[str, Any], int | None]:
-        """`(tensors, the same with time first, carried arguments by name, T)` of a call."""
+        """Bind the arguments of a call: `(tensors, tensors with time first, carried arguments by name, T)`.
+
+        The model is captured again if one of its settings has changed since.
+        """
         arguments = self._arguments
         args, kwargs, given = arguments.split_carried(args, kwargs)
         leaves = ordered = arguments.bind(args, kwargs)
@@ -306,7 +301,7 @@ class Net(fx.GraphModule):
         record: tuple[str, ...],
         T: int | None,
     ) -> tuple[Any, dict[str, Any], tuple[Any, ...]]:
-        """Run bound inputs, time first (one step of them in step mode "s", where T is not used)."""
+        """Run bound inputs: a sequence, time first, or one step in step mode "s", which ignores T."""
         if T is None or self.options.step_mode == "s":
             return self._execution.run_step(leaves, given, state, record)
         replanned = net_for(self, leaves, given)
@@ -317,28 +312,28 @@ class Net(fx.GraphModule):
     def split_carried(
         self, args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> tuple[tuple[Any, ...], dict[str, Any], dict[str, Any]]:
-        """The arguments of a call as `(args, kwargs, those that are carried)`."""
+        """Split the arguments of a call into `(args, kwargs, carried arguments by name)`."""
         return self._arguments.split_carried(args, kwargs)
 
     def planned_for(self, *args: Any, T: int | None = None, **kwargs: Any) -> Net:
-        """The net that runs these inputs: this one, or the one that it planned for shapes that its plan does not cover.
+        """The net that runs these inputs: this net, or the net planned for shapes that its plan does not cover.
 
-        Args and Raises as of `run`.
+        Arguments and errors are those of `run`.
         """
         _, leaves, given, _ = self._bind_call(args, kwargs, T)
-        other = net_for(self, leaves, given) if self.options.step_mode == "m" else None
-        return self if other is None else other
+        replanned = net_for(self, leaves, given) if self.options.step_mode == "m" else None
+        return self if replanned is None else replanned
 
     def chunk_plan(self, *sequences: Tensor, state: dict[str, Any] | None = None) -> ChunkPlan:
-        """How many time steps are run at once, for inputs (time first) and a first state of these shapes."""
+        """The chunk plan of inference for inputs (time first) and a first state of these shapes."""
         return self._execution.plans.chunk_plan(sequences, state)
 
     def recompute_plan(self, T: int, *sequences: Tensor) -> RecomputePlan:
-        """What is computed again in the backward pass of T steps of inputs of these shapes.
+        """The recompute plan of training on T time steps of inputs of these shapes.
 
         Args:
             T: the number of time steps.
-            *sequences: one tensor for each input, time first whatever `time_dim` is; only shapes are looked at.
+            *sequences: one tensor for each input, time first whatever `time_dim` is; only shapes are read.
 
         Raises:
             InputError: the inputs do not fit (SNNFX301, 303, 305 to 307, 309); SNNFX318, the budget is too small.
@@ -346,11 +341,11 @@ class Net(fx.GraphModule):
         self._arguments.check_time_first(T, sequences, "recompute_plan")
         return self._execution.plans.recompute_plan(T, sequences)
 
-    # -- state carried from call to call -----------------------------------------------------------------------------
+    # -- state carried across calls -----------------------------------------------------------------------------------
 
     @property
     def carried_state(self) -> dict[str, Any] | None:
-        """The state carried between calls, by slot name; None: the reset state."""
+        """The state carried across calls, by slot name; None: the reset state."""
         return self._carried
 
     @carried_state.setter
@@ -358,29 +353,18 @@ class Net(fx.GraphModule):
         self._carried = state
 
     def reset_carried_state(self) -> None:
-        """Forget the state carried between calls (`snnfx.functional.reset_net`)."""
+        """Discard the state carried across calls (`snnfx.functional.reset_net`)."""
         self._carried = None
 
     def detach_carried_state(self) -> None:
-        """Cut the history of the state carried between calls (`snnfx.functional.detach_net`)."""
+        """Detach the state carried across calls (`snnfx.functional.detach_net`)."""
         if self._carried is not None:
             self._carried = {k: v.detach() if isinstance(v, Tensor) else v for k, v in self._carried.items()}
 
-    # -- life of the module -----------------------------------------------------------------------------------------
-
-    @property
-    def training(self) -> bool:
-        """Whether the model, and so the net, is in training mode: setting the mode of either sets that of both."""
-        source = self.__dict__.get(SELF_TARGET)
-        return True if source is None else source.training
-
-    @training.setter
-    def training(self, mode: bool) -> None:
-        if SELF_TARGET in self.__dict__:  # nn.Module sets it before there is a model
-            self.source.training = mode
+    # -- conversion and copies ----------------------------------------------------------------------------------------
 
     def convert_to(self, step_mode: str) -> Net:
-        """The same programs in another step mode; modules are shared."""
+        """A net with the same programs and modules in another step mode."""
         if step_mode == self.options.step_mode:
             return self
         options = replace(self.options, step_mode=step_mode)
@@ -394,25 +378,25 @@ class Net(fx.GraphModule):
         return clone
 
     def __reduce__(self) -> tuple[Any, ...]:
-        # GraphModule would trace again; the program is packed as it is, with the model beside it.
+        # GraphModule would trace the module again, so pack the step programs and the model instead.
         packed = pack_programs(self.programs)
         return _rebuild, (self.source, packed, self.options, self.history, self._replan)
 
 
 def _forward(self: Net, args: tuple[Any, ...], kwargs: dict[str, Any], T: int | None) -> Any:
-    """Run a whole sequence from the reset state (or the carried one)."""
+    """Run a whole sequence from the reset state, or from the carried state with `carry_state=True`."""
     options = self.options
     leaves, ordered, given, T = self._bind_call(args, kwargs, T)
     arguments = self._arguments
-    # Chunks are only planned for inputs that this plan covers.
+    # The chunk plan holds only for inputs that the plan of the net covers.
     if T is not None and not options.carry_state and arguments.covered(ordered):
         run = self._execution.plans.runner_at_once("plain", ordered, T)
         if run is not None:
-            have_time = any(arguments.varying)
-            return run(self, *leaves) if have_time else run(self, *leaves, torch.arange(T, device=leaves[0].device))
+            has_time = any(arguments.varying)
+            return run(self, *leaves) if has_time else run(self, *leaves, torch.arange(T, device=leaves[0].device))
     state = self._carried if options.carry_state or options.step_mode == "s" else None
     if state is not None and self.program.carried and not options.carry_state:
-        # In single steps the caller hands on what the model takes as arguments.
+        # In step mode "s" the caller passes carried arguments to every call.
         explicit = {name for c in self.program.carried for name in c.slot_names()}
         state = {name: value for name, value in state.items() if name not in explicit} or None
     outputs, state, _ = self._execute(ordered, given, state, (), T)

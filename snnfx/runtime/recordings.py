@@ -1,4 +1,4 @@
-"""Values inside a net over time: `net.run(x_seq, record=("lif1", "lif1.v"))`."""
+"""Record values of modules and slots over time: `net.run(x_seq, record=("lif1", "lif1.v"))`."""
 
 from __future__ import annotations
 
@@ -25,10 +25,13 @@ class Recordings:
         self._runners: dict[tuple[bool, tuple[str, ...]], Callable[..., Any]] = {}
 
     def runner(self, names: tuple[str, ...]) -> Callable[..., Any]:
-        """The form for the current mode that returns the values of modules and slots of these names.
+        """The function that runs the graph of the current mode and also returns these values.
+
+        Args:
+            names: qualified names of modules and slots.
 
         Raises:
-            InputError: SNNFX311, there is nothing of such a name, or it has no value at each step.
+            InputError: SNNFX311, a name is unknown, or it has no value per time step.
         """
         key = (self.executable.training, names)
         if key not in self._runners:
@@ -38,13 +41,14 @@ class Recordings:
     def _emit(self, names: tuple[str, ...]) -> Callable[..., Any]:
         graphs, program, reduce = self.executable.graphs, self.executable.program, self.executable.options.reduce
         nodes = [_recorded_node(program, name) for name in names]
-        if any(node.meta.get("sunk") for node in nodes if isinstance(node, Node)):
-            raise InputError(
-                "SNNFX311",
-                f"one of {', '.join(names)} runs on the {reduce} over time",
-                why=f"with reduce={reduce!r} it has no value at each step.",
-                hint="Convert without reduce= to record it.",
-            )
+        for name, node in zip(names, nodes, strict=True):
+            if isinstance(node, Node) and node.meta.get("sunk"):
+                raise InputError(
+                    "SNNFX311",
+                    f"`{name}` has no value per time step to record",
+                    why=f"with reduce={reduce!r} it runs once, on the {reduce} over time.",
+                    hint="Convert without reduce= to record it.",
+                )
         label = f"record_{len(self._runners)}"
         emitted = emit_multi_step(program, f"{REGIONS}.{label}", graphs.target_name, nodes, reduce=reduce)
         graphs.keep(label, emitted.regions)
@@ -52,20 +56,21 @@ class Recordings:
 
 
 def _recorded_node(program: StepProgram, name: str) -> Any:
-    """What has the value of a slot after a step, or the output of a module."""
-    for slot, following in zip(program.slots, program.next_states, strict=True):
+    """The node, or constant, with the value of a slot after a step or the output of a module."""
+    for slot, next_state in zip(program.slots, program.next_states, strict=True):
         if slot.name == name:
-            return following
-    known = {slot.name for slot in program.slots}
-    found = None
+            return next_state
+    recordable = {slot.name for slot in program.slots}
+    output_node = None
     for node in program.graph.nodes:
-        returned = node.meta.get("returned_by", ())
-        known.update(returned)
-        found = node if name in returned else found
-    if found is None:
+        returned_by = node.meta.get("returned_by", ())
+        recordable.update(returned_by)
+        output_node = node if name in returned_by else output_node
+    if output_node is None:
         raise InputError(
             "SNNFX311",
-            f"there is nothing called `{name}` to record",
-            why=f"known are {', '.join(sorted(k for k in known if k))}.",
+            f"cannot record `{name}`",
+            why="the step has no module or slot of this name.",
+            hint=f"Record any of {', '.join(sorted(k for k in recordable if k))}.",
         )
-    return found
+    return output_node

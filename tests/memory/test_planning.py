@@ -256,7 +256,7 @@ def test_models_that_pass_their_state_are_planned_from_it() -> None:
     x_seq, v = torch.rand(16, 32, 4), torch.zeros(32, 4)
     net = snnfx.convert(Explicit(), example_inputs=(x_seq[0], v), carry={"v": 1}, memory_budget=30_000)
     assert not any("SNNFX508" in m for m in messages(lambda: net(x_seq, v)))
-    assert any(plan.steps is not None or plan.segments for plan in net._execution.plans._recomputed.values())
+    assert any(plan.steps is not None or plan.segments for plan in net._execution.plans._recompute_plans.values())
 
 
 def test_an_online_rule_warns_that_it_ignores_the_budget() -> None:

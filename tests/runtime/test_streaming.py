@@ -127,12 +127,12 @@ CHUNK = torch.rand(4, 2, 3, dtype=torch.float64)
 @pytest.mark.parametrize(
     ("item", "code", "told", "advice"),
     [
-        (None, "SNNFX305", "item 1 of the stream is `None`", "An item is a tensor"),
-        (3, "SNNFX305", "`int`", "An item is a tensor"),
+        (None, "SNNFX305", "item 1 of the stream is `None`", "Yield a tensor"),
+        (3, "SNNFX305", "`int`", "Yield a tensor"),
         (CHUNK.numpy(), "SNNFX305", "`ndarray [4, 2, 3]`", "torch.from_numpy"),
         ((CHUNK, 7), "SNNFX307", "`tuple (Tensor [4, 2, 3], int)`", "net.stream(x for x, label in loader)"),
         ([CHUNK, CHUNK], "SNNFX307", "`list (Tensor", "net.stream(x for x, label in loader)"),
-        ({"y": CHUNK}, "SNNFX307", "`dict (y: Tensor [4, 2, 3])`", "An item is a tensor"),
+        ({"y": CHUNK}, "SNNFX307", "`dict (y: Tensor [4, 2, 3])`", "Yield a tensor"),
     ],
 )
 def test_item_that_is_no_input_is_told(of: str, item: Any, code: str, told: str, advice: str) -> None:

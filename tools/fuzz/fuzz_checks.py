@@ -255,10 +255,12 @@ def check_checkpoint(model: nn.Module, s: Setting) -> None:
     for option in ("selective", "regions", "any"):
         other = with_options(net, checkpoint="regions" if option == "any" else option)
         plan = functools.partial(any_plan, other, r)
-        own = other._execution.plans._plan_recomputation
+        own = other._execution.plans._make_recompute_plan
         with (
             unittest.mock.patch.object(planner, "SLICE", r.choice((2**23, 4096, 256, 1))),
-            unittest.mock.patch.object(other._execution.plans, "_plan_recomputation", plan if option == "any" else own),
+            unittest.mock.patch.object(
+                other._execution.plans, "_make_recompute_plan", plan if option == "any" else own
+            ),
         ):
             found = run(other)
         what = f"{batch_norm}, checkpoint={option}"
