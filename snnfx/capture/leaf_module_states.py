@@ -136,7 +136,7 @@ class LeafModuleStates:
             f"a step sets the state `{slot}` to {value!r}",
             where=format_location(user_location()) or location_of_forward(self.recorder.root),
             why="in a net the state of a neuron is a tensor at every step.",
-            hint="Assign a tensor, e.g. torch.zeros_like(...). A reset is not necessary: each call of a net starts from "
+            hint="Assign a tensor, e.g. torch.zeros_like(...). A reset is not needed: each call of a net starts from "
             "the reset state.",
         )
 

@@ -286,7 +286,7 @@ class StepTracer(fx.Tracer):
                 "the step switches autocast on or off",
                 where=format_location(user_location()),
                 why="a graph does not record autocast.",
-                hint="Use autocast around the call of the net, or put the code into a submodule, which is then stepped.",
+                hint="Use autocast around the call of the net, or put the code into a submodule, which is stepped.",
             )
         node = super().create_node(kind, target, args, kwargs, name, None)
         node.meta.pop("nn_module_stack", None)
