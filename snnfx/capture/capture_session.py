@@ -10,10 +10,10 @@ from torch import Tensor, nn
 
 from snnfx.capture.attribute_changes import AttributeChanges, refuse_change
 from snnfx.capture.attribute_slots import AttributeSlot, is_number, known_value
-from snnfx.capture.internal_faults import raise_internal_fault
 from snnfx.capture.leaf_module_states import owners
 from snnfx.capture.proxy import StepProxy
 from snnfx.capture.step_arguments import CarriedLeaf, carried_output
+from snnfx.capture.trace_faults import raise_internal_fault
 from snnfx.capture.tracer import StepTracer, SubmoduleNotTraceable
 from snnfx.ir.program import InitialAttribute, InputLeaf, Slot, StepProgram, results_of
 from snnfx.ir.setting_read import SettingRead
@@ -196,7 +196,7 @@ class CaptureSession:
         def finish(tracer: StepTracer) -> None:
             for prefix, module, adapter, leaf in self.stateful:
                 if leaf:
-                    tracer.leaf_states.collect(prefix.removesuffix("."), module, adapter)
+                    tracer.leaf_states.read_attributes(prefix.removesuffix("."), module, adapter)
                 else:
                     names = [prefix + name for name in adapter.names(module)]
                     for name, start, value in zip(names, starts.get(prefix, ()), adapter.read(module), strict=True):
@@ -245,13 +245,13 @@ class CaptureSession:
         name = prefix.removesuffix(".")
         is_matched = self._is_matched(prefix, leaf=True)
         if is_matched:
-            tracer.leaf_states.bind(name, module, adapter)
+            tracer.leaf_states.match_initial_values(name, module, adapter)
         if is_matched and not warm:
-            tracer.leaf_states.begin_with_reset_values(name, module, adapter)
+            tracer.leaf_states.start_from_reset_values(name, module, adapter)
             return
         for slot in adapter.names(module):
             tracer.add_slot(prefix + slot, *(known_value(shapes.get(prefix + slot)) if is_matched else ()))
-        tracer.leaf_states.begin(name, module, adapter)
+        tracer.leaf_states.start_from_placeholders(name, module, adapter)
 
     def _traced_modules(self) -> Iterator[tuple[str, nn.Module]]:
         """Yield the modules whose forward is traced: neither leaf modules nor inside one."""

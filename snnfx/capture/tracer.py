@@ -19,7 +19,6 @@ from torch.fx import Node
 from snnfx.capture.attribute_slots import AttributeSlot
 from snnfx.capture.example_values import ExampleValues
 from snnfx.capture.input_output_checks import refuse_outputs
-from snnfx.capture.internal_faults import raise_internal_fault
 from snnfx.capture.leaf_module_states import LeafModuleStates
 from snnfx.capture.patches import (
     autocast_state,
@@ -31,6 +30,7 @@ from snnfx.capture.patches import (
 from snnfx.capture.proxy import UNKNOWN, StepProxy, needs_examples, value_of
 from snnfx.capture.setting_reads import recorded_reads
 from snnfx.capture.stateful_calls import StatefulCalls, element_of, mark_returned
+from snnfx.capture.trace_faults import raise_internal_fault
 from snnfx.errors import CaptureError
 from snnfx.ir.program import SELF_TARGET, add_placeholder, is_in_place
 from snnfx.ops.step_functions import expect_size, set_part_
