@@ -405,7 +405,7 @@ def test_an_optional_argument_that_is_not_state_keeps_its_default(make: type[nn.
     ("carry", "text"),
     [
         ({"stat": 1}, "no argument"),
-        ({"state": 5}, "have no element"),
+        ({"state": 5}, "have no element at"),
         ({"state": 1.5}, "gives no position"),
         (["state"], "is not a dict"),
     ],
