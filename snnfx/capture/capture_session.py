@@ -122,14 +122,14 @@ class CaptureSession:
             tracer.reads = self.reads
             accessed_before_call = tracer.leaf_states.accessed_before_call
             try:
-                found = self._trace(tracer, discovered, warm, shapes or {})
+                changed = self._trace(tracer, discovered, warm, shapes or {})
             except Exception:
                 if warm or accessed_before_call <= self.accessed_before_call:
                     raise
             else:
                 if warm or accessed_before_call <= self.accessed_before_call:
                     self._refuse_reads_of_growing_containers(discovered, shapes or {})
-                    return tracer, found
+                    return tracer, changed
             self.accessed_before_call |= accessed_before_call  # repeat the trace with their reset values
 
     def _refuse_reads_of_growing_containers(self, discovered: dict[str, AttributeSlot], shapes: dict[str, Any]) -> None:
@@ -151,7 +151,7 @@ class CaptureSession:
     def _trace(
         self, tracer: StepTracer, discovered: dict[str, AttributeSlot], warm: bool, shapes: dict[str, Any]
     ) -> list[AttributeSlot]:
-        found: list[AttributeSlot] = []
+        changed: list[AttributeSlot] = []
         starts: dict[str, tuple[Any, ...]] = {}
 
         def prepare(tracer: StepTracer) -> None:
@@ -208,7 +208,7 @@ class CaptureSession:
                 self._refuse_unsupported_state(attribute.module, attribute.name, attribute.before, value)
                 tracer.slot_values[attribute.name] = value
             growing = {(a.module, a.attribute) for a in discovered.values() if a.path and not a.keeps_structure()}
-            found.extend(
+            changed.extend(
                 a
                 for a in changes.attributes(traced, slots, tracer.first_reads)
                 if a.name not in discovered and (a.module, a.attribute) not in growing
@@ -222,12 +222,12 @@ class CaptureSession:
             try:
                 tracer.record(self.model, prepare, finish)
             except SubmoduleNotTraceable as failure:
-                found = list(changes.attributes(traced, slots, tracer.first_reads))
-                failure.undeclared = list({a.name: a for a in (*discovered.values(), *found)}.values())
+                changed = list(changes.attributes(traced, slots, tracer.first_reads))
+                failure.undeclared = list({a.name: a for a in (*discovered.values(), *changed)}.values())
                 raise
             finally:
                 changes.refuse_tensors_in_place(traced)
-        return found
+        return changed
 
     def _refuse_unsupported_state(self, module: nn.Module, slot: str, before: Any, after: Any) -> None:
         """Refuse a slot value other than a tensor, a number, or None before the first write."""

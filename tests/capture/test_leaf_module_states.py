@@ -256,7 +256,8 @@ class SetsNone(Model):
 def test_a_state_that_is_not_a_tensor_is_refused(lif: tuple[nn.Module, str]) -> None:
     model = SetsNone(*lif)
     before = model.v
-    with pytest.raises(CaptureError, match=r"SNNFX217 a step sets the state `lif\..*` to None.*test_leaf_module_states.py"):
+    message = r"SNNFX217 a step sets the state `lif\..*` to None.*test_leaf_module_states.py"
+    with pytest.raises(CaptureError, match=message):
         snnfx.convert(model)
     assert model.v is before
 
