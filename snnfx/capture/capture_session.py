@@ -10,10 +10,10 @@ from torch import Tensor, nn
 
 from snnfx.capture.attribute_changes import AttributeChanges, refuse_change
 from snnfx.capture.attribute_slots import AttributeSlot, is_number, known_value
-from snnfx.capture.internal_faults import raise_internal_fault
 from snnfx.capture.leaf_module_states import owners
 from snnfx.capture.proxy import StepProxy
 from snnfx.capture.step_arguments import CarriedLeaf, carried_output
+from snnfx.capture.trace_faults import raise_internal_fault
 from snnfx.capture.tracer import StepTracer, SubmoduleNotTraceable
 from snnfx.ir.program import InitialAttribute, InputLeaf, Slot, StepProgram, results_of
 from snnfx.ir.setting_read import SettingRead
@@ -122,14 +122,14 @@ class CaptureSession:
             tracer.reads = self.reads
             accessed_before_call = tracer.leaf_states.accessed_before_call
             try:
-                found = self._trace(tracer, discovered, warm, shapes or {})
+                changed = self._trace(tracer, discovered, warm, shapes or {})
             except Exception:
                 if warm or accessed_before_call <= self.accessed_before_call:
                     raise
             else:
                 if warm or accessed_before_call <= self.accessed_before_call:
                     self._refuse_reads_of_growing_containers(discovered, shapes or {})
-                    return tracer, found
+                    return tracer, changed
             self.accessed_before_call |= accessed_before_call  # repeat the trace with their reset values
 
     def _refuse_reads_of_growing_containers(self, discovered: dict[str, AttributeSlot], shapes: dict[str, Any]) -> None:
@@ -151,7 +151,7 @@ class CaptureSession:
     def _trace(
         self, tracer: StepTracer, discovered: dict[str, AttributeSlot], warm: bool, shapes: dict[str, Any]
     ) -> list[AttributeSlot]:
-        found: list[AttributeSlot] = []
+        changed: list[AttributeSlot] = []
         starts: dict[str, tuple[Any, ...]] = {}
 
         def prepare(tracer: StepTracer) -> None:
@@ -196,7 +196,7 @@ class CaptureSession:
         def finish(tracer: StepTracer) -> None:
             for prefix, module, adapter, leaf in self.stateful:
                 if leaf:
-                    tracer.leaf_states.collect(prefix.removesuffix("."), module, adapter)
+                    tracer.leaf_states.read_attributes(prefix.removesuffix("."), module, adapter)
                 else:
                     names = [prefix + name for name in adapter.names(module)]
                     for name, start, value in zip(names, starts.get(prefix, ()), adapter.read(module), strict=True):
@@ -208,7 +208,7 @@ class CaptureSession:
                 self._refuse_unsupported_state(attribute.module, attribute.name, attribute.before, value)
                 tracer.slot_values[attribute.name] = value
             growing = {(a.module, a.attribute) for a in discovered.values() if a.path and not a.keeps_structure()}
-            found.extend(
+            changed.extend(
                 a
                 for a in changes.attributes(traced, slots, tracer.first_reads)
                 if a.name not in discovered and (a.module, a.attribute) not in growing
@@ -222,12 +222,12 @@ class CaptureSession:
             try:
                 tracer.record(self.model, prepare, finish)
             except SubmoduleNotTraceable as failure:
-                found = list(changes.attributes(traced, slots, tracer.first_reads))
-                failure.undeclared = list({a.name: a for a in (*discovered.values(), *found)}.values())
+                changed = list(changes.attributes(traced, slots, tracer.first_reads))
+                failure.undeclared = list({a.name: a for a in (*discovered.values(), *changed)}.values())
                 raise
             finally:
                 changes.refuse_tensors_in_place(traced)
-        return found
+        return changed
 
     def _refuse_unsupported_state(self, module: nn.Module, slot: str, before: Any, after: Any) -> None:
         """Refuse a slot value other than a tensor, a number, or None before the first write."""
@@ -245,13 +245,13 @@ class CaptureSession:
         name = prefix.removesuffix(".")
         is_matched = self._is_matched(prefix, leaf=True)
         if is_matched:
-            tracer.leaf_states.bind(name, module, adapter)
+            tracer.leaf_states.match_initial_values(name, module, adapter)
         if is_matched and not warm:
-            tracer.leaf_states.begin_with_reset_values(name, module, adapter)
+            tracer.leaf_states.start_from_reset_values(name, module, adapter)
             return
         for slot in adapter.names(module):
             tracer.add_slot(prefix + slot, *(known_value(shapes.get(prefix + slot)) if is_matched else ()))
-        tracer.leaf_states.begin(name, module, adapter)
+        tracer.leaf_states.start_from_placeholders(name, module, adapter)
 
     def _traced_modules(self) -> Iterator[tuple[str, nn.Module]]:
         """Yield the modules whose forward is traced: neither leaf modules nor inside one."""

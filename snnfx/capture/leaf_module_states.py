@@ -52,14 +52,14 @@ class LeafModuleStates:
         self._initial_nodes: dict[str, Any] = {}
         self._is_internal_access = False
 
-    def begin(self, name: str, module: nn.Module, adapter: Adapter) -> None:
+    def start_from_placeholders(self, name: str, module: nn.Module, adapter: Adapter) -> None:
         """Set the attributes of a leaf module to the placeholders of its slots."""
         self._owners_before_call.update(dict.fromkeys(owners(module, adapter), name))
-        self.show(name, module, adapter)
+        self.write_attributes(name, module, adapter)
 
-    def begin_with_reset_values(self, name: str, module: nn.Module, adapter: Adapter) -> None:
+    def start_from_reset_values(self, name: str, module: nn.Module, adapter: Adapter) -> None:
         """Set the attributes of a leaf module to its reset values, so that nothing reads its placeholders."""
-        slots = _slots(name, module, adapter)
+        slots = _slot_names(name, module, adapter)
         with self._internal_access():
             adapter.reset(module)
             values = adapter.read(module)
@@ -67,9 +67,9 @@ class LeafModuleStates:
         self._attribute_values.update(zip(slots, values, strict=True))
         self.recorder.slot_values.update(self._attribute_values)
 
-    def bind(self, name: str, module: nn.Module, adapter: Adapter) -> None:
+    def match_initial_values(self, name: str, module: nn.Module, adapter: Adapter) -> None:
         """Let the comparison of the cold and the warm trace determine the initial values of a leaf module."""
-        self._matched_slots.update(_slots(name, module, adapter))
+        self._matched_slots.update(_slot_names(name, module, adapter))
 
     def note_read(self, module: nn.Module, attribute: str) -> None:
         """Record that the model's code reads an attribute of a module."""
@@ -78,7 +78,7 @@ class LeafModuleStates:
             if name is not None:
                 self.accessed_before_call.add(name)
 
-    def takes_initial(self, slot: str) -> bool:
+    def needs_initial(self, slot: str) -> bool:
         """Whether the first call of a leaf module needs a node that computes the initial value of the slot."""
         if slot in self._matched_slots:
             return slot in self._slots_at_reset_value
@@ -90,29 +90,29 @@ class LeafModuleStates:
 
     def before_call(self, name: str, module: nn.Module, adapter: Adapter) -> None:
         """Update the slots of a leaf module from its attributes before a call."""
-        self.collect(name, module, adapter)
-        for slot in self._slots_at_reset_value.intersection(_slots(name, module, adapter)):
+        self.read_attributes(name, module, adapter)
+        for slot in self._slots_at_reset_value.intersection(_slot_names(name, module, adapter)):
             self.recorder.slot_values[slot] = self._initial_nodes[slot]
-        self.call(name, module, adapter)
+        self.mark_called(name, module, adapter)
 
-    def call(self, name: str, module: nn.Module, adapter: Adapter) -> None:
+    def mark_called(self, name: str, module: nn.Module, adapter: Adapter) -> None:
         """Note that a leaf module is called, so that its state is now a result of the step."""
-        self._slots_at_reset_value.difference_update(_slots(name, module, adapter))
+        self._slots_at_reset_value.difference_update(_slot_names(name, module, adapter))
         for owner in owners(module, adapter):
             self._owners_before_call.pop(owner, None)
 
-    def show(self, name: str, module: nn.Module, adapter: Adapter) -> None:
+    def write_attributes(self, name: str, module: nn.Module, adapter: Adapter) -> None:
         """Set the attributes of a leaf module to the current values of its slots."""
-        slots = _slots(name, module, adapter)
+        slots = _slot_names(name, module, adapter)
         with self._internal_access():
             adapter.write(module, [self.recorder.slot_values[slot] for slot in slots])
             self._attribute_values.update(zip(slots, adapter.read(module), strict=True))
 
-    def collect(self, name: str, module: nn.Module, adapter: Adapter) -> None:
+    def read_attributes(self, name: str, module: nn.Module, adapter: Adapter) -> None:
         """Set the slots of a leaf module to the values that the model wrote to its attributes."""
         with self._internal_access():
             values = adapter.read(module)
-        for slot, value, owner in zip(_slots(name, module, adapter), values, owners(module, adapter), strict=True):
+        for slot, value, owner in zip(_slot_names(name, module, adapter), values, owners(module, adapter), strict=True):
             if value is self._attribute_values[slot]:
                 continue
             is_called = owner not in self._owners_before_call
@@ -136,7 +136,7 @@ class LeafModuleStates:
             f"a step sets the state `{slot}` to {value!r}",
             where=format_location(user_location()) or location_of_forward(self.recorder.root),
             why="in a net the state of a neuron is a tensor at every step.",
-            hint="Assign a tensor, e.g. torch.zeros_like(...). A reset is not necessary: each call of a net starts from "
+            hint="Assign a tensor, e.g. torch.zeros_like(...). A reset is not needed: each call of a net starts from "
             "the reset state.",
         )
 
@@ -149,5 +149,5 @@ class LeafModuleStates:
             self._is_internal_access = before
 
 
-def _slots(name: str, module: nn.Module, adapter: Adapter) -> list[str]:
+def _slot_names(name: str, module: nn.Module, adapter: Adapter) -> list[str]:
     return [f"{name}.{slot}" if name else slot for slot in adapter.names(module)]

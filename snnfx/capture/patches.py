@@ -52,21 +52,22 @@ def patched_apply(recorder: Recorder) -> Iterator[None]:
         holder_proxy = recorder.proxy(recorder.constant(holder or FunctionHolder(cls)))
         return recorder.create_proxy("call_function", apply_autograd_function, (holder_proxy, *args), kwargs)
 
-    outer_record = vars(torch.autograd.Function).get("snnfx_record_apply")
+    outer_record = vars(_FUNCTION).get("snnfx_record_apply")
     outer_code = _APPLY.__code__
-    torch.autograd.Function.snnfx_record_apply = classmethod(record)
+    _FUNCTION.snnfx_record_apply = classmethod(record)
     _APPLY.__code__ = _RecordingApply.apply.__code__
     try:
         yield
     finally:
         _APPLY.__code__ = outer_code
         if outer_record is None:
-            del torch.autograd.Function.snnfx_record_apply
+            del _FUNCTION.snnfx_record_apply
         else:
-            torch.autograd.Function.snnfx_record_apply = outer_record
+            _FUNCTION.snnfx_record_apply = outer_record
 
 
-_APPLY = torch.autograd.Function.__dict__["apply"].__func__
+_FUNCTION: Any = torch.autograd.Function
+_APPLY = _FUNCTION.__dict__["apply"].__func__
 _original_apply = types.FunctionType(_APPLY.__code__, _APPLY.__globals__, closure=_APPLY.__closure__)
 
 

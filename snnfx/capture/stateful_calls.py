@@ -30,7 +30,7 @@ __all__ = ["StatefulCalls", "element_of", "mark_returned"]
 
 
 class StatefulCalls:
-    """Records the calls of modules with state, for one recorder.
+    """Records the calls of stateful modules in one trace.
 
     Attributes:
         is_recording: whether the nodes of such a call are being recorded.
@@ -74,10 +74,10 @@ class StatefulCalls:
             self.is_recording = False
             restore_python_rng_state(python_state)
         if not torch.is_grad_enabled():
-            for slot in _slots_of(adapter, m, name):
+            for slot in _slot_names(adapter, m, name):
                 recorder.slot_values[slot] = recorder.without_gradient(recorder.slot_values[slot])
             output = recorder.without_gradient(output)
-        self.leaf_states.show(name, m, adapter)
+        self.leaf_states.write_attributes(name, m, adapter)
         return output
 
     def call_that_takes_state(
@@ -92,7 +92,7 @@ class StatefulCalls:
         if weights is not None:
             product = recorder.record_at(name, "call_function", nn.functional.linear, (call.inputs[0], weights), {})
             call = replace(call, inputs=(product,), kwargs={**call.kwargs, "projected": True})
-        slots = _slots_of(adapter, m, name)
+        slots = _slot_names(adapter, m, name)
         if call.state is None:
             output = self.call(m, name, call_stateful, adapter, call.inputs, call.kwargs)
             return call.returns(mark_returned(output, name), tuple(recorder.slot_values[slot] for slot in slots))
@@ -111,8 +111,8 @@ class StatefulCalls:
             output, values = recorder.without_gradient(output), [recorder.without_gradient(v) for v in values]
         recorder.slot_values.update(zip(slots, values, strict=False))
         recorder.overwritten_slots.update(slots)
-        self.leaf_states.call(name, m, adapter)
-        self.leaf_states.show(name, m, adapter)
+        self.leaf_states.mark_called(name, m, adapter)
+        self.leaf_states.write_attributes(name, m, adapter)
         return call.returns(mark_returned(output, name), tuple(values))
 
     def _record_call(
@@ -124,12 +124,12 @@ class StatefulCalls:
         args: tuple[Any, ...],
         kwargs: dict[str, Any],
     ) -> Any:
-        recorder, slots = self.recorder, _slots_of(adapter, m, name)
+        recorder, slots = self.recorder, _slot_names(adapter, m, name)
         module = recorder.record_at(name, "get_attr", name or SELF_TARGET, (), {})
         first_initial = initial_value if call is call_stateful else opaque_initial_value
         initial, result = self._evaluate_slots(adapter, m, slots, args, kwargs)
         for index, slot in enumerate(slots):
-            if self.leaf_states.takes_initial(slot):
+            if self.leaf_states.needs_initial(slot):
                 with self.values.already_evaluated(initial[index] if initial is not None else UNKNOWN):
                     arguments = (module, index, *args)
                     first = recorder.record_at(name, "call_function", first_initial, arguments, kwargs)
@@ -193,7 +193,7 @@ class StatefulCalls:
             )
 
 
-def _slots_of(adapter: Any, m: nn.Module, name: str) -> list[str]:
+def _slot_names(adapter: Any, m: nn.Module, name: str) -> list[str]:
     """The qualified names of the slots of a module."""
     return [f"{name}.{slot}" if name else slot for slot in adapter.names(m)]
 

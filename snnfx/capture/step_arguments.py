@@ -225,7 +225,7 @@ def carried_output(model: nn.Module, outputs: Any, carried: CarriedLeaf) -> Any:
     except (IndexError, KeyError, TypeError, AttributeError) as error:
         raise InputError(
             "SNNFX309",
-            f"carry: the outputs of a step of {type(model).__name__} have no element {carried.path}",
+            f"carry: the outputs of a step of {type(model).__name__} have no element at {carried.path}",
             why=f"carry= names it as the next value of `{carried.name}`.",
             hint="Pass the index of the next state in the outputs of the step.",
         ) from error

@@ -19,7 +19,6 @@ from torch.fx import Node
 from snnfx.capture.attribute_slots import AttributeSlot
 from snnfx.capture.example_values import ExampleValues
 from snnfx.capture.input_output_checks import refuse_outputs
-from snnfx.capture.internal_faults import raise_internal_fault
 from snnfx.capture.leaf_module_states import LeafModuleStates
 from snnfx.capture.patches import (
     autocast_state,
@@ -31,6 +30,7 @@ from snnfx.capture.patches import (
 from snnfx.capture.proxy import UNKNOWN, StepProxy, needs_examples, value_of
 from snnfx.capture.setting_reads import recorded_reads
 from snnfx.capture.stateful_calls import StatefulCalls, element_of, mark_returned
+from snnfx.capture.trace_faults import raise_internal_fault
 from snnfx.errors import CaptureError
 from snnfx.ir.edits import add_placeholder
 from snnfx.ir.nodes import is_in_place
@@ -288,7 +288,7 @@ class StepTracer(fx.Tracer):
                 "the step switches autocast on or off",
                 where=format_location(user_location()),
                 why="a graph does not record autocast.",
-                hint="Use autocast around the call of the net, or put the code into a submodule, which is then stepped.",
+                hint="Use autocast around the call of the net, or put the code into a submodule, which is stepped.",
             )
         node = super().create_node(kind, target, args, kwargs, name, None)
         node.meta.pop("nn_module_stack", None)

@@ -101,7 +101,7 @@ class ContentsSnapshot:
         return list(elements.values()) if kind == "list" else value
 
     def changes(self, name: str, new: Any) -> Iterator[Change]:
-        """Differences between the recorded and a new value; a new container with equal contents is no difference."""
+        """Differences between the recorded and a new value; a new container with equal contents is not one."""
         return self._compare((name,), self.values.get(name, MISSING), new, "", set())
 
     def _compare(

@@ -1,4 +1,4 @@
-"""`x[:, 0] = y` and its like on values computed in a step: later reads see the new value, nothing else changes."""
+"""Assignment to a part of a value, `x[:, 0] = y`: later reads return the new value, other values stay unchanged."""
 
 from __future__ import annotations
 
@@ -113,22 +113,22 @@ FORWARDS = [
 
 
 @pytest.mark.parametrize("forward", FORWARDS, ids=lambda f: f.__name__)
-def test_assigning_to_a_part_is_the_same_as_stepping(forward: Callable[..., Tensor]) -> None:
+def test_assignment_to_a_part_matches_stepping(forward: Callable[..., Tensor]) -> None:
     assert_converts(model_of(forward), X_SEQ)
 
 
-def test_assigning_to_all_samples_alike_is_folded() -> None:
+def test_assignment_to_all_samples_is_folded() -> None:
     net = snnfx.convert(model_of(a_slice_of_another_value), example_inputs=(X_SEQ[0],))
     assert [region.kind for region in net.regions] == ["fold"]
 
 
-def test_assigning_to_one_sample_is_not_folded() -> None:
+def test_assignment_to_one_sample_is_not_folded() -> None:
     net = snnfx.convert(model_of(one_sample), example_inputs=(X_SEQ[0],))
     assert [region.kind for region in net.regions] == ["fold", "map"]
 
 
 class ResetByAssignment(snnfx.MemoryModule):
-    """A neuron that resets its potential by assigning to a part of it."""
+    """A neuron that resets its potential by assignment to a part."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -202,7 +202,7 @@ def of_a_tensor_made_without_the_input(self: Any, x: Tensor) -> Tensor:
     ids=lambda v: getattr(v, "__name__", v),
 )
 @pytest.mark.parametrize("examples", [None, (X_SEQ[0],)], ids=["without examples", "with examples"])
-def test_what_has_another_owner_is_not_assigned_to(forward: Any, code: str, examples: Any) -> None:
+def test_assignment_to_a_tensor_of_another_owner_is_refused(forward: Any, code: str, examples: Any) -> None:
     with pytest.raises(CaptureError) as raised:
         snnfx.convert(model_of(forward), example_inputs=examples)
     assert raised.value.code == code
@@ -210,5 +210,5 @@ def test_what_has_another_owner_is_not_assigned_to(forward: Any, code: str, exam
     assert raised.value.why and raised.value.hint
 
 
-def test_neurons_may_follow() -> None:
+def test_neurons_may_follow_an_assignment() -> None:
     assert_converts(nn.Sequential(model_of(a_column), neuron.LIFNode(), model_of(added_to_a_part)).double(), X_SEQ)

@@ -1,4 +1,4 @@
-"""Capture: the models people write become step graphs that do what stepping them does, and are left as they were."""
+"""Capture: step graphs compute the same as stepping the model, and capture does not change the model."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ def sequence(*shape: int) -> Tensor:
 
 
 class Layer(nn.Module):
-    """A linear layer; subclasses add attributes in `prepare` and say what a step is."""
+    """A linear layer; subclasses add attributes in `prepare` and define the step."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -44,9 +44,6 @@ class Memory(snnfx.MemoryModule):
         self.fc = nn.Linear(C, C)
         self.register_memory("v", self.initial)
         self.double()
-
-
-# -- how state begins --------------------------------------------------------------------------------------------------
 
 
 class StartsFromNone(Layer):
@@ -83,7 +80,7 @@ class FloatStandsForTensor(Layer):
 
 
 class FloatIsChosenByWhere(Layer):
-    """torch.where took a proxy for a tensor of its own, in C++."""
+    """The C++ code of torch.where once treated a proxy as a tensor."""
 
     def prepare(self) -> None:
         self.v: Any = 0.0
@@ -228,14 +225,14 @@ STATE_MODELS = [
 
 
 @pytest.mark.parametrize("model", STATE_MODELS, ids=lambda cls: cls.__name__)
-def test_state_kept_in_attributes_becomes_slots(model: Callable[[], nn.Module]) -> None:
+def test_state_in_attributes_becomes_slots(model: Callable[[], nn.Module]) -> None:
     net = assert_converts(model(), sequence())
     assert {slot.name.partition(".")[0] for slot in net.program.slots} == {"v"}
     assert "loop" in {region.kind for region in net.regions}
 
 
 @pytest.mark.parametrize("model", sorted({*STATE_MODELS} - {DictOfStates}, key=str), ids=lambda cls: cls.__name__)
-def test_initial_values_are_no_reason_to_peel_the_first_step(model: Callable[[], nn.Module]) -> None:
+def test_initial_values_do_not_peel_the_first_step(model: Callable[[], nn.Module]) -> None:
     assert snnfx.convert(model()).program.first_step is None
 
 
@@ -255,9 +252,6 @@ def test_a_state_of_another_shape_is_reset_by_the_model() -> None:
         snnfx.convert(Resets())
 
 
-# -- a first step of its own -------------------------------------------------------------------------------------------
-
-
 class FirstStepDiffers(Memory):
     initial = None
 
@@ -275,12 +269,12 @@ class FirstStepDiffers(Memory):
 
 
 @pytest.mark.parametrize("steps", [1, 2, 5])
-def test_a_first_step_that_does_something_else_is_peeled(steps: int) -> None:
+def test_a_first_step_with_another_computation_is_peeled(steps: int) -> None:
     net = assert_converts(FirstStepDiffers(), sequence(steps, N, C))
     assert net.program.first_step is not None
 
 
-def test_a_state_that_is_given_skips_the_peeled_step() -> None:
+def test_a_passed_state_skips_the_peeled_step() -> None:
     model, x_seq = FirstStepDiffers(), sequence()
     net = snnfx.convert(model)
     whole, final = net.run(x_seq)
@@ -321,9 +315,6 @@ def test_a_first_call_without_state_is_peeled() -> None:
     assert assert_converts(Cell(), sequence()).program.first_step is not None
 
 
-# -- slots -------------------------------------------------------------------------------------------------------------
-
-
 def test_a_neuron_called_twice_threads_its_state() -> None:
     class Twice(Layer):
         def prepare(self) -> None:
@@ -350,7 +341,7 @@ def test_a_python_counter_counts_time_steps() -> None:
     assert net.run(sequence())[1] == {"t": T}
 
 
-def test_an_attribute_that_is_only_written_is_no_state() -> None:
+def test_an_attribute_that_is_only_written_is_not_state() -> None:
     class Notes(Layer):
         def prepare(self) -> None:
             self.last, self.count, self.history = None, 0, []
@@ -375,11 +366,11 @@ def test_a_list_that_grows_and_is_read_is_refused() -> None:
             self.history.append(self.fc(x))
             return torch.stack(self.history).sum(0)
 
-    with pytest.raises(CaptureError, match="SNNFX201.*another structure"):
+    with pytest.raises(CaptureError, match="SNNFX201.*changes its structure"):
         snnfx.convert(Grows())
 
 
-def test_delays_are_no_loop() -> None:
+def test_delays_need_no_loop() -> None:
     class Delays(Layer):
         def prepare(self) -> None:
             self.one, self.two = None, None
@@ -418,7 +409,7 @@ def test_a_delay_that_starts_as_a_number_feeds_a_neuron() -> None:
 
 
 @pytest.mark.parametrize("following", ["unchanged", "constant", "unused"])
-def test_a_slot_whose_next_value_is_no_result_of_the_step(following: str) -> None:
+def test_a_slot_whose_next_value_is_not_computed_by_the_step(following: str) -> None:
     class Odd(Memory):
         initial = 0.5
 
@@ -488,7 +479,7 @@ def test_a_state_that_starts_as_the_input_starts_from_zero_where_that_is_the_sam
 @pytest.mark.parametrize(
     "following", [lambda v, x: v + (x - v) / 2, lambda v, x: v * x + x, lambda v, x: 0.9 * v + 0.1 * x]
 )
-def test_a_first_step_that_no_zero_explains_is_run_on_its_own(following: Any) -> None:
+def test_a_first_step_that_differs_from_a_zero_state_is_peeled(following: Any) -> None:
     class Leaky(Layer):
         def prepare(self) -> None:
             self.v: Any = None
@@ -499,9 +490,6 @@ def test_a_first_step_that_no_zero_explains_is_run_on_its_own(following: Any) ->
             return self.v
 
     assert assert_converts(Leaky(), sequence()).program.first_step is not None
-
-
-# -- gradients ---------------------------------------------------------------------------------------------------------
 
 
 class Surrogate(torch.autograd.Function):
@@ -545,7 +533,7 @@ def test_a_users_autograd_function_keeps_its_gradient() -> None:
         lambda v: v.__imul__(2),
     ],
 )
-def test_a_change_in_place_without_gradient_leaves_the_history_alone(change: Any) -> None:
+def test_an_in_place_change_without_gradient_does_not_affect_the_autograd_graph(change: Any) -> None:
     class Clipped(Layer):
         def prepare(self) -> None:
             self.v: Any = None
@@ -564,7 +552,7 @@ def test_a_change_in_place_without_gradient_leaves_the_history_alone(change: Any
 spike_function = Surrogate.apply  # bound before anything is traced, as most models have it
 
 
-def test_an_apply_that_was_bound_beforehand_keeps_its_gradient() -> None:
+def test_a_stored_bound_apply_keeps_its_gradient() -> None:
     class Spiking(Layer):
         def prepare(self) -> None:
             self.v: Any = None
@@ -609,10 +597,7 @@ def test_converting_under_no_grad_changes_neither_the_net_nor_the_mode() -> None
     assert net(sequence()).requires_grad
 
 
-# -- Python of the model -----------------------------------------------------------------------------------------------
-
-
-def test_control_flow_on_shapes_needs_examples_and_is_pinned() -> None:
+def test_control_flow_on_shapes_needs_examples_and_fixes_the_size() -> None:
     class Shapes(Layer):
         def forward(self, x: Tensor) -> Tensor:
             y = self.fc(x) if x.shape[0] == N else x
@@ -627,7 +612,7 @@ def test_control_flow_on_shapes_needs_examples_and_is_pinned() -> None:
         net(sequence(T, N + 1, C))
 
 
-def test_sizes_in_shapes_and_in_factories_are_not_pinned() -> None:
+def test_sizes_in_shapes_and_in_factories_stay_variable() -> None:
     class Sizes(Layer):
         def forward(self, x: Tensor) -> Tensor:
             n, c = x.shape
@@ -692,9 +677,6 @@ def test_autocast_inside_a_step_is_kept() -> None:
         assert_same(net(x_seq).detach(), run_stepped(model, x_seq).outputs)
 
 
-# -- operations in place -----------------------------------------------------------------------------------------------
-
-
 IN_PLACE = {
     "method": "y.add_(1).mul_(2); return y",
     "operator with an alias": "z = y; y += 1; return z * y",
@@ -745,15 +727,12 @@ def test_operations_in_place_become_values(body: str) -> None:
 
 
 @pytest.mark.parametrize("body", REFUSED_IN_PLACE)
-def test_operations_in_place_that_others_would_see_are_refused(body: str) -> None:
+def test_in_place_operations_on_aliased_tensors_are_refused(body: str) -> None:
     model = model_of(body)
     for example in (None, sequence()[0]):
         with pytest.raises(CaptureError, match=REFUSED_IN_PLACE[body]):
             snnfx.convert(model, example_inputs=example)
     assert not model.buffer.any() and not model.plain.any()
-
-
-# -- what cannot be traced ---------------------------------------------------------------------------------------------
 
 
 class DataDependent(nn.Module):
@@ -781,7 +760,7 @@ def test_a_submodule_that_cannot_be_traced_is_stepped_with_its_states(calls: int
     assert any(refusal.code == "SNNFX108" for region in net.regions for _, refusal in region.refusals())
 
 
-def test_an_undeclared_state_in_it_is_refused() -> None:
+def test_unregistered_state_in_an_untraceable_submodule_is_refused() -> None:
     class Hidden(nn.Module):
         def __init__(self) -> None:
             super().__init__()
@@ -850,7 +829,7 @@ class OneNeuronInAChain(Layer):
         return self.chain(y) + self.layer(self.layer(self.layer(x)))
 
 
-def test_a_neuron_called_several_times_by_one_line_is_no_loop_over_time() -> None:
+def test_a_neuron_called_several_times_by_one_line_is_not_a_loop_over_time() -> None:
     assert_converts(OneNeuronInAChain(), sequence())
 
 
@@ -876,7 +855,7 @@ def test_lazy_modules_are_refused() -> None:
         snnfx.convert(nn.Sequential(nn.LazyLinear(3)))
 
 
-def test_hooks_on_what_is_traced_through_are_refused() -> None:
+def test_hooks_on_traced_modules_are_refused() -> None:
     inner = nn.Sequential(nn.Sequential(nn.Linear(C, C)), neuron.LIFNode())
     for module in (inner, inner[0]):
         handle = module.register_forward_hook(lambda *args: None)
@@ -884,9 +863,6 @@ def test_hooks_on_what_is_traced_through_are_refused() -> None:
             snnfx.convert(inner)
         handle.remove()
     snnfx.convert(inner)
-
-
-# -- the model is left as it was ---------------------------------------------------------------------------------------
 
 
 def photograph(model: nn.Module) -> dict[str, Any]:
@@ -902,7 +878,7 @@ def photograph(model: nn.Module) -> dict[str, Any]:
 
 @pytest.mark.parametrize("model", [*STATE_MODELS, FirstStepDiffers], ids=lambda cls: cls.__name__)
 @pytest.mark.parametrize("with_examples", [True, False], ids=["examples", "no-examples"])
-def test_convert_leaves_the_model_as_it_was(model: Callable[[], nn.Module], with_examples: bool) -> None:
+def test_convert_does_not_change_the_model(model: Callable[[], nn.Module], with_examples: bool) -> None:
     made = nn.Sequential(model(), nn.BatchNorm1d(C).eval(), nn.Dropout(0.5), nn.Linear(C, C)).double()
     made[1].eval()
     made[3].weight.requires_grad_(False)
@@ -920,7 +896,7 @@ def test_convert_leaves_the_model_as_it_was(model: Callable[[], nn.Module], with
     assert not made[3].weight.requires_grad
 
 
-def test_a_state_that_is_there_does_not_disturb_the_capture_and_survives_it() -> None:
+def test_existing_state_does_not_affect_capture_and_is_preserved() -> None:
     model = nn.Sequential(nn.Linear(C, C), neuron.LIFNode()).double()
     model(sequence()[0]).sum().backward()
     state = model[1].v
@@ -929,8 +905,6 @@ def test_a_state_that_is_there_does_not_disturb_the_capture_and_survives_it() ->
     assert net(sequence()).shape == (T, N, C)
     assert model[1].v is state
 
-
-# -- arguments and outputs ---------------------------------------------------------------------------------------------
 
 Pair = namedtuple("Pair", "spike potential")
 
@@ -1032,7 +1006,7 @@ def test_modules_in_lists_and_dicts_shared_modules_and_tied_parameters() -> None
     assert [slot.name for slot in net.program.slots] == ["lif1.v", "parts.1.v"]
 
 
-def test_examples_of_other_models_do_not_fit() -> None:
+def test_examples_with_the_wrong_signature_are_refused() -> None:
     model = nn.Sequential(nn.Linear(C, C)).double()
     with pytest.raises(InputError, match="SNNFX307"):
         snnfx.convert(model, example_inputs=(sequence()[0], sequence()[0]))
@@ -1056,7 +1030,7 @@ class AddsNoise(nn.Module):
 
 
 class HoldsAMask(snnfx.MemoryModule):
-    """One mask for a sequence, made without looking at the input."""
+    """One mask for a sequence, independent of the input."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -1081,7 +1055,7 @@ def test_noise_of_a_fixed_size_is_drawn_at_each_step_and_call() -> None:
     assert not torch.equal(first[0], first[1])
 
 
-def test_random_initial_state_is_drawn_at_each_call_and_held() -> None:
+def test_random_initial_state_is_drawn_once_per_call() -> None:
     net = snnfx.convert(HoldsAMask())
     x_seq = torch.ones(4, 2, 3)
     first, second = net(x_seq), net(x_seq)

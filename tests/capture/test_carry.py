@@ -1,4 +1,4 @@
-"""Models that take and return their state: it is carried from step to step and comes back as the model nests it."""
+"""Models that take and return their state: it is carried across steps and keeps its nested structure."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ class Potential(NamedTuple):
 
 
 class ByHand(nn.Module):
-    """A neuron written out, its state created at the first step; a projection before and a read-out behind it."""
+    """A neuron whose state is created at the first step, between a projection and a read-out."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -40,7 +40,7 @@ class ByHand(nn.Module):
 
 
 class TwoStates(nn.Module):
-    """Two states as required arguments in the middle, returned behind the output; None starts from zeros."""
+    """Two states as required arguments, returned after the output; None starts from zeros."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -56,7 +56,7 @@ class TwoStates(nn.Module):
 
 
 class Mixed(nn.Module):
-    """A neuron that keeps its state, and a state that is passed."""
+    """A neuron with stored state, and a passed state."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -69,7 +69,7 @@ class Mixed(nn.Module):
 
 
 class Difference(nn.Module):
-    """What is carried is on no cycle: the input of the step before."""
+    """The carried value is on no cycle: the input of the previous step."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -80,7 +80,7 @@ class Difference(nn.Module):
 
 
 def stepped(model: nn.Module, carry: dict[str, int], *sequences: Tensor, first: dict[str, Any] | None = None) -> Any:
-    """A plain loop: `(outputs that are not carried, stacked; the last carried ones by name)`."""
+    """A plain loop: `(stacked outputs that are not carried, final carried values by name)`."""
     snnfx.functional.reset_net(model)
     state: dict[str, Any] = first or dict.fromkeys(carry)
     rest: list[list[Any]] = []
@@ -140,7 +140,7 @@ def test_carry_says_which_argument_is_carried_from_which_output() -> None:
     snnfx.verify(model, net, x_seq, gain=gain)
 
 
-def test_the_first_state_is_taken_as_the_model_takes_it() -> None:
+def test_the_initial_state_has_the_structure_of_the_model() -> None:
     model, x_seq, gain = TwoStates().double(), sequence(), sequence(features=2)
     carry = {"mem1": 1, "mem2": 2}
     first = {"mem1": torch.rand(2, 4, dtype=torch.float64), "mem2": torch.rand(2, 2, dtype=torch.float64)}
@@ -150,7 +150,7 @@ def test_the_first_state_is_taken_as_the_model_takes_it() -> None:
     snnfx.verify(model, net, x_seq, first["mem1"], gain, first["mem2"])
 
 
-def test_pieces_with_the_state_handed_on_equal_the_whole() -> None:
+def test_chunks_with_carried_state_equal_the_whole_sequence() -> None:
     model, x_seq = ByHand().double(), sequence(7)
     net = snnfx.convert(model)
     whole, final = net(x_seq)
@@ -169,7 +169,7 @@ def test_run_takes_and_returns_the_state_by_slot() -> None:
     assert_same(record["state.v"][-1], final.v)
 
 
-def test_gradients_are_those_of_the_loop_also_with_respect_to_the_first_state() -> None:
+def test_gradients_match_the_loop_including_the_initial_state() -> None:
     model, x_seq = ByHand().double(), sequence()
     net = snnfx.convert(model)
     gradients = []
@@ -186,7 +186,7 @@ def test_gradients_are_those_of_the_loop_also_with_respect_to_the_first_state() 
 
 
 @pytest.mark.parametrize("k", [1, 2, 4])
-def test_inference_in_chunks_equals_the_whole(k: int) -> None:
+def test_inference_in_chunks_equals_the_whole_sequence(k: int) -> None:
     model, x_seq = ByHand().double().eval(), sequence(7)
     with torch.no_grad():
         assert_same(snnfx.convert(model, chunk=k)(x_seq), snnfx.convert(model, chunk=None)(x_seq))
@@ -203,7 +203,7 @@ def test_single_step_form_takes_and_returns_the_state_like_the_model() -> None:
     assert_same(net(x_seq[0]), model(x_seq[0]))
 
 
-def test_carry_state_goes_on_from_the_call_before() -> None:
+def test_carry_state_continues_from_the_previous_call() -> None:
     model, x_seq = ByHand().double(), sequence(6)
     net = snnfx.convert(model, carry_state=True)
     first, _ = net(x_seq[:2])
@@ -213,7 +213,7 @@ def test_carry_state_goes_on_from_the_call_before() -> None:
     assert_same(net(x_seq[:2])[0], first)
 
 
-def test_a_state_that_is_kept_beside_one_that_is_passed() -> None:
+def test_stored_and_passed_state_in_one_model() -> None:
     model, x_seq = Mixed().double(), sequence()
     net = snnfx.convert(model)
     (expected,), final = stepped(model, {"v": 1}, x_seq)
@@ -225,7 +225,7 @@ def test_a_state_that_is_kept_beside_one_that_is_passed() -> None:
     snnfx.verify(model, net, x_seq, first)
 
 
-def test_a_state_on_no_cycle_needs_no_loop_but_for_the_first_step() -> None:
+def test_a_state_on_no_cycle_needs_no_loop_after_the_first_step() -> None:
     model, x_seq = Difference().double(), sequence()
     net = snnfx.convert(model)
     (expected,), final = stepped(model, {"last_x": 1}, x_seq)
@@ -258,7 +258,7 @@ def test_a_state_nested_in_the_outputs_is_found_by_its_path() -> None:
     snnfx.verify(model, net, x_seq)
 
 
-def test_a_state_without_a_default_has_to_be_given_when_there_is_an_example_of_it() -> None:
+def test_a_state_with_an_example_and_no_default_is_required() -> None:
     class Required(nn.Module):
         def forward(self, x: Tensor, h: Tensor) -> tuple[Tensor, Tensor]:
             h = 0.5 * h + x
@@ -291,7 +291,7 @@ def test_a_counter_as_state_stays_a_number() -> None:
     snnfx.verify(model, net, x_seq)
 
 
-def test_copies_and_pickles_keep_what_is_carried() -> None:
+def test_copies_and_pickles_preserve_carried_arguments() -> None:
     net, x_seq = snnfx.convert(ByHand().double()), sequence()
     expected = net(x_seq)
     for other in (copy.deepcopy(net), pickle.loads(pickle.dumps(net))):
@@ -299,7 +299,7 @@ def test_copies_and_pickles_keep_what_is_carried() -> None:
         assert other.program.carried == net.program.carried
 
 
-def test_torch_cells_loop_the_cell_alone() -> None:
+def test_only_the_cell_of_a_torch_rnn_cell_model_is_looped() -> None:
     class Cells(nn.Module):
         def __init__(self) -> None:
             super().__init__()
@@ -324,7 +324,7 @@ def test_torch_cells_loop_the_cell_alone() -> None:
 
 @pytest.mark.parametrize("kind", ["memory", "attribute"])
 @pytest.mark.parametrize("cell_class", [nn.RNNCell, nn.GRUCell, nn.LSTMCell])
-def test_torch_cells_whose_state_the_module_keeps(cell_class: type[nn.Module], kind: str) -> None:
+def test_torch_cells_whose_state_the_module_stores(cell_class: type[nn.Module], kind: str) -> None:
     base = snnfx.MemoryModule if kind == "memory" else nn.Module
 
     class Keeping(base):  # type: ignore[misc, valid-type]
@@ -379,14 +379,14 @@ class NotReturned(nn.Module):
 
 
 @pytest.mark.parametrize("make", [StateAndAux, MaskLike])
-def test_what_may_or_may_not_be_state_is_asked_for(make: type[nn.Module]) -> None:
+def test_ambiguous_state_arguments_are_refused(make: type[nn.Module]) -> None:
     with pytest.raises(InputError, match="(?s)SNNFX314.*carry="):
         snnfx.convert(make())
     nothing = snnfx.convert(make(), carry={})
     assert not nothing.program.carried
 
 
-def test_the_answer_is_taken() -> None:
+def test_carry_resolves_the_ambiguity() -> None:
     model, x_seq = StateAndAux(), sequence()
     net = snnfx.convert(model, carry={"mem": 2})
     (spikes, total), final = stepped(model, {"mem": 2}, x_seq)
@@ -395,7 +395,7 @@ def test_the_answer_is_taken() -> None:
 
 
 @pytest.mark.parametrize("make", [Independent, NotReturned])
-def test_an_optional_argument_that_is_no_state_is_left_at_its_default(make: type[nn.Module]) -> None:
+def test_an_optional_argument_that_is_not_state_keeps_its_default(make: type[nn.Module]) -> None:
     net, x_seq = snnfx.convert(make()), sequence()
     assert not net.program.carried
     snnfx.verify(make(), net, x_seq)
@@ -405,12 +405,12 @@ def test_an_optional_argument_that_is_no_state_is_left_at_its_default(make: type
     ("carry", "text"),
     [
         ({"stat": 1}, "no argument"),
-        ({"state": 5}, "nothing at"),
-        ({"state": 1.5}, "does not say"),
-        (["state"], "no dict"),
+        ({"state": 5}, "have no element at"),
+        ({"state": 1.5}, "gives no position"),
+        (["state"], "is not a dict"),
     ],
 )
-def test_a_carry_that_does_not_fit_is_refused(carry: Any, text: str) -> None:
+def test_an_invalid_carry_is_refused(carry: Any, text: str) -> None:
     with pytest.raises(InputError, match=f"SNNFX309.*{text}"):
         snnfx.convert(ByHand(), carry=carry)
 
@@ -429,11 +429,11 @@ def test_a_state_that_grows_is_refused() -> None:
             history = [] if history is None else history
             return sum(history, x), [*history, x]
 
-    with pytest.raises(CaptureError, match="SNNFX201.*another structure"):
+    with pytest.raises(CaptureError, match="SNNFX201.*structure of the carried state"):
         snnfx.convert(Growing(), carry={"history": 1})
 
 
-def test_outputs_without_what_is_carried() -> None:
+def test_outputs_without_carried_arguments() -> None:
     assert outputs_without(("y", "s"), [(1,)]) == "y"
     assert outputs_without(["a", ("b", "c", "s")], [(1, 2)]) == ["a", ("b", "c")]
     assert outputs_without({"y": 1, "s": 2}, [("s",)]) == {"y": 1}
@@ -441,7 +441,7 @@ def test_outputs_without_what_is_carried() -> None:
     assert with_output_at(("a", ["b", "c"]), (1, -1), "d") == ("a", ["b", "d"])
 
 
-def test_arguments_behind_a_carried_one_are_given_by_name() -> None:
+def test_arguments_after_a_carried_one_become_keyword_arguments() -> None:
     import inspect
 
     parameters = list(inspect.signature(TwoStates.forward).parameters.values())[1:]

@@ -1,4 +1,4 @@
-"""A neuron's state that the rest of the model reads or writes: `self.lif.v` is what it is when stepping."""
+"""State of a neuron that the model reads or writes from outside: `self.lif.v` has the value of stepping."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ def make_snntorch() -> nn.Module:
 
 
 class DataDependent(nn.Module):
-    """Cannot be traced, so it is stepped as it is."""
+    """A module that cannot be traced, so it is opaque."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -65,7 +65,7 @@ def lif(request: pytest.FixtureRequest) -> tuple[nn.Module, str]:
 
 
 class Model(nn.Module):
-    """A layer, a neuron and what a subclass does with the neuron's state."""
+    """A layer and a neuron; subclasses access the state of the neuron."""
 
     def __init__(self, lif: nn.Module, attribute: str) -> None:
         super().__init__()
@@ -140,7 +140,7 @@ class Detaches(Model):
 
 
 class ReadBefore(Model):
-    """As people guard it: the state is no tensor before the first step."""
+    """Checks the type, because the state is not a tensor before the first step."""
 
     def forward(self, x: Tensor) -> Tensor:
         x, v = self.fc(x), self.v
@@ -179,20 +179,20 @@ EARLY: list[type[Model]] = [ReadBefore, ReadBeforeAfterAndWrite, PreparesTheStat
 
 
 @pytest.mark.parametrize("model", MODELS, ids=lambda cls: cls.__name__)
-def test_a_state_that_the_model_reads_or_writes_is_that_of_stepping(model: Any, lif: tuple[nn.Module, str]) -> None:
+def test_state_that_the_model_reads_or_writes_matches_stepping(model: Any, lif: tuple[nn.Module, str]) -> None:
     made = model(*lif)
     net = assert_converts(made, sequence())
     snnfx.verify(made, net, sequence())
 
 
 @pytest.mark.parametrize("model", EARLY, ids=lambda cls: cls.__name__)
-def test_a_state_that_is_looked_at_before_the_call(model: Any, lif: tuple[nn.Module, str]) -> None:
+def test_state_that_is_read_before_the_call(model: Any, lif: tuple[nn.Module, str]) -> None:
     made = model(*lif)
     net = assert_converts(made, sequence(), examples=True)
     snnfx.verify(made, net, sequence())
 
 
-def test_without_early_looks_nothing_is_peeled_or_traced_twice() -> None:
+def test_without_reads_before_the_call_nothing_is_peeled_or_traced_twice() -> None:
     net = snnfx.convert(ReadAfterAndCompute(neuron.LIFNode(), "v"))
     assert net.program.first_step is None
     assert [region.kind for region in net.regions].count("loop") == 1
@@ -203,7 +203,7 @@ def test_a_neuron_that_is_read_and_written_elementwise_is_one_loop() -> None:
     assert [region.kind for region in net.regions].count("loop") == 1
 
 
-def test_a_final_state_and_a_recording_have_what_was_written() -> None:
+def test_final_state_and_recording_contain_the_written_value() -> None:
     model, x_seq = WritesElementwise(neuron.LIFNode(tau=2.0), "v"), sequence()
     net = snnfx.convert(model)
     _, state, record = net.run(x_seq, record="lif.v")
@@ -213,7 +213,7 @@ def test_a_final_state_and_a_recording_have_what_was_written() -> None:
     assert_same(record["lif.v"][-1].detach(), model.lif.v.detach())
 
 
-def test_a_state_that_is_handed_on_continues() -> None:
+def test_a_carried_state_continues() -> None:
     model, x_seq = InhibitsLaterally(neuron.LIFNode(tau=2.0), "v"), sequence()
     net = snnfx.convert(model)
     whole, final = net.run(x_seq)
@@ -242,7 +242,7 @@ class SetsANumber(Model):
 
 
 @pytest.mark.parametrize("make", [neuron.LIFNode, make_spikingjelly, DataDependent])
-def test_a_number_stands_for_a_tensor(make: Callable[[], nn.Module]) -> None:
+def test_a_number_becomes_a_tensor(make: Callable[[], nn.Module]) -> None:
     assert_converts(SetsANumber(make(), "v"), sequence())
 
 
@@ -253,16 +253,17 @@ class SetsNone(Model):
         return s
 
 
-def test_what_is_no_tensor_is_refused(lif: tuple[nn.Module, str]) -> None:
+def test_a_state_that_is_not_a_tensor_is_refused(lif: tuple[nn.Module, str]) -> None:
     model = SetsNone(*lif)
     before = model.v
-    with pytest.raises(CaptureError, match=r"SNNFX217 the state `lif\..*` is set to None.*test_leaf_module_states.py"):
+    message = r"SNNFX217 a step sets the state `lif\..*` to None.*test_leaf_module_states.py"
+    with pytest.raises(CaptureError, match=message):
         snnfx.convert(model)
     assert model.v is before
 
 
 @pytest.mark.parametrize("model", MODELS + EARLY, ids=lambda cls: cls.__name__)
-def test_no_proxy_is_left_in_the_neuron(model: Any, lif: tuple[nn.Module, str]) -> None:
+def test_no_proxy_remains_in_the_neuron(model: Any, lif: tuple[nn.Module, str]) -> None:
     made = model(*lif)
     made(sequence()[0])
     before = made.v
@@ -271,7 +272,7 @@ def test_no_proxy_is_left_in_the_neuron(model: Any, lif: tuple[nn.Module, str]) 
 
 
 class PassesItsState(nn.Module):
-    """snnTorch's other convention: the state is an argument, and the neuron keeps a copy."""
+    """snnTorch's other convention: the state is an argument, and the neuron stores a copy."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -287,7 +288,7 @@ class PassesItsState(nn.Module):
         return s, self.lif.mem
 
 
-def test_the_copy_of_a_state_that_was_passed_can_be_read() -> None:
+def test_the_stored_copy_of_a_passed_state_can_be_read() -> None:
     model, x_seq = PassesItsState(), sequence()
     net = snnfx.convert(model)
     assert_same(net(x_seq), stack_steps([model(x) for x in x_seq]))

@@ -1,4 +1,4 @@
-"""What a step changes in Python: state where a slot can hold it, a refusal where not, and never a wrong result."""
+"""Changes of Python objects in a step: a slot or a refusal, but never a wrong result."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ def sequence() -> Tensor:
 
 
 class Layer(nn.Module):
-    """A linear layer; subclasses add attributes in `prepare` and say what a step is."""
+    """A linear layer; subclasses add attributes in `prepare` and define the step."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -37,9 +37,6 @@ class Layer(nn.Module):
 
     def prepare(self) -> None:
         """Add attributes."""
-
-
-# -- state in containers -----------------------------------------------------------------------------------------------
 
 
 class DelayInADeque(Layer):
@@ -133,14 +130,16 @@ STATES: list[type[Layer]] = [
 
 @pytest.mark.parametrize("model", STATES, ids=lambda cls: cls.__name__)
 @pytest.mark.parametrize("wrap", [lambda m: m, nn.Sequential], ids=["root", "submodule"])
-def test_it_becomes_slots(model: Callable[[], nn.Module], wrap: Callable[..., nn.Module]) -> None:
+def test_state_in_python_attributes_becomes_slots(
+    model: Callable[[], nn.Module], wrap: Callable[..., nn.Module]
+) -> None:
     net = assert_converts(wrap(model()), sequence())
     assert net.program.slots
 
 
 @pytest.mark.parametrize("model", STATES, ids=lambda cls: cls.__name__)
 @pytest.mark.parametrize("double", [True, False])
-def test_verify_begins_where_the_model_began(model: Callable[[], nn.Module], double: bool) -> None:
+def test_verify_starts_from_the_state_of_the_model(model: Callable[[], nn.Module], double: bool) -> None:
     made = model()
     net = snnfx.convert(made, example_inputs=sequence()[0])
     step_model(made, sequence())  # somebody uses the model in between
@@ -149,16 +148,13 @@ def test_verify_begins_where_the_model_began(model: Callable[[], nn.Module], dou
 
 
 @pytest.mark.parametrize("model", STATES, ids=lambda cls: cls.__name__)
-def test_the_model_holds_what_it_held(model: Callable[[], nn.Module]) -> None:
+def test_the_attributes_of_the_model_are_unchanged(model: Callable[[], nn.Module]) -> None:
     made = model()
     before, held = dict(vars(made)), copy.deepcopy({k: v for k, v in vars(made).items() if not k.startswith("_")})
     snnfx.convert(made, example_inputs=sequence()[0])
     for key, value in held.items():
         assert vars(made)[key] is before[key]
         assert_same(vars(made)[key], value)
-
-
-# -- what is no state --------------------------------------------------------------------------------------------------
 
 
 class OnlyWrites(Layer):
@@ -173,7 +169,7 @@ class OnlyWrites(Layer):
         return y * len(self.mode)
 
 
-def test_what_each_step_sets_before_it_reads_it_is_no_state() -> None:
+def test_an_attribute_set_before_it_is_read_is_not_state() -> None:
     assert assert_converts(OnlyWrites(), sequence()).program.slots == []
 
 
@@ -187,11 +183,8 @@ class CountsItsNotes(Layer):
 
 
 def test_the_length_of_a_list_that_grows_is_state() -> None:
-    with pytest.raises(CaptureError, match="SNNFX201 `notes` .*another structure.*test_python_state.py"):
+    with pytest.raises(CaptureError, match="SNNFX201 `notes` .*changes its structure.*test_python_state.py"):
         snnfx.convert(CountsItsNotes())
-
-
-# -- what cannot be a slot ---------------------------------------------------------------------------------------------
 
 
 class Phases(Layer):
@@ -212,7 +205,7 @@ class PhasesOfTheClass(Phases):
     phase = "on"
 
     def prepare(self) -> None:
-        """The class has it."""
+        """The class has the attribute."""
 
 
 class ListOfTheClass(Layer):
@@ -302,7 +295,7 @@ REFUSED = {
 @pytest.mark.parametrize("model", REFUSED, ids=lambda cls: cls.__name__)
 @pytest.mark.parametrize("inside", [False, True], ids=["root", "submodule"])
 @pytest.mark.parametrize("examples", [False, True], ids=["no-examples", "examples"])
-def test_it_is_refused_by_name(model: Callable[[], nn.Module], inside: bool, examples: bool) -> None:
+def test_an_unsupported_change_is_refused_by_name(model: Callable[[], nn.Module], inside: bool, examples: bool) -> None:
     code, name = REFUSED[model]
     made = nn.Sequential(model()) if inside else model()
     with pytest.raises(CaptureError) as raised:
@@ -316,7 +309,7 @@ def test_it_is_refused_by_name(model: Callable[[], nn.Module], inside: bool, exa
 
 
 @pytest.mark.parametrize("model", REFUSED, ids=lambda cls: cls.__name__)
-def test_a_refusal_leaves_nothing_behind(model: Callable[[], nn.Module]) -> None:
+def test_a_refusal_does_not_change_the_model(model: Callable[[], nn.Module]) -> None:
     made, meta_copy = model(), model()
     meta_copy.load_state_dict(made.state_dict())
     with pytest.raises(CaptureError):
@@ -324,13 +317,10 @@ def test_a_refusal_leaves_nothing_behind(model: Callable[[], nn.Module]) -> None
     assert_same(step_model(made, sequence()), step_model(meta_copy, sequence()))
 
 
-def test_what_all_instances_share_is_refused_and_put_back() -> None:
+def test_changes_of_class_attributes_are_refused_and_restored() -> None:
     with pytest.raises(CaptureError, match=r"SNNFX218 a step changes `ListOfTheClass\.shared\.0`"):
         snnfx.convert(ListOfTheClass())
     assert ListOfTheClass.shared == []
-
-
-# -- random numbers of Python ------------------------------------------------------------------------------------------
 
 
 class DropPath(Layer):
@@ -360,9 +350,6 @@ def test_random_numbers_of_python_are_drawn_at_each_step(model: Any, wrap: Any, 
         random.seed(seed)
         np.random.seed(seed)
         assert_same(net(x_seq), expected)
-
-
-# -- buffers -----------------------------------------------------------------------------------------------------------
 
 
 class CountsSpikes(Layer):
@@ -410,9 +397,6 @@ def test_a_buffer_that_a_step_changes_is_refused_by_name(model: Any, name: str, 
     assert all(isinstance(b, Tensor) for b in made.buffers())
 
 
-# -- a model that cannot be traced -------------------------------------------------------------------------------------
-
-
 class OneNormPerStep(Layer):
     def prepare(self) -> None:
         self.bns, self.t = nn.ModuleList(nn.BatchNorm1d(C) for _ in range(T)), 0
@@ -424,7 +408,7 @@ class OneNormPerStep(Layer):
 
 
 class OneNormPerStepInAMemory(snnfx.MemoryModule):
-    """What the message of `OneNormPerStep` says."""
+    """Follows the hint of the error for `OneNormPerStep`."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -436,7 +420,7 @@ class OneNormPerStepInAMemory(snnfx.MemoryModule):
 
 
 @pytest.mark.parametrize("wrap", [lambda m: m, nn.Sequential], ids=["root", "submodule"])
-def test_a_state_that_has_to_be_a_number_is_told_how_to_be_registered(wrap: Callable[..., nn.Module]) -> None:
+def test_the_hint_registers_a_state_that_must_be_a_number(wrap: Callable[..., nn.Module]) -> None:
     for examples in (None, sequence()[0]):
         with pytest.raises(CaptureError, match=r'SNNFX213(.|\n)*self.register_memory\("t", 0\)'):
             snnfx.convert(wrap(OneNormPerStep()), example_inputs=examples)
@@ -453,7 +437,7 @@ class BranchesOnValues(Layer):
         return self.lif(2 * y) if y.sum() > 0 else self.lif(5 * y)
 
 
-def test_a_model_that_cannot_be_traced_is_stepped_as_it_is_and_explain_says_so() -> None:
+def test_an_untraceable_model_is_stepped_and_explain_reports_it() -> None:
     model = BranchesOnValues()
     net = assert_converts(model, sequence())
     assert [region.kind for region in net.regions] == ["loop"]
@@ -465,10 +449,10 @@ def test_a_model_that_cannot_be_traced_is_stepped_as_it_is_and_explain_says_so()
     assert_same(torch.cat([first, net.run(sequence()[2:], state=state)[0]]), net(sequence()))
 
 
-def test_another_entry_than_forward_is_not_stepped_so() -> None:
+def test_an_untraceable_entry_other_than_forward_is_refused() -> None:
     class Entry(BranchesOnValues):
         def step(self, x: Tensor) -> Tensor:
             return BranchesOnValues.forward(self, x)
 
-    with pytest.raises(CaptureError, match="SNNFX201.*values of a tensor"):
+    with pytest.raises(CaptureError, match="SNNFX201.*tensor values"):
         snnfx.convert(Entry(), entry="step")

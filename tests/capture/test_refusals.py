@@ -1,4 +1,4 @@
-"""What cannot be converted is refused before anything is changed, with a code, the place, the reason and a way out."""
+"""Unsupported models are refused without side effects, with a code, a location, a reason and a hint."""
 
 from __future__ import annotations
 
@@ -76,7 +76,7 @@ class LoopsOverTime(Layer):
 
 
 class KeepsTheLast(Layer):
-    """With state that is not registered: else it would be stepped as it is."""
+    """A model with unregistered state; with registered state it would be stepped without tracing."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -227,7 +227,7 @@ X = torch.rand(2, 3, generator=torch.Generator().manual_seed(0))
 
 @dataclass
 class Refusal:
-    """A model (and inputs), the code, and whether a line of this file is the place."""
+    """A model (and inputs), its code, and whether the location is a line of this file."""
 
     make: Callable[[], nn.Module]
     code: str
@@ -273,7 +273,7 @@ REFUSALS = {
 
 
 def everything_of(model: nn.Module) -> list[Any]:
-    """All that a conversion could leave changed: values, flags, hooks, attributes, state, random numbers."""
+    """Everything that a conversion could change: values, flags, hooks, attributes, state, RNG states."""
     kept: list[Any] = [torch.get_rng_state(), random.getstate(), np.random.get_state()[1].tolist()]
     for name, module in model.named_modules():
         attributes = {k: v for k, v in vars(module).items() if k not in ("_parameters", "_buffers", "_modules")}
@@ -305,7 +305,7 @@ def refusal(request: pytest.FixtureRequest) -> Refusal:
 
 
 def with_state_and_mode(model: nn.Module) -> nn.Module:
-    """The model in evaluation mode with states that somebody left behind."""
+    """The model in evaluation mode with states that are not reset."""
     model.eval()
     for _, module, adapter in named_stateful(model):
         if isinstance(module, neuron.LIFNode):
@@ -313,7 +313,7 @@ def with_state_and_mode(model: nn.Module) -> nn.Module:
     return model
 
 
-def test_it_is_refused_with_code_place_reason_and_way_out(refusal: Refusal) -> None:
+def test_a_refusal_has_code_location_reason_and_hint(refusal: Refusal) -> None:
     with pytest.raises(CaptureError) as raised:
         snnfx.convert(refusal.make(), example_inputs=refusal.examples())
     error = raised.value
@@ -324,7 +324,7 @@ def test_it_is_refused_with_code_place_reason_and_way_out(refusal: Refusal) -> N
     assert CODES[refusal.code].fails and CODES[refusal.code].works
 
 
-def test_the_model_is_as_it_was(refusal: Refusal) -> None:
+def test_a_refusal_does_not_change_the_model(refusal: Refusal) -> None:
     model = with_state_and_mode(refusal.make())
     before = everything_of(model)
     with pytest.raises(CaptureError):
@@ -332,7 +332,7 @@ def test_the_model_is_as_it_was(refusal: Refusal) -> None:
     assert_unchanged(before, everything_of(model))
 
 
-def test_explain_reports_it(refusal: Refusal) -> None:
+def test_explain_reports_the_refusal(refusal: Refusal) -> None:
     model = with_state_and_mode(refusal.make())
     before = everything_of(model)
     report = snnfx.explain(model, example_inputs=refusal.examples())
@@ -342,7 +342,7 @@ def test_explain_reports_it(refusal: Refusal) -> None:
     assert_unchanged(before, everything_of(model))
 
 
-def test_a_loop_over_time_is_told_how_to_be_split() -> None:
+def test_the_hint_for_a_loop_over_time_names_entry() -> None:
     with pytest.raises(CaptureError, match='entry="step"'):
         snnfx.convert(LoopsOverTime())
 
@@ -352,11 +352,8 @@ class LoopWithAStep(LoopsOverTime):
         return self.lif(self.fc(x))
 
 
-def test_what_it_is_told_works() -> None:
+def test_the_hint_for_a_loop_over_time_works() -> None:
     assert_converts(LoopWithAStep().double(), torch.rand(4, 2, 3, dtype=torch.float64), entry="step")
-
-
-# -- what looks like one of these and is right ------------------------------------------------------------------------
 
 
 def test_a_hook_on_a_layer_runs() -> None:
@@ -370,7 +367,7 @@ def test_a_hook_on_a_layer_runs() -> None:
 @pytest.mark.parametrize(
     "module", [nn.ReLU(inplace=True), nn.Dropout(0.0, inplace=True)], ids=lambda m: type(m).__name__
 )
-def test_a_layer_in_place_on_the_input_leaves_the_sequence_alone(module: nn.Module) -> None:
+def test_an_in_place_layer_on_the_input_does_not_change_the_sequence(module: nn.Module) -> None:
     net = snnfx.convert(nn.Sequential(module, nn.Linear(3, 3)))
     x_seq = torch.randn(4, 2, 3)
     before = x_seq.clone()
@@ -405,12 +402,9 @@ class ReturnsANest(Layer):
         return Pair(y, {"parts": [y + 1, y * 2]})
 
 
-def test_nests_that_pytree_knows_are_kept() -> None:
+def test_registered_pytrees_keep_their_structure() -> None:
     net = assert_converts(ReturnsANest().double(), torch.rand(4, 2, 3, dtype=torch.float64))
     assert isinstance(net(torch.rand(4, 2, 3).double()), Pair)
-
-
-# -- inputs of a call, and of example_inputs ---------------------------------------------------------------------------
 
 
 def generator_of_steps() -> Iterator[Tensor]:
@@ -420,7 +414,7 @@ def generator_of_steps() -> Iterator[Tensor]:
 @pytest.mark.parametrize(
     "given", [generator_of_steps(), np.ones((4, 2, 3)), {1.0, 2.0}, "x", 3], ids=lambda v: type(v).__name__
 )
-def test_a_net_takes_no_other_input_than_tensors(given: Any) -> None:
+def test_a_net_refuses_inputs_other_than_tensors(given: Any) -> None:
     net = snnfx.convert(Layer())
     with pytest.raises(InputError) as raised:
         net(given)
@@ -442,7 +436,7 @@ def test_a_generator_of_examples_is_not_used_up() -> None:
     assert len(list(given)) == 4
 
 
-def test_no_code_of_capture_is_without_a_test() -> None:
+def test_every_code_of_capture_has_a_test() -> None:
     elsewhere = {
         "SNNFX202": "test_capture.py",
         "SNNFX210": "test_capture.py",

@@ -1,4 +1,4 @@
-"""Plain Python values of the model (`self.tau`, `if self.flag`) that are changed after conversion."""
+"""Settings: plain Python values of the model (`self.tau`, `if self.flag`) that change after conversion."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ class Settings:
 
 
 class Neuron(snnfx.MemoryModule):
-    """A leaky integrator of a user, traced through."""
+    """A leaky integrator written by a user; its forward is traced."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -114,7 +114,7 @@ def test_a_copy_of_the_net_follows_changes_of_its_own_model_only(clone: Any) -> 
     assert torch.equal(net(X_SEQ), before)
 
 
-def test_a_change_is_told_once_with_both_values() -> None:
+def test_a_change_warns_once_with_both_values() -> None:
     model = Model()
     net = snnfx.convert(model)
     with warnings.catch_warnings(record=True) as caught:
@@ -135,7 +135,7 @@ def test_the_graph_shows_the_new_value() -> None:
     assert "7.25" in str(net.program)
 
 
-def test_what_no_step_reads_may_change() -> None:
+def test_attributes_that_no_step_reads_may_change() -> None:
     model = Model()
     net = snnfx.convert(model)
     program = net.program
@@ -144,7 +144,7 @@ def test_what_no_step_reads_may_change() -> None:
     assert net.program is program
 
 
-def test_state_is_not_taken_for_a_setting() -> None:
+def test_state_is_not_a_setting() -> None:
     model = Model()
     net = snnfx.convert(model)
     program = net.program
@@ -171,7 +171,7 @@ def test_a_run_in_single_steps_follows() -> None:
     torch.testing.assert_close(torch.stack([net(x) for x in X_SEQ]), step_model(fresh_copy(model), X_SEQ))
 
 
-def test_state_handed_on_outlives_a_change() -> None:
+def test_carried_state_survives_a_change() -> None:
     model = Model()
     net = snnfx.convert(model)
     stepped = fresh_copy(model)
@@ -194,7 +194,7 @@ def test_the_other_mode_follows_too() -> None:
     assert_follows(net, model)
 
 
-def test_a_graph_replaced_by_hand_is_not_thrown_away() -> None:
+def test_a_replaced_graph_is_preserved() -> None:
     model = Model()
     net = snnfx.convert(model)
     net.graph = net.graph
@@ -204,7 +204,7 @@ def test_a_graph_replaced_by_hand_is_not_thrown_away() -> None:
     assert raised.value.code == "SNNFX315"
 
 
-def test_a_compiled_net_does_not_go_on_with_the_old_value() -> None:
+def test_a_compiled_net_uses_the_new_value() -> None:
     model = Model()
     net = snnfx.convert(model)
     compiled = torch.compile(net, fullgraph=True, backend="eager")
@@ -219,7 +219,7 @@ def test_a_compiled_net_does_not_go_on_with_the_old_value() -> None:
     assert_follows(compiled, model)
 
 
-def test_code_compiled_in_parts_follows_by_itself() -> None:
+def test_partially_compiled_code_follows_automatically() -> None:
     model = Model()
     net = snnfx.convert(model)
     compiled = torch.compile(net, backend="eager")

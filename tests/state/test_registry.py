@@ -1,10 +1,9 @@
-"""State: MemoryModule, adapters, snapshots, reset and detach."""
+"""State: MemoryModule, adapters, reset and detach."""
 
 from __future__ import annotations
 
 import copy
 import pickle
-import random
 from typing import Any
 
 import pytest
@@ -15,7 +14,6 @@ import snnfx
 from snnfx import neuron
 from snnfx.errors import CaptureError, InputError
 from snnfx.functional import detach_net, reset_net
-from snnfx.sandbox.snapshot import StateSnapshot
 from snnfx.state.composite_adapter import composite_adapter, is_stateful_tree
 from snnfx.state.registry import adapter_of, named_stateful, register_adapter
 from snnfx.state.step_calls import call_opaque, call_stateful, initial_value, opaque_initial_value
@@ -32,10 +30,7 @@ class Leaky(snnfx.MemoryModule):
         return self.v
 
 
-# -- MemoryModule ------------------------------------------------------------------------------------------------------
-
-
-def test_a_memory_is_read_and_written_as_an_attribute_and_is_no_buffer() -> None:
+def test_a_memory_is_an_attribute_and_not_a_buffer() -> None:
     cell = Leaky()
     assert cell.v == 0.0 and cell.memory_names() == ("v",)
     y = cell(torch.ones(2))
@@ -55,17 +50,17 @@ def test_a_tensor_as_initial_value_is_never_changed_by_the_steps() -> None:
 
 
 @pytest.mark.parametrize("name", ["not an identifier", "training", "forward", "v"])
-def test_names_that_are_taken_or_impossible_are_refused(name: str) -> None:
+def test_used_or_invalid_memory_names_are_refused(name: str) -> None:
     with pytest.raises(InputError, match="SNNFX309"):
         Leaky().register_memory(name, 0.0)
 
 
-def test_an_attribute_that_is_no_memory_is_missing_as_usual() -> None:
+def test_an_attribute_that_is_not_a_memory_raises_attribute_error() -> None:
     with pytest.raises(AttributeError, match="nothing"):
         _ = Leaky().nothing
 
 
-def test_copies_and_pickles_keep_the_state_apart() -> None:
+def test_copies_and_pickles_have_independent_state() -> None:
     cell = Leaky()
     cell(torch.ones(2, requires_grad=True))
     for other in (copy.deepcopy(cell), pickle.loads(pickle.dumps(nn.Sequential(Leaky()))[:])[0]):
@@ -75,17 +70,14 @@ def test_copies_and_pickles_keep_the_state_apart() -> None:
     assert torch.equal(cell.v.detach(), torch.ones(2))
 
 
-def test_a_copy_after_a_training_step_has_the_value_without_the_history() -> None:
+def test_a_copy_after_a_training_step_has_the_value_without_the_autograd_graph() -> None:
     cell = Leaky()
     cell(torch.ones(2, requires_grad=True))
     other = copy.deepcopy(nn.Sequential(cell, nn.Linear(2, 2)))
     assert not other[0].v.requires_grad and torch.equal(other[0].v, cell.v)
 
 
-# -- adapters ----------------------------------------------------------------------------------------------------------
-
-
-def test_a_pure_step_leaves_the_modules_own_state_alone() -> None:
+def test_a_pure_step_does_not_change_the_stored_state() -> None:
     for cell in (Leaky(), neuron.LIFNode()):
         cell(torch.ones(2))
         before = cell.v
@@ -94,7 +86,7 @@ def test_a_pure_step_leaves_the_modules_own_state_alone() -> None:
         assert v.shape == y.shape == (2,)
 
 
-def test_the_state_is_put_back_when_a_step_fails() -> None:
+def test_a_failed_step_restores_the_state() -> None:
     class Fails(Leaky):
         def forward(self, x: Tensor) -> Tensor:
             self.v = x
@@ -112,7 +104,7 @@ def test_initial_values_are_those_of_the_reset_state_for_the_inputs() -> None:
     assert_same(initial_value(neuron.LIFNode(v_reset=0.1), 0, x), torch.full_like(x, 0.1))
 
 
-def test_an_opaque_module_has_the_states_of_everything_in_it() -> None:
+def test_an_opaque_module_has_the_states_of_all_its_submodules() -> None:
     model = nn.Sequential(Leaky(), nn.Sequential(neuron.AdaptiveLIFNode()), nn.Linear(2, 2))
     adapter = composite_adapter(model)
     assert adapter.names(model) == ("0.v", "1.0.v", "1.0.b")
@@ -174,9 +166,6 @@ def test_each_stateful_module_is_named_once() -> None:
     assert [name for name, _, _ in named_stateful(nn.ModuleDict({"a": lif, "b": lif, "c": Leaky()}))] == ["a", "c"]
 
 
-# -- reset, detach -----------------------------------------------------------------------------------------------------
-
-
 def test_reset_net_resets_models_and_carried_states() -> None:
     model = nn.Sequential(nn.Linear(2, 2), neuron.LeakyIntegrator())
     model(torch.rand(3, 2))
@@ -190,7 +179,7 @@ def test_reset_net_resets_models_and_carried_states() -> None:
     assert torch.equal(net(x_seq), first)
 
 
-def test_detach_net_cuts_the_history_of_models_and_carried_states() -> None:
+def test_detach_net_detaches_models_and_carried_states() -> None:
     model = nn.Sequential(nn.Linear(2, 2), neuron.LIFNode())
     model(torch.rand(3, 2))
     value = model[1].v
@@ -202,54 +191,3 @@ def test_detach_net_cuts_the_history_of_models_and_carried_states() -> None:
     net(x)
     detach_net(net)
     net(x).sum().backward()
-
-
-# -- snapshots ---------------------------------------------------------------------------------------------------------
-
-
-class Busy(nn.Module):
-    def __init__(self) -> None:
-        super().__init__()
-        self.bn, self.lif, self.cell = nn.BatchNorm1d(2), neuron.LIFNode(), Leaky()
-        self.count, self.notes, self.nested, self.plain = 0, [1], {"a": [torch.zeros(2)]}, torch.zeros(2)
-        self.register_buffer("mem", torch.zeros(2))
-
-    def forward(self, x: Tensor) -> Tensor:
-        self.count += 1
-        self.notes.append(x)
-        self.nested["a"][0] = x
-        self.nested["b"] = x
-        self.new = x
-        self.plain.add_(1)
-        self.mem = self.mem + 1
-        return self.cell(self.lif(self.bn(x))) + torch.rand_like(x)
-
-
-def test_a_snapshot_puts_everything_back_that_a_run_can_change() -> None:
-    model = Busy()
-    objects = {key: value for key, value in vars(model).items() if not key.startswith("_")}
-    buffers = {name: (buffer, buffer.clone()) for name, buffer in model.named_buffers()}
-    rng, modes = torch.get_rng_state(), [m.training for m in model.modules()]
-    with StateSnapshot.of(model):
-        model(torch.rand(3, 2))
-        model.eval()
-        model.bn.running_mean.fill_(3)
-    assert {key: value for key, value in vars(model).items() if not key.startswith("_")}.keys() == objects.keys()
-    assert all(vars(model)[key] is value for key, value in objects.items())
-    assert model.count == 0 and model.notes == [1] and list(model.nested) == ["a"]
-    assert_same([model.nested["a"][0], model.plain], [torch.zeros(2), torch.zeros(2)])
-    for name, buffer in model.named_buffers():
-        assert buffer is buffers[name][0] and torch.equal(buffer, buffers[name][1])
-    assert (model.lif.v, model.cell.v) == (0.0, 0.0)
-    assert torch.equal(torch.get_rng_state(), rng) and [m.training for m in model.modules()] == modes
-
-
-def test_a_snapshot_restores_after_an_exception_and_in_reverse_when_nested() -> None:
-    model = Busy()
-    with pytest.raises(ValueError, match="on purpose"), StateSnapshot.of(model):
-        model.count = 5
-        with StateSnapshot.of(model):
-            model.count = random.randint(10, 20)
-        assert model.count == 5
-        raise ValueError("on purpose")
-    assert model.count == 0

@@ -1133,7 +1133,7 @@ def test_parametrized_modules_are_still_their_class() -> None:
     assert codes_of_module(nn.utils.parametrizations.weight_norm(nn.Linear(4, 5)), X2) == []
 
 
-def test_a_class_that_is_vouched_for_is_its_torch_class(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_declared_leaf_class_has_the_rules_of_its_torch_class(monkeypatch: pytest.MonkeyPatch) -> None:
     class Wrapper(nn.Linear):
         def forward(self, x: Tensor) -> Tensor:
             return super().forward(x)
@@ -1144,7 +1144,7 @@ def test_a_class_that_is_vouched_for_is_its_torch_class(monkeypatch: pytest.Monk
 
     assert codes_of_module(Wrapper(4, 5), X2) == ["SNNFX101"]
     assert codes_of_module(Spike(), X2) == ["SNNFX101"]
-    monkeypatch.setattr(leaves_module, "_vouched", dict(leaves_module._vouched))
+    monkeypatch.setattr(leaves_module, "_declared_leaves", dict(leaves_module._declared_leaves))
     declare_leaf(Wrapper)
     declare_leaf(Spike)
     assert codes_of_module(Wrapper(4, 5), X2) == []

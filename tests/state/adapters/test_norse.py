@@ -1,4 +1,4 @@
-"""Norse: cells with explicit state, containers that carry a list of states; what runs over time itself is refused."""
+"""Norse: cells with explicit state and containers with lists of states; modules over whole sequences are refused."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ CELLS: dict[str, Callable[[], nn.Module]] = {
 
 
 class Around(nn.Module):
-    """A cell between two layers, its state taken and returned."""
+    """A cell between two layers; the model takes and returns its state."""
 
     def __init__(self, cell: nn.Module) -> None:
         super().__init__()
@@ -105,7 +105,7 @@ def test_sequential_state_carries_a_list_of_states(training: bool, with_examples
     snnfx.verify(model, net, x_seq)
 
 
-def test_pieces_with_the_state_handed_on_equal_the_whole() -> None:
+def test_chunks_with_carried_state_equal_the_whole_sequence() -> None:
     net, x_seq = snnfx.convert(make_container()), sequence(2, 1, 8, 8)
     whole, final = net(x_seq)
     first, state = net(x_seq[:2])
@@ -113,7 +113,7 @@ def test_pieces_with_the_state_handed_on_equal_the_whole() -> None:
     assert_same((torch.cat([first, second]), state), (whole, final))
 
 
-def test_a_cell_alone_is_a_model() -> None:
+def test_a_single_cell_is_a_model() -> None:
     model, x_seq = norse.LIFCell(), sequence(2, 4)
     net = snnfx.convert(model)
     y_seq, state = net(x_seq)
@@ -121,7 +121,7 @@ def test_a_cell_alone_is_a_model() -> None:
     assert_same((y_seq, state), stepped(model, x_seq))
 
 
-def test_a_cell_that_is_passed_nothing_starts_anew_at_every_step() -> None:
+def test_a_cell_without_passed_state_is_reset_at_every_step() -> None:
     class Forgetful(nn.Module):
         def __init__(self) -> None:
             super().__init__()
@@ -175,7 +175,7 @@ def test_learnt_parameters_that_no_module_registers_get_their_gradients() -> Non
     ],
     ids=["LIF", "LI", "LIFRecurrent", "Lift", "encoder"],
 )
-def test_what_runs_over_time_itself_is_refused(make: Callable[[], nn.Module]) -> None:
+def test_modules_with_their_own_time_loop_are_refused(make: Callable[[], nn.Module]) -> None:
     for model in (make(), norse.SequentialState(nn.Linear(4, 4), make())):
         with pytest.raises(CaptureError, match="SNNFX205"):
             snnfx.convert(model)
@@ -194,7 +194,7 @@ def test_the_input_projection_of_a_cell_leaves_the_loop(name: str) -> None:
 
 
 @pytest.mark.parametrize("name", RECURRENT)
-def test_a_cell_with_hooks_is_given_its_own_input(name: str) -> None:
+def test_a_cell_with_hooks_receives_its_own_input(name: str) -> None:
     model, x_seq, shapes = Around(CELLS[name]()).double(), sequence(2, 4), []
     model.cell.register_forward_pre_hook(lambda module, args: shapes.append(args[0].shape))
     net = snnfx.convert(model)
@@ -203,7 +203,7 @@ def test_a_cell_with_hooks_is_given_its_own_input(name: str) -> None:
 
 
 @pytest.mark.parametrize("name", RECURRENT)
-def test_a_hook_that_comes_later_runs_too(name: str) -> None:
+def test_a_hook_registered_after_conversion_runs(name: str) -> None:
     model, x_seq, calls = Around(CELLS[name]()).double(), sequence(2, 4), []
     net, keys = snnfx.convert(model), list(model.state_dict())
     model.cell.register_forward_hook(lambda module, args, output: calls.append(1))

@@ -1,4 +1,4 @@
-"""snnTorch: neurons that keep their state and neurons that are passed it; a model's buffers are never written."""
+"""snnTorch: neurons with stored and with passed state; conversion never writes the buffers of a model."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ import snnfx
 from snnfx import surrogate
 from snnfx.errors import CaptureError, InputError
 
-# The surrogates of snnTorch make float32 spikes of any input; this one keeps the dtype.
+# The surrogates of snnTorch return float32 spikes for any input; this one keeps the dtype.
 spike = {"spike_grad": surrogate.ATan()}
 
 NEURONS: dict[str, Callable[..., nn.Module]] = {
@@ -51,7 +51,7 @@ def states_of(name: str) -> int:
 
 
 class Passing(nn.Module):
-    """Takes and returns the state of its neuron, as the tutorials do, one step at a time."""
+    """One step that takes and returns the state of its neuron, as in the tutorials."""
 
     def __init__(self, lif: nn.Module, name: str) -> None:
         super().__init__()
@@ -93,7 +93,7 @@ def assert_unchanged(model: nn.Module, before: dict[str, Any]) -> None:
 @pytest.mark.filterwarnings("ignore:Inhibition")
 @pytest.mark.parametrize("with_examples", [True, False], ids=["examples", "no-examples"])
 @pytest.mark.parametrize("name", NEURONS)
-def test_neuron_that_keeps_its_state(name: str, with_examples: bool) -> None:
+def test_neuron_with_stored_state(name: str, with_examples: bool) -> None:
     model = nn.Sequential(nn.Linear(4, 6), NEURONS[name](init_hidden=True), nn.Linear(6, 3)).double()
     x_seq = sequence(2, 4)
     expected = stepped(model, x_seq)
@@ -108,7 +108,7 @@ def test_neuron_that_keeps_its_state(name: str, with_examples: bool) -> None:
 @pytest.mark.filterwarnings("ignore:Inhibition")
 @pytest.mark.parametrize("with_examples", [True, False], ids=["examples", "no-examples"])
 @pytest.mark.parametrize("name", NEURONS)
-def test_neuron_that_is_passed_its_state(name: str, with_examples: bool) -> None:
+def test_neuron_with_passed_state(name: str, with_examples: bool) -> None:
     model, x_seq = Passing(NEURONS[name](), name).double(), sequence(2, 4)
     reset(model)
     state, ys = None, []
@@ -162,7 +162,7 @@ def test_tutorial_network_with_carry() -> None:
     torch.testing.assert_close(net(x_seq, *first), (spikes, mem1, mem2))
 
 
-def test_explicit_neuron_that_is_passed_nothing_uses_its_own_state() -> None:
+def test_neuron_without_passed_state_uses_its_stored_state() -> None:
     class Bare(nn.Module):
         def __init__(self, *none: None) -> None:
             super().__init__()
@@ -180,7 +180,7 @@ def test_explicit_neuron_that_is_passed_nothing_uses_its_own_state() -> None:
         snnfx.verify(model, net, x_seq)
 
 
-def test_a_neuron_without_a_state_argument_beside_one_that_is_carried() -> None:
+def test_stored_and_carried_neuron_state_in_one_model() -> None:
     class Both(nn.Module):
         def __init__(self) -> None:
             super().__init__()
@@ -211,7 +211,7 @@ def test_float32_with_the_default_surrogate() -> None:
     torch.testing.assert_close(net(x_seq), stepped(model, x_seq))
 
 
-def test_state_dict_and_instances_stay_as_they_are() -> None:
+def test_state_dict_and_instances_are_unchanged() -> None:
     model = nn.Sequential(nn.Linear(4, 6), snntorch.Leaky(beta=0.9, init_hidden=True))
     count = len(snntorch.SpikingNeuron.instances)
     net = snnfx.convert(model)
@@ -228,7 +228,7 @@ def test_another_batch_size_after_the_model_was_run() -> None:
     torch.testing.assert_close(net(x_seq), stepped(model, x_seq))
 
 
-def test_a_forward_that_runs_over_time_is_told_how_to_be_split() -> None:
+def test_the_hint_for_a_forward_over_time_names_entry() -> None:
     class Tutorial(TwoLayers):
         def forward(self, x: Tensor) -> Tensor:  # type: ignore[override]
             mem1, mem2 = self.lif1.reset_mem(), self.lif2.reset_mem()

@@ -1,4 +1,4 @@
-"""SpikingJelly: every neuron that can be stepped, the layer wrappers, containers and models; the others are refused."""
+"""SpikingJelly: all single-step neurons, layer wrappers, containers and models; others are refused."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ FEATURES = 6
 
 
 def leaky(x: torch.Tensor, v: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """A user's neuron for FlexSN."""
+    """A user-defined neuron for FlexSN."""
     h = v / 2.0 + x
     spike = surrogate.Sigmoid()(h - 1.0)
     return spike, h * (1.0 - spike)
@@ -143,7 +143,7 @@ def test_online_neurons_and_their_container_have_the_gradient_of_the_rule() -> N
     assert {slot.name for slot in net.train().program.slots} == {"1.v", "1.trace", "3.v", "3.trace"}
 
 
-def test_online_neurons_need_examples_and_it_is_said() -> None:
+def test_online_neurons_without_examples_are_refused_with_a_hint() -> None:
     model = layer.OTTTSequential(nn.Linear(4, FEATURES), neuron.OTTTLIFNode(), nn.Linear(FEATURES, 3)).double()
     with pytest.raises(InputError, match="example_inputs"):
         snnfx.convert(model)(sequence(2, 4))
@@ -163,7 +163,7 @@ def test_neuron_for_inference_only() -> None:
     [lambda: neuron.MaskedPSN(k=2, T=5, lambda_init=1.0), lambda: neuron.SlidingPSN(k=2)],
     ids=["masked", "sliding"],
 )
-def test_neuron_that_keeps_its_inputs(make: Callable[[], nn.Module]) -> None:
+def test_neuron_that_stores_its_inputs(make: Callable[[], nn.Module]) -> None:
     check(nn.Sequential(nn.Linear(4, FEATURES), make(), nn.Linear(FEATURES, 3)).double(), sequence(2, 4))
 
 
@@ -202,7 +202,7 @@ LAYERS: dict[str, tuple[Callable[[], nn.Module], tuple[int, ...]]] = {
 def test_layer_wrapper_in_single_step_mode_is_folded(name: str) -> None:
     make, shape = LAYERS[name]
     net = check(nn.Sequential(make(), neuron.IFNode()).double(), sequence(*shape))
-    # In evaluation the kernel of the neurons takes a BatchNorm in; in training its statistics are of the folded batch.
+    # In evaluation the neuron kernel fuses the BatchNorm; in training its statistics cover the folded batch.
     assert [region.kind for region in net.programs[False].regions] == (
         ["loop"] if name.startswith("BatchNorm") else ["fold", "loop"]
     )
@@ -221,7 +221,7 @@ def test_layer_wrapper_in_single_step_mode_is_folded(name: str) -> None:
     ],
     ids=["linear recurrent", "element-wise recurrent", "synapse filter", "delay", "neunorm"],
 )
-def test_stateful_layer_is_looped_and_what_is_around_it_folded(make: Callable[..., nn.Module]) -> None:
+def test_stateful_layer_is_looped_and_its_neighbour_layers_folded(make: Callable[..., nn.Module]) -> None:
     if make is layer.NeuNorm:
         model = nn.Sequential(nn.Conv2d(2, 3, 3), layer.NeuNorm(3, 4, 4), nn.Flatten(), nn.Linear(48, 2)).double()
         x_seq = sequence(2, 2, 6, 6)
@@ -255,7 +255,7 @@ def test_dropout_draws_the_mask_that_stepping_draws() -> None:
     assert torch.equal(net(x_seq), expected)
 
 
-def test_conversion_leaves_the_memories_of_the_model_alone() -> None:
+def test_conversion_does_not_change_the_memories_of_the_model() -> None:
     model = nn.Sequential(nn.Linear(4, 3), neuron.LIFNode()).double()
     x_seq = sequence(2, 4)
     model(x_seq[0])
@@ -305,7 +305,7 @@ def test_model_of_the_zoo(name: str) -> None:
     assert {region.kind for region in net.regions} <= {"fold", "loop"}
 
 
-def test_spikformer_which_is_written_for_whole_sequences_is_refused() -> None:
+def test_spikformer_for_whole_sequences_is_refused() -> None:
     from spikingjelly.activation_based.model import spikformer
 
     model = spikformer.Spikformer(
