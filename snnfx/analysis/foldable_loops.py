@@ -26,8 +26,8 @@ def is_trace_loop(region: Region) -> bool:
 def folds_when_cut(program: StepProgram, region: Region, inputs: Iterable[Node] = ()) -> bool:
     """Whether the steps of a loop may be folded once its states are known.
 
-    All states must be cut and all nodes foldable. Nodes that update buffers or draw random numbers must run exactly once
-    at each step, so they are excluded: the states are computed by a first run.
+    All states must be cut and all nodes foldable. The states are computed by a first run, so nodes that update buffers
+    or draw random numbers, which must run once at each step, are excluded.
 
     Args:
         program: at stage "partitioned".

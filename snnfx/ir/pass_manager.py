@@ -59,7 +59,7 @@ class PassManager:
             if STAGES.index(program.stage) < STAGES.index(item.requires):
                 raise PassError(
                     "SNNFX502",
-                    f"the pass `{item.name}` requires stage {item.requires!r}, but the program is at stage {program.stage!r}",
+                    f"the pass `{item.name}` requires stage {item.requires!r}, the program is at {program.stage!r}",
                     hint=f"Run the passes that reach stage {item.requires!r} first.",
                 )
             start = time.perf_counter()
