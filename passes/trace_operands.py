@@ -217,7 +217,7 @@ class _Leaks:
         values = [leak for _, leak in leaking]
         if max(values) - min(values) > 1e-9:
             shown = ", ".join(f"{slot} {leak:g}" for slot, leak in leaking)
-            raise several_leaks_error(describe_node(op.node), f"it feeds neurons with different leaks: {shown}")
+            raise several_leaks_error(describe_node(op.node), f"the neurons that it feeds have several leaks: {shown}")
         if len(leaking) > 1 and any(self.probes[slot].learnable for slot, _ in leaking):
             raise several_leaks_error(
                 describe_node(op.node), "it feeds several neurons whose leaks are learned separately"

@@ -382,7 +382,7 @@ class LeakProbe(nn.Module):
         if not torch.allclose(slopes[1], leak.expand_as(slopes[1]), rtol=1e-9, atol=_MIN_LEAK):
             raise several_leaks_error(self.slot, "it differs between the neurons of the layer")
         if not torch.allclose(slopes, leak.expand_as(slopes), rtol=1e-6, atol=1e-9):
-            raise several_leaks_error(self.slot, "it depends on the membrane potential")
+            raise several_leaks_error(self.slot, "it depends on the potential")
         return 0.0 if abs(float(leak)) < _MIN_LEAK else float(leak)
 
     def __getstate__(self) -> dict[str, Any]:

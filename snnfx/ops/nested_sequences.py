@@ -83,7 +83,7 @@ def join_over_time(parts: list[Any], join: Callable[[list[Tensor]], Tensor]) -> 
         return join(parts)
     leaves, specs = zip(*(pytree.tree_flatten(part) for part in parts), strict=True)
     if any(spec != specs[0] for spec in specs):
-        raise no_sequence("the time steps returned different pytree structures.")
+        raise no_sequence("the time steps returned results of different nesting.")
     y_leaves: list[Tensor | None] = []
     for column in zip(*leaves, strict=True):
         if not (all(isinstance(y, Tensor) for y in column) or all(y is None for y in column)):
