@@ -1,16 +1,16 @@
-"""Move elementwise work next to a neuron into its loop, where the kernel does it on the way (loop fusion).
+"""Fuse element-wise nodes of folds into the loop of the adjacent neuron (loop fusion).
 
-What a fold does for every element on its own, such as a BatchNorm with fixed statistics, a bias or a residual
-connection, reads and writes whole sequences. In the kernel of the neuron it costs a few instructions. A node is moved
-when only the loop reads it, or when the loop's result is read by nobody else; what it is computed from is at hand
-before the loop starts. Kennedy & McKinley, "Maximizing loop parallelism and improving data locality via loop fusion and
-distribution", 1993.
+Replaces an element-wise node of a fold (BatchNorm in evaluation, a bias, a residual connection), which reads and writes
+whole sequences, by the same node inside the loop, where the kernel of the neuron computes it in a few instructions.
+Legal if only the loop reads the node, or if the node is the only reader of a result of the loop and its other operands
+are available before the loop starts.
+Source: Kennedy & McKinley, "Maximizing loop parallelism and improving data locality via loop fusion and distribution",
+1993.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import ClassVar
 
 from torch import nn
 from torch.fx import Node
@@ -30,18 +30,18 @@ _OPERATIONS = frozenset("add sub rsub mul div truediv neg".split())
 
 @dataclass(frozen=True)
 class Absorb(Pass):
-    """In evaluation, move nodes from folds into the loops that may be kernels; their names are in `Region.absorbed`."""
+    """In evaluation, move element-wise nodes from folds into loops that may be lowered, see `Region.absorbed`."""
 
-    name: ClassVar[str] = "absorb"
-    requires: ClassVar[str] = "partitioned"
+    name = "absorb"
+    requires = "partitioned"
 
     def apply(self, program: StepProgram) -> str:
         if program.training:
-            return "nothing: in training, backward would compute them again"
+            return "nothing: in training, backward would recompute the nodes"
         mover = _Mover(program)
         for region in [r for r in program.regions if r.kind == "loop" and r.lowering_refusal == ""]:
             if not folds_when_cut(program, region):
-                mover.fill(region)
+                mover.absorb_adjacent(region)
         program.regions = [region for region in program.regions if region.nodes]
         return f"moved {', '.join(mover.moved) or 'nothing'}"
 
@@ -54,38 +54,39 @@ class _Mover:
         self.order = {id(region): i for i, region in enumerate(program.regions)}
         self.fixed = {v for v in (*program.next_states, *program.initial_values) if isinstance(v, Node)}
         self.moved: list[str] = []
-        self.starts: dict[Node, set[str]] = {}
+        self.initial_slots: dict[Node, set[str]] = {}
         for slot, value in zip(program.slots, program.initial_values, strict=True):
             for node in ancestors([value]) if isinstance(value, Node) else ():
                 if node not in self.region_of:
-                    self.starts.setdefault(node, set()).add(slot.name)
+                    self.initial_slots.setdefault(node, set()).add(slot.name)
 
-    def fill(self, loop: Region) -> None:
-        """Take in neighbours as long as there are any."""
+    def absorb_adjacent(self, loop: Region) -> None:
+        """Move adjacent element-wise nodes into a loop until none is left."""
         waiting = list(loop.nodes)
         while waiting:
             node = waiting.pop()
             before = [n for n in node.all_input_nodes if self._may_precede(n, loop)]
             after = [n for n in node.users if self._may_follow(node, n, loop)]
-            for neighbour in (*before, *after):
-                if self.region_of[neighbour] is not loop:
-                    self._move(neighbour, loop)
-                    waiting.append(neighbour)
+            for adjacent in (*before, *after):
+                if self.region_of[adjacent] is not loop:
+                    self._move(adjacent, loop)
+                    waiting.append(adjacent)
 
     def _may_precede(self, node: Node, loop: Region) -> bool:
-        """Only the loop reads it, in its steps or for its first values."""
+        """Whether only the loop reads a node, in its steps or for its initial values."""
         return self._is_elementwise(node) and all(
-            self.region_of.get(user) is loop or (user in self.starts and self.starts[user] <= set(loop.slots))
+            self.region_of.get(user) is loop
+            or (user in self.initial_slots and self.initial_slots[user] <= set(loop.slots))
             for user in node.users
         )
 
     def _may_follow(self, result: Node, node: Node, loop: Region) -> bool:
-        """The loop's result is read by nobody else, and the other operands are at hand when the loop starts."""
+        """Whether a node is the only reader of a loop result, with its other operands available before the loop."""
         if not self._is_elementwise(node) or len(result.users) != 1 or result in self.fixed:
             return False
-        return all(self._is_at_hand(operand, loop) for operand in node.all_input_nodes)
+        return all(self._is_available(operand, loop) for operand in node.all_input_nodes)
 
-    def _is_at_hand(self, operand: Node, loop: Region) -> bool:
+    def _is_available(self, operand: Node, loop: Region) -> bool:
         region = self.region_of.get(operand)
         if region is None:
             return not is_size(operand)
@@ -117,7 +118,7 @@ class _Mover:
         node.meta["kind"], node.meta["region"] = loop.kind, loop.name
         self.moved.append(node.name)
         if node.op == "call_module" and str(node.target) not in self.program.constants:
-            # Its mode decides: put into training, it takes statistics over all time steps.
+            # The mode of the layer is part of the plan: in training, it would take statistics over all time steps.
             owner = "" if node.target == SELF_TARGET else str(node.target)
             if not any(read.owner == owner and read.name == "training" for read in self.program.setting_reads):
                 self.program.setting_reads.append(SettingRead(owner, "training", False, "False"))

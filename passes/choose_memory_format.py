@@ -1,11 +1,11 @@
 """Choose the memory format of images: channels-last around 2-d convolutions (data layout selection).
 
-On a CPU, oneDNN's convolutions and torch's pooling are several times faster when the channels are innermost in memory.
-The pass marks the values that may have this format: those of 2-d convolutions, and what is computed from them by
-operations that take any format and hand it on. Where such a value leaves them (a `view`, an operation that is not
-known, an output), the emitted code brings it back to row-major. Convolutions with more weights than their images have
-elements are faster row-major: which it is, is decided at the call, where T and N are known. Values are the same up to
-the rounding of another convolution kernel.
+On a CPU, oneDNN's convolutions and torch's pooling are several times faster with channels innermost in memory. The pass
+marks the values that may be channels-last: results of 2-d convolutions, and values computed from them by operations
+that accept any memory format and preserve it. Before any other reader (a `view`, an unknown operation, an output), the
+emitted code converts the value to row-major. A convolution with more weights than its images have elements is faster
+row-major; the emitted code decides at the call, where T and N are known.
+Legal because the memory format does not change values, except for the rounding of another convolution kernel.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ __all__ = ["ChooseMemoryFormat"]
 
 @dataclass(frozen=True)
 class ChooseMemoryFormat(Pass):
-    """Mark the nodes whose values may be channels-last (`node.meta["channels_last"]`)."""
+    """Mark the values that may be channels-last (`node.meta["channels_last"]`)."""
 
     name = "choose_memory_format"
     requires = "partitioned"
@@ -33,7 +33,7 @@ class ChooseMemoryFormat(Pass):
         following = dict(zip((s.placeholder for s in program.slots), program.next_states, strict=True))
         marked: set[Node] = set()
         before = -1
-        while len(marked) != before:  # once more where a state hands the format on to the next step
+        while len(marked) != before:  # repeat, as a state carries the format to the next step
             before = len(marked)
             for node in program.graph.nodes:
                 if _may_be_channels_last(program, node, marked, following):
@@ -41,7 +41,7 @@ class ChooseMemoryFormat(Pass):
             for region in program.regions:
                 values = {operand for node in region.nodes for operand in (node, *node.all_input_nodes)}
                 if region.kind == "loop" and marked & values:
-                    # One kernel gives all its results the format of its input, whatever is between them.
+                    # A kernel gives all its results the memory format of its input.
                     marked.update(n for n in region.nodes if not is_size(n))
         for node in program.graph.nodes:
             node.meta.pop("channels_last", None)
@@ -55,7 +55,7 @@ def _may_be_channels_last(program: StepProgram, node: Node, marked: set[Node], f
     if node in marked or is_convolution(program, node):
         return True
     if is_size(node):
-        return False  # a number or a dtype, though one of an image
+        return False  # a number or a dtype has no memory format
     if node.op == "placeholder":
         return following.get(node.name) in marked
     return takes_any_layout(program, node) and any(operand in marked for operand in node.all_input_nodes)

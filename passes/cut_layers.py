@@ -1,9 +1,10 @@
-"""Cut the gradients between the layers of a step, and return the values that leave a layer.
+"""Cut gradients between layers, and return the output values of each layer.
 
-`y = layer2(layer1(x))` becomes `layer2(cut(z)), z` with `z = layer1(x)` (for what a layer is, see
-`snnfx.analysis.recurrent_layers`). What remains are the gradients of the weights of each layer, through time, for a
-given gradient of the values that leave it: exact in each layer, spatial between layers, as in OSTL (Bohnstingl et al.
-2022, arXiv:2007.12723). `TapLayers` gives those gradients.
+Replaces `y = layer2(layer1(x))` by `layer2(detach(z)), z` with `z = layer1(x)`; `snnfx.analysis.recurrent_layers`
+defines a layer. Values do not change. The remaining gradients are those of the weights of each layer, through time, for
+a given gradient of its outputs: exact in each layer, spatial between layers, as in OSTL. `TapLayers` provides the
+gradients of the outputs.
+Source: Bohnstingl et al. 2022, arXiv:2007.12723.
 """
 
 from __future__ import annotations
@@ -22,7 +23,7 @@ __all__ = ["CutLayers"]
 
 @dataclass(frozen=True)
 class CutLayers(Pass):
-    """Let no gradient from layer to layer, and return what leaves them: `(outputs, [values])`."""
+    """Detach values between layers and return the outputs of layers as well: `(outputs, [values])`."""
 
     name = "cut_layers"
     requires = "normalized"
@@ -37,4 +38,4 @@ class CutLayers(Pass):
         flat, program.output_spec = pytree.tree_flatten((outputs, values))
         program.set_output(flat, program.next_states, program.initial_values)
         program.carried = [replace(argument, path=(0, *argument.path)) for argument in program.carried]
-        return f"{len(leaving)} values hand no gradient to another layer"
+        return f"{len(leaving)} values detached between layers"

@@ -1,8 +1,9 @@
-"""Let the error reach a neuron only from the readout, not through other neurons.
+"""Propagate the error from the readout only, not through spiking neurons.
 
-A weight that feeds a neuron which fires gets an operand without history: no error goes through that neuron to those in
-front of it. What is left are the paths from the output back to the first neurons on the way, the learning signals of
-e-prop (Bellec et al. 2020).
+Replaces the operand of every weight that feeds a spiking neuron by its detached value. Values do not change; no error
+passes through that neuron to earlier ones. The remaining paths lead from the output back to the nearest neurons: the
+learning signals of e-prop.
+Source: Bellec et al. 2020.
 """
 
 from __future__ import annotations
@@ -27,7 +28,7 @@ __all__ = ["CutSpatialEdges"]
 
 @dataclass(frozen=True)
 class CutSpatialEdges(Pass):
-    """Cut the operand of every weight that feeds a neuron that fires."""
+    """Detach the operand of every weight that feeds a spiking neuron."""
 
     name = "cut_spatial_edges"
     requires = "normalized"
@@ -45,11 +46,11 @@ class CutSpatialEdges(Pass):
             cut.meta = {k: v for k, v in op.operand.meta.items() if k in ("val", "where", "module")}
             op.node.replace_input_with(op.operand, cut)
         _refuse_weights_without_signal(program, [op.node for op in weights])
-        return f"{len(ops)} weights hand no error on to the neurons in front of them"
+        return f"{len(ops)} weights propagate no error to earlier neurons"
 
 
 def _refuse_weights_without_signal(program: StepProgram, weights: Iterable[Node]) -> None:
-    """A weight that no error reaches would silently stay as it is.
+    """Refuse weights that no error reaches: they would silently stay untrained.
 
     Raises:
         InputError: SNNFX616.
@@ -68,8 +69,8 @@ def _refuse_weights_without_signal(program: StepProgram, weights: Iterable[Node]
         raise InputError(
             "SNNFX616",
             f"no learning signal reaches the weights {', '.join(missed)}",
-            why='with signal="readout", an error goes to a neuron only where nothing fires between it and the output.',
-            hint="Let the neurons of these weights reach a readout that does not fire (e.g. LeakyIntegrator), freeze "
+            why='with signal="readout", no error passes through a spiking neuron.',
+            hint="Connect the neurons of these weights to a readout that does not fire (e.g. LeakyIntegrator), freeze "
             "the weights, or choose signal='spatial'.",
         )
 

@@ -1,12 +1,12 @@
-"""Cut gradients through time: every step reads its state without history.
+"""Cut gradients through time: every step reads its state detached.
 
-The read of a slot becomes `cut_history(slot)`. Values do not change; a gradient that arrives at a state from the step
-that reads it goes no further, so that only gradients of the same step are left: spatial credit alone, as in OTTT (Xiao
-et al. 2022) and SLTT (Meng et al. 2023).
+Replaces every read of a slot by `cut_history(slot)`. Values do not change; gradients stop at the state, so only the
+gradients within a step remain: spatial credit alone.
 
-A loop of which every slot is cut needs no loop in the backward pass. When its step treats every sample on its own,
-the states are computed without gradients first, and then all steps at once, folded, from the states that are known
-by then: `folds_when_cut` says where that is legal.
+A loop whose slots are all cut needs no loop in the backward pass. If its step is independent along the batch, the
+states are computed without gradients first, then all steps at once, folded, from the known states
+(`snnfx.analysis.foldable_loops.folds_when_cut`).
+Source: OTTT (Xiao et al. 2022), SLTT (Meng et al. 2023).
 """
 
 from __future__ import annotations
@@ -29,10 +29,10 @@ __all__ = ["CutTemporalEdges"]
 
 @dataclass(frozen=True)
 class CutTemporalEdges(Pass):
-    """Let no gradient through the states.
+    """Detach the states that a step reads.
 
     Args:
-        slots: "all"; "spiking": those of neurons that fire; or names of slots.
+        slots: "all"; "spiking": the slots of neurons that fire; or names of slots.
     """
 
     name = "cut_temporal_edges"
@@ -45,12 +45,12 @@ class CutTemporalEdges(Pass):
         chosen = self._chosen(program)
         first = next(n for n in program.graph.nodes if n.op != "placeholder")
         following = dict(zip((s.name for s in program.slots), program.next_states, strict=True))
-        _tell_of_learned_first_states(program, chosen)
+        _warn_of_learned_initial_states(program, chosen)
         count = 0
         for placeholder in program.slot_nodes():
             slot = placeholder.meta["slot"]
             if slot not in chosen or following[slot] is placeholder:
-                continue  # what is never written has no history
+                continue  # a slot that is never written has no autograd graph
             with program.graph.inserting_before(first):
                 cut = program.graph.call_function(cut_history, (placeholder,))
             cut.meta = {k: v for k, v in placeholder.meta.items() if k in ("val", "where", "module")}
@@ -69,12 +69,12 @@ class CutTemporalEdges(Pass):
             return {name for name in names if fires(step, program, name)}
         unknown = sorted(set(self.slots) - set(names))
         if unknown:
-            why = f"the states are {', '.join(names)}."
-            raise InputError("SNNFX616", f"there is no state {', '.join(unknown)} to cut", why=why)
+            why = f"the states of this model are {', '.join(names)}."
+            raise InputError("SNNFX616", f"unknown state {', '.join(unknown)}", why=why)
         return set(self.slots)
 
 
-def _tell_of_learned_first_states(program: StepProgram, cut: set[str]) -> None:
+def _warn_of_learned_initial_states(program: StepProgram, cut: set[str]) -> None:
     initial_only = analyse_dependence(program).initial_only
     for slot, initial in zip(program.slots, program.initial_values, strict=True):
         if slot.name not in cut or not isinstance(initial, Node):
@@ -85,6 +85,6 @@ def _tell_of_learned_first_states(program: StepProgram, cut: set[str]) -> None:
         if any(isinstance(value, nn.Parameter) and value.requires_grad for value in values):
             warn_once(
                 "SNNFX619",
-                f"the first value of `{slot.name}` is learned, but the rule cuts it: it will get no gradient.",
+                f"the initial value of `{slot.name}` is learned, but gets no gradient: the rule detaches this state.",
                 key=(id(program.source), slot.name),
             )

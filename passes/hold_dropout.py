@@ -1,8 +1,9 @@
-"""Hold the mask of a dropout for a whole sequence: it becomes a state that is drawn once and never written again.
+"""Draw one dropout mask for a whole sequence.
 
-The official code of OTTT (Xiao et al. 2022) draws the mask once for a sequence, so that the trace of an operand is that
-of one thinned network. Only `nn.Dropout`, its relatives that drop channels, and their functions are replaced, in
-training.
+Replaces `dropout(x)` in training by `x * mask`, where the mask is a state slot: drawn before the first step, never
+written. Each trace then belongs to one thinned network. This changes results on purpose: it is the dropout of the
+official code of OTTT. Only `nn.Dropout`, `nn.Dropout1d/2d/3d` and their functions are replaced.
+Source: OTTT (Xiao et al. 2022).
 """
 
 from __future__ import annotations
@@ -27,24 +28,24 @@ _MODULES = {nn.Dropout: "dropout", nn.Dropout1d: "dropout1d", nn.Dropout2d: "dro
 
 @dataclass(frozen=True)
 class HoldDropout(Pass):
-    """Draw the mask of every dropout once for a sequence."""
+    """Replace every dropout by a product with a mask drawn once for a sequence."""
 
     name = "hold_dropout"
     requires = "normalized"
     ensures = "normalized"
 
     def apply(self, program: StepProgram) -> str:
-        held = 0
+        count = 0
         for node in list(program.graph.nodes):
-            found = _dropout(program, node) if program.training else None
-            if found is not None:
-                _hold(program, node, *found)
-                held += 1
-        return f"{held} dropout masks held"
+            dropout = _probability_and_name(program, node) if program.training else None
+            if dropout is not None:
+                _replace_by_mask(program, node, *dropout)
+                count += 1
+        return f"{count} dropout masks drawn once for a sequence"
 
 
-def _dropout(program: StepProgram, node: Node) -> tuple[Any, str] | None:
-    """What the probability is read from, and the name of the function."""
+def _probability_and_name(program: StepProgram, node: Node) -> tuple[Any, str] | None:
+    """The source of the probability (a module path, a node or a number), and the name of the function."""
     if node.op == "call_module":
         module = program.resolve(str(node.target))
         name = _MODULES.get(type(module))
@@ -60,14 +61,14 @@ def _dropout(program: StepProgram, node: Node) -> tuple[Any, str] | None:
     return node.kwargs.get("p", node.args[1] if len(node.args) > 1 else 0.5), name
 
 
-def _hold(program: StepProgram, node: Node, how: Any, name: str) -> None:
+def _replace_by_mask(program: StepProgram, node: Node, probability: Any, name: str) -> None:
     graph = program.graph
     operand = node.args[0] if node.args else node.kwargs["input"]
     mask = add_slot(program, f"{node.target if node.op == 'call_module' else node.name}.mask", node)
     with graph.inserting_before(node):
-        if isinstance(how, str):
-            how = graph.get_attr(how)
-        initial = graph.call_function(draw_dropout_mask, (how, operand, name))
+        if isinstance(probability, str):
+            probability = graph.get_attr(probability)
+        initial = graph.call_function(draw_dropout_mask, (probability, operand, name))
         product = graph.call_function(operator.mul, (operand, mask))
     for new in (initial, product):
         new.meta = {k: v for k, v in node.meta.items() if k in ("val", "where", "module", "returned_by")}

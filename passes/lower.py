@@ -1,17 +1,16 @@
-"""Mark the loops that may run without autograd and Python's steps, and say of the others why not.
+"""Mark the loops that may be lowered, and record the reason for the others.
 
-A loop over T small operations for each of a dozen operators becomes one pass over memory when every element of a step
-is computed on its own (loop fusion and strip mining; Allen & Kennedy, "Optimizing Compilers for Modern Architectures",
-chapters 5 and 8); where a step has products or convolutions inside, it becomes a list of calls with the elementwise
-ones fused between them. Here only what is known from the graph is looked at; which of the two it is, and the kernels
-themselves, are made at the first call, for the shapes and dtypes at hand (`snnfx.kernels`, `snnfx.loops`), which may
-still refuse.
+A loop runs a dozen small operators T times. If its step is element-wise, a kernel replaces them by one pass over memory
+(loop fusion and strip mining); if the step contains products or convolutions, a list of calls with fused element-wise
+kernels between them replaces the step. Both run without autograd and without Python code of the step. The pass decides
+from the graph alone; the kernels are generated at the first call, for its shapes and dtypes (`snnfx.lowering`), which
+may still refuse.
+Source: Allen & Kennedy, "Optimizing Compilers for Modern Architectures", chapters 5 and 8.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import ClassVar
 
 from snnfx.analysis.lowerable_loops import mixing_node, reason_against_kernel
 from snnfx.ir.program import StepProgram
@@ -22,10 +21,10 @@ __all__ = ["Lower"]
 
 @dataclass(frozen=True)
 class Lower(Pass):
-    """Set `lowering_refusal` of every loop region: "" where it may be lowered."""
+    """Set `Region.lowering_refusal` of every loop: "" if it may be lowered."""
 
-    name: ClassVar[str] = "lower"
-    requires: ClassVar[str] = "partitioned"
+    name = "lower"
+    requires = "partitioned"
 
     def apply(self, program: StepProgram) -> str:
         loops = [region for region in program.regions if region.kind == "loop"]
@@ -33,7 +32,7 @@ class Lower(Pass):
             region.lowering_refusal = reason_against_kernel(program, region)
         lowered = [region for region in loops if not region.lowering_refusal]
         elementwise = [region for region in lowered if mixing_node(program, region) is None]
-        notes = [f"{len(elementwise)} of {len(loops)} loops may be one kernel each"]
+        notes = [f"{len(elementwise)} of {len(loops)} loops may run as one kernel"]
         if len(lowered) > len(elementwise):
             notes.append(f"{len(lowered) - len(elementwise)} may run without autograd")
         reasons = dict.fromkeys(

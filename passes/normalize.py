@@ -1,8 +1,8 @@
-"""Bring the step graph to one form: one node for each attribute, operations in place become operations on values.
+"""Normalise the step graph: functionalise in-place operations, merge get_attr nodes.
 
-`y = x.add_(1)` changes x and returns it. In a graph of values the result is a new node, and every later use of x
-means that node. Legal as long as x has no other name: a change through a view would have to reach the tensor behind it,
-which is refused. Modules with `inplace=True` stay, but get a copy of an operand that somebody else still reads.
+Replaces `y = x.add_(1)` by `y = x.add(1)`, and every later read of x by y. Legal if no other value shares the memory of
+x; in-place operations on views and aliases are refused. Modules with `inplace=True` stay, but get a copy of an operand
+that has other readers.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ _MAYBE_THE_SAME = frozenset(
     "contiguous to type_as type float double half bfloat16 data T mT real positive atleast_1d atleast_2d atleast_3d "
     "unfold swapdims moveaxis ravel dropout dropout1d dropout2d dropout3d".split()
 )
-"""What may give its operand itself, or a view of it, and may give something new."""
+"""Operations that may return their operand, a view of it, or a new tensor."""
 
 _PARTITIONS = frozenset("chunk split tensor_split unbind".split())
 
@@ -44,7 +44,7 @@ _MODULES_OF_VIEWS = (nn.Identity, nn.Flatten, nn.Unflatten, DropoutBase)
 
 @dataclass(frozen=True)
 class Normalize(Pass):
-    """Replace operations in place by operations on values."""
+    """Replace in-place operations by functional ones."""
 
     name = "normalize"
     requires = "captured"
@@ -57,7 +57,7 @@ class Normalize(Pass):
         _merge_attributes(program)
         for node in list(program.graph.nodes):
             if node.target is set_part_:
-                _change_before_assigning(node)
+                _functionalize_augmented_assignment(node)
         for node in list(program.graph.nodes):
             if is_in_place(node) or has_in_place_flag(program, node):
                 _unite_changed_output_with_state(program, node)
@@ -65,18 +65,18 @@ class Normalize(Pass):
             if is_in_place(node):
                 _functionalize(program, node)
                 if node.meta.pop("without_gradient", False):
-                    _keep_history(program, node)
+                    _keep_autograd_graph(program, node)
                 replaced += 1
             elif has_in_place_flag(program, node) and isinstance(operand := node.args[0], Node):
-                _refuse_other_names(program, node, operand, inputs_as_well=False)
+                _refuse_aliases(program, node, operand, inputs_as_well=False)
                 if _read_elsewhere(node):
                     _copy_operand(program, node)
                     replaced += 1
-        return f"{replaced} operations in place made functional"
+        return f"{replaced} in-place operations made functional"
 
 
 def _merge_attributes(program: StepProgram) -> None:
-    """One get_attr node for each target."""
+    """Keep one get_attr node for each target."""
     first: dict[str, Node] = {}
     for node in list(program.graph.nodes):
         if node.op == "get_attr":
@@ -86,8 +86,8 @@ def _merge_attributes(program: StepProgram) -> None:
                 program.graph.erase_node(node)
 
 
-def _change_before_assigning(node: Node) -> None:
-    """`x[i] += y` is a change of the view `x[i]` and then `x[i] = ` that: the change may as well make a new value."""
+def _functionalize_augmented_assignment(node: Node) -> None:
+    """`x[i] += y` changes the view `x[i]` and assigns it to `x[i]`: make the change functional."""
     target, index, value = node.args
     if not isinstance(value, Node) or not is_in_place(value) or set(value.users) != {node}:
         return
@@ -98,7 +98,7 @@ def _change_before_assigning(node: Node) -> None:
 
 
 def _unite_changed_output_with_state(program: StepProgram, node: Node) -> None:
-    """Where a change in place reaches the output of a stateful module: that may be its state."""
+    """If an in-place operation changes the output of a stateful module, unite that output with its state."""
     changed = node.args[0] if node.args else None
     while isinstance(changed, Node) and not is_output_of_stateful_call(changed):
         source = changed.args[0] if changed.args else None
@@ -116,34 +116,34 @@ def _functionalize(program: StepProgram, node: Node) -> None:
             "SNNFX214",
             f"`{node.name}` changes a view in place",
             where=location_of(node),
-            why=f"`{operand.name}` shares its memory with another value, which would change as well.",
-            hint="Write it without the underscore, e.g. x = torch.where(...) or x.index_fill(...).",
+            why=f"`{operand.name}` shares memory with another tensor, which would change as well.",
+            hint="Use an out-of-place operation, e.g. x = torch.where(...) or x = x.index_fill(...).",
         )
     if operand.op == "get_attr" and str(operand.target) in program.constants:
         raise CaptureError(
             "SNNFX214",
-            f"`{node.name}` changes a tensor in place that the step did not compute",
+            f"`{node.name}` changes a constant tensor in place",
             where=location_of(node),
-            why="it was made before, or without the inputs, and would keep the change from step to step.",
-            hint="Make it of an input: x.new_zeros(x.shape[0], 4), torch.zeros_like(x).",
+            why="the tensor does not depend on the inputs, so the change would persist across time steps.",
+            hint="Create it from an input: x.new_zeros(x.shape[0], 4), torch.zeros_like(x).",
         )
     if operand.op == "get_attr":
         raise CaptureError(
             "SNNFX206",
             f"`{node.name}` changes `{operand.target}` in place",
             where=location_of(node),
-            why="a step may only change state by assigning it, so that it can be handed from step to step.",
-            hint="Write `self.x = self.x + ...`, or register it as a memory of a snnfx.MemoryModule.",
+            why="a step may change state by assignment only, so that it can be carried from step to step.",
+            hint="Write `self.x = self.x + ...`, or register it with snnfx.MemoryModule.register_memory.",
         )
     if "input" in operand.meta and operand.op == "placeholder":
         raise CaptureError(
             "SNNFX209",
             f"`{node.name}` changes the input `{operand.name}` in place",
             where=location_of(node),
-            why="the converted net would change the caller's whole sequence.",
-            hint="Write it without the underscore.",
+            why="the converted net would change the caller's sequence.",
+            hint="Use an out-of-place operation, e.g. x = x.add(1).",
         )
-    _refuse_other_names(program, node, operand)
+    _refuse_aliases(program, node, operand)
     seen = False
     for user in list(program.graph.nodes):
         if seen and operand in user.all_input_nodes:
@@ -163,45 +163,47 @@ def _functionalize(program: StepProgram, node: Node) -> None:
     else:
         raise CaptureError(
             "SNNFX214",
-            f"`{node.name}` has no form that is not in place",
+            f"`{node.name}` has no out-of-place form",
             where=location_of(node),
             why=f"torch has no `{name}`.",
-            hint="Assign a new tensor instead of changing one.",
+            hint="Assign a new tensor instead.",
         )
 
 
-def _keep_history(program: StepProgram, node: Node) -> None:
-    """Under `torch.no_grad()` a change in place gives a tensor another value, and leaves its history alone."""
+def _keep_autograd_graph(program: StepProgram, node: Node) -> None:
+    """Under `torch.no_grad()`, change the value of a tensor and keep its autograd graph."""
     with program.graph.inserting_after(node):
         changed = program.graph.call_function(change_value, (node.args[0], node))
     changed.meta = dict(node.meta)
     node.replace_all_uses_with(changed, delete_user_cb=lambda user: user is not changed)
 
 
-def _refuse_other_names(program: StepProgram, node: Node, operand: Node, inputs_as_well: bool = True) -> None:
-    """Refuse where somebody reads the changed memory later on by another name than the operand's.
+def _refuse_aliases(program: StepProgram, node: Node, operand: Node, inputs_as_well: bool = True) -> None:
+    """Refuse if another value that may share the memory of the operand is read after the change.
 
-    `inputs_as_well`: the owner of an input or a parameter always reads it later on.
+    `inputs_as_well`: count inputs and parameters as read after the change.
     """
     position = {n: i for i, n in enumerate(program.graph.nodes)}
-    names, stack = {operand}, [operand]
+    aliases, stack = {operand}, [operand]
     while stack:
         known = stack.pop()
         others = [n for n in known.all_input_nodes if _may_share_memory(program, known, n)]
-        if operation_name(known) not in _PARTITIONS or not any(takes_from_tuple(n) and n in names for n in known.users):
-            # The other parts of what the operand is a part of share nothing with it.
+        if operation_name(known) not in _PARTITIONS or not any(
+            takes_from_tuple(n) and n in aliases for n in known.users
+        ):
+            # The parts of a partition share no memory with each other.
             others += [u for u in known.users if position[u] < position[node] and _may_share_memory(program, u, known)]
-        stack += [n for n in others if n not in names]
-        names.update(others)
-    for other in names - {operand}:
+        stack += [n for n in others if n not in aliases]
+        aliases.update(others)
+    for other in aliases - {operand}:
         later = [user for user in other.users if position[user] > position[node]]
         if later or (inputs_as_well and other.op in ("placeholder", "get_attr")):
             raise CaptureError(
                 "SNNFX214",
-                f"`{node.name}` changes a value in place that has another name",
+                f"`{node.name}` changes a tensor in place that has an alias",
                 where=location_of(node),
-                why=f"`{other.name}` may share its memory, and is read afterwards.",
-                hint="Write it without the underscore, or change a copy: x = x.clone().",
+                why=f"`{other.name}` may share its memory and is read afterwards.",
+                hint="Use an out-of-place operation, or change a copy: x = x.clone().",
             )
 
 
@@ -217,7 +219,7 @@ def _may_share_memory(program: StepProgram, node: Node, operand: Node) -> bool:
 
 
 def _replace_filling(program: StepProgram, node: Node, operand: Node, name: str) -> None:
-    """`x.fill_(3)`, `x.zero_()`, `x.normal_()`: the new value has nothing of x but its shape."""
+    """`x.fill_(3)`, `x.zero_()`, `x.normal_()`: replace by a function of the shape of x."""
     functions = {"zero": torch.zeros_like, "normal": torch.randn_like, "uniform": torch.rand_like}
     if name in functions and len(node.args) == 1 and not node.kwargs:
         node.op, node.target = "call_function", functions[name]
@@ -226,7 +228,7 @@ def _replace_filling(program: StepProgram, node: Node, operand: Node, name: str)
     else:
         raise CaptureError(
             "SNNFX214",
-            f"`{operand.name}.{name}_` has no form that is not in place",
+            f"`{operand.name}.{name}_` has no out-of-place form",
             where=location_of(node),
             hint="Use torch.rand_like, torch.randn_like or torch.bernoulli.",
         )

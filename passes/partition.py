@@ -1,10 +1,11 @@
-"""Distribute the time loop over the step graph (typed fusion, Kennedy & McKinley 1993).
+"""Partition the step graph into regions: distribute the time loop (typed fusion).
 
-Nodes on a cycle of the dependence graph stay in a loop over t; all others leave it. What is left is partitioned into
-maximal connected convex regions of one kind each: invariant nodes run once, batch-equivariant ones are folded, the
-rest is mapped over time. Legal because no value flows backwards in time across the regions formed here, and because a
-region never contains two nodes with a path between them that leaves it. Regions grow greedily along edges in program
-order; unconnected branches are not joined, borders are views and cost nothing.
+Replaces one loop over the whole step by one region after the other. Nodes on a cycle of the dependence graph stay in a
+loop over t. All other nodes form maximal connected convex regions of one kind: invariant nodes run once,
+batch-equivariant nodes are folded, the rest is mapped over time. Legal because no value flows backwards in time between
+regions and because regions are convex: no path leaves a region and returns to it. Regions grow greedily along edges in
+program order (`snnfx.analysis.convex_regions`); unconnected branches are not joined, as borders are views without cost.
+Source: Kennedy & McKinley 1993.
 """
 
 from __future__ import annotations
@@ -35,11 +36,11 @@ __all__ = ["Partition"]
 
 @dataclass(frozen=True)
 class Partition(Pass):
-    """Give every node a kind and a region.
+    """Assign a kind and a region to every node.
 
     Args:
         batch_norm: "fold" or "per_step", see `snnfx.convert`.
-        invariant_inputs: placeholders of inputs that are the same at every step.
+        invariant_inputs: placeholders of inputs that do not change with time.
     """
 
     name = "partition"
@@ -51,7 +52,7 @@ class Partition(Pass):
 
     def apply(self, program: StepProgram) -> str:
         dependence, analysis = self._analyse(program)
-        stepped = _layers_called_again_that_stay_out_of_the_fold(program, analysis.refusals)
+        stepped = _unfolded_layers_with_several_calls(program, analysis.refusals)
         if stepped:
             dependence, analysis = self._analyse(program, stepped)
         program.requirements = dict(analysis.requirements)
@@ -64,10 +65,10 @@ class Partition(Pass):
         while True:
             kinds = _kinds(program, dependence, refusals)
             program.regions = form_regions(program, dependence, kinds)
-            meetings = find_mixed_batches_in_folds(program.regions, analysis.facts)
-            if not meetings:
+            mixed = find_mixed_batches_in_folds(program.regions, analysis.facts)
+            if not mixed:
                 break
-            refusals.update(meetings)
+            refusals.update(mixed)
         for region in program.regions:
             if region.kind == "loop" and has_mixed_batches_in_loop(region, analysis.facts):
                 for node in region.nodes:
@@ -96,10 +97,10 @@ class Partition(Pass):
         return dependence, analysis
 
     def _updates_at_every_step(self, program: StepProgram, stepped: Set[str]) -> Callable[[Node], bool]:
-        """In training, what takes a step of its own at each call does so T times even if its input never changes.
+        """A predicate for calls that update their module at every step, even for an invariant input.
 
-        That is a BatchNorm with statistics per step, by option or because it is in `stepped`, and a weight that is
-        estimated by power iteration.
+        In training, these are BatchNorms with statistics per step (by option, or because they are in `stepped`) and
+        weights estimated by power iteration; opaque calls always.
         """
 
         def changing(node: Node) -> bool:
@@ -114,12 +115,10 @@ class Partition(Pass):
         return changing
 
 
-def _layers_called_again_that_stay_out_of_the_fold(
-    program: StepProgram, refusals: Mapping[Node, Refusal]
-) -> frozenset[str]:
-    """Layers with running statistics that are called more than once in a step, where not every call can be folded.
+def _unfolded_layers_with_several_calls(program: StepProgram, refusals: Mapping[Node, Refusal]) -> frozenset[str]:
+    """Layers with running statistics and several calls in a step, not all of which can be folded.
 
-    A call that is not folded has the statistics of one step: they go from call to call, through all steps.
+    Calls that are not folded update the running statistics one after the other, through all steps.
     """
     calls: dict[str, list[Node]] = {}
     for node in program.graph.nodes:
@@ -131,9 +130,9 @@ def _layers_called_again_that_stay_out_of_the_fold(
 
 
 def _flags_of_norms(program: StepProgram, batch_norm: str) -> list[SettingRead]:
-    """The modes of the layers whose statistics decide how they are run: a net looks for a change at each call.
+    """Setting reads of the `training` flags that decide how norm layers run; a net checks them at each call.
 
-    Of a layer that is frozen in the mode that the model is in, the own flag counts.
+    A layer frozen in another mode than its model uses its own flag.
     """
     found: dict[str, SettingRead] = {}
     for node in program.graph.nodes:
@@ -152,7 +151,7 @@ def _flags_of_norms(program: StepProgram, batch_norm: str) -> list[SettingRead]:
 
 
 def _input_facts(program: StepProgram) -> dict[Node, Fact]:
-    """Dim 0 of every input is its batch; one whose example has another size than the first has a batch of its own."""
+    """The facts of inputs: dim 0 is the batch; a size other than the first input's gets its own symbol."""
     facts: dict[Node, Fact] = {}
     batched: set[str] = set()
     first_size: int | None = None
@@ -172,7 +171,7 @@ def _input_facts(program: StepProgram) -> dict[Node, Fact]:
 
 
 def _batch_dim(fact: Any) -> Any:
-    """Where the batch dimension of a value is: an int, None, or one entry for each element of a tuple."""
+    """The batch dimension of a value: an int, None, or a tuple for a tuple."""
     if isinstance(fact, tuple | list):
         return tuple(_batch_dim(f) for f in fact)
     return fact.dim if isinstance(fact, Fact) else None
@@ -183,12 +182,12 @@ def _opaque(program: StepProgram, node: Node) -> Refusal | None:
         return None
     name = node.meta.get("module", "")
     what = f"`{name}`" if name else "the model"
-    reason = f"{what} could not be traced: {program.opaque.get(name, 'it holds the state of other modules')}"
-    return Refusal("SNNFX108", reason, "It is stepped as it is.")
+    reason = f"{what} could not be traced: {program.opaque.get(name, 'it contains stateful modules')}"
+    return Refusal("SNNFX108", reason, "It runs step by step, unchanged.")
 
 
 def _kinds(program: StepProgram, dependence: Dependence, refusals: Mapping[Node, Refusal]) -> dict[Node, str]:
-    """The kind of region each computing node belongs into; the reason is left in `meta["refusal"]`."""
+    """The kind of region of each computing node; sets `meta["refusal"]` where it is not folded."""
     cycle_slots = {
         node: [n.meta["slot"] for n in cycle if "slot" in n.meta] for cycle in dependence.cycles for node in cycle
     }
@@ -197,21 +196,21 @@ def _kinds(program: StepProgram, dependence: Dependence, refusals: Mapping[Node,
         node.meta.pop("step_refusal", None)
         if node in cycle_slots:
             kinds[node] = "loop"
-            if any(n in refusals for n in [node, *_sizes_behind(node)]):
-                # Even with its state known, its steps could not be taken together.
+            if any(n in refusals for n in [node, *_size_ancestors(node)]):
+                # Even with known states, the steps cannot be folded.
                 node.meta["step_refusal"] = True
-            through = ", ".join(cycle_slots[node]) or "what a layer keeps that is called more than once in a step"
-            reason = f"its value at one step depends on the step before, through {through}"
+            through = ", ".join(cycle_slots[node]) or "the buffers of a layer that is called more than once in a step"
+            reason = f"its value depends on the previous step through {through}"
             node.meta["refusal"] = _opaque(program, node) or Refusal("SNNFX107", reason)
             continue
         if not node.op.startswith("call") or node in dependence.initial_only or is_size(node):
             continue
-        # A size is computed again in each region that needs it, so what was said against it is said against its reader.
-        refusal = next((refusals[n] for n in [node, *_sizes_behind(node)] if n in refusals), None)
+        # A size is recomputed in each region that reads it, so its refusal applies to its readers.
+        refusal = next((refusals[n] for n in [node, *_size_ancestors(node)] if n in refusals), None)
         if program.training and node.op == "call_module" and estimates_weights(program.resolve(str(node.target))):
-            refusal = Refusal("SNNFX109", f"`{node.target}` estimates its weight anew at each call")
-        if refusal is not None and _shares_gradient_of_ties(node):
-            reason = f"vmap gives the gradient of `{operation_name(node)}` to one of equal values only"
+            refusal = Refusal("SNNFX109", f"`{node.target}` updates its weight estimate at each call")
+        if refusal is not None and _splits_gradient_of_ties(node):
+            reason = f"vmap passes the gradient of `{operation_name(node)}` to only one of equal values"
             refusal = Refusal("SNNFX109", reason)
         if node.target is call_opaque:
             node.meta["refusal"] = _opaque(program, node)
@@ -221,28 +220,28 @@ def _kinds(program: StepProgram, dependence: Dependence, refusals: Mapping[Node,
         elif refusal is None and not _reads_steps_without_batch(node, dependence):
             kinds[node] = "fold"
         else:
-            refusal = refusal or Refusal("SNNFX102", "an operand of it is mapped and has no batch dimension")
+            refusal = refusal or Refusal("SNNFX102", "an operand is mapped and has no batch dimension")
             node.meta["refusal"] = refusal
             kinds[node] = {"SNNFX106": "per_step", "SNNFX109": "step"}.get(refusal.code, "map")
             if kinds[node] == "per_step" and isinstance(program.module_of(node), InstanceNormBase):
                 kinds[node] = "step"  # vmap cannot update its running statistics
     for node in program.graph.nodes:
-        # One element of a tuple goes where the tuple is, even if only an initial value is made of it.
+        # An element of a tuple belongs to the region of the tuple, even if only an initial value reads it.
         source = node.args[0] if node.args else None
         if isinstance(source, Node) and source in kinds and takes_from_tuple(node):
             kinds[node] = kinds[source]
             if kinds[node] == "loop" and source.target is call_opaque:
-                node.meta.pop("refusal", None)  # nothing was said against the element itself
+                node.meta.pop("refusal", None)  # the refusal concerns the call, not its elements
     return kinds
 
 
-def _shares_gradient_of_ties(node: Node) -> bool:
-    """Whether the node takes the extreme of all elements, where torch shares the gradient among equal ones."""
+def _splits_gradient_of_ties(node: Node) -> bool:
+    """Whether the node reduces all elements to an extremum, where torch splits the gradient among ties."""
     return operation_name(node) in ("max", "min", "median", "nanmedian") and len(node.args) == 1 and not node.kwargs
 
 
 def _reads_steps_without_batch(node: Node, dependence: Dependence) -> bool:
-    """Whether an operand is there once for each step and cannot be folded, though it may be the same at each."""
+    """Whether an operand is a mapped value without a batch, which a fold cannot read."""
     return any(
         operand in dependence.varying and operand.meta["batch_dim"] is None and "refusal" in operand.meta
         for operand in node.all_input_nodes
@@ -250,8 +249,8 @@ def _reads_steps_without_batch(node: Node, dependence: Dependence) -> bool:
     )
 
 
-def _sizes_behind(node: Node) -> list[Node]:
-    """The sizes that a node is computed from, and those that they are computed from."""
+def _size_ancestors(node: Node) -> list[Node]:
+    """The sizes that a node depends on through sizes only."""
     found: list[Node] = []
     stack = list(node.all_input_nodes)
     while stack:

@@ -1,7 +1,9 @@
-"""Turn the state slots into inputs: a step whose states are known is a function without a past.
+"""Replace state slots by inputs, so that a step with known states has no loop.
 
-What is left has no cycle, so any set of time steps can be evaluated at once, folded, in any order: SLTT-K takes the
-gradients of K steps of a sequence in this way. The next values of the states are not computed.
+The step graph then has no cycle, so any set of time steps can be folded, in any order; the next states are not
+computed. Legal if the caller passes the states of each step. SLTT-K computes the gradients of K steps of a sequence in
+this way.
+Source: SLTT-K (Meng et al. 2023).
 """
 
 from __future__ import annotations
@@ -18,7 +20,7 @@ __all__ = ["ReadStatesAsInputs"]
 
 @dataclass(frozen=True)
 class ReadStatesAsInputs(Pass):
-    """Take the value of every slot as a further argument of the step, in the order of the slots."""
+    """Make every slot an additional positional argument of the step, in the order of the slots."""
 
     name = "read_states_as_inputs"
     requires = "normalized"

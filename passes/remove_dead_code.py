@@ -1,9 +1,9 @@
-"""Remove nodes whose value nobody needs.
+"""Remove nodes whose value is not needed (dead code elimination).
 
-Needed are the outputs of a step, the next value of every declared state slot (it can be asked for), initial values, and
-checks; in training, layers that keep running statistics as well. Slots that capture only discovered by watching
-attributes are needed if something else reads them: an attribute that is written but never read is a note the model
-takes for somebody else.
+Needed are the outputs of a step, the next value of every declared slot (`net.run` returns it), initial values and size
+checks, and in training the layers that update running statistics. Legal because other nodes have no effect. A slot that
+capture discovered by watching attributes is needed only if another value depends on it: an attribute that is written
+but never read is no state.
 """
 
 from __future__ import annotations
@@ -23,10 +23,10 @@ __all__ = ["RemoveDeadCode"]
 
 @dataclass(frozen=True)
 class RemoveDeadCode(Pass):
-    """Remove nodes without effect, and discovered slots that only feed themselves."""
+    """Remove nodes without effect, and discovered slots that no other value depends on."""
 
     name = "remove_dead_code"
-    requires = "normalized"  # before, an operation in place looks dead when nobody reads what it returns
+    requires = "normalized"  # before, an in-place operation without readers seems dead
 
     def apply(self, program: StepProgram) -> str:
         before = len(program.graph.nodes)
@@ -54,7 +54,7 @@ def _remove_dead_nodes(program: StepProgram) -> None:
 
 
 def _drop_unread_slots(program: StepProgram) -> list[str]:
-    """Drop discovered slots that no output and no other slot depends on; returns their names."""
+    """Drop discovered slots that no output and no other slot depends on; return their names."""
     placeholders = dict(zip((s.name for s in program.slots), program.slot_nodes(), strict=True))
     following = dict(zip((s.name for s in program.slots), program.next_states, strict=True))
     initial = dict(zip((s.name for s in program.slots), program.initial_values, strict=True))
@@ -74,7 +74,7 @@ def _drop_unread_slots(program: StepProgram) -> list[str]:
 
 
 def _keep_slots(program: StepProgram, names: set[str]) -> None:
-    """Remove the other slots, and everything that is computed from them."""
+    """Remove all other slots and the nodes computed from them."""
     kept = [i for i, slot in enumerate(program.slots) if slot.name in names]
     if len(kept) == len(program.slots):
         return

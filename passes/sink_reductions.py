@@ -1,10 +1,11 @@
-"""Sink a reduction over time through the tail of the step graph.
+"""Sink a reduction over time through affine operations at the end of the step graph.
 
-When only the mean (or sum) over T of an output is wanted, an affine operation A may be run once, on the reduced value:
-`mean_t(A x_t) = A mean_t(x_t)`. For the last step alone that holds for every operation that is parallel in time. The
-pass marks the nodes through which the reduction of the outputs can be moved: those whose value is needed for nothing
-but outputs and other such nodes. Reassociation changes results by rounding only. (Loop-invariant code motion out of a
-reduction; Allen & Kennedy, Optimizing Compilers for Modern Architectures, sec. 8.)
+Replaces `mean_t(A x_t)` by `A mean_t(x_t)` for an affine operation A (likewise the sum), so that A runs once instead of
+T times. For the last step, this holds for every operation that is parallel in time. The pass marks the nodes to run on
+the reduced value: nodes whose value only outputs and other marked nodes read. Legal up to rounding, as the reduction is
+reassociated.
+Source: loop-invariant code motion out of a reduction; Allen & Kennedy, Optimizing Compilers for Modern Architectures,
+sec. 8.
 """
 
 from __future__ import annotations
@@ -43,18 +44,18 @@ _LINEAR_IN_THE_FIRST = frozenset(
     "unsqueeze movedim contiguous clone neg sum mean getitem select narrow chunk split unflatten truediv div "
     "expand".split()
 )
-"""Affine in the first operand as long as the others do not vary in time."""
+"""Affine in the first operand if the others do not vary in time."""
 _JOINTLY_LINEAR = frozenset("add sub cat stack".split())
 _BILINEAR = frozenset("mul matmul bmm".split())
 
 
 @dataclass(frozen=True)
 class SinkReductions(Pass):
-    """Mark the nodes that run once, on the reduction over time of what they are given.
+    """Mark the nodes that run once, on operands reduced over time (`node.meta["sunk"]`).
 
     Args:
         reduce: "mean", "sum" or "last".
-        invariant_inputs: placeholders of inputs that are the same at every step.
+        invariant_inputs: placeholders of inputs that do not change with time.
     """
 
     name = "sink_reductions"
@@ -70,7 +71,7 @@ class SinkReductions(Pass):
         for node in reversed(list(program.graph.nodes)):
             if self._only_feeds_outputs(program, node, sunk) and may_sink(program, node, dependence):
                 sunk.add(node)
-        # One element of a tuple goes where the tuple is.
+        # An element of a tuple belongs to the region of the tuple.
         sunk -= {node for node in sunk if takes_from_tuple(node) and node.args[0] not in sunk}
         for node in sunk:
             node.meta["sunk"] = True

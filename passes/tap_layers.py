@@ -1,8 +1,9 @@
-"""Add an input of zeros to each value that leaves a layer, so that its gradient can be read there.
+"""Add an input of zeros to each output value of a layer, to read its gradient.
 
-The gradient of the added input is the one that arrives at the value. With the states cut, it is the gradient within the
-same time step: the learning signal of OSTL (Bohnstingl et al. 2022, arXiv:2007.12723). `CutLayers` gives the form that
-is differentiated with it.
+Replaces reads of `z` outside its layer by `z + tap`, where `tap` is a new input of the step. Legal because the caller
+passes zeros. The gradient of `tap` is the gradient of `z`; with cut states, it is the gradient within one time step,
+the learning signal of OSTL. `CutLayers` provides the graph that this gradient is applied to.
+Source: Bohnstingl et al. 2022, arXiv:2007.12723.
 """
 
 from __future__ import annotations
@@ -21,7 +22,7 @@ __all__ = ["TapLayers"]
 
 @dataclass(frozen=True)
 class TapLayers(Pass):
-    """Add a further argument to each value that leaves a layer, in the order in which `CutLayers` returns them."""
+    """Add one argument to each output value of a layer, in the order in which `CutLayers` returns them."""
 
     name = "tap_layers"
     requires = "normalized"
@@ -43,4 +44,4 @@ class TapLayers(Pass):
         new = [InputLeaf(tap.name, tap.name) for tap in taps]
         program.input_leaves = [*program.input_leaves[:count], *new, *program.input_leaves[count:]]
         program.input_spec = pytree.tree_structure(((*args, *[0] * len(taps)), kwargs))
-        return f"{len(taps)} values have an input added to them"
+        return f"inputs added to {len(taps)} values"

@@ -1,14 +1,15 @@
-"""Give every weight the eligibility trace of its own operand.
+"""Take weight gradients on the eligibility trace of the operand.
 
-`y = op(operand, W)` becomes
+Replaces `y = op(operand, W)` by
 
     a' = leak * a + operand            # a: a new state slot, "fc1.trace", 0 before the first step
-    y  = traced op(operand, a', W)     # value of op(operand); dy/dW is taken on a', dy/d(operand) is the op's own
+    y  = traced op(operand, a', W)     # the value of op(operand, W); dy/dW uses a', dy/d(operand) does not change
 
-The operand is what the weight op is given, after whatever lies between it and the neurons before (pooling, dropout,
-sums, concatenations), so the rule holds for any graph. `leak` is that of the neuron that the weight feeds: through a
-linear leak the membrane's dependence on the weight at all earlier steps is exactly the trace (Xiao et al. 2022,
-eq. 9; Bellec et al. 2020, eq. 22). A weight that feeds no neuron has no trace: what it feeds keeps nothing.
+The operand is the direct input of the weight op, after any pooling, dropout, sum or concatenation, so the rule holds
+for any graph. `leak` is the leak of the neuron that the weight feeds: for a linear leak, the trace is exactly the
+derivative of the membrane potential with respect to the weight over all earlier steps. A weight that feeds no neuron
+has no trace, as no state depends on it.
+Source: Xiao et al. 2022, eq. 9; Bellec et al. 2020, eq. 22.
 """
 
 from __future__ import annotations
@@ -50,12 +51,13 @@ Leak = float | Node
 
 @dataclass(frozen=True)
 class TraceOperands(Pass):
-    """Take the gradient of every weight on the trace of its operand.
+    """Take weight gradients on the trace of the operand.
 
     Args:
-        leak: "post": that of the neuron that the weight feeds; "pre": of the neuron that emits the operand; a number.
-        inputs: whether weights whose operand comes from the network's input alone have a trace as well.
-        biases: whether the gradients of biases are taken on the trace of 1.
+        leak: "post": the leak of the neuron that the weight feeds; "pre": of the neuron that emits the operand; or a
+            number.
+        inputs: also trace weights whose operand depends on the network's input only.
+        biases: take the gradients of biases on the trace of 1.
     """
 
     name = "trace_operands"
@@ -70,13 +72,13 @@ class TraceOperands(Pass):
         if program.first_step is not None:
             raise InputError(
                 "SNNFX616",
-                "this model's weights cannot have traces",
-                why="its first step computes something else than the others.",
-                hint="Use a rule without traces, or make the first step like the others.",
+                "the weights of this model cannot have traces",
+                why="the first step differs from the others.",
+                hint="Use a rule without traces, or make all steps equal.",
             )
         dependence = analyse_dependence(program)
         ops = weight_ops(program, dependence)
-        self._tell_of_other_weights(program, {op.node for op in ops})
+        self._warn_of_other_weights(program, {op.node for op in ops})
         leaks = _Leaks(program, self.leak, ops)
         traced, left = 0, []
         plans: list[tuple[WeightOp, float | LeakProbe]] = []
@@ -95,8 +97,8 @@ class TraceOperands(Pass):
         note = f"{traced} of {len(ops)} weights see a trace"
         return f"{note}; not {', '.join(left)}" if left else note
 
-    def _tell_of_other_weights(self, program: StepProgram, known: set[Node]) -> None:
-        """Warn of weights, matrices at least, in operations that have no form with a trace."""
+    def _warn_of_other_weights(self, program: StepProgram, known: set[Node]) -> None:
+        """Warn of weights (matrices or larger) in operations that support no trace."""
         for node in program.graph.nodes:
             if not node.op.startswith("call") or node in known or not (self.inputs or _depends_on_state(node)):
                 continue
@@ -110,7 +112,7 @@ class TraceOperands(Pass):
                 warn_once(
                     "SNNFX618",
                     f"the weights of `{describe_node(node)}` have no eligibility trace: only linear layers, "
-                    "convolutions and products with a weight have one. Their gradient is that of the same step.",
+                    "convolutions and products with a weight support one. Their gradient covers the current step only.",
                     key=(id(program.source), describe_node(node)),
                 )
 
@@ -166,16 +168,16 @@ def _function_name(program: StepProgram, node: Node) -> str:
 
 
 def _depends_on_state(operand: Node) -> bool:
-    """Whether anything that a neuron keeps is behind a value; the masks of dropouts and traces are no such thing."""
-    return any(n.op == "placeholder" and "slot" in n.meta and not _is_own_slot(n) for n in ancestors([operand]))
+    """Whether a value depends on the state of a neuron; masks and traces added by rules do not count."""
+    return any(n.op == "placeholder" and "slot" in n.meta and not _is_added_by_rule(n) for n in ancestors([operand]))
 
 
-def _is_own_slot(node: Node) -> bool:
+def _is_added_by_rule(node: Node) -> bool:
     return bool(node.meta.get("added_by_rule"))
 
 
 class _Leaks:
-    """The leaks of the neurons of a program, found once for each slot."""
+    """The leaks of the neurons of a program, measured once for each slot."""
 
     def __init__(self, program: StepProgram, leak: Literal["post", "pre"] | float, ops: Sequence[WeightOp]) -> None:
         self.program, self.leak = program, leak
@@ -186,7 +188,7 @@ class _Leaks:
         self.cycles = {n: cycle for cycle in analyse_dependence(program).cycles for n in cycle}
 
     def of(self, op: WeightOp) -> float | LeakProbe | None:
-        """The leak for the trace of an operand; None where the weight feeds nothing that is cut and leaks."""
+        """The leak for the trace of an operand; None if the weight feeds no leaking state that is cut."""
         if not isinstance(self.leak, str):
             return float(self.leak)
         if self.leak == "post":
@@ -199,8 +201,8 @@ class _Leaks:
                     "SNNFX615",
                     f"no neuron emits the operand of `{describe_node(op.node)}`",
                     where=location_of(op.node),
-                    why='trace_leak="pre" takes the leak of the neuron in front of a weight.',
-                    hint="Do not trace inputs, or give the leak as a number.",
+                    why='trace_leak="pre" uses the leak of the neuron that emits the operand.',
+                    hint="Do not trace inputs, or pass the leak as a number.",
                 )
         leaking = [(slot, leak) for slot in slots if (leak := self._now(slot)) != 0.0]
         if not leaking:
@@ -208,16 +210,18 @@ class _Leaks:
         if self.leak == "post":
             cut = {slot for slot, _ in leaking if self._is_cut(slot)}
             if not cut:
-                return None  # its gradients go through time
+                return None  # its gradients flow through time
             if len(cut) < len(leaking):
-                why = "some of the neurons that it feeds keep their gradients through time, others do not"
+                why = "only some of the neurons that it feeds have gradients through time"
                 raise several_leaks_error(describe_node(op.node), why)
         values = [leak for _, leak in leaking]
         if max(values) - min(values) > 1e-9:
             shown = ", ".join(f"{slot} {leak:g}" for slot, leak in leaking)
-            raise several_leaks_error(describe_node(op.node), f"there are several: {shown}")
+            raise several_leaks_error(describe_node(op.node), f"the neurons that it feeds have several leaks: {shown}")
         if len(leaking) > 1 and any(self.probes[slot].learnable for slot, _ in leaking):
-            raise several_leaks_error(describe_node(op.node), "several neurons have leaks that are learned separately")
+            raise several_leaks_error(
+                describe_node(op.node), "it feeds several neurons whose leaks are learned separately"
+            )
         return self.probes[leaking[0][0]]
 
     def _now(self, slot: str) -> float:
@@ -231,7 +235,7 @@ class _Leaks:
         return all(user.target is cut_history for user in placeholder.users if user.op != "output")
 
     def _emitting(self, operand: Node) -> list[str]:
-        """The slots of the neurons that a value comes from directly."""
+        """The slots of the nearest neurons that emit a value."""
         slots: dict[str, None] = {}
         seen: set[Node] = set()
         stack = [operand]
@@ -243,17 +247,17 @@ class _Leaks:
             if node in self.cycles:
                 own = [n for n in self.cycles[node] if is_module_call(n)] if is_module_call(node) else None
                 members = self.cycles[node] if own is None or len(own) == 1 else [node, *node.all_input_nodes]
-                slots.update((n.meta["slot"], None) for n in members if "slot" in n.meta and not _is_own_slot(n))
+                slots.update((n.meta["slot"], None) for n in members if "slot" in n.meta and not _is_added_by_rule(n))
             else:
                 stack.extend(node.all_input_nodes)
         return list(slots)
 
     def node(self, leak: float | LeakProbe) -> Leak:
-        """The leak as an argument of a trace: a number, or a node that measures it."""
+        """The leak as an argument of `update_trace`: a number, or a node that measures it."""
         if not isinstance(leak, LeakProbe):
             return leak
         if all(isinstance(self.program.resolve(target), FunctionHolder) for target in leak.targets):
-            return self._now(leak.slot)  # made of numbers that are in the graph
+            return self._now(leak.slot)  # depends on numbers in the graph only
         if leak.slot not in self.nodes:
             program, graph = self.program, self.program.graph
             mode = "training" if program.training else "evaluation"
@@ -270,7 +274,7 @@ class _Leaks:
 
 
 def _attribute(program: StepProgram, target: str, before: Node) -> Node:
-    """The get_attr node of a target, which comes before another node."""
+    """The get_attr node of a target, moved or created before another node."""
     for node in program.graph.nodes:
         if node.op == "get_attr" and node.target == target:
             before.prepend(node)

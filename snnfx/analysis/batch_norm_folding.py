@@ -1,4 +1,4 @@
-"""Which BatchNorms the layer in front of them can compute with its weights."""
+"""Which BatchNorms can be folded into the weights of the layer before them."""
 
 from __future__ import annotations
 
@@ -11,11 +11,12 @@ __all__ = ["can_fold_into_layer", "layer_of_norm"]
 
 
 def layer_of_norm(norm: Node) -> Node:
-    """The layer whose result a marked BatchNorm takes."""
+    """The node of the layer before a BatchNorm."""
     return norm.args[0]  # type: ignore[return-value]
 
 
 def can_fold_into_layer(program: StepProgram, node: Node) -> bool:
+    """Whether the node is a BatchNorm and the only reader of a layer in its region that can compute it."""
     if node.meta.get("kind") not in ("once", "fold") or not _takes_one_argument(node):
         return False
     before = layer_of_norm(node)

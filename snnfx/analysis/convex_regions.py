@@ -1,4 +1,4 @@
-"""Group nodes of one kind into maximal connected convex regions (typed fusion, Kennedy & McKinley 1993)."""
+"""Form maximal connected convex regions of one kind (typed fusion, Kennedy & McKinley 1993)."""
 
 from __future__ import annotations
 
@@ -18,6 +18,16 @@ _MERGED_KINDS = ("once", "fold", "map")
 
 
 def form_regions(program: StepProgram, dependence: Dependence, kinds: dict[Node, str]) -> list[Region]:
+    """The regions of a program in execution order.
+
+    Args:
+        program: at stage "normalized".
+        dependence: its dependence analysis.
+        kinds: computing node -> "once", "fold", "map", "per_step" (mapped), "loop" or "step" (a loop of one node).
+
+    Raises:
+        CaptureError: SNNFX210, an initial value depends on a value that needs this state.
+    """
     groups = _Groups(program, dependence, kinds)
     for cycle in dependence.cycles:
         groups.join_all(cycle)
@@ -30,7 +40,7 @@ def form_regions(program: StepProgram, dependence: Dependence, kinds: dict[Node,
 
 
 class _Groups:
-    """Disjoint sets of nodes and the graph between them, kept acyclic."""
+    """Disjoint groups of nodes, and the acyclic graph between groups."""
 
     def __init__(self, program: StepProgram, dependence: Dependence, kinds: dict[Node, str]) -> None:
         self.program, self.dependence, self.kinds = program, dependence, kinds
@@ -44,7 +54,7 @@ class _Groups:
         self.graph = nx.DiGraph()
 
     def join_all(self, nodes: list[Node]) -> None:
-        """Put nodes that belong together into one group."""
+        """Merge the groups of the given nodes."""
         first = self.group[nodes[0]]
         for node in nodes[1:]:
             other = self.group[node]
@@ -54,7 +64,7 @@ class _Groups:
                     self.members[first].append(member)
 
     def connect(self) -> None:
-        """Build the graph between groups: operands (through sizes), delays, and what initial values are made of."""
+        """Build the graph between groups from operands (through sizes), delays and initial values."""
         self.graph.add_nodes_from(self.members)
         for node, group in self.group.items():
             for operand in operands_through_sizes(node):
@@ -67,13 +77,13 @@ class _Groups:
         initial = dict(zip(self.program.slot_nodes(), self.program.initial_values, strict=True))
         for placeholder, value in initial.items():
             if isinstance(value, Node):
-                for operand in self._main_nodes_behind(value):
+                for operand in self._grouped_ancestors(value):
                     self._edge(operand, self.group[placeholder])
         if not nx.is_directed_acyclic_graph(self.graph):
             self._refuse_circular_initial_value()
 
     def _keep_order_of_updates(self) -> None:
-        """A layer that is called more than once updates its running statistics in the order of the calls."""
+        """Keep the order of several calls of a layer that updates its running statistics."""
         last: dict[str, int] = {}
         for node, group in self.group.items():
             if node.op == "call_module" and updates_buffers(self.program, node):
@@ -82,8 +92,8 @@ class _Groups:
                     self.graph.add_edge(before, group)
                 last[str(node.target)] = group
 
-    def _main_nodes_behind(self, value: Node) -> set[Node]:
-        """The nodes of the step proper that an initial value is computed from."""
+    def _grouped_ancestors(self, value: Node) -> set[Node]:
+        """The nearest grouped nodes that an initial value depends on."""
         found: set[Node] = set()
         stack = [value]
         while stack:
@@ -107,12 +117,12 @@ class _Groups:
             "SNNFX210",
             f"the initial value of {', '.join(slots)} cannot be computed",
             where=where,
-            why="it depends on a value that itself needs this state.",
-            hint="Give register_memory a number or a tensor, or make the initial value depend on the input alone.",
+            why="it depends on a value that needs this state.",
+            hint="Pass a number or a tensor to register_memory, or make the initial value depend on the inputs only.",
         )
 
     def grow(self, kinds: dict[Node, str]) -> None:
-        """Merge groups of one kind along edges as long as the graph between groups stays acyclic."""
+        """Merge adjacent groups of one kind while the graph between groups stays acyclic."""
         changed = True
         while changed:
             changed = False
@@ -126,7 +136,7 @@ class _Groups:
     def _merge(self, first: int, second: int) -> bool:
         if first == second or not self.graph.has_edge(first, second):
             return False
-        if self._path_besides_edge(first, second):
+        if self._has_indirect_path(first, second):
             return False
         for successor in list(self.graph.successors(second)):
             self.graph.add_edge(first, successor)
@@ -139,7 +149,7 @@ class _Groups:
             self.members[first].append(member)
         return True
 
-    def _path_besides_edge(self, first: int, second: int) -> bool:
+    def _has_indirect_path(self, first: int, second: int) -> bool:
         stack = [s for s in self.graph.successors(first) if s != second]
         seen: set[int] = set(stack)
         while stack:
@@ -152,7 +162,7 @@ class _Groups:
         return False
 
     def regions(self, kinds: dict[Node, str]) -> list[Region]:
-        """The groups in an order in which they can be executed, program order where there is a choice."""
+        """The groups in topological order, with ties in program order."""
         first = {group: min(self.position[n] for n in members) for group, members in self.members.items()}
         names = {"per_step": "map", "step": "loop"}
         regions: list[Region] = []

@@ -1,8 +1,8 @@
-"""What depends on what through time: the dependence graph of a step program (an analysis, changes nothing).
+"""Dependence analysis: the dependence graph of a step program, with loop-carried edges.
 
-The edges are those of the step graph plus one from each slot's next value back to the slot's placeholder: the value at
-step t becomes the value read at step t + 1. A node on a cycle is sequential; every other node is parallel in time.
-Kuck et al. 1981; Kennedy & Allen, Optimizing Compilers for Modern Architectures, ch. 2.
+The graph has the edges of the step graph plus one from each slot's next value to the slot's placeholder: the value at
+step t is read at step t + 1. A node on a cycle is sequential; every other node is parallel in time.
+Source: Kuck et al. 1981; Kennedy & Allen, Optimizing Compilers for Modern Architectures, ch. 2.
 """
 
 from __future__ import annotations
@@ -40,9 +40,9 @@ class Dependence:
 
     Args:
         graph: operand -> user, plus next value -> slot placeholder with the edge attribute ``carried=True``.
-        cycles: the sets of nodes that depend on themselves through time, in program order.
+        cycles: strongly connected components: nodes that depend on themselves through time, in program order.
         varying: nodes whose value may differ between time steps.
-        initial_only: nodes that only serve to compute initial values, run on the first step alone.
+        initial_only: nodes that only compute initial values; they run on the first step only.
         carried: slot placeholder -> its next value (a node or a constant).
     """
 
@@ -61,12 +61,12 @@ class Dependence:
 def analyse_dependence(
     program: StepProgram, invariant_inputs: Iterable[str] = (), changing: Callable[[Node], bool] = lambda node: False
 ) -> Dependence:
-    """Find cycles through time, and what varies in time.
+    """Find the cycles through time and the nodes that vary in time.
 
     Args:
         program: at stage "normalized" or later.
-        invariant_inputs: placeholders of inputs that are the same at every step.
-        changing: further nodes that have to be run at every step, whatever they are given.
+        invariant_inputs: placeholders of inputs that do not change with time.
+        changing: a predicate for further nodes that must run at every step, even with invariant operands.
     """
     graph = nx.DiGraph()
     position = {node: i for i, node in enumerate(program.graph.nodes)}
@@ -81,7 +81,7 @@ def analyse_dependence(
         if isinstance(following, Node):
             graph.add_edge(following, placeholder, carried=True)
     for calls in _calls_of_one_layer(program, changing):
-        # What it keeps goes from call to call, and from the last of a step to the first of the next.
+        # Its buffers are carried from call to call, and from the last call of a step to the first of the next.
         graph.add_edges_from(itertools.pairwise(calls))
         graph.add_edge(calls[-1], calls[0], carried=True)
     cycles = [
@@ -106,7 +106,7 @@ def analyse_dependence(
 
 
 def _calls_of_one_layer(program: StepProgram, changing: Callable[[Node], bool]) -> list[list[Node]]:
-    """The calls of each layer that is called more than once in a step and changes its buffers at each call."""
+    """The calls of each layer that has several calls in a step and updates its buffers at each."""
     calls: dict[str, list[Node]] = {}
     for node in program.graph.nodes:
         if node.op == "call_module" and changing(node) and updates_buffers(program, node):
@@ -115,7 +115,7 @@ def _calls_of_one_layer(program: StepProgram, changing: Callable[[Node], bool]) 
 
 
 def _initial_only(program: StepProgram) -> set[Node]:
-    """Nodes that neither an output nor a next state nor a check needs."""
+    """Nodes that no output, next state, size check or buffer update depends on."""
     needed: set[Node] = set()
     roots = [n for n in (*program.outputs, *program.next_states) if isinstance(n, Node)]
     stack = roots + [n for n in program.graph.nodes if n.target is expect_size or updates_buffers(program, n)]
@@ -135,7 +135,7 @@ _RANDOM_MODULES = (DropoutBase, nn.RReLU)
 
 
 def is_random(program: StepProgram, node: Node) -> bool:
-    """Whether a node draws random numbers, so that it differs from step to step whatever it is given."""
+    """Whether a node draws random numbers at every step."""
     if node.op == "call_module":
         module = program.resolve(str(node.target))
         return any(isinstance(m, _RANDOM_MODULES) or _drops_out_inside(m) for m in module.modules())
@@ -153,7 +153,7 @@ def is_random(program: StepProgram, node: Node) -> bool:
 
 
 def may_be_random(program: StepProgram, node: Node) -> bool:
-    """Whether a call may draw random numbers, be it at the first step only: a dropout that holds its mask."""
+    """Whether a call may draw random numbers, also at the first step only (a dropout with one mask)."""
     if is_random(program, node):
         return True
     if node.target not in (call_stateful, call_opaque, initial_value):
@@ -161,11 +161,11 @@ def may_be_random(program: StepProgram, node: Node) -> bool:
     module = program.module_of(node)
     if module is None or node.target is call_opaque or adapter_of(module) is None:
         return True
-    return any(not _is_known_to_be_sure(part) for part in module.modules())
+    return any(not _is_known_deterministic(part) for part in module.modules())
 
 
-def _is_known_to_be_sure(module: nn.Module) -> bool:
-    """Whether a module is one of a library's that draws no numbers."""
+def _is_known_deterministic(module: nn.Module) -> bool:
+    """Whether a module of a known library draws no random numbers."""
     name, package = type(module).__name__.lower(), type(module).__module__.partition(".")[0]
     draws = isinstance(module, _RANDOM_MODULES) or _drops_out_inside(module) or "drop" in name
     return package in ("torch", "snnfx", "spikingjelly", "snntorch", "norse") and not draws
@@ -176,7 +176,7 @@ def _drops_out_inside(module: nn.Module) -> bool:
 
 
 def ancestors(roots: Iterable[Node]) -> set[Node]:
-    """The given nodes and everything they are computed from."""
+    """The given nodes and all nodes that they depend on."""
     found: set[Node] = set()
     stack = list(roots)
     while stack:
@@ -188,7 +188,7 @@ def ancestors(roots: Iterable[Node]) -> set[Node]:
 
 
 def operands_through_sizes(node: Node) -> list[Node]:
-    """The operands of a node, where a size counts as the tensor whose size it is."""
+    """The operands of a node, with each size replaced by the tensor it was read from."""
     found: list[Node] = []
     stack = list(node.all_input_nodes)
     while stack:

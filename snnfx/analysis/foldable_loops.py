@@ -18,20 +18,21 @@ __all__ = ["folds_when_cut", "is_trace_loop"]
 
 
 def is_trace_loop(region: Region) -> bool:
-    """Whether a loop is nothing but one trace: `leak * trace + operand`, which has a form of its own."""
+    """Whether a loop computes one trace only, `leak * trace + operand`, which has a specialised form."""
     computing = [n for n in region.nodes if n.op.startswith("call")]
     return len(computing) == 1 and computing[0].target is update_trace and len(region.slots) == 1
 
 
 def folds_when_cut(program: StepProgram, region: Region, inputs: Iterable[Node] = ()) -> bool:
-    """Whether a loop may be evaluated folded once its states are known: all of them cut, every node foldable.
+    """Whether the steps of a loop may be folded once its states are known.
 
-    What changes buffers or draws numbers is run once at each step, so it must not be run twice.
+    All states must be cut and all nodes foldable. The states are computed by a first run, so nodes that update buffers
+    or draw random numbers, which must run once at each step, are excluded.
 
     Args:
         program: at stage "partitioned".
         region: of the program.
-        inputs: what it takes from outside; everything that varies needs a batch.
+        inputs: operands from outside the region; those that vary need a batch.
     """
     if region.kind != "loop" or not region.slots:
         return False

@@ -1,4 +1,4 @@
-"""Operations on images: 2-d convolutions, and operations that take any memory format."""
+"""Operations on images: 2-d convolutions, and operations that preserve the memory format."""
 
 from __future__ import annotations
 
@@ -46,7 +46,7 @@ _OPERATIONS = frozenset(
 
 
 def is_convolution(program: StepProgram, node: Node) -> bool:
-    """Whether a node is a convolution over images."""
+    """Whether a node is a 2-d convolution."""
     if node.op == "call_module":
         return type(program.resolve(str(node.target))) in _CONVOLUTIONS
     if node.target is traced_module:
@@ -56,13 +56,13 @@ def is_convolution(program: StepProgram, node: Node) -> bool:
 
 
 def image_of(node: Node) -> object:
-    """What a convolution over images is given."""
+    """The image operand of a 2-d convolution."""
     position = {traced_module: 1, traced_call: 4}.get(node.target, 0)  # type: ignore[arg-type]
     return node.args[position] if len(node.args) > position else None
 
 
 def weights_of(program: StepProgram, node: Node) -> int:
-    """How many weights a convolution over images has; 0 where that is not known."""
+    """The number of weights of a 2-d convolution; 0 if unknown."""
     if node.op == "call_module":
         return _elements(program.resolve(str(node.target)).weight)
     if node.target is traced_module:
@@ -79,7 +79,7 @@ def _elements(weight: object) -> int:
 
 
 def takes_any_layout(program: StepProgram, node: Node) -> bool:
-    """Whether the result of an operation has the format of its operand and does not depend on it otherwise."""
+    """Whether an operation accepts any memory format and returns the format of its operand."""
     if node.op == "output" or is_size(node) or is_structural(node):
         return True
     if node.op == "call_module":

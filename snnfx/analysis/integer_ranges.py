@@ -1,8 +1,7 @@
-"""Prove which values of a step are small whole numbers: spikes, and what pooling, reshaping and adding make of them.
+"""Integer range analysis: prove which values of a step are small non-negative integers, such as spikes.
 
-An analysis of intervals over the step graph (Cousot & Cousot 1977) with the lower bound 0: a node is in it if all
-its elements are whole numbers from 0 to the bound. What is not known is left out. Such a value can be kept for the
-backward pass in a bit or a byte, exactly.
+An interval analysis of the step graph (Cousot & Cousot 1977) with lower bound 0: spikes, and their pooling, reshaping,
+sums and products. Unproven nodes are omitted. A proven value can be saved for backward in a bit or a byte, exactly.
 """
 
 from __future__ import annotations
@@ -24,11 +23,11 @@ from snnfx.surrogate import Surrogate
 
 __all__ = ["IntegerRanges", "infer_integer_ranges"]
 
-_LARGEST = 255
-_SAME = (
+_MAX_BOUND = 255
+_PRESERVING_METHODS = (
     "flatten reshape view permute transpose contiguous unsqueeze squeeze expand select unflatten movedim clone t detach"
 )
-_SAME_FUNCTIONS: tuple[Any, ...] = (
+_PRESERVING_FUNCTIONS: tuple[Any, ...] = (
     torch.flatten,
     torch.reshape,
     torch.permute,
@@ -36,61 +35,63 @@ _SAME_FUNCTIONS: tuple[Any, ...] = (
     torch.unsqueeze,
     torch.squeeze,
 )
-_SAME_FUNCTIONS += (torch.movedim, torch.unflatten, torch.relu, F.relu, F.max_pool1d, F.max_pool2d, F.max_pool3d)
-_SAME_MODULES = (nn.Flatten, nn.Unflatten, nn.Identity, nn.MaxPool1d, nn.MaxPool2d, nn.MaxPool3d, nn.ReLU)
+_PRESERVING_FUNCTIONS += (torch.movedim, torch.unflatten, torch.relu, F.relu, F.max_pool1d, F.max_pool2d, F.max_pool3d)
+_PRESERVING_MODULES = (nn.Flatten, nn.Unflatten, nn.Identity, nn.MaxPool1d, nn.MaxPool2d, nn.MaxPool3d, nn.ReLU)
 
 
 class IntegerRanges:
-    """What `infer_integer_ranges` found.
+    """The result of `infer_integer_ranges`.
 
     Args:
-        largest: the largest value of each proven node.
-        holds: whether the settings that the proof rests on are still what they were.
+        largest: proven node -> upper bound of its elements.
+        modules: the modules whose settings the proof depends on.
     """
 
     def __init__(self, largest: dict[Node, int], modules: list[nn.Module]) -> None:
         self.largest, self.modules = largest, modules
 
     def holds(self) -> bool:
-        """Whether every module that the proof rests on still is as it was: settings are live, hooks come and go."""
+        """Whether the proof is still valid: settings and hooks of the modules may have changed."""
         return all(fires_spikes(module) or preserves_integers(module) for module in self.modules)
 
 
 def infer_integer_ranges(program: StepProgram) -> IntegerRanges:
-    """Find the values that are whole numbers from 0 to at most 255."""
+    """Find the values whose elements are integers from 0 to at most 255."""
     largest: dict[Node, int] = {}
     modules: list[nn.Module] = []
     for node in program.graph.nodes:
         bound = _bound(program, node, largest, modules)
-        if bound is not None and bound <= _LARGEST:
+        if bound is not None and bound <= _MAX_BOUND:
             largest[node] = bound
     return IntegerRanges(largest, list(dict.fromkeys(modules)))
 
 
 def fires_spikes(module: nn.Module) -> bool:
-    """Whether the output of a neuron or spike function is 0 or 1, whatever its input."""
+    """Whether the output of a neuron or spike function is 0 or 1 for any input."""
     if _is_hooked(module):
         return False
     if isinstance(module, Surrogate):
         return module.spiking and type(module).forward.__module__ == Surrogate.__module__
     surrogate = getattr(module, "surrogate_function", None)
     if isinstance(module, BaseNode):
-        return type(module).advance in _ADVANCES and isinstance(surrogate, Surrogate) and fires_spikes(surrogate)
+        return (
+            type(module).advance in _SPIKING_ADVANCES and isinstance(surrogate, Surrogate) and fires_spikes(surrogate)
+        )
     if type(module).__module__.startswith("spikingjelly.activation_based.neuron"):
         package = "spikingjelly.activation_based.surrogate"
-        known = type(module).__name__ in _OF_SPIKINGJELLY and type(surrogate).__module__.startswith(package)
+        known = type(module).__name__ in _SPIKINGJELLY_NEURONS and type(surrogate).__module__.startswith(package)
         return known and bool(getattr(surrogate, "spiking", False)) and not _is_hooked(surrogate)
     return False
 
 
 def preserves_integers(module: nn.Module) -> bool:
-    """Whether a layer gives whole numbers for whole numbers, none larger."""
+    """Whether a layer maps non-negative integers to non-negative integers that are not larger."""
     if _is_hooked(module):
         return False
-    is_torchs = has_torch_forward(module)
+    has_own_forward = has_torch_forward(module)
     if isinstance(module, nn.Dropout):
-        return is_torchs and not module.training
-    return is_torchs and isinstance(module, _SAME_MODULES) and not getattr(module, "return_indices", False)
+        return has_own_forward and not module.training
+    return has_own_forward and isinstance(module, _PRESERVING_MODULES) and not getattr(module, "return_indices", False)
 
 
 def _is_hooked(module: Any) -> bool:
@@ -99,15 +100,15 @@ def _is_hooked(module: Any) -> bool:
     return hooked or (isinstance(module, nn.Module) and has_forward_hooks(module))
 
 
-_OF_SPIKINGJELLY = frozenset(
+_SPIKINGJELLY_NEURONS = frozenset(
     "IFNode LIFNode ParametricLIFNode QIFNode EIFNode IzhikevichNode KLIFNode CLIFNode SimpleIFNode "
     "SimpleLIFNode".split()
 )
-"""Neurons whose output is that of their surrogate function: others are analog, ternary or fire several spikes."""
+"""Neurons that return the output of their surrogate function; others are analog, ternary or multi-spike."""
 
 
 _NEURONS: list[type[BaseNode]] = [BaseNode, *BaseNode.__subclasses__()]
-_ADVANCES = {cls.advance for cls in _NEURONS}
+_SPIKING_ADVANCES = {cls.advance for cls in _NEURONS}
 
 
 def _bound(program: StepProgram, node: Node, largest: dict[Node, int], modules: list[nn.Module]) -> int | None:
@@ -122,12 +123,12 @@ def _bound(program: StepProgram, node: Node, largest: dict[Node, int], modules: 
             return operands[0]
         return None
     if node.op == "call_method":
-        return operands[0] if str(node.target) in _SAME.split() and len(operands) == 1 else None
+        return operands[0] if str(node.target) in _PRESERVING_METHODS.split() and len(operands) == 1 else None
     if node.op != "call_function":
         return None
     if node.target is operator.getitem:
         return _element(program, node, largest, modules)
-    if node.target in _SAME_FUNCTIONS and len(operands) == 1:
+    if node.target in _PRESERVING_FUNCTIONS and len(operands) == 1:
         gives_indices = node.kwargs.get("return_indices", False) or len(node.args) > 6
         return None if gives_indices else operands[0]
     if any(bound is None for bound in operands) or not operands:
@@ -144,7 +145,7 @@ def _bound(program: StepProgram, node: Node, largest: dict[Node, int], modules: 
 
 
 def _element(program: StepProgram, node: Node, largest: dict[Node, int], modules: list[nn.Module]) -> int | None:
-    """The output of a neuron, or a part of a proven tensor."""
+    """The bound of `getitem`: the output of a stateful call, or a part of a proven tensor."""
     source: Any = node.args[0]
     if source in largest:
         return largest[source]

@@ -1,11 +1,11 @@
-"""The leak of a neuron, measured: how much of a state is left after one step in which the neuron does not fire.
+"""Measure the leak of a neuron: the fraction of a state that remains after one step without a spike.
 
-Nothing is known about the classes of neurons. One step of the graph is evaluated on numbers, in float64, with all
-inputs and states 0 but one, which takes several values below the threshold: the slope of its next value is the leak.
-Spikes do not change below the threshold, so no gradient of a surrogate is in the way, and what the value of a weight op
-changes in the same step are the states of the neuron that the weight feeds, not those of neurons behind it.
-Operations that are not elementwise are no part of a neuron: for the question of who is fed, they hand a change on; a
-state that reaches itself through one has no leak that is a number.
+The measurement needs no knowledge of neuron classes. One step of the graph is evaluated on numbers in float64, with all
+inputs and states 0 except one state, which takes several values below the threshold: the slope of its next value is the
+leak. Below the threshold spikes are constant, so no surrogate gradient interferes, and the value of a weight op changes
+the states of the neuron that the weight feeds, but not of later neurons. Operations that are not element-wise do not
+belong to a neuron: they propagate a change from a weight to the states that it feeds, but a state that depends on
+itself through one of them has no scalar leak.
 """
 
 from __future__ import annotations
@@ -31,30 +31,34 @@ from snnfx.state.step_calls import call_stateful
 
 __all__ = ["LeakProbe", "StepOnNumbers", "cached_constant_leaks", "is_elementwise", "several_leaks_error"]
 
-_BELOW = (-8.0, -1.0, -0.5, 0.0, 2.0**-10)
-"""Values of a potential that no neuron fires at whose threshold is above 2**-10."""
+_SUBTHRESHOLD = (-8.0, -1.0, -0.5, 0.0, 2.0**-10)
+"""Potentials at which no neuron with a threshold above 2**-10 fires."""
 
-_ZERO = 3
-"""Where the value 0 is in both."""
+_ZERO_INDEX = 3
+"""The index of the value 0 in both sets of points."""
 
-_ALL = (-1024.0, -8.0, -0.5, 0.0, 0.5, 8.0, 1024.0)
+_WIDE_RANGE = (-1024.0, -8.0, -0.5, 0.0, 0.5, 8.0, 1024.0)
 
-_LEAST_LEAK = 1e-12
+_MIN_LEAK = 1e-12
 
-_WEIGHT = 0.7310585786300049
-"""What an operation that is not elementwise multiplies a change with: no number that a model would cancel out."""
+_MIXING_GAIN = 0.7310585786300049
+"""The factor of a change in an operation that is not element-wise; arbitrary, so that changes do not cancel."""
 
 
 @dataclass(frozen=True)
 class NodeReference:
-    """Stands for the value of a node in the arguments of another."""
+    """A reference to the value of a node in the arguments of another."""
 
     name: str
 
 
 @dataclass(frozen=True)
 class Instruction:
-    """One node: `kind` is "slot", "zero", "constant" (of a position), "call", or "other" (not elementwise)."""
+    """One node to evaluate.
+
+    `kind` is "slot", "zero", "constant" or "module" (`function` is an index into `targets`), "call_function",
+    "call_method", or "mixing" (not element-wise).
+    """
 
     name: str
     kind: str
@@ -64,18 +68,20 @@ class Instruction:
 
 
 class StepOnNumbers:
-    """A step graph that is evaluated on numbers: every value is `[points, 1, 1, 1, 1]`, in float64.
+    """A step graph evaluated on numbers: every value is `[points, 1, 1, 1, 1]` in float64.
 
     Args:
         program: at stage "normalized" or later.
-        path: `(slot placeholder, next value)`: evaluate only how one depends on the other (default: everything). What
-            is not elementwise and does not depend on the slot is 0 then, like an input.
+        path: `(slot placeholder, next value)`: evaluate only the dependence of the second on the first (default: the
+            whole graph). Calls that are not element-wise and do not depend on the slot are then 0, like inputs.
     """
 
     def __init__(self, program: StepProgram, path: tuple[Node, Node] | None = None) -> None:
-        needed = set(program.graph.nodes) if path is None else _between(program, *path)
+        needed = set(program.graph.nodes) if path is None else _nodes_between(program, *path)
         zeros = (
-            set() if path is None else {n for n in needed if n.op.startswith("call") and not _operands_in(n, needed)}
+            set()
+            if path is None
+            else {n for n in needed if n.op.startswith("call") and not _has_all_operands_in(n, needed)}
         )
         self.targets: list[str] = []
         self.instructions: list[Instruction] = []
@@ -98,7 +104,7 @@ class StepOnNumbers:
         args: Any = map_aggregate(node.args, packed)
         kwargs: Any = map_aggregate(dict(node.kwargs), packed)
         if is_size(node) or not is_elementwise(program, node):
-            return Instruction(node.name, "other", None, args, kwargs)
+            return Instruction(node.name, "mixing", None, args, kwargs)
         if node.op == "call_module":
             position = self._constant(str(node.target))
             return Instruction(node.name, "module", position, args, kwargs)
@@ -113,11 +119,11 @@ class StepOnNumbers:
         """Evaluate the step.
 
         Args:
-            constants: what `targets` name.
-            swept: the values that some nodes take, one for each point; the other slots and the inputs are 0.
+            constants: the objects named by `targets`.
+            swept: node name -> its value at each point; all other slots and inputs are 0.
 
         Returns:
-            The value of each node, and the names of those that a change reached through what is not elementwise.
+            The value of each node, and the names of nodes that a change reached through a mixing operation.
         """
         points = len(next(iter(swept.values())))
         zero = torch.zeros(points, 1, 1, 1, 1, dtype=torch.float64)
@@ -139,20 +145,22 @@ class StepOnNumbers:
                     values[i.name] = constants[i.function]
                     continue
                 operands = _operands(i)
-                changed = [values[name] for name in operands if _changes(values[name], points)]
+                changed = [values[name] for name in operands if _varies(values[name], points)]
                 if any(name in mixed for name in operands):
                     mixed.add(i.name)
                 values[i.name] = self._call(i, load, constants)
                 if values[i.name] is None:
-                    total = sum((_first(value) - _first(value)[_ZERO : _ZERO + 1] for value in changed), zero)
-                    values[i.name] = _WEIGHT * total
+                    total = sum(
+                        (_first(value) - _first(value)[_ZERO_INDEX : _ZERO_INDEX + 1] for value in changed), zero
+                    )
+                    values[i.name] = _MIXING_GAIN * total
                     if changed:
                         mixed.add(i.name)
         return values, mixed
 
     def _call(self, i: Instruction, load: Callable[[Any], Any], constants: Sequence[Any]) -> Any:
-        """The value of a call; None when it is not elementwise, or does not take numbers."""
-        if i.kind == "other":
+        """The value of a call; None if it is not element-wise or does not accept these numbers."""
+        if i.kind == "mixing":
             return None
         args, kwargs = _loaded(i.args, load), _loaded(i.kwargs, load)
         try:
@@ -162,7 +170,7 @@ class StepOnNumbers:
                 return constants[i.function](*args, **kwargs)
             return i.function(*args, **kwargs)
         except (RuntimeError, TypeError, ValueError, InputError, IndexError, AttributeError):
-            return None  # needs a shape that numbers do not have: treated as an operation that is no part of a neuron
+            return None  # needs another shape: counts as a mixing operation
 
 
 def _loaded(arguments: Any, load: Callable[[Any], Any]) -> Any:
@@ -195,7 +203,7 @@ def _first(value: Any) -> Any:
     return _first(value[0]) if isinstance(value, tuple | list) else value
 
 
-def _changes(value: Any, points: int) -> bool:
+def _varies(value: Any, points: int) -> bool:
     value = _first(value) if isinstance(value, tuple | list) and value else value
     if not isinstance(value, Tensor) or value.dim() < 5 or value.shape[0] != points:
         return False
@@ -203,7 +211,7 @@ def _changes(value: Any, points: int) -> bool:
 
 
 def is_elementwise(program: StepProgram, node: Node) -> bool:
-    """Whether every element of what a node computes comes from elements of its operands in the same place."""
+    """Whether a node is element-wise: each output element depends on the operands at the same index only."""
     if takes_from_tuple(node):
         return True
     if is_module_call(node) and node.target is call_stateful:
@@ -223,14 +231,14 @@ def is_elementwise(program: StepProgram, node: Node) -> bool:
     )
 
 
-def _between(program: StepProgram, slot: Node, following: Node) -> set[Node]:
-    """What the next value of a slot is computed from, down to what is neither elementwise nor depends on the slot."""
-    behind: set[Node] = {slot}
+def _nodes_between(program: StepProgram, slot: Node, following: Node) -> set[Node]:
+    """The nodes that the next value of a slot depends on, up to mixing operations that do not depend on the slot."""
+    dependent: set[Node] = {slot}
     stack = [slot]
     while stack:
         for user in stack.pop().users:
-            if user not in behind:
-                behind.add(user)
+            if user not in dependent:
+                dependent.add(user)
                 stack.append(user)
     found: set[Node] = set()
     stack = [following]
@@ -239,50 +247,52 @@ def _between(program: StepProgram, slot: Node, following: Node) -> set[Node]:
         if node in found:
             continue
         found.add(node)
-        if node in behind or not node.op.startswith("call") or is_elementwise(program, node):
+        if node in dependent or not node.op.startswith("call") or is_elementwise(program, node):
             stack.extend(node.all_input_nodes)
     return found
 
 
-def _operands_in(node: Node, nodes: set[Node]) -> bool:
+def _has_all_operands_in(node: Node, nodes: set[Node]) -> bool:
     return all(operand in nodes for operand in node.all_input_nodes)
 
 
 def fed_slots(
     step: StepOnNumbers, program: StepProgram, node: Node, weights: Iterable[tuple[Node, Node]] = ()
 ) -> list[str]:
-    """The slots whose next value changes in the same step with the value of a node, while nothing fires.
+    """The slots whose next value depends on a node in the same step, below the threshold.
 
     Args:
         step: the whole step.
         program: of the step.
         node: a weight op.
-        weights: all weight ops with their operands. Where the operand is what a fed neuron gives (it never fires,
-            so it hands the change on), what comes behind the weight is fed by that neuron.
+        weights: all weight ops with their operands. A weight whose operand is the output of a fed neuron (which never
+            fires, so it propagates the change) is set to 0: its users are fed by that neuron.
     """
     constants = [program.resolve(target) for target in step.targets]
-    swept: dict[str, Sequence[float]] = {node.name: _BELOW}
+    swept: dict[str, Sequence[float]] = {node.name: _SUBTHRESHOLD}
     readers = dict(zip((slot.name for slot in program.slots), program.slot_nodes(), strict=True))
     while True:
         values, _ = step.run(constants, swept)
         fed = [
             slot.name
             for slot, following in zip(program.slots, program.next_states, strict=True)
-            if isinstance(following, Node) and _changes(values[following.name], len(_BELOW))
+            if isinstance(following, Node) and _varies(values[following.name], len(_SUBTHRESHOLD))
         ]
         states = {readers[slot] for slot in fed}
-        behind = [
+        downstream = [
             weight.name
             for weight, operand in weights
-            if weight.name not in swept and _changes(values[operand.name], len(_BELOW)) and _read_by(operand) & states
+            if weight.name not in swept
+            and _varies(values[operand.name], len(_SUBTHRESHOLD))
+            and _slots_read_by(operand) & states
         ]
-        if not behind:
+        if not downstream:
             return fed
-        swept |= dict.fromkeys(behind, (0.0,) * len(_BELOW))
+        swept |= dict.fromkeys(downstream, (0.0,) * len(_SUBTHRESHOLD))
 
 
-def _read_by(value: Node) -> set[Node]:
-    """The slots that a value is computed from in one step."""
+def _slots_read_by(value: Node) -> set[Node]:
+    """The slots that a value depends on in one step."""
     found: set[Node] = set()
     stack = [value]
     while stack:
@@ -294,19 +304,23 @@ def _read_by(value: Node) -> set[Node]:
 
 
 def fires(step: StepOnNumbers, program: StepProgram, slot: str) -> bool:
-    """Whether something in the step is a step function of a slot's value: a neuron that spikes."""
+    """Whether the neuron of a slot spikes: some value in the step is a step function of the slot."""
     placeholder = next(s.placeholder for s in program.slots if s.name == slot)
     constants = [program.resolve(target) for target in step.targets]
-    values, _ = step.run(constants, {placeholder: _ALL})
+    values, _ = step.run(constants, {placeholder: _WIDE_RANGE})
     for value in values.values():
         for leaf in pytree.tree_leaves(value):
-            if isinstance(leaf, Tensor) and _changes(leaf, len(_ALL)) and len(torch.unique(leaf[:, 0, 0, 0, 0])) == 2:
+            if (
+                isinstance(leaf, Tensor)
+                and _varies(leaf, len(_WIDE_RANGE))
+                and len(torch.unique(leaf[:, 0, 0, 0, 0])) == 2
+            ):
                 return True
     return False
 
 
 class LeakProbe(nn.Module):
-    """The leak of one slot, as a function of the modules and parameters that its step reads: always up to date.
+    """The current leak of one slot, a function of the modules and parameters that its step reads.
 
     Args:
         program: at stage "normalized".
@@ -320,34 +334,34 @@ class LeakProbe(nn.Module):
         self.slot, self.placeholder = slot, program.slots[index].placeholder
         self.following = following.name if isinstance(following, Node) else None
         placeholder = program.nodes_by_name[self.placeholder]
-        # A value that is always the same does not depend on the slot: there is nothing to evaluate.
+        # A constant next value does not depend on the slot: nothing to evaluate.
         self.step = StepOnNumbers(program, (placeholder, following if isinstance(following, Node) else placeholder))
-        self._seen: tuple[Any, float] | None = None
-        self._held_in: object = None
+        self._measured: tuple[Any, float] | None = None
+        self._cached_in: object = None
 
     @property
     def targets(self) -> list[str]:
-        """What to call it with: the objects that these targets name."""
+        """The targets of the objects to call it with."""
         return self.step.targets
 
     @property
     def learnable(self) -> bool:
-        """Set by `measure`: whether the leak depends on parameters."""
+        """Whether the leak depends on parameters; set by the first measurement."""
         return bool(self.__dict__.get("_learnable"))
 
     def forward(self, *constants: Any) -> float:
-        """The leak now.
+        """The current leak.
 
         Raises:
-            InputError: SNNFX615, it is not one number.
+            InputError: SNNFX615, the leak is not one number.
         """
-        if self._seen is not None and self._held_in is not None and self._held_in is _holding:
-            return self._seen[1]
-        print_of_now = tuple(_fingerprint(constant) for constant in constants)
-        if self._seen is None or self._seen[0] != print_of_now:
-            self._seen = (print_of_now, self._measure(constants))
-        self._held_in = None if self.learnable else _holding
-        return self._seen[1]
+        if self._measured is not None and self._cached_in is not None and self._cached_in is _active_cache:
+            return self._measured[1]
+        fingerprint = tuple(_fingerprint(constant) for constant in constants)
+        if self._measured is None or self._measured[0] != fingerprint:
+            self._measured = (fingerprint, self._measure(constants))
+        self._cached_in = None if self.learnable else _active_cache
+        return self._measured[1]
 
     def _measure(self, constants: Sequence[Any]) -> float:
         if self.following is None:
@@ -356,53 +370,53 @@ class LeakProbe(nn.Module):
             isinstance(c, nn.Parameter) or (isinstance(c, nn.Module) and any(True for _ in c.parameters()))
             for c in constants
         )
-        values, mixed = self.step.run(constants, {self.placeholder: _BELOW})
+        values, mixed = self.step.run(constants, {self.placeholder: _SUBTHRESHOLD})
         following = values[self.following]
-        points = torch.tensor(_BELOW, dtype=torch.float64)
-        if not isinstance(following, Tensor) or following.dim() < 5 or following.shape[0] != len(_BELOW):
-            return 0.0  # it does not depend on the slot
-        flat = following.reshape(len(_BELOW), -1)
+        points = torch.tensor(_SUBTHRESHOLD, dtype=torch.float64)
+        if not isinstance(following, Tensor) or following.dim() < 5 or following.shape[0] != len(_SUBTHRESHOLD):
+            return 0.0  # the next value does not depend on the slot
+        flat = following.reshape(len(_SUBTHRESHOLD), -1)
         if self.following in mixed and bool((flat != flat[:1]).any()):
-            raise several_leaks_error(self.slot, "it depends on itself through an operation that mixes elements")
+            raise several_leaks_error(self.slot, "the state depends on itself through an operation that mixes elements")
         slopes = flat.diff(dim=0) / points.diff().unsqueeze(1)
         leak = slopes[1, 0]
-        if not torch.allclose(slopes[1], leak.expand_as(slopes[1]), rtol=1e-9, atol=_LEAST_LEAK):
-            raise several_leaks_error(self.slot, "it is not the same for all neurons of the layer")
+        if not torch.allclose(slopes[1], leak.expand_as(slopes[1]), rtol=1e-9, atol=_MIN_LEAK):
+            raise several_leaks_error(self.slot, "it differs between the neurons of the layer")
         if not torch.allclose(slopes, leak.expand_as(slopes), rtol=1e-6, atol=1e-9):
             raise several_leaks_error(self.slot, "it depends on the potential")
-        return 0.0 if abs(float(leak)) < _LEAST_LEAK else float(leak)
+        return 0.0 if abs(float(leak)) < _MIN_LEAK else float(leak)
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "_seen": None, "_held_in": None}
+        return {**self.__dict__, "_measured": None, "_cached_in": None}
 
 
-_holding: object = None
-"""Stands for the block in which leaks are held."""
+_active_cache: object = None
+"""Identifies the innermost active `cached_constant_leaks` block."""
 
 
 @contextlib.contextmanager
 def cached_constant_leaks() -> Iterator[None]:
-    """A leak that is not learned stays what it is at its first use, which saves looking at the neuron every time."""
-    global _holding
-    before, _holding = _holding, object()
+    """Cache leaks without parameters within a block: each is measured at its first use only."""
+    global _active_cache
+    before, _active_cache = _active_cache, object()
     try:
         yield
     finally:
-        _holding = before
+        _active_cache = before
 
 
 def several_leaks_error(slot: str, why: str) -> InputError:
-    """The error for a neuron whose leak is not one number."""
+    """The error for a leak that is not one number."""
     return InputError(
         "SNNFX615",
         f"the leak of `{slot}` is not one number",
         why=f"{why}.",
-        hint="Give the leak of the traces: trace_leak=0.9, for instance.",
+        hint="Pass the leak of the traces as a number, e.g. trace_leak=0.9.",
     )
 
 
 def _fingerprint(value: Any) -> Any:
-    """Something that changes when a module or tensor does: versions of tensors and plain attributes."""
+    """A value that changes with a module or tensor: versions of tensors and plain attributes."""
     if isinstance(value, Tensor):
         return id(value), value._version
     if isinstance(value, nn.Module):

@@ -1,4 +1,4 @@
-"""Whether a loop may be lowered to a kernel or a list of ATen calls, decided from its graph."""
+"""Which loops may be lowered, decided from the graph."""
 
 from __future__ import annotations
 
@@ -24,19 +24,19 @@ __all__ = ["mixing_node", "reason_against_kernel"]
 
 
 def reason_against_kernel(program: StepProgram, region: Region) -> str:
-    """Why a loop cannot be lowered, as far as its graph tells; "" where nothing is known against it."""
+    """Why a loop cannot be lowered; "" if its graph has no obstacle."""
     for node in region.nodes:
         reason = _reason(program, node)
         if reason:
             return reason
     mixing = mixing_node(program, region)
     if mixing is not None and folds_when_cut(program, region):
-        return f"`{describe_node(mixing)}` is not elementwise, and without gradients through time its steps are folded"
+        return f"`{describe_node(mixing)}` is not element-wise; its steps are folded, as no gradients flow through time"
     return ""
 
 
 def mixing_node(program: StepProgram, region: Region) -> Node | None:
-    """A node of a loop whose outputs are made of several elements of its input, if one is known."""
+    """The first node of a loop that mixes elements (product, reduction, convolution); None if element-wise."""
     return next((node for node in region.nodes if _mixes(program, node)), None)
 
 
@@ -77,7 +77,7 @@ _MIXING = (
     nn.Softmax,
     nn.LogSoftmax,
 )
-"""Modules whose outputs are made of several elements of their input."""
+"""Modules whose output elements depend on several input elements."""
 
 _MIXING_FUNCTIONS = frozenset(
     "matmul mm bmm addmm baddbmm linear bilinear einsum dot tensordot mv outer conv1d conv2d conv3d conv_transpose1d "

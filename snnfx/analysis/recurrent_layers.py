@@ -1,8 +1,9 @@
-"""The layers of a step: what of it belongs together through time (an analysis, changes nothing).
+"""Find the recurrent layers of a step: neurons with their feedback.
 
-A layer is a cycle of the dependence graph, a neuron with all that feeds back into it. Several cycles are one layer when
-one module (other than the model itself) keeps their states, or when one of them goes into the other without a weight
-between and never fires: the current of a synapse in front of a potential. What lies between them is part of the layer.
+A layer is a cycle of the dependence graph: a neuron with all nodes that feed back into it. Several cycles form one
+layer if their states belong to one module (other than the model itself), or if one of them never fires and feeds
+another without a weight between (a synaptic current that feeds a membrane potential). The nodes between them belong to
+the layer.
 """
 
 from __future__ import annotations
@@ -23,28 +24,28 @@ __all__ = ["find_layers", "leaving_values"]
 
 
 def find_layers(program: StepProgram) -> list[set[Node]]:
-    """The nodes of each layer.
+    """The nodes of each recurrent layer.
 
     Raises:
-        InputError: SNNFX616, the first step is another one than those after it.
+        InputError: SNNFX616, the first step differs from the others.
     """
     if program.first_step is not None:
         raise InputError(
             "SNNFX616",
-            "this model has no layers that are the same at every step",
-            why="its first step computes something else than the others.",
-            hint="Use a rule that does not tell layers apart, or make the first step like the others.",
+            "the layers of this model differ between steps",
+            why="the first step differs from the others.",
+            hint="Use a rule that does not depend on layers, or make all steps equal.",
         )
     dependence = analyse_dependence(program)
     cycles = [cycle for cycle in dependence.cycles if any(map(_is_state, cycle)) and len(cycle) > 1]
     cycle_of = {node: number for number, cycle in enumerate(cycles) for node in cycle}
     weights = {op.node for op in weight_ops(program, dependence)}
-    together = nx.Graph()
-    together.add_nodes_from(range(len(cycles)))
-    together.add_edges_from(_kept_by_one_module(cycles))
-    together.add_edges_from(_in_front_of_another(program, cycles, cycle_of, weights))
+    layer_graph = nx.Graph()
+    layer_graph.add_nodes_from(range(len(cycles)))
+    layer_graph.add_edges_from(_pairs_in_one_module(cycles))
+    layer_graph.add_edges_from(_pairs_without_weight(program, cycles, cycle_of, weights))
     layers = []
-    for numbers in nx.connected_components(together):
+    for numbers in nx.connected_components(layer_graph):
         members = {node for number in numbers for node in cycles[number]}
         if len(numbers) > 1:
             after = _reached(members, lambda node: node.users, cycle_of)
@@ -54,7 +55,7 @@ def find_layers(program: StepProgram) -> list[set[Node]]:
 
 
 def leaving_values(program: StepProgram) -> dict[Node, set[Node]]:
-    """The values that something outside of their layer reads, in program order, each with its layer.
+    """The outputs of layers (values read outside their layer) in program order, each with its layer.
 
     Raises:
         InputError: as `find_layers`.
@@ -81,7 +82,7 @@ def _is_state(node: Node) -> bool:
     return "slot" in node.meta and not node.meta.get("added_by_rule")
 
 
-def _kept_by_one_module(cycles: list[list[Node]]) -> Iterable[tuple[int, int]]:
+def _pairs_in_one_module(cycles: list[list[Node]]) -> Iterable[tuple[int, int]]:
     first: dict[str, int] = {}
     for number, cycle in enumerate(cycles):
         for node in cycle:
@@ -90,19 +91,19 @@ def _kept_by_one_module(cycles: list[list[Node]]) -> Iterable[tuple[int, int]]:
                 yield first.setdefault(owner, number), number
 
 
-def _in_front_of_another(
+def _pairs_without_weight(
     program: StepProgram, cycles: list[list[Node]], cycle_of: dict[Node, int], weights: set[Node]
 ) -> Iterable[tuple[int, int]]:
     step = StepOnNumbers(program)
     for number, cycle in enumerate(cycles):
         if not any(fires(step, program, node.meta["slot"]) for node in cycle if _is_state(node)):
-            behind = _reached(cycle, lambda node: [u for u in node.users if u not in weights], cycle_of)
-            ahead = {user for node in behind for user in node.users if user in cycle_of and user not in weights}
-            yield from ((number, cycle_of[user]) for user in ahead)
+            reachable = _reached(cycle, lambda node: [u for u in node.users if u not in weights], cycle_of)
+            fed = {user for node in reachable for user in node.users if user in cycle_of and user not in weights}
+            yield from ((number, cycle_of[user]) for user in fed)
 
 
 def _reached(start: Iterable[Node], following: Callable[[Node], Iterable[Node]], stop: dict[Node, int]) -> set[Node]:
-    """The given nodes and what can be reached from them without entering a cycle."""
+    """The given nodes and the calls reachable from them without entering a node of `stop`."""
     found = set(start)
     stack = list(found)
     while stack:

@@ -1,7 +1,7 @@
-"""Stateful calls that return the very tensor that they keep as their state, as a read-out gives its potential.
+"""State aliases: outputs of stateful calls that share memory with the state.
 
-Whoever changes such an output in place changes the state. In the step graph the output and the next state are two
-nodes; where an operation in place follows, they are made one, so that what is done to the one is done to the other.
+A readout may return its potential itself, so an in-place operation on the output also changes the state. In the step
+graph, output and next state are two nodes; if an in-place operation follows, they are merged into one.
 """
 
 from __future__ import annotations
@@ -26,17 +26,17 @@ __all__ = ["is_output_of_stateful_call", "unite_output_with_state"]
 
 
 def is_output_of_stateful_call(node: Node) -> bool:
-    """Whether the node is what a stateful module returns, not its state."""
+    """Whether the node is the output of a stateful module, as opposed to its next state."""
     source = node.args[0] if node.args else None
     is_stateful = isinstance(source, Node) and source.target in (call_stateful, call_opaque)
     return is_stateful and is_structural(node) and bool(node.args[1] == 0)
 
 
 def unite_output_with_state(program: StepProgram, output: Node, change: Node) -> None:
-    """Make an output that is the state, and that `change` changes in place, one node with the next state.
+    """Merge an output that `change` modifies in place with the next states that share its memory.
 
     Raises:
-        CaptureError: SNNFX214, whether they share memory is not known, or they share it otherwise.
+        CaptureError: SNNFX214, it is unknown whether they share memory, or they share it in part.
     """
     call = output.args[0]
     assert isinstance(call, Node)
@@ -47,10 +47,10 @@ def unite_output_with_state(program: StepProgram, output: Node, change: Node) ->
     if shared is None:
         raise CaptureError(
             "SNNFX214",
-            f"`{change.name}` changes a value in place that may be the state of `{describe_node(call)}`",
+            f"`{change.name}` changes a tensor in place that may be the state of `{describe_node(call)}`",
             where=location_of(change),
-            why="then it would change what the module remembers, too.",
-            hint="Use the form that is not in place (inplace=False), or change a copy: x = x.clone().",
+            why="the state of the module would change as well.",
+            hint="Use the out-of-place form (inplace=False), or change a copy: x = x.clone().",
         )
     for state in states:
         for node in list(state.users):
@@ -60,7 +60,7 @@ def unite_output_with_state(program: StepProgram, output: Node, change: Node) ->
 
 
 def _slots_in_output(program: StepProgram, call: Node) -> set[int] | None:
-    """The slots whose values are the output itself, found by two steps on zeros; None where that is not known."""
+    """Indices of the slots that share the memory of the output, found by two steps on zeros; None if unknown."""
     module = program.module_of(call)
     assert module is not None
     adapter = composite_adapter(module) if call.target is call_opaque else adapter_of(module)
@@ -74,10 +74,10 @@ def _slots_in_output(program: StepProgram, call: Node) -> set[int] | None:
         adapter.reset(module)
         try:
             for _ in range(2):
-                # Not a pure step: it may copy what a call does not.
+                # Not a pure step, which may copy tensors that a call does not.
                 output = nn.Module.__call__(module, *inputs, **options)
         except (RuntimeError, ValueError, TypeError, IndexError):
-            return None  # zeros of these shapes are no input for it
+            return None  # the module does not accept zeros of these shapes
         states = adapter.read(module)
     if not isinstance(output, Tensor):
         return None

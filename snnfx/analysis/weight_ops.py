@@ -16,26 +16,26 @@ _CONVOLUTIONS = "conv1d conv2d conv3d conv_transpose1d conv_transpose2d conv_tra
 
 
 _PRODUCTS = {"linear": "input", "matmul": "input other", "mm": "input mat2", **dict.fromkeys(_CONVOLUTIONS, "input")}
-"""Functions with a weight, and which of their arguments may be the operand."""
+"""Function with a weight -> its arguments that may be the operand."""
 
 
 @dataclass(frozen=True)
 class WeightOp:
-    """A weight op: the node, and which positional argument the operand is (None: of a module)."""
+    """A weight op: the node and the position of its operand (None: the input of a module)."""
 
     node: Node
     position: int | None
 
     @property
     def operand(self) -> Node:
-        """What it is given now: the node changes when it is a weight op that is replaced."""
+        """The current operand, which changes if another weight op in front is replaced."""
         operand = self.node.args[self.position or 0]
         assert isinstance(operand, Node)
         return operand
 
 
 def weight_ops(program: StepProgram, dependence: Dependence) -> list[WeightOp]:
-    """Linear layers, convolutions and products with a weight that is the same at every step."""
+    """Linear layers, convolutions and products with a weight that does not change with time."""
     found: list[WeightOp] = []
     for node in program.graph.nodes:
         if not node.op.startswith("call") or node in dependence.initial_only or node not in dependence.varying:

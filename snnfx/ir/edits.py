@@ -1,4 +1,4 @@
-"""Edits of a step program that several passes share."""
+"""Edits of a step program shared by several passes: add slots and placeholders, replace reads."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ __all__ = ["add_placeholder", "add_slot", "replace_reads_outside"]
 
 
 def add_placeholder(graph: fx.Graph, name: str, **default: Any) -> Node:
-    """A placeholder whose name is a valid and unique argument name, close to `name`."""
+    """Add a placeholder whose name is a valid and unique argument name, close to `name`."""
     identifier = "".join(c if c.isalnum() else "_" for c in name) or "value"
     if identifier[0].isdigit():
         identifier = f"layer_{identifier}"
@@ -28,7 +28,7 @@ def add_placeholder(graph: fx.Graph, name: str, **default: Any) -> Node:
 
 
 def add_slot(program: StepProgram, name: str, like: Node) -> Node:
-    """A new slot of the program; the caller adds its next and initial value. Returns its placeholder."""
+    """Add a state slot and return its placeholder; the caller adds the next state and the initial value."""
     taken = {slot.name for slot in program.slots}
     unique, count = name, 1
     while unique in taken:
@@ -45,11 +45,11 @@ def add_slot(program: StepProgram, name: str, like: Node) -> Node:
 def replace_reads_outside(
     program: StepProgram, value: Node, layer: set[Node], function: Callable[..., object], *more: Node
 ) -> None:
-    """Make everything outside of its layer read `function(value, *more)` instead of a value."""
+    """Replace reads of `value` outside its layer by reads of `function(value, *more)`."""
     graph = program.graph
     readers = [user for user in value.users if is_outside_reader(user, layer)]
-    behind = value.next if value.op != "placeholder" else next(n for n in graph.nodes if n.op != "placeholder")
-    with graph.inserting_before(behind):
+    successor = value.next if value.op != "placeholder" else next(n for n in graph.nodes if n.op != "placeholder")
+    with graph.inserting_before(successor):
         new = graph.call_function(function, (value, *more))
     new.meta = {k: v for k, v in value.meta.items() if k in ("val", "where", "module")}
     for user in readers:

@@ -12,10 +12,10 @@ __all__ = ["Pass"]
 
 @dataclass(frozen=True)
 class Pass:
-    """One transformation of a step program.
+    """One transformation of a step program, a frozen dataclass whose fields are its options.
 
-    Subclasses set `name`, the stage they `require` and, if they reach one, the stage they `ensure`, and implement
-    `apply`, which changes the program and returns a short note of what it did.
+    A subclass sets `name`, the stage that it `requires` and, if it reaches another one, the stage that it `ensures`. It
+    implements `apply`, which changes the program and returns a short note about the changes.
     """
 
     name: ClassVar[str] = ""

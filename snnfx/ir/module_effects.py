@@ -1,4 +1,4 @@
-"""Modules that change their buffers, their weight or their operand when they are called."""
+"""Side effects of module calls: running statistics, estimated weights, in-place operands."""
 
 from __future__ import annotations
 
@@ -14,12 +14,12 @@ __all__ = ["estimates_weights", "has_in_place_flag", "keeps_statistics", "update
 
 
 def updates_buffers(program: StepProgram, node: Node) -> bool:
-    """Whether a call changes running statistics in training, so that it counts even if nobody reads its result."""
+    """Whether the call updates buffers in the mode of the program, so that it is needed without readers."""
     return program.training and keeps_statistics(program, node)
 
 
 def keeps_statistics(program: StepProgram, node: Node) -> bool:
-    """Whether a node calls a layer that changes its buffers when it is in training."""
+    """Whether the node calls a layer that updates its buffers in training."""
     if node.op != "call_module" and node.target not in (call_opaque, call_stateful):
         return False
     module = program.module_of(node)
@@ -30,7 +30,7 @@ def keeps_statistics(program: StepProgram, node: Node) -> bool:
 
 
 def estimates_weights(module: nn.Module) -> bool:
-    """Whether the weight takes one more step of a power iteration at each call (spectral normalisation)."""
+    """Whether each call does one step of power iteration on the weight (spectral normalisation)."""
     if any(isinstance(part, SpectralNormParametrization) for part in module.modules()):
         return True
     return any(isinstance(hook, SpectralNorm) for hook in module._forward_pre_hooks.values())

@@ -1,4 +1,4 @@
-"""Predicates of the nodes of a step graph."""
+"""Predicates on nodes of a step graph."""
 
 from __future__ import annotations
 
@@ -33,19 +33,19 @@ def is_module_call(node: Node) -> bool:
 
 
 def is_structural(node: Node) -> bool:
-    """Whether the node takes one element of a tuple that another node returned."""
+    """Whether capture inserted the node to take one element of a tuple that a call returned."""
     return node.op == "call_function" and node.target is operator.getitem and bool(node.meta.get("structural"))
 
 
 def is_in_place(node: Node) -> bool:
-    """Whether the node is an operation that changes its first operand: `x.add_(1)`, `relu(x, inplace=True)`."""
+    """Whether the node is an in-place operation: `x.add_(1)`, `relu(x, inplace=True)`."""
     if node.op == "call_method":
         name = str(node.target)
         return name.endswith("_") and not name.endswith("__")
     if node.op != "call_function":
         return False
     name = getattr(node.target, "__name__", "")
-    # The underscore of `operator.and_` only tells it from a word of the language.
+    # `operator.and_` ends in an underscore because `and` is a keyword.
     by_name = name.endswith("_") and not name.endswith("__") and getattr(operator, name, None) is not node.target
     return by_name or node.kwargs.get("inplace") is True or node.target in IN_PLACE_OPERATORS
 
@@ -65,11 +65,11 @@ IN_PLACE_OPERATORS: dict[Callable[..., Any], Callable[..., Any]] = {
     operator.irshift: operator.rshift,
     set_part_: set_part,
 }
-"""`x += 1` and its like, with the operation that makes a new value."""
+"""Operators of augmented assignment (`x += 1`) -> their out-of-place operation."""
 
 
 def takes_from_tuple(node: Node) -> bool:
-    """Whether the node takes one element of a tuple of values, whoever made the tuple."""
+    """Whether the node takes one element of any tuple of values."""
     if node.op != "call_function" or node.target is not operator.getitem:
         return False
     source = node.args[0]
@@ -82,7 +82,7 @@ def takes_from_tuple(node: Node) -> bool:
 
 
 def is_size(node: Node) -> bool:
-    """Whether the value of a node is a size or made of sizes: it is computed again in each region that needs it."""
+    """Whether the value of a node is a size or computed from sizes; each region recomputes the sizes it needs."""
     if node.op not in ("call_function", "call_method") or node.target is expect_size:
         return False
     if node.meta.get("shape_like"):
@@ -91,5 +91,5 @@ def is_size(node: Node) -> bool:
 
 
 def is_outside_reader(user: Node, layer: set[Node]) -> bool:
-    """Whether a user of a value computes with it outside of its layer."""
+    """Whether a user of a value computes with it outside its layer."""
     return user.op != "output" and user not in layer and not is_size(user)

@@ -1,4 +1,4 @@
-"""What `snnfx.convert` was asked for, kept with the net."""
+"""The options of `snnfx.convert`, stored with the net."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ __all__ = ["ConvertKeywords", "ConvertOptions", "time_dims_of_leaves"]
 
 @dataclass(frozen=True)
 class ConvertOptions:
-    """What `snnfx.convert` was asked for; see there."""
+    """The options of `snnfx.convert`; see there."""
 
     step_mode: str = "m"
     time_dim: Any = 0
@@ -33,7 +33,7 @@ class ConvertOptions:
 
 
 class ConvertKeywords(TypedDict, total=False):
-    """The keyword arguments of `snnfx.convert` that say how a model is converted, for functions that hand them on."""
+    """The keyword arguments of `snnfx.convert`, for functions that forward them."""
 
     example_inputs: Any
     time_dim: Any
@@ -50,14 +50,20 @@ class ConvertKeywords(TypedDict, total=False):
 
 
 def time_dims_of_leaves(time_dim: Any, program: StepProgram) -> list[int | None]:
-    """The time dimension of each leaf of the arguments; `time_dim` is a prefix of their nesting, as vmap's in_dims."""
+    """The time dimension of each leaf of the arguments.
+
+    `time_dim` is a prefix of the argument pytree, as `in_dims` of `torch.vmap`.
+
+    Raises:
+        InputError: SNNFX309, `time_dim` is a bool or does not match the arguments.
+    """
     count = len(program.input_leaves)
     if any(isinstance(dim, bool) for dim in pytree.tree_leaves(time_dim)):
         raise InputError(
             "SNNFX309",
-            f"time_dim={time_dim!r}",
-            why="a bool is no dimension.",
-            hint="Give the place of T, an int; None for an input that is the same at every step.",
+            f"time_dim={time_dim!r} contains a bool",
+            why="a time dimension is an int.",
+            hint="Pass the position of T as an int, or None for an input that does not change with time.",
         )
     if time_dim is None or isinstance(time_dim, int):
         return [time_dim] * count
@@ -78,9 +84,9 @@ def time_dims_of_leaves(time_dim: Any, program: StepProgram) -> list[int | None]
         else:
             raise InputError(
                 "SNNFX309",
-                f"time_dim={time_dim!r} does not fit the arguments",
+                f"time_dim={time_dim!r} does not match the arguments",
                 why=f"one step takes {len(args)} positional and {sorted(kwargs)} keyword arguments.",
-                hint="Give an int, or one entry for each argument; None for an input that is the same at every step.",
+                hint="Pass an int, or one entry for each argument; None for an input that does not change with time.",
             )
 
     spread(time_dim, kwargs if isinstance(time_dim, dict) else tuple(args) if not kwargs else (*args, *kwargs.values()))

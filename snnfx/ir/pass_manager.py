@@ -1,8 +1,7 @@
-"""Passes over a step program, and the manager that runs them, verifies between them and keeps the history.
+"""The pass manager: run passes in order, verify the program after each, record the IR.
 
-A pass is a frozen dataclass with a `name`; its fields are its options. It says at which stage it takes a program and
-which stage it leaves. Between any two passes the program is verified; a pass that breaks it is named, with the node
-and the lines of IR around it. With SNNFX_DEBUG=1 in the environment the IR after each pass is printed.
+If a pass breaks the program, the error names the pass and the node and shows the surrounding lines of IR. With
+SNNFX_DEBUG=1 in the environment, the IR after each pass is printed to stderr.
 """
 
 from __future__ import annotations
@@ -23,7 +22,7 @@ __all__ = ["PassManager", "PassRecord"]
 
 @dataclass(frozen=True)
 class PassRecord:
-    """What one pass did: its description, the time it took in milliseconds, its note, and the IR after it."""
+    """The record of one pass: description with options, milliseconds, note, and the IR after it."""
 
     description: str
     milliseconds: float
@@ -40,7 +39,7 @@ class PassManager:
 
     Args:
         passes: the pipeline.
-        verify: check the program between passes.
+        verify: verify the program after each pass.
     """
 
     passes: Sequence[Pass]
@@ -50,18 +49,18 @@ class PassManager:
         """Apply all passes to `program` in place.
 
         Returns:
-            The history, one record a pass.
+            `history` (default: a new list) with one record appended for each pass.
 
         Raises:
-            PassError: a pass is asked for at the wrong stage (SNNFX502) or left the graph invalid (SNNFX501).
+            PassError: a pass requires a later stage (SNNFX502) or left the graph invalid (SNNFX501).
         """
         history = history if history is not None else []
         for item in self.passes:
             if STAGES.index(program.stage) < STAGES.index(item.requires):
                 raise PassError(
                     "SNNFX502",
-                    f"the pass `{item.name}` takes a program at stage {item.requires!r}, this one is {program.stage!r}",
-                    hint=f"Run the passes that lead to {item.requires!r} before it.",
+                    f"the pass `{item.name}` requires stage {item.requires!r}, the program is at {program.stage!r}",
+                    hint=f"Run the passes that reach stage {item.requires!r} first.",
                 )
             start = time.perf_counter()
             note = item.apply(program)

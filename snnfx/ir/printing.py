@@ -1,4 +1,4 @@
-"""Nodes as text: in the user's words, and as lines of IR."""
+"""Print nodes: descriptions for messages, source locations, lines of IR."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ __all__ = ["describe_node", "format_node", "location_of", "operation_name", "tex
 
 
 def location_of(node: Node) -> str:
-    """Where the user wrote the node: `file.py:41`, or "" when it has no line of the user's."""
+    """The user's source line of a node, `file.py:41`; "" if unknown."""
     where = node.meta.get("where")
     if not where:
         return ""
@@ -24,13 +24,13 @@ def location_of(node: Node) -> str:
 
 @functools.lru_cache(maxsize=256)
 def _short_path(filename: str, folder: str) -> str:
-    """The path from `folder`, or the last two parts of a path that leads elsewhere; asked for at each node."""
+    """The path relative to `folder`, or its last two parts if outside; cached, as every node asks."""
     relative = os.path.relpath(filename, folder)
     return relative if not relative.startswith("..") else os.path.join(*filename.split(os.sep)[-2:])
 
 
 def describe_node(node: Node) -> str:
-    """A node in the user's words: the qualified name of what it calls, or the operation and the module it is in."""
+    """A node in messages: the qualified name of the called module, or the operation and its module."""
     module = node.meta.get("module", "")
     if node.op == "call_module":
         return str(node.target)
@@ -41,14 +41,14 @@ def describe_node(node: Node) -> str:
 
 
 def operation_name(node: Node) -> str:
-    """The bare name of the operation of a node, e.g. "add" or "flatten"."""
+    """The name of the operation of a node without underscores, e.g. "add" or "flatten"."""
     target = node.target
     name = target if isinstance(target, str) else getattr(target, "__name__", str(target))
     return name.strip("_")
 
 
 def format_node(node: Node) -> str:
-    """One line of IR: name, operation, arguments, shape of one step, region, the user's line."""
+    """One line of IR: name, operation, arguments, shape of one step, region kind, source line."""
     if node.op == "output":
         text = f"return {node.args[0]}"
     elif node.op == "placeholder":
@@ -70,7 +70,7 @@ def format_node(node: Node) -> str:
 
 
 def text_of_value(value: Any) -> str:
-    """Shape and dtype of a recorded value, e.g. "[2, 64, 28, 28] float32"."""
+    """Shape and dtype of an example value, e.g. "[2, 64, 28, 28] float32"."""
     if isinstance(value, torch.Tensor):
         return f"{list(value.shape)} {str(value.dtype).removeprefix('torch.')}"
     return ""

@@ -1,8 +1,8 @@
-"""The step program: one time step of a model as a graph with explicit state, and the regions found in it.
+"""The step program: one time step of a model as a graph with explicit state, and its regions.
 
-A `StepProgram` owns a `torch.fx.Graph` whose placeholders are the inputs of one step and the state slots, and whose
-output node holds `(outputs, next_states, initial_values)`. Nothing in the graph changes anything: a slot is read from
-its placeholder, and its value for the next step is one of the nodes in `next_states`.
+A `StepProgram` owns a `torch.fx.Graph`. Its placeholders are the inputs of one step and the state slots; the argument
+of its output node is `(outputs, next_states, initial_values)`. The graph is free of side effects on state: a slot is
+read from its placeholder, and its next value is a node in `next_states`.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ __all__ = ["SELF_TARGET", "STAGES", "InitialAttribute", "InputLeaf", "Region", "
 
 
 STAGES = ("captured", "normalized", "partitioned", "planned")
-"""What is guaranteed of a program, each stage on top of the one before; see `verify_program`."""
+"""Stages of a program, each with the guarantees of the stage before; see `snnfx.ir.verifier`."""
 
 
 @dataclass(frozen=True)
@@ -35,7 +35,7 @@ class Slot:
     Args:
         name: qualified name, e.g. ``"layer1.lif.v"``.
         placeholder: name of the placeholder node that reads it.
-        discovered: True when no class declared it and capture found it by watching attributes.
+        discovered: no class declares it; capture found it by watching attributes.
     """
 
     name: str
@@ -45,13 +45,13 @@ class Slot:
 
 @dataclass(frozen=True)
 class InitialAttribute:
-    """What an attribute that capture found to be state held then: `reset_net` does not know it.
+    """The value at capture of a discovered state attribute, which `reset_net` cannot know.
 
     Args:
         owner: qualified name of the module, "" for the model itself.
-        attribute: its name.
-        value: a value, or a container with the values in it.
-        exists: False where the step itself makes the attribute.
+        attribute: name of the attribute.
+        value: a value, or a container of values.
+        exists: False if the step itself creates the attribute.
     """
 
     owner: str
@@ -62,7 +62,7 @@ class InitialAttribute:
 
 @dataclass(frozen=True)
 class InputLeaf:
-    """One leaf of the flattened arguments of a step: a tensor (with its placeholder) or a constant fixed at capture."""
+    """One leaf of the flattened arguments of a step: a tensor with its placeholder, or a constant."""
 
     name: str
     placeholder: str | None
@@ -71,15 +71,15 @@ class InputLeaf:
 
 @dataclass
 class Region:
-    """A connected, convex set of nodes executed as one over the whole sequence.
+    """A connected, convex set of nodes that is executed as a unit over the whole sequence.
 
     Args:
         name: unique in its program, e.g. ``"fold_2"``.
         kind: ``"once"``, ``"fold"``, ``"map"`` or ``"loop"``.
         nodes: the nodes of the step graph, in program order.
-        slots: names of the slots that live in it (loops only).
-        lowering_refusal: why no kernel may run it, "" where one may; None: it was not asked (see `snnfx.passes.lower`).
-        absorbed: names of nodes that were moved into it from folds (see `snnfx.passes.absorb`).
+        slots: names of its state slots (loops only).
+        lowering_refusal: why it may not be lowered, "" if it may; None: not decided (see `snnfx.passes.lower`).
+        absorbed: names of the nodes moved into it from folds (see `snnfx.passes.absorb`).
     """
 
     name: str
@@ -90,7 +90,7 @@ class Region:
     absorbed: tuple[str, ...] = ()
 
     def refusals(self) -> Iterator[tuple[Node, Refusal]]:
-        """The nodes of the region that could not be folded, with the reason."""
+        """The nodes of the region that were not folded, each with its refusal."""
         for node in self.nodes:
             refusal = node.meta.get("refusal")
             if refusal is not None:
@@ -99,28 +99,28 @@ class Region:
 
 @dataclass
 class StepProgram:
-    """One time step of a model as a graph; see the module docstring.
+    """One time step of a model as a graph with explicit state.
 
     Args:
         graph: nodes as described in `snnfx.capture.capture`.
-        source: the user's model; targets of get_attr and call_module nodes are looked up on it.
-        constants: objects that capture had to keep (tensor constants, autograd functions), by target.
+        source: the user's model, which resolves the targets of get_attr and call_module nodes.
+        constants: target -> object created at capture (tensor constants, autograd functions).
         input_leaves: the flattened arguments of one step.
         input_spec: pytree structure of `(args, kwargs)`.
-        output_spec: pytree structure of what one step returns.
+        output_spec: pytree structure of the outputs of one step.
         slots: the state slots, in program order.
         training: the mode in which the graph was captured.
-        first_step: the graph of the first step when it differs from the others in more than initial values.
-        requirements: least number of dimensions of one step of an input, by input name (set by the analysis).
-        input_ranks: number of dimensions of one step of an input, for those that were captured with example inputs.
-        batched_inputs: the inputs whose first dimension is the batch, of one size in a call.
-        opaque: modules that could not be traced, with the reason.
-        carried: the arguments that are outputs of the step before; those outputs are None among `outputs`.
+        first_step: the program of the first step, if it differs from the others in more than initial values.
+        requirements: input name -> least rank of one step (set by the batch analysis).
+        input_ranks: input name -> rank of one step, for inputs captured with example inputs.
+        batched_inputs: the inputs whose dim 0 is the batch, all of one size in a call.
+        opaque: name of a module that could not be traced -> reason.
+        carried: the arguments that are outputs of the previous step; these outputs are None in `outputs`.
         inferred_carry: whether `carried` was inferred from the signature.
-        setting_reads: the plain values of the model that the graph holds as they were.
-        initial_attributes: what the attributes that are discovered slots held before the first step.
-        overwritten: states of modules that every step overwrites before anything reads them; they are no slots.
-        stage: how far the pipeline has come: "captured", "classified", "partitioned".
+        setting_reads: Python values of the model that the graph contains as constants.
+        initial_attributes: the values at capture of attributes that are discovered slots.
+        overwritten: module states that every step overwrites before reading; they are not slots.
+        stage: the last stage reached, one of `STAGES`.
     """
 
     graph: fx.Graph
@@ -156,7 +156,7 @@ class StepProgram:
 
     @property
     def outputs(self) -> tuple[Any, ...]:
-        """What one step returns, flattened: nodes and constants."""
+        """The flattened outputs of one step: nodes and constants."""
         return self.results[0]
 
     @property
@@ -166,11 +166,11 @@ class StepProgram:
 
     @property
     def initial_values(self) -> tuple[Any, ...]:
-        """The value of each slot before the first step: a constant, or a node to be evaluated on the first step."""
+        """The value of each slot before the first step: a constant, or a node evaluated on the first step."""
         return self.results[2]
 
     def set_output(self, outputs: Iterable[Any], next_states: Iterable[Any], initial_values: Iterable[Any]) -> None:
-        """Replace what the output node holds."""
+        """Replace the argument of the output node."""
         self.output.args = ((tuple(outputs), tuple(next_states), tuple(initial_values)),)
 
     @property
@@ -189,7 +189,7 @@ class StepProgram:
         return [by_name[leaf.placeholder] for leaf in self.input_leaves if leaf.placeholder is not None]
 
     def resolve(self, target: str) -> Any:
-        """The object that a get_attr or call_module target names."""
+        """The object named by a get_attr or call_module target."""
         if target in self.constants:
             return self.constants[target]
         found: Any = self.source
@@ -208,18 +208,18 @@ class StepProgram:
         return None
 
     def is_in_training(self, module: nn.Module) -> bool:
-        """Whether a layer is taken to be in training: as the program is, unless its own flag was noted down."""
+        """Whether a layer counts as training: its recorded flag, or else the mode of the program."""
         for read in self.setting_reads:
             if read.name == "training" and self.source.get_submodule(read.owner) is module:
                 return bool(read.value)
         return self.training
 
     def mode_of(self, module: nn.Module) -> bool:
-        """Whether a layer trains in this program: its own flag counts where the model is in the program's mode."""
+        """Whether a layer trains in this program: its own flag if the model is in the program's mode."""
         return module.training if self.source.training == self.training else self.training
 
     def copy(self) -> StepProgram:
-        """A copy with its own graph (nodes keep their names); the source model and constants are shared."""
+        """A copy with its own graph and equal node names; the source model and constants are shared."""
         graph = fx.Graph()
         mapping: dict[Node, Node] = {}
         for node in self.graph.nodes:
@@ -238,7 +238,7 @@ class StepProgram:
         )
 
     def unplanned(self) -> StepProgram:
-        """The same program before its regions were planned, in place: at stage "normalized" again."""
+        """Remove all regions in place and return the program to stage "normalized"."""
         for node in self.graph.nodes:
             for key in ("kind", "region", "refusal", "batch_dim", "batch_sizes", "varying"):
                 node.meta.pop(key, None)
@@ -251,9 +251,9 @@ class StepProgram:
 
 
 SELF_TARGET = "snnfx_source"
-"""The get_attr target that stands for the root model itself (a model that is one stateful module)."""
+"""The get_attr target of the root model (for a model that is one stateful module)."""
 
 
 def results_of(graph: fx.Graph) -> tuple[tuple[Any, ...], tuple[Any, ...], tuple[Any, ...]]:
-    """What the output node of a step graph holds: `(outputs, next_states, initial_values)`."""
+    """The argument of the output node: `(outputs, next_states, initial_values)`."""
     return cast(Any, graph.output_node().args[0])  # type: ignore[no-any-return]

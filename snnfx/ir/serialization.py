@@ -1,6 +1,6 @@
-"""Copies and pickles of a net: its step programs as plain records, and its model.
+"""Copy and pickle a net: its step programs as plain records, and its model.
 
-torch.fx would lose the names of nodes and what is known of them.
+Pickling a `torch.fx.Graph` would lose the names and `meta` of nodes.
 """
 
 from __future__ import annotations
@@ -24,14 +24,14 @@ __all__ = ["copy_model", "pack_program", "pack_programs", "unpack_program", "unp
 
 @dataclass(frozen=True)
 class _PackedNode:
-    """Stands for a node in packed arguments."""
+    """A reference to a node in packed arguments."""
 
     name: str
 
 
 @dataclass(frozen=True)
 class _Functional:
-    """Stands for a function that torch.nn.functional makes while it is imported, like max_pool2d."""
+    """A reference to a function that torch.nn.functional creates at import, such as max_pool2d."""
 
     name: str
 
@@ -55,7 +55,7 @@ _SPECS = ("input_spec", "output_spec")
 
 
 def pack_program(program: StepProgram) -> _PackedProgram:
-    """Everything of a program but its model, in a form that pickles."""
+    """A picklable record of a program without its model."""
 
     def pack(value: Any) -> Any:
         return _PackedNode(value.name) if isinstance(value, Node) else value
@@ -70,14 +70,14 @@ def pack_program(program: StepProgram) -> _PackedProgram:
     ]
     fields = {k: v for k, v in vars(program).items() if k not in _REBUILT}
     for name in _SPECS:
-        # A structure pickles as a nested container of zeros; pytree's own pickling is deprecated.
+        # Store a tree structure as a nested container of zeros: pickling of TreeSpec is deprecated.
         fields[name] = pytree.tree_unflatten([0] * fields[name].num_leaves, fields[name])
     first = pack_program(program.first_step) if program.first_step is not None else None
     return _PackedProgram(nodes, regions, fields, first)
 
 
 def unpack_program(packed: _PackedProgram, source: nn.Module) -> StepProgram:
-    """The program again, over `source`."""
+    """Rebuild a program on the model `source`."""
     graph = fx.Graph()
     nodes: dict[str, Node] = {}
 
@@ -98,19 +98,19 @@ def unpack_program(packed: _PackedProgram, source: nn.Module) -> StepProgram:
 
 
 def pack_programs(programs: Mapping[bool, StepProgram]) -> tuple[Any, ...]:
-    """The programs of both modes; one that serves for both stays one."""
+    """The records of the programs of both modes; a program shared by both modes stays shared."""
     training, evaluation = programs[True], programs[False]
     return pack_program(training), None if evaluation is training else pack_program(evaluation)
 
 
 def unpack_programs(packed: tuple[Any, ...], source: nn.Module) -> dict[bool, StepProgram]:
-    """The programs of both modes again, over `source`."""
+    """Rebuild the programs of both modes on the model `source`."""
     training = unpack_program(packed[0], source)
     return {True: training, False: training if packed[1] is None else unpack_program(packed[1], source)}
 
 
 def copy_model(source: nn.Module, memo: dict[int, Any]) -> nn.Module:
-    """A deep copy that does not fail on state with a history (it is left behind by a training step)."""
+    """A deep copy of a model; state that has an autograd graph (from a training step) is detached."""
     for _, module, adapter in named_stateful(source):
         for value in adapter.read(module):
             if isinstance(value, Tensor) and not value.is_leaf and id(value) not in memo:

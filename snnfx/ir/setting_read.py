@@ -1,4 +1,4 @@
-"""A plain Python value of the model that a captured step depends on."""
+"""A Python value of the model that a captured step depends on."""
 
 from __future__ import annotations
 
@@ -8,13 +8,13 @@ from typing import Any
 
 @dataclass(frozen=True)
 class SettingRead:
-    """An attribute that the model's code read while a step was captured.
+    """An attribute that the code of the model read during capture.
 
     Args:
         owner: qualified name of the module, "" for the model itself.
-        name: the attribute.
-        value: what it was; of a list, dict or settings object, what is in it.
-        shown: the value as it prints.
+        name: name of the attribute.
+        value: its value at capture; for a list, dict or settings object, its contents.
+        shown: the value in printed form.
     """
 
     owner: str
@@ -24,5 +24,5 @@ class SettingRead:
 
     @property
     def qualified_name(self) -> str:
-        """`lif1.tau`."""
+        """Owner and attribute, e.g. `lif1.tau`."""
         return f"{self.owner}.{self.name}" if self.owner else self.name

@@ -14,10 +14,10 @@ __all__ = ["verify_program"]
 
 
 def verify_program(program: StepProgram, after: str = "capture") -> None:
-    """Check what every program has to satisfy, and what its stage adds.
+    """Check the invariants of every program and of its stage.
 
     Raises:
-        PassError: SNNFX501, naming the pass, the node, and ten lines of IR around it.
+        PassError: SNNFX501, with the pass, the node, and ten lines of IR around it.
     """
 
     def require(condition: bool, node: Node | None, why: str) -> None:
@@ -27,7 +27,7 @@ def verify_program(program: StepProgram, after: str = "capture") -> None:
     try:
         program.graph.lint()
     except (RuntimeError, ValueError, AssertionError) as error:
-        require(False, None, f"graph.lint says: {error}")
+        require(False, None, f"graph.lint failed: {error}")
     nodes = list(program.graph.nodes)
     position = {node: i for i, node in enumerate(nodes)}
     outputs = program.output.args[0]
@@ -69,15 +69,19 @@ def _resolves(resolve: Callable[[str], object], target: str) -> bool:
 
 
 def _verify_regions(program: StepProgram, require: Callable[[bool, Node | None, str], None]) -> None:
-    """Every node is in one region at most, regions are convex, and state lives in loops only."""
+    """Check that regions are disjoint and convex, and that only loops have state slots."""
     region_of: dict[Node, int] = {}
     for index, region in enumerate(program.regions):
         for node in region.nodes:
-            require(node not in region_of, node, f"it is in two regions, one is {region.name}")
-            require(node.graph is program.graph, node, f"region {region.name} holds a node of another graph")
+            require(node not in region_of, node, f"it is in two regions, one of them {region.name}")
+            require(node.graph is program.graph, node, f"region {region.name} contains a node of another graph")
             region_of[node] = index
         if region.kind != "loop":
-            require(not region.slots, None, f"the {region.kind} region {region.name} holds the state {region.slots}")
+            require(
+                not region.slots,
+                None,
+                f"the {region.kind} region {region.name} contains the state slots {region.slots}",
+            )
     for index, region in enumerate(program.regions):
         for node in region.nodes:
             for operand in node.all_input_nodes:

@@ -1,1 +1,1 @@
-"""Functions that emitted graphs call."""
+"""Functions called by step graphs and emitted graphs."""

@@ -1,4 +1,4 @@
-"""Functions with a first derivative only."""
+"""Refuse second derivatives of functions that have a first derivative only."""
 
 from __future__ import annotations
 
@@ -10,10 +10,14 @@ __all__ = ["refuse_second_derivative"]
 
 
 def refuse_second_derivative(what: str, hint: str) -> None:
-    """Raise in a backward pass whose own gradient is wanted.
+    """Raise in a backward pass under create_graph=True.
 
-    That is said where create_graph=True asks for it: later, what is gone from the graph would count as a zero, also
-    under torch's `once_differentiable`, which looks at the incoming gradients alone.
+    Raising later would be too late: nodes missing from the graph count as zero gradients, also under torch's
+    `once_differentiable`, which checks only the incoming gradients.
+
+    Args:
+        what: the function, for the message.
+        hint: how to proceed, for the message.
 
     Raises:
         InputError: SNNFX316.
@@ -21,7 +25,7 @@ def refuse_second_derivative(what: str, hint: str) -> None:
     if torch.is_grad_enabled():
         raise InputError(
             "SNNFX316",
-            f"the gradient of {what} is to be differentiated",
-            why="create_graph=True asks for the gradient of a gradient, which is not generated.",
+            f"{what} has no second derivative",
+            why="create_graph=True requests it, but only first derivatives are generated.",
             hint=hint,
         )

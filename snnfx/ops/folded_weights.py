@@ -1,9 +1,9 @@
-"""A layer that computes the BatchNorm after it with its weights, one pass over the sequence instead of two.
+"""Fold BatchNorm into the weights of the layer before it: one pass over the sequence instead of two.
 
-In evaluation `norm(layer(x))` is `layer(x)` with other weights: each output channel times `weight / sqrt(running_var +
-eps)`, shifted by what the means and biases make of it. They are folded in float64, rounded once and kept as long as
-what they were made of has the same contents. That is looked at in each call, byte by byte: the version counter of a
-tensor does not tell of what a BatchNorm in training, a fused optimizer or anything through `.data` writes.
+In evaluation `norm(layer(x))` equals `layer(x)` with other weights: each output channel is scaled by `weight /
+sqrt(running_var + eps)` and shifted by a constant of the means and biases. The weights are folded in float64, rounded
+once, and cached while the tensors they were computed from have the same contents. Each call compares these tensors byte
+by byte: version counters miss the writes of a BatchNorm in training, of fused optimizers and through `.data`.
 
 Source: Jacob et al., "Quantization and Training of Neural Networks for Efficient Integer-Arithmetic-Only Inference",
 2018, section 3.2.
@@ -48,7 +48,7 @@ NORMS_AFTER: dict[type[nn.Module], type[nn.Module]] = {
     nn.ConvTranspose2d: nn.BatchNorm2d,
     nn.ConvTranspose3d: nn.BatchNorm3d,
 }
-"""Layers that can compute a BatchNorm after them, with its class. A subclass may do something else."""
+"""Layer class -> class of the BatchNorm that can be folded into it. Subclasses are excluded."""
 
 _TRANSPOSED: dict[type[nn.Module], Callable[..., Tensor]] = {
     nn.ConvTranspose1d: functional.conv_transpose1d,
@@ -56,25 +56,28 @@ _TRANSPOSED: dict[type[nn.Module], Callable[..., Tensor]] = {
     nn.ConvTranspose3d: functional.conv_transpose3d,
 }
 
-_STEPS = 4
-"""Samples, steps included, that a call of a convolution is taken to have at least."""
+_ASSUMED_SAMPLES = 4
+"""The assumed least number of samples (times steps) in a call of a convolution."""
 
 _compare = (ctypes.cdll.msvcrt if sys.platform == "win32" else ctypes.CDLL(None)).memcmp
 _compare.argtypes, _compare.restype = (ctypes.c_void_p, ctypes.c_void_p, ctypes.c_size_t), ctypes.c_int
 
 
 def call_layer(layer: Any, norm: Any, x: Tensor) -> tuple[Tensor, bool]:
-    """`(norm(layer(x)), True)`, by one call of the layer, where that is the same up to rounding; `(layer(x), False)`.
+    """Call a layer, with the BatchNorm after it folded into its weights where that is equal up to rounding.
 
-    The layer is called as it is unless this is inference (`torch.no_grad()`, not within an autograd function that may
-    compute it again); while somebody watches or transforms the operations (torch.compile, torch.export, torch.func,
-    forward-mode AD, dispatch modes, hooks); under autocast; when the norm is in training; for dtypes but float32 and
-    float64; off the CPU; and where its weights are too many for it to pay.
+    The norm is not folded with gradients enabled or inside an autograd function (which may recompute the call); under
+    torch.compile, torch.export, torch.func, forward-mode AD, dispatch modes, hooks or autocast; for a norm in training;
+    for dtypes other than float32 and float64; on devices other than the CPU; or if the weights are too large for
+    folding to pay.
 
     Args:
         layer: one of the classes in `NORMS_AFTER`.
         norm: the BatchNorm after it.
-        x: what the layer takes.
+        x: the input of the layer.
+
+    Returns:
+        `(norm(layer(x)), True)` if the norm was folded, else `(layer(x), False)`.
     """
     if not torch.compiler.is_compiling() and _is_inference() and type(x) is Tensor and x.is_cpu:
         tensors = _tensors_of(layer, norm)
@@ -86,20 +89,20 @@ def call_layer(layer: Any, norm: Any, x: Tensor) -> tuple[Tensor, bool]:
 
 
 def call_norm(norm: nn.Module, called: tuple[Tensor, bool]) -> Tensor:
-    """The norm after a layer that was called by `call_layer`."""
+    """Apply the norm to the result of `call_layer`, unless it was folded."""
     y, is_normalized = called
     return y if is_normalized else norm(y)
 
 
 def _is_inference() -> bool:
-    """Whether nobody differentiates: not even a function of autograd, which may run this again with a history."""
+    """Whether no gradients are recorded, now or by the recomputation of an enclosing autograd function."""
     if torch.is_grad_enabled() or current_backward_pass() != -1:
         return False
     return is_forward_mode_enabled() or torch.is_inference_mode_enabled()
 
 
 def _tensors_of(layer: nn.Module, norm: nn.Module) -> Tensors | None:
-    """The tensors of both modules; None where they are not the parameters and buffers that their classes have."""
+    """The tensors of both modules; None if their parameters and buffers are not those of their classes."""
     of_layer, of_norm, buffers = layer._parameters, norm._parameters, norm._buffers
     try:
         weight, mean, variance = of_layer["weight"], buffers["running_mean"], buffers["running_var"]
@@ -111,7 +114,7 @@ def _tensors_of(layer: nn.Module, norm: nn.Module) -> Tensors | None:
 
 
 def _can_be_folded(layer: Any, x: Tensor, tensors: Tensors) -> bool:
-    """Whether it pays, and the tensors are ordinary ones of one dtype."""
+    """Whether folding pays and all tensors are plain strided CPU tensors of one dtype."""
     weight, dtype = tensors[0], x.dtype
     if dtype not in (torch.float32, torch.float64) or x.dim() != weight.dim() or not _pays(layer, x, weight):
         return False
@@ -126,21 +129,21 @@ def _can_be_folded(layer: Any, x: Tensor, tensors: Tensors) -> bool:
 
 
 def _pays(layer: Any, x: Tensor, weight: Tensor) -> bool:
-    """Whether looking at the weights takes less than a pass over the output: it has at least as many elements.
+    """Whether comparing the weights is cheaper than a pass over the output: the output has as many elements.
 
-    For a convolution this does not depend on T and N: a sequence in chunks gives what the whole of it does.
+    For a convolution this does not depend on T and N, so that a chunked sequence gives the same result.
     """
     if isinstance(layer, nn.Linear):
         elements = x.shape[0] * layer.out_features
     else:
         positions, stride = math.prod(x.shape[2:]), math.prod(layer.stride)
         positions = positions * stride if layer.transposed else positions // stride
-        elements = _STEPS * positions * layer.out_channels
+        elements = _ASSUMED_SAMPLES * positions * layer.out_channels
     return bool(elements >= weight.numel())
 
 
 def _are_plain_calls(layer: nn.Module, norm: nn.Module) -> bool:
-    """Whether calling the modules does what their classes say, and nobody watches what is computed."""
+    """Whether a call of both modules has no hooks, overrides, modes or transforms."""
     return not (
         norm.training
         or type(norm) is not NORMS_AFTER.get(type(layer))
@@ -157,18 +160,15 @@ def _are_plain_calls(layer: nn.Module, norm: nn.Module) -> bool:
     )
 
 
-# -- weights ------------------------------------------------------------------------------------------------------
-
-
 @dataclass(frozen=True)
 class _Folded:
-    """The weights of a layer and a norm together, and what they were made of.
+    """The folded weights of a layer and a norm, with copies of their sources.
 
     Args:
-        weight, bias: None where there are none that do the same.
-        sources: copies of the tensors.
+        weight, bias: the folded tensors; None if folding is not possible.
+        sources: copies of the original tensors.
         eps: of the norm.
-        channels_last: the format of the weight.
+        channels_last: the memory format of the weight.
     """
 
     weight: Tensor | None
@@ -182,15 +182,15 @@ class _Folded:
         return same_settings and all(map(_is_same, tensors, self.sources))
 
 
-_kept: weakref.WeakKeyDictionary[nn.Module, weakref.WeakKeyDictionary[nn.Module, _Folded]]
-_kept = weakref.WeakKeyDictionary()
-"""By norm and layer. Not in the modules: it is nothing to pickle or to copy."""
+_cache: weakref.WeakKeyDictionary[nn.Module, weakref.WeakKeyDictionary[nn.Module, _Folded]]
+_cache = weakref.WeakKeyDictionary()
+"""norm -> layer -> folded weights. Not stored in the modules, so that it is not pickled or copied."""
 
 
 def _folded(layer: Any, norm: Any, tensors: Tensors, channels_last: bool) -> _Folded:
-    of_norm = _kept.get(norm)
+    of_norm = _cache.get(norm)
     if of_norm is None:
-        of_norm = _kept[norm] = weakref.WeakKeyDictionary()
+        of_norm = _cache[norm] = weakref.WeakKeyDictionary()
     found = of_norm.get(layer)
     if found is None or not found.holds_for(tensors, norm.eps, channels_last):
         with torch.inference_mode(False), torch.no_grad():
@@ -201,18 +201,18 @@ def _folded(layer: Any, norm: Any, tensors: Tensors, channels_last: bool) -> _Fo
 
 
 def _takes_images(layer: nn.Module, x: Tensor) -> bool:
-    """Whether a convolution takes images that are channels-last: oneDNN reads weights of that format faster then."""
+    """Whether a convolution takes channels-last images, for which oneDNN reads channels-last weights faster."""
     return type(layer) is nn.Conv2d and not x.is_contiguous() and x.is_contiguous(memory_format=torch.channels_last)
 
 
 def _fold(
     layer: Any, tensors: Tensors, sources: tuple[Tensor | None, ...], eps: float, channels_last: bool
 ) -> tuple[Tensor | None, Tensor | None]:
-    """Weight and bias of a layer and the norm after it; None where they would not be the same, or not be noticed."""
+    """The folded weight and bias; None if they would be inexact or changes of the sources undetectable."""
     weight, bias, gamma, beta, mean, variance = (None if t is None else t.detach().double() for t in tensors)
     assert weight is not None and mean is not None and variance is not None
     channels = layer.out_features if isinstance(layer, nn.Linear) else layer.out_channels
-    # A copy keeps the strides of a tensor that fills its memory; of others the bytes say nothing.
+    # A byte-wise comparison is valid only for tensors that fill their memory; their copies keep the strides.
     pairs = zip(tensors, sources, strict=True)
     fills_memory = all(t.stride() == s.stride() for t, s in pairs if t is not None and s is not None)
     if not fills_memory or any(t is not None and t.shape != (channels,) for t in (bias, gamma, beta, mean, variance)):
@@ -228,7 +228,7 @@ def _fold(
 
 
 def _scale_outputs(layer: Any, weight: Tensor, scale: Tensor) -> Tensor:
-    """The weights with each output channel scaled; a transposed convolution has them in dim 1, group by group."""
+    """Scale the output channels of the weight, which are in dim 1 of each group for transposed convolutions."""
     ones = (1,) * (weight.dim() - 2)
     if type(layer) not in _TRANSPOSED:
         return weight * scale.view(-1, 1, *ones)
@@ -237,7 +237,7 @@ def _scale_outputs(layer: Any, weight: Tensor, scale: Tensor) -> Tensor:
 
 
 def _is_same(tensor: Tensor | None, copy: Tensor | None) -> bool:
-    """Whether a tensor has the contents of a copy that was made of it, byte by byte."""
+    """Whether a tensor equals its copy, byte by byte."""
     if tensor is None or copy is None:
         return tensor is copy
     if tensor.dtype != copy.dtype or tensor.shape != copy.shape or tensor.stride() != copy.stride():
@@ -246,7 +246,7 @@ def _is_same(tensor: Tensor | None, copy: Tensor | None) -> bool:
 
 
 def _call_with(layer: Any, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-    """Call a layer with other weights."""
+    """Call a layer with the given weight and bias."""
     transposed = _TRANSPOSED.get(type(layer))
     if transposed is not None:
         settings = layer.stride, layer.padding, layer.output_padding, layer.groups, layer.dilation

@@ -1,4 +1,4 @@
-"""Sequences `[T, *]`, nested in tuples, lists and dicts: checked, cut into the arguments of calls, joined again."""
+"""Pytrees of sequences `[T, *]`: check them, split them into calls, join the results."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ __all__ = [
 
 
 def check_sequences(x_seq: Any, time_dim: int) -> int:
-    """T, on which all tensors in `x_seq` have to agree.
+    """The number of time steps T, which must be equal for all tensors in `x_seq`.
 
     Raises:
         InputError: SNNFX301, 303, 305 or 306, see `snnfx.functional.multi_step_forward`.
@@ -46,7 +46,7 @@ def check_sequences(x_seq: Any, time_dim: int) -> int:
 
 
 def flatten_nest(tree: Any) -> tuple[list[Any], Callable[[list[Any]], Any]]:
-    """The leaves of a nest, and what puts others in their place; fast for what is mostly given."""
+    """The leaves of a pytree and a function that rebuilds it; fast for a tensor or a tuple of tensors."""
     if isinstance(tree, Tensor):
         return [tree], operator.itemgetter(0)
     if type(tree) is tuple and all(isinstance(leaf, Tensor) for leaf in tree):
@@ -56,34 +56,34 @@ def flatten_nest(tree: Any) -> tuple[list[Any], Callable[[list[Any]], Any]]:
 
 
 def positional_arguments(x: Any) -> tuple[Any, ...]:
-    """The positional arguments of a step: a tuple or list holds several."""
+    """The positional arguments of a step: the elements of a tuple or list, or one argument."""
     return tuple(x) if isinstance(x, (tuple, list)) else (x,)
 
 
 def cut_into_calls(x_seq: Any, cut: Callable[[Tensor], Sequence[Tensor]], count: int) -> Iterator[tuple[Any, ...]]:
-    """The positional arguments of each of `count` calls, every tensor cut along time."""
+    """The positional arguments of each of `count` calls, with every tensor split along time."""
 
     def slices(x: Any) -> Sequence[Any]:
         if isinstance(x, Tensor):
             return cut(x)
         leaves, spec = pytree.tree_flatten(x)
-        columns = zip(range(count), *map(cut, leaves), strict=True)  # the range: there may be no leaves
+        columns = zip(range(count), *map(cut, leaves), strict=True)  # the range, as there may be no leaves
         return [pytree.tree_unflatten(leaves, spec) for _, *leaves in columns]
 
     return zip(*map(slices, positional_arguments(x_seq)), strict=True)
 
 
 def join_over_time(parts: list[Any], join: Callable[[list[Tensor]], Tensor]) -> Any:
-    """One sequence for each leaf of what the steps or chunks returned.
+    """Join the results of steps or chunks to one sequence for each leaf.
 
     Raises:
-        InputError: SNNFX313, they are not nested alike, or hold something else than tensors and None.
+        InputError: SNNFX313, the results have different structures, or leaves other than tensors and None.
     """
     if all(isinstance(part, Tensor) for part in parts):
         return join(parts)
     leaves, specs = zip(*(pytree.tree_flatten(part) for part in parts), strict=True)
     if any(spec != specs[0] for spec in specs):
-        raise no_sequence("not all time steps returned the same nesting.")
+        raise no_sequence("the time steps returned results of different nesting.")
     y_leaves: list[Tensor | None] = []
     for column in zip(*leaves, strict=True):
         if not (all(isinstance(y, Tensor) for y in column) or all(y is None for y in column)):
@@ -99,5 +99,5 @@ def shapes_of(x_seq: Any) -> str:
 
 
 def no_sequence(why: str, hint: str = "") -> InputError:
-    """The error for outputs that cannot be put together over time."""
+    """The error for outputs that cannot be joined over time."""
     return InputError("SNNFX313", "the outputs do not form a sequence", why=why, hint=hint)

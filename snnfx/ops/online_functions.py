@@ -1,8 +1,8 @@
-"""The functions that the edits of an online rule put into a step graph: cut states, traces, weights that see a trace.
+"""Functions that online rules insert into a step graph: detached states, traces, traced weight ops.
 
-A traced weight op has the value of `op(operand)`. Its gradient to the operand is that of the op; its gradient to the
-weight is the one that the op would have on the trace, taken without running the op on the trace: of a product and of a
-convolution it is a function of the trace and the gradient that arrives.
+A traced weight op returns `op(operand)`. Its gradient with respect to the operand does not change; its gradient with
+respect to the weight is the gradient of `op(trace)`. A product or convolution computes the latter from the trace and
+the incoming gradient, without evaluating `op(trace)`.
 """
 
 from __future__ import annotations
@@ -32,12 +32,12 @@ _HALF = (torch.float16, torch.bfloat16)
 
 
 def cut_history(value: Any) -> Any:
-    """A state without its history; a state may start as a number."""
+    """Detach a state from the autograd graph; a state may start as a number."""
     return value.detach() if isinstance(value, Tensor) else value
 
 
 def update_trace(trace: Any, operand: Tensor, leak: Any) -> Tensor:
-    """`leak * trace + operand`, without gradients; in float32 at least.
+    """`leak * trace + operand`, without gradients, in float32 or wider.
 
     Args:
         trace: `[N, *]`, or the number 0 before the first step.
@@ -58,17 +58,17 @@ def ones_per_sample(operand: Tensor) -> Tensor:
 
 
 def probe_leak(probe: Callable[..., float], *constants: Any) -> float:
-    """The leak of a neuron as it is now; see `snnfx.analysis.leak`."""
+    """The current leak of a neuron; see `snnfx.analysis.leak`."""
     return probe(*constants)
 
 
 def draw_dropout_mask(how: Any, operand: Tensor, name: str) -> Tensor:
-    """What a dropout multiplies its operand with, drawn anew: 0 or `1 / (1 - p)`.
+    """Draw a dropout mask with elements 0 or `1 / (1 - p)`.
 
     Args:
         how: the probability, or the dropout module.
         operand: `[N, *]`.
-        name: of the function in `torch.nn.functional`.
+        name: name of the function in `torch.nn.functional`.
     """
     p = how.p if isinstance(how, nn.Module) else how
     with torch.no_grad():
@@ -76,32 +76,32 @@ def draw_dropout_mask(how: Any, operand: Tensor, name: str) -> Tensor:
 
 
 def traced_module(module: nn.Module, operand: Tensor, trace: Tensor, bias_trace: Tensor | None = None) -> Tensor:
-    """Call a weight module on its operand, with the gradient of its weight taken on a trace.
+    """Call a weight module on its operand, with the weight gradient taken on a trace.
 
     Args:
-        module: a linear or convolutional layer, or any module whose parameters are to see the trace.
+        module: a linear or convolutional layer, or any module whose parameter gradients use the trace.
         operand: `[N, *]`.
-        trace: like the operand.
-        bias_trace: `[N]`, or None: the bias has no trace.
+        trace: of the shape of the operand.
+        bias_trace: `[N]`; None: no trace for the bias.
     """
     if not torch.is_grad_enabled():
         return module(operand)  # type: ignore[no-any-return]
     if not has_forward_hooks(module) and not _is_mapped(operand):
         if type(module).forward is nn.Linear.forward:
             return _TracedLinear.apply(operand, trace, module.weight, module.bias, bias_trace)  # type: ignore[no-any-return]
-        if isinstance(module, ConvBase) and _is_torchs_own(module):
+        if isinstance(module, ConvBase) and _has_torch_forward(module):
             return _traced_convolution_module(module, operand, trace, bias_trace)
     return _with_gradients_on_trace(module, operand, trace)
 
 
 def traced_call(name: str, position: int, trace: Tensor, bias_trace: Any, *args: Any, **kwargs: Any) -> Tensor:
-    """Call a weight function, `getattr(torch.nn.functional or torch, name)(*args, **kwargs)`, with a trace.
+    """Call a weight function by name, with the weight gradient taken on a trace.
 
     Args:
-        name: of the function.
-        position: which positional argument is the operand.
-        trace: like the operand.
-        bias_trace: `[N]`, or None: the bias has no trace.
+        name: name of the function in `torch.nn.functional` or `torch`.
+        position: index of the operand among the positional arguments.
+        trace: of the shape of the operand.
+        bias_trace: `[N]`; None: no trace for the bias.
     """
     function = getattr(F, name, None) or getattr(torch, name)
     if not torch.is_grad_enabled():
@@ -128,7 +128,7 @@ def _call_with_gradients_on_trace(
 
 
 def _is_mapped(x: Tensor) -> bool:
-    """Whether a value is under torch.vmap."""
+    """Whether a tensor is batched by torch.vmap."""
     return is_batched_by_vmap(x)
 
 
@@ -138,14 +138,14 @@ def _linear_arguments(
     return input, weight, bias
 
 
-def _is_torchs_own(module: nn.Module) -> bool:
+def _has_torch_forward(module: nn.Module) -> bool:
     return (type(module).forward.__module__ or "").startswith("torch.nn.") and (
         getattr(type(module), "_conv_forward", nn.Conv2d._conv_forward).__module__.startswith("torch.nn.")
     )
 
 
 def _with_gradients_on_trace(module: nn.Module, operand: Tensor, trace: Tensor) -> Tensor:
-    """The general form: a second forward pass, on the trace, that carries the gradients of the parameters."""
+    """The general form: a second forward pass on the trace provides the gradients of the parameters."""
     fixed = {name: p.detach() for name, p in module.named_parameters()}
     value = torch.func.functional_call(module, fixed, (operand,))
     return ValueAndGradients.apply(value, module(trace.to(operand.dtype)))  # type: ignore[no-any-return]
@@ -154,7 +154,7 @@ def _with_gradients_on_trace(module: nn.Module, operand: Tensor, trace: Tensor) 
 class _TracedLinear(torch.autograd.Function):
     """`y = x W^T + b`, with `dW = g^T a` for the trace a of x."""
 
-    # Not with setup_context, for which torch binds arguments at each call: that costs more than a small layer.
+    # No setup_context: torch then binds arguments at each call, which costs more than a small layer.
 
     @staticmethod
     def forward(
@@ -184,7 +184,7 @@ def _along_batch(per_sample: Tensor, like: Tensor) -> Tensor:
 
 
 class _TracedConvolution(torch.autograd.Function):
-    """A convolution whose weight gradient is taken on a trace: both gradients out of one backward of torch's."""
+    """A convolution whose weight gradient is taken on a trace; one call of torch computes both gradients."""
 
     @staticmethod
     def forward(
@@ -204,12 +204,12 @@ class _TracedConvolution(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         trace, weight, bias_trace = ctx.saved_tensors
-        wanted = [ctx.needs_input_grad[0], ctx.needs_input_grad[2], False]
+        output_mask = [ctx.needs_input_grad[0], ctx.needs_input_grad[2], False]
         grad_operand = grad_weight = grad_bias = None
-        if any(wanted):
+        if any(output_mask):
             given = trace.to(grad.dtype), weight.to(grad.dtype)
             grad_operand, grad_weight, _ = torch.ops.aten.convolution_backward(
-                grad, *given, None, *ctx.geometry, wanted
+                grad, *given, None, *ctx.geometry, output_mask
             )
         if ctx.needs_input_grad[3]:
             weighted = grad if bias_trace is None else grad * _along_batch(bias_trace, grad)
@@ -263,7 +263,7 @@ def _traced_convolution_module(module: ConvBase, operand: Tensor, trace: Tensor,
 def _padded(
     operand: Tensor, trace: Tensor, padding: str, kernel: tuple[int, ...], dilation: tuple[int, ...]
 ) -> tuple[Tensor, Tensor, tuple[int, ...]]:
-    """Numbers for padding="same" or "valid"; an odd total is padded beforehand, as torch does."""
+    """Numeric padding for "same" or "valid"; an odd total is padded explicitly, as in torch."""
     total = [d * (k - 1) if padding == "same" else 0 for k, d in zip(kernel, dilation, strict=True)]
     if any(t % 2 for t in total):
         pads = [side for t in reversed(total) for side in (t // 2, t - t // 2)]
@@ -289,7 +289,7 @@ def _traced_convolution_function(
     dilation, padding = each(given.get("dilation", 1)), given.get("padding", 0)
     if isinstance(padding, str):
         operand, trace, padding = _padded(operand, trace, padding, weight.shape[2:], tuple(dilation))
-    if operand.dim() == dims + 1:  # torch takes this for one sample without a batch
+    if operand.dim() == dims + 1:  # one sample without a batch
         return _convolve(
             operand.unsqueeze(0),
             trace.unsqueeze(0),

@@ -1,6 +1,6 @@
-"""Functions of its own that an emitted graph calls beside its regions: state picked, held, delayed; values over time.
+"""Functions that an emitted graph calls between its regions: select, delay and expand states, repeat values over time.
 
-Most of them make sequences `[T, *]` of what a step graph has as one value.
+Most of them return a sequence `[T, *]` of a value of the step graph.
 """
 
 from __future__ import annotations
@@ -31,16 +31,16 @@ __all__ = [
 
 
 def select_state(state: dict[str, Any] | None, names: tuple[str, ...]) -> tuple[Any, ...] | None:
-    """The values of one region's slots out of the state of the net; None means the reset state."""
+    """Select the slots of one region from the state of the net; None: the reset state."""
     if state is None or not any(name in state for name in names):
         return None
     missing = [name for name in names if name not in state]
     if missing:
         raise InputError(
             "SNNFX308",
-            f"the first value of {', '.join(missing)} is missing",
-            why=f"it is computed together with {', '.join(name for name in names if name in state)}, which is given.",
-            hint="Give all of the state or nothing.",
+            f"the state has no value for {', '.join(missing)}",
+            why=f"its region also has {', '.join(name for name in names if name in state)}, which the state contains.",
+            hint="Pass the whole state, or none.",
         )
     return tuple(state[name] for name in names)
 
@@ -56,7 +56,7 @@ def call_once(region: Callable[..., Any], constants: tuple[Any, ...]) -> Any:
 
 
 def time_steps(x_seq: Tensor) -> Tensor:
-    """The numbers of the time steps of a sequence `[T, *]`: a tensor `[T]`."""
+    """The indices of the time steps of a sequence `[T, *]`: a tensor `[T]`."""
     return torch.arange(x_seq.shape[0], device=x_seq.device)
 
 
@@ -70,17 +70,17 @@ def reduce_over_time(y_seq: Any, how: str) -> Any:
 
 
 def multiply_by_time_steps(value: Any, time: Tensor) -> Any:
-    """T times a value."""
+    """Multiply a value by the number of time steps T."""
     return value * time.shape[0]
 
 
 def repeat_for_samples(value: Tensor, like: Tensor, batch_dim: int) -> Tensor:
-    """A value that all samples share, `[*]`, as one for each sample of another, `[N, *]` (a view)."""
+    """Expand a value `[*]` shared by all samples to `[N, *]`, with N from another tensor (a view)."""
     return value.unsqueeze(0).expand(like.shape[batch_dim], *value.shape)
 
 
 def repeat_over_time(value: Any, time: Tensor) -> Any:
-    """A value that is the same at every step as a sequence `[T, *]` (a view, nothing is copied)."""
+    """Expand an invariant value `[*]` to a sequence `[T, *]` (a view)."""
     if not isinstance(value, Tensor):
         return value
     return value.unsqueeze(0).expand(time.shape[0], *value.shape)
@@ -98,7 +98,7 @@ def delay_one_step(
 
     Args:
         following: the next value at each step, `[T, *]`; a number where it is always the same.
-        state: a tuple of the value before the first step; None: `initial`.
+        state: a tuple with the value before the first step; None: `initial`.
         initial: a number, or a tensor that can be expanded to `[*]`.
         time: `[T]`.
         slot, has_batch: as for `expand_initial_value`.
@@ -108,7 +108,7 @@ def delay_one_step(
     """
     first = initial if state is None else state[0]
     if first is None:
-        first = 0  # nothing reads more of such a slot than its shape: it is on no cycle, and no value was found for it
+        first = 0  # only the shape of such a slot is read: it is on no cycle and has no initial value
     if not isinstance(following, Tensor):
         like = first if isinstance(first, Tensor) else stack_steps((first, following), time.device)[0]
         following = torch.full_like(like, following).expand(time.shape[0], *like.shape)
@@ -117,10 +117,10 @@ def delay_one_step(
 
 
 def hold_over_time(state: tuple[Any, ...] | None, initial: Any, time: Tensor) -> Tensor:
-    """The sequence of a slot that is never written: its first value at every step, `[T, *]` (a view).
+    """Expand the initial value of a slot that is never written to a sequence `[T, *]` (a view).
 
     Args:
-        state: a tuple of the value before the first step; None: `initial`.
+        state: a tuple with the value before the first step; None: `initial`.
         initial: a tensor `[*]`.
         time: `[T]`.
     """
@@ -129,21 +129,21 @@ def hold_over_time(state: tuple[Any, ...] | None, initial: Any, time: Tensor) ->
 
 
 def stack_steps(steps: Sequence[Any], device: torch.device) -> Tensor:
-    """One value at each of T steps as a sequence `[T, *]`.
+    """Stack the values of T steps to a sequence `[T, *]`.
 
-    State may start as a number, or as a tensor that stands for one of the shape of the later steps; a count stays a
-    number at all steps.
+    Early values may be numbers or smaller tensors, which are expanded to the shape of the last value. Numbers at all
+    steps (a counter) give a tensor `[T]`.
     """
     last = steps[-1]
     if not isinstance(last, Tensor):
         if not isinstance(last, bool | int | float | complex):
             raise InputError(
                 "SNNFX313",
-                f"a module that is stepped as it is returns a {type(last).__name__} at each step",
-                why="its outputs are not known to be several.",
-                hint="Pass example_inputs, so that it can be traced; or return tensors from the module.",
+                f"a module that runs step by step returns a {type(last).__name__} at each step",
+                why="only tensors and numbers can be stacked over time.",
+                hint="Pass example_inputs, so that the module can be traced, or return tensors from it.",
             )
-        # In float64, which as a 0-dimensional value of a step does not change the dtype of what it meets.
+        # float64: a 0-dimensional value of a step does not change the dtype of its other operand.
         dtype = torch.float64 if any(isinstance(value, float) for value in steps) else None
         return torch.tensor(steps, dtype=dtype, device=device)
     if all(isinstance(value, Tensor) and value.shape == last.shape for value in steps):
@@ -154,13 +154,13 @@ def stack_steps(steps: Sequence[Any], device: torch.device) -> Tensor:
 
 
 def expand_initial_value(value: Any, following: Any, slot: str = "", has_batch: bool = False) -> Any:
-    """The first value of a slot in the shape of its next value, for which a number or a smaller tensor stands.
+    """Expand the initial value of a slot, a number or a smaller tensor, to the shape of its next value.
 
     Args:
         value: a number or a tensor.
         following: the value after a step.
-        slot: for the message.
-        has_batch: the first value has the batch in dim 0: a value of more dimensions is no repetition of it.
+        slot: name of the slot, for the message.
+        has_batch: the initial value has its batch in dim 0, so it must not be expanded to more dimensions.
 
     Raises:
         InputError: SNNFX313, the state changes its shape.
@@ -176,7 +176,7 @@ def expand_initial_value(value: Any, following: Any, slot: str = "", has_batch: 
             "SNNFX313",
             f"the state `{slot}` changes its shape: {list(value.shape)} before the first step, "
             f"{list(following.shape)} after it",
-            why="a sequence has values of one shape.",
-            hint="Create the state in the shape that it keeps, e.g. torch.zeros_like of what is assigned to it.",
+            why="all steps of a sequence must have one shape.",
+            hint="Create the state in its final shape, e.g. with torch.zeros_like of the value assigned to it.",
         )
     return value if value.shape == following.shape else value.expand_as(following)

@@ -1,7 +1,7 @@
-"""BatchNorm over the steps of a sequence, each with its own statistics: torch's kernel for each, one node in autograd.
+"""BatchNorm with statistics of each time step, as one node of the autograd graph.
 
-The kernel reads a step once for its statistics and once to normalise it; written with tensor operations over the whole
-sequence, the same takes ten passes over memory.
+torch's kernel runs once for each step: it reads the step once for its statistics and once to normalise it. Tensor
+operations over the whole sequence would take ten passes over memory.
 """
 
 from __future__ import annotations
@@ -18,14 +18,14 @@ __all__ = ["batch_norm_per_step", "is_dense", "normalize_steps", "update_factors
 
 
 def batch_norm_per_step(x_seq: Tensor, module: BatchNormBase) -> Tensor:
-    """BatchNorm over `[T, N, C, *]` as T calls one after the other do it, computed for all steps at once.
+    """BatchNorm over `[T, N, C, *]` with the statistics of each step, equal to T successive calls.
 
-    Statistics are those of one step; the running statistics after it are those after T updates, in closed form:
-    with momentum m, `r_T = (1-m)^T r_0 + sum_t m (1-m)^(T-1-t) stat_t` (Ioffe & Szegedy 2015 for one update).
+    The running statistics take T updates. Under torch.compile this is done in closed form (Ioffe & Szegedy 2015 for one
+    update), also for SyncBatchNorm: with momentum m, `r_T = (1-m)^T r_0 + sum_t m (1-m)^(T-1-t) stat_t`.
 
     Args:
         x_seq: `[T, N, C, *]`.
-        module: a BatchNorm module; in evaluation mode it is folded.
+        module: a BatchNorm module; in evaluation the steps are folded.
     """
     T = x_seq.shape[0]
     if module._forward_hooks or module._forward_pre_hooks:
@@ -35,7 +35,7 @@ def batch_norm_per_step(x_seq: Tensor, module: BatchNormBase) -> Tensor:
     module._check_input_dim(x_seq[0])
     count = x_seq[0].numel() // x_seq.shape[2]
     if module.training and count <= 1:
-        return torch.stack([module(x) for x in x_seq.unbind(0)])  # torch's own error
+        return torch.stack([module(x) for x in x_seq.unbind(0)])  # torch raises its own error
     if not torch.compiler.is_compiling() and not isinstance(module, nn.SyncBatchNorm):
         return normalize_steps(x_seq, module)
     y, variance, mean = _normalized(x_seq, module.weight, module.bias, module.eps)
@@ -63,7 +63,7 @@ def _update_running_statistics(module: BatchNormBase, mean: Tensor, variance: Te
 
 
 def update_factors(module: BatchNormBase, T: int) -> list[float]:
-    """How far running statistics move in each of T updates, which are counted."""
+    """The momentum of each of T updates of the running statistics; adds T to `num_batches_tracked`."""
     if not (module.training and module.track_running_stats and module.num_batches_tracked is not None):
         return [module.momentum or 0.0] * T
     seen = module.num_batches_tracked
@@ -76,11 +76,11 @@ def update_factors(module: BatchNormBase, T: int) -> list[float]:
 
 
 def normalize_steps(x_seq: Tensor, module: BatchNormBase) -> Tensor:
-    """What T calls of a BatchNorm in training give; its running statistics take T updates.
+    """Normalise each step with its own statistics, equal to T calls of a BatchNorm in training.
 
     Args:
         x_seq: `[T, N, C, *]`.
-        module: uses the statistics of its input.
+        module: a BatchNorm that uses the statistics of its input; its running statistics take T updates.
 
     Returns:
         `[T, N, C, *]`, in the memory format of `x_seq`.
@@ -93,7 +93,7 @@ def normalize_steps(x_seq: Tensor, module: BatchNormBase) -> Tensor:
 
 
 def is_dense(x: Tensor) -> bool:
-    """Whether a step `[N, C, *]` is row-major or, an image, channels-last."""
+    """Whether a step `[N, C, *]` is row-major or channels-last."""
     image = {4: torch.channels_last, 5: torch.channels_last_3d}.get(x.dim())
     return x.is_contiguous() or (image is not None and x.is_contiguous(memory_format=image))
 
@@ -103,7 +103,7 @@ def _dense(x_seq: Tensor) -> Tensor:
 
 
 def _normalized(x_seq: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float) -> tuple[Tensor, Tensor, Tensor]:
-    """The sequence normalized step by step in operations that PyTorch can differentiate again; variance and mean."""
+    """The normalised sequence, variance and mean of each step, in twice differentiable operations."""
     dims = [1, *range(3, x_seq.dim())]
     variance, mean = torch.var_mean(x_seq, dims, correction=0, keepdim=True)
     y = (x_seq - mean) * torch.rsqrt(variance + eps)
@@ -118,11 +118,13 @@ def _normalized(x_seq: Tensor, weight: Tensor | None, bias: Tensor | None, eps: 
 def _differentiable_gradients(
     x_seq: Tensor, weight: Tensor | None, bias: Tensor | None, ctx: Any, grad_seq: Tensor
 ) -> list[Tensor | None]:
-    """The gradients with a graph of their own, for create_graph=True."""
+    """The gradients with an autograd graph, for create_graph=True."""
     y, _, _ = _normalized(x_seq, weight, bias, ctx.eps)
-    wanted = [v if need else None for v, need in zip((x_seq, weight, bias), ctx.needs_input_grad, strict=False)]
-    grads = iter(torch.autograd.grad(y, [v for v in wanted if v is not None], grad_seq.to(y.dtype), create_graph=True))
-    return [None if v is None else next(grads) for v in wanted]
+    differentiated = [v if need else None for v, need in zip((x_seq, weight, bias), ctx.needs_input_grad, strict=False)]
+    grads = iter(
+        torch.autograd.grad(y, [v for v in differentiated if v is not None], grad_seq.to(y.dtype), create_graph=True)
+    )
+    return [None if v is None else next(grads) for v in differentiated]
 
 
 class _NormalizeSteps(torch.autograd.Function):
@@ -138,7 +140,7 @@ class _NormalizeSteps(torch.autograd.Function):
         eps: float,
     ) -> Tensor:
         T, channels = x_seq.shape[0], x_seq.shape[2]
-        given, x_seq = x_seq, _dense(x_seq)  # the kernel writes to `out=` as if its strides were those of the input
+        given, x_seq = x_seq, _dense(x_seq)  # the kernel assumes that `out=` has the strides of the input
         y_seq = empty_like(x_seq)
         kind = x_seq.dtype if weight is None else weight.dtype
         means, deviations = (torch.empty(T, channels, dtype=kind, device=x_seq.device) for _ in range(2))

@@ -1,4 +1,4 @@
-"""The functions of its own that a captured step calls: autograd functions kept whole, and sizes that are pinned."""
+"""Functions that capture inserts into a step graph: autograd functions, assignments to parts, size checks."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ __all__ = [
 
 
 class FunctionHolder(nn.Module):
-    """Holds an autograd.Function so that a graph can refer to it: a class cannot be printed as an argument."""
+    """A module with an autograd.Function, so that a graph can refer to it: a class cannot be an FX argument."""
 
     def __init__(self, function: type[torch.autograd.Function]) -> None:
         super().__init__()
@@ -29,47 +29,52 @@ class FunctionHolder(nn.Module):
 
 
 def apply_autograd_function(holder: FunctionHolder, *args: Any) -> Any:
-    """Call `holder.function.apply(*args)`: the node that keeps a custom backward."""
+    """Call `holder.function.apply(*args)`: one node, which preserves the custom backward."""
     return holder.function.apply(*args)
 
 
 def set_part(x: Tensor, index: Any, value: Any) -> Tensor:
-    """What `x` is after `x[index] = value`."""
+    """The value of `x` after `x[index] = value`."""
     x = x.clone()
     x[index] = value
     return x
 
 
 def set_part_(x: Tensor, index: Any, value: Any) -> Tensor:
-    """`x[index] = value` as the model writes it: to the graph, an operation in place on `x`.
+    """`x[index] = value` in a captured graph: an in-place operation on `x`.
 
-    Passes replace it by `set_part` before anything runs; the example value must not be changed while capturing.
+    `Normalize` replaces it by `set_part` before execution. Capture must not change the example value, so this function
+    returns a copy.
     """
     return set_part(x, index, value)
 
 
 def expect_size(size: int, expected: int, where: str) -> int:
-    """Fail when a size that the model's Python code used as a number is another one in this call."""
+    """Check a size that the Python code of the model used as a number during capture.
+
+    Raises:
+        InputError: SNNFX312, the size differs in this call.
+    """
     if size != expected:
         raise InputError(
             "SNNFX312",
             f"a size is {size}, but the step was captured with {expected}",
             where=where,
-            why="the model's Python code used it as a number while it was captured.",
+            why="the Python code of the model used it as a number during capture.",
             hint="Convert again with example_inputs of the new size.",
         )
     return size
 
 
 def change_value(x: Any, value: Any) -> Any:
-    """What `x` is after a change in place under `torch.no_grad()`: another value with the history of `x`."""
+    """The result of an in-place change under `torch.no_grad()`: a new value with the autograd graph of `x`."""
     if not isinstance(x, Tensor) or not isinstance(value, Tensor):
         return value  # `+=` makes a new number
     return ValueAndGradients.apply(value.detach(), x)
 
 
 class ValueAndGradients(torch.autograd.Function):
-    """The value of the first; gradients go to both."""
+    """Return the first argument; gradients flow to both."""
 
     generate_vmap_rule = True
 

@@ -1455,7 +1455,7 @@ def test_a_reason_names_the_call_and_the_hint_says_what_to_do() -> None:
     case = Case("", lambda self, x: x.mean(0), [X3])
     (refusal,) = case.analyse("known").refusals.values()
     assert refusal.reason == "`x.mean(0)` works along dim 0, which is the batch"
-    assert refusal.hint == "Use a feature dimension, e.g. dim=1, if that was not meant."
+    assert refusal.hint == "Use a feature dimension, e.g. dim=1, if that was not intended."
 
 
 # --- random programs
