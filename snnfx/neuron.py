@@ -352,7 +352,7 @@ class LIFNode(BaseNode):
 class ParametricLIFNode(BaseNode):
     """Leaky integrate-and-fire with a learnable time constant (PLIF), `1 / tau = sigmoid(w)`.
 
-    The equations are those of `LIFNode`. The parameter `w` is a scalar, initialised to `-log(init_tau - 1)`; `sigmoid`
+    See `LIFNode` for the equations. The parameter `w` is a scalar, initialised to `-log(init_tau - 1)`; `sigmoid`
     keeps tau above 1.
 
     Args:
