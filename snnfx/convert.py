@@ -56,9 +56,10 @@ def convert(
 ) -> Net:
     """Convert a single-step model into a net that runs whole sequences.
 
-    The net computes the same as calling the model once per time step. The model is not changed: parameters, state,
-    hooks, flags and random number generators stay the same. The net shares the model's modules, parameters and buffers,
-    so training one trains the other.
+    The net computes the same as calling the model once per time step, except that BatchNorm layers take their training
+    statistics over all time steps by default (see `batch_norm`). The model is not changed: parameters, state, hooks,
+    flags and random number generators stay the same. The net shares the model's modules, parameters and buffers, so
+    training one trains the other.
 
     Args:
         model: a module that computes ONE time step, `y_t = model(x_t)` with `x_t: [N, *]`, and keeps its state

@@ -1,14 +1,17 @@
-"""The forward functions that SpikingJelly documents, made general, and `map_forward`, `reset_net`, `detach_net`.
+"""Run modules over sequences: step by step, folded into the batch, mapped with vmap, or in chunks.
 
-They are the vocabulary of a converted net: every region of its graph is one call of one of them.
+Generalisations of SpikingJelly's documented forward functions, plus `map_forward`, `reset_net` and `detach_net`. Each
+region in the graph of a converted net is one call of one of these functions. Conventions:
 
-A sequence `x_seq` is a tensor `[T, N, *]` (`[N, *, T]` for the `t_last_` functions), or a nested tuple, list or dict
-of tensors with the same T. A tuple or list holds the positional arguments of a step; what is nested deeper, and a
-dict, is one argument. Modules are one `nn.Module` or callable, or a list, tuple or `nn.ModuleList` of them applied in
-order: `x_t` is spread over the arguments of the first, the others get the output of the one before as one argument,
-even if it is a tuple. `nn.Sequential` is one module. Outputs may be nested in the same ways: each tensor in them
-becomes a sequence, None stays None. `constants` is a tuple of anything (modules, parameters) that the first module
-takes before `x_t`. What is wrong with the arguments is found before any module is called.
+- Sequences: `x_seq` is a tensor `[T, N, *]` (`[N, *, T]` for the `t_last_` functions), or a nested tuple, list or dict
+  of tensors with the same T. The entries of a top-level tuple or list are the positional arguments of a step; a dict or
+  a deeper nested value is a single argument.
+- Modules: one `nn.Module` or callable, or a list, tuple or `nn.ModuleList` of them, applied in order. The first one
+  takes the arguments `x_t`; each later one takes the output of the previous one as a single argument, even if it is a
+  tuple. An `nn.Sequential` is a single module.
+- Outputs may be nested like inputs: each tensor becomes a sequence, None stays None.
+- `constants` is a tuple of arbitrary values (modules, parameters) that the first module takes before `x_t`.
+- Arguments are checked before any module is called.
 """
 
 from __future__ import annotations
@@ -50,41 +53,42 @@ Modules = Callable[..., Any] | Sequence[Callable[..., Any]] | nn.ModuleList
 Chain = tuple[Callable[..., Any], ...]
 
 _OWN_STATE: Any = object()
-"""The default of `state`: the modules keep their own. Not None, which is a legal first state."""
+"""Default of `state`: modules keep their own state. Not None, which is a legal initial state."""
 
 
 def multi_step_forward(
     x_seq: Any, single_step_module: Modules, *, state: Any = _OWN_STATE, constants: Sequence[Any] = ()
 ) -> Any:
-    """Step through a sequence: call `single_step_module` once for each of the T time steps.
+    """Call a module once per time step and stack the outputs.
 
-    Without `state`, modules keep their state themselves, by side effect. With it the run is pure, and `state` is
+    Without `state`, the modules keep their state themselves, by side effect. With `state`, the function is pure: it
+    takes the initial state and returns the final state. The form of `state` depends on the module:
 
-    - for a module with known state (a `snnfx.MemoryModule`, a class with an adapter, a
-      `snnfx.state.stateful.Stateful`): the tuple of its slot values, or a dict of them by name, or None or "reset":
-      its initial state. Its attributes are neither used nor changed;
-    - for any other callable, which is called as `module(*constants, *x_t, state)` and returns `(y_t, state)`: anything,
-      also None; "reset" is passed as None;
-    - for a list of modules: a list with such an entry for each, where None for a callable without known state says
-      that it has none; or None or "reset": as if every entry was None.
+    - A module with known state (a `snnfx.MemoryModule`, a class with an adapter, a `snnfx.state.stateful.Stateful`):
+      the tuple of its slot values, a dict of them by name, or None or "reset" for its initial state. The attributes
+      of the module are neither read nor changed.
+    - Any other callable: an arbitrary value, including None. It is called as `module(*constants, *x_t, state)` and must
+      return `(y_t, state)`. "reset" is passed as None.
+    - A list of modules: a list with such an entry for each module; an entry None for a callable without known state
+      means that it has no state. None or "reset" stands for a list of None.
 
     A single module with a method `multi_step(inputs, state, constants) -> (y_seq, state)` runs the whole sequence
-    itself when it is given a state; `inputs` is the tuple of its positional arguments, with time first.
+    itself if `state` is passed; `inputs` is the tuple of its positional arguments, with time first.
 
     Args:
-        x_seq: `[T, *]`, or nested (see the documentation of `snnfx.functional`).
+        x_seq: `[T, *]`, or nested (see `snnfx.functional`).
         single_step_module: one or several modules or callables for ONE time step, `[*]`.
         state: the state before the first step.
-        constants: passed in front of `x_t` at each call of the first module.
+        constants: arguments of the first module before `x_t`. Default: ().
 
     Returns:
-        `y_seq`: the outputs, stacked along dim 0. With `state`: `(y_seq, final state)`, the state as it was given (a
-        tuple of slot values after None or "reset", a list for a list of modules).
+        `y_seq`: the outputs `[T, *]`, stacked along dim 0. With `state`: `(y_seq, final state)`; the final state has
+        the form of `state` (after None or "reset": a tuple of slot values, for a list of modules a list).
 
     Raises:
-        InputError: T is 0 (SNNFX301) or not the same everywhere (SNNFX303); no module (SNNFX304); no tensor (SNNFX305);
-            a tensor without dimensions (SNNFX306); a state that does not fit (SNNFX308); `constants` is not a tuple
-            (SNNFX309); the outputs of the steps do not form a sequence (SNNFX313, after the calls).
+        InputError: SNNFX301, T is 0; SNNFX303, T differs between tensors; SNNFX304, not a module; SNNFX305, not a
+            tensor; SNNFX306, a tensor without dimensions; SNNFX308, the state does not match; SNNFX309, `constants` is
+            not a tuple; SNNFX313, the outputs do not form a sequence (raised after the calls).
 
     Example:
         >>> import torch
@@ -95,7 +99,7 @@ def multi_step_forward(
         >>> y_seq.flatten().tolist(), v.item()
         ([1.0, 1.5, 1.75], 1.75)
 
-    Source: SpikingJelly's documented function of that name (Fang et al., Science Advances 2023); passing the state is
+    Source: SpikingJelly's documented function of the same name (Fang et al., Science Advances 2023); explicit state is
         the convention of Norse.
     """
     return _step_through(x_seq, single_step_module, state, constants, time_dim=0)
@@ -104,19 +108,21 @@ def multi_step_forward(
 def t_last_multi_step_forward(
     x_seq: Any, single_step_module: Modules, *, state: Any = _OWN_STATE, constants: Sequence[Any] = ()
 ) -> Any:
-    """Step through a sequence whose last dimension is time: `multi_step_forward` for `[N, *, T]`.
+    """Call a module once per time step, with time in the last dimension.
+
+    Equals `multi_step_forward` for `[N, *, T]`.
 
     Args:
         x_seq: `[N, *, T]`, or nested.
         single_step_module: one or several modules or callables for ONE time step, `[N, *]`.
         state: the state before the first step, see `multi_step_forward`.
-        constants: passed in front of `x_t` at each call of the first module.
+        constants: arguments of the first module before `x_t`. Default: ().
 
     Returns:
-        `y_seq`: the outputs, stacked along the last dim. With `state`: `(y_seq, final state)`.
+        `y_seq`: the outputs `[N, *, T]`, stacked along the last dim. With `state`: `(y_seq, final state)`.
 
     Raises:
-        InputError: as `multi_step_forward`.
+        InputError: see `multi_step_forward`.
 
     Example:
         >>> import torch
@@ -131,31 +137,33 @@ def t_last_multi_step_forward(
 def chunk_multi_step_forward(
     split_size: int, x_seq: Any, multi_step_module: Callable[..., Any], *, state: Any = _OWN_STATE
 ) -> Any:
-    """Run a multi-step module on `split_size` time steps at a time: the memory of a chunk, not of the sequence.
+    """Run a multi-step module on chunks of a sequence, carrying the state across them.
+
+    Needs the memory of one chunk instead of the whole sequence.
 
     Args:
-        split_size: time steps in a chunk, at least 1; the last chunk may be shorter.
+        split_size: number of time steps in a chunk, at least 1; the last chunk may be shorter.
         x_seq: `[T, *]`, or nested.
-        multi_step_module: ONE module or callable on sequences. It keeps its state from chunk to chunk itself; or, with
-            `state`, it is called as `multi_step_module(*chunk, state)` and returns `(y_chunk, state)`.
-        state: the state before the first chunk: anything, also None.
+        multi_step_module: ONE module or callable for sequences. It carries its state across chunks itself. With
+            `state`, it is called as `multi_step_module(*chunk, state)` and must return `(y_chunk, state)`.
+        state: the state before the first chunk, an arbitrary value including None.
 
     Returns:
-        `y_seq`: the outputs, concatenated along dim 0. With `state`: `(y_seq, final state)`.
+        `y_seq`: the outputs `[T, *]`, concatenated along dim 0. With `state`: `(y_seq, final state)`.
 
     Raises:
-        InputError: `split_size` is not an int above 0 (SNNFX302); otherwise as `multi_step_forward`.
+        InputError: SNNFX302, `split_size` is not an int above 0; otherwise see `multi_step_forward`.
 
     Example:
         >>> import torch
         >>> chunk_multi_step_forward(16, torch.rand(100, 2, 3), torch.nn.Linear(3, 4)).shape
         torch.Size([100, 2, 4])
 
-    Source: SpikingJelly's documented function of that name; strip mining (Kennedy & Allen, 2001) with the state
-        handed from strip to strip.
+    Source: SpikingJelly's documented function of the same name; strip mining (Kennedy & Allen, 2001) with the state
+        carried across strips.
     """
     if not isinstance(split_size, int) or split_size < 1:
-        raise InputError("SNNFX302", f"cannot make chunks of {split_size!r} time steps", hint="Use an int above 0.")
+        raise InputError("SNNFX302", f"cannot make chunks of {split_size!r} time steps", hint="Pass an int above 0.")
     _check_modules((multi_step_module,))
     T = check_sequences(x_seq, time_dim=0)
     y_chunks = []
@@ -177,26 +185,26 @@ def seq_to_ann_forward(
     batch_dim: int | Sequence[int] = 0,
     out_batch_dim: int | Sequence[int] = 0,
 ) -> Any:
-    """Run stateless modules on all time steps at once, with T folded into the batch dimension.
+    """Run stateless modules on all time steps, with T folded into the batch dimension.
 
-    Right for batch-equivariant modules only, `f(cat_t x_t) == cat_t f(x_t)`; `map_forward` is right for all. The
+    Correct for batch-equivariant modules only, `f(cat_t x_t) == cat_t f(x_t)`; for other modules use `map_forward`. The
     modules may change the batch size.
 
     Args:
-        x_seq: `[T, N, *]` with the same T and N everywhere, or nested.
-        stateless_module: one or several modules or callables; they get `[T * N, *]`, step after step.
-        constants: passed in front of the folded tensors to the first module.
-        batch_dim: where the batch is in ONE step, an int or one for each tensor in `x_seq`: with 1, `x_seq` is
-            `[T, C, N, *]` and the module gets `[C, T * N, *]`.
-        out_batch_dim: the same for the output of the last module, where None outputs count as well.
+        x_seq: `[T, N, *]`, or nested with the same T and N for all tensors.
+        stateless_module: one or several modules or callables that take `[T * N, *]`.
+        constants: arguments of the first module before the folded tensors. Default: ().
+        batch_dim: batch dimension of ONE time step, an int or one for each tensor in `x_seq`. With 1, `x_seq` is
+            `[T, C, N, *]` and the module takes `[C, T * N, *]`. Default: 0.
+        out_batch_dim: batch dimension of the outputs, an int or one for each output (None included). Default: 0.
 
     Returns:
         `y_seq`: `[T, N, *]`, or nested; with `out_batch_dim=1`, `[T, C, N, *]`.
 
     Raises:
-        InputError: N is not the same everywhere (SNNFX303); no room for T and N (SNNFX306); no such `batch_dim`
-            (SNNFX309); an output has no batch of a multiple of T (SNNFX313, after the call); otherwise as
-            `multi_step_forward`.
+        InputError: SNNFX303, N differs between tensors; SNNFX306, a tensor lacks the dimensions T and N; SNNFX309,
+            `batch_dim` does not exist; SNNFX313, the batch size of an output is not a multiple of T (raised after the
+            call); otherwise see `multi_step_forward`.
 
     Example:
         >>> import torch
@@ -230,12 +238,14 @@ def seq_to_ann_forward(
 
 def _fold(x: Tensor, batch_dim: int) -> Tensor:
     y = (x.movedim(0, batch_dim) if batch_dim else x).flatten(batch_dim, batch_dim + 1)
-    # What may be viewed in one step, may be viewed in all.
+    # Contiguous steps stay contiguous, so that a view that works for one step works for all.
     return y if y.is_contiguous() or not x[0].is_contiguous() else y.contiguous()
 
 
 def t_last_seq_to_ann_forward(x_seq: Any, stateless_module: Modules) -> Any:
-    """Run stateless modules on all time steps at once, with `torch.vmap` over time: `map_forward` for `[N, *, T]`.
+    """Run stateless modules on all time steps with `torch.vmap`, with time in the last dimension.
+
+    Equals `map_forward` for `[N, *, T]`.
 
     Args:
         x_seq: `[N, *, T]`, or nested.
@@ -245,7 +255,7 @@ def t_last_seq_to_ann_forward(x_seq: Any, stateless_module: Modules) -> Any:
         `y_seq`: `[N, *, T]`, or nested.
 
     Raises:
-        InputError: as `multi_step_forward`.
+        InputError: see `multi_step_forward`.
 
     Example:
         >>> import torch
@@ -258,22 +268,22 @@ def t_last_seq_to_ann_forward(x_seq: Any, stateless_module: Modules) -> Any:
 
 
 def map_forward(x_seq: Any, stateless_module: Modules, *, constants: Sequence[Any] = ()) -> Any:
-    """Run stateless modules on all time steps at once, with `torch.vmap` over time.
+    """Run stateless modules on all time steps, vectorised over time with `torch.vmap`.
 
-    Right for all stateless modules, batch-equivariant or not, that vmap has rules for (BatchNorm in training is not one
-    of them); random numbers are drawn anew for each step. A single module with a method
+    Correct for every stateless module that vmap supports, batch-equivariant or not (vmap does not support BatchNorm in
+    training). Each time step draws its own random numbers. A single module with a method
     `map_steps(inputs, constants) -> y_seq` runs the whole sequence itself; `inputs` is the tuple of its arguments.
 
     Args:
         x_seq: `[T, *]`, or nested.
         stateless_module: one or several modules or callables for ONE time step, `[*]`.
-        constants: passed in front of `x_t` to the first module; not mapped over.
+        constants: arguments of the first module before `x_t`, the same at every step. Default: ().
 
     Returns:
         `y_seq`: `[T, *]`, or nested.
 
     Raises:
-        InputError: as `multi_step_forward`.
+        InputError: see `multi_step_forward`.
 
     Example:
         >>> import torch
@@ -318,7 +328,7 @@ def _step_through(x_seq: Any, modules: Modules, state: Any, constants: Sequence[
 
 _SEVERAL = (list, tuple, nn.ModuleList)
 _INITIAL: Any = object()
-"""A state that is yet to be made from the inputs of the first step."""
+"""A state that the inputs of the first step will determine."""
 
 
 def _entry_of_each(chain: Chain, state: Any) -> Sequence[Any]:
@@ -327,12 +337,12 @@ def _entry_of_each(chain: Chain, state: Any) -> Sequence[Any]:
         return [None] * len(chain)
     if isinstance(state, (list, tuple)) and len(state) == len(chain):
         return state
-    why = f"it has to be a list with one entry for each of the {len(chain)} modules."
-    raise InputError("SNNFX308", "the state does not fit the modules", why=why)
+    why = f"it must be a list with one entry for each of the {len(chain)} modules."
+    raise InputError("SNNFX308", "the state does not match the modules", why=why, hint='Pass a list, or "reset".')
 
 
 def _pure_step(module: Any, entry: Any, several: bool) -> tuple[Callable[..., Any], Any, Callable[[Any], Any]]:
-    """`step(state, *x_t) -> (y_t, state)` of a module, its first state, and what gives a state its form back."""
+    """`step(state, *x_t) -> (y_t, state)` of a module, its initial state, and a function that restores its form."""
     adapter = adapter_of(module) if isinstance(module, nn.Module) else None
     if adapter is None and not isinstance(module, Stateful):
         if several and entry is None:
@@ -352,8 +362,10 @@ def _pure_step(module: Any, entry: Any, several: bool) -> tuple[Callable[..., An
     elif isinstance(entry, (tuple, list)) and len(entry) == len(names):
         first = tuple(entry)
     else:
-        why = f"it is {list(entry) if by_name else type(entry).__name__}, and the slots are {list(names)}."
-        raise InputError("SNNFX308", "the state does not fit the module", why=why, hint='Pass a tuple, or "reset".')
+        form = f"has the keys {list(entry)}" if by_name else f"is a {type(entry).__name__}"
+        why = f"it {form}, and the slots of the module are {list(names)}."
+        hint = 'Pass a tuple or a dict with a value for each slot, or "reset".'
+        raise InputError("SNNFX308", "the state does not match the module", why=why, hint=hint)
 
     def first_or_next(state: Any, *x_t: Any) -> Any:
         return step(initial(*x_t) if state is _INITIAL else state, *x_t)
@@ -388,7 +400,7 @@ def _map_over_time(x_seq: Any, modules: Modules, constants: Sequence[Any], time_
 
 
 class _HiddenNone(NamedTuple):
-    """Stands for None in what a mapped step returns: vmap takes no None, but a pytree node without leaves."""
+    """Replaces None in the outputs of a mapped step: vmap refuses None but accepts a pytree node without leaves."""
 
 
 def _hide_none(y: Any) -> Any:
@@ -407,16 +419,16 @@ def _apply(chain: Chain, arguments: Sequence[Any]) -> Any:
 def _output_and_state(returned: Any) -> tuple[Any, Any]:
     if isinstance(returned, (tuple, list)) and len(returned) == 2:
         return returned[0], returned[1]
-    raise no_sequence(f"a module given its state has to return (output, state), not a {type(returned).__name__}.")
+    raise no_sequence(f"a module with explicit state must return (output, state), not a {type(returned).__name__}.")
 
 
 def _unfold(y: Any, T: int, batch_dim: int) -> Any:
-    """Take T out of the batch of an output again; the size of the rest is whatever the module made of N."""
+    """Unfold T from the batch dimension of an output; the remaining batch size may differ from N."""
     if y is None:
         return None
     if not isinstance(y, Tensor) or not -y.dim() <= batch_dim < y.dim() or y.shape[batch_dim] % T != 0:
-        got = list(y.shape) if isinstance(y, Tensor) else f"a {type(y).__name__}"
-        why = f"the module is not batch-equivariant: it returned {got}, T is {T}, the batch is dimension {batch_dim}."
+        got = f"shape {list(y.shape)}" if isinstance(y, Tensor) else f"a {type(y).__name__}"
+        why = f"the module is not batch-equivariant: it returned {got}, and dim {batch_dim} is not a multiple of {T}."
         raise no_sequence(why, hint="Use map_forward.")
     b = batch_dim % y.dim()
     y = y.unflatten(b, (T, -1))
@@ -424,10 +436,10 @@ def _unfold(y: Any, T: int, batch_dim: int) -> Any:
 
 
 def _check_modules(modules: Any, constants: Any = ()) -> Chain:
-    """The modules in order."""
+    """Check the modules, and return them in order."""
     chain = tuple(modules) if isinstance(modules, _SEVERAL) else (modules,)
     if not chain:
-        raise InputError("SNNFX304", "there is no module to apply", why="the list of modules is empty.")
+        raise InputError("SNNFX304", "no module to apply", why="the list of modules is empty.", hint="Pass a module.")
     for module in chain:
         if not callable(module) or isinstance(module, nn.ModuleList):
             raise InputError("SNNFX304", f"a {type(module).__name__} is neither a module nor a callable")
@@ -437,7 +449,7 @@ def _check_modules(modules: Any, constants: Any = ()) -> Chain:
 
 
 def _dim_of_each(dims: Any, count: int | None, name: str) -> Sequence[int]:
-    """The dimension for each of `count` tensors (None: not known yet)."""
+    """The dimension for each of `count` tensors (None: number of tensors still unknown)."""
     if isinstance(dims, int):
         return [dims] * (count or 0)
     if not isinstance(dims, (list, tuple)) or not all(isinstance(dim, int) for dim in dims):

@@ -1,6 +1,6 @@
-"""Neurons of one time step: charge, fire, reset.
+"""Single-step spiking neurons: charge, fire, reset.
 
-At each step a neuron takes the input current `x[t]` and its potential `v[t-1]`, both `[N, *]`, and does
+At each time step, a neuron takes its input current `x[t]` and membrane potential `v[t-1]`, both `[N, *]`, and computes
 
     h[t] = charge(v[t-1], x[t])                                   charge: the potential before firing
     s[t] = H(h[t] - v_threshold)                                  fire: 1 or 0, with a surrogate gradient
@@ -11,23 +11,23 @@ At each step a neuron takes the input current `x[t]` and its potential `v[t-1]`,
 |---------------------|------------------------------------------------------------------------------|---------|
 | `IFNode`            | `v + x`                                                                      | v       |
 | `LIFNode`           | `v + (x - (v - v_rest)) / tau`, or `v - (v - v_rest) / tau + x`              | v       |
-| `ParametricLIFNode` | that of LIF with a learnable `1 / tau = sigmoid(w)`                          | v       |
-| `AdaptiveLIFNode`   | that of LIF; every spike raises the threshold, which decays                  | v, b    |
+| `ParametricLIFNode` | as `LIFNode`, with a learnable `1 / tau = sigmoid(w)`                        | v       |
+| `AdaptiveLIFNode`   | as `LIFNode`; each spike raises the threshold, which decays                  | v, b    |
 | `CUBALIFNode`       | `v_decay * v + c` with the synaptic current `c[t] = c_decay * c[t-1] + x[t]` | v, c    |
-| `LeakyIntegrator`   | that of LIF; never fires, its output is the potential                        | v       |
+| `LeakyIntegrator`   | as `LIFNode` with rest at 0; never fires, the output is the potential        | v       |
 
-`v_rest` is `v_reset`, or 0 with the soft reset. All quantities are without units, time constants are in time steps.
-Equations, argument names, defaults and the order of operations are those of SpikingJelly 2.0.0 where it has the neuron.
+`v_rest` is `v_reset`, or 0 with the soft reset. All quantities are dimensionless; time constants are in time steps.
+Equations, argument names, defaults and the order of operations match SpikingJelly 2.0.0 where it has the neuron.
 
-A neuron is used in two ways. Called, `spike = lif(x)`, it keeps its states in attributes (`lif.v`) until `reset()`.
-Its pure form, `spike, (v,) = lif.step((v,), x)`, changes nothing; calling is defined by it. Use the pure form inside
-`torch.func` transforms: a call under `vmap` would keep a state that means nothing outside.
+There are two ways to use a neuron. A call, `spike = lif(x)`, keeps the states in attributes (`lif.v`) until `reset()`.
+The pure form, `spike, (v,) = lif.step((v,), x)`, has no side effects and computes the same. Use the pure form inside
+`torch.func` transforms: a call under `vmap` would store a state that is invalid outside of the transform.
 
-The states have the shape, dtype and device of the input, or the default dtype for an input of integers or booleans:
-under autocast, behind a layer that yields bfloat16, the potential is bfloat16. For a potential in float32, call the
-neuron with `x.float()`. A state of another dtype or device is converted; one of another shape is refused (SNNFX308).
+States have the shape, dtype and device of the input, or the default dtype for integer and boolean inputs. Under
+autocast, after a layer with bfloat16 outputs, the potential is bfloat16; for a float32 potential, call the neuron with
+`x.float()`. A state of another dtype or device is converted; a state of another shape is refused (SNNFX308).
 
-Hyperparameters (`tau`, `v_threshold`, ...) are live: setting one acts from the next call on.
+Hyperparameters (`tau`, `v_threshold`, ...) can be changed at any time; the next call uses the new value.
 """
 
 from __future__ import annotations
@@ -56,10 +56,10 @@ __all__ = [
 ]
 
 SpikeCallable = Callable[[Tensor], Tensor]
-"""What fires: the spikes of `v - v_threshold`, element by element; a module or a function with a surrogate gradient."""
+"""Spike function: maps `v - v_threshold` to spikes element-wise, with a surrogate gradient; a module or a function."""
 
 Check = Callable[[str, str, Any], Any]
-"""`check(owner, name, value)` returns the value to keep, or raises SNNFX309."""
+"""`check(owner, name, value)` returns the value to store, or raises SNNFX309."""
 
 
 def _number(*, above: float | None = None, between: tuple[float, float] | None = None, optional: bool = False) -> Check:
@@ -71,7 +71,7 @@ def _number(*, above: float | None = None, between: tuple[float, float] | None =
 
 def _boolean(owner: str, name: str, value: Any) -> bool:
     if not isinstance(value, bool):
-        raise InputError("SNNFX309", f"`{name}` of {owner} cannot be {value!r}", why="it is True or False.")
+        raise InputError("SNNFX309", f"`{name}` of {owner} cannot be {value!r}", why="it must be True or False.")
     return value
 
 
@@ -81,14 +81,16 @@ def _spike_callable(owner: str, name: str, value: Any) -> SpikeCallable:
         raise InputError(
             "SNNFX309",
             f"`{name}` of {owner} cannot be {shown}",
-            why="it has to be a module or function that is called with v - v_threshold and returns spikes.",
-            hint=f"Pass an instance: {shown}()." if isinstance(value, type) else "For example snnfx.surrogate.ATan().",
+            why="it must be a module or function that maps v - v_threshold to spikes.",
+            hint=f"Pass an instance: {shown}()."
+            if isinstance(value, type)
+            else "Pass a spike function, e.g. snnfx.surrogate.ATan().",
         )
     return cast(SpikeCallable, value)
 
 
 class ElementwiseNode(MemoryModule):
-    """What all neurons share: states in the shape of the input, the pure step, hyperparameters checked when set.
+    """Base class of all element-wise neurons: states like the input, the pure step, checked hyperparameters.
 
     A subclass lists its `hyperparameters`, registers its states with numbers as initial values, and defines
     `advance(x, *states) -> (output, next states)`. Spiking neurons derive from `BaseNode`.
@@ -102,45 +104,45 @@ class ElementwiseNode(MemoryModule):
         super().__setattr__(name, value if check is None else check(type(self).__name__, name, value))
 
     def state_names(self) -> tuple[str, ...]:
-        """The names of the states, in the order in which `step` takes and returns them."""
+        """The names of the states, in the order used by `step`."""
         return self.memory_names()
 
     def initial_state(self, x: Tensor) -> State:
-        """The states before the first step, given the input of that step: tensors like it, `[N, *]`."""
+        """The initial states, tensors `[N, *]` like the input `x` of the first step."""
         x = self._checked_input(x)
         return tuple(self._like_input(name, initial, x) for name, initial in self._initial_memories.items())
 
     def step(self, state: State, x: Tensor) -> tuple[Tensor, State]:
-        """One time step, without side effects.
+        """Compute one time step without side effects.
 
         Args:
-            state: one value for each of `state_names()`: a tensor of the shape of `x`, or a number that stands for a
+            state: one value for each of `state_names()`: a tensor `[N, *]` like `x`, or a number that stands for a
                 tensor filled with it.
-            x: input current of this step, `[N, *]`.
+            x: input current of this time step, `[N, *]`.
 
         Returns:
-            The output, `[N, *]`, and the states to pass to the next step.
+            The output `[N, *]`, and the states for the next step.
 
         Raises:
-            InputError: SNNFX308 when the number or the shape of the states does not fit, SNNFX305 when `x` is not a
-                tensor.
+            InputError: SNNFX308, wrong number or shape of states; SNNFX305, `x` is not a tensor.
         """
         x = self._checked_input(x)
         names = self.memory_names()
         if len(state) != len(names):
-            what = f"{type(self).__name__} was given {len(state)} states"
-            raise InputError("SNNFX308", what, why=f"it has {len(names)}: {', '.join(names)}.")
+            what = f"{type(self).__name__}.step got {len(state)} states"
+            hint = "Pass a tuple with one value for each state."
+            raise InputError("SNNFX308", what, why=f"it has {len(names)}: {', '.join(names)}.", hint=hint)
         return self.advance(x, *[self._like_input(name, value, x) for name, value in zip(names, state, strict=True)])
 
     def advance(self, x: Tensor, *states: Tensor) -> tuple[Tensor, State]:
-        """One step on tensors of one shape and dtype: `(output, next states)`. To be defined by subclasses."""
-        raise NotImplementedError(f"{type(self).__name__} has to define advance(x, *states)")
+        """Compute `(output, next states)` for tensors of the same shape and dtype; subclasses define it."""
+        raise NotImplementedError(f"{type(self).__name__} must define advance(x, *states)")
 
     def forward(self, x: Tensor) -> Tensor:
-        """One time step with the states kept in attributes.
+        """Compute one time step, with the states stored in attributes.
 
         Args:
-            x: input current of this step, `[N, *]`.
+            x: input current of this time step, `[N, *]`.
 
         Returns:
             The output, `[N, *]`.
@@ -156,12 +158,12 @@ class ElementwiseNode(MemoryModule):
                 "SNNFX305",
                 f"{type(self).__name__} was called with a {type(x).__name__}",
                 why="it takes one tensor, the input current of one time step.",
-                hint="To trace a model, use snnfx.convert, or make neurons leaves of the tracer.",
+                hint="To trace a model, use snnfx.convert, or treat neurons as leaf modules.",
             )
         return x if x.is_floating_point() else x.to(torch.get_default_dtype())
 
     def _like_input(self, name: str, value: Any, x: Tensor) -> Tensor:
-        """A state as a tensor of the shape, dtype and device of the input."""
+        """Convert a state to a tensor with the shape, dtype and device of the input."""
         if not isinstance(value, Tensor):
             return torch.full_like(x, value)
         if value.shape != x.shape:
@@ -169,7 +171,7 @@ class ElementwiseNode(MemoryModule):
                 "SNNFX308",
                 f"state `{name}` of {type(self).__name__} has shape {list(value.shape)}, its input {list(x.shape)}",
                 why="a neuron has one state for each element of its input.",
-                hint="Call reset_net(model) before inputs of another shape, for example of another batch size.",
+                hint="Call snnfx.functional.reset_net(model) before inputs of another shape, e.g. another batch size.",
             )
         if value.dtype != x.dtype or value.device != x.device:
             return value.to(device=x.device, dtype=x.dtype)
@@ -181,21 +183,21 @@ class ElementwiseNode(MemoryModule):
 
 
 class BaseNode(ElementwiseNode):
-    """Base class of spiking neurons. For your own, write a subclass with `charge(v, x)`.
+    """Base class of spiking neurons; a subclass defines `charge(v, x)`.
 
     Args:
-        v_threshold: the potential from which on the neuron fires. Finite.
-        v_reset: the potential at rest and after a spike (hard reset); None for the soft reset, which subtracts
-            `v_threshold`, with the rest at 0. Finite.
-        surrogate_function: gives the spikes of `h - v_threshold` and their gradient, element by element; None for a
+        v_threshold: threshold; the neuron fires at potentials `>= v_threshold`. Finite. Default: 1.
+        v_reset: resting potential, and potential after a spike (hard reset). None for the soft reset, which subtracts
+            `v_threshold` and has its resting potential at 0. Finite. Default: 0.
+        surrogate_function: maps `h - v_threshold` to spikes element-wise, and defines their gradient. Default: None, a
             new `snnfx.surrogate.Sigmoid()`.
-        detach_reset: True to let no gradient through the spike of the reset.
+        detach_reset: True to detach the spike in the reset from the autograd graph. Default: False.
 
     Shape:
-        Input current `[N, *]`, spikes `[N, *]`, state `v` `[N, *]`.
+        Input current `[N, *]`, spikes `[N, *]`, state `v: [N, *]`.
 
     Raises:
-        InputError: SNNFX309 when a hyperparameter has no such value, at construction and when it is set later.
+        InputError: SNNFX309, a hyperparameter has an illegal value, at construction or when it is set later.
 
     Example:
         >>> import torch
@@ -247,11 +249,11 @@ class BaseNode(ElementwiseNode):
                 self._memories["v"] = initial["v"]
 
     def charge(self, v: Tensor, x: Tensor) -> Tensor:
-        """The potential before firing, `h[t]`, from `v[t-1]` and `x[t]`, all `[N, *]`. To be defined by subclasses."""
-        raise NotImplementedError(f"{type(self).__name__} has to define charge(v, x)")
+        """Compute the potential before firing, `h[t]`, from `v[t-1]` and `x[t]`, all `[N, *]`; subclasses define it."""
+        raise NotImplementedError(f"{type(self).__name__} must define charge(v, x)")
 
     def discharge(self, h: Tensor, spike: Tensor, threshold: float | Tensor) -> Tensor:
-        """The potential after firing: hard reset to `v_reset`, or soft reset by `threshold`."""
+        """Compute the potential after firing: hard reset to `v_reset`, or soft reset by `threshold`."""
         if self.detach_reset:
             spike = spike.detach()
         if self.v_reset is None:
@@ -269,7 +271,7 @@ class IFNode(BaseNode):
     """Integrate-and-fire: `h[t] = v[t-1] + x[t]`.
 
     Args, Shape, Raises:
-        As `BaseNode`.
+        See `BaseNode`.
 
     Example:
         >>> import torch
@@ -291,16 +293,17 @@ class LIFNode(BaseNode):
     `h[t] = v[t-1] - (v[t-1] - v_rest) / tau + x[t]`; `v_rest` is `v_reset`, or 0 with the soft reset.
 
     Args:
-        tau: membrane time constant in time steps, above 1: what is left of a potential after a step is
-            `1 - 1 / tau` of it.
-        decay_input: True to divide the input by `tau`, as the exact equation does; False to add it as it is.
-        v_threshold: as for `BaseNode`.
-        v_reset: as for `BaseNode`.
-        surrogate_function: as for `BaseNode`.
-        detach_reset: as for `BaseNode`.
+        tau: membrane time constant in time steps, above 1: the potential decays by the factor `1 - 1 / tau` per step.
+            Default: 2.
+        decay_input: True to divide the input by `tau`, as in the exact equation; False to add the input undivided.
+            Default: True.
+        v_threshold: see `BaseNode`.
+        v_reset: see `BaseNode`.
+        surrogate_function: see `BaseNode`.
+        detach_reset: see `BaseNode`.
 
     Shape, Raises:
-        As `BaseNode`.
+        See `BaseNode`.
 
     Example:
         >>> import torch
@@ -314,7 +317,7 @@ class LIFNode(BaseNode):
         )
 
     Source: SpikingJelly 2.0.0, `neuron.LIFNode`; Gerstner, Kistler, Naud & Paninski (2014), "Neuronal Dynamics",
-    section 1.3, by forward Euler with a step of 1.
+    section 1.3, discretised with forward Euler and a step of 1.
     """
 
     hyperparameters: ClassVar[dict[str, Check]] = {
@@ -347,20 +350,21 @@ class LIFNode(BaseNode):
 
 
 class ParametricLIFNode(BaseNode):
-    """Leaky integrate-and-fire with a learnable time constant: as `LIFNode`, with `1 / tau = sigmoid(w)`.
+    """Leaky integrate-and-fire with a learnable time constant (PLIF), `1 / tau = sigmoid(w)`.
 
-    The parameter `w`, a scalar, starts at `-log(init_tau - 1)`; `sigmoid` keeps tau above 1.
+    See `LIFNode` for the equations. The parameter `w` is a scalar, initialised to `-log(init_tau - 1)`; `sigmoid`
+    keeps tau above 1.
 
     Args:
-        init_tau: membrane time constant to start from, in time steps, above 1.
-        decay_input: as for `LIFNode`.
-        v_threshold: as for `BaseNode`.
-        v_reset: as for `BaseNode`.
-        surrogate_function: as for `BaseNode`.
-        detach_reset: as for `BaseNode`.
+        init_tau: initial membrane time constant in time steps, above 1. Default: 2.
+        decay_input: see `LIFNode`.
+        v_threshold: see `BaseNode`.
+        v_reset: see `BaseNode`.
+        surrogate_function: see `BaseNode`.
+        detach_reset: see `BaseNode`.
 
     Shape, Raises:
-        As `BaseNode`.
+        See `BaseNode`.
 
     Example:
         >>> import torch
@@ -395,7 +399,7 @@ class ParametricLIFNode(BaseNode):
 
     @property
     def tau(self) -> float:
-        """The time constant as it is now, `1 / sigmoid(w)`, in time steps."""
+        """The current time constant `1 / sigmoid(w)`, in time steps."""
         return 1.0 / float(self.w.detach().sigmoid())
 
     def charge(self, v: Tensor, x: Tensor) -> Tensor:
@@ -406,38 +410,38 @@ class ParametricLIFNode(BaseNode):
         return v - above_rest * rate + x
 
     def extra_repr(self) -> str:
-        # Fake and meta parameters have no value to show.
+        # Fake and meta parameters have no value to print.
         known = type(self.w) is nn.Parameter and not self.w.is_meta
         return f"{super().extra_repr()}, tau={self.tau:g}" if known else super().extra_repr()
 
 
 class AdaptiveLIFNode(LIFNode):
-    """Leaky integrate-and-fire whose threshold rises with every spike and decays (ALIF).
+    """Leaky integrate-and-fire with an adaptive threshold (ALIF): each spike raises it, then it decays.
 
-    The charge is that of `LIFNode`. It fires where `h[t] >= B[t]`, the soft reset subtracts `B[t]`, and
+    `LIFNode` defines the charge. The neuron fires where `h[t] >= B[t]`, the soft reset subtracts `B[t]`, and
 
         B[t] = v_threshold + beta * b[t-1]
         b[t] = b[t-1] + (s[t] - b[t-1]) / tau_b
 
-    so `b` is the mean firing rate over about `tau_b` steps. Gradients flow through `b` also with `detach_reset`, which
-    is about the reset alone. Bellec et al. write the decay `1 - 1 / tau_b` as `exp(-dt / tau_a)`, and pass
-    `(v - B) / B` to the surrogate, where this neuron passes `h - B`.
+    so `b` is the mean firing rate over about `tau_b` steps. `detach_reset` affects only the reset: gradients still flow
+    through `b`. Bellec et al. write the decay `1 - 1 / tau_b` as `exp(-dt / tau_a)` and pass `(v - B) / B` to the
+    surrogate; this neuron passes `h - B`.
 
     Args:
-        tau: membrane time constant in time steps, above 1.
-        tau_b: time constant of the adaptation in time steps, above 1.
-        beta: how much the threshold rises when `b` rises by 1, in units of the potential.
-        decay_input: as for `LIFNode`.
-        v_threshold: the threshold of a neuron that has been silent.
-        v_reset: as for `BaseNode`; None, the soft reset, as in the paper.
-        surrogate_function: as for `BaseNode`.
-        detach_reset: as for `BaseNode`.
+        tau: membrane time constant in time steps, above 1. Default: 2.
+        tau_b: time constant of the adaptation in time steps, above 1. Default: 20.
+        beta: increase of the threshold per unit of `b`, in units of the potential. Default: 1.8.
+        decay_input: see `LIFNode`.
+        v_threshold: threshold of a neuron without recent spikes. Default: 1.
+        v_reset: see `BaseNode`. Default: None, the soft reset, as in the paper.
+        surrogate_function: see `BaseNode`.
+        detach_reset: see `BaseNode`.
 
     Shape:
-        Input current `[N, *]`, spikes `[N, *]`, states `v` and `b` `[N, *]`.
+        Input current `[N, *]`, spikes `[N, *]`, states `v: [N, *]` and `b: [N, *]`.
 
     Raises:
-        InputError: as `BaseNode`.
+        InputError: see `BaseNode`.
 
     Example:
         >>> import torch
@@ -446,7 +450,7 @@ class AdaptiveLIFNode(LIFNode):
         [1.0, 0.0, 1.0, 0.0, 1.0]
 
     Source: Bellec et al. (2018), "Long short-term memory and learning-to-learn in networks of spiking neurons",
-    NeurIPS; beta = 1.8 is from there.
+    NeurIPS, also for beta = 1.8.
     """
 
     hyperparameters: ClassVar[dict[str, Check]] = {
@@ -487,18 +491,18 @@ class CUBALIFNode(BaseNode):
     `c[t] = c_decay * c[t-1] + x[t]`, then `h[t] = v_decay * v[t-1] + c[t]`.
 
     Args:
-        c_decay: what is left of the current after a step, from 0 to 1.
-        v_decay: what is left of the potential after a step, from 0 to 1.
-        v_threshold: as for `BaseNode`.
-        v_reset: as for `BaseNode`; the potential decays to 0 whatever it is.
-        surrogate_function: as for `BaseNode`, but None for a new `snnfx.surrogate.Rectangle()`.
-        detach_reset: as for `BaseNode`.
+        c_decay: decay factor of the current per time step, from 0 to 1. Default: 0.5.
+        v_decay: decay factor of the potential per time step, from 0 to 1. Default: 0.75.
+        v_threshold: see `BaseNode`. Default: 0.5.
+        v_reset: see `BaseNode`; the potential decays to 0 for every `v_reset`.
+        surrogate_function: see `BaseNode`. Default: None, a new `snnfx.surrogate.Rectangle()`.
+        detach_reset: see `BaseNode`.
 
     Shape:
-        Input current `[N, *]`, spikes `[N, *]`, states `v` and `c` `[N, *]`.
+        Input current `[N, *]`, spikes `[N, *]`, states `v: [N, *]` and `c: [N, *]`.
 
     Raises:
-        InputError: as `BaseNode`.
+        InputError: see `BaseNode`.
 
     Source: SpikingJelly 2.0.0, `neuron.CUBALIFNode`; Davies et al. (2018), "Loihi: a neuromorphic manycore processor
     with on-chip learning", IEEE Micro 38(1).
@@ -529,7 +533,7 @@ class CUBALIFNode(BaseNode):
         self.register_memory("c", 0.0)
 
     def charge(self, v: Tensor, x: Tensor) -> Tensor:
-        """`h[t]` from `v[t-1]` and the synaptic current `c[t]`."""
+        """Compute `h[t]` from `v[t-1]` and the synaptic current `c[t]`."""
         return v * self.v_decay + x
 
     def advance(self, x: Tensor, v: Tensor, c: Tensor) -> tuple[Tensor, State]:  # type: ignore[override]
@@ -539,19 +543,19 @@ class CUBALIFNode(BaseNode):
 
 
 class LeakyIntegrator(ElementwiseNode):
-    """A read-out that never fires: leaks, integrates, and gives its potential.
+    """Leaky integrator for read-outs: never fires, its output is the membrane potential.
 
     `v[t] = v[t-1] + (x[t] - v[t-1]) / tau` with `decay_input`, else `v[t] = v[t-1] - v[t-1] / tau + x[t]`.
 
     Args:
-        tau: membrane time constant in time steps, above 1.
-        decay_input: True to divide the input by `tau`; False to add it as it is.
+        tau: membrane time constant in time steps, above 1. Default: 2.
+        decay_input: True to divide the input by `tau`; False to add the input undivided. Default: True.
 
     Shape:
-        Input current `[N, *]`, potential `[N, *]`, state `v` `[N, *]`, the same tensor as the output.
+        Input current `[N, *]`, potential `[N, *]`, state `v: [N, *]`, the same tensor as the output.
 
     Raises:
-        InputError: SNNFX309 when a hyperparameter has no such value, at construction and when it is set later.
+        InputError: SNNFX309, a hyperparameter has an illegal value, at construction or when it is set later.
 
     Example:
         >>> import torch
@@ -559,7 +563,7 @@ class LeakyIntegrator(ElementwiseNode):
         >>> [float(readout(torch.ones(1))) for _ in range(3)]
         [0.5, 0.75, 0.875]
 
-    Source: SpikingJelly 2.0.0, `neuron.NonSpikingLIFNode`, at one step.
+    Source: SpikingJelly 2.0.0, `neuron.NonSpikingLIFNode`, in single-step mode.
     """
 
     hyperparameters: ClassVar[dict[str, Check]] = {"tau": _number(above=1.0), "decay_input": _boolean}

@@ -1,7 +1,7 @@
-"""Spike functions: a step in the forward pass, a smooth stand-in (surrogate) for its derivative in the backward pass.
+"""Surrogate gradients: spike functions with a step in the forward pass and a smooth derivative in the backward pass.
 
-A neuron fires when its potential reaches the threshold, `spike = H(x)` with `x = v - v_threshold` and `H(x) = 1` for
-`x >= 0`, else 0. The derivative of H is zero almost everywhere, so training uses another one, `d spike / dx := g(x)`:
+A neuron fires when its potential reaches the threshold: `spike = H(x)` with `x = v - v_threshold`, and `H(x) = 1` for
+`x >= 0`, else 0. The derivative of H is zero almost everywhere, so training uses a surrogate, `d spike / dx := g(x)`:
 
 | class                | `g(x)`                                                  | default         |
 |----------------------|---------------------------------------------------------|-----------------|
@@ -12,21 +12,21 @@ A neuron fires when its potential reaches the threshold, `spike = H(x)` with `x 
 | `FastSigmoid`        | `1 / (1 + alpha * abs(x))**2`                           | alpha = 25      |
 | `Erf`                | `alpha / sqrt(pi) * exp(-(alpha * x)**2)`               | alpha = 2       |
 | `PiecewiseExp`       | `alpha / 2 * exp(-alpha * abs(x))`                      | alpha = 1       |
-| `MultiGaussian`      | a Gaussian with negative flanks                         | see there       |
+| `MultiGaussian`      | a Gaussian with negative flanks                         | see the class   |
 | `PiecewiseQuadratic` | `alpha * max(0, 1 - alpha * abs(x))`                    | alpha = 1       |
 | `Triangle`           | `gamma * max(0, 1 - abs(x) / width)`                    | 0.3, 1          |
 | `Rectangle`          | `1 / width` for `abs(x) < width / 2`, else 0            | width = 1       |
 | `PiecewiseLeakyReLU` | `1 / (2 * w)` for `abs(x) < w`, else `c`                | w = 1, c = 0.01 |
 | `LeakyKReLU`         | `k` for `x >= 0`, else `leak`                           | leak = 0, k = 1 |
 
-Names, formulas and defaults are those of SpikingJelly 2.0.0 where it has a surrogate of that name. For your own, give
-`CustomSurrogate` a function, or write a subclass of `Surrogate`.
+Names, formulas and defaults match SpikingJelly 2.0.0 where it has a surrogate of the same name. For a surrogate of your
+own, pass a function to `CustomSurrogate` or subclass `Surrogate`.
 
-Spikes have the dtype of `x` (float16 and bfloat16 stay as they are) and so has the gradient. `-0.0` is a spike; NaN is
-none, and its gradient is NaN where `g` is continuous and that of the outside where `g` is constant by pieces.
+Spikes and gradients have the dtype of `x`, including float16 and bfloat16. `-0.0` gives a spike, NaN does not. The
+gradient at NaN is NaN if `g` is continuous, and the outer value of `g` if `g` is piecewise constant.
 
-All of them work under `torch.func` (grad, vjp, jvp, vmap, jacrev, jacfwd), twice differentiated (the derivative of
-`g`), in forward mode, and under `torch.compile(fullgraph=True)`, also around a `torch.func` transform.
+All surrogates support `torch.func` (grad, vjp, jvp, vmap, jacrev, jacfwd), second derivatives (the derivative of `g`),
+forward-mode differentiation, and `torch.compile(fullgraph=True)`, also around a `torch.func` transform.
 """
 
 from __future__ import annotations
@@ -65,21 +65,22 @@ __all__ = [
 
 
 def heaviside(x: Tensor) -> Tensor:
-    """The step function, 1 where `x >= 0` and 0 elsewhere (also where `x` is NaN), in the dtype and shape of `x`."""
+    """Heaviside step function: 1 where `x >= 0`, else 0 (also for NaN), with the shape and dtype of `x`."""
     return (x >= 0).to(x.dtype)
 
 
 def _nothing_is_differentiated() -> bool:
-    """Whether neither backward nor forward mode is on: then the Function, some 20 us a call, is not needed."""
+    """Whether no differentiation is active, so that a call can skip the autograd.Function (about 20 us)."""
     if torch.compiler.is_compiling() or torch.is_grad_enabled():
         return False
     return not are_transforms_active() and forward_mode_level() < 0
 
 
 class SpikeFunction(torch.autograd.Function):
-    """`heaviside(x)` forward, `grad * derivative(x, *hyperparameters)` backward: the one Function of all surrogates.
+    """The autograd.Function of all surrogates.
 
-    The hyperparameters are those of the call: changing the module between forward and backward changes nothing.
+    Forward: `heaviside(x)`. Backward: `grad * derivative(x, *hyperparameters)`, with the hyperparameters of the forward
+    call, even if the module has changed since.
     """
 
     snnfx_elementwise = True
@@ -107,11 +108,11 @@ class SpikeFunction(torch.autograd.Function):
 
 
 def _spike_with(derivative: Callable[..., Tensor]) -> Callable[..., Tensor]:
-    """The spike function of one derivative, as a function of tensors and numbers only."""
+    """The spike function with a given derivative, as a function of tensors and numbers only."""
 
     def spike(x: Tensor, *hyperparameters: float) -> Tensor:
         if type(x) is Tensor and not torch.compiler.is_compiling() and not are_transforms_active():
-            # What `apply` comes to; before, it looks at the signature of `forward`, longer than a small step takes.
+            # Skips `apply`, which inspects the signature of `forward`: that takes longer than a small step.
             return cast(Tensor, super(torch.autograd.Function, SpikeFunction).apply(x, derivative, hyperparameters))
         return cast(Tensor, SpikeFunction.apply(x, derivative, hyperparameters))
 
@@ -119,23 +120,24 @@ def _spike_with(derivative: Callable[..., Tensor]) -> Callable[..., Tensor]:
 
 
 class Surrogate(nn.Module):
-    """Base class of the spike functions of this module, and of your own.
+    """Base class of surrogate gradients.
 
-    A subclass passes its hyperparameters to `super().__init__` by name; they become attributes (python floats). They
-    are live: the next call uses what is set now. A static method `derivative(x, **hyperparameters)` gives the surrogate
-    gradient, element by element; `primitive`, optional, is its integral, which takes the place of the step function
-    when `spiking` is False.
+    A subclass passes its hyperparameters to `super().__init__` by name. They become attributes (Python floats) that can
+    be changed at any time; the next call uses the new value. The static method `derivative(x, **hyperparameters)`
+    computes the surrogate gradient element-wise. The optional static method `primitive` is its integral, which replaces
+    the step function if `spiking` is False.
 
     Args:
-        spiking: True for spikes with the surrogate gradient, False for the smooth primitive with its own gradient.
-        hyperparameters: numbers by name. Those named in the class attribute `positive` have to be above 0.
+        spiking: True for spikes with the surrogate gradient; False for the smooth primitive with its own gradient.
+            Default: True.
+        hyperparameters: numbers by name. Those listed in the class attribute `positive` must be above 0.
 
     Shape:
-        `[*]` in, `[*]` out, each element on its own, in the dtype of the input.
+        Input `[*]`, output `[*]` with the same dtype; element-wise.
 
     Raises:
-        InputError: SNNFX309 when a hyperparameter is not a finite number (of the right sign), SNNFX305 when what is
-            called with is not a tensor.
+        InputError: SNNFX309, a hyperparameter is not a finite number or has the wrong sign; SNNFX305, the input of a
+            call is not a tensor.
 
     Example:
         >>> import torch
@@ -165,7 +167,7 @@ class Surrogate(nn.Module):
                 raise InputError(
                     "SNNFX309",
                     f"`{name}` of {cls.__name__} is not a static method",
-                    why="it is called with the input and the hyperparameters, without the module.",
+                    why="it is called with the input and the hyperparameters, but without self.",
                     hint=f"Put @staticmethod above `def {name}(x, ...)`.",
                 )
         if "derivative" in cls.__dict__:
@@ -180,11 +182,16 @@ class Surrogate(nn.Module):
         self._keep_whole_in_compiled_graphs()
 
     def _keep_whole_in_compiled_graphs(self) -> None:
-        # Dynamo refuses Functions with a jvp, and under torch.func.grad drops every custom backward without a word
-        # (pytorch#193279, #192985). Put into the graph as one call it is left to AOTAutograd, which does both right.
-        # At the first use, not at import: this imports torch._dynamo, which takes a second.
+        # Dynamo refuses Functions with a jvp, and under torch.func.grad silently drops every custom backward
+        # (pytorch#193279, #192985). As a single call in the graph, the Function is left to AOTAutograd, which handles
+        # both. At the first use, not at import, because this imports torch._dynamo, which takes a second.
         if getattr(self, "_spike", None) is None:
-            raise InputError("SNNFX309", f"{type(self).__name__} has no static method `derivative`")
+            raise InputError(
+                "SNNFX309",
+                f"{type(self).__name__} has no static method `derivative`",
+                why="it defines the surrogate gradient.",
+                hint="Define a static method `derivative(x, ...)`.",
+            )
         torch.compiler.allow_in_graph(self._spike)
 
     def __setstate__(self, state: dict[str, Any]) -> None:
@@ -204,13 +211,13 @@ class Surrogate(nn.Module):
         super().__setattr__(name, value)
 
     def forward(self, x: Tensor) -> Tensor:
-        """Spikes of `x = v - v_threshold`, or the primitive of it when `spiking` is False."""
+        """Compute spikes of `x = v - v_threshold`, or the primitive if `spiking` is False; `[*]` to `[*]`."""
         if not isinstance(x, Tensor):
             raise InputError(
                 "SNNFX305",
                 f"{type(self).__name__} was called with a {type(x).__name__}",
                 why="it takes one tensor, and torch.fx would drop the surrogate gradient if it traced through here.",
-                hint="To trace a model, use snnfx.convert, or make snnfx.surrogate.Surrogate a leaf of the tracer.",
+                hint="To trace a model, use snnfx.convert, or treat snnfx.surrogate.Surrogate as a leaf module.",
             )
         if self.spiking and _nothing_is_differentiated():
             return heaviside(x)
@@ -225,17 +232,17 @@ class Surrogate(nn.Module):
 
 
 class CustomSurrogate(Surrogate):
-    """A spike function with a surrogate gradient of your own, from a function.
+    """Surrogate gradient defined by a function.
 
     Args:
-        derivative: `derivative(x, **hyperparameters) -> Tensor`, element by element, made of torch functions.
-        primitive: its integral, for `spiking=False`; None if that is not needed.
-        spiking: as for every `Surrogate`.
-        hyperparameters: numbers that become attributes and are passed to both functions in this order.
+        derivative: `derivative(x, **hyperparameters) -> Tensor`, element-wise, made of torch functions.
+        primitive: the integral of `derivative`, required for `spiking=False`. Default: None.
+        spiking: see `Surrogate`.
+        hyperparameters: numbers that become attributes; both functions take them in this order.
 
     Raises:
-        InputError: SNNFX309 when `derivative` or `primitive` is not a function. Modules are refused: a surrogate has no
-            parameters, since nothing but the gradient of `x` comes out of it.
+        InputError: SNNFX309, `derivative` or `primitive` is not a function. Modules are refused: their parameters
+            would get no gradient.
 
     Example:
         >>> import torch
@@ -243,7 +250,7 @@ class CustomSurrogate(Surrogate):
         >>> x = torch.tensor([-0.5, 0.0], requires_grad=True)
         >>> spike(x).sum().backward(); x.grad
         tensor([0.3679, 1.0000])
-        >>> spike.alpha = 4.0   # from the next call on
+        >>> spike.alpha = 4.0   # used by the next call
     """
 
     positive: ClassVar[tuple[str, ...]] = ()
@@ -261,12 +268,12 @@ class CustomSurrogate(Surrogate):
         for name, function in functions.items():
             if isinstance(function, nn.Module) or not callable(function):
                 what = f"`{name}` of a CustomSurrogate is a {type(function).__name__}"
-                raise InputError("SNNFX309", what, why="it has to be a function.")
+                raise InputError("SNNFX309", what, why="it must be a function.", hint="Pass a function of x.")
         for name in hyperparameters:
             if hasattr(type(self), name) or name == "training":
                 what = f"a hyperparameter cannot be called `{name}`"
-                raise InputError("SNNFX309", what, why="modules use that name.")
-        # Past nn.Module, which is not initialised yet; as attributes of the instance they hide those of the class.
+                raise InputError("SNNFX309", what, why="modules use that name.", hint="Choose another name.")
+        # In __dict__, because nn.Module is not initialised yet; instance attributes hide those of the class.
         self.__dict__.update(derivative=derivative, primitive=primitive, _spike=_spike_with(derivative))
         super().__init__(spiking, **hyperparameters)
 
@@ -344,7 +351,7 @@ class SoftSign(Surrogate):
 
 
 class SuperSpike(Surrogate):
-    """`g(x) = alpha / (1 + abs(x))**2`: here alpha is the height, not the slope (that is `FastSigmoid`).
+    """`g(x) = alpha / (1 + abs(x))**2`: alpha is the height; for the slope, see `FastSigmoid`.
 
     Its primitive is `alpha * x / (1 + abs(x)) + 1/2`, between `1/2 - alpha` and `1/2 + alpha`.
 
@@ -368,12 +375,12 @@ class SuperSpike(Surrogate):
 
 
 class FastSigmoid(Surrogate):
-    """`g(x) = 1 / (1 + alpha * abs(x))**2`: always 1 at the threshold, alpha is the slope.
+    """`g(x) = 1 / (1 + alpha * abs(x))**2`: height 1 at the threshold, alpha is the slope.
 
     Its primitive is `x / (1 + alpha * abs(x)) + 1/2`, between `1/2 - 1/alpha` and `1/2 + 1/alpha`.
 
     Source: Zenke & Ganguli (2018), "SuperSpike: supervised learning in multilayer spiking neural networks", Neural
-    Computation 30(6), where alpha is called beta; snnTorch's `fast_sigmoid(slope=25)`.
+    Computation 30(6), with the name beta for alpha; snnTorch's `fast_sigmoid(slope=25)`.
     """
 
     alpha: float
@@ -415,7 +422,7 @@ class Erf(Surrogate):
 
 
 class PiecewiseExp(Surrogate):
-    """`g(x) = alpha / 2 * exp(-alpha * abs(x))`, a two-sided exponential; primitive: the distribution of Laplace.
+    """`g(x) = alpha / 2 * exp(-alpha * abs(x))`, a two-sided exponential; its primitive is the Laplace distribution.
 
     Source: Shrestha & Orchard (2018), "SLAYER: spike layer error reassignment in time", NeurIPS; SpikingJelly 2.0.0,
     `surrogate.PiecewiseExp`.
@@ -437,20 +444,20 @@ class PiecewiseExp(Surrogate):
 
 
 class MultiGaussian(Surrogate):
-    """A Gaussian with a wide, shallow negative flank on each side, which draws silent and saturated neurons back.
+    """A Gaussian with a wide, shallow negative flank on each side, which recovers silent and saturated neurons.
 
     `g(x) = gamma * ((1 + height) * N(x; 0, sigma) - height * N(x; sigma, spread * sigma)
     - height * N(x; -sigma, spread * sigma))`, where `N(x; m, s)` is the density of the normal distribution.
 
     Args:
-        sigma: standard deviation of the middle, in units of the potential.
-        height: weight of the flanks.
-        spread: standard deviation of the flanks in multiples of `sigma`.
-        gamma: a factor on everything.
-        spiking: as for every `Surrogate`.
+        sigma: standard deviation of the central Gaussian, in units of the potential. Default: 0.5.
+        height: weight of the flanks. Default: 0.15.
+        spread: standard deviation of the flanks in multiples of `sigma`. Default: 6.
+        gamma: factor of the whole function. Default: 0.5.
+        spiking: see `Surrogate`.
 
     Source: Yin, Corradi & Bohte (2021), "Accurate and efficient time-domain classification with adaptive spiking
-    recurrent neural networks", Nature Machine Intelligence 3; gamma = 0.5 is in their published program.
+    recurrent neural networks", Nature Machine Intelligence 3; gamma = 0.5 is in their published code.
     """
 
     positive: ClassVar[tuple[str, ...]] = ("sigma", "spread")
@@ -484,7 +491,7 @@ def _normal_density(x: Tensor, sigma: float) -> Tensor:
 
 
 class PiecewiseQuadratic(Surrogate):
-    """`g(x) = alpha * max(0, 1 - alpha * abs(x))`, a triangle of area 1 that is 0 from `1 / alpha` on.
+    """`g(x) = alpha * max(0, 1 - alpha * abs(x))`, a triangle of area 1, zero for `abs(x) >= 1 / alpha`.
 
     Source: Esser et al. (2016), "Convolutional networks for fast, energy-efficient neuromorphic computing", PNAS
     113(41); SpikingJelly 2.0.0, `surrogate.PiecewiseQuadratic`.
@@ -506,7 +513,7 @@ class PiecewiseQuadratic(Surrogate):
 
 
 class Triangle(Surrogate):
-    """`g(x) = gamma * max(0, 1 - abs(x) / width)`, a triangle of height gamma that is 0 from `width` on.
+    """`g(x) = gamma * max(0, 1 - abs(x) / width)`, a triangle of height gamma, zero for `abs(x) >= width`.
 
     Bellec et al. divide the distance to the threshold by the threshold: `width = v_threshold`. Its primitive lies
     between `1/2 - gamma * width / 2` and `1/2 + gamma * width / 2`.
@@ -555,7 +562,7 @@ class Rectangle(Surrogate):
 
 
 class PiecewiseLeakyReLU(Surrogate):
-    """`g(x) = 1 / (2 * w)` for `abs(x) < w`, else `c`: a boxcar that lets a little gradient through everywhere.
+    """`g(x) = 1 / (2 * w)` for `abs(x) < w`, else `c`: a boxcar with a small gradient `c` outside.
 
     Source: SpikingJelly 2.0.0, `surrogate.PiecewiseLeakyReLU`.
     """
@@ -610,32 +617,35 @@ def checked_number(
     above: float | None = None,
     between: tuple[float, float] | None = None,
 ) -> float:
-    """The python float of a hyperparameter; raises SNNFX309 when it is none, or out of its range.
+    """Check a hyperparameter and convert it to a Python float.
 
     Args:
-        owner: what the hyperparameter belongs to, for the message.
-        name: its name.
-        value: an int, a float, or what numpy has for these.
-        above: it has to be greater than this.
-        between: it has to be at least the first and at most the second of these.
+        owner: class of the neuron or surrogate, for the message.
+        name: name of the hyperparameter.
+        value: an int, a float, or a NumPy number.
+        above: exclusive lower bound; None for none.
+        between: inclusive lower and upper bound; None for none.
+
+    Raises:
+        InputError: SNNFX309, the value is not a finite number in that range.
     """
-    wanted = "a finite number"
+    requirement = "a finite number"
     if above is not None:
-        wanted += f" above {above:g}"
+        requirement += f" above {above:g}"
     if between is not None:
-        wanted += f" from {between[0]:g} to {between[1]:g}"
-    refused = InputError(
+        requirement += f" from {between[0]:g} to {between[1]:g}"
+    refusal = InputError(
         "SNNFX309",
         f"`{name}` of {owner} cannot be {_shown(value)}",
-        why=f"it has to be {wanted}.",
-        hint="Pass value.item() if it is fixed; it cannot be learned." if isinstance(value, Tensor) else "",
+        why=f"it must be {requirement}.",
+        hint="Pass a float, e.g. value.item(); it cannot be learned." if isinstance(value, Tensor) else "",
     )
     if isinstance(value, bool) or not isinstance(value, numbers.Real):
-        raise refused
+        raise refusal
     number = float(value)
     too_low = (above is not None and number <= above) or (between is not None and number < between[0])
     if not math.isfinite(number) or too_low or (between is not None and number > between[1]):
-        raise refused
+        raise refusal
     return number
 
 

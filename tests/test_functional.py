@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
-from snnfx import MemoryModule, functional, state
+from snnfx import MemoryModule, functional
 from snnfx.errors import CaptureError, InputError
 from snnfx.functional import (
     chunk_multi_step_forward,
@@ -25,6 +25,7 @@ from snnfx.functional import (
     t_last_multi_step_forward,
     t_last_seq_to_ann_forward,
 )
+from snnfx.state import registry
 
 time_steps = st.integers(1, 6)
 batch_sizes = st.integers(0, 3)
@@ -110,8 +111,8 @@ def test_docstring_examples_run() -> None:
 
 
 def test_reset_and_detach_are_those_of_the_state_module() -> None:
-    assert functional.reset_net is state.reset_net
-    assert functional.detach_net is state.detach_net
+    assert functional.reset_net is registry.reset_net
+    assert functional.detach_net is registry.detach_net
 
 
 # Stepping
@@ -421,7 +422,7 @@ def test_a_module_with_multi_step_runs_the_sequence_itself_when_it_is_given_a_st
     ("modules", "initial", "why"),
     [
         (Synaptic(), (0.0,), "tuple"),
-        (Synaptic(), {"v": 0.0}, r"\['v'\], and the slots are \['i', 'v'\]"),
+        (Synaptic(), {"v": 0.0}, r"\['v'\], and the slots of the module are \['i', 'v'\]"),
         (Synaptic(), {"v": 0.0, "i": None, "w": 1.0}, "'w'"),
         (Leaky(), torch.zeros(3), "Tensor"),
         (Leaky(), "zero", "str"),
@@ -443,11 +444,11 @@ def test_a_module_that_its_adapter_refuses_is_refused_before_the_first_step() ->
         def forward(self, x: Tensor) -> Tensor:
             raise AssertionError("not to be called")
 
-    class Refusing(state.MemoryAdapter):
+    class Refusing(registry.MemoryAdapter):
         def refuse(self, module: nn.Module, where: str) -> None:
             raise CaptureError("SNNFX205", "no single-step form", where=where)
 
-    state.register_adapter(MultiStepOnly, Refusing())
+    registry.register_adapter(MultiStepOnly, Refusing())
     with pytest.raises(CaptureError, match=r"SNNFX205.*\(MultiStepOnly\)"):
         multi_step_forward(random(2, 3), MultiStepOnly(), state="reset")
 

@@ -341,7 +341,7 @@ def test_a_state_that_would_broadcast_is_refused_too() -> None:
 
 
 def test_a_state_of_another_number_of_slots_is_refused() -> None:
-    with pytest.raises(InputError, match=r"SNNFX308 AdaptiveLIFNode was given 1 states: it has 2: v, b"):
+    with pytest.raises(InputError, match=r"SNNFX308 AdaptiveLIFNode\.step got 1 states: it has 2: v, b"):
         AdaptiveLIFNode().step((0.0,), torch.rand(2))
 
 
@@ -438,10 +438,10 @@ def test_the_surrogate_is_live() -> None:
 @pytest.mark.parametrize(
     ("make", "message"),
     [
-        (lambda: LIFNode(tau=1.0), r"`tau` of LIFNode cannot be 1.0: it has to be a finite number above 1"),
+        (lambda: LIFNode(tau=1.0), r"`tau` of LIFNode cannot be 1.0: it must be a finite number above 1"),
         (lambda: LIFNode(tau=math.inf), r"`tau` of LIFNode cannot be inf"),
         (lambda: LIFNode(tau=torch.tensor(2.0)), r"`tau` of LIFNode cannot be a Tensor"),
-        (lambda: LIFNode(decay_input=1), r"`decay_input` of LIFNode cannot be 1: it is True or False"),
+        (lambda: LIFNode(decay_input=1), r"`decay_input` of LIFNode cannot be 1: it must be True or False"),
         (lambda: ParametricLIFNode(init_tau=0.5), r"`init_tau` of ParametricLIFNode cannot be 0.5"),
         (lambda: IFNode(v_threshold=math.nan), r"`v_threshold` of IFNode cannot be nan"),
         (lambda: IFNode(v_threshold=None), r"`v_threshold` of IFNode cannot be None"),
@@ -535,7 +535,7 @@ def test_a_foreign_function_as_surrogate() -> None:
 
 
 def test_a_neuron_without_charge_says_so() -> None:
-    with pytest.raises(NotImplementedError, match=r"BaseNode has to define charge\(v, x\)"):
+    with pytest.raises(NotImplementedError, match=r"BaseNode must define charge\(v, x\)"):
         BaseNode()(torch.zeros(1))
 
 

@@ -1,6 +1,6 @@
 """Reports about a model or a net: `explain`, `draw` and `verify`.
 
-| module | what is in it |
+| module | content |
 |---|---|
 | `explain` | `snnfx.explain`: converts a model and collects the rows of the report |
 | `report` | `Report`, what `explain` returns: rows as data, and their layout as text |

@@ -92,8 +92,8 @@ def batch_norm_semantics(net: Net) -> Iterator[str]:
         )
     stepped = [*names.get("map", []), *names.get("loop", [])]
     if stepped:
-        names_of_layers = _and(stepped)
-        yield f"BatchNorm in {names_of_layers}: training uses the statistics of each time step, as the stepped model does."
+        semantics = "training uses the statistics of each time step, as the stepped model does"
+        yield f"BatchNorm in {_and(stepped)}: {semantics}."
     if "once" in names:
         yield f"BatchNorm in {_and(names['once'])}: computed once, with the statistics of the N samples."
 

@@ -155,7 +155,7 @@ def _training(net: Net, sequences: list[Tensor], T: int) -> PhaseMemory:
     moments = training_timeline(model, steps, plan, packed, detailed=True)
     if steps < T:
         moments = [with_borders(model, moment, T, steps) for moment in moments]
-    reason = plan.reason or "no recomputation"
+    reason = plan.reason or "No recomputation"
     return _phase("training", model, steps, moments, reason, net)
 
 

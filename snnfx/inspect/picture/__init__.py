@@ -1,6 +1,6 @@
 """Pictures of step graphs and converted nets: `snnfx.draw`.
 
-| module | what is in it |
+| module | content |
 |---|---|
 | `draw` | `snnfx.draw`: which part of a model or net goes into which frame |
 | `painter` | nodes of a program as boxes, pills and arrows |

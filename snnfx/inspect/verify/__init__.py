@@ -1,6 +1,6 @@
 """Compare a net with an independent reference, the user's model run step by step: `snnfx.verify`.
 
-| module | what is in it |
+| module | content |
 |---|---|
 | `verify` | `snnfx.verify`: runs the net and the reference, compares, reports or raises |
 | `oracle`, `coroutines` | the reference: stepping the model, also with BatchNorm statistics over T*N |
