@@ -1,4 +1,4 @@
-"""`bash tools/demo.sh`: the short form of the demonstration runs through and leaves what it names."""
+"""`bash tools/demo.sh --quick` runs to the end and writes the files that it lists."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ import pytest
 
 pytest.importorskip("sklearn")
 
-# One process for all of them: the fixture is a whole run of the demonstration.
+# All tests share one process, because the fixture runs the whole demo.
 pytestmark = pytest.mark.xdist_group("demo")
 
 ROOT = Path(__file__).parents[2]
@@ -29,13 +29,13 @@ def quick_run(tmp_path_factory: pytest.TempPathFactory) -> tuple[subprocess.Comp
 def test_quick_demo_goes_through_every_section(quick_run: tuple[subprocess.CompletedProcess[str], Path]) -> None:
     done, _ = quick_run
     assert done.returncode == 0, done.stdout + done.stderr
-    sections = ["Model", "Convert", "Verify", "Draw", "Train", "Time", "Memory", "Where everything is"]
+    sections = ["Model", "Convert", "Verify", "Draw", "Train", "Time", "Memory", "Output files"]
     assert re.findall(rf"^({'|'.join(sections)})  ", done.stdout, flags=re.MULTILINE) == sections
 
 
 def test_files_named_at_the_end_exist(quick_run: tuple[subprocess.CompletedProcess[str], Path]) -> None:
     done, out = quick_run
-    closing = done.stdout.partition("Where everything is")[2]
+    closing = done.stdout.partition("Output files")[2]
     named = [Path(match) for match in re.findall(rf"{re.escape(str(out))}\S+", closing)]
     assert len(named) == 4
     assert all(path.stat().st_size > 0 for path in named)
@@ -48,7 +48,7 @@ def test_single_step_model_and_net_predict_the_same(
     match = re.search(r"agree on (\d+) of (\d+) test digits", done.stdout)
     assert match is not None, done.stdout + done.stderr
     same, total = map(int, match.groups())
-    # A potential within a rounding error of the threshold may fall to either side.
+    # Rounding can flip a spike whose potential is at the threshold.
     assert same >= 0.99 * total
 
 

@@ -1,8 +1,10 @@
-"""Measure speed against the peers and the limits: `python tools/bench [layers] [networks] [compiling] [--quick]`.
+"""Benchmark snnfx against other libraries and against lower bounds of the running time.
 
-Every case runs in a process of its own; its sides take turns and their medians are compared. All sides have the same
-threads and the same malloc: as it is, and tuned so that freed blocks stay in the process (`snnfx.tune_allocator()`).
-Figures are ratios: how many times faster snnfx is than a side, or how many times slower than a limit.
+    python tools/bench [layers] [networks] [compiling] [--quick] [--json tools/results] [--svg tools/pictures/speed.svg]
+
+Each case runs in a fresh process, in which the implementations alternate; the results are ratios of their medians. All
+of them use the same threads and the same malloc settings: the default ones, and settings that keep freed blocks in the
+process, as `snnfx.tune_allocator()` does.
 """
 
 from __future__ import annotations
@@ -30,42 +32,44 @@ RESULTS = Path(__file__).resolve().parent.parent / "results"
 
 def main() -> None:
     parser = argparse.ArgumentParser(prog="tools/bench", description=__doc__.splitlines()[0] if __doc__ else "")
-    parser.add_argument("what", nargs="*", help="layers, networks, compiling (default: layers and networks)")
-    parser.add_argument("--quick", action="store_true", help="a few cases")
-    parser.add_argument("--seconds", type=float, default=1.5, help="of a comparison, at least (default: 1.5)")
-    parser.add_argument("--malloc", choices=[*MALLOC, "both"], default="both")
-    parser.add_argument("--compile", action="store_true", help="SpikingJelly under torch.compile too: minutes")
-    parser.add_argument("--json", type=Path, help=f"a folder for the figures, for example {RESULTS.name}")
-    parser.add_argument("--svg", type=Path, help="where to draw them")
+    parser.add_argument("what", nargs="*", help="suites: layers, networks, compiling (default: layers and networks)")
+    parser.add_argument("--quick", action="store_true", help="run only a few cases")
+    parser.add_argument("--seconds", type=float, default=1.5, help="minimum time per comparison (default: 1.5)")
+    parser.add_argument("--malloc", choices=[*MALLOC, "both"], default="both", help="malloc settings (default: both)")
+    parser.add_argument(
+        "--compile", action="store_true", help="also measure SpikingJelly under torch.compile (takes minutes)"
+    )
+    parser.add_argument("--json", type=Path, help=f"folder for the results, e.g. {RESULTS}")
+    parser.add_argument("--svg", type=Path, help="file for a chart of the results")
     arguments = parser.parse_args()
     unknown = set(arguments.what) - {*SUITES}
     if unknown:
-        parser.error(f"no benchmark is called {', '.join(sorted(unknown))}")
+        parser.error(f"unknown suite: {', '.join(sorted(unknown))} (choose from {', '.join(SUITES)})")
     mallocs = list(MALLOC) if arguments.malloc == "both" else [arguments.malloc]
     machine = _machine()
     print(", ".join(f"{key} {value}" for key, value in machine.items()))
-    found: dict[str, Any] = {}
+    results: dict[str, Any] = {}
     for name in arguments.what or ["layers", "networks"]:
         module, show = SUITES[name]
         cases = module.QUICK if arguments.quick else module.CASES
         if arguments.compile and name == "layers":
             cases = (*cases, layers.LayerCase("LIF", 16, 256 * layers.K, compiled=True))
-        found[name] = []
+        results[name] = []
         for malloc in mallocs if name != "compiling" else mallocs[:1]:
             _headline(name, malloc)
             for case in cases:
                 with fresh_process(malloc) as call:
                     result = {"malloc": malloc, **call(module.measure, case, arguments.seconds)}
-                found[name].append(result)
+                results[name].append(result)
                 show(result)
         if arguments.json:
             arguments.json.mkdir(parents=True, exist_ok=True)
             path = arguments.json / f"{name}_cpu.json"
-            path.write_text(json.dumps({"machine": machine, "cases": found[name]}, indent=2) + "\n")
+            path.write_text(json.dumps({"machine": machine, "cases": results[name]}, indent=2) + "\n")
     if arguments.svg:
         import plots
 
-        plots.draw(found, arguments.svg)
+        plots.draw(results, arguments.svg)
 
 
 def _machine() -> dict[str, Any]:
@@ -80,14 +84,14 @@ def _machine() -> dict[str, Any]:
 
 
 def _headline(name: str, malloc: str) -> None:
-    print(f"\n{name}, malloc {'as it is' if malloc == 'default' else 'tuned'}")
+    print(f"\n{name}, {malloc} malloc settings")
     if name == "compiling":
-        print(f"  {'network':<18}{'side':<14}{'T':>16}{'first step':>14}{'graphs':>8}")
+        print(f"  {'network':<18}{'library':<14}{'T':>16}{'first step':>14}{'graphs':>8}")
     elif name == "layers":
-        columns = f"{'peer':<13}{'forward':>22}{'training':>24}{'kernels, passes':>19}"
+        columns = f"{'peer':<13}{'forward':>22}{'training':>24}{'kernel / copy':>19}"
         print(f"  {'neuron':<18}{'T':>5}{'neurons':>9}   {columns}")
     else:
-        print(f"  {'network':<18}{'T':>5}{'N':>5}{'inference':>32}{'training':>38}{'of the floor':>16}")
+        print(f"  {'network':<18}{'T':>5}{'N':>5}{'inference':>35}{'training':>41}{'/ lower bound':>16}")
 
 
 def _show_layer(result: dict[str, Any]) -> None:
@@ -113,8 +117,8 @@ def _show_network(result: dict[str, Any]) -> None:
     line = f"  {case['network']:<18}{case['T']:>5}{case['N']:>5}"
     for kind in ("inference", "training"):
         times = result[kind]
-        peer = f"{times['SpikingJelly'] / times['snnfx']:5.1f}x SJ" if "SpikingJelly" in times else " " * 9
-        line += f"   {times['snnfx']:8.1f} ms {times['stepped'] / times['snnfx']:6.1f}x stepped {peer}"
+        peer = f"{times['SpikingJelly'] / times['snnfx']:5.1f}x vs SJ" if "SpikingJelly" in times else " " * 12
+        line += f"   {times['snnfx']:8.1f} ms {times['stepped'] / times['snnfx']:6.1f}x vs step {peer}"
     limits = " ".join(f"{result[kind]['snnfx'] / result[kind]['floor']:6.2f}" for kind in ("inference", "training"))
     print(f"{line}   {limits}", flush=True)
 

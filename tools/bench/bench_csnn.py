@@ -1,10 +1,10 @@
-"""Time a CSNN: the single-step model, the converted net, the compiled net, and SpikingJelly's multi-step form.
+"""Time a convolutional SNN: single-step model, converted net, compiled net, and SpikingJelly.
 
     python tools/bench/bench_csnn.py [--repeats 9] [--compile] [--json FILE]
 
-The network is two conv-BN-LIF-pool blocks of 64 channels and two fully connected spiking layers on 28x28 images. All
-sides have the same weights, inputs, threads and malloc; they take turns, and the median of each is given as a ratio to
-the single-step model.
+The network has two conv-BN-LIF-pool blocks of 64 channels and two fully connected spiking layers, on 28x28 images. All
+implementations have the same weights, inputs, threads and malloc settings. They alternate; the results are medians and
+the speed-up over the single-step model.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ CASES = ((4, 32), (16, 1))
 
 
 def single_step_model() -> nn.Module:
-    """The CSNN as one writes it, for one time step."""
+    """The CSNN for one time step."""
 
     def block(channels_in: int) -> list[nn.Module]:
         lif = snnfx.neuron.LIFNode(tau=2.0, surrogate_function=snnfx.surrogate.ATan(), detach_reset=True)
@@ -43,7 +43,7 @@ def single_step_model() -> nn.Module:
 
 
 def spikingjelly_model(reference: nn.Module) -> nn.Module | None:
-    """The same network in SpikingJelly's multi-step form, or None without the package."""
+    """The same network in SpikingJelly's multi-step form, or None if it is not installed."""
     try:
         from spikingjelly.activation_based import functional, layer, neuron, surrogate
     except ImportError:
@@ -68,7 +68,7 @@ Side = tuple[Callable[[Tensor], Tensor], nn.Module]
 
 
 def sides(T: int, N: int, with_compile: bool) -> dict[str, Side]:
-    """Each side as a function from a sequence to its output, from the reset state, and the module behind it."""
+    """Each implementation, as a function from a sequence to its output (from the reset state), and its module."""
     torch.manual_seed(0)
     model = single_step_model()
     net = snnfx.convert(model, example_inputs=torch.rand(N, 1, 28, 28))
@@ -93,7 +93,7 @@ def sides(T: int, N: int, with_compile: bool) -> dict[str, Side]:
 
 
 def measure(T: int, N: int, repeats: int, with_compile: bool) -> dict[str, Any]:
-    """Median milliseconds of inference and of a training step for each side; the sides alternate."""
+    """Median milliseconds of inference and of a training step of each implementation; they alternate."""
     x_seq = torch.rand(T, N, 1, 28, 28)
     found = sides(T, N, with_compile)
     times: dict[str, dict[str, list[float]]] = {name: {"inference": [], "training": []} for name in found}
@@ -117,7 +117,7 @@ def measure(T: int, N: int, repeats: int, with_compile: bool) -> dict[str, Any]:
 
 
 def show(result: dict[str, Any]) -> None:
-    """One table: milliseconds, and how many times faster than the single-step model."""
+    """Print a table of milliseconds and the speed-up over the single-step model."""
     base = result["milliseconds"]["single-step"]
     print(f"\nT={result['T']} N={result['N']}   {'inference':>20} {'training step':>24}")
     for name, t in result["milliseconds"].items():
@@ -127,9 +127,9 @@ def show(result: dict[str, Any]) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else "")
-    parser.add_argument("--repeats", type=int, default=9)
-    parser.add_argument("--compile", action="store_true", help="time torch.compile(net) as well")
-    parser.add_argument("--json", type=Path)
+    parser.add_argument("--repeats", type=int, default=9, help="rounds per median (default: 9)")
+    parser.add_argument("--compile", action="store_true", help="also time torch.compile(net)")
+    parser.add_argument("--json", type=Path, help="file for the results")
     arguments = parser.parse_args()
     machine = {"torch": torch.__version__, "threads": torch.get_num_threads(), "machine": platform.machine()}
     print(f"torch {machine['torch']}, {machine['threads']} threads, {machine['machine']}")

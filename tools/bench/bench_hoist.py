@@ -1,8 +1,9 @@
-"""Time a direct-encoded CSNN, where the image is the same at every step: its first layers hoisted out of time, or not.
+"""Time a direct-encoded CSNN (same image at every step) with and without hoisting its first layers.
 
     python tools/bench/bench_hoist.py [--repeats 9]
 
-Both sides are the same model and give the same numbers; `time_dim=None` tells one of them that the input never changes.
+Both nets have the same model and the same outputs. For one of them, `time_dim=None` declares the input constant in
+time, so the layers before the first neuron run once instead of T times.
 """
 
 from __future__ import annotations
@@ -23,7 +24,7 @@ T, N = 8, 16
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else "")
-    parser.add_argument("--repeats", type=int, default=9)
+    parser.add_argument("--repeats", type=int, default=9, help="rounds per median (default: 9)")
     repeats = parser.parse_args().repeats
     model, image = single_step_model(), torch.rand(N, 1, 28, 28)
     hoisted, stepped = snnfx.convert(model, time_dim=None), snnfx.convert(model)

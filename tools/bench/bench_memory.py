@@ -1,12 +1,12 @@
-"""Memory: predicted against measured, and training side by side with SpikingJelly and its memopt.
+"""Compare predicted with measured memory, and training with SpikingJelly and its memopt.
 
     python tools/bench/bench_memory.py [--only predict|inference|train] [--json tools/results/memory_cpu.json]
 
-Every number comes from a process of its own: the peak resident set during one call (VmHWM, reset before it) above the
-resident set before it. Blocks of 64 KiB and more go back to the system when they are freed
-(`MALLOC_MMAP_THRESHOLD_`), so the resident set is what is alive. Times are measured in other processes, in which the
-sides take turns, with the C library's own settings and with ones that keep freed blocks. Threads stay on their cores
-(OMP_PROC_BIND): otherwise the scheduler of a virtual machine makes much of the noise.
+Each memory result comes from a fresh process: the peak resident set during one call (VmHWM, reset before it) above the
+resident set before it. Freed blocks of 64 KiB and more return to the system (`MALLOC_MMAP_THRESHOLD_`), so the resident
+set is the live memory. Times come from other processes, in which the implementations alternate, once with the default
+malloc settings and once with settings that keep freed blocks. Threads are pinned to cores (OMP_PROC_BIND), because the
+scheduler of a virtual machine would add much noise.
 """
 
 from __future__ import annotations
@@ -60,7 +60,7 @@ def resident(key: str) -> int:
 
 
 def peak_of(run: Callable[[], Any]) -> int:
-    """Bytes that a call takes at its widest, above what there was before."""
+    """Peak resident set during a call, in bytes above the resident set before it."""
     gc.collect()
     Path("/proc/self/clear_refs").write_text("5")
     before = resident("VmRSS")
@@ -95,7 +95,7 @@ def predict(name: str, T: int, N: int, phase: str) -> dict[str, Any]:
     from snnfx.memory.training_planner import packed_parts
     from snnfx.ops.buffer_pool import pool
 
-    pool.limit = 0  # what kernels keep for their next outputs is not alive
+    pool.limit = 0  # memory pooled for the next outputs is not live
     options: dict[str, Any] = {"checkpoint": phase if phase in ("selective", "regions") else None}
     net, shape = net_for(name, chunk=None, **options)
     x_seq = torch.rand(T, N, *shape)
@@ -131,13 +131,13 @@ def predict(name: str, T: int, N: int, phase: str) -> dict[str, Any]:
         if phase == "inference"
         else training_peak(model, T, plan, packed_parts(net._executable, model)).bytes
     )
-    net(small[:, :1])  # compile what this shape needs
+    net(small[:, :1])  # compile the kernels for this shape
     measured = peak_of(run)
     return {"predicted": predicted, "measured": measured, "planning_ms": planned * 1e3}
 
 
 def side_of(name: str, side: str, T: int, N: int) -> tuple[Callable[[Tensor], None], tuple[int, ...]]:
-    """A training step of one side."""
+    """A training step of one implementation, and the shape of a sample."""
     from memory_models import MODELS, peer_of
 
     _, shape = MODELS[name]
@@ -156,12 +156,12 @@ def side_of(name: str, side: str, T: int, N: int) -> tuple[Callable[[Tensor], No
         return step_of(peer, run), shape
     options: dict[str, Any] = {"checkpoint": None}
     if side.startswith("per step"):
-        # Statistics of each step: then time can be cut.
+        # With per-step statistics, time can be split into segments.
         options = {"checkpoint": int(side.split()[-1]), "batch_norm": "per_step"}
     elif side in ("selective", "least"):
         options = {"checkpoint": {"least": "regions"}.get(side, side)}
     elif side in ("half", "fifth"):
-        # What is compared is measured besides the gradients of the parameters, a budget includes them.
+        # The measured peak excludes the gradients of the parameters; a budget includes them.
         gradients = sum(p.numel() * p.element_size() for p in MODELS[name][0]().parameters())
         budget = int(int(os.environ["OF_PEER"]) * {"half": 0.5, "fifth": 0.2}[side])
         options = {"checkpoint": "auto", "memory_budget": budget + gradients}
@@ -170,7 +170,7 @@ def side_of(name: str, side: str, T: int, N: int) -> tuple[Callable[[Tensor], No
 
 
 def optimized(memopt: Any, peer: nn.Module, x_seq: Tensor, side: str) -> nn.Module:
-    """SpikingJelly's own checkpoints; its levels above 1 search by measuring CUDA memory."""
+    """SpikingJelly's memopt; its levels above 1 search by measuring CUDA memory."""
     from spikingjelly.activation_based import functional, neuron
 
     targets = (neuron.BaseNode,) if "neurons" in side else (neuron.BaseNode, nn.Conv2d, nn.BatchNorm2d, nn.MaxPool2d)
@@ -183,7 +183,7 @@ def optimized(memopt: Any, peer: nn.Module, x_seq: Tensor, side: str) -> nn.Modu
 
 
 def train(name: str, side: str, T: int, N: int) -> dict[str, Any]:
-    """Peak bytes of a training step of one side."""
+    """Peak bytes of a training step of one implementation."""
     start = time.perf_counter()
     step, shape = side_of(name, side, T, N)
     prepared = time.perf_counter() - start
@@ -198,7 +198,7 @@ def train(name: str, side: str, T: int, N: int) -> dict[str, Any]:
 
 
 def train_in_turns(name: str, sides: Sequence[str], T: int, N: int, repeats: int) -> dict[str, Any]:
-    """Median milliseconds of a training step of each side; they take turns, so that the machine's pace meets all."""
+    """Median milliseconds of a training step; the implementations alternate, so that machine load affects all."""
     steps = {side: side_of(name, side, T, N) for side in sides}
     torch.manual_seed(0)
     times: dict[str, list[float]] = {side: [] for side in sides}
@@ -213,14 +213,14 @@ def train_in_turns(name: str, sides: Sequence[str], T: int, N: int, repeats: int
 
 
 def inference_over(T: int, N: int) -> dict[str, Any]:
-    """Peak of chunked inference, the caller's input not counted."""
+    """Peak memory of chunked inference and of streaming, without the input."""
     from snnfx.ops.buffer_pool import pool
 
     pool.limit = 0
     net, shape = net_for("CSNN")
     net.eval()
     with torch.no_grad():
-        net(torch.rand(48, N, *shape))  # records the neurons, from the reset state and from one that is handed on
+        net(torch.rand(48, N, *shape))  # records the neurons, from the reset state and from a carried state
 
         def run() -> None:
             for _ in net.stream(torch.rand(8, N, *shape) for _ in range(T // 8)):
@@ -231,12 +231,19 @@ def inference_over(T: int, N: int) -> dict[str, Any]:
 
 
 def in_process(arguments: Sequence[Any], environment: dict[str, str]) -> dict[str, Any]:
-    """Run a part of this file in a fresh process."""
+    """Run one measurement in a fresh process."""
     command = [sys.executable, __file__, "--worker", json.dumps(arguments)]
     done = subprocess.run(command, env={**os.environ, **environment}, capture_output=True, text=True, check=False)
     if done.returncode:
         return {"error": done.stderr.strip().splitlines()[-1] if done.stderr.strip() else f"exit {done.returncode}"}
     return json.loads(done.stdout.splitlines()[-1])
+
+
+def _inference_line(row: dict[str, Any]) -> str:
+    if "error" in row:
+        return f"inference failed: {row['error']}"
+    peak, streamed = row["bytes"] / MiB, row["streamed_bytes"] / MiB
+    return f"CSNN inference T={row['T']:<5} N={row['N']:<3} peak {peak:8.1f} MiB, streamed {streamed:8.1f} MiB"
 
 
 def work(arguments: list[Any]) -> dict[str, Any]:
@@ -246,10 +253,10 @@ def work(arguments: list[Any]) -> dict[str, Any]:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else "")
-    parser.add_argument("--json", type=Path)
-    parser.add_argument("--repeats", type=int, default=5)
-    parser.add_argument("--bytes", action="store_true", help="leave out the times")
-    parser.add_argument("--only", choices=("predict", "train", "inference"))
+    parser.add_argument("--json", type=Path, help="file for the results")
+    parser.add_argument("--repeats", type=int, default=5, help="rounds per median (default: 5)")
+    parser.add_argument("--bytes", action="store_true", help="measure memory only")
+    parser.add_argument("--only", choices=("predict", "train", "inference"), help="run only this part")
     parser.add_argument("--worker", help=argparse.SUPPRESS)
     options = parser.parse_args()
     if options.worker:
@@ -272,13 +279,13 @@ def main() -> None:
             error = row["predicted"] / row["measured"] - 1
             print(
                 f"{case[0]:14} T={case[1]:<3} N={case[2]:<3} {case[3]:10} predicted {row['predicted'] / MiB:8.1f} MiB "
-                f"measured {row['measured'] / MiB:8.1f} MiB {error:+6.1%}  planned in {row['planning_ms']:.0f} ms",
+                f"measured {row['measured'] / MiB:8.1f} MiB {error:+6.1%}  planning took {row['planning_ms']:.0f} ms",
                 flush=True,
             )
     if options.only in (None, "inference"):
         results["inference"] = [in_process(["inference", T, N], EXACT) for N in (8, 32) for T in (16, 1024)]
         for row in results["inference"]:
-            print(row, flush=True)
+            print(_inference_line(row), flush=True)
     if options.only in (None, "train"):
         results["training"] = []
         for name, (T, N) in SHAPES.items():

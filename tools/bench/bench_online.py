@@ -1,21 +1,22 @@
-"""Time online training: snnfx.online on a converted net against SpikingJelly's functions with its own OTTT modules.
+"""Compare online training with SpikingJelly: time, memory and numerical difference.
 
     python tools/bench/bench_online.py [--repeats 9] [--only ottt|fptt|memory] [--json tools/results/online_cpu.json]
 
-Both sides have the same weights, inputs, loss, optimizer, threads and malloc; they take turns, and the medians of a
-call on one batch are given as a ratio. With a learning rate of 0, both see the same spikes at every repeat (the
-optimizer's step runs all the same). Each case runs in a process of its own.
+snnfx.online trains a converted net; SpikingJelly's functions train a model built from its OTTT modules. Both have the
+same weights, inputs, loss, optimizer, threads and malloc settings. They alternate, and the ratio compares the medians
+of a call on one batch. The learning rate is 0, so that both see the same spikes in every round (the optimizer step
+still runs). Each case runs in a fresh process.
 
-Beside the times stands how much the two sides differ in what a call leaves (gradients; running averages for FPTT),
-relative to the largest entry. That is measured in float64, in which no rounding lets a neuron fire on one side only,
-and with average pools: SpikingJelly pools the trace of the spikes where snnfx traces what the weight is given, and for
-a max-pool those are two rules (they differ in the weights right behind it, and there alone).
+"difference" is the largest difference between the results of the two calls (gradients, or running averages for FPTT),
+relative to the largest entry. It is measured in float64, where rounding makes no neuron fire in one library only, and
+with average pooling: SpikingJelly pools the trace of the spikes, while snnfx traces the operand of the weight, and with
+max-pooling these are different rules (they differ only in the weights directly after the pool).
 
-Times are taken twice: with malloc as it is, which gives large freed blocks back to the system, so that the next ones
-fault every page in anew; and with one that keeps them, as `snnfx.tune_allocator()` sets it.
+Times are measured with the default malloc settings, which return large freed blocks to the system, so that new ones
+cause page faults; and with settings that keep freed blocks, as `snnfx.tune_allocator()` does.
 
-Peak memory is that of one training call, above what the process held before the call: with malloc as it is, which
-keeps freed blocks in pieces, and with a malloc that gives them back, where the peak is what is in use at one time.
+Peak memory is the growth of the process during one training call, with the default malloc settings, which keep small
+freed blocks, and with settings that return all freed blocks, where the peak is the live memory.
 """
 
 from __future__ import annotations
@@ -49,17 +50,15 @@ RESULTS = Path(__file__).resolve().parents[1] / "results" / "online_cpu.json"
 ALPHA = 0.1
 MEMORY_LENGTHS = (32, 256, 512)
 MEMORY_CHUNK = 16
-GIVE_BACK = {"MALLOC_MMAP_THRESHOLD_": "65536", "MALLOC_TRIM_THRESHOLD_": "65536"}
+RETURN_FREED = {"MALLOC_MMAP_THRESHOLD_": "65536", "MALLOC_TRIM_THRESHOLD_": "65536"}
 
 Call = Callable[[], list[Tensor]]
-"""Trains on one batch and returns what that leaves: gradients, or running averages."""
+"""Trains on one batch and returns the resulting gradients, or running averages for FPTT."""
 Sides = dict[str, Call]
 
 
-# The nets, in both libraries: soft reset, the reset detached, the input not divided by tau.
-
-
 def lif() -> nn.Module:
+    """Soft, detached reset; the input is not divided by tau."""
     return snnfx.neuron.LIFNode(
         tau=2.0, decay_input=False, v_reset=None, detach_reset=True, surrogate_function=snnfx.surrogate.Sigmoid()
     )
@@ -100,7 +99,7 @@ NETS: dict[str, tuple[Callable[..., list[nn.Module]], tuple[int, ...]]] = {
 
 @dataclass(frozen=True)
 class Setting:
-    """What is trained on what; the type and the pools are others where results are compared."""
+    """Network, batch and dtype of a case; the comparison of results uses another dtype and other pools."""
 
     net: str
     T: int
@@ -118,7 +117,7 @@ class Setting:
         return (layer.OTTTSequential(*layers) if online else nn.Sequential(*layers)).to(self.dtype)
 
     def batch(self) -> tuple[Tensor, Tensor]:
-        """Spikes `[T, N, ...]` and what ten neurons should do at each step, `[T, N, 10]`."""
+        """Spikes `[T, N, ...]` and targets for ten neurons at each step, `[T, N, 10]`."""
         generator = torch.Generator().manual_seed(self.T)
         x_seq = torch.rand(self.T, self.N, *NETS[self.net][1], generator=generator) < 0.3
         labels = torch.randint(10, (self.N,), generator=generator)
@@ -127,9 +126,6 @@ class Setting:
 
 def gradients_of(model: nn.Module) -> list[Tensor]:
     return [p.grad for p in model.parameters() if p.grad is not None]
-
-
-# One call on one batch, for each side.
 
 
 def ottt_sides(setting: Setting) -> Sides:
@@ -190,7 +186,7 @@ CASES: tuple[tuple[str, Callable[[Setting], Sides], Setting, float], ...] = (
 
 
 def difference(make: Callable[[Setting], Sides], setting: Setting) -> float:
-    """How much a call of the two sides leaves differs, relative to the largest entry, where they are one rule."""
+    """Largest difference between the results of the two libraries, relative to the largest entry."""
     torch.manual_seed(0)
     sides = make(replace(setting, dtype=torch.float64, pool=nn.AvgPool2d))
     ours, theirs = (run() for run in sides.values())
@@ -201,7 +197,7 @@ def difference(make: Callable[[Setting], Sides], setting: Setting) -> float:
 def measure(
     rule: str, make: Callable[[Setting], Sides], setting: Setting, target: float, repeats: int
 ) -> dict[str, Any]:
-    apart = difference(make, setting)
+    relative_difference = difference(make, setting)
     torch.manual_seed(0)
     sides = make(setting)
     times: dict[str, list[float]] = {name: [] for name in sides}
@@ -221,7 +217,7 @@ def measure(
         "milliseconds": medians,
         "ratio": medians["SpikingJelly"] / medians["snnfx"],
         "target": target,
-        "difference": apart,
+        "difference": relative_difference,
     }
 
 
@@ -229,14 +225,14 @@ def measure(
 def fresh_processes(
     context: SpawnContext, settings: dict[str, str], first: Callable[[], Any] | None = None
 ) -> Iterator[ProcessPoolExecutor]:
-    """Each call runs in a process of its own.
+    """Yield an executor that runs each call in a fresh process.
 
     Args:
-        context: how processes are started.
-        settings: of malloc, in their environment.
-        first: what they call before anything else.
+        context: the multiprocessing start method.
+        settings: environment variables for malloc.
+        first: function that each process calls first.
     """
-    kept = dict(os.environ)
+    saved = dict(os.environ)
     os.environ.update(settings)
     try:
         with ProcessPoolExecutor(1, mp_context=context, initializer=first, max_tasks_per_child=1) as fresh:
@@ -244,14 +240,11 @@ def fresh_processes(
     finally:
         for key in settings:
             os.environ.pop(key)
-        os.environ.update(kept)
-
-
-# Peak memory.
+        os.environ.update(saved)
 
 
 def peak_of_one_call(T: int, N: int, chunk: int) -> float:
-    """MiB by which the peak grows while one sequence is trained on by OTTT-A; to be called in a fresh process."""
+    """Peak memory, in MiB, of one OTTT-A training call; call it in a fresh process."""
     torch.manual_seed(0)
     setting = Setting("CSNN", T, N)
     x_seq, target = setting.batch()
@@ -262,9 +255,9 @@ def peak_of_one_call(T: int, N: int, chunk: int) -> float:
 
 
 def measure_memory(context: SpawnContext) -> dict[str, Any]:
-    """Peaks by T, with the system's malloc settings and with those that give every freed block back at once."""
+    """Peak memory by T, with the default malloc settings and with settings that return all freed blocks."""
     peaks: dict[str, dict[int, float]] = {}
-    for name, settings in (("as it is", {}), ("freed blocks given back", GIVE_BACK)):
+    for name, settings in (("default", {}), ("returns freed blocks", RETURN_FREED)):
         with fresh_processes(context, settings) as fresh:
             peaks[name] = {T: fresh.submit(peak_of_one_call, T, 8, MEMORY_CHUNK).result() for T in MEMORY_LENGTHS}
     return {"net": "CSNN", "N": 8, "chunk": MEMORY_CHUNK, "peak_mib": peaks}
@@ -275,7 +268,9 @@ def show_memory(result: dict[str, Any]) -> None:
     for name, peaks in result["peak_mib"].items():
         shown = "   ".join(f"T={T} {peak:.0f} MiB" for T, peak in peaks.items())
         growth = peaks[MEMORY_LENGTHS[-1]] / peaks[MEMORY_LENGTHS[0]]
-        print(f"    malloc {name:<24} {shown}   last to first {growth:.2f}x", flush=True)
+        print(
+            f"    malloc {name:<24} {shown}   T={MEMORY_LENGTHS[-1]} / T={MEMORY_LENGTHS[0]}: {growth:.2f}x", flush=True
+        )
 
 
 def show(result: dict[str, Any]) -> None:
@@ -283,16 +278,16 @@ def show(result: dict[str, Any]) -> None:
     print(
         f"  {result['rule']:<7} {result['net']:<5} T={result['T']:<4} N={result['N']:<3} snnfx {t['snnfx']:8.1f} ms"
         f"   SpikingJelly {t['SpikingJelly']:8.1f} ms   {result['ratio']:5.2f}x (target {result['target']}x)"
-        f"   differs by {result['difference']:.0e}",
+        f"   difference {result['difference']:.0e}",
         flush=True,
     )
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else "")
-    parser.add_argument("--repeats", type=int, default=9)
-    parser.add_argument("--only", choices=("ottt", "fptt", "memory"))
-    parser.add_argument("--json", type=Path, help=f"where to write the figures, for example {RESULTS.name}")
+    parser.add_argument("--repeats", type=int, default=9, help="rounds per median (default: 9)")
+    parser.add_argument("--only", choices=("ottt", "fptt", "memory"), help="run only this part")
+    parser.add_argument("--json", type=Path, help=f"file for the results, e.g. {RESULTS}")
     arguments = parser.parse_args()
     machine = {
         "torch": torch.__version__,
@@ -303,10 +298,10 @@ def main() -> None:
     print(", ".join(f"{key} {value}" for key, value in machine.items()))
     found: dict[str, Any] = {"machine": machine, "cases": []}
     context = multiprocessing.get_context("spawn")
-    for name, first in (("as it is", None), ("freed blocks kept", snnfx.tune_allocator)):
+    for name, first in (("default", None), ("tuned", snnfx.tune_allocator)):
         if arguments.only == "memory":
             break
-        print(f"  malloc {name}")
+        print(f"  {name} malloc settings")
         with fresh_processes(context, {}, first) as fresh:
             for case in CASES:
                 if arguments.only in (None, case[0].split("-")[0].lower()):

@@ -1,10 +1,11 @@
-"""Time a recurrent layer of LIF neurons: the model stepped, converted with and without kernels, SpikingJelly, snnTorch.
+"""Time a recurrent LIF layer: stepped, converted with and without kernels, SpikingJelly, snnTorch.
 
     python tools/bench/bench_recurrent.py [--steps 100 1000] [--neurons 128 256] [--repeats 7] [--memory] [--json FILE]
 
-The network is Linear - LIF with a Linear from its spikes back to its input - Linear. All sides have the same sizes,
-inputs, threads and malloc (not the same equations: each library has its own LIF); they take turns, and the median of
-each is given as a ratio to the stepped model. --memory measures the peak of a training step in a process of its own.
+The network is Linear - recurrent LIF - Linear, where a Linear layer feeds the spikes back to the LIF input. All
+implementations have the same sizes, inputs, threads and malloc settings, but each library has its own LIF equations.
+They alternate; the results are medians and the speed-up over the stepped model. --memory measures the peak memory of a
+training step in a fresh process.
 """
 
 from __future__ import annotations
@@ -33,10 +34,10 @@ Side = tuple[Callable[[Tensor], Tensor], nn.Module]
 
 
 class Recurrent(nn.Module):
-    """The network as one writes it, for one time step.
+    """The network for one time step.
 
     Args:
-        neurons: in the hidden layer.
+        neurons: number of hidden neurons.
     """
 
     def __init__(self, neurons: int) -> None:
@@ -68,7 +69,7 @@ def stepped(neurons: int) -> Side:
 
 
 def converted(neurons: int, lower: str | None = "auto") -> Side:
-    """The model converted."""
+    """The model converted by snnfx."""
     net = snnfx.convert(Recurrent(neurons), example_inputs=torch.rand(BATCH, INPUTS), lower=lower)
     return net, net
 
@@ -128,19 +129,19 @@ SIDES: dict[str, Callable[[int], Side]] = {
 
 
 def available(neurons: int) -> dict[str, Side]:
-    """The sides whose packages are installed."""
+    """The implementations whose packages are installed."""
     found: dict[str, Side] = {}
     for name, make in SIDES.items():
         torch.manual_seed(0)
         try:
             found[name] = make(neurons)
         except ImportError:
-            print(f"  {name} is not installed")
+            print(f"  skipped: {name} is not installed")
     return found
 
 
 def measure(T: int, neurons: int, repeats: int) -> dict[str, Any]:
-    """Median milliseconds of inference and of a training step for each side; the sides alternate."""
+    """Median milliseconds of inference and of a training step of each implementation; they alternate."""
     x_seq = torch.rand(T, BATCH, INPUTS)
     found = available(neurons)
     times: dict[str, dict[str, list[float]]] = {name: {"inference": [], "training": []} for name in found}
@@ -162,7 +163,7 @@ def measure(T: int, neurons: int, repeats: int) -> dict[str, Any]:
 
 
 def peak_of(name: str, T: int, neurons: int) -> None:
-    """Print by how many megabytes the second of two training steps and the first raise the peak of this process."""
+    """Print by how many megabytes two training steps raise the peak memory of this process."""
     run, _ = SIDES[name](neurons)
     x_seq = torch.rand(T, BATCH, INPUTS)
     run(x_seq[:4]).square().mean().backward()
@@ -173,7 +174,7 @@ def peak_of(name: str, T: int, neurons: int) -> None:
 
 
 def peaks(T: int, neurons: int) -> dict[str, float]:
-    """The megabytes of a training step for each side, each in a process of its own."""
+    """Peak megabytes of training for each implementation, each in a fresh process."""
     found = {}
     for name in SIDES:
         command = [sys.executable, __file__, "--peak-of", name, "--steps", str(T), "--neurons", str(neurons)]
@@ -184,7 +185,7 @@ def peaks(T: int, neurons: int) -> dict[str, float]:
 
 
 def show(result: dict[str, Any]) -> None:
-    """One table: milliseconds, and how many times faster than the stepped model."""
+    """Print a table of milliseconds and the speed-up over the stepped model."""
     base = result["milliseconds"]["stepped"]
     print(f"\nT={result['T']} N={result['N']} neurons={result['neurons']}   {'inference':>14} {'training step':>24}")
     for name, t in result["milliseconds"].items():
@@ -195,12 +196,12 @@ def show(result: dict[str, Any]) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else "")
-    parser.add_argument("--steps", type=int, nargs="+", default=[100, 1000])
-    parser.add_argument("--neurons", type=int, nargs="+", default=[128, 256])
-    parser.add_argument("--repeats", type=int, default=7)
-    parser.add_argument("--memory", action="store_true", help="measure the peak memory of a training step as well")
+    parser.add_argument("--steps", type=int, nargs="+", default=[100, 1000], help="sequence lengths")
+    parser.add_argument("--neurons", type=int, nargs="+", default=[128, 256], help="sizes of the hidden layer")
+    parser.add_argument("--repeats", type=int, default=7, help="rounds per median (default: 7)")
+    parser.add_argument("--memory", action="store_true", help="also measure the peak memory of a training step")
     parser.add_argument("--peak-of", choices=SIDES, help=argparse.SUPPRESS)
-    parser.add_argument("--json", type=Path)
+    parser.add_argument("--json", type=Path, help="file for the results")
     arguments = parser.parse_args()
     if arguments.peak_of:
         peak_of(arguments.peak_of, arguments.steps[0], arguments.neurons[0])

@@ -1,12 +1,12 @@
-"""Check the kernel of a layer of LIF neurons on about 10**8 values against stepping the neurons, chunk by chunk.
+"""Check a LIF kernel on about 10**8 values against stepping the neurons, chunk by chunk.
 
     python tools/bench/check_large.py [--T 5] [--shape 3 5 1234567] [--chunk 500000] [--soft-reset] [--double]
 
-The sizes are odd on purpose: no block of the kernel ends where a row does. Compared are the spikes of inference and of
-training, the last membrane potentials, and the gradient of the input for random gradients of the spikes. Other rounding
-can flip a spike whose potential is at the threshold; such neurons are counted, and what they do afterwards is left out.
-Exit status: 0 when all else agrees, 1 when something differs, 2 when no kernel was used. Memory: about six times the
-values, 3 GB in single precision.
+The sizes are odd, so that no block of the kernel ends at the end of a row. The check compares the spikes of inference
+and of training, the final membrane potentials, and the gradient of the input for random gradients of the spikes.
+Different rounding can flip a spike whose potential is at the threshold; such neurons are counted and excluded from the
+other comparisons. Exit status: 0 if everything else agrees, 1 if something differs, 2 if no kernel ran. The check needs
+six times the memory of the values, 3 GB in single precision.
 """
 
 from __future__ import annotations
@@ -26,14 +26,14 @@ from torch import Tensor
 import snnfx
 
 TOLERANCE = 1e-5
-"""Of potentials and gradients in single precision, relative to the largest."""
+"""Tolerance for potentials and gradients in single precision, relative to the largest value."""
 ROUNDINGS = 16
-"""Units in the last place by which the potentials of two ways to compute them may differ."""
+"""Allowed rounding difference between potentials, in units in the last place."""
 
 
 @dataclass
 class Difference:
-    """The largest difference of a quantity, and its largest value."""
+    """Largest and mean difference of a quantity, and its largest value."""
 
     largest: float = 0.0
     scale: float = 0.0
@@ -59,7 +59,7 @@ class Difference:
 
 @dataclass
 class Comparison:
-    """What the chunks told so far."""
+    """Results of the chunks compared so far."""
 
     spikes: int = 0
     flipped: int = 0
@@ -72,10 +72,10 @@ class Comparison:
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else "")
     parser.add_argument("--T", type=int, default=5, help="time steps")
-    parser.add_argument("--shape", type=int, nargs="+", default=[3, 5, 1234567], help="of one step")
-    parser.add_argument("--chunk", type=int, default=500_000, help="neurons that are stepped at once")
+    parser.add_argument("--shape", type=int, nargs="+", default=[3, 5, 1234567], help="shape of one step")
+    parser.add_argument("--chunk", type=int, default=500_000, help="number of neurons to step at once")
     parser.add_argument("--soft-reset", action="store_true", help="subtract the threshold instead of resetting to 0")
-    parser.add_argument("--double", action="store_true", help="in float64")
+    parser.add_argument("--double", action="store_true", help="use float64")
     parser.add_argument("--seed", type=int, default=0)
     options = parser.parse_args()
     torch.manual_seed(options.seed)
@@ -96,7 +96,7 @@ def main() -> int:
     seconds = time.perf_counter() - start
     kernels = getattr(next(iter(net.region_modules().values())), "kernels", None)
     if kernels is None or kernels.in_use is None:
-        print(f"no kernel was used: {kernels.refusal if kernels is not None else 'the loop is not lowered'}")
+        print(f"no kernel ran: {kernels.refusal if kernels is not None else 'the loop is not lowered'}")
         return 2
     same = torch.equal(inferred, y_seq)
     del inferred
@@ -111,13 +111,13 @@ def main() -> int:
         part = slice(first, first + options.chunk)
         compare(found, neuron, x_flat[:, part], y_flat[:, part], weights[:, part], grad[:, part], last[part])
     print(f"stepped in {time.perf_counter() - start:.1f} s, {options.chunk:,} neurons at once")
-    return told(found, same, math.prod(shape), dtype)
+    return show(found, same, math.prod(shape), dtype)
 
 
 def compare(
     found: Comparison, neuron: Any, x_seq: Tensor, y_seq: Tensor, weights: Tensor, grad: Tensor, last: Tensor
 ) -> None:
-    """Step some of the neurons, `[T, n]`, and add what is different."""
+    """Step some of the neurons, `[T, n]`, and add the differences."""
     stepped = copy.deepcopy(neuron)
     inputs = x_seq.clone().requires_grad_()
     expected = torch.stack([stepped(x) for x in inputs])
@@ -141,7 +141,7 @@ def compare(
 
 
 def distances(neuron: Any, x_seq: Tensor, y_seq: Tensor, differs: Tensor) -> Tensor:
-    """How far each neuron is from its threshold at the first spike that differs, computed in float64: `[n]`."""
+    """Distance of each neuron from its threshold at the first spike that differs, in float64: `[n]`."""
     first = differs.int().argmax(0)
     v = torch.zeros(x_seq.shape[1], dtype=torch.float64)
     found = torch.full_like(v, torch.inf)
@@ -153,33 +153,33 @@ def distances(neuron: Any, x_seq: Tensor, y_seq: Tensor, differs: Tensor) -> Ten
 
 
 def allowed(x_seq: Tensor) -> float:
-    """What rounding may do to a potential of inputs up to 2.5."""
+    """Largest rounding difference of a potential, for inputs up to 2.5."""
     return ROUNDINGS * torch.finfo(x_seq.dtype).eps * 2.5
 
 
-def told(found: Comparison, same: bool, values: int, dtype: torch.dtype) -> int:
-    """Print what was found; the exit status."""
+def show(found: Comparison, same: bool, values: int, dtype: torch.dtype) -> int:
+    """Print the results and return the exit status."""
     limit = TOLERANCE * torch.finfo(dtype).eps / torch.finfo(torch.float32).eps
     print(
         f"spikes: {found.spikes / values:.1%} of the values; inference {'equals' if same else 'DIFFERS FROM'} training"
     )
-    print(f"neurons with a spike flipped: {found.flipped}, of these not at the threshold: {found.wrong}")
+    print(f"neurons with a flipped spike: {found.flipped}, not explained by rounding: {found.wrong}")
     if found.flipped:
         margin = f"largest |v - threshold| {found.margin:.2g}"
-        print(f"    {margin}, rounding explains {allowed(torch.empty(0, dtype=dtype)):.2g}")
-    checked = {"last potentials": found.potentials, "gradients of the input": found.gradients}
+        print(f"    {margin}, explained by rounding up to {allowed(torch.empty(0, dtype=dtype)):.2g}")
+    checked = {"final potentials": found.potentials, "gradients of the input": found.gradients}
     for name, difference in checked.items():
-        verdict = "" if difference.relative <= limit else f"  MORE THAN {limit:.1g} OF THAT"
+        verdict = "" if difference.relative <= limit else f"  EXCEEDS the tolerance of {limit:.1g}"
         print(f"{name}: {difference}{verdict}")
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
     print(f"peak memory of the process: {peak:.1f} GB")
     failed = not same or found.wrong > 0 or any(d.relative > limit for d in checked.values())
-    print("MISMATCH" if failed else "agreement")
+    print("FAILED" if failed else "passed")
     return int(failed)
 
 
 def _largest(x: Tensor) -> float:
-    """The largest value; infinity where one is NaN, which `max` would pass over."""
+    """The largest value; infinity if any value is NaN."""
     value = float(x.max())
     return math.inf if math.isnan(value) else value
 

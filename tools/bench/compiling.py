@@ -1,7 +1,7 @@
-"""How long torch.compile takes for a converted net and for SpikingJelly's multi-step form, by the number of time steps.
+"""Measure how long torch.compile takes for a converted net and for SpikingJelly's multi-step form.
 
-What is timed is the first training step, compilation included, in a process with an empty cache of the compiler; and
-how many compilations a net needs that is called with sequences of five different lengths.
+Times the first training step, including compilation, in a process with an empty compiler cache, for several numbers of
+time steps. Also counts how many graphs are compiled for sequences of five different lengths.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ LENGTHS = (4, 5, 8, 16, 33)
 
 @dataclass(frozen=True)
 class CompileCase:
-    """A network, "LIF" or "CSNN", of one side, on sequences of T steps; T=0: all of `LENGTHS` after each other."""
+    """A network ("LIF" or "CSNN") of a library, on sequences of T steps; T=0: all of `LENGTHS` in turn."""
 
     network: str
     side: str
@@ -42,12 +42,12 @@ CASES = (
 
 
 def measure(case: CompileCase, seconds: float) -> dict[str, Any]:
-    """Seconds of the first training step, and how many graphs were compiled."""
-    del seconds  # one step is one step
+    """Seconds of the first training step, and the number of compiled graphs."""
+    del seconds  # a first step cannot be repeated
     torch.manual_seed(0)
     with tempfile.TemporaryDirectory() as folder:
         os.environ["TORCHINDUCTOR_CACHE_DIR"] = folder
-        run, shape = _made(case)
+        run, shape = _model_and_shape(case)
         graphs = 0
 
         def counted(graph: torch.fx.GraphModule, inputs: list[Any]) -> Callable[..., Any]:
@@ -64,8 +64,8 @@ def measure(case: CompileCase, seconds: float) -> dict[str, Any]:
         return {"case": asdict(case), "seconds": time.perf_counter() - start, "graphs": graphs}
 
 
-def _made(case: CompileCase) -> tuple[Callable[[Tensor], Tensor], tuple[int, ...]]:
-    """What is compiled, and the shape of a step."""
+def _model_and_shape(case: CompileCase) -> tuple[Callable[[Tensor], Tensor], tuple[int, ...]]:
+    """The module to compile, and the input shape of one step."""
     if case.network == "CSNN":
         shape: tuple[int, ...] = (8, 1, 28, 28)  # below T*N = 16 torch plans convolutions differently
         model: nn.Module = bench_csnn.single_step_model()

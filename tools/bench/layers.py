@@ -1,10 +1,10 @@
-"""One layer of neurons over a whole sequence: snnfx's kernel, the peers, and the byte limit.
+"""Benchmark one layer of neurons over a sequence: snnfx, other libraries, and the memory-bandwidth bound.
 
-The same neuron object runs on both sides: stepped or in its library's multi-step form, and converted. The byte limit is
-one pass over the sequence, `torch.add(x, 1, out=y)`, for the forward pass. Forward and backward together read and write
-five sequences in six goes, like three passes: from the input to the output, from what was saved to the gradient of the
-output, and from there to the gradient of the input. "Kernels alone" are the generated kernels of the same call, run
-again on the tensors that they had, without operator and autograd.
+The same kind of neuron runs converted by snnfx and in the fastest form of its own library (multi-step, or stepped). The
+bound for the forward pass is one pass over the sequence, `torch.add(x, 1, out=y)`. Forward and backward together make
+six reads or writes of a sequence, like three passes: read the input, write the output and the saved tensor, read the
+saved tensor and the gradient of the output, write the gradient of the input. "Kernels
+alone" runs the generated kernels of the same call on the same tensors, without the operator and autograd around them.
 """
 
 from __future__ import annotations
@@ -27,7 +27,14 @@ __all__ = ["CASES", "QUICK", "LayerCase", "measure"]
 
 @dataclass(frozen=True)
 class LayerCase:
-    """A neuron by its name in `NEURONS`, on `[T, elements]`; `compiled`: SpikingJelly under torch.compile as well."""
+    """One benchmark case.
+
+    Args:
+        neuron: a key of `NEURONS`.
+        T: number of time steps.
+        elements: number of neurons.
+        compiled: whether to measure SpikingJelly under torch.compile as well.
+    """
 
     neuron: str
     T: int
@@ -36,7 +43,7 @@ class LayerCase:
 
 
 class Bursting(snnfx.MemoryModule):
-    """A neuron of a user: a threshold that grows with every spike and decays."""
+    """A user-defined neuron whose threshold grows with every spike and decays."""
 
     v: Tensor
     threshold: Tensor
@@ -70,7 +77,7 @@ def _snntorch() -> nn.Module:
 
 
 class _Norse(nn.Module):
-    """Norse's cell with its state kept, so that it is called like the others."""
+    """Norse's cell, called with its state as an optional second argument."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -103,7 +110,7 @@ CASES = (
 
 
 def measure(case: LayerCase, seconds: float) -> dict[str, Any]:
-    """Median milliseconds by side, forward under no_grad and forward with backward."""
+    """Median milliseconds by implementation: forward under no_grad, and forward with backward."""
     torch.manual_seed(0)
     neuron = NEURONS[case.neuron]()
     shape = (case.T, 1, case.elements)
@@ -139,23 +146,23 @@ def measure(case: LayerCase, seconds: float) -> dict[str, Any]:
 
 
 def _kernels_of(call: Callable[[], Any]) -> Callable[[], Any]:
-    """The kernels that a call runs, with their tensors."""
+    """A function that runs only the generated kernels of a call, on the same tensors."""
     runs: list[Callable[[], Any]] = []
     run = CppBackEnd.run
 
-    def noted(self: CppBackEnd, *args: Any) -> None:
+    def recorded(self: CppBackEnd, *args: Any) -> None:
         runs.append(lambda: run(self, *args))
         run(self, *args)
 
-    call()  # builds them
-    with mock.patch.object(CppBackEnd, "run", noted):
+    call()  # builds the kernels
+    with mock.patch.object(CppBackEnd, "run", recorded):
         call()
 
-    def again() -> None:
+    def run_kernels() -> None:
         for kernel in runs:
             kernel()
 
-    return again
+    return run_kernels
 
 
 def _first(y: Any) -> Tensor:
@@ -180,7 +187,7 @@ def _training(run: Callable[[Tensor], Tensor], x_seq: Tensor, above: Tensor) -> 
 
 
 def _peer(name: str) -> tuple[str, Callable[[Tensor], Tensor]]:
-    """The fastest form that the neuron's own library has for a sequence on a CPU."""
+    """The fastest way of the neuron's own library to run a sequence on a CPU, with its name."""
     neuron = NEURONS[name]()
     if type(neuron).__module__.startswith("spikingjelly."):
         neuron.step_mode = "m"  # type: ignore[assignment]

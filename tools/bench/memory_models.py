@@ -1,4 +1,4 @@
-"""The models of `bench_memory.py`: single-step, with the shape of one step's input; two have a multi-step peer."""
+"""Single-step models for `bench_memory.py`, with the input shape of one step; two have a SpikingJelly version."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ def block(channels_in: int, channels: int) -> nn.Sequential:
 
 
 class UNet(nn.Module):
-    """Two levels down and up again, with concatenated skips."""
+    """Two down- and upsampling levels with concatenated skip connections."""
 
     def __init__(self, channels: int = 32) -> None:
         super().__init__()
@@ -66,7 +66,7 @@ class Attention(nn.Module):
 
 
 class Spikformer(nn.Module):
-    """Patches, two encoder blocks, and the mean over the tokens."""
+    """Patch embedding, two encoder blocks, and the mean over the tokens."""
 
     def __init__(self, width: int = 128) -> None:
         super().__init__()
@@ -106,7 +106,7 @@ def sew_resnet18(multi_step: bool = False) -> nn.Module:
 
 @functools.cache
 def _let_torchvision_import() -> None:
-    """Declare the operators that a CUDA build of torchvision asks for next to a CPU build of torch."""
+    """Declare the operators that a CUDA build of torchvision needs to import with a CPU build of torch."""
     found = importlib.util.find_spec("torchvision") is not None and not torch.version.cuda
     if found and "+cpu" not in importlib.metadata.version("torchvision"):
         for name in ("nms", "qnms"):

@@ -1,7 +1,7 @@
-"""Whole networks: the stepped model, the converted net, SpikingJelly's multi-step form, and the compute floor.
+"""Benchmark whole networks: the stepped model, the converted net, SpikingJelly, and a lower bound.
 
-The compute floor is the same network with its neurons left out, T folded into the batch, in the faster of the two
-memory formats: what its convolutions, linear layers, norms and pools take by themselves.
+The lower bound ("floor") is the time of the convolutions, linear layers, norms and pools alone: the network without its
+neurons, with T folded into the batch, in the faster of the two memory formats.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ __all__ = ["CASES", "QUICK", "NetworkCase", "measure"]
 
 @dataclass(frozen=True)
 class NetworkCase:
-    """A network by its name in `NETWORKS`, on `[T, N, ...]`."""
+    """One benchmark case: a key of `NETWORKS`, on inputs `[T, N, ...]`."""
 
     network: str
     T: int
@@ -77,7 +77,7 @@ NETWORKS: dict[str, tuple[Callable[..., nn.Module], tuple[int, ...], bool]] = {
     "Spiking-VGG-11": (spiking_vgg11, (3, 32, 32), True),
     "Spikformer-like": (memory_models.Spikformer, (3, 32, 32), False),
 }
-"""By name: how it is made, the shape of a sample, and whether there is a multi-step form by SpikingJelly."""
+"""By name: constructor, shape of a sample, and whether SpikingJelly has a multi-step form of it."""
 
 QUICK = (NetworkCase("CSNN", 4, 32), NetworkCase("CSNN", 16, 1))
 CASES = (
@@ -89,7 +89,7 @@ CASES = (
 
 
 def measure(case: NetworkCase, seconds: float) -> dict[str, Any]:
-    """Median milliseconds by side, of inference and of a training step."""
+    """Median milliseconds by implementation, for inference and a training step."""
     make, shape, has_peer = NETWORKS[case.network]
     model = make()
     x_seq = torch.rand(case.T, case.N, *shape)
@@ -122,23 +122,23 @@ def measure(case: NetworkCase, seconds: float) -> dict[str, Any]:
     sides = {name: (_inference(*run, x_seq), _training(*run, x_seq)) for name, run in runs.items()}
     return {
         "case": asdict(case),
-        "inference": _joined(alternate({name: calls[0] for name, calls in sides.items()}, seconds)),
-        "training": _joined(alternate({name: calls[1] for name, calls in sides.items()}, seconds)),
+        "inference": _with_lower_bound(alternate({name: calls[0] for name, calls in sides.items()}, seconds)),
+        "training": _with_lower_bound(alternate({name: calls[1] for name, calls in sides.items()}, seconds)),
     }
 
 
 def without_neurons(model: nn.Module) -> nn.Module:
-    """A copy whose neurons hand their input on."""
+    """A copy of the model with its neurons replaced by identities."""
     bare = copy.deepcopy(model)
     for parent in list(bare.modules()):
         for name, child in list(parent.named_children()):
-            if type(child).__name__ == "LIFNode":  # snnfx's or SpikingJelly's
+            if type(child).__name__ == "LIFNode":  # of snnfx or SpikingJelly
                 setattr(parent, name, nn.Identity())
     return bare
 
 
-def _joined(times: dict[str, float]) -> dict[str, float]:
-    """One floor, the lower one."""
+def _with_lower_bound(times: dict[str, float]) -> dict[str, float]:
+    """Keep the lower of the two bounds."""
     other = times.pop("floor, channels-last")
     return {**times, "floor": min(times["floor"], other)}
 
@@ -160,7 +160,7 @@ def _training(run: Callable[[Tensor], Tensor], module: nn.Module, x_seq: Tensor)
         if not module.training:
             module.train()
         run(x_seq).sum().backward()
-        for parameter in parameters:  # as an optimizer does it
+        for parameter in parameters:  # like optimizer.zero_grad()
             parameter.grad = None
 
     return call

@@ -1,15 +1,15 @@
-"""Train one spiking net on handwritten digits by five rules: accuracy, time and peak memory over the sequence length.
+"""Train a spiking net with five learning rules: accuracy, time and peak memory by sequence length.
 
     python tools/bench/online_run.py [--epochs 4] [--T 8 32 128] [--json FILE] [--svg FILE]
 
 Needs scikit-learn and matplotlib: `pip install ".[bench]"`. Three to five minutes on two cores.
 
-The digits are scikit-learn's (8x8 pixels), rate-coded: in each step a pixel spikes with its brightness as probability,
-from a seed. The net is two convolutions with spiking neurons and a leaky read-out; its loss is the cross-entropy of the
-read-out's potential at every step. All rules start from the same weights and see the same spikes in the same order;
-rules that update at every step have a smaller learning rate. Each run has a process and a thread of its own, two run at
-a time. Its time is what its thread was busy, its peak memory what the process grew by while it trained. Accuracy is of
-the mean potential, on 360 digits that were held back.
+The data are scikit-learn's digits (8x8 pixels), rate-coded: at each step, a pixel spikes with its brightness as
+probability. The net has two convolutions with spiking neurons and a leaky readout; the loss is the cross entropy of
+the readout potential at every step. All rules start from the same weights and see the same spikes in the same order;
+rules that update at every step use a smaller learning rate. Each run has its own process with one thread, and two run
+at a time. The time is the CPU time of training, the memory is the growth of the process while it trains. The accuracy
+is measured with the mean potential on 360 held-out digits.
 """
 
 from __future__ import annotations
@@ -46,7 +46,7 @@ MARKERS = {"BPTT": "s", "OTTT-A": "o", "OTTT-O": "v", "SLTT-K": "D", "FPTT": "^"
 
 
 def choose_rule(label: str, T: int) -> tuple[Rule, float]:
-    """The rule of a label, and its learning rate: an update at every step is one of T, and smaller."""
+    """The rule of a label and its learning rate, which is smaller for rules that make T updates per sequence."""
     rules: dict[str, tuple[Rule, float]] = {
         "BPTT": (BPTT, 1e-2),
         "OTTT-A": (OTTT_A, 1e-2),
@@ -58,7 +58,7 @@ def choose_rule(label: str, T: int) -> tuple[Rule, float]:
 
 
 def build_model() -> nn.Module:
-    """ONE time step: spikes `[N, 1, 8, 8]` in, potentials of ten read-out neurons out."""
+    """ONE time step: spikes `[N, 1, 8, 8]` in, potentials of ten readout neurons out."""
 
     def lif() -> nn.Module:
         return snnfx.neuron.LIFNode(tau=2.0, v_threshold=0.3, decay_input=False, v_reset=None, detach_reset=True)
@@ -107,7 +107,7 @@ def accuracy(net: snnfx.Net, digits: Digits, T: int) -> float:
 
 @dataclass(frozen=True)
 class Outcome:
-    """One row: seconds are those that training kept one thread busy, per epoch; memory in MiB."""
+    """Results of one run: CPU seconds per epoch, and peak memory in MiB."""
 
     rule: str
     T: int
@@ -118,7 +118,7 @@ class Outcome:
 
 
 def train(label: str, T: int, epochs: int) -> Outcome:
-    """Train from scratch; to be called in a process of its own."""
+    """Train from scratch; call it in a fresh process."""
     torch.set_num_threads(1)
     digits = load_data()
     rule, rate = choose_rule(label, T)
@@ -145,7 +145,7 @@ def train(label: str, T: int, epochs: int) -> Outcome:
 
 
 def print_table(rows: list[Outcome], lengths: list[int]) -> None:
-    """Rules down, lengths across; accuracy, seconds an epoch, peak memory."""
+    """Print accuracy, seconds per epoch and peak memory, one row per rule."""
     print("\n" + " " * 8 + "".join(f"{f'T={T}':^30}" for T in lengths))
     print(f"{'rule':<8}" + f"{'accuracy':>10}{'s/epoch':>10}{'MiB':>8}  " * len(lengths))
     for label in dict.fromkeys(row.rule for row in rows):
@@ -157,7 +157,7 @@ def print_table(rows: list[Outcome], lengths: list[int]) -> None:
 
 
 def plot(rows: list[Outcome], lengths: list[int], file: Path) -> None:
-    """Three panels over T: accuracy, seconds an epoch, peak memory."""
+    """Plot accuracy, seconds per epoch and peak memory over T."""
     import matplotlib
 
     matplotlib.use("svg")
@@ -177,7 +177,7 @@ def plot(rows: list[Outcome], lengths: list[int], file: Path) -> None:
         "grid.color": "#e4e4e4",
     }
     panels: tuple[tuple[str, str, str], ...] = (
-        ("accuracy", "Accuracy on held-back digits (%)", "linear"),
+        ("accuracy", "Accuracy on held-out digits (%)", "linear"),
         ("seconds_per_epoch", "Training time (s per epoch, one thread)", "log"),
         ("peak_mib", "Peak memory above start (MiB)", "log"),
     )
@@ -211,14 +211,16 @@ def plot(rows: list[Outcome], lengths: list[int], file: Path) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else "")
-    parser.add_argument("--epochs", type=int, default=4)
+    parser.add_argument("--epochs", type=int, default=4, help="training epochs (default: 4)")
     parser.add_argument("--T", type=int, nargs="+", default=[8, 32, 128], help="sequence lengths")
-    parser.add_argument("--rules", nargs="+", choices=LABELS, default=list(LABELS))
-    parser.add_argument("--json", type=Path, default=TOOLS / "results" / "online_digits.json")
-    parser.add_argument("--svg", type=Path, default=TOOLS / "pictures" / "online_digits.svg")
+    parser.add_argument("--rules", nargs="+", choices=LABELS, default=list(LABELS), help="default: all")
+    parser.add_argument(
+        "--json", type=Path, default=TOOLS / "results" / "online_digits.json", help="file for the results"
+    )
+    parser.add_argument("--svg", type=Path, default=TOOLS / "pictures" / "online_digits.svg", help="file for the chart")
     arguments = parser.parse_args()
     if not sys.platform.startswith("linux"):
-        parser.error("peak memory is read from /proc, which only Linux has")
+        parser.error("this benchmark needs Linux, because it reads the peak memory from /proc")
     started = time.perf_counter()
     rows: list[Outcome] = []
     context = multiprocessing.get_context("spawn")

@@ -1,4 +1,4 @@
-"""Draw what was measured as one SVG: `pip install ".[bench]"`."""
+"""Draw benchmark results as an SVG file; needs matplotlib (`pip install ".[bench]"`)."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ OURS, PEER, PLAIN = "#2a6f97", "#c8553d", "#9aa0a6"
 
 
 def draw(found: dict[str, list[dict[str, Any]]], path: Path) -> None:
-    """One row of panels for each benchmark that was run, with malloc as it is where both were measured."""
+    """Draw one row of panels per suite, for the first malloc setting that was measured."""
     plt.switch_backend("svg")
     mpl.rcParams["svg.hashsalt"] = "snnfx"
     rows = [name for name in ("layers", "networks") if found.get(name)]
@@ -39,7 +39,7 @@ def _draw_layers(row: Any, cases: list[dict[str, Any]]) -> None:
         steps = [_steps(case) for case in lif]
         for side, color, label in (("SpikingJelly", PEER, "SpikingJelly, multi-step"), ("snnfx", OURS, "snnfx")):
             axis.plot(steps, [case[kind][side] for case in lif], "o-", color=color, label=label)
-        axis.plot(steps, [case[kind][limit] for case in lif], "--", color=PLAIN, label=f"{limit} over the memory")
+        axis.plot(steps, [case[kind][limit] for case in lif], "--", color=PLAIN, label=f"{limit} over memory (bound)")
         axis.set(title=title, xscale="log", yscale="log", xlabel="time steps", ylabel="ms")
         axis.set_xticks(steps, [str(t) for t in steps])
         axis.minorticks_off()
@@ -57,12 +57,12 @@ def _draw_networks(row: Any, cases: list[dict[str, Any]]) -> None:
             if "SpikingJelly" in times:
                 axis.plot(times["stepped"] / times["SpikingJelly"], place, "D", color=PEER)
         axis.axvline(1, color="black", lw=0.8)
-        axis.set(title=f"{kind}: times faster than stepping")
+        axis.set(title=f"{kind}: speed-up over stepping")
         axis.set_yticks(places, labels if kind == "inference" else [""] * len(cases))
         axis.invert_yaxis()
     row[1].plot([], [], "s", color=OURS, label="snnfx")
     row[1].plot([], [], "D", color=PEER, label="SpikingJelly, multi-step")
-    row[1].plot([], [], color=PLAIN, lw=2, label="the network without neurons")
+    row[1].plot([], [], color=PLAIN, lw=2, label="bound: the network without neurons")
     row[1].figure.legend(*row[1].get_legend_handles_labels(), frameon=False, loc="outside lower center", ncols=3)
 
 

@@ -1,4 +1,4 @@
-"""How much memory a call takes, as the operating system counts it (Linux)."""
+"""Measure the peak memory of a call through the operating system (Linux)."""
 
 from __future__ import annotations
 
@@ -12,20 +12,20 @@ __all__ = ["peak_of"]
 
 
 def peak_of(run: Callable[[], Any]) -> int:
-    """Bytes that a call takes at its widest, above what the process held before it.
+    """Peak resident set during a call, in bytes above the resident set before it.
 
-    The resident set counts what malloc keeps as well: for what is alive, run the process with
-    `MALLOC_MMAP_THRESHOLD_=65536`. For comparable numbers, each needs a process of its own.
+    The resident set includes freed blocks that malloc keeps. To count live memory only, start the process with
+    `MALLOC_MMAP_THRESHOLD_=65536`. Comparable numbers need a fresh process each.
     """
     gc.collect()
-    Path("/proc/self/clear_refs").write_text("5")  # VmHWM starts again from here
+    Path("/proc/self/clear_refs").write_text("5")  # resets VmHWM
     before = _resident("VmRSS")
     run()
     return _resident("VmHWM") - before
 
 
 def _resident(key: str) -> int:
-    """VmRSS (now) or VmHWM (most) of this process, in bytes."""
+    """VmRSS (current) or VmHWM (peak) of this process, in bytes."""
     found = re.search(key + r":\s+(\d+)", Path("/proc/self/status").read_text())
-    assert found is not None, "no /proc/self/status"
+    assert found is not None, f"/proc/self/status has no {key}"
     return int(found.group(1)) * 1024

@@ -1,8 +1,8 @@
-"""Convert models of other libraries and print what comes of it: `python tools/bench/third_party.py`.
+"""Convert models of other libraries and verify the nets: `python tools/bench/third_party.py`.
 
-For each model: its computing nodes, its regions by kind, whether `snnfx.verify` agrees with stepping the model in both
-modes (outputs, final state, gradients and buffers; in float64, but for snnTorch, whose spikes are float32 always), and
-the seconds that the conversion took. A library that is not installed is left out, and it is said which.
+Prints a table with, for each model, the number of nodes, the regions by kind, whether `snnfx.verify` passes in training
+and evaluation mode (outputs, final state, gradients and buffers, in float64; in float32 for snnTorch, whose spikes are
+always float32), and the conversion time in seconds. Libraries that are not installed are skipped with a message.
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ class Entry:
 
 @dataclass
 class Row:
-    """What came of one model."""
+    """One row of the table."""
 
     name: str
     nodes: int
@@ -50,7 +50,7 @@ class Row:
 
 
 def define_missing_operators() -> bool:
-    """Make torchvision import on a torch without its operators (models need none of them); False: it is not there."""
+    """Make torchvision importable on a torch build without its operators; return False if it is not installed."""
     if importlib.util.find_spec("torchvision") is None:
         return False
     for _ in range(20):
@@ -65,7 +65,7 @@ def define_missing_operators() -> bool:
 
 
 def spikingjelly_models() -> Iterator[Entry]:
-    with_torchvision = define_missing_operators()  # first: the models import torchvision where there is one
+    with_torchvision = define_missing_operators()  # before the models, which import torchvision if it is installed
     from spikingjelly.activation_based import functional, neuron, surrogate
     from spikingjelly.activation_based.model import parametric_lif_net, spiking_vgg
 
@@ -86,7 +86,7 @@ def spikingjelly_models() -> Iterator[Entry]:
             make = getattr(spiking_resnet, f"spiking_resnet{depth}")
             yield Entry(f"spiking_resnet{depth}", functools.partial(built, make, **spiking), image)
     else:
-        print("torchvision is not installed: no spiking_resnet, no sew_resnet", file=sys.stderr)
+        print("skipped spiking_resnet and sew_resnet: torchvision is not installed", file=sys.stderr)
     for name in ("spiking_vgg11_bn", "spiking_vgg19"):
         make = getattr(spiking_vgg, name)
         yield Entry(name, functools.partial(built, make, **spiking), image)
@@ -105,7 +105,7 @@ def snntorch_models() -> Iterator[Entry]:
     import snntorch
 
     class Explicit(nn.Module):
-        """Two layers that pass their membranes, as in the library's tutorials."""
+        """Two layers with explicit membrane potentials, as in the tutorials of snnTorch."""
 
         def __init__(self) -> None:
             super().__init__()
@@ -159,7 +159,7 @@ def norse_models() -> Iterator[Entry]:
         return norse.SequentialState(norse.LIFRecurrentCell(40, 100), norse.LIFRecurrentCell(100, 50), nn.Linear(50, 5))
 
     yield Entry("ConvNet, SequentialState", convolutional, (2, 1, 28, 28), 20.0)
-    yield Entry("LSNN with a leaky read-out", adaptive, (2, 40), 20.0)
+    yield Entry("LSNN with a leaky readout", adaptive, (2, 40), 20.0)
     yield Entry("two LIFRecurrentCell", recurrent, (2, 40), 20.0)
 
 
@@ -171,7 +171,7 @@ LIBRARIES: dict[str, Callable[[], Iterator[Entry]]] = {
 
 
 def convert(entry: Entry, steps: int, double: bool) -> Row:
-    """Convert a model, count what came of it, and compare it with stepping in both modes."""
+    """Convert a model, count its regions, and verify it in both modes."""
     torch.manual_seed(0)
     model = entry.make()
     example = torch.rand(entry.shape) * entry.scale
@@ -196,8 +196,10 @@ def line(cells: list[Any]) -> str:
 def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
     parser.add_argument("--steps", type=int, default=3, help="time steps to verify (default: 3)")
-    parser.add_argument("--library", choices=LIBRARIES, action="append", help="only these (default: all)")
-    parser.add_argument("--only", default="", help="only models with this in their name")
+    parser.add_argument(
+        "--library", choices=LIBRARIES, action="append", help="a library to convert; repeatable (default: all)"
+    )
+    parser.add_argument("--only", default="", help="convert only models whose name contains this text")
     arguments = parser.parse_args()
     warnings.simplefilter("ignore")
     kinds = ("fold", "loop", "map", "once")
@@ -206,7 +208,7 @@ def main() -> None:
     rows: list[Row] = []
     for library in arguments.library or LIBRARIES:
         if importlib.util.find_spec(library) is None:
-            print(f"{library} is not installed", file=sys.stderr)
+            print(f"skipped {library}: it is not installed", file=sys.stderr)
             continue
         for entry in LIBRARIES[library]():
             if arguments.only in entry.name:
@@ -218,8 +220,9 @@ def main() -> None:
         largest = max(rows, key=lambda row: row.nodes)
         slowest = max(rows, key=lambda row: row.seconds)
         agree = sum(row.verified == "yes" for row in rows)
-        print(f"\n{agree} of {len(rows)} verified. The largest, {largest.name} ({largest.nodes} nodes), took")
-        print(f"{largest.seconds:.2f} s to convert; the longest conversion {slowest.seconds:.2f} s ({slowest.name}).")
+        print(f"\n{agree} of {len(rows)} verified.")
+        print(f"Largest model: {largest.name}, {largest.nodes} nodes, converted in {largest.seconds:.2f} s.")
+        print(f"Slowest conversion: {slowest.name}, {slowest.seconds:.2f} s.")
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""Time several sides of one case in turns, in a process of its own, under the C library's malloc as it is or tuned."""
+"""Time alternating implementations in a fresh process, with default or tuned malloc settings."""
 
 from __future__ import annotations
 
@@ -17,16 +17,16 @@ MALLOC: dict[str, dict[str, str]] = {
     "default": {},
     "tuned": {"MALLOC_MMAP_THRESHOLD_": str(2**30), "MALLOC_TRIM_THRESHOLD_": str(2**31 - 1)},
 }
-"""Environments: malloc as it is, and as `snnfx.tune_allocator()` sets it: freed blocks stay in the process."""
+"""Environment variables: default settings, and those of `snnfx.tune_allocator()`, which keep freed blocks."""
 
 
 def alternate(sides: dict[str, Callable[[], Any]], seconds: float, least: int = 5) -> dict[str, float]:
-    """Median milliseconds of a call of each side.
+    """Median milliseconds of a call of each implementation.
 
     Args:
-        sides: what to call; they take turns, and every other round goes the other way round.
-        seconds: rounds are added until this time is over.
-        least: rounds at least, after two that do not count.
+        sides: functions to time. They alternate, in reverse order in every other round.
+        seconds: minimum total time.
+        least: minimum number of rounds, after two warm-up rounds.
     """
     times: dict[str, list[float]] = {name: [] for name in sides}
     begin, rounds = time.perf_counter(), -2
@@ -43,8 +43,8 @@ def alternate(sides: dict[str, Callable[[], Any]], seconds: float, least: int = 
 
 @contextlib.contextmanager
 def fresh_process(malloc: str) -> Iterator[Callable[..., Any]]:
-    """A function that calls another one in a new process; what it is given and returns has to pickle."""
-    kept = dict(os.environ)
+    """Yield a function that calls another one in a new process; arguments and results must be picklable."""
+    saved = dict(os.environ)
     os.environ.update(MALLOC[malloc])
     context = multiprocessing.get_context("spawn")
     try:
@@ -53,4 +53,4 @@ def fresh_process(malloc: str) -> Iterator[Callable[..., Any]]:
     finally:
         for key in MALLOC[malloc]:
             os.environ.pop(key, None)
-        os.environ.update(kept)
+        os.environ.update(saved)

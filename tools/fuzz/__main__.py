@@ -1,4 +1,4 @@
-"""`python tools/fuzz`: convert random models and compare them with a plain loop, see `fuzz.py`."""
+"""`python tools/fuzz`: compare converted random models with stepping them, see `fuzz.py`."""
 
 from __future__ import annotations
 

@@ -1,8 +1,8 @@
-"""Fuzz snnfx: random single-step models, converted and compared with stepping them in a plain loop, in float64.
+"""Fuzz snnfx: convert random single-step models and compare them with a Python loop over time, in float64.
 
     python tools/fuzz --n 10000 --seed 0 --jobs 2 --out build/fuzz
 
-Prints how many models went how, and writes for each failure a script that shows it, made as small as it gets.
+Prints the outcomes by kind and, for each failure, writes a script that reproduces it with a model as small as possible.
 """
 
 from __future__ import annotations
@@ -38,15 +38,22 @@ from snnfx.errors import CaptureError, InputError  # noqa: E402
 
 __all__ = ["Outcome", "fuzz_one", "main", "reproducer", "run_check", "shrink"]
 
-SHARE_OF_KERNELS = 25
-"""One of this many models is run with generated kernels."""
+KERNEL_INTERVAL = 25
+"""One in this many models runs with generated kernels."""
 
 _RANDOM = re.compile(r"Dropout\w*\(0\.3\)|0\.3, self\.training")
 
 
 @dataclass(frozen=True)
 class Outcome:
-    """How one check of one model went: "ok", "skipped", "refused", "mismatch" or "crash", and the detail."""
+    """The outcome of one check of one model.
+
+    Args:
+        kind: "ok", "skipped", "refused", "mismatch", "rounding" or "crash".
+        check: the name of the check.
+        detail: error code or exception type; outcomes with the same detail count as the same failure.
+        text: the message or traceback.
+    """
 
     kind: str
     check: str
@@ -57,13 +64,13 @@ class Outcome:
     def failed(self) -> bool:
         return self.kind in ("mismatch", "crash")
 
-    def is_like(self, other: Outcome) -> bool:
+    def is_same_failure(self, other: Outcome) -> bool:
         return (self.kind, self.check, self.detail) == (other.kind, other.check, other.detail)
 
 
 @dataclass
 class Result:
-    """What came of one seed."""
+    """The outcomes of the checks of one seed."""
 
     seed: int
     outcomes: list[Outcome] = field(default_factory=list)
@@ -73,27 +80,27 @@ class Result:
 
 
 def setting_of(case: Case, examples: bool) -> Setting:
-    """How the checks run a case."""
+    """The setting in which the checks run a case."""
     is_random = bool(_RANDOM.search(case.source()))
-    lower = case.seed % SHARE_OF_KERNELS == 0
+    lower = case.seed % KERNEL_INTERVAL == 0
     return Setting(tuple(case.shapes), tuple(case.invariant), case.T, case.seed, examples, is_random, lower)
 
 
 def run_check(case: Case, check: str, examples: bool, model: nn.Module | None = None) -> Outcome:
-    """Run one check of a case and say how it went; checks of one `model` share its nets."""
+    """Run one check of a case; checks of the same `model` share its converted nets."""
     try:
         model = build(case) if model is None else model
-    except Exception as error:  # the source of a case may be anything while it is shrunk
+    except Exception as error:  # shrinking may produce code that does not run
         return Outcome("skipped", check, type(error).__name__, str(error))
     try:
         check_model(model, setting_of(case, examples), check)
     except Refused as refusal:
         return Outcome("refused", check, refusal.code, str(refusal))
-    except CaptureError as refusal:  # of a state that shows only when it is stepped
+    except CaptureError as refusal:  # the state appears only when the net runs
         return Outcome("refused", check, f"{refusal.code} at the call", str(refusal))
-    except InputError as refusal:  # a state whose shape is known when it is stepped
+    except InputError as refusal:  # the shape of the state is known only when the net runs
         if refusal.code != "SNNFX313" or "changes its shape" not in str(refusal):
-            return Outcome("crash", check, _place(refusal), traceback.format_exc())
+            return Outcome("crash", check, _location(refusal), traceback.format_exc())
         return Outcome("refused", check, f"{refusal.code} at the call", str(refusal))
     except Inapplicable as reason:
         return Outcome("skipped", check, "inapplicable", str(reason))
@@ -101,12 +108,12 @@ def run_check(case: Case, check: str, examples: bool, model: nn.Module | None = 
         text = str(difference)
         return Outcome("mismatch", check, re.split(r"[\[:(]", text)[0], text)
     except Exception as error:
-        return Outcome("crash", check, _place(error), traceback.format_exc())
+        return Outcome("crash", check, _location(error), traceback.format_exc())
     return Outcome("ok", check)
 
 
-def _place(error: Exception) -> str:
-    """The type of an error and the innermost line of snnfx it went through."""
+def _location(error: Exception) -> str:
+    """The type of an error and the innermost frame of snnfx in its traceback."""
     frames = traceback.extract_tb(error.__traceback__)
     frames = [f for f in frames if "/snnfx/" in f.filename or "/passes/" in f.filename]  # type: ignore[assignment]
     where = f"{Path(frames[-1].filename).name}:{frames[-1].name}" if frames else ""
@@ -114,7 +121,7 @@ def _place(error: Exception) -> str:
 
 
 def fuzz_one(seed: int, extra_checks: int = 2, shrink_seconds: float = 20.0, only: str = "") -> Result:
-    """Make the model of a seed, run the checks, and shrink the first failure."""
+    """Build the model of a seed, run the checks, and shrink the first failure."""
     start = time.perf_counter()
     result = Result(seed)
     case = random_case(seed)
@@ -129,10 +136,11 @@ def fuzz_one(seed: int, extra_checks: int = 2, shrink_seconds: float = 20.0, onl
     model = build(case, namespace)
     for check in [only] if only else checks:
         outcome = run_check(case, check, examples, model)
-        examples = examples or outcome.detail.startswith("SNNFX202")  # the other checks then have something to do
+        examples = examples or outcome.detail.startswith("SNNFX202")  # then the other checks can run
         if outcome.failed:
-            alone = run_check(case, check, examples)
-            if outcome.kind == "mismatch" and alone.failed and not _fails_with_other_numbers(case, outcome, examples):
+            on_fresh_model = run_check(case, check, examples)
+            is_mismatch = outcome.kind == "mismatch" and on_fresh_model.failed
+            if is_mismatch and not _fails_with_other_numbers(case, outcome, examples):
                 outcome = Outcome("rounding", check, outcome.detail, outcome.text)
             elif shrink_seconds:
                 case = shrink(case, outcome, examples, shrink_seconds)
@@ -147,13 +155,13 @@ def fuzz_one(seed: int, extra_checks: int = 2, shrink_seconds: float = 20.0, onl
 
 
 def _fails_with_other_numbers(case: Case, outcome: Outcome, examples: bool) -> bool:
-    """Whether a difference is more than a potential that rounding moved across its threshold."""
+    """Whether the check also fails with other random numbers, so that rounding at a threshold is not the cause."""
     others = (dataclasses.replace(case.copy(), seed=case.seed + shift) for shift in (10**8, 2 * 10**8, 3 * 10**8))
     return any(run_check(other, outcome.check, examples).failed for other in others)
 
 
 def shrink(case: Case, outcome: Outcome, examples: bool, seconds: float) -> Case:
-    """Leave out parts of a case as long as it fails in the same way."""
+    """Remove parts of a case while it still fails in the same way."""
     deadline = time.perf_counter() + seconds
     changed = True
     while changed and time.perf_counter() < deadline:
@@ -161,14 +169,14 @@ def shrink(case: Case, outcome: Outcome, examples: bool, seconds: float) -> Case
         for smaller in smaller_cases(case):
             if time.perf_counter() > deadline:
                 break
-            if run_check(smaller, outcome.check, examples).is_like(outcome):
+            if run_check(smaller, outcome.check, examples).is_same_failure(outcome):
                 case, changed = smaller, True
                 break
     return case
 
 
 def reproducer(case: Case, outcome: Outcome, examples: bool) -> str:
-    """A script that shows a failure, with nothing but snnfx installed."""
+    """A script that reproduces a failure and needs only snnfx."""
     setting = setting_of(case, examples)
     main = f"""
 if __name__ == "__main__":
@@ -183,7 +191,7 @@ if __name__ == "__main__":
 
 
 def _prepare_worker() -> None:
-    import torch._dynamo  # takes seconds: before the workers are forked
+    import torch._dynamo  # takes seconds to import, so do it before the fork
 
     torch.set_num_threads(1)
     logging.disable(logging.ERROR)
@@ -199,14 +207,14 @@ def _results(arguments: argparse.Namespace) -> Iterator[Result]:
     if arguments.jobs == 1:
         yield from map(work, seeds)
         return
-    # Forked workers share what has been imported; torch has started no threads yet.
+    # Forked workers share the imported modules; forking is safe because torch has not started threads yet.
     context = multiprocessing.get_context("fork" if "fork" in multiprocessing.get_all_start_methods() else None)
     with context.Pool(arguments.jobs, _prepare_worker, maxtasksperchild=1000) as pool:
         yield from pool.imap_unordered(work, seeds, chunksize=10)
 
 
 class Tally:
-    """Counts of what came of all models."""
+    """Counts of the outcomes of all models."""
 
     def __init__(self, folder: Path | None) -> None:
         self.folder = folder
@@ -244,7 +252,7 @@ class Tally:
     def __str__(self) -> str:
         seconds = time.perf_counter() - self.start
         count = sum(self.models.values())
-        lines = [f"{count} models in {seconds:.0f} s: {count / seconds:.1f} a second"]
+        lines = [f"{count} models in {seconds:.0f} s: {count / seconds:.1f} per second"]
         for what, counts in (("models", self.models), ("checks", self.checks), ("regions", self.regions)):
             lines.append(f"{what}: {_listed(counts)}")
         for code, reasons in sorted(self.refusals.items()):
@@ -260,15 +268,21 @@ def _listed(counts: Counter[str]) -> str:
 
 
 def main(argv: list[str] | None = None) -> int:
-    """The command line; 1 if anything failed."""
+    """Run the command line; return 1 if a check failed."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--n", type=int, default=1000, help="number of models")
-    parser.add_argument("--seed", type=int, default=0, help="the first seed")
-    parser.add_argument("--jobs", type=int, default=1, help="number of processes")
-    parser.add_argument("--extra", type=int, default=2, help="further checks of each model, besides the first three")
-    parser.add_argument("--check", default="", choices=["", *CHECKS], help="run this check alone")
-    parser.add_argument("--shrink", type=float, default=20.0, help="seconds to make a failing model smaller")
-    parser.add_argument("--out", type=Path, default=None, help="where the scripts that reproduce failures go")
+    parser.add_argument("--n", type=int, default=1000, help="number of models (default: 1000)")
+    parser.add_argument("--seed", type=int, default=0, help="first seed (default: 0)")
+    parser.add_argument("--jobs", type=int, default=1, help="number of processes (default: 1)")
+    parser.add_argument(
+        "--extra", type=int, default=2, help="random checks per model, besides train, eval and fold (default: 2)"
+    )
+    parser.add_argument(
+        "--check", default="", choices=["", *CHECKS], metavar="CHECK", help=f"run only this check: {', '.join(CHECKS)}"
+    )
+    parser.add_argument(
+        "--shrink", type=float, default=20.0, help="seconds to spend on shrinking a failing model (default: 20)"
+    )
+    parser.add_argument("--out", type=Path, default=None, help="folder for the scripts that reproduce failures")
     arguments = parser.parse_args(argv)
     tally = Tally(arguments.out)
     shown = time.perf_counter()

@@ -1,7 +1,7 @@
-"""What a converted net has to do like the model it came from; the reference is a plain loop over the model.
+"""Checks that a converted net matches its model; the reference is a Python loop that steps the model.
 
-`check_model` runs the checks by name on fresh copies of one model. It raises `Refused` where snnfx refuses the model,
-`Mismatch` where something differs, and lets everything else through. A reproducer holds this file as it is.
+`check_model` runs one check, by name, on a fresh copy of a model. It raises `Refused` if snnfx refuses the model and
+`Mismatch` if a result differs; any other exception is a crash. Reproducer scripts contain a copy of this file.
 """
 
 from __future__ import annotations
@@ -30,14 +30,14 @@ from snnfx.memory.checkpoint_option import plan_checkpoint
 from snnfx.memory.memory_model import NotPredictable
 
 CHECKS = "train eval fold checkpoint split chunk single batch effects again passes time_dim carry record invariant_off".split()
-"""The names of the checks; the first three compare outputs, gradients and final state, the others are relations."""
+"""Names of the checks. The first three compare outputs, gradients and state; the others are metamorphic relations."""
 
 REGIONS_SEEN: collections.Counter[str] = collections.Counter()
-"""How many regions of each kind were made, for the coverage that `fuzz.py` prints."""
+"""Number of regions by kind, which `fuzz.py` prints as coverage."""
 
 
 class Mismatch(AssertionError):
-    """The net does something else than the model."""
+    """The net and the model differ."""
 
 
 class Refused(Exception):
@@ -49,14 +49,21 @@ class Refused(Exception):
 
 
 class Inapplicable(Exception):
-    """The plain model itself cannot be run like this."""
+    """The check does not apply, e.g. because stepping the model fails as well."""
 
 
 @dataclass(frozen=True)
 class Setting:
-    """How a model is run: `shapes` of one step of each input, which inputs never change, T, and the options.
+    """How to run a model.
 
-    Kernels take most of a second each to build, so that `lower` is for a share of the models.
+    Args:
+        shapes: the shape of one step of each input.
+        invariant: for each input, whether it is the same at every step.
+        T: number of time steps.
+        seed: for the inputs.
+        examples: whether to convert with example inputs.
+        random: whether the model draws random numbers in training.
+        lower: whether to generate kernels, which take most of a second each to build.
     """
 
     shapes: tuple[tuple[int, ...], ...]
@@ -100,58 +107,60 @@ def to_net(model: nn.Module, s: Setting, **options: Any) -> Any:
     return net
 
 
-_MADE: weakref.WeakKeyDictionary[nn.Module, dict[Any, Any]] = weakref.WeakKeyDictionary()
-"""What the checks of one model share: its nets, and what it does in a plain loop."""
+_CACHE: weakref.WeakKeyDictionary[nn.Module, dict[Any, Any]] = weakref.WeakKeyDictionary()
+"""Cache of the nets and the reference results that the checks of a model share."""
 
 
-def made(model: nn.Module) -> dict[Any, Any]:
-    return _MADE.setdefault(model, {})
+def cache_of(model: nn.Module) -> dict[Any, Any]:
+    return _CACHE.setdefault(model, {})
 
 
 def shared_net(model: nn.Module, s: Setting, training: bool, batch_norm: str = "fold") -> Any:
-    """A net of a clone of the model, converted once for all checks; its buffers are those of the model again."""
+    """The net of a clone of the model, converted once for all checks, with its buffers reset to the model's."""
     key = ("net", s.examples, batch_norm)
-    if key not in made(model):
-        made(model)[key] = to_net(clone_of(model, bool(s.seed % 2)), s, batch_norm=batch_norm)
-    net = made(model)[key].train(training)
+    if key not in cache_of(model):
+        cache_of(model)[key] = to_net(clone_of(model, bool(s.seed % 2)), s, batch_norm=batch_norm)
+    net = cache_of(model)[key].train(training)
     for name, buffer in net.source.named_buffers():
         buffer.copy_(model.get_buffer(name))
     return net
 
 
 def with_options(net: Any, **options: Any) -> Any:
-    """The same programs with other options that no pass looks at."""
+    """The same programs with other options, which no pass may depend on."""
     return snnfx.Net(net.source, net.programs, replace(net.options, **options), net.history, net._replan)
 
 
 def step_plain(model: nn.Module, s: Setting, sequences: Sequence[Tensor]) -> list[Any]:
     try:
         return [model(*s.step(sequences, t)) for t in range(s.T)]
-    except Exception as error:  # what a random model raises when it is stepped is its own business
+    except Exception as error:  # a random model may raise anything
         raise Inapplicable(f"{type(error).__name__}: {error}") from error
 
 
 def stacked(steps: list[Any]) -> Any:
     flat = [pytree.tree_flatten(y) for y in steps]
     if any(spec != flat[0][1] for _, spec in flat):
-        raise Inapplicable("the outputs change their nesting")
+        raise Inapplicable("the structure of the outputs changes over time")
     leaves = list(zip(*(leaves for leaves, _ in flat), strict=True))
     for y in leaves:
         if any(not isinstance(v, Tensor) or v.shape != y[0].shape for v in y):
-            raise Inapplicable("the outputs change their shape")
+            raise Inapplicable("the shape of an output changes over time")
     return pytree.tree_unflatten([torch.stack(y) for y in leaves], flat[0][1])
 
 
 def same(what: str, actual: Any, expected: Any) -> None:
-    """Raise unless two nests of tensors and numbers are equal."""
+    """Raise `Mismatch` unless two pytrees of tensors and numbers are equal."""
     a, spec_a = pytree.tree_flatten(actual, is_leaf=lambda v: v is None)
     b, spec_b = pytree.tree_flatten(expected, is_leaf=lambda v: v is None)
     if spec_a != spec_b:
-        raise Mismatch(f"{what}: nested as {spec_a}, expected {spec_b}")
+        raise Mismatch(f"{what}: structure {spec_a}, expected {spec_b}")
     for index, (x, y) in enumerate(zip(a, b, strict=True)):
         if x is None or y is None:
             if not (x is None or not x.any()) or not (y is None or not y.any()):
-                raise Mismatch(f"{what}[{index}]: {'no' if x is None else 'a'} value, expected the contrary")
+                raise Mismatch(
+                    f"{what}[{index}]: " + ("None, expected a value" if x is None else "a value, expected None")
+                )
             continue
         if isinstance(x, Tensor) and isinstance(y, Tensor) and x.shape != y.shape:
             raise Mismatch(f"{what}[{index}]: shape {list(x.shape)}, expected {list(y.shape)}")
@@ -190,7 +199,7 @@ def clone_of(model: nn.Module, training: bool) -> nn.Module:
 
 
 def compare_everything(model: nn.Module, s: Setting, training: bool, **options: Any) -> None:
-    """Outputs, gradients, buffers and final state against the loop, statistics of BatchNorm per step."""
+    """Compare outputs, gradients, buffers and final state with stepping the model."""
     plain = clone_of(model, training)
     given = [x.requires_grad_() for x in s.sequences()]
     expected = stacked(step_plain(plain, s, given))
@@ -222,7 +231,7 @@ def check_eval(model: nn.Module, s: Setting) -> None:
 
 
 def check_fold(model: nn.Module, s: Setting) -> None:
-    """Statistics of BatchNorm over T*N, against the layer-by-layer oracle."""
+    """Compare with the layer-by-layer oracle, with BatchNorm statistics over T*N."""
     step_plain(clone_of(model, True), s, s.sequences())
     net = shared_net(model, s, True)
     try:
@@ -233,7 +242,7 @@ def check_fold(model: nn.Module, s: Setting) -> None:
 
 
 def check_checkpoint(model: nn.Module, s: Setting) -> None:
-    """Computing parts again in backward changes nothing, however it is planned and cut."""
+    """Recomputation in the backward pass changes nothing, for any plan and any tile size."""
     r = random.Random(s.seed)
     training, batch_norm = r.random() < 0.7, r.choice(("fold", "per_step"))
     net = shared_net(model, s, training, batch_norm)
@@ -269,7 +278,7 @@ def check_checkpoint(model: nn.Module, s: Setting) -> None:
 
 
 def any_plan(net: Any, r: random.Random, T: int, leaves: Sequence[Tensor], state: Any) -> RecomputePlan:
-    """A plan in which each tile is at any of the levels that it can be at."""
+    """A plan with a random level for each tile."""
     try:
         plans = planner.TrainingPlanner(net._executable, T, leaves, state)
     except NotPredictable:
@@ -278,13 +287,13 @@ def any_plan(net: Any, r: random.Random, T: int, leaves: Sequence[Tensor], state
 
 
 def reference(model: nn.Module, s: Setting, **more: Any) -> tuple[Any, nn.Module]:
-    """Outputs of stepping a copy of the model in evaluation mode, and the copy as it is then."""
+    """The outputs of stepping a copy of the model in evaluation mode, and the copy."""
     key = ("reference", *more)
-    if key not in made(model):
+    if key not in cache_of(model):
         plain = clone_of(model, False)
         with torch.no_grad():
-            made(model)[key] = stacked(step_plain(plain, s, s.sequences(**more))), plain
-    expected, plain = made(model)[key]
+            cache_of(model)[key] = stacked(step_plain(plain, s, s.sequences(**more))), plain
+    expected, plain = cache_of(model)[key]
     return expected, plain
 
 
@@ -317,7 +326,7 @@ def check_single(model: nn.Module, s: Setting) -> None:
 
 
 def check_batch(model: nn.Module, s: Setting) -> None:
-    """A larger batch than that of the example."""
+    """A batch larger than the example's gives the right result, or SNNFX312."""
     expected, _ = reference(model, s, larger_batch=True)
     net = shared_net(model, s, False)
     try:
@@ -371,7 +380,7 @@ def check_again(model: nn.Module, s: Setting) -> None:
     net = shared_net(model, s, False)
     other, shared = to_net(clone_of(model, False), s), net.source
     if plan_of(net) != plan_of(other) or snnfx.convert(net) is not net:
-        raise Mismatch("converting again gives another plan")
+        raise Mismatch("a second conversion gives different regions")
     others = [copy.deepcopy(net)]
     try:
         pickle.dumps(shared)
@@ -381,12 +390,13 @@ def check_again(model: nn.Module, s: Setting) -> None:
         others.append(pickle.loads(pickle.dumps(net)))
     for clone in others:
         if plan_of(clone) != plan_of(net):
-            raise Mismatch("a copy has another plan")
+            raise Mismatch("a copy has different regions")
         same("a copy", clone(*s.sequences(), **s.extra), expected)
 
 
 def check_passes(model: nn.Module, s: Setting) -> None:
-    """Legal orders of passes agree."""
+    """Different legal orders of the passes give the same outputs."""
+    from snnfx.capture.capture import capture
     from snnfx.convert import _convert_for_shapes, pipeline
     from snnfx.ir.pass_manager import PassManager
 
@@ -394,7 +404,7 @@ def check_passes(model: nn.Module, s: Setting) -> None:
     net = shared_net(model, s, False)
     shared = net.source
     example = s.step(s.sequences(), 0) if s.examples else None
-    captured = snnfx.capture.capture.capture(shared, example, training=False)
+    captured = capture(shared, example, training=False)
     for order in ((0, 0, 1, 1, 2), (0, 2), (0, 1, 0, 1, 2, 2)):
         program = captured.copy()
         passes = [p for p in pipeline(program, net.options) if p.name in ("normalize", "remove_dead_code", "partition")]
@@ -410,7 +420,7 @@ def check_time_dim(model: nn.Module, s: Setting) -> None:
         or any(not shape for shape in s.shapes)
         or any(y.dim() < 2 for y in pytree.tree_leaves(expected))
     ):
-        raise Inapplicable("no dimension to move time to")
+        raise Inapplicable("time cannot be moved to dim 1")
     net = to_net(clone_of(model, False), s, time_dim=1)
     moved = [x.movedim(0, 1) for x in s.sequences()]
     same("time in dim 1", pytree.tree_map(lambda y: y.movedim(1, 0), net(*moved)), expected)
@@ -419,7 +429,7 @@ def check_time_dim(model: nn.Module, s: Setting) -> None:
 def check_carry(model: nn.Module, s: Setting) -> None:
     expected, _ = reference(model, s)
     if s.T < 2 or s.extra:
-        raise Inapplicable("nothing to carry")
+        raise Inapplicable("the check needs two or more steps and an input that varies")
     net = with_options(shared_net(model, s, False), carry_state=True)
     for _ in range(2):
         parts = [net(*s.part(s.sequences(), 0, 1)), net(*s.part(s.sequences(), 1, s.T))]
@@ -432,7 +442,7 @@ def check_record(model: nn.Module, s: Setting) -> None:
     net = shared_net(model, s, False)
     names = [slot.name for slot in net.program.slots]
     if not names or net.program.first_step is not None:
-        raise Inapplicable("no state to record")
+        raise Inapplicable("there is no state to record")
     values = []
     for t in range(s.T):
         try:
@@ -446,9 +456,9 @@ def check_record(model: nn.Module, s: Setting) -> None:
 
 
 def check_invariant_off(model: nn.Module, s: Setting) -> None:
-    """Hoisting changes nothing: inputs that never change, given as sequences."""
+    """Passing time-invariant inputs as sequences, without hoisting, gives the same outputs."""
     if not any(s.invariant):
-        raise Inapplicable("every input varies")
+        raise Inapplicable("every input varies over time")
     expected, _ = reference(model, s)
     sequences = [x.expand(s.T, *x.shape) if i else x for x, i in zip(s.sequences(), s.invariant, strict=True)]
     net = to_net(clone_of(model, False), s, time_dim=0)

@@ -1,7 +1,7 @@
-"""Random single-step models as Python source, from a seed.
+"""Generate random single-step models as Python source, from a seed.
 
-A `Case` is a list of classes, each with its `__init__` and `forward` as lines of text, so that it can be printed as a
-script and taken apart while it is shrunk. It is grown by trying: a statement is kept if it runs on real values.
+A `Case` is a list of classes whose `__init__` and `forward` are lines of text, so that it can be printed as a script
+and shrunk line by line. It grows by trial: a random statement is kept if it runs on example values.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ _SPIKINGJELLY_IMPORTS = """\
 from spikingjelly.activation_based import layer as sj_layer
 from spikingjelly.activation_based import neuron as sj_neuron
 """
-_LARGEST = 600  # elements of a value: small models find the same bugs
+_MOST_ELEMENTS = 600  # of a value: small models find the same bugs
 
 
 @dataclass
@@ -48,10 +48,11 @@ class Body:
 
 @dataclass
 class Case:
-    """A model and how it is run; the last of `bodies` is the model.
+    """A model and its inputs; the last of `bodies` is the model.
 
     Args:
-        seed: what it was made from.
+        seed: the seed that it was generated from.
+        bodies: the classes.
         shapes: the shape of one step of each input.
         invariant: for each input, whether it is the same at every step.
         T: number of time steps.
@@ -95,7 +96,7 @@ def namespace_of(case: Case, seed_name: str = "fuzzed") -> dict[str, Any]:
 
 
 def build(case: Case, namespace: dict[str, Any] | None = None) -> nn.Module:
-    """The model of a case, in float64, its weights from the seed of the case."""
+    """Build the model of a case in float64, with weights drawn from the seed of the case."""
     namespace = namespace_of(case) if namespace is None else namespace
     torch.manual_seed(case.seed)
     model = namespace[case.root.name]().double()
@@ -104,7 +105,7 @@ def build(case: Case, namespace: dict[str, Any] | None = None) -> nn.Module:
 
 
 class _Scope:
-    """Grows the body of one class on real values."""
+    """Grow the body of one class by running statements on example values."""
 
     def __init__(self, r: random.Random, namespace: dict[str, Any], body: Body, values: dict[str, Any]) -> None:
         self.r, self.body = r, body
@@ -119,17 +120,17 @@ class _Scope:
         return self.env[name]
 
     def pick(self) -> str:
-        """A value, more often a recent one."""
+        """Pick a value, preferring recent ones."""
         recent = self.names[-3:]
         return self.r.choice(recent if self.r.random() < 0.65 else self.names)
 
     def fill(self, template: str, v: str, w: str) -> tuple[str, list[str]]:
-        """The template with values, dimensions and numbers put in, and the attributes that it needs."""
+        """Fill a template with values, dimensions and numbers; also return the attributes that it needs."""
         r, shape = self.r, tuple(self.value(v).shape)
         rank = len(shape)
         sizes = {"n0": shape[0] if shape else 1, "n1": shape[1] if rank > 1 else 1, "nl": shape[-1] if shape else 1}
         k = r.choice([1, 2, 3, 4])
-        # Mostly not the batch: reductions over everything leave little to go on with.
+        # Mostly not the batch dimension, because few statements can follow a reduction over everything.
         dims = [*range(1, rank), *range(1, rank), *range(-rank, rank)] or [0]
         numbers: dict[str, Any] = {
             **sizes,
@@ -162,7 +163,7 @@ class _Scope:
         return text.replace("{v}", v).replace("{w}", w).replace("{t}", f"v{self.counter}"), init
 
     def attempt(self, text: str, init: list[str]) -> bool:
-        """Run a statement; keep it if it gives values that a model could go on with."""
+        """Run a statement and keep it if its results are finite and not too large."""
         before = dict(self.owner.__dict__["_modules"])
         env = {**self.env}
         try:
@@ -170,11 +171,11 @@ class _Scope:
                 exec(line, self.namespace, {"self": self.owner})
             self.owner.double()
             exec(text, {**self.namespace, "self": self.owner}, env)
-        except Exception:  # whatever a random statement raises, it is not taken
+        except Exception:  # a random statement may raise anything; then it is dropped
             self.owner.__dict__["_modules"] = before
             return False
         new = {n: x for n, x in env.items() if n not in self.env and isinstance(x, Tensor)}
-        usable = all(x.numel() <= _LARGEST and 0 not in x.shape for x in new.values())
+        usable = all(x.numel() <= _MOST_ELEMENTS and 0 not in x.shape for x in new.values())
         if not usable or not all(bool(torch.isfinite(x.double()).all()) for x in new.values()):
             return False
         self.env.update({n: x for n, x in env.items() if n not in ("self", "B", "C", "n", "c", "rest", "i", "_", "x_")})
@@ -184,7 +185,7 @@ class _Scope:
         return True
 
     def step(self, modules: list[str]) -> bool:
-        """Try one random statement."""
+        """Try one random statement; return whether it was kept."""
         v, w, kind = self.pick(), self.pick(), self.r.random()
         shared = [layer for layer, shape in self.layers if shape == self.value(v).shape]
         if kind < 0.07 and shared:
@@ -220,7 +221,7 @@ class _Scope:
 
 
 def _recurrent(r: random.Random, namespace: dict[str, Any], name: str, x: Tensor, modules: list[str]) -> Body:
-    """A module with state: registered or not, with an initial value of any kind, used before or after it is written."""
+    """A module with state: registered or not, with any kind of initial value, read before or after it is written."""
     declared = r.random() < 0.75
     body = Body(name, "snnfx.MemoryModule" if declared else "nn.Module", ["x"])
     scope = _Scope(r, namespace, body, {"x": x})
@@ -253,7 +254,7 @@ def _recurrent(r: random.Random, namespace: dict[str, Any], name: str, x: Tensor
         body.statements.append(text)
     scope.owner.h = torch.zeros_like(like) + 0.2
     scope.env["self.h"] = scope.owner.h
-    # A state that starts as a number has no shape until it met a tensor.
+    # A state that starts as a number gets its shape from the first tensor that it is combined with.
     start = f"h0 = {shaped} + self.h" if initial != "None" or r.random() < 0.6 else "h0 = self.h * 1"
     if not scope.attempt(start, []):
         raise _Misfit
@@ -278,11 +279,11 @@ def _recurrent(r: random.Random, namespace: dict[str, Any], name: str, x: Tensor
 
 
 class _Misfit(Exception):
-    """The random choices so far lead nowhere."""
+    """The random choices so far cannot be completed to a model."""
 
 
-def _nest(r: random.Random, names: list[str]) -> str:
-    """A random nest of outputs."""
+def _output_structure(r: random.Random, names: list[str]) -> str:
+    """A random pytree of outputs."""
     forms = [
         "{0}",
         "{0}",
@@ -310,11 +311,11 @@ def _input_shapes(r: random.Random) -> list[tuple[int, ...]]:
 
 
 def random_case(seed: int, size: int = 7) -> Case | None:
-    """The case of a seed, or None where the random choices lead nowhere.
+    """Generate the case of a seed, or None if the random choices cannot be completed to a model.
 
     Args:
         seed: any integer.
-        size: about how many statements the model has.
+        size: approximate number of statements.
     """
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
@@ -368,7 +369,7 @@ def _random_case(r: random.Random, seed: int, size: int) -> Case:
     scope.grow(r.randint(1, size), modules)
     if len(scope.names) == len(names):
         raise _Misfit
-    root.result = _nest(r, [n for n in scope.names if n not in names] or names)
+    root.result = _output_structure(r, [n for n in scope.names if n not in names] or names)
     used = "\n".join(map(str, [root, *bodies]))
     kept = [b for b in bodies if re.search(rf"\b{b.name}\(\)", used)]
     return dataclasses.replace(
@@ -377,7 +378,7 @@ def _random_case(r: random.Random, seed: int, size: int) -> Case:
 
 
 def _pruned(case: Case) -> Iterator[Case]:
-    """The case without what its output does not need, as far as names tell."""
+    """The case without statements whose names its output does not use."""
     smaller = case.copy()
     for body in reversed(smaller.bodies):
         text, kept = body.result, []
@@ -398,7 +399,7 @@ def _pruned(case: Case) -> Iterator[Case]:
 
 
 def smaller_cases(case: Case) -> Iterator[Case]:
-    """Cases with a statement, an attribute, a class or a part of the output less; some may not run."""
+    """Cases that lack one statement, attribute, class, input, time step or part of the output; some may not run."""
     yield from _pruned(case)
     for b, body in enumerate(case.bodies):
         for name in re.findall(r"\bv\d+\w?\b|\bw\d\b|\bh0\b|\bself\.h\b", body.result):

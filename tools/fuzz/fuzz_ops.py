@@ -1,9 +1,9 @@
-"""What random step models are made of: templates of expressions, statements, layers, neurons, and helper classes.
+"""Building blocks of random models: templates of expressions, statements, layers, neurons, and helper classes.
 
-In a template `{v}` and `{w}` stand for values of the model, `{t}` for the name of a new one, `{d}` and `{e}` for
+In a template, `{v}` and `{w}` stand for values of the model, `{t}` for the name of a new one, `{d}` and `{e}` for
 dimensions of `{v}`, `{n0}`, `{n1}`, `{nl}` for its first, second and last size, `{k}` for a small integer, `{f}` for a
-number, `{s}` for its shape without the first dimension. The generator tries a template on values and keeps it if it
-runs, so that a template need not fit every value.
+number, `{s}` for its shape without the first dimension. The generator keeps a template only if it runs on example
+values, so a template need not fit every value.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ class Spike(torch.autograd.Function):
 """
 
 HELPERS: dict[str, str] = {
-    # Modules that torch.fx cannot follow: they have to be stepped as they are.
+    # Modules that torch.fx cannot trace, which therefore stay opaque.
     "DataDependent": """\
 class DataDependent(nn.Module):
     def forward(self, x):
@@ -307,4 +307,4 @@ EXPRESSIONS: list[tuple[int, list[str]]] = [
     (3, _split(_PARAMETERS)),
     (2, _STATEMENTS),
 ]
-"""Weight and templates of the kinds of statements that call no module."""
+"""Weights and templates of the statements that call no module, by kind."""
