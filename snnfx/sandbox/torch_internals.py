@@ -159,7 +159,9 @@ def intercepted_apply(wants: Wants, replacement: Replacement) -> Iterator[None]:
 
 
 _HAS_PYTHON_APPLY = isinstance(vars(Function)["apply"], classmethod)
-"""True up to torch 2.14. From 2.15, `apply` is implemented in C++ and looks `forward` up on the class."""
+"""False in torch 2.15, where C++ implements `apply` and looks `forward` up on the class."""
+
+_NO_SETUP_CONTEXT = Function.setup_context
 
 
 @contextlib.contextmanager
@@ -206,8 +208,8 @@ def _lookup_of_forward(wants: Wants, replacement: Replacement) -> Iterator[None]
     metaclass: Any = type(Function)
     outer = vars(metaclass).get("__getattribute__")
     thread = threading.get_ident()
-    applied: type[Function] | None = None  # the class whose `apply` looks up `forward` next
-    replaced: type[Function] | None = None  # the class whose `apply` looks up `setup_context` next, to no effect
+    applied: Any = None  # the class whose `apply` looks up `forward` next
+    replaced: Any = None  # the class whose `apply` looks up `setup_context` next, to no effect
     has_grad = True
 
     def get(cls: Any, name: str) -> Any:
@@ -227,7 +229,7 @@ def _lookup_of_forward(wants: Wants, replacement: Replacement) -> Iterator[None]
 
     def forward(cls: type[Function], original: Callable[..., Any], has_grad: bool, *args: Any) -> Any:
         nonlocal replaced
-        has_context = type.__getattribute__(cls, "setup_context") is Function.__base__.setup_context
+        has_context = type.__getattribute__(cls, "setup_context") is _NO_SETUP_CONTEXT
         operands = args[1:] if has_context else args
         if not wants(operands, {}):
             return original(*args)
