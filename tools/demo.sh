@@ -1,9 +1,9 @@
 #!/usr/bin/env bash
-# The whole story in a few minutes: set up .venv, then convert, verify, draw, train and time a small spiking network.
+# Set up .venv, then convert, verify, draw, train and time a small spiking network: a few minutes.
 #
-#   bash tools/demo.sh            pictures go to ./demo_output
-#   bash tools/demo.sh --help     the options of tools/demo.py
-# tools/_env.sh lists what else can be set.
+#   bash tools/demo.sh            writes pictures to ./demo_output
+#   bash tools/demo.sh --help     prints the options of tools/demo.py
+# tools/_env.sh lists the other settings.
 source "$(dirname "${BASH_SOURCE[0]}")/_env.sh"
 
 heading "Environment"
@@ -11,6 +11,6 @@ make_venv
 install_torch
 install_package demo
 install_dot
-# OpenMP threads that spin while they wait make a busy machine many times slower; let them sleep.
+# OpenMP threads that spin while they wait slow a busy machine down many times; PASSIVE lets them sleep.
 export OMP_WAIT_POLICY=${OMP_WAIT_POLICY:-PASSIVE}
 exec "$PY" tools/demo.py "$@"

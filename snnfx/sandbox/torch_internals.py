@@ -7,6 +7,11 @@ the private attributes of torch's objects that snnfx reads (`module._buffers`, `
 
 from __future__ import annotations
 
+import contextlib
+import threading
+import types
+from collections.abc import Callable, Iterator
+from functools import partial
 from typing import Any
 
 import torch
@@ -22,7 +27,7 @@ from torch._subclasses.fake_tensor import (
     UnsupportedOperatorException,
     unset_fake_temporarily,
 )
-from torch.autograd import forward_ad
+from torch.autograd import Function, forward_ad
 from torch.fx.graph_module import _forward_from_src as function_from_source
 from torch.nn.modules.batchnorm import _BatchNorm as BatchNormBase
 from torch.nn.modules.batchnorm import _NormBase as NormBase
@@ -80,6 +85,7 @@ __all__ = [
     "has_global_forward_hooks",
     "has_global_hooks",
     "included_dispatch_keys",
+    "intercepted_apply",
     "is_batched_by_vmap",
     "is_forward_mode_enabled",
     "pytree",
@@ -131,3 +137,112 @@ def without_compile_wrapper(module: nn.Module) -> nn.Module | None:
     # Not imported at the top: importing torch._dynamo takes a second, and making such a wrapper has imported it.
     wrapper = getattr(getattr(torch, "_dynamo", None), "OptimizedModule", None)
     return module._orig_mod if wrapper is not None and isinstance(module, wrapper) else None
+
+
+Wants = Callable[[tuple[Any, ...], dict[str, Any]], bool]
+Replacement = Callable[[type[Function], tuple[Any, ...], dict[str, Any]], Any]
+
+
+@contextlib.contextmanager
+def intercepted_apply(wants: Wants, replacement: Replacement) -> Iterator[None]:
+    """Replace calls `SomeFunction.apply(*args, **kwargs)` of autograd functions.
+
+    This includes calls of bound methods that were stored before, `spike = SomeFunction.apply`, which a new attribute
+    `apply` would not reach.
+
+    Args:
+        wants: whether a call with these arguments is replaced; all other calls run unchanged.
+        replacement: is called with the class and the arguments of the call.
+    """
+    with (_code_of_apply if _HAS_PYTHON_APPLY else _lookup_of_forward)(wants, replacement):
+        yield
+
+
+_HAS_PYTHON_APPLY = isinstance(vars(Function)["apply"], classmethod)
+"""False in torch 2.15, where C++ implements `apply` and looks `forward` up on the class."""
+
+_NO_SETUP_CONTEXT = Function.setup_context
+
+
+@contextlib.contextmanager
+def _code_of_apply(wants: Wants, replacement: Replacement) -> Iterator[None]:
+    """Give the function `Function.apply` other code: every bound method refers to this function."""
+    function = vars(Function)["apply"].__func__
+    outer_code, outer = function.__code__, vars(Function).get("snnfx_apply")
+    original = function
+    if outer is None:
+        original = types.FunctionType(outer_code, function.__globals__, closure=function.__closure__)
+    else:
+        original = outer.__func__.original
+
+    def apply(cls: type[Function], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        return replacement(cls, args, kwargs) if wants(args, kwargs) else original(cls, *args, **kwargs)
+
+    apply.original = original  # type: ignore[attr-defined]
+    Function.snnfx_apply = classmethod(apply)  # type: ignore[attr-defined]
+    function.__code__ = _OtherCode.apply.__code__
+    try:
+        yield
+    finally:
+        function.__code__ = outer_code
+        if outer is None:
+            del Function.snnfx_apply  # type: ignore[attr-defined]
+        else:
+            Function.snnfx_apply = outer  # type: ignore[attr-defined]
+
+
+class _OtherCode:
+    def apply(cls: Any, *args: Any, **kwargs: Any) -> Any:
+        """The code of `Function.apply` while calls are intercepted; it runs with the globals of torch's module."""
+        super  # noqa: B018 - creates the cell `__class__` that torch's code has too; the number of cells must agree
+        return cls.snnfx_apply(args, kwargs)
+
+
+@contextlib.contextmanager
+def _lookup_of_forward(wants: Wants, replacement: Replacement) -> Iterator[None]:
+    """Let the metaclass of autograd functions return another `forward` to `apply`.
+
+    `apply` looks up `_backward_cls` on the class, disables gradients, looks up `forward` and calls it; then, if the
+    class defines `setup_context`, it looks this up and calls it. All other lookups find the attributes of the class.
+    """
+    metaclass: Any = type(Function)
+    outer = vars(metaclass).get("__getattribute__")
+    thread = threading.get_ident()
+    applied: Any = None  # the class whose `apply` looks up `forward` next
+    replaced: Any = None  # the class whose `apply` looks up `setup_context` next, to no effect
+    has_grad = True
+
+    def get(cls: Any, name: str) -> Any:
+        nonlocal applied, replaced, has_grad
+        value = type.__getattribute__(cls, name)
+        if name not in ("_backward_cls", "forward", "setup_context") or threading.get_ident() != thread:
+            return value
+        if name == "_backward_cls":
+            applied, has_grad = cls, torch.is_grad_enabled()
+        elif name == "forward" and cls is applied:
+            applied = None
+            return partial(forward, cls, value, has_grad)
+        elif name == "setup_context" and cls is replaced:
+            replaced = None
+            return lambda *_: None
+        return value
+
+    def forward(cls: type[Function], original: Callable[..., Any], has_grad: bool, *args: Any) -> Any:
+        nonlocal replaced
+        has_context = type.__getattribute__(cls, "setup_context") is _NO_SETUP_CONTEXT
+        operands = args[1:] if has_context else args
+        if not wants(operands, {}):
+            return original(*args)
+        with torch.set_grad_enabled(has_grad):
+            result = replacement(cls, operands, {})
+        replaced = None if has_context else cls
+        return result
+
+    metaclass.__getattribute__ = get
+    try:
+        yield
+    finally:
+        if outer is None:
+            del metaclass.__getattribute__
+        else:
+            metaclass.__getattribute__ = outer

@@ -298,6 +298,83 @@ def test_foreach_functions_equal_their_loops() -> None:
     torch.testing.assert_close(scaled, [4.0 * a[0], 6.0 * a[1]])
 
 
+class Double(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Any) -> Any:
+        return x * 2
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> Tensor:
+        return grad * 2
+
+
+class Scale(torch.autograd.Function):
+    @staticmethod
+    def forward(x: Any, factor: float = 3.0) -> Any:
+        return x * factor
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: Any, output: Any) -> None:
+        ctx.save_for_backward(inputs[0])  # raises on anything but a tensor
+        ctx.factor = inputs[1]
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
+        return grad * ctx.factor, None
+
+
+class Unknown:
+    """Neither a tensor nor a number, like a proxy."""
+
+
+stored = (Double.apply, Scale.apply)
+
+
+def intercept(calls: list[Any]) -> Any:
+    def replacement(cls: Any, args: Any, kwargs: Any) -> Any:
+        calls.append((cls, args[0], torch.is_grad_enabled()))
+        return args[0]
+
+    return internals.intercepted_apply(lambda args, kwargs: isinstance(args[0], Unknown), replacement)
+
+
+@pytest.mark.parametrize("grad", [True, False])
+def test_calls_of_autograd_functions_are_replaced_where_wanted(grad: bool) -> None:
+    calls: list[Any] = []
+    value, x = Unknown(), torch.ones(2, requires_grad=True)
+    with intercept(calls), torch.set_grad_enabled(grad):
+        for number, cls in enumerate((Double, Scale)):
+            assert cls.apply(value) is value
+            assert stored[number](value) is value
+        y = stored[0](x) + stored[1](x)
+    assert calls == [(Double, value, grad)] * 2 + [(Scale, value, grad)] * 2
+    assert y.tolist() == [5.0, 5.0]
+    assert y.requires_grad is grad
+    if grad:
+        assert torch.autograd.grad(y.sum(), x)[0].tolist() == [5.0, 5.0]
+
+
+def test_forward_called_by_its_name_is_not_replaced() -> None:
+    calls: list[Any] = []
+    with intercept(calls), pytest.raises(TypeError):
+        Double.forward(None, Unknown())
+    assert calls == []
+
+
+def test_innermost_interception_counts_and_everything_is_restored() -> None:
+    outer: list[Any] = []
+    inner: list[Any] = []
+    value = Unknown()
+    with intercept(outer):
+        with intercept(inner):
+            stored[0](value)
+        stored[0](value)
+    assert (len(inner), len(outer)) == (1, 1)
+    with pytest.raises(TypeError):
+        stored[0](value)
+    torch.testing.assert_close(stored[1](torch.ones(2)), torch.full((2,), 3.0))
+
+
 # --- pytree
 
 
