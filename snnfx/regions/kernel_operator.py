@@ -19,7 +19,7 @@ from snnfx.lowering.elementwise.lowered_step import LoweredStep, Needs, SavedCon
 from snnfx.lowering.mixed.mixed_step import MixedStep
 from snnfx.lowering.mixed.operator_shapes import Shapes, apart, hint, shapes_of, symbolic_shapes
 from snnfx.regions.region_kernels import Prepared, RegionKernels
-from snnfx.regions.region_modules import tensors_of
+from snnfx.regions.sequence_region import tensors_of
 from snnfx.sandbox.plain_dispatch import ordinary_dispatch
 from snnfx.sandbox.torch_internals import disable_dispatch_modes, unset_fake_temporarily
 

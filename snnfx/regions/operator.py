@@ -16,15 +16,16 @@ import torch
 from torch import Tensor
 
 from snnfx.lowering.mixed.operator_shapes import apart
+from snnfx.regions.eager_regions import EagerLoop, EagerMap
 from snnfx.regions.kernel_operator import fake_results, run_backward, run_forward
-from snnfx.regions.region_modules import LoopRegion, MapRegion, SequenceRegion, region_of_handle, tensors_of
+from snnfx.regions.sequence_region import SequenceRegion, region_of_handle, tensors_of
 from snnfx.sandbox.plain_dispatch import ordinary_dispatch
 
 __all__ = ["run_loop_as_operator", "run_map_as_operator"]
 
 
 def run_loop_as_operator(
-    region: LoopRegion, x_seq: Sequence[Tensor], state: Sequence[Any] | None, constants: Sequence[Any]
+    region: EagerLoop, x_seq: Sequence[Tensor], state: Sequence[Any] | None, constants: Sequence[Any]
 ) -> tuple[tuple[Tensor, ...], tuple[Tensor, ...]]:
     """`LoopRegion.multi_step` through the operator."""
     tensors = tensors_of(constants)
@@ -36,7 +37,7 @@ def run_loop_as_operator(
     return tuple(results[:outputs]), tuple(results[outputs : outputs + region.slot_count])
 
 
-def run_map_as_operator(region: MapRegion, x_seq: Sequence[Tensor], constants: Sequence[Any]) -> tuple[Tensor, ...]:
+def run_map_as_operator(region: EagerMap, x_seq: Sequence[Tensor], constants: Sequence[Any]) -> tuple[Tensor, ...]:
     """`MapRegion.map_steps` through the operator."""
     tensors = tensors_of(constants)
     needs = [t.requires_grad and torch.is_grad_enabled() for t in (*x_seq, *tensors)]
@@ -142,7 +143,7 @@ def run_region(
     if done is not None:
         return done
     with ordinary_dispatch(grad=False), _constants_from(region, tensors) as constants:
-        if isinstance(region, MapRegion):
+        if isinstance(region, EagerMap):
             return apart(region.map_eagerly(x_seq, constants), [*x_seq, *tensors])
         current: Any = tuple(state) if has_state else None
         outputs: list[Sequence[Tensor]] = []
@@ -173,7 +174,7 @@ def _(
     T = x_seq[0].shape[0]
     with _constants_from(region, tensors) as constants, _real_tensors_allowed(x_seq):
         x = [x[0] for x in x_seq]
-        if isinstance(region, MapRegion):
+        if isinstance(region, EagerMap):
             return [y.new_empty((T, *y.shape)) for y in region(*constants, *x)]
         # The first step may start from numbers; from the second on every state has its full shape.
         _, after = region(*constants, *x, tuple(state) if has_state else None)
@@ -208,7 +209,7 @@ def run_region_backward(
         given = leaves[len(x_seq) : len(x_seq) + len(tensors)]
         first = leaves[len(x_seq) + len(tensors) :]
         with _constants_from(region, given) as constants:
-            if isinstance(region, MapRegion):
+            if isinstance(region, EagerMap):
                 wanted = [leaf for leaf, n in zip(leaves, needs, strict=True) if n]
                 found = _vjp(region.map_eagerly(xs, constants), grads, wanted)
                 results = [torch.zeros_like(w) if g is None else g for w, g in zip(wanted, found, strict=True)]

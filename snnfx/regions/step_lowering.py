@@ -22,7 +22,7 @@ from snnfx.lowering.elementwise.lowered_step import LoweredStep
 from snnfx.lowering.elementwise.translation import translate
 from snnfx.lowering.mixed.first_states import initial_states_of_each
 from snnfx.lowering.mixed.mixed_step import MixedStep
-from snnfx.regions.region_modules import buffers_of
+from snnfx.regions.sequence_region import buffers_of
 from snnfx.state.registry import adapter_of, call_stateful, initial_value
 
 __all__ = ["Recorded", "StepLowering"]

@@ -18,7 +18,8 @@ from snnfx.errors import PassError, SnnfxWarning
 from snnfx.ops.sequence_functions import delay_one_step, pick_state, repeat_over_time, stack_steps, time_steps
 from snnfx.ops.step_batch_norm import batch_norm_per_step
 from snnfx.regions.operator import run_loop_as_operator, run_map_as_operator
-from snnfx.regions.region_modules import LoopRegion, MapRegion, SequenceRegion, region_of_handle
+from snnfx.regions.region_modules import LoopRegion, MapRegion
+from snnfx.regions.sequence_region import SequenceRegion, region_of_handle, tensors_of
 from support.stepping import assert_same, run_stepped
 
 T, N, C = 4, 3, 5
@@ -160,7 +161,7 @@ def _constants_of(net: snnfx.Net) -> Sequence[Any]:
     return list(builder.constants)
 
 
-def tensors_of(constants: Sequence[Any]) -> list[Tensor]:
+def trained_tensors_of(constants: Sequence[Any]) -> list[Tensor]:
     modules = [c for c in constants if isinstance(c, nn.Module)]
     return [p for m in modules for p in m.parameters()] + [c for c in constants if isinstance(c, Tensor)]
 
@@ -175,7 +176,7 @@ def test_a_loop_as_operator_has_the_values_and_gradients_of_stepping(
     x_seq = torch.randn(steps, N, C, dtype=torch.float64, requires_grad=True)
     inputs = (x_seq,)
     state = tuple(torch.randn(N, C, dtype=torch.float64, requires_grad=True) for _ in range(3)) if given else None
-    leaves = [x_seq, *tensors_of(constants), *(state or ())]
+    leaves = [x_seq, *trained_tensors_of(constants), *(state or ())]
     results = []
     for run in (loop.multi_step, lambda *a: run_loop_as_operator(loop, *a)):
         y, final = run(inputs, state, constants)
@@ -211,7 +212,6 @@ def test_the_gradient_of_a_loop_is_that_of_finite_differences() -> None:
 def test_the_operator_satisfies_torchs_checks() -> None:
     loop, constants = loop_of(Recurrent().double())
     x_seq = torch.randn(3, N, C, dtype=torch.float64, requires_grad=True)
-    from snnfx.regions.region_modules import tensors_of
 
     tensors = tensors_of(constants)
     needs = [t.requires_grad for t in (x_seq, *tensors)]

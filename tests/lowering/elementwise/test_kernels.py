@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import copy
 import gc
-import importlib
 import multiprocessing
 import pickle
 from collections.abc import Callable
@@ -675,7 +674,6 @@ def test_operator_passes_opcheck() -> None:
     (loop,) = loops_of(net)
     lif = net.source[0]  # type: ignore[index]
     x_seq = x_of(4, 2, 3).requires_grad_()
-    importlib.import_module("snnfx.regions.operator")
     arguments = (loop.handle, [x_seq], [lif.w], [], False, [True, True])
     torch.library.opcheck(torch.ops.snnfx.run_region, arguments)
     assert_used_by_operator(loop, arguments)
