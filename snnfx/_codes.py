@@ -417,6 +417,13 @@ CODES: dict[str, CodeEntry] = {
         "snnfx.convert(model, chunk=None)(x_seq)",
         "snnfx.convert(model, memory_budget=0.5)(x_seq)",
     ),
+    "SNNFX509": CodeEntry(
+        "internal fault: a fallback was taken",
+        "A part of snnfx failed with an error of its own. The result is the same, but the net may be slower or need more "
+        "memory. Please report the message with its file and line; the tests of snnfx raise such an error.",
+        "KeyError in snnfx/memory/meta_run.py:180",
+        "nothing to do; turn off the option that the message names, e.g. convert(model, memory_budget=None)",
+    ),
     "SNNFX505": CodeEntry(
         "no kernel could be built",
         "A loop could run as one generated kernel, but there is no C++ compiler (on a GPU: no Triton), it failed, or "

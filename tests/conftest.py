@@ -13,10 +13,15 @@ import pytest
 import torch
 from hypothesis import settings
 
+from snnfx.sandbox import internal_faults
+
 settings.register_profile("snnfx", deadline=None, derandomize=True, print_blob=True)
 settings.load_profile("snnfx")
 
 torch.set_num_threads(1)
+
+# A fault of snnfx itself fails the test instead of turning into a fallback.
+internal_faults.STRICT = True
 
 # Kernels built for the tests stay out of the user's cache; all test processes share them.
 os.environ.setdefault("SNNFX_CACHE_DIR", os.path.join(tempfile.gettempdir(), f"snnfx_tests_{os.getuid()}"))
