@@ -1,4 +1,4 @@
-"""Eager execution of loop and map regions: a generated kernel, a Python loop over time, or torch.vmap."""
+"""Eager execution of loop and map regions: kernels, Python loop, torch.vmap."""
 
 from __future__ import annotations
 

@@ -31,7 +31,7 @@ class LoopRegion(EagerLoop):
 
 
 class MapRegion(EagerMap):
-    """A region that is parallel in time but not foldable: torch.vmap over T; one operator under torch.compile."""
+    """A region that is parallel in time but not foldable; one operator under torch.compile."""
 
     def map_steps(self, x_seq: tuple[Tensor, ...], constants: tuple[Any, ...]) -> tuple[Tensor, ...]:
         """Run all steps of a sequence at once: outputs `[T, *]`."""

@@ -1,4 +1,4 @@
-"""Base class of the regions that run over a sequence, and the registry of their handles.
+"""Base class of regions that run over a sequence, and their handles.
 
 A region has no parameters of its own: its graph takes modules and parameters as arguments ("constants"), so the keys of
 the net's state_dict stay the model's. The operator `snnfx::run_region` names a region by its handle, a string.
@@ -24,7 +24,10 @@ _counter = itertools.count()
 
 
 class RegionGraph(fx.GraphModule):
-    """The graph of one step of a region; placeholders are its constants, its step inputs and, in loops, its state."""
+    """The graph of one step of a region.
+
+    Its placeholders are the constants of the region, the inputs of the step and, in loops, its state.
+    """
 
     def without_dead_code(self) -> RegionGraph:
         """Erase the nodes that no result needs; nodes of a region graph have no side effects."""

@@ -17,7 +17,7 @@ from snnfx import neuron, surrogate
 from snnfx.errors import InputError
 from snnfx.functional import reset_net
 from snnfx.lowering.elementwise.cpp.build import find_compiler
-from snnfx.lowering.mixed import executor as machine
+from snnfx.lowering.mixed import executor
 from snnfx.lowering.mixed.mixed_step import MixedStep
 from snnfx.regions.region_modules import LoopRegion
 from support.stepping import assert_converts, assert_same, assert_same_run, fresh_copy, run_net, run_stepped
@@ -460,7 +460,7 @@ def test_copies_and_pickles() -> None:
 
 
 def test_more_steps_than_arguments_are_laid_out_for_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(machine, "_STRUCTS", 4)
+    monkeypatch.setattr(executor, "_STRUCTS_AT_ONCE", 4)
     for T in (4, 5, 11):
         assert_lowered(assert_converts(Feedback().double(), x_of(T, 3, 4), examples=True))
 
