@@ -307,7 +307,7 @@ def test_what_draws_random_numbers_is_stepped() -> None:
 
 
 class Wandering(snnfx.MemoryModule):
-    """Its step looks at the data in Python; it is a leaf of the trace, so only the recording can find that out."""
+    """Its step reads the data in Python; capture treats it as a leaf, so only the recording detects that."""
 
     elementwise = True
 

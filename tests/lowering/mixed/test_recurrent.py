@@ -609,14 +609,14 @@ def test_a_recurrent_layer_is_one_product_and_one_kernel_a_step() -> None:
         products = [c.name for stage in schedule.stages for c in stage.calls if c.name in ("mm", "addmm")]
         assert len(products) == 1
     # The gradient of the weight is one product over all steps, that of the bias a sum that the kernel adds up.
-    hows = [d.how for deferred in passes.deferred if deferred is not None for d in deferred.parts()]
+    hows = [d.how for gradient in passes.constant_gradients if gradient is not None for d in gradient.parts()]
     assert hows.count("product") == 1 and hows.count("sum") == 1
 
 
 def test_a_convolution_has_one_weight_gradient_for_all_steps() -> None:
     net = snnfx.convert(ConvolutionalFeedback().double(), example_inputs=x_of(3, 2, 5, 4))
     net(x_of(5, 3, 2, 5, 4)).sum().backward()
-    hows = [d.how for deferred in backward_of(net).deferred if deferred is not None for d in deferred.parts()]
+    hows = [d.how for gradient in backward_of(net).constant_gradients if gradient is not None for d in gradient.parts()]
     assert hows.count("convolution") >= 1
 
 
