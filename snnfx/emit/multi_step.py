@@ -31,7 +31,8 @@ from snnfx.ops.sequence_functions import (
 )
 from snnfx.ops.step_batch_norm import batch_norm_per_step
 from snnfx.regions.region_kernels import RegionKernels
-from snnfx.regions.region_modules import LoopRegion, MapRegion, RegionGraph
+from snnfx.regions.region_modules import LoopRegion, MapRegion
+from snnfx.regions.sequence_region import RegionGraph
 from snnfx.regions.truncated_loop import CutLoopRegion, TraceRegion
 
 __all__ = ["MultiStepEmitter", "emit_multi_step"]

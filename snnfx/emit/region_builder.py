@@ -23,7 +23,7 @@ from snnfx.ir.program import StepProgram
 from snnfx.ops.folded_weights import call_layer, call_norm
 from snnfx.ops.memory_format import image_format, row_major
 from snnfx.ops.sequence_functions import call_module, expand_initial_value, repeat_for_samples
-from snnfx.regions.region_modules import RegionGraph
+from snnfx.regions.sequence_region import RegionGraph
 
 __all__ = ["RegionBuilder", "is_batch_first", "same_for_all_samples", "whole_step"]
 

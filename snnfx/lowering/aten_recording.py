@@ -1,18 +1,19 @@
-"""Record one step of a loop and its backward pass as calls of ATen operators.
+"""Record one step of a loop and its backward pass as ATen calls.
 
-The step is run once, for real, on the first time step of the data, and every operator that PyTorch calls is written
-down; `torch.autograd.grad` on its results, written down as well, gives the backward pass, so that autograd functions
-(surrogate gradients) bring their own derivative. It is what `make_fx` does, without symbolic shapes and their imports:
-a few milliseconds instead of about a hundred, and two seconds at the first use.
+The step runs once, eagerly, on the first time step of the data, and a dispatch mode records every operator that it
+calls. `torch.autograd.grad` on the results, recorded as well, gives the backward pass, so autograd functions (surrogate
+gradients) contribute their own derivative. `make_fx` does the same with symbolic shapes; without them and their imports
+a recording takes a few milliseconds instead of about a hundred (and two seconds at the first use).
 
-What is not an input of the step is a constant: parameters, buffers, tensors in plain attributes. They are recorded by
-reference, their values are read at every call. What Python made of a constant's value (`.item()`) is remembered, too.
+Every tensor that is not an input of the step is a constant: parameters, buffers, tensors in plain attributes. Constants
+are recorded by reference and read at every call. If Python reads the value of a constant (`.item()`), the recording
+notes the tensor and its version ("baked").
 """
 
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -30,33 +31,34 @@ __all__ = [
     "ValueReference",
     "call_as_recorded",
     "preserved_rng_state",
+    "record_step",
+    "resolve_references",
 ]
-__all__ += ["record_step"]
 
 
 class LoweringRefused(Exception):
-    """A step cannot become a kernel; the text is a clause that says why."""
+    """A step cannot be lowered; the message is a clause that gives the reason."""
 
 
 @dataclass(frozen=True)
 class ValueReference:
-    """Stands for a tensor among the arguments of a call."""
+    """Placeholder for a tensor among the arguments of a recorded call; `number` is the number of its value."""
 
     number: int
 
 
 @dataclass
 class RecordedValue:
-    """A tensor that was seen.
+    """A tensor of a recording.
 
     Args:
-        shape: when it was recorded.
+        shape: its shape during recording.
         dtype: its dtype.
-        origin: "sequence", "state", "grad_output", "grad_state", "constant" or "computed".
-        index: number of the input, state or output that it is, or of the constant.
-        call: that computes it.
-        varying: depends on an input, a state or a gradient.
-        tangential: depends on a gradient.
+        origin: "sequence" (an input), "state", "grad_output", "grad_state", "constant" or "computed".
+        index: the number of the input, state, output or constant.
+        call: the call that computes it.
+        varying: whether it depends on an input, a state or a gradient.
+        depends_on_grad: whether it depends on a gradient.
     """
 
     shape: tuple[int, ...]
@@ -65,33 +67,33 @@ class RecordedValue:
     index: int = -1
     call: AtenCall | None = None
     varying: bool = False
-    tangential: bool = False
+    depends_on_grad: bool = False
 
 
 @dataclass
 class AtenCall:
-    """A call of an operator; tensors in `args` are `ValueReference`s.
+    """A recorded call of an operator; tensors in `args` and `kwargs` are `ValueReference`s.
 
     Args:
         target: the operator.
-        args, kwargs: of the call.
-        results: the numbers of the tensors that it returned.
-        places: where each of them stands in what it returned, as a flat list: an operator may leave out some.
+        args, kwargs: its arguments.
+        results: the value numbers of the returned tensors.
+        positions: the position of each result in the flattened return value, which may also contain None.
     """
 
     target: Any
     args: tuple[Any, ...]
     kwargs: dict[str, Any]
     results: list[int] = field(default_factory=list)
-    places: list[int] = field(default_factory=list)
+    positions: list[int] = field(default_factory=list)
 
     @property
     def name(self) -> str:
-        """Of the operator, e.g. "add"."""
+        """The name of the operator, e.g. "add"."""
         return str(self.target._schema.name).partition("::")[2]
 
     def references(self) -> list[int]:
-        """The numbers of the tensors that it reads."""
+        """The numbers of the values that the call reads."""
         return [a.number for a in pytree.tree_leaves((self.args, self.kwargs)) if isinstance(a, ValueReference)]
 
 
@@ -100,15 +102,15 @@ class Recording:
     """A step and its backward pass.
 
     Args:
-        values: all tensors seen, by number.
-        constants: the tensors that are no inputs, in the order in which they were met.
-        outputs: the values that a step returns.
+        values: all recorded tensors; their position is their number.
+        constants: the tensors that are not inputs, in the order of their first use.
+        outputs: the values that the step returns.
         next_states: the states after the step.
-        grad_sequences: the gradient of each input, None where there is none; like the following.
-        grad_states: of each state.
-        grad_constants: of each constant that requires a gradient, by its index.
-        baked: constants whose value Python has read, with their version.
-        reads_sizes: Python has looked at the size of a tensor.
+        grad_sequences: the gradient of each input, None where there is none.
+        grad_states: the gradient of each state, None where there is none.
+        grad_constants: the gradient of each constant that requires one, by the index of the constant.
+        baked: constants whose values Python read, with their versions.
+        reads_sizes: whether Python read the size of a tensor.
     """
 
     values: list[RecordedValue]
@@ -122,8 +124,8 @@ class Recording:
     reads_sizes: bool
 
 
-_SIZES = {"size", "numel", "nelement", "__len__"}
-_ESCAPES = {
+_SIZE_ACCESS = {"size", "numel", "nelement", "__len__"}
+_DATA_ACCESS = {
     "numpy",
     "tolist",
     "data_ptr",
@@ -135,8 +137,8 @@ _ESCAPES = {
 }
 
 
-class _PythonWatch(TorchFunctionMode):
-    """Sees what Python does with tensors past the dispatcher: reading sizes, taking the data away."""
+class _PythonAccessWatch(TorchFunctionMode):
+    """Detect accesses to tensors that bypass the dispatcher: reading sizes, taking out data."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -144,14 +146,16 @@ class _PythonWatch(TorchFunctionMode):
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         name = getattr(func, "__name__", "")
-        if name in _ESCAPES:
+        if name in _DATA_ACCESS:
             raise LoweringRefused(f"the step takes data out of PyTorch with `{name}`")
-        if name in _SIZES or (name == "__get__" and getattr(func.__self__, "__name__", "") == "shape"):
+        if name in _SIZE_ACCESS or (name == "__get__" and getattr(func.__self__, "__name__", "") == "shape"):
             self.reads_sizes = True
         return func(*args, **(kwargs or {}))
 
 
 class _Recorder(TorchDispatchMode):
+    """Dispatch mode that records ATen calls."""
+
     def __init__(self) -> None:
         super().__init__()
         self.values: list[RecordedValue] = []
@@ -159,14 +163,14 @@ class _Recorder(TorchDispatchMode):
         self.baked: list[tuple[Tensor, int]] = []
         self.number_of: dict[int, int] = {}
         self.storages: dict[int, int] = {}
-        self.kept: list[Any] = []  # an id is only unique among living objects
+        self.keep_alive: list[Any] = []  # an id is only unique among living objects
         self.decompose: Callable[[Any], Any] | None = None
 
     def add(self, tensor: Tensor, value: RecordedValue) -> int:
         if tensor.is_complex():
             raise LoweringRefused("it computes with complex numbers")
         self.number_of[id(tensor)] = len(self.values)
-        self.kept.append(tensor)
+        self.keep_alive.append(tensor)
         self.values.append(value)
         if tensor.numel() and value.varying:
             pointer = tensor.untyped_storage().data_ptr()
@@ -174,18 +178,18 @@ class _Recorder(TorchDispatchMode):
         return len(self.values) - 1
 
     def add_input(self, tensor: Tensor, origin: str, index: int) -> int:
-        tangential = origin.startswith("grad")
-        return self.add(
-            tensor, RecordedValue(tuple(tensor.shape), tensor.dtype, origin, index, varying=True, tangential=tangential)
-        )
+
+        value = RecordedValue(tuple(tensor.shape), tensor.dtype, origin, index, varying=True)
+        value.depends_on_grad = origin.startswith("grad")
+        return self.add(tensor, value)
 
     def number(self, tensor: Tensor) -> int:
-        """The number of a tensor; one that was not seen before is a constant."""
+        """The number of a tensor; a tensor without a number becomes a constant."""
         known = self.number_of.get(id(tensor))
         if known is not None:
             return known
         if tensor.numel() and self.storages.get(tensor.untyped_storage().data_ptr()):
-            raise LoweringRefused("the step looks at the memory of a tensor in a way that is not recorded")
+            raise LoweringRefused("the step reads the memory of a tensor in a way that cannot be recorded")
         if type(tensor) not in (Tensor, torch.nn.Parameter, torch.nn.Buffer):
             raise LoweringRefused(f"the step uses a {type(tensor).__name__}")
         self.constants.append(tensor)
@@ -205,7 +209,7 @@ class _Recorder(TorchDispatchMode):
         if replacement is not None:
             with self:
                 return replacement(*args, **kwargs)
-        written = _written(func, args, kwargs)
+        written = _mutated_tensors(func, args, kwargs)
         numbered = pytree.tree_map(
             lambda a: ValueReference(self.number(a)) if isinstance(a, Tensor) else a, (args, kwargs)
         )
@@ -214,15 +218,15 @@ class _Recorder(TorchDispatchMode):
         call = AtenCall(func, *numbered)
         results = func(*args, **kwargs)
         if not written and isinstance(results, Tensor) and any(results is tensor for tensor in tensors):
-            return results  # what gives back what it was given, such as `to`, computes nothing
+            return results  # an operator that returns its operand, such as `to`, computes nothing
         sources = [self.values[n] for n in call.references()]
         for place, result in enumerate(pytree.tree_leaves(results)):
             if isinstance(result, Tensor):
                 value = RecordedValue(tuple(result.shape), result.dtype, "computed", call=call)
                 value.varying = any(s.varying for s in sources)
-                value.tangential = any(s.tangential for s in sources)
+                value.depends_on_grad = any(s.depends_on_grad for s in sources)
                 call.results.append(self.add(result, value))
-                call.places.append(place)
+                call.positions.append(place)
         return results
 
     def _read_by_python(self, func: Any, name: str, tensors: list[Tensor], args: Any, kwargs: Any) -> Any:
@@ -241,24 +245,24 @@ class _Recorder(TorchDispatchMode):
         if value.origin == "constant":
             raise LoweringRefused(f"`{name}` changes a tensor that outlives the step")
         if value.varying and self.storages.get(tensor.untyped_storage().data_ptr(), 0) > 1:
-            raise LoweringRefused(f"`{name}` writes into a tensor that others share")
+            raise LoweringRefused(f"`{name}` writes into a tensor that shares its memory with another one")
 
 
-def _written(func: Any, args: Sequence[Any], kwargs: dict[str, Any]) -> list[Tensor]:
-    """The tensors that a call changes in place."""
+def _mutated_tensors(func: Any, args: Sequence[Any], kwargs: dict[str, Any]) -> list[Tensor]:
+    """The tensors that a call writes in place."""
     if not func._schema.is_mutable:
         return []
-    found: list[Tensor] = []
+    mutated: list[Tensor] = []
     for index, argument in enumerate(func._schema.arguments):
         if argument.alias_info is not None and argument.alias_info.is_write:
-            given = args[index] if index < len(args) else kwargs.get(argument.name)
-            found.extend(t for t in pytree.tree_leaves(given) if isinstance(t, Tensor))
-    return found
+            value = args[index] if index < len(args) else kwargs.get(argument.name)
+            mutated.extend(t for t in pytree.tree_leaves(value) if isinstance(t, Tensor))
+    return mutated
 
 
 @contextlib.contextmanager
 def preserved_rng_state(device: torch.device) -> Iterator[None]:
-    """Random numbers that are drawn on a device, or on the CPU, do not count."""
+    """Restore the RNG state of the CPU and of a device on exit."""
     state = torch.get_rng_state()
     own = torch.cuda.get_rng_state(device) if device.type == "cuda" else None
     try:
@@ -270,29 +274,40 @@ def preserved_rng_state(device: torch.device) -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def _isolated(device: torch.device) -> Iterator[None]:
-    """Autograd is on, in this thread; random numbers do not count, hooks of saved tensors are not called."""
+def _recording_environment(device: torch.device) -> Iterator[None]:
+    """Enable autograd in this thread, preserve the RNG state, disable saved-tensor hooks."""
     hooks: Any = contextlib.nullcontext()
     if saved_tensors_hooks(False) is not None:
         hooks = torch.autograd.graph.saved_tensors_hooks(lambda t: t, lambda t: t)
-    # Calls on a GPU would be recorded in the threads that autograd has for its devices.
+    # The dispatch mode is local to this thread; autograd would run the backward pass of a GPU in another one.
     one_thread = torch.autograd.set_multithreading_enabled(False)
     with preserved_rng_state(device), torch.enable_grad(), one_thread, hooks:
         yield
 
 
 def call_as_recorded(target: Any, args: Sequence[Any], kwargs: dict[str, Any]) -> Any:
-    """Call an operator in the modes in which a step is recorded: autograd is on, but its own kernels are not called.
+    """Call an operator as during recording: grad mode is on, but dispatch starts below autograd.
 
-    Without autograd, some operators leave out a result that only their backward pass reads: a recurrent layer of oneDNN
-    its workspace.
+    With grad mode off, some operators omit a result that only their backward pass reads, e.g. a recurrent layer of
+    oneDNN its workspace.
     """
     with torch.enable_grad(), BelowAutograd():
         return target(*args, **kwargs)
 
 
-def stand_ins(tensors: Sequence[Tensor]) -> list[Tensor]:
-    """Leaves with the same values, which can be differentiated."""
+def resolve_references(argument: Any, known: Mapping[int, Any]) -> Any:
+    """Replace the value references in an argument by values."""
+    if isinstance(argument, ValueReference):
+        return known[argument.number]
+    if isinstance(argument, list | tuple):
+        return [resolve_references(a, known) for a in argument]
+    if isinstance(argument, dict):
+        return {key: resolve_references(a, known) for key, a in argument.items()}
+    return argument
+
+
+def _differentiable_copies(tensors: Sequence[Tensor]) -> list[Tensor]:
+    """Leaf tensors with the same values that require gradients."""
     return [t.detach().clone().requires_grad_(t.is_floating_point()) for t in tensors]
 
 
@@ -303,26 +318,26 @@ def record_step(
     differentiate: bool,
     decompose: Callable[[Any], Any] | None = None,
 ) -> Recording:
-    """Run a step and write down what it computes.
+    """Run a step and record its ATen calls.
 
     Args:
         step: `(*inputs, states) -> (outputs, next states)`, or `(*inputs) -> ...` with `states` None.
-        inputs: of one step, `[N, *]`.
-        states: before the step, of the shape and dtype that they have after a step.
-        differentiate: record the backward pass as well.
-        decompose: operator -> a function to record in its place, or None.
+        inputs: the inputs of one step, `[N, *]`.
+        states: the states before the step, with the shape and dtype that they have after a step.
+        differentiate: whether to record the backward pass as well.
+        decompose: returns the function to record instead of an operator, or None.
 
     Raises:
-        LoweringRefused: the step does something that is not a computation on its inputs.
+        LoweringRefused: the step has effects or reads data in a way that a recording cannot represent.
     """
-    recorder, watch = _Recorder(), _PythonWatch()
+    recorder, watch = _Recorder(), _PythonAccessWatch()
     recorder.decompose = decompose
-    inputs = stand_ins(inputs)
-    given = stand_ins(states or ())
+    inputs = _differentiable_copies(inputs)
+    given = _differentiable_copies(states or ())
     for origin, tensors in (("sequence", inputs), ("state", given)):
         for index, tensor in enumerate(tensors):
             recorder.add_input(tensor, origin, index)
-    with _isolated(inputs[0].device):
+    with _recording_environment(inputs[0].device):
         with watch, recorder:
             outputs, following = step(*inputs, *([tuple(given)] if states is not None else []))
         for value in (*outputs, *following):
@@ -349,9 +364,9 @@ def record_step(
 
 
 def _record_backward(
-    recorder: _Recorder, watch: _PythonWatch, results: list[Tensor], output_count: int, leaves: list[Tensor]
+    recorder: _Recorder, watch: _PythonAccessWatch, results: list[Tensor], output_count: int, leaves: list[Tensor]
 ) -> dict[int, int]:
-    """Differentiate the results: from the number of a leaf or constant to that of its gradient."""
+    """Record the gradients of the results: `{number of a leaf or constant: number of its gradient}`."""
     roots: list[Tensor] = []
     tangents: list[Tensor] = []
     for index, result in enumerate(results):
@@ -370,10 +385,10 @@ def _record_backward(
     hooks = [(t, t._backward_hooks) for t in recorder.constants if t._backward_hooks]
     try:
         for t, _ in hooks:
-            t._backward_hooks = None  # the user's hooks are not for a step_lowering
+            t._backward_hooks = None  # the user's hooks must not run for a recording
         with watch, recorder:
             found = torch.autograd.grad(roots, wanted, tangents, allow_unused=True)
     finally:
-        for t, kept in hooks:
-            t._backward_hooks = kept
+        for t, removed in hooks:
+            t._backward_hooks = removed
     return {recorder.number(t): recorder.number(g) for t, g in zip(wanted, found, strict=True) if g is not None}

@@ -1,7 +1,8 @@
-"""What a recording depends on in the constants of a region, looked at in every call: `neuron.tau` may have changed.
+"""Settings of a region's modules, the cache key that every call checks.
 
-To describe all attributes of a module takes longer than a small kernel. So the description is kept, together with the
-objects that it was made of; as long as the module has the very same ones, it still holds.
+A recording holds the Python values of a module's attributes (`neuron.tau`), which may change between calls. Collecting
+all attributes of a module takes longer than a small kernel. A snapshot therefore keeps the settings together with the
+objects that they were collected from, and stays valid as long as the module has the same objects.
 """
 
 from __future__ import annotations
@@ -21,11 +22,11 @@ __all__ = ["Settings", "SettingsOfRegion"]
 _HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
 _REGISTRIES = ("_parameters", "_buffers", "_modules", *_HOOKS)
 _NOT_HYPERPARAMETERS = frozenset((*nn.Module().__dict__, "_memories")) - {"training"}
-"""What every module has, and states."""
+"""Attributes of every `nn.Module`, and memories."""
 
 
 class Settings:
-    """A description of a module and everything in it, as a key: equal for equal settings, fast for the same object."""
+    """The settings of a module and its submodules, as a key that compares fast with itself."""
 
     __slots__ = ("_hash", "value")
 
@@ -41,22 +42,22 @@ class Settings:
 
 
 class SettingsOfRegion:
-    """The settings of the constants of one region, kept from call to call."""
+    """The settings of the constants of one region, cached between calls."""
 
     def __init__(self) -> None:
-        self._seen: dict[int, _Seen] = {}
+        self._snapshots: dict[int, _Snapshot] = {}
 
     def of(self, constants: Sequence[Any]) -> tuple[Any, ...] | None:
-        """A key for the constants of a call; None where a module among them has hooks, which a kernel does not run."""
+        """A key for the constants of a call; None if a module among them has hooks, which a kernel does not run."""
         found: list[Any] = []
         for index, constant in enumerate(constants):
             if isinstance(constant, nn.Module):
-                seen = self._seen.get(index)
-                if seen is None or seen.module is not constant or not seen.still_holds():
-                    seen = self._seen[index] = _Seen(constant)
-                if seen.has_hooks:
+                snapshot = self._snapshots.get(index)
+                if snapshot is None or snapshot.module is not constant or not snapshot.is_current():
+                    snapshot = self._snapshots[index] = _Snapshot(constant)
+                if snapshot.has_hooks:
                     return None
-                found.append(seen.settings)
+                found.append(snapshot.settings)
             elif isinstance(constant, Tensor):
                 found.append((constant.shape, constant.dtype, constant.requires_grad))
             else:
@@ -64,16 +65,16 @@ class SettingsOfRegion:
         return tuple(found)
 
 
-class _Seen:
-    """A module and everything in it as it was, and the settings that this gave."""
+class _Snapshot:
+    """The settings of a module, with the attribute values that they were collected from."""
 
     def __init__(self, module: nn.Module) -> None:
         self.module = module
         self.modules = list(_modules_of(module))
-        self.settings = Settings(tuple([_described(m) for m in self.modules]))
+        self.settings = Settings(tuple([_settings_of(m) for m in self.modules]))
         self.has_hooks = any(map(has_forward_hooks, self.modules))
         self._classes, self._attributes = list(map(type, self.modules)), list(map(vars, self.modules))
-        # Views of dicts and the lists themselves: they show what is in them when they are looked at.
+        # Views of dicts and the lists themselves show later changes.
         self._views: list[Collection[Any]] = []
         for attributes in self._attributes:
             self._views += [attributes.values(), *(attributes[name].values() for name in _REGISTRIES)]
@@ -84,8 +85,8 @@ class _Seen:
         self._tensors = [x for x in self._objects if isinstance(x, Tensor)]
         self._of_tensors = [(x.shape, x.dtype, x.requires_grad) for x in self._tensors]
 
-    def still_holds(self) -> bool:
-        """Whether every attribute is the object that it was, and every tensor still looks like it did."""
+    def is_current(self) -> bool:
+        """Whether every attribute is still the same object, and every tensor has the same shape and dtype."""
         return (
             list(map(len, self._views)) == self._lengths
             and all(map(operator.is_, chain.from_iterable(self._views), self._objects))
@@ -96,7 +97,7 @@ class _Seen:
 
 
 def _modules_of(module: nn.Module) -> Iterator[nn.Module]:
-    """The module and everything inside it; some more than once. `Module.modules` is slow."""
+    """The module and its submodules, shared ones repeated; `Module.modules` is slow."""
     yield module
     for child in module._modules.values():
         if child is not None:
@@ -104,7 +105,7 @@ def _modules_of(module: nn.Module) -> Iterator[nn.Module]:
 
 
 def _views_inside(values: Any) -> Iterator[Collection[Any]]:
-    """Of each list and dict among values, however deep in tuples, lists and dicts: what shows its elements."""
+    """Live views of the elements of all lists and dicts nested in some values."""
     for value in values:
         if isinstance(value, dict):
             yield value.keys()
@@ -115,7 +116,7 @@ def _views_inside(values: Any) -> Iterator[Collection[Any]]:
             yield from _views_inside(value)
 
 
-def _described(module: nn.Module) -> tuple[Any, ...]:
+def _settings_of(module: nn.Module) -> tuple[Any, ...]:
     found: list[Any] = [type(module)]
     for name, value in module.__dict__.items():
         if name in _NOT_HYPERPARAMETERS:
@@ -125,21 +126,21 @@ def _described(module: nn.Module) -> tuple[Any, ...]:
             found.append(value if kind is not float or value == value else "nan")
             found.append(kind)
         else:
-            found.append(_frozen(value))
+            found.append(_hashable(value))
     for registry in (module._parameters, module._buffers):
         for tensor in registry.values():
             found.append(None if tensor is None else (tensor.shape, tensor.dtype, tensor.requires_grad))
     return tuple(found)
 
 
-def _frozen(value: Any) -> Any:
-    """A value as a key: plain values by value, all else by identity (its owner keeps it alive)."""
+def _hashable(value: Any) -> Any:
+    """A value as a hashable key: plain values by value, other objects by identity (their owner keeps them alive)."""
     if isinstance(value, bool | int | float | str | bytes | None | torch.dtype | torch.device):
         return (type(value), value)
     if isinstance(value, tuple | list):
-        return (type(value), *[_frozen(v) for v in value])
+        return (type(value), *[_hashable(v) for v in value])
     if isinstance(value, dict):
-        return (dict, *[(_frozen(k), _frozen(v)) for k, v in value.items()])
+        return (dict, *[(_hashable(k), _hashable(v)) for k, v in value.items()])
     if isinstance(value, Tensor):
         return (id(value), value.shape, value.dtype, value.requires_grad)
     return id(value)

@@ -10,7 +10,8 @@ from torch import Tensor
 
 from snnfx.lowering.mixed.mixed_step import MixedStep
 from snnfx.ops.sequence_functions import stack_steps
-from snnfx.regions.region_modules import LoopRegion, tensors_of
+from snnfx.regions.region_modules import LoopRegion
+from snnfx.regions.sequence_region import tensors_of
 from snnfx.sandbox.torch_internals import disable_dispatch_modes
 
 __all__ = ["KernelStandIn"]

@@ -24,7 +24,8 @@ from snnfx.memory.tensor_names import Naming
 from snnfx.memory.workspace import Workspace
 from snnfx.ops.memory_format import image_format
 from snnfx.recompute.batch_statistics import step_statistics
-from snnfx.regions.region_modules import LoopRegion, RegionGraph
+from snnfx.regions.region_modules import LoopRegion
+from snnfx.regions.sequence_region import RegionGraph
 from snnfx.sandbox.internal_faults import first_line
 from snnfx.sandbox.torch_internals import pytree
 from snnfx.state.registry import named_stateful

@@ -16,7 +16,7 @@ from snnfx.ir.printing import describe_node
 from snnfx.ir.program import Region, StepProgram
 from snnfx.recompute.batch_statistics import normalize
 from snnfx.recompute.tile import Tile, run_tile
-from snnfx.regions.region_modules import RegionGraph
+from snnfx.regions.sequence_region import RegionGraph
 from snnfx.sandbox.torch_internals import pytree
 
 __all__ = ["Naming"]

@@ -8,7 +8,7 @@ from collections.abc import Iterator, Sequence
 from torch import Tensor, nn
 
 from snnfx.recompute.replay import replay_rng
-from snnfx.regions.region_modules import buffers_of
+from snnfx.regions.sequence_region import buffers_of
 from snnfx.sandbox.isolation import rng_state
 
 __all__ = ["ReplayContext"]

@@ -1,8 +1,8 @@
-"""Kernels behind `snnfx::run_region`, the operator of a loop under torch.compile and torch.export.
+"""Kernels of `snnfx::run_region`, the operator of a loop under torch.compile and torch.export.
 
-While a program is traced there are only fake tensors, with symbols for sizes. The step is then recorded on stand-ins of
-the same dtypes and sizes; recordings hold for all T, and mostly for all batch sizes, so the operator finds the same one
-when it runs. In a compiled program all results are contiguous, whatever the layout of the input.
+Tracing a program uses fake tensors with symbolic sizes. The step is then recorded on real tensors of the same dtypes
+and example sizes; recordings hold for all T, and mostly for all batch sizes, so the operator finds the same recording
+at run time. In a compiled program all results are contiguous, whatever the layout of the input.
 """
 
 from __future__ import annotations
@@ -17,9 +17,9 @@ from torch import Tensor, nn
 from snnfx.errors import PassError
 from snnfx.lowering.elementwise.lowered_step import LoweredStep, Needs, SavedContext
 from snnfx.lowering.mixed.mixed_step import MixedStep
-from snnfx.lowering.mixed.operator_shapes import Shapes, apart, hint, shapes_of, symbolic_shapes
-from snnfx.regions.region_kernels import Prepared, RegionKernels
-from snnfx.regions.region_modules import tensors_of
+from snnfx.lowering.mixed.operator_shapes import ResultShapes, result_shapes, size_hint, symbolic_shapes, unaliased
+from snnfx.regions.region_kernels import PreparedCall, RegionKernels
+from snnfx.regions.sequence_region import tensors_of
 from snnfx.sandbox.plain_dispatch import ordinary_dispatch
 from snnfx.sandbox.torch_internals import disable_dispatch_modes, unset_fake_temporarily
 
@@ -33,23 +33,23 @@ def run_forward(
     state: Sequence[Tensor] | None,
     needs: Sequence[bool],
 ) -> list[Tensor] | None:
-    """Outputs, final states and what is saved, or None where the loop has to be stepped."""
-    prepared = kernels.prepared(x_seq, state, constants)
-    if prepared is None or not _knows_start(prepared, state):
+    """Outputs, final states and tensors saved for backward; None if the loop has to be stepped."""
+    prepared = kernels.prepare(x_seq, state, constants)
+    if prepared is None or not _starts_from_known_states(prepared, state):
         return None
     needed = _needs(prepared, x_seq, constants, state, needs)
-    if not kernels.ready(prepared, needed):
+    if not kernels.build_for(prepared, needed):
         raise PassError(
             "SNNFX503",
             f"the kernel of {kernels.label} can no longer be built",
             why=kernels.refusal,
             hint="Compile the net again.",
         )
-    states, given = prepared.first_states(state), prepared.given
+    states, constants_read = prepared.first_states(state), prepared.constants_read
     if isinstance(prepared.lowered, MixedStep):
-        outputs, finals, saved = prepared.lowered.forward(x_seq, states, given, needed)
-        return apart([*outputs, *finals, *saved], [*x_seq, *given, *(state or ())])
-    outputs, finals, saved, _ = prepared.lowered.forward(x_seq, states, given, needed, in_layout=False)
+        outputs, finals, saved = prepared.lowered.forward(x_seq, states, constants_read, needed)
+        return unaliased([*outputs, *finals, *saved], [*x_seq, *constants_read, *(state or ())])
+    outputs, finals, saved, _ = prepared.lowered.forward(x_seq, states, constants_read, needed, keep_layout=False)
     return [*outputs, *finals, *saved]
 
 
@@ -60,14 +60,14 @@ def fake_results(
     state: Sequence[Tensor] | None,
     needs: Sequence[bool],
 ) -> list[Tensor] | None:
-    """As `run_forward` for fake tensors: their shapes and dtypes."""
+    """The results of `run_forward` as fake tensors."""
     if x_seq[0].device.type == "cuda" and not torch.cuda.is_available():
-        return None  # nothing to record a step on
-    with _for_real():
-        found = _recorded(kernels, x_seq, constants, state, needs, {})
-    if found is None:
+        return None  # no device to record a step on
+    with _real_tensors():
+        recorded = _recorded(kernels, x_seq, constants, state, needs, {})
+    if recorded is None:
         return None
-    prepared, needed = found
+    prepared, needed = recorded
     lowered = prepared.lowered
     if isinstance(lowered, MixedStep):
         return _fake_results_of_mixed(kernels, x_seq, constants, state, needs)
@@ -88,10 +88,15 @@ def _recorded(
     state: Sequence[Tensor] | None,
     needs: Sequence[bool],
     larger: dict[str, int],
-) -> tuple[Prepared, Needs | None] | None:
-    """A recording on stand-ins for fake tensors, with some symbols among their sizes larger than they are."""
-    x_real = [_stand_in(x, larger, first=1) for x in x_seq]
-    state_real = None if state is None else [_stand_in(s, larger) for s in state]
+) -> tuple[PreparedCall, Needs | None] | None:
+    """Record a step on real tensors in the shapes of fake ones, some symbolic sizes enlarged.
+
+    Args:
+        kernels, x_seq, constants, state, needs: as for `fake_results`.
+        larger: name of a symbolic size -> by how much it is enlarged.
+    """
+    x_real = [_example_tensor(x, larger, first=1) for x in x_seq]
+    state_real = None if state is None else [_example_tensor(s, larger) for s in state]
     tensors = iter([c for c in constants if isinstance(c, Tensor)])
     flags = iter(needs[len(x_seq) :])
     real: list[Any] = []
@@ -101,12 +106,12 @@ def _recorded(
             for _ in (*constant.parameters(), *constant.buffers()):
                 next(flags)
         else:
-            real.append(_stand_in(next(tensors), {}).requires_grad_(next(flags)))
-    prepared = kernels.prepared(x_real, state_real, real)
-    if prepared is None or not _knows_start(prepared, state):
+            real.append(_example_tensor(next(tensors), {}).requires_grad_(next(flags)))
+    prepared = kernels.prepare(x_real, state_real, real)
+    if prepared is None or not _starts_from_known_states(prepared, state):
         return None
     needed = _needs(prepared, x_real, real, state_real, needs)
-    return (prepared, needed) if kernels.ready(prepared, needed) else None
+    return (prepared, needed) if kernels.build_for(prepared, needed) else None
 
 
 def _fake_results_of_mixed(
@@ -116,18 +121,18 @@ def _fake_results_of_mixed(
     state: Sequence[Tensor] | None,
     needs: Sequence[bool],
 ) -> list[Tensor] | None:
-    def shapes(larger: dict[str, int]) -> Shapes | None:
-        with _for_real():
-            found = _recorded(kernels, x_seq, constants, state, needs, larger)
-            if found is None or not isinstance(found[0].lowered, MixedStep):
+    def shapes(larger: dict[str, int]) -> ResultShapes | None:
+        with _real_tensors():
+            recorded = _recorded(kernels, x_seq, constants, state, needs, larger)
+            if recorded is None or not isinstance(recorded[0].lowered, MixedStep):
                 return None
-            return shapes_of(found[0].lowered, found[1])
+            return result_shapes(recorded[0].lowered, recorded[1])
 
-    found = symbolic_shapes([*(x[0] for x in x_seq), *(state or ())], shapes)
-    if found is None:
+    results = symbolic_shapes([*(x[0] for x in x_seq), *(state or ())], shapes)
+    if results is None:
         return None
     T = x_seq[0].shape[0]
-    return [x_seq[0].new_empty((T, *shape) if has_time else shape, dtype=d) for has_time, shape, d in found]
+    return [x_seq[0].new_empty((T, *shape) if has_time else shape, dtype=d) for has_time, shape, d in results]
 
 
 def run_backward(
@@ -135,13 +140,13 @@ def run_backward(
     x_seq: Sequence[Tensor],
     constants: Sequence[Any],
     state: Sequence[Tensor] | None,
-    kept: Sequence[Tensor],
+    saved: Sequence[Tensor],
     grads: Sequence[Tensor],
     needs: Sequence[bool],
 ) -> list[Tensor] | None:
-    """Gradients of inputs, tensors of the constants and states that need one; None where the loop was stepped."""
-    prepared = kernels.prepared(x_seq, state, constants)
-    if prepared is None or not _knows_start(prepared, state):
+    """Gradients of the inputs, constants and states that need one; None if the loop was stepped."""
+    prepared = kernels.prepare(x_seq, state, constants)
+    if prepared is None or not _starts_from_known_states(prepared, state):
         return None
     needed = _needs(prepared, x_seq, constants, state, needs)
     assert needed is not None
@@ -149,60 +154,60 @@ def run_backward(
     states = prepared.first_states(state)
     count = len(lowered.output_dtypes)
     if isinstance(lowered, MixedStep):
-        found_x, found_states, found_constants = lowered.backward(
-            needed, x_seq[0].shape[0], x_seq, prepared.given, kept, grads[:count], grads[count:]
+        grad_x, grad_states, grad_constants = lowered.backward(
+            needed, x_seq[0].shape[0], x_seq, prepared.constants_read, saved, grads[:count], grads[count:]
         )
         shapes = [s.shape if isinstance(s, Tensor) else () for s in states]
-        found_states = [
-            None if g is None else g.sum_to_size(shape) for g, shape in zip(found_states, shapes, strict=True)
+        grad_states = [
+            None if g is None else g.sum_to_size(shape) for g, shape in zip(grad_states, shapes, strict=True)
         ]
-        gathered = _gathered(prepared, x_seq, constants, state, needs, (found_x, found_states, found_constants))
-        return apart(gathered, [*x_seq, *prepared.given, *(state or ()), *kept, *grads])
+        gradients = _gradients_in_order(prepared, x_seq, constants, state, needs, (grad_x, grad_states, grad_constants))
+        return unaliased(gradients, [*x_seq, *prepared.constants_read, *(state or ()), *saved, *grads])
     shape = lowered.shape_of_step(x_seq, states)
     numbers = tuple(None if isinstance(s, Tensor) else float(s) for s in states)
     details = SavedContext(needed, x_seq[0].shape[0], shape, tuple(range(len(shape))), numbers)
     tensors = [s if isinstance(s, Tensor) else None for s in states]
-    found_x, found_states, found_constants = lowered.backward(
+    grad_x, grad_states, grad_constants = lowered.backward(
         details,
         x_seq,
         tensors,
-        prepared.given,
-        kept,
+        prepared.constants_read,
+        saved,
         grads[:count],
         grads[count:],
         ([x.shape for x in x_seq], [s.shape if isinstance(s, Tensor) else () for s in states]),
     )
-    return _gathered(prepared, x_seq, constants, state, needs, (found_x, found_states, found_constants))
+    return _gradients_in_order(prepared, x_seq, constants, state, needs, (grad_x, grad_states, grad_constants))
 
 
-def _gathered(
-    prepared: Prepared,
+def _gradients_in_order(
+    prepared: PreparedCall,
     x_seq: Sequence[Tensor],
     constants: Sequence[Any],
     state: Sequence[Tensor] | None,
     needs: Sequence[bool],
     grads: tuple[Sequence[Tensor | None], Sequence[Tensor | None], Sequence[Tensor | None]],
 ) -> list[Tensor]:
-    """Gradients of inputs, tensors of the constants and states, for those that need one."""
-    found_x, found_states, found_constants = grads
-    by_tensor = {id(t): g for t, g in zip(prepared.given, found_constants, strict=True)}
+    """The gradients that are needed, of inputs, tensors of the constants and states in this order."""
+    grad_x, grad_states, grad_constants = grads
+    by_tensor = {id(t): g for t, g in zip(prepared.constants_read, grad_constants, strict=True)}
     everything = [*x_seq, *tensors_of(constants), *(state or ())]
-    found: list[Tensor | None] = [*found_x, *(by_tensor.get(id(t)) for t in tensors_of(constants))]
-    found += found_states if state is not None else []
+    gradients: list[Tensor | None] = [*grad_x, *(by_tensor.get(id(t)) for t in tensors_of(constants))]
+    gradients += grad_states if state is not None else []
     return [
         torch.zeros_like(t) if g is None else g.contiguous()
-        for t, g, need in zip(everything, found, needs, strict=True)
+        for t, g, need in zip(everything, gradients, needs, strict=True)
         if need
     ]
 
 
-def _knows_start(prepared: Prepared, state: Sequence[Tensor] | None) -> bool:
-    """Whether the states before the first step are given or numbers."""
+def _starts_from_known_states(prepared: PreparedCall, state: Sequence[Tensor] | None) -> bool:
+    """Whether the states before the first step are numbers or given by the caller."""
     return prepared.starts_from_numbers and not prepared.runs_first_step(state)
 
 
 def _needs(
-    prepared: Prepared,
+    prepared: PreparedCall,
     x_seq: Sequence[Tensor],
     constants: Sequence[Any],
     state: Sequence[Tensor] | None,
@@ -214,18 +219,19 @@ def _needs(
     tensors = tensors_of(constants)
     by_tensor = {id(t): n for t, n in zip(tensors, needs[count : count + len(tensors)], strict=True)}
     states = needs[count + len(tensors) :] if state is not None else [False] * len(prepared.lowered.state_dtypes)
-    return Needs(tuple(needs[:count]), tuple(states), tuple(by_tensor.get(id(t), False) for t in prepared.given))
+    constants_read = tuple(by_tensor.get(id(t), False) for t in prepared.constants_read)
+    return Needs(tuple(needs[:count]), tuple(states), constants_read)
 
 
 @contextlib.contextmanager
-def _for_real() -> Iterator[None]:
-    """Compute with real tensors in the middle of a trace."""
+def _real_tensors() -> Iterator[None]:
+    """Compute with real tensors while a program is traced."""
     with disable_dispatch_modes(), unset_fake_temporarily(), ordinary_dispatch(grad=False):
         yield
 
 
-def _stand_in(tensor: Tensor, larger: dict[str, int], first: int | None = None) -> Tensor:
-    shape = [hint(n) + (larger.get(str(n), 0) if isinstance(n, torch.SymInt) else 0) for n in tensor.shape]
+def _example_tensor(tensor: Tensor, larger: dict[str, int], first: int | None = None) -> Tensor:
+    shape = [size_hint(n) + (larger.get(str(n), 0) if isinstance(n, torch.SymInt) else 0) for n in tensor.shape]
     if first is not None:
         shape[0] = first
     return torch.zeros(shape, dtype=tensor.dtype, device=tensor.device)
@@ -237,7 +243,7 @@ def _step_shape(
     state: Sequence[Tensor] | None,
     operand_shapes: Sequence[tuple[int, ...]],
 ) -> tuple[Any, ...]:
-    """The shape of a step, symbols included."""
+    """The shape of a step, with symbolic sizes."""
     for x in x_seq:
         if x.dim() - 1 == len(lowered.step.shape) and not any(
             isinstance(a, int) and isinstance(b, int) and a == 1 != b

@@ -1,8 +1,8 @@
-"""The kernels of one loop region: made at the first call, kept by what they depend on, or a reason why there are none.
+"""The kernels of one loop region, recorded at the first call and cached.
 
-A recording holds for the dtypes and shapes of a step (for its ranks, where nobody looked at sizes), and for the Python
-values in the modules of the region: `neuron.tau` is looked at in every call. T is in nothing. Kernels are kept by
-their text, so another `tau` or batch size builds nothing.
+The cache key of a recording has the dtypes and shapes of a step (only the ranks, if the step reads no sizes) and the
+settings of the region's modules: every call checks `neuron.tau`. It does not have T. Built kernels are cached by their
+source text, so another `tau` or batch size builds nothing.
 """
 
 from __future__ import annotations
@@ -23,45 +23,46 @@ from snnfx.lowering.elementwise.translation import TranslatedStep
 from snnfx.lowering.live_settings import SettingsOfRegion
 from snnfx.lowering.mixed.autograd_loop import run_mixed
 from snnfx.lowering.mixed.mixed_step import MixedStep
-from snnfx.regions.step_lowering import Recorded, StepLowering
+from snnfx.regions.step_lowering import LoweringResult, StepLowering
 from snnfx.sandbox.torch_internals import are_transforms_active, dispatch_mode_count, forward_mode_level
 
-__all__ = ["Prepared", "RegionKernels"]
+__all__ = ["PreparedCall", "RegionKernels"]
 
-_MOST = 64
-"""Recordings kept for a region."""
+_MAX_RECORDINGS = 64
+"""Cached recordings of a region, at most."""
 _PLAIN_TENSORS = (Tensor, nn.Parameter, nn.Buffer)
 
 
 @dataclass
-class Prepared:
-    """A recording with the arguments of a call.
+class PreparedCall:
+    """A lowered step with the arguments of a call.
 
     Args:
-        kernels, entry, lowered: what was recorded.
-        x_seq, constants: of the call.
-        given: the tensors among the constants that the step reads.
+        kernels: the kernels of the region.
+        entry, lowered: the lowered step.
+        x_seq, constants: the arguments of the call.
+        constants_read: the tensors among the constants that the step reads.
     """
 
     kernels: RegionKernels
-    entry: Recorded
+    entry: LoweringResult
     lowered: LoweredStep | MixedStep
     x_seq: Sequence[Tensor]
     constants: Sequence[Any]
-    given: list[Tensor]
+    constants_read: list[Tensor]
 
     @property
     def starts_from_numbers(self) -> bool:
-        """Whether the reset state is made of numbers."""
+        """Whether the states before the first step are numbers, or given by the caller."""
         return self.entry.initial is None or None not in self.entry.initial.numbers
 
     def runs_first_step(self, state: Sequence[Any] | None) -> bool:
-        """Whether the first step has to be run as it is: nobody else knows what it starts from."""
+        """Whether the first step runs as an eager graph, because only it can initialise the states."""
         return state is None and self.kernels.first is not None and self.entry.initial is None
 
     @property
     def operand_shapes(self) -> list[tuple[int, ...]]:
-        """Of what does not change with time."""
+        """Shapes of the operands that do not change with time."""
         return [] if isinstance(self.lowered, MixedStep) else list(self.lowered.step.operand_shapes)
 
     def first_states(self, state: Sequence[Any] | None) -> list[Any]:
@@ -73,13 +74,13 @@ class Prepared:
 
 
 class RegionKernels:
-    """Runs a loop region by generated kernels where that is possible.
+    """Runs a loop region by generated kernels if its step can be lowered.
 
     Args:
-        label: of the region, for messages.
+        label: the name of the region, for messages.
         step: `(*constants, *inputs, state) -> (outputs, state)`.
         first: `(*constants, *inputs) -> (outputs, state)`, None without state.
-        make_start: makes the graph `(*constants, *inputs) -> (states before the first step, states after it)`.
+        make_start: builds the graph `(*constants, *inputs) -> (states before the first step, states after it)`.
     """
 
     def __init__(
@@ -87,8 +88,8 @@ class RegionKernels:
     ) -> None:
         self.label, self.first = label, first
         self.step_lowering = StepLowering(step, first, make_start)
-        self.entries: dict[Any, Recorded] = {}
-        self._latest: tuple[Any, Recorded] | None = None
+        self.entries: dict[Any, LoweringResult] = {}
+        self._latest: tuple[Any, LoweringResult] | None = None
         self._settings = SettingsOfRegion()
         self.refusal = ""
         self.in_use: LoweredStep | MixedStep | None = None
@@ -96,26 +97,26 @@ class RegionKernels:
     def run(
         self, x_seq: Sequence[Tensor], state: Sequence[Any] | None, constants: Sequence[Any]
     ) -> tuple[tuple[Tensor, ...], tuple[Tensor, ...]] | None:
-        """All steps of a sequence, or None when they have to be run one by one."""
-        prepared = self.prepared(x_seq, state, constants)
+        """Run all steps of a sequence; None if the steps have to run one by one."""
+        prepared = self.prepare(x_seq, state, constants)
         if prepared is None:
             return None
         if prepared.runs_first_step(state):
             return self._after_first_step(prepared)
         states = prepared.first_states(state)
-        needs = needs_of(x_seq, states, prepared.given) if torch.is_grad_enabled() else None
-        if not self.ready(prepared, needs):
+        needs = needs_of(x_seq, states, prepared.constants_read) if torch.is_grad_enabled() else None
+        if not self.build_for(prepared, needs):
             return None
         self.in_use = prepared.lowered
         if isinstance(prepared.lowered, LoweredStep):
-            return run_lowered(prepared.lowered, x_seq, states, prepared.given, needs)
+            return run_lowered(prepared.lowered, x_seq, states, prepared.constants_read, needs)
         if not prepared.lowered.fits(states):
-            self.refusal = "a state before the first step has another shape than those after it"
+            self.refusal = "a state before the first step has another shape than the states after it"
             return None
-        return run_mixed(prepared.lowered, x_seq, states, prepared.given, needs)
+        return run_mixed(prepared.lowered, x_seq, states, prepared.constants_read, needs)
 
-    def _after_first_step(self, prepared: Prepared) -> tuple[tuple[Tensor, ...], tuple[Tensor, ...]] | None:
-        """The first step as it is, then all others."""
+    def _after_first_step(self, prepared: PreparedCall) -> tuple[tuple[Tensor, ...], tuple[Tensor, ...]] | None:
+        """Run the first step as an eager graph, then all others without autograd."""
         assert self.first is not None and isinstance(prepared.lowered, MixedStep)
         x_seq = prepared.x_seq
         outputs, states = self.first.forward(*prepared.constants, *[x[0] for x in x_seq])
@@ -123,20 +124,21 @@ class RegionKernels:
         if x_seq[0].shape[0] == 1:
             return tuple([y.unsqueeze(0) for y in outputs]), states
         later = [x[1:] for x in x_seq]
-        needs = needs_of(later, states, prepared.given) if torch.is_grad_enabled() else None
-        if not self.ready(prepared, needs):
+        needs = needs_of(later, states, prepared.constants_read) if torch.is_grad_enabled() else None
+        if not self.build_for(prepared, needs):
             return None
-        found, states = run_mixed(prepared.lowered, later, states, prepared.given, needs)
-        if any(y.shape != rest.shape[1:] for y, rest in zip(outputs, found, strict=True)):
-            self.refusal = "the first step has outputs of another shape than the others"
+        later_outputs, states = run_mixed(prepared.lowered, later, states, prepared.constants_read, needs)
+        if any(y.shape != rest.shape[1:] for y, rest in zip(outputs, later_outputs, strict=True)):
+            self.refusal = "the outputs of the first step have another shape than those of the later steps"
             return None
-        return tuple([torch.cat((y.unsqueeze(0), rest)) for y, rest in zip(outputs, found, strict=True)]), states
+        pairs = zip(outputs, later_outputs, strict=True)
+        return tuple([torch.cat((y.unsqueeze(0), rest)) for y, rest in pairs]), states
 
-    def prepared(
+    def prepare(
         self, x_seq: Sequence[Tensor], state: Sequence[Any] | None, constants: Sequence[Any]
-    ) -> Prepared | None:
-        """The recording for these arguments, made if need be, with its constants; None where there is none."""
-        if not _ordinary(x_seq, state, constants):
+    ) -> PreparedCall | None:
+        """The lowered step for these arguments, recorded if necessary; None if the step cannot be lowered."""
+        if not _is_supported(x_seq, state, constants):
             return None
         settings = self._settings.of(constants)
         if settings is None:
@@ -147,14 +149,14 @@ class RegionKernels:
             self.refusal = entry.reason
             return None
         if state is not None:
-            fits = lowered.fits(state) if isinstance(lowered, MixedStep) else _fit(state, x_seq, lowered.step)
+            fits = lowered.fits(state) if isinstance(lowered, MixedStep) else _states_fit(state, x_seq, lowered.step)
             if not fits:
                 self.refusal = "a given state has another shape than the states after a step"
                 return None
-        return Prepared(self, entry, lowered, x_seq, constants, [fetch(constants) for fetch in entry.constants])
+        return PreparedCall(self, entry, lowered, x_seq, constants, [fetch(constants) for fetch in entry.constants])
 
-    def ready(self, prepared: Prepared, needs: Needs | None) -> bool:
-        """Build what a call needs; where that fails, the region is not lowered from now on."""
+    def build_for(self, prepared: PreparedCall, needs: Needs | None) -> bool:
+        """Build the kernels of a call; if that fails, the region runs step by step from now on."""
         entry = prepared.entry
         if needs in entry.built:
             return True
@@ -164,21 +166,19 @@ class RegionKernels:
         except LoweringRefused as reason:
             entry.lowered, entry.reason = None, str(reason)
             self.refusal = entry.reason
-            warn_once("SNNFX505", f"loops are run step by step by PyTorch: {reason}.", key="build")
+            warn_once("SNNFX505", f"loops run step by step in PyTorch: {reason}.", key="build")
             return False
         entry.built |= {needs}
         return True
 
-    # -- recordings -----------------------------------------------------------------------------------------------
-
     def _entry(
         self, x_seq: Sequence[Tensor], state: Sequence[Any] | None, constants: Sequence[Any], settings: Any
-    ) -> Recorded:
+    ) -> LoweringResult:
         device = x_seq[0].device
         kind = device_kind_of(device)
         fixed = (
             settings,
-            None if state is None else tuple([_of_state(s) for s in state]),
+            None if state is None else tuple([_state_key(s) for s in state]),
             device,
             torch.is_autocast_enabled(kind) and torch.get_autocast_dtype(kind),
             torch.get_default_dtype(),
@@ -187,37 +187,37 @@ class RegionKernels:
         if self._latest is not None and self._latest[0] == exact:
             entry = self._latest[1]
         else:
-            entry = self._found_or_recorded(exact, x_seq, state, constants)
+            entry = self._cached_or_lowered(exact, x_seq, state, constants)
         for fetch, identity, version in entry.baked:
             tensor = fetch(constants)
             if id(tensor) != identity or tensor._version != version:
-                entry, _ = self.step_lowering.recorded(x_seq, state, constants)
+                entry, _ = self.step_lowering.lower(x_seq, state, constants)
                 self._keep(exact, entry)
                 break
         self._latest = exact, entry
         return entry
 
-    def _found_or_recorded(
+    def _cached_or_lowered(
         self, exact: tuple[Any, Any], x_seq: Sequence[Tensor], state: Sequence[Any] | None, constants: Sequence[Any]
-    ) -> Recorded:
-        """What is kept for the sizes of these inputs, or for all sizes."""
+    ) -> LoweringResult:
+        """The cached result for the sizes of these inputs or for all sizes; recorded if there is none."""
         entry = self.entries.get(exact)
         if entry is None:
-            general = (tuple([(_pattern(x.shape[1:]), x.dtype) for x in x_seq]), exact[1])
+            general = (tuple([(_broadcast_pattern(x.shape[1:]), x.dtype) for x in x_seq]), exact[1])
             entry = self.entries.get(general)
             if entry is None:
-                entry, is_general = self.step_lowering.recorded(x_seq, state, constants)
+                entry, is_general = self.step_lowering.lower(x_seq, state, constants)
                 self._keep(general if is_general else exact, entry)
         return entry
 
-    def _keep(self, key: Any, entry: Recorded) -> None:
-        if len(self.entries) >= _MOST:
+    def _keep(self, key: Any, entry: LoweringResult) -> None:
+        if len(self.entries) >= _MAX_RECORDINGS:
             self.entries.pop(next(iter(self.entries)))
         self.entries[key] = entry
 
 
-def _ordinary(x_seq: Sequence[Any], state: Sequence[Any] | None, constants: Sequence[Any]) -> bool:
-    """Whether these are plain tensors on a device with kernels, which nobody watches, and modules and numbers."""
+def _is_supported(x_seq: Sequence[Any], state: Sequence[Any] | None, constants: Sequence[Any]) -> bool:
+    """Whether the arguments are plain tensors on a device with kernels, modules and numbers, and no mode is active."""
     if dispatch_mode_count() or are_transforms_active():
         return False
     if forward_mode_level() >= 0:
@@ -238,8 +238,8 @@ def _ordinary(x_seq: Sequence[Any], state: Sequence[Any] | None, constants: Sequ
     return bool(x_seq[0].shape[0] > 0)
 
 
-def _fit(state: Sequence[Any], x_seq: Sequence[Tensor], step: TranslatedStep) -> bool:
-    """Whether states can be expanded to the shape of a step; some libraries pass an empty one for the reset state."""
+def _states_fit(state: Sequence[Any], x_seq: Sequence[Tensor], step: TranslatedStep) -> bool:
+    """Whether states can be expanded to the shape of a step; some libraries pass an empty tensor as reset state."""
     shapes = [s.shape for s in state if isinstance(s, Tensor)]
     if all(shape == x_seq[0].shape[1:] for shape in shapes):
         return True
@@ -251,10 +251,10 @@ def _fit(state: Sequence[Any], x_seq: Sequence[Tensor], step: TranslatedStep) ->
         return False
 
 
-def _pattern(shape: Sequence[int]) -> tuple[bool, ...]:
-    """What of a shape decides how values are combined."""
+def _broadcast_pattern(shape: Sequence[int]) -> tuple[bool, ...]:
+    """The dimensions of a shape that broadcast."""
     return tuple([n == 1 for n in shape])
 
 
-def _of_state(value: Any) -> Any:
-    return (value.dtype, _pattern(value.shape)) if isinstance(value, Tensor) else (type(value), value)
+def _state_key(value: Any) -> Any:
+    return (value.dtype, _broadcast_pattern(value.shape)) if isinstance(value, Tensor) else (type(value), value)

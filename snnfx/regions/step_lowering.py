@@ -1,9 +1,10 @@
-"""The step_lowering of a region: one step is recorded, and lowered to kernels, or there is a reason why not."""
+"""Lower the step of a region: record one step, then build kernels from the recording."""
 
 from __future__ import annotations
 
+import contextlib
 import functools
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, cast
 
@@ -22,43 +23,44 @@ from snnfx.lowering.elementwise.lowered_step import LoweredStep
 from snnfx.lowering.elementwise.translation import translate
 from snnfx.lowering.mixed.first_states import initial_states_of_each
 from snnfx.lowering.mixed.mixed_step import MixedStep
-from snnfx.regions.region_modules import buffers_of
+from snnfx.regions.sequence_region import buffers_of
+from snnfx.sandbox.internal_faults import is_internal_fault, surface
 from snnfx.state.registry import adapter_of
 from snnfx.state.step_calls import call_stateful, initial_value
 
-__all__ = ["Recorded", "StepLowering"]
+__all__ = ["LoweringResult", "StepLowering"]
 
 
 @dataclass
-class Recorded:
-    """One recording, or why there is none.
+class LoweringResult:
+    """The lowered step of a region, or the reason for not lowering it.
 
     Args:
-        lowered: what runs; None: see `reason`.
-        initial: the states before the first step; None: they are given, or only the first step itself makes them.
-        constants: how to fetch the tensors that the step reads from the constants of a call.
-        baked: of tensors whose values the recording holds: how to fetch them, and what they were (id and version).
-        kept_alive: what the key of the recording names by its id.
-        reason: why there is none.
-        built: what was built for it.
+        lowered: the lowered step, or None.
+        initial: the states before the first step; None if the caller gives them or only the first step computes them.
+        constants: functions that fetch the tensors that the step reads from the constants of a call.
+        baked: for each tensor whose value is part of the recording: how to fetch it, its id and its version.
+        keep_alive: the objects whose ids are part of the cache key.
+        reason: if `lowered` is None, the reason as a clause.
+        built: the gradients (None: inference) for which the kernels have been built.
     """
 
     lowered: LoweredStep | MixedStep | None
     initial: InitialStates | None
     constants: tuple[Callable[[Sequence[Any]], Tensor], ...] = ()
     baked: tuple[tuple[Callable[[Sequence[Any]], Tensor], int, int], ...] = ()
-    kept_alive: tuple[Any, ...] = ()
+    keep_alive: tuple[Any, ...] = ()
     reason: str = ""
     built: frozenset[Any] = frozenset()
 
 
 class StepLowering:
-    """Records steps of one region.
+    """Records and lowers the step of one region.
 
     Args:
         step: `(*constants, *inputs, state) -> (outputs, state)`.
         first: `(*constants, *inputs) -> (outputs, state)`, None without state.
-        make_start: makes the graph `(*constants, *inputs) -> (states before the first step, states after it)`.
+        make_start: builds the graph `(*constants, *inputs) -> (states before the first step, states after it)`.
     """
 
     def __init__(
@@ -68,18 +70,18 @@ class StepLowering:
         self._start: fx.GraphModule | None = None
 
     def start(self) -> fx.GraphModule:
-        """The graph of the states before the first step."""
+        """The graph that computes the states before the first step."""
         if self._start is None:
             self._start = self._make_start()
         return self._start
 
-    def recorded(
+    def lower(
         self, x_seq: Sequence[Tensor], state: Sequence[Any] | None, constants: Sequence[Any]
-    ) -> tuple[Recorded, bool]:
-        """Record a step, and whether the recording (or the reason against one) holds for other sizes of its inputs."""
-        # Without their history: the step_lowering of the backward pass must not go through it.
+    ) -> tuple[LoweringResult, bool]:
+        """Lower a step: `(result, whether the result holds for inputs of other sizes)`."""
+        # Detached from their autograd graph: recording the backward pass must not enter it.
         constants = [c.detach().requires_grad_(c.requires_grad) if isinstance(c, Tensor) else c for c in constants]
-        alive = tuple(
+        keep_alive = tuple(
             x for c in constants if isinstance(c, nn.Module) for m in c.modules() for x in m.__dict__.values()
         )
         buffers = buffers_of(constants)
@@ -88,33 +90,37 @@ class StepLowering:
             with torch.no_grad():
                 after = self._after_one_step(inputs, state, constants)
             step = functools.partial(self.step.forward, *constants)
-            recording = record_step(step, inputs, after, True, decomposition)
+            with _model_errors_refuse():
+                recording = record_step(step, inputs, after, True, decomposition)
             starts = self.first is not None and state is None
-            lowered, initial = self._lowered(recording, inputs, after, starts, constants)
+            lowered, initial = self._lower_recording(recording, inputs, after, starts, constants)
             if any(_differs(buffer, value) for buffer, value in buffers):
                 raise LoweringRefused("the step changes a buffer")
         except LoweringRefused as reason:
-            return Recorded(None, None, reason=str(reason), kept_alive=alive), True
-        except Exception as error:  # in the user's code: should it be an error of the model, the loop raises it again
-            reason_text = f"its step cannot be differentiated in a step_lowering: {type(error).__name__}: {error}"
-            return Recorded(None, None, reason=reason_text.rstrip("."), kept_alive=alive), True
+            return LoweringResult(None, None, reason=str(reason), keep_alive=keep_alive), True
+        except Exception as error:  # not the model's: `_model_errors_refuse` converts those
+            surface(error, "a loop runs step by step in PyTorch")
+            reason_text = f"snnfx failed to lower its step: {type(error).__name__}: {error}"
+            return LoweringResult(None, None, reason=reason_text.rstrip("."), keep_alive=keep_alive), True
         finally:
             for buffer, value in buffers:
-                if _differs(buffer, value):  # past the version counter: no user has seen the step_lowering
+                if _differs(buffer, value):  # the user has not seen the change, so the version counter stays
                     buffer.data.copy_(value)
-        entry = Recorded(
+        entry = LoweringResult(
             lowered,
             initial,
             tuple(_fetcher(recording.constants[i], constants) for _, i in _constants_of(lowered)),
             tuple((_fetcher(t, constants), id(t), version) for t, version in recording.baked),
-            alive,
+            keep_alive,
         )
         if isinstance(lowered, MixedStep):
             return entry, False
-        holds_for_all = not lowered.step.holds_sizes and (not recording.reads_sizes or self._is_vouched_for(constants))
+        holds_for_all = not lowered.step.has_fixed_sizes and (
+            not recording.reads_sizes or self._only_elementwise_modules_read_sizes(constants)
+        )
         return entry, holds_for_all
 
-    def _lowered(
+    def _lower_recording(
         self,
         recording: Recording,
         inputs: Sequence[Tensor],
@@ -122,7 +128,7 @@ class StepLowering:
         starts: bool,
         constants: Sequence[Any],
     ) -> tuple[LoweredStep | MixedStep, InitialStates | None]:
-        """One kernel for all steps; where the step is not elementwise, the step without autograd."""
+        """One kernel for all steps; if the step is not element-wise, a schedule that runs without autograd."""
         device = inputs[0].device
         try:
             _refuse_other_shapes(inputs, after)
@@ -138,35 +144,43 @@ class StepLowering:
         if not starts:
             return mixed, None
         try:
-            return mixed, initial_states_of_each(self._recording_of(self.start(), inputs, constants))
-        except (LoweringRefused, TypeError):  # TypeError: a module makes its states itself, from None
+            return mixed, initial_states_of_each(self._recording_of_start(inputs, constants))
+        except LoweringRefused:
             return mixed, None
 
     def _refuse_unknown_shape(
         self, lowered: LoweredStep, initial: InitialStates, inputs: Sequence[Tensor], constants: Sequence[Any]
     ) -> None:
-        """A kernel has no shape of its own: one that only the first values of the states had is lost with them."""
+        """Refuse a step whose shape depends on the shape of the initial states, which become numbers."""
         x_seq, shape = [x.unsqueeze(0) for x in inputs], lowered.step.shape
         if lowered.shape_of_step(x_seq, ()) != shape:
-            states = initial.values(constants, x_seq, self.start)
+            with _model_errors_refuse():
+                states = initial.values(constants, x_seq, self.start)
             if lowered.shape_of_step(x_seq, states) != shape:
-                raise LoweringRefused("the states have a shape that nothing tells which each step reads")
+                raise LoweringRefused("the shape of its states does not follow from the tensors that each step reads")
 
     def _recording_of(self, graph: fx.GraphModule, inputs: Sequence[Tensor], constants: Sequence[Any]) -> Recording:
-        return record_step(functools.partial(graph.forward, *constants), inputs, None, False, decomposition)
+        with _model_errors_refuse():
+            return record_step(functools.partial(graph.forward, *constants), inputs, None, False, decomposition)
+
+    def _recording_of_start(self, inputs: Sequence[Tensor], constants: Sequence[Any]) -> Recording:
+        try:
+            return self._recording_of(self.start(), inputs, constants)
+        except TypeError as error:
+            raise LoweringRefused("a module initialises its own state, from None") from error
 
     def _after_one_step(
         self, inputs: Sequence[Tensor], state: Sequence[Any] | None, constants: Sequence[Any]
     ) -> list[Tensor]:
-        """The states after a step: what all later steps start from."""
-        with preserved_rng_state(inputs[0].device):
+        """The states after one step, which have the shapes and dtypes of all later states."""
+        with preserved_rng_state(inputs[0].device), _model_errors_refuse():
             if state is None and self.first is not None:
                 _, after = self.first.forward(*constants, *inputs)
             else:
                 _, after = self.step.forward(*constants, *inputs, tuple(state or ()))
         for value in after:
             if not isinstance(value, Tensor):
-                raise LoweringRefused(f"a state is a {type(value).__name__} that Python computes")
+                raise LoweringRefused(f"a state is a {type(value).__name__}, which Python computes, not a tensor")
         return list(after)
 
     def _initial_states(
@@ -176,13 +190,13 @@ class StepLowering:
             return _fetcher(tensor, constants)
 
         try:
-            return initial_states_of_start(self._recording_of(self.start(), inputs, constants), fetcher)
-        except (LoweringRefused, TypeError):  # TypeError: a module makes its states itself, from None
+            return initial_states_of_start(self._recording_of_start(inputs, constants), fetcher)
+        except LoweringRefused:
             assert self.first is not None
             return initial_states_by_comparison(recording, self._recording_of(self.first, inputs, constants), fetcher)
 
-    def _is_vouched_for(self, constants: Sequence[Any]) -> bool:
-        """Whether sizes are only read by modules that are known to be elementwise."""
+    def _only_elementwise_modules_read_sizes(self, constants: Sequence[Any]) -> bool:
+        """Whether only modules known to be element-wise read sizes."""
         modules = dict(zip((n for n in self.step.graph.nodes if n.op == "placeholder"), constants, strict=False))
         for node in self.step.graph.nodes:
             if _reads_size(node):
@@ -200,8 +214,22 @@ class StepLowering:
         return True
 
 
+@contextlib.contextmanager
+def _model_errors_refuse() -> Iterator[None]:
+    """Refuse to lower a step in which the user's model or torch raises; the stepped loop then raises the error."""
+    try:
+        yield
+    except LoweringRefused:
+        raise
+    except Exception as error:
+        if is_internal_fault(error):
+            raise
+        reason = f"recording its step raised {type(error).__name__}: {error}"
+        raise LoweringRefused(reason.rstrip(".")) from error
+
+
 def _differs(a: Tensor, b: Tensor) -> bool:
-    """Whether values changed; NaN is the same as NaN."""
+    """Whether values differ; NaN equals NaN."""
     if torch.equal(a, b):
         return False
     return not (a.is_floating_point() and torch.equal(a.nan_to_num(), b.nan_to_num()) and torch.equal(a != a, b != b))
@@ -212,7 +240,7 @@ def _constants_of(lowered: LoweredStep | MixedStep) -> tuple[tuple[int, int], ..
 
 
 def _refuse_other_shapes(inputs: Sequence[Tensor], states: Sequence[Tensor]) -> None:
-    """A kernel gives all states the shape of its inputs, of which some may only serve for the first values."""
+    """Refuse states that do not have the shape to which inputs and states broadcast."""
     try:
         shape = torch.broadcast_shapes(*[v.shape for v in (*inputs, *states)])
     except RuntimeError:
@@ -228,7 +256,7 @@ def _reads_size(node: fx.Node) -> bool:
 
 
 def _fetcher(tensor: Tensor, constants: Sequence[Any]) -> Callable[[Sequence[Any]], Tensor]:
-    """How to get at a constant of a recording in later calls: where it is now, or the tensor itself."""
+    """A function that fetches a recorded constant in later calls: by its place in the constants, else by reference."""
     for index, constant in enumerate(constants):
         if constant is tensor:
             return lambda given, index=index: given[index]  # type: ignore[misc]

@@ -1,8 +1,8 @@
-"""Loops of an online rule, in the forms that they have instead of T steps under autograd.
+"""Loops of online learning rules, run without T steps under autograd.
 
-`CutLoopRegion`: no gradient goes through the state, so only the states have to be stepped, without gradients; after
-that every step is a function of its inputs and a known state, and all of them are evaluated at once, folded.
-`TraceRegion`: an eligibility trace, `a[t] = leak * a[t-1] + x[t]`, one addition in place for each step.
+`CutLoopRegion`: no gradient flows through the state. The states are stepped without gradients; every step is then a
+function of its inputs and a known state, and all steps are evaluated at once, folded into the batch.
+`TraceRegion`: an eligibility trace, `a[t] = leak * a[t-1] + x[t]`, one in-place addition for each step.
 """
 
 from __future__ import annotations
@@ -16,24 +16,24 @@ from torch import Tensor
 from snnfx.functional import seq_to_ann_forward
 from snnfx.ops.online_functions import update_trace
 from snnfx.ops.sequence_functions import stack_steps
-from snnfx.regions.region_modules import LoopRegion, RegionGraph
+from snnfx.regions.region_modules import LoopRegion
+from snnfx.regions.sequence_region import RegionGraph
 
 __all__ = ["CutLoopRegion", "TraceRegion"]
 
 _ELEMENTS_AT_ONCE = 2**18
-"""How many elements of its largest input a folded evaluation takes at once: what stays in the cache from one operation
-to the next is faster than what does not, and steps are independent here."""
+"""Elements of the largest input in one folded evaluation, so that values stay in the cache between operations."""
 
 
 class CutLoopRegion(LoopRegion):
-    """A loop all of whose states are read without history.
+    """A loop whose states are all detached before they are read.
 
     Args:
         label, step, first: as for `LoopRegion`.
         start: `(*constants, *inputs) -> (states before the first step, states after it)`, from the reset state.
         advance: `(*constants, *inputs, state) -> ((), states)`.
-        outputs: `(*constants, *inputs, state) -> (outputs, ())`, which may be folded.
-        input_dims, state_dims, output_dims: where the batch of each of them is in one step.
+        outputs: `(*constants, *inputs, state) -> (outputs, ())`, foldable.
+        input_dims, state_dims, output_dims: the batch dimension of each of them in one step.
     """
 
     cut = True
@@ -57,37 +57,37 @@ class CutLoopRegion(LoopRegion):
     def multi_step(
         self, x_seq: tuple[Tensor, ...], state: tuple[Any, ...] | None, constants: tuple[Any, ...]
     ) -> tuple[tuple[Tensor, ...], tuple[Any, ...]]:
-        """All steps of a sequence: `(outputs [T, *], final state)`, gradients without a loop over time."""
+        """Run all steps of a sequence, `(outputs [T, *], final state)`; gradients need no loop over time."""
         if not torch.is_grad_enabled() or self.runs_as_operator(constants):
             return super().multi_step(x_seq, state, constants)
-        done = None if self.kernels is None else self.kernels.run(x_seq, state, constants)
-        if done is not None:
-            return done
+        results = None if self.kernels is None else self.kernels.run(x_seq, state, constants)
+        if results is not None:
+            return results
         state_seq, final = self.states_before(x_seq, state, constants)
         return self.all_steps(x_seq, state_seq, constants), final
 
     def states_before(
         self, x_seq: tuple[Tensor, ...], state: tuple[Any, ...] | None, constants: tuple[Any, ...]
     ) -> tuple[tuple[Tensor, ...], tuple[Any, ...]]:
-        """The state before each step, `[T, *]` for each slot, and the one after the last; without gradients."""
-        kept: list[tuple[Any, ...]] = []
+        """The states before each step, `[T, *]` for each slot, and the final states; without gradients."""
+        states_seq: list[tuple[Any, ...]] = []
         with torch.no_grad():
             steps = list(zip(*(x.unbind(0) for x in x_seq), strict=True))
             if state is None:
                 before, state = self.start(*constants, *steps[0])
-                kept.append(before)
+                states_seq.append(before)
                 steps = steps[1:]
             advance = self.advance.forward
             for x in steps:
-                kept.append(state)
+                states_seq.append(state)
                 _, state = advance(*constants, *x, state)
             device = x_seq[0].device
-            return tuple(stack_steps(s, device) for s in zip(*kept, strict=True)), state
+            return tuple(stack_steps(s, device) for s in zip(*states_seq, strict=True)), state
 
     def all_steps(
         self, x_seq: tuple[Tensor, ...], state_seq: tuple[Tensor, ...], constants: tuple[Any, ...]
     ) -> tuple[Tensor, ...]:
-        """The outputs of all steps from known states, folded, a block of steps at a time."""
+        """The outputs of all steps from known states, folded in blocks of steps."""
         T = x_seq[0].shape[0]
         largest = max(x[0].numel() for x in x_seq)
         block = max(1, _ELEMENTS_AT_ONCE // max(1, largest))
@@ -121,7 +121,7 @@ class TraceRegion(LoopRegion):
 
     Args:
         label, step, first: as for `LoopRegion`.
-        leak: a number; None: it is the constant of the region.
+        leak: a number; None: the constant of the region.
     """
 
     cut = True
@@ -133,7 +133,7 @@ class TraceRegion(LoopRegion):
     def multi_step(
         self, x_seq: tuple[Tensor, ...], state: tuple[Any, ...] | None, constants: tuple[Any, ...]
     ) -> tuple[tuple[Tensor, ...], tuple[Any, ...]]:
-        """The trace after each step, `[T, *]`, and the last of them."""
+        """Run all steps: the trace after each step, `[T, *]`, and the final trace."""
         if self.runs_as_operator(constants):
             return super().multi_step(x_seq, state, constants)
         leak = constants[0] if self.leak is None else self.leak

@@ -6,6 +6,7 @@ import gc
 import math
 import warnings
 from collections.abc import Callable, Sequence
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -15,10 +16,20 @@ from torch import Tensor, nn
 import snnfx
 from snnfx import neuron
 from snnfx.errors import PassError, SnnfxWarning
-from snnfx.ops.sequence_functions import delay_one_step, repeat_over_time, select_state, stack_steps, time_steps
+from snnfx.lowering.elementwise.cpp.build import find_compiler
+from snnfx.ops.sequence_functions import (
+    delay_one_step,
+    repeat_over_time,
+    select_state,
+    stack_steps,
+    time_steps,
+)
 from snnfx.ops.step_batch_norm import batch_norm_per_step
+from snnfx.regions import step_lowering
 from snnfx.regions.operator import run_loop_as_operator, run_map_as_operator
-from snnfx.regions.region_modules import LoopRegion, MapRegion, SequenceRegion, region_of_handle
+from snnfx.regions.region_modules import LoopRegion, MapRegion
+from snnfx.regions.sequence_region import SequenceRegion, region_of_handle, tensors_of
+from snnfx.sandbox import internal_faults
 from support.stepping import assert_same, run_stepped
 
 T, N, C = 4, 3, 5
@@ -160,7 +171,7 @@ def _constants_of(net: snnfx.Net) -> Sequence[Any]:
     return list(builder.constants)
 
 
-def tensors_of(constants: Sequence[Any]) -> list[Tensor]:
+def trained_tensors_of(constants: Sequence[Any]) -> list[Tensor]:
     modules = [c for c in constants if isinstance(c, nn.Module)]
     return [p for m in modules for p in m.parameters()] + [c for c in constants if isinstance(c, Tensor)]
 
@@ -175,7 +186,7 @@ def test_a_loop_as_operator_has_the_values_and_gradients_of_stepping(
     x_seq = torch.randn(steps, N, C, dtype=torch.float64, requires_grad=True)
     inputs = (x_seq,)
     state = tuple(torch.randn(N, C, dtype=torch.float64, requires_grad=True) for _ in range(3)) if given else None
-    leaves = [x_seq, *tensors_of(constants), *(state or ())]
+    leaves = [x_seq, *trained_tensors_of(constants), *(state or ())]
     results = []
     for run in (loop.multi_step, lambda *a: run_loop_as_operator(loop, *a)):
         y, final = run(inputs, state, constants)
@@ -211,7 +222,6 @@ def test_the_gradient_of_a_loop_is_that_of_finite_differences() -> None:
 def test_the_operator_satisfies_torchs_checks() -> None:
     loop, constants = loop_of(Recurrent().double())
     x_seq = torch.randn(3, N, C, dtype=torch.float64, requires_grad=True)
-    from snnfx.regions.region_modules import tensors_of
 
     tensors = tensors_of(constants)
     needs = [t.requires_grad for t in (x_seq, *tensors)]
@@ -312,3 +322,40 @@ def test_a_map_that_falls_back_prints_no_traceback(capfd: pytest.CaptureFixture[
         y_seq = net(x_seq)
     torch.testing.assert_close(y_seq, torch.stack([x * math.exp(-0.5 * (t + 1)) for t, x in enumerate(x_seq)]))
     assert capfd.readouterr().err == ""
+
+
+# -- faults of snnfx itself ------------------------------------------------------------------------------------------
+
+
+def kernel_net() -> Any:
+    if find_compiler() is None:
+        pytest.skip("no C++ compiler")
+    return snnfx.convert(nn.Sequential(neuron.LIFNode()))
+
+
+def test_an_internal_fault_in_lowering_surfaces(monkeypatch: pytest.MonkeyPatch) -> None:
+    def broken(recording: Any) -> Any:
+        raise KeyError("mistake")
+
+    monkeypatch.setattr(step_lowering, "translate", broken)
+    net = kernel_net()
+    with pytest.raises(KeyError, match="mistake"):
+        net(torch.rand(3, N, C))
+    monkeypatch.setattr(internal_faults, "STRICT", False)
+    with pytest.warns(SnnfxWarning, match="SNNFX509 a loop runs step by step"):
+        y = net(torch.rand(3, N, C))
+    assert y.shape == (3, N, C)
+    (reason,) = snnfx.explain(net).kernels
+    assert "failed to lower its step" in reason
+
+
+def test_an_error_of_the_model_while_its_step_is_recorded_is_no_internal_fault(monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuses(*args: Any) -> Any:
+        raise ValueError("not now")
+
+    net = kernel_net()
+    (loop,) = [m for m in net.modules() if isinstance(m, LoopRegion)]
+    assert loop.kernels is not None
+    monkeypatch.setattr(loop.kernels.step_lowering, "step", SimpleNamespace(forward=refuses))
+    assert net(torch.rand(3, N, C)).shape == (3, N, C)
+    assert "recording its step raised ValueError: not now" in loop.kernels.refusal

@@ -1,7 +1,7 @@
-"""Compile generated kernels for an H100 on a machine without a GPU; prints what came out as JSON.
+"""Compile generated Triton kernels for an H100 without a GPU; print facts about the machine code as JSON.
 
-Run by `test_triton`, in a process of its own: Triton is given a driver that knows which device it compiles for, and
-launches are replaced by compilations.
+`test_triton` runs this script in a separate process. It gives Triton a driver for an H100 and compiles kernels instead
+of launching them.
 """
 
 from __future__ import annotations
@@ -31,13 +31,13 @@ from snnfx.lowering.elementwise.triton.triton_launch import (
     block_length,
     form_of,
     load,
-    samples,
+    sample_arguments,
 )
 from snnfx.lowering.elementwise.triton.triton_source import TritonSource
 
 
-class Compiling:
-    """A driver for a device that is not there."""
+class CompileOnlyDriver:
+    """A driver for a device that does not exist."""
 
     def get_current_device(self) -> int:
         return 0
@@ -52,19 +52,19 @@ class Compiling:
 compiled: list[tuple[TritonSource, Any]] = []
 
 
-class Rehearsing(TritonBackEnd):
-    """Compiles where it should launch."""
+class CompileOnlyBackEnd(TritonBackEnd):
+    """Compiles kernels instead of launching them."""
 
     def build(self, source: TritonSource, elements: int) -> None:
-        form = source.usual
-        given = samples(source, form, elements)
-        load(source.text(form)).warmup(*given, BLOCK=block_length(elements), grid=(1,), **OPTIONS)
+        form = source.default_form
+        sample = sample_arguments(source, form, elements)
+        load(source.text(form)).warmup(*sample, BLOCK=block_length(elements), grid=(1,), **OPTIONS)
 
     def run(self, source: TritonSource, layout: Layout, T: int, operands: Sequence[Tensor | float]) -> None:
         form = form_of(source, layout, operands)
-        given = arguments(source, form, layout, T, operands)
+        sample = arguments(source, form, layout, T, operands)
         kernel = load(source.text(form))
-        result = kernel.warmup(*given, BLOCK=block_length(layout.elements), grid=(1,), **OPTIONS)
+        result = kernel.warmup(*sample, BLOCK=block_length(layout.elements), grid=(1,), **OPTIONS)
         compiled.append((source, result))
 
 
@@ -83,7 +83,7 @@ class PerChannel(snnfx.MemoryModule):
 
 
 class Curves(snnfx.MemoryModule):
-    """Functions with several terms each."""
+    """A neuron with transcendental functions."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -97,7 +97,7 @@ class Curves(snnfx.MemoryModule):
 
 
 def facts_about(model: nn.Module, dtype: torch.dtype) -> dict[str, Any]:
-    """What the kernels of both passes are, for several T and an odd number of elements."""
+    """Facts about the kernels of both passes, for several T and an odd number of elements."""
     triton_launch._loaded.clear()
     compiled.clear()
     net = snnfx.convert(nn.Sequential(model).to(dtype))
@@ -118,7 +118,7 @@ def facts_about(model: nn.Module, dtype: torch.dtype) -> dict[str, Any]:
 
 
 def facts_about_operations() -> dict[str, Any]:
-    """Each operation of an expression in each dtype, on its own."""
+    """Compile each operation of an expression separately, in each dtype."""
     failed: dict[str, str] = {}
     count = 0
     for op, arity in OPERATIONS.items():
@@ -137,10 +137,10 @@ def facts_about_operations() -> dict[str, Any]:
             memory = "bool" if result_is_bool else dtype
             step = StepExpressions((dtype,) * arity, (), (), (), (memory,), (value,), ())
             source = write_forward(step)
-            form = source.usual
+            form = source.default_form
             try:
-                given = samples(source, form, 512)
-                result = load(source.text(form)).warmup(*given, BLOCK=block_length(512), grid=(1,), **OPTIONS)
+                sample = sample_arguments(source, form, 512)
+                result = load(source.text(form)).warmup(*sample, BLOCK=block_length(512), grid=(1,), **OPTIONS)
                 assert result.asm["cubin"]
             except Exception as error:
                 failed[f"{op} of {dtype}"] = f"{type(error).__name__}: {error}"[:500]
@@ -149,24 +149,24 @@ def facts_about_operations() -> dict[str, Any]:
 
 
 def facts_about_a_wide_step() -> dict[str, Any]:
-    """Offsets within a step need 64 bits."""
+    """Compile a step whose offsets need 64 bits."""
     builder = Builder()
     value = builder.make(
         "add", [builder.leaf("sequence", 0, "float32"), builder.leaf("state", 0, "float32")], "float32"
     )
     step = StepExpressions(("float32",), (), (), ("float32",), ("float32",), (value,), (value,))
     source = write_forward(step)
-    form = dataclasses.replace(source.usual, wide=True)
+    form = dataclasses.replace(source.default_form, wide=True)
     kernel = load(source.text(form))
-    result = kernel.warmup(*samples(source, form, (1 << 31) + 5), BLOCK=512, grid=(1,), **OPTIONS)
+    result = kernel.warmup(*sample_arguments(source, form, (1 << 31) + 5), BLOCK=512, grid=(1,), **OPTIONS)
     return {"elements": result.src.signature["elements"], "machine code": len(result.asm["cubin"]) > 0}
 
 
 def main() -> None:
     assert not triton.knobs.runtime.interpret
-    driver.set_active(Compiling())
+    driver.set_active(CompileOnlyDriver())
     for name in ("build", "run"):
-        setattr(TritonBackEnd, name, getattr(Rehearsing, name))
+        setattr(TritonBackEnd, name, getattr(CompileOnlyBackEnd, name))
     atan = surrogate.ATan()
     print(
         json.dumps(

@@ -1,7 +1,7 @@
-"""How each ATen operator is written in expressions of one element: the table behind `translate`.
+"""Translation rules of element-wise ATen operators.
 
-A rule takes the `ElementSite` of a call and gives the expression of its result. An operator that is not here is not
-known to be elementwise; `decomposition` names those that PyTorch itself defines by others.
+A rule takes the `RuleContext` of a call and returns the expression of its result. An operator without a rule is not
+known to be element-wise; `decomposition` finds operators that PyTorch decomposes into others.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from snnfx.lowering.elementwise.batch_norm import DECOMPOSITIONS
 from snnfx.lowering.elementwise.expressions import Builder, Expression
 from snnfx.sandbox.torch_internals import decompositions
 
-__all__ = ["ELEMENTWISE", "SAME_VALUE", "ElementSite", "compute_dtype", "decomposition"]
+__all__ = ["ELEMENTWISE", "VALUE_PRESERVING", "RuleContext", "compute_dtype", "decomposition"]
 
 _COMPUTE = {
     torch.float16: "float32",
@@ -28,14 +28,14 @@ _COMPUTE = {
 
 
 def compute_dtype(dtype: torch.dtype) -> str:
-    """The dtype in which a value of a dtype is computed."""
+    """The dtype in which kernels compute a value of a dtype."""
     if dtype not in _COMPUTE:
         raise LoweringRefused(f"it computes in {str(dtype).removeprefix('torch.')}")
     return _COMPUTE[dtype]
 
 
-class ElementSite:
-    """One call, as its rule sees it: arguments by position or name, as expressions in a dtype."""
+class RuleContext:
+    """A call and its arguments, as expressions in a dtype, for its translation rule."""
 
     def __init__(
         self,
@@ -53,7 +53,7 @@ class ElementSite:
         return compute_dtype(self.result.dtype)
 
     def raw(self, position: int | str, default: Any = None) -> Any:
-        """An argument as it was passed."""
+        """An argument of the recorded call, by position or name."""
         if isinstance(position, str):
             if position in self.call.kwargs:
                 return self.call.kwargs[position]
@@ -64,7 +64,7 @@ class ElementSite:
         return self.call.kwargs.get(name, default)
 
     def operand(self, position: int | str, dtype: str | None = None) -> Expression:
-        """An argument as an expression in a dtype (default: that of the result)."""
+        """An argument as an expression in a dtype (default: the dtype of the result)."""
         return self.of(self.raw(position), dtype or self.dtype)
 
     def of(self, argument: Any, dtype: str) -> Expression:
@@ -81,7 +81,7 @@ class ElementSite:
         return self.builder.make(op, operands, dtype or self.dtype)
 
     def common_dtype(self) -> str:
-        """The dtype in which a comparison is made: tensors with dimensions outrank those without, and numbers."""
+        """The dtype of a comparison: tensors with dimensions take precedence over 0-d tensors and numbers."""
         ranked: list[tuple[int, torch.dtype]] = []
         for argument in (self.raw(0), self.raw(1)):
             if isinstance(argument, ValueReference):
@@ -98,7 +98,7 @@ class ElementSite:
         return "float32" if dtype == torch.bool else compute_dtype(dtype)
 
 
-Rule = Callable[[ElementSite], Expression]
+Rule = Callable[[RuleContext], Expression]
 
 
 def _unary(op: str) -> Rule:
@@ -110,7 +110,7 @@ def _binary(op: str) -> Rule:
 
 
 def _compare(op: str) -> Rule:
-    def rule(s: ElementSite) -> Expression:
+    def rule(s: RuleContext) -> Expression:
         dtype = s.common_dtype()
         return s.make(op, s.operand(0, dtype), s.operand(1, dtype), dtype="bool")
 
@@ -122,7 +122,7 @@ def _logical(op: str) -> Rule:
 
 
 def _bitwise(op: str) -> Rule:
-    def rule(s: ElementSite) -> Expression:
+    def rule(s: RuleContext) -> Expression:
         if s.dtype != "bool":
             raise LoweringRefused("it computes with integers")
         return _logical(op)(s)
@@ -130,19 +130,19 @@ def _bitwise(op: str) -> Rule:
     return rule
 
 
-def _scaled(s: ElementSite, position: int) -> Expression:
+def _scaled(s: RuleContext, position: int) -> Expression:
     alpha = s.raw("alpha", 1)
     operand = s.operand(position)
     return operand if alpha == 1 else s.make("mul", operand, s.number(alpha))
 
 
-def _div(s: ElementSite) -> Expression:
+def _div(s: RuleContext) -> Expression:
     quotient = s.make("div", s.operand(0), s.operand(1))
     mode = s.raw("rounding_mode")
     return quotient if mode is None else s.make(mode, quotient)
 
 
-def _pow(s: ElementSite) -> Expression:
+def _pow(s: RuleContext) -> Expression:
     base, exponent = s.operand(0), s.raw(1)
     if isinstance(exponent, int | float) and exponent in (1, 2, 3, 0.5, -1):
         if exponent == 0.5:
@@ -156,7 +156,7 @@ def _pow(s: ElementSite) -> Expression:
     return s.make("pow", base, s.operand(1))
 
 
-def _clamp(s: ElementSite) -> Expression:
+def _clamp(s: RuleContext) -> Expression:
     low, high = s.raw("min"), s.raw("max")
     value = s.operand(0)
     if low is not None:
@@ -164,15 +164,15 @@ def _clamp(s: ElementSite) -> Expression:
     return value if high is None else s.make("minimum", value, s.of(high, s.dtype))
 
 
-def _where(s: ElementSite) -> Expression:
+def _where(s: RuleContext) -> Expression:
     return s.make("where", s.operand(0, "bool"), s.operand(1), s.operand(2))
 
 
-def _masked_fill(s: ElementSite) -> Expression:
+def _masked_fill(s: RuleContext) -> Expression:
     return s.make("where", s.operand(1, "bool"), s.operand(2), s.operand(0))
 
 
-def _heaviside(s: ElementSite) -> Expression:
+def _heaviside(s: RuleContext) -> Expression:
     x = s.operand(0)
     zero = s.number(0.0)
     step = s.make("cast", s.make("gt", x, zero, dtype="bool")) if s.dtype != "bool" else s.make("gt", x, zero)
@@ -181,29 +181,29 @@ def _heaviside(s: ElementSite) -> Expression:
 
 
 def _fill(value: float | None, position: int = 1) -> Rule:
-    def rule(s: ElementSite) -> Expression:
+    def rule(s: RuleContext) -> Expression:
         return s.of(s.raw(position) if value is None else value, s.dtype)
 
     return rule
 
 
-def _sigmoid_backward(s: ElementSite) -> Expression:
+def _sigmoid_backward(s: RuleContext) -> Expression:
     grad, y = s.operand(0), s.operand(1)
     return s.make("mul", grad, s.make("mul", s.make("sub", s.number(1.0), y), y))
 
 
-def _tanh_backward(s: ElementSite) -> Expression:
+def _tanh_backward(s: RuleContext) -> Expression:
     grad, y = s.operand(0), s.operand(1)
     return s.make("mul", grad, s.make("sub", s.number(1.0), s.make("mul", y, y)))
 
 
-def _threshold_backward(s: ElementSite) -> Expression:
+def _threshold_backward(s: RuleContext) -> Expression:
     below = s.make("le", s.operand(1), s.operand(2), dtype="bool")
     return s.make("where", below, s.number(0.0), s.operand(0))
 
 
 def _addcmul(op: str) -> Rule:
-    def rule(s: ElementSite) -> Expression:
+    def rule(s: RuleContext) -> Expression:
         product = s.make(op, s.operand(1), s.operand(2))
         value = s.raw("value", 1)
         return s.make("add", s.operand(0), product if value == 1 else s.make("mul", s.number(value), product))
@@ -211,12 +211,12 @@ def _addcmul(op: str) -> Rule:
     return rule
 
 
-def _lerp(s: ElementSite) -> Expression:
+def _lerp(s: RuleContext) -> Expression:
     start, end, weight = s.operand(0), s.operand(1), s.operand(2)
     return s.make("add", start, s.make("mul", weight, s.make("sub", end, start)))
 
 
-def _remainder(s: ElementSite) -> Expression:
+def _remainder(s: RuleContext) -> Expression:
     a, b = s.operand(0), s.operand(1)
     rest = s.make("fmod", a, b)
     zero = s.number(0.0)
@@ -225,28 +225,24 @@ def _remainder(s: ElementSite) -> Expression:
     return s.make("where", wrong, s.make("add", rest, b), rest)
 
 
-def _reciprocal(s: ElementSite) -> Expression:
+def _reciprocal(s: RuleContext) -> Expression:
     return s.make("div", s.number(1.0), s.operand(0))
 
 
-def _rsqrt(s: ElementSite) -> Expression:
+def _rsqrt(s: RuleContext) -> Expression:
     return s.make("div", s.number(1.0), s.make("sqrt", s.operand(0)))
 
 
-def _square(s: ElementSite) -> Expression:
+def _square(s: RuleContext) -> Expression:
     return s.make("mul", s.operand(0), s.operand(0))
 
 
-def _same(s: ElementSite) -> Expression:
-    return s.operand(0)
-
-
-SAME_VALUE = frozenset(
+VALUE_PRESERVING = frozenset(
     "detach alias clone lift_fresh lift_fresh_copy lift contiguous _to_copy to expand view reshape _unsafe_view "
     "unsqueeze squeeze expand_copy view_copy _reshape_alias stack unbind select select_backward cat flatten "
     "permute t transpose split unsafe_split chunk squeeze_copy unsqueeze_copy slice slice_backward".split()
 )
-"""Operators that only say where values are. `translate` checks that they stay in their places."""
+"""Operators that move or copy values; `translate` checks that each value keeps its position."""
 
 ELEMENTWISE: dict[str, Rule] = {
     "add": lambda s: s.make("add", s.operand(0), _scaled(s, 1)),
@@ -303,11 +299,11 @@ def _refuse(why: str) -> Expression:
     raise LoweringRefused(why)
 
 
-_KNOWN = ELEMENTWISE.keys() | SAME_VALUE | {"sum", "mean", "item", "_local_scalar_dense", "empty_like", "empty"}
+_KNOWN = ELEMENTWISE.keys() | VALUE_PRESERVING | {"sum", "mean", "item", "_local_scalar_dense", "empty_like", "empty"}
 
 
 def decomposition(func: Any) -> Callable[..., Any] | None:
-    """What PyTorch defines an elementwise operator by, where the table has no rule for it: softplus, gelu, ..."""
+    """The decomposition of an element-wise operator without a rule (softplus, gelu, ...), or None."""
     name = str(func._schema.name).partition("::")[2]
     if name in DECOMPOSITIONS:
         return DECOMPOSITIONS[name]

@@ -1,4 +1,4 @@
-"""A kernel as autograd sees it."""
+"""Autograd function of a generated kernel."""
 
 from __future__ import annotations
 
@@ -26,9 +26,9 @@ def run_lowered(
     Args:
         lowered: the step.
         x_seq: the inputs, `[T, *]` each.
-        states: before the first step: numbers, or tensors that can be expanded to `[N, *]`.
-        constants: those of the step.
-        needs: what needs a gradient, None for nothing (`needs_of`).
+        states: the states before the first step: numbers, or tensors that can be expanded to `[N, *]`.
+        constants: the constants of the step.
+        needs: the gradients that are needed (`needs_of`); None for inference.
     """
     count = len(lowered.step.expressions.outputs)
     if needs is None:
@@ -41,7 +41,7 @@ def run_lowered(
 
 
 def needs_of(x_seq: Sequence[Tensor], states: Sequence[Tensor | float], constants: Sequence[Tensor]) -> Needs | None:
-    """What needs a gradient; None for nothing."""
+    """The gradients that are needed; None if there are none."""
     needs = Needs(
         tuple([x.requires_grad for x in x_seq]),
         tuple([isinstance(s, Tensor) and s.requires_grad for s in states]),
@@ -57,11 +57,11 @@ class _KernelFunction(torch.autograd.Function):
     ) -> tuple[Tensor, ...]:
         x_seq, rest = tensors[:count], list(tensors[count:])
         states: list[Tensor | float] = [rest.pop(0) if n is None else n for n in numbers]
-        outputs, finals, saved, kept = lowered.forward(x_seq, states, rest, needs)
+        outputs, finals, saved, context = lowered.forward(x_seq, states, rest, needs)
         plan = lowered.training(needs).plan
         inputs = [x_seq[i] for i in plan.inputs]
         initials = [states[k] for k in plan.earlier if isinstance(states[k], Tensor)]
-        ctx.lowered, ctx.kept, ctx.numbers = lowered, kept, numbers
+        ctx.lowered, ctx.context, ctx.numbers = lowered, context, numbers
         ctx.counts = (len(inputs), len(initials), len(rest))
         ctx.shapes = ([x.shape for x in x_seq], [s.shape if isinstance(s, Tensor) else () for s in states])
         ctx.set_materialize_grads(False)
@@ -73,14 +73,15 @@ class _KernelFunction(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor | None) -> tuple[Any, ...]:
-        refuse_second_derivative("a kernel", "Convert with lower=None: PyTorch then runs the loop, and can.")
-        lowered, kept = ctx.lowered, ctx.kept
+        hint = "Convert with lower=None: PyTorch then runs the loop and differentiates twice."
+        refuse_second_derivative("a kernel", hint)
+        lowered, context = ctx.lowered, ctx.context
         tensors = list(ctx.saved_tensors)
         n_inputs, n_initials, n_constants = ctx.counts
         inputs, initials = tensors[:n_inputs], tensors[n_inputs : n_inputs + n_initials]
         constants = tensors[n_inputs + n_initials : n_inputs + n_initials + n_constants]
         saved = tensors[n_inputs + n_initials + n_constants :]
-        plan = lowered.training(kept.needs).plan
+        plan = lowered.training(context.needs).plan
         x_seq: list[Tensor | None] = [None] * len(ctx.shapes[0])
         for i, x in zip(plan.inputs, inputs, strict=True):
             x_seq[i] = x
@@ -90,12 +91,12 @@ class _KernelFunction(torch.autograd.Function):
             states[k] = next(from_tensors) if ctx.numbers[k] is None else None
         count = len(lowered.step.expressions.outputs)
         with torch.no_grad():
-            found_x, found_states, found_constants = lowered.backward(
-                kept, x_seq, states, constants, saved, grads[:count], grads[count:], ctx.shapes
+            grad_x, grad_states, grad_constants = lowered.backward(
+                context, x_seq, states, constants, saved, grads[:count], grads[count:], ctx.shapes
             )
-        found = [
-            *found_x,
-            *(g for g, number in zip(found_states, ctx.numbers, strict=True) if number is None),
-            *found_constants,
+        gradients = [
+            *grad_x,
+            *(g for g, number in zip(grad_states, ctx.numbers, strict=True) if number is None),
+            *grad_constants,
         ]
-        return (None, None, None, None, *found)
+        return (None, None, None, None, *gradients)

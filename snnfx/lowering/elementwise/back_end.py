@@ -1,4 +1,4 @@
-"""What runs kernels: a back end writes, builds and launches them for one kind of device."""
+"""Interface of a back end, which writes, builds and launches kernels."""
 
 from __future__ import annotations
 
@@ -16,13 +16,19 @@ from snnfx.lowering.elementwise.saved_values import SavePlan
 
 __all__ = ["BackEnd", "KernelOperand", "WantedGradients"]
 
-WITH_TIME = frozenset(("sequence", "output", "saved", "grad_output", "grad_sequence"))
+KINDS_WITH_TIME = frozenset(("sequence", "output", "saved", "grad_output", "grad_sequence"))
 """Kinds of operands with a value at each time step."""
 
 
 @dataclass(frozen=True)
 class KernelOperand:
-    """One operand of a kernel: what it is, its number, and its dtype in memory."""
+    """One operand of a kernel.
+
+    Args:
+        kind: e.g. "sequence", "initial", "output" or "grad_state".
+        index: its number among the operands of this kind.
+        dtype: its dtype in memory.
+    """
 
     kind: str
     index: int
@@ -31,19 +37,25 @@ class KernelOperand:
     @property
     def has_time(self) -> bool:
         """Whether it has a value at each time step."""
-        return self.kind in WITH_TIME
+        return self.kind in KINDS_WITH_TIME
 
 
 @dataclass(frozen=True)
 class WantedGradients:
-    """Which gradients are wanted, by number: of inputs, of initial states, and sums for those of operands."""
+    """The gradients that a backward kernel computes.
+
+    Args:
+        sequences: indices of inputs.
+        initials: indices of initial states.
+        sums: indices of `StepExpressions.sums`.
+    """
 
     sequences: tuple[int, ...]
     initials: tuple[int, ...]
     sums: tuple[int, ...]
 
     def states(self, step: StepExpressions) -> list[int]:
-        """The states whose gradient has to be carried from step to step."""
+        """The states whose gradients are loop-carried."""
         carried: set[int] = set(self.initials)
         while True:
             read = {e.index for e in topological(self._roots(step, carried)) if e.op == "grad_state"} | carried
@@ -52,44 +64,50 @@ class WantedGradients:
             carried = read
 
     def expressions(self, step: StepExpressions) -> list[Expression]:
-        """What one step of the backward pass has to compute."""
+        """The expressions that one step of the backward pass computes."""
         return self._roots(step, self.states(step))
 
     def _roots(self, step: StepExpressions, carried: Iterable[int]) -> list[Expression]:
-        found = [step.grad_sequences[i] for i in self.sequences] + [step.grad_states[k] for k in sorted(carried)]
-        return [e for e in found if e is not None] + [step.sums[i] for i in self.sums]
+        gradients = [step.grad_sequences[i] for i in self.sequences] + [step.grad_states[k] for k in sorted(carried)]
+        return [e for e in gradients if e is not None] + [step.sums[i] for i in self.sums]
 
 
 class BackEnd(ABC):
-    """Kernels for one kind of device. What `write_*` gives is for `build`, `parts` and `run` of the same back end."""
+    """Writes, builds and runs kernels for one kind of device.
+
+    A source belongs to the back end that wrote it.
+    """
 
     @abstractmethod
     def write_forward(self, step: StepExpressions, plan: SavePlan | None = None) -> Any:
-        """The forward pass over a whole sequence, with `slots`; with a plan, it saves what the backward pass needs."""
+        """Write the kernel of the forward pass over a sequence.
+
+        With a plan, the kernel saves values for backward. The source has a list `slots` of `KernelOperand`s.
+        """
 
     @abstractmethod
     def write_backward(self, step: StepExpressions, plan: SavePlan, wanted: WantedGradients) -> Any:
-        """The backward pass over a whole sequence, in reverse."""
+        """Write the kernel of the backward pass over a sequence, in reverse."""
 
     @abstractmethod
     def build(self, source: Any, elements: int) -> None:
-        """Make a kernel ready to run.
+        """Compile a kernel.
 
         Args:
             source: the kernel.
-            elements: about how many a step has.
+            elements: the approximate number of elements of a step.
 
         Raises:
-            LoweringRefused: it cannot be built here.
+            LoweringRefused: it cannot be compiled.
         """
 
     @abstractmethod
     def empty(self, size: Sequence[int], stride: Sequence[int], dtype: torch.dtype, device: torch.device) -> Tensor:
-        """Memory for what a kernel writes."""
+        """Allocate a tensor that a kernel writes."""
 
     @abstractmethod
     def parts(self, source: Any, elements: int, T: int) -> int:
-        """How many partial sums over the elements a kernel writes (float64)."""
+        """The number of partial sums over the elements that a kernel writes (float64)."""
 
     @abstractmethod
     def run(self, source: Any, layout: Layout, T: int, operands: Sequence[Tensor | float]) -> None:
@@ -97,7 +115,7 @@ class BackEnd(ABC):
 
         Args:
             source: the kernel.
-            layout: of its operands.
+            layout: the layout of its operands.
             T: the number of time steps.
-            operands: in the order of `source.slots`; a number stands for an operand that has it everywhere.
+            operands: the operands in the order of `source.slots`; a number stands for a constant operand.
         """

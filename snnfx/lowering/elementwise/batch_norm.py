@@ -1,4 +1,4 @@
-"""BatchNorm in evaluation as elementwise operations: its statistics are constants, so a loop can do it on the way."""
+"""Decompose BatchNorm in evaluation mode, whose statistics are constants, into element-wise operations."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ __all__ = ["DECOMPOSITIONS"]
 
 
 def _per_channel(x: Tensor, *values: Tensor | None) -> list[Tensor | None]:
-    """Each `[C]` as `[C, 1, ...]`, for an input `[N, C, *]`."""
+    """View each `[C]` as `[C, 1, ...]`, to broadcast with an input `[N, C, *]`."""
     shape = (-1, *(1,) * (x.dim() - 2))
     return [None if value is None else value.view(shape) for value in values]
 
@@ -88,4 +88,4 @@ DECOMPOSITIONS: dict[str, Callable[..., Any]] = {
     "cudnn_batch_norm": _forward_cudnn,
     "native_batch_norm_backward": _backward,
 }
-"""By the operator's name; `snnfx.lowering.elementwise.aten_table.decomposition` asks here first."""
+"""Operator name -> decomposition; `aten_table.decomposition` prefers it to PyTorch's."""

@@ -1,16 +1,16 @@
-"""What one time step of an elementwise loop computes, as expressions of one element: the form between front and back.
+"""Expressions of one element: the intermediate representation between front end and back ends.
 
-The front (`record`, `translate`) makes a `StepExpressions` out of what PyTorch does in a step; a back end (`cpp`,
-`triton`) turns it into a kernel for whole sequences. Nothing here knows of tensors, modules or devices.
+The front end (`aten_recording`, `translation`) translates a recorded step to a `StepExpressions`; a back end (`cpp`,
+`triton`) turns it into a kernel for whole sequences. Expressions are independent of tensors, modules and devices.
 
-An expression is a node of a directed acyclic graph. Nodes are made by a `Builder`, which gives back the same object for
-the same expression, so that equal means identical. Every element of a step `[N, *]` is computed by the same
-expressions from the leaves at its place:
+An expression is a node of a directed acyclic graph. A `Builder` makes the nodes and returns the same object for the
+same expression (hash consing). All elements of a step `[N, *]` are computed by the same expressions from the leaves at
+their position:
 
-| leaf          | what it reads                                                                              |
+| leaf          | value                                                                                      |
 |---------------|--------------------------------------------------------------------------------------------|
-| `sequence`    | input number `index` at this time step, `[T, N, *]` or what can be expanded to it          |
-| `invariant`   | operand number `index`, the same at every step: `[N, *]`, or what can be expanded to it     |
+| `sequence`    | input number `index` at this time step, `[T, N, *]` or broadcastable to it                 |
+| `invariant`   | operand number `index`, the same at every step, `[N, *]` or broadcastable to it            |
 | `scalar`      | operand number `index`, one number for all steps and elements                              |
 | `state`       | state number `index` before this step                                                      |
 | `grad_output` | derivative of the loss with respect to output number `index` at this step                  |
@@ -24,23 +24,23 @@ import math
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 
-__all__ = ["LEAVES", "TANGENTS", "Builder", "Expression", "StepExpressions", "is_leaf", "topological"]
+__all__ = ["GRADIENT_LEAVES", "LEAVES", "Builder", "Expression", "StepExpressions", "is_leaf", "topological"]
 
 LEAVES = ("sequence", "invariant", "scalar", "state", "grad_output", "grad_state", "constant")
-TANGENTS = ("grad_output", "grad_state")
+GRADIENT_LEAVES = ("grad_output", "grad_state")
 
 
 @dataclass(frozen=True, eq=False)
 class Expression:
-    """One node.
+    """One node of the expression graph.
 
     Args:
-        op: one of `LEAVES`, or an operation of `OPERATIONS`.
-        operands: what it is computed from.
-        dtype: "float32", "float64" or "bool"; what is half as wide is computed in float32.
-        index: number of the input, operand, state or output that a leaf reads.
-        value: of a constant.
-        number: in the order of creation; operands have smaller ones.
+        op: one of `LEAVES` or `OPERATIONS`.
+        operands: its operands.
+        dtype: "float32", "float64" or "bool"; half precision is computed in float32.
+        index: for a leaf, the number of the input, operand, state or output.
+        value: for a constant, its value.
+        number: its position in the order of creation; operands have smaller numbers.
     """
 
     op: str
@@ -66,7 +66,7 @@ OPERATIONS: dict[str, int] = {
     **dict.fromkeys(("sin", "cos", "tan", "asin", "acos", "sinh", "cosh", "log2", "log10", "exp2", "erfc"), 1),
     "where": 3,
 }
-"""Operations and the number of their operands. NaN passes through all of them but comparisons, as in PyTorch."""
+"""Operations and the number of their operands. All but comparisons propagate NaN, as in PyTorch."""
 
 _FOLDED: dict[str, Callable[..., float]] = {
     "add": lambda a, b: a + b,
@@ -78,10 +78,10 @@ _FOLDED: dict[str, Callable[..., float]] = {
 
 
 class Builder:
-    """Makes expressions; asks for equal ones give one object.
+    """Makes expressions; equal expressions are the same object.
 
     Args:
-        simplify: leave out operations that change nothing, such as `x * 1`.
+        simplify: whether to remove operations without effect, such as `x * 1`.
     """
 
     def __init__(self, simplify: bool = True) -> None:
@@ -91,14 +91,14 @@ class Builder:
     def _intern(
         self, op: str, operands: tuple[Expression, ...], dtype: str, index: int = -1, value: float = 0.0
     ) -> Expression:
-        # By the representation: 0.0 and -0.0 are equal, and NaN is not equal to itself.
+        # `repr` distinguishes 0.0 from -0.0, and makes NaN equal to itself.
         key = (op, tuple(map(id, operands)), dtype, index, repr(value))
         if key not in self._made:
             self._made[key] = Expression(op, operands, dtype, index, value, len(self._made))
         return self._made[key]
 
     def leaf(self, op: str, index: int, dtype: str) -> Expression:
-        """What is read at this element."""
+        """A leaf that reads a value of this element."""
         return self._intern(op, (), dtype, index)
 
     def constant(self, value: float, dtype: str) -> Expression:
@@ -106,7 +106,7 @@ class Builder:
         return self._intern("constant", (), dtype, value=float(value))
 
     def cast(self, operand: Expression, dtype: str) -> Expression:
-        """The value in another dtype."""
+        """An expression converted to another dtype."""
         if operand.dtype == dtype:
             return operand
         if operand.op == "constant":
@@ -117,7 +117,7 @@ class Builder:
         return self._intern("cast", (operand,), dtype)
 
     def make(self, op: str, operands: Sequence[Expression], dtype: str) -> Expression:
-        """An operation, simplified where the value stays the same to the last bit."""
+        """An operation, simplified if the value stays bitwise the same."""
         operands = tuple(operands)
         assert len(operands) == OPERATIONS[op], (op, operands)
         same = self._identity(op, operands) if self.simplify else None
@@ -151,27 +151,27 @@ def _is(expression: Expression, value: float) -> bool:
 
 
 def is_leaf(expression: Expression) -> bool:
-    """Whether an expression is read, not computed."""
+    """Whether an expression is a leaf."""
     return expression.op in LEAVES
 
 
 def topological(roots: Iterable[Expression], stop: Iterable[Expression] = ()) -> list[Expression]:
-    """The expressions that some are computed from, themselves included, operands first.
+    """The roots and all expressions that they are computed from, in topological order.
 
     Args:
-        roots: what is wanted.
-        stop: expressions that are at hand; they are listed if they are needed, what they are computed from is not.
+        roots: the expressions to compute.
+        stop: expressions that are known; they are included if needed, but their operands are not.
     """
-    at_hand = set(stop)
-    found: set[Expression] = set()
+    known = set(stop)
+    visited: set[Expression] = set()
     stack = list(roots)
     while stack:
         expression = stack.pop()
-        if expression not in found:
-            found.add(expression)
-            if expression not in at_hand:
+        if expression not in visited:
+            visited.add(expression)
+            if expression not in known:
                 stack.extend(expression.operands)
-    return sorted(found, key=lambda e: e.number)
+    return sorted(visited, key=lambda e: e.number)
 
 
 @dataclass(frozen=True)
@@ -186,10 +186,10 @@ class StepExpressions:
         output_dtypes: dtype in memory of each output.
         outputs: the outputs of the step.
         next_states: the states after the step.
-        grad_sequences: the gradient of each input; None: it has none.
-        grad_states: the gradient of each state before the step; None: it has none.
-        sums: expressions to be summed over all steps: what the gradients of the operands are made of.
-        total: for each of `sums`, whether it is summed over all elements as well.
+        grad_sequences: the gradient of each input, or None.
+        grad_states: the gradient of each state before the step, or None.
+        sums: expressions to sum over all steps, from which the gradients of constants are computed.
+        total: for each of `sums`, whether to sum over all elements as well.
     """
 
     sequences: tuple[str, ...]

@@ -1,4 +1,4 @@
-"""One recorded step as something that runs: kernels for each pass, and what PyTorch computes around them."""
+"""`LoweredStep`: an element-wise step as kernels and the PyTorch calls around them."""
 
 from __future__ import annotations
 
@@ -10,7 +10,13 @@ import torch
 from torch import Tensor
 
 from snnfx.lowering.elementwise.back_end import BackEnd, KernelOperand, WantedGradients
-from snnfx.lowering.elementwise.operand_layout import broadcast, dense_strides, description, memory_order, plan_layout
+from snnfx.lowering.elementwise.operand_layout import (
+    broadcast,
+    dense_strides,
+    describe_operand,
+    memory_order,
+    plan_layout,
+)
 from snnfx.lowering.elementwise.saved_values import SavePlan, plan_saving
 from snnfx.lowering.elementwise.translation import Replay, TranslatedStep
 
@@ -27,7 +33,7 @@ _DTYPES = {
 
 @dataclass(frozen=True)
 class Needs:
-    """Which inputs, initial states and constants (by their positions) need a gradient."""
+    """The inputs, initial states and constants (by position) that need a gradient."""
 
     sequences: tuple[bool, ...]
     states: tuple[bool, ...]
@@ -36,7 +42,7 @@ class Needs:
 
 @dataclass
 class SavedContext:
-    """What the backward pass gets from the forward pass besides tensors."""
+    """Data other than tensors that the forward pass saves for backward."""
 
     needs: Needs
     T: int
@@ -47,7 +53,7 @@ class SavedContext:
 
 @dataclass
 class _Training:
-    """The kernels of a training step with certain gradients."""
+    """The kernels of a training step, for one choice of gradients."""
 
     plan: SavePlan
     wanted: WantedGradients
@@ -57,12 +63,12 @@ class _Training:
 
 @dataclass
 class LoweredStep:
-    """A step of an elementwise loop, ready to run over sequences.
+    """A step of an element-wise loop that runs over sequences.
 
     Args:
-        step: what was translated.
-        back_end: writes and runs its kernels.
-        device: of the tensors that it runs on.
+        step: the translated step.
+        back_end: the back end that writes and runs its kernels.
+        device: the device of its tensors.
     """
 
     step: TranslatedStep
@@ -72,31 +78,29 @@ class LoweredStep:
     _training: dict[Needs, _Training] = field(default_factory=dict)
     _prologues: dict[tuple[int, ...], Replay] = field(default_factory=dict)
 
-    # -- forward --------------------------------------------------------------------------------------------------
-
     def forward(
         self,
         x_seq: Sequence[Tensor],
         states: Sequence[Tensor | float],
         constants: Sequence[Tensor],
         needs: Needs | None,
-        in_layout: bool = True,
+        keep_layout: bool = True,
     ) -> tuple[list[Tensor], list[Tensor], list[Tensor], SavedContext | None]:
-        """Run a sequence: outputs `[T, N, *]`, final states `[N, *]`, saved values, and what else backward needs.
+        """Run a sequence: outputs `[T, N, *]`, final states `[N, *]`, saved tensors, other data for backward.
 
         Args:
             x_seq: the inputs, `[T, *]` each.
-            states: before the first step, numbers or tensors that can be expanded to `[N, *]`.
-            constants: those of `step.constants`.
-            needs: None: nothing is saved.
-            in_layout: results have the memory layout of the inputs; else they are contiguous.
+            states: the states before the first step, numbers or tensors that can be expanded to `[N, *]`.
+            constants: the tensors of `step.constants`.
+            needs: the gradients that are needed; None: save nothing.
+            keep_layout: whether results have the memory layout of the inputs; otherwise they are contiguous.
         """
         expressions = self.step.expressions
         source = self.inference() if needs is None else self.training(needs).forward
         T = x_seq[0].shape[0]
         operands = self._operands(source, constants)
         shape = self.shape_of_step(x_seq, states)
-        order = self._order(x_seq, shape) if in_layout else tuple(range(len(shape)))
+        order = self._order(x_seq, shape) if keep_layout else tuple(range(len(shape)))
         strides = dense_strides(shape, order)
         count = max(1, _product(shape))
         empty, device = self.back_end.empty, self.device
@@ -125,10 +129,14 @@ class LoweredStep:
         return outputs, finals, saved, SavedContext(needs, T, shape, order, numbers)
 
     def build(self, needs: Needs | None, elements: int) -> None:
-        """Build what is about to be run, on about so many elements of a step.
+        """Build the kernels of a call.
+
+        Args:
+            needs: the gradients that are needed; None for inference.
+            elements: the approximate number of elements of a step.
 
         Raises:
-            LoweringRefused: it cannot be built.
+            LoweringRefused: a kernel cannot be built.
         """
         if needs is None:
             self.back_end.build(self.inference(), elements)
@@ -137,18 +145,23 @@ class LoweredStep:
             self.back_end.build(self.training(needs).backward, elements)
 
     def inference(self) -> Any:
-        """The kernel that saves nothing."""
+        """The kernel of inference, which saves nothing."""
         if self._inference is None:
             self._inference = self.back_end.write_forward(self.step.expressions)
         return self._inference
 
     def training(self, needs: Needs) -> _Training:
-        """The kernels of both passes for certain gradients."""
-        found = self._training.get(needs)
-        if found is None:
+        """The kernels of both passes for these gradients."""
+        kernels = self._training.get(needs)
+        if kernels is None:
             step = self.step.expressions
             sums = sorted(
-                {s for i, n in enumerate(needs.constants) if n for s in self._sums_behind(self.step.constants[i][1])}
+                {
+                    s
+                    for i, n in enumerate(needs.constants)
+                    if n
+                    for s in self._sums_needed_for(self.step.constants[i][1])
+                }
             )
             wanted = WantedGradients(
                 tuple(i for i, n in enumerate(needs.sequences) if n and step.grad_sequences[i] is not None),
@@ -157,12 +170,12 @@ class LoweredStep:
             )
             plan = plan_saving(step, wanted.expressions(step))
             forward = self.back_end.write_forward(step, plan)
-            found = _Training(plan, wanted, forward, self.back_end.write_backward(step, plan, wanted))
-            self._training[needs] = found
-        return found
+            kernels = _Training(plan, wanted, forward, self.back_end.write_backward(step, plan, wanted))
+            self._training[needs] = kernels
+        return kernels
 
     def _operands(self, source: Any, constants: Sequence[Tensor]) -> dict[int, Tensor]:
-        """What does not change with time and is read by a kernel, by its number."""
+        """The operands of a kernel that do not change with time, by number."""
         read = [slot.index for slot in source.slots if slot.kind == "operand"]
         if not read:
             return {}
@@ -171,12 +184,12 @@ class LoweredStep:
             self._prologues[wanted] = self.step.prologue.part_for(wanted)
         known = {number: tensor for (number, _), tensor in zip(self.step.constants, constants, strict=True)}
         with torch.no_grad():
-            found = self._prologues[wanted].run(known, wanted)
-        values = (v if v.is_floating_point() or v.dtype == torch.bool else v.double() for v in found)
+            computed = self._prologues[wanted].run(known, wanted)
+        values = (v if v.is_floating_point() or v.dtype == torch.bool else v.double() for v in computed)
         return dict(zip(read, values, strict=True))
 
     def shape_of_step(self, x_seq: Sequence[Tensor], states: Sequence[Tensor | float]) -> tuple[int, ...]:
-        """The shape of a step of a call."""
+        """The shape of one step of a call."""
         shape = tuple(x_seq[0].shape[1:])
         given = [tuple(s.shape) for s in states if isinstance(s, Tensor)]
         constant = self.step.operand_shapes
@@ -187,7 +200,7 @@ class LoweredStep:
         return shape
 
     def _order(self, x_seq: Sequence[Tensor], shape: tuple[int, ...]) -> tuple[int, ...]:
-        """The dimensions of a step from the slowest to the fastest, as the first full input has them."""
+        """The memory order of a step's dimensions, slowest first, taken from the first input of full size."""
         for x in x_seq:
             if x.shape[1:] == shape:
                 return memory_order(shape, x.stride()[1:])
@@ -195,7 +208,7 @@ class LoweredStep:
 
     @property
     def saves(self) -> str:
-        """What a training step keeps of the sequence, as a clause; "" before the first training step."""
+        """A clause about the tensors that training saves for backward; "" before the first training step."""
         if not self._training:
             return ""
         plan = list(self._training.values())[-1].plan
@@ -205,23 +218,21 @@ class LoweredStep:
 
     @property
     def output_dtypes(self) -> list[torch.dtype]:
-        """Of the outputs, in memory."""
+        """Dtypes of the outputs in memory."""
         return [_DTYPES[d] for d in self.step.expressions.output_dtypes]
 
     @property
     def state_dtypes(self) -> list[torch.dtype]:
-        """Of the states, in memory."""
+        """Dtypes of the states in memory."""
         return [_DTYPES[d] for d in self.step.expressions.state_dtypes]
 
     def saved_dtypes(self, needs: Needs) -> list[torch.dtype]:
-        """Of what a forward pass saves."""
+        """Dtypes of the tensors that the forward pass saves."""
         return [_DTYPES[e.dtype] for e in self.training(needs).plan.saved]
-
-    # -- backward -------------------------------------------------------------------------------------------------
 
     def backward(
         self,
-        kept: SavedContext,
+        context: SavedContext,
         x_seq: Sequence[Tensor | None],
         states: Sequence[Tensor | None],
         constants: Sequence[Tensor],
@@ -233,13 +244,13 @@ class LoweredStep:
         """Gradients of the inputs, initial states and constants that need one.
 
         Args:
-            kept: from the forward pass.
-            x_seq, states, constants, saved: as they were there, None for inputs and states that are not needed.
-            grad_outputs, grad_finals: from above, None for zero.
-            shapes: of the inputs, `[T, *]`, and of the initial states.
+            context: the data saved by the forward pass.
+            x_seq, states, constants, saved: as in the forward pass; None for inputs and states that are not read.
+            grad_outputs, grad_finals: the gradients of the outputs and final states; None: zero.
+            shapes: the shapes of the inputs, `[T, *]`, and of the initial states.
         """
-        training, step = self.training(kept.needs), self.step.expressions
-        T, shape, order = kept.T, kept.shape, kept.order
+        training, step = self.training(context.needs), self.step.expressions
+        T, shape, order = context.T, context.shape, context.order
         strides, count = dense_strides(shape, order), max(1, _product(shape))
         wanted = training.wanted
         empty, device = self.back_end.empty, self.device
@@ -254,7 +265,7 @@ class LoweredStep:
             else empty(shape, strides, _DTYPES[step.sums[i].dtype], device)
             for i in wanted.sums
         }
-        initial = [number if s is None else s for s, number in zip(states, kept.states, strict=True)]
+        initial = [number if s is None else s for s, number in zip(states, context.states, strict=True)]
         self._run(
             training.backward,
             shape,
@@ -272,16 +283,16 @@ class LoweredStep:
                 "sum": sums,
             },
         )
-        found_x: list[Tensor | None] = [None] * len(step.sequences)
+        grad_x: list[Tensor | None] = [None] * len(step.sequences)
         for i, grad in grad_sequences.items():
-            found_x[i] = grad if grad.shape == shapes[0][i] else _summed_in_steps(grad, shapes[0][i])
-        found_states: list[Tensor | None] = [None] * len(step.state_dtypes)
+            grad_x[i] = grad if grad.shape == shapes[0][i] else _summed_in_steps(grad, shapes[0][i])
+        grad_states: list[Tensor | None] = [None] * len(step.state_dtypes)
         for k, grad in grad_initials.items():
-            found_states[k] = grad if grad.shape == shapes[1][k] else grad.sum_to_size(shapes[1][k])
-        return found_x, found_states, self._epilogue(kept.needs, constants, sums)
+            grad_states[k] = grad if grad.shape == shapes[1][k] else grad.sum_to_size(shapes[1][k])
+        return grad_x, grad_states, self._epilogue(context.needs, constants, sums)
 
     def _epilogue(self, needs: Needs, constants: Sequence[Tensor], sums: dict[int, Tensor]) -> list[Tensor | None]:
-        """The gradients of constants from sums over time."""
+        """Compute the gradients of constants from their sums over time."""
         if not any(needs.constants):
             return [None] * len(constants)
         known = {number: tensor for (number, _), tensor in zip(self.step.constants, constants, strict=True)}
@@ -304,7 +315,7 @@ class LoweredStep:
             return grads
 
     def _epilogue_for(self, number: int, known: dict[int, Tensor]) -> None:
-        """Run the part of the epilogue that computes one value."""
+        """Run the calls of the epilogue that one value needs."""
         if number in known:
             return
         call = next(c for c in self.step.epilogue.calls if number in c.results)
@@ -312,20 +323,18 @@ class LoweredStep:
             self._epilogue_for(reference, known)
         type(self.step.epilogue)([call]).run(known, ())
 
-    def _sums_behind(self, constant: int) -> set[int]:
-        """The sums that the gradient of a constant is made of."""
+    def _sums_needed_for(self, constant: int) -> set[int]:
+        """The sums over time that the gradient of a constant needs."""
         positions = {number: position for position, (number, _) in enumerate(self.step.sums)}
-        found: set[int] = set()
+        sums: set[int] = set()
         stack = [self.step.gradients[constant]] if constant in self.step.gradients else []
         while stack:
             number = stack.pop()
             if number in positions:
-                found.add(positions[number])
+                sums.add(positions[number])
                 continue
             stack.extend(r for c in self.step.epilogue.calls if number in c.results for r in c.references())
-        return found
-
-    # -- both -----------------------------------------------------------------------------------------------------
+        return sums
 
     def _run(self, source: Any, shape: tuple[int, ...], order: tuple[int, ...], T: int, given: dict[str, Any]) -> None:
         operands: list[Tensor | float] = []
@@ -333,19 +342,19 @@ class LoweredStep:
         for slot in source.slots:
             value = given[slot.kind][slot.index]
             if isinstance(value, Tensor):
-                value = self._in_memory(slot, value)
+                value = self._materialized(slot, value)
                 operands.append(value)
                 if slot.kind == "sum" and value.dim() == 1 and self.step.expressions.total[slot.index]:
                     described.append(None)
                 else:
-                    described.append(description(value, slot.has_time))
+                    described.append(describe_operand(value, slot.has_time))
             else:
                 operands.append(0.0 if value is None else float(value))
                 described.append(None)
         self.back_end.run(source, plan_layout(shape, order, tuple(described)), T, operands)
 
-    def _in_memory(self, slot: KernelOperand, value: Tensor) -> Tensor:
-        """A tensor in the dtype that a kernel expects; lazy negatives and conjugates are no memory."""
+    def _materialized(self, slot: KernelOperand, value: Tensor) -> Tensor:
+        """A tensor in the dtype that a kernel expects, its lazy negation resolved."""
         expected = _DTYPES[slot.dtype]
         if value.dtype != expected:
             value = value.to(expected)
@@ -355,7 +364,7 @@ class LoweredStep:
 
 
 def _summed_in_steps(grad: Tensor, shape: tuple[int, ...]) -> Tensor:
-    """The gradient `[T, N, *]` of an input `[T, *]` whose steps were expanded to those of others: summed over that."""
+    """Sum the gradient `[T, N, *]` of an input `[T, *]` over the dimensions in which its steps were expanded."""
     aligned = (shape[0], *(1,) * (grad.dim() - len(shape)), *shape[1:])
     return grad.sum_to_size(aligned).reshape(shape)
 

@@ -1,4 +1,4 @@
-"""Where a kernel's operands have their elements: the dimensions of a step, and the strides of each along them."""
+"""Memory layout of a kernel's operands: dimensions and strides."""
 
 from __future__ import annotations
 
@@ -11,15 +11,30 @@ from torch import Tensor
 
 from snnfx.lowering.aten_recording import LoweringRefused
 
-__all__ = ["MAX_DIMS", "Layout", "Strides", "broadcast", "dense_strides", "description", "memory_order", "plan_layout"]
+__all__ = [
+    "MAX_DIMS",
+    "Layout",
+    "Strides",
+    "broadcast",
+    "dense_strides",
+    "describe_operand",
+    "memory_order",
+    "plan_layout",
+]
 
 MAX_DIMS = 8
-"""Dimensions of a step after those that can be taken together are."""
+"""Dimensions of a step, at most, after collapsing those that can be collapsed."""
 
 
 @dataclass(frozen=True)
 class Strides:
-    """Where the elements of an operand are: from step to step, and along the dimensions of a `Layout`."""
+    """Strides of an operand.
+
+    Args:
+        time: elements from one time step to the next.
+        dense: whether the elements of a step are consecutive in memory.
+        stride: elements along each dimension of the `Layout`.
+    """
 
     time: int
     dense: bool
@@ -28,12 +43,12 @@ class Strides:
 
 @dataclass(frozen=True)
 class Layout:
-    """How the elements of a step are numbered, and where each operand has them.
+    """The index space of a step and the strides of each operand in it.
 
     Args:
-        elements: of a step.
-        sizes: of the dimensions, slowest first, those taken together that are together in all operands.
-        operands: in the order in which they were given.
+        elements: number of elements of a step.
+        sizes: sizes of the dimensions, slowest first; dimensions that are contiguous in all operands are collapsed.
+        operands: the strides of each operand.
     """
 
     elements: int
@@ -43,12 +58,12 @@ class Layout:
 
 @functools.lru_cache(maxsize=4096)
 def broadcast(*shapes: tuple[int, ...]) -> tuple[int, ...]:
-    """`torch.broadcast_shapes`, which takes longer than a small kernel, with a memory."""
+    """Cached `torch.broadcast_shapes`, which takes longer than a small kernel."""
     return tuple(torch.broadcast_shapes(*shapes))
 
 
 def memory_order(shape: Sequence[int], stride: Sequence[int]) -> tuple[int, ...]:
-    """The dimensions of a step from the slowest to the fastest, as a tensor has them in memory."""
+    """The dimensions of a tensor in memory order, slowest first."""
     expected = 1
     for size, step in zip(reversed(shape), reversed(stride), strict=True):
         if size != 1 and step != expected:
@@ -62,7 +77,7 @@ def memory_order(shape: Sequence[int], stride: Sequence[int]) -> tuple[int, ...]
 
 
 def dense_strides(shape: Sequence[int], order: Sequence[int]) -> tuple[int, ...]:
-    """The strides of a tensor without gaps whose dimensions are in an order in memory."""
+    """The strides of a dense tensor with a given memory order of its dimensions."""
     strides = [0] * len(shape)
     step = 1
     for dim in reversed(order):
@@ -77,12 +92,15 @@ def plan_layout(
     order: tuple[int, ...],
     operands: tuple[tuple[tuple[int, ...], tuple[int, ...], bool] | None, ...],
 ) -> Layout:
-    """Number the elements of a step in memory order, with as few dimensions as the operands allow.
+    """Lay out the elements of a step in memory order, with as few dimensions as the operands allow.
 
     Args:
-        shape: of a step.
-        order: its dimensions from the slowest to the fastest.
-        operands: shape, strides and whether dimension 0 is time, of each; None for one that has no memory.
+        shape: the shape of a step.
+        order: its dimensions in memory order, slowest first.
+        operands: shape, strides and whether dimension 0 is time, of each operand; None for a number.
+
+    Raises:
+        LoweringRefused: more than `MAX_DIMS` dimensions remain.
     """
     times: list[int] = []
     rows: list[list[int]] = []
@@ -92,7 +110,7 @@ def plan_layout(
             rows.append([0] * len(shape))
             continue
         own, stride, has_time = given
-        # One step more than there are is never read.
+        # The stride of a sequence of one step is never used; 0 makes layouts of the same form equal.
         times.append(stride[0] if has_time and own[0] != 1 else 0)
         own, stride = (own[1:], stride[1:]) if has_time else (own, stride)
         missing = len(shape) - len(own)
@@ -111,7 +129,7 @@ def plan_layout(
     if not sizes:
         sizes, columns = [1], [[0] * len(rows)]
     if len(sizes) > MAX_DIMS:
-        raise LoweringRefused(f"its operands have {len(sizes)} dimensions that cannot be taken together")
+        raise LoweringRefused(f"its operands have {len(sizes)} dimensions that cannot be collapsed")
     elements = 1
     for size in shape:
         elements *= size
@@ -126,7 +144,7 @@ def plan_layout(
     return Layout(elements, tuple(sizes), tuple(found))
 
 
-def description(tensor: Tensor, has_time: bool) -> tuple[tuple[int, ...], tuple[int, ...], bool]:
-    """A tensor as `plan_layout` takes it; T does not count."""
+def describe_operand(tensor: Tensor, has_time: bool) -> tuple[tuple[int, ...], tuple[int, ...], bool]:
+    """The description of a tensor for `plan_layout`, independent of T."""
     shape = tuple(tensor.shape)
     return ((min(shape[0], 2), *shape[1:]) if has_time else shape), tensor.stride(), has_time

@@ -1,12 +1,12 @@
-"""What a kernel saves in its forward pass for the backward pass: a minimum vertex cut over one step.
+"""Choose the values that a kernel saves for backward: a minimum vertex cut over one step.
 
-The backward pass reads some values of the forward pass. Each is either saved at every step or recomputed from what is
-saved. A state before a step may also come from what was saved at the step before it, along the loop-carried edge
-`next state (t-1) -> state (t)`, but from no earlier one: the backward pass goes through time only once.
+The backward pass reads some values of the forward pass. Each is either saved at every step or recomputed from saved
+values. A state before a step may also be recomputed from values saved at the previous step, along the loop-carried edge
+`next state (t-1) -> state (t)`, but not from earlier steps: the backward pass visits each step once.
 
-The cut is that of Chen et al. (2016) as a flow problem (Ford & Fulkerson; PyTorch's min-cut partitioner does the same
-for whole graphs), with two more rules: edges through time, and inputs of the step at a low price, since autograd keeps
-most of them alive for the layer in front anyway.
+The cut solves the recomputation problem of Chen et al. (2016) as a flow problem (Ford & Fulkerson; PyTorch's min-cut
+partitioner does the same for whole graphs), with two additions: edges through time, and a low cost for inputs of the
+step, since autograd mostly saves them for the layer in front anyway.
 """
 
 from __future__ import annotations
@@ -16,23 +16,23 @@ from dataclasses import dataclass
 
 import networkx as nx
 
-from snnfx.lowering.elementwise.expressions import TANGENTS, Expression, StepExpressions, topological
+from snnfx.lowering.elementwise.expressions import GRADIENT_LEAVES, Expression, StepExpressions, topological
 
 __all__ = ["SavePlan", "depends_on_gradient", "plan_saving"]
 
-_PRICE = {"float32": 1.0, "float64": 2.0}
-_INPUT = 0.25
-"""Of an input that is kept, as a part of the price of its size."""
+_COST = {"float32": 1.0, "float64": 2.0}
+_INPUT_DISCOUNT = 0.25
+"""Cost of saving an input, relative to its size."""
 
 
 @dataclass(frozen=True)
 class SavePlan:
-    """What is kept of each step.
+    """The values of each step that are saved for backward.
 
     Args:
         saved: values that the forward pass writes, `[T, N, *]` each.
-        inputs: inputs of the step that are kept.
-        earlier: states before a step that are recomputed from what was saved at the step before it.
+        inputs: indices of the inputs that are saved.
+        earlier: indices of the states before a step that are recomputed from values saved at the previous step.
     """
 
     saved: tuple[Expression, ...]
@@ -41,16 +41,16 @@ class SavePlan:
 
 
 def depends_on_gradient(roots: Iterable[Expression]) -> set[Expression]:
-    """Those of the expressions behind some that belong to the backward pass alone."""
-    found: set[Expression] = set()
+    """The expressions, among the roots and their operands, that depend on a gradient."""
+    dependent: set[Expression] = set()
     for expression in topological(roots):
-        if expression.op in TANGENTS or any(o in found for o in expression.operands):
-            found.add(expression)
-    return found
+        if expression.op in GRADIENT_LEAVES or any(o in dependent for o in expression.operands):
+            dependent.add(expression)
+    return dependent
 
 
 def plan_saving(step: StepExpressions, gradients: Sequence[Expression]) -> SavePlan:
-    """Choose what to save for these gradients."""
+    """Choose the values to save for these gradients."""
     backward = depends_on_gradient(gradients)
     read = {o for e in topological(gradients) if e in backward for o in e.operands if o not in backward}
     read |= {g for g in gradients if g not in backward}
@@ -58,8 +58,8 @@ def plan_saving(step: StepExpressions, gradients: Sequence[Expression]) -> SaveP
     if not needed:
         return SavePlan((), (), ())
     cuts = [_cut(step, needed, through_time=False), _cut(step, needed, through_time=True)]
-    plans = [_pruned(step, needed, cut) for cut in cuts if cut is not None and _is_enough(step, needed, cut)]
-    best = min(plans, key=_price)
+    plans = [_pruned(step, needed, cut) for cut in cuts if cut is not None and _suffices(step, needed, cut)]
+    best = min(plans, key=_cost)
     return SavePlan(
         tuple(e for e in best if e.op != "sequence"),
         tuple(e.index for e in best if e.op == "sequence"),
@@ -67,25 +67,25 @@ def plan_saving(step: StepExpressions, gradients: Sequence[Expression]) -> SaveP
     )
 
 
-def _price(cut: Sequence[Expression]) -> float:
-    return sum(_price_of(e) for e in cut)
+def _cost(cut: Sequence[Expression]) -> float:
+    return sum(_cost_of(e) for e in cut)
 
 
-def _price_of(expression: Expression) -> float:
-    price = _PRICE.get(expression.dtype, float("inf"))
-    # A sequence of booleans is one byte an element in memory.
-    return (price if price != float("inf") else 1.0) * _INPUT if expression.op == "sequence" else price
+def _cost_of(expression: Expression) -> float:
+    price = _COST.get(expression.dtype, float("inf"))
+    # An input of booleans has one byte per element in memory.
+    return (price if price != float("inf") else 1.0) * _INPUT_DISCOUNT if expression.op == "sequence" else price
 
 
 def _cut(step: StepExpressions, needed: Sequence[Expression], through_time: bool) -> list[Expression] | None:
-    """The cheapest set of values on all paths from inputs and states to what is needed; None where there is none."""
+    """The cheapest set of values that cuts all paths from inputs and states to `needed`; None if there is none."""
     graph = nx.DiGraph()
     roots = [*needed, *step.next_states] if through_time else list(needed)
     for expression in topological(roots):
         if expression.op in ("constant", "scalar", "invariant"):
             continue
         inside, outside = (expression, "in"), (expression, "out")
-        price = _price_of(expression)
+        price = _cost_of(expression)
         comes_from_before = through_time and expression.op == "state"
         if price != float("inf") and not comes_from_before:
             graph.add_edge(inside, outside, capacity=price)
@@ -95,7 +95,7 @@ def _cut(step: StepExpressions, needed: Sequence[Expression], through_time: bool
             if operand.op not in ("constant", "scalar", "invariant"):
                 graph.add_edge((operand, "out"), inside)
                 if through_time and operand.op == "state":
-                    # At the step before, there is no state to start from.
+                    # The state before the previous step is not available.
                     graph.add_edge("source", inside)
         if expression.op == "sequence" or (expression.op == "state" and not through_time):
             graph.add_edge("source", inside)
@@ -119,8 +119,8 @@ def _cut(step: StepExpressions, needed: Sequence[Expression], through_time: bool
     )
 
 
-def _is_enough(step: StepExpressions, needed: Sequence[Expression], cut: Sequence[Expression]) -> bool:
-    """Whether everything needed can be computed from a set of saved values."""
+def _suffices(step: StepExpressions, needed: Sequence[Expression], cut: Sequence[Expression]) -> bool:
+    """Whether all needed values can be computed from a set of saved values."""
     here = topological(needed, cut)
     if any(e.op == "sequence" and e not in cut for e in here):
         return False
@@ -136,10 +136,10 @@ def _states_read(needed: Sequence[Expression], cut: Sequence[Expression]) -> set
 
 
 def _pruned(step: StepExpressions, needed: Sequence[Expression], cut: Sequence[Expression]) -> list[Expression]:
-    """Without what is not missed, most expensive first."""
-    kept = list(cut)
-    for expression in sorted(cut, key=_price_of, reverse=True):
-        fewer = [e for e in kept if e is not expression]
-        if _is_enough(step, needed, fewer):
-            kept = fewer
-    return kept
+    """Drop values that are not needed, most expensive first."""
+    remaining = list(cut)
+    for expression in sorted(cut, key=_cost_of, reverse=True):
+        fewer = [e for e in remaining if e is not expression]
+        if _suffices(step, needed, fewer):
+            remaining = fewer
+    return remaining

@@ -1,8 +1,18 @@
-"""Loops with matrix products or convolutions inside: recorded, distributed over parts, and run without autograd.
+"""Lower loops that contain matrix products or convolutions: run them without autograd.
 
-The step and its backward pass are lists of ATen calls (`snnfx.lowering.aten_recording`). `operations` says what each
-call is, `schedule` puts calls into the order in which a step runs them, with elementwise ones fused into kernels
-(`fused`) and what needs no loop before or after it (`batched`). `gradients` takes the gradients of constants out of
-the reversed loop, `saving` chooses what the forward pass keeps, `machine` runs a schedule over the steps, and `mixed`
-puts both passes together.
+The step and its backward pass are lists of ATen calls (`snnfx.lowering.aten_recording`). In the order of the imports:
+
+| module               | contents                                                                              |
+|----------------------|---------------------------------------------------------------------------------------|
+| `call_kinds`         | tables of operators (views, batched, linear); a call as a functional call             |
+| `fused_group`        | element-wise calls of a step, fused into one kernel                                   |
+| `schedule`           | the order of a pass: before the loop, stages of each step, after the loop             |
+| `batched_calls`      | run the calls before and after the loop for all time steps at once                    |
+| `constant_gradients` | gradients of weights as one product over all steps, outside the reversed loop         |
+| `loop_saved_values`  | choose the values that the forward pass saves for backward                            |
+| `executor`           | run a schedule over the time steps                                                    |
+| `mixed_step`         | `MixedStep`: the schedules of both passes, `forward` and `backward` over a sequence   |
+| `first_states`       | the states before the first step                                                      |
+| `autograd_loop`      | the `torch.autograd.Function` around a `MixedStep`                                    |
+| `operator_shapes`    | shapes of the results for `snnfx::run_region` under torch.compile                     |
 """

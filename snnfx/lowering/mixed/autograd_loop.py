@@ -1,4 +1,4 @@
-"""A loop with products inside, as autograd sees it."""
+"""Autograd function of a mixed loop."""
 
 from __future__ import annotations
 
@@ -27,9 +27,9 @@ def run_mixed(
     Args:
         mixed: the step.
         x_seq: the inputs, `[T, N, *]` each.
-        states: before the first step: numbers, or tensors that can be expanded to `[N, *]`.
-        constants: those of the step.
-        needs: what needs a gradient, None for nothing.
+        states: the states before the first step: numbers, or tensors that can be expanded to `[N, *]`.
+        constants: the constants of the step.
+        needs: the gradients that are needed; None for inference.
     """
     if needs is None:
         outputs, finals, _ = mixed.forward(x_seq, states, constants, None)
@@ -64,7 +64,7 @@ class _Loop(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *grads: Tensor | None) -> tuple[Any, ...]:
         what = "a loop that runs without autograd"
-        refuse_second_derivative(what, "Convert with lower=None: the loop is then run by PyTorch, which can.")
+        refuse_second_derivative(what, "Convert with lower=None: PyTorch then runs the loop and differentiates twice.")
         mixed, needs = ctx.mixed, ctx.needs
         n_sequences, n_inputs, n_constants = ctx.counts
         tensors = list(ctx.saved_tensors)
@@ -74,12 +74,12 @@ class _Loop(torch.autograd.Function):
         constants = tensors[n_inputs : n_inputs + n_constants]
         saved = tensors[n_inputs + n_constants :]
         count = len(mixed.recording.outputs)
-        found_x, found_states, found_constants = mixed.backward(
+        grad_x, grad_states, grad_constants = mixed.backward(
             needs, ctx.T, x_seq, constants, saved, grads[:count], grads[count:]
         )
         states = [
             None if g is None else g.sum_to_size(shape)
-            for g, shape, number in zip(found_states, ctx.shapes, ctx.numbers, strict=True)
+            for g, shape, number in zip(grad_states, ctx.shapes, ctx.numbers, strict=True)
             if number is None
         ]
-        return (None, None, None, None, *found_x, *states, *found_constants)
+        return (None, None, None, None, *grad_x, *states, *grad_constants)

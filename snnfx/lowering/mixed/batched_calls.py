@@ -1,4 +1,4 @@
-"""Calls for all time steps at once, on stacks `[T, *]` of what they take at each step."""
+"""Run calls for all time steps at once, on stacked values `[T, *]`."""
 
 from __future__ import annotations
 
@@ -7,8 +7,8 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor
 
-from snnfx.lowering.aten_recording import AtenCall, Recording
-from snnfx.lowering.mixed.call_kinds import Pure, resolved
+from snnfx.lowering.aten_recording import AtenCall, Recording, resolve_references
+from snnfx.lowering.mixed.call_kinds import FunctionalCall
 
 __all__ = ["run_batched"]
 
@@ -20,12 +20,12 @@ def run_batched(
     stacks: dict[int, Tensor],
     invariants: dict[int, Tensor],
 ) -> None:
-    """Run calls, filling up `stacks`.
+    """Run calls for all time steps and add their results to `stacks`.
 
     Args:
-        recording: that the calls are from.
-        calls: in order.
-        results_read: the results of a call that are wanted.
+        recording: the recording of the calls.
+        calls: the calls, in order.
+        results_read: returns the results of a call that are read later.
         stacks: values at all steps, `[T, *]`.
         invariants: values that are the same at each step.
     """
@@ -33,10 +33,10 @@ def run_batched(
         wanted = list(results_read(call))
         if not wanted:
             continue
-        found = _product(call, stacks, invariants)
-        if found is None:
-            found = _mapped(call, wanted, recording, stacks, invariants)
-        stacks.update(zip(wanted, found, strict=True))
+        results = _product(call, stacks, invariants)
+        if results is None:
+            results = _mapped(call, wanted, recording, stacks, invariants)
+        stacks.update(zip(wanted, results, strict=True))
 
 
 def _product(call: AtenCall, stacks: dict[int, Tensor], invariants: dict[int, Tensor]) -> list[Tensor] | None:
@@ -63,11 +63,13 @@ def _mapped(
     stacks: dict[int, Tensor],
     invariants: dict[int, Tensor],
 ) -> list[Tensor]:
-    pure = Pure(call, wanted, recording)
+    functional = FunctionalCall(call, wanted, recording)
     numbers = [r for r in dict.fromkeys(call.references()) if r in stacks]
 
     def step(*values: Tensor) -> tuple[Tensor, ...]:
         known = {**invariants, **dict(zip(numbers, values, strict=True))}
-        return tuple(pure([resolved(a, known) for a in pure.args], resolved(call.kwargs, known)))
+        return tuple(
+            functional([resolve_references(a, known) for a in functional.args], resolve_references(call.kwargs, known))
+        )
 
     return list(torch.vmap(step)(*[stacks[n] for n in numbers]))

@@ -1,48 +1,58 @@
-"""What a recorded call is: elementwise, a view, or something that PyTorch computes; and which of them allow what."""
+"""Tables of operators (views, batched, linear), and recorded calls as functional calls."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from snnfx.lowering.aten_recording import AtenCall, RecordedValue, Recording, ValueReference, call_as_recorded
+from snnfx.lowering.aten_recording import AtenCall, RecordedValue, Recording, call_as_recorded
 from snnfx.sandbox.torch_internals import pytree
 
-__all__ = ["BATCHED", "LINEAR", "VIEWS", "Pure", "calls_behind", "in_order", "resolved", "stripped"]
+__all__ = [
+    "BATCHED",
+    "LINEAR",
+    "VIEWS",
+    "FunctionalCall",
+    "calls_in_order",
+    "calls_needed_for",
+    "without_leading_ones",
+]
 
 VIEWS = frozenset(
     "t transpose permute view _unsafe_view reshape _reshape_alias unsqueeze squeeze expand slice select unbind split "
     "split_with_sizes unsafe_split unsafe_chunk chunk narrow detach alias".split()
 )
-"""Operators whose results lie in the memory of their operand."""
+"""Operators whose results may be views of their operand."""
 
 BATCHED = VIEWS | frozenset(("mm", "addmm", "bmm", "convolution", "convolution_backward", "cat", "stack"))
-"""Operators that are run for all time steps at once where no state is in the way."""
+"""Operators that can run for all time steps at once if they do not depend on a state."""
 
 LINEAR = VIEWS | frozenset(
     "mm bmm sum mean neg mul div add sub clone contiguous _to_copy cat stack select_backward slice_backward "
     "unsqueeze_copy squeeze_copy expand_copy view_copy _weight_norm_interface_backward".split()
 )
-"""Operators that commute with a sum over time of what they take from above, the rest being constant."""
+"""Operators that are linear in their incoming gradient, so that they commute with its sum over time."""
 
 
-def stripped(shape: Sequence[int]) -> tuple[int, ...]:
-    """A shape without leading ones, which mean nothing to what is computed for each element."""
+def without_leading_ones(shape: Sequence[int]) -> tuple[int, ...]:
+    """Strip leading dimensions of size 1, which do not matter to element-wise operations."""
     first = next((i for i, size in enumerate(shape) if size != 1), len(shape))
     return tuple(shape[first:])
 
 
-def in_order(values: Sequence[RecordedValue]) -> list[AtenCall]:
-    """All calls of a recording, as they were made."""
+def calls_in_order(values: Sequence[RecordedValue]) -> list[AtenCall]:
+    """All calls of a recording, in the order of execution."""
     return list({id(v.call): v.call for v in values if v.call is not None}.values())
 
 
-def calls_behind(values: Sequence[RecordedValue], wanted: Iterable[int], at_hand: Iterable[int] = ()) -> list[AtenCall]:
-    """The calls that compute some values from others, in order."""
-    seen = set(at_hand)
+def calls_needed_for(
+    values: Sequence[RecordedValue], wanted: Iterable[int], known: Iterable[int] = ()
+) -> list[AtenCall]:
+    """The calls that compute the values `wanted` from the values `known`, in order."""
+    seen = set(known)
     needed: set[int] = set()
     stack = [number for number in wanted if number not in seen]
     while stack:
@@ -54,30 +64,19 @@ def calls_behind(values: Sequence[RecordedValue], wanted: Iterable[int], at_hand
         if call is not None:
             needed.add(id(call))
             stack.extend(call.references())
-    return [call for call in in_order(values) if id(call) in needed]
-
-
-def resolved(argument: Any, known: Mapping[int, Any]) -> Any:
-    """An argument with what is known in place of references."""
-    if isinstance(argument, ValueReference):
-        return known[argument.number]
-    if isinstance(argument, list | tuple):
-        return [resolved(a, known) for a in argument]
-    if isinstance(argument, dict):
-        return {key: resolved(a, known) for key, a in argument.items()}
-    return argument
+    return [call for call in calls_in_order(values) if id(call) in needed]
 
 
 _RESHAPED = (torch.ops.aten.view.default, torch.ops.aten._unsafe_view.default)
 
 
-class Pure:
-    """A call as a function without effect: operators that write into their operand get a copy of it.
+class FunctionalCall:
+    """A recorded call without side effects: an operand that the operator writes in place is copied first.
 
     Args:
         call: the call.
-        wanted: results that are used.
-        recording: that it is from.
+        wanted: the results to return.
+        recording: the recording of the call.
     """
 
     def __init__(self, call: AtenCall, wanted: Sequence[int], recording: Recording) -> None:
@@ -87,14 +86,14 @@ class Pure:
         self.written = [i for i, a in enumerate(schema.arguments) if a.alias_info is not None and a.alias_info.is_write]
         self.args = list(call.args)
         names = [a.name for a in schema.arguments]
-        self.places = [call.places[call.results.index(number)] for number in self.wanted]
+        self.positions = [call.positions[call.results.index(number)] for number in self.wanted]
         if "output_mask" in names and names.index("output_mask") < len(self.args):
             position = names.index("output_mask")
-            self.args[position] = [i in self.places for i in range(len(self.args[position]))]
+            self.args[position] = [i in self.positions for i in range(len(self.args[position]))]
         self.dtype = [recording.values[number].dtype for number in self.wanted]
 
     def __call__(self, args: Sequence[Any], kwargs: dict[str, Any]) -> list[Tensor]:
-        """The wanted results."""
+        """Run the call; return the wanted results."""
         if self.written:
             args = [a.clone() if i in self.written and isinstance(a, Tensor) else a for i, a in enumerate(args)]
         if len(self.wanted) == 1 or self.call.name in VIEWS:
@@ -104,4 +103,4 @@ class Pure:
         if isinstance(results, Tensor):
             return [results]
         flat = pytree.tree_leaves(results)
-        return [flat[place] for place in self.places]
+        return [flat[place] for place in self.positions]

@@ -1,9 +1,9 @@
-"""Gradients of constants, taken out of the reversed loop.
+"""Gradients of constants (weights), computed outside the reversed loop.
 
-What every step adds to the gradient of a weight is `G_t^T X_t`: summed over all steps that is one product of the
-stacks, `[T*N, out]^T [T*N, in]`, and for a convolution one call with T folded into the batch. What is linear in the
-gradient from above (a transpose, a sum over the batch) is done once, on the sum over time. Everything else is added up
-in the loop.
+Each step adds `G_t^T X_t` to the gradient of a weight. Summed over all steps this is one product of the stacked values,
+`[T*N, out]^T [T*N, in]`, and for a convolution one call with T folded into the batch. Operations that are linear in the
+incoming gradient (a transpose, a sum over the batch) run once, on the sum over time. All other gradients are summed in
+the loop.
 """
 
 from __future__ import annotations
@@ -14,91 +14,105 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from snnfx.lowering.aten_recording import AtenCall, Recording
-from snnfx.lowering.mixed.call_kinds import LINEAR, Pure, resolved
-from snnfx.lowering.mixed.schedule import Kinds
+from snnfx.lowering.aten_recording import AtenCall, Recording, resolve_references
+from snnfx.lowering.mixed.call_kinds import LINEAR, FunctionalCall
+from snnfx.lowering.mixed.schedule import CallKinds
 
-__all__ = ["Deferred", "plan_gradient"]
+__all__ = ["ConstantGradient", "plan_gradient"]
 
 
 @dataclass(frozen=True)
-class Deferred:
-    """How the sum over time of one value is computed.
+class ConstantGradient:
+    """How to compute the sum over time of one value.
 
     Args:
-        how: "sum": added up in the loop; "linear": a call on sums; "product", "convolution": a call on stacks.
+        how: "sum": summed in the loop; "linear": a call on sums; "product", "convolution": a call on stacked values.
         number: the value.
-        call: that computes it; None for "sum".
-        operands: for "linear", its operands that depend on gradients.
-        stacks: for the last two, the values that are needed at all steps.
+        call: the call that computes it.
+        operands: for "linear", the operands that depend on gradients.
+        stacks: for "product" and "convolution", the values that are needed at all steps.
     """
 
     how: str
     number: int
     call: AtenCall | None = None
-    operands: tuple[Deferred, ...] = ()
+    operands: tuple[ConstantGradient, ...] = ()
     stacks: tuple[int, ...] = ()
 
-    def parts(self) -> Iterator[Deferred]:
-        """This and all that it is computed from."""
+    def parts(self) -> Iterator[ConstantGradient]:
+        """This sum and, recursively, the sums that it is computed from."""
         yield self
         for operand in self.operands:
             yield from operand.parts()
 
-    def value(
+    def evaluate(
         self, recording: Recording, sums: dict[int, Tensor], stacks: dict[int, Tensor], invariants: dict[int, Tensor]
     ) -> Tensor:
-        """The sum over time, from those that the loop has added up and from stacks `[T, *]`."""
+        """Compute the sum over time.
+
+        Args:
+            recording: the recorded step.
+            sums: the sums computed so far; the result is added.
+            stacks: the values at all steps, `[T, *]`.
+            invariants: the values that are the same at each step.
+        """
         if self.number in sums:
             return sums[self.number]
         call = self.call
         assert call is not None, self
         if self.how == "linear":
             known = dict(invariants)
-            known.update((d.number, d.value(recording, sums, stacks, invariants)) for d in self.operands)
-            pure = Pure(call, [self.number], recording)
-            found = pure([resolved(a, known) for a in pure.args], resolved(call.kwargs, known))[0]
+            known.update((d.number, d.evaluate(recording, sums, stacks, invariants)) for d in self.operands)
+            functional = FunctionalCall(call, [self.number], recording)
+            total = functional(
+                [resolve_references(a, known) for a in functional.args], resolve_references(call.kwargs, known)
+            )[0]
         elif self.how == "product":
-            found = _product(*(stacks[n] for n in self.stacks))
+            total = _product(*(stacks[n] for n in self.stacks))
         else:
-            found = _convolution(recording, call, self.number, stacks, invariants)
-        sums[self.number] = found
-        return found
+            total = _convolution(recording, call, self.number, stacks, invariants)
+        sums[self.number] = total
+        return total
 
 
-def plan_gradient(recording: Recording, kinds: Kinds, number: int) -> Deferred:
-    """How the sum over time of a value of the backward pass is computed."""
+def plan_gradient(recording: Recording, kinds: CallKinds, number: int) -> ConstantGradient:
+    """Plan the sum over time of a value of the backward pass."""
     values = recording.values
     call = values[number].call
     if call is None:
-        return Deferred("sum", number)
+        return ConstantGradient("sum", number)
     varying = [r for r in call.references() if values[r].varying]
-    above = [r for r in varying if values[r].tangential]
-    if call.name in ("mm", "bmm") and len(varying) == 2 and len(above) == 1:
-        return Deferred("product", number, call, stacks=tuple(varying))
-    if call.name == "convolution_backward" and len(varying) == 2 and len(above) == 1 and _is_of_constant(call, number):
-        return Deferred("convolution", number, call, stacks=tuple(varying))
+    grad_operands = [r for r in varying if values[r].depends_on_grad]
+    if call.name in ("mm", "bmm") and len(varying) == 2 and len(grad_operands) == 1:
+        return ConstantGradient("product", number, call, stacks=tuple(varying))
+    if (
+        call.name == "convolution_backward"
+        and len(varying) == 2
+        and len(grad_operands) == 1
+        and _is_of_constant(call, number)
+    ):
+        return ConstantGradient("convolution", number, call, stacks=tuple(varying))
     if call.name in ("add", "sub", "cat", "stack"):
-        is_linear = len(above) == len(call.references()) > 1
+        is_linear = len(grad_operands) == len(call.references()) > 1
     else:
-        is_linear = call.name in LINEAR and varying == above and len(above) == 1
+        is_linear = call.name in LINEAR and varying == grad_operands and len(grad_operands) == 1
     if call.name == "div":
-        is_linear = is_linear and getattr(call.args[0], "number", None) in above
+        is_linear = is_linear and getattr(call.args[0], "number", None) in grad_operands
     if not is_linear or not values[number].dtype.is_floating_point or call.results != [number]:
-        return Deferred("sum", number)
-    operands = tuple(plan_gradient(recording, kinds, r) for r in dict.fromkeys(above))
+        return ConstantGradient("sum", number)
+    operands = tuple(plan_gradient(recording, kinds, r) for r in dict.fromkeys(grad_operands))
     if kinds.of(call) == "fused" and all(operand.how == "sum" for operand in operands):
-        return Deferred("sum", number)  # a kernel has it at hand
-    return Deferred("linear", number, call, operands)
+        return ConstantGradient("sum", number)  # a fused kernel of the loop computes the operands anyway
+    return ConstantGradient("linear", number, call, operands)
 
 
 def _is_of_constant(call: AtenCall, number: int) -> bool:
     """Whether a result of `convolution_backward` is the gradient of the weight or of the bias."""
-    return call.places[call.results.index(number)] > 0
+    return call.positions[call.results.index(number)] > 0
 
 
 def _product(a: Tensor, b: Tensor) -> Tensor:
-    """The sum over time of `a_t @ b_t`: one product over the steps and the dimension that each product is over."""
+    """The sum over time of `a_t @ b_t`, as one product that contracts over time as well."""
     T = a.shape[0]
     if a.dim() == 3:
         return torch.mm(a.permute(1, 0, 2).reshape(a.shape[1], T * a.shape[2]), b.reshape(T * b.shape[1], b.shape[2]))
@@ -109,6 +123,6 @@ def _product(a: Tensor, b: Tensor) -> Tensor:
 def _convolution(
     recording: Recording, call: AtenCall, number: int, stacks: dict[int, Tensor], invariants: dict[int, Tensor]
 ) -> Tensor:
-    pure = Pure(call, [number], recording)
+    functional = FunctionalCall(call, [number], recording)
     grad, x = (stacks[a.number].flatten(0, 1) for a in call.args[:2])
-    return pure([grad, x, *(resolved(a, invariants) for a in pure.args[2:])], {})[0]
+    return functional([grad, x, *(resolve_references(a, invariants) for a in functional.args[2:])], {})[0]

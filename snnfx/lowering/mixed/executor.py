@@ -1,8 +1,9 @@
-"""Runs the schedule of a pass over the time steps, without autograd and with all memory laid out beforehand.
+"""Run the schedule of a pass over the time steps, without autograd.
 
-Every value that leaves a kernel or a call has a ring: a tensor `[P, *]`, of which each step uses one place. What is
-kept has a place for each step, what goes to the next step two, everything else one. So all addresses are known before
-the loop, and a step is a few calls with views and addresses that are at hand.
+All memory is allocated in advance. Every value that a kernel or a call writes has a ring buffer: a tensor `[R, *]`, of
+which each step uses one row. Values that are stored for all steps have a row for each step, loop-carried values two
+rows, all other values one. All addresses are thus known before the loop, and a step is a few calls with precomputed
+views and addresses.
 """
 
 from __future__ import annotations
@@ -13,63 +14,60 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from snnfx.lowering.aten_recording import AtenCall, Recording, ValueReference
+from snnfx.lowering.aten_recording import AtenCall, Recording, ValueReference, resolve_references
 from snnfx.lowering.elementwise.cpp.build import load, openmp
 from snnfx.lowering.elementwise.cpp.cpp_launch import address_words, pack_arguments
-from snnfx.lowering.elementwise.operand_layout import dense_strides, description, plan_layout
+from snnfx.lowering.elementwise.operand_layout import dense_strides, describe_operand, plan_layout
 from snnfx.lowering.mixed.batched_calls import run_batched
-from snnfx.lowering.mixed.call_kinds import Pure, resolved
+from snnfx.lowering.mixed.call_kinds import FunctionalCall
 from snnfx.lowering.mixed.fused_group import FusedGroup
 from snnfx.lowering.mixed.schedule import Schedule
 from snnfx.ops.buffer_pool import pool
 
-__all__ = ["Result", "run_schedule"]
+__all__ = ["PassResult", "run_schedule"]
 
-_FEW = 1 << 14
-"""Elements of a step up to which a second thread does not pay."""
+_MIN_PARALLEL_ELEMENTS = 1 << 14
+"""Elements of a step from which on a kernel uses several threads."""
 
-_STRUCTS = 1024
-"""Iterations for which the arguments of a kernel are made at once."""
+_STRUCTS_AT_ONCE = 1024
+"""Iterations for which the argument structs of a kernel are built at once."""
 
 
-class Ring:
-    """A value at the places that the steps use.
+class RingBuffer:
+    """The memory of a value.
 
     Args:
-        tensor: `[P, *]`.
-        places: for each iteration, which place it uses.
+        tensor: `[R, *]`.
+        rows: the row that each iteration uses.
     """
 
-    def __init__(self, tensor: Tensor, places: Sequence[int]) -> None:
-        self.tensor, self.places = tensor, places
+    def __init__(self, tensor: Tensor, rows: Sequence[int]) -> None:
+        self.tensor, self.rows = tensor, rows
         self._steps: list[Tensor] | None = None
 
     def steps(self) -> list[Tensor]:
-        """The value of each iteration, a view."""
+        """The value of each iteration, as views."""
         if self._steps is None:
-            each = self.tensor.unbind(0)
-            self._steps = [each[k] for k in self.places]
+            views = self.tensor.unbind(0)
+            self._steps = [views[k] for k in self.rows]
         return self._steps
 
-    def viewed(self, tensor: Tensor) -> Ring:
-        """The same places of another tensor `[P, *]`."""
-        return Ring(tensor, self.places)
+    def viewed(self, tensor: Tensor) -> RingBuffer:
+        """The same rows of another tensor `[R, *]`."""
+        return RingBuffer(tensor, self.rows)
 
 
-class Result:
-    """What a pass leaves.
+class PassResult:
+    """The results of a pass.
 
     Args:
-        stacks: the values that were wanted at all steps, `[T, *]`.
-        sums: those whose sum was wanted.
-        finals: the carried values after the last step, in the order of the schedule.
-        rings: for each carried value that was kept, its values before all steps and after the last one, `[T + 1, *]`.
+        stacks: the values at all steps, `[T, *]`, of `PassGoal.stacks`.
+        sums: the sums over time of `PassGoal.sums`.
+        finals: the loop-carried values after the last step, in the order of `PassGoal.carried`.
     """
 
-    def __init__(
-        self, stacks: dict[int, Tensor], sums: dict[int, Tensor], finals: list[Tensor], rings: dict[int, Tensor]
-    ) -> None:
-        self.stacks, self.sums, self.finals, self.rings = stacks, sums, finals, rings
+    def __init__(self, stacks: dict[int, Tensor], sums: dict[int, Tensor], finals: list[Tensor]) -> None:
+        self.stacks, self.sums, self.finals = stacks, sums, finals
 
 
 def run_schedule(
@@ -79,24 +77,26 @@ def run_schedule(
     invariants: dict[int, Tensor],
     initial: Sequence[Tensor | float],
     reverse: bool,
-    own: Sequence[int] = (),
-) -> Result:
+    unshared: Sequence[int] = (),
+) -> PassResult:
     """Run a pass.
 
     Args:
-        schedule: of the pass.
+        schedule: the schedule of the pass.
         T: the number of steps.
-        stacks: what is at hand, `[T, *]` each.
-        invariants: what does not change with time.
-        initial: carried values before the first iteration: numbers, or what can be expanded to a step.
-        reverse: go through time backwards.
-        own: wanted stacks that have to be tensors of their own.
+        stacks: the given values, `[T, *]` each.
+        invariants: the values that do not change with time.
+        initial: the loop-carried values before the first iteration: numbers, or tensors that can be expanded to a step.
+        reverse: whether to run from the last step to the first.
+        unshared: stacks of the result that must not share memory with another tensor.
     """
     with torch.no_grad():
-        return _ScheduleRun(schedule, T, dict(stacks), invariants, initial, reverse).result(own)
+        return _ScheduleRun(schedule, T, dict(stacks), invariants, initial, reverse).result(unshared)
 
 
 class _ScheduleRun:
+    """One run: allocates the ring buffers, builds the operations of a step, runs them for each step."""
+
     def __init__(
         self,
         schedule: Schedule,
@@ -112,35 +112,33 @@ class _ScheduleRun:
         self.order = list(range(T - 1, -1, -1)) if reverse else list(range(T))
         self.reverse = reverse
         run_batched(self.recording, schedule.before, schedule.results_read, stacks, invariants)
-        self.rings: dict[Any, Ring] = {}
-        self.targets: dict[int, list[Ring]] = {}
-        self.alive: list[Any] = []
-        self.keep = set(schedule.kept)
+        self.rings: dict[Any, RingBuffer] = {}
+        self.targets: dict[int, list[RingBuffer]] = {}
+        self.keep_alive: list[Any] = []
+        self.stacked = set(schedule.stacked)
         self.carried = [self._carry(k, value) for k, value in enumerate(initial)]
         self.sums = {n: self._sum_ring(n) for n in schedule.goal.sums}
-        for number in schedule.kept:
+        for number in schedule.stacked:
             if number not in self.rings:
-                self._keep(number)
+                self._add_stack(number)
         self.operations: list[Callable[[int], None]] = []
         for stage in schedule.stages:
             for call in stage.calls:
                 self._call(call)
             for group in stage.groups:
                 self._group(group)
-        self._rest()
+        self._move_uncomputed_values()
         for i in range(T):
             for operation in self.operations:
                 operation(i)
-
-    # -- memory -----------------------------------------------------------------------------------------------------
 
     def _empty(self, count: int, number: int) -> Tensor:
         value = self.values[number]
         shape = (count, *value.shape)
         return pool.empty(shape, dense_strides(shape, range(len(shape))), value.dtype)
 
-    def _carry(self, k: int, initial: Tensor | float) -> tuple[Ring, Ring]:
-        """The rings from which a carried value is read and to which the next one is written."""
+    def _carry(self, k: int, initial: Tensor | float) -> tuple[RingBuffer, RingBuffer]:
+        """The ring buffers from which a loop-carried value is read and to which its next value is written."""
         carried = self.schedule.goal.carried[k]
         number = carried.following if carried.following is not None else carried.read
         assert number is not None
@@ -148,7 +146,7 @@ class _ScheduleRun:
         if carried.following is None:
             ring = self._empty(2, number).zero_()
             read, write = [0] + [1] * (T - 1), [1] * T
-        elif carried.read in self.keep:
+        elif carried.read in self.stacked:
             ring, later = self._empty(T + 1, number), [t + 1 for t in self.order]
             read, write = (later, self.order) if self.reverse else (self.order, later)
         else:
@@ -158,44 +156,42 @@ class _ScheduleRun:
             ring[read[0]].copy_(initial)
         else:
             ring[read[0]].fill_(initial)
-        before, after = Ring(ring, read), Ring(ring, write)
+        before, after = RingBuffer(ring, read), RingBuffer(ring, write)
         if carried.read is not None:
             self.rings[carried.read] = before
         if carried.following is not None:
             self.targets.setdefault(carried.following, []).append(after)
         return before, after
 
-    def _sum_ring(self, number: int) -> tuple[Ring, Ring]:
+    def _sum_ring(self, number: int) -> tuple[RingBuffer, RingBuffer]:
         ring = self._empty(2, number)
         ring[0].zero_()
         read, write = [i % 2 for i in range(self.T)], [(i + 1) % 2 for i in range(self.T)]
-        self.rings["sum", number] = Ring(ring, read)
-        return self.rings["sum", number], Ring(ring, write)
+        self.rings["sum", number] = RingBuffer(ring, read)
+        return self.rings["sum", number], RingBuffer(ring, write)
 
-    def _keep(self, number: int) -> None:
-        self.targets.setdefault(number, []).append(Ring(self._empty(self.T, number), self.order))
+    def _add_stack(self, number: int) -> None:
+        self.targets.setdefault(number, []).append(RingBuffer(self._empty(self.T, number), self.order))
         self.stacks[number] = self.targets[number][-1].tensor
 
-    def _ring(self, number: int) -> Ring:
-        """Where a value is read from."""
+    def _ring(self, number: int) -> RingBuffer:
+        """The ring buffer from which a value is read."""
         ring = self.rings.get(number)
         if ring is None:
             assert number in self.stacks, number
-            ring = self.rings[number] = Ring(self.stacks[number], self.order)
+            ring = self.rings[number] = RingBuffer(self.stacks[number], self.order)
         return ring
 
-    def _written(self, number: int) -> list[Ring]:
-        """Where a computed value is written; the first place is where it is read from."""
+    def _targets_of(self, number: int) -> list[RingBuffer]:
+        """The ring buffers to which a computed value is written; readers use the first one."""
         rings = self.targets.get(number)
         if not rings:
-            rings = self.targets[number] = [Ring(self._empty(1, number), [0] * self.T)]
+            rings = self.targets[number] = [RingBuffer(self._empty(1, number), [0] * self.T)]
         self.rings[number] = rings[0]
         return rings
 
-    # -- the operations of a step -----------------------------------------------------------------------------------
-
     def _argument(self, argument: Any) -> Any:
-        """For a tensor the list of its values at all iterations."""
+        """The values of a reference at all iterations."""
         if argument.number in self.invariants:
             return [self.invariants[argument.number]] * self.T
         return self._ring(argument.number).steps()
@@ -206,17 +202,17 @@ class _ScheduleRun:
             return
         if self.schedule.kinds.of(call) == "view" and self._view(call, wanted):
             return
-        results = [self._written(n) for n in wanted]
+        results = [self._targets_of(n) for n in wanted]
         if call.name in _WITH_OUT and len(wanted) == 1 and not call.kwargs:
-            self.operations.append(self._into(call, results[0][0].steps()))
+            self.operations.append(self._call_with_out(call, results[0][0].steps()))
         else:
-            self.operations.append(self._copied(call, wanted, [r[0].steps() for r in results]))
+            self.operations.append(self._call_and_copy(call, wanted, [r[0].steps() for r in results]))
         for rings in results:
             for other in rings[1:]:
                 self.operations.append(_copier(rings[0].steps(), other.steps()))
 
     def _view(self, call: AtenCall, wanted: Sequence[int]) -> bool:
-        """A view of a ring is a ring: it is made once, for all steps."""
+        """Make a view of a ring buffer once for all steps; False if the operator copies."""
         numbers = [r for r in dict.fromkeys(call.references()) if self.values[r].varying]
         ring = self._ring(numbers[0])
         stacks = {numbers[0]: ring.tensor}
@@ -229,8 +225,8 @@ class _ScheduleRun:
                 self.operations.append(_copier(self.rings[number].steps(), other.steps()))
         return True
 
-    def _into(self, call: AtenCall, out: list[Tensor]) -> Callable[[int], None]:
-        """A call that writes into its place."""
+    def _call_with_out(self, call: AtenCall, out: list[Tensor]) -> Callable[[int], None]:
+        """The operation of a call that writes its result with `out=`."""
         if call.name == "cat":
             parts = [self._argument(a) for a in call.args[0]]
             dim = call.args[1] if len(call.args) > 1 else 0
@@ -255,52 +251,56 @@ class _ScheduleRun:
 
         return product
 
-    def _copied(self, call: AtenCall, wanted: Sequence[int], out: list[list[Tensor]]) -> Callable[[int], None]:
-        """Any other call, its results copied into their places."""
-        pure = Pure(call, wanted, self.recording)
+    def _call_and_copy(self, call: AtenCall, wanted: Sequence[int], out: list[list[Tensor]]) -> Callable[[int], None]:
+        """The operation of any other call: its results are copied to their ring buffers."""
+        functional = FunctionalCall(call, wanted, self.recording)
         numbers = {r: self._argument(ValueReference(r)) for r in dict.fromkeys(call.references())}
 
         def compute(i: int) -> None:
             known = {number: steps[i] for number, steps in numbers.items()}
-            results = pure([resolved(a, known) for a in pure.args], resolved(call.kwargs, known))
+            results = functional(
+                [resolve_references(a, known) for a in functional.args], resolve_references(call.kwargs, known)
+            )
             for result, steps in zip(results, out, strict=True):
                 steps[i].copy_(result)
 
         return compute
 
     def _group(self, group: FusedGroup) -> None:
-        """A kernel: a table with the struct of arguments of each iteration, of which only addresses differ."""
+        """Add the launch of a kernel; the argument structs of its iterations differ only in addresses."""
         operands: list[tuple[Tensor, Sequence[int] | None]] = []
-        places_left: dict[int, list[Ring]] = {}
+        unused_buffers: dict[int, list[RingBuffer]] = {}
         for slot in group.source.slots:
             if slot.kind == "operand":
                 operands.append((self._operand(group, slot.index), None))
                 continue
-            place = group.read_location(slot.index) if slot.kind == "sequence" else group.write_location(slot.index)
-            if isinstance(place, tuple):
-                ring = self.sums[place[1]][0 if slot.kind == "sequence" else 1]
+            location = group.read_location(slot.index) if slot.kind == "sequence" else group.write_location(slot.index)
+            if isinstance(location, tuple):
+                ring = self.sums[location[1]][0 if slot.kind == "sequence" else 1]
             elif slot.kind == "sequence":
-                ring = self._ring(place)
+                ring = self._ring(location)
             else:
-                if place not in places_left:
-                    places_left[place] = list(self._written(place))
-                ring = places_left[place].pop(0)
-            operands.append((ring.tensor, ring.places))
+                if location not in unused_buffers:
+                    unused_buffers[location] = list(self._targets_of(location))
+                ring = unused_buffers[location].pop(0)
+            operands.append((ring.tensor, ring.rows))
         described = []
-        for tensor, places in operands:
-            shape, stride, _ = description(tensor if places is None else tensor[0], False)
+        for tensor, rows in operands:
+            shape, stride, _ = describe_operand(tensor if rows is None else tensor[0], False)
             drop = max(0, len(shape) - len(group.shape))
             described.append((shape[drop:], stride[drop:], False))
         layout = plan_layout(group.shape, tuple(range(len(group.shape))), tuple(described))
         if layout.elements:
-            threads = torch.get_num_threads() if layout.elements >= _FEW and openmp() is not None else 1
+            threads = (
+                torch.get_num_threads() if layout.elements >= _MIN_PARALLEL_ELEMENTS and openmp() is not None else 1
+            )
             words = pack_arguments(group.source, layout, 1, [(t.data_ptr(), 0.0) for t, _ in operands], threads)
             addresses = {
-                word: (tensor.data_ptr(), tensor.stride(0) * tensor.element_size(), places)
-                for word, (tensor, places) in zip(address_words(group.source), operands, strict=True)
-                if places is not None
+                word: (tensor.data_ptr(), tensor.stride(0) * tensor.element_size(), rows)
+                for word, (tensor, rows) in zip(address_words(group.source), operands, strict=True)
+                if rows is not None
             }
-            self.alive += [tensor for tensor, _ in operands]
+            self.keep_alive += [tensor for tensor, _ in operands]
             self.operations.append(_launcher(group, words, addresses, self.T))
 
     def _operand(self, group: FusedGroup, index: int) -> Tensor:
@@ -308,8 +308,8 @@ class _ScheduleRun:
         tensor = tensor if tensor.is_floating_point() or tensor.dtype == torch.bool else tensor.double()
         return tensor.resolve_neg()
 
-    def _rest(self) -> None:
-        """What nothing computes in the loop but is carried, kept or added up."""
+    def _move_uncomputed_values(self) -> None:
+        """Copy or sum the loop-carried, stored and summed values that no call of the loop computes."""
         made = {r for call in self.schedule.inside for r in call.results}
         for number, rings in self.targets.items():
             if number not in made:
@@ -321,12 +321,10 @@ class _ScheduleRun:
             if number not in fused:
                 self.operations.append(_adder(self._argument(ValueReference(number)), read.steps(), write.steps()))
 
-    # -- what is left -----------------------------------------------------------------------------------------------
-
-    def result(self, own: Sequence[int]) -> Result:
-        """The wanted values."""
+    def result(self, unshared: Sequence[int]) -> PassResult:
+        """Run the calls after the loop and collect the results."""
         goal, T = self.schedule.goal, self.T
-        rings = {k: before.tensor for k, (before, _) in enumerate(self.carried) if goal.carried[k].read in self.keep}
+        rings = {k: before.tensor for k, (before, _) in enumerate(self.carried) if goal.carried[k].read in self.stacked}
         for k, tensor in rings.items():
             read = goal.carried[k].read
             assert read is not None
@@ -334,19 +332,21 @@ class _ScheduleRun:
         schedule = self.schedule
         run_batched(self.recording, schedule.after, schedule.results_read, self.stacks, self.invariants)
         stacks: dict[int, Tensor] = {}
-        given = {*goal.at_hand, *(c.read for c in goal.carried)}
+        given = {*goal.given, *(c.read for c in goal.carried)}
         for number in goal.stacks:
-            found = self.stacks.get(number)
-            if found is None:
+            stack = self.stacks.get(number)
+            if stack is None:
                 value = self.invariants[number]
-                found = value.expand(T, *value.shape)
-            stacks[number] = found.clone() if number in own and (number in given or not self._is_own(number)) else found
+                stack = value.expand(T, *value.shape)
+            stacks[number] = (
+                stack.clone() if number in unshared and (number in given or not self._has_own_stack(number)) else stack
+            )
         sums = {n: write.tensor[T % 2] for n, (_, write) in self.sums.items()}
-        finals = [after.tensor[after.places[-1]] for _, after in self.carried]
-        return Result(stacks, sums, finals, rings)
+        finals = [after.tensor[after.rows[-1]] for _, after in self.carried]
+        return PassResult(stacks, sums, finals)
 
-    def _is_own(self, number: int) -> bool:
-        """Whether the stack of a value was made for it alone."""
+    def _has_own_stack(self, number: int) -> bool:
+        """Whether a value has a stack that no other value shares."""
         return any(ring.tensor is self.stacks[number] for ring in self.targets.get(number, ()))
 
 
@@ -370,24 +370,24 @@ def _adder(term: list[Tensor], so_far: list[Tensor], following: list[Tensor]) ->
 def _launcher(
     group: FusedGroup, words: list[int], addresses: dict[int, tuple[int, int, Sequence[int]]], T: int
 ) -> Callable[[int], None]:
-    """Launch a kernel at each iteration, with structs of arguments that are made for many iterations at once.
+    """The operation that launches a kernel; its argument structs are built for many iterations at once.
 
     Args:
         group: the kernel.
-        words: the struct.
-        addresses: of its words that differ between iterations: address of place 0, bytes of a place, places.
+        words: the struct of arguments.
+        addresses: for each word that differs between iterations: address of row 0, bytes of a row, rows.
         T: the number of iterations.
     """
     run = load(group.source).run
-    count = min(T, _STRUCTS)
+    count = min(T, _STRUCTS_AT_ONCE)
     table = torch.tensor(words, dtype=torch.int64).repeat(count, 1)
     start, step = table.data_ptr(), table.stride(0) * table.element_size()
 
     def launch(i: int) -> None:
         row = i % count
         if row == 0:
-            for word, (address, size, places) in addresses.items():
-                part = torch.tensor(places[i : i + count], dtype=torch.int64)
+            for word, (address, size, rows) in addresses.items():
+                part = torch.tensor(rows[i : i + count], dtype=torch.int64)
                 table[: len(part), word] = part * size + address
         run(start + row * step)
 

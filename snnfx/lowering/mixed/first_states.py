@@ -1,4 +1,4 @@
-"""The states before the first step of a loop whose states have different shapes."""
+"""Initial states of a loop whose states have different shapes."""
 
 from __future__ import annotations
 
@@ -12,7 +12,11 @@ __all__ = ["initial_states_of_each"]
 
 
 def initial_states_of_each(start: Recording) -> InitialStates:
-    """From a recording of the graph that gives them as its outputs: numbers, or else that graph is run."""
+    """Find the initial states that are numbers; the others are computed by running the start graph.
+
+    Args:
+        start: recording of the graph whose outputs are the states before the first step.
+    """
     numbers = [_number(dataclasses.replace(start, outputs=[number], next_states=[])) for number in start.outputs]
     return InitialStates(tuple(numbers), (None,) * len(numbers), Replay([]), ())
 

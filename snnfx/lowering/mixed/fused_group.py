@@ -1,4 +1,4 @@
-"""Elementwise calls of one step as one kernel: a group, from the values that it reads to those that it makes."""
+"""Fuse element-wise calls of one step into one kernel."""
 
 from __future__ import annotations
 
@@ -8,16 +8,16 @@ from snnfx.lowering.aten_recording import LoweringRefused, Recording
 from snnfx.lowering.elementwise.cpp.cpp_kernel import KernelSource, write_forward
 from snnfx.lowering.elementwise.expressions import Builder, Expression, StepExpressions
 from snnfx.lowering.elementwise.translation import Translator, memory_dtype
-from snnfx.lowering.mixed.call_kinds import stripped
+from snnfx.lowering.mixed.call_kinds import without_leading_ones
 
 __all__ = ["FusedGroup", "is_elementwise"]
 
 
 class _Members(Translator):
-    """Expressions of some calls; every other value that varies is read."""
+    """Translates the calls of a group; all other varying values are inputs of its kernel."""
 
     def __init__(self, recording: Recording, shape: tuple[int, ...], members: set[int]) -> None:
-        self.to_compare = False
+        self.for_comparison = False
         self.recording, self.values = recording, recording.values
         self.builder = Builder()
         self.expressions: dict[int, Expression | LoweringRefused] = {}
@@ -29,7 +29,7 @@ class _Members(Translator):
         value = self.values[number]
         if not value.varying or number in self.members:
             return super()._expression(number)
-        shape = stripped(value.shape)
+        shape = without_leading_ones(value.shape)
         sizes = zip(reversed(shape), reversed(self.shape), strict=False)
         if len(shape) > len(self.shape) or any(s not in (1, size) for s, size in sizes):
             raise LoweringRefused(f"a value of shape {list(value.shape)} does not fit {list(self.shape)}")
@@ -40,26 +40,26 @@ class _Members(Translator):
 
 
 def is_elementwise(recording: Recording, number: int) -> bool:
-    """Whether a kernel can compute a value element by element from what its call reads."""
+    """Whether a kernel can compute a value element by element from the operands of its call."""
     value = recording.values[number]
     assert value.call is not None
     try:
         memory_dtype(value.dtype)
-        _Members(recording, stripped(value.shape), {number}).expression(number)
+        _Members(recording, without_leading_ones(value.shape), {number}).expression(number)
     except LoweringRefused:
         return False
     return True
 
 
 class FusedGroup:
-    """A kernel of one step.
+    """A fused kernel of one step.
 
     Args:
-        recording: of the step.
-        shape: of its elements, without leading ones.
-        members: the values that are computed in it.
-        made: those of them that leave it; a value may leave it to several places.
-        added: those whose sum over the steps so far is updated.
+        recording: the recorded step.
+        shape: the shape of its values, without leading ones.
+        members: the values that it computes.
+        made: the members that it writes; a value that is written to several buffers is repeated.
+        added: the members that it adds to their sum over time.
     """
 
     def __init__(
@@ -97,11 +97,11 @@ class FusedGroup:
         )
 
     def read_location(self, index: int) -> int | tuple[str, int]:
-        """What a kernel's operand of kind "sequence" is: a value, or a sum so far."""
+        """The value (or, as `("sum", value)`, the partial sum) behind operand `index` of kind "sequence"."""
         return self.reads[index] if index < len(self.reads) else ("sum", self.added[index - len(self.reads)])
 
     def write_location(self, index: int) -> int | tuple[str, int]:
-        """What a kernel's operand of kind "output" is."""
+        """The value (or, as `("sum", value)`, the partial sum) behind operand `index` of kind "output"."""
         return self.made[index] if index < len(self.made) else ("sum", self.added[index - len(self.made)])
 
 

@@ -1,8 +1,9 @@
-"""What the forward pass of a loop keeps for its backward pass: a minimum vertex cut over the values of a step.
+"""Choose the values that a mixed loop saves for backward.
 
-Elementwise values, views and concatenations may be computed again from what is kept; products and convolutions may not.
-The cut is that of `snnfx.lowering.elementwise.saved_values`, on values instead of expressions and without the edge
-through time."""
+The choice is a minimum vertex cut over one step. Element-wise values, views and concatenations may be recomputed from
+saved values; products and convolutions may not. `snnfx.lowering.elementwise.saved_values` makes the same cut on
+expressions, with an additional edge through time.
+"""
 
 from __future__ import annotations
 
@@ -12,23 +13,23 @@ from dataclasses import dataclass
 import networkx as nx
 
 from snnfx.lowering.aten_recording import Recording
-from snnfx.lowering.mixed.schedule import Kinds
+from snnfx.lowering.mixed.schedule import CallKinds
 
 __all__ = ["LoopSavedValues", "plan_saved_values"]
 
-_INPUT = 0.25
-"""Of an input that is kept, as a part of the price of its size: what is in front often keeps it anyway."""
-_CHEAP = ("cat", "stack")
+_INPUT_DISCOUNT = 0.25
+"""Cost of saving an input relative to its size: the layer in front often saves it anyway."""
+_RECOMPUTABLE = ("cat", "stack")
 
 
 @dataclass(frozen=True)
 class LoopSavedValues:
-    """Values of the forward pass that are kept at all steps.
+    """Values of the forward pass that are saved for backward at all steps.
 
     Args:
-        values: that a step computes.
-        states: numbers of the states whose values before each step are kept.
-        inputs: numbers of the inputs that are kept.
+        values: saved values that a step computes.
+        states: indices of the states that are saved before each step.
+        inputs: indices of the saved inputs.
     """
 
     values: tuple[int, ...]
@@ -37,12 +38,18 @@ class LoopSavedValues:
 
     @property
     def saved(self) -> tuple[int, ...]:
-        """All that takes memory of its own."""
+        """The values and states, which take memory of their own."""
         return (*self.values, *self.states)
 
 
-def plan_saved_values(recording: Recording, kinds: Kinds, needed: Iterable[int]) -> LoopSavedValues:
-    """The cheapest values from which those that the backward pass needs can be computed."""
+def plan_saved_values(recording: Recording, kinds: CallKinds, needed: Iterable[int]) -> LoopSavedValues:
+    """The cheapest values from which all values that the backward pass needs can be recomputed.
+
+    Args:
+        recording: the recorded step.
+        kinds: the kinds of its calls.
+        needed: the values that the backward pass reads.
+    """
     values = recording.values
     graph = nx.DiGraph()
     stack = [n for n in needed if values[n].varying]
@@ -58,8 +65,8 @@ def plan_saved_values(recording: Recording, kinds: Kinds, needed: Iterable[int])
         if kind == "view":
             graph.add_edge((number, "in"), (number, "out"))
         else:
-            graph.add_edge((number, "in"), (number, "out"), capacity=_price(recording, number))
-        if call is None or (kind == "heavy" and call.name not in _CHEAP):
+            graph.add_edge((number, "in"), (number, "out"), capacity=_cost(recording, number))
+        if call is None or (kind == "heavy" and call.name not in _RECOMPUTABLE):
             graph.add_edge("source", (number, "in"))
             continue
         for operand in call.references():
@@ -79,10 +86,10 @@ def plan_saved_values(recording: Recording, kinds: Kinds, needed: Iterable[int])
     )
 
 
-def _price(recording: Recording, number: int) -> float:
-    """Bytes of a sample: the choice is the same for all sizes of the batch."""
+def _cost(recording: Recording, number: int) -> float:
+    """Bytes of one sample, so that the choice does not depend on the batch size."""
     value = recording.values[number]
-    price = float(value.dtype.itemsize)
+    cost = float(value.dtype.itemsize)
     for size in value.shape[1:]:
-        price *= size
-    return price * (_INPUT if value.origin == "sequence" else 1.0)
+        cost *= size
+    return cost * (_INPUT_DISCOUNT if value.origin == "sequence" else 1.0)

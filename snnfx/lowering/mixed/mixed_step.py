@@ -1,4 +1,4 @@
-"""A recorded step with products or convolutions inside, as two passes over a sequence."""
+"""`MixedStep`: a recorded step that contains products or convolutions, run over a sequence without autograd."""
 
 from __future__ import annotations
 
@@ -12,57 +12,57 @@ from snnfx.lowering.aten_recording import LoweringRefused, Recording
 from snnfx.lowering.elementwise.cpp.build import load
 from snnfx.lowering.elementwise.lowered_step import Needs
 from snnfx.lowering.elementwise.translation import Replay
-from snnfx.lowering.mixed.call_kinds import calls_behind
-from snnfx.lowering.mixed.constant_gradients import Deferred, plan_gradient
+from snnfx.lowering.mixed.call_kinds import calls_needed_for
+from snnfx.lowering.mixed.constant_gradients import ConstantGradient, plan_gradient
 from snnfx.lowering.mixed.executor import run_schedule
 from snnfx.lowering.mixed.loop_saved_values import LoopSavedValues, plan_saved_values
-from snnfx.lowering.mixed.schedule import Goal, Kinds, LoopCarried, Schedule
+from snnfx.lowering.mixed.schedule import CallKinds, LoopCarried, PassGoal, Schedule
 
-__all__ = ["MixedStep", "Passes"]
+__all__ = ["MixedStep", "TrainingPasses"]
 
 
 _BY_STRIDES = frozenset(("as_strided", "as_strided_scatter", "_reshape_alias", "resize_", "set_"))
 
 
 @dataclass
-class Passes:
-    """Both passes of a training step with certain gradients.
+class TrainingPasses:
+    """Both passes of a training step, for one choice of gradients.
 
     Args:
-        plan: what the forward pass keeps.
+        plan: the values that the forward pass saves for backward.
         forward, backward: the schedules.
-        grads: for each value in the order of `backward.goal.carried` that is the gradient of a state, its number.
-        deferred: for each position in `MixedStep.constants`, how its gradient is computed; None: it has none.
+        grads: the states whose gradients are loop-carried, in the order of `backward.goal.carried`.
+        constant_gradients: for each of `MixedStep.constants`, how to compute its gradient; None: no gradient.
     """
 
     plan: LoopSavedValues
     forward: Schedule
     backward: Schedule
     grads: tuple[int, ...]
-    deferred: tuple[Deferred | None, ...]
+    constant_gradients: tuple[ConstantGradient | None, ...]
 
 
 @dataclass
 class MixedStep:
-    """A recorded step, ready to run over sequences.
+    """A recorded step that runs over sequences without autograd.
 
     Args:
-        recording: of the step and its backward pass.
-        reason: why it is not one kernel for all steps, as a clause.
+        recording: the step and its backward pass.
+        reason: why the step is not one kernel for all time steps, as a clause.
 
     Attributes:
         constants: the constants that the step reads, as `(number of value, index of constant)`.
 
     Raises:
-        LoweringRefused: the states do not keep their shape or dtype.
+        LoweringRefused: the states change their shape or dtype, or the step depends on strides.
     """
 
     recording: Recording
     reason: str = ""
     constants: tuple[tuple[int, int], ...] = field(init=False, default=())
-    _kinds: Kinds = field(init=False)
+    _kinds: CallKinds = field(init=False)
     _inference: Schedule | None = None
-    _training: dict[Needs, Passes] = field(default_factory=dict)
+    _training: dict[Needs, TrainingPasses] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         recording, values = self.recording, self.recording.values
@@ -73,10 +73,10 @@ class MixedStep:
                     raise LoweringRefused("a state has another shape or dtype after each step")
             if value.varying and value.call is not None and value.call.name in _BY_STRIDES:
                 raise LoweringRefused(f"`{value.call.name}` depends on where values are in memory")
-        self._kinds = Kinds(recording)
+        self._kinds = CallKinds(recording)
         invariant = [n for n, v in enumerate(values) if v.call is not None and not v.varying]
         self.constants = tuple((n, v.index) for n, v in enumerate(values) if v.origin == "constant")
-        self._prologue = Replay(calls_behind(values, invariant))
+        self._prologue = Replay(calls_needed_for(values, invariant))
         self._numbers = {
             origin: {v.index: n for n, v in enumerate(values) if v.origin == origin}
             for origin in ("sequence", "state", "grad_output", "grad_state")
@@ -84,23 +84,23 @@ class MixedStep:
 
     @property
     def differentiable(self) -> list[bool]:
-        """For the outputs, then the states after a step, whether they require a gradient."""
+        """Whether each output, then each state after a step, requires a gradient."""
         recording = self.recording
         outputs = [k in self._numbers["grad_output"] for k in range(len(recording.outputs))]
         return outputs + [k in self._numbers["grad_state"] for k in range(len(recording.next_states))]
 
     @property
     def output_dtypes(self) -> list[torch.dtype]:
-        """Of the outputs."""
+        """Dtypes of the outputs."""
         return [self.recording.values[n].dtype for n in self.recording.outputs]
 
     @property
     def state_dtypes(self) -> list[torch.dtype]:
-        """Of the states."""
+        """Dtypes of the states."""
         return [self.recording.values[n].dtype for n in self.recording.next_states]
 
     def fits(self, states: Sequence[object]) -> bool:
-        """Whether states can be expanded to those that the step was recorded with."""
+        """Whether states can be expanded to the shapes of the recorded states."""
         for k, state in enumerate(states):
             if isinstance(state, Tensor):
                 shape = self.recording.values[self.recording.next_states[k]].shape
@@ -109,82 +109,82 @@ class MixedStep:
                     return False
         return True
 
-    # -- what is planned --------------------------------------------------------------------------------------------
-
     @property
     def heavy(self) -> list[str]:
-        """Names of what PyTorch computes in each step."""
+        """Names of the operators that PyTorch runs in each step."""
         names = [c.name for stage in self.inference().stages for c in stage.calls if self._kinds.of(c) == "heavy"]
         return list(dict.fromkeys(names))
 
     def inference(self) -> Schedule:
-        """The pass that keeps nothing."""
+        """The schedule of inference, which saves nothing."""
         if self._inference is None:
             self._inference = self._forward(LoopSavedValues((), (), ()))
         return self._inference
 
-    def training(self, needs: Needs) -> Passes:
-        """The passes of a training step with certain gradients."""
-        found = self._training.get(needs)
-        if found is None:
-            found = self._training[needs] = self._plan(needs)
-        return found
+    def training(self, needs: Needs) -> TrainingPasses:
+        """The passes of a training step with these gradients."""
+        passes = self._training.get(needs)
+        if passes is None:
+            passes = self._training[needs] = self._plan(needs)
+        return passes
 
     def _forward(self, plan: LoopSavedValues) -> Schedule:
         recording, states = self.recording, self._numbers["state"]
         carried = tuple(LoopCarried(states.get(k), n) for k, n in enumerate(recording.next_states))
         stacks = dict.fromkeys((*recording.outputs, *plan.values, *(states[k] for k in plan.states)))
         return Schedule(
-            recording, self._kinds, Goal(carried, frozenset(self._numbers["sequence"].values()), tuple(stacks), ())
+            recording, self._kinds, PassGoal(carried, frozenset(self._numbers["sequence"].values()), tuple(stacks), ())
         )
 
-    def _plan(self, needs: Needs) -> Passes:
+    def _plan(self, needs: Needs) -> TrainingPasses:
         recording, values = self.recording, self.recording.values
         grads = [g for g, n in zip(recording.grad_sequences, needs.sequences, strict=True) if n and g is not None]
-        deferred: list[Deferred | None] = []
+        constant_gradients: list[ConstantGradient | None] = []
         for (_, index), need in zip(self.constants, needs.constants, strict=True):
             number = recording.grad_constants.get(index) if need else None
             is_there = number is not None and values[number].varying
-            deferred.append(plan_gradient(recording, self._kinds, number) if is_there and number is not None else None)
-        parts = [part for d in deferred if d is not None for part in d.parts()]
+            constant_gradients.append(
+                plan_gradient(recording, self._kinds, number) if is_there and number is not None else None
+            )
+        parts = [part for d in constant_gradients if d is not None for part in d.parts()]
         sums = tuple(dict.fromkeys(part.number for part in parts if part.how == "sum"))
         stacks = tuple(dict.fromkeys((*grads, *(n for part in parts for n in part.stacks))))
         states = self._carried_gradients(needs, (*stacks, *sums))
         carried = tuple(LoopCarried(self._numbers["grad_state"].get(k), recording.grad_states[k]) for k in states)
         roots = (*stacks, *sums, *(c.following for c in carried if c.following is not None))
         plan = plan_saved_values(recording, self._kinds, self._read_by_gradients(roots))
-        at_hand = {*self._numbers["grad_output"].values(), *plan.values}
-        at_hand.update(self._numbers["state"][k] for k in plan.states)
-        at_hand.update(self._numbers["sequence"][i] for i in plan.inputs)
-        backward = Schedule(recording, self._kinds, Goal(carried, frozenset(at_hand), stacks, sums))
-        return Passes(plan, self._forward(plan), backward, tuple(states), tuple(deferred))
+        given = {*self._numbers["grad_output"].values(), *plan.values}
+        given.update(self._numbers["state"][k] for k in plan.states)
+        given.update(self._numbers["sequence"][i] for i in plan.inputs)
+        backward = Schedule(recording, self._kinds, PassGoal(carried, frozenset(given), stacks, sums))
+        return TrainingPasses(plan, self._forward(plan), backward, tuple(states), tuple(constant_gradients))
 
     def _carried_gradients(self, needs: Needs, roots: Sequence[int]) -> list[int]:
-        """The states whose gradient goes from step to step."""
+        """The states whose gradients are loop-carried."""
         recording, leaves = self.recording, self._numbers["grad_state"]
-        found = {k for k, n in enumerate(needs.states) if n and (recording.grad_states[k] is not None or k in leaves)}
+        carried = {k for k, n in enumerate(needs.states) if n and (recording.grad_states[k] is not None or k in leaves)}
         while True:
-            wanted = [*roots, *(g for k in found if (g := recording.grad_states[k]) is not None)]
-            read = {r for call in calls_behind(recording.values, wanted) for r in call.references()} | set(wanted)
-            more = found | {k for k, number in leaves.items() if number in read}
-            if more == found:
-                return sorted(found)
-            found = more
+            wanted = [*roots, *(g for k in carried if (g := recording.grad_states[k]) is not None)]
+            read = {r for call in calls_needed_for(recording.values, wanted) for r in call.references()} | set(wanted)
+            more = carried | {k for k, number in leaves.items() if number in read}
+            if more == carried:
+                return sorted(carried)
+            carried = more
 
     def _read_by_gradients(self, roots: Sequence[int]) -> list[int]:
         """Values of the forward pass that the backward pass reads."""
         values = self.recording.values
-        found: dict[int, None] = dict.fromkeys(n for n in roots if values[n].varying and not values[n].tangential)
-        for call in calls_behind(values, roots):
-            if any(values[r].tangential for r in call.results):
-                found.update(dict.fromkeys(r for r in call.references() if not values[r].tangential))
-        return [n for n in found if values[n].varying]
+        read: dict[int, None] = dict.fromkeys(n for n in roots if values[n].varying and not values[n].depends_on_grad)
+        for call in calls_needed_for(values, roots):
+            if any(values[r].depends_on_grad for r in call.results):
+                read.update(dict.fromkeys(r for r in call.references() if not values[r].depends_on_grad))
+        return [n for n in read if values[n].varying]
 
     def build(self, needs: Needs | None, elements: int) -> None:
         """Build the kernels of a call.
 
         Raises:
-            LoweringRefused: one cannot be built.
+            LoweringRefused: a kernel cannot be built.
         """
         del elements
         passes = None if needs is None else self.training(needs)
@@ -196,15 +196,13 @@ class MixedStep:
 
     @property
     def saves(self) -> str:
-        """What a training step keeps of the sequence, as a clause; "" before the first training step."""
+        """A clause about the tensors that training saves for backward; "" before the first training step."""
         if not self._training:
             return ""
         plan = list(self._training.values())[-1].plan
         count = len(plan.values) + len(plan.states)
         inputs = ", and its input" if plan.inputs else ""
         return f"; training keeps {count} tensor{'s' if count != 1 else ''} of all steps{inputs}"
-
-    # -- running ----------------------------------------------------------------------------------------------------
 
     def _invariants(self, constants: Sequence[Tensor]) -> dict[int, Tensor]:
         known = {number: c.detach() for (number, _), c in zip(self.constants, constants, strict=True)}
@@ -219,20 +217,20 @@ class MixedStep:
         constants: Sequence[Tensor],
         needs: Needs | None,
     ) -> tuple[list[Tensor], list[Tensor], list[Tensor]]:
-        """Run a sequence: outputs `[T, N, *]`, final states `[N, *]`, and what is kept.
+        """Run a sequence: outputs `[T, N, *]`, final states `[N, *]`, and the tensors saved for backward.
 
         Args:
             x_seq: the inputs, `[T, N, *]` each.
-            states: before the first step, numbers or tensors that can be expanded to `[N, *]`.
-            constants: those of `self.constants`.
-            needs: None: nothing is kept.
+            states: the states before the first step, numbers or tensors that can be expanded to `[N, *]`.
+            constants: the tensors of `self.constants`.
+            needs: the gradients that are needed; None: save nothing.
         """
         recording = self.recording
         passes = None if needs is None else self.training(needs)
         schedule = self.inference() if passes is None else passes.forward
-        stacks = {n: _plain(x_seq[i]) for i, n in self._numbers["sequence"].items()}
+        stacks = {n: _dense_values(x_seq[i]) for i, n in self._numbers["sequence"].items()}
         result = run_schedule(
-            schedule, x_seq[0].shape[0], stacks, self._invariants(constants), states, False, own=recording.outputs
+            schedule, x_seq[0].shape[0], stacks, self._invariants(constants), states, False, unshared=recording.outputs
         )
         outputs: list[Tensor] = []
         for number in recording.outputs:
@@ -259,44 +257,44 @@ class MixedStep:
         """Gradients of the inputs, `[T, N, *]`, of the initial states, `[N, *]`, and of the constants.
 
         Args:
-            needs, T, x_seq, constants, saved: of the forward pass; only the inputs that are kept are looked at.
-            grad_outputs, grad_finals: from above, None for zero.
+            needs, T, x_seq, constants, saved: as in the forward pass; inputs that are not saved may be None.
+            grad_outputs, grad_finals: the gradients of the outputs and final states; None: zero.
         """
         recording, passes = self.recording, self.training(needs)
         plan, numbers = passes.plan, self._numbers
         stacks: dict[int, Tensor] = {}
         for k, number in numbers["grad_output"].items():
-            stacks[number] = self._above(number, grad_outputs[k], (T,))
+            stacks[number] = self._incoming_gradient(number, grad_outputs[k], (T,))
         for i in plan.inputs:
             x = x_seq[i]
             assert x is not None
-            stacks[numbers["sequence"][i]] = _plain(x)
+            stacks[numbers["sequence"][i]] = _dense_values(x)
         stacks.update(zip((*plan.values, *(numbers["state"][k] for k in plan.states)), saved, strict=True))
         initial = [0.0 if (g := grad_finals[k]) is None else g for k in passes.grads]
         invariants = self._invariants(constants)
         result = run_schedule(passes.backward, T, stacks, invariants, initial, reverse=True)
-        found_x = [
+        grad_x = [
             result.stacks[g] if n and g is not None else None
             for g, n in zip(recording.grad_sequences, needs.sequences, strict=True)
         ]
-        found_states: list[Tensor | None] = [None] * len(needs.states)
+        grad_states: list[Tensor | None] = [None] * len(needs.states)
         for k, final in zip(passes.grads, result.finals, strict=True):
-            found_states[k] = final.clone() if needs.states[k] else None
+            grad_states[k] = final.clone() if needs.states[k] else None
         with torch.no_grad():
-            found = [
-                None if d is None else d.value(recording, result.sums, result.stacks, invariants)
-                for d in passes.deferred
+            grad_constants = [
+                None if d is None else d.evaluate(recording, result.sums, result.stacks, invariants)
+                for d in passes.constant_gradients
             ]
-        return found_x, found_states, found
+        return grad_x, grad_states, grad_constants
 
-    def _above(self, number: int, gradient: Tensor | None, leading: tuple[int, ...]) -> Tensor:
+    def _incoming_gradient(self, number: int, gradient: Tensor | None, leading: tuple[int, ...]) -> Tensor:
         value = self.recording.values[number]
         if gradient is None:
             return torch.zeros((), dtype=value.dtype).expand(*leading, *value.shape)
-        return _plain(gradient)
+        return _dense_values(gradient)
 
 
-def _plain(tensor: Tensor) -> Tensor:
-    """Without history and lazy signs, which are not in memory."""
+def _dense_values(tensor: Tensor) -> Tensor:
+    """Detach a tensor and resolve its lazy negation, which kernels do not see."""
     tensor = tensor.detach()
     return tensor.resolve_neg() if tensor.is_neg() else tensor

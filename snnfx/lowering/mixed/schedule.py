@@ -1,10 +1,9 @@
-"""The order in which one pass runs the calls of a step: before the loop, in it, and after it.
+"""Schedule the calls of a pass: before, in and after the loop.
 
-A call is before the loop when no state is behind it, after the loop when no state is computed from it (loop
-distribution; Allen & Kennedy, "Optimizing Compilers for Modern Architectures", chapter 5): it then runs once, for all
-time steps. In the loop a step is a sequence of stages: what PyTorch computes, then kernels of elementwise calls.
-An elementwise call runs with the
-first that reads it, which makes the groups few.
+A call that depends on no state runs before the loop, and a call on which no state depends runs after it, once for all
+time steps (loop distribution; Allen & Kennedy, "Optimizing Compilers for Modern Architectures", chapter 5). In the loop
+a step is a sequence of stages, each of them calls of PyTorch followed by kernels of fused element-wise calls. An
+element-wise call joins the stage of its first reader, so that there are few kernels.
 """
 
 from __future__ import annotations
@@ -13,19 +12,19 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 from snnfx.lowering.aten_recording import AtenCall, Recording
-from snnfx.lowering.mixed.call_kinds import BATCHED, VIEWS, calls_behind, stripped
+from snnfx.lowering.mixed.call_kinds import BATCHED, VIEWS, calls_needed_for, without_leading_ones
 from snnfx.lowering.mixed.fused_group import FusedGroup, is_elementwise
 
-__all__ = ["Goal", "Kinds", "LoopCarried", "Schedule", "Stage"]
+__all__ = ["CallKinds", "LoopCarried", "PassGoal", "Schedule", "Stage"]
 
 
 @dataclass(frozen=True)
 class LoopCarried:
-    """A value that goes from each step to the next one.
+    """A loop-carried value.
 
     Args:
-        read: the value before the step, None where the step does not read it.
-        following: the value after it, None where it is zero.
+        read: the value before the step, None if the step does not read it.
+        following: the value after the step, None if it is zero.
     """
 
     read: int | None
@@ -33,32 +32,32 @@ class LoopCarried:
 
 
 @dataclass(frozen=True)
-class Goal:
-    """What a pass is for.
+class PassGoal:
+    """Inputs and results of a pass.
 
     Args:
-        carried: values that go from step to step.
-        at_hand: values that are given for all steps.
-        stacks: values that are wanted at all steps.
-        sums: values whose sum over all steps is wanted.
+        carried: the loop-carried values.
+        given: values that are given for all steps.
+        stacks: values to return for all steps.
+        sums: values whose sum over all steps is to be returned.
     """
 
     carried: tuple[LoopCarried, ...]
-    at_hand: frozenset[int]
+    given: frozenset[int]
     stacks: tuple[int, ...]
     sums: tuple[int, ...]
 
 
 @dataclass
 class Stage:
-    """Calls of PyTorch in order, then kernels."""
+    """Calls of PyTorch in order, then fused kernels."""
 
     calls: list[AtenCall] = field(default_factory=list)
     groups: list[FusedGroup] = field(default_factory=list)
 
 
-class Kinds:
-    """What the calls of a recording are: "fused", "view" or "heavy"."""
+class CallKinds:
+    """Classifies the calls of a recording: "fused" (element-wise), "view" or "heavy" (computed by PyTorch)."""
 
     def __init__(self, recording: Recording) -> None:
         self.recording = recording
@@ -71,7 +70,7 @@ class Kinds:
         return self._known[id(call)]
 
     def of_value(self, number: int) -> str:
-        """The kind of the call that computes a value; "given" for one that nothing computes."""
+        """The kind of the call that computes a value; "given" for a value without a call."""
         call = self.recording.values[number].call
         return "given" if call is None else self.of(call)
 
@@ -85,26 +84,27 @@ class Kinds:
 
 
 class Schedule:
-    """One pass.
+    """The schedule of one pass.
 
     Args:
-        recording: of the step.
-        kinds: of its calls.
-        goal: what it is for.
+        recording: the recorded step.
+        kinds: the kinds of its calls.
+        goal: inputs and results of the pass.
 
     Attributes:
         before, after: calls that run once for all steps.
-        stages: of each step.
-        kept: values of the loop that are kept at all steps, for what comes after it or as a result.
+        inside: calls of the loop.
+        stages: the stages of each step.
+        stacked: values of the loop that are stored for all steps, because a later call reads them or as results.
     """
 
-    def __init__(self, recording: Recording, kinds: Kinds, goal: Goal) -> None:
+    def __init__(self, recording: Recording, kinds: CallKinds, goal: PassGoal) -> None:
         self.recording, self.kinds, self.goal = recording, kinds, goal
         values = recording.values
         following = [c.following for c in goal.carried if c.following is not None]
         needed = [
             call
-            for call in calls_behind(values, (*following, *goal.stacks, *goal.sums), self._given())
+            for call in calls_needed_for(values, (*following, *goal.stacks, *goal.sums), self._given_values())
             if any(values[r].varying for r in call.results)
         ]
         self.before, self.after = self._outside(needed, following)
@@ -114,38 +114,34 @@ class Schedule:
         self.made_before = {r for call in self.before for r in call.results}
         wanted = dict.fromkeys(n for n in goal.stacks if n not in made_after)
         wanted.update(dict.fromkeys(r for call in self.after for r in call.references() if r not in made_after))
-        self.kept = [n for n in wanted if values[n].varying and n not in goal.at_hand and n not in self.made_before]
+        self.stacked = [n for n in wanted if values[n].varying and n not in goal.given and n not in self.made_before]
         self._read: set[int] | None = None
         self.stages = self._stages()
 
-    def _given(self) -> set[int]:
-        return {*self.goal.at_hand, *(c.read for c in self.goal.carried if c.read is not None)}
-
-    # -- distribution -----------------------------------------------------------------------------------------------
+    def _given_values(self) -> set[int]:
+        return {*self.goal.given, *(c.read for c in self.goal.carried if c.read is not None)}
 
     def _outside(self, needed: Sequence[AtenCall], following: Sequence[int]) -> tuple[list[AtenCall], list[AtenCall]]:
-        """What runs before the loop and after it."""
+        """The calls before the loop and the calls after it."""
         values = self.recording.values
         movable = [c for c in needed if c.name in BATCHED and self.kinds.of(c) != "fused"]
         before: list[AtenCall] = []
-        free = set(self.goal.at_hand)
+        free = set(self.goal.given)
         for call in movable:
             if all(r in free for r in call.references() if values[r].varying):
                 before.append(call)
                 free.update(call.results)
-        in_loop = {id(c) for c in calls_behind(values, (*following, *self.goal.sums), self._given())}
+        in_loop = {id(c) for c in calls_needed_for(values, (*following, *self.goal.sums), self._given_values())}
         in_loop.update(id(call) for call in before)
         may_follow = {id(call) for call in movable}
         after: list[AtenCall] = []
         read_inside: set[int] = set()
-        for call in reversed(needed):  # a call is after the loop when all that reads it is
+        for call in reversed(needed):  # a call runs after the loop if all its readers do
             if id(call) in may_follow and id(call) not in in_loop and not read_inside.intersection(call.results):
                 after.append(call)
             elif not any(call is other for other in before):
                 read_inside.update(call.references())
         return before, after[::-1]
-
-    # -- stages -----------------------------------------------------------------------------------------------------
 
     def _stages(self) -> list[Stage]:
         fused = {r for call in self.inside if self.kinds.of(call) == "fused" for r in call.results}
@@ -177,32 +173,32 @@ class Schedule:
                 stages[earliest[call.results[0]]].calls.append(call)
                 continue
             number = call.results[0]
-            key = (latest[number], stripped(self.recording.values[number].shape))
+            key = (latest[number], without_leading_ones(self.recording.values[number].shape))
             members.setdefault(key, set()).add(number)
             group_of[number] = key
-        leaving = self._leaving(group_of)
+        exports = self._values_read_outside(group_of)
         for key in sorted(members, key=lambda k: (k[0], _count(k[1]))):
-            made = [n for n in sorted(members[key]) for _ in range(leaving.get(n, 0))]
+            made = [n for n in sorted(members[key]) for _ in range(exports.get(n, 0))]
             added = [n for n in self.goal.sums if n in members[key]]
             if made or added:
                 stages[key[0]].groups.append(FusedGroup(self.recording, key[1], members[key], made, added))
         return [stage for stage in stages if stage.calls or stage.groups]
 
-    def _leaving(self, group_of: dict[int, tuple[int, tuple[int, ...]]]) -> dict[int, int]:
-        """Values of groups that leave them, with the number of places that they are written to."""
-        found: dict[int, int] = {}
-        targets = [*self.kept, *(c.following for c in self.goal.carried if c.following is not None)]
+    def _values_read_outside(self, group_of: dict[int, tuple[int, tuple[int, ...]]]) -> dict[int, int]:
+        """The values of groups that are read outside their group: `{value: number of buffers it is written to}`."""
+        exports: dict[int, int] = {}
+        targets = [*self.stacked, *(c.following for c in self.goal.carried if c.following is not None)]
         for number in targets:
             if number in group_of:
-                found[number] = found.get(number, 0) + 1
+                exports[number] = exports.get(number, 0) + 1
         for call in self.inside:
             for r in call.references():
                 if r in group_of and group_of.get(call.results[0]) != group_of[r]:
-                    found.setdefault(r, 1)
-        return found
+                    exports.setdefault(r, 1)
+        return exports
 
     def results_read(self, call: AtenCall) -> list[int]:
-        """The results of a call that are used."""
+        """The results of a call that are read, or returned by the pass."""
         if self._read is None:
             self._read = {r for c in (*self.before, *self.inside, *self.after) for r in c.references()}
             self._read.update((*self.goal.stacks, *self.goal.sums))

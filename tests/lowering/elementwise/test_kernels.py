@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import copy
 import gc
-import importlib
 import multiprocessing
 import pickle
 from collections.abc import Callable
@@ -308,7 +307,7 @@ def test_what_draws_random_numbers_is_stepped() -> None:
 
 
 class Wandering(snnfx.MemoryModule):
-    """Its step looks at the data in Python; it is a leaf of the trace, so only the recording can find that out."""
+    """Its step reads the data in Python; capture treats it as a leaf, so only the recording detects that."""
 
     elementwise = True
 
@@ -675,7 +674,6 @@ def test_operator_passes_opcheck() -> None:
     (loop,) = loops_of(net)
     lif = net.source[0]  # type: ignore[index]
     x_seq = x_of(4, 2, 3).requires_grad_()
-    importlib.import_module("snnfx.regions.operator")
     arguments = (loop.handle, [x_seq], [lif.w], [], False, [True, True])
     torch.library.opcheck(torch.ops.snnfx.run_region, arguments)
     assert_used_by_operator(loop, arguments)

@@ -17,7 +17,7 @@ from snnfx import neuron, surrogate
 from snnfx.errors import InputError
 from snnfx.functional import reset_net
 from snnfx.lowering.elementwise.cpp.build import find_compiler
-from snnfx.lowering.mixed import executor as machine
+from snnfx.lowering.mixed import executor
 from snnfx.lowering.mixed.mixed_step import MixedStep
 from snnfx.regions.region_modules import LoopRegion
 from support.stepping import assert_converts, assert_same, assert_same_run, fresh_copy, run_net, run_stepped
@@ -460,7 +460,7 @@ def test_copies_and_pickles() -> None:
 
 
 def test_more_steps_than_arguments_are_laid_out_for_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(machine, "_STRUCTS", 4)
+    monkeypatch.setattr(executor, "_STRUCTS_AT_ONCE", 4)
     for T in (4, 5, 11):
         assert_lowered(assert_converts(Feedback().double(), x_of(T, 3, 4), examples=True))
 
@@ -609,14 +609,14 @@ def test_a_recurrent_layer_is_one_product_and_one_kernel_a_step() -> None:
         products = [c.name for stage in schedule.stages for c in stage.calls if c.name in ("mm", "addmm")]
         assert len(products) == 1
     # The gradient of the weight is one product over all steps, that of the bias a sum that the kernel adds up.
-    hows = [d.how for deferred in passes.deferred if deferred is not None for d in deferred.parts()]
+    hows = [d.how for gradient in passes.constant_gradients if gradient is not None for d in gradient.parts()]
     assert hows.count("product") == 1 and hows.count("sum") == 1
 
 
 def test_a_convolution_has_one_weight_gradient_for_all_steps() -> None:
     net = snnfx.convert(ConvolutionalFeedback().double(), example_inputs=x_of(3, 2, 5, 4))
     net(x_of(5, 3, 2, 5, 4)).sum().backward()
-    hows = [d.how for deferred in backward_of(net).deferred if deferred is not None for d in deferred.parts()]
+    hows = [d.how for gradient in backward_of(net).constant_gradients if gradient is not None for d in gradient.parts()]
     assert hows.count("convolution") >= 1
 
 

@@ -1,4 +1,7 @@
-"""Build generated C++ and load it: a cache on disk by content, safe when several processes build at once."""
+"""Compile and load generated C++.
+
+The disk cache is keyed by content, and safe for concurrent processes.
+"""
 
 from __future__ import annotations
 
@@ -23,37 +26,37 @@ from snnfx.lowering.elementwise.cpp.cpp_kernel import KernelSource
 __all__ = ["Library", "cache_directory", "find_compiler", "load"]
 
 FLAGS = ("-O3", "-std=c++17", "-shared", "-fPIC", "-ffp-contract=off", "-fno-math-errno", "-fno-trapping-math")
-"""No -ffast-math: NaN, infinities and the order of operations stay as they are written."""
+"""No -ffast-math: NaN, infinities and the order of operations are preserved."""
 
 
 def cache_directory() -> Path:
-    """Where built kernels are kept: SNNFX_CACHE_DIR, or a folder of the user's cache."""
-    given = os.environ.get("SNNFX_CACHE_DIR")
-    if given:
-        return Path(given)
+    """The folder of compiled kernels: SNNFX_CACHE_DIR, or `snnfx` in the user's cache folder."""
+    configured = os.environ.get("SNNFX_CACHE_DIR")
+    if configured:
+        return Path(configured)
     base = os.environ.get("XDG_CACHE_HOME")
     return (Path(base) if base else Path.home() / ".cache") / "snnfx"
 
 
 def find_compiler() -> str | None:
-    """The C++ compiler: $CXX, g++, clang++ or c++; None where there is none or SNNFX_KERNELS=0.
+    """The path of the C++ compiler: $CXX, g++, clang++ or c++, or None.
 
-    SNNFX_KERNELS=0 forbids kernels on all devices. SNNFX_KERNELS=triton has the Triton back end run tensors on the CPU
-    as well, in Triton's interpreter, which has to be asked for before Triton is imported (TRITON_INTERPRET=1). That is
-    slow, and meant for trying the kernels of a GPU where there is none.
+    SNNFX_KERNELS=0 disables kernels on all devices. SNNFX_KERNELS=triton runs tensors on the CPU with the Triton back
+    end, too, in Triton's interpreter, which must be enabled before Triton is imported (TRITON_INTERPRET=1). This is
+    slow, and meant for testing GPU kernels without a GPU.
     """
     if os.environ.get("SNNFX_KERNELS") == "0":
         return None
     for name in (os.environ.get("CXX"), "g++", "clang++", "c++"):
-        found = shutil.which(name) if name else None
-        if found is not None:
-            return found
+        path = shutil.which(name) if name else None
+        if path is not None:
+            return path
     return None
 
 
 @functools.cache
 def _identity_of(compiler: str) -> str:
-    """What tells builds apart that -march=native makes different: the compiler's version and the processor."""
+    """A string that identifies the compiler's version and the processor, on which -march=native depends."""
     version = subprocess.run([compiler, "--version"], capture_output=True, text=True, check=False).stdout
     processor = ""
     try:
@@ -81,21 +84,21 @@ _lock = threading.Lock()
 
 
 def load(source: KernelSource) -> Library:
-    """The library of a source: loaded already, built before, or built now.
+    """Load the library of a source, compiling it unless it is cached.
 
     Raises:
-        LoweringRefused: there is no compiler, or it cannot build this.
+        LoweringRefused: there is no compiler, or compilation fails.
     """
     library = _loaded.get(source.text)
     if library is not None:
         return library
     with _lock:
         if source.text not in _loaded:
-            _loaded[source.text] = Library(_built(source.text))
+            _loaded[source.text] = Library(_library_path(source.text))
         return _loaded[source.text]
 
 
-def _built(text: str) -> Path:
+def _library_path(text: str) -> Path:
     compiler = find_compiler()
     if compiler is None:
         raise LoweringRefused("there is no C++ compiler (g++, clang++ or $CXX)")
@@ -108,6 +111,7 @@ def _built(text: str) -> Path:
 
 
 def usable_directory() -> Path:
+    """The cache folder, or a temporary folder of this process if the cache is not writable."""
     directory = cache_directory()
     try:
         directory.mkdir(parents=True, exist_ok=True)
@@ -120,34 +124,34 @@ def usable_directory() -> Path:
 
 @functools.cache
 def _directory_of_this_process() -> str:
-    """For a cache that cannot be written: kept until the process ends."""
     folder = tempfile.TemporaryDirectory(prefix="snnfx_")
-    _kept.append(folder)
+    _temporary_folders.append(folder)
     return folder.name
 
 
-_kept: list[Any] = []
+_temporary_folders: list[Any] = []
+"""Kept alive until the process ends."""
 
 
 def _build(compiler: str, text: str, path: Path) -> None:
-    """Compile beside the final place, then rename: another process sees all of it or nothing."""
+    """Compile next to the final path, then rename, so that other processes never see a partial file."""
     with tempfile.TemporaryDirectory(dir=path.parent, prefix=".build_") as folder:
         source, result = Path(folder) / "kernel.cpp", Path(folder) / "kernel.so"
         source.write_text(text)
         for native in ("-march=native", None):
             command = [compiler, *FLAGS, *([native] if native else []), str(source), "-o", str(result)]
-            done = subprocess.run(command, capture_output=True, text=True, check=False)
-            if done.returncode == 0:
+            completed = subprocess.run(command, capture_output=True, text=True, check=False)
+            if completed.returncode == 0:
                 os.replace(result, path)
                 return
-    raise LoweringRefused(f"{Path(compiler).name} cannot build the kernel: {done.stderr.strip().splitlines()[:1]}")
+    raise LoweringRefused(f"{Path(compiler).name} cannot build the kernel: {completed.stderr.strip().splitlines()[:1]}")
 
 
 @functools.cache
 def openmp() -> tuple[int, int, int] | None:
-    """Addresses of GOMP_parallel, omp_get_thread_num and omp_get_num_threads in the runtime that torch has loaded.
+    """Addresses of GOMP_parallel, omp_get_thread_num and omp_get_num_threads in the OpenMP runtime of torch.
 
-    Threads of a second pool would compete with torch's for the cores.
+    Threads of a second pool would compete with torch's threads for the cores.
     """
     torch.get_num_threads()
     try:

@@ -1,12 +1,12 @@
-"""Generated C++: the time loop inside, the state of a block of neurons in a cache, vector code over the block.
+"""Generate C++ kernels: time loop inside, states cached, vector code over elements.
 
-A source is one function, for any T, N, shape, stride and number of threads: `forward`, which may save values for the
-backward pass, or `backward`, which goes through time in reverse. It is a plain function of a struct `Args`, without a
-header of PyTorch's, so that it builds in a fraction of a second.
+A source is one function for any T, N, shape, stride and number of threads: the forward pass, which may save values for
+backward, or the backward pass, which runs through time in reverse. It takes a struct `Args` and includes no header of
+PyTorch, so it compiles in a fraction of a second.
 
-The elements of a step are taken in blocks; for each block all time steps are done before the next one. Operands whose
-elements do not lie one after the other (broadcast, strided, half precision) are first copied to a block of their own,
-those that do not change with time once for all steps, so that no index is computed in the inner loop.
+The elements of a step are split into blocks; a kernel runs all time steps of a block before the next block. Operands
+that are not consecutive in memory (broadcast, strided) or in half precision are first copied to an array of the block;
+operands that do not change with time are copied once for all steps. The inner loop thus computes no indices.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 
 from snnfx.lowering.elementwise.back_end import WantedGradients
-from snnfx.lowering.elementwise.cpp.cpp_time_loop import Instant, State, elements, steps_at_once, time_loops
+from snnfx.lowering.elementwise.cpp.cpp_time_loop import CarriedArray, TimeStep, elements, steps_at_once, time_loops
 from snnfx.lowering.elementwise.cpp.cpp_writer import C_TYPES, MEMORY_TYPES, CppWriter, KernelSource, indented
 from snnfx.lowering.elementwise.expressions import Expression, StepExpressions, topological
 from snnfx.lowering.elementwise.saved_values import SavePlan
@@ -23,7 +23,7 @@ __all__ = ["KernelSource", "write_backward", "write_forward"]
 
 
 def write_forward(step: StepExpressions, plan: SavePlan | None = None) -> KernelSource:
-    """The forward pass over a whole sequence; with a plan, it saves what the backward pass needs."""
+    """Write the kernel of the forward pass; with a plan, it saves values for backward."""
     saved = plan.saved if plan is not None else ()
     roots = [*step.outputs, *step.next_states, *saved]
     used = topological(roots)
@@ -32,7 +32,7 @@ def write_forward(step: StepExpressions, plan: SavePlan | None = None) -> Kernel
     once += writer.hoist(roots, invariant)
     sequences = [(leaf, writer.slot("sequence", leaf.index, m)) for leaf, m in _sequences_of(step, used)]
     leaves = {e.index: e for e in used if e.op == "state"}
-    states: list[State] = []
+    states: list[CarriedArray] = []
     last: list[str] = []
     for index, (following, memory) in enumerate(zip(step.next_states, step.state_dtypes, strict=True)):
         ctype, name, leaf = C_TYPES[following.dtype], f"v{index}", leaves.get(index)
@@ -40,7 +40,7 @@ def write_forward(step: StepExpressions, plan: SavePlan | None = None) -> Kernel
         if leaf is not None:
             initial = writer.slot("initial", index, memory)
             once.append(f"gather<{MEMORY_TYPES[memory]}, {ctype}>({name}, {initial}, a, 0, start, n);")
-        states.append(State(name, ctype, leaf, following))
+        states.append(CarriedArray(name, ctype, leaf, following))
         last.append(
             f"store<{MEMORY_TYPES[memory]}, {ctype}>({writer.slot('final', index, memory)}, 0, start, n, {name});"
         )
@@ -48,25 +48,25 @@ def write_forward(step: StepExpressions, plan: SavePlan | None = None) -> Kernel
     made += [("saved", i, e.dtype, e) for i, e in enumerate(saved)]
     targets = [(f"{kind}{i}", writer.slot(kind, i, memory), memory, e) for kind, i, memory, e in made]
 
-    def at(t: str, suffix: str) -> Instant:
-        instant = Instant(at_hand=dict(invariant))
+    def at(t: str, suffix: str) -> TimeStep:
+        step_code = TimeStep(texts=dict(invariant))
         for leaf, operand in sequences:
             memory = step.sequences[leaf.index]
-            instant.read(writer, leaf, *writer.load(leaf, operand, memory, t, f"sequence{leaf.index}{suffix}"))
+            step_code.read(writer, leaf, *writer.load(leaf, operand, memory, t, f"sequence{leaf.index}{suffix}"))
         for name, operand, memory, expression in targets:
-            instant.write(writer, expression, operand, memory, t, name + suffix)
-        return instant
+            step_code.write(writer, expression, operand, memory, t, name + suffix)
+        return step_code
 
     steps = steps_at_once(roots, len(sequences) + len(targets), states)
     return writer.source([*once, *time_loops(writer, roots, states, at, steps), *last])
 
 
 def write_backward(step: StepExpressions, plan: SavePlan, wanted: WantedGradients) -> KernelSource:
-    """The backward pass over a whole sequence, in reverse.
+    """Write the kernel of the backward pass over a sequence, in reverse.
 
     Args:
-        step: forward and backward of one step.
-        plan: what the forward pass has saved.
+        step: forward and backward pass of one step.
+        plan: the values saved by the forward pass.
         wanted: the gradients to compute.
     """
     roots = wanted.expressions(step)
@@ -78,7 +78,7 @@ def write_backward(step: StepExpressions, plan: SavePlan, wanted: WantedGradient
     once += writer.hoist([*roots, *forward], invariant, available)
     sequences = [(leaf, writer.slot(leaf.op, leaf.index, m)) for leaf, m in _sequences_of(step, used)]
     saved = [(e, writer.slot("saved", i, e.dtype)) for i, e in enumerate(plan.saved)]
-    before = _StatesBefore(writer, plan, invariant, sequences, saved, used) if plan.earlier else None
+    before = _RecomputedStates(writer, plan, invariant, sequences, saved, used) if plan.earlier else None
     targets: list[tuple[str, str, str, Expression]] = []
     for index in wanted.sequences:
         found = step.grad_sequences[index]
@@ -86,14 +86,14 @@ def write_backward(step: StepExpressions, plan: SavePlan, wanted: WantedGradient
             memory = step.sequences[index]
             targets.append((f"grad_sequence{index}", writer.slot("grad_sequence", index, memory), memory, found))
     last: list[str] = []
-    states: list[State] = []
+    states: list[CarriedArray] = []
     for index in wanted.states(step):
         gradient = step.grad_states[index]
         above = next((e for e in used if e.op == "grad_state" and e.index == index), None)
         ctype, memory = C_TYPES[(above or gradient or step.next_states[index]).dtype], step.state_dtypes[index]
         name, final = writer.buffer(f"g{index}", ctype), writer.slot("grad_final", index, memory)
         once.append(f"gather<{MEMORY_TYPES[memory]}, {ctype}>({name}, {final}, a, 0, start, n);")
-        states.append(State(name, ctype, above, gradient))
+        states.append(CarriedArray(name, ctype, above, gradient))
         if index in wanted.initials:
             initial = writer.slot("grad_initial", index, memory)
             last.append(f"store<{MEMORY_TYPES[memory]}, {ctype}>({initial}, 0, start, n, {name});")
@@ -109,42 +109,42 @@ def write_backward(step: StepExpressions, plan: SavePlan, wanted: WantedGradient
             operand = writer.slot("sum", index, expression.dtype)
             last.append(f"store<{ctype}, {ctype}>({operand}, 0, start, n, {name});")
 
-    def at(t: str, suffix: str) -> Instant:
-        instant = Instant(at_hand=dict(invariant))
+    def at(t: str, suffix: str) -> TimeStep:
+        step_code = TimeStep(texts=dict(invariant))
         if before is not None:
-            instant.first, at_hand = before.at(t)
-            instant.at_hand |= at_hand
+            step_code.first, texts = before.at(t)
+            step_code.texts |= texts
         for leaf, operand in sequences:
             memory = step.memory_of(leaf)
-            instant.read(writer, leaf, *writer.load(leaf, operand, memory, t, f"{leaf.op}{leaf.index}{suffix}"))
+            step_code.read(writer, leaf, *writer.load(leaf, operand, memory, t, f"{leaf.op}{leaf.index}{suffix}"))
         for number, (expression, operand) in enumerate(saved):
             line, name = _pointer_to_saved(expression, operand, t, f"saved{number}{suffix}")
-            instant.declarations.append(line)
-            instant.at_hand[expression] = f"{name}[i]"
+            step_code.declarations.append(line)
+            step_code.texts[expression] = f"{name}[i]"
         for name, operand, memory, expression in targets:
-            instant.write(writer, expression, operand, memory, t, name + suffix)
-        instant.adds = adds
-        return instant
+            step_code.write(writer, expression, operand, memory, t, name + suffix)
+        step_code.adds = adds
+        return step_code
 
     steps = 1 if before is not None else steps_at_once(roots, len(sequences) + len(saved) + len(targets), states)
     return writer.source([*once, *time_loops(writer, roots, states, at, steps, backwards=True), *last])
 
 
 def _sequences_of(step: StepExpressions, used: Iterable[Expression]) -> list[tuple[Expression, str]]:
-    """The leaves that have a value at each step, with their dtypes in memory."""
+    """The leaves that change with time, with their dtypes in memory."""
     return [(e, step.memory_of(e)) for e in used if e.op in ("sequence", "grad_output")]
 
 
 def _invariant_leaves(writer: CppWriter, used: Iterable[Expression]) -> tuple[dict[Expression, str], list[str]]:
-    """What does not change with time: `(text of each leaf, lines before the steps)`."""
-    at_hand: dict[Expression, str] = {}
+    """The leaves that do not change with time: `(text of each leaf, lines before the steps)`."""
+    texts: dict[Expression, str] = {}
     lines: list[str] = []
     for leaf in used:
         if leaf.op == "invariant":
             line, name = writer.load_invariant(leaf)
             lines.append(line)
-            at_hand[leaf] = writer.read(leaf, name)
-    return at_hand, lines
+            texts[leaf] = writer.read(leaf, name)
+    return texts, lines
 
 
 def _pointer_to_saved(expression: Expression, operand: str, t: str, name: str) -> tuple[str, str]:
@@ -152,8 +152,8 @@ def _pointer_to_saved(expression: Expression, operand: str, t: str, name: str) -
     return f"const {ctype} *RESTRICT {name} = (const {ctype} *){operand}.data + {t} * {operand}.time + start;", name
 
 
-class _StatesBefore:
-    """The states before a step of the backward pass, computed from what was saved at the step before it."""
+class _RecomputedStates:
+    """Recomputes the states before a step of the backward pass from values saved at the previous step."""
 
     def __init__(
         self,
@@ -169,27 +169,27 @@ class _StatesBefore:
         self.initial = {k: writer.slot("initial", k, writer.step.state_dtypes[k]) for k in plan.earlier}
 
     def at(self, t: str) -> tuple[list[str], dict[Expression, str]]:
-        """For the step t: `(lines, text of each state)`."""
-        step, writer, instant = self.writer.step, self.writer, Instant(at_hand=dict(self.invariant))
+        """The code for step t: `(lines, text of each state)`."""
+        step, writer, step_code = self.writer.step, self.writer, TimeStep(texts=dict(self.invariant))
         earlier = f"({t} - 1)"
         for leaf, operand in self.sequences:
             if leaf.op == "sequence":
                 name = f"sequence{leaf.index}_before"
-                instant.read(writer, leaf, *writer.load(leaf, operand, step.memory_of(leaf), earlier, name))
+                step_code.read(writer, leaf, *writer.load(leaf, operand, step.memory_of(leaf), earlier, name))
         for number, (expression, operand) in enumerate(self.saved):
             line, name = _pointer_to_saved(expression, operand, earlier, f"saved{number}_before")
-            instant.declarations.append(line)
-            instant.at_hand[expression] = f"{name}[i]"
+            step_code.declarations.append(line)
+            step_code.texts[expression] = f"{name}[i]"
         initial: list[str] = []
-        at_hand: dict[Expression, str] = {}
+        texts: dict[Expression, str] = {}
         for index in self.plan.earlier:
             following, memory = step.next_states[index], step.state_dtypes[index]
             ctype = C_TYPES[following.dtype]
             name = writer.buffer(f"before{index}", ctype)
             initial.append(f"gather<{MEMORY_TYPES[memory]}, {ctype}>({name}, {self.initial[index]}, a, 0, start, n);")
-            instant.writes.append((name, following))
+            step_code.writes.append((name, following))
             leaf = self.leaves[index]
-            at_hand[leaf] = writer.read(leaf, name)
-        body = elements(writer, [e for _, e in instant.writes], (), instant)
-        loop = [*instant.declarations, "EACH", "for (i64 i = 0; i < n; i++) {", *indented(body, 1), "}"]
-        return [f"if ({t} > 0) {{", *indented(loop, 1), "} else {", *indented(initial, 1), "}"], at_hand
+            texts[leaf] = writer.read(leaf, name)
+        body = elements(writer, [e for _, e in step_code.writes], (), step_code)
+        loop = [*step_code.declarations, "EACH", "for (i64 i = 0; i < n; i++) {", *indented(body, 1), "}"]
+        return [f"if ({t} > 0) {{", *indented(loop, 1), "} else {", *indented(initial, 1), "}"], texts

@@ -1,4 +1,4 @@
-"""The back end of the CPU: generated C++, launched on torch's threads with a struct of arguments."""
+"""The CPU back end: launch generated C++ on torch's threads, with a struct of arguments."""
 
 from __future__ import annotations
 
@@ -22,20 +22,20 @@ from snnfx.ops.buffer_pool import pool
 
 __all__ = ["CppBackEnd", "launch"]
 
-_FEW = 1 << 14
-"""Elements times steps up to which a second thread does not pay."""
+_MIN_PARALLEL_ELEMENTS = 1 << 14
+"""Elements times steps from which on a kernel uses several threads."""
 
 
-_SHORT = 1 << 11
-"""Elements from which on longer blocks have to leave enough for all threads."""
+_SHORT_BLOCK = 1 << 11
+"""Elements of a block that is never too long; longer blocks must leave `_MIN_LONG_BLOCKS` for each thread."""
 
-_EACH = 4
-"""Longer blocks that each thread gets at least, lest some threads wait for others."""
+_MIN_LONG_BLOCKS = 4
+"""Blocks per thread, at least, if they are longer than `_SHORT_BLOCK`, so that the load is balanced."""
 
 
 @functools.lru_cache(maxsize=4096)
 def _as_integer(value: float) -> int:
-    """The bits of a double."""
+    """The bits of a float64 number as an integer."""
     return int(struct.unpack("q", struct.pack("d", value))[0])
 
 
@@ -49,16 +49,16 @@ def launch(
 
     Args:
         source: the kernel, built at its first use.
-        layout: of its operands, in the order of `source.slots`.
+        layout: the layout of its operands, in the order of `source.slots`.
         T: the number of time steps.
-        operands: address of each operand's first element and, where that is 0, the number that it is filled with.
-        threads: None: as many as torch uses.
+        operands: the address of each operand's first element, and its number if the address is 0.
+        threads: number of threads; None: as many as torch uses.
     """
     if layout.elements == 0:
         return
     library = load(source)
     threads = threads or torch.get_num_threads()
-    if layout.elements * T < _FEW:
+    if layout.elements * T < _MIN_PARALLEL_ELEMENTS:
         threads = 1
     words = pack_arguments(source, layout, T, operands, threads)
     arguments = (ctypes.c_int64 * len(words))(*words)
@@ -72,14 +72,14 @@ def launch(
 
 
 def block_length(source: KernelSource, elements: int, threads: int) -> int:
-    """Elements of a block, all of whose steps are done before the next block.
+    """Elements of a block; a kernel runs all steps of a block before the next block.
 
-    Each step of a block begins at another place in memory. Long blocks, with their states in the L2 cache, give the
-    prefetchers of the processor time to run ahead: a quarter faster than short ones whose states fit into L1.
+    Each step of a block starts at another address. Long blocks, whose states fit into the L2 cache, give the
+    processor's prefetchers time to run ahead: a quarter faster than short blocks whose states fit into L1.
     """
     share = -(-elements // (16 * threads)) * 16
-    length = min(source.block, _SHORT)
-    while length < source.block and elements >= 2 * length * _EACH * threads:
+    length = min(source.block, _SHORT_BLOCK)
+    while length < source.block and elements >= 2 * length * _MIN_LONG_BLOCKS * threads:
         length *= 2
     return max(16, min(length, share))
 
@@ -87,7 +87,7 @@ def block_length(source: KernelSource, elements: int, threads: int) -> int:
 def pack_arguments(
     source: KernelSource, layout: Layout, T: int, operands: Sequence[tuple[int, float]], threads: int
 ) -> list[int]:
-    """The struct `Args`, as 64-bit words."""
+    """Pack the struct `Args` into 64-bit words."""
     runtime = openmp() if threads > 1 else None
     gap = [0] * (MAX_DIMS - len(layout.sizes))
     words: list[Any] = [T, layout.elements, block_length(source, layout.elements, threads), threads, len(layout.sizes)]
@@ -103,22 +103,22 @@ def pack_arguments(
 
 
 def address_words(source: KernelSource) -> list[int]:
-    """Where `pack_arguments` has the address of each operand."""
+    """The positions of the operands' addresses in the words of `pack_arguments`."""
     first = 8 + MAX_DIMS + max(1, len(source.literals))
     return [first + k * (4 + MAX_DIMS) for k in range(len(source.slots))]
 
 
 def blocks_of(source: KernelSource, elements: int, T: int, threads: int | None = None) -> int:
-    """How many blocks `launch` makes."""
+    """The number of blocks that `launch` runs."""
     threads = threads or torch.get_num_threads()
-    if elements * T < _FEW:
+    if elements * T < _MIN_PARALLEL_ELEMENTS:
         threads = 1
     length = block_length(source, elements, threads)
     return -(-elements // length)
 
 
 class CppBackEnd(BackEnd):
-    """Generated C++ for tensors on the CPU."""
+    """Generated C++ for CPU tensors."""
 
     def write_forward(self, step: StepExpressions, plan: SavePlan | None = None) -> KernelSource:
         return write_forward(step, plan)

@@ -1,8 +1,7 @@
-"""What every generated C++ kernel starts with: operands, their loading by blocks, and functions that vectorise.
+"""Prelude of every generated C++ kernel: operands, loading of blocks, and mathematical functions that vectorise.
 
-libm's `exp` and its like are calls of one number each; here they are polynomials without branches, which compilers
-turn into vector code. Errors are a few units in the last place; infinities, NaN and results too small or too large for
-the dtype come out as libm has them.
+libm's `exp` and similar functions take one number per call; here they are branch-free polynomials, which compilers
+vectorise. Errors are a few units in the last place; infinities, NaN, underflow and overflow behave as in libm.
 
 Range reduction by Cody & Waite (1980), "Software Manual for the Elementary Functions"; for the shift constant that
 rounds to an integer in the low bits of the significand see Muller (2016), "Elementary Functions", section 11.2.
@@ -68,9 +67,9 @@ template <class C> struct Narrow<f16, C> {
 };
 
 struct Operand {
-  char *data;        // null: `fill` everywhere
+  char *data;        // null: a constant operand, `fill`
   i64 time;          // elements from one time step to the next
-  i64 dense;         // the elements of a step lie one after the other
+  i64 dense;         // the elements of a step are consecutive
   double fill;
   i64 stride[MAX_DIMS];
 };
@@ -137,8 +136,8 @@ template <class C> struct Loader<C, C> {
     return buffer;
   }
 };
-// Whether every block of a step has the same elements of an operand: one number, or one for each place in the last
-// dimension (a channel), of which whole rounds fit into a block. Of a dense operand only its address is needed.
+// Whether all blocks of a step read the same values of an operand: one number, or one for each index of the last
+// dimension (a channel) whose size divides the block length. A dense operand is read in place, never copied.
 static inline bool repeats(const Operand &o, const Args &a) {
   if (!o.data) return true;
   if (o.dense) return false;
@@ -181,7 +180,7 @@ template <class C> INLINE C power_of_two(C n) {
   typedef typename Number<C>::Int Int;
   return bits_of<C>((Int)((bits_of<Int>(n + Number<C>::shift) + (Int)Number<C>::bias) << Number<C>::digits));
 }
-// Inside the functions below; the arithmetic of a step is never contracted.
+// Used only by the functions below; the arithmetic of a step is never contracted.
 #if defined(__FMA__) || defined(__ARM_FEATURE_FMA)
 INLINE float fma_(float a, float b, float c) { return __builtin_fmaf(a, b, c); }
 INLINE double fma_(double a, double b, double c) { return __builtin_fma(a, b, c); }
@@ -228,12 +227,12 @@ template <class C> INLINE C expm1_(C x) {
   C n = nearest_power(x), r = rest_of(x, n);
   C half = (n * (C)0.5 + N::shift) - N::shift;
   C a = power_of_two<C>(half), b = power_of_two<C>(n - half), p = small_expm1(r);
-  // 2^n (expm1(r) + 1 - 2^-n), with the factor in two parts that are no infinities.
+  // 2^n (expm1(r) + 1 - 2^-n), with 2^n as a product of two finite factors.
   C small = a * (p * b) + (a * b - (C)1);
   return n > (C)(N::bias - 1) ? ((p + (C)1) * a) * b : small;
 }
 template <class C> INLINE C sigmoid_(C x) {
-  // exp(-x) between the limits, where one power of two is enough; below them the result is less than the least number.
+  // exp(-x) between the limits, where one power of two is enough; below them the result underflows.
   typedef Number<C> N;
   C y = between<C>(-x, -N::limit, N::limit);
   C n = nearest_power(y), e = power_of_two<C>(n);
@@ -264,7 +263,7 @@ template <class C> INLINE C log_(C x) {
   C y = x < N::smallest ? x * N::up : x, less = x < N::smallest ? N::steps : (C)0;
   Int b = bits_of<Int>(y), one = (Int)N::bias << N::digits;
   C f = bits_of<C>((Int)((b & (((Int)1 << N::digits) - 1)) | one));
-  // The exponent, by the shift constant: vectors have no conversion of 64-bit integers.
+  // The exponent, by the shift constant: there is no vector conversion of 64-bit integers.
   Int e = (b >> N::digits) & (((Int)1 << (sizeof(C) * 8 - 1 - N::digits)) - 1);
   C n = (bits_of<C>((Int)(e + bits_of<Int>(N::shift))) - N::shift) - (C)N::bias - less;
   C upper = f > (C)1.41421356237309505 ? (C)1 : (C)0;

@@ -1,4 +1,4 @@
-"""The text of a kernel in C++: operands, arrays of a block, expressions of one element."""
+"""Write the C++ text of operands, arrays of a block, and expressions."""
 
 from __future__ import annotations
 
@@ -20,18 +20,18 @@ MEMORY_TYPES = {
     "float64": "double",
     "bool": "uint8_t",
 }
-_WRITTEN = (0.0, 1.0, -1.0, 2.0, 0.5)
-"""Numbers that are written into the source; all others are arguments, so that changing one builds nothing."""
+_INLINE_NUMBERS = (0.0, 1.0, -1.0, 2.0, 0.5)
+"""Numbers that are literals in the source; all others are arguments, so that changing them builds nothing."""
 
 _INFIX = {"add": "+", "sub": "-", "mul": "*", "div": "/"}
 _COMPARE = {"eq": "==", "ne": "!=", "lt": "<", "le": "<=", "gt": ">", "ge": ">="}
 _LOGIC = {"and": "&", "or": "|", "xor": "^"}
 _ROUNDED = {"sqrt": "rooted", "abs": "absolute"}
 _BLOCK_BYTES = 65536
-"""Of one array of a block, at most; `launch` takes shorter blocks where that is faster."""
+"""Bytes of one array of a block, at most; `launch` uses shorter blocks if they are faster."""
 
 _STACK_BYTES = 8 * _BLOCK_BYTES
-"""Of all arrays of a block, at most: threads have small stacks."""
+"""Bytes of all arrays of a block, at most: threads have small stacks."""
 
 
 @dataclass(frozen=True)
@@ -41,8 +41,8 @@ class KernelSource:
     Args:
         text: C++, with the entry points `run(const Args *)` and `run_part(const Args *, part, parts)`.
         slots: its operands, in order.
-        literals: numbers that it is passed.
-        block: most elements of a block, a power of two.
+        literals: the numbers that are passed as arguments.
+        block: maximum number of elements of a block, a power of two.
     """
 
     text: str
@@ -52,7 +52,7 @@ class KernelSource:
 
 
 class CppWriter:
-    """Collects the parts of a kernel."""
+    """Collects the parts of a kernel's source."""
 
     def __init__(self, step: StepExpressions, roots: Iterable[Expression]) -> None:
         self.step = step
@@ -70,11 +70,12 @@ class CppWriter:
                 self._scalar(expression)
 
     def slot(self, kind: str, index: int, dtype: str) -> str:
-        """A new operand; its text in C++."""
+        """Add an operand; return its C++ text."""
         self.slots.append(KernelOperand(kind, index, dtype))
         return f"a.operand[{len(self.slots) - 1}]"
 
     def buffer(self, name: str, ctype: str) -> str:
+        """Declare an array of the block; return its name."""
         declaration = f"alignas(64) {ctype} {name}[BLOCK];"
         if declaration not in self.buffers:
             self.buffers.append(declaration)
@@ -82,7 +83,7 @@ class CppWriter:
 
     def _constant(self, expression: Expression) -> None:
         ctype = C_TYPES[expression.dtype]
-        if expression.value in _WRITTEN:
+        if expression.value in _INLINE_NUMBERS:
             self.names[expression] = f"({ctype}){expression.value!r}"
             return
         index = self.literals.setdefault(expression.value, len(self.literals))
@@ -97,14 +98,14 @@ class CppWriter:
         self.names[expression] = name
 
     def load(self, expression: Expression, operand: str, memory: str, t: str, name: str) -> tuple[str, str]:
-        """A step of a sequence: `(declaration of its pointer, name of the pointer)`.
+        """Load one step of an operand: `(declaration of a pointer to its values, name of the pointer)`.
 
         Args:
-            expression: stands for it.
-            operand: text of the operand.
+            expression: the leaf that reads the operand.
+            operand: the C++ text of the operand.
             memory: its dtype in memory.
-            t: text of the time step.
-            name: of the pointer.
+            t: the C++ text of the time step.
+            name: the name of the pointer.
         """
         ctype = C_TYPES[expression.dtype]
         buffer = self.buffer(f"{name}_block", ctype)
@@ -115,7 +116,7 @@ class CppWriter:
         return line, name
 
     def load_invariant(self, expression: Expression) -> tuple[str, str]:
-        """As `load` for an operand that does not change with time; one that repeats is copied for the first block."""
+        """Like `load`, for an operand that does not change with time; one that repeats is copied only once."""
         memory, ctype = self.step.operands[expression.index], C_TYPES[expression.dtype]
         operand, name = self.slot("operand", expression.index, memory), f"operand{expression.index}"
         buffer = self.buffer(f"{name}_block", ctype)
@@ -125,14 +126,14 @@ class CppWriter:
         return line, name
 
     def hoist(
-        self, roots: Sequence[Expression], at_hand: dict[Expression, str], saved: Iterable[Expression] = ()
+        self, roots: Sequence[Expression], texts: dict[Expression, str], saved: Iterable[Expression] = ()
     ) -> list[str]:
-        """Lines that compute for a block what does not change with time, once for all steps.
+        """Hoist expressions that do not change with time: lines that compute them once per block.
 
         Args:
-            roots: what each step computes.
-            at_hand: the invariant leaves; what is computed here is added.
-            saved: values of each step that are in memory.
+            roots: the expressions that each step computes.
+            texts: the C++ text of the invariant leaves; the hoisted expressions are added.
+            saved: values of each step that are read from memory.
         """
         leaves: dict[Expression, set[str]] = {}
         lines: list[str] = []
@@ -155,42 +156,42 @@ class CppWriter:
             if expression.dtype == "bool":
                 continue
             name = self.buffer(f"once{expression.number}", C_TYPES[expression.dtype])
-            body, names = self.body([expression], at_hand)
-            again = " && ".join(f"{leaf}_repeats" for leaf in sorted(leaves[expression]))
-            lines.append(f"if (k == first || !({again})) for (i64 i = 0; i < n; i++) {{")
+            body, names = self.body([expression], texts)
+            repeats = " && ".join(f"{leaf}_repeats" for leaf in sorted(leaves[expression]))
+            lines.append(f"if (k == first || !({repeats})) for (i64 i = 0; i < n; i++) {{")
             lines += indented([*body, f"{name}[i] = {names[expression]};"], 1)
             lines.append("}")
-            at_hand[expression] = f"{name}[i]"
+            texts[expression] = f"{name}[i]"
         return lines
 
     def read(self, expression: Expression, pointer: str) -> str:
         return f"({pointer}[i] != 0)" if expression.dtype == "bool" else f"{pointer}[i]"
 
     def body(
-        self, roots: Sequence[Expression], at_hand: dict[Expression, str]
+        self, roots: Sequence[Expression], texts: dict[Expression, str]
     ) -> tuple[list[str], dict[Expression, str]]:
-        """The lines that compute expressions of one element, and the name of each."""
-        names = {**self.names, **at_hand}
+        """The lines that compute expressions of one element, and the C++ name of each."""
+        names = {**self.names, **texts}
         lines: list[str] = []
         for expression in topological(roots, names):
-            if expression in names and expression not in at_hand:
+            if expression in names and expression not in texts:
                 continue
-            if expression in at_hand:
+            if expression in texts:
                 if expression.dtype != "bool":
                     name = f"e{expression.number}"
-                    lines.append(f"const {C_TYPES[expression.dtype]} {name} = {at_hand[expression]};")
+                    lines.append(f"const {C_TYPES[expression.dtype]} {name} = {texts[expression]};")
                     names[expression] = name
                 continue
             text = _text(expression, [names[o] for o in expression.operands])
             if expression.dtype == "bool":
-                names[expression] = text  # in place: a variable of type bool keeps g++ from vectorising
+                names[expression] = text  # inlined: a variable of type bool keeps g++ from vectorising
             else:
                 names[expression] = f"e{expression.number}"
                 lines.append(f"const {C_TYPES[expression.dtype]} {names[expression]} = {text};")
         return lines, names
 
     def target(self, operand: str, memory: str, dtype: str, t: str, name: str) -> tuple[str, str]:
-        """Where the values of a step are written, the pointer `name`: `(declaration, what follows the loop)`."""
+        """The pointer `name` to which a step writes an operand: `(declaration, line after the loop)`."""
         ctype = C_TYPES[dtype]
         if MEMORY_TYPES[memory] == ctype and dtype != "bool":
             return f"{ctype} *RESTRICT {name} = ({ctype} *){operand}.data + {t} * {operand}.time + start;", ""
@@ -198,7 +199,7 @@ class CppWriter:
         return "", f"store<{MEMORY_TYPES[memory]}, {ctype}>({operand}, {t}, start, n, {name});"
 
     def source(self, per_block: list[str]) -> KernelSource:
-        """The whole text."""
+        """The complete source, given the lines that run for each block."""
         size, arrays = 8 if self.wide else 4, max(1, len(self.buffers))
         block = min(_BLOCK_BYTES // size, 1 << (_STACK_BYTES // (size * arrays)).bit_length() - 1)
         define = [
@@ -231,7 +232,7 @@ class CppWriter:
 
 
 def _text(expression: Expression, operands: list[str]) -> str:
-    """One operation in C++."""
+    """The C++ text of one operation."""
     op, ctype = expression.op, C_TYPES[expression.dtype]
     if op in _INFIX:
         return f"{operands[0]} {_INFIX[op]} {operands[1]}"
@@ -265,4 +266,5 @@ def _text(expression: Expression, operands: list[str]) -> str:
 
 
 def indented(lines: Iterable[str], depth: int) -> list[str]:
+    """Lines of C++, indented."""
     return ["  " * depth + line for line in lines]

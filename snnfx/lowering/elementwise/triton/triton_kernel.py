@@ -1,13 +1,13 @@
-"""Generated Triton: a program of the GPU takes a block of elements through all time steps, their states in registers.
+"""Generate Triton kernels with the time loop inside.
 
-A source is one function, for any T, N and stride: `forward`, which may save values for the backward pass, or
-`backward`, which goes through time in reverse. What it does with an operand depends on where the elements are (its
-`OperandForm`), so the text is written for a form. T and all numbers but a few are arguments: another T or tau builds
-nothing.
+Each program runs a block of elements through all time steps, with the states in registers. A source is one function for
+any T, N and stride: the forward pass, which may save values for backward, or the backward pass, which runs through time
+in reverse. The access to an operand depends on its layout, so the text is written for an `OperandForm`. T and most
+numbers are arguments: another T or tau builds nothing.
 
-The numbers are those of the C++ back end: what is half as wide is computed in float32, products and sums are not
-contracted, division and square root are rounded correctly, functions come from `triton_prelude`. Sums over all elements
-leave a program as one number, and are added up afterwards in the same order every time.
+The arithmetic equals the C++ back end's: half precision is computed in float32, products and sums are not contracted,
+division and square root are correctly rounded, functions come from `triton_prelude`. Each program writes its sum over
+all elements as one number; these are then added in a fixed order.
 """
 
 from __future__ import annotations
@@ -28,33 +28,33 @@ _DTYPE = {
     "float64": "tl.float64",
     "bool": "tl.int1",
 }
-_WRITTEN = (0.0, 1.0, -1.0, 2.0, 0.5)
-"""Numbers that are written into the source; all others are arguments, so that changing one builds nothing."""
+_INLINE_NUMBERS = (0.0, 1.0, -1.0, 2.0, 0.5)
+"""Numbers that are literals in the source; all others are arguments, so that changing them builds nothing."""
 
 _INFIX = {"add": "+", "sub": "-", "mul": "*"}
 _COMPARE = {"eq": "==", "ne": "!=", "lt": "<", "le": "<=", "gt": ">", "ge": ">="}
 _LOGIC = {"and": "&", "or": "|", "xor": "^"}
 _LANGUAGE = ("abs", "floor", "ceil", "erf", "sin", "cos")
-"""Functions of Triton itself."""
+"""Functions of `triton.language`."""
 _PRELUDE = {
     **{name: f"{name}_" for name in "exp expm1 sigmoid tanh log log1p atan maximum minimum sign trunc round".split()},
     "div": "divided",
     "sqrt": "rooted",
 }
-"""Functions of `triton_prelude`. All others come from the library of the device, which the interpreter has not."""
+"""Functions of `triton_prelude`. All others come from the device library, which the interpreter does not have."""
 
 
 def write_forward(step: StepExpressions, plan: SavePlan | None = None) -> TritonSource:
-    """The forward pass over a whole sequence; with a plan, it saves what the backward pass needs."""
+    """Write the kernel of the forward pass; with a plan, it saves values for backward."""
     return _source(lambda form: _forward(step, plan, form))
 
 
 def write_backward(step: StepExpressions, plan: SavePlan, wanted: WantedGradients) -> TritonSource:
-    """The backward pass over a whole sequence, in reverse.
+    """Write the kernel of the backward pass over a sequence, in reverse.
 
     Args:
-        step: forward and backward of one step.
-        plan: what the forward pass has saved.
+        step: forward and backward pass of one step.
+        plan: the values saved by the forward pass.
         wanted: the gradients to compute.
     """
     return _source(lambda form: _backward(step, plan, wanted, form))
@@ -71,7 +71,7 @@ def _source(writer_of: Callable[[OperandForm | None], _TritonWriter]) -> TritonS
 
 
 class _TritonWriter:
-    """Collects the parts of a kernel; values of a block of elements have a name each."""
+    """Collects the parts of a kernel's source."""
 
     def __init__(self, step: StepExpressions, roots: Iterable[Expression], form: OperandForm | None) -> None:
         self.step, self.form = step, form
@@ -93,15 +93,15 @@ class _TritonWriter:
         return self.form.modes[operand] if self.form is not None else "dense"
 
     def slot(self, kind: str, index: int, dtype: str) -> int:
-        """The number of a new operand."""
+        """Add an operand; return its number."""
         self.slots.append(KernelOperand(kind, index, dtype))
         return len(self.slots) - 1
 
     def _constant(self, expression: Expression) -> None:
         name = f"c{expression.number}"
-        # A zero that is written loses its sign.
+        # A literal zero loses its sign.
         is_negative_zero = expression.value == 0 and repr(expression.value) == "-0.0"
-        if expression.value in _WRITTEN and not is_negative_zero:
+        if expression.value in _INLINE_NUMBERS and not is_negative_zero:
             value = repr(expression.value)
         else:
             value = f"k{self._literal(expression.value)}"
@@ -132,7 +132,7 @@ class _TritonWriter:
         self.names[expression] = name
 
     def read(self, operand: int, dtype: str, t: str = "", mask: str = "inside") -> str:
-        """The values of an operand, at a time step if it has time."""
+        """The text that loads an operand, at time step `t` if it changes with time."""
         slot = self.slots[operand]
         if self.mode(operand) == "number":
             block = f"tl.full((BLOCK,), f{operand}, {_DTYPE['float32' if dtype == 'bool' else dtype]})"
@@ -140,30 +140,30 @@ class _TritonWriter:
         return cast(f"tl.load({self.place(operand, t)}, mask={mask}, other=0)", slot.dtype, dtype)
 
     def place(self, operand: int, t: str = "") -> str:
-        """Pointers to the values of an operand."""
+        """The text of the pointers to an operand's values."""
         time = f" + {t} * d{operand}" if self.slots[operand].has_time else ""
         return f"p{operand}{time} + {f'o{operand}' if self.mode(operand) == 'strided' else 'element'}"
 
     def store(self, operand: int, value: str, dtype: str, t: str = "") -> str:
-        """The line that writes values of a block."""
+        """The line that stores the values of a block."""
         return f"tl.store({self.place(operand, t)}, {cast(value, dtype, self.slots[operand].dtype)}, mask=inside)"
 
     def compute(
-        self, roots: Sequence[Expression], at_hand: dict[Expression, str], prefix: str = "e"
+        self, roots: Sequence[Expression], texts: dict[Expression, str], prefix: str = "e"
     ) -> dict[Expression, str]:
-        """Add the lines that compute expressions to the loop; the name of each expression.
+        """Add lines to the loop that compute expressions; return the name of each expression.
 
         Args:
-            roots: what is wanted.
-            at_hand: how the values that are read are written.
-            prefix: of the names.
+            roots: the expressions to compute.
+            texts: the text of each expression that is read, not computed.
+            prefix: the prefix of the names.
         """
         names = dict(self.names)
-        for expression in topological(roots, {**names, **at_hand}):
+        for expression in topological(roots, {**names, **texts}):
             if expression in names:
                 continue
             name = f"{prefix}{expression.number}"
-            value = at_hand.get(expression)
+            value = texts.get(expression)
             if value is None:
                 value = self._text(expression, [names[o] for o in expression.operands])
             self.in_loop.append(f"{name} = {value}")
@@ -171,7 +171,7 @@ class _TritonWriter:
         return names
 
     def _text(self, expression: Expression, operands: list[str]) -> str:
-        """One operation."""
+        """The text of one operation."""
         op = expression.op
         of_bool = bool(expression.operands) and expression.operands[0].dtype == "bool"
         if op in _INFIX:
@@ -199,14 +199,14 @@ class _TritonWriter:
         return f"libdevice.{op}({', '.join(operands)})"
 
     def block_of(self, expression: Expression, names: dict[Expression, str], dtype: str) -> str:
-        """An expression as one value for each element of a block, in a dtype."""
+        """The text of an expression, broadcast to the block, in a dtype."""
         text = cast(names[expression], expression.dtype, dtype)
         if any(leaf.op not in ("constant", "scalar") for leaf in topological([expression]) if not leaf.operands):
             return text
         return f"tl.broadcast_to({text}, (BLOCK,))"
 
     def text(self, source: TritonSource, form: OperandForm) -> str:
-        """The whole text."""
+        """The complete source text."""
         lines = [f"element = tl.program_id(0){'.to(tl.int64)' if form.wide else ''} * BLOCK + tl.arange(0, BLOCK)"]
         lines.append("inside = element < elements")
         strided = [n for n, mode in enumerate(form.modes) if mode == "strided"]
@@ -228,7 +228,7 @@ class _TritonWriter:
 
 
 def cast(value: str, dtype: str, to: str) -> str:
-    """A value in another dtype; float64 becomes half by way of float32, as in PyTorch."""
+    """The text of a cast; float64 is cast to half precision via float32, as in PyTorch."""
     if dtype == to:
         return value
     if to == "bool":
@@ -242,27 +242,27 @@ def _forward(step: StepExpressions, plan: SavePlan | None, form: OperandForm | N
     saved = plan.saved if plan is not None else ()
     roots = [*step.outputs, *step.next_states, *saved]
     writer = _TritonWriter(step, roots, form)
-    at_hand: dict[Expression, str] = {}
+    texts: dict[Expression, str] = {}
     used = topological(roots)
     states = {e.index: e for e in used if e.op == "state"}
     for leaf in used:
         if leaf.op == "invariant":
             operand = writer.slot("operand", leaf.index, step.operands[leaf.index])
             writer.before_loop.append(f"operand{leaf.index} = {writer.read(operand, leaf.dtype)}")
-            at_hand[leaf] = f"operand{leaf.index}"
+            texts[leaf] = f"operand{leaf.index}"
         elif leaf.op == "sequence":
             operand = writer.slot("sequence", leaf.index, step.sequences[leaf.index])
-            at_hand[leaf] = writer.read(operand, leaf.dtype, "t")
+            texts[leaf] = writer.read(operand, leaf.dtype, "t")
     for index, (following, memory) in enumerate(zip(step.next_states, step.state_dtypes, strict=True)):
         if index in states:
             value = writer.read(writer.slot("initial", index, memory), following.dtype)
-            at_hand[states[index]] = f"v{index}"
+            texts[states[index]] = f"v{index}"
         else:
             value = f"tl.zeros((BLOCK,), {_DTYPE[following.dtype]})"
         writer.before_loop.append(f"v{index} = {value}")
         final = writer.slot("final", index, memory)
         writer.after_loop.append(writer.store(final, f"v{index}", following.dtype))
-    names = writer.compute(roots, at_hand)
+    names = writer.compute(roots, texts)
     targets = [("output", i, m, e) for i, (m, e) in enumerate(zip(step.output_dtypes, step.outputs, strict=True))]
     targets += [("saved", i, e.dtype, e) for i, e in enumerate(saved)]
     for kind, index, memory, expression in targets:
@@ -280,26 +280,26 @@ def _backward(
     earlier = [step.next_states[k] for k in plan.earlier]
     writer = _TritonWriter(step, [*roots, *earlier], form)
     writer.is_reverse = True
-    at_hand: dict[Expression, str] = {}
+    texts: dict[Expression, str] = {}
     before: dict[Expression, str] = {}
     used = topological([*roots, *earlier], plan.saved)
-    # The step before this one, where there is one.
+    # `earlier` masks the previous step, which the first step does not have.
     at_t, at_t_before = ("t", "inside"), ("(t - 1)", "earlier")
     for leaf in used:
         if leaf.op == "invariant":
             operand = writer.slot("operand", leaf.index, step.operands[leaf.index])
             writer.before_loop.append(f"operand{leaf.index} = {writer.read(operand, leaf.dtype)}")
-            at_hand[leaf] = before[leaf] = f"operand{leaf.index}"
+            texts[leaf] = before[leaf] = f"operand{leaf.index}"
         elif leaf.op in ("sequence", "grad_output"):
             memory = (step.sequences if leaf.op == "sequence" else step.output_dtypes)[leaf.index]
             operand = writer.slot(leaf.op, leaf.index, memory)
-            at_hand[leaf] = writer.read(operand, leaf.dtype, *at_t)
+            texts[leaf] = writer.read(operand, leaf.dtype, *at_t)
             before[leaf] = writer.read(operand, leaf.dtype, *at_t_before)
     for index, expression in enumerate(plan.saved):
         operand = writer.slot("saved", index, expression.dtype)
-        at_hand[expression] = writer.read(operand, expression.dtype, *at_t)
+        texts[expression] = writer.read(operand, expression.dtype, *at_t)
         before[expression] = writer.read(operand, expression.dtype, *at_t_before)
-    _add_states_from_before(writer, plan, before, at_hand, used)
+    _add_recomputed_states(writer, plan, before, texts, used)
     carried: list[tuple[int, str]] = []
     for index in wanted.states(step):
         gradient = step.grad_states[index]
@@ -308,12 +308,12 @@ def _backward(
         final = writer.slot("grad_final", index, step.state_dtypes[index])
         writer.before_loop.append(f"g{index} = {writer.read(final, dtype)}")
         if above is not None:
-            at_hand[above] = f"g{index}"
+            texts[above] = f"g{index}"
         carried.append((index, dtype))
         if index in wanted.initials:
             operand = writer.slot("grad_initial", index, step.state_dtypes[index])
             writer.after_loop.append(writer.store(operand, f"g{index}", dtype))
-    names = writer.compute(roots, at_hand)
+    names = writer.compute(roots, texts)
     for index in wanted.sequences:
         found = step.grad_sequences[index]
         if found is not None:
@@ -338,14 +338,14 @@ def _backward(
     return writer
 
 
-def _add_states_from_before(
+def _add_recomputed_states(
     writer: _TritonWriter,
     plan: SavePlan,
     before: dict[Expression, str],
-    at_hand: dict[Expression, str],
+    texts: dict[Expression, str],
     used: list[Expression],
 ) -> None:
-    """Compute the states before a step from what was saved at the step before it; the first step has initial ones."""
+    """Recompute the states before a step from values saved at the previous step; the first step has initial states."""
     if not plan.earlier:
         return
     step = writer.step
@@ -357,7 +357,7 @@ def _add_states_from_before(
         initial = writer.slot("initial", index, step.state_dtypes[index])
         writer.before_loop.append(f"initial{index} = {writer.read(initial, following.dtype)}")
         leaf = next(e for e in used if e.op == "state" and e.index == index)
-        at_hand[leaf] = f"tl.where(has_earlier, {names[following]}, initial{index})"
+        texts[leaf] = f"tl.where(has_earlier, {names[following]}, initial{index})"
 
 
 def _indented(lines: Iterable[str]) -> list[str]:

@@ -1,4 +1,4 @@
-"""The back end of GPUs: generated Triton, which compiles a kernel for the device at its first launch and keeps it."""
+"""The GPU back end: compile and launch generated Triton kernels."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import contextlib
 import hashlib
 import importlib.util
 import os
+import subprocess
 import tempfile
 import threading
 from collections.abc import Sequence
@@ -23,34 +24,35 @@ from snnfx.lowering.elementwise.operand_layout import Layout
 from snnfx.lowering.elementwise.saved_values import SavePlan
 from snnfx.lowering.elementwise.triton.triton_kernel import write_backward, write_forward
 from snnfx.lowering.elementwise.triton.triton_source import OperandForm, TritonSource
+from snnfx.sandbox.internal_faults import surface
 
 __all__ = ["TritonBackEnd", "arguments", "block_length", "form_of", "load"]
 
 OPTIONS: dict[str, Any] = {"num_warps": 4, "enable_fp_fusion": False}
-"""Of every launch: products and sums are rounded one by one, as in PyTorch."""
+"""Options of every launch: products and sums are rounded separately, as in PyTorch."""
 
-_FEW = 1 << 16
-"""Elements up to which a program takes fewer of them, so that there are enough programs."""
+_SMALL_STEP = 1 << 16
+"""Elements of a step up to which blocks are shorter, so that there are enough programs."""
 
 _loaded: dict[str, Any] = {}
 _lock = threading.Lock()
 
 
 def is_interpreted() -> bool:
-    """Whether Triton was told to interpret kernels, on the CPU: TRITON_INTERPRET=1."""
+    """Whether Triton interprets kernels on the CPU (TRITON_INTERPRET=1)."""
     return os.environ.get("TRITON_INTERPRET") == "1"
 
 
 def block_length(elements: int) -> int:
-    """Elements that a program takes."""
-    return 128 if elements <= _FEW else 512
+    """The number of elements per program."""
+    return 128 if elements <= _SMALL_STEP else 512
 
 
 def load(text: str) -> Any:
-    """The kernel of a text, from a file in the cache directory: Triton reads the source of its functions.
+    """Import the kernel of a source text from a file in the cache folder; Triton reads the file's source.
 
     Raises:
-        LoweringRefused: Triton is not there.
+        LoweringRefused: Triton is not installed or cannot be imported.
     """
     kernel = _loaded.get(text)
     if kernel is not None:
@@ -72,7 +74,7 @@ def load(text: str) -> Any:
 
 
 def _written(name: str, text: str) -> Path:
-    """The file of a text: written beside its final place, then renamed, so that nobody sees a part of it."""
+    """Write a text next to its final path, then rename, so that other processes never see a partial file."""
     path = usable_directory() / f"{name}.py"
     if not path.exists():
         with tempfile.NamedTemporaryFile("w", dir=path.parent, prefix=".write_", delete=False) as file:
@@ -82,12 +84,12 @@ def _written(name: str, text: str) -> Path:
 
 
 def form_of(source: TritonSource, layout: Layout, operands: Sequence[Tensor | float]) -> OperandForm:
-    """What of a layout the text depends on."""
+    """The `OperandForm` of a call."""
     modes: list[str] = []
     for operand, strides, slot in zip(operands, layout.operands, source.slots, strict=True):
         if not isinstance(operand, Tensor):
             modes.append("number")
-        # Sums have no gaps, or are one number a program; an operand without dimensions is one number.
+        # Sums are dense or one number per program; a 0-d operand is one number.
         elif strides.dense or slot.kind == "sum" or (slot.kind == "operand" and operand.dim() == 0):
             modes.append("dense")
         else:
@@ -103,32 +105,39 @@ def form_of(source: TritonSource, layout: Layout, operands: Sequence[Tensor | fl
 def arguments(
     source: TritonSource, form: OperandForm, layout: Layout, T: int, operands: Sequence[Tensor | float]
 ) -> list[Any]:
-    """What a kernel is called with, in the order of `source.parameters(form)`, without BLOCK."""
-    found: list[Any] = []
+    """The arguments of a launch, in the order of `source.parameters(form)`, without BLOCK."""
+    values: list[Any] = []
     for operand, strides, slot, mode in zip(operands, layout.operands, source.slots, form.modes, strict=True):
-        found.append(operand)
+        values.append(operand)
         if mode != "number" and slot.has_time:
-            # Not 0 for a single step, which Triton would compile another kernel for.
-            found.append(strides.time if T > 1 else layout.elements)
+            # Triton would compile another kernel for the stride 0 of a single step.
+            values.append(strides.time if T > 1 else layout.elements)
         if mode == "strided":
-            found += strides.stride
-    found += layout.sizes[1:] if form.dims > 1 else ()
-    found += source.literals
-    return [*found, layout.elements, T]
+            values += strides.stride
+    values += layout.sizes[1:] if form.dims > 1 else ()
+    values += source.literals
+    return [*values, layout.elements, T]
 
 
-def samples(source: TritonSource, form: OperandForm, elements: int) -> list[Any]:
-    """Arguments of the types that a launch has, to compile a kernel with; dtypes stand for tensors."""
-    found: list[Any] = []
+def sample_arguments(source: TritonSource, form: OperandForm, elements: int) -> list[Any]:
+    """Arguments to compile a kernel with, of the types of a launch; dtypes represent tensors."""
+    values: list[Any] = []
     for slot, mode in zip(source.slots, form.modes, strict=True):
-        found.append(0.0 if mode == "number" else getattr(torch, slot.dtype))
+        values.append(0.0 if mode == "number" else getattr(torch, slot.dtype))
         if mode != "number" and slot.has_time:
-            found.append(elements)
-    return [*found, *source.literals, elements, 2]
+            values.append(elements)
+    return [*values, *source.literals, elements, 2]
+
+
+def _compile_errors() -> tuple[type[Exception], ...]:
+    """Errors by which Triton, or a tool that it runs, fails to compile a kernel."""
+    from triton.errors import TritonError
+
+    return TritonError, RuntimeError, OSError, ImportError, subprocess.SubprocessError
 
 
 class TritonBackEnd(BackEnd):
-    """Generated Triton for tensors on a GPU; for tensors on the CPU in Triton's interpreter."""
+    """Generated Triton for GPU tensors; for CPU tensors in Triton's interpreter."""
 
     def write_forward(self, step: StepExpressions, plan: SavePlan | None = None) -> TritonSource:
         return write_forward(step, plan)
@@ -138,8 +147,8 @@ class TritonBackEnd(BackEnd):
 
     def build(self, source: TritonSource, elements: int) -> None:
         if os.environ.get("SNNFX_KERNELS") == "0":
-            raise LoweringRefused("SNNFX_KERNELS=0 forbids kernels")
-        form = source.usual
+            raise LoweringRefused("SNNFX_KERNELS=0 disables kernels")
+        form = source.default_form
         kernel = load(source.text(form))
         if is_interpreted():
             if source.uses:
@@ -148,8 +157,10 @@ class TritonBackEnd(BackEnd):
         if not torch.cuda.is_available():
             raise LoweringRefused("without a GPU, Triton needs its interpreter (TRITON_INTERPRET=1)")
         try:
-            kernel.warmup(*samples(source, form, elements), BLOCK=block_length(elements), grid=(1,), **OPTIONS)
+            kernel.warmup(*sample_arguments(source, form, elements), BLOCK=block_length(elements), grid=(1,), **OPTIONS)
         except Exception as error:
+            if not isinstance(error, _compile_errors()):
+                surface(error, "a loop runs step by step in PyTorch")
             reason = f"{type(error).__name__}: {error}".strip().splitlines()[0]
             raise LoweringRefused(f"Triton cannot compile the kernel ({reason})") from error
 
@@ -164,7 +175,7 @@ class TritonBackEnd(BackEnd):
             return
         tensors = [o for o in operands if isinstance(o, Tensor)]
         device = next((t.device for t in tensors if t.dim() > 0), tensors[0].device)
-        # A number that lives on the CPU is an argument.
+        # A 0-d CPU tensor is passed as a number.
         operands = [float(o) if isinstance(o, Tensor) and o.device != device else o for o in operands]
         form = form_of(source, layout, operands)
         kernel = load(source.text(form))

@@ -1,8 +1,8 @@
-"""Functions that generated Triton kernels call: the polynomials of `cpp_prelude`, so that CPU and GPU agree.
+"""Mathematical functions of generated Triton kernels.
 
-Triton's own `exp` and `log` of float32 are the fast approximations of the hardware. Here they are right to a few units
-in the last place; infinities, NaN and results too small or too large for the dtype come out as libm has them. Products
-and sums are never contracted, neither here nor in a step.
+They are the polynomials of `cpp_prelude`, so that CPU and GPU agree. Triton's `exp` and `log` of float32 are fast
+hardware approximations. Here errors are a few units in the last place; infinities, NaN, underflow and overflow behave
+as in libm. Products and sums are never contracted, neither here nor in the arithmetic of a step.
 """
 
 from __future__ import annotations
@@ -13,13 +13,13 @@ import triton.language as tl
 
 @triton.jit
 def as_number(condition, like):
-    """1 or 0 in the dtype of another value."""
+    """Convert a condition to 1 or 0, in the dtype of another value."""
     return tl.where(condition, 1.0, 0.0).to(like.dtype)
 
 
 @triton.jit
 def power_of_two(n):
-    """2**n of a whole number, by the shift constant that leaves it in the low bits of the significand."""
+    """2**n of an integer, by the shift constant that leaves it in the low bits of the significand."""
     if n.dtype == tl.float64:
         bits = (n + 6755399441055744.0).to(tl.int64, bitcast=True)
         result = ((bits + 1023) << 52).to(tl.float64, bitcast=True)
@@ -31,7 +31,7 @@ def power_of_two(n):
 
 @triton.jit
 def nearest(x):
-    """The nearest whole number of a small number, halves to even."""
+    """Round a small number to the nearest integer, ties to even."""
     shift = 6755399441055744.0 if x.dtype == tl.float64 else 12582912.0
     return (x + shift) - shift
 
@@ -78,7 +78,7 @@ def small_expm1(r):
 
 @triton.jit
 def between(x, low, high):
-    """The nearest number in an interval; NaN stays."""
+    """Clamp to an interval; NaN stays NaN."""
     x = tl.where(x < low, low, x)
     return tl.where(x > high, high, x)
 
@@ -99,7 +99,7 @@ def expm1_(x):
     a = power_of_two(half)
     b = power_of_two(n - half)
     p = small_expm1(rest_of(x, n))
-    # 2^n (expm1(r) + 1 - 2^-n), with the factor in two parts that are no infinities.
+    # 2^n (expm1(r) + 1 - 2^-n), with 2^n as a product of two finite factors.
     small = a * (p * b) + (a * b - 1.0)
     most = 1022.0 if x.dtype == tl.float64 else 126.0
     return tl.where(n > most, ((p + 1.0) * a) * b, small)
@@ -107,7 +107,7 @@ def expm1_(x):
 
 @triton.jit
 def sigmoid_(x):
-    # exp(-x) between the limits, where one power of two is enough; below them the result is less than the least number.
+    # exp(-x) between the limits, where one power of two is enough; below them the result underflows.
     limit = 708.0 if x.dtype == tl.float64 else 87.0
     y = between(x * -1.0, -limit, limit)
     n = nearest_power(y)

@@ -1,4 +1,4 @@
-"""A generated Triton kernel: its text for each form of its operands, and what it is called with."""
+"""`TritonSource`: text and parameters of a generated Triton kernel."""
 
 from __future__ import annotations
 
@@ -12,13 +12,13 @@ __all__ = ["OperandForm", "TritonSource"]
 
 @dataclass(frozen=True)
 class OperandForm:
-    """What of a layout the text of a kernel depends on.
+    """The properties of a layout on which the text of a kernel depends.
 
     Args:
-        modes: of each operand: "number" (the same everywhere, an argument), "dense" (the elements of a step lie one
-            after the other) or "strided".
-        dims: of a step, where an operand is strided.
-        wide: offsets within a step need 64 bits.
+        modes: for each operand "number" (constant, passed as an argument), "dense" (the elements of a step are
+            consecutive) or "strided".
+        dims: number of dimensions of a step, if an operand is strided.
+        wide: whether offsets within a step need 64 bits.
     """
 
     modes: tuple[str, ...]
@@ -32,9 +32,9 @@ class TritonSource:
 
     Args:
         slots: its operands, in order.
-        literals: numbers that it is passed.
-        write: its text for a form.
-        uses: what it needs of the library of the device.
+        literals: the numbers that are passed as arguments.
+        write: writes its text for a form.
+        uses: the functions of the device library that it calls.
     """
 
     slots: tuple[KernelOperand, ...]
@@ -44,30 +44,30 @@ class TritonSource:
     texts: dict[OperandForm, str] = field(default_factory=dict)
 
     def text(self, form: OperandForm) -> str:
-        """The kernel in Triton: a function `kernel` of `parameters(form)`."""
+        """The Triton source of a function `kernel` with `parameters(form)`."""
         if form not in self.texts:
             self.texts[form] = self.write(form)
         return self.texts[form]
 
     @property
-    def usual(self) -> OperandForm:
-        """The form of a step from the reset state whose operands have no gaps."""
+    def default_form(self) -> OperandForm:
+        """The form of a call with dense operands that starts from the reset state."""
         return OperandForm(
             tuple("number" if slot.kind in ("initial", "grad_final") else "dense" for slot in self.slots)
         )
 
     def parameters(self, form: OperandForm) -> list[str]:
-        """The parameters of the kernel, with their annotations: operands, sizes, numbers, elements of a step, T, BLOCK.
+        """The annotated parameters of the kernel: operands, sizes, numbers, elements of a step, T, BLOCK.
 
-        An operand has its number or pointer, then the elements from step to step if it has time, then its strides.
+        For an operand: its number or pointer, its time stride if it changes with time, then its other strides.
         """
-        found: list[str] = []
+        parameters: list[str] = []
         for number, (slot, mode) in enumerate(zip(self.slots, form.modes, strict=True)):
-            found.append(f'f{number}: "fp64"' if mode == "number" else f"p{number}")
+            parameters.append(f'f{number}: "fp64"' if mode == "number" else f"p{number}")
             if mode != "number" and slot.has_time:
-                found.append(f'd{number}: "i64"')
+                parameters.append(f'd{number}: "i64"')
             if mode == "strided":
-                found += [f"s{number}_{d}" for d in range(form.dims)]
-        found += [f"n{d}" for d in range(1, form.dims)]
-        found += [f'k{index}: "fp64"' for index in range(len(self.literals))]
-        return [*found, "elements", "T", "BLOCK: tl.constexpr"]
+                parameters += [f"s{number}_{d}" for d in range(form.dims)]
+        parameters += [f"n{d}" for d in range(1, form.dims)]
+        parameters += [f'k{index}: "fp64"' for index in range(len(self.literals))]
+        return [*parameters, "elements", "T", "BLOCK: tl.constexpr"]

@@ -1,0 +1,94 @@
+"""Eager execution of loop and map regions: kernels, Python loop, torch.vmap."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from snnfx.errors import warn_once
+from snnfx.ops.memory_format import unbind_in_layout
+from snnfx.ops.sequence_functions import stack_steps
+from snnfx.regions.region_kernels import RegionKernels
+from snnfx.regions.sequence_region import RegionGraph, SequenceRegion, buffers_of
+
+__all__ = ["EagerLoop", "EagerMap"]
+
+
+class EagerLoop(SequenceRegion):
+    """A strongly connected component, stepped over time.
+
+    Args:
+        label: qualified name for messages.
+        step: `(*constants, *inputs, state) -> (outputs, state)`.
+        first: `(*constants, *inputs) -> (outputs, state)`: the step from the reset state, None without state.
+    """
+
+    def __init__(self, label: str, step: RegionGraph, first: RegionGraph | None) -> None:
+        super().__init__(label, step)
+        self.first = first
+        self.kernels: RegionKernels | None = None
+
+    def forward(self, *arguments: Any) -> tuple[tuple[Tensor, ...], tuple[Tensor, ...]]:
+        """Run one step, `(*constants, *inputs, state)`; state None means the reset state."""
+        *rest, state = arguments
+        if state is None and self.first is not None:
+            return self.first(*rest)  # type: ignore[no-any-return]
+        return self.step.forward(*rest, state)  # type: ignore[no-any-return]
+
+    def loop_eagerly(
+        self, x_seq: tuple[Tensor, ...], state: tuple[Any, ...] | None, constants: tuple[Any, ...]
+    ) -> tuple[tuple[Tensor, ...], tuple[Any, ...]]:
+        """Run the kernel of the region or, without one, the steps in a Python loop: `(outputs [T, *], state)`."""
+        results = None if self.kernels is None else self.kernels.run(x_seq, state, constants)
+        if results is not None:
+            return results
+        outputs: list[tuple[Tensor, ...]] = []
+        step = self.step.forward  # not step(...): module calls and their wrappers cost more than a small step
+        for x in zip(*(unbind_in_layout(x) for x in x_seq), strict=True):
+            y, state = self(*constants, *x, None) if state is None else step(*constants, *x, state)
+            outputs.append(y)
+        return tuple(stack_steps(y, x_seq[0].device) for y in zip(*outputs, strict=True)), state  # type: ignore[return-value]
+
+
+class EagerMap(SequenceRegion):
+    """A region that is parallel in time but not foldable: torch.vmap over T.
+
+    Where vmap has no batching rule for an operation, the steps run one by one, with one warning.
+    """
+
+    def __init__(self, label: str, step: RegionGraph) -> None:
+        super().__init__(label, step)
+        self.refused_by_vmap = ""
+
+    def forward(self, *arguments: Any) -> tuple[Tensor, ...]:
+        """Run one step, `(*constants, *inputs)`."""
+        return self.step.forward(*arguments)  # type: ignore[no-any-return]
+
+    def map_eagerly(self, x_seq: Sequence[Tensor], constants: Sequence[Any]) -> tuple[Tensor, ...]:
+        """Run all steps under torch.vmap, or one by one once vmap has refused: outputs `[T, *]`."""
+        if self.refused_by_vmap:
+            return self._one_by_one(x_seq, constants)
+        buffers = buffers_of(constants)
+        try:
+            return torch.vmap(lambda *x: self.step.forward(*constants, *x), randomness="different")(*x_seq)  # type: ignore[no-any-return]
+        except (RuntimeError, NotImplementedError) as error:
+            for buffer, value in buffers:
+                # BatchNorm counts its batch before vmap finds no batching rule for it. Writing to `data` does not
+                # raise the version counter: an earlier call may have saved the buffer for its backward pass.
+                if not torch.equal(buffer, value):
+                    buffer.data.copy_(value)
+            results = self._one_by_one(x_seq, constants)  # raises if the model itself is at fault
+            self.refused_by_vmap = str(error).splitlines()[0]
+            warn_once(
+                "SNNFX504",
+                f"torch.vmap refused the region {self.label} ({self.refused_by_vmap}); its steps run one by one.",
+                key=self.handle,
+            )
+            return results
+
+    def _one_by_one(self, x_seq: Sequence[Tensor], constants: Sequence[Any]) -> tuple[Tensor, ...]:
+        steps = [self.step.forward(*constants, *x) for x in zip(*(x.unbind(0) for x in x_seq), strict=True)]
+        return tuple(torch.stack(y) for y in zip(*steps, strict=True))
