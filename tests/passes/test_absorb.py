@@ -211,8 +211,10 @@ def test_half_precision_statistics_in_float32() -> None:
 def test_explain_says_what_moved() -> None:
     model = Block(after=False)
     report = snnfx.explain(model.eval())
-    assert any("bn1" in note and "kernel of the neurons" in note for note in report.kernels)
-    assert any(note.startswith("In evaluation") for note in snnfx.explain(model.train()).kernels)
+    assert any("bn1" in note and "Absorbed into kernels" in note for note in report.kernels)
+    assert any(
+        note.startswith("Absorbed into kernels in evaluation mode") for note in snnfx.explain(model.train()).kernels
+    )
 
 
 def test_compiled_nets_are_the_same() -> None:
