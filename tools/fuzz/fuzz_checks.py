@@ -393,6 +393,7 @@ def check_again(model: nn.Module, s: Setting) -> None:
 
 def check_passes(model: nn.Module, s: Setting) -> None:
     """Different legal orders of the passes give the same outputs."""
+    from snnfx.capture.capture import capture
     from snnfx.convert import _convert_for_shapes, pipeline
     from snnfx.ir.pass_manager import PassManager
 
@@ -400,7 +401,7 @@ def check_passes(model: nn.Module, s: Setting) -> None:
     net = shared_net(model, s, False)
     shared = net.source
     example = s.step(s.sequences(), 0) if s.examples else None
-    captured = snnfx.capture.capture.capture(shared, example, training=False)
+    captured = capture(shared, example, training=False)
     for order in ((0, 0, 1, 1, 2), (0, 2), (0, 1, 0, 1, 2, 2)):
         program = captured.copy()
         passes = [p for p in pipeline(program, net.options) if p.name in ("normalize", "remove_dead_code", "partition")]
