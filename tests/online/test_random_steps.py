@@ -12,7 +12,7 @@ from torch import Tensor, nn
 import snnfx
 from snnfx.online import OTTT_A, SLTT, SLTT_K
 from snnfx.runtime.execution import Execution
-from support.online_models import N, close, leaky_net, most_held, sequences
+from support.online_models import N, close, leaky_net, peak_saved_bytes, sequences
 from support.online_oracles import PlainLIF, TriangleSpike, mse, sltt
 from support.online_training import Trained, batch_norm_net, each_case, prepared, same
 
@@ -153,7 +153,7 @@ def test_each_chunk_is_run_once_and_the_chosen_steps_together(case: str, monkeyp
 
 
 def test_what_is_held_for_backward_is_bounded_by_the_chunk() -> None:
-    held = [most_held(leaky_net(), SLTT_K(20), T, chunk=8) for T in (24, 240)]
+    held = [peak_saved_bytes(leaky_net(), SLTT_K(20), T, chunk=8) for T in (24, 240)]
     assert held[1] <= 1.1 * held[0]
 
 

@@ -47,7 +47,7 @@ def test_a_sequence_in_two_calls_has_the_gradients_of_one(rule: Rule) -> None:
     close(torch.cat([first.result.outputs, second.result.outputs]), whole.result.outputs)
 
 
-class HeldBytes:
+class SavedBytes:
     """Counts the bytes that autograd holds for backward passes, now and at most."""
 
     def __init__(self) -> None:
@@ -67,13 +67,13 @@ class HeldBytes:
         return Held()
 
 
-def most_held(rule: Rule, T: int, **options: Any) -> int:
+def peak_saved_bytes(rule: Rule, T: int, **options: Any) -> int:
     torch.manual_seed(0)
     model = ZooNet()
     trainer = Trainer(model, rule, sgd(list(model.parameters())), mse, **options)
     x_seq, target = torch.rand(T, N, 5), torch.rand(T, N, 4)
     trainer.step(x_seq[:20], target[:20])
-    held = HeldBytes()
+    held = SavedBytes()
     with torch.autograd.graph.saved_tensors_hooks(held.pack, lambda packed: packed.value):
         trainer.step(x_seq, target)
     return held.most
@@ -81,11 +81,11 @@ def most_held(rule: Rule, T: int, **options: Any) -> int:
 
 @pytest.mark.parametrize("rule", [SLTT, OTTT_A, OTTT_O, FPTT(0.5), OSTL], ids=lambda rule: rule.name)
 def test_what_is_held_for_backward_does_not_grow_with_the_sequence(rule: Rule) -> None:
-    assert most_held(rule, 240, chunk=8) <= 1.1 * most_held(rule, 24, chunk=8)
+    assert peak_saved_bytes(rule, 240, chunk=8) <= 1.1 * peak_saved_bytes(rule, 24, chunk=8)
 
 
 def test_what_bptt_holds_grows_with_the_sequence() -> None:
-    assert most_held(BPTT, 240) > 5 * most_held(BPTT, 24)
+    assert peak_saved_bytes(BPTT, 240) > 5 * peak_saved_bytes(BPTT, 24)
 
 
 # Around the update.

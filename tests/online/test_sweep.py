@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 from snnfx.online import BPTT, TBPTT, EProp, Rule, Trainer
-from support.online_models import T, close, dense_net, leaky_net, most_held, sequences, sgd
+from support.online_models import T, close, dense_net, leaky_net, peak_saved_bytes, sequences, sgd
 from support.online_oracles import PlainLIF, bptt, mse, truncated_bptt
 from support.online_training import Trained, batch_norm_net, each_case, prepared, same
 
@@ -118,7 +118,7 @@ def test_random_numbers_are_those_of_the_first_run(dropout: Any) -> None:
 
 @pytest.mark.parametrize("rule", [EProp, BPTT, TBPTT(60)], ids=lambda rule: rule.name)
 def test_what_is_held_for_backward_does_not_grow_with_the_sequence(rule: Rule) -> None:
-    assert most_held(leaky_net(), rule, 240, chunk=8) <= 1.1 * most_held(leaky_net(), rule, 24, chunk=8)
+    assert peak_saved_bytes(leaky_net(), rule, 240, chunk=8) <= 1.1 * peak_saved_bytes(leaky_net(), rule, 24, chunk=8)
 
 
 def test_eprop_is_run_in_chunks_without_being_asked_and_bptt_is_not() -> None:

@@ -1,4 +1,4 @@
-"""Models and small oracles that several tests of online training share."""
+"""Models and small oracles for the tests of online training."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ def leaky_net() -> nn.Sequential:
     return model
 
 
-def most_held(model: nn.Module, rule: Rule, T: int, **options: Any) -> int:
+def peak_saved_bytes(model: nn.Module, rule: Rule, T: int, **options: Any) -> int:
     trainer = Trainer(model, rule, sgd(list(model.parameters())), mse, **options)
     x_seq = torch.rand(T, N, 4)
     target = torch.rand(T, *model(x_seq[0]).shape)
@@ -38,10 +38,10 @@ def most_held(model: nn.Module, rule: Rule, T: int, **options: Any) -> int:
             if name in vars(m):
                 setattr(m, name, None if name == "z" else 0.0)
     trainer.step(x_seq[:20], target[:20])
-    held = HeldBytes()
-    with torch.autograd.graph.saved_tensors_hooks(held.pack, lambda packed: packed.value):
+    saved = SavedBytes()
+    with torch.autograd.graph.saved_tensors_hooks(saved.pack, lambda packed: packed.value):
         trainer.step(x_seq, target)
-    return held.most
+    return saved.peak
 
 
 T, N = 7, 3
@@ -104,21 +104,21 @@ def sgd(weights: list[nn.Parameter]) -> torch.optim.Optimizer:
     return torch.optim.SGD(weights, lr=0.1)
 
 
-class HeldBytes:
-    """Counts the bytes that autograd holds for backward passes, now and at most."""
+class SavedBytes:
+    """Count the bytes that autograd has saved for backward: currently, and at the peak."""
 
     def __init__(self) -> None:
-        self.now = self.most = 0
+        self.current = self.peak = 0
 
     def pack(self, tensor: Tensor) -> Any:
         counter, size = self, tensor.numel() * tensor.element_size()
-        counter.now += size
-        counter.most = max(counter.most, counter.now)
+        counter.current += size
+        counter.peak = max(counter.peak, counter.current)
 
-        class Held:
+        class Packed:
             value = tensor.detach()
 
             def __del__(self) -> None:
-                counter.now -= size
+                counter.current -= size
 
-        return Held()
+        return Packed()

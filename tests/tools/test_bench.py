@@ -1,4 +1,4 @@
-"""The benchmarks compare like with like: all sides of a case compute the same."""
+"""The benchmarks compare like with like: all implementations of a case compute the same."""
 
 from __future__ import annotations
 

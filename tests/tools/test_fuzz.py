@@ -1,4 +1,4 @@
-"""A small share of `tools/fuzz`: random models do as nets what they do stepped; and the fuzzer itself."""
+"""A few seeds of `tools/fuzz`: converted random models match stepping them; and tests of the fuzzer."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ def test_random_models_run_on_their_own() -> None:
 
 
 def broken_case() -> Case:
-    """A model that the checks find different from itself: it counts its calls where nobody looks."""
+    """A model whose net differs from stepping it, because it counts its calls in a default argument."""
     body = Body("Model", "nn.Module", ["x"], ["self.calls = lambda seen=[0]: seen.append(0) or len(seen)"])
     body.statements = ["v1 = x.abs()", "v2 = v1 * self.calls()", "v3 = v2 + 1"]
     body.result = "v3, v1"

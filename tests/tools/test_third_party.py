@@ -1,4 +1,4 @@
-"""The tool that converts models of other libraries: one line for each, verified."""
+"""`tools/bench/third_party.py` converts models of other libraries and prints one verified row per model."""
 
 from __future__ import annotations
 
