@@ -315,7 +315,7 @@ class StepTracer(fx.Tracer):
                 "SNNFX201",
                 "control flow that depends on tensor values cannot be captured",
                 where=location,
-                why=f"the forward uses `{proxy.node.name}` as a Python bool or number.",
+                why=f"`{proxy.node.name}` is used as a Python bool or number.",
                 hint="Use torch.where, or put the code into a submodule, which the net then steps without tracing.",
             )
         if value is UNKNOWN:
