@@ -3,7 +3,7 @@
 # snnfx does not depend on them. They are installed without their dependencies, which would replace a CPU build of
 # PyTorch. A library that cannot be installed gives a warning, and its tests are skipped.
 source "$(dirname "${BASH_SOURCE[0]}")/_env.sh"
-[ -x "$PY" ] || die "there is no environment in $VENV: run bash tools/test.sh first"
+[ -x "$PY" ] || die "$VENV does not exist: run bash tools/test.sh first"
 
 # peer NAME ARGUMENTS-OF-PIP...
 peer() {

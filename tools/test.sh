@@ -8,7 +8,8 @@
 # tools/_env.sh lists the other settings.
 torch_release=
 if [ "${1:-}" = --torch ]; then
-  torch_release=${2:?"--torch needs a version, for example 2.11.0"}
+  [ $# -ge 2 ] || { echo "error: --torch needs a version, for example --torch 2.11.0" >&2 && exit 1; }
+  torch_release=$2
   shift 2
   # Options for pip in SNNFX_TORCH (an index) apply to this release as well.
   case ${SNNFX_TORCH:-} in
