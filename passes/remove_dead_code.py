@@ -3,7 +3,7 @@
 Needed are the outputs of a step, the next value of every declared slot (`net.run` returns it), initial values and size
 checks, and in training the layers that update running statistics. Legal because other nodes have no effect. A slot that
 capture discovered by watching attributes is needed only if another value depends on it: an attribute that is written
-but never read is no state.
+but never read is not a state.
 """
 
 from __future__ import annotations
