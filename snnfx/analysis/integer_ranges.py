@@ -16,6 +16,7 @@ from torch.nn import functional as F
 
 from snnfx.ir.program import StepProgram
 from snnfx.neuron import BaseNode
+from snnfx.sandbox.torch_internals import has_global_forward_hooks
 from snnfx.state.hooks import has_forward_hooks
 from snnfx.state.leaf_modules import has_torch_forward
 from snnfx.state.step_calls import call_stateful
@@ -95,8 +96,7 @@ def preserves_integers(module: nn.Module) -> bool:
 
 
 def _is_hooked(module: Any) -> bool:
-    everywhere = nn.modules.module
-    hooked = bool(everywhere._global_forward_hooks or everywhere._global_forward_pre_hooks)
+    hooked = has_global_forward_hooks()
     return hooked or (isinstance(module, nn.Module) and has_forward_hooks(module))
 
 

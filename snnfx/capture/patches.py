@@ -7,7 +7,6 @@ import contextlib
 import logging
 import os
 import sys
-import types
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -17,7 +16,7 @@ from torch import nn
 from snnfx.capture.proxy import StepProxy
 from snnfx.capture.recorder import Recorder
 from snnfx.ops.step_functions import FunctionHolder, apply_autograd_function
-from snnfx.sandbox.torch_internals import pytree
+from snnfx.sandbox.torch_internals import intercepted_apply, pytree
 from snnfx.state.leaf_modules import is_leaf
 
 __all__ = [
@@ -43,39 +42,18 @@ def patched_apply(recorder: Recorder) -> Iterator[None]:
     the existing function gets new code.
     """
 
+    def has_proxies(args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
+        return not recorder.is_evaluating and any(type(a) is StepProxy for a in pytree.tree_leaves((args, kwargs)))
+
     def record(cls: type[torch.autograd.Function], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        if recorder.is_evaluating or not any(type(a) is StepProxy for a in pytree.tree_leaves((args, kwargs))):
-            return _original_apply(cls, *args, **kwargs)
         holder = next(
             (h for h in recorder.constants.values() if isinstance(h, FunctionHolder) and h.function is cls), None
         )
         holder_proxy = recorder.proxy(recorder.constant(holder or FunctionHolder(cls)))
         return recorder.create_proxy("call_function", apply_autograd_function, (holder_proxy, *args), kwargs)
 
-    outer_record = vars(_FUNCTION).get("snnfx_record_apply")
-    outer_code = _APPLY.__code__
-    _FUNCTION.snnfx_record_apply = classmethod(record)
-    _APPLY.__code__ = _RecordingApply.apply.__code__
-    try:
+    with intercepted_apply(has_proxies, record):
         yield
-    finally:
-        _APPLY.__code__ = outer_code
-        if outer_record is None:
-            del _FUNCTION.snnfx_record_apply
-        else:
-            _FUNCTION.snnfx_record_apply = outer_record
-
-
-_FUNCTION: Any = torch.autograd.Function
-_APPLY = _FUNCTION.__dict__["apply"].__func__
-_original_apply = types.FunctionType(_APPLY.__code__, _APPLY.__globals__, closure=_APPLY.__closure__)
-
-
-class _RecordingApply:
-    def apply(cls: Any, *args: Any, **kwargs: Any) -> Any:
-        """The code of `torch.autograd.Function.apply` during a trace; it runs with the globals of torch's module."""
-        super  # noqa: B018 - creates the cell `__class__` that torch's code has too; the number of cells must agree
-        return cls.snnfx_record_apply(args, kwargs)
 
 
 @contextlib.contextmanager

@@ -11,13 +11,12 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.nn import functional as F
 
 from snnfx.ops.first_derivatives import refuse_second_derivative
 from snnfx.ops.memory_format import stack_in_layout
 from snnfx.ops.step_batch_norm import batch_norm_per_step, is_dense, update_factors
 from snnfx.recompute.bit_packing import empty_steps, memory_order
-from snnfx.sandbox.torch_internals import BatchNormBase
+from snnfx.sandbox.torch_internals import BatchNormBase, check_batch_size
 
 __all__ = [
     "add_gradient_of_statistics",
@@ -49,7 +48,7 @@ def batch_statistics(x_seq: Tensor, module: BatchNormBase) -> tuple[Tensor, Tens
     if not uses_batch_statistics(module):
         return running  # type: ignore[return-value]
     if not x.is_meta:
-        F._verify_batch_size(list(x.shape))  # type: ignore[attr-defined]
+        check_batch_size(list(x.shape))
     (factor,) = update_factors(module, 1)
     updated = running if module.training and module.track_running_stats else (None, None)
     return _Statistics.apply(x_seq, *updated, factor)  # type: ignore[no-any-return]
@@ -64,7 +63,7 @@ def step_statistics(x_seq: Tensor, module: BatchNormBase) -> tuple[Tensor, Tenso
         assert mean is not None and var is not None
         return mean.expand(T, -1), var.expand(T, -1)
     if not x_seq.is_meta:
-        F._verify_batch_size(list(x_seq.shape[1:]))  # type: ignore[attr-defined]
+        check_batch_size(list(x_seq.shape[1:]))
     factors = update_factors(module, T)
     updated = running if module.training and module.track_running_stats else (None, None)
     return _Statistics.apply(x_seq, *updated, factors)  # type: ignore[no-any-return]

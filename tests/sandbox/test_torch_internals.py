@@ -532,14 +532,6 @@ def test_schema_names_arguments_and_what_they_change() -> None:
 
 # --- where private names may stand
 
-TO_REPLACE: set[str] = {
-    # Each has its name in torch_internals.py: check_batch_size, broadcast_prefix, has_global_forward_hooks.
-    "torch.nn.functional._verify_batch_size",
-    "torch.utils._pytree._broadcast_to_and_flatten",
-    "torch.nn.modules.module._global_forward_hooks",
-    "torch.nn.modules.module._global_forward_pre_hooks",
-}
-
 
 def is_private(name: str) -> bool:
     return name.startswith("_") and not name.startswith("__")
@@ -664,7 +656,6 @@ def test_private_names_stand_in_torch_internals_only() -> None:
         for path, tree in trees().items()
         if path.name != "torch_internals.py"
         for name in private_names(tree)
-        if name not in TO_REPLACE
     }
     assert elsewhere == set()
 

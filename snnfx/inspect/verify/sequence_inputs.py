@@ -9,7 +9,7 @@ from typing import Any
 from torch import Tensor
 
 from snnfx.errors import InputError
-from snnfx.sandbox.torch_internals import pytree
+from snnfx.sandbox.torch_internals import broadcast_prefix, pytree
 
 __all__ = ["SequenceInputs"]
 
@@ -98,7 +98,7 @@ def _dims_of_leaves(time_dim: Any, args: tuple[Any, ...], kwargs: dict[str, Any]
         prefix = (tuple(entries[: len(args)]), dict(zip(kwargs, entries[len(args) :], strict=False)))
         if len(entries) != len(args) + len(kwargs):
             prefix = ()
-    dims = pytree._broadcast_to_and_flatten(prefix, pytree.tree_structure((args, kwargs)))
+    dims = broadcast_prefix(prefix, pytree.tree_structure((args, kwargs)))
     if dims is None:
         raise InputError(
             "SNNFX307",
