@@ -26,6 +26,7 @@ from snnfx.functional import (
     t_last_seq_to_ann_forward,
 )
 from snnfx.state import registry
+from snnfx.state.memory_adapter import MemoryAdapter
 
 time_steps = st.integers(1, 6)
 batch_sizes = st.integers(0, 3)
@@ -444,7 +445,7 @@ def test_a_module_that_its_adapter_refuses_is_refused_before_the_first_step() ->
         def forward(self, x: Tensor) -> Tensor:
             raise AssertionError("not to be called")
 
-    class Refusing(registry.MemoryAdapter):
+    class Refusing(MemoryAdapter):
         def refuse(self, module: nn.Module, where: str) -> None:
             raise CaptureError("SNNFX205", "no single-step form", where=where)
 
