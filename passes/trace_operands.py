@@ -73,8 +73,8 @@ class TraceOperands(Pass):
             raise InputError(
                 "SNNFX616",
                 "the weights of this model cannot have traces",
-                why="the first step differs from the others.",
-                hint="Use a rule without traces, or make all steps equal.",
+                why="the graph of its first step differs from the later steps (SNNFX212).",
+                hint="Use a rule without traces, or run the same operations at every step.",
             )
         dependence = analyse_dependence(program)
         ops = weight_ops(program, dependence)

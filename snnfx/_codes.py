@@ -79,10 +79,10 @@ CODES: dict[str, CodeEntry] = {
         "def forward(self, x):\n    return torch.where(x.sum() > 0, ..., ...)",
     ),
     "SNNFX109": CodeEntry(
-        "torch.vmap refused",
+        "torch.vmap does not support this operation",
         "The node cannot be folded, and torch.vmap has no batching rule for it, so it runs in a loop over time.",
-        "h = self.gru(x)",
-        "h = self.cell(x, h)",
+        "h = self.gru(x)        # nn.GRU",
+        "h = self.cell(x, h)    # nn.GRUCell",
     ),
     "SNNFX110": CodeEntry(
         "the batch size is used as a number",
@@ -129,7 +129,7 @@ CODES: dict[str, CodeEntry] = {
     ),
     "SNNFX205": CodeEntry(
         "a module without a single-step form",
-        "The module is defined for whole sequences only, so it has no step graph. Replace it by a single-step module.",
+        "The module is defined for whole sequences only, so it has no step graph. Replace it with a single-step module.",
         "neuron.PSN(T=8)",
         "neuron.LIFNode(tau=2.0)",
     ),
@@ -449,7 +449,7 @@ CODES: dict[str, CodeEntry] = {
         "SNNFX_KERNELS=0 disables kernels. PyTorch runs the loop step by step instead, which is slower with the same "
         "result.",
         "snnfx.convert(model)(x_seq)                # on a machine without g++ and clang++",
-        "apt install g++   # or set CXX; or silence it with snnfx.convert(model, lower=None)",
+        "apt install g++   # or set CXX; or silence the warning: snnfx.convert(model, lower=None)",
     ),
     # 6xx: tools around the library
     "SNNFX601": CodeEntry(

@@ -94,8 +94,8 @@ def convert(
         lower: "auto" (default): on a CPU with a C++ compiler, a loop with element-wise steps (neurons) runs as one
             generated kernel for all time steps, forward and backward; `explain` lists these loops. None: PyTorch runs
             every step of every loop.
-        checkpoint: recomputation in the backward pass, to save memory in training. An int: save only the state every so
-            many time steps, recompute the rest; "selective": recompute everything except products (convolutions, linear
+        checkpoint: recomputation in the backward pass, to save memory in training. An int k: save only the state every
+            k time steps, recompute the rest; "selective": recompute everything except products (convolutions, linear
             layers, attention); "regions": recompute everything from the inputs of each region, with spikes saved as
             bits; "auto" (default): as little as `memory_budget` allows, nothing without a budget; None: nothing.
             Gradients are the same; random numbers are drawn and running statistics updated only once.

@@ -102,7 +102,7 @@ class Refusal:
 
     Args:
         code: a 1xx code of `CODES`.
-        reason: the reason, as a clause, e.g. "`x.mean(0)` reduces over dim 0, which is the batch".
+        reason: the reason, as a clause, e.g. "`x.mean(0)` operates along dim 0, the batch dimension".
         hint: the remedy, as a sentence, or "".
     """
 

@@ -129,7 +129,7 @@ def t_last_multi_step_forward(
         >>> t_last_multi_step_forward(torch.rand(2, 3, 5), torch.nn.Linear(3, 4)).shape
         torch.Size([2, 4, 5])
 
-    Source: SpikingJelly's documented function of that name.
+    Source: SpikingJelly's documented function of the same name.
     """
     return _step_through(x_seq, single_step_module, state, constants, time_dim=-1)
 
@@ -213,7 +213,7 @@ def seq_to_ann_forward(
         >>> seq_to_ann_forward(torch.rand(8, 3, 2), torch.t, batch_dim=1).shape  # [T, C, N] -> [T, N, C]
         torch.Size([8, 2, 3])
 
-    Source: SpikingJelly's documented function of that name.
+    Source: SpikingJelly's documented function of the same name.
     """
     chain = _check_modules(stateless_module, constants)
     T = check_sequences(x_seq, time_dim=0)
@@ -262,7 +262,7 @@ def t_last_seq_to_ann_forward(x_seq: Any, stateless_module: Modules) -> Any:
         >>> t_last_seq_to_ann_forward(torch.rand(2, 3, 5), torch.nn.Linear(3, 4)).shape
         torch.Size([2, 4, 5])
 
-    Source: SpikingJelly's documented function of that name.
+    Source: SpikingJelly's documented function of the same name.
     """
     return _map_over_time(x_seq, stateless_module, (), time_dim=-1)
 

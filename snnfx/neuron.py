@@ -90,7 +90,7 @@ def _spike_callable(owner: str, name: str, value: Any) -> SpikeCallable:
 
 
 class ElementwiseNode(MemoryModule):
-    """Base class of all element-wise neurons: states like the input, the pure step, checked hyperparameters.
+    """Base class of neurons whose step is element-wise, spiking or not.
 
     A subclass lists its `hyperparameters`, registers its states with numbers as initial values, and defines
     `advance(x, *states) -> (output, next states)`. Spiking neurons derive from `BaseNode`.

@@ -27,14 +27,14 @@ def find_layers(program: StepProgram) -> list[set[Node]]:
     """The nodes of each recurrent layer.
 
     Raises:
-        InputError: SNNFX616, the first step differs from the others.
+        InputError: SNNFX616, the graph of the first step differs from the later steps.
     """
     if program.first_step is not None:
         raise InputError(
             "SNNFX616",
-            "the layers of this model differ between steps",
-            why="the first step differs from the others.",
-            hint="Use a rule that does not depend on layers, or make all steps equal.",
+            "this model does not have the same layers at every step",
+            why="the graph of its first step differs from the later steps (SNNFX212).",
+            hint="Use a rule without layers (not OSTL), or run the same operations at every step.",
         )
     dependence = analyse_dependence(program)
     cycles = [cycle for cycle in dependence.cycles if any(map(_is_state, cycle)) and len(cycle) > 1]

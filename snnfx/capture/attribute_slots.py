@@ -96,7 +96,7 @@ class AttributeSlot:
             "SNNFX201",
             f"`{self.attribute}` of {type(self.module).__name__} changes its structure in each step",
             where=location_of_forward(self.module),
-            why="it contains state, and the states of a net are the same at every step.",
+            why="it contains state, and a net must have the same states at every step.",
             hint="Keep a fixed number of tensors in it, or register them with snnfx.MemoryModule.register_memory.",
         )
 

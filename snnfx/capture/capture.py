@@ -170,7 +170,7 @@ def _capture_once(
             "SNNFX201",
             f"each step adds state to the model, `{new[0].name}` last",
             where=location_of_forward(new[0].module),
-            why="the states of a net are the same at every step.",
+            why="a net must have the same states at every step.",
             hint="Register the states with snnfx.MemoryModule.register_memory.",
         )
     if [c.structure for c in carried] != structures:
@@ -178,8 +178,8 @@ def _capture_once(
             "SNNFX201",
             f"the structure of the carried state {', '.join(c.name for c in carried)} changes in the second step",
             where=location_of_forward(model, entry),
-            why="the states of a net are the same at every step.",
-            hint="Return the state from a step with the structure that the step takes.",
+            why="a state must have the same structure at every step.",
+            hint="Return the state with the same nesting and keys as the state argument.",
         )
     program = session.program(warm, leaves, spec, training, set(discovered))
     program.setting_reads = session.setting_reads(discovered.values())

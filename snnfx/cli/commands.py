@@ -72,7 +72,7 @@ def _parser() -> argparse.ArgumentParser:
     command = _command(commands, "explain", _explain, "report which nodes are folded, mapped or looped, and why")
     command.add_argument("--code", metavar="SNNFX103", help="print the meaning of a code; needs no model")
     command.add_argument("--T", type=int, metavar="STEPS", help="also predict the memory of a call on STEPS time steps")
-    command.add_argument("--plot", metavar="FILE.svg", help="draw memory over the execution to a file; needs --T")
+    command.add_argument("--plot", metavar="FILE.svg", help="draw the memory during the call to a file; needs --T")
     form = command.add_mutually_exclusive_group()
     form.add_argument("--markdown", action="store_true", help="print Markdown")
     form.add_argument("--json", action="store_true", help="print JSON")
@@ -108,7 +108,7 @@ def _command(commands: Any, name: str, run: Any, text: str) -> argparse.Argument
         "--batch-norm",
         default="fold",
         metavar="fold|per_step",
-        help="BatchNorm statistics in training: fold: over T*N samples (default); per_step: of each time step",
+        help="BatchNorm statistics in training; fold: over T*N samples (default); per_step: of each time step",
     )
     command.add_argument(
         "--time-dim",
@@ -127,7 +127,7 @@ def _command(commands: Any, name: str, run: Any, text: str) -> argparse.Argument
         "--checkpoint",
         default="auto",
         metavar="16|selective|regions|auto|none",
-        help="recomputation in the backward pass: a number: save the state every so many steps, recompute the rest; "
+        help="recomputation in the backward pass; a number k: save the state every k steps, recompute the rest; "
         "selective: recompute everything except convolutions, linear layers and attention; "
         "regions: recompute everything; auto: as little as the memory budget allows (default); none: nothing",
     )
@@ -143,10 +143,12 @@ def _command(commands: Any, name: str, run: Any, text: str) -> argparse.Argument
         action="append",
         metavar="mem=1",
         help="an argument and the index of the output of the previous step that it receives (nested: state=1.0); "
-        "repeat the option for each argument; none: no such argument (default: inferred)",
+        "repeat the option for each argument; none: no argument is carried (default: inferred)",
     )
     modes = ("training", "evaluation")
-    command.add_argument("--mode", choices=modes, help="default: the mode of the model; for verify: both")
+    command.add_argument(
+        "--mode", choices=modes, help="mode of the model (default: its current mode; for verify: both)"
+    )
     return command
 
 

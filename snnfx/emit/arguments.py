@@ -100,8 +100,8 @@ class Arguments:
             return [by_name[name] for name in names]
         raise InputError(
             "SNNFX307",
-            "the arguments do not fit the captured step",
-            why=f"it takes ({', '.join(names)}), nested as {program.input_spec}.",
+            "the arguments do not match the captured step",
+            why=f"the step takes ({', '.join(names)}), with the structure {program.input_spec}.",
             hint="Pass the inputs of one step, each with a time dimension, or convert with other example_inputs.",
         )
 
@@ -113,7 +113,7 @@ class Arguments:
         """
         moved: list[Tensor] = []
         if T is not None and (isinstance(T, bool) or not isinstance(T, int | torch.SymInt)):
-            raise InputError("SNNFX309", f"T={T!r}", hint="Pass the number of time steps as an int.")
+            raise InputError("SNNFX309", f"T={T!r} is not a number of time steps", hint="Pass an int above 0.")
         for name, dim, x in zip(self._tensor_names, self.tensor_dims, leaves, strict=True):
             if dim is None:
                 moved.append(x)
@@ -155,7 +155,7 @@ class Arguments:
         if isinstance(T, bool) or not isinstance(T, int):
             raise InputError("SNNFX309", f"T is a {type(T).__name__}, not an int", hint=hint)
         if T < 1:
-            raise InputError("SNNFX301", f"T={T}", hint="Give at least one time step.")
+            raise InputError("SNNFX301", f"the sequence has T={T} time steps", hint="Pass at least one time step.")
         if len(sequences) != len(self.tensor_dims):
             what = f"net.{call} got {len(sequences)} inputs"
             raise InputError("SNNFX307", what, why=f"the net takes ({names}).", hint=hint)
@@ -240,7 +240,7 @@ class Arguments:
             if isinstance(value, Tensor) and not _broadcasts(tuple(value.shape), shape):
                 raise InputError(
                     "SNNFX308",
-                    f"the state `{name}` has shape {list(value.shape)}, but a step on these inputs gives {list(shape)}",
+                    f"the state `{name}` has shape {list(value.shape)}, but a step on these inputs needs {list(shape)}",
                     why="it belongs to another batch or another model.",
                     hint="Pass the state that net.run returned for these samples, or None for the reset state.",
                 )

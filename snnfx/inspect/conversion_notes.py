@@ -34,7 +34,7 @@ __all__ = [
     "vmap_fallbacks",
 ]
 
-_STEPPED_WITH_KERNELS = "Stepped without autograd, with element-wise kernels"
+_STEPPED_WITH_KERNELS = "Stepped with element-wise kernels and a derived backward pass"
 _PAST = {"fold": "folded", "map": "mapped", "loop": "looped", "once": "computed once"}
 
 
@@ -83,7 +83,7 @@ def batch_norm_semantics(net: Net) -> Iterator[str]:
     for region in program.regions:
         for node in region.nodes:
             if node.op == "call_module" and isinstance(program.resolve(str(node.target)), BatchNormBase):
-                names.setdefault(region.kind, []).append(str(node.target))
+                names.setdefault(region.kind, []).append(f"`{node.target}`")
     if "fold" in names:
         yield (
             f'BatchNorm in {_and(names["fold"])}: training uses statistics over all T*N samples (batch_norm="fold"), '
@@ -219,7 +219,7 @@ def _how_it_runs(net: Net, region: Region) -> tuple[str, str, str]:
 
 
 def _absorbed(program: StepProgram, region: Region) -> list[str]:
-    return [describe_node(node) for node in region.nodes if node.name in region.absorbed]
+    return [f"`{describe_node(node)}`" for node in region.nodes if node.name in region.absorbed]
 
 
 def _and(names: Iterable[str], most: int = 6) -> str:

@@ -77,7 +77,7 @@ def explain(model: nn.Module, *, T: int | None = None, **options: Unpack[Convert
         [('1', 'SNNFX107')]
     """
     if T is not None and (isinstance(T, bool) or not isinstance(T, int) or T < 1):
-        raise InputError("SNNFX301", f"T={T!r}", hint="Pass a number of time steps, an int above 0.")
+        raise InputError("SNNFX301", f"T={T!r} is not a number of time steps", hint="Pass an int above 0.")
     if isinstance(model, Net):
         return _report_on(model, T, options.get("example_inputs"))
     given: dict[str, Any] = dict(options)

@@ -75,7 +75,7 @@ class Rule:
         trace_leak: "post": the leak of the neuron that the weight feeds; "pre": the leak of the neuron that emits the
             operand; or a number.
         trace_inputs: whether weights on the network's input have a trace as well.
-        trace_bias: whether biases have one (the operand of a bias is 1 at every step).
+        trace_bias: whether biases have a trace (the operand of a bias is 1 at every step).
         signal: spatial credit: how the learning signal reaches a neuron. "spatial": by backpropagation through the
             layers of the same step. "readout": only through the non-spiking layers between the neuron and the output.
         update: update schedule. "end": one update after the sequence; an int K: after every K steps and at the end;

@@ -61,8 +61,8 @@ def fptt_online_training(
 
     Raises:
         InputError: before the first update: SNNFX610 (input and target differ in length), SNNFX611 (the loss is not a
-            scalar), SNNFX612 (the optimizer has other parameters than the model), SNNFX613 (`w_ra` does not match the
-            optimizer), SNNFX309 (another argument is invalid).
+            scalar), SNNFX612 (the optimizer has parameters that are not in the model), SNNFX613 (`w_ra` does not match
+            the optimizer), SNNFX309 (another argument is invalid).
 
     Source: Kag & Saligrama 2021, ICML; Yin et al. 2021, arXiv:2112.11231. The variant "reference" reproduces the
     results of SpikingJelly 2.0.0's function of the same name.
@@ -106,7 +106,7 @@ def ottt_online_training(
 
     Raises:
         InputError: before the first update: SNNFX610 (input and target differ in length), SNNFX611 (the loss is not a
-            scalar), SNNFX612 (the optimizer has other parameters than the model).
+            scalar), SNNFX612 (the optimizer has parameters that are not in the model).
 
     Source: Xiao et al. 2022, arXiv:2210.04195. On models with SpikingJelly's OTTT modules, it reproduces the results of
     SpikingJelly 2.0.0's function of the same name.

@@ -62,7 +62,7 @@ class Trainer:
 
     Args:
         model: a converted net, any single-step model that `snnfx.convert` accepts, or a DistributedDataParallel wrapper
-            of one. A wrapper by torch.compile is ignored, since a rule runs graphs of its own.
+            of one. A torch.compile wrapper is ignored, since a rule runs its own graphs.
         rule: a `snnfx.online.Rule`.
         optimizer: over parameters of the model. Learning-rate schedulers work as usual: step them between calls.
         loss: the scalar loss of one time step, `loss(y_t, target_t)`; a pure function. It is evaluated for all steps of
@@ -94,9 +94,9 @@ class Trainer:
     Dropout: see `Rule.dropout`.
 
     Raises:
-        InputError: before anything changes: SNNFX612 (the optimizer has other parameters than the model), SNNFX614 (a
-            number of steps is out of range), SNNFX615 (the leak of a trace is not a single number), SNNFX616 (the rule
-            does not apply to the model), SNNFX309 (another argument is invalid).
+        InputError: before anything changes: SNNFX612 (the optimizer has parameters that are not in the model), SNNFX614
+            (a number of steps is out of range), SNNFX615 (the leak of a trace is not a single number), SNNFX616 (the
+            rule does not apply to the model), SNNFX309 (another argument is invalid).
 
     Example:
         >>> import torch, snnfx

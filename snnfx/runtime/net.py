@@ -190,7 +190,7 @@ class Net(SourceModule):
             `carry` of `snnfx.convert`) are in the state, not in `y_seq`.
 
         Raises:
-            InputError: the inputs do not fit (SNNFX301, 303, 305 to 307, 310), the state has other slots (SNNFX308),
+            InputError: the inputs are invalid (SNNFX301, 303, 305 to 307, 310), the state has other slots (SNNFX308),
                 or a name in `record` is unknown (SNNFX311).
 
         Example:
@@ -250,7 +250,7 @@ class Net(SourceModule):
                 one time step (`of="steps"`, `[N, *]`): a tensor, a tuple of positional arguments or a dict of keyword
                 arguments. Items are requested one at a time. For a DataLoader with labels, pass
                 `(x for x, label in loader)`.
-            of: "chunks" or "steps"; steps are stacked to chunks of the length that the chunk plan chooses.
+            of: "chunks" or "steps"; steps are stacked into chunks, whose length is chosen as for `chunk=`.
             state: the state before the first step, as for `run`; None: the reset state, or with `carry_state=True` the
                 state that the net carries. The net then updates its carried state after each chunk, as after a call.
 
@@ -260,7 +260,7 @@ class Net(SourceModule):
             records as in `run`: use `torch.no_grad()` for inference.
 
         Raises:
-            InputError: `of` or the step mode does not fit (SNNFX309); an item does not fit the inputs of the net
+            InputError: `of` or the step mode is invalid (SNNFX309); an item does not match the inputs of the net
                 (SNNFX305, 307); a chunk has no time steps (SNNFX301); no input has a time dimension, so only steps can
                 be streamed (SNNFX310); a BatchNorm in training takes its statistics over all time steps (SNNFX317, at
                 the first chunk); otherwise as for `run`.
@@ -336,7 +336,7 @@ class Net(SourceModule):
             *sequences: one tensor for each input, time first whatever `time_dim` is; only shapes are read.
 
         Raises:
-            InputError: the inputs do not fit (SNNFX301, 303, 305 to 307, 309); SNNFX318, the budget is too small.
+            InputError: the inputs are invalid (SNNFX301, 303, 305 to 307, 309); SNNFX318, the budget is too small.
         """
         self._arguments.check_time_first(T, sequences, "recompute_plan")
         return self._execution.plans.recompute_plan(T, sequences)

@@ -43,9 +43,9 @@ def net_for(net: Net, leaves: list[Tensor], given: dict[str, Any]) -> Net | None
             )
         warn_once(
             "SNNFX102",
-            f"the plan of the net (batched inputs, equal batch sizes) does not cover inputs of rank {ranks[1]}, time "
-            "included; the net is planned again for them and may map regions instead of folding them. Pass "
-            "example_inputs to plan once.",
+            f"the plan of the net assumes a batch dimension and equal batch sizes; for inputs of rank {ranks[1]}, "
+            "time included, the net is planned again and may map regions instead of folding them. Pass "
+            "example_inputs to convert to plan only once.",
             key=(id(net), ranks),
         )
         args, kwargs = _example(net, arguments.at_step(leaves, 0), given)

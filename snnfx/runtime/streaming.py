@@ -39,7 +39,7 @@ class Stream(Iterator[Any]):
 
     def __init__(self, net: Net, inputs: Iterable[Any], of: str, state: dict[str, Any] | None) -> None:
         if of not in ("chunks", "steps"):
-            raise InputError("SNNFX309", f"of={of!r}", hint='Choose "chunks" or "steps".')
+            raise InputError("SNNFX309", f"of={of!r} is not a valid value", hint='Choose "chunks" or "steps".')
         if net.options.step_mode == "s":
             what = 'a net with step_mode="s" cannot stream'
             raise InputError("SNNFX309", what, hint='Call it step by step, or convert with step_mode="m".')
@@ -133,7 +133,7 @@ class Stream(Iterator[Any]):
         """Bind an item of the stream to the inputs of the net: `(args, kwargs, tensors)`.
 
         Raises:
-            InputError: SNNFX305 or 307, the item does not fit the inputs.
+            InputError: SNNFX305 or 307, the item does not match the inputs.
         """
         names = [leaf.name for leaf in self.net.program.input_leaves]
         kwargs = dict(item) if isinstance(item, Mapping) else {}

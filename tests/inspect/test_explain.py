@@ -215,13 +215,14 @@ def test_operations_are_counted_by_the_module_that_they_are_in() -> None:
 def test_mapped_node_comes_with_code_reason_line_and_hint() -> None:
     report = explain(BatchMean(), example_inputs=torch.rand(2, 3))
     row = next(row for row in report.not_folded if row.code == "SNNFX103")
-    assert (row.what, row.kind, row.reason) == ("mean", "map", "`fc.mean(0)` works along dim 0, which is the batch")
+    assert (row.what, row.kind, row.reason) == ("mean", "map", "`fc.mean(0)` operates along dim 0, the batch dimension")
     line = Path(__file__).read_text(encoding="utf-8").splitlines()[int(row.where.rpartition(":")[2]) - 1]
     assert row.where.endswith(f"{Path(__file__).name}:{row.where.rpartition(':')[2]}")
     assert "y.mean(0)" in line
     assert row.hint in notes(report)
     assert report.coverage == (
-        "1 of 4 nodes folded into 1 region; 1 loop; 2 mapped because `fc.mean(0)` works along dim 0, which is the batch"
+        "1 of 4 nodes folded into 1 region; 1 loop; 2 mapped because `fc.mean(0)` operates along dim 0, "
+        "the batch dimension"
     )
 
 
@@ -458,10 +459,10 @@ def test_what_follows_a_shape_preserving_autograd_function_is_folded() -> None:
 
 def test_batch_norm_in_force_is_reported() -> None:
     folded = explain(ConvNet())
-    assert "BatchNorm in bn: training uses statistics over all T*N samples" in notes(folded)
+    assert "BatchNorm in `bn`: training uses statistics over all T*N samples" in notes(folded)
     assert folded.mode_differences == ()
     per_step = explain(ConvNet(), batch_norm="per_step")
-    assert "BatchNorm in bn: training uses the statistics of each time step" in notes(per_step)
+    assert "BatchNorm in `bn`: training uses the statistics of each time step" in notes(per_step)
     assert "bn: mapped in training, folded in evaluation mode." in per_step.mode_differences
     assert explain(tiny()).batch_norm == ()
 

@@ -112,7 +112,7 @@ class CallSite:
 
     def refuse_mixing(self, fact: Fact, what: str, hint: str = "") -> None:
         """Do not fold: the operation combines elements along the batch dimension."""
-        self.refuse("SNNFX103", f"{self.text} {what} dim {fact.dim}, which is the batch", hint)
+        self.refuse("SNNFX103", f"{self.text} {what} dim {fact.dim}, the batch dimension", hint)
 
     def axis(self, fact: Fact, dim: Any) -> int | None:
         """A `dim` argument counted from the left; negative where it is known to be to the right of the batch.

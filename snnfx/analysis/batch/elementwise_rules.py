@@ -205,7 +205,7 @@ class Along:
 
     def _whole(self, site: CallSite, fact: Fact) -> Value:
         if fact.batched:
-            site.refuse_mixing(fact, "works along all dimensions, including", "Name the feature dimensions in `dim`.")
+            site.refuse_mixing(fact, "operates on all dimensions, including", "Name the feature dimensions in `dim`.")
         if site[self.dim] is not None or not isinstance(self.drops, str):
             return UNKNOWN  # the meaning of an empty tuple, and so the shape, differs between operations
         return self._pack(without_batch(fact.rank if site[self.drops] not in (None, False) else Rank(0)))
@@ -216,7 +216,7 @@ class Along:
         if not keeps:
             rank = rank - len(axes)
         if fact.dim is not None and fact.dim in axes:
-            site.refuse_mixing(fact, "works along", "Use a feature dimension, e.g. dim=1, if that was not intended.")
+            site.refuse_mixing(fact, "operates along", "Use a feature dimension, e.g. dim=1, if that was not intended.")
             if self.drops is not False:
                 ones = (*(None for _ in range(fact.dim)), 1) if keeps else ()
                 return Fact(rank, varying=True, known=ones)

@@ -214,7 +214,7 @@ class LoweredStep:
         plan = list(self._training.values())[-1].plan
         tensors = f"{len(plan.saved)} tensor{'s' if len(plan.saved) != 1 else ''} of the size of the sequence"
         inputs = ", and its input" if plan.inputs else ""
-        return f"; training keeps {tensors}{inputs}"
+        return f"; training saves {tensors}{inputs}"
 
     @property
     def output_dtypes(self) -> list[torch.dtype]:

@@ -202,7 +202,7 @@ class MixedStep:
         plan = list(self._training.values())[-1].plan
         count = len(plan.values) + len(plan.states)
         inputs = ", and its input" if plan.inputs else ""
-        return f"; training keeps {count} tensor{'s' if count != 1 else ''} of all steps{inputs}"
+        return f"; training saves {count} tensor{'s' if count != 1 else ''} of all steps{inputs}"
 
     def _invariants(self, constants: Sequence[Tensor]) -> dict[int, Tensor]:
         known = {number: c.detach() for (number, _), c in zip(self.constants, constants, strict=True)}

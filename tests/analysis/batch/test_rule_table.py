@@ -1454,7 +1454,7 @@ def test_an_example_that_contradicts_the_table_vetoes() -> None:
 def test_a_reason_names_the_call_and_the_hint_says_what_to_do() -> None:
     case = Case("", lambda self, x: x.mean(0), [X3])
     (refusal,) = case.analyse("known").refusals.values()
-    assert refusal.reason == "`x.mean(0)` works along dim 0, which is the batch"
+    assert refusal.reason == "`x.mean(0)` operates along dim 0, the batch dimension"
     assert refusal.hint == "Use a feature dimension, e.g. dim=1, if that was not intended."
 
 

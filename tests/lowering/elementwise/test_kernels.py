@@ -293,7 +293,7 @@ def test_what_is_not_elementwise_is_no_single_kernel(couple: Callable[[Tensor], 
     torch.testing.assert_close(net(x_seq), stepped(x_seq))
     assert not any(isinstance(k.in_use, LoweredStep) for k in kernels_of(net))
     (note,) = snnfx.explain(net).kernels
-    assert note.startswith("Stepped without autograd") and why in note
+    assert note.startswith("Stepped with element-wise kernels") and why in note
 
 
 def test_what_draws_random_numbers_is_stepped() -> None:
@@ -665,7 +665,7 @@ def test_explain_tells_of_kernels() -> None:
     net = snnfx.convert(nn.Sequential(nn.Linear(3, 3), neuron.LIFNode()))
     assert snnfx.explain(net).kernels == ("One kernel for all time steps: loop_1, compiled at the first call.",)
     net(torch.rand(4, 2, 3)).sum().backward()
-    assert "training keeps 1 tensor" in snnfx.explain(net).kernels[0]
+    assert "training saves 1 tensor" in snnfx.explain(net).kernels[0]
     assert any(record.description.startswith("lower") for record in net.history)
 
 
