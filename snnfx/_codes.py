@@ -346,6 +346,13 @@ CODES: dict[str, CodeEntry] = {
         'snnfx.explain(model, example_inputs=x, T=16, memory_budget=1000).memory.save("memory.svg")',
         'snnfx.explain(model, example_inputs=x, T=16, memory_budget="2GiB").memory.save("memory.svg")',
     ),
+    "SNNFX325": CodeEntry(
+        "an input has another rank than the example",
+        "The net was converted with example_inputs, so its plan holds for inputs of these ranks. An input of a call has "
+        "more or fewer dimensions per time step. Without example_inputs, the net is planned once for each rank.",
+        "net = snnfx.convert(model, example_inputs=x)     # x: [N, 4]\nnet(torch.rand(T, N, 3, 4))",
+        "net = snnfx.convert(model, example_inputs=x)     # x: [N, 3, 4]\nnet(torch.rand(T, N, 3, 4))",
+    ),
     "SNNFX316": CodeEntry(
         "a kernel is differentiated twice",
         "A loop that runs as one generated kernel has a first derivative, but not a second one. The error is raised "

@@ -28,7 +28,7 @@ from snnfx.ir.serialization import copy_model, pack_programs, unpack_programs
 from snnfx.memory.allocation_failure import explain_allocation_failure, is_allocation_failure
 from snnfx.memory.chunk_plan import ChunkPlan
 from snnfx.runtime.execution import Execution
-from snnfx.runtime.replanning import capture_again, net_for
+from snnfx.runtime.replanning import PlanCache, capture_again, net_for
 from snnfx.runtime.source_module import SourceModule
 from snnfx.runtime.streaming import Stream
 from snnfx.state.carry import outputs_without, with_final_state
@@ -73,7 +73,7 @@ class Net(SourceModule):
         executable = Executable(self, self.source, programs, options)
         self.__dict__.update(history=list(history), _executable=executable)
         self._watched_settings = {mode: watch_settings(p.setting_reads, self.source) for mode, p in programs.items()}
-        self._nets_for_shapes: dict[Any, Net] = {}
+        self._nets_for_shapes = PlanCache()
         self._execution = Execution(executable)
         executable.graphs.emit()
         self._graph = executable.graphs.shown[self.training]
@@ -303,6 +303,7 @@ class Net(SourceModule):
     ) -> tuple[Any, dict[str, Any], tuple[Any, ...]]:
         """Run bound inputs: a sequence, time first, or one step in step mode "s", which ignores T."""
         if T is None or self.options.step_mode == "s":
+            self._arguments.check_ranks(leaves, time_first=False)
             return self._execution.run_step(leaves, given, state, record)
         replanned = net_for(self, leaves, given)
         if replanned is not None:
