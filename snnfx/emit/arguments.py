@@ -228,8 +228,8 @@ class Arguments:
             raise InputError(
                 "SNNFX325",
                 f"the input `{name}` has shape {list(x.shape)}",
-                why=f"the model was converted with example_inputs, where it has {len(example)} dimensions {steps}, like "
-                f"[{', '.join([*time, *map(str, example)])}].",
+                why=f"the model was converted with example_inputs, where it has {len(example)} dimensions {steps}, "
+                f"like [{', '.join([*time, *map(str, example)])}].",
                 hint=f"Pass `{name}` with {len(time) + len(example)} dimensions, or convert the model again with "
                 "example_inputs like one step of this input.",
             )
