@@ -98,6 +98,14 @@ CODES: dict[str, CodeEntry] = {
         "net = snnfx.convert(model)",
         "net = snnfx.convert(model, example_inputs=(x,))",
     ),
+    "SNNFX115": CodeEntry(
+        "the forward may loop over time",
+        "A loop in the forward resembles a loop over time, but it may also belong to the step, for example a recurrence "
+        "over features or over the iterations of a fixed point. The net runs the loop at every time step. If it is a "
+        "loop over time, move its body to a method and pass its name as entry, or pass example_inputs of ONE step.",
+        "def forward(self, x):\n    for t in range(T):\n        h = self.cell(self.embed(x)[:, t], h)",
+        'def step(self, x):\n    return self.lif(self.fc(x))\n\nsnnfx.convert(model, entry="step")',
+    ),
     # 2xx: capture
     "SNNFX201": CodeEntry(
         "the model cannot be traced",
@@ -114,10 +122,11 @@ CODES: dict[str, CodeEntry] = {
     ),
     "SNNFX203": CodeEntry(
         "the forward loops over time itself",
-        "One stateful module is called many times in sequence within one forward, so the model already runs a whole "
-        "sequence. snnfx converts a model of ONE time step: move the body of the loop into a method and pass its name "
-        "as entry.",
-        "def forward(self, x):\n    for step in range(25):\n        spk = self.lif(self.fc(x))",
+        "The forward reads its input element by element along a dimension, runs the same operations on each element, "
+        "and carries values from one iteration to the next; or it calls a neuron on the same value again and again. So "
+        "it already runs a whole sequence. snnfx converts a model of ONE time step: move the body of the loop into a "
+        "method and pass its name as entry.",
+        "def forward(self, x):\n    for t in range(len(x)):\n        spk = self.lif(self.fc(x[t]))",
         'def step(self, x):\n    return self.lif(self.fc(x))\n\nsnnfx.convert(model, entry="step")',
     ),
     "SNNFX204": CodeEntry(
@@ -345,6 +354,13 @@ CODES: dict[str, CodeEntry] = {
         "caller supplies the initial state, or the budget is too small. The message names the reason.",
         'snnfx.explain(model, example_inputs=x, T=16, memory_budget=1000).memory.save("memory.svg")',
         'snnfx.explain(model, example_inputs=x, T=16, memory_budget="2GiB").memory.save("memory.svg")',
+    ),
+    "SNNFX325": CodeEntry(
+        "an input has another rank than the example",
+        "The net was converted with example_inputs, so its plan holds for inputs of these ranks. An input of a call has "
+        "more or fewer dimensions per time step. Without example_inputs, the net is planned once for each rank.",
+        "net = snnfx.convert(model, example_inputs=x)     # x: [N, 4]\nnet(torch.rand(T, N, 3, 4))",
+        "net = snnfx.convert(model, example_inputs=x)     # x: [N, 3, 4]\nnet(torch.rand(T, N, 3, 4))",
     ),
     "SNNFX316": CodeEntry(
         "a kernel is differentiated twice",

@@ -13,6 +13,7 @@ becomes the program of the first step.
 from __future__ import annotations
 
 import contextlib
+import warnings
 from collections.abc import Iterator, Mapping
 from dataclasses import replace
 from typing import Any
@@ -28,7 +29,7 @@ from snnfx.capture.graph_matching import GraphMatch
 from snnfx.capture.patches import watched_training_flag
 from snnfx.capture.step_arguments import CarriedLeaf, carried_arguments, step_arguments
 from snnfx.capture.tracer import SubmoduleNotTraceable
-from snnfx.errors import CaptureError, InputError
+from snnfx.errors import CaptureError, InputError, SnnfxWarning
 from snnfx.ir.edits import add_placeholder
 from snnfx.ir.program import InputLeaf, Slot, StepProgram, results_of
 from snnfx.sandbox.isolation import autocast_cache_disabled
@@ -149,6 +150,8 @@ def _capture_once(
     session = CaptureSession(model, entry, arguments, opaque, fake_mode, carried)
     discovered: dict[str, AttributeSlot] = {}
     cold, cold_discoveries = session.trace(discovered, warm=False)
+    if session.time_loop is not None and training:  # once for both modes
+        warnings.warn(f"SNNFX115 {session.time_loop.warning()}", SnnfxWarning, stacklevel=7)
     values = dict(zip(cold.slot_values, results_of(cold.graph)[1], strict=True))
     for attribute in cold_discoveries:
         discovered[attribute.name] = attribute

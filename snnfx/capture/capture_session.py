@@ -13,6 +13,7 @@ from snnfx.capture.attribute_slots import AttributeSlot, is_number, known_value
 from snnfx.capture.leaf_module_states import owners
 from snnfx.capture.proxy import StepProxy
 from snnfx.capture.step_arguments import CarriedLeaf, carried_output
+from snnfx.capture.time_loops import TimeLoop, find_time_loop
 from snnfx.capture.trace_faults import raise_internal_fault
 from snnfx.capture.tracer import StepTracer, SubmoduleNotTraceable
 from snnfx.ir.program import InitialAttribute, InputLeaf, Slot, StepProgram, results_of
@@ -56,6 +57,8 @@ class CaptureSession:
         self.reads: dict[tuple[nn.Module, str], tuple[Any, str]] = {}
         self.set_before_read: set[tuple[nn.Module, str]] = set()
         """Attributes that every step sets before it reads them."""
+        self.time_loop: TimeLoop | None = None
+        """A part of the cold trace that may be a loop over time."""
         self._written: set[str] = set()
         self.accessed_before_call: set[str] = set()
         """Leaf modules whose state the model accesses before it calls them; their slots are matched too."""
@@ -123,10 +126,14 @@ class CaptureSession:
             accessed_before_call = tracer.leaf_states.accessed_before_call
             try:
                 changed = self._trace(tracer, discovered, warm, shapes or {})
-            except Exception:
+            except Exception as error:
+                if not warm:
+                    _refuse_time_loop(tracer, error)
                 if warm or accessed_before_call <= self.accessed_before_call:
                     raise
             else:
+                if not warm:
+                    self.time_loop = _refuse_time_loop(tracer)
                 if warm or accessed_before_call <= self.accessed_before_call:
                     self._refuse_reads_of_growing_containers(discovered, shapes or {})
                     return tracer, changed
@@ -335,3 +342,18 @@ def _outermost_stateful(model: nn.Module, opaque: dict[str, str]) -> list[tuple[
                 covered = (*covered, prefix)
             outermost.append((prefix, module, adapter, leaf))
     return outermost
+
+
+def _refuse_time_loop(tracer: StepTracer, error: Exception | None = None) -> TimeLoop | None:
+    """Refuse a forward that certainly loops over time; returns a loop that is uncertain.
+
+    Args:
+        tracer: the tracer, after its trace.
+        error: the error with which the trace ended; a loop over time is its cause, or at least more important.
+    """
+    if getattr(tracer, "graph", None) is None:
+        return None
+    loop = find_time_loop(tracer.graph, tracer.constants, tracer.calls.sites)
+    if loop is not None and loop.is_certain:
+        raise loop.error() from error
+    return loop

@@ -6,23 +6,22 @@ last call returns the state of the next step.
 
 from __future__ import annotations
 
-import contextlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Hashable
 from dataclasses import replace
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.fx import Node
 
 from snnfx.capture.example_values import NOT_EVALUATED, ExampleValues
 from snnfx.capture.leaf_module_states import LeafModuleStates
 from snnfx.capture.proxy import UNKNOWN, StepProxy, value_of
 from snnfx.capture.recorder import Recorder
-from snnfx.errors import CaptureError
 from snnfx.ir.program import SELF_TARGET
 from snnfx.sandbox.python_rng import python_rng_state, restore_python_rng_state
 from snnfx.sandbox.torch_internals import pytree
-from snnfx.sandbox.user_code import format_location, user_calls, user_location
+from snnfx.sandbox.user_code import user_calls
 from snnfx.state.hooks import without_hooks
 from snnfx.state.step_calls import call_stateful, initial_value, opaque_initial_value
 
@@ -34,23 +33,13 @@ class StatefulCalls:
 
     Attributes:
         is_recording: whether the nodes of such a call are being recorded.
+        sites: the place in the user's code that made each call; see `user_calls`.
     """
 
     def __init__(self, recorder: Recorder, values: ExampleValues, leaf_states: LeafModuleStates) -> None:
         self.recorder, self.values, self.leaf_states = recorder, values, leaf_states
         self.is_recording = False
-        self._calls_by_site: dict[tuple[str, object], list[object]] = {}
-        self._containers: list[object] = []
-
-    @contextlib.contextmanager
-    def inside(self, module: nn.Module) -> Iterator[None]:
-        """Context for the trace of the forward of a module."""
-        containers = [object()] if isinstance(module, nn.Sequential) else []
-        self._containers += containers
-        try:
-            yield
-        finally:
-            del self._containers[len(self._containers) - len(containers) :]
+        self.sites: dict[Node, Hashable] = {}
 
     def call(
         self,
@@ -63,7 +52,6 @@ class StatefulCalls:
     ) -> Any:
         """Record one pure step of a module, update its slots, and return the output of the module."""
         recorder = self.recorder
-        self._refuse_time_loop(name)
         self.is_recording = True
         python_state = python_rng_state()
         try:
@@ -96,13 +84,13 @@ class StatefulCalls:
         if call.state is None:
             output = self.call(m, name, call_stateful, adapter, call.inputs, call.kwargs)
             return call.returns(mark_returned(output, name), tuple(recorder.slot_values[slot] for slot in slots))
-        self._refuse_time_loop(name)
         self.is_recording = True
         try:
             module = recorder.record_at(name, "get_attr", name or SELF_TARGET, (), {})
             with without_hooks(m):
                 arguments = (module, call.state, *call.inputs)
                 outputs_and_state = recorder.record_at(name, "call_function", call_stateful, arguments, call.kwargs)
+            self.sites[outputs_and_state.node] = user_calls()
             output, following = element_of(outputs_and_state, 0, name), element_of(outputs_and_state, 1, name)
             values = [element_of(following, index, name) for index in range(len(call.state))]
         finally:
@@ -138,6 +126,7 @@ class StatefulCalls:
         states = tuple(recorder.slot_values[slot] for slot in slots)
         with self.values.already_evaluated(result):
             outputs_and_state = recorder.record_at(name, "call_function", call, (module, states, *args), kwargs)
+        self.sites[outputs_and_state.node] = user_calls()
         output = element_of(outputs_and_state, 0, name)
         next_states = element_of(outputs_and_state, 1, name) if slots else None
         for index, slot in enumerate(slots):
@@ -175,22 +164,6 @@ class StatefulCalls:
                 self.recorder.slot_placeholders[slot].meta.setdefault("val", value)
         is_final = first_call and adapter.elementwise(m) and _all_like(real_args[0], result[1])
         return initial, result if is_final else UNKNOWN
-
-    def _refuse_time_loop(self, name: str) -> None:
-        calls = user_calls()
-        calls_here = self._calls_by_site.setdefault((name, calls), [])
-        # All calls of a neuron that occurs several times in one nn.Sequential count as one call of the user's code.
-        container = self._containers[-1] if self._containers else object()
-        if not calls_here or calls_here[-1] is not container:
-            calls_here.append(container)
-        if len(calls_here) >= 3 and calls:
-            raise CaptureError(
-                "SNNFX203",
-                f"one line of the forward calls `{name}` {len(calls_here)} times",
-                where=format_location(user_location()),
-                why="a stateful module in a loop means a loop over time, but snnfx converts ONE time step.",
-                hint='Move the loop body to a method, e.g. `step(self, x)`, and convert with entry="step".',
-            )
 
 
 def _slot_names(adapter: Any, m: nn.Module, name: str) -> list[str]:

@@ -369,8 +369,7 @@ class StepTracer(fx.Tracer):
         _refuse_hooks(m, name)
         python_state = python_rng_state()
         try:
-            with self.calls.inside(m):
-                result = super().call_module(m, forward, args, kwargs)
+            result = super().call_module(m, forward, args, kwargs)
             if name and python_rng_state() != python_state:
                 raise SubmoduleNotTraceable(name, _USES_PYTHON_RNG)
         except SubmoduleNotTraceable:

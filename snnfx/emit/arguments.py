@@ -20,6 +20,9 @@ from snnfx.state.carry import flatten_state, split_arguments
 
 __all__ = ["Arguments", "signature_of"]
 
+MOST_STATE_SHAPES = 64
+"""The most input shapes for which the shapes of the state are cached."""
+
 
 class Arguments:
     """The arguments and the state of calls in one mode.
@@ -206,6 +209,41 @@ class Arguments:
                 batch_size = size
         return True
 
+    def check_ranks(self, leaves: Sequence[Tensor], *, time_first: bool = True) -> None:
+        """Check that the inputs have the ranks of the example inputs of `snnfx.convert`.
+
+        Args:
+            leaves: one tensor for each placeholder.
+            time_first: the inputs are sequences with time first; otherwise they are the inputs of one step.
+
+        Raises:
+            InputError: SNNFX325, an input has another rank than in `example_inputs`.
+        """
+        for name, planned, varies, x in zip(self._tensor_names, self._planned, self.varying, leaves, strict=True):
+            time = ["T"] if varies and time_first else []
+            example = planned.example_shape
+            if example is None or x.dim() == len(time) + len(example):
+                continue
+            steps = "for each time step" if varies else "and no time dimension"
+            raise InputError(
+                "SNNFX325",
+                f"the input `{name}` has shape {list(x.shape)}",
+                why=f"the model was converted with example_inputs, where it has {len(example)} dimensions {steps}, "
+                f"like [{', '.join([*time, *map(str, example)])}].",
+                hint=f"Pass `{name}` with {len(time) + len(example)} dimensions, or convert the model again with "
+                "example_inputs like one step of this input.",
+            )
+
+    def plan_key(self, leaves: Sequence[Tensor]) -> tuple[Any, ...]:
+        """The rank of each input (time first), and which of the batch dimensions are equal; never T."""
+        ranks = tuple([x.dim() for x in leaves])
+        times = [1 if varies else 0 for varies in self.varying]
+        sizes = [x.shape[time] if x.dim() > time else None for x, time in zip(leaves, times, strict=True)]
+        if len({size for size in sizes if size is not None}) < 2:
+            return ranks, None
+        # A batch of 1 broadcasts, so that it differs in kind from other unequal batches.
+        return ranks, tuple([size if size is None or size == 1 else -1 - sizes.index(size) for size in sizes])
+
     # -- state ----------------------------------------------------------------------------------------------------
 
     def check_state(self, state: dict[str, Any] | None) -> None:
@@ -233,6 +271,8 @@ class Arguments:
             return
         key = tuple((tuple(x.shape), x.dtype) for x in steps)
         if key not in self._state_shapes:
+            if len(self._state_shapes) >= MOST_STATE_SHAPES:
+                self._state_shapes.clear()
             with isolated(self.program.source):
                 self._state_shapes[key] = shapes_of_state(self.program, steps)
         for name, shape in self._state_shapes[key].items():
@@ -278,20 +318,24 @@ class _PlannedInput:
         least_rank: the least number of dimensions.
         rank: the number of dimensions; None: any number from `least_rank` on.
         batch_dim: the batch dimension that the inputs share; None: the input has no batch.
+        example_shape: the shape of one step in `example_inputs`; None without.
     """
 
     least_rank: int
     rank: int | None
     batch_dim: int | None
+    example_shape: tuple[int, ...] | None = None
 
     @staticmethod
     def of(program: StepProgram, placeholder: str, time_dim: int | None) -> _PlannedInput:
         time = 0 if time_dim is None else 1
         rank = program.input_ranks.get(placeholder)
+        example = program.nodes_by_name[placeholder].meta.get("val") if rank is not None else None
         return _PlannedInput(
             program.requirements.get(placeholder, 0) + time,
             None if rank is None else rank + time,
             time if placeholder in program.batched_inputs else None,
+            None if example is None else tuple(example.shape),
         )
 
 

@@ -79,6 +79,17 @@ class StepLowering:
         self, x_seq: Sequence[Tensor], state: Sequence[Any] | None, constants: Sequence[Any]
     ) -> tuple[LoweringResult, bool]:
         """Lower a step: `(result, whether the result holds for inputs of other sizes)`."""
+        if not torch.is_inference_mode_enabled():
+            return self._lower(x_seq, state, constants)
+        # Later calls may train, and a recording of inference tensors has no autograd graph.
+        with torch.inference_mode(False), torch.no_grad():
+            normal = [_without_inference(c) for c in constants]
+            states = None if state is None else [_without_inference(s) for s in state]
+            return self._lower([_without_inference(x) for x in x_seq], states, normal)
+
+    def _lower(
+        self, x_seq: Sequence[Tensor], state: Sequence[Any] | None, constants: Sequence[Any]
+    ) -> tuple[LoweringResult, bool]:
         # Detached from their autograd graph: recording the backward pass must not enter it.
         constants = [c.detach().requires_grad_(c.requires_grad) if isinstance(c, Tensor) else c for c in constants]
         keep_alive = tuple(
@@ -226,6 +237,10 @@ def _model_errors_refuse() -> Iterator[None]:
             raise
         reason = f"recording its step raised {type(error).__name__}: {error}"
         raise LoweringRefused(reason.rstrip(".")) from error
+
+
+def _without_inference(value: Any) -> Any:
+    return value.clone() if isinstance(value, Tensor) and value.is_inference() else value
 
 
 def _differs(a: Tensor, b: Tensor) -> bool:

@@ -28,10 +28,12 @@ from snnfx.ir.serialization import copy_model, pack_programs, unpack_programs
 from snnfx.memory.allocation_failure import explain_allocation_failure, is_allocation_failure
 from snnfx.memory.chunk_plan import ChunkPlan
 from snnfx.runtime.execution import Execution
-from snnfx.runtime.replanning import capture_again, net_for
+from snnfx.runtime.replanning import PlanCache, capture_again, net_for
 from snnfx.runtime.source_module import SourceModule
 from snnfx.runtime.streaming import Stream
 from snnfx.state.carry import outputs_without, with_final_state
+from snnfx.state.registry import reset_net
+from snnfx.state.reset_detection import ResetDetection
 
 __all__ = ["ConvertOptions", "Net"]
 
@@ -48,6 +50,8 @@ class Net(SourceModule):
     history: list[PassRecord]
     _executable: Executable
     _replan: Callable[..., Net] | None
+    _carried: dict[str, Any] | None
+    _reset_detection: ResetDetection | None
 
     def __init__(
         self,
@@ -58,9 +62,9 @@ class Net(SourceModule):
         replan: Callable[..., Net] | None = None,
     ) -> None:
         super().__init__(source)
-        # Not by assignment: the model may have a child with this name.
-        self.__dict__["_replan"] = replan
-        self._carried: dict[str, Any] | None = None
+        # Not by assignment: the model may have children with these names.
+        self.__dict__.update(_replan=replan, _reset_detection=None)
+        self._carried = None
         self._use_programs(programs, history, options)
         expect_large_blocks()
 
@@ -73,7 +77,7 @@ class Net(SourceModule):
         executable = Executable(self, self.source, programs, options)
         self.__dict__.update(history=list(history), _executable=executable)
         self._watched_settings = {mode: watch_settings(p.setting_reads, self.source) for mode, p in programs.items()}
-        self._nets_for_shapes: dict[Any, Net] = {}
+        self._nets_for_shapes = PlanCache()
         self._execution = Execution(executable)
         executable.graphs.emit()
         self._graph = executable.graphs.shown[self.training]
@@ -303,6 +307,7 @@ class Net(SourceModule):
     ) -> tuple[Any, dict[str, Any], tuple[Any, ...]]:
         """Run bound inputs: a sequence, time first, or one step in step mode "s", which ignores T."""
         if T is None or self.options.step_mode == "s":
+            self._arguments.check_ranks(leaves, time_first=False)
             return self._execution.run_step(leaves, given, state, record)
         replanned = net_for(self, leaves, given)
         if replanned is not None:
@@ -346,11 +351,31 @@ class Net(SourceModule):
     @property
     def carried_state(self) -> dict[str, Any] | None:
         """The state carried across calls, by slot name; None: the reset state."""
+        if self._carried is None or torch.compiler.is_compiling():
+            return self._carried
+        if self._reset_detection is not None and self._reset_detection.was_reset():
+            self.reset_carried_state()
+        elif not torch.is_inference_mode_enabled() and any(map(_is_inference, self._carried.values())):
+            # Autograd does not accept tensors that a call under `torch.inference_mode` created.
+            self._carried = {k: v.clone() if _is_inference(v) else v for k, v in self._carried.items()}
         return self._carried
 
     @carried_state.setter
     def carried_state(self, state: dict[str, Any] | None) -> None:
+        if self._carried is None and not torch.compiler.is_compiling():
+            if self._reset_detection is None:
+                self.__dict__["_reset_detection"] = ResetDetection(self.source)
+            else:
+                self._reset_detection.was_reset()  # resets from before this state do not count
         self._carried = state
+
+    def reset(self) -> None:
+        """Reset the state carried across calls, like `snnfx.functional.reset_net(net)`.
+
+        `spikingjelly.activation_based.functional.reset_net` calls this method; `snntorch.utils.reset` resets the
+        carried state too.
+        """
+        reset_net(self)
 
     def reset_carried_state(self) -> None:
         """Discard the state carried across calls (`snnfx.functional.reset_net`)."""
@@ -359,7 +384,8 @@ class Net(SourceModule):
     def detach_carried_state(self) -> None:
         """Detach the state carried across calls (`snnfx.functional.detach_net`)."""
         if self._carried is not None:
-            self._carried = {k: v.detach() if isinstance(v, Tensor) else v for k, v in self._carried.items()}
+            detached = {k: v.detach() if isinstance(v, Tensor) else v for k, v in self._carried.items()}
+            self._carried = detached
 
     # -- conversion and copies ----------------------------------------------------------------------------------------
 
@@ -373,14 +399,20 @@ class Net(SourceModule):
     def __deepcopy__(self, memo: dict[int, Any]) -> Net:
         source = copy_model(self.source, memo)
         packed = pack_programs(self.programs)
-        clone = _rebuild(source, copy.deepcopy(packed, memo), self.options, self.history, self._replan)
+        carried = copy.deepcopy(self._detached_state(), memo)
+        clone = _rebuild(source, copy.deepcopy(packed, memo), self.options, self.history, self._replan, carried)
         memo[id(self)] = clone
         return clone
 
     def __reduce__(self) -> tuple[Any, ...]:
         # GraphModule would trace the module again, so pack the step programs and the model instead.
         packed = pack_programs(self.programs)
-        return _rebuild, (self.source, packed, self.options, self.history, self._replan)
+        return _rebuild, (self.source, packed, self.options, self.history, self._replan, self._detached_state())
+
+    def _detached_state(self) -> dict[str, Any] | None:
+        """The carried state for a copy of the net, without its autograd graph."""
+        state = self.carried_state
+        return state and {name: v.detach() if isinstance(v, Tensor) else v for name, v in state.items()}
 
 
 def _forward(self: Net, args: tuple[Any, ...], kwargs: dict[str, Any], T: int | None) -> Any:
@@ -394,7 +426,7 @@ def _forward(self: Net, args: tuple[Any, ...], kwargs: dict[str, Any], T: int | 
         if run is not None:
             has_time = any(arguments.varying)
             return run(self, *leaves) if has_time else run(self, *leaves, torch.arange(T, device=leaves[0].device))
-    state = self._carried if options.carry_state or options.step_mode == "s" else None
+    state = self.carried_state if options.carry_state or options.step_mode == "s" else None
     if state is not None and self.program.carried and not options.carry_state:
         # In step mode "s" the caller passes carried arguments to every call.
         explicit = {name for c in self.program.carried for name in c.slot_names()}
@@ -402,13 +434,25 @@ def _forward(self: Net, args: tuple[Any, ...], kwargs: dict[str, Any], T: int | 
     outputs, state, _ = self._execute(ordered, given, state, (), T)
     outputs = with_final_state(outputs, self.program.carried, state)
     if options.carry_state or options.step_mode == "s":
-        self._carried = state
+        self.carried_state = state
         if options.carry_state:
             self.detach_carried_state()
     return outputs
 
 
 def _rebuild(
-    source: nn.Module, packed: tuple[Any, ...], options: ConvertOptions, history: Sequence[PassRecord], replan: Any
+    source: nn.Module,
+    packed: tuple[Any, ...],
+    options: ConvertOptions,
+    history: Sequence[PassRecord],
+    replan: Any,
+    carried: dict[str, Any] | None = None,
 ) -> Net:
-    return Net(source, unpack_programs(packed, source), options, history, replan)
+    net = Net(source, unpack_programs(packed, source), options, history, replan)
+    if carried is not None:
+        net.carried_state = carried
+    return net
+
+
+def _is_inference(value: Any) -> bool:
+    return isinstance(value, Tensor) and value.is_inference()

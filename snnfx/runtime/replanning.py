@@ -2,67 +2,117 @@
 
 from __future__ import annotations
 
+import warnings
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
 from snnfx.capture.setting_reads import WatchedSetting
-from snnfx.errors import CaptureError, InputError, warn_once
+from snnfx.errors import CaptureError, InputError, SnnfxWarning, warn_once
 
 if TYPE_CHECKING:
     from snnfx.runtime.net import Net
 
-__all__ = ["capture_again", "net_for"]
+__all__ = ["PlanCache", "capture_again", "net_for"]
+
+
+MOST_PLANS = 8
+"""The most nets that a net keeps for calls that its own plan does not cover."""
+
+
+class PlanCache:
+    """The nets planned for calls that the plan of a net does not cover, the least recently used first.
+
+    A key is the rank of each input and which of their batch dimensions are equal (`Arguments.plan_key`).
+    """
+
+    def __init__(self) -> None:
+        self._nets: dict[Any, Net] = {}
+        self._announced: set[Any] = set()
+
+    def nets(self) -> list[Net]:
+        """The nets of the cache."""
+        return list(self._nets.values())
+
+    def get(self, key: Any) -> Net | None:
+        """The net of a key, which becomes the most recently used; None if there is none."""
+        net = self._nets.get(key)
+        if net is not None and not torch.compiler.is_compiling():
+            self._nets.pop(key, None)
+            self._nets[key] = net
+        return net
+
+    def put(self, key: Any, net: Net) -> None:
+        """Add a net; the least recently used nets are dropped from a full cache."""
+        self._nets[key] = net
+        for oldest in list(self._nets)[:-MOST_PLANS]:
+            self._nets.pop(oldest, None)
+
+    def is_new(self, ranks: Any) -> bool:
+        """Whether this is the first question about inputs of these ranks."""
+        is_new = ranks not in self._announced
+        self._announced.add(ranks)
+        return is_new
 
 
 def net_for(net: Net, leaves: list[Tensor], given: dict[str, Any]) -> Net | None:
-    """The net planned for inputs of these shapes; None if the plan of `net` covers them.
+    """The net planned for inputs of these ranks and batch sizes; None if the plan of `net` covers them.
 
     Args:
-        net: caches the nets planned for other shapes.
+        net: caches the nets planned for other inputs.
         leaves: the tensor inputs of a call, time first.
         given: the carried arguments of the call.
 
     Raises:
-        InputError: the batch sizes differ and the model fails with them (SNNFX303), or the net cannot be planned again
-            (SNNFX306).
-        CaptureError: the model cannot be captured with these shapes.
+        InputError: an input has another rank than in `example_inputs` (SNNFX325), the batch sizes differ and the model
+            fails with them (SNNFX303), or the net cannot be planned again (SNNFX306).
+        CaptureError: the model cannot be captured with these inputs.
     """
     arguments = net._arguments
     if arguments.covered(leaves):
         return None
-    key = tuple(tuple(x.shape) for x in leaves)
-    ranks = (net.training, tuple(x.dim() for x in leaves))
-    if key not in net._nets_for_shapes:
-        if net._replan is None:
-            raise InputError(
-                "SNNFX306",
-                f"the plan of the net does not cover inputs of shapes {[list(x.shape) for x in leaves]}",
-                hint="Convert the model with example_inputs of these shapes.",
-            )
-        warn_once(
-            "SNNFX102",
-            f"the plan of the net assumes a batch dimension and equal batch sizes; for inputs of rank {ranks[1]}, "
-            "time included, the net is planned again and may map regions instead of folding them. Pass "
-            "example_inputs to convert to plan only once.",
-            key=(id(net), ranks),
+    arguments.check_ranks(leaves)
+    key = arguments.plan_key(leaves)
+    planned = net._nets_for_shapes.get(key)
+    if planned is None:
+        planned = _planned_again(net, leaves, given)
+        net._nets_for_shapes.put(key, planned)
+    return planned
+
+
+def _planned_again(net: Net, leaves: list[Tensor], given: dict[str, Any]) -> Net:
+    """Plan a net again for the inputs of a call."""
+    arguments = net._arguments
+    if net._replan is None:
+        raise InputError(
+            "SNNFX306",
+            f"the plan of the net does not cover inputs of shapes {[list(x.shape) for x in leaves]}",
+            hint="Convert the model with example_inputs of these shapes.",
         )
-        args, kwargs = _example(net, arguments.at_step(leaves, 0), given)
-        try:
-            net._nets_for_shapes[key] = net._replan(net, args, kwargs)
-        except CaptureError as error:
-            sizes = arguments.batch_sizes(leaves)
-            if len(set(sizes.values())) < 2:
-                raise
-            raise InputError(
-                "SNNFX303",
-                "the batch sizes of the inputs differ",
-                where=", ".join(f"`{name}`: {size}" for name, size in sizes.items()),
-                why=f"one step of the model fails with them: {error.why or error.what}",
-                hint="Give all inputs the same batch size.",
-            ) from error
-    return net._nets_for_shapes[key]
+    ranks = tuple(x.dim() for x in leaves)
+    if net._nets_for_shapes.is_new(ranks):
+        warnings.warn(
+            "SNNFX102 the plan of the net (batched inputs, equal batch sizes) does not cover inputs of rank "
+            f"{ranks}, time included; the net is planned again for them and may map regions instead of folding them. "
+            "Pass example_inputs to plan once.",
+            SnnfxWarning,
+            stacklevel=2,
+        )
+    args, kwargs = _example(net, arguments.at_step(leaves, 0), given)
+    try:
+        return net._replan(net, args, kwargs)
+    except CaptureError as error:
+        sizes = arguments.batch_sizes(leaves)
+        if len(set(sizes.values())) < 2:
+            raise
+        raise InputError(
+            "SNNFX303",
+            "the batch sizes of the inputs differ",
+            where=", ".join(f"`{name}`: {size}" for name, size in sizes.items()),
+            why=f"one step of the model fails with them: {error.why or error.what}",
+            hint="Give all inputs the same batch size.",
+        ) from error
 
 
 # Compiled code detects changed settings too, but cannot capture the model as part of one graph (fullgraph=True).

@@ -41,6 +41,9 @@ _SEQUENCE_NEURONS = ("StateLeaky", "LinearLeaky", "AssociativeLeaky", "LeakyPara
 class SnnTorchAdapter:
     """Steps the single-step neurons: `Leaky`, `Synaptic`, `Alpha`, `Lapicque`, `RLeaky`, `RSynaptic`, `SLSTM`, ..."""
 
+    is_reset_by_assignment = True
+    """`snntorch.utils.reset` assigns new tensors to the state buffers of all neurons; see `ResetDetection`."""
+
     def __init__(self, family: str) -> None:
         self.family = family
 
