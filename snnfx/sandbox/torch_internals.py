@@ -46,6 +46,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._python_dispatch import _disable_current_modes as disable_dispatch_modes
 
 __all__ = [
+    "AccumulateGrad",
     "AdaptiveAvgPoolBase",
     "AdaptiveMaxPoolBase",
     "AvgPoolBase",
@@ -68,6 +69,7 @@ __all__ = [
     "are_transforms_active",
     "broadcast_prefix",
     "check_batch_size",
+    "current_autograd_node",
     "current_backward_pass",
     "decompositions",
     "disable_dispatch_modes",
@@ -90,13 +92,16 @@ __all__ = [
     "is_forward_mode_enabled",
     "pytree",
     "saved_tensors_hooks",
+    "sequence_number",
     "tracing_state",
     "unset_fake_temporarily",
     "without_compile_wrapper",
 ]
 
 # Aliases, not wrapper functions: torch.compile recognises these objects.
+AccumulateGrad: Any = torch._C._functions.AccumulateGrad
 are_transforms_active = torch._C._are_functorch_transforms_active
+current_autograd_node = torch._C._current_autograd_node
 current_backward_pass = torch._C._current_graph_task_id
 dispatch_mode_count = torch._C._len_torch_dispatch_stack
 included_dispatch_keys = torch._C._dispatch_tls_local_include_set
@@ -118,6 +123,11 @@ foreach_sub_ = torch._foreach_sub_
 def forward_mode_level() -> int:
     """Return the current level of forward-mode differentiation, or -1 outside of it."""
     return forward_ad._current_level
+
+
+def sequence_number(node: Any) -> int:
+    """Return the number of a node of an autograd graph; a thread counts the nodes that it makes."""
+    return node._sequence_nr()  # type: ignore[no-any-return]
 
 
 def has_global_forward_hooks() -> bool:

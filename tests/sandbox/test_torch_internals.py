@@ -61,6 +61,41 @@ def test_backward_pass_has_a_number_inside_its_hooks() -> None:
     assert internals.current_backward_pass() == -1
 
 
+def test_node_of_a_backward_pass_is_current_while_it_runs() -> None:
+    nodes: list[Any] = []
+
+    class Watch(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx: Any, x: Tensor) -> Tensor:
+            return x.clone()
+
+        @staticmethod
+        def backward(ctx: Any, grad: Tensor) -> Tensor:
+            nodes.append(internals.current_autograd_node())
+            return grad
+
+    x = torch.ones(2, requires_grad=True)
+    y = Watch.apply(x * 2)
+    (y * 3).sum().backward()
+    assert nodes == [y.grad_fn]
+    assert isinstance(nodes[0], torch.autograd.function.BackwardCFunction)
+    assert internals.current_autograd_node() is None
+
+
+def test_nodes_of_an_autograd_graph_are_numbered_in_order() -> None:
+    x = torch.ones(2, requires_grad=True)
+    first = x * 2
+    second = torch.autograd.graph.get_gradient_edge(first * 3).node
+    assert internals.sequence_number(first.grad_fn) < internals.sequence_number(second)
+
+
+def test_leaf_of_an_autograd_graph_is_a_variable() -> None:
+    x = torch.ones(2, requires_grad=True)
+    ((node, _),) = torch.neg(x).grad_fn.next_functions
+    assert isinstance(node, internals.AccumulateGrad)
+    assert node.variable is x
+
+
 def test_level_of_forward_mode_is_negative_outside_of_it() -> None:
     assert internals.forward_mode_level() == -1
     with forward_ad.dual_level():
