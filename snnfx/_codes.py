@@ -346,6 +346,16 @@ CODES: dict[str, CodeEntry] = {
         'snnfx.explain(model, example_inputs=x, T=16, memory_budget=1000).memory.save("memory.svg")',
         'snnfx.explain(model, example_inputs=x, T=16, memory_budget="2GiB").memory.save("memory.svg")',
     ),
+    "SNNFX325": CodeEntry(
+        "state is carried during a backward pass",
+        "A net that carries its state across calls (carry_state=True, or step_mode=\"s\") was called while a backward "
+        "pass runs, mostly by torch.utils.checkpoint, which runs its function again to recompute its intermediates. The "
+        "net already has the state after the first run, so the second run would give other values, wrong gradients and "
+        "a state that is advanced twice. The error is raised before anything is changed: the net carries the state "
+        "after the first run. Use the option checkpoint= of snnfx.convert, or pass the state explicitly.",
+        "net = snnfx.convert(model, carry_state=True); checkpoint(net, x_seq, use_reentrant=False).sum().backward()",
+        'net = snnfx.convert(model, carry_state=True, checkpoint="regions"); net(x_seq).sum().backward()',
+    ),
     "SNNFX316": CodeEntry(
         "a kernel is differentiated twice",
         "A loop that runs as one generated kernel has a first derivative, but not a second one. The error is raised "

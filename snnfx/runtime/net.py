@@ -27,6 +27,7 @@ from snnfx.ir.program import Region, StepProgram
 from snnfx.ir.serialization import copy_model, pack_programs, unpack_programs
 from snnfx.memory.allocation_failure import explain_allocation_failure, is_allocation_failure
 from snnfx.memory.chunk_plan import ChunkPlan
+from snnfx.runtime.backward_pass import refuse_to_carry_state_in_backward
 from snnfx.runtime.execution import Execution
 from snnfx.runtime.replanning import capture_again, net_for
 from snnfx.runtime.source_module import SourceModule
@@ -386,6 +387,8 @@ class Net(SourceModule):
 def _forward(self: Net, args: tuple[Any, ...], kwargs: dict[str, Any], T: int | None) -> Any:
     """Run a whole sequence from the reset state, or from the carried state with `carry_state=True`."""
     options = self.options
+    if options.carry_state or options.step_mode == "s":
+        refuse_to_carry_state_in_backward()
     leaves, ordered, given, T = self._bind_call(args, kwargs, T)
     arguments = self._arguments
     # The chunk plan holds only for inputs that the plan of the net covers.

@@ -15,6 +15,7 @@ from functools import partial
 from typing import Any
 
 import torch
+import torch.utils.checkpoint
 from torch import nn
 from torch._C import _AutoDispatchBelowAutograd as BelowAutograd
 from torch._C import _ForceDispatchKeyGuard as DispatchKeyGuard
@@ -69,6 +70,7 @@ __all__ = [
     "are_transforms_active",
     "broadcast_prefix",
     "check_batch_size",
+    "checkpoint_as_plain_call",
     "current_autograd_node",
     "current_backward_pass",
     "decompositions",
@@ -256,3 +258,61 @@ def _lookup_of_forward(wants: Wants, replacement: Replacement) -> Iterator[None]
             del metaclass.__getattribute__
         else:
             metaclass.__getattribute__ = outer
+
+
+_CHECKPOINT: Any = torch.utils.checkpoint
+_CheckpointFunction = _CHECKPOINT.CheckpointFunction
+_checkpoint_phases = _CHECKPOINT._checkpoint_without_reentrant_generator
+_checkpoint_lock = threading.Lock()
+_checkpoint_users = 0
+
+
+class _OfThread(threading.local):
+    depth = 0
+
+
+_plain_checkpoint = _OfThread()
+
+
+class _PlainCheckpointFunction:
+    """Stands for the autograd function of `torch.utils.checkpoint.checkpoint(..., use_reentrant=True)`."""
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(_CheckpointFunction, name)
+
+    @staticmethod
+    def apply(function: Callable[..., Any], preserve_rng_state: bool, *args: Any) -> Any:
+        if _plain_checkpoint.depth:
+            return function(*args)
+        return _CheckpointFunction.apply(function, preserve_rng_state, *args)
+
+
+def _plain_checkpoint_phases(*args: Any, **kwargs: Any) -> Iterator[None]:
+    """Stands for the work of `checkpoint(..., use_reentrant=False)` before and after the call of the function."""
+    return iter((None,)) if _plain_checkpoint.depth else _checkpoint_phases(*args, **kwargs)
+
+
+_plain_checkpoint_function = _PlainCheckpointFunction()
+
+
+@contextlib.contextmanager
+def checkpoint_as_plain_call() -> Iterator[None]:
+    """Let `torch.utils.checkpoint.checkpoint(function, *args)` only call the function, in this thread.
+
+    `checkpoint` finds both of its implementations among the globals of its module.
+    """
+    global _checkpoint_users
+    with _checkpoint_lock:
+        _checkpoint_users += 1
+        _CHECKPOINT.CheckpointFunction = _plain_checkpoint_function
+        _CHECKPOINT._checkpoint_without_reentrant_generator = _plain_checkpoint_phases
+    _plain_checkpoint.depth += 1
+    try:
+        yield
+    finally:
+        _plain_checkpoint.depth -= 1
+        with _checkpoint_lock:
+            _checkpoint_users -= 1
+            if not _checkpoint_users:
+                _CHECKPOINT.CheckpointFunction = _CheckpointFunction
+                _CHECKPOINT._checkpoint_without_reentrant_generator = _checkpoint_phases
