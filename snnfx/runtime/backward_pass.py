@@ -2,14 +2,21 @@
 
 from __future__ import annotations
 
+from collections.abc import Collection
+
 from snnfx.errors import InputError
 from snnfx.sandbox.torch_internals import current_backward_pass
 
-__all__ = ["refuse_to_carry_state_in_backward"]
+__all__ = ["is_in_backward_pass", "refuse_to_carry_state_in_backward"]
 
 
-def refuse_to_carry_state_in_backward() -> None:
-    """Refuse to carry state during a backward pass, before anything is changed.
+def is_in_backward_pass() -> bool:
+    """Whether this thread runs a backward pass now."""
+    return current_backward_pass() != -1
+
+
+def refuse_to_carry_state_in_backward(slots: Collection[str]) -> None:
+    """Refuse to carry the state of these slots, if any, before a call has changed anything.
 
     `torch.utils.checkpoint` runs its function a second time in the backward pass. The net has the state after the first
     run by then, so the second run would compute other values and other gradients, and advance the state once more.
@@ -17,12 +24,12 @@ def refuse_to_carry_state_in_backward() -> None:
     Raises:
         InputError: SNNFX325.
     """
-    if current_backward_pass() != -1:
+    if slots:
         raise InputError(
             "SNNFX325",
-            "a net that carries its state was called during a backward pass",
+            f"a net that carries its state ({', '.join(sorted(slots))}) was called during a backward pass",
             why="torch.utils.checkpoint runs its function again in the backward pass, but the net already has the state "
             "after the first run. The carried state is unchanged.",
-            hint="Checkpoint with snnfx.convert(model, checkpoint=..., carry_state=True), or pass the state explicitly: "
+            hint="Convert with checkpoint=..., or pass the state explicitly: "
             "y_seq, state = checkpoint(net.run, x_seq, state=state, use_reentrant=False).",
         )

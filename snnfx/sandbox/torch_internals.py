@@ -67,6 +67,7 @@ __all__ = [
     "SpectralNormParametrization",
     "TorchDispatchMode",
     "UnsupportedOperatorException",
+    "add_autograd_batch",
     "are_transforms_active",
     "broadcast_prefix",
     "check_batch_size",
@@ -90,9 +91,12 @@ __all__ = [
     "has_global_hooks",
     "included_dispatch_keys",
     "intercepted_apply",
+    "is_batched_by_autograd",
     "is_batched_by_vmap",
     "is_forward_mode_enabled",
+    "level_of_autograd_batch",
     "pytree",
+    "remove_autograd_batch",
     "saved_tensors_hooks",
     "sequence_number",
     "tracing_state",
@@ -108,6 +112,7 @@ current_backward_pass = torch._C._current_graph_task_id
 dispatch_mode_count = torch._C._len_torch_dispatch_stack
 included_dispatch_keys = torch._C._dispatch_tls_local_include_set
 excluded_dispatch_keys = torch._C._dispatch_tls_local_exclude_set
+is_batched_by_autograd = torch._C._functorch.is_legacy_batchedtensor
 is_batched_by_vmap = torch._C._functorch.is_batchedtensor
 is_forward_mode_enabled = forward_ad._is_fwd_grad_enabled
 saved_tensors_hooks = torch._C._autograd._top_saved_tensors_default_hooks
@@ -120,6 +125,27 @@ foreach_lerp = torch._foreach_lerp
 foreach_mul_ = torch._foreach_mul_
 foreach_sub = torch._foreach_sub
 foreach_sub_ = torch._foreach_sub_
+_MAX_AUTOGRAD_LEVELS = 64
+
+
+def level_of_autograd_batch(gradient: Any) -> tuple[int, int]:
+    """Return the innermost level at which a tensor is batched by torch.autograd, and the size of the batch."""
+    for level in range(_MAX_AUTOGRAD_LEVELS, 0, -1):
+        # A tensor that is not batched at this level is expanded to the given size.
+        first, second = (torch._remove_batch_dim(gradient, level, size, 0).shape[0] for size in (1, 2))
+        if first == second:
+            return level, first
+    raise RuntimeError("the tensor is not batched by torch.autograd")
+
+
+def remove_autograd_batch(gradient: Any, level: int, size: int) -> Any:
+    """Return a tensor whose dimension 0 is the batch of a level; a tensor without this batch is expanded."""
+    return torch._remove_batch_dim(gradient, level, size, 0)
+
+
+def add_autograd_batch(gradient: Any, level: int) -> Any:
+    """Make dimension 0 of a tensor its batch of a level."""
+    return torch._add_batch_dim(gradient, 0, level)
 
 
 def forward_mode_level() -> int:
@@ -289,7 +315,11 @@ class _PlainCheckpointFunction:
 
 def _plain_checkpoint_phases(*args: Any, **kwargs: Any) -> Iterator[None]:
     """Stands for the work of `checkpoint(..., use_reentrant=False)` before and after the call of the function."""
-    return iter((None,)) if _plain_checkpoint.depth else _checkpoint_phases(*args, **kwargs)
+    return _no_phases() if _plain_checkpoint.depth else _checkpoint_phases(*args, **kwargs)
+
+
+def _no_phases() -> Iterator[None]:
+    yield  # a generator, since `checkpoint` throws the errors of the function into it
 
 
 _plain_checkpoint_function = _PlainCheckpointFunction()
