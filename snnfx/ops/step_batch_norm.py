@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from snnfx.ops.batched_gradients import for_each_gradient
 from snnfx.ops.buffer_pool import empty_like
-from snnfx.sandbox.torch_internals import BatchNormBase
+from snnfx.sandbox.torch_internals import BatchNormBase, are_transforms_active
 
 __all__ = ["batch_norm_per_step", "is_dense", "normalize_steps", "update_factors"]
 
@@ -21,8 +21,8 @@ __all__ = ["batch_norm_per_step", "is_dense", "normalize_steps", "update_factors
 def batch_norm_per_step(x_seq: Tensor, module: BatchNormBase) -> Tensor:
     """BatchNorm over `[T, N, C, *]` with the statistics of each step, equal to T successive calls.
 
-    The running statistics take T updates. Under torch.compile this is done in closed form (Ioffe & Szegedy 2015 for one
-    update), also for SyncBatchNorm: with momentum m, `r_T = (1-m)^T r_0 + sum_t m (1-m)^(T-1-t) stat_t`.
+    The running statistics take T updates. Under torch.compile and torch.func this is done in closed form (Ioffe &
+    Szegedy 2015 for one update), also for SyncBatchNorm: with momentum m, `r_T = (1-m)^T r_0 + sum_t m (1-m)^(T-1-t) stat_t`.
 
     Args:
         x_seq: `[T, N, C, *]`.
@@ -37,7 +37,8 @@ def batch_norm_per_step(x_seq: Tensor, module: BatchNormBase) -> Tensor:
     count = x_seq[0].numel() // x_seq.shape[2]
     if module.training and count <= 1:
         return torch.stack([module(x) for x in x_seq.unbind(0)])  # torch raises its own error
-    if not torch.compiler.is_compiling() and not isinstance(module, nn.SyncBatchNorm):
+    is_transformed = torch.compiler.is_compiling() or are_transforms_active()
+    if not is_transformed and not isinstance(module, nn.SyncBatchNorm):
         return normalize_steps(x_seq, module)
     y, variance, mean = _normalized(x_seq, module.weight, module.bias, module.eps)
     if module.training and module.track_running_stats and module.running_mean is not None:

@@ -68,6 +68,11 @@ def image_net() -> nn.Module:
     return nn.Sequential(*layers)
 
 
+def untracked_norm_net() -> nn.Module:
+    norm = nn.BatchNorm1d(C, track_running_stats=False)
+    return nn.Sequential(nn.Linear(C, C), norm, lif(), nn.Linear(C, 2))
+
+
 MODELS: dict[str, tuple[Callable[[], nn.Module], dict[str, Any]]] = {
     "kernel": (lambda: nn.Sequential(nn.Linear(C, C), lif()), {}),
     "stepped": (lambda: nn.Sequential(nn.Linear(C, C), lif()), {"lower": None}),
@@ -80,6 +85,7 @@ MODELS: dict[str, tuple[Callable[[], nn.Module], dict[str, Any]]] = {
     "selective": (lambda: nn.Sequential(nn.Linear(C, C), lif(), nn.Linear(C, C), lif()), {"checkpoint": "selective"}),
     "chunks recomputed": (lambda: nn.Sequential(nn.Linear(C, C), lif()), {"checkpoint": 2}),
     "mixed loop recomputed": (Recurrent, {"checkpoint": 2}),
+    "norm without running statistics": (untracked_norm_net, {"batch_norm": "per_step"}),
     "images": (image_net, {"batch_norm": "per_step"}),
 }
 
@@ -148,10 +154,13 @@ def test_jacobian_vectorized(name: str) -> None:
     torch.testing.assert_close(actual, expected, atol=1e-10, rtol=1e-10)
 
 
-@pytest.mark.parametrize("name", [n for n in MODELS if n not in ("images",)])
-def test_jacrev(name: str) -> None:
+@pytest.mark.parametrize("training", [True, False])
+@pytest.mark.parametrize("name", MODELS)
+def test_jacrev(name: str, training: bool) -> None:
     model, net, x_seq = make(name)
-    net, model = net.eval(), model.eval()
+    net, model = net.train(training), model.train(training)
+    if training and any(getattr(m, "track_running_stats", False) for m in model.modules()):
+        pytest.skip("torch.func cannot update running statistics, neither of the net nor of the model")
 
     def stepped(x_seq: Tensor) -> Tensor:
         return step_model(fresh_copy(model), x_seq).sum((0, 1))
