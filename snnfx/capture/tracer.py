@@ -112,7 +112,7 @@ class StepTracer(fx.Tracer):
         self._prepare, self._finish = prepare, finish
         self._paths = {module: name for name, module in root.named_modules()}
         reads = recorded_reads(self, self.leaf_states, self.reads)
-        # In a graph, checkpointing is an option of the net; recomputation in the middle of a step would see later state.
+        # The net has its own recomputation; a checkpoint inside a step would run its function with later state.
         plain = checkpoint_as_plain_call()
         with quiet_fake_tensors(), patched_apply(self), patched_isinstance(), patched_factories(self), reads, plain:
             rng_state = torch.get_rng_state()

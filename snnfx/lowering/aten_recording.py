@@ -221,12 +221,14 @@ class _Recorder(TorchDispatchMode):
             with self:
                 return replacement(*args, **kwargs)
         written = _mutated_tensors(func, args, kwargs)
-        numbered = pytree.tree_map(
+        new_args, new_kwargs = pytree.tree_map(
             lambda a: ValueReference(self.number(a)) if isinstance(a, Tensor) else a, (args, kwargs)
         )
         for tensor in written:
             self._check_write(name, tensor)
-        call = AtenCall(func, *numbered, in_custom_backward=isinstance(current_autograd_node(), BackwardCFunction))
+        call = AtenCall(
+            func, new_args, new_kwargs, in_custom_backward=isinstance(current_autograd_node(), BackwardCFunction)
+        )
         results = func(*args, **kwargs)
         if not written and isinstance(results, Tensor) and any(results is tensor for tensor in tensors):
             return results  # an operator that returns its operand, such as `to`, computes nothing

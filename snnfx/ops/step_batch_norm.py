@@ -22,7 +22,8 @@ def batch_norm_per_step(x_seq: Tensor, module: BatchNormBase) -> Tensor:
     """BatchNorm over `[T, N, C, *]` with the statistics of each step, equal to T successive calls.
 
     The running statistics take T updates. Under torch.compile and torch.func this is done in closed form (Ioffe &
-    Szegedy 2015 for one update), also for SyncBatchNorm: with momentum m, `r_T = (1-m)^T r_0 + sum_t m (1-m)^(T-1-t) stat_t`.
+    Szegedy 2015 for one update), also for SyncBatchNorm: with momentum m,
+    `r_T = (1-m)^T r_0 + sum_t m (1-m)^(T-1-t) stat_t`.
 
     Args:
         x_seq: `[T, N, C, *]`.
@@ -171,8 +172,9 @@ class _NormalizeSteps(torch.autograd.Function):
         if torch.is_grad_enabled():
             return *_differentiable_gradients(x_seq, weight, bias, ctx, grad_seq), None, None, None, None
         mask, eps = list(ctx.needs_input_grad[:3]), ctx.eps
+        x_seq = _dense(x_seq)
         of_inputs = for_each_gradient(
-            lambda grads: _gradients_of_steps(grads[0], _dense(x_seq), weight, means, deviations, eps, mask), (grad_seq,)
+            lambda grads: _gradients_of_steps(grads[0], x_seq, weight, means, deviations, eps, mask), (grad_seq,)
         )
         return *of_inputs, None, None, None, None
 

@@ -217,7 +217,6 @@ class _NormalizeFunction(torch.autograd.Function):
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         refuse_second_derivative(_WHAT, _HINT)
         x_seq, mean, var, weight = ctx.saved_tensors
-        each_step = mean.dim() == 2
         if x_seq.is_meta:
             inputs = (x_seq, mean, var, weight, weight)
             needed = zip(inputs, ctx.needs_input_grad, strict=False)

@@ -105,7 +105,7 @@ __all__ = [
 ]
 
 # Aliases, not wrapper functions: torch.compile recognises these objects.
-AccumulateGrad: Any = torch._C._functions.AccumulateGrad
+AccumulateGrad: Any = torch._C._functions.AccumulateGrad  # type: ignore[attr-defined]
 are_transforms_active = torch._C._are_functorch_transforms_active
 current_autograd_node = torch._C._current_autograd_node
 current_backward_pass = torch._C._current_graph_task_id

@@ -81,7 +81,7 @@ def test_checkpoint_with_keyword_arguments_and_contexts_is_a_call() -> None:
             def run(x: Tensor, *, scale: float) -> Tensor:
                 return self.layers(x * scale)
 
-            return checkpoint(run, x, use_reentrant=False, scale=1.0, preserve_rng_state=False, determinism_check="none")
+            return checkpoint(run, x, use_reentrant=False, scale=1.0, preserve_rng_state=False, debug=False)
 
     assert_same_run(run_net(snnfx.convert(Model()), sequence()), run_stepped(Plain(), sequence()))
 

@@ -251,7 +251,8 @@ def test_backward_depends_on_an_input_sequence(
     x_seq: Tensor, recurrent: bool, kind: type, of_a_channel: bool, name: str
 ) -> None:
     a_seq = torch.rand(T, *((1, C) if of_a_channel else (N, C)), dtype=torch.float64) + 0.5
-    assert_steps(TwoInputs(function(BACKWARDS[name]), recurrent), x_seq, a_seq, kind=kind if name != "returns a constant" else None)
+    expected = None if name == "returns a constant" else kind
+    assert_steps(TwoInputs(function(BACKWARDS[name]), recurrent), x_seq, a_seq, kind=expected)
 
 
 @pytest.mark.parametrize("recurrent", [False, True])

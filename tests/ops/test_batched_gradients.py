@@ -102,8 +102,8 @@ def make(name: str) -> tuple[nn.Module, Any, Tensor]:
 def gradients_one_by_one(run: Callable[[Tensor], Tensor], leaves: list[Tensor], batch: Tensor) -> list[Tensor]:
     y = run(leaves[0])
     rows = [torch.autograd.grad(y, leaves, g, retain_graph=True, allow_unused=True) for g in batch]
-    columns = zip(*rows, strict=True)
-    return [torch.stack([torch.zeros_like(p) if g is None else g for g in c]) for p, c in zip(leaves, columns, strict=True)]
+    columns = zip(leaves, zip(*rows, strict=True), strict=True)
+    return [torch.stack([torch.zeros_like(p) if g is None else g for g in c]) for p, c in columns]
 
 
 def leaves_of(module: nn.Module, x_seq: Tensor) -> list[Tensor]:
