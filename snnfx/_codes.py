@@ -355,6 +355,16 @@ CODES: dict[str, CodeEntry] = {
         'snnfx.explain(model, example_inputs=x, T=16, memory_budget=1000).memory.save("memory.svg")',
         'snnfx.explain(model, example_inputs=x, T=16, memory_budget="2GiB").memory.save("memory.svg")',
     ),
+    "SNNFX320": CodeEntry(
+        "state is carried during a backward pass",
+        'A net that carries its state across calls (carry_state=True, or step_mode="s") was called while a backward '
+        "pass runs, mostly by torch.utils.checkpoint, which runs its function again to recompute its intermediates. The "
+        "net already has the state after the first run, so the second run would give other values, wrong gradients and "
+        "a state that is advanced twice. The error is raised before anything is changed: the net carries the state "
+        "after the first run. Use the option checkpoint= of snnfx.convert, or pass the state explicitly.",
+        "net = snnfx.convert(model, carry_state=True); checkpoint(net, x_seq, use_reentrant=False).sum().backward()",
+        'net = snnfx.convert(model, carry_state=True, checkpoint="regions"); net(x_seq).sum().backward()',
+    ),
     "SNNFX325": CodeEntry(
         "an input has another rank than the example",
         "The net was converted with example_inputs, so its plan holds for inputs of these ranks. An input of a call has "

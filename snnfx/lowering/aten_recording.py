@@ -19,9 +19,18 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd.function import BackwardCFunction
 from torch.overrides import TorchFunctionMode
 
-from snnfx.sandbox.torch_internals import BelowAutograd, TorchDispatchMode, pytree, saved_tensors_hooks
+from snnfx.sandbox.torch_internals import (
+    AccumulateGrad,
+    BelowAutograd,
+    TorchDispatchMode,
+    current_autograd_node,
+    pytree,
+    saved_tensors_hooks,
+    sequence_number,
+)
 
 __all__ = [
     "AtenCall",
@@ -79,6 +88,7 @@ class AtenCall:
         args, kwargs: its arguments.
         results: the value numbers of the returned tensors.
         positions: the position of each result in the flattened return value, which may also contain None.
+        in_custom_backward: whether the backward of an `autograd.Function` makes the call.
     """
 
     target: Any
@@ -86,6 +96,7 @@ class AtenCall:
     kwargs: dict[str, Any]
     results: list[int] = field(default_factory=list)
     positions: list[int] = field(default_factory=list)
+    in_custom_backward: bool = False
 
     @property
     def name(self) -> str:
@@ -210,12 +221,14 @@ class _Recorder(TorchDispatchMode):
             with self:
                 return replacement(*args, **kwargs)
         written = _mutated_tensors(func, args, kwargs)
-        numbered = pytree.tree_map(
+        new_args, new_kwargs = pytree.tree_map(
             lambda a: ValueReference(self.number(a)) if isinstance(a, Tensor) else a, (args, kwargs)
         )
         for tensor in written:
             self._check_write(name, tensor)
-        call = AtenCall(func, *numbered)
+        call = AtenCall(
+            func, new_args, new_kwargs, in_custom_backward=isinstance(current_autograd_node(), BackwardCFunction)
+        )
         results = func(*args, **kwargs)
         if not written and isinstance(results, Tensor) and any(results is tensor for tensor in tensors):
             return results  # an operator that returns its operand, such as `to`, computes nothing
@@ -338,6 +351,7 @@ def record_step(
         for index, tensor in enumerate(tensors):
             recorder.add_input(tensor, origin, index)
     with _recording_environment(inputs[0].device):
+        start = _number_of_next_node()
         with watch, recorder:
             outputs, following = step(*inputs, *([tuple(given)] if states is not None else []))
         for value in (*outputs, *following):
@@ -346,6 +360,8 @@ def record_step(
         results = [*outputs, *following]
         grads: dict[int, int] = {}
         if differentiate:
+            for tensor in _leaves_behind(results, recorder.constants, start):
+                recorder.number(tensor)
             grads = _record_backward(recorder, watch, results, len(outputs), [*inputs, *given])
     leaves = [recorder.number_of[id(t)] for t in (*inputs, *given)]
     constants = {v.index: n for n, v in enumerate(recorder.values) if v.origin == "constant"}
@@ -361,6 +377,45 @@ def record_step(
         recorder.baked,
         watch.reads_sizes,
     )
+
+
+def _number_of_next_node() -> int:
+    """The number of the next node that this thread adds to an autograd graph."""
+    node = torch.zeros((), requires_grad=True).view(()).grad_fn
+    assert node is not None
+    return sequence_number(node) + 1
+
+
+def _leaves_behind(results: Sequence[Tensor], constants: Sequence[Tensor], start: int) -> list[Tensor]:
+    """The leaf tensors in the autograd graph of a step.
+
+    Among them are the tensors that no call of the forward pass reads, but the backward of an `autograd.Function`.
+
+    Args:
+        results: the results of the step.
+        constants: the tensors that the forward pass reads; the search does not go behind them.
+        start: the number of the first node of the step.
+
+    Raises:
+        LoweringRefused: only the backward pass reads a tensor, and this tensor has an autograd graph of its own.
+    """
+    borders = {(t.grad_fn, t.output_nr) for t in constants if t.grad_fn is not None}
+    stack = [(t.grad_fn, t.output_nr) for t in results if t.grad_fn is not None]
+    seen = set(borders)
+    leaves: list[Tensor] = []
+    while stack:
+        edge = stack.pop()
+        if edge in seen:
+            continue
+        seen.add(edge)
+        node: Any = edge[0]
+        if isinstance(node, AccumulateGrad):
+            leaves.append(node.variable)
+            continue
+        if sequence_number(node) < start:
+            raise LoweringRefused("only its backward pass reads a tensor that has an autograd graph of its own")
+        stack.extend((following, index) for following, index in node.next_functions if following is not None)
+    return leaves
 
 
 def _record_backward(

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from snnfx.sandbox.torch_internals import is_batched_by_vmap
+from snnfx.sandbox.torch_internals import are_transforms_active, is_batched_by_autograd, is_batched_by_vmap
 
 __all__ = ["channels_last", "image_format", "row_major", "stack_in_layout", "unbind_in_layout"]
 
@@ -53,7 +53,7 @@ def _may_be_reformatted(x: Tensor) -> bool:
         or x.dtype not in _CHANNELS_LAST_DTYPES
     ):
         return False
-    return not is_batched_by_vmap(x)
+    return not (is_batched_by_vmap(x) or is_batched_by_autograd(x))
 
 
 def row_major(x: Tensor) -> Tensor:
@@ -64,7 +64,8 @@ def row_major(x: Tensor) -> Tensor:
     """
     if not isinstance(x, Tensor):
         return x
-    if x.requires_grad and torch.is_grad_enabled() and _may_be_reformatted(x) and not x.is_contiguous():
+    is_differentiated = x.requires_grad and torch.is_grad_enabled() and not are_transforms_active()
+    if is_differentiated and _may_be_reformatted(x) and not x.is_contiguous():
         return _RowMajor.apply(x)  # type: ignore[no-any-return]
     return x.contiguous()
 

@@ -11,8 +11,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from snnfx.ops.batched_gradients import for_each_gradient
 from snnfx.ops.buffer_pool import empty_like
-from snnfx.sandbox.torch_internals import BatchNormBase
+from snnfx.sandbox.torch_internals import BatchNormBase, are_transforms_active
 
 __all__ = ["batch_norm_per_step", "is_dense", "normalize_steps", "update_factors"]
 
@@ -20,8 +21,9 @@ __all__ = ["batch_norm_per_step", "is_dense", "normalize_steps", "update_factors
 def batch_norm_per_step(x_seq: Tensor, module: BatchNormBase) -> Tensor:
     """BatchNorm over `[T, N, C, *]` with the statistics of each step, equal to T successive calls.
 
-    The running statistics take T updates. Under torch.compile this is done in closed form (Ioffe & Szegedy 2015 for one
-    update), also for SyncBatchNorm: with momentum m, `r_T = (1-m)^T r_0 + sum_t m (1-m)^(T-1-t) stat_t`.
+    The running statistics take T updates. Under torch.compile and torch.func this is done in closed form (Ioffe &
+    Szegedy 2015 for one update), also for SyncBatchNorm: with momentum m,
+    `r_T = (1-m)^T r_0 + sum_t m (1-m)^(T-1-t) stat_t`.
 
     Args:
         x_seq: `[T, N, C, *]`.
@@ -36,7 +38,8 @@ def batch_norm_per_step(x_seq: Tensor, module: BatchNormBase) -> Tensor:
     count = x_seq[0].numel() // x_seq.shape[2]
     if module.training and count <= 1:
         return torch.stack([module(x) for x in x_seq.unbind(0)])  # torch raises its own error
-    if not torch.compiler.is_compiling() and not isinstance(module, nn.SyncBatchNorm):
+    is_transformed = torch.compiler.is_compiling() or are_transforms_active()
+    if not is_transformed and not isinstance(module, nn.SyncBatchNorm):
         return normalize_steps(x_seq, module)
     y, variance, mean = _normalized(x_seq, module.weight, module.bias, module.eps)
     if module.training and module.track_running_stats and module.running_mean is not None:
@@ -168,18 +171,35 @@ class _NormalizeSteps(torch.autograd.Function):
         x_seq, weight, bias, means, deviations = ctx.saved_tensors
         if torch.is_grad_enabled():
             return *_differentiable_gradients(x_seq, weight, bias, ctx, grad_seq), None, None, None, None
+        mask, eps = list(ctx.needs_input_grad[:3]), ctx.eps
         x_seq = _dense(x_seq)
-        mask = [ctx.needs_input_grad[0], ctx.needs_input_grad[1], ctx.needs_input_grad[2]]
-        grad_x = empty_like(x_seq) if mask[0] else None
-        grad_weight = grad_bias = None
-        for t, (x, grad) in enumerate(zip(x_seq.unbind(0), grad_seq.unbind(0), strict=True)):
-            g_x, g_weight, g_bias = torch.ops.aten.native_batch_norm_backward(
-                grad, x, weight, None, None, means[t], deviations[t], True, ctx.eps, mask
-            )
-            if grad_x is not None:
-                grad_x[t] = g_x
-            if mask[1]:
-                grad_weight = g_weight if grad_weight is None else grad_weight.add_(g_weight)
-            if mask[2]:
-                grad_bias = g_bias if grad_bias is None else grad_bias.add_(g_bias)
-        return grad_x, grad_weight, grad_bias, None, None, None, None
+        of_inputs = for_each_gradient(
+            lambda grads: _gradients_of_steps(grads[0], x_seq, weight, means, deviations, eps, mask), (grad_seq,)
+        )
+        return *of_inputs, None, None, None, None
+
+
+def _gradients_of_steps(
+    grad_seq: Tensor | None,
+    x_seq: Tensor,
+    weight: Tensor | None,
+    means: Tensor,
+    deviations: Tensor,
+    eps: float,
+    mask: list[bool],
+) -> list[Tensor | None]:
+    """The gradients of the sequence, weight and bias that `mask` asks for."""
+    assert grad_seq is not None
+    grad_x = empty_like(x_seq) if mask[0] else None
+    grad_weight = grad_bias = None
+    for t, (x, grad) in enumerate(zip(x_seq.unbind(0), grad_seq.unbind(0), strict=True)):
+        g_x, g_weight, g_bias = torch.ops.aten.native_batch_norm_backward(
+            grad, x, weight, None, None, means[t], deviations[t], True, eps, mask
+        )
+        if grad_x is not None:
+            grad_x[t] = g_x
+        if mask[1]:
+            grad_weight = g_weight if grad_weight is None else grad_weight.add_(g_weight)
+        if mask[2]:
+            grad_bias = g_bias if grad_bias is None else grad_bias.add_(g_bias)
+    return [grad_x, grad_weight, grad_bias]

@@ -7,11 +7,13 @@ gradient through mean and variance is `a + b x` for each element x of a channel.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from snnfx.ops.batched_gradients import for_each_gradient
 from snnfx.ops.first_derivatives import refuse_second_derivative
 from snnfx.ops.memory_format import stack_in_layout
 from snnfx.ops.step_batch_norm import batch_norm_per_step, is_dense, update_factors
@@ -156,16 +158,22 @@ class _Statistics(torch.autograd.Function):
         return mean, var
 
     @staticmethod
-    def backward(ctx: Any, grad_of_mean: Tensor | None, grad_of_var: Tensor | None) -> tuple[Tensor, None, None, None]:
+    def backward(
+        ctx: Any, grad_of_mean: Tensor | None, grad_of_var: Tensor | None
+    ) -> tuple[Tensor | None, None, None, None]:
         refuse_second_derivative(_WHAT, _HINT)
         x_seq, mean = ctx.saved_tensors
         if x_seq.is_meta:
             return _without_data(x_seq), None, None, None
-        grad = torch.zeros_like(x_seq)
-        zero = torch.zeros_like(mean)
-        grad_of_mean = zero if grad_of_mean is None else grad_of_mean
-        grad_of_var = zero if grad_of_var is None else grad_of_var
-        add_gradient_of_statistics(grad, x_seq, mean, grad_of_mean, grad_of_var, ctx.count)
+        count = ctx.count
+
+        def backward(of_statistics: Sequence[Tensor | None]) -> list[Tensor]:
+            grad = torch.zeros_like(x_seq)
+            of_mean, of_var = (torch.zeros_like(mean) if g is None else g for g in of_statistics)
+            add_gradient_of_statistics(grad, x_seq, mean, of_mean, of_var, count)
+            return [grad]
+
+        (grad,) = for_each_gradient(backward, (grad_of_mean, grad_of_var))
         return grad, None, None, None
 
 
@@ -208,37 +216,53 @@ class _NormalizeFunction(torch.autograd.Function):
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         refuse_second_derivative(_WHAT, _HINT)
         x_seq, mean, var, weight = ctx.saved_tensors
-        each_step = mean.dim() == 2
         if x_seq.is_meta:
             inputs = (x_seq, mean, var, weight, weight)
             needed = zip(inputs, ctx.needs_input_grad, strict=False)
             return *(_without_data(x) if need else None for x, need in needed), None
-        parts = _parts(x_seq, each_step)
-        as_one = len(parts) == 1 and not each_step
-        grads = [grad.flatten(0, 1)] if as_one else grad.unbind(0)
-        parts_of_grads: list[Any] = []
-        for t, (g, x) in enumerate(zip(grads, parts, strict=True)):
-            m, v = _of_step(mean, t), _of_step(var, t)
-            arguments = (g, x, weight, m, v, None, None, False, ctx.eps, [True, True, True])
-            parts_of_grads.append(torch.ops.aten.native_batch_norm_backward(*arguments))
-        of_x, of_weight, of_bias = (list(values) for values in zip(*parts_of_grads, strict=True))
-        # The gradients of weight and bias are sums of the incoming gradient, with and without the normalised input.
-        scaled, plain = torch.stack(of_weight), torch.stack(of_bias)
-        inverse = torch.rsqrt(var + ctx.eps)
-        scale = inverse if weight is None else inverse * weight
-        through_mean, through_var = -scale * plain, -0.5 * inverse * scale * scaled
-        if not each_step:
-            through_mean, through_var = through_mean.sum(0), through_var.sum(0)
-        of_x_seq = of_x[0].unflatten(0, x_seq.shape[:2]) if as_one else stack_in_layout(of_x)
-        needs = ctx.needs_input_grad
-        return (
-            of_x_seq if needs[0] else None,
-            through_mean if needs[1] else None,
-            through_var if needs[2] else None,
-            scaled.sum(0) if needs[3] else None,
-            plain.sum(0) if needs[4] else None,
-            None,
+        needs, eps = ctx.needs_input_grad, ctx.eps
+        of_inputs = for_each_gradient(
+            lambda grads: _backward_of_normalize(grads[0], x_seq, mean, var, weight, eps, needs), (grad,)
         )
+        return *of_inputs, None
+
+
+def _backward_of_normalize(
+    grad: Tensor | None,
+    x_seq: Tensor,
+    mean: Tensor,
+    var: Tensor,
+    weight: Tensor | None,
+    eps: float,
+    needs: Sequence[bool],
+) -> list[Tensor | None]:
+    """The gradients of the sequence, mean, variance, weight and bias."""
+    assert grad is not None
+    each_step = mean.dim() == 2
+    parts = _parts(x_seq, each_step)
+    as_one = len(parts) == 1 and not each_step
+    grads = [grad.flatten(0, 1)] if as_one else grad.unbind(0)
+    parts_of_grads: list[Any] = []
+    for t, (g, x) in enumerate(zip(grads, parts, strict=True)):
+        m, v = _of_step(mean, t), _of_step(var, t)
+        arguments = (g, x, weight, m, v, None, None, False, eps, [True, True, True])
+        parts_of_grads.append(torch.ops.aten.native_batch_norm_backward(*arguments))
+    of_x, of_weight, of_bias = (list(values) for values in zip(*parts_of_grads, strict=True))
+    # The gradients of weight and bias are sums of the incoming gradient, with and without the normalised input.
+    scaled, plain = torch.stack(of_weight), torch.stack(of_bias)
+    inverse = torch.rsqrt(var + eps)
+    scale = inverse if weight is None else inverse * weight
+    through_mean, through_var = -scale * plain, -0.5 * inverse * scale * scaled
+    if not each_step:
+        through_mean, through_var = through_mean.sum(0), through_var.sum(0)
+    of_x_seq = of_x[0].unflatten(0, x_seq.shape[:2]) if as_one else stack_in_layout(of_x)
+    return [
+        of_x_seq if needs[0] else None,
+        through_mean if needs[1] else None,
+        through_var if needs[2] else None,
+        scaled.sum(0) if needs[3] else None,
+        plain.sum(0) if needs[4] else None,
+    ]
 
 
 def as_non_view(y: Tensor) -> Tensor:

@@ -19,6 +19,7 @@ import torch
 from torch import Tensor, nn
 
 from snnfx.errors import warn_once
+from snnfx.ops.batched_gradients import for_each_gradient
 from snnfx.ops.first_derivatives import refuse_second_derivative
 from snnfx.recompute.batch_statistics import as_non_view
 from snnfx.recompute.bit_packing import PackedTensor, pack
@@ -111,9 +112,12 @@ class _RecomputedSegment(torch.autograd.Function):
             x if packed is None else PackedTensor(x, *packed)
             for x, packed in zip(saved[:first], ctx.packed, strict=True)
         ]
-        remaining = iter(grads)
-        of_results = [next(remaining) if is_tensor else None for is_tensor, _ in call.result_leaves]
-        of_tensors, of_parameters = backward(
-            call, inputs, saved[first:second], saved[second:], ctx.needs_input_grad[1:], of_results
-        )
-        return None, *of_tensors, *of_parameters
+        needs = ctx.needs_input_grad[1:]
+
+        def recompute(of_outputs: Sequence[Tensor | None]) -> list[Tensor | None]:
+            remaining = iter(of_outputs)
+            of_results = [next(remaining) if is_tensor else None for is_tensor, _ in call.result_leaves]
+            of_tensors, of_parameters = backward(call, inputs, saved[first:second], saved[second:], needs, of_results)
+            return [*of_tensors, *of_parameters]
+
+        return None, *for_each_gradient(recompute, grads)

@@ -27,6 +27,7 @@ from snnfx.ir.program import Region, StepProgram
 from snnfx.ir.serialization import copy_model, pack_programs, unpack_programs
 from snnfx.memory.allocation_failure import explain_allocation_failure, is_allocation_failure
 from snnfx.memory.chunk_plan import ChunkPlan
+from snnfx.runtime.backward_pass import is_in_backward_pass, refuse_to_carry_state_in_backward
 from snnfx.runtime.execution import Execution
 from snnfx.runtime.replanning import PlanCache, capture_again, net_for
 from snnfx.runtime.source_module import SourceModule
@@ -377,6 +378,13 @@ class Net(SourceModule):
         """
         reset_net(self)
 
+    def _carried_slots(self) -> set[str]:
+        """The slots whose state a call carries; in step mode "s" the caller passes carried arguments to every call."""
+        slots = {slot.name for slot in self.program.slots}
+        if self.options.carry_state:
+            return slots
+        return slots - {name for c in self.program.carried for name in c.slot_names()}
+
     def reset_carried_state(self) -> None:
         """Discard the state carried across calls (`snnfx.functional.reset_net`)."""
         self._carried = None
@@ -418,6 +426,8 @@ class Net(SourceModule):
 def _forward(self: Net, args: tuple[Any, ...], kwargs: dict[str, Any], T: int | None) -> Any:
     """Run a whole sequence from the reset state, or from the carried state with `carry_state=True`."""
     options = self.options
+    if (options.carry_state or options.step_mode == "s") and is_in_backward_pass():
+        refuse_to_carry_state_in_backward(self._carried_slots())
     leaves, ordered, given, T = self._bind_call(args, kwargs, T)
     arguments = self._arguments
     # The chunk plan holds only for inputs that the plan of the net covers.
@@ -428,9 +438,8 @@ def _forward(self: Net, args: tuple[Any, ...], kwargs: dict[str, Any], T: int | 
             return run(self, *leaves) if has_time else run(self, *leaves, torch.arange(T, device=leaves[0].device))
     state = self.carried_state if options.carry_state or options.step_mode == "s" else None
     if state is not None and self.program.carried and not options.carry_state:
-        # In step mode "s" the caller passes carried arguments to every call.
-        explicit = {name for c in self.program.carried for name in c.slot_names()}
-        state = {name: value for name, value in state.items() if name not in explicit} or None
+        carried = self._carried_slots()
+        state = {name: value for name, value in state.items() if name in carried} or None
     outputs, state, _ = self._execute(ordered, given, state, (), T)
     outputs = with_final_state(outputs, self.program.carried, state)
     if options.carry_state or options.step_mode == "s":

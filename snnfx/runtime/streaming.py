@@ -14,6 +14,7 @@ from torch import Tensor
 
 from snnfx.errors import InputError
 from snnfx.memory.checkpoint_option import refuse_statistics_over_time
+from snnfx.runtime.backward_pass import is_in_backward_pass, refuse_to_carry_state_in_backward
 from snnfx.runtime.joined_outputs import combine_reductions
 from snnfx.sandbox.torch_internals import pytree
 
@@ -61,6 +62,8 @@ class Stream(Iterator[Any]):
 
     def __next__(self) -> Any:
         net, carries = self.net, self.net.options.carry_state
+        if carries and is_in_backward_pass():
+            refuse_to_carry_state_in_backward({slot.name for slot in net.program.slots})
         self._refuse_statistics_over_time()
         args, kwargs, T = next(self._chunks)
         # Each chunk reads and updates the carried state of the net, as a call does.

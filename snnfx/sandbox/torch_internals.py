@@ -15,6 +15,7 @@ from functools import partial
 from typing import Any
 
 import torch
+import torch.utils.checkpoint
 from torch import nn
 from torch._C import _AutoDispatchBelowAutograd as BelowAutograd
 from torch._C import _ForceDispatchKeyGuard as DispatchKeyGuard
@@ -46,6 +47,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._python_dispatch import _disable_current_modes as disable_dispatch_modes
 
 __all__ = [
+    "AccumulateGrad",
     "AdaptiveAvgPoolBase",
     "AdaptiveMaxPoolBase",
     "AvgPoolBase",
@@ -65,9 +67,12 @@ __all__ = [
     "SpectralNormParametrization",
     "TorchDispatchMode",
     "UnsupportedOperatorException",
+    "add_autograd_batch",
     "are_transforms_active",
     "broadcast_prefix",
     "check_batch_size",
+    "checkpoint_as_plain_call",
+    "current_autograd_node",
     "current_backward_pass",
     "decompositions",
     "disable_dispatch_modes",
@@ -86,21 +91,28 @@ __all__ = [
     "has_global_hooks",
     "included_dispatch_keys",
     "intercepted_apply",
+    "is_batched_by_autograd",
     "is_batched_by_vmap",
     "is_forward_mode_enabled",
+    "level_of_autograd_batch",
     "pytree",
+    "remove_autograd_batch",
     "saved_tensors_hooks",
+    "sequence_number",
     "tracing_state",
     "unset_fake_temporarily",
     "without_compile_wrapper",
 ]
 
 # Aliases, not wrapper functions: torch.compile recognises these objects.
+AccumulateGrad: Any = torch._C._functions.AccumulateGrad  # type: ignore[attr-defined]
 are_transforms_active = torch._C._are_functorch_transforms_active
+current_autograd_node = torch._C._current_autograd_node
 current_backward_pass = torch._C._current_graph_task_id
 dispatch_mode_count = torch._C._len_torch_dispatch_stack
 included_dispatch_keys = torch._C._dispatch_tls_local_include_set
 excluded_dispatch_keys = torch._C._dispatch_tls_local_exclude_set
+is_batched_by_autograd = torch._C._functorch.is_legacy_batchedtensor
 is_batched_by_vmap = torch._C._functorch.is_batchedtensor
 is_forward_mode_enabled = forward_ad._is_fwd_grad_enabled
 saved_tensors_hooks = torch._C._autograd._top_saved_tensors_default_hooks
@@ -113,11 +125,37 @@ foreach_lerp = torch._foreach_lerp
 foreach_mul_ = torch._foreach_mul_
 foreach_sub = torch._foreach_sub
 foreach_sub_ = torch._foreach_sub_
+_MAX_AUTOGRAD_LEVELS = 64
+
+
+def level_of_autograd_batch(gradient: Any) -> tuple[int, int]:
+    """Return the innermost level at which a tensor is batched by torch.autograd, and the size of the batch."""
+    for level in range(_MAX_AUTOGRAD_LEVELS, 0, -1):
+        # A tensor that is not batched at this level is expanded to the given size.
+        first, second = (torch._remove_batch_dim(gradient, level, size, 0).shape[0] for size in (1, 2))
+        if first == second:
+            return level, first
+    raise RuntimeError("the tensor is not batched by torch.autograd")
+
+
+def remove_autograd_batch(gradient: Any, level: int, size: int) -> Any:
+    """Return a tensor whose dimension 0 is the batch of a level; a tensor without this batch is expanded."""
+    return torch._remove_batch_dim(gradient, level, size, 0)
+
+
+def add_autograd_batch(gradient: Any, level: int) -> Any:
+    """Make dimension 0 of a tensor its batch of a level."""
+    return torch._add_batch_dim(gradient, 0, level)
 
 
 def forward_mode_level() -> int:
     """Return the current level of forward-mode differentiation, or -1 outside of it."""
     return forward_ad._current_level
+
+
+def sequence_number(node: Any) -> int:
+    """Return the number of a node of an autograd graph; a thread counts the nodes that it makes."""
+    return node._sequence_nr()  # type: ignore[no-any-return]
 
 
 def has_global_forward_hooks() -> bool:
@@ -246,3 +284,65 @@ def _lookup_of_forward(wants: Wants, replacement: Replacement) -> Iterator[None]
             del metaclass.__getattribute__
         else:
             metaclass.__getattribute__ = outer
+
+
+_CHECKPOINT: Any = torch.utils.checkpoint
+_CheckpointFunction = _CHECKPOINT.CheckpointFunction
+_checkpoint_phases = _CHECKPOINT._checkpoint_without_reentrant_generator
+_checkpoint_lock = threading.Lock()
+_checkpoint_users = 0
+
+
+class _OfThread(threading.local):
+    depth = 0
+
+
+_plain_checkpoint = _OfThread()
+
+
+class _PlainCheckpointFunction:
+    """Stands for the autograd function of `torch.utils.checkpoint.checkpoint(..., use_reentrant=True)`."""
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(_CheckpointFunction, name)
+
+    @staticmethod
+    def apply(function: Callable[..., Any], preserve_rng_state: bool, *args: Any) -> Any:
+        if _plain_checkpoint.depth:
+            return function(*args)
+        return _CheckpointFunction.apply(function, preserve_rng_state, *args)
+
+
+def _plain_checkpoint_phases(*args: Any, **kwargs: Any) -> Iterator[None]:
+    """Stands for the work of `checkpoint(..., use_reentrant=False)` before and after the call of the function."""
+    return _no_phases() if _plain_checkpoint.depth else _checkpoint_phases(*args, **kwargs)
+
+
+def _no_phases() -> Iterator[None]:
+    yield  # a generator, since `checkpoint` throws the errors of the function into it
+
+
+_plain_checkpoint_function = _PlainCheckpointFunction()
+
+
+@contextlib.contextmanager
+def checkpoint_as_plain_call() -> Iterator[None]:
+    """Let `torch.utils.checkpoint.checkpoint(function, *args)` only call the function, in this thread.
+
+    `checkpoint` finds both of its implementations among the globals of its module.
+    """
+    global _checkpoint_users
+    with _checkpoint_lock:
+        _checkpoint_users += 1
+        _CHECKPOINT.CheckpointFunction = _plain_checkpoint_function
+        _CHECKPOINT._checkpoint_without_reentrant_generator = _plain_checkpoint_phases
+    _plain_checkpoint.depth += 1
+    try:
+        yield
+    finally:
+        _plain_checkpoint.depth -= 1
+        with _checkpoint_lock:
+            _checkpoint_users -= 1
+            if not _checkpoint_users:
+                _CHECKPOINT.CheckpointFunction = _CheckpointFunction
+                _CHECKPOINT._checkpoint_without_reentrant_generator = _checkpoint_phases

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 from typing import Any
 
+import torch
 from torch import nn
 
+from snnfx.sandbox.torch_internals import checkpoint_as_plain_call
 from snnfx.state.composite_adapter import composite_adapter
 from snnfx.state.registry import adapter_of
 from snnfx.state.stateful import State
@@ -28,8 +30,14 @@ def initial_value(module: nn.Module, index: int, *inputs: Any, **kwargs: Any) ->
 
 
 def call_opaque(module: nn.Module, state: State, *inputs: Any, **kwargs: Any) -> tuple[Any, State]:
-    """One pure step of an opaque module, with the states of all modules inside it."""
-    return composite_adapter(module).step(module, state, *inputs, **kwargs)
+    """One pure step of an opaque module, with the states of all modules inside it.
+
+    Checkpoints inside the module only call their function: the backward pass would run it with later state.
+    """
+    if torch.compiler.is_compiling():
+        return composite_adapter(module).step(module, state, *inputs, **kwargs)
+    with checkpoint_as_plain_call():
+        return composite_adapter(module).step(module, state, *inputs, **kwargs)
 
 
 def opaque_initial_value(module: nn.Module, index: int, *inputs: Any, **kwargs: Any) -> Any:

@@ -61,6 +61,88 @@ def test_backward_pass_has_a_number_inside_its_hooks() -> None:
     assert internals.current_backward_pass() == -1
 
 
+def test_node_of_a_backward_pass_is_current_while_it_runs() -> None:
+    nodes: list[Any] = []
+
+    class Watch(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx: Any, x: Tensor) -> Tensor:
+            return x.clone()
+
+        @staticmethod
+        def backward(ctx: Any, grad: Tensor) -> Tensor:
+            nodes.append(internals.current_autograd_node())
+            return grad
+
+    x = torch.ones(2, requires_grad=True)
+    y = Watch.apply(x * 2)
+    (y * 3).sum().backward()
+    assert nodes == [y.grad_fn]
+    assert isinstance(nodes[0], torch.autograd.function.BackwardCFunction)
+    assert internals.current_autograd_node() is None
+
+
+def test_nodes_of_an_autograd_graph_are_numbered_in_order() -> None:
+    x = torch.ones(2, requires_grad=True)
+    first = x * 2
+    second = torch.autograd.graph.get_gradient_edge(first * 3).node
+    assert internals.sequence_number(first.grad_fn) < internals.sequence_number(second)
+
+
+def test_leaf_of_an_autograd_graph_is_a_variable() -> None:
+    x = torch.ones(2, requires_grad=True)
+    ((node, _),) = torch.neg(x).grad_fn.next_functions
+    assert isinstance(node, internals.AccumulateGrad)
+    assert node.variable is x
+
+
+@pytest.mark.parametrize("use_reentrant", [False, True])
+def test_checkpoint_is_a_plain_call_inside_a_block_only(use_reentrant: bool) -> None:
+    calls: list[Tensor] = []
+
+    def f(x: Tensor) -> Tensor:
+        calls.append(x)
+        return x.sin()
+
+    x = torch.ones(2, requires_grad=True)
+    with internals.checkpoint_as_plain_call():
+        with internals.checkpoint_as_plain_call():
+            pass
+        y = torch.utils.checkpoint.checkpoint(f, x, use_reentrant=use_reentrant)
+    assert y.grad_fn.name() == "SinBackward0"
+    y.sum().backward()
+    assert len(calls) == 1
+    assert calls[0] is x
+    torch.utils.checkpoint.checkpoint(f, x, use_reentrant=use_reentrant).sum().backward()
+    assert len(calls) == 3
+
+
+def test_gradients_batched_by_autograd_have_a_level_and_a_size() -> None:
+    found: list[Any] = []
+
+    class Watch(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx: Any, x: Tensor) -> Tensor:
+            return x * 2
+
+        @staticmethod
+        def backward(ctx: Any, grad: Tensor) -> Tensor:
+            level, size = internals.level_of_autograd_batch(grad)
+            whole = internals.remove_autograd_batch(grad, level, size)
+            other = internals.remove_autograd_batch(torch.ones(3), level, size)
+            found.append((internals.is_batched_by_autograd(grad), level, size, whole.clone(), other.shape))
+            return internals.add_autograd_batch(whole * 2, level)
+
+    x = torch.ones(3, requires_grad=True)
+    for batch in (torch.eye(3), torch.ones(1, 3)):
+        (grad,) = torch.autograd.grad(Watch.apply(x), x, batch, is_grads_batched=True)
+        assert torch.equal(grad, 2 * batch)
+        is_batched, level, size, whole, shape = found.pop()
+        assert (is_batched, level, size, shape) == (True, 1, len(batch), (len(batch), 3))
+        assert torch.equal(whole, batch)
+    assert internals.is_batched_by_autograd(x) is False
+
+
 def test_level_of_forward_mode_is_negative_outside_of_it() -> None:
     assert internals.forward_mode_level() == -1
     with forward_ad.dual_level():

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from snnfx.lowering.elementwise.lowered_step import LoweredStep, Needs
+from snnfx.ops.batched_gradients import for_each_gradient
 from snnfx.ops.first_derivatives import refuse_second_derivative
 
 __all__ = ["run_lowered"]
@@ -89,14 +90,14 @@ class _KernelFunction(torch.autograd.Function):
         from_tensors = iter(initials)
         for k in plan.earlier:
             states[k] = next(from_tensors) if ctx.numbers[k] is None else None
-        count = len(lowered.step.expressions.outputs)
-        with torch.no_grad():
-            grad_x, grad_states, grad_constants = lowered.backward(
-                context, x_seq, states, constants, saved, grads[:count], grads[count:], ctx.shapes
-            )
-        gradients = [
-            *grad_x,
-            *(g for g, number in zip(grad_states, ctx.numbers, strict=True) if number is None),
-            *grad_constants,
-        ]
-        return (None, None, None, None, *gradients)
+        count, numbers, shapes = len(lowered.step.expressions.outputs), ctx.numbers, ctx.shapes
+
+        def backward(of_results: Sequence[Tensor | None]) -> list[Tensor | None]:
+            with torch.no_grad():
+                grad_x, grad_states, grad_constants = lowered.backward(
+                    context, x_seq, states, constants, saved, of_results[:count], of_results[count:], shapes
+                )
+            of_states = [g for g, number in zip(grad_states, numbers, strict=True) if number is None]
+            return [*grad_x, *of_states, *grad_constants]
+
+        return (None, None, None, None, *for_each_gradient(backward, grads))

@@ -289,9 +289,11 @@ class LoweredStep:
         grad_states: list[Tensor | None] = [None] * len(step.state_dtypes)
         for k, grad in grad_initials.items():
             grad_states[k] = grad if grad.shape == shapes[1][k] else grad.sum_to_size(shapes[1][k])
-        return grad_x, grad_states, self._epilogue(context.needs, constants, sums)
+        return grad_x, grad_states, self._epilogue(context.needs, T, constants, sums)
 
-    def _epilogue(self, needs: Needs, constants: Sequence[Tensor], sums: dict[int, Tensor]) -> list[Tensor | None]:
+    def _epilogue(
+        self, needs: Needs, T: int, constants: Sequence[Tensor], sums: dict[int, Tensor]
+    ) -> list[Tensor | None]:
         """Compute the gradients of constants from their sums over time."""
         if not any(needs.constants):
             return [None] * len(constants)
@@ -311,7 +313,8 @@ class LoweredStep:
                     grads.append(None)
                     continue
                 self._epilogue_for(gradient, known)
-                grads.append(known[gradient].to(constant.dtype).sum_to_size(constant.shape))
+                total = known[gradient] * T if gradient in self.step.repeated else known[gradient]
+                grads.append(total.to(constant.dtype).sum_to_size(constant.shape))
             return grads
 
     def _epilogue_for(self, number: int, known: dict[int, Tensor]) -> None:

@@ -4,7 +4,8 @@ PyTorch still runs some calls before and after the kernel. Calls that depend onl
 per-channel parameters) form the prologue: PyTorch runs them once, and their results are operands of the kernel. Calls
 that depend on inputs, states or gradients have to be element-wise. The kernel sums the gradients of constants over the
 time steps. The rest of their backward pass (sums over the batch, the derivative of `sigmoid`) forms the epilogue, which
-PyTorch runs once: legal because a derivative is linear in its incoming gradient.
+PyTorch runs once: legal because a derivative is linear in its incoming gradient. A custom backward need not be linear,
+so its calls are in the epilogue only if the operator is known to be linear.
 """
 
 from __future__ import annotations
@@ -28,6 +29,7 @@ from snnfx.lowering.aten_recording import (
 )
 from snnfx.lowering.elementwise.aten_table import ELEMENTWISE, VALUE_PRESERVING, RuleContext, compute_dtype
 from snnfx.lowering.elementwise.expressions import Builder, Expression, StepExpressions
+from snnfx.lowering.linear_calls import is_linear
 from snnfx.sandbox.torch_internals import pytree
 
 __all__ = ["Replay", "TranslatedStep", "Translator", "memory_dtype", "translate"]
@@ -88,13 +90,15 @@ class TranslatedStep:
     Args:
         expressions: the step.
         shape: the shape of one recorded step.
-        constants: the constants that prologue and epilogue read, as `(number of value, index of constant)`.
+        constants: the constants that prologue and epilogue read or that have a gradient, as
+            `(number of value, index of constant)`.
         operands: the values that are operands of the kernel.
         operand_shapes: their recorded shapes.
         prologue: computes the operands.
         sums: the values of the epilogue that the kernel sums over time, with their shapes.
         epilogue: computes the gradients of constants.
         gradients: index of a constant -> value of the epilogue that is its gradient.
+        repeated: the values of `gradients` that are the same at each step; the prologue computes them.
         differentiable: whether each output, then each state after the step, requires a gradient.
         has_fixed_sizes: whether a recorded call has sizes among its arguments, which may depend on the batch size.
     """
@@ -108,6 +112,7 @@ class TranslatedStep:
     sums: tuple[tuple[int, tuple[int, ...]], ...]
     epilogue: Replay
     gradients: dict[int, int]
+    repeated: frozenset[int]
     differentiable: tuple[bool, ...]
     has_fixed_sizes: bool
 
@@ -151,19 +156,23 @@ class Translator:
         grad_sequences = [self._gradient(n, "sequence", i) for i, n in enumerate(recording.grad_sequences)]
         grad_states = [self._gradient(n, "state", i) for i, n in enumerate(recording.grad_states)]
         epilogue: dict[int, None] = {}
-        gradients = {}
-        for index, number in recording.grad_constants.items():
-            if self.values[number].varying:
-                self._add_to_epilogue(number, epilogue)
-                gradients[index] = number
-        prologue = self._calls_needed_for([*self.operands, *self._invariant_operands(epilogue)])
+        gradients = recording.grad_constants
+        for number in gradients.values():
+            self._add_to_epilogue(number, epilogue)
+        repeated = frozenset(number for number in gradients.values() if not self.values[number].varying)
+        prologue = self._calls_needed_for([*self.operands, *repeated, *self._invariant_operands(epilogue)])
         calls = [c for c in self._calls_in_order() if any(r in epilogue for r in c.results)]
         inputs = [v for v in self.values if v.origin == "sequence"]
         grad_leaves = {(v.origin, v.index) for v in self.values if v.depends_on_grad and v.origin.startswith("grad")}
         differentiable = [("grad_output", i) in grad_leaves for i in range(len(outputs))]
         differentiable += [("grad_state", i) in grad_leaves for i in range(len(following))]
-        read = {r for call in (*prologue, *calls) for r in call.references()} | set(self.operands)
-        constants = tuple((n, v.index) for n, v in enumerate(self.values) if v.origin == "constant" and n in read)
+        read = {r for call in (*prologue, *calls) for r in call.references()} | {*self.operands, *repeated}
+        # The backward of an autograd.Function may return a gradient for a constant that no call reads.
+        constants = tuple(
+            (n, v.index)
+            for n, v in enumerate(self.values)
+            if v.origin == "constant" and (n in read or v.index in gradients)
+        )
         expressions = StepExpressions(
             sequences=tuple(memory_dtype(v.dtype) if v.dtype in _MEMORY else "unused" for v in inputs),
             operands=tuple(_MEMORY.get(self.values[n].dtype, "float64") for n in self.operands),
@@ -187,6 +196,7 @@ class Translator:
             tuple((n, self.values[n].shape) for n in self.sums),
             Replay(calls),
             gradients,
+            repeated,
             tuple(differentiable),
             any(self._has_fixed_sizes(call) for call in (*prologue, *calls)),
         )
@@ -295,12 +305,14 @@ class Translator:
 
     def _gradient(self, number: int | None, kind: str, index: int) -> Expression | None:
         """The gradient of an input or state, before the sum over dimensions in which it was broadcast."""
-        if number is None or not self.values[number].varying:
-            return None if number is None else self.expression(number)
+        if number is None:
+            return None
+        if not self.values[number].varying:
+            return self._full_expression(number)
         source = number
         while True:
             try:
-                return self.expression(source)
+                return self._full_expression(source)
             except LoweringRefused:
                 call = self.values[source].call
                 movers = ("sum", "view", "squeeze", "unsqueeze", "reshape", "_unsafe_view", "_to_copy", "expand")
@@ -308,13 +320,23 @@ class Translator:
                     raise
                 source = call.references()[0]
 
+    def _full_expression(self, number: int) -> Expression:
+        """The expression of a gradient before any sum; refuse a smaller gradient, which would be summed as if repeated.
+
+        Gradients that depend on the gradients of outputs and states are as large as these.
+        """
+        expression = self.expression(number)
+        if _element_count(self.values[number].shape) != _element_count(self.shape):
+            raise LoweringRefused("a gradient is smaller than a step before it is summed")
+        return expression
+
     def _add_to_epilogue(self, number: int, epilogue: dict[int, None]) -> None:
         """Add the calls that compute the gradient of a constant, from sums over time, to the epilogue."""
         value = self.values[number]
         if number in epilogue or number in self.sums or not value.varying:
             return
         try:
-            self.sums[number] = (self.expression(number), False)
+            self.sums[number] = (self._full_expression(number), False)
         except LoweringRefused:
             pass
         else:
@@ -322,13 +344,11 @@ class Translator:
         call = value.call
         assert call is not None
         sources = [r for r in dict.fromkeys(call.references()) if self.values[r].varying]
-        if any(not self.values[r].depends_on_grad for r in sources):
-            raise LoweringRefused(f"the gradient of a parameter needs `{call.name}` at every step")
-        if len(sources) > 1 and call.name not in ("add", "sub", "cat", "stack"):
+        if not is_linear(call, self.values):
             raise LoweringRefused(f"the gradient of a parameter needs `{call.name}` at every step")
         if call.name == "sum" and _is_scalar(value.shape):
             try:
-                self.sums[number] = (self.expression(sources[0]), True)
+                self.sums[number] = (self._full_expression(sources[0]), True)
             except LoweringRefused:
                 pass
             else:

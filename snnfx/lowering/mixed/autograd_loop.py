@@ -10,6 +10,7 @@ from torch import Tensor
 
 from snnfx.lowering.elementwise.lowered_step import Needs
 from snnfx.lowering.mixed.mixed_step import MixedStep
+from snnfx.ops.batched_gradients import for_each_gradient
 from snnfx.ops.first_derivatives import refuse_second_derivative
 
 __all__ = ["run_mixed"]
@@ -73,13 +74,17 @@ class _Loop(torch.autograd.Function):
             x_seq[i] = x
         constants = tensors[n_inputs : n_inputs + n_constants]
         saved = tensors[n_inputs + n_constants :]
-        count = len(mixed.recording.outputs)
-        grad_x, grad_states, grad_constants = mixed.backward(
-            needs, ctx.T, x_seq, constants, saved, grads[:count], grads[count:]
-        )
-        states = [
-            None if g is None else g.sum_to_size(shape)
-            for g, shape, number in zip(grad_states, ctx.shapes, ctx.numbers, strict=True)
-            if number is None
-        ]
-        return (None, None, None, None, *grad_x, *states, *grad_constants)
+        count, T, shapes, numbers = len(mixed.recording.outputs), ctx.T, ctx.shapes, ctx.numbers
+
+        def backward(of_results: Sequence[Tensor | None]) -> list[Tensor | None]:
+            grad_x, grad_states, grad_constants = mixed.backward(
+                needs, T, x_seq, constants, saved, of_results[:count], of_results[count:]
+            )
+            of_states = [
+                None if g is None else g.sum_to_size(shape)
+                for g, shape, number in zip(grad_states, shapes, numbers, strict=True)
+                if number is None
+            ]
+            return [*grad_x, *of_states, *grad_constants]
+
+        return (None, None, None, None, *for_each_gradient(backward, grads))

@@ -1,4 +1,4 @@
-"""Tables of operators (views, batched, linear), and recorded calls as functional calls."""
+"""Operators that run for all time steps at once, and recorded calls as functional calls."""
 
 from __future__ import annotations
 
@@ -9,32 +9,19 @@ import torch
 from torch import Tensor
 
 from snnfx.lowering.aten_recording import AtenCall, RecordedValue, Recording, call_as_recorded
+from snnfx.lowering.linear_calls import VIEWS
 from snnfx.sandbox.torch_internals import pytree
 
 __all__ = [
     "BATCHED",
-    "LINEAR",
-    "VIEWS",
     "FunctionalCall",
     "calls_in_order",
     "calls_needed_for",
     "without_leading_ones",
 ]
 
-VIEWS = frozenset(
-    "t transpose permute view _unsafe_view reshape _reshape_alias unsqueeze squeeze expand slice select unbind split "
-    "split_with_sizes unsafe_split unsafe_chunk chunk narrow detach alias".split()
-)
-"""Operators whose results may be views of their operand."""
-
 BATCHED = VIEWS | frozenset(("mm", "addmm", "bmm", "convolution", "convolution_backward", "cat", "stack"))
 """Operators that can run for all time steps at once if they do not depend on a state."""
-
-LINEAR = VIEWS | frozenset(
-    "mm bmm sum mean neg mul div add sub clone contiguous _to_copy cat stack select_backward slice_backward "
-    "unsqueeze_copy squeeze_copy expand_copy view_copy _weight_norm_interface_backward".split()
-)
-"""Operators that are linear in their incoming gradient, so that they commute with its sum over time."""
 
 
 def without_leading_ones(shape: Sequence[int]) -> tuple[int, ...]:

@@ -15,7 +15,8 @@ import torch
 from torch import Tensor
 
 from snnfx.lowering.aten_recording import AtenCall, Recording, resolve_references
-from snnfx.lowering.mixed.call_kinds import LINEAR, FunctionalCall
+from snnfx.lowering.linear_calls import is_linear_by_table
+from snnfx.lowering.mixed.call_kinds import FunctionalCall
 from snnfx.lowering.mixed.schedule import CallKinds
 
 __all__ = ["ConstantGradient", "plan_gradient"]
@@ -26,7 +27,8 @@ class ConstantGradient:
     """How to compute the sum over time of one value.
 
     Args:
-        how: "sum": summed in the loop; "linear": a call on sums; "product", "convolution": a call on stacked values.
+        how: "sum": summed in the loop; "linear": a call on sums; "product", "convolution": a call on stacked values;
+            "repeated": the value is the same at each step.
         number: the value.
         call: the call that computes it.
         operands: for "linear", the operands that depend on gradients.
@@ -46,23 +48,31 @@ class ConstantGradient:
             yield from operand.parts()
 
     def evaluate(
-        self, recording: Recording, sums: dict[int, Tensor], stacks: dict[int, Tensor], invariants: dict[int, Tensor]
+        self,
+        recording: Recording,
+        T: int,
+        sums: dict[int, Tensor],
+        stacks: dict[int, Tensor],
+        invariants: dict[int, Tensor],
     ) -> Tensor:
         """Compute the sum over time.
 
         Args:
             recording: the recorded step.
+            T: the number of time steps.
             sums: the sums computed so far; the result is added.
             stacks: the values at all steps, `[T, *]`.
             invariants: the values that are the same at each step.
         """
         if self.number in sums:
             return sums[self.number]
+        if self.how == "repeated":
+            return invariants[self.number] * T
         call = self.call
         assert call is not None, self
         if self.how == "linear":
             known = dict(invariants)
-            known.update((d.number, d.evaluate(recording, sums, stacks, invariants)) for d in self.operands)
+            known.update((d.number, d.evaluate(recording, T, sums, stacks, invariants)) for d in self.operands)
             functional = FunctionalCall(call, [self.number], recording)
             total = functional(
                 [resolve_references(a, known) for a in functional.args], resolve_references(call.kwargs, known)
@@ -78,6 +88,8 @@ class ConstantGradient:
 def plan_gradient(recording: Recording, kinds: CallKinds, number: int) -> ConstantGradient:
     """Plan the sum over time of a value of the backward pass."""
     values = recording.values
+    if not values[number].varying:
+        return ConstantGradient("repeated", number)
     call = values[number].call
     if call is None:
         return ConstantGradient("sum", number)
@@ -92,13 +104,8 @@ def plan_gradient(recording: Recording, kinds: CallKinds, number: int) -> Consta
         and _is_of_constant(call, number)
     ):
         return ConstantGradient("convolution", number, call, stacks=tuple(varying))
-    if call.name in ("add", "sub", "cat", "stack"):
-        is_linear = len(grad_operands) == len(call.references()) > 1
-    else:
-        is_linear = call.name in LINEAR and varying == grad_operands and len(grad_operands) == 1
-    if call.name == "div":
-        is_linear = is_linear and getattr(call.args[0], "number", None) in grad_operands
-    if not is_linear or not values[number].dtype.is_floating_point or call.results != [number]:
+    is_floating = values[number].dtype.is_floating_point
+    if not is_linear_by_table(call, values) or not is_floating or call.results != [number]:
         return ConstantGradient("sum", number)
     operands = tuple(plan_gradient(recording, kinds, r) for r in dict.fromkeys(grad_operands))
     if kinds.of(call) == "fused" and all(operand.how == "sum" for operand in operands):

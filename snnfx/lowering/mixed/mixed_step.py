@@ -137,15 +137,12 @@ class MixedStep:
         )
 
     def _plan(self, needs: Needs) -> TrainingPasses:
-        recording, values = self.recording, self.recording.values
+        recording = self.recording
         grads = [g for g, n in zip(recording.grad_sequences, needs.sequences, strict=True) if n and g is not None]
         constant_gradients: list[ConstantGradient | None] = []
         for (_, index), need in zip(self.constants, needs.constants, strict=True):
             number = recording.grad_constants.get(index) if need else None
-            is_there = number is not None and values[number].varying
-            constant_gradients.append(
-                plan_gradient(recording, self._kinds, number) if is_there and number is not None else None
-            )
+            constant_gradients.append(None if number is None else plan_gradient(recording, self._kinds, number))
         parts = [part for d in constant_gradients if d is not None for part in d.parts()]
         sums = tuple(dict.fromkeys(part.number for part in parts if part.how == "sum"))
         stacks = tuple(dict.fromkeys((*grads, *(n for part in parts for n in part.stacks))))
@@ -282,7 +279,7 @@ class MixedStep:
             grad_states[k] = final.clone() if needs.states[k] else None
         with torch.no_grad():
             grad_constants = [
-                None if d is None else d.evaluate(recording, result.sums, result.stacks, invariants)
+                None if d is None else d.evaluate(recording, T, result.sums, result.stacks, invariants)
                 for d in passes.constant_gradients
             ]
         return grad_x, grad_states, grad_constants

@@ -12,7 +12,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 from snnfx.lowering.aten_recording import AtenCall, Recording
-from snnfx.lowering.mixed.call_kinds import BATCHED, VIEWS, calls_needed_for, without_leading_ones
+from snnfx.lowering.linear_calls import VIEWS
+from snnfx.lowering.mixed.call_kinds import BATCHED, calls_needed_for, without_leading_ones
 from snnfx.lowering.mixed.fused_group import FusedGroup, is_elementwise
 
 __all__ = ["CallKinds", "LoopCarried", "PassGoal", "Schedule", "Stage"]

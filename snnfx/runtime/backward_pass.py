@@ -1,0 +1,35 @@
+"""Refuse calls that carry state across calls while a backward pass runs."""
+
+from __future__ import annotations
+
+from collections.abc import Collection
+
+from snnfx.errors import InputError
+from snnfx.sandbox.torch_internals import current_backward_pass
+
+__all__ = ["is_in_backward_pass", "refuse_to_carry_state_in_backward"]
+
+
+def is_in_backward_pass() -> bool:
+    """Whether this thread runs a backward pass now."""
+    return current_backward_pass() != -1
+
+
+def refuse_to_carry_state_in_backward(slots: Collection[str]) -> None:
+    """Refuse to carry the state of these slots, if any, before a call has changed anything.
+
+    `torch.utils.checkpoint` runs its function a second time in the backward pass. The net has the state after the first
+    run by then, so the second run would compute other values and other gradients, and advance the state once more.
+
+    Raises:
+        InputError: SNNFX320.
+    """
+    if slots:
+        raise InputError(
+            "SNNFX320",
+            f"a net that carries its state ({', '.join(sorted(slots))}) was called during a backward pass",
+            why="torch.utils.checkpoint runs its function again in the backward pass, but the net already has the "
+            "state after the first run. The carried state is unchanged.",
+            hint="Convert with checkpoint=..., or pass the state explicitly: "
+            "y_seq, state = checkpoint(net.run, x_seq, state=state, use_reentrant=False).",
+        )
