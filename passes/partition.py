@@ -19,6 +19,7 @@ from torch.fx import Node
 from snnfx.analysis.batch.equivariance import BatchAnalysis, infer_batch
 from snnfx.analysis.batch.facts import Fact, model_input
 from snnfx.analysis.batch.mixed_batch_sizes import find_mixed_batches_in_folds, has_mixed_batches_in_loop, sizes_of
+from snnfx.analysis.batch_norm_folding import folds_time_into_dim_0
 from snnfx.analysis.convex_regions import form_regions
 from snnfx.analysis.dependence import Dependence, analyse_dependence
 from snnfx.analysis.statistic_reads import is_statistic_read, update_chains
@@ -61,7 +62,7 @@ class Partition(Pass):
             node.meta.pop("refusal", None)
         refusals = dict(analysis.refusals)
         while True:
-            kinds = _kinds(program, dependence, refusals)
+            kinds = _kinds(program, dependence, refusals, self.batch_norm)
             program.regions = form_regions(program, dependence, kinds)
             mixed = find_mixed_batches_in_folds(program.regions, analysis.facts)
             if not mixed:
@@ -88,14 +89,13 @@ class Partition(Pass):
         while True:
             dependence, analysis = self._analyse(program, stepped)
             sequential, changing = dependence.sequential, self._updates_at_every_step(program, stepped)
+            folds = self.batch_norm == "fold"
+            unfolded = {n for n in analysis.refusals if not (folds and folds_time_into_dim_0(program, n))}
             more = [
                 chain
                 for chain in chains
                 if not stepped.issuperset(chain)
-                and any(
-                    not is_statistic_read(n) and (n in sequential or n in analysis.refusals or changing(n))
-                    for n in chain
-                )
+                and any(not is_statistic_read(n) and (n in sequential or n in unfolded or changing(n)) for n in chain)
             ]
             if not more:
                 return dependence, analysis
@@ -194,7 +194,9 @@ def _opaque(program: StepProgram, node: Node) -> Refusal | None:
     return Refusal("SNNFX108", reason, "It runs step by step, unchanged.")
 
 
-def _kinds(program: StepProgram, dependence: Dependence, refusals: Mapping[Node, Refusal]) -> dict[Node, str]:
+def _kinds(
+    program: StepProgram, dependence: Dependence, refusals: Mapping[Node, Refusal], batch_norm: str
+) -> dict[Node, str]:
     """The kind of region of each computing node; sets `meta["refusal"]` where it is not folded."""
     cycle_slots = {
         node: [n.meta["slot"] for n in cycle if "slot" in n.meta] for cycle in dependence.cycles for node in cycle
@@ -202,6 +204,7 @@ def _kinds(program: StepProgram, dependence: Dependence, refusals: Mapping[Node,
     kinds: dict[Node, str] = {}
     for node in program.graph.nodes:
         node.meta.pop("step_refusal", None)
+        node.meta.pop("folds_dim_0", None)
         if node in cycle_slots:
             kinds[node] = "loop"
             if any(n in refusals for n in [node, *_size_ancestors(node)]):
@@ -229,6 +232,9 @@ def _kinds(program: StepProgram, dependence: Dependence, refusals: Mapping[Node,
             kinds[node] = "once"
         elif refusal is None and not _reads_steps_without_batch(node, dependence):
             kinds[node] = "fold"
+        elif batch_norm == "fold" and folds_time_into_dim_0(program, node):
+            node.meta["folds_dim_0"] = True
+            kinds[node] = "norm"
         else:
             refusal = refusal or Refusal("SNNFX102", "an operand is mapped and has no batch dimension")
             node.meta["refusal"] = refusal
@@ -253,7 +259,9 @@ def _splits_gradient_of_ties(node: Node) -> bool:
 def _reads_steps_without_batch(node: Node, dependence: Dependence) -> bool:
     """Whether an operand is a mapped value without a batch, which a fold cannot read."""
     return any(
-        operand in dependence.varying and operand.meta["batch_dim"] is None and "refusal" in operand.meta
+        operand in dependence.varying
+        and operand.meta["batch_dim"] is None
+        and ("refusal" in operand.meta or "folds_dim_0" in operand.meta)
         for operand in node.all_input_nodes
         if operand.op.startswith("call") and not is_size(operand)
     )

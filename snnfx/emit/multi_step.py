@@ -154,6 +154,8 @@ class MultiStepEmitter(Emitter):
         module = self.region(region.name, lambda: builder.graph_module(output_nodes))
         inputs = tuple(self._sequence_input(node) for node in builder.inputs)
         kwargs: dict[str, Any] = {"constants": constants} if constants else {}
+        if "folds_dim_0" in region.nodes[0].meta:
+            return self.graph.call_function(seq_to_ann_forward, (inputs, module), kwargs, name=region.name)
         batch_dims = tuple(node.meta["batch_dim"] for node in builder.inputs)
         if any(batch_dims):
             kwargs["batch_dim"] = batch_dims

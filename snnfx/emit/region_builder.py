@@ -287,4 +287,5 @@ def is_batch_first(initial: Any) -> bool:
 
 def same_for_all_samples(node: Node) -> bool:
     """Whether a folded node has no batch dimension because it depends only on sizes: `torch.arange(x.shape[1])`."""
-    return node.meta.get("kind") == "fold" and node.meta.get("batch_dim") is None
+    is_fold = node.meta.get("kind") == "fold" and "folds_dim_0" not in node.meta
+    return is_fold and node.meta.get("batch_dim") is None
