@@ -7,16 +7,17 @@ it; `update_chains` lists reads and calls in program order, for analyses that mu
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any
 
+import torch
 from torch import Tensor
-from torch.fx import Node
+from torch.fx import Node, map_arg
 
 from snnfx.errors import CaptureError
 from snnfx.ir.module_effects import has_in_place_flag, updated_buffers
 from snnfx.ir.nodes import is_in_place, is_size
-from snnfx.ir.printing import location_of, operation_name
+from snnfx.ir.printing import location_of
 from snnfx.ir.program import SELF_TARGET, StepProgram
 from snnfx.ops.statistics import read_statistic
 from snnfx.sandbox.torch_internals import pytree
@@ -39,10 +40,10 @@ def statistic_of(node: Node) -> str:
     return str(name) if owner == SELF_TARGET else f"{owner}.{name}"
 
 
-def update_chains(program: StepProgram) -> list[list[Node]]:
-    """For each updated buffer with several calls and reads in a step, these nodes in program order."""
+def update_chains(program: StepProgram, nodes: Iterable[Node] | None = None) -> list[list[Node]]:
+    """For each updated buffer with several calls and reads among the nodes (default: all), these in program order."""
     chains: dict[int, list[Node]] = {}
-    for node in program.graph.nodes:
+    for node in program.graph.nodes if nodes is None else nodes:
         if is_statistic_read(node):
             chains.setdefault(id(program.resolve(statistic_of(node))), []).append(node)
         else:
@@ -95,6 +96,8 @@ class _Reads:
         self.may_share_memory = may_share_memory
         self.versions: dict[int, Node] = {}
         self.copies: dict[tuple[Node, int], Node] = {}
+        self.values: dict[Node, Any] = {attribute: program.resolve(str(attribute.target))}
+        """The buffer and its views."""
         self.places: dict[Node, float] = dict(position)
         """Positions of nodes, the inserted ones between their predecessor and its successor."""
 
@@ -119,9 +122,32 @@ class _Reads:
             for user in sorted(alias.users, key=lambda n: self.position.get(n, 0)):
                 if user in aliases or user not in self.position or self._changes(user, alias):
                     continue
-                if self.may_share_memory(self.program, user, alias) and _shares_storage(user, alias):
+                if self.may_share_memory(self.program, user, alias) and self._shares_storage(user, alias):
                     aliases.append(user)
         return aliases
+
+    def _shares_storage(self, user: Node, alias: Node) -> bool:
+        """Whether a user returns a view of the buffer, found by running it; True if it cannot run without inputs."""
+        if alias not in self.values:
+            return True
+
+        def load(node: Node) -> Any:
+            return self.values[node] if node in self.values else node.meta["val"]
+
+        target: Any = user.target
+        try:
+            args, kwargs = map_arg((user.args, user.kwargs), load)
+            with torch.no_grad():
+                value = (
+                    getattr(args[0], target)(*args[1:], **kwargs)
+                    if user.op == "call_method"
+                    else target(*args, **kwargs)
+                )
+        except (KeyError, TypeError, RuntimeError, NotImplementedError):
+            return True  # an operand is known at a call only
+        self.values[user] = value
+        storage = self.values[self.attribute].untyped_storage()._cdata
+        return any(v.untyped_storage()._cdata == storage for v in pytree.tree_leaves(value) if isinstance(v, Tensor))
 
     def _changes(self, user: Node, alias: Node) -> bool:
         """Whether a user updates the buffer, as a call of the layer or in place."""
@@ -178,15 +204,3 @@ class _Reads:
                 why="the state would change with each update.",
                 hint=f"Store a copy: `{self.attribute.target}.clone()`.",
             )
-
-
-def _shares_storage(node: Node, operand: Node) -> bool:
-    """Whether the example values share memory; True if they are unknown."""
-    if operation_name(node) == "detach":
-        return True
-    value, source = node.meta.get("val"), operand.meta.get("val")
-    values: list[Any] = list(value) if isinstance(value, tuple | list) else [value]
-    if not isinstance(source, Tensor) or not all(isinstance(v, Tensor) for v in values):
-        return True
-    storage = source.untyped_storage()._cdata
-    return any(v.untyped_storage()._cdata == storage for v in values)

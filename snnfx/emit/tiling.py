@@ -128,7 +128,7 @@ class _TileEmitter:
             keys: list[Any] = ["rng"] if call is not None and call.part.is_random else []
             keys += [node.args[1]] if node.target in STATISTICS else []
             keys += [("read", read.args[0]) for read in reads if read is node or _calls_owner(node, read)]
-            for key in keys:
+            for key in dict.fromkeys(keys):
                 if key in last:
                     predecessors.setdefault(node, []).append(last[key])
                 last[key] = node

@@ -70,7 +70,20 @@ def step_forward(
         >>> [float(y) for y in step_forward(torch.nn.ReLU(), [(torch.tensor(-1.0),), (torch.tensor(2.0),)])]
         [0.0, 2.0]
     """
-    return list(_stepping(model, steps, entry, kwargs, carry))
+    if not torch.is_grad_enabled():
+        return list(_stepping(model, steps, entry, kwargs, carry))
+    # A later step updates running statistics in place, and batch_norm does not tell autograd: a step that multiplied by
+    # them would get a wrong gradient. Each step therefore has its own buffers.
+    current = _clone_buffers(model)
+    outputs = []
+    try:
+        for y in _stepping(model, steps, entry, kwargs, carry):
+            outputs.append(y)
+            clones = _clone_buffers(model)
+            current = {original: clones.get(buffer, buffer) for original, buffer in current.items()}
+    finally:
+        _keep_buffers(model, current)
+    return outputs
 
 
 def _stepping(
