@@ -1,8 +1,9 @@
-"""Normalise the step graph: functionalise in-place operations, merge get_attr nodes.
+"""Normalise the step graph: functionalise in-place operations, merge get_attr nodes, order reads of statistics.
 
 Replaces `y = x.add_(1)` by `y = x.add(1)`, and every later read of x by y. Legal if no other value shares the memory of
 x; in-place operations on views and aliases are refused. Modules with `inplace=True` stay, but get a copy of an operand
-that has other readers.
+that has other readers. A read of a buffer that a call of the step updates (running statistics) becomes a copy that is
+ordered before or after the call (`snnfx.analysis.statistic_reads`).
 """
 
 from __future__ import annotations
@@ -15,6 +16,7 @@ from torch import Tensor, nn
 from torch.fx import Node
 
 from snnfx.analysis.state_aliases import is_output_of_stateful_call, unite_output_with_state
+from snnfx.analysis.statistic_reads import read_updated_statistics
 from snnfx.errors import CaptureError
 from snnfx.ir.module_effects import has_in_place_flag
 from snnfx.ir.nodes import IN_PLACE_OPERATORS, is_in_place, is_size, is_structural, takes_from_tuple
@@ -55,6 +57,7 @@ class Normalize(Pass):
         if program.first_step is not None:
             self.apply(program.first_step)
         _merge_attributes(program)
+        reads = read_updated_statistics(program, _may_share_memory)
         for node in list(program.graph.nodes):
             if node.target is set_part_:
                 _functionalize_augmented_assignment(node)
@@ -72,7 +75,8 @@ class Normalize(Pass):
                 if _read_elsewhere(node):
                     _copy_operand(program, node)
                     replaced += 1
-        return f"{replaced} in-place operations made functional"
+        ordered = f", {reads} reads of updated statistics ordered" if reads else ""
+        return f"{replaced} in-place operations made functional{ordered}"
 
 
 def _merge_attributes(program: StepProgram) -> None:

@@ -19,10 +19,12 @@ from torch.fx import Node
 from snnfx.analysis.batch.equivariance import BatchAnalysis, infer_batch
 from snnfx.analysis.batch.facts import Fact, model_input
 from snnfx.analysis.batch.mixed_batch_sizes import find_mixed_batches_in_folds, has_mixed_batches_in_loop, sizes_of
+from snnfx.analysis.batch_norm_folding import folds_time_into_dim_0
 from snnfx.analysis.convex_regions import form_regions
 from snnfx.analysis.dependence import Dependence, analyse_dependence
+from snnfx.analysis.statistic_reads import is_statistic_read, update_chains
 from snnfx.errors import Refusal
-from snnfx.ir.module_effects import estimates_weights, updates_buffers
+from snnfx.ir.module_effects import estimates_weights
 from snnfx.ir.nodes import is_size, takes_from_tuple
 from snnfx.ir.printing import operation_name
 from snnfx.ir.program import SELF_TARGET, StepProgram
@@ -51,10 +53,7 @@ class Partition(Pass):
     invariant_inputs: tuple[str, ...] = field(default=())
 
     def apply(self, program: StepProgram) -> str:
-        dependence, analysis = self._analyse(program)
-        stepped = _unfolded_layers_with_several_calls(program, analysis.refusals)
-        if stepped:
-            dependence, analysis = self._analyse(program, stepped)
+        dependence, analysis = self._analyse_updates(program)
         program.requirements = dict(analysis.requirements)
         for node in program.graph.nodes:
             node.meta["varying"] = node in dependence.varying and not node.meta.get("sunk")
@@ -63,7 +62,7 @@ class Partition(Pass):
             node.meta.pop("refusal", None)
         refusals = dict(analysis.refusals)
         while True:
-            kinds = _kinds(program, dependence, refusals)
+            kinds = _kinds(program, dependence, refusals, self.batch_norm)
             program.regions = form_regions(program, dependence, kinds)
             mixed = find_mixed_batches_in_folds(program.regions, analysis.facts)
             if not mixed:
@@ -79,7 +78,30 @@ class Partition(Pass):
         summary = ", ".join(f"{count} {kind}" for kind, count in counts.items() if count)
         return f"{sum(len(r.nodes) for r in program.regions)} nodes in {len(program.regions)} regions: {summary}"
 
-    def _analyse(self, program: StepProgram, stepped: Set[str] = frozenset()) -> tuple[Dependence, BatchAnalysis]:
+    def _analyse_updates(self, program: StepProgram) -> tuple[Dependence, BatchAnalysis]:
+        """The analyses with the buffers found that are updated at every step, not once for the sequence.
+
+        A buffer with several calls or reads is updated at every step if one of these calls is not folded. All its calls
+        and reads are then stepped together.
+        """
+        chains = update_chains(program)
+        stepped: set[Node] = set()
+        while True:
+            dependence, analysis = self._analyse(program, stepped)
+            sequential, changing = dependence.sequential, self._updates_at_every_step(program, stepped)
+            folds = self.batch_norm == "fold"
+            unfolded = {n for n in analysis.refusals if not (folds and folds_time_into_dim_0(program, n))}
+            more = [
+                chain
+                for chain in chains
+                if not stepped.issuperset(chain)
+                and any(not is_statistic_read(n) and (n in sequential or n in unfolded or changing(n)) for n in chain)
+            ]
+            if not more:
+                return dependence, analysis
+            stepped.update(node for chain in more for node in chain)
+
+    def _analyse(self, program: StepProgram, stepped: Set[Node] = frozenset()) -> tuple[Dependence, BatchAnalysis]:
         changing = self._updates_at_every_step(program, stepped)
         settings = [read for read in program.setting_reads if read.name != "training"]
         program.setting_reads = settings + _flags_of_norms(program, self.batch_norm)
@@ -96,37 +118,23 @@ class Partition(Pass):
         )
         return dependence, analysis
 
-    def _updates_at_every_step(self, program: StepProgram, stepped: Set[str]) -> Callable[[Node], bool]:
+    def _updates_at_every_step(self, program: StepProgram, stepped: Set[Node]) -> Callable[[Node], bool]:
         """A predicate for calls that update their module at every step, even for an invariant input.
 
-        In training, these are BatchNorms with statistics per step (by option, or because they are in `stepped`) and
-        weights estimated by power iteration; opaque calls always.
+        In training, these are BatchNorms with statistics per step by option and weights estimated by power iteration;
+        opaque calls and the calls and reads in `stepped` always.
         """
 
         def changing(node: Node) -> bool:
-            if node.target is call_opaque:
+            if node.target is call_opaque or node in stepped:
                 return True
             if not program.training or node.op != "call_module":
                 return False
             module = program.resolve(str(node.target))
             per_step = self.batch_norm == "per_step" and isinstance(module, BatchNormBase)
-            return per_step or str(node.target) in stepped or estimates_weights(module)
+            return per_step or estimates_weights(module)
 
         return changing
-
-
-def _unfolded_layers_with_several_calls(program: StepProgram, refusals: Mapping[Node, Refusal]) -> frozenset[str]:
-    """Layers with running statistics and several calls in a step, not all of which can be folded.
-
-    Calls that are not folded update the running statistics one after the other, through all steps.
-    """
-    calls: dict[str, list[Node]] = {}
-    for node in program.graph.nodes:
-        if node.op == "call_module" and updates_buffers(program, node):
-            calls.setdefault(str(node.target), []).append(node)
-    return frozenset(
-        name for name, nodes in calls.items() if len(nodes) > 1 and any(node in refusals for node in nodes)
-    )
 
 
 def _flags_of_norms(program: StepProgram, batch_norm: str) -> list[SettingRead]:
@@ -186,7 +194,9 @@ def _opaque(program: StepProgram, node: Node) -> Refusal | None:
     return Refusal("SNNFX108", reason, "It runs step by step, unchanged.")
 
 
-def _kinds(program: StepProgram, dependence: Dependence, refusals: Mapping[Node, Refusal]) -> dict[Node, str]:
+def _kinds(
+    program: StepProgram, dependence: Dependence, refusals: Mapping[Node, Refusal], batch_norm: str
+) -> dict[Node, str]:
     """The kind of region of each computing node; sets `meta["refusal"]` where it is not folded."""
     cycle_slots = {
         node: [n.meta["slot"] for n in cycle if "slot" in n.meta] for cycle in dependence.cycles for node in cycle
@@ -194,12 +204,13 @@ def _kinds(program: StepProgram, dependence: Dependence, refusals: Mapping[Node,
     kinds: dict[Node, str] = {}
     for node in program.graph.nodes:
         node.meta.pop("step_refusal", None)
+        node.meta.pop("folds_dim_0", None)
         if node in cycle_slots:
             kinds[node] = "loop"
             if any(n in refusals for n in [node, *_size_ancestors(node)]):
                 # Even with known states, the steps cannot be folded.
                 node.meta["step_refusal"] = True
-            through = ", ".join(cycle_slots[node]) or "the buffers of a layer that is called more than once in a step"
+            through = ", ".join(cycle_slots[node]) or "the buffers that a layer updates at each call"
             reason = f"its value depends on the previous step through {through}"
             node.meta["refusal"] = _opaque(program, node) or Refusal("SNNFX107", reason)
             continue
@@ -215,10 +226,15 @@ def _kinds(program: StepProgram, dependence: Dependence, refusals: Mapping[Node,
         if node.target is call_opaque:
             node.meta["refusal"] = _opaque(program, node)
             kinds[node] = "loop"
+        elif is_statistic_read(node):
+            kinds[node] = "read"
         elif node not in dependence.varying or node.meta.get("sunk"):
             kinds[node] = "once"
         elif refusal is None and not _reads_steps_without_batch(node, dependence):
             kinds[node] = "fold"
+        elif batch_norm == "fold" and folds_time_into_dim_0(program, node):
+            node.meta["folds_dim_0"] = True
+            kinds[node] = "norm"
         else:
             refusal = refusal or Refusal("SNNFX102", "an operand is mapped and has no batch dimension")
             node.meta["refusal"] = refusal
@@ -243,7 +259,9 @@ def _splits_gradient_of_ties(node: Node) -> bool:
 def _reads_steps_without_batch(node: Node, dependence: Dependence) -> bool:
     """Whether an operand is a mapped value without a batch, which a fold cannot read."""
     return any(
-        operand in dependence.varying and operand.meta["batch_dim"] is None and "refusal" in operand.meta
+        operand in dependence.varying
+        and operand.meta["batch_dim"] is None
+        and ("refusal" in operand.meta or "folds_dim_0" in operand.meta)
         for operand in node.all_input_nodes
         if operand.op.startswith("call") and not is_size(operand)
     )

@@ -17,6 +17,7 @@ from torch import nn
 from torch.fx import Node
 
 from snnfx.analysis.dependence import Dependence, analyse_dependence, is_random
+from snnfx.analysis.statistic_reads import is_statistic_read
 from snnfx.ir.nodes import is_module_call, is_size, takes_from_tuple
 from snnfx.ir.printing import operation_name
 from snnfx.ir.program import StepProgram
@@ -79,7 +80,7 @@ class SinkReductions(Pass):
 
     @staticmethod
     def _only_feeds_outputs(program: StepProgram, node: Node, sunk: set[Node]) -> bool:
-        if not node.op.startswith("call") or is_size(node) or node.target is expect_size:
+        if not node.op.startswith("call") or is_size(node) or node.target is expect_size or is_statistic_read(node):
             return False
         if any(value is node for value in (*program.next_states, *program.initial_values)):
             return False

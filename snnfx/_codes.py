@@ -106,6 +106,15 @@ CODES: dict[str, CodeEntry] = {
         "def forward(self, x):\n    for t in range(T):\n        h = self.cell(self.embed(x)[:, t], h)",
         'def step(self, x):\n    return self.lif(self.fc(x))\n\nsnnfx.convert(model, entry="step")',
     ),
+    "SNNFX112": CodeEntry(
+        "a BatchNorm that is not folded",
+        'With batch_norm="fold", this BatchNorm in training still uses the statistics of each time step, while the other '
+        "BatchNorms of the net use statistics over all T*N samples: it is on a cycle through time, inside a module that "
+        "could not be traced, or a call of torch.nn.functional.batch_norm. snnfx.convert warns once.",
+        "self.h = self.bn(self.fc(x) + self.h)                     # on the cycle",
+        "self.h = self.bn(self.fc(x)) + self.h                     # not on the cycle: folded\n"
+        'snnfx.convert(model, batch_norm="per_step")               # or one meaning for all',
+    ),
     # 2xx: capture
     "SNNFX201": CodeEntry(
         "the model cannot be traced",

@@ -11,9 +11,10 @@ from typing import Any
 
 from torch import nn
 
+from snnfx.analysis.batch_norm_folding import unfolded_batch_norms
 from snnfx.capture.capture import capture_both_modes
 from snnfx.capture.carry_inference import infer_carry
-from snnfx.errors import InputError
+from snnfx.errors import InputError, warn_once
 from snnfx.ir.graph_pass import Pass
 from snnfx.ir.options import ConvertOptions, time_dims_of_leaves
 from snnfx.ir.pass_manager import PassManager, PassRecord
@@ -74,7 +75,13 @@ def convert(
             the same time dimension. Default: 0.
         entry: name of the method that computes one step. Default: "forward".
         batch_norm: BatchNorm statistics in training. "fold" (default): over all T*N samples, as is usual for multi-step
-            SNNs; "per_step": of each time step, as in the stepped model. Evaluation mode is the same for both.
+            SNNs; "per_step": of each time step, as in the stepped model. Evaluation mode is the same for both. With
+            "fold", the running statistics take one update for the whole sequence. If the model itself reads them
+            (`self.bn.running_mean`), a read in front of the call gets the value before this update and a read behind
+            the call the value after it, the same at every step; with T = 1 this equals one call of the model. With
+            "per_step", each step reads the value that the stepped model reads. A BatchNorm that cannot fold (on a cycle
+            through time, or inside a module that cannot be traced) uses the statistics of each time step; `convert`
+            warns (SNNFX112) and `explain` gives the reason.
         chunk: number of time steps in a chunk in inference (evaluation mode without gradients). An int; None: all;
             "auto" (default): as many as fit `memory_budget`, and no more than run fast.
         carry_state: True to carry the state across calls, detached, until `reset_net(net)`. Default: False, every call
@@ -171,7 +178,20 @@ def convert_without_budget(
         # For a model in evaluation mode, the error is raised when it is trained.
         what = f"checkpoint={options.checkpoint}"
         refuse_statistics_over_time(programs[model.training], model.training, what)
+    if options.batch_norm == "fold" and options.step_mode == "m" and model.training:
+        _warn_of_unfolded_batch_norms(programs[True])
     return Net(model, programs, options, history, _convert_for_shapes)
+
+
+def _warn_of_unfolded_batch_norms(program: StepProgram) -> None:
+    unfolded = unfolded_batch_norms(program)
+    if unfolded:
+        reasons = "; ".join(f"`{name}`: {reason}" for name, reason in unfolded.items())
+        warn_once(
+            "SNNFX112",
+            f'with batch_norm="fold", these BatchNorms use the statistics of each time step in training ({reasons}). '
+            'With batch_norm="per_step", all of them do.',
+        )
 
 
 def pipeline(program: StepProgram, options: ConvertOptions) -> list[Pass]:

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import itertools
+
 import networkx as nx
 from torch.fx import Node
 
 from snnfx.analysis.dependence import Dependence, operands_through_sizes
+from snnfx.analysis.statistic_reads import update_chains
 from snnfx.errors import CaptureError
-from snnfx.ir.module_effects import updates_buffers
 from snnfx.ir.nodes import takes_from_tuple
 from snnfx.ir.printing import location_of
 from snnfx.ir.program import Region, StepProgram
@@ -23,7 +25,8 @@ def form_regions(program: StepProgram, dependence: Dependence, kinds: dict[Node,
     Args:
         program: at stage "normalized".
         dependence: its dependence analysis.
-        kinds: computing node -> "once", "fold", "map", "per_step" (mapped), "loop" or "step" (a loop of one node).
+        kinds: computing node -> "once", "fold", "map", "per_step" (mapped), "loop", "step" (a loop of one node),
+            "read" (a statistic that is the same at every step) or "norm" (a BatchNorm that folds T into dim 0).
 
     Raises:
         CaptureError: SNNFX210, an initial value depends on a value that needs this state.
@@ -83,14 +86,11 @@ class _Groups:
             self._refuse_circular_initial_value()
 
     def _keep_order_of_updates(self) -> None:
-        """Keep the order of several calls of a layer that updates its running statistics."""
-        last: dict[str, int] = {}
-        for node, group in self.group.items():
-            if node.op == "call_module" and updates_buffers(self.program, node):
-                before = last.get(str(node.target), group)
-                if before != group and not nx.has_path(self.graph, group, before):
-                    self.graph.add_edge(before, group)
-                last[str(node.target)] = group
+        """Keep the order of the calls that update one buffer, and of the reads of it."""
+        for chain in update_chains(self.program):
+            for node, following in itertools.pairwise(chain):
+                if following in self.group:
+                    self._edge(node, self.group[following])
 
     def _grouped_ancestors(self, value: Node) -> set[Node]:
         """The nearest grouped nodes that an initial value depends on."""
@@ -164,7 +164,7 @@ class _Groups:
     def regions(self, kinds: dict[Node, str]) -> list[Region]:
         """The groups in topological order, with ties in program order."""
         first = {group: min(self.position[n] for n in members) for group, members in self.members.items()}
-        names = {"per_step": "map", "step": "loop"}
+        names = {"per_step": "map", "step": "loop", "read": "once", "norm": "fold"}
         regions: list[Region] = []
         for group in nx.lexicographical_topological_sort(self.graph, key=first.__getitem__):
             members = sorted(self.members[group], key=self.position.__getitem__)

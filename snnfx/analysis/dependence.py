@@ -1,7 +1,8 @@
 """Dependence analysis: the dependence graph of a step program, with loop-carried edges.
 
 The graph has the edges of the step graph plus one from each slot's next value to the slot's placeholder: the value at
-step t is read at step t + 1. A node on a cycle is sequential; every other node is parallel in time.
+step t is read at step t + 1. The calls that update one buffer and the reads of it are joined in program order. A node
+on a cycle is sequential; every other node is parallel in time.
 Source: Kuck et al. 1981; Kennedy & Allen, Optimizing Compilers for Modern Architectures, ch. 2.
 """
 
@@ -15,6 +16,7 @@ import networkx as nx
 from torch import nn
 from torch.fx import Node
 
+from snnfx.analysis.statistic_reads import is_statistic_read, update_chains
 from snnfx.ir.module_effects import updates_buffers
 from snnfx.ir.nodes import is_size
 from snnfx.ir.printing import operation_name
@@ -59,15 +61,17 @@ class Dependence:
 
 
 def analyse_dependence(
-    program: StepProgram, invariant_inputs: Iterable[str] = (), changing: Callable[[Node], bool] = lambda node: False
+    program: StepProgram, invariant_inputs: Iterable[str] = (), changing: Callable[[Node], bool] | None = None
 ) -> Dependence:
     """Find the cycles through time and the nodes that vary in time.
 
     Args:
         program: at stage "normalized" or later.
         invariant_inputs: placeholders of inputs that do not change with time.
-        changing: a predicate for further nodes that must run at every step, even with invariant operands.
+        changing: a predicate for further nodes that must run at every step, even with invariant operands, and for the
+            reads of statistics that differ between steps. Default: all reads of updated statistics.
     """
+    changing = changing or is_statistic_read
     graph = nx.DiGraph()
     position = {node: i for i, node in enumerate(program.graph.nodes)}
     for node in program.graph.nodes:
@@ -80,10 +84,11 @@ def analyse_dependence(
         carried[placeholder] = following
         if isinstance(following, Node):
             graph.add_edge(following, placeholder, carried=True)
-    for calls in _calls_of_one_layer(program, changing):
-        # Its buffers are carried from call to call, and from the last call of a step to the first of the next.
-        graph.add_edges_from(itertools.pairwise(calls))
-        graph.add_edge(calls[-1], calls[0], carried=True)
+    for chain in update_chains(program):
+        graph.add_edges_from(itertools.pairwise(chain))
+        if any(changing(node) and not is_statistic_read(node) for node in chain):
+            # The buffer is carried from call to call, and from the last node of a step to the first of the next.
+            graph.add_edge(chain[-1], chain[0], carried=True)
     cycles = [
         sorted(component, key=position.__getitem__)
         for component in nx.strongly_connected_components(graph)
@@ -101,24 +106,18 @@ def analyse_dependence(
         node = stack.pop()
         if node not in varying and node.op != "output":
             varying.add(node)
-            stack.extend(node.users)
+            stack.extend(user for user in node.users if not is_statistic_read(user))
     return Dependence(graph, cycles, varying, _initial_only(program), carried)
 
 
-def _calls_of_one_layer(program: StepProgram, changing: Callable[[Node], bool]) -> list[list[Node]]:
-    """The calls of each layer that has several calls in a step and updates its buffers at each."""
-    calls: dict[str, list[Node]] = {}
-    for node in program.graph.nodes:
-        if node.op == "call_module" and changing(node) and updates_buffers(program, node):
-            calls.setdefault(str(node.target), []).append(node)
-    return [nodes for nodes in calls.values() if len(nodes) > 1]
-
-
 def _initial_only(program: StepProgram) -> set[Node]:
-    """Nodes that no output, next state, size check or buffer update depends on."""
+    """Nodes that no output, next state, size check, buffer update or read of an updated buffer depends on."""
     needed: set[Node] = set()
     roots = [n for n in (*program.outputs, *program.next_states) if isinstance(n, Node)]
-    stack = roots + [n for n in program.graph.nodes if n.target is expect_size or updates_buffers(program, n)]
+    # A read of an updated buffer must run between the calls that update it.
+    stack = roots + [
+        n for n in program.graph.nodes if n.target is expect_size or is_statistic_read(n) or updates_buffers(program, n)
+    ]
     while stack:
         node = stack.pop()
         if node not in needed:

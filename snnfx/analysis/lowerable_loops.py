@@ -7,6 +7,7 @@ from torch.fx import Node
 
 from snnfx.analysis.dependence import is_random
 from snnfx.analysis.foldable_loops import folds_when_cut
+from snnfx.analysis.statistic_reads import is_statistic_read, statistic_of
 from snnfx.ir.printing import describe_node, operation_name
 from snnfx.ir.program import Region, StepProgram
 from snnfx.sandbox.torch_internals import (
@@ -43,6 +44,8 @@ def mixing_node(program: StepProgram, region: Region) -> Node | None:
 def _reason(program: StepProgram, node: Node) -> str:
     if not node.op.startswith("call"):
         return ""
+    if is_statistic_read(node):
+        return f"`{statistic_of(node)}` differs between steps"
     what = describe_node(node)
     module = program.module_of(node)
     if node.target is call_opaque and (module is None or adapter_of(module) is None):

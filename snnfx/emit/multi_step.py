@@ -16,6 +16,7 @@ from torch import nn
 from torch.fx import Node
 
 from snnfx.analysis.foldable_loops import folds_when_cut, is_trace_loop
+from snnfx.analysis.statistic_reads import is_statistic_read
 from snnfx.emit.emitter import Emitted, Emitter, TargetName
 from snnfx.emit.region_builder import RegionBuilder, is_batch_first, same_for_all_samples
 from snnfx.functional import map_forward, multi_step_forward, seq_to_ann_forward
@@ -29,6 +30,7 @@ from snnfx.ops.sequence_functions import (
     reduce_over_time,
     repeat_over_time,
 )
+from snnfx.ops.statistics import read_statistic
 from snnfx.ops.step_batch_norm import batch_norm_per_step
 from snnfx.regions.region_kernels import RegionKernels
 from snnfx.regions.region_modules import LoopRegion, MapRegion
@@ -102,6 +104,9 @@ class MultiStepEmitter(Emitter):
 
     def emit_region(self, region: Region) -> None:
         """Add the call of a region and define its values that are read outside it."""
+        if is_statistic_read(region.nodes[0]) and region.kind == "once":
+            self._emit_read(region.nodes[0])
+            return
         builder = self.builders[region.name]
         output_nodes = [node for node in region.nodes if node in self.read_outside]
         constants = builder.constants
@@ -139,10 +144,18 @@ class MultiStepEmitter(Emitter):
                 value = self.graph.call_method("select", (value, 1, 0))
             self._define(node, value)
 
+    def _emit_read(self, node: Node) -> None:
+        """Read a statistic before or after the call that updates it for the whole sequence."""
+        module, name, *after = node.args
+        arguments = (self.attribute(str(module.target)), name, *(self.value(n) for n in after))  # type: ignore[union-attr, arg-type]
+        self._define(node, self.graph.call_function(read_statistic, arguments))
+
     def _emit_fold(self, region: Region, builder: RegionBuilder, output_nodes: list[Node], constants: Any) -> Node:
         module = self.region(region.name, lambda: builder.graph_module(output_nodes))
         inputs = tuple(self._sequence_input(node) for node in builder.inputs)
         kwargs: dict[str, Any] = {"constants": constants} if constants else {}
+        if "folds_dim_0" in region.nodes[0].meta:
+            return self.graph.call_function(seq_to_ann_forward, (inputs, module), kwargs, name=region.name)
         batch_dims = tuple(node.meta["batch_dim"] for node in builder.inputs)
         if any(batch_dims):
             kwargs["batch_dim"] = batch_dims

@@ -5,6 +5,7 @@ A region graph takes modules and parameters as arguments, so that these stay whe
 
 from __future__ import annotations
 
+import itertools
 import operator
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any
@@ -15,6 +16,7 @@ from torch.fx import Node, map_arg
 from snnfx.analysis.batch_norm_folding import layer_of_norm
 from snnfx.analysis.dependence import analyse_dependence
 from snnfx.analysis.image_operations import image_of, is_convolution, takes_any_layout, weights_of
+from snnfx.analysis.statistic_reads import update_chains
 from snnfx.errors import CaptureError
 from snnfx.ir.edits import add_placeholder
 from snnfx.ir.nodes import is_size
@@ -146,6 +148,8 @@ class RegionBuilder:
                     env[slot_nodes[slot]] = graph.call_function(operator.getitem, (state, index))
         norms = self._norms_of_layers(outputs)
         builder = _Copier(graph, env, modules, self.program, slot_nodes if first else {}, norms)
+        if first:
+            builder.keep_order_of_updates(self.inside)
         for node in self.inside:
             builder.copy(node)
         results = [builder.copy(node) for node in outputs]
@@ -205,7 +209,14 @@ class _Copier:
         self.initial_of = dict(zip((s.name for s in program.slots), program.initial_values, strict=True))
         self.first_slots = {node: slot for slot, node in first_slots.items()}
         self.open: set[Node] = set()
+        self.preceding: dict[Node, list[Node]] = {}
         self.reformatted: dict[tuple[Any, ...], Node] = {}
+
+    def keep_order_of_updates(self, nodes: Iterable[Node]) -> None:
+        """Copy calls that update a buffer, and reads of it, in program order, also for an initial value."""
+        for chain in update_chains(self.program, nodes):
+            for node, following in itertools.pairwise(chain):
+                self.preceding.setdefault(following, []).append(node)
 
     def argument(self, value: Any) -> Any:
         return map_arg(value, self.copy)
@@ -255,7 +266,7 @@ class _Copier:
 
     def _read_by(self, node: Node) -> list[Node]:
         if node not in self.first_slots:
-            return node.all_input_nodes
+            return [*self.preceding.get(node, ()), *node.all_input_nodes]
         operands: list[Node] = []
         map_arg(self.initial_of[self.first_slots[node]], operands.append)
         return operands
@@ -287,4 +298,5 @@ def is_batch_first(initial: Any) -> bool:
 
 def same_for_all_samples(node: Node) -> bool:
     """Whether a folded node has no batch dimension because it depends only on sizes: `torch.arange(x.shape[1])`."""
-    return node.meta.get("kind") == "fold" and node.meta.get("batch_dim") is None
+    is_fold = node.meta.get("kind") == "fold" and "folds_dim_0" not in node.meta
+    return is_fold and node.meta.get("batch_dim") is None

@@ -16,6 +16,7 @@ from typing import Any
 from torch import fx
 from torch.fx import Node, map_arg
 
+from snnfx.analysis.statistic_reads import is_statistic_read
 from snnfx.emit.compiled_graph import compile_graph
 from snnfx.emit.fold_parts import LIGHT, NORM, PRODUCT, FoldPart
 from snnfx.functional import map_forward, multi_step_forward, seq_to_ann_forward
@@ -103,7 +104,7 @@ class _TileEmitter:
                 elements = sorted(_elements(node), key=self.position.__getitem__)
                 self.calls[node] = self.call_of[node] = _Call(node, part, dict.fromkeys(elements))
                 self.call_of.update(dict.fromkeys(self.calls[node].elements, self.calls[node]))
-        self.predecessor = self._effect_predecessors()
+        self.predecessors = self._effect_predecessors()
         self.layer: dict[Node, int] = {}
         for node in graph.nodes:
             self._assign_layer(node)
@@ -113,26 +114,29 @@ class _TileEmitter:
         call = self.call_of.get(node)
         return call is not None and call.part.role in (LIGHT, NORM)
 
-    def _effect_predecessors(self) -> dict[Node, Node]:
-        """For each call that draws random numbers or updates running statistics, the last call with the same effect.
+    def _effect_predecessors(self) -> dict[Node, list[Node]]:
+        """For each call with an effect, the last call before with the same effect.
 
-        The order of these calls must not change.
+        Effects are random numbers, updates of running statistics, and reads of updated statistics. The order of these
+        calls must not change.
         """
-        predecessors: dict[Node, Node] = {}
+        predecessors: dict[Node, list[Node]] = {}
         last: dict[Any, Node] = {}
+        reads = [node for node in self.graph.nodes if is_statistic_read(node)]
         for node in self.graph.nodes:
             call = self.calls.get(node)
             keys: list[Any] = ["rng"] if call is not None and call.part.is_random else []
             keys += [node.args[1]] if node.target in STATISTICS else []
-            for key in keys:
+            keys += [("read", read.args[0]) for read in reads if read is node or _calls_owner(node, read)]
+            for key in dict.fromkeys(keys):
                 if key in last:
-                    predecessors[node] = last[key]
+                    predecessors.setdefault(node, []).append(last[key])
                 last[key] = node
         return predecessors
 
     def _assign_layer(self, node: Node) -> None:
         light = self._is_light(node)
-        operands = [*node.all_input_nodes, *([self.predecessor[node]] if node in self.predecessor else [])]
+        operands = [*node.all_input_nodes, *self.predecessors.get(node, ())]
         self.layer[node] = max((self.layer[n] + (self._is_light(n) != light) for n in operands), default=0)
 
     def _group_calls(self) -> list[list[_Call]]:
@@ -186,7 +190,7 @@ class _TileEmitter:
             units.setdefault(key, group_of.get(node, node))
             # A group has the position of its last call.
             place[key] = self.position[node] if node not in group_of or node in self.calls else place.get(key, 0)
-            operands = [*node.all_input_nodes, *([self.predecessor[node]] if node in self.predecessor else [])]
+            operands = [*node.all_input_nodes, *self.predecessors.get(node, ())]
             needs.setdefault(key, set()).update(k for k in map(key_of.__getitem__, operands) if k != key)
         for key, needed in needs.items():
             for k in needed:
@@ -281,6 +285,12 @@ class _TileEmitter:
             return False
         step = self.steps.get(node.meta.get("step_node", ""), node)
         return "batch_dim" not in step.meta or step.meta["batch_dim"] is not None
+
+
+def _calls_owner(node: Node, read: Node) -> bool:
+    """Whether a node calls the module with the statistic that a read returns, or a module that contains it."""
+    owner = f"{read.args[0].target}."  # type: ignore[union-attr]
+    return any(n.op == "get_attr" and owner.startswith(f"{n.target}.") for n in node.all_input_nodes)
 
 
 def _copy_call(body: fx.Graph, node: Node, copies: dict[Node, Node], replaced: dict[str, Any]) -> Node:

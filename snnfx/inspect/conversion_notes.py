@@ -7,9 +7,10 @@ from collections.abc import Iterable, Iterator
 import torch
 from torch.fx import Node, map_arg
 
-from snnfx.analysis.batch_norm_folding import layer_of_norm
+from snnfx.analysis.batch_norm_folding import layer_of_norm, unfolded_batch_norms
 from snnfx.analysis.dependence import is_random
 from snnfx.analysis.lowerable_loops import mixing_node
+from snnfx.analysis.statistic_reads import is_statistic_read, statistic_of
 from snnfx.inspect.computing_nodes import NodeKey, is_computing, nodes_by_key
 from snnfx.inspect.source_expressions import expression
 from snnfx.ir.printing import describe_node, location_of
@@ -31,6 +32,7 @@ __all__ = [
     "mode_differences",
     "random_nodes",
     "reduced_outputs",
+    "statistic_reads",
     "vmap_fallbacks",
 ]
 
@@ -90,12 +92,31 @@ def batch_norm_semantics(net: Net) -> Iterator[str]:
             'as is usual for multi-step SNNs; batch_norm="per_step" uses the statistics of each time step, as the '
             "stepped model does. Evaluation mode is the same for both."
         )
-    stepped = [*names.get("map", []), *names.get("loop", [])]
-    if stepped:
+    stepped: dict[str, list[str]] = {}
+    for name, reason in unfolded_batch_norms(program).items():
+        stepped.setdefault("" if net.options.batch_norm == "per_step" else reason, []).append(name)
+    for reason, layers in stepped.items():
+        because = f" (SNNFX112: {reason})" if reason else ""
         semantics = "training uses the statistics of each time step, as the stepped model does"
-        yield f"BatchNorm in {_and(stepped)}: {semantics}."
+        yield f"BatchNorm in {_and(layers)}: {semantics}{because}."
     if "once" in names:
         yield f"BatchNorm in {_and(names['once'])}: computed once, with the statistics of the N samples."
+
+
+def statistic_reads(net: Net) -> Iterator[str]:
+    """Statistics that the step reads and a layer updates in training: the values that the reads get."""
+    program = net.programs[True]
+    for region in program.regions:
+        for node in filter(is_statistic_read, region.nodes):
+            layer = next((describe_node(n) for n in node.all_input_nodes if n.op != "get_attr"), None)
+            if region.kind == "once":
+                update = "its one update for the whole sequence"
+                value = f"the value after {update}" if layer else f"the value before {update}"
+                value += ", the same at every time step"
+            else:
+                value = "the value of each time step, as the stepped model does"
+            place = f"behind `{layer}`" if layer else "in front of the call that updates it"
+            yield f"`{statistic_of(node)}`, read {place}{_at(node)}: training gives {value}."
 
 
 def folded_batch_norms(net: Net) -> Iterator[str]:

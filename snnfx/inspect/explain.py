@@ -26,6 +26,7 @@ from snnfx.inspect.conversion_notes import (
     mode_differences,
     random_nodes,
     reduced_outputs,
+    statistic_reads,
     vmap_fallbacks,
 )
 from snnfx.inspect.memory_report import MemoryReport, report_memory
@@ -113,7 +114,7 @@ def _report_on(net: Net, T: int | None, example_inputs: Any) -> Report:
         fixed=tuple(fixed_sizes(program)),
         mode_differences=tuple(mode_differences(net)),
         reduced=tuple(reduced_outputs(net)),
-        batch_norm=(*batch_norm_semantics(net), *folded_batch_norms(net)),
+        batch_norm=(*batch_norm_semantics(net), *statistic_reads(net), *folded_batch_norms(net)),
         random=tuple(random_nodes(program)),
         fallbacks=tuple(vmap_fallbacks(net)),
         kernels=tuple(kernels_of_loops(net)),

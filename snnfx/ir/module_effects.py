@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from torch import nn
+from torch import Tensor, nn
 from torch.fx import Node
 from torch.nn.utils.spectral_norm import SpectralNorm
 
@@ -10,12 +10,21 @@ from snnfx.ir.program import StepProgram
 from snnfx.sandbox.torch_internals import NormBase, SpectralNormParametrization
 from snnfx.state.step_calls import call_opaque, call_stateful
 
-__all__ = ["estimates_weights", "has_in_place_flag", "keeps_statistics", "updates_buffers"]
+__all__ = ["estimates_weights", "has_in_place_flag", "keeps_statistics", "updated_buffers", "updates_buffers"]
 
 
 def updates_buffers(program: StepProgram, node: Node) -> bool:
     """Whether the call updates buffers in the mode of the program, so that it is needed without readers."""
     return program.training and keeps_statistics(program, node)
+
+
+def updated_buffers(program: StepProgram, node: Node) -> list[Tensor]:
+    """The buffers that the call may update in place in the mode of the program."""
+    if not updates_buffers(program, node):
+        return []
+    module = program.module_of(node)
+    assert module is not None
+    return list(module.buffers())
 
 
 def keeps_statistics(program: StepProgram, node: Node) -> bool:

@@ -240,7 +240,7 @@ class StepProgram:
     def unplanned(self) -> StepProgram:
         """Remove all regions in place and return the program to stage "normalized"."""
         for node in self.graph.nodes:
-            for key in ("kind", "region", "refusal", "batch_dim", "batch_sizes", "varying"):
+            for key in ("kind", "region", "refusal", "batch_dim", "batch_sizes", "varying", "folds_dim_0"):
                 node.meta.pop(key, None)
         self.regions, self.stage = [], "normalized"
         self.constants = dict(self.constants)

@@ -34,6 +34,7 @@ from snnfx.analysis.batch.facts import (
 )
 from snnfx.analysis.batch.rule_lookup import RuleMatch, constant_fact, find_rule
 from snnfx.analysis.batch.rule_table import ELEMENTWISE_RULES
+from snnfx.analysis.statistic_reads import is_statistic_read, statistic_of
 from snnfx.errors import Refusal
 
 __all__ = ["BatchAnalysis", "Fact", "Rank", "ShapeFact", "SizeFact", "Value", "infer_batch", "model_input"]
@@ -175,6 +176,10 @@ class _BatchPropagation:
         if node.op == "get_attr":
             value = self.resolve(str(node.target))
             return constant_fact(value) if isinstance(value, Tensor) else NON_TENSOR
+        if is_statistic_read(node):
+            if node in self.varying:
+                self.changing.add(node)
+            return self._marked(node, constant_fact(self.resolve(statistic_of(node))))  # type: ignore[arg-type]
         return self._call(node)
 
     def _call(self, node: Node) -> Value:

@@ -24,7 +24,7 @@ def find_mixed_batches_in_folds(regions: Iterable[Region], facts: Mapping[Node, 
     """The nodes that combine fold inputs of different batch sizes, with the reason not to fold them."""
     found: dict[Node, Refusal] = {}
     for region in regions:
-        if region.kind == "fold":
+        if region.kind == "fold" and "folds_dim_0" not in region.nodes[0].meta:
             for node, sizes in _mixed_batches(region, facts):
                 reason = f"`{operation_name(node)}` combines values of different batch sizes ({', '.join(sizes)})"
                 found[node] = Refusal("SNNFX105", reason)

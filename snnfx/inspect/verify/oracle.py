@@ -70,7 +70,20 @@ def step_forward(
         >>> [float(y) for y in step_forward(torch.nn.ReLU(), [(torch.tensor(-1.0),), (torch.tensor(2.0),)])]
         [0.0, 2.0]
     """
-    return list(_stepping(model, steps, entry, kwargs, carry))
+    if not torch.is_grad_enabled():
+        return list(_stepping(model, steps, entry, kwargs, carry))
+    # A later step updates running statistics in place, and batch_norm does not tell autograd: a step that multiplied by
+    # them would get a wrong gradient. Each step therefore has its own buffers.
+    current = _clone_buffers(model)
+    outputs = []
+    try:
+        for y in _stepping(model, steps, entry, kwargs, carry):
+            outputs.append(y)
+            clones = _clone_buffers(model)
+            current = {original: clones.get(buffer, buffer) for original, buffer in current.items()}
+    finally:
+        _keep_buffers(model, current)
+    return outputs
 
 
 def _stepping(
@@ -104,10 +117,12 @@ def _stepping(
 
 @dataclass
 class _FoldedCall:
-    """One call of a barrier: the input of each time step, and the slice of the result for each step."""
+    """One call of a barrier: the input of each time step, the slice of the result for each step, and its buffers."""
 
     inputs: list[Tensor] = field(default_factory=list)
     results: tuple[Tensor, ...] = ()
+    buffers: list[Tensor] = field(default_factory=list)
+    """The buffers of the barrier after the call."""
 
     def compute(self, function: Callable[[Tensor], Tensor], once: bool) -> None:
         """Call the barrier with the inputs of all steps; with `once` and equal inputs, with one of them."""
@@ -224,6 +239,7 @@ def _lockstep(
         call.inputs.append(x)
         if t == len(steps) - 1:
             call.compute(original, name in once)
+            call.buffers = [buffer.detach().clone() for buffer in model.get_submodule(name).buffers()]
         threads[t].pause()
         return call.result_of(t)
 
@@ -309,6 +325,7 @@ def replay_forward(
             # The last sweep only updates the running statistics.
             for (name, _), call in calls.items():
                 call.compute(originals[name], name in once)
+                call.buffers = [buffer.detach().clone() for buffer in model.get_submodule(name).buffers()]
         if last:
             _keep_buffers(model, buffers)
             return outputs
@@ -324,21 +341,47 @@ def _sweep(
     carry: Mapping[str, Any] | None,
     known: Mapping[Key, _FoldedCall],
 ) -> tuple[list[Any], dict[Key, _FoldedCall]]:
-    """Run the steps in order with the known barrier results; a barrier without one runs on the current step only."""
+    """Run the steps in order with the known barrier results; a barrier without one runs on the current step only.
+
+    In each step, the buffers of a barrier have their values before the sequence, and after the call of the barrier the
+    values after the update for all steps.
+    """
     calls: dict[Key, _FoldedCall] = {}
     counts = Counter[str]()
     outputs: list[Any] = []
+    before = [
+        (m._buffers, dict(m._buffers))
+        for name, module in model.named_modules()
+        if is_barrier(name, module)
+        for m in module.modules()
+    ]
+
+    def restore_buffers(copy: bool) -> None:
+        copies: dict[Tensor, Tensor] = {}  # layers may share a buffer
+        for registry, buffers in before:
+            for key, buffer in buffers.items():
+                if copy and buffer is not None:
+                    buffer = copies.setdefault(buffer, buffer.detach().clone())
+                registry[key] = buffer
 
     def arrive(name: str, original: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
         key = (name, counts[name])
         counts[name] += 1
         calls.setdefault(key, _FoldedCall()).inputs.append(x)
-        return known[key].result_of(len(outputs)) if key in known else original(x)
+        if key not in known:
+            return original(x)
+        with torch.no_grad():
+            for buffer, value in zip(model.get_submodule(name).buffers(), known[key].buffers, strict=False):
+                buffer.copy_(value)
+        return known[key].result_of(len(outputs))
 
     with _intercepted(model, is_barrier, arrive):
+        restore_buffers(copy=True)
         for y in _stepping(model, steps, entry, kwargs, carry):
             outputs.append(y)
             counts.clear()
+            restore_buffers(copy=True)
+    restore_buffers(copy=False)
     for (name, _), call in calls.items():
         if len(call.inputs) != len(steps):
             raise _undefined(f"`{name}` is called at {len(call.inputs)} of {len(steps)} time steps only.")
