@@ -1,9 +1,9 @@
 """Remove nodes whose value is not needed (dead code elimination).
 
-Needed are the outputs of a step, the next value of every declared slot (`net.run` returns it), initial values and size
-checks, and in training the layers that update running statistics. Legal because other nodes have no effect. A slot that
-capture discovered by watching attributes is needed only if another value depends on it: an attribute that is written
-but never read is no state.
+Needed are the outputs of a step, the next value of every slot (`net.run` returns it), initial values and size checks,
+and in training the layers that update running statistics. Legal because other nodes have no effect. A slot that capture
+discovered by watching attributes is needed only if a value depends on it, its own next value included: an attribute
+that is written but never read is no state.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ __all__ = ["RemoveDeadCode"]
 
 @dataclass(frozen=True)
 class RemoveDeadCode(Pass):
-    """Remove nodes without effect, and discovered slots that no other value depends on."""
+    """Remove nodes without effect, and discovered slots that no value depends on."""
 
     name = "remove_dead_code"
     requires = "normalized"  # before, an in-place operation without readers seems dead
@@ -54,11 +54,16 @@ def _remove_dead_nodes(program: StepProgram) -> None:
 
 
 def _drop_unread_slots(program: StepProgram) -> list[str]:
-    """Drop discovered slots that no output and no other slot depends on; return their names."""
+    """Drop discovered slots that no output and no slot depends on; return their names."""
     placeholders = dict(zip((s.name for s in program.slots), program.slot_nodes(), strict=True))
     following = dict(zip((s.name for s in program.slots), program.next_states, strict=True))
     initial = dict(zip((s.name for s in program.slots), program.initial_values, strict=True))
-    needed = {s.name for s in program.slots if not s.discovered}
+    needed = {
+        s.name
+        for s in program.slots
+        if not s.discovered
+        or (isinstance(following[s.name], Node) and placeholders[s.name] in ancestors([following[s.name]]))
+    }
     while True:
         roots = [n for n in program.outputs if isinstance(n, Node)]
         roots += [n for n in program.graph.nodes if updates_buffers(program, n)]

@@ -134,11 +134,14 @@ CODES: dict[str, CodeEntry] = {
         "neuron.LIFNode(tau=2.0)",
     ),
     "SNNFX206": CodeEntry(
-        "a buffer is changed in place",
-        "The step changes a buffer or a parameter in place. To be carried from step to step, state must be registered "
-        "and assigned as an attribute.",
-        "self.count += 1   # a registered buffer",
-        'self.register_memory("count", 0.0)   # in a snnfx.MemoryModule',
+        "a change of a buffer or parameter that a net cannot follow",
+        "A buffer that a step assigns or changes in place, and a parameter that it changes under torch.no_grad(), are "
+        "state of the net: every call starts from the value in the model and writes the last value back. A net cannot "
+        "follow a step that assigns .data, that creates or replaces a buffer or parameter, or that changes a tensor in "
+        "place which is in a container, shares memory with another tensor, or belongs to a module that is called as a "
+        "whole.",
+        "self.gain.data = self.gain.data.clamp(0, 1)",
+        "with torch.no_grad():\n    self.gain.clamp_(0, 1)   # or self.gain.copy_(value)",
     ),
     "SNNFX207": CodeEntry(
         "lazy modules are not initialised",
@@ -352,6 +355,14 @@ CODES: dict[str, CodeEntry] = {
         "when the first derivative is computed with create_graph=True.",
         "net = snnfx.convert(model); (g,) = torch.autograd.grad(net(x).sum(), x, create_graph=True)",
         "net = snnfx.convert(model, lower=None)   # PyTorch runs every step and supports it",
+    ),
+    "SNNFX320": CodeEntry(
+        "a net with state is called during a backward pass",
+        "Each call of the net changes state that lives on from call to call: a buffer, a parameter, or the state that "
+        "it carries with carry_state=True. torch.utils.checkpoint calls the net once more in the backward pass, from "
+        "another state than the first time. Let the net recompute itself, which restores its state.",
+        "y = torch.utils.checkpoint.checkpoint(net, x)",
+        'net = snnfx.convert(model, checkpoint="regions"); y = net(x)',
     ),
     # 4xx: verification
     "SNNFX401": CodeEntry(
