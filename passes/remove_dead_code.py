@@ -2,13 +2,14 @@
 
 Needed are the outputs of a step, the next value of every slot (`net.run` returns it), initial values and size checks,
 and in training the layers that update running statistics. Legal because other nodes have no effect. A slot that capture
-discovered by watching attributes is needed only if a value depends on it, its own next value included: an attribute
-that is written but never read is no state.
+discovered by watching attributes is needed only if a tensor depends on it, its own next value included: an attribute
+that is written but never read is no state, and neither is a count of the steps.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 from torch.fx import Node
 
@@ -61,8 +62,7 @@ def _drop_unread_slots(program: StepProgram) -> list[str]:
     needed = {
         s.name
         for s in program.slots
-        if not s.discovered
-        or (isinstance(following[s.name], Node) and placeholders[s.name] in ancestors([following[s.name]]))
+        if not s.discovered or _reads_itself(placeholders[s.name], following[s.name])
     }
     while True:
         roots = [n for n in program.outputs if isinstance(n, Node)]
@@ -76,6 +76,13 @@ def _drop_unread_slots(program: StepProgram) -> list[str]:
     dropped = [s.name for s in program.slots if s.name not in needed]
     _keep_slots(program, needed)
     return dropped
+
+
+def _reads_itself(placeholder: Node, following: Any) -> bool:
+    """Whether the next value of a slot depends on its value; a count of the steps without readers is no state."""
+    if placeholder.meta.get("number") or not isinstance(following, Node):
+        return False
+    return following is not placeholder and placeholder in ancestors([following])
 
 
 def _keep_slots(program: StepProgram, names: set[str]) -> None:

@@ -26,6 +26,7 @@ from snnfx.ops.step_functions import read_parameter
 from snnfx.sandbox.contents_snapshot import ContentsSnapshot, attributes_of
 from snnfx.sandbox.torch_internals import FakeTensor, NormBase, TorchDispatchMode
 from snnfx.sandbox.user_code import format_location, location_of_forward, user_location
+from snnfx.state.leaf_modules import is_leaf
 
 __all__ = ["ChangedTensor", "NewChange", "StepChanges", "modules_with"]
 
@@ -124,7 +125,6 @@ class StepChanges:
     def watched(
         self,
         tracer: StepTracer,
-        traced: Set[nn.Module],
         blocked: tuple[str, ...],
         owned: Set[tuple[nn.Module, str]],
     ) -> Iterator[None]:
@@ -132,7 +132,6 @@ class StepChanges:
 
         Args:
             tracer: the tracer of the step.
-            traced: the modules whose forward is traced.
             blocked: prefixes of the names in modules that the net calls as a whole.
             owned: attributes in which adapters store the states of their modules.
 
@@ -140,7 +139,7 @@ class StepChanges:
             NewChange: the step changes a tensor without a slot; `found` now contains it.
             CaptureError: SNNFX206, the step changes a tensor in a way that a net cannot follow.
         """
-        self.traced, self.blocked, self.owned = traced, blocked, owned
+        self.blocked, self.owned = blocked, owned
         self._reads: dict[str, Node] = {}
         self._before = before = _Contents(self.model, self.owned)
         tracer.writes = _InPlaceWrites(self, tracer, before)
@@ -212,13 +211,7 @@ class StepChanges:
                 f'Register it with its initial tensor: self.register_buffer("{key}", torch.zeros(...)). If each '
                 f"sequence starts anew, use a plain attribute instead: self.{key} = None.",
             )
-        if module not in self.traced:
-            raise _refusal(
-                f"a step changes the buffer `{name}`",
-                where,
-                "it belongs to a module that the net calls without tracing it.",
-                "Change it in the forward of the module.",
-            )
+        self._refuse_holder(name, name.rpartition(".")[0], module, where)
         if type(new) is StepProxy:
             root = object_of(new.node)
             if root is not new.node and root.op == "get_attr":
@@ -247,18 +240,21 @@ class StepChanges:
                 "Make one of them a copy: self.a = self.b.clone().",
             )
         for path, holder, *_ in holders:
-            if isinstance(holder, NormBase) or f"{path}.".startswith(self.blocked):
-                raise _refusal(
-                    f"a step changes `{qualified}` in place, which `{path or 'the model'}` reads",
-                    where,
-                    "the net calls this module as a whole, with its own tensors."
-                    if not isinstance(holder, NormBase)
-                    else "the layer itself changes its statistics.",
-                    "Change it in the forward of that module, or write the operation of the module in the step: "
-                    "torch.nn.functional.linear(x, self.w).",
-                )
+            self._refuse_holder(qualified, path, holder, where)
         shared = [(holder, registry, attribute) for _, holder, _, registry, attribute in holders]
         self._add(ChangedTensor(qualified, module, key, kind, "in_place", tensor, shared))
+
+    def _refuse_holder(self, tensor: str, path: str, holder: nn.Module, where: str) -> None:
+        """Refuse a change of a tensor of a module that the net calls as a whole."""
+        if isinstance(holder, NormBase) and is_leaf(holder):
+            why = "the net calls this layer, which changes its statistics itself, as a whole."
+            hint = "Register a buffer of your own, and normalise with torch.nn.functional.batch_norm(x, None, None)."
+        elif f"{path}.".startswith(self.blocked):
+            why = "the net calls this module as a whole, with its own tensors."
+            hint = "Change the tensor in the forward of this module."
+        else:
+            return
+        raise _refusal(f"a step changes `{tensor}` of `{path or 'the model'}`", where, why, hint)
 
     def _add(self, change: ChangedTensor) -> None:
         self.found.setdefault(change.name, change)
