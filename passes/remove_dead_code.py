@@ -1,14 +1,15 @@
 """Remove nodes whose value is not needed (dead code elimination).
 
-Needed are the outputs of a step, the next value of every declared slot (`net.run` returns it), initial values and size
-checks, and in training the layers that update running statistics. Legal because other nodes have no effect. A slot that
-capture discovered by watching attributes is needed only if another value depends on it: an attribute that is written
-but never read is not a state.
+Needed are the outputs of a step, the next value of every slot (`net.run` returns it), initial values and size checks,
+and in training the layers that update running statistics. Legal because other nodes have no effect. A slot that capture
+discovered by watching attributes is needed only if a tensor depends on it, its own next value included: an attribute
+that is written but never read is not a state, and neither is a count of the steps.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 from torch.fx import Node
 
@@ -23,7 +24,7 @@ __all__ = ["RemoveDeadCode"]
 
 @dataclass(frozen=True)
 class RemoveDeadCode(Pass):
-    """Remove nodes without effect, and discovered slots that no other value depends on."""
+    """Remove nodes without effect, and discovered slots that no value depends on."""
 
     name = "remove_dead_code"
     requires = "normalized"  # before, an in-place operation without readers seems dead
@@ -54,11 +55,13 @@ def _remove_dead_nodes(program: StepProgram) -> None:
 
 
 def _drop_unread_slots(program: StepProgram) -> list[str]:
-    """Drop discovered slots that no output and no other slot depends on; return their names."""
+    """Drop discovered slots that no output and no slot depends on; return their names."""
     placeholders = dict(zip((s.name for s in program.slots), program.slot_nodes(), strict=True))
     following = dict(zip((s.name for s in program.slots), program.next_states, strict=True))
     initial = dict(zip((s.name for s in program.slots), program.initial_values, strict=True))
-    needed = {s.name for s in program.slots if not s.discovered}
+    needed = {
+        s.name for s in program.slots if not s.discovered or _reads_itself(placeholders[s.name], following[s.name])
+    }
     while True:
         roots = [n for n in program.outputs if isinstance(n, Node)]
         roots += [n for n in program.graph.nodes if updates_buffers(program, n)]
@@ -71,6 +74,13 @@ def _drop_unread_slots(program: StepProgram) -> list[str]:
     dropped = [s.name for s in program.slots if s.name not in needed]
     _keep_slots(program, needed)
     return dropped
+
+
+def _reads_itself(placeholder: Node, following: Any) -> bool:
+    """Whether the next value of a slot depends on its value; a count of the steps without readers is no state."""
+    if placeholder.meta.get("number") or not isinstance(following, Node):
+        return False
+    return following is not placeholder and placeholder in ancestors([following])
 
 
 def _keep_slots(program: StepProgram, names: set[str]) -> None:

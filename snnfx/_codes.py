@@ -152,11 +152,14 @@ CODES: dict[str, CodeEntry] = {
         "neuron.LIFNode(tau=2.0)",
     ),
     "SNNFX206": CodeEntry(
-        "a buffer is changed in place",
-        "The step changes a buffer or a parameter in place. To be carried from step to step, state must be registered "
-        "and assigned as an attribute.",
-        "self.count += 1   # a registered buffer",
-        'self.register_memory("count", 0.0)   # in a snnfx.MemoryModule',
+        "a change of a buffer or parameter that a net cannot follow",
+        "A buffer that a step assigns or changes in place, and a parameter that it changes under torch.no_grad(), are "
+        "state of the net: every call starts from the value in the model and writes the last value back. A net cannot "
+        "follow a step that assigns .data, that creates or replaces a buffer or parameter, or that changes a tensor in "
+        "place which is in a container, shares memory with another tensor, or belongs to a module that is called as a "
+        "whole.",
+        "self.gain.data = self.gain.data.clamp(0, 1)",
+        "with torch.no_grad():\n    self.gain.clamp_(0, 1)   # or self.gain.copy_(value)",
     ),
     "SNNFX207": CodeEntry(
         "lazy modules are not initialised",
@@ -366,8 +369,8 @@ CODES: dict[str, CodeEntry] = {
     ),
     "SNNFX320": CodeEntry(
         "state is carried during a backward pass",
-        'A net that carries its state across calls (carry_state=True, or step_mode="s") was called while a backward '
-        "pass runs, mostly by torch.utils.checkpoint, which runs its function again to recompute its intermediates. The "
+        'A net that carries its state across calls (carry_state=True, or step_mode="s"), or that updates buffers or '
+        "parameters at each step, was called while a backward pass runs, mostly by torch.utils.checkpoint, which runs its function again to recompute its intermediates. The "
         "net already has the state after the first run, so the second run would give other values, wrong gradients and "
         "a state that is advanced twice. The error is raised before anything is changed: the net carries the state "
         "after the first run. Use the option checkpoint= of snnfx.convert, or pass the state explicitly.",

@@ -13,13 +13,12 @@ from snnfx.capture.attribute_slots import (
     is_number,
     is_state_change,
     recorded,
-    versions,
 )
 from snnfx.capture.proxy import StepProxy
 from snnfx.capture.read_tracking_list import ReadTrackingList
 from snnfx.errors import CaptureError
 from snnfx.sandbox.contents_snapshot import MISSING, Change, ClassContentsSnapshot, ContentsSnapshot, attributes_of
-from snnfx.sandbox.torch_internals import FakeTensor, pytree
+from snnfx.sandbox.torch_internals import pytree
 from snnfx.sandbox.user_code import location_of_forward
 
 __all__ = ["AttributeChanges", "refuse_change"]
@@ -39,7 +38,7 @@ class AttributeChanges:
         self.model, self.entry = model, entry
         self.set_before_read: set[tuple[nn.Module, str]] = set()
         self._classes = ClassContentsSnapshot(model)
-        self._before = {m: (ContentsSnapshot(_attributes(m)), dict(m._buffers), versions(m)) for m in model.modules()}
+        self._before = {m: ContentsSnapshot(_attributes(m)) for m in model.modules()}
 
     def attributes(
         self, traced: Set[nn.Module], slots: Container[tuple[nn.Module, str]], reads: dict[tuple[nn.Module, str], Any]
@@ -48,7 +47,7 @@ class AttributeChanges:
 
         Args:
             traced: the modules whose forward is traced.
-            slots: attributes that already are slots.
+            slots: attributes that already are slots, or that store registered states.
             reads: the value of each attribute when the model's code first read it.
 
         Raises:
@@ -57,11 +56,8 @@ class AttributeChanges:
         for change in self._classes.changes():
             refuse_change("", self.model, change, self.entry)
         for name, module in self.model.named_modules():
-            contents, buffers, _ = self._before[module]
+            contents = self._before[module]
             prefix = f"{name}." if name else ""
-            for key, value in module._buffers.items():
-                if value is not buffers.get(key) and (module, key) not in slots and not isinstance(value, FakeTensor):
-                    self._refuse_buffer(prefix + key, module)
             now = _attributes(module)
             for key in (*contents.values, *(key for key in now if key not in contents.values)):
                 if (module, key) in slots:
@@ -84,7 +80,7 @@ class AttributeChanges:
         value: Any,
         reads: dict[tuple[nn.Module, str], Any],
     ) -> Iterator[AttributeSlot]:
-        contents = self._before[module][0]
+        contents = self._before[module]
         old = contents.values.get(key, getattr(type(module), key, None))
         if is_state_change(old, value):
             yield AttributeSlot(
@@ -103,29 +99,6 @@ class AttributeChanges:
             if change.kind in _KINDS_WITHOUT_SLOTS or not (elements and _is_slot_change(change)):
                 refuse_change(prefix, module, change, self.entry)
         yield from elements
-
-    def refuse_tensors_in_place(self, traced: Set[nn.Module]) -> None:
-        """Refuse a step that changes a tensor of the model in place during the trace."""
-        for name, module in self.model.named_modules():
-            for key, (tensor, version) in self._before[module][2].items():
-                if module in traced and tensor._version != version:
-                    raise CaptureError(
-                        "SNNFX206",
-                        f"a step changes the tensor `{name + '.' if name else ''}{key}` in place",
-                        where=type(module).__name__,
-                        why="a net carries state across steps only if the step assigns a new value to it.",
-                        hint="Write `self.x = self.x + ...`, or register it with snnfx.MemoryModule.register_memory.",
-                    )
-
-    def _refuse_buffer(self, name: str, module: nn.Module) -> None:
-        raise CaptureError(
-            "SNNFX206",
-            f"a step changes the buffer `{name}`",
-            where=location_of_forward(module, self.entry),
-            why="a buffer keeps its value across sequences, but each call of a net starts from the reset state.",
-            hint=f'For state, call self.register_memory("{name.rpartition(".")[2]}", initial) in a snnfx.MemoryModule; '
-            "for a statistic, compute it from the values that net.run(x_seq, record=...) records.",
-        )
 
 
 def _attributes(module: nn.Module) -> dict[str, Any]:

@@ -22,13 +22,12 @@ __all__ = [
     "is_state_change",
     "known_value",
     "recorded",
-    "versions",
 ]
 
 
 @dataclass
 class AttributeSlot:
-    """A slot for a plain attribute (or buffer, or an element of a container) that a step changes.
+    """A slot for a plain attribute (or an element of a container) that a step changes.
 
     Args:
         name: name of the slot.
@@ -68,10 +67,7 @@ class AttributeSlot:
             value = pytree.tree_unflatten([value if path == self.path else leaf for path, leaf in leaves], spec)
             if self.is_watched and type(value) is list:
                 value = ReadTrackingList(value)
-        if self.attribute in self.module._buffers:
-            self.module._buffers[self.attribute] = value
-        else:
-            self.module.__dict__[self.attribute] = value
+        self.module.__dict__[self.attribute] = value
 
     def read(self, initial: StepProxy) -> Any:
         """The value after the step that started with `initial`.
@@ -109,15 +105,7 @@ class AttributeSlot:
         return value.plain() if isinstance(value, ReadTrackingList) else value
 
     def _stored(self) -> Any:
-        if self.attribute in self.module._buffers:
-            return self.module._buffers[self.attribute]
         return self.module.__dict__.get(self.attribute)
-
-
-def versions(module: nn.Module) -> dict[str, tuple[Tensor, int]]:
-    """The buffers and attribute tensors of a module, each with its version (the count of in-place changes)."""
-    named = {**module.__dict__, **module._buffers}
-    return {k: (v, v._version) for k, v in named.items() if type(v) is not StepProxy and isinstance(v, Tensor)}
 
 
 def is_state_change(old: Any, new: Any) -> bool:

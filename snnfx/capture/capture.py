@@ -27,7 +27,8 @@ from snnfx.capture.attribute_slots import AttributeSlot, is_number, recorded
 from snnfx.capture.capture_session import CaptureSession, erase_unused_placeholders
 from snnfx.capture.graph_matching import GraphMatch
 from snnfx.capture.patches import watched_training_flag
-from snnfx.capture.step_arguments import CarriedLeaf, carried_arguments, step_arguments
+from snnfx.capture.step_arguments import carried_arguments, step_arguments
+from snnfx.capture.step_changes import NewChange, StepChanges
 from snnfx.capture.tracer import SubmoduleNotTraceable
 from snnfx.errors import CaptureError, InputError, SnnfxWarning
 from snnfx.ir.edits import add_placeholder
@@ -113,11 +114,15 @@ def capture(
     carried = carried_arguments(model, entry, example_inputs, carry or {}, fake_mode)
     arguments, leaves, spec = step_arguments(model, entry, example_inputs, fake_mode, tuple(c.name for c in carried))
     opaque: dict[str, str] = {}
+    changes = StepChanges(model, entry)
     with StateSnapshot.of(model), _mode(model, training), torch.enable_grad(), autocast_cache_disabled():
         while True:
             try:
-                program = _capture_once(model, entry, arguments, leaves, spec, opaque, fake_mode, training, carried)
+                session = CaptureSession(model, entry, arguments, opaque, fake_mode, carried, changes)
+                program = _capture_once(session, leaves, spec, training)
                 break
+            except NewChange:
+                continue
             except SubmoduleNotTraceable as failure:
                 if failure.name in opaque:
                     where = location_of_forward(model, entry)
@@ -129,6 +134,7 @@ def capture(
                     assert failure.error is not None
                     raise failure.error from failure.__cause__
                 opaque[failure.name] = failure.reason
+                changes = StepChanges(model, entry)
     for captured in filter(None, (program, program.first_step)):
         for node in captured.graph.nodes:
             if "val" in node.meta:
@@ -137,17 +143,9 @@ def capture(
 
 
 def _capture_once(
-    model: nn.Module,
-    entry: str,
-    arguments: Any,
-    leaves: list[InputLeaf],
-    spec: pytree.TreeSpec,
-    opaque: dict[str, str],
-    fake_mode: FakeTensorMode | None,
-    training: bool,
-    carried: list[CarriedLeaf],
+    session: CaptureSession, leaves: list[InputLeaf], spec: pytree.TreeSpec, training: bool
 ) -> StepProgram:
-    session = CaptureSession(model, entry, arguments, opaque, fake_mode, carried)
+    model, entry, carried = session.model, session.entry, session.carried
     discovered: dict[str, AttributeSlot] = {}
     cold, cold_discoveries = session.trace(discovered, warm=False)
     if session.time_loop is not None and training:  # once for both modes
@@ -157,7 +155,11 @@ def _capture_once(
         discovered[attribute.name] = attribute
     starts_as_none = {name for c in carried if not c.required for name in c.argument().slot_names()}
     if not discovered and not session.matched_slots() and not starts_as_none:
-        return replace(session.program(cold, leaves, spec, training), setting_reads=session.setting_reads(()))
+        return replace(
+            session.program(cold, leaves, spec, training),
+            setting_reads=session.setting_reads(()),
+            initial_attributes=session.initial_attributes(()),
+        )
     cold_program = session.program(cold, leaves, spec, training, drop_overwritten=False)
     structures = [c.structure for c in carried]
     for _ in range(3):

@@ -13,6 +13,7 @@ from snnfx.capture.attribute_slots import AttributeSlot, is_number, known_value
 from snnfx.capture.leaf_module_states import owners
 from snnfx.capture.proxy import StepProxy
 from snnfx.capture.step_arguments import CarriedLeaf, carried_output
+from snnfx.capture.step_changes import StepChanges, modules_with
 from snnfx.capture.time_loops import TimeLoop, find_time_loop
 from snnfx.capture.trace_faults import raise_internal_fault
 from snnfx.capture.tracer import StepTracer, SubmoduleNotTraceable
@@ -24,7 +25,7 @@ from snnfx.sandbox.torch_internals import FakeTensorMode, pytree
 from snnfx.state.carry import SlotName, with_output_at
 from snnfx.state.composite_adapter import composite_adapter, is_stateful_tree
 from snnfx.state.leaf_modules import is_leaf
-from snnfx.state.registry import adapter_of
+from snnfx.state.registry import adapter_of, storage_of
 from snnfx.state.stateful import Adapter
 
 __all__ = ["CaptureSession", "erase_unused_placeholders"]
@@ -40,6 +41,7 @@ class CaptureSession:
         opaque: qualified names of submodules that must not be traced, each with the reason.
         fake_mode: the fake tensor mode of example values, or None without example inputs.
         carried: the carried arguments.
+        changes: the tensors of the model that a step changes, as far as known.
     """
 
     def __init__(
@@ -50,8 +52,9 @@ class CaptureSession:
         opaque: dict[str, str],
         fake_mode: FakeTensorMode | None,
         carried: list[CarriedLeaf],
+        changes: StepChanges,
     ) -> None:
-        self.model, self.entry, self.arguments = model, entry, arguments
+        self.model, self.entry, self.arguments, self.changes = model, entry, arguments, changes
         self.opaque, self.fake_mode, self.carried = opaque, fake_mode, carried
         self.stateful = _outermost_stateful(model, opaque)
         self.reads: dict[tuple[nn.Module, str], tuple[Any, str]] = {}
@@ -84,9 +87,9 @@ class CaptureSession:
         return starts
 
     def leaf_slots(self) -> set[str]:
-        """The slots whose initial values come from the adapters of leaf modules."""
+        """The slots whose initial values come from the adapters of leaf modules, or from the tensors of the model."""
         slots = {prefix + n for prefix, m, a, leaf in self.stateful for n in a.names(m)}
-        return slots - self.matched_slots()
+        return (slots - self.matched_slots()) | self.changes.found.keys()
 
     def setting_reads(self, discovered: Iterable[AttributeSlot]) -> list[SettingRead]:
         """The plain values that the model's code reads in the traces, except state."""
@@ -100,7 +103,8 @@ class CaptureSession:
         """The values of attributes with discovered slots before the first step."""
         paths = {module: name for name, module in self.model.named_modules()}
         starts = {(paths[a.module], a.attribute): a.start for a in discovered}
-        return [
+        tensors = [c.initial_attribute(paths[c.module]) for c in self.changes.found.values() if c.kind == "attribute"]
+        return tensors + [
             InitialAttribute(*key, None, exists=False)
             if start is MISSING
             else InitialAttribute(*key, pytree.tree_map_only(Tensor, lambda v: v.detach().clone(), start))
@@ -190,6 +194,7 @@ class CaptureSession:
                     if warm or c.required
                     else None
                 )
+            self.changes.start(tracer, shapes)
 
         def take_carried(outputs: Any) -> Any:
             for c in self.carried:
@@ -214,26 +219,27 @@ class CaptureSession:
                 self._written.add(attribute.name)
                 self._refuse_unsupported_state(attribute.module, attribute.name, attribute.before, value)
                 tracer.slot_values[attribute.name] = value
+            self.changes.finish(tracer)
             growing = {(a.module, a.attribute) for a in discovered.values() if a.path and not a.keeps_structure()}
             changed.extend(
                 a
-                for a in changes.attributes(traced, slots, tracer.first_reads)
+                for a in changes.attributes(traced, slots | self.changes.keys(), tracer.first_reads)
                 if a.name not in discovered and (a.module, a.attribute) not in growing
             )
             self.set_before_read |= changes.set_before_read
 
         traced = {module for _, module in self._traced_modules()}
         slots = {owner for _, m, adapter, _ in self.stateful for owner in owners(m, adapter)}
-        with StateSnapshot.of(self.model):
+        slots |= storage_of(self.model)
+        blocked = ("",) if "" in self.opaque else self._untraced_prefixes()
+        with StateSnapshot.of(self.model), self.changes.watched(tracer, blocked, slots):
             changes = AttributeChanges(self.model, self.entry)
             try:
                 tracer.record(self.model, prepare, finish)
             except SubmoduleNotTraceable as failure:
-                changed = list(changes.attributes(traced, slots, tracer.first_reads))
+                changed = list(changes.attributes(traced, slots | self.changes.keys(), tracer.first_reads))
                 failure.undeclared = list({a.name: a for a in (*discovered.values(), *changed)}.values())
                 raise
-            finally:
-                changes.refuse_tensors_in_place(traced)
         return changed
 
     def _refuse_unsupported_state(self, module: nn.Module, slot: str, before: Any, after: Any) -> None:
@@ -264,12 +270,15 @@ class CaptureSession:
         """Yield the modules whose forward is traced: neither leaf modules nor inside one."""
         if "" in self.opaque:
             return
-        opaque_prefixes = tuple(f"{name}." for name in self.opaque)
-        leaf_prefixes = tuple(prefix for prefix, _, _, leaf in self.stateful if leaf)
+        opened = modules_with(self.model, self.changes.found.values())
         for name, module in self.model.named_modules():
-            is_in_leaf = f"{name}.".startswith(opaque_prefixes + leaf_prefixes)
-            if not is_in_leaf and not is_leaf(module):
+            if not f"{name}.".startswith(self._untraced_prefixes()) and (not is_leaf(module) or module in opened):
                 yield name, module
+
+    def _untraced_prefixes(self) -> tuple[str, ...]:
+        """Prefixes of the names in opaque modules and stateful leaf modules."""
+        leaves = (prefix for prefix, _, _, leaf in self.stateful if leaf)
+        return (*(f"{name}." for name in self.opaque), *leaves)
 
     def program(
         self,
@@ -294,7 +303,10 @@ class CaptureSession:
             is_overwritten = name in tracer.overwritten_slots and placeholder is not None and not placeholder.users
             if drop_overwritten and is_overwritten:
                 continue
-            slot = Slot(name, placeholder.name if placeholder else "", name in (discovered or ()))
+            change = self.changes.found.get(name)
+            persistent = change.persistent if change is not None else ""
+            is_discovered = name in (discovered or ()) or (change is not None and not persistent)
+            slot = Slot(name, placeholder.name if placeholder else "", is_discovered, persistent)
             used_slots.append((slot, following, initial))
         program = StepProgram(
             graph=graph,

@@ -15,7 +15,7 @@ from snnfx.capture.patches import plain_isinstance
 from snnfx.capture.proxy import UNKNOWN
 from snnfx.capture.recorder import Recorder
 from snnfx.errors import CaptureError
-from snnfx.ir.program import SELF_TARGET
+from snnfx.ir.program import SELF_TARGET, START_PREFIX
 from snnfx.sandbox.torch_internals import (
     DataDependentOutputException,
     DynamicOutputShapeException,
@@ -116,7 +116,7 @@ class ExampleValues:
             return self.recorder.root
         value: Any = self.recorder.root
         with self.evaluating():
-            for atom in target.split("."):
+            for atom in target.removeprefix(START_PREFIX).split("."):
                 value = getattr(value, atom)
         return value
 

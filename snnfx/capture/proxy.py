@@ -15,9 +15,9 @@ from snnfx.errors import CaptureError
 from snnfx.ir.nodes import IN_PLACE_OPERATORS
 from snnfx.ir.printing import operation_name
 from snnfx.ops.step_functions import set_part_
-from snnfx.sandbox.user_code import format_location
+from snnfx.sandbox.user_code import format_location, user_location
 
-__all__ = ["UNKNOWN", "StepProxy", "needs_examples", "value_of"]
+__all__ = ["UNKNOWN", "StepProxy", "data_refusal", "needs_examples", "value_of"]
 
 UNKNOWN = object()
 """The value of a proxy without an example value."""
@@ -47,11 +47,18 @@ class StepProxy(fx.Proxy):
             isinstance(value, tuple) or (value is UNKNOWN and _returns_pair(self.node))
         ):
             return self[0 if name == "values" else 1]  # type: ignore[index]
-        if name == "data":
-            return self.tracer.create_proxy("call_method", "detach", (self,), {})  # equivalent, and supported by vmap
         if name in ("shape", "dtype", "device", "T", "mT", "H", "mH", "real", "imag"):
             return self.tracer.create_proxy("call_function", getattr, (self, name), {})
         return super().__getattr__(name)
+
+    @property
+    def data(self) -> Any:
+        """The detached value: equivalent to `.data`, and supported by vmap."""
+        return self.tracer.create_proxy("call_method", "detach", (self,), {})
+
+    @data.setter
+    def data(self, value: Any) -> None:
+        raise data_refusal(f"`{self.node.target if self.node.op == 'get_attr' else self.node.name}`")
 
     def __len__(self) -> int:
         value = value_of(self)
@@ -135,6 +142,17 @@ _PAIR_OPERATIONS = frozenset("max min sort topk median nanmedian mode kthvalue c
 def _returns_pair(node: Node) -> bool:
     """Whether a node without example value is a call that returns `(values, indices)`."""
     return node.op in ("call_function", "call_method") and operation_name(node) in _PAIR_OPERATIONS
+
+
+def data_refusal(name: str) -> CaptureError:
+    """The error for a step that assigns `.data` of a tensor."""
+    return CaptureError(
+        "SNNFX206",
+        f"a step assigns the `.data` of {name}",
+        where=format_location(user_location()),
+        why="it swaps the memory of the tensor behind autograd, so the gradients of earlier steps would be wrong.",
+        hint="Copy the value instead: with torch.no_grad(): self.w.copy_(value).",
+    )
 
 
 def needs_examples(proxy: StepProxy) -> CaptureError:

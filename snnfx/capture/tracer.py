@@ -9,7 +9,8 @@ In addition to torch.fx:
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import contextlib
+from collections.abc import Callable, Set
 from typing import Any
 
 import torch
@@ -33,7 +34,7 @@ from snnfx.capture.stateful_calls import StatefulCalls, element_of, mark_returne
 from snnfx.capture.trace_faults import raise_internal_fault
 from snnfx.errors import CaptureError
 from snnfx.ir.edits import add_placeholder
-from snnfx.ir.nodes import is_in_place
+from snnfx.ir.nodes import is_in_place, is_in_place_target, object_of
 from snnfx.ir.program import SELF_TARGET
 from snnfx.ops.step_functions import expect_size, set_part_
 from snnfx.sandbox.python_rng import python_rng_state
@@ -101,6 +102,12 @@ class StepTracer(fx.Tracer):
         self.reads: dict[tuple[nn.Module, str], tuple[Any, str]] = {}
         self.first_reads: dict[tuple[nn.Module, str], Any] = {}
         """The value of each module attribute when the model's code first read it in this trace."""
+        self.changed_tensors: dict[int, Node] = {}
+        """The node that reads a tensor that the step changes in place, by the id of the tensor."""
+        self.writes: contextlib.AbstractContextManager[Any] = contextlib.nullcontext()
+        """Detects writes to tensors of the model while the step's code runs."""
+        self.opened: Set[nn.Module] = frozenset()
+        """Layers of torch whose forward is traced, because the step changes their parameters."""
         self.is_evaluating = False
         self._autocast = autocast_state()
         self._paths: dict[nn.Module, str] = {}
@@ -133,7 +140,8 @@ class StepTracer(fx.Tracer):
         self._prepare(self)
 
         def one_step(root: nn.Module) -> Any:
-            outputs = self._call_root(root, root_fn, args, {**kwargs, **self.carried_arguments})
+            with self.writes:
+                outputs = self._call_root(root, root_fn, args, {**kwargs, **self.carried_arguments})
             flat, self.output_spec = pytree.tree_flatten(self.take_carried(outputs))
             refuse_outputs(flat, location_of_forward(root, self.traced_func_name))
             self._finish(self)
@@ -228,7 +236,18 @@ class StepTracer(fx.Tracer):
             if a in self._paths:
                 return self.create_node("get_attr", self._paths[a] or SELF_TARGET, (), {})
             return self.constant(a)
+        if isinstance(a, torch.Generator):
+            name = next((n for m in self.root.modules() for n, v in vars(m).items() if v is a), "")
+            raise CaptureError(
+                "SNNFX215",
+                f"a step draws random numbers from the torch.Generator{f' `{name}`' if name else ''}",
+                where=format_location(user_location()),
+                why="a graph cannot contain a generator.",
+                hint="Draw from the generator of torch instead, without generator=, and call torch.manual_seed.",
+            )
         if isinstance(a, Tensor):
+            if id(a) in self.changed_tensors:
+                return self.changed_tensors[id(a)]
             for name, tensor in (*self.root.named_parameters(), *self.root.named_buffers()):
                 if tensor is a:
                     return self.create_node("get_attr", name, (), {})
@@ -255,6 +274,11 @@ class StepTracer(fx.Tracer):
                 why="a functional graph cannot write into an existing tensor.",
                 hint="Use the return value instead: y = torch.add(a, b).",
             )
+        source = self._tensor_behind_view(kind, target, args)
+        if source is not None:
+            proxy = super().create_proxy(kind, target, (source, *args[1:]), kwargs, *rest, **more)
+            proxy.node.meta["without_gradient"] = True
+            return proxy
         proxy = super().create_proxy(kind, target, args, kwargs, *rest, **more)
         if kind.startswith("call") and not torch.is_grad_enabled() and not self.calls.is_recording:
             if is_in_place(proxy.node):
@@ -262,6 +286,21 @@ class StepTracer(fx.Tracer):
                 return proxy
             return self.without_gradient(proxy)
         return proxy
+
+    def _tensor_behind_view(self, kind: str, target: Any, args: Any) -> StepProxy | None:
+        """The tensor of the model that an operation on its `.data` changes in place, as in `self.w.data.add_(1)`."""
+        if not (kind.startswith("call") and args and type(args[0]) is StepProxy):
+            return None
+        source = args[0].node
+        while source.op == "call_method" and source.target == "detach":
+            source = source.args[0]
+        if source is args[0].node or not is_in_place_target(kind, target):
+            return None
+        root = object_of(source)
+        is_tensor = root in self.changed_tensors.values() or (
+            root.op == "get_attr" and str(root.target) not in self.constants
+        )
+        return self.proxy(source) if is_tensor else None
 
     def record_at(self, name: str, kind: str, target: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> StepProxy:
         """Record a node that belongs to the module called `name`."""
@@ -363,7 +402,7 @@ class StepTracer(fx.Tracer):
                 return mark_returned(self.calls.call(m, name, call_opaque, composite_adapter(m), args, kwargs), name)
             if adapter.is_leaf(m):
                 return mark_returned(self.calls.call(m, name, call_stateful, adapter, args, kwargs), name)
-        elif is_leaf(m):
+        elif self.is_leaf_module(m, name):
             result = mark_returned(super().call_module(m, forward, args, kwargs), name)
             # Always two values: a carried state needs a known structure even without example inputs.
             is_pair = isinstance(m, nn.LSTMCell)
@@ -387,7 +426,7 @@ class StepTracer(fx.Tracer):
         return mark_returned(result, name)
 
     def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
-        return is_leaf(m)
+        return is_leaf(m) and m not in self.opened
 
 
 class ArgumentLeaf:

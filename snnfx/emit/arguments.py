@@ -251,8 +251,10 @@ class Arguments:
         if state is None:
             return
         expected = {slot.name for slot in self.program.slots}
-        if set(state) - expected or (set(state) != expected and not self.program.carried):
-            missing, unknown = sorted(expected - set(state)), sorted(set(state) - expected)
+        # A persistent slot starts from the model if the state has no value for it.
+        required = {slot.name for slot in self.program.slots if not slot.persistent}
+        if set(state) - expected or (required - set(state) and not self.program.carried):
+            missing, unknown = sorted(required - set(state)), sorted(set(state) - expected)
             raise InputError(
                 "SNNFX308",
                 "the state does not have the slots of the net",
@@ -299,7 +301,7 @@ class Arguments:
                     hint=f"Pass it as an argument: net(x_seq, {argument.name}=...).",
                 )
         first_step_is_separate = self.options.step_mode == "s" or self.program.first_step is not None
-        missing = {slot.name for slot in self.program.slots} - set(state or {})
+        missing = {slot.name for slot in self.program.slots if not slot.persistent} - set(state or {})
         if state is not None and missing and first_step_is_separate:
             raise InputError(
                 "SNNFX308",

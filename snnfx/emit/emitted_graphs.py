@@ -93,7 +93,9 @@ class EmittedGraphs:
         else:
             emitted = emit_single_step(program, container, self.target_name)
         self._take(mode, "main", emitted.graph)
-        is_plain = program.first_step is None and not program.carried and _is_plain_structure(program.output_spec)
+        # A graph without state cannot return the final values of persistent slots.
+        needs_state = program.first_step is not None or program.carried or program.persistent_slots
+        is_plain = not needs_state and _is_plain_structure(program.output_spec)
         if options.step_mode == "m" and is_plain:
             dims, output_dim = arguments.tensor_dims, arguments.output_time_dim
             plain = emit_plain(program, container, self.target_name, emitted.regions, dims, output_dim, options.reduce)

@@ -10,9 +10,9 @@ from torch import fx, nn
 from torch.fx import Node
 
 from snnfx.ir.edits import add_placeholder
-from snnfx.ir.program import StepProgram
+from snnfx.ir.program import START_PREFIX, StepProgram
 from snnfx.ops.memory_format import row_major
-from snnfx.ops.sequence_functions import select_state
+from snnfx.ops.sequence_functions import select_state, start_value
 
 __all__ = ["Emitted", "Emitter", "TargetName"]
 
@@ -54,7 +54,11 @@ class Emitter:
     def attribute(self, target: str) -> Node:
         """The `get_attr` node for a target of the program."""
         if target not in self.attributes:
-            self.attributes[target] = self.graph.get_attr(self.target_name(target))
+            name = target.removeprefix(START_PREFIX)
+            node = self.graph.get_attr(self.target_name(name))
+            if name != target:
+                node = self.graph.call_function(start_value, (self.state, name, node))
+            self.attributes[target] = node
         return self.attributes[target]
 
     def steps(self) -> Node:
@@ -69,7 +73,9 @@ class Emitter:
 
     def state_of(self, slots: Sequence[str]) -> Any:
         """The values of some slots before the first step; None: the reset state."""
-        return self.graph.call_function(select_state, (self.state, tuple(slots)))
+        persistent = {slot.name for slot in self.program.persistent_slots}.intersection(slots)
+        more = (tuple(name for name in slots if name in persistent),) if persistent else ()
+        return self.graph.call_function(select_state, (self.state, tuple(slots), *more))
 
     def in_caller_layout(self, node: Any, value: Any) -> Any:
         """The emitted value of an output, converted to row-major if the net computes it in channels-last layout."""

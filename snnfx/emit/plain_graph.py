@@ -11,11 +11,14 @@ from typing import Any
 from torch import nn
 from torch.fx import Node
 
+from snnfx.analysis.dependence import ancestors, is_random
 from snnfx.emit.emitter import Emitted, TargetName
 from snnfx.emit.multi_step import MultiStepEmitter
 from snnfx.ir.edits import add_placeholder
+from snnfx.ir.module_effects import updates_buffers
 from snnfx.ir.program import StepProgram
 from snnfx.ops.sequence_functions import time_steps
+from snnfx.ops.step_functions import expect_size
 from snnfx.sandbox.torch_internals import pytree
 
 __all__ = ["emit_plain"]
@@ -84,8 +87,10 @@ class _PlainEmitter(MultiStepEmitter):
 
     def emit(self) -> Emitted:
         self.placeholders()
+        needed = _needed_nodes(self.program)
         for region in self.program.regions:
-            self.emit_region(region)
+            if not needed.isdisjoint(region.nodes):
+                self.emit_region(region)
         outputs = [self.in_caller_layout(v, self._time_back(self.returned(v))) for v in self.program.outputs]
         self.graph.output(pytree.tree_unflatten(outputs, self.program.output_spec))
         return Emitted(self.graph, self.regions)
@@ -94,3 +99,18 @@ class _PlainEmitter(MultiStepEmitter):
         if isinstance(value, Node) and self.output_time_dim != 0 and self.reduce is None:
             return self.graph.call_method("movedim", (value, 0, self.output_time_dim))
         return value
+
+
+def _needed_nodes(program: StepProgram) -> set[Node]:
+    """The nodes that outputs depend on, or that have effects; the others compute only final states."""
+    values = zip(program.slot_nodes(), program.next_states, program.initial_values, strict=True)
+    states = {node: [v for v in (following, initial) if isinstance(v, Node)] for node, following, initial in values}
+    effects = (
+        n
+        for n in program.graph.nodes
+        if n.target is expect_size or updates_buffers(program, n) or is_random(program, n)
+    )
+    needed = ancestors([*(v for v in program.outputs if isinstance(v, Node)), *effects])
+    while more := {v for slot, reads in states.items() if slot in needed for v in reads} - needed:
+        needed |= ancestors(list(more))
+    return needed

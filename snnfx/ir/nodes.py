@@ -13,10 +13,12 @@ from snnfx.ops.step_functions import expect_size, set_part, set_part_
 __all__ = [
     "IN_PLACE_OPERATORS",
     "is_in_place",
+    "is_in_place_target",
     "is_module_call",
     "is_outside_reader",
     "is_size",
     "is_structural",
+    "object_of",
     "takes_from_tuple",
 ]
 
@@ -39,15 +41,29 @@ def is_structural(node: Node) -> bool:
 
 def is_in_place(node: Node) -> bool:
     """Whether the node is an in-place operation: `x.add_(1)`, `relu(x, inplace=True)`."""
-    if node.op == "call_method":
-        name = str(node.target)
+    return is_in_place_target(node.op, node.target) or (
+        node.op == "call_function" and node.kwargs.get("inplace") is True
+    )
+
+
+def is_in_place_target(op: str, target: Any) -> bool:
+    """Whether a call of this target is an in-place operation."""
+    if op == "call_method":
+        name = str(target)
         return name.endswith("_") and not name.endswith("__")
-    if node.op != "call_function":
+    if op != "call_function":
         return False
-    name = getattr(node.target, "__name__", "")
+    name = getattr(target, "__name__", "")
     # `operator.and_` ends in an underscore because `and` is a keyword.
-    by_name = name.endswith("_") and not name.endswith("__") and getattr(operator, name, None) is not node.target
-    return by_name or node.kwargs.get("inplace") is True or node.target in IN_PLACE_OPERATORS
+    by_name = name.endswith("_") and not name.endswith("__") and getattr(operator, name, None) is not target
+    return by_name or target in IN_PLACE_OPERATORS
+
+
+def object_of(node: Node) -> Node:
+    """The node whose tensor a chain of in-place operations changes and returns."""
+    while is_in_place(node) and isinstance(node.args[0], Node):
+        node = node.args[0]
+    return node
 
 
 IN_PLACE_OPERATORS: dict[Callable[..., Any], Callable[..., Any]] = {

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field, replace
-from typing import Any, cast
+from typing import Any, Literal, cast
 
 from torch import fx, nn
 from torch.fx import Node
@@ -21,7 +21,17 @@ from snnfx.ir.setting_read import SettingRead
 from snnfx.sandbox.torch_internals import pytree
 from snnfx.state.carry import CarriedArgument
 
-__all__ = ["SELF_TARGET", "STAGES", "InitialAttribute", "InputLeaf", "Region", "Slot", "StepProgram", "results_of"]
+__all__ = [
+    "SELF_TARGET",
+    "STAGES",
+    "START_PREFIX",
+    "InitialAttribute",
+    "InputLeaf",
+    "Region",
+    "Slot",
+    "StepProgram",
+    "results_of",
+]
 
 
 STAGES = ("captured", "normalized", "partitioned", "planned")
@@ -36,11 +46,15 @@ class Slot:
         name: qualified name, e.g. ``"layer1.lif.v"``.
         placeholder: name of the placeholder node that reads it.
         discovered: no class declares it; capture found it by watching attributes.
+        persistent: the slot is the buffer or parameter of this name, and lives on from call to call: each call starts
+            from its current value and writes the final value back, as the step writes it: "assigned" replaces the
+            buffer, "in_place" changes the tensor. "": each call starts from the reset state.
     """
 
     name: str
     placeholder: str
     discovered: bool = False
+    persistent: Literal["", "assigned", "in_place"] = ""
 
 
 @dataclass(frozen=True)
@@ -183,6 +197,11 @@ class StepProgram:
         by_name = self.nodes_by_name
         return [by_name[slot.placeholder] for slot in self.slots]
 
+    @property
+    def persistent_slots(self) -> list[Slot]:
+        """The slots that live on from call to call in a buffer or parameter."""
+        return [slot for slot in self.slots if slot.persistent]
+
     def input_nodes(self) -> list[Node]:
         """The placeholders of the tensor inputs, in the order of `input_leaves`."""
         by_name = self.nodes_by_name
@@ -192,6 +211,7 @@ class StepProgram:
         """The object named by a get_attr or call_module target."""
         if target in self.constants:
             return self.constants[target]
+        target = target.removeprefix(START_PREFIX)
         found: Any = self.source
         if target == SELF_TARGET:
             return found
@@ -250,6 +270,8 @@ class StepProgram:
         return "\n".join(format_node(node) for node in self.graph.nodes)
 
 
+START_PREFIX = "snnfx_start."
+"""A get_attr target with this prefix is the value of a buffer or parameter before the first step of a call."""
 SELF_TARGET = "snnfx_source"
 """The get_attr target of the root model (for a model that is one stateful module)."""
 

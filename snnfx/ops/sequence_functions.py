@@ -26,13 +26,22 @@ __all__ = [
     "repeat_over_time",
     "select_state",
     "stack_steps",
+    "start_value",
     "time_steps",
 ]
 
 
-def select_state(state: dict[str, Any] | None, names: tuple[str, ...]) -> tuple[Any, ...] | None:
-    """Select the slots of one region from the state of the net; None: the reset state."""
-    if state is None or not any(name in state for name in names):
+def select_state(
+    state: dict[str, Any] | None, names: tuple[str, ...], persistent: tuple[str, ...] = ()
+) -> tuple[Any, ...] | None:
+    """Select the slots of one region from the state of the net; None: the reset state.
+
+    Args:
+        state: the state before the first step.
+        names: the slots of the region.
+        persistent: those that start from a buffer or parameter in the reset state (see `start_value`).
+    """
+    if state is None or not any(name in state for name in names if name not in persistent):
         return None
     missing = [name for name in names if name not in state]
     if missing:
@@ -43,6 +52,11 @@ def select_state(state: dict[str, Any] | None, names: tuple[str, ...]) -> tuple[
             hint="Pass the whole state, or none.",
         )
     return tuple(state[name] for name in names)
+
+
+def start_value(state: dict[str, Any] | None, name: str, current: Tensor) -> Any:
+    """The value of a persistent slot before the first step: from the state, or the current value in the model."""
+    return current.detach() if state is None or name not in state else state[name]
 
 
 def call_module(module: nn.Module, *args: Any, **kwargs: Any) -> Any:

@@ -15,6 +15,7 @@ __all__ = [
     "apply_autograd_function",
     "change_value",
     "expect_size",
+    "read_parameter",
     "set_part",
     "set_part_",
 ]
@@ -71,6 +72,16 @@ def change_value(x: Any, value: Any) -> Any:
     if not isinstance(x, Tensor) or not isinstance(value, Tensor):
         return value  # `+=` makes a new number
     return ValueAndGradients.apply(value.detach(), x)
+
+
+def read_parameter(parameter: Tensor, value: Tensor) -> Tensor:
+    """The value of a parameter that the steps change under `torch.no_grad()`, as one step reads it.
+
+    Args:
+        parameter: the parameter, which receives the gradients of all steps.
+        value: its value in this step.
+    """
+    return ValueAndGradients.apply(value.detach(), parameter) if parameter.requires_grad else value  # type: ignore[no-any-return]
 
 
 class ValueAndGradients(torch.autograd.Function):

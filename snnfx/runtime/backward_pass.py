@@ -1,13 +1,15 @@
-"""Refuse calls that carry state across calls while a backward pass runs."""
+"""Refuse calls that change state beyond the call while a backward pass runs."""
 
 from __future__ import annotations
 
 from collections.abc import Collection
 
+import torch
+
 from snnfx.errors import InputError
 from snnfx.sandbox.torch_internals import current_backward_pass
 
-__all__ = ["is_in_backward_pass", "refuse_to_carry_state_in_backward"]
+__all__ = ["is_in_backward_pass", "refuse_persistent_state_in_backward", "refuse_to_carry_state_in_backward"]
 
 
 def is_in_backward_pass() -> bool:
@@ -32,4 +34,20 @@ def refuse_to_carry_state_in_backward(slots: Collection[str]) -> None:
             "state after the first run. The carried state is unchanged.",
             hint="Convert with checkpoint=..., or pass the state explicitly: "
             "y_seq, state = checkpoint(net.run, x_seq, state=state, use_reentrant=False).",
+        )
+
+
+def refuse_persistent_state_in_backward(slots: Collection[str]) -> None:
+    """Refuse a call during a backward pass that would update persistent slots, if any, once more.
+
+    Raises:
+        InputError: SNNFX320.
+    """
+    if slots and not torch.compiler.is_compiling() and is_in_backward_pass():
+        raise InputError(
+            "SNNFX320",
+            f"a net that updates {', '.join(f'`{name}`' for name in sorted(slots))} was called during a backward pass",
+            why="torch.utils.checkpoint runs its function again in the backward pass, but the first run has updated "
+            "these tensors already. They are unchanged by this call.",
+            hint='Let the net recompute by itself: snnfx.convert(model, checkpoint="regions").',
         )

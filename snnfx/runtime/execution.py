@@ -12,9 +12,11 @@ from snnfx.emit.executable import Executable
 from snnfx.errors import InputError, warn_once
 from snnfx.functional import chunk_multi_step_forward
 from snnfx.memory.checkpoint_option import recomputation_applies
+from snnfx.runtime.backward_pass import refuse_persistent_state_in_backward
 from snnfx.runtime.call_plans import CallPlans
 from snnfx.runtime.chunk_checkpoint import checkpoint_chunk
 from snnfx.runtime.joined_outputs import JoinedOutputs, JoinedReductions, combine_reductions
+from snnfx.runtime.persistent_state import PersistentState
 from snnfx.runtime.recordings import Recordings
 from snnfx.sandbox.torch_internals import pytree
 
@@ -36,6 +38,22 @@ class Execution:
         self.executable = executable
         self.plans = CallPlans(executable)
         self._recordings = Recordings(executable)
+        self._persistent = {
+            mode: PersistentState(executable.source, program.persistent_slots)
+            for mode, program in executable.programs.items()
+        }
+
+    @property
+    def persistent(self) -> PersistentState:
+        """The persistent state of the current mode."""
+        return self._persistent[self.executable.training]
+
+    def _starting_from_model(self, state: State | None) -> State | None:
+        """A state with the values of the model for persistent slots that it does not contain."""
+        if not self.persistent.names:
+            return state
+        refuse_persistent_state_in_backward(self.persistent.names)
+        return {**self.persistent.starts(), **(state or {})}
 
     def run_sequence(
         self, leaves: list[Tensor], given: State, state: State | None, record: tuple[str, ...], T: int
@@ -57,7 +75,7 @@ class Execution:
         arguments.check_state(state)
         if state is not None:
             arguments.check_shapes(state, arguments.at_step(leaves, 0))
-        state = arguments.first_state(state, given)
+        state = self._starting_from_model(arguments.first_state(state, given))
         records: Flat = ()
         k = self.plans.chunk_length(leaves, T, state)
         checkpoint = None if record else self.plans.checkpoint_length(leaves, T, state)
@@ -70,6 +88,9 @@ class Execution:
             flat, state, _ = self._run_chunks(checkpoint, leaves, state, T, (), checkpointed=True)
         else:
             flat, state, records = self._run_all_steps(leaves, state, record, T)
+        if self.persistent.names:
+            assert state is not None
+            self.persistent.write(state)
         outputs = [arguments.time_back(y) for y in flat]
         return pytree.tree_unflatten(outputs, executable.program.output_spec), state, records
 
@@ -96,10 +117,11 @@ class Execution:
         arguments.check_state(state)
         if state is not None:
             arguments.check_shapes(state, leaves)
-        state = arguments.first_state(state, given)
+        state = self._starting_from_model(arguments.first_state(state, given))
         runners, training = executable.graphs.runners, executable.training
-        part = "first" if state is None and (training, "first") in runners else "main"
+        part = "first" if self.persistent.is_reset(state) and (training, "first") in runners else "main"
         flat, next_state, _ = runners[training, part](executable.root, *leaves, state, None)
+        self.persistent.write(next_state)
         return pytree.tree_unflatten(list(flat), executable.program.output_spec), next_state, ()
 
     def _run_all_steps(
@@ -107,7 +129,7 @@ class Execution:
     ) -> tuple[Flat, State, Flat]:
         executable = self.executable
         run = self._recordings.runner(record) if record else self.plans.runner("main", leaves, T, state)
-        run_first = executable.graph_runner("first") if state is None else None
+        run_first = executable.graph_runner("first") if self.persistent.is_reset(state) else None
         if run_first is not None:
             if record:
                 raise InputError(
@@ -116,16 +138,21 @@ class Execution:
                     why="its first step runs a different graph from the later steps.",
                     hint="Run one step first: _, state = net.run(x_seq[:1]); then record the rest with state=state.",
                 )
-            return *self._run_first_separately(run_first, run, leaves, T), ()
+            return *self._run_first_separately(run_first, run, leaves, state, T), ()
         time = torch.arange(T, device=leaves[0].device) if leaves else torch.arange(T)
         return run(executable.root, *leaves, state, time)  # type: ignore[no-any-return]
 
     def _run_first_separately(
-        self, run_first: Callable[..., Any], run_rest: Callable[..., Any], leaves: list[Tensor], T: int
+        self,
+        run_first: Callable[..., Any],
+        run_rest: Callable[..., Any],
+        leaves: list[Tensor],
+        state: State | None,
+        T: int,
     ) -> tuple[Flat, State]:
         """Run the first step with its own graph, and the later steps at once."""
         root, arguments = self.executable.root, self.executable.arguments
-        outputs, state, _ = run_first(root, *arguments.at_step(leaves, 0), None, None)
+        outputs, state, _ = run_first(root, *arguments.at_step(leaves, 0), state, None)
         reduce = self.executable.options.reduce
         if reduce is None:
             outputs = tuple(y.unsqueeze(0) if isinstance(y, Tensor) else y for y in outputs)

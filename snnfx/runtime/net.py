@@ -443,7 +443,7 @@ def _forward(self: Net, args: tuple[Any, ...], kwargs: dict[str, Any], T: int | 
     outputs, state, _ = self._execute(ordered, given, state, (), T)
     outputs = with_final_state(outputs, self.program.carried, state)
     if options.carry_state or options.step_mode == "s":
-        self.carried_state = state
+        self.carried_state = self._execution.persistent.without(state)
         if options.carry_state:
             self.detach_carried_state()
     return outputs

@@ -35,8 +35,8 @@ _ATOMIC_TYPES = (
 _CONTAINER_KINDS: dict[type, str] = {list: "list", tuple: "tuple", dict: "dict", deque: "deque", set: "set"}
 
 
-_INTERNALS = frozenset(vars(nn.Module())) | {"_memories", "_initial_memories", "_memories_rv"}
-"""Module attributes that torch manages or that store registered states."""
+_INTERNALS = frozenset(vars(nn.Module()))
+"""Module attributes that torch manages."""
 
 
 @dataclass(frozen=True)

@@ -12,7 +12,7 @@ from snnfx.errors import CaptureError
 from snnfx.sandbox.contents_snapshot import MISSING, ContentsSnapshot, attributes_of
 from snnfx.sandbox.user_code import location_of_forward
 from snnfx.state.memory_adapter import MemoryAdapter, step_by_swapping
-from snnfx.state.registry import adapter_of, named_stateful
+from snnfx.state.registry import adapter_of, named_stateful, storage_of
 from snnfx.state.stateful import Adapter, State
 
 __all__ = ["CompositeAdapter", "composite_adapter", "is_stateful_tree"]
@@ -76,10 +76,15 @@ def is_stateful_tree(module: nn.Module, adapter: Adapter | None) -> bool:
 @contextlib.contextmanager
 def _refusing_unregistered_state(module: nn.Module) -> Iterator[None]:
     """Refuse a module that changes unregistered attributes: their values would leak into the next call."""
-    before = {m: ContentsSnapshot(attributes_of(m)) for m in module.modules()}
+    storage = storage_of(module)
+
+    def attributes(m: nn.Module) -> dict[str, Any]:
+        return {key: value for key, value in attributes_of(m).items() if (m, key) not in storage}
+
+    before = {m: ContentsSnapshot(attributes(m)) for m in module.modules()}
     yield
     for m, snapshot in before.items():
-        now = attributes_of(m)
+        now = attributes(m)
         changes = [c for key in {**snapshot.values, **now} for c in snapshot.changes(key, now.get(key, MISSING))]
         # The module may use its own random generator: each step draws new numbers.
         changed = [".".join(str(key) for key in c.path) for c in changes if c.kind != "random"]

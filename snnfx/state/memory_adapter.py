@@ -17,6 +17,8 @@ __all__ = ["MemoryAdapter", "copy_initial_value", "step_by_swapping"]
 class MemoryAdapter:
     """Steps a `MemoryModule`: by its `Stateful` protocol if it has one, else by swapping its memories."""
 
+    storage: tuple[str, ...] = ("_memories", "_initial_memories")
+
     def elementwise(self, module: nn.Module) -> bool:
         return bool(getattr(module, "elementwise", False))
 

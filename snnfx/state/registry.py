@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from snnfx.state.stateful import Adapter
 
-__all__ = ["adapter_of", "detach_net", "named_stateful", "register_adapter", "reset_net"]
+__all__ = ["adapter_of", "detach_net", "named_stateful", "register_adapter", "reset_net", "storage_of"]
 
 _adapters: dict[type, Adapter] = {}
 _adapter_of_class: dict[type, Adapter | None] = {}
@@ -50,6 +50,14 @@ def named_stateful(model: nn.Module) -> Iterator[tuple[str, nn.Module, Adapter]]
         adapter = adapter_of(module)
         if adapter is not None and adapter.names(module):
             yield name, module, adapter
+
+
+def storage_of(model: nn.Module) -> set[tuple[nn.Module, str]]:
+    """The attributes in which registered classes store the states that their adapters read and write.
+
+    An adapter names them in `storage` if they are other attributes than the states themselves.
+    """
+    return {(m, name) for m in model.modules() for name in getattr(adapter_of(m), "storage", ())}
 
 
 def reset_net(model: nn.Module) -> None:

@@ -138,12 +138,12 @@ def batch_norm(site: CallSite) -> Value:
 
 
 def instance_norm(site: CallSite) -> Value:
-    """InstanceNorm; its running statistics, if any, are updated like those of BatchNorm."""
+    """InstanceNorm; its running statistics, if any, are updated at each step, because its outputs are the same then."""
     module = site.module
     tracks = site["running_mean"] is not None
     in_training = site.training if module is not None else site["use_input_stats"] not in (None, False)
-    if tracks and in_training and site.batch_norm == "per_step":
-        site.refuse("SNNFX106", f'{site.text} updates running statistics at each step (batch_norm="per_step")')
+    if tracks and in_training:
+        site.refuse("SNNFX106", f"{site.text} updates its running statistics at each step")
     ranks = {nn.InstanceNorm1d: 3, nn.InstanceNorm2d: 4, nn.InstanceNorm3d: 5}
     return BatchFirst(next((rank for cls, rank in ranks.items() if isinstance(module, cls)), 3))(site)
 

@@ -57,6 +57,8 @@ class StepModeAdapter(StatelessAdapter):
 class SpikingJellyAdapter(StepModeAdapter):
     """Steps a `base.MemoryModule`: neurons, synapse filters, recurrent containers, dropout with a fixed mask."""
 
+    storage: tuple[str, ...] = ("_memories", "_memories_rv")
+
     def elementwise(self, module: nn.Module) -> bool:
         return isinstance(module, _ELEMENTWISE) and not isinstance(module, _NORMALIZING)
 
