@@ -395,6 +395,7 @@ def _forward(self: Net, args: tuple[Any, ...], kwargs: dict[str, Any], T: int | 
             has_time = any(arguments.varying)
             return run(self, *leaves) if has_time else run(self, *leaves, torch.arange(T, device=leaves[0].device))
     state = self._carried if options.carry_state or options.step_mode == "s" else None
+    state = self._execution.persistent.carried(state)
     if state is not None and self.program.carried and not options.carry_state:
         # In step mode "s" the caller passes carried arguments to every call.
         explicit = {name for c in self.program.carried for name in c.slot_names()}
@@ -402,7 +403,8 @@ def _forward(self: Net, args: tuple[Any, ...], kwargs: dict[str, Any], T: int | 
     outputs, state, _ = self._execute(ordered, given, state, (), T)
     outputs = with_final_state(outputs, self.program.carried, state)
     if options.carry_state or options.step_mode == "s":
-        self._carried = self._execution.persistent.without(state)
+        self._execution.persistent.remember(keep_graph=not options.carry_state)
+        self._carried = state
         if options.carry_state:
             self.detach_carried_state()
     return outputs
