@@ -22,7 +22,7 @@ from snnfx.ir.module_effects import has_in_place_flag
 from snnfx.ir.nodes import IN_PLACE_OPERATORS, is_in_place, is_size, is_structural, takes_from_tuple
 from snnfx.ir.printing import location_of, operation_name
 from snnfx.ir.program import StepProgram
-from snnfx.ops.step_functions import change_value, set_part_
+from snnfx.ops.step_functions import change_value, copied, set_part_
 from snnfx.passes.base import Pass
 from snnfx.sandbox.torch_internals import DropoutBase
 
@@ -160,7 +160,10 @@ def _functionalize(program: StepProgram, node: Node) -> None:
         node.target = IN_PLACE_OPERATORS[node.target]
         return
     name = str(node.target if node.op == "call_method" else getattr(node.target, "__name__", "")).removesuffix("_")
-    if hasattr(Tensor, name):
+    if name == "copy":
+        node.op, node.target, node.args = "call_function", copied, (operand, *node.args[1:2])
+        node.kwargs = {key: value for key, value in node.kwargs.items() if key != "non_blocking"}
+    elif hasattr(Tensor, name):
         node.op, node.target = "call_method", name
     elif name in ("fill", "zero", "normal", "uniform", "bernoulli", "random", "exponential"):
         _replace_filling(program, node, operand, name)

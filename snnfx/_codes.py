@@ -349,7 +349,8 @@ CODES: dict[str, CodeEntry] = {
     "SNNFX317": CodeEntry(
         "the sequence cannot be split over time",
         'With batch_norm="fold", a BatchNorm in training takes its statistics over all time steps. Splitting the '
-        "sequence (checkpoint=<steps>, net.stream) would change them to the statistics of each part.",
+        "sequence (checkpoint=<steps>, net.stream) would change them to the statistics of each part. With "
+        "checkpoint=<steps>, the steps of a model that changes a parameter in place cannot be recomputed either.",
         "snnfx.convert(model, checkpoint=16)",
         'snnfx.convert(model, checkpoint="regions")       # or batch_norm="per_step"; evaluation mode is not affected',
     ),

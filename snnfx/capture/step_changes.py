@@ -15,6 +15,7 @@ from typing import Any, Literal
 
 from torch import Tensor, nn
 from torch.fx import Node
+from torch.nn import functional
 
 from snnfx.capture.proxy import StepProxy, data_refusal
 from snnfx.capture.tracer import StepTracer
@@ -195,6 +196,7 @@ class StepChanges:
             if change.how == "in_place" and change.name in self._reads and not is_same:
                 change.how = "assigned"
         for node in tracer.graph.nodes:
+            self._refuse_statistics(node)
             root = object_of(node) if is_in_place(node) else node
             if root is not node and root.op == "get_attr":
                 target = str(root.target)
@@ -258,6 +260,21 @@ class StepChanges:
         else:
             return
         raise _refusal(f"a step changes `{tensor}` of `{path or 'the model'}`", where, why, hint)
+
+    def _refuse_statistics(self, node: Node) -> None:
+        """Refuse torch.nn.functional.batch_norm on statistics that the step changes itself as well."""
+        if node.op != "call_function" or node.target not in (functional.batch_norm, functional.instance_norm):
+            return
+        reads = {read: name for name, read in self._reads.items()}
+        for operand in (*node.args[1:3], node.kwargs.get("running_mean"), node.kwargs.get("running_var")):
+            name = reads.get(object_of(operand)) if isinstance(operand, Node) else None
+            if name is not None and _updates_statistics(node):
+                raise _refusal(
+                    f"a step changes `{name}`, which `{node.name}` updates as well",
+                    format_location(node.meta.get("where")),
+                    "an update inside an operation of torch leaves no node that a net could carry.",
+                    "Pass None for running_mean and running_var in training, and update the statistics in the step.",
+                )
 
     def _add(self, change: ChangedTensor) -> None:
         self.found.setdefault(change.name, change)
@@ -374,6 +391,11 @@ def modules_with(model: nn.Module, changes: Iterable[ChangedTensor]) -> set[nn.M
 
 def _refusal(what: str, where: str, why: str, hint: str) -> CaptureError:
     return CaptureError("SNNFX206", what, where=where, why=why, hint=hint)
+
+
+def _updates_statistics(node: Node) -> bool:
+    name, default = ("use_input_stats", True) if node.target is functional.instance_norm else ("training", False)
+    return bool(node.kwargs.get(name, node.args[5] if len(node.args) > 5 else default))
 
 
 def _registries(module: nn.Module) -> dict[Any, dict[str, Any]]:

@@ -12,7 +12,7 @@ from torch.fx import Node
 from snnfx.ir.edits import add_placeholder
 from snnfx.ir.program import START_PREFIX, StepProgram
 from snnfx.ops.memory_format import row_major
-from snnfx.ops.sequence_functions import select_state, start_value
+from snnfx.ops.sequence_functions import carry_gradient, select_state, start_value
 
 __all__ = ["Emitted", "Emitter", "TargetName"]
 
@@ -58,6 +58,8 @@ class Emitter:
             node = self.graph.get_attr(self.target_name(name))
             if name != target:
                 node = self.graph.call_function(start_value, (self.state, name, node))
+            elif any(slot.name == target for slot in self.program.persistent_slots):
+                node = self.graph.call_function(carry_gradient, (node,))
             self.attributes[target] = node
         return self.attributes[target]
 

@@ -202,6 +202,11 @@ class StepProgram:
         """The slots that live on from call to call in a buffer or parameter."""
         return [slot for slot in self.slots if slot.persistent]
 
+    @property
+    def changed_parameters(self) -> list[str]:
+        """The parameters that the steps change."""
+        return [slot.name for slot in self.persistent_slots if isinstance(self.resolve(slot.name), nn.Parameter)]
+
     def input_nodes(self) -> list[Node]:
         """The placeholders of the tensor inputs, in the order of `input_leaves`."""
         by_name = self.nodes_by_name

@@ -27,6 +27,7 @@ __all__ = [
     "check_checkpoint_option",
     "plan_checkpoint",
     "recomputation_applies",
+    "refuse_changed_parameters",
     "refuse_statistics_over_time",
 ]
 
@@ -55,6 +56,21 @@ def refuse_statistics_over_time(program: StepProgram, training: bool, what: str)
                     why='with batch_norm="fold", it computes its statistics in training over all time steps.',
                     hint='Use checkpoint="regions" (it does not cut time), batch_norm="per_step", or net.eval().',
                 )
+
+
+def refuse_changed_parameters(program: StepProgram, what: str) -> None:
+    """Raise if chunks of time steps cannot be recomputed, because the steps change a parameter in place.
+
+    Raises:
+        InputError: SNNFX317.
+    """
+    for name in program.changed_parameters:
+        raise InputError(
+            "SNNFX317",
+            f"{what} cannot recompute the steps that change the parameter `{name}`",
+            why="each chunk saves the parameters of the model for the backward pass, and the call changes this one.",
+            hint='Use checkpoint="regions", which saves the value of each step, or checkpoint=None.',
+        )
 
 
 def asks_for_recomputation(options: ConvertOptions) -> bool:

@@ -173,7 +173,7 @@ def _plan_training(
     least = planner.peak(plan)
     if least.bytes <= budget:
         return replace(plan, reason=f"{describe_plan(plan)}; {_peak_text(least, budget)}")
-    if not _has_statistics_over_time(executable):
+    if not _needs_all_steps(executable):
         found = _in_chunks(model_memory(executable, leaves, state, training=True), T, budget)
         if found is not None:
             return found
@@ -229,8 +229,11 @@ def with_borders(model: MemoryModel, moment: Moment, T: int, steps: int) -> Mome
     return replace(moment, bytes=moment.bytes + saved_states, held=held)
 
 
-def _has_statistics_over_time(executable: Executable) -> bool:
+def _needs_all_steps(executable: Executable) -> bool:
+    """Whether chunks of time steps cannot be recomputed for the backward pass."""
     folded = [node for region in executable.program.regions if region.kind == "fold" for node in region.nodes]
+    if executable.program.changed_parameters:
+        return True
     return executable.training and any(takes_batch_statistics(executable.program, node) for node in folded)
 
 

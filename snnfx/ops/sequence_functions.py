@@ -17,6 +17,7 @@ from snnfx.ops.memory_format import stack_in_layout
 __all__ = [
     "call_module",
     "call_once",
+    "carry_gradient",
     "delay_one_step",
     "expand_initial_value",
     "hold_over_time",
@@ -57,6 +58,11 @@ def select_state(
 def start_value(state: dict[str, Any] | None, name: str, current: Tensor) -> Any:
     """The value of a persistent slot before the first step: from the state, or the current value in the model."""
     return current.detach() if state is None or name not in state else state[name]
+
+
+def carry_gradient(tensor: Tensor) -> Tensor:
+    """A copy of a parameter that a call changes in place, so that the change invalidates nothing that autograd saved."""
+    return tensor.clone() if tensor.requires_grad else tensor
 
 
 def call_module(module: nn.Module, *args: Any, **kwargs: Any) -> Any:

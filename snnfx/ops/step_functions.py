@@ -14,6 +14,7 @@ __all__ = [
     "ValueAndGradients",
     "apply_autograd_function",
     "change_value",
+    "copied",
     "expect_size",
     "read_parameter",
     "set_part",
@@ -82,6 +83,11 @@ def read_parameter(parameter: Tensor, value: Tensor) -> Tensor:
         value: its value in this step.
     """
     return ValueAndGradients.apply(value.detach(), parameter) if parameter.requires_grad else value  # type: ignore[no-any-return]
+
+
+def copied(x: Tensor, value: Tensor) -> Tensor:
+    """The value of `x` after `x.copy_(value)`."""
+    return value.to(x).expand_as(x)
 
 
 class ValueAndGradients(torch.autograd.Function):

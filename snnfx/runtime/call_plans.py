@@ -15,7 +15,12 @@ from torch.autograd.graph import saved_tensors_hooks
 
 from snnfx.emit.executable import Executable
 from snnfx.emit.recompute_segments import RecomputePlan
-from snnfx.memory.checkpoint_option import plan_checkpoint, recomputation_applies, refuse_statistics_over_time
+from snnfx.memory.checkpoint_option import (
+    plan_checkpoint,
+    recomputation_applies,
+    refuse_changed_parameters,
+    refuse_statistics_over_time,
+)
 from snnfx.memory.chunk_plan import ChunkPlan, plan_chunks
 from snnfx.memory.planning import plan_inference, plan_training
 from snnfx.sandbox.torch_internals import are_transforms_active, disable_dispatch_modes
@@ -116,6 +121,7 @@ class CallPlans:
             return RecomputePlan(reason="nothing is recomputed (checkpoint=None)")
         if isinstance(checkpoint, int):
             refuse_statistics_over_time(executable.program, executable.training, f"checkpoint={checkpoint}")
+            refuse_changed_parameters(executable.program, f"checkpoint={checkpoint}")
             return RecomputePlan(
                 steps=checkpoint, reason=f"the state is saved every {checkpoint} time steps (checkpoint={checkpoint})"
             )

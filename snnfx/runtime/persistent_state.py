@@ -26,6 +26,7 @@ class PersistentState:
 
     def __init__(self, source: nn.Module, slots: Iterable[Slot]) -> None:
         self._places = [_Place.of(source, slot) for slot in slots]
+        self._written: dict[str, tuple[Tensor, int]] = {}
         self.names = frozenset(place.name for place in self._places)
 
     def starts(self) -> State:
@@ -44,11 +45,27 @@ class PersistentState:
         for place in self._places:
             place.write(state[place.name])
 
-    def without(self, state: State | None) -> State | None:
-        """A state without the values that start from the model; None if no others are left."""
+    def remember(self, keep_graph: bool) -> None:
+        """Remember that the model has the values of the last call now.
+
+        Args:
+            keep_graph: the next call may take the values with their autograd graphs from the state, so that gradients
+                flow from step to step.
+        """
+        self._written = {}
+        if keep_graph and not torch.compiler.is_compiling():
+            self._written = {place.name: place.tensor_and_version() for place in self._places}
+
+    def carried(self, state: State | None) -> State | None:
+        """A state without the values that start from the model: all, except those that the model still has.
+
+        Returns:
+            None if no value is left.
+        """
         if state is None or not self._places:
             return state
-        return {name: value for name, value in state.items() if name not in self.names} or None
+        stale = {p.name for p in self._places if not p.is_unchanged(self._written.get(p.name))}
+        return {name: value for name, value in state.items() if name not in stale} or None
 
 
 @dataclass(frozen=True)
@@ -67,12 +84,31 @@ class _Place:
         registry = module._buffers if attribute in module._buffers else module._parameters
         return _Place(slot.name, registry, attribute, slot.persistent == "assigned")
 
+    def tensor_and_version(self) -> tuple[Tensor, int]:
+        """The tensor, and the number of its in-place changes so far."""
+        tensor: Tensor = self.registry[self.attribute]
+        return tensor, -1 if tensor.is_inference() else tensor._version
+
+    def is_unchanged(self, before: tuple[Tensor, int] | None) -> bool:
+        """Whether the tensor is the same, without changes since `before`."""
+        if before is None:
+            return False
+        tensor, version = self.tensor_and_version()
+        return tensor is before[0] and version == before[1]
+
     def start(self) -> Tensor:
         tensor: Tensor = self.registry[self.attribute].detach()
         return tensor if self.is_replaced else tensor.clone()
 
     def write(self, value: Tensor) -> None:
         target: Tensor = self.registry[self.attribute]
+        if torch.compiler.is_compiling():  # outside inference mode, which is not compiled
+            with torch.no_grad():
+                if self.is_replaced:
+                    self.registry[self.attribute] = value.detach().clone()
+                else:
+                    target.copy_(value)
+            return
         with torch.inference_mode(not self.is_replaced and target.is_inference()), torch.no_grad():
             if self.is_replaced:
                 # A copy: the value may be a view of a whole sequence, and outside inference mode it can be trained.

@@ -172,7 +172,8 @@ class _BatchPropagation:
         if node.op == "placeholder":
             if node in self.varying:
                 self.changing.add(node)
-            return slots[node] if node in slots else self.inputs.get(node, UNKNOWN)
+            # A slot may start from an invariant tensor, and only its first steps change it.
+            return self._marked(node, slots[node]) if node in slots else self.inputs.get(node, UNKNOWN)
         if node.op == "get_attr":
             value = self.resolve(str(node.target))
             return constant_fact(value) if isinstance(value, Tensor) else NON_TENSOR

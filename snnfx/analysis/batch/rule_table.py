@@ -199,7 +199,7 @@ ROWS: tuple[OperatorRule, ...] = (
     ),
     OperatorRule("einsum", "equation, *operands", products.einsum, operands="operands"),
     OperatorRule("scaled_dot_product_attention", _ATTENTION, products.attention, operands="query key value attn_mask"),
-    OperatorRule("change_value read_parameter", "*operands", elementwise.elementwise, operands="operands"),
+    OperatorRule("change_value copied read_parameter", "*operands", elementwise.elementwise, operands="operands"),
     # inserted by online rules
     OperatorRule("cut_history", "input", elementwise.like_input),
     OperatorRule("update_trace", "*operands", elementwise.elementwise, operands="operands"),

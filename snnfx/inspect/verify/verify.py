@@ -223,7 +223,8 @@ class _Verification:
     ) -> _CheckedRun:
         gradients = self._gradients(outputs, inputs, module)
         buffers = {name: buffer.clone() for name, buffer in module.named_buffers()}
-        outputs, states = pytree.tree_map_only(Tensor, Tensor.detach, (outputs, states))
+        # Copies: a state may be a buffer, which is restored afterwards.
+        outputs, states = pytree.tree_map_only(Tensor, lambda x: x.detach().clone(), (outputs, states))
         return _CheckedRun(outputs, states, buffers, gradients, is_random)
 
     def _call_net(self) -> dict[str, Any]:
