@@ -21,7 +21,11 @@ from snnfx.ir.pass_manager import PassManager, PassRecord
 from snnfx.ir.program import StepProgram
 from snnfx.ir.verifier import verify_program
 from snnfx.memory.budget import read_memory_budget
-from snnfx.memory.checkpoint_option import check_checkpoint_option, refuse_changed_parameters, refuse_statistics_over_time
+from snnfx.memory.checkpoint_option import (
+    check_checkpoint_option,
+    refuse_changed_parameters,
+    refuse_statistics_over_time,
+)
 from snnfx.memory.chunk_plan import check_chunk_option
 from snnfx.memory.planning import refuse_impossible_budget
 from snnfx.passes.absorb import Absorb
@@ -178,12 +182,9 @@ def convert_without_budget(
         # For a model in evaluation mode, the error is raised when it is trained.
         what = f"checkpoint={options.checkpoint}"
         refuse_statistics_over_time(programs[model.training], model.training, what)
-<<<<<<< HEAD
+        refuse_changed_parameters(programs[model.training], what)
     if options.batch_norm == "fold" and options.step_mode == "m" and model.training:
         _warn_of_unfolded_batch_norms(programs[True])
-=======
-        refuse_changed_parameters(programs[model.training], what)
->>>>>>> i17-effects
     return Net(model, programs, options, history, _convert_for_shapes)
 
 

@@ -10,6 +10,7 @@ from snnfx.analysis.foldable_loops import folds_when_cut
 from snnfx.analysis.statistic_reads import is_statistic_read, statistic_of
 from snnfx.ir.printing import describe_node, operation_name
 from snnfx.ir.program import Region, StepProgram
+from snnfx.ops.step_functions import read_parameter
 from snnfx.sandbox.torch_internals import (
     AdaptiveAvgPoolBase,
     AdaptiveMaxPoolBase,
@@ -18,7 +19,6 @@ from snnfx.sandbox.torch_internals import (
     MaxPoolBase,
     NormBase,
 )
-from snnfx.ops.step_functions import read_parameter
 from snnfx.state.registry import adapter_of
 from snnfx.state.step_calls import call_opaque
 
@@ -45,13 +45,10 @@ def mixing_node(program: StepProgram, region: Region) -> Node | None:
 def _reason(program: StepProgram, node: Node) -> str:
     if not node.op.startswith("call"):
         return ""
-<<<<<<< HEAD
     if is_statistic_read(node):
         return f"`{statistic_of(node)}` differs between steps"
-=======
     if node.target is read_parameter:
         return f"the gradients of all steps go to the parameter that `{describe_node(node.args[0])}` reads"  # type: ignore[arg-type]
->>>>>>> i17-effects
     what = describe_node(node)
     module = program.module_of(node)
     if node.target is call_opaque and (module is None or adapter_of(module) is None):

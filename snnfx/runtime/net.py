@@ -436,24 +436,16 @@ def _forward(self: Net, args: tuple[Any, ...], kwargs: dict[str, Any], T: int | 
         if run is not None:
             has_time = any(arguments.varying)
             return run(self, *leaves) if has_time else run(self, *leaves, torch.arange(T, device=leaves[0].device))
-<<<<<<< HEAD
     state = self.carried_state if options.carry_state or options.step_mode == "s" else None
-=======
-    state = self._carried if options.carry_state or options.step_mode == "s" else None
     state = self._execution.persistent.carried(state)
->>>>>>> i17-effects
     if state is not None and self.program.carried and not options.carry_state:
         carried = self._carried_slots()
         state = {name: value for name, value in state.items() if name in carried} or None
     outputs, state, _ = self._execute(ordered, given, state, (), T)
     outputs = with_final_state(outputs, self.program.carried, state)
     if options.carry_state or options.step_mode == "s":
-<<<<<<< HEAD
-        self.carried_state = self._execution.persistent.without(state)
-=======
         self._execution.persistent.remember(keep_graph=not options.carry_state)
-        self._carried = state
->>>>>>> i17-effects
+        self.carried_state = state
         if options.carry_state:
             self.detach_carried_state()
     return outputs
