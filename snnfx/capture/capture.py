@@ -25,6 +25,7 @@ from torch.nn.parameter import is_lazy
 from snnfx.capture.attribute_slots import AttributeSlot, is_number, recorded
 from snnfx.capture.capture_session import CaptureSession, erase_unused_placeholders
 from snnfx.capture.graph_matching import GraphMatch
+from snnfx.capture.guarded_reads import ReachableCode
 from snnfx.capture.patches import watched_training_flag
 from snnfx.capture.step_arguments import CarriedLeaf, carried_arguments, step_arguments
 from snnfx.capture.tracer import SubmoduleNotTraceable
@@ -59,6 +60,7 @@ def capture_both_modes(
     evaluation = capture(model, example_inputs, entry, training=False, carry=carry)
     match = GraphMatch(training, evaluation)
     if match.same_program():
+        training.guards = training.guards.union(evaluation.guards)
         return training, training
     _rename_constants(evaluation, training.constants | (training.first_step.constants if training.first_step else {}))
     return training, evaluation
@@ -112,10 +114,14 @@ def capture(
     carried = carried_arguments(model, entry, example_inputs, carry or {}, fake_mode)
     arguments, leaves, spec = step_arguments(model, entry, example_inputs, fake_mode, tuple(c.name for c in carried))
     opaque: dict[str, str] = {}
-    with StateSnapshot.of(model), _mode(model, training), torch.enable_grad(), autocast_cache_disabled():
+    code = ReachableCode(dict(model.named_modules()), entry)
+    code.close()
+    # A model that asks for the gradient mode is captured in the mode of the caller.
+    gradients = torch.is_grad_enabled() or "torch.is_grad_enabled" not in code.modes()
+    with StateSnapshot.of(model), _mode(model, training), torch.set_grad_enabled(gradients), autocast_cache_disabled():
         while True:
             try:
-                program = _capture_once(model, entry, arguments, leaves, spec, opaque, fake_mode, training, carried)
+                program = _capture_once(model, entry, arguments, leaves, spec, opaque, fake_mode, training, carried, code)
                 break
             except SubmoduleNotTraceable as failure:
                 if failure.name in opaque:
@@ -145,8 +151,9 @@ def _capture_once(
     fake_mode: FakeTensorMode | None,
     training: bool,
     carried: list[CarriedLeaf],
+    code: ReachableCode,
 ) -> StepProgram:
-    session = CaptureSession(model, entry, arguments, opaque, fake_mode, carried)
+    session = CaptureSession(model, entry, arguments, opaque, fake_mode, carried, code)
     discovered: dict[str, AttributeSlot] = {}
     cold, cold_discoveries = session.trace(discovered, warm=False)
     values = dict(zip(cold.slot_values, results_of(cold.graph)[1], strict=True))
@@ -154,7 +161,8 @@ def _capture_once(
         discovered[attribute.name] = attribute
     starts_as_none = {name for c in carried if not c.required for name in c.argument().slot_names()}
     if not discovered and not session.matched_slots() and not starts_as_none:
-        return replace(session.program(cold, leaves, spec, training), setting_reads=session.setting_reads(()))
+        program = session.program(cold, leaves, spec, training)
+        return replace(program, setting_reads=session.setting_reads(()), guards=session.guards(()))
     cold_program = session.program(cold, leaves, spec, training, drop_overwritten=False)
     structures = [c.structure for c in carried]
     for _ in range(3):
@@ -183,6 +191,7 @@ def _capture_once(
         )
     program = session.program(warm, leaves, spec, training, set(discovered))
     program.setting_reads = session.setting_reads(discovered.values())
+    program.guards = session.guards(discovered.values())
     program.initial_attributes = session.initial_attributes(discovered.values())
     # After the cold trace, discovered attributes contain their next values.
     outputs, nexts, initials = cold_program.results
