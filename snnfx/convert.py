@@ -287,6 +287,7 @@ def _same_plan(a: StepProgram, b: StepProgram) -> bool:
     return (
         plan(a) == plan(b)
         and a.setting_reads == b.setting_reads
+        and a.guards.have_same_reads(b.guards)
         and dims_a == [n.meta.get("batch_dim") for n in b.graph.nodes]
     )
 

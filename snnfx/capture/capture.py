@@ -26,6 +26,7 @@ from torch.nn.parameter import is_lazy
 from snnfx.capture.attribute_slots import AttributeSlot, is_number, recorded
 from snnfx.capture.capture_session import CaptureSession, erase_unused_placeholders
 from snnfx.capture.graph_matching import GraphMatch
+from snnfx.capture.guarded_reads import ReachableCode
 from snnfx.capture.patches import watched_training_flag
 from snnfx.capture.step_arguments import carried_arguments, step_arguments
 from snnfx.capture.step_changes import NewChange, StepChanges
@@ -61,6 +62,7 @@ def capture_both_modes(
     evaluation = capture(model, example_inputs, entry, training=False, carry=carry)
     match = GraphMatch(training, evaluation)
     if match.same_program():
+        training.guards = training.guards.union(evaluation.guards)
         return training, training
     _rename_constants(evaluation, training.constants | (training.first_step.constants if training.first_step else {}))
     return training, evaluation
@@ -115,10 +117,14 @@ def capture(
     arguments, leaves, spec = step_arguments(model, entry, example_inputs, fake_mode, tuple(c.name for c in carried))
     opaque: dict[str, str] = {}
     changes = StepChanges(model, entry)
-    with StateSnapshot.of(model), _mode(model, training), torch.enable_grad(), autocast_cache_disabled():
+    code = ReachableCode(dict(model.named_modules()), entry)
+    code.close()
+    # A model that asks for the gradient mode is captured in the mode of the caller.
+    gradients = torch.is_grad_enabled() or "torch.is_grad_enabled" not in code.modes()
+    with StateSnapshot.of(model), _mode(model, training), torch.set_grad_enabled(gradients), autocast_cache_disabled():
         while True:
             try:
-                session = CaptureSession(model, entry, arguments, opaque, fake_mode, carried, changes)
+                session = CaptureSession(model, entry, arguments, opaque, fake_mode, carried, changes, code)
                 program = _capture_once(session, leaves, spec, training)
                 break
             except NewChange:
@@ -159,6 +165,7 @@ def _capture_once(
             session.program(cold, leaves, spec, training),
             setting_reads=session.setting_reads(()),
             initial_attributes=session.initial_attributes(()),
+            guards=session.guards(()),
         )
     cold_program = session.program(cold, leaves, spec, training, drop_overwritten=False)
     structures = [c.structure for c in carried]
@@ -188,6 +195,7 @@ def _capture_once(
         )
     program = session.program(warm, leaves, spec, training, set(discovered))
     program.setting_reads = session.setting_reads(discovered.values())
+    program.guards = session.guards(discovered.values())
     program.initial_attributes = session.initial_attributes(discovered.values())
     # After the cold trace, discovered attributes contain their next values.
     outputs, nexts, initials = cold_program.results

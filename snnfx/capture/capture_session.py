@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from snnfx.capture.attribute_changes import AttributeChanges, refuse_change
 from snnfx.capture.attribute_slots import AttributeSlot, is_number, known_value
+from snnfx.capture.guarded_reads import ReachableCode, guards_of
 from snnfx.capture.leaf_module_states import owners
 from snnfx.capture.proxy import StepProxy
 from snnfx.capture.step_arguments import CarriedLeaf, carried_output
@@ -17,6 +18,8 @@ from snnfx.capture.step_changes import StepChanges, modules_with
 from snnfx.capture.time_loops import TimeLoop, find_time_loop
 from snnfx.capture.trace_faults import raise_internal_fault
 from snnfx.capture.tracer import StepTracer, SubmoduleNotTraceable
+from snnfx.capture.variable_changes import VariableChanges
+from snnfx.ir.guards import Guards
 from snnfx.ir.program import InitialAttribute, InputLeaf, Slot, StepProgram, results_of
 from snnfx.ir.setting_read import SettingRead
 from snnfx.sandbox.contents_snapshot import MISSING, Change
@@ -42,6 +45,7 @@ class CaptureSession:
         fake_mode: the fake tensor mode of example values, or None without example inputs.
         carried: the carried arguments.
         changes: the tensors of the model that a step changes, as far as known.
+        code: the Python code that the step can reach.
     """
 
     def __init__(
@@ -53,9 +57,13 @@ class CaptureSession:
         fake_mode: FakeTensorMode | None,
         carried: list[CarriedLeaf],
         changes: StepChanges,
+        code: ReachableCode,
     ) -> None:
         self.model, self.entry, self.arguments, self.changes = model, entry, arguments, changes
         self.opaque, self.fake_mode, self.carried = opaque, fake_mode, carried
+        self.code = code
+        self.user_reads: dict[tuple[nn.Module, str], None] = {}
+        self.consumed_tensors: dict[int, Tensor] = {}
         self.stateful = _outermost_stateful(model, opaque)
         self.reads: dict[tuple[nn.Module, str], tuple[Any, str]] = {}
         self.set_before_read: set[tuple[nn.Module, str]] = set()
@@ -93,11 +101,28 @@ class CaptureSession:
 
     def setting_reads(self, discovered: Iterable[AttributeSlot]) -> list[SettingRead]:
         """The plain values that the model's code reads in the traces, except state."""
-        state = {owner for _, m, adapter, _ in self.stateful for owner in owners(m, adapter)}
-        state |= {(a.module, a.attribute) for a in discovered} | self.set_before_read
+        state = self._state(discovered)
         paths = {module: name for name, module in self.model.named_modules()}
         reads = {key: read for key, read in self.reads.items() if key not in state and key[0] in paths}
         return [SettingRead(paths[module], name, *read) for (module, name), read in reads.items()]
+
+    def _state(self, discovered: Iterable[AttributeSlot]) -> set[tuple[nn.Module, str]]:
+        """The module attributes that are slots, or that every step sets before it reads them."""
+        state = {owner for _, m, adapter, _ in self.stateful for owner in owners(m, adapter)}
+        return state | {(a.module, a.attribute) for a in discovered} | self.set_before_read
+
+    def guards(self, discovered: Iterable[AttributeSlot]) -> Guards:
+        """The guards of everything outside the graph that the traces depend on."""
+        traced = [name for name, _ in self._traced_modules() if name or self.entry == "forward"]
+        return guards_of(
+            self.model,
+            self.entry,
+            traced,
+            self.opaque,
+            self.user_reads,
+            self._state(discovered),
+            self.consumed_tensors.values(),
+        )
 
     def initial_attributes(self, discovered: Iterable[AttributeSlot]) -> list[InitialAttribute]:
         """The values of attributes with discovered slots before the first step."""
@@ -126,7 +151,8 @@ class CaptureSession:
         """
         while True:
             tracer = StepTracer(self.arguments, self.entry, self.opaque, self.fake_mode)
-            tracer.reads = self.reads
+            tracer.reads, tracer.user_reads = self.reads, self.user_reads
+            tracer.consumed.tensors = self.consumed_tensors
             accessed_before_call = tracer.leaf_states.accessed_before_call
             try:
                 changed = self._trace(tracer, discovered, warm, shapes or {})
@@ -232,7 +258,8 @@ class CaptureSession:
         slots = {owner for _, m, adapter, _ in self.stateful for owner in owners(m, adapter)}
         slots |= storage_of(self.model)
         blocked = ("",) if "" in self.opaque else self._untraced_prefixes()
-        with StateSnapshot.of(self.model), self.changes.watched(tracer, blocked, slots):
+        watched = self.changes.watched(tracer, blocked, slots)
+        with StateSnapshot.of(self.model), VariableChanges(self.code), watched:
             changes = AttributeChanges(self.model, self.entry)
             try:
                 tracer.record(self.model, prepare, finish)

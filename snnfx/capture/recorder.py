@@ -25,6 +25,7 @@ class Recorder(Protocol):
         overwritten_slots: slots whose stored value a call ignored because the caller passed the state as an argument.
         carried_arguments: the value of each argument that carries state across steps.
         first_reads: the value of each module attribute when the model's code first read it.
+        user_reads: the module attributes that the model's code reads, including absent ones and submodules.
     """
 
     root: nn.Module
@@ -36,6 +37,7 @@ class Recorder(Protocol):
     overwritten_slots: set[str]
     carried_arguments: dict[str, Any]
     first_reads: dict[tuple[nn.Module, str], Any]
+    user_reads: dict[tuple[nn.Module, str], None]
 
     def proxy(self, node: Node) -> StepProxy:
         """The proxy of a node."""
@@ -48,6 +50,9 @@ class Recorder(Protocol):
 
     def record_at(self, name: str, kind: str, target: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> StepProxy:
         """Record a node that belongs to the module called `name`."""
+
+    def is_without_gradient(self) -> bool:
+        """Whether the model's code has disabled gradients."""
 
     def without_gradient(self, proxy: Any) -> Any:
         """Record the detached value, as an operation under `torch.no_grad()` returns it."""

@@ -90,6 +90,8 @@ def recorded_reads(
 
     def read(self: nn.Module, name: str) -> Any:
         leaf_states.note_read(self, name)
+        if not recorder.is_evaluating and _is_read_by_user(sys._getframe(1)):
+            recorder.user_reads[self, name] = None
         try:
             value = object.__getattribute__(self, name)
         except AttributeError:
@@ -104,7 +106,7 @@ def recorded_reads(
             return value
         if isinstance(value, _SCALARS) or not callable(value):
             reader = sys._getframe(1).f_code.co_filename
-            if not reader.startswith(_INDIRECT_READERS) and not reader.startswith("<") and _is_stored(self, name):
+            if not reader.startswith((*_INDIRECT_READERS, "<")) and _is_stored(self, name):
                 comparable = contents(value)
                 if comparable is not _NOT_COMPARABLE and comparable != ():
                     reads[self, name] = comparable, repr(value)
@@ -115,6 +117,11 @@ def recorded_reads(
         yield
     finally:
         del nn.Module.__getattribute__
+
+
+def _is_read_by_user(frame: types.FrameType) -> bool:
+    """Whether the code of a frame computes with the attributes that it reads."""
+    return not frame.f_code.co_filename.startswith(_INDIRECT_READERS)
 
 
 def _refuse_iterator(module: nn.Module, name: str, value: Any) -> None:

@@ -10,7 +10,6 @@ from collections.abc import Callable, Hashable
 from dataclasses import replace
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 from torch.fx import Node
 
@@ -61,7 +60,7 @@ class StatefulCalls:
         finally:
             self.is_recording = False
             restore_python_rng_state(python_state)
-        if not torch.is_grad_enabled():
+        if recorder.is_without_gradient():
             for slot in _slot_names(adapter, m, name):
                 recorder.slot_values[slot] = recorder.without_gradient(recorder.slot_values[slot])
             output = recorder.without_gradient(output)
@@ -95,7 +94,7 @@ class StatefulCalls:
             values = [element_of(following, index, name) for index in range(len(call.state))]
         finally:
             self.is_recording = False
-        if not torch.is_grad_enabled():
+        if recorder.is_without_gradient():
             output, values = recorder.without_gradient(output), [recorder.without_gradient(v) for v in values]
         recorder.slot_values.update(zip(slots, values, strict=False))
         recorder.overwritten_slots.update(slots)

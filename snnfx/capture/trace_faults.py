@@ -9,6 +9,7 @@ from snnfx.sandbox.internal_faults import is_internal_fault, surface
 __all__ = ["raise_internal_fault"]
 
 _RUN_USER_CODE = (
+    "snnfx.capture.consumed_tensors",
     "snnfx.capture.example_values",
     "snnfx.capture.patches",
     "snnfx.capture.proxy",

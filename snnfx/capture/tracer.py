@@ -18,6 +18,7 @@ from torch import Tensor, fx, nn
 from torch.fx import Node
 
 from snnfx.capture.attribute_slots import AttributeSlot
+from snnfx.capture.consumed_tensors import ConsumedTensors
 from snnfx.capture.example_values import ExampleValues
 from snnfx.capture.input_output_checks import refuse_outputs
 from snnfx.capture.leaf_module_states import LeafModuleStates
@@ -34,6 +35,7 @@ from snnfx.capture.stateful_calls import StatefulCalls, element_of, mark_returne
 from snnfx.capture.trace_faults import raise_internal_fault
 from snnfx.errors import CaptureError
 from snnfx.ir.edits import add_placeholder
+from snnfx.ir.guards import text_of
 from snnfx.ir.nodes import is_in_place, is_in_place_target, object_of
 from snnfx.ir.program import SELF_TARGET
 from snnfx.ops.step_functions import expect_size, set_part_
@@ -100,6 +102,9 @@ class StepTracer(fx.Tracer):
         self.take_carried: Callable[[Any], Any] = lambda outputs: outputs
         self.output_spec: pytree.TreeSpec | None = None
         self.reads: dict[tuple[nn.Module, str], tuple[Any, str]] = {}
+        self.user_reads: dict[tuple[nn.Module, str], None] = {}
+        self.consumed = ConsumedTensors(self)
+        self._has_gradients = torch.is_grad_enabled()
         self.first_reads: dict[tuple[nn.Module, str], Any] = {}
         """The value of each module attribute when the model's code first read it in this trace."""
         self.changed_tensors: dict[int, Node] = {}
@@ -121,7 +126,10 @@ class StepTracer(fx.Tracer):
         reads = recorded_reads(self, self.leaf_states, self.reads)
         # The net has its own recomputation; a checkpoint inside a step would run its function with later state.
         plain = checkpoint_as_plain_call()
-        with quiet_fake_tensors(), patched_apply(self), patched_isinstance(), patched_factories(self), reads, plain:
+        patches = (quiet_fake_tensors(), patched_apply(self), patched_isinstance(), patched_factories(self), plain)
+        with contextlib.ExitStack() as stack:
+            for patch in (*patches, reads, self.consumed):
+                stack.enter_context(patch)
             rng_state = torch.get_rng_state()
             graph = self.trace(root)
         if not torch.equal(rng_state, torch.get_rng_state()):
@@ -170,9 +178,10 @@ class StepTracer(fx.Tracer):
             _refuse_by(adapter, root, "the model", location_of_forward(root, self.traced_func_name))
         if "" in self.opaque:
             return mark_returned(self.calls.call(root, "", call_opaque, composite_adapter(root), args, kwargs), "")
+        replaced = vars(root).get(self.traced_func_name)  # a forward that replaces the one of the class
         python_state = python_rng_state()
         try:
-            outputs = root_fn(root, *args, **kwargs)
+            outputs = root_fn(root, *args, **kwargs) if replaced is None else replaced(*args, **kwargs)
         except SubmoduleNotTraceable:
             raise
         except CaptureError as error:
@@ -280,7 +289,7 @@ class StepTracer(fx.Tracer):
             proxy.node.meta["without_gradient"] = True
             return proxy
         proxy = super().create_proxy(kind, target, args, kwargs, *rest, **more)
-        if kind.startswith("call") and not torch.is_grad_enabled() and not self.calls.is_recording:
+        if kind.startswith("call") and self.is_without_gradient() and not self.calls.is_recording:
             if is_in_place(proxy.node):
                 proxy.node.meta["without_gradient"] = True
                 return proxy
@@ -307,6 +316,9 @@ class StepTracer(fx.Tracer):
         proxy = self.create_proxy(kind, target, args, kwargs)
         proxy.node.meta["module"] = name
         return proxy  # type: ignore[no-any-return]
+
+    def is_without_gradient(self) -> bool:
+        return self._has_gradients and not torch.is_grad_enabled()
 
     def without_gradient(self, proxy: Any) -> Any:
         """Detach the result of an operation, as `torch.no_grad()` around the operation does."""
@@ -393,6 +405,8 @@ class StepTracer(fx.Tracer):
         if name in self.opaque:
             return mark_returned(self.calls.call(m, name, call_opaque, composite_adapter(m), args, kwargs), name)
         adapter = adapter_of(m)
+        if adapter is not None and "forward" in vars(m) and (takes_state(adapter) or adapter.is_leaf(m)):
+            raise SubmoduleNotTraceable(name, f"its forward is replaced by {text_of(vars(m)['forward'])}")
         if adapter is not None:
             _refuse_by(adapter, m, name or "the model", format_location(user_location()) or location_of_forward(m))
         if takes_state(adapter):

@@ -15,6 +15,7 @@ from torch import fx, nn
 from torch.fx import Node
 
 from snnfx.errors import Refusal
+from snnfx.ir.guards import Guards
 from snnfx.ir.nodes import is_module_call
 from snnfx.ir.printing import format_node
 from snnfx.ir.setting_read import SettingRead
@@ -131,7 +132,8 @@ class StepProgram:
         opaque: name of a module that could not be traced -> reason.
         carried: the arguments that are outputs of the previous step; these outputs are None in `outputs`.
         inferred_carry: whether `carried` was inferred from the signature.
-        setting_reads: Python values of the model that the graph contains as constants.
+        setting_reads: Python values of the model that the graph contains as constants; compiled code checks them.
+        guards: everything outside the graph that the step depends on; every call checks them.
         initial_attributes: the values at capture of attributes that are discovered slots.
         overwritten: module states that every step overwrites before reading; they are not slots.
         stage: the last stage reached, one of `STAGES`.
@@ -154,6 +156,7 @@ class StepProgram:
     inferred_carry: bool = False
     overwritten: frozenset[str] = frozenset()
     setting_reads: list[SettingRead] = field(default_factory=list)
+    guards: Guards = field(default_factory=Guards)
     initial_attributes: list[InitialAttribute] = field(default_factory=list)
     regions: list[Region] = field(default_factory=list)
     stage: str = "captured"

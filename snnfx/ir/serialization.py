@@ -72,6 +72,7 @@ def pack_program(program: StepProgram) -> _PackedProgram:
     for name in _SPECS:
         # Store a tree structure as a nested container of zeros: pickling of TreeSpec is deprecated.
         fields[name] = pytree.tree_unflatten([0] * fields[name].num_leaves, fields[name])
+    fields["guards"] = program.guards.packed(program.source)
     first = pack_program(program.first_step) if program.first_step is not None else None
     return _PackedProgram(nodes, regions, fields, first)
 
@@ -91,6 +92,7 @@ def unpack_program(packed: _PackedProgram, source: nn.Module) -> StepProgram:
         node.meta = dict(meta)
         nodes[name] = node
     fields = {**packed.fields, **{name: pytree.tree_structure(packed.fields[name]) for name in _SPECS}}
+    fields["guards"] = packed.fields["guards"].unpacked(source)
     program = StepProgram(graph=graph, source=source, **fields)
     regions = [Region(r[0], r[1], [nodes[n] for n in r[2]], *r[3:]) for r in packed.regions]
     first = unpack_program(packed.first_step, source) if packed.first_step is not None else None

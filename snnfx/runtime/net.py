@@ -29,7 +29,8 @@ from snnfx.memory.allocation_failure import explain_allocation_failure, is_alloc
 from snnfx.memory.chunk_plan import ChunkPlan
 from snnfx.runtime.backward_pass import is_in_backward_pass, refuse_to_carry_state_in_backward
 from snnfx.runtime.execution import Execution
-from snnfx.runtime.replanning import PlanCache, capture_again, net_for
+from snnfx.runtime.guard_check import GuardCheck
+from snnfx.runtime.replanning import PlanCache, capture_again, net_for, net_for_modes
 from snnfx.runtime.source_module import SourceModule
 from snnfx.runtime.streaming import Stream
 from snnfx.state.carry import outputs_without, with_final_state
@@ -75,15 +76,29 @@ class Net(SourceModule):
         self, programs: dict[bool, StepProgram], history: Sequence[PassRecord], options: ConvertOptions
     ) -> None:
         """Emit the graphs of these programs and run them from now on; earlier graphs and plans are dropped."""
+        self.share_children()
         executable = Executable(self, self.source, programs, options)
         self.__dict__.update(history=list(history), _executable=executable)
-        self._watched_settings = {mode: watch_settings(p.setting_reads, self.source) for mode, p in programs.items()}
+        self._watch(programs)
         self._nets_for_shapes = PlanCache()
+        self._nets_for_modes: dict[Any, Net] = {}
         self._execution = Execution(executable)
         executable.graphs.emit()
         self._graph = executable.graphs.shown[self.training]
         self._graph.owning_module = self
         self.recompile()
+
+    def use_guards(self, programs: dict[bool, StepProgram]) -> None:
+        """Replace the guards by those of new programs that are the same otherwise."""
+        for mode, program in programs.items():
+            self.programs[mode].guards = program.guards
+            self.programs[mode].setting_reads = program.setting_reads
+        self._watch(self.programs)
+
+    def _watch(self, programs: dict[bool, StepProgram]) -> None:
+        """Bind the guards of these programs to the model."""
+        self._watched_settings = {mode: watch_settings(p.setting_reads, self.source) for mode, p in programs.items()}
+        self._guard_checks = {mode: GuardCheck(p, self.source) for mode, p in programs.items()}
 
     def region_modules(self) -> dict[str, nn.Module]:
         """The modules that run the regions of the current mode, by region name."""
@@ -293,9 +308,8 @@ class Net(SourceModule):
         leaves = ordered = arguments.bind(args, kwargs)
         if self.options.step_mode == "m":
             ordered, T = arguments.time_first(leaves, T)
-        change = first_changed_setting(self._watched_settings[self.source.training])
-        if change is not None:
-            capture_again(self, *change, ordered, given)
+        net = self.in_current_modes(ordered, given)
+        net.check_guards(ordered, given)
         return leaves, ordered, given, T
 
     def _execute(
@@ -307,13 +321,37 @@ class Net(SourceModule):
         T: int | None,
     ) -> tuple[Any, dict[str, Any], tuple[Any, ...]]:
         """Run bound inputs: a sequence, time first, or one step in step mode "s", which ignores T."""
+        in_modes = self.in_current_modes(leaves, given)
+        if in_modes is not self:
+            return in_modes._execute(leaves, given, state, record, T)
         if T is None or self.options.step_mode == "s":
             self._arguments.check_ranks(leaves, time_first=False)
             return self._execution.run_step(leaves, given, state, record)
         replanned = net_for(self, leaves, given)
         if replanned is not None:
+            replanned.check_guards(leaves, given)
             return replanned._execute(leaves, given, state, record, T)
         return self._execution.run_sequence(leaves, given, state, record, T)
+
+    def check_guards(self, leaves: list[Tensor], given: dict[str, Any]) -> None:
+        """Capture the model again if something outside the graph has changed that the step depends on.
+
+        Args:
+            leaves, given: the inputs of the call.
+        """
+        if torch.compiler.is_compiling():  # compiled code has guards of its own for other reads
+            if first_changed_setting(self._watched_settings[self.source.training]) is not None:
+                capture_again(self, leaves, given)
+        elif not self._guard_checks[self.source.training].holds():
+            capture_again(self, leaves, given)
+
+    def in_current_modes(self, leaves: list[Tensor], given: dict[str, Any]) -> Net:
+        """The net for the current modes of torch (gradients, autocast, ...), if the model's code reads them."""
+        check = self._guard_checks[self.source.training]
+        if not check.guards.modes or torch.compiler.is_compiling():
+            return self
+        modes = check.modes()
+        return self if modes is None else net_for_modes(self, modes, leaves, given)
 
     def split_carried(
         self, args: tuple[Any, ...], kwargs: dict[str, Any]
@@ -327,6 +365,9 @@ class Net(SourceModule):
         Arguments and errors are those of `run`.
         """
         _, leaves, given, _ = self._bind_call(args, kwargs, T)
+        in_modes = self.in_current_modes(leaves, given)
+        if in_modes is not self:
+            return in_modes.planned_for(*args, T=T, **kwargs)
         replanned = net_for(self, leaves, given) if self.options.step_mode == "m" else None
         return self if replanned is None else replanned
 
@@ -431,7 +472,8 @@ def _forward(self: Net, args: tuple[Any, ...], kwargs: dict[str, Any], T: int | 
     leaves, ordered, given, T = self._bind_call(args, kwargs, T)
     arguments = self._arguments
     # The chunk plan holds only for inputs that the plan of the net covers.
-    if T is not None and not options.carry_state and arguments.covered(ordered):
+    net = self.in_current_modes(ordered, given)
+    if T is not None and not options.carry_state and arguments.covered(ordered) and net is self:
         run = self._execution.plans.runner_at_once("plain", ordered, T)
         if run is not None:
             has_time = any(arguments.varying)

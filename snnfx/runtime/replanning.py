@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import warnings
+from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
-from snnfx.capture.setting_reads import WatchedSetting
 from snnfx.errors import CaptureError, InputError, SnnfxWarning, warn_once
+from snnfx.ir.program_equality import is_same_plan
 
 if TYPE_CHECKING:
     from snnfx.runtime.net import Net
@@ -115,41 +116,75 @@ def _planned_again(net: Net, leaves: list[Tensor], given: dict[str, Any]) -> Net
         ) from error
 
 
-# Compiled code detects changed settings too, but cannot capture the model as part of one graph (fullgraph=True).
-@torch.compiler.disable(  # type: ignore[untyped-decorator]
-    reason="SNNFX315 a setting of the model changed after conversion: call the net once without torch.compile"
-)
-def capture_again(net: Net, setting: WatchedSetting, now: Any, leaves: list[Tensor], given: dict[str, Any]) -> None:
-    """Capture the model again after one of its settings changed.
+def net_for_modes(net: Net, modes: tuple[Any, ...], leaves: list[Tensor], given: dict[str, Any]) -> Net:
+    """The net planned for the current modes of torch, which the model's code reads.
 
     Args:
-        net: the net whose graph is out of date; it is updated in place.
-        setting: the setting that changed.
-        now: its current value.
-        leaves, given: the inputs of the call.
+        net: caches the nets planned for other modes.
+        modes: the values of the modes.
+        leaves, given: the inputs of a call.
 
     Raises:
         InputError: SNNFX315, the graph was replaced by hand.
     """
-    what = f"`{setting.qualified_name}` is {now!r}, but the step was captured with {setting.shown}"
-    replan = net._replan
-    if replan is None or net._executable.graphs.is_replaced:
+    key = (net.source.training, modes)
+    if key not in net._nets_for_modes:
+        names = ", ".join(f"{name}() is {value}" for name, value in zip(net.program.guards.modes, modes, strict=True))
+        replan = _checked_replan(net, f"{names}, but the step was captured in another mode")
+        net._nets_for_modes[key] = replan(net, *_example_of_call(net, leaves, given))
+    return net._nets_for_modes[key]
+
+
+# Compiled code detects changed settings too, but cannot capture the model as part of one graph (fullgraph=True).
+@torch.compiler.disable(  # type: ignore[untyped-decorator]
+    reason="SNNFX315 a setting of the model changed after conversion: call the net once without torch.compile"
+)
+def capture_again(net: Net, leaves: list[Tensor], given: dict[str, Any]) -> None:
+    """Capture the model again after a guard failed.
+
+    Args:
+        net: the net whose graph may be out of date; it is updated in place.
+        leaves, given: the inputs of the call.
+
+    Raises:
+        InputError: SNNFX315, the graph was replaced by hand.
+        CaptureError: the changed model cannot be captured.
+    """
+    check = net._guard_checks[net.source.training]
+    if check.holds():
+        return
+    what, guard = check.describe_failure(), check.failed_read()
+    replan = _checked_replan(net, what)
+    advice = " Make it a buffer or a parameter if it changes often." if guard is not None and guard.is_number else ""
+    warn_once(
+        "SNNFX315",
+        f"{what}; the net captures the model again.{advice}",
+        key=(id(net), guard.name if guard is not None else what),
+    )
+    recaptured = replan(net, *_example_of_call(net, leaves, given))
+    programs = recaptured.programs
+    if not check.tree_changed() and all(is_same_plan(net.programs[mode], programs[mode]) for mode in programs):
+        net.use_guards(programs)
+    else:
+        net._use_programs(programs, recaptured.history, net.options)
+
+
+def _checked_replan(net: Net, what: str) -> Callable[..., Net]:
+    """The function that plans the net again; refused for a graph that was replaced by hand."""
+    if net._replan is None or net._executable.graphs.is_replaced:
         raise InputError(
             "SNNFX315",
             what,
             why="the graph was replaced by hand, and capturing the model again would discard it.",
             hint="Convert the model again, or restore the value.",
         )
-    warn_once(
-        "SNNFX315",
-        f"{what}; the net captures the model again."
-        + (" Make it a buffer or a parameter if it changes often." if setting.name != "training" else ""),
-        key=(id(net), setting.qualified_name),
-    )
+    return net._replan
+
+
+def _example_of_call(net: Net, leaves: list[Tensor], given: dict[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    """Example inputs for a new capture; none if the first capture had none."""
     steps = net._arguments.at_step(leaves, 0) if net.options.step_mode == "m" else leaves
-    # Capture with example shapes only if the first capture had them.
-    recaptured = replan(net, *(_example(net, steps, given) if net.program.input_ranks else ((), {})))
-    net._use_programs(recaptured.programs, recaptured.history, net.options)
+    return _example(net, steps, given) if net.program.input_ranks else ((), {})
 
 
 def _example(net: Net, steps: list[Tensor], given: dict[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:

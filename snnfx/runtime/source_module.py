@@ -22,14 +22,19 @@ class SourceModule(fx.GraphModule):
 
     def __init__(self, source: nn.Module) -> None:
         super().__init__(nn.Module(), fx.Graph(), class_name=type(source).__name__)
+        # Not by assignment, which would register the model as a child.
+        self.__dict__[SELF_TARGET] = source
+        self.share_children()
+
+    def share_children(self) -> None:
+        """Take the registries of the model anew; children that only this module has are removed."""
+        source = self.source
         self.__dict__.update(
             _parameters=source._parameters,
             _buffers=source._buffers,
             _non_persistent_buffers_set=source._non_persistent_buffers_set,
             _modules=OrderedDict(source._modules),
         )
-        # Not by assignment, which would register the model as a child.
-        self.__dict__[SELF_TARGET] = source
 
     @property
     def source(self) -> nn.Module:

@@ -21,6 +21,7 @@ __all__ = [
     "ClassContentsSnapshot",
     "ContentsSnapshot",
     "attributes_of",
+    "slot_names",
 ]
 
 MISSING = object()
@@ -179,10 +180,11 @@ def _kind_of(value: Any) -> str:
     foreign = package == "torch" or (package in sys.stdlib_module_names and package != "__main__")
     if cls is not types.SimpleNamespace and foreign:
         return ""
-    return "object" if hasattr(value, "__dict__") or _slot_names(cls) else ""
+    return "object" if hasattr(value, "__dict__") or slot_names(cls) else ""
 
 
-def _slot_names(cls: type) -> list[str]:
+def slot_names(cls: type) -> list[str]:
+    """The names in `__slots__` of a class and its bases."""
     names = [vars(base).get("__slots__", ()) for base in cls.__mro__]
     return [name for slots in names for name in ((slots,) if isinstance(slots, str) else slots) if name[:2] != "__"]
 
@@ -198,7 +200,7 @@ def _shallow_copy(value: Any, kind: str) -> Any:
         return value.copy()
     if kind == "random":
         return _generator_state(value)
-    slots = {name: getattr(value, name) for name in _slot_names(type(value)) if hasattr(value, name)}
+    slots = {name: getattr(value, name) for name in slot_names(type(value)) if hasattr(value, name)}
     return {**slots, **getattr(value, "__dict__", {})}
 
 
@@ -228,7 +230,7 @@ def _restore_contents(value: Any, kind: str, contents: Any) -> None:
             attributes.pop(name, None)
         for name, element in contents.items():
             # Not by setattr, which would run the setter of a property.
-            if name in _slot_names(type(value)):
+            if name in slot_names(type(value)):
                 object.__setattr__(value, name, element)
             else:
                 attributes[name] = element

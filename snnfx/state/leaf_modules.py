@@ -35,6 +35,8 @@ def has_torch_forward(module: nn.Module) -> bool:
 
 def is_leaf(module: nn.Module) -> bool:
     """Whether capture records a stateless module as one call."""
+    if "forward" in vars(module):  # a function that replaces the forward of the class
+        return False
     if is_declared_leaf(module) or getattr(type(module), "snnfx_elementwise", False):
         return True
     if isinstance(module, _CONTAINERS):

@@ -1,0 +1,109 @@
+"""The names that Python code reads and stores: globals, variables of a closure, attributes."""
+
+from __future__ import annotations
+
+import dis
+import os
+import sysconfig
+from collections.abc import Iterator
+from dataclasses import dataclass
+from functools import lru_cache
+from types import CodeType, FunctionType
+
+import torch
+
+from snnfx.sandbox.user_code import PACKAGE
+
+__all__ = ["CodeReads", "is_library_code", "is_library_file", "reads_of"]
+
+_TORCH = os.path.dirname(torch.__file__) + os.sep
+_STANDARD_LIBRARY = os.path.join(sysconfig.get_paths()["stdlib"], "")
+_READS_BY_NAME = frozenset(("getattr", "hasattr", "vars", "__dict__", "__getattribute__", "attrgetter"))
+"""Names whose use means that code may read attributes that it does not name."""
+
+
+@dataclass(frozen=True)
+class CodeReads:
+    """Names in the code of a function and of the functions defined inside it.
+
+    Args:
+        global_names: global variables, each with the attributes read from it: `cfg.a.k` is `("cfg", "a", "k")`.
+        closure_names: the same for variables of the closure.
+        attributes: all attribute names.
+        reads_by_name: whether attributes may be read that are not in `attributes`.
+        stored_globals: global variables that the code assigns or deletes.
+        stored_closure: variables of the closure that it assigns or deletes.
+    """
+
+    global_names: frozenset[tuple[str, ...]]
+    closure_names: frozenset[tuple[str, ...]]
+    attributes: frozenset[str]
+    reads_by_name: bool
+    stored_globals: frozenset[str]
+    stored_closure: frozenset[str]
+
+
+@lru_cache(maxsize=4096)
+def reads_of(code: CodeType) -> CodeReads:
+    """The names that a code object reads and stores."""
+    global_names: set[tuple[str, ...]] = set()
+    closure_names: set[tuple[str, ...]] = set()
+    attributes: set[str] = set()
+    stored_globals: set[str] = set()
+    stored_closure: set[str] = set()
+    for part in _with_inner_code(code):
+        chain: tuple[str, ...] = ()
+        target = global_names
+        for instruction in dis.get_instructions(part):
+            operation, name = instruction.opname, str(instruction.argval)
+            if operation in ("EXTENDED_ARG", "CACHE"):
+                continue
+            if operation in ("LOAD_ATTR", "LOAD_METHOD", "LOAD_SUPER_ATTR"):
+                attributes.add(name)
+                if chain:
+                    chain += (name,)
+                continue
+            if chain:
+                target.add(chain)
+                chain = ()
+            if operation in ("LOAD_GLOBAL", "LOAD_NAME", "LOAD_FROM_DICT_OR_GLOBALS"):
+                chain, target = (name,), global_names
+            elif operation in ("LOAD_DEREF", "LOAD_CLASSDEREF", "LOAD_FROM_DICT_OR_DEREF"):
+                if name in code.co_freevars:
+                    chain, target = (name,), closure_names
+            elif operation in ("STORE_GLOBAL", "DELETE_GLOBAL"):
+                stored_globals.add(name)
+            elif operation in ("STORE_DEREF", "DELETE_DEREF") and name in code.co_freevars:
+                stored_closure.add(name)
+            elif operation in ("STORE_ATTR", "IMPORT_FROM"):
+                attributes.add(name)
+        if chain:
+            target.add(chain)
+    by_name = attributes & _READS_BY_NAME or any(chain[0] in _READS_BY_NAME for chain in global_names)
+    return CodeReads(
+        frozenset(global_names),
+        frozenset(closure_names),
+        frozenset(attributes),
+        bool(by_name),
+        frozenset(stored_globals),
+        frozenset(stored_closure),
+    )
+
+
+def _with_inner_code(code: CodeType) -> Iterator[CodeType]:
+    yield code
+    for constant in code.co_consts:
+        if isinstance(constant, CodeType):
+            yield from _with_inner_code(constant)
+
+
+def is_library_code(function: FunctionType) -> bool:
+    """Whether a function belongs to torch, snnfx or the standard library, whose globals are not settings."""
+    return is_library_file(function.__code__.co_filename)
+
+
+def is_library_file(filename: str) -> bool:
+    """Whether a file belongs to torch, snnfx or the standard library."""
+    if filename.startswith((_TORCH, PACKAGE, "<frozen")):
+        return True
+    return filename.startswith(_STANDARD_LIBRARY) and "-packages" not in filename

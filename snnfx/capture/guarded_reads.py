@@ -1,0 +1,402 @@
+"""From the reads of a capture to its guards.
+
+The reads of module attributes are recorded during the traces. The reads of globals and closure variables come from the
+code of the functions that a step can reach. Attributes of plain objects are guarded if such code names them.
+"""
+
+from __future__ import annotations
+
+import argparse
+import copy
+import dataclasses
+import functools
+import sys
+import types
+from collections import deque
+from collections.abc import Container, Iterable, Iterator
+from types import FunctionType
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from snnfx.capture.code_reads import CodeReads, is_library_code, is_library_file, reads_of
+from snnfx.ir.guards import (
+    ABSENT,
+    MODES,
+    CellRoot,
+    Guard,
+    Guards,
+    ModuleRoot,
+    ModuleTree,
+    NamespaceRoot,
+    Step,
+    contents_of,
+    text_of,
+    version_of,
+)
+from snnfx.sandbox.contents_snapshot import slot_names
+
+__all__ = ["ReachableCode", "guards_of"]
+
+_PLAIN = (bool, int, float, complex, str, bytes, type(None), torch.dtype, torch.device, torch.Size, range, slice)
+_FUNCTIONS = (FunctionType, types.BuiltinFunctionType, types.MethodType, staticmethod, classmethod)
+_CONTAINERS = (list, tuple, dict, set, frozenset, deque)
+_NAMESPACES = (types.SimpleNamespace, argparse.Namespace)
+_MODULE_INTERNALS = frozenset(vars(nn.Module()))
+_CREATION = frozenset(
+    "__init__ __new__ __post_init__ __init_subclass__ __repr__ __str__ __reduce__ __reduce_ex__ __getstate__ "
+    "__setstate__ __deepcopy__ __copy__ __del__ __setattr__ __delattr__ __class__ __hash__".split()
+)
+"""Methods that no step calls on an object that exists already."""
+_MAX_DEPTH = 6
+_MOST_GUARDS = 5000
+_MOST_VALUES_OF_TENSOR = 4096
+"""Larger tensors are compared by version, which misses changes through `.data`."""
+
+
+class ReachableCode:
+    """The Python functions that a step can reach from the modules of a model, and the names in their code.
+
+    Args:
+        modules: the modules, by qualified name.
+        entry: name of the method that computes one step.
+    """
+
+    def __init__(self, modules: dict[str, nn.Module], entry: str) -> None:
+        self.modules = modules
+        self.functions: dict[FunctionType, CodeReads] = {}
+        self.names: set[str] = {entry, "forward", "step", "initial_state"}
+        self.reads_by_name = False
+        self._classes: dict[type, None] = {}
+        for module in modules.values():
+            self.add_class(type(module))
+
+    def add(self, value: Any) -> None:
+        """Add a function, the functions that a decorator or `partial` wraps, or the methods of an autograd.Function."""
+        if isinstance(value, property):
+            for accessor in (value.fget, value.fset):
+                self.add(accessor)
+        elif isinstance(value, functools.partial | functools.partialmethod):
+            for part in (value.func, *value.args, *value.keywords.values()):
+                self.add(part)
+        elif isinstance(value, functools.cached_property):
+            self.add(value.func)
+        elif isinstance(value, types.MethodType | staticmethod | classmethod):
+            self.add(value.__func__)
+        elif isinstance(value, type) and issubclass(value, torch.autograd.Function):
+            for cls in value.__mro__:
+                for member in vars(cls).values() if cls is not torch.autograd.Function else ():
+                    if isinstance(member, staticmethod | classmethod | FunctionType):
+                        self.add(member)
+        elif isinstance(value, FunctionType) and value not in self.functions:
+            if is_library_code(value):  # such as torch.no_grad() around a function of the user
+                self.functions[value] = _NOTHING
+                for cell in value.__closure__ or ():
+                    inner = contents_of(cell)
+                    if isinstance(inner, FunctionType):
+                        self.add(inner)
+                return
+            reads = self.functions[value] = reads_of(value.__code__)
+            self.reads_by_name = self.reads_by_name or reads.reads_by_name
+            self.names |= reads.attributes
+
+    def add_class(self, cls: type) -> None:
+        """Add the methods of a class whose names the code reads."""
+        self._classes[cls] = None
+
+    def close(self) -> None:
+        """Add everything that is reachable from the code found so far."""
+        size = -1
+        while size != (size := len(self.functions) + len(self.names) + len(self._classes)):
+            for cls in [base for cls in self._classes for base in cls.__mro__]:
+                if not _is_foreign(cls):
+                    for name, member in [*vars(cls).items()]:
+                        is_implicit = name.startswith("__") and name not in _CREATION
+                        if (name in self.names or is_implicit) and not isinstance(member, type):
+                            self.add(member)
+            for module in self.modules.values():
+                for name in self.names & vars(module).keys():
+                    self.add(vars(module)[name])
+            for function in [*self.functions]:
+                for value, chain, *_ in variables_of(function, self.functions[function]):
+                    self._follow(value, chain)
+
+    def modes(self) -> set[str]:
+        """The names of the modes of torch that the code reads."""
+        found: set[str] = set()
+        for function, reads in self.functions.items():
+            for value, chain, *_ in variables_of(function, reads):
+                for name in chain:
+                    value = getattr(value, name, None) if isinstance(value, types.ModuleType) else None
+                found |= {name for name, read in MODES.items() if value is read}
+        return found
+
+    def _follow(self, value: Any, chain: tuple[str, ...]) -> None:
+        for name in chain:
+            if not isinstance(value, types.ModuleType | type):
+                break
+            self.add(value)
+            value = getattr(value, name, None)
+        self.add(value)
+
+
+_NOTHING = CodeReads(frozenset(), frozenset(), frozenset(), False, frozenset(), frozenset())
+
+
+def variables_of(
+    function: FunctionType, reads: CodeReads
+) -> Iterator[tuple[Any, tuple[str, ...], NamespaceRoot | CellRoot, Step]]:
+    """Yield `(value, attributes read from it, root, step)` of the globals and closure variables of a function."""
+    namespace = function.__globals__
+    for name, *rest in sorted(reads.global_names):
+        if name in namespace:
+            yield namespace[name], tuple(rest), NamespaceRoot(namespace), ("key", name)
+    free = function.__code__.co_freevars
+    for name, *rest in sorted(reads.closure_names):
+        if name != "__class__":
+            root = CellRoot(function, free.index(name))
+            yield contents_of(root.cell), tuple(rest), root, ("cell", name)
+
+
+def guards_of(
+    model: nn.Module,
+    entry: str,
+    traced: Iterable[str],
+    opaque: Iterable[str],
+    reads: Iterable[tuple[nn.Module, str]],
+    state: Container[tuple[nn.Module, str]],
+    consumed: Iterable[Tensor],
+) -> Guards:
+    """The guards of a capture.
+
+    Args:
+        model: the model, with its attributes as before the capture.
+        entry: name of the method that computes one step.
+        traced: qualified names of the modules whose forward was traced.
+        opaque: qualified names of modules that were not traced; a net calls them, so their code reads current values.
+        reads: the module attributes that the model's code read.
+        state: the module attributes that are slots, or set before they are read.
+        consumed: tensors outside the graph whose values the traces used.
+    """
+    prefixes = tuple(f"{name}." if name else "" for name in opaque)
+    modules = {n: m for n, m in model.named_modules() if not (prefixes and f"{n}.".startswith(prefixes))}
+    code = ReachableCode(modules, entry)
+    paths = {m: n for n, m in model.named_modules()}
+    known = [(m, name) for m, name in reads if m in paths and (m, name) not in state]
+    traced = tuple(traced)
+    while True:  # until the values that are guarded add no further code
+        code.close()
+        collector = _Collector(code, paths, {id(t) for t in consumed})
+        size = len(code.functions), len(code.names), code.reads_by_name
+        collector.collect(known, [m for m in map(dict(model.named_modules()).get, traced) if m is not None], entry)
+        code.close()
+        if size == (len(code.functions), len(code.names), code.reads_by_name):
+            return Guards(collector.guards, ModuleTree(model, traced), collector.modes)
+
+
+class _Collector:
+    """Makes the guards for a fixed set of code."""
+
+    def __init__(self, code: ReachableCode, paths: dict[nn.Module, str], consumed: set[int]) -> None:
+        self.code, self.paths, self.consumed = code, paths, consumed
+        self.guards: list[Guard] = []
+        self.modes: dict[str, Any] = {}
+        self._visited: set[int] = set()
+        self._known: set[tuple[Any, ...]] = set()
+
+    def collect(self, reads: list[tuple[nn.Module, str]], traced: list[nn.Module], entry: str) -> None:
+        for cls, module in {type(m): m for m in reversed(traced)}.items():
+            if not _is_foreign(cls):
+                root, names = ModuleRoot(self.paths[module]), ("forward", entry) if module in traced else ()
+                for name in dict.fromkeys(names):
+                    if isinstance(getattr(cls, name, None), FunctionType):
+                        self._add(root, (("class", name),), "same", getattr(cls, name))
+        for module in traced:
+            if "forward" in vars(module):
+                self._value(vars(module)["forward"], ModuleRoot(self.paths[module]), (("instance", "forward"),))
+        for module, name in reads:
+            if name not in _MODULE_INTERNALS and not name.startswith("__"):
+                self._attribute(module, name)
+        for function, names in [*self.code.functions.items()]:
+            for value, chain, root, step in variables_of(function, names):
+                if value is not ABSENT:
+                    self._variable(value, chain, root, (step,))
+
+    def _add(self, root: Any, path: tuple[Step, ...], test: str, expected: Any, value: Any = ABSENT) -> None:
+        if (root, path, test) not in self._known:
+            self._known.add((root, path, test))
+            shown = text_of(expected if value is ABSENT else value)
+            self.guards.append(Guard(root, path, test, expected, shown))
+
+    def _attribute(self, module: nn.Module, name: str) -> None:
+        """Guard an attribute that the model's code read from a module."""
+        root, own, cls = ModuleRoot(self.paths[module]), vars(module), type(module)
+        if name in own:
+            self._value(own[name], root, (("instance", name),))
+            return
+        for registry in ("_parameters", "_buffers"):
+            if name in own[registry]:
+                # The graph reads a registered tensor when it runs.
+                test = "value" if own[registry][name] is None else "some"
+                self._add(root, (("instance", registry), ("key", name)), test, None, own[registry][name])
+                return
+        if name in own["_modules"]:
+            return  # in the tree
+        value = next((vars(base)[name] for base in cls.__mro__ if name in vars(base)), ABSENT)
+        if isinstance(value, FunctionType) and is_library_code(value):
+            return
+        self._add(root, (("instance", name),), "same", ABSENT)
+        if value is ABSENT:
+            self._add(root, (("instance", "_buffers"), ("key", name)), "same", ABSENT)
+            self._add(root, (("instance", "_parameters"), ("key", name)), "same", ABSENT)
+            self._add(root, (("class", name),), "same", ABSENT)
+            return
+        self.code.add(value)
+        found = getattr(cls, name, ABSENT)
+        if isinstance(value, staticmethod | classmethod) or isinstance(found, types.MethodType):
+            return  # a new object at every read
+        if hasattr(type(value), "__get__"):
+            self._add(root, (("class", name),), "same", found)
+        else:
+            self._value(value, root, (("class", name),))
+
+    def _variable(self, value: Any, chain: tuple[str, ...], root: Any, path: tuple[Step, ...]) -> None:
+        """Guard a global or closure variable, and the attributes that code reads from it."""
+        if isinstance(value, types.ModuleType):
+            if _is_foreign_name(value.__name__):
+                for name in chain:
+                    value = getattr(value, name, None)
+                self._mode(value)
+                return
+            self._add(root, path, "same", value)
+            if chain and chain[0] in vars(value):
+                self._variable(vars(value)[chain[0]], chain[1:], NamespaceRoot(vars(value)), (("key", chain[0]),))
+            return
+        if isinstance(value, type):
+            if _is_foreign(value):
+                return
+            self._add(root, path, "same", value)
+            self.code.add(value)
+            if chain:
+                found = next((vars(base)[chain[0]] for base in value.__mro__ if chain[0] in vars(base)), ABSENT)
+                if found is not ABSENT and not hasattr(type(found), "__get__"):
+                    self._variable(found, chain[1:], root, (*path, ("attribute", chain[0])))
+                else:
+                    self.code.add(found)
+            return
+        self._mode(value)
+        self._value(value, root, path)
+
+    def _mode(self, value: Any) -> None:
+        for name, read in MODES.items():
+            if value is read:
+                self.modes[name] = read()
+
+    def _value(self, value: Any, root: Any, path: tuple[Step, ...], depth: int = 0) -> None:
+        """Guard a value, and the values inside it."""
+        if isinstance(value, _PLAIN) or _is_numpy_scalar(value):
+            self._add(root, path, "value", value)
+        elif isinstance(value, Tensor):
+            self._add(root, path, "same", value)
+            if id(value) in self.consumed:
+                self._consumed_tensor(value, root, path)
+        elif _is_array(value):
+            self._add(root, path, "array", value.copy(), value)
+        elif isinstance(value, (*_FUNCTIONS, functools.partial, type, property)):
+            self._add(root, path, "same", value)
+            self.code.add(value)
+        elif isinstance(value, _CONTAINERS) and _has_only_plain_elements(value):
+            self._add(
+                root, path, "contents", value if isinstance(value, tuple | frozenset) else copy.copy(value), value
+            )
+        elif id(value) in self._visited or depth == _MAX_DEPTH or len(self.guards) > _MOST_GUARDS:
+            self._add(root, path, "same", value)
+        elif isinstance(value, _CONTAINERS):
+            self._visited.add(id(value))
+            self._container(value, root, path, depth)
+        elif _is_object(value):
+            self._visited.add(id(value))
+            self._object(value, root, path, depth)
+        else:
+            self._add(root, path, "same", value)
+
+    def _consumed_tensor(self, value: Tensor, root: Any, path: tuple[Step, ...]) -> None:
+        is_dense = value.layout is torch.strided and not value.is_quantized and value.device.type == "cpu"
+        if is_dense and value.numel() <= _MOST_VALUES_OF_TENSOR:
+            self._add(root, path, "tensor", value.detach().clone(), value)
+        elif is_dense or value.layout is torch.strided:
+            self._add(root, path, "version", version_of(value), value)
+
+    def _container(self, value: Any, root: Any, path: tuple[Step, ...], depth: int) -> None:
+        """Guard the elements of a container that has tensors, objects or other containers inside."""
+        if isinstance(value, dict):
+            self._add(root, path, "keys", (type(value), [*value]), value)
+            for key, element in value.items():
+                self._value(element, root, (*path, ("key", key)), depth + 1)
+            return
+        self._add(root, path, "length", (type(value), len(value)), value)
+        for index, element in enumerate(value):
+            self._value(element, root, (*path, ("item", index)), depth + 1)
+
+    def _object(self, value: Any, root: Any, path: tuple[Step, ...], depth: int) -> None:
+        cls = type(value)
+        self._add(root, path, "type", cls, value)
+        self.code.add_class(cls)
+        has_lookup = any("__getattr__" in vars(c) or "__getattribute__" in vars(c) for c in cls.__mro__[:-1])
+        reads_all = has_lookup or self.code.reads_by_name or dataclasses.is_dataclass(value)
+        own = getattr(value, "__dict__", {})
+        slots = [name for name in slot_names(cls) if hasattr(value, name)]
+        for name in (*own, *slots):
+            if reads_all or name in self.code.names:
+                element = own[name] if name in own else getattr(value, name)
+                self._value(element, root, (*path, ("attribute", name)), depth + 1)
+        for base in cls.__mro__:
+            if _is_foreign(base):
+                continue
+            for name, element in vars(base).items():
+                is_read = (reads_all or name in self.code.names) and not name.startswith("__")
+                if is_read and name not in own and isinstance(element, (*_PLAIN, *_CONTAINERS, Tensor)):
+                    self._value(element, root, (*path, ("attribute", name)), depth + 1)
+
+
+def _has_only_plain_elements(value: Any) -> bool:
+    elements = value.values() if isinstance(value, dict) else value
+    return isinstance(value, set | frozenset) or all(isinstance(e, _PLAIN) for e in elements)
+
+
+def _is_object(value: Any) -> bool:
+    """Whether the attributes of an object are values of the user."""
+    if isinstance(value, nn.Module | types.ModuleType):
+        return False
+    cls = type(value)
+    return isinstance(value, _NAMESPACES) or (
+        not _is_foreign(cls) and (hasattr(value, "__dict__") or bool(slot_names(cls)))
+    )
+
+
+def _is_foreign(cls: type) -> bool:
+    """Whether a class belongs to torch, NumPy or the standard library."""
+    return _is_foreign_name(cls.__module__)
+
+
+def _is_foreign_name(module: str) -> bool:
+    package = module.partition(".")[0]
+    if package in ("torch", "numpy", "snnfx", "builtins"):
+        return True
+    if package not in sys.stdlib_module_names or package == "__main__":
+        return False
+    # A file of the user may have the name of a module of the standard library.
+    found = sys.modules.get(package)
+    filename = getattr(found, "__file__", None)
+    return filename is None or is_library_file(filename)
+
+
+def _is_array(value: Any) -> bool:
+    numpy = sys.modules.get("numpy")
+    return numpy is not None and isinstance(value, numpy.ndarray) and value.dtype != object
+
+
+def _is_numpy_scalar(value: Any) -> bool:
+    numpy = sys.modules.get("numpy")
+    return numpy is not None and isinstance(value, numpy.generic)

@@ -1,0 +1,115 @@
+"""Refuse a step that changes global variables or variables of a closure; a net would not repeat the change."""
+
+from __future__ import annotations
+
+import types
+from types import TracebackType
+from typing import Any
+
+from torch import Tensor
+
+from snnfx.capture.attribute_slots import is_number
+from snnfx.capture.guarded_reads import ReachableCode, variables_of
+from snnfx.capture.proxy import StepProxy
+from snnfx.errors import CaptureError
+from snnfx.ir.guards import ABSENT, CellRoot, NamespaceRoot, contents_of, is_same_value, text_of
+from snnfx.sandbox.contents_snapshot import MISSING, Change, ContentsSnapshot
+from snnfx.sandbox.user_code import format_location
+
+__all__ = ["VariableChanges"]
+
+_MOST_ELEMENTS = 10_000
+"""Longer containers count as data that no step changes."""
+
+
+class VariableChanges:
+    """A context that restores the variables outside the model that a trace changes, and refuses the change.
+
+    Args:
+        code: the code that the step can reach.
+    """
+
+    def __init__(self, code: ReachableCode) -> None:
+        self._code = code
+
+    def __enter__(self) -> None:
+        self._stored: dict[tuple[NamespaceRoot | CellRoot, str], tuple[Any, types.FunctionType]] = {}
+        values: dict[str, Any] = {}
+        for function, reads in self._code.functions.items():
+            for name in reads.stored_globals:
+                root = NamespaceRoot(function.__globals__)
+                self._stored.setdefault((root, name), (root.namespace.get(name, ABSENT), function))
+            free = function.__code__.co_freevars
+            for name in reads.stored_closure:
+                cell = CellRoot(function, free.index(name))
+                self._stored.setdefault((cell, name), (_contents(cell, name), function))
+            for value, _, root, (_, name) in variables_of(function, reads):
+                if isinstance(value, dict | list) and len(value) <= _MOST_ELEMENTS:
+                    values[f"{function.__module__}.{name}" if isinstance(root, NamespaceRoot) else root.name] = value
+        self._contents = ContentsSnapshot(values)
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        changed = [
+            (name, old, _contents(root, name), function)
+            for (root, name), (old, function) in self._stored.items()
+            if not _is_same(_contents(root, name), old)
+        ]
+        changes = [c for name, value in self._contents.values.items() for c in self._contents.changes(name, value)]
+        for (root, name), (old, _) in self._stored.items():
+            _restore(root, name, old)
+        self._contents.restore()
+        if error is not None:
+            return
+        for name, old, new, function in changed:
+            code = function.__code__
+            raise _refusal(name, old, new, format_location((code.co_filename, code.co_firstlineno)))
+        for change in changes:
+            if _is_state(change):
+                name = change.path[0] + "".join(f"[{key!r}]" for key in change.path[1:])
+                raise _refusal(name, change.old, change.new, "")
+
+
+def _contents(root: NamespaceRoot | CellRoot, name: str) -> Any:
+    if isinstance(root, NamespaceRoot):
+        return root.namespace.get(name, ABSENT)
+    return contents_of(root.cell)
+
+
+def _restore(root: NamespaceRoot | CellRoot, name: str, old: Any) -> None:
+    if isinstance(root, CellRoot):
+        if old is not ABSENT:
+            root.cell.cell_contents = old
+    elif old is ABSENT:
+        root.namespace.pop(name, None)
+    else:
+        root.namespace[name] = old
+
+
+def _is_same(new: Any, old: Any) -> bool:
+    plain = (bool, int, float, complex, str, bytes)
+    return new is old or (isinstance(old, plain) and is_same_value(new, old))
+
+
+def _is_state(change: Change) -> bool:
+    """Whether a step replaces a number or tensor; a container that grows is a log or a cache."""
+    if change.old is MISSING or change.kind not in ("dict", "list"):
+        return False
+    return isinstance(change.new, StepProxy | Tensor) or is_number(change.new)
+
+
+def _refusal(name: str, old: Any, new: Any, where: str) -> CaptureError:
+    return CaptureError(
+        "SNNFX218",
+        f"a step changes the variable `{name}`",
+        where=where,
+        why=f"it is {_shown(old)} before and {_shown(new)} after, but a net carries only attributes of modules across "
+        "steps.",
+        hint='Store the value in the module: call self.register_memory("value", initial) in a '
+        "snnfx.MemoryModule, and assign self.value in the step.",
+    )
+
+
+def _shown(value: Any) -> str:
+    return "a tensor" if isinstance(value, StepProxy | Tensor) else text_of(value)
