@@ -417,7 +417,7 @@ def _static_loops(
     by_site: dict[Hashable, list[Node]] = {}
     for node in graph.nodes:
         if node in call_sites and is_module_call(node):
-            by_site.setdefault((str(node.args[0].target), call_sites[node]), []).append(node)  # type: ignore[union-attr]
+            by_site.setdefault((str(node.args[0].target), call_sites[node]), []).append(node)
     repeated = [calls for calls in by_site.values() if len(calls) >= 3]
     if not repeated:
         return
