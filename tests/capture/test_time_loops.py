@@ -225,7 +225,8 @@ def static_container(m: Any, x: Tensor) -> Tensor:
 OVER_TIME = [
     first_time, second_time, over_the_tensor, unbound, split, chunked, selected, narrowed, sliced, integrate_and_fire,
     hard_reset_counted, in_place, preallocated, read_back, starts_as_none, recurrent_cell, backwards, lstm_cell,
-    recurrent_neuron, two_layers, in_an_attribute, permuted, in_two_phases, after_a_layer, static_input, random_code, static_container,
+    recurrent_neuron, two_layers, in_an_attribute, permuted, in_two_phases, after_a_layer,
+    static_input, random_code, static_container,
 ]  # fmt: skip
 
 
