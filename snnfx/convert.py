@@ -73,7 +73,8 @@ def convert(
             carries its state across calls, like the model, until `snnfx.functional.reset_net(net)`.
         example_inputs: inputs of ONE time step, with the batch dimension: a tensor `[N, *]`, a tuple of positional
             arguments or a dict of keyword arguments. Required if the model's code reads shapes; otherwise it makes
-            reports and plans exact. Default: None.
+            reports and plans exact. Calls then need inputs with these numbers of dimensions. Default: None, the net is
+            planned once for each number of dimensions.
         time_dim: time dimension of the inputs: an int for all, or a tuple with one entry for each argument (nested like
             `in_dims` of `torch.vmap`); None for an input that is the same at every step. With an int, the outputs have
             the same time dimension. Default: 0.

@@ -182,7 +182,7 @@ class _Elements:
 
     Args:
         source, dim: the tensor and the dimension.
-        iterations: the index that each node reads.
+        iterations: the iteration of each node that reads an element, in the order of the loop.
         count: n.
         size: the size of the dimension; None: unknown.
     """
@@ -200,7 +200,12 @@ def _elements_by_source(reads: Mapping[Node, _Read]) -> Iterable[_Elements]:
         by_source.setdefault((read.source, read.dim), {})[node] = read.index
     for (source, dim), iterations in by_source.items():
         order = list(dict.fromkeys(iterations.values()))
-        if len(order) >= 2 and order == list(range(len(order))):
+        if (
+            len(order) >= 2
+            and sorted(order) == list(range(len(order)))
+            and order in (sorted(order), sorted(order)[::-1])
+        ):
+            iterations = {node: order.index(index) for node, index in iterations.items()}
             value = source.meta.get("val")
             size = value.shape[dim] if isinstance(value, Tensor) else None
             yield _Elements(source, dim, iterations, len(order), size)

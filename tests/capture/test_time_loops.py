@@ -148,6 +148,13 @@ def recurrent_cell(m: Any, x: Tensor) -> Tensor:
     return h
 
 
+def backwards(m: Any, x: Tensor) -> Tensor:
+    h = torch.zeros(x.shape[1], C, dtype=x.dtype)
+    for t in reversed(range(x.shape[0])):
+        h = torch.tanh(m.fc(x[t]) + m.rec(h))
+    return h
+
+
 def lstm_cell(m: Any, x: Tensor) -> Tensor:
     h = c = torch.zeros(x.shape[1], C, dtype=x.dtype)
     for t in range(x.shape[0]):
@@ -217,8 +224,9 @@ def static_container(m: Any, x: Tensor) -> Tensor:
 
 OVER_TIME = [
     first_time, second_time, over_the_tensor, unbound, split, chunked, selected, narrowed, sliced, integrate_and_fire,
-    hard_reset_counted, in_place, preallocated, read_back, starts_as_none, recurrent_cell, lstm_cell, recurrent_neuron,
-    two_layers, in_an_attribute, permuted, in_two_phases, after_a_layer, static_input, random_code, static_container,
+    hard_reset_counted, in_place, preallocated, read_back, starts_as_none, recurrent_cell, backwards, lstm_cell,
+    recurrent_neuron, two_layers, in_an_attribute, permuted, in_two_phases, after_a_layer,
+    static_input, random_code, static_container,
 ]  # fmt: skip
 
 
