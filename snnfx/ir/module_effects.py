@@ -14,12 +14,19 @@ from snnfx.ir.program import StepProgram
 from snnfx.sandbox.torch_internals import NormBase, SpectralNormParametrization
 from snnfx.state.step_calls import call_opaque, call_stateful
 
-__all__ = ["estimates_weights", "has_in_place_flag", "keeps_statistics", "updated_buffers", "updates_buffers"]
+__all__ = [
+    "estimates_weights",
+    "has_in_place_flag",
+    "keeps_statistics",
+    "statistics_of_function",
+    "updated_buffers",
+    "updates_buffers",
+]
 
 
 def updates_buffers(program: StepProgram, node: Node) -> bool:
     """Whether the call updates buffers in the mode of the program, so that it is needed without readers."""
-    return (program.training and keeps_statistics(program, node)) or bool(_statistics_of_function(node))
+    return (program.training and keeps_statistics(program, node)) or bool(statistics_of_function(node))
 
 
 def updated_buffers(program: StepProgram, node: Node) -> list[Tensor]:
@@ -28,11 +35,11 @@ def updated_buffers(program: StepProgram, node: Node) -> list[Tensor]:
         return []
     module = program.module_of(node)
     if module is None:
-        return [program.resolve(str(n.target)) for n in _statistics_of_function(node)]
+        return [program.resolve(str(n.target)) for n in statistics_of_function(node)]
     return list(module.buffers())
 
 
-def _statistics_of_function(node: Node) -> list[Node]:
+def statistics_of_function(node: Node) -> list[Node]:
     """The running statistics that a call of `batch_norm` or `instance_norm` updates, if they are buffers."""
     arguments = _NORM_FUNCTIONS.get(node.target) if node.op == "call_function" else None
     if arguments is None:
