@@ -22,6 +22,8 @@ def folds_time_into_dim_0(program: StepProgram, node: Node) -> bool:
     module = program.module_of(node)
     if not program.training or node.op != "call_module" or not isinstance(module, BatchNormBase):
         return False
+    if module.running_mean is None and not program.is_in_training(module):
+        return False  # frozen, but without running statistics: it uses those of each step
     return has_torch_forward(module) and len(node.all_input_nodes) == 1
 
 

@@ -56,7 +56,8 @@ class GraphMatch:
 
     def move_initial_values(self) -> None:
         """Copy the expressions that slots of `b` are bound to into `b`, as initial values."""
-        copied: dict[Node, Node] = dict(self.matched)
+        # The first read of an attribute makes its node, so the position of that node says nothing.
+        copied: dict[Node, Node] = {a: b for a, b in self.matched.items() if a.op != "get_attr"}
         initial = []
         for slot, value in zip(self.b.slots, self.b.initial_values, strict=True):
             if slot.name in self.bindable:

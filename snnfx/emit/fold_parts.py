@@ -25,7 +25,7 @@ from snnfx.emit.multi_step import emit_multi_step
 from snnfx.emit.plain_graph import emit_plain
 from snnfx.emit.region_builder import same_for_all_samples
 from snnfx.functional import seq_to_ann_forward
-from snnfx.ir.module_effects import keeps_statistics
+from snnfx.ir.module_effects import keeps_statistics, statistics_of_function
 from snnfx.ir.nodes import is_size, takes_from_tuple
 from snnfx.ir.program import Region, StepProgram
 from snnfx.ops.step_batch_norm import batch_norm_per_step
@@ -68,7 +68,8 @@ def _parts_of(program: StepProgram, region: Region) -> list[FoldPart]:
         return _Fold(program, region).parts()
     if region.kind == "map" and len(region.nodes) == 1 and _takes_statistics_of_steps(region.nodes[0]):
         return [FoldPart(region, NORM if _is_batch_norm(program, region.nodes[0]) else "")]
-    if region.kind not in ("map", "loop"):
+    if region.kind not in ("map", "loop") or any(map(statistics_of_function, region.nodes)):
+        # Recomputation copies the buffers of modules only, so a function must not update its buffers again.
         return [FoldPart(region, "")]
     reasons = (
         reason_against_kernel(program, region) or mixing_node(program, region) or _any(program, region, may_be_random)

@@ -2,20 +2,31 @@
 
 from __future__ import annotations
 
+from typing import Any
+
+import torch
 from torch import Tensor, nn
 from torch.fx import Node
+from torch.nn import functional
 from torch.nn.utils.spectral_norm import SpectralNorm
 
 from snnfx.ir.program import StepProgram
 from snnfx.sandbox.torch_internals import NormBase, SpectralNormParametrization
 from snnfx.state.step_calls import call_opaque, call_stateful
 
-__all__ = ["estimates_weights", "has_in_place_flag", "keeps_statistics", "updated_buffers", "updates_buffers"]
+__all__ = [
+    "estimates_weights",
+    "has_in_place_flag",
+    "keeps_statistics",
+    "statistics_of_function",
+    "updated_buffers",
+    "updates_buffers",
+]
 
 
 def updates_buffers(program: StepProgram, node: Node) -> bool:
     """Whether the call updates buffers in the mode of the program, so that it is needed without readers."""
-    return program.training and keeps_statistics(program, node)
+    return (program.training and keeps_statistics(program, node)) or bool(statistics_of_function(node))
 
 
 def updated_buffers(program: StepProgram, node: Node) -> list[Tensor]:
@@ -23,8 +34,30 @@ def updated_buffers(program: StepProgram, node: Node) -> list[Tensor]:
     if not updates_buffers(program, node):
         return []
     module = program.module_of(node)
-    assert module is not None
+    if module is None:
+        return [program.resolve(str(n.target)) for n in statistics_of_function(node)]
     return list(module.buffers())
+
+
+def statistics_of_function(node: Node) -> list[Node]:
+    """The running statistics that a call of `batch_norm` or `instance_norm` updates, if they are buffers."""
+    arguments = _NORM_FUNCTIONS.get(node.target) if node.op == "call_function" else None
+    if arguments is None:
+        return []
+    mean, var, flag, default = arguments
+    values = [node.kwargs.get(name, node.args[i] if i < len(node.args) else None) for i, name in (mean, var)]
+    index, name = flag
+    uses_batch = node.kwargs.get(name, node.args[index] if index < len(node.args) else default)
+    return [v for v in values if isinstance(v, Node) and v.op == "get_attr"] if uses_batch is not False else []
+
+
+_NORM_FUNCTIONS: dict[Any, tuple[tuple[int, str], tuple[int, str], tuple[int, str], bool]] = {
+    functional.batch_norm: ((1, "running_mean"), (2, "running_var"), (5, "training"), False),
+    functional.instance_norm: ((1, "running_mean"), (2, "running_var"), (5, "use_input_stats"), True),
+    torch.batch_norm: ((3, "running_mean"), (4, "running_var"), (5, "training"), False),
+    torch.instance_norm: ((3, "running_mean"), (4, "running_var"), (5, "use_input_stats"), True),
+}
+"""Function -> position and name of the running mean, the running variance and the flag, and the default of the flag."""
 
 
 def keeps_statistics(program: StepProgram, node: Node) -> bool:

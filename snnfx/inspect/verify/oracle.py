@@ -19,7 +19,7 @@ from __future__ import annotations
 
 import inspect
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
@@ -30,7 +30,7 @@ from torch import Tensor, nn
 from snnfx.errors import VerificationError
 from snnfx.inspect.verify.coroutines import Coroutine, inherited_settings
 from snnfx.sandbox.snapshot import StateSnapshot, copy_containers
-from snnfx.sandbox.torch_internals import checkpoint_as_plain_call, pytree
+from snnfx.sandbox.torch_internals import NormBase, checkpoint_as_plain_call, pytree
 from snnfx.state.carry import output_at, paths_of
 from snnfx.state.registry import named_stateful
 
@@ -73,16 +73,17 @@ def step_forward(
     if not torch.is_grad_enabled():
         return list(_stepping(model, steps, entry, kwargs, carry))
     # A later step updates running statistics in place, and batch_norm does not tell autograd: a step that multiplied by
-    # them would get a wrong gradient. Each step therefore has its own buffers.
-    current = _clone_buffers(model)
+    # them would get a wrong gradient. Each step therefore has its own running statistics.
+    norms = [module for module in model.modules() if isinstance(module, NormBase)]
+    current = _clone_buffers(norms)
     outputs = []
     try:
         for y in _stepping(model, steps, entry, kwargs, carry):
             outputs.append(y)
-            clones = _clone_buffers(model)
+            clones = _clone_buffers(norms)
             current = {original: clones.get(buffer, buffer) for original, buffer in current.items()}
     finally:
-        _keep_buffers(model, current)
+        _keep_buffers(norms, current)
     return outputs
 
 
@@ -313,7 +314,7 @@ def replay_forward(
     sweeps = 0
     while True:
         start.restore()
-        buffers = _clone_buffers(model)
+        buffers = _clone_buffers(model.modules())
         outputs, calls = _sweep(model, steps, is_barrier, entry, kwargs, carry, known)
         sweeps += 1
         settled = _same_inputs(calls, known)
@@ -327,7 +328,7 @@ def replay_forward(
                 call.compute(originals[name], name in once)
                 call.buffers = [buffer.detach().clone() for buffer in model.get_submodule(name).buffers()]
         if last:
-            _keep_buffers(model, buffers)
+            _keep_buffers(model.modules(), buffers)
             return outputs
         known = calls
 
@@ -416,18 +417,18 @@ def folded_forward(
     start = StateSnapshot.of(model)
     try:
         if not carry:
-            buffers = _clone_buffers(model)
+            buffers = _clone_buffers(model.modules())
             outputs, calls, in_order = _lockstep(model, steps, is_barrier, entry, kwargs, is_once)
             states, finished = _read_states(model), StateSnapshot.of(model)
             start.restore()
-            _clone_buffers(model)
+            _clone_buffers(model.modules())
             with torch.no_grad():
                 replayed_outputs, replayed_calls = _sweep(model, steps, is_barrier, entry, kwargs, None, calls)
             # If a stateful layer is called out of order, gradients may differ although the spikes are equal.
             same = in_order and _same_inputs(calls, replayed_calls) and _same(outputs, replayed_outputs)
             if same and _same(states, _read_states(model)):
                 finished.restore()
-                _keep_buffers(model, buffers)
+                _keep_buffers(model.modules(), buffers)
                 return outputs
             start.restore()
         return replay_forward(model, steps, is_barrier, entry, **options)
@@ -458,10 +459,10 @@ def _same_leaf(a: Any, b: Any) -> bool:
     return type(a) is type(b) and bool(a == b)
 
 
-def _clone_buffers(model: nn.Module) -> dict[Tensor, Tensor]:
+def _clone_buffers(modules: Iterable[nn.Module]) -> dict[Tensor, Tensor]:
     """Replace each buffer by a clone, so that an autograd graph that saved the buffer stays valid."""
     clones: dict[Tensor, Tensor] = {}
-    for module in model.modules():
+    for module in modules:
         for name, buffer in module._buffers.items():
             if buffer is not None:
                 if buffer not in clones:
@@ -470,10 +471,10 @@ def _clone_buffers(model: nn.Module) -> dict[Tensor, Tensor]:
     return clones
 
 
-def _keep_buffers(model: nn.Module, clones: Mapping[Tensor, Tensor]) -> None:
+def _keep_buffers(modules: Iterable[nn.Module], clones: Mapping[Tensor, Tensor]) -> None:
     """Put the original buffers back, with the values of their clones."""
     originals = {clone: original for original, clone in clones.items()}
-    for module in model.modules():
+    for module in modules:
         for name, buffer in module._buffers.items():
             if buffer is not None and buffer in originals:
                 module._buffers[name] = originals[buffer]
