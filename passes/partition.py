@@ -16,6 +16,7 @@ from typing import Any
 
 from torch.fx import Node
 
+from snnfx.analysis.backward_linearity import has_nonlinear_backward
 from snnfx.analysis.batch.equivariance import BatchAnalysis, infer_batch
 from snnfx.analysis.batch.facts import Fact, model_input
 from snnfx.analysis.batch.mixed_batch_sizes import find_mixed_batches_in_folds, has_mixed_batches_in_loop, sizes_of
@@ -51,10 +52,12 @@ class Partition(Pass):
     invariant_inputs: tuple[str, ...] = field(default=())
 
     def apply(self, program: StepProgram) -> str:
-        dependence, analysis = self._analyse(program)
+        # Their backward needs the gradient of each step, not the sum over all steps.
+        not_once = {node for node in program.graph.nodes if has_nonlinear_backward(program, node)}
+        dependence, analysis = self._analyse(program, not_once)
         stepped = _unfolded_layers_with_several_calls(program, analysis.refusals)
         if stepped:
-            dependence, analysis = self._analyse(program, stepped)
+            dependence, analysis = self._analyse(program, not_once, stepped)
         program.requirements = dict(analysis.requirements)
         for node in program.graph.nodes:
             node.meta["varying"] = node in dependence.varying and not node.meta.get("sunk")
@@ -63,7 +66,7 @@ class Partition(Pass):
             node.meta.pop("refusal", None)
         refusals = dict(analysis.refusals)
         while True:
-            kinds = _kinds(program, dependence, refusals)
+            kinds = _kinds(program, dependence, refusals, not_once)
             program.regions = form_regions(program, dependence, kinds)
             mixed = find_mixed_batches_in_folds(program.regions, analysis.facts)
             if not mixed:
@@ -79,8 +82,14 @@ class Partition(Pass):
         summary = ", ".join(f"{count} {kind}" for kind, count in counts.items() if count)
         return f"{sum(len(r.nodes) for r in program.regions)} nodes in {len(program.regions)} regions: {summary}"
 
-    def _analyse(self, program: StepProgram, stepped: Set[str] = frozenset()) -> tuple[Dependence, BatchAnalysis]:
-        changing = self._updates_at_every_step(program, stepped)
+    def _analyse(
+        self, program: StepProgram, not_once: Set[Node], stepped: Set[str] = frozenset()
+    ) -> tuple[Dependence, BatchAnalysis]:
+        updates = self._updates_at_every_step(program, stepped)
+
+        def changing(node: Node) -> bool:
+            return node in not_once or updates(node)
+
         settings = [read for read in program.setting_reads if read.name != "training"]
         program.setting_reads = settings + _flags_of_norms(program, self.batch_norm)
         dependence = analyse_dependence(program, self.invariant_inputs, changing)
@@ -186,7 +195,9 @@ def _opaque(program: StepProgram, node: Node) -> Refusal | None:
     return Refusal("SNNFX108", reason, "It runs step by step, unchanged.")
 
 
-def _kinds(program: StepProgram, dependence: Dependence, refusals: Mapping[Node, Refusal]) -> dict[Node, str]:
+def _kinds(
+    program: StepProgram, dependence: Dependence, refusals: Mapping[Node, Refusal], not_once: Set[Node]
+) -> dict[Node, str]:
     """The kind of region of each computing node; sets `meta["refusal"]` where it is not folded."""
     cycle_slots = {
         node: [n.meta["slot"] for n in cycle if "slot" in n.meta] for cycle in dependence.cycles for node in cycle
@@ -209,6 +220,9 @@ def _kinds(program: StepProgram, dependence: Dependence, refusals: Mapping[Node,
         refusal = next((refusals[n] for n in [node, *_size_ancestors(node)] if n in refusals), None)
         if program.training and node.op == "call_module" and estimates_weights(program.resolve(str(node.target))):
             refusal = Refusal("SNNFX109", f"`{node.target}` updates its weight estimate at each call")
+        if node in not_once:
+            reason = "its backward is not linear in the gradient, so each step runs it"
+            refusal = Refusal("SNNFX109", reason)
         if refusal is not None and _splits_gradient_of_ties(node):
             reason = f"vmap passes the gradient of `{operation_name(node)}` to only one of equal values"
             refusal = Refusal("SNNFX109", reason)
