@@ -28,6 +28,7 @@ from snnfx.ir.nodes import is_size, takes_from_tuple
 from snnfx.ir.printing import operation_name
 from snnfx.ir.program import SELF_TARGET, StepProgram
 from snnfx.ir.setting_read import SettingRead
+from snnfx.ops.step_functions import apply_autograd_function
 from snnfx.passes.base import Pass
 from snnfx.sandbox.torch_internals import BatchNormBase, InstanceNormBase, NormBase
 from snnfx.state.step_calls import call_opaque
@@ -53,7 +54,7 @@ class Partition(Pass):
 
     def apply(self, program: StepProgram) -> str:
         # Their backward needs the gradient of each step, not the sum over all steps.
-        not_once = {node for node in program.graph.nodes if has_nonlinear_backward(program, node)}
+        not_once = {node for node in self._invariant_functions(program) if has_nonlinear_backward(program, node)}
         dependence, analysis = self._analyse(program, not_once)
         stepped = _unfolded_layers_with_several_calls(program, analysis.refusals)
         if stepped:
@@ -104,6 +105,15 @@ class Partition(Pass):
             training_of=program.is_in_training,
         )
         return dependence, analysis
+
+    def _invariant_functions(self, program: StepProgram) -> list[Node]:
+        """The calls of autograd functions on operands that do not change with time."""
+        functions = [node for node in program.graph.nodes if node.target is apply_autograd_function]
+        if not functions:
+            return []
+        updates = self._updates_at_every_step(program, frozenset())
+        varying = analyse_dependence(program, self.invariant_inputs, updates).varying
+        return [node for node in functions if node not in varying]
 
     def _updates_at_every_step(self, program: StepProgram, stepped: Set[str]) -> Callable[[Node], bool]:
         """A predicate for calls that update their module at every step, even for an invariant input.

@@ -29,7 +29,7 @@ _TOLERANCE = 1e-3
 def has_nonlinear_backward(program: StepProgram, node: Node) -> bool:
     """Whether a node calls an autograd.Function on invariant operands and its backward is not linear.
 
-    False where the operands are unknown: they depend on an input, or a module computes them.
+    Operands that depend on an input or on a module are random numbers of their shape. False if the shape is unknown.
     """
     if node.target is not apply_autograd_function:
         return False
@@ -43,7 +43,7 @@ def has_nonlinear_backward(program: StepProgram, node: Node) -> bool:
 
 
 def _operand_values(program: StepProgram, node: Node) -> tuple[Any, Sequence[Any]] | None:
-    """The holder of the function and its operands; None if they are unknown."""
+    """The holder of the function and its operands; None if an operand is unknown."""
     values: dict[Node, Any] = {}
 
     def value_of(operand: Node) -> Any:
@@ -60,9 +60,21 @@ def _operand_values(program: StepProgram, node: Node) -> tuple[Any, Sequence[Any
                 raise _UnknownOperand
         return values[operand]
 
+    def value_or_example(operand: Node) -> Any:
+        try:
+            return value_of(operand)
+        except _UnknownOperand:
+            example = operand.meta.get("val")
+            if not isinstance(example, Tensor) or not example.is_floating_point():
+                raise
+            device = next((p.device for p in program.source.parameters()), torch.device("cpu"))
+            return torch.randn(tuple(example.shape), generator=torch.Generator().manual_seed(1)).to(
+                device, example.dtype
+            )
+
     try:
         with torch.no_grad():
-            holder, *operands = fx.map_arg(node.args, value_of)
+            holder, *operands = fx.map_arg(node.args, value_or_example)
     except _UnknownOperand:
         return None
     return holder, operands
@@ -87,18 +99,18 @@ def _is_nonlinear(holder: Any, operands: Sequence[Any]) -> bool:
         return [torch.zeros_like(x) if g is None else g.clone() for x, g in zip(inputs, found, strict=True)]
 
     generator = torch.Generator().manual_seed(0)
-
-    def random_like(y: Tensor, size: float) -> Tensor:
-        return (size * torch.randn(y.shape, generator=generator)).to(y)
-
     for size in _SIZES:
-        a, b = ([random_like(y, size) for y in outputs] for _ in range(2))
+        a, b = ([_random_like(y, size, generator) for y in outputs] for _ in range(2))
         of_sum = gradients([x + y for x, y in zip(a, b, strict=True)])
         for first, second, both in zip(gradients(a), gradients(b), of_sum, strict=True):
             scale = max(float(g.abs().max()) if g.numel() else 0.0 for g in (first, second, both))
             if not bool(((first + second - both).abs() <= _TOLERANCE * scale).all()):
                 return True
     return False
+
+
+def _random_like(example: Tensor, size: float, generator: torch.Generator) -> Tensor:
+    return (size * torch.randn(tuple(example.shape), generator=generator)).to(example.device, example.dtype)
 
 
 def _leaf(value: Any) -> Any:

@@ -12,7 +12,7 @@ from torch.nn import functional as F
 
 import snnfx
 from snnfx.neuron import LIFNode
-from support.stepping import assert_converts
+from support.stepping import assert_converts, assert_same, finish_run, fresh_copy, run_stepped
 
 T, N, C = 5, 3, 6
 
@@ -85,6 +85,28 @@ def test_linear_backward_runs_once(name: str, inside_the_loop: bool) -> None:
 def test_backward_that_is_not_linear_runs_at_every_step(name: str, inside_the_loop: bool) -> None:
     net = assert_converts(*make(NOT_LINEAR[name], inside_the_loop))
     assert "its backward is not linear in the gradient" in " ".join(str(snnfx.explain(net)).split())
+
+
+@pytest.mark.parametrize(("name", "kind"), [("scaled", "once"), ("clipped", "loop")])
+def test_function_of_an_input_that_does_not_change_with_time(name: str, kind: str) -> None:
+    class Encoded(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.quantise, self.fc = quantise({**LINEAR, **NOT_LINEAR}[name]), nn.Linear(C, C)
+            self.lif = LIFNode(tau=2.0, v_threshold=0.4)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.lif(self.quantise(self.fc(x)))
+
+    torch.manual_seed(0)
+    model, x = Encoded().double(), torch.rand(N, C, dtype=torch.float64)
+    expected = run_stepped(model, x.expand(T, N, C))
+    net = snnfx.convert(fresh_copy(model), time_dim=None, example_inputs=x)
+    actual = finish_run(net, [], net(x, T=T))
+    assert_same(actual.outputs, expected.outputs)
+    assert_same(actual.parameter_grads, expected.parameter_grads)
+    functions = [region for region in net.regions if "apply_autograd_function" in map(str, region.nodes)]
+    assert [region.kind for region in functions] == [kind]
 
 
 def test_conversion_leaves_the_gradients_and_the_random_numbers_alone() -> None:
