@@ -262,7 +262,7 @@ def test_backward_depends_on_an_input_sequence(
     x_seq: Tensor, recurrent: bool, kind: type, of_a_channel: bool, name: str
 ) -> None:
     a_seq = torch.rand(T, *((1, C) if of_a_channel else (N, C)), dtype=torch.float64) + 0.5
-    expected = None if name == "returns a constant" else kind
+    expected = None if name == "returns a constant" or of_a_channel else kind  # another net runs other batch sizes
     assert_steps(TwoInputs(function(BACKWARDS[name]), recurrent), x_seq, a_seq, kind=expected)
 
 
