@@ -16,6 +16,7 @@ from typing import Any
 
 from torch.fx import Node
 
+from snnfx.analysis.backward_linearity import has_nonlinear_backward
 from snnfx.analysis.batch.equivariance import BatchAnalysis, infer_batch
 from snnfx.analysis.batch.facts import Fact, model_input
 from snnfx.analysis.batch.mixed_batch_sizes import find_mixed_batches_in_folds, has_mixed_batches_in_loop, sizes_of
@@ -29,6 +30,7 @@ from snnfx.ir.nodes import is_size, takes_from_tuple
 from snnfx.ir.printing import operation_name
 from snnfx.ir.program import SELF_TARGET, StepProgram
 from snnfx.ir.setting_read import SettingRead
+from snnfx.ops.step_functions import apply_autograd_function
 from snnfx.passes.base import Pass
 from snnfx.sandbox.torch_internals import BatchNormBase, InstanceNormBase, NormBase
 from snnfx.state.step_calls import call_opaque
@@ -53,7 +55,9 @@ class Partition(Pass):
     invariant_inputs: tuple[str, ...] = field(default=())
 
     def apply(self, program: StepProgram) -> str:
-        dependence, analysis = self._analyse_updates(program)
+        # Their backward needs the gradient of each step, not the sum over all steps.
+        not_once = {node for node in self._invariant_functions(program) if has_nonlinear_backward(program, node)}
+        dependence, analysis = self._analyse_updates(program, not_once)
         program.requirements = dict(analysis.requirements)
         for node in program.graph.nodes:
             node.meta["varying"] = node in dependence.varying and not node.meta.get("sunk")
@@ -62,7 +66,7 @@ class Partition(Pass):
             node.meta.pop("refusal", None)
         refusals = dict(analysis.refusals)
         while True:
-            kinds = _kinds(program, dependence, refusals, self.batch_norm)
+            kinds = _kinds(program, dependence, refusals, self.batch_norm, not_once)
             program.regions = form_regions(program, dependence, kinds)
             mixed = find_mixed_batches_in_folds(program.regions, analysis.facts)
             if not mixed:
@@ -78,7 +82,7 @@ class Partition(Pass):
         summary = ", ".join(f"{count} {kind}" for kind, count in counts.items() if count)
         return f"{sum(len(r.nodes) for r in program.regions)} nodes in {len(program.regions)} regions: {summary}"
 
-    def _analyse_updates(self, program: StepProgram) -> tuple[Dependence, BatchAnalysis]:
+    def _analyse_updates(self, program: StepProgram, not_once: Set[Node]) -> tuple[Dependence, BatchAnalysis]:
         """The analyses with the buffers found that are updated at every step, not once for the sequence.
 
         A buffer with several calls or reads is updated at every step if one of these calls is not folded. All its calls
@@ -87,7 +91,7 @@ class Partition(Pass):
         chains = update_chains(program)
         stepped: set[Node] = set()
         while True:
-            dependence, analysis = self._analyse(program, stepped)
+            dependence, analysis = self._analyse(program, not_once, stepped)
             sequential, changing = dependence.sequential, self._updates_at_every_step(program, stepped)
             folds = self.batch_norm == "fold"
             unfolded = {n for n in analysis.refusals if not (folds and folds_time_into_dim_0(program, n))}
@@ -101,8 +105,14 @@ class Partition(Pass):
                 return dependence, analysis
             stepped.update(node for chain in more for node in chain)
 
-    def _analyse(self, program: StepProgram, stepped: Set[Node] = frozenset()) -> tuple[Dependence, BatchAnalysis]:
-        changing = self._updates_at_every_step(program, stepped)
+    def _analyse(
+        self, program: StepProgram, not_once: Set[Node], stepped: Set[Node] = frozenset()
+    ) -> tuple[Dependence, BatchAnalysis]:
+        updates = self._updates_at_every_step(program, stepped)
+
+        def changing(node: Node) -> bool:
+            return node in not_once or updates(node)
+
         settings = [read for read in program.setting_reads if read.name != "training"]
         program.setting_reads = settings + _flags_of_norms(program, self.batch_norm)
         dependence = analyse_dependence(program, self.invariant_inputs, changing)
@@ -117,6 +127,15 @@ class Partition(Pass):
             training_of=program.is_in_training,
         )
         return dependence, analysis
+
+    def _invariant_functions(self, program: StepProgram) -> list[Node]:
+        """The calls of autograd functions on operands that do not change with time."""
+        functions = [node for node in program.graph.nodes if node.target is apply_autograd_function]
+        if not functions:
+            return []
+        updates = self._updates_at_every_step(program, frozenset())
+        varying = analyse_dependence(program, self.invariant_inputs, updates).varying
+        return [node for node in functions if node not in varying]
 
     def _updates_at_every_step(self, program: StepProgram, stepped: Set[Node]) -> Callable[[Node], bool]:
         """A predicate for calls that update their module at every step, even for an invariant input.
@@ -195,7 +214,11 @@ def _opaque(program: StepProgram, node: Node) -> Refusal | None:
 
 
 def _kinds(
-    program: StepProgram, dependence: Dependence, refusals: Mapping[Node, Refusal], batch_norm: str
+    program: StepProgram,
+    dependence: Dependence,
+    refusals: Mapping[Node, Refusal],
+    batch_norm: str,
+    not_once: Set[Node],
 ) -> dict[Node, str]:
     """The kind of region of each computing node; sets `meta["refusal"]` where it is not folded."""
     cycle_slots = {
@@ -220,6 +243,9 @@ def _kinds(
         refusal = next((refusals[n] for n in [node, *_size_ancestors(node)] if n in refusals), None)
         if program.training and node.op == "call_module" and estimates_weights(program.resolve(str(node.target))):
             refusal = Refusal("SNNFX109", f"`{node.target}` updates its weight estimate at each call")
+        if node in not_once:
+            reason = "its backward is not linear in the gradient, so each step runs it"
+            refusal = Refusal("SNNFX109", reason)
         if refusal is not None and _splits_gradient_of_ties(node):
             reason = f"vmap passes the gradient of `{operation_name(node)}` to only one of equal values"
             refusal = Refusal("SNNFX109", reason)

@@ -40,7 +40,7 @@ from snnfx.ir.nodes import is_in_place, is_in_place_target, object_of
 from snnfx.ir.program import SELF_TARGET
 from snnfx.ops.step_functions import expect_size, set_part_
 from snnfx.sandbox.python_rng import python_rng_state
-from snnfx.sandbox.torch_internals import FakeTensorMode, checkpoint_as_plain_call, pytree
+from snnfx.sandbox.torch_internals import CheckpointAsPlainCall, FakeTensorMode, pytree
 from snnfx.sandbox.user_code import format_location, location_of_error, location_of_forward, user_location
 from snnfx.state.composite_adapter import composite_adapter, is_stateful_tree
 from snnfx.state.leaf_modules import is_leaf
@@ -125,7 +125,7 @@ class StepTracer(fx.Tracer):
         self._paths = {module: name for name, module in root.named_modules()}
         reads = recorded_reads(self, self.leaf_states, self.reads)
         # The net has its own recomputation; a checkpoint inside a step would run its function with later state.
-        plain = checkpoint_as_plain_call()
+        plain = CheckpointAsPlainCall()
         patches = (quiet_fake_tensors(), patched_apply(self), patched_isinstance(), patched_factories(self), plain)
         with contextlib.ExitStack() as stack:
             for patch in (*patches, reads, self.consumed):

@@ -380,7 +380,9 @@ def record_step(
 
 
 def _number_of_next_node() -> int:
-    """The number of the next node that this thread adds to an autograd graph."""
+    """The number of the next node that this thread adds to an autograd graph; inference mode adds none."""
+    if torch.is_inference_mode_enabled():
+        return 0
     node = torch.zeros((), requires_grad=True).view(()).grad_fn
     assert node is not None
     return sequence_number(node) + 1

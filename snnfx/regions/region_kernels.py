@@ -182,6 +182,7 @@ class RegionKernels:
             device,
             torch.is_autocast_enabled(kind) and torch.get_autocast_dtype(kind),
             torch.get_default_dtype(),
+            torch.is_inference_mode_enabled(),  # a recording in inference mode has no backward pass
         )
         exact = (tuple([(x.shape[1:], x.dtype) for x in x_seq]), fixed)
         if self._latest is not None and self._latest[0] == exact:

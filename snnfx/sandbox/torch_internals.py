@@ -53,6 +53,7 @@ __all__ = [
     "AvgPoolBase",
     "BatchNormBase",
     "BelowAutograd",
+    "CheckpointAsPlainCall",
     "ConvBase",
     "DataDependentOutputException",
     "DispatchKeyGuard",
@@ -71,7 +72,6 @@ __all__ = [
     "are_transforms_active",
     "broadcast_prefix",
     "check_batch_size",
-    "checkpoint_as_plain_call",
     "current_autograd_node",
     "current_backward_pass",
     "decompositions",
@@ -325,21 +325,23 @@ def _no_phases() -> Iterator[None]:
 _plain_checkpoint_function = _PlainCheckpointFunction()
 
 
-@contextlib.contextmanager
-def checkpoint_as_plain_call() -> Iterator[None]:
+class CheckpointAsPlainCall:
     """Let `torch.utils.checkpoint.checkpoint(function, *args)` only call the function, in this thread.
 
     `checkpoint` finds both of its implementations among the globals of its module.
     """
-    global _checkpoint_users
-    with _checkpoint_lock:
-        _checkpoint_users += 1
-        _CHECKPOINT.CheckpointFunction = _plain_checkpoint_function
-        _CHECKPOINT._checkpoint_without_reentrant_generator = _plain_checkpoint_phases
-    _plain_checkpoint.depth += 1
-    try:
-        yield
-    finally:
+
+    def __enter__(self) -> None:
+        global _checkpoint_users
+        with _checkpoint_lock:
+            if not _checkpoint_users:
+                _CHECKPOINT.CheckpointFunction = _plain_checkpoint_function
+                _CHECKPOINT._checkpoint_without_reentrant_generator = _plain_checkpoint_phases
+            _checkpoint_users += 1
+        _plain_checkpoint.depth += 1
+
+    def __exit__(self, *_: object) -> None:
+        global _checkpoint_users
         _plain_checkpoint.depth -= 1
         with _checkpoint_lock:
             _checkpoint_users -= 1

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from snnfx.sandbox.torch_internals import checkpoint_as_plain_call
+from snnfx.sandbox.torch_internals import CheckpointAsPlainCall
 from snnfx.state.composite_adapter import composite_adapter
 from snnfx.state.registry import adapter_of
 from snnfx.state.stateful import State
@@ -36,7 +36,7 @@ def call_opaque(module: nn.Module, state: State, *inputs: Any, **kwargs: Any) ->
     """
     if torch.compiler.is_compiling():
         return composite_adapter(module).step(module, state, *inputs, **kwargs)
-    with checkpoint_as_plain_call():
+    with CheckpointAsPlainCall():
         return composite_adapter(module).step(module, state, *inputs, **kwargs)
 
 

@@ -105,8 +105,8 @@ def test_checkpoint_is_a_plain_call_inside_a_block_only(use_reentrant: bool) -> 
         return x.sin()
 
     x = torch.ones(2, requires_grad=True)
-    with internals.checkpoint_as_plain_call():
-        with internals.checkpoint_as_plain_call():
+    with internals.CheckpointAsPlainCall():
+        with internals.CheckpointAsPlainCall():
             pass
         y = torch.utils.checkpoint.checkpoint(f, x, use_reentrant=use_reentrant)
     assert y.grad_fn.name() == "SinBackward0"

@@ -30,7 +30,7 @@ from torch import Tensor, nn
 from snnfx.errors import VerificationError
 from snnfx.inspect.verify.coroutines import Coroutine, inherited_settings
 from snnfx.sandbox.snapshot import StateSnapshot, copy_containers
-from snnfx.sandbox.torch_internals import NormBase, checkpoint_as_plain_call, pytree
+from snnfx.sandbox.torch_internals import CheckpointAsPlainCall, NormBase, pytree
 from snnfx.state.carry import output_at, paths_of
 from snnfx.state.registry import named_stateful
 
@@ -106,7 +106,7 @@ def _stepping(
             if name not in first_kwargs and parameters[name].default is inspect.Parameter.empty
         }
     for t, args in enumerate(steps):
-        with checkpoint_as_plain_call():  # a checkpoint inside a step would run its function with later state
+        with CheckpointAsPlainCall():  # a checkpoint inside a step would run its function with later state
             outputs = call(*args, **{**(kwargs[t] if kwargs else {}), **carried})
         if carry:
             carried = {name: output_at(outputs, path) for name, path in paths_of(carry).items()}
