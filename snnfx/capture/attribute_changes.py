@@ -23,7 +23,7 @@ from snnfx.sandbox.user_code import location_of_forward
 
 __all__ = ["AttributeChanges", "refuse_change"]
 
-_KINDS_WITHOUT_SLOTS = ("object", "set", "array", "random")
+_KINDS_WITHOUT_SLOTS = ("object", "set", "array", "random", "function")
 """Kinds of containers whose elements cannot be slots."""
 
 

@@ -33,6 +33,7 @@ from snnfx.capture.step_changes import NewChange, StepChanges
 from snnfx.capture.tracer import SubmoduleNotTraceable
 from snnfx.errors import CaptureError, InputError, SnnfxWarning
 from snnfx.ir.edits import add_placeholder
+from snnfx.ir.printing import location_of, operation_name
 from snnfx.ir.program import InputLeaf, Slot, StepProgram, results_of
 from snnfx.sandbox.isolation import autocast_cache_disabled
 from snnfx.sandbox.snapshot import StateSnapshot
@@ -160,24 +161,31 @@ def _capture_once(
     for attribute in cold_discoveries:
         discovered[attribute.name] = attribute
     starts_as_none = {name for c in carried if not c.required for name in c.argument().slot_names()}
-    if not discovered and not session.matched_slots() and not starts_as_none:
+    if not discovered and not session.matched_slots() and not starts_as_none and not session.changes.found:
         return replace(
             session.program(cold, leaves, spec, training),
             setting_reads=session.setting_reads(()),
-            initial_attributes=session.initial_attributes(()),
             guards=session.guards(()),
         )
     cold_program = session.program(cold, leaves, spec, training, drop_overwritten=False)
     structures = [c.structure for c in carried]
-    for _ in range(3):
+    sizes: dict[str, Any] = {}
+    for _ in range(_MOST_WARM_TRACES):
         shapes = {name: recorded(value) for name, value in values.items()}
         shapes.update({a.name: a.after for a in discovered.values()})
+        shapes.update(sizes)
         warm, more = session.trace(discovered, warm=True, shapes=shapes)
         new = [a for a in more if a.name not in discovered]
-        if not new:
+        following = dict(zip(warm.slot_values, results_of(warm.graph)[1], strict=True))
+        # A state may take its final shape only after several steps.
+        sizes = {n: recorded(v) for n, v in following.items() if _has_other_shape(recorded(v), shapes.get(n))}
+        if not new and not sizes:
             break
         discovered.update({a.name: a for a in new})
-    else:
+    if sizes:
+        name, value = next(iter(sizes.items()))
+        _refuse_growth(name, following[name], f"its shape is {list(shapes[name].shape)}, then {list(value.shape)}")
+    if new:
         raise CaptureError(
             "SNNFX201",
             f"each step adds state to the model, `{new[0].name}` last",
@@ -194,6 +202,9 @@ def _capture_once(
             hint="Return the state with the same nesting and keys as the state argument.",
         )
     program = session.program(warm, leaves, spec, training, set(discovered))
+    for slot, node in zip(program.slots, program.next_states, strict=True):
+        if isinstance(node, Node) and _joins(node, slot.placeholder):
+            _refuse_growth(slot.name, node, f"`{node.name}` joins it with another value")
     program.setting_reads = session.setting_reads(discovered.values())
     program.guards = session.guards(discovered.values())
     program.initial_attributes = session.initial_attributes(discovered.values())
@@ -221,6 +232,32 @@ def _capture_once(
         _rename_constants(cold_program, program.constants)
         program.first_step = cold_program
     return program
+
+
+_MOST_WARM_TRACES = 4
+_JOINS = frozenset("cat concat concatenate hstack vstack dstack row_stack column_stack append".split())
+
+
+def _has_other_shape(after: Any, before: Any) -> bool:
+    return isinstance(after, Tensor) and isinstance(before, Tensor) and after.shape != before.shape
+
+
+def _joins(node: Node, placeholder: str) -> bool:
+    """Whether the next value of a slot is its value joined with others."""
+    if node.op != "call_function" or operation_name(node) not in _JOINS:
+        return False
+    return any(operand.name == placeholder for operand in node.all_input_nodes)
+
+
+def _refuse_growth(name: str, node: Any, why: str) -> None:
+    raise CaptureError(
+        "SNNFX201",
+        f"the state `{name}` grows at each step",
+        where=location_of(node) if isinstance(node, Node) else "",
+        why=f"{why}; the states of a net have the same shape at every step.",
+        hint="Keep the last k values, self.h = torch.cat([self.h, x])[-k:], starting from k values; or return the value "
+        "and use the sequence that the net returns.",
+    )
 
 
 def _refuse_undeclared_state(model: nn.Module, failure: SubmoduleNotTraceable) -> None:

@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from torch import Tensor, nn
+from torch.nn.utils.rnn import PackedSequence
 
 from snnfx.capture.attribute_slots import is_number, recorded
 from snnfx.capture.input_output_checks import refuse_inputs
@@ -15,6 +16,7 @@ from snnfx.capture.proxy import StepProxy
 from snnfx.capture.tracer import ArgumentLeaf
 from snnfx.errors import CaptureError, InputError
 from snnfx.ir.program import InputLeaf
+from snnfx.sandbox.dense_inputs import not_a_dense_tensor
 from snnfx.sandbox.torch_internals import FakeTensorMode, pytree
 from snnfx.sandbox.user_code import location_of_forward
 from snnfx.state.carry import CarriedArgument, OutputPath, SlotName, output_at, split_arguments
@@ -122,6 +124,8 @@ def as_call(example_inputs: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:
             f"example_inputs is a {type(example_inputs).__name__}",
             hint="Pass the inputs of ONE call: a tensor, a tuple of arguments, or a dict of keyword arguments.",
         )
+    if isinstance(example_inputs, PackedSequence):
+        raise not_a_dense_tensor("example_inputs", example_inputs)
     return ((example_inputs,) if isinstance(example_inputs, Tensor) else tuple(example_inputs)), {}
 
 
@@ -167,6 +171,9 @@ def step_arguments(
             hint="Pass the inputs of ONE call: a tensor, a tuple of arguments, or a dict of keyword arguments.",
         ) from error
     flat, spec = pytree.tree_flatten_with_path(call)
+    for path, value in flat:
+        if isinstance(value, PackedSequence) or (isinstance(value, Tensor) and value.is_nested):
+            raise not_a_dense_tensor(_leaf_name(path, [p.name for p in parameters]), value)
     names_in_order = [p.name for p in parameters]
     constants = [(_leaf_name(path, names_in_order), v) for path, v in flat if not isinstance(v, Tensor | _UnknownInput)]
     refuse_inputs(constants, location_of_forward(model, entry))

@@ -255,6 +255,15 @@ class StepTracer(fx.Tracer):
                 hint="Draw from the generator of torch instead, without generator=, and call torch.manual_seed.",
             )
         if isinstance(a, Tensor):
+            if a.is_nested:
+                name = next((n for m in self.root.modules() for n, v in vars(m).items() if v is a), "")
+                raise CaptureError(
+                    "SNNFX216",
+                    f"the step uses the nested tensor{f' `{name}`' if name else ''}",
+                    where=format_location(user_location()) or location_of_forward(self.root, self.traced_func_name),
+                    why="each step of a net takes samples of one shape.",
+                    hint="Pad it: torch.nested.to_padded_tensor(x, 0.0).",
+                )
             if id(a) in self.changed_tensors:
                 return self.changed_tensors[id(a)]
             for name, tensor in (*self.root.named_parameters(), *self.root.named_buffers()):

@@ -14,6 +14,7 @@ from snnfx.emit.state_shapes import shapes_of_state
 from snnfx.errors import InputError
 from snnfx.ir.options import ConvertOptions
 from snnfx.ir.program import StepProgram
+from snnfx.sandbox.dense_inputs import not_a_dense_tensor
 from snnfx.sandbox.isolation import isolated
 from snnfx.sandbox.torch_internals import pytree
 from snnfx.state.carry import flatten_state, split_arguments
@@ -71,7 +72,7 @@ class Arguments:
             InputError: the arguments are not nested as at capture (SNNFX307), or an input is not a tensor (SNNFX305).
         """
         is_plain = self._is_plain and not kwargs and len(args) == len(self.tensor_dims)
-        if is_plain and all(isinstance(x, Tensor) for x in args):
+        if is_plain and all(isinstance(x, Tensor) and not x.is_nested for x in args):
             return list(args)
         flat, spec = pytree.tree_flatten((args, kwargs))
         if spec != self.program.input_spec:
@@ -86,8 +87,8 @@ class Arguments:
                         why="arguments that are not tensors are fixed at conversion.",
                         hint="Convert again with this value in example_inputs.",
                     )
-            elif not isinstance(value, Tensor):
-                raise InputError("SNNFX305", f"the input `{leaf.name}` is a {type(value).__name__}, not a tensor")
+            elif not isinstance(value, Tensor) or value.is_nested:
+                raise not_a_dense_tensor(leaf.name, value)
             else:
                 tensors.append(value)
         return tensors
@@ -163,8 +164,8 @@ class Arguments:
             what = f"net.{call} got {len(sequences)} inputs"
             raise InputError("SNNFX307", what, why=f"the net takes ({names}).", hint=hint)
         for name, varies, x in zip(self._tensor_names, self.varying, sequences, strict=True):
-            if not isinstance(x, Tensor):
-                raise InputError("SNNFX305", f"the input `{name}` is a {type(x).__name__}, not a tensor", hint=hint)
+            if not isinstance(x, Tensor) or x.is_nested:
+                raise not_a_dense_tensor(name, x)
             if varies and x.dim() == 0:
                 raise InputError("SNNFX306", f"the input `{name}` has shape []", hint=hint)
             if varies and x.shape[0] != T:

@@ -168,9 +168,23 @@ def stack_steps(steps: Sequence[Any], device: torch.device) -> Tensor:
         return torch.tensor(steps, dtype=dtype, device=device)
     if all(isinstance(value, Tensor) and value.shape == last.shape for value in steps):
         return stack_in_layout(steps)
+    shapes = dict.fromkeys(tuple(value.shape) for value in steps if isinstance(value, Tensor))
+    if not all(_broadcasts(shape, tuple(last.shape)) for shape in shapes):
+        raise InputError(
+            "SNNFX313",
+            f"a value has shape {list(next(iter(shapes)))} at the first step and {list(last.shape)} at the last",
+            why="all steps of a sequence must have one shape.",
+            hint="Keep the shape of states: self.h = torch.cat([self.h, x])[-k:], starting from k values.",
+        )
     return torch.stack(
         [torch.as_tensor(value, dtype=last.dtype, device=last.device).expand_as(last) for value in steps]
     )
+
+
+def _broadcasts(shape: Sequence[int], to: Sequence[int]) -> bool:
+    """Whether a tensor of a shape can be expanded to another shape."""
+    sizes = zip(reversed(shape), reversed(to), strict=False)
+    return len(shape) <= len(to) and all(size in (1, other) for size, other in sizes)
 
 
 def expand_initial_value(value: Any, following: Any, slot: str = "", has_batch: bool = False) -> Any:
@@ -189,9 +203,7 @@ def expand_initial_value(value: Any, following: Any, slot: str = "", has_batch: 
         return value
     if not isinstance(value, Tensor):
         return torch.full_like(following, value)
-    sizes = zip(reversed(value.shape), reversed(following.shape), strict=False)
-    fits = value.dim() <= following.dim() and all(size in (1, other) for size, other in sizes)
-    if not fits or (has_batch and 0 < value.dim() < following.dim()):
+    if not _broadcasts(value.shape, following.shape) or (has_batch and 0 < value.dim() < following.dim()):
         raise InputError(
             "SNNFX313",
             f"the state `{slot}` changes its shape: {list(value.shape)} before the first step, "

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import array
 import enum
+import functools
 import pickle
 import random
 import sys
@@ -27,12 +29,13 @@ __all__ = [
 MISSING = object()
 """In a `Change`: the element did not exist, or no longer exists."""
 
-_MAX_DEPTH = 6
+_MAX_DEPTH = 100
 _SCALARS = (bool, int, float, complex, str, bytes, type(None), enum.Enum)
 _ATOMIC_TYPES = (
-    *_SCALARS, Tensor, nn.Module, fx.Proxy, type, types.FunctionType, types.BuiltinFunctionType, types.MethodType,
-    types.ModuleType, torch.dtype, torch.device,
+    *_SCALARS, Tensor, nn.Module, fx.Proxy, type, types.BuiltinFunctionType, types.ModuleType, torch.dtype, torch.device,
 )  # fmt: skip
+_OPEN_PACKAGES = ("__main__", "argparse", "collections", "functools", "queue", "types")
+"""Packages of the standard library whose objects may hold state of a model."""
 _CONTAINER_KINDS: dict[type, str] = {list: "list", tuple: "tuple", dict: "dict", deque: "deque", set: "set"}
 
 
@@ -174,11 +177,14 @@ def _kind_of(value: Any) -> str:
         return "array"
     if numpy is not None and isinstance(value, numpy.random.Generator | numpy.random.RandomState):
         return "random"
+    if isinstance(value, bytearray | array.array):
+        return "array"
+    if isinstance(value, types.FunctionType | types.MethodType | functools.partial):
+        return "function"
     cls = type(value)
     package = cls.__module__.partition(".")[0]
     # Loggers, locks and files are not model state, and they reference unrelated objects.
-    foreign = package == "torch" or (package in sys.stdlib_module_names and package != "__main__")
-    if cls is not types.SimpleNamespace and foreign:
+    if package in ("torch", "snnfx") or (package in sys.stdlib_module_names and package not in _OPEN_PACKAGES):
         return ""
     return "object" if hasattr(value, "__dict__") or slot_names(cls) else ""
 
@@ -197,31 +203,52 @@ def _shallow_copy(value: Any, kind: str) -> Any:
     if kind == "set":
         return set(value)
     if kind == "array":
-        return value.copy()
+        return bytes(value) if isinstance(value, bytearray | array.array) else value.copy()
+    if kind == "function":
+        return _contents_of_function(value)
     if kind == "random":
         return _generator_state(value)
     slots = {name: getattr(value, name) for name in slot_names(type(value)) if hasattr(value, name)}
     return {**slots, **getattr(value, "__dict__", {})}
 
 
+def _contents_of_function(value: Any) -> dict[str, Any]:
+    """What a function, a bound method or a partial function holds: closure, attributes, object, arguments."""
+    if isinstance(value, functools.partial):
+        return {"func": value.func, "args": value.args, "keywords": value.keywords}
+    if isinstance(value, types.MethodType):
+        return {"__self__": value.__self__, "__func__": value.__func__}
+    cells = zip(value.__code__.co_freevars, value.__closure__ or (), strict=True)
+    return {**{name: cell.cell_contents for name, cell in cells if cell != types.CellType()}, **value.__dict__}
+
+
 def _elements(contents: Any, kind: str) -> dict[Any, Any]:
     if kind in ("list", "tuple", "deque"):
         return dict(enumerate(contents))
-    return contents if kind in ("dict", "object") else {}
+    return contents if kind in ("dict", "object", "function") else {}
 
 
 def _are_same_contents(now: Any, before: Any, kind: str) -> bool:
-    if kind in ("list", "tuple", "deque", "dict", "object"):
+    if kind in ("list", "tuple", "deque", "dict", "object", "function"):
         a, b = _elements(now, kind), _elements(before, kind)
         return list(a) == list(b) and all(a[key] is b[key] for key in a)
+    if kind == "array" and isinstance(now, bytes):
+        return bool(now == before)
     if kind == "array":
         return bool(now.shape == before.shape and now.tobytes() == before.tobytes())
     return bool(now == before)
 
 
 def _restore_contents(value: Any, kind: str, contents: Any) -> None:
-    if kind == "array":
+    if isinstance(value, bytearray):
+        value[:] = contents
+    elif isinstance(value, array.array):
+        del value[:]
+        value.frombytes(contents)
+    elif kind == "array":
         value[...] = contents
+    elif kind == "function":
+        _restore_function(value, contents)
     elif kind == "random":
         _set_generator_state(value, contents)
     elif kind == "object":
@@ -237,6 +264,17 @@ def _restore_contents(value: Any, kind: str, contents: Any) -> None:
     elif kind != "tuple":
         value.clear()
         (value.update if kind in ("dict", "set") else value.extend)(contents)
+
+
+def _restore_function(value: Any, contents: dict[str, Any]) -> None:
+    if not isinstance(value, types.FunctionType):
+        return  # a bound method and a partial function never change; the objects in them are restored themselves
+    cells = dict(zip(value.__code__.co_freevars, value.__closure__ or (), strict=True))
+    for name, cell in cells.items():
+        if name in contents:
+            cell.cell_contents = contents[name]
+    value.__dict__.clear()
+    value.__dict__.update({name: element for name, element in contents.items() if name not in cells})
 
 
 def _generator_state(generator: Any) -> bytes:

@@ -66,7 +66,9 @@ def _attribute_restorer(module: nn.Module) -> Callable[[], None]:
     contents = ContentsSnapshot(attributes)
     registries = {k: dict(module.__dict__[k]) for k in _REGISTRIES}
     attribute_tensors = [v for v in contents.tensors if not isinstance(v, FakeTensor)]
-    buffers = [(b, b.detach().clone()) for b in (*module._buffers.values(), *attribute_tensors) if b is not None]
+    # The values of a nested tensor cannot be compared.
+    tensors = [b for b in (*module._buffers.values(), *attribute_tensors) if b is not None and not b.is_nested]
+    buffers = [(b, b.detach().clone()) for b in tensors]
 
     def restore() -> None:
         for key in [key for key in module.__dict__ if key not in attributes and key not in _REGISTRIES]:

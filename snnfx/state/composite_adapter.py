@@ -7,6 +7,7 @@ from collections.abc import Iterator, Sequence
 from typing import Any
 
 from torch import nn
+from torch.nn.utils.rnn import PackedSequence
 
 from snnfx.errors import CaptureError
 from snnfx.sandbox.contents_snapshot import MISSING, ContentsSnapshot, attributes_of
@@ -87,16 +88,20 @@ def _refusing_unregistered_state(module: nn.Module) -> Iterator[None]:
         now = attributes(m)
         changes = [c for key in {**snapshot.values, **now} for c in snapshot.changes(key, now.get(key, MISSING))]
         # The module may use its own random generator: each step draws new numbers.
-        changed = [".".join(str(key) for key in c.path) for c in changes if c.kind != "random"]
+        changed = [c for c in changes if c.kind != "random"]
         if changed:
             for name in now.keys() - snapshot.values.keys():
                 del m.__dict__[name]
             m.__dict__.update(snapshot.values)
             snapshot.restore()
+            name = ".".join(str(key) for key in changed[0].path)
+            hint = f'Derive it from snnfx.MemoryModule and call self.register_memory("{name}", initial).'
+            if isinstance(changed[0].new, PackedSequence):
+                hint = "Store the padded tensor in a registered memory: torch.nn.utils.rnn.pad_packed_sequence(x)[0]."
             raise CaptureError(
                 "SNNFX213",
-                f"a step of `{type(m).__name__}` changes its attribute `{changed[0]}`",
+                f"a step of `{type(m).__name__}` changes its attribute `{name}`",
                 where=location_of_forward(m),
                 why="the module cannot be traced, so a net carries only its registered states across steps.",
-                hint=f'Derive it from snnfx.MemoryModule and call self.register_memory("{changed[0]}", initial).',
+                hint=hint,
             )
