@@ -27,7 +27,7 @@ from snnfx.capture.capture_session import CaptureSession, erase_unused_placehold
 from snnfx.capture.graph_matching import GraphMatch
 from snnfx.capture.guarded_reads import ReachableCode
 from snnfx.capture.patches import watched_training_flag
-from snnfx.capture.step_arguments import CarriedLeaf, carried_arguments, step_arguments
+from snnfx.capture.step_arguments import carried_arguments, step_arguments
 from snnfx.capture.tracer import SubmoduleNotTraceable
 from snnfx.errors import CaptureError, InputError
 from snnfx.ir.edits import add_placeholder
@@ -121,7 +121,8 @@ def capture(
     with StateSnapshot.of(model), _mode(model, training), torch.set_grad_enabled(gradients), autocast_cache_disabled():
         while True:
             try:
-                program = _capture_once(model, entry, arguments, leaves, spec, opaque, fake_mode, training, carried, code)
+                session = CaptureSession(model, entry, arguments, opaque, fake_mode, carried, code)
+                program = _capture_once(session, leaves, spec, training)
                 break
             except SubmoduleNotTraceable as failure:
                 if failure.name in opaque:
@@ -142,18 +143,9 @@ def capture(
 
 
 def _capture_once(
-    model: nn.Module,
-    entry: str,
-    arguments: Any,
-    leaves: list[InputLeaf],
-    spec: pytree.TreeSpec,
-    opaque: dict[str, str],
-    fake_mode: FakeTensorMode | None,
-    training: bool,
-    carried: list[CarriedLeaf],
-    code: ReachableCode,
+    session: CaptureSession, leaves: list[InputLeaf], spec: pytree.TreeSpec, training: bool
 ) -> StepProgram:
-    session = CaptureSession(model, entry, arguments, opaque, fake_mode, carried, code)
+    model, entry, carried = session.model, session.entry, session.carried
     discovered: dict[str, AttributeSlot] = {}
     cold, cold_discoveries = session.trace(discovered, warm=False)
     values = dict(zip(cold.slot_values, results_of(cold.graph)[1], strict=True))

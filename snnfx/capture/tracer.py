@@ -117,7 +117,14 @@ class StepTracer(fx.Tracer):
         self._prepare, self._finish = prepare, finish
         self._paths = {module: name for name, module in root.named_modules()}
         reads = recorded_reads(self, self.leaf_states, self.reads)
-        with quiet_fake_tensors(), patched_apply(self), patched_isinstance(), patched_factories(self), reads, self.consumed:
+        with (
+            quiet_fake_tensors(),
+            patched_apply(self),
+            patched_isinstance(),
+            patched_factories(self),
+            reads,
+            self.consumed,
+        ):
             rng_state = torch.get_rng_state()
             graph = self.trace(root)
         if not torch.equal(rng_state, torch.get_rng_state()):

@@ -37,8 +37,8 @@ class VariableChanges:
         values: dict[str, Any] = {}
         for function, reads in self._code.functions.items():
             for name in reads.stored_globals:
-                root = NamespaceRoot(function.__globals__)
-                self._stored.setdefault((root, name), (root.namespace.get(name, ABSENT), function))
+                namespace = NamespaceRoot(function.__globals__)
+                self._stored.setdefault((namespace, name), (_contents(namespace, name), function))
             free = function.__code__.co_freevars
             for name in reads.stored_closure:
                 cell = CellRoot(function, free.index(name))
