@@ -57,7 +57,7 @@ class CaptureSession:
     ) -> None:
         self.model, self.entry, self.arguments = model, entry, arguments
         self.opaque, self.fake_mode, self.carried = opaque, fake_mode, carried
-        self.code = code
+        self.variables = VariableChanges(code)
         self.user_reads: dict[tuple[nn.Module, str], None] = {}
         self.consumed_tensors: dict[int, Tensor] = {}
         self.stateful = _outermost_stateful(model, opaque)
@@ -116,6 +116,7 @@ class CaptureSession:
             self.user_reads,
             self._state(discovered),
             self.consumed_tensors.values(),
+            self.variables.growing.values(),
         )
 
     def initial_attributes(self, discovered: Iterable[AttributeSlot]) -> list[InitialAttribute]:
@@ -243,7 +244,7 @@ class CaptureSession:
 
         traced = {module for _, module in self._traced_modules()}
         slots = {owner for _, m, adapter, _ in self.stateful for owner in owners(m, adapter)}
-        with StateSnapshot.of(self.model), VariableChanges(self.code):
+        with StateSnapshot.of(self.model), self.variables:
             changes = AttributeChanges(self.model, self.entry)
             try:
                 tracer.record(self.model, prepare, finish)

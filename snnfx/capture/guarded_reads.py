@@ -177,6 +177,7 @@ def guards_of(
     reads: Iterable[tuple[nn.Module, str]],
     state: Container[tuple[nn.Module, str]],
     consumed: Iterable[Tensor],
+    growing: Iterable[Any],
 ) -> Guards:
     """The guards of a capture.
 
@@ -188,6 +189,7 @@ def guards_of(
         reads: the module attributes that the model's code read.
         state: the module attributes that are slots, or set before they are read.
         consumed: tensors outside the graph whose values the traces used.
+        growing: containers outside the model that the traces appended to.
     """
     prefixes = tuple(f"{name}." if name else "" for name in opaque)
     modules = {n: m for n, m in model.named_modules() if not (prefixes and f"{n}.".startswith(prefixes))}
@@ -197,7 +199,7 @@ def guards_of(
     traced = tuple(traced)
     while True:  # until the values that are guarded add no further code
         code.close()
-        collector = _Collector(code, paths, {id(t) for t in consumed})
+        collector = _Collector(code, paths, {id(t) for t in consumed}, {id(c) for c in growing})
         size = len(code.functions), len(code.names), code.reads_by_name
         collector.collect(known, [m for m in map(dict(model.named_modules()).get, traced) if m is not None], entry)
         code.close()
@@ -208,8 +210,8 @@ def guards_of(
 class _Collector:
     """Makes the guards for a fixed set of code."""
 
-    def __init__(self, code: ReachableCode, paths: dict[nn.Module, str], consumed: set[int]) -> None:
-        self.code, self.paths, self.consumed = code, paths, consumed
+    def __init__(self, code: ReachableCode, paths: dict[nn.Module, str], consumed: set[int], growing: set[int]) -> None:
+        self.code, self.paths, self.consumed, self.growing = code, paths, consumed, growing
         self.guards: list[Guard] = []
         self.modes: dict[str, Any] = {}
         tensors = [t for m in paths for t in (*m._parameters.values(), *m._buffers.values()) if t is not None]
@@ -329,6 +331,8 @@ class _Collector:
         elif isinstance(value, (*_FUNCTIONS, functools.partial, type, property)):
             self._add(root, path, "same", value)
             self.code.add(value)
+        elif id(value) in self.growing:
+            self._add(root, path, "same", value)
         elif isinstance(value, _CONTAINERS) and _has_only_plain_elements(value):
             self._add(root, path, "contents", copy.copy(value), value)
         elif id(value) in self._visited or depth == _MAX_DEPTH or len(self.guards) > _MOST_GUARDS:
