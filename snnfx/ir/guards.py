@@ -443,7 +443,9 @@ class Guards:
         """The guards of a program that serves as the program of two captures."""
         known = {(g.root, g.path, g.test) for g in self.reads}
         more = [g for g in other.reads if (g.root, g.path, g.test) not in known]
-        return Guards([*self.reads, *more], self.tree, {**self.modes, **other.modes}, self.stale or other.stale)
+        # Both values of the training flags have led to the same program.
+        reads = [g for g in (*self.reads, *more) if g.path != (("instance", "training"),)]
+        return Guards(reads, self.tree, {**self.modes, **other.modes}, self.stale or other.stale)
 
     def packed(self, model: nn.Module) -> PackedGuards:
         """A record without references into the model, which can be copied and pickled."""
