@@ -61,7 +61,7 @@ class CaptureSession:
     ) -> None:
         self.model, self.entry, self.arguments, self.changes = model, entry, arguments, changes
         self.opaque, self.fake_mode, self.carried = opaque, fake_mode, carried
-        self.code = code
+        self.variables = VariableChanges(code)
         self.user_reads: dict[tuple[nn.Module, str], None] = {}
         self.consumed_tensors: dict[int, Tensor] = {}
         self.stateful = _outermost_stateful(model, opaque)
@@ -122,6 +122,7 @@ class CaptureSession:
             self.user_reads,
             self._state(discovered),
             self.consumed_tensors.values(),
+            self.variables.growing.values(),
         )
 
     def initial_attributes(self, discovered: Iterable[AttributeSlot]) -> list[InitialAttribute]:
@@ -256,10 +257,14 @@ class CaptureSession:
 
         traced = {module for _, module in self._traced_modules()}
         slots = {owner for _, m, adapter, _ in self.stateful for owner in owners(m, adapter)}
+<<<<<<< HEAD
         slots |= storage_of(self.model)
         blocked = ("",) if "" in self.opaque else self._untraced_prefixes()
         watched = self.changes.watched(tracer, blocked, slots)
         with StateSnapshot.of(self.model), VariableChanges(self.code), watched:
+=======
+        with StateSnapshot.of(self.model), self.variables:
+>>>>>>> i17-guards
             changes = AttributeChanges(self.model, self.entry)
             try:
                 tracer.record(self.model, prepare, finish)
