@@ -125,11 +125,7 @@ def capture(
     with StateSnapshot.of(model), _mode(model, training), torch.set_grad_enabled(gradients), autocast_cache_disabled():
         while True:
             try:
-<<<<<<< HEAD
                 session = CaptureSession(model, entry, arguments, opaque, fake_mode, carried, changes, code)
-=======
-                session = CaptureSession(model, entry, arguments, opaque, fake_mode, carried, code)
->>>>>>> i17-guards
                 program = _capture_once(session, leaves, spec, training)
                 break
             except NewChange:

@@ -257,14 +257,10 @@ class CaptureSession:
 
         traced = {module for _, module in self._traced_modules()}
         slots = {owner for _, m, adapter, _ in self.stateful for owner in owners(m, adapter)}
-<<<<<<< HEAD
         slots |= storage_of(self.model)
         blocked = ("",) if "" in self.opaque else self._untraced_prefixes()
         watched = self.changes.watched(tracer, blocked, slots)
-        with StateSnapshot.of(self.model), VariableChanges(self.code), watched:
-=======
-        with StateSnapshot.of(self.model), self.variables:
->>>>>>> i17-guards
+        with StateSnapshot.of(self.model), self.variables, watched:
             changes = AttributeChanges(self.model, self.entry)
             try:
                 tracer.record(self.model, prepare, finish)

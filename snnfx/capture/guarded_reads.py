@@ -338,13 +338,9 @@ class _Collector:
         elif id(value) in self.growing:
             self._add(root, path, "same", value)
         elif isinstance(value, _CONTAINERS) and _has_only_plain_elements(value):
-<<<<<<< HEAD
             self._add(
                 root, path, "contents", value if isinstance(value, tuple | frozenset) else copy.copy(value), value
             )
-=======
-            self._add(root, path, "contents", copy.copy(value), value)
->>>>>>> i17-guards
         elif id(value) in self._visited or depth == _MAX_DEPTH or len(self.guards) > _MOST_GUARDS:
             self._add(root, path, "same", value)
         elif isinstance(value, _CONTAINERS):

@@ -124,23 +124,12 @@ class StepTracer(fx.Tracer):
         self._prepare, self._finish = prepare, finish
         self._paths = {module: name for name, module in root.named_modules()}
         reads = recorded_reads(self, self.leaf_states, self.reads)
-<<<<<<< HEAD
         # The net has its own recomputation; a checkpoint inside a step would run its function with later state.
         plain = CheckpointAsPlainCall()
         patches = (quiet_fake_tensors(), patched_apply(self), patched_isinstance(), patched_factories(self), plain)
         with contextlib.ExitStack() as stack:
             for patch in (*patches, reads, self.consumed):
                 stack.enter_context(patch)
-=======
-        with (
-            quiet_fake_tensors(),
-            patched_apply(self),
-            patched_isinstance(),
-            patched_factories(self),
-            reads,
-            self.consumed,
-        ):
->>>>>>> i17-guards
             rng_state = torch.get_rng_state()
             graph = self.trace(root)
         if not torch.equal(rng_state, torch.get_rng_state()):
