@@ -60,9 +60,7 @@ def _drop_unread_slots(program: StepProgram) -> list[str]:
     following = dict(zip((s.name for s in program.slots), program.next_states, strict=True))
     initial = dict(zip((s.name for s in program.slots), program.initial_values, strict=True))
     needed = {
-        s.name
-        for s in program.slots
-        if not s.discovered or _reads_itself(placeholders[s.name], following[s.name])
+        s.name for s in program.slots if not s.discovered or _reads_itself(placeholders[s.name], following[s.name])
     }
     while True:
         roots = [n for n in program.outputs if isinstance(n, Node)]

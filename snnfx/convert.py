@@ -20,7 +20,11 @@ from snnfx.ir.pass_manager import PassManager, PassRecord
 from snnfx.ir.program import StepProgram
 from snnfx.ir.verifier import verify_program
 from snnfx.memory.budget import read_memory_budget
-from snnfx.memory.checkpoint_option import check_checkpoint_option, refuse_changed_parameters, refuse_statistics_over_time
+from snnfx.memory.checkpoint_option import (
+    check_checkpoint_option,
+    refuse_changed_parameters,
+    refuse_statistics_over_time,
+)
 from snnfx.memory.chunk_plan import check_chunk_option
 from snnfx.memory.planning import refuse_impossible_budget
 from snnfx.passes.absorb import Absorb

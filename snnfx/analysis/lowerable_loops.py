@@ -9,6 +9,7 @@ from snnfx.analysis.dependence import is_random
 from snnfx.analysis.foldable_loops import folds_when_cut
 from snnfx.ir.printing import describe_node, operation_name
 from snnfx.ir.program import Region, StepProgram
+from snnfx.ops.step_functions import read_parameter
 from snnfx.sandbox.torch_internals import (
     AdaptiveAvgPoolBase,
     AdaptiveMaxPoolBase,
@@ -17,7 +18,6 @@ from snnfx.sandbox.torch_internals import (
     MaxPoolBase,
     NormBase,
 )
-from snnfx.ops.step_functions import read_parameter
 from snnfx.state.registry import adapter_of
 from snnfx.state.step_calls import call_opaque
 

@@ -26,7 +26,7 @@ from snnfx.capture.attribute_slots import AttributeSlot, is_number, recorded
 from snnfx.capture.capture_session import CaptureSession, erase_unused_placeholders
 from snnfx.capture.graph_matching import GraphMatch
 from snnfx.capture.patches import watched_training_flag
-from snnfx.capture.step_arguments import CarriedLeaf, carried_arguments, step_arguments
+from snnfx.capture.step_arguments import carried_arguments, step_arguments
 from snnfx.capture.step_changes import NewChange, StepChanges
 from snnfx.capture.tracer import SubmoduleNotTraceable
 from snnfx.errors import CaptureError, InputError
@@ -244,8 +244,8 @@ def _refuse_growth(name: str, node: Any, why: str) -> None:
         f"the state `{name}` grows at each step",
         where=location_of(node) if isinstance(node, Node) else "",
         why=f"{why}; the states of a net have the same shape at every step.",
-        hint="Keep the last k values, self.h = torch.cat([self.h, x])[-k:], starting from k values; or return the value "
-        "and use the sequence that the net returns.",
+        hint="Keep the last k values, self.h = torch.cat([self.h, x])[-k:], starting from k values; or return the "
+        "value and use the sequence that the net returns.",
     )
 
 

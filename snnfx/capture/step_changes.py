@@ -13,8 +13,7 @@ from collections.abc import Iterable, Iterator, Set
 from dataclasses import dataclass
 from typing import Any, Literal
 
-import torch
-from torch import Tensor, nn
+from torch import Tensor, fx, nn
 from torch.fx import Node
 from torch.nn import functional
 
@@ -177,7 +176,11 @@ class StepChanges:
         for name, module in self.model.named_modules():
             for key in {**before.buffers[module], **module._buffers}:
                 old, new = before.buffers[module].get(key), module._buffers.get(key)
-                if new is not old and (module, key) not in keys and (type(new) is StepProxy or not isinstance(new, FakeTensor)):
+                if (
+                    new is not old
+                    and (module, key) not in keys
+                    and (type(new) is StepProxy or not isinstance(new, FakeTensor))
+                ):
                     self._add_buffer(f"{name}.{key}" if name else key, module, key, old, new)
             for key in {**before.parameters[module], **module._parameters}:
                 if module._parameters.get(key) is not before.parameters[module].get(key) and (module, key) not in keys:
@@ -316,7 +319,7 @@ class _Contents:
                     named.append((prefix + key, value, True))
                 else:
                     named += [(prefix + key, t, False) for t in ContentsSnapshot({key: value}).tensors]
-            self._tensors += [(n, t, own) for n, t, own in named if type(t) is not StepProxy]
+            self._tensors += [(n, t, own) for n, t, own in named if not isinstance(t, fx.Proxy)]
         self.named = {n: t for n, t, is_attribute in self._tensors if is_attribute}
         """The tensors in attributes of modules, by qualified name."""
         self._places = [(n, t, _place(t)) for n, t, _ in self._tensors]
@@ -328,7 +331,12 @@ class _Contents:
 
     def entries(self, module: nn.Module, kind: str) -> dict[str, Any]:
         """The parameters, buffers or plain attributes of a module before the step."""
-        return {"parameter": self.parameters, "buffer": self.buffers, "attribute": self._attributes}[kind][module]
+        kinds: dict[str, dict[nn.Module, dict[str, Any]]] = {
+            "parameter": self.parameters,
+            "buffer": self.buffers,
+            "attribute": self._attributes,
+        }
+        return kinds[kind][module]
 
     def refuse_replaced_data(self) -> None:
         """Refuse a step that assigned `.data` of a tensor."""

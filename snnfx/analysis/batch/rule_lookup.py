@@ -36,7 +36,14 @@ from snnfx.ops.online_functions import (
     traced_module,
     update_trace,
 )
-from snnfx.ops.step_functions import apply_autograd_function, change_value, copied, expect_size, read_parameter, set_part
+from snnfx.ops.step_functions import (
+    apply_autograd_function,
+    change_value,
+    copied,
+    expect_size,
+    read_parameter,
+    set_part,
+)
 from snnfx.state.leaf_modules import is_declared_leaf
 from snnfx.state.step_calls import call_opaque, call_stateful, initial_value, opaque_initial_value
 
