@@ -255,8 +255,8 @@ def _refuse_growth(name: str, node: Any, why: str) -> None:
         f"the state `{name}` grows at each step",
         where=location_of(node) if isinstance(node, Node) else "",
         why=f"{why}; the states of a net have the same shape at every step.",
-        hint="Keep the last k values, self.h = torch.cat([self.h, x])[-k:], starting from k values; or return the value "
-        "and use the sequence that the net returns.",
+        hint="Keep the last k values, self.h = torch.cat([self.h, x])[-k:], starting from k values; or return the "
+        "value and use the sequence that the net returns.",
     )
 
 

@@ -12,7 +12,7 @@ from torch import Tensor, fx
 from torch.fx import Node
 
 from snnfx.errors import CaptureError
-from snnfx.ir.nodes import IN_PLACE_OPERATORS
+from snnfx.ir.nodes import IN_PLACE_OPERATORS, object_of
 from snnfx.ir.printing import operation_name
 from snnfx.ops.step_functions import set_part_
 from snnfx.sandbox.user_code import format_location, user_location
@@ -58,6 +58,8 @@ class StepProxy(fx.Proxy):
 
     @data.setter
     def data(self, value: Any) -> None:
+        if type(value) is StepProxy and object_of(value.node) is object_of(self.node):
+            return  # the second half of `x.data += 1`, which changes x in place
         raise data_refusal(f"`{self.node.target if self.node.op == 'get_attr' else self.node.name}`")
 
     def __len__(self) -> int:

@@ -13,7 +13,7 @@ from collections.abc import Iterable, Iterator, Set
 from dataclasses import dataclass
 from typing import Any, Literal
 
-from torch import Tensor, nn
+from torch import Tensor, fx, nn
 from torch.fx import Node
 from torch.nn import functional
 
@@ -319,7 +319,7 @@ class _Contents:
                     named.append((prefix + key, value, True))
                 else:
                     named += [(prefix + key, t, False) for t in ContentsSnapshot({key: value}).tensors]
-            self._tensors += [(n, t, own) for n, t, own in named if type(t) is not StepProxy]
+            self._tensors += [(n, t, own) for n, t, own in named if not isinstance(t, fx.Proxy)]
         self.named = {n: t for n, t, is_attribute in self._tensors if is_attribute}
         """The tensors in attributes of modules, by qualified name."""
         self._places = [(n, t, _place(t)) for n, t, _ in self._tensors]
@@ -331,7 +331,12 @@ class _Contents:
 
     def entries(self, module: nn.Module, kind: str) -> dict[str, Any]:
         """The parameters, buffers or plain attributes of a module before the step."""
-        return {"parameter": self.parameters, "buffer": self.buffers, "attribute": self._attributes}[kind][module]
+        kinds: dict[str, dict[nn.Module, dict[str, Any]]] = {
+            "parameter": self.parameters,
+            "buffer": self.buffers,
+            "attribute": self._attributes,
+        }
+        return kinds[kind][module]
 
     def refuse_replaced_data(self) -> None:
         """Refuse a step that assigned `.data` of a tensor."""

@@ -283,8 +283,9 @@ def _slots(program: StepProgram) -> Iterator[SlotRow]:
         # If the first step runs in a separate graph, the initial value of the later steps depends on the inputs.
         text = expression_of_initial_value(program, None if program.first_step is not None else initial)
         text = "passed by the caller" if slot.name in given else text
+        text = "the value in the model" if slot.persistent else text
         shape = _shape(program, node) if node is not None else ""
-        yield SlotRow(slot.name, text, region_of.get(slot.name, ""), shape, slot.discovered)
+        yield SlotRow(slot.name, text, region_of.get(slot.name, ""), shape, slot.discovered, bool(slot.persistent))
 
 
 def _chunk(net: Net) -> ChunkRow | None:

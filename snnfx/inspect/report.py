@@ -134,6 +134,7 @@ class SlotRow:
         region: its loop, or "" for a value that is only delayed by one step.
         shape: shape at one step, e.g. "[N, 64, 28, 28]"; "" if unknown.
         discovered: True if no class declares it, so that it was inferred from the attributes that a step changes.
+        persistent: True for a buffer or parameter, which lives on from call to call.
     """
 
     name: str
@@ -141,6 +142,7 @@ class SlotRow:
     region: str
     shape: str
     discovered: bool
+    persistent: bool = False
 
 
 @dataclass(frozen=True)
@@ -345,6 +347,7 @@ def _slots_table(slots: Sequence[SlotRow]) -> Table:
     rows = []
     for slot in slots:
         notes = ["undeclared, inferred from attribute changes"] if slot.discovered else []
+        notes += ["lives on from call to call"] if slot.persistent else []
         notes += [] if slot.region else ["delayed by one step, not in a loop"]
         rows.append([slot.name, slot.initial, slot.shape, ", ".join(notes)])
     return Table(["slot", "initial value", "one step", "note"], rows, frozenset({0, 2}))

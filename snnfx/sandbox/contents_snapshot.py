@@ -32,7 +32,8 @@ MISSING = object()
 _MAX_DEPTH = 100
 _SCALARS = (bool, int, float, complex, str, bytes, type(None), enum.Enum)
 _ATOMIC_TYPES = (
-    *_SCALARS, Tensor, nn.Module, fx.Proxy, type, types.BuiltinFunctionType, types.ModuleType, torch.dtype, torch.device,
+    *_SCALARS, Tensor, nn.Module, fx.Proxy, type, types.BuiltinFunctionType, types.ModuleType, torch.dtype,
+    torch.device,
 )  # fmt: skip
 _OPEN_PACKAGES = ("__main__", "argparse", "collections", "functools", "queue", "types")
 """Packages of the standard library whose objects may hold state of a model."""

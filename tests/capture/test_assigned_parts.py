@@ -178,11 +178,6 @@ def with_a_view_read_afterwards(self: Any, x: Tensor) -> Tensor:
     return y + first[:, None]
 
 
-def of_a_parameter(self: Any, x: Tensor) -> Tensor:
-    self.fc.bias[0] = x[0, 0]
-    return self.fc(x)
-
-
 def of_a_tensor_made_without_the_input(self: Any, x: Tensor) -> Tensor:
     y = torch.zeros(3, 5, dtype=torch.float64)
     y[:, 0] = x[:, 0]
@@ -196,7 +191,6 @@ def of_a_tensor_made_without_the_input(self: Any, x: Tensor) -> Tensor:
         (of_a_view_of_the_input, "SNNFX214"),
         (of_a_view, "SNNFX214"),
         (with_a_view_read_afterwards, "SNNFX214"),
-        (of_a_parameter, "SNNFX206"),
         (of_a_tensor_made_without_the_input, "SNNFX214"),
     ],
     ids=lambda v: getattr(v, "__name__", v),

@@ -686,6 +686,8 @@ IN_PLACE = {
     "arithmetic with an alias": "z = y * 2; k = z; z **= 2; z %= 0.7; z //= 0.1; return k + y",
     "functional": "z = F.relu(y, inplace=True); return y + z",
     "module, the value is read before and after": "w = y.exp(); z = self.relu(y); return w + y + z",
+    "a buffer": "self.buffer.add_(1); return y * self.buffer",
+    "a plain attribute": "self.plain.add_(1); self.plain += y.mean(0); return y * self.plain",
     "filling": "z = torch.empty_like(y); z.fill_(3.0); y = y * z; y.zero_(); return y + z",
 }
 REFUSED_IN_PLACE = {
@@ -695,8 +697,9 @@ REFUSED_IN_PLACE = {
     "return F.relu(x, inplace=True)": "SNNFX209",
     "y[:, 0].mul_(2); return y": "SNNFX214",
     "y.view(-1).add_(1); return y": "SNNFX214",
-    "self.buffer.add_(1); return y * self.buffer": "SNNFX206",
-    "self.plain.add_(1); return y * self.plain": "SNNFX206",
+    "self.buffer[0].add_(1); return y * self.buffer": "SNNFX214",
+    "self.buffer.data = self.buffer + 1; return y * self.buffer": "SNNFX206",
+    "self.plain.data = self.plain + 1; return y * self.plain": "SNNFX206",
 }
 
 

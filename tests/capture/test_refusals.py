@@ -143,14 +143,80 @@ class TakesAnyNumber(Layer):
         return self.body(sum(xs))
 
 
-class ChangesABuffer(Layer):
+class CreatesABuffer(Layer):
     def __init__(self) -> None:
         super().__init__()
-        self.register_buffer("count", torch.zeros(3))
+        self.register_buffer("v", None)
 
     def forward(self, x: Tensor) -> Tensor:
-        self.count.add_(1)
-        return self.body(x) + self.count
+        self.v = self.body(x) if self.v is None else self.v + self.body(x)
+        return self.v
+
+
+class AssignsData(Layer):
+    def forward(self, x: Tensor) -> Tensor:
+        self.body.weight.data = self.body.weight.data.clamp(0, 1)
+        return self.body(x)
+
+
+class ChangesATensorInAList(Layer):
+    def __init__(self) -> None:
+        super().__init__()
+        self.counts = [torch.zeros(3)]
+
+    def forward(self, x: Tensor) -> Tensor:
+        self.counts[0] += 1
+        return self.body(x) + self.counts[0]
+
+
+class ChangesStatistics(Layer):
+    def __init__(self) -> None:
+        super().__init__()
+        self.bn = nn.BatchNorm1d(3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        self.bn.running_mean.mul_(0.5)
+        return self.bn(self.body(x))
+
+
+class ChangesAnAlias(Layer):
+    def __init__(self) -> None:
+        super().__init__()
+        self.register_buffer("table", torch.zeros(2, 3))
+        self.register_buffer("row", self.table[0])
+
+    def forward(self, x: Tensor) -> Tensor:
+        self.row.add_(1)
+        return self.body(x) + self.table.sum(0)
+
+
+class Grows(Layer):
+    def __init__(self) -> None:
+        super().__init__()
+        self.seen = torch.zeros(1, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.body(x)
+        self.seen = torch.cat([self.seen, y])
+        return y + self.seen.mean(0)
+
+
+class DrawsFromAGenerator(Layer):
+    def __init__(self) -> None:
+        super().__init__()
+        self.noise = torch.Generator()
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.body(x) + torch.randn(x.shape[0], 3, generator=self.noise)
+
+
+class UsesANestedTensor(Layer):
+    def __init__(self) -> None:
+        super().__init__()
+        self.bias = torch.nested.nested_tensor([torch.zeros(2), torch.zeros(3)])
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.body(x) + self.bias
 
 
 class ChangesAView(Layer):
@@ -178,17 +244,6 @@ class SwitchesAutocast(KeepsTheLast):
     def rest(self, y: Tensor, x: Tensor) -> Tensor:
         with torch.autocast("cpu", dtype=torch.bfloat16):
             return self.fc(y)
-
-
-class CountsInABuffer(Layer):
-    def __init__(self) -> None:
-        super().__init__()
-        self.register_buffer("count", torch.zeros(3))
-
-    def forward(self, x: Tensor) -> Tensor:
-        y = self.body(x)
-        self.count += y.sum(0)
-        return y
 
 
 class KeepsAWord(Layer):
@@ -256,7 +311,6 @@ REFUSALS = {
     "a number out of a tensor": Refusal(AsksForItem, "SNNFX213"),
     "a value as text": Refusal(FormatsValues, "SNNFX201"),
     "a word that changes": Refusal(KeepsAWord, "SNNFX218"),
-    "a buffer that is added to": Refusal(CountsInABuffer, "SNNFX206"),
     "a generator as output": Refusal(ReturnsAGenerator, "SNNFX216"),
     "an object as output": Refusal(ReturnsAnObject, "SNNFX216"),
     "a set as output": Refusal(ReturnsASet, "SNNFX216"),
@@ -264,7 +318,14 @@ REFUSALS = {
     "an object with tensors as input": Refusal(TakesTwo, "SNNFX216", lambda: (X, Results(X))),
     "an array of NumPy as input": Refusal(TakesTwo, "SNNFX216", lambda: (X, np.ones(3))),
     "any number of inputs": Refusal(TakesAnyNumber, "SNNFX211"),
-    "a buffer changed in place": Refusal(ChangesABuffer, "SNNFX206"),
+    "a buffer that is None": Refusal(CreatesABuffer, "SNNFX206"),
+    "data that is assigned": Refusal(AssignsData, "SNNFX206"),
+    "a tensor in a list changed in place": Refusal(ChangesATensorInAList, "SNNFX206"),
+    "statistics of a layer that are changed": Refusal(ChangesStatistics, "SNNFX206"),
+    "a view that is a buffer, changed in place": Refusal(ChangesAnAlias, "SNNFX206"),
+    "a state that grows": Refusal(Grows, "SNNFX201"),
+    "a generator": Refusal(DrawsFromAGenerator, "SNNFX215"),
+    "a nested tensor": Refusal(UsesANestedTensor, "SNNFX216"),
     "a view changed in place": Refusal(ChangesAView, "SNNFX214"),
     "a module that is not registered": Refusal(CallsAStranger, "SNNFX211"),
     "noise that leaves no node": Refusal(FillsNoise, "SNNFX215"),
