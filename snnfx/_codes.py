@@ -371,7 +371,8 @@ CODES: dict[str, CodeEntry] = {
     "SNNFX320": CodeEntry(
         "state is carried during a backward pass",
         'A net that carries its state across calls (carry_state=True, or step_mode="s"), or that updates buffers or '
-        "parameters at each step, was called while a backward pass runs, mostly by torch.utils.checkpoint, which runs its function again to recompute its intermediates. The "
+        "parameters at each step, was called while a backward pass runs, mostly by torch.utils.checkpoint, which runs its "
+        "function a second time to recompute intermediates. The "
         "net already has the state after the first run, so the second run would give other values, wrong gradients and "
         "a state that is advanced twice. The error is raised before anything is changed: the net carries the state "
         "after the first run. Use the option checkpoint= of snnfx.convert, or pass the state explicitly.",

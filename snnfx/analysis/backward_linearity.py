@@ -39,7 +39,7 @@ def has_nonlinear_backward(program: StepProgram, node: Node) -> bool:
     except Exception as error:
         if is_internal_fault(error):
             surface(error, "an autograd.Function runs once for all time steps")
-        return False  # the function raises an error, and raises it again in a call of the net
+        return False  # the function raises an error, as it will in a call of the net
 
 
 def _operand_values(program: StepProgram, node: Node) -> tuple[Any, Sequence[Any]] | None:

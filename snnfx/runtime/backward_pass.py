@@ -30,8 +30,8 @@ def refuse_to_carry_state_in_backward(slots: Collection[str]) -> None:
         raise InputError(
             "SNNFX320",
             f"a net that carries its state ({', '.join(sorted(slots))}) was called during a backward pass",
-            why="torch.utils.checkpoint runs its function again in the backward pass, but the net already has the "
-            "state after the first run. The carried state is unchanged.",
+            why="torch.utils.checkpoint runs its function a second time in the backward pass, but the net already has "
+            "the state after the first run. The carried state is unchanged.",
             hint="Convert with checkpoint=..., or pass the state explicitly: "
             "y_seq, state = checkpoint(net.run, x_seq, state=state, use_reentrant=False).",
         )
