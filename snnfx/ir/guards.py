@@ -17,7 +17,7 @@ from collections import deque
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from itertools import chain
-from types import CellType, FunctionType
+from types import BuiltinFunctionType, CellType, FunctionType
 from typing import Any
 
 import torch
@@ -326,7 +326,8 @@ def text_of(value: Any) -> str:
         return "absent"
     if isinstance(value, Tensor) and value.numel() != 1:
         return f"a tensor {[*value.shape]}"
-    text = getattr(value, "__qualname__", "") if callable(value) else ""
+    name = "__name__" if isinstance(value, BuiltinFunctionType) else "__qualname__"
+    text = getattr(value, name, "") if callable(value) else ""
     return text or _short.repr(value)
 
 
