@@ -28,6 +28,7 @@ from snnfx.ir.serialization import copy_model, pack_programs, unpack_programs
 from snnfx.memory.allocation_failure import explain_allocation_failure, is_allocation_failure
 from snnfx.memory.chunk_plan import ChunkPlan
 from snnfx.runtime.execution import Execution
+from snnfx.runtime.persistent_state import PersistentState
 from snnfx.runtime.replanning import capture_again, net_for
 from snnfx.runtime.source_module import SourceModule
 from snnfx.runtime.streaming import Stream
@@ -340,6 +341,11 @@ class Net(SourceModule):
         """
         self._arguments.check_time_first(T, sequences, "recompute_plan")
         return self._execution.plans.recompute_plan(T, sequences)
+
+    @property
+    def persistent_state(self) -> PersistentState:
+        """The buffers and parameters that the steps of the current mode change."""
+        return self._execution.persistent
 
     # -- state carried across calls -----------------------------------------------------------------------------------
 
