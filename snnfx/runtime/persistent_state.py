@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from snnfx.errors import InputError
 from snnfx.ir.program import Slot
-from snnfx.sandbox.torch_internals import current_backward_pass
+from snnfx.sandbox.torch_internals import are_transforms_active, current_backward_pass
 
 __all__ = ["PersistentState", "refuse_call_in_backward"]
 
@@ -137,11 +137,18 @@ class _Place:
 
 
 def refuse_call_in_backward(what: str) -> None:
-    """Refuse a call during a backward pass, as `torch.utils.checkpoint` makes it, that would change state once more.
+    """Refuse a call that would change state once more, or outside of a transform of torch.func.
 
     Raises:
-        InputError: SNNFX320.
+        InputError: SNNFX320 in a backward pass, as `torch.utils.checkpoint` makes such calls; SNNFX321 in a transform.
     """
+    if not torch.compiler.is_compiling() and are_transforms_active():
+        raise InputError(
+            "SNNFX321",
+            f"the net is called inside a transform of torch.func, but each call changes {what}",
+            why="the change would leave a tensor of the transform in the model.",
+            hint="Compute gradients with torch.autograd, or call net.eval() if only training changes the tensor.",
+        )
     if torch.compiler.is_compiling() or current_backward_pass() == -1:
         return
     raise InputError(
