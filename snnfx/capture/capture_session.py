@@ -225,7 +225,7 @@ class CaptureSession:
         slots = {owner for _, m, adapter, _ in self.stateful for owner in owners(m, adapter)}
         slots |= storage_of(self.model)
         blocked = ("",) if "" in self.opaque else self._untraced_prefixes()
-        with StateSnapshot.of(self.model), self.changes.watched(tracer, blocked, slots):
+        with StateSnapshot.of(self.model, functions=True), self.changes.watched(tracer, blocked, slots):
             changes = AttributeChanges(self.model, self.entry)
             try:
                 tracer.record(self.model, prepare, finish)
