@@ -394,6 +394,13 @@ CODES: dict[str, CodeEntry] = {
         "net = snnfx.convert(model); (g,) = torch.autograd.grad(net(x).sum(), x, create_graph=True)",
         "net = snnfx.convert(model, lower=None)   # PyTorch runs every step and supports it",
     ),
+    "SNNFX321": CodeEntry(
+        "a net that changes the model is called inside a transform of torch.func",
+        "Each call of the net changes a buffer or a parameter of the model. Inside torch.func.vmap, grad or jvp the new "
+        "value belongs to the transform and must not stay in the model. The call is refused before anything changes.",
+        "torch.func.vmap(net)(x)",
+        "torch.autograd.grad(net(x).sum(), x)   # or net.eval(), if only training changes the buffer",
+    ),
     # 4xx: verification
     "SNNFX401": CodeEntry(
         "outputs differ",

@@ -38,7 +38,7 @@ class AttributeChanges:
         self.model, self.entry = model, entry
         self.set_before_read: set[tuple[nn.Module, str]] = set()
         self._classes = ClassContentsSnapshot(model)
-        self._before = {m: ContentsSnapshot(_attributes(m)) for m in model.modules()}
+        self._before = {m: ContentsSnapshot(_attributes(m), functions=True) for m in model.modules()}
 
     def attributes(
         self, traced: Set[nn.Module], slots: Container[tuple[nn.Module, str]], reads: dict[tuple[nn.Module, str], Any]

@@ -260,7 +260,7 @@ class CaptureSession:
         slots |= storage_of(self.model)
         blocked = ("",) if "" in self.opaque else self._untraced_prefixes()
         watched = self.changes.watched(tracer, blocked, slots)
-        with StateSnapshot.of(self.model), self.variables, watched:
+        with StateSnapshot.of(self.model, functions=True), self.variables, watched:
             changes = AttributeChanges(self.model, self.entry)
             try:
                 tracer.record(self.model, prepare, finish)

@@ -140,7 +140,9 @@ class EditedNets:
     def replay_context(self) -> ReplayContext:
         """A snapshot of the buffers and the RNG state, to run the following steps again later."""
         properties = self._step_properties()
-        return ReplayContext(properties.modules_with_statistics, properties.is_random)
+        return ReplayContext(
+            properties.modules_with_statistics, properties.is_random, self.sequence.persistent_state.snapshot
+        )
 
     def _step_properties(self) -> _StepProperties:
         program = self.sequence.program

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 
 from torch import Tensor, nn
 
@@ -20,10 +20,15 @@ class ReplayContext:
     Args:
         modules: modules in training mode whose buffers the steps change, such as BatchNorm.
         is_random: whether the steps draw random numbers.
+        persistent: takes a snapshot of the buffers and parameters that the steps themselves change; it returns
+            functions that restore them.
     """
 
-    def __init__(self, modules: Sequence[nn.Module], is_random: bool) -> None:
+    def __init__(
+        self, modules: Sequence[nn.Module], is_random: bool, persistent: Callable[[], list[Callable[[], None]]]
+    ) -> None:
         self.buffers = buffers_of(modules)
+        self.persistent, self.restore_functions = persistent, persistent()
         self.rng = rng_state() if is_random else None
 
     @contextlib.contextmanager
@@ -33,12 +38,20 @@ class ReplayContext:
         The first run has already updated the buffers, so the replay must not update them a second time.
         """
         current = [(buffer, buffer.clone()) for buffer, _ in self.buffers]
+        current_functions = self.persistent()
         with replay_rng(self.rng):
             _copy_into(self.buffers)
+            _run_all(self.restore_functions)
             try:
                 yield
             finally:
                 _copy_into(current)
+                _run_all(current_functions)
+
+
+def _run_all(functions: Sequence[Callable[[], None]]) -> None:
+    for function in functions:
+        function()
 
 
 def _copy_into(buffers: list[tuple[Tensor, Tensor]]) -> None:

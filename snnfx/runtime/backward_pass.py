@@ -7,9 +7,9 @@ from collections.abc import Collection
 import torch
 
 from snnfx.errors import InputError
-from snnfx.sandbox.torch_internals import current_backward_pass
+from snnfx.sandbox.torch_internals import are_transforms_active, current_backward_pass
 
-__all__ = ["is_in_backward_pass", "refuse_persistent_state_in_backward", "refuse_to_carry_state_in_backward"]
+__all__ = ["is_in_backward_pass", "refuse_to_carry_state_in_backward", "refuse_to_update_slots"]
 
 
 def is_in_backward_pass() -> bool:
@@ -37,17 +37,30 @@ def refuse_to_carry_state_in_backward(slots: Collection[str]) -> None:
         )
 
 
-def refuse_persistent_state_in_backward(slots: Collection[str]) -> None:
-    """Refuse a call during a backward pass that would update persistent slots, if any, once more.
+def refuse_to_update_slots(slots: Collection[str]) -> None:
+    """Refuse a call that would update persistent slots, if any, once more, or inside a transform of torch.func.
 
     Raises:
-        InputError: SNNFX320.
+        InputError: SNNFX320 in a backward pass, SNNFX321 in a transform.
     """
-    if slots and not torch.compiler.is_compiling() and is_in_backward_pass():
+    if not slots or torch.compiler.is_compiling():
+        return
+    if are_transforms_active():
+        raise InputError(
+            "SNNFX321",
+            f"a net that updates {_listed(slots)} was called inside a transform of torch.func",
+            why="the new value would be a tensor of the transform.",
+            hint="Compute gradients with torch.autograd, or call net.eval() if only training updates the tensor.",
+        )
+    if is_in_backward_pass():
         raise InputError(
             "SNNFX320",
-            f"a net that updates {', '.join(f'`{name}`' for name in sorted(slots))} was called during a backward pass",
+            f"a net that updates {_listed(slots)} was called during a backward pass",
             why="torch.utils.checkpoint runs its function again in the backward pass, but the first run has updated "
             "these tensors already. They are unchanged by this call.",
             hint='Let the net recompute by itself: snnfx.convert(model, checkpoint="regions").',
         )
+
+
+def _listed(slots: Collection[str]) -> str:
+    return ", ".join(f"`{name}`" for name in sorted(slots))

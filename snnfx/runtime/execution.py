@@ -12,7 +12,7 @@ from snnfx.emit.executable import Executable
 from snnfx.errors import InputError, warn_once
 from snnfx.functional import chunk_multi_step_forward
 from snnfx.memory.checkpoint_option import recomputation_applies
-from snnfx.runtime.backward_pass import refuse_persistent_state_in_backward
+from snnfx.runtime.backward_pass import refuse_to_update_slots
 from snnfx.runtime.call_plans import CallPlans
 from snnfx.runtime.chunk_checkpoint import checkpoint_chunk
 from snnfx.runtime.joined_outputs import JoinedOutputs, JoinedReductions, combine_reductions
@@ -52,7 +52,7 @@ class Execution:
         """A state with the values of the model for persistent slots that it does not contain."""
         if not self.persistent.names:
             return state
-        refuse_persistent_state_in_backward(self.persistent.names)
+        refuse_to_update_slots(self.persistent.names)
         return {**self.persistent.starts(), **(state or {})}
 
     def run_sequence(

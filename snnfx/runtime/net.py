@@ -30,6 +30,7 @@ from snnfx.memory.chunk_plan import ChunkPlan
 from snnfx.runtime.backward_pass import is_in_backward_pass, refuse_to_carry_state_in_backward
 from snnfx.runtime.execution import Execution
 from snnfx.runtime.guard_check import GuardCheck
+from snnfx.runtime.persistent_state import PersistentState
 from snnfx.runtime.replanning import PlanCache, capture_again, net_for, net_for_modes
 from snnfx.runtime.source_module import SourceModule
 from snnfx.runtime.streaming import Stream
@@ -43,7 +44,8 @@ __all__ = ["ConvertOptions", "Net"]
 class Net(SourceModule):
     """A single-step model converted to run whole sequences; made by `snnfx.convert`.
 
-    `y_seq = net(x_seq)` starts every call from the reset state. `run` takes and returns the state. `graph`, `code`,
+    `y_seq = net(x_seq)` starts every call from the reset state. A buffer or parameter that the steps change lives on in
+    the model, as the running statistics of BatchNorm do. `run` takes and returns the state. `graph`, `code`,
     `regions` and `program` show the converted model, and `history` lists the passes that made it.
 
     The net shares the parameters, buffers, children and training mode of its `source` model.
@@ -195,11 +197,12 @@ class Net(SourceModule):
         T: int | None = None,
         **kwargs: Any,
     ) -> Any:
-        """Run a sequence with explicit state; the net stores no state.
+        """Run a sequence with explicit state; the net stores none, except buffers and parameters that the steps change.
 
         Args:
             *args: the inputs, as for calling the net.
-            state: the state before the first step, `{"lif1.v": Tensor, ...}`; None: the reset state.
+            state: the state before the first step, `{"lif1.v": Tensor, ...}`; None: the reset state. A buffer or
+                parameter that the steps change starts from the model, unless the state contains it.
             record: qualified names of modules or slots to record over time: the output of a module, or the value of a
                 slot after each step.
             T: the number of time steps; required if no input has a time dimension.
@@ -387,6 +390,11 @@ class Net(SourceModule):
         """
         self._arguments.check_time_first(T, sequences, "recompute_plan")
         return self._execution.plans.recompute_plan(T, sequences)
+
+    @property
+    def persistent_state(self) -> PersistentState:
+        """The buffers and parameters that the steps of the current mode change."""
+        return self._execution.persistent
 
     # -- state carried across calls -----------------------------------------------------------------------------------
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import Any
 
@@ -44,6 +44,10 @@ class PersistentState:
         """Write the final values of a call to the model."""
         for place in self._places:
             place.write(state[place.name])
+
+    def snapshot(self) -> list[Callable[[], None]]:
+        """Functions that restore the tensors and values of now, for steps that run again later."""
+        return [place.restorer() for place in self._places]
 
     def remember(self, keep_graph: bool) -> None:
         """Remember that the model has the values of the last call now.
@@ -88,6 +92,18 @@ class _Place:
         """The tensor, and the number of its in-place changes so far."""
         tensor: Tensor = self.registry[self.attribute]
         return tensor, -1 if tensor.is_inference() else tensor._version
+
+    def restorer(self) -> Callable[[], None]:
+        """A function that restores the tensor and its value of now."""
+        tensor: Tensor = self.registry[self.attribute]
+        value = tensor.detach().clone()
+
+        def restore() -> None:
+            self.registry[self.attribute] = tensor
+            # `.data` bypasses the version counter: an autograd graph may have saved the tensor for backward.
+            tensor.data.copy_(value)
+
+        return restore
 
     def is_unchanged(self, before: tuple[Tensor, int] | None) -> bool:
         """Whether the tensor is the same, without changes since `before`."""

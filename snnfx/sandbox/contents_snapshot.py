@@ -64,11 +64,12 @@ class ContentsSnapshot:
     """The contents of named values at the time of construction.
 
     Args:
-        values: the named values. Tensors, modules, functions and classes are compared by identity.
+        values: the named values. Tensors, modules and classes are compared by identity.
+        functions: whether to include what functions hold, such as the variables of a closure.
     """
 
-    def __init__(self, values: Mapping[str, Any]) -> None:
-        self.values = dict(values)
+    def __init__(self, values: Mapping[str, Any], functions: bool = False) -> None:
+        self.values, self._with_functions = dict(values), functions
         self.tensors: list[Tensor] = []
         self._contents: dict[int, tuple[Any, str, Any]] = {}
         for value in self.values.values():
@@ -78,6 +79,8 @@ class ContentsSnapshot:
         if isinstance(value, Tensor):
             self.tensors.append(value)
         kind = _kind_of(value)
+        if kind == "function" and not self._with_functions:
+            return
         if not kind or id(value) in self._contents or depth == _MAX_DEPTH:
             return
         contents = _shallow_copy(value, kind)

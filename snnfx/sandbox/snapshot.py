@@ -27,11 +27,16 @@ class StateSnapshot:
     restore_functions: list[Callable[[], None]]
 
     @staticmethod
-    def of(model: nn.Module) -> StateSnapshot:
-        """Take the snapshot of a model and all its submodules."""
+    def of(model: nn.Module, functions: bool = False) -> StateSnapshot:
+        """Take the snapshot of a model and all its submodules.
+
+        Args:
+            model: the model.
+            functions: whether to include what functions in its attributes hold, such as the variables of a closure.
+        """
         restore_functions: list[Callable[[], None]] = []
         for module in model.modules():
-            restore_functions.append(_attribute_restorer(module))
+            restore_functions.append(_attribute_restorer(module, functions))
         restore_functions.append(ClassContentsSnapshot(model).restore)
         python_state = python_rng_state()
         restore_functions.append(lambda: restore_python_rng_state(python_state))
@@ -57,13 +62,13 @@ class StateSnapshot:
 _REGISTRIES = ("_parameters", "_buffers", "_modules")
 
 
-def _attribute_restorer(module: nn.Module) -> Callable[[], None]:
+def _attribute_restorer(module: nn.Module, functions: bool) -> Callable[[], None]:
     """A function that restores a module's attributes, nested contents, registries, and tensor values.
 
     Tensor values are those of buffers and of tensors in plain attributes, which a step may change in place.
     """
     attributes = {k: v for k, v in module.__dict__.items() if k not in _REGISTRIES}
-    contents = ContentsSnapshot(attributes)
+    contents = ContentsSnapshot(attributes, functions)
     registries = {k: dict(module.__dict__[k]) for k in _REGISTRIES}
     attribute_tensors = [v for v in contents.tensors if not isinstance(v, FakeTensor)]
     # The values of a nested tensor cannot be compared.

@@ -429,6 +429,18 @@ def test_sequences_of_several_lengths_are_refused(value: Any, name: str) -> None
             call(value)
 
 
+def test_a_nested_tensor_in_an_attribute_is_refused() -> None:
+    class UsesANestedTensor(Model):
+        def prepare(self) -> None:
+            self.bias = torch.nested.nested_tensor([torch.zeros(2), torch.zeros(3)])
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.fc(x) + self.bias
+
+    with pytest.raises(CaptureError, match="SNNFX216 the step uses the nested tensor `bias`"):
+        snnfx.convert(UsesANestedTensor())
+
+
 def test_a_state_that_grows_unnoticed_at_capture_is_refused_when_it_runs() -> None:
     class Grows(Model):
         def prepare(self) -> None:

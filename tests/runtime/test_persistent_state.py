@@ -215,6 +215,15 @@ def test_a_call_during_a_backward_pass_is_refused(model: Any, use_reentrant: boo
 
 
 @pytest.mark.parametrize("model", MODELS)
+def test_a_call_inside_a_transform_is_refused(model: Any) -> None:
+    made = model()
+    before, net = buffer_of(made), snnfx.convert(made)
+    with pytest.raises(InputError, match="SNNFX321"):
+        torch.func.vmap(net)(torch.stack([sequence(), sequence()]))
+    assert buffer_of(made) is before
+
+
+@pytest.mark.parametrize("model", MODELS)
 def test_verify_compares_persistent_state(model: Any) -> None:
     made = model()
     assert snnfx.verify(made, snnfx.convert(made), sequence())
