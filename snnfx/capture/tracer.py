@@ -28,7 +28,8 @@ from snnfx.capture.patches import (
     quiet_fake_tensors,
 )
 from snnfx.capture.proxy import UNKNOWN, StepProxy, needs_examples, value_of
-from snnfx.capture.setting_reads import recorded_reads
+from snnfx.capture.recording_copy import recording_modules
+from snnfx.capture.setting_reads import SettingReads
 from snnfx.capture.stateful_calls import StatefulCalls, element_of, mark_returned
 from snnfx.capture.trace_faults import raise_internal_fault
 from snnfx.errors import CaptureError
@@ -37,7 +38,7 @@ from snnfx.ir.nodes import is_in_place
 from snnfx.ir.program import SELF_TARGET
 from snnfx.ops.step_functions import expect_size, set_part_
 from snnfx.sandbox.python_rng import python_rng_state
-from snnfx.sandbox.torch_internals import FakeTensorMode, pytree
+from snnfx.sandbox.torch_internals import FakeTensorMode, WrappedFunctions, pytree
 from snnfx.sandbox.user_code import format_location, location_of_error, location_of_forward, user_location
 from snnfx.state.composite_adapter import composite_adapter, is_stateful_tree
 from snnfx.state.leaf_modules import is_leaf
@@ -104,6 +105,7 @@ class StepTracer(fx.Tracer):
         self.is_evaluating = False
         self._autocast = autocast_state()
         self._paths: dict[nn.Module, str] = {}
+        self._registered_proxies: dict[str, fx.Proxy] = {}
 
     def record(
         self, root: nn.Module, prepare: Callable[[StepTracer], None], finish: Callable[[StepTracer], None]
@@ -111,10 +113,10 @@ class StepTracer(fx.Tracer):
         """Trace `root`; `prepare` runs before the step and may create placeholders, `finish` runs after the step."""
         self._prepare, self._finish = prepare, finish
         self._paths = {module: name for name, module in root.named_modules()}
-        reads = recorded_reads(self, self.leaf_states, self.reads)
-        with quiet_fake_tensors(), patched_apply(self), patched_isinstance(), patched_factories(self), reads:
+        self._setting_reads = SettingReads(self, self.leaf_states, self.reads)
+        with quiet_fake_tensors(), patched_apply(self), patched_isinstance(), patched_factories(self):
             rng_state = torch.get_rng_state()
-            graph = self.trace(root)
+            graph = self._record_graph(root)
         if not torch.equal(rng_state, torch.get_rng_state()):
             raise CaptureError(
                 "SNNFX215",
@@ -125,25 +127,46 @@ class StepTracer(fx.Tracer):
             )
         return graph
 
-    def create_args_for_root(self, root_fn: Any, is_module: bool, concrete_args: Any = None) -> tuple[Any, list[Any]]:
+    def _record_graph(self, root: nn.Module) -> fx.Graph:
+        """Record the nodes of one step, as `torch.fx.Tracer.trace` does, but without patches of `nn.Module`."""
+        self.root, self.root_module_name = root, type(root).__name__
+        self.graph = fx.Graph(tracer_cls=type(self))
+        self.tensor_attrs = {}
+        root_fn = getattr(type(root), self.traced_func_name)
+        self._wrapped_functions = WrappedFunctions(self._autowrap_function_ids)
         leaves, spec = pytree.tree_flatten(self.arguments)
         args, kwargs = pytree.tree_unflatten([self._argument(leaf) for leaf in leaves], spec)
         self._prepare(self)
+        with recording_modules(self), self._wrapped_functions:
+            self._wrapped_functions.look_in(getattr(root_fn, "__globals__", {}))
+            results = self.one_step(root, root_fn, args, {**kwargs, **self.carried_arguments})
+            self.create_node("output", "output", (self.create_arg(results),), {})
+        return self.graph
 
-        def one_step(root: nn.Module) -> Any:
-            outputs = self._call_root(root, root_fn, args, {**kwargs, **self.carried_arguments})
-            flat, self.output_spec = pytree.tree_flatten(self.take_carried(outputs))
-            refuse_outputs(flat, location_of_forward(root, self.traced_func_name))
-            self._finish(self)
-            names = list(self.slot_values)
-            return (
-                tuple(flat),
-                tuple(self.slot_values[name] for name in names),
-                tuple(self.slot_initials.get(name) for name in names),
-            )
+    def one_step(
+        self, root: nn.Module, root_fn: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> tuple[tuple[Any, ...], ...]:
+        """Run the step on proxies: `(outputs, next states, initial values)`."""
+        outputs = self._call_root(root, root_fn, args, kwargs)
+        flat, self.output_spec = pytree.tree_flatten(self.take_carried(outputs))
+        refuse_outputs(flat, location_of_forward(root, self.traced_func_name))
+        self._finish(self)
+        names = list(self.slot_values)
+        return (
+            tuple(flat),
+            tuple(self.slot_values[name] for name in names),
+            tuple(self.slot_initials.get(name) for name in names),
+        )
 
-        one_step.__globals__.setdefault("__name__", __name__)
-        return one_step, [self.root]
+    def read_of(self, module: nn.Module, name: str) -> Any:
+        return self._setting_reads.read_of(module, name)
+
+    def registered(self, name: str, value: Any) -> Any:
+        return self.getattr(name, value, self._registered_proxies)
+
+    def call_of(self, module: nn.Module, forward: Callable[..., Any], args: Any, kwargs: Any) -> Any:
+        self._wrapped_functions.look_in(getattr(getattr(module, "forward", module), "__globals__", {}))
+        return self.call_module(module, forward, args, kwargs)
 
     def _call_root(
         self, root: nn.Module, root_fn: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]
