@@ -73,7 +73,7 @@ class CaptureSession:
     def matched_slot_reset_values(self) -> dict[str, Any]:
         """The reset values of `matched_slots`."""
         starts: dict[str, Any] = {}
-        with StateSnapshot.of(self.model):
+        with StateSnapshot.of(self.model, rng=False):
             for prefix, module, adapter, leaf in self.stateful:
                 if self._is_matched(prefix, leaf):
                     adapter.reset(module)
@@ -217,7 +217,7 @@ class CaptureSession:
 
         traced = {module for _, module in self._traced_modules()}
         slots = {owner for _, m, adapter, _ in self.stateful for owner in owners(m, adapter)}
-        with StateSnapshot.of(self.model):
+        with StateSnapshot.of(self.model, rng=False):
             changes = AttributeChanges(self.model, self.entry)
             try:
                 tracer.record(self.model, prepare, finish)

@@ -68,6 +68,10 @@ class _Active(threading.local):
 _active = _Active()
 
 
+_INTERNALS = frozenset(vars(nn.Module())) | {"__class__", "__dict__"}
+"""Attributes that every module has; they are read very often, and the recorder ignores them."""
+
+
 class _WatchedFlag:
     """Descriptor for `training` that detects reads by code other than torch's layers."""
 
@@ -94,7 +98,9 @@ class _RecordingModule(nn.Module):
 
     def __getattribute__(self, name: str) -> Any:
         recorder = _active.recorder
-        return object.__getattribute__(self, name) if recorder is None else recorder.read_of(self, name)
+        if recorder is None or name in _INTERNALS:
+            return object.__getattribute__(self, name)
+        return recorder.read_of(self, name)
 
     def __getattr__(self, name: str) -> Any:
         value = super().__getattr__(name)

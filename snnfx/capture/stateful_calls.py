@@ -20,7 +20,6 @@ from snnfx.capture.proxy import UNKNOWN, StepProxy, value_of
 from snnfx.capture.recorder import Recorder
 from snnfx.errors import CaptureError
 from snnfx.ir.program import SELF_TARGET
-from snnfx.sandbox.python_rng import python_rng_state, restore_python_rng_state
 from snnfx.sandbox.torch_internals import pytree
 from snnfx.sandbox.user_code import format_location, user_calls, user_location
 from snnfx.state.hooks import without_hooks
@@ -65,14 +64,12 @@ class StatefulCalls:
         recorder = self.recorder
         self._refuse_time_loop(name)
         self.is_recording = True
-        python_state = python_rng_state()
         try:
             # Hooks of the user must not run on fake tensors.
-            with without_hooks(m):
+            with without_hooks(m), self.values.draws.allowed_in(*(part.__class__.__module__ for part in m.modules())):
                 output = self._record_call(m, name, call, adapter, args, kwargs)
         finally:
             self.is_recording = False
-            restore_python_rng_state(python_state)
         if not torch.is_grad_enabled():
             for slot in _slot_names(adapter, m, name):
                 recorder.slot_values[slot] = recorder.without_gradient(recorder.slot_values[slot])

@@ -32,12 +32,12 @@ from snnfx.capture.recording_copy import recording_modules
 from snnfx.capture.setting_reads import SettingReads
 from snnfx.capture.stateful_calls import StatefulCalls, element_of, mark_returned
 from snnfx.capture.trace_faults import raise_internal_fault
+from snnfx.capture.unrecorded_draws import PythonDraw, UnrecordedDraws, refuse_unregistered_module
 from snnfx.errors import CaptureError
 from snnfx.ir.edits import add_placeholder
 from snnfx.ir.nodes import is_in_place
 from snnfx.ir.program import SELF_TARGET
 from snnfx.ops.step_functions import expect_size, set_part_
-from snnfx.sandbox.python_rng import python_rng_state
 from snnfx.sandbox.torch_internals import FakeTensorMode, WrappedFunctions, pytree
 from snnfx.sandbox.user_code import format_location, location_of_error, location_of_forward, user_location
 from snnfx.state.composite_adapter import composite_adapter, is_stateful_tree
@@ -88,7 +88,8 @@ class StepTracer(fx.Tracer):
         self.traced_func_name = entry
         self.arguments = arguments
         self.opaque = opaque or {}
-        self.values = ExampleValues(self, fake_mode)
+        self.draws = UnrecordedDraws(self)
+        self.values = ExampleValues(self, fake_mode, self.draws)
         self.leaf_states = LeafModuleStates(self)
         self.calls = StatefulCalls(self, self.values, self.leaf_states)
         self.constants: dict[str, Any] = {}
@@ -115,17 +116,7 @@ class StepTracer(fx.Tracer):
         self._paths = {module: name for name, module in root.named_modules()}
         self._setting_reads = SettingReads(self, self.leaf_states, self.reads)
         with quiet_fake_tensors(), patched_apply(self), patched_isinstance(), patched_factories(self):
-            rng_state = torch.get_rng_state()
-            graph = self._record_graph(root)
-        if not torch.equal(rng_state, torch.get_rng_state()):
-            raise CaptureError(
-                "SNNFX215",
-                "the step draws random numbers that the graph does not record",
-                where=location_of_forward(root, self.traced_func_name),
-                why="every call of the net would use the same numbers.",
-                hint="Draw them with torch.rand, torch.randn, torch.rand_like or torch.bernoulli of a recorded value.",
-            )
-        return graph
+            return self._record_graph(root)
 
     def _record_graph(self, root: nn.Module) -> fx.Graph:
         """Record the nodes of one step, as `torch.fx.Tracer.trace` does, but without patches of `nn.Module`."""
@@ -137,7 +128,7 @@ class StepTracer(fx.Tracer):
         leaves, spec = pytree.tree_flatten(self.arguments)
         args, kwargs = pytree.tree_unflatten([self._argument(leaf) for leaf in leaves], spec)
         self._prepare(self)
-        with recording_modules(self), self._wrapped_functions:
+        with recording_modules(self), self._wrapped_functions, self.draws.detected():
             self._wrapped_functions.look_in(getattr(root_fn, "__globals__", {}))
             results = self.one_step(root, root_fn, args, {**kwargs, **self.carried_arguments})
             self.create_node("output", "output", (self.create_arg(results),), {})
@@ -150,7 +141,8 @@ class StepTracer(fx.Tracer):
         outputs = self._call_root(root, root_fn, args, kwargs)
         flat, self.output_spec = pytree.tree_flatten(self.take_carried(outputs))
         refuse_outputs(flat, location_of_forward(root, self.traced_func_name))
-        self._finish(self)
+        with self.draws.unobserved():
+            self._finish(self)
         names = list(self.slot_values)
         return (
             tuple(flat),
@@ -183,11 +175,14 @@ class StepTracer(fx.Tracer):
             _refuse_by(adapter, root, "the model", location_of_forward(root, self.traced_func_name))
         if "" in self.opaque:
             return mark_returned(self.calls.call(root, "", call_opaque, composite_adapter(root), args, kwargs), "")
-        python_state = python_rng_state()
+        draws_from_python = False
+        outputs: Any = None
         try:
             outputs = root_fn(root, *args, **kwargs)
         except SubmoduleNotTraceable:
             raise
+        except PythonDraw:
+            draws_from_python = True
         except CaptureError as error:
             # An error with a cause comes from running the step on the example inputs, so stepping would fail too.
             if error.code != "SNNFX201" or error.__cause__ is not None:
@@ -206,7 +201,7 @@ class StepTracer(fx.Tracer):
             if self.values.mode is None:  # unknown whether the step runs at all
                 raise refusal from error
             raise SubmoduleNotTraceable("", refusal.why, refusal) from error
-        if python_rng_state() != python_state:
+        if draws_from_python or self.draws.from_python_or_numpy():
             refusal = CaptureError(
                 "SNNFX215",
                 "the step draws random numbers from Python or NumPy",
@@ -276,7 +271,8 @@ class StepTracer(fx.Tracer):
                 why="a functional graph cannot write into an existing tensor.",
                 hint="Use the return value instead: y = torch.add(a, b).",
             )
-        proxy = super().create_proxy(kind, target, args, kwargs, *rest, **more)
+        with self.draws.unobserved():
+            proxy = super().create_proxy(kind, target, args, kwargs, *rest, **more)
         if kind.startswith("call") and not torch.is_grad_enabled() and not self.calls.is_recording:
             if is_in_place(proxy.node):
                 proxy.node.meta["without_gradient"] = True
@@ -356,13 +352,7 @@ class StepTracer(fx.Tracer):
     def path_of_module(self, mod: nn.Module) -> str:
         if mod in self._paths:
             return self._paths[mod]
-        raise CaptureError(
-            "SNNFX211",
-            f"the model calls a {type(mod).__name__} that is not one of its submodules",
-            where=format_location(user_location()),
-            why="snnfx can trace only registered modules.",
-            hint="Assign it as an attribute of a module, or use nn.ModuleList or nn.ModuleDict.",
-        )
+        refuse_unregistered_module(mod)
 
     def call_module(
         self, m: nn.Module, forward: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]
@@ -390,14 +380,17 @@ class StepTracer(fx.Tracer):
             is_pair = isinstance(m, nn.LSTMCell)
             return (element_of(result, 0, name), element_of(result, 1, name)) if is_pair else result
         _refuse_hooks(m, name)
-        python_state = python_rng_state()
         try:
             with self.calls.inside(m):
                 result = super().call_module(m, forward, args, kwargs)
-            if name and python_rng_state() != python_state:
+            if name and self.draws.from_python_or_numpy():
                 raise SubmoduleNotTraceable(name, _USES_PYTHON_RNG)
         except SubmoduleNotTraceable:
             raise
+        except PythonDraw as draw:
+            if name == "":
+                raise
+            raise SubmoduleNotTraceable(name, _USES_PYTHON_RNG) from draw
         except CaptureError as error:
             if error.code not in ("SNNFX201", "SNNFX202") or name == "":
                 raise
