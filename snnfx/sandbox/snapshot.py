@@ -27,12 +27,14 @@ class StateSnapshot:
     restore_functions: list[Callable[[], None]]
 
     @staticmethod
-    def of(model: nn.Module) -> StateSnapshot:
-        """Take the snapshot of a model and all its submodules."""
+    def of(model: nn.Module, rng: bool = True) -> StateSnapshot:
+        """Take the snapshot of a model and all its submodules; `rng`: also of the random number generators."""
         restore_functions: list[Callable[[], None]] = []
         for module in model.modules():
             restore_functions.append(_attribute_restorer(module))
         restore_functions.append(ClassContentsSnapshot(model).restore)
+        if not rng:
+            return StateSnapshot(restore_functions)
         python_state = python_rng_state()
         restore_functions.append(lambda: restore_python_rng_state(python_state))
         rng_state = torch.get_rng_state()

@@ -24,7 +24,7 @@ class MemoryAdapter:
 
     def is_leaf(self, module: nn.Module) -> bool:
         # Neurons of snnfx.neuron stay one node; a forward of the user is traced, so that only its cycle runs in a loop.
-        return _is_pure(type(module))
+        return _is_pure(module.__class__)
 
     def refuse(self, module: nn.Module, where: str) -> None:
         return None
@@ -48,7 +48,7 @@ class MemoryAdapter:
         return tuple(copy_initial_value(value) for value in module._initial_memories.values())  # type: ignore[operator]
 
     def step(self, module: nn.Module, state: State, *inputs: Any, **kwargs: Any) -> tuple[Any, State]:
-        if _is_pure(type(module)) and not has_forward_hooks(module):
+        if _is_pure(module.__class__) and not has_forward_hooks(module):
             return module.step(state, *inputs, **kwargs)  # type: ignore[operator, no-any-return]
         return step_by_swapping(self, module, state, *inputs, **kwargs)
 

@@ -55,7 +55,7 @@ class NorseAdapter(StatelessAdapter):
         """
         is_linear = (
             getattr(module, "activation", None) in _STEPS_WITH_LINEAR_INPUT
-            or type(module) is leaky_integrator.LILinearCell
+            or module.__class__ is leaky_integrator.LILinearCell
         )
         return module._parameters.get("input_weights") if is_linear and not has_forward_hooks(module) else None
 
