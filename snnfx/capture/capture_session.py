@@ -63,7 +63,7 @@ class CaptureSession:
         self.copy, self.model = copy, copy.root
         self.entry, self.arguments, self.changes = entry, arguments, changes
         self.opaque, self.fake_mode, self.carried = opaque, fake_mode, carried
-        self.code = code
+        self.variables = VariableChanges(code)
         self.user_reads: dict[tuple[nn.Module, str], None] = {}
         self.consumed_tensors: dict[int, Tensor] = {}
         self.stateful = _outermost_stateful(self.model, opaque)
@@ -125,6 +125,7 @@ class CaptureSession:
             [(original_of(module), name) for module, name in self.user_reads],
             {(original_of(module), name) for module, name in self._state(discovered)},
             self.consumed_tensors.values(),
+            map(original_of, self.variables.growing.values()),
         )
 
     def initial_attributes(self, discovered: Iterable[AttributeSlot]) -> list[InitialAttribute]:
@@ -262,7 +263,7 @@ class CaptureSession:
         slots |= storage_of(self.model)
         blocked = ("",) if "" in self.opaque else self._untraced_prefixes()
         watched = self.changes.watched(tracer, blocked, slots)
-        with StateSnapshot.of(self.model, rng=False), VariableChanges(self.code), watched:
+        with StateSnapshot.of(self.model, rng=False), self.variables, watched:
             changes = AttributeChanges(self.model, self.entry)
             try:
                 tracer.record(self.model, prepare, finish)

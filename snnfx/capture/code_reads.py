@@ -9,6 +9,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import lru_cache
 from types import CodeType, FunctionType
+from typing import Any
 
 import torch
 
@@ -31,6 +32,7 @@ class CodeReads:
         closure_names: the same for variables of the closure.
         attributes: all attribute names.
         reads_by_name: whether attributes may be read that are not in `attributes`.
+        imports: modules imported inside the code, as `(name, level, imported names)`.
         stored_globals: global variables that the code assigns or deletes.
         stored_closure: variables of the closure that it assigns or deletes.
     """
@@ -39,6 +41,7 @@ class CodeReads:
     closure_names: frozenset[tuple[str, ...]]
     attributes: frozenset[str]
     reads_by_name: bool
+    imports: frozenset[tuple[str, int, tuple[str, ...]]]
     stored_globals: frozenset[str]
     stored_closure: frozenset[str]
 
@@ -49,11 +52,13 @@ def reads_of(code: CodeType) -> CodeReads:
     global_names: set[tuple[str, ...]] = set()
     closure_names: set[tuple[str, ...]] = set()
     attributes: set[str] = set()
+    imports: set[tuple[str, int, tuple[str, ...]]] = set()
     stored_globals: set[str] = set()
     stored_closure: set[str] = set()
     for part in _with_inner_code(code):
         chain: tuple[str, ...] = ()
         target = global_names
+        constants: list[Any] = [0, None]  # the last two
         for instruction in dis.get_instructions(part):
             operation, name = instruction.opname, str(instruction.argval)
             if operation in ("EXTENDED_ARG", "CACHE"):
@@ -71,6 +76,11 @@ def reads_of(code: CodeType) -> CodeReads:
             elif operation in ("LOAD_DEREF", "LOAD_CLASSDEREF", "LOAD_FROM_DICT_OR_DEREF"):
                 if name in code.co_freevars:
                     chain, target = (name,), closure_names
+            elif operation in ("LOAD_CONST", "LOAD_SMALL_INT"):
+                constants = [constants[-1], instruction.argval]
+            elif operation == "IMPORT_NAME":
+                level, names = constants
+                imports.add((name, level, names or ()))
             elif operation in ("STORE_GLOBAL", "DELETE_GLOBAL"):
                 stored_globals.add(name)
             elif operation in ("STORE_DEREF", "DELETE_DEREF") and name in code.co_freevars:
@@ -85,6 +95,7 @@ def reads_of(code: CodeType) -> CodeReads:
         frozenset(closure_names),
         frozenset(attributes),
         bool(by_name),
+        frozenset(imports),
         frozenset(stored_globals),
         frozenset(stored_closure),
     )

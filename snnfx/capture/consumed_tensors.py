@@ -19,9 +19,9 @@ from snnfx.sandbox.torch_internals import pytree
 __all__ = ["ConsumedTensors"]
 
 _METADATA = frozenset(
-    "shape dtype device layout ndim requires_grad is_leaf grad_fn names itemsize nbytes is_cuda is_cpu is_meta is_sparse "
-    "is_quantized is_complex is_floating_point is_contiguous is_signed size dim numel stride ndimension element_size "
-    "get_device __len__ __hash__ _version".split()
+    "shape dtype device layout ndim requires_grad is_leaf grad_fn names itemsize nbytes is_cuda is_cpu is_meta "
+    "is_sparse is_quantized is_complex is_floating_point is_contiguous is_signed size dim numel stride ndimension "
+    "element_size get_device __len__ __hash__ _version".split()
 )
 """Operations that do not read values."""
 

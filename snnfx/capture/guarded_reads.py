@@ -9,10 +9,12 @@ from __future__ import annotations
 import argparse
 import copy
 import dataclasses
+import enum
 import functools
+import importlib.util
 import sys
 import types
-from collections import deque
+from collections import Counter, deque
 from collections.abc import Container, Iterable, Iterator
 from types import FunctionType
 from typing import Any
@@ -25,6 +27,7 @@ from snnfx.ir.guards import (
     ABSENT,
     MODES,
     CellRoot,
+    FunctionRoot,
     Guard,
     Guards,
     ModuleRoot,
@@ -109,7 +112,7 @@ class ReachableCode:
         """Add everything that is reachable from the code found so far."""
         size = -1
         while size != (size := len(self.functions) + len(self.names) + len(self._classes)):
-            for cls in [base for cls in self._classes for base in cls.__mro__]:
+            for cls in [base for known in self._classes for base in known.__mro__]:
                 if not _is_foreign(cls):
                     for name, member in [*vars(cls).items()]:
                         is_implicit = name.startswith("__") and name not in _CREATION
@@ -141,7 +144,7 @@ class ReachableCode:
         self.add(value)
 
 
-_NOTHING = CodeReads(frozenset(), frozenset(), frozenset(), False, frozenset(), frozenset())
+_NOTHING = CodeReads(frozenset(), frozenset(), frozenset(), False, frozenset(), frozenset(), frozenset())
 
 
 def variables_of(
@@ -157,6 +160,13 @@ def variables_of(
         if name != "__class__":
             root = CellRoot(function, free.index(name))
             yield contents_of(root.cell), tuple(rest), root, ("cell", name)
+    for name, level, imported in sorted(reads.imports):
+        package = str(function.__globals__.get("__package__") or "")
+        absolute = importlib.util.resolve_name("." * level + name, package) if level and package else name
+        module = sys.modules.get(absolute)
+        if module is not None and not _is_foreign_name(absolute):
+            for attribute in sorted((set(imported) or reads.attributes) & vars(module).keys()):
+                yield vars(module)[attribute], (), NamespaceRoot(vars(module)), ("key", attribute)
 
 
 def guards_of(
@@ -167,6 +177,7 @@ def guards_of(
     reads: Iterable[tuple[nn.Module, str]],
     state: Container[tuple[nn.Module, str]],
     consumed: Iterable[Tensor],
+    growing: Iterable[Any],
 ) -> Guards:
     """The guards of a capture.
 
@@ -178,6 +189,7 @@ def guards_of(
         reads: the module attributes that the model's code read.
         state: the module attributes that are slots, or set before they are read.
         consumed: tensors outside the graph whose values the traces used.
+        growing: containers outside the model that the traces appended to.
     """
     prefixes = tuple(f"{name}." if name else "" for name in opaque)
     modules = {n: m for n, m in model.named_modules() if not (prefixes and f"{n}.".startswith(prefixes))}
@@ -187,7 +199,7 @@ def guards_of(
     traced = tuple(traced)
     while True:  # until the values that are guarded add no further code
         code.close()
-        collector = _Collector(code, paths, {id(t) for t in consumed})
+        collector = _Collector(code, paths, {id(t) for t in consumed}, {id(c) for c in growing})
         size = len(code.functions), len(code.names), code.reads_by_name
         collector.collect(known, [m for m in map(dict(model.named_modules()).get, traced) if m is not None], entry)
         code.close()
@@ -198,20 +210,21 @@ def guards_of(
 class _Collector:
     """Makes the guards for a fixed set of code."""
 
-    def __init__(self, code: ReachableCode, paths: dict[nn.Module, str], consumed: set[int]) -> None:
-        self.code, self.paths, self.consumed = code, paths, consumed
+    def __init__(self, code: ReachableCode, paths: dict[nn.Module, str], consumed: set[int], growing: set[int]) -> None:
+        self.code, self.paths, self.consumed, self.growing = code, paths, consumed, growing
         self.guards: list[Guard] = []
         self.modes: dict[str, Any] = {}
+        tensors = [t for m in paths for t in (*m._parameters.values(), *m._buffers.values()) if t is not None]
+        self.tied = {key for key, count in Counter(map(id, tensors)).items() if count > 1}
         self._visited: set[int] = set()
         self._known: set[tuple[Any, ...]] = set()
 
     def collect(self, reads: list[tuple[nn.Module, str]], traced: list[nn.Module], entry: str) -> None:
         for cls, module in {type(m): m for m in reversed(traced)}.items():
             if not _is_foreign(cls):
-                root, names = ModuleRoot(self.paths[module]), ("forward", entry) if module in traced else ()
-                for name in dict.fromkeys(names):
+                for name in dict.fromkeys(("forward", entry)):
                     if isinstance(getattr(cls, name, None), FunctionType):
-                        self._add(root, (("class", name),), "same", getattr(cls, name))
+                        self._add(ModuleRoot(self.paths[module]), (("class", name),), "same", getattr(cls, name))
         for module in traced:
             if "forward" in vars(module):
                 self._value(vars(module)["forward"], ModuleRoot(self.paths[module]), (("instance", "forward"),))
@@ -222,6 +235,12 @@ class _Collector:
             for value, chain, root, step in variables_of(function, names):
                 if value is not ABSENT:
                     self._variable(value, chain, root, (step,))
+            for index, default in enumerate(function.__defaults__ or ()):
+                if not isinstance(default, _PLAIN) and not is_library_code(function):
+                    self._value(default, FunctionRoot(function), (("attribute", "__defaults__"), ("item", index)))
+            for name, default in (function.__kwdefaults__ or {}).items():
+                if not isinstance(default, _PLAIN) and not is_library_code(function):
+                    self._value(default, FunctionRoot(function), (("attribute", "__kwdefaults__"), ("key", name)))
 
     def _add(self, root: Any, path: tuple[Step, ...], test: str, expected: Any, value: Any = ABSENT) -> None:
         if (root, path, test) not in self._known:
@@ -238,8 +257,12 @@ class _Collector:
         for registry in ("_parameters", "_buffers"):
             if name in own[registry]:
                 # The graph reads a registered tensor when it runs.
-                test = "value" if own[registry][name] is None else "some"
-                self._add(root, (("instance", registry), ("key", name)), test, None, own[registry][name])
+                # If it has several names, the graph uses the first.
+                tensor = own[registry][name]
+                test = "value" if tensor is None else "same" if id(tensor) in self.tied else "some"
+                self._add(
+                    root, (("instance", registry), ("key", name)), test, tensor if test == "same" else None, tensor
+                )
                 return
         if name in own["_modules"]:
             return  # in the tree
@@ -303,13 +326,15 @@ class _Collector:
                 self._consumed_tensor(value, root, path)
         elif _is_array(value):
             self._add(root, path, "array", value.copy(), value)
+        elif isinstance(value, enum.Enum):
+            self._add(root, path, "same", value)
         elif isinstance(value, (*_FUNCTIONS, functools.partial, type, property)):
             self._add(root, path, "same", value)
             self.code.add(value)
+        elif id(value) in self.growing:
+            self._add(root, path, "same", value)
         elif isinstance(value, _CONTAINERS) and _has_only_plain_elements(value):
-            self._add(
-                root, path, "contents", value if isinstance(value, tuple | frozenset) else copy.copy(value), value
-            )
+            self._add(root, path, "contents", copy.copy(value), value)
         elif id(value) in self._visited or depth == _MAX_DEPTH or len(self.guards) > _MOST_GUARDS:
             self._add(root, path, "same", value)
         elif isinstance(value, _CONTAINERS):
@@ -346,6 +371,8 @@ class _Collector:
         has_lookup = any("__getattr__" in vars(c) or "__getattribute__" in vars(c) for c in cls.__mro__[:-1])
         reads_all = has_lookup or self.code.reads_by_name or dataclasses.is_dataclass(value)
         own = getattr(value, "__dict__", {})
+        if self.code.reads_by_name and isinstance(own, dict):  # such as by hasattr
+            self._add(root, (*path, ("attribute", "__dict__")), "keys", (dict, [*own]))
         slots = [name for name in slot_names(cls) if hasattr(value, name)]
         for name in (*own, *slots):
             if reads_all or name in self.code.names:

@@ -25,20 +25,26 @@ _MOST_ELEMENTS = 10_000
 class VariableChanges:
     """A context that restores the variables outside the model that a trace changes, and refuses the change.
 
+    A container that only grows is a log or a cache: the net ignores it.
+
     Args:
         code: the code that the step can reach.
+
+    Attributes:
+        growing: the containers that grew, by id.
     """
 
     def __init__(self, code: ReachableCode) -> None:
         self._code = code
+        self.growing: dict[int, Any] = {}
 
     def __enter__(self) -> None:
         self._stored: dict[tuple[NamespaceRoot | CellRoot, str], tuple[Any, types.FunctionType]] = {}
         values: dict[str, Any] = {}
         for function, reads in self._code.functions.items():
             for name in reads.stored_globals:
-                root = NamespaceRoot(function.__globals__)
-                self._stored.setdefault((root, name), (root.namespace.get(name, ABSENT), function))
+                namespace = NamespaceRoot(function.__globals__)
+                self._stored.setdefault((namespace, name), (_contents(namespace, name), function))
             free = function.__code__.co_freevars
             for name in reads.stored_closure:
                 cell = CellRoot(function, free.index(name))
@@ -59,7 +65,13 @@ class VariableChanges:
         changes = [c for name, value in self._contents.values.items() for c in self._contents.changes(name, value)]
         for (root, name), (old, _) in self._stored.items():
             _restore(root, name, old)
-        self._contents.restore()
+        if any(map(_is_state, changes)):
+            self._contents.restore()
+        for change in changes:
+            container = self._contents.values[change.path[0]]
+            for key in change.path[1:-1]:
+                container = container[key] if isinstance(container, dict | list | tuple) else vars(container)[key]
+            self.growing[id(container)] = container
         if error is not None:
             return
         for name, old, new, function in changed:

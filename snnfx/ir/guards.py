@@ -11,6 +11,7 @@ import contextlib
 import enum
 import importlib
 import operator
+import reprlib
 import sys
 from collections import deque
 from collections.abc import Callable, Iterator, Mapping
@@ -26,6 +27,7 @@ __all__ = [
     "ABSENT",
     "MODES",
     "CellRoot",
+    "FunctionRoot",
     "Guard",
     "Guards",
     "ModuleRoot",
@@ -111,6 +113,23 @@ class CellRoot(_SharedRoot):
         return _cell_of, (self.function.__module__, self.function.__qualname__, self.index)
 
 
+class FunctionRoot(_SharedRoot):
+    """A function, whose default arguments are values."""
+
+    def __init__(self, function: FunctionType) -> None:
+        self.function = function
+        self.name = function.__name__
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, FunctionRoot) and self.function is other.function
+
+    def __hash__(self) -> int:
+        return id(self.function)
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return _function_root, (self.function.__module__, self.function.__qualname__)
+
+
 class _LostRoot(_SharedRoot):
     """A root that a new process does not have; its guards fail."""
 
@@ -126,16 +145,24 @@ def _namespace_of(name: str) -> _SharedRoot:
 
 
 def _cell_of(module: str, qualified_name: str, index: int) -> _SharedRoot:
+    function = _function_of(module, qualified_name)
+    return CellRoot(function, index) if index < len(getattr(function, "__closure__", None) or ()) else _LostRoot()
+
+
+def _function_root(module: str, qualified_name: str) -> _SharedRoot:
+    function = _function_of(module, qualified_name)
+    return FunctionRoot(function) if isinstance(function, FunctionType) else _LostRoot()
+
+
+def _function_of(module: str, qualified_name: str) -> Any:
     root = _namespace_of(module)
-    found: Any = ABSENT
-    if isinstance(root, NamespaceRoot):
-        first, *rest = qualified_name.split(".")
-        found = root.namespace.get(first, ABSENT)
-        for name in rest:
-            found = getattr(found, name, ABSENT)
-    found = getattr(found, "__func__", found)
-    closure = getattr(found, "__closure__", None) or ()
-    return CellRoot(found, index) if index < len(closure) else _LostRoot()
+    if not isinstance(root, NamespaceRoot):
+        return None
+    first, *rest = qualified_name.split(".")
+    found: Any = root.namespace.get(first)
+    for name in rest:
+        found = getattr(found, name, None)
+    return getattr(found, "__func__", found)
 
 
 Step = tuple[str, Any]
@@ -195,6 +222,8 @@ class Guard:
                 return ABSENT
         elif isinstance(self.root, NamespaceRoot):
             value = self.root.namespace
+        elif isinstance(self.root, FunctionRoot):
+            value = self.root.function
         else:
             assert isinstance(self.root, CellRoot)
             value = self.root.cell
@@ -280,10 +309,10 @@ def is_same_tensor(value: Tensor, expected: Tensor) -> bool:
     if value.shape != expected.shape or value.dtype != expected.dtype or value.device != expected.device:
         return False
     with torch.no_grad():
-        return torch.equal(value, expected) or (
-            torch.equal(torch.nan_to_num(value), torch.nan_to_num(expected))
-            and torch.equal(value.isnan(), expected.isnan())
-        )
+        if torch.equal(value, expected):
+            return True
+        is_nan = value != value
+        return torch.equal(is_nan, expected != expected) and torch.equal(value[~is_nan], expected[~is_nan])
 
 
 def version_of(tensor: Tensor) -> tuple[int, int]:
@@ -295,9 +324,15 @@ def text_of(value: Any) -> str:
     """A value in messages, at most 80 characters."""
     if value is ABSENT:
         return "absent"
+    if isinstance(value, Tensor) and value.numel() != 1:
+        return f"a tensor {[*value.shape]}"
     text = getattr(value, "__qualname__", "") if callable(value) else ""
-    text = text or repr(value)
-    return text if len(text) <= 80 else f"{text[:77]}..."
+    return text or _short.repr(value)
+
+
+_short = reprlib.Repr()
+_short.maxother = _short.maxstring = 80
+_short.maxdict = _short.maxset = _short.maxfrozenset = 6
 
 
 def is_same_array(value: Any, expected: Any) -> bool:
@@ -423,14 +458,15 @@ class Guards:
                 kept = isinstance(expected, _Sentinel)
                 expected = expected if kept else _Sentinel.OF_COPY if holds else _Sentinel.STALE
             reads.append(replace(guard, expected=expected))
-        return PackedGuards(reads, self.tree and self.tree.traced, dict(self.modes), stale)
+        traced = self.tree.traced if self.tree is not None else None
+        return PackedGuards(reads, traced, dict(self.modes), stale)
 
 
 def _is_same_expectation(a: Guard, b: Guard) -> bool:
-    return a.expected is b.expected or (
-        a.test != "same"
-        and passes(a.test if a.test in ("contents", "tensor", "array") else "value", a.expected, b.expected)
-    )
+    if a.expected is b.expected:
+        return True
+    test = a.test if a.test in ("contents", "tensor", "array") else "value"
+    return a.test != "same" and passes(test, a.expected, b.expected)
 
 
 @dataclass(frozen=True)

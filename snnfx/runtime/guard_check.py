@@ -8,7 +8,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from snnfx.ir import guards as ir
-from snnfx.ir.guards import ABSENT, CellRoot, Guard, ModuleRoot, NamespaceRoot
+from snnfx.ir.guards import ABSENT, CellRoot, FunctionRoot, Guard, ModuleRoot, NamespaceRoot
 from snnfx.ir.program import StepProgram
 from snnfx.sandbox.torch_internals import (
     are_transforms_active,
@@ -114,8 +114,7 @@ def _compiled(reads: list[Guard], model: nn.Module) -> Callable[[], int]:
         if known is not None:
             return known
         if not path:
-            value: Any = root.namespace if isinstance(root, NamespaceRoot) else getattr(root, "cell", None)
-            expression = constant(model.get_submodule(root.path) if isinstance(root, ModuleRoot) else value)
+            expression = constant(_start_of(root, model))
         else:
             kind, key = path[-1]
             literal = repr(key) if type(key) in (str, int) else constant(key)
@@ -138,13 +137,22 @@ def _compiled(reads: list[Guard], model: nn.Module) -> Callable[[], int]:
         return name
 
     for index, guard in enumerate(reads):
-        if not isinstance(guard.root, ModuleRoot | NamespaceRoot | CellRoot):
+        if not isinstance(guard.root, ModuleRoot | NamespaceRoot | CellRoot | FunctionRoot):
             lines.append(f"    return {index}")
             break
         fails = _failure(guard.test, variable(guard.root, guard.path), guard.expected, constant)
         lines += [f"    if {fails}:", f"        return {index}"]
     source = "\n".join(["def forward():", *lines, "    return -1", ""])
     return function_from_source(source, constants)
+
+
+def _start_of(root: Any, model: nn.Module) -> Any:
+    """The object that the paths of a root start from."""
+    if isinstance(root, ModuleRoot):
+        return model.get_submodule(root.path)
+    if isinstance(root, NamespaceRoot):
+        return root.namespace
+    return root.cell if isinstance(root, CellRoot) else root.function
 
 
 def _failure(test: str, v: str, expected: Any, constant: Callable[[Any], str]) -> str:
