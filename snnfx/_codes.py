@@ -169,8 +169,8 @@ CODES: dict[str, CodeEntry] = {
     ),
     "SNNFX208": CodeEntry(
         "hooks that would be lost",
-        "The model or a container module has forward hooks, which would never run in the converted net. Register them "
-        "on leaf modules.",
+        "The model or a container module has forward hooks, which would never run in the converted net; the next call "
+        "also refuses hooks that were registered after conversion. Register them on leaf modules.",
         "model.register_forward_hook(hook)",
         "model.conv1.register_forward_hook(hook)   # hooks of leaf modules run",
     ),
@@ -241,8 +241,8 @@ CODES: dict[str, CodeEntry] = {
     "SNNFX218": CodeEntry(
         "a step changes something that cannot be carried as state",
         "snnfx carries tensors and numbers in attributes of modules, and in lists, tuples, dicts and deques there. "
-        "Other changes (of a string, an attribute of a plain object, a set, a setting of a layer) would be lost after "
-        "the first step, so they are refused. Store the state in an attribute of the module.",
+        "Other changes (of a string, an attribute of a plain object, a set, a setting of a layer, a global or closure "
+        "variable) would be lost after the first step, so they are refused. Store the state in an attribute of the module.",
         "self.state.v = x if self.state.v is None else self.state.v + x   # a plain object",
         "self.v = x if self.v is None else self.v + x",
     ),
@@ -337,12 +337,13 @@ CODES: dict[str, CodeEntry] = {
         'snnfx.convert(model, carry={"mem": 2})           # carry={} if no argument is carried',
     ),
     "SNNFX315": CodeEntry(
-        "a plain value of the model changed after conversion",
-        "A number, flag or string that the model's code reads (`self.tau`, `if self.flag`) is a constant of the "
-        "graph. When it changes, the next call of the net captures the model again and warns once. If that is "
-        "impossible (inside torch.compile, or after the graph was replaced by hand), the call raises instead of using "
-        "the old value. Neurons and layers that are one node of the graph read their own settings at every call and "
-        "are not affected.",
+        "something that the step depends on changed after conversion",
+        "A graph contains the Python values that the model's code read at capture: attributes of modules and objects "
+        "(`self.tau`, `self.cfg.k`), elements of containers, functions, globals, closure variables, and the modules "
+        "themselves. When one of them changes, the next call of the net captures the model again and warns once. If "
+        "that is impossible (inside torch.compile, or after the graph was replaced by hand), the call raises instead "
+        "of using the old value. Neurons and layers that are one node of the graph read their own settings at every "
+        "call and are not affected.",
         "net = torch.compile(snnfx.convert(model), fullgraph=True); net(x_seq); model.tau = 3.0; net(x_seq)",
         'self.register_buffer("tau", torch.tensor(2.0))   # live; or call the net itself once after the change',
     ),

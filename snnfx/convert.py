@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import inspect
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
@@ -37,6 +36,7 @@ from snnfx.passes.partition import Partition
 from snnfx.passes.remove_dead_code import RemoveDeadCode
 from snnfx.passes.sink_reductions import REDUCTIONS, SinkReductions
 from snnfx.runtime.net import Net
+from snnfx.sandbox.user_code import step_signature
 from snnfx.state.carry import paths_of
 
 __all__ = ["apply_edits", "convert", "convert_without_budget", "pipeline", "planning", "prepare_programs"]
@@ -296,8 +296,8 @@ def _convert_for_shapes(net: Net, args: tuple[Any, ...], kwargs: dict[str, Any])
     """Capture the model again for inputs that the plan of `net` does not cover (no inputs: without shapes)."""
     example: Any = (kwargs if kwargs and not args else args) or None
     if args and kwargs:
-        method = getattr(type(net.source), net.options.entry)
-        example = {**dict(zip(list(inspect.signature(method).parameters)[1:], args, strict=False)), **kwargs}
+        parameters = step_signature(net.source, net.options.entry).parameters
+        example = {**dict(zip(parameters, args, strict=False)), **kwargs}
     programs, history = prepare_programs(net.source, net.options, example, net.program.inferred_carry)
     return Net(net.source, programs, net.options, history, _convert_for_shapes)
 

@@ -8,7 +8,6 @@ on them, snnfx raises an error that asks for `carry=`.
 
 from __future__ import annotations
 
-import inspect
 import re
 from typing import Any
 
@@ -19,6 +18,7 @@ from snnfx.capture.capture import capture
 from snnfx.capture.step_arguments import as_call
 from snnfx.errors import CaptureError, InputError
 from snnfx.sandbox.torch_internals import pytree
+from snnfx.sandbox.user_code import step_signature
 from snnfx.state.carry import OutputPath, split_arguments
 
 __all__ = ["infer_carry"]
@@ -62,10 +62,9 @@ def infer_carry(model: nn.Module, entry: str, example_inputs: Any) -> dict[str, 
 
 def _optional_arguments(model: nn.Module, entry: str, example_inputs: Any) -> list[str]:
     """The trailing arguments that default to None and that the example inputs omit."""
-    method = getattr(type(model), entry, None)
-    if method is None:
+    if not callable(getattr(model, entry, None)):
         return []
-    parameters = list(inspect.signature(method).parameters.values())[1:]
+    parameters = list(step_signature(model, entry).parameters.values())
     given = split_arguments(parameters, [p.name for p in parameters], *as_call(example_inputs))[2]
     names: list[str] = []
     for p in reversed(parameters):

@@ -46,7 +46,7 @@ _PLAIN = (bool, int, float, complex, str, bytes, type(None), torch.dtype, torch.
 _FUNCTIONS = (FunctionType, types.BuiltinFunctionType, types.MethodType, staticmethod, classmethod)
 _CONTAINERS = (list, tuple, dict, set, frozenset, deque)
 _NAMESPACES = (types.SimpleNamespace, argparse.Namespace)
-_MODULE_INTERNALS = frozenset(vars(nn.Module()))
+_MODULE_INTERNALS = frozenset(vars(nn.Module())) - {"training"}
 _CREATION = frozenset(
     "__init__ __new__ __post_init__ __init_subclass__ __repr__ __str__ __reduce__ __reduce_ex__ __getstate__ "
     "__setstate__ __deepcopy__ __copy__ __del__ __setattr__ __delattr__ __class__ __hash__".split()
@@ -331,6 +331,10 @@ class _Collector:
         elif isinstance(value, (*_FUNCTIONS, functools.partial, type, property)):
             self._add(root, path, "same", value)
             self.code.add(value)
+            if isinstance(value, FunctionType) and not is_library_code(value) and id(value) not in self._visited:
+                self._visited.add(id(value))
+                for name, element in vars(value).items():
+                    self._value(element, root, (*path, ("attribute", name)), depth + 1)
         elif id(value) in self.growing:
             self._add(root, path, "same", value)
         elif isinstance(value, _CONTAINERS) and _has_only_plain_elements(value):
@@ -382,9 +386,14 @@ class _Collector:
             if _is_foreign(base):
                 continue
             for name, element in vars(base).items():
-                is_read = (reads_all or name in self.code.names) and not name.startswith("__")
-                if is_read and name not in own and isinstance(element, (*_PLAIN, *_CONTAINERS, Tensor)):
+                if name.startswith("__") or name in own or not (reads_all or name in self.code.names):
+                    continue
+                if isinstance(element, (*_PLAIN, *_CONTAINERS, Tensor)):
                     self._value(element, root, (*path, ("attribute", name)), depth + 1)
+                elif isinstance(element, FunctionType | property) and name in self.code.names:
+                    self._add(root, (*path, ("class", name)), "same", getattr(cls, name))
+                    if isinstance(element, FunctionType) and isinstance(own, dict) and hasattr(value, "__dict__"):
+                        self._add(root, (*path, ("instance", name)), "same", ABSENT)
 
 
 def _has_only_plain_elements(value: Any) -> bool:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import inspect
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
@@ -16,7 +15,7 @@ from snnfx.capture.tracer import ArgumentLeaf
 from snnfx.errors import CaptureError, InputError
 from snnfx.ir.program import InputLeaf
 from snnfx.sandbox.torch_internals import FakeTensorMode, pytree
-from snnfx.sandbox.user_code import location_of_forward
+from snnfx.sandbox.user_code import location_of_forward, step_signature
 from snnfx.state.carry import CarriedArgument, OutputPath, SlotName, output_at, split_arguments
 
 __all__ = ["CarriedLeaf", "as_call", "carried_arguments", "carried_output", "step_arguments"]
@@ -86,7 +85,7 @@ def carried_arguments(
     """The carried arguments; those with an example and without a default have their structure."""
     if not carry:
         return []
-    parameters = {p.name: p for p in list(inspect.signature(getattr(type(model), entry)).parameters.values())[1:]}
+    parameters = dict(step_signature(model, entry).parameters)
     args, kwargs = as_call(example_inputs)
     _, _, examples = split_arguments(list(parameters.values()), list(carry), args, kwargs)
     found = []
@@ -133,8 +132,8 @@ def step_arguments(
     Returns:
         `((args, kwargs) with an ArgumentLeaf for each tensor, leaves, spec)`.
     """
-    signature = inspect.signature(getattr(type(model), entry))
-    parameters = list(signature.parameters.values())[1:]
+    signature = step_signature(model, entry)
+    parameters = list(signature.parameters.values())
     if example_inputs is None:
         names = []
         for p in parameters:
@@ -158,7 +157,7 @@ def step_arguments(
     else:
         call = split_arguments(parameters, carried, *as_call(example_inputs))[:2]
     try:
-        signature.bind(model, *call[0], **call[1], **dict.fromkeys(carried))
+        signature.bind(*call[0], **call[1], **dict.fromkeys(carried))
     except TypeError as error:
         raise InputError(
             "SNNFX307",

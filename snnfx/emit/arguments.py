@@ -16,6 +16,7 @@ from snnfx.ir.options import ConvertOptions
 from snnfx.ir.program import StepProgram
 from snnfx.sandbox.isolation import isolated
 from snnfx.sandbox.torch_internals import pytree
+from snnfx.sandbox.user_code import step_signature
 from snnfx.state.carry import flatten_state, split_arguments
 
 __all__ = ["Arguments", "signature_of"]
@@ -47,8 +48,8 @@ class Arguments:
         self._is_plain = positional and all(leaf.placeholder is not None for leaf in program.input_leaves)
         self._state_shapes: dict[Any, dict[str, tuple[int, ...]]] = {}
         self.output_time_dim = options.time_dim if isinstance(options.time_dim, int) else 0
-        entry = getattr(type(program.source), options.entry) if program.carried else None
-        self._parameters = list(inspect.signature(entry).parameters.values())[1:] if entry is not None else []
+        signature = step_signature(program.source, options.entry) if program.carried else None
+        self._parameters = list(signature.parameters.values()) if signature is not None else []
 
     def split_carried(
         self, args: tuple[Any, ...], kwargs: dict[str, Any]

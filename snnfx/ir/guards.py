@@ -17,7 +17,7 @@ from collections import deque
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from itertools import chain
-from types import CellType, FunctionType
+from types import BuiltinFunctionType, CellType, FunctionType
 from typing import Any
 
 import torch
@@ -326,7 +326,8 @@ def text_of(value: Any) -> str:
         return "absent"
     if isinstance(value, Tensor) and value.numel() != 1:
         return f"a tensor {[*value.shape]}"
-    text = getattr(value, "__qualname__", "") if callable(value) else ""
+    name = "__name__" if isinstance(value, BuiltinFunctionType) else "__qualname__"
+    text = getattr(value, name, "") if callable(value) else ""
     return text or _short.repr(value)
 
 
@@ -443,7 +444,9 @@ class Guards:
         """The guards of a program that serves as the program of two captures."""
         known = {(g.root, g.path, g.test) for g in self.reads}
         more = [g for g in other.reads if (g.root, g.path, g.test) not in known]
-        return Guards([*self.reads, *more], self.tree, {**self.modes, **other.modes}, self.stale or other.stale)
+        # Both values of the training flags have led to the same program.
+        reads = [g for g in (*self.reads, *more) if g.path != (("instance", "training"),)]
+        return Guards(reads, self.tree, {**self.modes, **other.modes}, self.stale or other.stale)
 
     def packed(self, model: nn.Module) -> PackedGuards:
         """A record without references into the model, which can be copied and pickled."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import os
 import sys
 from types import CodeType, FrameType
@@ -9,7 +10,14 @@ from types import CodeType, FrameType
 import torch
 from torch import nn
 
-__all__ = ["format_location", "location_of_error", "location_of_forward", "user_calls", "user_location"]
+__all__ = [
+    "format_location",
+    "location_of_error",
+    "location_of_forward",
+    "step_signature",
+    "user_calls",
+    "user_location",
+]
 
 PACKAGE = os.path.dirname(os.path.dirname(__file__)) + os.sep
 """The folder of snnfx."""
@@ -67,6 +75,11 @@ def location_of_forward(module: nn.Module, entry: str = "forward") -> str:
     if code is None or code.co_filename.startswith(_LIBRARY_PREFIXES):
         return name
     return f"{name}, {format_location((code.co_filename, code.co_firstlineno))}"
+
+
+def step_signature(model: nn.Module, entry: str) -> inspect.Signature:
+    """The signature of the method that computes one step, without `self`; an instance may have its own."""
+    return inspect.signature(getattr(model, entry))
 
 
 def format_location(where: tuple[str, int] | None) -> str:
