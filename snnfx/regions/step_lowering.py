@@ -261,9 +261,24 @@ def _fetcher(tensor: Tensor, constants: Sequence[Any]) -> Callable[[Sequence[Any
         if constant is tensor:
             return lambda given, index=index: given[index]  # type: ignore[misc]
         if isinstance(constant, nn.Module):
-            for module in constant.modules():
-                for registry in (module._parameters, module._buffers):
-                    for name, value in registry.items():
+            for path, module in constant.named_modules():
+                for registry in ("_parameters", "_buffers"):
+                    for name, value in module.__dict__[registry].items():
                         if value is tensor:
-                            return lambda given, registry=registry, name=name: registry[name]  # type: ignore[misc]
+                            return _fetcher_of_registered(index, path, registry, name)
     return lambda given: tensor
+
+
+def _fetcher_of_registered(index: int, path: str, registry: str, name: str) -> Callable[[Sequence[Any]], Tensor]:
+    """Fetch by path, not from the registry itself: recomputation runs with copies of the modules."""
+    if not path:
+        return lambda given: given[index].__dict__[registry][name]  # type: ignore[no-any-return]
+    atoms = path.split(".")
+
+    def fetch(given: Sequence[Any]) -> Tensor:
+        module = given[index]
+        for atom in atoms:
+            module = module._modules[atom]
+        return module.__dict__[registry][name]  # type: ignore[no-any-return]
+
+    return fetch
