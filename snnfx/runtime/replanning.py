@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import weakref
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -46,7 +47,7 @@ def net_for(net: Net, leaves: list[Tensor], given: dict[str, Any]) -> Net | None
             f"the plan of the net (batched inputs, equal batch sizes) does not cover inputs of rank {ranks[1]}, time "
             "included; the net is planned again for them and may map regions instead of folding them. Pass "
             "example_inputs to plan once.",
-            key=(id(net), ranks),
+            key=(weakref.ref(net), ranks),
         )
         args, kwargs = _example(net, arguments.at_step(leaves, 0), given)
         try:
@@ -94,7 +95,7 @@ def capture_again(net: Net, setting: WatchedSetting, now: Any, leaves: list[Tens
         "SNNFX315",
         f"{what}; the net captures the model again."
         + (" Make it a buffer or a parameter if it changes often." if setting.name != "training" else ""),
-        key=(id(net), setting.qualified_name),
+        key=(weakref.ref(net), setting.qualified_name),
     )
     steps = net._arguments.at_step(leaves, 0) if net.options.step_mode == "m" else leaves
     # Capture with example shapes only if the first capture had them.
