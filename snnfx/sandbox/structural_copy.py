@@ -33,14 +33,16 @@ class StructuralCopy:
     Args:
         class_of_copy: the class of the copy of a module, given the class of the module; default: the same class.
         tensor: the tensor in the copy, given a tensor of the original; default: the same tensor.
+        objects: whether to copy plain objects, arrays and random generators; otherwise they are shared.
     """
 
     def __init__(
         self,
         class_of_copy: Callable[[type], type] = lambda cls: cls,
         tensor: Callable[[Tensor], Tensor] | None = None,
+        objects: bool = True,
     ) -> None:
-        self.class_of_copy, self.tensor = class_of_copy, tensor
+        self.class_of_copy, self.tensor, self.objects = class_of_copy, tensor, objects
         self._copiers = dict(_COPIERS)
         self._slots: dict[type, list[Any]] = {}
         self._copies: dict[int, Any] = {}
@@ -70,7 +72,10 @@ class StructuralCopy:
         kind = type(value)
         copier = self._copiers.get(kind)
         if copier is None:
-            copier = self._copiers[kind] = _copier_of(kind)
+            copier = _copier_of(kind)
+            if copier in (_object, _deep) and not self.objects:
+                copier = _share
+            self._copiers[kind] = copier
         if copier is _share:
             return value
         if copier is _tensor:

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from snnfx.state.hooks import has_forward_hooks
 from snnfx.state.stateful import Adapter, State, Stateful
+from snnfx.state.step_locks import stepped_by_one_thread
 
 __all__ = ["MemoryAdapter", "copy_initial_value", "step_by_swapping"]
 
@@ -71,13 +72,14 @@ def step_by_swapping(
     adapter: Adapter, module: nn.Module, state: State, *inputs: Any, **kwargs: Any
 ) -> tuple[Any, State]:
     """One pure step of a module with state in attributes: write the state, call, read it, restore."""
-    before = adapter.read(module)
-    try:
-        adapter.write(module, state)
-        outputs = module(*inputs, **kwargs)
-        return outputs, adapter.read(module)
-    finally:
-        adapter.write(module, before)
+    with stepped_by_one_thread(module):
+        before = adapter.read(module)
+        try:
+            adapter.write(module, state)
+            outputs = module(*inputs, **kwargs)
+            return outputs, adapter.read(module)
+        finally:
+            adapter.write(module, before)
 
 
 def copy_initial_value(initial: Any) -> Any:
