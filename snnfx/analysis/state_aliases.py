@@ -16,7 +16,8 @@ from snnfx.errors import CaptureError
 from snnfx.ir.nodes import is_structural
 from snnfx.ir.printing import describe_node, location_of
 from snnfx.ir.program import StepProgram
-from snnfx.sandbox.snapshot import StateSnapshot
+from snnfx.sandbox.random_draws import refusing_draws
+from snnfx.sandbox.structural_copy import StructuralCopy
 from snnfx.sandbox.torch_internals import pytree
 from snnfx.state.composite_adapter import composite_adapter
 from snnfx.state.registry import adapter_of
@@ -70,7 +71,11 @@ def _slots_in_output(program: StepProgram, call: Node) -> set[int] | None:
     options = pytree.tree_map_only(Node, lambda n: _zeros(n.meta.get("val"), unknown), dict(call.kwargs))
     if any(leaf is None for leaf in pytree.tree_leaves((inputs, options), is_leaf=lambda leaf: leaf is None)):
         return None
-    with StateSnapshot.of(module), torch.no_grad():
+    # On a copy with its own state: other threads use the module meanwhile.
+    module = StructuralCopy(tensor=lambda t: t if isinstance(t, nn.Parameter) else t.detach().clone()).of(module)
+    adapter = composite_adapter(module) if call.target is call_opaque else adapter_of(module)
+    assert adapter is not None
+    with refusing_draws(), torch.no_grad():
         adapter.reset(module)
         try:
             for _ in range(2):

@@ -12,9 +12,8 @@ becomes the program of the first step.
 
 from __future__ import annotations
 
-import contextlib
 import warnings
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any
 
@@ -27,7 +26,7 @@ from snnfx.capture.attribute_slots import AttributeSlot, is_number, recorded
 from snnfx.capture.capture_session import CaptureSession, erase_unused_placeholders
 from snnfx.capture.graph_matching import GraphMatch
 from snnfx.capture.guarded_reads import ReachableCode
-from snnfx.capture.patches import watched_training_flag
+from snnfx.capture.recording_copy import RecordingCopy, capture_lock
 from snnfx.capture.step_arguments import carried_arguments, step_arguments
 from snnfx.capture.step_changes import NewChange, StepChanges
 from snnfx.capture.tracer import SubmoduleNotTraceable
@@ -36,7 +35,6 @@ from snnfx.ir.edits import add_placeholder
 from snnfx.ir.printing import location_of, operation_name
 from snnfx.ir.program import InputLeaf, Slot, StepProgram, results_of
 from snnfx.sandbox.isolation import autocast_cache_disabled
-from snnfx.sandbox.snapshot import StateSnapshot
 from snnfx.sandbox.torch_internals import FakeTensor, FakeTensorMode, pytree
 from snnfx.sandbox.user_code import location_of_forward
 from snnfx.state.carry import OutputPath
@@ -56,11 +54,10 @@ def capture_both_modes(
         `(training program, evaluation program)`; the same object twice if the mode makes no difference.
     """
     _check_model(model, entry)
-    with watched_training_flag(model) as flag:
-        training = capture(model, example_inputs, entry, training=True, carry=carry)
-    if not flag.was_read:
+    training, mode_matters = _capture_copy(model, example_inputs, entry, True, carry)
+    if not mode_matters:
         return training, training
-    evaluation = capture(model, example_inputs, entry, training=False, carry=carry)
+    evaluation, _ = _capture_copy(model, example_inputs, entry, False, carry)
     match = GraphMatch(training, evaluation)
     if match.same_program():
         training.guards = training.guards.union(evaluation.guards)
@@ -113,20 +110,30 @@ def capture(
     """
     _check_model(model, entry)
     training = model.training if training is None else training
+    return _capture_copy(model, example_inputs, entry, training, carry)[0]
+
+
+def _capture_copy(
+    model: nn.Module, example_inputs: Any, entry: str, training: bool, carry: Mapping[str, OutputPath] | None
+) -> tuple[StepProgram, bool]:
+    """Capture a structural copy of a model: the program of the model, and whether its mode may matter."""
     fake_mode = FakeTensorMode(allow_non_fake_inputs=True) if example_inputs is not None else None
     carried = carried_arguments(model, entry, example_inputs, carry or {}, fake_mode)
     arguments, leaves, spec = step_arguments(model, entry, example_inputs, fake_mode, tuple(c.name for c in carried))
     opaque: dict[str, str] = {}
-    changes = StepChanges(model, entry)
-    code = ReachableCode(dict(model.named_modules()), entry)
-    code.close()
-    # A model that asks for the gradient mode is captured in the mode of the caller.
-    gradients = torch.is_grad_enabled() or "torch.is_grad_enabled" not in code.modes()
-    with StateSnapshot.of(model), _mode(model, training), torch.set_grad_enabled(gradients), autocast_cache_disabled():
+    with capture_lock, autocast_cache_disabled():
+        copy = RecordingCopy(model)
+        _set_mode(copy.root, training)
+        changes = StepChanges(copy.root, entry)
+        code = ReachableCode(dict(copy.root.named_modules()), entry)
+        code.close()
+        # A model that asks for the gradient mode is captured in the mode of the caller.
+        gradients = torch.is_grad_enabled() or "torch.is_grad_enabled" not in code.modes()
         while True:
             try:
-                session = CaptureSession(model, entry, arguments, opaque, fake_mode, carried, changes, code)
-                program = _capture_once(session, leaves, spec, training)
+                session = CaptureSession(copy, entry, arguments, opaque, fake_mode, carried, changes, code)
+                with copy.watched(), torch.set_grad_enabled(gradients):
+                    program = _capture_once(session, leaves, spec, training)
                 break
             except NewChange:
                 continue
@@ -136,17 +143,27 @@ def capture(
                     raise CaptureError(
                         "SNNFX201", "the model cannot be traced", where=where, why=failure.reason
                     ) from failure
-                _refuse_undeclared_state(model, failure)
+                _refuse_undeclared_state(copy.root, failure)
                 if failure.name == "" and (entry != "forward" or carried):
                     assert failure.error is not None
                     raise failure.error from failure.__cause__
                 opaque[failure.name] = failure.reason
-                changes = StepChanges(model, entry)
+                changes = StepChanges(copy.root, entry)
     for captured in filter(None, (program, program.first_step)):
+        _refer_to_model(captured, copy)
         for node in captured.graph.nodes:
             if "val" in node.meta:
                 node.meta["val"] = pytree.tree_map(_as_meta_tensor, node.meta["val"])
-    return program
+    return program, copy.training_was_read
+
+
+def _refer_to_model(program: StepProgram, copy: RecordingCopy) -> None:
+    """Replace the copied objects in a program by those of the user's model."""
+    program.source = copy.model
+    program.constants = {name: copy.original_of(value) for name, value in program.constants.items()}
+    program.initial_attributes = [
+        replace(a, value=pytree.tree_map(copy.original_of, a.value)) for a in program.initial_attributes
+    ]
 
 
 def _capture_once(
@@ -340,21 +357,12 @@ def _check_model(model: nn.Module, entry: str) -> None:
             )
 
 
-@contextlib.contextmanager
-def _mode(model: nn.Module, training: bool) -> Iterator[None]:
-    """Set the training flag of all modules, because traced code may read it."""
-    # Through `__dict__`, because capture detects reads of the attribute.
-    before = [(m, m.__dict__["training"]) for m in model.modules() if "training" in m.__dict__]
-    if model.__dict__.get("training") == training:
-        yield
-        return
-    try:
-        for m, _ in before:
-            m.training = training
-        yield
-    finally:
-        for m, flag in before:
-            m.training = flag
+def _set_mode(model: nn.Module, training: bool) -> None:
+    """Set the training flag of all modules of a copy, unless the model is in this mode."""
+    if model.__dict__.get("training") != training:
+        for module in model.modules():
+            if "training" in module.__dict__:
+                module.__dict__["training"] = training
 
 
 def _as_meta_tensor(value: Any) -> Any:

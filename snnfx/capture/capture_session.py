@@ -13,6 +13,7 @@ from snnfx.capture.attribute_slots import AttributeSlot, is_number, known_value
 from snnfx.capture.guarded_reads import ReachableCode, guards_of
 from snnfx.capture.leaf_module_states import owners
 from snnfx.capture.proxy import StepProxy
+from snnfx.capture.recording_copy import RecordingCopy
 from snnfx.capture.step_arguments import CarriedLeaf, carried_output
 from snnfx.capture.step_changes import StepChanges, modules_with
 from snnfx.capture.time_loops import TimeLoop, find_time_loop
@@ -38,7 +39,7 @@ class CaptureSession:
     """Runs the traces of one capture and discovers the attributes that they change.
 
     Args:
-        model: the model.
+        copy: the copy of the model that the traces run on.
         entry: name of the method that computes one step.
         arguments: `(args, kwargs)` of one step, with an `ArgumentLeaf` for each tensor.
         opaque: qualified names of submodules that must not be traced, each with the reason.
@@ -50,7 +51,7 @@ class CaptureSession:
 
     def __init__(
         self,
-        model: nn.Module,
+        copy: RecordingCopy,
         entry: str,
         arguments: Any,
         opaque: dict[str, str],
@@ -59,12 +60,13 @@ class CaptureSession:
         changes: StepChanges,
         code: ReachableCode,
     ) -> None:
-        self.model, self.entry, self.arguments, self.changes = model, entry, arguments, changes
+        self.copy, self.model = copy, copy.root
+        self.entry, self.arguments, self.changes = entry, arguments, changes
         self.opaque, self.fake_mode, self.carried = opaque, fake_mode, carried
         self.variables = VariableChanges(code)
         self.user_reads: dict[tuple[nn.Module, str], None] = {}
         self.consumed_tensors: dict[int, Tensor] = {}
-        self.stateful = _outermost_stateful(model, opaque)
+        self.stateful = _outermost_stateful(self.model, opaque)
         self.reads: dict[tuple[nn.Module, str], tuple[Any, str]] = {}
         self.set_before_read: set[tuple[nn.Module, str]] = set()
         """Attributes that every step sets before it reads them."""
@@ -87,7 +89,7 @@ class CaptureSession:
     def matched_slot_reset_values(self) -> dict[str, Any]:
         """The reset values of `matched_slots`."""
         starts: dict[str, Any] = {}
-        with StateSnapshot.of(self.model):
+        with StateSnapshot.of(self.model, rng=False):
             for prefix, module, adapter, leaf in self.stateful:
                 if self._is_matched(prefix, leaf):
                     adapter.reset(module)
@@ -112,17 +114,18 @@ class CaptureSession:
         return state | {(a.module, a.attribute) for a in discovered} | self.set_before_read
 
     def guards(self, discovered: Iterable[AttributeSlot]) -> Guards:
-        """The guards of everything outside the graph that the traces depend on."""
+        """The guards of everything outside the graph that the traces depend on, in the user's model."""
         traced = [name for name, _ in self._traced_modules() if name or self.entry == "forward"]
+        original_of = self.copy.original_of
         return guards_of(
-            self.model,
+            self.copy.model,
             self.entry,
             traced,
             self.opaque,
-            self.user_reads,
-            self._state(discovered),
+            [(original_of(module), name) for module, name in self.user_reads],
+            {(original_of(module), name) for module, name in self._state(discovered)},
             self.consumed_tensors.values(),
-            self.variables.growing.values(),
+            map(original_of, self.variables.growing.values()),
         )
 
     def initial_attributes(self, discovered: Iterable[AttributeSlot]) -> list[InitialAttribute]:
@@ -260,7 +263,7 @@ class CaptureSession:
         slots |= storage_of(self.model)
         blocked = ("",) if "" in self.opaque else self._untraced_prefixes()
         watched = self.changes.watched(tracer, blocked, slots)
-        with StateSnapshot.of(self.model, functions=True), self.variables, watched:
+        with StateSnapshot.of(self.model, rng=False, functions=True), self.variables, watched:
             changes = AttributeChanges(self.model, self.entry)
             try:
                 tracer.record(self.model, prepare, finish)

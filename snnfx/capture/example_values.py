@@ -14,6 +14,7 @@ from torch.fx import Node
 from snnfx.capture.patches import plain_isinstance
 from snnfx.capture.proxy import UNKNOWN
 from snnfx.capture.recorder import Recorder
+from snnfx.capture.unrecorded_draws import UnrecordedDraws
 from snnfx.errors import CaptureError
 from snnfx.ir.program import SELF_TARGET, START_PREFIX
 from snnfx.sandbox.torch_internals import (
@@ -22,6 +23,7 @@ from snnfx.sandbox.torch_internals import (
     FakeTensorMode,
     NormBase,
     UnsupportedOperatorException,
+    disable_dispatch_modes,
 )
 from snnfx.sandbox.user_code import format_location
 
@@ -37,10 +39,11 @@ class ExampleValues:
     Args:
         recorder: records the step.
         mode: the fake tensor mode of the example values; None without example inputs, so that no value is known.
+        draws: detects random numbers that the step draws.
     """
 
-    def __init__(self, recorder: Recorder, mode: FakeTensorMode | None) -> None:
-        self.recorder, self.mode = recorder, mode
+    def __init__(self, recorder: Recorder, mode: FakeTensorMode | None, draws: UnrecordedDraws) -> None:
+        self.recorder, self.mode, self.draws = recorder, mode, draws
         self._value_of_next: Any = UNKNOWN
 
     def evaluate(self, node: Node) -> None:
@@ -72,7 +75,8 @@ class ExampleValues:
         elif node.op == "call_method":
             self._record_value(node, lambda: getattr(args[0], str(node.target))(*args[1:], **kwargs))
         else:
-            self._record_value(node, lambda: node.target(*args, **kwargs))  # type: ignore[operator]
+            with self.draws.allowed_in(getattr(node.target, "__module__", None) or "builtins"):
+                self._record_value(node, lambda: node.target(*args, **kwargs))  # type: ignore[operator]
 
     @contextlib.contextmanager
     def already_evaluated(self, value: Any) -> Iterator[None]:
@@ -89,7 +93,8 @@ class ExampleValues:
         recorder = self.recorder
         before, recorder.is_evaluating = recorder.is_evaluating, True
         try:
-            with plain_isinstance(), self.mode or contextlib.nullcontext(), torch.no_grad():
+            mode = contextlib.nullcontext() if self.mode is None else _only(self.mode)
+            with self.draws.unobserved(), plain_isinstance(), mode, torch.no_grad():
                 yield
         finally:
             recorder.is_evaluating = before
@@ -124,6 +129,13 @@ class ExampleValues:
         if isinstance(value, Tensor) and self.mode is not None:
             return self.mode.from_tensor(value, static_shapes=True)
         return value
+
+
+@contextlib.contextmanager
+def _only(mode: FakeTensorMode) -> Iterator[None]:
+    """Enter a fake tensor mode alone: operators would pass through all modes below it, which takes long."""
+    with disable_dispatch_modes(), mode:
+        yield
 
 
 def _call_for_shape(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:

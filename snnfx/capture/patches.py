@@ -1,33 +1,28 @@
-"""Temporary patches of Python and torch during a trace."""
+"""Patches of Python and torch during a trace; other threads get the results of the original functions."""
 
 from __future__ import annotations
 
 import builtins
 import contextlib
 import logging
-import os
-import sys
+import threading
 from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
-from torch import nn
 
 from snnfx.capture.proxy import StepProxy
 from snnfx.capture.recorder import Recorder
 from snnfx.ops.step_functions import FunctionHolder, apply_autograd_function
 from snnfx.sandbox.torch_internals import intercepted_apply, pytree
-from snnfx.state.leaf_modules import is_leaf
 
 __all__ = [
-    "WatchedFlag",
     "autocast_state",
     "patched_apply",
     "patched_factories",
     "patched_isinstance",
     "plain_isinstance",
     "quiet_fake_tensors",
-    "watched_training_flag",
 ]
 
 _FACTORIES = ("zeros", "ones", "empty", "full", "rand", "randn", "arange", "eye", "linspace", "randint", "randperm")
@@ -36,11 +31,10 @@ _RANDOM_FACTORIES = ("rand", "randn", "randint", "randperm")
 
 @contextlib.contextmanager
 def patched_apply(recorder: Recorder) -> Iterator[None]:
-    """Record `SomeFunction.apply(proxy)` as one node instead of running its forward on proxies.
+    """Record `SomeFunction.apply(proxy)` as one node instead of running its forward on proxies."""
 
-    Modules often store the bound method, `spike = SomeFunction.apply`, so a new attribute `apply` would not reach them:
-    the existing function gets new code.
-    """
+    def wants(args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
+        return not recorder.is_evaluating and any(type(a) is StepProxy for a in pytree.tree_leaves((args, kwargs)))
 
     def has_proxies(args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
         return not recorder.is_evaluating and any(type(a) is StepProxy for a in pytree.tree_leaves((args, kwargs)))
@@ -52,7 +46,7 @@ def patched_apply(recorder: Recorder) -> Iterator[None]:
         holder_proxy = recorder.proxy(recorder.constant(holder or FunctionHolder(cls)))
         return recorder.create_proxy("call_function", apply_autograd_function, (holder_proxy, *args), kwargs)
 
-    with intercepted_apply(has_proxies, record):
+    with intercepted_apply(wants, record):
         yield
 
 
@@ -76,7 +70,6 @@ def patched_isinstance() -> Iterator[None]:
 
 
 _ISINSTANCE = builtins.isinstance
-_TORCH = os.path.dirname(torch.__file__) + os.sep
 
 
 @contextlib.contextmanager
@@ -89,38 +82,6 @@ def plain_isinstance() -> Iterator[None]:
         builtins.isinstance = patched
 
 
-class WatchedFlag:
-    """Descriptor for `nn.Module.training` that detects reads by code other than torch's layers."""
-
-    def __init__(self) -> None:
-        self.was_read = False
-
-    def __get__(self, module: nn.Module | None, cls: type) -> Any:
-        if module is None or "training" not in module.__dict__:
-            raise AttributeError("training")
-        if not self.was_read:
-            reader = sys._getframe(1).f_code.co_filename
-            self.was_read = not is_leaf(module) or not reader.startswith(_TORCH)
-        return module.__dict__["training"]
-
-    def __set__(self, module: nn.Module, value: bool) -> None:
-        module.__dict__["training"] = value
-
-
-@contextlib.contextmanager
-def watched_training_flag(model: nn.Module) -> Iterator[WatchedFlag]:
-    """Detect whether the graph may depend on the mode; torch's layers read their own flag at each call instead."""
-    flag = WatchedFlag()
-    # A class attribute `training` would hide the descriptor.
-    classes = {c for m in model.modules() for c in type(m).__mro__} - {nn.Module}
-    flag.was_read = any("training" in vars(c) for c in classes)
-    nn.Module.training = flag  # type: ignore[assignment]
-    try:
-        yield flag
-    finally:
-        del nn.Module.training
-
-
 @contextlib.contextmanager
 def patched_factories(recorder: Recorder) -> Iterator[None]:
     """Record tensor factories: torch's C++ code does not accept a proxy as a size in `torch.zeros(x.shape[0], 4)`.
@@ -129,9 +90,12 @@ def patched_factories(recorder: Recorder) -> Iterator[None]:
     drawn during the trace.
     """
     originals = {name: getattr(torch, name) for name in _FACTORIES}
+    thread: int | None = threading.get_ident()
 
     def recording(original: Callable[..., Any]) -> Callable[..., Any]:
         def factory(*args: Any, **kwargs: Any) -> Any:
+            if threading.get_ident() != thread:
+                return original(*args, **kwargs)
             has_proxies = any(type(a) is StepProxy for a in pytree.tree_leaves((args, kwargs)))
             if recorder.is_evaluating or not (has_proxies or original.__name__ in _RANDOM_FACTORIES):
                 return original(*args, **kwargs)
@@ -144,20 +108,24 @@ def patched_factories(recorder: Recorder) -> Iterator[None]:
             setattr(torch, name, recording(original))
         yield
     finally:
+        thread = None  # a step may have stored such a function
         for name, original in originals.items():
             setattr(torch, name, original)
 
 
 @contextlib.contextmanager
 def quiet_fake_tensors() -> Iterator[None]:
-    """Silence torch's log of fake tensor errors; capture raises them with the user's line."""
-    logger = logging.getLogger("torch._subclasses.fake_tensor")
-    before = logger.level
-    logger.setLevel(logging.CRITICAL)
+    """Silence this thread's log of fake tensor errors; capture raises them with the user's line."""
+    logger, thread = logging.getLogger("torch._subclasses.fake_tensor"), threading.get_ident()
+
+    def is_loud(record: logging.LogRecord) -> bool:
+        return record.thread != thread or record.levelno >= logging.CRITICAL
+
+    logger.addFilter(is_loud)
     try:
         yield
     finally:
-        logger.setLevel(before)
+        logger.removeFilter(is_loud)
 
 
 def autocast_state() -> tuple[bool, ...]:

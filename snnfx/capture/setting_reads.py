@@ -6,13 +6,12 @@ them at every call: after a change it captures the model again.
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
 import io
 import os
 import sys
 import types
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -27,7 +26,7 @@ from snnfx.ir.setting_read import SettingRead
 from snnfx.sandbox.contents_snapshot import MISSING
 from snnfx.sandbox.user_code import PACKAGE, location_of_forward
 
-__all__ = ["WatchedSetting", "first_changed_setting", "recorded_reads", "watch_settings"]
+__all__ = ["SettingReads", "WatchedSetting", "first_changed_setting", "watch_settings"]
 
 _SCALARS = (bool, int, float, complex, str, type(None))
 _MOST_ELEMENTS = 64
@@ -82,41 +81,49 @@ def contents(value: Any, depth: int = 0) -> Any:
     return tuple((key, element) for key, element in elements if element is not _NOT_COMPARABLE)
 
 
-@contextlib.contextmanager
-def recorded_reads(
-    recorder: Recorder, leaf_states: LeafModuleStates, reads: dict[tuple[nn.Module, str], tuple[Any, str]]
-) -> Iterator[None]:
-    """During a trace, record in `reads` the plain values that the model's code reads from modules."""
+class SettingReads:
+    """Records the plain values that the model's code reads from modules during a trace.
 
-    def read(self: nn.Module, name: str) -> Any:
-        leaf_states.note_read(self, name)
-        if not recorder.is_evaluating and _is_read_by_user(sys._getframe(1)):
-            recorder.user_reads[self, name] = None
+    Args:
+        recorder: records the step.
+        leaf_states: detects reads of the states of leaf modules.
+        reads: the recorded reads: comparable value and text, by module and attribute.
+    """
+
+    def __init__(
+        self, recorder: Recorder, leaf_states: LeafModuleStates, reads: dict[tuple[nn.Module, str], tuple[Any, str]]
+    ) -> None:
+        self.recorder, self.leaf_states, self.reads = recorder, leaf_states, reads
+
+    def read_of(self, module: nn.Module, name: str) -> Any:
+        """The value of an attribute that the model's code reads from a module."""
+        recorder, reads = self.recorder, self.reads
+        self.leaf_states.note_read(module, name)
+        if not recorder.is_evaluating and _is_read_by_user(sys._getframe(_READER)):
+            recorder.user_reads[module, name] = None
         try:
-            value = object.__getattribute__(self, name)
+            value = object.__getattribute__(module, name)
         except AttributeError:
-            recorder.first_reads.setdefault((self, name), MISSING)
+            recorder.first_reads.setdefault((module, name), MISSING)
             raise
         if name in _MODULE_INTERNALS or recorder.is_evaluating:
             return value
-        recorder.first_reads.setdefault((self, name), value)
+        recorder.first_reads.setdefault((module, name), value)
         if hasattr(type(value), "__next__") and not isinstance(value, io.IOBase):
-            _refuse_iterator(self, name, value)
-        if (self, name) in reads:
+            _refuse_iterator(module, name, value)
+        if (module, name) in reads:
             return value
         if isinstance(value, _SCALARS) or not callable(value):
-            reader = sys._getframe(1).f_code.co_filename
-            if not reader.startswith((*_INDIRECT_READERS, "<")) and _is_stored(self, name):
+            reader = sys._getframe(_READER).f_code.co_filename
+            if not reader.startswith((*_INDIRECT_READERS, "<")) and _is_stored(module, name):
                 comparable = contents(value)
                 if comparable is not _NOT_COMPARABLE and comparable != ():
-                    reads[self, name] = comparable, repr(value)
+                    reads[module, name] = comparable, repr(value)
         return value
 
-    nn.Module.__getattribute__ = read  # type: ignore[method-assign, assignment]
-    try:
-        yield
-    finally:
-        del nn.Module.__getattribute__
+
+_READER = 3
+"""The frame that reads an attribute, seen from `SettingReads.read_of`: behind the tracer and the module."""
 
 
 def _is_read_by_user(frame: types.FrameType) -> bool:
@@ -126,7 +133,7 @@ def _is_read_by_user(frame: types.FrameType) -> bool:
 
 def _refuse_iterator(module: nn.Module, name: str, value: Any) -> None:
     """Refuse a step that advances an iterator, because no snapshot can restore it."""
-    if not sys._getframe(2).f_code.co_filename.startswith(_INDIRECT_READERS) and name in module.__dict__:
+    if not sys._getframe(_READER + 1).f_code.co_filename.startswith(_INDIRECT_READERS) and name in module.__dict__:
         raise CaptureError(
             "SNNFX218",
             f"a step of {type(module).__name__} advances the iterator `{name}`",

@@ -18,7 +18,6 @@ from snnfx.capture.leaf_module_states import LeafModuleStates
 from snnfx.capture.proxy import UNKNOWN, StepProxy, value_of
 from snnfx.capture.recorder import Recorder
 from snnfx.ir.program import SELF_TARGET
-from snnfx.sandbox.python_rng import python_rng_state, restore_python_rng_state
 from snnfx.sandbox.torch_internals import pytree
 from snnfx.sandbox.user_code import user_calls
 from snnfx.state.hooks import without_hooks
@@ -52,14 +51,12 @@ class StatefulCalls:
         """Record one pure step of a module, update its slots, and return the output of the module."""
         recorder = self.recorder
         self.is_recording = True
-        python_state = python_rng_state()
         try:
             # Hooks of the user must not run on fake tensors.
-            with without_hooks(m):
+            with without_hooks(m), self.values.draws.allowed_in(*(part.__class__.__module__ for part in m.modules())):
                 output = self._record_call(m, name, call, adapter, args, kwargs)
         finally:
             self.is_recording = False
-            restore_python_rng_state(python_state)
         if recorder.is_without_gradient():
             for slot in _slot_names(adapter, m, name):
                 recorder.slot_values[slot] = recorder.without_gradient(recorder.slot_values[slot])

@@ -30,17 +30,23 @@ from snnfx.capture.patches import (
     quiet_fake_tensors,
 )
 from snnfx.capture.proxy import UNKNOWN, StepProxy, needs_examples, value_of
-from snnfx.capture.setting_reads import recorded_reads
+from snnfx.capture.recording_copy import recording_modules
+from snnfx.capture.setting_reads import SettingReads
 from snnfx.capture.stateful_calls import StatefulCalls, element_of, mark_returned
 from snnfx.capture.trace_faults import raise_internal_fault
+from snnfx.capture.unrecorded_draws import PythonDraw, UnrecordedDraws, refuse_unregistered_module
 from snnfx.errors import CaptureError
 from snnfx.ir.edits import add_placeholder
 from snnfx.ir.guards import text_of
 from snnfx.ir.nodes import is_in_place, is_in_place_target, object_of
 from snnfx.ir.program import SELF_TARGET
 from snnfx.ops.step_functions import expect_size, set_part_
-from snnfx.sandbox.python_rng import python_rng_state
-from snnfx.sandbox.torch_internals import CheckpointAsPlainCall, FakeTensorMode, pytree
+from snnfx.sandbox.torch_internals import (
+    CheckpointAsPlainCall,
+    FakeTensorMode,
+    WrappedFunctions,
+    pytree,
+)
 from snnfx.sandbox.user_code import format_location, location_of_error, location_of_forward, user_location
 from snnfx.state.composite_adapter import composite_adapter, is_stateful_tree
 from snnfx.state.leaf_modules import is_leaf
@@ -90,7 +96,8 @@ class StepTracer(fx.Tracer):
         self.traced_func_name = entry
         self.arguments = arguments
         self.opaque = opaque or {}
-        self.values = ExampleValues(self, fake_mode)
+        self.draws = UnrecordedDraws(self)
+        self.values = ExampleValues(self, fake_mode, self.draws)
         self.leaf_states = LeafModuleStates(self)
         self.calls = StatefulCalls(self, self.values, self.leaf_states)
         self.constants: dict[str, Any] = {}
@@ -116,6 +123,7 @@ class StepTracer(fx.Tracer):
         self.is_evaluating = False
         self._autocast = autocast_state()
         self._paths: dict[nn.Module, str] = {}
+        self._registered_proxies: dict[str, fx.Proxy] = {}
 
     def record(
         self, root: nn.Module, prepare: Callable[[StepTracer], None], finish: Callable[[StepTracer], None]
@@ -123,45 +131,57 @@ class StepTracer(fx.Tracer):
         """Trace `root`; `prepare` runs before the step and may create placeholders, `finish` runs after the step."""
         self._prepare, self._finish = prepare, finish
         self._paths = {module: name for name, module in root.named_modules()}
-        reads = recorded_reads(self, self.leaf_states, self.reads)
+        self._setting_reads = SettingReads(self, self.leaf_states, self.reads)
         # The net has its own recomputation; a checkpoint inside a step would run its function with later state.
         plain = CheckpointAsPlainCall()
         patches = (quiet_fake_tensors(), patched_apply(self), patched_isinstance(), patched_factories(self), plain)
         with contextlib.ExitStack() as stack:
-            for patch in (*patches, reads, self.consumed):
+            for patch in (*patches, self.consumed):
                 stack.enter_context(patch)
-            rng_state = torch.get_rng_state()
-            graph = self.trace(root)
-        if not torch.equal(rng_state, torch.get_rng_state()):
-            raise CaptureError(
-                "SNNFX215",
-                "the step draws random numbers that the graph does not record",
-                where=location_of_forward(root, self.traced_func_name),
-                why="every call of the net would use the same numbers.",
-                hint="Draw them with torch.rand, torch.randn, torch.rand_like or torch.bernoulli of a recorded value.",
-            )
-        return graph
+            return self._record_graph(root)
 
-    def create_args_for_root(self, root_fn: Any, is_module: bool, concrete_args: Any = None) -> tuple[Any, list[Any]]:
+    def _record_graph(self, root: nn.Module) -> fx.Graph:
+        """Record the nodes of one step, as `torch.fx.Tracer.trace` does, but without patches of `nn.Module`."""
+        self.root, self.root_module_name = root, type(root).__name__
+        self.graph = fx.Graph(tracer_cls=type(self))
+        self.tensor_attrs = {}
+        root_fn = getattr(type(root), self.traced_func_name)
+        self._wrapped_functions = WrappedFunctions(self._autowrap_function_ids)
         leaves, spec = pytree.tree_flatten(self.arguments)
         args, kwargs = pytree.tree_unflatten([self._argument(leaf) for leaf in leaves], spec)
         self._prepare(self)
+        with recording_modules(self), self._wrapped_functions, self.draws.detected():
+            self._wrapped_functions.look_in(getattr(root_fn, "__globals__", {}))
+            results = self.one_step(root, root_fn, args, {**kwargs, **self.carried_arguments})
+            self.create_node("output", "output", (self.create_arg(results),), {})
+        return self.graph
 
-        def one_step(root: nn.Module) -> Any:
-            with self.writes:
-                outputs = self._call_root(root, root_fn, args, {**kwargs, **self.carried_arguments})
-            flat, self.output_spec = pytree.tree_flatten(self.take_carried(outputs))
-            refuse_outputs(flat, location_of_forward(root, self.traced_func_name))
+    def one_step(
+        self, root: nn.Module, root_fn: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> tuple[tuple[Any, ...], ...]:
+        """Run the step on proxies: `(outputs, next states, initial values)`."""
+        with self.writes:
+            outputs = self._call_root(root, root_fn, args, kwargs)
+        flat, self.output_spec = pytree.tree_flatten(self.take_carried(outputs))
+        refuse_outputs(flat, location_of_forward(root, self.traced_func_name))
+        with self.draws.unobserved():
             self._finish(self)
-            names = list(self.slot_values)
-            return (
-                tuple(flat),
-                tuple(self.slot_values[name] for name in names),
-                tuple(self.slot_initials.get(name) for name in names),
-            )
+        names = list(self.slot_values)
+        return (
+            tuple(flat),
+            tuple(self.slot_values[name] for name in names),
+            tuple(self.slot_initials.get(name) for name in names),
+        )
 
-        one_step.__globals__.setdefault("__name__", __name__)
-        return one_step, [self.root]
+    def read_of(self, module: nn.Module, name: str) -> Any:
+        return self._setting_reads.read_of(module, name)
+
+    def registered(self, name: str, value: Any) -> Any:
+        return self.getattr(name, value, self._registered_proxies)
+
+    def call_of(self, module: nn.Module, forward: Callable[..., Any], args: Any, kwargs: Any) -> Any:
+        self._wrapped_functions.look_in(getattr(getattr(module, "forward", module), "__globals__", {}))
+        return self.call_module(module, forward, args, kwargs)
 
     def _call_root(
         self, root: nn.Module, root_fn: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]
@@ -179,11 +199,14 @@ class StepTracer(fx.Tracer):
         if "" in self.opaque:
             return mark_returned(self.calls.call(root, "", call_opaque, composite_adapter(root), args, kwargs), "")
         replaced = vars(root).get(self.traced_func_name)  # a forward that replaces the one of the class
-        python_state = python_rng_state()
+        draws_from_python = False
+        outputs: Any = None
         try:
             outputs = root_fn(root, *args, **kwargs) if replaced is None else replaced(*args, **kwargs)
         except SubmoduleNotTraceable:
             raise
+        except PythonDraw:
+            draws_from_python = True
         except CaptureError as error:
             # An error with a cause comes from running the step on the example inputs, so stepping would fail too.
             if error.code != "SNNFX201" or error.__cause__ is not None:
@@ -202,7 +225,7 @@ class StepTracer(fx.Tracer):
             if self.values.mode is None:  # unknown whether the step runs at all
                 raise refusal from error
             raise SubmoduleNotTraceable("", refusal.why, refusal) from error
-        if python_rng_state() != python_state:
+        if draws_from_python or self.draws.from_python_or_numpy():
             refusal = CaptureError(
                 "SNNFX215",
                 "the step draws random numbers from Python or NumPy",
@@ -294,10 +317,12 @@ class StepTracer(fx.Tracer):
             )
         source = self._tensor_behind_view(kind, target, args)
         if source is not None:
-            proxy = super().create_proxy(kind, target, (source, *args[1:]), kwargs, *rest, **more)
+            with self.draws.unobserved():
+                proxy = super().create_proxy(kind, target, (source, *args[1:]), kwargs, *rest, **more)
             proxy.node.meta["without_gradient"] = True
             return proxy
-        proxy = super().create_proxy(kind, target, args, kwargs, *rest, **more)
+        with self.draws.unobserved():
+            proxy = super().create_proxy(kind, target, args, kwargs, *rest, **more)
         if kind.startswith("call") and self.is_without_gradient() and not self.calls.is_recording:
             if is_in_place(proxy.node):
                 proxy.node.meta["without_gradient"] = True
@@ -395,13 +420,7 @@ class StepTracer(fx.Tracer):
     def path_of_module(self, mod: nn.Module) -> str:
         if mod in self._paths:
             return self._paths[mod]
-        raise CaptureError(
-            "SNNFX211",
-            f"the model calls a {type(mod).__name__} that is not one of its submodules",
-            where=format_location(user_location()),
-            why="snnfx can trace only registered modules.",
-            hint="Assign it as an attribute of a module, or use nn.ModuleList or nn.ModuleDict.",
-        )
+        refuse_unregistered_module(mod)
 
     def call_module(
         self, m: nn.Module, forward: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]
@@ -431,13 +450,16 @@ class StepTracer(fx.Tracer):
             is_pair = isinstance(m, nn.LSTMCell)
             return (element_of(result, 0, name), element_of(result, 1, name)) if is_pair else result
         _refuse_hooks(m, name)
-        python_state = python_rng_state()
         try:
             result = super().call_module(m, forward, args, kwargs)
-            if name and python_rng_state() != python_state:
+            if name and self.draws.from_python_or_numpy():
                 raise SubmoduleNotTraceable(name, _USES_PYTHON_RNG)
         except SubmoduleNotTraceable:
             raise
+        except PythonDraw as draw:
+            if name == "":
+                raise
+            raise SubmoduleNotTraceable(name, _USES_PYTHON_RNG) from draw
         except CaptureError as error:
             if error.code not in ("SNNFX201", "SNNFX202") or name == "":
                 raise

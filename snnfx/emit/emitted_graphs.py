@@ -124,7 +124,8 @@ class EmittedGraphs:
         """Store region modules under `snnfx_regions.<label>`, the container that a graph was emitted for."""
         container = nn.Module()
         container._modules.update(regions)
-        self._containers[label] = container
+        # A new dict: another thread may iterate over the modules of the net.
+        cast(nn.Module, self.root._modules[REGIONS])._modules = {**self._containers, label: container}
 
     def region_modules(self, training: bool) -> dict[str, nn.Module]:
         """The modules that run the regions of a mode, by region name."""

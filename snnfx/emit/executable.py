@@ -6,17 +6,18 @@ planning and execution do not depend on `Net`.
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable, Mapping
 from typing import Any
 
 from torch import nn
 
 from snnfx.emit.arguments import Arguments
-from snnfx.emit.emitted_graphs import CONSTANTS, EmittedGraphs
+from snnfx.emit.emitted_graphs import CONSTANTS, REGIONS, EmittedGraphs
 from snnfx.emit.recompute_forms import RecomputeForm, RecomputeForms
 from snnfx.emit.recompute_segments import RecomputePlan
 from snnfx.ir.options import ConvertOptions, time_dims_of_leaves
-from snnfx.ir.program import Region, StepProgram
+from snnfx.ir.program import SELF_TARGET, Region, StepProgram
 
 __all__ = ["Executable"]
 
@@ -43,6 +44,16 @@ class Executable:
         self._arguments = {mode: Arguments(p, time_dims, options) for mode, p in programs.items()}
         self.graphs = EmittedGraphs(root, self.programs, self._arguments, options)
         self._recompute_forms = RecomputeForms(self.graphs)
+
+    def with_source(self, source: nn.Module) -> Executable:
+        """The same graphs for a copy of the model, which has the same submodules."""
+        executable = copy.copy(self)
+        root = nn.Module()
+        own = {name: self.root._modules[name] for name in (CONSTANTS, REGIONS)}
+        root.__dict__.update(_parameters=source._parameters, _buffers=source._buffers)
+        root.__dict__.update({"_modules": {**source._modules, **own}, SELF_TARGET: source})
+        executable.root, executable.source = root, source
+        return executable
 
     @property
     def training(self) -> bool:

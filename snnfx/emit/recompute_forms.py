@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -15,7 +16,6 @@ from snnfx.emit.fold_parts import emit_parts, split_folds
 from snnfx.emit.recompute_segments import RecomputePlan, recompute_segments
 from snnfx.emit.tiling import group_tiles
 from snnfx.ir.program import Region
-from snnfx.recompute.replay import recompute_lock
 from snnfx.recompute.tile import Tile
 
 __all__ = ["RecomputeForm", "RecomputeForms"]
@@ -36,6 +36,10 @@ class RecomputeForm:
     regions: tuple[Region, ...]
 
 
+_making = threading.RLock()
+"""Acquired while a form is made: forms number their containers, and calls of several threads may need the same form."""
+
+
 class RecomputeForms:
     """Makes and caches the recompute forms of emitted graphs, by mode and part."""
 
@@ -46,6 +50,10 @@ class RecomputeForms:
 
     def form(self, training: bool, part: str) -> RecomputeForm:
         """The "main" or "plain" graph of a mode, divided into tiles."""
+        with _making:
+            return self._form(training, part)
+
+    def _form(self, training: bool, part: str) -> RecomputeForm:
         graphs, key = self.graphs, (training, part)
         if key not in self._forms:
             program, label = graphs.programs[training], f"parts_{len(self._forms)}"
@@ -66,6 +74,10 @@ class RecomputeForms:
 
     def runner(self, training: bool, part: str, plan: RecomputePlan) -> Callable[..., Any]:
         """The function that runs the "main" or "plain" graph of a mode with the segments of a plan."""
+        with _making:
+            return self._runner(training, part, plan)
+
+    def _runner(self, training: bool, part: str, plan: RecomputePlan) -> Callable[..., Any]:
         form, program = self.form(training, part), self.graphs.programs[training]
         key = (training, part, plan.segments, tuple(sorted(plan.slices.items(), key=str)), plan.twice, plan.packs)
         if key not in self._runners:
@@ -75,13 +87,5 @@ class RecomputeForms:
             nodes = program.nodes_by_name
             graph, modules = recompute_segments(form.graph, form.tiles, plan, container, nodes, ranges)
             self.graphs.keep(label, modules)
-            self._runners[key] = _with_recompute_lock(compile_graph(graph))
+            self._runners[key] = compile_graph(graph)
         return self._runners[key]
-
-
-def _with_recompute_lock(run: Callable[..., Any]) -> Callable[..., Any]:
-    def run_locked(*arguments: Any) -> Any:
-        with recompute_lock:
-            return run(*arguments)
-
-    return run_locked

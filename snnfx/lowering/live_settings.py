@@ -8,6 +8,7 @@ objects that they were collected from, and stays valid as long as the module has
 from __future__ import annotations
 
 import operator
+import types
 from collections.abc import Collection, Iterator, Sequence
 from itertools import chain
 from typing import Any
@@ -143,4 +144,8 @@ def _hashable(value: Any) -> Any:
         return (dict, *[(_hashable(k), _hashable(v)) for k, v in value.items()])
     if isinstance(value, Tensor):
         return (id(value), value.shape, value.dtype, value.requires_grad)
+    if isinstance(value, types.MethodType):
+        # Recomputation runs with copies of modules, whose methods are bound to the copies.
+        owner = value.__self__
+        return (id(value.__func__), type(owner) if isinstance(owner, nn.Module) else id(owner))
     return id(value)

@@ -61,7 +61,7 @@ def start_value(state: dict[str, Any] | None, name: str, current: Tensor) -> Any
 
 
 def carry_gradient(tensor: Tensor) -> Tensor:
-    """A copy of a parameter that a call changes in place: the change then invalidates nothing that autograd saved."""
+    """A copy of a parameter that a call changes in place, so that the change leaves saved tensors of autograd valid."""
     return tensor.clone() if tensor.requires_grad else tensor
 
 

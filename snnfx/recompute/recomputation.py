@@ -23,7 +23,7 @@ from snnfx.ops.batched_gradients import for_each_gradient
 from snnfx.ops.first_derivatives import refuse_second_derivative
 from snnfx.recompute.batch_statistics import as_non_view
 from snnfx.recompute.bit_packing import PackedTensor, pack
-from snnfx.recompute.replay import ModuleSettings, parameters_of, recompute_lock
+from snnfx.recompute.replay import ModuleSettings, parameters_of
 from snnfx.recompute.segment import Segment, SegmentCall, TileCall
 from snnfx.recompute.segment_vjp import backward
 from snnfx.sandbox.torch_internals import are_transforms_active, pytree
@@ -58,10 +58,9 @@ def run_segment(segment: Segment, values: tuple[Any, ...]) -> tuple[Any, ...]:
     positions = [i for i, leaf in enumerate(leaves) if isinstance(leaf, Tensor)]
     non_tensors = [None if isinstance(leaf, Tensor) else leaf for leaf in leaves]
     needs_gradient = [_needs_gradient(product, values) for product in segment.products]
-    with recompute_lock:
-        settings = ModuleSettings(modules, parameters)
-        call = SegmentCall(segment, non_tensors, spec, positions, settings, needs_gradient)
-        results = iter(_RecomputedSegment.apply(call, *tensors, *parameters))
+    settings = ModuleSettings(modules, parameters)
+    call = SegmentCall(segment, non_tensors, spec, positions, settings, needs_gradient)
+    results = iter(_RecomputedSegment.apply(call, *tensors, *parameters))
     return pytree.tree_unflatten(  # type: ignore[no-any-return]
         [next(results) if is_tensor else value for is_tensor, value in call.result_leaves], call.result_spec
     )

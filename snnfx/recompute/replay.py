@@ -1,13 +1,13 @@
 """Restore module settings, RNG state and autocast of the forward pass for recomputation.
 
 State is a value, so a second run cannot change it. A run also depends on the mode, the settings and the buffers of
-modules, on the RNG state, and on autocast. Buffers are replaced by copies, so that running statistics are updated once.
+modules, on the RNG state, and on autocast. Backward runs structural copies of the modules with detached parameters and
+copied buffers: running statistics are updated once, and other threads see only the modules themselves.
 """
 
 from __future__ import annotations
 
 import contextlib
-import threading
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -16,16 +16,18 @@ import torch
 from torch import Tensor, nn
 
 from snnfx.sandbox.isolation import RNGState, rng_state
+from snnfx.sandbox.structural_copy import StructuralCopy
 
-__all__ = ["AutocastState", "ModuleSettings", "parameters_of", "recompute_lock", "replay_rng"]
-
-recompute_lock = threading.RLock()
-"""Acquired while a segment runs: recomputation replaces the parameters of modules, which no other thread may see."""
+__all__ = ["AutocastState", "Buffers", "ModuleReplicas", "ModuleSettings", "parameters_of", "replay_rng"]
 
 
 def parameters_of(modules: Sequence[nn.Module]) -> list[Tensor]:
     """The parameters of modules, without those of their children, each once."""
     return list({id(p): p for m in modules for p in m._parameters.values() if p is not None}.values())
+
+
+Buffers = list[tuple[int, str, Tensor]]
+"""Values of buffers: the number of the module, the name, the value."""
 
 
 @dataclass
@@ -37,55 +39,57 @@ class ModuleSettings:
 
     def __post_init__(self) -> None:
         number = {id(p): i for i, p in enumerate(self.parameters)}
-        self.locations: list[tuple[Any, Any, int]] = [
-            (m._parameters, key, number[id(p)])
-            for m in self.modules
+        self.locations: list[tuple[int, str, Any, int]] = [
+            (i, "_parameters", key, number[id(p)])
+            for i, m in enumerate(self.modules)
             for key, p in m._parameters.items()
             if p is not None
         ]
-        for m in self.modules:
+        for i, m in enumerate(self.modules):
             if isinstance(m, nn.RNNBase):
                 # Its forward reads the parameters from this list, not from `_parameters`.
                 weights = enumerate(m._flat_weights)
-                self.locations += [(m._flat_weights, i, number[id(p)]) for i, p in weights if id(p) in number]
+                self.locations += [(i, "_flat_weights", k, number[id(p)]) for k, p in weights if id(p) in number]
         self.training = [m.training for m in self.modules]
         self.settings = [_settings_of(m) for m in self.modules]
 
-    def copy_buffers(self) -> list[tuple[dict[str, Any], str, Tensor]]:
-        """Copies of the buffers that a run may change (modules in training mode), as `(registry, name, copy)`."""
-        changing = [m for m in self.modules if m.training]
-        return [(m._buffers, key, b.clone()) for m in changing for key, b in m._buffers.items() if b is not None]
+    def copy_buffers(self) -> Buffers:
+        """Copies of the buffers that a run may change: those of modules in training mode."""
+        changing = [(i, m) for i, m in enumerate(self.modules) if m.training]
+        return [(i, key, b.clone()) for i, m in changing for key, b in m._buffers.items() if b is not None]
 
-    @contextlib.contextmanager
-    def restored(
-        self, parameters: Sequence[Tensor], buffers: Sequence[tuple[dict[str, Any], str, Tensor]]
-    ) -> Iterator[None]:
-        """Restore mode and settings, with these parameters and with copies of these buffers, for a block."""
-        undo: list[tuple[Any, Any, Any]] = []
-        registry: Any
-        recompute_lock.acquire()
-        modes = [(m, m.training) for m in self.modules]
-        try:
-            for registry, key, index in self.locations:
-                undo.append((registry, key, registry[key]))
-                registry[key] = parameters[index]
-            for registry, key, value in buffers:
-                undo.append((registry, key, registry[key]))
-                registry[key] = value.clone()
-            for module, training, settings in zip(self.modules, self.training, self.settings, strict=True):
-                module.training = training
-                for name, value in settings.items():
-                    current = module.__dict__.get(name, value)
-                    if current is not value and (type(current) is not type(value) or current != value):
-                        undo.append((module.__dict__, name, current))
-                        module.__dict__[name] = value
-            yield
-        finally:
-            for registry, key, original in reversed(undo):
-                registry[key] = original
-            for module, training in modes:
-                module.training = training
-            recompute_lock.release()
+    def replicas(self, parameters: Sequence[Tensor], buffers: Buffers) -> ModuleReplicas:
+        """Copies of the modules with mode and settings of the forward run, with these parameters and buffers."""
+        replicas = ModuleReplicas(self.modules, buffers)
+        for i, registry, key, index in self.locations:
+            replicas.modules[i].__dict__[registry][key] = parameters[index]
+        for module, training, settings in zip(replicas.modules, self.training, self.settings, strict=True):
+            module.training = training
+            module.__dict__.update(settings)
+        return replicas
+
+
+class ModuleReplicas:
+    """Structural copies of modules, on which backward recomputes: other threads use the modules meanwhile.
+
+    Args:
+        modules: the modules.
+        buffers: the values of buffers at the beginning of each run.
+    """
+
+    def __init__(self, modules: Sequence[nn.Module], buffers: Buffers) -> None:
+        self._copies = StructuralCopy(objects=False)  # kernels are cached by the identity of objects
+        self.modules: list[nn.Module] = [self._copies.of(m) for m in modules]
+        self._buffers = buffers
+
+    def of(self, module: nn.Module) -> nn.Module:
+        """The replica of one of the modules."""
+        return self._copies.of(module)  # type: ignore[no-any-return]
+
+    def restart(self) -> None:
+        """Set the buffers to copies of their first values, which a run may change."""
+        for i, key, value in self._buffers:
+            self.modules[i]._buffers[key] = value.clone()
 
 
 def _settings_of(module: nn.Module) -> dict[str, Any]:

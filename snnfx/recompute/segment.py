@@ -10,7 +10,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from snnfx.recompute.batch_statistics import uses_batch_statistics
-from snnfx.recompute.replay import AutocastState, ModuleSettings, replay_rng
+from snnfx.recompute.replay import AutocastState, Buffers, ModuleReplicas, ModuleSettings, replay_rng
 from snnfx.recompute.tile import (
     JoinedSlices,
     Slices,
@@ -139,7 +139,7 @@ class SegmentCall:
     sequence_count: int = 0
     T: int = 0
     N: int = 0
-    buffers: list[Any] = field(default_factory=list)
+    buffers: Buffers = field(default_factory=list)
     rng_states: dict[int, RNGState] = field(default_factory=dict)  # by the index of a product, or TILE
     from_batch: dict[int, bool] = field(default_factory=dict)  # by number of the mean: False for running statistics
     autocast: AutocastState = field(default_factory=AutocastState)
@@ -237,10 +237,10 @@ class SegmentCall:
         return tuple(sequence.whole for sequence in joined), join_states(finals)
 
     @contextlib.contextmanager
-    def replayed(self, parameters: Sequence[Tensor], index: int) -> Iterator[None]:
-        """Restore modules, autocast and RNG state of the forward run of one product, or of the tile."""
-        state = self.rng_states.get(index)
-        with self.modules.restored(parameters, self.buffers), self.autocast.restored(), replay_rng(state):
+    def replayed(self, replicas: ModuleReplicas, index: int) -> Iterator[None]:
+        """Restore buffers, autocast and RNG state of the forward run of one product, or of the tile."""
+        replicas.restart()
+        with self.autocast.restored(), replay_rng(self.rng_states.get(index)):
             yield
 
 

@@ -74,11 +74,14 @@ class _SegmentBackward:
         needs: Sequence[bool],
     ) -> None:
         self.call, self.segment = call, call.segment
-        self.values: dict[int, Any] = dict(enumerate(call.values(tensors)))
+        needs_of_parameters = needs[len(tensors) :]
+        self.parameters = [p.detach().requires_grad_(n) for p, n in zip(parameters, needs_of_parameters, strict=True)]
+        self.replicas = call.modules.replicas(self.parameters, call.buffers)
+        values = pytree.tree_map_only(nn.Module, self.replicas.of, call.values(tensors))
+        self.values: dict[int, Any] = dict(enumerate(values))
         leaves = [(n, i, leaf) for n, v in self.values.items() for i, leaf in enumerate(pytree.tree_leaves(v))]
         self.keys: list[Key] = [(n, i) for n, i, leaf in leaves if isinstance(leaf, Tensor | PackedTensor)]
         self.needed = {key for key, need in zip(self.keys, needs, strict=False) if need}
-        self.parameters = [p.detach().requires_grad_(n) for p, n in zip(parameters, needs[len(tensors) :], strict=True)]
         self.trained = [(i, p) for i, p in enumerate(self.parameters) if p.requires_grad]
         self.grads_of_parameters: list[Tensor | None] = [None] * len(self.parameters)
         self.grads: dict[Key, Tensor] = {}
@@ -102,16 +105,16 @@ class _SegmentBackward:
         """Differentiate the segment, given the gradients of its results."""
         segment, call = self.segment, self.call
         if not segment.statistics:
-            with call.replayed(self.parameters, TILE):
+            with call.replayed(self.replicas, TILE):
                 self._run_slices(segment.fused_calls, grads)
             return
         twice = segment.recompute_products_twice
         graphs: dict[int, list[_SliceGraph]] = {}
         if segment.products and not twice:
             for index, product in enumerate(segment.products):
-                with call.replayed(self.parameters, index):
+                with call.replayed(self.replicas, index):
                     graphs[index] = self._recompute_product(product)
-        with call.replayed(self.parameters, TILE):
+        with call.replayed(self.replicas, TILE):
             self._run_slices(segment.calls if twice else (segment.tile,), grads)
         outputs = {n for product in segment.products for n in product.outputs}
         for x in dict.fromkeys(c.x for c in segment.statistics if c.x not in outputs):
@@ -121,7 +124,7 @@ class _SegmentBackward:
                 del value
         for index, product in enumerate(segment.products):
             if call.needs_gradient[index]:
-                with call.replayed(self.parameters, index):
+                with call.replayed(self.replicas, index):
                     self._differentiate_product(product, graphs.pop(index, None))
 
     # -- the first pass ---------------------------------------------------------------------------------------------

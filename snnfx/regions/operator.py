@@ -22,6 +22,7 @@ from snnfx.regions.kernel_operator import fake_results, run_backward, run_forwar
 from snnfx.regions.region_kernels import RegionKernels
 from snnfx.regions.sequence_region import SequenceRegion, region_of_handle, tensors_of
 from snnfx.sandbox.plain_dispatch import ordinary_dispatch
+from snnfx.sandbox.structural_copy import StructuralCopy
 
 __all__ = ["run_loop_as_operator", "run_map_as_operator"]
 
@@ -46,34 +47,21 @@ def run_map_as_operator(region: EagerMap, x_seq: Sequence[Tensor], constants: Se
     return tuple(torch.ops.snnfx.run_region(region.handle, list(x_seq), tensors, [], False, needs))
 
 
-@contextlib.contextmanager
-def _constants_using(region: SequenceRegion, tensors: Sequence[Tensor]) -> Iterator[list[Any]]:
-    """The constants of a region, its modules with their parameters and buffers replaced by `tensors`."""
+def _constants_using(region: SequenceRegion, tensors: Sequence[Tensor]) -> list[Any]:
+    """The constants of a region, its modules replaced by copies that have `tensors` as parameters and buffers."""
     remaining = iter(tensors)
-    undo: list[tuple[dict[str, Any], str, Any]] = []
     constants: list[Any] = []
-    try:
-        for target in region.constant_targets:
-            if target is None:
-                constants.append(next(remaining))
-                continue
-            assert region.resolve is not None
-            module = region.resolve(target)
-            constants.append(module)
-            for kind, named in (("_parameters", module.named_parameters()), ("_buffers", module.named_buffers())):
-                for name, own in list(named):
-                    replacement = next(remaining)
-                    for owner in module.modules():
-                        registry = getattr(owner, kind)
-                        for key, value in registry.items():
-                            if value is own:
-                                undo.append((registry, key, own))
-                                registry[key] = replacement
-                    del name
-        yield constants
-    finally:
-        for registry, key, own in reversed(undo):
-            registry[key] = own
+    for target in region.constant_targets:
+        if target is None:
+            constants.append(next(remaining))
+            continue
+        assert region.resolve is not None
+        module = region.resolve(target)
+        replacements = {id(own): next(remaining) for own in (*module.parameters(), *module.buffers())}
+        # Copies, because other threads use the modules meanwhile.
+        copies = StructuralCopy(tensor=lambda own, by_id=replacements: by_id.get(id(own), own), objects=False)  # type: ignore[misc]
+        constants.append(copies.of(module))
+    return constants
 
 
 def _constants_of(region: SequenceRegion, tensors: Sequence[Tensor]) -> list[Any]:
@@ -158,7 +146,8 @@ def run_region(
     results = _run_kernel(region, run_forward, x_seq, tensors, state, has_state, needs)
     if results is not None:
         return results
-    with ordinary_dispatch(grad=False), _constants_using(region, tensors) as constants:
+    with ordinary_dispatch(grad=False):
+        constants = _constants_using(region, tensors)
         if isinstance(region, EagerMap):
             return unaliased(region.map_eagerly(x_seq, constants), [*x_seq, *tensors])
         current: Any = tuple(state) if has_state else None
@@ -189,7 +178,8 @@ def _(
         if results is not None:
             return results
     T = x_seq[0].shape[0]
-    with _constants_using(region, tensors) as constants, _real_tensors_allowed(x_seq):
+    constants = _constants_using(region, tensors)
+    with _real_tensors_allowed(x_seq):
         x = [x[0] for x in x_seq]
         if isinstance(region, EagerMap):
             return [y.new_empty((T, *y.shape)) for y in region(*constants, *x)]
@@ -231,15 +221,15 @@ def run_region_backward(
         xs = leaves[: len(x_seq)]
         leaf_tensors = leaves[len(x_seq) : len(x_seq) + len(tensors)]
         first = leaves[len(x_seq) + len(tensors) :]
-        with _constants_using(region, leaf_tensors) as constants:
-            if isinstance(region, EagerMap):
-                needed = [leaf for leaf, n in zip(leaves, needs, strict=True) if n]
-                gradients = _vjp(region.map_eagerly(xs, constants), grads, needed)
-                results = [torch.zeros_like(w) if g is None else g for w, g in zip(needed, gradients, strict=True)]
-            else:
-                results = _backward_through_time(
-                    region, constants, xs, leaf_tensors, first if has_state else None, kept, grads, needs
-                )
+        constants = _constants_using(region, leaf_tensors)
+        if isinstance(region, EagerMap):
+            needed = [leaf for leaf, n in zip(leaves, needs, strict=True) if n]
+            gradients = _vjp(region.map_eagerly(xs, constants), grads, needed)
+            results = [torch.zeros_like(w) if g is None else g for w, g in zip(needed, gradients, strict=True)]
+        else:
+            results = _backward_through_time(
+                region, constants, xs, leaf_tensors, first if has_state else None, kept, grads, needs
+            )
         return unaliased(results, [*x_seq, *tensors, *state, *kept, *grads])
 
 

@@ -189,9 +189,9 @@ class RegionKernels:
             entry = self._latest[1]
         else:
             entry = self._cached_or_lowered(exact, x_seq, state, constants)
-        for fetch, identity, version in entry.baked:
+        for fetch, reference, version in entry.baked:
             tensor = fetch(constants)
-            if id(tensor) != identity or tensor._version != version:
+            if tensor is not reference() or tensor._version != version:
                 entry, _ = self.step_lowering.lower(x_seq, state, constants)
                 self._keep(exact, entry)
                 break

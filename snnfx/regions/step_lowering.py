@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import weakref
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, cast
@@ -39,7 +40,7 @@ class LoweringResult:
         lowered: the lowered step, or None.
         initial: the states before the first step; None if the caller gives them or only the first step computes them.
         constants: functions that fetch the tensors that the step reads from the constants of a call.
-        baked: for each tensor whose value is part of the recording: how to fetch it, its id and its version.
+        baked: for each tensor whose value is part of the recording: how to fetch it, a reference to it, its version.
         keep_alive: the objects whose ids are part of the cache key.
         reason: if `lowered` is None, the reason as a clause.
         built: the gradients (None: inference) for which the kernels have been built.
@@ -48,7 +49,7 @@ class LoweringResult:
     lowered: LoweredStep | MixedStep | None
     initial: InitialStates | None
     constants: tuple[Callable[[Sequence[Any]], Tensor], ...] = ()
-    baked: tuple[tuple[Callable[[Sequence[Any]], Tensor], int, int], ...] = ()
+    baked: tuple[tuple[Callable[[Sequence[Any]], Tensor], weakref.ref[Tensor], int], ...] = ()
     keep_alive: tuple[Any, ...] = ()
     reason: str = ""
     built: frozenset[Any] = frozenset()
@@ -121,7 +122,7 @@ class StepLowering:
             lowered,
             initial,
             tuple(_fetcher(recording.constants[i], constants) for _, i in _constants_of(lowered)),
-            tuple((_fetcher(t, constants), id(t), version) for t, version in recording.baked),
+            tuple((_fetcher(t, constants), weakref.ref(t), version) for t, version in recording.baked),
             keep_alive,
         )
         if isinstance(lowered, MixedStep):
@@ -276,9 +277,24 @@ def _fetcher(tensor: Tensor, constants: Sequence[Any]) -> Callable[[Sequence[Any
         if constant is tensor:
             return lambda given, index=index: given[index]  # type: ignore[misc]
         if isinstance(constant, nn.Module):
-            for module in constant.modules():
-                for registry in (module._parameters, module._buffers):
-                    for name, value in registry.items():
+            for path, module in constant.named_modules():
+                for registry in ("_parameters", "_buffers"):
+                    for name, value in module.__dict__[registry].items():
                         if value is tensor:
-                            return lambda given, registry=registry, name=name: registry[name]  # type: ignore[misc]
+                            return _fetcher_of_registered(index, path, registry, name)
     return lambda given: tensor
+
+
+def _fetcher_of_registered(index: int, path: str, registry: str, name: str) -> Callable[[Sequence[Any]], Tensor]:
+    """Fetch by path, not from the registry itself: recomputation runs with copies of the modules."""
+    if not path:
+        return lambda given: given[index].__dict__[registry][name]  # type: ignore[no-any-return]
+    atoms = path.split(".")
+
+    def fetch(given: Sequence[Any]) -> Tensor:
+        module = given[index]
+        for atom in atoms:
+            module = module._modules[atom]
+        return module.__dict__[registry][name]  # type: ignore[no-any-return]
+
+    return fetch

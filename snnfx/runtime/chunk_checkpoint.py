@@ -20,16 +20,16 @@ def checkpoint_chunk(run: Callable[..., Any], source: nn.Module) -> Callable[...
     """A function that saves only the inputs and the state of a chunk for backward.
 
     Args:
-        run: runs some time steps, `(inputs, state) -> (outputs, state)`; backward runs it again.
-        source: the model whose parameters and buffers `run` reads.
+        run: runs some time steps, `(source, inputs, state) -> (outputs, state)`; backward runs it again.
+        source: the model whose modules `run` calls; backward passes a copy of it.
 
     Returns:
         A function with the signature of `run`.
     """
 
     def run_tile(_: Tile, *operands: Any) -> Any:
-        *inputs, state, _source = operands
-        outputs, state = run(inputs, state)
+        *inputs, state, source = operands
+        outputs, state = run(source, inputs, state)
         return tuple(outputs), (state,)
 
     def checkpointed(inputs: list[Tensor], state: Any) -> Any:

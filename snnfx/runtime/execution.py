@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable, Iterable
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from snnfx.emit.executable import Executable
 from snnfx.errors import InputError, warn_once
@@ -124,6 +125,14 @@ class Execution:
         self.persistent.write(next_state)
         return pytree.tree_unflatten(list(flat), executable.program.output_spec), next_state, ()
 
+    def _with_source(self, source: nn.Module) -> Execution:
+        """Execute the same graphs with the modules of a copy of the model."""
+        execution = copy.copy(self)
+        execution.executable = self.executable.with_source(source)
+        execution.plans = copy.copy(self.plans)
+        execution.plans.executable = execution.executable
+        return execution
+
     def _run_all_steps(
         self, leaves: list[Tensor], state: State | None, record: tuple[str, ...], T: int
     ) -> tuple[Flat, State, Flat]:
@@ -186,8 +195,9 @@ class Execution:
         def run_checkpointed(*chunk_and_state: Any) -> tuple[Flat, State]:
             *chunk, state = chunk_and_state
 
-            def run(inputs: list[Tensor], state: State | None) -> tuple[Flat, State]:
-                flat, next_state, _ = self._run_all_steps(inputs, state, (), chunk[0].shape[0])
+            def run(source: nn.Module, inputs: list[Tensor], state: State | None) -> tuple[Flat, State]:
+                execution = self if source is self.executable.source else self._with_source(source)
+                flat, next_state, _ = execution._run_all_steps(inputs, state, (), chunk[0].shape[0])
                 return flat, next_state
 
             return checkpoint_chunk(run, self.executable.source)(inputs_of(chunk), state)  # type: ignore[no-any-return]

@@ -1,4 +1,4 @@
-"""Persistent state: buffers and parameters that the steps of a model change, read before and written after a call."""
+"""Persistent state: buffers and parameters that steps change; read before a call and written after it."""
 
 from __future__ import annotations
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import warnings
+import weakref
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
@@ -159,7 +160,7 @@ def capture_again(net: Net, leaves: list[Tensor], given: dict[str, Any]) -> None
     warn_once(
         "SNNFX315",
         f"{what}; the net captures the model again.{advice}",
-        key=(id(net), guard.name if guard is not None else what),
+        key=(weakref.ref(net), guard.name if guard is not None else what),
     )
     recaptured = replan(net, *_example_of_call(net, leaves, given))
     programs = recaptured.programs

@@ -27,17 +27,20 @@ class StateSnapshot:
     restore_functions: list[Callable[[], None]]
 
     @staticmethod
-    def of(model: nn.Module, functions: bool = False) -> StateSnapshot:
+    def of(model: nn.Module, rng: bool = True, functions: bool = False) -> StateSnapshot:
         """Take the snapshot of a model and all its submodules.
 
         Args:
             model: the model.
+            rng: whether to include the random number generators.
             functions: whether to include what functions in its attributes hold, such as the variables of a closure.
         """
         restore_functions: list[Callable[[], None]] = []
         for module in model.modules():
             restore_functions.append(_attribute_restorer(module, functions))
         restore_functions.append(ClassContentsSnapshot(model).restore)
+        if not rng:
+            return StateSnapshot(restore_functions)
         python_state = python_rng_state()
         restore_functions.append(lambda: restore_python_rng_state(python_state))
         rng_state = torch.get_rng_state()

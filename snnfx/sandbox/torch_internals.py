@@ -8,6 +8,7 @@ the private attributes of torch's objects that snnfx reads (`module._buffers`, `
 from __future__ import annotations
 
 import contextlib
+import math
 import threading
 import types
 from collections.abc import Callable, Iterator
@@ -29,6 +30,7 @@ from torch._subclasses.fake_tensor import (
     unset_fake_temporarily,
 )
 from torch.autograd import Function, forward_ad
+from torch.fx._symbolic_trace import _autowrap_check, _patch_wrapped_functions, _Patcher
 from torch.fx.graph_module import _forward_from_src as function_from_source
 from torch.nn.modules.batchnorm import _BatchNorm as BatchNormBase
 from torch.nn.modules.batchnorm import _NormBase as NormBase
@@ -68,6 +70,7 @@ __all__ = [
     "SpectralNormParametrization",
     "TorchDispatchMode",
     "UnsupportedOperatorException",
+    "WrappedFunctions",
     "add_autograd_batch",
     "are_transforms_active",
     "broadcast_prefix",
@@ -158,6 +161,30 @@ def sequence_number(node: Any) -> int:
     return node._sequence_nr()  # type: ignore[no-any-return]
 
 
+class WrappedFunctions:
+    """Records calls of functions that fx wraps: those of `torch.fx.wrap`, of `math`, and of a tracer's list.
+
+    Args:
+        function_ids: the identities of the functions to wrap, wherever `look_in` finds them.
+    """
+
+    def __init__(self, function_ids: set[int]) -> None:
+        self._function_ids = function_ids
+        self._patcher = _Patcher()
+
+    def __enter__(self) -> WrappedFunctions:
+        _patch_wrapped_functions(self._patcher)
+        self.look_in(math.__dict__)
+        return self
+
+    def look_in(self, namespace: dict[str, Any]) -> None:
+        """Wrap the functions in the globals of a module; a wrapped function records only if a proxy is passed."""
+        _autowrap_check(self._patcher, namespace, self._function_ids)
+
+    def __exit__(self, *exc_info: object) -> None:
+        self._patcher.revert_all_patches()
+
+
 def has_global_forward_hooks() -> bool:
     """Whether forward hooks or pre-hooks are registered for all modules."""
     return bool(nn.modules.module._global_forward_hooks or nn.modules.module._global_forward_pre_hooks)
@@ -183,7 +210,7 @@ Replacement = Callable[[type[Function], tuple[Any, ...], dict[str, Any]], Any]
 
 @contextlib.contextmanager
 def intercepted_apply(wants: Wants, replacement: Replacement) -> Iterator[None]:
-    """Replace calls `SomeFunction.apply(*args, **kwargs)` of autograd functions.
+    """Replace calls `SomeFunction.apply(*args, **kwargs)` of autograd functions in this thread.
 
     This includes calls of bound methods that were stored before, `spike = SomeFunction.apply`, which a new attribute
     `apply` would not reach.
@@ -202,38 +229,66 @@ _HAS_PYTHON_APPLY = isinstance(vars(Function)["apply"], classmethod)
 _NO_SETUP_CONTEXT = Function.setup_context
 
 
+class _Interceptions(threading.local):
+    """The active interceptions of a thread, innermost last."""
+
+    def __init__(self) -> None:
+        self.stack: list[tuple[Wants, Replacement]] = []
+
+
+_interceptions = _Interceptions()
+_count_lock = threading.Lock()
+
+
 @contextlib.contextmanager
 def _code_of_apply(wants: Wants, replacement: Replacement) -> Iterator[None]:
-    """Give the function `Function.apply` other code: every bound method refers to this function."""
-    function = vars(Function)["apply"].__func__
-    outer_code, outer = function.__code__, vars(Function).get("snnfx_apply")
-    original = function
-    if outer is None:
-        original = types.FunctionType(outer_code, function.__globals__, closure=function.__closure__)
-    else:
-        original = outer.__func__.original
-
-    def apply(cls: type[Function], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        return replacement(cls, args, kwargs) if wants(args, kwargs) else original(cls, *args, **kwargs)
-
-    apply.original = original  # type: ignore[attr-defined]
-    Function.snnfx_apply = classmethod(apply)  # type: ignore[attr-defined]
-    function.__code__ = _OtherCode.apply.__code__
+    """Intercept the calls of this thread; the code of `Function.apply` was replaced at import."""
+    counts: Any = Function
+    _interceptions.stack.append((wants, replacement))
+    with _count_lock:
+        counts.snnfx_interceptions += 1
     try:
         yield
     finally:
-        function.__code__ = outer_code
-        if outer is None:
-            del Function.snnfx_apply  # type: ignore[attr-defined]
-        else:
-            Function.snnfx_apply = outer  # type: ignore[attr-defined]
+        with _count_lock:
+            counts.snnfx_interceptions -= 1
+        _interceptions.stack.pop()
 
 
-class _OtherCode:
+class _InterceptableApply:
     def apply(cls: Any, *args: Any, **kwargs: Any) -> Any:
-        """The code of `Function.apply` while calls are intercepted; it runs with the globals of torch's module."""
+        """The code of `Function.apply`; it runs with the globals of torch's module."""
         super  # noqa: B018 - creates the cell `__class__` that torch's code has too; the number of cells must agree
-        return cls.snnfx_apply(args, kwargs)
+        if cls.snnfx_interceptions:
+            return cls.snnfx_intercepted_apply(args, kwargs)
+        return cls.snnfx_original_apply(*args, **kwargs)
+
+
+def _make_apply_interceptable() -> None:
+    """Give the function `Function.apply` other code for good: every bound method refers to this function.
+
+    The code tests one integer, then the interceptions of the calling thread. Nothing else in torch changes for good.
+    """
+    counts: Any = Function
+    if hasattr(counts, "snnfx_interceptions"):
+        return
+    function = vars(Function)["apply"].__func__
+    original = types.FunctionType(function.__code__, function.__globals__, closure=function.__closure__)
+
+    def intercepted_apply(cls: type[Function], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        stack = _interceptions.stack
+        if stack and stack[-1][0](args, kwargs):
+            return stack[-1][1](cls, args, kwargs)
+        return original(cls, *args, **kwargs)
+
+    counts.snnfx_interceptions = 0
+    counts.snnfx_original_apply = classmethod(original)
+    counts.snnfx_intercepted_apply = classmethod(intercepted_apply)
+    function.__code__ = _InterceptableApply.apply.__code__
+
+
+if _HAS_PYTHON_APPLY:
+    _make_apply_interceptable()
 
 
 @contextlib.contextmanager

@@ -15,6 +15,7 @@ from snnfx.sandbox.user_code import location_of_forward
 from snnfx.state.memory_adapter import MemoryAdapter, step_by_swapping
 from snnfx.state.registry import adapter_of, named_stateful, storage_of
 from snnfx.state.stateful import Adapter, State
+from snnfx.state.step_locks import stepped_by_one_thread
 
 __all__ = ["CompositeAdapter", "composite_adapter", "is_stateful_tree"]
 
@@ -24,6 +25,7 @@ class CompositeAdapter(MemoryAdapter):
 
     def __init__(self, module: nn.Module) -> None:
         self.parts = [(f"{name}." if name else "", part, adapter) for name, part, adapter in named_stateful(module)]
+        self._stateful_modules = [part for _, part, _ in self.parts]
 
     def elementwise(self, module: nn.Module) -> bool:
         return False
@@ -49,15 +51,16 @@ class CompositeAdapter(MemoryAdapter):
             adapter.reset(part)
 
     def initial(self, module: nn.Module, *inputs: Any, **kwargs: Any) -> State:
-        before = self.read(module)
-        try:
-            self.reset(module)
-            return self.read(module)
-        finally:
-            self.write(module, before)
+        with stepped_by_one_thread(module, *self._stateful_modules):
+            before = self.read(module)
+            try:
+                self.reset(module)
+                return self.read(module)
+            finally:
+                self.write(module, before)
 
     def step(self, module: nn.Module, state: State, *inputs: Any, **kwargs: Any) -> tuple[Any, State]:
-        with _refusing_unregistered_state(module):
+        with stepped_by_one_thread(module, *self._stateful_modules), _refusing_unregistered_state(module):
             return step_by_swapping(self, module, state, *inputs, **kwargs)
 
 

@@ -24,7 +24,7 @@ def declare_leaf(cls: type, when: Callable[[nn.Module], bool] = lambda module: T
 
 def is_declared_leaf(module: nn.Module) -> bool:
     """Whether `declare_leaf` was called for the class of the module and applies to its configuration."""
-    when = _declared_leaves.get(type(module))
+    when = _declared_leaves.get(module.__class__)
     return when is not None and when(module)
 
 

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from snnfx.state.hooks import has_forward_hooks
 from snnfx.state.stateful import Adapter, State, Stateful
+from snnfx.state.step_locks import stepped_by_one_thread
 
 __all__ = ["MemoryAdapter", "copy_initial_value", "step_by_swapping"]
 
@@ -24,7 +25,7 @@ class MemoryAdapter:
 
     def is_leaf(self, module: nn.Module) -> bool:
         # Neurons of snnfx.neuron stay one node; a forward of the user is traced, so that only its cycle runs in a loop.
-        return _is_pure(type(module))
+        return _is_pure(module.__class__)
 
     def refuse(self, module: nn.Module, where: str) -> None:
         return None
@@ -48,7 +49,7 @@ class MemoryAdapter:
         return tuple(copy_initial_value(value) for value in module._initial_memories.values())  # type: ignore[operator]
 
     def step(self, module: nn.Module, state: State, *inputs: Any, **kwargs: Any) -> tuple[Any, State]:
-        if _is_pure(type(module)) and not has_forward_hooks(module):
+        if _is_pure(module.__class__) and not has_forward_hooks(module):
             return module.step(state, *inputs, **kwargs)  # type: ignore[operator, no-any-return]
         return step_by_swapping(self, module, state, *inputs, **kwargs)
 
@@ -71,13 +72,14 @@ def step_by_swapping(
     adapter: Adapter, module: nn.Module, state: State, *inputs: Any, **kwargs: Any
 ) -> tuple[Any, State]:
     """One pure step of a module with state in attributes: write the state, call, read it, restore."""
-    before = adapter.read(module)
-    try:
-        adapter.write(module, state)
-        outputs = module(*inputs, **kwargs)
-        return outputs, adapter.read(module)
-    finally:
-        adapter.write(module, before)
+    with stepped_by_one_thread(module):
+        before = adapter.read(module)
+        try:
+            adapter.write(module, state)
+            outputs = module(*inputs, **kwargs)
+            return outputs, adapter.read(module)
+        finally:
+            adapter.write(module, before)
 
 
 def copy_initial_value(initial: Any) -> Any:

@@ -28,7 +28,7 @@ def register_adapter(cls: type, adapter: Adapter) -> None:
 
 def adapter_of(module: nn.Module) -> Adapter | None:
     """The adapter of the nearest registered base class of a module, or None if no class is registered."""
-    module_class = type(module)
+    module_class = module.__class__
     if module_class not in _adapter_of_class:
         _adapter_of_class[module_class] = _find_adapter(module_class)
     return _adapter_of_class[module_class]

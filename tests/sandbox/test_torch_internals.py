@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import ast
 import importlib
+import math
+import threading
 import warnings
 from functools import cache
 from pathlib import Path
@@ -455,6 +457,34 @@ def test_innermost_interception_counts_and_everything_is_restored() -> None:
     with pytest.raises(TypeError):
         stored[0](value)
     torch.testing.assert_close(stored[1](torch.ones(2)), torch.full((2,), 3.0))
+
+
+def test_calls_of_other_threads_are_not_replaced() -> None:
+    calls: list[Any] = []
+    results: list[Any] = []
+    with intercept(calls):
+        thread = threading.Thread(target=lambda: results.append(stored[1](torch.ones(2))))
+        thread.start()
+        thread.join()
+    torch.testing.assert_close(results[0], torch.full((2,), 3.0))
+    assert calls == []
+
+
+# --- functions that fx wraps
+
+
+def test_wrapped_functions_record_proxies_and_are_restored() -> None:
+    namespace = {"root": math.sqrt, "other": math.exp}
+    proxy = fx.Tracer()
+    proxy.graph = fx.Graph(tracer_cls=fx.Tracer)
+    x = fx.Proxy(proxy.graph.placeholder("x"), proxy)
+    sqrt = math.sqrt
+    with internals.WrappedFunctions({id(math.sqrt)}) as wrapped:
+        wrapped.look_in(namespace)
+        assert namespace["root"](4.0) == 2.0 and math.sqrt(9.0) == 3.0
+        assert namespace["root"](x).node.target is sqrt and math.sqrt(x).node.target is sqrt
+        assert namespace["other"] is math.exp
+    assert namespace["root"] is sqrt and math.sqrt is sqrt
 
 
 # --- pytree

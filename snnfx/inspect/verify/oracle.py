@@ -460,13 +460,16 @@ def _same_leaf(a: Any, b: Any) -> bool:
 
 
 def _clone_buffers(modules: Iterable[nn.Module]) -> dict[Tensor, Tensor]:
-    """Replace each buffer by a clone, so that an autograd graph that saved the buffer stays valid."""
+    """Replace each buffer by a clone, so that an autograd graph that saved the buffer stays valid.
+
+    A buffer that the model assigned in an earlier step, such as a state of snnTorch, keeps its gradient.
+    """
     clones: dict[Tensor, Tensor] = {}
     for module in modules:
         for name, buffer in module._buffers.items():
             if buffer is not None:
                 if buffer not in clones:
-                    clones[buffer] = buffer.detach().clone()
+                    clones[buffer] = buffer.clone()
                 module._buffers[name] = clones[buffer]
     return clones
 

@@ -6,9 +6,7 @@ from the results. Modules with their own time loop (`LIF`, `LIFRecurrent`, `Lift
 
 from __future__ import annotations
 
-import contextlib
 import weakref
-from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -55,7 +53,7 @@ class NorseAdapter(StatelessAdapter):
         """
         is_linear = (
             getattr(module, "activation", None) in _STEPS_WITH_LINEAR_INPUT
-            or type(module) is leaky_integrator.LILinearCell
+            or module.__class__ is leaky_integrator.LILinearCell
         )
         return module._parameters.get("input_weights") if is_linear and not has_forward_hooks(module) else None
 
@@ -67,9 +65,9 @@ class NorseAdapter(StatelessAdapter):
             # Recurrent cells store sizes and potentials in tensors, and fake tensors have no values.
             with unset_fake_temporarily():
                 nested_state = module.state_fallback(torch.zeros(inputs[0].shape, dtype=inputs[0].dtype))  # type: ignore[operator]
-        call = module if has_forward_hooks(module) else module.forward
-        with _without_projection(module) if projected else contextlib.nullcontext():
-            outputs, following = call(*inputs, nested_state, **kwargs)
+        cell = _without_projection(module) if projected else module
+        call = cell if has_forward_hooks(cell) else cell.forward
+        outputs, following = call(*inputs, nested_state, **kwargs)
         return outputs, tuple(pytree.tree_leaves(following))
 
     def read_call(
@@ -106,19 +104,13 @@ class _AppliedWeights:
         return args[0]
 
 
-@contextlib.contextmanager
-def _without_projection(module: nn.Module) -> Iterator[None]:
-    """Make the cell treat its input as the product with its input weights."""
-    weights = module._parameters.pop("input_weights")
-    module.__dict__["input_weights"] = _AppliedWeights()
-    try:
-        yield
-    finally:
-        del module.__dict__["input_weights"]
-        # Optimizers and the state_dict rely on the order of the parameters.
-        other_parameters = dict(module._parameters)
-        module._parameters.clear()
-        module._parameters.update({"input_weights": weights, **other_parameters})
+def _without_projection(module: nn.Module) -> nn.Module:
+    """A copy of the cell that treats its input as the product with its input weights."""
+    copied = object.__new__(type(module))
+    copied.__dict__.update(module.__dict__)
+    copied.__dict__["_parameters"] = {k: p for k, p in module._parameters.items() if k != "input_weights"}
+    copied.__dict__["input_weights"] = _AppliedWeights()
+    return copied
 
 
 _STEPS_WITH_LINEAR_INPUT = (

@@ -18,6 +18,7 @@ from snnfx.errors import CaptureError
 from snnfx.state.hooks import has_forward_hooks
 from snnfx.state.registry import register_adapter
 from snnfx.state.stateful import State, StatefulCall
+from snnfx.state.step_locks import stepped_by_one_thread
 
 __all__ = ["SnnTorchAdapter"]
 
@@ -79,6 +80,10 @@ class SnnTorchAdapter:
         return (start,) * len(self.names(module))
 
     def step(self, module: nn.Module, state: State, *inputs: Any, **kwargs: Any) -> tuple[Any, State]:
+        with stepped_by_one_thread(module):
+            return self._step(module, state, *inputs, **kwargs)
+
+    def _step(self, module: nn.Module, state: State, *inputs: Any, **kwargs: Any) -> tuple[Any, State]:
         (x,) = (*inputs, *kwargs.values())
         attributes, buffers = dict(module.__dict__), dict(module._buffers)
         names = self.names(module)

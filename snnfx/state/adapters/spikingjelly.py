@@ -19,6 +19,7 @@ from snnfx.state.leaf_modules import declare_leaf
 from snnfx.state.memory_adapter import step_by_swapping
 from snnfx.state.registry import register_adapter
 from snnfx.state.stateful import State, StatelessAdapter
+from snnfx.state.step_locks import stepped_by_one_thread
 
 __all__ = ["SpikingJellyAdapter"]
 
@@ -112,12 +113,13 @@ class SpikingJellyAdapter(StepModeAdapter):
                 )
 
     def _step_by_swapping(self, module: nn.Module, state: State, *inputs: Any, **kwargs: Any) -> tuple[Any, State]:
-        v_seq = module.__dict__.get("v_seq")
-        try:
-            return step_by_swapping(self, module, state, *inputs, **kwargs)
-        finally:
-            if "v_seq" in module.__dict__:
-                module.__dict__["v_seq"] = v_seq
+        with stepped_by_one_thread(module):
+            v_seq = module.__dict__.get("v_seq")
+            try:
+                return step_by_swapping(self, module, state, *inputs, **kwargs)
+            finally:
+                if "v_seq" in module.__dict__:
+                    module.__dict__["v_seq"] = v_seq
 
 
 _ELEMENTWISE: tuple[type, ...] = tuple(
