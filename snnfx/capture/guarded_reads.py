@@ -135,6 +135,11 @@ class ReachableCode:
                 found |= {name for name, read in MODES.items() if value is read}
         return found
 
+    def namespaces_with(self, name: str) -> list[dict[str, Any]]:
+        """The global variables of the functions whose code reads a global or builtin variable."""
+        found = [f.__globals__ for f, reads in self.functions.items() if any(c[0] == name for c in reads.global_names)]
+        return [*{id(namespace): namespace for namespace in found}.values()]
+
     def _follow(self, value: Any, chain: tuple[str, ...]) -> None:
         for name in chain:
             if not isinstance(value, types.ModuleType | type):

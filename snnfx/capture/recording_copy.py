@@ -11,7 +11,7 @@ import os
 import sys
 import threading
 import weakref
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any, Protocol
 
 import torch
@@ -20,7 +20,14 @@ from torch import nn
 from snnfx.sandbox.structural_copy import StructuralCopy
 from snnfx.state.leaf_modules import is_leaf
 
-__all__ = ["ModuleRecorder", "RecordingCopy", "capture_lock", "is_recording_module", "recording_modules"]
+__all__ = [
+    "ModuleRecorder",
+    "RecordingCopy",
+    "capture_lock",
+    "classes_of_originals",
+    "is_recording_module",
+    "recording_modules",
+]
 
 _TORCH = os.path.dirname(torch.__file__) + os.sep
 
@@ -147,6 +154,42 @@ def _recording_class(cls: type) -> type:
         made = type.__new__(type(cls), cls.__name__, bases, attributes)
         _recording_classes[cls] = weakref.ref(made)
     return made
+
+
+class _TypeOfUser(type):
+    """The class of the stand-in for `type`: `type(module)` of a copied module is the class of the user's module."""
+
+    def __call__(cls, *args: Any, **kwargs: Any) -> Any:
+        found = type(*args, **kwargs)
+        if len(args) != 1:
+            return found
+        if issubclass(found, _RecordingModule):
+            return args[0].__class__
+        return cls if found is type else found
+
+    def __instancecheck__(cls, value: Any) -> bool:
+        return isinstance(value, type)
+
+    def __subclasscheck__(cls, other: type) -> bool:
+        return issubclass(other, type)
+
+
+class _UserType(type, metaclass=_TypeOfUser):
+    """Stands for `type` in code that compares the classes of modules, such as `type(self.fc) is nn.Linear`."""
+
+
+@contextlib.contextmanager
+def classes_of_originals(namespaces: Iterable[dict[str, Any]]) -> Iterator[None]:
+    """Let `type(module)` return the class of the user's module in code with these global variables."""
+    added = [namespace for namespace in namespaces if "type" not in namespace]
+    for namespace in added:
+        namespace["type"] = _UserType
+    try:
+        yield
+    finally:
+        for namespace in added:
+            if namespace.get("type") is _UserType:
+                del namespace["type"]
 
 
 def is_recording_module(module: nn.Module) -> bool:

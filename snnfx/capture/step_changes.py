@@ -304,22 +304,22 @@ class _Contents:
     """The tensors of a model before a step."""
 
     def __init__(self, model: nn.Module, owned: Set[tuple[nn.Module, str]]) -> None:
-        self.buffers = {m: dict(m._buffers) for m in model.modules()}
-        self.parameters = {m: dict(m._parameters) for m in model.modules()}
+        self.buffers: dict[nn.Module, dict[str, Any]] = {m: dict(m._buffers) for m in model.modules()}
+        self.parameters: dict[nn.Module, dict[str, Any]] = {m: dict(m._parameters) for m in model.modules()}
         self._attributes: dict[nn.Module, dict[str, Any]] = {}
         self._tensors: list[tuple[str, Tensor, bool]] = []
         for name, module in model.named_modules():
             prefix = f"{name}." if name else ""
             plain = {k: v for k, v in attributes_of(module).items() if (module, k) not in owned}
             self._attributes[module] = plain
-            own = {**self.parameters[module], **self.buffers[module]}
+            own: dict[str, Any] = {**self.parameters[module], **self.buffers[module]}
             named = [(prefix + key, value, True) for key, value in own.items() if value is not None]
             for key, value in plain.items():
                 if isinstance(value, Tensor):
                     named.append((prefix + key, value, True))
                 else:
                     named += [(prefix + key, t, False) for t in ContentsSnapshot({key: value}).tensors]
-            self._tensors += [(n, t, own) for n, t, own in named if type(t) is not StepProxy]
+            self._tensors += [(n, t, own) for n, t, own in named if not isinstance(t, StepProxy)]
         self.named = {n: t for n, t, is_attribute in self._tensors if is_attribute}
         """The tensors in attributes of modules, by qualified name."""
         self._places = [(n, t, _place(t)) for n, t, _ in self._tensors]
@@ -331,7 +331,12 @@ class _Contents:
 
     def entries(self, module: nn.Module, kind: str) -> dict[str, Any]:
         """The parameters, buffers or plain attributes of a module before the step."""
-        return {"parameter": self.parameters, "buffer": self.buffers, "attribute": self._attributes}[kind][module]
+        contents: dict[str, dict[nn.Module, dict[str, Any]]] = {
+            "parameter": self.parameters,
+            "buffer": self.buffers,
+            "attribute": self._attributes,
+        }
+        return contents[kind][module]
 
     def refuse_replaced_data(self) -> None:
         """Refuse a step that assigned `.data` of a tensor."""

@@ -320,7 +320,7 @@ class StepTracer(fx.Tracer):
         """The tensor of the model that an operation on its `.data` changes in place, as in `self.w.data.add_(1)`."""
         if not (kind.startswith("call") and args and type(args[0]) is StepProxy):
             return None
-        source = args[0].node
+        source: Any = args[0].node
         while source.op == "call_method" and source.target == "detach":
             source = source.args[0]
         if source is args[0].node or not is_in_place_target(kind, target):

@@ -82,7 +82,7 @@ def read_parameter(parameter: Tensor, value: Tensor) -> Tensor:
         parameter: the parameter, which receives the gradients of all steps.
         value: its value in this step.
     """
-    return ValueAndGradients.apply(value.detach(), parameter) if parameter.requires_grad else value  # type: ignore[no-any-return]
+    return ValueAndGradients.apply(value.detach(), parameter) if parameter.requires_grad else value
 
 
 def copied(x: Tensor, value: Tensor) -> Tensor:
