@@ -430,6 +430,11 @@ def test_a_net_has_one_plan_for_each_gradient_mode() -> None:
     assert not calls
 
 
+def test_verify_accepts_a_model_that_reads_the_gradient_mode() -> None:
+    model = ReadsGradMode()
+    assert snnfx.verify(model, snnfx.convert(model), X_SEQ)
+
+
 def test_conversion_without_gradients_gives_a_net_that_trains() -> None:
     model = ReadsGradMode()
     with torch.no_grad():
