@@ -125,7 +125,8 @@ class CaptureSession:
             [(original_of(module), name) for module, name in self.user_reads],
             {(original_of(module), name) for module, name in self._state(discovered)},
             self.consumed_tensors.values(),
-            map(original_of, self.variables.growing.values()),
+            [original_of(container) for container in self.variables.growing.values()],
+            {original_of(m): m.__dict__["training"] for m in self.model.modules() if "training" in m.__dict__},
         )
 
     def initial_attributes(self, discovered: Iterable[AttributeSlot]) -> list[InitialAttribute]:

@@ -75,36 +75,20 @@ class _Active(threading.local):
 _active = _Active()
 
 
-_INTERNALS = frozenset(vars(nn.Module())) | {"__class__", "__dict__"}
+_INTERNALS = (frozenset(vars(nn.Module())) - {"training"}) | {"__class__", "__dict__"}
 """Attributes that every module has; they are read very often, and the recorder ignores them."""
-
-
-class _WatchedFlag:
-    """Descriptor for `training` that detects reads by code other than torch's layers."""
-
-    def __get__(self, module: nn.Module | None, cls: type) -> Any:
-        if module is None or "training" not in module.__dict__:
-            raise AttributeError("training")
-        copy = _active.copy
-        if copy is not None and not copy.training_was_read:
-            reader = sys._getframe(1).f_code.co_filename
-            if reader == __file__:
-                reader = sys._getframe(2).f_code.co_filename
-            copy.training_was_read = not is_leaf(module) or not reader.startswith(_TORCH)
-        return module.__dict__["training"]
-
-    def __set__(self, module: nn.Module, value: bool) -> None:
-        module.__dict__["training"] = value
 
 
 class _RecordingModule(nn.Module):
     """The last base class before `nn.Module` of all modules of a copy."""
 
     __slots__ = ()
-    training: Any = _WatchedFlag()
 
     def __getattribute__(self, name: str) -> Any:
-        recorder = _active.recorder
+        recorder, copy = _active.recorder, _active.copy
+        if name == "training" and copy is not None and not copy.training_was_read:
+            is_layer = sys._getframe(1).f_code.co_filename.startswith(_TORCH) and is_leaf(self)
+            copy.training_was_read = not is_layer  # torch's layers read their own flag at each call
         if recorder is None or name in _INTERNALS:
             return object.__getattribute__(self, name)
         return recorder.read_of(self, name)
@@ -203,14 +187,14 @@ class RecordingCopy:
     Attributes:
         model: the user's model.
         root: the copy.
-        training_was_read: whether the graph may depend on the mode; torch's layers read their own flag at each call.
+        training_was_read: whether the graph may depend on the mode.
     """
 
     def __init__(self, model: nn.Module) -> None:
         self.model = model
         self._copies = StructuralCopy(_recording_class)
         self.root: nn.Module = self._copies.of(model)
-        # A class attribute `training` would hide the descriptor.
+        # The step may read a class attribute `training` without an instance.
         classes = {c for m in model.modules() for c in type(m).__mro__} - {nn.Module}
         self.training_was_read = any("training" in vars(c) for c in classes)
 
