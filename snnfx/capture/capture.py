@@ -153,7 +153,8 @@ def _capture_copy(
         _refer_to_model(captured, copy)
         for node in captured.graph.nodes:
             if "val" in node.meta:
-                node.meta["val"] = pytree.tree_map(_as_meta_tensor, node.meta["val"])
+                values = pytree.tree_map(copy.original_of, node.meta["val"])
+                node.meta["val"] = pytree.tree_map(_as_meta_tensor, values)
     return program, copy.training_was_read
 
 

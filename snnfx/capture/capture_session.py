@@ -13,7 +13,7 @@ from snnfx.capture.attribute_slots import AttributeSlot, is_number, known_value
 from snnfx.capture.guarded_reads import ReachableCode, guards_of
 from snnfx.capture.leaf_module_states import owners
 from snnfx.capture.proxy import StepProxy
-from snnfx.capture.recording_copy import RecordingCopy
+from snnfx.capture.recording_copy import RecordingCopy, classes_of_originals
 from snnfx.capture.step_arguments import CarriedLeaf, carried_output
 from snnfx.capture.step_changes import StepChanges, modules_with
 from snnfx.capture.time_loops import TimeLoop, find_time_loop
@@ -63,7 +63,7 @@ class CaptureSession:
         self.copy, self.model = copy, copy.root
         self.entry, self.arguments, self.changes = entry, arguments, changes
         self.opaque, self.fake_mode, self.carried = opaque, fake_mode, carried
-        self.variables = VariableChanges(code)
+        self.code, self.variables = code, VariableChanges(code)
         self.user_reads: dict[tuple[nn.Module, str], None] = {}
         self.consumed_tensors: dict[int, Tensor] = {}
         self.stateful = _outermost_stateful(self.model, opaque)
@@ -125,7 +125,8 @@ class CaptureSession:
             [(original_of(module), name) for module, name in self.user_reads],
             {(original_of(module), name) for module, name in self._state(discovered)},
             self.consumed_tensors.values(),
-            map(original_of, self.variables.growing.values()),
+            [original_of(container) for container in self.variables.growing.values()],
+            {original_of(m): m.__dict__["training"] for m in self.model.modules() if "training" in m.__dict__},
         )
 
     def initial_attributes(self, discovered: Iterable[AttributeSlot]) -> list[InitialAttribute]:
@@ -263,7 +264,8 @@ class CaptureSession:
         slots |= storage_of(self.model)
         blocked = ("",) if "" in self.opaque else self._untraced_prefixes()
         watched = self.changes.watched(tracer, blocked, slots)
-        with StateSnapshot.of(self.model, rng=False, functions=True), self.variables, watched:
+        types = classes_of_originals(self.code.namespaces_with("type"))
+        with StateSnapshot.of(self.model, rng=False, functions=True), self.variables, watched, types:
             changes = AttributeChanges(self.model, self.entry)
             try:
                 tracer.record(self.model, prepare, finish)

@@ -135,6 +135,11 @@ class ReachableCode:
                 found |= {name for name, read in MODES.items() if value is read}
         return found
 
+    def namespaces_with(self, name: str) -> list[dict[str, Any]]:
+        """The global variables of the functions whose code reads a global or builtin variable."""
+        found = [f.__globals__ for f, reads in self.functions.items() if any(c[0] == name for c in reads.global_names)]
+        return [*{id(namespace): namespace for namespace in found}.values()]
+
     def _follow(self, value: Any, chain: tuple[str, ...]) -> None:
         for name in chain:
             if not isinstance(value, types.ModuleType | type):
@@ -178,6 +183,7 @@ def guards_of(
     state: Container[tuple[nn.Module, str]],
     consumed: Iterable[Tensor],
     growing: Iterable[Any],
+    flags: dict[nn.Module, bool],
 ) -> Guards:
     """The guards of a capture.
 
@@ -190,6 +196,7 @@ def guards_of(
         state: the module attributes that are slots, or set before they are read.
         consumed: tensors outside the graph whose values the traces used.
         growing: containers outside the model that the traces appended to.
+        flags: `training` of each module in the traces.
     """
     prefixes = tuple(f"{name}." if name else "" for name in opaque)
     modules = {n: m for n, m in model.named_modules() if not (prefixes and f"{n}.".startswith(prefixes))}
@@ -199,7 +206,7 @@ def guards_of(
     traced = tuple(traced)
     while True:  # until the values that are guarded add no further code
         code.close()
-        collector = _Collector(code, paths, {id(t) for t in consumed}, {id(c) for c in growing})
+        collector = _Collector(code, paths, {id(t) for t in consumed}, {id(c) for c in growing}, flags)
         size = len(code.functions), len(code.names), code.reads_by_name
         collector.collect(known, [m for m in map(dict(model.named_modules()).get, traced) if m is not None], entry)
         code.close()
@@ -210,8 +217,15 @@ def guards_of(
 class _Collector:
     """Makes the guards for a fixed set of code."""
 
-    def __init__(self, code: ReachableCode, paths: dict[nn.Module, str], consumed: set[int], growing: set[int]) -> None:
-        self.code, self.paths, self.consumed, self.growing = code, paths, consumed, growing
+    def __init__(
+        self,
+        code: ReachableCode,
+        paths: dict[nn.Module, str],
+        consumed: set[int],
+        growing: set[int],
+        flags: dict[nn.Module, bool],
+    ) -> None:
+        self.code, self.paths, self.consumed, self.growing, self.flags = code, paths, consumed, growing, flags
         self.guards: list[Guard] = []
         self.modes: dict[str, Any] = {}
         tensors = [t for m in paths for t in (*m._parameters.values(), *m._buffers.values()) if t is not None]
@@ -252,7 +266,8 @@ class _Collector:
         """Guard an attribute that the model's code read from a module."""
         root, own, cls = ModuleRoot(self.paths[module]), vars(module), type(module)
         if name in own:
-            self._value(own[name], root, (("instance", name),))
+            value = self.flags[module] if name == "training" else own[name]
+            self._value(value, root, (("instance", name),))
             return
         for registry in ("_parameters", "_buffers"):
             if name in own[registry]:

@@ -11,7 +11,7 @@ import os
 import sys
 import threading
 import weakref
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any, Protocol
 
 import torch
@@ -20,7 +20,14 @@ from torch import nn
 from snnfx.sandbox.structural_copy import StructuralCopy
 from snnfx.state.leaf_modules import is_leaf
 
-__all__ = ["ModuleRecorder", "RecordingCopy", "capture_lock", "is_recording_module", "recording_modules"]
+__all__ = [
+    "ModuleRecorder",
+    "RecordingCopy",
+    "capture_lock",
+    "classes_of_originals",
+    "is_recording_module",
+    "recording_modules",
+]
 
 _TORCH = os.path.dirname(torch.__file__) + os.sep
 
@@ -68,36 +75,20 @@ class _Active(threading.local):
 _active = _Active()
 
 
-_INTERNALS = frozenset(vars(nn.Module())) | {"__class__", "__dict__"}
+_INTERNALS = (frozenset(vars(nn.Module())) - {"training"}) | {"__class__", "__dict__"}
 """Attributes that every module has; they are read very often, and the recorder ignores them."""
-
-
-class _WatchedFlag:
-    """Descriptor for `training` that detects reads by code other than torch's layers."""
-
-    def __get__(self, module: nn.Module | None, cls: type) -> Any:
-        if module is None or "training" not in module.__dict__:
-            raise AttributeError("training")
-        copy = _active.copy
-        if copy is not None and not copy.training_was_read:
-            reader = sys._getframe(1).f_code.co_filename
-            if reader == __file__:
-                reader = sys._getframe(2).f_code.co_filename
-            copy.training_was_read = not is_leaf(module) or not reader.startswith(_TORCH)
-        return module.__dict__["training"]
-
-    def __set__(self, module: nn.Module, value: bool) -> None:
-        module.__dict__["training"] = value
 
 
 class _RecordingModule(nn.Module):
     """The last base class before `nn.Module` of all modules of a copy."""
 
     __slots__ = ()
-    training: Any = _WatchedFlag()
 
     def __getattribute__(self, name: str) -> Any:
-        recorder = _active.recorder
+        recorder, copy = _active.recorder, _active.copy
+        if name == "training" and copy is not None and not copy.training_was_read:
+            is_layer = sys._getframe(1).f_code.co_filename.startswith(_TORCH) and is_leaf(self)
+            copy.training_was_read = not is_layer  # torch's layers read their own flag at each call
         if recorder is None or name in _INTERNALS:
             return object.__getattribute__(self, name)
         return recorder.read_of(self, name)
@@ -149,6 +140,42 @@ def _recording_class(cls: type) -> type:
     return made
 
 
+class _TypeOfUser(type):
+    """The class of the stand-in for `type`: `type(module)` of a copied module is the class of the user's module."""
+
+    def __call__(cls, *args: Any, **kwargs: Any) -> Any:
+        found = type(*args, **kwargs)
+        if len(args) != 1:
+            return found
+        if issubclass(found, _RecordingModule):
+            return args[0].__class__
+        return cls if found is type else found
+
+    def __instancecheck__(cls, value: Any) -> bool:
+        return isinstance(value, type)
+
+    def __subclasscheck__(cls, other: type) -> bool:
+        return issubclass(other, type)
+
+
+class _UserType(type, metaclass=_TypeOfUser):
+    """Stands for `type` in code that compares the classes of modules, such as `type(self.fc) is nn.Linear`."""
+
+
+@contextlib.contextmanager
+def classes_of_originals(namespaces: Iterable[dict[str, Any]]) -> Iterator[None]:
+    """Let `type(module)` return the class of the user's module in code with these global variables."""
+    added = [namespace for namespace in namespaces if "type" not in namespace]
+    for namespace in added:
+        namespace["type"] = _UserType
+    try:
+        yield
+    finally:
+        for namespace in added:
+            if namespace.get("type") is _UserType:
+                del namespace["type"]
+
+
 def is_recording_module(module: nn.Module) -> bool:
     """Whether a module belongs to a copy that capture traces."""
     return issubclass(type(module), _RecordingModule)
@@ -160,14 +187,14 @@ class RecordingCopy:
     Attributes:
         model: the user's model.
         root: the copy.
-        training_was_read: whether the graph may depend on the mode; torch's layers read their own flag at each call.
+        training_was_read: whether the graph may depend on the mode.
     """
 
     def __init__(self, model: nn.Module) -> None:
         self.model = model
         self._copies = StructuralCopy(_recording_class)
         self.root: nn.Module = self._copies.of(model)
-        # A class attribute `training` would hide the descriptor.
+        # The step may read a class attribute `training` without an instance.
         classes = {c for m in model.modules() for c in type(m).__mro__} - {nn.Module}
         self.training_was_read = any("training" in vars(c) for c in classes)
 

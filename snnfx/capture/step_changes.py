@@ -304,15 +304,15 @@ class _Contents:
     """The tensors of a model before a step."""
 
     def __init__(self, model: nn.Module, owned: Set[tuple[nn.Module, str]]) -> None:
-        self.buffers = {m: dict(m._buffers) for m in model.modules()}
-        self.parameters = {m: dict(m._parameters) for m in model.modules()}
+        self.buffers: dict[nn.Module, dict[str, Any]] = {m: dict(m._buffers) for m in model.modules()}
+        self.parameters: dict[nn.Module, dict[str, Any]] = {m: dict(m._parameters) for m in model.modules()}
         self._attributes: dict[nn.Module, dict[str, Any]] = {}
         self._tensors: list[tuple[str, Tensor, bool]] = []
         for name, module in model.named_modules():
             prefix = f"{name}." if name else ""
             plain = {k: v for k, v in attributes_of(module).items() if (module, k) not in owned}
             self._attributes[module] = plain
-            own = {**self.parameters[module], **self.buffers[module]}
+            own: dict[str, Any] = {**self.parameters[module], **self.buffers[module]}
             named = [(prefix + key, value, True) for key, value in own.items() if value is not None]
             for key, value in plain.items():
                 if isinstance(value, Tensor):

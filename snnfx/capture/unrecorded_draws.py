@@ -13,7 +13,7 @@ import random
 import sys
 from collections.abc import Iterator
 from types import CodeType, FrameType
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
 from torch import nn
@@ -165,7 +165,7 @@ class UnrecordedDraws:
 _PYTHON_GENERATOR = random.random.__self__  # type: ignore[attr-defined]
 
 
-def refuse_unregistered_module(module: nn.Module) -> None:
+def refuse_unregistered_module(module: nn.Module) -> NoReturn:
     """Refuse a call of a module that is not a submodule of the model."""
     raise CaptureError(
         "SNNFX211",

@@ -94,7 +94,7 @@ def batch_norm_semantics(net: Net) -> Iterator[str]:
         )
     stepped: dict[str, list[str]] = {}
     for name, reason in unfolded_batch_norms(program).items():
-        stepped.setdefault("" if net.options.batch_norm == "per_step" else reason, []).append(name)
+        stepped.setdefault("" if net.options.batch_norm == "per_step" else reason, []).append(f"`{name}`")
     for reason, layers in stepped.items():
         because = f" (SNNFX112: {reason})" if reason else ""
         semantics = "training uses the statistics of each time step, as the stepped model does"

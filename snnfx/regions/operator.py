@@ -100,7 +100,8 @@ def _run_kernel(
     count = len(x_seq)
     flags = needs[count : count + len(tensors)]
     leaves = [t.detach().requires_grad_(n) for t, n in zip(tensors, flags, strict=True)]
-    with ordinary_dispatch(grad=False), _constants_using(region, leaves) as constants:
+    constants = _constants_using(region, leaves)
+    with ordinary_dispatch(grad=False):
         first = list(state) if has_state else None
         return run(kernels, list(x_seq), constants, first, *more, list(needs))  # type: ignore[no-any-return]
 

@@ -288,7 +288,7 @@ def _fetcher(tensor: Tensor, constants: Sequence[Any]) -> Callable[[Sequence[Any
 def _fetcher_of_registered(index: int, path: str, registry: str, name: str) -> Callable[[Sequence[Any]], Tensor]:
     """Fetch by path, not from the registry itself: recomputation runs with copies of the modules."""
     if not path:
-        return lambda given: given[index].__dict__[registry][name]  # type: ignore[no-any-return]
+        return lambda given: given[index].__dict__[registry][name]
     atoms = path.split(".")
 
     def fetch(given: Sequence[Any]) -> Tensor:

@@ -65,7 +65,7 @@ class ContentsSnapshot:
 
     Args:
         values: the named values. Tensors, modules and classes are compared by identity.
-        functions: whether to include what functions hold, such as the variables of a closure.
+        functions: whether to include the attributes of functions.
     """
 
     def __init__(self, values: Mapping[str, Any], functions: bool = False) -> None:
@@ -217,13 +217,15 @@ def _shallow_copy(value: Any, kind: str) -> Any:
 
 
 def _contents_of_function(value: Any) -> dict[str, Any]:
-    """What a function, a bound method or a partial function holds: closure, attributes, object, arguments."""
+    """The contents of a function, a bound method or a partial function: attributes, object, arguments.
+
+    Closure variables are not among them: `snnfx.capture.variable_changes` compares them, with the globals.
+    """
     if isinstance(value, functools.partial):
         return {"func": value.func, "args": value.args, "keywords": value.keywords}
     if isinstance(value, types.MethodType):
         return {"__self__": value.__self__, "__func__": value.__func__}
-    cells = zip(value.__code__.co_freevars, value.__closure__ or (), strict=True)
-    return {**{name: cell.cell_contents for name, cell in cells if cell != types.CellType()}, **value.__dict__}
+    return dict(value.__dict__)
 
 
 def _elements(contents: Any, kind: str) -> dict[Any, Any]:
@@ -273,12 +275,8 @@ def _restore_contents(value: Any, kind: str, contents: Any) -> None:
 def _restore_function(value: Any, contents: dict[str, Any]) -> None:
     if not isinstance(value, types.FunctionType):
         return  # a bound method and a partial function never change; the objects in them are restored themselves
-    cells = dict(zip(value.__code__.co_freevars, value.__closure__ or (), strict=True))
-    for name, cell in cells.items():
-        if name in contents:
-            cell.cell_contents = contents[name]
     value.__dict__.clear()
-    value.__dict__.update({name: element for name, element in contents.items() if name not in cells})
+    value.__dict__.update(contents)
 
 
 def _generator_state(generator: Any) -> bytes:

@@ -33,7 +33,7 @@ class StateSnapshot:
         Args:
             model: the model.
             rng: whether to include the random number generators.
-            functions: whether to include what functions in its attributes hold, such as the variables of a closure.
+            functions: whether to include the attributes of functions that its attributes store.
         """
         restore_functions: list[Callable[[], None]] = []
         for module in model.modules():

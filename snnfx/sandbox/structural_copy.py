@@ -298,7 +298,7 @@ def _copier_of(cls: type) -> _Copier:
     return _object if _is_made_by(object, cls) else _share
 
 
-def _is_made_by(base: type, cls: type) -> bool:
+def _is_made_by(base: Any, cls: type) -> bool:
     """Whether `base.__new__` makes instances of `cls`, so that Python code defines all their attributes."""
     try:
         base.__new__(cls)

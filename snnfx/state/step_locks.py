@@ -12,7 +12,7 @@ from torch import nn
 
 __all__ = ["stepped_by_one_thread"]
 
-_locks: weakref.WeakKeyDictionary[nn.Module, threading.RLock] = weakref.WeakKeyDictionary()  # type: ignore[valid-type]
+_locks: weakref.WeakKeyDictionary[nn.Module, threading.RLock] = weakref.WeakKeyDictionary()
 _making = threading.Lock()
 
 
@@ -37,7 +37,7 @@ def stepped_by_one_thread(*modules: nn.Module) -> Iterator[None]:
             lock.release()
 
 
-def _lock_of(module: nn.Module) -> threading.RLock:  # type: ignore[valid-type]
+def _lock_of(module: nn.Module) -> threading.RLock:
     lock = _locks.get(module)
     if lock is None:
         with _making:

@@ -410,7 +410,7 @@ def test_state_in_an_object_is_refused_by_name(prepare: Any) -> None:
             return change_object(self.o, self.fc(x))
 
     Holds.prepare = prepare
-    with pytest.raises(CaptureError, match="SNNFX218 a step changes `o"):
+    with pytest.raises(CaptureError, match="SNNFX218 a step changes (`o|the variable `v`)"):
         snnfx.convert(Holds())
 
 

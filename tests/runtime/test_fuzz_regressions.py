@@ -267,7 +267,7 @@ def test_verify_looks_at_the_regions_that_run_the_inputs() -> None:
     snnfx.verify(model, net, sequence(3, 4, 3), sequence(3, 4, 3))
 
 
-def test_layer_called_twice_that_cannot_be_folded_updates_its_statistics_in_the_order_of_the_calls() -> None:
+def test_layer_called_twice_behind_operations_over_the_batch_updates_its_statistics_in_the_order_of_the_calls() -> None:
     class Twice(nn.Module):
         def __init__(self) -> None:
             super().__init__()
@@ -284,7 +284,9 @@ def test_layer_called_twice_that_cannot_be_folded_updates_its_statistics_in_the_
     x_seq = sequence(3, 4, 3)
     net(x_seq)
     changed = {name: b.clone() for name, b in model.named_buffers()}
-    step_model(fresh := Twice().double(), x_seq)
+    fresh = Twice().double()
+    fresh.bn(torch.cat([x.flip(0).transpose(0, 1).reshape(-1, 3) * 2 for x in x_seq]))
+    fresh.bn(torch.cat([x.mean(0, keepdim=True).repeat(2, 1) for x in x_seq]))
     assert_same(changed, dict(fresh.named_buffers()))
 
 
