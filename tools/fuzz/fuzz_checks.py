@@ -11,6 +11,7 @@ import copy
 import functools
 import pickle
 import random
+import threading
 import unittest.mock
 import warnings
 import weakref
@@ -29,7 +30,7 @@ from snnfx.memory import training_planner as planner
 from snnfx.memory.checkpoint_option import plan_checkpoint
 from snnfx.memory.memory_model import NotPredictable
 
-CHECKS = "train eval fold checkpoint split chunk single batch effects again passes time_dim carry record invariant_off".split()
+CHECKS = "train eval fold checkpoint split chunk single batch effects again passes time_dim carry record invariant_off one_step changed replaced threads".split()
 """Names of the checks. The first three compare outputs, gradients and state; the others are metamorphic relations."""
 
 REGIONS_SEEN: collections.Counter[str] = collections.Counter()
@@ -463,6 +464,72 @@ def check_invariant_off(model: nn.Module, s: Setting) -> None:
     sequences = [x.expand(s.T, *x.shape) if i else x for x, i in zip(s.sequences(), s.invariant, strict=True)]
     net = to_net(clone_of(model, False), s, time_dim=0)
     same("without hoisting", net(*sequences), expected)
+
+
+def check_one_step(model: nn.Module, s: Setting) -> None:
+    """A net in training on a sequence of one step equals one call of the model, also with BatchNorm folded."""
+    if s.random:
+        raise Inapplicable("the model draws random numbers")
+    s = replace(s, T=1)
+    plain = clone_of(model, True)
+    expected = stacked(step_plain(plain, s, s.sequences()))
+    net = shared_net(model, s, True)
+    same("one step", net(*s.sequences(), **s.extra), expected)
+    same("buffers after one step", list(net.source.buffers()), list(plain.buffers()))
+
+
+def check_changed(model: nn.Module, s: Setting) -> None:
+    """A net notices settings of the model that changed after conversion."""
+    net = to_net(clone_of(model, False), s)
+    net(*s.sequences(), **s.extra)
+    settings = [m.config for m in net.source.modules() if hasattr(m, "config")]
+    if not settings:
+        raise Inapplicable("the model has no settings")
+    for config in settings:
+        config.gain, config.gains[65] = 0.3, -0.2
+    plain = clone_of(net.source, False)
+    expected = stacked(step_plain(plain, s, s.sequences()))
+    same("changed settings", net(*s.sequences(), **s.extra), expected)
+    same("a copy after the change", copy.deepcopy(net)(*s.sequences(), **s.extra), expected)
+
+
+def check_replaced(model: nn.Module, s: Setting) -> None:
+    """A net notices layers that were replaced after conversion."""
+    net = to_net(clone_of(model, False), s)
+    net(*s.sequences(), **s.extra)
+    layers = [(m, n) for m in net.source.modules() for n, c in m.named_children() if type(c) is nn.Linear]
+    if not layers:
+        raise Inapplicable("the model has no linear layer")
+    for parent, name in layers:
+        old = getattr(parent, name)
+        new = nn.Linear(old.in_features, old.out_features, old.bias is not None).to(old.weight)
+        setattr(parent, name, new)
+    expected = stacked(step_plain(clone_of(net.source, False), s, s.sequences()))
+    same("replaced layers", net(*s.sequences(), **s.extra), expected)
+
+
+def check_threads(model: nn.Module, s: Setting) -> None:
+    """Several threads convert and call; other threads see neither proxies nor changed results."""
+    expected, _ = reference(model, s)
+    errors: list[Exception] = []
+
+    def work(index: int) -> None:
+        try:
+            net = to_net(clone_of(model, False), s) if index else shared_net(model, s, False)
+            for _ in range(2):
+                same(f"outputs in thread {index}", net(*s.sequences(), **s.extra), expected)
+                if type(torch.rand(2)) is not Tensor:
+                    raise Mismatch(f"thread {index} sees a proxy")
+        except Exception as error:
+            errors.append(error)
+
+    threads = [threading.Thread(target=work, args=(index,)) for index in range(3)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    if errors:
+        raise errors[0]
 
 
 def check_model(model: nn.Module, setting: Setting, check: str) -> None:

@@ -15,7 +15,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-from fuzz_ops import EXPRESSIONS, HELPERS, IMPORTS, LAYERS, NEURONS, PREAMBLE, SPIKINGJELLY_NEURONS
+from fuzz_ops import EFFECTS, EXPRESSIONS, HELPERS, IMPORTS, LAYERS, NEURONS, PREAMBLE, SPIKINGJELLY_NEURONS
 from torch import Tensor, nn
 
 __all__ = ["Body", "Case", "build", "namespace_of", "random_case"]
@@ -71,7 +71,11 @@ class Case:
     def source(self) -> str:
         """The classes as Python source."""
         bodies = "\n\n".join(map(str, self.bodies))
-        helpers = [text for name, text in {"Spike": PREAMBLE, **HELPERS}.items() if re.search(rf"\b{name}\b", bodies)]
+        helpers = [
+            text
+            for name, text in {"(?:Wide)?Spike|LearnedWidth|Homeostatic": PREAMBLE, **HELPERS}.items()
+            if re.search(rf"\b(?:{name})\b", bodies)
+        ]
         imports = IMPORTS + (_SPIKINGJELLY_IMPORTS if "sj_" in bodies else "")
         return "\n\n".join([imports, *helpers, bodies])
 
@@ -197,6 +201,8 @@ class _Scope:
                 table = SPIKINGJELLY_NEURONS
             elif modules and 0.2 < kind < 0.28:
                 table = modules
+            elif 0.28 < kind < 0.34:
+                table = EFFECTS
             text, init = self.fill(self.r.choice(table), v, w)
             self.counter += 1
             name = f"self.m{self.counter}"

@@ -10,9 +10,11 @@ from __future__ import annotations
 
 import importlib.util
 
-__all__ = ["EXPRESSIONS", "HELPERS", "IMPORTS", "LAYERS", "NEURONS", "PREAMBLE", "SPIKINGJELLY_NEURONS"]
+__all__ = ["EFFECTS", "EXPRESSIONS", "HELPERS", "IMPORTS", "LAYERS", "NEURONS", "PREAMBLE", "SPIKINGJELLY_NEURONS"]
 
 IMPORTS = """\
+import types
+
 import torch
 import torch.nn.functional as F
 from torch import nn
@@ -31,6 +33,20 @@ class Spike(torch.autograd.Function):
     def backward(ctx, grad):
         (v,) = ctx.saved_tensors
         return grad / (1 + v.abs()) ** 2
+
+
+class WideSpike(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, v, width):
+        ctx.save_for_backward(v, width)
+        return (v >= 0).to(v.dtype)
+
+    @staticmethod
+    def backward(ctx, grad):
+        v, width = ctx.saved_tensors
+        slope = torch.sigmoid(v * width)
+        slope = slope * (1 - slope)
+        return grad * slope * width, (grad * slope * v).sum()
 """
 
 HELPERS: dict[str, str] = {
@@ -102,6 +118,127 @@ class Counter(snnfx.MemoryModule):
     def forward(self, x):
         self.count = self.count + 1
         return x * self.count
+""",
+    # Modules that change more than their output in training, or read more than their input.
+    "RateBuffer": """\
+class RateBuffer(nn.Module):
+    def __init__(self, features):
+        super().__init__()
+        self.register_buffer("rate", torch.zeros(features))
+
+    def forward(self, x):
+        if self.training:
+            self.rate = self.rate * 0.9 + x.detach().reshape(-1, x.shape[-1]).mean(0) * 0.1
+        return x / (1 + self.rate.abs())
+""",
+    "RateInPlace": """\
+class RateInPlace(nn.Module):
+    def __init__(self, features):
+        super().__init__()
+        self.register_buffer("rate", torch.zeros(features))
+
+    def forward(self, x):
+        y = x + self.rate
+        if self.training:
+            with torch.no_grad():
+                self.rate.mul_(0.9).add_(x.detach().reshape(-1, x.shape[-1]).mean(0) * 0.1)
+        return y + 0.5 * self.rate
+""",
+    "StepCount": """\
+class StepCount(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.register_buffer("steps", torch.tensor(0.0))
+
+    def forward(self, x):
+        if self.training:
+            self.steps += 1
+        return x + 0.1 * self.steps
+""",
+    "Homeostatic": """\
+class Homeostatic(nn.Module):
+    def __init__(self, features):
+        super().__init__()
+        self.register_buffer("threshold", torch.full((features,), 0.4))
+
+    def forward(self, x):
+        spikes = Spike.apply(x - self.threshold)
+        if self.training:
+            self.threshold = self.threshold + 0.05 * (spikes.detach().reshape(-1, x.shape[-1]).mean(0) - 0.2)
+        return spikes
+""",
+    "ReadsBehind": """\
+class ReadsBehind(nn.Module):
+    def __init__(self, features):
+        super().__init__()
+        self.norm = nn.BatchNorm1d(features)
+
+    def forward(self, x):
+        y = self.norm(x)
+        return y + self.norm.running_mean.sum() - self.norm.running_var.mean()
+""",
+    "ReadsBefore": """\
+class ReadsBefore(nn.Module):
+    def __init__(self, features):
+        super().__init__()
+        self.norm = nn.BatchNorm1d(features)
+
+    def forward(self, x):
+        before = self.norm.running_mean.sum() + self.norm.running_var.mean()
+        return self.norm(x) * 0.5 + before
+""",
+    "DictState": """\
+class DictState(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self._memories = {"v": 0.0}
+
+    def forward(self, x):
+        self._memories["v"] = self._memories["v"] * 0.6 + x
+        return self._memories["v"]
+""",
+    "Configured": """\
+class Configured(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.config = types.SimpleNamespace(gain=1.5, gains=[0.5] * 70)
+
+    def forward(self, x):
+        return x * self.config.gain + self.config.gains[65]
+""",
+    "LearnedWidth": """\
+class LearnedWidth(snnfx.MemoryModule):
+    def __init__(self):
+        super().__init__()
+        self.width = nn.Parameter(torch.tensor(2.0))
+        self.register_memory("v", 0.0)
+
+    def forward(self, x):
+        v = self.v * 0.7 + x
+        spikes = WideSpike.apply(v - 0.5, self.width)
+        self.v = v - 0.5 * spikes
+        return spikes
+""",
+    "TiedIterations": """\
+class TiedIterations(nn.Module):
+    def __init__(self, features):
+        super().__init__()
+        self.fc = nn.Linear(features, features)
+
+    def forward(self, x):
+        z = torch.zeros_like(x)
+        for _ in range(3):
+            z = torch.tanh(self.fc(z) + x)
+        return z
+""",
+    "TiedChannels": """\
+class TiedChannels(nn.Module):
+    def __init__(self, features):
+        super().__init__()
+        self.fc = nn.Linear(features, features)
+
+    def forward(self, x):
+        return torch.stack([self.fc(x[:, i]) for i in range(x.shape[1])], 1)
 """,
 }
 
@@ -208,6 +345,23 @@ LAYERS = [
     "CellWithState({nl})",
     "Counter()",
 ]
+
+EFFECTS = [
+    "RateBuffer({nl})",
+    "RateInPlace({nl})",
+    "StepCount()",
+    "Homeostatic({nl})",
+    "ReadsBehind({n1})",
+    "ReadsBefore({n1})",
+    "nn.InstanceNorm1d({n1}, track_running_stats=True)",
+    "nn.InstanceNorm2d({n1}, track_running_stats=True, affine=True)",
+    "DictState()",
+    "Configured()",
+    "LearnedWidth()",
+    "TiedIterations({nl})",
+    "TiedChannels({nl})",
+]
+"""Modules that change buffers, read what other nodes write, or depend on more than their input."""
 
 _ELEMENTWISE = """
 torch.relu({v}) | {v}.tanh() | F.gelu({v}) | {v} * {f} | 1 - {v} | {v}.abs() | {v}.clamp(-1, 1) | -{v} | {v} ** 2
