@@ -203,8 +203,14 @@ class _Verification:
 
     @contextmanager
     def _isolated(self) -> Iterator[None]:
+        persistent = getattr(self.net, "persistent_state", None)
+        restore_functions = persistent.snapshot() if persistent is not None else []  # parameters included
         with isolated(self.model, self.net), without_dropout(self.model, self.net):
-            yield
+            try:
+                yield
+            finally:
+                for restore in restore_functions:
+                    restore()
 
     def _run_net(self) -> _CheckedRun:
         with self._isolated():
