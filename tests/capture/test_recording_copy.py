@@ -1,4 +1,4 @@
-"""The copy that capture traces: code of the model sees the classes of the user, and a net refers to the user's objects."""
+"""The copy that capture traces: the code of a model sees the user's classes, and a net the user's objects."""
 
 from __future__ import annotations
 
