@@ -309,4 +309,4 @@ def test_a_batch_norm_that_cannot_fold_is_named_once_at_conversion() -> None:
     with pytest.warns(SnnfxWarning, match=r"SNNFX112 .*`bn`: its value depends on the previous step through h"):
         snnfx.convert(model_of(on_a_cycle), example_inputs=X_SEQ[0])
     notes = snnfx.explain(model_of(on_a_cycle), example_inputs=X_SEQ[0]).batch_norm
-    assert any("BatchNorm in bn" in note and "SNNFX112" in note for note in notes)
+    assert any("BatchNorm in `bn`" in note and "SNNFX112" in note for note in notes)

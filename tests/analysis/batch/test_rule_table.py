@@ -727,6 +727,7 @@ NEVER_LEGAL = {"nn.RNN", "call_opaque", "opaque_initial_value"}
 TESTED_ELSEWHERE = {"call_stateful", "initial_value", "apply_autograd_function", "expect_size"}
 TESTED_ELSEWHERE |= {"cut_history", "update_trace", "ones_per_sample", "draw_dropout_mask"}  # in test_online_ops.py
 TESTED_ELSEWHERE |= {"change_value"}  # in test_capture.py, with changes in place
+TESTED_ELSEWHERE |= {"copied", "read_parameter"}  # in test_step_changes.py, with parameters that a step changes
 
 
 @pytest.mark.parametrize("case", LEGAL, ids=lambda case: case.name)
@@ -1078,11 +1079,12 @@ def test_functional_batch_norm_goes_by_its_own_flag() -> None:
     assert [r.code for r in case.analyse("known").refusals.values()] == ["SNNFX106"]
 
 
-def test_instance_norm_with_running_statistics_is_like_batch_norm() -> None:
+@pytest.mark.parametrize("batch_norm", ["fold", "per_step"])
+def test_instance_norm_updates_its_running_statistics_at_each_step(batch_norm: str) -> None:
     module = nn.InstanceNorm1d(4, track_running_stats=True)
-    case = Case("", lambda self, x: self.m(x), [X3], {"m": module}, training=True, batch_norm="per_step")
+    case = Case("", lambda self, x: self.m(x), [X3], {"m": module}, training=True, batch_norm=batch_norm)
     assert [r.code for r in case.analyse("known").refusals.values()] == ["SNNFX106"]
-    assert not Case("", lambda self, x: self.m(x), [X3], {"m": module}, training=True).analyse("known").refusals
+    assert not Case("", lambda self, x: self.m(x), [X3], {"m": module}, training=False).analyse("known").refusals
 
 
 def test_an_encoder_with_parts_of_the_users_own_is_refused() -> None:
