@@ -133,6 +133,8 @@ def _recording_class(cls: type) -> type:
             "__doc__": cls.__doc__,
             "__class__": property(lambda self: cls),
         }
+        if hasattr(cls, "__del__"):
+            attributes["__del__"] = lambda self: None  # the finalizer runs for the user's module only
         bases = (_WithoutSubclassHook, *(() if cls is nn.Module else (cls,)), _RecordingModule)
         # Not by calling the metaclass, which may register the class.
         made = type.__new__(type(cls), cls.__name__, bases, attributes)

@@ -276,8 +276,8 @@ def _copier_of(cls: type) -> _Copier:
         return _tensor
     if issubclass(cls, nn.Module):
         return _module
-    if issubclass(cls, _SHARED_TYPES):
-        return _share
+    if issubclass(cls, _SHARED_TYPES) or hasattr(cls, "__del__"):
+        return _share  # a finalizer must not run a second time, for a copy: it may close a file or a connection
     for base, copier in ((OrderedDict, _dict), (dict, _dict), (list, _list), (set, _set), (deque, _deque)):
         if issubclass(cls, base):
             # A class with its own constructor in C may have contents that are not visible here.

@@ -127,3 +127,16 @@ def test_layers_of_torch_run_as_copies() -> None:
     for layer in (nn.LSTM(3, 3), parametrizations.weight_norm(nn.Linear(3, 3)), nn.MultiheadAttention(3, 1)):
         arguments = (x, x, x) if isinstance(layer, nn.MultiheadAttention) else (x,)
         torch.testing.assert_close(copied(layer)(*arguments), layer(*arguments))
+
+
+def test_finalizers_run_for_the_original_only() -> None:
+    finalized = []
+
+    class Connection:
+        def __del__(self) -> None:
+            finalized.append(self)
+
+    model = Model()
+    model.connection = Connection()
+    assert copied(model).connection is model.connection
+    assert finalized == []
