@@ -126,7 +126,7 @@ def _recording_class(cls: type) -> type:
     known = _recording_classes.get(cls)
     made = None if known is None else known()
     if made is None:
-        attributes = {
+        attributes: dict[str, Any] = {
             "__slots__": (),
             "__module__": cls.__module__,
             "__qualname__": cls.__qualname__,
