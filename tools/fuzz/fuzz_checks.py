@@ -188,8 +188,10 @@ def gradients(model: nn.Module, outputs: Any, inputs: Sequence[Tensor]) -> list[
 def state_of(model: nn.Module, names: Sequence[str]) -> dict[str, Any]:
     found = {}
     for name in names:
-        path, _, attribute = name.rpartition(".")
-        found[name] = getattr(model.get_submodule(path), attribute)
+        value: Any = model
+        for part in name.split("."):
+            value = value[part] if isinstance(value, dict) else getattr(value, part)
+        found[name] = value
     return found
 
 
