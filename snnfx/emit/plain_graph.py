@@ -111,6 +111,10 @@ def _needed_nodes(program: StepProgram) -> set[Node]:
         if n.target is expect_size or updates_buffers(program, n) or is_random(program, n)
     )
     needed = ancestors([*(v for v in program.outputs if isinstance(v, Node)), *effects])
-    while more := {v for slot, reads in states.items() if slot in needed for v in reads} - needed:
+    while True:
+        more = {v for slot, reads in states.items() if slot in needed for v in reads}
+        # A region runs as a whole, so it needs the operands of all its nodes.
+        more |= {n for region in program.regions if not needed.isdisjoint(region.nodes) for n in region.nodes}
+        if more <= needed:
+            return needed
         needed |= ancestors(list(more))
-    return needed

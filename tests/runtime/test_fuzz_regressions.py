@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import pickle
 from typing import Any
 
@@ -563,3 +564,35 @@ def test_batch_norm_of_a_constant_whose_batch_is_not_known(examples: bool) -> No
     net = snnfx.convert(model, example_inputs=x if examples else None, time_dim=None, batch_norm="per_step")
     assert_same(net(x, T=3), expected)
     assert_same(model.norm.running_mean, plain.norm.running_mean)
+
+
+class CountsUnread(snnfx.MemoryModule):
+    """Its state is a buffer's next value, which no output reads."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.register_buffer("rate", torch.zeros(2))
+        self.register_memory("h", torch.full((3, 2), 0.2, dtype=torch.float64))
+
+    def forward(self, x: Tensor) -> Tensor:
+        if self.training:
+            self.rate = self.rate * 0.9 + x.detach().reshape(-1, x.shape[-1]).mean(0) * 0.1
+        self.h = x / (1 + self.rate.abs())
+        return self.h
+
+
+def test_values_that_only_final_states_need_may_share_a_region_with_others() -> None:
+    class Unread(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.glu, self.part = nn.GLU(-1), CountsUnread()
+
+        def forward(self, x: Tensor) -> Tensor:
+            y = self.glu(x)
+            self.part(y)
+            return y
+
+    model, x_seq = Unread().double(), sequence(4, 3, 4)
+    expected = step_model(fresh := copy.deepcopy(model), x_seq)
+    assert_same(snnfx.convert(model, example_inputs=x_seq[0])(x_seq), expected)
+    assert_same(model.part.rate, fresh.part.rate)
