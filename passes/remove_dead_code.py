@@ -77,7 +77,7 @@ def _drop_unread_slots(program: StepProgram) -> list[str]:
 
 
 def _reads_itself(placeholder: Node, following: Any) -> bool:
-    """Whether the next value of a slot depends on its value; a count of the steps without readers is no state."""
+    """Whether the next value of a slot depends on its value; a count of the steps without readers is not a state."""
     if placeholder.meta.get("number") or not isinstance(following, Node):
         return False
     return following is not placeholder and placeholder in ancestors([following])

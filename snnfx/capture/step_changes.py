@@ -61,7 +61,7 @@ class ChangedTensor:
 
     @property
     def persistent(self) -> Literal["", "assigned", "in_place"]:
-        """How a call writes the final value back; "" for a plain attribute, which it leaves as it is."""
+        """How a call writes the final value back; "" for a plain attribute, which it does not write."""
         return "" if self.kind == "attribute" else self.how
 
     def initial_attribute(self, path: str) -> InitialAttribute:

@@ -500,7 +500,7 @@ def _is_input(node: Node) -> bool:
 
 
 def _leading_sizes(graph: fx.Graph) -> set[int]:
-    """The sizes of the first two dimensions of the inputs, as far as they are known."""
+    """The sizes of the first two dimensions of the inputs, where known."""
     values = [n.meta.get("val") for n in graph.nodes if n.op == "placeholder" and "input" in n.meta]
     return {size for value in values if isinstance(value, Tensor) for size in value.shape[:2]}
 
