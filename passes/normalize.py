@@ -254,7 +254,7 @@ def _copy_operand(program: StepProgram, node: Node) -> None:
     assert isinstance(operand, Node)
     with program.graph.inserting_before(node):
         copy = program.graph.call_method("clone", (operand,))
-    copy.meta = {k: v for k, v in operand.meta.items() if k in ("val", "where", "module")}
+    copy.meta = {k: v for k, v in operand.meta.items() if k in ("val", "where", "module", "iterations")}
     node.replace_input_with(operand, copy)
     seen = False
     for user in list(program.graph.nodes):

@@ -37,6 +37,7 @@ from snnfx.passes.remove_dead_code import RemoveDeadCode
 from snnfx.passes.sink_reductions import REDUCTIONS, SinkReductions
 from snnfx.runtime.net import Net
 from snnfx.sandbox.user_code import step_signature
+from snnfx.sequence.call_capture import CapturedCall, capture_calls
 from snnfx.state.carry import paths_of
 
 __all__ = ["apply_edits", "convert", "convert_without_budget", "pipeline", "planning", "prepare_programs"]
@@ -49,7 +50,8 @@ def convert(
     example_inputs: Any = None,
     time_dim: Any = 0,
     entry: str = "forward",
-    batch_norm: str = "fold",
+    batch_norm: str | None = None,
+    takes: str = "step",
     chunk: int | str | None = "auto",
     carry_state: bool = False,
     reduce: str | None = None,
@@ -68,7 +70,8 @@ def convert(
 
     Args:
         model: a module that computes ONE time step, `y_t = model(x_t)` with `x_t: [N, *]`, and keeps its state
-            (membrane potentials) between calls. For a converted net, all options except `step_mode` are ignored.
+            (membrane potentials) between calls; with `takes="sequence"`, a module that runs over time itself. For a
+            converted net, all options except `step_mode` are ignored.
         step_mode: "m" (default): the net takes sequences `x_seq: [T, N, *]`. "s": the net takes one time step and
             carries its state across calls, like the model, until `snnfx.functional.reset_net(net)`.
         example_inputs: inputs of ONE time step, with the batch dimension: a tensor `[N, *]`, a tuple of positional
@@ -79,8 +82,13 @@ def convert(
             `in_dims` of `torch.vmap`); None for an input that is the same at every step. With an int, the outputs have
             the same time dimension. Default: 0.
         entry: name of the method that computes one step. Default: "forward".
-        batch_norm: BatchNorm statistics in training. "fold" (default): over all T*N samples, as is usual for multi-step
-            SNNs; "per_step": of each time step, as in the stepped model. Evaluation mode is the same for both. With
+        takes: the input of one call of the model. "step" (default): one time step. "sequence": the model runs over time
+            itself, in loops of its code; `example_inputs` are then the inputs of one whole call, and the net takes and
+            returns the same as the model. Each call starts from the reset state. If the model takes the number of time
+            steps from a size of its inputs, the net runs sequences of any length.
+        batch_norm: BatchNorm statistics in training. None (default): "fold" for steps; for sequences those of the
+            model, which a layer inside a loop takes in each iteration. "fold": over all T*N samples, as is usual for
+            multi-step SNNs; "per_step": of each time step, as in the stepped model. Evaluation mode is the same for both. With
             "fold", the running statistics take one update for the whole sequence. If the model itself reads them
             (`self.bn.running_mean`), a read in front of the call gets the value before this update and a read behind
             the call the value after it, the same at every step; with T = 1 this equals one call of the model. With
@@ -141,7 +149,7 @@ def convert(
         step_mode,
         time_dim,
         entry,
-        batch_norm,
+        batch_norm,  # type: ignore[arg-type]
         chunk,
         carry_state,
         reduce,
@@ -150,6 +158,7 @@ def convert(
         lower,
         checkpoint,
         read_memory_budget(memory_budget),
+        takes,
     )
     net = convert_without_budget(model, options, example_inputs, carry)
     if memory_budget is not None:
@@ -167,6 +176,9 @@ def convert_without_budget(
         options: all other options; its field `carry` is ignored.
     """
     _check_choice("step_mode", options.step_mode, ("m", "s"))
+    _check_choice("takes", options.takes, ("step", "sequence"))
+    if options.batch_norm is None:
+        options = replace(options, batch_norm="fold" if options.takes == "step" else "per_step")
     _check_choice("batch_norm", options.batch_norm, ("fold", "per_step"))
     if options.reduce is not None:
         _check_choice("reduce", options.reduce, REDUCTIONS)
@@ -176,6 +188,8 @@ def convert_without_budget(
         _check_choice("lower", options.lower, ("auto",))
     check_chunk_option(options.chunk)
     check_checkpoint_option(options.checkpoint)
+    if options.takes == "sequence":
+        return convert_sequence_model(model, options, example_inputs)
     paths = paths_of(carry) if carry is not None else infer_carry(model, options.entry, example_inputs)
     options = replace(options, carry=paths or None)
     programs, history = prepare_programs(model, options, example_inputs, inferred_carry=carry is None)
@@ -187,6 +201,59 @@ def convert_without_budget(
     if options.batch_norm == "fold" and options.step_mode == "m" and model.training:
         _warn_of_unfolded_batch_norms(programs[True])
     return Net(model, programs, options, history, _convert_for_shapes)
+
+
+def convert_sequence_model(model: nn.Module, options: ConvertOptions, example_inputs: Any) -> Net:
+    """Convert a model that runs over time itself: each of its loops becomes a net, called from the rest of the call."""
+    if example_inputs is None:
+        raise InputError(
+            "SNNFX233",
+            'takes="sequence" needs example_inputs',
+            why="the loops of the model are found by capturing a call on short sequences.",
+            hint="Pass example_inputs=(x_seq,) with the inputs of one whole call.",
+        )
+    start = time.perf_counter()
+    history: list[PassRecord] = []
+    calls = capture_calls(model, example_inputs, options.entry, lambda program: _run_passes(program, [Normalize()]))
+    captured = (time.perf_counter() - start) * 1e3
+    note = f"{len(calls[0].program.graph.nodes)} nodes, {len(calls[0].loops)} loops"
+    history.append(PassRecord("capture", captured, note, str(calls[0].program)))
+    training = _with_loop_nets(model, calls[0], options, history)
+    evaluation = training if calls[1] is calls[0] else _with_loop_nets(model, calls[1], options, history)
+    options = replace(options, step_mode="s")
+    return Net(model, {True: training, False: evaluation}, options, history, _convert_sequence_again)
+
+
+def _with_loop_nets(
+    model: nn.Module, call: CapturedCall, options: ConvertOptions, history: list[PassRecord]
+) -> StepProgram:
+    """The program of a call with a net for each of its loops."""
+    program = call.program
+    history += PassManager([RemoveDeadCode()]).run(program)
+    for loop in call.loops:
+        dims = tuple(0 if varies else None for varies in loop.varying)
+        of_loop = replace(options, step_mode="m", time_dim=dims, carry_state=False, takes="step")
+        training, evaluation = loop.program, loop.program.copy()
+        evaluation.training = False
+        history += PassManager(pipeline(training, of_loop)).run(training)
+        PassManager(pipeline(evaluation, of_loop)).run(evaluation)
+        programs = {True: training, False: training if _same_plan(training, evaluation) else evaluation}
+        handle = program.constants[loop.target]
+        handle.net = Net(model, programs, of_loop, history[-1:])
+    return program
+
+
+def _run_passes(program: StepProgram, passes: list[Pass]) -> None:
+    PassManager(passes).run(program)
+
+
+def _convert_sequence_again(net: Net, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Net:
+    """Capture a model that runs over time itself again, for the inputs of a call."""
+    example: Any = (kwargs if kwargs and not args else args) or None
+    if args and kwargs:
+        parameters = step_signature(net.source, net.options.entry).parameters
+        example = {**dict(zip(parameters, args, strict=False)), **kwargs}
+    return convert_sequence_model(net.source, net.options, example)
 
 
 def _warn_of_unfolded_batch_norms(program: StepProgram) -> None:

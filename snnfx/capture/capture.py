@@ -26,6 +26,7 @@ from snnfx.capture.attribute_slots import AttributeSlot, is_number, recorded
 from snnfx.capture.capture_session import CaptureSession, erase_unused_placeholders
 from snnfx.capture.graph_matching import GraphMatch
 from snnfx.capture.guarded_reads import ReachableCode
+from snnfx.capture.iteration_tracking import IterationLimit
 from snnfx.capture.recording_copy import RecordingCopy, capture_lock
 from snnfx.capture.step_arguments import carried_arguments, step_arguments
 from snnfx.capture.step_changes import NewChange, StepChanges
@@ -47,17 +48,18 @@ def capture_both_modes(
     example_inputs: Any = None,
     entry: str = "forward",
     carry: Mapping[str, OutputPath] | None = None,
+    iterations: IterationLimit | None = None,
 ) -> tuple[StepProgram, StepProgram]:
-    """Capture a model in training and in evaluation mode.
+    """Capture a model in training and in evaluation mode; the arguments are those of `capture`.
 
     Returns:
         `(training program, evaluation program)`; the same object twice if the mode makes no difference.
     """
     _check_model(model, entry)
-    training, mode_matters = _capture_copy(model, example_inputs, entry, True, carry)
+    training, mode_matters = _capture_copy(model, example_inputs, entry, True, carry, iterations)
     if not mode_matters:
         return training, training
-    evaluation, _ = _capture_copy(model, example_inputs, entry, False, carry)
+    evaluation, _ = _capture_copy(model, example_inputs, entry, False, carry, iterations)
     match = GraphMatch(training, evaluation)
     if match.same_program():
         training.guards = training.guards.union(evaluation.guards)
@@ -90,6 +92,7 @@ def capture(
     entry: str = "forward",
     training: bool | None = None,
     carry: Mapping[str, OutputPath] | None = None,
+    iterations: IterationLimit | None = None,
 ) -> StepProgram:
     """Capture one step of `model` without changing the model.
 
@@ -100,6 +103,8 @@ def capture(
         entry: name of the method that computes one step.
         training: the mode to capture; default: the current mode of the model.
         carry: arguments that carry an output of the previous step, each with the position of that output.
+        iterations: for a model that runs over time itself, whose whole call is captured: label each node with the
+            iterations of the loops that recorded it, up to this limit. None: a forward that loops over time is refused.
 
     Returns:
         The step program, stage "captured".
@@ -110,11 +115,16 @@ def capture(
     """
     _check_model(model, entry)
     training = model.training if training is None else training
-    return _capture_copy(model, example_inputs, entry, training, carry)[0]
+    return _capture_copy(model, example_inputs, entry, training, carry, iterations)[0]
 
 
 def _capture_copy(
-    model: nn.Module, example_inputs: Any, entry: str, training: bool, carry: Mapping[str, OutputPath] | None
+    model: nn.Module,
+    example_inputs: Any,
+    entry: str,
+    training: bool,
+    carry: Mapping[str, OutputPath] | None,
+    iterations: IterationLimit | None,
 ) -> tuple[StepProgram, bool]:
     """Capture a structural copy of a model: the program of the model, and whether its mode may matter."""
     fake_mode = FakeTensorMode(allow_non_fake_inputs=True) if example_inputs is not None else None
@@ -131,7 +141,9 @@ def _capture_copy(
         gradients = torch.is_grad_enabled() or "torch.is_grad_enabled" not in code.modes()
         while True:
             try:
-                session = CaptureSession(copy, entry, arguments, opaque, fake_mode, carried, changes, code)
+                session = CaptureSession(
+                    copy, entry, arguments, opaque, fake_mode, carried, changes, code, iterations
+                )
                 with copy.watched(), torch.set_grad_enabled(gradients):
                     program = _capture_once(session, leaves, spec, training)
                 break

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from snnfx.capture.attribute_changes import AttributeChanges, refuse_change
 from snnfx.capture.attribute_slots import AttributeSlot, is_number, known_value
 from snnfx.capture.guarded_reads import ReachableCode, guards_of
+from snnfx.capture.iteration_tracking import IterationLimit
 from snnfx.capture.leaf_module_states import owners
 from snnfx.capture.proxy import StepProxy
 from snnfx.capture.recording_copy import RecordingCopy, classes_of_originals
@@ -47,6 +48,7 @@ class CaptureSession:
         carried: the carried arguments.
         changes: the tensors of the model that a step changes, as far as known.
         code: the Python code that the step can reach.
+        iterations: for a whole call of a model that runs over time itself: record its loops, up to this limit.
     """
 
     def __init__(
@@ -59,7 +61,9 @@ class CaptureSession:
         carried: list[CarriedLeaf],
         changes: StepChanges,
         code: ReachableCode,
+        iterations: IterationLimit | None = None,
     ) -> None:
+        self.iterations = iterations
         self.copy, self.model = copy, copy.root
         self.entry, self.arguments, self.changes = entry, arguments, changes
         self.opaque, self.fake_mode, self.carried = opaque, fake_mode, carried
@@ -155,19 +159,19 @@ class CaptureSession:
             The tracer with its graph, and the changed attributes that are not in `discovered`.
         """
         while True:
-            tracer = StepTracer(self.arguments, self.entry, self.opaque, self.fake_mode)
+            tracer = StepTracer(self.arguments, self.entry, self.opaque, self.fake_mode, self.iterations)
             tracer.reads, tracer.user_reads = self.reads, self.user_reads
             tracer.consumed.tensors = self.consumed_tensors
             accessed_before_call = tracer.leaf_states.accessed_before_call
             try:
                 changed = self._trace(tracer, discovered, warm, shapes or {})
             except Exception as error:
-                if not warm:
+                if not warm and self.iterations is None:
                     _refuse_time_loop(tracer, error)
                 if warm or accessed_before_call <= self.accessed_before_call:
                     raise
             else:
-                if not warm:
+                if not warm and self.iterations is None:
                     self.time_loop = _refuse_time_loop(tracer)
                 if warm or accessed_before_call <= self.accessed_before_call:
                     self._refuse_reads_of_growing_containers(discovered, shapes or {})

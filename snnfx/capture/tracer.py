@@ -21,6 +21,7 @@ from snnfx.capture.attribute_slots import AttributeSlot
 from snnfx.capture.consumed_tensors import ConsumedTensors
 from snnfx.capture.example_values import ExampleValues
 from snnfx.capture.input_output_checks import refuse_outputs
+from snnfx.capture.iteration_tracking import IterationLimit, IterationTracker
 from snnfx.capture.leaf_module_states import LeafModuleStates
 from snnfx.capture.patches import (
     autocast_state,
@@ -81,6 +82,7 @@ class StepTracer(fx.Tracer):
         entry: name of the method that computes one step.
         opaque: qualified names of submodules that must not be traced, each with the reason.
         fake_mode: the fake tensor mode of example values, or None without example inputs.
+        iterations: record the iterations of the user's loops in `node.meta["iterations"]`, up to this limit.
     """
 
     proxy_buffer_attributes = True
@@ -91,11 +93,14 @@ class StepTracer(fx.Tracer):
         entry: str = "forward",
         opaque: dict[str, str] | None = None,
         fake_mode: FakeTensorMode | None = None,
+        iterations: IterationLimit | None = None,
     ) -> None:
         super().__init__(autowrap_functions=(call_stateful, call_opaque, initial_value, opaque_initial_value))
         self.traced_func_name = entry
         self.arguments = arguments
         self.opaque = opaque or {}
+        self._iterations = iterations
+        self._tracker = IterationTracker() if iterations is not None else None
         self.draws = UnrecordedDraws(self)
         self.values = ExampleValues(self, fake_mode, self.draws)
         self.leaf_states = LeafModuleStates(self)
@@ -160,7 +165,7 @@ class StepTracer(fx.Tracer):
         self, root: nn.Module, root_fn: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> tuple[tuple[Any, ...], ...]:
         """Run the step on proxies: `(outputs, next states, initial values)`."""
-        with self.writes:
+        with self.writes, self._tracker or contextlib.nullcontext():
             outputs = self._call_root(root, root_fn, args, kwargs)
         flat, self.output_spec = pytree.tree_flatten(self.take_carried(outputs))
         refuse_outputs(flat, location_of_forward(root, self.traced_func_name))
@@ -380,6 +385,10 @@ class StepTracer(fx.Tracer):
         node = super().create_node(kind, target, args, kwargs, name, None)
         node.meta.pop("nn_module_stack", None)
         node.meta["where"] = user_location()
+        if self._tracker is not None and kind != "placeholder":
+            node.meta["iterations"] = self._tracker.current()
+            assert self._iterations is not None
+            self._iterations.check(node.meta["iterations"])
         node.meta.setdefault("module", self.scope.module_path if hasattr(self, "scope") else "")
         if kind == "call_module":
             node.meta["module"] = str(target)

@@ -19,6 +19,7 @@ from snnfx.emit.plain_graph import emit_plain
 from snnfx.emit.single_step import emit_single_step
 from snnfx.ir.options import ConvertOptions
 from snnfx.ir.program import SELF_TARGET, StepProgram
+from snnfx.ops.run_loop import LoopHandle
 from snnfx.sandbox.torch_internals import pytree
 
 __all__ = [
@@ -160,6 +161,10 @@ def _constants_module(constants: Mapping[str, Any]) -> nn.Module:
     for name, value in constants.items():
         if isinstance(value, nn.Module):
             holder._modules[name] = value
+        elif isinstance(value, LoopHandle):
+            holder.__dict__[name] = value
+            # Its constants move with the net: `net.to(...)`.
+            holder._modules[f"{name}_constants"] = value.net._modules[CONSTANTS]
         elif isinstance(value, Tensor) and not value.requires_grad:
             holder.register_buffer(name, value.detach(), persistent=False)
         else:

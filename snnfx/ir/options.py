@@ -30,6 +30,12 @@ class ConvertOptions:
     lower: str | None = "auto"
     checkpoint: int | str | None = "auto"
     memory_budget: int | float | None = None
+    takes: str = "step"
+
+    @property
+    def stores_state(self) -> bool:
+        """Whether the net stores the state after a call and starts the next call from it."""
+        return self.carry_state or (self.step_mode == "s" and self.takes == "step")
 
 
 class ConvertKeywords(TypedDict, total=False):
@@ -38,7 +44,8 @@ class ConvertKeywords(TypedDict, total=False):
     example_inputs: Any
     time_dim: Any
     entry: str
-    batch_norm: str
+    batch_norm: str | None
+    takes: str
     chunk: int | str | None
     carry_state: bool
     reduce: str | None

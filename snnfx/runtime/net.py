@@ -8,7 +8,7 @@ if its plan does not cover them (`snnfx.runtime.replanning`), and executes the g
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -27,6 +27,7 @@ from snnfx.ir.program import Region, StepProgram
 from snnfx.ir.serialization import copy_model, pack_programs, unpack_programs
 from snnfx.memory.allocation_failure import explain_allocation_failure, is_allocation_failure
 from snnfx.memory.chunk_plan import ChunkPlan
+from snnfx.ops.run_loop import LoopHandle
 from snnfx.runtime.backward_pass import is_in_backward_pass, refuse_to_carry_state_in_backward
 from snnfx.runtime.execution import Execution
 from snnfx.runtime.guard_check import GuardCheck
@@ -260,6 +261,26 @@ class Net(SourceModule):
         outputs, state, _ = self._execute(leaves, given, state, (), T)
         return outputs_without(outputs, [c.path for c in self.program.carried]), state
 
+    def run_iterations(
+        self, steps: int, inputs: list[Tensor], state: Mapping[str, Any]
+    ) -> tuple[Any, tuple[Any, ...]]:
+        """Run the iterations of a loop whose step this net is; see `snnfx.ops.run_loop`.
+
+        Args:
+            steps: the number of iterations.
+            inputs: one tensor for each input of the step, time first.
+            state: values before the first iteration, by slot; None: the initial value.
+        """
+        given = {name: value for name, value in state.items() if value is not None}
+        outputs, final, _ = self._execute(inputs, {}, given or None, (), steps)
+        return outputs, tuple(final[slot.name] for slot in self.program.slots)
+
+    @property
+    def loops(self) -> list[Net]:
+        """For a model that runs over time itself: the nets of its loops, in execution order."""
+        handles = (value for value in self.program.constants.values() if isinstance(value, LoopHandle))
+        return [handle.net for handle in handles]  # type: ignore[misc]
+
     def tensors_of_step(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> list[Tensor]:
         """The tensors among the arguments of one step, in the order of `varying_inputs`."""
         args, kwargs, _ = self.split_carried(args, kwargs)
@@ -448,7 +469,7 @@ class Net(SourceModule):
 
     def convert_to(self, step_mode: str) -> Net:
         """A net with the same programs and modules in another step mode."""
-        if step_mode == self.options.step_mode:
+        if step_mode == self.options.step_mode or self.options.takes == "sequence":
             return self
         options = replace(self.options, step_mode=step_mode)
         return Net(self.source, self.programs, options, self.history, self._replan)
@@ -475,7 +496,7 @@ class Net(SourceModule):
 def _forward(self: Net, args: tuple[Any, ...], kwargs: dict[str, Any], T: int | None) -> Any:
     """Run a whole sequence from the reset state, or from the carried state with `carry_state=True`."""
     options = self.options
-    if (options.carry_state or options.step_mode == "s") and is_in_backward_pass():
+    if options.stores_state and is_in_backward_pass():
         refuse_to_carry_state_in_backward(self._carried_slots())
     leaves, ordered, given, T = self._bind_call(args, kwargs, T)
     arguments = self._arguments
@@ -486,14 +507,14 @@ def _forward(self: Net, args: tuple[Any, ...], kwargs: dict[str, Any], T: int | 
         if run is not None:
             has_time = any(arguments.varying)
             return run(self, *leaves) if has_time else run(self, *leaves, torch.arange(T, device=leaves[0].device))
-    state = self.carried_state if options.carry_state or options.step_mode == "s" else None
+    state = self.carried_state if options.stores_state else None
     state = self._execution.persistent.carried(state)
     if state is not None and self.program.carried and not options.carry_state:
         carried = self._carried_slots()
         state = {name: value for name, value in state.items() if name in carried} or None
     outputs, state, _ = self._execute(ordered, given, state, (), T)
     outputs = with_final_state(outputs, self.program.carried, state)
-    if options.carry_state or options.step_mode == "s":
+    if options.stores_state:
         self._execution.persistent.remember(keep_graph=not options.carry_state)
         self.carried_state = state
         if options.carry_state:

@@ -12,6 +12,7 @@ from torch import nn
 
 __all__ = [
     "format_location",
+    "is_library_code",
     "location_of_error",
     "location_of_forward",
     "step_signature",
@@ -24,6 +25,11 @@ PACKAGE = os.path.dirname(os.path.dirname(__file__)) + os.sep
 _LIBRARY_PREFIXES = (os.path.dirname(torch.__file__) + os.sep, PACKAGE, "<")
 CAPTURE_ENTRY = "one_step"
 """Name of the snnfx function that calls the model during capture; outer frames do not belong to the model."""
+
+
+def is_library_code(code: CodeType) -> bool:
+    """Whether code belongs to torch, snnfx or Python's import machinery, not to the model."""
+    return code.co_filename.startswith(_LIBRARY_PREFIXES) or "contextlib" in code.co_filename
 
 
 def user_location() -> tuple[str, int] | None:

@@ -1,0 +1,249 @@
+"""Label recorded nodes with the iterations of the Python loops that recorded them.
+
+A loop is a backward jump in the bytecode: its extent reaches from the target of the jump to the jump. The tracker
+follows the control flow of the capturing thread, so it knows in which iteration of which loop each frame is. The
+position of one instruction is not enough: nested loops, loops that run again, and `continue` would be confused.
+
+On Python 3.11 the control flow comes from opcode events of `sys.settrace`, on later versions from the JUMP and BRANCH
+events of `sys.monitoring`. Only frames of user code with a loop in them get such events.
+"""
+
+from __future__ import annotations
+
+import dis
+import functools
+import inspect
+import sys
+import sysconfig
+from dataclasses import dataclass
+from types import CodeType, FrameType, TracebackType
+from typing import Any
+
+from snnfx.sandbox.user_code import is_library_code
+
+__all__ = ["Iteration", "IterationLimit", "IterationTracker", "LoopSource", "TooManyIterations"]
+
+
+@dataclass(frozen=True)
+class LoopSource:
+    """A loop in the user's code.
+
+    Args:
+        filename, line, column: the position of its first instruction.
+        function: the qualified name of the function with the loop.
+    """
+
+    filename: str
+    line: int
+    column: int
+    function: str
+
+
+@dataclass(frozen=True)
+class Iteration:
+    """One iteration of a loop that runs.
+
+    Args:
+        source: the loop in the user's code.
+        run: a number for this run of the loop: a loop in a method that is called twice runs twice.
+        index: the number of the iteration.
+    """
+
+    source: LoopSource
+    run: int
+    index: int
+
+
+class TooManyIterations(BaseException):
+    """Ends a capture whose loops run longer than its `IterationLimit`; no handler in the model may catch it."""
+
+
+@dataclass(frozen=True)
+class IterationLimit:
+    """The most iterations of a loop that a capture records; None: any number."""
+
+    most: int | None = None
+
+    def check(self, iterations: tuple[Iteration, ...]) -> None:
+        """Raise TooManyIterations if one of the loops has reached the limit."""
+        if self.most is not None and any(i.index >= self.most for i in iterations):
+            raise TooManyIterations
+
+
+@dataclass(frozen=True)
+class _Extent:
+    """The instructions of a loop: offsets `start` to `end`, and the offsets of the jumps back to `start`."""
+
+    source: LoopSource
+    start: int
+    end: int
+    jumps: frozenset[int]
+
+
+class IterationTracker:
+    """Follows the loops of user code in the current thread while it is entered."""
+
+    def __init__(self) -> None:
+        self._frames: dict[FrameType, _FrameLoops] = {}
+        self._runs = 0
+
+    def current(self) -> tuple[Iteration, ...]:
+        """The iterations that the running code belongs to, the outermost loop first."""
+        found: list[Iteration] = []
+        frame: FrameType | None = sys._getframe(1)
+        while frame is not None:
+            loops = self._frames.get(frame)
+            if loops is not None:
+                loops.arrive(frame.f_lasti)
+                found += reversed(loops.iterations())
+            frame = frame.f_back
+        return tuple(reversed(found))
+
+    def __enter__(self) -> IterationTracker:
+        if sys.version_info >= (3, 12):
+            self._start_monitoring()
+        else:
+            self._before = sys.gettrace()
+            sys.settrace(self._on_call)
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, value: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        if sys.version_info >= (3, 12):
+            self._stop_monitoring()
+        else:
+            sys.settrace(self._before)
+        self._frames.clear()
+
+    def loops_of(self, frame: FrameType) -> _FrameLoops | None:
+        """The loops of a frame of user code; None for other frames and for code without loops."""
+        loops = self._frames.get(frame)
+        if loops is None:
+            extents = _extents(frame.f_code)
+            if not extents:
+                return None
+            loops = self._frames[frame] = _FrameLoops(extents, self)
+        return loops
+
+    def next_run(self) -> int:
+        self._runs += 1
+        return self._runs
+
+    # -- Python 3.11 ------------------------------------------------------------------------------------------------
+
+    def _on_call(self, frame: FrameType, event: str, argument: Any) -> Any:
+        loops = self.loops_of(frame)
+        if loops is None:
+            return None
+        frame.f_trace_opcodes, frame.f_trace_lines = True, False
+
+        def on_opcode(frame: FrameType, event: str, argument: Any) -> Any:
+            if event == "opcode":
+                loops.arrive(frame.f_lasti)
+            elif event == "return" and not frame.f_code.co_flags & inspect.CO_GENERATOR:
+                self._frames.pop(frame, None)
+            return on_opcode
+
+        return on_opcode
+
+    # -- Python 3.12 and later ----------------------------------------------------------------------------------------
+
+    if sys.version_info >= (3, 12):
+
+        def _start_monitoring(self) -> None:
+            monitoring = sys.monitoring
+            events = monitoring.events
+            self._tool = next(tool for tool in range(6) if monitoring.get_tool(tool) is None)
+            monitoring.use_tool_id(self._tool, "snnfx capture")
+            branches = [
+                getattr(events, name) for name in ("BRANCH", "BRANCH_LEFT", "BRANCH_RIGHT") if hasattr(events, name)
+            ]
+            self._thread_frames = sys._current_frames
+            for event in (events.JUMP, *branches):
+                monitoring.register_callback(self._tool, event, self._on_jump)
+            self._events = functools.reduce(lambda a, b: a | b, (events.JUMP, *branches))
+            monitoring.register_callback(self._tool, events.PY_START, self._on_start)
+            monitoring.register_callback(self._tool, events.PY_RESUME, self._on_start)
+            monitoring.set_events(self._tool, events.PY_START | events.PY_RESUME)
+            self._watched: set[CodeType] = set()
+            import threading
+
+            self._thread = threading.get_ident()
+
+        def _on_start(self, code: CodeType, offset: int) -> Any:
+            if code not in self._watched and _extents(code):
+                self._watched.add(code)
+                sys.monitoring.set_local_events(self._tool, code, self._events)
+
+        def _on_jump(self, code: CodeType, offset: int, destination: int) -> Any:
+            import threading
+
+            if threading.get_ident() != self._thread:
+                return
+            frame: FrameType | None = sys._getframe(1)
+            while frame is not None and frame.f_code is not code:
+                frame = frame.f_back
+            loops = self.loops_of(frame) if frame is not None else None
+            if loops is not None:
+                loops.arrive(offset)
+                loops.arrive(destination)
+
+        def _stop_monitoring(self) -> None:
+            monitoring = sys.monitoring
+            for code in self._watched:
+                monitoring.set_local_events(self._tool, code, 0)
+            monitoring.set_events(self._tool, 0)
+            monitoring.free_tool_id(self._tool)
+
+
+class _FrameLoops:
+    """The loops of one frame, with the iterations that it is in."""
+
+    def __init__(self, extents: tuple[_Extent, ...], tracker: IterationTracker) -> None:
+        self._extents, self._tracker = extents, tracker
+        self._running: dict[_Extent, tuple[int, int]] = {}
+        self._offset = -1
+
+    def arrive(self, offset: int) -> None:
+        """Follow the control flow to an instruction."""
+        previous, self._offset = self._offset, offset
+        if previous == offset:
+            return
+        for extent in self._extents:
+            if not extent.start <= offset <= extent.end:
+                self._running.pop(extent, None)
+            elif extent not in self._running:
+                self._running[extent] = self._tracker.next_run(), 0
+            elif offset == extent.start and previous in extent.jumps:
+                run, index = self._running[extent]
+                self._running[extent] = run, index + 1
+
+    def iterations(self) -> list[Iteration]:
+        """The current iterations, the outermost loop first."""
+        return [Iteration(e.source, *self._running[e]) for e in self._extents if e in self._running]
+
+
+_PYTHON = sysconfig.get_path("stdlib") + "/"
+
+
+@functools.lru_cache(maxsize=1024)
+def _extents(code: CodeType) -> tuple[_Extent, ...]:
+    """The loops of user code, the outermost first; none for code of torch, snnfx and Python itself."""
+    of_python = code.co_filename.startswith(_PYTHON) and "site-packages" not in code.co_filename
+    if of_python or is_library_code(code):
+        return ()
+    jumps: dict[int, set[int]] = {}
+    positions = {}
+    for instruction in dis.get_instructions(code):
+        positions[instruction.offset] = instruction.positions
+        if "JUMP_BACKWARD" in instruction.opname:
+            jumps.setdefault(instruction.argval, set()).add(instruction.offset)
+    extents = []
+    for start, sources in jumps.items():
+        position = positions[start]
+        line = (position.lineno if position is not None else None) or code.co_firstlineno
+        column = (position.col_offset if position is not None else None) or 0
+        source = LoopSource(code.co_filename, line, column, code.co_qualname)
+        extents.append(_Extent(source, start, max(sources), frozenset(sources)))
+    return tuple(sorted(extents, key=lambda e: (e.start, -e.end)))

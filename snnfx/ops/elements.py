@@ -1,0 +1,56 @@
+"""Elements of sequences: what the graphs of models that run over time themselves call around their loops."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from snnfx.errors import InputError
+
+__all__ = ["concatenate_elements", "read_elements", "stack_elements"]
+
+
+def read_elements(x: Tensor, dim: int, start: int, step: int, count: int) -> Tensor:
+    """The elements `start`, `start + step`, ... of one dimension, which becomes the first.
+
+    Indices below 0 count from the end, as in `x[t - 1]` for t = 0.
+
+    Raises:
+        InputError: SNNFX231, an index is out of range.
+    """
+    size, last = x.shape[dim], start + (count - 1) * step
+    if count > 0 and not (-size <= min(start, last) and max(start, last) < size):
+        raise InputError(
+            "SNNFX231",
+            f"a loop over time reads the elements {start} to {last} of a dimension of size {size}",
+            why="the number of iterations of this loop does not depend on the size of that input.",
+            hint=f"Pass an input with at least {max(start, last) + 1} time steps.",
+        )
+    x = x.movedim(dim, 0)
+    low, high = min(start, last), max(start, last)
+    if low < 0 <= high:
+        index = torch.arange(start, last + (1 if step > 0 else -1), step, device=x.device)
+        return x[index % size]
+    if low < 0:
+        low, high = low + size, high + size
+    if (low, high) != (0, size - 1) or abs(step) != 1:
+        x = x[low : high + 1 : abs(step)]
+    return x.flip(0) if step < 0 else x
+
+
+def stack_elements(parts: Sequence[Tensor], is_sequence: Sequence[bool], dim: int = 0) -> Tensor:
+    """`torch.stack` of a list whose parts are single elements, or sequences of elements with time first."""
+    rank = next(p.dim() - s for p, s in zip(parts, is_sequence, strict=True))
+    dim %= rank + 1
+    moved = [p.movedim(0, dim) if s else p.unsqueeze(dim) for p, s in zip(parts, is_sequence, strict=True)]
+    return moved[0] if len(moved) == 1 else torch.cat(moved, dim)
+
+
+def concatenate_elements(parts: Sequence[Tensor], is_sequence: Sequence[bool], dim: int = 0) -> Tensor:
+    """`torch.cat` of a list whose parts are single elements, or sequences of elements with time first."""
+    rank = next(p.dim() - s for p, s in zip(parts, is_sequence, strict=True))
+    dim %= rank
+    moved = [p.movedim(0, dim).flatten(dim, dim + 1) if s else p for p, s in zip(parts, is_sequence, strict=True)]
+    return moved[0] if len(moved) == 1 else torch.cat(moved, dim)

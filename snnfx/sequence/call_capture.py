@@ -1,0 +1,232 @@
+"""Capture whole calls of a model that runs over time itself, at two lengths if it takes T from its inputs."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from snnfx.capture.capture import capture, capture_both_modes
+from snnfx.capture.iteration_tracking import IterationLimit, TooManyIterations
+from snnfx.capture.step_arguments import as_call
+from snnfx.errors import CaptureError, SnnfxError
+from snnfx.ir.program import StepProgram
+from snnfx.ops.run_loop import LoopHandle
+from snnfx.sandbox.torch_internals import pytree
+from snnfx.sequence.alignment import Differs, align
+from snnfx.sequence.element_lists import join_elements
+from snnfx.sequence.lengths import Lengths, make_length_variable, require_same_step
+from snnfx.sequence.loop_runs import LoopRun, find_loop_runs, move_attributes_first, scaling_runs
+from snnfx.sequence.reroll import RolledLoop, reroll
+
+__all__ = ["CapturedCall", "capture_calls"]
+
+SHORT, LONG = 4, 5
+"""The lengths at which a call is captured: short, but long enough that three iterations follow the first."""
+_SLACK = 4
+"""A loop that takes T from the inputs iterates at most this many times more than T."""
+
+Normalizer = Callable[[StepProgram], None]
+"""Makes the operations of a captured program functional."""
+
+
+@dataclass
+class CapturedCall:
+    """A whole call of a model, with its loops re-rolled.
+
+    Args:
+        program: the call; `run_loop` nodes refer to the loops.
+        loops: the loops, in execution order.
+        fixed_length: why the number of time steps is fixed; "" if it is not.
+    """
+
+    program: StepProgram
+    loops: list[RolledLoop]
+    fixed_length: str = ""
+
+
+def capture_calls(
+    model: nn.Module, example_inputs: Any, entry: str, normalize: Normalizer
+) -> tuple[CapturedCall, CapturedCall]:
+    """Capture a whole call in both modes: `(training, evaluation)`, the same object twice if they do not differ.
+
+    Args:
+        model: a model whose forward runs over time itself.
+        example_inputs: the inputs of one call, whole sequences.
+        entry: the method.
+        normalize: a function that makes a captured program functional.
+
+    Raises:
+        CaptureError: the model cannot be captured, or SNNFX230, the iterations of a loop differ.
+    """
+    lengths = _find_time_dimension(model, example_inputs, entry)
+    if lengths is None:
+        training, evaluation = capture_both_modes(model, example_inputs, entry, iterations=IterationLimit())
+        first = _with_loops(training, normalize)
+        return first, first if evaluation is training else _with_loops(evaluation, normalize)
+    limit = IterationLimit()
+    short, long = (
+        capture_both_modes(model, _resized(example_inputs, lengths, size), entry, iterations=limit)
+        for size in (SHORT, LONG)
+    )
+    of_training = _of_any_length(short[0], long[0], lengths, normalize)
+    if short[1] is short[0]:
+        return of_training, of_training
+    return of_training, _of_any_length(short[1], long[1], lengths, normalize)
+
+
+# -- the time dimension -------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class _TimeDimension:
+    """The dimension `dim` of some tensors among the inputs, by index."""
+
+    leaves: tuple[int, ...]
+    dim: int
+
+
+def _find_time_dimension(model: nn.Module, example_inputs: Any, entry: str) -> _TimeDimension | None:
+    """The dimension of the inputs whose size is the number of iterations of a loop; None: there is none."""
+    tensors = [v for v in pytree.tree_leaves(as_call(example_inputs)) if isinstance(v, Tensor)]
+    for candidate in _candidates(tensors):
+        runs = []
+        for size in (SHORT, LONG):
+            try:
+                program = capture(
+                    model,
+                    _resized(example_inputs, candidate, size),
+                    entry,
+                    iterations=IterationLimit(LONG + _SLACK),
+                )
+            except (TooManyIterations, SnnfxError):
+                break
+            runs.append(find_loop_runs(program))
+        if len(runs) == 2 and scaling_runs(*runs):
+            return candidate
+    return None
+
+
+def _candidates(tensors: list[Tensor]) -> Iterator[_TimeDimension]:
+    """The dimensions that may be time, the most usual ones first; inputs of one size share it."""
+    seen: set[_TimeDimension] = set()
+    most = max((t.dim() for t in tensors), default=0)
+    for dim in range(most):
+        for first, tensor in enumerate(tensors):
+            if tensor.dim() <= dim:
+                continue
+            same = tuple(i for i, t in enumerate(tensors) if t.dim() > dim and t.shape[dim] == tensor.shape[dim])
+            for leaves in (same, (first,)):
+                candidate = _TimeDimension(leaves, dim)
+                if candidate not in seen:
+                    seen.add(candidate)
+                    yield candidate
+
+
+def _resized(example_inputs: Any, time: _TimeDimension, size: int) -> Any:
+    """The example inputs with another number of time steps."""
+    flat, spec = pytree.tree_flatten(example_inputs)
+    tensors = [i for i, v in enumerate(flat) if isinstance(v, Tensor)]
+    for leaf in time.leaves:
+        value = flat[tensors[leaf]]
+        shape = list(value.shape)
+        shape[time.dim] = size
+        flat[tensors[leaf]] = torch.zeros(shape, dtype=value.dtype, device=value.device)
+    return pytree.tree_unflatten(flat, spec)
+
+
+# -- re-rolling ---------------------------------------------------------------------------------------------------------
+
+
+def _of_any_length(
+    short: StepProgram, long: StepProgram, time: _TimeDimension, normalize: Normalizer
+) -> CapturedCall:
+    """Re-roll the loops of two calls, and make the number of time steps variable."""
+    for program in (short, long):
+        _prepare(program, normalize)
+    pairs = scaling_runs(find_loop_runs(short), find_loop_runs(long))
+    if pairs is None:
+        raise CaptureError("SNNFX230", "the loops that run depend on the number of time steps")
+    loops: list[RolledLoop] = []
+    for index, (run_short, run_long) in enumerate(pairs):
+        target = f"snnfx_loop_{index}"
+        a, b = (_reroll(p, r, target) for p, r in ((short, run_short), (long, run_long)))
+        try:
+            require_same_step(a.program, b.program)
+        except Differs as difference:
+            raise _refusal(run_short, difference) from difference
+        loops.append(a)
+    for program in (short, long):
+        join_elements(program)
+    lengths = Lengths(SHORT, LONG, time.leaves[0], time.dim)
+    try:
+        make_length_variable(short, long, lengths)
+    except Differs as difference:
+        raise CaptureError(
+            "SNNFX232",
+            "the code around the loops depends on the number of time steps",
+            where=difference.location,
+            why=f"{difference.why}.",
+            hint="Use operations on the whole sequence, e.g. torch.stack(outputs).mean(0).",
+        ) from difference
+    return CapturedCall(short, loops)
+
+
+def _with_loops(program: StepProgram, normalize: Normalizer) -> CapturedCall:
+    """Re-roll the loops of one call, whose number of iterations is fixed."""
+    _prepare(program, normalize)
+    loops: list[RolledLoop] = []
+    refusals: list[CaptureError] = []
+
+    def visit(runs: list[LoopRun]) -> None:
+        for run in runs:
+            if run.count >= 3:
+                try:
+                    loops.append(_reroll(program, run, f"snnfx_loop_{len(loops)}"))
+                    continue
+                except CaptureError as error:
+                    refusals.append(error)
+            for inner in run.inner:
+                visit(inner)
+
+    visit(find_loop_runs(program))
+    if not loops and refusals:
+        raise refusals[0]
+    join_elements(program)
+    return CapturedCall(program, loops, "no size of the inputs is the number of iterations")
+
+
+def _prepare(program: StepProgram, normalize: Normalizer) -> None:
+    normalize(program)
+    move_attributes_first(program)
+
+
+def _reroll(program: StepProgram, run: LoopRun, target: str) -> RolledLoop:
+    """Re-roll one loop; its first iteration stays outside if it differs."""
+    bodies, difference = run.bodies, None
+    for first in (0, 1):
+        try:
+            alignment = align(program, bodies[first:])
+            rolled = reroll(program, run, alignment, target)
+        except Differs as error:
+            difference = difference or error
+            continue
+        program.constants[target] = LoopHandle(nn.Module(), run.location)
+        return rolled
+    assert difference is not None
+    raise _refusal(run, difference) from difference
+
+
+def _refusal(run: LoopRun, difference: Differs) -> CaptureError:
+    return CaptureError(
+        "SNNFX230",
+        f"the iterations of the loop at {run.location} differ",
+        where=difference.location or run.location,
+        why=f"{difference.why}; snnfx re-rolls a loop over time into one step.",
+        hint='Run the same operations in each iteration, or convert a method that computes one step: entry="step".',
+    )
+
+

@@ -1,0 +1,92 @@
+"""The runs of Python loops in a captured call: which nodes each iteration recorded."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+from torch.fx import Node
+
+from snnfx.capture.iteration_tracking import LoopSource
+from snnfx.ir.program import StepProgram
+from snnfx.sandbox.user_code import format_location
+
+__all__ = ["LoopRun", "find_loop_runs", "move_attributes_first", "scaling_runs"]
+
+
+@dataclass
+class LoopRun:
+    """One run of a loop.
+
+    Args:
+        source: the loop in the user's code.
+        bodies: the nodes of each iteration, in program order.
+        inner: the runs of loops inside each iteration.
+    """
+
+    source: LoopSource
+    bodies: list[list[Node]] = field(default_factory=list)
+    inner: list[list[LoopRun]] = field(default_factory=list)
+
+    @property
+    def count(self) -> int:
+        """The number of iterations."""
+        return len(self.bodies)
+
+    @property
+    def location(self) -> str:
+        """The user's file and line."""
+        return format_location((self.source.filename, self.source.line))
+
+
+def move_attributes_first(program: StepProgram) -> None:
+    """Move the get_attr nodes in front of all calls: capture records them where they are first read."""
+    graph = program.graph
+    first = next((n for n in graph.nodes if n.op not in ("placeholder", "get_attr")), graph.output_node())
+    for node in list(graph.nodes):
+        if node.op == "get_attr":
+            node.meta.pop("iterations", None)
+            first.prepend(node)
+
+
+def find_loop_runs(program: StepProgram) -> list[LoopRun]:
+    """The runs of the outermost loops that recorded nodes, in program order."""
+    outermost: list[LoopRun] = []
+    known: dict[int, LoopRun] = {}
+    for node in program.graph.nodes:
+        siblings = outermost
+        for iteration in node.meta.get("iterations", ()):
+            run = known.get(iteration.run)
+            if run is None:
+                run = known[iteration.run] = LoopRun(iteration.source)
+                siblings.append(run)
+            while run.count <= iteration.index:
+                run.bodies.append([])
+                run.inner.append([])
+            run.bodies[iteration.index].append(node)
+            siblings = run.inner[iteration.index]
+    for run in known.values():
+        while run.bodies and not run.bodies[-1]:  # the test that ends the loop
+            run.bodies.pop()
+            run.inner.pop()
+    return outermost
+
+
+def scaling_runs(short: list[LoopRun], long: list[LoopRun]) -> list[tuple[LoopRun, LoopRun]] | None:
+    """The outermost runs that iterate more often in the longer of two calls; None if the calls differ otherwise.
+
+    Args:
+        short, long: the runs of two calls of one model, the second with one more time step.
+    """
+    if [run.source for run in short] != [run.source for run in long]:
+        return None
+    found: list[tuple[LoopRun, LoopRun]] = []
+    for a, b in zip(short, long, strict=True):
+        if a.count != b.count:
+            found.append((a, b))
+            continue
+        for inner_a, inner_b in zip(a.inner, b.inner, strict=True):
+            inner = scaling_runs(inner_a, inner_b)
+            if inner is None:
+                return None
+            found += inner
+    return found

@@ -1,0 +1,477 @@
+"""Re-roll the iterations of a loop into one step program, and call it from the graph of the whole call."""
+
+from __future__ import annotations
+
+import itertools
+import operator
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, fx
+from torch.fx import Node, map_arg
+
+from snnfx.analysis.dependence import is_random
+from snnfx.ir.edits import add_placeholder
+from snnfx.ir.guards import Guards
+from snnfx.ir.module_effects import updates_buffers
+from snnfx.ir.nodes import is_module_call, is_size, is_structural
+from snnfx.ir.printing import describe_node, operation_name
+from snnfx.ir.program import InputLeaf, Slot, StepProgram
+from snnfx.ops.run_loop import run_loop
+from snnfx.sandbox.torch_internals import pytree
+from snnfx.sequence.alignment import Alignment, Carried, Differs, Outside, Own, Varying, map_roles
+from snnfx.sequence.element_reads import arithmetic_progression, common_read, read_sequence, record_call
+from snnfx.sequence.loop_runs import LoopRun
+
+__all__ = ["RolledLoop", "reroll"]
+
+
+@dataclass
+class RolledLoop:
+    """A loop as a step program.
+
+    Args:
+        program: one iteration; its inputs are sequences and values that are the same in each iteration.
+        varying: for each input, whether it is a sequence.
+        location: the user's file and line of the loop.
+        target: the get_attr target of the loop in the graph of the call.
+    """
+
+    program: StepProgram
+    varying: list[bool]
+    location: str
+    target: str
+
+
+def reroll(program: StepProgram, run: LoopRun, alignment: Alignment, name: str) -> RolledLoop:
+    """Replace the iterations of a loop in the graph of a call by one call of `run_loop`.
+
+    Args:
+        program: the program of the whole call, which is changed.
+        run: the loop.
+        alignment: its common step.
+        name: the get_attr target of the loop.
+
+    Raises:
+        Differs: a value of an iteration is used in a way that a step cannot return; nothing is changed.
+    """
+    return _Reroll(program, run, alignment, name).rolled()
+
+
+@dataclass
+class _Inputs:
+    """The inputs of the step, each with its value in the graph of the call."""
+
+    names: list[str] = field(default_factory=list)
+    placeholders: list[Node] = field(default_factory=list)
+    values: list[Node] = field(default_factory=list)
+    varying: list[bool] = field(default_factory=list)
+
+
+class _Reroll:
+    def __init__(self, program: StepProgram, run: LoopRun, alignment: Alignment, name: str) -> None:
+        self.program, self.run, self.alignment, self.name = program, run, alignment, name
+        self.inside = {node for body in alignment.bodies for node in body}
+        self.position_of = {
+            alignment.value(i, p): (i, p)
+            for i in range(alignment.count)
+            for p in range(len(alignment.template))
+            if isinstance(alignment.value(i, p), Node)
+        }
+        self.graph = fx.Graph()
+        self.inputs = _Inputs()
+        self.shared: dict[Node, Node] = {}
+        """Values from outside the loop and their nodes in the step."""
+        self.nodes: list[Node] = []
+        """The nodes of the step, by position."""
+        self.slots: dict[int, Node] = {}
+        """The placeholder of each carried position."""
+        self.slot_names: dict[int, str] = {}
+        self.state_of: dict[int, Node] = {}
+        """The slot of the whole call that a carried position threads."""
+        self.sources: dict[Node, list[tuple[Node, int]]] = {}
+        """The sequences read from a tensor: `(placeholder, dimension of time in the tensor)`."""
+        self.anchor = alignment.bodies[0][0]
+        self.first_nodes: dict[Node, Node] = {}
+        self.known_sequences: dict[Any, Node] = {}
+        """The input for each element read."""
+
+    def rolled(self) -> RolledLoop:
+        self._check_uses()
+        with self.program.graph.inserting_before(self.anchor):
+            self._add_slots()
+            self._add_nodes()
+            initial = [self._initial_value(p) for p in self.slots]
+        outputs = self._outputs()
+        nexts = [self.nodes[p] for p in self.slots]
+        self.graph.output((tuple(self.nodes[p] for p in outputs), tuple(nexts), tuple(initial)))
+        step = self._step_program(len(outputs))
+        self._replace(outputs)
+        return RolledLoop(step, list(self.inputs.varying), self.run.location, self.name)
+
+    # -- the step ---------------------------------------------------------------------------------------------------
+
+    def _add_slots(self) -> None:
+        threads = {node: slot.name for node, slot in zip(self.program.slot_nodes(), self.program.slots, strict=True)}
+        taken: set[str] = set()
+        for position in self._carried_positions():
+            start = self.alignment.initial[position]
+            sample = self.alignment.template[position]
+            name = threads.get(start) if isinstance(start, Node) else None
+            if name is not None:
+                self.state_of[position] = start
+            else:
+                name = self._slot_name(sample)
+            names = itertools.chain((name,), (f"{name}_{i}" for i in itertools.count(1)))
+            unique = next(n for n in names if n not in taken)
+            taken.add(unique)
+            placeholder = add_placeholder(self.graph, unique.replace(".", "_"))
+            placeholder.meta = {"slot": unique, "number": False}
+            if "val" in sample.meta:
+                placeholder.meta["val"] = sample.meta["val"]
+            self.slots[position], self.slot_names[position] = placeholder, unique
+
+    def _slot_name(self, node: Node) -> str:
+        """The name of a carried value that the model's code keeps in a variable."""
+        call = node
+        while is_structural(call) and isinstance(call.args[0], Node):
+            call = call.args[0]
+        if call is not node:
+            module = self.program.module_of(call)
+            index = node.args[1]
+            if module is not None and isinstance(index, int):
+                from_call = [s for s in (str(call.args[0].target),) if s]  # type: ignore[union-attr]
+                return f"{from_call[0]}.state{index}"
+        return f"{self.run.source.function.rpartition('.')[2]}.{node.name}"
+
+    def _carried_positions(self) -> list[int]:
+        found: dict[int, None] = {}
+
+        def note(role: Any) -> None:
+            if isinstance(role, Carried):
+                found[role.position] = None
+
+        for arguments in self.alignment.arguments:
+            map_roles(arguments, note)
+        return list(found)
+
+    def _add_nodes(self) -> None:
+        # All reads first: a size of the input then comes from an element.
+        reads = [self._element_read(position) for position in range(len(self.alignment.template))]
+        for position, node in enumerate(self.alignment.template):
+            read = reads[position]
+            if read is not None:
+                self.nodes.append(read)
+                continue
+            args, kwargs = map_roles(self.alignment.arguments[position], lambda role, node=node: self._value(role, node))
+            new = self.graph.create_node(node.op, node.target, args, kwargs)
+            new.meta = {k: v for k, v in node.meta.items() if k != "iterations"}
+            self.nodes.append(new)
+
+    def _element_read(self, position: int) -> Node | None:
+        """The input that replaces a node that reads one element of a value from outside the loop."""
+        args, kwargs = self.alignment.arguments[position]
+        if not args or not isinstance(args[0], Outside) or kwargs:
+            return None
+        if not any(_contains_varying(a) for a in args[1:]):
+            return None
+        nodes = [self.alignment.value(i, position) for i in range(self.alignment.count)]
+        if not all(isinstance(n, Node) for n in nodes):
+            return None
+        return self._sequence(nodes, self.alignment.template[position])
+
+    def _sequence(self, nodes: list[Node], reader: Node) -> Node:
+        """The input for values from outside the loop, one for each iteration."""
+        read = common_read(nodes)
+        outer = self.program.graph
+        if read is not None and read in self.known_sequences:
+            return self.known_sequences[read]
+        if read is not None:
+            source, value = read.source, read_sequence(outer, read)
+            dim = read.dim
+            if read.index is not None or read.keeps_dim:
+                dim = -1
+        elif all(n.op == "get_attr" and isinstance(self.program.resolve(str(n.target)), Tensor) for n in nodes):
+            value = record_call(outer, torch.stack, (nodes,))
+            source, dim = value, 0
+        else:
+            raise Differs(f"`{describe_node(reader)}` reads another value in each iteration", reader)
+        placeholder = self._add_input(nodes[0].name, value, True, nodes[0].meta.get("val"))
+        if read is not None:
+            self.known_sequences[read] = placeholder
+        if dim >= 0:
+            self.sources.setdefault(source, []).append((placeholder, dim))
+        return placeholder
+
+    def _add_input(self, name: str, value: Node, varying: bool, example: Any) -> Node:
+        placeholder = add_placeholder(self.graph, name)
+        placeholder.meta = {"input": len(self.inputs.names), "where": None}
+        if isinstance(example, Tensor):
+            placeholder.meta["val"] = example
+        self.inputs.names.append(placeholder.name)
+        self.inputs.placeholders.append(placeholder)
+        self.inputs.values.append(value)
+        self.inputs.varying.append(varying)
+        return placeholder
+
+    def _value(self, role: Any, reader: Node) -> Any:
+        if isinstance(role, Own):
+            return self.nodes[role.position]
+        if isinstance(role, Carried):
+            return self.slots[role.position]
+        if isinstance(role, Outside):
+            return self._outside(role.node, reader)
+        if isinstance(role.values[0], Node):
+            return self._sequence(list(role.values), reader)
+        return self._numbers(role.values, reader)
+
+    def _numbers(self, values: tuple[Any, ...], reader: Node) -> Node:
+        """The input for a number that the code computes from the number of the iteration."""
+        progression = arithmetic_progression(values)
+        if progression is None or operation_name(reader) not in _ARITHMETIC:
+            raise Differs(
+                f"an argument of `{describe_node(reader)}` is {values[0]!r} in the first iteration, then {values[1]!r}",
+                reader,
+            )
+        start, step = progression
+        value = record_call(self.program.graph, torch.arange, (start, start + step * len(values), step))
+        return self._add_input("number", value, True, value.meta["val"][0])
+
+    def _outside(self, node: Node, reader: Node) -> Node:
+        """The node in the step for a value from outside the loop."""
+        if node in self.shared:
+            return self.shared[node]
+        if node.op == "get_attr":
+            new = self.graph.get_attr(str(node.target))
+            new.meta = dict(node.meta)
+        elif is_size(node) and not isinstance(node.meta.get("val"), Tensor):
+            new = self._size(node, reader)
+        elif self._is_of_parameters(node):
+            args, kwargs = map_arg((node.args, node.kwargs), lambda n: self._outside(n, reader))
+            new = self.graph.create_node(node.op, node.target, args, kwargs)
+            new.meta = {k: v for k, v in node.meta.items() if k != "iterations"}
+        elif isinstance(node.meta.get("val"), Tensor) or "val" not in node.meta:
+            new = self._add_input(node.name, node, False, node.meta.get("val"))
+        else:
+            raise Differs(f"`{describe_node(reader)}` reads `{node.name}`, which is not a tensor", reader)
+        self.shared[node] = new
+        return new
+
+    def _is_of_parameters(self, node: Node) -> bool:
+        """Whether a value depends on parameters and constants only, so that the step can compute it once."""
+        seen, stack = set(), [node]
+        while stack:
+            current = stack.pop()
+            if current in seen:
+                continue
+            seen.add(current)
+            if current.op == "placeholder" or current.target is run_loop or is_random(self.program, current):
+                return False
+            if updates_buffers(self.program, current) or is_module_call(current):
+                return False
+            stack += current.all_input_nodes
+        return True
+
+    def _size(self, node: Node, reader: Node) -> Node:
+        """Compute a size from the inputs of the step, whose sequences have one dimension less."""
+        if node.target is operator.getitem and isinstance(node.args[0], Node):
+            shape = node.args[0]
+            source = shape.args[0] if shape.target is getattr and shape.args[1] == "shape" else None
+            index = node.args[1]
+            if isinstance(source, Node) and isinstance(index, int):
+                dims = source.meta["val"].dim()
+                for placeholder, dim in self.sources.get(source, ()):
+                    if index % dims == dim:
+                        raise Differs(f"`{describe_node(reader)}` reads the number of iterations", reader)
+                    of_step = self.graph.call_function(getattr, (placeholder, "shape"))
+                    step_index = index % dims - (index % dims > dim)
+                    new = self.graph.call_function(operator.getitem, (of_step, step_index))
+                    of_step.meta = dict(shape.meta) | {"val": placeholder.meta["val"].shape}
+                    new.meta = dict(node.meta)
+                    return new
+        if node.target is getattr and node.args[1] in ("device", "dtype"):
+            for placeholder, _ in self.sources.get(node.args[0], ()):  # type: ignore[call-overload]
+                new = self.graph.call_function(getattr, (placeholder, node.args[1]))
+                new.meta = dict(node.meta)
+                return new
+        args, kwargs = map_arg((node.args, node.kwargs), lambda n: self._outside(n, reader))
+        new = self.graph.create_node(node.op, node.target, args, kwargs)
+        new.meta = {k: v for k, v in node.meta.items() if k != "iterations"}
+        return new
+
+    # -- initial values ---------------------------------------------------------------------------------------------
+
+    def _initial_value(self, position: int) -> Any:
+        start = self.alignment.initial[position]
+        if position in self.state_of:
+            slot = next(
+                i for i, n in enumerate(self.program.slot_nodes()) if n is start
+            )
+            if self.program.slots[slot].persistent:
+                return self._outside(start, start)
+            start = self.program.initial_values[slot]
+        if not isinstance(start, Node):
+            return start
+        number = _number_of_filled_tensor(start, self.alignment.template[position])
+        return number if number is not None else self._first(start)
+
+    def _first(self, node: Node) -> Node:
+        """A value of the first iteration, or from outside the loop, in the step graph."""
+        place = self.position_of.get(node)
+        if place is not None and place[0] == 0:
+            return self.nodes[place[1]]
+        if node not in self.inside:
+            return self._outside(node, node)
+        if node not in self.first_nodes:
+            args, kwargs = map_arg((node.args, node.kwargs), self._first)
+            new = self.graph.create_node(node.op, node.target, args, kwargs)
+            new.meta = {k: v for k, v in node.meta.items() if k != "iterations"}
+            self.first_nodes[node] = new
+        return self.first_nodes[node]
+
+    # -- the graph of the call --------------------------------------------------------------------------------------
+
+    def _uses(self) -> Iterable[tuple[Node, Node]]:
+        """`(value of an iteration, node outside the loop that reads it)`."""
+        for body in self.alignment.bodies:
+            for node in body:
+                for user in node.users:
+                    if user not in self.inside:
+                        yield node, user
+
+    def _check_uses(self) -> None:
+        outputs, nexts, _ = self.program.results
+        read: list[Node] = []
+        map_arg((outputs, nexts), read.append)
+        for node, user in self._uses():
+            if node not in self.position_of and (user.op != "output" or node in read):
+                raise Differs(f"only the first iteration runs `{describe_node(node)}`", node)
+
+    def _outputs(self) -> list[int]:
+        """The positions whose value of each iteration the graph of the call reads."""
+        found: dict[int, None] = {}
+        for node, _ in self._uses():
+            place = self.position_of.get(node)
+            if place is None:
+                continue
+            iteration, position = place
+            if position not in self.slots or iteration != self.alignment.count - 1:
+                found[position] = None
+        return sorted(found)
+
+    def _step_program(self, outputs: int) -> StepProgram:
+        _sort_placeholders(self.graph)
+        program = self.program
+        leaves = [InputLeaf(p.name, p.name) for p in self.inputs.placeholders]
+        step = StepProgram(
+            graph=self.graph,
+            source=program.source,
+            constants=program.constants,
+            input_leaves=leaves,
+            input_spec=pytree.tree_structure(((0,) * len(leaves), {})),
+            output_spec=pytree.tree_structure((0,) * outputs),
+            slots=[Slot(self.slot_names[p], self.slots[p].name) for p in self.slots],
+            training=program.training,
+            opaque=dict(program.opaque),
+            setting_reads=list(program.setting_reads),
+            guards=Guards(),
+            stage="captured",
+        )
+        used = {str(n.target) for n in self.graph.nodes if n.op == "get_attr"}
+        step.constants = {name: value for name, value in program.constants.items() if name in used}
+        return step
+
+    def _replace(self, outputs: list[int]) -> None:
+        graph, count = self.program.graph, self.alignment.count
+        results = {p: i for i, p in enumerate(outputs)}
+        finals = {p: i for i, p in enumerate(self.slots)}
+        with graph.inserting_before(self.anchor):
+            loop = graph.get_attr(self.name)
+            state = {self.slot_names[p]: node for p, node in self.state_of.items() if not self._is_persistent(node)}
+            call = graph.call_function(run_loop, (loop, count, tuple(self.inputs.values), state))
+            call.meta = {"where": (self.run.source.filename, self.run.source.line), "module": "", "loop": self.name}
+            values = graph.call_function(operator.getitem, (call, 0))
+            states = graph.call_function(operator.getitem, (call, 1))
+            for node in (values, states):
+                node.meta = {"structural": True, "module": ""}
+            sequences: dict[int, Node] = {}
+            for position in outputs:
+                sample = self.alignment.template[position]
+                sequences[position] = self._result(values, results[position], sample)
+                example = sample.meta.get("val")
+                if isinstance(example, Tensor):
+                    sequences[position].meta["val"] = example.new_empty((count, *example.shape))
+            replacements: dict[Node, Node] = {}
+            for node, _ in list(self._uses()):
+                place = self.position_of.get(node)
+                if place is None or node in replacements:
+                    continue
+                iteration, position = place
+                if position not in sequences:
+                    new = self._result(states, finals[position], node)
+                else:
+                    new = graph.call_function(operator.getitem, (sequences[position], iteration))
+                    new.meta = {k: v for k, v in node.meta.items() if k != "iterations"}
+                    new.meta["element"] = iteration
+                replacements[node] = new
+        initials = list(self.program.initial_values)
+        threaded = {n for n in self.state_of.values() if not self._is_persistent(n)}
+        for i, slot in enumerate(self.program.slot_nodes()):
+            if slot in threaded:
+                initials[i] = None
+        self.program.set_output(self.program.outputs, self.program.next_states, initials)
+        for node, new in replacements.items():
+            node.replace_all_uses_with(new, delete_user_cb=lambda user: user not in self.inside)
+        for body in reversed(self.alignment.bodies):
+            for node in reversed(body):
+                graph.erase_node(node)
+
+    def _is_persistent(self, node: Node) -> bool:
+        return any(
+            s.persistent for n, s in zip(self.program.slot_nodes(), self.program.slots, strict=True) if n is node
+        )
+
+    def _result(self, results: Node, index: int, sample: Node) -> Node:
+        node = self.program.graph.call_function(operator.getitem, (results, index))
+        node.meta = {k: v for k, v in sample.meta.items() if k in ("val", "where", "module")}
+        node.meta["structural"] = True
+        return node
+
+
+_ARITHMETIC = frozenset("add sub mul div truediv pow gt ge lt le eq ne maximum minimum rsub".split())
+
+
+def _contains_varying(tree: Any) -> bool:
+    found: list[Any] = []
+    map_roles(tree, lambda role: found.append(role) if isinstance(role, Varying) else None)
+    return bool(found)
+
+
+def _number_of_filled_tensor(node: Node, following: Node) -> float | None:
+    """The number of a tensor of equal numbers that has the shape of the next value of its slot.
+
+    A number stands for a tensor of the shape of the next value, so the step does not depend on the code that makes the
+    tensor.
+    """
+    value, after = node.meta.get("val"), following.meta.get("val")
+    if node.op not in ("call_function", "call_method") or not (isinstance(value, Tensor) and isinstance(after, Tensor)):
+        return None
+    if value.shape != after.shape or value.dtype != after.dtype or not value.is_floating_point():
+        return None
+    if node.kwargs.get("requires_grad"):
+        return None
+    name = operation_name(node)
+    if name in ("zeros", "zeros_like", "new_zeros"):
+        return 0.0
+    return 1.0 if name in ("ones", "ones_like", "new_ones") else None
+
+
+def _sort_placeholders(graph: fx.Graph) -> None:
+    """Move the placeholders in front of all other nodes, inputs before slots."""
+    nodes = [n for n in graph.nodes if n.op == "placeholder"]
+    for node in reversed(sorted(nodes, key=lambda n: "slot" in n.meta)):
+        first = next(iter(graph.nodes))
+        if node is not first:
+            first.prepend(node)
