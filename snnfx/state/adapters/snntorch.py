@@ -12,7 +12,7 @@ from typing import Any
 
 import snntorch
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from snnfx.errors import CaptureError
 from snnfx.state.hooks import has_forward_hooks
@@ -90,7 +90,8 @@ class SnnTorchAdapter:
         try:
             for name, value in zip(names, state, strict=True):
                 # An empty state matches the shape of no input, so the neuron starts from zeros.
-                module._buffers[name] = x.new_zeros(0) if value is None else value
+                value = x.new_zeros(0) if value is None or (isinstance(value, float) and value == 0.0) else value
+                module._buffers[name] = value if isinstance(value, Tensor) else torch.full_like(x, value)
             if "reset_mechanism_val" in module._buffers:
                 # A number instead of a tensor, because the neuron compares it in Python.
                 module._buffers["reset_mechanism_val"] = _reset_number(module)  # type: ignore[assignment]
