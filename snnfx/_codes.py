@@ -247,6 +247,34 @@ CODES: dict[str, CodeEntry] = {
         "self.v = x if self.v is None else self.v + x",
     ),
     # 3xx: inputs of a call
+    "SNNFX230": CodeEntry(
+        "the iterations of a loop over time differ",
+        'With takes="sequence", snnfx re-rolls each loop over time into one step. All iterations must run the same '
+        "operations on the same modules and parameters, and read the values of the previous iteration only; the first "
+        "iteration may start differently. The number of iterations may not depend on values, and a loop may not break.",
+        "for t in range(T): y = f(x[t]) if t % 2 else g(x[t])",
+        "for t in range(T): y = f(x[t])",
+    ),
+    "SNNFX231": CodeEntry(
+        "an input has fewer time steps than a loop reads",
+        "The number of iterations of a loop does not depend on the size of the input that it reads, and the input of "
+        "this call is too short.",
+        "for t in range(25): y = f(x[t])            # called with x: [10, N, 6]",
+        "for t in range(x.shape[0]): y = f(x[t])",
+    ),
+    "SNNFX232": CodeEntry(
+        "code around a loop depends on the number of time steps",
+        'With takes="sequence", the code in front of and behind the loops must be the same for any number of time '
+        "steps, apart from numbers that are sums or products with it.",
+        "y = outputs[0] * outputs[1] * outputs[2]   # one operation for each step",
+        "y = torch.stack(outputs).prod(0)",
+    ),
+    "SNNFX233": CodeEntry(
+        'takes="sequence" without example_inputs',
+        "The loops of a model are found by capturing a call on short sequences like example_inputs.",
+        'snnfx.convert(model, takes="sequence")',
+        'snnfx.convert(model, takes="sequence", example_inputs=(x_seq,))',
+    ),
     "SNNFX301": CodeEntry(
         "no time steps",
         "A sequence must have at least one time step.",

@@ -37,7 +37,7 @@ from snnfx.passes.remove_dead_code import RemoveDeadCode
 from snnfx.passes.sink_reductions import REDUCTIONS, SinkReductions
 from snnfx.runtime.net import Net
 from snnfx.sandbox.user_code import step_signature
-from snnfx.sequence.call_capture import CapturedCall, capture_calls
+from snnfx.sequence.call_capture import CapturedCall, ProgramPasses, capture_calls
 from snnfx.state.carry import paths_of
 
 __all__ = ["apply_edits", "convert", "convert_without_budget", "pipeline", "planning", "prepare_programs"]
@@ -214,7 +214,8 @@ def convert_sequence_model(model: nn.Module, options: ConvertOptions, example_in
         )
     start = time.perf_counter()
     history: list[PassRecord] = []
-    calls = capture_calls(model, example_inputs, options.entry, lambda program: _run_passes(program, [Normalize()]))
+    passes = ProgramPasses(partial(_run_passes, [Normalize()]), partial(_run_passes, [RemoveDeadCode()]))
+    calls = capture_calls(model, example_inputs, options.entry, passes)
     captured = (time.perf_counter() - start) * 1e3
     note = f"{len(calls[0].program.graph.nodes)} nodes, {len(calls[0].loops)} loops"
     history.append(PassRecord("capture", captured, note, str(calls[0].program)))
@@ -229,7 +230,6 @@ def _with_loop_nets(
 ) -> StepProgram:
     """The program of a call with a net for each of its loops."""
     program = call.program
-    history += PassManager([RemoveDeadCode()]).run(program)
     for loop in call.loops:
         dims = tuple(0 if varies else None for varies in loop.varying)
         of_loop = replace(options, step_mode="m", time_dim=dims, carry_state=False, takes="step")
@@ -243,7 +243,7 @@ def _with_loop_nets(
     return program
 
 
-def _run_passes(program: StepProgram, passes: list[Pass]) -> None:
+def _run_passes(passes: list[Pass], program: StepProgram) -> None:
     PassManager(passes).run(program)
 
 

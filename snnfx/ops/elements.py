@@ -9,7 +9,7 @@ from torch import Tensor
 
 from snnfx.errors import InputError
 
-__all__ = ["concatenate_elements", "read_elements", "stack_elements"]
+__all__ = ["concatenate_elements", "read_elements", "stack_elements", "write_elements"]
 
 
 def read_elements(x: Tensor, dim: int, start: int, step: int, count: int) -> Tensor:
@@ -54,3 +54,14 @@ def concatenate_elements(parts: Sequence[Tensor], is_sequence: Sequence[bool], d
     dim %= rank
     moved = [p.movedim(0, dim).flatten(dim, dim + 1) if s else p for p, s in zip(parts, is_sequence, strict=True)]
     return moved[0] if len(moved) == 1 else torch.cat(moved, dim)
+
+
+def write_elements(x: Tensor, dim: int, start: int, step: int, values: Tensor) -> Tensor:
+    """The value of `x` after `x[start] = values[0]`, `x[start + step] = values[1]`, ... along one dimension."""
+    last = start + (values.shape[0] - 1) * step
+    low, high = min(start, last), max(start, last)
+    if (low, high, abs(step)) == (0, x.shape[dim] - 1, 1):
+        values = values.flip(0) if step < 0 else values
+        return values.to(x.dtype).movedim(0, dim).expand_as(x)
+    index = torch.arange(start, last + (1 if step > 0 else -1), step, device=x.device) % x.shape[dim]
+    return x.index_copy(dim, index, values.to(x.dtype).movedim(0, dim))

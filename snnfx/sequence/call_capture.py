@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.fx import Node
 
 from snnfx.capture.capture import capture, capture_both_modes
 from snnfx.capture.iteration_tracking import IterationLimit, TooManyIterations
@@ -15,22 +16,21 @@ from snnfx.capture.step_arguments import as_call
 from snnfx.errors import CaptureError, SnnfxError
 from snnfx.ir.program import StepProgram
 from snnfx.ops.run_loop import LoopHandle
+from snnfx.ops.step_functions import expect_size
 from snnfx.sandbox.torch_internals import pytree
 from snnfx.sequence.alignment import Differs, align
+from snnfx.sequence.counter_reads import may_branch_on_count
 from snnfx.sequence.element_lists import join_elements
 from snnfx.sequence.lengths import Lengths, make_length_variable, require_same_step
 from snnfx.sequence.loop_runs import LoopRun, find_loop_runs, move_attributes_first, scaling_runs
 from snnfx.sequence.reroll import RolledLoop, reroll
 
-__all__ = ["CapturedCall", "capture_calls"]
+__all__ = ["CapturedCall", "ProgramPasses", "capture_calls"]
 
 SHORT, LONG = 4, 5
 """The lengths at which a call is captured: short, but long enough that three iterations follow the first."""
 _SLACK = 4
 """A loop that takes T from the inputs iterates at most this many times more than T."""
-
-Normalizer = Callable[[StepProgram], None]
-"""Makes the operations of a captured program functional."""
 
 
 @dataclass
@@ -48,8 +48,21 @@ class CapturedCall:
     fixed_length: str = ""
 
 
+@dataclass(frozen=True)
+class ProgramPasses:
+    """The passes that re-rolling needs; `snnfx.convert` gives them.
+
+    Args:
+        normalize: makes the operations of a captured program functional.
+        remove_dead_code: removes nodes without readers.
+    """
+
+    normalize: Callable[[StepProgram], None]
+    remove_dead_code: Callable[[StepProgram], None]
+
+
 def capture_calls(
-    model: nn.Module, example_inputs: Any, entry: str, normalize: Normalizer
+    model: nn.Module, example_inputs: Any, entry: str, passes: ProgramPasses
 ) -> tuple[CapturedCall, CapturedCall]:
     """Capture a whole call in both modes: `(training, evaluation)`, the same object twice if they do not differ.
 
@@ -57,7 +70,7 @@ def capture_calls(
         model: a model whose forward runs over time itself.
         example_inputs: the inputs of one call, whole sequences.
         entry: the method.
-        normalize: a function that makes a captured program functional.
+        passes: the passes that re-rolling needs.
 
     Raises:
         CaptureError: the model cannot be captured, or SNNFX230, the iterations of a loop differ.
@@ -65,17 +78,17 @@ def capture_calls(
     lengths = _find_time_dimension(model, example_inputs, entry)
     if lengths is None:
         training, evaluation = capture_both_modes(model, example_inputs, entry, iterations=IterationLimit())
-        first = _with_loops(training, normalize)
-        return first, first if evaluation is training else _with_loops(evaluation, normalize)
+        first = _with_loops(training, passes)
+        return first, first if evaluation is training else _with_loops(evaluation, passes)
     limit = IterationLimit()
     short, long = (
         capture_both_modes(model, _resized(example_inputs, lengths, size), entry, iterations=limit)
         for size in (SHORT, LONG)
     )
-    of_training = _of_any_length(short[0], long[0], lengths, normalize)
+    of_training = _of_any_length(short[0], long[0], lengths, passes)
     if short[1] is short[0]:
         return of_training, of_training
-    return of_training, _of_any_length(short[1], long[1], lengths, normalize)
+    return of_training, _of_any_length(short[1], long[1], lengths, passes)
 
 
 # -- the time dimension -------------------------------------------------------------------------------------------------
@@ -105,8 +118,10 @@ def _find_time_dimension(model: nn.Module, example_inputs: Any, entry: str) -> _
             except (TooManyIterations, SnnfxError):
                 break
             runs.append(find_loop_runs(program))
-        if len(runs) == 2 and scaling_runs(*runs):
-            return candidate
+        pairs = scaling_runs(*runs) if len(runs) == 2 else None
+        if pairs:
+            # Later iterations of such a loop may run other code.
+            return None if any(may_branch_on_count(run.source) for run, _ in pairs) else candidate
     return None
 
 
@@ -142,11 +157,11 @@ def _resized(example_inputs: Any, time: _TimeDimension, size: int) -> Any:
 
 
 def _of_any_length(
-    short: StepProgram, long: StepProgram, time: _TimeDimension, normalize: Normalizer
+    short: StepProgram, long: StepProgram, time: _TimeDimension, passes: ProgramPasses
 ) -> CapturedCall:
     """Re-roll the loops of two calls, and make the number of time steps variable."""
     for program in (short, long):
-        _prepare(program, normalize)
+        _prepare(program, passes)
     pairs = scaling_runs(find_loop_runs(short), find_loop_runs(long))
     if pairs is None:
         raise CaptureError("SNNFX230", "the loops that run depend on the number of time steps")
@@ -161,6 +176,7 @@ def _of_any_length(
         loops.append(a)
     for program in (short, long):
         join_elements(program)
+        passes.remove_dead_code(program)
     lengths = Lengths(SHORT, LONG, time.leaves[0], time.dim)
     try:
         make_length_variable(short, long, lengths)
@@ -175,9 +191,9 @@ def _of_any_length(
     return CapturedCall(short, loops)
 
 
-def _with_loops(program: StepProgram, normalize: Normalizer) -> CapturedCall:
+def _with_loops(program: StepProgram, passes: ProgramPasses) -> CapturedCall:
     """Re-roll the loops of one call, whose number of iterations is fixed."""
-    _prepare(program, normalize)
+    _prepare(program, passes)
     loops: list[RolledLoop] = []
     refusals: list[CaptureError] = []
 
@@ -196,16 +212,18 @@ def _with_loops(program: StepProgram, normalize: Normalizer) -> CapturedCall:
     if not loops and refusals:
         raise refusals[0]
     join_elements(program)
+    passes.remove_dead_code(program)
     return CapturedCall(program, loops, "no size of the inputs is the number of iterations")
 
 
-def _prepare(program: StepProgram, normalize: Normalizer) -> None:
-    normalize(program)
+def _prepare(program: StepProgram, passes: ProgramPasses) -> None:
+    passes.normalize(program)
     move_attributes_first(program)
 
 
 def _reroll(program: StepProgram, run: LoopRun, target: str) -> RolledLoop:
     """Re-roll one loop; its first iteration stays outside if it differs."""
+    _remove_loop_tests(program, run)
     bodies, difference = run.bodies, None
     for first in (0, 1):
         try:
@@ -218,6 +236,29 @@ def _reroll(program: StepProgram, run: LoopRun, target: str) -> RolledLoop:
         return rolled
     assert difference is not None
     raise _refusal(run, difference) from difference
+
+
+def _remove_loop_tests(program: StepProgram, run: LoopRun) -> None:
+    """Remove the checks of sizes that decide about the next iteration: `while t < x.shape[0]`."""
+    tests: dict[Any, list[Node]] = {}
+    for body in run.bodies:
+        for node in body:
+            operand = node.args[0] if node.target is expect_size else None
+            if isinstance(operand, Node) and isinstance(node.args[1], bool) and operand in body:
+                tests.setdefault((operand.target, tuple(operand.all_input_nodes), node.args[2]), []).append(node)
+    for nodes in tests.values():
+        numbers = {tuple(v for v in n.args[0].args if isinstance(v, int)) for n in nodes}  # type: ignore[union-attr]
+        if len(numbers) < len(nodes):
+            continue
+        for node in nodes:
+            operand = node.args[0]
+            program.graph.erase_node(node)
+            removed = [node]
+            if isinstance(operand, Node) and not operand.users:
+                program.graph.erase_node(operand)
+                removed.append(operand)
+            for body in run.bodies:
+                body[:] = [n for n in body if n not in removed]
 
 
 def _refusal(run: LoopRun, difference: Differs) -> CaptureError:

@@ -15,7 +15,7 @@ from snnfx.ir.nodes import is_structural
 from snnfx.ir.printing import operation_name
 from snnfx.ops.elements import read_elements
 
-__all__ = ["ElementRead", "arithmetic_progression", "common_read", "read_sequence", "record_call"]
+__all__ = ["ElementRead", "common_index", "arithmetic_progression", "common_read", "read_sequence", "record_call"]
 
 
 @dataclass(frozen=True)
@@ -93,6 +93,12 @@ def _parts_of(node: Node) -> tuple[Node, Any] | None:
     if name == "unbind":
         return node.args[0], arguments[0] if arguments else node.kwargs.get("dim", 0)
     return None
+
+
+def common_index(source: Node, indices: Sequence[Any]) -> tuple[int, int, int] | None:
+    """`(dimension, start, step)` of indices that select one element of one dimension in each iteration."""
+    read = _read_by_index(source, indices)
+    return None if read is None or read.index is not None or read.keeps_dim else (read.dim, read.start, read.step)
 
 
 def _read_by_index(source: Node, indices: Sequence[Any]) -> ElementRead | None:

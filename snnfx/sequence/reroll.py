@@ -19,10 +19,12 @@ from snnfx.ir.module_effects import updates_buffers
 from snnfx.ir.nodes import is_module_call, is_size, is_structural
 from snnfx.ir.printing import describe_node, operation_name
 from snnfx.ir.program import InputLeaf, Slot, StepProgram
+from snnfx.ops.elements import write_elements
 from snnfx.ops.run_loop import run_loop
+from snnfx.ops.step_functions import set_part
 from snnfx.sandbox.torch_internals import pytree
 from snnfx.sequence.alignment import Alignment, Carried, Differs, Outside, Own, Varying, map_roles
-from snnfx.sequence.element_reads import arithmetic_progression, common_read, read_sequence, record_call
+from snnfx.sequence.element_reads import arithmetic_progression, common_index, common_read, read_sequence, record_call
 from snnfx.sequence.loop_runs import LoopRun
 
 __all__ = ["RolledLoop", "reroll"]
@@ -60,6 +62,23 @@ def reroll(program: StepProgram, run: LoopRun, alignment: Alignment, name: str) 
     return _Reroll(program, run, alignment, name).rolled()
 
 
+@dataclass(frozen=True)
+class _Write:
+    """Writes of the elements `start`, `start + step`, ... of one dimension of a tensor, one in each iteration.
+
+    Args:
+        tensor: the tensor before the loop.
+        dim, start, step: the elements.
+        position: the position of the written value.
+    """
+
+    tensor: Node
+    dim: int
+    start: int
+    step: int
+    position: int
+
+
 @dataclass
 class _Inputs:
     """The inputs of the step, each with its value in the graph of the call."""
@@ -95,8 +114,10 @@ class _Reroll:
         """The sequences read from a tensor: `(placeholder, dimension of time in the tensor)`."""
         self.anchor = alignment.bodies[0][0]
         self.first_nodes: dict[Node, Node] = {}
+        self.writes = self._writes_of_elements()
         self.known_sequences: dict[Any, Node] = {}
         """The input for each element read."""
+        self._numbers_are_accepted: bool | None = None
 
     def rolled(self) -> RolledLoop:
         self._check_uses()
@@ -110,6 +131,23 @@ class _Reroll:
         step = self._step_program(len(outputs))
         self._replace(outputs)
         return RolledLoop(step, list(self.inputs.varying), self.run.location, self.name)
+
+    def _writes_of_elements(self) -> dict[int, _Write]:
+        """The positions that write one element of a tensor from outside the loop: `out[t] = y`."""
+        found: dict[int, _Write] = {}
+        for position, node in enumerate(self.alignment.template):
+            args, _ = self.alignment.arguments[position]
+            if node.target is not set_part or args[0] != Carried(position) or not isinstance(args[2], Own):
+                continue
+            readers = [n for n in node.users if n in self.inside]
+            start = self.alignment.initial.get(position)
+            if len(readers) != 1 or not isinstance(start, Node) or start in self.inside or start.op == "placeholder":
+                continue
+            nodes = [self.alignment.value(i, position) for i in range(self.alignment.count)]
+            index = common_index(start, [n.args[1] for n in nodes]) if isinstance(start.meta.get("val"), Tensor) else None
+            if index is not None and index[2] != 0:
+                found[position] = _Write(start, *index, args[2].position)
+        return found
 
     # -- the step ---------------------------------------------------------------------------------------------------
 
@@ -155,13 +193,16 @@ class _Reroll:
 
         for arguments in self.alignment.arguments:
             map_roles(arguments, note)
-        return list(found)
+        return [p for p in found if p not in self.writes]
 
     def _add_nodes(self) -> None:
         # All reads first: a size of the input then comes from an element.
         reads = [self._element_read(position) for position in range(len(self.alignment.template))]
         for position, node in enumerate(self.alignment.template):
             read = reads[position]
+            if position in self.writes:
+                self.nodes.append(self.nodes[self.writes[position].position])
+                continue
             if read is not None:
                 self.nodes.append(read)
                 continue
@@ -315,7 +356,29 @@ class _Reroll:
         if not isinstance(start, Node):
             return start
         number = _number_of_filled_tensor(start, self.alignment.template[position])
-        return number if number is not None else self._first(start)
+        return number if number is not None and self._accepts_numbers() else self._first(start)
+
+    def _accepts_numbers(self) -> bool:
+        """Whether the step runs if its states are numbers: arithmetic combines them with tensors first."""
+        if self._numbers_are_accepted is None:
+            numbers = set(self.slots.values())
+            self._numbers_are_accepted = all(self._accepts(node, numbers) for node in self.graph.nodes)
+            self._numbers_are_accepted &= not any(self.nodes[p] in numbers for p in self.slots)
+        return self._numbers_are_accepted
+
+    def _accepts(self, node: Node, numbers: set[Node]) -> bool:
+        read = [n for n in node.all_input_nodes if n in numbers]
+        if not read:
+            return True
+        if is_module_call(node):
+            states: list[Node] = []
+            map_arg((node.args[1],), states.append)
+            return set(read) <= set(states) & set(self.slots.values())
+        if node.op != "call_function" or getattr(node.target, "__module__", "") != "_operator":
+            return False
+        if all(n in numbers for n in node.all_input_nodes):
+            numbers.add(node)
+        return True
 
     def _first(self, node: Node) -> Node:
         """A value of the first iteration, or from outside the loop, in the step graph."""
@@ -357,6 +420,11 @@ class _Reroll:
             if place is None:
                 continue
             iteration, position = place
+            if position in self.writes:
+                if iteration != self.alignment.count - 1:
+                    raise Differs("code behind the loop reads a tensor before its last element is written", node)
+                found[self.writes[position].position] = None
+                continue
             if position not in self.slots or iteration != self.alignment.count - 1:
                 found[position] = None
         return sorted(found)
@@ -409,7 +477,13 @@ class _Reroll:
                 if place is None or node in replacements:
                     continue
                 iteration, position = place
-                if position not in sequences:
+                write = self.writes.get(position)
+                if write is not None:
+                    values_of_write = sequences[write.position]
+                    arguments = (write.tensor, write.dim, write.start, write.step, values_of_write)
+                    new = graph.call_function(write_elements, arguments)
+                    new.meta = {k: v for k, v in node.meta.items() if k != "iterations"}
+                elif position not in sequences:
                     new = self._result(states, finals[position], node)
                 else:
                     new = graph.call_function(operator.getitem, (sequences[position], iteration))

@@ -1,0 +1,186 @@
+"""Models with a loop over time in their forward: `takes="sequence"`."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from support.looped_models import Cell, TwoLayers, assert_converts_sequence, spike
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+
+def sequence(*shape: int) -> Tensor:
+    generator = torch.Generator().manual_seed(3)
+    return 2 * torch.rand(shape, generator=generator, dtype=torch.float64)
+
+
+class Looped(nn.Module):
+    """A linear layer and a neuron; `kind` selects how the loop is written."""
+
+    def __init__(self, kind: str) -> None:
+        super().__init__()
+        self.kind, self.fc, self.cell = kind, nn.Linear(6, 4), Cell()
+
+    def forward(self, x: Tensor) -> Tensor:
+        return getattr(self, self.kind)(x)
+
+    def over_elements(self, x: Tensor) -> Tensor:
+        v, out = None, []
+        for x_t in x:
+            s, v = self.cell(self.fc(x_t), v)
+            out.append(s)
+        return torch.stack(out)
+
+    def over_unbind(self, x: Tensor) -> Tensor:
+        v, out = None, []
+        for x_t in x.unbind(0):
+            s, v = self.cell(self.fc(x_t), v)
+            out.append(s)
+        return torch.stack(out).mean(0)
+
+    def with_zeros(self, x: Tensor) -> Tensor:
+        v = torch.zeros(x.shape[1], 4, dtype=x.dtype)
+        out = []
+        for t in range(x.size(0)):
+            v = 0.9 * v + self.fc(x[t])
+            s = spike(v - 1)
+            v = v * (1 - s)
+            out.append(s)
+        return torch.stack(out, dim=1)
+
+    def from_number(self, x: Tensor) -> Tensor:
+        v, total = 0.0, 0
+        for t in range(len(x)):
+            v = 0.9 * v + self.fc(x[t])
+            s = spike(v - 1)
+            v = v - s
+            total = total + s
+        return total / len(x)
+
+    def last_value(self, x: Tensor) -> Tensor:
+        v = torch.zeros(x.shape[1], 4, dtype=x.dtype)
+        for t in range(x.shape[0]):
+            s, v = self.cell(self.fc(x[t]), v)
+        return v
+
+    def last_spikes(self, x: Tensor) -> Tensor:
+        v = None
+        for t in range(x.shape[0]):
+            s, v = self.cell(self.fc(x[t]), v)
+        return s
+
+    def most(self, x: Tensor) -> Tensor:
+        v = torch.zeros(x.shape[1], 4, dtype=x.dtype)
+        most = torch.full((x.shape[1], 4), -1e9, dtype=x.dtype)
+        for t in range(x.shape[0]):
+            v = 0.9 * v + self.fc(x[t])
+            most = torch.maximum(most, v)
+        return F.log_softmax(most, 1)
+
+    def summed_list(self, x: Tensor) -> Tensor:
+        v, out = None, []
+        for t in range(x.shape[0]):
+            s, v = self.cell(self.fc(x[t]), v)
+            out.append(s)
+        return sum(out) / x.shape[0]
+
+    def with_enumerate(self, x: Tensor) -> Tensor:
+        v, out = None, []
+        for t, x_t in enumerate(x):
+            s, v = self.cell(self.fc(x_t) * (t + 1), v)
+            out.append(s)
+        return torch.stack(out)
+
+    def with_while(self, x: Tensor) -> Tensor:
+        v, out, t = None, [], 0
+        while t < x.shape[0]:
+            s, v = self.cell(self.fc(x[t]), v)
+            out.append(s)
+            t += 1
+        return torch.stack(out)
+
+    def with_zip(self, x: Tensor) -> Tensor:
+        v, out = None, []
+        for a, b in zip(x, x.flip(0), strict=True):
+            s, v = self.cell(self.fc(a) + self.fc(b), v)
+            out.append(s)
+        return torch.stack(out)
+
+    def reversed_time(self, x: Tensor) -> Tensor:
+        v, out = None, []
+        for t in reversed(range(x.shape[0])):
+            s, v = self.cell(self.fc(x[t]), v)
+            out.append(s)
+        return torch.stack(out[::-1])
+
+    def comprehension(self, x: Tensor) -> Tensor:
+        v, out = None, []
+        currents = [self.fc(x_t) for x_t in x]
+        for current in currents:
+            s, v = self.cell(current, v)
+            out.append(s)
+        return torch.stack(out)
+
+    def preallocated(self, x: Tensor) -> Tensor:
+        v, out = None, torch.zeros(x.shape[0], x.shape[1], 4, dtype=x.dtype)
+        for t in range(x.shape[0]):
+            s, v = self.cell(self.fc(x[t]), v)
+            out[t] = s
+        return out
+
+    def preallocated_dim_1(self, x: Tensor) -> Tensor:
+        v, out = None, torch.zeros(x.shape[1], x.shape[0], 4, dtype=x.dtype)
+        for t in range(x.shape[0]):
+            s, v = self.cell(self.fc(x[t]), v)
+            out[:, t] = s
+        return out
+
+    def previous_element(self, x: Tensor) -> Tensor:
+        v, out = None, []
+        for t in range(x.shape[0]):
+            s, v = self.cell(self.fc(x[t] - x[t - 1]), v)
+            out.append(s)
+        return torch.stack(out)
+
+    def two_loops(self, x: Tensor) -> Tensor:
+        v, hidden = None, []
+        for t in range(x.shape[0]):
+            s, v = self.cell(self.fc(x[t]), v)
+            hidden.append(s)
+        y, out = torch.zeros(x.shape[1], 4, dtype=x.dtype), []
+        for s in hidden:
+            y = 0.5 * y + s
+            out.append(y)
+        return torch.stack(out)
+
+    def list_with_start(self, x: Tensor) -> Tensor:
+        v = torch.zeros(x.shape[1], 4, dtype=x.dtype)
+        out = [v]
+        for t in range(x.shape[0]):
+            v = 0.9 * v + self.fc(x[t])
+            out.append(v)
+        return torch.stack(out, dim=1)
+
+    def recurrent(self, x: Tensor) -> Tensor:
+        v, s, out = torch.zeros(x.shape[1], 4, dtype=x.dtype), torch.zeros(x.shape[1], 4, dtype=x.dtype), []
+        for t in range(x.shape[0]):
+            v = 0.9 * v + self.fc(x[t]) + F.linear(s, self.fc.weight[:, :4])
+            s = spike(v - 1)
+            v = v - s
+            out.append(s)
+        return torch.stack(out)
+
+
+KINDS = [name for name in vars(Looped) if not name.startswith("_") and name != "forward"]
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_loop_is_found_and_rerolled(kind: str) -> None:
+    others = [(sequence(9, 5, 6),), (sequence(2, 3, 6),)]
+    net = assert_converts_sequence(Looped(kind), (sequence(7, 5, 6),), others)
+    assert net.loops
+
+
+def test_two_layers_with_lists() -> None:
+    net = assert_converts_sequence(TwoLayers(), (sequence(7, 5, 6),), [(sequence(3, 2, 6),), (sequence(30, 2, 6),)])
+    assert [region.kind for region in net.loops[0].regions] == ["fold", "loop", "fold", "loop"]
