@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -77,18 +77,39 @@ def capture_calls(
     """
     lengths = _find_time_dimension(model, example_inputs, entry)
     if lengths is None:
-        training, evaluation = capture_both_modes(model, example_inputs, entry, iterations=IterationLimit())
+        training, evaluation = _capture_from_reset_state(model, example_inputs, entry)
         first = _with_loops(training, passes)
         return first, first if evaluation is training else _with_loops(evaluation, passes)
-    limit = IterationLimit()
     short, long = (
-        capture_both_modes(model, _resized(example_inputs, lengths, size), entry, iterations=limit)
-        for size in (SHORT, LONG)
+        _capture_from_reset_state(model, _resized(example_inputs, lengths, size), entry) for size in (SHORT, LONG)
     )
     of_training = _of_any_length(short[0], long[0], lengths, passes)
     if short[1] is short[0]:
         return of_training, of_training
     return of_training, _of_any_length(short[1], long[1], lengths, passes)
+
+
+def _capture_from_reset_state(model: nn.Module, example_inputs: Any, entry: str) -> tuple[StepProgram, StepProgram]:
+    """Capture a call that starts from the reset state, in both modes.
+
+    If a call from another state runs other code (as where the forward resets the neurons itself), this is the code of
+    the first call.
+    """
+    training, evaluation = capture_both_modes(model, example_inputs, entry, iterations=IterationLimit())
+    first = _first_call(training)
+    return first, first if evaluation is training else _first_call(evaluation)
+
+
+def _first_call(program: StepProgram) -> StepProgram:
+    first = program.first_step
+    if first is None:
+        return program
+    return replace(
+        first,
+        guards=program.guards,
+        setting_reads=program.setting_reads,
+        initial_attributes=program.initial_attributes,
+    )
 
 
 # -- the time dimension -------------------------------------------------------------------------------------------------
