@@ -102,7 +102,8 @@ CODES: dict[str, CodeEntry] = {
         "the forward may loop over time",
         "A loop in the forward resembles a loop over time, but it may also belong to the step, for example a recurrence "
         "over features or over the iterations of a fixed point. The net runs the loop at every time step. If it is a "
-        "loop over time, move its body to a method and pass its name as entry, or pass example_inputs of ONE step.",
+        'loop over time, convert with takes="sequence", or move its body to a method and pass its name as entry, or '
+        "pass example_inputs of ONE step.",
         "def forward(self, x):\n    for t in range(T):\n        h = self.cell(self.embed(x)[:, t], h)",
         'def step(self, x):\n    return self.lif(self.fc(x))\n\nsnnfx.convert(model, entry="step")',
     ),
@@ -133,10 +134,10 @@ CODES: dict[str, CodeEntry] = {
         "the forward loops over time itself",
         "The forward reads its input element by element along a dimension, runs the same operations on each element, "
         "and carries values from one iteration to the next; or it calls a neuron on the same value again and again. So "
-        "it already runs a whole sequence. snnfx converts a model of ONE time step: move the body of the loop into a "
-        "method and pass its name as entry.",
+        'it already runs a whole sequence. Convert the whole call with takes="sequence", or move the body of the loop '
+        "into a method that computes ONE time step and pass its name as entry.",
         "def forward(self, x):\n    for t in range(len(x)):\n        spk = self.lif(self.fc(x[t]))",
-        'def step(self, x):\n    return self.lif(self.fc(x))\n\nsnnfx.convert(model, entry="step")',
+        'snnfx.convert(model, takes="sequence", example_inputs=(x_seq,))',
     ),
     "SNNFX204": CodeEntry(
         "already in multi-step mode",

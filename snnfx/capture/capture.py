@@ -141,9 +141,7 @@ def _capture_copy(
         gradients = torch.is_grad_enabled() or "torch.is_grad_enabled" not in code.modes()
         while True:
             try:
-                session = CaptureSession(
-                    copy, entry, arguments, opaque, fake_mode, carried, changes, code, iterations
-                )
+                session = CaptureSession(copy, entry, arguments, opaque, fake_mode, carried, changes, code, iterations)
                 with copy.watched(), torch.set_grad_enabled(gradients):
                     program = _capture_once(session, leaves, spec, training)
                 break
@@ -156,7 +154,7 @@ def _capture_copy(
                         "SNNFX201", "the model cannot be traced", where=where, why=failure.reason
                     ) from failure
                 _refuse_undeclared_state(copy.root, failure)
-                if failure.name == "" and (entry != "forward" or carried):
+                if failure.name == "" and (entry != "forward" or carried or iterations is not None):
                     assert failure.error is not None
                     raise failure.error from failure.__cause__
                 opaque[failure.name] = failure.reason

@@ -15,6 +15,7 @@ import functools
 import inspect
 import sys
 import sysconfig
+import threading
 from dataclasses import dataclass
 from types import CodeType, FrameType, TracebackType
 from typing import Any
@@ -152,33 +153,30 @@ class IterationTracker:
     if sys.version_info >= (3, 12):
 
         def _start_monitoring(self) -> None:
-            monitoring = sys.monitoring
-            events = monitoring.events
+            monitoring, events = sys.monitoring, sys.monitoring.events
             self._tool = next(tool for tool in range(6) if monitoring.get_tool(tool) is None)
             monitoring.use_tool_id(self._tool, "snnfx capture")
-            branches = [
-                getattr(events, name) for name in ("BRANCH", "BRANCH_LEFT", "BRANCH_RIGHT") if hasattr(events, name)
-            ]
-            self._thread_frames = sys._current_frames
-            for event in (events.JUMP, *branches):
-                monitoring.register_callback(self._tool, event, self._on_jump)
-            self._events = functools.reduce(lambda a, b: a | b, (events.JUMP, *branches))
-            monitoring.register_callback(self._tool, events.PY_START, self._on_start)
-            monitoring.register_callback(self._tool, events.PY_RESUME, self._on_start)
-            monitoring.set_events(self._tool, events.PY_START | events.PY_RESUME)
-            self._watched: set[CodeType] = set()
-            import threading
-
             self._thread = threading.get_ident()
+            self._watched: set[CodeType] = set()
+            self._jumps = events.JUMP
+            # Python 3.14 splits BRANCH into two events.
+            for name in (
+                ("JUMP", "BRANCH_LEFT", "BRANCH_RIGHT") if hasattr(events, "BRANCH_LEFT") else ("JUMP", "BRANCH")
+            ):
+                event = getattr(events, name)
+                monitoring.register_callback(self._tool, event, self._on_jump)
+                self._jumps |= event
+            starts = events.PY_START | events.PY_RESUME
+            for event in (events.PY_START, events.PY_RESUME):
+                monitoring.register_callback(self._tool, event, self._on_start)
+            monitoring.set_events(self._tool, starts)
 
-        def _on_start(self, code: CodeType, offset: int) -> Any:
+        def _on_start(self, code: CodeType, offset: int) -> None:
             if code not in self._watched and _extents(code):
                 self._watched.add(code)
-                sys.monitoring.set_local_events(self._tool, code, self._events)
+                sys.monitoring.set_local_events(self._tool, code, self._jumps)
 
-        def _on_jump(self, code: CodeType, offset: int, destination: int) -> Any:
-            import threading
-
+        def _on_jump(self, code: CodeType, offset: int, destination: int) -> None:
             if threading.get_ident() != self._thread:
                 return
             frame: FrameType | None = sys._getframe(1)
@@ -190,11 +188,10 @@ class IterationTracker:
                 loops.arrive(destination)
 
         def _stop_monitoring(self) -> None:
-            monitoring = sys.monitoring
             for code in self._watched:
-                monitoring.set_local_events(self._tool, code, 0)
-            monitoring.set_events(self._tool, 0)
-            monitoring.free_tool_id(self._tool)
+                sys.monitoring.set_local_events(self._tool, code, 0)
+            sys.monitoring.set_events(self._tool, 0)
+            sys.monitoring.free_tool_id(self._tool)
 
 
 class _FrameLoops:

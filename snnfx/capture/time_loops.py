@@ -32,7 +32,10 @@ from snnfx.state.step_calls import initial_value, opaque_initial_value
 
 __all__ = ["TimeLoop", "find_time_loop"]
 
-HINT = 'Move the loop body to a method, e.g. `step(self, x)`, and convert with entry="step".'
+HINT = (
+    'Convert the whole call with takes="sequence" and example_inputs=(x_seq,), or move the loop body to a method, '
+    'e.g. `step(self, x)`, and convert with entry="step".'
+)
 
 
 @dataclass(frozen=True)
@@ -60,8 +63,8 @@ class TimeLoop:
         """The warning for an uncertain loop."""
         return (
             f"{self.what} ({self.where}): {self.why}. snnfx converts ONE time step, and this loop runs at each of "
-            'them. If it is a loop over time, move its body to a method and convert with entry="step", or pass '
-            "example_inputs of ONE step."
+            'them. If it is a loop over time, convert with takes="sequence", or move its body to a method and convert '
+            'with entry="step", or pass example_inputs of ONE step.'
         )
 
 

@@ -261,9 +261,7 @@ class Net(SourceModule):
         outputs, state, _ = self._execute(leaves, given, state, (), T)
         return outputs_without(outputs, [c.path for c in self.program.carried]), state
 
-    def run_iterations(
-        self, steps: int, inputs: list[Tensor], state: Mapping[str, Any]
-    ) -> tuple[Any, tuple[Any, ...]]:
+    def run_iterations(self, steps: int, inputs: list[Tensor], state: Mapping[str, Any]) -> tuple[Any, tuple[Any, ...]]:
         """Run the iterations of a loop whose step this net is; see `snnfx.ops.run_loop`.
 
         Args:

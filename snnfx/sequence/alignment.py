@@ -180,7 +180,9 @@ class _Later:
                 raise Differs(f"the arguments of `{describe_node(node)}` differ", node)
             return {k: self._combine([v[k] for v in values], node) for k in sample}
         if isinstance(sample, slice):
-            parts = [self._combine(list(p), node) for p in zip(*((v.start, v.stop, v.step) for v in values), strict=True)]
+            parts = [
+                self._combine(list(p), node) for p in zip(*((v.start, v.stop, v.step) for v in values), strict=True)
+            ]
             return slice(*parts)
         if all(type(v) is type(sample) and (v == sample or (v != v and sample != sample)) for v in values):
             return sample

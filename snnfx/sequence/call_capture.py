@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.fx import Node
 
-from snnfx.capture.capture import capture, capture_both_modes
+from snnfx.capture.capture import capture_both_modes
 from snnfx.capture.iteration_tracking import IterationLimit, TooManyIterations
 from snnfx.capture.step_arguments import as_call
 from snnfx.errors import CaptureError, SnnfxError
@@ -75,27 +75,30 @@ def capture_calls(
     Raises:
         CaptureError: the model cannot be captured, or SNNFX230, the iterations of a loop differ.
     """
-    lengths = _find_time_dimension(model, example_inputs, entry)
-    if lengths is None:
+    found = _find_time_dimension(model, example_inputs, entry)
+    if found is None:
         training, evaluation = _capture_from_reset_state(model, example_inputs, entry)
         first = _with_loops(training, passes)
         return first, first if evaluation is training else _with_loops(evaluation, passes)
-    short, long = (
-        _capture_from_reset_state(model, _resized(example_inputs, lengths, size), entry) for size in (SHORT, LONG)
-    )
-    of_training = _of_any_length(short[0], long[0], lengths, passes)
+    time, short, long = found
+    of_training = _of_any_length(short[0], long[0], time, passes)
     if short[1] is short[0]:
         return of_training, of_training
-    return of_training, _of_any_length(short[1], long[1], lengths, passes)
+    return of_training, _of_any_length(short[1], long[1], time, passes)
 
 
-def _capture_from_reset_state(model: nn.Module, example_inputs: Any, entry: str) -> tuple[StepProgram, StepProgram]:
+_BothModes = tuple[StepProgram, StepProgram]
+
+
+def _capture_from_reset_state(
+    model: nn.Module, example_inputs: Any, entry: str, most_iterations: int | None = None
+) -> _BothModes:
     """Capture a call that starts from the reset state, in both modes.
 
     If a call from another state runs other code (as where the forward resets the neurons itself), this is the code of
     the first call.
     """
-    training, evaluation = capture_both_modes(model, example_inputs, entry, iterations=IterationLimit())
+    training, evaluation = capture_both_modes(model, example_inputs, entry, iterations=IterationLimit(most_iterations))
     first = _first_call(training)
     return first, first if evaluation is training else _first_call(evaluation)
 
@@ -123,26 +126,29 @@ class _TimeDimension:
     dim: int
 
 
-def _find_time_dimension(model: nn.Module, example_inputs: Any, entry: str) -> _TimeDimension | None:
-    """The dimension of the inputs whose size is the number of iterations of a loop; None: there is none."""
+def _find_time_dimension(
+    model: nn.Module, example_inputs: Any, entry: str
+) -> tuple[_TimeDimension, _BothModes, _BothModes] | None:
+    """Find the dimension of the inputs whose size is the number of iterations of a loop.
+
+    Returns:
+        `(dimension, captures of the shorter call, captures of the longer call)`; None: there is no such dimension, or
+        later iterations may run other code.
+    """
     tensors = [v for v in pytree.tree_leaves(as_call(example_inputs)) if isinstance(v, Tensor)]
     for candidate in _candidates(tensors):
-        runs = []
+        calls: list[_BothModes] = []
         for size in (SHORT, LONG):
+            resized = _resized(example_inputs, candidate, size)
             try:
-                program = capture(
-                    model,
-                    _resized(example_inputs, candidate, size),
-                    entry,
-                    iterations=IterationLimit(LONG + _SLACK),
-                )
+                calls.append(_capture_from_reset_state(model, resized, entry, LONG + _SLACK))
             except (TooManyIterations, SnnfxError):
                 break
-            runs.append(find_loop_runs(program))
-        pairs = scaling_runs(*runs) if len(runs) == 2 else None
+        pairs = scaling_runs(*(find_loop_runs(call[0]) for call in calls)) if len(calls) == 2 else None
         if pairs:
-            # Later iterations of such a loop may run other code.
-            return None if any(may_branch_on_count(run.source) for run, _ in pairs) else candidate
+            if any(may_branch_on_count(run.source) for run, _ in pairs):
+                return None
+            return candidate, calls[0], calls[1]
     return None
 
 
@@ -177,9 +183,7 @@ def _resized(example_inputs: Any, time: _TimeDimension, size: int) -> Any:
 # -- re-rolling ---------------------------------------------------------------------------------------------------------
 
 
-def _of_any_length(
-    short: StepProgram, long: StepProgram, time: _TimeDimension, passes: ProgramPasses
-) -> CapturedCall:
+def _of_any_length(short: StepProgram, long: StepProgram, time: _TimeDimension, passes: ProgramPasses) -> CapturedCall:
     """Re-roll the loops of two calls, and make the number of time steps variable."""
     for program in (short, long):
         _prepare(program, passes)
@@ -290,5 +294,3 @@ def _refusal(run: LoopRun, difference: Differs) -> CaptureError:
         why=f"{difference.why}; snnfx re-rolls a loop over time into one step.",
         hint='Run the same operations in each iteration, or convert a method that computes one step: entry="step".',
     )
-
-

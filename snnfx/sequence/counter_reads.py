@@ -30,7 +30,11 @@ def may_branch_on_count(source: LoopSource) -> bool:
         tests, bodies = [], list(loop.body)
         counters = set(_counters_of_target(loop.target, loop.iter, bodies)) if isinstance(loop, ast.For) else set()
     for node in _nodes(bodies):
-        if isinstance(node, ast.AugAssign) and isinstance(node.target, ast.Name) and isinstance(node.value, ast.Constant):
+        if (
+            isinstance(node, ast.AugAssign)
+            and isinstance(node.target, ast.Name)
+            and isinstance(node.value, ast.Constant)
+        ):
             counters.add(node.target.id)
     for node in _nodes(bodies):  # names computed from counters
         if isinstance(node, ast.Assign) and _uses(node.value, counters, outside_subscripts=True):
@@ -85,7 +89,11 @@ def _contains(node: _Loop, line: int, column: int) -> bool:
 def _counters_of_target(target: ast.AST, iterated: ast.AST, bodies: list[ast.AST]) -> Iterator[str]:
     """The loop variables that may be numbers: those of `range(...)` and `enumerate(...)`, and indices in the body."""
     names = {n.id for n in ast.walk(target) if isinstance(n, ast.Name)}
-    functions = {n.id if isinstance(n, ast.Name) else n.attr for n in ast.walk(iterated) if isinstance(n, ast.Name | ast.Attribute)}
+    functions = {
+        n.id if isinstance(n, ast.Name) else n.attr
+        for n in ast.walk(iterated)
+        if isinstance(n, ast.Name | ast.Attribute)
+    }
     if functions & {"range", "count"}:
         yield from names
     elif "enumerate" in functions and isinstance(target, ast.Tuple) and target.elts:

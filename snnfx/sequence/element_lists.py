@@ -107,8 +107,10 @@ def _sum(graph: fx.Graph, node: Node) -> None:
     with graph.inserting_before(node):
         total = graph.call_function(torch.sum, (_sequence(graph, runs[0]), 0))
         total.meta = {k: v for k, v in node.meta.items() if k != "iterations"}
-        new = total if isinstance(current, int | float) and current == 0 else graph.call_function(
-            operator.add, (current, total)
+        new = (
+            total
+            if isinstance(current, int | float) and current == 0
+            else graph.call_function(operator.add, (current, total))
         )
     new.meta = dict(node.meta)
     node.replace_all_uses_with(new)

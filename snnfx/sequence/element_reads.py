@@ -15,7 +15,7 @@ from snnfx.ir.nodes import is_structural
 from snnfx.ir.printing import operation_name
 from snnfx.ops.elements import read_elements
 
-__all__ = ["ElementRead", "common_index", "arithmetic_progression", "common_read", "read_sequence", "record_call"]
+__all__ = ["ElementRead", "arithmetic_progression", "common_index", "common_read", "read_sequence", "record_call"]
 
 
 @dataclass(frozen=True)

@@ -160,9 +160,7 @@ class _Comparison:
         for a, b in zip(nodes_a, nodes_b, strict=False):
             is_attribute = a.op == b.op == "get_attr"
             is_placeholder = a.op == b.op == "placeholder"
-            if not is_placeholder and not (
-                self._same_constant(a, b) if is_attribute else operation(a) == operation(b)
-            ):
+            if not is_placeholder and not (self._same_constant(a, b) if is_attribute else operation(a) == operation(b)):
                 raise Differs(f"the call runs `{describe_node(a)}` or `{describe_node(b)}`, depending on its length", a)
             self.matched[a] = b
             args = self._compare(a, a.args, b.args)
@@ -213,5 +211,3 @@ def _has_lengths(tree: Any) -> bool:
     if isinstance(tree, dict):
         return any(_has_lengths(v) for v in tree.values())
     return isinstance(tree, slice) and any(_has_lengths(v) for v in (tree.start, tree.stop, tree.step))
-
-

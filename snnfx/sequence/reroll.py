@@ -144,7 +144,9 @@ class _Reroll:
             if len(readers) != 1 or not isinstance(start, Node) or start in self.inside or start.op == "placeholder":
                 continue
             nodes = [self.alignment.value(i, position) for i in range(self.alignment.count)]
-            index = common_index(start, [n.args[1] for n in nodes]) if isinstance(start.meta.get("val"), Tensor) else None
+            index = (
+                common_index(start, [n.args[1] for n in nodes]) if isinstance(start.meta.get("val"), Tensor) else None
+            )
             if index is not None and index[2] != 0:
                 found[position] = _Write(start, *index, args[2].position)
         return found
@@ -206,7 +208,9 @@ class _Reroll:
             if read is not None:
                 self.nodes.append(read)
                 continue
-            args, kwargs = map_roles(self.alignment.arguments[position], lambda role, node=node: self._value(role, node))
+            args, kwargs = map_roles(
+                self.alignment.arguments[position], lambda role, node=node: self._value(role, node)
+            )
             new = self.graph.create_node(node.op, node.target, args, kwargs)
             new.meta = {k: v for k, v in node.meta.items() if k != "iterations"}
             self.nodes.append(new)
@@ -347,9 +351,7 @@ class _Reroll:
     def _initial_value(self, position: int) -> Any:
         start = self.alignment.initial[position]
         if position in self.state_of:
-            slot = next(
-                i for i, n in enumerate(self.program.slot_nodes()) if n is start
-            )
+            slot = next(i for i, n in enumerate(self.program.slot_nodes()) if n is start)
             if self.program.slots[slot].persistent:
                 return self._outside(start, start)
             start = self.program.initial_values[slot]

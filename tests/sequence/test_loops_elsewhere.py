@@ -7,11 +7,11 @@ import pickle
 
 import pytest
 import torch
-from support.looped_models import Cell, TwoLayers, assert_converts_sequence, spike
-from support.stepping import assert_same
 from torch import Tensor, nn
 
 import snnfx
+from support.looped_models import Cell, TwoLayers, assert_converts_sequence, spike
+from support.stepping import assert_same
 
 
 def sequence(*shape: int) -> Tensor:

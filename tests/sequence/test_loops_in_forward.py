@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import pytest
 import torch
-from support.looped_models import Cell, TwoLayers, assert_converts_sequence, spike
 from torch import Tensor, nn
 from torch.nn import functional as F
+
+from support.looped_models import Cell, TwoLayers, assert_converts_sequence, spike
 
 
 def sequence(*shape: int) -> Tensor:

@@ -1,0 +1,80 @@
+"""Loops in the forward around the neurons of snnTorch, Norse and SpikingJelly."""
+
+from __future__ import annotations
+
+import copy
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+import snnfx
+
+snntorch = pytest.importorskip("snntorch")
+norse = pytest.importorskip("norse.torch")
+spikingjelly = pytest.importorskip("spikingjelly.activation_based.neuron")
+
+
+class SnnTorch(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.fc1, self.lif1 = nn.Linear(6, 8), snntorch.Leaky(beta=0.9)
+        self.fc2, self.lif2 = nn.Linear(8, 3), snntorch.Leaky(beta=0.9)
+
+    def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        mem1, mem2 = self.lif1.init_leaky(), self.lif2.init_leaky()
+        spk2_rec, mem2_rec = [], []
+        for step in range(x.size(0)):
+            spk1, mem1 = self.lif1(self.fc1(x[step]), mem1)
+            spk2, mem2 = self.lif2(self.fc2(spk1), mem2)
+            spk2_rec.append(spk2)
+            mem2_rec.append(mem2)
+        return torch.stack(spk2_rec, dim=0), torch.stack(mem2_rec, dim=0)
+
+
+class Norse(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.fc1, self.lif, self.fc2, self.out = nn.Linear(6, 8), norse.LIFCell(), nn.Linear(8, 3), norse.LICell()
+
+    def forward(self, x: Tensor) -> Tensor:
+        s1 = so = None
+        voltages = []
+        for ts in range(x.shape[0]):
+            z, s1 = self.lif(20 * self.fc1(x[ts]), s1)
+            v, so = self.out(self.fc2(z), so)
+            voltages.append(v)
+        return torch.stack(voltages).max(0).values
+
+
+class SpikingJelly(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.net = nn.Sequential(
+            nn.Linear(6, 8), spikingjelly.LIFNode(tau=2.0), nn.Linear(8, 3), spikingjelly.LIFNode(tau=2.0)
+        )
+
+    def forward(self, x: Tensor) -> Tensor:
+        rate = 0.0
+        for t in range(x.shape[0]):
+            rate = rate + self.net(3 * x[t])
+        return rate / x.shape[0]
+
+
+@pytest.mark.parametrize("model_class", [SnnTorch, Norse, SpikingJelly])
+def test_loop_around_library_neurons(model_class: type[nn.Module]) -> None:
+    torch.manual_seed(0)
+    model = model_class()
+    net = snnfx.convert(copy.deepcopy(model), takes="sequence", example_inputs=(torch.rand(7, 5, 6),))
+    assert len(net.loops) == 1
+    assert sum(region.kind == "loop" for region in net.loops[0].regions) >= 2
+    for T, N in ((7, 5), (12, 3), (2, 4)):
+        x = 2 * torch.rand(T, N, 6)
+        expected_model = copy.deepcopy(model)
+        expected, actual = expected_model(x), net(x)
+        torch.testing.assert_close(actual, expected, atol=1e-5, rtol=1e-5)
+        net.zero_grad()
+        for y, module in ((expected, expected_model), (actual, net)):
+            sum((v * v).sum() + v.sum() for v in (y if isinstance(y, tuple) else (y,))).backward()
+        for (name, p), (_, q) in zip(expected_model.named_parameters(), net.named_parameters(), strict=True):
+            torch.testing.assert_close(q.grad, p.grad, atol=1e-4, rtol=1e-4, msg=name)
