@@ -8,6 +8,7 @@ from dataclasses import replace
 from functools import partial
 from typing import Any
 
+import torch
 from torch import nn
 
 from snnfx.analysis.batch_norm_folding import unfolded_batch_norms
@@ -36,8 +37,10 @@ from snnfx.passes.partition import Partition
 from snnfx.passes.remove_dead_code import RemoveDeadCode
 from snnfx.passes.sink_reductions import REDUCTIONS, SinkReductions
 from snnfx.runtime.net import Net
+from snnfx.sandbox.torch_internals import pytree
 from snnfx.sandbox.user_code import step_signature
 from snnfx.sequence.call_capture import CapturedCall, ProgramPasses, capture_calls
+from snnfx.sequence.derived_step import DerivedStep, derive_step
 from snnfx.state.carry import paths_of
 
 __all__ = ["apply_edits", "convert", "convert_without_budget", "pipeline", "planning", "prepare_programs"]
@@ -88,8 +91,8 @@ def convert(
             steps from a size of its inputs, the net runs sequences of any length.
         batch_norm: BatchNorm statistics in training. None (default): "fold" for steps; for sequences those of the
             model, which a layer inside a loop takes in each iteration. "fold": over all T*N samples, as is usual for
-            multi-step SNNs; "per_step": of each time step, as in the stepped model. Evaluation mode is the same for both. With
-            "fold", the running statistics take one update for the whole sequence. If the model itself reads them
+            multi-step SNNs; "per_step": of each time step, as in the stepped model. Evaluation mode is the same for
+            both. With "fold", the running statistics take one update for the whole sequence. If the model reads them
             (`self.bn.running_mean`), a read in front of the call gets the value before this update and a read behind
             the call the value after it, the same at every step; with T = 1 this equals one call of the model. With
             "per_step", each step reads the value that the stepped model reads. A BatchNorm that cannot fold (on a cycle
@@ -219,10 +222,40 @@ def convert_sequence_model(model: nn.Module, options: ConvertOptions, example_in
     captured = (time.perf_counter() - start) * 1e3
     note = f"{len(calls[0].program.graph.nodes)} nodes, {len(calls[0].loops)} loops"
     history.append(PassRecord("capture", captured, note, str(calls[0].program)))
+    steps = [derive_step(call) for call in calls]
+    if all(steps) and len({step.time_dim for step in steps if step is not None}) == 1:
+        return _convert_derived(model, [step for step in steps if step is not None], options, history)
     training = _with_loop_nets(model, calls[0], options, history)
     evaluation = training if calls[1] is calls[0] else _with_loop_nets(model, calls[1], options, history)
     options = replace(options, step_mode="s")
     return Net(model, {True: training, False: evaluation}, options, history, _convert_sequence_again)
+
+
+def _convert_derived(
+    model: nn.Module, steps: list[DerivedStep], options: ConvertOptions, history: list[PassRecord]
+) -> Net:
+    """A multi-step net for a model whose call is one loop over time."""
+    options = replace(options, step_mode="m", time_dim=steps[0].time_dim)
+    programs: dict[bool, StepProgram] = {}
+    for mode, step in zip((True, False), steps, strict=True):
+        program = programs[mode] = step.program
+        program.training = mode
+        done = PassManager(pipeline(program, options)).run(program)
+        history += done if mode else []
+    if _same_plan(*programs.values()) and _same_steps(*programs.values()):
+        programs[False] = programs[True]
+    return Net(model, programs, options, history, _convert_derived_again)
+
+
+def _convert_derived_again(net: Net, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Net:
+    """Capture a model whose call is one loop again, for the inputs of one step."""
+    dim = net.options.time_dim
+
+    def repeated(x: Any) -> Any:
+        return torch.stack([x] * 2, dim) if isinstance(x, torch.Tensor) else x
+
+    args, kwargs = pytree.tree_map(repeated, (args, kwargs))
+    return _convert_sequence_again(net, args, kwargs)
 
 
 def _with_loop_nets(

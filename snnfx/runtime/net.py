@@ -467,9 +467,11 @@ class Net(SourceModule):
 
     def convert_to(self, step_mode: str) -> Net:
         """A net with the same programs and modules in another step mode."""
-        if step_mode == self.options.step_mode or self.options.takes == "sequence":
+        if step_mode == self.options.step_mode or self.loops:
             return self
-        options = replace(self.options, step_mode=step_mode)
+        # The step of a model that runs over time itself takes one time step.
+        takes = "step" if step_mode == "s" else self.options.takes
+        options = replace(self.options, step_mode=step_mode, takes=takes)
         return Net(self.source, self.programs, options, self.history, self._replan)
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Net:

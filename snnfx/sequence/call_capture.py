@@ -115,7 +115,7 @@ def _first_call(program: StepProgram) -> StepProgram:
     )
 
 
-# -- the time dimension -------------------------------------------------------------------------------------------------
+# -- the time dimension -----------------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
@@ -180,7 +180,7 @@ def _resized(example_inputs: Any, time: _TimeDimension, size: int) -> Any:
     return pytree.tree_unflatten(flat, spec)
 
 
-# -- re-rolling ---------------------------------------------------------------------------------------------------------
+# -- re-rolling -------------------------------------------------------------------------------------------------------
 
 
 def _of_any_length(short: StepProgram, long: StepProgram, time: _TimeDimension, passes: ProgramPasses) -> CapturedCall:

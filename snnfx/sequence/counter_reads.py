@@ -1,7 +1,7 @@
 """Find loops whose code decides by the number of the iteration, which a capture of a few iterations cannot see.
 
-`if t == 100: ...` runs the same code in the first iterations. The number is a plain Python int, so its comparisons leave
-no trace in the graph; the source code of the loop shows them.
+`if t == 100: ...` runs the same code in the first iterations. The number is a plain Python int, so its comparisons
+leave no trace in the graph; the source code of the loop shows them.
 """
 
 from __future__ import annotations
@@ -37,9 +37,10 @@ def may_branch_on_count(source: LoopSource) -> bool:
         ):
             counters.add(node.target.id)
     for node in _nodes(bodies):  # names computed from counters
-        if isinstance(node, ast.Assign) and _uses(node.value, counters, outside_subscripts=True):
-            if all(isinstance(target, ast.Name) for target in node.targets) and not _has_call_or_subscript(node.value):
-                counters |= {target.id for target in node.targets if isinstance(target, ast.Name)}
+        if not isinstance(node, ast.Assign) or _has_call_or_subscript(node.value):
+            continue
+        if _uses(node.value, counters):
+            counters |= {target.id for target in node.targets if isinstance(target, ast.Name)}
     for node in _nodes(bodies):
         if isinstance(node, ast.If | ast.IfExp | ast.While | ast.Assert):
             tests.append(node.test)
@@ -47,6 +48,12 @@ def may_branch_on_count(source: LoopSource) -> bool:
             tests += node.values
         elif isinstance(node, ast.Match):
             tests.append(node.subject)
+        elif isinstance(node, ast.Compare) or (
+            isinstance(node, ast.BinOp) and isinstance(node.op, ast.Mod | ast.FloorDiv)
+        ):
+            tests.append(node)  # `t // 10` is the same number in the first iterations
+        elif isinstance(node, ast.Subscript) and _is_of_self(node.value):
+            tests.append(node.slice)  # `self.thresholds[t]`, a list whose first elements may be equal
     if any(_uses(test, counters) for test in tests):
         return True
     # A function that gets the number may branch on it.
@@ -75,9 +82,10 @@ def _loop_at(tree: ast.Module, source: LoopSource) -> _Loop | None:
     """The innermost loop that the first instruction of the loop belongs to."""
     found: _Loop | None = None
     for node in ast.walk(tree):
-        if isinstance(node, _Loop) and _contains(node, source.line, source.column):
-            if found is None or (node.lineno, node.col_offset) >= (found.lineno, found.col_offset):
-                found = node
+        if not isinstance(node, _Loop) or not _contains(node, source.line, source.column):
+            continue
+        if found is None or (node.lineno, node.col_offset) >= (found.lineno, found.col_offset):
+            found = node
     return found
 
 
@@ -108,16 +116,19 @@ def _nodes(trees: list[ast.AST]) -> Iterator[ast.AST]:
         yield from ast.walk(tree)
 
 
-def _uses(tree: ast.AST, names: set[str], outside_subscripts: bool = False) -> bool:
-    if outside_subscripts and isinstance(tree, ast.Subscript):
-        return _uses(tree.value, names, True)
-    if isinstance(tree, ast.Name):
-        return tree.id in names
-    return any(_uses(child, names, outside_subscripts) for child in ast.iter_child_nodes(tree))
+def _uses(tree: ast.AST, names: set[str]) -> bool:
+    return any(isinstance(node, ast.Name) and node.id in names for node in ast.walk(tree))
 
 
 def _has_call_or_subscript(tree: ast.AST) -> bool:
     return any(isinstance(n, ast.Call | ast.Subscript) for n in ast.walk(tree))
+
+
+def _is_of_self(tree: ast.AST) -> bool:
+    """Whether an expression is an attribute of the module: `self.w`."""
+    while isinstance(tree, ast.Attribute | ast.Subscript):
+        tree = tree.value
+    return isinstance(tree, ast.Name) and tree.id == "self"
 
 
 def _is_of_torch(call: ast.Call) -> bool:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import operator
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -46,7 +47,7 @@ def arithmetic_progression(values: Sequence[Any]) -> tuple[int, int] | None:
     if not all(isinstance(v, int) and not isinstance(v, bool) for v in values) or len(values) < 2:
         return None
     step = values[1] - values[0]
-    return (values[0], step) if all(b - a == step for a, b in zip(values, values[1:], strict=False)) else None
+    return (values[0], step) if all(b - a == step for a, b in itertools.pairwise(values)) else None
 
 
 def common_read(nodes: Sequence[Node]) -> ElementRead | None:

@@ -3,20 +3,19 @@
 from __future__ import annotations
 
 import itertools
+import linecache
 import operator
+import re
 from collections.abc import Iterable
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
-import torch
 from torch import Tensor, fx
 from torch.fx import Node, map_arg
 
-from snnfx.analysis.dependence import is_random
 from snnfx.ir.edits import add_placeholder
 from snnfx.ir.guards import Guards
-from snnfx.ir.module_effects import updates_buffers
-from snnfx.ir.nodes import is_module_call, is_size, is_structural
+from snnfx.ir.nodes import is_module_call, is_structural
 from snnfx.ir.printing import describe_node, operation_name
 from snnfx.ir.program import InputLeaf, Slot, StepProgram
 from snnfx.ops.elements import write_elements
@@ -24,8 +23,10 @@ from snnfx.ops.run_loop import run_loop
 from snnfx.ops.step_functions import set_part
 from snnfx.sandbox.torch_internals import pytree
 from snnfx.sequence.alignment import Alignment, Carried, Differs, Outside, Own, Varying, map_roles
-from snnfx.sequence.element_reads import arithmetic_progression, common_index, common_read, read_sequence, record_call
+from snnfx.sequence.element_reads import common_index
 from snnfx.sequence.loop_runs import LoopRun
+from snnfx.sequence.step_inputs import StepInputs
+from snnfx.state.registry import adapter_of
 
 __all__ = ["RolledLoop", "reroll"]
 
@@ -79,16 +80,6 @@ class _Write:
     position: int
 
 
-@dataclass
-class _Inputs:
-    """The inputs of the step, each with its value in the graph of the call."""
-
-    names: list[str] = field(default_factory=list)
-    placeholders: list[Node] = field(default_factory=list)
-    values: list[Node] = field(default_factory=list)
-    varying: list[bool] = field(default_factory=list)
-
-
 class _Reroll:
     def __init__(self, program: StepProgram, run: LoopRun, alignment: Alignment, name: str) -> None:
         self.program, self.run, self.alignment, self.name = program, run, alignment, name
@@ -100,9 +91,7 @@ class _Reroll:
             if isinstance(alignment.value(i, p), Node)
         }
         self.graph = fx.Graph()
-        self.inputs = _Inputs()
-        self.shared: dict[Node, Node] = {}
-        """Values from outside the loop and their nodes in the step."""
+        self.inputs = StepInputs(program, self.graph)
         self.nodes: list[Node] = []
         """The nodes of the step, by position."""
         self.slots: dict[int, Node] = {}
@@ -110,13 +99,9 @@ class _Reroll:
         self.slot_names: dict[int, str] = {}
         self.state_of: dict[int, Node] = {}
         """The slot of the whole call that a carried position threads."""
-        self.sources: dict[Node, list[tuple[Node, int]]] = {}
-        """The sequences read from a tensor: `(placeholder, dimension of time in the tensor)`."""
         self.anchor = alignment.bodies[0][0]
         self.first_nodes: dict[Node, Node] = {}
         self.writes = self._writes_of_elements()
-        self.known_sequences: dict[Any, Node] = {}
-        """The input for each element read."""
         self._numbers_are_accepted: bool | None = None
 
     def rolled(self) -> RolledLoop:
@@ -178,13 +163,18 @@ class _Reroll:
         call = node
         while is_structural(call) and isinstance(call.args[0], Node):
             call = call.args[0]
-        if call is not node:
+        if call is not node and is_module_call(call):
             module = self.program.module_of(call)
+            adapter = adapter_of(module) if module is not None else None
             index = node.args[1]
-            if module is not None and isinstance(index, int):
-                from_call = [s for s in (str(call.args[0].target),) if s]  # type: ignore[union-attr]
-                return f"{from_call[0]}.state{index}"
-        return f"{self.run.source.function.rpartition('.')[2]}.{node.name}"
+            owner = call.args[0].target  # type: ignore[union-attr]
+            is_state = isinstance(node.args[0], Node) and node.args[0].args == (call, 1)
+            if is_state and adapter is not None and module is not None and isinstance(index, int):
+                return f"{owner}.{adapter.names(module)[index]}"
+        where, owner = node.meta.get("where"), node.meta.get("module", "")
+        assigned = _ASSIGNMENT.match(linecache.getline(*where)) if where else None
+        name = assigned.group(1).removeprefix("self.") if assigned else "state"
+        return f"{owner}.{name}" if owner else name
 
     def _carried_positions(self) -> list[int]:
         found: dict[int, None] = {}
@@ -209,7 +199,8 @@ class _Reroll:
                 self.nodes.append(read)
                 continue
             args, kwargs = map_roles(
-                self.alignment.arguments[position], lambda role, node=node: self._value(role, node)
+                self.alignment.arguments[position],
+                lambda role, node=node: self._value(role, node),  # type: ignore[misc]
             )
             new = self.graph.create_node(node.op, node.target, args, kwargs)
             new.meta = {k: v for k, v in node.meta.items() if k != "iterations"}
@@ -225,41 +216,7 @@ class _Reroll:
         nodes = [self.alignment.value(i, position) for i in range(self.alignment.count)]
         if not all(isinstance(n, Node) for n in nodes):
             return None
-        return self._sequence(nodes, self.alignment.template[position])
-
-    def _sequence(self, nodes: list[Node], reader: Node) -> Node:
-        """The input for values from outside the loop, one for each iteration."""
-        read = common_read(nodes)
-        outer = self.program.graph
-        if read is not None and read in self.known_sequences:
-            return self.known_sequences[read]
-        if read is not None:
-            source, value = read.source, read_sequence(outer, read)
-            dim = read.dim
-            if read.index is not None or read.keeps_dim:
-                dim = -1
-        elif all(n.op == "get_attr" and isinstance(self.program.resolve(str(n.target)), Tensor) for n in nodes):
-            value = record_call(outer, torch.stack, (nodes,))
-            source, dim = value, 0
-        else:
-            raise Differs(f"`{describe_node(reader)}` reads another value in each iteration", reader)
-        placeholder = self._add_input(nodes[0].name, value, True, nodes[0].meta.get("val"))
-        if read is not None:
-            self.known_sequences[read] = placeholder
-        if dim >= 0:
-            self.sources.setdefault(source, []).append((placeholder, dim))
-        return placeholder
-
-    def _add_input(self, name: str, value: Node, varying: bool, example: Any) -> Node:
-        placeholder = add_placeholder(self.graph, name)
-        placeholder.meta = {"input": len(self.inputs.names), "where": None}
-        if isinstance(example, Tensor):
-            placeholder.meta["val"] = example
-        self.inputs.names.append(placeholder.name)
-        self.inputs.placeholders.append(placeholder)
-        self.inputs.values.append(value)
-        self.inputs.varying.append(varying)
-        return placeholder
+        return self.inputs.sequence(nodes, self.alignment.template[position])
 
     def _value(self, role: Any, reader: Node) -> Any:
         if isinstance(role, Own):
@@ -267,84 +224,10 @@ class _Reroll:
         if isinstance(role, Carried):
             return self.slots[role.position]
         if isinstance(role, Outside):
-            return self._outside(role.node, reader)
+            return self.inputs.outside(role.node, reader)
         if isinstance(role.values[0], Node):
-            return self._sequence(list(role.values), reader)
-        return self._numbers(role.values, reader)
-
-    def _numbers(self, values: tuple[Any, ...], reader: Node) -> Node:
-        """The input for a number that the code computes from the number of the iteration."""
-        progression = arithmetic_progression(values)
-        if progression is None or operation_name(reader) not in _ARITHMETIC:
-            raise Differs(
-                f"an argument of `{describe_node(reader)}` is {values[0]!r} in the first iteration, then {values[1]!r}",
-                reader,
-            )
-        start, step = progression
-        value = record_call(self.program.graph, torch.arange, (start, start + step * len(values), step))
-        return self._add_input("number", value, True, value.meta["val"][0])
-
-    def _outside(self, node: Node, reader: Node) -> Node:
-        """The node in the step for a value from outside the loop."""
-        if node in self.shared:
-            return self.shared[node]
-        if node.op == "get_attr":
-            new = self.graph.get_attr(str(node.target))
-            new.meta = dict(node.meta)
-        elif is_size(node) and not isinstance(node.meta.get("val"), Tensor):
-            new = self._size(node, reader)
-        elif self._is_of_parameters(node):
-            args, kwargs = map_arg((node.args, node.kwargs), lambda n: self._outside(n, reader))
-            new = self.graph.create_node(node.op, node.target, args, kwargs)
-            new.meta = {k: v for k, v in node.meta.items() if k != "iterations"}
-        elif isinstance(node.meta.get("val"), Tensor) or "val" not in node.meta:
-            new = self._add_input(node.name, node, False, node.meta.get("val"))
-        else:
-            raise Differs(f"`{describe_node(reader)}` reads `{node.name}`, which is not a tensor", reader)
-        self.shared[node] = new
-        return new
-
-    def _is_of_parameters(self, node: Node) -> bool:
-        """Whether a value depends on parameters and constants only, so that the step can compute it once."""
-        seen, stack = set(), [node]
-        while stack:
-            current = stack.pop()
-            if current in seen:
-                continue
-            seen.add(current)
-            if current.op == "placeholder" or current.target is run_loop or is_random(self.program, current):
-                return False
-            if updates_buffers(self.program, current) or is_module_call(current):
-                return False
-            stack += current.all_input_nodes
-        return True
-
-    def _size(self, node: Node, reader: Node) -> Node:
-        """Compute a size from the inputs of the step, whose sequences have one dimension less."""
-        if node.target is operator.getitem and isinstance(node.args[0], Node):
-            shape = node.args[0]
-            source = shape.args[0] if shape.target is getattr and shape.args[1] == "shape" else None
-            index = node.args[1]
-            if isinstance(source, Node) and isinstance(index, int):
-                dims = source.meta["val"].dim()
-                for placeholder, dim in self.sources.get(source, ()):
-                    if index % dims == dim:
-                        raise Differs(f"`{describe_node(reader)}` reads the number of iterations", reader)
-                    of_step = self.graph.call_function(getattr, (placeholder, "shape"))
-                    step_index = index % dims - (index % dims > dim)
-                    new = self.graph.call_function(operator.getitem, (of_step, step_index))
-                    of_step.meta = dict(shape.meta) | {"val": placeholder.meta["val"].shape}
-                    new.meta = dict(node.meta)
-                    return new
-        if node.target is getattr and node.args[1] in ("device", "dtype"):
-            for placeholder, _ in self.sources.get(node.args[0], ()):  # type: ignore[call-overload]
-                new = self.graph.call_function(getattr, (placeholder, node.args[1]))
-                new.meta = dict(node.meta)
-                return new
-        args, kwargs = map_arg((node.args, node.kwargs), lambda n: self._outside(n, reader))
-        new = self.graph.create_node(node.op, node.target, args, kwargs)
-        new.meta = {k: v for k, v in node.meta.items() if k != "iterations"}
-        return new
+            return self.inputs.sequence(list(role.values), reader)
+        return self.inputs.numbers(role.values, reader)
 
     # -- initial values ---------------------------------------------------------------------------------------------
 
@@ -353,7 +236,7 @@ class _Reroll:
         if position in self.state_of:
             slot = next(i for i, n in enumerate(self.program.slot_nodes()) if n is start)
             if self.program.slots[slot].persistent:
-                return self._outside(start, start)
+                return self.inputs.outside(start, start)
             start = self.program.initial_values[slot]
         if not isinstance(start, Node):
             return start
@@ -388,7 +271,7 @@ class _Reroll:
         if place is not None and place[0] == 0:
             return self.nodes[place[1]]
         if node not in self.inside:
-            return self._outside(node, node)
+            return self.inputs.outside(node, node)
         if node not in self.first_nodes:
             args, kwargs = map_arg((node.args, node.kwargs), self._first)
             new = self.graph.create_node(node.op, node.target, args, kwargs)
@@ -516,7 +399,8 @@ class _Reroll:
         return node
 
 
-_ARITHMETIC = frozenset("add sub mul div truediv pow gt ge lt le eq ne maximum minimum rsub".split())
+_ASSIGNMENT = re.compile(r"\s*((?:self\.)?\w+)\s*[-+*/]?=[^=]")
+"""A line that assigns one variable."""
 
 
 def _contains_varying(tree: Any) -> bool:
@@ -547,7 +431,8 @@ def _number_of_filled_tensor(node: Node, following: Node) -> float | None:
 def _sort_placeholders(graph: fx.Graph) -> None:
     """Move the placeholders in front of all other nodes, inputs before slots."""
     nodes = [n for n in graph.nodes if n.op == "placeholder"]
-    for node in reversed(sorted(nodes, key=lambda n: "slot" in n.meta)):
+    inputs, slots = ([n for n in nodes if ("slot" in n.meta) is is_slot] for is_slot in (False, True))
+    for node in reversed([*inputs, *slots]):
         first = next(iter(graph.nodes))
         if node is not first:
             first.prepend(node)

@@ -1,0 +1,158 @@
+"""The inputs of the step of a loop: the values from outside the loop that its iterations read."""
+
+from __future__ import annotations
+
+import operator
+from typing import Any
+
+import torch
+from torch import Tensor, fx
+from torch.fx import Node, map_arg
+
+from snnfx.analysis.dependence import is_random
+from snnfx.ir.edits import add_placeholder
+from snnfx.ir.module_effects import updates_buffers
+from snnfx.ir.nodes import is_module_call, is_size
+from snnfx.ir.printing import describe_node, operation_name
+from snnfx.ir.program import StepProgram
+from snnfx.ops.run_loop import run_loop
+from snnfx.sequence.alignment import Differs
+from snnfx.sequence.element_reads import arithmetic_progression, common_read, read_sequence, record_call
+
+__all__ = ["StepInputs"]
+
+
+class StepInputs:
+    """Adds inputs to the graph of a step, and records their values in the graph of the call.
+
+    Args:
+        program: the program of the whole call; its graph inserts in front of the loop.
+        graph: the graph of the step.
+
+    Attributes:
+        placeholders: the inputs.
+        values: the value of each input in the graph of the call.
+        varying: for each input, whether it is a sequence.
+    """
+
+    def __init__(self, program: StepProgram, graph: fx.Graph) -> None:
+        self.program, self.graph = program, graph
+        self.placeholders: list[Node] = []
+        self.values: list[Node] = []
+        self.varying: list[bool] = []
+        self._shared: dict[Node, Node] = {}
+        """Values from outside the loop and their nodes in the step."""
+        self._sources: dict[Node, list[tuple[Node, int]]] = {}
+        """The sequences read from a tensor: `(placeholder, dimension of time in the tensor)`."""
+        self._sequences: dict[Any, Node] = {}
+        """The input for each element read."""
+
+    def sequence(self, nodes: list[Node], reader: Node) -> Node:
+        """The input for values from outside the loop, one for each iteration."""
+        read = common_read(nodes)
+        outer = self.program.graph
+        if read is not None and read in self._sequences:
+            return self._sequences[read]
+        if read is not None:
+            source, value = read.source, read_sequence(outer, read)
+            dim = read.dim
+            if read.index is not None or read.keeps_dim:
+                dim = -1
+        elif all(n.op == "get_attr" and isinstance(self.program.resolve(str(n.target)), Tensor) for n in nodes):
+            value = record_call(outer, torch.stack, (nodes,))
+            source, dim = value, 0
+        else:
+            raise Differs(f"`{describe_node(reader)}` reads another value in each iteration", reader)
+        placeholder = self._add_input(nodes[0].name, value, True, nodes[0].meta.get("val"))
+        if read is not None:
+            self._sequences[read] = placeholder
+        if dim >= 0:
+            self._sources.setdefault(source, []).append((placeholder, dim))
+        return placeholder
+
+    def _add_input(self, name: str, value: Node, varying: bool, example: Any) -> Node:
+        placeholder = add_placeholder(self.graph, name)
+        placeholder.meta = {"input": len(self.placeholders), "where": None}
+        if isinstance(example, Tensor):
+            placeholder.meta["val"] = example
+        self.placeholders.append(placeholder)
+        self.values.append(value)
+        self.varying.append(varying)
+        return placeholder
+
+    def numbers(self, values: tuple[Any, ...], reader: Node) -> Node:
+        """The input for a number that the code computes from the number of the iteration."""
+        progression = arithmetic_progression(values)
+        if progression is None or operation_name(reader) not in _ARITHMETIC:
+            raise Differs(
+                f"an argument of `{describe_node(reader)}` is {values[0]!r} in the first iteration, then {values[1]!r}",
+                reader,
+            )
+        start, step = progression
+        value = record_call(self.program.graph, torch.arange, (start, start + step * len(values), step))
+        return self._add_input("number", value, True, value.meta["val"][0])
+
+    def outside(self, node: Node, reader: Node) -> Node:
+        """The node in the step for a value from outside the loop."""
+        if node in self._shared:
+            return self._shared[node]
+        if node.op == "get_attr":
+            new = self.graph.get_attr(str(node.target))
+            new.meta = dict(node.meta)
+        elif is_size(node) and not isinstance(node.meta.get("val"), Tensor):
+            new = self._size(node, reader)
+        elif self._is_of_parameters(node):
+            args, kwargs = map_arg((node.args, node.kwargs), lambda n: self.outside(n, reader))
+            new = self.graph.create_node(node.op, node.target, args, kwargs)
+            new.meta = {k: v for k, v in node.meta.items() if k != "iterations"}
+        elif isinstance(node.meta.get("val"), Tensor) or "val" not in node.meta:
+            new = self._add_input(node.name, node, False, node.meta.get("val"))
+        else:
+            raise Differs(f"`{describe_node(reader)}` reads `{node.name}`, which is not a tensor", reader)
+        self._shared[node] = new
+        return new
+
+    def _is_of_parameters(self, node: Node) -> bool:
+        """Whether a value depends on parameters and constants only, so that the step can compute it once."""
+        seen, stack = set(), [node]
+        while stack:
+            current = stack.pop()
+            if current in seen:
+                continue
+            seen.add(current)
+            if current.op == "placeholder" or current.target is run_loop or is_random(self.program, current):
+                return False
+            if updates_buffers(self.program, current) or is_module_call(current):
+                return False
+            stack += current.all_input_nodes
+        return True
+
+    def _size(self, node: Node, reader: Node) -> Node:
+        """Compute a size from the inputs of the step, whose sequences have one dimension less."""
+        if node.target is operator.getitem and isinstance(node.args[0], Node):
+            shape = node.args[0]
+            source = shape.args[0] if shape.target is getattr and shape.args[1] == "shape" else None
+            index = node.args[1]
+            if isinstance(source, Node) and isinstance(index, int):
+                dims = source.meta["val"].dim()
+                for placeholder, dim in self._sources.get(source, ()):
+                    if index % dims == dim:
+                        raise Differs(f"`{describe_node(reader)}` reads the number of iterations", reader)
+                    of_step = self.graph.call_function(getattr, (placeholder, "shape"))
+                    step_index = index % dims - (index % dims > dim)
+                    new = self.graph.call_function(operator.getitem, (of_step, step_index))
+                    of_step.meta = dict(shape.meta) | {"val": placeholder.meta["val"].shape}
+                    new.meta = dict(node.meta)
+                    return new
+        if node.target is getattr and node.args[1] in ("device", "dtype"):
+            for placeholder, _ in self._sources.get(node.args[0], ()):  # type: ignore[arg-type]
+                new = self.graph.call_function(getattr, (placeholder, node.args[1]))
+                new.meta = dict(node.meta)
+                return new
+        args, kwargs = map_arg((node.args, node.kwargs), lambda n: self.outside(n, reader))
+        new = self.graph.create_node(node.op, node.target, args, kwargs)
+        new.meta = {k: v for k, v in node.meta.items() if k != "iterations"}
+        return new
+
+
+_ARITHMETIC = frozenset("add sub mul div truediv pow gt ge lt le eq ne maximum minimum rsub".split())
