@@ -47,7 +47,7 @@ def derive_step(call: CapturedCall) -> DerivedStep | None:
     step = call.loops[0].program
     placeholders: dict[Node, str] = {}
     dims: set[int] = set()
-    for value, leaf in zip(values, step.input_leaves, strict=True):  # type: ignore[arg-type]
+    for value, leaf in zip(values, step.input_leaves, strict=True):
         source, dim = _whole_sequence(value, steps)
         if source is None or source.op != "placeholder" or source in placeholders:
             return None
@@ -102,9 +102,10 @@ def _stacked(output: Any, loop: Node, steps: Any) -> tuple[int | None, int]:
     if not isinstance(output, Node) or output.target is not stack_elements:
         return None, 0
     parts, _, *dim = output.args
-    (part, *others) = parts  # type: ignore[misc]
-    source, _ = _whole_sequence(part, steps)
-    if others or source is None or not is_structural(source):
+    if not isinstance(parts, list | tuple) or len(parts) != 1:
+        return None, 0
+    source, _ = _whole_sequence(parts[0], steps)
+    if source is None or not is_structural(source):
         return None, 0
     values, position = source.args
     if not isinstance(values, Node) or values.args != (loop, 0) or not isinstance(position, int):

@@ -64,7 +64,8 @@ def common_read(nodes: Sequence[Node]) -> ElementRead | None:
         indices = [n.args[1] for n in nodes]
         parts = _parts_of(source)
         if parts is not None:
-            return _read(*parts, indices)
+            part_of, dim, keeps_dim = parts
+            return _read(part_of, dim, indices, keeps_dim)
         value = source.meta.get("val")
         return _read_by_index(source, indices) if isinstance(value, Tensor) else None
     if operation_name(first) == "select" and len(first.args) == 3 and not first.kwargs:
@@ -85,15 +86,21 @@ def _read(
     return ElementRead(source, dim % value.dim(), *progression, len(indices), keeps_dim, index, position)
 
 
-def _parts_of(node: Node) -> tuple[Node, Any] | None:
-    """`(x, dim)` of a node that returns the elements of one dimension."""
+def _parts_of(node: Node) -> tuple[Node, Any, bool] | None:
+    """`(x, dim, keeps_dim)` of a node that returns the elements of one dimension: `x.unbind()`, `x.split(1)`."""
     name = operation_name(node)
     if node.op not in ("call_function", "call_method") or not node.args or not isinstance(node.args[0], Node):
         return None
-    arguments = list(node.args[1:])
+    source, arguments = node.args[0], list(node.args[1:])
     if name == "unbind":
-        return node.args[0], arguments[0] if arguments else node.kwargs.get("dim", 0)
-    return None
+        return source, arguments[0] if arguments else node.kwargs.get("dim", 0), False
+    if name not in ("split", "chunk", "tensor_split"):
+        return None
+    dim = arguments[1] if len(arguments) > 1 else node.kwargs.get("dim", 0)
+    parts = node.meta.get("val")
+    if not isinstance(dim, int) or not isinstance(parts, tuple | list):
+        return None
+    return (source, dim, True) if all(part.shape[dim] == 1 for part in parts) else None
 
 
 def common_index(source: Node, indices: Sequence[Any]) -> tuple[int, int, int] | None:

@@ -170,7 +170,8 @@ class _Reroll:
             owner = call.args[0].target  # type: ignore[union-attr]
             is_state = isinstance(node.args[0], Node) and node.args[0].args == (call, 1)
             if is_state and adapter is not None and module is not None and isinstance(index, int):
-                return f"{owner}.{adapter.names(module)[index]}"
+                names = adapter.names(module)
+                return f"{owner}.{names[index] if index < len(names) else f'state{index}'}"
         where, owner = node.meta.get("where"), node.meta.get("module", "")
         assigned = _ASSIGNMENT.match(linecache.getline(*where)) if where else None
         name = assigned.group(1).removeprefix("self.") if assigned else "state"
