@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 import snnfx
+from snnfx.errors import VerificationError
 from support.looped_models import Cell, TwoLayers, assert_converts_sequence, spike
 from support.stepping import assert_same
 
@@ -189,3 +190,20 @@ class PerStep(nn.Module):
 
 def test_a_parameter_for_each_step() -> None:
     assert_converts_sequence(PerStep(), (sequence(9, 5, 6),), [(sequence(9, 2, 6),)])
+
+
+@pytest.mark.parametrize(
+    "model",
+    [TwoLayers(), WithNormsInLoop(), LoopingNeuron(0), WithMemoryModules(False)],
+    ids=lambda m: type(m).__name__,
+)
+def test_verify_compares_with_the_own_call_of_the_model(model: nn.Module) -> None:
+    x = sequence(7, 5, 6)
+    net = snnfx.convert(model.double(), takes="sequence", example_inputs=(x,))
+    assert "own call" in str(snnfx.verify(model, net, x))
+    other = copy.deepcopy(model)
+    for p in other.parameters():
+        p.data.add_(0.5)
+    if list(model.parameters()):
+        with pytest.raises(VerificationError, match="SNNFX40"):
+            snnfx.verify(other, net, x)

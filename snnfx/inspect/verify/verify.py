@@ -25,6 +25,7 @@ from snnfx.inspect.verify.program_lookup import (
     value_at,
 )
 from snnfx.inspect.verify.sequence_inputs import SequenceInputs
+from snnfx.inspect.verify.whole_call import verify_whole_call
 from snnfx.inspect.verify.without_dropout import without_dropout
 from snnfx.ops.sequence_functions import reduce_over_time
 from snnfx.sandbox.isolation import isolated, rng_state
@@ -49,7 +50,8 @@ def verify(
     """Compare a net with its model: outputs, final state, buffers and gradients.
 
     The reference is a Python loop that calls the model once per time step. In training with `batch_norm="fold"`, each
-    BatchNorm in a folded region takes its statistics over all time steps (`snnfx.inspect.verify.oracle`). Net and
+    BatchNorm in a folded region takes its statistics over all time steps (`snnfx.inspect.verify.oracle`). For a net
+    converted with `takes="sequence"`, the reference is the model's own call. Net and
     reference run in the net's mode, from the reset state, with dropout disabled and the same RNG state. State, buffers,
     gradients, flags and random number generators are restored afterwards.
 
@@ -91,6 +93,12 @@ def verify(
             hint="Call verify(model, net, x_seq).",
         )
     options: Any = net.options
+    if getattr(options, "takes", "step") == "sequence":
+        with isolated(model, net), torch.inference_mode(False), torch.set_grad_enabled(gradients):
+            if double:
+                model, net = copies_in_float64(model, net)
+                x_seq, kwargs = pytree.tree_map_only(Tensor, to_float64, (x_seq, kwargs))
+            return verify_whole_call(model, net, x_seq, kwargs, Tolerance(atol, rtol), gradients)
     first: dict[str, Any] = {}
     if getattr(getattr(net, "program", None), "carried", None):
         x_seq, kwargs, first = net.split_carried(x_seq, kwargs)  # type: ignore[operator]
