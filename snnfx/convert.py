@@ -272,8 +272,20 @@ def _with_loop_nets(
         PassManager(pipeline(evaluation, of_loop)).run(evaluation)
         programs = {True: training, False: training if _same_plan(training, evaluation) else evaluation}
         handle = program.constants[loop.target]
-        handle.net = Net(model, programs, of_loop, history[-1:])
+        handle.net = Net(model, programs, of_loop, history[-1:], _plan_loop_again)
     return program
+
+
+def _plan_loop_again(net: Net, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Net:
+    """Plan the step of a loop again, for inputs of which other dimensions are the batch."""
+    programs: dict[bool, StepProgram] = {}
+    for mode in (True, False):
+        program = programs[mode] = net.programs[mode].copy().unplanned()
+        program.training = mode
+        for node, x in zip(program.input_nodes(), args, strict=True):
+            node.meta["val"] = torch.empty_like(x, device="meta")
+        PassManager(planning(program, net.options)).run(program)
+    return Net(net.source, programs, net.options, net.history, _plan_loop_again)
 
 
 def _run_passes(passes: list[Pass], program: StepProgram) -> None:

@@ -207,3 +207,24 @@ def test_verify_compares_with_the_own_call_of_the_model(model: nn.Module) -> Non
     if list(model.parameters()):
         with pytest.raises(VerificationError, match="SNNFX40"):
             snnfx.verify(other, net, x)
+
+
+class WithBias(nn.Module):
+    """A value from outside the loop whose size happens to be the batch size of the example."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.fc, self.cell, self.bias = nn.Linear(6, 4), Cell(), nn.Parameter(torch.rand(4))
+
+    def forward(self, x: Tensor) -> Tensor:
+        bias = self.bias + x.mean()
+        v, out = None, []
+        for x_t in x:
+            s, v = self.cell(self.fc(x_t) + bias, v)
+            out.append(s)
+        return torch.stack(out)
+
+
+@pytest.mark.filterwarnings("ignore:SNNFX102")
+def test_a_feature_size_equal_to_the_batch_of_the_example() -> None:
+    assert_converts_sequence(WithBias(), (sequence(7, 4, 6),), [(sequence(3, 2, 6),)])
