@@ -41,6 +41,7 @@ from snnfx.memory.planning import example_steps, refuse_impossible_budget
 from snnfx.ops.step_functions import apply_autograd_function
 from snnfx.runtime.net import Net
 from snnfx.sandbox.isolation import isolated
+from snnfx.sandbox.random_draws import draws_undone
 
 __all__ = ["Report", "explain"]
 
@@ -302,7 +303,7 @@ def _chunk(net: Net) -> ChunkRow | None:
         )
     sequences = [x.unsqueeze(0) if v else x for x, v in zip(steps, net.varying_inputs, strict=True)]
     try:
-        with isolated(net.source):
+        with isolated(net.source, rng=False), draws_undone():
             plan = net.chunk_plan(*sequences)
     except InputError as error:
         if error.code != "SNNFX318":
@@ -314,7 +315,7 @@ def _chunk(net: Net) -> ChunkRow | None:
 def _too_little(net: Net) -> str:
     """Why `convert` refuses the memory budget, or ""."""
     try:
-        with isolated(net.source):
+        with isolated(net.source, rng=False), draws_undone():
             refuse_impossible_budget(net._executable)
     except InputError as error:
         if error.code != "SNNFX318":

@@ -39,7 +39,6 @@ __all__ = [
     "Recording",
     "ValueReference",
     "call_as_recorded",
-    "preserved_rng_state",
     "record_step",
     "resolve_references",
 ]
@@ -274,27 +273,14 @@ def _mutated_tensors(func: Any, args: Sequence[Any], kwargs: dict[str, Any]) -> 
 
 
 @contextlib.contextmanager
-def preserved_rng_state(device: torch.device) -> Iterator[None]:
-    """Restore the RNG state of the CPU and of a device on exit."""
-    state = torch.get_rng_state()
-    own = torch.cuda.get_rng_state(device) if device.type == "cuda" else None
-    try:
-        yield
-    finally:
-        torch.set_rng_state(state)
-        if own is not None:
-            torch.cuda.set_rng_state(own, device)
-
-
-@contextlib.contextmanager
-def _recording_environment(device: torch.device) -> Iterator[None]:
-    """Enable autograd in this thread, preserve the RNG state, disable saved-tensor hooks."""
+def _recording_environment() -> Iterator[None]:
+    """Enable autograd in this thread, disable saved-tensor hooks."""
     hooks: Any = contextlib.nullcontext()
     if saved_tensors_hooks(False) is not None:
         hooks = torch.autograd.graph.saved_tensors_hooks(lambda t: t, lambda t: t)
     # The dispatch mode is local to this thread; autograd would run the backward pass of a GPU in another one.
     one_thread = torch.autograd.set_multithreading_enabled(False)
-    with preserved_rng_state(device), torch.enable_grad(), one_thread, hooks:
+    with torch.enable_grad(), one_thread, hooks:
         yield
 
 
@@ -350,7 +336,7 @@ def record_step(
     for origin, tensors in (("sequence", inputs), ("state", given)):
         for index, tensor in enumerate(tensors):
             recorder.add_input(tensor, origin, index)
-    with _recording_environment(inputs[0].device):
+    with _recording_environment():
         start = _number_of_next_node()
         with watch, recorder:
             outputs, following = step(*inputs, *([tuple(given)] if states is not None else []))

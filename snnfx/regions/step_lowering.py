@@ -12,7 +12,7 @@ from typing import Any, cast
 import torch
 from torch import Tensor, fx, nn
 
-from snnfx.lowering.aten_recording import LoweringRefused, Recording, preserved_rng_state, record_step
+from snnfx.lowering.aten_recording import LoweringRefused, Recording, record_step
 from snnfx.lowering.elementwise.aten_table import decomposition
 from snnfx.lowering.elementwise.back_end_choice import back_end_of
 from snnfx.lowering.elementwise.initial_states import (
@@ -26,6 +26,7 @@ from snnfx.lowering.mixed.first_states import initial_states_of_each
 from snnfx.lowering.mixed.mixed_step import MixedStep
 from snnfx.regions.sequence_region import buffers_of
 from snnfx.sandbox.internal_faults import is_internal_fault, surface
+from snnfx.sandbox.random_draws import draws_undone
 from snnfx.state.registry import adapter_of
 from snnfx.state.step_calls import call_stateful, initial_value
 
@@ -185,7 +186,7 @@ class StepLowering:
         self, inputs: Sequence[Tensor], state: Sequence[Any] | None, constants: Sequence[Any]
     ) -> list[Tensor]:
         """The states after one step, which have the shapes and dtypes of all later states."""
-        with preserved_rng_state(inputs[0].device), _model_errors_refuse():
+        with draws_undone(), _model_errors_refuse():
             if state is None and self.first is not None:
                 _, after = self.first.forward(*constants, *inputs)
             else:
