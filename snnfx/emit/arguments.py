@@ -15,8 +15,6 @@ from snnfx.errors import InputError
 from snnfx.ir.options import ConvertOptions
 from snnfx.ir.program import StepProgram
 from snnfx.sandbox.dense_inputs import not_a_dense_tensor
-from snnfx.sandbox.isolation import isolated
-from snnfx.sandbox.random_draws import draws_undone
 from snnfx.sandbox.torch_internals import pytree
 from snnfx.sandbox.user_code import step_signature
 from snnfx.state.carry import flatten_state, split_arguments
@@ -278,8 +276,7 @@ class Arguments:
         if key not in self._state_shapes:
             if len(self._state_shapes) >= MOST_STATE_SHAPES:
                 self._state_shapes.clear()
-            with isolated(self.program.source, rng=False), draws_undone():
-                self._state_shapes[key] = shapes_of_state(self.program, steps)
+            self._state_shapes[key] = shapes_of_state(self.program, steps)
         for name, shape in self._state_shapes[key].items():
             value = state.get(name)
             if isinstance(value, Tensor) and not _broadcasts(tuple(value.shape), shape):
