@@ -193,7 +193,7 @@ def _constants(node: Node) -> str:
 
 def vmap_fallbacks(net: Net) -> Iterator[str]:
     """Map regions that torch.vmap refused at run time."""
-    nets = [net, *net._nets_for_shapes.nets()]
+    nets = [net, *net._nets_for_shapes.values()]
     for region in (region for n in nets for region in n.snnfx_regions.modules()):  # type: ignore[union-attr]
         if isinstance(region, MapRegion) and region.refused_by_vmap:
             reason = region.refused_by_vmap.rstrip(".")

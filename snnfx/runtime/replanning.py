@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
+from snnfx.emit.bounded_cache import BoundedCache
 from snnfx.errors import CaptureError, InputError, SnnfxWarning, warn_once
 from snnfx.ir.program_equality import is_same_plan
 
@@ -23,33 +24,15 @@ MOST_PLANS = 8
 """The most nets that a net keeps for calls that its own plan does not cover."""
 
 
-class PlanCache:
+class PlanCache(BoundedCache["Net"]):
     """The nets planned for calls that the plan of a net does not cover, the least recently used first.
 
     A key is the rank of each input and which of their batch dimensions are equal (`Arguments.plan_key`).
     """
 
     def __init__(self) -> None:
-        self._nets: dict[Any, Net] = {}
+        super().__init__(MOST_PLANS)
         self._announced: set[Any] = set()
-
-    def nets(self) -> list[Net]:
-        """The nets of the cache."""
-        return list(self._nets.values())
-
-    def get(self, key: Any) -> Net | None:
-        """The net of a key, which becomes the most recently used; None if there is none."""
-        net = self._nets.get(key)
-        if net is not None and not torch.compiler.is_compiling():
-            self._nets.pop(key, None)
-            self._nets[key] = net
-        return net
-
-    def put(self, key: Any, net: Net) -> None:
-        """Add a net; the least recently used nets are dropped from a full cache."""
-        self._nets[key] = net
-        for oldest in list(self._nets)[:-MOST_PLANS]:
-            self._nets.pop(oldest, None)
 
     def is_new(self, ranks: Any) -> bool:
         """Whether this is the first question about inputs of these ranks."""
