@@ -237,6 +237,11 @@ class Tally:
                 self.refusals.setdefault(outcome.detail, Counter())[why] += 1
         if result.script:
             last = result.outcomes[-1]
+            print(
+                f"{last.kind} in {last.check}, seed {result.seed}: {last.text.strip().splitlines()[-1][:200]}",
+                file=sys.stderr,
+                flush=True,
+            )
             self.failures.setdefault((last.kind, last.check, last.detail), []).append(result.seed)
             self._write(result, last)
 
