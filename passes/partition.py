@@ -140,8 +140,8 @@ class Partition(Pass):
     def _updates_at_every_step(self, program: StepProgram, stepped: Set[Node]) -> Callable[[Node], bool]:
         """A predicate for calls that update their module at every step, even for an invariant input.
 
-        In training, these are BatchNorms with statistics per step by option and weights estimated by power iteration;
-        opaque calls and the calls and reads in `stepped` always.
+        In training, these are BatchNorms with statistics per step by option, InstanceNorms with running statistics and
+        weights estimated by power iteration; opaque calls and the calls and reads in `stepped` always.
         """
 
         def changing(node: Node) -> bool:
@@ -150,8 +150,11 @@ class Partition(Pass):
             if not program.training or node.op != "call_module":
                 return False
             module = program.resolve(str(node.target))
-            per_step = self.batch_norm == "per_step" and isinstance(module, BatchNormBase)
-            return per_step or estimates_weights(module)
+            if isinstance(module, NormBase):
+                return module.running_mean is not None and (
+                    isinstance(module, InstanceNormBase) or self.batch_norm == "per_step"
+                )
+            return estimates_weights(module)
 
         return changing
 

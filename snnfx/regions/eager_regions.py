@@ -13,6 +13,7 @@ from snnfx.ops.memory_format import unbind_in_layout
 from snnfx.ops.sequence_functions import stack_steps
 from snnfx.regions.region_kernels import RegionKernels
 from snnfx.regions.sequence_region import RegionGraph, SequenceRegion, buffers_of
+from snnfx.sandbox.internal_faults import is_internal_fault
 
 __all__ = ["EagerLoop", "EagerMap"]
 
@@ -74,7 +75,9 @@ class EagerMap(SequenceRegion):
         buffers = buffers_of(constants)
         try:
             return torch.vmap(lambda *x: self.step.forward(*constants, *x), randomness="different")(*x_seq)  # type: ignore[no-any-return]
-        except (RuntimeError, NotImplementedError) as error:
+        except Exception as error:  # a batching rule may raise anything, e.g. an IndexError for `flip` of a scalar
+            if is_internal_fault(error):
+                raise
             for buffer, value in buffers:
                 # BatchNorm counts its batch before vmap finds no batching rule for it. Writing to `data` does not
                 # raise the version counter: an earlier call may have saved the buffer for its backward pass.
