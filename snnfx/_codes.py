@@ -588,4 +588,11 @@ CODES: dict[str, CodeEntry] = {
         "Trainer(net, SLTT, optimizer, loss)                # self.v = self.first.expand_as(x) before the first step",
         "Trainer(net, SLTT(cut=('other.v',)), optimizer, loss)  # or freeze the initial state",
     ),
+    "SNNFX622": CodeEntry(
+        "the state of a trainer does not match",
+        "Trainer.load_state_dict restores FPTT's running averages and multipliers, one for each parameter of the "
+        "optimizer. The saved state has another number of parameters or other shapes, or is not the state of a trainer.",
+        "trainer.load_state_dict(optimizer.state_dict())",
+        "trainer.load_state_dict(torch.load('trainer.pt'))  # saved with torch.save(trainer.state_dict(), 'trainer.pt')",
+    ),
 }

@@ -25,7 +25,9 @@ class FPTTTerm:
             from the state after the step; the last step of a sequence does not update the running average. "paper"
             follows the publication: the regulariser is a sum, the second forward pass starts from the state before the
             step, and every step updates the running average. "authors" follows the authors' code, which has no second
-            forward pass.
+            forward pass and a multiplier for each parameter.
+        keep_multipliers: for the variant "authors": whether a sequence starts with the multipliers of the previous one,
+            as in the authors' code. False: with multipliers 0. The other variants have no multipliers.
 
     Raises:
         InputError: SNNFX309 if a value is out of range.
@@ -33,6 +35,7 @@ class FPTTTerm:
 
     alpha: float
     variant: Literal["reference", "paper", "authors"] = "reference"
+    keep_multipliers: bool = True
 
     def __post_init__(self) -> None:
         if isinstance(self.alpha, bool) or not isinstance(self.alpha, int | float) or not self.alpha > 0:
@@ -40,6 +43,9 @@ class FPTTTerm:
         if self.variant not in ("reference", "paper", "authors"):
             hint = "Choose one of 'reference', 'paper', 'authors'."
             raise InputError("SNNFX309", f"invalid variant={self.variant!r}", hint=hint)
+        if not isinstance(self.keep_multipliers, bool):
+            what = f"invalid keep_multipliers={self.keep_multipliers!r}"
+            raise InputError("SNNFX309", what, hint="Choose True or False.")
 
 
 _CHOICES: dict[str, tuple[Any, ...]] = {
@@ -204,13 +210,19 @@ def SLTT_K(K: int) -> Rule:
     return SLTT(name=f"SLTT-{K}", random_steps=K)
 
 
-def FPTT(alpha: float, variant: Literal["reference", "paper", "authors"] = "reference") -> Rule:
-    """Forward propagation through time: updates at every step, regularised by a running average of the weights."""
+def FPTT(
+    alpha: float, variant: Literal["reference", "paper", "authors"] = "reference", keep_multipliers: bool = True
+) -> Rule:
+    """Forward propagation through time: updates at every step, regularised by a running average of the weights.
+
+    The arguments are those of `FPTTTerm`. The running averages and the multipliers belong to the `Trainer`:
+    `Trainer.state_dict` saves them.
+    """
     return Rule(
         name="FPTT",
         temporal="cut",
         update="step",
-        extra=FPTTTerm(alpha, variant),
+        extra=FPTTTerm(alpha, variant, keep_multipliers),
         loss_scale="sum",
         citation="Kag & Saligrama 2021, ICML (PMLR 139); Yin et al. 2021, arXiv:2112.11231",
     )
