@@ -140,7 +140,8 @@ class TraceOperands(Pass):
                 new = [ones]
                 if leak.channel is not None:
                     new.append(graph.call_function(torch.unsqueeze, (ones, -1)))
-                bias_trace = graph.call_function(update_trace, (bias_slot, new[-1], value))
+                own = value if leak.channel is None else _reshaped(graph, value, -1)
+                bias_trace = graph.call_function(update_trace, (bias_slot, new[-1], own))
             for made in (*new, bias_trace):
                 made.meta = _site(node)
             slots.append(bias_slot)
@@ -198,8 +199,7 @@ def _set_value_per_channel(node: Node, channel: int | None, traces: Sequence[Nod
 def _reshaped(graph: fx.Graph, value: Leak, *shape: int) -> Leak:
     if not isinstance(value, Node):
         return value
-    made = graph.call_function(torch.reshape, (value, shape))
-    return made
+    return graph.call_function(torch.reshape, (value, shape))
 
 
 def _site(node: Node) -> dict[str, Any]:

@@ -100,7 +100,9 @@ class TraceLeaks:
         if not self._differs_between_neurons(probe):
             return TraceLeak(probe)
         probe.per_neuron = True
-        return TraceLeak(probe, self._channel_of(op, probe) if self.leak == "post" else self._checked_emitter(op, probe))
+        return TraceLeak(
+            probe, self._channel_of(op, probe) if self.leak == "post" else self._checked_emitter(op, probe)
+        )
 
     def _require_one_leak(self, op: WeightOp, slots: Sequence[str]) -> None:
         """Refuse a weight op whose neurons have different leaks, or leaks that are learned separately."""
@@ -141,11 +143,11 @@ class TraceLeaks:
         channel = _output_channel(op, self.program)
         if channel is None:
             raise self._refused(op, probe, "only linear layers and convolutions support a trace for each neuron")
+        self._require_separate_channels(op, probe, op.node, {channel})
         leak = self.measured[probe.slot]
         if _varying_dims(leak) - {channel}:
             why = f"it differs within an output channel: the leaks have shape {list(leak.shape)}"
             raise self._refused(op, probe, why)
-        self._require_separate_channels(op, probe, op.node, {channel})
         channels = self._channels_of(op.node, channel)
         if channels is not None and channels != leak.numel():
             why = f"the weight has {channels} output channels for {leak.numel()} leaks"

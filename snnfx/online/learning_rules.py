@@ -78,8 +78,12 @@ class Rule:
             leaky readout keeps its gradients through time; or a tuple of slot names.
         operand: the operand that forms the gradient of a weight. "raw": the operand of the weight op itself. "trace":
             its eligibility trace `a[t] = leak * a[t-1] + operand[t]`.
-        trace_leak: "post": the leak of the neuron that the weight feeds; "pre": the leak of the neuron that emits the
-            operand; or a number.
+        trace_leak: "post": the leak of the neuron that the weight feeds, as in OTTT's publication; a weight that feeds
+            no neuron, such as a readout, has no trace. "pre": the leak of the neuron that emits the operand, which
+            gives the numbers of OTTT's authors' code; a readout then has a trace. Or a number. `snnfx.explain` of the
+            rule's net lists the weights without a trace. If each neuron has a leak of its own (a vector, or one for
+            each channel of a convolution; learned or fixed), "post" keeps a trace for each output channel of the
+            weight, which takes the memory of the trace times the number of output channels; see `Trainer.chunk`.
         trace_inputs: whether weights on the network's input have a trace as well.
         trace_bias: whether biases have a trace (the operand of a bias is 1 at every step).
         signal: spatial credit: how the learning signal reaches a neuron. "spatial": by backpropagation through the
@@ -192,7 +196,11 @@ OTTT_A = Rule(
     dropout="sequence",
     citation="Xiao et al. 2022, Online Training Through Time for Spiking Neural Networks, arXiv:2210.04195",
 )
-"""Online training through time with gradients accumulated over the sequence: one update."""
+"""Online training through time with gradients accumulated over the sequence: one update.
+
+The traces follow the publication. `OTTT_A(trace_leak="pre")` gives the numbers of the authors' code, which traces the
+spikes with the leak of the neuron that emits them, also for a readout that feeds no neuron.
+"""
 
 OTTT_O = OTTT_A(name="OTTT-O", update="step")
 """Online training through time with an update at every step."""

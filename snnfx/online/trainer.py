@@ -99,8 +99,9 @@ class Trainer:
 
     Raises:
         InputError: before anything changes: SNNFX612 (the optimizer has parameters that are not in the model), SNNFX614
-            (a number of steps is out of range), SNNFX615 (the leak of a trace is not a single number), SNNFX616 (the
-            rule does not apply to the model), SNNFX309 (another argument is invalid).
+            (a number of steps is out of range), SNNFX615 (the leak of a trace depends on the potential or the input,
+            or is ambiguous), SNNFX620 (the leaks of neurons do not match the output channels of a weight), SNNFX616
+            (the rule does not apply to the model), SNNFX309 (another argument is invalid).
 
     Example:
         >>> import torch, snnfx
@@ -274,7 +275,6 @@ class Trainer:
             metrics=metrics,
             grad_norm=self.updates.grad_norm,
         )
-
 
     def _fptt_updater(self, term: FPTTTerm) -> FPTTUpdater:
         """FPTT's updates of one sequence, from the running averages and multipliers of the previous one."""
