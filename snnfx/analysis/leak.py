@@ -109,8 +109,8 @@ def is_one_number(leak: Leak) -> bool:
     return torch.allclose(leak, first.expand_as(leak), rtol=1e-9, atol=_MIN_LEAK)
 
 
-def _as_number(leak: Tensor) -> float:
-    value = float(leak.flatten()[0])
+def _as_number(leak: Leak) -> float:
+    value = float(leak.flatten()[0] if isinstance(leak, Tensor) else leak)
     return 0.0 if abs(value) < _MIN_LEAK else value
 
 
@@ -156,7 +156,7 @@ class LeakProbe(nn.Module):
             return self._measured[1]
         fingerprint = (self.per_neuron, *(_fingerprint(constant) for constant in constants))
         if self._measured is None or self._measured[0] != fingerprint:
-            leak = self.measure(constants)
+            leak: Leak = self.measure(constants)
             if not self.per_neuron:
                 if not is_one_number(leak):
                     raise several_leaks_error(self.slot, "it differs between the neurons of the layer")

@@ -100,9 +100,10 @@ class TraceLeaks:
         if not self._differs_between_neurons(probe):
             return TraceLeak(probe)
         probe.per_neuron = True
-        return TraceLeak(
-            probe, self._channel_of(op, probe) if self.leak == "post" else self._checked_emitter(op, probe)
-        )
+        if self.leak == "post":
+            return TraceLeak(probe, self._channel_of(op, probe))
+        self._check_emitter(op, probe)
+        return TraceLeak(probe)
 
     def _require_one_leak(self, op: WeightOp, slots: Sequence[str]) -> None:
         """Refuse a weight op whose neurons have different leaks, or leaks that are learned separately."""
@@ -154,7 +155,7 @@ class TraceLeaks:
             raise self._refused(op, probe, why)
         return channel
 
-    def _checked_emitter(self, op: WeightOp, probe: LeakProbe) -> None:
+    def _check_emitter(self, op: WeightOp, probe: LeakProbe) -> None:
         """Check that the leaks of the emitting neurons broadcast with the operand.
 
         Raises:

@@ -75,7 +75,7 @@ def groups_of(program: StepProgram, node: Node) -> int:
 def output_channels_of(program: StepProgram, node: Node) -> int:
     """The number of output channels of a convolution with groups."""
     if node.op == "call_module":
-        return int(program.resolve(str(node.target)).out_channels)  # type: ignore[arg-type, union-attr]
+        return int(program.resolve(str(node.target)).out_channels)
     weight = node.args[1] if len(node.args) > 1 else node.kwargs["weight"]
     assert isinstance(weight, Node)
     value = program.resolve(str(weight.target)) if weight.op == "get_attr" else weight.meta["val"]

@@ -9,7 +9,8 @@ step's update:
 
 g' is the gradient of the current loss at the updated weights; it is the g of the next step. The gradient of the
 regulariser is added in closed form. In the first two rows, `A + g / 2 alpha` is the midpoint of the previous A and W,
-which is stored in its place. The authors' code never resets m: a sequence starts with the m of the previous one. Kag & Saligrama 2021, eq. 4 and algorithm 1; "reference" is SpikingJelly 2.0.0's function.
+which is stored in its place. The authors' code never resets m: a sequence starts with the m of the previous one.
+Kag & Saligrama 2021, eq. 4 and algorithm 1; "reference" is SpikingJelly 2.0.0's function.
 """
 
 from __future__ import annotations

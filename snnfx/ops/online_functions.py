@@ -55,7 +55,7 @@ def update_trace(trace: Any, operand: Tensor, leak: Any) -> Tensor:
             leak = leak.to(operand)
             if isinstance(trace, Tensor):
                 return torch.addcmul(operand, trace, leak)
-            return (operand + leak * trace).expand(torch.broadcast_shapes(operand.shape, leak.shape))
+            return (operand + leak * trace).expand(torch.broadcast_shapes(operand.shape, leak.shape))  # type: ignore[no-any-return]
         if isinstance(trace, Tensor):
             return torch.add(operand, trace, alpha=leak)
         return operand + leak * trace if trace else operand
@@ -149,7 +149,7 @@ def _on_trace(function: Callable[[Tensor], Tensor], operand: Tensor, trace: Tens
     if is_linear:
         trace = trace.movedim(-2, 1)
     y = function(trace.flatten(0, 1)).unflatten(0, trace.shape[:2])
-    of_channel = y.diagonal(dim1=1, dim2=-1 if is_linear else 2)
+    of_channel: Tensor = y.diagonal(dim1=1, dim2=-1 if is_linear else 2)
     return of_channel if is_linear else of_channel.movedim(-1, 1)
 
 

@@ -63,7 +63,8 @@ def dense() -> nn.Module:
 
 def in_the_last_of_three_dims() -> nn.Module:
     return initialised(nn.Sequential(
-        nn.Linear(5, 6), LeakyNeurons(6), nn.Linear(6, 4, bias=False), LeakyNeurons(1, 4), nn.Linear(4, 3), PlainLIF(0.7)
+        nn.Linear(5, 6), LeakyNeurons(6), nn.Linear(6, 4, bias=False), LeakyNeurons(1, 4),
+        nn.Linear(4, 3), PlainLIF(0.7),
     ))  # fmt: skip
 
 

@@ -75,10 +75,9 @@ def authors_ottt(
 ) -> dict[str, list[Tensor]]:
     """OTTT as its authors' code computes it, for LIF layers and a readout `y = W s + b` that feeds no neuron.
 
-    A neuron hands on its spike and the trace of its spikes, which decays with the neuron's own leak; every weight behind
-    a neuron, the readout included, takes its gradient on this trace. The network's input and biases have no trace. The
-    loss of a step is divided by T. With `lr`, SGD with momentum follows every step (OTTT-O); the gradients of the
-    steps are summed in any case.
+    A neuron emits its spike and the trace of its spikes, which decays with the neuron's own leak. Every weight behind a
+    neuron, the readout included, takes its gradient on this trace. The network's input and biases have no trace. The
+    loss of a step is divided by T. With `lr`, SGD with momentum follows every step (OTTT-O).
     """
     T, count = len(x_seq), len(net.leaks)
     weights = [*(W.clone() for W in net.weights), readout[0].clone()]
