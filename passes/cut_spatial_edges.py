@@ -15,7 +15,8 @@ from torch import nn
 from torch.fx import Node
 
 from snnfx.analysis.dependence import analyse_dependence
-from snnfx.analysis.leak import StepOnNumbers, fed_slots, fires
+from snnfx.analysis.leak import fed_slots, fires
+from snnfx.analysis.step_on_numbers import StepOnNumbers
 from snnfx.analysis.weight_ops import weight_ops
 from snnfx.errors import InputError
 from snnfx.ir.printing import describe_node

@@ -18,7 +18,8 @@ from torch import nn
 from torch.fx import Node
 
 from snnfx.analysis.dependence import analyse_dependence, ancestors
-from snnfx.analysis.leak import StepOnNumbers, fires
+from snnfx.analysis.leak import fires
+from snnfx.analysis.step_on_numbers import StepOnNumbers
 from snnfx.errors import InputError, warn_once
 from snnfx.ir.program import StepProgram
 from snnfx.ops.online_functions import cut_history

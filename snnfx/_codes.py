@@ -554,9 +554,9 @@ CODES: dict[str, CodeEntry] = {
     ),
     "SNNFX615": CodeEntry(
         "the leak of a trace is not a single number",
-        "An eligibility trace decays with the leak of the neuron that the weight feeds. That leak is not a single "
-        "number (it differs between neurons or depends on the potential), the weight feeds neurons with different "
-        "leaks, or it feeds none. Pass the leak.",
+        "An eligibility trace decays with the leak of the neuron that the weight feeds. That leak depends on the "
+        "potential or the input, the weight feeds neurons with different leaks, a fixed leak was changed to differ "
+        "between neurons, or no neuron emits the operand. Pass the leak.",
         "Trainer(net, OTTT_A, optimizer, loss)                        # a weight feeds a CUBALIFNode: two leaks",
         "Trainer(net, OTTT_A(trace_leak=0.5), optimizer, loss)",
     ),
@@ -587,5 +587,20 @@ CODES: dict[str, CodeEntry] = {
         "initial state are not trained. Restrict the cut to other states, or freeze the initial state.",
         "Trainer(net, SLTT, optimizer, loss)                # self.v = self.first.expand_as(x) before the first step",
         "Trainer(net, SLTT(cut=('other.v',)), optimizer, loss)  # or freeze the initial state",
+    ),
+    "SNNFX620": CodeEntry(
+        "no trace for each neuron",
+        "Each neuron has a leak of its own, so a weight needs an eligibility trace for each of its output channels. The "
+        "leak must be the same for all neurons that one channel feeds: it must not differ over space, and no operation "
+        "between the weight and the neurons may mix or move channels. Pass one leak, or use one leak for each channel.",
+        "Trainer(net, OTTT_A, optimizer, loss)                        # a convolution feeds leaks [C, H, W]",
+        "Trainer(net, OTTT_A(trace_leak=0.5), optimizer, loss)        # or leaks [C, 1, 1]",
+    ),
+    "SNNFX622": CodeEntry(
+        "the state of a trainer does not match",
+        "Trainer.load_state_dict restores FPTT's running averages and multipliers, one for each parameter of the "
+        "optimizer. The saved state has another number of parameters or other shapes, or is not the state of a trainer.",
+        "trainer.load_state_dict(optimizer.state_dict())",
+        "trainer.load_state_dict(torch.load('trainer.pt'))  # saved with torch.save(trainer.state_dict(), 'trainer.pt')",
     ),
 }

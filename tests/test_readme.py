@@ -53,6 +53,12 @@ def test_document_runs(document: Path) -> None:
     assert run_blocks(document) == len(python_blocks(document)) or not all(map(importlib.util.find_spec, PEERS))
 
 
+@pytest.mark.parametrize("seed", range(1, 4))
+def test_online_training_runs_for_every_seed(seed: int) -> None:
+    torch.manual_seed(seed)
+    assert run_blocks(ROOT / "tools" / "docs" / "online_training.md") > 0
+
+
 @pytest.mark.parametrize("document", [README, *DOCUMENTS], ids=lambda path: path.stem)
 def test_links_lead_somewhere(document: Path) -> None:
     broken = []

@@ -25,6 +25,7 @@ from snnfx.sandbox.torch_internals import BatchNormBase, DropoutBase
 __all__ = [
     "batch_norm_semantics",
     "carried_arguments",
+    "eligibility_traces",
     "first_step_differs",
     "fixed_sizes",
     "folded_batch_norms",
@@ -150,6 +151,13 @@ def random_nodes(program: StepProgram) -> Iterator[str]:
         yield f"Dropout in {_and(dropouts)}: training draws a new mask at each time step, as the stepped model does."
     if others:
         yield f"New random numbers at each time step: {_and(others)}."
+
+
+def eligibility_traces(program: StepProgram) -> Iterator[str]:
+    """Weights of an online rule: the leak of the trace, or the reason why a weight has no trace."""
+    for node in program.graph.nodes:
+        if "trace" in node.meta:
+            yield node.meta["trace"]
 
 
 def mode_differences(net: Net) -> Iterator[str]:

@@ -19,6 +19,7 @@ from snnfx.inspect.computing_nodes import computing_nodes, is_computing
 from snnfx.inspect.conversion_notes import (
     batch_norm_semantics,
     carried_arguments,
+    eligibility_traces,
     first_step_differs,
     fixed_sizes,
     folded_batch_norms,
@@ -118,6 +119,7 @@ def _report_on(net: Net, T: int | None, example_inputs: Any) -> Report:
         batch_norm=(*batch_norm_semantics(net), *statistic_reads(net), *folded_batch_norms(net)),
         random=tuple(random_nodes(program)),
         fallbacks=tuple(vmap_fallbacks(net)),
+        traces=tuple(eligibility_traces(program)),
         kernels=tuple(kernels_of_loops(net)),
         chunk=_chunk(net),
         memory=_memory(net, T, example_inputs) if T is not None and net.options.step_mode == "m" else None,
