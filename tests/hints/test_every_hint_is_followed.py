@@ -24,7 +24,7 @@ def test_each_followed_hint_has_a_registered_code() -> None:
     assert {hint.code for hint in followed_hints()} <= set(CODES)
 
 
-def test_the_finder_reads_names_conditions_formats_and_parameters(tmp_path: object) -> None:
+def test_the_finder_reads_names_conditions_formats_and_parameters() -> None:
     texts = {(site.function, site.text) for site in hint_sites()}
     assert ("surrogate.py:checked_number", "Pass a float, e.g. value.item(); it cannot be learned.") in texts
     assert (
