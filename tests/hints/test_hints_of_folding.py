@@ -102,7 +102,7 @@ def test_arithmetic_with_the_batch_size() -> None:
         "Compute sizes from the feature dimensions.",
         Step(lambda m, x: x * (x.shape[0] + 1)),
         sequence()[0],
-        at="x.shape[0] + 1",
+        at="x * (x.shape[0] + 1)",
     )
     folds(Step(lambda m, x: x * (x.shape[1] + 1)))
 
