@@ -525,7 +525,7 @@ def test_a_part_that_changes_its_shape() -> None:
 
 
 def test_a_state_of_another_shape_than_its_next_value() -> None:
-    class Pooled(nn.Module):
+    class Delays(nn.Module):
         def __init__(self, start: Callable[[Tensor], Tensor]) -> None:
             super().__init__()
             self.start = start
@@ -534,20 +534,18 @@ def test_a_state_of_another_shape_than_its_next_value() -> None:
         def forward(self, x: Tensor) -> Tensor:
             if self.h is None:
                 self.h = self.start(x)
-            y = x.sum(1) + self.h.sum()
-            self.h = x.relu()
-            return y
+            before = self.h + 0.0
+            self.h = x
+            return before
 
     refused(
         "SNNFX313",
         "ops/sequence_functions.py:expand_initial_value",
         "Create the state in its final shape, e.g. with torch.zeros_like of the value assigned to it.",
-        lambda: snnfx.convert(Pooled(lambda x: torch.zeros(7, 7)))(sequence()),
+        lambda: snnfx.convert(Delays(lambda x: torch.zeros(x.shape[0], 4)))(sequence()),
         names="`h` changes its shape",
     )
-    model = Pooled(torch.zeros_like)
-    y_seq = snnfx.convert(model)(sequence())
-    assert_same(y_seq, torch.stack([model(x) for x in sequence()]))
+    assert_same(snnfx.convert(Delays(torch.zeros_like))(sequence()), torch.cat([torch.zeros(1, N, C), sequence()[:-1]]))
 
 
 # -- functional --------------------------------------------------------------------------------------------------------
