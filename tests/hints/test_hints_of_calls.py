@@ -47,7 +47,6 @@ def is_stepped(net: Any, y_seq: Tensor, x_seq: Tensor | None = None) -> None:
     assert_same(y_seq.detach(), stepped(net.source, sequence() if x_seq is None else x_seq))
 
 
-
 # -- arguments ---------------------------------------------------------------------------------------------------------
 
 
@@ -89,7 +88,11 @@ def test_another_number_of_arguments() -> None:
 def test_a_number_of_steps_that_is_not_an_int() -> None:
     net = snnfx.convert(small(), time_dim=None)
     refused(
-        "SNNFX309", "emit/arguments.py:Arguments.time_first", "Pass an int above 0.", lambda: net(sequence()[0], T=2.5), names="T=2.5"
+        "SNNFX309",
+        "emit/arguments.py:Arguments.time_first",
+        "Pass an int above 0.",
+        lambda: net(sequence()[0], T=2.5),
+        names="T=2.5",
     )
     is_stepped(net, net(sequence()[0], T=3), sequence()[:1].expand(3, N, C))
 
@@ -108,7 +111,12 @@ def test_an_input_without_a_time_dimension() -> None:
 
 def test_no_time_dimension_at_all() -> None:
     net = snnfx.convert(small(), time_dim=None)
-    refused("SNNFX310", "emit/arguments.py:Arguments.time_first", "Pass the number of time steps: net(x, T=8).", lambda: net(sequence()[0]))
+    refused(
+        "SNNFX310",
+        "emit/arguments.py:Arguments.time_first",
+        "Pass the number of time steps: net(x, T=8).",
+        lambda: net(sequence()[0]),
+    )
     is_stepped(net, net(sequence()[0], T=8), sequence()[:1].expand(8, N, C))
 
 
@@ -643,7 +651,12 @@ def stream_is_stepped(items: Any, net: Any = None, **options: Any) -> None:
 
 def test_a_stream_of_unknown_items() -> None:
     net = snnfx.convert(small(training=False))
-    refused("SNNFX309", "runtime/streaming.py:Stream.__init__", 'Choose "chunks" or "steps".', lambda: net.stream([sequence()], of="x"))
+    refused(
+        "SNNFX309",
+        "runtime/streaming.py:Stream.__init__",
+        'Choose "chunks" or "steps".',
+        lambda: net.stream([sequence()], of="x"),
+    )
     stream_is_stepped([sequence()], of="chunks")
     stream_is_stepped(list(sequence()), of="steps")
 
@@ -666,7 +679,12 @@ def test_a_stream_of_a_single_step_net() -> None:
 
 def test_a_stream_that_is_not_iterable() -> None:
     net = snnfx.convert(small(training=False))
-    refused("SNNFX305", "runtime/streaming.py:Stream.__init__", "Pass a generator, a list or a DataLoader.", lambda: net.stream(3))
+    refused(
+        "SNNFX305",
+        "runtime/streaming.py:Stream.__init__",
+        "Pass a generator, a list or a DataLoader.",
+        lambda: net.stream(3),
+    )
     stream_is_stepped([sequence()])
     stream_is_stepped(x for x in sequence().split(2))
     stream_is_stepped(torch.utils.data.DataLoader(sequence(), batch_size=2))

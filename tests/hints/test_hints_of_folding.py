@@ -168,7 +168,7 @@ def test_random_numbers_without_a_batch() -> None:
     followed = Step(lambda m, x: x + torch.rand_like(x))
     is_folded(followed, sequence()[0])
     y_seq = snnfx.convert(followed)(torch.zeros(T, N, C))
-    assert (y_seq[0] != y_seq[1]).any() and 0 <= y_seq.min() and y_seq.max() < 1
+    assert (y_seq[0] != y_seq[1]).any() and y_seq.min() >= 0 and y_seq.max() < 1
 
 
 def test_an_argument_with_the_batch_size() -> None:

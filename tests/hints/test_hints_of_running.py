@@ -255,7 +255,11 @@ def test_a_budget_that_a_call_exceeds() -> None:
     x_seq = sequence(64, 64, C)
     net = snnfx.convert(small(), memory_budget=5000)
     error = refused(
-        "SNNFX318", "memory/planning.py:cannot_be_met", "Set memory_budget=", lambda: net(x_seq), names="5000 bytes"
+        "SNNFX318",
+        "memory/planning.py:cannot_be_met",
+        "Set memory_budget=",
+        lambda: net(x_seq),
+        names="memory_budget is",
     )
     budget = int(error.hint.split("memory_budget=")[1].split()[0])
     model = small()
@@ -434,7 +438,7 @@ def test_no_compiler(monkeypatch: pytest.MonkeyPatch) -> None:
         "regions/region_kernels.py:RegionKernels.build_for",
         "loops run step by step in PyTorch: ",
         lambda: net(sequence()),
-        names="SNNFX_KERNELS=0",
+        names="SNNFX_KERNELS",
     )
     assert_same(y_seq, run_stepped(net.source, sequence()).outputs)
     monkeypatch.delenv("SNNFX_KERNELS")
@@ -485,5 +489,3 @@ def test_passes_in_an_illegal_order() -> None:
         names="stage 'normalized'",
     )
     PassManager([Normalize(), RemoveDeadCode(), Partition()]).run(capture(small()))
-
-
