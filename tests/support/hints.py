@@ -86,7 +86,7 @@ class _SitesOfFile:
 
     def _hints(self, call: ast.Call) -> Iterator[ast.expr]:
         name = call.func.attr if isinstance(call.func, ast.Attribute) else getattr(call.func, "id", "")
-        if name == "warn_once":
+        if name in ("warn", "warn_once") and len(call.args) > 1:
             yield call.args[1]
         elif ast.unparse(call.func) == "warnings.warn" and not self.path.endswith("errors.py"):
             yield call.args[0]
