@@ -824,7 +824,7 @@ def test_a_carried_state_in_a_backward_pass() -> None:
     assert_same(run_net(net, sequence()).input_grads, expected.input_grads)
     net = snnfx.convert(small())
     x_seq = sequence().requires_grad_()
-    y_seq, state = checkpoint(net.run, x_seq, state=None, use_reentrant=False)
+    y_seq, _ = checkpoint(net.run, x_seq, state=None, use_reentrant=False)
     assert_same(y_seq.detach(), expected.outputs)
     y_seq.sum().backward()
     plain = sequence().requires_grad_()

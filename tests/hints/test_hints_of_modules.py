@@ -1,4 +1,4 @@
-"""Hints of neurons, surrogates, memories, carried states and modules of other libraries: each leads to a net that runs."""
+"""Hints of neurons, surrogates, memories, carried states and modules of other libraries."""
 
 from __future__ import annotations
 
