@@ -65,11 +65,11 @@ def _refuse_weights_without_signal(program: StepProgram, weights: Iterable[Node]
             reached.add(node)
             before = [*node.all_input_nodes, following.get(node)]
             stack.extend(n for n in before if isinstance(n, Node))
-    missed = [describe_node(node) for node in weights if node not in reached and _is_trained(program, node)]
+    missed = [f"`{describe_node(node)}`" for node in weights if node not in reached and _is_trained(program, node)]
     if missed:
         raise InputError(
             "SNNFX616",
-            f"no learning signal reaches the weights {', '.join(missed)}",
+            f"no learning signal reaches the weights of {', '.join(missed)}",
             why='with signal="readout", no error passes through a spiking neuron.',
             hint="Connect the neurons of these weights to a readout that does not fire (e.g. LeakyIntegrator), freeze "
             "the weights, or choose signal='spatial'.",

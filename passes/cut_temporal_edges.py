@@ -86,6 +86,7 @@ def _warn_of_learned_initial_states(program: StepProgram, cut: set[str]) -> None
         if any(isinstance(value, nn.Parameter) and value.requires_grad for value in values):
             warn_once(
                 "SNNFX619",
-                f"the initial value of `{slot.name}` is learned, but gets no gradient: the rule detaches this state.",
+                f"the initial value of `{slot.name}` is learned, but gets no gradient: the rule detaches this state. "
+                "Exempt it with cut=<names of the other slots>, or freeze the parameter.",
                 key=(id(program.source), slot.name),
             )

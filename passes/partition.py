@@ -242,8 +242,9 @@ def _kinds(
             continue
         if not node.op.startswith("call") or node in dependence.initial_only or is_size(node):
             continue
-        # A size is recomputed in each region that reads it, so its refusal applies to its readers.
-        refusal = next((refusals[n] for n in [node, *_size_ancestors(node)] if n in refusals), None)
+        # A size is recomputed in each region that reads it, so its refusal applies to its readers, whose own refusal
+        # may only follow from it.
+        refusal = next((refusals[n] for n in [*_size_ancestors(node), node] if n in refusals), None)
         if program.training and node.op == "call_module" and estimates_weights(program.resolve(str(node.target))):
             refusal = Refusal("SNNFX109", f"`{node.target}` updates its weight estimate at each call")
         if node in not_once:

@@ -54,8 +54,8 @@ CODES: dict[str, CodeEntry] = {
         "operands do not share the batch dimension",
         "The operands have their batch in different dimensions or with sizes that are not proven equal, or an operand "
         "varies over time but lacks a batch dimension. The node is mapped over time.",
-        "y = x + gain_t               # x: [N, C], gain_t: [C] at each step",
-        "y = x + gain_t.expand_as(x)  # or keep it: the result is the same, only slower",
+        "y = x * x.mean(0)                # the mean over the batch has no batch dimension",
+        "y = x * x.mean(1, keepdim=True)  # or keep it: the result is the same, only slower",
     ),
     "SNNFX106": CodeEntry(
         "BatchNorm with statistics per time step",

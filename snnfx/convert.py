@@ -196,7 +196,7 @@ def _warn_of_unfolded_batch_norms(program: StepProgram) -> None:
         warn_once(
             "SNNFX112",
             f'with batch_norm="fold", these BatchNorms use the statistics of each time step in training ({reasons}). '
-            'With batch_norm="per_step", all of them do.',
+            'Convert with batch_norm="per_step" so that all of them do, or move them off the cycle.',
         )
 
 

@@ -12,8 +12,14 @@ Groups of codes: 1xx a node is not folded (reported by `explain`, never raised),
 
 from __future__ import annotations
 
+import contextlib
+import functools
+import os
+import sys
 import warnings
 from dataclasses import dataclass
+
+import torch
 
 from snnfx._codes import CODES, CodeEntry
 
@@ -30,6 +36,7 @@ __all__ = [
     "ToolError",
     "VerificationError",
     "describe_code",
+    "warn",
     "warn_once",
 ]
 
@@ -111,7 +118,24 @@ class Refusal:
     hint: str = ""
 
 
+_PACKAGE = os.path.dirname(__file__)
+_LIBRARY_PREFIXES = (
+    _PACKAGE + os.sep,
+    os.path.join(os.path.dirname(_PACKAGE), "passes") + os.sep,  # snnfx.passes in a source checkout
+    os.path.dirname(torch.__file__) + os.sep,
+    "<",
+    contextlib.__file__,
+    functools.__file__,
+)
 _warned: set[object] = set()
+
+
+def warn(code: str, message: str) -> None:
+    """Warn about a fallback, at the line of the user's code that called snnfx."""
+    level, frame = 1, sys._getframe()
+    while frame.f_back is not None and frame.f_code.co_filename.startswith(_LIBRARY_PREFIXES):
+        level, frame = level + 1, frame.f_back
+    warnings.warn(f"{code} {message}", SnnfxWarning, stacklevel=level)
 
 
 def warn_once(code: str, message: str, *, key: object = None) -> None:
@@ -119,7 +143,7 @@ def warn_once(code: str, message: str, *, key: object = None) -> None:
     key = (code, message if key is None else key)
     if key not in _warned:
         _warned.add(key)
-        warnings.warn(f"{code} {message}", SnnfxWarning, stacklevel=3)
+        warn(code, message)
 
 
 def describe_code(code: str) -> str:

@@ -12,7 +12,6 @@ becomes the program of the first step.
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any
@@ -30,7 +29,7 @@ from snnfx.capture.recording_copy import RecordingCopy, capture_lock
 from snnfx.capture.step_arguments import carried_arguments, step_arguments
 from snnfx.capture.step_changes import NewChange, StepChanges
 from snnfx.capture.tracer import SubmoduleNotTraceable
-from snnfx.errors import CaptureError, InputError, SnnfxWarning
+from snnfx.errors import CaptureError, InputError, warn
 from snnfx.ir.edits import add_placeholder
 from snnfx.ir.printing import location_of, operation_name
 from snnfx.ir.program import InputLeaf, Slot, StepProgram, results_of
@@ -174,7 +173,7 @@ def _capture_once(
     discovered: dict[str, AttributeSlot] = {}
     cold, cold_discoveries = session.trace(discovered, warm=False)
     if session.time_loop is not None and training:  # once for both modes
-        warnings.warn(f"SNNFX115 {session.time_loop.warning()}", SnnfxWarning, stacklevel=7)
+        warn("SNNFX115", session.time_loop.warning())
     values = dict(zip(cold.slot_values, results_of(cold.graph)[1], strict=True))
     for attribute in cold_discoveries:
         discovered[attribute.name] = attribute

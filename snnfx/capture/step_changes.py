@@ -290,7 +290,7 @@ class StepChanges:
         owner = before.owner_of(tensor)
         if attribute is None or any(c.tensor is owner for c in self.found.values()):
             raise _refusal(
-                f"a step changes the tensor `{before.name_of(tensor)}` in place",
+                f"a step changes a tensor in `{before.name_of(tensor)}` in place",
                 where,
                 "it is in a container, and a net follows only changes of the attributes of modules.",
                 "Store the tensor in an attribute of a module, or assign a new tensor to the element.",
@@ -356,8 +356,9 @@ class _Contents:
         return self._known(tensor)[0][0]
 
     def owner_of(self, tensor: Tensor) -> Tensor | None:
-        """The tensor in an attribute of a module with this memory."""
-        return next((t for _, t, is_attribute in self._known(tensor) if is_attribute), None)
+        """The tensor in an attribute of a module with this memory; the tensor itself if an attribute stores it."""
+        stored = [t for _, t, is_attribute in self._known(tensor) if is_attribute]
+        return tensor if any(t is tensor for t in stored) else next(iter(stored), None)
 
     def attribute_of(self, tensor: Tensor) -> str | None:
         """The name of the attribute that stores a tensor with this memory; None for one in a container."""

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import warnings
 import weakref
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
@@ -11,7 +10,7 @@ import torch
 from torch import Tensor
 
 from snnfx.emit.bounded_cache import BoundedCache
-from snnfx.errors import CaptureError, InputError, SnnfxWarning, warn_once
+from snnfx.errors import CaptureError, InputError, warn, warn_once
 from snnfx.ir.program_equality import is_same_plan
 
 if TYPE_CHECKING:
@@ -77,12 +76,11 @@ def _planned_again(net: Net, leaves: list[Tensor], given: dict[str, Any]) -> Net
         )
     ranks = tuple(x.dim() for x in leaves)
     if net._nets_for_shapes.is_new(ranks):
-        warnings.warn(
-            "SNNFX102 the plan of the net (batched inputs, equal batch sizes) does not cover inputs of rank "
-            f"{ranks}, time included; the net is planned again for them and may map regions instead of folding them. "
-            "Pass example_inputs to plan once.",
-            SnnfxWarning,
-            stacklevel=2,
+        warn(
+            "SNNFX102",
+            f"the plan of the net (batched inputs, equal batch sizes) does not cover inputs of rank {ranks}, time "
+            "included; the net is planned again for them and may map regions instead of folding them. Pass "
+            "example_inputs to plan once.",
         )
     args, kwargs = _example(net, arguments.at_step(leaves, 0), given)
     try:

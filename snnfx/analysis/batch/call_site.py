@@ -249,7 +249,7 @@ def _merge_constant(site: CallSite, result: Fact, constant: Fact) -> Fact | None
         site.refuse(
             "SNNFX105",
             f"an operand of {site.text} varies in time but has no batch dimension",
-            "Expand it over the batch, e.g. with expand_as.",
+            "Compute that operand for each sample, or keep it: the result is the same, only slower.",
         )
     if constant.rank.known == 0:
         return result

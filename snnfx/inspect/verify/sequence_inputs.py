@@ -9,6 +9,7 @@ from typing import Any
 from torch import Tensor
 
 from snnfx.errors import InputError
+from snnfx.sandbox.pytree_paths import flatten_with_path
 from snnfx.sandbox.torch_internals import broadcast_prefix, pytree
 
 __all__ = ["SequenceInputs"]
@@ -29,7 +30,7 @@ class SequenceInputs:
     @staticmethod
     def of(args: tuple[Any, ...], kwargs: dict[str, Any], time_dim: Any, T: int | None) -> SequenceInputs:
         dims = _dims_of_leaves(time_dim, args, kwargs)
-        with_paths, spec = pytree.tree_flatten_with_path((args, kwargs))
+        with_paths, spec = flatten_with_path((args, kwargs))
         # Drop the first key of a path, which is the index in (args, kwargs).
         names = ["input" + pytree.keystr(path[1:]) for path, _ in with_paths]
         leaves = [leaf for _, leaf in with_paths]

@@ -101,7 +101,7 @@ def load(source: KernelSource) -> Library:
 def _library_path(text: str) -> Path:
     compiler = find_compiler()
     if compiler is None:
-        raise LoweringRefused("there is no C++ compiler (g++, clang++ or $CXX)")
+        raise LoweringRefused("there is no C++ compiler (g++, clang++ or $CXX), or SNNFX_KERNELS=0 is set")
     key = hashlib.sha256(f"{_identity_of(compiler)}\0{text}".encode()).hexdigest()[:32]
     directory = usable_directory()
     path = directory / f"{key}.so"
