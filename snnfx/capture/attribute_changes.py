@@ -18,6 +18,7 @@ from snnfx.capture.proxy import StepProxy
 from snnfx.capture.read_tracking_list import ReadTrackingList
 from snnfx.errors import CaptureError
 from snnfx.sandbox.contents_snapshot import MISSING, Change, ClassContentsSnapshot, ContentsSnapshot, attributes_of
+from snnfx.sandbox.plain_numbers import is_numpy_scalar
 from snnfx.sandbox.torch_internals import pytree
 from snnfx.sandbox.user_code import location_of_forward
 
@@ -134,6 +135,14 @@ def refuse_change(prefix: str, module: nn.Module, change: Change, entry: str = "
             where=where,
             why="the graph does not record them, so every call of the net would use the same numbers.",
             hint="Draw them with torch.rand, torch.randn, torch.rand_like or torch.bernoulli of a recorded value.",
+        )
+    if is_numpy_scalar(change.new):
+        raise CaptureError(
+            "SNNFX218",
+            f"a step changes `{name}`",
+            where=where,
+            why=f"it is a {type(change.new).__name__} of NumPy, which rounds otherwise than a Python float.",
+            hint="Store a Python number: self.a = float(value).",
         )
     attribute = str(change.path[-1] if change.kind in ("", "object", "dict") else change.path[0]).rpartition(".")[2]
     raise CaptureError(

@@ -329,9 +329,11 @@ class CaptureSession:
         placeholders = {n.meta["input"]: n.name for n in graph.nodes if "input" in n.meta and n.op == "placeholder"}
         leaves = [replace(leaf, placeholder=placeholders.get(index)) for index, leaf in enumerate(leaves)]
         used_slots: list[tuple[Slot, Any, Any]] = []
+        carried = {name for c in self.carried for name in c.argument().slot_names()}
         for (name, _), following, initial in zip(tracer.slot_values.items(), nexts, initials, strict=True):
             placeholder = tracer.slot_placeholders.get(name)
-            if placeholder is not None and following is placeholder and len(placeholder.users) == 1:
+            is_untouched = placeholder is not None and following is placeholder and len(placeholder.users) == 1
+            if is_untouched and name not in carried:  # the net returns every part of a carried argument
                 continue
             is_overwritten = name in tracer.overwritten_slots and placeholder is not None and not placeholder.users
             if drop_overwritten and is_overwritten:

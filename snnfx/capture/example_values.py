@@ -10,6 +10,7 @@ from typing import Any, cast
 import torch
 from torch import Tensor, fx, nn
 from torch.fx import Node
+from torch.overrides import TorchFunctionMode
 
 from snnfx.capture.patches import plain_isinstance
 from snnfx.capture.proxy import UNKNOWN
@@ -20,6 +21,7 @@ from snnfx.ir.program import SELF_TARGET, START_PREFIX
 from snnfx.sandbox.torch_internals import (
     DataDependentOutputException,
     DynamicOutputShapeException,
+    FakeTensor,
     FakeTensorMode,
     NormBase,
     UnsupportedOperatorException,
@@ -134,8 +136,18 @@ class ExampleValues:
 @contextlib.contextmanager
 def _only(mode: FakeTensorMode) -> Iterator[None]:
     """Enter a fake tensor mode alone: operators would pass through all modes below it, which takes long."""
-    with disable_dispatch_modes(), mode:
+    with disable_dispatch_modes(), mode, _ReadsOfValues():
         yield
+
+
+class _ReadsOfValues(TorchFunctionMode):
+    """Raises `DataDependentOutputException` where Python reads the elements of a fake tensor without an operator."""
+
+    def __torch_function__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        reads = function in (Tensor.numpy, Tensor.__array__) or (function is Tensor.__format__ and args[-1])
+        if reads and isinstance(args[0], FakeTensor):
+            raise DataDependentOutputException(function)
+        return function(*args, **(kwargs or {}))
 
 
 def _call_for_shape(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:

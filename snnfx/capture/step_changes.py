@@ -13,6 +13,7 @@ from collections.abc import Iterable, Iterator, Set
 from dataclasses import dataclass
 from typing import Any, Literal
 
+import torch
 from torch import Tensor, fx, nn
 from torch.fx import Node
 from torch.nn import functional
@@ -408,10 +409,11 @@ def _registries(module: nn.Module) -> dict[Any, dict[str, Any]]:
 
 
 def _storage(tensor: Tensor) -> int:
-    return 0 if tensor.is_meta or isinstance(tensor, FakeTensor) else tensor.untyped_storage().data_ptr()
+    has_memory = tensor.layout == torch.strided and not tensor.is_meta and not isinstance(tensor, FakeTensor)
+    return tensor.untyped_storage().data_ptr() if has_memory else 0
 
 
 def _place(tensor: Tensor) -> tuple[Any, ...]:
-    if tensor.is_sparse or tensor.is_nested:
+    if tensor.layout != torch.strided or tensor.is_nested:
         return ()
     return _storage(tensor), tensor.storage_offset(), tuple(tensor.shape), tensor.stride()

@@ -41,6 +41,7 @@ from snnfx.ir.guards import text_of
 from snnfx.ir.nodes import is_in_place, is_in_place_target, object_of
 from snnfx.ir.program import SELF_TARGET
 from snnfx.ops.step_functions import expect_size, set_part_
+from snnfx.sandbox.plain_numbers import plain_number
 from snnfx.sandbox.torch_internals import (
     CheckpointAsPlainCall,
     FakeTensorMode,
@@ -293,7 +294,7 @@ class StepTracer(fx.Tracer):
                 if tensor is a:
                     return self.create_node("get_attr", name, (), {})
             return self.constant(a)
-        return super().create_arg(a)
+        return super().create_arg(plain_number(a))
 
     def constant(self, value: Any) -> Node:
         """Record a get_attr node for an object that the model does not register; the program stores the object."""

@@ -94,7 +94,7 @@ def traced_module(module: nn.Module, operand: Tensor, trace: Tensor, bias_trace:
     return _with_gradients_on_trace(module, operand, trace)
 
 
-def traced_call(name: str, position: int, trace: Tensor, bias_trace: Any, *args: Any, **kwargs: Any) -> Tensor:
+def traced_call(name: str, position: int, trace: Tensor, bias_trace: Any, /, *args: Any, **kwargs: Any) -> Tensor:
     """Call a weight function by name, with the weight gradient taken on a trace.
 
     Args:
@@ -119,7 +119,7 @@ def traced_call(name: str, position: int, trace: Tensor, bias_trace: Any, *args:
 
 
 def _call_with_gradients_on_trace(
-    function: Callable[..., Tensor], position: int, trace: Tensor, *args: Any, **kwargs: Any
+    function: Callable[..., Tensor], position: int, trace: Tensor, /, *args: Any, **kwargs: Any
 ) -> Tensor:
     fixed = tuple(a.detach() if isinstance(a, Tensor) and i != position else a for i, a in enumerate(args))
     on_trace = tuple(trace.to(a.dtype) if i == position else a for i, a in enumerate(args))
@@ -272,7 +272,7 @@ def _padded(
 
 
 def _traced_convolution_function(
-    name: str, trace: Tensor, bias_trace: Tensor | None, *args: Any, **kwargs: Any
+    name: str, trace: Tensor, bias_trace: Tensor | None, /, *args: Any, **kwargs: Any
 ) -> Tensor:
     dims = int(name[-2])
     names: tuple[str, ...]

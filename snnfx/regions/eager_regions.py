@@ -13,6 +13,7 @@ from snnfx.ops.memory_format import unbind_in_layout
 from snnfx.ops.sequence_functions import stack_steps
 from snnfx.regions.region_kernels import RegionKernels
 from snnfx.regions.sequence_region import RegionGraph, SequenceRegion, buffers_of
+from snnfx.sandbox.tensor_values import restore_value
 
 __all__ = ["EagerLoop", "EagerMap"]
 
@@ -76,10 +77,8 @@ class EagerMap(SequenceRegion):
             return torch.vmap(lambda *x: self.step.forward(*constants, *x), randomness="different")(*x_seq)  # type: ignore[no-any-return]
         except (RuntimeError, NotImplementedError) as error:
             for buffer, value in buffers:
-                # BatchNorm counts its batch before vmap finds no batching rule for it. Writing to `data` does not
-                # raise the version counter: an earlier call may have saved the buffer for its backward pass.
-                if not torch.equal(buffer, value):
-                    buffer.data.copy_(value)
+                # BatchNorm counts its batch before vmap finds no batching rule for it.
+                restore_value(buffer, value)
             results = self._one_by_one(x_seq, constants)  # raises if the model itself is at fault
             self.refused_by_vmap = str(error).splitlines()[0]
             warn_once(

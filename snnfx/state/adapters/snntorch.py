@@ -74,16 +74,16 @@ class SnnTorchAdapter:
     def reset(self, module: nn.Module) -> None:
         module.reset_mem()  # type: ignore[operator]
 
-    def initial(self, module: nn.Module, *inputs: Any, **kwargs: Any) -> State:
+    def initial(self, module: nn.Module, /, *inputs: Any, **kwargs: Any) -> State:
         (x,) = (*inputs, *kwargs.values())
         start = torch.zeros_like(x) if self.family in _SHAPED_LIKE_INPUT else x.new_zeros(0)
         return (start,) * len(self.names(module))
 
-    def step(self, module: nn.Module, state: State, *inputs: Any, **kwargs: Any) -> tuple[Any, State]:
+    def step(self, module: nn.Module, state: State, /, *inputs: Any, **kwargs: Any) -> tuple[Any, State]:
         with stepped_by_one_thread(module):
             return self._step(module, state, *inputs, **kwargs)
 
-    def _step(self, module: nn.Module, state: State, *inputs: Any, **kwargs: Any) -> tuple[Any, State]:
+    def _step(self, module: nn.Module, state: State, /, *inputs: Any, **kwargs: Any) -> tuple[Any, State]:
         (x,) = (*inputs, *kwargs.values())
         attributes, buffers = dict(module.__dict__), dict(module._buffers)
         names = self.names(module)
