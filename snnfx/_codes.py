@@ -246,6 +246,30 @@ CODES: dict[str, CodeEntry] = {
         "self.state.v = x if self.state.v is None else self.state.v + x   # a plain object",
         "self.v = x if self.v is None else self.v + x",
     ),
+    "SNNFX220": CodeEntry(
+        "scripted or traced code of TorchScript",
+        "A module that torch.jit.script or torch.jit.trace made, or that was loaded from a TorchScript file, runs outside "
+        "of Python, so that its operations and its state cannot be recorded. Use the Python module that it was made "
+        "from. A scripted function is no problem: snnfx traces its Python original.",
+        "self.fc = torch.jit.script(nn.Linear(8, 8))",
+        "self.fc = nn.Linear(8, 8)   # self.fc.load_state_dict(scripted.state_dict()) for its weights",
+    ),
+    "SNNFX221": CodeEntry(
+        "a converted net that keeps its state, inside a model",
+        "A net that was converted with carry_state=True or step_mode=\"s\" keeps its state from call to call, where the "
+        "net around it cannot reset it. Use the model that it was converted from. A net that starts each call from the "
+        "reset state is stepped as a whole.",
+        "snnfx.convert(nn.Sequential(snnfx.convert(model, carry_state=True), head))",
+        "snnfx.convert(nn.Sequential(net.source, head))",
+    ),
+    "SNNFX222": CodeEntry(
+        "a wrapper for several devices or processes",
+        "DistributedDataParallel, FullyShardedDataParallel and a DataParallel with several devices distribute their "
+        "input and gradients, which the graph of one step cannot contain. Convert the model inside the wrapper and wrap "
+        "the net.",
+        "snnfx.convert(DistributedDataParallel(model))",
+        "DistributedDataParallel(snnfx.convert(model))",
+    ),
     # 3xx: inputs of a call
     "SNNFX301": CodeEntry(
         "no time steps",

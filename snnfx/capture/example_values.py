@@ -16,6 +16,7 @@ from snnfx.capture.patches import plain_isinstance
 from snnfx.capture.proxy import UNKNOWN
 from snnfx.capture.recorder import Recorder
 from snnfx.capture.unrecorded_draws import UnrecordedDraws
+from snnfx.capture.unsupported_modules import is_converted_net
 from snnfx.errors import CaptureError
 from snnfx.ir.program import SELF_TARGET, START_PREFIX
 from snnfx.sandbox.torch_internals import (
@@ -28,6 +29,7 @@ from snnfx.sandbox.torch_internals import (
     disable_dispatch_modes,
 )
 from snnfx.sandbox.user_code import format_location
+from snnfx.state.step_calls import call_opaque
 
 __all__ = ["NOT_EVALUATED", "ExampleValues"]
 
@@ -52,6 +54,8 @@ class ExampleValues:
         """Compute the value of a new node if the values of its arguments are known."""
         if self.mode is None or node.op in ("placeholder", "output") or "val" in node.meta:
             return
+        if node.target is call_opaque and is_converted_net(self._resolve(str(node.args[0].target))):  # type: ignore[union-attr]
+            return  # it would be captured anew for the fake tensors
         if node.op == "call_function" and self._value_of_next is not UNKNOWN:
             node.meta["val"], self._value_of_next = self._value_of_next, UNKNOWN
             return

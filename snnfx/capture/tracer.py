@@ -27,6 +27,7 @@ from snnfx.capture.patches import (
     patched_apply,
     patched_factories,
     patched_isinstance,
+    patched_script_functions,
     quiet_fake_tensors,
 )
 from snnfx.capture.proxy import UNKNOWN, StepProxy, needs_examples, value_of
@@ -35,6 +36,7 @@ from snnfx.capture.setting_reads import SettingReads
 from snnfx.capture.stateful_calls import StatefulCalls, element_of, mark_returned
 from snnfx.capture.trace_faults import raise_internal_fault
 from snnfx.capture.unrecorded_draws import PythonDraw, UnrecordedDraws, refuse_unregistered_module
+from snnfx.capture.unsupported_modules import is_converted_net
 from snnfx.errors import CaptureError
 from snnfx.ir.edits import add_placeholder
 from snnfx.ir.guards import text_of
@@ -136,6 +138,7 @@ class StepTracer(fx.Tracer):
         # The net has its own recomputation; a checkpoint inside a step would run its function with later state.
         plain = CheckpointAsPlainCall()
         patches = (quiet_fake_tensors(), patched_apply(self), patched_isinstance(), patched_factories(self), plain)
+        patches = (*patches, patched_script_functions(self))
         with contextlib.ExitStack() as stack:
             for patch in (*patches, self.consumed):
                 stack.enter_context(patch)
@@ -429,6 +432,8 @@ class StepTracer(fx.Tracer):
         if self.is_evaluating:
             return m.forward(*args, **kwargs)  # not m(...): hooks of the user must not run on fake tensors
         name = self.path_of_module(m)
+        if is_converted_net(m) and name not in self.opaque:
+            raise SubmoduleNotTraceable(name, "it is a converted net, which the step calls as a whole")
         if name == "" and is_leaf(m) and adapter_of(m) is None:
             return self.record_at("", "call_module", SELF_TARGET, args, kwargs)
         if name in self.opaque:

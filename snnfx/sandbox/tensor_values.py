@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-__all__ = ["restore_value", "same_values"]
+__all__ = ["meta_like", "restore_value", "same_values"]
 
 _PARTS = {
     torch.sparse_coo: ("_indices", "_values"),
@@ -26,6 +26,13 @@ def same_values(a: Tensor, b: Tensor) -> bool:
     if a.layout not in _PARTS:
         return torch.equal(a, b)
     return a.shape == b.shape and all(torch.equal(x, y) for x, y in zip(_parts(a), _parts(b), strict=True))
+
+
+def meta_like(x: Tensor) -> Tensor:
+    """A dense meta tensor with the shape and dtype of a tensor, and the strides that only a dense tensor has."""
+    if x.layout != torch.strided:
+        return torch.empty(x.shape, dtype=x.dtype, device="meta")
+    return torch.empty_strided(tuple(x.shape), x.stride(), dtype=x.dtype, device="meta")
 
 
 def restore_value(tensor: Tensor, value: Tensor) -> None:
