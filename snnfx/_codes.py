@@ -270,6 +270,15 @@ CODES: dict[str, CodeEntry] = {
         "snnfx.convert(DistributedDataParallel(model))",
         "DistributedDataParallel(snnfx.convert(model))",
     ),
+    "SNNFX223": CodeEntry(
+        "a version of a library without an adapter",
+        "snnfx has adapters for the modules of SpikingJelly, snnTorch and Norse. The installed version of the library "
+        "has another layout than the adapter expects, such as a SpikingJelly without `activation_based`. Its modules are "
+        "traced like code of your own: the result is the same, but fewer nodes may be folded or lowered. Install a newer "
+        "version to use the adapter.",
+        "from spikingjelly.clock_driven import neuron",
+        "from spikingjelly.activation_based import neuron",
+    ),
     # 3xx: inputs of a call
     "SNNFX301": CodeEntry(
         "no time steps",
