@@ -256,7 +256,7 @@ CODES: dict[str, CodeEntry] = {
     ),
     "SNNFX221": CodeEntry(
         "a converted net that keeps its state, inside a model",
-        "A net that was converted with carry_state=True or step_mode=\"s\" keeps its state from call to call, where the "
+        'A net that was converted with carry_state=True or step_mode="s" keeps its state from call to call, where the '
         "net around it cannot reset it. Use the model that it was converted from. A net that starts each call from the "
         "reset state is stepped as a whole.",
         "snnfx.convert(nn.Sequential(snnfx.convert(model, carry_state=True), head))",
@@ -412,6 +412,13 @@ CODES: dict[str, CodeEntry] = {
         "after the first run. Use the option checkpoint= of snnfx.convert, or pass the state explicitly.",
         "net = snnfx.convert(model, carry_state=True); checkpoint(net, x_seq, use_reentrant=False).sum().backward()",
         'net = snnfx.convert(model, carry_state=True, checkpoint="regions"); net(x_seq).sum().backward()',
+    ),
+    "SNNFX326": CodeEntry(
+        "an illegal limit of the kernel cache",
+        "The environment variable SNNFX_CACHE_LIMIT is the size in MiB that the folder of compiled kernels may have; the "
+        "least recently used files beyond it are removed. 0 stands for no limit, and the default is 256.",
+        "SNNFX_CACHE_LIMIT=1GB python train.py",
+        "SNNFX_CACHE_LIMIT=1024 python train.py",
     ),
     "SNNFX325": CodeEntry(
         "an input has another rank than the example",

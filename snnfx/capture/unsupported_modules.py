@@ -76,6 +76,6 @@ def _source_of(module: torch.jit.ScriptModule) -> str:
 
 def _uses_several_devices(module: nn.Module) -> bool:
     sharded = getattr(sys.modules.get("torch.distributed.fsdp"), "FullyShardedDataParallel", ())
-    if isinstance(module, nn.parallel.DistributedDataParallel) or isinstance(module, sharded):
+    if isinstance(module, (nn.parallel.DistributedDataParallel, sharded)):
         return True
     return isinstance(module, nn.DataParallel) and len(module.device_ids) > 1

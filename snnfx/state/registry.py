@@ -57,8 +57,8 @@ def _import_adapters(package: str) -> None:
             raise
         warn_once(
             "SNNFX223",
-            f"this version of {package} has another layout ({error}), so snnfx has no adapter for its modules and traces "
-            "them like code of your own.",
+            f"this version of {package} has another layout ({error}), so snnfx has no adapter for its modules and "
+            "traces them like code of your own.",
         )
 
 

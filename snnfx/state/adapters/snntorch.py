@@ -174,7 +174,10 @@ class _DeltaLeakyAdapter(SnnTorchAdapter):
                 "init_hidden=True.",
             )
         return StatefulCall(
-            None if state is None else tuple(state), (passed["input_"],), {}, lambda spikes, following: (spikes, following)
+            None if state is None else tuple(state),
+            (passed["input_"],),
+            {},
+            lambda spikes, following: (spikes, following),
         )
 
 
