@@ -14,6 +14,7 @@ from snnfx.capture.attribute_slots import (
     is_state_change,
     recorded,
 )
+from snnfx.capture.input_output_checks import refusal_of_nested_tensor
 from snnfx.capture.proxy import StepProxy
 from snnfx.capture.read_tracking_list import ReadTrackingList
 from snnfx.errors import CaptureError
@@ -83,6 +84,8 @@ class AttributeChanges:
     ) -> Iterator[AttributeSlot]:
         contents = self._before[module]
         old = contents.values.get(key, getattr(type(module), key, None))
+        if isinstance(value, Tensor) and type(value) is not StepProxy and value.is_nested:
+            raise refusal_of_nested_tensor(prefix + key, location_of_forward(module))
         if is_state_change(old, value):
             yield AttributeSlot(
                 prefix + key, module, key, old, recorded(value), value, start=contents.values.get(key, MISSING)

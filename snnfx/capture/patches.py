@@ -123,7 +123,8 @@ def patched_script_functions(recorder: Recorder) -> Iterator[None]:
     Raises:
         CaptureError: SNNFX220, the function has no Python original because it was loaded from a file.
     """
-    original = torch.jit.ScriptFunction.__call__
+    script_function: Any = torch.jit.ScriptFunction
+    original = script_function.__call__
     thread = threading.get_ident()
 
     def call(function: Any, *args: Any, **kwargs: Any) -> Any:
@@ -135,11 +136,11 @@ def patched_script_functions(recorder: Recorder) -> Iterator[None]:
             refuse_scripted_code(f"`{function.name}`", format_location(user_location()))
         return python(*args, **kwargs)
 
-    torch.jit.ScriptFunction.__call__ = call
+    script_function.__call__ = call
     try:
         yield
     finally:
-        torch.jit.ScriptFunction.__call__ = original
+        script_function.__call__ = original
 
 
 @contextlib.contextmanager

@@ -18,6 +18,7 @@ from torch import Tensor, fx, nn
 from torch.fx import Node
 from torch.nn import functional
 
+from snnfx.capture.input_output_checks import refusal_of_nested_tensor
 from snnfx.capture.proxy import StepProxy, data_refusal
 from snnfx.capture.tracer import StepTracer
 from snnfx.errors import CaptureError
@@ -278,6 +279,8 @@ class StepChanges:
                 )
 
     def _add(self, change: ChangedTensor) -> None:
+        if change.tensor.is_nested:
+            raise refusal_of_nested_tensor(change.name, location_of_forward(change.module))
         self.found.setdefault(change.name, change)
 
     def add_written(self, before: _Contents, tensor: Tensor) -> None:

@@ -20,7 +20,7 @@ from torch.fx import Node
 from snnfx.capture.attribute_slots import AttributeSlot
 from snnfx.capture.consumed_tensors import ConsumedTensors
 from snnfx.capture.example_values import ExampleValues
-from snnfx.capture.input_output_checks import refuse_outputs
+from snnfx.capture.input_output_checks import refusal_of_nested_tensor, refuse_outputs
 from snnfx.capture.leaf_module_states import LeafModuleStates
 from snnfx.capture.patches import (
     autocast_state,
@@ -137,10 +137,9 @@ class StepTracer(fx.Tracer):
         self._setting_reads = SettingReads(self, self.leaf_states, self.reads)
         # The net has its own recomputation; a checkpoint inside a step would run its function with later state.
         plain = CheckpointAsPlainCall()
-        patches = (quiet_fake_tensors(), patched_apply(self), patched_isinstance(), patched_factories(self), plain)
-        patches = (*patches, patched_script_functions(self))
+        patches = (patched_apply(self), patched_isinstance(), patched_factories(self), patched_script_functions(self))
         with contextlib.ExitStack() as stack:
-            for patch in (*patches, self.consumed):
+            for patch in (quiet_fake_tensors(), *patches, plain, self.consumed):
                 stack.enter_context(patch)
             return self._record_graph(root)
 
@@ -284,13 +283,8 @@ class StepTracer(fx.Tracer):
         if isinstance(a, Tensor):
             if a.is_nested:
                 name = next((n for m in self.root.modules() for n, v in vars(m).items() if v is a), "")
-                raise CaptureError(
-                    "SNNFX216",
-                    f"the step uses the nested tensor{f' `{name}`' if name else ''}",
-                    where=format_location(user_location()) or location_of_forward(self.root, self.traced_func_name),
-                    why="each step of a net takes samples of one shape.",
-                    hint="Pad it: torch.nested.to_padded_tensor(x, 0.0).",
-                )
+                where = format_location(user_location()) or location_of_forward(self.root, self.traced_func_name)
+                raise refusal_of_nested_tensor(name, where)
             if id(a) in self.changed_tensors:
                 return self.changed_tensors[id(a)]
             for name, tensor in (*self.root.named_parameters(), *self.root.named_buffers()):

@@ -397,3 +397,40 @@ def test_a_step_logs_its_firing_rate(log: Any, capsys: pytest.CaptureFixture[str
     capsys.readouterr()
     assert_same(net(X_SEQ), expected)
     assert capsys.readouterr().out == printed
+
+
+class ReplacesANestedTensor(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.parts: Any = torch.nested.nested_tensor([torch.ones(2), torch.ones(3)])
+
+    def forward(self, x: Tensor) -> Tensor:
+        self.parts = self.parts * 2
+        return x
+
+
+class ChangesANestedTensor(ReplacesANestedTensor):
+    def forward(self, x: Tensor) -> Tensor:
+        self.parts.mul_(2)
+        return x
+
+
+@pytest.mark.parametrize("model", [ReplacesANestedTensor, ChangesANestedTensor])
+@pytest.mark.parametrize("examples", [None, X_SEQ[0]], ids=["without examples", "with examples"])
+def test_a_nested_tensor_as_state_is_refused_by_name(model: Any, examples: Any) -> None:
+    with pytest.raises(CaptureError, match="SNNFX216 .*`parts`") as refusal:
+        snnfx.convert(model(), example_inputs=examples)
+    assert "test_foreign_parts.py:" in refusal.value.where
+
+
+def test_arguments_of_another_structure_are_explained_in_python() -> None:
+    class TakesADict(nn.Module):
+        def forward(self, parts: Any, y: Tensor) -> Tensor:
+            return parts["a"] + parts["b"][0] + y
+
+    x = X_SEQ[0]
+    net = snnfx.convert(TakesADict(), example_inputs=({"a": x, "b": [x]}, x))
+    with pytest.raises(snnfx.errors.InputError, match="SNNFX307") as refusal:
+        net({"a": X_SEQ}, X_SEQ)
+    assert "({a: parts.a, b: [parts.b.0]}, y)" in str(refusal.value)
+    assert "TreeSpec" not in str(refusal.value)
