@@ -84,7 +84,7 @@ class AttributeChanges:
     ) -> Iterator[AttributeSlot]:
         contents = self._before[module]
         old = contents.values.get(key, getattr(type(module), key, None))
-        if isinstance(value, Tensor) and type(value) is not StepProxy and value.is_nested:
+        if isinstance(value, Tensor) and not isinstance(value, StepProxy) and value.is_nested:
             raise refusal_of_nested_tensor(prefix + key, location_of_forward(module))
         if is_state_change(old, value):
             yield AttributeSlot(

@@ -12,6 +12,7 @@ from torch import Tensor, fx, nn
 from torch.fx import Node
 from torch.overrides import TorchFunctionMode
 
+from snnfx.capture.input_output_checks import refusal_of_nested_tensor
 from snnfx.capture.patches import plain_isinstance
 from snnfx.capture.proxy import UNKNOWN
 from snnfx.capture.recorder import Recorder
@@ -60,7 +61,10 @@ class ExampleValues:
             node.meta["val"], self._value_of_next = self._value_of_next, UNKNOWN
             return
         if node.op == "get_attr":
-            self._record_value(node, lambda: self._fake(self._resolve(str(node.target))))
+            value = self._resolve(str(node.target))
+            if isinstance(value, Tensor) and value.is_nested:
+                raise refusal_of_nested_tensor(str(node.target), format_location(node.meta["where"]))
+            self._record_value(node, lambda: self._fake(value))
             return
         unknown = False
 
@@ -148,7 +152,9 @@ class _ReadsOfValues(TorchFunctionMode):
     """Raises `DataDependentOutputException` where Python reads the elements of a fake tensor without an operator."""
 
     def __torch_function__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        reads = function in (Tensor.numpy, Tensor.__array__) or (function is Tensor.__format__ and args[-1])
+        reads = function in (Tensor.numpy, Tensor.__array__) or (
+            function is Tensor.__format__ and args[1] and args[0].dim() == 0
+        )
         if reads and isinstance(args[0], FakeTensor):
             raise DataDependentOutputException(function)
         return function(*args, **(kwargs or {}))

@@ -124,7 +124,7 @@ def patched_script_functions(recorder: Recorder) -> Iterator[None]:
         CaptureError: SNNFX220, the function has no Python original because it was loaded from a file.
     """
     script_function: Any = torch.jit.ScriptFunction
-    original = script_function.__call__
+    original: Any = script_function.__call__
     thread = threading.get_ident()
 
     def call(function: Any, *args: Any, **kwargs: Any) -> Any:

@@ -121,7 +121,12 @@ class StepProxy(fx.Proxy):
         return sys.modules["numpy"].asarray(number, *args, **kwargs)
 
     def __format__(self, specification: str) -> str:
-        return format(self.tracer.concrete(self), specification) if specification else str(self)  # type: ignore[attr-defined]
+        if not specification:
+            return str(self)
+        is_unknown_tensor = value_of(self) is UNKNOWN and not self.node.meta.get("shape_like")
+        if is_unknown_tensor:  # only a tensor of one element has a format
+            return object.__format__(self, specification)
+        return format(self.tracer.concrete(self), specification)  # type: ignore[attr-defined]
 
     def __hash__(self) -> int:
         return id(self)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 import sys
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
 from torch import nn
@@ -44,7 +44,7 @@ def refuse_unsupported_modules(model: nn.Module, entry: str) -> None:
             )
 
 
-def refuse_scripted_code(label: str, where: str) -> None:
+def refuse_scripted_code(label: str, where: str) -> NoReturn:
     """Refuse TorchScript code without a Python original."""
     raise CaptureError(
         "SNNFX220",
