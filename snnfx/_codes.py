@@ -246,6 +246,39 @@ CODES: dict[str, CodeEntry] = {
         "self.state.v = x if self.state.v is None else self.state.v + x   # a plain object",
         "self.v = x if self.v is None else self.v + x",
     ),
+    "SNNFX220": CodeEntry(
+        "scripted or traced code of TorchScript",
+        "A module that torch.jit.script or torch.jit.trace made, or that was loaded from a TorchScript file, runs outside "
+        "of Python, so that its operations and its state cannot be recorded. Use the Python module that it was made "
+        "from. A scripted function is no problem: snnfx traces its Python original.",
+        "self.fc = torch.jit.script(nn.Linear(8, 8))",
+        "self.fc = nn.Linear(8, 8)   # self.fc.load_state_dict(scripted.state_dict()) for its weights",
+    ),
+    "SNNFX221": CodeEntry(
+        "a converted net that keeps its state, inside a model",
+        'A net that was converted with carry_state=True or step_mode="s" keeps its state from call to call, where the '
+        "net around it cannot reset it. Use the model that it was converted from. A net that starts each call from the "
+        "reset state is stepped as a whole.",
+        "snnfx.convert(nn.Sequential(snnfx.convert(model, carry_state=True), head))",
+        "snnfx.convert(nn.Sequential(net.source, head))",
+    ),
+    "SNNFX222": CodeEntry(
+        "a wrapper for several devices or processes",
+        "DistributedDataParallel, FullyShardedDataParallel and a DataParallel with several devices distribute their "
+        "input and gradients, which the graph of one step cannot contain. Convert the model inside the wrapper and wrap "
+        "the net.",
+        "snnfx.convert(DistributedDataParallel(model))",
+        "DistributedDataParallel(snnfx.convert(model))",
+    ),
+    "SNNFX223": CodeEntry(
+        "a version of a library without an adapter",
+        "snnfx has adapters for the modules of SpikingJelly, snnTorch and Norse. The installed version of the library "
+        "has another layout than the adapter expects, such as a SpikingJelly without `activation_based`. Its modules are "
+        "traced like code of your own: the result is the same, but fewer nodes may be folded or lowered. Install a newer "
+        "version to use the adapter.",
+        "from spikingjelly.clock_driven import neuron",
+        "from spikingjelly.activation_based import neuron",
+    ),
     # 3xx: inputs of a call
     "SNNFX301": CodeEntry(
         "no time steps",
@@ -379,6 +412,13 @@ CODES: dict[str, CodeEntry] = {
         "after the first run. Use the option checkpoint= of snnfx.convert, or pass the state explicitly.",
         "net = snnfx.convert(model, carry_state=True); checkpoint(net, x_seq, use_reentrant=False).sum().backward()",
         'net = snnfx.convert(model, carry_state=True, checkpoint="regions"); net(x_seq).sum().backward()',
+    ),
+    "SNNFX326": CodeEntry(
+        "an illegal limit of the kernel cache",
+        "The environment variable SNNFX_CACHE_LIMIT is the size in MiB that the folder of compiled kernels may have; the "
+        "least recently used files beyond it are removed. 0 stands for no limit, and the default is 256.",
+        "SNNFX_CACHE_LIMIT=1GB python train.py",
+        "SNNFX_CACHE_LIMIT=1024 python train.py",
     ),
     "SNNFX325": CodeEntry(
         "an input has another rank than the example",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import numbers
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
@@ -131,9 +132,12 @@ def changed_elements(slot: str, module: nn.Module, key: str, old: Any, new: Any)
 
 
 def is_number(value: Any) -> bool:
-    """Whether a value is a Python number (or bool), not a proxy."""
+    """Whether a value is a Python number, a bool or a NumPy integer, not a proxy.
+
+    NumPy floats of other precisions than Python's are not: steps would round them differently.
+    """
     kind: Any = type(value)
-    return isinstance(value, bool | int | float) and kind is not StepProxy
+    return isinstance(value, bool | int | float | numbers.Integral) and kind is not StepProxy
 
 
 def recorded(value: Any) -> Any:

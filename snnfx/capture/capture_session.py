@@ -20,12 +20,14 @@ from snnfx.capture.time_loops import TimeLoop, find_time_loop
 from snnfx.capture.trace_faults import raise_internal_fault
 from snnfx.capture.tracer import StepTracer, SubmoduleNotTraceable
 from snnfx.capture.variable_changes import VariableChanges
+from snnfx.errors import CaptureError
 from snnfx.ir.guards import Guards
 from snnfx.ir.program import InitialAttribute, InputLeaf, Slot, StepProgram, results_of
 from snnfx.ir.setting_read import SettingRead
 from snnfx.sandbox.contents_snapshot import MISSING, Change
 from snnfx.sandbox.snapshot import StateSnapshot
 from snnfx.sandbox.torch_internals import FakeTensorMode, pytree
+from snnfx.sandbox.user_code import location_of_forward
 from snnfx.state.carry import SlotName, with_output_at
 from snnfx.state.composite_adapter import composite_adapter, is_stateful_tree
 from snnfx.state.leaf_modules import is_leaf
@@ -280,6 +282,8 @@ class CaptureSession:
         is_state = isinstance(after, StepProxy | Tensor) or is_number(after)
         if not is_state and not (after is None and before is None and slot not in self._written):
             prefix, dot, attribute = slot.rpartition(".")
+            if isinstance(after, tuple | list | dict):
+                raise _refusal_of_container(prefix, module, attribute, after)
             refuse_change(prefix + dot, module, Change((attribute,), before, after, ""), self.entry)
         if is_state:
             self._written.add(slot)
@@ -329,9 +333,11 @@ class CaptureSession:
         placeholders = {n.meta["input"]: n.name for n in graph.nodes if "input" in n.meta and n.op == "placeholder"}
         leaves = [replace(leaf, placeholder=placeholders.get(index)) for index, leaf in enumerate(leaves)]
         used_slots: list[tuple[Slot, Any, Any]] = []
+        carried = {name for c in self.carried for name in c.argument().slot_names()}
         for (name, _), following, initial in zip(tracer.slot_values.items(), nexts, initials, strict=True):
             placeholder = tracer.slot_placeholders.get(name)
-            if placeholder is not None and following is placeholder and len(placeholder.users) == 1:
+            is_untouched = placeholder is not None and following is placeholder and len(placeholder.users) == 1
+            if is_untouched and name not in carried:  # the net returns every part of a carried argument
                 continue
             is_overwritten = name in tracer.overwritten_slots and placeholder is not None and not placeholder.users
             if drop_overwritten and is_overwritten:
@@ -357,6 +363,19 @@ class CaptureSession:
         program.set_output(outputs, [n for _, n, _ in used_slots], [i for _, _, i in used_slots])
         erase_unused_placeholders(program)
         return program
+
+
+def _refusal_of_container(name: str, module: nn.Module, memory: str, value: Any) -> SubmoduleNotTraceable:
+    """The error for a registered state that holds several tensors: a net steps its module as a whole."""
+    error = CaptureError(
+        "SNNFX218",
+        f"the state `{memory}` of {type(module).__name__} is a {type(value).__name__}",
+        where=location_of_forward(module),
+        why="a registered state of a traced module is one tensor or number.",
+        hint=f'Register one for each element, such as self.register_memory("{memory}_0", None), or use a plain '
+        f"attribute, self.{memory} = None.",
+    )
+    return SubmoduleNotTraceable(name, f"its state `{memory}` is a {type(value).__name__}", error)
 
 
 def erase_unused_placeholders(program: StepProgram) -> None:

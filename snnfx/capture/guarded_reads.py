@@ -39,6 +39,7 @@ from snnfx.ir.guards import (
     version_of,
 )
 from snnfx.sandbox.contents_snapshot import slot_names
+from snnfx.sandbox.torch_internals import python_of_script
 
 __all__ = ["ReachableCode", "guards_of"]
 
@@ -92,6 +93,8 @@ class ReachableCode:
                 for member in vars(cls).values() if cls is not torch.autograd.Function else ():
                     if isinstance(member, staticmethod | classmethod | FunctionType):
                         self.add(member)
+        elif isinstance(value, torch.jit.ScriptFunction):
+            self.add(python_of_script(value))
         elif isinstance(value, FunctionType) and value not in self.functions:
             if is_library_code(value):  # such as torch.no_grad() around a function of the user
                 self.functions[value] = _NOTHING

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dis
 import inspect
+import sys
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -26,6 +27,8 @@ UNKNOWN = object()
 class StepProxy(fx.Proxy):
     """A recorded value of one step; with example inputs it knows its shape and dtype."""
 
+    __array_priority__ = Tensor.__array_priority__
+    """NumPy then leaves `numpy.float64(0.5) * proxy` to the proxy, as for a tensor."""
     _is_param = False
     _is_buffer = False
 
@@ -37,6 +40,10 @@ class StepProxy(fx.Proxy):
         return not self.node.meta.get("shape_like") and issubclass(Tensor, cls)
 
     def __getattr__(self, name: str) -> Any:
+        # NumPy asks for its protocols and for methods of arrays, and a recorded attribute would answer.
+        is_of_size = not self.node.meta.get("shape_like") or hasattr(torch.Size, name) or hasattr(int, name)
+        if name.startswith("__array_") or not is_of_size:
+            raise AttributeError(f"{self.node.name} has no attribute {name!r}")
         value = value_of(self)
         if isinstance(value, Tensor):
             if name in ("ndim", "is_cuda", "requires_grad", "layout", "is_floating_point", "is_complex"):
@@ -107,6 +114,19 @@ class StepProxy(fx.Proxy):
 
     def __float__(self) -> float:
         return float(self.tracer.concrete(self))  # type: ignore[attr-defined]
+
+    def __array__(self, *args: Any, **kwargs: Any) -> Any:
+        is_shape = isinstance(value_of(self), tuple)
+        number = [int(size) for size in self] if is_shape else self.tracer.concrete(self)  # type: ignore[attr-defined]
+        return sys.modules["numpy"].asarray(number, *args, **kwargs)
+
+    def __format__(self, specification: str) -> str:
+        if not specification:
+            return str(self)
+        is_unknown_tensor = value_of(self) is UNKNOWN and not self.node.meta.get("shape_like")
+        if is_unknown_tensor:  # only a tensor of one element has a format
+            return object.__format__(self, specification)
+        return format(self.tracer.concrete(self), specification)  # type: ignore[attr-defined]
 
     def __hash__(self) -> int:
         return id(self)

@@ -20,13 +20,14 @@ from torch.fx import Node
 from snnfx.capture.attribute_slots import AttributeSlot
 from snnfx.capture.consumed_tensors import ConsumedTensors
 from snnfx.capture.example_values import ExampleValues
-from snnfx.capture.input_output_checks import refuse_outputs
+from snnfx.capture.input_output_checks import refusal_of_nested_tensor, refuse_outputs
 from snnfx.capture.leaf_module_states import LeafModuleStates
 from snnfx.capture.patches import (
     autocast_state,
     patched_apply,
     patched_factories,
     patched_isinstance,
+    patched_script_functions,
     quiet_fake_tensors,
 )
 from snnfx.capture.proxy import UNKNOWN, StepProxy, needs_examples, value_of
@@ -35,12 +36,14 @@ from snnfx.capture.setting_reads import SettingReads
 from snnfx.capture.stateful_calls import StatefulCalls, element_of, mark_returned
 from snnfx.capture.trace_faults import raise_internal_fault
 from snnfx.capture.unrecorded_draws import PythonDraw, UnrecordedDraws, refuse_unregistered_module
+from snnfx.capture.unsupported_modules import is_converted_net
 from snnfx.errors import CaptureError
 from snnfx.ir.edits import add_placeholder
 from snnfx.ir.guards import text_of
 from snnfx.ir.nodes import is_in_place, is_in_place_target, object_of
 from snnfx.ir.program import SELF_TARGET
 from snnfx.ops.step_functions import expect_size, set_part_
+from snnfx.sandbox.plain_numbers import plain_number
 from snnfx.sandbox.torch_internals import (
     CheckpointAsPlainCall,
     FakeTensorMode,
@@ -134,9 +137,9 @@ class StepTracer(fx.Tracer):
         self._setting_reads = SettingReads(self, self.leaf_states, self.reads)
         # The net has its own recomputation; a checkpoint inside a step would run its function with later state.
         plain = CheckpointAsPlainCall()
-        patches = (quiet_fake_tensors(), patched_apply(self), patched_isinstance(), patched_factories(self), plain)
+        patches = (patched_apply(self), patched_isinstance(), patched_factories(self), patched_script_functions(self))
         with contextlib.ExitStack() as stack:
-            for patch in (*patches, self.consumed):
+            for patch in (quiet_fake_tensors(), *patches, plain, self.consumed):
                 stack.enter_context(patch)
             return self._record_graph(root)
 
@@ -280,20 +283,15 @@ class StepTracer(fx.Tracer):
         if isinstance(a, Tensor):
             if a.is_nested:
                 name = next((n for m in self.root.modules() for n, v in vars(m).items() if v is a), "")
-                raise CaptureError(
-                    "SNNFX216",
-                    f"the step uses the nested tensor{f' `{name}`' if name else ''}",
-                    where=format_location(user_location()) or location_of_forward(self.root, self.traced_func_name),
-                    why="each step of a net takes samples of one shape.",
-                    hint="Pad it: torch.nested.to_padded_tensor(x, 0.0).",
-                )
+                where = format_location(user_location()) or location_of_forward(self.root, self.traced_func_name)
+                raise refusal_of_nested_tensor(name, where)
             if id(a) in self.changed_tensors:
                 return self.changed_tensors[id(a)]
             for name, tensor in (*self.root.named_parameters(), *self.root.named_buffers()):
                 if tensor is a:
                     return self.create_node("get_attr", name, (), {})
             return self.constant(a)
-        return super().create_arg(a)
+        return super().create_arg(plain_number(a))
 
     def constant(self, value: Any) -> Node:
         """Record a get_attr node for an object that the model does not register; the program stores the object."""
@@ -428,6 +426,8 @@ class StepTracer(fx.Tracer):
         if self.is_evaluating:
             return m.forward(*args, **kwargs)  # not m(...): hooks of the user must not run on fake tensors
         name = self.path_of_module(m)
+        if is_converted_net(m) and name not in self.opaque:
+            raise SubmoduleNotTraceable(name, "it is a converted net, which the step calls as a whole")
         if name == "" and is_leaf(m) and adapter_of(m) is None:
             return self.record_at("", "call_module", SELF_TARGET, args, kwargs)
         if name in self.opaque:

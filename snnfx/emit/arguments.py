@@ -104,10 +104,13 @@ class Arguments:
         by_name = {**dict(zip([n for n in names if n not in kwargs], args, strict=False)), **kwargs}
         if is_flat and len(args) + len(kwargs) == len(names) and set(by_name) == set(names):
             return [by_name[name] for name in names]
+        nested_args, nested_kwargs = pytree.tree_unflatten(names, program.input_spec)
+        shown = [*map(str, nested_args), *(f"{name}={value}" for name, value in nested_kwargs.items())]
+        structure = ", ".join(shown).replace("'", "")
         raise InputError(
             "SNNFX307",
             "the arguments do not match the captured step",
-            why=f"the step takes ({', '.join(names)}), with the structure {program.input_spec}.",
+            why=f"the step takes ({structure}).",
             hint="Pass the inputs of one step, each with a time dimension, or convert with other example_inputs.",
         )
 

@@ -23,6 +23,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from snnfx.sandbox.tensor_values import same_values
+
 __all__ = [
     "ABSENT",
     "MODES",
@@ -309,15 +311,18 @@ def is_same_tensor(value: Tensor, expected: Tensor) -> bool:
     if value.shape != expected.shape or value.dtype != expected.dtype or value.device != expected.device:
         return False
     with torch.no_grad():
-        if torch.equal(value, expected):
+        if same_values(value, expected):
             return True
+        if value.layout != torch.strided or expected.layout != torch.strided:
+            return False
         is_nan = value != value
         return torch.equal(is_nan, expected != expected) and torch.equal(value[~is_nan], expected[~is_nan])
 
 
 def version_of(tensor: Tensor) -> tuple[int, int]:
     """A pair that changes when a tensor is changed in place or gets other memory."""
-    return 0 if tensor.is_inference() else tensor._version, tensor.data_ptr()
+    version = 0 if tensor.is_inference() else tensor._version
+    return version, tensor.data_ptr() if tensor.layout == torch.strided else 0
 
 
 def text_of(value: Any) -> str:

@@ -11,7 +11,7 @@ from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field, replace
 from typing import Any, Literal, cast
 
-from torch import fx, nn
+from torch import Tensor, fx, nn
 from torch.fx import Node
 
 from snnfx.errors import Refusal
@@ -19,6 +19,7 @@ from snnfx.ir.guards import Guards
 from snnfx.ir.nodes import is_module_call
 from snnfx.ir.printing import format_node
 from snnfx.ir.setting_read import SettingRead
+from snnfx.sandbox.plain_numbers import plain_number
 from snnfx.sandbox.torch_internals import pytree
 from snnfx.state.carry import CarriedArgument
 
@@ -187,8 +188,31 @@ class StepProgram:
         return self.results[2]
 
     def set_output(self, outputs: Iterable[Any], next_states: Iterable[Any], initial_values: Iterable[Any]) -> None:
-        """Replace the argument of the output node."""
-        self.output.args = ((tuple(outputs), tuple(next_states), tuple(initial_values)),)
+        """Replace the argument of the output node; a tensor becomes a node that reads a constant."""
+        results = tuple(tuple(map(self.as_node, values)) for values in (outputs, next_states, initial_values))
+        self.output.args = (results,)
+
+    def as_node(self, value: Any) -> Any:
+        """Convert a tensor to a `get_attr` node of a constant and a NumPy scalar to a Python number.
+
+        Any other value stays. The generated code could not contain the two.
+        """
+        if not isinstance(value, Tensor):
+            return plain_number(value)
+        with self.graph.inserting_before(self.output):
+            return self.graph.get_attr(self.constant(value))
+
+    def constant(self, value: Any) -> str:
+        """The target of an object in `constants`, which is added if it is missing."""
+        for name, known in self.constants.items():
+            if known is value:
+                return name
+        number = len(self.constants)
+        while f"snnfx_constant_{number}" in self.constants:
+            number += 1
+        name = f"snnfx_constant_{number}"
+        self.constants[name] = value
+        return name
 
     @property
     def nodes_by_name(self) -> dict[str, Node]:

@@ -103,7 +103,7 @@ def traced_module(module: nn.Module, operand: Tensor, trace: Tensor, bias_trace:
     return _with_gradients_on_trace(module, operand, trace)
 
 
-def traced_call(name: str, position: int, trace: Tensor, bias_trace: Any, *args: Any, **kwargs: Any) -> Tensor:
+def traced_call(name: str, position: int, trace: Tensor, bias_trace: Any, /, *args: Any, **kwargs: Any) -> Tensor:
     """Call a weight function by name, with the weight gradient taken on a trace.
 
     Args:
@@ -128,7 +128,7 @@ def traced_call(name: str, position: int, trace: Tensor, bias_trace: Any, *args:
 
 
 def _call_with_gradients_on_trace(
-    function: Callable[..., Tensor], position: int, trace: Tensor, *args: Any, **kwargs: Any
+    function: Callable[..., Tensor], position: int, trace: Tensor, /, *args: Any, **kwargs: Any
 ) -> Tensor:
     fixed = tuple(a.detach() if isinstance(a, Tensor) and i != position else a for i, a in enumerate(args))
     detached = {k: v.detach() if isinstance(v, Tensor) else v for k, v in kwargs.items()}
@@ -338,7 +338,7 @@ def _padded(
 
 
 def _traced_convolution_function(
-    name: str, trace: Tensor, bias_trace: Tensor | None, *args: Any, **kwargs: Any
+    name: str, trace: Tensor, bias_trace: Tensor | None, /, *args: Any, **kwargs: Any
 ) -> Tensor:
     dims = int(name[-2])
     names: tuple[str, ...]

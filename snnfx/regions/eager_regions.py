@@ -14,6 +14,7 @@ from snnfx.ops.sequence_functions import stack_steps
 from snnfx.regions.region_kernels import RegionKernels
 from snnfx.regions.sequence_region import RegionGraph, SequenceRegion, buffers_of
 from snnfx.sandbox.internal_faults import is_internal_fault
+from snnfx.sandbox.tensor_values import restore_value
 
 __all__ = ["EagerLoop", "EagerMap"]
 
@@ -79,10 +80,8 @@ class EagerMap(SequenceRegion):
             if is_internal_fault(error):
                 raise
             for buffer, value in buffers:
-                # BatchNorm counts its batch before vmap finds no batching rule for it. Writing to `data` does not
-                # raise the version counter: an earlier call may have saved the buffer for its backward pass.
-                if not torch.equal(buffer, value):
-                    buffer.data.copy_(value)
+                # BatchNorm counts its batch before vmap finds no batching rule for it.
+                restore_value(buffer, value)
             results = self._one_by_one(x_seq, constants)  # raises if the model itself is at fault
             self.refused_by_vmap = str(error).splitlines()[0]
             warn_once(

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from snnfx.sandbox.snapshot import StateSnapshot
+from snnfx.sandbox.tensor_values import restore_value
 
 __all__ = [
     "RNGState",
@@ -61,9 +62,7 @@ def isolated(*modules: nn.Module, rng: bool = True) -> Iterator[None]:
         for snapshot in snapshots:
             snapshot.restore()
         for buffer, value in buffers.items():
-            # Through `.data`, which keeps the version: an autograd graph may have saved the buffer for backward.
-            if not torch.equal(buffer, value):
-                buffer.data.copy_(value)
+            restore_value(buffer, value)
         if rng:
             random.setstate(python_state)
 

@@ -98,6 +98,7 @@ __all__ = [
     "is_batched_by_vmap",
     "is_forward_mode_enabled",
     "level_of_autograd_batch",
+    "python_of_script",
     "pytree",
     "remove_autograd_batch",
     "saved_tensors_hooks",
@@ -202,6 +203,11 @@ def without_compile_wrapper(module: nn.Module) -> nn.Module | None:
     # Not imported at the top: importing torch._dynamo takes a second, and making such a wrapper has imported it.
     wrapper = getattr(getattr(torch, "_dynamo", None), "OptimizedModule", None)
     return module._orig_mod if wrapper is not None and isinstance(module, wrapper) else None
+
+
+def python_of_script(function: Any) -> Callable[..., Any] | None:
+    """Return the Python function that torch.jit compiled, or None if the compiled one was loaded from a file."""
+    return getattr(function, "_torchdynamo_inline", None)
 
 
 Wants = Callable[[tuple[Any, ...], dict[str, Any]], bool]

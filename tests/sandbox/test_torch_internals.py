@@ -801,3 +801,12 @@ def test_every_name_has_a_test() -> None:
         if isinstance(node, ast.Attribute) and isinstance(node.value, ast.Name) and node.value.id == "internals"
     }
     assert set(internals.__all__) - tested == set()
+
+
+def test_torch_jit_stores_the_python_function_that_it_compiled() -> None:
+    def double(x: Tensor) -> Tensor:
+        return x * 2
+
+    assert internals.python_of_script(torch.jit.script(double)) is double
+    assert internals.python_of_script(torch.jit.trace(double, torch.ones(2))) is double
+    assert internals.python_of_script(object()) is None
