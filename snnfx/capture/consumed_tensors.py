@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
+import torch
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
@@ -47,7 +48,7 @@ class ConsumedTensors(TorchFunctionMode):
         kwargs = kwargs or {}
         reads_memory = self.recorder.is_evaluating and _name_of(func) in _READS_OF_MEMORY
         if reads_memory and any(isinstance(leaf, FakeTensor) for leaf in args):
-            raise DataDependentOutputException(func)
+            raise DataDependentOutputException(torch.ops.aten._local_scalar_dense.default)
         if not self.recorder.is_evaluating and _name_of(func) not in _METADATA:
             leaves = pytree.tree_leaves((args, kwargs))
             if not any(type(leaf) is StepProxy for leaf in leaves):
