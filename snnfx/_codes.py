@@ -405,7 +405,8 @@ CODES: dict[str, CodeEntry] = {
     "SNNFX401": CodeEntry(
         "outputs differ",
         "The output of the net differs from the stepped model. In float32, rounding can flip a spike if a potential "
-        "is at the threshold, so compare in float64 first. If the outputs still differ, report it as a bug of snnfx.",
+        "is at the threshold; `verify` rules this out by comparing copies in float64. If net and model belong together "
+        "(the same weights and settings), report it as a bug of snnfx.",
         "snnfx.verify(model, net, x_seq)                # one spike in a million differs",
         "snnfx.verify(model, net, x_seq, double=True)",
     ),

@@ -113,12 +113,16 @@ class Check:
     def _compare_states(self, actual: Run, expected: Run) -> list[Comparison]:
         comparisons = []
         values, start = expected.states, expected.states_before
+        # A neuron may store the state that it was passed, which the net returns under the name of the argument.
+        returned = {identity for name, identity in expected.stored_states.items() if name in actual.states}
         for name, value in values.items():
             if name in actual.states:
                 leaves, reference_leaves = named_leaves(actual.states[name]), named_leaves(value)
                 for path in leaves | reference_leaves:
                     pair = leaves.get(path), reference_leaves.get(path)
                     comparisons.append(compare("state", f"state `{name}{path}`", *pair, self.tolerance))
+            elif expected.stored_states.get(name) in returned:
+                continue
             elif name in start and not is_same(value, start[name]) and self._is_state(name, expected):
                 missing = "the net does not return this state"
                 comparisons.append(Comparison("state", f"state `{name}`", failed=True, detail=missing))
@@ -183,15 +187,21 @@ class Check:
         `lif._memories.v`.
         """
         storage, covered = self.runs.registered_storage(), set()
-        persistent = {n for n in states if n in expected.after and expected.after[n].kind != "attribute"}
-        slots = (states.keys() | expected.states.keys()) - (persistent - expected.states.keys())
+        kinds = {name: entry.kind for name, entry in expected.after.items()}
+        # Buffers and parameters live on in the model, where the net writes them, unless they are states of neurons.
+        slots = {
+            name
+            for name in states.keys() | expected.states.keys()
+            if name in expected.states_before or name not in kinds or kinds[name] == "attribute"
+        }
+        stored = {identity for name, identity in expected.stored_states.items() if name in slots}
         for name, entry in {**expected.before, **expected.after}.items():
             parts = name.split(".")
             prefixes = {".".join(parts[:k]) for k in range(1, len(parts) + 1)}
             owner = ".".join(parts[: parts.index(entry.attribute)]) if entry.attribute in parts else ""
             alias = f"{owner}.{parts[-1]}" if owner else parts[-1]
             is_stored = (entry.owner, entry.attribute) in storage
-            if prefixes & slots or alias in slots or is_stored or id(entry.stored) in expected.stored_states:
+            if prefixes & slots or alias in slots or is_stored or id(entry.stored) in stored:
                 covered.add(name)
         return covered
 

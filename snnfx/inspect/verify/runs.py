@@ -15,7 +15,7 @@ from snnfx.errors import VerificationError
 from snnfx.inspect.verify.comparison import named_leaves
 from snnfx.inspect.verify.divergence import neurons_watched
 from snnfx.inspect.verify.observed_contents import Observed, is_same, observe
-from snnfx.inspect.verify.oracle import folded_forward, step_forward
+from snnfx.inspect.verify.oracle import folded_forward, replay_forward, step_forward
 from snnfx.inspect.verify.program_lookup import called_in, is_within, reset_discovered_state, value_at
 from snnfx.inspect.verify.sequence_inputs import SequenceInputs
 from snnfx.inspect.verify.shared_draws import SharedDraws
@@ -41,8 +41,8 @@ class Run:
     drew_random_numbers: bool
     states_before: dict[str, Any] = field(default_factory=dict)
     """Registered states of the model before the first step."""
-    stored_states: set[int] = field(default_factory=set)
-    """Identities of the tensors that the model stores as states."""
+    stored_states: dict[str, int] = field(default_factory=dict)
+    """The identity of the tensor that the model stores as each state."""
     spiking: dict[str, bool] = field(default_factory=dict)
     """For each neuron that was called, whether its output was ever different from zero."""
 
@@ -89,6 +89,7 @@ class Runs:
     ) -> None:
         self.model, self.net, self.inputs, self.gradients, self.draws = model, net, inputs, gradients, draws
         self.first, self.one_call = first, one_call
+        self._in_one_thread = False
         source = getattr(net, "source", None)
         self.tree: nn.Module = source if isinstance(source, nn.Module) else net
         self.carry = paths_of(getattr(net.options, "carry", None))
@@ -145,7 +146,7 @@ class Runs:
                 y_seq, states = self.net.run(*args, **self.first_state(), **kwargs)
                 outputs = self._outputs_of_net(y_seq)
                 states = {name.lstrip("."): value for name, value in states.items()}
-                gradients = self._gradients(outputs, inputs, self.net)
+                gradients = self._gradients(outputs, inputs, self.tree)
             return self._result(self.tree, outputs, states, gradients, before, rng_state() != generators)
 
     def call_net(self) -> Run:
@@ -200,6 +201,17 @@ class Runs:
             output_names: names of the outputs of the net, which may leave carried values out; None: all outputs.
             state_names: names of the states of the net.
         """
+        try:
+            return self._run_model(output_names, state_names)
+        except RuntimeError as error:
+            if "modified by an inplace operation" not in str(error):
+                raise
+        # The steps change a parameter that autograd saved: each step has the gradient at its own value.
+        self._in_one_thread = True  # where this context is active
+        with torch.autograd.graph.allow_mutation_on_saved_tensors():
+            return self._run_model(output_names, state_names)
+
+    def _run_model(self, output_names: Any, state_names: Iterable[str]) -> Run:
         with self.isolated():
             self._reset_model()
             generators, before, start = rng_state(), observe(self.model), self._registered_states()
@@ -209,7 +221,7 @@ class Runs:
                 steps = self.step_model(inputs)
             outputs = self._outputs_of_model(steps, output_names)
             states = self._states_of_model(steps[-1], state_names)
-            stored = {id(value) for value in pytree.tree_leaves(states) if isinstance(value, Tensor)}
+            stored = {name: id(value) for name, value in states.items() if isinstance(value, Tensor)}
             gradients = self._gradients(outputs, inputs, self.model)
             run = self._result(self.model, outputs, states, gradients, before, rng_state() != generators)
             return replace(run, states_before=start, stored_states=stored, spiking=spiking)
@@ -238,7 +250,8 @@ class Runs:
         with self._drawing(of_net=False):
             if not self.folded:
                 return step_forward(self.model, steps, entry, kwargs=keywords, carry=self.carry)
-            return folded_forward(
+            forward = replay_forward if self._in_one_thread else folded_forward
+            return forward(
                 self.model,
                 steps,
                 lambda name, module: name in self.folded,
@@ -250,10 +263,9 @@ class Runs:
 
     def is_state(self, owner: nn.Module, attribute: str) -> bool:
         """Whether a step depends on an attribute: the first step gives something else with its final value."""
-        places = [d for d in (owner._buffers, owner.__dict__) if attribute in d]
-        if not places:
+        if attribute in owner._parameters:
             return True
-        place = places[0]
+        place = owner._buffers if attribute in owner._buffers else owner.__dict__
         with self.isolated(), torch.no_grad():
             self._reset_model()
             self.step_model(self.inputs.fresh())
