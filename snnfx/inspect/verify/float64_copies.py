@@ -41,7 +41,10 @@ def copies_in_float64(model: nn.Module, net: Any) -> tuple[nn.Module, Any]:
         memo: dict[int, Any] = {}
 
         def tensor(x: Tensor) -> Tensor:
-            return memo.setdefault(id(x), _tensor_in_float64(x))
+            if id(x) not in memo:
+                memo[id(x)] = _tensor_in_float64(x)
+            copied: Tensor = memo[id(x)]
+            return copied
 
         copies = StructuralCopy(tensor=tensor)
         copied = copies.of(model)

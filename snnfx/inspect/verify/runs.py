@@ -278,7 +278,7 @@ class Runs:
                     place[attribute] = final
                 args, kwargs = self.inputs.fresh().of_step(0)
                 kwargs |= self.first_arguments()
-                step = step_forward(self.model, [args], self.net.options.entry, kwargs=[kwargs])
+                step = step_forward(self.model, [args], self.net.options.entry, kwargs=[kwargs], carry=self.carry)
                 contents = {name: entry.value for name, entry in observe(self.model).items()}
                 results.append(named_leaves(step, "output") | contents)
         a, b = results

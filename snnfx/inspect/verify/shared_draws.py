@@ -26,7 +26,7 @@ from snnfx.sandbox.torch_internals import FakeTensor, TorchDispatchMode
 __all__ = ["SharedDraws"]
 
 
-def _value_of_draw(name: str, args: tuple[Any, ...], kwargs: dict[str, Any], shape: torch.Size, base: Tensor) -> Tensor:
+def _value_of_draw(name: str, args: tuple[Any, ...], kwargs: dict[str, Any], base: Tensor) -> Any:
     """The result of a random operator, computed from uniform numbers in [0, 1) or from normal numbers."""
     rest = [*args[1:], *(v for k, v in kwargs.items() if k in ("p", "mean", "std", "to", "lambd"))]
     if name in ("bernoulli_", "bernoulli"):
@@ -286,7 +286,7 @@ class _Draws(TorchDispatchMode):
             base = self.source.take(family, shape)
             result = func(*args, **kwargs)
         base = base.to(result.device)
-        value = _value_of_draw(name, args, kwargs, result.shape, base)
+        value = _value_of_draw(name, args, kwargs, base)
         return result.copy_(value)
 
 

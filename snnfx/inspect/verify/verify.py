@@ -91,7 +91,8 @@ def verify(
     first: dict[str, Any] = {}
     if getattr(getattr(net, "program", None), "carried", None):
         x_seq, kwargs, first = net.split_carried(x_seq, kwargs)  # type: ignore[operator]
-    inputs = SequenceInputs.of(x_seq, kwargs, net.options.time_dim, T)
+    options: Any = net.options
+    inputs = SequenceInputs.of(x_seq, kwargs, options.time_dim, T)
     with undisturbed(model, net), torch.inference_mode(False), torch.set_grad_enabled(gradients):
         return _Verification(model, net, inputs, Tolerance(atol, rtol), gradients, first).report(double)
 
@@ -300,9 +301,9 @@ def _is_rounding(failing: Check, flips: Flips, wide: _Outcome) -> bool:
         ("gradient", expected.gradients, exact.gradients),
     ):
         errors = [
-            float((value.double() - exact_values[name].double()).abs().max())
-            for name, value in narrow.items()
-            if isinstance(value, Tensor) and isinstance(exact_values.get(name), Tensor) and value.numel()
+            float((value.double() - exact_value.double()).abs().max())
+            for value, exact_value in ((value, exact_values.get(name)) for name, value in narrow.items())
+            if isinstance(value, Tensor) and isinstance(exact_value, Tensor) and value.numel()
         ]
         differences = [c.difference for c in failing.failed if c.kind == kind]
         if differences and max(differences) > 30 * max(errors, default=0.0):
