@@ -445,7 +445,8 @@ CODES: dict[str, CodeEntry] = {
     "SNNFX401": CodeEntry(
         "outputs differ",
         "The output of the net differs from the stepped model. In float32, rounding can flip a spike if a potential "
-        "is at the threshold, so compare in float64 first. If the outputs still differ, report it as a bug of snnfx.",
+        "is at the threshold; `verify` rules this out by comparing copies in float64. If net and model belong together "
+        "(the same weights and settings), report it as a bug of snnfx.",
         "snnfx.verify(model, net, x_seq)                # one spike in a million differs",
         "snnfx.verify(model, net, x_seq, double=True)",
     ),
@@ -474,6 +475,29 @@ CODES: dict[str, CodeEntry] = {
         "earlier step, so verify has no reference.",
         'snnfx.verify(model, snnfx.convert(model, batch_norm="fold"), x_seq)',
         'snnfx.verify(model, snnfx.convert(model, batch_norm="per_step"), x_seq)',
+    ),
+    "SNNFX410": CodeEntry(
+        "parameters or attributes differ",
+        "A parameter or an attribute that the steps change has another value after a call of the net than after "
+        "stepping the model, or the net does not change it at all.",
+        "snnfx.verify(model, net, x_seq)   # self.steps += 1 in the model; the net does not count",
+        'model.register_buffer("steps", torch.tensor(0))   # self.steps = self.steps + 1: the net writes buffers back',
+    ),
+    "SNNFX411": CodeEntry(
+        "the random numbers cannot be shared",
+        "In `verify`, net and model draw the same random numbers, step by step. Here the draws of the net do not "
+        "correspond to draws of the model: the net draws other shapes, fewer or more numbers, or from a distribution "
+        "that verify cannot reproduce.",
+        "snnfx.verify(model, net, x_seq)   # forward: spikes = torch.poisson(rate)",
+        "snnfx.verify(model.eval(), net, x_seq)   # or pass the random numbers as an input: model(x, noise)",
+    ),
+    "SNNFX412": CodeEntry(
+        "the model cannot run in float64",
+        "With `double=True`, `verify` compares copies in float64. Casts to float32 (`.float()`, `.to(torch.float32)`, "
+        "`dtype=torch.float32`) become casts to float64, but other code may insist on float32, such as a scripted "
+        "function or a NumPy array. The message names the line.",
+        "spike = torch.from_numpy((v.detach().numpy() > 1).astype('float32'))   # in the model",
+        "spike = (v > 1).to(v.dtype)",
     ),
     # 5xx: passes
     "SNNFX501": CodeEntry(

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from snnfx.sandbox.torch_internals import pytree
 
-__all__ = ["Comparison", "Tolerance", "VerificationReport", "are_spikes", "compare", "is_same", "named_leaves"]
+__all__ = ["Comparison", "Tolerance", "are_spikes", "compare", "named_leaves"]
 
 _DEFAULTS: dict[torch.dtype, tuple[float, float]] = {
     torch.float64: (1e-9, 1e-9),
@@ -49,7 +49,7 @@ class Comparison:
     """Comparison of one value of the net with the reference.
 
     Args:
-        kind: "output", "state", "buffer" or "gradient".
+        kind: "output", "state", "buffer", "parameter", "attribute" or "gradient".
         name: qualified name.
         difference: largest absolute difference.
         relative: largest difference relative to the largest magnitude of the reference.
@@ -137,13 +137,6 @@ def named_leaves(value: Any, prefix: str = "") -> dict[str, Any]:
     return {prefix + pytree.keystr(path): leaf for path, leaf in pytree.tree_leaves_with_path(value)}
 
 
-def is_same(value: Any, other: Any) -> bool:
-    """Whether two values are equal, without a tolerance."""
-    if isinstance(value, Tensor) and isinstance(other, Tensor):
-        return torch.equal(value, other)
-    return value is other or (type(value) is type(other) and bool(value == other))
-
-
 def _both(actual: str, expected: str) -> str:
     return f"the net gives {actual}, the reference {expected}"
 
@@ -152,41 +145,3 @@ def _describe(value: Any) -> str:
     if isinstance(value, Tensor):
         return f"{list(value.shape)} {str(value.dtype).removeprefix('torch.')}"
     return repr(value)
-
-
-@dataclass(frozen=True)
-class VerificationReport:
-    """Result of `snnfx.verify`; `str()` is a summary.
-
-    Args:
-        T: number of time steps.
-        training: mode of the net.
-        dtype: dtype of the parameters.
-        semantics: the reference, "the model run step by step" or "BatchNorm statistics over T*N".
-        comparisons: one for each output, state, buffer and gradient.
-        notes: values that were not compared, and other remarks; warnings begin with "warning: ".
-    """
-
-    T: int
-    training: bool
-    dtype: str
-    semantics: str
-    comparisons: tuple[Comparison, ...]
-    notes: tuple[str, ...] = ()
-
-    def largest(self, kind: str) -> float:
-        """The largest absolute difference in values of a kind: "output", "state", "buffer" or "gradient"."""
-        return max((c.difference for c in self.comparisons if c.kind == kind), default=0.0)
-
-    def count(self, kind: str) -> int:
-        """The number of compared values of a kind."""
-        return sum(c.kind == kind for c in self.comparisons)
-
-    def __str__(self) -> str:
-        mode = ", ".join(["training" if self.training else "eval", *([self.dtype] if self.dtype else [])])
-        lines = [f"OK: the net matches the reference over T = {self.T} steps ({self.semantics}; {mode})"]
-        for kind in ("output", "state", "buffer", "gradient"):
-            if self.count(kind):
-                lines.append(f"  {kind + 's':<10}{self.count(kind):>4}   largest difference {self.largest(kind):.2g}")
-        notes = (note if note.startswith("warning: ") else f"note: {note}" for note in self.notes)
-        return "\n".join([*lines, *(f"  {note}" for note in notes)])

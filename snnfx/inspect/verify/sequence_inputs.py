@@ -70,6 +70,12 @@ class SequenceInputs:
         """The same arguments with a function applied to each tensor."""
         return replace(self, leaves=[function(x) if isinstance(x, Tensor) else x for x in self.leaves])
 
+    def first_step(self) -> SequenceInputs:
+        """The arguments of a call with T = 1: the first step of each sequence."""
+        pairs = zip(self.leaves, self.dims, strict=True)
+        leaves = [leaf if dim is None else leaf.narrow(dim, 0, 1) for leaf, dim in pairs]
+        return replace(self, leaves=leaves, steps=1, T=None if self.T is None else 1)
+
     def fresh(self) -> SequenceInputs:
         """Detached copies of the arguments; floating-point tensors require gradients."""
         return self.with_leaves(lambda x: x.detach().clone().requires_grad_(x.is_floating_point() or x.is_complex()))
