@@ -34,6 +34,7 @@ class Absorb(Pass):
 
     name = "absorb"
     requires = "partitioned"
+    may_change = ("regions",)
 
     def apply(self, program: StepProgram) -> str:
         if program.training:

@@ -28,6 +28,7 @@ class ChooseMemoryFormat(Pass):
 
     name = "choose_memory_format"
     requires = "partitioned"
+    may_change = ()
 
     def apply(self, program: StepProgram) -> str:
         following = dict(zip((s.placeholder for s in program.slots), program.next_states, strict=True))

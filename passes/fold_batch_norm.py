@@ -26,6 +26,8 @@ class FoldBatchNorm(Pass):
 
     name = "fold_batch_norm"
     requires = "partitioned"
+    ensures = "planned"
+    may_change = ()
 
     def apply(self, program: StepProgram) -> str:
         for node in program.graph.nodes:

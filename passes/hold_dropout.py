@@ -33,6 +33,7 @@ class HoldDropout(Pass):
     name = "hold_dropout"
     requires = "normalized"
     ensures = "normalized"
+    may_change = ("graph", "slots")
 
     def apply(self, program: StepProgram) -> str:
         count = 0

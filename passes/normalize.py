@@ -49,8 +49,9 @@ class Normalize(Pass):
     """Replace in-place operations by functional ones."""
 
     name = "normalize"
-    requires = "captured"
+    requires = ("captured", "normalized")
     ensures = "normalized"
+    may_change = ("graph", "slots")
 
     def apply(self, program: StepProgram) -> str:
         replaced = 0

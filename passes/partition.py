@@ -48,8 +48,9 @@ class Partition(Pass):
     """
 
     name = "partition"
-    requires = "normalized"
+    requires = ("normalized", "partitioned")
     ensures = "partitioned"
+    may_change = ("regions",)
 
     batch_norm: str = "fold"
     invariant_inputs: tuple[str, ...] = field(default=())

@@ -25,6 +25,7 @@ class ReadStatesAsInputs(Pass):
     name = "read_states_as_inputs"
     requires = "normalized"
     ensures = "normalized"
+    may_change = ("graph", "slots", "inputs", "outputs")
 
     def apply(self, program: StepProgram) -> str:
         count = len(program.slots)

@@ -61,6 +61,7 @@ class SinkReductions(Pass):
 
     name = "sink_reductions"
     requires = "normalized"
+    may_change = ()
 
     reduce: str = "mean"
     invariant_inputs: tuple[str, ...] = ()

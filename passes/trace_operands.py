@@ -63,6 +63,7 @@ class TraceOperands(Pass):
     name = "trace_operands"
     requires = "normalized"
     ensures = "normalized"
+    may_change = ("graph", "slots")
 
     leak: Literal["post", "pre"] | float = "post"
     inputs: bool = False

@@ -17,6 +17,7 @@ __all__ = [
     "is_module_call",
     "is_outside_reader",
     "is_size",
+    "is_size_computation",
     "is_structural",
     "object_of",
     "takes_from_tuple",
@@ -104,6 +105,23 @@ def is_size(node: Node) -> bool:
     if node.meta.get("shape_like"):
         return not hasattr(node.meta.get("val"), "stride")
     return node.target is getattr and node.args[1] in ("dtype", "device")
+
+
+_NUMBER_MODULES = ("_operator", "builtins", "math")
+"""Modules of functions that compute numbers from numbers, such as sizes from sizes."""
+
+
+def is_size_computation(node: Node) -> bool:
+    """Whether the node reads a size of a tensor, or computes a number from sizes alone."""
+    if node.op == "call_method":
+        return node.target in ("size", "dim", "numel", "ndimension")
+    if node.op != "call_function":
+        return False
+    if node.target is getattr and node.args[1] == "shape":
+        return True
+    operands = node.all_input_nodes
+    in_numbers = getattr(node.target, "__module__", "") in _NUMBER_MODULES
+    return in_numbers and bool(operands) and all(n.meta.get("shape_like") for n in operands)
 
 
 def is_outside_reader(user: Node, layer: set[Node]) -> bool:

@@ -7,11 +7,12 @@ import os
 from typing import Any
 
 import torch
+from torch import fx
 from torch.fx import Node
 
 from snnfx.ir.nodes import is_module_call
 
-__all__ = ["describe_node", "format_node", "location_of", "operation_name", "text_of_value"]
+__all__ = ["describe_node", "format_graph", "format_node", "location_of", "operation_name", "text_of_value"]
 
 
 def location_of(node: Node) -> str:
@@ -67,6 +68,11 @@ def format_node(node: Node) -> str:
         notes.append(location_of(node))
     notes = [note for note in notes if note]
     return f"{text}    # {', '.join(notes)}" if notes else text
+
+
+def format_graph(graph: fx.Graph) -> str:
+    """The lines of IR of a graph."""
+    return "\n".join(map(format_node, graph.nodes))
 
 
 def text_of_value(value: Any) -> str:
