@@ -125,7 +125,7 @@ class EmittedGraphs:
     def record(self, name: str, part: str, mode: bool, graph: fx.Graph, start: float, note: str = "") -> float:
         """Add the record of a graph to the history; return the current time."""
         training = None if self._share_program else mode
-        before = next((r.ir for r in reversed(self.history) if r.training in (None, mode)), "")
+        before = next((r.ir for r in reversed([*self.history.passes()]) if r.training in (None, mode)), "")
         note = note or f"{len(graph.nodes)} nodes"
         milliseconds = (time.perf_counter() - start) * 1e3
         options = f"part={part!r}" + ("" if training is None else f", training={training}")

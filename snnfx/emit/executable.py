@@ -49,7 +49,9 @@ class Executable:
         self.programs = dict(programs)
         time_dims = time_dims_of_leaves(options.time_dim, programs[True])
         self._arguments = {mode: Arguments(p, time_dims, options) for mode, p in programs.items()}
-        self.graphs = EmittedGraphs(root, self.programs, self._arguments, options, History() if history is None else history)
+        self.graphs = EmittedGraphs(
+            root, self.programs, self._arguments, options, History() if history is None else history
+        )
         self._recompute_forms = RecomputeForms(self.graphs)
 
     def with_source(self, source: nn.Module) -> Executable:

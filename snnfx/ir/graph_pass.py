@@ -50,7 +50,7 @@ class Pass:
         ...         return f"{sum(node.op.startswith('call') for node in program.graph.nodes)} calls"
         >>> net = snnfx.convert(torch.nn.Sequential(torch.nn.Linear(3, 2), torch.nn.ReLU()), passes=[CountCalls()])
         >>> [record.note for record in net.history if record.description == "count_calls"]
-        ['2 calls', '2 calls']
+        ['2 calls']
     """
 
     name: ClassVar[str] = ""
@@ -113,7 +113,9 @@ def _check_definition(item: Any) -> None:
     cls = type(item)
     own = [name for base in cls.__mro__ if base not in Pass.__mro__ for name in inspect.get_annotations(base)]
     options = {f.name for f in fields(item)}
-    missing = [name for name in own if name not in options and not hasattr(Pass, name) and not _is_class_variable(cls, name)]
+    missing = [
+        name for name in own if name not in options and not hasattr(Pass, name) and not _is_class_variable(cls, name)
+    ]
     if missing:
         _refuse(item, f"its option `{missing[0]}` is not a field", "Decorate the class with @dataclass(frozen=True).")
     extra = [name for name in vars(item) if name not in options]

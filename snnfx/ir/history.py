@@ -78,21 +78,13 @@ class History(list[PassRecord]):
         """The records of passes on step programs, without those of emitted graphs."""
         return (record for record in self if record.stage != "emitted")
 
-    def stage(self, name: str, training: bool) -> PassRecord:
-        """The last record of a stage in a mode.
-
-        Raises:
-            KeyError: no record of this stage.
-        """
-        found = [r for r in self if r.stage == name and r.training in (None, training) and r.snapshot is not None]
-        if not found:
-            # Both modes share the program of the other mode.
-            found = [r for r in self if r.stage == name and r.snapshot is not None]
-        if not found:
-            raise KeyError(name)
-        return found[-1]
+    def last_of_stage(self, stage: str, training: bool) -> PassRecord | None:
+        """The last record of a step program at a stage in a mode; None if there is none."""
+        found = [record for record in self if record.stage == stage and record.snapshot is not None]
+        own = [record for record in found if record.training in (None, training)]
+        # Modes that share a program have the records of one mode.
+        return (own or found or [None])[-1]
 
     def on(self, source: nn.Module) -> History:
         """The history of a copy of the net, on the copy of its model."""
         return History(r if r.snapshot is None else replace(r, snapshot=r.snapshot.on(source)) for r in self)
-

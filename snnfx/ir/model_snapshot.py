@@ -28,10 +28,14 @@ class ModelSnapshot:
         self._registries = {
             name: {kind: dict(vars(module)[kind]) for kind in _REGISTRIES} for name, module in self._modules.items()
         }
-        self._attributes = {name: ContentsSnapshot(_plain(module), functions=True) for name, module in self._modules.items()}
+        self._attributes = {
+            name: ContentsSnapshot(_plain(module), functions=True) for name, module in self._modules.items()
+        }
         named = [("parameters", *item) for item in model.named_parameters()]
         named += [("buffers", *item) for item in model.named_buffers()]
-        self._tensors = [(kind, name, t, t.detach().clone(), t.requires_grad, t.grad) for kind, name, t in named if _has_values(t)]
+        self._tensors = [
+            (kind, name, t, t.detach().clone(), t.requires_grad, t.grad) for kind, name, t in named if _has_values(t)
+        ]
         self._state = StateSnapshot.of(model, rng=False, functions=True)
 
     def changes(self) -> Iterator[tuple[str, str]]:
@@ -83,4 +87,10 @@ def _joined(owner: str, name: str) -> str:
 
 
 def _has_values(tensor: Tensor) -> bool:
-    return not (is_lazy(tensor) or tensor.is_meta or tensor.is_nested or tensor.layout != torch.strided or isinstance(tensor, FakeTensor))
+    return not (
+        is_lazy(tensor)
+        or tensor.is_meta
+        or tensor.is_nested
+        or tensor.layout != torch.strided
+        or isinstance(tensor, FakeTensor)
+    )

@@ -86,7 +86,7 @@ class Rewrite(Pass):
         ...         return match.graph.call_function(torch.clamp, (match["x"], 0.0, self.upper))
         >>> net = snnfx.convert(torch.nn.Sequential(torch.nn.Linear(3, 2), torch.nn.ReLU()), passes=[ReluToClamp()])
         >>> [record.note for record in net.history if "relu_to_clamp" in record.description]
-        ['replaced 1 of 1 matches', 'replaced 1 of 1 matches']
+        ['replaced 1 of 1 matches']
     """
 
     requires: ClassVar[str | tuple[str, ...]] = "normalized"
@@ -284,5 +284,3 @@ def _plain(name: str) -> str:
 def _described(node: Node) -> str:
     where = location_of(node)
     return f"`{describe_node(node)}`" + (f" ({where})" if where else "")
-
-

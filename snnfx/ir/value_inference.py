@@ -44,7 +44,13 @@ def infer_value(program: StepProgram, node: Node) -> Any:
 def _operand(program: StepProgram, operand: Node) -> Any:
     if operand.op == "get_attr":
         value = program.resolve(str(operand.target))
-        return value.detach().to("meta") if isinstance(value, Tensor) else UNKNOWN if isinstance(value, nn.Module) else value
+        return (
+            value.detach().to("meta")
+            if isinstance(value, Tensor)
+            else UNKNOWN
+            if isinstance(value, nn.Module)
+            else value
+        )
     return VALUE.of(operand) if VALUE.is_known(operand) else UNKNOWN
 
 

@@ -68,7 +68,9 @@ def _verify_output(program: StepProgram, nodes: list[Node], require: _Require) -
     require(is_complete, program.output, "the output is not (outputs, next states, initial values)")
     leaves = program.output_spec.num_leaves
     require(
-        len(program.outputs) == leaves, program.output, f"{len(program.outputs)} outputs, but the model returns {leaves}"
+        len(program.outputs) == leaves,
+        program.output,
+        f"{len(program.outputs)} outputs, but the model returns {leaves}",
     )
 
 

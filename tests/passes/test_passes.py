@@ -94,6 +94,8 @@ def test_a_pass_that_breaks_the_graph_is_named_with_the_ir_around_it(name: str) 
     @dataclass(frozen=True)
     class Broken(Pass):
         name = "broken-on-purpose"
+        requires = "normalized"
+        may_change = ("graph", "slots", "regions")
 
         def apply(self, program: StepProgram) -> str:
             break_it(program)
@@ -123,6 +125,7 @@ def test_without_verification_a_broken_pass_goes_on() -> None:
     @dataclass(frozen=True)
     class Broken(Pass):
         name = "broken"
+        may_change = ("slots",)
 
         def apply(self, program: StepProgram) -> str:
             drop_a_slot(program)
@@ -200,6 +203,9 @@ def test_debugging_prints_the_ir_after_each_pass(
     snnfx.convert(Model())
     printed = capsys.readouterr().err
     assert "# normalize" in printed and "fc1 = self.fc1(x)" in printed
+    assert "partition{batch_norm='fold', invariant_inputs=()}" in printed
+    assert "\n-fc1 = self.fc1(x)" in printed and "\n+fc1 = self.fc1(x)    # fold" in printed
+    assert "\033[" not in printed
 
 
 def test_options_of_a_pass_show_in_its_description() -> None:
