@@ -75,10 +75,14 @@ class Clamp(nn.Module):
 class Net(nn.Module):
     """ReLUs before and after a neuron, one of them as a method."""
 
-    def __init__(self, activation: nn.Module | None = None) -> None:
+    def __init__(self, activation: nn.Module | None = None, norm: bool = True) -> None:
         super().__init__()
         self.fc1, self.act, self.fc2 = nn.Linear(3, 6), activation or nn.ReLU(), nn.Linear(6, 4)
-        self.norm, self.lif, self.out = nn.BatchNorm1d(6), neuron.LIFNode(), activation or nn.ReLU()
+        self.norm, self.lif, self.out = (
+            nn.BatchNorm1d(6) if norm else nn.Identity(),
+            neuron.LIFNode(),
+            activation or nn.ReLU(),
+        )
 
     def forward(self, x: Tensor) -> Tensor:
         return self.out(self.fc2(self.lif(4 * self.act(self.norm(self.fc1(x))))))
@@ -107,10 +111,10 @@ def stepped(model: nn.Module, x_seq: Tensor) -> Tensor:
     return y_seq
 
 
-def pair() -> tuple[Net, Net]:
+def pair(norm: bool = True) -> tuple[Net, Net]:
     """A model, and the same model with the clamp in place of ReLU."""
-    model = Net().double()
-    other = Net(Clamp()).double()
+    model = Net(norm=norm).double()
+    other = Net(Clamp(), norm).double()
     other.load_state_dict(model.state_dict())
     return model, other
 
@@ -139,7 +143,7 @@ def test_a_pass_runs_at_every_stage_in_training_and_evaluation(stage: str, with_
 
 @pytest.mark.parametrize("stage", STAGES)
 def test_the_pass_survives_copies_and_pickles(stage: str) -> None:
-    model, oracle = pair()
+    model, oracle = pair(norm=False)
     x_seq = torch.randn(3, 4, 3, dtype=torch.float64)
     net = snnfx.convert(model.eval(), passes=[CLAMPS[stage]])
     expected = stepped(oracle.eval(), x_seq)
@@ -290,7 +294,7 @@ def test_an_operation_that_mixes_samples_is_mapped() -> None:
 
 def test_a_net_refuses_passes_at_a_second_conversion() -> None:
     net = snnfx.convert(nn.Linear(3, 2))
-    with pytest.raises(InputError, match=r"SNNFX309.*net\.source"):
+    with pytest.raises(InputError, match=r"SNNFX309(.|\n)*net\.source"):
         snnfx.convert(net, passes=[Captured()])
 
 
@@ -401,8 +405,8 @@ def test_a_pass_does_not_change_the_generators() -> None:
     def draw(program: StepProgram) -> None:
         torch.rand(3)
 
-    state = torch.get_rng_state()
-    snnfx.convert(Net(), passes=[applying(draw)])
+    model, state = Net(), torch.get_rng_state()
+    snnfx.convert(model, passes=[applying(draw)])
     assert torch.equal(torch.get_rng_state(), state)
 
 
@@ -420,7 +424,7 @@ def test_a_pass_may_attach_its_own_parameter() -> None:
         return "scaled"
 
     for stage in STAGES:
-        model, x_seq = Net(), torch.rand(3, 2, 3)
+        model, x_seq = Net(norm=False), torch.rand(3, 2, 3)
         net = snnfx.convert(model, passes=[applying(scale, stage, ("graph", "modules"))])
         assert {"gain", "tail.weight"} <= {name for name, _ in net.named_parameters()} and "gain" in net.state_dict()
         with torch.no_grad():
