@@ -18,7 +18,7 @@ from snnfx.emit.compiled_graph import compile_graph
 from snnfx.emit.multi_step import emit_multi_step
 from snnfx.emit.plain_graph import emit_plain
 from snnfx.emit.single_step import emit_single_step
-from snnfx.ir.history import PassRecord, History
+from snnfx.ir.history import History, PassRecord
 from snnfx.ir.options import ConvertOptions
 from snnfx.ir.pass_manager import print_record
 from snnfx.ir.printing import format_graph

@@ -83,7 +83,7 @@ class History(list[PassRecord]):
         found = [record for record in self if record.stage == stage and record.snapshot is not None]
         own = [record for record in found if record.training in (None, training)]
         # Modes that share a program have the records of one mode.
-        return (own or found or [None])[-1]
+        return next(reversed(own or found), None)
 
     def on(self, source: nn.Module) -> History:
         """The history of a copy of the net, on the copy of its model."""

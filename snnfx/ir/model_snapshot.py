@@ -31,7 +31,7 @@ class ModelSnapshot:
         self._attributes = {
             name: ContentsSnapshot(_plain(module), functions=True) for name, module in self._modules.items()
         }
-        named = [("parameters", *item) for item in model.named_parameters()]
+        named: list[tuple[str, str, Tensor]] = [("parameters", *item) for item in model.named_parameters()]
         named += [("buffers", *item) for item in model.named_buffers()]
         self._tensors = [
             (kind, name, t, t.detach().clone(), t.requires_grad, t.grad) for kind, name, t in named if _has_values(t)

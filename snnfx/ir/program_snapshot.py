@@ -62,7 +62,7 @@ class ProgramSnapshot:
             node = graph.create_node(row.op, row.target, args, kwargs, name=row.name)
             node.name, node.meta = row.name, dict(row.meta)
             new[row.node] = node
-        fields = {k: copy.copy(v) if isinstance(v, dict | list) else v for k, v in self.fields.items()}
+        fields: dict[str, Any] = {k: copy.copy(v) if isinstance(v, dict | list) else v for k, v in self.fields.items()}
         regions = [replace(r, nodes=[new[n] for n in r.nodes if n in new], slots=list(r.slots)) for r in self.regions]
         first = self.first_step.rebuild() if self.first_step is not None else None
         return StepProgram(graph=graph, source=self.source, regions=regions, first_step=first, **fields)

@@ -27,10 +27,15 @@ __all__ = ["Match", "Rewrite", "call"]
 
 def call(module_class: type[nn.Module], *operands: Any) -> Any:
     """In a pattern, a call of a module of a class: `call(nn.Linear, x)`."""
-    return module_class, operands  # replaced by a proxy while a pattern is traced
+    proxy = next((operand for operand in operands if isinstance(operand, fx.Proxy)), None)
+    if proxy is None:
+        raise TypeError("`call` describes a call in a pattern, and needs an operand of the pattern")
+    called = proxy.tracer.create_proxy("call_function", call, operands, {})
+    called.node.meta[_CLASS] = module_class
+    return called
 
 
-fx.wrap("call")
+_CLASS = "module_class"
 
 
 @dataclass
@@ -105,20 +110,21 @@ class Rewrite(Pass):
 
     def apply(self, program: StepProgram) -> str:
         matcher = _Matcher(program, _traced(self))
-        replaced, found, refused = 0, 0, []
+        replaced, refused = 0, list[str]()
         for root in list(program.graph.nodes):
             if root not in program.graph.nodes or not root.op.startswith("call"):
                 continue
-            match = matcher.match(root)
-            if match is None:
-                continue
-            found += 1
-            reason = self.check(match)
-            if reason:
-                refused.append(f"{_described(root)}: {reason}")
-                continue
-            self._replace(program, match)
-            replaced += 1
+            reasons = []
+            for match in matcher.matches(root):
+                reason = self.check(match)
+                if not reason:
+                    self._replace(program, match)
+                    replaced += 1
+                    break
+                reasons.append(reason)
+            else:
+                refused += [f"{_described(root)}: {reasons[0]}"] if reasons else []
+        found = replaced + len(refused)
         note = f"replaced {replaced} of {found} matches"
         if refused:
             return f"{note}; refused {'; '.join(refused[:3])}"
@@ -154,7 +160,7 @@ class Rewrite(Pass):
 def _traced(rewrite: Rewrite) -> fx.Graph:
     """The graph of a pattern."""
     names = list(inspect.signature(rewrite.pattern).parameters)
-    tracer = fx.Tracer(autowrap_functions=(call,))
+    tracer = fx.Tracer()
     tracer.root = nn.Module()
     graph = tracer.graph = fx.Graph(tracer_cls=fx.Tracer)
     proxies = [tracer.create_proxy("placeholder", name, (), {}) for name in names]
@@ -179,19 +185,19 @@ class _Matcher:
         self.root: Node = pattern.output_node().args[0]  # type: ignore[assignment]
         self.nearest_miss, self._most = "", 0
 
-    def match(self, root: Node) -> Match | None:
-        """The match whose result is `root`; None if there is none."""
+    def matches(self, root: Node) -> Iterator[Match]:
+        """Yield the matches whose result is `root`, in the orders of commutative operands."""
         for order in itertools.product(*[(False, True)] * _commutative_count(self.root)):
             bound: dict[Node, Any] = {}
             reason = self._bind(self.root, root, bound, iter(order)) or self._readers(root, bound)
             if not reason:
                 operands = {str(p.target): value for p, value in bound.items() if p.op == "placeholder"}
                 nodes = list(dict.fromkeys(v for p, v in bound.items() if p.op != "placeholder"))
-                return Match(self.program, root, operands, nodes)
+                yield Match(self.program, root, operands, nodes)
+                continue
             matched = sum(p.op != "placeholder" for p in bound)
             if matched > self._most:
                 self._most, self.nearest_miss = matched, f"{_described(root)}: {reason}"
-        return None
 
     def _bind(self, pattern: Any, value: Any, bound: dict[Node, Any], orders: Iterator[bool]) -> str:
         """Bind the nodes of the pattern to nodes of the program; the reason if that fails."""
@@ -207,10 +213,10 @@ class _Matcher:
             return f"it reads {value}, but the pattern has {_pattern_name(pattern)}"
         if _is_call(pattern):
             module = self.program.module_of(value)
-            if value.op != "call_module" or not isinstance(module, pattern.args[0]):  # type: ignore[arg-type]
+            if value.op != "call_module" or not isinstance(module, pattern.meta[_CLASS]):
                 return f"`{value.name}` is not a call of {_pattern_name(pattern)}"
             bound[pattern] = value
-            return self._bind(tuple(pattern.args[1:]), tuple(value.args), bound, orders)
+            return self._bind(tuple(pattern.args), tuple(value.args), bound, orders)
         name = self._name(value)
         if name != _plain(operation_name(pattern)):
             return f"`{value.name}` is {name}, but the pattern has {operation_name(pattern)}"
@@ -273,7 +279,7 @@ def _is_call(pattern: Node) -> bool:
 
 def _pattern_name(pattern: Node) -> str:
     if _is_call(pattern):
-        return str(getattr(pattern.args[0], "__name__", pattern.args[0]))
+        return str(pattern.meta[_CLASS].__name__)
     return operation_name(pattern)
 
 

@@ -21,9 +21,9 @@ from snnfx.emit.arguments import Arguments, signature_of
 from snnfx.emit.executable import Executable
 from snnfx.emit.recompute_segments import RecomputePlan
 from snnfx.errors import AllocationError
-from snnfx.ir.options import ConvertOptions
 from snnfx.ir.graph_pass import check_picklable
 from snnfx.ir.history import History, PassRecord
+from snnfx.ir.options import ConvertOptions
 from snnfx.ir.program import Region, StepProgram
 from snnfx.ir.serialization import copy_model, pack_programs, unpack_programs
 from snnfx.memory.allocation_failure import explain_allocation_failure, is_allocation_failure
