@@ -14,6 +14,7 @@ from typing import Any
 from torch.fx import Node
 
 from snnfx.analysis.dependence import ancestors
+from snnfx.ir.facts import NUMBER
 from snnfx.ir.module_effects import updates_buffers
 from snnfx.ir.program import StepProgram
 from snnfx.ops.step_functions import expect_size
@@ -79,7 +80,7 @@ def _drop_unread_slots(program: StepProgram) -> list[str]:
 
 def _reads_itself(placeholder: Node, following: Any) -> bool:
     """Whether the next value of a slot depends on its value; a count of the steps without readers is not a state."""
-    if placeholder.meta.get("number") or not isinstance(following, Node):
+    if NUMBER.of(placeholder) or not isinstance(following, Node):
         return False
     return following is not placeholder and placeholder in ancestors([following])
 

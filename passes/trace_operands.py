@@ -27,6 +27,7 @@ from snnfx.analysis.leak import LeakProbe, StepOnNumbers, fed_slots, is_elementw
 from snnfx.analysis.weight_ops import WeightOp, weight_ops
 from snnfx.errors import InputError, warn_once
 from snnfx.ir.edits import add_slot
+from snnfx.ir.facts import ADDED_BY_RULE, SLOT, VALUE
 from snnfx.ir.nodes import is_module_call
 from snnfx.ir.printing import describe_node, location_of
 from snnfx.ir.program import StepProgram
@@ -128,7 +129,7 @@ class TraceOperands(Pass):
         bias_trace = None
         if self.biases and _has_bias(program, op):
             bias_slot = add_slot(program, f"{name}.bias_trace", node)
-            bias_slot.meta.pop("val", None)
+            VALUE.clear(bias_slot)
             with graph.inserting_before(node):
                 ones = graph.call_function(ones_per_sample, (operand,))
                 bias_trace = graph.call_function(update_trace, (bias_slot, ones, leak))
@@ -170,11 +171,11 @@ def _function_name(program: StepProgram, node: Node) -> str:
 
 def _depends_on_state(operand: Node) -> bool:
     """Whether a value depends on the state of a neuron; masks and traces added by rules do not count."""
-    return any(n.op == "placeholder" and "slot" in n.meta and not _is_added_by_rule(n) for n in ancestors([operand]))
+    return any(n.op == "placeholder" and SLOT.is_known(n) and not _is_added_by_rule(n) for n in ancestors([operand]))
 
 
 def _is_added_by_rule(node: Node) -> bool:
-    return bool(node.meta.get("added_by_rule"))
+    return bool(ADDED_BY_RULE.of(node))
 
 
 class _Leaks:
@@ -232,7 +233,7 @@ class _Leaks:
         return float(probe(*(self.program.resolve(target) for target in probe.targets)))
 
     def _is_cut(self, slot: str) -> bool:
-        placeholder = next(n for n in self.program.slot_nodes() if n.meta["slot"] == slot)
+        placeholder = next(n for n in self.program.slot_nodes() if SLOT.of(n) == slot)
         return all(user.target is cut_history for user in placeholder.users if user.op != "output")
 
     def _emitting(self, operand: Node) -> list[str]:
@@ -248,7 +249,7 @@ class _Leaks:
             if node in self.cycles:
                 own = [n for n in self.cycles[node] if is_module_call(n)] if is_module_call(node) else None
                 members = self.cycles[node] if own is None or len(own) == 1 else [node, *node.all_input_nodes]
-                slots.update((n.meta["slot"], None) for n in members if "slot" in n.meta and not _is_added_by_rule(n))
+                slots.update((SLOT.of(n), None) for n in members if SLOT.is_known(n) and not _is_added_by_rule(n))
             else:
                 stack.extend(node.all_input_nodes)
         return list(slots)
@@ -269,7 +270,7 @@ class _Leaks:
                 own = graph.get_attr(name)
                 constants = [_attribute(program, target, first) for target in leak.targets]
                 node = graph.call_function(probe_leak, (own, *constants))
-            node.meta["val"] = 0.5
+            VALUE.set(node, 0.5)
             self.nodes[leak.slot] = node
         return self.nodes[leak.slot]
 

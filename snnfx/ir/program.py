@@ -16,7 +16,7 @@ from torch import Tensor, fx, nn
 from torch.fx import Node
 
 from snnfx.errors import Refusal
-from snnfx.ir.facts import clear_facts
+from snnfx.ir.facts import REFUSAL, clear_facts
 from snnfx.ir.guards import Guards
 from snnfx.ir.nodes import is_module_call
 from snnfx.ir.printing import format_graph
@@ -109,7 +109,7 @@ class Region:
     def refusals(self) -> Iterator[tuple[Node, Refusal]]:
         """The nodes of the region that were not folded, each with its refusal."""
         for node in self.nodes:
-            refusal = node.meta.get("refusal")
+            refusal = REFUSAL.of(node)
             if refusal is not None:
                 yield node, refusal
 

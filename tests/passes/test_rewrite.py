@@ -103,7 +103,7 @@ def test_a_pattern_names_classes_of_modules() -> None:
             return torch.relu(call(nn.Linear, x))
 
         def rewrite(self, match: Match) -> Any:
-            [linear] = match.modules
+            [_, linear] = match.modules
             weight = match.graph.get_attr("fc.weight")
             assert linear.bias is not None
             return match.graph.call_function(nn.functional.linear, (match["x"], weight))
