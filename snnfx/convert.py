@@ -158,7 +158,7 @@ def convert(
         lower,
         checkpoint,
         read_memory_budget(memory_budget),
-        check_passes(passes, in_convert=True),
+        passes,
     )
     net = convert_without_budget(model, options, example_inputs, carry)
     if memory_budget is not None:
@@ -175,6 +175,7 @@ def convert_without_budget(
         model, example_inputs, carry: see `convert`.
         options: all other options; its field `carry` is ignored.
     """
+    options = replace(options, passes=check_passes(options.passes, in_convert=True))
     _check_choice("step_mode", options.step_mode, ("m", "s"))
     _check_choice("batch_norm", options.batch_norm, ("fold", "per_step"))
     if options.reduce is not None:

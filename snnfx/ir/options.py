@@ -31,7 +31,7 @@ class ConvertOptions:
     lower: str | None = "auto"
     checkpoint: int | str | None = "auto"
     memory_budget: int | float | None = None
-    passes: tuple[Pass, ...] = ()
+    passes: Sequence[Pass] = ()
 
 
 class ConvertKeywords(TypedDict, total=False):

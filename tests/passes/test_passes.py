@@ -155,9 +155,21 @@ def node_of_another_graph(program: StepProgram) -> None:
     program.regions.append(Region("fold_9", "fold", [node_named(capture(Model()), "fc1")]))
 
 
+def erased_node_in_a_region(program: StepProgram) -> None:
+    node = node_named(program, "relu")
+    node.replace_all_uses_with(node.args[0])
+    program.graph.erase_node(node)
+
+
+def facts_of_another_region(program: StepProgram) -> None:
+    node_named(program, "relu").meta["region"] = "fold_7"
+
+
 @pytest.mark.parametrize(
     ("break_it", "reason"),
     [
+        (erased_node_in_a_region, "contains the erased node relu"),
+        (facts_of_another_region, "its facts name region 'fold_7'"),
         (node_in_two_regions, "in two regions"),
         (regions_in_reverse, "not convex"),
         (state_outside_of_a_loop, "contains the state slots"),
@@ -170,6 +182,13 @@ def test_regions_are_verified_once_there_are_some(break_it: Callable[[StepProgra
     break_it(program)
     with pytest.raises(PassError, match=f"SNNFX501(.|\n)*{reason}"):
         verify_program(program, after="partition")
+
+
+def test_a_fact_of_a_later_stage_is_refused() -> None:
+    program = program_of(Model(), Normalize())
+    node_named(program, "relu").meta["batch_dim"] = 0
+    with pytest.raises(PassError, match=r"SNNFX501(.|\n)*the fact 'batch_dim' of stage 'partitioned'"):
+        verify_program(program)
 
 
 # -- the manager -------------------------------------------------------------------------------------------------------

@@ -138,7 +138,9 @@ def test_a_pass_runs_at_every_stage_in_training_and_evaluation(stage: str, with_
                 torch.testing.assert_close(a.grad, b.grad)
     assert not [n for n in net.program.graph.nodes if isinstance(net.program.module_of(n), nn.ReLU)]
     assert next(r.stage for r in net.history if r.description == "relu_to_clamp") in (stage, "normalized")
-    assert any(row.description == "relu_to_clamp" for row in snnfx.explain(net).passes)
+    report = snnfx.explain(net)
+    assert any(row.description == "relu_to_clamp" for row in report.passes)
+    assert report.options["passes"] == ("relu_to_clamp",)
 
 
 @pytest.mark.parametrize("stage", STAGES)
