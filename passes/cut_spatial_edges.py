@@ -19,6 +19,7 @@ from snnfx.analysis.leak import fed_slots, fires
 from snnfx.analysis.step_on_numbers import StepOnNumbers
 from snnfx.analysis.weight_ops import weight_ops
 from snnfx.errors import InputError
+from snnfx.ir.facts import copy_facts
 from snnfx.ir.printing import describe_node
 from snnfx.ir.program import StepProgram
 from snnfx.ops.online_functions import cut_history
@@ -44,7 +45,7 @@ class CutSpatialEdges(Pass):
         for op in ops:
             with program.graph.inserting_before(op.node):
                 cut = program.graph.call_function(cut_history, (op.operand,))
-            cut.meta = {k: v for k, v in op.operand.meta.items() if k in ("val", "where", "module")}
+            copy_facts(op.operand, cut)
             op.node.replace_input_with(op.operand, cut)
         _refuse_weights_without_signal(program, [op.node for op in weights])
         return f"{len(ops)} weights propagate no error to earlier neurons"

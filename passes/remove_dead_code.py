@@ -28,6 +28,7 @@ class RemoveDeadCode(Pass):
 
     name = "remove_dead_code"
     requires = "normalized"  # before, an in-place operation without readers seems dead
+    may_change = ("graph", "slots")
 
     def apply(self, program: StepProgram) -> str:
         before = len(program.graph.nodes)

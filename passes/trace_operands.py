@@ -31,6 +31,7 @@ from snnfx.analysis.trace_leaks import TraceLeak, TraceLeaks, is_added_by_rule
 from snnfx.analysis.weight_ops import WeightOp, groups_of, output_channels_of, weight_ops
 from snnfx.errors import InputError, warn_once
 from snnfx.ir.edits import add_slot
+from snnfx.ir.facts import SLOT, TRACE, VALUE
 from snnfx.ir.printing import describe_node
 from snnfx.ir.program import StepProgram
 from snnfx.ops.online_functions import (
@@ -65,6 +66,7 @@ class TraceOperands(Pass):
     name = "trace_operands"
     requires = "normalized"
     ensures = "normalized"
+    may_change = ("graph", "slots")
 
     leak: Literal["post", "pre"] | float = "post"
     inputs: bool = False
@@ -85,7 +87,7 @@ class TraceOperands(Pass):
         found = [(op, self._leak_of(op, leaks)) for op in ops]
         for op, leak in found:
             text = f"no trace: {leak}" if isinstance(leak, str) else f"a trace with {leak}"
-            op.node.meta["trace"] = f"{describe_node(op.node)}: {text}"
+            TRACE.set(op.node, f"{describe_node(op.node)}: {text}")
         left = [f"{describe_node(op.node)} ({leak})" for op, leak in found if isinstance(leak, str)]
         nodes = _LeakNodes(program, leaks)
         for op, leak in found:
@@ -134,7 +136,7 @@ class TraceOperands(Pass):
         bias_trace = None
         if self.biases and _has_bias(program, op):
             bias_slot = add_slot(program, f"{name}.bias_trace", node)
-            bias_slot.meta.pop("val", None)
+            VALUE.clear(bias_slot)
             with graph.inserting_before(node):
                 ones = graph.call_function(ones_per_sample, (operand,))
                 new = [ones]
@@ -176,24 +178,24 @@ def _for_each_channel(program: StepProgram, op: WeightOp, operand: Node, channel
         out = output_channels_of(program, op.node)
         new.append(graph.call_function(torch.unflatten, (operand, 1, (groups, -1))))
         new.append(graph.call_function(torch.repeat_interleave, (new[-1], out // groups), {"dim": 1}))
-    value = operand.meta.get("val")
+    value = VALUE.of(operand)
     for made in new:
         made.meta = _site(op.node)
         if isinstance(value, Tensor):
             value = made.target(value, *made.args[1:], **made.kwargs)  # type: ignore[operator]
-            made.meta["val"] = value
+            VALUE.set(made, value)
     return new[-1]
 
 
 def _set_value_per_channel(node: Node, channel: int | None, traces: Sequence[Node]) -> None:
     """Record the shape of a trace for each output channel, which bounds the chunks by its memory."""
-    output, value = node.meta.get("val"), traces[0].meta.get("val")
+    output, value = VALUE.of(node), VALUE.of(traces[0])
     if channel is None or not isinstance(output, Tensor) or not isinstance(value, Tensor):
         return
     shape = list(value.shape)
     shape[channel - 1] = output.shape[channel]
     for trace in traces:
-        trace.meta["val"] = value.expand(shape)
+        VALUE.set(trace, value.expand(shape))
 
 
 def _reshaped(graph: fx.Graph, value: Leak, *shape: int) -> Leak:
@@ -221,7 +223,7 @@ def _function_name(program: StepProgram, node: Node) -> str:
 
 def _depends_on_state(operand: Node) -> bool:
     """Whether a value depends on the state of a neuron; masks and traces added by rules do not count."""
-    return any(n.op == "placeholder" and "slot" in n.meta and not is_added_by_rule(n) for n in ancestors([operand]))
+    return any(n.op == "placeholder" and SLOT.is_known(n) and not is_added_by_rule(n) for n in ancestors([operand]))
 
 
 class _LeakNodes:
@@ -246,7 +248,7 @@ class _LeakNodes:
                 own = graph.get_attr(name)
                 constants = [_attribute(program, target, first) for target in leak.targets]
                 node = graph.call_function(probe_leak, (own, *constants))
-            node.meta["val"] = self.leaks.measured[leak.slot] if leak.per_neuron else 0.5
+            VALUE.set(node, self.leaks.measured[leak.slot] if leak.per_neuron else 0.5)
             self.nodes[leak.slot] = node
         return self.nodes[leak.slot]
 

@@ -563,6 +563,51 @@ CODES: dict[str, CodeEntry] = {
         "snnfx.convert(model)(x_seq)                # on a machine without g++ and clang++",
         "apt install g++   # or set CXX; or silence the warning: snnfx.convert(model, lower=None)",
     ),
+    # 70x: passes of the user's own
+    "SNNFX701": CodeEntry(
+        "a pass changed what it does not declare",
+        "After a pass, the manager compares the program and the model by value with their state before it: parameters, "
+        "buffers, training flags, submodules, attributes, and the parts of the program. A change that `may_change` "
+        "does not contain is put back.",
+        "may_change = ('graph',)   # and apply() runs program.source.fc.weight.data.zero_()",
+        "may_change = ('graph', 'parameters')",
+    ),
+    "SNNFX702": CodeEntry(
+        "a pass is not well defined",
+        "A pass is an instance of a class derived from snnfx.passes.Pass, with a name, an existing stage in "
+        "`requires`, parts from the list of changes in `may_change`, and options that are fields of a frozen "
+        "dataclass. In `convert`, it stays at its stage.",
+        "requires = 'optimised'",
+        "requires = 'normalized'   # or captured, partitioned, planned",
+    ),
+    "SNNFX703": CodeEntry(
+        "a pass failed",
+        "`apply` of a user's pass raised an error. The message gives its place; the program and the model were put "
+        "back.",
+        "graph.erase_node(node)   # other nodes still read the node",
+        "node.replace_all_uses_with(new); graph.erase_node(node)",
+    ),
+    "SNNFX704": CodeEntry(
+        "a pass returned no result",
+        "`apply` returns a note, a short text for `net.history`; `rewrite` of a Rewrite returns the node that replaces "
+        "the match.",
+        "def apply(self, program): ...                  # no return",
+        "def apply(self, program): return 'replaced 2 nodes'",
+    ),
+    "SNNFX705": CodeEntry(
+        "the passes of a net cannot be pickled",
+        "A net plans again with its passes, so they are pickled with it. Pickle stores classes and functions by name, "
+        "and finds neither lambdas nor classes that a function defines. copy.deepcopy works.",
+        "Scale(function=lambda x: 2 * x)",
+        "def double(x): return 2 * x\n\nScale(function=double)",
+    ),
+    "SNNFX706": CodeEntry(
+        "no such stage to draw",
+        "snnfx.draw(net, stage=...) draws the program at the end of a stage: captured, normalized, partitioned or "
+        "planned. A record of an emitted graph has no step program.",
+        "snnfx.draw(net, stage='folded')",
+        "snnfx.draw(net, stage='partitioned')",
+    ),
     # 6xx: tools around the library
     "SNNFX601": CodeEntry(
         "graphviz is missing",

@@ -6,7 +6,8 @@ A message names the problem, the location (qualified name and the user's file:li
     Correct the code there, or pass another factory.
 
 Groups of codes: 1xx a node is not folded (reported by `explain`, never raised), 2xx capture, 3xx arguments of a call,
-4xx verification, 5xx passes and running a net, 6xx command line and pictures, 61x online training.
+4xx verification, 5xx passes and running a net, 6xx command line and pictures, 61x online training, 70x passes of the
+user's own.
 `python -m snnfx explain --code SNNFX103` prints the meaning of a code with an example.
 """
 
@@ -88,7 +89,7 @@ class VerificationError(SnnfxError, AssertionError):
 
 
 class PassError(SnnfxError):
-    """A pass left an invalid graph, or passes are in an illegal order (codes 5xx)."""
+    """A pass left an invalid graph, or passes are in an illegal order (codes 5xx, 70x)."""
 
 
 class AllocationError(SnnfxError, RuntimeError):

@@ -22,6 +22,7 @@ from snnfx.analysis.leak import Leak, LeakProbe, fed_slots, is_one_number, sever
 from snnfx.analysis.step_on_numbers import StepOnNumbers, is_elementwise
 from snnfx.analysis.weight_ops import WeightOp
 from snnfx.errors import InputError
+from snnfx.ir.facts import ADDED_BY_RULE, SLOT, VALUE
 from snnfx.ir.nodes import is_module_call
 from snnfx.ir.printing import describe_node, location_of
 from snnfx.ir.program import StepProgram
@@ -162,10 +163,10 @@ class TraceLeaks:
             InputError: SNNFX620 if the operand has other neurons in the dimensions of the leaks.
         """
         dims = _varying_dims(self.measured[probe.slot])
-        known = op.operand.meta.get("val")
+        known = VALUE.of(op.operand)
         if isinstance(known, Tensor) and -known.dim() in dims:
             raise self._refused(op, probe, "it differs between the samples of the batch")
-        slot = next(n for n in self.program.slot_nodes() if n.meta["slot"] == probe.slot)
+        slot = next(n for n in self.program.slot_nodes() if SLOT.of(n) == probe.slot)
         self._require_separate_channels(op, probe, slot, dims, op.operand)
 
     def _require_separate_channels(
@@ -190,7 +191,7 @@ class TraceLeaks:
         if name.startswith("dropout") or name == "draw_dropout_mask":
             return True
         if name == "batch_norm":
-            value = node.meta.get("val")
+            value = VALUE.of(node)
             return isinstance(value, Tensor) and dims == {1 - value.dim()}
         if "_pool" in name:
             window = next(int(c) for c in name if c.isdigit())
@@ -198,7 +199,7 @@ class TraceLeaks:
         return False
 
     def _channels_of(self, node: Node, channel: int) -> int | None:
-        value = node.meta.get("val")
+        value = VALUE.of(node)
         return value.shape[channel] if isinstance(value, Tensor) else None
 
     def _refused(self, op: WeightOp, probe: LeakProbe, why: str) -> InputError:
@@ -213,7 +214,7 @@ class TraceLeaks:
     # The graph.
 
     def _is_cut(self, slot: str) -> bool:
-        placeholder = next(n for n in self.program.slot_nodes() if n.meta["slot"] == slot)
+        placeholder = next(n for n in self.program.slot_nodes() if SLOT.of(n) == slot)
         return all(user.target is cut_history for user in placeholder.users if user.op != "output")
 
     def _emitting(self, operand: Node) -> list[str]:
@@ -229,7 +230,7 @@ class TraceLeaks:
             if node in self.cycles:
                 own = [n for n in self.cycles[node] if is_module_call(n)] if is_module_call(node) else None
                 members = self.cycles[node] if own is None or len(own) == 1 else [node, *node.all_input_nodes]
-                slots.update((n.meta["slot"], None) for n in members if "slot" in n.meta and not is_added_by_rule(n))
+                slots.update((SLOT.of(n), None) for n in members if SLOT.is_known(n) and not is_added_by_rule(n))
             else:
                 stack.extend(node.all_input_nodes)
         return list(slots)
@@ -237,7 +238,7 @@ class TraceLeaks:
 
 def is_added_by_rule(node: Node) -> bool:
     """Whether a slot was added by a learning rule."""
-    return bool(node.meta.get("added_by_rule"))
+    return ADDED_BY_RULE.of(node)
 
 
 def _output_channel(op: WeightOp, program: StepProgram) -> int | None:

@@ -40,7 +40,7 @@ from snnfx.capture.unsupported_modules import is_converted_net
 from snnfx.errors import CaptureError
 from snnfx.ir.edits import add_placeholder
 from snnfx.ir.guards import text_of
-from snnfx.ir.nodes import is_in_place, is_in_place_target, object_of
+from snnfx.ir.nodes import is_in_place, is_in_place_target, is_size_computation, object_of
 from snnfx.ir.program import SELF_TARGET
 from snnfx.ops.step_functions import expect_size, set_part_
 from snnfx.sandbox.plain_numbers import plain_number
@@ -59,8 +59,6 @@ from snnfx.state.step_calls import call_opaque, call_stateful, initial_value, op
 
 __all__ = ["ArgumentLeaf", "StepTracer", "SubmoduleNotTraceable"]
 
-_NUMBER_MODULES = ("_operator", "builtins", "math")
-"""Modules of functions that compute numbers from numbers, such as sizes from sizes."""
 _USES_PYTHON_RNG = "it draws random numbers from Python or NumPy, which a graph does not record."
 
 
@@ -381,13 +379,8 @@ class StepTracer(fx.Tracer):
         node.meta.setdefault("module", self.scope.module_path if hasattr(self, "scope") else "")
         if kind == "call_module":
             node.meta["module"] = str(target)
-        if (kind == "call_function" and target is getattr and args[1] == "shape") or (
-            kind == "call_method" and target in ("size", "dim", "numel", "ndimension")
-        ):
+        if is_size_computation(node):
             node.meta["shape_like"] = True
-        elif kind == "call_function" and getattr(target, "__module__", "") in _NUMBER_MODULES:
-            operands = node.all_input_nodes
-            node.meta["shape_like"] = bool(operands) and all(n.meta.get("shape_like") for n in operands)
         self.values.evaluate(node)
         return node
 

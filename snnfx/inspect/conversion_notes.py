@@ -13,6 +13,7 @@ from snnfx.analysis.lowerable_loops import mixing_node
 from snnfx.analysis.statistic_reads import is_statistic_read, statistic_of
 from snnfx.inspect.computing_nodes import NodeKey, is_computing, nodes_by_key
 from snnfx.inspect.source_expressions import expression
+from snnfx.ir.facts import TRACE
 from snnfx.ir.printing import describe_node, location_of
 from snnfx.ir.program import Region, StepProgram
 from snnfx.lowering.elementwise.back_end_choice import reason_without_back_end
@@ -156,8 +157,8 @@ def random_nodes(program: StepProgram) -> Iterator[str]:
 def eligibility_traces(program: StepProgram) -> Iterator[str]:
     """Weights of an online rule: the leak of the trace, or the reason why a weight has no trace."""
     for node in program.graph.nodes:
-        if "trace" in node.meta:
-            yield node.meta["trace"]
+        if TRACE.is_known(node):
+            yield TRACE.of(node)
 
 
 def mode_differences(net: Net) -> Iterator[str]:

@@ -90,9 +90,15 @@ def explain(model: nn.Module, *, T: int | None = None, **options: Unpack[Convert
         net = convert_without_budget(model, convert_options, example_inputs, carry)
     except CaptureError as error:
         problem = Problem(error.code, str(error), error.where, error.why, error.hint)
-        as_data = {**dataclasses.asdict(convert_options), "carry": carry}
+        as_data = {**_options_as_data(convert_options), "carry": carry}
         return Report(type(model).__name__, model.training, as_data, problem)
     return _report_on(net, T, None)
+
+
+def _options_as_data(options: ConvertOptions) -> dict[str, Any]:
+    """The options as plain values; a pass is its name with its options."""
+    plain = dataclasses.asdict(dataclasses.replace(options, passes=()))
+    return plain | {"passes": tuple(str(item) for item in options.passes)}
 
 
 def _report_on(net: Net, T: int | None, example_inputs: Any) -> Report:
@@ -102,7 +108,7 @@ def _report_on(net: Net, T: int | None, example_inputs: Any) -> Report:
     return Report(
         model=type(net.source).__name__,
         training=net.training,
-        options=dataclasses.asdict(net.options),
+        options=_options_as_data(net.options),
         too_little=_too_little(net),
         coverage=_coverage(program, counts, not_folded),
         counts=counts,
