@@ -61,6 +61,7 @@ class Check:
     expected: Run | None = None
     drew_random_numbers: bool = False
     _known: dict[tuple[nn.Module, str], bool] = field(default_factory=dict)
+    _flips: Flips | None = None
 
     @property
     def failed(self) -> list[Comparison]:
@@ -239,9 +240,11 @@ class Check:
 
     def flips(self) -> Flips:
         """The spikes that differ, and the first neuron that differs."""
-        traces, record = self._recorded()
-        first = first_divergence(traces, record, self.tolerance, by_time=not self.runs.folded) if traces else None
-        return Flips(*flipped_spikes(traces, record), first)
+        if self._flips is None:
+            traces, record = self._recorded()
+            first = first_divergence(traces, record, self.tolerance, by_time=not self.runs.folded) if traces else None
+            self._flips = Flips(*flipped_spikes(traces, record), first)
+        return self._flips
 
     def _recorded(self) -> tuple[dict[str, NeuronTrace], dict[str, Any]]:
         with recorded_neurons(self.runs.model) as traces:

@@ -92,6 +92,11 @@ def compare(
         detail = "" if equal else _both(_describe(actual), _describe(expected))
         return Comparison(kind, name, inf, inf, failed=not equal, detail=detail)
     a, b = torch.as_tensor(actual).detach(), torch.as_tensor(expected).detach()
+    if a.layout != b.layout:
+        detail = _both(_describe_layout(a), _describe_layout(b))
+        return Comparison(kind, name, float("inf"), float("inf"), failed=True, detail=detail)
+    if a.layout != torch.strided:
+        a, b = a.to_dense(), b.to_dense()
     both_tensors = isinstance(actual, Tensor) and isinstance(expected, Tensor)
     is_scalar = kind == "state" and (a.ndim == 0 or b.ndim == 0)
     if not is_scalar and (a.shape != b.shape or (both_tensors and a.dtype != b.dtype)):
@@ -139,6 +144,10 @@ def named_leaves(value: Any, prefix: str = "") -> dict[str, Any]:
 
 def _both(actual: str, expected: str) -> str:
     return f"the net gives {actual}, the reference {expected}"
+
+
+def _describe_layout(value: Tensor) -> str:
+    return f"{_describe(value)} {str(value.layout).removeprefix('torch.')}"
 
 
 def _describe(value: Any) -> str:

@@ -53,15 +53,15 @@ def recorded_neurons(model: nn.Module) -> Iterator[dict[str, NeuronTrace]]:
     handles = []
 
     def watch(name: str, module: nn.Module, adapter: Adapter) -> None:
-        slots = adapter.names(module)
-        slot = next((s for s in _POTENTIALS if s in slots), "")
+        slot = next((s for s in _POTENTIALS if s in adapter.names(module)), "")
 
         def hook(module: nn.Module, args: Any, output: Any) -> None:
             tensors = [leaf for leaf in pytree.tree_leaves(output) if isinstance(leaf, Tensor)]
             if tensors:
                 trace = traces.setdefault(name, NeuronTrace(module, slot))
                 trace.outputs.append(tensors[0].detach().clone())
-                state = dict(zip(slots, adapter.read(module), strict=True))
+                # Some states exist only after the first call.
+                state = dict(zip(adapter.names(module), adapter.read(module), strict=True))
                 trace.potentials.append(state.get(slot))
 
         handles.append(module.register_forward_hook(hook))

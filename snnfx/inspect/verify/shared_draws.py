@@ -166,17 +166,18 @@ class SharedDraws:
         with _refusing():
             with self._layers_followed() as layers, _Draws(_DrawsOfNet(self, layers)):
                 yield
-            left = next((site for site in self.sites.values() if site.taken < len(site.steps)), None)
+            # A net leaves out draws without an effect; the compared values show whether it had one.
+            left = next((site for site in self.sites.values() if 0 < site.taken < len(site.steps)), None)
             if left is not None:
                 raise _Unshareable(
                     f"the net draws only {left.taken} of {len(left.steps)} times the numbers of {_describe(left)}"
                 )
 
     def description(self) -> str:
-        """The places that draw, in words."""
-        names = [_describe(site) for site in self.sites.values()]
-        more = f" and {len(names) - 3} more places" if len(names) > 3 else ""
-        return ", ".join(names[:3]) + more
+        """The places that draw, in words, and those whose draws the net leaves out."""
+        drawn = _listed([_describe(site) for site in self.sites.values() if site.taken])
+        left_out = _listed([_describe(site) for site in self.sites.values() if not site.taken])
+        return (drawn or "none") + (f"; the net leaves out the draws of {left_out}" if left_out else "")
 
     @contextmanager
     def _layers_followed(self) -> Iterator[list[str]]:
@@ -279,6 +280,10 @@ class _Draws(TorchDispatchMode):
             state = torch.get_rng_state()
             result = func(*args, **kwargs)
             after = torch.get_rng_state()
+            if not isinstance(result, Tensor):
+                if all(x.device.type == "cpu" for x in leaves) and torch.equal(state, after):
+                    return result  # attention without dropout
+                raise _Unshareable(f"its numbers come from `torch.{name}`, which verify cannot reproduce")
             torch.set_rng_state(state)
             base = self.source.take(family, tuple(result.shape))
             torch.set_rng_state(after)
@@ -288,6 +293,11 @@ class _Draws(TorchDispatchMode):
         base = base.to(result.device)
         value = _value_of_draw(name, args, kwargs, base)
         return result.copy_(value)
+
+
+def _listed(names: list[str]) -> str:
+    more = f" and {len(names) - 3} more places" if len(names) > 3 else ""
+    return ", ".join(names[:3]) + more
 
 
 def _describe(site: _Site) -> str:

@@ -218,6 +218,8 @@ class _Verification:
                 net = self._captured(model, inputs)
                 outcome = self._compared(model, net, inputs, first)
             outcome.casts, outcome.captured_anew = casts, anew
+            if outcome.failing is not None:
+                outcome.failing.flips()  # runs the copies, which need the settings of this context
         if casts.lines:
             lines = ", ".join(list(casts.lines)[:3])
             outcome.notes.append(f"casts to float32 were casts to float64 on both sides ({lines})")

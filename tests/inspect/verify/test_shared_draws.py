@@ -112,3 +112,37 @@ def test_a_distribution_that_cannot_be_shared_is_refused() -> None:
     model = nn.Sequential(Poisson(), nn.Linear(5, 3))
     with pytest.raises(VerificationError, match=r"SNNFX411.*torch\.poisson"):
         snnfx.verify(model, snnfx.convert(model), torch.rand(6, 4, 5))
+
+
+@pytest.mark.parametrize("double", [False, True])
+def test_attention_without_dropout_draws_no_numbers(double: bool) -> None:
+    attention = nn.TransformerEncoderLayer(4, 1, dim_feedforward=4, dropout=0.0, batch_first=True)
+    model = nn.Sequential(attention, nn.Dropout(0.3))
+    torch.manual_seed(0)
+    report = snnfx.verify(model, snnfx.convert(model), torch.rand(3, 2, 3, 4), double=double)
+    assert any("drew the same random numbers" in note for note in report.notes)
+
+
+class Unused(nn.Module):
+    """A dropout whose result nothing uses, or one that the output depends on."""
+
+    def __init__(self, is_used: bool, drops: bool = True) -> None:
+        super().__init__()
+        self.fc, self.dropout, self.is_used, self.drops = nn.Linear(5, 5), nn.Dropout(0.5), is_used, drops
+
+    def forward(self, x: Tensor) -> Tensor:
+        dropped = self.dropout(x) if self.drops else x
+        return self.fc(dropped if self.is_used else x)
+
+
+def test_draws_without_an_effect_may_be_left_out() -> None:
+    model = Unused(is_used=False)
+    report = snnfx.verify(model, snnfx.convert(model), torch.rand(6, 4, 5))
+    assert any("the net leaves out the draws of `dropout`" in note for note in report.notes)
+
+
+def test_draws_with_an_effect_may_not_be_left_out() -> None:
+    model, wrong = Unused(is_used=True), Unused(is_used=True, drops=False)
+    wrong.load_state_dict(model.state_dict())
+    with pytest.raises(VerificationError, match="SNNFX401"):
+        snnfx.verify(model, snnfx.convert(wrong), torch.rand(6, 4, 5))

@@ -896,3 +896,39 @@ def test_the_docstring_names_every_code_that_is_raised() -> None:
 def _no_coroutine_left() -> Iterator[None]:
     yield
     assert not [thread for thread in threading.enumerate() if isinstance(thread, Coroutine)]
+
+
+@pytest.mark.parametrize("double", [False, True])
+@pytest.mark.parametrize("layout", ["to_sparse", "to_sparse_csr", "to_sparse_csc"])
+def test_sparse_buffers_are_compared(layout: str, double: bool) -> None:
+    class Sparse(nn.Module):
+        def __init__(self, weight: Tensor) -> None:
+            super().__init__()
+            self.register_buffer("weight", getattr(weight, layout)())
+            self.lif = snnfx.neuron.LIFNode(v_threshold=0.2)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.lif(torch.sparse.mm(self.weight, x.t()).t())
+
+    model, x_seq = Sparse(torch.eye(4)), 3 * torch.rand(5, 3, 4)
+    assert verify(model, snnfx.convert(model), x_seq, double=double).count("buffer") == 1
+    with pytest.raises(VerificationError, match="SNNFX40"):
+        verify(model, snnfx.convert(Sparse(2 * torch.eye(4))), x_seq, double=double)
+
+
+def test_a_float32_net_that_casts_and_is_wrong_in_float64_is_named() -> None:
+    class Casting(snnfx.MemoryModule):
+        def __init__(self) -> None:
+            super().__init__()
+            self.fc = nn.Linear(4, 4)
+            self.register_memory("v", None)
+
+        def forward(self, x: Tensor) -> Tensor:
+            if self.v is None:
+                self.v = torch.zeros(x.shape).float()
+            self.v = self.fc(self.v) + x
+            return self.v
+
+    model, wrong = Casting(), Casting()
+    with pytest.raises(VerificationError, match=r"SNNFX401.*Compared in float64 and in float32"):
+        verify(model, snnfx.convert(wrong), torch.rand(5, 3, 4))
