@@ -22,6 +22,8 @@ def refuse_unsupported_modules(model: nn.Module, entry: str) -> None:
         CaptureError: SNNFX220, a scripted or traced module; SNNFX221, a converted net that carries its state;
             SNNFX222, a wrapper for several devices or processes.
     """
+    if not isinstance(model, nn.Module):
+        return  # capture names the type that it got
     for name, module in model.named_modules():
         label = f"`{name}`" if name else "the model"
         if isinstance(module, torch.jit.ScriptModule):

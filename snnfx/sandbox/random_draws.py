@@ -18,7 +18,7 @@ import torch
 
 from snnfx.sandbox.isolation import rng_state
 from snnfx.sandbox.python_rng import numpy_rng_state, restore_numpy_rng_state
-from snnfx.sandbox.torch_internals import TorchDispatchMode
+from snnfx.sandbox.torch_internals import FakeTensor, TorchDispatchMode, pytree
 
 __all__ = ["PYTHON_GENERATOR", "draws_undone", "refers_to_numpy_random", "refusing_draws"]
 
@@ -128,6 +128,15 @@ class _DrawMode(TorchDispatchMode):
         self._before_draw = before_draw
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        if torch.Tag.nondeterministic_seeded in func.tags:
+        if torch.Tag.nondeterministic_seeded in func.tags and not _runs_on_meta(args, kwargs or {}):
             self._before_draw(func)
         return func(*args, **(kwargs or {}))
+
+
+def _runs_on_meta(args: Any, kwargs: Any) -> bool:
+    """Whether an operator computes shapes only, so that it draws nothing."""
+    device = kwargs.get("device")
+    if device is not None and torch.device(device).type == "meta":
+        return True
+    tensors = [leaf for leaf in pytree.tree_leaves((args, kwargs)) if isinstance(leaf, torch.Tensor)]
+    return any(isinstance(tensor, FakeTensor) or tensor.is_meta for tensor in tensors)

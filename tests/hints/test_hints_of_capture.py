@@ -1159,7 +1159,7 @@ def test_a_nested_tensor_in_the_step() -> None:
 
     refused(
         "SNNFX216",
-        "capture/tracer.py:StepTracer.create_arg",
+        "capture/input_output_checks.py:refusal_of_nested_tensor",
         "Pad it: torch.nested.to_padded_tensor(x, 0.0).",
         lambda: snnfx.convert(Step(lambda m, x: m.body(x) + torch.add(m.ragged, x), ragged=ragged)),
         names="`ragged`",

@@ -447,7 +447,7 @@ def test_weights_without_a_learning_signal() -> None:
 def test_a_leak_without_a_neuron() -> None:
     refused(
         "SNNFX615",
-        "passes/trace_operands.py:_Leaks.of",
+        "analysis/trace_leaks.py:TraceLeaks.of",
         "Do not trace inputs, or pass the leak as a number.",
         lambda: Trainer(m := mlp(), OTTT_A(trace_leak="pre", trace_inputs=True), sgd(m), F.mse_loss).step(X, TARGET),
         names="`0`",

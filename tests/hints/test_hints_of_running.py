@@ -483,8 +483,8 @@ def test_passes_in_an_illegal_order() -> None:
 
     refused(
         "SNNFX502",
-        "ir/pass_manager.py:PassManager.run",
-        " first.",
+        "ir/pass_manager.py:_Run.apply",
+        "Run the passes that reach stage ",
         lambda: PassManager([Partition()]).run(capture(small())),
         names="stage 'normalized'",
     )

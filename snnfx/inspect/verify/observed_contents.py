@@ -46,10 +46,10 @@ def observe(model: nn.Module) -> dict[str, Observed]:
     "encoder.rates.0". Modules in plain containers are observed too. Functions and foreign objects are left out.
 
     Example:
-        >>> model = torch.nn.Linear(1, 1, bias=False)
+        >>> model = torch.nn.ParameterList([torch.zeros(1)])
         >>> model.log = {"steps": [3]}
-        >>> {name: entry.kind for name, entry in observe(model).items()}
-        {'weight': 'parameter', 'log.steps.0': 'attribute', 'log.steps.#': 'attribute', 'log.#': 'attribute'}
+        >>> {name: entry.kind for name, entry in observe(model).items() if name != "_size"}
+        {'0': 'parameter', 'log.steps.0': 'attribute', 'log.steps.#': 'attribute', 'log.#': 'attribute'}
     """
     observed: dict[str, Observed] = {}
     seen: set[int] = set()

@@ -262,7 +262,10 @@ class Runs:
             )
 
     def is_state(self, owner: nn.Module, attribute: str) -> bool:
-        """Whether a step depends on an attribute: the first step gives something else with its final value."""
+        """Whether a step depends on an attribute: the first step gives something else with its final value.
+
+        A tensor that grows at every step is a log; it is a state only if other values depend on it.
+        """
         if attribute in owner._parameters:
             return True
         place = owner._buffers if attribute in owner._buffers else owner.__dict__
@@ -282,6 +285,10 @@ class Runs:
                 contents = {name: entry.value for name, entry in observe(self.model).items()}
                 results.append(named_leaves(step, "output") | contents)
         a, b = results
+        if isinstance(final, Tensor):
+            own = [n for n, e in observe(self.model).items() if e.owner is owner and e.attribute == attribute]
+            grown = {n for n in own if isinstance(b.get(n), Tensor) and b[n].shape != final.shape}
+            a, b = ({n: v for n, v in values.items() if n not in grown} for values in (a, b))
         return a.keys() != b.keys() or not all(is_same(a[name], b[name]) for name in a)
 
     def _registered_states(self) -> dict[str, Any]:

@@ -69,7 +69,8 @@ STEP = """
     from spikingjelly.clock_driven import neuron
     from torch import nn
 
-    x_seq = torch.rand(6, 3, 4, dtype=torch.float64) * 3
+    torch.manual_seed(0)
+    x_seq = torch.rand(6, 3, 4, dtype=torch.float64) * 30
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
         for make in (neuron.LIFNode, neuron.OldNode):
