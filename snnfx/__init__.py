@@ -19,6 +19,7 @@ if not (Path(__file__).parent / "passes").is_dir() and (Path(__file__).parents[1
 from snnfx import errors, functional, neuron, online, passes, surrogate
 from snnfx.allocator import tune_allocator
 from snnfx.convert import convert
+from snnfx.deploy.export import export
 from snnfx.inspect.explain import explain
 from snnfx.inspect.picture.draw import draw
 from snnfx.inspect.verify.verify import verify
@@ -35,6 +36,7 @@ __all__ = [
     "draw",
     "errors",
     "explain",
+    "export",
     "functional",
     "neuron",
     "online",
