@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, fx, nn
 
 from snnfx.deploy.refusals import ExportRefused, first_line
-from snnfx.sandbox.torch_internals import SymbolicTensors, pytree, record_aten
+from snnfx.sandbox.torch_internals import SymbolicTensors, pytree, record_aten, without_size_guards
 
 __all__ = ["Axes", "TracedArgument", "trace"]
 
@@ -65,7 +65,7 @@ def trace(
         # An output that is an input would alias it.
         return [leaf.clone() if any(leaf is x for x in inputs) else leaf for leaf in leaves]
 
-    with symbolic:
+    with symbolic, without_size_guards():
         recorded = record_aten(flat, fake)
     _name_constants(recorded, model)
     recorded.graph.eliminate_dead_code()
@@ -75,10 +75,10 @@ def trace(
     shapes = {a.name: _dynamic_shapes(a, dims) for a in arguments}
     torch.compiler.reset()
     try:
-        program = torch.export.export(
-            module, tuple(a.value for a in arguments), dynamic_shapes=shapes, strict=False, prefer_deferred_runtime_asserts_over_guards=False
-        )
-        program = program.run_decompositions({})
+        with without_size_guards():
+            values = tuple(a.value for a in arguments)
+            program = torch.export.export(module, values, dynamic_shapes=shapes, strict=False)
+            program = program.run_decompositions({})
     except Exception as error:
         raise _refusal(error, dims) from error
     finally:

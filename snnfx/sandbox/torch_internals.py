@@ -109,6 +109,7 @@ __all__ = [
     "tracing_state",
     "unset_fake_temporarily",
     "without_compile_wrapper",
+    "without_size_guards",
 ]
 
 # Aliases, not wrapper functions: torch.compile recognises these objects.
@@ -230,6 +231,13 @@ def record_aten(function: Callable[..., Any], arguments: Sequence[Any]) -> fx.Gr
     from torch.fx.experimental.proxy_tensor import make_fx
 
     return make_fx(function, tracing_mode="real", _allow_non_fake_inputs=True)(*arguments)  # type: ignore[no-any-return]
+
+
+def without_size_guards() -> contextlib.AbstractContextManager[Any]:
+    """A context in which tracing does not distinguish dynamic sizes from 0, 1 or each other where it need not."""
+    from torch.fx.experimental import _config
+
+    return _config.patch(backed_size_oblivious=True)  # type: ignore[no-any-return]
 
 
 class SymbolicTensors:
