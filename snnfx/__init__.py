@@ -17,6 +17,7 @@ if not (Path(__file__).parent / "passes").is_dir() and (Path(__file__).parents[1
     __path__.append(str(Path(__file__).parents[1]))
 
 from snnfx import errors, functional, neuron, online, passes, surrogate
+from snnfx._version import __version__
 from snnfx.allocator import tune_allocator
 from snnfx.convert import convert
 from snnfx.deploy.export import export
@@ -27,7 +28,6 @@ from snnfx.memory_module import MemoryModule
 from snnfx.ops.buffer_pool import release_buffers
 from snnfx.runtime.net import Net
 
-__version__ = "0.2.0"
 __all__ = [
     "MemoryModule",
     "Net",

@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from torch import fx
 
+from snnfx._version import __version__
 from snnfx.deploy.checking import check_file
 from snnfx.deploy.interface import Interface
 from snnfx.deploy.onnx_file import require_onnx, write_onnx
@@ -26,7 +27,7 @@ from snnfx.errors import ExportError, warn_once
 from snnfx.runtime.net import Net
 from snnfx.sandbox.isolation import isolated
 
-__all__ = ["Exported", "export", "write_export"]
+__all__ = ["Exported", "export", "export_request", "write_export"]
 
 Progress = Callable[[str], None]
 
@@ -90,8 +91,16 @@ def export(
         >>> torch.equal(torch.export.load(path).module()(x_seq[:, :1]), net(x_seq[:, :1]))
         True
     """
-    request = Request(state, step, _axes(dynamic), T, package == "aot" and "N" in dynamic)
+    request = export_request(state=state, step=step, dynamic=dynamic, package=package, T=T)
     return write_export(net, path, inputs, request, package=package, check=check).path
+
+
+def export_request(
+    *, state: bool, step: bool, dynamic: Sequence[str], package: str | None, T: int | None
+) -> Request:
+    """The checked options of `export`."""
+    axes = _axes(dynamic)
+    return Request(state, step, axes, T, package == "aot" and "N" in axes)
 
 
 def write_export(
@@ -234,8 +243,6 @@ def _not_writable(path: Path, why: str, hint: str) -> ExportError:
 
 
 def _metadata(plan: ExportPlan, request: Request) -> dict[str, Any]:
-    from snnfx import __version__
-
     options = plan.function.executable.options
     return {
         "snnfx_version": __version__,

@@ -11,6 +11,7 @@ from torch.fx import Node
 
 from snnfx.deploy.exported_module import run_region_graph
 from snnfx.deploy.functional_step import functional_step
+from snnfx.deploy.refusals import ExportRefused, changes_shape
 from snnfx.emit.executable import Executable
 from snnfx.emit.region_builder import whole_step
 from snnfx.sandbox.torch_internals import SymbolicTensors
@@ -57,8 +58,13 @@ def _fills(executable: Executable, nodes: list[Node], names: list[str], steps: S
         ]
         return [torch.as_tensor(v) for v in start(*values)[0]]
 
-    with symbolic, torch.no_grad():
-        recorded, _ = functional_step(initial, list(fake.values()), ())
+    try:
+        with symbolic, torch.no_grad():
+            recorded, _ = functional_step(initial, list(fake.values()), ())
+    except ExportRefused as error:
+        if changes_shape(error):
+            return [None] * len(nodes)
+        raise
     return [_fill_of(node) for node in recorded.graph.output_node().args[0]]  # type: ignore[union-attr]
 
 

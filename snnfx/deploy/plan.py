@@ -19,7 +19,7 @@ from snnfx.errors import ExportError, InputError
 from snnfx.ir.program import StepProgram
 from snnfx.runtime.net import Net
 from snnfx.sandbox.torch_internals import pytree
-from snnfx.state.carry import flatten_state, outputs_without, with_final_state
+from snnfx.state.carry import flatten_state, outputs_without, rebuild_state, with_final_state
 
 __all__ = ["ExportPlan", "Request", "plan_export"]
 
@@ -88,7 +88,7 @@ def plan_export(net: Net, inputs: tuple[Any, ...], request: Request) -> ExportPl
     args, kwargs, carried = arguments.split_carried(inputs, {})
     leaves = arguments.bind(args, kwargs)
     passed = {k: v for c in program.carried if c.name in carried for k, v in flatten_state(c, carried[c.name]).items()}
-    given = slots if request.takes_state else [name for name in slots if name in passed]
+    given = slots if request.takes_state else list(passed)
     time_dims = [None if request.step else dim for dim in arguments.tensor_dims]
     axes = _axes_of_inputs(program, leaves, time_dims, request)
     sizes = _sizes_of_trace(leaves, axes)
@@ -122,11 +122,12 @@ def plan_export(net: Net, inputs: tuple[Any, ...], request: Request) -> ExportPl
     start = [torch.zeros((), dtype=torch.bool, device=leaves[0].device)] if form.has_start else []
     traced = [
         *_traced_inputs(program, arguments.arguments_of(resized), axes),
-        *([TracedArgument("state", trace_state, tuple(state_axes))] if given else []),
+        *_traced_states(program, carried, trace_state, dict(zip(given, state_axes, strict=True)), request),
         *(TracedArgument(START, s, ({},)) for s in start),
     ]
     args, kwargs = arguments.arguments_of(leaves)
-    example = (*args, *kwargs.values(), *([example_state] if given else []), *start)
+    example_states = _traced_states(program, carried, example_state, dict.fromkeys(given, {}), request)
+    example = (*args, *kwargs.values(), *(a.value for a in example_states), *start)
     rebuild = _rebuild(program, request.takes_state)
     expected = _expected(planned, inputs, states if request.takes_state else None, request)
     interface = _interface(program, traced, form, filled, expected, request)
@@ -199,6 +200,19 @@ def _traced_inputs(
         count = sum(isinstance(leaf, Tensor) for leaf in pytree.tree_leaves(value))
         result.append(TracedArgument(name, value, tuple(next(remaining) for _ in range(count))))
     return result
+
+
+def _traced_states(
+    program: StepProgram, carried: Mapping[str, Any], states: dict[str, Any], axes: Mapping[str, Axes], request: Request
+) -> list[TracedArgument]:
+    """The states as arguments: a dict by slot, or the carried arguments that the caller passed."""
+    if request.takes_state:
+        return [TracedArgument("state", states, tuple(axes.values()))] if states else []
+    passed = [c for c in program.carried if c.name in carried]
+    return [
+        TracedArgument(c.name, plain_containers(rebuild_state(c, states)), tuple(axes[n] for n in c.slot_names()))
+        for c in passed
+    ]
 
 
 # -- states -----------------------------------------------------------------------------------------------------------
@@ -288,22 +302,19 @@ def _interface(
     request: Request,
 ) -> Interface:
     leaf_names = [leaf.name for leaf in program.input_leaves if leaf.placeholder is not None]
-    pairs = [
+    tensors = [
         (leaf, axes)
         for a in traced
-        if a.name not in ("state", START)
+        if a.name != START
         for leaf, axes in zip([v for v in pytree.tree_leaves(a.value) if isinstance(v, Tensor)], a.axes, strict=True)
     ]
-    inputs = [_described(n, x, axes) for n, (x, axes) in zip(unique_names(leaf_names), pairs, strict=True)]
-    names = [t.name for t in inputs]
-    states: list[FileTensor] = []
-    for argument in traced:
-        if argument.name == "state" and form.given:
-            unique = unique_names(form.given, [*names, START])
-            rows = zip(unique, form.given, argument.value.values(), argument.axes, strict=True)
-            states = [_described(n, x, axes, slot) for n, slot, x, axes in rows]
+    count = len(leaf_names)
+    names = unique_names([*leaf_names, *form.given], [START] if form.has_start else [])
+    inputs = [_described(n, *pair) for n, pair in zip(names[:count], tensors[:count], strict=True)]
+    rows = zip(names[count:], form.given, tensors[count:], strict=True)
+    states = [_described(n, *pair, slot) for n, slot, pair in rows]
     outputs, final = expected if request.takes_state else (expected, {})
-    taken = [*names, *(t.name for t in states), START]
+    taken = [*names, START]
     leaves = named_leaves(outputs)
     output_names = unique_names([name for name, _ in leaves], taken)
     described = [_described(n, x, {}) for n, (_, x) in zip(output_names, leaves, strict=True)]

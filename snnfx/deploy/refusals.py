@@ -8,7 +8,7 @@ from snnfx.errors import ExportError, InputError
 from snnfx.ir.printing import describe_node, location_of
 from snnfx.ir.program import StepProgram
 
-__all__ = ["ExportRefused", "first_line", "refuse_opaque_parts", "refused_region"]
+__all__ = ["ExportRefused", "changes_shape", "first_line", "refuse_opaque_parts", "refused_region"]
 
 
 class ExportRefused(ExportError):
@@ -52,6 +52,11 @@ def refused_region(region: str, node: Node, error: Exception) -> ExportError:
         hint="Replace this operation; one step may compute with tensors, but neither read their values in Python nor "
         "depend on them.",
     )
+
+
+def changes_shape(error: ExportRefused) -> bool:
+    """Whether the cause is a state whose initial value has another shape, such as an empty tensor of snnTorch."""
+    return isinstance(error.__cause__, InputError) and error.__cause__.code == "SNNFX313"
 
 
 def first_line(error: BaseException) -> str:

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, fx
 
 from snnfx.deploy.functional_step import functional_step
+from snnfx.deploy.refusals import ExportRefused, changes_shape
 from snnfx.ops.sequence_functions import expand_initial_value
 from snnfx.regions.eager_regions import EagerLoop
 from snnfx.sandbox.torch_internals import scan_steps
@@ -77,7 +78,12 @@ def _starting_states(
     start = None if region.make_start is None else region.make_start()
     if start is None or _initialises_itself(start):
         return None
-    before, after = ([as_tensor(s, first[0]) for s in states] for states in run(start)(*constants, *first))
+    try:
+        before, after = ([as_tensor(s, first[0]) for s in states] for states in run(start)(*constants, *first))
+    except ExportRefused as error:
+        if changes_shape(error):
+            return None
+        raise
     pairs = list(zip(before, after, strict=True))
     return before if all(a.dtype == b.dtype and a.dim() == b.dim() for a, b in pairs) else None
 
