@@ -162,7 +162,9 @@ def first_or_later(flag: Tensor, first: Any, later: Any, like: Tensor) -> tuple[
     return outputs, states
 
 
-def _select(flag: Tensor, first: Any, later: Any, like: Tensor) -> Tensor:
+def _select(flag: Tensor, first: Any, later: Any, like: Tensor) -> Any:
+    if later is None:  # the place of a carried output
+        return None
     later = as_tensor(later, like)
     return torch.where(flag, as_tensor(first, like).to(later.dtype), later)
 

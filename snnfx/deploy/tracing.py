@@ -6,8 +6,10 @@ Then `torch.export` turns the recording, which calls no code of snnfx or of the 
 
 from __future__ import annotations
 
+import contextlib
 import inspect
-from collections.abc import Callable, Mapping, Sequence
+import warnings
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -65,7 +67,7 @@ def trace(
         # An output that is an input would alias it.
         return [leaf.clone() if any(leaf is x for x in inputs) else leaf for leaf in leaves]
 
-    with symbolic, without_size_guards():
+    with symbolic, without_size_guards(), _without_torch_warnings():
         recorded = record_aten(flat, fake)
     _name_constants(recorded, model)
     recorded.graph.eliminate_dead_code()
@@ -75,7 +77,7 @@ def trace(
     shapes = {a.name: _dynamic_shapes(a, dims) for a in arguments}
     torch.compiler.reset()
     try:
-        with without_size_guards():
+        with without_size_guards(), _without_torch_warnings():
             values = tuple(a.value for a in arguments)
             program = torch.export.export(module, values, dynamic_shapes=shapes, strict=False)
             program = program.run_decompositions({})
@@ -85,6 +87,15 @@ def trace(
         torch.compiler.reset()
     _forget_origins(program)
     return program
+
+
+@contextlib.contextmanager
+def _without_torch_warnings() -> Iterator[None]:
+    """Ignore warnings of torch about its own code in a trace."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="Accessing the data pointer of FakeTensor")
+        warnings.filterwarnings("ignore", message=".*LeafSpec")
+        yield
 
 
 class _Recording(nn.Module):

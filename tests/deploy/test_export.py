@@ -164,9 +164,8 @@ def test_carried_argument_that_the_caller_passes(tmp_path: Path) -> None:
             mem = 0.8 * mem + self.fc(x)
             return (mem > 0.2).float(), mem
 
-    program, net, _ = exported(
-        tmp_path, Explicit, torch.rand(3, 2, 5), torch.rand(2, 4), convert={"carry": {"mem": 1}}
-    )
+    options = {"carry": {"mem": 1}, "example_inputs": (torch.rand(2, 5), torch.rand(2, 4))}
+    program, net, _ = exported(tmp_path, Explicit, torch.rand(3, 2, 5), torch.rand(2, 4), convert=options)
     x_seq, mem = torch.rand(4, 3, 5), torch.rand(3, 4)
     assert_equal(program(x_seq, mem), pytree.tree_map(Tensor.detach, net(x_seq, mem)))
 
