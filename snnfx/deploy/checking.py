@@ -24,7 +24,9 @@ _MOST_DIFFERENT = 0.01
 """The fraction of elements that may differ: rounding flips a spike now and then, and its consequences follow."""
 
 
-def check_file(kind: str, path: Path, example: Any, expected: Any, names: list[str], input_names: list[str], values: bool) -> None:
+def check_file(
+    kind: str, path: Path, example: Any, expected: Any, names: list[str], input_names: list[str], values: bool
+) -> None:
     """Compare the results of a file with the expected ones.
 
     Args:

@@ -95,9 +95,7 @@ def export(
     return write_export(net, path, inputs, request, package=package, check=check).path
 
 
-def export_request(
-    *, state: bool, step: bool, dynamic: Sequence[str], package: str | None, T: int | None
-) -> Request:
+def export_request(*, state: bool, step: bool, dynamic: Sequence[str], package: str | None, T: int | None) -> Request:
     """The checked options of `export`."""
     axes = _axes(dynamic)
     return Request(state, step, axes, T, package == "aot" and "N" in axes)

@@ -19,9 +19,7 @@ from snnfx.sandbox.torch_internals import SymbolicTensors
 __all__ = ["filled_initial_values"]
 
 
-def filled_initial_values(
-    executable: Executable, steps: Sequence[Tensor]
-) -> dict[str, float | int | bool | None]:
+def filled_initial_values(executable: Executable, steps: Sequence[Tensor]) -> dict[str, float | int | bool | None]:
     """The number that each state is filled with before the first step; None if it is not one number.
 
     Args:

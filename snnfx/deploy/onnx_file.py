@@ -41,7 +41,11 @@ def require_onnx(check: bool) -> None:
 
 
 def write_onnx(
-    program: torch.export.ExportedProgram, path: Path, interface: Interface, axes: dict[str, str], metadata: dict[str, Any]
+    program: torch.export.ExportedProgram,
+    path: Path,
+    interface: Interface,
+    axes: dict[str, str],
+    metadata: dict[str, Any],
 ) -> None:
     """Translate a program to ONNX and save it; large weights go into `<name>.onnx.data`.
 

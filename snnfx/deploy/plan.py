@@ -107,7 +107,9 @@ def plan_export(net: Net, inputs: tuple[Any, ...], request: Request) -> ExportPl
     state_axes: list[Axes] = [{}] * len(given)
     if "N" in sizes and given:
         later = _states_after_step(
-            step_net, [_first_step(x, dim) for x, dim in zip(resized, time_dims, strict=True)], _resized_states(passed, after, sizes)
+            step_net,
+            [_first_step(x, dim) for x, dim in zip(resized, time_dims, strict=True)],
+            _resized_states(passed, after, sizes),
         )
         state_axes = [_axes_of_state(name, after[name].shape, later[name].shape, sizes["N"]) for name in given]
 
@@ -116,9 +118,7 @@ def plan_export(net: Net, inputs: tuple[Any, ...], request: Request) -> ExportPl
     function = ExportedNet(planned._executable, stepwise, form, unrolled, request.T)
     states = _example_states(planned, inputs, after, passed, request)
     example_state = {name: states[name] for name in given}
-    trace_state = {
-        name: _resized(x, a, sizes) for (name, x), a in zip(example_state.items(), state_axes, strict=True)
-    }
+    trace_state = {name: _resized(x, a, sizes) for (name, x), a in zip(example_state.items(), state_axes, strict=True)}
     start = [torch.zeros((), dtype=torch.bool, device=leaves[0].device)] if form.has_start else []
     traced = [
         *_traced_inputs(program, arguments.arguments_of(resized), axes),
@@ -227,11 +227,11 @@ def _states_after_step(step_net: Net, steps: Sequence[Tensor], passed: Mapping[s
     return {name: torch.as_tensor(value, device=like.device) for name, value in state.items()}
 
 
-def _resized_states(
-    passed: Mapping[str, Any], after: Mapping[str, Tensor], sizes: Mapping[str, int]
-) -> dict[str, Any]:
+def _resized_states(passed: Mapping[str, Any], after: Mapping[str, Tensor], sizes: Mapping[str, int]) -> dict[str, Any]:
     """Passed states for the batch size of the trace; they have the batch in dimension 0."""
-    return {k: v.new_zeros(sizes["N"], *v.shape[1:]) if isinstance(v, Tensor) and v.dim() else v for k, v in passed.items()}
+    return {
+        k: v.new_zeros(sizes["N"], *v.shape[1:]) if isinstance(v, Tensor) and v.dim() else v for k, v in passed.items()
+    }
 
 
 def _axes_of_state(name: str, shape: Sequence[int], later: Sequence[int], batch: int) -> Axes:

@@ -10,6 +10,7 @@ import torch
 
 from snnfx.deploy.refusals import first_line
 from snnfx.errors import ExportError
+from snnfx.sandbox.torch_internals import compile_package
 
 __all__ = ["METADATA_FILE", "write_package", "write_program"]
 
@@ -30,13 +31,13 @@ def write_package(program: torch.export.ExportedProgram, path: Path, metadata: d
     """
     configs = {"aot_inductor.metadata": {"snnfx": json.dumps(metadata)}}
     try:
-        torch._inductor.aoti_compile_and_package(program, package_path=str(path), inductor_configs=configs)
+        compile_package(program, str(path), configs)
     except Exception as error:
         raise ExportError(
             "SNNFX807",
             "AOTInductor cannot compile the net",
             why=first_line(error),
-            hint='Export a program instead (package=None), or another choice of dynamic axes.',
+            hint="Export a program instead (package=None), or another choice of dynamic axes.",
         ) from error
     finally:
         torch.compiler.reset()

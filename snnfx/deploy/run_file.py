@@ -7,14 +7,20 @@ sys.modules["snnfx"] = None  # type: ignore[assignment]
 
 import torch  # noqa: E402
 from torch import Tensor  # noqa: E402
-from torch.utils import _pytree as pytree  # noqa: E402
+
+
+def leaves(value: Any) -> list[Any]:
+    """The leaves of nested dicts, lists and tuples."""
+    if isinstance(value, dict):
+        value = list(value.values())
+    return [leaf for v in value for leaf in leaves(v)] if isinstance(value, list | tuple) else [value]
 
 
 def main(kind: str, path: str, given: str, results: str) -> None:
     """Run the file on an example and save the tensors that it returns."""
     saved = torch.load(given, weights_only=False)
     example = saved["example"]
-    tensors = [t for t in pytree.tree_leaves(example) if isinstance(t, Tensor)]
+    tensors = [t for t in leaves(example) if isinstance(t, Tensor)]
     outputs: Any
     with torch.no_grad():
         if kind == "onnx":
@@ -31,7 +37,7 @@ def main(kind: str, path: str, given: str, results: str) -> None:
             outputs = torch._inductor.aoti_load_package(path)(*example)
         else:
             outputs = torch.export.load(path).module()(*example)
-    torch.save([y.detach().cpu() for y in pytree.tree_leaves(outputs) if isinstance(y, Tensor)], results)
+    torch.save([y.detach().cpu() for y in leaves(outputs) if isinstance(y, Tensor)], results)
 
 
 main(*sys.argv[1:])

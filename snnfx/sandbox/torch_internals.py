@@ -76,6 +76,7 @@ __all__ = [
     "are_transforms_active",
     "broadcast_prefix",
     "check_batch_size",
+    "compile_package",
     "current_autograd_node",
     "current_backward_pass",
     "decompositions",
@@ -217,6 +218,11 @@ def scan_steps(step: fx.GraphModule, carry: list[Any], x_seq: list[Any], constan
     from torch._higher_order_ops.scan import scan_op
 
     return tuple(scan_op(step, carry, x_seq, tuple(constants)))
+
+
+def compile_package(program: Any, path: str, configs: dict[str, Any]) -> None:
+    """Compile an exported program with AOTInductor and save it as a `.pt2` package."""
+    torch._inductor.aoti_compile_and_package(program, package_path=path, inductor_configs=configs)
 
 
 def proxies_disabled() -> contextlib.AbstractContextManager[Any]:

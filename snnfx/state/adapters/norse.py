@@ -21,7 +21,7 @@ from norse.torch.module import coba_lif, conv, encode, leaky_integrator, lift, s
 from torch import Tensor, nn
 
 from snnfx.errors import CaptureError
-from snnfx.sandbox.torch_internals import FakeTensor, disable_dispatch_modes, pytree, unset_fake_temporarily
+from snnfx.sandbox.torch_internals import FakeTensor, disable_dispatch_modes, pytree
 from snnfx.state.hooks import has_forward_hooks
 from snnfx.state.registry import register_adapter
 from snnfx.state.stateful import State, StatefulCall, StatelessAdapter
@@ -154,7 +154,7 @@ def _structure(module: nn.Module) -> pytree.TreeSpec:
     """The nested structure of a cell's state, determined by one step on zeros."""
     if module not in _structures:
         like = next((p for p in module.parameters()), torch.zeros(()))
-        with unset_fake_temporarily(), torch.no_grad():
+        with disable_dispatch_modes(), torch.no_grad():
             features = int(getattr(module, "input_size", 1))
             _, state = module.forward(torch.zeros(1, features, dtype=like.dtype, device=like.device))
         _structures[module] = pytree.tree_structure(state)
