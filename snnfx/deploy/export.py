@@ -21,7 +21,6 @@ from snnfx.deploy.interface import Interface
 from snnfx.deploy.onnx_file import require_onnx, write_onnx
 from snnfx.deploy.plan import ExportPlan, Request, plan_export
 from snnfx.deploy.pt2_file import write_package, write_program
-from snnfx.deploy.refusals import refuse_opaque_parts
 from snnfx.deploy.tracing import trace
 from snnfx.errors import ExportError, warn_once
 from snnfx.runtime.net import Net
@@ -193,7 +192,6 @@ def _plan(net: Net, inputs: tuple[Any, ...], request: Request) -> ExportPlan:
     net.eval()
     net.reset()
     plan = plan_export(net, inputs, request)
-    refuse_opaque_parts(plan.function.executable.program)
     persistent = [slot.name for slot in plan.function.executable.program.persistent_slots]
     if persistent and not request.takes_state:
         warn_once(

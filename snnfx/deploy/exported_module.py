@@ -85,6 +85,7 @@ class ExportedNet:
             like = sequences[0] if sequences else None
             T = self.T if like is None else like.shape[0]
             device = leaves[0].device if leaves else None
+            assert T is not None
             time = torch.arange(T, device=device)
             if self.stepwise is not None:
                 outputs, final = self._by_steps(self.stepwise, leaves, state, time, loops)
@@ -114,8 +115,8 @@ class ExportedNet:
             return first
         assert loops.start is not None
         names = list(first[1])
-        pair = [(y, [s[name] for name in names]) for y, s in (first, later)]
-        outputs, final = first_or_later(loops.start, *pair, leaves[0])
+        reset, given = ((y, [s[name] for name in names]) for y, s in (first, later))
+        outputs, final = first_or_later(loops.start, reset, given, leaves[0])
         return tuple(outputs), dict(zip(names, final, strict=True))
 
     def _by_steps(
@@ -179,8 +180,8 @@ class _GraphRun(fx.Interpreter):
     def run_node(self, node: Node) -> Any:
         try:
             return super().run_node(node)
-        except (ExportRefused, KeyboardInterrupt):
-            raise
+        except ExportRefused as refusal:
+            raise refusal.in_region(node.name) from refusal.__cause__
         except Exception as error:
             raise refused_region(node.name, node, error) from error
 
@@ -230,7 +231,7 @@ class _RegionGraphRun(fx.Interpreter):
     def run_node(self, node: Node) -> Any:
         try:
             return super().run_node(node)
-        except (ExportRefused, KeyboardInterrupt):
+        except ExportRefused:
             raise
         except Exception as error:
             raise refused_region("", node, error) from error

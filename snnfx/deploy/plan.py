@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from snnfx.deploy.exported_module import ExportedNet, StateForm
 from snnfx.deploy.initial_values import filled_initial_values
 from snnfx.deploy.interface import START, FileTensor, Interface, named_leaves, plain_containers, unique_names
+from snnfx.deploy.refusals import refuse_opaque_parts
 from snnfx.deploy.tracing import Axes, TracedArgument
 from snnfx.emit.arguments import signature_of
 from snnfx.errors import ExportError, InputError
@@ -84,6 +85,7 @@ def plan_export(net: Net, inputs: tuple[Any, ...], request: Request) -> ExportPl
         inputs = _one_step(net, inputs)
     planned = copy.deepcopy(net.planned_for(*inputs, T=request.T))
     program, arguments = planned.program, planned._executable.arguments
+    refuse_opaque_parts(program)
     slots = [slot.name for slot in program.slots]
     args, kwargs, carried = arguments.split_carried(inputs, {})
     leaves = arguments.bind(args, kwargs)
@@ -126,7 +128,7 @@ def plan_export(net: Net, inputs: tuple[Any, ...], request: Request) -> ExportPl
         *(TracedArgument(START, s, ({},)) for s in start),
     ]
     args, kwargs = arguments.arguments_of(leaves)
-    example_states = _traced_states(program, carried, example_state, dict.fromkeys(given, {}), request)
+    example_states = _traced_states(program, carried, example_state, {name: {} for name in given}, request)
     example = (*args, *kwargs.values(), *(a.value for a in example_states), *start)
     rebuild = _rebuild(program, request.takes_state)
     expected = _expected(planned, inputs, states if request.takes_state else None, request)

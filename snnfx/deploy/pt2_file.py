@@ -39,5 +39,3 @@ def write_package(program: torch.export.ExportedProgram, path: Path, metadata: d
             why=first_line(error),
             hint="Export a program instead (package=None), or another choice of dynamic axes.",
         ) from error
-    finally:
-        torch.compiler.reset()

@@ -14,6 +14,13 @@ __all__ = ["ExportRefused", "changes_shape", "first_line", "refuse_opaque_parts"
 class ExportRefused(ExportError):
     """A part of the net cannot be exported."""
 
+    def in_region(self, region: str) -> ExportRefused:
+        """The same refusal, with the name of the region."""
+        if self.code != "SNNFX805" or "region `" in self.what:
+            return self
+        what = f"region `{region}` cannot be exported, because of {self.what.removesuffix(' cannot be exported')}"
+        return ExportRefused(self.code, what, where=self.where, why=self.why, hint=self.hint)
+
 
 def refuse_opaque_parts(program: StepProgram) -> None:
     """Raise ExportRefused (SNNFX804) if a part of the model was not traced."""
@@ -33,7 +40,7 @@ def _calls(program: StepProgram, node: Node, name: str) -> bool:
     return program.module_of(node) is program.resolve(name)
 
 
-def refused_region(region: str, node: Node, error: Exception) -> ExportError:
+def refused_region(region: str, node: Node, error: Exception) -> ExportRefused:
     """The refusal of a region because a node of it failed in the trace."""
     if isinstance(error, InputError) and error.code == "SNNFX312":
         return ExportRefused(

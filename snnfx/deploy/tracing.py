@@ -75,7 +75,7 @@ def trace(
     module = _Recording(recorded, [a.name for a in arguments], spec)
     dims = {name: torch.export.Dim(name, min=1) for name in {n for a in axes for n, _ in a.values()}}
     shapes = {a.name: _dynamic_shapes(a, dims) for a in arguments}
-    torch.compiler.reset()
+    program: torch.export.ExportedProgram
     try:
         with without_size_guards(), _without_torch_warnings():
             values = tuple(a.value for a in arguments)
@@ -83,8 +83,6 @@ def trace(
             program = program.run_decompositions({})
     except Exception as error:
         raise _refusal(error, dims) from error
-    finally:
-        torch.compiler.reset()
     _forget_origins(program)
     return program
 
@@ -122,21 +120,22 @@ def _name_constants(recorded: fx.GraphModule, model: nn.Module) -> None:
     names: dict[int, str] = {}
     for name, tensor in (*model.named_parameters(), *model.named_buffers()):
         names.setdefault(id(tensor), name)
-    count, targets = 0, {}
+    count = 0
+    targets: set[str] = set()
     for node in recorded.graph.nodes:
         if node.op != "get_attr":
             continue
         value = getattr(recorded, node.target)
         if not isinstance(value, Tensor):
             continue
-        name = names.get(id(value))
-        if name is None or name.startswith("snnfx"):
+        known = names.get(id(value))
+        if known is None or known.startswith("snnfx"):
             count += 1
-            name = names[id(value)] = f"constants.{count}"
-        if name not in targets:
-            _set_tensor(recorded, name, value)
-            targets[name] = node.target
-        node.target = name
+            known = names[id(value)] = f"constants.{count}"
+        if known not in targets:
+            _set_tensor(recorded, known, value)
+            targets.add(known)
+        node.target = known
     for old in {n for n in recorded.__dict__["_parameters"] | recorded.__dict__["_buffers"] if "." not in n}:
         if old not in {node.target for node in recorded.graph.nodes}:
             delattr(recorded, old)

@@ -236,14 +236,15 @@ def record_aten(function: Callable[..., Any], arguments: Sequence[Any]) -> fx.Gr
     """Record the ATen calls of a function on fake tensors; the other tensors that it reads become attributes."""
     from torch.fx.experimental.proxy_tensor import make_fx
 
-    return make_fx(function, tracing_mode="real", _allow_non_fake_inputs=True)(*arguments)  # type: ignore[no-any-return]
+    return make_fx(function, tracing_mode="real", _allow_non_fake_inputs=True)(*arguments)
 
 
 def without_size_guards() -> contextlib.AbstractContextManager[Any]:
     """A context in which tracing does not distinguish dynamic sizes from 0, 1 or each other where it need not."""
     from torch.fx.experimental import _config
 
-    return _config.patch(backed_size_oblivious=True)  # type: ignore[no-any-return]
+    config: Any = _config
+    return config.patch(backed_size_oblivious=True)  # type: ignore[no-any-return]
 
 
 class SymbolicTensors:

@@ -11,60 +11,15 @@ from typing import Any
 
 import pytest
 import torch
-from support.nets import ACCEPTANCE
-from support.stepping import step_model
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
 import snnfx
 from snnfx import neuron
 from snnfx.errors import ExportError
-
-SIZES = ((1, 1), (1, 3), (7, 1), (5, 4))
-
-
-class TwoStates(nn.Module):
-    """A neuron of the user's own: a potential, an adaptive threshold, a mask written in place."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.fc = nn.Linear(5, 4)
-        self.leak = nn.Parameter(torch.tensor(0.7))
-        self.v: Any = None
-        self.threshold: Any = None
-
-    def forward(self, x: Tensor) -> Tensor:
-        x = self.fc(x)
-        if self.v is None:
-            self.v = torch.zeros_like(x)
-            self.threshold = torch.full_like(x, 0.1)
-        self.v = self.v * self.leak + x
-        spike = torch.zeros_like(self.v)
-        spike[self.v > self.threshold] = 1
-        self.threshold = self.threshold * torch.tensor(0.9) + 0.2 * spike
-        self.v = self.v - spike * self.threshold
-        return spike
-
-
-class OtherFirstStep(nn.Module):
-    """The first step returns something else."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.fc = nn.Linear(5, 4)
-        self.v: Any = None
-
-    def forward(self, x: Tensor) -> Tensor:
-        x = self.fc(x)
-        if self.v is None:
-            self.v = x * 2
-            return torch.sigmoid(x)
-        self.v = 0.5 * self.v + x
-        return (self.v > 0.3).float()
-
-
-def mlp() -> nn.Module:
-    return nn.Sequential(nn.Linear(5, 4), neuron.LIFNode(), nn.Linear(4, 3), neuron.ParametricLIFNode())
+from support.export_models import SIZES, OtherFirstStep, TwoStates, mlp
+from support.nets import ACCEPTANCE
+from support.stepping import step_model
 
 
 def exported(
@@ -172,8 +127,9 @@ def test_carried_argument_that_the_caller_passes(tmp_path: Path) -> None:
 
 def test_export_changes_nothing(tmp_path: Path) -> None:
     torch.manual_seed(0)
-    net = snnfx.convert(nn.Sequential(nn.Linear(5, 4), nn.BatchNorm1d(4), neuron.LIFNode()))
-    net[0].eval()  # type: ignore[operator]
+    model = nn.Sequential(nn.Linear(5, 4), nn.BatchNorm1d(4), neuron.LIFNode())
+    net = snnfx.convert(model)
+    model[1].eval()
     before = {k: v.clone() for k, v in net.state_dict().items()}
     modes, random = [m.training for m in net.modules()], torch.get_rng_state()
     with warnings.catch_warnings():

@@ -8,12 +8,12 @@ from typing import Any
 
 import pytest
 import torch
-from deploy.test_export import SIZES, TwoStates, mlp
-from support.nets import ACCEPTANCE, CSNN
 from torch import Tensor
 
 import snnfx
 from snnfx.errors import ExportError
+from support.export_models import SIZES, TwoStates, mlp
+from support.nets import ACCEPTANCE, CSNN
 
 onnx = pytest.importorskip("onnx")
 onnxruntime = pytest.importorskip("onnxruntime")

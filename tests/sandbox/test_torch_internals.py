@@ -763,10 +763,11 @@ def test_public_name_is_not_found(source: str) -> None:
 
 
 def test_private_names_stand_in_torch_internals_only() -> None:
+    # `run_file.py` is a script of its own, which runs where snnfx cannot be imported.
     elsewhere = {
         f"{path.relative_to(ROOT)}: {name}"
         for path, tree in trees().items()
-        if path.name != "torch_internals.py"
+        if path.name not in ("torch_internals.py", "run_file.py")
         for name in private_names(tree)
     }
     assert elsewhere == set()
