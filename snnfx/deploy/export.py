@@ -8,7 +8,7 @@ import os
 import shutil
 import tempfile
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +17,7 @@ from torch import fx
 
 from snnfx._version import __version__
 from snnfx.deploy.checking import check_file
-from snnfx.deploy.interface import Interface
+from snnfx.deploy.interface import Interface, symbolic_shape
 from snnfx.deploy.onnx_file import require_onnx, write_onnx
 from snnfx.deploy.plan import ExportPlan, Request, plan_export
 from snnfx.deploy.pt2_file import write_package, write_program
@@ -121,6 +121,7 @@ def write_export(
         progress("trace the net")
         with torch.no_grad():
             program = trace(plan.function, plan.arguments, plan.rebuild, plan.model)
+        plan = _with_output_axes(plan, program)
         file = folder / path.name
         metadata = _metadata(plan, request)
         progress(f"write {path.name}")
@@ -262,6 +263,18 @@ def _symbols(program: torch.export.ExportedProgram, plan: ExportPlan) -> dict[st
             if axis in ("T", "N"):
                 symbols[str(size)] = str(axis)
     return symbols
+
+
+def _with_output_axes(plan: ExportPlan, program: torch.export.ExportedProgram) -> ExportPlan:
+    """The plan with the dynamic axes of outputs and final states, which the trace found."""
+    axes = _symbols(program, plan)
+    values = [n.meta.get("val") for n in program.graph.output_node().args[0] if isinstance(n, fx.Node)]  # type: ignore[union-attr]
+    shapes = [symbolic_shape(v.shape, axes) for v in values if isinstance(v, torch.Tensor)]
+    interface, count = plan.interface, len(plan.interface.outputs)
+    named = [*interface.outputs, *interface.final_states]
+    described = [replace(t, shape=shape) for t, shape in zip(named, shapes, strict=True)]
+    interface = replace(interface, outputs=tuple(described[:count]), final_states=tuple(described[count:]))
+    return replace(plan, interface=interface)
 
 
 def _draws_random_numbers(program: torch.export.ExportedProgram) -> bool:
