@@ -646,6 +646,8 @@ CODES: dict[str, CodeEntry] = {
         "a few elements differ after export",
         "At most one element in a hundred of an output differs from the net. Another order of summation rounds "
         "differently, and a potential at the threshold then crosses it or not.",
+        'snnfx.export(net, "net.onnx", x_seq)              # float32, potentials at the threshold',
+        'snnfx.export(net.double(), "net.pt2", x_seq.double())',
     ),
     "SNNFX810": CodeEntry(
         "the exported file draws random numbers",

@@ -268,7 +268,7 @@ def _symbols(program: torch.export.ExportedProgram, plan: ExportPlan) -> dict[st
 def _with_output_axes(plan: ExportPlan, program: torch.export.ExportedProgram) -> ExportPlan:
     """The plan with the dynamic axes of outputs and final states, which the trace found."""
     axes = _symbols(program, plan)
-    values = [n.meta.get("val") for n in program.graph.output_node().args[0] if isinstance(n, fx.Node)]  # type: ignore[union-attr]
+    values = [n.meta.get("val") for n in program.graph.output_node().args[0] if isinstance(n, fx.Node)]
     shapes = [symbolic_shape(v.shape, axes) for v in values if isinstance(v, torch.Tensor)]
     interface, count = plan.interface, len(plan.interface.outputs)
     named = [*interface.outputs, *interface.final_states]

@@ -849,3 +849,9 @@ def test_sizes_are_not_distinguished_from_one_without_size_guards() -> None:
     with internals.without_size_guards():
         program = torch.export.export(Fold(), (torch.rand(7, 11, 6),), dynamic_shapes=(dict(enumerate(dims)),))
     assert program.module()(torch.rand(1, 1, 6)).shape == (1, 1, 2, 3)
+
+
+def test_package_compiles_to_a_file_that_torch_loads(tmp_path: Path) -> None:
+    program = torch.export.export(nn.Linear(3, 2), (torch.rand(4, 3),))
+    internals.compile_package(program, str(tmp_path / "net.pt2"), {})
+    assert torch._inductor.aoti_load_package(str(tmp_path / "net.pt2"))(torch.rand(4, 3)).shape == (4, 2)
