@@ -79,6 +79,7 @@ def write_onnx(
     model = translated.model
     for graph in (model.graph, *model.functions.values()):
         _rename_axes(graph, axes)
+    _separate_names(model.graph)
     model.metadata_props.clear()
     model.metadata_props.update({"snnfx": json.dumps(metadata), "snnfx_version": str(metadata["snnfx_version"])})
     model.producer_name, model.doc_string = "pytorch", ""
@@ -105,6 +106,21 @@ def _rename_axes(graph: Any, axes: dict[str, str]) -> None:
             text = getattr(size, "value", None)
             if isinstance(text, str):
                 value.shape[index] = re.sub(r"\bs\d+\b", lambda m: axes.get(m.group(), m.group()), text)
+
+
+def _separate_names(graph: Any) -> None:
+    """Rename values that have the name of an input or output: a buffer and its slot have one name."""
+    own = [*graph.inputs, *graph.outputs]
+    taken, kept = {value.name for value in own}, {id(value) for value in own}
+    values = list(graph.initializers.values())
+    for node in graph.all_nodes():
+        values += node.outputs
+        for attribute in node.attributes.values():
+            if attribute.type.name == "GRAPH":
+                values += [*attribute.value.inputs, *attribute.value.initializers.values()]
+    for value in values:
+        if value.name in taken and id(value) not in kept:
+            value.name = f"{value.name}.value"
 
 
 def _check_model(path: Path) -> None:

@@ -87,3 +87,25 @@ def test_large_weights_lie_beside_the_model(tmp_path: Path, monkeypatch: pytest.
     x_seq = torch.rand(2, 1, 40)
     (y_seq,) = session(path).run(None, {session(path).get_inputs()[0].name: x_seq.numpy()})
     torch.testing.assert_close(torch.from_numpy(y_seq), net(x_seq).detach())
+
+
+def test_slot_with_the_name_of_its_buffer_is_an_input(tmp_path: Path) -> None:
+    class Average(torch.nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.register_buffer("total", torch.ones(()))
+
+        def forward(self, x: Tensor) -> Tensor:
+            self.total = self.total * 0.5 + x.mean()
+            return x * self.total
+
+    net = snnfx.convert(Average().eval(), example_inputs=(torch.rand(2, 5),))
+    path = snnfx.export(net, tmp_path / "net.onnx", torch.rand(3, 2, 5), state=True)
+    model, x_seq = session(path), torch.rand(4, 1, 5)
+    assert "total" in [v.name for v in model.get_inputs()]
+    feeds = {"x": x_seq.numpy(), "total": torch.tensor(7.0).numpy(), "start": torch.tensor(False).numpy()}
+    names = [v.name for v in model.get_inputs()]
+    y_seq, total = model.run(None, {k: v for k, v in feeds.items() if k in names})
+    expected, state = net.run(x_seq, state={"total": torch.tensor(7.0)})
+    torch.testing.assert_close(torch.from_numpy(y_seq), expected.detach())
+    torch.testing.assert_close(torch.as_tensor(total), state["total"])
