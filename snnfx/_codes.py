@@ -712,4 +712,84 @@ CODES: dict[str, CodeEntry] = {
         "trainer.load_state_dict(optimizer.state_dict())",
         "trainer.load_state_dict(torch.load('trainer.pt'))  # saved with torch.save(trainer.state_dict(), 'trainer.pt')",
     ),
+    # 8xx: export
+    "SNNFX801": CodeEntry(
+        "an option of the export is illegal",
+        "The suffix of the path selects the format: .pt2 or .onnx. The dynamic axes are T and N; package is None or "
+        '"aot". A net whose graph was replaced by hand cannot be exported, because the export starts from its step '
+        "program.",
+        'snnfx.export(net, "net.pth", x_seq)',
+        'snnfx.export(net, "net.pt2", x_seq)',
+    ),
+    "SNNFX802": CodeEntry(
+        "the exported file cannot be written",
+        "The folder does not exist, the path is a folder, or files may not be created there. Nothing was written.",
+        'snnfx.export(net, "missing_folder/net.pt2", x_seq)',
+        'snnfx.export(net, "net.pt2", x_seq)',
+    ),
+    "SNNFX803": CodeEntry(
+        "a package for ONNX is missing",
+        "ONNX files are written with onnx and onnxscript and checked with onnxruntime.",
+        'snnfx.export(net, "net.onnx", x_seq)              # without onnxruntime',
+        "pip install snnfx[onnx]",
+    ),
+    "SNNFX804": CodeEntry(
+        "a part of the model runs as Python code",
+        "A module that could not be traced is called at every step. A file cannot contain its Python code.",
+        "def forward(self, x): return x if x.sum() > 0 else -x",
+        "def forward(self, x): return torch.where(x.sum() > 0, x, -x)",
+    ),
+    "SNNFX805": CodeEntry(
+        "torch cannot trace a part of the net",
+        "The code of a step reads values of tensors in Python, or calls something that has no ATen form.",
+        "self.v = self.v * float(x.mean())",
+        "self.v = self.v * x.mean()",
+    ),
+    "SNNFX806": CodeEntry(
+        "an axis cannot be dynamic",
+        "The net is valid for one size of this axis only, because its code uses the size as a number. Export it for "
+        "the size of the given inputs.",
+        'snnfx.export(net, "net.pt2", x_seq)               # x.view(4, -1) in the step',
+        'snnfx.export(net, "net.pt2", x_seq, dynamic=("T",))',
+    ),
+    "SNNFX807": CodeEntry(
+        "the format cannot express the net",
+        "An AOTInductor package has at most one dynamic axis: T (loops as scan) or N (loops unrolled to the T of the "
+        "inputs). For ONNX, an operation may have no translation.",
+        'snnfx.export(net, "net.pt2", x_seq, package="aot")',
+        'snnfx.export(net, "net.pt2", x_seq, package="aot", dynamic=("T",))',
+    ),
+    "SNNFX808": CodeEntry(
+        "the exported file does not reproduce the net",
+        "Before it is kept, an exported file runs once in a process without snnfx on the given inputs. It failed, or its "
+        "results differ from those of the net. Nothing was written.",
+        'snnfx.export(net.double(), "net.onnx", x_seq.double())   # onnxruntime has no float64 convolution',
+        'snnfx.export(net.float(), "net.onnx", x_seq)',
+    ),
+    "SNNFX809": CodeEntry(
+        "a few elements differ after export",
+        "At most one element in a hundred of an output differs from the net. Another order of summation rounds "
+        "differently, and a potential at the threshold then crosses it or not.",
+        'snnfx.export(net, "net.onnx", x_seq)              # float32, potentials at the threshold',
+        'snnfx.export(net.double(), "net.pt2", x_seq.double())',
+    ),
+    "SNNFX810": CodeEntry(
+        "the exported file draws random numbers",
+        "Its results differ from call to call, so only shapes and dtypes were compared.",
+        "x = (torch.rand_like(x) < x).float()              # in the model",
+        'snnfx.export(net_without_encoder, "net.pt2", spike_seq)',
+    ),
+    "SNNFX811": CodeEntry(
+        "the net was in training mode",
+        "An exported file computes the net in evaluation mode: BatchNorm with running statistics, no dropout.",
+        'snnfx.export(net.train(), "net.pt2", x_seq)',
+        'snnfx.export(net.eval(), "net.pt2", x_seq)',
+    ),
+    "SNNFX812": CodeEntry(
+        "a buffer that calls change is constant in the file",
+        "A call of the net changes a buffer or parameter of the model. A file has no memory: each call starts from the "
+        "value at the time of the export, unless the state is an input.",
+        'snnfx.export(net, "net.pt2", x_seq)',
+        'snnfx.export(net, "net.pt2", x_seq, state=True)',
+    ),
 }

@@ -7,7 +7,7 @@ A message names the problem, the location (qualified name and the user's file:li
 
 Groups of codes: 1xx a node is not folded (reported by `explain`, never raised), 2xx capture, 3xx arguments of a call,
 4xx verification, 5xx passes and running a net, 6xx command line and pictures, 61x online training, 70x passes of the
-user's own.
+user's own, 8xx export.
 `python -m snnfx explain --code SNNFX103` prints the meaning of a code with an example.
 """
 
@@ -29,6 +29,7 @@ __all__ = [
     "AllocationError",
     "CaptureError",
     "CodeEntry",
+    "ExportError",
     "InputError",
     "PassError",
     "Refusal",
@@ -98,6 +99,10 @@ class AllocationError(SnnfxError, RuntimeError):
 
 class ToolError(SnnfxError):
     """A program, package, file or model that a tool needs is missing or unsuitable (codes 6xx)."""
+
+
+class ExportError(SnnfxError):
+    """A net cannot be exported, or the written file is wrong (codes 8xx)."""
 
 
 class SnnfxWarning(UserWarning):

@@ -179,11 +179,12 @@ class MultiStepEmitter(Emitter):
             targets = [_module_target(self.program, key) for key in builder.constants]
             module.bind(self.program.resolve, targets, output_count=len(output_nodes))
             module.slot_count = len(region.slots)
-            if region.lowering_refusal == "" and isinstance(module, LoopRegion):
+            if isinstance(module, LoopRegion) and region.slots:
                 next_states = [self.next_of[slot] for slot in region.slots]
-                module.kernels = RegionKernels(
-                    module.label, module.step, module.first, lambda: self._start_of_loop(region, builder, next_states)
-                )
+                module.make_start = lambda: self._start_of_loop(region, builder, next_states)
+            if region.lowering_refusal == "" and isinstance(module, LoopRegion):
+                assert module.make_start is not None
+                module.kernels = RegionKernels(module.label, module.step, module.first, module.make_start)
             return module
 
         inputs = tuple(self._sequence_input(node) for node in builder.inputs) or (self.steps(),)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -26,11 +26,16 @@ class EagerLoop(SequenceRegion):
         label: qualified name for messages.
         step: `(*constants, *inputs, state) -> (outputs, state)`.
         first: `(*constants, *inputs) -> (outputs, state)`: the step from the reset state, None without state.
+
+    Attributes:
+        make_start: makes the graph `(*constants, *inputs) -> (states before the first step, states after it)`, from
+            the reset state; None without state.
     """
 
     def __init__(self, label: str, step: RegionGraph, first: RegionGraph | None) -> None:
         super().__init__(label, step)
         self.first = first
+        self.make_start: Callable[[], RegionGraph] | None = None
         self.kernels: RegionKernels | None = None
 
     def forward(self, *arguments: Any) -> tuple[tuple[Tensor, ...], tuple[Tensor, ...]]:

@@ -64,9 +64,7 @@ def test_refused_draws_leave_the_generators_unchanged() -> None:
 
 
 def test_conversion_and_calls_rewind_no_numbers_of_another_thread() -> None:
-    model = nn.Sequential(
-        nn.Linear(8, 8), snnfx.neuron.LIFNode(), nn.Dropout(0.5), nn.Linear(8, 4), snnfx.neuron.IFNode()
-    )
+    model = nn.Sequential(nn.Linear(8, 8), snnfx.neuron.LIFNode(), nn.Linear(8, 4), snnfx.neuron.IFNode())
     drawn: list[bytes] = []
     done = threading.Event()
 
