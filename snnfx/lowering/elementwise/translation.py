@@ -29,6 +29,7 @@ from snnfx.lowering.aten_recording import (
 )
 from snnfx.lowering.elementwise.aten_table import ELEMENTWISE, VALUE_PRESERVING, RuleContext, compute_dtype
 from snnfx.lowering.elementwise.expressions import Builder, Expression, StepExpressions
+from snnfx.lowering.elementwise.selected_values import SelectedValues
 from snnfx.lowering.linear_calls import is_linear
 from snnfx.sandbox.torch_internals import pytree
 
@@ -138,10 +139,14 @@ class Translator:
         self.recording, self.values = recording, recording.values
         self.builder = Builder(simplify=not for_comparison)
         self.expressions: dict[int, Expression | LoweringRefused] = {}
+        self.selected = SelectedValues(self.values, self.builder, self.expression)
         self.operands: dict[int, int] = {}
         self.sums: dict[int, tuple[Expression, bool]] = {}
         shapes = [self.values[n].shape for n in (*recording.outputs, *recording.next_states)]
         self.shape: tuple[int, ...] = max(shapes, key=len) if shapes else ()
+        results = (*recording.outputs, *recording.next_states)
+        if any(self.values[n].has_selected_size for n in results):
+            raise LoweringRefused("the size of `x[mask]`, which depends on the data, is that of a result")
         if any(shape != self.shape for shape in shapes):
             raise LoweringRefused(f"its outputs and states have different shapes, {_join_shapes(shapes)}")
 
@@ -230,12 +235,18 @@ class Translator:
             return self._operand(number)
         assert value.call is not None
         call = value.call
+        by_mask = self.selected.translated(number, call)
+        if by_mask is not None:
+            return by_mask
         if call.name in VALUE_PRESERVING or call.name == "getitem":
+            if value.has_selected_size and self.selected.mark(number, call):
+                return self.builder.cast(self.expression(call.references()[0]), compute_dtype(value.dtype))
             return self.builder.cast(self._view_expression(number, call), compute_dtype(value.dtype))
         rule = ELEMENTWISE.get(call.name) or ELEMENTWISE.get(call.name.removesuffix("_"))
         if rule is None:
             raise LoweringRefused(f"`{call.name}` is not known to be element-wise")
-        self._check_alignment(number, call)
+        if not self.selected.mark(number, call):
+            self._check_alignment(number, call)
         return rule(RuleContext(call, value, self.values, self.builder, self.expression))
 
     def _operand(self, number: int) -> Expression:
@@ -260,6 +271,8 @@ class Translator:
             with contextlib.suppress(LoweringRefused):
                 self._check_alignment(number, call)
                 return ELEMENTWISE[call.name](RuleContext(call, value, self.values, self.builder, self.expression))
+        if value.has_selected_size:
+            raise LoweringRefused("the size of an operand depends on values that may change")
         if not _broadcasts(value.shape, self.shape):
             raise LoweringRefused(f"an operand of shape {list(value.shape)} does not fit the step's {list(self.shape)}")
         index = self.operands.setdefault(number, len(self.operands))
@@ -326,7 +339,9 @@ class Translator:
         Gradients that depend on the gradients of outputs and states are as large as these.
         """
         expression = self.expression(number)
-        if _element_count(self.values[number].shape) != _element_count(self.shape):
+        if self.values[number].has_selected_size or _element_count(self.values[number].shape) != _element_count(
+            self.shape
+        ):
             raise LoweringRefused("a gradient is smaller than a step before it is summed")
         return expression
 
@@ -347,6 +362,14 @@ class Translator:
         if not is_linear(call, self.values):
             raise LoweringRefused(f"the gradient of a parameter needs `{call.name}` at every step")
         if call.name == "sum" and _is_scalar(value.shape):
+            with contextlib.suppress(LoweringRefused):
+                mask = self.selected.mask_of(sources[0])
+                if mask is not None:
+                    picked = self.expression(sources[0])
+                    nothing = self.builder.constant(0.0, picked.dtype)
+                    everywhere = self.builder.make("where", (mask, picked, nothing), picked.dtype)
+                    self.sums[number] = (everywhere, True)
+                    return
             try:
                 self.sums[number] = (self._full_expression(sources[0]), True)
             except LoweringRefused:
