@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dis
 import inspect
+import operator
 import sys
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -103,6 +104,16 @@ class StepProxy(fx.Proxy):
             self.tracer.create_proxy("call_method", "masked_fill_", (self, index, value), {})
         else:
             self.tracer.create_proxy("call_function", set_part_, (self, index, value), {})
+
+    def __eq__(self, other: object) -> Any:
+        if other is None:
+            return False  # as for a tensor and a number
+        return self.tracer.create_proxy("call_function", operator.eq, (self, other), {})
+
+    def __ne__(self, other: object) -> Any:
+        if other is None:
+            return True
+        return self.tracer.create_proxy("call_function", operator.ne, (self, other), {})
 
     def __bool__(self) -> bool:
         return bool(self.tracer.concrete(self))  # type: ignore[attr-defined]

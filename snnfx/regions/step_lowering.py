@@ -153,6 +153,8 @@ class StepLowering:
         except LoweringRefused as reason:
             if device.type != "cpu" or torch.is_autocast_enabled("cpu"):
                 raise
+            if any(value.has_selected_size for value in recording.values):
+                raise  # a loop with products stores each value of a step in a tensor of fixed size
             mixed = MixedStep(recording, str(reason))
         if not starts:
             return mixed, None

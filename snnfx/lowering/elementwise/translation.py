@@ -40,6 +40,8 @@ _MEMORY = {
     torch.bfloat16: "bfloat16",
     torch.float32: "float32",
     torch.float64: "float64",
+    torch.int32: "int32",
+    torch.int64: "int64",
     torch.bool: "bool",
 }
 
@@ -277,7 +279,7 @@ class Translator:
             raise LoweringRefused(f"an operand of shape {list(value.shape)} does not fit the step's {list(self.shape)}")
         index = self.operands.setdefault(number, len(self.operands))
         kind = "scalar" if _is_scalar(value.shape) else "invariant"
-        # `LoweredStep` converts integer constants to float64, which represents them exactly.
+        # `LoweredStep` converts small integers to float64, which represents them exactly.
         return self.builder.leaf(kind, index, compute_dtype(value.dtype if value.dtype in _MEMORY else torch.float64))
 
     def _view_expression(self, number: int, call: AtenCall) -> Expression:
