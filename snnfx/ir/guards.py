@@ -168,7 +168,8 @@ def _function_of(module: str, qualified_name: str) -> Any:
 
 
 Step = tuple[str, Any]
-"""A step of a path: ("instance" | "class" | "attribute" | "item" | "key" | "cell", name, index or key)."""
+"""A step of a path: ("instance" | "class" | "attribute" | "item" | "key" | "cell", name, index or key), or ("condition",
+a `Condition` of the module)."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -202,6 +203,8 @@ class Guard:
         for kind, key in steps:
             if kind in ("item", "key"):
                 text += f"[{key!r}]"
+            elif kind == "condition":
+                text = str(key.shown)
             elif kind != "cell" and key not in ("_parameters", "_buffers"):
                 text += f".{key}" if text else str(key)
         return text
@@ -249,6 +252,8 @@ def _step(value: Any, kind: str, key: Any) -> Any:
         return getattr(value, key, ABSENT)
     if kind == "cell":
         return contents_of(value)
+    if kind == "condition":
+        return key.evaluate(value)
     if kind == "key":
         return value.get(key, ABSENT) if isinstance(value, dict) else ABSENT
     return value[key] if isinstance(value, tuple | list | deque) and key < len(value) else ABSENT

@@ -159,6 +159,8 @@ class _PythonAccessWatch(TorchFunctionMode):
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         name = getattr(func, "__name__", "")
+        if self.recorder.is_recording:
+            return func(*args, **(kwargs or {}))
         if name in _DATA_ACCESS:
             raise LoweringRefused(f"the step takes data out of PyTorch with `{name}`")
         if name in _SIZE_ACCESS or (name == "__get__" and getattr(func.__self__, "__name__", "") == "shape"):
@@ -181,6 +183,8 @@ class _Recorder(TorchDispatchMode):
         self.overwritten: set[int] = set()
         self.keep_alive: list[Any] = []  # an id is only unique among living objects
         self.decompose: Callable[[Any], Any] | None = None
+        self.is_recording = False
+        """Whether code of this class runs, which may read the memory of tensors."""
 
     def add(self, tensor: Tensor, value: RecordedValue) -> int:
         if tensor.is_complex():
@@ -213,7 +217,13 @@ class _Recorder(TorchDispatchMode):
         return self.add(tensor, RecordedValue(tuple(tensor.shape), tensor.dtype, "constant", len(self.constants) - 1))
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        kwargs = kwargs or {}
+        before, self.is_recording = self.is_recording, True
+        try:
+            return self._record(func, args, kwargs or {})
+        finally:
+            self.is_recording = before
+
+    def _record(self, func: Any, args: Any, kwargs: dict[str, Any]) -> Any:
         name = str(func._schema.name).partition("::")[2]
         if torch.Tag.nondeterministic_seeded in func.tags:
             raise LoweringRefused(f"`{name}` draws random numbers")

@@ -89,6 +89,7 @@ class SelectedValues:
         """The expression of a written value, which the same mask selects or which is one number."""
         number = value.number
         expression = self.expression(number)
-        if self.mask_of(number) is not mask and self.values[number].shape not in ((), (1,)):
+        is_number = expression.op == "constant" or self.values[number].shape in ((), (1,))
+        if self.mask_of(number) is not mask and not is_number:
             raise LoweringRefused(f"`{call.name}` writes values that its mask does not select")
         return expression
