@@ -285,7 +285,7 @@ CODES: dict[str, CodeEntry] = {
         "the first step apart, but all later steps run the same operations. Keep the number as a tensor and choose with "
         "torch.where.",
         "self.t += 1\nif self.t % 2 == 0: v = v * 0.5",
-        "self.t = self.t + 1   # self.t = torch.zeros(()) at first\nv = torch.where(self.t % 2 == 0, v * 0.5, v)",
+        "self.t = self.t + 1   # self.t = torch.zeros_like(x) at first\nv = torch.where(self.t % 2 == 0, v * 0.5, v)",
     ),
     # 3xx: inputs of a call
     "SNNFX301": CodeEntry(

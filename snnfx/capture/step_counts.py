@@ -74,7 +74,7 @@ class StepCounts:
                     where=format_location(branch.where),
                     why=f"`{operation_name(branch.node)}` is {branch.value} in the second step, and a net runs the same "
                     "operations in all steps but the first.",
-                    hint=f"Keep `{name}` as a tensor, torch.zeros(()), and choose with torch.where.",
+                    hint=f"Keep `{name}` in a tensor, such as torch.zeros_like(x), and choose with torch.where.",
                 )
 
     def _slot_of(self, node: Node) -> Node | None:

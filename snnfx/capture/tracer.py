@@ -401,7 +401,11 @@ class StepTracer(fx.Tracer):
         if number is bool and not proxy.node.meta.get("shape_like"):
             condition = condition_of(proxy.node, self.root, number, location)
             if condition is not None:
-                self.conditions[condition] = condition.evaluate(self.root)
+                before, self.is_evaluating = self.is_evaluating, True
+                try:
+                    self.conditions[condition] = condition.evaluate(self.root)
+                finally:
+                    self.is_evaluating = before
                 return self.conditions[condition]
         if isinstance(value, Tensor) or (value is UNKNOWN and not proxy.node.meta.get("shape_like")):
             raise CaptureError(

@@ -6,7 +6,6 @@ may change as long as the branch stays the same.
 
 from __future__ import annotations
 
-import functools
 import operator
 from dataclasses import dataclass
 from typing import Any
@@ -77,8 +76,17 @@ class Condition:
         if isinstance(argument, _Result):
             return results[argument.index]
         if isinstance(argument, _Registered):
-            return functools.reduce(getattr, argument.name.split("."), model)
+            return _registered(model, argument.name)
         return argument
+
+
+def _registered(model: nn.Module, name: str) -> Any:
+    """A parameter or buffer; not by `getattr`, which a trace records."""
+    *path, last = name.split(".")
+    for atom in path:
+        model = vars(model)["_modules"][atom]
+    own = vars(model)
+    return own["_parameters"][last] if last in own["_parameters"] else own["_buffers"][last]
 
 
 def condition_of(node: Node, model: nn.Module, number: type, where: str) -> Condition | None:

@@ -213,7 +213,8 @@ class Guard:
     def is_number(self) -> bool:
         """Whether the guard covers a number, which a buffer could store."""
         is_number = isinstance(self.expected, int | float | complex)
-        return self.test == "value" and is_number and self.path[-1][1] != "training"
+        kind, name = self.path[-1]
+        return self.test == "value" and is_number and kind != "condition" and name != "training"
 
     def resolve(self, model: nn.Module) -> Any:
         """The current value at the location; `ABSENT` if the location does not exist."""
