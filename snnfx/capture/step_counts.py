@@ -72,8 +72,8 @@ class StepCounts:
                     "SNNFX250",
                     f"a later step takes another branch than the second one, because `{name}` counts the steps",
                     where=format_location(branch.where),
-                    why=f"`{operation_name(branch.node)}` is {branch.value} in the second step, and a net runs the same "
-                    "operations in all steps but the first.",
+                    why=f"`{operation_name(branch.node)}` is {branch.value} in the second step, and a net runs "
+                    "the same operations in all steps but the first.",
                     hint=f"Keep `{name}` in a tensor, such as torch.zeros_like(x), and choose with torch.where.",
                 )
 

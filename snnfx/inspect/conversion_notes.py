@@ -12,8 +12,8 @@ from snnfx.analysis.dependence import is_random
 from snnfx.analysis.lowerable_loops import mixing_node
 from snnfx.analysis.statistic_reads import is_statistic_read, statistic_of
 from snnfx.inspect.computing_nodes import NodeKey, is_computing, nodes_by_key
-from snnfx.inspect.source_expressions import expression
 from snnfx.inspect.expected_lowering import expected_lowering
+from snnfx.inspect.source_expressions import expression
 from snnfx.ir.facts import NUMBER, SLOT, TRACE
 from snnfx.ir.printing import describe_node, location_of
 from snnfx.ir.program import Region, StepProgram

@@ -20,10 +20,10 @@ from snnfx.sandbox.torch_internals import disable_dispatch_modes
 __all__ = ["Condition", "condition_of"]
 
 _PURE = frozenset(
-    "gt ge lt le eq ne add sub mul truediv div floordiv mod remainder pow neg abs invert and or xor not getitem max min "
-    "amax amin mean sum prod any all norm exp log sqrt sigmoid tanh softplus relu clamp square reciprocal detach float "
-    "double to long int bool item size numel dim shape getattr isnan isinf isfinite logical_and logical_or logical_not "
-    "greater less equal allclose view reshape flatten squeeze unsqueeze select".split()
+    "gt ge lt le eq ne add sub mul truediv div floordiv mod remainder pow neg abs invert and or xor not getitem max "
+    "min amax amin mean sum prod any all norm exp log sqrt sigmoid tanh softplus relu clamp square reciprocal detach "
+    "float double to long int bool item size numel dim shape getattr isnan isinf isfinite logical_and logical_or "
+    "logical_not greater less equal allclose view reshape flatten squeeze unsqueeze select".split()
 )
 """Operations without effects that may be run again at each call."""
 _SYMBOLS = {"gt": ">", "ge": ">=", "lt": "<", "le": "<=", "eq": "==", "ne": "!="}
@@ -66,9 +66,7 @@ class Condition:
             results: list[Any] = []
             for target, arguments in self.calls:
                 values = [self._value(a, model, results) for a in arguments]
-                results.append(
-                    getattr(values[0], target)(*values[1:]) if isinstance(target, str) else target(*values)
-                )
+                results.append(getattr(values[0], target)(*values[1:]) if isinstance(target, str) else target(*values))
             return self.number(results[-1])
 
     @staticmethod

@@ -168,8 +168,8 @@ def _function_of(module: str, qualified_name: str) -> Any:
 
 
 Step = tuple[str, Any]
-"""A step of a path: ("instance" | "class" | "attribute" | "item" | "key" | "cell", name, index or key), or ("condition",
-a `Condition` of the module)."""
+"""A step of a path: ("instance" | "class" | "attribute" | "item" | "key" | "cell", name, index or key), or
+("condition", a `Condition` of the module)."""
 
 
 @dataclass(frozen=True, eq=False)

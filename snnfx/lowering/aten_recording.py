@@ -27,6 +27,7 @@ from snnfx.sandbox.torch_internals import (
     BelowAutograd,
     TorchDispatchMode,
     current_autograd_node,
+    gradients_in_modes,
     pytree,
     saved_tensors_hooks,
     sequence_number,
@@ -304,7 +305,9 @@ def _geometry(tensor: Tensor) -> tuple[Any, ...]:
 
 def _has_selected_size(call: AtenCall, result: Tensor, sources: Sequence[RecordedValue]) -> bool:
     """Whether the size of a result depends on values: it is `x[mask]`, or has the size of such an operand."""
-    if call.name in ("index", "masked_select") and any(s.dtype == torch.bool for s in sources[1:]):
+    if call.name in ("index", "masked_select", "masked_scatter_backward") and any(
+        s.dtype == torch.bool for s in sources[1:]
+    ):
         return True
     return result.dim() == 1 and any(s.has_selected_size and s.shape == result.shape for s in sources)
 
@@ -480,7 +483,7 @@ def _record_backward(
         for t, _ in hooks:
             t._backward_hooks = None  # the user's hooks must not run for a recording
         with watch, recorder:
-            found = torch.autograd.grad(roots, wanted, tangents, allow_unused=True)
+            found = gradients_in_modes(roots, wanted, tangents)
     finally:
         for t, removed in hooks:
             t._backward_hooks = removed

@@ -98,7 +98,9 @@ def _refusing_unregistered_state(module: nn.Module) -> Iterator[None]:
             m.__dict__.update(snapshot.values)
             snapshot.restore()
             name = ".".join(str(key) for key in changed[0].path)
-            hint = f'Derive it from snnfx.MemoryModule and call self.register_memory("{name}", initial); or, if its code '
+            hint = (
+                f'Derive it from snnfx.MemoryModule and call self.register_memory("{name}", initial); or, if its code '
+            )
             hint += "reads shapes, convert with example_inputs."
             if isinstance(changed[0].new, PackedSequence):
                 hint = "Store the padded tensor in a registered memory: torch.nn.utils.rnn.pad_packed_sequence(x)[0]."

@@ -24,7 +24,16 @@ import math
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 
-__all__ = ["GRADIENT_LEAVES", "INTEGERS", "LEAVES", "Builder", "Expression", "StepExpressions", "is_leaf", "topological"]
+__all__ = [
+    "GRADIENT_LEAVES",
+    "INTEGERS",
+    "LEAVES",
+    "Builder",
+    "Expression",
+    "StepExpressions",
+    "is_leaf",
+    "topological",
+]
 
 LEAVES = ("sequence", "invariant", "scalar", "state", "grad_output", "grad_state", "constant")
 GRADIENT_LEAVES = ("grad_output", "grad_state")

@@ -18,7 +18,7 @@ from snnfx.lowering.elementwise.expressions import Builder, Expression
 
 __all__ = ["SelectedValues"]
 
-_READS = ("index", "masked_select")
+_READS = ("index", "masked_select", "masked_scatter_backward")
 _WRITES = ("index_put", "_index_put_impl", "_unsafe_index_put", "masked_scatter")
 
 
@@ -31,9 +31,7 @@ class SelectedValues:
         expression: the expression of a value.
     """
 
-    def __init__(
-        self, values: list[RecordedValue], builder: Builder, expression: Callable[[int], Expression]
-    ) -> None:
+    def __init__(self, values: list[RecordedValue], builder: Builder, expression: Callable[[int], Expression]) -> None:
         self.values, self.builder, self.expression = values, builder, expression
         self._masks: dict[int, Expression] = {}
 
