@@ -132,8 +132,9 @@ def _stays_forever(branch: _Branch, following: Any, start: Any) -> bool:
     node = branch.node
     if not increment or not isinstance(increment, int) or not isinstance(start, int):
         return False
+    bound: Any = 0
     if _offset(node, branch.slot) is not None:  # `if self.t`
-        offset, bound, name, flipped = _offset(node, branch.slot), 0, "ne", False
+        offset, name, flipped = _offset(node, branch.slot), "ne", False
     else:
         name = operation_name(node)
         if name not in ("eq", "ne", "lt", "le", "gt", "ge") or len(node.args) != 2:

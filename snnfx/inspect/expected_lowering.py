@@ -34,7 +34,7 @@ def expected_lowering(net: Net, region: LoopRegion, slots: Sequence[str]) -> Low
         return None
     inputs, constants = arguments
     try:
-        with isolated(net.source):
+        with isolated(net.source, rng=False):
             prepared = region.kernels.prepare(inputs, state, constants)
     except Exception as error:
         surface(error, "explain cannot lower a loop before the first call")

@@ -144,8 +144,10 @@ class StepLowering:
         """One kernel for all steps; if the step is not element-wise, a schedule that runs without autograd."""
         device = inputs[0].device
         try:
-            _refuse_other_shapes(inputs, after)
-            lowered = LoweredStep(translate(recording), back_end_of(device), device)
+            translated = translate(recording)
+            kinds = translated.expressions.sequences
+            _refuse_other_shapes([x for x, k in zip(inputs, kinds, strict=True) if k != "unused"], after)
+            lowered = LoweredStep(translated, back_end_of(device), device)
             initial = self._initial_states(recording, inputs, constants) if starts else None
             if initial is not None:
                 self._refuse_unknown_shape(lowered, initial, inputs, constants)

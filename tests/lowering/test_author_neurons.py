@@ -56,12 +56,27 @@ def assert_one_kernel(model: nn.Module, with_examples: bool) -> None:
             assert all(line.startswith(("One kernel", "Absorbed", "Counted by Python")) for line in said), said
 
 
-READS_SHAPES = ("NumpyNumbers", "ResonateAndFire")
-"""Neurons whose Python code computes with a shape or dtype of the input."""
+READS_SHAPES = ("NumpyNumbers",)
+"""Neurons whose Python code computes with a shape of the input."""
+
+
+COMPLEX = ("ResonateAndFire", "ResonateInPolarForm")
+"""Neurons with a complex state, which are stepped."""
+
+
+@pytest.mark.parametrize("name", COMPLEX)
+def test_a_complex_state_equals_stepping_and_is_said_to_be_stepped(name: str) -> None:
+    model, x = nn.Sequential(NEURONS[name]()).double(), x_seq()
+    expected = run_stepped(model, x)
+    net = snnfx.convert(fresh_copy(model), example_inputs=x[0])
+    (promised,) = snnfx.explain(net).kernels
+    assert_same_run(run_net(net, x), expected, 1e-9)
+    assert promised.startswith("Stepped by PyTorch") and "complex" in promised
+    assert snnfx.explain(net).kernels == (promised,)
 
 
 @pytest.mark.parametrize("with_examples", [True, False], ids=["examples", "plain"])
-@pytest.mark.parametrize("name", NEURONS)
+@pytest.mark.parametrize("name", [name for name in NEURONS if name not in COMPLEX])
 def test_a_neuron_is_one_kernel(name: str, with_examples: bool) -> None:
     torch.manual_seed(0)
     if name in READS_SHAPES and not with_examples:

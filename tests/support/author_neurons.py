@@ -81,6 +81,21 @@ class ZerosOfBatchAndWidth(Stateful):
 
 
 @neuron
+class ZerosOfAnotherWidth(Stateful):
+    """The input has another width than the state: two synapses for each neuron."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        current = torch.cat([x, 0.5 * x], 1).view(x.shape[0], x.shape[1], 2).sum(2)
+        doubled = torch.cat([current, current], 1)
+        if self.v is None:
+            self.v = torch.zeros(x.shape[0], 10, dtype=x.dtype)
+        v = self.v * 0.8 + doubled
+        y = fire(v - 1)
+        self.v = v - y
+        return y
+
+
+@neuron
 class ZerosOfTheSize(Stateful):
     def first(self, x: Tensor) -> Any:
         return torch.zeros(x.size(), device=x.device, dtype=x.dtype)

@@ -263,6 +263,7 @@ def _merge_constant(site: CallSite, result: Fact, constant: Fact) -> Fact | None
         return result
     if reach > 0 and result.known:
         result = replace(result, known=())  # the constant may have larger dimensions in front of the batch
+    assert result.dim is not None
     size = constant.known[reach] if reach < len(constant.known) else None
     if size != 1:
         code = "SNNFX105" if constant.varying else "SNNFX104"

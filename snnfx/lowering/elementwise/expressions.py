@@ -190,7 +190,7 @@ class StepExpressions:
     """One time step, forward and backward.
 
     Args:
-        sequences: dtype in memory of each input, e.g. "bfloat16".
+        sequences: dtype in memory of each input, e.g. "bfloat16"; "unused": read for its size only.
         operands: dtype in memory of each operand that does not change with time.
         scalars: which of the operands are one number.
         state_dtypes: dtype in memory of each state.

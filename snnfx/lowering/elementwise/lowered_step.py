@@ -196,8 +196,8 @@ class LoweredStep:
         shape = tuple(x_seq[0].shape[1:])
         given = [tuple(s.shape) for s in states if isinstance(s, Tensor)]
         constant = self.step.operand_shapes
-        if len(x_seq) > 1 or len(shape) != len(self.step.shape) or constant or given:
-            kinds = self.step.expressions.sequences
+        kinds = self.step.expressions.sequences
+        if len(x_seq) > 1 or "unused" in kinds or len(shape) != len(self.step.shape) or constant or given:
             read = [tuple(x.shape[1:]) for x, kind in zip(x_seq, kinds, strict=True) if kind != "unused"]
             shape = broadcast(*read, *given, *constant)
         return shape

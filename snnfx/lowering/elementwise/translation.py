@@ -22,13 +22,14 @@ from torch import Tensor
 from snnfx.lowering.aten_recording import (
     AtenCall,
     LoweringRefused,
+    RecordedValue,
     Recording,
     ValueReference,
     call_as_recorded,
     resolve_references,
 )
 from snnfx.lowering.elementwise.aten_table import ELEMENTWISE, VALUE_PRESERVING, RuleContext, compute_dtype
-from snnfx.lowering.elementwise.expressions import Builder, Expression, StepExpressions
+from snnfx.lowering.elementwise.expressions import Builder, Expression, StepExpressions, topological
 from snnfx.lowering.elementwise.selected_values import SelectedValues
 from snnfx.lowering.linear_calls import is_linear
 from snnfx.sandbox.torch_internals import pytree
@@ -180,8 +181,12 @@ class Translator:
             for n, v in enumerate(self.values)
             if v.origin == "constant" and (n in read or v.index in gradients)
         )
+        results = [*outputs, *following, *grad_sequences, *grad_states, *(e for e, _ in self.sums.values())]
+        used = topological([e for e in results if e is not None])
+        read_inputs = {e.index for e in used if e.op == "sequence"}
+        read_inputs |= {i for i, gradient in enumerate(grad_sequences) if gradient is not None}
         expressions = StepExpressions(
-            sequences=tuple(memory_dtype(v.dtype) if v.dtype in _MEMORY else "unused" for v in inputs),
+            sequences=tuple(self._memory_of_input(v, i in read_inputs) for i, v in enumerate(inputs)),
             operands=tuple(_MEMORY.get(self.values[n].dtype, "float64") for n in self.operands),
             scalars=tuple(_is_scalar(self.values[n].shape) for n in self.operands),
             state_dtypes=tuple(memory_dtype(self.values[n].dtype) for n in recording.next_states),
@@ -207,6 +212,11 @@ class Translator:
             tuple(differentiable),
             any(self._has_fixed_sizes(call) for call in (*prologue, *calls)),
         )
+
+    def _memory_of_input(self, value: RecordedValue, is_read: bool) -> str:
+        """The dtype in memory of an input; "unused" if no result needs its values and its shape is not the step's."""
+        is_known = value.dtype in _MEMORY
+        return memory_dtype(value.dtype) if is_known and (is_read or _broadcasts(value.shape, self.shape)) else "unused"
 
     def expression(self, number: int) -> Expression:
         """The expression of a value.
