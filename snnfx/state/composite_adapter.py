@@ -98,16 +98,14 @@ def _refusing_unregistered_state(module: nn.Module) -> Iterator[None]:
             m.__dict__.update(snapshot.values)
             snapshot.restore()
             name = ".".join(str(key) for key in changed[0].path)
-            hint = (
-                f'Derive it from snnfx.MemoryModule and call self.register_memory("{name}", initial); or, if its code '
-            )
-            hint += "reads shapes, convert with example_inputs."
+            hint = f'Derive it from snnfx.MemoryModule and call self.register_memory("{name}", initial).'
             if isinstance(changed[0].new, PackedSequence):
                 hint = "Store the padded tensor in a registered memory: torch.nn.utils.rnn.pad_packed_sequence(x)[0]."
             raise CaptureError(
                 "SNNFX213",
                 f"a step of `{type(m).__name__}` changes its attribute `{name}`",
                 where=location_of_forward(m),
-                why="the module cannot be traced, so a net carries only its registered states across steps.",
+                why="the module cannot be traced, so a net carries only its registered states across steps. (Code that "
+                "reads shapes is traced with example_inputs.)",
                 hint=hint,
             )
