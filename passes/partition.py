@@ -44,6 +44,7 @@ from snnfx.ir.nodes import is_size, takes_from_tuple
 from snnfx.ir.printing import operation_name
 from snnfx.ir.program import SELF_TARGET, StepProgram
 from snnfx.ir.setting_read import SettingRead
+from snnfx.lowering.elementwise.elementwise_functions import prove_elementwise_functions
 from snnfx.ops.step_functions import apply_autograd_function
 from snnfx.passes.base import Pass
 from snnfx.sandbox.torch_internals import BatchNormBase, InstanceNormBase, NormBase
@@ -70,6 +71,7 @@ class Partition(Pass):
     invariant_inputs: tuple[str, ...] = field(default=())
 
     def apply(self, program: StepProgram) -> str:
+        prove_elementwise_functions(program)
         # Their backward needs the gradient of each step, not the sum over all steps.
         not_once = {node for node in self._invariant_functions(program) if has_nonlinear_backward(program, node)}
         dependence, analysis = self._analyse_updates(program, not_once)

@@ -279,6 +279,14 @@ CODES: dict[str, CodeEntry] = {
         "from spikingjelly.clock_driven import neuron",
         "from spikingjelly.activation_based import neuron",
     ),
+    "SNNFX250": CodeEntry(
+        "a branch on the number of the step",
+        "Python code branches on a number that counts the steps, and later steps take different branches. A net runs "
+        "the first step apart, but all later steps run the same operations. Keep the number as a tensor and choose with "
+        "torch.where.",
+        "self.t += 1\nif self.t % 2 == 0: v = v * 0.5",
+        "self.t = self.t + 1   # self.t = torch.zeros_like(x) at first\nv = torch.where(self.t % 2 == 0, v * 0.5, v)",
+    ),
     # 3xx: inputs of a call
     "SNNFX301": CodeEntry(
         "no time steps",

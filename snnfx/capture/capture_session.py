@@ -21,7 +21,8 @@ from snnfx.capture.trace_faults import raise_internal_fault
 from snnfx.capture.tracer import StepTracer, SubmoduleNotTraceable
 from snnfx.capture.variable_changes import VariableChanges
 from snnfx.errors import CaptureError
-from snnfx.ir.guards import Guards
+from snnfx.ir.conditions import Condition
+from snnfx.ir.guards import Guard, Guards, ModuleRoot, text_of
 from snnfx.ir.program import InitialAttribute, InputLeaf, Slot, StepProgram, results_of
 from snnfx.ir.setting_read import SettingRead
 from snnfx.sandbox.contents_snapshot import MISSING, Change
@@ -68,6 +69,7 @@ class CaptureSession:
         self.code, self.variables = code, VariableChanges(code)
         self.user_reads: dict[tuple[nn.Module, str], None] = {}
         self.consumed_tensors: dict[int, Tensor] = {}
+        self.conditions: dict[Condition, Any] = {}
         self.stateful = _outermost_stateful(self.model, opaque)
         self.reads: dict[tuple[nn.Module, str], tuple[Any, str]] = {}
         self.set_before_read: set[tuple[nn.Module, str]] = set()
@@ -119,7 +121,7 @@ class CaptureSession:
         """The guards of everything outside the graph that the traces depend on, in the user's model."""
         traced = [name for name, _ in self._traced_modules() if name or self.entry == "forward"]
         original_of = self.copy.original_of
-        return guards_of(
+        guards = guards_of(
             self.copy.model,
             self.entry,
             traced,
@@ -130,6 +132,11 @@ class CaptureSession:
             [original_of(container) for container in self.variables.growing.values()],
             {original_of(m): m.__dict__["training"] for m in self.model.modules() if "training" in m.__dict__},
         )
+        guards.reads += [
+            Guard(ModuleRoot(""), (("condition", condition),), "value", value, text_of(value))
+            for condition, value in self.conditions.items()
+        ]
+        return guards
 
     def initial_attributes(self, discovered: Iterable[AttributeSlot]) -> list[InitialAttribute]:
         """The values of attributes with discovered slots before the first step."""
@@ -160,6 +167,7 @@ class CaptureSession:
             tracer = StepTracer(self.arguments, self.entry, self.opaque, self.fake_mode)
             tracer.reads, tracer.user_reads = self.reads, self.user_reads
             tracer.consumed.tensors = self.consumed_tensors
+            tracer.conditions = self.conditions
             accessed_before_call = tracer.leaf_states.accessed_before_call
             try:
                 changed = self._trace(tracer, discovered, warm, shapes or {})
@@ -212,6 +220,8 @@ class CaptureSession:
             for attribute in discovered.values():
                 number = is_number(attribute.before) and is_number(attribute.result)
                 known = known_value(shapes.get(attribute.name))
+                if number:
+                    tracer.counts.starts[attribute.name] = attribute.result
                 attribute.write(tracer.add_slot(attribute.name, *known, number=number))
             for c in self.carried:
                 values = {**c.examples, **shapes}
@@ -252,6 +262,7 @@ class CaptureSession:
                 self._written.add(attribute.name)
                 self._refuse_unsupported_state(attribute.module, attribute.name, attribute.before, value)
                 tracer.slot_values[attribute.name] = value
+            tracer.counts.check(tracer.slot_values)
             self.changes.finish(tracer)
             growing = {(a.module, a.attribute) for a in discovered.values() if a.path and not a.keeps_structure()}
             changed.extend(

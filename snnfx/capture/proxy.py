@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dis
 import inspect
+import operator
 import sys
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -104,20 +105,30 @@ class StepProxy(fx.Proxy):
         else:
             self.tracer.create_proxy("call_function", set_part_, (self, index, value), {})
 
+    def __eq__(self, other: object) -> Any:
+        if other is None:
+            return False  # as for a tensor and a number
+        return self.tracer.create_proxy("call_function", operator.eq, (self, other), {})
+
+    def __ne__(self, other: object) -> Any:
+        if other is None:
+            return True
+        return self.tracer.create_proxy("call_function", operator.ne, (self, other), {})
+
     def __bool__(self) -> bool:
-        return bool(self.tracer.concrete(self))  # type: ignore[attr-defined]
+        return bool(self.tracer.concrete(self, bool))  # type: ignore[attr-defined]
 
     def __index__(self) -> int:
-        return int(self.tracer.concrete(self))  # type: ignore[attr-defined]
+        return int(self.tracer.concrete(self, int))  # type: ignore[attr-defined]
 
     __int__ = __index__
 
     def __float__(self) -> float:
-        return float(self.tracer.concrete(self))  # type: ignore[attr-defined]
+        return float(self.tracer.concrete(self, float))  # type: ignore[attr-defined]
 
     def __array__(self, *args: Any, **kwargs: Any) -> Any:
         is_shape = isinstance(value_of(self), tuple)
-        number = [int(size) for size in self] if is_shape else self.tracer.concrete(self)  # type: ignore[attr-defined]
+        number = [int(size) for size in self] if is_shape else self.tracer.concrete(self, float)  # type: ignore[attr-defined]
         return sys.modules["numpy"].asarray(number, *args, **kwargs)
 
     def __format__(self, specification: str) -> str:
@@ -126,7 +137,7 @@ class StepProxy(fx.Proxy):
         is_unknown_tensor = value_of(self) is UNKNOWN and not self.node.meta.get("shape_like")
         if is_unknown_tensor:  # only a tensor of one element has a format
             return object.__format__(self, specification)
-        return format(self.tracer.concrete(self), specification)  # type: ignore[attr-defined]
+        return format(self.tracer.concrete(self, float), specification)  # type: ignore[attr-defined]
 
     def __hash__(self) -> int:
         return id(self)

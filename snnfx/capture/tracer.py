@@ -20,6 +20,7 @@ from torch.fx import Node
 from snnfx.capture.attribute_slots import AttributeSlot
 from snnfx.capture.consumed_tensors import ConsumedTensors
 from snnfx.capture.example_values import ExampleValues
+from snnfx.capture.inline_modules import is_traced_inline
 from snnfx.capture.input_output_checks import refusal_of_nested_tensor, refuse_outputs
 from snnfx.capture.leaf_module_states import LeafModuleStates
 from snnfx.capture.patches import (
@@ -34,10 +35,12 @@ from snnfx.capture.proxy import UNKNOWN, StepProxy, needs_examples, value_of
 from snnfx.capture.recording_copy import recording_modules
 from snnfx.capture.setting_reads import SettingReads
 from snnfx.capture.stateful_calls import StatefulCalls, element_of, mark_returned
+from snnfx.capture.step_counts import StepCounts
 from snnfx.capture.trace_faults import raise_internal_fault
 from snnfx.capture.unrecorded_draws import PythonDraw, UnrecordedDraws, refuse_unregistered_module
 from snnfx.capture.unsupported_modules import is_converted_net
 from snnfx.errors import CaptureError
+from snnfx.ir.conditions import Condition, condition_of
 from snnfx.ir.edits import add_placeholder
 from snnfx.ir.guards import text_of
 from snnfx.ir.nodes import is_in_place, is_in_place_target, is_size_computation, object_of
@@ -112,6 +115,9 @@ class StepTracer(fx.Tracer):
         self.reads: dict[tuple[nn.Module, str], tuple[Any, str]] = {}
         self.user_reads: dict[tuple[nn.Module, str], None] = {}
         self.consumed = ConsumedTensors(self)
+        self.counts = StepCounts({})
+        self.conditions: dict[Condition, Any] = {}
+        """Conditions on parameters and buffers that the model's code branches on, with their values."""
         self._has_gradients = torch.is_grad_enabled()
         self.first_reads: dict[tuple[nn.Module, str], Any] = {}
         """The value of each module attribute when the model's code first read it in this trace."""
@@ -384,10 +390,23 @@ class StepTracer(fx.Tracer):
         self.values.evaluate(node)
         return node
 
-    def concrete(self, proxy: StepProxy) -> Any:
-        """The Python number of a proxy that is a size; the graph then checks that the size stays the same."""
+    def concrete(self, proxy: StepProxy, number: type) -> Any:
+        """The Python number of a proxy: a size, which the graph then checks, or a number that all steps have."""
         value = value_of(proxy)
-        location = format_location(user_location())
+        where = user_location()
+        location = format_location(where)
+        decided = self.counts.decide(proxy.node, number, where)
+        if decided is not None:
+            return decided
+        if number is bool and not proxy.node.meta.get("shape_like"):
+            condition = condition_of(proxy.node, self.root, number, location)
+            if condition is not None:
+                before, self.is_evaluating = self.is_evaluating, True
+                try:
+                    self.conditions[condition] = condition.evaluate(self.root)
+                finally:
+                    self.is_evaluating = before
+                return self.conditions[condition]
         if isinstance(value, Tensor) or (value is UNKNOWN and not proxy.node.meta.get("shape_like")):
             raise CaptureError(
                 "SNNFX201",
@@ -418,6 +437,8 @@ class StepTracer(fx.Tracer):
     ) -> Any:
         if self.is_evaluating:
             return m.forward(*args, **kwargs)  # not m(...): hooks of the user must not run on fake tensors
+        if m not in self._paths and is_traced_inline(m):
+            return m.forward(*args, **kwargs)
         name = self.path_of_module(m)
         if is_converted_net(m) and name not in self.opaque:
             raise SubmoduleNotTraceable(name, "it is a converted net, which the step calls as a whole")

@@ -18,6 +18,7 @@ from typing import Any, NoReturn
 import torch
 from torch import nn
 
+from snnfx.capture.inline_modules import is_traced_inline
 from snnfx.capture.recorder import Recorder
 from snnfx.capture.recording_copy import is_recording_module
 from snnfx.errors import CaptureError
@@ -139,7 +140,8 @@ class UnrecordedDraws:
             code = frame.f_code
             if code is _CALL:
                 module = frame.f_locals["self"]
-                if not is_recording_module(module) and not self._recorder.is_evaluating:
+                is_unknown = not is_recording_module(module) and not is_traced_inline(module)
+                if is_unknown and not self._recorder.is_evaluating:
                     refuse_unregistered_module(module)
             elif self._numpy_state is None:
                 refers = self._refers_to_numpy.get(code)

@@ -20,6 +20,7 @@ __all__ = [
     "BATCH_DIM",
     "BATCH_SIZES",
     "CHANNELS_LAST",
+    "ELEMENTWISE_RESULTS",
     "FACTS",
     "FOLDS_DIM_0",
     "INPUT",
@@ -133,6 +134,8 @@ REFUSAL: Fact[Refusal | None] = Fact("refusal", "partitioned", (Refusal, _NONE),
 """The reason why the node is not folded."""
 STEP_REFUSAL: Fact[bool] = Fact("step_refusal", "partitioned", (bool,), False)
 """Whether the steps of the node cannot be folded even with known states."""
+ELEMENTWISE_RESULTS: Fact[int | None] = Fact("elementwise_results", "partitioned", (int, _NONE), None)
+"""The number of results of an element-wise autograd.Function, 0 for a result that is no tuple."""
 FOLDS_DIM_0: Fact[bool] = Fact("folds_dim_0", "partitioned", (bool,), False)
 """Whether a BatchNorm takes statistics over time although the batch dimension is unknown."""
 KIND: Fact[str] = Fact("kind", "partitioned", (str,), "")

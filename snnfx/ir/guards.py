@@ -168,7 +168,8 @@ def _function_of(module: str, qualified_name: str) -> Any:
 
 
 Step = tuple[str, Any]
-"""A step of a path: ("instance" | "class" | "attribute" | "item" | "key" | "cell", name, index or key)."""
+"""A step of a path: ("instance" | "class" | "attribute" | "item" | "key" | "cell", name, index or key), or
+("condition", a `Condition` of the module)."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -202,6 +203,8 @@ class Guard:
         for kind, key in steps:
             if kind in ("item", "key"):
                 text += f"[{key!r}]"
+            elif kind == "condition":
+                text = str(key.shown)
             elif kind != "cell" and key not in ("_parameters", "_buffers"):
                 text += f".{key}" if text else str(key)
         return text
@@ -210,7 +213,8 @@ class Guard:
     def is_number(self) -> bool:
         """Whether the guard covers a number, which a buffer could store."""
         is_number = isinstance(self.expected, int | float | complex)
-        return self.test == "value" and is_number and self.path[-1][1] != "training"
+        kind, name = self.path[-1]
+        return self.test == "value" and is_number and kind != "condition" and name != "training"
 
     def resolve(self, model: nn.Module) -> Any:
         """The current value at the location; `ABSENT` if the location does not exist."""
@@ -249,6 +253,8 @@ def _step(value: Any, kind: str, key: Any) -> Any:
         return getattr(value, key, ABSENT)
     if kind == "cell":
         return contents_of(value)
+    if kind == "condition":
+        return key.evaluate(value)
     if kind == "key":
         return value.get(key, ABSENT) if isinstance(value, dict) else ABSENT
     return value[key] if isinstance(value, tuple | list | deque) and key < len(value) else ABSENT

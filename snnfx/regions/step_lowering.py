@@ -144,8 +144,10 @@ class StepLowering:
         """One kernel for all steps; if the step is not element-wise, a schedule that runs without autograd."""
         device = inputs[0].device
         try:
-            _refuse_other_shapes(inputs, after)
-            lowered = LoweredStep(translate(recording), back_end_of(device), device)
+            translated = translate(recording)
+            kinds = translated.expressions.sequences
+            _refuse_other_shapes([x for x, k in zip(inputs, kinds, strict=True) if k != "unused"], after)
+            lowered = LoweredStep(translated, back_end_of(device), device)
             initial = self._initial_states(recording, inputs, constants) if starts else None
             if initial is not None:
                 self._refuse_unknown_shape(lowered, initial, inputs, constants)
@@ -153,6 +155,8 @@ class StepLowering:
         except LoweringRefused as reason:
             if device.type != "cpu" or torch.is_autocast_enabled("cpu"):
                 raise
+            if any(value.has_selected_size for value in recording.values):
+                raise  # a loop with products stores each value of a step in a tensor of fixed size
             mixed = MixedStep(recording, str(reason))
         if not starts:
             return mixed, None

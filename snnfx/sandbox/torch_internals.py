@@ -30,6 +30,7 @@ from torch._subclasses.fake_tensor import (
     unset_fake_temporarily,
 )
 from torch.autograd import Function, forward_ad
+from torch.autograd.graph import _engine_run_backward
 from torch.fx._symbolic_trace import _autowrap_check, _patch_wrapped_functions, _Patcher
 from torch.fx.graph_module import _forward_from_src as function_from_source
 from torch.nn.modules.batchnorm import _BatchNorm as BatchNormBase
@@ -92,6 +93,7 @@ __all__ = [
     "forward_mode_level",
     "function_from_source",
     "function_mode_stack",
+    "gradients_in_modes",
     "has_global_forward_hooks",
     "has_global_hooks",
     "included_dispatch_keys",
@@ -166,6 +168,16 @@ def forward_mode_level() -> int:
 def sequence_number(node: Any) -> int:
     """Return the number of a node of an autograd graph; a thread counts the nodes that it makes."""
     return node._sequence_nr()  # type: ignore[no-any-return]
+
+
+def gradients_in_modes(
+    outputs: Sequence[torch.Tensor], inputs: Sequence[torch.Tensor], gradients: Sequence[torch.Tensor]
+) -> tuple[torch.Tensor | None, ...]:
+    """`torch.autograd.grad`, but active torch function modes see the Python code of the backward passes."""
+    keep_graph, create_graph, allow_unused = False, False, True
+    return _engine_run_backward(
+        tuple(outputs), tuple(gradients), keep_graph, create_graph, tuple(inputs), allow_unused, accumulate_grad=False
+    )
 
 
 class WrappedFunctions:

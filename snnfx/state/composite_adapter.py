@@ -105,6 +105,7 @@ def _refusing_unregistered_state(module: nn.Module) -> Iterator[None]:
                 "SNNFX213",
                 f"a step of `{type(m).__name__}` changes its attribute `{name}`",
                 where=location_of_forward(m),
-                why="the module cannot be traced, so a net carries only its registered states across steps.",
+                why="the module cannot be traced, so a net carries only its registered states across steps. (Code that "
+                "reads shapes is traced with example_inputs.)",
                 hint=hint,
             )

@@ -445,6 +445,26 @@ def test_an_undeclared_state_in_a_module_stepped_without_tracing() -> None:
     converts(Step(lambda m, x: m.body(m.inner(x)), inner=Registered()), x_seq)
 
 
+def test_a_branch_on_the_number_of_the_step() -> None:
+    def step(m: Any, x: Tensor) -> Tensor:
+        m.t = m.t + 1
+        return m.body(x) if m.t % 2 == 0 else x
+
+    def followed(m: Any, x: Tensor) -> Tensor:
+        m.t = (torch.zeros_like(x) if m.t is None else m.t) + 1
+        return torch.where(m.t % 2 == 0, m.body(x), x)
+
+    refused(
+        "SNNFX250",
+        "capture/step_counts.py:StepCounts.check",
+        "in a tensor, such as torch.zeros_like(x), and choose with torch.where.",
+        lambda: snnfx.convert(Step(step, t=0), example_inputs=sequence()[0]),
+        names="`t` counts the steps",
+        at="m.t % 2 == 0",
+    )
+    converts(Step(followed, t=None))
+
+
 def test_a_state_set_to_none() -> None:
     def step(m: Any, x: Tensor) -> Tensor:
         s = m.body(x)

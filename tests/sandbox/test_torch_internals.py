@@ -18,6 +18,7 @@ import torch.nn.functional as F
 from torch import Tensor, fx, nn
 from torch.autograd import forward_ad
 from torch.nn.utils import parametrizations
+from torch.overrides import TorchFunctionMode
 from torch.utils.flop_counter import flop_registry
 
 from snnfx.sandbox import torch_internals as internals
@@ -82,6 +83,31 @@ def test_node_of_a_backward_pass_is_current_while_it_runs() -> None:
     assert nodes == [y.grad_fn]
     assert isinstance(nodes[0], torch.autograd.function.BackwardCFunction)
     assert internals.current_autograd_node() is None
+
+
+def test_a_mode_sees_the_code_of_a_backward_pass() -> None:
+    class Scale(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx: Any, x: Tensor) -> Tensor:
+            return x * 2
+
+        @staticmethod
+        def backward(ctx: Any, grad: Tensor) -> Tensor:
+            return grad / grad.shape[0]
+
+    seen: list[str] = []
+
+    class Mode(TorchFunctionMode):
+        def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+            seen.append(getattr(func, "__name__", ""))
+            return func(*args, **(kwargs or {}))
+
+    x, unused = torch.ones(2, requires_grad=True), torch.ones(1, requires_grad=True)
+    y = Scale.apply(x)
+    with Mode():
+        found = internals.gradients_in_modes([y], [x, unused], [torch.ones(2)])
+    assert torch.equal(found[0], torch.tensor([0.5, 0.5])) and found[1] is None
+    assert "__get__" in seen
 
 
 def test_nodes_of_an_autograd_graph_are_numbered_in_order() -> None:

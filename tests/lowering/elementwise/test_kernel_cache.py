@@ -24,7 +24,7 @@ STEP = """
     x_seq = torch.linspace(0, 3, 60).view(4, 15)
     y_seq = snnfx.convert(model)(x_seq)
     assert torch.equal(y_seq, snnfx.convert(model, lower=None)(x_seq))
-    assert "One kernel" in snnfx.explain(snnfx.convert(model)).kernels[0]
+    assert "one kernel" in snnfx.explain(snnfx.convert(model)).kernels[0]
 """
 
 
