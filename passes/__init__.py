@@ -6,7 +6,7 @@ if __name__ != "snnfx.passes":
     raise ImportError("this folder is the package snnfx.passes: write `import snnfx.passes`, not `import passes`")
 
 from snnfx.passes.absorb import Absorb
-from snnfx.passes.base import Pass, PassManager
+from snnfx.passes.base import Match, Pass, PassManager, Rewrite, StepProgram, call, verify_program
 from snnfx.passes.choose_memory_format import ChooseMemoryFormat
 from snnfx.passes.cut_layers import CutLayers
 from snnfx.passes.cut_spatial_edges import CutSpatialEdges
@@ -19,6 +19,7 @@ from snnfx.passes.partition import Partition
 from snnfx.passes.read_states_as_inputs import ReadStatesAsInputs
 from snnfx.passes.remove_dead_code import RemoveDeadCode
 from snnfx.passes.sink_reductions import SinkReductions
+from snnfx.passes.standard_pipeline import pipeline
 from snnfx.passes.tap_layers import TapLayers
 from snnfx.passes.trace_operands import TraceOperands
 
@@ -31,13 +32,19 @@ __all__ = [
     "FoldBatchNorm",
     "HoldDropout",
     "Lower",
+    "Match",
     "Normalize",
     "Partition",
     "Pass",
     "PassManager",
     "ReadStatesAsInputs",
     "RemoveDeadCode",
+    "Rewrite",
     "SinkReductions",
+    "StepProgram",
     "TapLayers",
     "TraceOperands",
+    "call",
+    "pipeline",
+    "verify_program",
 ]

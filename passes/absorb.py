@@ -17,6 +17,7 @@ from torch.fx import Node
 
 from snnfx.analysis.dependence import ancestors
 from snnfx.analysis.foldable_loops import folds_when_cut
+from snnfx.ir.facts import BATCH_DIM, KIND, REGION
 from snnfx.ir.nodes import is_size
 from snnfx.ir.printing import operation_name
 from snnfx.ir.program import SELF_TARGET, Region, StepProgram
@@ -34,6 +35,7 @@ class Absorb(Pass):
 
     name = "absorb"
     requires = "partitioned"
+    may_change = ("regions",)
 
     def apply(self, program: StepProgram) -> str:
         if program.training:
@@ -94,9 +96,9 @@ class _Mover:
 
     def _is_elementwise(self, node: Node) -> bool:
         region = self.region_of.get(node)
-        if region is None or region.kind != "fold" or node in self.fixed or node.meta.get("batch_dim") != 0:
+        if region is None or region.kind != "fold" or node in self.fixed or BATCH_DIM.of(node) != 0:
             return False
-        if any(n.meta.get("batch_dim", 0) not in (0, None) or is_size(n) for n in node.all_input_nodes):
+        if any(BATCH_DIM.of(n) not in (0, None) or is_size(n) for n in node.all_input_nodes):
             return False
         if node.op == "call_module":
             module = self.program.resolve(str(node.target))
@@ -115,7 +117,8 @@ class _Mover:
         loop.nodes = sorted([*loop.nodes, node], key=self.position.__getitem__)
         loop.absorbed = (*loop.absorbed, node.name)
         self.region_of[node] = loop
-        node.meta["kind"], node.meta["region"] = loop.kind, loop.name
+        KIND.set(node, loop.kind)
+        REGION.set(node, loop.name)
         self.moved.append(node.name)
         if node.op == "call_module" and str(node.target) not in self.program.constants:
             # The mode of the layer is part of the plan: in training, it would take statistics over all time steps.

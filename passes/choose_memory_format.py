@@ -15,6 +15,7 @@ from dataclasses import dataclass
 from torch.fx import Node
 
 from snnfx.analysis.image_operations import is_convolution, takes_any_layout
+from snnfx.ir.facts import CHANNELS_LAST
 from snnfx.ir.nodes import is_size
 from snnfx.ir.program import StepProgram
 from snnfx.passes.base import Pass
@@ -24,10 +25,11 @@ __all__ = ["ChooseMemoryFormat"]
 
 @dataclass(frozen=True)
 class ChooseMemoryFormat(Pass):
-    """Mark the values that may be channels-last (`node.meta["channels_last"]`)."""
+    """Mark the values that may be channels-last (the fact `CHANNELS_LAST`)."""
 
     name = "choose_memory_format"
     requires = "partitioned"
+    may_change = ()
 
     def apply(self, program: StepProgram) -> str:
         following = dict(zip((s.placeholder for s in program.slots), program.next_states, strict=True))
@@ -44,9 +46,9 @@ class ChooseMemoryFormat(Pass):
                     # A kernel gives all its results the memory format of its input.
                     marked.update(n for n in region.nodes if not is_size(n))
         for node in program.graph.nodes:
-            node.meta.pop("channels_last", None)
+            CHANNELS_LAST.clear(node)
         for node in marked:
-            node.meta["channels_last"] = True
+            CHANNELS_LAST.set(node, True)
         convolutions = sum(is_convolution(program, node) for node in marked)
         return f"{len(marked)} values around {convolutions} convolutions may be channels-last"
 

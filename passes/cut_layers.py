@@ -28,6 +28,7 @@ class CutLayers(Pass):
     name = "cut_layers"
     requires = "normalized"
     ensures = "normalized"
+    may_change = ("graph", "outputs")
 
     def apply(self, program: StepProgram) -> str:
         leaving = leaving_values(program)

@@ -15,9 +15,11 @@ from torch import nn
 from torch.fx import Node
 
 from snnfx.analysis.dependence import analyse_dependence
-from snnfx.analysis.leak import StepOnNumbers, fed_slots, fires
+from snnfx.analysis.leak import fed_slots, fires
+from snnfx.analysis.step_on_numbers import StepOnNumbers
 from snnfx.analysis.weight_ops import weight_ops
 from snnfx.errors import InputError
+from snnfx.ir.facts import copy_facts
 from snnfx.ir.printing import describe_node
 from snnfx.ir.program import StepProgram
 from snnfx.ops.online_functions import cut_history
@@ -43,7 +45,7 @@ class CutSpatialEdges(Pass):
         for op in ops:
             with program.graph.inserting_before(op.node):
                 cut = program.graph.call_function(cut_history, (op.operand,))
-            cut.meta = {k: v for k, v in op.operand.meta.items() if k in ("val", "where", "module")}
+            copy_facts(op.operand, cut)
             op.node.replace_input_with(op.operand, cut)
         _refuse_weights_without_signal(program, [op.node for op in weights])
         return f"{len(ops)} weights propagate no error to earlier neurons"
@@ -64,11 +66,11 @@ def _refuse_weights_without_signal(program: StepProgram, weights: Iterable[Node]
             reached.add(node)
             before = [*node.all_input_nodes, following.get(node)]
             stack.extend(n for n in before if isinstance(n, Node))
-    missed = [describe_node(node) for node in weights if node not in reached and _is_trained(program, node)]
+    missed = [f"`{describe_node(node)}`" for node in weights if node not in reached and _is_trained(program, node)]
     if missed:
         raise InputError(
             "SNNFX616",
-            f"no learning signal reaches the weights {', '.join(missed)}",
+            f"no learning signal reaches the weights of {', '.join(missed)}",
             why='with signal="readout", no error passes through a spiking neuron.',
             hint="Connect the neurons of these weights to a readout that does not fire (e.g. LeakyIntegrator), freeze "
             "the weights, or choose signal='spatial'.",

@@ -18,8 +18,10 @@ from torch import nn
 from torch.fx import Node
 
 from snnfx.analysis.dependence import analyse_dependence, ancestors
-from snnfx.analysis.leak import StepOnNumbers, fires
+from snnfx.analysis.leak import fires
+from snnfx.analysis.step_on_numbers import StepOnNumbers
 from snnfx.errors import InputError, warn_once
+from snnfx.ir.facts import SLOT, copy_facts
 from snnfx.ir.program import StepProgram
 from snnfx.ops.online_functions import cut_history
 from snnfx.passes.base import Pass
@@ -48,12 +50,12 @@ class CutTemporalEdges(Pass):
         _warn_of_learned_initial_states(program, chosen)
         count = 0
         for placeholder in program.slot_nodes():
-            slot = placeholder.meta["slot"]
+            slot = SLOT.of(placeholder)
             if slot not in chosen or following[slot] is placeholder:
                 continue  # a slot that is never written has no autograd graph
             with program.graph.inserting_before(first):
                 cut = program.graph.call_function(cut_history, (placeholder,))
-            cut.meta = {k: v for k, v in placeholder.meta.items() if k in ("val", "where", "module")}
+            copy_facts(placeholder, cut)
             for user in list(placeholder.users):
                 if user is not cut:
                     user.replace_input_with(placeholder, cut)
@@ -85,6 +87,7 @@ def _warn_of_learned_initial_states(program: StepProgram, cut: set[str]) -> None
         if any(isinstance(value, nn.Parameter) and value.requires_grad for value in values):
             warn_once(
                 "SNNFX619",
-                f"the initial value of `{slot.name}` is learned, but gets no gradient: the rule detaches this state.",
+                f"the initial value of `{slot.name}` is learned, but gets no gradient: the rule detaches this state. "
+                "Exempt it with cut=<names of the other slots>, or freeze the parameter.",
                 key=(id(program.source), slot.name),
             )

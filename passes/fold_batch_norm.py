@@ -14,6 +14,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from snnfx.analysis.batch_norm_folding import can_fold_into_layer, layer_of_norm
+from snnfx.ir.facts import IN_WEIGHTS
 from snnfx.ir.program import StepProgram
 from snnfx.passes.base import Pass
 
@@ -22,16 +23,18 @@ __all__ = ["FoldBatchNorm"]
 
 @dataclass(frozen=True)
 class FoldBatchNorm(Pass):
-    """Mark the BatchNorms to fold into the layer before them (`node.meta["in_weights"]`)."""
+    """Mark the BatchNorms to fold into the layer before them (the fact `IN_WEIGHTS`)."""
 
     name = "fold_batch_norm"
     requires = "partitioned"
+    ensures = "planned"
+    may_change = ()
 
     def apply(self, program: StepProgram) -> str:
         for node in program.graph.nodes:
-            node.meta.pop("in_weights", None)
+            IN_WEIGHTS.clear(node)
         marked = [node for node in program.graph.nodes if can_fold_into_layer(program, node)]
         for node in marked:
-            node.meta["in_weights"] = True
+            IN_WEIGHTS.set(node, True)
         pairs = [f"{node.name} into {layer_of_norm(node).name}" for node in marked]
         return f"in evaluation, {', '.join(pairs)}" if pairs else "nothing"

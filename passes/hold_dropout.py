@@ -16,6 +16,7 @@ from torch import nn
 from torch.fx import Node
 
 from snnfx.ir.edits import add_slot
+from snnfx.ir.facts import RETURNED_BY
 from snnfx.ir.printing import operation_name
 from snnfx.ir.program import StepProgram
 from snnfx.ops.online_functions import draw_dropout_mask
@@ -33,6 +34,7 @@ class HoldDropout(Pass):
     name = "hold_dropout"
     requires = "normalized"
     ensures = "normalized"
+    may_change = ("graph", "slots")
 
     def apply(self, program: StepProgram) -> str:
         count = 0
@@ -72,7 +74,7 @@ def _replace_by_mask(program: StepProgram, node: Node, probability: Any, name: s
         product = graph.call_function(operator.mul, (operand, mask))
     for new in (initial, product):
         new.meta = {k: v for k, v in node.meta.items() if k in ("val", "where", "module", "returned_by")}
-    initial.meta.pop("returned_by", None)
+    RETURNED_BY.clear(initial)
     node.replace_all_uses_with(product)
     graph.erase_node(node)
     program.set_output(program.outputs, (*program.next_states, mask), (*program.initial_values, initial))

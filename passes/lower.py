@@ -25,6 +25,7 @@ class Lower(Pass):
 
     name = "lower"
     requires = "partitioned"
+    may_change = ("regions",)
 
     def apply(self, program: StepProgram) -> str:
         loops = [region for region in program.regions if region.kind == "loop"]

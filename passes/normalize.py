@@ -18,6 +18,7 @@ from torch.fx import Node
 from snnfx.analysis.state_aliases import is_output_of_stateful_call, unite_output_with_state
 from snnfx.analysis.statistic_reads import read_updated_statistics
 from snnfx.errors import CaptureError
+from snnfx.ir.facts import INPUT, ITERATIONS, ORIGIN, WITHOUT_GRADIENT, copy_facts
 from snnfx.ir.module_effects import has_in_place_flag
 from snnfx.ir.nodes import IN_PLACE_OPERATORS, is_in_place, is_size, is_structural, takes_from_tuple
 from snnfx.ir.printing import location_of, operation_name
@@ -49,8 +50,9 @@ class Normalize(Pass):
     """Replace in-place operations by functional ones."""
 
     name = "normalize"
-    requires = "captured"
+    requires = ("captured", "normalized")
     ensures = "normalized"
+    may_change = ("graph", "slots")
 
     def apply(self, program: StepProgram) -> str:
         replaced = 0
@@ -67,7 +69,8 @@ class Normalize(Pass):
         for node in list(program.graph.nodes):
             if is_in_place(node):
                 _functionalize(program, node)
-                if node.meta.pop("without_gradient", False):
+                if WITHOUT_GRADIENT.of(node):
+                    WITHOUT_GRADIENT.clear(node)
                     _keep_autograd_graph(program, node)
                 replaced += 1
             elif has_in_place_flag(program, node) and isinstance(operand := node.args[0], Node):
@@ -139,7 +142,7 @@ def _functionalize(program: StepProgram, node: Node) -> None:
             why="a step may change state by assignment only, so that it can be carried from step to step.",
             hint="Write `self.x = self.x + ...`, or register it with snnfx.MemoryModule.register_memory.",
         )
-    if "input" in operand.meta and operand.op == "placeholder":
+    if INPUT.is_known(operand) and operand.op == "placeholder":
         raise CaptureError(
             "SNNFX209",
             f"`{node.name}` changes the input `{operand.name}` in place",
@@ -254,7 +257,7 @@ def _copy_operand(program: StepProgram, node: Node) -> None:
     assert isinstance(operand, Node)
     with program.graph.inserting_before(node):
         copy = program.graph.call_method("clone", (operand,))
-    copy.meta = {k: v for k, v in operand.meta.items() if k in ("val", "where", "module", "iterations")}
+    copy_facts(operand, copy, (*ORIGIN, ITERATIONS))
     node.replace_input_with(operand, copy)
     seen = False
     for user in list(program.graph.nodes):

@@ -25,11 +25,26 @@ from snnfx.analysis.convex_regions import form_regions
 from snnfx.analysis.dependence import Dependence, analyse_dependence
 from snnfx.analysis.statistic_reads import is_statistic_read, update_chains
 from snnfx.errors import Refusal
+from snnfx.ir.facts import (
+    BATCH_DIM,
+    BATCH_SIZES,
+    FOLDS_DIM_0,
+    KIND,
+    MODULE,
+    REFUSAL,
+    REGION,
+    SLOT,
+    STEP_REFUSAL,
+    SUNK,
+    VALUE,
+    VARYING,
+)
 from snnfx.ir.module_effects import estimates_weights
 from snnfx.ir.nodes import is_size, takes_from_tuple
 from snnfx.ir.printing import operation_name
 from snnfx.ir.program import SELF_TARGET, StepProgram
 from snnfx.ir.setting_read import SettingRead
+from snnfx.lowering.elementwise.elementwise_functions import prove_elementwise_functions
 from snnfx.ops.step_functions import apply_autograd_function
 from snnfx.passes.base import Pass
 from snnfx.sandbox.torch_internals import BatchNormBase, InstanceNormBase, NormBase
@@ -48,22 +63,24 @@ class Partition(Pass):
     """
 
     name = "partition"
-    requires = "normalized"
+    requires = ("normalized", "partitioned")
     ensures = "partitioned"
+    may_change = ("regions",)
 
     batch_norm: str = "fold"
     invariant_inputs: tuple[str, ...] = field(default=())
 
     def apply(self, program: StepProgram) -> str:
+        prove_elementwise_functions(program)
         # Their backward needs the gradient of each step, not the sum over all steps.
         not_once = {node for node in self._invariant_functions(program) if has_nonlinear_backward(program, node)}
         dependence, analysis = self._analyse_updates(program, not_once)
         program.requirements = dict(analysis.requirements)
         for node in program.graph.nodes:
-            node.meta["varying"] = node in dependence.varying and not node.meta.get("sunk")
-            node.meta["batch_dim"] = _batch_dim(analysis.facts.get(node))
-            node.meta["batch_sizes"] = frozenset(sizes_of(analysis.facts.get(node)))
-            node.meta.pop("refusal", None)
+            VARYING.set(node, node in dependence.varying and not SUNK.of(node))
+            BATCH_DIM.set(node, _batch_dim(analysis.facts.get(node)))
+            BATCH_SIZES.set(node, frozenset(sizes_of(analysis.facts.get(node))))
+            REFUSAL.clear(node)
         refusals = dict(analysis.refusals)
         while True:
             kinds = _kinds(program, dependence, refusals, self.batch_norm, not_once)
@@ -75,9 +92,10 @@ class Partition(Pass):
         for region in program.regions:
             if region.kind == "loop" and has_mixed_batches_in_loop(region, analysis.facts):
                 for node in region.nodes:
-                    node.meta["step_refusal"] = True
+                    STEP_REFUSAL.set(node, True)
             for node in region.nodes:
-                node.meta["kind"], node.meta["region"] = region.kind, region.name
+                KIND.set(node, region.kind)
+                REGION.set(node, region.name)
         counts = {kind: sum(r.kind == kind for r in program.regions) for kind in ("once", "fold", "map", "loop")}
         summary = ", ".join(f"{count} {kind}" for kind, count in counts.items() if count)
         return f"{sum(len(r.nodes) for r in program.regions)} nodes in {len(program.regions)} regions: {summary}"
@@ -140,8 +158,8 @@ class Partition(Pass):
     def _updates_at_every_step(self, program: StepProgram, stepped: Set[Node]) -> Callable[[Node], bool]:
         """A predicate for calls that update their module at every step, even for an invariant input.
 
-        In training, these are BatchNorms with statistics per step by option and weights estimated by power iteration;
-        opaque calls and the calls and reads in `stepped` always.
+        In training, these are BatchNorms with statistics per step by option, InstanceNorms with running statistics and
+        weights estimated by power iteration; opaque calls and the calls and reads in `stepped` always.
         """
 
         def changing(node: Node) -> bool:
@@ -150,8 +168,11 @@ class Partition(Pass):
             if not program.training or node.op != "call_module":
                 return False
             module = program.resolve(str(node.target))
-            per_step = self.batch_norm == "per_step" and isinstance(module, BatchNormBase)
-            return per_step or estimates_weights(module)
+            if isinstance(module, NormBase):
+                return module.running_mean is not None and (
+                    isinstance(module, InstanceNormBase) or self.batch_norm == "per_step"
+                )
+            return estimates_weights(module)
 
         return changing
 
@@ -183,7 +204,7 @@ def _input_facts(program: StepProgram) -> dict[Node, Fact]:
     batched: set[str] = set()
     first_size: int | None = None
     for node in program.input_nodes():
-        value = node.meta.get("val")
+        value = VALUE.of(node)
         size = None if value is None or value.dim() == 0 else value.shape[0]
         if first_size is None:
             first_size = size
@@ -207,7 +228,7 @@ def _batch_dim(fact: Any) -> Any:
 def _opaque(program: StepProgram, node: Node) -> Refusal | None:
     if node.target is not call_opaque:
         return None
-    name = node.meta.get("module", "")
+    name = MODULE.of(node)
     what = f"`{name}`" if name else "the model"
     reason = f"{what} could not be traced: {program.opaque.get(name, 'it contains stateful modules')}"
     return Refusal("SNNFX108", reason, "It runs step by step, unchanged.")
@@ -220,27 +241,28 @@ def _kinds(
     batch_norm: str,
     not_once: Set[Node],
 ) -> dict[Node, str]:
-    """The kind of region of each computing node; sets `meta["refusal"]` where it is not folded."""
+    """The kind of region of each computing node; sets `REFUSAL` where it is not folded."""
     cycle_slots = {
-        node: [n.meta["slot"] for n in cycle if "slot" in n.meta] for cycle in dependence.cycles for node in cycle
+        node: [SLOT.of(n) for n in cycle if SLOT.is_known(n)] for cycle in dependence.cycles for node in cycle
     }
     kinds: dict[Node, str] = {}
     for node in program.graph.nodes:
-        node.meta.pop("step_refusal", None)
-        node.meta.pop("folds_dim_0", None)
+        STEP_REFUSAL.clear(node)
+        FOLDS_DIM_0.clear(node)
         if node in cycle_slots:
             kinds[node] = "loop"
             if any(n in refusals for n in [node, *_size_ancestors(node)]):
                 # Even with known states, the steps cannot be folded.
-                node.meta["step_refusal"] = True
+                STEP_REFUSAL.set(node, True)
             through = ", ".join(cycle_slots[node]) or "the buffers that a layer updates at each call"
             reason = f"its value depends on the previous step through {through}"
-            node.meta["refusal"] = _opaque(program, node) or Refusal("SNNFX107", reason)
+            REFUSAL.set(node, _opaque(program, node) or Refusal("SNNFX107", reason))
             continue
         if not node.op.startswith("call") or node in dependence.initial_only or is_size(node):
             continue
-        # A size is recomputed in each region that reads it, so its refusal applies to its readers.
-        refusal = next((refusals[n] for n in [node, *_size_ancestors(node)] if n in refusals), None)
+        # A size is recomputed in each region that reads it, so its refusal applies to its readers, whose own refusal
+        # may only follow from it.
+        refusal = next((refusals[n] for n in [*_size_ancestors(node), node] if n in refusals), None)
         if program.training and node.op == "call_module" and estimates_weights(program.resolve(str(node.target))):
             refusal = Refusal("SNNFX109", f"`{node.target}` updates its weight estimate at each call")
         if node in not_once:
@@ -250,20 +272,20 @@ def _kinds(
             reason = f"vmap passes the gradient of `{operation_name(node)}` to only one of equal values"
             refusal = Refusal("SNNFX109", reason)
         if node.target is call_opaque:
-            node.meta["refusal"] = _opaque(program, node)
+            REFUSAL.set(node, _opaque(program, node))
             kinds[node] = "loop"
         elif is_statistic_read(node):
             kinds[node] = "read"
-        elif node not in dependence.varying or node.meta.get("sunk"):
+        elif node not in dependence.varying or SUNK.of(node):
             kinds[node] = "once"
         elif refusal is None and not _reads_steps_without_batch(node, dependence):
             kinds[node] = "fold"
         elif batch_norm == "fold" and folds_time_into_dim_0(program, node):
-            node.meta["folds_dim_0"] = True
+            FOLDS_DIM_0.set(node, True)
             kinds[node] = "norm"
         else:
             refusal = refusal or Refusal("SNNFX102", "an operand is mapped and has no batch dimension")
-            node.meta["refusal"] = refusal
+            REFUSAL.set(node, refusal)
             kinds[node] = {"SNNFX106": "per_step", "SNNFX109": "step"}.get(refusal.code, "map")
             if kinds[node] == "per_step" and isinstance(program.module_of(node), InstanceNormBase):
                 kinds[node] = "step"  # vmap cannot update its running statistics
@@ -273,7 +295,7 @@ def _kinds(
         if isinstance(source, Node) and source in kinds and takes_from_tuple(node):
             kinds[node] = kinds[source]
             if kinds[node] == "loop" and source.target is call_opaque:
-                node.meta.pop("refusal", None)  # the refusal concerns the call, not its elements
+                REFUSAL.clear(node)  # the refusal concerns the call, not its elements
     return kinds
 
 
@@ -286,8 +308,8 @@ def _reads_steps_without_batch(node: Node, dependence: Dependence) -> bool:
     """Whether an operand is a mapped value without a batch, which a fold cannot read."""
     return any(
         operand in dependence.varying
-        and operand.meta["batch_dim"] is None
-        and ("refusal" in operand.meta or "folds_dim_0" in operand.meta)
+        and BATCH_DIM.of(operand) is None
+        and (REFUSAL.is_known(operand) or FOLDS_DIM_0.is_known(operand))
         for operand in node.all_input_nodes
         if operand.op.startswith("call") and not is_size(operand)
     )

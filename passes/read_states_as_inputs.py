@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from snnfx.ir.facts import INPUT, SLOT
 from snnfx.ir.module_effects import keeps_statistics
 from snnfx.ir.program import InputLeaf, StepProgram
 from snnfx.passes.base import Pass
@@ -25,6 +26,7 @@ class ReadStatesAsInputs(Pass):
     name = "read_states_as_inputs"
     requires = "normalized"
     ensures = "normalized"
+    may_change = ("graph", "slots", "inputs", "outputs")
 
     def apply(self, program: StepProgram) -> str:
         count = len(program.slots)
@@ -35,8 +37,8 @@ class ReadStatesAsInputs(Pass):
         program.input_leaves = [*leaves[:positional], *new, *leaves[positional:]]
         program.input_spec = pytree.tree_structure(((*args, *[0] * count), kwargs))
         for placeholder in program.slot_nodes():
-            del placeholder.meta["slot"]
-            placeholder.meta["input"] = placeholder.name
+            SLOT.clear(placeholder)
+            INPUT.set(placeholder, placeholder.name)
         program.set_output(program.outputs, (), ())
         program.slots, program.carried, program.first_step = [], [], None
         for node in reversed(list(program.graph.nodes)):

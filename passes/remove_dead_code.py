@@ -2,8 +2,8 @@
 
 Needed are the outputs of a step, the next value of every slot (`net.run` returns it), initial values and size checks,
 and in training the layers that update running statistics. Legal because other nodes have no effect. A slot that capture
-discovered by watching attributes is needed only if a tensor depends on it, its own next value included: an attribute
-that is written but never read is not a state, and neither is a count of the steps.
+discovered by watching attributes is needed only if a value depends on it, its own next value included: an attribute
+that is written but never read is not a state.
 """
 
 from __future__ import annotations
@@ -28,6 +28,7 @@ class RemoveDeadCode(Pass):
 
     name = "remove_dead_code"
     requires = "normalized"  # before, an in-place operation without readers seems dead
+    may_change = ("graph", "slots")
 
     def apply(self, program: StepProgram) -> str:
         before = len(program.graph.nodes)
@@ -77,8 +78,8 @@ def _drop_unread_slots(program: StepProgram) -> list[str]:
 
 
 def _reads_itself(placeholder: Node, following: Any) -> bool:
-    """Whether the next value of a slot depends on its value; a count of the steps without readers is not a state."""
-    if placeholder.meta.get("number") or not isinstance(following, Node):
+    """Whether the next value of a slot depends on its value, e.g. a running total or a count of the steps."""
+    if not isinstance(following, Node):
         return False
     return following is not placeholder and placeholder in ancestors([following])
 

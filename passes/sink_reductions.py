@@ -18,6 +18,7 @@ from torch.fx import Node
 
 from snnfx.analysis.dependence import Dependence, analyse_dependence, is_random
 from snnfx.analysis.statistic_reads import is_statistic_read
+from snnfx.ir.facts import SUNK
 from snnfx.ir.nodes import is_module_call, is_size, takes_from_tuple
 from snnfx.ir.printing import operation_name
 from snnfx.ir.program import StepProgram
@@ -52,7 +53,7 @@ _BILINEAR = frozenset("mul matmul bmm".split())
 
 @dataclass(frozen=True)
 class SinkReductions(Pass):
-    """Mark the nodes that run once, on operands reduced over time (`node.meta["sunk"]`).
+    """Mark the nodes that run once, on operands reduced over time (the fact `SUNK`).
 
     Args:
         reduce: "mean", "sum" or "last".
@@ -61,6 +62,7 @@ class SinkReductions(Pass):
 
     name = "sink_reductions"
     requires = "normalized"
+    may_change = ()
 
     reduce: str = "mean"
     invariant_inputs: tuple[str, ...] = ()
@@ -75,7 +77,7 @@ class SinkReductions(Pass):
         # An element of a tuple belongs to the region of the tuple.
         sunk -= {node for node in sunk if takes_from_tuple(node) and node.args[0] not in sunk}
         for node in sunk:
-            node.meta["sunk"] = True
+            SUNK.set(node, True)
         return f"{len(sunk)} nodes run on the {self.reduce} over time"
 
     @staticmethod

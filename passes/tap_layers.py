@@ -27,6 +27,7 @@ class TapLayers(Pass):
     name = "tap_layers"
     requires = "normalized"
     ensures = "normalized"
+    may_change = ("graph", "inputs")
 
     def apply(self, program: StepProgram) -> str:
         leaving = {value: layer for value, layer in leaving_values(program).items() if value.op != "placeholder"}

@@ -7,8 +7,9 @@ Replaces `y = op(operand, W)` by
 
 The operand is the direct input of the weight op, after any pooling, dropout, sum or concatenation, so the rule holds
 for any graph. `leak` is the leak of the neuron that the weight feeds: for a linear leak, the trace is exactly the
-derivative of the membrane potential with respect to the weight over all earlier steps. A weight that feeds no neuron
-has no trace, as no state depends on it.
+derivative of the membrane potential with respect to the weight over all earlier steps. If each neuron has a leak of its
+own, there is a trace for each output channel, a new dimension of the operand (`snnfx.analysis.trace_leaks`). A weight
+that feeds no neuron has no trace, as no state depends on it.
 Source: Xiao et al. 2022, eq. 9; Bellec et al. 2020, eq. 22.
 """
 
@@ -18,20 +19,22 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
-from torch import nn
+import torch
+from torch import Tensor, fx, nn
 from torch.fx import Node
 
 from snnfx.analysis.batch.rule_lookup import find_rule
 from snnfx.analysis.dependence import analyse_dependence, ancestors
-from snnfx.analysis.leak import LeakProbe, StepOnNumbers, fed_slots, is_elementwise, several_leaks_error
-from snnfx.analysis.weight_ops import WeightOp, weight_ops
+from snnfx.analysis.leak import LeakProbe
+from snnfx.analysis.step_on_numbers import is_elementwise
+from snnfx.analysis.trace_leaks import TraceLeak, TraceLeaks, is_added_by_rule
+from snnfx.analysis.weight_ops import WeightOp, groups_of, output_channels_of, weight_ops
 from snnfx.errors import InputError, warn_once
 from snnfx.ir.edits import add_slot
-from snnfx.ir.nodes import is_module_call
-from snnfx.ir.printing import describe_node, location_of
+from snnfx.ir.facts import SLOT, TRACE, VALUE
+from snnfx.ir.printing import describe_node
 from snnfx.ir.program import StepProgram
 from snnfx.ops.online_functions import (
-    cut_history,
     ones_per_sample,
     probe_leak,
     traced_call,
@@ -63,6 +66,7 @@ class TraceOperands(Pass):
     name = "trace_operands"
     requires = "normalized"
     ensures = "normalized"
+    may_change = ("graph", "slots")
 
     leak: Literal["post", "pre"] | float = "post"
     inputs: bool = False
@@ -79,23 +83,23 @@ class TraceOperands(Pass):
         dependence = analyse_dependence(program)
         ops = weight_ops(program, dependence)
         self._warn_of_other_weights(program, {op.node for op in ops})
-        leaks = _Leaks(program, self.leak, ops)
-        traced, left = 0, []
-        plans: list[tuple[WeightOp, float | LeakProbe]] = []
-        for op in ops:
-            if not self.inputs and not _depends_on_state(op.operand):
-                left.append(f"{describe_node(op.node)} (network input)")
-                continue
-            leak = leaks.of(op)
-            if leak is None:
-                left.append(f"{describe_node(op.node)} (feeds no leaking state whose gradients through time are cut)")
-            else:
-                plans.append((op, leak))
-        for op, leak in plans:
-            self._trace(program, op, leaks.node(leak))
-            traced += 1
-        note = f"{traced} of {len(ops)} weights see a trace"
+        leaks = TraceLeaks(program, self.leak, ops)
+        found = [(op, self._leak_of(op, leaks)) for op in ops]
+        for op, leak in found:
+            text = f"no trace: {leak}" if isinstance(leak, str) else f"a trace with {leak}"
+            TRACE.set(op.node, f"{describe_node(op.node)}: {text}")
+        left = [f"{describe_node(op.node)} ({leak})" for op, leak in found if isinstance(leak, str)]
+        nodes = _LeakNodes(program, leaks)
+        for op, leak in found:
+            if isinstance(leak, TraceLeak):
+                self._trace(program, op, leak, nodes)
+        note = f"{len(found) - len(left)} of {len(ops)} weights see a trace"
         return f"{note}; not {', '.join(left)}" if left else note
+
+    def _leak_of(self, op: WeightOp, leaks: TraceLeaks) -> TraceLeak | str:
+        if not self.inputs and not _depends_on_state(op.operand):
+            return "it is on the network's input; trace_inputs=True gives it a trace"
+        return leaks.of(op)
 
     def _warn_of_other_weights(self, program: StepProgram, known: set[Node]) -> None:
         """Warn of weights (matrices or larger) in operations that support no trace."""
@@ -116,38 +120,88 @@ class TraceOperands(Pass):
                     key=(id(program.source), describe_node(node)),
                 )
 
-    def _trace(self, program: StepProgram, op: WeightOp, leak: Leak) -> None:
+    def _trace(self, program: StepProgram, op: WeightOp, leak: TraceLeak, leaks: _LeakNodes) -> None:
         graph, node, operand = program.graph, op.node, op.operand
         name = str(node.target) if node.op == "call_module" else node.name
-        trace = add_slot(program, f"{name}.trace", operand)
+        value = leaks.node(leak.source)
+        with graph.inserting_before(node):
+            traced = operand if leak.channel is None else _for_each_channel(program, op, operand, leak.channel)
+            aligned = value if leak.channel is None else _reshaped(graph, value, -1, *(1,) * -leak.channel)
+        trace = add_slot(program, f"{name}.trace", traced)
         slots, first = [trace], [0.0]
         with graph.inserting_before(node):
-            following = [graph.call_function(update_trace, (trace, operand, leak))]
-        following[0].meta = {k: v for k, v in operand.meta.items() if k == "val"} | _site(node)
+            following = [graph.call_function(update_trace, (trace, traced, aligned))]
+        following[0].meta = {k: v for k, v in traced.meta.items() if k == "val"} | _site(node)
+        _set_value_per_channel(node, leak.channel, (trace, following[0]))
         bias_trace = None
         if self.biases and _has_bias(program, op):
             bias_slot = add_slot(program, f"{name}.bias_trace", node)
-            bias_slot.meta.pop("val", None)
+            VALUE.clear(bias_slot)
             with graph.inserting_before(node):
                 ones = graph.call_function(ones_per_sample, (operand,))
-                bias_trace = graph.call_function(update_trace, (bias_slot, ones, leak))
-            for new in (ones, bias_trace):
-                new.meta = _site(node)
+                new = [ones]
+                if leak.channel is not None:
+                    new.append(graph.call_function(torch.unsqueeze, (ones, -1)))
+                own = value if leak.channel is None else _reshaped(graph, value, -1)
+                bias_trace = graph.call_function(update_trace, (bias_slot, new[-1], own))
+            for made in (*new, bias_trace):
+                made.meta = _site(node)
             slots.append(bias_slot)
             following.append(bias_trace)
             first.append(0.0)
         with graph.inserting_before(node):
             if op.position is None:
                 module = graph.get_attr(str(node.target))
-                new = graph.call_function(traced_module, (module, operand, following[0], bias_trace), name=node.name)
+                call = graph.call_function(traced_module, (module, operand, following[0], bias_trace), name=node.name)
             else:
                 function = _function_name(program, node)
                 arguments = (function, op.position, following[0], bias_trace, *node.args)
-                new = graph.call_function(traced_call, arguments, dict(node.kwargs), name=node.name)
-        new.meta = dict(node.meta)
-        node.replace_all_uses_with(new)
+                call = graph.call_function(traced_call, arguments, dict(node.kwargs), name=node.name)
+        call.meta = dict(node.meta)
+        node.replace_all_uses_with(call)
         graph.erase_node(node)
         program.set_output(program.outputs, (*program.next_states, *following), (*program.initial_values, *first))
+
+
+def _for_each_channel(program: StepProgram, op: WeightOp, operand: Node, channel: int) -> Node:
+    """The operand with a dimension for the output channels, of size 1: it broadcasts with the leaks.
+
+    A linear layer has `[N, *, 1, in]`, and a convolution `[N, 1, in, *]`. A convolution with groups has
+    `[N, out, in / groups, *]`: each output channel has the inputs of its group only.
+    """
+    graph = program.graph
+    groups = groups_of(program, op.node)
+    new: list[Node] = []
+    if groups == 1:
+        new.append(graph.call_function(torch.unsqueeze, (operand, channel - 1)))
+    else:
+        out = output_channels_of(program, op.node)
+        new.append(graph.call_function(torch.unflatten, (operand, 1, (groups, -1))))
+        new.append(graph.call_function(torch.repeat_interleave, (new[-1], out // groups), {"dim": 1}))
+    value = VALUE.of(operand)
+    for made in new:
+        made.meta = _site(op.node)
+        if isinstance(value, Tensor):
+            value = made.target(value, *made.args[1:], **made.kwargs)  # type: ignore[operator]
+            VALUE.set(made, value)
+    return new[-1]
+
+
+def _set_value_per_channel(node: Node, channel: int | None, traces: Sequence[Node]) -> None:
+    """Record the shape of a trace for each output channel, which bounds the chunks by its memory."""
+    output, value = VALUE.of(node), VALUE.of(traces[0])
+    if channel is None or not isinstance(output, Tensor) or not isinstance(value, Tensor):
+        return
+    shape = list(value.shape)
+    shape[channel - 1] = output.shape[channel]
+    for trace in traces:
+        VALUE.set(trace, value.expand(shape))
+
+
+def _reshaped(graph: fx.Graph, value: Leak, *shape: int) -> Leak:
+    if not isinstance(value, Node):
+        return value
+    return graph.call_function(torch.reshape, (value, shape))
 
 
 def _site(node: Node) -> dict[str, Any]:
@@ -169,95 +223,21 @@ def _function_name(program: StepProgram, node: Node) -> str:
 
 def _depends_on_state(operand: Node) -> bool:
     """Whether a value depends on the state of a neuron; masks and traces added by rules do not count."""
-    return any(n.op == "placeholder" and "slot" in n.meta and not _is_added_by_rule(n) for n in ancestors([operand]))
+    return any(n.op == "placeholder" and SLOT.is_known(n) and not is_added_by_rule(n) for n in ancestors([operand]))
 
 
-def _is_added_by_rule(node: Node) -> bool:
-    return bool(node.meta.get("added_by_rule"))
+class _LeakNodes:
+    """The leaks as arguments of `update_trace`: a number, or a node that measures the leak."""
 
-
-class _Leaks:
-    """The leaks of the neurons of a program, measured once for each slot."""
-
-    def __init__(self, program: StepProgram, leak: Literal["post", "pre"] | float, ops: Sequence[WeightOp]) -> None:
-        self.program, self.leak = program, leak
-        self.weights = [(op.node, op.operand) for op in ops]
-        self.step = StepOnNumbers(program) if isinstance(leak, str) else None
-        self.probes: dict[str, LeakProbe] = {}
+    def __init__(self, program: StepProgram, leaks: TraceLeaks) -> None:
+        self.program, self.leaks = program, leaks
         self.nodes: dict[str, Node] = {}
-        self.cycles = {n: cycle for cycle in analyse_dependence(program).cycles for n in cycle}
-
-    def of(self, op: WeightOp) -> float | LeakProbe | None:
-        """The leak for the trace of an operand; None if the weight feeds no leaking state that is cut."""
-        if not isinstance(self.leak, str):
-            return float(self.leak)
-        if self.leak == "post":
-            assert self.step is not None
-            slots = fed_slots(self.step, self.program, op.node, self.weights)
-        else:
-            slots = self._emitting(op.operand)
-            if not slots:
-                raise InputError(
-                    "SNNFX615",
-                    f"no neuron emits the operand of `{describe_node(op.node)}`",
-                    where=location_of(op.node),
-                    why='trace_leak="pre" uses the leak of the neuron that emits the operand.',
-                    hint="Do not trace inputs, or pass the leak as a number.",
-                )
-        leaking = [(slot, leak) for slot in slots if (leak := self._now(slot)) != 0.0]
-        if not leaking:
-            return None
-        if self.leak == "post":
-            cut = {slot for slot, _ in leaking if self._is_cut(slot)}
-            if not cut:
-                return None  # its gradients flow through time
-            if len(cut) < len(leaking):
-                why = "only some of the neurons that it feeds have gradients through time"
-                raise several_leaks_error(describe_node(op.node), why)
-        values = [leak for _, leak in leaking]
-        if max(values) - min(values) > 1e-9:
-            shown = ", ".join(f"{slot} {leak:g}" for slot, leak in leaking)
-            raise several_leaks_error(describe_node(op.node), f"the neurons that it feeds have several leaks: {shown}")
-        if len(leaking) > 1 and any(self.probes[slot].learnable for slot, _ in leaking):
-            raise several_leaks_error(
-                describe_node(op.node), "it feeds several neurons whose leaks are learned separately"
-            )
-        return self.probes[leaking[0][0]]
-
-    def _now(self, slot: str) -> float:
-        if slot not in self.probes:
-            self.probes[slot] = LeakProbe(self.program, slot)
-        probe = self.probes[slot]
-        return float(probe(*(self.program.resolve(target) for target in probe.targets)))
-
-    def _is_cut(self, slot: str) -> bool:
-        placeholder = next(n for n in self.program.slot_nodes() if n.meta["slot"] == slot)
-        return all(user.target is cut_history for user in placeholder.users if user.op != "output")
-
-    def _emitting(self, operand: Node) -> list[str]:
-        """The slots of the nearest neurons that emit a value."""
-        slots: dict[str, None] = {}
-        seen: set[Node] = set()
-        stack = [operand]
-        while stack:
-            node = stack.pop()
-            if node in seen:
-                continue
-            seen.add(node)
-            if node in self.cycles:
-                own = [n for n in self.cycles[node] if is_module_call(n)] if is_module_call(node) else None
-                members = self.cycles[node] if own is None or len(own) == 1 else [node, *node.all_input_nodes]
-                slots.update((n.meta["slot"], None) for n in members if "slot" in n.meta and not _is_added_by_rule(n))
-            else:
-                stack.extend(node.all_input_nodes)
-        return list(slots)
 
     def node(self, leak: float | LeakProbe) -> Leak:
-        """The leak as an argument of `update_trace`: a number, or a node that measures it."""
         if not isinstance(leak, LeakProbe):
             return leak
         if all(isinstance(self.program.resolve(target), FunctionHolder) for target in leak.targets):
-            return self._now(leak.slot)  # depends on numbers in the graph only
+            return self.leaks.number(leak)  # depends on numbers in the graph only
         if leak.slot not in self.nodes:
             program, graph = self.program, self.program.graph
             mode = "training" if program.training else "evaluation"
@@ -268,7 +248,7 @@ class _Leaks:
                 own = graph.get_attr(name)
                 constants = [_attribute(program, target, first) for target in leak.targets]
                 node = graph.call_function(probe_leak, (own, *constants))
-            node.meta["val"] = 0.5
+            VALUE.set(node, self.leaks.measured[leak.slot] if leak.per_neuron else 0.5)
             self.nodes[leak.slot] = node
         return self.nodes[leak.slot]
 

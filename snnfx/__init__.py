@@ -17,8 +17,10 @@ if not (Path(__file__).parent / "passes").is_dir() and (Path(__file__).parents[1
     __path__.append(str(Path(__file__).parents[1]))
 
 from snnfx import errors, functional, neuron, online, passes, surrogate
+from snnfx._version import __version__
 from snnfx.allocator import tune_allocator
 from snnfx.convert import convert
+from snnfx.deploy.export import export
 from snnfx.inspect.explain import explain
 from snnfx.inspect.picture.draw import draw
 from snnfx.inspect.verify.verify import verify
@@ -26,7 +28,6 @@ from snnfx.memory_module import MemoryModule
 from snnfx.ops.buffer_pool import release_buffers
 from snnfx.runtime.net import Net
 
-__version__ = "0.2.0"
 __all__ = [
     "MemoryModule",
     "Net",
@@ -35,6 +36,7 @@ __all__ = [
     "draw",
     "errors",
     "explain",
+    "export",
     "functional",
     "neuron",
     "online",

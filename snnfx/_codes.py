@@ -54,8 +54,8 @@ CODES: dict[str, CodeEntry] = {
         "operands do not share the batch dimension",
         "The operands have their batch in different dimensions or with sizes that are not proven equal, or an operand "
         "varies over time but lacks a batch dimension. The node is mapped over time.",
-        "y = x + gain_t               # x: [N, C], gain_t: [C] at each step",
-        "y = x + gain_t.expand_as(x)  # or keep it: the result is the same, only slower",
+        "y = x * x.mean(0)                # the mean over the batch has no batch dimension",
+        "y = x * x.mean(1, keepdim=True)  # or keep it: the result is the same, only slower",
     ),
     "SNNFX106": CodeEntry(
         "BatchNorm with statistics per time step",
@@ -247,6 +247,47 @@ CODES: dict[str, CodeEntry] = {
         "self.state.v = x if self.state.v is None else self.state.v + x   # a plain object",
         "self.v = x if self.v is None else self.v + x",
     ),
+    "SNNFX220": CodeEntry(
+        "scripted or traced code of TorchScript",
+        "A module that torch.jit.script or torch.jit.trace made, or that was loaded from a TorchScript file, runs outside "
+        "of Python, so that its operations and its state cannot be recorded. Use the Python module that it was made "
+        "from. A scripted function is no problem: snnfx traces its Python original.",
+        "self.fc = torch.jit.script(nn.Linear(8, 8))",
+        "self.fc = nn.Linear(8, 8)   # self.fc.load_state_dict(scripted.state_dict()) for its weights",
+    ),
+    "SNNFX221": CodeEntry(
+        "a converted net that keeps its state, inside a model",
+        'A net that was converted with carry_state=True or step_mode="s" keeps its state from call to call, where the '
+        "net around it cannot reset it. Use the model that it was converted from. A net that starts each call from the "
+        "reset state is stepped as a whole.",
+        "snnfx.convert(nn.Sequential(snnfx.convert(model, carry_state=True), head))",
+        "snnfx.convert(nn.Sequential(net.source, head))",
+    ),
+    "SNNFX222": CodeEntry(
+        "a wrapper for several devices or processes",
+        "DistributedDataParallel, FullyShardedDataParallel and a DataParallel with several devices distribute their "
+        "input and gradients, which the graph of one step cannot contain. Convert the model inside the wrapper and wrap "
+        "the net.",
+        "snnfx.convert(DistributedDataParallel(model))",
+        "DistributedDataParallel(snnfx.convert(model))",
+    ),
+    "SNNFX223": CodeEntry(
+        "a version of a library without an adapter",
+        "snnfx has adapters for the modules of SpikingJelly, snnTorch and Norse. The installed version of the library "
+        "has another layout than the adapter expects, such as a SpikingJelly without `activation_based`. Its modules are "
+        "traced like code of your own: the result is the same, but fewer nodes may be folded or lowered. Install a newer "
+        "version to use the adapter.",
+        "from spikingjelly.clock_driven import neuron",
+        "from spikingjelly.activation_based import neuron",
+    ),
+    "SNNFX250": CodeEntry(
+        "a branch on the number of the step",
+        "Python code branches on a number that counts the steps, and later steps take different branches. A net runs "
+        "the first step apart, but all later steps run the same operations. Keep the number as a tensor and choose with "
+        "torch.where.",
+        "self.t += 1\nif self.t % 2 == 0: v = v * 0.5",
+        "self.t = self.t + 1   # self.t = torch.zeros_like(x) at first\nv = torch.where(self.t % 2 == 0, v * 0.5, v)",
+    ),
     # 3xx: inputs of a call
     "SNNFX230": CodeEntry(
         "the iterations of a loop over time differ",
@@ -409,6 +450,13 @@ CODES: dict[str, CodeEntry] = {
         "net = snnfx.convert(model, carry_state=True); checkpoint(net, x_seq, use_reentrant=False).sum().backward()",
         'net = snnfx.convert(model, carry_state=True, checkpoint="regions"); net(x_seq).sum().backward()',
     ),
+    "SNNFX326": CodeEntry(
+        "an illegal limit of the kernel cache",
+        "The environment variable SNNFX_CACHE_LIMIT is the size in MiB that the folder of compiled kernels may have; the "
+        "least recently used files beyond it are removed. 0 stands for no limit, and the default is 256.",
+        "SNNFX_CACHE_LIMIT=1GB python train.py",
+        "SNNFX_CACHE_LIMIT=1024 python train.py",
+    ),
     "SNNFX325": CodeEntry(
         "an input has another rank than the example",
         "The net was converted with example_inputs, so its plan holds for inputs of these ranks. An input of a call has "
@@ -434,7 +482,8 @@ CODES: dict[str, CodeEntry] = {
     "SNNFX401": CodeEntry(
         "outputs differ",
         "The output of the net differs from the stepped model. In float32, rounding can flip a spike if a potential "
-        "is at the threshold, so compare in float64 first. If the outputs still differ, report it as a bug of snnfx.",
+        "is at the threshold; `verify` rules this out by comparing copies in float64. If net and model belong together "
+        "(the same weights and settings), report it as a bug of snnfx.",
         "snnfx.verify(model, net, x_seq)                # one spike in a million differs",
         "snnfx.verify(model, net, x_seq, double=True)",
     ),
@@ -463,6 +512,29 @@ CODES: dict[str, CodeEntry] = {
         "earlier step, so verify has no reference.",
         'snnfx.verify(model, snnfx.convert(model, batch_norm="fold"), x_seq)',
         'snnfx.verify(model, snnfx.convert(model, batch_norm="per_step"), x_seq)',
+    ),
+    "SNNFX410": CodeEntry(
+        "parameters or attributes differ",
+        "A parameter or an attribute that the steps change has another value after a call of the net than after "
+        "stepping the model, or the net does not change it at all.",
+        "snnfx.verify(model, net, x_seq)   # self.steps += 1 in the model; the net does not count",
+        'model.register_buffer("steps", torch.tensor(0))   # self.steps = self.steps + 1: the net writes buffers back',
+    ),
+    "SNNFX411": CodeEntry(
+        "the random numbers cannot be shared",
+        "In `verify`, net and model draw the same random numbers, step by step. Here the draws of the net do not "
+        "correspond to draws of the model: the net draws other shapes, fewer or more numbers, or from a distribution "
+        "that verify cannot reproduce.",
+        "snnfx.verify(model, net, x_seq)   # forward: spikes = torch.poisson(rate)",
+        "snnfx.verify(model.eval(), net, x_seq)   # or pass the random numbers as an input: model(x, noise)",
+    ),
+    "SNNFX412": CodeEntry(
+        "the model cannot run in float64",
+        "With `double=True`, `verify` compares copies in float64. Casts to float32 (`.float()`, `.to(torch.float32)`, "
+        "`dtype=torch.float32`) become casts to float64, but other code may insist on float32, such as a scripted "
+        "function or a NumPy array. The message names the line.",
+        "spike = torch.from_numpy((v.detach().numpy() > 1).astype('float32'))   # in the model",
+        "spike = (v > 1).to(v.dtype)",
     ),
     # 5xx: passes
     "SNNFX501": CodeEntry(
@@ -528,6 +600,51 @@ CODES: dict[str, CodeEntry] = {
         "snnfx.convert(model)(x_seq)                # on a machine without g++ and clang++",
         "apt install g++   # or set CXX; or silence the warning: snnfx.convert(model, lower=None)",
     ),
+    # 70x: passes of the user's own
+    "SNNFX701": CodeEntry(
+        "a pass changed what it does not declare",
+        "After a pass, the manager compares the program and the model by value with their state before it: parameters, "
+        "buffers, training flags, submodules, attributes, and the parts of the program. A change that `may_change` "
+        "does not contain is put back.",
+        "may_change = ('graph',)   # and apply() runs program.source.fc.weight.data.zero_()",
+        "may_change = ('graph', 'parameters')",
+    ),
+    "SNNFX702": CodeEntry(
+        "a pass is not well defined",
+        "A pass is an instance of a class derived from snnfx.passes.Pass, with a name, an existing stage in "
+        "`requires`, parts from the list of changes in `may_change`, and options that are fields of a frozen "
+        "dataclass. In `convert`, it stays at its stage.",
+        "requires = 'optimised'",
+        "requires = 'normalized'   # or captured, partitioned, planned",
+    ),
+    "SNNFX703": CodeEntry(
+        "a pass failed",
+        "`apply` of a user's pass raised an error. The message gives its place; the program and the model were put "
+        "back.",
+        "graph.erase_node(node)   # other nodes still read the node",
+        "node.replace_all_uses_with(new); graph.erase_node(node)",
+    ),
+    "SNNFX704": CodeEntry(
+        "a pass returned no result",
+        "`apply` returns a note, a short text for `net.history`; `rewrite` of a Rewrite returns the node that replaces "
+        "the match.",
+        "def apply(self, program): ...                  # no return",
+        "def apply(self, program): return 'replaced 2 nodes'",
+    ),
+    "SNNFX705": CodeEntry(
+        "the passes of a net cannot be pickled",
+        "A net plans again with its passes, so they are pickled with it. Pickle stores classes and functions by name, "
+        "and finds neither lambdas nor classes that a function defines. copy.deepcopy works.",
+        "Scale(function=lambda x: 2 * x)",
+        "def double(x): return 2 * x\n\nScale(function=double)",
+    ),
+    "SNNFX706": CodeEntry(
+        "no such stage to draw",
+        "snnfx.draw(net, stage=...) draws the program at the end of a stage: captured, normalized, partitioned or "
+        "planned. A record of an emitted graph has no step program.",
+        "snnfx.draw(net, stage='folded')",
+        "snnfx.draw(net, stage='partitioned')",
+    ),
     # 6xx: tools around the library
     "SNNFX601": CodeEntry(
         "graphviz is missing",
@@ -583,9 +700,9 @@ CODES: dict[str, CodeEntry] = {
     ),
     "SNNFX615": CodeEntry(
         "the leak of a trace is not a single number",
-        "An eligibility trace decays with the leak of the neuron that the weight feeds. That leak is not a single "
-        "number (it differs between neurons or depends on the potential), the weight feeds neurons with different "
-        "leaks, or it feeds none. Pass the leak.",
+        "An eligibility trace decays with the leak of the neuron that the weight feeds. That leak depends on the "
+        "potential or the input, the weight feeds neurons with different leaks, a fixed leak was changed to differ "
+        "between neurons, or no neuron emits the operand. Pass the leak.",
         "Trainer(net, OTTT_A, optimizer, loss)                        # a weight feeds a CUBALIFNode: two leaks",
         "Trainer(net, OTTT_A(trace_leak=0.5), optimizer, loss)",
     ),
@@ -616,5 +733,100 @@ CODES: dict[str, CodeEntry] = {
         "initial state are not trained. Restrict the cut to other states, or freeze the initial state.",
         "Trainer(net, SLTT, optimizer, loss)                # self.v = self.first.expand_as(x) before the first step",
         "Trainer(net, SLTT(cut=('other.v',)), optimizer, loss)  # or freeze the initial state",
+    ),
+    "SNNFX620": CodeEntry(
+        "no trace for each neuron",
+        "Each neuron has a leak of its own, so a weight needs an eligibility trace for each of its output channels. The "
+        "leak must be the same for all neurons that one channel feeds: it must not differ over space, and no operation "
+        "between the weight and the neurons may mix or move channels. Pass one leak, or use one leak for each channel.",
+        "Trainer(net, OTTT_A, optimizer, loss)                        # a convolution feeds leaks [C, H, W]",
+        "Trainer(net, OTTT_A(trace_leak=0.5), optimizer, loss)        # or leaks [C, 1, 1]",
+    ),
+    "SNNFX622": CodeEntry(
+        "the state of a trainer does not match",
+        "Trainer.load_state_dict restores FPTT's running averages and multipliers, one for each parameter of the "
+        "optimizer. The saved state has another number of parameters or other shapes, or is not the state of a trainer.",
+        "trainer.load_state_dict(optimizer.state_dict())",
+        "trainer.load_state_dict(torch.load('trainer.pt'))  # saved with torch.save(trainer.state_dict(), 'trainer.pt')",
+    ),
+    # 8xx: export
+    "SNNFX801": CodeEntry(
+        "an option of the export is illegal",
+        "The suffix of the path selects the format: .pt2 or .onnx. The dynamic axes are T and N; package is None or "
+        '"aot". A net whose graph was replaced by hand cannot be exported, because the export starts from its step '
+        "program.",
+        'snnfx.export(net, "net.pth", x_seq)',
+        'snnfx.export(net, "net.pt2", x_seq)',
+    ),
+    "SNNFX802": CodeEntry(
+        "the exported file cannot be written",
+        "The folder does not exist, the path is a folder, or files may not be created there. Nothing was written.",
+        'snnfx.export(net, "missing_folder/net.pt2", x_seq)',
+        'snnfx.export(net, "net.pt2", x_seq)',
+    ),
+    "SNNFX803": CodeEntry(
+        "a package for ONNX is missing",
+        "ONNX files are written with onnx and onnxscript and checked with onnxruntime.",
+        'snnfx.export(net, "net.onnx", x_seq)              # without onnxruntime',
+        "pip install snnfx[onnx]",
+    ),
+    "SNNFX804": CodeEntry(
+        "a part of the model runs as Python code",
+        "A module that could not be traced is called at every step. A file cannot contain its Python code.",
+        "def forward(self, x): return x if x.sum() > 0 else -x",
+        "def forward(self, x): return torch.where(x.sum() > 0, x, -x)",
+    ),
+    "SNNFX805": CodeEntry(
+        "torch cannot trace a part of the net",
+        "The code of a step reads values of tensors in Python, or calls something that has no ATen form.",
+        "self.v = self.v * float(x.mean())",
+        "self.v = self.v * x.mean()",
+    ),
+    "SNNFX806": CodeEntry(
+        "an axis cannot be dynamic",
+        "The net is valid for one size of this axis only, because its code uses the size as a number. Export it for "
+        "the size of the given inputs.",
+        'snnfx.export(net, "net.pt2", x_seq)               # x.view(4, -1) in the step',
+        'snnfx.export(net, "net.pt2", x_seq, dynamic=("T",))',
+    ),
+    "SNNFX807": CodeEntry(
+        "the format cannot express the net",
+        "An AOTInductor package has at most one dynamic axis: T (loops as scan) or N (loops unrolled to the T of the "
+        "inputs). For ONNX, an operation may have no translation.",
+        'snnfx.export(net, "net.pt2", x_seq, package="aot")',
+        'snnfx.export(net, "net.pt2", x_seq, package="aot", dynamic=("T",))',
+    ),
+    "SNNFX808": CodeEntry(
+        "the exported file does not reproduce the net",
+        "Before it is kept, an exported file runs once in a process without snnfx on the given inputs. It failed, or its "
+        "results differ from those of the net. Nothing was written.",
+        'snnfx.export(net.double(), "net.onnx", x_seq.double())   # onnxruntime has no float64 convolution',
+        'snnfx.export(net.float(), "net.onnx", x_seq)',
+    ),
+    "SNNFX809": CodeEntry(
+        "a few elements differ after export",
+        "At most one element in a hundred of an output differs from the net. Another order of summation rounds "
+        "differently, and a potential at the threshold then crosses it or not.",
+        'snnfx.export(net, "net.onnx", x_seq)              # float32, potentials at the threshold',
+        'snnfx.export(net.double(), "net.pt2", x_seq.double())',
+    ),
+    "SNNFX810": CodeEntry(
+        "the exported file draws random numbers",
+        "Its results differ from call to call, so only shapes and dtypes were compared.",
+        "x = (torch.rand_like(x) < x).float()              # in the model",
+        'snnfx.export(net_without_encoder, "net.pt2", spike_seq)',
+    ),
+    "SNNFX811": CodeEntry(
+        "the net was in training mode",
+        "An exported file computes the net in evaluation mode: BatchNorm with running statistics, no dropout.",
+        'snnfx.export(net.train(), "net.pt2", x_seq)',
+        'snnfx.export(net.eval(), "net.pt2", x_seq)',
+    ),
+    "SNNFX812": CodeEntry(
+        "a buffer that calls change is constant in the file",
+        "A call of the net changes a buffer or parameter of the model. A file has no memory: each call starts from the "
+        "value at the time of the export, unless the state is an input.",
+        'snnfx.export(net, "net.pt2", x_seq)',
+        'snnfx.export(net, "net.pt2", x_seq, state=True)',
     ),
 }

@@ -15,10 +15,13 @@ from snnfx.analysis.batch_norm_folding import unfolded_batch_norms
 from snnfx.capture.capture import capture_both_modes
 from snnfx.capture.carry_inference import infer_carry
 from snnfx.errors import InputError, warn_once
-from snnfx.ir.graph_pass import Pass
-from snnfx.ir.options import ConvertOptions, time_dims_of_leaves
-from snnfx.ir.pass_manager import PassManager, PassRecord
+from snnfx.ir.graph_pass import Pass, check_passes
+from snnfx.ir.history import History, PassRecord
+from snnfx.ir.options import ConvertOptions
+from snnfx.ir.pass_manager import PassManager, print_record
 from snnfx.ir.program import StepProgram
+from snnfx.ir.program_equality import has_same_nodes
+from snnfx.ir.program_snapshot import ProgramSnapshot
 from snnfx.ir.verifier import verify_program
 from snnfx.memory.budget import read_memory_budget
 from snnfx.memory.checkpoint_option import (
@@ -28,14 +31,10 @@ from snnfx.memory.checkpoint_option import (
 )
 from snnfx.memory.chunk_plan import check_chunk_option
 from snnfx.memory.planning import refuse_impossible_budget
-from snnfx.passes.absorb import Absorb
-from snnfx.passes.choose_memory_format import ChooseMemoryFormat
-from snnfx.passes.fold_batch_norm import FoldBatchNorm
-from snnfx.passes.lower import Lower
 from snnfx.passes.normalize import Normalize
-from snnfx.passes.partition import Partition
 from snnfx.passes.remove_dead_code import RemoveDeadCode
-from snnfx.passes.sink_reductions import REDUCTIONS, SinkReductions
+from snnfx.passes.sink_reductions import REDUCTIONS
+from snnfx.passes.standard_pipeline import pipeline, planning, replanning
 from snnfx.runtime.net import Net
 from snnfx.sandbox.torch_internals import pytree
 from snnfx.sandbox.user_code import step_signature
@@ -43,7 +42,7 @@ from snnfx.sequence.call_capture import CapturedCall, ProgramPasses, capture_cal
 from snnfx.sequence.derived_step import DerivedStep, derive_step
 from snnfx.state.carry import paths_of
 
-__all__ = ["apply_edits", "convert", "convert_without_budget", "pipeline", "planning", "prepare_programs"]
+__all__ = ["apply_edits", "convert", "convert_without_budget", "pipeline", "prepare_programs"]
 
 
 def convert(
@@ -63,6 +62,7 @@ def convert(
     lower: str | None = "auto",
     checkpoint: int | str | None = "auto",
     memory_budget: int | float | str | None = None,
+    passes: Sequence[Pass] = (),
 ) -> Net:
     """Convert a single-step model into a net that runs whole sequences.
 
@@ -126,6 +126,8 @@ def convert(
             the backward pass, gradients of parameters included). An int: bytes; text: "512MiB", "2G" (2 * 2**30 bytes),
             "2GB" (2 * 10**9 bytes); a float: a fraction of the memory that is free at the first call. None (default):
             half of the free memory in inference, no limit in training.
+        passes: your own passes (`snnfx.passes.Pass`). Each runs at the end of the stage that it requires, on the steps
+            of both modes and again whenever the net is planned again. `net.history` shows what it changed.
 
     Returns:
         A `snnfx.Net` (a torch.fx.GraphModule).
@@ -135,6 +137,8 @@ def convert(
         InputError: SNNFX309, an option has an illegal value; SNNFX307, `example_inputs` do not match the model;
             SNNFX314, it is ambiguous which outputs are the state; SNNFX317, `checkpoint` would change BatchNorm
             statistics; SNNFX318, `memory_budget` is too small for one time step of `example_inputs`.
+        PassError: a pass is not well defined (SNNFX702), fails (703, 704), breaks the graph (501) or changes a part
+            that it does not declare (701).
 
     Example:
         >>> import torch, snnfx
@@ -147,6 +151,12 @@ def convert(
     """
     if isinstance(model, Net):
         _check_choice("step_mode", step_mode, ("m", "s"))
+        if passes:
+            raise InputError(
+                "SNNFX309",
+                "passes= is not supported for a converted net",
+                hint="Convert the model with passes=, snnfx.convert(net.source, passes=...).",
+            )
         return model.convert_to(step_mode)
     options = ConvertOptions(
         step_mode,
@@ -161,6 +171,7 @@ def convert(
         lower,
         checkpoint,
         read_memory_budget(memory_budget),
+        passes,
         takes,
     )
     net = convert_without_budget(model, options, example_inputs, carry)
@@ -178,6 +189,7 @@ def convert_without_budget(
         model, example_inputs, carry: see `convert`.
         options: all other options; its field `carry` is ignored.
     """
+    options = replace(options, passes=check_passes(options.passes, in_convert=True))
     _check_choice("step_mode", options.step_mode, ("m", "s"))
     _check_choice("takes", options.takes, ("step", "sequence"))
     if options.batch_norm is None:
@@ -308,22 +320,8 @@ def _warn_of_unfolded_batch_norms(program: StepProgram) -> None:
         warn_once(
             "SNNFX112",
             f'with batch_norm="fold", these BatchNorms use the statistics of each time step in training ({reasons}). '
-            'With batch_norm="per_step", all of them do.',
+            'Convert with batch_norm="per_step" so that all of them do, or move them off the cycle.',
         )
-
-
-def pipeline(program: StepProgram, options: ConvertOptions) -> list[Pass]:
-    """The passes from a captured step to its regions."""
-    invariant = _invariant_inputs(program, options)
-    sinking = [SinkReductions(reduce=options.reduce, invariant_inputs=invariant)] if options.reduce is not None else []
-    return [Normalize(), RemoveDeadCode(), *sinking, *planning(program, options)]
-
-
-def planning(program: StepProgram, options: ConvertOptions) -> list[Pass]:
-    """The last passes of the pipeline, which plan regions, layouts and kernels."""
-    layout = [ChooseMemoryFormat()] if options.memory_format is not None else []
-    partition = Partition(batch_norm=options.batch_norm, invariant_inputs=_invariant_inputs(program, options))
-    return [partition, *layout, *([Lower(), Absorb()] if options.lower is not None else []), FoldBatchNorm()]
 
 
 def apply_edits(net: Net, edits: Sequence[Pass], **changes: Any) -> Net:
@@ -336,11 +334,11 @@ def apply_edits(net: Net, edits: Sequence[Pass], **changes: Any) -> Net:
     """
     options = replace(net.options, **changes)
     programs: dict[bool, StepProgram] = {}
-    history: list[PassRecord] = list(net.history)
+    history = History(net.history)
     for mode in (True, False):
         program = net.programs[mode].copy().unplanned()
         program.training = mode
-        done = PassManager([*edits, *planning(program, options)]).run(program)
+        done = PassManager([*edits, *replanning(program, options)]).run(program)
         history += done if mode else []
         programs[mode] = program
     if _same_plan(*programs.values()) and _same_steps(*programs.values()):
@@ -355,15 +353,9 @@ def _edited_for_shapes(
     return apply_edits((replan or _convert_for_shapes)(net, args, kwargs), edits)
 
 
-def _invariant_inputs(program: StepProgram, options: ConvertOptions) -> tuple[str, ...]:
-    dims = time_dims_of_leaves(options.time_dim, program)
-    leaves = zip(program.input_leaves, dims, strict=True)
-    return tuple(leaf.placeholder for leaf, dim in leaves if leaf.placeholder and dim is None)
-
-
 def prepare_programs(
     model: nn.Module, options: ConvertOptions, example_inputs: Any, inferred_carry: bool = False
-) -> tuple[dict[bool, StepProgram], list[PassRecord]]:
+) -> tuple[dict[bool, StepProgram], History]:
     """Capture a model in both modes and run the pipeline: `({training: program}, history)`."""
     start = time.perf_counter()
     training, evaluation = capture_both_modes(model, example_inputs, options.entry, options.carry)
@@ -372,15 +364,19 @@ def prepare_programs(
     captured = (time.perf_counter() - start) * 1e3
     same_graph = training is evaluation
     note = f"{len(training.graph.nodes)} nodes, {len(training.slots)} slots"
-    history = [PassRecord("capture", captured, note, str(training))]
     verify_program(training)
+    mode = None if same_graph else True
+    history = History(
+        [PassRecord("capture", captured, note, str(training), "", "captured", mode, ProgramSnapshot(training))]
+    )
+    print_record(history[0])
     if same_graph:
         # Both modes may share one graph, but BatchNorm is planned for each mode.
         evaluation = training.copy()
         evaluation.training = False
     PassManager(pipeline(training, options)).run(training, history)
     evaluation_history = PassManager(pipeline(evaluation, options)).run(evaluation)
-    if same_graph and _same_plan(training, evaluation):
+    if same_graph and _same_plan(training, evaluation) and (not options.passes or has_same_nodes(training, evaluation)):
         evaluation = training
     else:
         history += evaluation_history

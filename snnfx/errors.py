@@ -6,14 +6,21 @@ A message names the problem, the location (qualified name and the user's file:li
     Correct the code there, or pass another factory.
 
 Groups of codes: 1xx a node is not folded (reported by `explain`, never raised), 2xx capture, 3xx arguments of a call,
-4xx verification, 5xx passes and running a net, 6xx command line and pictures, 61x online training.
+4xx verification, 5xx passes and running a net, 6xx command line and pictures, 61x online training, 70x passes of the
+user's own, 8xx export.
 `python -m snnfx explain --code SNNFX103` prints the meaning of a code with an example.
 """
 
 from __future__ import annotations
 
+import contextlib
+import functools
+import os
+import sys
 import warnings
 from dataclasses import dataclass
+
+import torch
 
 from snnfx._codes import CODES, CodeEntry
 
@@ -22,6 +29,7 @@ __all__ = [
     "AllocationError",
     "CaptureError",
     "CodeEntry",
+    "ExportError",
     "InputError",
     "PassError",
     "Refusal",
@@ -30,6 +38,7 @@ __all__ = [
     "ToolError",
     "VerificationError",
     "describe_code",
+    "warn",
     "warn_once",
 ]
 
@@ -81,7 +90,7 @@ class VerificationError(SnnfxError, AssertionError):
 
 
 class PassError(SnnfxError):
-    """A pass left an invalid graph, or passes are in an illegal order (codes 5xx)."""
+    """A pass left an invalid graph, or passes are in an illegal order (codes 5xx, 70x)."""
 
 
 class AllocationError(SnnfxError, RuntimeError):
@@ -90,6 +99,10 @@ class AllocationError(SnnfxError, RuntimeError):
 
 class ToolError(SnnfxError):
     """A program, package, file or model that a tool needs is missing or unsuitable (codes 6xx)."""
+
+
+class ExportError(SnnfxError):
+    """A net cannot be exported, or the written file is wrong (codes 8xx)."""
 
 
 class SnnfxWarning(UserWarning):
@@ -111,7 +124,24 @@ class Refusal:
     hint: str = ""
 
 
+_PACKAGE = os.path.dirname(__file__)
+_LIBRARY_PREFIXES = (
+    _PACKAGE + os.sep,
+    os.path.join(os.path.dirname(_PACKAGE), "passes") + os.sep,  # snnfx.passes in a source checkout
+    os.path.dirname(torch.__file__) + os.sep,
+    "<",
+    contextlib.__file__,
+    functools.__file__,
+)
 _warned: set[object] = set()
+
+
+def warn(code: str, message: str) -> None:
+    """Warn about a fallback, at the line of the user's code that called snnfx."""
+    level, frame = 1, sys._getframe()
+    while frame.f_back is not None and frame.f_code.co_filename.startswith(_LIBRARY_PREFIXES):
+        level, frame = level + 1, frame.f_back
+    warnings.warn(f"{code} {message}", SnnfxWarning, stacklevel=level)
 
 
 def warn_once(code: str, message: str, *, key: object = None) -> None:
@@ -119,7 +149,7 @@ def warn_once(code: str, message: str, *, key: object = None) -> None:
     key = (code, message if key is None else key)
     if key not in _warned:
         _warned.add(key)
-        warnings.warn(f"{code} {message}", SnnfxWarning, stacklevel=3)
+        warn(code, message)
 
 
 def describe_code(code: str) -> str:

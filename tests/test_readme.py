@@ -14,7 +14,7 @@ import torch
 ROOT = Path(__file__).parents[1]
 README = ROOT / "README.md"
 DOCUMENTS = sorted((ROOT / "tools" / "docs").glob("*.md"))
-PEERS = ("spikingjelly", "snntorch", "norse")
+PEERS = ("spikingjelly", "snntorch", "norse", "onnxruntime")
 
 
 def python_blocks(document: Path) -> list[str]:
@@ -51,6 +51,12 @@ def test_readme_runs_for_every_seed(seed: int) -> None:
 @pytest.mark.parametrize("document", DOCUMENTS, ids=lambda path: path.stem)
 def test_document_runs(document: Path) -> None:
     assert run_blocks(document) == len(python_blocks(document)) or not all(map(importlib.util.find_spec, PEERS))
+
+
+@pytest.mark.parametrize("seed", range(1, 4))
+def test_online_training_runs_for_every_seed(seed: int) -> None:
+    torch.manual_seed(seed)
+    assert run_blocks(ROOT / "tools" / "docs" / "online_training.md") > 0
 
 
 @pytest.mark.parametrize("document", [README, *DOCUMENTS], ids=lambda path: path.stem)

@@ -17,6 +17,8 @@ peer "requirements of the peers" numpy scipy h5py matplotlib tqdm requests tenso
 peer "spikingjelly 2.0.0" --no-deps spikingjelly==2.0.0
 peer "snntorch 1.0.0" --no-deps snntorch==1.0.0
 peer "norse 1.1.0" --no-deps norse==1.1.0 nir nirtorch
+# The extra `onnx`, for the tests of the export.
+peer "onnx 1.23.2" onnx==1.23.2 onnxscript==0.7.2 onnxruntime==1.32.*
 # SpikingJelly's model zoo imports torchvision, whose releases match those of torch: 0.28 matches 2.13.
 minor=$("$PY" -c 'import torch; print(int(torch.__version__.split(".")[1]) + 15)')
 peer "torchvision 0.$minor" --no-deps "torchvision==0.$minor.*"

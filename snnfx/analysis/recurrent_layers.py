@@ -14,7 +14,8 @@ import networkx as nx
 from torch.fx import Node
 
 from snnfx.analysis.dependence import analyse_dependence
-from snnfx.analysis.leak import StepOnNumbers, fires
+from snnfx.analysis.leak import fires
+from snnfx.analysis.step_on_numbers import StepOnNumbers
 from snnfx.analysis.weight_ops import weight_ops
 from snnfx.errors import InputError
 from snnfx.ir.nodes import is_outside_reader, takes_from_tuple

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
-from torch import nn
+from torch import Tensor, nn
 from torch.fx import Node
 
 from snnfx.analysis.batch.rule_lookup import find_rule
@@ -59,6 +59,30 @@ def weight_ops(program: StepProgram, dependence: Dependence) -> list[WeightOp]:
                 found.append(WeightOp(node, position))
                 break
     return found
+
+
+def groups_of(program: StepProgram, node: Node) -> int:
+    """The number of groups of a convolution; 1 for other weight ops."""
+    if node.op == "call_module":
+        return int(getattr(program.resolve(str(node.target)), "groups", 1))
+    found = find_rule(node, program.resolve)
+    if found is None or found.name not in _CONVOLUTIONS:
+        return 1
+    groups = node.kwargs.get("groups", node.args[6] if len(node.args) > 6 else 1)  # in both signatures of torch
+    return groups if isinstance(groups, int) else 1
+
+
+def output_channels_of(program: StepProgram, node: Node) -> int:
+    """The number of output channels of a convolution with groups."""
+    if node.op == "call_module":
+        return int(program.resolve(str(node.target)).out_channels)
+    weight = node.args[1] if len(node.args) > 1 else node.kwargs["weight"]
+    assert isinstance(weight, Node)
+    value = program.resolve(str(weight.target)) if weight.op == "get_attr" else weight.meta["val"]
+    assert isinstance(value, Tensor)
+    found = find_rule(node, program.resolve)
+    is_transposed = found is not None and "transpose" in found.name
+    return value.shape[1] * groups_of(program, node) if is_transposed else value.shape[0]
 
 
 def _has_parameters(module: Any) -> bool:

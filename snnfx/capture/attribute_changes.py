@@ -14,10 +14,12 @@ from snnfx.capture.attribute_slots import (
     is_state_change,
     recorded,
 )
+from snnfx.capture.input_output_checks import refusal_of_nested_tensor
 from snnfx.capture.proxy import StepProxy
 from snnfx.capture.read_tracking_list import ReadTrackingList
 from snnfx.errors import CaptureError
 from snnfx.sandbox.contents_snapshot import MISSING, Change, ClassContentsSnapshot, ContentsSnapshot, attributes_of
+from snnfx.sandbox.plain_numbers import is_numpy_scalar
 from snnfx.sandbox.torch_internals import pytree
 from snnfx.sandbox.user_code import location_of_forward
 
@@ -82,6 +84,8 @@ class AttributeChanges:
     ) -> Iterator[AttributeSlot]:
         contents = self._before[module]
         old = contents.values.get(key, getattr(type(module), key, None))
+        if isinstance(value, Tensor) and not isinstance(value, StepProxy) and value.is_nested:
+            raise refusal_of_nested_tensor(prefix + key, location_of_forward(module))
         if is_state_change(old, value):
             yield AttributeSlot(
                 prefix + key, module, key, old, recorded(value), value, start=contents.values.get(key, MISSING)
@@ -134,6 +138,14 @@ def refuse_change(prefix: str, module: nn.Module, change: Change, entry: str = "
             where=where,
             why="the graph does not record them, so every call of the net would use the same numbers.",
             hint="Draw them with torch.rand, torch.randn, torch.rand_like or torch.bernoulli of a recorded value.",
+        )
+    if is_numpy_scalar(change.new):
+        raise CaptureError(
+            "SNNFX218",
+            f"a step changes `{name}`",
+            where=where,
+            why=f"it is a {type(change.new).__name__} of NumPy, which rounds otherwise than a Python float.",
+            hint="Store a Python number: self.a = float(value).",
         )
     attribute = str(change.path[-1] if change.kind in ("", "object", "dict") else change.path[0]).rpartition(".")[2]
     raise CaptureError(

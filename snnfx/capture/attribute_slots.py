@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import numbers
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
@@ -12,6 +13,7 @@ from torch.fx import Node
 from snnfx.capture.proxy import StepProxy
 from snnfx.capture.read_tracking_list import ReadTrackingList
 from snnfx.errors import CaptureError
+from snnfx.sandbox.pytree_paths import flatten_with_path
 from snnfx.sandbox.torch_internals import pytree
 from snnfx.sandbox.user_code import location_of_forward
 
@@ -61,9 +63,9 @@ class AttributeSlot:
     def write(self, value: Any) -> None:
         """Set the attribute, or the element of the container, to `value`."""
         if self.path:
-            leaves, spec = pytree.tree_flatten_with_path(self._current())
+            leaves, spec = flatten_with_path(self._current())
             if spec != pytree.tree_structure(self.container):
-                leaves, spec = pytree.tree_flatten_with_path(self.container)
+                leaves, spec = flatten_with_path(self.container)
             value = pytree.tree_unflatten([value if path == self.path else leaf for path, leaf in leaves], spec)
             if self.is_watched and type(value) is list:
                 value = ReadTrackingList(value)
@@ -78,7 +80,7 @@ class AttributeSlot:
         if not self.path:
             return self._current()
         if self.keeps_structure():
-            return dict(pytree.tree_flatten_with_path(self._current())[0])[self.path]
+            return dict(flatten_with_path(self._current())[0])[self.path]
         container = self._stored()
         self.grows = True
         is_unread = isinstance(container, ReadTrackingList) and not container.was_read
@@ -121,18 +123,21 @@ def changed_elements(slot: str, module: nn.Module, key: str, old: Any, new: Any)
     """Yield a slot for each element of a tuple, list or dict that a step changes."""
     if isinstance(new, ReadTrackingList):
         new = new.plain()
-    before = dict(pytree.tree_flatten_with_path(old)[0])
+    before = dict(flatten_with_path(old)[0])
     new = pytree.tree_map(lambda leaf: leaf, new)  # a copy, because the trace restores the model's own list
-    for path, value in pytree.tree_flatten_with_path(new)[0]:
+    for path, value in flatten_with_path(new)[0]:
         if is_state_change(before.get(path), value):
             name = slot + "".join(f".{getattr(k, 'idx', getattr(k, 'key', getattr(k, 'name', k)))}" for k in path)
             yield AttributeSlot(name, module, key, before.get(path), recorded(value), value, new, path)
 
 
 def is_number(value: Any) -> bool:
-    """Whether a value is a Python number (or bool), not a proxy."""
+    """Whether a value is a Python number, a bool or a NumPy integer, not a proxy.
+
+    NumPy floats of other precisions than Python's are not: steps would round them differently.
+    """
     kind: Any = type(value)
-    return isinstance(value, bool | int | float) and kind is not StepProxy
+    return isinstance(value, bool | int | float | numbers.Integral) and kind is not StepProxy
 
 
 def recorded(value: Any) -> Any:

@@ -12,7 +12,6 @@ becomes the program of the first step.
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any
@@ -31,11 +30,13 @@ from snnfx.capture.recording_copy import RecordingCopy, capture_lock
 from snnfx.capture.step_arguments import carried_arguments, step_arguments
 from snnfx.capture.step_changes import NewChange, StepChanges
 from snnfx.capture.tracer import SubmoduleNotTraceable
-from snnfx.errors import CaptureError, InputError, SnnfxWarning
+from snnfx.capture.unsupported_modules import refuse_unsupported_modules
+from snnfx.errors import CaptureError, InputError, warn
 from snnfx.ir.edits import add_placeholder
 from snnfx.ir.printing import location_of, operation_name
 from snnfx.ir.program import InputLeaf, Slot, StepProgram, results_of
 from snnfx.sandbox.isolation import autocast_cache_disabled
+from snnfx.sandbox.tensor_values import meta_like
 from snnfx.sandbox.torch_internals import FakeTensor, FakeTensorMode, pytree
 from snnfx.sandbox.user_code import location_of_forward
 from snnfx.state.carry import OutputPath
@@ -184,7 +185,7 @@ def _capture_once(
     discovered: dict[str, AttributeSlot] = {}
     cold, cold_discoveries = session.trace(discovered, warm=False)
     if session.time_loop is not None and training:  # once for both modes
-        warnings.warn(f"SNNFX115 {session.time_loop.warning()}", SnnfxWarning, stacklevel=7)
+        warn("SNNFX115", session.time_loop.warning())
     values = dict(zip(cold.slot_values, results_of(cold.graph)[1], strict=True))
     for attribute in cold_discoveries:
         discovered[attribute.name] = attribute
@@ -357,6 +358,7 @@ def _check_model(model: nn.Module, entry: str) -> None:
             f"{type(model).__name__} has no method {entry!r} for entry=",
             hint="Name the method that computes one time step.",
         )
+    refuse_unsupported_modules(model, entry)
     for name, parameter in (*model.named_parameters(), *model.named_buffers()):
         if is_lazy(parameter):
             raise CaptureError(
@@ -379,5 +381,5 @@ def _set_mode(model: nn.Module, training: bool) -> None:
 def _as_meta_tensor(value: Any) -> Any:
     """Convert a fake tensor to a meta tensor, which belongs to no fake tensor mode."""
     if isinstance(value, FakeTensor | Tensor):
-        return torch.empty_strided(tuple(value.shape), value.stride(), dtype=value.dtype, device="meta")
+        return meta_like(value)
     return value

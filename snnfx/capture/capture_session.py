@@ -21,12 +21,15 @@ from snnfx.capture.time_loops import TimeLoop, find_time_loop
 from snnfx.capture.trace_faults import raise_internal_fault
 from snnfx.capture.tracer import StepTracer, SubmoduleNotTraceable
 from snnfx.capture.variable_changes import VariableChanges
-from snnfx.ir.guards import Guards
+from snnfx.errors import CaptureError
+from snnfx.ir.conditions import Condition
+from snnfx.ir.guards import Guard, Guards, ModuleRoot, text_of
 from snnfx.ir.program import InitialAttribute, InputLeaf, Slot, StepProgram, results_of
 from snnfx.ir.setting_read import SettingRead
 from snnfx.sandbox.contents_snapshot import MISSING, Change
 from snnfx.sandbox.snapshot import StateSnapshot
 from snnfx.sandbox.torch_internals import FakeTensorMode, pytree
+from snnfx.sandbox.user_code import location_of_forward
 from snnfx.state.carry import SlotName, with_output_at
 from snnfx.state.composite_adapter import composite_adapter, is_stateful_tree
 from snnfx.state.leaf_modules import is_leaf
@@ -70,6 +73,7 @@ class CaptureSession:
         self.code, self.variables = code, VariableChanges(code)
         self.user_reads: dict[tuple[nn.Module, str], None] = {}
         self.consumed_tensors: dict[int, Tensor] = {}
+        self.conditions: dict[Condition, Any] = {}
         self.stateful = _outermost_stateful(self.model, opaque)
         self.reads: dict[tuple[nn.Module, str], tuple[Any, str]] = {}
         self.set_before_read: set[tuple[nn.Module, str]] = set()
@@ -121,7 +125,7 @@ class CaptureSession:
         """The guards of everything outside the graph that the traces depend on, in the user's model."""
         traced = [name for name, _ in self._traced_modules() if name or self.entry == "forward"]
         original_of = self.copy.original_of
-        return guards_of(
+        guards = guards_of(
             self.copy.model,
             self.entry,
             traced,
@@ -132,6 +136,11 @@ class CaptureSession:
             [original_of(container) for container in self.variables.growing.values()],
             {original_of(m): m.__dict__["training"] for m in self.model.modules() if "training" in m.__dict__},
         )
+        guards.reads += [
+            Guard(ModuleRoot(""), (("condition", condition),), "value", value, text_of(value))
+            for condition, value in self.conditions.items()
+        ]
+        return guards
 
     def initial_attributes(self, discovered: Iterable[AttributeSlot]) -> list[InitialAttribute]:
         """The values of attributes with discovered slots before the first step."""
@@ -162,6 +171,7 @@ class CaptureSession:
             tracer = StepTracer(self.arguments, self.entry, self.opaque, self.fake_mode, self.iterations)
             tracer.reads, tracer.user_reads = self.reads, self.user_reads
             tracer.consumed.tensors = self.consumed_tensors
+            tracer.conditions = self.conditions
             accessed_before_call = tracer.leaf_states.accessed_before_call
             try:
                 changed = self._trace(tracer, discovered, warm, shapes or {})
@@ -214,6 +224,8 @@ class CaptureSession:
             for attribute in discovered.values():
                 number = is_number(attribute.before) and is_number(attribute.result)
                 known = known_value(shapes.get(attribute.name))
+                if number:
+                    tracer.counts.starts[attribute.name] = attribute.result
                 attribute.write(tracer.add_slot(attribute.name, *known, number=number))
             for c in self.carried:
                 values = {**c.examples, **shapes}
@@ -254,6 +266,7 @@ class CaptureSession:
                 self._written.add(attribute.name)
                 self._refuse_unsupported_state(attribute.module, attribute.name, attribute.before, value)
                 tracer.slot_values[attribute.name] = value
+            tracer.counts.check(tracer.slot_values)
             self.changes.finish(tracer)
             growing = {(a.module, a.attribute) for a in discovered.values() if a.path and not a.keeps_structure()}
             changed.extend(
@@ -284,6 +297,8 @@ class CaptureSession:
         is_state = isinstance(after, StepProxy | Tensor) or is_number(after)
         if not is_state and not (after is None and before is None and slot not in self._written):
             prefix, dot, attribute = slot.rpartition(".")
+            if isinstance(after, tuple | list | dict):
+                raise _refusal_of_container(prefix, module, attribute, after)
             refuse_change(prefix + dot, module, Change((attribute,), before, after, ""), self.entry)
         if is_state:
             self._written.add(slot)
@@ -333,9 +348,11 @@ class CaptureSession:
         placeholders = {n.meta["input"]: n.name for n in graph.nodes if "input" in n.meta and n.op == "placeholder"}
         leaves = [replace(leaf, placeholder=placeholders.get(index)) for index, leaf in enumerate(leaves)]
         used_slots: list[tuple[Slot, Any, Any]] = []
+        carried = {name for c in self.carried for name in c.argument().slot_names()}
         for (name, _), following, initial in zip(tracer.slot_values.items(), nexts, initials, strict=True):
             placeholder = tracer.slot_placeholders.get(name)
-            if placeholder is not None and following is placeholder and len(placeholder.users) == 1:
+            is_untouched = placeholder is not None and following is placeholder and len(placeholder.users) == 1
+            if is_untouched and name not in carried:  # the net returns every part of a carried argument
                 continue
             is_overwritten = name in tracer.overwritten_slots and placeholder is not None and not placeholder.users
             if drop_overwritten and is_overwritten:
@@ -361,6 +378,19 @@ class CaptureSession:
         program.set_output(outputs, [n for _, n, _ in used_slots], [i for _, _, i in used_slots])
         erase_unused_placeholders(program)
         return program
+
+
+def _refusal_of_container(name: str, module: nn.Module, memory: str, value: Any) -> SubmoduleNotTraceable:
+    """The error for a registered state that holds several tensors: a net steps its module as a whole."""
+    error = CaptureError(
+        "SNNFX218",
+        f"the state `{memory}` of {type(module).__name__} is a {type(value).__name__}",
+        where=location_of_forward(module),
+        why="a registered state of a traced module is one tensor or number.",
+        hint=f'Register one for each element, such as self.register_memory("{memory}_0", None), or use a plain '
+        f"attribute, self.{memory} = None.",
+    )
+    return SubmoduleNotTraceable(name, f"its state `{memory}` is a {type(value).__name__}", error)
 
 
 def erase_unused_placeholders(program: StepProgram) -> None:

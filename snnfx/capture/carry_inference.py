@@ -16,6 +16,7 @@ from torch.fx import Node
 
 from snnfx.capture.capture import capture
 from snnfx.capture.step_arguments import as_call
+from snnfx.capture.unsupported_modules import refuse_unsupported_modules
 from snnfx.errors import CaptureError, InputError
 from snnfx.sandbox.torch_internals import pytree
 from snnfx.sandbox.user_code import step_signature
@@ -36,6 +37,7 @@ def infer_carry(model: nn.Module, entry: str, example_inputs: Any) -> dict[str, 
         InputError: SNNFX314, the assignment of outputs to arguments is ambiguous.
         CaptureError: the model cannot be captured.
     """
+    refuse_unsupported_modules(model, entry)
     optional = _optional_arguments(model, entry, example_inputs)
     if not optional:
         return {}

@@ -9,12 +9,13 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
+import torch
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
 from snnfx.capture.proxy import StepProxy
 from snnfx.capture.recorder import Recorder
-from snnfx.sandbox.torch_internals import pytree
+from snnfx.sandbox.torch_internals import DataDependentOutputException, FakeTensor, pytree
 
 __all__ = ["ConsumedTensors"]
 
@@ -24,6 +25,9 @@ _METADATA = frozenset(
     "element_size get_device __len__ __hash__ _version".split()
 )
 """Operations that do not read values."""
+
+_READS_OF_MEMORY = frozenset(("numpy", "__array__", "__format__"))
+"""Operations that read values without an operator of torch, for which a fake tensor raises errors of other kinds."""
 
 
 class ConsumedTensors(TorchFunctionMode):
@@ -42,6 +46,9 @@ class ConsumedTensors(TorchFunctionMode):
         self, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
         kwargs = kwargs or {}
+        reads_memory = self.recorder.is_evaluating and _name_of(func) in _READS_OF_MEMORY
+        if reads_memory and any(isinstance(leaf, FakeTensor) for leaf in args):
+            raise DataDependentOutputException(torch.ops.aten._local_scalar_dense.default)
         if not self.recorder.is_evaluating and _name_of(func) not in _METADATA:
             leaves = pytree.tree_leaves((args, kwargs))
             if not any(type(leaf) is StepProxy for leaf in leaves):

@@ -10,22 +10,27 @@ from typing import Any, cast
 import torch
 from torch import Tensor, fx, nn
 from torch.fx import Node
+from torch.overrides import TorchFunctionMode
 
+from snnfx.capture.input_output_checks import refusal_of_nested_tensor
 from snnfx.capture.patches import plain_isinstance
 from snnfx.capture.proxy import UNKNOWN
 from snnfx.capture.recorder import Recorder
 from snnfx.capture.unrecorded_draws import UnrecordedDraws
+from snnfx.capture.unsupported_modules import is_converted_net
 from snnfx.errors import CaptureError
 from snnfx.ir.program import SELF_TARGET, START_PREFIX
 from snnfx.sandbox.torch_internals import (
     DataDependentOutputException,
     DynamicOutputShapeException,
+    FakeTensor,
     FakeTensorMode,
     NormBase,
     UnsupportedOperatorException,
     disable_dispatch_modes,
 )
 from snnfx.sandbox.user_code import format_location
+from snnfx.state.step_calls import call_opaque
 
 __all__ = ["NOT_EVALUATED", "ExampleValues"]
 
@@ -50,11 +55,16 @@ class ExampleValues:
         """Compute the value of a new node if the values of its arguments are known."""
         if self.mode is None or node.op in ("placeholder", "output") or "val" in node.meta:
             return
+        if node.target is call_opaque and is_converted_net(self._resolve(str(node.args[0].target))):  # type: ignore[union-attr]
+            return  # it would be captured anew for the fake tensors
         if node.op == "call_function" and self._value_of_next is not UNKNOWN:
             node.meta["val"], self._value_of_next = self._value_of_next, UNKNOWN
             return
         if node.op == "get_attr":
-            self._record_value(node, lambda: self._fake(self._resolve(str(node.target))))
+            value = self._resolve(str(node.target))
+            if isinstance(value, Tensor) and value.is_nested:
+                raise refusal_of_nested_tensor(str(node.target), format_location(node.meta["where"]))
+            self._record_value(node, lambda: self._fake(value))
             return
         unknown = False
 
@@ -134,8 +144,20 @@ class ExampleValues:
 @contextlib.contextmanager
 def _only(mode: FakeTensorMode) -> Iterator[None]:
     """Enter a fake tensor mode alone: operators would pass through all modes below it, which takes long."""
-    with disable_dispatch_modes(), mode:
+    with disable_dispatch_modes(), mode, _ReadsOfValues():
         yield
+
+
+class _ReadsOfValues(TorchFunctionMode):
+    """Raises `DataDependentOutputException` where Python reads the elements of a fake tensor without an operator."""
+
+    def __torch_function__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        reads = function in (Tensor.numpy, Tensor.__array__) or (
+            function is Tensor.__format__ and args[1] and args[0].dim() == 0
+        )
+        if reads and isinstance(args[0], FakeTensor):
+            raise DataDependentOutputException(function)
+        return function(*args, **(kwargs or {}))
 
 
 def _call_for_shape(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:

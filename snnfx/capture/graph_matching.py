@@ -13,6 +13,7 @@ from torch.fx import Node, map_arg
 from snnfx.ir.module_effects import has_in_place_flag, keeps_statistics
 from snnfx.ir.nodes import IN_PLACE_OPERATORS, is_in_place
 from snnfx.ir.program import StepProgram
+from snnfx.sandbox.tensor_values import same_values
 
 __all__ = ["GraphMatch"]
 
@@ -63,17 +64,9 @@ class GraphMatch:
             if slot.name in self.bindable:
                 # A slot that nothing reads starts from the value in the model.
                 value = self.bound.get(slot.name, self.bindable[slot.name])
-                value = map_arg(self._as_node(value), lambda n: self._copy(n, copied))
+                value = map_arg(self.a.as_node(value), lambda n: self._copy(n, copied))
             initial.append(value)
         self.b.set_output(self.b.outputs, self.b.next_states, initial)
-
-    def _as_node(self, value: Any) -> Any:
-        """Convert a tensor to a `get_attr` node of `a`."""
-        if not isinstance(value, Tensor):
-            return value
-        target = self._constant(value, self.a)
-        with self.a.graph.inserting_before(self.a.output):
-            return self.a.graph.get_attr(target)
 
     def _copy(self, node: Node, copied: dict[Node, Node]) -> Node:
         pending = [node]  # iterative, because a graph may be deeper than Python's stack
@@ -100,7 +93,7 @@ class GraphMatch:
             before = before.prev
         target = node.target
         if node.op == "get_attr" and target in self.a.constants:
-            target = self._constant(self.a.constants[str(target)], self.b)
+            target = self.b.constant(self.a.constants[str(target)])
         anchor = copied.get(before)
         if anchor is None or anchor.op == "placeholder":  # never between placeholders
             anchor = self._last_placeholder()
@@ -112,15 +105,6 @@ class GraphMatch:
     def _last_placeholder(self) -> Node:
         found: Node = [n for n in self.b.graph.nodes if n.op == "placeholder"][-1]
         return found
-
-    @staticmethod
-    def _constant(value: Any, program: StepProgram) -> str:
-        for name, known in program.constants.items():
-            if known is value:
-                return name
-        name = f"snnfx_constant_{len(program.constants)}"
-        program.constants[name] = value
-        return name
 
     def _same(self, a: Any, b: Any) -> bool:
         open_comparisons = [self._compare(a, b)]  # iterative, because a graph may be deeper than Python's stack
@@ -361,7 +345,7 @@ def _equal(a: Any, b: Any) -> bool:
     if a is _NO_VALUE or b is _NO_VALUE:
         return False
     if isinstance(a, Tensor) and isinstance(b, Tensor):
-        return a.shape == b.shape and a.dtype == b.dtype and torch.equal(a, b)
+        return a.shape == b.shape and a.dtype == b.dtype and same_values(a, b)
     return type(a) is type(b) and not isinstance(a, Tensor) and bool(a == b)
 
 
@@ -370,6 +354,6 @@ def _same_object(resolve_a: Callable[[str], Any], a: str, resolve_b: Callable[[s
     if first is second:
         return True
     if isinstance(first, Tensor) and isinstance(second, Tensor):
-        return first.shape == second.shape and first.dtype == second.dtype and torch.equal(first, second)
+        return first.shape == second.shape and first.dtype == second.dtype and same_values(first, second)
     function = getattr(first, "function", None)
     return function is not None and function is getattr(second, "function", None)

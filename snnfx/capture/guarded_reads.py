@@ -23,6 +23,7 @@ import torch
 from torch import Tensor, nn
 
 from snnfx.capture.code_reads import CodeReads, is_library_code, is_library_file, reads_of
+from snnfx.capture.inline_modules import is_traced_inline
 from snnfx.ir.guards import (
     ABSENT,
     MODES,
@@ -39,6 +40,7 @@ from snnfx.ir.guards import (
     version_of,
 )
 from snnfx.sandbox.contents_snapshot import slot_names
+from snnfx.sandbox.torch_internals import python_of_script
 
 __all__ = ["ReachableCode", "guards_of"]
 
@@ -92,6 +94,8 @@ class ReachableCode:
                 for member in vars(cls).values() if cls is not torch.autograd.Function else ():
                     if isinstance(member, staticmethod | classmethod | FunctionType):
                         self.add(member)
+        elif isinstance(value, torch.jit.ScriptFunction):
+            self.add(python_of_script(value))
         elif isinstance(value, FunctionType) and value not in self.functions:
             if is_library_code(value):  # such as torch.no_grad() around a function of the user
                 self.functions[value] = _NOTHING
@@ -352,6 +356,11 @@ class _Collector:
                     self._value(element, root, (*path, ("attribute", name)), depth + 1)
         elif id(value) in self.growing:
             self._add(root, path, "same", value)
+        elif isinstance(value, nn.Module) and is_traced_inline(value):
+            self._add(root, path, "same", value)
+            for name, element in vars(value).items():
+                if name not in _MODULE_INTERNALS:
+                    self._value(element, root, (*path, ("instance", name)), depth + 1)
         elif isinstance(value, _CONTAINERS) and _has_only_plain_elements(value):
             self._add(
                 root, path, "contents", value if isinstance(value, tuple | frozenset) else copy.copy(value), value

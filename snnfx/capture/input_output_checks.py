@@ -10,7 +10,7 @@ from torch import Tensor, fx
 from snnfx.errors import CaptureError
 from snnfx.sandbox.torch_internals import pytree
 
-__all__ = ["refuse_inputs", "refuse_outputs"]
+__all__ = ["refusal_of_nested_tensor", "refuse_inputs", "refuse_outputs"]
 
 _SUPPORTED_CONTAINERS = "Use tuples, lists, dicts, named tuples, or a class registered with torch.utils._pytree."
 
@@ -59,3 +59,14 @@ def _reason_for_refusal(value: Any) -> str:
     if isinstance(attributes, dict) and any(isinstance(v, Tensor | fx.Proxy) for v in pytree.tree_leaves(attributes)):
         return "it contains tensors, but its class is not a registered pytree node."
     return ""
+
+
+def refusal_of_nested_tensor(name: str, where: str) -> CaptureError:
+    """The error for a step that uses or changes a nested tensor; `name` may be empty."""
+    return CaptureError(
+        "SNNFX216",
+        f"the step uses the nested tensor{f' `{name}`' if name else ''}",
+        where=where,
+        why="each step of a net takes samples of one shape.",
+        hint="Pad it: torch.nested.to_padded_tensor(x, 0.0).",
+    )

@@ -13,14 +13,17 @@ import torch
 
 from snnfx.capture.proxy import StepProxy
 from snnfx.capture.recorder import Recorder
+from snnfx.capture.unsupported_modules import refuse_scripted_code
 from snnfx.ops.step_functions import FunctionHolder, apply_autograd_function
-from snnfx.sandbox.torch_internals import intercepted_apply, pytree
+from snnfx.sandbox.torch_internals import intercepted_apply, python_of_script, pytree
+from snnfx.sandbox.user_code import format_location, user_location
 
 __all__ = [
     "autocast_state",
     "patched_apply",
     "patched_factories",
     "patched_isinstance",
+    "patched_script_functions",
     "plain_isinstance",
     "quiet_fake_tensors",
 ]
@@ -111,6 +114,33 @@ def patched_factories(recorder: Recorder) -> Iterator[None]:
         thread = None  # a step may have stored such a function
         for name, original in originals.items():
             setattr(torch, name, original)
+
+
+@contextlib.contextmanager
+def patched_script_functions(recorder: Recorder) -> Iterator[None]:
+    """Trace the Python function that `torch.jit.script` or `torch.jit.trace` compiled, where it is called on proxies.
+
+    Raises:
+        CaptureError: SNNFX220, the function has no Python original because it was loaded from a file.
+    """
+    script_function: Any = torch.jit.ScriptFunction
+    original: Any = script_function.__call__
+    thread = threading.get_ident()
+
+    def call(function: Any, *args: Any, **kwargs: Any) -> Any:
+        is_recorded = threading.get_ident() == thread and not recorder.is_evaluating
+        if not is_recorded or not any(type(a) is StepProxy for a in pytree.tree_leaves((args, kwargs))):
+            return original(function, *args, **kwargs)
+        python = python_of_script(function)
+        if python is None:
+            refuse_scripted_code(f"`{function.name}`", format_location(user_location()))
+        return python(*args, **kwargs)
+
+    script_function.__call__ = call
+    try:
+        yield
+    finally:
+        script_function.__call__ = original
 
 
 @contextlib.contextmanager

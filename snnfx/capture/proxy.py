@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import dis
 import inspect
+import operator
+import sys
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -26,6 +28,8 @@ UNKNOWN = object()
 class StepProxy(fx.Proxy):
     """A recorded value of one step; with example inputs it knows its shape and dtype."""
 
+    __array_priority__ = Tensor.__array_priority__
+    """NumPy then leaves `numpy.float64(0.5) * proxy` to the proxy, as for a tensor."""
     _is_param = False
     _is_buffer = False
 
@@ -37,6 +41,10 @@ class StepProxy(fx.Proxy):
         return not self.node.meta.get("shape_like") and issubclass(Tensor, cls)
 
     def __getattr__(self, name: str) -> Any:
+        # NumPy asks for its protocols and for methods of arrays, and a recorded attribute would answer.
+        is_of_size = not self.node.meta.get("shape_like") or hasattr(torch.Size, name) or hasattr(int, name)
+        if name.startswith("__array_") or not is_of_size:
+            raise AttributeError(f"{self.node.name} has no attribute {name!r}")
         value = value_of(self)
         if isinstance(value, Tensor):
             if name in ("ndim", "is_cuda", "requires_grad", "layout", "is_floating_point", "is_complex"):
@@ -97,16 +105,39 @@ class StepProxy(fx.Proxy):
         else:
             self.tracer.create_proxy("call_function", set_part_, (self, index, value), {})
 
+    def __eq__(self, other: object) -> Any:
+        if other is None:
+            return False  # as for a tensor and a number
+        return self.tracer.create_proxy("call_function", operator.eq, (self, other), {})
+
+    def __ne__(self, other: object) -> Any:
+        if other is None:
+            return True
+        return self.tracer.create_proxy("call_function", operator.ne, (self, other), {})
+
     def __bool__(self) -> bool:
-        return bool(self.tracer.concrete(self))  # type: ignore[attr-defined]
+        return bool(self.tracer.concrete(self, bool))  # type: ignore[attr-defined]
 
     def __index__(self) -> int:
-        return int(self.tracer.concrete(self))  # type: ignore[attr-defined]
+        return int(self.tracer.concrete(self, int))  # type: ignore[attr-defined]
 
     __int__ = __index__
 
     def __float__(self) -> float:
-        return float(self.tracer.concrete(self))  # type: ignore[attr-defined]
+        return float(self.tracer.concrete(self, float))  # type: ignore[attr-defined]
+
+    def __array__(self, *args: Any, **kwargs: Any) -> Any:
+        is_shape = isinstance(value_of(self), tuple)
+        number = [int(size) for size in self] if is_shape else self.tracer.concrete(self, float)  # type: ignore[attr-defined]
+        return sys.modules["numpy"].asarray(number, *args, **kwargs)
+
+    def __format__(self, specification: str) -> str:
+        if not specification:
+            return str(self)
+        is_unknown_tensor = value_of(self) is UNKNOWN and not self.node.meta.get("shape_like")
+        if is_unknown_tensor:  # only a tensor of one element has a format
+            return object.__format__(self, specification)
+        return format(self.tracer.concrete(self, float), specification)  # type: ignore[attr-defined]
 
     def __hash__(self) -> int:
         return id(self)

@@ -117,7 +117,8 @@ class SettingReads:
             reader = sys._getframe(_READER).f_code.co_filename
             if not reader.startswith((*_INDIRECT_READERS, "<")) and _is_stored(module, name):
                 comparable = contents(value)
-                if comparable is not _NOT_COMPARABLE and comparable != ():
+                is_empty = isinstance(comparable, tuple) and not comparable
+                if comparable is not _NOT_COMPARABLE and not is_empty:
                     reads[module, name] = comparable, repr(value)
         return value
 

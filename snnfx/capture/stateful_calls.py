@@ -17,6 +17,7 @@ from snnfx.capture.example_values import NOT_EVALUATED, ExampleValues
 from snnfx.capture.leaf_module_states import LeafModuleStates
 from snnfx.capture.proxy import UNKNOWN, StepProxy, value_of
 from snnfx.capture.recorder import Recorder
+from snnfx.capture.unsupported_modules import is_converted_net
 from snnfx.ir.program import SELF_TARGET
 from snnfx.sandbox.torch_internals import pytree
 from snnfx.sandbox.user_code import user_calls
@@ -139,7 +140,7 @@ class StatefulCalls:
             evaluated again.
         """
         values = self.values
-        if values.mode is None:
+        if values.mode is None or is_converted_net(m):
             return None, UNKNOWN
         placeholders = [self.recorder.slot_placeholders[s] for s in slots if s in self.recorder.slot_placeholders]
         if all("val" in node.meta for node in placeholders):

@@ -16,6 +16,7 @@ from snnfx.capture.tracer import ArgumentLeaf
 from snnfx.errors import CaptureError, InputError
 from snnfx.ir.program import InputLeaf
 from snnfx.sandbox.dense_inputs import not_a_dense_tensor
+from snnfx.sandbox.pytree_paths import flatten_with_path
 from snnfx.sandbox.torch_internals import FakeTensorMode, pytree
 from snnfx.sandbox.user_code import location_of_forward, step_signature
 from snnfx.state.carry import CarriedArgument, OutputPath, SlotName, output_at, split_arguments
@@ -43,7 +44,7 @@ class CarriedLeaf:
 
     def take(self, value: Any, slot_values: dict[str, Any]) -> None:
         """Record the next value of the argument: its structure, and the value of each slot."""
-        flat, spec = pytree.tree_flatten_with_path(pytree.tree_map(_unpack, value))
+        flat, spec = flatten_with_path(pytree.tree_map(_unpack, value))
         structure: list[Any] = []
         for path, leaf in flat:
             if isinstance(leaf, StepProxy | Tensor) or (is_number(leaf) and not isinstance(leaf, bool)):
@@ -169,7 +170,7 @@ def step_arguments(
             why=f"{error}.",
             hint="Pass the inputs of ONE call: a tensor, a tuple of arguments, or a dict of keyword arguments.",
         ) from error
-    flat, spec = pytree.tree_flatten_with_path(call)
+    flat, spec = flatten_with_path(call)
     for path, value in flat:
         if isinstance(value, PackedSequence) or (isinstance(value, Tensor) and value.is_nested):
             raise not_a_dense_tensor(_leaf_name(path, [p.name for p in parameters]), value)

@@ -13,10 +13,12 @@ from collections.abc import Iterable, Iterator, Set
 from dataclasses import dataclass
 from typing import Any, Literal
 
+import torch
 from torch import Tensor, fx, nn
 from torch.fx import Node
 from torch.nn import functional
 
+from snnfx.capture.input_output_checks import refusal_of_nested_tensor
 from snnfx.capture.proxy import StepProxy, data_refusal
 from snnfx.capture.tracer import StepTracer
 from snnfx.errors import CaptureError
@@ -277,6 +279,8 @@ class StepChanges:
                 )
 
     def _add(self, change: ChangedTensor) -> None:
+        if change.tensor.is_nested:
+            raise refusal_of_nested_tensor(change.name, location_of_forward(change.module))
         self.found.setdefault(change.name, change)
 
     def add_written(self, before: _Contents, tensor: Tensor) -> None:
@@ -290,7 +294,7 @@ class StepChanges:
         owner = before.owner_of(tensor)
         if attribute is None or any(c.tensor is owner for c in self.found.values()):
             raise _refusal(
-                f"a step changes the tensor `{before.name_of(tensor)}` in place",
+                f"a step changes a tensor in `{before.name_of(tensor)}` in place",
                 where,
                 "it is in a container, and a net follows only changes of the attributes of modules.",
                 "Store the tensor in an attribute of a module, or assign a new tensor to the element.",
@@ -356,8 +360,9 @@ class _Contents:
         return self._known(tensor)[0][0]
 
     def owner_of(self, tensor: Tensor) -> Tensor | None:
-        """The tensor in an attribute of a module with this memory."""
-        return next((t for _, t, is_attribute in self._known(tensor) if is_attribute), None)
+        """The tensor in an attribute of a module with this memory; the tensor itself if an attribute stores it."""
+        stored = [t for _, t, is_attribute in self._known(tensor) if is_attribute]
+        return tensor if any(t is tensor for t in stored) else next(iter(stored), None)
 
     def attribute_of(self, tensor: Tensor) -> str | None:
         """The name of the attribute that stores a tensor with this memory; None for one in a container."""
@@ -408,10 +413,11 @@ def _registries(module: nn.Module) -> dict[Any, dict[str, Any]]:
 
 
 def _storage(tensor: Tensor) -> int:
-    return 0 if tensor.is_meta or isinstance(tensor, FakeTensor) else tensor.untyped_storage().data_ptr()
+    has_memory = tensor.layout == torch.strided and not tensor.is_meta and not isinstance(tensor, FakeTensor)
+    return tensor.untyped_storage().data_ptr() if has_memory else 0
 
 
 def _place(tensor: Tensor) -> tuple[Any, ...]:
-    if tensor.is_sparse or tensor.is_nested:
+    if tensor.layout != torch.strided or tensor.is_nested:
         return ()
     return _storage(tensor), tensor.storage_offset(), tuple(tensor.shape), tensor.stride()

@@ -20,7 +20,8 @@ from torch.fx import Node
 from snnfx.capture.attribute_slots import AttributeSlot
 from snnfx.capture.consumed_tensors import ConsumedTensors
 from snnfx.capture.example_values import ExampleValues
-from snnfx.capture.input_output_checks import refuse_outputs
+from snnfx.capture.inline_modules import is_traced_inline
+from snnfx.capture.input_output_checks import refusal_of_nested_tensor, refuse_outputs
 from snnfx.capture.iteration_tracking import IterationLimit, IterationTracker
 from snnfx.capture.leaf_module_states import LeafModuleStates
 from snnfx.capture.patches import (
@@ -28,20 +29,25 @@ from snnfx.capture.patches import (
     patched_apply,
     patched_factories,
     patched_isinstance,
+    patched_script_functions,
     quiet_fake_tensors,
 )
 from snnfx.capture.proxy import UNKNOWN, StepProxy, needs_examples, value_of
 from snnfx.capture.recording_copy import recording_modules
 from snnfx.capture.setting_reads import SettingReads
 from snnfx.capture.stateful_calls import StatefulCalls, element_of, mark_returned
+from snnfx.capture.step_counts import StepCounts
 from snnfx.capture.trace_faults import raise_internal_fault
 from snnfx.capture.unrecorded_draws import PythonDraw, UnrecordedDraws, refuse_unregistered_module
+from snnfx.capture.unsupported_modules import is_converted_net
 from snnfx.errors import CaptureError
+from snnfx.ir.conditions import Condition, condition_of
 from snnfx.ir.edits import add_placeholder
 from snnfx.ir.guards import text_of
-from snnfx.ir.nodes import is_in_place, is_in_place_target, object_of
+from snnfx.ir.nodes import is_in_place, is_in_place_target, is_size_computation, object_of
 from snnfx.ir.program import SELF_TARGET
 from snnfx.ops.step_functions import expect_size, set_part_
+from snnfx.sandbox.plain_numbers import plain_number
 from snnfx.sandbox.torch_internals import (
     CheckpointAsPlainCall,
     FakeTensorMode,
@@ -57,8 +63,6 @@ from snnfx.state.step_calls import call_opaque, call_stateful, initial_value, op
 
 __all__ = ["ArgumentLeaf", "StepTracer", "SubmoduleNotTraceable"]
 
-_NUMBER_MODULES = ("_operator", "builtins", "math")
-"""Modules of functions that compute numbers from numbers, such as sizes from sizes."""
 _USES_PYTHON_RNG = "it draws random numbers from Python or NumPy, which a graph does not record."
 
 
@@ -116,6 +120,9 @@ class StepTracer(fx.Tracer):
         self.reads: dict[tuple[nn.Module, str], tuple[Any, str]] = {}
         self.user_reads: dict[tuple[nn.Module, str], None] = {}
         self.consumed = ConsumedTensors(self)
+        self.counts = StepCounts({})
+        self.conditions: dict[Condition, Any] = {}
+        """Conditions on parameters and buffers that the model's code branches on, with their values."""
         self._has_gradients = torch.is_grad_enabled()
         self.first_reads: dict[tuple[nn.Module, str], Any] = {}
         """The value of each module attribute when the model's code first read it in this trace."""
@@ -139,9 +146,9 @@ class StepTracer(fx.Tracer):
         self._setting_reads = SettingReads(self, self.leaf_states, self.reads)
         # The net has its own recomputation; a checkpoint inside a step would run its function with later state.
         plain = CheckpointAsPlainCall()
-        patches = (quiet_fake_tensors(), patched_apply(self), patched_isinstance(), patched_factories(self), plain)
+        patches = (patched_apply(self), patched_isinstance(), patched_factories(self), patched_script_functions(self))
         with contextlib.ExitStack() as stack:
-            for patch in (*patches, self.consumed):
+            for patch in (quiet_fake_tensors(), *patches, plain, self.consumed):
                 stack.enter_context(patch)
             return self._record_graph(root)
 
@@ -285,20 +292,15 @@ class StepTracer(fx.Tracer):
         if isinstance(a, Tensor):
             if a.is_nested:
                 name = next((n for m in self.root.modules() for n, v in vars(m).items() if v is a), "")
-                raise CaptureError(
-                    "SNNFX216",
-                    f"the step uses the nested tensor{f' `{name}`' if name else ''}",
-                    where=format_location(user_location()) or location_of_forward(self.root, self.traced_func_name),
-                    why="each step of a net takes samples of one shape.",
-                    hint="Pad it: torch.nested.to_padded_tensor(x, 0.0).",
-                )
+                where = format_location(user_location()) or location_of_forward(self.root, self.traced_func_name)
+                raise refusal_of_nested_tensor(name, where)
             if id(a) in self.changed_tensors:
                 return self.changed_tensors[id(a)]
             for name, tensor in (*self.root.named_parameters(), *self.root.named_buffers()):
                 if tensor is a:
                     return self.create_node("get_attr", name, (), {})
             return self.constant(a)
-        return super().create_arg(a)
+        return super().create_arg(plain_number(a))
 
     def constant(self, value: Any) -> Node:
         """Record a get_attr node for an object that the model does not register; the program stores the object."""
@@ -392,20 +394,28 @@ class StepTracer(fx.Tracer):
         node.meta.setdefault("module", self.scope.module_path if hasattr(self, "scope") else "")
         if kind == "call_module":
             node.meta["module"] = str(target)
-        if (kind == "call_function" and target is getattr and args[1] == "shape") or (
-            kind == "call_method" and target in ("size", "dim", "numel", "ndimension")
-        ):
+        if is_size_computation(node):
             node.meta["shape_like"] = True
-        elif kind == "call_function" and getattr(target, "__module__", "") in _NUMBER_MODULES:
-            operands = node.all_input_nodes
-            node.meta["shape_like"] = bool(operands) and all(n.meta.get("shape_like") for n in operands)
         self.values.evaluate(node)
         return node
 
-    def concrete(self, proxy: StepProxy) -> Any:
-        """The Python number of a proxy that is a size; the graph then checks that the size stays the same."""
+    def concrete(self, proxy: StepProxy, number: type) -> Any:
+        """The Python number of a proxy: a size, which the graph then checks, or a number that all steps have."""
         value = value_of(proxy)
-        location = format_location(user_location())
+        where = user_location()
+        location = format_location(where)
+        decided = self.counts.decide(proxy.node, number, where)
+        if decided is not None:
+            return decided
+        if number is bool and not proxy.node.meta.get("shape_like"):
+            condition = condition_of(proxy.node, self.root, number, location)
+            if condition is not None:
+                before, self.is_evaluating = self.is_evaluating, True
+                try:
+                    self.conditions[condition] = condition.evaluate(self.root)
+                finally:
+                    self.is_evaluating = before
+                return self.conditions[condition]
         if isinstance(value, Tensor) or (value is UNKNOWN and not proxy.node.meta.get("shape_like")):
             raise CaptureError(
                 "SNNFX201",
@@ -436,7 +446,11 @@ class StepTracer(fx.Tracer):
     ) -> Any:
         if self.is_evaluating:
             return m.forward(*args, **kwargs)  # not m(...): hooks of the user must not run on fake tensors
+        if m not in self._paths and is_traced_inline(m):
+            return m.forward(*args, **kwargs)
         name = self.path_of_module(m)
+        if is_converted_net(m) and name not in self.opaque:
+            raise SubmoduleNotTraceable(name, "it is a converted net, which the step calls as a whole")
         if name == "" and is_leaf(m) and adapter_of(m) is None:
             return self.record_at("", "call_module", SELF_TARGET, args, kwargs)
         if name in self.opaque:

@@ -18,10 +18,12 @@ from typing import Any, NoReturn
 import torch
 from torch import nn
 
+from snnfx.capture.inline_modules import is_traced_inline
 from snnfx.capture.recorder import Recorder
 from snnfx.capture.recording_copy import is_recording_module
 from snnfx.errors import CaptureError
 from snnfx.sandbox.python_rng import numpy_rng_state, restore_numpy_rng_state
+from snnfx.sandbox.random_draws import PYTHON_GENERATOR, refers_to_numpy_random
 from snnfx.sandbox.torch_internals import TorchDispatchMode
 from snnfx.sandbox.user_code import format_location, location_of_forward, user_location
 
@@ -130,7 +132,7 @@ class UnrecordedDraws:
             owner = getattr(argument, "__self__", None)
             kind = type(owner)
             if kind is random.Random:
-                if owner is _PYTHON_GENERATOR and argument.__name__ in _DRAWS:
+                if owner is PYTHON_GENERATOR and argument.__name__ in _DRAWS:
                     self._before_python_draw()
             elif kind is torch.Generator and owner is torch.default_generator and argument.__name__ in _SEEDS:
                 self.refuse_torch(format_location(user_location()))
@@ -138,12 +140,13 @@ class UnrecordedDraws:
             code = frame.f_code
             if code is _CALL:
                 module = frame.f_locals["self"]
-                if not is_recording_module(module) and not self._recorder.is_evaluating:
+                is_unknown = not is_recording_module(module) and not is_traced_inline(module)
+                if is_unknown and not self._recorder.is_evaluating:
                     refuse_unregistered_module(module)
             elif self._numpy_state is None:
                 refers = self._refers_to_numpy.get(code)
                 if refers is None:
-                    refers = self._refers_to_numpy[code] = _refers_to_numpy_random(code, frame.f_globals)
+                    refers = self._refers_to_numpy[code] = refers_to_numpy_random(code, frame.f_globals)
                 if refers:
                     self._numpy_state = numpy_rng_state()
 
@@ -162,9 +165,6 @@ class UnrecordedDraws:
         return True
 
 
-_PYTHON_GENERATOR = random.random.__self__  # type: ignore[attr-defined]
-
-
 def refuse_unregistered_module(module: nn.Module) -> NoReturn:
     """Refuse a call of a module that is not a submodule of the model."""
     raise CaptureError(
@@ -174,22 +174,6 @@ def refuse_unregistered_module(module: nn.Module) -> NoReturn:
         why="snnfx can trace only registered modules.",
         hint="Assign it as an attribute of a module, or use nn.ModuleList or nn.ModuleDict.",
     )
-
-
-def _refers_to_numpy_random(code: CodeType, namespace: dict[str, Any]) -> bool:
-    """Whether a function names `numpy.random`, one of its functions, or a generator of NumPy."""
-    numpy = sys.modules.get("numpy")
-    if numpy is None:
-        return False
-    generators = (numpy.random.RandomState, numpy.random.Generator)
-    for name in code.co_names:
-        value = namespace.get(name)
-        if name == "numpy" or value is numpy:
-            if "random" in code.co_names:
-                return True
-        elif value is numpy.random or isinstance(getattr(value, "__self__", value), generators):
-            return True
-    return False
 
 
 class _RefusingDraws(TorchDispatchMode):

@@ -1,4 +1,4 @@
-"""Commands `python -m snnfx explain|draw|verify pkg.module:factory`.
+"""Commands `python -m snnfx explain|draw|verify|export pkg.module:factory`.
 
 Exit codes: 0 for success, 1 if `verify` found a difference, 2 if the model cannot be loaded or converted or an option
 is illegal.
@@ -10,6 +10,7 @@ import argparse
 import json
 import sys
 import textwrap
+import time
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -20,6 +21,7 @@ from torch import Tensor, nn
 import snnfx
 from snnfx.cli.model_factory import load_model
 from snnfx.convert import convert
+from snnfx.deploy.export import export_request, write_export
 from snnfx.errors import InputError, SnnfxError, VerificationError, describe_code
 from snnfx.inspect.document import WIDTH
 from snnfx.inspect.explain import explain
@@ -39,6 +41,7 @@ examples:
   python -m snnfx explain --code SNNFX103
   python -m snnfx draw models.csnn:build --input 2,1,28,28 --out net.svg
   python -m snnfx verify models.csnn:build --input 2,1,28,28 --T 8 --double
+  python -m snnfx export models.csnn:build --input 2,1,28,28 --T 8 --out net.onnx
 """
 
 
@@ -62,12 +65,12 @@ def main(argv: Sequence[str] | None = None) -> int:
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="python -m snnfx",
-        description="Explain, draw or verify the conversion of a single-step model.",
+        description="Explain, draw, verify or export the conversion of a single-step model.",
         epilog=_EXAMPLES,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument("--version", action="version", version=f"snnfx {snnfx.__version__} (torch {torch.__version__})")
-    commands = parser.add_subparsers(required=True, metavar="{explain,draw,verify}")
+    commands = parser.add_subparsers(required=True, metavar="{explain,draw,verify,export}")
 
     command = _command(commands, "explain", _explain, "report which nodes are folded, mapped or looped, and why")
     command.add_argument("--code", metavar="SNNFX103", help="print the meaning of a code; needs no model")
@@ -83,6 +86,17 @@ def _parser() -> argparse.ArgumentParser:
     command = _command(commands, "verify", _verify, "compare the net with the model run step by step, on random inputs")
     command.add_argument("--T", type=int, default=8, metavar="STEPS", help="number of time steps (default: 8)")
     command.add_argument("--double", action="store_true", help="compare in float64")
+
+    command = _command(commands, "export", _export, "write the net to a file that runs without snnfx")
+    command.add_argument("--out", required=True, metavar="FILE", help=".onnx or .pt2")
+    command.add_argument("--T", type=int, default=8, metavar="STEPS", help="number of time steps (default: 8)")
+    command.add_argument("--state", action="store_true", help="take and return the states, by slot name")
+    command.add_argument("--step", action="store_true", help="compute one time step, with its states")
+    command.add_argument(
+        "--dynamic", default="T,N", metavar="T,N", help="axes of any size (default: T,N); none: sizes of the inputs"
+    )
+    command.add_argument("--package", choices=("aot",), help="aot: compile a .pt2 package with AOTInductor")
+    command.add_argument("--no-check", action="store_true", help="do not run the written file")
     return parser
 
 
@@ -201,6 +215,48 @@ def _verify(arguments: argparse.Namespace) -> int:
         net.train(training)
         sequences, T = _sequences(arguments, options["time_dim"])
         print(verify(model, net, *sequences, T=T, double=arguments.double))
+    return 0
+
+
+def _export(arguments: argparse.Namespace) -> int:
+    options = _options(arguments)
+    if not arguments.input:
+        raise InputError(
+            "SNNFX309", "export needs --input", hint="Pass the shape of one time step, e.g. --input 2,1,28,28."
+        )
+    if arguments.T < 1:
+        raise InputError("SNNFX301", f"--T {arguments.T} is too small", hint="Pass at least one time step.")
+    dynamic = () if arguments.dynamic.lower() == "none" else tuple(arguments.dynamic.split(","))
+    net: Net = convert(_model(arguments), **options)
+    if arguments.mode is None:
+        net.eval()
+    if arguments.step:
+        sequences, T = [_random(text) for text in arguments.input], None
+    else:
+        sequences, T = _sequences(arguments, options["time_dim"])
+    request = export_request(
+        state=arguments.state, step=arguments.step, dynamic=dynamic, package=arguments.package, T=T
+    )
+    started = time.perf_counter()
+
+    def show(stage: str) -> None:
+        print(f"[{time.perf_counter() - started:6.1f} s] {stage}", file=sys.stderr, flush=True)
+
+    written = write_export(
+        net,
+        arguments.out,
+        tuple(sequences),
+        request,
+        package=arguments.package,
+        check=not arguments.no_check,
+        progress=show,
+    )
+    show("done")
+    files = [("file", str(f), f"{f.stat().st_size / 1024:.0f} KiB", "") for f in written.files]
+    rows = [("", "name", "shape or size", "dtype"), *files, *written.interface.rows()]
+    widths = [max(len(row[column]) for row in rows) for column in range(4)]
+    for row in rows:
+        print("  ".join(text.ljust(width) for text, width in zip(row, widths, strict=True)).rstrip())
     return 0
 
 

@@ -5,17 +5,18 @@ from __future__ import annotations
 import inspect
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from snnfx.emit.bounded_cache import BoundedCache
 from snnfx.emit.state_shapes import shapes_of_state
 from snnfx.errors import InputError
 from snnfx.ir.options import ConvertOptions
 from snnfx.ir.program import StepProgram
 from snnfx.sandbox.dense_inputs import not_a_dense_tensor
-from snnfx.sandbox.isolation import isolated
 from snnfx.sandbox.torch_internals import pytree
 from snnfx.sandbox.user_code import step_signature
 from snnfx.state.carry import flatten_state, split_arguments
@@ -47,7 +48,7 @@ class Arguments:
         count = len(program.input_leaves)
         positional = pytree.tree_structure(((0,) * count, {})) == program.input_spec
         self._is_plain = positional and all(leaf.placeholder is not None for leaf in program.input_leaves)
-        self._state_shapes: dict[Any, dict[str, tuple[int, ...]]] = {}
+        self._state_shapes: BoundedCache[dict[str, tuple[int, ...]]] = BoundedCache(MOST_STATE_SHAPES)
         self.output_time_dim = options.time_dim if isinstance(options.time_dim, int) else 0
         signature = step_signature(program.source, options.entry) if program.carried else None
         self._parameters = list(signature.parameters.values()) if signature is not None else []
@@ -103,10 +104,13 @@ class Arguments:
         by_name = {**dict(zip([n for n in names if n not in kwargs], args, strict=False)), **kwargs}
         if is_flat and len(args) + len(kwargs) == len(names) and set(by_name) == set(names):
             return [by_name[name] for name in names]
+        nested_args, nested_kwargs = pytree.tree_unflatten(names, program.input_spec)
+        shown = [*map(str, nested_args), *(f"{name}={value}" for name, value in nested_kwargs.items())]
+        structure = ", ".join(shown).replace("'", "")
         raise InputError(
             "SNNFX307",
             "the arguments do not match the captured step",
-            why=f"the step takes ({', '.join(names)}), with the structure {program.input_spec}.",
+            why=f"the step takes ({structure}).",
             hint="Pass the inputs of one step, each with a time dimension, or convert with other example_inputs.",
         )
 
@@ -274,12 +278,8 @@ class Arguments:
         if torch.compiler.is_compiling():
             return
         key = tuple((tuple(x.shape), x.dtype) for x in steps)
-        if key not in self._state_shapes:
-            if len(self._state_shapes) >= MOST_STATE_SHAPES:
-                self._state_shapes.clear()
-            with isolated(self.program.source):
-                self._state_shapes[key] = shapes_of_state(self.program, steps)
-        for name, shape in self._state_shapes[key].items():
+        shapes = self._state_shapes.get_or_make(key, partial(shapes_of_state, self.program, steps))
+        for name, shape in shapes.items():
             value = state.get(name)
             if isinstance(value, Tensor) and not _broadcasts(tuple(value.shape), shape):
                 raise InputError(

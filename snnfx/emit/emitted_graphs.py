@@ -7,6 +7,7 @@ share its graphs.
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable, Mapping
 from typing import Any, cast
 
@@ -17,7 +18,10 @@ from snnfx.emit.compiled_graph import compile_graph
 from snnfx.emit.multi_step import emit_multi_step
 from snnfx.emit.plain_graph import emit_plain
 from snnfx.emit.single_step import emit_single_step
+from snnfx.ir.history import History, PassRecord
 from snnfx.ir.options import ConvertOptions
+from snnfx.ir.pass_manager import print_record
+from snnfx.ir.printing import format_graph
 from snnfx.ir.program import SELF_TARGET, StepProgram
 from snnfx.ops.run_loop import LoopHandle
 from snnfx.sandbox.torch_internals import pytree
@@ -42,6 +46,7 @@ class EmittedGraphs:
         programs: the step program of each mode, `{training: program}`.
         arguments: the arguments of a call in each mode.
         options: the options of the conversion.
+        history: gets a record of each graph.
 
     Attributes:
         emitted: the graphs, by `(training, part)`.
@@ -56,8 +61,10 @@ class EmittedGraphs:
         programs: Mapping[bool, StepProgram],
         arguments: Mapping[bool, Arguments],
         options: ConvertOptions,
+        history: History,
     ) -> None:
         self.root, self.programs, self.arguments, self.options = root, programs, arguments, options
+        self.history = history
         self.emitted: dict[tuple[bool, str], fx.Graph] = {}
         self.runners: dict[tuple[bool, str], Callable[..., Any]] = {}
         self.shown: dict[bool, fx.Graph] = {}
@@ -88,19 +95,20 @@ class EmittedGraphs:
 
     def _emit(self, mode: bool, label: str) -> None:
         program, arguments, options = self.programs[mode], self.arguments[mode], self.options
+        start = time.perf_counter()
         container = f"{REGIONS}.{label}"
         if options.step_mode == "m":
             emitted = emit_multi_step(program, container, self.target_name, reduce=options.reduce)
         else:
             emitted = emit_single_step(program, container, self.target_name)
-        self._take(mode, "main", emitted.graph)
+        start = self._take(mode, "main", emitted.graph, start)
         # A graph without state cannot return the final values of persistent slots.
         needs_state = program.first_step is not None or program.carried or program.persistent_slots
         is_plain = not needs_state and _is_plain_structure(program.output_spec)
         if options.step_mode == "m" and is_plain:
             dims, output_dim = arguments.tensor_dims, arguments.output_time_dim
             plain = emit_plain(program, container, self.target_name, emitted.regions, dims, output_dim, options.reduce)
-            self._take(mode, "plain", plain.graph)
+            start = self._take(mode, "plain", plain.graph, start)
             emitted.regions.update(plain.regions)
         self.keep(label, emitted.regions)
         if program.first_step is not None:
@@ -108,10 +116,24 @@ class EmittedGraphs:
             self.keep(f"{label}_first", first.regions)
             self.emitted[mode, "first"] = first.graph
             self.runners[mode, "first"] = compile_graph(first.graph)
+            self.record("emit", "first", mode, first.graph, start)
 
-    def _take(self, mode: bool, part: str, graph: fx.Graph) -> None:
+    def _take(self, mode: bool, part: str, graph: fx.Graph, start: float) -> float:
         self.shown[mode] = self.emitted[mode, part] = graph
         self.runners[mode, part] = compile_graph(graph)
+        return self.record("emit", part, mode, graph, start)
+
+    def record(self, name: str, part: str, mode: bool, graph: fx.Graph, start: float, note: str = "") -> float:
+        """Add the record of a graph to the history; return the current time."""
+        training = None if self._share_program else mode
+        before = next((r.ir for r in reversed([*self.history.passes()]) if r.training in (None, mode)), "")
+        note = note or f"{len(graph.nodes)} nodes"
+        milliseconds = (time.perf_counter() - start) * 1e3
+        options = f"part={part!r}" + ("" if training is None else f", training={training}")
+        entry = PassRecord(f"{name}{{{options}}}", milliseconds, note, format_graph(graph), before, "emitted", training)
+        self.history.append(entry)
+        print_record(entry)
+        return time.perf_counter()
 
     def replace(self, training: bool, graph: fx.Graph) -> None:
         """Run a user's graph in a mode, or in both modes if they share a program."""

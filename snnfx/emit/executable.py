@@ -16,6 +16,7 @@ from snnfx.emit.arguments import Arguments
 from snnfx.emit.emitted_graphs import CONSTANTS, REGIONS, EmittedGraphs
 from snnfx.emit.recompute_forms import RecomputeForm, RecomputeForms
 from snnfx.emit.recompute_segments import RecomputePlan
+from snnfx.ir.history import History
 from snnfx.ir.options import ConvertOptions, time_dims_of_leaves
 from snnfx.ir.program import SELF_TARGET, Region, StepProgram
 
@@ -30,19 +31,27 @@ class Executable:
         source: the single-step model. Its `training` flag selects the program, graphs and arguments in use.
         programs: the step program of each mode, `{training: program}`.
         options: the options of the conversion.
+        history: gets a record of each emitted graph.
 
     Attributes:
         graphs: the emitted graphs; `graphs.emit()` makes them and the children of `root` that they call.
     """
 
     def __init__(
-        self, root: nn.Module, source: nn.Module, programs: Mapping[bool, StepProgram], options: ConvertOptions
+        self,
+        root: nn.Module,
+        source: nn.Module,
+        programs: Mapping[bool, StepProgram],
+        options: ConvertOptions,
+        history: History | None = None,
     ) -> None:
         self.root, self.source, self.options = root, source, options
         self.programs = dict(programs)
         time_dims = time_dims_of_leaves(options.time_dim, programs[True])
         self._arguments = {mode: Arguments(p, time_dims, options) for mode, p in programs.items()}
-        self.graphs = EmittedGraphs(root, self.programs, self._arguments, options)
+        self.graphs = EmittedGraphs(
+            root, self.programs, self._arguments, options, History() if history is None else history
+        )
         self._recompute_forms = RecomputeForms(self.graphs)
 
     def with_source(self, source: nn.Module) -> Executable:

@@ -8,6 +8,7 @@ modules and parameters as arguments, so that these stay where the model has them
 
 from __future__ import annotations
 
+import functools
 import operator
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any
@@ -179,11 +180,12 @@ class MultiStepEmitter(Emitter):
             targets = [_module_target(self.program, key) for key in builder.constants]
             module.bind(self.program.resolve, targets, output_count=len(output_nodes))
             module.slot_count = len(region.slots)
-            if region.lowering_refusal == "" and isinstance(module, LoopRegion):
+            if isinstance(module, LoopRegion):
                 next_states = [self.next_of[slot] for slot in region.slots]
-                module.kernels = RegionKernels(
-                    module.label, module.step, module.first, lambda: self._start_of_loop(region, builder, next_states)
-                )
+                make_start = functools.partial(self._start_of_loop, region, builder, next_states)
+                module.make_start = make_start if region.slots else None
+                if region.lowering_refusal == "":
+                    module.kernels = RegionKernels(module.label, module.step, module.first, make_start)
             return module
 
         inputs = tuple(self._sequence_input(node) for node in builder.inputs) or (self.steps(),)

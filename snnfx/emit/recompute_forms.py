@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import threading
+import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -56,6 +57,7 @@ class RecomputeForms:
     def _form(self, training: bool, part: str) -> RecomputeForm:
         graphs, key = self.graphs, (training, part)
         if key not in self._forms:
+            start = time.perf_counter()
             program, label = graphs.programs[training], f"parts_{len(self._forms)}"
             parts = split_folds(program)
             whole = {p.region.name for p in parts if any(p.region is region for region in program.regions)}
@@ -69,6 +71,7 @@ class RecomputeForms:
             graphs.keep(label, made)
             graph, tiles = group_tiles(program, graph, parts, f"{container}_tiles")
             graphs.keep(f"{label}_tiles", tiles)
+            graphs.record("group_tiles", part, training, graph, start, f"{len(tiles)} tiles")
             self._forms[key] = RecomputeForm(graph, tiles, tuple(part.region for part in parts))
         return self._forms[key]
 
@@ -81,11 +84,15 @@ class RecomputeForms:
         form, program = self.form(training, part), self.graphs.programs[training]
         key = (training, part, plan.segments, tuple(sorted(plan.slices.items(), key=str)), plan.twice, plan.packs)
         if key not in self._runners:
+            start = time.perf_counter()
             label = f"recomputed_{len(self._runners)}"
             ranges = infer_integer_ranges(program)
             container = f"{REGIONS}.{label}"
             nodes = program.nodes_by_name
             graph, modules = recompute_segments(form.graph, form.tiles, plan, container, nodes, ranges)
             self.graphs.keep(label, modules)
+            note = f"{len(plan.segments)} segments"
+            graphs = self.graphs
+            graphs.record("recompute", part, training, graph, start, note)
             self._runners[key] = compile_graph(graph)
         return self._runners[key]

@@ -6,12 +6,14 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.fx import Node
 
 from snnfx.emit.region_builder import whole_step
 from snnfx.ir.program import StepProgram
 from snnfx.sandbox.isolation import autocast_cache_disabled
+from snnfx.sandbox.random_draws import draws_undone
+from snnfx.sandbox.structural_copy import StructuralCopy
 from snnfx.sandbox.torch_internals import (
     DataDependentOutputException,
     DynamicOutputShapeException,
@@ -62,12 +64,19 @@ def _run_fake_first_step(program: StepProgram, steps: Sequence[Tensor]) -> Any:
     fake_inputs = {
         n: mode.from_tensor(x, static_shapes=True) for n, x in zip(program.input_nodes(), steps, strict=True)
     }
+    # Hooks of the user and other threads that call the model must not see fake tensors.
+    copier = StructuralCopy(tensor=_private_buffer)
     arguments = [
         fake_inputs[key]
         if isinstance(key, Node) and key in fake_inputs
-        else program.resolve(str(getattr(key, "target", key)))
+        else copier.of(program.resolve(str(getattr(key, "target", key))))
         for key in [*builder.constants, *builder.inputs]
     ]
-    # Hooks of the user must not see fake tensors.
-    with mode, torch.no_grad(), without_hooks(program.source), autocast_cache_disabled():
+    copies = nn.ModuleList(copied for _, copied in copier.pairs())
+    with mode, torch.no_grad(), without_hooks(copies), autocast_cache_disabled(), draws_undone():
         return first(*arguments)
+
+
+def _private_buffer(tensor: Tensor) -> Tensor:
+    """A tensor that the step may change in place, even inside a fake mode, e.g. a count of batches."""
+    return tensor if isinstance(tensor, nn.Parameter) else tensor.detach().clone()

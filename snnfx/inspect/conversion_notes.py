@@ -12,19 +12,23 @@ from snnfx.analysis.dependence import is_random
 from snnfx.analysis.lowerable_loops import mixing_node
 from snnfx.analysis.statistic_reads import is_statistic_read, statistic_of
 from snnfx.inspect.computing_nodes import NodeKey, is_computing, nodes_by_key
+from snnfx.inspect.expected_lowering import expected_lowering
 from snnfx.inspect.source_expressions import expression
+from snnfx.ir.facts import NUMBER, SLOT, TRACE
 from snnfx.ir.printing import describe_node, location_of
 from snnfx.ir.program import Region, StepProgram
 from snnfx.lowering.elementwise.back_end_choice import reason_without_back_end
+from snnfx.lowering.elementwise.lowered_step import LoweredStep
 from snnfx.lowering.mixed.mixed_step import MixedStep
 from snnfx.ops.step_functions import expect_size
-from snnfx.regions.region_modules import MapRegion
+from snnfx.regions.region_modules import LoopRegion, MapRegion
 from snnfx.runtime.net import Net
 from snnfx.sandbox.torch_internals import BatchNormBase, DropoutBase
 
 __all__ = [
     "batch_norm_semantics",
     "carried_arguments",
+    "eligibility_traces",
     "first_step_differs",
     "fixed_sizes",
     "folded_batch_norms",
@@ -152,6 +156,13 @@ def random_nodes(program: StepProgram) -> Iterator[str]:
         yield f"New random numbers at each time step: {_and(others)}."
 
 
+def eligibility_traces(program: StepProgram) -> Iterator[str]:
+    """Weights of an online rule: the leak of the trace, or the reason why a weight has no trace."""
+    for node in program.graph.nodes:
+        if TRACE.is_known(node):
+            yield TRACE.of(node)
+
+
 def mode_differences(net: Net) -> Iterator[str]:
     """Nodes that the training program and the evaluation program treat differently."""
     training, evaluation = net.programs[True], net.programs[False]
@@ -193,7 +204,7 @@ def _constants(node: Node) -> str:
 
 def vmap_fallbacks(net: Net) -> Iterator[str]:
     """Map regions that torch.vmap refused at run time."""
-    nets = [net, *net._nets_for_shapes.nets()]
+    nets = [net, *net._nets_for_shapes.values()]
     for region in (region for n in nets for region in n.snnfx_regions.modules()):  # type: ignore[union-attr]
         if isinstance(region, MapRegion) and region.refused_by_vmap:
             reason = region.refused_by_vmap.rstrip(".")
@@ -219,24 +230,44 @@ def kernels_of_loops(net: Net) -> Iterator[str]:
 
 def _how_it_runs(net: Net, region: Region) -> tuple[str, str, str]:
     """How a loop runs, a clause with the reason, and a clause with the tensors saved for backward."""
-    kernels = getattr(net.region_modules().get(region.name), "kernels", None)
+    if _counts_only(net.program, region):
+        return "Counted by Python, without tensors", "", ""
+    module = net.region_modules().get(region.name)
+    kernels = getattr(module, "kernels", None)
     in_use = kernels.in_use if kernels is not None else None
     refusal = region.lowering_refusal or (kernels.refusal if kernels is not None else "")
     if not refusal and in_use is None:
         refusal = reason_without_back_end(next((p.device for p in net.parameters()), torch.device("cpu")))
+    expected = None
+    if not refusal and in_use is None and isinstance(module, LoopRegion):
+        expected = expected_lowering(net, module, region.slots)
+        refusal = expected if isinstance(expected, str) else ""
     if refusal:
         return "Stepped by PyTorch", f", because {refusal}", ""
+    if isinstance(expected, LoweredStep):
+        return "One kernel for all time steps", ", compiled at the first call", ""
+    if isinstance(expected, MixedStep):
+        return _STEPPED_WITH_KERNELS, f", because {_why_mixed(expected)}; compiled at the first call", ""
     if in_use is None:
         mixing = mixing_node(net.program, region)
         if mixing is None:
-            return "One kernel for all time steps", ", compiled at the first call", ""
+            return "Expected to be one kernel for all time steps", ", compiled at the first call", ""
         why = f"`{describe_node(mixing)}` is not element-wise; compiled at the first call"
         return _STEPPED_WITH_KERNELS, f", because {why}", ""
     if isinstance(in_use, MixedStep):
-        called = " and ".join(f"`{name}`" for name in in_use.heavy)
-        why = f"PyTorch computes {called} in each step" if called else in_use.reason
-        return _STEPPED_WITH_KERNELS, f", because {why}", in_use.saves
+        return _STEPPED_WITH_KERNELS, f", because {_why_mixed(in_use)}", in_use.saves
     return "One kernel for all time steps", "", in_use.saves
+
+
+def _why_mixed(step: MixedStep) -> str:
+    called = " and ".join(f"`{name}`" for name in step.heavy)
+    return f"PyTorch computes {called} in each step" if called else step.reason
+
+
+def _counts_only(program: StepProgram, region: Region) -> bool:
+    """Whether all states of a loop are Python numbers that the model's code keeps in attributes."""
+    nodes = [node for node in program.slot_nodes() if SLOT.of(node) in region.slots]
+    return bool(nodes) and all(NUMBER.of(node) for node in nodes)
 
 
 def _absorbed(program: StepProgram, region: Region) -> list[str]:

@@ -19,6 +19,7 @@ from snnfx.inspect.computing_nodes import computing_nodes, is_computing
 from snnfx.inspect.conversion_notes import (
     batch_norm_semantics,
     carried_arguments,
+    eligibility_traces,
     first_step_differs,
     fixed_sizes,
     folded_batch_norms,
@@ -41,6 +42,7 @@ from snnfx.memory.planning import example_steps, refuse_impossible_budget
 from snnfx.ops.step_functions import apply_autograd_function
 from snnfx.runtime.net import Net
 from snnfx.sandbox.isolation import isolated
+from snnfx.sandbox.random_draws import draws_undone
 
 __all__ = ["Report", "explain"]
 
@@ -88,9 +90,15 @@ def explain(model: nn.Module, *, T: int | None = None, **options: Unpack[Convert
         net = convert_without_budget(model, convert_options, example_inputs, carry)
     except CaptureError as error:
         problem = Problem(error.code, str(error), error.where, error.why, error.hint)
-        as_data = {**dataclasses.asdict(convert_options), "carry": carry}
+        as_data = {**_options_as_data(convert_options), "carry": carry}
         return Report(type(model).__name__, model.training, as_data, problem)
     return _report_on(net, T, None)
+
+
+def _options_as_data(options: ConvertOptions) -> dict[str, Any]:
+    """The options as plain values; a pass is its name with its options."""
+    plain = dataclasses.asdict(dataclasses.replace(options, passes=()))
+    return plain | {"passes": tuple(str(item) for item in options.passes)}
 
 
 def _report_on(net: Net, T: int | None, example_inputs: Any) -> Report:
@@ -100,7 +108,7 @@ def _report_on(net: Net, T: int | None, example_inputs: Any) -> Report:
     return Report(
         model=type(net.source).__name__,
         training=net.training,
-        options=dataclasses.asdict(net.options),
+        options=_options_as_data(net.options),
         too_little=_too_little(net),
         coverage=_coverage(program, counts, not_folded),
         counts=counts,
@@ -117,6 +125,7 @@ def _report_on(net: Net, T: int | None, example_inputs: Any) -> Report:
         batch_norm=(*batch_norm_semantics(net), *statistic_reads(net), *folded_batch_norms(net)),
         random=tuple(random_nodes(program)),
         fallbacks=tuple(vmap_fallbacks(net)),
+        traces=tuple(eligibility_traces(program)),
         kernels=tuple(kernels_of_loops(net)),
         chunk=_chunk(net),
         memory=_memory(net, T, example_inputs) if T is not None and net.options.step_mode == "m" else None,
@@ -302,7 +311,7 @@ def _chunk(net: Net) -> ChunkRow | None:
         )
     sequences = [x.unsqueeze(0) if v else x for x, v in zip(steps, net.varying_inputs, strict=True)]
     try:
-        with isolated(net.source):
+        with isolated(net.source, rng=False), draws_undone():
             plan = net.chunk_plan(*sequences)
     except InputError as error:
         if error.code != "SNNFX318":
@@ -314,7 +323,7 @@ def _chunk(net: Net) -> ChunkRow | None:
 def _too_little(net: Net) -> str:
     """Why `convert` refuses the memory budget, or ""."""
     try:
-        with isolated(net.source):
+        with isolated(net.source, rng=False), draws_undone():
             refuse_impossible_budget(net._executable)
     except InputError as error:
         if error.code != "SNNFX318":

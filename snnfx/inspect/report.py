@@ -190,6 +190,7 @@ class Report:
         batch_norm: statistics of BatchNorm layers in training, and BatchNorm layers folded into weights.
         random: nodes that draw random numbers.
         fallbacks: regions that torch.vmap refused at run time.
+        traces: for a net of an online rule: the eligibility trace of each weight, or why it has none.
         kernels: the loops compiled into kernels and, for other loops, the reason.
         chunk: the chunk plan for inference.
         memory: the predicted memory of a call on T time steps; None unless `explain` was called with T.
@@ -216,6 +217,7 @@ class Report:
     batch_norm: tuple[str, ...] = ()
     random: tuple[str, ...] = ()
     fallbacks: tuple[str, ...] = ()
+    traces: tuple[str, ...] = ()
     kernels: tuple[str, ...] = ()
     chunk: ChunkRow | None = None
     memory: MemoryReport | None = None
@@ -252,6 +254,7 @@ class Report:
             *self._not_folded(),
             *_section("Kernels", _bullets([[note] for note in self.kernels])),
             *_section("State", _slots_table(self.slots)),
+            *_section("Eligibility traces", _bullets([[trace] for trace in self.traces])),
             *(memory_document(self.memory) if self.memory is not None else []),
             *_section("Notes", _bullets([[note] for note in self._notes()])),
             *self._footer(),

@@ -9,6 +9,7 @@ from typing import Any
 from torch import fx
 from torch.fx import Node
 
+from snnfx.ir.facts import copy_facts
 from snnfx.ir.nodes import is_outside_reader
 from snnfx.ir.program import Slot, StepProgram
 
@@ -36,7 +37,7 @@ def add_slot(program: StepProgram, name: str, like: Node) -> Node:
     first = next(n for n in program.graph.nodes if n.op != "placeholder")
     with program.graph.inserting_before(first):
         placeholder = add_placeholder(program.graph, unique.replace(".", "_"))
-    placeholder.meta = {k: v for k, v in like.meta.items() if k in ("val", "where", "module")}
+    copy_facts(like, placeholder)
     placeholder.meta |= {"slot": unique, "added_by_rule": True}
     program.slots = [*program.slots, Slot(unique, placeholder.name)]
     return placeholder
@@ -51,7 +52,7 @@ def replace_reads_outside(
     successor = value.next if value.op != "placeholder" else next(n for n in graph.nodes if n.op != "placeholder")
     with graph.inserting_before(successor):
         new = graph.call_function(function, (value, *more))
-    new.meta = {k: v for k, v in value.meta.items() if k in ("val", "where", "module")}
+    copy_facts(value, new)
     for user in readers:
         user.replace_input_with(value, new)
     own = {slot.placeholder for slot in program.slots if program.nodes_by_name[slot.placeholder] in layer}

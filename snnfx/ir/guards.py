@@ -23,6 +23,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from snnfx.sandbox.tensor_values import same_values
+
 __all__ = [
     "ABSENT",
     "MODES",
@@ -166,7 +168,8 @@ def _function_of(module: str, qualified_name: str) -> Any:
 
 
 Step = tuple[str, Any]
-"""A step of a path: ("instance" | "class" | "attribute" | "item" | "key" | "cell", name, index or key)."""
+"""A step of a path: ("instance" | "class" | "attribute" | "item" | "key" | "cell", name, index or key), or
+("condition", a `Condition` of the module)."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -200,6 +203,8 @@ class Guard:
         for kind, key in steps:
             if kind in ("item", "key"):
                 text += f"[{key!r}]"
+            elif kind == "condition":
+                text = str(key.shown)
             elif kind != "cell" and key not in ("_parameters", "_buffers"):
                 text += f".{key}" if text else str(key)
         return text
@@ -208,7 +213,8 @@ class Guard:
     def is_number(self) -> bool:
         """Whether the guard covers a number, which a buffer could store."""
         is_number = isinstance(self.expected, int | float | complex)
-        return self.test == "value" and is_number and self.path[-1][1] != "training"
+        kind, name = self.path[-1]
+        return self.test == "value" and is_number and kind != "condition" and name != "training"
 
     def resolve(self, model: nn.Module) -> Any:
         """The current value at the location; `ABSENT` if the location does not exist."""
@@ -247,6 +253,8 @@ def _step(value: Any, kind: str, key: Any) -> Any:
         return getattr(value, key, ABSENT)
     if kind == "cell":
         return contents_of(value)
+    if kind == "condition":
+        return key.evaluate(value)
     if kind == "key":
         return value.get(key, ABSENT) if isinstance(value, dict) else ABSENT
     return value[key] if isinstance(value, tuple | list | deque) and key < len(value) else ABSENT
@@ -309,15 +317,18 @@ def is_same_tensor(value: Tensor, expected: Tensor) -> bool:
     if value.shape != expected.shape or value.dtype != expected.dtype or value.device != expected.device:
         return False
     with torch.no_grad():
-        if torch.equal(value, expected):
+        if same_values(value, expected):
             return True
+        if value.layout != torch.strided or expected.layout != torch.strided:
+            return False
         is_nan = value != value
         return torch.equal(is_nan, expected != expected) and torch.equal(value[~is_nan], expected[~is_nan])
 
 
 def version_of(tensor: Tensor) -> tuple[int, int]:
     """A pair that changes when a tensor is changed in place or gets other memory."""
-    return 0 if tensor.is_inference() else tensor._version, tensor.data_ptr()
+    version = 0 if tensor.is_inference() else tensor._version
+    return version, tensor.data_ptr() if tensor.layout == torch.strided else 0
 
 
 def text_of(value: Any) -> str:

@@ -8,6 +8,7 @@ from typing import Any
 
 from torch.fx import Node
 
+from snnfx.ir.facts import BATCH_DIM, SHAPE_LIKE, STRUCTURAL, VALUE
 from snnfx.ops.step_functions import expect_size, set_part, set_part_
 
 __all__ = [
@@ -17,6 +18,7 @@ __all__ = [
     "is_module_call",
     "is_outside_reader",
     "is_size",
+    "is_size_computation",
     "is_structural",
     "object_of",
     "takes_from_tuple",
@@ -36,7 +38,7 @@ def is_module_call(node: Node) -> bool:
 
 def is_structural(node: Node) -> bool:
     """Whether capture inserted the node to take one element of a tuple that a call returned."""
-    return node.op == "call_function" and node.target is operator.getitem and bool(node.meta.get("structural"))
+    return node.op == "call_function" and node.target is operator.getitem and bool(STRUCTURAL.of(node))
 
 
 def is_in_place(node: Node) -> bool:
@@ -91,19 +93,36 @@ def takes_from_tuple(node: Node) -> bool:
     source = node.args[0]
     if is_structural(node) or not isinstance(source, Node):
         return True
-    value = source.meta.get("val")
+    value = VALUE.of(source)
     if value is not None:
         return isinstance(value, tuple | list)
-    return isinstance(source.meta.get("batch_dim"), tuple)
+    return isinstance(BATCH_DIM.of(source), tuple)
 
 
 def is_size(node: Node) -> bool:
     """Whether the value of a node is a size or computed from sizes; each region recomputes the sizes it needs."""
     if node.op not in ("call_function", "call_method") or node.target is expect_size:
         return False
-    if node.meta.get("shape_like"):
-        return not hasattr(node.meta.get("val"), "stride")
+    if SHAPE_LIKE.of(node):
+        return not hasattr(VALUE.of(node), "stride")
     return node.target is getattr and node.args[1] in ("dtype", "device")
+
+
+_NUMBER_MODULES = ("_operator", "builtins", "math")
+"""Modules of functions that compute numbers from numbers, such as sizes from sizes."""
+
+
+def is_size_computation(node: Node) -> bool:
+    """Whether the node reads a size of a tensor, or computes a number from sizes alone."""
+    if node.op == "call_method":
+        return node.target in ("size", "dim", "numel", "ndimension")
+    if node.op != "call_function":
+        return False
+    if node.target is getattr and node.args[1] == "shape":
+        return True
+    operands = node.all_input_nodes
+    in_numbers = getattr(node.target, "__module__", "") in _NUMBER_MODULES
+    return in_numbers and bool(operands) and all(SHAPE_LIKE.of(n) for n in operands)
 
 
 def is_outside_reader(user: Node, layer: set[Node]) -> bool:

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, TypedDict
 
 from snnfx.errors import InputError
+from snnfx.ir.graph_pass import Pass
 from snnfx.ir.program import StepProgram
 from snnfx.sandbox.torch_internals import pytree
 from snnfx.state.carry import OutputPath
@@ -30,6 +31,7 @@ class ConvertOptions:
     lower: str | None = "auto"
     checkpoint: int | str | None = "auto"
     memory_budget: int | float | None = None
+    passes: Sequence[Pass] = ()
     takes: str = "step"
 
     @property
@@ -54,6 +56,7 @@ class ConvertKeywords(TypedDict, total=False):
     lower: str | None
     checkpoint: int | str | None
     memory_budget: int | float | str | None
+    passes: Sequence[Pass]
 
 
 def time_dims_of_leaves(time_dim: Any, program: StepProgram) -> list[int | None]:

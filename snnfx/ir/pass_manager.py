@@ -1,7 +1,9 @@
-"""The pass manager: run passes in order, verify the program after each, record the IR.
+"""The pass manager: run passes in order, enforce their declarations, verify the program, record the IR.
 
-If a pass breaks the program, the error names the pass and the node and shows the surrounding lines of IR. With
-SNNFX_DEBUG=1 in the environment, the IR after each pass is printed to stderr.
+The manager compares the program and the model before and after a user's pass. A change that the pass has not declared
+is put back, and the error names the pass. If the graph changed, the manager infers the shapes of changed nodes. If
+regions existed, it runs the passes that planned them again. With SNNFX_DEBUG=1 in the environment, every pass prints
+its options and its diff of the IR to stderr.
 """
 
 from __future__ import annotations
@@ -9,28 +11,27 @@ from __future__ import annotations
 import os
 import sys
 import time
-from collections.abc import Sequence
+import traceback
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 
-from snnfx.errors import PassError
-from snnfx.ir.graph_pass import Pass
+from torch.fx import Node
+
+from snnfx.errors import PassError, SnnfxError
+from snnfx.ir.facts import VALUE
+from snnfx.ir.graph_pass import Pass, check_passes, location_of_pass, stages_of
+from snnfx.ir.guards import ModuleTree
+from snnfx.ir.history import History, PassRecord
+from snnfx.ir.model_snapshot import ModelSnapshot
 from snnfx.ir.program import STAGES, StepProgram
+from snnfx.ir.program_snapshot import ProgramSnapshot
+from snnfx.ir.value_inference import update_values
 from snnfx.ir.verifier import verify_program
+from snnfx.sandbox import internal_faults
+from snnfx.sandbox.isolation import rng_state
+from snnfx.sandbox.python_rng import python_rng_state, restore_python_rng_state
 
 __all__ = ["PassManager", "PassRecord"]
-
-
-@dataclass(frozen=True)
-class PassRecord:
-    """The record of one pass: description with options, milliseconds, note, and the IR after it."""
-
-    description: str
-    milliseconds: float
-    note: str
-    ir: str
-
-    def __str__(self) -> str:
-        return f"# {self.description} ({self.milliseconds:.1f} ms): {self.note}"
 
 
 @dataclass(frozen=True)
@@ -45,32 +46,184 @@ class PassManager:
     passes: Sequence[Pass]
     verify: bool = True
 
-    def run(self, program: StepProgram, history: list[PassRecord] | None = None) -> list[PassRecord]:
+    def run(self, program: StepProgram, history: History | None = None) -> History:
         """Apply all passes to `program` in place.
 
         Returns:
-            `history` (default: a new list) with one record appended for each pass.
+            `history` (default: a new one) with one record appended for each pass.
 
         Raises:
-            PassError: a pass requires a later stage (SNNFX502) or left the graph invalid (SNNFX501).
+            PassError: a pass requires another stage (SNNFX502), left the graph invalid (SNNFX501), changed a part that
+                it does not declare (SNNFX701), is not well defined (SNNFX702), failed (SNNFX703), or returned no note
+                (SNNFX704).
         """
-        history = history if history is not None else []
+        history = History() if history is None else history
+        check_passes(self.passes)
+        previous = history[-1].ir if history else str(program)
+        state = ProgramSnapshot(program)
+        annotating: list[Pass] = []
         for item in self.passes:
-            if STAGES.index(program.stage) < STAGES.index(item.requires):
-                raise PassError(
-                    "SNNFX502",
-                    f"the pass `{item.name}` requires stage {item.requires!r}, the program is at {program.stage!r}",
-                    hint=f"Run the passes that reach stage {item.requires!r} first.",
-                )
-            start = time.perf_counter()
-            note = item.apply(program)
-            if item.ensures is not None:
-                program.stage = item.ensures
-            milliseconds = (time.perf_counter() - start) * 1e3
-            record = PassRecord(str(item), milliseconds, note, str(program))
-            history.append(record)
-            if os.environ.get("SNNFX_DEBUG") == "1":
-                print(f"{record}\n{record.ir}\n", file=sys.stderr)
-            if self.verify:
-                verify_program(program, after=item.name)
+            again: list[Pass] = []
+            run = _Run(item, program, state)
+            run.apply()
+            if not item.is_built_in:
+                again = run.invalidate(annotating)
+            for replayed in (item, *again):
+                if replayed is not item:
+                    run = _Run(replayed, program, state)
+                    run.apply()
+                if replayed.ensures is not None:
+                    program.stage = replayed.ensures
+                if self.verify:
+                    run.verify()
+                state = ProgramSnapshot(program)
+                note = run.note if replayed is item else f"again, as `{item.name}` changed the graph: {run.note}"
+                previous = _record(history, run, note, previous, state)
+            if "graph" not in item.may_change:
+                annotating.append(item)
         return history
+
+
+def _record(history: History, run: _Run, note: str, before: str, state: ProgramSnapshot) -> str:
+    """Append the record of a pass; return the printed program."""
+    program = run.program
+    ir = str(program)
+    record = PassRecord(str(run.item), run.milliseconds, note, ir, before, program.stage, program.training, state)
+    history.append(record)
+    print_record(record)
+    return ir
+
+
+def print_record(record: PassRecord) -> None:
+    """Print a record to stderr if SNNFX_DEBUG=1."""
+    if os.environ.get("SNNFX_DEBUG") == "1":
+        print(record.report(colour=sys.stderr.isatty()), file=sys.stderr)
+
+
+class _Run:
+    """One run of a pass on a program, with the checks of its declarations.
+
+    Args:
+        item: the pass.
+        program: the program.
+        before: the snapshot of the program before the pass.
+    """
+
+    def __init__(self, item: Pass, program: StepProgram, before: ProgramSnapshot) -> None:
+        self.item, self.program, self.before = item, program, before
+        self.guarded = not item.is_built_in or internal_faults.STRICT
+        self.changed: Collection[Node] = ()
+        self.note, self.milliseconds = "", 0.0
+
+    def apply(self) -> None:
+        """Apply the pass to the program and, for a user's pass, to a first step that differs."""
+        item, program = self.item, self.program
+        stages = stages_of(item)
+        if program.stage not in stages:
+            later = STAGES.index(program.stage) < STAGES.index(stages[0])
+            raise PassError(
+                "SNNFX502",
+                f"the pass `{item.name}` requires stage {' or '.join(map(repr, stages))}, the program is at "
+                f"{program.stage!r}",
+                where="" if item.is_built_in else location_of_pass(item),
+                hint=f"Run the passes that reach stage {stages[0]!r} first." if later else "Run the pass earlier.",
+            )
+        model = ModelSnapshot(program.source) if self.guarded else None
+        generators, python_state = (rng_state(), python_rng_state()) if self.guarded else (None, None)
+        start = time.perf_counter()
+        try:
+            note = self._apply_to(program)
+            self.milliseconds = (time.perf_counter() - start) * 1e3
+            if model is not None:
+                self._enforce(note, model)
+        except BaseException:
+            if model is not None and not item.is_built_in:
+                model.restore()
+                self.before.restore(program)
+            raise
+        finally:
+            if generators is not None and python_state is not None:
+                generators.restore()
+                restore_python_rng_state(python_state)
+        self.note = note
+        if "modules" in item.may_change and not item.is_built_in and program.guards.tree is not None:
+            program.guards.tree = ModuleTree(program.source, program.guards.tree.traced)
+
+    def _apply_to(self, program: StepProgram) -> str:
+        if self.item.is_built_in:
+            return self.item.apply(program)
+        try:
+            note = self.item.apply(program)
+            first = program.first_step
+            if first is not None:
+                first.stage = min(program.stage, "normalized", key=STAGES.index)
+                self.item.apply(first)
+        except SnnfxError:
+            raise
+        except Exception as error:
+            frame = traceback.extract_tb(error.__traceback__)[-1]
+            raise PassError(
+                "SNNFX703",
+                f"the pass `{self.item.name}` failed",
+                where=f"{frame.filename}:{frame.lineno}",
+                why=f"{type(error).__name__}: {error}",
+                hint="The program and the model were put back.",
+            ) from error
+        return note
+
+    def _enforce(self, note: object, model: ModelSnapshot) -> None:
+        """Refuse changes that the pass has not declared."""
+        item, where = self.item, location_of_pass(self.item)
+        if not isinstance(note, str):
+            raise PassError(
+                "SNNFX704",
+                f"the pass `{item.name}` returned no note",
+                where=where,
+                why=f"`apply` returned {note!r}.",
+                hint='Return a short text, e.g. return "replaced 3 nodes".',
+            )
+        if item.is_built_in:
+            undeclared = list(model.changes())
+        else:
+            undeclared = [(kind, clause) for kind, clause in model.changes() if kind not in item.may_change]
+            parts = [*self.before.changed_parts(self.program)]
+            undeclared += [(part, f"the {part} of the program") for part in parts if part not in item.may_change]
+        if undeclared:
+            kinds = dict.fromkeys(kind for kind, _ in undeclared)
+            declared = (*item.may_change, *kinds)
+            raise PassError(
+                "SNNFX701",
+                f"the pass `{item.name}` changed {', '.join(clause for _, clause in undeclared[:4])}",
+                where=where,
+                why=f"it declares may_change = {item.may_change}; the change was put back.",
+                hint=f"Leave {', '.join(kinds)} unchanged, or declare may_change = {declared}.",
+            )
+
+    def invalidate(self, annotating: Sequence[Pass]) -> list[Pass]:
+        """Infer the values of changed nodes and drop the regions that a change of the graph invalidates.
+
+        Returns:
+            The passes to run again, of those that ran before.
+        """
+        program, before = self.program, self.before
+        values = {row.node: row.meta.get(VALUE.key) for row in before.rows}
+        self.changed = before.changed_nodes(program)
+        given = [n for n in self.changed if VALUE.is_known(n) and VALUE.of(n) is not values.get(n)]
+        update_values(program, self.changed, given)
+        if program.first_step is not None and before.first_step is not None:
+            update_values(program.first_step, before.first_step.changed_nodes(program.first_step), ())
+        if program.stage not in ("partitioned", "planned") or not before.graph_changed(program):
+            return []
+        program.unplanned()
+        return list(annotating)
+
+    def verify(self) -> None:
+        """Verify the program; after a failure of a user's pass, put it back."""
+        try:
+            verify_program(self.program, after=self.item.name, changed=self.changed)
+            if self.program.first_step is not None and not self.item.is_built_in:
+                verify_program(self.program.first_step, after=self.item.name)
+        except PassError:
+            if not self.item.is_built_in:
+                self.before.restore(self.program)
+            raise

@@ -7,16 +7,18 @@ import os
 from typing import Any
 
 import torch
+from torch import fx
 from torch.fx import Node
 
+from snnfx.ir.facts import KIND, MODULE, SLOT, VALUE, WHERE
 from snnfx.ir.nodes import is_module_call
 
-__all__ = ["describe_node", "format_node", "location_of", "operation_name", "text_of_value"]
+__all__ = ["describe_node", "format_graph", "format_node", "location_of", "operation_name", "text_of_value"]
 
 
 def location_of(node: Node) -> str:
     """The user's source line of a node, `file.py:41`; "" if unknown."""
-    where = node.meta.get("where")
+    where = WHERE.of(node)
     if not where:
         return ""
     return f"{_short_path(where[0], os.getcwd())}:{where[1]}"
@@ -31,7 +33,7 @@ def _short_path(filename: str, folder: str) -> str:
 
 def describe_node(node: Node) -> str:
     """A node in messages: the qualified name of the called module, or the operation and its module."""
-    module = node.meta.get("module", "")
+    module = MODULE.of(node)
     if node.op == "call_module":
         return str(node.target)
     if is_module_call(node):
@@ -52,7 +54,7 @@ def format_node(node: Node) -> str:
     if node.op == "output":
         text = f"return {node.args[0]}"
     elif node.op == "placeholder":
-        slot = node.meta.get("slot")
+        slot = SLOT.of(node)
         text = f"{node.name} = {'slot ' + slot if slot else 'input'}"
     elif node.op == "get_attr":
         text = f"{node.name} = self.{node.target}"
@@ -60,13 +62,18 @@ def format_node(node: Node) -> str:
         arguments = ", ".join([*(str(a) for a in node.args), *(f"{k}={v}" for k, v in node.kwargs.items())])
         called = f"self.{node.target}" if node.op == "call_module" else operation_name(node)
         text = f"{node.name} = {called}({arguments})"
-    notes = [text_of_value(node.meta.get("val"))]
-    if node.meta.get("kind"):
-        notes.append(node.meta["kind"])
+    notes = [text_of_value(VALUE.of(node))]
+    if KIND.of(node):
+        notes.append(KIND.of(node))
     if location_of(node):
         notes.append(location_of(node))
     notes = [note for note in notes if note]
     return f"{text}    # {', '.join(notes)}" if notes else text
+
+
+def format_graph(graph: fx.Graph) -> str:
+    """The lines of IR of a graph."""
+    return "\n".join(map(format_node, graph.nodes))
 
 
 def text_of_value(value: Any) -> str:

@@ -7,18 +7,21 @@ read from its placeholder, and its next value is a node in `next_states`.
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field, replace
 from typing import Any, Literal, cast
 
-from torch import fx, nn
+from torch import Tensor, fx, nn
 from torch.fx import Node
 
 from snnfx.errors import Refusal
+from snnfx.ir.facts import REFUSAL, clear_facts
 from snnfx.ir.guards import Guards
 from snnfx.ir.nodes import is_module_call
-from snnfx.ir.printing import format_node
+from snnfx.ir.printing import format_graph
 from snnfx.ir.setting_read import SettingRead
+from snnfx.sandbox.plain_numbers import plain_number
 from snnfx.sandbox.torch_internals import pytree
 from snnfx.state.carry import CarriedArgument
 
@@ -107,7 +110,7 @@ class Region:
     def refusals(self) -> Iterator[tuple[Node, Refusal]]:
         """The nodes of the region that were not folded, each with its refusal."""
         for node in self.nodes:
-            refusal = node.meta.get("refusal")
+            refusal = REFUSAL.of(node)
             if refusal is not None:
                 yield node, refusal
 
@@ -187,8 +190,31 @@ class StepProgram:
         return self.results[2]
 
     def set_output(self, outputs: Iterable[Any], next_states: Iterable[Any], initial_values: Iterable[Any]) -> None:
-        """Replace the argument of the output node."""
-        self.output.args = ((tuple(outputs), tuple(next_states), tuple(initial_values)),)
+        """Replace the argument of the output node; a tensor becomes a node that reads a constant."""
+        results = tuple(tuple(map(self.as_node, values)) for values in (outputs, next_states, initial_values))
+        self.output.args = (results,)
+
+    def as_node(self, value: Any) -> Any:
+        """Convert a tensor to a `get_attr` node of a constant and a NumPy scalar to a Python number.
+
+        Any other value stays. The generated code could not contain the two.
+        """
+        if not isinstance(value, Tensor):
+            return plain_number(value)
+        with self.graph.inserting_before(self.output):
+            return self.graph.get_attr(self.constant(value))
+
+    def constant(self, value: Any) -> str:
+        """The target of an object in `constants`, which is added if it is missing."""
+        for name, known in self.constants.items():
+            if known is value:
+                return name
+        number = len(self.constants)
+        while f"snnfx_constant_{number}" in self.constants:
+            number += 1
+        name = f"snnfx_constant_{number}"
+        self.constants[name] = value
+        return name
 
     @property
     def nodes_by_name(self) -> dict[str, Node]:
@@ -235,6 +261,44 @@ class StepProgram:
             return self.resolve(str(node.args[0].target))  # type: ignore[union-attr, no-any-return]
         return None
 
+    def attach(self, name: str, value: nn.Module | nn.Parameter | Tensor) -> Any:
+        """Register a module, parameter or buffer on the model, unless it has one of this name.
+
+        A pass that declares `may_change = ("modules",)` adds its own weights this way; they are then part of the
+        model's `state_dict` and of copies. It runs once for each mode and at each replan, and gets the same object.
+
+        Args:
+            name: a qualified name whose parent exists; the target of `graph.call_module` or `graph.get_attr`.
+            value: the object to register.
+
+        Returns:
+            The registered object.
+        """
+        owner, _, attribute = name.rpartition(".")
+        module = self.source.get_submodule(owner)
+        registered = [vars(module)[kind] for kind in ("_modules", "_parameters", "_buffers")]
+        if not any(attribute in registry for registry in registered):
+            if isinstance(value, nn.Module):
+                module.add_module(attribute, value.train(self.source.training))
+            elif isinstance(value, nn.Parameter):
+                module.register_parameter(attribute, value)
+            else:
+                module.register_buffer(attribute, value)
+        return getattr(module, attribute)
+
+    def add_constant(self, name: str, value: Tensor) -> Node:
+        """A new `get_attr` node of a constant tensor, which belongs to the program and not to the model.
+
+        Args:
+            name: a name of letters, digits and underscores. A digest of the values is appended, so that constants of
+                one name in the programs of both modes stay apart.
+            value: the constant.
+        """
+        digest = hashlib.sha1(repr((value.shape, value.dtype, value.detach().flatten().tolist())).encode())
+        target = f"{name}_{digest.hexdigest()[:8]}"
+        self.constants[target] = value.detach().clone()
+        return self.graph.get_attr(target)
+
     def is_in_training(self, module: nn.Module) -> bool:
         """Whether a layer counts as training: its recorded flag, or else the mode of the program."""
         for read in self.setting_reads:
@@ -262,20 +326,19 @@ class StepProgram:
             setting_reads=list(self.setting_reads),
             requirements=dict(self.requirements),
             regions=regions,
+            constants=dict(self.constants),
             first_step=self.first_step.copy() if self.first_step is not None else None,
         )
 
     def unplanned(self) -> StepProgram:
         """Remove all regions in place and return the program to stage "normalized"."""
-        for node in self.graph.nodes:
-            for key in ("kind", "region", "refusal", "batch_dim", "batch_sizes", "varying", "folds_dim_0"):
-                node.meta.pop(key, None)
+        clear_facts(self.graph.nodes, since="partitioned")
         self.regions, self.stage = [], "normalized"
         self.constants = dict(self.constants)
         return self
 
     def __str__(self) -> str:
-        return "\n".join(format_node(node) for node in self.graph.nodes)
+        return format_graph(self.graph)
 
 
 START_PREFIX = "snnfx_start."

@@ -10,7 +10,7 @@ from torch.fx import Node
 from snnfx.ir.guards import is_same_value
 from snnfx.ir.program import StepProgram
 
-__all__ = ["is_same_plan"]
+__all__ = ["has_same_nodes", "is_same_plan"]
 
 _FIELDS = ("slots", "requirements", "input_ranks", "batched_inputs", "opaque", "inferred_carry", "overwritten", "stage")
 _SPECS = ("input_spec", "output_spec", "input_leaves", "carried", "training")
@@ -32,6 +32,19 @@ def is_same_plan(a: StepProgram, b: StepProgram) -> bool:
     if a.first_step is None or b.first_step is None:
         return a.first_step is b.first_step
     return is_same_plan(a.first_step, b.first_step)
+
+
+def has_same_nodes(a: StepProgram, b: StepProgram) -> bool:
+    """Whether two programs have the same nodes and constant objects, in the first step as well."""
+    if len(a.graph.nodes) != len(b.graph.nodes) or a.constants.keys() != b.constants.keys():
+        return False
+    if not all(_is_same_constant(value, b.constants[name]) for name, value in a.constants.items()):
+        return False
+    if not all(_is_same_node(m, n) for m, n in zip(a.graph.nodes, b.graph.nodes, strict=True)):
+        return False
+    if a.first_step is None or b.first_step is None:
+        return a.first_step is b.first_step
+    return has_same_nodes(a.first_step, b.first_step)
 
 
 def _is_same_node(a: Node, b: Node) -> bool:

@@ -2,19 +2,31 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Collection
+from typing import Any
 
+from torch import nn
 from torch.fx import Node
 
 from snnfx.errors import PassError
-from snnfx.ir.printing import format_node
+from snnfx.ir.facts import FACTS, KIND, REGION, SLOT, SUNK, VALUE
+from snnfx.ir.nodes import is_in_place
+from snnfx.ir.printing import format_node, text_of_value
 from snnfx.ir.program import STAGES, StepProgram
+from snnfx.ir.value_inference import UNKNOWN, infer_value, is_same_shape
 
 __all__ = ["verify_program"]
 
+_KINDS = ("once", "fold", "map", "loop")
 
-def verify_program(program: StepProgram, after: str = "capture") -> None:
+
+def verify_program(program: StepProgram, after: str = "capture", changed: Collection[Node] = ()) -> None:
     """Check the invariants of every program and of its stage.
+
+    Args:
+        program: the program.
+        after: the pass that ran last, for the message.
+        changed: nodes whose shapes are checked by running them on the meta device.
 
     Raises:
         PassError: SNNFX501, with the pass, the node, and ten lines of IR around it.
@@ -29,13 +41,41 @@ def verify_program(program: StepProgram, after: str = "capture") -> None:
     except (RuntimeError, ValueError, AssertionError) as error:
         require(False, None, f"graph.lint failed: {error}")
     nodes = list(program.graph.nodes)
-    position = {node: i for i, node in enumerate(nodes)}
-    outputs = program.output.args[0]
+    _verify_output(program, nodes, require)
+    _verify_slots(program, require)
+    _verify_nodes(program, nodes, require)
+    _verify_facts(program, nodes, require)
+    _verify_values(program, changed, require)
+    stage = STAGES.index(program.stage)
+    if stage >= STAGES.index("normalized"):
+        for node in nodes:
+            why = "it is an in-place operation, and the program is normalized"
+            require(not is_in_place(node), node, f"{why}; use the out-of-place operation")
+    if stage >= STAGES.index("partitioned"):
+        _verify_regions(program, nodes, require)
+
+
+_Require = Callable[[bool, Node | None, str], None]
+
+
+def _verify_output(program: StepProgram, nodes: list[Node], require: _Require) -> None:
+    """Check that the graph ends with its only output, which has three parts."""
+    outputs = [node for node in nodes if node.op == "output"]
+    require(len(outputs) == 1, None, f"it has {len(outputs)} output nodes")
+    require(nodes[-1] is outputs[0], nodes[-1], "it is behind the output")
+    parts = program.output.args[0]
+    is_complete = isinstance(parts, tuple) and len(parts) == 3
+    require(is_complete, program.output, "the output is not (outputs, next states, initial values)")
+    leaves = program.output_spec.num_leaves
     require(
-        isinstance(outputs, tuple) and len(outputs) == 3,
+        len(program.outputs) == leaves,
         program.output,
-        "the output is not (outputs, next states, initial values)",
+        f"{len(program.outputs)} outputs, but the model returns {leaves}",
     )
+
+
+def _verify_slots(program: StepProgram, require: _Require) -> None:
+    """Check that each slot has a placeholder, a next and an initial value."""
     require(
         len(program.next_states) == len(program.slots) == len(program.initial_values),
         program.output,
@@ -47,17 +87,55 @@ def verify_program(program: StepProgram, after: str = "capture") -> None:
         placeholder = by_name.get(slot.placeholder)
         if program.first_step is None or slot.placeholder:
             require(placeholder is not None, None, f"the slot {slot.name} has no placeholder {slot.placeholder!r}")
-            reads = placeholder.meta.get("slot") if placeholder is not None else None
+            reads = SLOT.of(placeholder) if placeholder is not None else None
             require(reads == slot.name, placeholder, f"it is not the placeholder of slot {slot.name}")
+    for leaf in program.input_leaves:
+        exists = leaf.placeholder is None or leaf.placeholder in by_name
+        require(exists, None, f"the input {leaf.name} has no placeholder {leaf.placeholder!r}")
+
+
+def _verify_nodes(program: StepProgram, nodes: list[Node], require: _Require) -> None:
+    """Check operands and targets."""
+    position = {node: i for i, node in enumerate(nodes)}
     for node in nodes:
         for operand in node.all_input_nodes:
-            require(
-                operand in position and position[operand] < position[node], node, f"{operand} does not come before it"
-            )
+            is_before = operand in position and position[operand] < position[node]
+            require(is_before, node, f"{operand} does not come before it")
         if node.op in ("get_attr", "call_module"):
             require(_resolves(program.resolve, str(node.target)), node, f"the model has no `{node.target}`")
-    if STAGES.index(program.stage) >= STAGES.index("partitioned"):
-        _verify_regions(program, require)
+        if node.op == "call_module":
+            is_module = isinstance(program.resolve(str(node.target)), nn.Module)
+            require(is_module, node, f"`{node.target}` is not a module")
+
+
+def _verify_facts(program: StepProgram, nodes: list[Node], require: _Require) -> None:
+    """Check that facts have their types, and belong to a stage that the program has reached."""
+    planned = [fact for fact in FACTS.values() if fact.since in ("partitioned", "planned") and fact is not SUNK]
+    is_partitioned = STAGES.index(program.stage) >= STAGES.index("partitioned")
+    for node in nodes:
+        for key, value in node.meta.items():
+            fact = FACTS.get(key)
+            legal = fact is None or fact.has_legal_type(value)
+            require(legal, node, f"its fact {key!r} is a {type(value).__name__}")
+        if not is_partitioned:
+            early = next((fact for fact in planned if fact.key in node.meta), None)
+            if early is not None:
+                require(False, node, f"it has the fact {early.key!r} of stage {early.since!r}")
+
+
+def _verify_values(program: StepProgram, changed: Collection[Node], require: _Require) -> None:
+    """Check the shapes and dtypes of changed nodes."""
+    for node in changed:
+        if not VALUE.is_known(node) or node.graph is not program.graph or not node.op.startswith("call"):
+            continue
+        recorded, inferred = VALUE.of(node), infer_value(program, node)
+        if inferred is not UNKNOWN and not is_same_shape(recorded, inferred):
+            why = f"its value is recorded as {_shape(recorded)}, but it is {_shape(inferred)}"
+            require(False, node, f"{why}; delete node.meta[{VALUE.key!r}], and the manager infers it")
+
+
+def _shape(value: Any) -> str:
+    return text_of_value(value) or type(value).__name__
 
 
 def _resolves(resolve: Callable[[str], object], target: str) -> bool:
@@ -68,14 +146,20 @@ def _resolves(resolve: Callable[[str], object], target: str) -> bool:
     return True
 
 
-def _verify_regions(program: StepProgram, require: Callable[[bool, Node | None, str], None]) -> None:
+def _verify_regions(program: StepProgram, nodes: list[Node], require: _Require) -> None:
     """Check that regions are disjoint and convex, and that only loops have state slots."""
     region_of: dict[Node, int] = {}
+    present = set(nodes)
     for index, region in enumerate(program.regions):
+        require(region.kind in _KINDS, None, f"region {region.name} has the unknown kind {region.kind!r}")
         for node in region.nodes:
+            erased = node.graph is program.graph and node not in present
+            require(not erased, None, f"region {region.name} contains the erased node {node.name}")
             require(node not in region_of, node, f"it is in two regions, one of them {region.name}")
             require(node.graph is program.graph, node, f"region {region.name} contains a node of another graph")
             region_of[node] = index
+            agrees = KIND.of(node) == region.kind and REGION.of(node) == region.name
+            require(agrees, node, f"its facts name region {REGION.of(node)!r} ({KIND.of(node)}), not {region.name}")
         if region.kind != "loop":
             require(
                 not region.slots,

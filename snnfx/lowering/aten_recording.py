@@ -27,6 +27,7 @@ from snnfx.sandbox.torch_internals import (
     BelowAutograd,
     TorchDispatchMode,
     current_autograd_node,
+    gradients_in_modes,
     pytree,
     saved_tensors_hooks,
     sequence_number,
@@ -39,7 +40,6 @@ __all__ = [
     "Recording",
     "ValueReference",
     "call_as_recorded",
-    "preserved_rng_state",
     "record_step",
     "resolve_references",
 ]
@@ -68,6 +68,7 @@ class RecordedValue:
         call: the call that computes it.
         varying: whether it depends on an input, a state or a gradient.
         depends_on_grad: whether it depends on a gradient.
+        has_selected_size: whether its size depends on values, as that of `x[mask]`.
     """
 
     shape: tuple[int, ...]
@@ -77,6 +78,7 @@ class RecordedValue:
     call: AtenCall | None = None
     varying: bool = False
     depends_on_grad: bool = False
+    has_selected_size: bool = False
 
 
 @dataclass
@@ -151,16 +153,21 @@ _DATA_ACCESS = {
 class _PythonAccessWatch(TorchFunctionMode):
     """Detect accesses to tensors that bypass the dispatcher: reading sizes, taking out data."""
 
-    def __init__(self) -> None:
+    def __init__(self, recorder: _Recorder) -> None:
         super().__init__()
+        self.recorder = recorder
         self.reads_sizes = False
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         name = getattr(func, "__name__", "")
+        if self.recorder.is_recording:
+            return func(*args, **(kwargs or {}))
         if name in _DATA_ACCESS:
             raise LoweringRefused(f"the step takes data out of PyTorch with `{name}`")
         if name in _SIZE_ACCESS or (name == "__get__" and getattr(func.__self__, "__name__", "") == "shape"):
             self.reads_sizes = True
+            if self.recorder.has_selected_size(args[0]):
+                raise LoweringRefused("Python reads the size of `x[mask]`, which depends on the data")
         return func(*args, **(kwargs or {}))
 
 
@@ -173,9 +180,12 @@ class _Recorder(TorchDispatchMode):
         self.constants: list[Tensor] = []
         self.baked: list[tuple[Tensor, int]] = []
         self.number_of: dict[int, int] = {}
-        self.storages: dict[int, int] = {}
+        self.storages: dict[int, list[Tensor]] = {}
+        self.overwritten: set[int] = set()
         self.keep_alive: list[Any] = []  # an id is only unique among living objects
         self.decompose: Callable[[Any], Any] | None = None
+        self.is_recording = False
+        """Whether code of this class runs, which may read the memory of tensors."""
 
     def add(self, tensor: Tensor, value: RecordedValue) -> int:
         if tensor.is_complex():
@@ -183,9 +193,8 @@ class _Recorder(TorchDispatchMode):
         self.number_of[id(tensor)] = len(self.values)
         self.keep_alive.append(tensor)
         self.values.append(value)
-        if tensor.numel() and value.varying:
-            pointer = tensor.untyped_storage().data_ptr()
-            self.storages[pointer] = self.storages.get(pointer, 0) + 1
+        if tensor.numel():
+            self.storages.setdefault(tensor.untyped_storage().data_ptr(), []).append(tensor)
         return len(self.values) - 1
 
     def add_input(self, tensor: Tensor, origin: str, index: int) -> int:
@@ -198,8 +207,10 @@ class _Recorder(TorchDispatchMode):
         """The number of a tensor; a tensor without a number becomes a constant."""
         known = self.number_of.get(id(tensor))
         if known is not None:
+            if id(tensor) in self.overwritten:
+                raise LoweringRefused("the step reads a view of a tensor after it wrote into that tensor")
             return known
-        if tensor.numel() and self.storages.get(tensor.untyped_storage().data_ptr()):
+        if any(self.values[self.number_of[id(t)]].varying for t in self._sharing(tensor)):
             raise LoweringRefused("the step reads the memory of a tensor in a way that cannot be recorded")
         if type(tensor) not in (Tensor, torch.nn.Parameter, torch.nn.Buffer):
             raise LoweringRefused(f"the step uses a {type(tensor).__name__}")
@@ -207,7 +218,13 @@ class _Recorder(TorchDispatchMode):
         return self.add(tensor, RecordedValue(tuple(tensor.shape), tensor.dtype, "constant", len(self.constants) - 1))
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        kwargs = kwargs or {}
+        before, self.is_recording = self.is_recording, True
+        try:
+            return self._record(func, args, kwargs or {})
+        finally:
+            self.is_recording = before
+
+    def _record(self, func: Any, args: Any, kwargs: dict[str, Any]) -> Any:
         name = str(func._schema.name).partition("::")[2]
         if torch.Tag.nondeterministic_seeded in func.tags:
             raise LoweringRefused(f"`{name}` draws random numbers")
@@ -224,8 +241,7 @@ class _Recorder(TorchDispatchMode):
         new_args, new_kwargs = pytree.tree_map(
             lambda a: ValueReference(self.number(a)) if isinstance(a, Tensor) else a, (args, kwargs)
         )
-        for tensor in written:
-            self._check_write(name, tensor)
+        aliases = [alias for tensor in written for alias in self._aliases_of_written(name, tensor)]
         call = AtenCall(
             func, new_args, new_kwargs, in_custom_backward=isinstance(current_autograd_node(), BackwardCFunction)
         )
@@ -238,8 +254,11 @@ class _Recorder(TorchDispatchMode):
                 value = RecordedValue(tuple(result.shape), result.dtype, "computed", call=call)
                 value.varying = any(s.varying for s in sources)
                 value.depends_on_grad = any(s.depends_on_grad for s in sources)
+                value.has_selected_size = not written and _has_selected_size(call, result, sources)
                 call.results.append(self.add(result, value))
                 call.positions.append(place)
+        for tensor, alias in aliases:
+            self.number_of[id(alias)] = self.number_of[id(tensor)]
         return results
 
     def _read_by_python(self, func: Any, name: str, tensors: list[Tensor], args: Any, kwargs: Any) -> Any:
@@ -253,12 +272,44 @@ class _Recorder(TorchDispatchMode):
                 self.baked.extend((t, t._version) for t in self.constants)
         return func(*args, **kwargs)
 
-    def _check_write(self, name: str, tensor: Tensor) -> None:
-        value = self.values[self.number(tensor)]
-        if value.origin == "constant":
+    def has_selected_size(self, tensor: Any) -> bool:
+        """Whether the size of a tensor depends on values."""
+        number = self.number_of.get(id(tensor))
+        return number is not None and self.values[number].has_selected_size
+
+    def _sharing(self, tensor: Tensor) -> list[Tensor]:
+        """The recorded tensors that share their memory with a tensor, without itself."""
+        if not tensor.numel():
+            return []
+        sharing = self.storages.get(tensor.untyped_storage().data_ptr(), ())
+        return list({id(t): t for t in sharing if t is not tensor}.values())
+
+    def _aliases_of_written(self, name: str, tensor: Tensor) -> list[tuple[Tensor, Tensor]]:
+        """The written tensor with each tensor that is the same memory; a view of a part of it may not be read again."""
+        aliases: list[tuple[Tensor, Tensor]] = []
+        sharing = self._sharing(tensor)
+        if any(self.values[self.number_of[id(t)]].origin == "constant" for t in (tensor, *sharing)):
             raise LoweringRefused(f"`{name}` changes a tensor that outlives the step")
-        if value.varying and self.storages.get(tensor.untyped_storage().data_ptr(), 0) > 1:
-            raise LoweringRefused(f"`{name}` writes into a tensor that shares its memory with another one")
+        for other in sharing:
+            if _geometry(other) == _geometry(tensor):
+                aliases.append((tensor, other))
+            else:
+                self.overwritten.add(id(other))
+        return aliases
+
+
+def _geometry(tensor: Tensor) -> tuple[Any, ...]:
+    """The place of a tensor in its memory."""
+    return tensor.dtype, tensor.shape, tensor.stride(), tensor.storage_offset()
+
+
+def _has_selected_size(call: AtenCall, result: Tensor, sources: Sequence[RecordedValue]) -> bool:
+    """Whether the size of a result depends on values: it is `x[mask]`, or has the size of such an operand."""
+    if call.name in ("index", "masked_select", "masked_scatter_backward") and any(
+        s.dtype == torch.bool for s in sources[1:]
+    ):
+        return True
+    return result.dim() == 1 and any(s.has_selected_size and s.shape == result.shape for s in sources)
 
 
 def _mutated_tensors(func: Any, args: Sequence[Any], kwargs: dict[str, Any]) -> list[Tensor]:
@@ -274,27 +325,14 @@ def _mutated_tensors(func: Any, args: Sequence[Any], kwargs: dict[str, Any]) -> 
 
 
 @contextlib.contextmanager
-def preserved_rng_state(device: torch.device) -> Iterator[None]:
-    """Restore the RNG state of the CPU and of a device on exit."""
-    state = torch.get_rng_state()
-    own = torch.cuda.get_rng_state(device) if device.type == "cuda" else None
-    try:
-        yield
-    finally:
-        torch.set_rng_state(state)
-        if own is not None:
-            torch.cuda.set_rng_state(own, device)
-
-
-@contextlib.contextmanager
-def _recording_environment(device: torch.device) -> Iterator[None]:
-    """Enable autograd in this thread, preserve the RNG state, disable saved-tensor hooks."""
+def _recording_environment() -> Iterator[None]:
+    """Enable autograd in this thread, disable saved-tensor hooks."""
     hooks: Any = contextlib.nullcontext()
     if saved_tensors_hooks(False) is not None:
         hooks = torch.autograd.graph.saved_tensors_hooks(lambda t: t, lambda t: t)
     # The dispatch mode is local to this thread; autograd would run the backward pass of a GPU in another one.
     one_thread = torch.autograd.set_multithreading_enabled(False)
-    with preserved_rng_state(device), torch.enable_grad(), one_thread, hooks:
+    with torch.enable_grad(), one_thread, hooks:
         yield
 
 
@@ -343,14 +381,15 @@ def record_step(
     Raises:
         LoweringRefused: the step has effects or reads data in a way that a recording cannot represent.
     """
-    recorder, watch = _Recorder(), _PythonAccessWatch()
+    recorder = _Recorder()
+    watch = _PythonAccessWatch(recorder)
     recorder.decompose = decompose
     inputs = _differentiable_copies(inputs)
     given = _differentiable_copies(states or ())
     for origin, tensors in (("sequence", inputs), ("state", given)):
         for index, tensor in enumerate(tensors):
             recorder.add_input(tensor, origin, index)
-    with _recording_environment(inputs[0].device):
+    with _recording_environment():
         start = _number_of_next_node()
         with watch, recorder:
             outputs, following = step(*inputs, *([tuple(given)] if states is not None else []))
@@ -444,7 +483,7 @@ def _record_backward(
         for t, _ in hooks:
             t._backward_hooks = None  # the user's hooks must not run for a recording
         with watch, recorder:
-            found = torch.autograd.grad(roots, wanted, tangents, allow_unused=True)
+            found = gradients_in_modes(roots, wanted, tangents)
     finally:
         for t, removed in hooks:
             t._backward_hooks = removed

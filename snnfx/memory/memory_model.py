@@ -22,7 +22,7 @@ from snnfx.memory.meter import Count, NamedBytes
 from snnfx.memory.tensor_names import Naming
 from snnfx.regions.region_modules import LoopRegion
 from snnfx.sandbox.internal_faults import first_line, is_internal_fault, surface
-from snnfx.sandbox.isolation import rng_state
+from snnfx.sandbox.random_draws import draws_undone
 
 __all__ = ["Affine", "CallCost", "MemoryModel", "NotPredictable", "TensorNames", "model_memory"]
 
@@ -134,16 +134,13 @@ def model_memory(
         NotPredictable: the net depends on values of tensors, or uses an operation that meta tensors do not support.
     """
     meta_copy = MetaCopy(executable)
-    rng = rng_state()
     try:
-        with _without_fx_traceback_print():
+        with draws_undone(), _without_fx_traceback_print():
             runs, described = _meta_runs(meta_copy, leaves, state, training, describe, in_tiles)
     except Exception as error:  # torch and the modules of the user may refuse meta tensors in any way
         if is_internal_fault(error):
             surface(error, "snnfx does not plan the memory of this net")
         raise NotPredictable(first_line(error)) from error
-    finally:
-        rng.restore()
     return _table(runs[0], runs[-1], training, described)
 
 

@@ -19,7 +19,7 @@ from snnfx.emit.tiling import STATISTICS
 from snnfx.ir.program import SELF_TARGET
 from snnfx.lowering.elementwise.back_end_choice import reason_without_back_end
 from snnfx.memory.kernel_stand_in import KernelStandIn
-from snnfx.memory.meter import CallBytes, Count, NamedBytes, Shape, dtype_name, measure_call, meta_like
+from snnfx.memory.meter import CallBytes, Count, NamedBytes, Shape, dtype_name, measure_call
 from snnfx.memory.tensor_names import Naming
 from snnfx.memory.workspace import Workspace
 from snnfx.ops.memory_format import image_format
@@ -27,6 +27,7 @@ from snnfx.recompute.batch_statistics import step_statistics
 from snnfx.regions.region_modules import LoopRegion
 from snnfx.regions.sequence_region import RegionGraph
 from snnfx.sandbox.internal_faults import first_line
+from snnfx.sandbox.tensor_values import meta_like
 from snnfx.sandbox.torch_internals import pytree
 from snnfx.state.registry import named_stateful
 

@@ -13,9 +13,10 @@ from torch.autograd.graph import get_gradient_edge
 from torch.utils.flop_counter import flop_registry
 
 from snnfx.recompute.attach_to_graph import attach_to_graph
+from snnfx.sandbox.tensor_values import meta_like
 from snnfx.sandbox.torch_internals import OpOverloadPacket, TorchDispatchMode, pytree
 
-__all__ = ["ZERO", "CallBytes", "Count", "Meter", "NamedBytes", "Shape", "dtype_name", "measure_call", "meta_like"]
+__all__ = ["ZERO", "CallBytes", "Count", "Meter", "NamedBytes", "Shape", "dtype_name", "measure_call"]
 
 
 @dataclass(frozen=True)
@@ -253,11 +254,6 @@ class Shape:
 
     def tensor(self) -> Tensor:
         return torch.empty_strided(self.shape, self.strides, dtype=self.dtype, device="meta")
-
-
-def meta_like(x: Tensor) -> Tensor:
-    """A meta tensor with the same shape, strides and dtype."""
-    return torch.empty_strided(x.shape, x.stride(), dtype=x.dtype, device="meta")
 
 
 def measure_call(

@@ -17,7 +17,7 @@ from snnfx.ir.program import Region, StepProgram
 from snnfx.recompute.batch_statistics import normalize
 from snnfx.recompute.tile import Tile, run_tile
 from snnfx.regions.sequence_region import RegionGraph
-from snnfx.sandbox.torch_internals import pytree
+from snnfx.sandbox.pytree_paths import flatten_with_path
 
 __all__ = ["Naming"]
 
@@ -68,7 +68,7 @@ class Naming:
             tile: Any = self.tiles[region]
             loops = [name_of_call(n) or "" for n in tile.graph.nodes if n.target is multi_step_forward]
         names = []
-        for path, _ in pytree.tree_flatten_with_path(template)[0]:
+        for path, _ in flatten_with_path(template)[0]:
             keys = [entry.idx for entry in path if hasattr(entry, "idx")]
             node: Node | None = call
             for key in keys:

@@ -176,9 +176,10 @@ class TrainingPlanner:
         needed = self.T * sum(c["saved"].per_step + c["backward"].per_step for c in costs)
         samples, steps, share = None, None, 1.0
         if needed > self.slice and self.N > 1 and all(tile.by_samples for tile in tiles):
-            # The fewest slices, all of about one size.
-            count = min(self.N, math.ceil(needed / self.slice))
-            samples = math.ceil(self.N / count)
+            # The fewest slices, all of about one size. None has a single sample, which `F.group_norm` may refuse.
+            samples = max(2, math.ceil(self.N / math.ceil(needed / self.slice)))
+            while self.N % samples == 1:
+                samples += 1
             share = samples / self.N
         if needed * share > 2 * self.slice and self.T > 1 and all(tile.by_steps for tile in tiles):
             # Slices of k steps save T / k states and allocate k steps: the sum is smallest at the root of their ratio.
@@ -186,6 +187,7 @@ class TrainingPlanner:
             least = math.sqrt(self.T * state_bytes(self.model, self.calls[group[-1]]) / per_step)
             steps = max(1, round(max(least, self.slice / (per_step * share))))
         steps = steps if steps is not None and steps < self.T else None
+        samples = samples if samples is not None and samples < self.N else None
         return Slices(samples, steps, self.N if samples is not None else 0)
 
     # -- costs and benefits -----------------------------------------------------------------------------------------

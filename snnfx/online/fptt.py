@@ -9,7 +9,8 @@ step's update:
 
 g' is the gradient of the current loss at the updated weights; it is the g of the next step. The gradient of the
 regulariser is added in closed form. In the first two rows, `A + g / 2 alpha` is the midpoint of the previous A and W,
-which is stored in its place. Kag & Saligrama 2021, eq. 4 and algorithm 1; "reference" is SpikingJelly 2.0.0's function.
+which is stored in its place. The authors' code never resets m: a sequence starts with the m of the previous one.
+Kag & Saligrama 2021, eq. 4 and algorithm 1; "reference" is SpikingJelly 2.0.0's function.
 """
 
 from __future__ import annotations
@@ -41,13 +42,16 @@ class FPTTUpdater:
         term: strength and variant of the regulariser.
         updates: runs the optimizer.
         averages: the running average of each parameter of the optimizer; its elements are replaced at every step.
+        multipliers: the multiplier m of the authors' form by the index of its parameter; a missing one is 0. Its
+            entries are replaced at every step.
     """
 
-    def __init__(self, term: FPTTTerm, updates: Updates, averages: list[Tensor]) -> None:
-        self.term, self.updates, self.averages = term, updates, averages
+    def __init__(
+        self, term: FPTTTerm, updates: Updates, averages: list[Tensor], multipliers: dict[int, Tensor]
+    ) -> None:
+        self.term, self.updates, self.averages, self.multipliers = term, updates, averages, multipliers
         self.trained = [(i, p) for i, p in enumerate(updates.parameters) if p.requires_grad]
         self.midpoints: dict[int, Tensor] = {}
-        self.multipliers: dict[int, Tensor] = {}
 
     def update(
         self,

@@ -25,7 +25,9 @@ class FPTTTerm:
             from the state after the step; the last step of a sequence does not update the running average. "paper"
             follows the publication: the regulariser is a sum, the second forward pass starts from the state before the
             step, and every step updates the running average. "authors" follows the authors' code, which has no second
-            forward pass.
+            forward pass and a multiplier for each parameter.
+        keep_multipliers: for the variant "authors": whether a sequence starts with the multipliers of the previous one,
+            as in the authors' code. False: with multipliers 0. The other variants have no multipliers.
 
     Raises:
         InputError: SNNFX309 if a value is out of range.
@@ -33,6 +35,7 @@ class FPTTTerm:
 
     alpha: float
     variant: Literal["reference", "paper", "authors"] = "reference"
+    keep_multipliers: bool = True
 
     def __post_init__(self) -> None:
         if isinstance(self.alpha, bool) or not isinstance(self.alpha, int | float) or not self.alpha > 0:
@@ -40,6 +43,9 @@ class FPTTTerm:
         if self.variant not in ("reference", "paper", "authors"):
             hint = "Choose one of 'reference', 'paper', 'authors'."
             raise InputError("SNNFX309", f"invalid variant={self.variant!r}", hint=hint)
+        if not isinstance(self.keep_multipliers, bool):
+            what = f"invalid keep_multipliers={self.keep_multipliers!r}"
+            raise InputError("SNNFX309", what, hint="Choose True or False.")
 
 
 _CHOICES: dict[str, tuple[Any, ...]] = {
@@ -72,8 +78,12 @@ class Rule:
             leaky readout keeps its gradients through time; or a tuple of slot names.
         operand: the operand that forms the gradient of a weight. "raw": the operand of the weight op itself. "trace":
             its eligibility trace `a[t] = leak * a[t-1] + operand[t]`.
-        trace_leak: "post": the leak of the neuron that the weight feeds; "pre": the leak of the neuron that emits the
-            operand; or a number.
+        trace_leak: "post": the leak of the neuron that the weight feeds, as in OTTT's publication; a weight that feeds
+            no neuron, such as a readout, has no trace. "pre": the leak of the neuron that emits the operand, which
+            gives the numbers of OTTT's authors' code; a readout then has a trace. Or a number. `snnfx.explain` of the
+            rule's net lists the weights without a trace. If each neuron has a leak of its own (a vector, or one for
+            each channel of a convolution; learned or fixed), "post" keeps a trace for each output channel of the
+            weight, which takes the memory of the trace times the number of output channels; see `Trainer.chunk`.
         trace_inputs: whether weights on the network's input have a trace as well.
         trace_bias: whether biases have a trace (the operand of a bias is 1 at every step).
         signal: spatial credit: how the learning signal reaches a neuron. "spatial": by backpropagation through the
@@ -186,7 +196,11 @@ OTTT_A = Rule(
     dropout="sequence",
     citation="Xiao et al. 2022, Online Training Through Time for Spiking Neural Networks, arXiv:2210.04195",
 )
-"""Online training through time with gradients accumulated over the sequence: one update."""
+"""Online training through time with gradients accumulated over the sequence: one update.
+
+The traces follow the publication. `OTTT_A(trace_leak="pre")` gives the numbers of the authors' code, which traces the
+spikes with the leak of the neuron that emits them, also for a readout that feeds no neuron.
+"""
 
 OTTT_O = OTTT_A(name="OTTT-O", update="step")
 """Online training through time with an update at every step."""
@@ -204,13 +218,19 @@ def SLTT_K(K: int) -> Rule:
     return SLTT(name=f"SLTT-{K}", random_steps=K)
 
 
-def FPTT(alpha: float, variant: Literal["reference", "paper", "authors"] = "reference") -> Rule:
-    """Forward propagation through time: updates at every step, regularised by a running average of the weights."""
+def FPTT(
+    alpha: float, variant: Literal["reference", "paper", "authors"] = "reference", keep_multipliers: bool = True
+) -> Rule:
+    """Forward propagation through time: updates at every step, regularised by a running average of the weights.
+
+    The arguments are those of `FPTTTerm`. The running averages and the multipliers belong to the `Trainer`:
+    `Trainer.state_dict` saves them.
+    """
     return Rule(
         name="FPTT",
         temporal="cut",
         update="step",
-        extra=FPTTTerm(alpha, variant),
+        extra=FPTTTerm(alpha, variant, keep_multipliers),
         loss_scale="sum",
         citation="Kag & Saligrama 2021, ICML (PMLR 139); Yin et al. 2021, arXiv:2112.11231",
     )

@@ -51,7 +51,8 @@ def fptt_online_training(
         f_loss_t: the loss of one step, `f_loss_t(y_t, target_t)`, a scalar.
         alpha: strength of the regulariser, above 0.
         w_ra: running averages from `fptt_online_training_init_w_ra`; updated in place (the elements of the list).
-        variant: "reference", "paper" or "authors", see `snnfx.online.FPTTTerm`.
+        variant: "reference", "paper" or "authors", see `snnfx.online.FPTTTerm`. `w_ra` does not store the multipliers
+            of "authors", which restart at each call. A `Trainer` keeps them.
 
     State: as with SpikingJelly's function, a single-step model starts from the state stored in its modules and ends
     with the final state in them, detached; call `reset_net(model)` before the next sequence. A converted net starts

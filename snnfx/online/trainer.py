@@ -14,6 +14,7 @@ from snnfx.allocator import is_tuned
 from snnfx.errors import InputError
 from snnfx.online.call_checks import check_optimizer, check_random_steps, checked_step_count
 from snnfx.online.edited_nets import EditedNets, edited_nets_of, signature_of
+from snnfx.online.fptt import FPTTUpdater
 from snnfx.online.inputs import (
     args_and_kwargs,
     batch_size_of,
@@ -23,9 +24,10 @@ from snnfx.online.inputs import (
     target_length,
     time_first_target,
 )
-from snnfx.online.learning_rules import Rule
+from snnfx.online.learning_rules import FPTTTerm, Rule
 from snnfx.online.losses import Loss
 from snnfx.online.random_steps import train_at_random_steps
+from snnfx.online.trainer_state import load_trainer_state, trainer_state
 from snnfx.online.training_call import TrainingCall
 from snnfx.online.update_schedules import train_in_chunks, train_step_by_step
 from snnfx.online.updates import Updates
@@ -90,13 +92,16 @@ class Trainer:
             first sequence.
 
     State: each call of `step` starts from the reset state, or from the given one, and stores nothing in the model.
+    FPTT's running averages and multipliers stay in the trainer from call to call: `state_dict` and `load_state_dict`
+    save and restore them, `reset` forgets them.
     Gradients: set to None before the first backward pass of an update, and available after the update.
     Dropout: see `Rule.dropout`.
 
     Raises:
         InputError: before anything changes: SNNFX612 (the optimizer has parameters that are not in the model), SNNFX614
-            (a number of steps is out of range), SNNFX615 (the leak of a trace is not a single number), SNNFX616 (the
-            rule does not apply to the model), SNNFX309 (another argument is invalid).
+            (a number of steps is out of range), SNNFX615 (the leak of a trace depends on the potential or the input,
+            or is ambiguous), SNNFX620 (the leaks of neurons do not match the output channels of a weight), SNNFX616
+            (the rule does not apply to the model), SNNFX309 (another argument is invalid).
 
     Example:
         >>> import torch, snnfx
@@ -162,6 +167,8 @@ class Trainer:
         self._nets: tuple[Any, EditedNets] | None = None
         self.averages: list[Tensor] | None = None
         """FPTT's running averages, one for each parameter of the optimizer; created at the first call."""
+        self.multipliers: dict[int, Tensor] = {}
+        """The multipliers of FPTT's authors' form, by the index of the parameter in the optimizer."""
         if isinstance(model, Net) or example_inputs is not None:
             self.nets(example_inputs)
 
@@ -251,10 +258,9 @@ class Trainer:
             progress=self.progress,
         )
         if self.rule.extra is not None:
-            self.averages = self.updates.snapshot() if self.averages is None else self.averages
-            train_step_by_step(call, self.averages)
+            train_step_by_step(call, self._fptt_updater(self.rule.extra))
         elif self.rule.update in ("step", 1):
-            train_step_by_step(call, None)
+            train_step_by_step(call)
         elif self.rule.random_steps is not None:
             train_at_random_steps(call, self.chunk_length(T, nets.step_elements))
         else:
@@ -269,6 +275,43 @@ class Trainer:
             metrics=metrics,
             grad_norm=self.updates.grad_norm,
         )
+
+    def _fptt_updater(self, term: FPTTTerm) -> FPTTUpdater:
+        """FPTT's updates of one sequence, from the running averages and multipliers of the previous one."""
+        if self.averages is None:
+            self.averages = []
+        # A parameter that was added to the optimizer since then starts its average now.
+        self.averages += [p.detach().clone() for p in self.updates.parameters[len(self.averages) :]]
+        if not term.keep_multipliers:
+            self.multipliers = {}
+        return FPTTUpdater(term, self.updates, self.averages, self.multipliers)
+
+    def reset(self) -> None:
+        """Start anew: forget FPTT's running averages and multipliers, and the calls that `accumulate` counts.
+
+        The weights and the state of the optimizer do not change.
+        """
+        self.averages, self.multipliers = None, {}
+        self.updates.reset()
+
+    def state_dict(self) -> dict[str, Any]:
+        """The state of the trainer for a checkpoint: training resumes exactly after `load_state_dict`.
+
+        Save the state of the model and of the optimizer as well. `torch.load` reads it with `weights_only=True`.
+
+        Returns:
+            Copies of FPTT's running averages and multipliers, in the order of the optimizer's parameters (None if a
+            parameter has none yet), and the state of accumulation and gradient scaling.
+        """
+        return trainer_state(self.updates, self.averages, self.multipliers)
+
+    def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
+        """Restore the state from `state_dict`, in the dtype and on the device of each parameter.
+
+        Raises:
+            InputError: SNNFX622, before anything changes, if the state belongs to another optimizer's parameters.
+        """
+        self.averages, self.multipliers = load_trainer_state(self.updates, state_dict)
 
 
 _CHUNK_ELEMENTS = 2**22

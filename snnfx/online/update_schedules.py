@@ -50,17 +50,14 @@ def _window_end(call: TrainingCall, start: int, chunk: int) -> int:
     return min([call.T, *ends, *([] if rule.has_temporal_credit else [start + chunk])])
 
 
-def train_step_by_step(call: TrainingCall, averages: list[Tensor] | None) -> None:
+def train_step_by_step(call: TrainingCall, fptt: FPTTUpdater | None = None) -> None:
     """Update the weights after every time step.
 
     Args:
         call: the training call.
-        averages: FPTT's running averages, whose elements are replaced in place; None for rules without them.
+        fptt: runs the updates of FPTT; None for other rules.
     """
-    net, fptt = call.nets.step, None
-    if call.rule.extra is not None:
-        assert averages is not None
-        fptt = FPTTUpdater(call.rule.extra, call.updates, averages)
+    net = call.nets.step
     is_small = is_small_step(call.updates.parameters, call.nets.step_elements)
     with one_thread() if is_small else contextlib.nullcontext(), cached_constant_leaks():
         for t in range(call.T):

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -57,16 +57,36 @@ class Updates:
         """All parameters of the optimizer, in its order."""
         return [p for group in self.optimizer.param_groups for p in group["params"]]
 
-    def snapshot(self) -> list[Tensor]:
-        """A detached copy of every parameter."""
-        return [p.detach().clone() for p in self.parameters]
+    def reset(self) -> None:
+        """Start a new accumulation: its gradients are cleared before the next backward pass."""
+        self.calls = 0
+
+    def state_dict(self) -> dict[str, Any]:
+        """The calls since the last update with their gradients, and the state of the gradient scaler."""
+        calls = self.calls % self.accumulate
+        gradients = [None if p.grad is None else p.grad.detach().clone() for p in self.parameters] if calls else []
+        return {"calls": calls, "gradients": gradients, "scaler": self.scaler and self.scaler.state_dict()}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Restore the state from `state_dict`."""
+        self.calls = state["calls"]
+        for parameter, gradient in zip(self.parameters, state["gradients"], strict=False):
+            parameter.grad = None if gradient is None else gradient.to(parameter, copy=True)
+        self.scaler = None
+        if state["scaler"] is not None and self.amp_dtype is torch.float16:
+            self._scaler_on(self.parameters[0].device).load_state_dict(state["scaler"])
+
+    def _scaler_on(self, device: torch.device) -> torch.amp.GradScaler:
+        if self.scaler is None:
+            self.scaler = torch.amp.GradScaler(device.type)
+        return self.scaler
 
     def autocast(self, device: torch.device) -> contextlib.AbstractContextManager[None]:
         """The autocast context for the forward pass."""
         if self.amp_dtype is None:
             return contextlib.nullcontext()
-        if self.amp_dtype is torch.float16 and self.scaler is None:
-            self.scaler = torch.amp.GradScaler(device.type)
+        if self.amp_dtype is torch.float16:
+            self._scaler_on(device)
         return torch.autocast(device.type, dtype=self.amp_dtype)
 
     def begin_call(self) -> None:

@@ -10,6 +10,7 @@ from typing import Any
 from torch import Tensor
 
 from snnfx.errors import InputError
+from snnfx.sandbox.pytree_paths import flatten_with_path
 from snnfx.sandbox.torch_internals import pytree
 
 __all__ = [
@@ -94,7 +95,7 @@ def join_over_time(parts: list[Any], join: Callable[[list[Tensor]], Tensor]) -> 
 
 def shapes_of(x_seq: Any) -> str:
     """The shape of each tensor, as a clause for messages."""
-    paths = pytree.tree_flatten_with_path(x_seq)[0]
+    paths = flatten_with_path(x_seq)[0]
     return ", ".join(f"x_seq{pytree.keystr(path)} is {list(x.shape)}" for path, x in paths)
 
 

@@ -3,6 +3,10 @@
 A traced weight op returns `op(operand)`. Its gradient with respect to the operand does not change; its gradient with
 respect to the weight is the gradient of `op(trace)`. A product or convolution computes the latter from the trace and
 the incoming gradient, without evaluating `op(trace)`.
+
+A trace has the shape of the operand or, if each neuron has a leak of its own, one more dimension with a trace for each
+output channel: `[N, *, out, in]` for a linear layer, `[N, out, in / groups, *]` for a convolution. The gradient of the
+weights of an output channel then uses the trace of this channel.
 """
 
 from __future__ import annotations
@@ -42,11 +46,16 @@ def update_trace(trace: Any, operand: Tensor, leak: Any) -> Tensor:
     Args:
         trace: `[N, *]`, or the number 0 before the first step.
         operand: `[N, *]`.
-        leak: a number.
+        leak: a number, or a tensor that broadcasts with the operand to the shape of the trace.
     """
     with torch.no_grad():
         operand = operand.detach()
         operand = operand.float() if operand.dtype in _HALF else operand
+        if isinstance(leak, Tensor):
+            leak = leak.to(operand)
+            if isinstance(trace, Tensor):
+                return torch.addcmul(operand, trace, leak)
+            return (operand + leak * trace).expand(torch.broadcast_shapes(operand.shape, leak.shape))  # type: ignore[no-any-return]
         if isinstance(trace, Tensor):
             return torch.add(operand, trace, alpha=leak)
         return operand + leak * trace if trace else operand
@@ -57,8 +66,8 @@ def ones_per_sample(operand: Tensor) -> Tensor:
     return operand.new_ones(operand.shape[0])
 
 
-def probe_leak(probe: Callable[..., float], *constants: Any) -> float:
-    """The current leak of a neuron; see `snnfx.analysis.leak`."""
+def probe_leak(probe: Callable[..., Any], *constants: Any) -> Any:
+    """The current leak of a neuron, a number or a tensor with the leak of each; see `snnfx.analysis.leak`."""
     return probe(*constants)
 
 
@@ -94,7 +103,7 @@ def traced_module(module: nn.Module, operand: Tensor, trace: Tensor, bias_trace:
     return _with_gradients_on_trace(module, operand, trace)
 
 
-def traced_call(name: str, position: int, trace: Tensor, bias_trace: Any, *args: Any, **kwargs: Any) -> Tensor:
+def traced_call(name: str, position: int, trace: Tensor, bias_trace: Any, /, *args: Any, **kwargs: Any) -> Tensor:
     """Call a weight function by name, with the weight gradient taken on a trace.
 
     Args:
@@ -106,7 +115,7 @@ def traced_call(name: str, position: int, trace: Tensor, bias_trace: Any, *args:
     function = getattr(F, name, None) or getattr(torch, name)
     if not torch.is_grad_enabled():
         return function(*args, **kwargs)  # type: ignore[no-any-return]
-    if _is_mapped(args[position]):
+    if _is_mapped(args[position]) or (trace.dim() > args[position].dim() and name in ("matmul", "mm")):
         return _call_with_gradients_on_trace(function, position, trace, *args, **kwargs)
     if name == "linear":
         operand, weight, bias = _linear_arguments(*args, **kwargs)
@@ -119,12 +128,29 @@ def traced_call(name: str, position: int, trace: Tensor, bias_trace: Any, *args:
 
 
 def _call_with_gradients_on_trace(
-    function: Callable[..., Tensor], position: int, trace: Tensor, *args: Any, **kwargs: Any
+    function: Callable[..., Tensor], position: int, trace: Tensor, /, *args: Any, **kwargs: Any
 ) -> Tensor:
     fixed = tuple(a.detach() if isinstance(a, Tensor) and i != position else a for i, a in enumerate(args))
-    on_trace = tuple(trace.to(a.dtype) if i == position else a for i, a in enumerate(args))
     detached = {k: v.detach() if isinstance(v, Tensor) else v for k, v in kwargs.items()}
-    return ValueAndGradients.apply(function(*fixed, **detached), function(*on_trace, **kwargs))  # type: ignore[no-any-return]
+
+    def on(operand: Tensor) -> Tensor:
+        return function(*(operand if i == position else a for i, a in enumerate(args)), **kwargs)
+
+    value = function(*fixed, **detached)
+    return ValueAndGradients.apply(value, _on_trace(on, args[position], trace))  # type: ignore[no-any-return]
+
+
+def _on_trace(function: Callable[[Tensor], Tensor], operand: Tensor, trace: Tensor) -> Tensor:
+    """A weight op evaluated on a trace; with a trace for each output channel, on each of them (slow)."""
+    trace = trace.to(operand.dtype)
+    if trace.dim() == operand.dim():
+        return function(trace)
+    is_linear = operand.shape[-1] == trace.shape[-1] and operand.shape[1:-1] == trace.shape[1:-2]
+    if is_linear:
+        trace = trace.movedim(-2, 1)
+    y = function(trace.flatten(0, 1)).unflatten(0, trace.shape[:2])
+    of_channel: Tensor = y.diagonal(dim1=1, dim2=-1 if is_linear else 2)
+    return of_channel if is_linear else of_channel.movedim(-1, 1)
 
 
 def _is_mapped(x: Tensor) -> bool:
@@ -148,7 +174,7 @@ def _with_gradients_on_trace(module: nn.Module, operand: Tensor, trace: Tensor) 
     """The general form: a second forward pass on the trace provides the gradients of the parameters."""
     fixed = {name: p.detach() for name, p in module.named_parameters()}
     value = torch.func.functional_call(module, fixed, (operand,))
-    return ValueAndGradients.apply(value, module(trace.to(operand.dtype)))  # type: ignore[no-any-return]
+    return ValueAndGradients.apply(value, _on_trace(module, operand, trace))  # type: ignore[no-any-return]
 
 
 class _TracedLinear(torch.autograd.Function):
@@ -171,16 +197,54 @@ class _TracedLinear(torch.autograd.Function):
         if ctx.needs_input_grad[0]:
             grad_operand = (grad @ weight.to(grad.dtype)).to(ctx.operand_dtype)
         if ctx.needs_input_grad[2]:
-            flat, given = grad.reshape(-1, grad.shape[-1]), trace.reshape(-1, trace.shape[-1])
-            grad_weight = (flat.t() @ given.to(grad.dtype)).to(weight.dtype)
+            if trace.dim() > grad.dim():
+                flat, given = grad.reshape(-1, grad.shape[-1]), trace.reshape(-1, *trace.shape[-2:])
+                grad_weight = torch.einsum("no,noi->oi", flat, given.to(grad.dtype)).to(weight.dtype)
+            else:
+                flat, given = grad.reshape(-1, grad.shape[-1]), trace.reshape(-1, trace.shape[-1])
+                grad_weight = (flat.t() @ given.to(grad.dtype)).to(weight.dtype)
         if ctx.needs_input_grad[3]:
-            weighted = grad if bias_trace is None else grad * _along_batch(bias_trace, grad)
+            weighted = grad if bias_trace is None else grad * _along_batch(bias_trace, grad, -1)
             grad_bias = weighted.reshape(-1, grad.shape[-1]).sum(0).to(ctx.bias_dtype)
         return grad_operand, None, grad_weight, grad_bias, None
 
 
-def _along_batch(per_sample: Tensor, like: Tensor) -> Tensor:
-    return per_sample.to(like.dtype).view(-1, *(1,) * (like.dim() - 1))
+def _along_batch(trace: Tensor, like: Tensor, channel: int) -> Tensor:
+    """The trace of a bias, `[N]` or `[N, out]`, in the dimensions of the output of the weight op."""
+    shape = [1] * like.dim()
+    shape[0] = trace.shape[0]
+    if trace.dim() > 1:
+        shape[channel] = trace.shape[1]
+    return trace.to(like.dtype).view(shape)
+
+
+def _gradients_on_trace(
+    grad: Tensor, trace: Tensor, weight: Tensor, geometry: tuple[Any, ...], output_mask: list[bool]
+) -> tuple[Tensor | None, Tensor | None]:
+    """Gradients of a convolution with respect to its operand and, on the trace, its weight."""
+    gradients = torch.ops.aten.convolution_backward(grad, trace, weight, None, *geometry, output_mask)
+    return gradients[0], gradients[1]
+
+
+def _gradients_per_channel(
+    grad: Tensor, trace: Tensor, weight: Tensor, geometry: tuple[Any, ...], output_mask: list[bool]
+) -> tuple[Tensor | None, Tensor | None]:
+    """The same for a trace `[N, out, in / groups, *]`: its output channels form a convolution with `out` groups."""
+    *settings, transposed, output_padding, groups = geometry
+    out, given = trace.shape[1:3]
+    grad_operand = grad_weight = None
+    if output_mask[0]:
+        operand = grad.new_empty(()).expand(grad.shape[0], given * groups, *trace.shape[3:])  # gives the shape only
+        mask = [True, False, False]
+        grad_operand = torch.ops.aten.convolution_backward(grad, operand, weight, None, *geometry, mask)[0]
+    if output_mask[1]:
+        kernel = weight.shape[2:]
+        separate = weight.new_empty((out * given, 1, *kernel) if transposed else (out, given, *kernel))
+        arguments = (*settings, transposed, output_padding, out, [False, True, False])
+        grad_weight = torch.ops.aten.convolution_backward(grad, trace.flatten(1, 2), separate, None, *arguments)[1]
+        if transposed:  # [groups, out / groups, in / groups, *] -> [groups, in / groups, out / groups, *]
+            grad_weight = grad_weight.view(groups, out // groups, given, *kernel).transpose(1, 2).reshape(weight.shape)
+    return grad_operand, grad_weight
 
 
 class _TracedConvolution(torch.autograd.Function):
@@ -207,12 +271,12 @@ class _TracedConvolution(torch.autograd.Function):
         output_mask = [ctx.needs_input_grad[0], ctx.needs_input_grad[2], False]
         grad_operand = grad_weight = grad_bias = None
         if any(output_mask):
-            given = trace.to(grad.dtype), weight.to(grad.dtype)
-            grad_operand, grad_weight, _ = torch.ops.aten.convolution_backward(
-                grad, *given, None, *ctx.geometry, output_mask
+            of_trace = _gradients_per_channel if trace.dim() > grad.dim() else _gradients_on_trace
+            grad_operand, grad_weight = of_trace(
+                grad, trace.to(grad.dtype), weight.to(grad.dtype), ctx.geometry, output_mask
             )
         if ctx.needs_input_grad[3]:
-            weighted = grad if bias_trace is None else grad * _along_batch(bias_trace, grad)
+            weighted = grad if bias_trace is None else grad * _along_batch(bias_trace, grad, 1)
             grad_bias = weighted.sum([0, *range(2, grad.dim())]).to(ctx.bias_dtype)
         return (
             None if grad_operand is None else grad_operand.to(ctx.operand_dtype),
@@ -241,7 +305,9 @@ def _traced_convolution_module(module: ConvBase, operand: Tensor, trace: Tensor,
         return _with_gradients_on_trace(module, operand, trace)
     if module.padding_mode != "zeros":
         pads = module._reversed_padding_repeated_twice
-        operand, trace = (F.pad(x, pads, mode=module.padding_mode) for x in (operand, trace))
+        channels = trace.shape[1:-dims]
+        operand, trace = (F.pad(x, pads, mode=module.padding_mode) for x in (operand, trace.flatten(1, -dims - 1)))
+        trace = trace.unflatten(1, channels)
         padding = (0,) * dims
     elif isinstance(padding, str):
         operand, trace, padding = _padded(operand, trace, padding, module.kernel_size, module.dilation)
@@ -272,7 +338,7 @@ def _padded(
 
 
 def _traced_convolution_function(
-    name: str, trace: Tensor, bias_trace: Tensor | None, *args: Any, **kwargs: Any
+    name: str, trace: Tensor, bias_trace: Tensor | None, /, *args: Any, **kwargs: Any
 ) -> Tensor:
     dims = int(name[-2])
     names: tuple[str, ...]

@@ -65,7 +65,7 @@ def carry_gradient(tensor: Tensor) -> Tensor:
     return tensor.clone() if tensor.requires_grad else tensor
 
 
-def call_module(module: nn.Module, *args: Any, **kwargs: Any) -> Any:
+def call_module(module: nn.Module, /, *args: Any, **kwargs: Any) -> Any:
     """Call a module that is an argument of a region (torch.compile does not follow `operator.call`)."""
     return module(*args, **kwargs)
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -13,6 +13,8 @@ from snnfx.ops.memory_format import unbind_in_layout
 from snnfx.ops.sequence_functions import stack_steps
 from snnfx.regions.region_kernels import RegionKernels
 from snnfx.regions.sequence_region import RegionGraph, SequenceRegion, buffers_of
+from snnfx.sandbox.internal_faults import is_internal_fault
+from snnfx.sandbox.tensor_values import restore_value
 
 __all__ = ["EagerLoop", "EagerMap"]
 
@@ -24,11 +26,16 @@ class EagerLoop(SequenceRegion):
         label: qualified name for messages.
         step: `(*constants, *inputs, state) -> (outputs, state)`.
         first: `(*constants, *inputs) -> (outputs, state)`: the step from the reset state, None without state.
+
+    Attributes:
+        make_start: makes the graph `(*constants, *inputs) -> (states before the first step, states after it)`, from
+            the reset state; None without state.
     """
 
     def __init__(self, label: str, step: RegionGraph, first: RegionGraph | None) -> None:
         super().__init__(label, step)
         self.first = first
+        self.make_start: Callable[[], RegionGraph] | None = None
         self.kernels: RegionKernels | None = None
 
     def forward(self, *arguments: Any) -> tuple[tuple[Tensor, ...], tuple[Tensor, ...]]:
@@ -74,12 +81,12 @@ class EagerMap(SequenceRegion):
         buffers = buffers_of(constants)
         try:
             return torch.vmap(lambda *x: self.step.forward(*constants, *x), randomness="different")(*x_seq)  # type: ignore[no-any-return]
-        except (RuntimeError, NotImplementedError) as error:
+        except Exception as error:  # a batching rule may raise anything, e.g. an IndexError for `flip` of a scalar
+            if is_internal_fault(error):
+                raise
             for buffer, value in buffers:
-                # BatchNorm counts its batch before vmap finds no batching rule for it. Writing to `data` does not
-                # raise the version counter: an earlier call may have saved the buffer for its backward pass.
-                if not torch.equal(buffer, value):
-                    buffer.data.copy_(value)
+                # BatchNorm counts its batch before vmap finds no batching rule for it.
+                restore_value(buffer, value)
             results = self._one_by_one(x_seq, constants)  # raises if the model itself is at fault
             self.refused_by_vmap = str(error).splitlines()[0]
             warn_once(

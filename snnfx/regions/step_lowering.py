@@ -12,7 +12,7 @@ from typing import Any, cast
 import torch
 from torch import Tensor, fx, nn
 
-from snnfx.lowering.aten_recording import LoweringRefused, Recording, preserved_rng_state, record_step
+from snnfx.lowering.aten_recording import LoweringRefused, Recording, record_step
 from snnfx.lowering.elementwise.aten_table import decomposition
 from snnfx.lowering.elementwise.back_end_choice import back_end_of
 from snnfx.lowering.elementwise.initial_states import (
@@ -26,6 +26,7 @@ from snnfx.lowering.mixed.first_states import initial_states_of_each
 from snnfx.lowering.mixed.mixed_step import MixedStep
 from snnfx.regions.sequence_region import buffers_of
 from snnfx.sandbox.internal_faults import is_internal_fault, surface
+from snnfx.sandbox.random_draws import draws_undone
 from snnfx.state.registry import adapter_of
 from snnfx.state.step_calls import call_stateful, initial_value
 
@@ -143,8 +144,10 @@ class StepLowering:
         """One kernel for all steps; if the step is not element-wise, a schedule that runs without autograd."""
         device = inputs[0].device
         try:
-            _refuse_other_shapes(inputs, after)
-            lowered = LoweredStep(translate(recording), back_end_of(device), device)
+            translated = translate(recording)
+            kinds = translated.expressions.sequences
+            _refuse_other_shapes([x for x, k in zip(inputs, kinds, strict=True) if k != "unused"], after)
+            lowered = LoweredStep(translated, back_end_of(device), device)
             initial = self._initial_states(recording, inputs, constants) if starts else None
             if initial is not None:
                 self._refuse_unknown_shape(lowered, initial, inputs, constants)
@@ -152,6 +155,8 @@ class StepLowering:
         except LoweringRefused as reason:
             if device.type != "cpu" or torch.is_autocast_enabled("cpu"):
                 raise
+            if any(value.has_selected_size for value in recording.values):
+                raise  # a loop with products stores each value of a step in a tensor of fixed size
             mixed = MixedStep(recording, str(reason))
         if not starts:
             return mixed, None
@@ -185,7 +190,7 @@ class StepLowering:
         self, inputs: Sequence[Tensor], state: Sequence[Any] | None, constants: Sequence[Any]
     ) -> list[Tensor]:
         """The states after one step, which have the shapes and dtypes of all later states."""
-        with preserved_rng_state(inputs[0].device), _model_errors_refuse():
+        with draws_undone(), _model_errors_refuse():
             if state is None and self.first is not None:
                 _, after = self.first.forward(*constants, *inputs)
             else:

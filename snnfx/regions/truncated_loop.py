@@ -140,9 +140,16 @@ class TraceRegion(LoopRegion):
         operand = x_seq[0].detach()
         with torch.no_grad():
             first = update_trace(state[0] if state is not None else 0.0, operand[0], leak)
-            trace = torch.empty_like(operand, dtype=first.dtype)  # in the memory format of the operand
+            if isinstance(leak, Tensor):
+                trace = first.new_empty(operand.shape[0], *first.shape)
+                leak = leak.to(first)
+            else:
+                trace = torch.empty_like(operand, dtype=first.dtype)  # in the memory format of the operand
             steps = trace.unbind(0)
             steps[0].copy_(first)
             for t, x in enumerate(operand.unbind(0)[1:]):
-                torch.add(x, steps[t], alpha=leak, out=steps[t + 1])
+                if isinstance(leak, Tensor):
+                    torch.addcmul(x, steps[t], leak, out=steps[t + 1])
+                else:
+                    torch.add(x, steps[t], alpha=leak, out=steps[t + 1])
             return (trace,), (trace[-1].clone(),)

@@ -7,12 +7,14 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.autograd.graph import saved_tensors_hooks
 
+from snnfx.emit.bounded_cache import BoundedCache
 from snnfx.emit.executable import Executable
 from snnfx.emit.recompute_segments import RecomputePlan
 from snnfx.memory.checkpoint_option import (
@@ -30,14 +32,17 @@ __all__ = ["CallPlans"]
 
 State = dict[str, Any]
 
+MOST_PLANS = 64
+"""Largest number of plans of one kind; a recompute plan depends on T."""
+
 
 class CallPlans:
     """The plans for the calls of one executable."""
 
     def __init__(self, executable: Executable) -> None:
         self.executable = executable
-        self._chunk_plans: dict[Any, ChunkPlan] = {}
-        self._recompute_plans: dict[Any, RecomputePlan] = {}
+        self._chunk_plans: BoundedCache[ChunkPlan] = BoundedCache(MOST_PLANS)
+        self._recompute_plans: BoundedCache[RecomputePlan] = BoundedCache(MOST_PLANS)
 
     def runner(self, part: str, leaves: Sequence[Tensor], T: int, state: State | None = None) -> Callable[..., Any]:
         """The function that runs a graph for this call, with recomputation if the plan of the call asks for it."""
@@ -57,8 +62,6 @@ class CallPlans:
         if not recomputation_applies(executable):
             return runner
         return self.runner(part, leaves, T) if self.checkpoint_length(leaves, T) is None else None
-
-    # -- inference ------------------------------------------------------------------------------------------------
 
     def chunk_length(self, leaves: Sequence[Tensor], T: int, state: State | None = None) -> int | None:
         """Time steps to run at once; None: all `T`.
@@ -81,10 +84,11 @@ class CallPlans:
         pairs = zip(leaves, executable.varying_inputs, strict=True)
         shapes = tuple([(x.shape[1:] if varies else x.shape, x.dtype) for x, varies in pairs])
         key = (shapes, None if state is None else _shapes_of_state(state))
-        if key not in self._chunk_plans:
-            with _hidden_from_caller():
-                self._chunk_plans[key] = plan_inference(executable, leaves, state)
-        return self._chunk_plans[key]
+        return self._chunk_plans.get_or_make(key, partial(self._plan_inference, leaves, state))
+
+    def _plan_inference(self, leaves: Sequence[Tensor], state: State | None) -> ChunkPlan:
+        with _hidden_from_caller():
+            return plan_inference(self.executable, leaves, state)
 
     @property
     def shortest_chunk(self) -> int | None:
@@ -92,8 +96,6 @@ class CallPlans:
         chunk = self.executable.options.chunk
         lengths = [plan.length for plan in self._chunk_plans.values() if plan.length is not None]
         return chunk if isinstance(chunk, int) else min(lengths, default=None)
-
-    # -- training -------------------------------------------------------------------------------------------------
 
     def checkpoint_length(self, leaves: Sequence[Tensor], T: int, state: State | None = None) -> int | None:
         """Time steps between checkpoints of the state in training; None: no checkpoints over time."""
@@ -110,10 +112,7 @@ class CallPlans:
         device = leaves[0].device.type if leaves else "cpu"
         autocast = torch.is_autocast_enabled(device) and torch.get_autocast_dtype(device)
         key = (executable.training, T, shapes, trainable, autocast, None if state is None else _shapes_of_state(state))
-        if key not in self._recompute_plans:
-            with _hidden_from_caller():
-                self._recompute_plans[key] = self._make_recompute_plan(T, leaves, state)
-        return self._recompute_plans[key]
+        return self._recompute_plans.get_or_make(key, partial(self._make_recompute_plan, T, leaves, state))
 
     def _make_recompute_plan(self, T: int, leaves: Sequence[Tensor], state: State | None) -> RecomputePlan:
         executable, checkpoint = self.executable, self.executable.options.checkpoint
@@ -125,9 +124,10 @@ class CallPlans:
             return RecomputePlan(
                 steps=checkpoint, reason=f"the state is saved every {checkpoint} time steps (checkpoint={checkpoint})"
             )
-        if checkpoint in ("selective", "regions"):
-            return plan_checkpoint(executable, checkpoint, T, leaves, state)
-        return plan_training(executable, T, leaves, state)
+        with _hidden_from_caller():
+            if checkpoint in ("selective", "regions"):
+                return plan_checkpoint(executable, checkpoint, T, leaves, state)
+            return plan_training(executable, T, leaves, state)
 
 
 @contextmanager

@@ -128,6 +128,7 @@ def _compiled(reads: list[Guard], model: nn.Module) -> Callable[[], int]:
                     "class": f"getattr({parent}.__class__, {literal}, ABSENT)",
                     "attribute": f"getattr({parent}, {literal}, ABSENT)",
                     "cell": f"contents_of({parent})",
+                    "condition": f"{literal}.evaluate({parent})",
                     "key": f"{parent}.get({literal}, ABSENT)",
                     "item": f"{parent}[{literal}]",
                 }[kind]

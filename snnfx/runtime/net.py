@@ -21,8 +21,9 @@ from snnfx.emit.arguments import Arguments, signature_of
 from snnfx.emit.executable import Executable
 from snnfx.emit.recompute_segments import RecomputePlan
 from snnfx.errors import AllocationError
+from snnfx.ir.graph_pass import check_picklable
+from snnfx.ir.history import History, PassRecord
 from snnfx.ir.options import ConvertOptions
-from snnfx.ir.pass_manager import PassRecord
 from snnfx.ir.program import Region, StepProgram
 from snnfx.ir.serialization import copy_model, pack_programs, unpack_programs
 from snnfx.memory.allocation_failure import explain_allocation_failure, is_allocation_failure
@@ -52,7 +53,7 @@ class Net(SourceModule):
     The net shares the parameters, buffers, children and training mode of its `source` model.
     """
 
-    history: list[PassRecord]
+    history: History
     _executable: Executable
     _replan: Callable[..., Net] | None
     _carried: dict[str, Any] | None
@@ -80,8 +81,10 @@ class Net(SourceModule):
     ) -> None:
         """Emit the graphs of these programs and run them from now on; earlier graphs and plans are dropped."""
         self.share_children()
-        executable = Executable(self, self.source, programs, options)
-        self.__dict__.update(history=list(history), _executable=executable)
+        # The graphs are emitted again.
+        own_history = History(record for record in history if record.stage != "emitted")
+        executable = Executable(self, self.source, programs, options, own_history)
+        self.__dict__.update(history=own_history, _executable=executable)
         self._watch(programs)
         self._nets_for_shapes = PlanCache()
         self._nets_for_modes: dict[Any, Net] = {}
@@ -478,12 +481,14 @@ class Net(SourceModule):
         source = copy_model(self.source, memo)
         packed = pack_programs(self.programs)
         carried = copy.deepcopy(self._detached_state(), memo)
-        clone = _rebuild(source, copy.deepcopy(packed, memo), self.options, self.history, self._replan, carried)
+        history = self.history.on(source)
+        clone = _rebuild(source, copy.deepcopy(packed, memo), self.options, history, self._replan, carried)
         memo[id(self)] = clone
         return clone
 
     def __reduce__(self) -> tuple[Any, ...]:
         # GraphModule would trace the module again, so pack the step programs and the model instead.
+        check_picklable(self.options.passes)
         packed = pack_programs(self.programs)
         return _rebuild, (self.source, packed, self.options, self.history, self._replan, self._detached_state())
 

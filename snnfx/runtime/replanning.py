@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import warnings
 import weakref
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
@@ -10,7 +9,8 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from snnfx.errors import CaptureError, InputError, SnnfxWarning, warn_once
+from snnfx.emit.bounded_cache import BoundedCache
+from snnfx.errors import CaptureError, InputError, warn, warn_once
 from snnfx.ir.program_equality import is_same_plan
 
 if TYPE_CHECKING:
@@ -23,33 +23,15 @@ MOST_PLANS = 8
 """The most nets that a net keeps for calls that its own plan does not cover."""
 
 
-class PlanCache:
+class PlanCache(BoundedCache["Net"]):
     """The nets planned for calls that the plan of a net does not cover, the least recently used first.
 
     A key is the rank of each input and which of their batch dimensions are equal (`Arguments.plan_key`).
     """
 
     def __init__(self) -> None:
-        self._nets: dict[Any, Net] = {}
+        super().__init__(MOST_PLANS)
         self._announced: set[Any] = set()
-
-    def nets(self) -> list[Net]:
-        """The nets of the cache."""
-        return list(self._nets.values())
-
-    def get(self, key: Any) -> Net | None:
-        """The net of a key, which becomes the most recently used; None if there is none."""
-        net = self._nets.get(key)
-        if net is not None and not torch.compiler.is_compiling():
-            self._nets.pop(key, None)
-            self._nets[key] = net
-        return net
-
-    def put(self, key: Any, net: Net) -> None:
-        """Add a net; the least recently used nets are dropped from a full cache."""
-        self._nets[key] = net
-        for oldest in list(self._nets)[:-MOST_PLANS]:
-            self._nets.pop(oldest, None)
 
     def is_new(self, ranks: Any) -> bool:
         """Whether this is the first question about inputs of these ranks."""
@@ -94,12 +76,11 @@ def _planned_again(net: Net, leaves: list[Tensor], given: dict[str, Any]) -> Net
         )
     ranks = tuple(x.dim() for x in leaves)
     if net._nets_for_shapes.is_new(ranks):
-        warnings.warn(
-            "SNNFX102 the plan of the net (batched inputs, equal batch sizes) does not cover inputs of rank "
-            f"{ranks}, time included; the net is planned again for them and may map regions instead of folding them. "
-            "Pass example_inputs to plan once.",
-            SnnfxWarning,
-            stacklevel=2,
+        warn(
+            "SNNFX102",
+            f"the plan of the net (batched inputs, equal batch sizes) does not cover inputs of rank {ranks}, time "
+            "included; the net is planned again for them and may map regions instead of folding them. Pass "
+            "example_inputs to plan once.",
         )
     args, kwargs = _example(net, arguments.at_step(leaves, 0), given)
     try:

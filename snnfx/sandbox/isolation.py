@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from snnfx.sandbox.snapshot import StateSnapshot
+from snnfx.sandbox.tensor_values import restore_value
 
 __all__ = [
     "RNGState",
@@ -45,9 +46,15 @@ def rng_state() -> RNGState:
 
 
 @contextmanager
-def isolated(*modules: nn.Module) -> Iterator[None]:
-    """Restore state, attributes, buffers and RNG states of the modules when the context exits."""
-    snapshots, python_state = [StateSnapshot.of(module) for module in modules], random.getstate()
+def isolated(*modules: nn.Module, rng: bool = True) -> Iterator[None]:
+    """Restore state, attributes and buffers of the modules when the context exits.
+
+    Args:
+        modules: the modules that run inside the context.
+        rng: whether to restore the RNG states as well. Other threads then draw the numbers of that time twice:
+            in a call of a net, use `snnfx.sandbox.random_draws.draws_undone`.
+    """
+    snapshots, python_state = [StateSnapshot.of(module, rng) for module in modules], random.getstate()
     buffers = {buffer: buffer.detach().clone() for module in modules for buffer in module.buffers()}
     try:
         yield
@@ -55,10 +62,9 @@ def isolated(*modules: nn.Module) -> Iterator[None]:
         for snapshot in snapshots:
             snapshot.restore()
         for buffer, value in buffers.items():
-            # Through `.data`, which keeps the version: an autograd graph may have saved the buffer for backward.
-            if not torch.equal(buffer, value):
-                buffer.data.copy_(value)
-        random.setstate(python_state)
+            restore_value(buffer, value)
+        if rng:
+            random.setstate(python_state)
 
 
 @contextmanager

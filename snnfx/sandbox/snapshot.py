@@ -11,6 +11,7 @@ from torch import nn
 
 from snnfx.sandbox.contents_snapshot import ClassContentsSnapshot, ContentsSnapshot
 from snnfx.sandbox.python_rng import python_rng_state, restore_python_rng_state
+from snnfx.sandbox.tensor_values import restore_value
 from snnfx.sandbox.torch_internals import FakeTensor
 
 __all__ = ["StateSnapshot", "copy_containers"]
@@ -87,10 +88,8 @@ def _attribute_restorer(module: nn.Module, functions: bool) -> Callable[[], None
             module.__dict__[key].clear()
             module.__dict__[key].update(entries)
         for buffer, value in buffers:
-            # By value: BatchNorm changes its statistics without raising their version. Through `.data`: an autograd
-            # graph that saved the buffer for backward stays valid.
-            if not torch.equal(buffer, value):
-                buffer.data.copy_(value)
+            # By value: BatchNorm changes its statistics without raising their version.
+            restore_value(buffer, value)
 
     return restore
 

@@ -11,13 +11,13 @@ import contextlib
 import math
 import threading
 import types
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator, Sequence
 from functools import partial
 from typing import Any
 
 import torch
 import torch.utils.checkpoint
-from torch import nn
+from torch import fx, nn
 from torch._C import _AutoDispatchBelowAutograd as BelowAutograd
 from torch._C import _ForceDispatchKeyGuard as DispatchKeyGuard
 from torch._ops import OpOverloadPacket
@@ -30,6 +30,7 @@ from torch._subclasses.fake_tensor import (
     unset_fake_temporarily,
 )
 from torch.autograd import Function, forward_ad
+from torch.autograd.graph import _engine_run_backward
 from torch.fx._symbolic_trace import _autowrap_check, _patch_wrapped_functions, _Patcher
 from torch.fx.graph_module import _forward_from_src as function_from_source
 from torch.nn.modules.batchnorm import _BatchNorm as BatchNormBase
@@ -68,6 +69,7 @@ __all__ = [
     "NormBase",
     "OpOverloadPacket",
     "SpectralNormParametrization",
+    "SymbolicTensors",
     "TorchDispatchMode",
     "UnsupportedOperatorException",
     "WrappedFunctions",
@@ -75,6 +77,7 @@ __all__ = [
     "are_transforms_active",
     "broadcast_prefix",
     "check_batch_size",
+    "compile_package",
     "current_autograd_node",
     "current_backward_pass",
     "decompositions",
@@ -90,6 +93,7 @@ __all__ = [
     "forward_mode_level",
     "function_from_source",
     "function_mode_stack",
+    "gradients_in_modes",
     "has_global_forward_hooks",
     "has_global_hooks",
     "included_dispatch_keys",
@@ -98,13 +102,18 @@ __all__ = [
     "is_batched_by_vmap",
     "is_forward_mode_enabled",
     "level_of_autograd_batch",
+    "proxies_disabled",
+    "python_of_script",
     "pytree",
+    "record_aten",
     "remove_autograd_batch",
     "saved_tensors_hooks",
+    "scan_steps",
     "sequence_number",
     "tracing_state",
     "unset_fake_temporarily",
     "without_compile_wrapper",
+    "without_size_guards",
 ]
 
 # Aliases, not wrapper functions: torch.compile recognises these objects.
@@ -161,6 +170,16 @@ def sequence_number(node: Any) -> int:
     return node._sequence_nr()  # type: ignore[no-any-return]
 
 
+def gradients_in_modes(
+    outputs: Sequence[torch.Tensor], inputs: Sequence[torch.Tensor], gradients: Sequence[torch.Tensor]
+) -> tuple[torch.Tensor | None, ...]:
+    """`torch.autograd.grad`, but active torch function modes see the Python code of the backward passes."""
+    keep_graph, create_graph, allow_unused = False, False, True
+    return _engine_run_backward(
+        tuple(outputs), tuple(gradients), keep_graph, create_graph, tuple(inputs), allow_unused, accumulate_grad=False
+    )
+
+
 class WrappedFunctions:
     """Records calls of functions that fx wraps: those of `torch.fx.wrap`, of `math`, and of a tracer's list.
 
@@ -202,6 +221,74 @@ def without_compile_wrapper(module: nn.Module) -> nn.Module | None:
     # Not imported at the top: importing torch._dynamo takes a second, and making such a wrapper has imported it.
     wrapper = getattr(getattr(torch, "_dynamo", None), "OptimizedModule", None)
     return module._orig_mod if wrapper is not None and isinstance(module, wrapper) else None
+
+
+def python_of_script(function: Any) -> Callable[..., Any] | None:
+    """Return the Python function that torch.jit compiled, or None if the compiled one was loaded from a file."""
+    return getattr(function, "_torchdynamo_inline", None)
+
+
+def scan_steps(step: fx.GraphModule, carry: list[Any], x_seq: list[Any], constants: list[Any]) -> tuple[Any, ...]:
+    """Call torch's `scan` operator: `(*carry, *x, *constants) -> (*carry, *y)` for each step: `(*carry, *y_seq)`.
+
+    The function `torch._higher_order_ops.scan` would trace the step with Dynamo first.
+    """
+    from torch._higher_order_ops.scan import scan_op
+
+    return tuple(scan_op(step, carry, x_seq, tuple(constants)))
+
+
+def compile_package(program: Any, path: str, configs: dict[str, Any]) -> None:
+    """Compile an exported program with AOTInductor and save it as a `.pt2` package."""
+    torch._inductor.aoti_compile_and_package(program, package_path=path, inductor_configs=configs)
+
+
+def proxies_disabled() -> contextlib.AbstractContextManager[Any]:
+    """A context in which an enclosing `record_aten` records nothing."""
+    from torch.fx.experimental.proxy_tensor import disable_proxy_modes_tracing
+
+    return disable_proxy_modes_tracing()
+
+
+def record_aten(function: Callable[..., Any], arguments: Sequence[Any]) -> fx.GraphModule:
+    """Record the ATen calls of a function on fake tensors; the other tensors that it reads become attributes."""
+    from torch.fx.experimental.proxy_tensor import make_fx
+
+    return make_fx(function, tracing_mode="real", _allow_non_fake_inputs=True)(*arguments)
+
+
+def without_size_guards() -> contextlib.AbstractContextManager[Any]:
+    """A context in which tracing does not distinguish dynamic sizes from 0, 1 or each other where it need not."""
+    from torch.fx.experimental import _config
+
+    config: Any = _config
+    return config.patch(backed_size_oblivious=True)  # type: ignore[no-any-return]
+
+
+class SymbolicTensors:
+    """Makes fake tensors with symbolic sizes; as a context, tensors that are created inside are fake.
+
+    Equal sizes of dynamic dimensions become one symbol.
+    """
+
+    def __init__(self) -> None:
+        from torch.fx.experimental.symbolic_shapes import ShapeEnv
+
+        self.mode = FakeTensorMode(shape_env=ShapeEnv(), allow_non_fake_inputs=True)
+
+    def like(self, x: Any, dynamic: Collection[int]) -> Any:
+        """A fake tensor whose `dynamic` dimensions are symbols."""
+        from torch.fx.experimental.symbolic_shapes import DimDynamic, StatelessSymbolicContext
+
+        kinds = [DimDynamic.DYNAMIC if d in dynamic else DimDynamic.STATIC for d in range(x.dim())]
+        context: Any = StatelessSymbolicContext(dynamic_sizes=kinds)
+        return self.mode.from_tensor(x, symbolic_context=context)
+
+    def __enter__(self) -> None:
+        self.mode.__enter__()
+
+    def __exit__(self, *exc_info: Any) -> None:
+        self.mode.__exit__(*exc_info)
 
 
 Wants = Callable[[tuple[Any, ...], dict[str, Any]], bool]

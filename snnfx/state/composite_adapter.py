@@ -50,7 +50,7 @@ class CompositeAdapter(MemoryAdapter):
         for _, part, adapter in self.parts:
             adapter.reset(part)
 
-    def initial(self, module: nn.Module, *inputs: Any, **kwargs: Any) -> State:
+    def initial(self, module: nn.Module, /, *inputs: Any, **kwargs: Any) -> State:
         with stepped_by_one_thread(module, *self._stateful_modules):
             before = self.read(module)
             try:
@@ -59,7 +59,7 @@ class CompositeAdapter(MemoryAdapter):
             finally:
                 self.write(module, before)
 
-    def step(self, module: nn.Module, state: State, *inputs: Any, **kwargs: Any) -> tuple[Any, State]:
+    def step(self, module: nn.Module, state: State, /, *inputs: Any, **kwargs: Any) -> tuple[Any, State]:
         with stepped_by_one_thread(module, *self._stateful_modules), _refusing_unregistered_state(module):
             return step_by_swapping(self, module, state, *inputs, **kwargs)
 
@@ -105,6 +105,7 @@ def _refusing_unregistered_state(module: nn.Module) -> Iterator[None]:
                 "SNNFX213",
                 f"a step of `{type(m).__name__}` changes its attribute `{name}`",
                 where=location_of_forward(m),
-                why="the module cannot be traced, so a net carries only its registered states across steps.",
+                why="the module cannot be traced, so a net carries only its registered states across steps. (Code that "
+                "reads shapes is traced with example_inputs.)",
                 hint=hint,
             )

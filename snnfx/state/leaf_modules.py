@@ -42,4 +42,13 @@ def is_leaf(module: nn.Module) -> bool:
     if isinstance(module, _CONTAINERS):
         return False
     # A subclass with its own forward is traced, because its computation is unknown.
-    return (type(module).forward.__module__ or "").startswith("torch.nn.")
+    return (type(module).forward.__module__ or "").startswith("torch.nn.") and not _calls_code_of_user(module)
+
+
+def _calls_code_of_user(module: nn.Module) -> bool:
+    """Whether a layer of torch has a submodule with code of the user, as `nn.DataParallel` has."""
+    return any(
+        not is_leaf(child) and (not isinstance(child, _CONTAINERS) or _calls_code_of_user(child))
+        for name, child in module._modules.items()
+        if child is not None and name != "parametrizations"  # it computes weights, not values of the step
+    )

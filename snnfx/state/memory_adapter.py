@@ -43,12 +43,12 @@ class MemoryAdapter:
     def reset(self, module: nn.Module) -> None:
         module.reset()  # type: ignore[operator]
 
-    def initial(self, module: nn.Module, *inputs: Any, **kwargs: Any) -> State:
+    def initial(self, module: nn.Module, /, *inputs: Any, **kwargs: Any) -> State:
         if isinstance(module, Stateful):
             return module.initial_state(*inputs, **kwargs)
         return tuple(copy_initial_value(value) for value in module._initial_memories.values())  # type: ignore[operator]
 
-    def step(self, module: nn.Module, state: State, *inputs: Any, **kwargs: Any) -> tuple[Any, State]:
+    def step(self, module: nn.Module, state: State, /, *inputs: Any, **kwargs: Any) -> tuple[Any, State]:
         if _is_pure(module.__class__) and not has_forward_hooks(module):
             return module.step(state, *inputs, **kwargs)  # type: ignore[operator, no-any-return]
         return step_by_swapping(self, module, state, *inputs, **kwargs)
@@ -69,7 +69,7 @@ def _is_pure(module_class: type) -> bool:
 
 
 def step_by_swapping(
-    adapter: Adapter, module: nn.Module, state: State, *inputs: Any, **kwargs: Any
+    adapter: Adapter, module: nn.Module, state: State, /, *inputs: Any, **kwargs: Any
 ) -> tuple[Any, State]:
     """One pure step of a module with state in attributes: write the state, call, read it, restore."""
     with stepped_by_one_thread(module):

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import importlib
-import sys
 from collections.abc import Iterator
 
 from torch import Tensor, nn
 
+from snnfx.errors import warn_once
 from snnfx.state.stateful import Adapter
 
 __all__ = ["adapter_of", "detach_net", "named_stateful", "register_adapter", "reset_net", "storage_of"]
@@ -15,6 +15,8 @@ __all__ = ["adapter_of", "detach_net", "named_stateful", "register_adapter", "re
 _adapters: dict[type, Adapter] = {}
 _adapter_of_class: dict[type, Adapter | None] = {}
 """A dict as cache, because torch.compile warns about functools.cache."""
+_imported: set[str] = set()
+"""The packages whose adapters have been looked for."""
 _LIBRARIES_WITH_ADAPTERS = ("spikingjelly", "snntorch", "norse")
 """Packages with an adapter module of the same name in `snnfx.state.adapters`, imported for the first module of the
 package."""
@@ -37,11 +39,27 @@ def adapter_of(module: nn.Module) -> Adapter | None:
 def _find_adapter(module_class: type) -> Adapter | None:
     for cls in module_class.__mro__:
         package = cls.__module__.partition(".")[0]
-        if package in _LIBRARIES_WITH_ADAPTERS and f"snnfx.state.adapters.{package}" not in sys.modules:
-            importlib.import_module(f"snnfx.state.adapters.{package}")
+        if package in _LIBRARIES_WITH_ADAPTERS and package not in _imported:
+            _imported.add(package)
+            _import_adapters(package)
         if cls in _adapters:
             return _adapters[cls]
     return None
+
+
+def _import_adapters(package: str) -> None:
+    """Import the adapters of a library; a version with another layout has none, and capture traces its code."""
+    try:
+        importlib.import_module(f"snnfx.state.adapters.{package}")
+    except ImportError as error:
+        missing = error.name or ""
+        if missing.partition(".")[0] != package:
+            raise
+        warn_once(
+            "SNNFX223",
+            f"this version of {package} has another layout ({error}), so snnfx has no adapter for its modules and "
+            "traces them like code of your own.",
+        )
 
 
 def named_stateful(model: nn.Module) -> Iterator[tuple[str, nn.Module, Adapter]]:

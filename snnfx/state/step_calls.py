@@ -15,21 +15,21 @@ from snnfx.state.stateful import State
 __all__ = ["call_opaque", "call_stateful", "initial_value", "opaque_initial_value"]
 
 
-def call_stateful(module: nn.Module, state: State, *inputs: Any, **kwargs: Any) -> tuple[Any, State]:
+def call_stateful(module: nn.Module, state: State, /, *inputs: Any, **kwargs: Any) -> tuple[Any, State]:
     """One pure step of a registered module: returns `(outputs, next state)`."""
     adapter = adapter_of(module)
     assert adapter is not None, f"{type(module).__name__} has no adapter"
     return adapter.step(module, state, *inputs, **kwargs)
 
 
-def initial_value(module: nn.Module, index: int, *inputs: Any, **kwargs: Any) -> Any:
+def initial_value(module: nn.Module, index: int, /, *inputs: Any, **kwargs: Any) -> Any:
     """The initial value of slot number `index` of a registered module, given the inputs of the first step."""
     adapter = adapter_of(module)
     assert adapter is not None, f"{type(module).__name__} has no adapter"
     return adapter.initial(module, *inputs, **kwargs)[index]
 
 
-def call_opaque(module: nn.Module, state: State, *inputs: Any, **kwargs: Any) -> tuple[Any, State]:
+def call_opaque(module: nn.Module, state: State, /, *inputs: Any, **kwargs: Any) -> tuple[Any, State]:
     """One pure step of an opaque module, with the states of all modules inside it.
 
     Checkpoints inside the module only call their function: the backward pass would run it with later state.
@@ -40,7 +40,7 @@ def call_opaque(module: nn.Module, state: State, *inputs: Any, **kwargs: Any) ->
         return composite_adapter(module).step(module, state, *inputs, **kwargs)
 
 
-def opaque_initial_value(module: nn.Module, index: int, *inputs: Any, **kwargs: Any) -> Any:
+def opaque_initial_value(module: nn.Module, index: int, /, *inputs: Any, **kwargs: Any) -> Any:
     """The initial value of slot number `index` of an opaque module."""
     return composite_adapter(module).initial(module, *inputs, **kwargs)[index]
 

@@ -344,17 +344,31 @@ def test_a_python_counter_counts_time_steps() -> None:
 def test_an_attribute_that_is_only_written_is_not_state() -> None:
     class Notes(Layer):
         def prepare(self) -> None:
-            self.last, self.count, self.history = None, 0, []
+            self.last, self.history = None, []
 
         def forward(self, x: Tensor) -> Tensor:
             self.last = self.fc(x)
-            self.count += 1
             self.history.append(self.last)
             return self.last * 2
 
     net = assert_converts(Notes(), sequence())
     assert net.program.slots == []
     assert [region.kind for region in net.regions] == ["fold"]
+
+
+def test_a_count_of_the_steps_is_state() -> None:
+    class Counts(Layer):
+        def prepare(self) -> None:
+            self.count, self.counts = 0, {"steps": 0}
+
+        def forward(self, x: Tensor) -> Tensor:
+            self.count += 1
+            self.counts["steps"] += 2
+            return self.fc(x)
+
+    net = assert_converts(Counts(), sequence())
+    _, state = net.run(sequence())
+    assert state == {"count": len(sequence()), "counts.steps": 2 * len(sequence())}
 
 
 def test_a_list_that_grows_and_is_read_is_refused() -> None:

@@ -241,6 +241,14 @@ class SwitchesAutocast(KeepsTheLast):
             return self.fc(y)
 
 
+class BranchesOnTheStep(Layer):
+    count = 0
+
+    def forward(self, x: Tensor) -> Tensor:
+        self.count += 1
+        return self.fc(x) if self.count % 2 == 0 else x
+
+
 class KeepsAWord(Layer):
     phase = "on"
 
@@ -306,6 +314,7 @@ REFUSALS = {
     "a number out of a tensor": Refusal(AsksForItem, "SNNFX213"),
     "a value as text": Refusal(FormatsValues, "SNNFX201"),
     "a word that changes": Refusal(KeepsAWord, "SNNFX218"),
+    "a branch on the number of the step": Refusal(BranchesOnTheStep, "SNNFX250"),
     "a generator as output": Refusal(ReturnsAGenerator, "SNNFX216"),
     "an object as output": Refusal(ReturnsAnObject, "SNNFX216"),
     "a set as output": Refusal(ReturnsASet, "SNNFX216"),
@@ -498,6 +507,10 @@ def test_every_code_of_capture_has_a_test() -> None:
         "SNNFX212": "test_capture.py",
         "SNNFX217": "test_leaf_module_states.py",
         **dict.fromkeys(("SNNFX230", "SNNFX231", "SNNFX232", "SNNFX233"), "test_sequence_refusals.py"),
+        "SNNFX220": "test_foreign_parts.py",
+        "SNNFX221": "test_foreign_parts.py",
+        "SNNFX222": "test_foreign_parts.py",
+        "SNNFX223": "test_older_spikingjelly.py",
     }
     codes = {code for code in CODES if code.startswith("SNNFX2")}
     assert codes == {r.code for r in REFUSALS.values()} | set(elsewhere)

@@ -395,3 +395,20 @@ def test_error_of_a_factory_is_the_cause() -> None:
     with pytest.raises(ToolError) as raised:
         load_model("files/models.py:needs")
     assert isinstance(raised.value.__cause__, TypeError)
+
+
+def test_export_writes_a_file_and_prints_its_tensors(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "small.py").write_text(
+        "import torch, snnfx\ndef build(): return torch.nn.Sequential(torch.nn.Linear(5, 4), snnfx.neuron.LIFNode())\n"
+    )
+    monkeypatch.chdir(tmp_path)
+    assert (
+        main(["export", "small.py:build", "--input", "2,5", "--T", "3", "--state", "--no-check", "--out", "n.pt2"]) == 0
+    )
+    printed = capsys.readouterr()
+    assert [line.split()[-2:] for line in printed.out.splitlines() if line.startswith("output")] == [["4]", "float32"]]
+    assert "[T, N, 4]" in printed.out and "1.v.next" in printed.out
+    assert "trace the net" in printed.err
+    assert (tmp_path / "n.pt2").is_file()

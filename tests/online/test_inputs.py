@@ -234,7 +234,7 @@ def test_eprop_refuses_weights_that_no_error_reaches_until_they_are_frozen() -> 
     error = refused(
         model, "SNNFX616", lambda: Trainer(model, EProp, sgd(list(model.parameters())), mse).step(x_seq, target)
     )
-    assert "weights 0" in str(error)
+    assert "weights of `0`" in str(error)
     for p in model[0].parameters():
         p.requires_grad_(False)
     found = Trained(model, EProp(trace_inputs=False, operand="raw"), x_seq, target).gradients

@@ -245,10 +245,26 @@ def test_what_is_traced_is_told() -> None:
     trainer = Trainer(model, OTTT_A, sgd(model), F.mse_loss, example_inputs=torch.rand(N, 4))
     net = trainer.nets().sequence
     note = next(record.note for record in net.history if record.description.startswith("trace"))
-    left = "0 (network input), 4 (feeds no leaking state whose gradients through time are cut)"
+    on_input = "it is on the network's input; trace_inputs=True gives it a trace"
+    left = f'0 ({on_input}), 4 (it feeds no neuron; trace_leak="pre" or a number gives it a trace)'
     assert note == f"1 of 3 weights see a trace; not {left}"
     assert {slot.name for slot in net.program.slots} == {"1.v", "3.v", "2.trace"}
-    assert "update_trace" in str(snnfx.explain(net))
+    report = snnfx.explain(net)
+    assert report.traces == (
+        f"0: no trace: {on_input}",
+        "2: a trace with the leak of 3.v",
+        '4: no trace: it feeds no neuron; trace_leak="pre" or a number gives it a trace',
+    )
+    assert "update_trace" in str(report) and "it feeds no neuron" in str(report)
+    emitting = Trainer(model, OTTT_A(trace_leak="pre"), sgd(model), F.mse_loss, example_inputs=torch.rand(N, 4))
+    assert snnfx.explain(emitting.nets().sequence).traces[2] == "4: a trace with the leak of 3.v"
+
+
+def test_a_readout_whose_gradients_flow_through_time_is_told() -> None:
+    model = nn.Sequential(nn.Linear(4, 6), LIFNode(), nn.Linear(6, 3), snnfx.neuron.LeakyIntegrator())
+    trainer = Trainer(model, EProp, sgd(model), F.mse_loss, example_inputs=torch.rand(N, 4))
+    report = snnfx.explain(trainer.nets().sequence)
+    assert report.traces[1] == "2: no trace: its gradients flow through time in 3.v"
 
 
 # What is kept, and where.

@@ -94,6 +94,8 @@ def test_a_pass_that_breaks_the_graph_is_named_with_the_ir_around_it(name: str) 
     @dataclass(frozen=True)
     class Broken(Pass):
         name = "broken-on-purpose"
+        requires = "normalized"
+        may_change = ("graph", "slots", "regions")
 
         def apply(self, program: StepProgram) -> str:
             break_it(program)
@@ -123,6 +125,7 @@ def test_without_verification_a_broken_pass_goes_on() -> None:
     @dataclass(frozen=True)
     class Broken(Pass):
         name = "broken"
+        may_change = ("slots",)
 
         def apply(self, program: StepProgram) -> str:
             drop_a_slot(program)
@@ -152,9 +155,21 @@ def node_of_another_graph(program: StepProgram) -> None:
     program.regions.append(Region("fold_9", "fold", [node_named(capture(Model()), "fc1")]))
 
 
+def erased_node_in_a_region(program: StepProgram) -> None:
+    node = node_named(program, "relu")
+    node.replace_all_uses_with(node.args[0])
+    program.graph.erase_node(node)
+
+
+def facts_of_another_region(program: StepProgram) -> None:
+    node_named(program, "relu").meta["region"] = "fold_7"
+
+
 @pytest.mark.parametrize(
     ("break_it", "reason"),
     [
+        (erased_node_in_a_region, "contains the erased node relu"),
+        (facts_of_another_region, "its facts name region 'fold_7'"),
         (node_in_two_regions, "in two regions"),
         (regions_in_reverse, "not convex"),
         (state_outside_of_a_loop, "contains the state slots"),
@@ -167,6 +182,13 @@ def test_regions_are_verified_once_there_are_some(break_it: Callable[[StepProgra
     break_it(program)
     with pytest.raises(PassError, match=f"SNNFX501(.|\n)*{reason}"):
         verify_program(program, after="partition")
+
+
+def test_a_fact_of_a_later_stage_is_refused() -> None:
+    program = program_of(Model(), Normalize())
+    node_named(program, "relu").meta["batch_dim"] = 0
+    with pytest.raises(PassError, match=r"SNNFX501(.|\n)*the fact 'batch_dim' of stage 'partitioned'"):
+        verify_program(program)
 
 
 # -- the manager -------------------------------------------------------------------------------------------------------
@@ -200,6 +222,9 @@ def test_debugging_prints_the_ir_after_each_pass(
     snnfx.convert(Model())
     printed = capsys.readouterr().err
     assert "# normalize" in printed and "fc1 = self.fc1(x)" in printed
+    assert "partition{batch_norm='fold', invariant_inputs=()}" in printed
+    assert "\n-fc1 = self.fc1(x)" in printed and "\n+fc1 = self.fc1(x)    # fold" in printed
+    assert "\033[" not in printed
 
 
 def test_options_of_a_pass_show_in_its_description() -> None:

@@ -140,6 +140,8 @@ CUT = {
     "batch reduced": (MeanOverTheBatch, (5,), 0),
     "changed in place": (
         lambda: nn.Sequential(nn.Linear(6, 6), nn.BatchNorm1d(6), nn.ReLU(inplace=True), nn.Linear(6, 2)), (6,), 0),
+    "groups without space": (
+        lambda: nn.Sequential(nn.Linear(6, 6), nn.GroupNorm(6, 6), neuron.LIFNode(), nn.Sigmoid()), (6,), 0),
     "residual": (
         lambda: nn.Sequential(nn.Conv2d(2, 2, 3, padding=1), nn.BatchNorm2d(2), NormReadsItsOwnInput()), (2, 4, 4), 0),
 }  # fmt: skip

@@ -596,3 +596,30 @@ def test_values_that_only_final_states_need_may_share_a_region_with_others() -> 
     expected = step_model(fresh := copy.deepcopy(model), x_seq)
     assert_same(snnfx.convert(model, example_inputs=x_seq[0])(x_seq), expected)
     assert_same(model.part.rate, fresh.part.rate)
+
+
+@EXAMPLES
+def test_instance_norm_of_an_input_without_time_updates_its_statistics_at_each_step(examples: bool) -> None:
+    class Conditioned(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.norm = nn.InstanceNorm2d(2, track_running_stats=True)
+
+        def forward(self, x: Tensor, image: Tensor) -> Tensor:
+            return x + self.norm(image)
+
+    x_seq, image = sequence(3, 4, 2, 3, 3), sequence(4, 2, 3, 3)
+    model = Conditioned().double()
+    stepped = copy.deepcopy(model)
+    net = snnfx.convert(model, example_inputs=(x_seq[0], image) if examples else None, time_dim=(0, None))
+    expected = torch.stack([stepped(x, image) for x in x_seq])
+    torch.testing.assert_close(net(x_seq, image), expected)
+    torch.testing.assert_close(model.norm.running_mean, stepped.norm.running_mean)
+
+
+@EXAMPLES
+def test_a_map_that_vmap_refuses_with_an_index_error_runs_step_by_step(examples: bool) -> None:
+    net = snnfx.convert(Step(lambda self, x: x.flip(0) * 2), example_inputs=torch.tensor(1.0) if examples else None)
+    x_seq = torch.rand(3)
+    with pytest.warns(snnfx.errors.SnnfxWarning, match="SNNFX504"):
+        torch.testing.assert_close(net(x_seq), x_seq * 2)

@@ -18,6 +18,7 @@ import torch.nn.functional as F
 from torch import Tensor, fx, nn
 from torch.autograd import forward_ad
 from torch.nn.utils import parametrizations
+from torch.overrides import TorchFunctionMode
 from torch.utils.flop_counter import flop_registry
 
 from snnfx.sandbox import torch_internals as internals
@@ -82,6 +83,31 @@ def test_node_of_a_backward_pass_is_current_while_it_runs() -> None:
     assert nodes == [y.grad_fn]
     assert isinstance(nodes[0], torch.autograd.function.BackwardCFunction)
     assert internals.current_autograd_node() is None
+
+
+def test_a_mode_sees_the_code_of_a_backward_pass() -> None:
+    class Scale(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx: Any, x: Tensor) -> Tensor:
+            return x * 2
+
+        @staticmethod
+        def backward(ctx: Any, grad: Tensor) -> Tensor:
+            return grad / grad.shape[0]
+
+    seen: list[str] = []
+
+    class Mode(TorchFunctionMode):
+        def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+            seen.append(getattr(func, "__name__", ""))
+            return func(*args, **(kwargs or {}))
+
+    x, unused = torch.ones(2, requires_grad=True), torch.ones(1, requires_grad=True)
+    y = Scale.apply(x)
+    with Mode():
+        found = internals.gradients_in_modes([y], [x, unused], [torch.ones(2)])
+    assert torch.equal(found[0], torch.tensor([0.5, 0.5])) and found[1] is None
+    assert "__get__" in seen
 
 
 def test_nodes_of_an_autograd_graph_are_numbered_in_order() -> None:
@@ -763,10 +789,11 @@ def test_public_name_is_not_found(source: str) -> None:
 
 
 def test_private_names_stand_in_torch_internals_only() -> None:
+    # `run_file.py` is a script of its own, which runs where snnfx cannot be imported.
     elsewhere = {
         f"{path.relative_to(ROOT)}: {name}"
         for path, tree in trees().items()
-        if path.name != "torch_internals.py"
+        if path.name not in ("torch_internals.py", "run_file.py")
         for name in private_names(tree)
     }
     assert elsewhere == set()
@@ -801,3 +828,62 @@ def test_every_name_has_a_test() -> None:
         if isinstance(node, ast.Attribute) and isinstance(node.value, ast.Name) and node.value.id == "internals"
     }
     assert set(internals.__all__) - tested == set()
+
+
+def test_torch_jit_stores_the_python_function_that_it_compiled() -> None:
+    def double(x: Tensor) -> Tensor:
+        return x * 2
+
+    assert internals.python_of_script(torch.jit.script(double)) is double
+    assert internals.python_of_script(torch.jit.trace(double, torch.ones(2))) is double
+    assert internals.python_of_script(object()) is None
+
+
+def test_scan_runs_a_recorded_step_over_a_sequence_of_any_length() -> None:
+    def run(x_seq: Tensor) -> tuple[Any, ...]:
+        carry = torch.zeros_like(x_seq[0])
+        with internals.proxies_disabled():
+            examples = [carry.clone(), x_seq[0].clone()]
+            step = internals.record_aten(lambda v, x: (v * 0.5 + x, (v + x).relu()), examples)
+        return internals.scan_steps(step, [carry], [x_seq], [])
+
+    symbolic = internals.SymbolicTensors()
+    fake = symbolic.like(torch.zeros(7, 11, 3), [0, 1])
+    with symbolic, torch.no_grad():
+        recorded = internals.record_aten(run, [fake])
+    assert sum("scan" in str(node.target) for node in recorded.graph.nodes if node.op == "call_function") == 1
+    for T, N in ((1, 1), (5, 2)):
+        x_seq = torch.rand(T, N, 3)
+        v, expected = torch.zeros(N, 3), []
+        for x in x_seq:
+            expected.append((v + x).relu())
+            v = v * 0.5 + x
+        last, y_seq = recorded(x_seq)
+        assert torch.allclose(last, v) and torch.allclose(y_seq, torch.stack(expected))
+
+
+def test_recording_reads_the_values_of_real_tensors() -> None:
+    weight = nn.Parameter(torch.tensor(3.0))
+    symbolic = internals.SymbolicTensors()
+    with symbolic, torch.no_grad():
+        recorded = internals.record_aten(lambda x: x * weight + weight.item(), [symbolic.like(torch.zeros(7), [0])])
+    (constant,) = [n.target for n in recorded.graph.nodes if n.op == "get_attr"]
+    assert getattr(recorded, constant) is weight
+    assert recorded(torch.ones(2)).tolist() == [6.0, 6.0]
+
+
+def test_sizes_are_not_distinguished_from_one_without_size_guards() -> None:
+    class Fold(nn.Module):
+        def forward(self, x: Tensor) -> Tensor:
+            return x.flatten(0, 1).view(-1, 2, 3).unflatten(0, (x.shape[0], -1))
+
+    dims = torch.export.Dim("T", min=1), torch.export.Dim("N", min=1)
+    with internals.without_size_guards():
+        program = torch.export.export(Fold(), (torch.rand(7, 11, 6),), dynamic_shapes=(dict(enumerate(dims)),))
+    assert program.module()(torch.rand(1, 1, 6)).shape == (1, 1, 2, 3)
+
+
+def test_package_compiles_to_a_file_that_torch_loads(tmp_path: Path) -> None:
+    program = torch.export.export(nn.Linear(3, 2), (torch.rand(4, 3),))
+    internals.compile_package(program, str(tmp_path / "net.pt2"), {})
+    assert torch._inductor.aoti_load_package(str(tmp_path / "net.pt2"))(torch.rand(4, 3)).shape == (4, 2)

@@ -3,6 +3,7 @@
 | oracle | rule | source |
 |---|---|---|
 | `dense_ottt` | OTTT-A | Xiao et al. 2022, arXiv 2210.04195 |
+| `authors_ottt` | OTTT-A and OTTT-O as in the authors' code, with a readout | Xiao et al. 2022 |
 | `layerwise_exact` | OSTL: exact in each layer, spatial between layers | Bohnstingl et al. 2022, arXiv 2007.12723 |
 | `eprop` | eligibility propagation, symmetric feedback | Bellec et al. 2020, Nat. Comm. 11 |
 """
@@ -61,6 +62,57 @@ def dense_ottt(
             d_biases[layer] += slope.sum(0)
             slope = slope @ net.weights[layer]
     return d_weights, d_biases
+
+
+def authors_ottt(
+    net: Dense,
+    readout: tuple[Tensor, Tensor],
+    x_seq: Tensor,
+    target: Tensor,
+    loss_slope: Callable[[Tensor, Tensor], Tensor],
+    lr: float = 0.0,
+    momentum: float = 0.0,
+) -> dict[str, list[Tensor]]:
+    """OTTT as its authors' code computes it, for LIF layers and a readout `y = W s + b` that feeds no neuron.
+
+    A neuron emits its spike and the trace of its spikes, which decays with the neuron's own leak. Every weight behind a
+    neuron, the readout included, takes its gradient on this trace. The network's input and biases have no trace. The
+    loss of a step is divided by T. With `lr`, SGD with momentum follows every step (OTTT-O).
+    """
+    T, count = len(x_seq), len(net.leaks)
+    weights = [*(W.clone() for W in net.weights), readout[0].clone()]
+    biases = [*(b.clone() for b in net.biases), readout[1].clone()]
+    parameters = [*weights, *biases]
+    total, velocity = ([torch.zeros_like(p) for p in parameters] for _ in range(2))
+    v = [torch.zeros(x_seq.shape[1], len(b), dtype=x_seq.dtype) for b in net.biases]
+    traces = [torch.zeros_like(potential) for potential in v]
+    for x, wanted in zip(x_seq, target, strict=True):
+        operand, on_trace, potentials = x, [x], []
+        for layer, leak in enumerate(net.leaks):
+            u = leak * v[layer] + operand @ weights[layer].T + biases[layer]
+            operand = (u >= 1).to(u)
+            v[layer] = u - operand
+            traces[layer] = leak * traces[layer] + operand
+            on_trace.append(traces[layer])
+            potentials.append(u)
+        slope = loss_slope(operand @ weights[-1].T + biases[-1], wanted) / T
+        gradients = [torch.zeros_like(p) for p in parameters]
+        for layer in reversed(range(count + 1)):
+            if layer < count:
+                slope = slope * triangle(potentials[layer] - 1)
+            gradients[layer] = slope.T @ on_trace[layer]
+            gradients[count + 1 + layer] = slope.sum(0)
+            slope = slope @ weights[layer]
+        for p, speed, gradient, sum_ in zip(parameters, velocity, gradients, total, strict=True):
+            sum_ += gradient
+            speed.mul_(momentum).add_(gradient)
+            p -= lr * speed
+    return {
+        "weight gradients": total[: count + 1],
+        "bias gradients": total[count + 1 :],
+        "weights": weights,
+        "biases": biases,
+    }
 
 
 def layerwise_exact(

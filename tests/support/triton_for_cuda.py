@@ -122,7 +122,10 @@ def facts_about_operations() -> dict[str, Any]:
     failed: dict[str, str] = {}
     count = 0
     for op, arity in OPERATIONS.items():
-        for dtype in ("float32", "float64"):
+        compare = ("eq", "ne", "lt", "le", "gt", "ge")
+        on_integers = op in ("add", "sub", "mul", "neg", "abs", "sign", "maximum", "minimum", "where", "fmod", "div")
+        integers = ("int32", "int64") if on_integers or op in compare else ()
+        for dtype in ("float32", "float64", *integers):
             builder = Builder()
             leaves = [builder.leaf("sequence", k, dtype) for k in range(arity)]
             result_is_bool = op in ("eq", "ne", "lt", "le", "gt", "ge", "isnan", "and", "or", "xor", "not")

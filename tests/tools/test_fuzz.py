@@ -79,3 +79,12 @@ def test_command_line_prints_counts(capsys: pytest.CaptureFixture[str]) -> None:
     assert fuzz.main(["--n", "3", "--seed", "40", "--extra", "0"]) in (0, 1)
     printed = capsys.readouterr().out
     assert "3 models" in printed and "regions: " in printed
+
+
+def test_right_nets_pass_verify_and_broken_ones_fail() -> None:
+    found = fuzz.fuzz_one(2, only="verify").outcomes
+    assert not [outcome for outcome in found if outcome.failed]
+    assert {"verify right float32 fold eval", "verify right float64 per_step train"} <= {
+        outcome.check.partition(" (")[0] for outcome in found
+    }
+    assert any("broken" in outcome.check and "caught" in outcome.check for outcome in found)

@@ -52,7 +52,7 @@ def choose_rule(label: str, T: int) -> tuple[Rule, float]:
         "OTTT-A": (OTTT_A, 1e-2),
         "OTTT-O": (OTTT_O, 1e-2 / math.sqrt(T)),
         "SLTT-K": (SLTT_K(max(1, T // 4)), 1e-2),
-        "FPTT": (FPTT(0.5, "authors"), 1e-2 / math.sqrt(T)),
+        "FPTT": (FPTT(0.5, "authors", keep_multipliers=False), 1e-2 / math.sqrt(T)),
     }
     return rules[label]
 

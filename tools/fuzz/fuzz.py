@@ -33,6 +33,7 @@ for _folder in (str(_TOOLS.parents[1]), str(_TOOLS)):
 import fuzz_checks  # noqa: E402
 from fuzz_checks import CHECKS, Inapplicable, Mismatch, Refused, Setting, check_model  # noqa: E402
 from fuzz_models import Case, build, namespace_of, random_case, smaller_cases  # noqa: E402
+from fuzz_verify import verdicts  # noqa: E402
 
 from snnfx.errors import CaptureError, InputError  # noqa: E402
 
@@ -40,6 +41,9 @@ __all__ = ["Outcome", "fuzz_one", "main", "reproducer", "run_check", "shrink"]
 
 KERNEL_INTERVAL = 25
 """One in this many models runs with generated kernels."""
+
+VERIFY = "verify"
+"""Name of the check of `snnfx.verify`, which takes seconds for a model and runs only if it is asked for."""
 
 _RANDOM = re.compile(r"Dropout\w*\(0\.3\)|0\.3, self\.training")
 
@@ -129,6 +133,8 @@ def fuzz_one(seed: int, extra_checks: int = 2, shrink_seconds: float = 20.0, onl
         result.outcomes.append(Outcome("skipped", "generate"))
         return result
     r = random.Random(seed)
+    if only == VERIFY:
+        return _fuzz_verify(case, r.random() < 0.8, start)
     namespace = namespace_of(case)
     checks = [*CHECKS[:3], *r.sample(CHECKS[3:], extra_checks)]
     before = fuzz_checks.REGIONS_SEEN.copy()
@@ -150,6 +156,20 @@ def fuzz_one(seed: int, extra_checks: int = 2, shrink_seconds: float = 20.0, onl
             break
     result.regions = fuzz_checks.REGIONS_SEEN - before
     sys.modules.pop(str(namespace["__name__"]), None)
+    result.seconds = time.perf_counter() - start
+    return result
+
+
+def _fuzz_verify(case: Case, examples: bool, start: float) -> Result:
+    """Verify the nets of a case, right and broken ones; the script contains the model of the first failure."""
+    result = Result(case.seed)
+    for v in verdicts(case, setting_of(case, examples)):
+        check = f"{v.check} ({v.detail})" if v.kind == "ok" else v.check
+        result.outcomes.append(Outcome(v.kind, check, v.detail, v.text))
+        if result.outcomes[-1].failed:
+            heading = "".join(f"# {line}\n" for line in f"seed {case.seed}: {check}: {v.text}".splitlines())
+            result.script = f"{heading}\n{case.source()}"
+            break
     result.seconds = time.perf_counter() - start
     return result
 
@@ -237,6 +257,11 @@ class Tally:
                 self.refusals.setdefault(outcome.detail, Counter())[why] += 1
         if result.script:
             last = result.outcomes[-1]
+            print(
+                f"{last.kind} in {last.check}, seed {result.seed}: {last.text.strip().splitlines()[-1][:200]}",
+                file=sys.stderr,
+                flush=True,
+            )
             self.failures.setdefault((last.kind, last.check, last.detail), []).append(result.seed)
             self._write(result, last)
 
@@ -244,7 +269,7 @@ class Tally:
         if self.folder is None:
             return
         self.folder.mkdir(parents=True, exist_ok=True)
-        name = f"{outcome.kind}_{outcome.check}_{result.seed}.py"
+        name = f"{outcome.kind}_{outcome.check.replace(' ', '_')}_{result.seed}.py"
         (self.folder / name).write_text(result.script)
         with (self.folder / "failures.txt").open("a") as log:
             log.write(f"== {name}\n{outcome.text}\n\n")
@@ -276,8 +301,9 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument(
         "--extra", type=int, default=2, help="random checks per model, besides train, eval and fold (default: 2)"
     )
+    names = ", ".join((*CHECKS, VERIFY))
     parser.add_argument(
-        "--check", default="", choices=["", *CHECKS], metavar="CHECK", help=f"run only this check: {', '.join(CHECKS)}"
+        "--check", default="", choices=["", *CHECKS, VERIFY], metavar="CHECK", help=f"run only this check: {names}"
     )
     parser.add_argument(
         "--shrink", type=float, default=20.0, help="seconds to spend on shrinking a failing model (default: 20)"

@@ -239,6 +239,8 @@ def _merge_batched(site: CallSite, a: Fact, b: Fact) -> Fact | None:
         reason = f"the operands of {site.text} may have different batch sizes ({a.size}, {b.size})"
         site.refuse("SNNFX105", reason)
         return None
+    if a.dim == b.dim and a.known != b.known:
+        return replace(a, known=())
     return a if a.dim >= b.dim else b
 
 
@@ -249,7 +251,7 @@ def _merge_constant(site: CallSite, result: Fact, constant: Fact) -> Fact | None
         site.refuse(
             "SNNFX105",
             f"an operand of {site.text} varies in time but has no batch dimension",
-            "Expand it over the batch, e.g. with expand_as.",
+            "Compute that operand for each sample, or keep it: the result is the same, only slower.",
         )
     if constant.rank.known == 0:
         return result
@@ -259,6 +261,9 @@ def _merge_constant(site: CallSite, result: Fact, constant: Fact) -> Fact | None
         return _merge_unrelated(site, result, constant)
     if reach < 0:
         return result
+    if reach > 0 and result.known:
+        result = replace(result, known=())  # the constant may have larger dimensions in front of the batch
+    assert result.dim is not None
     size = constant.known[reach] if reach < len(constant.known) else None
     if size != 1:
         code = "SNNFX105" if constant.varying else "SNNFX104"

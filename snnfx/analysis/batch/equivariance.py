@@ -32,8 +32,10 @@ from snnfx.analysis.batch.facts import (
     leaves,
     model_input,
 )
+from snnfx.analysis.batch.indexing_rules import getitem
 from snnfx.analysis.batch.rule_lookup import RuleMatch, constant_fact, find_rule
 from snnfx.analysis.batch.rule_table import ELEMENTWISE_RULES
+from snnfx.analysis.batch.shape_rules import flatten, squeeze, unsqueeze, view
 from snnfx.analysis.statistic_reads import is_statistic_read, statistic_of
 from snnfx.errors import Refusal
 
@@ -121,6 +123,10 @@ def _next_fact(walk: _BatchPropagation, slot: Node, following: object, initial: 
     return join(first, after)
 
 
+_KEEPS_ONES = ELEMENTWISE_RULES | {unsqueeze, squeeze, flatten, view, getitem}
+"""Rules that say whether the dimensions in front of the batch have the literal size 1."""
+
+
 class _BatchPropagation:
     """One abstract interpretation of the graph, given facts of the slots."""
 
@@ -200,6 +206,8 @@ class _BatchPropagation:
             return UNKNOWN
         site = self._site(node, found)
         fact = self._evaluate(site, found)
+        if found.row.rule not in _KEEPS_ONES and isinstance(fact, Fact) and fact.batched:
+            fact = replace(fact, known=())
         if fact is UNDETERMINED:
             return UNDETERMINED
         self._judge_without_batch(site, found, flat, fact)

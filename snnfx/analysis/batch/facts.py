@@ -7,7 +7,7 @@ value. A `Fact` names that dimension. Facts describe shapes only; a node may be 
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from torch import Tensor
@@ -69,7 +69,8 @@ class Fact:
         dim: the batch dimension, counted from the left; None: no batch (a parameter, `x.mean(0)`).
         size: symbol of the batch size. Equal symbols are equal sizes; "N" is the batch size of the model's inputs.
             Folding makes every size with a symbol T times as large.
-        known: for a tensor without a batch, the known sizes of its leading dimensions.
+        known: for a tensor without a batch, the known sizes of its leading dimensions; for one with a batch, a 1 for
+            each dimension in front of the batch if they all have the literal size 1.
         varying: for a tensor without a batch, whether the value may differ between time steps.
     """
 
@@ -78,6 +79,15 @@ class Fact:
     size: str | None = None
     known: tuple[int | None, ...] = ()
     varying: bool = False
+
+    @property
+    def has_ones_in_front(self) -> bool:
+        """Whether the dimensions in front of the batch have the literal size 1, so that merging them mixes nothing."""
+        return self.dim is not None and len(self.known) == self.dim
+
+    def with_ones_in_front(self) -> Fact:
+        """The fact of a tensor whose dimensions in front of the batch have the literal size 1."""
+        return replace(self, known=(1,) * (self.dim or 0))
 
     @property
     def batched(self) -> bool:
@@ -151,6 +161,8 @@ def join(a: Value, b: Value) -> Value:
         return tuple(join(x, y) for x, y in zip(a, b, strict=True))
     if isinstance(a, Fact) and isinstance(b, Fact) and a.dim is None and b.dim is None and a.rank == b.rank:
         return Fact(a.rank, varying=a.varying or b.varying)
+    if isinstance(a, Fact) and isinstance(b, Fact) and replace(a, known=()) == replace(b, known=()):
+        return replace(a, known=())
     return UNKNOWN
 
 

@@ -166,8 +166,10 @@ def _size_of(site: CallSite, shape: ShapeFact, index: Any) -> Value:
 
 
 def _one_size(shape: ShapeFact, axis: int) -> SizeFact:
-    symbol = shape.of.size if axis == shape.of.dim else None
-    return SizeFact(symbol, origin=(shape.tensor, axis))
+    fact = shape.of
+    symbol = fact.size if axis == fact.dim else None
+    is_one = fact.has_ones_in_front and fact.dim is not None and 0 <= axis < fact.dim
+    return SizeFact(symbol, value=1 if is_one else None, origin=(shape.tensor, axis))
 
 
 def _sliced(site: CallSite, fact: Fact, items: tuple[Any, ...]) -> Value:
@@ -203,7 +205,8 @@ def _sliced(site: CallSite, fact: Fact, items: tuple[Any, ...]) -> Value:
     if walk.dropped:
         return without_batch(rank)
     walk.skip_to(max(walk.axis, fact.dim + 1))
-    return Fact(rank, walk.place, walk.size)
+    result = Fact(rank, walk.place, walk.size)
+    return result.with_ones_in_front() if fact.has_ones_in_front else result
 
 
 class _IndexBinding:

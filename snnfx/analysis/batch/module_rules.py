@@ -12,6 +12,7 @@ from torch import nn
 from snnfx.analysis.batch.call_site import CallSite, broadcast, common_fact, constant_int, is_batch_sized, without_batch
 from snnfx.analysis.batch.elementwise_rules import BatchFirst
 from snnfx.analysis.batch.facts import NON_TENSOR, UNDETERMINED, UNKNOWN, Fact, Rank, SizeFact, Value, leaves
+from snnfx.ir.facts import ELEMENTWISE_RESULTS
 from snnfx.state.registry import adapter_of
 
 __all__ = [
@@ -213,10 +214,14 @@ def opaque(site: CallSite) -> Value:
 
 
 def autograd_function(site: CallSite) -> Value:
-    """`torch.autograd.Function`: element-wise if declared (`snnfx_elementwise = True`) or a known surrogate."""
+    """`torch.autograd.Function`: element-wise if proven, declared, or a known surrogate."""
     function = getattr(site.module, "function", None)
     module = getattr(function, "__module__", "")
     known = module.startswith(("spikingjelly.activation_based.surrogate", "snnfx.surrogate"))
+    proven = ELEMENTWISE_RESULTS.of(site.node)
+    if proven is not None:
+        result = broadcast(site, leaves(site["operands"]))
+        return (result,) * proven if proven else result
     if not (getattr(function, "snnfx_elementwise", False) or known):
         name = getattr(function, "__name__", "the function")
         site.refuse(

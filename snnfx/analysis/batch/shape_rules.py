@@ -121,7 +121,8 @@ def unsqueeze(site: CallSite) -> Value:
             return move_batch(fact, fact.dim, 1)
         else:
             return UNKNOWN
-    return move_batch(fact, fact.dim + 1 if dim <= fact.dim else fact.dim, 1)
+    result = move_batch(fact, fact.dim + 1 if dim <= fact.dim else fact.dim, 1)
+    return result.with_ones_in_front() if fact.has_ones_in_front else result
 
 
 def squeeze(site: CallSite) -> Value:
@@ -142,6 +143,9 @@ def squeeze(site: CallSite) -> Value:
             "Name the dimension, e.g. x.squeeze(-1).",
         )
         return UNKNOWN
+    if fact.has_ones_in_front and all(0 <= axis < fact.dim for axis in axes):
+        count = len(set(axes))
+        return move_batch(fact, fact.dim - count, -count).with_ones_in_front()
     if any(0 <= axis < fact.dim for axis in axes):
         site.refuse_rank("may remove a dimension in front of the batch")
         return UNKNOWN
@@ -177,9 +181,12 @@ def flatten(site: CallSite) -> Value:
             else without_batch(rank)
         )
     if 0 <= end < fact.dim:
-        return Fact(rank, fact.dim - (end - start), fact.size)
+        merged = Fact(rank, fact.dim - (end - start), fact.size)
+        return merged.with_ones_in_front() if fact.has_ones_in_front else merged
     if start == end:
         return fact
+    if start < fact.dim and fact.has_ones_in_front:
+        return Fact(rank, start, fact.size if end == fact.dim else site.fresh).with_ones_in_front()
     if start < fact.dim:
         site.refuse_mixing(fact, "merges other dimensions into", "Move the batch to dim 0 first.")
         return without_batch(rank)
@@ -263,7 +270,8 @@ def view(site: CallSite) -> Value:
             site.refuse_mixing(fact, "moves elements across")
         return without_batch(rank)
     symbol = _symbol_in_place(site, entries[place])
-    return Fact(rank, place, symbol)
+    result = Fact(rank, place, symbol)
+    return result.with_ones_in_front() if fact.has_ones_in_front else result
 
 
 def is_known_size(entry: Any) -> bool:
@@ -279,7 +287,7 @@ def literal_sizes(entries: Sequence[Any]) -> tuple[int | None, ...]:
 
 def _keeps_prefix(site: CallSite, fact: Fact, prefix: list[Any]) -> bool:
     """Whether a view keeps the dimensions in front of the batch."""
-    if fact.dim == 0:
+    if fact.has_ones_in_front:
         return all(constant_int(entry) == 1 for entry in prefix)
     operand = site.node.args[0]
     name = getattr(operand, "name", "")

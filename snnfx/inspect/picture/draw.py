@@ -16,14 +16,15 @@ from torch import Tensor, nn
 from torch.fx import Node
 
 from snnfx.capture.capture import capture
-from snnfx.errors import CaptureError
+from snnfx.errors import CaptureError, InputError
 from snnfx.inspect.picture.dot import STYLES, Box, Cluster, Member, Picture, write_dot
 from snnfx.inspect.picture.drawing import Drawing, check_file
 from snnfx.inspect.picture.painter import Painter
 from snnfx.ir.graph_pass import Pass
+from snnfx.ir.history import PassRecord
 from snnfx.ir.nodes import is_module_call
 from snnfx.ir.pass_manager import PassManager
-from snnfx.ir.program import StepProgram
+from snnfx.ir.program import STAGES, StepProgram
 from snnfx.passes.normalize import Normalize
 from snnfx.passes.partition import Partition
 from snnfx.passes.remove_dead_code import RemoveDeadCode
@@ -33,20 +34,28 @@ __all__ = ["draw"]
 
 
 def draw(
-    model: nn.Module, file: str | os.PathLike[str] | None = None, *, example_inputs: Any = None, entry: str = "forward"
+    model: nn.Module | PassRecord,
+    file: str | os.PathLike[str] | None = None,
+    *,
+    example_inputs: Any = None,
+    entry: str = "forward",
+    stage: str | None = None,
 ) -> Drawing:
-    """Draw the step graph of a model or the regions of a net.
+    """Draw the step graph of a model, the regions of a net, or the program after a pass.
 
     The model or net is not changed.
 
     Args:
         model: a single-step model, drawn as one time step with its containers as frames; or a converted net, drawn with
-            its regions as frames: once, fold, map and loop.
+            its regions as frames: once, fold, map and loop; or a record of `net.history`, drawn as the step was after
+            this pass.
         file: path of the picture, with the suffix .svg, .png, .pdf or .dot (DOT text, needs no graphviz). None: write
             no file.
         example_inputs: inputs of ONE time step with the batch dimension, `[N, *]` (a tensor, a tuple or a dict); shapes
             are drawn then. A net converted with example inputs has shapes already.
         entry: name of the model's method that computes one step.
+        stage: for a net, the stage whose last program is drawn: "captured", "normalized", "partitioned" or "planned".
+            None: the net.
 
     Returns:
         The picture. Notebooks display it; `str()` or `.source` is the DOT text, `.save(file)` writes a file.
@@ -54,6 +63,7 @@ def draw(
     Raises:
         ToolError: SNNFX603, `file` has another suffix; SNNFX601, graphviz is missing. Both are checked first.
         CaptureError: the model cannot be captured (codes 2xx).
+        InputError: SNNFX706, no program of this stage or record.
 
     Example:
         >>> import torch, snnfx
@@ -63,7 +73,11 @@ def draw(
         True
     """
     path = None if file is None else check_file(file)
-    if isinstance(model, Net):
+    if isinstance(model, PassRecord):
+        picture = _picture_of_record(model)
+    elif stage is not None:
+        picture = _picture_of_record(_record_of_stage(model, stage))
+    elif isinstance(model, Net):
         picture = _picture_of_net(model, example_inputs)
     else:
         picture = _picture_of_model(model, example_inputs, entry)
@@ -71,6 +85,43 @@ def draw(
     if path is not None:
         drawing.save(path)
     return drawing
+
+
+def _record_of_stage(net: nn.Module, stage: str) -> PassRecord:
+    if isinstance(net, Net) and stage in STAGES:
+        record = net.history.last_of_stage(stage, net.training)
+        if record is not None:
+            return record
+    where = "" if isinstance(net, Net) else "the model is not converted; "
+    raise InputError(
+        "SNNFX706",
+        f"no program of stage {stage!r} to draw",
+        why=f"{where}a net has the stages {', '.join(STAGES)}.",
+        hint='Pass a net and one of these stages, e.g. snnfx.draw(net, stage="partitioned").',
+    )
+
+
+def _picture_of_record(record: PassRecord) -> Picture:
+    program = record.program
+    if program is None:
+        raise InputError(
+            "SNNFX706",
+            f"the record of `{record.description}` has no step program",
+            why="it describes an emitted graph.",
+            hint="Pass a record of a pass, or a stage: snnfx.draw(net, stage='planned').",
+        )
+    subtitle = f"after {record.description}, stage {record.stage}, {_mode(program.training)}"
+    if not program.regions:
+        picture = _picture_of_step(program, program.training, batch_known=False)
+        return replace(picture, subtitle=subtitle)
+    painter, members = _regions(program, _recorded_values(program))
+    return Picture(
+        type(program.source).__name__,
+        subtitle,
+        [*painter.inputs({}), *members, *painter.outputs()],
+        painter.edges(),
+        _legend(program),
+    )
 
 
 def _picture_of_model(model: nn.Module, example_inputs: Any, entry: str) -> Picture:
@@ -106,6 +157,31 @@ def _picture_of_net(net: Net, example_inputs: Any) -> Picture:
     values = _recorded_values(program)
     if example_inputs is not None:
         values = _values_for(program, example_inputs, net.options.entry) or values
+    painter, members = _regions(program, values)
+    members = _chunk_frame(net, values, members)
+    regions = f"{len(program.regions)} region{'s' * (len(program.regions) != 1)}"
+    subtitle = f"T time steps in {regions}, {_mode(net.training)}"
+    if program.first_step is not None:
+        subtitle += ", first step in a separate graph"
+    dims = dict(zip(program.input_nodes(), net._arguments.tensor_dims, strict=True))
+    output_dim = net.options.time_dim if isinstance(net.options.time_dim, int) else 0
+    painter.reduce = net.options.reduce
+    return Picture(
+        type(net.source).__name__,
+        subtitle,
+        [*painter.inputs(dims), *members, *painter.outputs(None if painter.reduce else output_dim)],
+        painter.edges(),
+        _legend(program),
+    )
+
+
+def _legend(program: StepProgram) -> list[str]:
+    kinds = {region.kind for region in program.regions}
+    return [kind for kind in ("once", "fold", "map", "loop") if kind in kinds] + ["carried"] * bool(program.slots)
+
+
+def _regions(program: StepProgram, values: Mapping[str, Any]) -> tuple[Painter, list[Member]]:
+    """The painter of a program with regions, and the boxes in frames of regions."""
     frames = {node: region.name for region in program.regions for node in region.nodes}
     painter = Painter(program, values, frames, {region.name: region.kind for region in program.regions})
     members: list[Member] = []
@@ -119,22 +195,7 @@ def _picture_of_net(net: Net, example_inputs: Any) -> Picture:
         cluster.members = painter.members(region.name, show_codes=not shared)
         members.append(cluster)
     members += painter.members("")
-    members = _chunk_frame(net, values, members)
-    kinds = {region.kind for region in program.regions}
-    regions = f"{len(program.regions)} region{'s' * (len(program.regions) != 1)}"
-    subtitle = f"T time steps in {regions}, {_mode(net.training)}"
-    if program.first_step is not None:
-        subtitle += ", first step in a separate graph"
-    dims = dict(zip(program.input_nodes(), net._arguments.tensor_dims, strict=True))
-    output_dim = net.options.time_dim if isinstance(net.options.time_dim, int) else 0
-    painter.reduce = net.options.reduce
-    return Picture(
-        type(net.source).__name__,
-        subtitle,
-        [*painter.inputs(dims), *members, *painter.outputs(None if painter.reduce else output_dim)],
-        painter.edges(),
-        [kind for kind in ("once", "fold", "map", "loop") if kind in kinds] + ["carried"] * bool(program.slots),
-    )
+    return painter, members
 
 
 def _mode(training: bool) -> str:

@@ -19,6 +19,7 @@ from snnfx.ir.nodes import is_module_call, is_size, is_structural
 from snnfx.ir.printing import describe_node, location_of
 from snnfx.ir.program import StepProgram
 from snnfx.ops.step_functions import expect_size
+from snnfx.sandbox.pytree_paths import flatten_with_path
 from snnfx.sandbox.torch_internals import pytree
 from snnfx.state.step_calls import initial_value
 
@@ -234,7 +235,7 @@ class Painter:
 
     def _output_names(self) -> list[str]:
         numbered = pytree.tree_unflatten(list(self.program.outputs), self.program.output_spec)
-        paths, _ = pytree.tree_flatten_with_path(numbered)
+        paths, _ = flatten_with_path(numbered)
         return ["y" + pytree.keystr(path) for path, _ in paths]
 
     def shape(self, node: Any, context: str | None = None) -> str:

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from snnfx.sandbox.torch_internals import pytree
 
-__all__ = ["Comparison", "Tolerance", "VerificationReport", "are_spikes", "compare", "is_same", "named_leaves"]
+__all__ = ["Comparison", "Tolerance", "are_spikes", "compare", "named_leaves"]
 
 _DEFAULTS: dict[torch.dtype, tuple[float, float]] = {
     torch.float64: (1e-9, 1e-9),
@@ -49,7 +49,7 @@ class Comparison:
     """Comparison of one value of the net with the reference.
 
     Args:
-        kind: "output", "state", "buffer" or "gradient".
+        kind: "output", "state", "buffer", "parameter", "attribute" or "gradient".
         name: qualified name.
         difference: largest absolute difference.
         relative: largest difference relative to the largest magnitude of the reference.
@@ -92,6 +92,11 @@ def compare(
         detail = "" if equal else _both(_describe(actual), _describe(expected))
         return Comparison(kind, name, inf, inf, failed=not equal, detail=detail)
     a, b = torch.as_tensor(actual).detach(), torch.as_tensor(expected).detach()
+    if a.layout != b.layout:
+        detail = _both(_describe_layout(a), _describe_layout(b))
+        return Comparison(kind, name, float("inf"), float("inf"), failed=True, detail=detail)
+    if a.layout != torch.strided:
+        a, b = a.to_dense(), b.to_dense()
     both_tensors = isinstance(actual, Tensor) and isinstance(expected, Tensor)
     is_scalar = kind == "state" and (a.ndim == 0 or b.ndim == 0)
     if not is_scalar and (a.shape != b.shape or (both_tensors and a.dtype != b.dtype)):
@@ -137,56 +142,15 @@ def named_leaves(value: Any, prefix: str = "") -> dict[str, Any]:
     return {prefix + pytree.keystr(path): leaf for path, leaf in pytree.tree_leaves_with_path(value)}
 
 
-def is_same(value: Any, other: Any) -> bool:
-    """Whether two values are equal, without a tolerance."""
-    if isinstance(value, Tensor) and isinstance(other, Tensor):
-        return torch.equal(value, other)
-    return value is other or (type(value) is type(other) and bool(value == other))
-
-
 def _both(actual: str, expected: str) -> str:
     return f"the net gives {actual}, the reference {expected}"
+
+
+def _describe_layout(value: Tensor) -> str:
+    return f"{_describe(value)} {str(value.layout).removeprefix('torch.')}"
 
 
 def _describe(value: Any) -> str:
     if isinstance(value, Tensor):
         return f"{list(value.shape)} {str(value.dtype).removeprefix('torch.')}"
     return repr(value)
-
-
-@dataclass(frozen=True)
-class VerificationReport:
-    """Result of `snnfx.verify`; `str()` is a summary.
-
-    Args:
-        T: number of time steps.
-        training: mode of the net.
-        dtype: dtype of the parameters.
-        semantics: the reference, "the model run step by step" or "BatchNorm statistics over T*N".
-        comparisons: one for each output, state, buffer and gradient.
-        notes: values that were not compared, and other remarks; warnings begin with "warning: ".
-    """
-
-    T: int
-    training: bool
-    dtype: str
-    semantics: str
-    comparisons: tuple[Comparison, ...]
-    notes: tuple[str, ...] = ()
-
-    def largest(self, kind: str) -> float:
-        """The largest absolute difference in values of a kind: "output", "state", "buffer" or "gradient"."""
-        return max((c.difference for c in self.comparisons if c.kind == kind), default=0.0)
-
-    def count(self, kind: str) -> int:
-        """The number of compared values of a kind."""
-        return sum(c.kind == kind for c in self.comparisons)
-
-    def __str__(self) -> str:
-        mode = ", ".join(["training" if self.training else "eval", *([self.dtype] if self.dtype else [])])
-        lines = [f"OK: the net matches the reference over T = {self.T} steps ({self.semantics}; {mode})"]
-        for kind in ("output", "state", "buffer", "gradient"):
-            if self.count(kind):
-                lines.append(f"  {kind + 's':<10}{self.count(kind):>4}   largest difference {self.largest(kind):.2g}")
-        notes = (note if note.startswith("warning: ") else f"note: {note}" for note in self.notes)
-        return "\n".join([*lines, *(f"  {note}" for note in notes)])

@@ -12,10 +12,10 @@ from torch import Tensor, nn
 
 from snnfx.inspect.verify.comparison import Tolerance, are_spikes, compare
 from snnfx.sandbox.torch_internals import pytree
-from snnfx.state.registry import named_stateful
+from snnfx.state.registry import adapter_of, named_stateful
 from snnfx.state.stateful import Adapter
 
-__all__ = ["Divergence", "NeuronTrace", "first_divergence", "recorded_neurons"]
+__all__ = ["Divergence", "NeuronTrace", "first_divergence", "neurons_watched", "recorded_neurons"]
 
 _POTENTIALS = ("v", "mem")
 _THRESHOLDS = ("v_threshold", "threshold", "v_th")
@@ -40,11 +40,10 @@ class NeuronTrace:
 
 @dataclass(frozen=True)
 class Divergence:
-    """The first neuron that differs: its qualified name, a description, and whether rounding explains it."""
+    """The first neuron that differs: its qualified name, and a description."""
 
     name: str
     in_words: str
-    is_rounding: bool
 
 
 @contextmanager
@@ -54,15 +53,15 @@ def recorded_neurons(model: nn.Module) -> Iterator[dict[str, NeuronTrace]]:
     handles = []
 
     def watch(name: str, module: nn.Module, adapter: Adapter) -> None:
-        slots = adapter.names(module)
-        slot = next((s for s in _POTENTIALS if s in slots), "")
+        slot = next((s for s in _POTENTIALS if s in adapter.names(module)), "")
 
         def hook(module: nn.Module, args: Any, output: Any) -> None:
             tensors = [leaf for leaf in pytree.tree_leaves(output) if isinstance(leaf, Tensor)]
             if tensors:
                 trace = traces.setdefault(name, NeuronTrace(module, slot))
                 trace.outputs.append(tensors[0].detach().clone())
-                state = dict(zip(slots, adapter.read(module), strict=True))
+                # Some states exist only after the first call.
+                state = dict(zip(adapter.names(module), adapter.read(module), strict=True))
                 trace.potentials.append(state.get(slot))
 
         handles.append(module.register_forward_hook(hook))
@@ -74,6 +73,32 @@ def recorded_neurons(model: nn.Module) -> Iterator[dict[str, NeuronTrace]]:
     finally:
         for handle in handles:
             handle.remove()
+
+
+@contextmanager
+def neurons_watched(model: nn.Module) -> Iterator[dict[str, bool]]:
+    """For each neuron of a known library that is called, whether its output is ever different from zero."""
+    spiking: dict[str, bool] = {}
+
+    def watch(name: str) -> Any:
+        def hook(module: nn.Module, args: Any, output: Any) -> None:
+            tensors = [leaf for leaf in pytree.tree_leaves(output) if isinstance(leaf, Tensor)]
+            if tensors:
+                spiking[name] = spiking.get(name, False) or tensors[0].is_meta or bool(tensors[0].any())
+
+        return hook
+
+    neurons = [(name, module) for name, module in model.named_modules() if name and _is_neuron(module)]
+    handles = [module.register_forward_hook(watch(name)) for name, module in neurons]
+    try:
+        yield spiking
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+def _is_neuron(module: nn.Module) -> bool:
+    return adapter_of(module) is not None and any(hasattr(module, key) for key in (*_THRESHOLDS, "p", "params"))
 
 
 def first_divergence(
@@ -101,17 +126,16 @@ def first_divergence(
     trace = traces[name]
     actual, expected = record[name][step], trace.outputs[step]
     if not (are_spikes(actual) and are_spikes(expected)):
-        return Divergence(name, f"`{name}` at t = {step}, by {float((actual - expected).abs().max()):.3g}", False)
+        return Divergence(name, f"`{name}` at t = {step}, by {float((actual - expected).abs().max()):.3g}")
     differ = actual != expected
     words = f"`{name}` at t = {step}: {int(differ.sum())} of {differ.numel()} spikes"
     threshold = next((getattr(trace.module, key) for key in _THRESHOLDS if hasattr(trace.module, key)), None)
     v_actual, v_expected = record.get(f"{name}.{trace.slot}"), trace.potentials[step]
     if threshold is None or not (isinstance(v_actual, Tensor) and isinstance(v_expected, Tensor)):
-        return Divergence(name, words, False)
+        return Divergence(name, words)
     v_actual = v_actual[step]
     if not v_actual.shape == v_expected.shape == differ.shape:
-        return Divergence(name, words, False)
+        return Divergence(name, words)
     # The side that spikes has been reset; the other one still has the potential that was compared to the threshold.
     margin = (torch.where(actual == 0, v_actual, v_expected) - threshold).abs()[differ].max()
-    is_rounding = float(margin) <= tolerance.allowed(v_expected.dtype, float(torch.as_tensor(threshold).abs().max()))
-    return Divergence(name, f"{words}, with |v - threshold| up to {float(margin):.2g}", is_rounding)
+    return Divergence(name, f"{words}, with |v - threshold| up to {float(margin):.2g}")

@@ -307,7 +307,7 @@ def replay_forward(
         >>> [[round(float(v)) for v in y_t] for y_t in replay_forward(bn, steps, lambda name, module: True)]
         [[-1, -1], [1, 1]]
     """
-    start = StateSnapshot.of(model)
+    start = _Moment(model)
     originals = {name: module.forward for name, module in model.named_modules() if is_barrier(name, module)}
     once = {name for name, module in model.named_modules() if is_once is not None and is_once(name, module)}
     known: dict[Key, _FoldedCall] = {}
@@ -414,12 +414,12 @@ def folded_forward(
         VerificationError: SNNFX405, see `replay_forward`.
     """
     options: dict[str, Any] = {"kwargs": kwargs, "carry": carry, "is_once": is_once}
-    start = StateSnapshot.of(model)
+    start = _Moment(model)
     try:
         if not carry:
             buffers = _clone_buffers(model.modules())
             outputs, calls, in_order = _lockstep(model, steps, is_barrier, entry, kwargs, is_once)
-            states, finished = _read_states(model), StateSnapshot.of(model)
+            states, finished = _read_states(model), _Moment(model)
             start.restore()
             _clone_buffers(model.modules())
             with torch.no_grad():
@@ -435,6 +435,22 @@ def folded_forward(
     except BaseException:
         start.restore()
         raise
+
+
+class _Moment:
+    """The state of a model at one moment, with the values of its parameters, to return to."""
+
+    def __init__(self, model: nn.Module) -> None:
+        self.snapshot = StateSnapshot.of(model)
+        self.parameters = [(p, p.detach().clone()) for p in model.parameters() if not p.is_meta]
+
+    def restore(self) -> None:
+        """Return to this moment."""
+        self.snapshot.restore()
+        with torch.no_grad():
+            for parameter, value in self.parameters:
+                if not _same_leaf(parameter, value):
+                    parameter.copy_(value)  # autograd notices a graph that saved the parameter
 
 
 def _read_states(model: nn.Module) -> list[Any]:

@@ -9,6 +9,7 @@ from typing import Any
 from torch import Tensor
 
 from snnfx.errors import InputError
+from snnfx.sandbox.pytree_paths import flatten_with_path
 from snnfx.sandbox.torch_internals import broadcast_prefix, pytree
 
 __all__ = ["SequenceInputs"]
@@ -29,7 +30,7 @@ class SequenceInputs:
     @staticmethod
     def of(args: tuple[Any, ...], kwargs: dict[str, Any], time_dim: Any, T: int | None) -> SequenceInputs:
         dims = _dims_of_leaves(time_dim, args, kwargs)
-        with_paths, spec = pytree.tree_flatten_with_path((args, kwargs))
+        with_paths, spec = flatten_with_path((args, kwargs))
         # Drop the first key of a path, which is the index in (args, kwargs).
         names = ["input" + pytree.keystr(path[1:]) for path, _ in with_paths]
         leaves = [leaf for _, leaf in with_paths]
@@ -68,6 +69,12 @@ class SequenceInputs:
     def with_leaves(self, function: Callable[[Tensor], Tensor]) -> SequenceInputs:
         """The same arguments with a function applied to each tensor."""
         return replace(self, leaves=[function(x) if isinstance(x, Tensor) else x for x in self.leaves])
+
+    def first_step(self) -> SequenceInputs:
+        """The arguments of a call with T = 1: the first step of each sequence."""
+        pairs = zip(self.leaves, self.dims, strict=True)
+        leaves = [leaf if dim is None else leaf.narrow(dim, 0, 1) for leaf, dim in pairs]
+        return replace(self, leaves=leaves, steps=1, T=None if self.T is None else 1)
 
     def fresh(self) -> SequenceInputs:
         """Detached copies of the arguments; floating-point tensors require gradients."""

@@ -2,36 +2,28 @@
 
 from __future__ import annotations
 
-import zlib
-from collections.abc import Iterator, Mapping, Set
-from contextlib import contextmanager
+from collections.abc import Callable
+from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from snnfx.convert import convert_without_budget
 from snnfx.errors import InputError, VerificationError
-from snnfx.inspect.verify.comparison import Comparison, Tolerance, VerificationReport, compare, is_same, named_leaves
-from snnfx.inspect.verify.divergence import Divergence, first_divergence, recorded_neurons
-from snnfx.inspect.verify.float64_copies import copies_in_float64, to_float64
-from snnfx.inspect.verify.oracle import folded_forward, step_forward
-from snnfx.inspect.verify.program_lookup import (
-    called_in,
-    is_within,
-    region_of_module,
-    region_of_output,
-    reset_discovered_state,
-    value_at,
-)
+from snnfx.inspect.verify.check import Check, Flips
+from snnfx.inspect.verify.comparison import Comparison, Tolerance
+from snnfx.inspect.verify.float64_copies import CastsToFloat64, copies_in_float64, in_float64, to_float64
+from snnfx.inspect.verify.rounding import NearThresholds
+from snnfx.inspect.verify.runs import Runs, undisturbed
 from snnfx.inspect.verify.sequence_inputs import SequenceInputs
+from snnfx.inspect.verify.shared_draws import SharedDraws
+from snnfx.inspect.verify.verification_report import VerificationReport
 from snnfx.inspect.verify.whole_call import verify_whole_call
-from snnfx.inspect.verify.without_dropout import without_dropout
-from snnfx.ops.sequence_functions import reduce_over_time
-from snnfx.sandbox.isolation import isolated, rng_state
-from snnfx.sandbox.torch_internals import BatchNormBase, pytree
-from snnfx.state.carry import CarriedArgument, SlotName, flatten_state, output_at, outputs_without, paths_of
-from snnfx.state.registry import named_stateful, reset_net
+from snnfx.sandbox.isolation import isolated
+from snnfx.sandbox.torch_internals import pytree
+from snnfx.sandbox.user_code import format_location, location_of_error
 
 __all__ = ["VerificationReport", "verify"]
 
@@ -47,13 +39,18 @@ def verify(
     gradients: bool = True,
     **kwargs: Any,
 ) -> VerificationReport:
-    """Compare a net with its model: outputs, final state, buffers and gradients.
+    """Compare a net with its model: outputs, gradients, and everything that steps change.
 
-    The reference is a Python loop that calls the model once per time step. In training with `batch_norm="fold"`, each
-    BatchNorm in a folded region takes its statistics over all time steps (`snnfx.inspect.verify.oracle`). For a net
-    converted with `takes="sequence"`, the reference is the model's own call. Net and
-    reference run in the net's mode, from the reset state, with dropout disabled and the same RNG state. State, buffers,
-    gradients, flags and random number generators are restored afterwards.
+    The reference is a Python loop that calls the model once per time step. Every value that the loop changes is
+    compared: states, buffers, parameters, and attributes of any kind, nested ones included. In training with
+    `batch_norm="fold"`, each BatchNorm in a folded region takes its statistics over all time steps
+    (`snnfx.inspect.verify.oracle`), and the net is also compared with one plain call of the model, at T = 1. For a net
+    converted with `takes="sequence"`, the reference is the model's own call.
+
+    Net and reference run in the net's mode, from the reset state. Where the steps draw random numbers, both sides draw
+    the same ones, step by step. If they differ in float32, copies are compared in float64 as well: a difference passes
+    if it vanishes there and if rounding explains it. Everything is restored afterwards: state, buffers, parameters,
+    gradients, flags and random number generators.
 
     Args:
         model: the single-step model that was passed to `snnfx.convert`.
@@ -63,25 +60,27 @@ def verify(
         atol: largest allowed absolute difference. Default by dtype: 1e-9 for float64, 1e-5 for float32.
         rtol: largest allowed difference relative to the largest magnitude in the tensor. Default by dtype: 1e-9 for
             float64, 1e-4 for float32.
-        double: True to compare copies in float64. In float32, rounding can flip a spike if a potential is at the
-            threshold. Default: False.
+        double: True to compare copies in float64 only. Code that casts to float32 (`.float()`) casts to float64 then.
+            Default: False.
         gradients: True to compare the gradients of a random linear functional of the outputs, with respect to each
             floating-point input and each parameter that requires a gradient. Default: True.
         **kwargs: keyword arguments of the net.
 
     Returns:
-        A `VerificationReport` with the largest differences; `str(report)` is a summary.
+        A `VerificationReport` with the largest differences; `str(report)` is a summary. Warnings come first, for
+        example about neurons that never spike.
 
     Raises:
-        VerificationError: outputs (SNNFX401), states (SNNFX402), gradients (SNNFX403) or buffers (SNNFX404) differ.
-            The message names the first difference, its time step and region, and the first neuron that differs.
-            SNNFX405: `batch_norm="fold"` is undefined for this model.
+        VerificationError: outputs (SNNFX401), states (SNNFX402), gradients (SNNFX403), buffers (SNNFX404), parameters
+            or attributes (SNNFX410) differ. The message names the first difference, its time step and region, and the
+            first neuron that differs. SNNFX405: `batch_norm="fold"` is undefined for this model. SNNFX411: net and
+            model cannot draw the same random numbers. SNNFX412: the model cannot run in float64.
         InputError: SNNFX301, 303, 304, 306, 307, 310: the arguments do not match the net or each other.
 
     Example:
         >>> import torch, snnfx
-        >>> model = torch.nn.Sequential(torch.nn.Linear(3, 4), snnfx.neuron.LIFNode())
-        >>> report = snnfx.verify(model, snnfx.convert(model), torch.rand(8, 2, 3))
+        >>> model = torch.nn.Sequential(torch.nn.Linear(3, 4), snnfx.neuron.LIFNode(v_threshold=0.2))
+        >>> report = snnfx.verify(model, snnfx.convert(model), 4 * torch.rand(8, 2, 3))
         >>> print(str(report).splitlines()[0])
         OK: the net matches the reference over T = 8 steps (the model run step by step; training, float32)
     """
@@ -93,7 +92,7 @@ def verify(
             hint="Call verify(model, net, x_seq).",
         )
     options: Any = net.options
-    if getattr(options, "takes", "step") == "sequence":
+    if options.takes == "sequence":
         with isolated(model, net), torch.inference_mode(False), torch.set_grad_enabled(gradients):
             if double:
                 model, net = copies_in_float64(model, net)
@@ -103,27 +102,28 @@ def verify(
     if getattr(getattr(net, "program", None), "carried", None):
         x_seq, kwargs, first = net.split_carried(x_seq, kwargs)  # type: ignore[operator]
     inputs = SequenceInputs.of(x_seq, kwargs, options.time_dim, T)
-    with isolated(model, net), torch.inference_mode(False), torch.set_grad_enabled(gradients):
-        if double:
-            model, net = copies_in_float64(model, net)
-            inputs = inputs.with_leaves(to_float64)
-            first = pytree.tree_map_only(Tensor, to_float64, first)
-        return _Verification(model, net, inputs, Tolerance(atol, rtol), gradients, first).report()
+    with undisturbed(model, net), torch.inference_mode(False), torch.set_grad_enabled(gradients):
+        return _Verification(model, net, inputs, Tolerance(atol, rtol), gradients, first).report(double)
 
 
 @dataclass
-class _CheckedRun:
-    """Results of the net or of the reference: `outputs` `[T, *]` by name, other fields by qualified name."""
+class _Outcome:
+    """The checks of a net in one dtype: of the whole sequence, and of one step if BatchNorm is folded."""
 
-    outputs: dict[str, Any]
-    states: dict[str, Any]
-    buffers: dict[str, Tensor]
-    gradients: dict[str, Tensor | None]
-    drew_random_numbers: bool
+    checks: list[Check]
+    notes: list[str]
+    dtype: str
+    casts: CastsToFloat64 | None = None
+    captured_anew: str = ""
+    """Why the net was captured anew; "" if it is a copy of the net itself."""
+
+    @property
+    def failing(self) -> Check | None:
+        return next((check for check in self.checks if check.failed), None)
 
 
 class _Verification:
-    """One comparison of a model and its net."""
+    """The verification of one net: in the dtype of the model and, where that is inconclusive, in float64."""
 
     def __init__(
         self,
@@ -136,375 +136,227 @@ class _Verification:
     ) -> None:
         self.model, self.net, self.inputs, self.tolerance, self.gradients = model, net, inputs, tolerance, gradients
         self.first = first
-        self.carry = paths_of(getattr(net.options, "carry", None))
-        self.arguments: list[CarriedArgument] = getattr(getattr(net, "program", None), "carried", None) or [
-            CarriedArgument(name, path, SlotName(name)) for name, path in self.carry.items()
-        ]
-        self.plan = self._planned()
-        kinds = {region.kind for region in self.plan.regions}
-        once, per_step = called_in(self.plan, {"once"}), called_in(self.plan, kinds - {"once", "fold"})
-        folded = {
-            name
-            for name, module in model.named_modules()
-            if isinstance(module, BatchNormBase) and module.training and not is_within(name, per_step)
-        }
-        self.folded = folded if net.options.batch_norm == "fold" else set()
-        self.once = {name for name in self.folded if is_within(name, once)}
-        self.reduce: str | None = getattr(net.options, "reduce", None)
-        self.initial: dict[str, Any] = {}
-        self.output_names: list[str] = []
-        self.notes: list[str] = []
 
-    def _planned(self) -> Any:
-        """The net planned for these inputs: for other ranks or batch sizes, the net is planned again."""
-        planned_for = getattr(self.net, "planned_for", None)
-        if planned_for is None:
-            return self.net
-        args, kwargs = self.inputs.whole()
-        return planned_for(*args, **kwargs, **self._first_arguments())
+    def report(self, double: bool) -> VerificationReport:
+        """Compare and return the report, or raise."""
+        if double:
+            outcome = self._in_float64()
+            if not outcome.captured_anew or outcome.failing:
+                return self._result(outcome, "Print snnfx.explain(net) to see how the regions were formed.")
+        narrow = self._compared(self.model, self.net, self.inputs, self.first)
+        failing = narrow.failing
+        if failing is None:
+            if not double:
+                return self._result(narrow, "")
+            outcome.notes.insert(0, f"the net itself was compared in {narrow.dtype}: no difference")
+            return self._result(outcome, "")
+        hint = "Print snnfx.explain(net) to see how the regions were formed."
+        if narrow.dtype == "float64" or any(_is_structural(c) for c in failing.failed):
+            raise failing.error(hint)
+        try:
+            wide = outcome if double else self._in_float64()
+        except VerificationError as error:
+            if error.code != "SNNFX412":
+                raise
+            raise failing.error(
+                hint, f"Rounding was not ruled out, because the model cannot run in float64: {error.what}."
+            ) from error
+        if wide.failing is not None:
+            raise wide.failing.error(hint, f"Compared in float64 and in {narrow.dtype}.")
+        return self._rounded(narrow, wide, hint)
 
-    @property
-    def semantics(self) -> str:
-        return "BatchNorm statistics over T*N" if self.folded else "the model run step by step"
+    def _rounded(self, narrow: _Outcome, wide: _Outcome, hint: str) -> VerificationReport:
+        """The report on a net that agrees in float64, if rounding explains the difference in the narrower dtype."""
+        failing = narrow.failing
+        assert failing is not None
+        flips = failing.flips()
+        if not _is_rounding(failing, flips, wide):
+            raise failing.error(hint, "The net agrees in float64, but rounding does not explain the difference.")
+        note = f"{narrow.dtype} rounding: {_describe_rounding(failing, flips)}; net and reference agree in float64"
+        wide.notes.insert(0, note)
+        return replace(self._result(wide, hint), flipped_spikes=flips.count)
 
-    @property
-    def dtype(self) -> str:
-        dtypes = {str(p.dtype).removeprefix("torch.") for p in self.model.parameters() if p.is_floating_point()}
-        return ", ".join(sorted(dtypes))
+    # -- comparisons --------------------------------------------------------------------------------------------------
 
-    def report(self) -> VerificationReport:
-        """Run the net and the reference, compare them, and return the report or raise."""
-        actual = self._run_net()
-        expected = self._run_model(actual.outputs.keys(), actual.states.keys())
-        self.output_names = list(actual.outputs)
-        random_ops = actual.drew_random_numbers or expected.drew_random_numbers
-        results = [
-            self._compare_outputs(actual.outputs, expected.outputs),
-            # A model that reads the gradient mode may compute something else without gradients.
-            []
-            if self._reads_gradient_mode
-            else self._compare_outputs(self._call_net(), expected.outputs, " of a call without gradients"),
-            self._compare_states(actual.states, expected.states),
-            self._compare_buffers(actual.buffers, expected.buffers),
-            self._compare_gradients(actual.gradients, expected.gradients),
-        ]
-        for comparisons in results:
-            failed = [c for c in comparisons if c.failed]
-            if failed:
-                raise self._error(min(failed, key=lambda c: c.step or 0), random_ops)
-        if random_ops:
-            self.notes.append("the model draws random numbers; net and reference drew the same ones")
-        for name, y in expected.outputs.items():
-            if isinstance(y, Tensor) and not y.any():
-                self.notes.append(
-                    f"warning: `{name}` is zero at every step, so this check is weak; "
-                    "use an input that makes neurons spike"
-                )
+    def _compared(self, model: nn.Module, net: Any, inputs: SequenceInputs, first: dict[str, Any]) -> _Outcome:
+        """Compare the net over all steps, and over one step where BatchNorm is folded."""
+        notes: list[str] = []
+
+        def check(of: SequenceInputs, one_call: bool) -> Check:
+            def runs(draws: SharedDraws | None) -> Runs:
+                return Runs(model, net, of, first, self.gradients, one_call, draws)
+
+            result = Check(runs(None), self.tolerance).run()
+            if result.drew_random_numbers:
+                result = _with_shared_draws(model, of.steps, runs, self.tolerance)
+                if not one_call and result.runs.draws is not None:
+                    notes.append(f"net and reference drew the same random numbers: {result.runs.draws.description()}")
+            return result
+
+        checks = [check(inputs, False)]
+        if checks[0].runs.folded and inputs.steps > 1 and not checks[0].failed:
+            try:
+                checks.append(check(inputs.first_step(), True))
+            except ValueError as error:  # one value per channel: BatchNorm has no statistics
+                notes.append(f"T = 1 was not compared: {str(error).splitlines()[0]}")
+            else:
+                notes.append("with T = 1, the net also matches one plain call of the model")
+        return _Outcome(checks, notes, _dtype_of(model, inputs))
+
+    def _in_float64(self) -> _Outcome:
+        """Compare copies of model and net in float64; if the copy of the net cannot run, capture the copy anew."""
+        inputs = self.inputs.with_leaves(to_float64)
+        first = pytree.tree_map_only(Tensor, to_float64, self.first)
+        with ExitStack() as stack:
+            model, net = copies_in_float64(self.model, self.net)
+            casts = stack.enter_context(in_float64())
+            stack.enter_context(undisturbed(model))
+            try:
+                with undisturbed(model, net):
+                    runs = Runs(model, net, inputs, first, self.gradients)
+                    runs.run_model()
+            except Exception as error:
+                raise _not_in_float64(error) from error
+            anew = ""
+            try:
+                outcome = self._compared(model, net, inputs, first)
+            except (VerificationError, InputError):
+                raise
+            except Exception as error:
+                anew = f"{type(error).__name__}: {str(error).splitlines()[0]}" if str(error) else type(error).__name__
+                net = self._captured(model, inputs)
+                outcome = self._compared(model, net, inputs, first)
+            outcome.casts, outcome.captured_anew = casts, anew
+            if outcome.failing is not None:
+                outcome.failing.flips()  # runs the copies, which need the settings of this context
+        if casts.lines:
+            lines = ", ".join(list(casts.lines)[:3])
+            outcome.notes.append(f"casts to float32 were casts to float64 on both sides ({lines})")
+        if anew:
+            outcome.notes.append(f"compared a net captured anew in float64; a copy of the net cannot run ({anew})")
+        return outcome
+
+    def _captured(self, model: nn.Module, inputs: SequenceInputs) -> Any:
+        options = self.net.options
+        args, kwargs = inputs.of_step(0)
+        example: Any = None
+        if getattr(self.net.program, "input_ranks", None):
+            example = kwargs if kwargs and not args else args
+        return convert_without_budget(model, options, example, options.carry)
+
+    # -- the report ---------------------------------------------------------------------------------------------------
+
+    def _result(self, outcome: _Outcome, hint: str) -> VerificationReport:
+        if outcome.failing is not None:
+            raise outcome.failing.error(hint)
+        whole = outcome.checks[0]
         return VerificationReport(
             T=self.inputs.steps,
             training=self.net.training,
-            dtype=self.dtype,
-            semantics=self.semantics,
-            comparisons=tuple(c for comparisons in results for c in comparisons),
-            notes=tuple(self.notes),
+            dtype=outcome.dtype,
+            semantics=whole.semantics,
+            comparisons=tuple(whole.comparisons),
+            notes=(*_weaknesses(whole), *whole.notes, *outcome.notes),
         )
 
-    @contextmanager
-    def _isolated(self) -> Iterator[None]:
-        persistent = getattr(self.net, "persistent_state", None)
-        restore_functions = persistent.snapshot() if persistent is not None else []  # parameters included
-        with isolated(self.model, self.net), without_dropout(self.model, self.net):
-            try:
-                yield
-            finally:
-                for restore in restore_functions:
-                    restore()
 
-    def _run_net(self) -> _CheckedRun:
-        with self._isolated():
-            before = rng_state()
-            inputs = self.inputs.fresh()
-            args, kwargs = inputs.whole()
-            y_seq, states = self.net.run(*args, **self._first_state(), **kwargs)
-            outputs = self._outputs_of_net(y_seq)
-            states = {name.lstrip("."): value for name, value in states.items()}
-            return self._result(self.net, inputs, outputs, states, rng_state() != before)
+def _with_shared_draws(
+    model: nn.Module, steps: int, runs: Callable[[SharedDraws], Runs], tolerance: Tolerance
+) -> Check:
+    """Compare with the same random numbers on both sides.
 
-    def _result(
-        self,
-        module: nn.Module,
-        inputs: SequenceInputs,
-        outputs: dict[str, Any],
-        states: dict[str, Any],
-        is_random: bool,
-    ) -> _CheckedRun:
-        gradients = self._gradients(outputs, inputs, module)
-        buffers = {name: buffer.clone() for name, buffer in module.named_buffers()}
-        # Copies: a state may be a buffer, which is restored afterwards.
-        outputs, states = pytree.tree_map_only(Tensor, lambda x: x.detach().clone(), (outputs, states))
-        return _CheckedRun(outputs, states, buffers, gradients, is_random)
+    Raises:
+        VerificationError: SNNFX411, the draws of the net do not correspond to those of the model.
+    """
+    results: list[Check] = []
+    errors: list[VerificationError] = []
+    for finish_sites in (True, False):
+        draws = SharedDraws(model, steps, finish_sites)
+        of_these = runs(draws)
+        of_these.run_model()  # finds the places that draw
+        try:
+            results.append(Check(of_these, tolerance).run())
+        except VerificationError as error:
+            errors.append(error)
+            continue
+        if not results[-1].failed or not draws.is_ambiguous:
+            break
+    if not results:
+        raise errors[0]
+    return next((check for check in results if not check.failed), results[0])
 
-    @property
-    def _reads_gradient_mode(self) -> bool:
-        program = getattr(self.net, "program", None)
-        return program is not None and "torch.is_grad_enabled" in program.guards.modes
 
-    def _call_net(self) -> dict[str, Any]:
-        """The outputs of a plain call of the net without gradients, for which nets may take another path."""
-        with self._isolated(), torch.no_grad():
-            getattr(self.net, "reset_carried_state", lambda: None)()
-            args, kwargs = self.inputs.fresh().whole()
-            y_seq = self.net(*args, **kwargs, **self._first_arguments())
-            if hasattr(self.net, "program"):
-                y_seq = outputs_without(y_seq, list(self.carry.values()))
-            return self._outputs_of_net(y_seq)
+def _is_structural(comparison: Comparison) -> bool:
+    """Whether a difference is one of shape, type or presence, which rounding does not cause."""
+    return comparison.difference == float("inf") or not comparison.allowed
 
-    def _first_arguments(self) -> dict[str, Any]:
-        """The initial values of carried arguments, in new containers."""
-        return pytree.tree_map_only(Tensor, Tensor.detach, self.first)  # type: ignore[no-any-return]
 
-    def _first_state(self) -> dict[str, Any]:
-        """The initial values of carried arguments as the argument `state` of `net.run`."""
-        state: dict[str, Any] = {}
-        for argument in self.arguments:
-            if self.first.get(argument.name) is not None:
-                state |= flatten_state(argument, self._first_arguments()[argument.name])
-        return {"state": state} if state else {}
+def _is_rounding(failing: Check, flips: Flips, wide: _Outcome) -> bool:
+    """Whether rounding explains the differences of a net that agrees with its reference in float64.
 
-    def _outputs_of_net(self, y_seq: Any) -> dict[str, Any]:
-        outputs, dim = named_leaves(y_seq, "output"), self.inputs.output_dim
-        for name, leaf in outputs.items():
-            if isinstance(leaf, Tensor) and self.reduce is not None:
-                outputs[name] = leaf.unsqueeze(0)
-            elif isinstance(leaf, Tensor):
-                if not -leaf.ndim <= dim < leaf.ndim or leaf.shape[dim] != self.inputs.steps:
-                    why = f"its shape is {list(leaf.shape)}, and dimension {dim} should be T = {self.inputs.steps}."
-                    raise VerificationError("SNNFX401", f"`{name}` of the net has no time dimension", why=why)
-                outputs[name] = leaf.movedim(dim, 0)
-        return outputs
-
-    def _run_model(self, output_names: Set[str], state_names: Set[str]) -> _CheckedRun:
-        with self._isolated():
-            before = rng_state()
-            inputs = self.inputs.fresh()
-            outputs_of_steps = self._step_model(inputs)
-            outputs = self._outputs_of_model(outputs_of_steps, output_names)
-            states = self._states_of_model(outputs_of_steps[-1], state_names)
-            return self._result(self.model, inputs, outputs, states, rng_state() != before)
-
-    def _step_model(self, inputs: SequenceInputs) -> list[Any]:
-        """The model's return value at each step, from the reset state."""
-        if self.model.training != self.net.training:
-            # The net shares the model's layers but not its containers, which must follow the net's mode as well.
-            shared = set(self.net.modules())
-            for module in self.model.modules():
-                if module not in shared:
-                    module.training = self.net.training
-        reset_net(self.model)
-        reset_discovered_state(self.model, self.plan)
-        self.initial = _states(self.model)
-        pairs = [inputs.of_step(t) for t in range(inputs.steps)]
-        pairs[0] = pairs[0][0], {**pairs[0][1], **self._first_arguments()}
-        steps, keywords, entry = [args for args, _ in pairs], [kwargs for _, kwargs in pairs], self.net.options.entry
-        if not self.folded:
-            return step_forward(self.model, steps, entry, kwargs=keywords, carry=self.carry)
-        return folded_forward(
-            self.model,
-            steps,
-            lambda name, module: name in self.folded,
-            entry,
-            kwargs=keywords,
-            carry=self.carry,
-            is_once=lambda name, module: name in self.once,
-        )
-
-    def _states_of_model(self, last_outputs: Any, names: Set[str]) -> dict[str, Any]:
-        """The states after the last step: registered, carried, and attributes that capture inferred to be state."""
-        states = _states(self.model)
-        for argument in self.arguments:
-            states |= flatten_state(argument, output_at(last_outputs, argument.path))
-        for name in names - states.keys():
-            for value in value_at(self.model, name):
-                states[name] = value
-        return states
-
-    def _outputs_of_model(self, outputs_of_steps: list[Any], names: Set[str]) -> dict[str, Any]:
-        steps = [named_leaves(y, "output") for y in outputs_of_steps]
-        if self.carry and names != steps[0].keys():
-            # A net may leave carried values out of its outputs; a single output is then not in a tuple.
-            paths = list(self.carry.values())
-            steps = [named_leaves(outputs_without(y, paths), "output") for y in outputs_of_steps]
-        if any(step.keys() != steps[0].keys() for step in steps):
-            raise VerificationError(
-                "SNNFX401",
-                "the outputs of the model cannot be stacked over time",
-                why="their nesting changes between time steps.",
-                hint="Return outputs with the same nesting at every step.",
-            )
-        over_time = {name: _over_time(name, [step[name] for step in steps]) for name in steps[0]}
-        if self.reduce is None:
-            return over_time
-        how = self.reduce
-        return {n: reduce_over_time(y, how).unsqueeze(0) if isinstance(y, Tensor) else y for n, y in over_time.items()}
-
-    def _gradients(
-        self, outputs: Mapping[str, Any], inputs: SequenceInputs, module: nn.Module
-    ) -> dict[str, Tensor | None]:
-        """Gradients of a random linear functional of the outputs, the same for net and reference."""
-        parts = []
-        for name, y in outputs.items():
-            if isinstance(y, Tensor) and y.requires_grad:
-                # Seeded by the name, so that the weights do not depend on the other outputs with gradients.
-                generator = torch.Generator().manual_seed(zlib.crc32(name.encode()))
-                weights = torch.randn(y.shape, generator=generator, dtype=torch.float64).to(y)
-                parts.append(torch.real(y * weights).sum())
-        variables: dict[str, Tensor] = {
-            f"parameter `{name}`": p for name, p in module.named_parameters() if p.requires_grad
-        }
-        leaves = zip(inputs.names, inputs.leaves, strict=True)
-        variables |= {f"`{name}`": x for name, x in leaves if isinstance(x, Tensor) and x.requires_grad}
-        if not self.gradients or not variables:
-            return {}
-        if not parts:
-            return dict.fromkeys(variables)
-        gradients = torch.autograd.grad(parts, list(variables.values()), allow_unused=True)
-        return dict(zip(variables, gradients, strict=True))
-
-    def _compare_outputs(self, actual: dict[str, Any], expected: dict[str, Any], how: str = "") -> list[Comparison]:
-        if actual.keys() != expected.keys():
-            names, reference_names = ", ".join(actual) or "none", ", ".join(expected) or "none"
-            why = f"the net returns {names}{how}, the reference {reference_names}."
-            raise VerificationError("SNNFX401", "the outputs of net and reference are nested differently", why=why)
-        pairs = [(name, actual[name], value) for name, value in expected.items()]
-        return [
-            compare("output", f"`{name}`{how}", a, b, self.tolerance, timed=isinstance(a, Tensor))
-            for name, a, b in pairs
+    It does if the model compares numbers that are as close as rounding errors, or if its results in the narrower
+    dtype are as far from those in float64 as the results of the net are.
+    """
+    near = NearThresholds(failing.tolerance)
+    with near:
+        failing.runs.run_model()
+    if near.count:
+        return True
+    expected, exact = (
+        failing.expected,
+        next(c for c in wide.checks if c.runs.one_call == failing.runs.one_call).expected,
+    )
+    assert expected is not None and exact is not None
+    for kind, narrow, exact_values in (
+        ("output", expected.outputs, exact.outputs),
+        ("gradient", expected.gradients, exact.gradients),
+    ):
+        errors = [
+            float((value.double() - exact_value.double()).abs().max())
+            for value, exact_value in ((value, exact_values.get(name)) for name, value in narrow.items())
+            if isinstance(value, Tensor) and isinstance(exact_value, Tensor) and value.numel()
         ]
-
-    def _compare_states(self, actual: dict[str, Any], expected: dict[str, Any]) -> list[Comparison]:
-        comparisons = []
-        overwritten: frozenset[str] = getattr(getattr(self.net, "program", None), "overwritten", frozenset())
-        for name, value in expected.items():
-            if name in overwritten:
-                continue  # the model keeps a copy of a state that is passed to it
-            if name in actual:
-                leaves, reference_leaves = named_leaves(actual[name]), named_leaves(value)
-                for path in leaves | reference_leaves:
-                    pair = leaves.get(path), reference_leaves.get(path)
-                    comparisons.append(compare("state", f"state `{name}{path}`", *pair, self.tolerance))
-            elif not is_same(value, self.initial.get(name)):
-                missing = "the net does not return this state"
-                comparisons.append(Comparison("state", f"state `{name}`", failed=True, detail=missing))
-        unknown = [f"`{name}`" for name in actual if name not in expected]
-        if unknown:
-            self.notes.append(f"state not compared, because the model has no such attribute: {', '.join(unknown)}")
-        return comparisons
-
-    def _compare_buffers(self, actual: dict[str, Tensor], expected: dict[str, Tensor]) -> list[Comparison]:
-        comparisons, before = [], dict(self.model.named_buffers())
-        states = self.initial.keys()
-        for name, value in expected.items():
-            if name in states:
-                continue  # compared as a state; the net does not write it
-            if name in actual:
-                comparisons.append(compare("buffer", f"buffer `{name}`", actual[name], value, self.tolerance))
-            elif not is_same(value, before[name]):
-                detail = "the net does not have this buffer"
-                comparisons.append(Comparison("buffer", f"buffer `{name}`", failed=True, detail=detail))
-        return comparisons
-
-    def _compare_gradients(
-        self, actual: dict[str, Tensor | None], expected: dict[str, Tensor | None]
-    ) -> list[Comparison]:
-        sizes = [float(g.abs().max()) for g in expected.values() if g is not None and g.numel()]
-        # A gradient that is zero up to rounding (a bias before a BatchNorm) needs a scale from the other gradients.
-        floor = 1e-2 * max(sizes, default=0.0)
-        dims = {f"`{name}`": dim for name, dim in zip(self.inputs.names, self.inputs.dims, strict=True)}
-        comparisons = []
-        for name, reference in expected.items():
-            value, dim = actual.get(name), dims.get(name)
-            present = [g for g in (value, reference) if g is not None]
-            if not present:
-                continue
-            zero = torch.zeros_like(present[0])
-            a, b = (zero if value is None else value), (zero if reference is None else reference)
-            if dim is not None:
-                a, b = a.movedim(dim, 0), b.movedim(dim, 0)
-            timed = dim is not None
-            result = compare("gradient", f"gradient of {name}", a, b, self.tolerance, timed=timed, floor=floor)
-            if result.failed and value is None:
-                detail = f"the net gives no gradient, the reference one of magnitude {float(b.abs().max()):.3g}"
-                result = replace(result, detail=detail)
-            comparisons.append(result)
-        return comparisons
-
-    def _error(self, comparison: Comparison, random_ops: bool) -> VerificationError:
-        why = comparison.detail + "."
-        hint = "Print snnfx.explain(net) to see how the regions were formed."
-        if self.dtype != "float64":
-            hint = f"Rule out rounding first: verify(..., double=True). {hint}"
-        divergence = None
-        if random_ops:
-            why += " The model draws random numbers outside of dropout, so net and reference cannot be compared."
-            hint = "Verify in evaluation mode, or without the random operations."
-        elif comparison.kind in ("output", "state"):
-            divergence = self._first_differing_neuron()
-        if divergence is not None:
-            why += f" The first neuron that differs is {divergence.in_words}."
-        if divergence is not None and divergence.is_rounding:
-            hint = "This is rounding at the threshold. Compare in float64: verify(..., double=True)."
-        code = {"output": "SNNFX401", "state": "SNNFX402", "gradient": "SNNFX403", "buffer": "SNNFX404"}
-        quoted = comparison.name.split("`")[1]
-        if divergence is not None:
-            where = region_of_module(self.plan, divergence.name)
-        elif comparison.kind == "output":
-            where = region_of_output(self.plan, self.output_names.index(quoted))
-        else:
-            where = region_of_module(self.plan, quoted.rpartition(".")[0])
-        what = f"{comparison.name} differs from the reference, {self.semantics}"
-        if self.folded:
-            what = f"{comparison.name} differs from the reference with {self.semantics}"
-        return VerificationError(code[comparison.kind], what, where=where, why=why, hint=hint)
-
-    def _first_differing_neuron(self) -> Divergence | None:
-        with self._isolated(), torch.no_grad(), recorded_neurons(self.model) as traces:
-            self._step_model(self.inputs.fresh())
-        # Only neurons called once per step; the reference for folded BatchNorm runs the model twice.
-        runs = 2 if self.folded and not self.carry else 1
-        T = self.inputs.steps
-        traces = {name: trace for name, trace in traces.items() if len(trace.outputs) == runs * T}
-        for trace in traces.values():
-            trace.outputs, trace.potentials = trace.outputs[-T:], trace.potentials[-T:]
-        if not traces:
-            return None
-        with self._isolated(), torch.no_grad():
-            args, kwargs = self.inputs.fresh().whole()
-            names = [*traces, *(f"{name}.{trace.slot}" for name, trace in traces.items() if trace.slot)]
-            try:
-                _, _, record = self.net.run(*args, **self._first_state(), **kwargs, record=tuple(names))
-            except InputError:
-                return None
-        return first_divergence(traces, record, self.tolerance, by_time=not self.folded)
+        differences = [c.difference for c in failing.failed if c.kind == kind]
+        if differences and max(differences) > 30 * max(errors, default=0.0):
+            return False
+    return all(c.kind in ("output", "gradient") for c in failing.failed)
 
 
-def _over_time(name: str, values: list[Any]) -> Any:
-    """Stack the values of one output over time: tensors `[T, *]`; other values once if they are constant."""
-    if all(isinstance(value, Tensor) for value in values):
-        if any(value.shape != values[0].shape or value.dtype != values[0].dtype for value in values):
-            raise VerificationError(
-                "SNNFX401",
-                f"`{name}` of the model cannot be stacked over time",
-                why="its shape or dtype changes between time steps.",
-                hint="Return a tensor of the same shape and dtype at every step.",
-            )
-        return torch.stack(values)
-    return values[0] if all(is_same(value, values[0]) for value in values) else values
+def _describe_rounding(failing: Check, flips: Flips) -> str:
+    if flips.count and flips.first is not None:
+        return f"{flips.count} of {flips.total} spikes flip, first in {flips.first.in_words}"
+    worst = max(failing.failed, key=lambda c: c.relative)
+    return f"{worst.name} differs by {worst.difference:.2g} (relative {worst.relative:.2g})"
 
 
-def _states(model: nn.Module) -> dict[str, Any]:
-    """All states of a model by qualified name, e.g. "lif1.v"."""
-    return {
-        f"{name}.{slot}" if name else slot: value
-        for name, module, adapter in named_stateful(model)
-        for slot, value in zip(adapter.names(module), adapter.read(module), strict=True)
-    }
+def _not_in_float64(error: Exception) -> VerificationError:
+    where = format_location(location_of_error(error))
+    return VerificationError(
+        "SNNFX412",
+        f"the model cannot run in float64{f' ({where})' if where else ''}",
+        why=f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else 'no message'}.",
+        hint="Let this line use the dtype of its operands (x.to(v.dtype), torch.zeros_like(v)), or verify without "
+        "double=True.",
+    )
+
+
+def _weaknesses(check: Check) -> list[str]:
+    """Warnings about a comparison that says little."""
+    silent = check.silent_neurons()
+    if silent:
+        names = ", ".join(f"`{name}`" for name in silent[:4]) + (f" and {len(silent) - 4} more" if silent[4:] else "")
+        verb = "never spikes" if len(silent) == 1 else "never spike"
+        return [f"warning: {names} {verb}, so this check is weak; use an input that makes neurons spike"]
+    assert check.expected is not None
+    outputs = check.expected.outputs
+    return [
+        f"warning: `{name}` is zero at every step, so this check is weak; use an input that makes neurons spike"
+        for name, y in outputs.items()
+        if isinstance(y, Tensor) and not y.is_meta and not y.any()
+    ]
+
+
+def _dtype_of(model: nn.Module, inputs: SequenceInputs) -> str:
+    tensors = [*model.parameters(), *model.buffers()] or [x for x in inputs.leaves if isinstance(x, Tensor)]
+    dtypes = {str(x.dtype).removeprefix("torch.") for x in tensors if x.is_floating_point()}
+    return ", ".join(sorted(dtypes))

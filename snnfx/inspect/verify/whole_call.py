@@ -7,10 +7,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from snnfx.errors import VerificationError
-from snnfx.inspect.verify.comparison import Comparison, Tolerance, VerificationReport, compare, named_leaves
-from snnfx.inspect.verify.without_dropout import without_dropout
-from snnfx.sandbox.isolation import isolated
+from snnfx.errors import InputError, VerificationError
+from snnfx.inspect.verify.comparison import Comparison, Tolerance, compare, named_leaves
+from snnfx.inspect.verify.verification_report import VerificationReport
+from snnfx.sandbox.isolation import isolated, rng_state
 from snnfx.sandbox.torch_internals import pytree
 from snnfx.state.registry import reset_net
 
@@ -32,6 +32,7 @@ def verify_whole_call(
         gradients: whether to compare the gradients of a random linear functional of the outputs.
 
     Raises:
+        InputError: SNNFX411, the call draws random numbers.
         VerificationError: SNNFX401, 403 or 404, a value differs.
     """
     actual, expected = (_run(module, model, net, args, kwargs, gradients) for module in (net, model))
@@ -63,10 +64,18 @@ def _run(
     def fresh(x: Tensor) -> Tensor:
         return x.detach().clone().requires_grad_(gradients and x.is_floating_point())
 
-    with isolated(model, net), without_dropout(model, net):
+    with isolated(model, net):
+        before = rng_state()
         args, kwargs = pytree.tree_map_only(Tensor, fresh, (args, kwargs))
         reset_net(module)
         outputs = named_leaves(module(*args, **kwargs), "output")
+        if rng_state() != before:
+            raise InputError(
+                "SNNFX411",
+                "a call of the model draws random numbers",
+                why="the net draws them in another order than the model, so their outputs differ.",
+                hint="Verify in evaluation mode, or draw the random numbers outside the model and pass them as input.",
+            )
         inputs = {n: x for n, x in named_leaves((args, kwargs), "input").items() if isinstance(x, Tensor)}
         wanted = {n: p for n, p in (*inputs.items(), *model.named_parameters()) if p.requires_grad}
         differentiable = [y for y in outputs.values() if isinstance(y, Tensor) and y.requires_grad]

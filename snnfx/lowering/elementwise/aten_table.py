@@ -13,7 +13,7 @@ import torch
 
 from snnfx.lowering.aten_recording import AtenCall, LoweringRefused, RecordedValue, ValueReference
 from snnfx.lowering.elementwise.batch_norm import DECOMPOSITIONS
-from snnfx.lowering.elementwise.expressions import Builder, Expression
+from snnfx.lowering.elementwise.expressions import INTEGERS, Builder, Expression
 from snnfx.sandbox.torch_internals import decompositions
 
 __all__ = ["ELEMENTWISE", "VALUE_PRESERVING", "RuleContext", "compute_dtype", "decomposition"]
@@ -23,8 +23,14 @@ _COMPUTE = {
     torch.bfloat16: "float32",
     torch.float32: "float32",
     torch.float64: "float64",
+    torch.int32: "int32",
+    torch.int64: "int64",
     torch.bool: "bool",
 }
+_ON_INTEGERS = frozenset("add sub mul neg abs sign maximum minimum where cast fmod div".split())
+"""Operations on integers whose result is an integer; division is by a positive number only."""
+_LARGEST_NUMBER = 2**53
+"""Kernels take numbers as float64, which represents integers up to this one exactly."""
 
 
 def compute_dtype(dtype: torch.dtype) -> str:
@@ -70,6 +76,8 @@ class RuleContext:
     def of(self, argument: Any, dtype: str) -> Expression:
         if isinstance(argument, ValueReference):
             return self.builder.cast(self.expression(argument.number), dtype)
+        if isinstance(argument, int) and abs(argument) > _LARGEST_NUMBER:
+            raise LoweringRefused(f"`{self.call.name}` takes the integer {argument}, which float64 does not represent")
         if isinstance(argument, bool | int | float):
             return self.builder.constant(float(argument), dtype)
         raise LoweringRefused(f"`{self.call.name}` takes a {type(argument).__name__}")
@@ -78,7 +86,12 @@ class RuleContext:
         return self.builder.constant(value, self.dtype)
 
     def make(self, op: str, *operands: Expression, dtype: str | None = None) -> Expression:
-        return self.builder.make(op, operands, dtype or self.dtype)
+        dtype = dtype or self.dtype
+        if dtype in INTEGERS:
+            divides = op in ("fmod", "div")
+            if op not in _ON_INTEGERS or (divides and not (operands[1].op == "constant" and operands[1].value > 0)):
+                raise LoweringRefused(f"`{self.call.name}` computes with integers")
+        return self.builder.make(op, operands, dtype)
 
     def common_dtype(self) -> str:
         """The dtype of a comparison: tensors with dimensions take precedence over 0-d tensors and numbers."""
@@ -93,8 +106,13 @@ class RuleContext:
             if rank == best or not dtype:
                 dtype = candidate if dtype is None else torch.promote_types(dtype, candidate)
         assert dtype is not None
-        if not dtype.is_floating_point and dtype != torch.bool:
-            return "float64"
+        if not dtype.is_floating_point:
+            if any(isinstance(self.raw(i), float) for i in (0, 1)):
+                return compute_dtype(torch.get_default_dtype())
+            if any(type(self.raw(i)) is int for i in (0, 1)) and dtype == torch.bool:
+                return "int64"
+            if dtype != torch.bool:
+                return _COMPUTE.get(dtype, "float64")
         return "float32" if dtype == torch.bool else compute_dtype(dtype)
 
 
@@ -139,7 +157,22 @@ def _scaled(s: RuleContext, position: int) -> Expression:
 def _div(s: RuleContext) -> Expression:
     quotient = s.make("div", s.operand(0), s.operand(1))
     mode = s.raw("rounding_mode")
+    if s.dtype in INTEGERS:
+        return quotient if mode == "trunc" else _rounded_down(s, quotient)
     return quotient if mode is None else s.make(mode, quotient)
+
+
+def _rounded_down(s: RuleContext, quotient: Expression) -> Expression:
+    """The quotient of integers, rounded down instead of towards zero; the divisor is positive."""
+    rest = s.make("fmod", s.operand(0), s.operand(1))
+    is_negative = s.make("lt", rest, s.number(0.0), dtype="bool")
+    return s.make("where", is_negative, s.make("sub", quotient, s.number(1.0)), quotient)
+
+
+def _floor_divide(s: RuleContext) -> Expression:
+    if s.dtype not in INTEGERS:
+        raise LoweringRefused("`floor_divide` is not known to be element-wise")
+    return _rounded_down(s, s.make("div", s.operand(0), s.operand(1)))
 
 
 def _pow(s: RuleContext) -> Expression:
@@ -268,6 +301,7 @@ ELEMENTWISE: dict[str, Rule] = {
     "addcdiv": _addcmul("div"),
     "lerp": _lerp,
     "remainder": _remainder,
+    "floor_divide": _floor_divide,
     "copy": lambda s: s.operand(1),
     "copy_": lambda s: s.operand(1),
     "zeros_like": _fill(0.0),

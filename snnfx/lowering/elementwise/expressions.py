@@ -24,10 +24,21 @@ import math
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 
-__all__ = ["GRADIENT_LEAVES", "LEAVES", "Builder", "Expression", "StepExpressions", "is_leaf", "topological"]
+__all__ = [
+    "GRADIENT_LEAVES",
+    "INTEGERS",
+    "LEAVES",
+    "Builder",
+    "Expression",
+    "StepExpressions",
+    "is_leaf",
+    "topological",
+]
 
 LEAVES = ("sequence", "invariant", "scalar", "state", "grad_output", "grad_state", "constant")
 GRADIENT_LEAVES = ("grad_output", "grad_state")
+INTEGERS = ("int32", "int64")
+"""Integer dtypes, computed exactly and modulo their size, as in PyTorch."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -37,7 +48,7 @@ class Expression:
     Args:
         op: one of `LEAVES` or `OPERATIONS`.
         operands: its operands.
-        dtype: "float32", "float64" or "bool"; half precision is computed in float32.
+        dtype: "float32", "float64", "int32", "int64" or "bool"; half precision is computed in float32.
         index: for a leaf, the number of the input, operand, state or output.
         value: for a constant, its value.
         number: its position in the order of creation; operands have smaller numbers.
@@ -179,7 +190,7 @@ class StepExpressions:
     """One time step, forward and backward.
 
     Args:
-        sequences: dtype in memory of each input, e.g. "bfloat16".
+        sequences: dtype in memory of each input, e.g. "bfloat16"; "unused": read for its size only.
         operands: dtype in memory of each operand that does not change with time.
         scalars: which of the operands are one number.
         state_dtypes: dtype in memory of each state.

@@ -27,6 +27,8 @@ _DTYPES = {
     "bfloat16": torch.bfloat16,
     "float32": torch.float32,
     "float64": torch.float64,
+    "int32": torch.int32,
+    "int64": torch.int64,
     "bool": torch.bool,
 }
 
@@ -185,7 +187,8 @@ class LoweredStep:
         known = {number: tensor for (number, _), tensor in zip(self.step.constants, constants, strict=True)}
         with torch.no_grad():
             computed = self._prologues[wanted].run(known, wanted)
-        values = (v if v.is_floating_point() or v.dtype == torch.bool else v.double() for v in computed)
+        kinds = (self.step.expressions.operands[i] for i in read)
+        values = (v.to(_DTYPES[k]) if not v.is_floating_point() else v for v, k in zip(computed, kinds, strict=True))
         return dict(zip(read, values, strict=True))
 
     def shape_of_step(self, x_seq: Sequence[Tensor], states: Sequence[Tensor | float]) -> tuple[int, ...]:
@@ -193,8 +196,8 @@ class LoweredStep:
         shape = tuple(x_seq[0].shape[1:])
         given = [tuple(s.shape) for s in states if isinstance(s, Tensor)]
         constant = self.step.operand_shapes
-        if len(x_seq) > 1 or len(shape) != len(self.step.shape) or constant or given:
-            kinds = self.step.expressions.sequences
+        kinds = self.step.expressions.sequences
+        if len(x_seq) > 1 or "unused" in kinds or len(shape) != len(self.step.shape) or constant or given:
             read = [tuple(x.shape[1:]) for x, kind in zip(x_seq, kinds, strict=True) if kind != "unused"]
             shape = broadcast(*read, *given, *constant)
         return shape

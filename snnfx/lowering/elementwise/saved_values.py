@@ -20,7 +20,7 @@ from snnfx.lowering.elementwise.expressions import GRADIENT_LEAVES, Expression, 
 
 __all__ = ["SavePlan", "depends_on_gradient", "plan_saving"]
 
-_COST = {"float32": 1.0, "float64": 2.0}
+_COST = {"float32": 1.0, "float64": 2.0, "int32": 1.0, "int64": 2.0}
 _INPUT_DISCOUNT = 0.25
 """Cost of saving an input, relative to its size."""
 

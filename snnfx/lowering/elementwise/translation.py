@@ -22,13 +22,15 @@ from torch import Tensor
 from snnfx.lowering.aten_recording import (
     AtenCall,
     LoweringRefused,
+    RecordedValue,
     Recording,
     ValueReference,
     call_as_recorded,
     resolve_references,
 )
 from snnfx.lowering.elementwise.aten_table import ELEMENTWISE, VALUE_PRESERVING, RuleContext, compute_dtype
-from snnfx.lowering.elementwise.expressions import Builder, Expression, StepExpressions
+from snnfx.lowering.elementwise.expressions import Builder, Expression, StepExpressions, topological
+from snnfx.lowering.elementwise.selected_values import SelectedValues
 from snnfx.lowering.linear_calls import is_linear
 from snnfx.sandbox.torch_internals import pytree
 
@@ -39,6 +41,8 @@ _MEMORY = {
     torch.bfloat16: "bfloat16",
     torch.float32: "float32",
     torch.float64: "float64",
+    torch.int32: "int32",
+    torch.int64: "int64",
     torch.bool: "bool",
 }
 
@@ -138,10 +142,14 @@ class Translator:
         self.recording, self.values = recording, recording.values
         self.builder = Builder(simplify=not for_comparison)
         self.expressions: dict[int, Expression | LoweringRefused] = {}
+        self.selected = SelectedValues(self.values, self.builder, self.expression)
         self.operands: dict[int, int] = {}
         self.sums: dict[int, tuple[Expression, bool]] = {}
         shapes = [self.values[n].shape for n in (*recording.outputs, *recording.next_states)]
         self.shape: tuple[int, ...] = max(shapes, key=len) if shapes else ()
+        results = (*recording.outputs, *recording.next_states)
+        if any(self.values[n].has_selected_size for n in results):
+            raise LoweringRefused("the size of `x[mask]`, which depends on the data, is that of a result")
         if any(shape != self.shape for shape in shapes):
             raise LoweringRefused(f"its outputs and states have different shapes, {_join_shapes(shapes)}")
 
@@ -173,8 +181,12 @@ class Translator:
             for n, v in enumerate(self.values)
             if v.origin == "constant" and (n in read or v.index in gradients)
         )
+        results = [*outputs, *following, *grad_sequences, *grad_states, *(e for e, _ in self.sums.values())]
+        used = topological([e for e in results if e is not None])
+        read_inputs = {e.index for e in used if e.op == "sequence"}
+        read_inputs |= {i for i, gradient in enumerate(grad_sequences) if gradient is not None}
         expressions = StepExpressions(
-            sequences=tuple(memory_dtype(v.dtype) if v.dtype in _MEMORY else "unused" for v in inputs),
+            sequences=tuple(self._memory_of_input(v, i in read_inputs) for i, v in enumerate(inputs)),
             operands=tuple(_MEMORY.get(self.values[n].dtype, "float64") for n in self.operands),
             scalars=tuple(_is_scalar(self.values[n].shape) for n in self.operands),
             state_dtypes=tuple(memory_dtype(self.values[n].dtype) for n in recording.next_states),
@@ -200,6 +212,11 @@ class Translator:
             tuple(differentiable),
             any(self._has_fixed_sizes(call) for call in (*prologue, *calls)),
         )
+
+    def _memory_of_input(self, value: RecordedValue, is_read: bool) -> str:
+        """The dtype in memory of an input; "unused" if no result needs its values and its shape is not the step's."""
+        is_known = value.dtype in _MEMORY
+        return memory_dtype(value.dtype) if is_known and (is_read or _broadcasts(value.shape, self.shape)) else "unused"
 
     def expression(self, number: int) -> Expression:
         """The expression of a value.
@@ -230,12 +247,18 @@ class Translator:
             return self._operand(number)
         assert value.call is not None
         call = value.call
+        by_mask = self.selected.translated(number, call)
+        if by_mask is not None:
+            return by_mask
         if call.name in VALUE_PRESERVING or call.name == "getitem":
+            if value.has_selected_size and self.selected.mark(number, call):
+                return self.builder.cast(self.expression(call.references()[0]), compute_dtype(value.dtype))
             return self.builder.cast(self._view_expression(number, call), compute_dtype(value.dtype))
         rule = ELEMENTWISE.get(call.name) or ELEMENTWISE.get(call.name.removesuffix("_"))
         if rule is None:
             raise LoweringRefused(f"`{call.name}` is not known to be element-wise")
-        self._check_alignment(number, call)
+        if not self.selected.mark(number, call):
+            self._check_alignment(number, call)
         return rule(RuleContext(call, value, self.values, self.builder, self.expression))
 
     def _operand(self, number: int) -> Expression:
@@ -260,11 +283,13 @@ class Translator:
             with contextlib.suppress(LoweringRefused):
                 self._check_alignment(number, call)
                 return ELEMENTWISE[call.name](RuleContext(call, value, self.values, self.builder, self.expression))
+        if value.has_selected_size:
+            raise LoweringRefused("the size of an operand depends on values that may change")
         if not _broadcasts(value.shape, self.shape):
             raise LoweringRefused(f"an operand of shape {list(value.shape)} does not fit the step's {list(self.shape)}")
         index = self.operands.setdefault(number, len(self.operands))
         kind = "scalar" if _is_scalar(value.shape) else "invariant"
-        # `LoweredStep` converts integer constants to float64, which represents them exactly.
+        # `LoweredStep` converts small integers to float64, which represents them exactly.
         return self.builder.leaf(kind, index, compute_dtype(value.dtype if value.dtype in _MEMORY else torch.float64))
 
     def _view_expression(self, number: int, call: AtenCall) -> Expression:
@@ -326,7 +351,9 @@ class Translator:
         Gradients that depend on the gradients of outputs and states are as large as these.
         """
         expression = self.expression(number)
-        if _element_count(self.values[number].shape) != _element_count(self.shape):
+        if self.values[number].has_selected_size or _element_count(self.values[number].shape) != _element_count(
+            self.shape
+        ):
             raise LoweringRefused("a gradient is smaller than a step before it is summed")
         return expression
 
@@ -347,6 +374,14 @@ class Translator:
         if not is_linear(call, self.values):
             raise LoweringRefused(f"the gradient of a parameter needs `{call.name}` at every step")
         if call.name == "sum" and _is_scalar(value.shape):
+            with contextlib.suppress(LoweringRefused):
+                mask = self.selected.mask_of(sources[0])
+                if mask is not None:
+                    picked = self.expression(sources[0])
+                    nothing = self.builder.constant(0.0, picked.dtype)
+                    everywhere = self.builder.make("where", (mask, picked, nothing), picked.dtype)
+                    self.sums[number] = (everywhere, True)
+                    return
             try:
                 self.sums[number] = (self._full_expression(sources[0]), True)
             except LoweringRefused:

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from snnfx.lowering.aten_recording import LoweringRefused, Recording
 from snnfx.lowering.elementwise.cpp.cpp_kernel import KernelSource, write_forward
 from snnfx.lowering.elementwise.expressions import Builder, Expression, StepExpressions
+from snnfx.lowering.elementwise.selected_values import SelectedValues
 from snnfx.lowering.elementwise.translation import Translator, memory_dtype
 from snnfx.lowering.mixed.call_kinds import without_leading_ones
 
@@ -21,6 +22,7 @@ class _Members(Translator):
         self.recording, self.values = recording, recording.values
         self.builder = Builder()
         self.expressions: dict[int, Expression | LoweringRefused] = {}
+        self.selected = SelectedValues(self.values, self.builder, self.expression)
         self.operands: dict[int, int] = {}
         self.shape, self.members = shape, members
         self.read: dict[int, int] = {}

@@ -21,7 +21,7 @@ from norse.torch.module import coba_lif, conv, encode, leaky_integrator, lift, s
 from torch import Tensor, nn
 
 from snnfx.errors import CaptureError
-from snnfx.sandbox.torch_internals import FakeTensor, pytree, unset_fake_temporarily
+from snnfx.sandbox.torch_internals import FakeTensor, disable_dispatch_modes, pytree
 from snnfx.state.hooks import has_forward_hooks
 from snnfx.state.registry import register_adapter
 from snnfx.state.stateful import State, StatefulCall, StatelessAdapter
@@ -63,8 +63,10 @@ class NorseAdapter(StatelessAdapter):
         nested_state = pytree.tree_unflatten(list(state), _structure(module)) if state[0] is not None else None
         if nested_state is None and isinstance(inputs[0], FakeTensor) and hasattr(module, "state_fallback"):
             # Recurrent cells store sizes and potentials in tensors, and fake tensors have no values.
-            with unset_fake_temporarily():
-                nested_state = module.state_fallback(torch.zeros(inputs[0].shape, dtype=inputs[0].dtype))  # type: ignore[operator]
+            # All samples start alike: a batch of one stands for a symbolic batch size.
+            shape = [size if isinstance(size, int) else 1 for size in inputs[0].shape]
+            with disable_dispatch_modes():
+                nested_state = module.state_fallback(torch.zeros(shape, dtype=inputs[0].dtype))  # type: ignore[operator]
         cell = _without_projection(module) if projected else module
         call = cell if has_forward_hooks(cell) else cell.forward
         outputs, following = call(*inputs, nested_state, **kwargs)
@@ -152,7 +154,7 @@ def _structure(module: nn.Module) -> pytree.TreeSpec:
     """The nested structure of a cell's state, determined by one step on zeros."""
     if module not in _structures:
         like = next((p for p in module.parameters()), torch.zeros(()))
-        with unset_fake_temporarily(), torch.no_grad():
+        with disable_dispatch_modes(), torch.no_grad():
             features = int(getattr(module, "input_size", 1))
             _, state = module.forward(torch.zeros(1, features, dtype=like.dtype, device=like.device))
         _structures[module] = pytree.tree_structure(state)

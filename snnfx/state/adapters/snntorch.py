@@ -31,11 +31,12 @@ _STATES: dict[str, tuple[str, ...]] = {
     "RSynaptic": ("spk", "syn", "mem"),
     "SLSTM": ("syn", "mem"),
     "SConv2dLSTM": ("syn", "mem"),
+    "DeltaLeaky": ("mem", "mem_prev"),
 }
 """The state buffers, in the order in which `forward` takes and returns them."""
 
-_SHAPED_LIKE_INPUT = ("Leaky", "Lapicque", "Synaptic", "Alpha", "RLeaky", "RSynaptic")
-_ELEMENTWISE = ("Leaky", "Lapicque", "Synaptic", "Alpha")
+_SHAPED_LIKE_INPUT = ("Leaky", "Lapicque", "Synaptic", "Alpha", "RLeaky", "RSynaptic", "DeltaLeaky")
+_ELEMENTWISE = ("Leaky", "Lapicque", "Synaptic", "Alpha", "DeltaLeaky")
 _SEQUENCE_NEURONS = ("StateLeaky", "LinearLeaky", "AssociativeLeaky", "LeakyParallel")
 
 
@@ -74,16 +75,16 @@ class SnnTorchAdapter:
     def reset(self, module: nn.Module) -> None:
         module.reset_mem()  # type: ignore[operator]
 
-    def initial(self, module: nn.Module, *inputs: Any, **kwargs: Any) -> State:
+    def initial(self, module: nn.Module, /, *inputs: Any, **kwargs: Any) -> State:
         (x,) = (*inputs, *kwargs.values())
         start = torch.zeros_like(x) if self.family in _SHAPED_LIKE_INPUT else x.new_zeros(0)
         return (start,) * len(self.names(module))
 
-    def step(self, module: nn.Module, state: State, *inputs: Any, **kwargs: Any) -> tuple[Any, State]:
+    def step(self, module: nn.Module, state: State, /, *inputs: Any, **kwargs: Any) -> tuple[Any, State]:
         with stepped_by_one_thread(module):
             return self._step(module, state, *inputs, **kwargs)
 
-    def _step(self, module: nn.Module, state: State, *inputs: Any, **kwargs: Any) -> tuple[Any, State]:
+    def _step(self, module: nn.Module, state: State, /, *inputs: Any, **kwargs: Any) -> tuple[Any, State]:
         (x,) = (*inputs, *kwargs.values())
         attributes, buffers = dict(module.__dict__), dict(module._buffers)
         names = self.names(module)
@@ -136,6 +137,51 @@ class SnnTorchAdapter:
         return StatefulCall(values if explicit else None, inputs, {}, returns)
 
 
+class _DeltaLeakyAdapter(SnnTorchAdapter):
+    """Steps `DeltaLeaky`, whose state is one argument and one result: a tuple of two potentials."""
+
+    is_reset_by_assignment = False
+    """Its states are None after a reset and before it."""
+
+    def read(self, module: nn.Module) -> State:
+        return tuple(getattr(module, name) for name in self.names(module))
+
+    def write(self, module: nn.Module, state: Sequence[Any]) -> None:
+        module._buffers["mem"], module.__dict__["mem_prev"] = state
+
+    def _step(self, module: nn.Module, state: State, /, *inputs: Any, **kwargs: Any) -> tuple[Any, State]:
+        (x,) = (*inputs, *kwargs.values())
+        state = tuple(torch.zeros_like(x) if value is None else value for value in state)
+        before = self.read(module)
+        try:
+            self.write(module, state)
+            arguments = (x,) if module.init_hidden else (x, state)
+            return module(*arguments) if has_forward_hooks(module) else module.forward(*arguments)  # type: ignore[no-any-return]
+        finally:
+            self.write(module, before)
+
+    def read_call(
+        self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], starts_as_none: bool
+    ) -> StatefulCall:
+        """`lif(x)` with `init_hidden=True`, else `lif(x, (mem, mem_prev))`."""
+        passed = dict(zip(("input_", "mem"), args, strict=False), **kwargs)
+        state = None if module.init_hidden else passed.get("mem")
+        if state is None and not module.init_hidden:
+            raise CaptureError(
+                "SNNFX211",
+                "a DeltaLeaky with init_hidden=False is called without its state",
+                why="it keeps no state itself.",
+                hint="Pass the state, spk, mem = lif(x, mem), which starts as mem = lif.reset_mem(); or use "
+                "init_hidden=True.",
+            )
+        return StatefulCall(
+            None if state is None else tuple(state),
+            (passed["input_"],),
+            {},
+            lambda spikes, following: (spikes, following),
+        )
+
+
 class _SnnTorchSequenceAdapter(SnnTorchAdapter):
     """Refuses neurons that take all time steps at once."""
 
@@ -169,7 +215,8 @@ def _restore_entries(current: dict[str, Any], before: dict[str, Any]) -> None:
 
 for _family in _STATES:
     if hasattr(snntorch, _family):
-        register_adapter(getattr(snntorch, _family), SnnTorchAdapter(_family))
+        _adapter = _DeltaLeakyAdapter if _family == "DeltaLeaky" else SnnTorchAdapter
+        register_adapter(getattr(snntorch, _family), _adapter(_family))
 for _family in _SEQUENCE_NEURONS:
     if hasattr(snntorch, _family):
         register_adapter(getattr(snntorch, _family), _SnnTorchSequenceAdapter(_family))

@@ -51,7 +51,7 @@ class StepModeAdapter(StatelessAdapter):
                 hint='Call spikingjelly.activation_based.functional.set_step_mode(model, "s") first.',
             )
 
-    def step(self, module: nn.Module, state: State, *inputs: Any, **kwargs: Any) -> tuple[Any, State]:
+    def step(self, module: nn.Module, state: State, /, *inputs: Any, **kwargs: Any) -> tuple[Any, State]:
         return module(*inputs, **kwargs), ()
 
 
@@ -86,13 +86,13 @@ class SpikingJellyAdapter(StepModeAdapter):
     def reset(self, module: nn.Module) -> None:
         module.reset()  # type: ignore[operator]
 
-    def initial(self, module: nn.Module, *inputs: Any, **kwargs: Any) -> State:
+    def initial(self, module: nn.Module, /, *inputs: Any, **kwargs: Any) -> State:
         reset_values = tuple(_copy(module._memories_rv[name]) for name in self.names(module))  # type: ignore[index]
         if _is_functional(module):
             return tuple(module.materialize_states(inputs, reset_values, "s"))  # type: ignore[operator]
         return reset_values
 
-    def step(self, module: nn.Module, state: State, *inputs: Any, **kwargs: Any) -> tuple[Any, State]:
+    def step(self, module: nn.Module, state: State, /, *inputs: Any, **kwargs: Any) -> tuple[Any, State]:
         if self.elementwise(module):
             self._refuse_other_shape(module, state, inputs)
         if not _is_functional(module) or has_forward_hooks(module) or getattr(module, "store_v_seq", False):
@@ -112,7 +112,7 @@ class SpikingJellyAdapter(StepModeAdapter):
                     hint="Use one neuron per input shape, and pass a state with the shape of the input.",
                 )
 
-    def _step_by_swapping(self, module: nn.Module, state: State, *inputs: Any, **kwargs: Any) -> tuple[Any, State]:
+    def _step_by_swapping(self, module: nn.Module, state: State, /, *inputs: Any, **kwargs: Any) -> tuple[Any, State]:
         with stepped_by_one_thread(module):
             v_seq = module.__dict__.get("v_seq")
             try:

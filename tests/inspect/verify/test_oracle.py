@@ -17,7 +17,6 @@ import snnfx
 from snnfx.errors import VerificationError
 from snnfx.inspect.verify.coroutines import Coroutine
 from snnfx.inspect.verify.oracle import folded_forward, lockstep_forward, replay_forward, step_forward
-from snnfx.inspect.verify.without_dropout import without_dropout
 from snnfx.state.registry import reset_net
 from support.spikes import Spike
 
@@ -491,77 +490,3 @@ def test_a_pending_backward_pass_of_the_user_survives(forward: Forward) -> None:
     forward(model, [(x,) for x in x_seq], lambda name, module: isinstance(module, _BatchNorm))
     loss.backward()
     assert model.fc1.weight.grad is not None
-
-
-DROPOUTS: list[Callable[[Tensor], Tensor]] = [
-    nn.Dropout(0.5),
-    lambda x: F.dropout(x, 0.5),
-    lambda x: F.dropout(x),
-    lambda x: F.dropout(x.clone(), 0.5, True, True),
-    lambda x: F.dropout1d(x, 0.5),
-    lambda x: F.dropout2d(x.unsqueeze(-1), p=0.5).squeeze(-1),
-    lambda x: F.dropout3d(x[..., None, None]).squeeze(-1).squeeze(-1),
-    lambda x: F.alpha_dropout(x, 0.5, True),
-    lambda x: F.feature_alpha_dropout(x, 0.5, training=True),
-    lambda x: torch.dropout(x, 0.5, True),
-    lambda x: torch.dropout(x, p=0.5, train=True),
-    lambda x: torch.dropout_(x.clone(), 0.5, True),
-    lambda x: torch.feature_dropout(x, 0.5, True),
-    lambda x: torch.native_dropout(x, 0.5, True)[0],
-    lambda x: torch.ops.aten.dropout.default(x, 0.5, True),
-]
-
-
-@pytest.mark.parametrize("index", range(len(DROPOUTS)))
-def test_dropout_is_off_also_under_vmap_and_in_coroutines(index: int) -> None:
-    x, dropout = torch.rand(3, 4, 5), DROPOUTS[index]
-    modules = [dropout] if isinstance(dropout, nn.Module) else []
-    state = torch.get_rng_state()
-    with without_dropout(*modules):
-        torch.testing.assert_close(dropout(x), x)
-        torch.testing.assert_close(torch.vmap(dropout)(x[None])[0], x)
-    assert torch.equal(torch.get_rng_state(), state), "a random number was drawn"
-    assert not torch.equal(dropout(x), x)
-
-    class Model(nn.Module):
-        def __init__(self) -> None:
-            super().__init__()
-            self.bn = nn.BatchNorm1d(4, affine=False)
-
-        def forward(self, x: Tensor) -> Tensor:
-            return dropout(self.bn(x)) - self.bn(x)
-
-    with without_dropout():
-        for y in lockstep_forward(Model(), [(x,), (x + 1,)], is_norm):
-            torch.testing.assert_close(y, torch.zeros_like(y))
-
-
-def test_layers_that_hold_a_probability_get_it_back() -> None:
-    class DropPath(nn.Module):
-        def __init__(self) -> None:
-            super().__init__()
-            self.drop_prob = 0.9
-
-        def forward(self, x: Tensor) -> Tensor:
-            return x * (torch.rand(x.shape[0], 1) >= self.drop_prob)
-
-    attention = nn.MultiheadAttention(4, 1, dropout=0.9, batch_first=True)
-    gru, path, q = nn.GRU(4, 4, 2, dropout=0.9), DropPath(), torch.rand(2, 3, 4)
-    with without_dropout(path, attention, gru):
-        torch.testing.assert_close(path(q[0]), q[0])
-        torch.testing.assert_close(attention(q, q, q)[0], attention(q, q, q)[0])
-        torch.testing.assert_close(gru(q)[0], gru(q)[0])
-        torch.testing.assert_close(
-            F.scaled_dot_product_attention(q, q, q, None, 0.9), F.scaled_dot_product_attention(q, q, q, dropout_p=0.9)
-        )
-    assert (path.drop_prob, attention.dropout, gru.dropout) == (0.9, 0.9, 0.9)
-
-
-def test_spikingjelly_dropout_keeps_everything() -> None:
-    layer = pytest.importorskip("spikingjelly.activation_based.layer")
-    dropout, x = layer.Dropout(0.5), torch.rand(64)
-    with without_dropout(dropout):
-        torch.testing.assert_close(dropout(x), x)
-    dropout.reset()
-    assert dropout.p == 0.5
-    assert not torch.equal(dropout(x), x)

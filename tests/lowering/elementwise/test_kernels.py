@@ -663,7 +663,9 @@ def test_processes_that_build_at_once_get_along(tmp_path: Any) -> None:
 
 def test_explain_tells_of_kernels() -> None:
     net = snnfx.convert(nn.Sequential(nn.Linear(3, 3), neuron.LIFNode()))
-    assert snnfx.explain(net).kernels == ("One kernel for all time steps: loop_1, compiled at the first call.",)
+    assert snnfx.explain(net).kernels == (
+        "Expected to be one kernel for all time steps: loop_1, compiled at the first call.",
+    )
     net(torch.rand(4, 2, 3)).sum().backward()
     assert "training saves 1 tensor" in snnfx.explain(net).kernels[0]
     assert any(record.description.startswith("lower") for record in net.history)

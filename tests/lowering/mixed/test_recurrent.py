@@ -582,8 +582,8 @@ def test_explain_tells_of_it() -> None:
     net = snnfx.convert(Feedback().double(), example_inputs=x_of(3, 4))
     (before,) = snnfx.explain(net).kernels
     assert before == (
-        "Stepped with element-wise kernels and a derived backward pass: loop_1, because `rec` is not element-wise; "
-        "compiled at the first call."
+        "Stepped with element-wise kernels and a derived backward pass: loop_1, because PyTorch computes "
+        "`addmm` in each step; compiled at the first call."
     )
     net(x_of(5, 3, 4)).sum().backward()
     (after,) = snnfx.explain(net).kernels

@@ -1,6 +1,6 @@
 """Compile and load generated C++.
 
-The disk cache is keyed by content, and safe for concurrent processes.
+The disk cache is keyed by content; see `snnfx.lowering.elementwise.kernel_cache`.
 """
 
 from __future__ import annotations
@@ -22,20 +22,12 @@ import torch
 
 from snnfx.lowering.aten_recording import LoweringRefused
 from snnfx.lowering.elementwise.cpp.cpp_kernel import KernelSource
+from snnfx.lowering.elementwise.kernel_cache import is_complete, store, usable_directory
 
-__all__ = ["Library", "cache_directory", "find_compiler", "load"]
+__all__ = ["Library", "find_compiler", "load"]
 
 FLAGS = ("-O3", "-std=c++17", "-shared", "-fPIC", "-ffp-contract=off", "-fno-math-errno", "-fno-trapping-math")
 """No -ffast-math: NaN, infinities and the order of operations are preserved."""
-
-
-def cache_directory() -> Path:
-    """The folder of compiled kernels: SNNFX_CACHE_DIR, or `snnfx` in the user's cache folder."""
-    configured = os.environ.get("SNNFX_CACHE_DIR")
-    if configured:
-        return Path(configured)
-    base = os.environ.get("XDG_CACHE_HOME")
-    return (Path(base) if base else Path.home() / ".cache") / "snnfx"
 
 
 def find_compiler() -> str | None:
@@ -94,47 +86,33 @@ def load(source: KernelSource) -> Library:
         return library
     with _lock:
         if source.text not in _loaded:
-            _loaded[source.text] = Library(_library_path(source.text))
+            _loaded[source.text] = _load(source.text)
         return _loaded[source.text]
 
 
-def _library_path(text: str) -> Path:
+def _load(text: str) -> Library:
     compiler = find_compiler()
     if compiler is None:
-        raise LoweringRefused("there is no C++ compiler (g++, clang++ or $CXX)")
+        raise LoweringRefused("there is no C++ compiler (g++, clang++ or $CXX), or SNNFX_KERNELS=0 is set")
     key = hashlib.sha256(f"{_identity_of(compiler)}\0{text}".encode()).hexdigest()[:32]
-    directory = usable_directory()
-    path = directory / f"{key}.so"
-    if not path.exists():
-        _build(compiler, text, path)
-    return path
+    path = usable_directory() / f"{key}.so"
+    for _ in range(_MOST_ATTEMPTS):
+        if not is_complete(path):
+            _build(compiler, text, path)
+        try:
+            return Library(path)
+        except OSError as error:
+            failure = error
+            if path.exists():  # else another process has just removed it
+                break
+    raise LoweringRefused(f"the compiled kernel cannot be loaded: {failure}")
 
 
-def usable_directory() -> Path:
-    """The cache folder, or a temporary folder of this process if the cache is not writable."""
-    directory = cache_directory()
-    try:
-        directory.mkdir(parents=True, exist_ok=True)
-        if os.access(directory, os.W_OK):
-            return directory
-    except OSError:
-        pass
-    return Path(_directory_of_this_process())
-
-
-@functools.cache
-def _directory_of_this_process() -> str:
-    folder = tempfile.TemporaryDirectory(prefix="snnfx_")
-    _temporary_folders.append(folder)
-    return folder.name
-
-
-_temporary_folders: list[Any] = []
-"""Kept alive until the process ends."""
+_MOST_ATTEMPTS = 3
 
 
 def _build(compiler: str, text: str, path: Path) -> None:
-    """Compile next to the final path, then rename, so that other processes never see a partial file."""
+    """Compile a kernel and store it in the cache."""
     with tempfile.TemporaryDirectory(dir=path.parent, prefix=".build_") as folder:
         source, result = Path(folder) / "kernel.cpp", Path(folder) / "kernel.so"
         source.write_text(text)
@@ -142,7 +120,7 @@ def _build(compiler: str, text: str, path: Path) -> None:
             command = [compiler, *FLAGS, *([native] if native else []), str(source), "-o", str(result)]
             completed = subprocess.run(command, capture_output=True, text=True, check=False)
             if completed.returncode == 0:
-                os.replace(result, path)
+                store(result.read_bytes(), path)
                 return
     raise LoweringRefused(f"{Path(compiler).name} cannot build the kernel: {completed.stderr.strip().splitlines()[:1]}")
 

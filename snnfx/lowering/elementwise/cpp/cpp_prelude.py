@@ -316,6 +316,8 @@ INLINE float rooted(float a) { return __builtin_sqrtf(a); }
 INLINE double rooted(double a) { return __builtin_sqrt(a); }
 INLINE float absolute(float a) { return __builtin_fabsf(a); }
 INLINE double absolute(double a) { return __builtin_fabs(a); }
+INLINE int32_t absolute(int32_t a) { return (int32_t)(a < 0 ? -(uint32_t)a : (uint32_t)a); }
+INLINE i64 absolute(i64 a) { return (i64)(a < 0 ? -(uint64_t)a : (uint64_t)a); }
 #define BOTH(name, f, d) INLINE float name(float a) { return f(a); } INLINE double name(double a) { return d(a); }
 BOTH(floor_, __builtin_floorf, __builtin_floor) BOTH(ceil_, __builtin_ceilf, __builtin_ceil)
 BOTH(trunc_, __builtin_truncf, __builtin_trunc) BOTH(round_, __builtin_nearbyintf, __builtin_nearbyint)
@@ -326,6 +328,8 @@ INLINE float pow_(float a, float b) { return powf(a, b); }
 INLINE double pow_(double a, double b) { return pow(a, b); }
 INLINE float fmod_(float a, float b) { return fmodf(a, b); }
 INLINE double fmod_(double a, double b) { return fmod(a, b); }
+INLINE int32_t fmod_(int32_t a, int32_t b) { return a % b; }
+INLINE i64 fmod_(i64 a, i64 b) { return a % b; }
 INLINE float atan2_(float a, float b) { return atan2f(a, b); }
 INLINE double atan2_(double a, double b) { return atan2(a, b); }
 """

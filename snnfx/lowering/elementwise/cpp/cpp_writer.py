@@ -7,22 +7,25 @@ from dataclasses import dataclass
 
 from snnfx.lowering.elementwise.back_end import KernelOperand
 from snnfx.lowering.elementwise.cpp.cpp_prelude import PRELUDE
-from snnfx.lowering.elementwise.expressions import Expression, StepExpressions, topological
+from snnfx.lowering.elementwise.expressions import INTEGERS, Expression, StepExpressions, topological
 from snnfx.lowering.elementwise.operand_layout import MAX_DIMS
 
 __all__ = ["C_TYPES", "MEMORY_TYPES", "CppWriter", "KernelSource", "indented"]
 
-C_TYPES = {"float32": "float", "float64": "double", "bool": "float"}
+C_TYPES = {"float32": "float", "float64": "double", "int32": "int32_t", "int64": "i64", "bool": "float"}
 MEMORY_TYPES = {
     "float16": "f16",
     "bfloat16": "bf16",
     "float32": "float",
     "float64": "double",
+    "int32": "int32_t",
+    "int64": "i64",
     "bool": "uint8_t",
 }
 _INLINE_NUMBERS = (0.0, 1.0, -1.0, 2.0, 0.5)
 """Numbers that are literals in the source; all others are arguments, so that changing them builds nothing."""
 
+_UNSIGNED = {"int32": "uint32_t", "int64": "uint64_t"}
 _INFIX = {"add": "+", "sub": "-", "mul": "*", "div": "/"}
 _COMPARE = {"eq": "==", "ne": "!=", "lt": "<", "le": "<=", "gt": ">", "ge": ">="}
 _LOGIC = {"and": "&", "or": "|", "xor": "^"}
@@ -62,7 +65,7 @@ class CppWriter:
         self.hoisted: list[str] = []
         self.names: dict[Expression, str] = {}
         used = topological(roots)
-        self.wide = any(e.dtype == "float64" for e in used)
+        self.wide = any(e.dtype in ("float64", "int64") for e in used)
         for expression in used:
             if expression.op == "constant":
                 self._constant(expression)
@@ -234,6 +237,10 @@ class CppWriter:
 def _text(expression: Expression, operands: list[str]) -> str:
     """The C++ text of one operation."""
     op, ctype = expression.op, C_TYPES[expression.dtype]
+    if expression.dtype in INTEGERS and op in ("add", "sub", "mul", "neg"):
+        # Unsigned, because an overflow of signed integers is undefined in C++.
+        parts = [f"({_UNSIGNED[expression.dtype]}){o}" for o in operands]
+        return f"({ctype})(-{parts[0]})" if op == "neg" else f"({ctype})({parts[0]} {_INFIX[op]} {parts[1]})"
     if op in _INFIX:
         return f"{operands[0]} {_INFIX[op]} {operands[1]}"
     if op in _COMPARE:

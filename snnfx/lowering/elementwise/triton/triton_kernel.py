@@ -15,7 +15,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Sequence
 
 from snnfx.lowering.elementwise.back_end import KernelOperand, WantedGradients
-from snnfx.lowering.elementwise.expressions import Expression, StepExpressions, topological
+from snnfx.lowering.elementwise.expressions import INTEGERS, Expression, StepExpressions, topological
 from snnfx.lowering.elementwise.saved_values import SavePlan
 from snnfx.lowering.elementwise.triton.triton_source import OperandForm, TritonSource
 
@@ -26,6 +26,8 @@ _DTYPE = {
     "bfloat16": "tl.bfloat16",
     "float32": "tl.float32",
     "float64": "tl.float64",
+    "int32": "tl.int32",
+    "int64": "tl.int64",
     "bool": "tl.int1",
 }
 _INLINE_NUMBERS = (0.0, 1.0, -1.0, 2.0, 0.5)
@@ -36,6 +38,15 @@ _COMPARE = {"eq": "==", "ne": "!=", "lt": "<", "le": "<=", "gt": ">", "ge": ">="
 _LOGIC = {"and": "&", "or": "|", "xor": "^"}
 _LANGUAGE = ("abs", "floor", "ceil", "erf", "sin", "cos")
 """Functions of `triton.language`."""
+_ON_INTEGERS = {
+    "neg": "{0} * -1",
+    "fmod": "{0} % {1}",
+    "div": "({0} - {0} % {1}) // {1}",
+    "maximum": "tl.maximum({0}, {1})",
+    "minimum": "tl.minimum({0}, {1})",
+    "sign": "({0} > 0).to({dtype}) - ({0} < 0).to({dtype})",
+}
+"""Operations on integers whose text differs from that of floating-point numbers; `%` is the remainder of C."""
 _PRELUDE = {
     **{name: f"{name}_" for name in "exp expm1 sigmoid tanh log log1p atan maximum minimum sign trunc round".split()},
     "div": "divided",
@@ -100,6 +111,10 @@ class _TritonWriter:
     def _constant(self, expression: Expression) -> None:
         name = f"c{expression.number}"
         # A literal zero loses its sign.
+        if expression.dtype in INTEGERS:  # arguments are floating-point numbers
+            self._define(name, repr(int(expression.value)), expression.dtype)
+            self.names[expression] = name
+            return
         is_negative_zero = expression.value == 0 and repr(expression.value) == "-0.0"
         if expression.value in _INLINE_NUMBERS and not is_negative_zero:
             value = repr(expression.value)
@@ -173,6 +188,8 @@ class _TritonWriter:
     def _text(self, expression: Expression, operands: list[str]) -> str:
         """The text of one operation."""
         op = expression.op
+        if expression.dtype in INTEGERS and op in _ON_INTEGERS:
+            return _ON_INTEGERS[op].format(*operands, dtype=_DTYPE[expression.dtype])
         of_bool = bool(expression.operands) and expression.operands[0].dtype == "bool"
         if op in _INFIX:
             return f"{operands[0]} {_INFIX[op]} {operands[1]}"

@@ -7,7 +7,6 @@ import hashlib
 import importlib.util
 import os
 import subprocess
-import tempfile
 import threading
 from collections.abc import Sequence
 from pathlib import Path
@@ -18,8 +17,8 @@ from torch import Tensor
 
 from snnfx.lowering.aten_recording import LoweringRefused
 from snnfx.lowering.elementwise.back_end import BackEnd, WantedGradients
-from snnfx.lowering.elementwise.cpp.build import usable_directory
 from snnfx.lowering.elementwise.expressions import StepExpressions
+from snnfx.lowering.elementwise.kernel_cache import usable_directory, write_atomically
 from snnfx.lowering.elementwise.operand_layout import Layout
 from snnfx.lowering.elementwise.saved_values import SavePlan
 from snnfx.lowering.elementwise.triton.triton_kernel import write_backward, write_forward
@@ -74,12 +73,10 @@ def load(text: str) -> Any:
 
 
 def _written(name: str, text: str) -> Path:
-    """Write a text next to its final path, then rename, so that other processes never see a partial file."""
-    path = usable_directory() / f"{name}.py"
-    if not path.exists():
-        with tempfile.NamedTemporaryFile("w", dir=path.parent, prefix=".write_", delete=False) as file:
-            file.write(text)
-        os.replace(file.name, path)
+    """The file with a text in the cache, written unless it is there and complete."""
+    path, content = usable_directory() / f"{name}.py", text.encode()
+    if not path.exists() or path.read_bytes() != content:
+        write_atomically(content, path)
     return path
 
 

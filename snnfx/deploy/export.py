@@ -1,0 +1,282 @@
+"""`snnfx.export`: write a net to a file that runs without snnfx."""
+
+from __future__ import annotations
+
+import contextlib
+import copy
+import os
+import shutil
+import tempfile
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import fx
+
+from snnfx._version import __version__
+from snnfx.deploy.checking import check_file
+from snnfx.deploy.interface import Interface, symbolic_shape
+from snnfx.deploy.onnx_file import require_onnx, write_onnx
+from snnfx.deploy.plan import ExportPlan, Request, plan_export
+from snnfx.deploy.pt2_file import write_package, write_program
+from snnfx.deploy.tracing import trace
+from snnfx.errors import ExportError, warn_once
+from snnfx.runtime.net import Net
+from snnfx.sandbox.isolation import isolated
+
+__all__ = ["Exported", "export", "export_request", "write_export"]
+
+Progress = Callable[[str], None]
+
+
+@dataclass(frozen=True)
+class Exported:
+    """A written export.
+
+    Args:
+        path: the file.
+        files: all written files.
+        interface: its inputs, states and outputs.
+    """
+
+    path: Path
+    files: tuple[Path, ...]
+    interface: Interface
+
+
+def export(
+    net: Net,
+    path: str | os.PathLike[str],
+    *inputs: Any,
+    state: bool = False,
+    step: bool = False,
+    dynamic: Sequence[str] = ("T", "N"),
+    package: str | None = None,
+    check: bool = True,
+    T: int | None = None,
+) -> Path:
+    """Write a net to a file that runs where snnfx is not installed.
+
+    The file computes the net in evaluation mode. Before it is moved to `path`, it runs once in a process without snnfx
+    on the given inputs, and its results are compared with those of the net. The net does not change.
+
+    Args:
+        net: a net of `snnfx.convert`.
+        path: the file: `.pt2` for a program of torch.export or an AOTInductor package, `.onnx` for an ONNX model.
+        *inputs: the arguments of a call of the net, `[T, N, *]`; with `step=True` of one time step, `[N, *]`.
+        state: whether the file takes the states before the first step and returns those after the last, by slot name,
+            so that a long stream can be run in pieces: as `net.run(x_seq, state=state)`.
+        step: whether the file computes one time step, with its states.
+        dynamic: the axes whose size is not fixed to that of `inputs`: "T" (time) and "N" (batch).
+        package: "aot": compile a `.pt2` package with AOTInductor, for C++; it has at most one dynamic axis.
+        check: whether to run the file and compare.
+        T: the number of time steps, if no input has a time dimension; the file then has this number only.
+
+    Returns:
+        `path`. ONNX models with more than 100 MiB of weights have a second file beside them, `<name>.onnx.data`.
+
+    Raises:
+        ExportError: SNNFX801, an option or the suffix is illegal; SNNFX802, the file cannot be written; SNNFX803, a
+            package is missing; SNNFX804 to 807, the net cannot be exported; SNNFX808, the file is wrong.
+        InputError: the inputs are invalid, as for a call of the net.
+
+    Example:
+        >>> import tempfile, torch, snnfx
+        >>> net = snnfx.convert(torch.nn.Sequential(torch.nn.Linear(3, 2), snnfx.neuron.LIFNode())).eval()
+        >>> x_seq = torch.rand(6, 4, 3)
+        >>> path = snnfx.export(net, tempfile.mkdtemp() + "/net.pt2", x_seq)
+        >>> torch.equal(torch.export.load(path).module()(x_seq[:, :1]), net(x_seq[:, :1]))
+        True
+    """
+    request = export_request(state=state, step=step, dynamic=dynamic, package=package, T=T)
+    return write_export(net, path, inputs, request, package=package, check=check).path
+
+
+def export_request(*, state: bool, step: bool, dynamic: Sequence[str], package: str | None, T: int | None) -> Request:
+    """The checked options of `export`."""
+    axes = _axes(dynamic)
+    return Request(state, step, axes, T, package == "aot" and "N" in axes)
+
+
+def write_export(
+    net: Net,
+    path: str | os.PathLike[str],
+    inputs: tuple[Any, ...],
+    request: Request,
+    *,
+    package: str | None = None,
+    check: bool = True,
+    progress: Progress = lambda text: None,
+) -> Exported:
+    """Write a net to a file; `progress` is called before each stage. See `export`."""
+    path = Path(path)
+    kind = _kind(net, path, package, request)
+    if kind == "onnx":
+        require_onnx(check)
+    with _written_at_once(path) as folder, _untouched(net):
+        progress("copy and plan the net")
+        plan = _plan(net, inputs, request)
+        progress("trace the net")
+        with torch.no_grad():
+            program = trace(plan.function, plan.arguments, plan.rebuild, plan.model)
+        plan = _with_output_axes(plan, program)
+        file = folder / path.name
+        metadata = _metadata(plan, request)
+        progress(f"write {path.name}")
+        if kind == "onnx":
+            write_onnx(program, file, plan.interface, _symbols(program, plan), metadata)
+        elif kind == "aot":
+            write_package(program, file, metadata)
+        else:
+            write_program(program, file, metadata)
+        if check:
+            progress("run the file without snnfx and compare")
+            is_random = _draws_random_numbers(program)
+            if is_random:
+                warn_once("SNNFX810", f"{path.name} draws random numbers: only shapes and dtypes were compared.")
+            names = plan.interface
+            check_file(kind, file, plan.example, plan.expected, names.output_names, names.input_names, not is_random)
+        files = tuple(sorted(path.parent / f.name for f in folder.iterdir()))
+    return Exported(path, files, plan.interface)
+
+
+def _axes(dynamic: Sequence[str]) -> tuple[str, ...]:
+    axes = (dynamic,) if isinstance(dynamic, str) else tuple(dynamic)
+    if not set(axes) <= {"T", "N"}:
+        raise ExportError("SNNFX801", f"dynamic={dynamic!r} names an unknown axis", hint='The axes are "T" and "N".')
+    return axes
+
+
+def _kind(net: Net, path: Path, package: str | None, request: Request) -> str:
+    """The kind of the file: "pt2", "aot" or "onnx"."""
+    if not isinstance(net, Net):
+        raise ExportError(
+            "SNNFX801", f"a {type(net).__name__} cannot be exported", hint="Pass a net: snnfx.convert(model)."
+        )
+    if package not in (None, "aot"):
+        raise ExportError("SNNFX801", f"package={package!r} is unknown", hint='Pass package="aot" or None.')
+    if path.suffix not in (".pt2", ".onnx"):
+        raise ExportError(
+            "SNNFX801",
+            f"`{path}` has the suffix `{path.suffix}`",
+            why="the suffix selects the format.",
+            hint="Use .pt2 (torch.export, AOTInductor) or .onnx.",
+        )
+    if package == "aot" and path.suffix != ".pt2":
+        raise ExportError("SNNFX801", f"`{path}` is not a .pt2 file", hint='package="aot" writes a .pt2 file.')
+    if net._executable.graphs.is_replaced:
+        raise ExportError(
+            "SNNFX801",
+            "the graph of the net was replaced by hand",
+            why="the export starts from the step program, which does not contain the change.",
+            hint="Write the change as a pass, or into the model.",
+        )
+    if package == "aot" and {"T", "N"} <= set(request.dynamic) and not request.step:
+        raise ExportError(
+            "SNNFX807",
+            "an AOTInductor package cannot have T and N dynamic",
+            why="torch's AOTInductor fails on a scan whose body has a symbolic size (KeyError: 's27' in torch 2.13).",
+            hint='Pass dynamic=("T",), for the batch size of the inputs, or dynamic=("N",), for their T.',
+        )
+    return "aot" if package == "aot" else path.suffix[1:]
+
+
+def _plan(net: Net, inputs: tuple[Any, ...], request: Request) -> ExportPlan:
+    was_training = net.training
+    net = copy.deepcopy(net)
+    if net.options.step_mode == "s" and not request.step:
+        raise ExportError("SNNFX801", 'a net with step_mode="s" computes single steps', hint="Pass step=True.")
+    if was_training:
+        warn_once("SNNFX811", "the net is in training mode; the file computes it in evaluation mode, as net.eval().")
+    net.eval()
+    net.reset()
+    plan = plan_export(net, inputs, request)
+    persistent = [slot.name for slot in plan.function.executable.program.persistent_slots]
+    if persistent and not request.takes_state:
+        warn_once(
+            "SNNFX812",
+            f"each call of the file starts from the current value of {', '.join(persistent)}, which a call of the net "
+            "changes; state=True makes it a state.",
+        )
+    return plan
+
+
+@contextlib.contextmanager
+def _untouched(net: Net) -> Iterator[None]:
+    """Restore the model and the RNG: hooks of a copy may refer to the original."""
+    with isolated(net.source):
+        yield
+
+
+@contextlib.contextmanager
+def _written_at_once(path: Path) -> Iterator[Path]:
+    """A folder whose files move to the folder of `path` at the end, if nothing fails."""
+    parent = path.parent
+    if not parent.is_dir():
+        raise _not_writable(path, f"the folder {parent} does not exist.", "Create it first.")
+    if path.is_dir():
+        raise _not_writable(path, "it is a folder.", "Pass the path of a file.")
+    try:
+        if not os.access(parent, os.W_OK) or (path.exists() and not os.access(path, os.W_OK)):
+            raise PermissionError(f"no permission to write {path}")
+        folder = Path(tempfile.mkdtemp(prefix=f".{path.name}.", dir=parent))
+    except OSError as error:
+        raise _not_writable(path, f"{error}.", "Choose a folder in which you may create files.") from error
+    try:
+        yield folder
+        # The model last: it refers to the file with its weights.
+        for file in sorted(folder.iterdir(), key=lambda f: f.name == path.name):
+            os.replace(file, parent / file.name)
+    except OSError as error:
+        raise _not_writable(path, f"{error}.", "Free disk space, or choose another folder.") from error
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)
+
+
+def _not_writable(path: Path, why: str, hint: str) -> ExportError:
+    return ExportError("SNNFX802", f"`{path}` cannot be written", why=why, hint=hint)
+
+
+def _metadata(plan: ExportPlan, request: Request) -> dict[str, Any]:
+    options = plan.function.executable.options
+    return {
+        "snnfx_version": __version__,
+        "torch_version": str(torch.__version__),
+        **plan.interface.to_dict(),
+        "dynamic": list(request.dynamic),
+        "step": request.step,
+        "reduce": options.reduce,
+    }
+
+
+def _symbols(program: torch.export.ExportedProgram, plan: ExportPlan) -> dict[str, str]:
+    """Symbol of a dynamic size in the program -> name of its axis."""
+    names = program.graph_signature.user_inputs
+    by_name = {n.name: n for n in program.graph.nodes if n.op == "placeholder"}
+    nodes = [by_name[n] for n in names if isinstance(n, str) and n in by_name]
+    tensors = [*plan.interface.inputs, *plan.interface.states]
+    symbols: dict[str, str] = {}
+    for node, tensor in zip([n for n in nodes if isinstance(n.meta.get("val"), torch.Tensor)], tensors, strict=False):
+        for size, axis in zip(node.meta["val"].shape, tensor.shape, strict=True):
+            if axis in ("T", "N"):
+                symbols[str(size)] = str(axis)
+    return symbols
+
+
+def _with_output_axes(plan: ExportPlan, program: torch.export.ExportedProgram) -> ExportPlan:
+    """The plan with the dynamic axes of outputs and final states, which the trace found."""
+    axes = _symbols(program, plan)
+    values = [n.meta.get("val") for n in program.graph.output_node().args[0] if isinstance(n, fx.Node)]
+    shapes = [symbolic_shape(v.shape, axes) for v in values if isinstance(v, torch.Tensor)]
+    interface, count = plan.interface, len(plan.interface.outputs)
+    named = [*interface.outputs, *interface.final_states]
+    described = [replace(t, shape=shape) for t, shape in zip(named, shapes, strict=True)]
+    interface = replace(interface, outputs=tuple(described[:count]), final_states=tuple(described[count:]))
+    return replace(plan, interface=interface)
+
+
+def _draws_random_numbers(program: torch.export.ExportedProgram) -> bool:
+    nodes = [n for m in program.graph_module.modules() if isinstance(m, fx.GraphModule) for n in m.graph.nodes]
+    return any(torch.Tag.nondeterministic_seeded in getattr(n.target, "tags", ()) for n in nodes)

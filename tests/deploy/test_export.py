@@ -1,0 +1,203 @@
+"""Exported programs compute what the net computes, for other T and N, in a process without snnfx."""
+
+from __future__ import annotations
+
+import copy
+import warnings
+import zipfile
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.utils import _pytree as pytree
+
+import snnfx
+from snnfx import neuron
+from snnfx.errors import ExportError
+from support.export_models import SIZES, OtherFirstStep, TwoStates, mlp
+from support.nets import ACCEPTANCE
+from support.stepping import step_model
+
+
+def exported(
+    path: Path, make: Callable[[], nn.Module], *inputs: Tensor, convert: dict[str, Any] | None = None, **options: Any
+) -> tuple[Any, Any, nn.Module]:
+    """The loaded program, the net and the model."""
+    torch.manual_seed(0)
+    model = make().eval()
+    net = snnfx.convert(copy.deepcopy(model), **convert or {}).eval()
+    snnfx.export(net, path / "net.pt2", *inputs, check=False, **options)
+    return torch.export.load(path / "net.pt2").module(), net, model
+
+
+def assert_equal(actual: Any, expected: Any) -> None:
+    a, b = pytree.tree_leaves(actual), pytree.tree_leaves(expected)
+    assert len(a) == len(b)
+    for x, y in zip(a, b, strict=True):
+        torch.testing.assert_close(x, y)
+
+
+@pytest.mark.parametrize("name", ["recurrent", "batch_coupled", "two_inputs", "neuron_twice"])
+def test_program_equals_the_stepped_model_for_other_sizes(name: str, tmp_path: Path) -> None:
+    case = ACCEPTANCE[name]
+    program, _, model = exported(tmp_path, case.make, *case.sequences(4), convert={"example_inputs": case.example()})
+    for T, N in SIZES:
+        inputs = [torch.rand(T, N, *shape[1:]) * 2 for shape in case.shapes]
+        with torch.no_grad():
+            assert_equal(program(*inputs), step_model(copy.deepcopy(model), *inputs))
+
+
+@pytest.mark.parametrize("make", [TwoStates, OtherFirstStep])
+def test_neurons_of_the_user(make: type[nn.Module], tmp_path: Path) -> None:
+    program, _, model = exported(tmp_path, make, torch.rand(3, 2, 5))
+    for T, N in SIZES:
+        x_seq = torch.rand(T, N, 5) * 2
+        with torch.no_grad():
+            assert_equal(program(x_seq), step_model(copy.deepcopy(model), x_seq))
+
+
+def test_two_halves_with_state_equal_the_whole(tmp_path: Path) -> None:
+    program, net, _ = exported(tmp_path, TwoStates, torch.rand(3, 2, 5), state=True)
+    x_seq = torch.rand(6, 3, 5) * 2
+    zeros = {"v": torch.zeros(3, 4), "threshold": torch.full((3, 4), 0.1)}
+    state = {slot.name: zeros[slot.name] for slot in net.program.slots}
+    first, state = program(x_seq[:2], state)
+    second, state = program(x_seq[2:], state)
+    expected, final = net.run(x_seq)
+    assert_equal(torch.cat([first, second]), expected)
+    assert_equal([state[name] for name in final], list(final.values()))
+
+
+def test_start_selects_the_reset_state_where_the_first_step_differs(tmp_path: Path) -> None:
+    program, net, _ = exported(tmp_path, OtherFirstStep, torch.rand(3, 2, 5), state=True)
+    x_seq = torch.rand(6, 3, 5)
+    first, state = program(x_seq[:2], {"v": torch.full((3, 4), 9.0)}, torch.tensor(True))
+    second, state = program(x_seq[2:], state, torch.tensor(False))
+    assert_equal(torch.cat([first, second]), net(x_seq))
+
+
+def test_single_steps_carry_the_state(tmp_path: Path) -> None:
+    program, net, _ = exported(tmp_path, mlp, torch.rand(2, 5), step=True)
+    x_seq = torch.rand(4, 3, 5) * 3
+    state = {slot.name: torch.zeros(3, n) for slot, n in zip(net.program.slots, (4, 3), strict=True)}
+    outputs = []
+    for x in x_seq:
+        y, state = program(x, state)
+        outputs.append(y)
+    assert_equal(torch.stack(outputs), net(x_seq))
+
+
+@pytest.mark.parametrize("options", [{"time_dim": -1}, {"reduce": "mean"}, {"reduce": "last"}])
+def test_options_of_the_conversion(options: dict[str, Any], tmp_path: Path) -> None:
+    def sequence(T: int, N: int) -> Tensor:
+        x = torch.rand(T, N, 5) * 3
+        return x.permute(1, 2, 0).contiguous() if "time_dim" in options else x
+
+    program, net, _ = exported(tmp_path, mlp, sequence(4, 2), convert=options)
+    for T, N in SIZES:
+        x_seq = sequence(T, N)
+        assert_equal(program(x_seq), net(x_seq).detach())
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float16])
+def test_dtypes(dtype: torch.dtype, tmp_path: Path) -> None:
+    program, net, _ = exported(tmp_path, lambda: mlp().to(dtype), torch.rand(3, 2, 5, dtype=dtype))
+    x_seq = torch.rand(5, 1, 5, dtype=dtype) * 3
+    assert_equal(program(x_seq), net(x_seq).detach())
+
+
+def test_carried_argument_that_the_caller_passes(tmp_path: Path) -> None:
+    class Explicit(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.fc = nn.Linear(5, 4)
+
+        def forward(self, x: Tensor, mem: Tensor) -> tuple[Tensor, Tensor]:
+            mem = 0.8 * mem + self.fc(x)
+            return (mem > 0.2).float(), mem
+
+    options = {"carry": {"mem": 1}, "example_inputs": (torch.rand(2, 5), torch.rand(2, 4))}
+    program, net, _ = exported(tmp_path, Explicit, torch.rand(3, 2, 5), torch.rand(2, 4), convert=options)
+    x_seq, mem = torch.rand(4, 3, 5), torch.rand(3, 4)
+    assert_equal(program(x_seq, mem), pytree.tree_map(Tensor.detach, net(x_seq, mem)))
+
+
+def test_export_changes_nothing(tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(5, 4), nn.BatchNorm1d(4), neuron.LIFNode())
+    net = snnfx.convert(model)
+    model[1].eval()
+    before = {k: v.clone() for k, v in net.state_dict().items()}
+    modes, random = [m.training for m in net.modules()], torch.get_rng_state()
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        snnfx.export(net, tmp_path / "net.pt2", torch.rand(3, 2, 5), check=False)
+        torch.set_rng_state(random)
+        snnfx.export(net, tmp_path / "other.pt2", torch.ones(3, 2, 5), check=False, dynamic=("N",))
+    assert torch.equal(random, torch.get_rng_state())
+    assert modes == [m.training for m in net.modules()]
+    assert all(torch.equal(v, before[k]) for k, v in net.state_dict().items())
+
+
+def test_file_refers_to_no_code_of_snnfx(tmp_path: Path) -> None:
+    exported(tmp_path, mlp, torch.rand(3, 2, 5))
+    with zipfile.ZipFile(tmp_path / "net.pt2") as archive:
+        for name in archive.namelist():
+            assert name.endswith("metadata.json") or b"snnfx" not in archive.read(name)
+
+
+def test_check_runs_the_file_without_snnfx(tmp_path: Path) -> None:
+    net = snnfx.convert(mlp().eval())
+    path = snnfx.export(net, tmp_path / "net.pt2", torch.rand(3, 2, 5))
+    assert path == tmp_path / "net.pt2"
+    assert [f.name for f in tmp_path.iterdir()] == ["net.pt2"]
+
+
+def test_wrong_results_are_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("snnfx.deploy.checking._run", lambda *_: [torch.full((3, 2, 3), 7.0)])
+    net = snnfx.convert(mlp().eval())
+    with pytest.raises(ExportError, match="SNNFX808.*differ"):
+        snnfx.export(net, tmp_path / "net.pt2", torch.rand(3, 2, 5))
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize(
+    ("path", "options", "code"),
+    [
+        ("net.pth", {}, "SNNFX801"),
+        ("net.pt2", {"dynamic": ("B",)}, "SNNFX801"),
+        ("net.onnx", {"package": "aot"}, "SNNFX801"),
+        ("net.pt2", {"package": "aot"}, "SNNFX807"),
+        ("missing/net.pt2", {}, "SNNFX802"),
+        (".", {}, "SNNFX80[12]"),
+    ],
+)
+def test_illegal_options(path: str, options: dict[str, Any], code: str, tmp_path: Path) -> None:
+    net = snnfx.convert(mlp().eval())
+    with pytest.raises(ExportError, match=code):
+        snnfx.export(net, tmp_path / path, torch.rand(3, 2, 5), **options)
+    assert not list(tmp_path.iterdir())
+
+
+def test_opaque_part_is_refused_by_name(tmp_path: Path) -> None:
+    class Branch(nn.Module):
+        def forward(self, x: Tensor) -> Tensor:
+            return x if x.sum() > 0 else -x
+
+    net = snnfx.convert(nn.Sequential(nn.Linear(5, 4), Branch(), neuron.LIFNode()).eval())
+    with pytest.raises(ExportError, match=r"SNNFX804 `1`"):
+        snnfx.export(net, tmp_path / "net.pt2", torch.rand(3, 2, 5))
+    assert not list(tmp_path.iterdir())
+
+
+def test_net_in_training_mode_warns(tmp_path: Path) -> None:
+    net = snnfx.convert(mlp().train())
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        snnfx.errors._warned.clear()
+        snnfx.export(net, tmp_path / "net.pt2", torch.rand(3, 2, 5), check=False)
+    assert any("SNNFX811" in str(w.message) for w in caught)
+    assert net.training
