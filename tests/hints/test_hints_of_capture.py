@@ -794,12 +794,17 @@ def test_a_loop_over_time() -> None:
     refused(
         "SNNFX203",
         "capture/time_loops.py:TimeLoop.error",
-        'Move the loop body to a method, e.g. `step(self, x)`, and convert with entry="step".',
+        'Convert the whole call with takes="sequence" and example_inputs=(x_seq,), or move the loop body to a method, ',
         lambda: snnfx.convert(Loops()),
         at="self.lif(self.fc(x[t]))",
     )
     net = converts(Loops(), entry="step")
     assert_same(net(sequence()), Loops.forward(net.source, sequence()))
+    model = Loops().double()
+    net = snnfx.convert(model, takes="sequence", example_inputs=(sequence(),))
+    actual = net(sequence())
+    snnfx.functional.reset_net(model)
+    assert_same(actual, model(sequence()))
 
 
 class OverFeatures(nn.Module):

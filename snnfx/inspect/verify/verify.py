@@ -92,7 +92,7 @@ def verify(
             hint="Call verify(model, net, x_seq).",
         )
     options: Any = net.options
-    if options.takes == "sequence":
+    if getattr(options, "takes", "step") == "sequence":
         with isolated(model, net), torch.inference_mode(False), torch.set_grad_enabled(gradients):
             if double:
                 model, net = copies_in_float64(model, net)
