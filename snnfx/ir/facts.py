@@ -20,6 +20,7 @@ __all__ = [
     "BATCH_DIM",
     "BATCH_SIZES",
     "CHANNELS_LAST",
+    "ELEMENT",
     "ELEMENTWISE_RESULTS",
     "FACTS",
     "FOLDS_DIM_0",
@@ -125,6 +126,8 @@ TRACE: Fact[str] = Fact("trace", "captured", (str,), "")
 """The eligibility trace of the operand of a weight, or why it has none, in words."""
 ITERATIONS: Fact[Any] = Fact("iterations", "captured", (tuple,), ())
 """The iterations of the user's loops that recorded the node."""
+ELEMENT: Fact[int] = Fact("element", "captured", (int,), 0)
+"""The iteration whose value the node takes from the sequence of a derived step."""
 SUNK: Fact[bool] = Fact("sunk", "partitioned", (bool,), False)
 """Whether the node runs on operands that are reduced over time."""
 VARYING: Fact[bool] = Fact("varying", "partitioned", (bool,), True)

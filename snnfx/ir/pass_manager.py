@@ -8,6 +8,7 @@ its options and its diff of the IR to stderr.
 
 from __future__ import annotations
 
+import contextlib
 import os
 import sys
 import time
@@ -28,8 +29,7 @@ from snnfx.ir.program_snapshot import ProgramSnapshot
 from snnfx.ir.value_inference import update_values
 from snnfx.ir.verifier import verify_program
 from snnfx.sandbox import internal_faults
-from snnfx.sandbox.isolation import rng_state
-from snnfx.sandbox.python_rng import python_rng_state, restore_python_rng_state
+from snnfx.sandbox.random_draws import draws_undone
 
 __all__ = ["PassManager", "PassRecord"]
 
@@ -129,10 +129,11 @@ class _Run:
                 hint=f"Run the passes that reach stage {stages[0]!r} first." if later else "Run the pass earlier.",
             )
         model = ModelSnapshot(program.source) if self.guarded else None
-        generators, python_state = (rng_state(), python_rng_state()) if self.guarded else (None, None)
         start = time.perf_counter()
         try:
-            note = self._apply_to(program)
+            # The random numbers that a user's pass draws are given back; those of other threads are not.
+            with contextlib.nullcontext() if item.is_built_in else draws_undone():
+                note = self._apply_to(program)
             self.milliseconds = (time.perf_counter() - start) * 1e3
             if model is not None:
                 self._enforce(note, model)
@@ -141,10 +142,6 @@ class _Run:
                 model.restore()
                 self.before.restore(program)
             raise
-        finally:
-            if generators is not None and python_state is not None:
-                generators.restore()
-                restore_python_rng_state(python_state)
         self.note = note
         if "modules" in item.may_change and not item.is_built_in and program.guards.tree is not None:
             program.guards.tree = ModuleTree(program.source, program.guards.tree.traced)

@@ -12,6 +12,7 @@ from typing import Any
 
 from torch.fx import Node
 
+from snnfx.ir.facts import ELEMENT
 from snnfx.ir.nodes import is_size, is_structural
 from snnfx.ir.program import StepProgram
 from snnfx.ops.elements import read_elements, stack_elements
@@ -83,7 +84,7 @@ _AROUND_LOOP = (run_loop, read_elements, stack_elements)
 
 def _is_element(node: Node) -> bool:
     """Whether a node only gives the final value of a state, which the net returns as well."""
-    return "element" in node.meta and all(user.op == "output" for user in node.users)
+    return ELEMENT.is_known(node) and all(user.op == "output" for user in node.users)
 
 
 def _whole_sequence(value: Any, steps: Any) -> tuple[Node | None, int]:

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, fx
 from torch.fx import Node
 
+from snnfx.ir.facts import ELEMENT
 from snnfx.ir.program import StepProgram
 from snnfx.ops.elements import concatenate_elements, read_elements, stack_elements
 
@@ -31,15 +32,15 @@ def join_elements(program: StepProgram) -> None:
         elif node.target in _SUMS:
             _sum(program.graph, node)
     for node in reversed(list(program.graph.nodes)):
-        if "element" in node.meta and not node.users:
+        if ELEMENT.is_known(node) and not node.users:
             program.graph.erase_node(node)
 
 
 def _element(value: Any) -> tuple[Node, int] | None:
     """`(sequence, index)` of a node that is the value of one iteration of a loop."""
-    if not isinstance(value, Node) or "element" not in value.meta:
+    if not isinstance(value, Node) or not ELEMENT.is_known(value):
         return None
-    return value.args[0], value.meta["element"]  # type: ignore[return-value]
+    return value.args[0], ELEMENT.of(value)  # type: ignore[return-value]
 
 
 def _runs(values: list[Any]) -> list[tuple[Node, int, int, int] | Any]:

@@ -14,6 +14,7 @@ from torch import Tensor, fx
 from torch.fx import Node, map_arg
 
 from snnfx.ir.edits import add_placeholder
+from snnfx.ir.facts import ELEMENT
 from snnfx.ir.guards import Guards
 from snnfx.ir.nodes import is_module_call, is_structural
 from snnfx.ir.printing import describe_node, operation_name
@@ -374,7 +375,7 @@ class _Reroll:
                 else:
                     new = graph.call_function(operator.getitem, (sequences[position], iteration))
                     new.meta = {k: v for k, v in node.meta.items() if k != "iterations"}
-                    new.meta["element"] = iteration
+                    ELEMENT.set(new, iteration)
                 replacements[node] = new
         initials = list(self.program.initial_values)
         threaded = {n for n in self.state_of.values() if not self._is_persistent(n)}

@@ -20,7 +20,7 @@ from snnfx.lowering.elementwise.cpp.cpp_launch import address_words, pack_argume
 from snnfx.lowering.elementwise.operand_layout import dense_strides, describe_operand, plan_layout
 from snnfx.lowering.mixed.batched_calls import run_batched
 from snnfx.lowering.mixed.call_kinds import FunctionalCall
-from snnfx.lowering.mixed.fused_group import FusedGroup
+from snnfx.lowering.mixed.fused_group import FusedGroup, operand_dtype
 from snnfx.lowering.mixed.schedule import Schedule
 from snnfx.ops.buffer_pool import pool
 
@@ -305,8 +305,7 @@ class _ScheduleRun:
 
     def _operand(self, group: FusedGroup, index: int) -> Tensor:
         tensor = self.invariants[group.operands[index]]
-        tensor = tensor if tensor.is_floating_point() or tensor.dtype == torch.bool else tensor.double()
-        return tensor.resolve_neg()
+        return tensor.to(operand_dtype(tensor.dtype)).resolve_neg()
 
     def _move_uncomputed_values(self) -> None:
         """Copy or sum the loop-carried, stored and summed values that no call of the loop computes."""

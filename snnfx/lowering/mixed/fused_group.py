@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+import torch
+
 from snnfx.lowering.aten_recording import LoweringRefused, Recording
 from snnfx.lowering.elementwise.cpp.cpp_kernel import KernelSource, write_forward
 from snnfx.lowering.elementwise.expressions import Builder, Expression, StepExpressions
@@ -11,7 +13,7 @@ from snnfx.lowering.elementwise.selected_values import SelectedValues
 from snnfx.lowering.elementwise.translation import Translator, memory_dtype
 from snnfx.lowering.mixed.call_kinds import without_leading_ones
 
-__all__ = ["FusedGroup", "is_elementwise"]
+__all__ = ["FusedGroup", "is_elementwise", "operand_dtype"]
 
 
 class _Members(Translator):
@@ -89,7 +91,7 @@ class FusedGroup:
         self.source: KernelSource = write_forward(
             StepExpressions(
                 sequences=(*(memory_dtype(values[n].dtype) for n in reads), *dtypes[len(made) :]),
-                operands=tuple(_operand_dtype(d) for d in operand_dtypes),
+                operands=tuple(memory_dtype(operand_dtype(d)) for d in operand_dtypes),
                 scalars=tuple(len(values[n].shape) == 0 for n in self.operands),
                 state_dtypes=(),
                 output_dtypes=tuple(dtypes),
@@ -107,8 +109,10 @@ class FusedGroup:
         return self.made[index] if index < len(self.made) else ("sum", self.added[index - len(self.made)])
 
 
-def _operand_dtype(dtype: object) -> str:
+def operand_dtype(dtype: torch.dtype) -> torch.dtype:
+    """The dtype in which a kernel reads an operand: its own, or float64 if kernels have no such dtype."""
     try:
-        return memory_dtype(dtype)  # type: ignore[arg-type]
+        memory_dtype(dtype)
     except LoweringRefused:
-        return "float64"
+        return torch.float64
+    return dtype

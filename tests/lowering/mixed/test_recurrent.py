@@ -763,3 +763,22 @@ def test_layers_that_return_several_values(name: str, dtype: torch.dtype, lower:
     torch.testing.assert_close(found.outputs.double(), expected.outputs, atol=tolerance, rtol=tolerance)
     for name, gradient in expected.parameter_grads.items():
         assert_same(found.parameter_grads[name].double(), gradient, tolerance)
+
+
+@pytest.mark.parametrize("dtype", [torch.int64, torch.int32, torch.uint8, torch.bool], ids=str)
+def test_a_constant_of_integers_keeps_its_values(dtype: torch.dtype) -> None:
+    class Scaled(snnfx.MemoryModule):
+        def __init__(self) -> None:
+            super().__init__()
+            self.feedback = nn.Linear(3, 3)
+            self.register_buffer("scale", torch.tensor(4).to(dtype))
+            self.register_memory("v", 0.0)
+
+        def forward(self, x: Tensor) -> Tensor:
+            self.v = self.v * 0.5 + x * self.scale + self.feedback(torch.sigmoid(x + self.v)) * 0.1
+            return self.v
+
+    model, x_seq = Scaled().double(), torch.rand(4, 2, 3, dtype=torch.float64)
+    net = snnfx.convert(fresh_copy(model))
+    assert_same(net(x_seq), torch.stack([model(x) for x in x_seq]))
+    assert_lowered(net)
