@@ -294,7 +294,7 @@ def _kinds(
         source = node.args[0] if node.args else None
         if isinstance(source, Node) and source in kinds and takes_from_tuple(node):
             kinds[node] = kinds[source]
-            if kinds[node] == "loop" and source.target is call_opaque:
+            if kinds[node] == "loop" and (source.target is call_opaque or REFUSAL.of(source) is None):
                 REFUSAL.clear(node)  # the refusal concerns the call, not its elements
     return kinds
 

@@ -14,7 +14,7 @@ from typing import Any
 from torch.fx import Node
 
 from snnfx.analysis.dependence import ancestors
-from snnfx.ir.module_effects import updates_buffers
+from snnfx.ir.module_effects import has_effects
 from snnfx.ir.program import StepProgram
 from snnfx.ops.step_functions import expect_size
 from snnfx.passes.base import Pass
@@ -45,9 +45,7 @@ class RemoveDeadCode(Pass):
 
 def _remove_dead_nodes(program: StepProgram) -> None:
     kept = [
-        n
-        for n in program.graph.nodes
-        if n.op == "placeholder" or n.target is expect_size or updates_buffers(program, n)
+        n for n in program.graph.nodes if n.op == "placeholder" or n.target is expect_size or has_effects(program, n)
     ]
     live = ancestors([program.output, *kept])
     for node in reversed(list(program.graph.nodes)):
@@ -65,7 +63,7 @@ def _drop_unread_slots(program: StepProgram) -> list[str]:
     }
     while True:
         roots = [n for n in program.outputs if isinstance(n, Node)]
-        roots += [n for n in program.graph.nodes if updates_buffers(program, n)]
+        roots += [n for n in program.graph.nodes if has_effects(program, n)]
         roots += [value for name in needed for value in (following[name], initial[name]) if isinstance(value, Node)]
         live = ancestors(roots)
         new = {name for name, node in placeholders.items() if node in live} - needed

@@ -17,7 +17,7 @@ from torch import nn
 from torch.fx import Node
 
 from snnfx.analysis.statistic_reads import is_statistic_read, update_chains
-from snnfx.ir.module_effects import updates_buffers
+from snnfx.ir.module_effects import has_effects
 from snnfx.ir.nodes import is_size
 from snnfx.ir.printing import operation_name
 from snnfx.ir.program import StepProgram
@@ -116,7 +116,7 @@ def _initial_only(program: StepProgram) -> set[Node]:
     roots = [n for n in (*program.outputs, *program.next_states) if isinstance(n, Node)]
     # A read of an updated buffer must run between the calls that update it.
     stack = roots + [
-        n for n in program.graph.nodes if n.target is expect_size or is_statistic_read(n) or updates_buffers(program, n)
+        n for n in program.graph.nodes if n.target is expect_size or is_statistic_read(n) or has_effects(program, n)
     ]
     while stack:
         node = stack.pop()

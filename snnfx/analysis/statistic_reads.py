@@ -21,6 +21,7 @@ from snnfx.ir.printing import location_of
 from snnfx.ir.program import SELF_TARGET, StepProgram
 from snnfx.ops.statistics import read_statistic
 from snnfx.sandbox.torch_internals import pytree
+from snnfx.state.step_calls import call_opaque
 
 __all__ = ["is_statistic_read", "read_updated_statistics", "statistic_of", "update_chains"]
 
@@ -197,6 +198,16 @@ class _Reads:
     def _refuse_shared_state(self, alias: Node) -> None:
         states = pytree.tree_leaves((self.program.next_states, self.program.initial_values))
         if any(value is alias for value in states):
+            part = next((str(c.args[0].target) for c in self.calls if c.target is call_opaque), None)  # type: ignore[union-attr]
+            if part is not None:
+                name = str(self.attribute.target).removeprefix("snnfx_start.")
+                raise CaptureError(
+                    "SNNFX214",
+                    f"the step changes the buffer `{name}`, and `{part}` has this buffer too",
+                    where=location_of(alias),
+                    why=f"`{part}` cannot be traced, so it runs as a whole and would read the buffer at another time.",
+                    hint=f"Change it in the forward of `{part}` instead, or pass its value to `{part}` as an argument.",
+                )
             raise CaptureError(
                 "SNNFX214",
                 f"a state shares the memory of `{self.attribute.target}`, which the step changes in place",

@@ -15,7 +15,7 @@ from snnfx.analysis.dependence import ancestors, is_random
 from snnfx.emit.emitter import Emitted, TargetName
 from snnfx.emit.multi_step import MultiStepEmitter
 from snnfx.ir.edits import add_placeholder
-from snnfx.ir.module_effects import updates_buffers
+from snnfx.ir.module_effects import has_effects
 from snnfx.ir.program import StepProgram
 from snnfx.ops.sequence_functions import time_steps
 from snnfx.ops.step_functions import expect_size
@@ -106,9 +106,7 @@ def _needed_nodes(program: StepProgram) -> set[Node]:
     values = zip(program.slot_nodes(), program.next_states, program.initial_values, strict=True)
     states = {node: [v for v in (following, initial) if isinstance(v, Node)] for node, following, initial in values}
     effects = (
-        n
-        for n in program.graph.nodes
-        if n.target is expect_size or updates_buffers(program, n) or is_random(program, n)
+        n for n in program.graph.nodes if n.target is expect_size or has_effects(program, n) or is_random(program, n)
     )
     needed = ancestors([*(v for v in program.outputs if isinstance(v, Node)), *effects])
     while True:

@@ -16,6 +16,7 @@ from snnfx.state.step_calls import call_opaque, call_stateful
 
 __all__ = [
     "estimates_weights",
+    "has_effects",
     "has_in_place_flag",
     "keeps_statistics",
     "statistics_of_function",
@@ -29,9 +30,17 @@ def updates_buffers(program: StepProgram, node: Node) -> bool:
     return (program.training and keeps_statistics(program, node)) or bool(statistics_of_function(node))
 
 
+def has_effects(program: StepProgram, node: Node) -> bool:
+    """Whether a step needs the call even if nothing reads its result.
+
+    Only the user's code knows the effects of a module that is stepped without capture.
+    """
+    return node.target is call_opaque or updates_buffers(program, node)
+
+
 def updated_buffers(program: StepProgram, node: Node) -> list[Tensor]:
-    """The buffers that the call may update in place in the mode of the program."""
-    if not updates_buffers(program, node):
+    """The buffers that the call may update in the mode of the program."""
+    if not has_effects(program, node):
         return []
     module = program.module_of(node)
     if module is None:

@@ -10,6 +10,7 @@ from torch.fx import Node
 
 from snnfx.ir.facts import BATCH_DIM, SHAPE_LIKE, STRUCTURAL, VALUE
 from snnfx.ops.step_functions import expect_size, set_part, set_part_
+from snnfx.state.step_calls import call_opaque
 
 __all__ = [
     "IN_PLACE_OPERATORS",
@@ -87,16 +88,34 @@ IN_PLACE_OPERATORS: dict[Callable[..., Any], Callable[..., Any]] = {
 
 
 def takes_from_tuple(node: Node) -> bool:
-    """Whether the node takes one element of any tuple of values."""
-    if node.op != "call_function" or node.target is not operator.getitem:
+    """Whether the node takes one element of any tuple of values.
+
+    The result of an opaque call counts as a tuple if its structure is unknown: only the call knows it.
+    """
+    if node.op != "call_function" or node.target not in (operator.getitem, getattr) or is_size(node):
         return False
     source = node.args[0]
+    if isinstance(source, Node) and isinstance(node.args[1], str | int) and _is_result_of_opaque_call(source):
+        return True
+    if node.target is getattr:
+        return False
     if is_structural(node) or not isinstance(source, Node):
         return True
     value = VALUE.of(source)
     if value is not None:
         return isinstance(value, tuple | list)
     return isinstance(BATCH_DIM.of(source), tuple)
+
+
+def _is_result_of_opaque_call(node: Node) -> bool:
+    """Whether the node is the result of an opaque call, or an element of it, with an unknown structure."""
+    while not VALUE.is_known(node) and node.op == "call_function":
+        if node.target is call_opaque:
+            return True
+        if node.target not in (operator.getitem, getattr) or not isinstance(node.args[0], Node):
+            return False
+        node = node.args[0]
+    return False
 
 
 def is_size(node: Node) -> bool:

@@ -5,14 +5,16 @@ Most of them return a sequence `[T, *]` of a value of the step graph.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
+from itertools import repeat
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from snnfx.errors import InputError
-from snnfx.ops.memory_format import stack_in_layout
+from snnfx.ops.memory_format import stack_in_layout, unbind_in_layout
+from snnfx.sandbox.torch_internals import pytree
 
 __all__ = [
     "call_module",
@@ -29,6 +31,7 @@ __all__ = [
     "stack_steps",
     "start_value",
     "time_steps",
+    "unbind_steps",
 ]
 
 
@@ -148,26 +151,39 @@ def hold_over_time(state: tuple[Any, ...] | None, initial: Any, time: Tensor) ->
     return value.unsqueeze(0).expand(time.shape[0], *value.shape)
 
 
-def stack_steps(steps: Sequence[Any], device: torch.device) -> Tensor:
-    """Stack the values of T steps to a sequence `[T, *]`.
+def unbind_steps(x_seq: Any) -> Iterable[Any]:
+    """The values of T steps of a sequence, or of a structure of sequences as `stack_steps` returns it."""
+    if isinstance(x_seq, Tensor):
+        return unbind_in_layout(x_seq)
+    leaves, spec = pytree.tree_flatten(x_seq)
+    steps = zip(*(unbind_in_layout(v) if isinstance(v, Tensor) else repeat(v) for v in leaves))  # noqa: B905
+    return (pytree.tree_unflatten(values, spec) for values in steps)
+
+
+def stack_steps(steps: Sequence[Any], device: torch.device) -> Any:
+    """Stack the values of T steps to a sequence `[T, *]`; those of a structure to a structure of sequences.
 
     Early values may be numbers or smaller tensors, which are expanded to the shape of the last value. Numbers at all
-    steps (a counter) give a tensor `[T]`.
+    steps (a counter) give a tensor `[T]`. None stays None.
     """
     last = steps[-1]
+    if all(isinstance(value, Tensor) and value.shape == last.shape for value in steps):
+        return stack_in_layout(steps)
+    if not all(pytree.tree_is_leaf(value) for value in steps):
+        return _stack_structures(steps, device)
     if not isinstance(last, Tensor):
+        if all(value is None for value in steps):
+            return None
         if not isinstance(last, bool | int | float | complex):
             raise InputError(
                 "SNNFX313",
                 f"a module that runs step by step returns a {type(last).__name__} at each step",
-                why="only tensors and numbers can be stacked over time.",
-                hint="Pass example_inputs, so that the module can be traced, or return tensors from it.",
+                why="only tensors and numbers, and tuples, lists and dicts of these, can be stacked over time.",
+                hint="Return tensors or numbers from the module.",
             )
         # float64: a 0-dimensional value of a step does not change the dtype of its other operand.
         dtype = torch.float64 if any(isinstance(value, float) for value in steps) else None
         return torch.tensor(steps, dtype=dtype, device=device)
-    if all(isinstance(value, Tensor) and value.shape == last.shape for value in steps):
-        return stack_in_layout(steps)
     shapes = dict.fromkeys(tuple(value.shape) for value in steps if isinstance(value, Tensor))
     if not all(_broadcasts(shape, tuple(last.shape)) for shape in shapes):
         raise InputError(
@@ -179,6 +195,25 @@ def stack_steps(steps: Sequence[Any], device: torch.device) -> Tensor:
     return torch.stack(
         [torch.as_tensor(value, dtype=last.dtype, device=last.device).expand_as(last) for value in steps]
     )
+
+
+def _stack_structures(steps: Sequence[Any], device: torch.device) -> Any:
+    flat = [pytree.tree_flatten(value) for value in steps]
+    spec = flat[-1][1]
+    for t, (_, other) in enumerate(flat):
+        if other != spec:
+            raise InputError(
+                "SNNFX313",
+                f"a module that runs step by step returns other values at step {t} than at step {len(steps) - 1}",
+                why=f"their structures differ: {_types_in(steps[t])} and {_types_in(steps[-1])}.",
+                hint="Return the same tuple, list or dict of tensors at each step.",
+            )
+    sequences = [stack_steps(values, device) for values in zip(*(leaves for leaves, _ in flat), strict=True)]
+    return pytree.tree_unflatten(sequences, spec)
+
+
+def _types_in(value: Any) -> Any:
+    return pytree.tree_map(lambda leaf: type(leaf).__name__, value)
 
 
 def _broadcasts(shape: Sequence[int], to: Sequence[int]) -> bool:

@@ -9,8 +9,7 @@ import torch
 from torch import Tensor
 
 from snnfx.errors import warn_once
-from snnfx.ops.memory_format import unbind_in_layout
-from snnfx.ops.sequence_functions import stack_steps
+from snnfx.ops.sequence_functions import stack_steps, unbind_steps
 from snnfx.regions.region_kernels import RegionKernels
 from snnfx.regions.sequence_region import RegionGraph, SequenceRegion, buffers_of
 from snnfx.sandbox.internal_faults import is_internal_fault
@@ -54,7 +53,7 @@ class EagerLoop(SequenceRegion):
             return results
         outputs: list[tuple[Tensor, ...]] = []
         step = self.step.forward  # not step(...): module calls and their wrappers cost more than a small step
-        for x in zip(*(unbind_in_layout(x) for x in x_seq), strict=True):
+        for x in zip(*(unbind_steps(x) for x in x_seq), strict=True):
             y, state = self(*constants, *x, None) if state is None else step(*constants, *x, state)
             outputs.append(y)
         return tuple(stack_steps(y, x_seq[0].device) for y in zip(*outputs, strict=True)), state  # type: ignore[return-value]

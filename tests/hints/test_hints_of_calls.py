@@ -494,18 +494,26 @@ def test_a_part_that_returns_no_tensor() -> None:
     refused(
         "SNNFX313",
         "ops/sequence_functions.py:stack_steps",
-        "Pass example_inputs, so that the module can be traced, or return tensors from it.",
+        "Return tensors or numbers from the module.",
         lambda: snnfx.convert(nn.Sequential(Untraceable(lambda x: "a")))(sequence()),
         names="str",
     )
-    model = nn.Sequential(Untraceable(lambda x: 2 * x))
-    assert_converts(model, sequence())
+    assert_converts(nn.Sequential(Untraceable(lambda x: 2 * x)), sequence())
+    assert snnfx.convert(nn.Sequential(Untraceable(lambda x: 0.5)))(sequence()).tolist() == [0.5] * len(sequence())
 
-    class ReadsShape(nn.Module):
-        def forward(self, x: Tensor) -> Tensor:
-            return 2 * x if x.shape[1] == C else x
 
-    assert_converts(nn.Sequential(ReadsShape()), sequence())
+def test_a_part_that_returns_other_structures() -> None:
+    model = nn.Sequential(Untraceable(lambda x: (x, x) if float(x.sum()) > 3 else x))
+    x_seq = torch.ones(2, N, C) * torch.tensor([1.0, 0.1])[:, None, None]
+    refused(
+        "SNNFX313",
+        "ops/sequence_functions.py:_stack_structures",
+        "Return the same tuple, list or dict of tensors at each step.",
+        lambda: snnfx.convert(model)(x_seq),
+        names="at step 0 than at step 1",
+    )
+    net = snnfx.convert(nn.Sequential(Untraceable(lambda x: (x, x) if float(x.sum()) > 3 else (x, 2 * x))))
+    assert_same(net(x_seq)[1], x_seq * torch.tensor([1.0, 2.0])[:, None, None])
 
 
 def test_a_part_that_changes_its_shape() -> None:

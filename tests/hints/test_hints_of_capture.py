@@ -280,6 +280,73 @@ def test_a_state_with_the_memory_of_a_statistic() -> None:
     converts(Step(followed, bn=nn.BatchNorm1d(C), h=None))
 
 
+class Gain(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.register_buffer("gain", torch.ones(()))
+
+    def forward(self, x: Tensor, gain: Tensor | None = None) -> Tensor:
+        gain = self.gain if gain is None else gain
+        return x * gain if float(x.sum()) > -1e9 else x
+
+
+class Amplifies(nn.Module):
+    def __init__(self, gain: Gain) -> None:
+        super().__init__()
+        self.owner = gain
+
+    def forward(self, x: Tensor, gain: Tensor | None = None) -> Tensor:
+        gain = self.owner.gain if gain is None else gain
+        return x * gain if float(x.sum()) > -1e9 else x
+
+
+class Written(nn.Module):
+    def __init__(self, step: Any) -> None:
+        super().__init__()
+        self.owner, self.step = Gain(), step
+        self.part = Amplifies(self.owner)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.step(self, x)  # type: ignore[no-any-return]
+
+
+def test_a_buffer_that_an_opaque_part_has_too() -> None:
+    def step(m: Any, x: Tensor) -> Tensor:
+        m.owner.gain = m.owner.gain * 0.5
+        return m.part(x)
+
+    def followed(m: Any, x: Tensor) -> Tensor:
+        m.gain = m.gain * 0.5
+        return m.part(x, m.gain)
+
+    refused(
+        "SNNFX214",
+        "analysis/statistic_reads.py:_Reads._refuse_shared_state",
+        "instead, or pass its value to ",
+        lambda: snnfx.convert(Written(step)),
+        names="`owner.gain`",
+    )
+    model = Written(followed)
+    model.register_buffer("gain", torch.ones(()))
+    y_seq = snnfx.convert(model)(torch.ones(3, 2, 3))
+    assert_same(y_seq, torch.tensor([0.5, 0.25, 0.125])[:, None, None].expand(3, 2, 3))
+
+
+class Gains(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.register_buffer("gain", torch.ones(()))
+
+    def forward(self, x: Tensor) -> Tensor:
+        self.gain = self.gain * 0.5
+        return x * self.gain if float(x.sum()) > -1e9 else x
+
+
+def test_a_buffer_that_only_an_opaque_part_changes() -> None:
+    y_seq = snnfx.convert(nn.Sequential(Gains()))(torch.ones(3, 2, 3))
+    assert_same(y_seq, torch.tensor([0.5, 0.25, 0.125])[:, None, None].expand(3, 2, 3))
+
+
 def test_an_out_argument() -> None:
     def step(m: Any, x: Tensor) -> Tensor:
         y = torch.zeros_like(x)
