@@ -145,7 +145,9 @@ def write_export(
 def _axes(dynamic: Sequence[str]) -> tuple[str, ...]:
     axes = (dynamic,) if isinstance(dynamic, str) else tuple(dynamic)
     if not set(axes) <= {"T", "N"}:
-        raise ExportError("SNNFX801", f"dynamic={dynamic!r} names an unknown axis", hint='Pass "T", "N", both, or none: dynamic=().')
+        raise ExportError(
+            "SNNFX801", f"dynamic={dynamic!r} names an unknown axis", hint='Pass "T", "N", both, or none: dynamic=().'
+        )
     return axes
 
 
