@@ -116,7 +116,14 @@ def _unite_changed_output_with_state(program: StepProgram, node: Node) -> None:
 
 def _functionalize(program: StepProgram, node: Node) -> None:
     operand = node.args[0]
-    assert isinstance(operand, Node)
+    if not isinstance(operand, Node):
+        raise CaptureError(
+            "SNNFX214",
+            f"`{node.name}` changes several tensors in place",
+            where=location_of(node),
+            why="an in-place operation of a functional graph has one operand.",
+            hint="Change the tensors one by one, e.g. for p in parameters: p.add_(1).",
+        )
     is_view = operation_name(operand) in _VIEWS and operand.op.startswith("call")
     if is_view and not is_output_of_stateful_call(operand):
         raise CaptureError(
@@ -139,8 +146,8 @@ def _functionalize(program: StepProgram, node: Node) -> None:
             "SNNFX206",
             f"`{node.name}` changes `{operand.target}` in place",
             where=location_of(node),
-            why="a step may change state by assignment only, so that it can be carried from step to step.",
-            hint="Write `self.x = self.x + ...`, or register it with snnfx.MemoryModule.register_memory.",
+            why="a pass inserted the operation after capture, which alone records changes of attributes as state.",
+            hint="Use an out-of-place operation in the pass, or make the change in the forward of the model.",
         )
     if INPUT.is_known(operand) and operand.op == "placeholder":
         raise CaptureError(

@@ -75,8 +75,8 @@ CODES: dict[str, CodeEntry] = {
         "opaque: could not be traced",
         "The module could not be traced into a graph, for example because its control flow depends on tensor values. "
         "snnfx calls it once per time step and carries its state from step to step.",
-        "def forward(self, x):\n    if x.sum() > 0: ...",
-        "def forward(self, x):\n    return torch.where(x.sum() > 0, ..., ...)",
+        "def forward(self, x):\n    return x if x.sum() > 0 else -x",
+        "def forward(self, x):\n    return torch.where(x.sum() > 0, x, -x)",
     ),
     "SNNFX109": CodeEntry(
         "torch.vmap does not support this operation",
@@ -120,9 +120,10 @@ CODES: dict[str, CodeEntry] = {
     "SNNFX201": CodeEntry(
         "the model cannot be traced",
         "The forward of the model has control flow that depends on tensor values, or uses a Python feature that "
-        "torch.fx cannot trace.",
-        "def forward(self, x):\n    if x.sum() > 0: return x\n    return -x",
-        "def forward(self, x):\n    return torch.where(x.sum() > 0, x, -x)",
+        "torch.fx cannot trace. A net steps a submodule, or a model by its `forward`, untraced instead (SNNFX108), unless "
+        "that is impossible.",
+        "def step(self, x):      # snnfx.convert(model, entry='step')\n    if x.sum() > 0: return x\n    return -x",
+        "def step(self, x):\n    return torch.where(x.sum() > 0, x, -x)",
     ),
     "SNNFX202": CodeEntry(
         "control flow on shapes needs example inputs",
@@ -193,7 +194,7 @@ CODES: dict[str, CodeEntry] = {
         "arguments of forward that cannot be captured",
         "Inputs must be tensors, or nested tuples, lists and dicts of tensors; other values are fixed at conversion. "
         "For a forward with *args, example_inputs gives the number of inputs.",
-        "def forward(self, *xs): ...    # snnfx.convert(model): unknown number of inputs",
+        "snnfx.convert(model)                            # forward(self, *xs): unknown number of inputs",
         "snnfx.convert(model, example_inputs=(x1, x2))",
     ),
     "SNNFX212": CodeEntry(
@@ -350,7 +351,7 @@ CODES: dict[str, CodeEntry] = {
     "SNNFX306": CodeEntry(
         "too few dimensions for a sequence",
         "The input lacks the time dimension or, for a folded sequence, the batch dimension.",
-        "net(torch.rand(8))",
+        "net(torch.tensor(1.0))",
         "net(torch.rand(8, 1, 3))",
     ),
     "SNNFX307": CodeEntry(
@@ -461,8 +462,8 @@ CODES: dict[str, CodeEntry] = {
         "an input has another rank than the example",
         "The net was converted with example_inputs, so its plan holds for inputs of these ranks. An input of a call has "
         "more or fewer dimensions per time step. Without example_inputs, the net is planned once for each rank.",
-        "net = snnfx.convert(model, example_inputs=x)     # x: [N, 4]\nnet(torch.rand(T, N, 3, 4))",
-        "net = snnfx.convert(model, example_inputs=x)     # x: [N, 3, 4]\nnet(torch.rand(T, N, 3, 4))",
+        "net = snnfx.convert(model, example_inputs=torch.rand(N, 4)); net(torch.rand(T, N, 3, 4))",
+        "net = snnfx.convert(model, example_inputs=torch.rand(N, 3, 4)); net(torch.rand(T, N, 3, 4))",
     ),
     "SNNFX316": CodeEntry(
         "a kernel is differentiated twice",
@@ -540,8 +541,8 @@ CODES: dict[str, CodeEntry] = {
     "SNNFX501": CodeEntry(
         "a pass broke the graph",
         "The verifier that runs after each pass found the graph invalid. The message names the pass and the node.",
-        "program.graph.erase_node(node)   # in a pass, while other nodes still use the node",
-        "node.replace_all_uses_with(new); program.graph.erase_node(node)",
+        "node.target = 'fc9'   # in a pass: the model has no module of this name",
+        "node.target = '0'",
     ),
     "SNNFX502": CodeEntry(
         "passes in an illegal order",
@@ -606,7 +607,7 @@ CODES: dict[str, CodeEntry] = {
         "After a pass, the manager compares the program and the model by value with their state before it: parameters, "
         "buffers, training flags, submodules, attributes, and the parts of the program. A change that `may_change` "
         "does not contain is put back.",
-        "may_change = ('graph',)   # and apply() runs program.source.fc.weight.data.zero_()",
+        "may_change = ('graph',)   # and apply() runs program.source[0].weight.data.mul_(0.5)",
         "may_change = ('graph', 'parameters')",
     ),
     "SNNFX702": CodeEntry(
@@ -621,8 +622,8 @@ CODES: dict[str, CodeEntry] = {
         "a pass failed",
         "`apply` of a user's pass raised an error. The message gives its place; the program and the model were put "
         "back.",
-        "graph.erase_node(node)   # other nodes still read the node",
-        "node.replace_all_uses_with(new); graph.erase_node(node)",
+        "program.graph.erase_node(node)   # other nodes still read the node",
+        "node.replace_all_uses_with(new); program.graph.erase_node(node)",
     ),
     "SNNFX704": CodeEntry(
         "a pass returned no result",

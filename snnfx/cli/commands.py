@@ -263,14 +263,7 @@ def _export(arguments: argparse.Namespace) -> int:
 def _sequences(arguments: argparse.Namespace, time_dim: Any) -> tuple[list[Tensor], int | None]:
     """A random sequence for each input; and T if none of the inputs has a time dimension."""
     dims = time_dim if isinstance(time_dim, tuple) else (time_dim,) * len(arguments.input)
-    if len(dims) != len(arguments.input):
-        raise InputError(
-            "SNNFX309",
-            f"--time-dim {arguments.time_dim} does not match the inputs",
-            why=f"it has {len(dims)} entries for {len(arguments.input)} inputs.",
-            hint="Pass one entry for all inputs, or one for each.",
-        )
-    pairs = zip(arguments.input, dims, strict=True)
+    pairs = zip(arguments.input, dims, strict=True)  # convert has refused another number
     sequences = [_random(text) if d is None else _random(text, arguments.T).movedim(0, d) for text, d in pairs]
     return sequences, arguments.T if all(d is None for d in dims) else None
 

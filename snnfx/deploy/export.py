@@ -145,7 +145,9 @@ def write_export(
 def _axes(dynamic: Sequence[str]) -> tuple[str, ...]:
     axes = (dynamic,) if isinstance(dynamic, str) else tuple(dynamic)
     if not set(axes) <= {"T", "N"}:
-        raise ExportError("SNNFX801", f"dynamic={dynamic!r} names an unknown axis", hint='The axes are "T" and "N".')
+        raise ExportError(
+            "SNNFX801", f"dynamic={dynamic!r} names an unknown axis", hint='Pass "T", "N", both, or none: dynamic=().'
+        )
     return axes
 
 
@@ -165,7 +167,7 @@ def _kind(net: Net, path: Path, package: str | None, request: Request) -> str:
             hint="Use .pt2 (torch.export, AOTInductor) or .onnx.",
         )
     if package == "aot" and path.suffix != ".pt2":
-        raise ExportError("SNNFX801", f"`{path}` is not a .pt2 file", hint='package="aot" writes a .pt2 file.')
+        raise ExportError("SNNFX801", f"`{path}` is not a .pt2 file", hint="Use the suffix .pt2, or package=None.")
     if net._executable.graphs.is_replaced:
         raise ExportError(
             "SNNFX801",

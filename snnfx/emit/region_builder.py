@@ -258,8 +258,7 @@ class _Copier:
                         f"the initial value of `{operand.name}` cannot be computed",
                         where=location_of(operand),
                         why="it depends on a value that itself needs this state.",
-                        hint="Give register_memory a number or a tensor, or make the initial value depend on the "
-                        "input alone.",
+                        hint="Make the initial value a number, a tensor, or a function of the inputs only.",
                     )
             pending.append(missing[0])
         return self.env[node]

@@ -12,7 +12,6 @@ import contextlib
 import os
 import sys
 import time
-import traceback
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 
@@ -30,6 +29,7 @@ from snnfx.ir.value_inference import update_values
 from snnfx.ir.verifier import verify_program
 from snnfx.sandbox import internal_faults
 from snnfx.sandbox.random_draws import draws_undone
+from snnfx.sandbox.user_code import format_location, location_of_error
 
 __all__ = ["PassManager", "PassRecord"]
 
@@ -158,13 +158,12 @@ class _Run:
         except SnnfxError:
             raise
         except Exception as error:
-            frame = traceback.extract_tb(error.__traceback__)[-1]
             raise PassError(
                 "SNNFX703",
                 f"the pass `{self.item.name}` failed",
-                where=f"{frame.filename}:{frame.lineno}",
+                where=format_location(location_of_error(error)) or location_of_pass(self.item),
                 why=f"{type(error).__name__}: {error}",
-                hint="The program and the model were put back.",
+                hint="Correct the pass at this line; the program and the model were put back.",
             ) from error
         return note
 

@@ -107,8 +107,10 @@ def _agrees_under_vmap(loss: Loss, y_seq: Any, target: Any, has_time: bool, expe
             ]
     except Exception as error:  # a user's function may fail under vmap in any way
         reason = (str(error).splitlines() or [type(error).__name__])[0]
-        message = f"the loss is evaluated step by step, because it fails under torch.vmap ({reason}). "
-        message += "The result is the same, only slower; torch.where can replace a branch on a value."
+        message = (
+            f"the loss is evaluated step by step, because it fails under torch.vmap ({reason}). "
+            "The result is the same, only slower; torch.where can replace a branch on a value."
+        )
         warn_once("SNNFX617", message, key=_key(loss) or type(loss))
         return False
     if vmapped.requires_grad != stepwise.requires_grad:

@@ -29,7 +29,8 @@ __all__ = [
     "uses_batch_statistics",
 ]
 
-_WHAT, _HINT = "a BatchNorm whose statistics are computed separately", "Convert with checkpoint=None."
+_WHAT = "a BatchNorm whose statistics are computed separately"
+_HINT = "Convert with checkpoint=None, lower=None: PyTorch then builds the autograd graph."
 
 
 def batch_statistics(x_seq: Tensor, module: BatchNormBase) -> tuple[Tensor, Tensor]:

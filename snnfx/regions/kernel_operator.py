@@ -43,7 +43,7 @@ def run_forward(
             "SNNFX503",
             f"the kernel of {kernels.label} can no longer be built",
             why=kernels.refusal,
-            hint="Compile the net again.",
+            hint="Compile or export the net again.",
         )
     states, constants_read = prepared.first_states(state), prepared.constants_read
     if isinstance(prepared.lowered, MixedStep):

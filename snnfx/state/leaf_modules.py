@@ -30,7 +30,7 @@ def is_declared_leaf(module: nn.Module) -> bool:
 
 def has_torch_forward(module: nn.Module) -> bool:
     """Whether a module has a forward of torch.nn, or a class declared equivalent by `declare_leaf`."""
-    return is_declared_leaf(module) or (type(module).forward.__module__ or "").startswith("torch.nn.")
+    return is_declared_leaf(module) or _inherits_forward_of_layer(module)
 
 
 def is_leaf(module: nn.Module) -> bool:
@@ -42,7 +42,13 @@ def is_leaf(module: nn.Module) -> bool:
     if isinstance(module, _CONTAINERS):
         return False
     # A subclass with its own forward is traced, because its computation is unknown.
-    return (type(module).forward.__module__ or "").startswith("torch.nn.") and not _calls_code_of_user(module)
+    return _inherits_forward_of_layer(module) and not _calls_code_of_user(module)
+
+
+def _inherits_forward_of_layer(module: nn.Module) -> bool:
+    """Whether the forward of a module is that of a layer of torch; a class with other methods only has none."""
+    forward = type(module).forward
+    return forward is not nn.Module.forward and (forward.__module__ or "").startswith("torch.nn.")
 
 
 def _calls_code_of_user(module: nn.Module) -> bool:

@@ -8,14 +8,6 @@ from snnfx.errors import CODES
 from support.hints import HintSite, followed_hints, hint_sites
 
 NOT_FOLLOWED_YET = {
-    "analysis/trace_leaks.py",
-    "capture/attribute_changes.py",
-    "capture/capture_session.py",
-    "capture/input_output_checks.py",
-    "capture/unsupported_modules.py",
-    "cli/commands.py",
-    "cli/model_factory.py",
-    "convert.py",
     "deploy/checking.py",
     "deploy/export.py",
     "deploy/onnx_file.py",
@@ -23,7 +15,6 @@ NOT_FOLLOWED_YET = {
     "deploy/pt2_file.py",
     "deploy/refusals.py",
     "deploy/tracing.py",
-    "emit/region_builder.py",
     "inspect/explain.py",
     "inspect/memory_report.py",
     "inspect/picture/draw.py",
@@ -34,20 +25,6 @@ NOT_FOLLOWED_YET = {
     "inspect/verify/shared_draws.py",
     "inspect/verify/verify.py",
     "inspect/verify/whole_call.py",
-    "ir/graph_pass.py",
-    "ir/pass_manager.py",
-    "ir/rewrite.py",
-    "lowering/elementwise/kernel_cache.py",
-    "online/learning_rules.py",
-    "online/losses.py",
-    "online/trainer_state.py",
-    "ops/elements.py",
-    "passes/normalize.py",
-    "recompute/batch_statistics.py",
-    "regions/kernel_operator.py",
-    "sequence/call_capture.py",
-    "state/adapters/snntorch.py",
-    "state/registry.py",
 }
 """Files with hints that no test here follows yet."""
 

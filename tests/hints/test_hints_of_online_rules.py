@@ -713,3 +713,60 @@ def test_an_unknown_dtype_of_autocast() -> None:
         model = mlp()
         Trainer(model, BPTT, sgd(model), F.mse_loss, amp_dtype=dtype).step(X.float(), TARGET.float())
         assert all(p.isfinite().all() for p in model.parameters())
+
+
+def test_an_option_of_fptt_that_is_no_bool() -> None:
+    refused(
+        "SNNFX309",
+        "online/learning_rules.py:FPTTTerm.__post_init__",
+        "Choose True or False.",
+        lambda: FPTTTerm(0.5, "authors", keep_multipliers="no"),  # type: ignore[arg-type]
+        names="keep_multipliers",
+    )
+    for choice in (True, False):
+        trains(FPTT(0.5, "authors", keep_multipliers=choice))
+
+
+def test_a_state_of_another_trainer() -> None:
+    model = mlp()
+    trainer = trains(FPTT(0.5, "authors"), model)
+    state = trainer.state_dict()
+    refused(
+        "SNNFX622",
+        "online/trainer_state.py:_mismatch",
+        "Load the state_dict() of a Trainer with the same parameters in the same order.",
+        lambda: trainer.load_state_dict(trainer.optimizer.state_dict()),
+    )
+    copied = fresh_copy(model)
+    resumed = Trainer(copied, FPTT(0.5, "authors"), sgd(copied), F.mse_loss)
+    resumed.load_state_dict(state)
+    for other in (trainer, resumed):
+        other.step(X, TARGET)
+    assert all(torch.equal(a, b) for a, b in zip(model.parameters(), copied.parameters(), strict=True))
+
+
+class LeakPerNeuron(nn.Module):
+    """Neurons with a learned leak each."""
+
+    def __init__(self, neurons: int) -> None:
+        super().__init__()
+        self.w = nn.Parameter(torch.linspace(-1, 1, neurons))
+        self.v: Any = 0.0
+
+    def forward(self, x: Tensor) -> Tensor:
+        self.v = torch.sigmoid(self.w) * self.v + x
+        return torch.sigmoid(self.v)
+
+
+def test_a_trace_for_each_neuron_behind_a_layer_that_mixes_them() -> None:
+    def mixing() -> nn.Sequential:
+        torch.manual_seed(0)
+        return nn.Sequential(nn.Linear(C, 5), LIFNode(tau=2.0), nn.Linear(5, 3), nn.LayerNorm(3), LeakPerNeuron(3))
+
+    refused(
+        "SNNFX620",
+        "analysis/trace_leaks.py:TraceLeaks._refused",
+        "Pass the leak of the traces as a number, e.g. trace_leak=0.9.",
+        lambda: Trainer(m := mixing(), OTTT_A, sgd(m), F.mse_loss, example_inputs=X[0]),
+    )
+    trains(OTTT_A(trace_leak=0.9), mixing(), example_inputs=X[0])

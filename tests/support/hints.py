@@ -9,6 +9,7 @@ syntax trees of the tests, so a new hint without a test is found without running
 from __future__ import annotations
 
 import ast
+import functools
 import linecache
 import re
 import sys
@@ -43,6 +44,7 @@ class HintSite:
         return f"{self.function} (line {self.line}): {self.text.replace(HOLE, '{}')}"
 
 
+@functools.cache
 def hint_sites() -> list[HintSite]:
     """All hints and warnings of the source."""
     files = [p for folder in ("snnfx", "passes") for p in sorted((ROOT / folder).rglob("*.py"))]
@@ -150,6 +152,7 @@ class FollowedHint:
         return self.function == site.function and self.text in site.text
 
 
+@functools.cache
 def followed_hints() -> list[FollowedHint]:
     """The hints that the tests in tests/hints/ follow."""
     found = []
