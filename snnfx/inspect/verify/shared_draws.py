@@ -123,11 +123,15 @@ class SharedDraws:
             steps of one place first; False: all places of one step first.
         order: the order in which the net takes the draws of places that are alike (same layer, distribution, shape). A
             net may compute the calls of a step in another order; the numbers of such places are interchangeable.
+        whole: True for a model that runs over time itself: the draws of a place in one call belong to steps 0, 1, ...
     """
 
-    def __init__(self, model: nn.Module, steps: int, finish_sites: bool = True, order: Sequence[int] = ()) -> None:
+    def __init__(
+        self, model: nn.Module, steps: int, finish_sites: bool = True, order: Sequence[int] = (), whole: bool = False
+    ) -> None:
         self._layers = {name: m for name, m in model.named_modules() if type(m).__module__ == nn.Dropout.__module__}
         self.T, self._finish_sites, self._order = steps, finish_sites, tuple(order)
+        self.whole = whole
         self.is_ambiguous = False
         """Whether a draw of the net fitted several places."""
         self.sites: dict[tuple[Any, ...], _Site] = {}
@@ -225,11 +229,14 @@ class _DrawsOfStep:
 
     def take(self, name: str, shape: tuple[int, ...]) -> Tensor:
         place = (self.layers[-1] if self.layers else "", name, shape)
-        site = self.draws.sites.setdefault((*place, self.counts[place]), _Site(*place, self.counts[place]))
+        count, step = self.counts[place], self.step
+        if self.draws.whole:
+            count, step = 0, count
+        site = self.draws.sites.setdefault((*place, count), _Site(*place, count))
         self.counts[place] += 1
-        if self.step not in site.steps:
-            site.steps.append(self.step)
-        return site.base(self.step)
+        if step not in site.steps:
+            site.steps.append(step)
+        return site.base(step)
 
 
 class _DrawsOfNet:
