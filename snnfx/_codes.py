@@ -537,6 +537,13 @@ CODES: dict[str, CodeEntry] = {
         "spike = torch.from_numpy((v.detach().numpy() > 1).astype('float32'))   # in the model",
         "spike = (v > 1).to(v.dtype)",
     ),
+    "SNNFX413": CodeEntry(
+        "the net of another model",
+        "`verify` compares a net with the model that it was converted from, or with a model that has the same modules. "
+        "This net was converted from a model with other modules.",
+        "snnfx.verify(other_model, snnfx.convert(model), x_seq)",
+        "snnfx.verify(model, snnfx.convert(model), x_seq)",
+    ),
     # 5xx: passes
     "SNNFX501": CodeEntry(
         "a pass broke the graph",

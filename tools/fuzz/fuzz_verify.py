@@ -195,6 +195,8 @@ def _of_broken_net(case: Case, s: Setting, dtype: str, kind: str, r: random.Rand
             return Verdict("refused", check, error.code, f"{about}: {error}")
         return Verdict("ok", check, "caught" if ratio > OBSERVABLE else "caught, little effect", f"{about}: {error}")
     except (snnfx.errors.CaptureError, snnfx.errors.InputError) as error:
+        if error.code == "SNNFX413":
+            return Verdict("ok", check, "caught", f"{about}: {error}")
         return Verdict("skipped", check, f"{error.code} at the call", str(error))
     except Exception as error:
         return Verdict("crash", check, type(error).__name__, f"{about}\n{traceback.format_exc()}")

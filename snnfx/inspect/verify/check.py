@@ -195,14 +195,13 @@ class Check:
             for name in states.keys() | expected.states.keys()
             if name in expected.states_before or name not in kinds or kinds[name] == "attribute"
         }
-        stored = {identity for name, identity in expected.stored_states.items() if name in slots}
         for name, entry in {**expected.before, **expected.after}.items():
             parts = name.split(".")
             prefixes = {".".join(parts[:k]) for k in range(1, len(parts) + 1)}
             owner = ".".join(parts[: parts.index(entry.attribute)]) if entry.attribute in parts else ""
             alias = f"{owner}.{parts[-1]}" if owner else parts[-1]
             is_stored = (entry.owner, entry.attribute) in storage
-            if prefixes & slots or alias in slots or is_stored or id(entry.stored) in stored:
+            if prefixes & slots or alias in slots or is_stored:
                 covered.add(name)
         return covered
 

@@ -39,10 +39,17 @@ def region_of_output(net: Any, index: int) -> str:
 
 
 def reset_discovered_state(model: nn.Module, net: Any) -> None:
-    """Reset attributes that capture inferred to be state to their values at capture; `reset_net` does not know them."""
+    """Reset attributes that capture inferred to be state to their values at capture; `reset_net` does not know them.
+
+    The net shares these values with a reference that is its own source. Another model starts with the values that it
+    has, which shows a net with another first state.
+    """
     program = getattr(net, "program", None)
+    is_own = getattr(net, "source", model) is model
     for start in program.initial_attributes if program is not None else ():
         module = model.get_submodule(start.owner)
+        if start.exists and not is_own:
+            continue  # the values of another model are its own
         if not start.exists:
             module.__dict__.pop(start.attribute, None)
             continue

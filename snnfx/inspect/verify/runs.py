@@ -262,7 +262,7 @@ class Runs:
             )
 
     def is_state(self, owner: nn.Module, attribute: str) -> bool:
-        """Whether a step depends on an attribute: the first step gives something else with its final value.
+        """Whether steps depend on an attribute: from its final value, they give something else.
 
         A tensor that grows at every step is a log; it is a state only if other values depend on it.
         """
@@ -275,15 +275,13 @@ class Runs:
             final = StructuralCopy(tensor=lambda x: x.detach().clone()).of(place.get(attribute))
         results = []
         for starts_with_final in (False, True):
-            with self.isolated(), torch.no_grad(), self._drawing(of_net=False):
+            with self.isolated(), torch.no_grad():
                 self._reset_model()
                 if starts_with_final:
                     place[attribute] = final
-                args, kwargs = self.inputs.fresh().of_step(0)
-                kwargs |= self.first_arguments()
-                step = step_forward(self.model, [args], self.net.options.entry, kwargs=[kwargs], carry=self.carry)
+                steps = self.step_model(self.inputs.fresh())
                 contents = {name: entry.value for name, entry in observe(self.model).items()}
-                results.append(named_leaves(step, "output") | contents)
+                results.append(named_leaves(steps, "output") | contents)
         a, b = results
         if isinstance(final, Tensor):
             own = [n for n, e in observe(self.model).items() if e.owner is owner and e.attribute == attribute]

@@ -12,7 +12,7 @@ import functools
 import threading
 import zlib
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
@@ -121,14 +121,29 @@ class SharedDraws:
         steps: the number of time steps T.
         finish_sites: how draws of one step each are assigned where two places draw numbers of the same shape. True: all
             steps of one place first; False: all places of one step first.
+        order: the order in which the net takes the draws of places that are alike (same layer, distribution, shape). A
+            net may compute the calls of a step in another order; the numbers of such places are interchangeable.
+        whole: True for a model that runs over time itself: the draws of a place in one call belong to steps 0, 1, ...
     """
 
-    def __init__(self, model: nn.Module, steps: int, finish_sites: bool = True) -> None:
+    def __init__(
+        self, model: nn.Module, steps: int, finish_sites: bool = True, order: Sequence[int] = (), whole: bool = False
+    ) -> None:
         self._layers = {name: m for name, m in model.named_modules() if type(m).__module__ == nn.Dropout.__module__}
-        self.T, self._finish_sites = steps, finish_sites
+        self.T, self._finish_sites, self._order = steps, finish_sites, tuple(order)
+        self.whole = whole
         self.is_ambiguous = False
         """Whether a draw of the net fitted several places."""
         self.sites: dict[tuple[Any, ...], _Site] = {}
+
+    @property
+    def most_alike(self) -> int:
+        """The largest number of places that the numbers of a draw do not tell apart."""
+        return max(Counter((s.layer, s.name, s.shape) for s in self.sites.values()).values(), default=0)
+
+    def rank(self, site: _Site) -> int:
+        """The position of a place among those like it, in the order in which the net takes their draws."""
+        return self._order.index(site.occurrence) if site.occurrence in self._order else site.occurrence
 
     @contextmanager
     def in_steps(self, model: nn.Module, entry: str) -> Iterator[None]:
@@ -214,11 +229,14 @@ class _DrawsOfStep:
 
     def take(self, name: str, shape: tuple[int, ...]) -> Tensor:
         place = (self.layers[-1] if self.layers else "", name, shape)
-        site = self.draws.sites.setdefault((*place, self.counts[place]), _Site(*place, self.counts[place]))
+        count, step = self.counts[place], self.step
+        if self.draws.whole:
+            count, step = 0, count
+        site = self.draws.sites.setdefault((*place, count), _Site(*place, count))
         self.counts[place] += 1
-        if self.step not in site.steps:
-            site.steps.append(self.step)
-        return site.base(self.step)
+        if step not in site.steps:
+            site.steps.append(step)
+        return site.base(step)
 
 
 class _DrawsOfNet:
@@ -242,7 +260,10 @@ class _DrawsOfNet:
             where = f" in `{layer}`" if layer else ""
             raise _Unshareable(f"the net draws numbers of shape {list(shape)} ({name}{where}), which no step draws")
         # The draw of whole sequences is unambiguous; among places that draw step by step, one is chosen.
-        sites.sort(key=lambda s: (s.steps_in(shape) < len(s.steps), 0 if self.draws._finish_sites else s.taken))
+        draws = self.draws
+        sites.sort(
+            key=lambda s: (s.steps_in(shape) < len(s.steps), 0 if draws._finish_sites else s.taken, draws.rank(s))
+        )
         site = sites[0]
         self.draws.is_ambiguous |= any(s.steps_in(shape) < len(s.steps) for s in sites[1:])
         count = site.steps_in(shape)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
@@ -11,10 +12,12 @@ import torch
 from torch import Tensor, nn
 
 from snnfx.convert import convert_without_budget
-from snnfx.errors import InputError, VerificationError
+from snnfx.emit.emitted_graphs import CONSTANTS
+from snnfx.errors import InputError, SnnfxError, VerificationError
 from snnfx.inspect.verify.check import Check, Flips
 from snnfx.inspect.verify.comparison import Comparison, Tolerance
 from snnfx.inspect.verify.float64_copies import CastsToFloat64, copies_in_float64, in_float64, to_float64
+from snnfx.inspect.verify.observed_contents import is_same
 from snnfx.inspect.verify.rounding import NearThresholds
 from snnfx.inspect.verify.runs import Runs, undisturbed
 from snnfx.inspect.verify.sequence_inputs import SequenceInputs
@@ -75,7 +78,8 @@ def verify(
             or attributes (SNNFX410) differ. The message names the first difference, its time step and region, and the
             first neuron that differs. SNNFX405: `batch_norm="fold"` is undefined for this model. SNNFX411: net and
             model cannot draw the same random numbers. SNNFX412: the model cannot run in float64.
-        InputError: SNNFX301, 303, 304, 306, 307, 310: the arguments do not match the net or each other.
+        InputError: SNNFX301, 303, 304, 306, 307, 310: the arguments do not match the net or each other. SNNFX413: the
+            net was converted from a model with other modules.
 
     Example:
         >>> import torch, snnfx
@@ -91,6 +95,7 @@ def verify(
             why=f"it was called with a {type(model).__name__} and a {type(net).__name__}.",
             hint="Call verify(model, net, x_seq).",
         )
+    _check_same_structure(model, net)
     options: Any = net.options
     if getattr(options, "takes", "step") == "sequence":
         with isolated(model, net), torch.inference_mode(False), torch.set_grad_enabled(gradients):
@@ -218,6 +223,7 @@ class _Verification:
             except Exception as error:
                 raise _not_in_float64(error) from error
             anew = ""
+            refined = self._refine_constants(model, net, inputs)
             try:
                 outcome = self._compared(model, net, inputs, first)
             except (VerificationError, InputError):
@@ -232,9 +238,33 @@ class _Verification:
         if casts.lines:
             lines = ", ".join(list(casts.lines)[:3])
             outcome.notes.append(f"casts to float32 were casts to float64 on both sides ({lines})")
+        if refined:
+            outcome.notes.append(f"constants of the net were computed anew in float64: {refined}")
         if anew:
             outcome.notes.append(f"compared a net captured anew in float64; a copy of the net cannot run ({anew})")
         return outcome
+
+    def _refine_constants(self, model: nn.Module, net: Any, inputs: SequenceInputs) -> int:
+        """Compute in float64 the constants that capture computed in float32; return their number.
+
+        The reference computes `torch.linspace(0, 1, 6)` in float64, and a copy of the net has the rounded values.
+        """
+        holder, constants = getattr(net, CONSTANTS, None), getattr(getattr(net, "program", None), "constants", None)
+        if holder is None or not any(
+            isinstance(c, Tensor) and c.is_floating_point() for c in (constants or {}).values()
+        ):
+            return 0
+        try:
+            exact = self._captured(model, inputs).program.constants
+        except SnnfxError:  # the constants stay rounded, and the comparison tells whether it matters
+            return 0
+        refined = 0
+        for name, value in exact.items():
+            own = holder._buffers.get(name)
+            if _is_rounded(own, value):
+                refined += not is_same(own, value)
+                constants[name] = holder._buffers[name] = value.detach().clone()
+        return refined
 
     def _captured(self, model: nn.Module, inputs: SequenceInputs) -> Any:
         options = self.net.options
@@ -260,6 +290,10 @@ class _Verification:
         )
 
 
+_MOST_PERMUTED = 3
+"""Up to this number of places that draw alike, every order of their draws is tried."""
+
+
 def _with_shared_draws(
     model: nn.Module, steps: int, runs: Callable[[SharedDraws], Runs], tolerance: Tolerance
 ) -> Check:
@@ -270,20 +304,67 @@ def _with_shared_draws(
     """
     results: list[Check] = []
     errors: list[VerificationError] = []
-    for finish_sites in (True, False):
-        draws = SharedDraws(model, steps, finish_sites)
+    attempts: list[tuple[bool, tuple[int, ...]]] = [(True, ()), (False, ())]
+    is_ambiguous = False
+    for number, (finish_sites, order) in enumerate(attempts):
+        draws = SharedDraws(model, steps, finish_sites, order)
         of_these = runs(draws)
         of_these.run_model()  # finds the places that draw
+        if not number:
+            orders = list(itertools.permutations(range(min(draws.most_alike, _MOST_PERMUTED))))[1:]
+            attempts += [(finish, order) for order in orders for finish in (True, False)]
+        if number and not finish_sites and not is_ambiguous:
+            continue
         try:
             results.append(Check(of_these, tolerance).run())
         except VerificationError as error:
             errors.append(error)
+            is_ambiguous = True
             continue
-        if not results[-1].failed or not draws.is_ambiguous:
+        is_ambiguous = draws.is_ambiguous
+        if not results[-1].failed:
             break
     if not results:
         raise errors[0]
+    if results[-1].failed and draws.most_alike > _MOST_PERMUTED:
+        raise VerificationError(
+            "SNNFX411",
+            "net and model cannot draw the same random numbers",
+            why=f"{draws.most_alike} places draw numbers of one shape, and the net may draw them in another order. "
+            f"With the orders that verify tried, {results[0].failed[0].name} differs.",
+            hint="Verify in evaluation mode, or use a Dropout layer of its own for each place.",
+        )
     return next((check for check in results if not check.failed), results[0])
+
+
+def _check_same_structure(model: nn.Module, net: Any) -> None:
+    """Raise if the net refers to modules that the model does not have, so that no comparison is possible."""
+    source = getattr(net, "source", None)
+    if not isinstance(source, nn.Module) or source is model:
+        return
+    own, others = dict(model.named_modules()), dict(source.named_modules())
+    lacking = [name for name in others if name not in own]
+    added = [name for name in own if name not in others]
+    if lacking or added:
+        name = (lacking or added)[0]
+        has, has_not = ("net", "model") if lacking else ("model", "net")
+        raise InputError(
+            "SNNFX413",
+            "the net is not a net of this model",
+            why=f"the {has} has a module `{name}` ({type((others if lacking else own)[name]).__name__}), the {has_not} "
+            f"does not. The net was converted from a {type(source).__name__}; the model is a {type(model).__name__}.",
+            hint="Pass the model that was converted: verify(net.source, net, x_seq).",
+        )
+
+
+def _is_rounded(value: Tensor | None, exact: Any) -> bool:
+    """Whether a tensor is another one but for rounding to float32."""
+    if value is None or not isinstance(exact, Tensor) or exact.dtype != torch.float64 or value.shape != exact.shape:
+        return False
+    difference, scale = (value.double() - exact).abs(), exact.abs()
+    return (
+        bool((difference[exact.isfinite()] <= 1e-6 * scale[exact.isfinite()].max()).all()) if value.numel() else False
+    )
 
 
 def _is_structural(comparison: Comparison) -> bool:
