@@ -30,6 +30,7 @@ from snnfx.sandbox.torch_internals import (
     disable_dispatch_modes,
 )
 from snnfx.sandbox.user_code import format_location
+from snnfx.state.leaf_modules import call_leaf
 from snnfx.state.step_calls import call_opaque
 
 __all__ = ["NOT_EVALUATED", "ExampleValues"]
@@ -164,10 +165,10 @@ def _call_for_shape(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, 
     """Call a layer on fake tensors to get the shape of its output."""
     uses_cumulative_average = isinstance(module, NormBase) and module.training and module.momentum is None
     if not uses_cumulative_average:
-        return module(*args, **kwargs)
+        return call_leaf(module, *args, **kwargs)
     # The momentum would be 1 / num_batches_tracked, and a fake tensor has no value.
     module.__dict__["training"] = False
     try:
-        return module(*args, **kwargs)
+        return call_leaf(module, *args, **kwargs)
     finally:
         module.__dict__["training"] = True
