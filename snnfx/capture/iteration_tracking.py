@@ -43,6 +43,11 @@ class LoopSource:
     function: str
     of_module: bool = False
 
+    @property
+    def where(self) -> tuple[str, int] | None:
+        """File and line; None for a library module that no code of the user calls."""
+        return (self.filename, self.line) if self.filename else None
+
 
 @dataclass(frozen=True)
 class Iteration:

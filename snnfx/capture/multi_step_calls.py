@@ -31,7 +31,7 @@ def record_steps(
         recorder: the recorder of the trace.
         tracker: labels the nodes with the iterations of the loop.
         name: the qualified name of the neuron.
-        call: records one step: `call(args, kwargs)`.
+        call: records one step: `call(t, args, kwargs)`.
         args, kwargs: the sequences, time first, and other arguments.
 
     Returns:
@@ -53,7 +53,7 @@ def record_steps(
             for i in positions:
                 step[i] = recorder.record_at(name, "call_method", "select", (sequences[i], 0, t), {})
             step_args, step_kwargs = pytree.tree_unflatten(step, spec)
-            outputs.append(call(step_args, step_kwargs))
+            outputs.append(call(t, step_args, step_kwargs))
     leaves = [pytree.tree_flatten(output) for output in outputs]
     stacked = [
         recorder.record_at(name, "call_function", torch.stack, (list(values),), {})

@@ -460,10 +460,15 @@ class StepTracer(fx.Tracer):
         if adapter is not None and "forward" in vars(m) and (takes_state(adapter) or adapter.is_leaf(m)):
             raise SubmoduleNotTraceable(name, f"its forward is replaced by {text_of(vars(m)['forward'])}")
         form = multi_step_form(adapter, m) if self._tracker is not None else None
-        if form == "steps" and self._tracker is not None and not takes_state(adapter):
+        if form == "steps" and self._tracker is not None and adapter is not None and adapter.names(m):
+            second: Node | None = None
 
-            def step(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-                return self.calls.call(m, name, call_stateful, adapter, args, kwargs)
+            def step(t: int, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+                nonlocal second
+                y = self.calls.call(m, name, call_stateful, adapter, args, kwargs, second)
+                if t == 1 and adapter.elementwise(m):
+                    second = self.calls.latest
+                return y
 
             return mark_returned(record_steps(self, self._tracker, name, step, args, kwargs), name)
         if adapter is not None and form is None:

@@ -135,7 +135,7 @@ class Patches(nn.Module):
         self.rpe, self.rpe_bn, self.rpe_lif = nn.Conv2d(dim, dim, 3, padding=1), nn.BatchNorm2d(dim), lif()
 
     def forward(self, x: Tensor) -> Tensor:
-        T, B, C, H, W = x.shape
+        T, B, _, H, W = x.shape
         x = self.bn(self.conv(x.flatten(0, 1))).reshape(T, B, -1, H, W).contiguous()
         x = self.pool(self.lif(x).flatten(0, 1))
         y = self.rpe_bn(self.rpe(x)).reshape(T, B, -1, H // 2, W // 2).contiguous()
