@@ -73,7 +73,7 @@ def record_folded_call(recorder: Recorder, name: str, call: Callable[..., Any], 
     """
     if any(type(a) is not StepProxy for a in args):
         raise _refuse_call(name, "one of its arguments is no tensor that depends on an input")
-    shape = recorder.record_at(name, "call_function", getattr, (args[0], "shape"), {})
+    shape: Any = recorder.record_at(name, "call_function", getattr, (args[0], "shape"), {})
     sizes = [shape[0], shape[1]]
     folded = tuple(recorder.record_at(name, "call_method", "flatten", (a, 0, 1), {}) for a in args)
     y = call(folded)

@@ -130,7 +130,7 @@ class SpikingJellyAdapter(StepModeAdapter):
     def _step_by_swapping(self, module: nn.Module, state: State, /, *inputs: Any, **kwargs: Any) -> tuple[Any, State]:
         with stepped_by_one_thread(module):
             v_seq = module.__dict__.get("v_seq")
-            call = module.single_step_forward if module.step_mode == "m" else module  # type: ignore[union-attr]
+            call = module.single_step_forward if module.step_mode == "m" else module
             try:
                 return step_by_swapping(self, module, state, *inputs, call=call, **kwargs)  # type: ignore[arg-type]
             finally:
