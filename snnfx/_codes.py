@@ -142,10 +142,10 @@ CODES: dict[str, CodeEntry] = {
     ),
     "SNNFX204": CodeEntry(
         "already in multi-step mode",
-        "A module of the model processes whole sequences. snnfx converts single-step models: set the module to "
-        "single-step mode.",
-        'neuron.LIFNode(step_mode="m")',
-        'neuron.LIFNode(step_mode="s")',
+        "A module of the model takes whole sequences, and without takes=, snnfx converts models that compute ONE time "
+        'step. Convert the whole call with takes="sequence".',
+        'snnfx.convert(nn.Sequential(layer.Linear(4, 4, step_mode="m"), neuron.LIFNode(step_mode="m")))',
+        'snnfx.convert(model, takes="sequence", example_inputs=(x_seq,))',
     ),
     "SNNFX205": CodeEntry(
         "a module without a single-step form",
@@ -317,6 +317,13 @@ CODES: dict[str, CodeEntry] = {
         "The loops of a model are found by capturing a call on short sequences like example_inputs.",
         'snnfx.convert(model, takes="sequence")',
         'snnfx.convert(model, takes="sequence", example_inputs=(x_seq,))',
+    ),
+    "SNNFX234": CodeEntry(
+        "a call in multi-step mode that cannot be captured",
+        'With takes="sequence", a neuron or layer of SpikingJelly in multi-step mode takes tensors with time in '
+        "dimension 0, all with the same number of time steps.",
+        "self.lif(torch.zeros(4, 2, 8))          # does not depend on an input",
+        "self.lif(self.fc(x_seq))",
     ),
     "SNNFX301": CodeEntry(
         "no time steps",

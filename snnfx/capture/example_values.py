@@ -21,6 +21,7 @@ from snnfx.capture.unsupported_modules import is_converted_net
 from snnfx.errors import CaptureError
 from snnfx.ir.program import SELF_TARGET, START_PREFIX
 from snnfx.sandbox.torch_internals import (
+    BatchNormBase,
     DataDependentOutputException,
     DynamicOutputShapeException,
     FakeTensor,
@@ -30,6 +31,7 @@ from snnfx.sandbox.torch_internals import (
     disable_dispatch_modes,
 )
 from snnfx.sandbox.user_code import format_location
+from snnfx.state.leaf_modules import call_leaf, has_torch_forward
 from snnfx.state.step_calls import call_opaque
 
 __all__ = ["NOT_EVALUATED", "ExampleValues"]
@@ -162,12 +164,16 @@ class _ReadsOfValues(TorchFunctionMode):
 
 def _call_for_shape(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     """Call a layer on fake tensors to get the shape of its output."""
-    uses_cumulative_average = isinstance(module, NormBase) and module.training and module.momentum is None
+    if isinstance(module, BatchNormBase) and has_torch_forward(module) and len(args) == 1 and not kwargs:
+        module._check_input_dim(args[0])
+        return torch.empty_like(args[0])
+    # `vars`, because a read of the attribute would count as one of the model's code.
+    uses_cumulative_average = isinstance(module, NormBase) and vars(module)["training"] and module.momentum is None
     if not uses_cumulative_average:
-        return module(*args, **kwargs)
+        return call_leaf(module, *args, **kwargs)
     # The momentum would be 1 / num_batches_tracked, and a fake tensor has no value.
     module.__dict__["training"] = False
     try:
-        return module(*args, **kwargs)
+        return call_leaf(module, *args, **kwargs)
     finally:
         module.__dict__["training"] = True

@@ -10,12 +10,14 @@ events of `sys.monitoring`. Only frames of user code with a loop in them get suc
 
 from __future__ import annotations
 
+import contextlib
 import dis
 import functools
 import inspect
 import sys
 import sysconfig
 import threading
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from types import CodeType, FrameType, TracebackType
 from typing import Any
@@ -32,12 +34,19 @@ class LoopSource:
     Args:
         filename, line, column: the position of its first instruction.
         function: the qualified name of the function with the loop.
+        of_module: whether the loop is the call of a library module on sequences at this line; `function` is its name.
     """
 
     filename: str
     line: int
     column: int
     function: str
+    of_module: bool = False
+
+    @property
+    def where(self) -> tuple[str, int] | None:
+        """File and line; None for a library module that no code of the user calls."""
+        return (self.filename, self.line) if self.filename else None
 
 
 @dataclass(frozen=True)
@@ -87,6 +96,26 @@ class IterationTracker:
     def __init__(self) -> None:
         self._frames: dict[FrameType, _FrameLoops] = {}
         self._runs = 0
+        self._of_modules: list[Iteration] = []
+        """The iterations of loops of library modules that run, the outermost first."""
+
+    @contextlib.contextmanager
+    def loop(self, source: LoopSource) -> Iterator[Callable[[], None]]:
+        """Label nodes with the iterations of a loop that capture itself runs; yields a call for the next iteration."""
+        run, index = self.next_run(), -1
+
+        def next_iteration() -> None:
+            nonlocal index
+            if index >= 0:
+                self._of_modules.pop()
+            index += 1
+            self._of_modules.append(Iteration(source, run, index))
+
+        try:
+            yield next_iteration
+        finally:
+            if index >= 0:
+                self._of_modules.pop()
 
     def current(self) -> tuple[Iteration, ...]:
         """The iterations that the running code belongs to, the outermost loop first."""
@@ -98,7 +127,7 @@ class IterationTracker:
                 loops.arrive(frame.f_lasti)
                 found += reversed(loops.iterations())
             frame = frame.f_back
-        return tuple(reversed(found))
+        return (*reversed(found), *self._of_modules)
 
     def __enter__(self) -> IterationTracker:
         if sys.version_info >= (3, 12):

@@ -33,12 +33,14 @@ class StatefulCalls:
     Attributes:
         is_recording: whether the nodes of such a call are being recorded.
         sites: the place in the user's code that made each call; see `user_calls`.
+        latest: the latest call.
     """
 
     def __init__(self, recorder: Recorder, values: ExampleValues, leaf_states: LeafModuleStates) -> None:
         self.recorder, self.values, self.leaf_states = recorder, values, leaf_states
         self.is_recording = False
         self.sites: dict[Node, Hashable] = {}
+        self.latest: Node | None = None
 
     def call(
         self,
@@ -48,14 +50,22 @@ class StatefulCalls:
         adapter: Any,
         args: tuple[Any, ...],
         kwargs: dict[str, Any],
+        like: Node | None = None,
     ) -> Any:
-        """Record one pure step of a module, update its slots, and return the output of the module."""
+        """Record one pure step of a module, update its slots, and return the output of the module.
+
+        Args:
+            m, name, adapter: the module.
+            call: the function that the graph calls.
+            args, kwargs: its arguments.
+            like: an earlier call of the module whose outputs and states have the same shapes.
+        """
         recorder = self.recorder
         self.is_recording = True
         try:
             # Hooks of the user must not run on fake tensors.
             with without_hooks(m), self.values.draws.allowed_in(*(part.__class__.__module__ for part in m.modules())):
-                output = self._record_call(m, name, call, adapter, args, kwargs)
+                output = self._record_call(m, name, call, adapter, args, kwargs, like)
         finally:
             self.is_recording = False
         if recorder.is_without_gradient():
@@ -108,11 +118,14 @@ class StatefulCalls:
         adapter: Any,
         args: tuple[Any, ...],
         kwargs: dict[str, Any],
+        like: Node | None,
     ) -> Any:
         recorder, slots = self.recorder, _slot_names(adapter, m, name)
         module = recorder.record_at(name, "get_attr", name or SELF_TARGET, (), {})
         first_initial = initial_value if call is call_stateful else opaque_initial_value
         initial, result = self._evaluate_slots(adapter, m, slots, args, kwargs)
+        if like is not None and result is UNKNOWN:
+            result = like.meta.get("val", UNKNOWN)
         for index, slot in enumerate(slots):
             if self.leaf_states.needs_initial(slot):
                 with self.values.already_evaluated(initial[index] if initial is not None else UNKNOWN):
@@ -124,6 +137,7 @@ class StatefulCalls:
         with self.values.already_evaluated(result):
             outputs_and_state = recorder.record_at(name, "call_function", call, (module, states, *args), kwargs)
         self.sites[outputs_and_state.node] = user_calls()
+        self.latest = outputs_and_state.node
         output = element_of(outputs_and_state, 0, name)
         next_states = element_of(outputs_and_state, 1, name) if slots else None
         for index, slot in enumerate(slots):

@@ -24,6 +24,7 @@ from snnfx.capture.inline_modules import is_traced_inline
 from snnfx.capture.input_output_checks import refusal_of_nested_tensor, refuse_outputs
 from snnfx.capture.iteration_tracking import IterationLimit, IterationTracker
 from snnfx.capture.leaf_module_states import LeafModuleStates
+from snnfx.capture.multi_step_calls import record_folded_call, record_steps
 from snnfx.capture.patches import (
     autocast_state,
     patched_apply,
@@ -56,9 +57,9 @@ from snnfx.sandbox.torch_internals import (
 )
 from snnfx.sandbox.user_code import format_location, location_of_error, location_of_forward, user_location
 from snnfx.state.composite_adapter import composite_adapter, is_stateful_tree
-from snnfx.state.leaf_modules import is_leaf
+from snnfx.state.leaf_modules import is_leaf, takes_sequence
 from snnfx.state.registry import adapter_of
-from snnfx.state.stateful import takes_state
+from snnfx.state.stateful import multi_step_form, takes_state
 from snnfx.state.step_calls import call_opaque, call_stateful, initial_value, opaque_initial_value
 
 __all__ = ["ArgumentLeaf", "StepTracer", "SubmoduleNotTraceable"]
@@ -206,7 +207,7 @@ class StepTracer(fx.Tracer):
             return self.call_module(root, root.forward, args, kwargs)
         if self.traced_func_name == "forward":
             _refuse_hooks(root, "")
-        if adapter is not None:
+        if adapter is not None and (self._tracker is None or multi_step_form(adapter, root) is None):
             _refuse_by(adapter, root, "the model", location_of_forward(root, self.traced_func_name))
         if "" in self.opaque:
             return mark_returned(self.calls.call(root, "", call_opaque, composite_adapter(root), args, kwargs), "")
@@ -458,17 +459,33 @@ class StepTracer(fx.Tracer):
         adapter = adapter_of(m)
         if adapter is not None and "forward" in vars(m) and (takes_state(adapter) or adapter.is_leaf(m)):
             raise SubmoduleNotTraceable(name, f"its forward is replaced by {text_of(vars(m)['forward'])}")
-        if adapter is not None:
+        form = multi_step_form(adapter, m) if self._tracker is not None else None
+        if form == "steps" and self._tracker is not None and adapter is not None and adapter.names(m):
+            second: Node | None = None
+
+            def step(t: int, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+                nonlocal second
+                y = self.calls.call(m, name, call_stateful, adapter, args, kwargs, second)
+                if t == 1 and adapter.elementwise(m):
+                    second = self.calls.latest
+                return y
+
+            return mark_returned(record_steps(self, self._tracker, name, step, args, kwargs), name)
+        if adapter is not None and form is None:
             _refuse_by(adapter, m, name or "the model", format_location(user_location()) or location_of_forward(m))
         if takes_state(adapter):
             return self.calls.call_that_takes_state(m, name, adapter, args, kwargs)
-        if adapter is not None and adapter.names(m):
+        if adapter is not None and adapter.names(m) and form is None:
             if is_stateful_tree(m, adapter):
                 return mark_returned(self.calls.call(m, name, call_opaque, composite_adapter(m), args, kwargs), name)
             if adapter.is_leaf(m):
                 return mark_returned(self.calls.call(m, name, call_stateful, adapter, args, kwargs), name)
         elif self.is_leaf_module(m, name):
-            result = mark_returned(super().call_module(m, forward, args, kwargs), name)
+            call = super().call_module
+            if takes_sequence(m):
+                y = record_folded_call(self, name, lambda folded: call(m, forward, folded, kwargs), args)
+                return mark_returned(y, name)
+            result = mark_returned(call(m, forward, args, kwargs), name)
             # Always two values: a carried state needs a known structure even without example inputs.
             is_pair = isinstance(m, nn.LSTMCell)
             return (element_of(result, 0, name), element_of(result, 1, name)) if is_pair else result

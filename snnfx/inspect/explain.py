@@ -30,8 +30,20 @@ from snnfx.inspect.conversion_notes import (
     statistic_reads,
     vmap_fallbacks,
 )
+from snnfx.inspect.loops_of_call import loops_of_call
 from snnfx.inspect.memory_report import MemoryReport, report_memory
-from snnfx.inspect.report import ChunkRow, InputRow, NotFolded, Operation, PassRow, Problem, RegionRow, Report, SlotRow
+from snnfx.inspect.report import (
+    ChunkRow,
+    InputRow,
+    LoopRow,
+    NotFolded,
+    Operation,
+    PassRow,
+    Problem,
+    RegionRow,
+    Report,
+    SlotRow,
+)
 from snnfx.inspect.source_expressions import expression_of_initial_value
 from snnfx.ir.options import ConvertKeywords, ConvertOptions
 from snnfx.ir.printing import describe_node, location_of, operation_name
@@ -39,6 +51,7 @@ from snnfx.ir.program import Region, StepProgram
 from snnfx.memory.budget import read_memory_budget
 from snnfx.memory.chunk_plan import plan_chunks
 from snnfx.memory.planning import example_steps, refuse_impossible_budget
+from snnfx.ops.run_loop import run_loop
 from snnfx.ops.step_functions import apply_autograd_function
 from snnfx.runtime.net import Net
 from snnfx.sandbox.isolation import isolated
@@ -105,17 +118,19 @@ def _report_on(net: Net, T: int | None, example_inputs: Any) -> Report:
     program = net.program
     counts = _counts(program)
     not_folded = [*_not_folded(program), *_losing_the_batch(net)]
+    loops = tuple(loops_of_call(net))
     return Report(
         model=type(net.source).__name__,
         training=net.training,
         options=_options_as_data(net.options),
         too_little=_too_little(net),
-        coverage=_coverage(program, counts, not_folded),
+        coverage=_coverage(program, counts, not_folded) if not loops else _coverage_of_call(program, loops),
         counts=counts,
         inputs=tuple(_inputs(net)),
         regions=tuple(_region_row(program, region) for region in _shown_regions(program)),
+        loops=loops,
         not_folded=tuple(not_folded),
-        slots=tuple(_slots(program)),
+        slots=tuple(_slots(program)) if not loops else (),
         opaque=dict(program.opaque),
         first_step=first_step_differs(program),
         carried=tuple(carried_arguments(program)),
@@ -166,6 +181,16 @@ def _coverage(program: StepProgram, counts: dict[str, int], not_folded: Sequence
         others = f", and for {_count(len(different) - 1, 'other reason')}" if len(different) > 1 else ""
         parts.append(f"{counts['map']} mapped{because}{others}")
     return "; ".join(parts)
+
+
+def _coverage_of_call(program: StepProgram, loops: Sequence[LoopRow]) -> str:
+    """One sentence about the call of a model that runs over time itself."""
+    around = sum(is_computing(node) and node.target is not run_loop for node in program.graph.nodes)
+    with_kernels = sum(any("kernel" in note.split(":")[0] for note in loop.kernels) for loop in loops)
+    return (
+        f"{_count(len(loops), 'loop')} over time, {with_kernels} of them with kernels; "
+        f"{_count(around, 'node')} around them on whole sequences"
+    )
 
 
 def _region_row(program: StepProgram, region: Region) -> RegionRow:

@@ -12,7 +12,18 @@ from snnfx.inspect.document import NO_BREAK, Bullets, Document, Paragraph, Table
 from snnfx.inspect.memory_report import MemoryReport, memory_document
 from snnfx.inspect.plain_data import plain_data
 
-__all__ = ["ChunkRow", "InputRow", "NotFolded", "Operation", "PassRow", "Problem", "RegionRow", "Report", "SlotRow"]
+__all__ = [
+    "ChunkRow",
+    "InputRow",
+    "LoopRow",
+    "NotFolded",
+    "Operation",
+    "PassRow",
+    "Problem",
+    "RegionRow",
+    "Report",
+    "SlotRow",
+]
 
 _KINDS = {
     "fold": "one call for all time steps, with T folded into the batch dimension",
@@ -146,6 +157,25 @@ class SlotRow:
 
 
 @dataclass(frozen=True)
+class LoopRow:
+    """A loop of a model that runs over time itself, in execution order.
+
+    Args:
+        where: the user's file and line.
+        iterations: the number of iterations; "T" if it follows from the size of an input.
+        slots: the values that an iteration takes from the previous one.
+        regions: the kinds of the regions of its step, in execution order.
+        kernels: the loops compiled into kernels and, for others, the reason.
+    """
+
+    where: str
+    iterations: str
+    slots: tuple[str, ...]
+    regions: tuple[str, ...]
+    kernels: tuple[str, ...]
+
+
+@dataclass(frozen=True)
 class ChunkRow:
     """The number of time steps in a chunk in inference; None for all, or when it is planned at the first call."""
 
@@ -179,6 +209,7 @@ class Report:
         counts: number of computing nodes by kind of region, and in total ("nodes").
         inputs: the input tensors.
         regions: the regions, in execution order.
+        loops: for a model that runs over time itself, the loops in its code that are called from the rest of the call.
         not_folded: the nodes that are not folded, with the reason.
         slots: the state slots.
         opaque: modules that could not be traced, with the reason.
@@ -206,6 +237,7 @@ class Report:
     counts: Mapping[str, int] = field(default_factory=dict)
     inputs: tuple[InputRow, ...] = ()
     regions: tuple[RegionRow, ...] = ()
+    loops: tuple[LoopRow, ...] = ()
     not_folded: tuple[NotFolded, ...] = ()
     slots: tuple[SlotRow, ...] = ()
     opaque: Mapping[str, str] = field(default_factory=dict)
@@ -251,6 +283,7 @@ class Report:
             *_section("Inputs", _inputs_table(self.inputs)),
             *_section("Regions, in execution order", _regions_table(self.regions)),
             *_legend({region.kind for region in self.regions}),
+            *_section("Loops of the call, in execution order", _loops_table(self.loops)),
             *self._not_folded(),
             *_section("Kernels", _bullets([[note] for note in self.kernels])),
             *_section("State", _slots_table(self.slots)),
@@ -285,7 +318,7 @@ class Report:
         return lines
 
     def _notes(self) -> Iterable[str]:
-        if self.options.get("step_mode") == "s":
+        if self.options.get("step_mode") == "s" and self.options.get("takes") != "sequence":
             yield 'This net runs one step at a time; the report shows its regions with step_mode="m".'
         reported = {row.what for row in self.not_folded if row.code == "SNNFX108"}
         for name, reason in self.opaque.items():
@@ -344,6 +377,11 @@ def _contents(region: RegionRow) -> str:
 def _legend(kinds: set[str]) -> Document:
     lines = [[f"{kind}: {meaning}"] for kind, meaning in _KINDS.items() if kind in kinds]
     return [Bullets(lines)] if lines else []
+
+
+def _loops_table(loops: Sequence[LoopRow]) -> Table:
+    rows = [[x.where, x.iterations, ", ".join(x.slots), ", ".join(x.regions), " ".join(x.kernels)] for x in loops]
+    return Table(["loop", "iterations", "state", "regions", "kernels"], rows, frozenset({0, 2}))
 
 
 def _slots_table(slots: Sequence[SlotRow]) -> Table:

@@ -33,6 +33,7 @@ from snnfx.sandbox.torch_internals import (
     tracing_state,
 )
 from snnfx.state.hooks import has_forward_hooks
+from snnfx.state.leaf_modules import call_leaf
 
 __all__ = ["NORMS_AFTER", "call_layer", "call_norm"]
 
@@ -85,13 +86,13 @@ def call_layer(layer: Any, norm: Any, x: Tensor) -> tuple[Tensor, bool]:
             folded = _folded(layer, norm, tensors, _takes_images(layer, x))
             if folded.weight is not None:
                 return _call_with(layer, x, folded.weight, folded.bias), True
-    return layer(x), False
+    return call_leaf(layer, x), False
 
 
 def call_norm(norm: nn.Module, called: tuple[Tensor, bool]) -> Tensor:
     """Apply the norm to the result of `call_layer`, unless it was folded."""
     y, is_normalized = called
-    return y if is_normalized else norm(y)
+    return y if is_normalized else call_leaf(norm, y)
 
 
 def _is_inference() -> bool:

@@ -21,6 +21,7 @@ from torch import Tensor, nn
 from snnfx.ops.step_functions import ValueAndGradients
 from snnfx.sandbox.torch_internals import ConvBase, is_batched_by_vmap
 from snnfx.state.hooks import has_forward_hooks
+from snnfx.state.leaf_modules import call_leaf
 
 __all__ = [
     "cut_history",
@@ -94,7 +95,7 @@ def traced_module(module: nn.Module, operand: Tensor, trace: Tensor, bias_trace:
         bias_trace: `[N]`; None: no trace for the bias.
     """
     if not torch.is_grad_enabled():
-        return module(operand)  # type: ignore[no-any-return]
+        return call_leaf(module, operand)  # type: ignore[no-any-return]
     if not has_forward_hooks(module) and not _is_mapped(operand):
         if type(module).forward is nn.Linear.forward:
             return _TracedLinear.apply(operand, trace, module.weight, module.bias, bias_trace)  # type: ignore[no-any-return]

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from snnfx.errors import InputError
 from snnfx.ops.memory_format import stack_in_layout, unbind_in_layout
 from snnfx.sandbox.torch_internals import pytree
+from snnfx.state.leaf_modules import call_leaf
 
 __all__ = [
     "call_module",
@@ -70,7 +71,7 @@ def carry_gradient(tensor: Tensor) -> Tensor:
 
 def call_module(module: nn.Module, /, *args: Any, **kwargs: Any) -> Any:
     """Call a module that is an argument of a region (torch.compile does not follow `operator.call`)."""
-    return module(*args, **kwargs)
+    return call_leaf(module, *args, **kwargs)
 
 
 def call_once(region: Callable[..., Any], constants: tuple[Any, ...]) -> Any:

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from snnfx.ops.batched_gradients import for_each_gradient
 from snnfx.ops.buffer_pool import empty_like
 from snnfx.sandbox.torch_internals import BatchNormBase, are_transforms_active
+from snnfx.state.leaf_modules import call_leaf
 
 __all__ = ["batch_norm_per_step", "is_dense", "normalize_steps", "update_factors"]
 
@@ -31,13 +32,13 @@ def batch_norm_per_step(x_seq: Tensor, module: BatchNormBase) -> Tensor:
     """
     T = x_seq.shape[0]
     if module._forward_hooks or module._forward_pre_hooks:
-        return torch.stack([module(x) for x in x_seq.unbind(0)])
+        return torch.stack([call_leaf(module, x) for x in x_seq.unbind(0)])
     if not module.training and module.running_mean is not None:
-        return module(x_seq.flatten(0, 1)).unflatten(0, (T, x_seq.shape[1]))  # type: ignore[no-any-return]
+        return call_leaf(module, x_seq.flatten(0, 1)).unflatten(0, (T, x_seq.shape[1]))  # type: ignore[no-any-return]
     module._check_input_dim(x_seq[0])
     count = x_seq[0].numel() // x_seq.shape[2]
     if module.training and count <= 1:
-        return torch.stack([module(x) for x in x_seq.unbind(0)])  # torch raises its own error
+        return torch.stack([call_leaf(module, x) for x in x_seq.unbind(0)])  # torch raises its own error
     is_transformed = torch.compiler.is_compiling() or are_transforms_active()
     if not is_transformed and not isinstance(module, nn.SyncBatchNorm):
         return normalize_steps(x_seq, module)

@@ -19,6 +19,7 @@ from snnfx.ops.memory_format import stack_in_layout
 from snnfx.ops.step_batch_norm import batch_norm_per_step, is_dense, update_factors
 from snnfx.recompute.bit_packing import empty_steps, memory_order
 from snnfx.sandbox.torch_internals import BatchNormBase, check_batch_size
+from snnfx.state.leaf_modules import call_leaf
 
 __all__ = [
     "add_gradient_of_statistics",
@@ -91,7 +92,7 @@ def normalize(
     if mean is None or var is None:
         if per_step:
             return batch_norm_per_step(x_seq, module)
-        return module(x_seq.flatten(0, 1)).unflatten(0, x_seq.shape[:2])  # type: ignore[no-any-return]
+        return call_leaf(module, x_seq.flatten(0, 1)).unflatten(0, x_seq.shape[:2])  # type: ignore[no-any-return]
     return _NormalizeFunction.apply(x_seq, mean, var, module.weight, module.bias, module.eps)  # type: ignore[no-any-return]
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import inspect
 import os
 import sys
@@ -92,5 +93,10 @@ def format_location(where: tuple[str, int] | None) -> str:
     """`file.py:41`, relative to the working directory if the file is inside it."""
     if where is None:
         return ""
-    relative = os.path.relpath(where[0])
-    return f"{relative if not relative.startswith('..') else os.path.basename(where[0])}:{where[1]}"
+    return f"{_shown_path(where[0], os.getcwd())}:{where[1]}"
+
+
+@functools.lru_cache(maxsize=256)
+def _shown_path(filename: str, folder: str) -> str:
+    relative = os.path.relpath(filename, folder)
+    return relative if not relative.startswith("..") else os.path.basename(filename)

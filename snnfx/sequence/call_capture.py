@@ -146,7 +146,7 @@ def _find_time_dimension(
                 break
         pairs = scaling_runs(*(find_loop_runs(call[0]) for call in calls)) if len(calls) == 2 else None
         if pairs:
-            if any(may_branch_on_count(run.source) for run, _ in pairs):
+            if any(not run.source.of_module and may_branch_on_count(run.source) for run, _ in pairs):
                 return None
             return candidate, calls[0], calls[1]
     return None

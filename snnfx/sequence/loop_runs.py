@@ -34,8 +34,9 @@ class LoopRun:
 
     @property
     def location(self) -> str:
-        """The user's file and line."""
-        return format_location((self.source.filename, self.source.line))
+        """The user's file and line; the name of a library module that no code of the user calls."""
+        source = self.source
+        return format_location(source.where) or f"`{source.function}`"
 
 
 def move_attributes_first(program: StepProgram) -> None:

@@ -346,7 +346,7 @@ class _Reroll:
             loop = graph.get_attr(self.name)
             state = {self.slot_names[p]: node for p, node in self.state_of.items() if not self._is_persistent(node)}
             call = graph.call_function(run_loop, (loop, count, tuple(self.inputs.values), state))
-            call.meta = {"where": (self.run.source.filename, self.run.source.line), "module": "", "loop": self.name}
+            call.meta = {"where": self.run.source.where, "module": "", "loop": self.name}
             values = graph.call_function(operator.getitem, (call, 0))
             states = graph.call_function(operator.getitem, (call, 1))
             for node in (values, states):

@@ -3,23 +3,46 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 from torch import nn
 
-__all__ = ["declare_leaf", "has_torch_forward", "is_declared_leaf", "is_leaf"]
+__all__ = ["call_leaf", "declare_leaf", "has_torch_forward", "is_declared_leaf", "is_leaf", "takes_sequence"]
 
 _declared_leaves: dict[type, Callable[[nn.Module], bool]] = {}
+_takes_sequence: dict[type, Callable[[nn.Module], bool]] = {}
 _CONTAINERS = (nn.Sequential, nn.ModuleList, nn.ModuleDict)
 
 
-def declare_leaf(cls: type, when: Callable[[nn.Module], bool] = lambda module: True) -> None:
+def declare_leaf(
+    cls: type,
+    when: Callable[[nn.Module], bool] = lambda module: True,
+    takes_sequence: Callable[[nn.Module], bool] | None = None,
+) -> None:
     """Declare that one step of `cls` computes the same as its torch.nn base class.
 
     Args:
         cls: a subclass of a torch.nn layer with its own `forward`, or a stateless element-wise module.
-        when: predicate on an instance: whether the declaration applies (for instance, not in multi-step mode).
+        when: predicate on an instance: whether the declaration applies.
+        takes_sequence: predicate on an instance: whether its calls take sequences, time first, and fold time into the
+            batch. Capture then records a call on folded values.
     """
     _declared_leaves[cls] = when
+    if takes_sequence is not None:
+        _takes_sequence[cls] = takes_sequence
+
+
+def takes_sequence(module: nn.Module) -> bool:
+    """Whether the calls of a declared leaf take sequences, time first."""
+    takes = _takes_sequence.get(module.__class__)
+    return takes is not None and takes(module)
+
+
+def call_leaf(module: nn.Module, /, *args: Any, **kwargs: Any) -> Any:
+    """Call a leaf on one step; a leaf that takes sequences gets one of length 1."""
+    if module.__class__ not in _takes_sequence or not takes_sequence(module):
+        return module(*args, **kwargs)
+    return module(*(x.unsqueeze(0) for x in args), **kwargs).squeeze(0)
 
 
 def is_declared_leaf(module: nn.Module) -> bool:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 from torch import Tensor, nn
@@ -69,14 +69,26 @@ def _is_pure(module_class: type) -> bool:
 
 
 def step_by_swapping(
-    adapter: Adapter, module: nn.Module, state: State, /, *inputs: Any, **kwargs: Any
+    adapter: Adapter,
+    module: nn.Module,
+    state: State,
+    /,
+    *inputs: Any,
+    call: Callable[..., Any] | None = None,
+    **kwargs: Any,
 ) -> tuple[Any, State]:
-    """One pure step of a module with state in attributes: write the state, call, read it, restore."""
+    """One pure step of a module with state in attributes: write the state, call, read it, restore.
+
+    Args:
+        adapter: the adapter of the module.
+        module, state, inputs, kwargs: the step.
+        call: computes the step; None: the module itself.
+    """
     with stepped_by_one_thread(module):
         before = adapter.read(module)
         try:
             adapter.write(module, state)
-            outputs = module(*inputs, **kwargs)
+            outputs = (call or module)(*inputs, **kwargs)
             return outputs, adapter.read(module)
         finally:
             adapter.write(module, before)

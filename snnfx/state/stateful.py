@@ -8,7 +8,7 @@ from typing import Any, Protocol, runtime_checkable
 
 from torch import nn
 
-__all__ = ["Adapter", "State", "Stateful", "StatefulCall", "StatelessAdapter", "takes_state"]
+__all__ = ["Adapter", "State", "Stateful", "StatefulCall", "StatelessAdapter", "multi_step_form", "takes_state"]
 
 State = tuple[Any, ...]
 """The values of a module's slots, in the order of `state_names`."""
@@ -38,6 +38,8 @@ class Adapter(Protocol):
       independently, as in neurons.
     - `is_leaf`: whether a call is recorded as one node; otherwise the forward is traced, with its states as slots.
     - `refuse`: raises if the module cannot be stepped in its current configuration.
+    - `multi_step_form` (optional): for a module whose calls take sequences, time first: "steps" if such a call runs
+      `step` at each time step, "trace" if capture must trace its forward. None for all other modules.
     """
 
     def elementwise(self, module: nn.Module) -> bool: ...
@@ -85,6 +87,12 @@ def takes_state(adapter: Adapter | None) -> bool:
     pass. The `step` of the adapter accepts None for a state that starts from the reset value.
     """
     return callable(getattr(adapter, "read_call", None))
+
+
+def multi_step_form(adapter: Adapter | None, module: nn.Module) -> str | None:
+    """How capture records a call of a module on sequences: "steps" or "trace"; None if its calls take one step."""
+    form = getattr(adapter, "multi_step_form", None)
+    return None if form is None else form(module)
 
 
 class StatelessAdapter:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from typing import Any
 
 import pytest
@@ -598,12 +599,14 @@ def test_spikingjelly_in_multi_step_mode() -> None:
     refused(
         "SNNFX204",
         "state/adapters/spikingjelly.py:StepModeAdapter.refuse",
-        'Call spikingjelly.activation_based.functional.set_step_mode(model, "s") first.',
+        'Convert the whole call with takes="sequence" and example_inputs=(x_seq,).',
         lambda: snnfx.convert(model),
         names="LIFNode",
     )
-    library.functional.set_step_mode(model, "s")
-    assert_converts(model, sequence())
+    x_seq = sequence()
+    net = snnfx.convert(model, takes="sequence", example_inputs=(x_seq,))
+    expected = copy.deepcopy(model)(x_seq)
+    assert torch.equal(net(x_seq), expected)
 
 
 def test_a_spikingjelly_neuron_with_inputs_of_two_shapes() -> None:

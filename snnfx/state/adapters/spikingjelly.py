@@ -33,6 +33,9 @@ class StepModeAdapter(StatelessAdapter):
     def is_leaf(self, module: nn.Module) -> bool:
         return False
 
+    def multi_step_form(self, module: nn.Module) -> str | None:
+        return "trace" if _takes_sequences(module) else None
+
     def refuse(self, module: nn.Module, where: str) -> None:
         supported = module.supported_step_mode()  # type: ignore[operator]
         name = f"`{where}` ({type(module).__name__})"
@@ -47,8 +50,8 @@ class StepModeAdapter(StatelessAdapter):
             raise CaptureError(
                 "SNNFX204",
                 f"{name} is in multi-step mode",
-                why="snnfx converts models that compute ONE time step.",
-                hint='Call spikingjelly.activation_based.functional.set_step_mode(model, "s") first.',
+                why="without takes=, snnfx converts models that compute ONE time step.",
+                hint='Convert the whole call with takes="sequence" and example_inputs=(x_seq,).',
             )
 
     def step(self, module: nn.Module, state: State, /, *inputs: Any, **kwargs: Any) -> tuple[Any, State]:
@@ -70,6 +73,18 @@ class SpikingJellyAdapter(StepModeAdapter):
     def is_leaf(self, module: nn.Module) -> bool:
         # OTTTLIFNode returns a list in training (spike and trace), and the next layer depends on that.
         return not isinstance(module, _LIST_RETURNING)
+
+    def multi_step_form(self, module: nn.Module) -> str | None:
+        if not _takes_sequences(module):
+            return None
+        is_loop = (
+            "s" in module.supported_step_mode()  # type: ignore[operator]
+            and not isinstance(module, _SEQUENCE_NEURONS + _LIST_RETURNING)
+            and not getattr(module, "store_v_seq", False)
+            and not has_forward_hooks(module)
+            and all(_is_of_library(module, name) for name in ("forward", *_MULTI_STEP_METHODS))
+        )
+        return "steps" if is_loop else "trace"
 
     def names(self, module: nn.Module) -> tuple[str, ...]:
         if isinstance(module, layer.Dropout) and not module.training:
@@ -115,8 +130,9 @@ class SpikingJellyAdapter(StepModeAdapter):
     def _step_by_swapping(self, module: nn.Module, state: State, /, *inputs: Any, **kwargs: Any) -> tuple[Any, State]:
         with stepped_by_one_thread(module):
             v_seq = module.__dict__.get("v_seq")
+            call = module.single_step_forward if module.step_mode == "m" else module
             try:
-                return step_by_swapping(self, module, state, *inputs, **kwargs)
+                return step_by_swapping(self, module, state, *inputs, call=call, **kwargs)  # type: ignore[arg-type]
             finally:
                 if "v_seq" in module.__dict__:
                     module.__dict__["v_seq"] = v_seq
@@ -143,6 +159,20 @@ _LIST_RETURNING: tuple[type, ...] = tuple(filter(None, (getattr(neuron, "OTTTLIF
 
 _SEQUENCE_NEURONS: tuple[type, ...] = tuple(filter(None, (getattr(neuron, "GatedLIFNode", None),)))
 """Classes that list step mode "s" but have no single step: the parameters of GatedLIFNode depend on the time step."""
+
+
+def _takes_sequences(module: nn.Module) -> bool:
+    return getattr(module, "step_mode", "s") == "m" or "s" not in module.supported_step_mode()  # type: ignore[operator]
+
+
+_MULTI_STEP_METHODS = ("multi_step_forward", "multi_step_functional_forward")
+
+
+def _is_of_library(module: nn.Module, method: str) -> bool:
+    """Whether a method is that of SpikingJelly, whose multi-step forward loops over the single step, or absent."""
+    found = getattr(type(module), method, None)
+    return found is None or (found.__module__.startswith("spikingjelly.") and "psn" not in found.__module__)
+
 
 _WITH_OPERANDS: tuple[type, ...] = tuple(filter(None, (getattr(neuron, "FlexSN", None),)))
 """Neurons whose functional form takes more operands than inputs and states; a call of the module supplies them."""
@@ -174,4 +204,4 @@ _LAYERS = (
 ).split()
 for _name in _LAYERS:
     if hasattr(layer, _name):
-        declare_leaf(getattr(layer, _name), lambda module: module.step_mode == "s")
+        declare_leaf(getattr(layer, _name), takes_sequence=lambda module: module.step_mode == "m")

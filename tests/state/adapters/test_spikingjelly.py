@@ -173,8 +173,8 @@ def test_neuron_without_a_single_step_form_is_refused(name: str) -> None:
         snnfx.convert(nn.Sequential(nn.Linear(2, 2), MULTI_STEP[name]()))
 
 
-def test_multi_step_mode_is_refused_with_the_call_that_changes_it() -> None:
-    with pytest.raises(CaptureError, match="(?s)SNNFX204.*set_step_mode"):
+def test_multi_step_mode_is_refused_with_the_option_that_converts_it() -> None:
+    with pytest.raises(CaptureError, match='(?s)SNNFX204.*takes="sequence"'):
         snnfx.convert(nn.Sequential(nn.Linear(2, 2), neuron.IFNode(step_mode="m")))
 
 
