@@ -13,7 +13,7 @@ output as potential. All runs are in float64; the threshold is found among the n
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -29,6 +29,10 @@ TOLERANCE = 1e-8
 
 _STEPS = 32
 _SCALES = (0.1, 1.0, 10.0, 100.0)
+
+
+_Drive = Callable[[list[Tensor], list[Tensor], list[Tensor]], None]
+"""Changes the inputs of a step, given the potentials and outputs of the steps before."""
 
 
 class NotFitted(Exception):
@@ -123,14 +127,18 @@ class _Fit:
     def _values(self, dtype: torch.dtype = torch.float64) -> dict[Node, Tensor]:
         return {n: v.detach().to(dtype) if v.is_floating_point() else v for n, v in self.constants.items()}
 
-    def _run(self, inputs: Sequence[Tensor]) -> _Runs:
-        """Run the unit from its initial state."""
+    def _run(self, inputs: Sequence[Tensor], drive: _Drive | None = None) -> _Runs:
+        """Run the unit from its initial state; `drive` changes the inputs from step to step."""
         constants = self._values()
         state = {n: _wide(self.step.initial[n]) for n in self.unit.slots}
-        potentials, outputs = [], []
+        potentials: list[Tensor] = []
+        outputs: list[Tensor] = []
         for t in range(inputs[0].shape[0] if inputs else _STEPS):
             values: dict[Node, Tensor] = {**constants, **state}
-            values |= {node: x[t] for node, x in zip(self.unit.inputs, inputs, strict=True)}
+            now = [x[t] for x in inputs]
+            if drive is not None:
+                drive(now, potentials, outputs)
+            values |= dict(zip(self.unit.inputs, now, strict=True))
             run_nodes(self.unit.nodes, values, torch.float64)
             state = {n: _wide(values[self.step.following[n]]) for n in self.unit.slots}
             potentials.append(self.sign * _wide(values[self.potential]))
@@ -269,23 +277,28 @@ class _Fit:
         """An input series in the shape of the output, for inputs that broadcast."""
         return x.expand(x.shape[0], *self.shape) if x.shape[1:] != self.shape else x
 
-    def _driven(self, leak: Tensor, gains: Sequence[Tensor], offset: Tensor, threshold: Tensor) -> list[Tensor]:
-        """Inputs that put the potential on both sides of the threshold."""
+    def _driven(self, leak: Tensor, gains: Sequence[Tensor], offset: Tensor, threshold: Tensor) -> _Runs:
+        """A run whose inputs put the potential on both sides of the threshold."""
         inputs = self._noise(2 * _STEPS)
         wide = [i for i, x in enumerate(inputs) if x.shape[1:] == self.shape and bool((gains[i] != 0).all())]
         if not wide:
-            return [x * 3.0 for x in inputs]
+            return self._run([x * 3.0 for x in inputs])
+        driven = wide[0]
         distance = torch.maximum((threshold - offset).abs(), threshold.abs()).clamp(min=1e-3)
-        noise = torch.randn(inputs[0].shape[0], *self.shape, generator=self.random, dtype=torch.float64)
-        target = threshold + distance * noise * 0.7
-        rest = sum((g * self._like(x) for i, (g, x) in enumerate(zip(gains, inputs, strict=True)) if i != wide[0]), 0.0)
-        inputs[wide[0]] = (target - offset - rest - leak * torch.minimum(target.roll(1, 0), threshold)) / gains[wide[0]]
-        return inputs
+
+        def drive(now: list[Tensor], potentials: list[Tensor], outputs: list[Tensor]) -> None:
+            noise = torch.randn(self.shape, generator=self.random, dtype=torch.float64)
+            others = sum((g * x for i, (g, x) in enumerate(zip(gains, now, strict=True)) if i != driven), offset)
+            before = potentials[-1] * (1.0 - outputs[-1]) if potentials else torch.zeros(self.shape)
+            now[driven] = (threshold + 0.7 * distance * noise - others - leak * before) / gains[driven]
+            inputs[driven][len(potentials)] = now[driven]
+
+        return self._run(inputs, drive)
 
     def _reset(self, leak: Tensor, gains: Sequence[Tensor], offset: Tensor, threshold: Tensor) -> Tensor | None:
         if not self.unit.slots:
             return None
-        runs = [self._run(self._driven(leak, gains, offset, threshold)) for _ in range(3)]
+        runs = [self._driven(leak, gains, offset, threshold) for _ in range(3)]
         rests = torch.cat([self._without_inputs(r, gains, offset)[1:] for r in runs])
         spiked = torch.cat([r.output[:-1] for r in runs]) == 1
         before = torch.cat([r.potential[:-1] for r in runs])
@@ -315,11 +328,11 @@ class _Fit:
 
     def _verify(self, neuron: FittedNeuron) -> None:
         """Compare the unit with its equation on other random inputs."""
-        trials = [self._noise(scale=scale) for scale in _SCALES]
+        trials = [self._run(self._noise(scale=scale)) for scale in _SCALES]
         if neuron.threshold is not None:
             trials += [self._driven(neuron.leak, neuron.gains, neuron.offset, neuron.threshold) for _ in range(3)]
-        for inputs in trials:
-            run = self._run(inputs)
+        for run in trials:
+            inputs = run.inputs
             potential = neuron.initial.expand(self.shape)
             for t in range(inputs[0].shape[0]):
                 drive = sum((g * self._like(x)[t] for g, x in zip(neuron.gains, inputs, strict=True)), neuron.offset)
