@@ -67,6 +67,7 @@ class FittedNeuron:
         initial: the potential before the first step.
         threshold: the largest potential at which it is silent; None: it does not fire, its output is the potential.
         reset: the potential after a spike; None: it does not fire, or has no states.
+        synapse_leak: the inputs pass a current `i[t] = synapse_leak * i[t-1] + sum_j b_j * u_j[t]` first; None: no.
     """
 
     leak: Tensor
@@ -75,6 +76,7 @@ class FittedNeuron:
     initial: Tensor
     threshold: Tensor | None = None
     reset: Tensor | None = None
+    synapse_leak: Tensor | None = None
 
 
 def fit_neuron(unit: Unit, step: AtenStep) -> FittedNeuron:
@@ -180,6 +182,8 @@ class _Fit:
             # Values of other elements and samples: they come from other states and inputs.
             order = torch.randperm(observed.numel(), generator=self.random)
             tried = observed.flatten()[order].reshape(observed.shape)
+            noise = torch.randn(observed.shape, generator=self.random, dtype=torch.float64)
+            tried = tried * (1.0 if trial == 0 else 3.0 * noise)
             one, other = (self._output_for(node, tried, 2 * trial + i) for i in range(2))
             if not torch.equal(one, other):
                 return False
