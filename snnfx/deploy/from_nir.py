@@ -66,7 +66,9 @@ def _read(path: str | os.PathLike[str]) -> Any:
     try:
         return require_nir().read(path, type_check=False)
     except Exception as error:
-        raise InputError("SNNFX817", f"`{os.fspath(path)}` cannot be read", why=f"{type(error).__name__}: {error}.") from error
+        raise InputError(
+            "SNNFX817", f"`{os.fspath(path)}` cannot be read", why=f"{type(error).__name__}: {error}."
+        ) from error
 
 
 class NIRModel(MemoryModule):
@@ -189,7 +191,9 @@ def _delayed_edges(graph: Any, edges: list[Edge], inputs: list[str], stateful: s
     remaining = networkx.DiGraph([e for e in edges if e not in delayed])
     if not networkx.is_directed_acyclic_graph(remaining):
         cycle = [a for a, _ in networkx.find_cycle(remaining)]
-        raise InputError("SNNFX816", f"the cycle {' -> '.join(cycle)} has no neuron", why="its values depend on themselves.")
+        raise InputError(
+            "SNNFX816", f"the cycle {' -> '.join(cycle)} has no neuron", why="its values depend on themselves."
+        )
     return delayed
 
 
@@ -234,5 +238,3 @@ def _shape(name: str, nodes: Mapping[str, Any]) -> tuple[int, ...]:
     if output is None:
         raise graph_refusal(name, "its shape is unknown, but a cycle needs it.", "Run `graph.infer_types()`.")
     return tuple(int(n) for n in np.asarray(output).reshape(-1))
-
-

@@ -67,7 +67,6 @@ class FittedNeuron:
         initial: the potential before the first step.
         threshold: the largest potential at which it is silent; None: it does not fire, its output is the potential.
         reset: the potential after a spike; None: it does not fire, or has no states.
-        synapse_leak: the inputs pass a current `i[t] = synapse_leak * i[t-1] + sum_j b_j * u_j[t]` first; None: no.
     """
 
     leak: Tensor
@@ -76,7 +75,6 @@ class FittedNeuron:
     initial: Tensor
     threshold: Tensor | None = None
     reset: Tensor | None = None
-    synapse_leak: Tensor | None = None
 
 
 def fit_neuron(unit: Unit, step: AtenStep) -> FittedNeuron:
@@ -403,5 +401,3 @@ def _from_ordered(order: Tensor, dtype: torch.dtype) -> Tensor:
     else:
         magnitude = order.abs().view(torch.float64)
     return torch.where(order < 0, -magnitude, magnitude)
-
-

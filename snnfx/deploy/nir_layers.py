@@ -99,7 +99,9 @@ def _dense(node: Node, parts: Parts) -> tuple[Layer, Node]:
         matrix = matrix * float(node.kwargs.get("alpha", 1))  # type: ignore[arg-type]
         if bias.dim() > 1 and bias.shape[0] != 1:
             raise refusal(node, "its bias differs between the samples of a batch.")
-        bias = bias.reshape(-1, bias.shape[-1])[0].expand(matrix.shape[1]) if bias.dim() else bias.expand(matrix.shape[1])
+        bias = (
+            bias.reshape(-1, bias.shape[-1])[0].expand(matrix.shape[1]) if bias.dim() else bias.expand(matrix.shape[1])
+        )
     parts.step.features(x)
     return Dense(matrix.t(), bias), x
 
@@ -184,7 +186,12 @@ def _whole_average(node: Node, parts: Parts) -> tuple[Layer, Node]:
     x = node.args[0]
     assert isinstance(x, Node)
     before, after = parts.step.features(x), parts.step.features(node)
-    if len(before) != 3 or len(after) != 3 or after[0] != before[0] or any(b % a for b, a in zip(before, after, strict=True)):
+    if (
+        len(before) != 3
+        or len(after) != 3
+        or after[0] != before[0]
+        or any(b % a for b, a in zip(before, after, strict=True))
+    ):
         raise refusal(node, "NIR averages over windows of one size that divide the image, and keeps the dimensions.")
     kernel = (before[1] // after[1], before[2] // after[2])
     return Pooling(False, kernel, kernel, (0, 0)), x

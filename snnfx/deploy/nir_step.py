@@ -234,7 +234,9 @@ class _Recorder:
             ) from error
         inlined = self._inline(recorded, [sources[i] for i in varying], constants, node)
         nodes = iter(inlined)
-        self.recorded[node] = pytree.tree_unflatten([next(nodes) if isinstance(v, Tensor) else v for v in outputs], shape)
+        self.recorded[node] = pytree.tree_unflatten(
+            [next(nodes) if isinstance(v, Tensor) else v for v in outputs], shape
+        )
         if is_in_place(node):
             self.recorded[object_of(node)], self.known[object_of(node)] = self.recorded[node], value
 
