@@ -67,8 +67,8 @@ def export(
 
     Args:
         net: a net of `snnfx.convert`.
-        path: the file: `.pt2` for a program of torch.export or an AOTInductor package, `.onnx` for an ONNX model, `.nir`
-            for a NIR graph (neuroir.org).
+        path: the file: `.pt2` for a program of torch.export or an AOTInductor package, `.onnx` for an ONNX model,
+            `.nir` for a NIR graph (neuroir.org).
         *inputs: the arguments of a call of the net, `[T, N, *]`; with `step=True` of one time step, `[N, *]`.
         state: whether the file takes the states before the first step and returns those after the last, by slot name,
             so that a long stream can be run in pieces: as `net.run(x_seq, state=state)`.

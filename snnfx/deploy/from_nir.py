@@ -54,12 +54,13 @@ def from_nir(path_or_graph: str | os.PathLike[str] | Any, dt: float | None = Non
         [0.0, 1.0, 0.0, 1.0]
     """
     require_nir()
-    graph = path_or_graph if hasattr(path_or_graph, "nodes") else _read(path_or_graph)
+    graph: Any = path_or_graph if hasattr(path_or_graph, "nodes") else _read(path_or_graph)
     metadata = graph.metadata if isinstance(graph.metadata, dict) else {}
     dt = float(metadata.get(TIME_STEP, 1e-4)) if dt is None else float(dt)
     if not (math.isfinite(dt) and dt > 0):
         raise InputError("SNNFX816", f"dt={dt} is no time step", why="it must be a positive number of seconds.")
-    return NIRModel(graph, dt)
+    count = sum(type(node).__name__ == "Input" for node in graph.nodes.values())
+    return NIRModel(graph, dt) if count == 1 else _SeveralInputs(graph, dt)
 
 
 def _read(path: str | os.PathLike[str]) -> Any:
@@ -123,8 +124,11 @@ class NIRModel(MemoryModule):
         self.add_module(attribute, module)
         return attribute
 
-    def forward(self, *inputs: Tensor) -> Any:
-        """Compute one time step: tensors `[N, *]` -> a tensor `[N, *]`, or a tuple of them."""
+    def forward(self, x: Tensor) -> Any:
+        """Compute one time step: a tensor `[N, *]` -> a tensor `[N, *]`, or a tuple of them."""
+        return self._step(x)
+
+    def _step(self, *inputs: Tensor) -> Any:
         values = dict(zip(self.inputs, inputs, strict=True))
         before = {}
         for source, memory in self.previous.items():
@@ -140,6 +144,14 @@ class NIRModel(MemoryModule):
             setattr(self, memory, values[source])
         results = tuple(values[name] for name in self.outputs)
         return results[0] if len(results) == 1 else results
+
+
+class _SeveralInputs(NIRModel):
+    """A model with several inputs, in the order of `inputs`."""
+
+    def forward(self, *inputs: Tensor) -> Any:
+        """Compute one time step: tensors `[N, *]` -> a tensor `[N, *]`, or a tuple of them."""
+        return self._step(*inputs)
 
 
 # -- graphs -----------------------------------------------------------------------------------------------------------
@@ -190,10 +202,8 @@ def _delayed_edges(graph: Any, edges: list[Edge], inputs: list[str], stateful: s
         delayed |= _from_neuron(a, b, edges, stateful)
     remaining = networkx.DiGraph([e for e in edges if e not in delayed])
     if not networkx.is_directed_acyclic_graph(remaining):
-        cycle = [a for a, _ in networkx.find_cycle(remaining)]
-        raise InputError(
-            "SNNFX816", f"the cycle {' -> '.join(cycle)} has no neuron", why="its values depend on themselves."
-        )
+        cycle = " -> ".join(a for a, _ in networkx.find_cycle(remaining))
+        raise InputError("SNNFX816", f"the cycle {cycle} has no neuron", why="its values depend on themselves.")
     return delayed
 
 

@@ -98,7 +98,7 @@ class _Fit:
         self.shape = tuple(step.values[unit.output].shape)
         if not self.shape or self.shape[0] != BATCH:
             raise NotFitted("its output has no batch dimension in front.")
-        self.constants = {node: value for node, value in step.constants.items()}
+        self.constants = dict(step.constants)
         self.potential, self.sign = unit.output, 1.0
 
     def result(self) -> FittedNeuron:
@@ -224,7 +224,8 @@ class _Fit:
         return values[self.unit.output].double()
 
     def _potential_dtype(self) -> torch.dtype:
-        return self.step.values[self.potential].dtype
+        dtype: torch.dtype = self.step.values[self.potential].dtype
+        return dtype
 
     def _threshold(self, dtype: torch.dtype) -> Tensor:
         """The largest potential at which each element is silent, by bisection over the numbers of a dtype."""
@@ -396,8 +397,6 @@ def _ordered(x: Tensor) -> Tensor:
 
 
 def _from_ordered(order: Tensor, dtype: torch.dtype) -> Tensor:
-    if dtype == torch.float32:
-        magnitude = order.abs().int().view(torch.float32)
-    else:
-        magnitude = order.abs().view(torch.float64)
+    bits = order.abs()
+    magnitude = bits.int().view(dtype) if dtype == torch.float32 else bits.view(dtype)
     return torch.where(order < 0, -magnitude, magnitude)

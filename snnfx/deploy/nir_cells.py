@@ -34,13 +34,16 @@ class Scaling(nn.Module):
 class Firing(nn.Module):
     """`1` where `x > threshold`, else 0, with a surrogate gradient; `threshold: [*]` for inputs `[N, *]`."""
 
+    threshold: Tensor
+
     def __init__(self, threshold: Tensor) -> None:
         super().__init__()
         self.register_buffer("threshold", above(threshold))
         self.surrogate_function = Sigmoid()
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.surrogate_function(x - self.threshold)
+        spike: Tensor = self.surrogate_function(x - self.threshold)
+        return spike
 
 
 class Delay(MemoryModule):
@@ -58,7 +61,8 @@ class Delay(MemoryModule):
         kept = [torch.zeros_like(x) if value is None else value for value in kept]
         for name, value in zip(names, [x, *kept], strict=False):
             setattr(self, name, value)
-        return kept[-1]
+        oldest: Tensor = kept[-1]
+        return oldest
 
 
 class Integrator(ElementwiseNode):

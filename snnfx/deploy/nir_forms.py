@@ -152,7 +152,7 @@ class Parts:
     def _factor(self, node: Node) -> Form | None:
         left, right = (self._operand(a) for a in node.args[:2])
         is_quotient = node.target in (_aten.div.Tensor, _aten.div.Scalar)
-        if left.terms and right.terms or (is_quotient and right.terms):
+        if (left.terms and right.terms) or (is_quotient and right.terms):
             return None
         if right.terms:
             left, right = right, left
@@ -183,7 +183,8 @@ class Parts:
         return isinstance(value, Tensor) and value.is_floating_point()
 
     def _is_norm(self, node: Node) -> bool:
-        return _is_getitem(node) and node.args[1] == 0 and node.args[0].target in _NORMS  # type: ignore[union-attr]
+        norm = node.args[0] if _is_getitem(node) and node.args[1] == 0 else None
+        return isinstance(norm, Node) and norm.target in _NORMS
 
     def _norm(self, node: Node) -> Form:
         """BatchNorm in evaluation mode: a factor and an offset for each channel, from two values of its function."""

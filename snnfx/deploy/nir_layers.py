@@ -169,7 +169,7 @@ def _flattening(node: Node, parts: Parts) -> tuple[Layer, Node]:
 
 
 def _pooling(node: Node, parts: Parts) -> tuple[Layer, Node]:
-    arguments = [None, None, None, (0, 0), False, True, None]
+    arguments: list[Any] = [None, None, None, (0, 0), False, True, None]
     arguments[: len(node.args)] = list(node.args)
     x, kernel, stride, padding, ceil, counts_padding, divisor = arguments
     assert isinstance(x, Node) and isinstance(kernel, list | tuple) and isinstance(padding, list | tuple)

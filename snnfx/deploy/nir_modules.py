@@ -78,10 +78,10 @@ class _Importer:
     # -- layers -------------------------------------------------------------------------------------------------------
 
     def _array(self, value: Any) -> Any:
-        return np.asarray(value)
+        return value.detach().cpu().numpy() if isinstance(value, Tensor) else np.asarray(value)
 
     def _tensor(self, value: Any) -> Tensor:
-        return torch.tensor(np.array(value), dtype=self.dtype)
+        return torch.tensor(self._array(value), dtype=self.dtype)
 
     def _dense(self) -> nn.Module:
         weight, bias = self._tensor(self.node.weight), getattr(self.node, "bias", None)

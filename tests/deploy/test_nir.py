@@ -135,7 +135,7 @@ def test_round_trip_has_equal_spikes(name: str, tmp_path: Path) -> None:
 @pytest.mark.parametrize("dt", [1e-3, 0.5])
 def test_time_constants_are_in_seconds(dt: float, tmp_path: Path) -> None:
     model = nn.Sequential(nn.Linear(5, 4), neuron.LIFNode(tau=4.0)).double()
-    path, net = exported(model, sequence(5), tmp_path, dt=dt)
+    path, _ = exported(model, sequence(5), tmp_path, dt=dt)
     assert np.allclose(nir.read(path).nodes["1"].tau, 4 * dt)
     assert snnfx.from_nir(path).get_submodule("1").tau == 4.0
 
