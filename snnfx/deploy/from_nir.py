@@ -232,7 +232,7 @@ def _closing_edges(edges: list[Edge], inputs: list[str]) -> Iterator[Edge]:
 
 
 def _from_neuron(a: str, b: str, edges: list[Edge], stateful: set[str]) -> set[Edge]:
-    """The edges after the neuron before an edge that closes a cycle: the neuron's last output goes through the layers."""
+    """The edge after the neuron that leads to an edge which closes a cycle."""
     seen = set()
     while a not in stateful and (a, b) not in seen:
         seen.add((a, b))
