@@ -21,6 +21,7 @@ from snnfx._version import __version__
 from snnfx.allocator import tune_allocator
 from snnfx.convert import convert
 from snnfx.deploy.export import export
+from snnfx.deploy.from_nir import from_nir
 from snnfx.inspect.explain import explain
 from snnfx.inspect.picture.draw import draw
 from snnfx.inspect.verify.verify import verify
@@ -37,6 +38,7 @@ __all__ = [
     "errors",
     "explain",
     "export",
+    "from_nir",
     "functional",
     "neuron",
     "online",

@@ -767,7 +767,7 @@ CODES: dict[str, CodeEntry] = {
     # 8xx: export
     "SNNFX801": CodeEntry(
         "an option of the export is illegal",
-        "The suffix of the path selects the format: .pt2 or .onnx. The dynamic axes are T and N; package is None or "
+        "The suffix of the path selects the format: .pt2, .onnx or .nir. The dynamic axes are T and N; package is None or "
         '"aot". A net whose graph was replaced by hand cannot be exported, because the export starts from its step '
         "program.",
         'snnfx.export(net, "net.pth", x_seq)',
@@ -780,8 +780,9 @@ CODES: dict[str, CodeEntry] = {
         'snnfx.export(net, "net.pt2", x_seq)',
     ),
     "SNNFX803": CodeEntry(
-        "a package for ONNX is missing",
-        "ONNX files are written with onnx and onnxscript and checked with onnxruntime.",
+        "a package for the format is missing",
+        "ONNX files are written with onnx and onnxscript and checked with onnxruntime. NIR files are written and read "
+        "with nir.",
         'snnfx.export(net, "net.onnx", x_seq)              # without onnxruntime',
         "pip install snnfx[onnx]",
     ),
@@ -843,5 +844,40 @@ CODES: dict[str, CodeEntry] = {
         "value at the time of the export, unless the state is an input.",
         'snnfx.export(net, "net.pt2", x_seq)',
         'snnfx.export(net, "net.pt2", x_seq, state=True)',
+    ),
+    "SNNFX813": CodeEntry(
+        "a layer has no form in NIR",
+        "NIR has matrices, convolutions, Flatten, average and sum pooling, factors, delays and neurons. BatchNorm in "
+        "evaluation mode becomes part of the layer before it.",
+        'net = snnfx.convert(nn.Sequential(nn.Conv2d(1, 4, 3), nn.MaxPool2d(2)))\nsnnfx.export(net, "net.nir", x_seq)',
+        'net = snnfx.convert(nn.Sequential(nn.Conv2d(1, 4, 3), nn.AvgPool2d(2)))\nsnnfx.export(net, "net.nir", x_seq)',
+    ),
+    "SNNFX814": CodeEntry(
+        "a neuron has no form in NIR",
+        "The neurons of NIR have a linear potential, a constant threshold, and a reset to a value. The neuron was run on "
+        "random inputs, and it does not follow this equation: its reset subtracts, its threshold adapts, or its "
+        "potential is not linear.",
+        'net = snnfx.convert(snnfx.neuron.LIFNode(v_reset=None))\nsnnfx.export(net, "net.nir", x_seq)',
+        'net = snnfx.convert(snnfx.neuron.LIFNode(v_reset=0.0))\nsnnfx.export(net, "net.nir", x_seq)',
+    ),
+    "SNNFX815": CodeEntry(
+        "a neuron does not start where readers of NIR assume",
+        "A NIR file has no initial potential. Readers start spiking neurons at v_reset and integrators at v_leak. "
+        "snnfx.from_nir reads another initial potential from the metadata of the node.",
+        'self.register_memory("v", 0.3)                    # v_reset is 0',
+        'self.register_memory("v", 0.0)',
+    ),
+    "SNNFX816": CodeEntry(
+        "a NIR graph cannot be imported",
+        "A node has no form in PyTorch, a parameter has no meaning at this time step, or a cycle has no neuron and no "
+        "delay.",
+        'snnfx.from_nir("net.nir", dt=1.0)                 # tau is 2e-4',
+        'snnfx.from_nir("net.nir", dt=1e-4)',
+    ),
+    "SNNFX817": CodeEntry(
+        "a NIR file cannot be read",
+        "The file does not exist, or it is no NIR file.",
+        'snnfx.from_nir("missing.nir")',
+        'snnfx.from_nir("net.nir")',
     ),
 }

@@ -14,7 +14,7 @@ import torch
 ROOT = Path(__file__).parents[1]
 README = ROOT / "README.md"
 DOCUMENTS = sorted((ROOT / "tools" / "docs").glob("*.md"))
-PEERS = ("spikingjelly", "snntorch", "norse", "onnxruntime")
+PEERS = ("spikingjelly", "snntorch", "norse", "onnxruntime", "nir")
 
 
 def python_blocks(document: Path) -> list[str]:

@@ -16,7 +16,9 @@ peer() {
 peer "requirements of the peers" numpy scipy h5py matplotlib tqdm requests tensorboard SciencePlots packaging loguru pillow
 peer "spikingjelly 2.0.0" --no-deps spikingjelly==2.0.0
 peer "snntorch 1.0.0" --no-deps snntorch==1.0.0
-peer "norse 1.1.0" --no-deps norse==1.1.0 nir nirtorch
+peer "norse 1.1.0" --no-deps norse==1.1.0
+# The extra `nir`, and the package with which the other libraries read and write NIR.
+peer "nir 1.0.8" --no-deps nir==1.0.8 nirtorch==2.6
 # The extra `onnx`, for the tests of the export.
 peer "onnx 1.23.2" onnx==1.23.2 onnxscript==0.7.2 onnxruntime==1.32.*
 # SpikingJelly's model zoo imports torchvision, whose releases match those of torch: 0.28 matches 2.13.

@@ -14,7 +14,7 @@ from torch import Tensor
 from snnfx.errors import ExportError, warn_once
 from snnfx.sandbox.torch_internals import pytree
 
-__all__ = ["check_file"]
+__all__ = ["check_file", "compare_results"]
 
 _RUNNER = Path(__file__).parent / "run_file.py"
 
@@ -43,6 +43,13 @@ def check_file(
     """
     results = _run(kind, path, example, input_names)
     wanted = [leaf for leaf in pytree.tree_leaves(expected) if isinstance(leaf, Tensor)]
+    compare_results(path, names, results, wanted, values)
+
+
+def compare_results(
+    path: Path, names: list[str], results: list[Tensor], wanted: list[Tensor], values: bool = True
+) -> None:
+    """Compare the tensors that a file computes with those of the net; raises ExportError (SNNFX808)."""
     if len(results) != len(wanted):
         raise _wrong(path, f"it returns {len(results)} tensors, the net {len(wanted)}.")
     for name, actual, tensor in zip(names, results, wanted, strict=True):

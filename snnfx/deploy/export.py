@@ -18,6 +18,8 @@ from torch import fx
 from snnfx._version import __version__
 from snnfx.deploy.checking import check_file
 from snnfx.deploy.interface import Interface, symbolic_shape
+from snnfx.deploy.nir_export import DEFAULT_TIME_STEP, check_nir_options, write_nir
+from snnfx.deploy.nir_file import require_nir
 from snnfx.deploy.onnx_file import require_onnx, write_onnx
 from snnfx.deploy.plan import ExportPlan, Request, plan_export
 from snnfx.deploy.pt2_file import write_package, write_program
@@ -56,6 +58,7 @@ def export(
     package: str | None = None,
     check: bool = True,
     T: int | None = None,
+    dt: float | None = None,
 ) -> Path:
     """Write a net to a file that runs where snnfx is not installed.
 
@@ -64,7 +67,8 @@ def export(
 
     Args:
         net: a net of `snnfx.convert`.
-        path: the file: `.pt2` for a program of torch.export or an AOTInductor package, `.onnx` for an ONNX model.
+        path: the file: `.pt2` for a program of torch.export or an AOTInductor package, `.onnx` for an ONNX model,
+            `.nir` for a NIR graph (neuroir.org).
         *inputs: the arguments of a call of the net, `[T, N, *]`; with `step=True` of one time step, `[N, *]`.
         state: whether the file takes the states before the first step and returns those after the last, by slot name,
             so that a long stream can be run in pieces: as `net.run(x_seq, state=state)`.
@@ -73,13 +77,15 @@ def export(
         package: "aot": compile a `.pt2` package with AOTInductor, for C++; it has at most one dynamic axis.
         check: whether to run the file and compare.
         T: the number of time steps, if no input has a time dimension; the file then has this number only.
+        dt: for `.nir`, the time step in seconds that the time constants in the file refer to. Default: None, 1e-4.
 
     Returns:
         `path`. ONNX models with more than 100 MiB of weights have a second file beside them, `<name>.onnx.data`.
 
     Raises:
         ExportError: SNNFX801, an option or the suffix is illegal; SNNFX802, the file cannot be written; SNNFX803, a
-            package is missing; SNNFX804 to 807, the net cannot be exported; SNNFX808, the file is wrong.
+            package is missing; SNNFX804 to 807, the net cannot be exported; SNNFX808, the file is wrong;
+            SNNFX813 and 814, a layer or a neuron has no form in NIR.
         InputError: the inputs are invalid, as for a call of the net.
 
     Example:
@@ -91,7 +97,7 @@ def export(
         True
     """
     request = export_request(state=state, step=step, dynamic=dynamic, package=package, T=T)
-    return write_export(net, path, inputs, request, package=package, check=check).path
+    return write_export(net, path, inputs, request, package=package, check=check, dt=dt).path
 
 
 def export_request(*, state: bool, step: bool, dynamic: Sequence[str], package: str | None, T: int | None) -> Request:
@@ -108,11 +114,16 @@ def write_export(
     *,
     package: str | None = None,
     check: bool = True,
+    dt: float | None = None,
     progress: Progress = lambda text: None,
 ) -> Exported:
     """Write a net to a file; `progress` is called before each stage. See `export`."""
     path = Path(path)
     kind = _kind(net, path, package, request)
+    if kind == "nir":
+        return _write_nir(net, path, inputs, request, DEFAULT_TIME_STEP if dt is None else dt, check, progress)
+    if dt is not None:
+        raise ExportError("SNNFX801", f"dt={dt!r} is an option of .nir files", hint="Leave dt out.")
     if kind == "onnx":
         require_onnx(check)
     with _written_at_once(path) as folder, _untouched(net):
@@ -142,6 +153,17 @@ def write_export(
     return Exported(path, files, plan.interface)
 
 
+def _write_nir(
+    net: Net, path: Path, inputs: tuple[Any, ...], request: Request, dt: float, check: bool, progress: Progress
+) -> Exported:
+    check_nir_options(state=request.state, step=request.step, dynamic=set(request.dynamic) != {"T", "N"})
+    require_nir()
+    with _written_at_once(path) as folder, _untouched(net):
+        progress("fit the neurons and write the graph")
+        interface = write_nir(_in_evaluation(net), folder / path.name, inputs, dt, request.T, check)
+    return Exported(path, (path,), interface)
+
+
 def _axes(dynamic: Sequence[str]) -> tuple[str, ...]:
     axes = (dynamic,) if isinstance(dynamic, str) else tuple(dynamic)
     if not set(axes) <= {"T", "N"}:
@@ -152,19 +174,19 @@ def _axes(dynamic: Sequence[str]) -> tuple[str, ...]:
 
 
 def _kind(net: Net, path: Path, package: str | None, request: Request) -> str:
-    """The kind of the file: "pt2", "aot" or "onnx"."""
+    """The kind of the file: "pt2", "aot", "onnx" or "nir"."""
     if not isinstance(net, Net):
         raise ExportError(
             "SNNFX801", f"a {type(net).__name__} cannot be exported", hint="Pass a net: snnfx.convert(model)."
         )
     if package not in (None, "aot"):
         raise ExportError("SNNFX801", f"package={package!r} is unknown", hint='Pass package="aot" or None.')
-    if path.suffix not in (".pt2", ".onnx"):
+    if path.suffix not in (".pt2", ".onnx", ".nir"):
         raise ExportError(
             "SNNFX801",
             f"`{path}` has the suffix `{path.suffix}`",
             why="the suffix selects the format.",
-            hint="Use .pt2 (torch.export, AOTInductor) or .onnx.",
+            hint="Use .pt2 (torch.export, AOTInductor), .onnx or .nir.",
         )
     if package == "aot" and path.suffix != ".pt2":
         raise ExportError("SNNFX801", f"`{path}` is not a .pt2 file", hint="Use the suffix .pt2, or package=None.")
@@ -186,14 +208,9 @@ def _kind(net: Net, path: Path, package: str | None, request: Request) -> str:
 
 
 def _plan(net: Net, inputs: tuple[Any, ...], request: Request) -> ExportPlan:
-    was_training = net.training
-    net = copy.deepcopy(net)
     if net.options.step_mode == "s" and not request.step:
         raise ExportError("SNNFX801", 'a net with step_mode="s" computes single steps', hint="Pass step=True.")
-    if was_training:
-        warn_once("SNNFX811", "the net is in training mode; the file computes it in evaluation mode, as net.eval().")
-    net.eval()
-    net.reset()
+    net = _in_evaluation(net)
     plan = plan_export(net, inputs, request)
     persistent = [slot.name for slot in plan.function.executable.program.persistent_slots]
     if persistent and not request.takes_state:
@@ -203,6 +220,16 @@ def _plan(net: Net, inputs: tuple[Any, ...], request: Request) -> ExportPlan:
             "changes; state=True makes it a state.",
         )
     return plan
+
+
+def _in_evaluation(net: Net) -> Net:
+    """A copy of the net in evaluation mode and in the reset state."""
+    if net.training:
+        warn_once("SNNFX811", "the net is in training mode; the file computes it in evaluation mode, as net.eval().")
+    net = copy.deepcopy(net)
+    net.eval()
+    net.reset()
+    return net
 
 
 @contextlib.contextmanager
