@@ -44,7 +44,7 @@ from snnfx.ir.guards import (
 from snnfx.sandbox.contents_snapshot import slot_names
 from snnfx.sandbox.torch_internals import python_of_script
 
-__all__ = ["ReachableCode", "guards_of", "recollected_guards"]
+__all__ = ["ReachableCode", "guards_of", "recollected_guards", "values_read_by"]
 
 _PLAIN = (bool, int, float, complex, str, bytes, type(None), torch.dtype, torch.device, torch.Size, range, slice)
 _FUNCTIONS = (FunctionType, types.BuiltinFunctionType, types.MethodType, staticmethod, classmethod)
@@ -178,6 +178,17 @@ def variables_of(
         if module is not None and not _is_foreign_name(absolute):
             for attribute in sorted((set(imported) or reads.attributes) & vars(module).keys()):
                 yield vars(module)[attribute], (), NamespaceRoot(vars(module)), ("key", attribute)
+
+
+def values_read_by(function: FunctionType) -> Iterator[Any]:
+    """The globals and closure variables that a function reads, and the attributes that it reads from modules."""
+    for value, chain, *_ in variables_of(function, reads_of(function.__code__)):
+        yield value
+        for name in chain:
+            if not isinstance(value, types.ModuleType | type):
+                break
+            value = getattr(value, name, None)
+            yield value
 
 
 def guards_of(

@@ -29,6 +29,7 @@ _FACTORIES = (
 _BUILTINS = "abs bool complex divmod float getattr int len max min pow round slice sum".split()
 _CALLERS = frozenset(("attrgetter", "call", "delitem", "itemgetter", "length_hint", "methodcaller", "setitem"))
 """Functions of `operator` that call something, or change a container."""
+_MORE_METHODS = "new_empty new_full new_ones new_tensor new_zeros size to type".split()
 _METHODS_WITH_EFFECTS = frozenset(
     "apply_ backward map_ map2_ numpy register_hook register_post_accumulate_grad_hook share_memory_ storage "
     "untyped_storage set_ data_ptr tolist".split()
@@ -105,7 +106,7 @@ def function_named(name: str) -> Callable[..., Any] | None:
 @cache
 def _methods() -> frozenset[str]:
     methods = {f.__name__ for f in torch.overrides.get_overridable_functions()[torch.Tensor] if hasattr(f, "__name__")}
-    public = {name for name in methods | {"size", "to", "type"} if name.isidentifier() and not name.startswith("_")}
+    public = {name for name in methods | {*_MORE_METHODS} if name.isidentifier() and not name.startswith("_")}
     return frozenset(public - _METHODS_WITH_EFFECTS)
 
 

@@ -24,7 +24,7 @@ from torch import Tensor, nn
 
 from snnfx._version import __version__
 from snnfx.capture.code_reads import is_library_code
-from snnfx.capture.guarded_reads import recollected_guards
+from snnfx.capture.guarded_reads import recollected_guards, values_read_by
 from snnfx.ir.guards import ABSENT, Guards, GuardSources, ModuleRoot
 from snnfx.saving.plain_values import NotStorable
 
@@ -33,6 +33,8 @@ __all__ = ["Description", "describe_model", "difference"]
 _PLAIN = (bool, int, float, complex, str, bytes, type(None), torch.dtype, torch.device, torch.Size, range, slice)
 _INTERNALS = frozenset(vars(nn.Module())) | {"_memories", "_initial_memories", "_memories_rv", "_backward_hooks"}
 """Attributes of every module, and those where modules with registered memories keep them."""
+_WITHOUT_VALUE = ("_thread", "threading", "logging", "_contextvars")
+"""The modules of objects that no result of a step depends on: locks, loggers."""
 _CONTAINERS = (list, tuple, dict, set, frozenset, deque)
 
 
@@ -82,18 +84,19 @@ def describe_model(model: nn.Module, sources: list[tuple[GuardSources, ...]]) ->
         found, code = recollected_guards(model, group)
         guards.append(found)
         for function in code:
+            for value in values_read_by(function):
+                functions |= _autograd_functions(value)
             if not is_library_code(function):
                 key = f"{function.__module__}.{function.__qualname__}"
                 digests["code"][key] = _digest(digests["code"].get(key, ""), _function_text(function))
         for guard in found.reads:
             text = _expected_text(guard.expected, names)
+            functions |= _autograd_functions(guard.expected)
             key = guard.name if isinstance(guard.root, ModuleRoot) else f"{guard.root.name}: {guard.name}"
             key = f"{number} {guard.test} {key}"
             digests["value"][key] = _digest(digests["value"].get(key, ""), text)
             if guard.test == "same" and guard.expected is not ABSENT:
                 locations.append(guard.expected)
-                if isinstance(guard.expected, type) and issubclass(guard.expected, torch.autograd.Function):
-                    functions[_qualified(guard.expected)] = guard.expected
         digests["value"][f"{number} modes"] = repr(sorted(found.modes))
     return Description(digests, guards, functions, locations)
 
@@ -113,6 +116,13 @@ def difference(saved: Mapping[str, Mapping[str, str]], now: Mapping[str, Mapping
                 shown = name.split(" ", 2)[-1] if part == "value" else name or "the model"
                 return clause.format(name=shown, a=a.get(name, "another one"), b=b.get(name, "missing"))
     return ""
+
+
+def _autograd_functions(value: Any) -> dict[str, type]:
+    """An autograd.Function, or that of its method `apply`, by name."""
+    value = value.__self__ if isinstance(value, types.MethodType) else value
+    is_function = isinstance(value, type) and issubclass(value, torch.autograd.Function)
+    return {_qualified(value): value} if is_function else {}
 
 
 def _versions(model: nn.Module) -> dict[str, str]:
@@ -214,6 +224,11 @@ def _expected_text(value: Any, names: Mapping[nn.Module, str]) -> str:
         return f"array {value.shape} {value.dtype} {value.tobytes().hex()}"
     if isinstance(value, _CONTAINERS):
         return _container_text(value, names)
+    if type(value).__module__ in _WITHOUT_VALUE:
+        return _qualified(type(value))
+    if isinstance(getattr(value, "__dict__", None), dict):
+        # The values in it that the code reads have guards of their own.
+        return f"{_qualified(type(value))} {[(k, _attribute_text(v)) for k, v in vars(value).items()]}"
     raise NotStorable(f"the code of the model reads a {_qualified(type(value))}, which has no digest")
 
 

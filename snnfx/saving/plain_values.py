@@ -42,12 +42,14 @@ class Encoder:
     Args:
         modules: the modules of the model, with their names.
         locate: the location of an object of the model, which is stored in place of the object.
+        constants: the constants of the program, with their names.
         tensors: the tensors found so far, by name in the file.
     """
 
     modules: Mapping[nn.Module, str] = field(default_factory=dict)
     locate: Callable[[Any], int | None] = lambda value: None
     tensors: dict[str, Tensor] = field(default_factory=dict)
+    constants: dict[int, str] = field(default_factory=dict)
 
     def encode(self, value: Any) -> Any:
         """A value as JSON.
@@ -82,6 +84,8 @@ class Encoder:
             return {"slice": [self.encode(v) for v in (value.start, value.stop, value.step)]}
         if kind is range:
             return {"range": [value.start, value.stop, value.step]}
+        if isinstance(value, nn.Module) and id(value) in self.constants:
+            return {"constant": self.constants[id(value)]}
         if isinstance(value, nn.Module) and value in self.modules:
             return {"module": self.modules[value]}
         if isinstance(value, Tensor):
@@ -128,12 +132,14 @@ class Decoder:
         modules: the modules of the model, by name.
         located: the objects of the model that the file may refer to.
         tensors: the tensors of the file, by name.
+        constants: the constants of the program, by name.
     """
 
     modules: Mapping[str, nn.Module] = field(default_factory=dict)
     located: list[Any] = field(default_factory=list)
     tensors: Mapping[str, Tensor] = field(default_factory=dict)
     nodes: dict[str, Node] = field(default_factory=dict)
+    constants: Mapping[str, Any] = field(default_factory=dict)
 
     def decode(self, value: Any) -> Any:
         """The value of a JSON text.
@@ -196,6 +202,11 @@ class Decoder:
             raise MalformedFile(f"the model has no module {contents[:40]!r}")
         return self.modules[contents]
 
+    def _constant(self, contents: Any) -> Any:
+        if text(contents) not in self.constants:
+            raise MalformedFile(f"the constant {contents[:40]!r} is missing")
+        return self.constants[contents]
+
     def _meta(self, contents: Any) -> Tensor:
         shape, stride, dtype = listed(contents, 3)
         shape, stride = [size(v) for v in listed(shape)], [size(v) for v in listed(stride)]
@@ -255,6 +266,7 @@ _DECODERS: dict[str, Callable[[Decoder, Any], Any]] = {
     "node": Decoder._node,
     "module": Decoder._module,
     "meta": Decoder._meta,
+    "constant": Decoder._constant,
     "tensor": Decoder._tensor,
     "location": Decoder._location,
     "device": Decoder._device,

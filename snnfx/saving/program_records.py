@@ -41,6 +41,8 @@ from snnfx.state.carry import CarriedArgument
 __all__ = ["ProgramReader", "ProgramWriter", "options_record", "read_options"]
 
 _PATH = re.compile(r"\w+(\.\w+)*")
+_ENTRIES_OF_FX = frozenset(("is_wrapped",))
+"""Entries of node.meta that only the tracer of torch.fx reads."""
 _SPECS = ("input_spec", "output_spec")
 _PLAIN_FIELDS = ("requirements", "input_ranks", "batched_inputs", "opaque", "inferred_carry", "overwritten", "training")
 _OWN_FUNCTIONS = {
@@ -75,12 +77,14 @@ class ProgramWriter:
 
     def _program(self, program: StepProgram) -> dict[str, Any]:
         encode = self._encoder.encode
+        constants = [[name, self._constant(value)] for name, value in program.constants.items()]
+        self._encoder.constants = {id(value): name for name, value in program.constants.items()}
         record: dict[str, Any] = {name: encode(getattr(program, name)) for name in _PLAIN_FIELDS}
         for name in _SPECS:
             spec = getattr(program, name)
             record[name] = encode(pytree.tree_unflatten([0] * spec.num_leaves, spec))
         record["stage"] = program.stage
-        record["constants"] = [[name, self._constant(value)] for name, value in program.constants.items()]
+        record["constants"] = constants
         record["nodes"] = [self._node(program, node) for node in program.graph.nodes]
         record["input_leaves"] = [[x.name, x.placeholder, encode(x.constant)] for x in program.input_leaves]
         record["slots"] = [[s.name, s.placeholder, s.discovered, s.persistent] for s in program.slots]
@@ -104,14 +108,14 @@ class ProgramWriter:
             if target is None:
                 name = getattr(node.target, "__qualname__", repr(node.target))
                 raise NotStorable(f"the graph calls `{name}`, which is not one of the functions that a file may name")
-        unknown = node.meta.keys() - FACTS.keys()
+        unknown = node.meta.keys() - FACTS.keys() - _ENTRIES_OF_FX
         if unknown:
             raise NotStorable(f"the node `{node.name}` has the meta entry {min(map(str, unknown))!r}")
         try:
             _check_target(node.op, target, node.args, program)
         except MalformedFile as error:
             raise NotStorable(str(error)) from error
-        meta = [[key, encode(value)] for key, value in node.meta.items()]
+        meta = [[key, encode(value)] for key, value in node.meta.items() if key in FACTS]
         return [node.name, node.op, target, encode(node.args), encode(node.kwargs), meta]
 
     def _constant(self, value: Any) -> Any:
@@ -200,6 +204,7 @@ class ProgramReader:
         constants = {
             _identifier(name): self._constant(value) for name, value in map(_pair, listed(entry(record, "constants")))
         }
+        self._decoder.constants = constants
         plain = {name: decode(entry(record, name)) for name in _PLAIN_FIELDS}
         _check_plain_fields(plain)
         specs = {name: pytree.tree_structure(decode(entry(record, name))) for name in _SPECS}
