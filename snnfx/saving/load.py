@@ -200,12 +200,13 @@ def _saved_programs(
 
 def _sources(record: Any) -> GuardSources:
     entry_name, traced, opaque, reads, state, flags, refusal = listed(record, 7)
-    pairs = [tuple((text(a), text(b)) for a, b in map(_pair, listed(part))) for part in (reads, state)]
+    read, slots = (tuple((text(a), text(b)) for a, b in map(_pair, listed(part))) for part in (reads, state))
     return GuardSources(
         text(entry_name),
         tuple(map(text, listed(traced))),
         tuple(map(text, listed(opaque))),
-        *pairs,
+        read,
+        slots,
         tuple((text(a), flag(b)) for a, b in map(_pair, listed(flags))),
         text(refusal),
     )

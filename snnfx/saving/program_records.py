@@ -41,8 +41,8 @@ from snnfx.state.carry import CarriedArgument
 __all__ = ["ProgramReader", "ProgramWriter", "options_record", "read_options"]
 
 _PATH = re.compile(r"\w+(\.\w+)*")
-_ENTRIES_OF_FX = frozenset(("is_wrapped",))
-"""Entries of node.meta that only the tracer of torch.fx reads."""
+_UNREAD_ENTRIES = frozenset(("is_wrapped", "loop"))
+"""Entries of node.meta that no pass or emitter reads."""
 _SPECS = ("input_spec", "output_spec")
 _PLAIN_FIELDS = ("requirements", "input_ranks", "batched_inputs", "opaque", "inferred_carry", "overwritten", "training")
 _OWN_FUNCTIONS = {
@@ -64,7 +64,7 @@ class ProgramWriter:
 
     def __init__(self, net: Net, functions: Mapping[str, type], locations: list[Any]) -> None:
         self.tensors: dict[str, Tensor] = {}
-        self._names = {function: name for name, function in (functions | _OWN_FUNCTIONS).items()}
+        self._names = {function: name for name, function in {**functions, **_OWN_FUNCTIONS}.items()}
         index_of = {id(value): index for index, value in reversed([*enumerate(locations)])}
         modules = {module: name for name, module in net.source.named_modules()}
         self._encoder = Encoder(modules, lambda value: index_of.get(id(value)), self.tensors)
@@ -108,7 +108,7 @@ class ProgramWriter:
             if target is None:
                 name = getattr(node.target, "__qualname__", repr(node.target))
                 raise NotStorable(f"the graph calls `{name}`, which is not one of the functions that a file may name")
-        unknown = node.meta.keys() - FACTS.keys() - _ENTRIES_OF_FX
+        unknown = node.meta.keys() - FACTS.keys() - _UNREAD_ENTRIES
         if unknown:
             raise NotStorable(f"the node `{node.name}` has the meta entry {min(map(str, unknown))!r}")
         try:
@@ -207,7 +207,7 @@ class ProgramReader:
         self._decoder.constants = constants
         plain = {name: decode(entry(record, name)) for name in _PLAIN_FIELDS}
         _check_plain_fields(plain)
-        specs = {name: pytree.tree_structure(decode(entry(record, name))) for name in _SPECS}
+        specs: dict[str, Any] = {name: pytree.tree_structure(decode(entry(record, name))) for name in _SPECS}
         stage = entry(record, "stage")
         if stage not in STAGES:
             raise MalformedFile("the stage is unknown")
@@ -310,14 +310,11 @@ def _check_target(op: Any, target: Any, args: Any, program: StepProgram) -> None
     if op not in ("get_attr", "call_module") or not isinstance(target, str) or not _PATH.fullmatch(target):
         raise MalformedFile("a node has an unknown form")
     source, name = program.source, target.removeprefix(START_PREFIX)
-    known = dict(source.named_modules(remove_duplicate=False)).keys()
-    if op == "get_attr" and target not in program.constants and target != SELF_TARGET and name not in known:
-        known = {
-            *dict(source.named_parameters(remove_duplicate=False)),
-            *dict(source.named_buffers(remove_duplicate=False)),
-        }
-    elif op == "get_attr":
-        return
+    known = {n for n, _ in source.named_modules(remove_duplicate=False)}
+    if op == "get_attr":
+        known |= {*program.constants, SELF_TARGET}
+        known |= {n for n, _ in source.named_parameters(remove_duplicate=False)}
+        known |= {n for n, _ in source.named_buffers(remove_duplicate=False)}
     if name not in known:
         raise MalformedFile(f"the model has no {target[:80]!r}")
 
