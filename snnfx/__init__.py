@@ -28,6 +28,8 @@ from snnfx.inspect.verify.verify import verify
 from snnfx.memory_module import MemoryModule
 from snnfx.ops.buffer_pool import release_buffers
 from snnfx.runtime.net import Net
+from snnfx.saving.load import load
+from snnfx.saving.save import save
 
 __all__ = [
     "MemoryModule",
@@ -40,10 +42,12 @@ __all__ = [
     "export",
     "from_nir",
     "functional",
+    "load",
     "neuron",
     "online",
     "passes",
     "release_buffers",
+    "save",
     "surrogate",
     "tune_allocator",
     "verify",

@@ -880,4 +880,38 @@ CODES: dict[str, CodeEntry] = {
         'snnfx.from_nir("missing.nir")',
         'snnfx.from_nir("net.nir")',
     ),
+    "SNNFX820": CodeEntry(
+        "a file cannot be loaded",
+        "The file is truncated, was changed, or was not written by snnfx.save. Nothing in it was run, and the model has "
+        "not changed.",
+        'snnfx.load("weights.pt", model)                   # written by torch.save',
+        'snnfx.load("net.safetensors", model)              # written by snnfx.save',
+    ),
+    "SNNFX821": CodeEntry(
+        "a saved net does not match the model",
+        "A parameter, buffer or state of the file is missing in the model or has another shape or dtype, or the model "
+        "has one that the file lacks. The model has not changed.",
+        'snnfx.load("net.safetensors", CSNN(channels=32))  # saved with 64 channels',
+        'snnfx.load("net.safetensors", CSNN(channels=64))',
+    ),
+    "SNNFX822": CodeEntry(
+        "the saved plan is not used",
+        "The plan of a net depends on the code, modules and settings of the model and on the versions of snnfx and "
+        "torch. One of them differs, or the file has no plan: the model was converted again with the saved options.",
+        'snnfx.load("net.safetensors", model)              # the forward of the model was edited',
+        'snnfx.save(net, "net.safetensors")                # save the net again',
+    ),
+    "SNNFX823": CodeEntry(
+        "the passes of a saved conversion are missing",
+        "A file has the names of the passes given to snnfx.convert, not their code.",
+        'snnfx.load("net.safetensors", model)',
+        'snnfx.load("net.safetensors", model, passes=[MyPass()])',
+    ),
+    "SNNFX824": CodeEntry(
+        "a net cannot be saved",
+        "The file has tensors and plain values only. A net that an online rule has edited, a graph replaced by hand, "
+        "extra state in the state_dict and sparse or quantized tensors have no such form.",
+        'snnfx.save(edited_net, "net.safetensors")',
+        'snnfx.save(net, "net.safetensors")                # before the rule is applied',
+    ),
 }

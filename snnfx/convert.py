@@ -42,7 +42,15 @@ from snnfx.sequence.call_capture import CapturedCall, ProgramPasses, capture_cal
 from snnfx.sequence.derived_step import DerivedStep, derive_step
 from snnfx.state.carry import paths_of
 
-__all__ = ["apply_edits", "convert", "convert_without_budget", "pipeline", "prepare_programs"]
+__all__ = [
+    "REPLANS",
+    "apply_edits",
+    "convert",
+    "convert_again",
+    "convert_without_budget",
+    "pipeline",
+    "prepare_programs",
+]
 
 
 def convert(
@@ -261,13 +269,17 @@ def _convert_derived(
 
 def _convert_derived_again(net: Net, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Net:
     """Capture a model whose call is one loop again, for the inputs of one step."""
-    dim = net.options.time_dim
+    args, kwargs = _repeated_steps(net.options.time_dim, args, kwargs)
+    return _convert_sequence_again(net, args, kwargs)
+
+
+def _repeated_steps(dim: int, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    """The arguments of a call of two time steps, from those of one step."""
 
     def repeated(x: Any) -> Any:
         return torch.stack([x] * 2, dim) if isinstance(x, torch.Tensor) else x
 
-    args, kwargs = pytree.tree_map(repeated, (args, kwargs))
-    return _convert_sequence_again(net, args, kwargs)
+    return pytree.tree_map(repeated, (args, kwargs))  # type: ignore[no-any-return]
 
 
 def _with_loop_nets(
@@ -306,10 +318,7 @@ def _run_passes(passes: list[Pass], program: StepProgram) -> None:
 
 def _convert_sequence_again(net: Net, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Net:
     """Capture a model that runs over time itself again, for the inputs of a call."""
-    example: Any = (kwargs if kwargs and not args else args) or None
-    if args and kwargs:
-        parameters = step_signature(net.source, net.options.entry).parameters
-        example = {**dict(zip(parameters, args, strict=False)), **kwargs}
+    example = _example_inputs(net.source, net.options.entry, args, kwargs)
     return convert_sequence_model(net.source, net.options, example)
 
 
@@ -403,12 +412,54 @@ def _same_plan(a: StepProgram, b: StepProgram) -> bool:
 
 def _convert_for_shapes(net: Net, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Net:
     """Capture the model again for inputs that the plan of `net` does not cover (no inputs: without shapes)."""
-    example: Any = (kwargs if kwargs and not args else args) or None
-    if args and kwargs:
-        parameters = step_signature(net.source, net.options.entry).parameters
-        example = {**dict(zip(parameters, args, strict=False)), **kwargs}
+    example = _example_inputs(net.source, net.options.entry, args, kwargs)
     programs, history = prepare_programs(net.source, net.options, example, net.program.inferred_carry)
     return Net(net.source, programs, net.options, history, _convert_for_shapes)
+
+
+def _example_inputs(model: nn.Module, entry: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    """The arguments of a call as the option `example_inputs`; None without arguments."""
+    if args and kwargs:
+        parameters = step_signature(model, entry).parameters
+        return {**dict(zip(parameters, args, strict=False)), **kwargs}
+    return (kwargs or args) or None
+
+
+REPLANS: dict[str, Callable[..., Net]] = {
+    "steps": _convert_for_shapes,
+    "sequence": _convert_sequence_again,
+    "derived": _convert_derived_again,
+    "loop": _plan_loop_again,
+}
+"""The functions that plan a net again, by name; a saved net has the name of its own."""
+
+
+def convert_again(
+    kind: str,
+    model: nn.Module,
+    options: ConvertOptions,
+    example: tuple[tuple[Any, ...], dict[str, Any]] | None,
+    inferred_carry: bool,
+) -> Net:
+    """Convert a model with the options of an earlier conversion.
+
+    Args:
+        kind: a key of `REPLANS`.
+        model: the model.
+        options: the options of the net.
+        example: `(args, kwargs)` of one step; for a model that runs over time itself and mixes time, of one call.
+        inferred_carry: whether `options.carry` was inferred.
+    """
+    args, kwargs = example or ((), {})
+    if kind == "steps":
+        inputs = _example_inputs(model, options.entry, args, kwargs)
+        programs, history = prepare_programs(model, options, inputs, inferred_carry)
+        return Net(model, programs, options, history, _convert_for_shapes)
+    if kind == "derived":
+        args, kwargs = _repeated_steps(options.time_dim, args, kwargs)
+    inputs = _example_inputs(model, options.entry, args, kwargs)
+    net = convert_sequence_model(model, replace(options, takes="sequence"), inputs)
+    return net if options.takes == "sequence" else net.convert_to(options.step_mode)
 
 
 def _check_choice(name: str, value: Any, choices: tuple[str, ...]) -> None:

@@ -7,7 +7,7 @@ A message names the problem, the location (qualified name and the user's file:li
 
 Groups of codes: 1xx a node is not folded (reported by `explain`, never raised), 2xx capture, 3xx arguments of a call,
 4xx verification, 5xx passes and running a net, 6xx command line and pictures, 61x online training, 70x passes of the
-user's own, 8xx export.
+user's own, 80x and 81x export, 82x save and load.
 `python -m snnfx explain --code SNNFX103` prints the meaning of a code with an example.
 """
 
@@ -33,6 +33,7 @@ __all__ = [
     "InputError",
     "PassError",
     "Refusal",
+    "SaveError",
     "SnnfxError",
     "SnnfxWarning",
     "ToolError",
@@ -103,6 +104,10 @@ class ToolError(SnnfxError):
 
 class ExportError(SnnfxError):
     """A net cannot be exported, or the written file is wrong (codes 8xx)."""
+
+
+class SaveError(SnnfxError):
+    """A net cannot be saved or loaded (codes 80x and 82x)."""
 
 
 class SnnfxWarning(UserWarning):

@@ -140,6 +140,9 @@ class CaptureSession:
             Guard(ModuleRoot(""), (("condition", condition),), "value", value, text_of(value))
             for condition, value in self.conditions.items()
         ]
+        if self.conditions:
+            why = "the step branches on values of parameters or buffers"
+            guards.sources = tuple(replace(sources, refusal=why) for sources in guards.sources)
         return guards
 
     def initial_attributes(self, discovered: Iterable[AttributeSlot]) -> list[InitialAttribute]:

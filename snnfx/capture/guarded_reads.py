@@ -15,7 +15,8 @@ import importlib.util
 import sys
 import types
 from collections import Counter, deque
-from collections.abc import Container, Iterable, Iterator
+from collections.abc import Iterable, Iterator, Set
+from dataclasses import replace
 from types import FunctionType
 from typing import Any
 
@@ -31,6 +32,7 @@ from snnfx.ir.guards import (
     FunctionRoot,
     Guard,
     Guards,
+    GuardSources,
     ModuleRoot,
     ModuleTree,
     NamespaceRoot,
@@ -42,7 +44,7 @@ from snnfx.ir.guards import (
 from snnfx.sandbox.contents_snapshot import slot_names
 from snnfx.sandbox.torch_internals import python_of_script
 
-__all__ = ["ReachableCode", "guards_of"]
+__all__ = ["ReachableCode", "guards_of", "recollected_guards", "values_read_by"]
 
 _PLAIN = (bool, int, float, complex, str, bytes, type(None), torch.dtype, torch.device, torch.Size, range, slice)
 _FUNCTIONS = (FunctionType, types.BuiltinFunctionType, types.MethodType, staticmethod, classmethod)
@@ -178,13 +180,24 @@ def variables_of(
                 yield vars(module)[attribute], (), NamespaceRoot(vars(module)), ("key", attribute)
 
 
+def values_read_by(function: FunctionType) -> Iterator[Any]:
+    """The globals and closure variables that a function reads, and the attributes that it reads from modules."""
+    for value, chain, *_ in variables_of(function, reads_of(function.__code__)):
+        yield value
+        for name in chain:
+            if not isinstance(value, types.ModuleType | type):
+                break
+            value = getattr(value, name, None)
+            yield value
+
+
 def guards_of(
     model: nn.Module,
     entry: str,
     traced: Iterable[str],
     opaque: Iterable[str],
     reads: Iterable[tuple[nn.Module, str]],
-    state: Container[tuple[nn.Module, str]],
+    state: Set[tuple[nn.Module, str]],
     consumed: Iterable[Tensor],
     growing: Iterable[Any],
     flags: dict[nn.Module, bool],
@@ -202,20 +215,69 @@ def guards_of(
         growing: containers outside the model that the traces appended to.
         flags: `training` of each module in the traces.
     """
-    prefixes = tuple(f"{name}." if name else "" for name in opaque)
-    modules = {n: m for n, m in model.named_modules() if not (prefixes and f"{n}.".startswith(prefixes))}
-    code = ReachableCode(modules, entry)
     paths = {m: n for n, m in model.named_modules()}
+    consumed, growing = list(consumed), list(growing)
+    sources = GuardSources(
+        entry,
+        tuple(traced),
+        tuple(opaque),
+        tuple((paths[m], name) for m, name in reads if m in paths),
+        tuple(sorted((paths[m], name) for m, name in state if m in paths)),
+        tuple((paths[m], flag) for m, flag in flags.items() if m in paths),
+        "the step appends to a container outside the model" if growing else "",
+    )
     known = [(m, name) for m, name in reads if m in paths and (m, name) not in state]
-    traced = tuple(traced)
-    while True:  # until the values that are guarded add no further code
+    guards, _ = _collected(model, sources, known, consumed, growing, flags)
+    if any(guard.test in ("tensor", "version") for guard in guards.reads):
+        sources = replace(sources, refusal="the step uses values of tensors outside the graph")
+    guards.sources = (sources,)
+    return guards
+
+
+def recollected_guards(model: nn.Module, sources: tuple[GuardSources, ...]) -> tuple[Guards, list[FunctionType]]:
+    """Collect the guards of earlier captures again, of this model as it is now.
+
+    Args:
+        model: the model.
+        sources: `Guards.sources` of the program; every name must exist in the model.
+
+    Returns:
+        `(guards, the functions that a step can reach)`.
+    """
+    modules = dict(model.named_modules())
+    found, functions = Guards(), dict[FunctionType, None]()
+    for number, of_capture in enumerate(sources):
+        reads = [(modules[n], name) for n, name in of_capture.reads if (n, name) not in of_capture.state]
+        flags = {modules[n]: flag for n, flag in of_capture.flags}
+        guards, code = _collected(model, of_capture, reads, [], [], flags)
+        guards.sources = (of_capture,)
+        found = found.union(guards) if number else guards
+        functions |= dict.fromkeys(code.functions)
+    return found, list(functions)
+
+
+def _collected(
+    model: nn.Module,
+    sources: GuardSources,
+    known: list[tuple[nn.Module, str]],
+    consumed: Iterable[Tensor],
+    growing: Iterable[Any],
+    flags: dict[nn.Module, bool],
+) -> tuple[Guards, ReachableCode]:
+    """Collect guards until the values that are guarded add no further code."""
+    prefixes = tuple(f"{name}." if name else "" for name in sources.opaque)
+    modules = {n: m for n, m in model.named_modules() if not (prefixes and f"{n}.".startswith(prefixes))}
+    code = ReachableCode(modules, sources.entry)
+    paths = {m: n for n, m in model.named_modules()}
+    traced = [m for m in map(dict(model.named_modules()).get, sources.traced) if m is not None]
+    while True:
         code.close()
         collector = _Collector(code, paths, {id(t) for t in consumed}, {id(c) for c in growing}, flags)
         size = len(code.functions), len(code.names), code.reads_by_name
-        collector.collect(known, [m for m in map(dict(model.named_modules()).get, traced) if m is not None], entry)
+        collector.collect(known, traced, sources.entry)
         code.close()
         if size == (len(code.functions), len(code.names), code.reads_by_name):
-            return Guards(collector.guards, ModuleTree(model, traced), collector.modes)
+            return Guards(collector.guards, ModuleTree(model, sources.traced), collector.modes), code
 
 
 class _Collector:

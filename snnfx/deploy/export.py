@@ -5,8 +5,6 @@ from __future__ import annotations
 import contextlib
 import copy
 import os
-import shutil
-import tempfile
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -24,6 +22,7 @@ from snnfx.deploy.onnx_file import require_onnx, write_onnx
 from snnfx.deploy.plan import ExportPlan, Request, plan_export
 from snnfx.deploy.pt2_file import write_package, write_program
 from snnfx.deploy.tracing import trace
+from snnfx.deploy.written_files import written_at_once
 from snnfx.errors import ExportError, warn_once
 from snnfx.runtime.net import Net
 from snnfx.sandbox.isolation import isolated
@@ -126,7 +125,7 @@ def write_export(
         raise ExportError("SNNFX801", f"dt={dt!r} is an option of .nir files", hint="Leave dt out.")
     if kind == "onnx":
         require_onnx(check)
-    with _written_at_once(path) as folder, _untouched(net):
+    with written_at_once(path) as folder, _untouched(net):
         progress("copy and plan the net")
         plan = _plan(net, inputs, request)
         progress("trace the net")
@@ -237,35 +236,6 @@ def _untouched(net: Net) -> Iterator[None]:
     """Restore the model and the RNG: hooks of a copy may refer to the original."""
     with isolated(net.source):
         yield
-
-
-@contextlib.contextmanager
-def _written_at_once(path: Path) -> Iterator[Path]:
-    """A folder whose files move to the folder of `path` at the end, if nothing fails."""
-    parent = path.parent
-    if not parent.is_dir():
-        raise _not_writable(path, f"the folder {parent} does not exist.", "Create it first.")
-    if path.is_dir():
-        raise _not_writable(path, "it is a folder.", "Pass the path of a file.")
-    try:
-        if not os.access(parent, os.W_OK) or (path.exists() and not os.access(path, os.W_OK)):
-            raise PermissionError(f"no permission to write {path}")
-        folder = Path(tempfile.mkdtemp(prefix=f".{path.name}.", dir=parent))
-    except OSError as error:
-        raise _not_writable(path, f"{error}.", "Choose a folder in which you may create files.") from error
-    try:
-        yield folder
-        # The model last: it refers to the file with its weights.
-        for file in sorted(folder.iterdir(), key=lambda f: f.name == path.name):
-            os.replace(file, parent / file.name)
-    except OSError as error:
-        raise _not_writable(path, f"{error}.", "Free disk space, or choose another folder.") from error
-    finally:
-        shutil.rmtree(folder, ignore_errors=True)
-
-
-def _not_writable(path: Path, why: str, hint: str) -> ExportError:
-    return ExportError("SNNFX802", f"`{path}` cannot be written", why=why, hint=hint)
 
 
 def _metadata(plan: ExportPlan, request: Request) -> dict[str, Any]:

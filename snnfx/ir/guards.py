@@ -31,6 +31,7 @@ __all__ = [
     "CellRoot",
     "FunctionRoot",
     "Guard",
+    "GuardSources",
     "Guards",
     "ModuleRoot",
     "ModuleTree",
@@ -426,6 +427,29 @@ class ModuleTree:
         return ""
 
 
+@dataclass(frozen=True)
+class GuardSources:
+    """The reads of one capture, by name, from which its guards can be collected again without a capture.
+
+    Args:
+        entry: name of the method that computes one step.
+        traced: qualified names of the modules whose forward was traced.
+        opaque: qualified names of the modules that were not traced.
+        reads: `(module, attribute)` pairs that the model's code read.
+        state: `(module, attribute)` pairs that are slots, or set before they are read.
+        flags: the training flag of each module in the traces.
+        refusal: why the guards cannot be collected again, as a clause; "" if they can.
+    """
+
+    entry: str
+    traced: tuple[str, ...]
+    opaque: tuple[str, ...]
+    reads: tuple[tuple[str, str], ...]
+    state: tuple[tuple[str, str], ...]
+    flags: tuple[tuple[str, bool], ...]
+    refusal: str = ""
+
+
 @dataclass
 class Guards:
     """All guards of a program.
@@ -435,12 +459,14 @@ class Guards:
         tree: the modules of the model; None for a program without a model of its own, such as a first step.
         modes: the modes of torch that the model's code reads (keys of `MODES`), with their values at capture.
         stale: a change that happened before this copy of the guards was made; "" if there was none.
+        sources: the reads of each capture that the program serves.
     """
 
     reads: list[Guard] = field(default_factory=list)
     tree: ModuleTree | None = None
     modes: dict[str, Any] = field(default_factory=dict)
     stale: str = ""
+    sources: tuple[GuardSources, ...] = ()
 
     def have_same_reads(self, other: Guards) -> bool:
         """Whether two programs depend on the same values."""
@@ -457,7 +483,8 @@ class Guards:
         more = [g for g in other.reads if (g.root, g.path, g.test) not in known]
         # Both values of the training flags have led to the same program.
         reads = [g for g in (*self.reads, *more) if g.path != (("instance", "training"),)]
-        return Guards(reads, self.tree, {**self.modes, **other.modes}, self.stale or other.stale)
+        modes, stale = {**self.modes, **other.modes}, self.stale or other.stale
+        return Guards(reads, self.tree, modes, stale, self.sources + other.sources)
 
     def packed(self, model: nn.Module) -> PackedGuards:
         """A record without references into the model, which can be copied and pickled."""
@@ -473,7 +500,7 @@ class Guards:
                 expected = expected if kept else _Sentinel.OF_COPY if holds else _Sentinel.STALE
             reads.append(replace(guard, expected=expected))
         traced = self.tree.traced if self.tree is not None else None
-        return PackedGuards(reads, traced, dict(self.modes), stale)
+        return PackedGuards(reads, traced, dict(self.modes), stale, self.sources)
 
 
 def _is_same_expectation(a: Guard, b: Guard) -> bool:
@@ -491,11 +518,12 @@ class PackedGuards:
     traced: tuple[str, ...] | None
     modes: Mapping[str, Any]
     stale: str
+    sources: tuple[GuardSources, ...] = ()
 
     def unpacked(self, model: nn.Module) -> Guards:
         """The guards of a copy of the model."""
         tree = None if self.traced is None else ModuleTree(model, self.traced)
-        return Guards([*self._reads_of(model)], tree, dict(self.modes), self.stale)
+        return Guards([*self._reads_of(model)], tree, dict(self.modes), self.stale, self.sources)
 
     def _reads_of(self, model: nn.Module) -> Iterator[Guard]:
         for guard in self.reads:
