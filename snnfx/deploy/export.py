@@ -157,7 +157,7 @@ def _write_nir(
 ) -> Exported:
     check_nir_options(state=request.state, step=request.step, dynamic=set(request.dynamic) != {"T", "N"})
     require_nir()
-    with _written_at_once(path) as folder, _untouched(net):
+    with written_at_once(path) as folder, _untouched(net):
         progress("fit the neurons and write the graph")
         interface = write_nir(_in_evaluation(net), folder / path.name, inputs, dt, request.T, check)
     return Exported(path, (path,), interface)

@@ -250,9 +250,9 @@ class _Verification:
         The reference computes `torch.linspace(0, 1, 6)` in float64, and a copy of the net has the rounded values.
         """
         holder, constants = getattr(net, CONSTANTS, None), getattr(getattr(net, "program", None), "constants", None)
-        if holder is None or not any(
-            isinstance(c, Tensor) and c.is_floating_point() for c in (constants or {}).values()
-        ):
+        if holder is None or not constants:
+            return 0
+        if not any(isinstance(c, Tensor) and c.is_floating_point() for c in constants.values()):
             return 0
         try:
             exact = self._captured(model, inputs).program.constants

@@ -108,7 +108,8 @@ def _compared(
         notes.append(f"the net does not write {', '.join(lost[:5])}, which no call reads before writing it")
     for name, gradient in expected.gradients.items():
         a, b = (torch.zeros(()) if g is None else g for g in (actual.gradients.get(name), gradient))
-        yield compare("gradient", name, *torch.broadcast_tensors(a, b), tolerance)
+        found, wanted = torch.broadcast_tensors(a, b)
+        yield compare("gradient", name, found, wanted, tolerance)
 
 
 class _Calls:
