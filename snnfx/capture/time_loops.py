@@ -26,6 +26,7 @@ from torch.fx import Node
 from snnfx.errors import CaptureError
 from snnfx.ir.nodes import IN_PLACE_OPERATORS, is_in_place, is_module_call, is_size, is_structural
 from snnfx.ir.printing import describe_node, operation_name
+from snnfx.ops.operator_lookup import traits_of
 from snnfx.ops.step_functions import FunctionHolder, expect_size
 from snnfx.sandbox.user_code import format_location
 from snnfx.state.step_calls import initial_value, opaque_initial_value
@@ -235,7 +236,7 @@ class _Dependences:
                 storage = storages.get(node.args[0], node.args[0])
                 if is_in_place(node):
                     latest_write[storage] = node
-                if is_in_place(node) or operation_name(node) in _VIEWS:
+                if is_in_place(node) or traits_of(node).view:
                     storages[node] = storage
 
 
@@ -517,12 +518,6 @@ _REDUCTIONS = frozenset(
     "add mul sub max min maximum minimum logical_or logical_and or and cat concat concatenate stack set_part".split()
 )
 """Operations that accumulate the results of iterations."""
-
-_VIEWS = frozenset(
-    "getitem select narrow view reshape unsqueeze squeeze transpose permute movedim flatten unflatten expand expand_as "
-    "unbind split chunk T contiguous detach".split()
-)
-"""Operations whose result may share memory with their first operand."""
 
 _OF_SAME_ELEMENTS = frozenset(
     "transpose permute movedim moveaxis swapaxes swapdims t getattr contiguous float double half bfloat16 to type "
