@@ -481,7 +481,7 @@ def _is_ignored(node: Node) -> bool:
 
 def _accumulates(value: Node, reader: Node) -> bool:
     """Whether the operation of a node continues the sum, product or concatenation of another node."""
-    return _operation(value) in _REDUCTIONS and _operation(value) == _operation(reader)
+    return traits_of(value).accumulates and _operation(value) == _operation(reader)
 
 
 def _is_state_of(value: Node, call: Node) -> bool:
@@ -513,11 +513,6 @@ def _common_prefix(a: Sequence[Hashable], b: Sequence[Hashable]) -> int:
     """The number of leading elements that are equal."""
     return next((i for i, (x, y) in enumerate(zip(a, b, strict=False)) if x != y), min(len(a), len(b)))
 
-
-_REDUCTIONS = frozenset(
-    "add mul sub max min maximum minimum logical_or logical_and or and cat concat concatenate stack set_part".split()
-)
-"""Operations that accumulate the results of iterations."""
 
 _OF_SAME_ELEMENTS = frozenset(
     "transpose permute movedim moveaxis swapaxes swapdims t getattr contiguous float double half bfloat16 to type "

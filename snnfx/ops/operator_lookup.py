@@ -27,6 +27,7 @@ from snnfx.ops.step_functions import (
     expect_size,
     read_parameter,
     set_part,
+    set_part_,
 )
 from snnfx.ops.traits import MODULES, PYTHON_OPERATORS, ROWS, UNKNOWN, OperatorTraits
 from snnfx.sandbox.torch_internals import OpOverload, OpOverloadPacket
@@ -37,6 +38,7 @@ __all__ = [
     "operation_of_class",
     "operation_of_function",
     "operation_of_module",
+    "operations_with",
     "register_operator",
     "traits_of",
     "traits_of_class",
@@ -59,6 +61,7 @@ _STEP_FUNCTIONS = (
     opaque_initial_value,
     read_parameter,
     set_part,
+    set_part_,
     update_trace,
 )
 
@@ -128,6 +131,11 @@ def traits_of_function(function: Any) -> OperatorTraits:
     return row or traits_of_name(operation_of_function(function))
 
 
+def operations_with(trait: str) -> list[str]:
+    """The names of the rows with a trait."""
+    return [name for name, row in _rows().items() if getattr(row, trait)]
+
+
 def traits_of_module(module: nn.Module) -> OperatorTraits:
     """The traits of the layer of torch that a module is, or is derived from."""
     return traits_of_name(operation_of_module(module))
@@ -154,13 +162,12 @@ def operation_of_function(function: Any) -> str:
     if isinstance(function, OpOverload | OpOverloadPacket):
         namespace, name, *_ = str(function).split(".")
         return _operation_of_method(name) if namespace == "aten" else ""
-    if function in _functions():
-        return _functions()[function]
-    names = (n.removesuffix("_") for n in _spellings().get(function, ()))
+    if function in _FUNCTIONS:
+        return _FUNCTIONS[function]
+    names = (n.removesuffix("_") for n in _SPELLINGS.get(function, ()))
     return next((n for n in names if n and hasattr(torch.ops.aten, n)), "")
 
 
-@cache
 def _spellings() -> dict[Any, tuple[str, ...]]:
     """Function of torch -> the names that its operator may have in ATen."""
     found: dict[Any, tuple[str, ...]] = {}
@@ -189,11 +196,10 @@ def _rows() -> dict[str, OperatorTraits]:
     return {name: row for row in ROWS for name in row.names.split()}
 
 
-@cache
 def _functions() -> dict[Any, str]:
     """Function with a row, of snnfx or of Python -> its operation."""
     found: dict[Any, str] = {builtins.getattr: "getattr"}
-    found.update({function: function.__name__ for function in _STEP_FUNCTIONS})
+    found.update({function: function.__name__.removesuffix("_") for function in _STEP_FUNCTIONS})
     for name in _rows():
         for namespace in _NAMESPACES:
             for spelling in (name, name + "_"):
@@ -242,3 +248,7 @@ def _merged(row: OperatorTraits, overloads: Iterable[OpOverload]) -> OperatorTra
 
 def _writes(overload: OpOverload) -> bool:
     return bool(overload._schema.is_mutable)
+
+
+# Made at import: during a trace, some functions of torch are replaced.
+_FUNCTIONS, _SPELLINGS = _functions(), _spellings()
