@@ -19,14 +19,12 @@ from snnfx.analysis.dependence import ancestors
 from snnfx.analysis.foldable_loops import folds_when_cut
 from snnfx.ir.facts import BATCH_DIM, KIND, REGION
 from snnfx.ir.nodes import is_size
-from snnfx.ir.printing import operation_name
 from snnfx.ir.program import SELF_TARGET, Region, StepProgram
 from snnfx.ir.setting_read import SettingRead
+from snnfx.ops.operator_lookup import traits_of
 from snnfx.passes.base import Pass
 
 __all__ = ["Absorb"]
-
-_OPERATIONS = frozenset("add sub rsub mul div truediv neg".split())
 
 
 @dataclass(frozen=True)
@@ -109,7 +107,8 @@ class _Mover:
                 and len(node.args) == 1
                 and not node.kwargs
             )
-        return operation_name(node) in _OPERATIONS and not node.kwargs
+        traits = traits_of(node)
+        return traits.elementwise and bool(traits.linear) and not traits.view and not node.kwargs
 
     def _move(self, node: Node, loop: Region) -> None:
         source = self.region_of[node]

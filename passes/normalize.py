@@ -12,7 +12,7 @@ import operator
 from dataclasses import dataclass
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.fx import Node
 
 from snnfx.analysis.state_aliases import is_output_of_stateful_call, unite_output_with_state
@@ -21,28 +21,13 @@ from snnfx.errors import CaptureError
 from snnfx.ir.facts import INPUT, ITERATIONS, ORIGIN, WITHOUT_GRADIENT, copy_facts
 from snnfx.ir.module_effects import has_in_place_flag
 from snnfx.ir.nodes import IN_PLACE_OPERATORS, is_in_place, is_size, is_structural, takes_from_tuple
-from snnfx.ir.printing import location_of, operation_name
+from snnfx.ir.printing import location_of
 from snnfx.ir.program import StepProgram
+from snnfx.ops.operator_lookup import traits_of, traits_of_module
 from snnfx.ops.step_functions import change_value, copied, set_part_
 from snnfx.passes.base import Pass
-from snnfx.sandbox.torch_internals import DropoutBase
 
 __all__ = ["Normalize"]
-
-_VIEWS = frozenset(
-    "getitem view view_as reshape select narrow transpose permute t flatten unflatten squeeze unsqueeze chunk split "
-    "expand expand_as movedim swapaxes detach diagonal unbind getattr".split()
-)
-
-_MAYBE_THE_SAME = frozenset(
-    "contiguous to type_as type float double half bfloat16 data T mT real positive atleast_1d atleast_2d atleast_3d "
-    "unfold swapdims moveaxis ravel dropout dropout1d dropout2d dropout3d".split()
-)
-"""Operations that may return their operand, a view of it, or a new tensor."""
-
-_PARTITIONS = frozenset("chunk split tensor_split unbind".split())
-
-_MODULES_OF_VIEWS = (nn.Identity, nn.Flatten, nn.Unflatten, DropoutBase)
 
 
 @dataclass(frozen=True)
@@ -124,7 +109,7 @@ def _functionalize(program: StepProgram, node: Node) -> None:
             why="an in-place operation of a functional graph has one operand.",
             hint="Change the tensors one by one, e.g. for p in parameters: p.add_(1).",
         )
-    is_view = operation_name(operand) in _VIEWS and operand.op.startswith("call")
+    is_view = traits_of(operand).view == "view"
     if is_view and not is_output_of_stateful_call(operand):
         raise CaptureError(
             "SNNFX214",
@@ -205,9 +190,7 @@ def _refuse_aliases(program: StepProgram, node: Node, operand: Node, inputs_as_w
     while stack:
         known = stack.pop()
         others = [n for n in known.all_input_nodes if _may_share_memory(program, known, n)]
-        if operation_name(known) not in _PARTITIONS or not any(
-            takes_from_tuple(n) and n in aliases for n in known.users
-        ):
+        if not traits_of(known).parts or not any(takes_from_tuple(n) and n in aliases for n in known.users):
             # The parts of a partition share no memory with each other.
             others += [u for u in known.users if position[u] < position[node] and _may_share_memory(program, u, known)]
         stack += [n for n in others if n not in aliases]
@@ -231,8 +214,8 @@ def _may_share_memory(program: StepProgram, node: Node, operand: Node) -> bool:
     if is_structural(node):
         return False
     if node.op == "call_module":
-        return isinstance(program.resolve(str(node.target)), _MODULES_OF_VIEWS)
-    return node.op.startswith("call") and not is_size(node) and operation_name(node) in _VIEWS | _MAYBE_THE_SAME
+        return bool(traits_of_module(program.resolve(str(node.target))).view)
+    return not is_size(node) and bool(traits_of(node).view)
 
 
 def _replace_filling(program: StepProgram, node: Node, operand: Node, name: str) -> None:
@@ -255,7 +238,7 @@ def _read_elsewhere(node: Node) -> bool:
     operand = node.args[0]
     if not isinstance(operand, Node):
         return False
-    is_view = operand.op.startswith("call") and operation_name(operand) in _VIEWS
+    is_view = traits_of(operand).view == "view"
     return len(operand.users) > 1 or operand.op == "placeholder" or is_view
 
 

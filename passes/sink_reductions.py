@@ -22,33 +22,15 @@ from snnfx.ir.facts import SUNK
 from snnfx.ir.nodes import is_module_call, is_size, takes_from_tuple
 from snnfx.ir.printing import operation_name
 from snnfx.ir.program import StepProgram
+from snnfx.ops.operator_lookup import traits_of, traits_of_module
 from snnfx.ops.step_functions import expect_size
 from snnfx.passes.base import Pass
-from snnfx.sandbox.torch_internals import AdaptiveAvgPoolBase, AvgPoolBase, BatchNormBase, ConvBase, DropoutBase
+from snnfx.sandbox.torch_internals import BatchNormBase, DropoutBase
+from snnfx.state.leaf_modules import has_torch_forward
 
 __all__ = ["REDUCTIONS", "SinkReductions"]
 
 REDUCTIONS = ("mean", "sum", "last")
-
-_AFFINE_MODULES = (
-    nn.Linear,
-    ConvBase,
-    AvgPoolBase,
-    AdaptiveAvgPoolBase,
-    nn.Flatten,
-    nn.Unflatten,
-    nn.Identity,
-    nn.ZeroPad2d,
-)
-_LINEAR_IN_THE_FIRST = frozenset(
-    "linear conv1d conv2d conv3d conv_transpose1d conv_transpose2d conv_transpose3d avg_pool1d avg_pool2d avg_pool3d "
-    "adaptive_avg_pool1d adaptive_avg_pool2d adaptive_avg_pool3d flatten view reshape permute transpose squeeze "
-    "unsqueeze movedim contiguous clone neg sum mean getitem select narrow chunk split unflatten truediv div "
-    "expand".split()
-)
-"""Affine in the first operand if the others do not vary in time."""
-_JOINTLY_LINEAR = frozenset("add sub cat stack".split())
-_BILINEAR = frozenset("mul matmul bmm".split())
 
 
 @dataclass(frozen=True)
@@ -105,12 +87,14 @@ class SinkReductions(Pass):
             return False
         if node.op == "call_module":
             return _is_affine_module(program.resolve(str(node.target)), program.training)
-        name = operation_name(node)
-        if name in _JOINTLY_LINEAR:
+        traits = traits_of(node)
+        if any(name in node.kwargs for name in traits.linear_without.split()):
+            return False
+        if traits.linear == "all":
             return "alpha" not in node.kwargs or not isinstance(node.kwargs["alpha"], Node)
-        if name in _BILINEAR:
+        if traits.linear == "each":
             return len(varying) == 1 and list(_tensors(node)).count(varying[0]) == 1
-        return name in _LINEAR_IN_THE_FIRST and varying == [node.args[0]] and "dtype" not in node.kwargs
+        return traits.linear == "first" and varying == [node.args[0]]
 
 
 def _is_affine_module(module: nn.Module, training: bool) -> bool:
@@ -118,9 +102,7 @@ def _is_affine_module(module: nn.Module, training: bool) -> bool:
         return not training and module.running_mean is not None
     if isinstance(module, DropoutBase):
         return not training
-    if getattr(module, "padding_mode", "zeros") not in ("zeros", "circular", "reflect", "replicate"):
-        return False
-    return isinstance(module, _AFFINE_MODULES)
+    return has_torch_forward(module) and traits_of_module(module).linear == "first"
 
 
 def _tensors(node: Node) -> Any:

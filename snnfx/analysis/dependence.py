@@ -19,10 +19,9 @@ from torch.fx import Node
 from snnfx.analysis.statistic_reads import is_statistic_read, update_chains
 from snnfx.ir.module_effects import has_effects
 from snnfx.ir.nodes import is_size
-from snnfx.ir.printing import operation_name
 from snnfx.ir.program import StepProgram
+from snnfx.ops.operator_lookup import traits_of, traits_of_module
 from snnfx.ops.step_functions import expect_size
-from snnfx.sandbox.torch_internals import DropoutBase
 from snnfx.state.registry import adapter_of
 from snnfx.state.step_calls import call_opaque, call_stateful, initial_value
 
@@ -126,29 +125,20 @@ def _initial_only(program: StepProgram) -> set[Node]:
     return {n for n in program.graph.nodes if n.op.startswith("call") and n not in needed}
 
 
-_RANDOM_FUNCTIONS = frozenset(
-    "rand randn randint randperm rand_like randn_like randint_like bernoulli normal multinomial poisson rrelu "
-    "gumbel_softmax".split()
-)
-_RANDOM_MODULES = (DropoutBase, nn.RReLU)
-
-
 def is_random(program: StepProgram, node: Node) -> bool:
     """Whether a node draws random numbers at every step."""
     if node.op == "call_module":
         module = program.resolve(str(node.target))
-        return any(isinstance(m, _RANDOM_MODULES) or _drops_out_inside(m) for m in module.modules())
+        return any(_draws(m) for m in module.modules())
     if not node.op.startswith("call"):
         return False
-    name = operation_name(node)
-    if name in _RANDOM_FUNCTIONS:
-        return True
-    if "dropout" in name:
+    random = traits_of(node).random
+    if random == "training":
         training = node.kwargs.get("training", node.args[2] if len(node.args) > 2 else True)
         return training is not False
-    if name != "scaled_dot_product_attention":
-        return False
-    return bool(node.kwargs.get("dropout_p", node.args[4] if len(node.args) > 4 else 0.0))
+    if random == "dropout_p":
+        return bool(node.kwargs.get("dropout_p", node.args[4] if len(node.args) > 4 else 0.0))
+    return bool(random)
 
 
 def may_be_random(program: StepProgram, node: Node) -> bool:
@@ -166,12 +156,14 @@ def may_be_random(program: StepProgram, node: Node) -> bool:
 def _is_known_deterministic(module: nn.Module) -> bool:
     """Whether a module of a known library draws no random numbers."""
     name, package = type(module).__name__.lower(), type(module).__module__.partition(".")[0]
-    draws = isinstance(module, _RANDOM_MODULES) or _drops_out_inside(module) or "drop" in name
+    draws = _draws(module) or "drop" in name
     return package in ("torch", "snnfx", "spikingjelly", "snntorch", "norse") and not draws
 
 
-def _drops_out_inside(module: nn.Module) -> bool:
-    return isinstance(module, nn.MultiheadAttention | nn.RNNBase) and bool(module.dropout)
+def _draws(module: nn.Module) -> bool:
+    """Whether a layer of torch draws random numbers in training."""
+    random = traits_of_module(module).random
+    return bool(random and (random in ("always", "training") or getattr(module, random)))
 
 
 def ancestors(roots: Iterable[Node]) -> set[Node]:

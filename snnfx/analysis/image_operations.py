@@ -2,57 +2,31 @@
 
 from __future__ import annotations
 
-from torch import Tensor, nn
+from torch import Tensor
 from torch.fx import Node
 
-from snnfx.analysis.batch.rule_table import ELEMENTWISE_OPERATIONS
 from snnfx.ir.nodes import is_size, is_structural, takes_from_tuple
 from snnfx.ir.printing import operation_name
 from snnfx.ir.program import StepProgram
 from snnfx.ops.online_functions import traced_call, traced_module
+from snnfx.ops.operator_lookup import operation_of_class, traits_of, traits_of_class
 from snnfx.ops.step_functions import apply_autograd_function
 from snnfx.state.registry import adapter_of
 from snnfx.state.step_calls import call_stateful, initial_value
 
 __all__ = ["image_of", "is_convolution", "takes_any_layout", "weights_of"]
 
-_CONVOLUTIONS = (nn.Conv2d, nn.ConvTranspose2d)
-
-_MODULES = (
-    *_CONVOLUTIONS,
-    nn.BatchNorm2d,
-    nn.MaxPool2d,
-    nn.AvgPool2d,
-    nn.AdaptiveAvgPool2d,
-    nn.AdaptiveMaxPool2d,
-    nn.Upsample,
-    nn.Dropout,
-    nn.Dropout2d,
-    nn.Identity,
-    nn.ZeroPad2d,
-    nn.PReLU,
-    *(
-        getattr(nn, name)
-        for name in "CELU ELU GELU Hardsigmoid Hardswish Hardtanh LeakyReLU Mish ReLU ReLU6 SELU Sigmoid SiLU Softplus "
-        "Softsign Tanh".split()
-    ),
-)
-
-_OPERATIONS = frozenset(
-    "conv2d conv_transpose2d max_pool2d avg_pool2d adaptive_avg_pool2d adaptive_max_pool2d interpolate dropout "
-    "dropout2d batch_norm cat where clone detach float half bfloat16 double bool zeros_like ones_like full_like "
-    "rand_like randn_like empty_like sum mean amax amin cut_history update_trace draw_dropout_mask".split()
-)
+_CONVOLUTIONS = ("conv2d", "conv_transpose2d")
 
 
 def is_convolution(program: StepProgram, node: Node) -> bool:
     """Whether a node is a 2-d convolution."""
     if node.op == "call_module":
-        return type(program.resolve(str(node.target))) in _CONVOLUTIONS
+        return operation_of_class(type(program.resolve(str(node.target)))) in _CONVOLUTIONS
     if node.target is traced_module:
-        return type(program.resolve(str(node.args[0].target))) in _CONVOLUTIONS  # type: ignore[union-attr]
+        return operation_of_class(type(program.resolve(str(node.args[0].target)))) in _CONVOLUTIONS  # type: ignore[union-attr]
     name = node.args[0] if node.target is traced_call else operation_name(node)
-    return node.op == "call_function" and name in ("conv2d", "conv_transpose2d")
+    return node.op == "call_function" and name in _CONVOLUTIONS
 
 
 def image_of(node: Node) -> object:
@@ -83,7 +57,7 @@ def takes_any_layout(program: StepProgram, node: Node) -> bool:
     if node.op == "output" or is_size(node) or is_structural(node):
         return True
     if node.op == "call_module":
-        return type(program.resolve(str(node.target))) in _MODULES
+        return traits_of_class(type(program.resolve(str(node.target)))).keeps_layout
     if not node.op.startswith("call"):
         return False
     if node.target in (traced_module, traced_call):
@@ -96,5 +70,4 @@ def takes_any_layout(program: StepProgram, node: Node) -> bool:
         return getattr(getattr(program.module_of(node), "function", None), "snnfx_elementwise", False)
     if takes_from_tuple(node):
         return True
-    name = operation_name(node)
-    return name in ELEMENTWISE_OPERATIONS or name in _OPERATIONS
+    return traits_of(node).keeps_layout

@@ -9,13 +9,12 @@ from __future__ import annotations
 import operator
 from typing import Any
 
-import torch
 from torch import nn
 from torch.fx import Node
-from torch.nn import functional as F
 
 from snnfx.ir.program import StepProgram
 from snnfx.neuron import BaseNode
+from snnfx.ops.operator_lookup import traits_of, traits_of_module
 from snnfx.sandbox.torch_internals import has_global_forward_hooks
 from snnfx.state.hooks import has_forward_hooks
 from snnfx.state.leaf_modules import has_torch_forward
@@ -25,19 +24,6 @@ from snnfx.surrogate import Surrogate
 __all__ = ["IntegerRanges", "infer_integer_ranges"]
 
 _MAX_BOUND = 255
-_PRESERVING_METHODS = (
-    "flatten reshape view permute transpose contiguous unsqueeze squeeze expand select unflatten movedim clone t detach"
-)
-_PRESERVING_FUNCTIONS: tuple[Any, ...] = (
-    torch.flatten,
-    torch.reshape,
-    torch.permute,
-    torch.transpose,
-    torch.unsqueeze,
-    torch.squeeze,
-)
-_PRESERVING_FUNCTIONS += (torch.movedim, torch.unflatten, torch.relu, F.relu, F.max_pool1d, F.max_pool2d, F.max_pool3d)
-_PRESERVING_MODULES = (nn.Flatten, nn.Unflatten, nn.Identity, nn.MaxPool1d, nn.MaxPool2d, nn.MaxPool3d, nn.ReLU)
 
 
 class IntegerRanges:
@@ -92,7 +78,11 @@ def preserves_integers(module: nn.Module) -> bool:
     has_own_forward = has_torch_forward(module)
     if isinstance(module, nn.Dropout):
         return has_own_forward and not module.training
-    return has_own_forward and isinstance(module, _PRESERVING_MODULES) and not getattr(module, "return_indices", False)
+    return (
+        has_own_forward
+        and traits_of_module(module).integers == "keeps"
+        and not getattr(module, "return_indices", False)
+    )
 
 
 def _is_hooked(module: Any) -> bool:
@@ -122,24 +112,21 @@ def _bound(program: StepProgram, node: Node, largest: dict[Node, int], modules: 
             modules.append(module)
             return operands[0]
         return None
-    if node.op == "call_method":
-        return operands[0] if str(node.target) in _PRESERVING_METHODS.split() and len(operands) == 1 else None
-    if node.op != "call_function":
-        return None
     if node.target is operator.getitem:
         return _element(program, node, largest, modules)
-    if node.target in _PRESERVING_FUNCTIONS and len(operands) == 1:
+    integers = traits_of(node).integers
+    if integers == "keeps" and len(operands) == 1:
         gives_indices = node.kwargs.get("return_indices", False) or len(node.args) > 6
         return None if gives_indices else operands[0]
     if any(bound is None for bound in operands) or not operands:
         return None
     known = [bound for bound in operands if bound is not None]
     two = len(node.args) == 2 and all(isinstance(a, Node) for a in node.args) and not node.kwargs
-    if two and node.target in (operator.add, torch.add):
+    if two and integers == "sum":
         return known[0] + known[-1]
-    if two and node.target in (operator.mul, torch.mul):
+    if two and integers == "product":
         return known[0] * known[-1]
-    if node.target in (torch.cat, torch.concat):
+    if integers == "largest":
         return max(known)
     return None
 

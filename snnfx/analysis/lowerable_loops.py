@@ -2,23 +2,15 @@
 
 from __future__ import annotations
 
-from torch import nn
 from torch.fx import Node
 
 from snnfx.analysis.dependence import is_random
 from snnfx.analysis.foldable_loops import folds_when_cut
 from snnfx.analysis.statistic_reads import is_statistic_read, statistic_of
-from snnfx.ir.printing import describe_node, operation_name
+from snnfx.ir.printing import describe_node
 from snnfx.ir.program import Region, StepProgram
+from snnfx.ops.operator_lookup import traits_of, traits_of_module
 from snnfx.ops.step_functions import read_parameter
-from snnfx.sandbox.torch_internals import (
-    AdaptiveAvgPoolBase,
-    AdaptiveMaxPoolBase,
-    AvgPoolBase,
-    ConvBase,
-    MaxPoolBase,
-    NormBase,
-)
 from snnfx.state.registry import adapter_of
 from snnfx.state.step_calls import call_opaque
 
@@ -61,34 +53,5 @@ def _mixes(program: StepProgram, node: Node) -> bool:
         return False
     module = program.module_of(node)
     if module is not None:
-        return any(isinstance(m, _MIXING) for m in module.modules())
-    return operation_name(node) in _MIXING_FUNCTIONS
-
-
-_MIXING = (
-    nn.Linear,
-    nn.Bilinear,
-    ConvBase,
-    NormBase,
-    nn.LayerNorm,
-    nn.GroupNorm,
-    MaxPoolBase,
-    AvgPoolBase,
-    AdaptiveAvgPoolBase,
-    AdaptiveMaxPoolBase,
-    nn.RNNCellBase,
-    nn.RNNBase,
-    nn.Embedding,
-    nn.MultiheadAttention,
-    nn.Softmax,
-    nn.LogSoftmax,
-)
-"""Modules whose output elements depend on several input elements."""
-
-_MIXING_FUNCTIONS = frozenset(
-    "matmul mm bmm addmm baddbmm linear bilinear einsum dot tensordot mv outer conv1d conv2d conv3d conv_transpose1d "
-    "conv_transpose2d conv_transpose3d mean sum prod var std norm softmax log_softmax cumsum cumprod sort topk argmax "
-    "argmin max_pool1d max_pool2d max_pool3d avg_pool1d avg_pool2d avg_pool3d layer_norm group_norm "
-    "adaptive_avg_pool2d batch_norm instance_norm scaled_dot_product_attention embedding roll flip gather scatter "
-    "index_select".split()
-)
+        return any(traits_of_module(m).mixes for m in module.modules())
+    return traits_of(node).mixes

@@ -11,12 +11,7 @@ from torch.fx import Node
 from snnfx.analysis.batch.rule_lookup import find_rule
 from snnfx.analysis.dependence import Dependence
 from snnfx.ir.program import StepProgram
-
-_CONVOLUTIONS = "conv1d conv2d conv3d conv_transpose1d conv_transpose2d conv_transpose3d".split()
-
-
-_PRODUCTS = {"linear": "input", "matmul": "input other", "mm": "input mat2", **dict.fromkeys(_CONVOLUTIONS, "input")}
-"""Function with a weight -> its arguments that may be the operand."""
+from snnfx.ops.operator_lookup import traits_of_name
 
 
 @dataclass(frozen=True)
@@ -41,7 +36,7 @@ def weight_ops(program: StepProgram, dependence: Dependence) -> list[WeightOp]:
         if not node.op.startswith("call") or node in dependence.initial_only or node not in dependence.varying:
             continue
         row = find_rule(node, program.resolve)
-        if row is None or row.name not in _PRODUCTS:
+        if row is None or not traits_of_name(row.name).weighted:
             continue
         if node.op == "call_module":
             operand = node.args[0] if len(node.args) == 1 and not node.kwargs else None
@@ -50,7 +45,7 @@ def weight_ops(program: StepProgram, dependence: Dependence) -> list[WeightOp]:
             continue
         if node.kwargs.keys() & {"input", "self", "other", "mat2"}:
             continue
-        for position, name in enumerate(_PRODUCTS[row.name].split()):
+        for position, name in enumerate(traits_of_name(row.name).weighted.split()):
             operand = node.args[position]
             others = [n for n in node.all_input_nodes if n is not operand]
             varies = isinstance(operand, Node) and operand in dependence.varying
@@ -66,7 +61,7 @@ def groups_of(program: StepProgram, node: Node) -> int:
     if node.op == "call_module":
         return int(getattr(program.resolve(str(node.target)), "groups", 1))
     found = find_rule(node, program.resolve)
-    if found is None or found.name not in _CONVOLUTIONS:
+    if found is None or not found.name.startswith("conv"):
         return 1
     groups = node.kwargs.get("groups", node.args[6] if len(node.args) > 6 else 1)  # in both signatures of torch
     return groups if isinstance(groups, int) else 1

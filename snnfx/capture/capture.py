@@ -33,8 +33,9 @@ from snnfx.capture.tracer import SubmoduleNotTraceable
 from snnfx.capture.unsupported_modules import refuse_unsupported_modules
 from snnfx.errors import CaptureError, InputError, warn
 from snnfx.ir.edits import add_placeholder
-from snnfx.ir.printing import location_of, operation_name
+from snnfx.ir.printing import location_of
 from snnfx.ir.program import InputLeaf, Slot, StepProgram, results_of
+from snnfx.ops.operator_lookup import traits_of
 from snnfx.sandbox.isolation import autocast_cache_disabled
 from snnfx.sandbox.tensor_values import meta_like
 from snnfx.sandbox.torch_internals import FakeTensor, FakeTensorMode, pytree
@@ -264,7 +265,6 @@ def _capture_once(
 
 
 _MOST_WARM_TRACES = 4
-_JOINS = frozenset("cat concat concatenate hstack vstack dstack row_stack column_stack append".split())
 
 
 def _has_other_shape(after: Any, before: Any) -> bool:
@@ -273,7 +273,7 @@ def _has_other_shape(after: Any, before: Any) -> bool:
 
 def _joins(node: Node, placeholder: str) -> bool:
     """Whether the next value of a slot is its value joined with others."""
-    if node.op != "call_function" or operation_name(node) not in _JOINS:
+    if not traits_of(node).joins:
         return False
     return any(operand.name == placeholder for operand in node.all_input_nodes)
 

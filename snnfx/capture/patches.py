@@ -14,6 +14,7 @@ import torch
 from snnfx.capture.proxy import StepProxy
 from snnfx.capture.recorder import Recorder
 from snnfx.capture.unsupported_modules import refuse_scripted_code
+from snnfx.ops.operator_lookup import operations_with, traits_of_function
 from snnfx.ops.step_functions import FunctionHolder, apply_autograd_function
 from snnfx.sandbox.torch_internals import intercepted_apply, python_of_script, pytree
 from snnfx.sandbox.user_code import format_location, user_location
@@ -27,9 +28,6 @@ __all__ = [
     "plain_isinstance",
     "quiet_fake_tensors",
 ]
-
-_FACTORIES = ("zeros", "ones", "empty", "full", "rand", "randn", "arange", "eye", "linspace", "randint", "randperm")
-_RANDOM_FACTORIES = ("rand", "randn", "randint", "randperm")
 
 
 @contextlib.contextmanager
@@ -92,7 +90,8 @@ def patched_factories(recorder: Recorder) -> Iterator[None]:
     Random factories such as `torch.rand(5)` are always recorded; otherwise every call of the net would use the numbers
     drawn during the trace.
     """
-    originals = {name: getattr(torch, name) for name in _FACTORIES}
+    originals = {name: getattr(torch, name) for name in operations_with("creates")}
+    random = [f for f in originals.values() if traits_of_function(f).random]
     thread: int | None = threading.get_ident()
 
     def recording(original: Callable[..., Any]) -> Callable[..., Any]:
@@ -100,7 +99,7 @@ def patched_factories(recorder: Recorder) -> Iterator[None]:
             if threading.get_ident() != thread:
                 return original(*args, **kwargs)
             has_proxies = any(type(a) is StepProxy for a in pytree.tree_leaves((args, kwargs)))
-            if recorder.is_evaluating or not (has_proxies or original.__name__ in _RANDOM_FACTORIES):
+            if recorder.is_evaluating or not (has_proxies or original in random):
                 return original(*args, **kwargs)
             return recorder.create_proxy("call_function", original, args, kwargs)
 

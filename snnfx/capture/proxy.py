@@ -15,7 +15,7 @@ from torch.fx import Node
 
 from snnfx.errors import CaptureError
 from snnfx.ir.nodes import IN_PLACE_OPERATORS, object_of
-from snnfx.ir.printing import operation_name
+from snnfx.ops.operator_lookup import traits_of
 from snnfx.ops.step_functions import set_part_
 from snnfx.sandbox.user_code import format_location, user_location
 
@@ -165,16 +165,13 @@ def _is_mask_of(mask: Node, node: Node) -> bool:
     mask_value, value = mask.meta.get("val"), node.meta.get("val")
     if isinstance(mask_value, Tensor) and isinstance(value, Tensor):
         return mask_value.dtype is torch.bool and mask_value.shape == value.shape
-    is_comparison = mask.op != "placeholder" and operation_name(mask) in ("gt", "ge", "lt", "le", "eq", "ne")
+    is_comparison = traits_of(mask).comparison
     return is_comparison and mask.args[0] is node and isinstance(mask.args[1], int | float)
-
-
-_PAIR_OPERATIONS = frozenset("max min sort topk median nanmedian mode kthvalue cummax cummin".split())
 
 
 def _returns_pair(node: Node) -> bool:
     """Whether a node without example value is a call that returns `(values, indices)`."""
-    return node.op in ("call_function", "call_method") and operation_name(node) in _PAIR_OPERATIONS
+    return traits_of(node).pair
 
 
 def data_refusal(name: str) -> CaptureError:

@@ -26,6 +26,7 @@ from torch.fx import Node
 from snnfx.errors import CaptureError
 from snnfx.ir.nodes import IN_PLACE_OPERATORS, is_in_place, is_module_call, is_size, is_structural
 from snnfx.ir.printing import describe_node, operation_name
+from snnfx.ops.operator_lookup import traits_of
 from snnfx.ops.step_functions import FunctionHolder, expect_size
 from snnfx.sandbox.user_code import format_location
 from snnfx.state.step_calls import initial_value, opaque_initial_value
@@ -235,7 +236,7 @@ class _Dependences:
                 storage = storages.get(node.args[0], node.args[0])
                 if is_in_place(node):
                     latest_write[storage] = node
-                if is_in_place(node) or operation_name(node) in _VIEWS:
+                if is_in_place(node) or traits_of(node).view:
                     storages[node] = storage
 
 
@@ -480,7 +481,7 @@ def _is_ignored(node: Node) -> bool:
 
 def _accumulates(value: Node, reader: Node) -> bool:
     """Whether the operation of a node continues the sum, product or concatenation of another node."""
-    return _operation(value) in _REDUCTIONS and _operation(value) == _operation(reader)
+    return traits_of(value).accumulates and _operation(value) == _operation(reader)
 
 
 def _is_state_of(value: Node, call: Node) -> bool:
@@ -512,17 +513,6 @@ def _common_prefix(a: Sequence[Hashable], b: Sequence[Hashable]) -> int:
     """The number of leading elements that are equal."""
     return next((i for i, (x, y) in enumerate(zip(a, b, strict=False)) if x != y), min(len(a), len(b)))
 
-
-_REDUCTIONS = frozenset(
-    "add mul sub max min maximum minimum logical_or logical_and or and cat concat concatenate stack set_part".split()
-)
-"""Operations that accumulate the results of iterations."""
-
-_VIEWS = frozenset(
-    "getitem select narrow view reshape unsqueeze squeeze transpose permute movedim flatten unflatten expand expand_as "
-    "unbind split chunk T contiguous detach".split()
-)
-"""Operations whose result may share memory with their first operand."""
 
 _OF_SAME_ELEMENTS = frozenset(
     "transpose permute movedim moveaxis swapaxes swapdims t getattr contiguous float double half bfloat16 to type "

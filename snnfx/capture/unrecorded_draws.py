@@ -22,6 +22,7 @@ from snnfx.capture.inline_modules import is_traced_inline
 from snnfx.capture.recorder import Recorder
 from snnfx.capture.recording_copy import is_recording_module
 from snnfx.errors import CaptureError
+from snnfx.sandbox.profile_function import restore_profile
 from snnfx.sandbox.python_rng import numpy_rng_state, restore_numpy_rng_state
 from snnfx.sandbox.random_draws import PYTHON_GENERATOR, refers_to_numpy_random
 from snnfx.sandbox.torch_internals import TorchDispatchMode
@@ -71,7 +72,7 @@ class UnrecordedDraws:
             try:
                 yield
             finally:
-                sys.setprofile(before)
+                restore_profile(before)
         if self._refusal is not None:
             raise self._refusal
 
@@ -90,7 +91,7 @@ class UnrecordedDraws:
         try:
             yield
         finally:
-            sys.setprofile(profile)
+            restore_profile(profile)
 
     @contextlib.contextmanager
     def allowed_in(self, *modules: str) -> Iterator[None]:
@@ -109,7 +110,7 @@ class UnrecordedDraws:
             if self._python_state is not None:
                 random.setstate(self._python_state)
                 self._python_state = None
-            sys.setprofile(profile)
+            restore_profile(profile)
 
     def refuse_torch(self, where: str) -> None:
         """Raise the error for a draw from a generator of torch."""

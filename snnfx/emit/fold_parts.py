@@ -28,6 +28,7 @@ from snnfx.functional import seq_to_ann_forward
 from snnfx.ir.module_effects import keeps_statistics, statistics_of_function
 from snnfx.ir.nodes import is_size, takes_from_tuple
 from snnfx.ir.program import Region, StepProgram
+from snnfx.ops.operator_lookup import traits_of_name
 from snnfx.ops.step_batch_norm import batch_norm_per_step
 from snnfx.recompute.batch_statistics import batch_statistics, normalize, step_statistics
 from snnfx.sandbox.torch_internals import BatchNormBase
@@ -209,20 +210,13 @@ def takes_batch_statistics(program: StepProgram, node: Node) -> bool:
     if keeps_statistics(program, node):
         return True
     rule = find_rule(node, program.resolve)
-    return rule is not None and rule.name in ("batch_norm", "instance_norm")
+    return rule is not None and traits_of_name(rule.name).statistics
 
 
 def _is_product(program: StepProgram, node: Node) -> bool:
     """Whether a node is a product, or an unknown operation, which may be one."""
     rule = find_rule(node, program.resolve)
-    return rule is None or rule.name in _PRODUCTS
-
-
-_PRODUCTS = frozenset(
-    "matmul mm bmm mv addmm addmv baddbmm linear bilinear einsum conv1d conv2d conv3d conv_transpose1d "
-    "conv_transpose2d conv_transpose3d scaled_dot_product_attention embedding nn.MultiheadAttention "
-    "nn.TransformerEncoder nn.RNNCell nn.RNN call_opaque call_stateful".split()
-)
+    return rule is None or traits_of_name(rule.name).product
 
 
 def emit_parts(

@@ -22,6 +22,8 @@ from torch import Tensor
 from torch.autograd.function import BackwardCFunction
 from torch.overrides import TorchFunctionMode
 
+from snnfx.ops.operator_lookup import traits_of_function
+from snnfx.ops.traits import OperatorTraits
 from snnfx.sandbox.torch_internals import (
     AccumulateGrad,
     BelowAutograd,
@@ -104,6 +106,11 @@ class AtenCall:
     def name(self) -> str:
         """The name of the operator, e.g. "add"."""
         return str(self.target._schema.name).partition("::")[2]
+
+    @property
+    def traits(self) -> OperatorTraits:
+        """The traits of the operator."""
+        return traits_of_function(self.target)
 
     def references(self) -> list[int]:
         """The numbers of the values that the call reads."""
@@ -226,7 +233,7 @@ class _Recorder(TorchDispatchMode):
 
     def _record(self, func: Any, args: Any, kwargs: dict[str, Any]) -> Any:
         name = str(func._schema.name).partition("::")[2]
-        if torch.Tag.nondeterministic_seeded in func.tags:
+        if torch.Tag.nondeterministic_seeded in func.tags or traits_of_function(func).random == "always":
             raise LoweringRefused(f"`{name}` draws random numbers")
         tensors = [a for a in pytree.tree_leaves((args, kwargs)) if isinstance(a, Tensor)]
         for tensor in tensors:
@@ -305,9 +312,7 @@ def _geometry(tensor: Tensor) -> tuple[Any, ...]:
 
 def _has_selected_size(call: AtenCall, result: Tensor, sources: Sequence[RecordedValue]) -> bool:
     """Whether the size of a result depends on values: it is `x[mask]`, or has the size of such an operand."""
-    if call.name in ("index", "masked_select", "masked_scatter_backward") and any(
-        s.dtype == torch.bool for s in sources[1:]
-    ):
+    if call.traits.selection == "reads" and any(s.dtype == torch.bool for s in sources[1:]):
         return True
     return result.dim() == 1 and any(s.has_selected_size and s.shape == result.shape for s in sources)
 

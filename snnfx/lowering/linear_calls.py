@@ -7,37 +7,35 @@ pass is. The backward of an `autograd.Function` need not be: it may clip or norm
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 from snnfx.lowering.aten_recording import AtenCall, RecordedValue
 
-__all__ = ["LINEAR", "VIEWS", "is_linear", "is_linear_by_table"]
-
-VIEWS = frozenset(
-    "t transpose permute view _unsafe_view reshape _reshape_alias unsqueeze squeeze expand slice select unbind split "
-    "split_with_sizes unsafe_split unsafe_chunk chunk narrow detach alias".split()
-)
-"""Operators whose results may be views of their operand."""
-
-LINEAR = VIEWS | frozenset(
-    "mm bmm sum mean neg mul div add sub clone contiguous _to_copy cat stack select_backward slice_backward "
-    "unsqueeze_copy squeeze_copy expand_copy view_copy _weight_norm_interface_backward".split()
-)
-"""Operators that are linear in one operand, or in all of them."""
-
-_LINEAR_IN_ALL = ("add", "sub", "cat", "stack")
+__all__ = ["is_linear", "is_linear_by_table"]
 
 
 def is_linear_by_table(call: AtenCall, values: Sequence[RecordedValue]) -> bool:
     """Whether a call is linear in its varying operands, which all depend on a gradient, by the table of operators."""
-    references = call.references()
+    references, traits = call.references(), call.traits
     varying = [r for r in references if values[r].varying]
     if any(not values[r].depends_on_grad for r in varying):
         return False
-    if call.name in _LINEAR_IN_ALL:
+    if traits.linear == "all":
         return len(varying) == len(references) and _has_no_number_as_operand(call)
-    if call.name == "div" and getattr(call.args[0], "number", None) not in varying:
+    if len(varying) != 1 or _argument(call, traits.offset) is not None:
         return False
-    return call.name in LINEAR and len(varying) == 1
+    if _argument(call, traits.linear_without) is not None:
+        return False
+    if traits.linear == "first":
+        return bool(call.args) and getattr(call.args[0], "number", None) in varying
+    return traits.linear == "each" or traits.view == "view"
+
+
+def _argument(call: AtenCall, name: str) -> Any:
+    """An argument of a call by its name in the schema; None if it is not passed."""
+    names = [a.name for a in call.target._schema.arguments]
+    position = names.index(name) if name in names else len(call.args)
+    return call.args[position] if position < len(call.args) else call.kwargs.get(name)
 
 
 def is_linear(call: AtenCall, values: Sequence[RecordedValue]) -> bool:
@@ -46,9 +44,9 @@ def is_linear(call: AtenCall, values: Sequence[RecordedValue]) -> bool:
         return True
     varying = [r for r in call.references() if values[r].varying]
     is_known = len(varying) == 1 and values[varying[0]].depends_on_grad
-    return is_known and not call.in_custom_backward and call.name not in _LINEAR_IN_ALL
+    return is_known and not call.in_custom_backward and call.traits.linear != "all"
 
 
 def _has_no_number_as_operand(call: AtenCall) -> bool:
     """Whether the operands of a sum are tensors: `x + 1` is affine."""
-    return call.name in ("cat", "stack") or len(call.references()) == 2
+    return call.traits.joins or len(call.references()) == 2

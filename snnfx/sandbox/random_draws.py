@@ -17,6 +17,7 @@ from typing import Any
 import torch
 
 from snnfx.sandbox.isolation import rng_state
+from snnfx.sandbox.profile_function import restore_profile
 from snnfx.sandbox.python_rng import numpy_rng_state, restore_numpy_rng_state
 from snnfx.sandbox.torch_internals import FakeTensor, TorchDispatchMode, pytree
 
@@ -39,7 +40,7 @@ def refusing_draws() -> Iterator[None]:
         try:
             yield
         finally:
-            sys.setprofile(before)
+            restore_profile(before)
 
 
 @contextlib.contextmanager
@@ -52,7 +53,7 @@ def draws_undone() -> Iterator[None]:
             try:
                 yield
             finally:
-                sys.setprofile(before)
+                restore_profile(before)
     finally:
         saved.restore()
 

@@ -20,7 +20,7 @@ import torch.utils.checkpoint
 from torch import fx, nn
 from torch._C import _AutoDispatchBelowAutograd as BelowAutograd
 from torch._C import _ForceDispatchKeyGuard as DispatchKeyGuard
-from torch._ops import OpOverloadPacket
+from torch._ops import OpOverload, OpOverloadPacket
 from torch._subclasses.fake_tensor import (
     DataDependentOutputException,
     DynamicOutputShapeException,
@@ -67,6 +67,7 @@ __all__ = [
     "InstanceNormBase",
     "MaxPoolBase",
     "NormBase",
+    "OpOverload",
     "OpOverloadPacket",
     "SpectralNormParametrization",
     "SymbolicTensors",

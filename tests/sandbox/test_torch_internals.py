@@ -377,6 +377,8 @@ def test_overload_packets_list_their_overloads() -> None:
     assert torch.ops.aten.mm in packets
     assert "default" in torch.ops.aten.mm.overloads()
     assert not isinstance(torch.ops.aten.mm.default, internals.OpOverloadPacket)
+    assert isinstance(torch.ops.aten.mm.default, internals.OpOverload)
+    assert (str(torch.ops.aten.mm), str(torch.ops.aten.mm.default)) == ("aten.mm", "aten.mm.default")
 
 
 def test_batch_size_check_refuses_one_value_per_channel() -> None:

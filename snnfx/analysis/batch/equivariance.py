@@ -221,8 +221,8 @@ class _BatchPropagation:
         return self._marked(node, fact)
 
     def _depends_on_time(self, node: Node, found: RuleMatch | None) -> bool:
-        if found is not None and (found.row.random or found.row.shape_only):
-            return found.row.random
+        if found is not None and (found.draws or found.row.shape_only):
+            return found.draws
         return any(self._may_differ(operand) for operand in node.all_input_nodes)
 
     def _may_differ(self, operand: Node) -> bool:
@@ -261,7 +261,7 @@ class _BatchPropagation:
         if found.name == "getitem" and isinstance(site["input"], tuple):
             return  # an element belongs to the region of its tuple
         tensors = [operand for operand in operands if isinstance(operand, Fact)]
-        if found.row.random and isinstance(fact, Fact) and not fact.batched and site.node in self.varying:
+        if found.draws and isinstance(fact, Fact) and not fact.batched and site.node in self.varying:
             site.refuse(
                 "SNNFX105",
                 f"{site.text} draws random numbers without a batch dimension; folding would share them between steps",

@@ -3,49 +3,25 @@
 from __future__ import annotations
 
 import ast
-import builtins
 import inspect
-import operator
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cache
 from typing import Any
 
-import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.fx import Node
 
 from snnfx.analysis.batch.facts import Fact, Rank
 from snnfx.analysis.batch.module_rules import OnTrace
-from snnfx.analysis.batch.rule_table import (
-    DIFFERENT_SIGNATURES,
-    METHODS,
-    MODULES,
-    OPERATORS,
-    ROWS,
-    ModuleRule,
-    OperatorRule,
-)
+from snnfx.analysis.batch.rule_table import DIFFERENT_SIGNATURES, ELEMENTWISE_ROW, GIVEN, ROWS, OperatorRule
 from snnfx.ir.module_effects import estimates_weights
-from snnfx.ops.online_functions import (
-    cut_history,
-    draw_dropout_mask,
-    ones_per_sample,
-    traced_call,
-    traced_module,
-    update_trace,
-)
-from snnfx.ops.step_functions import (
-    apply_autograd_function,
-    change_value,
-    copied,
-    expect_size,
-    read_parameter,
-    set_part,
-)
+from snnfx.ir.printing import operation_name
+from snnfx.ops.online_functions import traced_call, traced_module
+from snnfx.ops.operator_lookup import operation_of, operation_of_class, traits_of, traits_of_function, traits_of_name
+from snnfx.ops.traits import UNKNOWN, OperatorTraits
+from snnfx.sandbox.torch_internals import OpOverload, OpOverloadPacket
 from snnfx.state.leaf_modules import is_declared_leaf
-from snnfx.state.step_calls import call_opaque, call_stateful, initial_value, opaque_initial_value
 
 __all__ = ["RuleMatch", "constant_fact", "find_rule", "row_names"]
 
@@ -58,6 +34,12 @@ class RuleMatch:
     name: str
     arguments: dict[str, Any]
     module: nn.Module | None = None
+    traits: OperatorTraits = UNKNOWN
+
+    @property
+    def draws(self) -> bool:
+        """Whether a call draws new random numbers; folded, a value without a batch would be drawn only once."""
+        return self.traits.random in ("always", "training")
 
 
 def find_rule(node: Node, resolve: Callable[[str], object]) -> RuleMatch | None:
@@ -66,14 +48,24 @@ def find_rule(node: Node, resolve: Callable[[str], object]) -> RuleMatch | None:
         return _find_rule_of_module(node, resolve(str(node.target)))
     if node.target is traced_module or node.target is traced_call:
         return _find_rule_of_traced(node, resolve)
-    name = _function_names().get(node.target) if node.op == "call_function" else _method_name(str(node.target))
-    row = _rows().get(name) if name is not None else None
-    if row is None or name is None:
+    row, name = _row_of(node), operation_of(node) or operation_name(node)
+    if row is None:
         return None
     arguments = bind(row.signature, node.args, node.kwargs)
     if arguments is None:
         return None
-    return RuleMatch(row, name, arguments, _module_argument(node, resolve))
+    traits = traits_of_function(node.target) if node.op == "call_function" else traits_of_name(name)
+    return RuleMatch(row, name, arguments, _module_argument(node, resolve), traits)
+
+
+def _row_of(node: Node) -> OperatorRule | None:
+    """The row of a function or method; an element-wise operation without a row has the element-wise rule."""
+    # The signatures of operators of a library differ from those of the functions of the same name.
+    if node.target not in DIFFERENT_SIGNATURES and not isinstance(node.target, OpOverload | OpOverloadPacket):
+        row = _rows().get(operation_of(node))
+        if row is not None:
+            return row
+    return ELEMENTWISE_ROW if traits_of(node).elementwise else None
 
 
 def _find_rule_of_traced(node: Node, resolve: Callable[[str], object]) -> RuleMatch | None:
@@ -87,7 +79,8 @@ def _find_rule_of_traced(node: Node, resolve: Callable[[str], object]) -> RuleMa
         operand, rest = args[position], [bias_trace]  # type: ignore[index]
         row = _rows().get(str(name))
         arguments = None if row is None else bind(row.signature, args, node.kwargs)
-        found = None if row is None or arguments is None else RuleMatch(row, str(name), arguments)
+        traits = traits_of_name(str(name))
+        found = None if row is None or arguments is None else RuleMatch(row, str(name), arguments, traits=traits)
     if found is None:
         return None
     row = replace(found.row, rule=OnTrace(found.row.rule), operands=f"{found.row.operands} operand traces")
@@ -111,46 +104,6 @@ def row_names() -> list[str]:
 @cache
 def _rows() -> dict[str, OperatorRule]:
     return {name: row for row in ROWS for name in row.names.split()}
-
-
-@cache
-def _function_names() -> dict[Any, str]:
-    """Function -> its name in the rule table."""
-    names: dict[Any, str] = {builtins.getattr: "getattr"}
-    for function in (
-        apply_autograd_function,
-        call_opaque,
-        call_stateful,
-        change_value,
-        copied,
-        cut_history,
-        draw_dropout_mask,
-        expect_size,
-        initial_value,
-        ones_per_sample,
-        opaque_initial_value,
-        read_parameter,
-        set_part,
-        update_trace,
-    ):
-        names[function] = function.__name__
-    for name in _rows():
-        for namespace in (torch, F, torch.special, torch.linalg):
-            for spelling in (name, name + "_"):
-                found = getattr(namespace, spelling, None)
-                if callable(found) and found not in DIFFERENT_SIGNATURES:
-                    names.setdefault(found, name)
-    for name, row_name in OPERATORS.items():
-        names[getattr(operator, name)] = row_name
-        in_place = getattr(operator, "i" + name.rstrip("_"), None)
-        if in_place is not None and name not in ("nv", "nvert"):
-            names[in_place] = row_name
-    return names
-
-
-def _method_name(method: str) -> str:
-    name = method.removesuffix("_") if not method.endswith("__") else method
-    return METHODS.get(name, name)
 
 
 def _module_argument(node: Node, resolve: Callable[[str], object]) -> nn.Module | None:
@@ -225,25 +178,22 @@ def _parse(signature: str) -> tuple[list[str], dict[str, Any], str, str, bool]:
     return names, defaults, star, double_star, rest
 
 
-@cache
-def _module_classes() -> dict[type, ModuleRule]:
-    return {getattr(nn, name): row for row in MODULES for name in row.classes.split()}
-
-
-_ELEMENTWISE_MODULE = ModuleRule("", "relu")
 _MAY_BE_OVERRIDDEN = {"__init__", "__repr__", "extra_repr", "reset_parameters", "__setstate__", "_load_from_state_dict"}
 
 
 def _find_rule_of_module(node: Node | NodeCall, module: object) -> RuleMatch | None:
     if not isinstance(module, nn.Module):
         return None
-    cls, module_row = _class_with_row(module)
-    if module_row is None or estimates_weights(module):
+    cls, name_of_row = _class_with_row(module)
+    if not name_of_row or estimates_weights(module):
         return None
-    row = _rows()[module_row.row]
+    traits = traits_of_name(name_of_row)
+    row = _rows().get(name_of_row, ELEMENTWISE_ROW if traits.elementwise else None)
+    if row is None:
+        return None
     names, _, star, _, _ = _parse(row.signature)
     if star:
-        return RuleMatch(row, module_row.row, {star: tuple(node.args), **node.kwargs}, module)
+        return RuleMatch(row, name_of_row, {star: tuple(node.args), **node.kwargs}, module, traits)
     # Arguments of the call bind to `forward`; the other arguments of the row are attributes of the module.
     forward = list(inspect.signature(cls.forward).parameters)[1:]
     if len(node.args) > len(forward):
@@ -253,33 +203,34 @@ def _find_rule_of_module(node: Node | NodeCall, module: object) -> RuleMatch | N
         spelling.get(name, name): value
         for name, value in {**dict(zip(forward, node.args, strict=False)), **node.kwargs}.items()
     }
+    given = GIVEN.get(cls.__name__, {})
     for name in names:
         if name in arguments:
             continue
-        source = module_row.given.get(name, name)
+        source = given.get(name, name)
         if not isinstance(source, str):
             arguments[name] = source
         elif hasattr(module, source):
             value = getattr(module, source)
             arguments[name] = constant_fact(value) if isinstance(value, Tensor) else value
-    return RuleMatch(row, module_row.row, arguments, module)
+    return RuleMatch(row, name_of_row, arguments, module, traits)
 
 
-def _class_with_row(module: nn.Module) -> tuple[type[nn.Module], ModuleRule | None]:
+def _class_with_row(module: nn.Module) -> tuple[type[nn.Module], str]:
+    """The class of torch that the module computes like, and the name of its row; "" if it has none."""
     cls = type(module)
     if "forward" in vars(module):
-        return cls, None
+        return cls, ""
     vouched = is_declared_leaf(module)
     mro = cls.__mro__
     for i, base in enumerate(mro):
-        row = _module_classes().get(base)
-        if row is not None and issubclass(base, nn.Module):
+        name = operation_of_class(base)
+        if name and issubclass(base, nn.Module):
             trusted = vouched or (cls.forward is base.forward and not _changes_helpers(mro[:i], base))
-            return base, row if trusted else None
+            return base, name if trusted else ""
     is_layer = any(base.__module__.startswith("torch.nn.") and base is not nn.Module for base in mro)
-    if getattr(cls, "snnfx_elementwise", False) or (vouched and not is_layer):
-        return cls, _ELEMENTWISE_MODULE
-    return cls, None
+    is_elementwise = getattr(cls, "snnfx_elementwise", False) or (vouched and not is_layer)
+    return cls, "identity" if is_elementwise else ""
 
 
 def _changes_helpers(subclasses: Sequence[type], base: type) -> bool:

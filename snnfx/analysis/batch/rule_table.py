@@ -1,14 +1,14 @@
 """The table of batch rules: operations that may be folded. Operations without a row are refused.
 
-A row lists names of operations, their arguments, and their rule. A torch function, a function of `torch.nn.functional`
-and a tensor method of one name are the same operation. A module shares the row of the function that it computes.
+A row lists names of operations, their arguments, and their rule. The names, and the operations that share the rule of
+element-wise operations, are those of the table of operators (`snnfx.ops.traits`).
 Every row is tested against torch (`tests/analysis/batch/test_rule_table.py`).
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -22,18 +22,10 @@ from snnfx.analysis.batch.call_site import CallSite
 from snnfx.analysis.batch.elementwise_rules import Along, BatchFirst, Trailing
 from snnfx.analysis.batch.facts import Value
 from snnfx.analysis.batch.product_rules import MatMul
+from snnfx.ops.traits import MODULES
+from snnfx.ops.traits import ROWS as OPERATORS
 
-__all__ = [
-    "DIFFERENT_SIGNATURES",
-    "ELEMENTWISE_OPERATIONS",
-    "ELEMENTWISE_RULES",
-    "METHODS",
-    "MODULES",
-    "OPERATORS",
-    "ROWS",
-    "ModuleRule",
-    "OperatorRule",
-]
+__all__ = ["DIFFERENT_SIGNATURES", "ELEMENTWISE_ROW", "ELEMENTWISE_RULES", "GIVEN", "ROWS", "OperatorRule"]
 
 
 @dataclass(frozen=True)
@@ -47,7 +39,6 @@ class OperatorRule:
         rule: returns the fact of the result, or refuses the site.
         operands: arguments that the rule checks. All others must be invariant in time and have no batch.
         sizes: arguments that may contain the batch size.
-        random: draws new random numbers at each call; folded, a value without a batch would be drawn only once.
         shape_only: the result depends on the shapes of the operands only, so it is invariant in time.
     """
 
@@ -56,23 +47,9 @@ class OperatorRule:
     rule: Callable[[CallSite], Value]
     operands: str = "input"
     sizes: str = ""
-    random: bool = False
     shape_only: bool = False
 
 
-_ELEMENTWISE = (
-    "abs absolute acos acosh add addcdiv addcmul angle arccos arccosh arcsin arcsinh arctan arctan2 arctanh asin asinh "
-    "atan atan2 atanh bitwise_and bitwise_left_shift bitwise_not bitwise_or bitwise_right_shift bitwise_xor ceil celu "
-    "clamp clamp_max clamp_min clip conj copysign cos cosh deg2rad digamma div divide elu eq erf erfc erfinv exp exp2 "
-    "expit expm1 fix float_power floor floor_divide fmax fmin fmod frac ge gelu greater greater_equal gt hardshrink "
-    "hardsigmoid hardswish hardtanh heaviside hypot i0 isclose isfinite isinf isnan isneginf isposinf isreal ldexp le "
-    "leaky_relu lerp less less_equal lgamma log log10 log1p log2 logaddexp logaddexp2 logical_and logical_not "
-    "logical_or logical_xor logit logsigmoid lt masked_fill maximum minimum mish mul multiply nan_to_num ne neg "
-    "negative nextafter not_equal polygamma positive pow rad2deg reciprocal relu relu6 remainder round rsqrt rsub selu "
-    "sgn sigmoid sign signbit silu sin sinc sinh softplus softshrink softsign sqrt square sub subtract tan tanh "
-    "tanhshrink threshold true_divide trunc xlogy"
-)
-ELEMENTWISE_OPERATIONS = frozenset(_ELEMENTWISE.split())
 _COPIES = "bfloat16 bool byte clone contiguous cpu cuda detach double float half int long short to type_as"
 _MAX_POOL = "input, kernel_size, stride=None, padding=0, dilation=1, ceil_mode=False, return_indices=False"
 _UNPOOL = "input, indices, kernel_size, stride=None, padding=0, output_size=None"
@@ -85,17 +62,14 @@ _MULTIHEAD = (
 )
 _ENCODER = "src, src_mask=None, src_key_padding_mask=None, is_causal=None, mask=None"
 
-ROWS: tuple[OperatorRule, ...] = (
-    # element-wise
-    OperatorRule(_ELEMENTWISE, "*operands, **options", elementwise.elementwise, operands="operands options"),
+_ROWS: tuple[OperatorRule, ...] = (
+    # copies
     OperatorRule("where", "*operands, **options", elementwise.where, operands="operands options"),
     OperatorRule(_COPIES, "input, *others, **options", elementwise.like_input, operands="input others options"),
     OperatorRule("zeros_like ones_like full_like empty_like", "input, ...", elementwise.like_input, shape_only=True),
-    OperatorRule("dropout alpha_dropout rrelu", "input, ...", elementwise.like_input, random=True),
-    OperatorRule("rand_like randn_like randint_like", "input, ...", elementwise.like_input, random=True),
-    OperatorRule(
-        "bernoulli poisson normal", "*operands, **options", elementwise.elementwise, "operands options", random=True
-    ),
+    OperatorRule("dropout alpha_dropout rrelu", "input, ...", elementwise.like_input),
+    OperatorRule("rand_like randn_like randint_like", "input, ...", elementwise.like_input),
+    OperatorRule("bernoulli poisson normal", "*operands, **options", elementwise.elementwise, "operands options"),
     OperatorRule("apply_autograd_function", "holder, *operands", modules.autograd_function, operands="operands"),
     # along named dimensions
     OperatorRule("sum nansum", "input, dim=None, keepdim=False, ...", Along(drops="keepdim")),
@@ -125,7 +99,7 @@ ROWS: tuple[OperatorRule, ...] = (
     OperatorRule("flip", "input, *dims", Along(dim="dims")),
     OperatorRule("roll", "input, shifts, dims=None", Along(dim="dims")),
     OperatorRule("softmax log_softmax softmin", "input, dim=None, ...", elementwise.softmax),
-    OperatorRule("gumbel_softmax", "input, tau=1, hard=False, eps=1e-10, dim=-1", Along(), random=True),
+    OperatorRule("gumbel_softmax", "input, tau=1, hard=False, eps=1e-10, dim=-1", Along()),
     OperatorRule("glu", "input, dim=-1", Along(resizes=True)),
     OperatorRule("normalize", "input, p=2.0, dim=1, ...", Along()),
     OperatorRule("cosine_similarity", "x1, x2, dim=1, ...", Along(drops=True, operands=("x1", "x2")), operands="x1 x2"),
@@ -182,10 +156,10 @@ ROWS: tuple[OperatorRule, ...] = (
     OperatorRule("local_response_norm", "input, ...", BatchFirst(3)),
     OperatorRule("channel_shuffle", "input, groups", BatchFirst(3)),
     OperatorRule("prelu", "input, weight", elementwise.prelu),
-    OperatorRule("feature_alpha_dropout", "input, ...", BatchFirst(2), random=True),
-    OperatorRule("dropout1d", "input, ...", BatchFirst(3), random=True),
-    OperatorRule("dropout2d", "input, ...", BatchFirst(4), random=True),
-    OperatorRule("dropout3d", "input, ...", BatchFirst(5), random=True),
+    OperatorRule("feature_alpha_dropout", "input, ...", BatchFirst(2)),
+    OperatorRule("dropout1d", "input, ...", BatchFirst(3)),
+    OperatorRule("dropout2d", "input, ...", BatchFirst(4)),
+    OperatorRule("dropout3d", "input, ...", BatchFirst(5)),
     OperatorRule("batch_norm", _BATCH_NORM, modules.batch_norm),
     OperatorRule("instance_norm", _INSTANCE_NORM, modules.instance_norm),
     # products
@@ -204,7 +178,7 @@ ROWS: tuple[OperatorRule, ...] = (
     OperatorRule("cut_history", "input", elementwise.like_input),
     OperatorRule("update_trace", "*operands", elementwise.elementwise, operands="operands"),
     OperatorRule("ones_per_sample", "input", modules.sample_ones),
-    OperatorRule("draw_dropout_mask", "how, input, name", elementwise.like_input, random=True),
+    OperatorRule("draw_dropout_mask", "how, input, name", elementwise.like_input),
     # modules
     OperatorRule(
         "nn.MultiheadAttention", _MULTIHEAD, modules.multihead_attention, "query key value key_padding_mask attn_mask"
@@ -239,7 +213,7 @@ ROWS: tuple[OperatorRule, ...] = (
     OperatorRule("expect_size", "size, expected, where", modules.expect_size, operands="size"),
     OperatorRule("zeros ones empty", "*size, **options", indexing.create, sizes="size", shape_only=True),
     OperatorRule("full", "size, fill_value, ...", indexing.create, sizes="size", shape_only=True),
-    OperatorRule("rand randn", "*size, **options", indexing.create, sizes="size", random=True),
+    OperatorRule("rand randn", "*size, **options", indexing.create, sizes="size"),
     OperatorRule(
         "new_zeros new_ones new_empty", "input, *size, **options", indexing.create, sizes="size", shape_only=True
     ),
@@ -256,90 +230,27 @@ ROWS: tuple[OperatorRule, ...] = (
 )
 
 
-@dataclass(frozen=True)
-class ModuleRule:
-    """Classes of `torch.nn` that share the row of a function.
+_WITH_RULE = frozenset(name for row in _ROWS for name in row.names.split())
 
-    Args:
-        classes: names in `torch.nn`, separated by spaces.
-        row: a name in `ROWS`. Arguments of the row that the call does not pass are attributes of the module.
-        given: argument -> the attribute of another name (a str), or a fixed value (anything else).
-    """
-
-    classes: str
-    row: str
-    given: Mapping[str, Any] = field(default_factory=dict)
-
-
-MODULES: tuple[ModuleRule, ...] = (
-    ModuleRule("CELU ELU GELU Hardshrink Hardsigmoid Hardswish Hardtanh Identity LeakyReLU LogSigmoid Mish", "relu"),
-    ModuleRule("ReLU ReLU6 SELU Sigmoid SiLU Softplus Softshrink Softsign Tanh Tanhshrink Threshold", "relu"),
-    ModuleRule("Dropout AlphaDropout RReLU", "dropout"),
-    ModuleRule("Dropout1d", "dropout1d"),
-    ModuleRule("Dropout2d", "dropout2d"),
-    ModuleRule("Dropout3d", "dropout3d"),
-    ModuleRule("FeatureAlphaDropout", "feature_alpha_dropout"),
-    ModuleRule("PReLU", "prelu"),
-    ModuleRule("Softmax LogSoftmax Softmin", "softmax"),
-    ModuleRule("Softmax2d", "softmax", {"dim": -3}),
-    ModuleRule("GLU", "glu"),
-    ModuleRule("Linear", "linear"),
-    ModuleRule("Bilinear", "bilinear"),
-    ModuleRule("Conv1d ConvTranspose1d", "conv1d"),
-    ModuleRule("Conv2d ConvTranspose2d", "conv2d"),
-    ModuleRule("Conv3d ConvTranspose3d", "conv3d"),
-    ModuleRule("BatchNorm1d BatchNorm2d BatchNorm3d SyncBatchNorm", "batch_norm"),
-    ModuleRule("InstanceNorm1d InstanceNorm2d InstanceNorm3d", "instance_norm"),
-    ModuleRule("LayerNorm RMSNorm", "layer_norm"),
-    ModuleRule("GroupNorm", "group_norm"),
-    ModuleRule("LocalResponseNorm", "local_response_norm"),
-    ModuleRule("AvgPool1d LPPool1d AdaptiveAvgPool1d", "avg_pool1d"),
-    ModuleRule("AvgPool2d LPPool2d AdaptiveAvgPool2d", "avg_pool2d"),
-    ModuleRule("AvgPool3d LPPool3d AdaptiveAvgPool3d", "avg_pool3d"),
-    ModuleRule("MaxPool1d AdaptiveMaxPool1d", "max_pool1d"),
-    ModuleRule("MaxPool2d AdaptiveMaxPool2d", "max_pool2d"),
-    ModuleRule("MaxPool3d AdaptiveMaxPool3d", "max_pool3d"),
-    ModuleRule("MaxUnpool1d", "max_unpool1d"),
-    ModuleRule("MaxUnpool2d", "max_unpool2d"),
-    ModuleRule("MaxUnpool3d", "max_unpool3d"),
-    ModuleRule("ConstantPad1d CircularPad1d ReflectionPad1d ReplicationPad1d ZeroPad1d", "pad", {"pad": "padding"}),
-    ModuleRule("ConstantPad2d CircularPad2d ReflectionPad2d ReplicationPad2d ZeroPad2d", "pad", {"pad": "padding"}),
-    ModuleRule("ConstantPad3d CircularPad3d ReflectionPad3d ReplicationPad3d ZeroPad3d", "pad", {"pad": "padding"}),
-    ModuleRule("Upsample UpsamplingNearest2d UpsamplingBilinear2d", "interpolate"),
-    ModuleRule("PixelShuffle PixelUnshuffle", "pixel_shuffle"),
-    ModuleRule("ChannelShuffle", "channel_shuffle"),
-    ModuleRule("Flatten", "flatten"),
-    ModuleRule("Unflatten", "unflatten", {"sizes": "unflattened_size"}),
-    ModuleRule("Unfold", "unfold"),
-    ModuleRule("Fold", "fold"),
-    ModuleRule("Embedding", "embedding"),
-    ModuleRule("CosineSimilarity", "cosine_similarity"),
-    ModuleRule("PairwiseDistance", "pairwise_distance"),
-    ModuleRule("MultiheadAttention", "nn.MultiheadAttention"),
-    ModuleRule("TransformerEncoderLayer TransformerEncoder", "nn.TransformerEncoder"),
-    ModuleRule("RNNCell GRUCell LSTMCell", "nn.RNNCell"),
-    ModuleRule("RNN GRU LSTM", "nn.RNN"),
+ELEMENTWISE_ROW = OperatorRule(
+    " ".join(n for row in OPERATORS if row.elementwise for n in row.names.split() if n not in _WITH_RULE),
+    "*operands, **options",
+    elementwise.elementwise,
+    operands="operands options",
 )
+"""The rule of all element-wise operations without a rule of their own."""
 
-OPERATORS = {
-    "floordiv": "floor_divide",
-    "truediv": "true_divide",
-    "mod": "remainder",
-    "and_": "bitwise_and",
-    "or_": "bitwise_or",
-    "xor": "bitwise_xor",
-    "invert": "bitwise_not",
-    "inv": "bitwise_not",
-    "lshift": "bitwise_left_shift",
-    "rshift": "bitwise_right_shift",
-    "pos": "positive",
-    **{name: name for name in ("abs", "add", "sub", "mul", "pow", "neg", "matmul", "getitem")},
-    **{name: name for name in ("lt", "le", "gt", "ge", "eq", "ne")},
+ROWS = (ELEMENTWISE_ROW, *_ROWS)
+
+GIVEN: dict[str, Mapping[str, Any]] = {
+    "Softmax2d": {"dim": -3},
+    "Unflatten": {"sizes": "unflattened_size"},
+    **{name: {"pad": "padding"} for name, operation in MODULES.items() if operation == "pad"},
 }
-"""Function of Python's operator module (and its in-place form, e.g. iadd) -> row."""
+"""Class of `torch.nn` -> argument of its row -> the attribute of another name (a str), or a fixed value.
 
-METHODS = {"unfold": "unfold_dim"}
-"""Tensor methods that differ from the function of the same name."""
+All other arguments that a call does not pass are attributes of the module.
+"""
 
 ELEMENTWISE_RULES = frozenset(
     {elementwise.elementwise, elementwise.where, modules.autograd_function, modules.stateful, modules.initial_state}

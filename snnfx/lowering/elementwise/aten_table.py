@@ -14,9 +14,11 @@ import torch
 from snnfx.lowering.aten_recording import AtenCall, LoweringRefused, RecordedValue, ValueReference
 from snnfx.lowering.elementwise.batch_norm import DECOMPOSITIONS
 from snnfx.lowering.elementwise.expressions import INTEGERS, Builder, Expression
+from snnfx.ops.operator_lookup import traits_of_function
+from snnfx.ops.traits import OperatorTraits
 from snnfx.sandbox.torch_internals import decompositions
 
-__all__ = ["ELEMENTWISE", "VALUE_PRESERVING", "RuleContext", "compute_dtype", "decomposition"]
+__all__ = ["ELEMENTWISE", "RuleContext", "compute_dtype", "decomposition", "moves_values"]
 
 _COMPUTE = {
     torch.float16: "float32",
@@ -270,12 +272,10 @@ def _square(s: RuleContext) -> Expression:
     return s.make("mul", s.operand(0), s.operand(0))
 
 
-VALUE_PRESERVING = frozenset(
-    "detach alias clone lift_fresh lift_fresh_copy lift contiguous _to_copy to expand view reshape _unsafe_view "
-    "unsqueeze squeeze expand_copy view_copy _reshape_alias stack unbind select select_backward cat flatten "
-    "permute t transpose split unsafe_split chunk squeeze_copy unsqueeze_copy slice slice_backward".split()
-)
-"""Operators that move or copy values; `translate` checks that each value keeps its position."""
+def moves_values(traits: OperatorTraits) -> bool:
+    """Whether an operator only moves or copies values; `translate` checks that each value keeps its position."""
+    return traits.in_order or bool(traits.view)
+
 
 ELEMENTWISE: dict[str, Rule] = {
     "add": lambda s: s.make("add", s.operand(0), _scaled(s, 1)),
@@ -333,17 +333,20 @@ def _refuse(why: str) -> Expression:
     raise LoweringRefused(why)
 
 
-_KNOWN = ELEMENTWISE.keys() | VALUE_PRESERVING | {"sum", "mean", "item", "_local_scalar_dense", "empty_like", "empty"}
+_KNOWN = ELEMENTWISE.keys() | {"sum", "mean", "item", "_local_scalar_dense", "empty_like", "empty"}
 
 
 def decomposition(func: Any) -> Callable[..., Any] | None:
     """The decomposition of an element-wise operator without a rule (softplus, gelu, ...), or None."""
+    traits = traits_of_function(func)
+    if traits.decomposition is not None:
+        return traits.decomposition
     name = str(func._schema.name).partition("::")[2]
     if name in DECOMPOSITIONS:
         return DECOMPOSITIONS[name]
-    if name in _KNOWN or name.rstrip("_") in _KNOWN:
+    if name in _KNOWN or name.rstrip("_") in _KNOWN or moves_values(traits):
         return None
     # The backward passes of pointwise operators are not tagged.
-    if torch.Tag.pointwise not in func.tags and not name.endswith("_backward"):
+    if not traits.elementwise and not name.endswith("_backward"):
         return None
     return decompositions().get(func)

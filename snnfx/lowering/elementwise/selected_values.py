@@ -18,9 +18,6 @@ from snnfx.lowering.elementwise.expressions import Builder, Expression
 
 __all__ = ["SelectedValues"]
 
-_READS = ("index", "masked_select", "masked_scatter_backward")
-_WRITES = ("index_put", "_index_put_impl", "_unsafe_index_put", "masked_scatter")
-
 
 class SelectedValues:
     """The values of a recording that are selected by masks.
@@ -44,12 +41,11 @@ class SelectedValues:
 
     def translated(self, number: int, call: AtenCall) -> Expression | None:
         """The expression of a read or write by a mask; None for other calls."""
-        name = call.name.removesuffix("_")
-        if name in _READS:
+        if call.traits.selection == "reads":
             source, mask = self._source_and_mask(call)
             self._masks[number] = mask
             return self.expression(source)
-        if name in _WRITES:
+        if call.traits.selection == "writes":
             return self._written(call)
         return None
 

@@ -28,7 +28,7 @@ from snnfx.lowering.aten_recording import (
     call_as_recorded,
     resolve_references,
 )
-from snnfx.lowering.elementwise.aten_table import ELEMENTWISE, VALUE_PRESERVING, RuleContext, compute_dtype
+from snnfx.lowering.elementwise.aten_table import ELEMENTWISE, RuleContext, compute_dtype, moves_values
 from snnfx.lowering.elementwise.expressions import Builder, Expression, StepExpressions, topological
 from snnfx.lowering.elementwise.selected_values import SelectedValues
 from snnfx.lowering.linear_calls import is_linear
@@ -250,7 +250,7 @@ class Translator:
         by_mask = self.selected.translated(number, call)
         if by_mask is not None:
             return by_mask
-        if call.name in VALUE_PRESERVING or call.name == "getitem":
+        if moves_values(call.traits) or call.name == "getitem":
             if value.has_selected_size and self.selected.mark(number, call):
                 return self.builder.cast(self.expression(call.references()[0]), compute_dtype(value.dtype))
             return self.builder.cast(self._view_expression(number, call), compute_dtype(value.dtype))
@@ -293,7 +293,7 @@ class Translator:
         return self.builder.leaf(kind, index, compute_dtype(value.dtype if value.dtype in _MEMORY else torch.float64))
 
     def _view_expression(self, number: int, call: AtenCall) -> Expression:
-        """The expression of the result of a `VALUE_PRESERVING` operator; refuse if values change position."""
+        """The expression of the result of an operator that moves values; refuse if values change position."""
         varying = [r for r in dict.fromkeys(call.references()) if self.values[r].varying]
         source, result = self.values[varying[0]], self.values[number]
         if call.name == "view" and source.dtype != result.dtype:
@@ -308,11 +308,7 @@ class Translator:
             raise LoweringRefused(
                 f"`{call.name}` moves values, from shape {list(source.shape)} to {list(result.shape)}"
             )
-        if call.name in ("permute", "t", "transpose") and [s for s in source.shape if s != 1] != [
-            s for s in self.shape if s != 1
-        ]:
-            raise LoweringRefused(f"`{call.name}` moves values")
-        if call.name in ("permute", "t", "transpose"):
+        if not call.traits.in_order:
             raise LoweringRefused(f"`{call.name}` moves values")
         return self.expression(varying[0])
 

@@ -9,19 +9,20 @@ import torch
 from torch import Tensor
 
 from snnfx.lowering.aten_recording import AtenCall, RecordedValue, Recording, call_as_recorded
-from snnfx.lowering.linear_calls import VIEWS
 from snnfx.sandbox.torch_internals import pytree
 
 __all__ = [
-    "BATCHED",
     "FunctionalCall",
     "calls_in_order",
     "calls_needed_for",
+    "runs_batched",
     "without_leading_ones",
 ]
 
-BATCHED = VIEWS | frozenset(("mm", "addmm", "bmm", "convolution", "convolution_backward", "cat", "stack"))
-"""Operators that can run for all time steps at once if they do not depend on a state."""
+
+def runs_batched(call: AtenCall) -> bool:
+    """Whether a call can run for all time steps at once if it does not depend on a state."""
+    return call.traits.view == "view" or call.traits.product or call.traits.joins
 
 
 def without_leading_ones(shape: Sequence[int]) -> tuple[int, ...]:
@@ -83,7 +84,7 @@ class FunctionalCall:
         """Run the call; return the wanted results."""
         if self.written:
             args = [a.clone() if i in self.written and isinstance(a, Tensor) else a for i, a in enumerate(args)]
-        if len(self.wanted) == 1 or self.call.name in VIEWS:
+        if len(self.wanted) == 1 or self.call.traits.view == "view":
             results = self.target(*args, **kwargs)
         else:
             results = call_as_recorded(self.target, args, kwargs)

@@ -19,7 +19,6 @@ __all__ = ["LoopSavedValues", "plan_saved_values"]
 
 _INPUT_DISCOUNT = 0.25
 """Cost of saving an input relative to its size: the layer in front often saves it anyway."""
-_RECOMPUTABLE = ("cat", "stack")
 
 
 @dataclass(frozen=True)
@@ -66,7 +65,7 @@ def plan_saved_values(recording: Recording, kinds: CallKinds, needed: Iterable[i
             graph.add_edge((number, "in"), (number, "out"))
         else:
             graph.add_edge((number, "in"), (number, "out"), capacity=_cost(recording, number))
-        if call is None or (kind == "heavy" and call.name not in _RECOMPUTABLE):
+        if call is None or (kind == "heavy" and not call.traits.joins):
             graph.add_edge("source", (number, "in"))
             continue
         for operand in call.references():

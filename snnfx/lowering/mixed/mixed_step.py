@@ -21,9 +21,6 @@ from snnfx.lowering.mixed.schedule import CallKinds, LoopCarried, PassGoal, Sche
 __all__ = ["MixedStep", "TrainingPasses"]
 
 
-_BY_STRIDES = frozenset(("as_strided", "as_strided_scatter", "_reshape_alias", "resize_", "set_"))
-
-
 @dataclass
 class TrainingPasses:
     """Both passes of a training step, for one choice of gradients.
@@ -71,7 +68,7 @@ class MixedStep:
                 after = values[recording.next_states[value.index]]
                 if (value.shape, value.dtype) != (after.shape, after.dtype):
                     raise LoweringRefused("a state has another shape or dtype after each step")
-            if value.varying and value.call is not None and value.call.name in _BY_STRIDES:
+            if value.varying and value.call is not None and value.call.traits.strided:
                 raise LoweringRefused(f"`{value.call.name}` depends on where values are in memory")
         self._kinds = CallKinds(recording)
         invariant = [n for n, v in enumerate(values) if v.call is not None and not v.varying]

@@ -12,8 +12,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 from snnfx.lowering.aten_recording import AtenCall, Recording
-from snnfx.lowering.linear_calls import VIEWS
-from snnfx.lowering.mixed.call_kinds import BATCHED, calls_needed_for, without_leading_ones
+from snnfx.lowering.mixed.call_kinds import calls_needed_for, runs_batched, without_leading_ones
 from snnfx.lowering.mixed.fused_group import FusedGroup, is_elementwise
 
 __all__ = ["CallKinds", "LoopCarried", "PassGoal", "Schedule", "Stage"]
@@ -79,7 +78,7 @@ class CallKinds:
         values = self.recording.values
         varying = [r for r in call.references() if values[r].varying]
         fusable = len(call.results) == 1 and is_elementwise(self.recording, call.results[0])
-        if call.name in VIEWS and len(dict.fromkeys(varying)) == 1:
+        if call.traits.view == "view" and len(dict.fromkeys(varying)) == 1:
             return "fused" if fusable and self.of_value(varying[0]) == "fused" else "view"
         return "fused" if fusable else "heavy"
 
@@ -125,7 +124,7 @@ class Schedule:
     def _outside(self, needed: Sequence[AtenCall], following: Sequence[int]) -> tuple[list[AtenCall], list[AtenCall]]:
         """The calls before the loop and the calls after it."""
         values = self.recording.values
-        movable = [c for c in needed if c.name in BATCHED and self.kinds.of(c) != "fused"]
+        movable = [c for c in needed if runs_batched(c) and self.kinds.of(c) != "fused"]
         before: list[AtenCall] = []
         free = set(self.goal.given)
         for call in movable:

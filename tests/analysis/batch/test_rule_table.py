@@ -23,8 +23,8 @@ from snnfx import MemoryModule
 from snnfx.analysis.batch.equivariance import BatchAnalysis, Fact, SizeFact, infer_batch, model_input
 from snnfx.analysis.batch.facts import UNKNOWN, Rank, ShapeFact, UniformTuple, leaves
 from snnfx.analysis.batch.rule_lookup import find_rule, row_names
-from snnfx.analysis.batch.rule_table import MODULES
 from snnfx.ops.step_functions import FunctionHolder, apply_autograd_function, expect_size, set_part
+from snnfx.ops.traits import MODULES
 from snnfx.state import leaf_modules as leaves_module
 from snnfx.state.leaf_modules import declare_leaf
 from snnfx.state.step_calls import call_stateful, initial_value
@@ -117,7 +117,7 @@ class Case:
 
     def is_random(self, node: fx.Node) -> bool:
         row = find_rule(node, self.resolve) if node.op.startswith("call") else None
-        return row is not None and row.row.random
+        return row is not None and row.draws
 
     def run_step(self, inputs: Sequence[Tensor]) -> dict[fx.Node, Any]:
         """The value of every node in one step."""
@@ -763,7 +763,7 @@ def test_every_module_class_has_a_case() -> None:
         for node in case.graph.nodes
         if node.op == "call_module"
     }
-    assert {name for row in MODULES for name in row.classes.split()} - called == {"RNN", "GRU", "LSTM"}
+    assert MODULES.keys() - called == {"RNN", "GRU", "LSTM"}
 
 
 # --- illegal uses
