@@ -1,0 +1,72 @@
+"""Weights in tiles of outputs, packed once for each change of the weight.
+
+A packed weight has one row for each input of a tap, so that an active input adds one row of a tile. A weight is packed
+again if another tensor, its version counter or its content differs. The counter misses writes of fused optimizers and
+through `.data`, so a checksum of the whole content is compared as well.
+"""
+
+from __future__ import annotations
+
+import weakref
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+from torch.nn import functional
+
+from snnfx.lowering.events.event_kernel import checksum
+from snnfx.lowering.events.event_source import TILE_BYTES, VECTOR_BYTES
+
+__all__ = ["PackedWeight", "pack", "packed_weight"]
+
+
+@dataclass
+class PackedWeight:
+    """A packed weight with the state of the weight that it was packed from.
+
+    Args:
+        tiles: the packed weight.
+        is_finite: whether all elements are finite: a kernel that skips zeros computes no `0 * inf`.
+        state: address, version, strides and dtype of the weight.
+        content: checksum of the weight.
+    """
+
+    tiles: Tensor
+    is_finite: bool
+    state: tuple[object, ...]
+    content: bytes
+
+
+_packed: dict[int, tuple[weakref.ref[Tensor], PackedWeight]] = {}
+"""By the id of the weight. Not stored in modules, so that it is not pickled or copied."""
+
+
+def packed_weight(weight: Tensor, groups: int) -> PackedWeight:
+    """The packed form of a weight that fills its memory."""
+    key, state = id(weight), _state_of(weight, groups)
+    reference, found = _packed.get(key, (None, None))
+    content = checksum(weight)
+    if found is None or reference is None or reference() is not weight or found.state != state:
+        found = None
+    if found is None or found.content != content:
+        with torch.inference_mode(False), torch.no_grad():
+            tiles = pack(weight.detach(), groups)
+            found = PackedWeight(tiles, bool(torch.isfinite(tiles).all()), state, content)
+        _packed[key] = weakref.ref(weight, lambda _, key=key: _packed.pop(key, None)), found  # type: ignore[misc]
+    return found
+
+
+def _state_of(weight: Tensor, groups: int) -> tuple[object, ...]:
+    version = 0 if weight.is_inference() else weight._version
+    return weight.data_ptr(), version, weight.shape, weight.stride(), weight.dtype, groups
+
+
+def pack(weight: Tensor, groups: int) -> Tensor:
+    """Pack a weight `[M, C / groups, *]`: for each group and tile the rows `[taps * C / groups, outputs of the tile]`."""
+    lanes, full = VECTOR_BYTES // weight.element_size(), TILE_BYTES // weight.element_size()
+    outputs = weight.shape[0] // groups
+    rows = weight.reshape(groups, outputs, weight.shape[1], -1).permute(0, 3, 2, 1).flatten(1, 2)
+    rows = functional.pad(rows, (0, -outputs % lanes))
+    whole = outputs // full * full
+    tiles = rows[..., :whole].unflatten(2, (-1, full)).transpose(1, 2)
+    return torch.cat((tiles.reshape(groups, -1), rows[..., whole:].reshape(groups, -1)), 1).flatten()
