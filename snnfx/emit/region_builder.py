@@ -24,7 +24,7 @@ from snnfx.ir.nodes import is_size
 from snnfx.ir.printing import location_of
 from snnfx.ir.program import StepProgram
 from snnfx.lowering.events.event_layers import (
-    call_function_by_events,
+    FUNCTIONS,
     call_layer_by_events,
     call_normed_layer_by_events,
 )
@@ -295,8 +295,8 @@ class _Copier:
                 args = (self.modules[str(node.target)], *args)
                 new = self.graph.create_node("call_function", call, args, dict(kwargs), name=node.name)
             elif EVENTS.of(node):
-                args = (node.target, *args)
-                new = self.graph.create_node("call_function", call_function_by_events, args, dict(kwargs), name=node.name)
+                call = FUNCTIONS[node.target]  # type: ignore[index]
+                new = self.graph.create_node("call_function", call, args, dict(kwargs), name=node.name)
             else:
                 new = self.graph.create_node(node.op, node.target, args, dict(kwargs), name=node.name)
             new.meta.update({k: v for k, v in node.meta.items() if k in ("where", "module", "val")})

@@ -39,7 +39,6 @@ __all__ = [
     "FUNCTIONS",
     "LAYERS",
     "Decision",
-    "call_function_by_events",
     "call_layer_by_events",
     "call_normed_layer_by_events",
     "latest_decision",
@@ -52,8 +51,6 @@ LAYERS: dict[type[nn.Module], Callable[..., Tensor]] = {
     nn.Conv3d: functional.conv3d,
 }
 """Layer class -> its function. Subclasses are excluded."""
-
-FUNCTIONS = tuple(LAYERS.values())
 
 _LEAST_WORK = 1 << 24
 """Multiplications from which on the decision costs little: a few microseconds."""
@@ -112,8 +109,36 @@ def call_normed_layer_by_events(layer: Any, norm: Any, x: Any) -> tuple[Any, boo
     return call_layer(layer, norm, x, call_layer_by_events, with_folded)
 
 
-def call_function_by_events(function: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
-    """Call a function in `FUNCTIONS`, densely or by events."""
+def linear_by_events(*args: Any, **kwargs: Any) -> Any:
+    """`torch.nn.functional.linear`, densely or by events."""
+    return _call_function(functional.linear, args, kwargs)
+
+
+def conv1d_by_events(*args: Any, **kwargs: Any) -> Any:
+    """`torch.nn.functional.conv1d`, densely or by events."""
+    return _call_function(functional.conv1d, args, kwargs)
+
+
+def conv2d_by_events(*args: Any, **kwargs: Any) -> Any:
+    """`torch.nn.functional.conv2d`, densely or by events."""
+    return _call_function(functional.conv2d, args, kwargs)
+
+
+def conv3d_by_events(*args: Any, **kwargs: Any) -> Any:
+    """`torch.nn.functional.conv3d`, densely or by events."""
+    return _call_function(functional.conv3d, args, kwargs)
+
+
+FUNCTIONS: dict[Callable[..., Any], Callable[..., Any]] = {
+    functional.linear: linear_by_events,
+    functional.conv1d: conv1d_by_events,
+    functional.conv2d: conv2d_by_events,
+    functional.conv3d: conv3d_by_events,
+}
+"""Function -> the same function, densely or by events."""
+
+
+def _call_function(function: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     if not torch.compiler.is_compiling():
         x, weight, bias, *settings = _operands(function, args, kwargs)
         if type(x) is Tensor and type(weight) in _PLAIN and (bias is None or type(bias) in _PLAIN):
