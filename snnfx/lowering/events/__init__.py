@@ -8,4 +8,7 @@ The result equals the dense product up to the order of its sums. In the order of
 | `event_source`   | the C++ source of the kernel                                                |
 | `event_kernel`   | launch it: the product, an estimate of the density, the checksum of a weight |
 | `packed_weights` | weights in tiles, packed once for each change                               |
+| `event_gradients` | the product with its gradients, for training                               |
+| `crossovers`     | the density below which events are faster, measured and remembered          |
+| `event_layers`   | run a layer densely or by events                                            |
 """

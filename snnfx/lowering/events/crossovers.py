@@ -64,7 +64,7 @@ def _from_disk_or_measured(
     path = _path()
     stored = _stored(path)
     if key not in stored:
-        with torch.inference_mode(torch.is_inference_mode_enabled()), torch.no_grad():
+        with torch.no_grad():
             measured = _measure(x, dense, events)
         stored = {**_stored(path), key: measured}
         write_atomically(json.dumps(stored, indent=1).encode(), path)

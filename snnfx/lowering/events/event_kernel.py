@@ -10,11 +10,11 @@ import torch
 from torch import Tensor
 
 from snnfx.lowering.elementwise.cpp.build import load, openmp
-from snnfx.lowering.events.event_source import CHECKSUM_PARTS, SOURCES, TILE_BYTES
+from snnfx.lowering.events.event_source import CHECKSUM_PARTS, SOURCES, TILE_BYTES, VECTOR_BYTES
 from snnfx.lowering.events.geometry import Geometry
 from snnfx.ops.buffer_pool import pool
 
-__all__ = ["build", "checksum", "estimate_density", "product"]
+__all__ = ["build", "checksum", "estimate_density", "product", "weight_gradient"]
 
 _UNITS_PER_THREAD = 4
 """Units of work for each thread, about, so that the load is balanced."""
@@ -25,6 +25,9 @@ _LINES_SAMPLED = 192
 
 _PARALLEL_BYTES = 1 << 19
 """Bytes of a weight from which on several threads compute its checksum."""
+
+_BYTES_OF_PART = 1 << 19
+"""Bytes of a gradient of the weight that each thread may have for itself: it stays in the L2 cache."""
 
 _GEOMETRY_WORDS = 24
 
@@ -78,30 +81,47 @@ def product(x: Tensor, geometry: Geometry, outputs: int, packed: Tensor, bias: T
     tiles = -(-(outputs // groups) // (TILE_BYTES // x.element_size()))
     threads = _threads()
     band, splits = _units(geometry, images, out[0] * out[1], tiles, threads)
-    _run(
-        0,
-        x,
-        x.element_size(),
-        weight=packed,
-        bias=bias,
-        y=y,
-        shape=(
-            images,
-            *size,
-            channels,
-            groups,
-            *out,
-            *geometry.kernel,
-            *geometry.stride,
-            *geometry.padding,
-            *geometry.dilation,
-            outputs // groups,
-            band,
-            splits,
-        ),
-        threads=threads,
-    )
+    shape = _shape(geometry, images, size, channels, outputs, band, splits)
+    _run(0, x, x.element_size(), weight=packed, bias=bias, y=y, shape=shape, threads=threads)
     return y if keeps_format else y.contiguous()
+
+
+def weight_gradient(x: Tensor, geometry: Geometry, outputs: int, grad: Tensor) -> Tensor:
+    """The gradient of the packed weight.
+
+    Args:
+        x, geometry, outputs: as for `product`.
+        grad: the gradient of the output.
+    """
+    size, groups = geometry.size_of(x), geometry.groups
+    out = geometry.output_size(size)
+    if geometry.dims == 0:
+        x, grad, images, channels = x.contiguous(), grad.contiguous(), 1, x.shape[-1]
+    else:
+        images, channels = x.shape[0], x.shape[1] // groups
+        x, grad = (t.movedim(1, -1).contiguous() for t in (x, grad))
+    lanes, of_group = VECTOR_BYTES // x.element_size(), outputs // groups
+    elements = groups * math.prod(geometry.kernel) * channels * (-(-of_group // lanes) * lanes)
+    threads, tiles = _threads(), -(-of_group // (TILE_BYTES // x.element_size()))
+    lines = out[0] * out[1]
+    if elements * x.element_size() > _BYTES_OF_PART and tiles >= threads:
+        band, splits, parts = min(max(lines, 1), _ROWS_OF_UNIT), threads, threads
+        partial = x.new_zeros((1, elements))
+    else:
+        band, splits, parts = max(1, min(lines, _ROWS_OF_UNIT)), 1, threads
+        partial = x.new_zeros((parts, elements))
+    shape = _shape(geometry, images, size, channels, outputs, band, splits)
+    _run(3, x, x.element_size(), weight=grad, y=partial, shape=shape, threads=threads, parts=parts)
+    return partial.sum(0) if len(partial) > 1 else partial[0]
+
+
+def _shape(
+    geometry: Geometry, images: int, size: Sequence[int], channels: int, outputs: int, band: int, splits: int
+) -> tuple[int, ...]:
+    """The words of the struct that describe a product."""
+    settings = *geometry.kernel, *geometry.stride, *geometry.padding, *geometry.dilation
+    sizes = images, *size, channels, geometry.groups, *geometry.output_size((size[0], size[1], size[2]))
+    return *sizes, *settings, outputs // geometry.groups, band, splits
 
 
 _AFTER_GEOMETRY = 5 + _GEOMETRY_WORDS
@@ -119,12 +139,14 @@ def _run(
     threads: int,
     elements: int = 0,
     sampled: int = 0,
+    parts: int = 0,
 ) -> ctypes.Array[ctypes.c_int64]:
     """Run the kernel with the struct `Args` as 64-bit words; returns the words after the run."""
     runtime = openmp() if threads > 1 else None
     addresses = [0 if t is None else t.data_ptr() for t in (weight, bias, y)]
     words = (mode, x.data_ptr(), *addresses, *shape, threads, runtime[0] if runtime else 0, 0, elements, sampled, 0)
-    arguments = (ctypes.c_int64 * (len(words) + 1 + CHECKSUM_PARTS - 1))(*words)
+    words += (parts,)
+    arguments = (ctypes.c_int64 * (len(words) + CHECKSUM_PARTS))(*words)
     load(SOURCES[itemsize]).run(arguments)
     return arguments
 

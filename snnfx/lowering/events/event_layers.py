@@ -22,6 +22,7 @@ from snnfx.errors import warn_once
 from snnfx.lowering.aten_recording import LoweringRefused
 from snnfx.lowering.elementwise.cpp.build import find_compiler
 from snnfx.lowering.events.crossovers import crossover
+from snnfx.lowering.events.event_gradients import differentiable_product
 from snnfx.lowering.events.event_kernel import build, estimate_density, product
 from snnfx.lowering.events.geometry import LINEAR, Geometry, convolution
 from snnfx.lowering.events.packed_weights import packed_weight
@@ -54,6 +55,12 @@ LAYERS: dict[type[nn.Module], Callable[..., Tensor]] = {
 
 _LEAST_WORK = 1 << 24
 """Multiplications from which on the decision costs little: a few microseconds."""
+
+_LEAST_TRAINED_POSITIONS = 1024
+"""Output pixels from which on packing the weight at each step of an optimizer costs little, in training."""
+
+_GRADIENT_PART = 0.75
+"""The crossover of the gradient of the weight, as a part of that of the forward pass."""
 
 _LEAST_OUTPUTS = 8
 """Outputs of a group: with fewer, most lanes of a vector would be idle."""
@@ -203,18 +210,18 @@ def _product(
     """The product by events; None if it has to run densely."""
     if geometry is None or not _is_supported(x, weight, bias, geometry) or not _is_plain_mode():
         return None
-    if torch.is_grad_enabled() and (x.requires_grad or weight.requires_grad or (bias is not None and bias.requires_grad)):
-        return None
+    tensors = (x, weight) if bias is None else (x, weight, bias)
+    differentiates = torch.is_grad_enabled() and any(t.requires_grad for t in tensors)
     outputs, groups = weight.shape[0], geometry.groups
     positions = math.prod(x.shape[:-1]) if geometry.dims == 0 else x.shape[0] * math.prod(
         geometry.output_size(geometry.size_of(x))
     )
     work = positions * weight.numel()
-    if work < _LEAST_WORK or not _has_kernel(x.element_size()):
+    if work < _LEAST_WORK or (differentiates and positions < _LEAST_TRAINED_POSITIONS) or not _has_kernel(x.element_size()):
         return None
     if not torch.ops.aten.is_non_overlapping_and_dense(x):
         x = x.contiguous()
-    density = estimate_density(x)
+    density = estimate_density(x.detach())
     if density > 0.9:
         return None
     packed_bias = None if bias is None else bias.detach().contiguous()
@@ -230,10 +237,14 @@ def _product(
             x, weight, bias, geometry.stride[keep:], geometry.padding[keep:], geometry.dilation[keep:], groups
         )
 
-    limit = _crossover_of(x, weight, geometry, work, dense, events)
+    limit = _crossover_of(x.detach(), weight, geometry, work, dense, events)
     by_events = density < limit and packed_weight(weight, groups).is_finite
     _keep_decision(owner, Decision(by_events, density, limit))
-    return events(x) if by_events else None
+    if not by_events:
+        return None
+    if not differentiates:
+        return events(x)
+    return differentiable_product(x, weight, bias, geometry, density < _GRADIENT_PART * limit)
 
 
 def _keep_decision(owner: Tensor, decision: Decision) -> None:

@@ -39,7 +39,8 @@ constexpr i64 CHUNK = 128, BLOCK = 1024, LONGEST = 1 << 16;
 typedef real vec __attribute__((vector_size(64), aligned(sizeof(real)), may_alias));
 
 struct Args {
-  i64 mode;                      // 0: the product, 1: estimate the density, 2: the checksum of the weight
+  i64 mode;                      // 0: the product, 1: estimate the density, 2: the checksum of the weight,
+                                 // 3: the gradient of the weight, from the gradient of the output in `weight` to `y`
   const real *x, *weight, *bias; // bias may be null
   real *y;
   i64 images, size[3], channels, groups, out[3], kernel[3], stride[3], padding[3], dilation[3], outputs;
@@ -48,6 +49,7 @@ struct Args {
   void (*parallel)(void (*)(void *), void *, unsigned, unsigned);
   std::atomic<i64> next;         // the next unit of work
   i64 elements, sampled, active; // of the estimate
+  i64 parts;                     // of the gradient
   i64 checksum[CHECKSUM_PARTS];
 };
 
@@ -188,7 +190,36 @@ static void add_any_tile(const Chunk &c, const real *w, const real *bias, real *
   }
 }
 
-static void unit(Args &a, i64 number) {
+// Add one tile of the gradient of each output pixel to the rows of its list.
+template <int N, bool ONES>
+static void scatter_tile(const Chunk &c, const real *gradient, real *rows_out, i64 step, i64 width) {
+  real part[FULL];
+  for (i64 p = 0; p < c.count; p++) {
+    const real *from = gradient + c.pixels[p] * step;
+    if (width < N * LANES) {
+      memset(part, 0, sizeof part);
+      memcpy(part, from, width * sizeof(real));
+      from = part;
+    }
+    vec g[N];
+    for (int v = 0; v < N; v++) g[v] = *(const vec *)(from + v * LANES);
+    for (i64 i = c.starts[p]; i < c.starts[p + 1]; i++) {
+      real *to = rows_out + (u64)c.rows[i] * (N * LANES);
+      for (int v = 0; v < N; v++) *(vec *)(to + v * LANES) += ONES ? g[v] : g[v] * c.values[i];
+    }
+  }
+}
+
+template <bool ONES> static void scatter_any_tile(const Chunk &c, const real *g, real *to, i64 step, i64 width) {
+  switch ((width + LANES - 1) / LANES) {
+    case 1: return scatter_tile<1, ONES>(c, g, to, step, width);
+    case 2: return scatter_tile<2, ONES>(c, g, to, step, width);
+    case 3: return scatter_tile<3, ONES>(c, g, to, step, width);
+    default: return scatter_tile<4, ONES>(c, g, to, step, width);
+  }
+}
+
+static void unit(Args &a, i64 number, real *gradient) {
   const i64 lines = a.out[0] * a.out[1], bands = (lines + a.band - 1) / a.band;
   const i64 split = number % a.splits, band = number / a.splits % bands, image = number / a.splits / bands;
   const i64 words = (a.channels + 63) / 64, W = a.size[2], H = a.size[1], width = a.groups * a.channels;
@@ -202,7 +233,7 @@ static void unit(Args &a, i64 number) {
                                 : (taps_of_block < taps ? taps_of_block : taps) * a.channels;
   const i64 fitting = LONGEST / longest > 1 ? LONGEST / longest : 1, most = fitting < CHUNK ? fitting : CHUNK;
   const real *x = a.x + image * a.size[0] * H * W * width;
-  real *y = a.y + image * lines * a.out[2] * a.groups * M;
+  const i64 image_start = image * lines * a.out[2] * a.groups * M;
   const i64 all_lines = a.size[0] * H;
   const bool is_row = taps == 1 && a.stride[1] == 1 && a.stride[0] == 1 && a.stride[2] == 1;
   // A convolution keeps the bits of a whole image, a linear layer those of its band.
@@ -239,7 +270,7 @@ static void unit(Args &a, i64 number) {
   c.rows = rows;
   c.values = values;
   for (i64 group = 0; group < a.groups; group++) {
-    const real *weight = a.weight + group * K * padded;
+    const i64 of_group = group * K * padded;
     for (i64 begin = 0; begin < pixels; begin += most) {
       c.count = pixels - begin < most ? pixels - begin : most;
       bool first = true;
@@ -279,8 +310,16 @@ static void unit(Args &a, i64 number) {
         c.starts[c.count] = n;
         for (i64 tile = first_tile; tile < last_tile; tile++) {
           const i64 m = tile * FULL, wide = M - m < FULL ? M - m : FULL;
-          const real *w = weight + m * K + from_row * (wide == FULL ? FULL : (wide + LANES - 1) / LANES * LANES), *bias = a.bias ? a.bias + group * M + m : nullptr;
-          real *to = y + group * M + m;
+          const i64 at = of_group + m * K + from_row * (wide == FULL ? FULL : (wide + LANES - 1) / LANES * LANES);
+          const real *w = a.weight + at, *bias = a.bias ? a.bias + group * M + m : nullptr;
+          const i64 first_output = image_start + group * M + m;
+          if (gradient) {
+            const real *g = a.weight + first_output;
+            if (others) scatter_any_tile<false>(c, g, gradient + at, a.groups * M, wide);
+            else scatter_any_tile<true>(c, g, gradient + at, a.groups * M, wide);
+            continue;
+          }
+          real *to = a.y + first_output;
           if (others) add_any_tile<false>(c, w, bias, to, a.groups * M, wide, first);
           else add_any_tile<true>(c, w, bias, to, a.groups * M, wide, first);
         }
@@ -295,7 +334,22 @@ static void unit(Args &a, i64 number) {
 static void work(void *p) {
   Args &a = *(Args *)p;
   const i64 lines = a.out[0] * a.out[1], units = a.images * ((lines + a.band - 1) / a.band) * a.splits;
-  for (i64 k; (k = a.next.fetch_add(1, std::memory_order_relaxed)) < units;) unit(a, k);
+  for (i64 k; (k = a.next.fetch_add(1, std::memory_order_relaxed)) < units;) unit(a, k, nullptr);
+}
+
+// Each part has its own units, so that the order of the sums does not depend on the schedule: the tiles of one split,
+// or a range of units and a gradient of its own.
+static void differentiate(void *p) {
+  Args &a = *(Args *)p;
+  const i64 lines = a.out[0] * a.out[1], units = a.images * ((lines + a.band - 1) / a.band) * a.splits;
+  const i64 K = a.kernel[0] * a.kernel[1] * a.kernel[2] * a.channels;
+  const i64 size = a.groups * K * ((a.outputs + LANES - 1) / LANES * LANES);
+  for (i64 k; (k = a.next.fetch_add(1, std::memory_order_relaxed)) < a.parts;) {
+    if (a.splits > 1)
+      for (i64 u = k; u < units; u += a.splits) unit(a, u, a.y);
+    else
+      for (i64 u = units * k / a.parts; u < units * (k + 1) / a.parts; u++) unit(a, u, a.y + k * size);
+  }
 }
 
 // Lines of 64 elements at scattered places, the same ones at each call.
@@ -356,7 +410,7 @@ static void check(void *p) {
 
 extern "C" void run_part(Args *a, i64, i64) { work(a); }
 extern "C" void run(Args *a) {
-  void (*function)(void *) = a->mode == 2 ? check : work;
+  void (*function)(void *) = a->mode == 2 ? check : a->mode == 3 ? differentiate : work;
   if (a->mode == 1) estimate(*a);
   else if (a->threads > 1) a->parallel(function, a, (unsigned)a->threads, 0);
   else function(a);

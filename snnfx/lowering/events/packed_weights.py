@@ -17,7 +17,7 @@ from torch.nn import functional
 from snnfx.lowering.events.event_kernel import checksum
 from snnfx.lowering.events.event_source import TILE_BYTES, VECTOR_BYTES
 
-__all__ = ["PackedWeight", "pack", "packed_weight"]
+__all__ = ["PackedWeight", "pack", "packed_weight", "unpack"]
 
 
 @dataclass
@@ -70,3 +70,16 @@ def pack(weight: Tensor, groups: int) -> Tensor:
     whole = outputs // full * full
     tiles = rows[..., :whole].unflatten(2, (-1, full)).transpose(1, 2)
     return torch.cat((tiles.reshape(groups, -1), rows[..., whole:].reshape(groups, -1)), 1).flatten()
+
+
+def unpack(packed: Tensor, shape: torch.Size, groups: int) -> Tensor:
+    """The inverse of `pack`, for a weight of a shape."""
+    lanes, full = VECTOR_BYTES // packed.element_size(), TILE_BYTES // packed.element_size()
+    outputs, taps = shape[0] // groups, shape[2:].numel()
+    width = -(-outputs // lanes) * lanes
+    whole, inputs = outputs // full * full, taps * shape[1]
+    by_group = packed.view(groups, -1)
+    tiles = by_group[:, : whole * inputs].unflatten(1, (whole // full, inputs, full)).transpose(1, 2).flatten(2)
+    rest = by_group[:, whole * inputs :].unflatten(1, (inputs, width - whole))
+    rows = torch.cat((tiles, rest), 2)[..., :outputs]
+    return rows.unflatten(1, (taps, shape[1])).permute(0, 3, 2, 1).reshape(shape)

@@ -13,7 +13,9 @@ from torch.nn import functional
 
 import snnfx
 from snnfx.lowering.events import crossovers
+from snnfx.lowering.events.event_gradients import differentiable_product
 from snnfx.lowering.events.event_layers import Decision, latest_decision
+from snnfx.lowering.events.geometry import LINEAR, convolution
 
 
 class Spike(nn.Module):
@@ -140,16 +142,48 @@ def test_changed_weights_are_seen() -> None:
         torch.testing.assert_close(net(x_seq), expected, rtol=1e-9, atol=1e-9)
 
 
-def test_gradients_equal_those_of_stepping() -> None:
-    model, x_seq = made("convolution, BatchNorm", torch.float64)
+@pytest.mark.parametrize("density", ["sparse", "denser"])
+@pytest.mark.parametrize("name", MODELS)
+def test_gradients_equal_those_of_stepping(name: str, density: str) -> None:
+    model, x_seq = made(name, torch.float64)
+    x_seq = x_seq.repeat(1, 16 if name in ("linear", "comparison, functional") else 1, 1, 1, 1)
+    x_seq = x_seq if density == "sparse" else x_seq + 0.7
     model.train()
-    net = snnfx.convert(model, example_inputs=x_seq[0], batch_norm="per_step")
-    stepped = copy.deepcopy(model)
-    weights = torch.randn(4, 16, 64, 8, 8, dtype=torch.float64)
-    (net(x_seq) * weights).sum().backward()
+    options = {"batch_norm": "per_step"} if name == "convolution, BatchNorm" else {}
+    net, stepped = snnfx.convert(model, example_inputs=x_seq[0], **options), copy.deepcopy(model)
+    y = net(x_seq)
+    weights = torch.randn_like(y)
+    (y * weights).sum().backward()
     (step_model(stepped, x_seq) * weights).sum().backward()
+    assert decision_of(model).by_events == (decision_of(model).density < 0.4)
     for actual, expected in zip(model.parameters(), stepped.parameters(), strict=True):
         torch.testing.assert_close(actual.grad, expected.grad, rtol=1e-9, atol=1e-9)
+
+
+def test_the_gradient_of_the_input_reaches_the_neuron() -> None:
+    model, x_seq = made("convolution, BatchNorm", torch.float64)
+    net = snnfx.convert(model, example_inputs=x_seq[0])
+    x, other = x_seq.clone().requires_grad_(), x_seq.clone().requires_grad_()
+    net(x).sum().backward()
+    assert decision_of(model).by_events
+    step_model(copy.deepcopy(model), other).sum().backward()
+    torch.testing.assert_close(x.grad, other.grad, rtol=1e-9, atol=1e-9)
+
+
+@pytest.mark.parametrize("dims", [0, 2])
+def test_second_and_batched_gradients_are_exact(dims: int) -> None:
+    torch.manual_seed(0)
+    x = (torch.rand(8, 6, 5, 5) if dims else torch.rand(8, 6)).double().gt(0.8).double().requires_grad_()
+    weight = torch.randn(9, 6, *(3, 3)[:dims], dtype=torch.float64, requires_grad=True)
+    bias = torch.randn(9, dtype=torch.float64, requires_grad=True)
+    geometry = convolution(weight, (1, 1), (1, 1), (1, 1), 1) if dims else LINEAR
+    assert geometry is not None
+
+    def function(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+        return differentiable_product(x, weight, bias, geometry, gradient_by_events=True)
+
+    assert torch.autograd.gradcheck(function, (x, weight, bias), check_batched_grad=True)
+    assert torch.autograd.gradgradcheck(function, (x, weight, bias))
 
 
 def test_explain_shows_the_way_and_the_density() -> None:

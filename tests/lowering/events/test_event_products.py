@@ -11,9 +11,9 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from snnfx.lowering.events.event_kernel import checksum, estimate_density, product
+from snnfx.lowering.events.event_kernel import checksum, estimate_density, product, weight_gradient
 from snnfx.lowering.events.geometry import LINEAR, convolution
-from snnfx.lowering.events.packed_weights import pack, packed_weight
+from snnfx.lowering.events.packed_weights import pack, packed_weight, unpack
 
 CONVOLUTIONS: dict[int, Any] = {1: functional.conv1d, 2: functional.conv2d, 3: functional.conv3d}
 TOLERANCE = {torch.float32: 2e-5, torch.float64: 1e-12}
@@ -55,6 +55,13 @@ def test_a_convolution_of_events_equals_the_dense_one(seed: int) -> None:
     assert geometry is not None
     actual = product(x, geometry, outputs, pack(weight, groups), bias)
     assert_near(actual, expected)
+    assert torch.equal(unpack(pack(weight, groups), weight.shape, groups), weight)
+    grad = torch.randn_like(expected)
+    weight.requires_grad_()
+    (expected_gradient,) = torch.autograd.grad(
+        CONVOLUTIONS[dims](x, weight, bias, stride, padding, dilation, groups), weight, grad
+    )
+    assert_near(unpack(weight_gradient(x, geometry, outputs, grad), weight.shape, groups), expected_gradient)
 
 
 @pytest.mark.parametrize("seed", range(40))
@@ -68,6 +75,9 @@ def test_a_linear_layer_of_events_equals_the_dense_one(seed: int) -> None:
     weight = torch.randn(outputs, inputs, dtype=dtype)
     bias = torch.randn(outputs, dtype=dtype) if draw.random() < 0.5 else None
     assert_near(product(x, LINEAR, outputs, pack(weight, 1), bias), functional.linear(x, weight, bias))
+    grad = torch.randn(*shape, outputs, dtype=dtype)
+    expected_gradient = grad.reshape(-1, outputs).T @ x.reshape(-1, inputs)
+    assert_near(unpack(weight_gradient(x, LINEAR, outputs, grad), weight.shape, 1), expected_gradient)
 
 
 @pytest.mark.parametrize("padding", ["same", "valid"])
