@@ -213,11 +213,17 @@ def _product(
     tensors = (x, weight) if bias is None else (x, weight, bias)
     differentiates = torch.is_grad_enabled() and any(t.requires_grad for t in tensors)
     outputs, groups = weight.shape[0], geometry.groups
-    positions = math.prod(x.shape[:-1]) if geometry.dims == 0 else x.shape[0] * math.prod(
-        geometry.output_size(geometry.size_of(x))
+    positions = (
+        math.prod(x.shape[:-1])
+        if geometry.dims == 0
+        else x.shape[0] * math.prod(geometry.output_size(geometry.size_of(x)))
     )
     work = positions * weight.numel()
-    if work < _LEAST_WORK or (differentiates and positions < _LEAST_TRAINED_POSITIONS) or not _has_kernel(x.element_size()):
+    if (
+        work < _LEAST_WORK
+        or (differentiates and positions < _LEAST_TRAINED_POSITIONS)
+        or not _has_kernel(x.element_size())
+    ):
         return None
     if not torch.ops.aten.is_non_overlapping_and_dense(x):
         x = x.contiguous()
@@ -268,7 +274,14 @@ def _crossover_of(
     """The crossover for the shape of a call; batches whose sizes have the same number of bits share one."""
     batch = x.shape[0] if geometry.dims else math.prod(x.shape[:-1])
     is_row_major = x.is_contiguous()
-    key = (geometry, tuple(weight.shape), geometry.dims and tuple(x.shape[2:]), batch.bit_length(), x.dtype, is_row_major)
+    key = (
+        geometry,
+        tuple(weight.shape),
+        geometry.dims and tuple(x.shape[2:]),
+        batch.bit_length(),
+        x.dtype,
+        is_row_major,
+    )
     part = max(1, min(batch, batch * _CALIBRATION_WORK // work))
     example = x.reshape(batch, x.shape[-1])[:part] if geometry.dims == 0 else x[:part]
     return crossover(key, example, dense, events)

@@ -367,7 +367,8 @@ static void estimate(Args &a) {
     for (i64 k = 0; k < a.sampled; k++) {
       state = state * 6364136223846793005ull + 1442695040888963407ull;
       const i64 first = lines * k / a.sampled, last = lines * (k + 1) / a.sampled;
-      active += __builtin_popcountll(bits_of(a.x + (first + (i64)((state >> 33) % (u64)(last - first))) * 64, 64, others));
+      const i64 line = first + (i64)((state >> 33) % (u64)(last - first));
+      active += __builtin_popcountll(bits_of(a.x + line * 64, 64, others));
       seen += 64;
     }
   }

@@ -62,7 +62,7 @@ def _state_of(weight: Tensor, groups: int) -> tuple[object, ...]:
 
 
 def pack(weight: Tensor, groups: int) -> Tensor:
-    """Pack a weight `[M, C / groups, *]`: for each group and tile the rows `[taps * C / groups, outputs of the tile]`."""
+    """Pack a weight `[M, C / groups, *]`: by group and tile, rows `[taps * C / groups, outputs of the tile]`."""
     lanes, full = VECTOR_BYTES // weight.element_size(), TILE_BYTES // weight.element_size()
     outputs = weight.shape[0] // groups
     rows = weight.reshape(groups, outputs, weight.shape[1], -1).permute(0, 3, 2, 1).flatten(1, 2)

@@ -7,7 +7,6 @@ from collections.abc import Callable, Iterator
 
 import pytest
 import torch
-from support.stepping import step_model
 from torch import Tensor, nn
 from torch.nn import functional
 
@@ -16,6 +15,7 @@ from snnfx.lowering.events import crossovers
 from snnfx.lowering.events.event_gradients import differentiable_product
 from snnfx.lowering.events.event_layers import Decision, latest_decision
 from snnfx.lowering.events.geometry import LINEAR, convolution
+from support.stepping import step_model
 
 
 class Spike(nn.Module):
