@@ -190,13 +190,11 @@ _geometries: dict[tuple[object, ...], Geometry | None] = {}
 
 def _geometry(weight: Tensor, *settings: Any) -> Geometry | None:
     """A cached `convolution(weight, *settings)`."""
-    try:
-        key = (weight.shape, *settings)
-        if key not in _geometries:
-            _geometries[key] = convolution(weight, *settings)
-        return _geometries[key]
-    except TypeError:  # a list
-        return convolution(weight, *(tuple(s) if isinstance(s, list) else s for s in settings))
+    stride, padding, dilation, groups = (tuple(s) if isinstance(s, list) else s for s in settings)
+    key = weight.shape, stride, padding, dilation, groups
+    if key not in _geometries:
+        _geometries[key] = convolution(weight, stride, padding, dilation, groups)
+    return _geometries[key]
 
 
 def _product(

@@ -82,4 +82,5 @@ def unpack(packed: Tensor, shape: torch.Size, groups: int) -> Tensor:
     tiles = by_group[:, : whole * inputs].unflatten(1, (whole // full, inputs, full)).transpose(1, 2).flatten(2)
     rest = by_group[:, whole * inputs :].unflatten(1, (inputs, width - whole))
     rows = torch.cat((tiles, rest), 2)[..., :outputs]
-    return rows.unflatten(1, (taps, shape[1])).permute(0, 3, 2, 1).reshape(shape)
+    weight: Tensor = rows.unflatten(1, (taps, shape[1])).permute(0, 3, 2, 1).reshape(shape)
+    return weight
