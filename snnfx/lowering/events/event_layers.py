@@ -190,7 +190,8 @@ _geometries: dict[tuple[object, ...], Geometry | None] = {}
 
 def _geometry(weight: Tensor, *settings: Any) -> Geometry | None:
     """A cached `convolution(weight, *settings)`."""
-    stride, padding, dilation, groups = (tuple(s) if isinstance(s, list) else s for s in settings)
+    stride, padding, dilation = (tuple(s) if isinstance(s, list) else s for s in settings[:3])
+    groups: int = settings[3]
     key = weight.shape, stride, padding, dilation, groups
     if key not in _geometries:
         _geometries[key] = convolution(weight, stride, padding, dilation, groups)
