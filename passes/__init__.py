@@ -7,6 +7,7 @@ if __name__ != "snnfx.passes":
 
 from snnfx.passes.absorb import Absorb
 from snnfx.passes.base import Match, Pass, PassManager, Rewrite, StepProgram, call, verify_program
+from snnfx.passes.choose_event_layers import ChooseEventLayers
 from snnfx.passes.choose_memory_format import ChooseMemoryFormat
 from snnfx.passes.cut_layers import CutLayers
 from snnfx.passes.cut_spatial_edges import CutSpatialEdges
@@ -25,6 +26,7 @@ from snnfx.passes.trace_operands import TraceOperands
 
 __all__ = [
     "Absorb",
+    "ChooseEventLayers",
     "ChooseMemoryFormat",
     "CutLayers",
     "CutSpatialEdges",

@@ -6,6 +6,7 @@ from snnfx.ir.graph_pass import Pass, stages_of
 from snnfx.ir.options import ConvertOptions, time_dims_of_leaves
 from snnfx.ir.program import StepProgram
 from snnfx.passes.absorb import Absorb
+from snnfx.passes.choose_event_layers import ChooseEventLayers
 from snnfx.passes.choose_memory_format import ChooseMemoryFormat
 from snnfx.passes.fold_batch_norm import FoldBatchNorm
 from snnfx.passes.lower import Lower
@@ -44,7 +45,9 @@ def planning(program: StepProgram, options: ConvertOptions) -> list[Pass]:
     layout = [ChooseMemoryFormat()] if options.memory_format is not None else []
     partition = Partition(batch_norm=options.batch_norm, invariant_inputs=invariant)
     lowering = [Lower(), Absorb()] if options.lower is not None else []
-    return [*sinking, partition, *own["partitioned"], *layout, *lowering, FoldBatchNorm(), *own["planned"]]
+    events = [ChooseEventLayers()] if options.lower == "auto" else []
+    planned = [*layout, *lowering, *events, FoldBatchNorm()]
+    return [*sinking, partition, *own["partitioned"], *planned, *own["planned"]]
 
 
 def replanning(program: StepProgram, options: ConvertOptions) -> list[Pass]:

@@ -123,8 +123,10 @@ def convert(
         memory_format: "auto" (default): on a CPU, images between 2-d convolutions are in channels-last format, which is
             faster. None: tensors keep the format of the model.
         lower: "auto" (default): on a CPU with a C++ compiler, a loop with element-wise steps (neurons) runs as one
-            generated kernel for all time steps, forward and backward; `explain` lists these loops. None: PyTorch runs
-            every step of every loop.
+            generated kernel for all time steps, forward and backward; `explain` lists these loops. A linear layer or
+            convolution that reads spikes visits only the inputs that are not zero, if they are few enough to be
+            faster; its sums have another order, so results differ from the dense layer by rounding. "dense": kernels
+            for loops, but all layers dense. None: PyTorch runs every step of every loop.
         checkpoint: recomputation in the backward pass, to save memory in training. An int k: save only the state every
             k time steps, recompute the rest; "selective": recompute everything except products (convolutions, linear
             layers, attention); "regions": recompute everything from the inputs of each region, with spikes saved as
@@ -208,7 +210,7 @@ def convert_without_budget(
     if options.memory_format is not None:
         _check_choice("memory_format", options.memory_format, ("auto",))
     if options.lower is not None:
-        _check_choice("lower", options.lower, ("auto",))
+        _check_choice("lower", options.lower, ("auto", "dense"))
     check_chunk_option(options.chunk)
     check_checkpoint_option(options.checkpoint)
     if options.takes == "sequence":

@@ -19,9 +19,15 @@ from snnfx.analysis.image_operations import image_of, is_convolution, takes_any_
 from snnfx.analysis.statistic_reads import update_chains
 from snnfx.errors import CaptureError
 from snnfx.ir.edits import add_placeholder
+from snnfx.ir.facts import EVENTS
 from snnfx.ir.nodes import is_size
 from snnfx.ir.printing import location_of
 from snnfx.ir.program import StepProgram
+from snnfx.lowering.events.event_layers import (
+    FUNCTIONS,
+    call_layer_by_events,
+    call_normed_layer_by_events,
+)
 from snnfx.ops.folded_weights import call_layer, call_norm
 from snnfx.ops.memory_format import image_format, row_major
 from snnfx.ops.sequence_functions import call_module, expand_initial_value, repeat_for_samples
@@ -279,9 +285,16 @@ class _Copier:
             args, kwargs = self.operands(node)
             if node.op == "call_module":
                 call: Callable[..., Any] = call_norm if node in self.normalized else call_module
+                by_events = EVENTS.of(node)
                 if node in self.norms:
-                    call, args = call_layer, (self.modules[str(self.norms[node].target)], *args)
+                    call = call_normed_layer_by_events if by_events else call_layer
+                    args = (self.modules[str(self.norms[node].target)], *args)
+                elif by_events:
+                    call = call_layer_by_events
                 args = (self.modules[str(node.target)], *args)
+                new = self.graph.create_node("call_function", call, args, dict(kwargs), name=node.name)
+            elif EVENTS.of(node):
+                call = FUNCTIONS[node.target]  # type: ignore[index]
                 new = self.graph.create_node("call_function", call, args, dict(kwargs), name=node.name)
             else:
                 new = self.graph.create_node(node.op, node.target, args, dict(kwargs), name=node.name)

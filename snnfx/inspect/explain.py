@@ -30,6 +30,7 @@ from snnfx.inspect.conversion_notes import (
     statistic_reads,
     vmap_fallbacks,
 )
+from snnfx.inspect.event_layers import event_layers
 from snnfx.inspect.loops_of_call import loops_of_call
 from snnfx.inspect.memory_report import MemoryReport, report_memory
 from snnfx.inspect.report import (
@@ -142,6 +143,7 @@ def _report_on(net: Net, T: int | None, example_inputs: Any) -> Report:
         fallbacks=tuple(vmap_fallbacks(net)),
         traces=tuple(eligibility_traces(program)),
         kernels=tuple(kernels_of_loops(net)),
+        events=tuple(event_layers(net.program)),
         chunk=_chunk(net),
         memory=_memory(net, T, example_inputs) if T is not None and net.options.step_mode == "m" else None,
         passes=tuple(PassRow(r.description, r.milliseconds, r.note) for r in net.history),

@@ -223,6 +223,7 @@ class Report:
         fallbacks: regions that torch.vmap refused at run time.
         traces: for a net of an online rule: the eligibility trace of each weight, or why it has none.
         kernels: the loops compiled into kernels and, for other loops, the reason.
+        events: how the layers that read spikes ran at their latest call.
         chunk: the chunk plan for inference.
         memory: the predicted memory of a call on T time steps; None unless `explain` was called with T.
         passes: the passes of the pipeline, with their durations.
@@ -251,6 +252,7 @@ class Report:
     fallbacks: tuple[str, ...] = ()
     traces: tuple[str, ...] = ()
     kernels: tuple[str, ...] = ()
+    events: tuple[str, ...] = ()
     chunk: ChunkRow | None = None
     memory: MemoryReport | None = None
     passes: tuple[PassRow, ...] = ()
@@ -286,6 +288,7 @@ class Report:
             *_section("Loops of the call, in execution order", _loops_table(self.loops)),
             *self._not_folded(),
             *_section("Kernels", _bullets([[note] for note in self.kernels])),
+            *_section("Layers that read spikes", _bullets([[note] for note in self.events])),
             *_section("State", _slots_table(self.slots)),
             *_section("Eligibility traces", _bullets([[trace] for trace in self.traces])),
             *(memory_document(self.memory) if self.memory is not None else []),

@@ -22,6 +22,7 @@ __all__ = [
     "CHANNELS_LAST",
     "ELEMENT",
     "ELEMENTWISE_RESULTS",
+    "EVENTS",
     "FACTS",
     "FOLDS_DIM_0",
     "INPUT",
@@ -152,6 +153,8 @@ CHANNELS_LAST: Fact[bool] = Fact("channels_last", "planned", (bool,), False)
 """Whether the value may be in channels-last format."""
 IN_WEIGHTS: Fact[bool] = Fact("in_weights", "planned", (bool,), False)
 """Whether a BatchNorm is folded into the weights of the layer before it."""
+EVENTS: Fact[bool] = Fact("events", "planned", (bool,), False)
+"""Whether a layer may visit only its non-zero inputs."""
 STEP_NODE: Fact[str] = Fact("step_node", "emitted", (str,), "")
 """The node of the step graph that a node of an emitted graph computes."""
 REGION_NAME: Fact[str] = Fact("region_name", "emitted", (str,), "")

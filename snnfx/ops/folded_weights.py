@@ -64,7 +64,13 @@ _compare = (ctypes.cdll.msvcrt if sys.platform == "win32" else ctypes.CDLL(None)
 _compare.argtypes, _compare.restype = (ctypes.c_void_p, ctypes.c_void_p, ctypes.c_size_t), ctypes.c_int
 
 
-def call_layer(layer: Any, norm: Any, x: Tensor) -> tuple[Tensor, bool]:
+def call_layer(
+    layer: Any,
+    norm: Any,
+    x: Tensor,
+    call: Callable[[Any, Tensor], Tensor] | None = None,
+    call_folded: Callable[[Any, Tensor, Tensor, Tensor | None], Tensor | None] | None = None,
+) -> tuple[Tensor, bool]:
     """Call a layer, with the BatchNorm after it folded into its weights where that is equal up to rounding.
 
     The norm is not folded with gradients enabled or inside an autograd function (which may recompute the call); under
@@ -76,6 +82,8 @@ def call_layer(layer: Any, norm: Any, x: Tensor) -> tuple[Tensor, bool]:
         layer: one of the classes in `NORMS_AFTER`.
         norm: the BatchNorm after it.
         x: the input of the layer.
+        call: another way to compute `layer(x)`.
+        call_folded: another way to call the layer with a given weight and bias; it may return None.
 
     Returns:
         `(norm(layer(x)), True)` if the norm was folded, else `(layer(x), False)`.
@@ -85,8 +93,9 @@ def call_layer(layer: Any, norm: Any, x: Tensor) -> tuple[Tensor, bool]:
         if tensors is not None and _can_be_folded(layer, x, tensors) and _are_plain_calls(layer, norm):
             folded = _folded(layer, norm, tensors, _takes_images(layer, x))
             if folded.weight is not None:
-                return _call_with(layer, x, folded.weight, folded.bias), True
-    return call_leaf(layer, x), False
+                y = None if call_folded is None else call_folded(layer, x, folded.weight, folded.bias)
+                return _call_with(layer, x, folded.weight, folded.bias) if y is None else y, True
+    return call_leaf(layer, x) if call is None else call(layer, x), False
 
 
 def call_norm(norm: nn.Module, called: tuple[Tensor, bool]) -> Tensor:

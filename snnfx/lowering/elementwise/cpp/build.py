@@ -24,7 +24,7 @@ from snnfx.lowering.aten_recording import LoweringRefused
 from snnfx.lowering.elementwise.cpp.cpp_kernel import KernelSource
 from snnfx.lowering.elementwise.kernel_cache import is_complete, store, usable_directory
 
-__all__ = ["Library", "find_compiler", "load"]
+__all__ = ["Library", "find_compiler", "identity_of", "load"]
 
 FLAGS = ("-O3", "-std=c++17", "-shared", "-fPIC", "-ffp-contract=off", "-fno-math-errno", "-fno-trapping-math")
 """No -ffast-math: NaN, infinities and the order of operations are preserved."""
@@ -47,7 +47,7 @@ def find_compiler() -> str | None:
 
 
 @functools.cache
-def _identity_of(compiler: str) -> str:
+def identity_of(compiler: str) -> str:
     """A string that identifies the compiler's version and the processor, on which -march=native depends."""
     version = subprocess.run([compiler, "--version"], capture_output=True, text=True, check=False).stdout
     processor = ""
@@ -94,7 +94,7 @@ def _load(text: str) -> Library:
     compiler = find_compiler()
     if compiler is None:
         raise LoweringRefused("there is no C++ compiler (g++, clang++ or $CXX), or SNNFX_KERNELS=0 is set")
-    key = hashlib.sha256(f"{_identity_of(compiler)}\0{text}".encode()).hexdigest()[:32]
+    key = hashlib.sha256(f"{identity_of(compiler)}\0{text}".encode()).hexdigest()[:32]
     path = usable_directory() / f"{key}.so"
     for _ in range(_MOST_ATTEMPTS):
         if not is_complete(path):

@@ -1,0 +1,51 @@
+"""Mark the layers that may visit only the inputs that are not zero (sparse evaluation of spikes).
+
+Replaces a linear layer or convolution of a fold, which multiplies all its inputs, by a call that adds the weights of
+the active inputs if there are few of them. The pass marks layers whose input comes from a neuron or a comparison, also
+through views, poolings, concatenations and sums; `snnfx.lowering.events` measures the density at each call and decides.
+Legal because a product with a zero adds nothing; the sums are in another order, so results differ by rounding.
+Source: Park et al., "Faster CNNs with direct sparse convolutions and guided pruning", 2017, section 3.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from torch.fx import Node
+
+from snnfx.analysis.spike_operands import reads_spikes
+from snnfx.ir.facts import EVENTS
+from snnfx.ir.program import StepProgram
+from snnfx.lowering.events.event_layers import FUNCTIONS, LAYERS
+from snnfx.passes.base import Pass
+
+__all__ = ["ChooseEventLayers"]
+
+
+@dataclass(frozen=True)
+class ChooseEventLayers(Pass):
+    """Mark the layers that may run by events (the fact `EVENTS`)."""
+
+    name = "choose_event_layers"
+    requires = "partitioned"
+    may_change = ()
+
+    def apply(self, program: StepProgram) -> str:
+        for node in program.graph.nodes:
+            EVENTS.clear(node)
+        marked = [
+            node
+            for region in program.regions
+            if region.kind == "fold"
+            for node in region.nodes
+            if _is_product(program, node) and reads_spikes(program, node)
+        ]
+        for node in marked:
+            EVENTS.set(node, True)
+        return f"{', '.join(node.name for node in marked) or 'nothing'} may run by events"
+
+
+def _is_product(program: StepProgram, node: Node) -> bool:
+    if node.op == "call_module":
+        return type(program.resolve(str(node.target))) in LAYERS and len(node.args) == 1
+    return node.op == "call_function" and node.target in FUNCTIONS

@@ -1,0 +1,125 @@
+"""Which products read spikes: values that come from a comparison through operations that keep zeros."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+from torch import nn
+from torch.fx import Node
+
+from snnfx.ir.nodes import is_size, is_structural, takes_from_tuple
+from snnfx.ir.printing import operation_name
+from snnfx.ir.program import StepProgram
+from snnfx.ops.step_functions import apply_autograd_function
+from snnfx.state.registry import adapter_of
+from snnfx.state.step_calls import call_stateful
+
+__all__ = ["reads_spikes"]
+
+_COMPARISONS = frozenset(
+    "gt greater ge greater_equal lt less le less_equal eq ne not_equal heaviside logical_and logical_or".split()
+)
+_KEEPS_ZEROS = frozenset(
+    "flatten reshape view unflatten permute transpose movedim moveaxis swapaxes squeeze unsqueeze contiguous clone "
+    "detach float double to type_as half bfloat16 max_pool1d max_pool2d max_pool3d avg_pool1d avg_pool2d avg_pool3d "
+    "adaptive_max_pool1d adaptive_max_pool2d adaptive_max_pool3d adaptive_avg_pool1d adaptive_avg_pool2d "
+    "adaptive_avg_pool3d dropout dropout1d dropout2d dropout3d feature_dropout alpha_dropout pad narrow select "
+    "index_select chunk split tensor_split getitem unbind expand repeat tile flip roll neg negative abs absolute relu "
+    "pixel_shuffle pixel_unshuffle unfold div divide true_divide zero_pad2d".split()
+)
+"""Operations whose result is zero where their first operand is, up to its shape."""
+
+_JOINS = frozenset("cat concat concatenate stack hstack vstack add sub subtract maximum where".split())
+"""Operations whose result is sparse if all their tensor operands are."""
+
+_FACTORS = frozenset("mul multiply".split())
+"""Operations whose result is zero where one of their operands is."""
+
+_MODULES = (
+    nn.Flatten,
+    nn.Unflatten,
+    nn.Identity,
+    nn.Dropout,
+    nn.Dropout1d,
+    nn.Dropout2d,
+    nn.Dropout3d,
+    nn.ZeroPad1d,
+    nn.ZeroPad2d,
+    nn.ZeroPad3d,
+    nn.PixelShuffle,
+    nn.PixelUnshuffle,
+    nn.ReLU,
+    *(getattr(nn, f"{kind}Pool{dims}d") for kind in ("Max", "Avg", "AdaptiveMax", "AdaptiveAvg") for dims in (1, 2, 3)),
+)
+
+
+def reads_spikes(program: StepProgram, product: Node) -> bool:
+    """Whether the first operand of a product comes from spikes.
+
+    A neuron counts as a source of spikes if its step is element-wise. Whether its output has many zeros is measured at
+    each call.
+    """
+    operand = product.args[0] if product.args else product.kwargs.get("input")
+    return isinstance(operand, Node) and _comes_from_spikes(program, operand)
+
+
+def _comes_from_spikes(program: StepProgram, value: Node) -> bool:
+    following = dict(zip((s.placeholder for s in program.slots), program.next_states, strict=True))
+    pending, seen, has_source = [value], set[Node](), False
+    while pending:
+        node = pending.pop()
+        if node in seen:
+            continue
+        seen.add(node)
+        if _is_source(program, node):
+            has_source = True
+            continue
+        operands = _operands_with_zeros(program, node, following)
+        if operands is None:
+            return False
+        pending.extend(operands)
+    return has_source
+
+
+def _is_source(program: StepProgram, node: Node) -> bool:
+    if node.target is call_stateful:
+        module = program.module_of(node)
+        adapter = adapter_of(module) if module is not None else None
+        return adapter is not None and module is not None and adapter.elementwise(module)
+    if node.target is apply_autograd_function:
+        return True
+    return node.op in ("call_function", "call_method") and operation_name(node) in _COMPARISONS
+
+
+def _operands_with_zeros(program: StepProgram, node: Node, following: dict[str, object]) -> Iterable[Node] | None:
+    """The operands from which a node has its zeros; None if it has none."""
+    if node.op == "placeholder":
+        next_state = following.get(node.name)
+        return [next_state] if isinstance(next_state, Node) else None
+    if node.op == "call_module":
+        module = program.resolve(str(node.target))
+        return node.all_input_nodes[:1] if type(module) in _MODULES else None
+    if not node.op.startswith("call"):
+        return None
+    if takes_from_tuple(node) or is_structural(node):
+        return node.all_input_nodes[:1]
+    name = operation_name(node)
+    if name in _KEEPS_ZEROS:
+        return node.all_input_nodes[:1]
+    tensors = [operand for operand in node.all_input_nodes if not is_size(operand)]
+    if name in _FACTORS:
+        # With two factors, one source is enough: the product is as sparse as the sparser one.
+        sparse = [operand for operand in tensors if _may_be_sparse(program, operand)]
+        return sparse[:1] or None
+    if name in _JOINS and tensors and not any(isinstance(a, int | float) and a for a in _added(name, node)):
+        return tensors
+    return None
+
+
+def _may_be_sparse(program: StepProgram, node: Node) -> bool:
+    return _is_source(program, node) or takes_from_tuple(node) or operation_name(node) in _KEEPS_ZEROS
+
+
+def _added(name: str, node: Node) -> tuple[object, ...]:
+    """The operands of a sum; a number would fill the zeros."""
+    return node.args[:2] if name in ("add", "sub", "subtract", "maximum") else ()

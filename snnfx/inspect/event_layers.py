@@ -1,0 +1,45 @@
+"""How the layers that read spikes ran at their latest call, for `explain`."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+from torch import Tensor
+from torch.fx import Node
+
+from snnfx.ir.facts import EVENTS
+from snnfx.ir.printing import describe_node
+from snnfx.ir.program import StepProgram
+from snnfx.lowering.events.event_layers import latest_decision
+
+__all__ = ["event_layers"]
+
+
+def event_layers(program: StepProgram) -> Iterator[str]:
+    """A sentence for each layer that may run by events; nothing before the first call that decides."""
+    nodes = [node for node in program.graph.nodes if EVENTS.of(node)]
+    weights = [_weight_of(program, node) for node in nodes]
+    decisions = [None if weight is None else latest_decision(weight) for weight in weights]
+    if not any(decisions):
+        return
+    for node, decision in zip(nodes, decisions, strict=True):
+        name = describe_node(node)
+        if decision is None:
+            yield f"`{name}` ran densely: its calls were too small or not plain."
+            continue
+        way = "ran by events" if decision.by_events else "ran densely"
+        yield (
+            f"`{name}` {way}: {decision.density:.1%} of its inputs were not zero in a sample of the latest call; "
+            f"events are faster below {decision.crossover:.0%}."
+        )
+
+
+def _weight_of(program: StepProgram, node: Node) -> Tensor | None:
+    if node.op == "call_module":
+        weight = program.resolve(str(node.target)).weight
+    else:
+        operand = node.args[1] if len(node.args) > 1 else node.kwargs.get("weight")
+        if not isinstance(operand, Node) or operand.op != "get_attr":
+            return None
+        weight = program.resolve(str(operand.target))
+    return weight if isinstance(weight, Tensor) else None

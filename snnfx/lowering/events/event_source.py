@@ -1,0 +1,428 @@
+"""The C++ source of products that visit only the inputs that are not zero.
+
+A product is a convolution over up to three spatial dimensions; a linear layer is one with a kernel of one pixel, whose
+pixels are the rows. Images are channels-last. For each output pixel a list names the rows of the weight that it adds:
+the active channels of all taps. Accumulators of one tile of outputs stay in registers while the list is read.
+
+Long lists are cut into blocks, so that the rows of one block and tile stay in the L2 cache for all pixels of a chunk.
+"""
+
+from __future__ import annotations
+
+from snnfx.lowering.elementwise.cpp.cpp_kernel import KernelSource
+
+__all__ = ["CHECKSUM_PARTS", "SOURCES", "TILE_BYTES", "VECTOR_BYTES"]
+
+TILE_BYTES = 256
+"""Bytes of one row of a full tile: four vectors of 64 bytes."""
+
+VECTOR_BYTES = 64
+"""The last tile has as many vectors as its outputs need."""
+
+CHECKSUM_PARTS = 16
+"""Parts of a weight that are hashed apart from each other, so that threads share them."""
+
+_TEXT = r"""
+#include <atomic>
+#include <stdint.h>
+#include <stdlib.h>
+#include <string.h>
+#if defined(__AVX512F__) || defined(__AVX2__)
+#include <immintrin.h>
+#endif
+typedef int64_t i64;
+typedef uint64_t u64;
+#define INLINE static inline __attribute__((always_inline))
+constexpr int LANES = 64 / sizeof(real), FULL = 4 * LANES;
+
+constexpr i64 CHUNK = 128, BLOCK = 1024, LONGEST = 1 << 16;
+typedef real vec __attribute__((vector_size(64), aligned(sizeof(real)), may_alias));
+
+struct Args {
+  i64 mode;                      // 0: the product, 1: estimate the density, 2: the checksum of the weight,
+                                 // 3: the gradient of the weight, from the gradient of the output in `weight` to `y`
+  const real *x, *weight, *bias; // bias may be null
+  real *y;
+  i64 images, size[3], channels, groups, out[3], kernel[3], stride[3], padding[3], dilation[3], outputs;
+  i64 band, splits;              // lines of a unit of work, and parts of the tiles
+  i64 threads;
+  void (*parallel)(void (*)(void *), void *, unsigned, unsigned);
+  std::atomic<i64> next;         // the next unit of work
+  i64 elements, sampled, active; // of the estimate
+  i64 parts;                     // of the gradient
+  i64 checksum[CHECKSUM_PARTS];
+};
+
+// The bits of up to 64 elements that are not zero; sets `others` if one of them is not 1.
+INLINE u64 bits_of(const real *x, i64 n, bool &others) {
+  u64 active = 0, ones = 0;
+#if defined(__AVX512F__)
+  if (n == 64) {
+    for (int k = 0; k < 64; k += LANES) {
+#if WIDE
+      __m512d v = _mm512_loadu_pd(x + k);
+      active |= (u64)_mm512_cmp_pd_mask(v, _mm512_setzero_pd(), _CMP_NEQ_UQ) << k;
+      ones |= (u64)_mm512_cmp_pd_mask(v, _mm512_set1_pd(1), _CMP_EQ_OQ) << k;
+#else
+      __m512 v = _mm512_loadu_ps(x + k);
+      active |= (u64)_mm512_cmp_ps_mask(v, _mm512_setzero_ps(), _CMP_NEQ_UQ) << k;
+      ones |= (u64)_mm512_cmp_ps_mask(v, _mm512_set1_ps(1), _CMP_EQ_OQ) << k;
+#endif
+    }
+    others |= active != ones;
+    return active;
+  }
+#elif defined(__AVX2__)
+  if (n == 64) {
+    for (int k = 0; k < 64; k += LANES / 2) {
+#if WIDE
+      __m256d v = _mm256_loadu_pd(x + k);
+      active |= (u64)(unsigned)_mm256_movemask_pd(_mm256_cmp_pd(v, _mm256_setzero_pd(), _CMP_NEQ_UQ)) << k;
+      ones |= (u64)(unsigned)_mm256_movemask_pd(_mm256_cmp_pd(v, _mm256_set1_pd(1), _CMP_EQ_OQ)) << k;
+#else
+      __m256 v = _mm256_loadu_ps(x + k);
+      active |= (u64)(unsigned)_mm256_movemask_ps(_mm256_cmp_ps(v, _mm256_setzero_ps(), _CMP_NEQ_UQ)) << k;
+      ones |= (u64)(unsigned)_mm256_movemask_ps(_mm256_cmp_ps(v, _mm256_set1_ps(1), _CMP_EQ_OQ)) << k;
+#endif
+    }
+    others |= active != ones;
+    return active;
+  }
+#endif
+  for (i64 k = 0; k < n; k++) {
+    active |= (u64)(x[k] != 0) << k;
+    ones |= (u64)(x[k] == 1) << k;
+  }
+  others |= active != ones;
+  return active;
+}
+
+// Append the numbers of the bits of a word, plus `base`, to a list; writes up to 64 entries behind its end.
+INLINE i64 append(uint16_t *rows, u64 m, i64 base) {
+#if defined(__AVX512VBMI2__) && defined(__AVX512BW__)
+  alignas(64) static const uint8_t numbers[64] = {
+      0,  1,  2,  3,  4,  5,  6,  7,  8,  9,  10, 11, 12, 13, 14, 15, 16, 17, 18, 19, 20, 21,
+      22, 23, 24, 25, 26, 27, 28, 29, 30, 31, 32, 33, 34, 35, 36, 37, 38, 39, 40, 41, 42, 43,
+      44, 45, 46, 47, 48, 49, 50, 51, 52, 53, 54, 55, 56, 57, 58, 59, 60, 61, 62, 63};
+  const __m512i packed = _mm512_maskz_compress_epi8(m, _mm512_load_si512(numbers));
+  const __m512i from = _mm512_set1_epi16((short)base);
+  const i64 n = __builtin_popcountll(m);
+  _mm512_storeu_si512(rows, _mm512_add_epi16(_mm512_cvtepu8_epi16(_mm512_castsi512_si256(packed)), from));
+  if (__builtin_expect(n > 32, 0)) {
+    const __m512i high = _mm512_cvtepu8_epi16(_mm512_extracti64x4_epi64(packed, 1));
+    _mm512_storeu_si512(rows + 32, _mm512_add_epi16(high, from));
+  }
+  return n;
+#else
+  i64 n = 0;
+  for (; m; m &= m - 1) rows[n++] = (uint16_t)(base + __builtin_ctzll(m));
+  return n;
+#endif
+}
+
+// Grows and is kept by its thread: a fresh large block of memory costs page faults at each call.
+template <class T> struct Scratch {
+  T *data = nullptr;
+  i64 size = 0;
+  T *of(i64 n) {
+    if (n > size) {
+      free(data);
+      data = (T *)aligned_alloc(64, (n * sizeof(T) + 63) / 64 * 64);
+      size = data ? n : 0;
+      if (!data) abort();
+    }
+    return data;
+  }
+  ~Scratch() { free(data); }
+};
+static thread_local Scratch<u64> bit_words;
+static thread_local Scratch<i64> line_owner;
+static thread_local Scratch<uint16_t> list_rows;
+static thread_local Scratch<real> list_values;
+
+// Add the rows of a list to one tile of one output pixel.
+template <int N, bool ONES>
+INLINE void add_rows(const uint16_t *rows, const real *values, i64 n, const real *weight, const real *start, real *y) {
+  vec sum[N];
+  for (int v = 0; v < N; v++) sum[v] = start ? *(const vec *)(start + v * LANES) : (vec){};
+  for (i64 i = 0; i < n; i++) {
+    const real *w = weight + (u64)rows[i] * (N * LANES);
+    for (int v = 0; v < N; v++) {
+      vec row = *(const vec *)(w + v * LANES);
+      sum[v] += ONES ? row : row * values[i];
+    }
+  }
+  for (int v = 0; v < N; v++) *(vec *)(y + v * LANES) = sum[v];
+}
+
+struct Chunk {
+  i64 count, starts[CHUNK + 1], pixels[CHUNK]; // pixel: its number among the output pixels
+  const uint16_t *rows;
+  const real *values;
+};
+
+template <int N, bool ONES>
+static void add_tile(const Chunk &c, const real *weight, const real *bias, real *y, i64 step, i64 width, bool first) {
+  real part[FULL];
+  for (i64 p = 0; p < c.count; p++) {
+    const uint16_t *rows = c.rows + c.starts[p];
+    const real *values = ONES ? nullptr : c.values + c.starts[p];
+    i64 n = c.starts[p + 1] - c.starts[p];
+    real *target = y + c.pixels[p] * step;
+    if (width == N * LANES) {
+      add_rows<N, ONES>(rows, values, n, weight, first ? bias : target, target);
+    } else {
+      memset(part, 0, sizeof part);
+      if (!first || bias) memcpy(part, first ? bias : target, width * sizeof(real));
+      add_rows<N, ONES>(rows, values, n, weight, part, part);
+      memcpy(target, part, width * sizeof(real));
+    }
+  }
+}
+
+template <bool ONES>
+static void add_any_tile(const Chunk &c, const real *w, const real *bias, real *y, i64 step, i64 width, bool first) {
+  switch ((width + LANES - 1) / LANES) {
+    case 1: return add_tile<1, ONES>(c, w, bias, y, step, width, first);
+    case 2: return add_tile<2, ONES>(c, w, bias, y, step, width, first);
+    case 3: return add_tile<3, ONES>(c, w, bias, y, step, width, first);
+    default: return add_tile<4, ONES>(c, w, bias, y, step, width, first);
+  }
+}
+
+// Add one tile of the gradient of each output pixel to the rows of its list.
+template <int N, bool ONES>
+static void scatter_tile(const Chunk &c, const real *gradient, real *rows_out, i64 step, i64 width) {
+  real part[FULL];
+  for (i64 p = 0; p < c.count; p++) {
+    const real *from = gradient + c.pixels[p] * step;
+    if (width < N * LANES) {
+      memset(part, 0, sizeof part);
+      memcpy(part, from, width * sizeof(real));
+      from = part;
+    }
+    vec g[N];
+    for (int v = 0; v < N; v++) g[v] = *(const vec *)(from + v * LANES);
+    for (i64 i = c.starts[p]; i < c.starts[p + 1]; i++) {
+      real *to = rows_out + (u64)c.rows[i] * (N * LANES);
+      for (int v = 0; v < N; v++) *(vec *)(to + v * LANES) += ONES ? g[v] : g[v] * c.values[i];
+    }
+  }
+}
+
+template <bool ONES> static void scatter_any_tile(const Chunk &c, const real *g, real *to, i64 step, i64 width) {
+  switch ((width + LANES - 1) / LANES) {
+    case 1: return scatter_tile<1, ONES>(c, g, to, step, width);
+    case 2: return scatter_tile<2, ONES>(c, g, to, step, width);
+    case 3: return scatter_tile<3, ONES>(c, g, to, step, width);
+    default: return scatter_tile<4, ONES>(c, g, to, step, width);
+  }
+}
+
+static void unit(Args &a, i64 number, real *gradient) {
+  const i64 lines = a.out[0] * a.out[1], bands = (lines + a.band - 1) / a.band;
+  const i64 split = number % a.splits, band = number / a.splits % bands, image = number / a.splits / bands;
+  const i64 words = (a.channels + 63) / 64, W = a.size[2], H = a.size[1], width = a.groups * a.channels;
+  const i64 first_line = band * a.band, last_line = first_line + a.band < lines ? first_line + a.band : lines;
+  const i64 taps = a.kernel[0] * a.kernel[1] * a.kernel[2], K = taps * a.channels, M = a.outputs;
+  const i64 tiles = (M + FULL - 1) / FULL, padded = (M + LANES - 1) / LANES * LANES;
+  const i64 first_tile = tiles * split / a.splits, last_tile = tiles * (split + 1) / a.splits;
+  const i64 taps_of_block = BLOCK / a.channels > 1 ? BLOCK / a.channels : 1;
+  const i64 words_of_block = taps == 1 ? BLOCK / 64 : words;
+  const i64 longest = taps == 1 ? (a.channels < BLOCK ? a.channels : BLOCK)
+                                : (taps_of_block < taps ? taps_of_block : taps) * a.channels;
+  const i64 fitting = LONGEST / longest > 1 ? LONGEST / longest : 1, most = fitting < CHUNK ? fitting : CHUNK;
+  const real *x = a.x + image * a.size[0] * H * W * width;
+  const i64 image_start = image * lines * a.out[2] * a.groups * M;
+  const i64 all_lines = a.size[0] * H;
+  const bool is_row = taps == 1 && a.stride[1] == 1 && a.stride[0] == 1 && a.stride[2] == 1;
+  // A convolution keeps the bits of a whole image, a linear layer those of its band.
+  const i64 base = is_row && a.padding[0] == 0 && a.padding[1] == 0 ? first_line : 0;
+  const i64 kept = base || (is_row && !a.padding[0] && !a.padding[1]) ? last_line - first_line : all_lines;
+  u64 *bits = bit_words.of(kept * W * a.groups * words);
+  i64 *owner = line_owner.of(kept);
+  memset(owner, 0, kept * sizeof(i64));
+  uint16_t *rows = list_rows.of(most * longest + 64);
+  bool others = false;
+  Chunk c;
+  const i64 pixels = (last_line - first_line) * a.out[2];
+  // First the bits of all lines that this band reads.
+  for (i64 line = first_line; line < last_line; line++) {
+    const i64 od = line / a.out[1], oh = line % a.out[1];
+    for (i64 kd = 0; kd < a.kernel[0]; kd++) {
+      const i64 d = od * a.stride[0] - a.padding[0] + kd * a.dilation[0];
+      if (d < 0 || d >= a.size[0]) continue;
+      for (i64 kh = 0; kh < a.kernel[1]; kh++) {
+        const i64 h = oh * a.stride[1] - a.padding[1] + kh * a.dilation[1];
+        if (h < 0 || h >= H) continue;
+        const i64 at = d * H + h - base;
+        if (owner[at]) continue;
+        owner[at] = 1;
+        const real *from = x + (at + base) * W * width;
+        u64 *to = bits + at * W * a.groups * words;
+        for (i64 w = 0; w < W * a.groups; w++, from += a.channels)
+          for (i64 k = 0; k < words; k++)
+            *to++ = bits_of(from + k * 64, a.channels - k * 64 < 64 ? a.channels - k * 64 : 64, others);
+      }
+    }
+  }
+  real *values = others ? list_values.of(most * longest + 64) : nullptr;
+  c.rows = rows;
+  c.values = values;
+  for (i64 group = 0; group < a.groups; group++) {
+    const i64 of_group = group * K * padded;
+    for (i64 begin = 0; begin < pixels; begin += most) {
+      c.count = pixels - begin < most ? pixels - begin : most;
+      bool first = true;
+      for (i64 tap0 = 0, word0 = 0; tap0 < taps;) {
+        const i64 tap1 = tap0 + taps_of_block < taps ? tap0 + taps_of_block : taps;
+        const i64 word1 = word0 + words_of_block < words ? word0 + words_of_block : words;
+        const i64 from_row = tap0 * a.channels + word0 * 64;
+        i64 n = 0;
+        for (i64 p = 0, line = first_line + begin / a.out[2], ow = begin % a.out[2]; p < c.count; p++) {
+          c.pixels[p] = line * a.out[2] + ow;
+          c.starts[p] = n;
+          const i64 d0 = line / a.out[1] * a.stride[0] - a.padding[0];
+          const i64 h0 = line % a.out[1] * a.stride[1] - a.padding[1], w0 = ow * a.stride[2] - a.padding[2];
+          if (++ow == a.out[2]) ow = 0, line++;
+          for (i64 kd = 0, tap = 0; kd < a.kernel[0]; kd++) {
+            const i64 d = d0 + kd * a.dilation[0];
+            for (i64 kh = 0; kh < a.kernel[1]; kh++, tap += a.kernel[2]) {
+              const i64 h = h0 + kh * a.dilation[1];
+              if (tap + a.kernel[2] <= tap0 || tap >= tap1 || (u64)d >= (u64)a.size[0] || (u64)h >= (u64)H) continue;
+              const i64 kw0 = tap0 > tap ? tap0 - tap : 0, kw1 = tap1 - tap < a.kernel[2] ? tap1 - tap : a.kernel[2];
+              const i64 line_pixel = (d * H + h) * W;
+              for (i64 kw = kw0; kw < kw1; kw++) {
+                const i64 w = w0 + kw * a.dilation[2];
+                if ((u64)w >= (u64)W) continue;
+                const u64 *mask = bits + ((line_pixel + w - base * W) * a.groups + group) * words;
+                const i64 row = (tap + kw) * a.channels - from_row;
+                const i64 before = n;
+                for (i64 k = word0; k < word1; k++) n += append(rows + n, mask[k], row + k * 64);
+                if (others) {
+                  const real *from = x + (line_pixel + w) * width + group * a.channels - row;
+                  for (i64 i = before; i < n; i++) values[i] = from[rows[i]];
+                }
+              }
+            }
+          }
+        }
+        c.starts[c.count] = n;
+        for (i64 tile = first_tile; tile < last_tile; tile++) {
+          const i64 m = tile * FULL, wide = M - m < FULL ? M - m : FULL;
+          const i64 at = of_group + m * K + from_row * (wide == FULL ? FULL : (wide + LANES - 1) / LANES * LANES);
+          const real *w = a.weight + at, *bias = a.bias ? a.bias + group * M + m : nullptr;
+          const i64 first_output = image_start + group * M + m;
+          if (gradient) {
+            const real *g = a.weight + first_output;
+            if (others) scatter_any_tile<false>(c, g, gradient + at, a.groups * M, wide);
+            else scatter_any_tile<true>(c, g, gradient + at, a.groups * M, wide);
+            continue;
+          }
+          real *to = a.y + first_output;
+          if (others) add_any_tile<false>(c, w, bias, to, a.groups * M, wide, first);
+          else add_any_tile<true>(c, w, bias, to, a.groups * M, wide, first);
+        }
+        first = false;
+        if (word1 < words) word0 = word1;
+        else word0 = 0, tap0 = tap1;
+      }
+    }
+  }
+}
+
+static void work(void *p) {
+  Args &a = *(Args *)p;
+  const i64 lines = a.out[0] * a.out[1], units = a.images * ((lines + a.band - 1) / a.band) * a.splits;
+  for (i64 k; (k = a.next.fetch_add(1, std::memory_order_relaxed)) < units;) unit(a, k, nullptr);
+}
+
+// Each part has its own units, so that the order of the sums does not depend on the schedule: the tiles of one split,
+// or a range of units and a gradient of its own.
+static void differentiate(void *p) {
+  Args &a = *(Args *)p;
+  const i64 lines = a.out[0] * a.out[1], units = a.images * ((lines + a.band - 1) / a.band) * a.splits;
+  const i64 K = a.kernel[0] * a.kernel[1] * a.kernel[2] * a.channels;
+  const i64 size = a.groups * K * ((a.outputs + LANES - 1) / LANES * LANES);
+  for (i64 k; (k = a.next.fetch_add(1, std::memory_order_relaxed)) < a.parts;) {
+    if (a.splits > 1)
+      for (i64 u = k; u < units; u += a.splits) unit(a, u, a.y);
+    else
+      for (i64 u = units * k / a.parts; u < units * (k + 1) / a.parts; u++) unit(a, u, a.y + k * size);
+  }
+}
+
+// Lines of 64 elements at scattered places, the same ones at each call.
+static void estimate(Args &a) {
+  i64 lines = a.elements / 64, active = 0, seen = 0;
+  bool others = false;
+  if (lines <= a.sampled) {
+    for (i64 at = 0; at < a.elements; at += 64) {
+      const i64 n = a.elements - at < 64 ? a.elements - at : 64;
+      active += __builtin_popcountll(bits_of(a.x + at, n, others));
+      seen += n;
+    }
+  } else {
+    u64 state = 0x9e3779b97f4a7c15ull;
+    for (i64 k = 0; k < a.sampled; k++) {
+      state = state * 6364136223846793005ull + 1442695040888963407ull;
+      const i64 first = lines * k / a.sampled, last = lines * (k + 1) / a.sampled;
+      const i64 line = first + (i64)((state >> 33) % (u64)(last - first));
+      active += __builtin_popcountll(bits_of(a.x + line * 64, 64, others));
+      seen += 64;
+    }
+  }
+  a.active = active;
+  a.sampled = seen;
+}
+
+// A hash of 64 lanes for each part of the weight. A step is a bijection of a lane, so that one changed element always
+// changes it; the rotation moves changes of the sign into lower bits.
+typedef uint32_t hashes __attribute__((vector_size(64), aligned(4), may_alias));
+static u64 checksum(const char *data, i64 bytes) {
+  hashes lanes[4];
+  for (int v = 0; v < 4; v++)
+    for (int k = 0; k < 16; k++) lanes[v][k] = 0x9e3779b9u * (v * 16 + k + 1);
+  i64 at = 0;
+  for (; at + 256 <= bytes; at += 256)
+    for (int v = 0; v < 4; v++) {
+      hashes h = lanes[v] ^ *(const hashes *)(data + at + v * 64);
+      lanes[v] = ((h << 13) | (h >> 19)) * 0x85ebca6bu;
+    }
+  u64 sum = (u64)bytes;
+  for (; at < bytes; at++) sum = (sum ^ (uint8_t)data[at]) * 0x100000001b3ull;
+  for (int v = 0; v < 4; v++)
+    for (int k = 0; k < 16; k++) {
+      sum = (sum ^ lanes[v][k]) * 0xff51afd7ed558ccdull;
+      sum ^= sum >> 32;
+    }
+  return sum;
+}
+
+static void check(void *p) {
+  Args &a = *(Args *)p;
+  const i64 bytes = a.elements * (i64)sizeof(real);
+  for (i64 k; (k = a.next.fetch_add(1, std::memory_order_relaxed)) < CHECKSUM_PARTS;) {
+    const i64 first = bytes / 256 * k / CHECKSUM_PARTS * 256;
+    const i64 last = k + 1 == CHECKSUM_PARTS ? bytes : bytes / 256 * (k + 1) / CHECKSUM_PARTS * 256;
+    a.checksum[k] = (i64)checksum((const char *)a.weight + first, last - first);
+  }
+}
+
+extern "C" void run_part(Args *a, i64, i64) { work(a); }
+extern "C" void run(Args *a) {
+  void (*function)(void *) = a->mode == 2 ? check : a->mode == 3 ? differentiate : work;
+  if (a->mode == 1) estimate(*a);
+  else if (a->threads > 1) a->parallel(function, a, (unsigned)a->threads, 0);
+  else function(a);
+}
+"""
+
+
+def _source(ctype: str) -> KernelSource:
+    head = f"#define CHECKSUM_PARTS {CHECKSUM_PARTS}\n#define WIDE {int(ctype == 'double')}\ntypedef {ctype} real;\n"
+    return KernelSource(head + _TEXT, (), (), 0)
+
+
+SOURCES = {4: _source("float"), 8: _source("double")}
+"""By bytes of an element."""
