@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import random
+import weakref
 from typing import Any
 
 import pytest
@@ -159,8 +160,7 @@ def test_packed_weights_are_released_with_the_weight() -> None:
     from snnfx.lowering.events import packed_weights
 
     weight = torch.randn(8, 16)
-    key = id(weight)
-    packed_weight(weight, 1)
-    assert key in packed_weights._packed
+    tiles = weakref.ref(packed_weight(weight, 1).tiles)
+    assert tiles() is not None and weight in packed_weights._packed
     del weight
-    assert key not in packed_weights._packed
+    assert tiles() is None
