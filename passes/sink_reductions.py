@@ -56,8 +56,10 @@ class SinkReductions(Pass):
         for node in reversed(list(program.graph.nodes)):
             if self._only_feeds_outputs(program, node, sunk) and may_sink(program, node, dependence):
                 sunk.add(node)
-        # An element of a tuple belongs to the region of the tuple.
-        sunk -= {node for node in sunk if takes_from_tuple(node) and node.args[0] not in sunk}
+        for node in program.graph.nodes:
+            # An element of a tuple belongs to the region of the tuple.
+            if node in sunk and takes_from_tuple(node) and node.args[0] not in sunk:
+                sunk.discard(node)
         for node in sunk:
             SUNK.set(node, True)
         return f"{len(sunk)} nodes run on the {self.reduce} over time"

@@ -16,6 +16,7 @@ from snnfx.emit.state_shapes import shapes_of_state
 from snnfx.errors import InputError
 from snnfx.ir.options import ConvertOptions
 from snnfx.ir.program import StepProgram
+from snnfx.ops.sequence_functions import move_time
 from snnfx.sandbox.dense_inputs import not_a_dense_tensor
 from snnfx.sandbox.torch_internals import pytree
 from snnfx.sandbox.user_code import step_signature
@@ -178,9 +179,9 @@ class Arguments:
 
     def time_back(self, y: Any) -> Any:
         """An output with time moved from dimension 0 to the time dimension of the caller."""
-        if not isinstance(y, Tensor) or self.output_time_dim == 0 or self.options.reduce is not None:
+        if self.output_time_dim == 0 or self.options.reduce is not None:
             return y
-        return y.movedim(0, self.output_time_dim)
+        return move_time(y, self.output_time_dim)
 
     def at_step(self, leaves: Sequence[Tensor], step: int) -> list[Tensor]:
         """The inputs of one time step, from inputs with time first."""

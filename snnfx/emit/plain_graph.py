@@ -17,7 +17,7 @@ from snnfx.emit.multi_step import MultiStepEmitter
 from snnfx.ir.edits import add_placeholder
 from snnfx.ir.module_effects import has_effects
 from snnfx.ir.program import StepProgram
-from snnfx.ops.sequence_functions import time_steps
+from snnfx.ops.sequence_functions import move_time, time_steps
 from snnfx.ops.step_functions import expect_size
 from snnfx.sandbox.torch_internals import pytree
 
@@ -97,7 +97,7 @@ class _PlainEmitter(MultiStepEmitter):
 
     def _time_back(self, value: Any) -> Any:
         if isinstance(value, Node) and self.output_time_dim != 0 and self.reduce is None:
-            return self.graph.call_method("movedim", (value, 0, self.output_time_dim))
+            return self.graph.call_function(move_time, (value, self.output_time_dim))
         return value
 
 

@@ -24,6 +24,7 @@ __all__ = [
     "delay_one_step",
     "expand_initial_value",
     "hold_over_time",
+    "move_time",
     "multiply_by_time_steps",
     "reduce_over_time",
     "repeat_for_samples",
@@ -84,10 +85,19 @@ def time_steps(x_seq: Tensor) -> Tensor:
     return torch.arange(x_seq.shape[0], device=x_seq.device)
 
 
+def move_time(y_seq: Any, time_dim: int) -> Any:
+    """Move time from dimension 0 of a sequence, or of each sequence of a structure, to another dimension."""
+    if isinstance(y_seq, Tensor):
+        return y_seq.movedim(0, time_dim)
+    return pytree.tree_map_only(Tensor, lambda y: y.movedim(0, time_dim), y_seq)
+
+
 def reduce_over_time(y_seq: Any, how: str) -> Any:
-    """The mean, sum or last step of a sequence `[T, *]`."""
+    """The mean, sum or last step of a sequence `[T, *]`, or of each sequence of a structure."""
     if not isinstance(y_seq, Tensor):
-        return y_seq
+        if pytree.tree_is_leaf(y_seq):
+            return y_seq
+        return pytree.tree_map(lambda y: reduce_over_time(y, how), y_seq)
     if how == "last":
         return y_seq[-1]
     return y_seq.sum(0) if how == "sum" else y_seq.mean(0)

@@ -16,7 +16,7 @@ from snnfx.memory.checkpoint_option import recomputation_applies
 from snnfx.runtime.backward_pass import refuse_to_update_slots
 from snnfx.runtime.call_plans import CallPlans
 from snnfx.runtime.chunk_checkpoint import checkpoint_chunk
-from snnfx.runtime.joined_outputs import JoinedOutputs, JoinedReductions, combine_reductions
+from snnfx.runtime.joined_outputs import JoinedOutputs, JoinedReductions, combine_reductions, join_two
 from snnfx.runtime.persistent_state import PersistentState
 from snnfx.runtime.recordings import Recordings
 from snnfx.sandbox.torch_internals import pytree
@@ -163,16 +163,14 @@ class Execution:
         root, arguments = self.executable.root, self.executable.arguments
         outputs, state, _ = run_first(root, *arguments.at_step(leaves, 0), state, None)
         reduce = self.executable.options.reduce
-        if reduce is None:
-            outputs = tuple(y.unsqueeze(0) if isinstance(y, Tensor) else y for y in outputs)
         if T == 1:
-            return outputs, state
+            add_time = reduce is None
+            return pytree.tree_map_only(Tensor, lambda y: y.unsqueeze(0) if add_time else y, outputs), state
         time = torch.arange(1, T, device=leaves[0].device)
         rest, state, _ = run_rest(root, *arguments.from_step(leaves, 1), state, time)
         if reduce is not None:
             return combine_reductions([(1, outputs), (T - 1, rest)], reduce), state
-        pairs = zip(outputs, rest, strict=True)
-        return tuple(torch.cat((a, b)) if isinstance(a, Tensor) else a for a, b in pairs), state
+        return join_two(outputs, rest), state
 
     def _run_chunks(
         self,

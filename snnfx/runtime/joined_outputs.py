@@ -8,7 +8,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-__all__ = ["JoinedOutputs", "JoinedReductions", "combine_reductions"]
+from snnfx.errors import InputError
+from snnfx.sandbox.torch_internals import pytree
+
+__all__ = ["JoinedOutputs", "JoinedReductions", "combine_reductions", "join_two"]
 
 
 class JoinedOutputs:
@@ -21,15 +24,17 @@ class JoinedOutputs:
     def __init__(self, T: int) -> None:
         self.T, self.steps = T, 0
         self._joined: list[Any] | None = None
-        self._parts: list[tuple[Any, ...]] = []
+        self._parts: list[Sequence[Any]] = []
+        self._structure: pytree.TreeSpec | None = None
 
     def add(self, outputs: tuple[Any, ...], steps: int) -> None:
-        """Add the outputs of the next time steps: tensors `[steps, *]`, or values that are not tensors."""
+        """Add the outputs of the next time steps: tensors `[steps, *]`, structures of these, or other values."""
+        outputs, self._structure = flatten_alike(outputs, self._structure)
         stop, tensors = self.steps + steps, [y for y in outputs if isinstance(y, Tensor)]
         if self._joined is None and not self._parts and all(y.dim() and y.shape[0] == stop for y in tensors):
             self._joined = [y.new_empty((self.T, *y.shape[1:])) if isinstance(y, Tensor) else y for y in outputs]
         if self._joined is not None and not all(map(_fits, self._joined, outputs)):
-            self._parts = [tuple(y[: self.steps] if isinstance(y, Tensor) else y for y in self._joined)]
+            self._parts = [[y[: self.steps] if isinstance(y, Tensor) else y for y in self._joined]]
             self._joined = None
         if self._joined is None:
             self._parts.append(outputs)
@@ -43,10 +48,30 @@ class JoinedOutputs:
 
     def values(self) -> tuple[Any, ...]:
         """The joined outputs of all time steps."""
-        if self._joined is not None:
-            return tuple(self._joined)
-        columns = zip(*self._parts, strict=True)
-        return tuple(torch.cat(column) if isinstance(column[0], Tensor) else column[-1] for column in columns)
+        if self._structure is None:
+            return ()
+        joined = self._joined
+        if joined is None:
+            columns = zip(*self._parts, strict=True)
+            joined = [torch.cat(column) if isinstance(column[0], Tensor) else column[-1] for column in columns]
+        return pytree.tree_unflatten(joined, self._structure)  # type: ignore[no-any-return]
+
+
+def flatten_alike(outputs: Any, structure: pytree.TreeSpec | None) -> tuple[list[Any], pytree.TreeSpec]:
+    """Flatten the outputs of some time steps, which must have the structure of the steps before.
+
+    Raises:
+        InputError: SNNFX313, the structures differ.
+    """
+    leaves, found = pytree.tree_flatten(outputs)
+    if structure is not None and found != structure:
+        raise InputError(
+            "SNNFX313",
+            "a module that runs step by step returns other values in one chunk than in the next",
+            why=f"their structures differ: {structure} and {found}.",
+            hint="Return the same tuple, list or dict of tensors at each step.",
+        )
+    return leaves, found
 
 
 def _fits(joined: Any, y: Any) -> bool:
@@ -71,6 +96,15 @@ class JoinedReductions:
         return combine_reductions(self._parts, self.reduce)
 
 
+def join_two(first: tuple[Any, ...], rest: tuple[Any, ...]) -> tuple[Any, ...]:
+    """Join the outputs of one time step, without a time dimension, and those of the following steps."""
+    ahead, structure = pytree.tree_flatten(first)
+    after, _ = flatten_alike(rest, structure)
+    pairs = zip(ahead, after, strict=True)
+    joined = [torch.cat((a.unsqueeze(0), b)) if isinstance(a, Tensor) else a for a, b in pairs]
+    return pytree.tree_unflatten(joined, structure)  # type: ignore[no-any-return]
+
+
 def combine_reductions(parts: Sequence[tuple[int, tuple[Any, ...]]], reduce: str) -> tuple[Any, ...]:
     """The reduction over all time steps, from the reductions over chunks.
 
@@ -80,10 +114,17 @@ def combine_reductions(parts: Sequence[tuple[int, tuple[Any, ...]]], reduce: str
     """
     T = sum(steps for steps, _ in parts)
     combined: list[Any] = []
-    for values in zip(*(outputs for _, outputs in parts), strict=True):
+    flat: list[list[Any]] = []
+    structure: pytree.TreeSpec | None = None
+    for _, outputs in parts:
+        leaves, structure = flatten_alike(outputs, structure)
+        flat.append(leaves)
+    if structure is None:
+        return ()
+    for values in zip(*flat, strict=True):
         if reduce == "last" or not isinstance(values[-1], Tensor):
             combined.append(values[-1])
         else:
             weights = [steps / T if reduce == "mean" else 1.0 for steps, _ in parts]
             combined.append(sum(w * y for w, y in zip(weights, values, strict=True)))
-    return tuple(combined)
+    return pytree.tree_unflatten(combined, structure)  # type: ignore[no-any-return]

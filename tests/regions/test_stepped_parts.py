@@ -190,3 +190,43 @@ def test_a_structure_that_differs_between_steps_is_an_error() -> None:
     net = snnfx.convert(ReturnsOther())
     with pytest.raises(InputError, match="SNNFX313.*at step 1 than at step 2"):
         net(torch.tensor([[1.0], [-1.0], [1.0]]))
+
+
+@pytest.mark.parametrize("kind", [ReturnsIt, ReadsNested], ids=lambda k: k.__name__)
+def test_structures_are_joined_over_chunks_moved_and_reduced(kind: type[nn.Module]) -> None:
+    model, x_seq = kind(), torch.rand(5, 2, 3, dtype=torch.float64)
+    whole = pytree.tree_leaves(snnfx.convert(model)(x_seq))
+
+    def assert_leaves(outputs: Any, expected: list[Any]) -> None:
+        for found, value in zip(pytree.tree_leaves(outputs), expected, strict=True):
+            if value is None:
+                assert found is None
+            else:
+                torch.testing.assert_close(torch.as_tensor(found, dtype=value.dtype), value, atol=1e-12, rtol=0)
+
+    with torch.no_grad():
+        assert_leaves(snnfx.convert(model, chunk=2)(x_seq), whole)
+        assert_leaves(snnfx.convert(model, step_mode="s", example_inputs=(x_seq[0],))(x_seq[0]), _at_step(whole, 0))
+        for how in ("mean", "sum", "last"):
+            reduced = [None if y is None else y[-1] if how == "last" else getattr(y, how)(0) for y in whole]
+            assert_leaves(snnfx.convert(model, reduce=how)(x_seq), reduced)
+            assert_leaves(snnfx.convert(model, reduce=how, chunk=2)(x_seq), reduced)
+
+
+def test_time_moves_in_a_structure() -> None:
+    model, x_seq = Splits(), torch.rand(5, 2, 3, dtype=torch.float64)
+    expected = pytree.tree_map(lambda y: y.movedim(0, 1), snnfx.convert(model)(x_seq))
+    for x, net in ((x_seq.movedim(0, 1), snnfx.convert(model, time_dim=1)),):
+        found = net(x)
+        assert found.keys() == expected.keys()
+        for key, value in expected.items():
+            torch.testing.assert_close(found[key], value, atol=1e-12, rtol=0)
+
+
+class Splits(Untraced):
+    def forward(self, x: Tensor) -> Any:
+        return {"a": x * 2, "b": -x} if self.decide(x) else {"a": x, "b": x}
+
+
+def _at_step(values: list[Any], step: int) -> list[Any]:
+    return [None if y is None else y[step] for y in values]
