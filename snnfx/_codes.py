@@ -309,7 +309,7 @@ CODES: dict[str, CodeEntry] = {
         "code around a loop depends on the number of time steps",
         'With takes="sequence", the code in front of and behind the loops must be the same for any number of time '
         "steps, apart from numbers that are sums or products with it.",
-        "y = outputs[0] * outputs[1] * outputs[2]   # one operation for each step",
+        "y = math.prod(outputs)   # one operation for each step",
         "y = torch.stack(outputs).prod(0)",
     ),
     "SNNFX233": CodeEntry(

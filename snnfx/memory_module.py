@@ -37,10 +37,11 @@ class MemoryModule(nn.Module):
         1.0
     """
 
-    def __init__(self) -> None:
-        super().__init__()
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        # First: the constructor of a torch layer behind this class assigns attributes.
         self.__dict__["_memories"] = {}
         self.__dict__["_initial_memories"] = {}
+        super().__init__(*args, **kwargs)
 
     def register_memory(self, name: str, initial: Any) -> None:
         """Register the state `self.<name>` with its initial value.

@@ -148,6 +148,7 @@ def refuse_change(prefix: str, module: nn.Module, change: Change, entry: str = "
             hint="Store a Python number: self.a = float(value).",
         )
     attribute = str(change.path[-1] if change.kind in ("", "object", "dict") else change.path[0]).rpartition(".")[2]
+    in_place_of = " in place of the class attribute" if hasattr(type(module), attribute) else ""
     raise CaptureError(
         "SNNFX218",
         f"a step changes `{name}`",
@@ -155,7 +156,8 @@ def refuse_change(prefix: str, module: nn.Module, change: Change, entry: str = "
         why=f"it is {_describe(change.old)} before and {_describe(change.new)} after, but a net carries only tensors "
         "and numbers across steps, in module attributes or in lists, tuples, dicts and deques there.",
         hint=f"Derive {type(module).__name__} from snnfx.MemoryModule, with self.register_memory("
-        f'"{attribute}", initial) for a tensor, a number or None, and read and write self.{attribute} in the step.',
+        f'"{attribute}", initial){in_place_of} for a tensor, a number or None, and read and write self.{attribute} in '
+        "the step.",
     )
 
 

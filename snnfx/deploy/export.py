@@ -207,6 +207,13 @@ def _kind(net: Net, path: Path, package: str | None, request: Request) -> str:
 
 
 def _plan(net: Net, inputs: tuple[Any, ...], request: Request) -> ExportPlan:
+    if net.options.takes == "sequence" and net.options.step_mode == "s" and not request.step:
+        raise ExportError(
+            "SNNFX801",
+            "the code around the loops of this net has no time axis",
+            why="the net runs it once for each call.",
+            hint="Pass step=True: the file then computes one call with the sizes of the given inputs.",
+        )
     if net.options.step_mode == "s" and not request.step:
         raise ExportError("SNNFX801", 'a net with step_mode="s" computes single steps', hint="Pass step=True.")
     net = _in_evaluation(net)

@@ -221,8 +221,8 @@ class _Writer:
             name = "v_leak" if neuron.reset is None else "v_reset"
             warn_once(
                 "SNNFX815",
-                f"`{part.module}` does not start at its {name}. NIR has no initial potential: only snnfx.from_nir "
-                "reads it, from the metadata of the node.",
+                f"`{part.module or part.kind}` does not start at its {name}. NIR has no initial potential: only "
+                "snnfx.from_nir reads it, from the metadata of the node.",
             )
         return node
 

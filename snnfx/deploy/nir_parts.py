@@ -213,7 +213,7 @@ def _fold_into_layers(parts: dict[Node, Part], outputs: list[Part]) -> None:
         factor = channels[0]
         assert factor is not None
         users = [user for user, _, _ in uses]
-        constants = [_of_channels(u.operand.constant.expand(u.shape)) for u in users]
+        constants = [_of_channels(_expanded_constant(u, part.shape)) for u in users]
         constant = constants[0]
         same = constant is not None and all(c is not None and torch.equal(c, constant) for c in constants)
         same = same and len({id(u) for u in users}) == len(users) and not any(delay for _, (_, delay), _ in uses)
@@ -230,6 +230,12 @@ def _fold_into_layers(parts: dict[Node, Part], outputs: list[Part]) -> None:
             user.operand.terms[term] = torch.ones_like(k)
             if offset is not None:
                 user.operand.constant = torch.zeros((), dtype=torch.float64)
+
+
+def _expanded_constant(user: Part, source: tuple[int, ...]) -> Tensor:
+    """The constant in the input of a part; a layer has another shape than its input."""
+    constant = user.operand.constant
+    return constant.expand(user.shape if user.layer is None else torch.broadcast_shapes(source, constant.shape))
 
 
 def _of_channels(value: Tensor) -> Tensor | None:

@@ -218,9 +218,6 @@ class _Recorder:
         value = self._copied_call(node, leaves, spec)
         outputs, shape = pytree.tree_flatten(value)
         self.known[node] = value
-        if not any(isinstance(v, Tensor) for v in outputs):
-            self.recorded[node] = value
-            return
         try:
             recorded, constants = functional_step(step, [leaves[i] for i in varying], ())
         except Exception as error:
@@ -232,6 +229,9 @@ class _Recorder:
                 hint="Replace this operation; one step may compute with tensors, but neither read their values in "
                 "Python nor depend on them.",
             ) from error
+        if not any(isinstance(v, Tensor) for v in outputs):
+            self.recorded[node] = value  # a size, and no value of a tensor
+            return
         inlined = self._inline(recorded, [sources[i] for i in varying], constants, node)
         nodes = iter(inlined)
         self.recorded[node] = pytree.tree_unflatten(

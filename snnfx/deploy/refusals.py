@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import re
+
 from torch.fx import Node
 
 from snnfx.errors import ExportError, InputError
@@ -9,6 +11,10 @@ from snnfx.ir.printing import describe_node, location_of
 from snnfx.ir.program import StepProgram
 
 __all__ = ["ExportRefused", "changes_shape", "first_line", "refuse_opaque_parts", "refused_region"]
+
+
+_DYNAMIC_SIZE = re.compile(r"\bs\d+\b")
+"""The name of a dynamic size in errors of torch about sizes that do not match."""
 
 
 class ExportRefused(ExportError):
@@ -29,7 +35,8 @@ def refuse_opaque_parts(program: StepProgram) -> None:
         where = next((location_of(n) for r in regions for n in r.nodes if _calls(program, n, name)), "")
         raise ExportRefused(
             "SNNFX804",
-            f"`{name}`{f' in region `{regions[0].name}`' if regions else ''} cannot be exported",
+            f"{f'`{name}`' if name else 'the model'}{f' in region `{regions[0].name}`' if regions else ''} cannot be "
+            "exported",
             where=where,
             why=f"it runs as Python code, because it could not be traced: {reason}",
             hint="Rewrite it with operations on tensors; `snnfx.explain(model)` shows when it can be traced.",
@@ -37,7 +44,7 @@ def refuse_opaque_parts(program: StepProgram) -> None:
 
 
 def _calls(program: StepProgram, node: Node, name: str) -> bool:
-    return program.module_of(node) is program.resolve(name)
+    return program.module_of(node) is (program.resolve(name) if name else program.source)
 
 
 def refused_region(region: str, node: Node, error: Exception) -> ExportRefused:
@@ -51,6 +58,14 @@ def refused_region(region: str, node: Node, error: Exception) -> ExportRefused:
             hint='Export for this batch size: dynamic=("T",).',
         )
     place = f"region `{region}`" if region else describe_node(node)
+    if isinstance(error, RuntimeError) and _DYNAMIC_SIZE.search(str(error)):
+        return ExportRefused(
+            "SNNFX806",
+            f"the batch size cannot be dynamic in {place}",
+            where=location_of(node),
+            why=f"an operand has a fixed size: {first_line(error)}",
+            hint='Export for this batch size: dynamic=("T",).',
+        )
     return ExportRefused(
         "SNNFX805",
         f"{place} cannot be exported",

@@ -22,6 +22,9 @@ from snnfx.state.carry import SlotName
 
 __all__ = ["save", "sources_of"]
 
+_BUFFER = f"{PREFIX}buffer."
+"""The prefix of buffers that the state_dict lacks."""
+
 
 def save(net: Net, path: str | os.PathLike[str]) -> Path:
     """Write a net to a file that `snnfx.load` reads, without pickle.
@@ -108,12 +111,22 @@ def _tensors_of_model(model: nn.Module) -> tuple[dict[str, Tensor], dict[str, st
     tied: dict[str, str] = {}
     known: dict[Any, str] = {}
     state = model.state_dict(keep_vars=True)
-    named = {f"{PREFIX}buffer.{n}": b for n, b in model.named_buffers(remove_duplicate=False) if n not in state}
+    named = {f"{_BUFFER}{n}": b for n, b in model.named_buffers(remove_duplicate=False) if n not in state}
     for name, value in (state | named).items():
+        if not isinstance(value, Tensor):
+            raise _refused(
+                f"`{name}` of the state_dict is a {type(value).__name__}, not a tensor",
+                "Save it on its own, and remove it from the state_dict with a hook.",
+            )
+        if value.is_meta:
+            raise _refused(
+                f"`{name.removeprefix(_BUFFER)}` has no values, because it is on the meta device",
+                "Give it values first, e.g. by model.to_empty(device='cpu') and model.load_state_dict(values).",
+            )
         if not is_storable(value):
             raise _refused(
-                f"`{name}` of the state_dict is a {type(value).__name__} that safetensors cannot contain",
-                "Save it on its own, and remove it from the state_dict with a hook.",
+                f"`{name.removeprefix(_BUFFER)}` is a tensor with a layout or dtype without a form in safetensors",
+                "Register it as a dense real tensor, and make its other form in the forward, e.g. by mask.to_sparse().",
             )
         if name in known.values() or id(value) in known:
             tied[name] = known[id(value)]

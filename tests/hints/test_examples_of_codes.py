@@ -24,6 +24,7 @@ from snnfx import functional, neuron, online
 from snnfx.capture.capture import capture
 from snnfx.cli.commands import _parser
 from snnfx.errors import CODES, SnnfxError, SnnfxWarning
+from snnfx.online.edited_nets import edited_nets_of
 from snnfx.passes import Normalize, Partition, Pass, PassManager
 
 T, N, FEATURES = 5, 4, 4
@@ -54,11 +55,20 @@ def namespace() -> dict[str, Any]:
     return {
         **{name: getattr(functional, name) for name in functional.__all__},
         **{name: getattr(online, name) for name in online.__all__},
-        **{"snnfx": snnfx, "torch": torch, "nn": nn, "neuron": neuron, "copy": copy, "Pass": Pass},
+        **{
+            "__name__": __name__,
+            "snnfx": snnfx,
+            "torch": torch,
+            "nn": nn,
+            "neuron": neuron,
+            "copy": copy,
+            "Pass": Pass,
+        },
         **{"PassManager": PassManager, "Normalize": Normalize, "Partition": Partition, "program": capture(model)},
         **{"T": T, "N": N, "features": FEATURES, "model": model, "x_seq": x_seq, "x": x_seq[0]},
         **{"net": snnfx.convert(model), "loss": nn.functional.mse_loss, "rule": online.BPTT, "target": x_seq},
         "optimizer": torch.optim.SGD(model.parameters(), lr=0.1),
+        **{"online": online, "edited_nets_of": edited_nets_of},
         "checkpoint": torch.utils.checkpoint.checkpoint,
         "head": nn.Linear(FEATURES, 2),
     }
@@ -195,10 +205,96 @@ class Mine(Base):
 
 snnfx.convert(model, passes=[Mine()])"""
 _TRAINER = "trainer = Trainer(net, rule, optimizer, loss); labels = torch.rand(N, 4)\nEXAMPLE"
+_SAVED = "torch.save(model.state_dict(), 'weights.pt'); snnfx.save(net, 'net.safetensors')\n"
+_IMPORTED = "snnfx.export(net.eval(), 'net.nir', x_seq)\nEXAMPLE"
+_MULTI_STEP = """
+from spikingjelly.activation_based import layer, neuron
+model = nn.Sequential(layer.Linear(4, 4, step_mode="m"), neuron.LIFNode(step_mode="m"))
+EXAMPLE"""
+_FUNCTION = """
+EXAMPLE
+Spike.forward = staticmethod(lambda ctx, x: torch.from_numpy((x.numpy() > 0.5).astype("float32")))
+Spike.backward = staticmethod(lambda ctx, gradient: gradient)
+
+class Model(nn.Module):
+    def forward(self, x):
+        return Spike.apply(x)
+
+net = snnfx.convert(Model(), example_inputs=x)"""
+_RECURRENT = """
+class Model(snnfx.MemoryModule):
+    def __init__(self):
+        super().__init__()
+        self.fc, self.bn, self.gru, self.cell = nn.Linear(4, 4), nn.BatchNorm1d(4), nn.GRU(4, 4), nn.GRUCell(4, 4)
+        self.register_memory("h", 0.0)
+
+    def forward(self, x):
+        h = torch.zeros_like(x) + self.h
+        EXAMPLE
+        self.h = 0.5 * self.h + (h[0] if isinstance(h, tuple) else h)
+        return self.h
+
+net = snnfx.convert(Model(), example_inputs=x, batch_norm="fold")"""
+_STATE = """
+class Holder:
+    v = None
+
+class Model(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.v, self.v_other, self.h, self.t, self.state = None, None, None, None, Holder()
+        self.first, self.later = nn.Linear(4, 4), nn.Bilinear(4, 4, 4)
+        self.lif, self.w = neuron.LIFNode(), nn.Linear(4, 4)
+
+    def forward(self, x):
+        y = x
+        EXAMPLE
+        return AFTER
+
+net = snnfx.convert(Model(), example_inputs=x)"""
 TEMPLATES: dict[str, str] = {
+    "SNNFX101": _FUNCTION,
+    "SNNFX109": _RECURRENT,
+    "SNNFX218": _STATE.replace("AFTER", "(self.v if self.v is not None else self.state.v) * 2"),
+    "SNNFX413": "other_model = nn.Sequential(nn.Linear(4, 4))\nEXAMPLE",
+    "SNNFX813": "x_seq = torch.rand(2, 2, 1, 8, 8)\nEXAMPLE",
+    "SNNFX815": """
+class Neuron(snnfx.MemoryModule):
+    def __init__(self):
+        super().__init__()
+        EXAMPLE
+
+    def forward(self, x):
+        v = 0.5 * self.v + x
+        y = (v > 1.0).to(x.dtype)
+        self.v = v * (1 - y)
+        return y
+
+snnfx.export(snnfx.convert(Neuron()).eval(), "net.nir", x_seq)""",
+    "SNNFX816": _IMPORTED,
+    "SNNFX817": _IMPORTED,
+    "SNNFX820": _SAVED + "EXAMPLE",
+    "SNNFX821": """
+class CSNN(nn.Sequential):
+    def __init__(self, channels):
+        super().__init__(nn.Linear(4, channels), neuron.LIFNode())
+
+snnfx.save(snnfx.convert(CSNN(channels=64)), "net.safetensors")
+EXAMPLE""",
+    "SNNFX822": _SAVED + "model = nn.Sequential(nn.Linear(4, 4), neuron.LIFNode(tau=3.0))\nEXAMPLE",
+    "SNNFX823": """
+class MyPass(Pass):
+    name, requires = "mine", "normalized"
+
+    def apply(self, program):
+        return "a note"
+
+snnfx.save(snnfx.convert(model, passes=[MyPass()]), "net.safetensors")
+EXAMPLE""",
+    "SNNFX824": "edited_net = edited_nets_of(net, online.SLTT, 'per_step', None).sequence\nEXAMPLE",
     "SNNFX106": _NORM,
     "SNNFX202": "model = model_of('def forward(self, x):\\n    return 2 * x if x.shape[0] > 3 else x')\nEXAMPLE",
-    "SNNFX204": _LIBRARY,
+    "SNNFX204": _MULTI_STEP,
     "SNNFX205": _LIBRARY,
     "SNNFX208": """
 def hook(module, inputs, result): ...
@@ -208,6 +304,17 @@ model.add_module("conv1", nn.Linear(4, 4))
 EXAMPLE
 snnfx.convert(model)""",
     "SNNFX211": "x1 = x2 = x; model = model_of('def forward(self, *xs):\\n    return xs[0] + xs[1]')\nEXAMPLE",
+    "SNNFX234": """
+class Model(nn.Module):
+    def __init__(self):
+        super().__init__()
+        from spikingjelly.activation_based import neuron
+        self.fc, self.lif = nn.Linear(4, 8), neuron.LIFNode(step_mode="m")
+
+    def forward(self, x_seq):
+        return x_seq.sum() + EXAMPLE
+
+snnfx.convert(Model(), takes="sequence", example_inputs=(x_seq,))""",
     "SNNFX220": """
 class Model(nn.Module):
     def __init__(self):
@@ -249,8 +356,8 @@ snnfx.convert(Model())""",
 """Code -> the code around its examples; an example without an entry is complete."""
 _NOT_EXECUTED = {
     "the excerpt has no template yet": (
-        "SNNFX101 SNNFX107 SNNFX109 SNNFX111 SNNFX115 SNNFX112 SNNFX203 SNNFX210 SNNFX212 SNNFX213 "
-        "SNNFX216 SNNFX218 SNNFX230 SNNFX231 SNNFX232 SNNFX250 SNNFX312 SNNFX315 SNNFX321 SNNFX504 "
+        "SNNFX107 SNNFX111 SNNFX115 SNNFX112 SNNFX203 SNNFX210 SNNFX212 SNNFX213 "
+        "SNNFX216 SNNFX230 SNNFX231 SNNFX232 SNNFX250 SNNFX312 SNNFX315 SNNFX321 SNNFX504 "
         "SNNFX508 SNNFX615 SNNFX618 SNNFX619 SNNFX620 SNNFX705 "
     ),
     "it needs another machine, process or library": (

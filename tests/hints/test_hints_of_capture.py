@@ -1335,3 +1335,54 @@ def test_each_step_adds_state() -> None:
         at="def forward",
     )
     converts(MemoryStep(registered, {"total": 0.0}))
+
+
+class SummingLinear(nn.Linear):
+    """A torch layer with a state, in a class attribute before the first step, and a method of its own."""
+
+    v: Any = None
+
+    def sum_up(self, x: Tensor) -> Tensor:
+        self.v = x if self.v is None else self.v + x
+        return self(self.v)  # type: ignore[no-any-return]
+
+
+class MemoryFirst(snnfx.MemoryModule, nn.Linear):
+    def __init__(self, *sizes: int) -> None:
+        super().__init__(*sizes)
+        self.register_memory("v", None)
+
+    sum_up = SummingLinear.sum_up
+
+
+class LayerFirst(nn.Linear, snnfx.MemoryModule):
+    def __init__(self, *sizes: int) -> None:
+        super().__init__(*sizes)
+        self.register_memory("v", None)
+
+    sum_up = SummingLinear.sum_up
+
+
+@pytest.mark.parametrize("right", [MemoryFirst, LayerFirst])
+def test_a_state_of_a_torch_layer(right: Any) -> None:
+    class Model(nn.Module):
+        def __init__(self, layer: Any) -> None:
+            super().__init__()
+            torch.manual_seed(0)
+            self.layer = layer(3, 4)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.layer.sum_up(x)  # type: ignore[no-any-return]
+
+    refused(
+        "SNNFX218",
+        "capture/attribute_changes.py:refuse_change",
+        "in the step.",
+        lambda: snnfx.convert(Model(SummingLinear)),
+        names='self.register_memory("v", initial) in place of the class attribute',
+    )
+    x_seq, model = torch.rand(5, 2, 3), Model(SummingLinear)
+    expected = torch.stack([model(x) for x in x_seq])
+    with silent():
+        net = snnfx.convert(Model(right))
+    torch.testing.assert_close(net(x_seq), expected)

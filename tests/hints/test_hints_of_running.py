@@ -13,6 +13,7 @@ from torch import Tensor, nn
 import snnfx
 from snnfx import neuron
 from snnfx.errors import SnnfxWarning
+from snnfx.lowering.elementwise.cpp import build
 from snnfx.lowering.elementwise.cpp.build import find_compiler
 from snnfx.passes import Normalize, Partition, PassManager, RemoveDeadCode
 from snnfx.regions.sequence_region import region_of_handle
@@ -431,6 +432,7 @@ def test_no_compiler(monkeypatch: pytest.MonkeyPatch) -> None:
         def charge(self, v: Tensor, x: Tensor) -> Tensor:
             return v * 0.3171 + x * x * x
 
+    monkeypatch.setattr(build, "_loaded", {})
     monkeypatch.setenv("SNNFX_KERNELS", "0")
     net = snnfx.convert(nn.Sequential(Rare()))
     y_seq = warned(

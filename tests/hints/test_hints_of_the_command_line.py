@@ -228,7 +228,7 @@ def test_a_format_that_does_not_exist() -> None:
     refused(
         "SNNFX801",
         "deploy/export.py:_kind",
-        "Use .pt2 (torch.export, AOTInductor) or .onnx.",
+        "Use .pt2 (torch.export, AOTInductor), .onnx or .nir.",
         lambda: snnfx.export(net(), "net.pth", X_SEQ),
     )
     refused(
@@ -255,7 +255,7 @@ def test_a_net_of_single_steps() -> None:
 def test_a_path_that_cannot_be_written() -> None:
     refused(
         "SNNFX802",
-        "deploy/export.py:_written_at_once",
+        "deploy/written_files.py:written_at_once",
         "Create it first.",
         lambda: snnfx.export(net(), "folder/net.pt2", X_SEQ),
     )
@@ -264,7 +264,7 @@ def test_a_path_that_cannot_be_written() -> None:
     Path("other.pt2").mkdir()
     refused(
         "SNNFX802",
-        "deploy/export.py:_written_at_once",
+        "deploy/written_files.py:written_at_once",
         "Pass the path of a file.",
         lambda: snnfx.export(net(), "other.pt2", X_SEQ),
     )

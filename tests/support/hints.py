@@ -68,7 +68,11 @@ def _positions_of_hint(trees: Any) -> dict[str, int]:
 
 class _SitesOfFile:
     def __init__(self, path: Path, tree: ast.Module, positions: dict[str, int]) -> None:
-        self.path, self.tree, self.positions = path.relative_to(ROOT).as_posix().removeprefix("snnfx/"), tree, positions
+        self.path, self.tree = path.relative_to(ROOT).as_posix().removeprefix("snnfx/"), tree
+        # A function of this file hides one of the same name in another file.
+        own = {f.name for f in ast.walk(tree) if isinstance(f, ast.FunctionDef)}
+        others = {name: position for name, position in positions.items() if name not in own}
+        self.positions = others | _positions_of_hint([tree])
 
     def sites(self) -> Iterator[HintSite]:
         yield from self._visit(self.tree, [], [])
