@@ -23,6 +23,7 @@ from snnfx.sequence.counter_reads import may_branch_on_count
 from snnfx.sequence.element_lists import join_elements
 from snnfx.sequence.lengths import Lengths, make_length_variable, require_same_step
 from snnfx.sequence.loop_runs import LoopRun, find_loop_runs, move_attributes_first, scaling_runs
+from snnfx.sequence.pointwise_time import TimeDimension
 from snnfx.sequence.reroll import RolledLoop, reroll
 
 __all__ = ["CapturedCall", "ProgramPasses", "capture_calls"]
@@ -41,11 +42,13 @@ class CapturedCall:
         program: the call; `run_loop` nodes refer to the loops.
         loops: the loops, in execution order.
         fixed_length: why the number of time steps is fixed; "" if it is not.
+        time: the time dimension of the inputs; None if the number of time steps is fixed.
     """
 
     program: StepProgram
     loops: list[RolledLoop]
     fixed_length: str = ""
+    time: TimeDimension | None = None
 
 
 @dataclass(frozen=True)
@@ -118,17 +121,9 @@ def _first_call(program: StepProgram) -> StepProgram:
 # -- the time dimension -----------------------------------------------------------------------------------------------
 
 
-@dataclass(frozen=True)
-class _TimeDimension:
-    """The dimension `dim` of some tensors among the inputs, by index."""
-
-    leaves: tuple[int, ...]
-    dim: int
-
-
 def _find_time_dimension(
     model: nn.Module, example_inputs: Any, entry: str
-) -> tuple[_TimeDimension, _BothModes, _BothModes] | None:
+) -> tuple[TimeDimension, _BothModes, _BothModes] | None:
     """Find the dimension of the inputs whose size is the number of iterations of a loop.
 
     Returns:
@@ -152,9 +147,9 @@ def _find_time_dimension(
     return None
 
 
-def _candidates(tensors: list[Tensor]) -> Iterator[_TimeDimension]:
+def _candidates(tensors: list[Tensor]) -> Iterator[TimeDimension]:
     """The dimensions that may be time, the most usual ones first; inputs of one size share it."""
-    seen: set[_TimeDimension] = set()
+    seen: set[TimeDimension] = set()
     most = max((t.dim() for t in tensors), default=0)
     for dim in range(most):
         for first, tensor in enumerate(tensors):
@@ -162,13 +157,13 @@ def _candidates(tensors: list[Tensor]) -> Iterator[_TimeDimension]:
                 continue
             same = tuple(i for i, t in enumerate(tensors) if t.dim() > dim and t.shape[dim] == tensor.shape[dim])
             for leaves in (same, (first,)):
-                candidate = _TimeDimension(leaves, dim)
+                candidate = TimeDimension(leaves, dim)
                 if candidate not in seen:
                     seen.add(candidate)
                     yield candidate
 
 
-def _resized(example_inputs: Any, time: _TimeDimension, size: int) -> Any:
+def _resized(example_inputs: Any, time: TimeDimension, size: int) -> Any:
     """The example inputs with another number of time steps."""
     flat, spec = pytree.tree_flatten(example_inputs)
     tensors = [i for i, v in enumerate(flat) if isinstance(v, Tensor)]
@@ -183,7 +178,7 @@ def _resized(example_inputs: Any, time: _TimeDimension, size: int) -> Any:
 # -- re-rolling -------------------------------------------------------------------------------------------------------
 
 
-def _of_any_length(short: StepProgram, long: StepProgram, time: _TimeDimension, passes: ProgramPasses) -> CapturedCall:
+def _of_any_length(short: StepProgram, long: StepProgram, time: TimeDimension, passes: ProgramPasses) -> CapturedCall:
     """Re-roll the loops of two calls, and make the number of time steps variable."""
     for program in (short, long):
         _prepare(program, passes)
@@ -213,7 +208,7 @@ def _of_any_length(short: StepProgram, long: StepProgram, time: _TimeDimension, 
             why=f"{difference.why}.",
             hint="Use operations on the whole sequence, e.g. torch.stack(outputs).mean(0).",
         ) from difference
-    return CapturedCall(short, loops)
+    return CapturedCall(short, loops, time=replace(time, size=SHORT))
 
 
 def _with_loops(program: StepProgram, passes: ProgramPasses) -> CapturedCall:

@@ -28,6 +28,7 @@ from snnfx.analysis.batch.rule_table import (
     OperatorRule,
 )
 from snnfx.ir.module_effects import estimates_weights
+from snnfx.ops.elements import concatenate_elements, read_elements, stack_elements, write_elements
 from snnfx.ops.online_functions import (
     cut_history,
     draw_dropout_mask,
@@ -36,6 +37,7 @@ from snnfx.ops.online_functions import (
     traced_module,
     update_trace,
 )
+from snnfx.ops.run_loop import run_loop
 from snnfx.ops.step_functions import (
     apply_autograd_function,
     change_value,
@@ -122,6 +124,7 @@ def _function_names() -> dict[Any, str]:
         call_opaque,
         call_stateful,
         change_value,
+        concatenate_elements,
         copied,
         cut_history,
         draw_dropout_mask,
@@ -129,9 +132,13 @@ def _function_names() -> dict[Any, str]:
         initial_value,
         ones_per_sample,
         opaque_initial_value,
+        read_elements,
         read_parameter,
+        run_loop,
         set_part,
+        stack_elements,
         update_trace,
+        write_elements,
     ):
         names[function] = function.__name__
     for name in _rows():
