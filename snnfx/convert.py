@@ -272,9 +272,10 @@ def _convert_derived(
     first = steps[0]
     if any((step.time_dim, step.reduce) != (first.time_dim, first.reduce) for step in steps):
         raise MixesTime("the call returns other time dimensions in training than in evaluation")
-    if first.reduce is not None and options.reduce is not None:
+    if first.reduce is not None and options.reduce not in (None, first.reduce):
         raise MixesTime(f"the call reduces over time, and reduce={options.reduce!r} is given")
     norms = "fold" if first.norms == "fold" else options.batch_norm
+    step_mode = options.step_mode
     options = replace(
         options, step_mode="m", time_dim=first.time_dim, reduce=first.reduce or options.reduce, batch_norm=norms
     )
@@ -289,7 +290,7 @@ def _convert_derived(
     history += done
     if _same_plan(*programs.values()) and _same_steps(*programs.values()):
         programs[False] = programs[True]
-    return Net(model, programs, options, history, _convert_derived_again)
+    return Net(model, programs, options, history, _convert_derived_again).convert_to(step_mode)
 
 
 def _check_reduction(program: StepProgram, step: DerivedStep) -> None:
@@ -303,7 +304,12 @@ def _check_reduction(program: StepProgram, step: DerivedStep) -> None:
 
 def _refuse_options_of_steps(options: ConvertOptions, reason: MixesTime) -> None:
     """Refuse the options that only nets with a step form have."""
-    given = {"chunk": isinstance(options.chunk, int), "memory_budget": options.memory_budget is not None}
+    given = {
+        "chunk": isinstance(options.chunk, int),
+        "memory_budget": options.memory_budget is not None,
+        "reduce": options.reduce is not None,
+        "step_mode": options.step_mode == "s",
+    }
     for name, is_given in given.items():
         if is_given:
             refuse_without_step(f"{name}={getattr(options, name)!r}", reason.why, reason.location)
@@ -361,7 +367,9 @@ def _run_passes(passes: list[Pass], program: StepProgram) -> None:
 def _convert_sequence_again(net: Net, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Net:
     """Capture a model that runs over time itself again, for the inputs of a call."""
     example = _example_inputs(net.source, net.options.entry, args, kwargs)
-    return convert_sequence_model(net.source, net.options, example)
+    is_whole = net.program.whole_sequences is not None  # then its step mode is not the user's
+    options = replace(net.options, step_mode="m") if is_whole else net.options
+    return convert_sequence_model(net.source, options, example)
 
 
 def _warn_of_unfolded_batch_norms(program: StepProgram) -> None:
@@ -500,7 +508,7 @@ def convert_again(
     if kind == "derived":
         args, kwargs = _repeated_steps(options.time_dim, args, kwargs)
     inputs = _example_inputs(model, options.entry, args, kwargs)
-    net = convert_sequence_model(model, replace(options, takes="sequence"), inputs)
+    net = convert_sequence_model(model, replace(options, takes="sequence", step_mode="m"), inputs)
     return net if options.takes == "sequence" else net.convert_to(options.step_mode)
 
 

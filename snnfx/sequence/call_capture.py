@@ -233,7 +233,7 @@ def _with_loops(program: StepProgram, passes: ProgramPasses) -> CapturedCall:
         raise refusals[0]
     join_elements(program)
     passes.remove_dead_code(program)
-    return CapturedCall(program, loops, "no size of the inputs is the number of iterations")
+    return CapturedCall(program, loops, "the number of time steps is fixed: no loop takes it from a size of the inputs")
 
 
 def _prepare(program: StepProgram, passes: ProgramPasses) -> None:

@@ -36,7 +36,7 @@ from snnfx.analysis.batch.facts import (
 from snnfx.analysis.batch.indexing_rules import getitem
 from snnfx.analysis.batch.rule_lookup import RuleMatch, constant_fact, find_rule
 from snnfx.analysis.batch.rule_table import ELEMENTWISE_RULES
-from snnfx.analysis.batch.shape_rules import flatten, squeeze, unsqueeze, view
+from snnfx.analysis.batch.shape_rules import flatten, squeeze, unflatten, unsqueeze, view
 from snnfx.analysis.statistic_reads import is_statistic_read, statistic_of
 from snnfx.errors import Refusal
 
@@ -128,7 +128,7 @@ def _next_fact(walk: _BatchPropagation, slot: Node, following: object, initial: 
     return join(first, after)
 
 
-_KEEPS_ONES = ELEMENTWISE_RULES | {unsqueeze, squeeze, flatten, view, getitem}
+_KEEPS_ONES = ELEMENTWISE_RULES | {unsqueeze, squeeze, flatten, unflatten, view, getitem}
 """Rules that say whether the dimensions in front of the batch have the literal size 1."""
 
 
