@@ -95,10 +95,16 @@ def test_a_norm_outside_the_loops_takes_statistics_of_the_whole_call() -> None:
 def test_online_rules_train_a_model_with_a_time_axis() -> None:
     model = nn.Sequential(Folded6(), LoopNeuron(), nn.Linear(8, 3)).double()
     x, target = 3 * sequence(6, 3, 6), torch.tensor([0, 1, 2])
-    net = snnfx.convert(model, takes="sequence", example_inputs=(x,))
-    snnfx.online.train_sltt(net, x, target, loss=nn.functional.cross_entropy) if hasattr(
-        snnfx.online, "train_sltt"
-    ) else None
+    net = snnfx.convert(copy.deepcopy(model), takes="sequence", example_inputs=(x,))
+    loss, rate = nn.functional.cross_entropy, 0.1
+    trainer = snnfx.online.Trainer(
+        net, snnfx.online.BPTT, torch.optim.SGD(net.parameters(), rate), loss, target_dim=None
+    )
+    trainer.step(x, target)
+    own = torch.stack([loss(y, target) for y in model(x)]).mean()
+    own.backward()
+    expected = [p.detach() - rate * p.grad for p in model.parameters()]
+    assert_same([p.detach() for p in net.parameters()], expected)
 
 
 class Folded6(nn.Module):
