@@ -9,8 +9,9 @@ import torch
 from torch import Tensor, nn
 
 import snnfx
+from snnfx.cli.commands import main
 from support.looped_models import assert_converts_sequence
-from support.published_styles import Containers, Detector, LoopNeuron, MultiScale, ReducedHead, TokenAttention
+from support.published_styles import ChunkAttention, Containers, Detector, LoopNeuron, MultiScale, ReducedHead, TokenAttention
 from support.stepping import assert_same
 
 
@@ -90,6 +91,27 @@ def test_a_norm_outside_the_loops_takes_statistics_of_the_whole_call() -> None:
     net = assert_converts_sequence(Containers(0), (sequence(6, 3, 2, 4, 4),), [(sequence(3, 2, 2, 4, 4),)])
     assert net.options.batch_norm == "fold"
     assert {region.kind for region in net.regions} == {"fold", "loop"}
+
+
+def test_pictures_of_whole_sequences_show_the_loops() -> None:
+    x = sequence(6, 3, 5, 4)
+    net = snnfx.convert(ChunkAttention().double(), takes="sequence", example_inputs=(x,))
+    dot = str(snnfx.draw(net))
+    assert dot.count("loop over time") >= 2 and "T iterations, state sn.mem" in dot and "whole sequences" in dot
+
+
+def test_explain_gives_the_reason_and_line_of_a_missing_step_form() -> None:
+    x = sequence(6, 3, 5, 4)
+    net = snnfx.convert(ChunkAttention().double(), takes="sequence", example_inputs=(x,))
+    text = " ".join(str(snnfx.explain(net)).split())
+    assert "no step form" in text and "published_styles.py" in text
+
+
+@pytest.mark.parametrize("command", ["explain", "verify"])
+def test_commands_take_whole_sequences(command: str, capsys: pytest.CaptureFixture[str]) -> None:
+    options = ["--takes", "sequence", "--input", "6,3,6,5"]
+    assert main([command, "support.published_styles:TokenAttention", *options]) == 0
+    assert ("own call" if command == "verify" else "q_sn.mem") in capsys.readouterr().out
 
 
 def test_online_rules_train_a_model_with_a_time_axis() -> None:

@@ -175,11 +175,10 @@ def flatten(site: CallSite) -> Value:
         site.axis(fact, start)
         return Fact(rank, fact.dim, fact.size)
     if start > fact.dim:
-        return (
-            Fact(rank, fact.dim, fact.size)
-            if site.require(fact.rank, start + 1, f"flattens from dim {start}")
-            else without_batch(rank)
-        )
+        if not site.require(fact.rank, start + 1, f"flattens from dim {start}"):
+            return without_batch(rank)
+        behind = Fact(rank, fact.dim, fact.size)
+        return behind.with_ones_in_front() if fact.has_ones_in_front else behind
     if 0 <= end < fact.dim:
         merged = Fact(rank, fact.dim - (end - start), fact.size)
         return merged.with_ones_in_front() if fact.has_ones_in_front else merged
