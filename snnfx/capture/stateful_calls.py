@@ -176,7 +176,6 @@ class StatefulCalls:
         is_final = first_call and adapter.elementwise(m) and _all_like(real_args[0], result[1])
         return initial, result if is_final else UNKNOWN
 
-
     def keeps_shapes(self, adapter: Any, m: nn.Module, args: tuple[Any, ...]) -> bool:
         """Whether the states after the latest call have the shape of its input, so that later calls return alike."""
         result = self.latest.meta.get("val") if self.latest is not None else None

@@ -130,8 +130,8 @@ def _find_time_dimension(
     """Find the dimension of the inputs whose size is the number of iterations of a loop.
 
     Returns:
-        `(dimension, longer length, captures of the shorter call, captures of the longer call)`; None: there is no such dimension, or
-        later iterations may run other code.
+        `(dimension, longer length, captures of the shorter call, captures of the longer call)`; None: there is no such
+        dimension, or later iterations may run other code.
     """
     tensors = [v for v in pytree.tree_leaves(as_call(example_inputs)) if isinstance(v, Tensor)]
     for candidate in _candidates(tensors):

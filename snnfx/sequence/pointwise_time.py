@@ -201,7 +201,9 @@ _OF_STATE = (call_stateful, call_opaque, initial_value, opaque_initial_value)
 
 
 def _check(program: StepProgram, node: Node, analysis: BatchAnalysis, varying_of: dict[str, list[bool]]) -> None:
-    if node.target in _OF_STATE or (node.target is not run_loop and any("slot" in n.meta for n in node.all_input_nodes)):
+    if node.target in _OF_STATE or (
+        node.target is not run_loop and any("slot" in n.meta for n in node.all_input_nodes)
+    ):
         raise MixesTime(f"{describe_node(node)} runs on all time steps at once", node)
     if node.target is run_loop:
         _check_loop(program, node, analysis, varying_of)

@@ -134,7 +134,7 @@ class Waiting(Looped):
     def forward(self, x: Tensor) -> Tensor:
         v = torch.zeros(3, 4, dtype=x.dtype)
         while v.max() < 1.0:
-            s, v = self.cell(self.fc(x), v)
+            _, v = self.cell(self.fc(x), v)
         return v
 
 

@@ -11,7 +11,15 @@ from torch import Tensor, nn
 import snnfx
 from snnfx.cli.commands import main
 from support.looped_models import assert_converts_sequence
-from support.published_styles import ChunkAttention, Containers, Detector, LoopNeuron, MultiScale, ReducedHead, TokenAttention
+from support.published_styles import (
+    ChunkAttention,
+    Containers,
+    Detector,
+    LoopNeuron,
+    MultiScale,
+    ReducedHead,
+    TokenAttention,
+)
 from support.stepping import assert_same
 
 

@@ -350,7 +350,6 @@ class _BatchPropagation:
             return UNKNOWN
         return replace(fact, rank=rank)
 
-
     def _in_units(self, fact: Fact, value: Tensor) -> Fact:
         """The fact with its size as a multiple of the unit."""
         if self.unit is None or fact.dim is None or fact.dim >= value.dim():
