@@ -325,6 +325,15 @@ CODES: dict[str, CodeEntry] = {
         "self.lif(torch.zeros(4, 2, 8))          # does not depend on an input",
         "self.lif(self.fc(x_seq))",
     ),
+    "SNNFX235": CodeEntry(
+        "a model without a step form is asked for single steps",
+        'With takes="sequence", streaming, explicit state, recording, chunks, budgets, step_mode="s" and online rules '
+        "need one step of the model. It is derived where all operations outside the loops compute each time step apart "
+        "from the others, with a number of time steps that the inputs give. Operations over time, as attention over "
+        "time steps, run on whole sequences only.",
+        "y = torch.softmax(q @ k.mT, -1) @ v       # q, k, v: [N, T, C]; net.run(x_seq)",
+        "net(x_seq)",
+    ),
     "SNNFX301": CodeEntry(
         "no time steps",
         "A sequence must have at least one time step.",

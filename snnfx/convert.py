@@ -15,10 +15,13 @@ from snnfx.analysis.batch_norm_folding import unfolded_batch_norms
 from snnfx.capture.capture import capture_both_modes
 from snnfx.capture.carry_inference import infer_carry
 from snnfx.errors import InputError, warn_once
+from snnfx.ir.facts import SUNK
 from snnfx.ir.graph_pass import Pass, check_passes
 from snnfx.ir.history import History, PassRecord
+from snnfx.ir.nodes import is_size
 from snnfx.ir.options import ConvertOptions
 from snnfx.ir.pass_manager import PassManager, print_record
+from snnfx.ir.printing import describe_node
 from snnfx.ir.program import StepProgram
 from snnfx.ir.program_equality import has_same_nodes
 from snnfx.ir.program_snapshot import ProgramSnapshot
@@ -36,10 +39,12 @@ from snnfx.passes.remove_dead_code import RemoveDeadCode
 from snnfx.passes.sink_reductions import REDUCTIONS
 from snnfx.passes.standard_pipeline import pipeline, planning, replanning
 from snnfx.runtime.net import Net
+from snnfx.runtime.whole_sequences import refuse_without_step
 from snnfx.sandbox.torch_internals import pytree
 from snnfx.sandbox.user_code import step_signature
 from snnfx.sequence.call_capture import CapturedCall, ProgramPasses, capture_calls
 from snnfx.sequence.derived_step import DerivedStep, derive_step
+from snnfx.sequence.pointwise_time import MixesTime
 from snnfx.state.carry import paths_of
 
 __all__ = [
@@ -244,9 +249,13 @@ def convert_sequence_model(model: nn.Module, options: ConvertOptions, example_in
     captured = (time.perf_counter() - start) * 1e3
     note = f"{len(calls[0].program.graph.nodes)} nodes, {len(calls[0].loops)} loops"
     history.append(PassRecord("capture", captured, note, str(calls[0].program)))
-    steps = [derive_step(call) for call in calls]
-    if all(steps) and len({step.time_dim for step in steps if step is not None}) == 1:
-        return _convert_derived(model, [step for step in steps if step is not None], options, history)
+    try:
+        return _convert_derived(model, calls, options, history)
+    except MixesTime as mixing:
+        reason = mixing
+    _refuse_options_of_steps(options, reason)
+    for call in calls:
+        call.program.whole_sequences = (reason.why, reason.location)
     training = _with_loop_nets(model, calls[0], options, history)
     evaluation = training if calls[1] is calls[0] else _with_loop_nets(model, calls[1], options, history)
     options = replace(options, step_mode="s")
@@ -254,19 +263,58 @@ def convert_sequence_model(model: nn.Module, options: ConvertOptions, example_in
 
 
 def _convert_derived(
-    model: nn.Module, steps: list[DerivedStep], options: ConvertOptions, history: list[PassRecord]
+    model: nn.Module, calls: Sequence[CapturedCall], options: ConvertOptions, history: list[PassRecord]
 ) -> Net:
-    """A multi-step net for a model whose call is one loop over time."""
-    options = replace(options, step_mode="m", time_dim=steps[0].time_dim)
+    """A multi-step net for a model whose call is pointwise in time but for its loops.
+
+    Raises:
+        MixesTime: it is not.
+    """
+    steps = [derive_step(call) for call in calls]
+    first = steps[0]
+    if any((step.time_dim, step.reduce) != (first.time_dim, first.reduce) for step in steps):
+        raise MixesTime("the call returns other time dimensions in training than in evaluation")
+    if first.reduce is not None and options.reduce not in (None, first.reduce):
+        raise MixesTime(f"the call reduces over time, and reduce={options.reduce!r} is given")
+    norms = "fold" if first.norms == "fold" else options.batch_norm
+    step_mode = options.step_mode
+    options = replace(
+        options, step_mode="m", time_dim=first.time_dim, reduce=first.reduce or options.reduce, batch_norm=norms
+    )
     programs: dict[bool, StepProgram] = {}
+    done: list[PassRecord] = []
     for mode, step in zip((True, False), steps, strict=True):
         program = programs[mode] = step.program
         program.training = mode
-        done = PassManager(pipeline(program, options)).run(program)
-        history += done if mode else []
+        records = PassManager(pipeline(program, options)).run(program)
+        done += records if mode else []
+        _check_reduction(program, step)
+    history += done
     if _same_plan(*programs.values()) and _same_steps(*programs.values()):
         programs[False] = programs[True]
-    return Net(model, programs, options, history, _convert_derived_again)
+    return Net(model, programs, options, history, _convert_derived_again).convert_to(step_mode)
+
+
+def _check_reduction(program: StepProgram, step: DerivedStep) -> None:
+    """Check that the operations behind a mean over time may run on each step: they are affine."""
+    if step.reduce != "mean":
+        return
+    for node in program.graph.nodes:
+        if node.name in step.behind and not is_size(node) and not SUNK.of(node):
+            raise MixesTime(f"{describe_node(node)} reads the mean over time and is not affine", node)
+
+
+def _refuse_options_of_steps(options: ConvertOptions, reason: MixesTime) -> None:
+    """Refuse the options that only nets with a step form have."""
+    given = {
+        "chunk": isinstance(options.chunk, int),
+        "memory_budget": options.memory_budget is not None,
+        "reduce": options.reduce is not None,
+        "step_mode": options.step_mode == "s",
+    }
+    for name, is_given in given.items():
+        if is_given:
+            refuse_without_step(f"{name}={getattr(options, name)!r}", reason.why, reason.location)
 
 
 def _convert_derived_again(net: Net, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Net:
@@ -321,7 +369,9 @@ def _run_passes(passes: list[Pass], program: StepProgram) -> None:
 def _convert_sequence_again(net: Net, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Net:
     """Capture a model that runs over time itself again, for the inputs of a call."""
     example = _example_inputs(net.source, net.options.entry, args, kwargs)
-    return convert_sequence_model(net.source, net.options, example)
+    is_whole = net.program.whole_sequences is not None  # then its step mode is not the user's
+    options = replace(net.options, step_mode="m") if is_whole else net.options
+    return convert_sequence_model(net.source, options, example)
 
 
 def _warn_of_unfolded_batch_norms(program: StepProgram) -> None:
@@ -460,7 +510,7 @@ def convert_again(
     if kind == "derived":
         args, kwargs = _repeated_steps(options.time_dim, args, kwargs)
     inputs = _example_inputs(model, options.entry, args, kwargs)
-    net = convert_sequence_model(model, replace(options, takes="sequence"), inputs)
+    net = convert_sequence_model(model, replace(options, takes="sequence", step_mode="m"), inputs)
     return net if options.takes == "sequence" else net.convert_to(options.step_mode)
 
 

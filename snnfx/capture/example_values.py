@@ -59,7 +59,7 @@ class ExampleValues:
             return
         if node.target is call_opaque and is_converted_net(self._resolve(str(node.args[0].target))):  # type: ignore[union-attr]
             return  # it would be captured anew for the fake tensors
-        if node.op == "call_function" and self._value_of_next is not UNKNOWN:
+        if node.op in ("call_function", "call_method") and self._value_of_next is not UNKNOWN:
             node.meta["val"], self._value_of_next = self._value_of_next, UNKNOWN
             return
         if node.op == "get_attr":

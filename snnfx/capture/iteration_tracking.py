@@ -95,6 +95,7 @@ class IterationTracker:
 
     def __init__(self) -> None:
         self._frames: dict[FrameType, _FrameLoops] = {}
+        self._extents: dict[int, tuple[CodeType, tuple[_Extent, ...]]] = {}
         self._runs = 0
         self._of_modules: list[Iteration] = []
         """The iterations of loops of library modules that run, the outermost first."""
@@ -150,7 +151,11 @@ class IterationTracker:
         """The loops of a frame of user code; None for other frames and for code without loops."""
         loops = self._frames.get(frame)
         if loops is None:
-            extents = _extents(frame.f_code)
+            code = frame.f_code
+            known = self._extents.get(id(code))  # hashing code takes longer than a call of it
+            if known is None:
+                known = self._extents[id(code)] = code, _extents(code)
+            extents = known[1]
             if not extents:
                 return None
             loops = self._frames[frame] = _FrameLoops(extents, self)

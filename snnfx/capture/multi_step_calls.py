@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from snnfx.capture.example_values import UNKNOWN, ExampleValues
 from snnfx.capture.iteration_tracking import IterationTracker, LoopSource
 from snnfx.capture.proxy import StepProxy, value_of
 from snnfx.capture.recorder import Recorder
@@ -23,12 +24,19 @@ __all__ = ["record_folded_call", "record_steps"]
 
 
 def record_steps(
-    recorder: Recorder, tracker: IterationTracker, name: str, call: Callable[..., Any], args: Any, kwargs: Any
+    recorder: Recorder,
+    values: ExampleValues,
+    tracker: IterationTracker,
+    name: str,
+    call: Callable[..., Any],
+    args: Any,
+    kwargs: Any,
 ) -> Any:
     """Record the call of a neuron on sequences as a loop of single steps.
 
     Args:
         recorder: the recorder of the trace.
+        values: the example values of its nodes.
         tracker: labels the nodes with the iterations of the loop.
         name: the qualified name of the neuron.
         call: records one step: `call(t, args, kwargs)`.
@@ -46,12 +54,16 @@ def record_steps(
     if any(value_of(sequences[i]).shape[0] != steps for i in positions):
         raise _refuse_call(name, "its arguments have different numbers of time steps")
     outputs = []
+    elements: dict[int, Any] = {}
+    """The value of an element of each sequence; all have the same shape."""
     with tracker.loop(LoopSource(*where, 0, name, of_module=True)) as next_iteration:
         for t in range(steps):
             next_iteration()
             step = list(sequences)
             for i in positions:
-                step[i] = recorder.record_at(name, "call_method", "select", (sequences[i], 0, t), {})
+                with values.already_evaluated(elements.get(i, UNKNOWN)):
+                    step[i] = recorder.record_at(name, "call_method", "select", (sequences[i], 0, t), {})
+                elements[i] = value_of(step[i])
             step_args, step_kwargs = pytree.tree_unflatten(step, spec)
             outputs.append(call(t, step_args, step_kwargs))
     leaves = [pytree.tree_flatten(output) for output in outputs]

@@ -176,6 +176,13 @@ class StatefulCalls:
         is_final = first_call and adapter.elementwise(m) and _all_like(real_args[0], result[1])
         return initial, result if is_final else UNKNOWN
 
+    def keeps_shapes(self, adapter: Any, m: nn.Module, args: tuple[Any, ...]) -> bool:
+        """Whether the states after the latest call have the shape of its input, so that later calls return alike."""
+        result = self.latest.meta.get("val") if self.latest is not None else None
+        if not adapter.elementwise(m) or not isinstance(result, tuple) or type(args[0]) is not StepProxy:
+            return False
+        return _all_like(value_of(args[0]), result[1])
+
 
 def _slot_names(adapter: Any, m: nn.Module, name: str) -> list[str]:
     """The qualified names of the slots of a module."""

@@ -461,16 +461,16 @@ class StepTracer(fx.Tracer):
             raise SubmoduleNotTraceable(name, f"its forward is replaced by {text_of(vars(m)['forward'])}")
         form = multi_step_form(adapter, m) if self._tracker is not None else None
         if form == "steps" and self._tracker is not None and adapter is not None and adapter.names(m):
-            second: Node | None = None
+            second: Node | None = None  # a call whose states are tensors, as are those of later calls
 
             def step(t: int, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
                 nonlocal second
                 y = self.calls.call(m, name, call_stateful, adapter, args, kwargs, second)
-                if t == 1 and adapter.elementwise(m):
+                if t <= 1 and second is None and self.calls.keeps_shapes(adapter, m, args):
                     second = self.calls.latest
                 return y
 
-            return mark_returned(record_steps(self, self._tracker, name, step, args, kwargs), name)
+            return mark_returned(record_steps(self, self.calls.values, self._tracker, name, step, args, kwargs), name)
         if adapter is not None and form is None:
             _refuse_by(adapter, m, name or "the model", format_location(user_location()) or location_of_forward(m))
         if takes_state(adapter):

@@ -41,6 +41,7 @@ examples:
   python -m snnfx explain --code SNNFX103
   python -m snnfx draw models.csnn:build --input 2,1,28,28 --out net.svg
   python -m snnfx verify models.csnn:build --input 2,1,28,28 --T 8 --double
+  python -m snnfx verify models.spikformer:build --takes sequence --input 4,2,3,32,32
   python -m snnfx export models.csnn:build --input 2,1,28,28 --T 8 --out net.onnx
 """
 
@@ -114,15 +115,22 @@ def _command(commands: Any, name: str, run: Any, text: str) -> argparse.Argument
         action="append",
         default=[],
         metavar="2,1,28,28",
-        help="shape of ONE time step of an input, with the batch dimension, and optionally a dtype: 2,3:int64; "
-        "repeat the option for each input",
+        help="shape of ONE time step of an input, with the batch dimension (with --takes sequence: of a whole call), "
+        "and optionally a dtype: 2,3:int64; repeat the option for each input",
+    )
+    command.add_argument(
+        "--takes",
+        default="step",
+        metavar="step|sequence",
+        help="input of one call of the model: one time step (default), or a sequence, for a model that runs over time "
+        "itself",
     )
     command.add_argument("--entry", default="forward", help="method that computes one step (default: forward)")
     command.add_argument(
         "--batch-norm",
-        default="fold",
         metavar="fold|per_step",
-        help="BatchNorm statistics in training; fold: over T*N samples (default); per_step: of each time step",
+        help="BatchNorm statistics in training; fold: over T*N samples (default for steps); per_step: of each time "
+        "step (default for sequences: those of the model)",
     )
     command.add_argument(
         "--time-dim",
@@ -262,6 +270,8 @@ def _export(arguments: argparse.Namespace) -> int:
 
 def _sequences(arguments: argparse.Namespace, time_dim: Any) -> tuple[list[Tensor], int | None]:
     """A random sequence for each input; and T if none of the inputs has a time dimension."""
+    if arguments.takes == "sequence":
+        return [_random(text) for text in arguments.input], None
     dims = time_dim if isinstance(time_dim, tuple) else (time_dim,) * len(arguments.input)
     pairs = zip(arguments.input, dims, strict=True)  # convert has refused another number
     sequences = [_random(text) if d is None else _random(text, arguments.T).movedim(0, d) for text, d in pairs]
@@ -280,6 +290,7 @@ def _options(arguments: argparse.Namespace) -> ConvertKeywords:
         "example_inputs": inputs or None,
         "entry": arguments.entry,
         "batch_norm": arguments.batch_norm,
+        "takes": arguments.takes,
         "time_dim": _time_dim(arguments.time_dim),
         "chunk": arguments.chunk if arguments.chunk == "auto" else _number("--chunk", arguments.chunk),
         "checkpoint": _checkpoint(arguments.checkpoint),

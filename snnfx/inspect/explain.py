@@ -189,10 +189,14 @@ def _coverage_of_call(program: StepProgram, loops: Sequence[LoopRow]) -> str:
     """One sentence about the call of a model that runs over time itself."""
     around = sum(is_computing(node) and node.target is not run_loop for node in program.graph.nodes)
     with_kernels = sum(any("kernel" in note.split(":")[0] for note in loop.kernels) for loop in loops)
-    return (
+    text = (
         f"{_count(len(loops), 'loop')} over time, {with_kernels} of them with kernels; "
         f"{_count(around, 'node')} around them on whole sequences"
     )
+    if program.whole_sequences is None:
+        return text
+    why, where = program.whole_sequences
+    return f"{text}, so there is no step form: {why}" + (f" ({where})" if where else "")
 
 
 def _region_row(program: StepProgram, region: Region) -> RegionRow:

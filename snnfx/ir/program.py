@@ -139,6 +139,7 @@ class StepProgram:
         guards: everything outside the graph that the step depends on; every call checks them.
         initial_attributes: the values at capture of attributes that are discovered slots.
         overwritten: module states that every step overwrites before reading; they are not slots.
+        whole_sequences: for a call of a model that runs over time itself and has no step form, `(reason, file:line)`.
         stage: the last stage reached, one of `STAGES`.
     """
 
@@ -163,6 +164,7 @@ class StepProgram:
     initial_attributes: list[InitialAttribute] = field(default_factory=list)
     regions: list[Region] = field(default_factory=list)
     stage: str = "captured"
+    whole_sequences: tuple[str, str] | None = None
 
     @property
     def output(self) -> Node:

@@ -26,6 +26,7 @@ from snnfx.passes.read_states_as_inputs import ReadStatesAsInputs
 from snnfx.passes.tap_layers import TapLayers
 from snnfx.passes.trace_operands import TraceOperands
 from snnfx.runtime.net import Net
+from snnfx.runtime.whole_sequences import refuse_whole_sequences
 from snnfx.sandbox.torch_internals import pytree
 from snnfx.state.carry import outputs_without
 
@@ -64,6 +65,7 @@ class EditedNets:
     """
 
     def __init__(self, base: Net, rule: Rule, batch_norm: str) -> None:
+        refuse_whole_sequences(base.program, "online training")
         if base.options.reduce is not None:
             raise InputError(
                 "SNNFX616",

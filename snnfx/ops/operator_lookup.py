@@ -19,7 +19,9 @@ import torch.nn.functional as F
 from torch import nn
 from torch.fx import Node
 
+from snnfx.ops.elements import concatenate_elements, read_elements, stack_elements, write_elements
 from snnfx.ops.online_functions import cut_history, draw_dropout_mask, ones_per_sample, update_trace
+from snnfx.ops.run_loop import run_loop
 from snnfx.ops.step_functions import (
     apply_autograd_function,
     change_value,
@@ -52,6 +54,7 @@ _STEP_FUNCTIONS = (
     call_opaque,
     call_stateful,
     change_value,
+    concatenate_elements,
     copied,
     cut_history,
     draw_dropout_mask,
@@ -59,10 +62,14 @@ _STEP_FUNCTIONS = (
     initial_value,
     ones_per_sample,
     opaque_initial_value,
+    read_elements,
     read_parameter,
+    run_loop,
     set_part,
     set_part_,
+    stack_elements,
     update_trace,
+    write_elements,
 )
 
 _registered: dict[Any, OperatorTraits] = {}

@@ -36,6 +36,7 @@ from snnfx.runtime.persistent_state import PersistentState
 from snnfx.runtime.replanning import PlanCache, capture_again, net_for, net_for_modes
 from snnfx.runtime.source_module import SourceModule
 from snnfx.runtime.streaming import Stream
+from snnfx.runtime.whole_sequences import refuse_whole_sequences
 from snnfx.state.carry import outputs_without, with_final_state
 from snnfx.state.registry import reset_net
 from snnfx.state.reset_detection import ResetDetection
@@ -230,6 +231,8 @@ class Net(SourceModule):
             (True, torch.Size([4, 4, 2]))
         """
         names = (record,) if isinstance(record, str) else tuple(record)
+        if state is not None or names:
+            refuse_whole_sequences(self.program, "net.run with record=" if names else "net.run with state=")
         _, leaves, given, T = self._bind_call(args, kwargs, T)
         outputs, state, records = self._execute(leaves, given, state, names, T)
         outputs = outputs_without(outputs, [c.path for c in self.program.carried])
@@ -319,6 +322,7 @@ class Net(SourceModule):
             >>> torch.equal(y_seq, net(x_seq)), stream.steps, list(stream.state)
             (True, 10, ['1.v'])
         """
+        refuse_whole_sequences(self.program, "net.stream")
         return Stream(self, inputs, of, state)
 
     def _bind_call(
@@ -470,7 +474,11 @@ class Net(SourceModule):
 
     def convert_to(self, step_mode: str) -> Net:
         """A net with the same programs and modules in another step mode."""
-        if step_mode == self.options.step_mode or self.loops:
+        if self.program.whole_sequences is not None:
+            if step_mode == "s":
+                refuse_whole_sequences(self.program, 'step_mode="s"')
+            return self
+        if step_mode == self.options.step_mode:
             return self
         # The step of a model that runs over time itself takes one time step.
         takes = "step" if step_mode == "s" else self.options.takes

@@ -123,7 +123,7 @@ def align(program: StepProgram, bodies: list[list[Node]]) -> Alignment:
         raise Differs("it has a single iteration", bodies[0][0] if bodies and bodies[0] else None)
     later = _Later(bodies)
     arguments = later.arguments()
-    first, initial = _First(program, bodies[0], bodies[1], arguments, later.before).fitted()
+    first, initial = _fit_first(program, bodies, arguments, later.before)
     if len(bodies) == 2 and any(not isinstance(v, Node) for v in first):
         raise Differs("two iterations are too few to compare", bodies[1][0])
     for position, (args, kwargs) in enumerate(arguments):
@@ -218,6 +218,20 @@ class _Later:
 _UNKNOWN = object()
 
 
+def _fit_first(
+    program: StepProgram, bodies: list[list[Node]], arguments: list[tuple[Any, Any]], before: dict[int, Any]
+) -> tuple[list[Any], dict[int, Any]]:
+    """Fit the first iteration to the step, with states that start as None, a recorded value, or zero."""
+    difference: Differs | None = None
+    for zero in (None, 0.0, 0):
+        try:
+            return _First(program, bodies[0], bodies[1], arguments, before, zero).fitted()
+        except Differs as error:
+            difference = difference or error
+    assert difference is not None
+    raise difference
+
+
 class _First:
     """Fits the first iteration to the step of the later ones."""
 
@@ -228,8 +242,9 @@ class _First:
         template: list[Node],
         arguments: list[tuple[Any, Any]],
         before: dict[int, Any],
+        zero: float | None = None,
     ) -> None:
-        self.program, self.body, self.template = program, body, template
+        self.program, self.body, self.template, self.zero = program, body, template, zero
         self.arguments, self.before = arguments, before
         self.inside = set(body)
         self.values: list[Any] = []
@@ -254,7 +269,10 @@ class _First:
                     break
                 self.initial = known
             else:
-                raise Differs(f"the first iteration does not run `{describe_node(node)}`", node)
+                evaluated = self._evaluate(position, assume_zero=True)
+                if evaluated is _UNKNOWN:
+                    raise Differs(f"the first iteration does not run `{describe_node(node)}`", node)
+                self.values.append(evaluated)
         for position, before in self.before.items():
             value = self.values[position]
             if value is not before and not (not isinstance(value, Node) and value == before):
@@ -272,8 +290,14 @@ class _First:
                 if user not in self.inside and user.op != "output":
                     raise Differs(f"only the first iteration runs `{describe_node(node)}`", node)
 
-    def _evaluate(self, position: int) -> Any:
-        """The number that Python evaluated in the first iteration, where the later ones have a node."""
+    def _evaluate(self, position: int, assume_zero: bool = False) -> Any:
+        """The number that Python evaluated in the first iteration, where the later ones have a node.
+
+        Args:
+            position: the node.
+            assume_zero: whether a state of unknown start is assumed to start as zero, as in `mem = 0` with
+                `mem = 0.5 * mem + x`. The nodes that read the result prove it.
+        """
         target = self.template[position].target
         if self.template[position].op != "call_function" or getattr(target, "__module__", "") not in _NUMBER_MODULES:
             return _UNKNOWN
@@ -286,7 +310,9 @@ class _First:
             if isinstance(role, Own):
                 value = self.values[role.position]
             elif isinstance(role, Carried):
-                value = self.initial.get(role.position, self._number_before(role.position))
+                value = self.initial.get(role.position, _UNKNOWN)
+                if value is _UNKNOWN and assume_zero and self.zero is not None:
+                    value = self.initial[role.position] = self.zero
             if value is _UNKNOWN or isinstance(value, Node) or not isinstance(value, int | float):
                 is_known = False
             from_state = True
@@ -296,9 +322,6 @@ class _First:
         if not is_known or not from_state:
             return _UNKNOWN
         return target(*args, **kwargs)  # type: ignore[operator]
-
-    def _number_before(self, position: int) -> Any:
-        return _UNKNOWN
 
     def _unify(self, expected: Any, actual: Any) -> bool:
         """Whether arguments of the first iteration fit the roles; binds the initial values of carried positions."""

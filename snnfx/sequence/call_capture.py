@@ -23,12 +23,16 @@ from snnfx.sequence.counter_reads import may_branch_on_count
 from snnfx.sequence.element_lists import join_elements
 from snnfx.sequence.lengths import Lengths, make_length_variable, require_same_step
 from snnfx.sequence.loop_runs import LoopRun, find_loop_runs, move_attributes_first, scaling_runs
+from snnfx.sequence.pointwise_time import TimeDimension
 from snnfx.sequence.reroll import RolledLoop, reroll
 
 __all__ = ["CapturedCall", "ProgramPasses", "capture_calls"]
 
-SHORT, LONG = 4, 5
-"""The lengths at which a call is captured: short, but long enough that three iterations follow the first."""
+SHORT, LONGER = 4, (5, 6, 8)
+"""The lengths at which a call is captured: short, but long enough that three iterations follow the first.
+
+The longer one is the first at which the model runs: blocks of 2 or 4 time steps need multiples.
+"""
 _SLACK = 4
 """A loop that takes T from the inputs iterates at most this many times more than T."""
 
@@ -41,11 +45,13 @@ class CapturedCall:
         program: the call; `run_loop` nodes refer to the loops.
         loops: the loops, in execution order.
         fixed_length: why the number of time steps is fixed; "" if it is not.
+        time: the time dimension of the inputs; None if the number of time steps is fixed.
     """
 
     program: StepProgram
     loops: list[RolledLoop]
     fixed_length: str = ""
+    time: TimeDimension | None = None
 
 
 @dataclass(frozen=True)
@@ -80,11 +86,11 @@ def capture_calls(
         training, evaluation = _capture_from_reset_state(model, example_inputs, entry)
         first = _with_loops(training, passes)
         return first, first if evaluation is training else _with_loops(evaluation, passes)
-    time, short, long = found
-    of_training = _of_any_length(short[0], long[0], time, passes)
+    time, length, short, long = found
+    of_training = _of_any_length(short[0], long[0], time, length, passes)
     if short[1] is short[0]:
         return of_training, of_training
-    return of_training, _of_any_length(short[1], long[1], time, passes)
+    return of_training, _of_any_length(short[1], long[1], time, length, passes)
 
 
 _BothModes = tuple[StepProgram, StepProgram]
@@ -118,43 +124,44 @@ def _first_call(program: StepProgram) -> StepProgram:
 # -- the time dimension -----------------------------------------------------------------------------------------------
 
 
-@dataclass(frozen=True)
-class _TimeDimension:
-    """The dimension `dim` of some tensors among the inputs, by index."""
-
-    leaves: tuple[int, ...]
-    dim: int
-
-
 def _find_time_dimension(
     model: nn.Module, example_inputs: Any, entry: str
-) -> tuple[_TimeDimension, _BothModes, _BothModes] | None:
+) -> tuple[TimeDimension, int, _BothModes, _BothModes] | None:
     """Find the dimension of the inputs whose size is the number of iterations of a loop.
 
     Returns:
-        `(dimension, captures of the shorter call, captures of the longer call)`; None: there is no such dimension, or
-        later iterations may run other code.
+        `(dimension, longer length, captures of the shorter call, captures of the longer call)`; None: there is no such
+        dimension, or later iterations may run other code.
     """
     tensors = [v for v in pytree.tree_leaves(as_call(example_inputs)) if isinstance(v, Tensor)]
     for candidate in _candidates(tensors):
-        calls: list[_BothModes] = []
-        for size in (SHORT, LONG):
-            resized = _resized(example_inputs, candidate, size)
-            try:
-                calls.append(_capture_from_reset_state(model, resized, entry, LONG + _SLACK))
-            except (TooManyIterations, SnnfxError):
-                break
-        pairs = scaling_runs(*(find_loop_runs(call[0]) for call in calls)) if len(calls) == 2 else None
-        if pairs:
-            if any(not run.source.of_module and may_branch_on_count(run.source) for run, _ in pairs):
-                return None
-            return candidate, calls[0], calls[1]
+        short = _captured(model, example_inputs, candidate, SHORT, entry)
+        if short is None or not find_loop_runs(short[0]):
+            continue
+        for length in LONGER:
+            long = _captured(model, example_inputs, candidate, length, entry)
+            if long is None:
+                continue
+            pairs = scaling_runs(find_loop_runs(short[0]), find_loop_runs(long[0]))
+            if pairs:
+                if any(not run.source.of_module and may_branch_on_count(run.source) for run, _ in pairs):
+                    return None
+                return candidate, length, short, long
+            break
     return None
 
 
-def _candidates(tensors: list[Tensor]) -> Iterator[_TimeDimension]:
+def _captured(model: nn.Module, inputs: Any, time: TimeDimension, size: int, entry: str) -> _BothModes | None:
+    """Capture a call of `size` time steps; None if the model does not run so."""
+    try:
+        return _capture_from_reset_state(model, _resized(inputs, time, size), entry, size + _SLACK)
+    except (TooManyIterations, SnnfxError):
+        return None
+
+
+def _candidates(tensors: list[Tensor]) -> Iterator[TimeDimension]:
     """The dimensions that may be time, the most usual ones first; inputs of one size share it."""
-    seen: set[_TimeDimension] = set()
+    seen: set[TimeDimension] = set()
     most = max((t.dim() for t in tensors), default=0)
     for dim in range(most):
         for first, tensor in enumerate(tensors):
@@ -162,13 +169,13 @@ def _candidates(tensors: list[Tensor]) -> Iterator[_TimeDimension]:
                 continue
             same = tuple(i for i, t in enumerate(tensors) if t.dim() > dim and t.shape[dim] == tensor.shape[dim])
             for leaves in (same, (first,)):
-                candidate = _TimeDimension(leaves, dim)
+                candidate = TimeDimension(leaves, dim)
                 if candidate not in seen:
                     seen.add(candidate)
                     yield candidate
 
 
-def _resized(example_inputs: Any, time: _TimeDimension, size: int) -> Any:
+def _resized(example_inputs: Any, time: TimeDimension, size: int) -> Any:
     """The example inputs with another number of time steps."""
     flat, spec = pytree.tree_flatten(example_inputs)
     tensors = [i for i, v in enumerate(flat) if isinstance(v, Tensor)]
@@ -183,7 +190,9 @@ def _resized(example_inputs: Any, time: _TimeDimension, size: int) -> Any:
 # -- re-rolling -------------------------------------------------------------------------------------------------------
 
 
-def _of_any_length(short: StepProgram, long: StepProgram, time: _TimeDimension, passes: ProgramPasses) -> CapturedCall:
+def _of_any_length(
+    short: StepProgram, long: StepProgram, time: TimeDimension, length: int, passes: ProgramPasses
+) -> CapturedCall:
     """Re-roll the loops of two calls, and make the number of time steps variable."""
     for program in (short, long):
         _prepare(program, passes)
@@ -202,7 +211,7 @@ def _of_any_length(short: StepProgram, long: StepProgram, time: _TimeDimension, 
     for program in (short, long):
         join_elements(program)
         passes.remove_dead_code(program)
-    lengths = Lengths(SHORT, LONG, time.leaves[0], time.dim)
+    lengths = Lengths(SHORT, length, time.leaves[0], time.dim)
     try:
         make_length_variable(short, long, lengths)
     except Differs as difference:
@@ -213,7 +222,7 @@ def _of_any_length(short: StepProgram, long: StepProgram, time: _TimeDimension, 
             why=f"{difference.why}.",
             hint="Use operations on the whole sequence, e.g. torch.stack(outputs).mean(0).",
         ) from difference
-    return CapturedCall(short, loops)
+    return CapturedCall(short, loops, time=replace(time, size=SHORT))
 
 
 def _with_loops(program: StepProgram, passes: ProgramPasses) -> CapturedCall:
@@ -238,7 +247,7 @@ def _with_loops(program: StepProgram, passes: ProgramPasses) -> CapturedCall:
         raise refusals[0]
     join_elements(program)
     passes.remove_dead_code(program)
-    return CapturedCall(program, loops, "no size of the inputs is the number of iterations")
+    return CapturedCall(program, loops, "the number of time steps is fixed: no loop takes it from a size of the inputs")
 
 
 def _prepare(program: StepProgram, passes: ProgramPasses) -> None:

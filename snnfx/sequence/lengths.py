@@ -109,7 +109,9 @@ def _expression(a: Any, b: Any, lengths: Lengths) -> Callable[[Any, Node], Node]
         if isinstance(x, bool) or not isinstance(x, int | float):
             return None
     if isinstance(a, int) and isinstance(b, int):
-        slope = b - a
+        slope, rest = divmod(b - a, lengths.long - lengths.short)
+        if rest:
+            return _quotient(a, b, lengths)
         offset = a - slope * lengths.short
 
         def affine(graph: Any, length: Node) -> Node:
@@ -122,6 +124,14 @@ def _expression(a: Any, b: Any, lengths: Lengths) -> Callable[[Any, Node], Node]
     if abs(a / lengths.short - b / lengths.long) < 1e-12 * abs(a / lengths.short):
         return lambda graph, length: _number(graph, operator.mul, a / lengths.short, length)
     return None
+
+
+def _quotient(a: int, b: int, lengths: Lengths) -> Callable[[Any, Node], Node] | None:
+    """The expression `T // q` with the value `a` for the shorter and `b` for the longer call."""
+    divisor, rest = divmod(lengths.short, a) if a > 0 else (0, 1)
+    if rest or divisor * b != lengths.long:
+        return None
+    return lambda graph, length: _number(graph, operator.floordiv, length, divisor)
 
 
 def _number(graph: Any, function: Any, a: Any, b: Any) -> Node:

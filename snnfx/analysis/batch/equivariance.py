@@ -17,12 +17,13 @@ from torch import Tensor, fx, nn
 from torch.fx import Node
 from torch.fx.node import map_aggregate
 
-from snnfx.analysis.batch.call_site import CallSite, is_batch_sized
+from snnfx.analysis.batch.call_site import CallSite, constant_int, is_batch_sized
 from snnfx.analysis.batch.facts import (
     NON_TENSOR,
     UNDETERMINED,
     UNKNOWN,
     Fact,
+    NonTensor,
     Rank,
     ShapeFact,
     SizeFact,
@@ -35,7 +36,7 @@ from snnfx.analysis.batch.facts import (
 from snnfx.analysis.batch.indexing_rules import getitem
 from snnfx.analysis.batch.rule_lookup import RuleMatch, constant_fact, find_rule
 from snnfx.analysis.batch.rule_table import ELEMENTWISE_RULES
-from snnfx.analysis.batch.shape_rules import flatten, squeeze, unsqueeze, view
+from snnfx.analysis.batch.shape_rules import flatten, squeeze, unflatten, unsqueeze, view
 from snnfx.analysis.statistic_reads import is_statistic_read, statistic_of
 from snnfx.errors import Refusal
 
@@ -60,7 +61,7 @@ class BatchAnalysis:
 def infer_batch(
     graph: fx.Graph,
     resolve: Callable[[str], object],
-    inputs: Mapping[Node, Fact],
+    inputs: Mapping[Node, Fact | NonTensor],
     *,
     carried: Mapping[Node, object],
     varying: Set[Node],
@@ -68,6 +69,7 @@ def infer_batch(
     batch_norm: Literal["fold", "per_step"],
     initial: Mapping[Node, object] | None = None,
     training_of: Callable[[nn.Module], bool] | None = None,
+    unit: tuple[str, int] | None = None,
 ) -> BatchAnalysis:
     """Infer the batch dimension of every value, and which nodes may not be folded.
 
@@ -84,11 +86,14 @@ def infer_batch(
             the shape of the next value. Default: read from the output node of the graph, if it has the form
             `(outputs, next_states, initial_values)`.
         training_of: whether a called layer is in training; default: the mode of the graph.
+        unit: `(symbol, size)` of the batch in the example. Sizes that are equal multiples of it in the example then
+            count as equal. This holds where the operations that join two such sizes fail for others, as those of a
+            model's own call do.
 
     Returns:
         Facts, refusals and requirements.
     """
-    walk = _BatchPropagation(graph, resolve, dict(inputs), varying, training, batch_norm, training_of)
+    walk = _BatchPropagation(graph, resolve, dict(inputs), varying, training, batch_norm, training_of, unit)
     before = _initial_values(graph, carried) if initial is None else initial
     slots: dict[Node, Value] = dict.fromkeys(carried, UNDETERMINED)
     settled: set[Node] = set()  # slots whose value depends on themselves only
@@ -123,8 +128,39 @@ def _next_fact(walk: _BatchPropagation, slot: Node, following: object, initial: 
     return join(first, after)
 
 
-_KEEPS_ONES = ELEMENTWISE_RULES | {unsqueeze, squeeze, flatten, view, getitem}
+_KEEPS_ONES = ELEMENTWISE_RULES | {unsqueeze, squeeze, flatten, unflatten, view, getitem}
 """Rules that say whether the dimensions in front of the batch have the literal size 1."""
+
+
+_KEEPS_FRONT = frozenset(
+    "linear layer_norm rms_norm avg_pool1d avg_pool2d avg_pool3d adaptive_avg_pool1d adaptive_avg_pool2d softmax "
+    "log_softmax sum mean amax amin norm normalize dropout contiguous clone detach float double half bfloat16 to "
+    "type_as zeros_like ones_like matmul scaled_dot_product_attention transpose swapaxes swapdims adjoint permute "
+    "relu cumsum select".split()
+)
+"""Operations that keep the dimensions in front of the batch if they keep its position."""
+
+
+def _keeps_front(site: CallSite, found: RuleMatch, result: Fact) -> bool:
+    """Whether the dimensions of the result in front of the batch have the literal size 1, as those of the operands."""
+    if found.name not in _KEEPS_FRONT or result.dim is None:
+        return False
+    operands = [fact for fact in leaves(list(site.arguments.values())) if isinstance(fact, Fact)]
+    if any(fact.batched and not (fact.has_ones_in_front and fact.dim == result.dim) for fact in operands):
+        return False
+    # A constant could have larger dimensions there.
+    behind = (result.rank - result.dim).known
+    constants = [fact.rank.known for fact in operands if not fact.batched]
+    if behind is None or any(rank is None or rank > behind for rank in constants):
+        return False
+    axes = {
+        "transpose": (site["dim0"], site["dim1"]),
+        "swapaxes": (site["dim0"], site["dim1"]),
+        "swapdims": (site["dim0"], site["dim1"]),
+    }.get(found.name, ())
+    if found.name == "permute":
+        return [constant_int(dim) for dim in leaves(site["dims"])][: result.dim] == list(range(result.dim))
+    return all((place := site.axis(result, axis)) is not None and place > result.dim for axis in axes)
 
 
 class _BatchPropagation:
@@ -134,17 +170,18 @@ class _BatchPropagation:
         self,
         graph: fx.Graph,
         resolve: Callable[[str], object],
-        inputs: dict[Node, Fact],
+        inputs: dict[Node, Fact | NonTensor],
         varying: Set[Node],
         training: bool,
         batch_norm: str,
         training_of: Callable[[nn.Module], bool] | None,
+        unit: tuple[str, int] | None = None,
     ) -> None:
-        self.training_of = training_of
+        self.training_of, self.unit = training_of, unit
         self.graph, self.resolve, self.inputs, self.varying = graph, resolve, inputs, varying
         self.training, self.batch_norm = training, batch_norm
         self.found = {node: find_rule(node, resolve) for node in graph.nodes if node.op.startswith("call")}
-        self.bases = {fact.rank.base for fact in inputs.values() if fact.rank.base}
+        self.bases = {fact.rank.base for fact in inputs.values() if isinstance(fact, Fact) and fact.rank.base}
         self.facts: dict[Node, Value] = {}
 
     def run(self, slots: Mapping[Node, Value]) -> BatchAnalysis:
@@ -156,6 +193,7 @@ class _BatchPropagation:
         self.requirements = {
             fact.rank.base or node.name: 1 if fact.rank.known is None else fact.rank.known
             for node, fact in self.inputs.items()
+            if isinstance(fact, Fact)
         }
         for node in self.graph.nodes:
             if node.op != "output":
@@ -207,7 +245,7 @@ class _BatchPropagation:
         site = self._site(node, found)
         fact = self._evaluate(site, found)
         if found.row.rule not in _KEEPS_ONES and isinstance(fact, Fact) and fact.batched:
-            fact = replace(fact, known=())
+            fact = fact.with_ones_in_front() if _keeps_front(site, found, fact) else replace(fact, known=())
         if fact is UNDETERMINED:
             return UNDETERMINED
         self._judge_without_batch(site, found, flat, fact)
@@ -301,6 +339,7 @@ class _BatchPropagation:
         if not isinstance(value, Tensor) or not isinstance(fact, Fact):
             return fact
         rank = fact.rank if fact.rank.base in self.bases else Rank(value.dim())
+        fact = self._in_units(fact, value)
         agrees = rank.known is None or fact.rank.known in (None, rank.known)
         if agrees and fact.dim is not None and fact.size is not None and rank.known is not None:
             agrees = fact.dim < value.dim()
@@ -310,6 +349,14 @@ class _BatchPropagation:
             self.refusals.setdefault(node, Refusal("SNNFX101", reason))
             return UNKNOWN
         return replace(fact, rank=rank)
+
+    def _in_units(self, fact: Fact, value: Tensor) -> Fact:
+        """The fact with its size as a multiple of the unit."""
+        if self.unit is None or fact.dim is None or fact.dim >= value.dim():
+            return fact
+        symbol, size = self.unit
+        multiple, rest = divmod(value.shape[fact.dim], size)
+        return fact if rest else replace(fact, size=symbol if multiple == 1 else f"{multiple}*{symbol}")
 
 
 def _check_invariant(site: CallSite, value: Any, may_be_sized: bool) -> None:

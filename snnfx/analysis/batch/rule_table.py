@@ -13,6 +13,7 @@ from typing import Any
 
 import torch
 
+from snnfx.analysis.batch import element_rules as elements
 from snnfx.analysis.batch import elementwise_rules as elementwise
 from snnfx.analysis.batch import indexing_rules as indexing
 from snnfx.analysis.batch import module_rules as modules
@@ -221,6 +222,12 @@ _ROWS: tuple[OperatorRule, ...] = (
     OperatorRule(
         "arange linspace eye tensor scalar_tensor", "*values, **options", indexing.make_constant, "values options"
     ),
+    # loops of whole calls
+    OperatorRule("run_loop", "loop, steps, inputs, state", elements.loop, operands="inputs state", sizes="steps"),
+    OperatorRule("read_elements", "x, dim, start, step, count", elements.read, operands="x", sizes="count"),
+    OperatorRule("stack_elements", "parts, is_sequence, dim=0", elements.stack, operands="parts"),
+    OperatorRule("concatenate_elements", "parts, is_sequence, dim=0", elements.concatenate, operands="parts"),
+    OperatorRule("write_elements", "x, dim, start, step, values", elements.write, operands="x values"),
     # state
     OperatorRule("call_stateful", "module, state, *inputs, **options", modules.stateful, operands="state inputs"),
     OperatorRule("initial_value", "module, index, *inputs, **options", modules.initial_state, operands="inputs"),

@@ -175,11 +175,10 @@ def flatten(site: CallSite) -> Value:
         site.axis(fact, start)
         return Fact(rank, fact.dim, fact.size)
     if start > fact.dim:
-        return (
-            Fact(rank, fact.dim, fact.size)
-            if site.require(fact.rank, start + 1, f"flattens from dim {start}")
-            else without_batch(rank)
-        )
+        if not site.require(fact.rank, start + 1, f"flattens from dim {start}"):
+            return without_batch(rank)
+        behind = Fact(rank, fact.dim, fact.size)
+        return behind.with_ones_in_front() if fact.has_ones_in_front else behind
     if 0 <= end < fact.dim:
         merged = Fact(rank, fact.dim - (end - start), fact.size)
         return merged.with_ones_in_front() if fact.has_ones_in_front else merged
@@ -210,11 +209,15 @@ def unflatten(site: CallSite) -> Value:
             refuse_batch_size(site)
         shifts = fact.dim is not None and 0 <= axis < fact.dim
         return move_batch(fact, fact.dim + grows if shifts and fact.dim is not None else fact.dim, grows)
-    if is_batch_sized(sizes[1:]):
+    ones = next((i for i, size in enumerate(sizes) if constant_int(size) != 1), 0)  # literal sizes in front
+    if is_batch_sized(sizes[ones + 1 :]):
         refuse_batch_size(site)
         return UNKNOWN
-    symbol = _symbol_in_place(site, sizes[0])
-    return Fact(fact.rank + grows, fact.dim, symbol) if symbol else without_batch(fact.rank + grows)
+    symbol = _symbol_in_place(site, sizes[ones])
+    if not symbol:
+        return without_batch(fact.rank + grows)
+    result = Fact(fact.rank + grows, fact.dim + ones, symbol)
+    return result.with_ones_in_front() if fact.has_ones_in_front else result
 
 
 def refuse_batch_size(site: CallSite) -> None:

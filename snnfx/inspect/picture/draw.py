@@ -153,7 +153,10 @@ def _picture_of_step(program: StepProgram, training: bool, batch_known: bool = T
 def _picture_of_net(net: Net, example_inputs: Any) -> Picture:
     program = net.program
     if net.options.step_mode == "s":
-        return _picture_of_step(program, net.training)
+        picture = _picture_of_step(program, net.training, batch_known=program.whole_sequences is None)
+        if program.whole_sequences is None:
+            return picture
+        return replace(picture, subtitle=f"whole sequences, {_mode(net.training)}")
     values = _recorded_values(program)
     if example_inputs is not None:
         values = _values_for(program, example_inputs, net.options.entry) or values

@@ -12,6 +12,7 @@ from torch.fx import Node
 from snnfx.ir.nodes import is_size
 from snnfx.ir.printing import operation_name
 from snnfx.ir.program import StepProgram
+from snnfx.ops.run_loop import run_loop
 from snnfx.ops.step_functions import FunctionHolder, apply_autograd_function
 from snnfx.sandbox.torch_internals import (
     AdaptiveAvgPoolBase,
@@ -48,10 +49,21 @@ def summarize_node(program: StepProgram, node: Node) -> tuple[str, str]:
         holder = program.resolve(str(node.args[0].target))
         if isinstance(holder, FunctionHolder):
             return holder.function.__name__, "autograd.Function"
+    if node.target is run_loop:
+        return "loop over time", _loop(program, node)
     name = operation_name(node)
     if name == "getitem" and len(node.args) == 2:
         return f"[{_index(node.args[1])}]", ""
     return name, _arguments(node)
+
+
+def _loop(program: StepProgram, node: Node) -> str:
+    """The iterations and states of a loop of a whole call: `T iterations, state sn.mem`."""
+    handle, steps, *_ = node.args
+    slots = program.resolve(str(handle.target)).net.program.slots  # type: ignore[union-attr]
+    iterations = "T" if isinstance(steps, Node) else str(steps)
+    states = ", ".join(slot.name for slot in slots)
+    return f"{iterations} iterations" + (f", state {states}" if states else "")
 
 
 def summarize_module(module: nn.Module) -> str:

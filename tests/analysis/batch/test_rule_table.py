@@ -728,6 +728,8 @@ TESTED_ELSEWHERE = {"call_stateful", "initial_value", "apply_autograd_function",
 TESTED_ELSEWHERE |= {"cut_history", "update_trace", "ones_per_sample", "draw_dropout_mask"}  # in test_online_ops.py
 TESTED_ELSEWHERE |= {"change_value"}  # in test_capture.py, with changes in place
 TESTED_ELSEWHERE |= {"copied", "read_parameter"}  # in test_step_changes.py, with parameters that a step changes
+TESTED_ELSEWHERE |= {"run_loop", "read_elements", "stack_elements", "concatenate_elements", "write_elements"}
+# in tests/sequence, with time as the batch
 
 
 @pytest.mark.parametrize("case", LEGAL, ids=lambda case: case.name)
