@@ -55,6 +55,8 @@ def copies_in_float64(model: nn.Module, net: Any) -> tuple[nn.Module, Any]:
         memo |= {id(x): tensor(x) for x in pytree.tree_leaves(attributes) if isinstance(x, Tensor) and not x.is_leaf}
         net = copy.deepcopy(net, memo)
     net.double()
+    if hasattr(net, "first_attributes"):
+        net.__dict__["first_attributes"] = net.first_attributes.mapped(to_float64)
     for module in net.modules():
         for key, value in _plain_attributes(module).items():
             # `double` converts parameters and buffers only: convert initial states, constants and masks as well.
