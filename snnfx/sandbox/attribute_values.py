@@ -34,6 +34,7 @@ class AttributeValues:
     Args:
         names: all attributes, `(module name, attribute)`.
         values: the copies.
+        classes: the class of each module; a module of another class has replaced it.
 
     Example:
         >>> model = nn.Identity()
@@ -49,6 +50,7 @@ class AttributeValues:
 
     names: frozenset[tuple[str, str]]
     values: dict[tuple[str, str], Any]
+    classes: dict[str, type[nn.Module]]
 
     @staticmethod
     def of(model: nn.Module) -> AttributeValues:
@@ -60,7 +62,7 @@ class AttributeValues:
                 copied[key] = _copy(value, lambda x: x.detach().clone())
             except (_NoCopy, RecursionError):  # a list may contain itself
                 continue
-        return AttributeValues(frozenset(values), copied)
+        return AttributeValues(frozenset(values), copied, {name: type(m) for name, m in model.named_modules()})
 
     def mapped(self, function: Callable[[Tensor], Tensor]) -> AttributeValues:
         """The same attributes, with the results of a function in place of the tensors."""
@@ -68,14 +70,13 @@ class AttributeValues:
 
     def changed_in(self, model: nn.Module) -> list[tuple[str, str]]:
         """The attributes that a model has in addition, lacks, or has with another value than the copy."""
-        current = _attributes(model)
+        classes = {name: type(module) for name, module in model.named_modules()}
+        kept = {name for name, cls in classes.items() if self.classes.get(name) is cls}
+        current = {key: value for key, value in _attributes(model).items() if key[0] in kept}
         added = [key for key in current if key not in self.names]
-        lacking = [key for key in self.values if key not in current]
-        return [
-            *added,
-            *lacking,
-            *(k for k, v in current.items() if k in self.values and not _is_equal(v, self.values[k])),
-        ]
+        lacking = [key for key in self.values if key[0] in kept and key not in current]
+        differing = [k for k, v in current.items() if k in self.values and not _is_equal(v, self.values[k])]
+        return [*added, *lacking, *differing]
 
     def restore(self, model: nn.Module, name: str, attribute: str) -> None:
         """Set an attribute of a model to a copy of its value, on the device and in the precision of the current one."""

@@ -75,6 +75,7 @@ __all__ = [
     "WrappedFunctions",
     "add_autograd_batch",
     "are_transforms_active",
+    "backward_passes_in",
     "broadcast_prefix",
     "check_batch_size",
     "compile_package",
@@ -178,6 +179,27 @@ def gradients_in_modes(
     return _engine_run_backward(
         tuple(outputs), tuple(gradients), keep_graph, create_graph, tuple(inputs), allow_unused, accumulate_grad=False
     )
+
+
+@contextlib.contextmanager
+def backward_passes_in(mode: contextlib.AbstractContextManager[Any]) -> Iterator[None]:
+    """Let a torch function mode see the Python code of backward passes, which `torch.autograd.grad` hides from it.
+
+    Backward passes that other threads start meanwhile do not run in the mode.
+    """
+    original, thread = torch.autograd._engine_run_backward, threading.get_ident()
+
+    def run(*args: Any, **kwargs: Any) -> Any:
+        if threading.get_ident() != thread:
+            return original(*args, **kwargs)
+        with mode:
+            return original(*args, **kwargs)
+
+    torch.autograd._engine_run_backward = run  # type: ignore[attr-defined]
+    try:
+        yield
+    finally:
+        torch.autograd._engine_run_backward = original
 
 
 class WrappedFunctions:

@@ -90,3 +90,10 @@ def test_a_list_that_contains_itself_has_no_copy() -> None:
     model.cycle = []
     model.cycle.append(model.cycle)
     assert AttributeValues.of(model).values == {}
+
+
+def test_a_module_of_another_class_is_left_alone() -> None:
+    model = Holder()
+    values = AttributeValues.of(model)
+    model.child = nn.Conv2d(1, 1, 1)
+    assert values.changed_in(model) == []

@@ -21,7 +21,7 @@ def stepped_attributes(
 
     The model is stepped from the first values of its attributes. Attributes that the steps do not change are settings,
     which the user may have changed since. A model that is not the source of the net keeps its own values, except
-    attributes that only a step creates.
+    attributes that only a step creates; it is stepped from its own values.
 
     Args:
         model: the model after `reset_net`; the caller restores it afterwards.
@@ -34,12 +34,12 @@ def stepped_attributes(
     """
     registered = storage_of(model) | {(m, slot) for _, m, adapter in named_stateful(model) for slot in adapter.names(m)}
     modules = dict(model.named_modules())
-    differing = [(n, a) for n, a in first.changed_in(model) if n in modules and (modules[n], a) not in registered]
+    differing = [(n, a) for n, a in first.changed_in(model) if (modules[n], a) not in registered]
     if not is_source:
         differing = [key for key in differing if key not in first.names]
     if not differing:
         return []
-    for name, attribute in differing:
+    for name, attribute in differing if is_source else ():
         first.restore(model, name, attribute)
     before = observe(model)
     step()

@@ -160,3 +160,18 @@ def test_verify_leaves_the_attributes_of_a_stepped_model_as_they_are(x_seq: Tens
     snnfx.verify(model, net, x_seq)
     assert all(getattr(model, name) is value for name, value in before.items())
     assert torch.equal(model.v, values["v"]) and torch.equal(model.log["mean"], values["log"]["mean"])
+
+
+def test_a_model_with_layers_of_another_class_is_compared() -> None:
+    x_seq = torch.rand(4, 2, 3)
+    net = snnfx.convert(nn.Sequential(nn.Linear(3, 3), nn.Softmax(-1)))
+    with pytest.raises(VerificationError, match="SNNFX401"):
+        snnfx.verify(nn.Sequential(nn.Softmax(-1), nn.Linear(3, 3)), net, x_seq)
+
+
+def test_a_layer_that_was_replaced_after_conversion_keeps_its_attributes() -> None:
+    x_seq, model = torch.rand(4, 2, 3), nn.Sequential(nn.Linear(3, 3), nn.Softmax(-1))
+    net = snnfx.convert(model)
+    model[1] = nn.LayerNorm(3)
+    with pytest.warns(snnfx.errors.SnnfxWarning, match="SNNFX315"):
+        snnfx.verify(model, net, x_seq)
