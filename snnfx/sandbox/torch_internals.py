@@ -187,7 +187,8 @@ def backward_passes_in(mode: contextlib.AbstractContextManager[Any]) -> Iterator
 
     Backward passes that other threads start meanwhile do not run in the mode.
     """
-    original, thread = torch.autograd._engine_run_backward, threading.get_ident()
+    functions: dict[str, Any] = vars(torch.autograd)
+    original, thread = functions["_engine_run_backward"], threading.get_ident()
 
     def run(*args: Any, **kwargs: Any) -> Any:
         if threading.get_ident() != thread:
@@ -195,11 +196,11 @@ def backward_passes_in(mode: contextlib.AbstractContextManager[Any]) -> Iterator
         with mode:
             return original(*args, **kwargs)
 
-    torch.autograd._engine_run_backward = run  # type: ignore[attr-defined]
+    functions["_engine_run_backward"] = run
     try:
         yield
     finally:
-        torch.autograd._engine_run_backward = original
+        functions["_engine_run_backward"] = original
 
 
 class WrappedFunctions:
