@@ -8,7 +8,7 @@ from torch import nn
 
 import snnfx
 from snnfx.errors import VerificationError
-from snnfx.inspect.verify import VerificationReport
+from snnfx.inspect.verify.verification_report import VerificationReport
 from support.firing_nets import NETS, firing_net
 
 torch.set_num_threads(1)
