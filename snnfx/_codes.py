@@ -556,7 +556,8 @@ CODES: dict[str, CodeEntry] = {
     "SNNFX413": CodeEntry(
         "the net of another model",
         "`verify` compares a net with the model that it was converted from, or with a model that has the same modules. "
-        "This net was converted from a model with other modules.",
+        "Here the steps use parameters, buffers or states of a module that only the model or only the net has, so that "
+        "they cannot be compared by name. Modules that no step uses may differ.",
         "snnfx.verify(other_model, snnfx.convert(model), x_seq)",
         "snnfx.verify(model, snnfx.convert(model), x_seq)",
     ),

@@ -359,7 +359,7 @@ def _plan_loop_again(net: Net, args: tuple[Any, ...], kwargs: dict[str, Any]) ->
         for node, x in zip(program.input_nodes(), args, strict=True):
             node.meta["val"] = torch.empty_like(x, device="meta")
         PassManager(planning(program, net.options)).run(program)
-    return Net(net.source, programs, net.options, net.history, _plan_loop_again)
+    return Net(net.source, programs, net.options, net.history, _plan_loop_again, net.first_attributes)
 
 
 def _run_passes(passes: list[Pass], program: StepProgram) -> None:
@@ -404,7 +404,8 @@ def apply_edits(net: Net, edits: Sequence[Pass], **changes: Any) -> Net:
         programs[mode] = program
     if _same_plan(*programs.values()) and _same_steps(*programs.values()):
         programs[False] = programs[True]
-    return Net(net.source, programs, options, history, partial(_edited_for_shapes, tuple(edits), net._replan))
+    replan = partial(_edited_for_shapes, tuple(edits), net._replan)
+    return Net(net.source, programs, options, history, replan, net.first_attributes)
 
 
 def _edited_for_shapes(
@@ -466,7 +467,7 @@ def _convert_for_shapes(net: Net, args: tuple[Any, ...], kwargs: dict[str, Any])
     """Capture the model again for inputs that the plan of `net` does not cover (no inputs: without shapes)."""
     example = _example_inputs(net.source, net.options.entry, args, kwargs)
     programs, history = prepare_programs(net.source, net.options, example, net.program.inferred_carry)
-    return Net(net.source, programs, net.options, history, _convert_for_shapes)
+    return Net(net.source, programs, net.options, history, _convert_for_shapes, net.first_attributes)
 
 
 def _example_inputs(model: nn.Module, entry: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:

@@ -37,6 +37,7 @@ from snnfx.runtime.replanning import PlanCache, capture_again, net_for, net_for_
 from snnfx.runtime.source_module import SourceModule
 from snnfx.runtime.streaming import Stream
 from snnfx.runtime.whole_sequences import refuse_whole_sequences
+from snnfx.sandbox.attribute_values import AttributeValues
 from snnfx.state.carry import outputs_without, with_final_state
 from snnfx.state.registry import reset_net
 from snnfx.state.reset_detection import ResetDetection
@@ -55,6 +56,8 @@ class Net(SourceModule):
     """
 
     history: History
+    first_attributes: AttributeValues
+    """The plain attributes of the model at conversion, which may be state; the steps of the model change them later."""
     _executable: Executable
     _replan: Callable[..., Net] | None
     _carried: dict[str, Any] | None
@@ -67,10 +70,12 @@ class Net(SourceModule):
         options: ConvertOptions,
         history: Sequence[PassRecord] = (),
         replan: Callable[..., Net] | None = None,
+        first_attributes: AttributeValues | None = None,
     ) -> None:
         super().__init__(source)
         # Not by assignment: the model may have children with these names.
         self.__dict__.update(_replan=replan, _reset_detection=None)
+        self.__dict__["first_attributes"] = first_attributes or AttributeValues.of(source)
         self._carried = None
         self._use_programs(programs, history, options)
         expect_large_blocks()
@@ -483,14 +488,15 @@ class Net(SourceModule):
         # The step of a model that runs over time itself takes one time step.
         takes = "step" if step_mode == "s" else self.options.takes
         options = replace(self.options, step_mode=step_mode, takes=takes)
-        return Net(self.source, self.programs, options, self.history, self._replan)
+        return Net(self.source, self.programs, options, self.history, self._replan, self.first_attributes)
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Net:
         source = copy_model(self.source, memo)
         packed = pack_programs(self.programs)
         carried = copy.deepcopy(self._detached_state(), memo)
         history = self.history.on(source)
-        clone = _rebuild(source, copy.deepcopy(packed, memo), self.options, history, self._replan, carried)
+        programs = copy.deepcopy(packed, memo)
+        clone = _rebuild(source, programs, self.options, history, self._replan, carried, self.first_attributes)
         memo[id(self)] = clone
         return clone
 
@@ -498,7 +504,9 @@ class Net(SourceModule):
         # GraphModule would trace the module again, so pack the step programs and the model instead.
         check_picklable(self.options.passes)
         packed = pack_programs(self.programs)
-        return _rebuild, (self.source, packed, self.options, self.history, self._replan, self._detached_state())
+        carried = self._detached_state()
+        attributes = self.first_attributes
+        return _rebuild, (self.source, packed, self.options, self.history, self._replan, carried, attributes)
 
     def _detached_state(self) -> dict[str, Any] | None:
         """The carried state for a copy of the net, without its autograd graph."""
@@ -542,8 +550,9 @@ def _rebuild(
     history: Sequence[PassRecord],
     replan: Any,
     carried: dict[str, Any] | None = None,
+    first_attributes: AttributeValues | None = None,
 ) -> Net:
-    net = Net(source, unpack_programs(packed, source), options, history, replan)
+    net = Net(source, unpack_programs(packed, source), options, history, replan, first_attributes)
     if carried is not None:
         net.carried_state = carried
     return net

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import weakref
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -12,6 +13,7 @@ from torch import Tensor
 from snnfx.emit.bounded_cache import BoundedCache
 from snnfx.errors import CaptureError, InputError, warn, warn_once
 from snnfx.ir.program_equality import is_same_plan
+from snnfx.sandbox.contents_snapshot import MISSING
 
 if TYPE_CHECKING:
     from snnfx.runtime.net import Net
@@ -84,7 +86,8 @@ def _planned_again(net: Net, leaves: list[Tensor], given: dict[str, Any]) -> Net
         )
     args, kwargs = _example(net, arguments.at_step(leaves, 0), given)
     try:
-        return net._replan(net, args, kwargs)
+        with _first_attributes(net):
+            return net._replan(net, args, kwargs)
     except CaptureError as error:
         sizes = arguments.batch_sizes(leaves)
         if len(set(sizes.values())) < 2:
@@ -113,7 +116,8 @@ def net_for_modes(net: Net, modes: tuple[Any, ...], leaves: list[Tensor], given:
     if key not in net._nets_for_modes:
         names = ", ".join(f"{name}() is {value}" for name, value in zip(net.program.guards.modes, modes, strict=True))
         replan = _checked_replan(net, f"{names}, but the step was captured in another mode")
-        net._nets_for_modes[key] = replan(net, *_example_of_call(net, leaves, given))
+        with _first_attributes(net):
+            net._nets_for_modes[key] = replan(net, *_example_of_call(net, leaves, given))
     return net._nets_for_modes[key]
 
 
@@ -143,12 +147,35 @@ def capture_again(net: Net, leaves: list[Tensor], given: dict[str, Any]) -> None
         f"{what}; the net captures the model again.{advice}",
         key=(weakref.ref(net), guard.name if guard is not None else what),
     )
-    recaptured = replan(net, *_example_of_call(net, leaves, given))
+    with _first_attributes(net):
+        recaptured = replan(net, *_example_of_call(net, leaves, given))
     programs = recaptured.programs
     if not check.tree_changed() and all(is_same_plan(net.programs[mode], programs[mode]) for mode in programs):
         net.use_guards(programs)
     else:
         net._use_programs(programs, recaptured.history, net.options)
+
+
+@contextmanager
+def _first_attributes(net: Net) -> Iterator[None]:
+    """Give the attributes of the model that are state the values with which each call of the net starts.
+
+    The model may have been stepped since its conversion.
+    """
+    model, values = net.source, net.first_attributes
+    state = {(a.owner, a.attribute) for program in net.programs.values() for a in program.initial_attributes}
+    own = {key: model.get_submodule(key[0]).__dict__.get(key[1], MISSING) for key in state}
+    try:
+        for owner, attribute in state:
+            values.restore(model, owner, attribute)
+        yield
+    finally:
+        for (owner, attribute), value in own.items():
+            attributes = model.get_submodule(owner).__dict__
+            if value is MISSING:
+                attributes.pop(attribute, None)
+            else:
+                attributes[attribute] = value
 
 
 def _checked_replan(net: Net, what: str) -> Callable[..., Net]:

@@ -76,6 +76,7 @@ __all__ = [
     "WrappedFunctions",
     "add_autograd_batch",
     "are_transforms_active",
+    "backward_passes_in",
     "broadcast_prefix",
     "check_batch_size",
     "compile_package",
@@ -179,6 +180,28 @@ def gradients_in_modes(
     return _engine_run_backward(
         tuple(outputs), tuple(gradients), keep_graph, create_graph, tuple(inputs), allow_unused, accumulate_grad=False
     )
+
+
+@contextlib.contextmanager
+def backward_passes_in(mode: contextlib.AbstractContextManager[Any]) -> Iterator[None]:
+    """Let a torch function mode see the Python code of backward passes, which `torch.autograd.grad` hides from it.
+
+    Backward passes that other threads start meanwhile do not run in the mode.
+    """
+    functions: dict[str, Any] = vars(torch.autograd)
+    original, thread = functions["_engine_run_backward"], threading.get_ident()
+
+    def run(*args: Any, **kwargs: Any) -> Any:
+        if threading.get_ident() != thread:
+            return original(*args, **kwargs)
+        with mode:
+            return original(*args, **kwargs)
+
+    functions["_engine_run_backward"] = run
+    try:
+        yield
+    finally:
+        functions["_engine_run_backward"] = original
 
 
 class WrappedFunctions:

@@ -110,6 +110,34 @@ def test_a_mode_sees_the_code_of_a_backward_pass() -> None:
     assert "__get__" in seen
 
 
+def test_a_function_mode_sees_backward_passes_that_it_is_entered_for() -> None:
+    class Cast(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx: Any, x: Tensor) -> Tensor:
+            return x * 2
+
+        @staticmethod
+        def backward(ctx: Any, grad: Tensor) -> Tensor:
+            return grad.float() * 2
+
+    class Mode(TorchFunctionMode):
+        def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+            if func is torch.autograd.grad:
+                with internals.backward_passes_in(self):
+                    return func(*args, **(kwargs or {}))
+            seen.append(func)
+            return func(*args, **(kwargs or {}))
+
+    seen: list[Any] = []
+    x = torch.ones(2, requires_grad=True)
+    with Mode():
+        torch.autograd.grad(Cast.apply(x).sum(), x)
+    assert torch.Tensor.float in seen
+    seen.clear()
+    torch.autograd.grad(Cast.apply(x).sum(), x)
+    assert not seen
+
+
 def test_nodes_of_an_autograd_graph_are_numbered_in_order() -> None:
     x = torch.ones(2, requires_grad=True)
     first = x * 2

@@ -297,6 +297,7 @@ def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--n", type=int, default=1000, help="number of models (default: 1000)")
     parser.add_argument("--seed", type=int, default=0, help="first seed (default: 0)")
+    parser.add_argument("--seconds", type=float, default=0.0, help="stop after so many seconds (default: no limit)")
     parser.add_argument("--jobs", type=int, default=1, help="number of processes (default: 1)")
     parser.add_argument(
         "--extra", type=int, default=2, help="random checks per model, besides train, eval and fold (default: 2)"
@@ -314,6 +315,8 @@ def main(argv: list[str] | None = None) -> int:
     shown = time.perf_counter()
     for result in _results(arguments):
         tally.add(result)
+        if arguments.seconds and time.perf_counter() - tally.start > arguments.seconds:
+            break
         if time.perf_counter() - shown > 30:
             shown = time.perf_counter()
             print(f"... {_listed(tally.models)}", file=sys.stderr, flush=True)

@@ -70,6 +70,10 @@ class BrokenNet(nn.Module):
         return self.net.source
 
     @property
+    def first_attributes(self) -> Any:
+        return self.net.first_attributes
+
+    @property
     def program(self) -> Any:
         return self.net.program
 

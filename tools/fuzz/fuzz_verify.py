@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import random
 import traceback
 import warnings
@@ -22,7 +21,6 @@ from fuzz_checks import (
     gradients,
     stacked,
     step_plain,
-    to_net,
 )
 from fuzz_models import Case, build, namespace_of
 from torch import Tensor, nn
@@ -33,6 +31,9 @@ __all__ = ["Verdict", "verdicts"]
 
 OBSERVABLE, UNOBSERVABLE = 20.0, 0.05
 """Effects, as multiples of the allowed difference, from which on `verify` must fail, and up to which it must not."""
+
+CHUNK_INTERVAL = 5
+"""One in this many models runs with planned chunks in inference."""
 
 _REFUSALS = {"SNNFX405", "SNNFX411", "SNNFX412"}
 
@@ -105,6 +106,8 @@ def _check_applicable(case: Case, s: Setting) -> None:
 def _net_of(model: nn.Module, s: Setting, dtype: str, batch_norm: str) -> Any:
     steps = [x if i else x[0] for x, i in zip(sequences_of(s, dtype), s.invariant, strict=True)]
     options: dict[str, Any] = {"batch_norm": batch_norm, "lower": "auto" if s.lower else None}
+    if s.seed % CHUNK_INTERVAL:
+        options["chunk"] = None  # to plan chunks takes as long as to verify
     if s.examples:
         options["example_inputs"] = tuple(steps)
     if any(s.invariant):
@@ -116,13 +119,17 @@ def _net_of(model: nn.Module, s: Setting, dtype: str, batch_norm: str) -> Any:
 
 
 def _of_right_nets(case: Case, s: Setting, dtype: str, r: random.Random) -> Iterator[Verdict]:
+    made: dict[str, tuple[nn.Module, Any]] = {}
     for batch_norm, training in (("fold", False), ("fold", True), ("per_step", True)):
         mode = f"{batch_norm} {'train' if training else 'eval'}"
         for double in (False, True) if dtype == "float32" and r.random() < 0.4 else (False,):
             check = f"verify right {dtype}{' double' if double else ''} {mode}"
             try:
-                model = model_of(case, dtype)
-                net = _net_of(model, s, dtype, batch_norm).train(training)
+                if batch_norm not in made:
+                    model = model_of(case, dtype)
+                    made[batch_norm] = model, _net_of(model, s, dtype, batch_norm)
+                model, net = made[batch_norm]
+                net.train(training)
                 torch.manual_seed(case.seed)
                 report = snnfx.verify(model, net, *sequences_of(s, dtype), double=double, **s.extra)
             except Refused as refusal:
@@ -173,8 +180,8 @@ def _of_broken_net(case: Case, s: Setting, dtype: str, kind: str, r: random.Rand
             raise Inapplicable(str(error)) from error
         fault.change(wrong_exact)
         fault.change(wrong)
-        slots = [slot.name for slot in to_net(copy.deepcopy(exact), s, batch_norm="per_step").program.slots]
         net = _net_of(wrong, s, dtype, "per_step").train(training)
+        slots = [slot.name for slot in net.program.slots]
         fault = named(fault, net, r)
         effect = effect_of(fault, exact, wrong_exact, s, training, slots)
     except Refused as refusal:

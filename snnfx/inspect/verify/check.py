@@ -16,6 +16,7 @@ from snnfx.inspect.verify.observed_contents import Observed, changed_names, is_s
 from snnfx.inspect.verify.program_lookup import region_of_module, region_of_output
 from snnfx.inspect.verify.rounding import flipped_spikes
 from snnfx.inspect.verify.runs import Run, Runs
+from snnfx.inspect.verify.state_dependence import is_continued_without, is_state
 
 __all__ = ["Check", "Flips"]
 
@@ -140,7 +141,7 @@ class Check:
         stored = {key for m, key in self.runs.registered_storage() if m is module} or {attribute}
         if entry is not None:
             stored = {entry.attribute}
-        return any(self.runs.is_state(module, key) for key in stored)
+        return any(is_state(self.runs, module, key) for key in stored)
 
     def _compare_contents(
         self, actual: Run, expected: Run, states: Mapping[str, Any] | None = None, how: str = ""
@@ -151,8 +152,11 @@ class Check:
         changed = dict.fromkeys(
             (*changed_names(expected.before, expected.after), *changed_names(actual.before, actual.after))
         )
-        names = [n for n in expected.after if n in changed or expected.after[n].kind == "buffer"]
-        comparisons, lost = [], []
+        # An unused module may have buffers that the net lacks.
+        names = [
+            n for n, entry in expected.after.items() if n in changed or (entry.kind == "buffer" and n in actual.after)
+        ]
+        comparisons, lost, implied = [], [], []
         for name in (*names, *(n for n in changed if n not in expected.after)):
             entry = expected.after.get(name) or expected.before.get(name)
             if entry is None or name in covered:
@@ -164,21 +168,27 @@ class Check:
             else:
                 result = Comparison(entry.kind, label, failed=wanted is not value, detail=_missing(wanted, value))
             was_left = _is_unchanged(name, actual)
-            if result.failed and entry.kind == "attribute" and was_left and not self._matters(entry):
-                lost.append(name)
-                continue
+            if result.failed and entry.kind == "attribute" and was_left:
+                if not self._matters(entry):
+                    lost.append(name)
+                    continue
+                if is_continued_without(self.runs, name, self.tolerance):
+                    implied.append(name)
+                    continue
             if result.failed and was_left:
                 result = replace(result, detail=f"the steps change it, the net does not; {result.detail}")
             comparisons.append(result)
         if lost and not how:
-            shown = ", ".join(f"`{name}`" for name in lost[:5]) + (" ..." if len(lost) > 5 else "")
-            self.notes.append(f"the net does not write {shown}, which no step reads before writing it")
+            self.notes.append(f"the net does not write {_listed(lost)}, which no step reads before writing it")
+        if implied and not how:
+            reason = "but continues from its final state like the model"
+            self.notes.append(f"the net does not write {_listed(implied)}, {reason}")
         return comparisons if not how else [c for c in comparisons if c.failed]
 
     def _matters(self, entry: Observed) -> bool:
         key = (entry.owner, entry.attribute)
         if key not in self._known:
-            self._known[key] = self.runs.is_state(*key)
+            self._known[key] = is_state(self.runs, *key)
         return self._known[key]
 
     def _covered_by_states(self, states: Mapping[str, Any], expected: Run) -> set[str]:
@@ -290,6 +300,10 @@ class Check:
         if self.runs.one_call:
             what = f"with T = 1, {comparison.name} differs from one plain call of the model"
         return VerificationError(_CODES[comparison.kind], what, where=where, why=why, hint=advice)
+
+
+def _listed(names: list[str]) -> str:
+    return ", ".join(f"`{name}`" for name in names[:5]) + (" ..." if len(names) > 5 else "")
 
 
 def _missing(wanted: Observed | None, value: Observed | None) -> str:

@@ -13,7 +13,7 @@ from torch.overrides import TorchFunctionMode
 
 from snnfx.sandbox.isolation import isolated
 from snnfx.sandbox.structural_copy import StructuralCopy
-from snnfx.sandbox.torch_internals import pytree
+from snnfx.sandbox.torch_internals import backward_passes_in, pytree
 from snnfx.sandbox.user_code import format_location, user_location
 from snnfx.state.registry import reset_net
 
@@ -24,6 +24,9 @@ _WIDER: dict[Any, Any] = {
     torch.complex64: torch.complex128,
     "torch.FloatTensor": "torch.DoubleTensor",
 }
+
+
+_BACKWARD_PASSES = (torch.autograd.grad, torch.autograd.backward, torch.Tensor.backward)
 
 
 def to_float64(x: Tensor) -> Tensor:
@@ -55,6 +58,8 @@ def copies_in_float64(model: nn.Module, net: Any) -> tuple[nn.Module, Any]:
         memo |= {id(x): tensor(x) for x in pytree.tree_leaves(attributes) if isinstance(x, Tensor) and not x.is_leaf}
         net = copy.deepcopy(net, memo)
     net.double()
+    if hasattr(net, "first_attributes"):
+        net.__dict__["first_attributes"] = net.first_attributes.mapped(to_float64)
     for module in net.modules():
         for key, value in _plain_attributes(module).items():
             # `double` converts parameters and buffers only: convert initial states, constants and masks as well.
@@ -91,6 +96,9 @@ class CastsToFloat64(TorchFunctionMode):
         self, func: Any, types: Any, args: Sequence[Any] = (), kwargs: Mapping[str, Any] | None = None
     ) -> Any:
         kwargs = dict(kwargs or {})
+        if func in _BACKWARD_PASSES:
+            with backward_passes_in(self):
+                return func(*args, **kwargs)
         if func is torch.Tensor.float:
             self._note()
             return torch.Tensor.double(*args, **kwargs)

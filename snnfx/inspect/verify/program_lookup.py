@@ -5,15 +5,14 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping, Sequence, Set
 from typing import Any
 
-from torch import Tensor, nn
+from torch import nn
 from torch.fx import Node
 
 from snnfx.ir.nodes import is_module_call
 from snnfx.ir.printing import location_of
 from snnfx.ir.program import SELF_TARGET
-from snnfx.sandbox.torch_internals import pytree
 
-__all__ = ["called_in", "is_within", "region_of_module", "region_of_output", "reset_discovered_state", "value_at"]
+__all__ = ["called_in", "is_within", "region_of_module", "region_of_output", "value_at"]
 
 
 def called_in(net: Any, kinds: Set[str]) -> set[str]:
@@ -36,28 +35,6 @@ def region_of_output(net: Any, index: int) -> str:
     """The region that computes output number `index` of the flattened outputs; "" if unknown."""
     outputs = net.program.outputs if hasattr(net, "program") else ()
     return _location(net, [node for node in outputs[index : index + 1] if isinstance(node, Node)])
-
-
-def reset_discovered_state(model: nn.Module, net: Any) -> None:
-    """Reset attributes that capture inferred to be state to their values at capture; `reset_net` does not know them.
-
-    The net shares these values with a reference that is its own source. Another model starts with the values that it
-    has, which shows a net with another first state.
-    """
-    program = getattr(net, "program", None)
-    is_own = getattr(net, "source", model) is model
-    for start in program.initial_attributes if program is not None else ():
-        module = model.get_submodule(start.owner)
-        if start.exists and not is_own:
-            continue  # the values of another model are its own
-        if not start.exists:
-            module.__dict__.pop(start.attribute, None)
-            continue
-        # The model, and with it its state, may have been converted to another dtype since capture.
-        tensors = [v for v in pytree.tree_leaves(module.__dict__.get(start.attribute)) if isinstance(v, Tensor)]
-        values, spec = pytree.tree_flatten(start.value)
-        values = [v.to(tensors[0] if tensors else v, copy=True) if isinstance(v, Tensor) else v for v in values]
-        setattr(module, start.attribute, pytree.tree_unflatten(values, spec))
 
 
 def value_at(model: nn.Module, name: str) -> tuple[Any, ...]:

@@ -6,6 +6,7 @@ import zlib
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field, replace
+from functools import partial
 from typing import Any
 
 import torch
@@ -16,12 +17,13 @@ from snnfx.inspect.verify.comparison import named_leaves
 from snnfx.inspect.verify.divergence import neurons_watched
 from snnfx.inspect.verify.observed_contents import Observed, is_same, observe
 from snnfx.inspect.verify.oracle import folded_forward, replay_forward, step_forward
-from snnfx.inspect.verify.program_lookup import called_in, is_within, reset_discovered_state, value_at
+from snnfx.inspect.verify.program_lookup import called_in, is_within, value_at
 from snnfx.inspect.verify.sequence_inputs import SequenceInputs
 from snnfx.inspect.verify.shared_draws import SharedDraws
+from snnfx.inspect.verify.stepped_attributes import stepped_attributes
 from snnfx.ops.sequence_functions import reduce_over_time
+from snnfx.sandbox.attribute_values import AttributeValues
 from snnfx.sandbox.isolation import isolated, rng_state
-from snnfx.sandbox.structural_copy import StructuralCopy
 from snnfx.sandbox.torch_internals import BatchNormBase, pytree
 from snnfx.state.carry import CarriedArgument, SlotName, flatten_state, output_at, outputs_without, paths_of
 from snnfx.state.registry import named_stateful, reset_net, storage_of
@@ -90,6 +92,9 @@ class Runs:
         self.model, self.net, self.inputs, self.gradients, self.draws = model, net, inputs, gradients, draws
         self.first, self.one_call = first, one_call
         self._in_one_thread = False
+        self._is_source = getattr(net, "source", model) is model
+        self._first_attributes: AttributeValues = getattr(net, "first_attributes", None) or AttributeValues.of(model)
+        self._stepped: list[tuple[str, str]] | None = None
         source = getattr(net, "source", None)
         self.tree: nn.Module = source if isinstance(source, nn.Module) else net
         self.carry = paths_of(getattr(net.options, "carry", None))
@@ -161,6 +166,16 @@ class Runs:
             outputs = self._outputs_of_net(y_seq)
             return self._result(self.tree, outputs, {}, {}, before, rng_state() != generators)
 
+    def continued_net(self) -> dict[str, Any]:
+        """The outputs of a second run of the net on the same inputs, from the final state of the first run."""
+        with self.isolated(), torch.no_grad():
+            args, kwargs = self.inputs.fresh().whole()
+            with self._drawing(of_net=True):
+                state = self.net.run(*args, **self.first_state(), **kwargs)[1]
+            args, kwargs = self.inputs.fresh().whole()
+            with self._drawing(of_net=True):
+                return self._outputs_of_net(self.net.run(*args, **kwargs, state=state)[0])
+
     def record_net(self, names: list[str]) -> dict[str, Any]:
         """The recordings of `net.run` for these names."""
         with self.isolated(), torch.no_grad(), self._drawing(of_net=True):
@@ -213,13 +228,13 @@ class Runs:
 
     def _run_model(self, output_names: Any, state_names: Iterable[str]) -> Run:
         with self.isolated():
-            self._reset_model()
+            self.reset_model()
             generators, before, start = rng_state(), observe(self.model), self._registered_states()
             start = pytree.tree_map_only(Tensor, lambda x: x.detach().clone(), start)
             inputs = self.inputs.fresh()
             with neurons_watched(self.model) as spiking:
                 steps = self.step_model(inputs)
-            outputs = self._outputs_of_model(steps, output_names)
+            outputs = self.outputs_of_model(steps, output_names)
             states = self._states_of_model(steps[-1], state_names)
             stored = {name: id(value) for name, value in states.items() if isinstance(value, Tensor)}
             gradients = self._gradients(outputs, inputs, self.model)
@@ -229,10 +244,11 @@ class Runs:
     def trace_model(self) -> None:
         """Run the reference without gradients, for observers of its modules."""
         with self.isolated(), torch.no_grad():
-            self._reset_model()
+            self.reset_model()
             self.step_model(self.inputs.fresh())
 
-    def _reset_model(self) -> None:
+    def reset_model(self) -> None:
+        """Put the model into the state from which each call of the net starts."""
         if self.model.training != self.net.training:
             # The net shares the model's layers but not its containers, which must follow the net's mode as well.
             shared = set(self.net.modules())
@@ -240,7 +256,16 @@ class Runs:
                 if module not in shared:
                     module.training = self.net.training
         reset_net(self.model)
-        reset_discovered_state(self.model, self.plan)
+        for owner, attribute in self._stepped_attributes():
+            self._first_attributes.restore(self.model, owner, attribute)
+
+    def _stepped_attributes(self) -> list[tuple[str, str]]:
+        if self._stepped is None:
+            self._stepped = []
+            with self.isolated(), torch.no_grad():
+                step = partial(self.step_model, self.inputs.fresh())
+                self._stepped = stepped_attributes(self.model, self._first_attributes, self._is_source, step)
+        return self._stepped
 
     def step_model(self, inputs: SequenceInputs) -> list[Any]:
         """The model's return value at each step, from its current state."""
@@ -260,34 +285,6 @@ class Runs:
                 carry=self.carry,
                 is_once=lambda name, module: name in self.once,
             )
-
-    def is_state(self, owner: nn.Module, attribute: str) -> bool:
-        """Whether steps depend on an attribute: from its final value, they give something else.
-
-        A tensor that grows at every step is a log; it is a state only if other values depend on it.
-        """
-        if attribute in owner._parameters:
-            return True
-        place = owner._buffers if attribute in owner._buffers else owner.__dict__
-        with self.isolated(), torch.no_grad():
-            self._reset_model()
-            self.step_model(self.inputs.fresh())
-            final = StructuralCopy(tensor=lambda x: x.detach().clone()).of(place.get(attribute))
-        results = []
-        for starts_with_final in (False, True):
-            with self.isolated(), torch.no_grad():
-                self._reset_model()
-                if starts_with_final:
-                    place[attribute] = final
-                steps = self.step_model(self.inputs.fresh())
-                contents = {name: entry.value for name, entry in observe(self.model).items()}
-                results.append(named_leaves(steps, "output") | contents)
-        a, b = results
-        if isinstance(final, Tensor):
-            own = [n for n, e in observe(self.model).items() if e.owner is owner and e.attribute == attribute]
-            grown = {n for n in own if isinstance(b.get(n), Tensor) and b[n].shape != final.shape}
-            a, b = ({n: v for n, v in values.items() if n not in grown} for values in (a, b))
-        return a.keys() != b.keys() or not all(is_same(a[name], b[name]) for name in a)
 
     def _registered_states(self) -> dict[str, Any]:
         """All states of registered modules of the model by qualified name, e.g. "lif1.v"."""
@@ -311,7 +308,13 @@ class Runs:
                 states[name] = value
         return states
 
-    def _outputs_of_model(self, outputs_of_steps: list[Any], names: Any) -> dict[str, Any]:
+    def outputs_of_model(self, outputs_of_steps: list[Any], names: Any) -> dict[str, Any]:
+        """The outputs of all steps `[T, *]` by name.
+
+        Args:
+            outputs_of_steps: the return value of the model at each step.
+            names: names of the outputs of the net; None: all outputs.
+        """
         steps = [named_leaves(y, "output") for y in outputs_of_steps]
         if self.carry and names is not None and names != steps[0].keys():
             # A net may leave carried values out of its outputs; a single output is then not in a tuple.

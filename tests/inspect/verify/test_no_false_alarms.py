@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-import sys
-from typing import Any
-
 import pytest
 import torch
 import torch.nn.functional as F
@@ -146,32 +143,3 @@ def test_an_attribute_that_shares_the_tensor_of_a_state_is_compared() -> None:
     net = snnfx.convert(Delayed(False), example_inputs=torch.rand(2, 3))
     with pytest.raises(VerificationError, match="SNNFX410.*last"):
         snnfx.verify(Delayed(True), net, torch.rand(1, 2, 3))
-
-
-def test_a_net_whose_copy_cannot_run_in_float64_is_captured_anew_and_the_report_says_so(
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
-    model = nn.Sequential(nn.Linear(3, 4), snnfx.neuron.LIFNode(v_threshold=0.3), nn.Linear(4, 2))
-    net = snnfx.convert(model)
-
-    module = sys.modules["snnfx.inspect.verify.verify"]
-    copies = module.copies_in_float64
-
-    def copies_that_cannot_run(model: nn.Module, net: Any) -> Any:
-        copied, copied_net = copies(model, net)
-
-        def run(*args: Any, **kwargs: Any) -> Any:
-            raise RuntimeError("expected scalar type Float")
-
-        copied_net.__dict__["run"] = run
-        return copied, copied_net
-
-    monkeypatch.setattr(module, "copies_in_float64", copies_that_cannot_run)
-    x = 4 * torch.rand(5, 2, 3)
-    report = snnfx.verify(model, net, x, double=True)
-    assert report.dtype == "float64"
-    assert "compared a net captured anew in float64" in str(report)
-    assert "the net itself was compared in float32: no difference" in str(report)
-    other = nn.Sequential(nn.Linear(3, 4), snnfx.neuron.LIFNode(v_threshold=0.3), nn.Linear(4, 2))
-    with pytest.raises(VerificationError, match="SNNFX40"):
-        snnfx.verify(other, net, x, double=True)

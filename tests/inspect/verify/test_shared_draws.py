@@ -146,3 +146,41 @@ def test_draws_with_an_effect_may_not_be_left_out() -> None:
     wrong.load_state_dict(model.state_dict())
     with pytest.raises(VerificationError, match="SNNFX401"):
         snnfx.verify(model, snnfx.convert(wrong), torch.rand(6, 4, 5))
+
+
+class TwoDraws(nn.Module):
+    """Two places that draw numbers of the same distribution and shape, in either order."""
+
+    def __init__(self, is_swapped: bool = False) -> None:
+        super().__init__()
+        self.is_swapped = is_swapped
+
+    def forward(self, x: Tensor) -> Tensor:
+        first, second = F.dropout(x, 0.5), F.dropout(x, 0.5)
+        return second + 10 * first if self.is_swapped else first + 10 * second
+
+
+def test_one_assignment_of_draws_holds_for_all_passes() -> None:
+    x_seq, model = torch.rand(4, 2, 6), TwoDraws()
+    swapped = snnfx.convert(TwoDraws(is_swapped=True))
+    snnfx.verify(model, swapped, x_seq)  # the places are interchangeable
+
+    class Inconsistent(nn.Module):
+        """Swaps the places in a call without a record of its state only."""
+
+        def __init__(self) -> None:
+            super().__init__()
+            self.net, self.source, self.options = snnfx.convert(model), model, swapped.options
+            self.program, self.regions = self.net.program, self.net.regions
+
+        def run(self, *args: Any, **kwargs: Any) -> Any:
+            return self.net.run(*args, **kwargs)
+
+        def forward(self, *args: Any) -> Any:
+            return swapped(*args)
+
+        def __deepcopy__(self, memo: dict[int, Any]) -> Inconsistent:
+            return self
+
+    with pytest.raises(VerificationError, match="SNNFX401"):
+        snnfx.verify(model, Inconsistent(), x_seq.double())

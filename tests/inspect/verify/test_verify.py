@@ -20,7 +20,7 @@ from snnfx.errors import InputError, SnnfxError, VerificationError
 from snnfx.inspect.verify.comparison import Tolerance, compare
 from snnfx.inspect.verify.coroutines import Coroutine
 from snnfx.inspect.verify.verify import VerificationReport, verify
-from snnfx.ir.program import InitialAttribute, Slot, StepProgram
+from snnfx.sandbox.attribute_values import AttributeValues
 from support.spikes import Spike
 
 torch.set_num_threads(1)
@@ -552,7 +552,7 @@ def test_places_of_time_by_keyword() -> None:
     assert verify(ByName(), net, x=torch.rand(8, 2), gain=torch.rand(2)).T == 8
 
 
-def test_attributes_that_the_net_took_for_state_start_where_they_were_when_it_was_made(x_seq: Tensor) -> None:
+def test_attributes_start_with_their_values_at_conversion(x_seq: Tensor) -> None:
     class Cell(nn.Module):
         def __init__(self) -> None:
             super().__init__()
@@ -565,15 +565,6 @@ def test_attributes_that_the_net_took_for_state_start_where_they_were_when_it_wa
             return self.number + self.lazy + self.tensor
 
     model = nn.Sequential(Cell())
-    graph = fx.Graph()
-    slots = [Slot(f"0.{name}", "", True) for name in ("number", "lazy", "tensor")]
-    first = graph.call_function(torch.full_like, (graph.placeholder("x"), 0.5)), graph.get_attr("one")
-    constants = {"one": torch.ones(5)}
-    graph.output(((), (None,) * 3, (0.0, *first)))
-    spec = pytree.tree_structure(())
-    starts = [InitialAttribute("0", "number", 0.0), InitialAttribute("0", "lazy", None)]
-    starts.append(InitialAttribute("0", "tensor", torch.ones(5)))
-    program = StepProgram(graph, model, constants, [], spec, spec, slots, training=True, initial_attributes=starts)
 
     def function(net: Any, x_seq: Tensor) -> Any:
         sums, product = x_seq.cumsum(0), x_seq.cumprod(0)
@@ -581,7 +572,7 @@ def test_attributes_that_the_net_took_for_state_start_where_they_were_when_it_wa
         return 0.5 + product, states, {}
 
     net = FakeNet(model, function)
-    net.program = program
+    net.first_attributes = AttributeValues.of(model)
     model(x_seq[0])
     before = model[0].number
     assert verify(model, net, x_seq, atol=1e-4).count("state") == 3
