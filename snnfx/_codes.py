@@ -933,6 +933,6 @@ CODES: dict[str, CodeEntry] = {
         "The net runs long sequences in chunks; an exported file computes all time steps of a call at once. With "
         "state=True, a file computes long sequences in pieces.",
         'snnfx.export(snnfx.convert(model, chunk=16), "net.pt2", x_seq)',
-        'snnfx.export(snnfx.convert(model, chunk=16), "net.pt2", x_seq, state=True)',
+        'snnfx.export(snnfx.convert(model), "net.pt2", x_seq, state=True)',
     ),
 }
