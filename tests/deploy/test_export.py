@@ -185,6 +185,17 @@ def test_sequence_model_that_mixes_time_steps_is_refused(tmp_path: Path) -> None
         snnfx.export(net, tmp_path / "net.pt2", torch.rand(4, 2, 5))
 
 
+def test_net_that_fails_for_one_sample_warns(tmp_path: Path) -> None:
+    class SecondSample(nn.Module):
+        def forward(self, x: Tensor) -> Tensor:
+            return x - x[1]
+
+    net = snnfx.convert(nn.Sequential(SecondSample(), neuron.LIFNode()).eval(), example_inputs=torch.rand(3, 5))
+    snnfx.errors._warned.clear()
+    with pytest.warns(SnnfxWarning, match="SNNFX818 the file is not checked for T = 1, N = 1"):
+        snnfx.export(net, tmp_path / "net.pt2", torch.rand(4, 3, 5), check=False)
+
+
 def test_wrong_results_are_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("snnfx.deploy.checking._run", lambda *_: 2 * [[torch.full((3, 2, 3), 7.0)]])
     net = snnfx.convert(mlp().eval())
