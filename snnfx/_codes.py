@@ -890,6 +890,13 @@ CODES: dict[str, CodeEntry] = {
         'snnfx.from_nir("missing.nir")',
         'snnfx.from_nir("net.nir")',
     ),
+    "SNNFX818": CodeEntry(
+        "a file is not checked for the smallest sizes",
+        "A file with dynamic axes is also compared with the net for one time step and one sample. The net itself raises "
+        "an error for these sizes, so the file may fail there, too.",
+        "return x.flatten(1).squeeze()[:, None]            # in the model: fails for a batch of 1",
+        "return x.flatten(1).squeeze(1)[:, None]",
+    ),
     "SNNFX820": CodeEntry(
         "a file cannot be loaded",
         "The file is truncated, was changed, or was not written by snnfx.save. Nothing in it was run, and the model has "
@@ -923,5 +930,12 @@ CODES: dict[str, CodeEntry] = {
         "extra state in the state_dict and sparse or quantized tensors have no such form.",
         'snnfx.save(edited_net, "net.safetensors")',
         'snnfx.save(net, "net.safetensors")                # before the rule is applied',
+    ),
+    "SNNFX825": CodeEntry(
+        "chunks and memory budgets are not exported",
+        "The net runs long sequences in chunks; an exported file computes all time steps of a call at once. With "
+        "state=True, a file computes long sequences in pieces.",
+        'snnfx.export(snnfx.convert(model, chunk=16), "net.pt2", x_seq)',
+        'snnfx.export(snnfx.convert(model), "net.pt2", x_seq, state=True)',
     ),
 }

@@ -89,7 +89,7 @@ def _parser() -> argparse.ArgumentParser:
     command.add_argument("--double", action="store_true", help="compare in float64")
 
     command = _command(commands, "export", _export, "write the net to a file that runs without snnfx")
-    command.add_argument("--out", required=True, metavar="FILE", help=".onnx or .pt2")
+    command.add_argument("--out", required=True, metavar="FILE", help=".onnx, .pt2 or .nir")
     command.add_argument("--T", type=int, default=8, metavar="STEPS", help="number of time steps (default: 8)")
     command.add_argument("--state", action="store_true", help="take and return the states, by slot name")
     command.add_argument("--step", action="store_true", help="compute one time step, with its states")
@@ -97,6 +97,9 @@ def _parser() -> argparse.ArgumentParser:
         "--dynamic", default="T,N", metavar="T,N", help="axes of any size (default: T,N); none: sizes of the inputs"
     )
     command.add_argument("--package", choices=("aot",), help="aot: compile a .pt2 package with AOTInductor")
+    command.add_argument(
+        "--dt", type=float, metavar="SECONDS", help="for .nir: the time step of the time constants (default: 1e-4)"
+    )
     command.add_argument("--no-check", action="store_true", help="do not run the written file")
     return parser
 
@@ -257,11 +260,11 @@ def _export(arguments: argparse.Namespace) -> int:
         request,
         package=arguments.package,
         check=not arguments.no_check,
+        dt=arguments.dt,
         progress=show,
     )
     show("done")
-    files = [("file", str(f), f"{f.stat().st_size / 1024:.0f} KiB", "") for f in written.files]
-    rows = [("", "name", "shape or size", "dtype"), *files, *written.interface.rows()]
+    rows = [("", "name", "shape or size", "dtype"), *written.rows()]
     widths = [max(len(row[column]) for row in rows) for column in range(4)]
     for row in rows:
         print("  ".join(text.ljust(width) for text, width in zip(row, widths, strict=True)).rstrip())

@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
+import json
 import subprocess
 import sys
 import tempfile
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from snnfx.deploy.interface import Interface
+from snnfx.deploy.plan import Example
 from snnfx.errors import ExportError, warn_once
 from snnfx.sandbox.torch_internals import pytree
 
@@ -23,44 +27,49 @@ _TOLERANCES = {torch.float64: 1e-8, torch.float32: 1e-3, torch.float16: 2e-2, to
 _MOST_DIFFERENT = 0.01
 """The fraction of elements that may differ: rounding flips a spike now and then, and its consequences follow."""
 
+_FEW = 20
+"""Of outputs with fewer elements, none may differ; of others at least one."""
 
-def check_file(
-    kind: str, path: Path, example: Any, expected: Any, names: list[str], input_names: list[str], values: bool
-) -> None:
-    """Compare the results of a file with the expected ones.
+
+def check_file(kind: str, path: Path, examples: Sequence[Example], interface: Interface, *, values: bool) -> None:
+    """Compare the results of a file with those of the net.
 
     Args:
         kind: "pt2", "aot" or "onnx".
         path: the file.
-        example: the arguments of the program.
-        expected: its results.
-        names: a name for each tensor of the results.
-        input_names: a name for each tensor of the arguments.
+        examples: the arguments and results to compare.
+        interface: the names of the tensors.
         values: whether to compare values, or only shapes and dtypes.
 
     Raises:
         ExportError: SNNFX808, the file cannot be run, or its results differ.
     """
-    results = _run(kind, path, example, input_names)
-    wanted = [leaf for leaf in pytree.tree_leaves(expected) if isinstance(leaf, Tensor)]
-    compare_results(path, names, results, wanted, values)
+    found = _run(kind, path, [e.arguments for e in examples], interface.input_names)
+    for example, results in zip(examples, found, strict=True):
+        wanted = [leaf for leaf in pytree.tree_leaves(example.expected) if isinstance(leaf, Tensor)]
+        if isinstance(results, str):
+            raise _wrong(path, f"running it without snnfx fails: {results}.", example.sizes)
+        compare_results(path, interface.output_names, results, wanted, values, example.sizes)
 
 
 def compare_results(
-    path: Path, names: list[str], results: list[Tensor], wanted: list[Tensor], values: bool = True
+    path: Path, names: list[str], results: list[Tensor], wanted: list[Tensor], values: bool = True, sizes: str = ""
 ) -> None:
     """Compare the tensors that a file computes with those of the net; raises ExportError (SNNFX808)."""
     if len(results) != len(wanted):
-        raise _wrong(path, f"it returns {len(results)} tensors, the net {len(wanted)}.")
+        raise _wrong(path, f"it returns {len(results)} tensors, the net {len(wanted)}.", sizes)
     for name, actual, tensor in zip(names, results, wanted, strict=True):
-        _compare(path, name, actual, tensor.detach().cpu(), values)
+        _compare(path, name, actual, tensor.detach().cpu(), values, sizes)
 
 
-def _run(kind: str, path: Path, example: Any, input_names: list[str]) -> list[Tensor]:
+def _run(kind: str, path: Path, examples: list[Any], input_names: list[str]) -> list[list[Tensor] | str]:
+    """The tensors that a file returns for each example, or the message of its error."""
     with tempfile.TemporaryDirectory() as folder:
         given, results = Path(folder) / "example.pt", Path(folder) / "results.pt"
-        torch.save({"example": example, "names": input_names}, given)
-        command = [sys.executable, "-I", str(_RUNNER), kind, str(path.resolve()), str(given), str(results)]
+        torch.save({"examples": examples, "names": input_names}, given)
+        files = [str(path.resolve()), str(given), str(results)]
+        # Isolated from the environment and the current folder, but with the packages of this process.
+        command = [sys.executable, "-I", str(_RUNNER), json.dumps([p for p in sys.path if p]), kind, *files]
         done = subprocess.run(command, cwd=folder, capture_output=True, text=True, check=False)
         if done.returncode:
             lines = done.stderr.strip().splitlines()
@@ -68,31 +77,30 @@ def _run(kind: str, path: Path, example: Any, input_names: list[str]) -> list[Te
         return torch.load(results, weights_only=True)  # type: ignore[no-any-return]
 
 
-def _compare(path: Path, name: str, actual: Tensor, expected: Tensor, values: bool) -> None:
+def _compare(path: Path, name: str, actual: Tensor, expected: Tensor, values: bool, sizes: str) -> None:
     if actual.shape != expected.shape or actual.dtype != expected.dtype:
         found = f"{list(actual.shape)} {actual.dtype}".replace("torch.", "")
         wanted = f"{list(expected.shape)} {expected.dtype}".replace("torch.", "")
-        raise _wrong(path, f"`{name}` is {found}, the net returns {wanted}.")
+        raise _wrong(path, f"`{name}` is {found}, the net returns {wanted}.", sizes)
     if not values or not expected.numel():
         return
     tolerance = _TOLERANCES.get(expected.dtype, 0.0)
     same = torch.isclose(actual.double(), expected.double(), rtol=tolerance, atol=tolerance, equal_nan=True)
-    different = int((~same).sum())
-    if different > max(1, _MOST_DIFFERENT * same.numel()):
+    different, count = int((~same).sum()), same.numel()
+    if different > max(count >= _FEW, _MOST_DIFFERENT * count):
         largest = (actual.double() - expected.double()).abs().max().item()
-        raise _wrong(path, f"{different} of {same.numel()} elements of `{name}` differ, by {largest:.3g} at most.")
+        raise _wrong(path, f"{different} of {count} elements of `{name}` differ, by {largest:.3g} at most.", sizes)
     if different:
         warn_once(
             "SNNFX809",
-            f"{different} of {same.numel()} elements of `{name}` in {path.name} differ from the net: other orders of "
+            f"{different} of {count} elements of `{name}` in {path.name} differ from the net: other orders of "
             "summation round differently, which can flip a spike.",
         )
 
 
-def _wrong(path: Path, why: str) -> ExportError:
-    return ExportError(
-        "SNNFX808",
-        f"the exported file {path.name} does not reproduce the net",
-        why=why,
-        hint="Pass check=False to keep the file, and report this with the model.",
-    )
+def _wrong(path: Path, why: str, sizes: str = "") -> ExportError:
+    hint = "Pass check=False to keep the file, and report this with the model."
+    if sizes:
+        why = f"for {sizes}, {why}"
+        hint = f"Export it for the sizes of the given inputs: dynamic=(). {hint}"
+    return ExportError("SNNFX808", f"the exported file {path.name} does not reproduce the net", why=why, hint=hint)

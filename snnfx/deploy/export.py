@@ -24,8 +24,10 @@ from snnfx.deploy.pt2_file import write_package, write_program
 from snnfx.deploy.tracing import trace
 from snnfx.deploy.written_files import written_at_once
 from snnfx.errors import ExportError, warn_once
+from snnfx.ops.run_loop import LoopHandle
 from snnfx.runtime.net import Net
 from snnfx.sandbox.isolation import isolated
+from snnfx.sandbox.torch_internals import pytree
 
 __all__ = ["Exported", "export", "export_request", "write_export"]
 
@@ -40,11 +42,24 @@ class Exported:
         path: the file.
         files: all written files.
         interface: its inputs, states and outputs.
+        axes: its dynamic axes.
+        checked: the results that it was compared with; empty without a check.
     """
 
     path: Path
     files: tuple[Path, ...]
     interface: Interface
+    axes: tuple[str, ...]
+    checked: str
+
+    def rows(self) -> list[tuple[str, str, str, str]]:
+        """A table: the files, the dynamic axes, the check, and the tensors with name, shape and dtype."""
+        files = [("file", str(f), f"{f.stat().st_size / 1024:.0f} KiB", "") for f in self.files]
+        about = [
+            ("axes", ", ".join(self.axes) or "none", "any size" if self.axes else "sizes of the inputs", ""),
+            ("check", self.checked or "none", "", ""),
+        ]
+        return [*files, *about, *self.interface.rows()]
 
 
 def export(
@@ -130,7 +145,8 @@ def write_export(
         plan = _plan(net, inputs, request)
         progress("trace the net")
         with torch.no_grad():
-            program = trace(plan.function, plan.arguments, plan.rebuild, plan.model)
+            rebuild = _tensors_only(plan.rebuild) if kind == "onnx" else plan.rebuild
+            program = trace(plan.function, plan.arguments, rebuild, plan.model)
         plan = _with_output_axes(plan, program)
         file = folder / path.name
         metadata = _metadata(plan, request)
@@ -146,10 +162,12 @@ def write_export(
             is_random = _draws_random_numbers(program)
             if is_random:
                 warn_once("SNNFX810", f"{path.name} draws random numbers: only shapes and dtypes were compared.")
-            names = plan.interface
-            check_file(kind, file, plan.example, plan.expected, names.output_names, names.input_names, not is_random)
+            check_file(kind, file, plan.examples, plan.interface, values=not is_random)
         files = tuple(sorted(path.parent / f.name for f in folder.iterdir()))
-    return Exported(path, files, plan.interface)
+    tried = ["the given inputs", *[e.sizes for e in plan.examples[1:]]]
+    checked = f"the net, for {' and for '.join(tried)}" if check else ""
+    axes = {axis for t in (*plan.interface.inputs, *plan.interface.states) for axis in ("T", "N") if axis in t.shape}
+    return Exported(path, files, plan.interface, tuple(sorted(axes, reverse=True)), checked)
 
 
 def _write_nir(
@@ -160,7 +178,7 @@ def _write_nir(
     with written_at_once(path) as folder, _untouched(net):
         progress("fit the neurons and write the graph")
         interface = write_nir(_in_evaluation(net), folder / path.name, inputs, dt, request.T, check)
-    return Exported(path, (path,), interface)
+    return Exported(path, (path,), interface, ("T", "N"), "the net, for the given inputs" if check else "")
 
 
 def _axes(dynamic: Sequence[str]) -> tuple[str, ...]:
@@ -207,15 +225,17 @@ def _kind(net: Net, path: Path, package: str | None, request: Request) -> str:
 
 
 def _plan(net: Net, inputs: tuple[Any, ...], request: Request) -> ExportPlan:
-    if net.options.takes == "sequence" and net.options.step_mode == "s" and not request.step:
+    if net.loops and not request.step:
+        handles = [value for value in net.program.constants.values() if isinstance(value, LoopHandle)]
         raise ExportError(
             "SNNFX801",
-            "the code around the loops of this net has no time axis",
+            f"the code around the loops at {', '.join(handle.location for handle in handles)} has no time axis",
             why="the net runs it once for each call.",
             hint="Pass step=True: the file then computes one call with the sizes of the given inputs.",
         )
     if net.options.step_mode == "s" and not request.step:
         raise ExportError("SNNFX801", 'a net with step_mode="s" computes single steps', hint="Pass step=True.")
+    _announce_memory_options(net)
     net = _in_evaluation(net)
     plan = plan_export(net, inputs, request)
     persistent = [slot.name for slot in plan.function.executable.program.persistent_slots]
@@ -226,6 +246,17 @@ def _plan(net: Net, inputs: tuple[Any, ...], request: Request) -> ExportPlan:
             "changes; state=True makes it a state.",
         )
     return plan
+
+
+def _announce_memory_options(net: Net) -> None:
+    given = {"chunk": net.options.chunk, "memory_budget": net.options.memory_budget}
+    kept = [f"{name}={value!r}" for name, value in given.items() if value not in (None, "auto")]
+    if kept:
+        warn_once(
+            "SNNFX825",
+            f"{' and '.join(kept)} of the net {'is' if len(kept) == 1 else 'are'} not exported: a call of the file "
+            "computes all time steps at once. Export it with state=True and call it on pieces of the sequence.",
+        )
 
 
 def _in_evaluation(net: Net) -> Net:
@@ -281,6 +312,11 @@ def _with_output_axes(plan: ExportPlan, program: torch.export.ExportedProgram) -
     described = [replace(t, shape=shape) for t, shape in zip(named, shapes, strict=True)]
     interface = replace(interface, outputs=tuple(described[:count]), final_states=tuple(described[count:]))
     return replace(plan, interface=interface)
+
+
+def _tensors_only(rebuild: Callable[[Any, dict[str, Any]], Any]) -> Callable[[Any, dict[str, Any]], Any]:
+    """The tensors of the return value: ONNX has no other outputs."""
+    return lambda *results: [v for v in pytree.tree_leaves(rebuild(*results)) if isinstance(v, torch.Tensor)]
 
 
 def _draws_random_numbers(program: torch.export.ExportedProgram) -> bool:

@@ -47,10 +47,10 @@ def from_nir(path_or_graph: str | os.PathLike[str] | Any, dt: float | None = Non
         ExportError: SNNFX803, nir is not installed.
 
     Example:
-        >>> import numpy as np, torch, snnfx, nir                                       # doctest: +SKIP
-        >>> lif = nir.LIF(*(np.array([v]) for v in (2e-4, 1.0, 0.0, 1.0)))              # doctest: +SKIP
-        >>> model = snnfx.from_nir(nir.NIRGraph.from_list(lif), dt=1e-4)                # doctest: +SKIP
-        >>> [float(model(torch.full((1, 1), 1.5))) for _ in range(4)]                   # doctest: +SKIP
+        >>> import numpy as np, torch, snnfx, nir
+        >>> lif = nir.LIF(*(np.array([v]) for v in (2e-4, 1.0, 0.0, 1.0)))
+        >>> model = snnfx.from_nir(nir.NIRGraph.from_list(lif), dt=1e-4)
+        >>> [float(model(torch.full((1, 1), 1.5))) for _ in range(4)]
         [0.0, 1.0, 0.0, 1.0]
     """
     require_nir()

@@ -40,6 +40,7 @@ def functional_step(
         everything = [*more, *closed_over]
         functional = torch.func.functionalize(recorded, remove="mutations")
         recorded = record_aten(functional, [*examples, *(t.clone() for t in closed_over)])
+    _merge_equal_calls(recorded.graph)
     _separate_results(recorded.graph)
     recorded.graph.eliminate_dead_code()
     constants = _drop_unused(recorded.graph, len(arguments), everything)
@@ -64,18 +65,36 @@ def _lift_constants(module: fx.GraphModule) -> list[Tensor]:
     return constants
 
 
+def _merge_equal_calls(graph: fx.Graph) -> None:
+    """Merge calls of one function on the same arguments: `torch.export` merges them, and then two results are one."""
+    first: dict[str, Node] = {}
+    for node in list(graph.nodes):
+        tags = getattr(node.target, "tags", ())
+        if node.op != "call_function" or torch.Tag.nondeterministic_seeded in tags:
+            continue
+        key = f"{node.target} {node.args!r} {node.kwargs!r}"
+        if key in first:
+            node.replace_all_uses_with(first[key])
+            graph.erase_node(node)
+        else:
+            first[key] = node
+
+
 def _separate_results(graph: fx.Graph) -> None:
     """Clone results that are arguments, views or returned twice: `scan` refuses results that may share memory."""
     output = graph.output_node()
-    returned: set[Node] = set()
+    last_copy: dict[Node, Node] = {}
     results = []
     with graph.inserting_before(output):
         for node in output.args[0]:  # type: ignore[union-attr]
             assert isinstance(node, Node)
-            is_new = node.op == "call_function" and not _is_view(node) and node not in returned
-            returned.add(node)
-            results.append(node if is_new else graph.call_function(torch.ops.aten.clone.default, (node,)))
-            results[-1].meta.setdefault("val", node.meta.get("val"))
+            result = node
+            if node in last_copy or node.op != "call_function" or _is_view(node):
+                # A clone of the last copy, because two clones of one value would be merged.
+                result = graph.call_function(torch.ops.aten.clone.default, (last_copy.get(node, node),))
+                result.meta["val"] = node.meta.get("val")
+            last_copy[node] = result
+            results.append(result)
     output.args = (tuple(results),)
 
 

@@ -52,6 +52,13 @@ def write_nir(net: Net, path: Path, inputs: tuple[Any, ...], dt: float, T: int |
     if not (isinstance(dt, int | float) and math.isfinite(dt) and dt > 0):
         raise ExportError("SNNFX801", f"dt={dt!r} is illegal", hint="Pass a positive number of seconds, e.g. dt=1e-4.")
     program = net.planned_for(*inputs, T=T).program
+    if net.options.reduce is not None:
+        raise ExportError(
+            "SNNFX813",
+            f"reduce={net.options.reduce!r} has no form in NIR",
+            why="a NIR graph returns its outputs at every step.",
+            hint="Convert the model without reduce, and reduce the outputs where the file runs.",
+        )
     refuse_opaque_parts(program)
     if program.first_step is not None:
         raise ExportError(
@@ -88,10 +95,8 @@ def _check(net: Net, path: Path, inputs: tuple[Any, ...], leaves: list[Tensor], 
             found.append(pytree.tree_leaves(model(*[x.to(_dtype(model)) for x in step])))
     results = [torch.stack(ys) for ys in zip(*found, strict=True)]
     arguments = net._executable.arguments
-    results = [arguments.time_back(y) for y in results] if net.options.reduce is None else results
-    names = model.outputs
-    if net.options.reduce is None:
-        compare_results(path, names, [y.to(w.dtype) for y, w in zip(results, wanted, strict=True)], wanted)
+    results = [arguments.time_back(y) for y in results]
+    compare_results(path, model.outputs, [y.to(w.dtype) for y, w in zip(results, wanted, strict=True)], wanted)
 
 
 def _dtype(model: torch.nn.Module) -> torch.dtype:

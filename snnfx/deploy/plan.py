@@ -13,16 +13,16 @@ from torch import Tensor, nn
 from snnfx.deploy.exported_module import ExportedNet, StateForm
 from snnfx.deploy.initial_values import filled_initial_values
 from snnfx.deploy.interface import START, FileTensor, Interface, named_leaves, plain_containers, unique_names
-from snnfx.deploy.refusals import refuse_opaque_parts
+from snnfx.deploy.refusals import first_line, refuse_opaque_parts
 from snnfx.deploy.tracing import Axes, TracedArgument
 from snnfx.emit.arguments import signature_of
-from snnfx.errors import ExportError, InputError
+from snnfx.errors import ExportError, InputError, warn_once
 from snnfx.ir.program import StepProgram
 from snnfx.runtime.net import Net
 from snnfx.sandbox.torch_internals import pytree
 from snnfx.state.carry import flatten_state, outputs_without, rebuild_state, with_final_state
 
-__all__ = ["ExportPlan", "Request", "plan_export"]
+__all__ = ["Example", "ExportPlan", "Request", "plan_export"]
 
 
 @dataclass(frozen=True)
@@ -50,6 +50,21 @@ class Request:
 
 
 @dataclass(frozen=True)
+class Example:
+    """Arguments of the program with values, and the results of the net for them.
+
+    Args:
+        arguments: the arguments of the program.
+        expected: what the program returns.
+        sizes: the sizes of the dynamic axes, as text, if they are not those that the caller passed.
+    """
+
+    arguments: tuple[Any, ...]
+    expected: Any
+    sizes: str = ""
+
+
+@dataclass(frozen=True)
 class ExportPlan:
     """All that a trace and a check need.
 
@@ -57,18 +72,16 @@ class ExportPlan:
         function: the function to trace.
         model: the module whose parameters it reads.
         arguments: its arguments, with the sizes of the trace.
-        example: the arguments with the values that the caller passed.
+        examples: the arguments with the values that the caller passed, and with size 1 of the dynamic axes.
         rebuild: the return value of the program, from the outputs and states of `function`.
-        expected: what the program returns for `example`.
         interface: names and shapes.
     """
 
     function: ExportedNet
     model: nn.Module
     arguments: list[TracedArgument]
-    example: tuple[Any, ...]
+    examples: tuple[Example, ...]
     rebuild: Callable[[Any, dict[str, Any]], Any]
-    expected: Any
     interface: Interface
 
 
@@ -98,7 +111,7 @@ def plan_export(net: Net, inputs: tuple[Any, ...], request: Request) -> ExportPl
 
     step_net = copy.deepcopy(planned.convert_to("s"))
     steps = [_first_step(x, dim) for x, dim in zip(leaves, time_dims, strict=True)]
-    after = _states_after_step(step_net, steps, passed)
+    after = _states_after_step(step_net, steps, passed, request)
     filled = filled_initial_values(step_net._executable, steps)
     has_start = request.takes_state and any(filled[name] is None for name in slots)
     form = StateForm(
@@ -112,6 +125,7 @@ def plan_export(net: Net, inputs: tuple[Any, ...], request: Request) -> ExportPl
             step_net,
             [_first_step(x, dim) for x, dim in zip(resized, time_dims, strict=True)],
             _resized_states(passed, after, sizes),
+            request,
         )
         state_axes = [_axes_of_state(name, after[name].shape, later[name].shape, sizes["N"]) for name in given]
 
@@ -127,13 +141,21 @@ def plan_export(net: Net, inputs: tuple[Any, ...], request: Request) -> ExportPl
         *_traced_states(program, carried, trace_state, dict(zip(given, state_axes, strict=True)), request),
         *(TracedArgument(START, s, ({},)) for s in start),
     ]
-    args, kwargs = arguments.arguments_of(leaves)
-    example_states = _traced_states(program, carried, example_state, {name: {} for name in given}, request)
-    example = (*args, *kwargs.values(), *(a.value for a in example_states), *start)
     rebuild = _rebuild(program, request.takes_state)
-    expected = _expected(planned, inputs, states if request.takes_state else None, request)
-    interface = _interface(program, traced, form, filled, expected, request)
-    return ExportPlan(function, planned.source, traced, example, rebuild, expected, interface)
+
+    def example(leaves: Sequence[Tensor], states: Mapping[str, Any], sizes: str = "") -> Example:
+        args, kwargs = arguments.arguments_of(leaves)
+        nested = _traced_states(program, carried, dict(states), {name: {} for name in given}, request)
+        values = (*args, *kwargs.values(), *(a.value for a in nested), *start)
+        if not request.takes_state:
+            kwargs = {**kwargs, **{a.name: a.value for a in nested}}
+        return Example(values, _expected(planned, args, kwargs, states, request), sizes)
+
+    examples = [example(leaves, example_state)]
+    smallest = _smallest_example(example, leaves, axes, example_state, state_axes)
+    examples += [] if smallest is None else [smallest]
+    interface = _interface(program, traced, form, filled, examples[0].expected, request)
+    return ExportPlan(function, planned.source, traced, tuple(examples), rebuild, interface)
 
 
 # -- inputs -----------------------------------------------------------------------------------------------------------
@@ -220,11 +242,18 @@ def _traced_states(
 # -- states -----------------------------------------------------------------------------------------------------------
 
 
-def _states_after_step(step_net: Net, steps: Sequence[Tensor], passed: Mapping[str, Any]) -> dict[str, Tensor]:
-    """The state after one step: its shapes and dtypes are those of all later states."""
-    leaves = list(steps)
+def _states_after_step(
+    step_net: Net, steps: Sequence[Tensor], passed: Mapping[str, Any], request: Request
+) -> dict[str, Tensor]:
+    """The state after the first steps: its shapes and dtypes are those of all later states."""
+    leaves, state, shapes = list(steps), dict(passed), None
     with torch.no_grad():
-        _, state = step_net.run_bound(leaves, {}, dict(passed) or None, None)
+        # Initial values with a batch of 1 take the batch size of the input one after the other.
+        for _ in range(1 + len(step_net.program.slots)):
+            _, state = step_net.run_bound(leaves, {}, state or None, None)
+            before, shapes = shapes, [getattr(value, "shape", ()) for value in state.values()]
+            if shapes == before or not request.takes_state:
+                break
     like = leaves[0] if leaves else torch.empty(())
     return {name: torch.as_tensor(value, device=like.device) for name, value in state.items()}
 
@@ -281,18 +310,45 @@ def _rebuild(program: StepProgram, takes_state: bool) -> Callable[[Any, dict[str
     return rebuild
 
 
-def _expected(net: Net, inputs: tuple[Any, ...], state: dict[str, Any] | None, request: Request) -> Any:
+def _expected(
+    net: Net, args: tuple[Any, ...], kwargs: Mapping[str, Any], state: Mapping[str, Any], request: Request
+) -> Any:
     """What the program returns for the given inputs: the net's own results."""
     net = copy.deepcopy(net)
     with torch.no_grad():
         if not request.takes_state:
-            return plain_containers(net(*inputs, T=request.T))
-        args, kwargs, _ = net.split_carried(inputs, {})
-        if request.step:
-            outputs, final = net.run(*args, state=state or None, **kwargs)
-        else:
-            outputs, final = net.run(*args, state=state or None, T=request.T, **kwargs)
+            return plain_containers(net(*args, T=request.T, **kwargs))
+        steps = {} if request.step else {"T": request.T}
+        outputs, final = net.run(*args, state=dict(state) or None, **steps, **kwargs)
     return plain_containers(outputs), {name: torch.as_tensor(value) for name, value in final.items()}
+
+
+def _smallest_example(
+    example: Callable[[Sequence[Tensor], Mapping[str, Any], str], Example],
+    leaves: Sequence[Tensor],
+    axes: Sequence[Axes],
+    states: Mapping[str, Tensor],
+    state_axes: Sequence[Axes],
+) -> Example | None:
+    """The example with size 1 of each dynamic axis, if the given one is larger."""
+    names = sorted({name for a in axes for name, _ in a.values()}, reverse=True)
+    small = [_narrowed(x, a) for x, a in zip(leaves, axes, strict=True)]
+    if all(a.shape == b.shape for a, b in zip(small, leaves, strict=True)):
+        return None
+    before = {name: _narrowed(x, a) for (name, x), a in zip(states.items(), state_axes, strict=True)}
+    sizes = ", ".join(f"{name} = 1" for name in names)
+    try:
+        return example(small, before, sizes)
+    except Exception as error:
+        warn_once("SNNFX818", f"the file is not checked for {sizes}, because the net fails there: {first_line(error)}")
+        return None
+
+
+def _narrowed(x: Tensor, axes: Axes) -> Tensor:
+    """The first elements of a tensor along its dynamic axes: size 1 of each axis."""
+    for dim, (_, factor) in axes.items():
+        x = x.narrow(dim, 0, factor)
+    return x.contiguous() if axes else x
 
 
 def _interface(

@@ -85,7 +85,7 @@ def _starting_states(
             return None
         raise
     pairs = list(zip(before, after, strict=True))
-    return before if all(a.dtype == b.dtype and a.dim() == b.dim() for a, b in pairs) else None
+    return before if all(a.dtype == b.dtype and a.shape == b.shape for a, b in pairs) else None
 
 
 def _initialises_itself(start: fx.GraphModule) -> bool:
@@ -133,8 +133,17 @@ def scan_steps_of(
     carry: list[Tensor] = [] if state is None else list(state)
     if first is not None:
         if state is None:
-            _, after = call(first, (), [x[0] for x in x_seq], tensors)
-            carry = [torch.zeros_like(as_tensor(s, like)) for s in after]
+            x = [x[0] for x in x_seq]
+            _, after = call(first, (), x, tensors)
+            following = [as_tensor(s, like) for s in after]
+            # Initial values with a batch of 1 take the batch size of the input one after the other.
+            for _ in after:
+                if [s.shape for s in following] == [s.shape for s in carry]:
+                    break
+                carry = following
+                _, after = call(step, carry, x, tensors)
+                following = [as_tensor(s, like) for s in after]
+            carry = [torch.zeros_like(s) for s in carry]
         flag = torch.ones((), dtype=torch.bool, device=like.device) if loops.start is None else loops.start
         carry.append(flag)
     elif not carry:
@@ -151,8 +160,21 @@ def scan_steps_of(
         return [*after, *(torch.zeros_like(f) for f in flat[slots:carried]), *outputs]
 
     graph, more = functional_step(body, [*carry, *(x[0] for x in x_seq)], tensors)
-    results = scan_steps(graph, carry, list(x_seq), more)
+    # `scan` refuses arguments that share memory, such as a state that starts as a view of a parameter.
+    others = _without_shared_memory([*x_seq, *more])
+    results = scan_steps(graph, [c.clone() for c in carry], others[:inputs], others[inputs:])
     return tuple(results[carried:]), tuple(results[:slots])
+
+
+def _without_shared_memory(tensors: Sequence[Tensor]) -> list[Tensor]:
+    """The tensors, cloned where one shares memory with an earlier one."""
+    seen: set[Any] = set()
+    result = []
+    for x in tensors:
+        memory = x.untyped_storage()._cdata
+        result.append(x.clone() if memory in seen else x)
+        seen.add(memory)
+    return result
 
 
 def first_or_later(flag: Tensor, first: Any, later: Any, like: Tensor) -> tuple[list[Tensor], list[Tensor]]:

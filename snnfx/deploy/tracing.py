@@ -16,8 +16,9 @@ from typing import Any
 import torch
 from torch import Tensor, fx, nn
 
+from snnfx.deploy.recurrent_cells import CellsAsLayers
 from snnfx.deploy.refusals import ExportRefused, first_line
-from snnfx.sandbox.torch_internals import SymbolicTensors, pytree, record_aten, without_size_guards
+from snnfx.sandbox.torch_internals import SymbolicTensors, allow_size_one, pytree, record_aten, without_size_guards
 
 __all__ = ["Axes", "TracedArgument", "trace"]
 
@@ -67,13 +68,17 @@ def trace(
         # An output that is an input would alias it.
         return [leaf.clone() if any(leaf is x for x in inputs) else leaf for leaf in leaves]
 
-    with symbolic, without_size_guards(), _without_torch_warnings():
+    with symbolic, without_size_guards(), _without_torch_warnings(), CellsAsLayers():
         recorded = record_aten(flat, fake)
+        if any(getattr(getattr(n.target, "_schema", None), "is_mutable", False) for n in recorded.graph.nodes):
+            # The guards of torch on the strides of a written view would fix sizes.
+            recorded = record_aten(torch.func.functionalize(recorded, remove="mutations"), fake)
     _name_constants(recorded, model)
     recorded.graph.eliminate_dead_code()
     recorded.recompile()
     module = _Recording(recorded, [a.name for a in arguments], spec)
-    dims = {name: torch.export.Dim(name, min=1) for name in {n for a in axes for n, _ in a.values()}}
+    # Dimensions from 2 on, because torch guards whether one has size 1; then its code is valid for size 1, too.
+    dims = {name: torch.export.Dim(name, min=2) for name in {n for a in axes for n, _ in a.values()}}
     shapes = {a.name: _dynamic_shapes(a, dims) for a in arguments}
     program: torch.export.ExportedProgram
     try:
@@ -83,6 +88,7 @@ def trace(
             program = program.run_decompositions({})
     except Exception as error:
         raise _refusal(error, dims) from error
+    allow_size_one(program)
     _forget_origins(program)
     return program
 

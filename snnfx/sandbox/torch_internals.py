@@ -75,6 +75,7 @@ __all__ = [
     "UnsupportedOperatorException",
     "WrappedFunctions",
     "add_autograd_batch",
+    "allow_size_one",
     "are_transforms_active",
     "backward_passes_in",
     "broadcast_prefix",
@@ -287,6 +288,13 @@ def without_size_guards() -> contextlib.AbstractContextManager[Any]:
 
     config: Any = _config
     return config.patch(backed_size_oblivious=True)  # type: ignore[no-any-return]
+
+
+def allow_size_one(program: Any) -> None:
+    """Lower the smallest size of the dynamic axes of an exported program from 2 to 1."""
+    for symbol, sizes in program.range_constraints.items():
+        if sizes.lower == 2:
+            program.range_constraints[symbol] = type(sizes)(1, sizes.upper)
 
 
 class SymbolicTensors:

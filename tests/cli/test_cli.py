@@ -412,3 +412,26 @@ def test_export_writes_a_file_and_prints_its_tensors(
     assert "[T, N, 4]" in printed.out and "1.v.next" in printed.out
     assert "trace the net" in printed.err
     assert (tmp_path / "n.pt2").is_file()
+
+
+def test_export_of_a_nir_file_takes_a_time_step(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    nir = pytest.importorskip("nir")
+    (tmp_path / "fires.py").write_text(
+        "import torch, snnfx\ndef build(): return torch.nn.Sequential(torch.nn.Linear(5, 4), snnfx.neuron.LIFNode())\n"
+    )
+    monkeypatch.chdir(tmp_path)
+    assert main(["export", "fires.py:build", "--input", "2,5", "--dt", "0.001", "--out", "n.nir"]) == 0
+    assert nir.read("n.nir").nodes["1"].tau[0] == pytest.approx(2e-3)
+    rows = {line.split()[0]: line for line in capsys.readouterr().out.splitlines()[1:]}
+    assert "n.nir" in rows["file"] and "KiB" in rows["file"]
+    assert "T, N" in rows["axes"] and "the net, for the given inputs" in rows["check"]
+
+
+def test_errors_of_an_export_exit_with_2(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "wrong.py").write_text("import torch\ndef build(): return torch.nn.Linear(5, 4)\n")
+    monkeypatch.chdir(tmp_path)
+    for options in (["--out", "n.pth"], ["--out", "n.pt2", "--dt", "0.1"], ["--out", "missing/n.onnx"]):
+        assert main(["export", "wrong.py:build", "--input", "2,5", *options]) == 2
+    assert not [f.name for f in tmp_path.glob("n.*")]

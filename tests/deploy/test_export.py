@@ -16,8 +16,16 @@ from torch.utils import _pytree as pytree
 
 import snnfx
 from snnfx import neuron
-from snnfx.errors import ExportError
-from support.export_models import SIZES, OtherFirstStep, TwoStates, mlp
+from snnfx.errors import ExportError, SnnfxWarning
+from support.export_models import (
+    SIZES,
+    GatedCells,
+    OtherFirstStep,
+    SameConstantTwice,
+    StartsWithOneSample,
+    TwoStates,
+    mlp,
+)
 from support.nets import ACCEPTANCE
 from support.stepping import step_model
 
@@ -50,7 +58,7 @@ def test_program_equals_the_stepped_model_for_other_sizes(name: str, tmp_path: P
             assert_equal(program(*inputs), step_model(copy.deepcopy(model), *inputs))
 
 
-@pytest.mark.parametrize("make", [TwoStates, OtherFirstStep])
+@pytest.mark.parametrize("make", [TwoStates, OtherFirstStep, GatedCells, StartsWithOneSample, SameConstantTwice])
 def test_neurons_of_the_user(make: type[nn.Module], tmp_path: Path) -> None:
     program, _, model = exported(tmp_path, make, torch.rand(3, 2, 5))
     for T, N in SIZES:
@@ -156,8 +164,40 @@ def test_check_runs_the_file_without_snnfx(tmp_path: Path) -> None:
     assert [f.name for f in tmp_path.iterdir()] == ["net.pt2"]
 
 
+def test_memory_options_are_announced(tmp_path: Path) -> None:
+    net = snnfx.convert(mlp().eval(), chunk=2)
+    with pytest.warns(SnnfxWarning, match="SNNFX825 chunk=2 of the net is not exported"):
+        snnfx.errors._warned.clear()
+        snnfx.export(net, tmp_path / "net.pt2", torch.rand(5, 2, 5), check=False)
+
+
+def test_sequence_model_that_mixes_time_steps_is_refused(tmp_path: Path) -> None:
+    class Centred(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.fc, self.lif = nn.Linear(5, 4), neuron.LIFNode()
+
+        def forward(self, x_seq: Tensor) -> Tensor:
+            return torch.stack([self.lif(self.fc(x)) for x in x_seq - x_seq.mean(0)])
+
+    net = snnfx.convert(Centred().eval(), takes="sequence", example_inputs=torch.rand(4, 2, 5))
+    with pytest.raises(ExportError, match=r"SNNFX801 .*test_export.py:\d+"):
+        snnfx.export(net, tmp_path / "net.pt2", torch.rand(4, 2, 5))
+
+
+def test_net_that_fails_for_one_sample_warns(tmp_path: Path) -> None:
+    class SecondSample(nn.Module):
+        def forward(self, x: Tensor) -> Tensor:
+            return x - x[1]
+
+    net = snnfx.convert(nn.Sequential(SecondSample(), neuron.LIFNode()).eval(), example_inputs=torch.rand(3, 5))
+    snnfx.errors._warned.clear()
+    with pytest.warns(SnnfxWarning, match="SNNFX818 the file is not checked for T = 1, N = 1"):
+        snnfx.export(net, tmp_path / "net.pt2", torch.rand(4, 3, 5), check=False)
+
+
 def test_wrong_results_are_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("snnfx.deploy.checking._run", lambda *_: [torch.full((3, 2, 3), 7.0)])
+    monkeypatch.setattr("snnfx.deploy.checking._run", lambda *_: 2 * [[torch.full((3, 2, 3), 7.0)]])
     net = snnfx.convert(mlp().eval())
     with pytest.raises(ExportError, match="SNNFX808.*differ"):
         snnfx.export(net, tmp_path / "net.pt2", torch.rand(3, 2, 5))

@@ -197,6 +197,13 @@ def test_options_without_a_meaning_are_refused(options: dict[str, Any], tmp_path
         exported(nn.Sequential(nn.Linear(5, 4)).double(), sequence(5), tmp_path, **options)
 
 
+def test_reduced_outputs_are_refused(tmp_path: Path) -> None:
+    net = snnfx.convert(nn.Sequential(nn.Linear(5, 4), neuron.LIFNode()), reduce="mean").eval()
+    with pytest.raises(ExportError, match=r"(?s)SNNFX813 reduce='mean' .*without reduce"):
+        snnfx.export(net, tmp_path / "net.nir", torch.rand(4, 2, 5))
+    assert not list(tmp_path.iterdir())
+
+
 def test_missing_package(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
     with pytest.raises(ExportError, match=r"(?s)SNNFX803 nir is not installed.*pip install snnfx\[nir\]"):

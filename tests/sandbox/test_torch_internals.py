@@ -913,6 +913,20 @@ def test_sizes_are_not_distinguished_from_one_without_size_guards() -> None:
     assert program.module()(torch.rand(1, 1, 6)).shape == (1, 1, 2, 3)
 
 
+def test_size_one_of_a_dynamic_axis_is_allowed_afterwards(tmp_path: Path) -> None:
+    class Fold(nn.Module):
+        def forward(self, x: Tensor, y: Tensor) -> Tensor:
+            return (x + y).flatten(0, 1).view(-1, 2, 3)
+
+    axes = {0: torch.export.Dim("T", min=2), 1: torch.export.Dim("N", min=2)}
+    examples = (torch.rand(7, 11, 6), torch.rand(7, 11, 6))
+    program = torch.export.export(Fold(), examples, dynamic_shapes=(axes, axes))
+    internals.allow_size_one(program)
+    torch.export.save(program, tmp_path / "net.pt2")
+    module = torch.export.load(tmp_path / "net.pt2").module()
+    assert module(torch.rand(1, 1, 6), torch.rand(1, 1, 6)).shape == (1, 2, 3)
+
+
 def test_package_compiles_to_a_file_that_torch_loads(tmp_path: Path) -> None:
     program = torch.export.export(nn.Linear(3, 2), (torch.rand(4, 3),))
     internals.compile_package(program, str(tmp_path / "net.pt2"), {})

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 import warnings
 from collections.abc import Callable
 from pathlib import Path
@@ -169,3 +170,50 @@ def test_refusals_of_save_leave_no_file(tmp_path: Path) -> None:
     with pytest.raises(SaveError, match="SNNFX824"):
         snnfx.save(mlp(), tmp_path / "net.safetensors")
     assert not list(tmp_path.iterdir())
+
+
+def spikingjelly_net() -> nn.Module:
+    sj = pytest.importorskip("spikingjelly.activation_based.neuron")
+    return nn.Sequential(nn.Linear(5, 4), sj.LIFNode(tau=3.0), nn.Linear(4, 3), sj.ParametricLIFNode())
+
+
+def test_plan_of_a_spikingjelly_net(tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    net = snnfx.convert(spikingjelly_net())
+    loaded = load_with_plan(saved(net, tmp_path), spikingjelly_net())
+    assert_same(net, loaded, torch.rand(4, 2, 5) * 3)
+
+
+def test_net_of_single_steps_goes_on(tmp_path: Path) -> None:
+    net = snnfx.convert(mlp(), step_mode="s")
+    x_seq = torch.rand(4, 2, 5) * 3
+    net(x_seq[0])
+    loaded = load_with_plan(saved(net, tmp_path), mlp())
+    assert loaded.options.step_mode == "s"
+    for x in x_seq:
+        assert_same(net, loaded, x)
+
+
+def test_inputs_by_position_and_by_name(tmp_path: Path) -> None:
+    class Two(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.fc, self.lif = nn.Linear(5, 4), neuron.LIFNode()
+
+        def forward(self, x: Tensor, *, gain: Tensor) -> Tensor:
+            return self.lif(self.fc(x) * gain)
+
+    example = {"x": torch.rand(2, 5), "gain": torch.rand(2, 4)}
+    net = snnfx.convert(Two(), example_inputs=example)
+    loaded = load_with_plan(saved(net, tmp_path), Two())
+    x_seq, gain = torch.rand(4, 2, 5), torch.rand(4, 2, 4) * 5
+    assert torch.equal(net(x_seq, gain=gain), loaded(x_seq, gain=gain))
+
+
+def test_missing_package(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = saved(snnfx.convert(mlp()), tmp_path)
+    monkeypatch.setitem(sys.modules, "safetensors", None)
+    for call in (lambda: snnfx.load(path, mlp()), lambda: snnfx.save(snnfx.convert(mlp()), tmp_path / "other")):
+        with pytest.raises(SaveError, match=r"(?s)SNNFX803 the package safetensors is missing.*snnfx\[save\]"):
+            call()
+    assert list(tmp_path.iterdir()) == [path]
