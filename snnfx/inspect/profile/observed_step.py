@@ -156,11 +156,12 @@ class _StepObserver:
         for node in program.graph.nodes:
             if node in self.region_of and _has_products(program, node):
                 self._add_product(node)
-        for node in _outputs_of_loops(program):
+        outputs = _outputs_of_loops(program)
+        for node in outputs:
             self.seen.spikes.setdefault(node, SpikeCounts(_name_of(node), self.region_of[node]))
             self.readers["spikes", node] = (node,)
         for name in seen.recorded:
-            value = _recorded_value(program, name)
+            value = next((n for n in outputs if _name_of(n) == name), None) or _recorded_value(program, name)
             if value is not None:
                 self.readers[f"record {name}", value] = (value,)
         self.recorded = list(dict.fromkeys(n for needs in self.readers.values() for n in needs))

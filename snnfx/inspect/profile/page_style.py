@@ -54,7 +54,7 @@ header p { margin-top: 6px; }
 .tile b { display: block; font-size: 24px; line-height: 1.25; letter-spacing: -.02em; margin: 2px 0; font-weight: 650; }
 .tile span { display: block; color: var(--soft); font-size: 13px; line-height: 1.4; }
 .columns { display: grid; grid-template-columns: minmax(0, 5fr) minmax(0, 7fr); gap: 14px; align-items: start; }
-.columns.solo { grid-template-columns: minmax(0, 1fr); }
+.columns > .aside { position: sticky; top: 14px; max-height: calc(100vh - 14px); overflow-y: auto; }
 .card { padding: 18px 20px; margin-bottom: 14px; min-width: 0; }
 .card > p { margin-bottom: 12px; }
 .scroll { overflow-x: auto; margin: 0 -20px; padding: 0 20px; }
@@ -67,8 +67,8 @@ td { padding: 7px 12px 7px 0; border-bottom: 1px solid var(--line); vertical-ali
 tr:last-child td { border-bottom: 0; }
 th:first-child, td:first-child { padding-left: 10px; }
 td.n, th.n { text-align: right; white-space: nowrap; }
-td.name { overflow-wrap: anywhere; min-width: 96px; }
-td.bar { min-width: 110px; width: 30%; }
+td.name { overflow-wrap: anywhere; min-width: 150px; }
+td.bar { min-width: 110px; width: 24%; }
 [data-region] { cursor: pointer; }
 tr[data-region]:hover td, li[data-region]:hover { background: var(--track); }
 tr.on td, tr.on:hover td, li.on { background: var(--on); }
@@ -84,8 +84,9 @@ tr.on td:first-child { border-left-color: var(--loop); }
 .spike { background: var(--spike); } .dense { background: var(--dense); }
 .legend { display: flex; flex-wrap: wrap; gap: 4px 16px; font-size: 13px; color: var(--soft); margin-bottom: 8px; }
 .sub { display: block; font-size: 13px; color: var(--soft); overflow-wrap: anywhere; }
-.picture { overflow: auto; max-height: 640px; margin: 8px -20px 0; padding: 0 20px; border-top: 1px solid var(--line); }
+.picture { overflow: auto; max-height: min(640px, 56vh); min-height: 260px; margin: 8px -20px 0; padding: 0 20px; border-top: 1px solid var(--line); }
 .picture svg { display: block; margin: 0 auto; }
+.picture g.graph > polygon:first-of-type { fill: none; stroke: none; }
 .picture.fit svg { width: 100%; height: auto; }
 .picture g.cluster[tabindex] { cursor: pointer; }
 .picture g.cluster[tabindex]:hover > path, .picture g.cluster[tabindex]:hover > polygon { stroke-width: 2; }
@@ -115,6 +116,7 @@ footer { color: var(--soft); font-size: 13px; margin-top: 8px; }
 footer p { margin-bottom: 4px; }
 @media (max-width: 1000px) {
   .columns { grid-template-columns: minmax(0, 1fr); }
+  .columns > .aside { position: static; max-height: none; }
   .tiles { grid-template-columns: repeat(auto-fit, minmax(150px, 1fr)); }
 }
 @media (max-width: 640px) {
@@ -122,10 +124,12 @@ footer p { margin-bottom: 4px; }
   h1 { font-size: 23px; }
   .tiles { grid-template-columns: repeat(2, minmax(0, 1fr)); gap: 10px; margin-top: 16px; }
   .tile { padding: 11px 13px; } .tile b { font-size: 20px; }
-  .tile:last-child:nth-child(odd) { grid-column: 1 / -1; }
+  .tile:nth-child(5) { grid-column: 1 / -1; }
+  td.name { min-width: 128px; }
   .card { padding: 14px; } .scroll, .picture { margin-left: -14px; margin-right: -14px; padding: 0 14px; }
   .wide { display: none; }
-  td.bar { min-width: 72px; }
+  td.bar { min-width: 64px; width: 22%; }
+  .picture { max-height: 70vh; }
   td, th { padding-right: 8px; } th:first-child, td:first-child { padding-left: 6px; }
 }
 @media print { .bar-of-buttons, #detail { display: none; } .picture { max-height: none; } }

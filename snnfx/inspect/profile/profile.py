@@ -103,7 +103,7 @@ def profile(
         with torch.no_grad():
             seen = observe(call, _names_to_record(call, names))
         memory = _memory(call, train)
-        picture = _picture(call.net)
+        picture, no_picture = _picture(call.net)
         regions = _region_rows(call, times)
         rates, operations = _rates(seen), _operations(seen)
         advice = advise(call, regions, rates, operations, memory, train)
@@ -126,7 +126,7 @@ def profile(
         memory=memory,
         advice=advice,
         recordings=_recordings(seen),
-        notes=(*dict.fromkeys(seen.notes), *_notes(call, train)),
+        notes=(*dict.fromkeys(seen.notes), *_notes(call, train), *no_picture),
         picture=picture,
     )
 
@@ -173,11 +173,12 @@ def _memory(call: ProfiledCall, train: bool) -> PhaseMemory:
     return report.training if train else report.inference
 
 
-def _picture(net: Net) -> str:
+def _picture(net: Net) -> tuple[str, list[str]]:
+    """The drawn net as SVG, or "" and a note with the reason."""
     try:
-        return draw(net).pipe("svg").decode()
-    except ToolError:
-        return ""  # the report says that `dot` is missing
+        return draw(net).pipe("svg").decode(), []
+    except ToolError as error:
+        return "", [f"No picture of the net: {error}"]
 
 
 def _environment(leaves: Sequence[Tensor]) -> str:

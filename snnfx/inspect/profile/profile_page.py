@@ -46,7 +46,7 @@ def profile_page(data: ProfileData) -> str:
             f'<header><h1>{_text(data.model)}<span class="badge">{kind}</span></h1>'
             f'<p class="soft">{_text(subtitle_of(data))}</p></header>',
             _tiles(data),
-            '<div class="columns"><div>',
+            '<div class="columns"><div class="aside">',
             _picture(data),
             _advice(data),
             "</div><div>",
@@ -126,8 +126,9 @@ def _picture(data: ProfileData) -> str:
         )
     svg = data.picture[data.picture.index("<svg") :]
     svg = re.sub(r"<!--.*?-->", "", svg, flags=re.DOTALL)
-    # Only declarations of namespaces contain URLs.
-    svg = re.sub(r'\sxmlns="[^"]*"', "", svg)
+    # Only declarations of namespaces contain URLs; a tooltip becomes a title, which needs no namespace.
+    svg = re.sub(r'\sxmlns(:xlink)?="[^"]*"', "", svg)
+    svg = re.sub(r'<a xlink:title="([^"]*)">', r"<a><title>\1</title>", svg)
     buttons = (
         '<div class="bar-of-buttons"><button type="button" data-fit="1" aria-pressed="true">Fit width</button>'
         '<button type="button" data-fit="0" aria-pressed="false">Full size</button></div>'
@@ -156,9 +157,9 @@ def _time(data: ProfileData) -> str:
             (times, "n"),
         ]
         rows.append(_row(row.region, cells))
-    header = [("region", ""), ("runs", "wide"), ("share", ""), ("forward" + " + backward" * data.train, "n")]
-    parts = "Solid: forward. Pale: backward, each region on its own." if data.train else ""
-    return _card("Time of each region", f"Median of {data.repeats} calls. {parts}", _table(header, rows), "time")
+    header = [("region", ""), ("runs", "wide"), ("share", ""), ("time", "n")]
+    parts = " Solid and first: forward. Pale and second: backward, each region on its own." if data.train else ""
+    return _card("Time of each region", f"Median of {data.repeats} calls.{parts}", _table(header, rows), "time")
 
 
 def _memory(data: ProfileData) -> str:
