@@ -86,11 +86,12 @@ tr.on td:first-child { border-left-color: var(--loop); }
 .sub { display: block; font-size: 13px; color: var(--soft); overflow-wrap: anywhere; }
 .picture { overflow: auto; max-height: min(640px, 56vh); min-height: 260px; margin: 8px -20px 0; padding: 0 20px; border-top: 1px solid var(--line); }
 .picture svg { display: block; margin: 0 auto; }
-.picture g.graph > polygon:first-of-type { fill: none; stroke: none; }
+.picture #a_graph0 > a > polygon:first-of-type { fill: none; stroke: none; }
 .picture.fit svg { width: 100%; height: auto; }
 .picture g.cluster[tabindex] { cursor: pointer; }
-.picture g.cluster[tabindex]:hover > path, .picture g.cluster[tabindex]:hover > polygon { stroke-width: 2; }
-.picture g.cluster.on > path, .picture g.cluster.on > polygon { stroke-width: 4; }
+.picture g.cluster path[fill="#ffffff"] { fill: none; }
+.picture g.cluster[tabindex]:hover path, .picture g.cluster[tabindex]:hover polygon { stroke-width: 2; }
+.picture g.cluster.on path, .picture g.cluster.on polygon { stroke-width: 4; }
 .picture g.cluster:focus-visible { outline: 2px solid var(--focus); }
 .bar-of-buttons { display: flex; gap: 8px; align-items: center; flex-wrap: wrap; }
 button {
@@ -130,6 +131,7 @@ footer p { margin-bottom: 4px; }
   .wide { display: none; }
   td.bar { min-width: 64px; width: 22%; }
   .picture { max-height: 70vh; }
+  svg.chart text { font-size: 20px !important; }
   td, th { padding-right: 8px; } th:first-child, td:first-child { padding-left: 6px; }
 }
 @media print { .bar-of-buttons, #detail { display: none; } .picture { max-height: none; } }
