@@ -130,6 +130,17 @@ def test_profile_without_an_input_or_to_another_suffix() -> None:
         assert Path(f"profile.{suffix}").stat().st_size > 0
 
 
+def test_a_profile_of_a_model() -> None:
+    model = torch.nn.Linear(3, 2)
+    refused(
+        "SNNFX309",
+        "inspect/profile/profile.py:_checked",
+        "Convert the model first: snnfx.profile(snnfx.convert(model), x_seq).",
+        lambda: snnfx.profile(model, torch.rand(4, 2, 3)),
+    )
+    assert snnfx.profile(snnfx.convert(model), torch.rand(4, 2, 3), repeats=1).dense_macs == 4 * 2 * 6
+
+
 def test_an_option_that_is_no_number() -> None:
     words = ("explain", "zoo.py:build", "--chunk")
     refused("SNNFX309", "cli/commands.py:_number", "Pass an integer or none.", lambda: command(*words, "x"))

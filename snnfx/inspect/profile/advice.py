@@ -137,9 +137,7 @@ def _layout(call: ProfiledCall) -> Iterator[Advice]:
         )
 
 
-def _events(
-    call: ProfiledCall, operations: Sequence[LayerOperations], shares: dict[str, float]
-) -> Iterator[Advice]:
+def _events(call: ProfiledCall, operations: Sequence[LayerOperations], shares: dict[str, float]) -> Iterator[Advice]:
     """Advice for nets of a version with kernels that skip zeros (option `events`)."""
     options = call.net.options
     if "events" not in {field.name for field in dataclasses.fields(options)} or getattr(options, "events"):  # noqa: B009

@@ -42,7 +42,7 @@ def walk(graph: Graph, resolve: Callable[[str], Any], inputs: Mapping[str, Any],
             function = resolve(str(node.target))
         elif node.op == "call_method":
             function, args = getattr(args[0], str(node.target)), args[1:]
-        values[node] = call(node, function, args, kwargs)  # type: ignore[arg-type]
+        values[node] = call(node, function, args, kwargs)
         for operand in {*node.all_input_nodes, node}:
             if last_use.get(operand, node) is node:
                 values.pop(operand, None)

@@ -7,6 +7,7 @@ products) and the outputs of all loops. Each product runs again on these values,
 
 from __future__ import annotations
 
+import functools
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -131,7 +132,8 @@ def _observe_steps(call: ProfiledCall, seen: ObservedCall, region: str) -> None:
         program, _CONTAINER, executable.graphs.target_name, record, reduce=call.net.options.reduce
     )
     output = emitted.graph.output_node()
-    outputs, state, _ = output.args[0]  # type: ignore[misc]
+    results: Any = output.args[0]
+    outputs, state, _ = results
     # The recorded values are read as they appear, and freed.
     output.args = ((outputs, state, ()),)
     regions = {f"{_CONTAINER}.{name}": module for name, module in emitted.regions.items()}
@@ -250,7 +252,7 @@ class _StepObserver:
         steps = max((self._values[n].shape[0] for n in needs if n.meta.get("varying", True)), default=1)
         for t in range(steps if varies else 1):
             known: dict[Node, Any] = {}
-            args = map_arg((node.args, node.kwargs), lambda n, t=t, known=known: self._value(n, t, known))
+            args = map_arg((node.args, node.kwargs), functools.partial(self._value, t=t, known=known))
             with product.counts:
                 _execute(self.program, node, *args)
 
@@ -338,7 +340,7 @@ def _outputs_of_loops(program: StepProgram) -> list[Node]:
 
 def _is_output_of_neuron(node: Node, owners: set[str]) -> bool:
     if is_structural(node) and is_module_call(node.args[0]):  # type: ignore[arg-type]
-        return node.args[1] == 0
+        return bool(node.args[1] == 0)
     return not owners.isdisjoint(node.meta.get("returned_by") or ())
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Sequence
 from html import escape
 
@@ -60,7 +61,7 @@ def _thinned(values: Sequence[float], most: int) -> list[float]:
     """At most this many values; neighbours are averaged."""
     count = min(len(values), most)
     bounds = [i * len(values) // count for i in range(count + 1)] if count else [0]
-    return [sum(values[a:b]) / (b - a) for a, b in zip(bounds, bounds[1:], strict=False)]
+    return [sum(values[a:b]) / (b - a) for a, b in itertools.pairwise(bounds)]
 
 
 def memory_chart(memory: PhaseMemory, kinds: dict[str, str]) -> str:
@@ -82,7 +83,7 @@ def memory_chart(memory: PhaseMemory, kinds: dict[str, str]) -> str:
         parts.append(
             f'<rect data-region="{escape(name)}" x="{i * step + gap / 2:.2f}" y="{top + height - size:.2f}" '
             f'width="{max(step - gap, 0.5):.2f}" height="{size:.2f}" rx="{min(2.0, step / 6):.1f}" fill="{color}"'
-            f'{" fill-opacity=" + chr(34) + ".55" + chr(34) if backward else ""}><title>{escape(title)}</title></rect>'
+            f"{' fill-opacity=' + chr(34) + '.55' + chr(34) if backward else ''}><title>{escape(title)}</title></rect>"
         )
     at = max(range(len(totals)), key=lambda i: totals[i][2])
     x = (at + 0.5) * step
@@ -130,7 +131,9 @@ def spike_raster(recording: Recording) -> str:
 def potential_chart(recording: Recording) -> str:
     """Values over time as lines, of up to five units."""
     steps, units = len(recording.values), len(recording.values[0]) if recording.values else 0
-    shown = sorted({round(i * (units - 1) / max(min(units, _MOST_LINES) - 1, 1)) for i in range(min(units, _MOST_LINES))})
+    shown = sorted(
+        {round(i * (units - 1) / max(min(units, _MOST_LINES) - 1, 1)) for i in range(min(units, _MOST_LINES))}
+    )
     values = [[recording.values[t][u] for t in range(steps)] for u in shown]
     flat = [v for line in values for v in line]
     low, high = min(flat, default=0.0), max(flat, default=1.0)
@@ -151,13 +154,13 @@ def potential_chart(recording: Recording) -> str:
         f'aria-label="values of {len(shown)} units in {steps} time steps, from {low:.3g} to {high:.3g}">'
         f'<rect x="{left}" y="0" width="{_WIDTH - left}" height="{height}" fill="var(--track)" rx="3"/>{lines}'
         f'<text x="{left - 6}" y="12" text-anchor="end">{high:.2g}</text>'
-        f'<text x="{left - 6}" y="{height - 2}" text-anchor="end">{low:.2g}</text>{_time_axis(left, height, steps)}</svg>'
+        f'<text x="{left - 6}" y="{height - 2}" text-anchor="end">{low:.2g}</text>'
+        f"{_time_axis(left, height, steps)}</svg>"
     )
 
 
 def _time_axis(left: float, height: float, steps: int) -> str:
     y = height + 15
     return (
-        f'<text x="{left}" y="{y:.1f}">t = 0</text>'
-        f'<text x="{_WIDTH}" y="{y:.1f}" text-anchor="end">{steps - 1}</text>'
+        f'<text x="{left}" y="{y:.1f}">t = 0</text><text x="{_WIDTH}" y="{y:.1f}" text-anchor="end">{steps - 1}</text>'
     )

@@ -78,13 +78,15 @@ tr.on td:first-child { border-left-color: var(--loop); }
 .track { display: flex; height: 10px; border-radius: 5px; overflow: hidden; background: var(--track); margin-top: 6px; }
 .track i { display: block; height: 100%; min-width: 0; }
 .track i.back { opacity: .5; }
-.kind { display: inline-block; width: 9px; height: 9px; border-radius: 3px; margin-right: 7px; background: var(--none); }
+.kind { display: inline-block; width: 9px; height: 9px; border-radius: 3px; margin-right: 7px; }
+.kind { background: var(--none); }
 .fold { background: var(--fold); } .loop { background: var(--loop); } .map { background: var(--map); }
 .once { background: var(--once); } .sequence { background: var(--sequence); } .between { background: var(--none); }
 .spike { background: var(--spike); } .dense { background: var(--dense); }
 .legend { display: flex; flex-wrap: wrap; gap: 4px 16px; font-size: 13px; color: var(--soft); margin-bottom: 8px; }
 .sub { display: block; font-size: 13px; color: var(--soft); overflow-wrap: anywhere; }
-.picture { overflow: auto; max-height: min(640px, 56vh); min-height: 260px; margin: 8px -20px 0; padding: 0 20px; border-top: 1px solid var(--line); }
+.picture { overflow: auto; max-height: min(640px, 56vh); min-height: 260px; }
+.picture { margin: 8px -20px 0; padding: 0 20px; border-top: 1px solid var(--line); }
 .picture svg { display: block; margin: 0 auto; }
 .picture #a_graph0 > a > polygon:first-of-type { fill: none; stroke: none; }
 .picture.fit svg { width: 100%; height: auto; }

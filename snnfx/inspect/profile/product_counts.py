@@ -59,7 +59,7 @@ class ProductCounter(TorchDispatchMode):
         elif func is aten.addmv.default:
             self._matrix_product(args[1], args[2].unsqueeze(-1))
         elif func is aten.convolution.default:
-            self._convolution(*args, out=out)
+            self._convolution(out, *args)
         elif getattr(func, "overloadpacket", None) in _ATTENTION:
             self._attention(*args[:3])
         return out
@@ -103,6 +103,7 @@ class ProductCounter(TorchDispatchMode):
 
     def _convolution(
         self,
+        out: Tensor,
         x: Tensor,
         weight: Tensor,
         bias: Tensor | None,
@@ -112,7 +113,6 @@ class ProductCounter(TorchDispatchMode):
         transposed: bool,
         output_padding: Any,
         groups: int,
-        out: Tensor,
     ) -> None:
         positions = x if transposed else out
         dense = weight.numel() * positions.shape[0] * prod(positions.shape[2:])

@@ -47,7 +47,8 @@ def profile(
     T: int | None = None,
     record: Sequence[str] = (),
     repeats: int = 5,
-    energy: EnergyModel | None = None,
+    mac_pj: float = 4.6,
+    ac_pj: float = 0.9,
     **kwargs: Any,
 ) -> ProfileReport:
     """Measure time, spikes, operations and memory of one call of a net.
@@ -64,7 +65,7 @@ def profile(
         record: qualified names of modules or slots whose values the report shows over time, for sample 0 and up to 64
             units; the slots of a named module are recorded as well, e.g. "lif1" also records "lif1.v".
         repeats: number of measured calls; times are their median.
-        energy: energy of one operation. Default: 4.6 pJ per MAC and 0.9 pJ per AC (see Source).
+        mac_pj, ac_pj: energy of one MAC and of one AC in picojoules (see Source).
         **kwargs: inputs by name.
 
     Returns:
@@ -90,7 +91,9 @@ def profile(
     """
     net = _checked(net, repeats)
     names = (record,) if isinstance(record, str) else tuple(record)
-    energy = EnergyModel() if energy is None else energy
+    energy = EnergyModel(mac_pj, ac_pj)
+    if energy != EnergyModel():
+        energy = EnergyModel(mac_pj, ac_pj, "energies given by the caller")
     with isolated(net.source), in_mode(net, train):
         with torch.set_grad_enabled(train):
             planned = net.planned_for(*inputs, T=T, **kwargs)
@@ -107,7 +110,9 @@ def profile(
         regions = _region_rows(call, times)
         rates, operations = _rates(seen), _operations(seen)
         advice = advise(call, regions, rates, operations, memory, train)
-    batch = max((x.shape[1 if v else 0] for x, v in zip(leaves, net.varying_inputs, strict=True) if x.dim() > v), default=0)
+    batch = max(
+        (x.shape[1 if v else 0] for x, v in zip(leaves, net.varying_inputs, strict=True) if x.dim() > v), default=0
+    )
     return ProfileReport(
         model=type(net.source).__name__,
         train=train,

@@ -106,9 +106,7 @@ def _card(title: str, text: str, content: str, name: str = "") -> str:
 
 def _table(header: Sequence[tuple[str, str]], rows: Iterable[str]) -> str:
     head = "".join(f'<th scope="col" class="{style}">{_text(name)}</th>' for name, style in header)
-    return (
-        f'<div class="scroll"><table><thead><tr>{head}</tr></thead><tbody>{"".join(rows)}</tbody></table></div>'
-    )
+    return f'<div class="scroll"><table><thead><tr>{head}</tr></thead><tbody>{"".join(rows)}</tbody></table></div>'
 
 
 def _row(region: str, cells: Iterable[tuple[str, str]]) -> str:
@@ -202,8 +200,8 @@ def _rates(data: ProfileData) -> str:
     ]
     header = [("layer", ""), ("rate", ""), ("channels", "wide"), ("over time", "wide"), ("silent, saturated", "")]
     text = (
-        "Spikes per neuron and time step. A silent channel has no spike in this call; a saturated one fires at 95&#160;% "
-        "of the steps or more. A darker cell is a more active channel."
+        "Spikes per neuron and time step. A silent channel has no spike in this call; a saturated one fires at "
+        "95&#160;% of the steps or more. A darker cell is a more active channel."
     )
     return _card("Firing rates", text, _table(header, rows))
 
@@ -284,7 +282,9 @@ def _advice(data: ProfileData) -> str:
 
 def _mark(region: str, data: ProfileData) -> str:
     is_known = any(row.region == region for row in data.regions)
-    return f' data-region="{_text(region)}" tabindex="0" role="button" aria-pressed="false"' if region and is_known else ""
+    return (
+        f' data-region="{_text(region)}" tabindex="0" role="button" aria-pressed="false"' if region and is_known else ""
+    )
 
 
 def _recordings(data: ProfileData) -> str:
@@ -296,7 +296,11 @@ def _recordings(data: ProfileData) -> str:
         f"{spike_raster(r) if r.spikes else potential_chart(r)}</figure>"
         for r in data.recordings
     )
-    return _card("Recorded layers", "Spikes as marks, other values as lines of up to five units.", f'<div class="figures">{figures}</div>')
+    return _card(
+        "Recorded layers",
+        "Spikes as marks, other values as lines of up to five units.",
+        f'<div class="figures">{figures}</div>',
+    )
 
 
 def _footer(data: ProfileData) -> str:
@@ -305,5 +309,5 @@ def _footer(data: ProfileData) -> str:
     return (
         f"<footer><p>Energy model: {model.mac_pj:g}&#160;pJ per MAC, {model.ac_pj:g}&#160;pJ per AC; "
         f"{_text(model.source)}. Memory traffic is not included. Memory is predicted from shapes.</p>"
-        f'{f"<ul class={chr(34)}notes{chr(34)}>{notes}</ul>" if notes else ""}<p>Made by snnfx.profile.</p></footer>'
+        f"{f'<ul class={chr(34)}notes{chr(34)}>{notes}</ul>' if notes else ''}<p>Made by snnfx.profile.</p></footer>"
     )

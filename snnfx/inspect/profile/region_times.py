@@ -119,7 +119,7 @@ class _TimedCall:
             values, gradients = zip(*pairs, strict=True)
 
             def run(values: Any = values, gradients: Any = gradients, inputs: Any = inputs) -> tuple[Any, ...]:
-                return torch.autograd.grad(values, inputs, gradients, allow_unused=True)
+                return tuple(torch.autograd.grad(values, inputs, gradients, allow_unused=True))
 
             found, seconds = _timed(run, self.device)
             self.backwards[name] = self.backwards.get(name, 0.0) + seconds

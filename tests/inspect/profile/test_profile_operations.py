@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 import snnfx
-from snnfx.inspect.profile.profile_data import EnergyModel, LayerOperations
+from snnfx.inspect.profile.profile_data import LayerOperations
 from support.nets import Recurrent, Residual, TokensFirstAttention
 
 T, N = 5, 3
@@ -135,7 +135,8 @@ def test_a_layer_behind_a_reduction_over_time_is_named() -> None:
 
 def test_energy_is_the_sum_of_its_operations() -> None:
     net = snnfx.convert(nn.Sequential(nn.Linear(4, 7)))
-    report = snnfx.profile(net, torch.rand(T, N, 4), repeats=1, energy=EnergyModel(2.0, 1.0, "test"))
+    report = snnfx.profile(net, torch.rand(T, N, 4), repeats=1, mac_pj=2.0)
+    assert report.energy_model.source == "energies given by the caller"
     assert report.energy == pytest.approx(T * N * 28 * 2e-12)
     default = snnfx.profile(net, spikes(T, N, 4), repeats=1)
     assert default.energy == pytest.approx(default.acs * 0.9e-12)
