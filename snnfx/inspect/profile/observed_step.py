@@ -283,8 +283,8 @@ class _StepObserver:
         initial = self.starting_state.get(self.slot_of[node], self.initial[node])
         if isinstance(initial, Node):
             initial = self._value(initial, t, known)
-        if isinstance(initial, Tensor) or not isinstance(following, Node):
-            return initial
+        if not isinstance(initial, int | float) or not isinstance(following, Node):
+            return initial  # a tensor, or None, from which the module starts at its reset state
         return torch.full_like(self._value(following, t, {}), initial)
 
 

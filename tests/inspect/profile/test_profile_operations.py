@@ -105,6 +105,26 @@ def test_a_state_of_the_caller_counts_at_the_first_step() -> None:
     assert (row.acs, row.macs) == (N * 9, (T - 1) * N * 9)
 
 
+def test_weights_inside_a_recurrent_cell_are_counted() -> None:
+    norse = pytest.importorskip("norse.torch")
+
+    class Cell(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.cell = norse.LIFRecurrentCell(4, 5)
+
+        def forward(self, x: Tensor, state: Any = None) -> tuple[Tensor, Any]:
+            y, state = self.cell(x, state)
+            return y, state
+
+    net = snnfx.convert(Cell(), carry={"state": 1})
+    x_seq = torch.rand(T, N, 4) * 40
+    report = snnfx.profile(net, x_seq, repeats=1)
+    fired = net.run(x_seq)[0]
+    assert report.dense_macs == T * N * (4 * 5 + 5 * 5)
+    assert report.macs == T * N * 4 * 5 and report.acs == int(fired[:-1].sum()) * 5 > 0
+
+
 def test_a_layer_that_runs_once_is_counted_once() -> None:
     model = nn.Sequential(nn.Linear(4, 7), snnfx.neuron.LIFNode(), nn.Linear(7, 2))
     report = snnfx.profile(snnfx.convert(model, time_dim=None), torch.rand(N, 4), T=T, repeats=1)
