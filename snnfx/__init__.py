@@ -24,6 +24,7 @@ from snnfx.deploy.export import export
 from snnfx.deploy.from_nir import from_nir
 from snnfx.inspect.explain import explain
 from snnfx.inspect.picture.draw import draw
+from snnfx.inspect.profile.profile import profile
 from snnfx.inspect.verify.verify import verify
 from snnfx.memory_module import MemoryModule
 from snnfx.ops.buffer_pool import release_buffers
@@ -46,6 +47,7 @@ __all__ = [
     "neuron",
     "online",
     "passes",
+    "profile",
     "release_buffers",
     "save",
     "surrogate",

@@ -673,9 +673,9 @@ CODES: dict[str, CodeEntry] = {
     # 6xx: tools around the library
     "SNNFX601": CodeEntry(
         "graphviz is missing",
-        "Drawing to .svg, .png or .pdf needs the program `dot` and the Python package graphviz.",
+        "Drawing to .svg, .png or .pdf needs the program `dot`; pip cannot install it. A .dot file needs no graphviz.",
         'snnfx.draw(net, "net.svg")',
-        'apt install graphviz; pip install "snnfx[draw]"   # or write a .dot file',
+        "apt install graphviz                              # or write a .dot file",
     ),
     "SNNFX602": CodeEntry(
         "cannot load the model",
@@ -686,7 +686,7 @@ CODES: dict[str, CodeEntry] = {
     ),
     "SNNFX603": CodeEntry(
         "unknown file type",
-        "snnfx.draw writes .svg, .png, .pdf and .dot files.",
+        "snnfx.draw writes .svg, .png, .pdf and .dot files; a profile is written to .html, .md or .json.",
         'snnfx.draw(net, "net.jpg")',
         'snnfx.draw(net, "net.png")',
     ),

@@ -149,6 +149,7 @@ def test_importing_passes_directly_names_the_package(monkeypatch: pytest.MonkeyP
         ("convert", "snnfx.convert"),
         ("draw", "snnfx.inspect.picture.draw"),
         ("explain", "snnfx.inspect.explain"),
+        ("profile", "snnfx.inspect.profile.profile"),
         ("verify", "snnfx.inspect.verify.verify"),
     ],
 )

@@ -12,9 +12,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from snnfx.capture.example_values import UNKNOWN, ExampleValues
+from snnfx.capture.example_values import ExampleValues
 from snnfx.capture.iteration_tracking import IterationTracker, LoopSource
-from snnfx.capture.proxy import StepProxy, value_of
+from snnfx.capture.proxy import UNKNOWN, StepProxy, value_of
 from snnfx.capture.recorder import Recorder
 from snnfx.errors import CaptureError
 from snnfx.sandbox.torch_internals import pytree

@@ -2,6 +2,6 @@
 
 | module | content |
 |---|---|
-| `commands` | the commands `explain`, `draw`, `verify` and `export`, and their options |
+| `commands` | the commands `explain`, `draw`, `verify`, `profile` and `export`, and their options |
 | `model_factory` | loads the model that `pkg.module:factory` names |
 """

@@ -1,4 +1,4 @@
-"""Commands `python -m snnfx explain|draw|verify|export pkg.module:factory`.
+"""Commands `python -m snnfx explain|draw|verify|profile|export pkg.module:factory`.
 
 Exit codes: 0 for success, 1 if `verify` found a difference, 2 if the model cannot be loaded or converted or an option
 is illegal.
@@ -26,6 +26,8 @@ from snnfx.errors import InputError, SnnfxError, VerificationError, describe_cod
 from snnfx.inspect.document import WIDTH
 from snnfx.inspect.explain import explain
 from snnfx.inspect.picture.draw import draw
+from snnfx.inspect.profile.profile import profile
+from snnfx.inspect.profile.profile_report import check_report_file
 from snnfx.inspect.verify.verify import verify
 from snnfx.ir.options import ConvertKeywords
 from snnfx.memory.budget import read_memory_budget
@@ -42,6 +44,7 @@ examples:
   python -m snnfx draw models.csnn:build --input 2,1,28,28 --out net.svg
   python -m snnfx verify models.csnn:build --input 2,1,28,28 --T 8 --double
   python -m snnfx verify models.spikformer:build --takes sequence --input 4,2,3,32,32
+  python -m snnfx profile models.csnn:build --input 2,1,28,28 --T 8 --train --out profile.html
   python -m snnfx export models.csnn:build --input 2,1,28,28 --T 8 --out net.onnx
 """
 
@@ -66,12 +69,12 @@ def main(argv: Sequence[str] | None = None) -> int:
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="python -m snnfx",
-        description="Explain, draw, verify or export the conversion of a single-step model.",
+        description="Explain, draw, verify, profile or export the conversion of a single-step model.",
         epilog=_EXAMPLES,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument("--version", action="version", version=f"snnfx {snnfx.__version__} (torch {torch.__version__})")
-    commands = parser.add_subparsers(required=True, metavar="{explain,draw,verify,export}")
+    commands = parser.add_subparsers(required=True, metavar="{explain,draw,verify,profile,export}")
 
     command = _command(commands, "explain", _explain, "report which nodes are folded, mapped or looped, and why")
     command.add_argument("--code", metavar="SNNFX103", help="print the meaning of a code; needs no model")
@@ -87,6 +90,13 @@ def _parser() -> argparse.ArgumentParser:
     command = _command(commands, "verify", _verify, "compare the net with the model run step by step, on random inputs")
     command.add_argument("--T", type=int, default=8, metavar="STEPS", help="number of time steps (default: 8)")
     command.add_argument("--double", action="store_true", help="compare in float64")
+
+    command = _command(commands, "profile", _profile, "measure time, spikes and operations of a call, on random inputs")
+    command.add_argument("--T", type=int, default=8, metavar="STEPS", help="number of time steps (default: 8)")
+    command.add_argument("--train", action="store_true", help="measure a training step: forward and backward")
+    command.add_argument("--record", action="append", default=[], metavar="lif1", help="show a layer over time; repeat")
+    command.add_argument("--repeats", type=int, default=5, metavar="CALLS", help="measured calls (default: 5)")
+    command.add_argument("--out", metavar="FILE", help="also write .html, .md or .json")
 
     command = _command(commands, "export", _export, "write the net to a file that runs without snnfx")
     command.add_argument("--out", required=True, metavar="FILE", help=".onnx, .pt2 or .nir")
@@ -213,12 +223,7 @@ def _draw(arguments: argparse.Namespace) -> int:
 
 def _verify(arguments: argparse.Namespace) -> int:
     options = _options(arguments)
-    if not arguments.input:
-        raise InputError(
-            "SNNFX309", "verify needs --input", hint="Pass the shape of one time step, e.g. --input 2,1,28,28."
-        )
-    if arguments.T < 1:
-        raise InputError("SNNFX301", f"--T {arguments.T} is too small", hint="Pass at least one time step.")
+    _require_sequence(arguments, "verify")
     model = _model(arguments)
     net: Net = convert(model, **options)
     modes = (True, False) if arguments.mode is None else (arguments.mode == "training",)
@@ -229,14 +234,34 @@ def _verify(arguments: argparse.Namespace) -> int:
     return 0
 
 
-def _export(arguments: argparse.Namespace) -> int:
+def _profile(arguments: argparse.Namespace) -> int:
     options = _options(arguments)
+    _require_sequence(arguments, "profile")
+    if arguments.out is not None:
+        check_report_file(arguments.out)
+    net: Net = convert(_model(arguments), **options)
+    sequences, T = _sequences(arguments, options["time_dim"])
+    report = profile(
+        net, *sequences, T=T, train=arguments.train, record=tuple(arguments.record), repeats=arguments.repeats
+    )
+    print(report)
+    if arguments.out is not None:
+        print(f"\n{report.save(arguments.out)}")
+    return 0
+
+
+def _require_sequence(arguments: argparse.Namespace, command: str) -> None:
     if not arguments.input:
         raise InputError(
-            "SNNFX309", "export needs --input", hint="Pass the shape of one time step, e.g. --input 2,1,28,28."
+            "SNNFX309", f"{command} needs --input", hint="Pass the shape of one time step, e.g. --input 2,1,28,28."
         )
     if arguments.T < 1:
         raise InputError("SNNFX301", f"--T {arguments.T} is too small", hint="Pass at least one time step.")
+
+
+def _export(arguments: argparse.Namespace) -> int:
+    options = _options(arguments)
+    _require_sequence(arguments, "export")
     dynamic = () if arguments.dynamic.lower() == "none" else tuple(arguments.dynamic.split(","))
     net: Net = convert(_model(arguments), **options)
     if arguments.mode is None:

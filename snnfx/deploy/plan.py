@@ -318,7 +318,7 @@ def _expected(
     with torch.no_grad():
         if not request.takes_state:
             return plain_containers(net(*args, T=request.T, **kwargs))
-        steps = {} if request.step else {"T": request.T}
+        steps: dict[str, Any] = {} if request.step else {"T": request.T}
         outputs, final = net.run(*args, state=dict(state) or None, **steps, **kwargs)
     return plain_containers(outputs), {name: torch.as_tensor(value) for name, value in final.items()}
 

@@ -1,4 +1,4 @@
-"""Reports about a model or a net: `explain`, `draw` and `verify`.
+"""Reports about a model or a net: `explain`, `draw`, `profile` and `verify`.
 
 | module | content |
 |---|---|
@@ -10,5 +10,6 @@
 | `memory_report`, `memory_phases`, `memory_picture` | predicted memory: section of the report, data, picture |
 | `document`, `plain_data` | output as terminal text or Markdown, and as JSON data |
 | `picture/` | `snnfx.draw` |
+| `profile/` | `snnfx.profile`: a measured call |
 | `verify/` | `snnfx.verify`, with its own reference implementation |
 """

@@ -49,7 +49,7 @@ class Execution:
         """The persistent state of the current mode."""
         return self._persistent[self.executable.training]
 
-    def _starting_from_model(self, state: State | None) -> State | None:
+    def starting_from_model(self, state: State | None) -> State | None:
         """A state with the values of the model for persistent slots that it does not contain."""
         if not self.persistent.names:
             return state
@@ -76,7 +76,7 @@ class Execution:
         arguments.check_state(state)
         if state is not None:
             arguments.check_shapes(state, arguments.at_step(leaves, 0))
-        state = self._starting_from_model(arguments.first_state(state, given))
+        state = self.starting_from_model(arguments.first_state(state, given))
         records: Flat = ()
         k = self.plans.chunk_length(leaves, T, state)
         checkpoint = None if record else self.plans.checkpoint_length(leaves, T, state)
@@ -118,7 +118,7 @@ class Execution:
         arguments.check_state(state)
         if state is not None:
             arguments.check_shapes(state, leaves)
-        state = self._starting_from_model(arguments.first_state(state, given))
+        state = self.starting_from_model(arguments.first_state(state, given))
         runners, training = executable.graphs.runners, executable.training
         part = "first" if self.persistent.is_reset(state) and (training, "first") in runners else "main"
         flat, next_state, _ = runners[training, part](executable.root, *leaves, state, None)

@@ -29,17 +29,17 @@ class JoinedOutputs:
 
     def add(self, outputs: tuple[Any, ...], steps: int) -> None:
         """Add the outputs of the next time steps: tensors `[steps, *]`, structures of these, or other values."""
-        outputs, self._structure = flatten_alike(outputs, self._structure)
-        stop, tensors = self.steps + steps, [y for y in outputs if isinstance(y, Tensor)]
+        leaves, self._structure = flatten_alike(outputs, self._structure)
+        stop, tensors = self.steps + steps, [y for y in leaves if isinstance(y, Tensor)]
         if self._joined is None and not self._parts and all(y.dim() and y.shape[0] == stop for y in tensors):
-            self._joined = [y.new_empty((self.T, *y.shape[1:])) if isinstance(y, Tensor) else y for y in outputs]
-        if self._joined is not None and not all(map(_fits, self._joined, outputs)):
+            self._joined = [y.new_empty((self.T, *y.shape[1:])) if isinstance(y, Tensor) else y for y in leaves]
+        if self._joined is not None and not all(map(_fits, self._joined, leaves)):
             self._parts = [[y[: self.steps] if isinstance(y, Tensor) else y for y in self._joined]]
             self._joined = None
         if self._joined is None:
-            self._parts.append(outputs)
+            self._parts.append(leaves)
         else:
-            for index, y in enumerate(outputs):
+            for index, y in enumerate(leaves):
                 if isinstance(y, Tensor):
                     self._joined[index][self.steps : stop] = y
                 else:

@@ -19,6 +19,7 @@ from snnfx.allocator import expect_large_blocks
 from snnfx.capture.setting_reads import first_changed_setting, watch_settings
 from snnfx.emit.arguments import Arguments, signature_of
 from snnfx.emit.executable import Executable
+from snnfx.emit.readable_code import readable_code
 from snnfx.emit.recompute_segments import RecomputePlan
 from snnfx.errors import AllocationError
 from snnfx.ir.graph_pass import check_picklable
@@ -32,6 +33,7 @@ from snnfx.ops.run_loop import LoopHandle
 from snnfx.runtime.backward_pass import is_in_backward_pass, refuse_to_carry_state_in_backward
 from snnfx.runtime.execution import Execution
 from snnfx.runtime.guard_check import GuardCheck
+from snnfx.runtime.net_summary import summary_as_html, summary_as_text
 from snnfx.runtime.persistent_state import PersistentState
 from snnfx.runtime.replanning import PlanCache, capture_again, net_for, net_for_modes
 from snnfx.runtime.source_module import SourceModule
@@ -153,6 +155,23 @@ class Net(SourceModule):
         if executable is not None:
             executable.graphs.replace(self.training, graph)
         self.recompile()
+
+    @property
+    def code(self) -> str:
+        """The graph of the current mode as Python code to read; functions of snnfx have their plain names."""
+        return readable_code(self.graph, self)
+
+    def __repr__(self) -> str:
+        return summary_as_text(self.source, self.program, self._shown_step_mode)
+
+    __str__ = __repr__
+
+    def _repr_html_(self) -> str:
+        return summary_as_html(self.source, self.program, self._shown_step_mode)
+
+    @property
+    def _shown_step_mode(self) -> str:
+        return "m" if self.loops else self.options.step_mode
 
     @property
     def program(self) -> StepProgram:

@@ -14,7 +14,7 @@ from snnfx.emit.multi_step import emit_multi_step
 from snnfx.errors import InputError
 from snnfx.ir.program import StepProgram
 
-__all__ = ["Recordings"]
+__all__ = ["Recordings", "recorded_node"]
 
 
 class Recordings:
@@ -40,7 +40,7 @@ class Recordings:
 
     def _emit(self, names: tuple[str, ...]) -> Callable[..., Any]:
         graphs, program, reduce = self.executable.graphs, self.executable.program, self.executable.options.reduce
-        nodes = [_recorded_node(program, name) for name in names]
+        nodes = [recorded_node(program, name) for name in names]
         for name, node in zip(names, nodes, strict=True):
             if isinstance(node, Node) and node.meta.get("sunk"):
                 raise InputError(
@@ -55,7 +55,7 @@ class Recordings:
         return compile_graph(emitted.graph)
 
 
-def _recorded_node(program: StepProgram, name: str) -> Any:
+def recorded_node(program: StepProgram, name: str) -> Any:
     """The node, or constant, with the value of a slot after a step or the output of a module."""
     for slot, next_state in zip(program.slots, program.next_states, strict=True):
         if slot.name == name:

@@ -170,7 +170,7 @@ class _Derivation:
             operand = node.args[0]
             return self._element(operand, self._time_of(operand))
         if node.target is operator.getitem and isinstance(self._known(node.args[0]), tuple):
-            value = self._known(node.args[0])[node.args[1]]  # type: ignore[index]
+            value = self._known(node.args[0])[node.args[1]]
             return self._with_time(value, 0) if isinstance(value, Node) else value
         if node.target is read_elements and self._time_of(node.args[0]) is not None:
             return self._with_time(self._element(node.args[0], node.args[1]), 0)
@@ -178,15 +178,15 @@ class _Derivation:
             element = self._element(node.args[0][0], 0)  # type: ignore[index]
             if node.target is concatenate_elements:
                 return element
-            dim = node.args[2] if len(node.args) > 2 else node.kwargs.get("dim", 0)
-            return self._with_time(element, int(dim) % node.meta["val"].dim())  # type: ignore[call-overload]
+            dim: Any = node.args[2] if len(node.args) > 2 else node.kwargs.get("dim", 0)
+            return self._with_time(element, dim % node.meta["val"].dim())
         if node.target is write_elements:
             element, dtype = self._element(node.args[4], 0), node.meta["val"].dtype
             if element.meta["val"].dtype != dtype:
                 element = self._call("call_method", "to", (element, dtype), element.meta["val"].to(dtype))
             return self._with_time(element, node.args[1])
         if operation_name(node) == "flatten" and tuple(node.args[1:]) == (0, 1) and not node.kwargs:
-            inner = self.without_time.get(self._known(node.args[0]))  # type: ignore[arg-type]
+            inner = self.without_time.get(self._known(node.args[0]))
             if inner is not None and inner[1] == 0:
                 return inner[0]
         args, kwargs = map_arg((node.args, node.kwargs), self._value)

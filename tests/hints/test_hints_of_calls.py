@@ -306,7 +306,7 @@ def test_a_record_of_an_unknown_name() -> None:
     net = snnfx.convert(small())
     error = refused(
         "SNNFX311",
-        "runtime/recordings.py:_recorded_node",
+        "runtime/recordings.py:recorded_node",
         "Record any of ",
         lambda: net.run(sequence(), record="9"),
         names="`9`",

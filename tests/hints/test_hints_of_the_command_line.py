@@ -75,13 +75,13 @@ def test_a_plot_without_a_number_of_steps() -> None:
 def test_verify_without_an_input() -> None:
     refused(
         "SNNFX309",
-        "cli/commands.py:_verify",
+        "cli/commands.py:_require_sequence",
         "Pass the shape of one time step, e.g. --input 2,1,28,28.",
         lambda: command("verify", "zoo.py:build"),
     )
     refused(
         "SNNFX301",
-        "cli/commands.py:_verify",
+        "cli/commands.py:_require_sequence",
         "Pass at least one time step.",
         lambda: command("verify", "zoo.py:build", "--input", "2,3", "--T", "0"),
     )
@@ -91,18 +91,54 @@ def test_verify_without_an_input() -> None:
 def test_export_without_an_input() -> None:
     refused(
         "SNNFX309",
-        "cli/commands.py:_export",
+        "cli/commands.py:_require_sequence",
         "Pass the shape of one time step, e.g. --input 2,1,28,28.",
         lambda: command("export", "zoo.py:build", "--out", "net.pt2"),
     )
     refused(
         "SNNFX301",
-        "cli/commands.py:_export",
+        "cli/commands.py:_require_sequence",
         "Pass at least one time step.",
         lambda: command("export", "zoo.py:build", "--input", "2,3", "--T", "0", "--out", "net.pt2"),
     )
     succeeds("export", "zoo.py:build", "--input", "2,3", "--T", "1", "--out", "net.pt2", "--no-check")
     assert Path("net.pt2").is_file()
+
+
+def test_profile_without_an_input_or_to_another_suffix() -> None:
+    refused(
+        "SNNFX309",
+        "cli/commands.py:_require_sequence",
+        "Pass the shape of one time step, e.g. --input 2,1,28,28.",
+        lambda: command("profile", "zoo.py:build"),
+    )
+    words = ("profile", "zoo.py:build", "--input", "2,3", "--T", "2", "--repeats")
+    refused(
+        "SNNFX603",
+        "inspect/profile/profile_report.py:check_report_file",
+        "Use the suffix .html, .md or .json.",
+        lambda: command(*words, "1", "--out", "profile.pdf"),
+    )
+    refused(
+        "SNNFX309",
+        "inspect/profile/profile.py:_checked",
+        "Pass at least 1.",
+        lambda: command(*words, "0"),
+    )
+    for suffix in ("html", "md", "json"):
+        succeeds(*words, "1", "--out", f"profile.{suffix}")
+        assert Path(f"profile.{suffix}").stat().st_size > 0
+
+
+def test_a_profile_of_a_model() -> None:
+    model = torch.nn.Linear(3, 2)
+    refused(
+        "SNNFX309",
+        "inspect/profile/profile.py:_checked",
+        "Convert the model first: snnfx.profile(snnfx.convert(model), x_seq).",
+        lambda: snnfx.profile(model, torch.rand(4, 2, 3)),
+    )
+    assert snnfx.profile(snnfx.convert(model), torch.rand(4, 2, 3), repeats=1).dense_macs == 4 * 2 * 6
 
 
 def test_an_option_that_is_no_number() -> None:

@@ -133,5 +133,5 @@ def _require_graphviz() -> None:
             "SNNFX601",
             "the Python package graphviz is missing",
             why="snnfx calls the program `dot` through it.",
-            hint=hint.format('pip install "snnfx[draw]"'),
+            hint=hint.format("pip install graphviz"),
         ) from error
