@@ -22,9 +22,9 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-__all__ = ["BufferPool", "empty_like", "pool", "release_buffers"]
+__all__ = ["MIN_POOLED_BYTES", "BufferPool", "empty_like", "pool", "release_buffers"]
 
-_MIN_POOLED_BYTES = 1 << 20
+MIN_POOLED_BYTES = 1 << 20
 """The smallest tensor allocated from the pool, in bytes; malloc is fast for smaller ones."""
 
 
@@ -59,7 +59,7 @@ class BufferPool:
         for extent in size:
             count *= extent
         needed = count * dtype.itemsize
-        if needed < _MIN_POOLED_BYTES or self.limit <= 0:
+        if needed < MIN_POOLED_BYTES or self.limit <= 0:
             return torch.empty_strided(size, stride, dtype=dtype)
         array = self._allocate(needed)
         return torch.frombuffer(array, dtype=dtype, count=count).as_strided(size, stride)
