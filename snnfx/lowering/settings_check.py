@@ -15,6 +15,8 @@ from snnfx.lowering.live_settings import HOOKS, NOT_HYPERPARAMETERS, Snapshot, m
 
 __all__ = ["conditions_of_settings"]
 
+_MOST_ELEMENTS = 16
+
 
 def conditions_of_settings(modules: Iterable[nn.Module], constant: Callable[[Any], str]) -> list[str] | None:
     """Python expressions that are true as long as no setting of these modules and their submodules changes.
@@ -38,14 +40,33 @@ def conditions_of_settings(modules: Iterable[nn.Module], constant: Callable[[Any
         conditions += [f"not {d}[{name!r}]" for name in HOOKS]
         for registry in ("_parameters", "_buffers", "_modules"):
             conditions += _of_registry(f"{d}[{registry!r}]", attributes[registry], constant)
-        nested = False
+        is_nested = False
         for name, value in attributes.items():
             if name not in NOT_HYPERPARAMETERS:
                 conditions.append(f"{d}[{name!r}] is {constant(value)}")
-                nested = nested or isinstance(value, list | dict | tuple)
-        if nested:
+                inside = _of_contents(value, constant)
+                conditions += inside or []
+                is_nested = is_nested or inside is None
+        if is_nested:
             conditions.append(f"{constant(Snapshot(module).is_current)}()")
     return conditions
+
+
+def _of_contents(value: Any, constant: Callable[[Any], str]) -> list[str] | None:
+    """Conditions that the elements of a list or dict stay; None for nested or long ones."""
+    if not isinstance(value, list | dict | tuple):
+        return []
+    elements = [*value.values()] if isinstance(value, dict) else [*value]
+    keys = [*value] if isinstance(value, dict) else []
+    if any(isinstance(e, list | dict | tuple) for e in [*elements, *keys]) or len(elements) > _MOST_ELEMENTS:
+        return None
+    if isinstance(value, tuple):
+        return []
+    if not isinstance(value, dict):
+        items = [f"{constant(value)}[{i}] is {constant(e)}" for i, e in enumerate(elements)]
+    else:
+        items = [f"{constant(value)}.get({constant(k)}, {constant(value)}) is {constant(e)}" for k, e in value.items()]
+    return [f"len({constant(value)}) == {len(value)}", *items]
 
 
 def _of_registry(registry: str, values: dict[str, Any], constant: Callable[[Any], str]) -> list[str]:

@@ -57,16 +57,18 @@ class BoundCalls:
         self._bound.drop(key)
         return None
 
-    def bind_later(self, args: tuple[Any, ...]) -> None:
-        """Bind the next call like this one, which ran all steps at once on the plain graph.
+    def bind_later(self, args: tuple[Any, ...], run: Callable[..., Any]) -> None:
+        """Bind calls like this one from the second on, because sizes that occur once are not worth it.
 
-        Only the second call like it is bound, because sizes that occur once are not worth it.
+        Args:
+            args: the arguments of the call.
+            run: the function that runs all steps of the call at once; only the plain graph is bound.
         """
         executable = self.executable
         mode = executable.source.training
         guards = self.guards[mode].guards
         graph = executable.graphs.emitted.get((mode, "plain"))
-        if graph is None or executable.graphs.is_replaced or guards.modes:
+        if graph is None or run is not executable.graph_runner("plain") or executable.graphs.is_replaced or guards.modes:
             return
         key = self._key(args)
         if key is None or not _is_plain_context(args[0].device.type):

@@ -135,7 +135,8 @@ class Net(SourceModule):
         executable = self.__dict__.get("_executable")
         forward.__signature__ = signature_of(executable and executable.programs[True])  # type: ignore[attr-defined]
         forward.__doc__ = _forward.__doc__
-        type(self).forward = forward
+        # Not that of GraphModule, which is slow and explains errors of generated code in `forward`.
+        type(self).forward, type(self).__call__ = forward, nn.Module.__call__
         return code
 
     @property
@@ -520,8 +521,8 @@ def _forward(self: Net, args: tuple[Any, ...], kwargs: dict[str, Any], T: int | 
         run = self._execution.plans.runner_at_once("plain", ordered, T)
         if run is not None:
             has_time = any(arguments.varying)
-            if has_time and not kwargs and arguments.is_plain and run is self._executable.graph_runner("plain"):
-                self._bound_calls.bind_later(args)
+            if not torch.compiler.is_compiling() and has_time and not kwargs and arguments.is_plain:
+                self._bound_calls.bind_later(args, run)
             return run(self, *leaves) if has_time else run(self, *leaves, torch.arange(T, device=leaves[0].device))
     state = self.carried_state if options.stores_state else None
     state = self._execution.persistent.carried(state)
