@@ -69,6 +69,7 @@ class _Binder:
         self.reads: dict[str, str] = {}
         self.path_lines: list[str] = []
         self.called: dict[int, nn.Module] = {}
+        self.hooks: list[Any] = []
         self.count = 0
 
     def bind(self) -> BoundGraph | None:
@@ -86,13 +87,13 @@ class _Binder:
             attributes = vars(module)
             if any(attributes[name] for name in HOOKS) or "forward" in attributes:
                 return None
-            d = self._constant(attributes)
+            self.hooks += [attributes[name] for name in HOOKS]
             self.conditions.append(f"{self._constant(module)}.__class__ is {self._constant(type(module))}")
-            self.conditions.append(f"'forward' not in {d}")
-            self.conditions += [f"not {d}[{name!r}]" for name in HOOKS]
-        settings = conditions_of_settings(self.neurons, self._constant)
+            self.conditions.append(f"'forward' not in {self._constant(attributes)}")
+        settings = conditions_of_settings(self.neurons, self._constant, self.hooks)
         if settings is None:
             return None
+        settings.append(f"not any({self._constant(self.hooks)})")
         run = "\n    ".join([f"def forward({', '.join(parameters)}):", *self.lines])
         checks = " and ".join([*self.conditions, *settings]) or "True"
         valid = "\n    ".join(["def forward():", *self.path_lines, f"return {checks}"])
@@ -131,7 +132,8 @@ class _Binder:
             loop = self.modules[node.args[1]]  # type: ignore[index]
             constants = [self.modules[c] for c in node.kwargs.get("constants", ())]  # type: ignore[union-attr, index]
             self.neurons += constants
-            bound = BoundLoop(loop, constants)  # type: ignore[arg-type]
+            with_finals = any(n.target is not operator.getitem or n.args[1] != 0 for n in node.users)
+            bound = BoundLoop(loop, constants, with_finals)  # type: ignore[arg-type]
             self._assign(node, f"{self._constant(bound)}({self._arguments(node.args[0], {})})")
         else:
             self._assign(node, self._call(node.target, node.args, node.kwargs))

@@ -18,12 +18,15 @@ __all__ = ["conditions_of_settings"]
 _MOST_ELEMENTS = 16
 
 
-def conditions_of_settings(modules: Iterable[nn.Module], constant: Callable[[Any], str]) -> list[str] | None:
+def conditions_of_settings(
+    modules: Iterable[nn.Module], constant: Callable[[Any], str], hooks: list[Any]
+) -> list[str] | None:
     """Python expressions that are true as long as no setting of these modules and their submodules changes.
 
     Args:
         modules: the modules.
         constant: returns a name for a value in the generated code.
+        hooks: gets the dicts with the hooks of the modules, which have to stay empty.
 
     Returns:
         The expressions; None if a module has hooks, which kernels do not run.
@@ -37,7 +40,7 @@ def conditions_of_settings(modules: Iterable[nn.Module], constant: Callable[[Any
         m, d = constant(module), constant(attributes)
         conditions.append(f"{m}.__class__ is {constant(type(module))} and {m}.__dict__ is {d}")
         conditions.append(f"len({d}) == {len(attributes)}")
-        conditions += [f"not {d}[{name!r}]" for name in HOOKS]
+        hooks += [attributes[name] for name in HOOKS]
         for registry in ("_parameters", "_buffers", "_modules"):
             conditions += _of_registry(f"{d}[{registry!r}]", attributes[registry], constant)
         is_nested = False

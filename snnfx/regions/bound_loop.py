@@ -24,10 +24,11 @@ class BoundLoop:
     Args:
         region: the region.
         constants: the modules of the region.
+        with_finals: whether the caller reads the final states; else the call may return none.
     """
 
-    def __init__(self, region: EagerLoop, constants: Sequence[Any]) -> None:
-        self.region, self.constants = region, tuple(constants)
+    def __init__(self, region: EagerLoop, constants: Sequence[Any], with_finals: bool = True) -> None:
+        self.region, self.constants, self.with_finals = region, tuple(constants), with_finals
         self.step: BoundStep | None = None
         self.bindings = 0
 
@@ -41,5 +42,5 @@ class BoundLoop:
         if self.bindings < _MOST_BINDINGS:
             self.bindings += 1
             kernels = self.region.kernels
-            self.step = None if kernels is None else kernels.bound_step(x_seq, self.constants)
+            self.step = None if kernels is None else kernels.bound_step(x_seq, self.constants, self.with_finals)
         return results

@@ -156,8 +156,15 @@ class RegionKernels:
                 return None
         return PreparedCall(self, entry, lowered, x_seq, constants, [fetch(constants) for fetch in entry.constants])
 
-    def bound_step(self, x_seq: Sequence[Tensor], constants: Sequence[Any]) -> BoundStep | None:
-        """The kernels of a call from the reset state, bound to its layout; None if they cannot be bound."""
+    def bound_step(
+        self, x_seq: Sequence[Tensor], constants: Sequence[Any], with_finals: bool = True
+    ) -> BoundStep | None:
+        """The kernels of a call from the reset state, bound to its layout; None if they cannot be bound.
+
+        Args:
+            x_seq, constants: as for `run`.
+            with_finals: whether the calls read the final states.
+        """
         prepared = self.prepare(x_seq, None, constants)
         if prepared is None or prepared.runs_first_step(None) or prepared.entry.baked:
             return None
@@ -169,7 +176,7 @@ class RegionKernels:
         if not self.build_for(prepared, needs):
             return None
         fetchers = prepared.entry.constants
-        return BoundStep.of(lowered, x_seq, numbers, needs, lambda: [fetch(constants) for fetch in fetchers])
+        return BoundStep.of(lowered, x_seq, numbers, needs, lambda: [fetch(constants) for fetch in fetchers], with_finals)
 
     def build_for(self, prepared: PreparedCall, needs: Needs | None) -> bool:
         """Build the kernels of a call; if that fails, the region runs step by step from now on."""

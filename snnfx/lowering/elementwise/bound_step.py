@@ -25,6 +25,8 @@ __all__ = ["BoundStep"]
 Slot = tuple[str, int]
 """Kind and index of an operand of a kernel."""
 
+_MOST_SHARED_BYTES = 1 << 16
+
 class BoundStep:
     """A lowered step for calls of one layout that start from numbers as states.
 
@@ -34,6 +36,7 @@ class BoundStep:
         numbers: the states before the first step.
         needs: the gradients that the calls need; None for inference.
         fetch: returns the constants of a call, the tensors that the step reads.
+        with_finals: whether the calls read the final states.
     """
 
     def __init__(
@@ -43,6 +46,7 @@ class BoundStep:
         numbers: Sequence[float],
         needs: Needs | None,
         fetch: Callable[[], list[Tensor]],
+        with_finals: bool = True,
     ) -> None:
         self.lowered, self.numbers, self.needs, self.fetch = lowered, list(map(float, numbers)), needs, fetch
         expressions, T = lowered.step.expressions, x_seq[0].shape[0]
@@ -53,20 +57,25 @@ class BoundStep:
         self.shapes = [x.shape for x in x_seq], [()] * len(self.numbers)
         self.inputs: dict[Slot, Form] = {("sequence", i): Form.of(x) for i, x in enumerate(x_seq)}
         saved = [] if needs is None else lowered.saved_dtypes(needs)
+        finals: dict[Slot, Form] = {("final", i): self._state(d) for i, d in enumerate(lowered.state_dtypes)}
+        # Memory that all calls share is kept as long as the binding, so it must be small.
+        size = sum(_product(form.shape) * form.dtype.itemsize for form in finals.values())
+        unread = finals if not with_finals and size <= _MOST_SHARED_BYTES else {}
         made: dict[Slot, Form] = {
             **{("output", i): self._sequence(d) for i, d in enumerate(lowered.output_dtypes)},
-            **{("final", i): self._state(d) for i, d in enumerate(lowered.state_dtypes)},
+            **({} if unread else finals),
             **{("saved", i): self._sequence(d) for i, d in enumerate(saved)},
         }
-        self.outputs, self.results = len(expressions.outputs), len(expressions.outputs) + len(lowered.state_dtypes)
+        self.outputs = len(expressions.outputs)
+        self.results = self.outputs + (0 if unread else len(finals))
         self.saved: dict[Slot, Form] = {slot: form for slot, form in made.items() if slot[0] == "saved"}
-        self.not_differentiable = [i for i, d in enumerate(lowered.step.differentiable) if not d]
+        self.not_differentiable = [i for i, d in enumerate(lowered.step.differentiable[: self.results]) if not d]
         self.training = None if needs is None else lowered.training(needs)
         self.source = lowered.inference() if self.training is None else self.training.forward
         self.constants = len(fetch())
         operands = self._operands(self.source, fetch())
         self.reads = len(operands)
-        self.forward = self._bound(self.source, {**self.inputs, **self._operand_forms(self.source, operands)}, made)
+        self.forward = self._bound(self.source, {**self.inputs, **self._operand_forms(self.source, operands)}, made, unread)
         self.inputs_saved = () if self.training is None else tuple(self.training.plan.inputs)
         self.backwards: dict[Any, BoundLaunch | None] = {}
         self.requires_grad = [x.requires_grad for x in x_seq]
@@ -79,11 +88,12 @@ class BoundStep:
         numbers: Sequence[float],
         needs: Needs | None,
         fetch: Callable[[], list[Tensor]],
+        with_finals: bool = True,
     ) -> BoundStep | None:
         """Bind a step to the layout of these inputs; None if its kernels cannot be bound. Arguments as for the class."""
         if not isinstance(lowered.back_end, CppBackEnd):
             return None
-        bound = BoundStep(lowered, x_seq, numbers, needs, fetch)
+        bound = BoundStep(lowered, x_seq, numbers, needs, fetch, with_finals)
         return bound if bound.forward is not None else None
 
     def run(self, *x_seq: Tensor) -> tuple[tuple[Tensor, ...], tuple[Tensor, ...]] | None:
@@ -153,7 +163,7 @@ class BoundStep:
             **{name: Form.of(g) for name, g in zip(names, grads, strict=True) if g is not None},
             **self._operand_forms(training.backward, operands),
         }
-        return self._bound(training.backward, given, made)
+        return self._bound(training.backward, given, made, {})
 
     def _unbound_backward(
         self,
@@ -174,7 +184,7 @@ class BoundStep:
             constants,
             kept,
             grads[: self.outputs],
-            grads[self.outputs :],
+            [*grads[self.outputs :], *[None] * (len(self.numbers) + self.outputs - len(grads))],
             self.shapes,
         )
         return [*grad_x, *grad_constants]
@@ -195,9 +205,11 @@ class BoundStep:
         reads = [slot.index for slot in source.slots if slot.kind == "operand"]
         return {("operand", i): Form.of(o) for i, o in zip(reads, operands, strict=True)}
 
-    def _bound(self, source: Any, given: dict[Slot, Form], made: dict[Slot, Form]) -> BoundLaunch | None:
+    def _bound(
+        self, source: Any, given: dict[Slot, Form], made: dict[Slot, Form], unread: dict[Slot, Form]
+    ) -> BoundLaunch | None:
         numbers = {("initial", k): number for k, number in enumerate(self.numbers)}
-        return bind_launch(source, self.step, given, made, numbers, DTYPES)
+        return bind_launch(source, self.step, given, made, unread, numbers, DTYPES)
 
 
 class _BoundFunction(torch.autograd.Function):

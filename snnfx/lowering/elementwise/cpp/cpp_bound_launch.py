@@ -66,6 +66,7 @@ def bind_launch(
     step: tuple[tuple[int, ...], tuple[int, ...], int],
     given: Mapping[tuple[str, int], Form],
     made: Mapping[tuple[str, int], Form],
+    unread: Mapping[tuple[str, int], Form],
     numbers: Mapping[tuple[str, int], float],
     dtypes: Mapping[str, torch.dtype],
 ) -> BoundLaunch | None:
@@ -76,11 +77,12 @@ def bind_launch(
         step: shape of a step, its dimensions in memory order, and the number of time steps.
         given: the forms of the arguments, by kind and index of the operand, in order.
         made: the forms of the results that the kernel writes, in order.
+        unread: the forms of results that nothing reads; all calls share their memory.
         numbers: the operands that are numbers; operands that are nowhere else are 0.
         dtypes: torch's dtypes by their names in `KernelOperand`.
     """
     shape, order, T = step
-    forms = {**given, **made}
+    forms = {**given, **made, **unread}
     slots = [(slot, forms.get((slot.kind, slot.index))) for slot in source.slots]
     if any(form is not None and form.dtype != dtypes[slot.dtype] for slot, form in slots):
         return None
@@ -89,12 +91,17 @@ def bind_launch(
     threads = threads_for(layout.elements, T)
     if layout.elements == 0 or (threads > 1 and openmp() is None):
         return None
+    scratch = {slot: torch.empty_strided(f.shape, f.stride, dtype=f.dtype) for slot, f in unread.items()}
     fills = [(0, numbers.get((s.kind, s.index), 0.0) if form is None else 0.0) for s, form in slots]
+    for number, (slot, _) in enumerate(slots):
+        if (slot.kind, slot.index) in scratch:
+            fills[number] = (scratch[slot.kind, slot.index].data_ptr(), 0.0)
     packed = pack_arguments(source, layout, T, fills, threads)
     arguments = ctypes.c_int64 * len(packed)
-    addresses = {(s.kind, s.index): word for word, (s, form) in zip(address_words(source), slots, strict=True) if form}
+    words = zip(address_words(source), source.slots, strict=True)
+    addresses = {(s.kind, s.index): word for word, s in words if (s.kind, s.index) in {**given, **made}}
     own = torch.get_num_threads() if threads > 1 else None
-    return _functions(load(source).run, arguments(*packed), addresses, given, made, own)
+    return _functions(load(source).run, arguments(*packed), addresses, given, made, own, scratch)
 
 
 def _functions(
@@ -104,6 +111,7 @@ def _functions(
     given: Mapping[tuple[str, int], Form],
     made: Mapping[tuple[str, int], Form],
     threads: int | None,
+    keep_alive: Any,
 ) -> BoundLaunch:
     """Write and compile the functions of a bound kernel.
 
@@ -113,12 +121,14 @@ def _functions(
         addresses: the words of the addresses.
         given, made: as for `bind_launch`.
         threads: the number of threads of torch for which the arguments were packed; None: any.
+        keep_alive: what else the arguments refer to.
     """
     constants: dict[str, Any] = {
         "Tensor": Tensor,
         "run": run,
         "copy_of": type(packed).from_buffer_copy,
         "packed": packed,
+        "keep_alive": keep_alive,
         "empty_strided": torch.empty_strided,
         "pooled": pool.empty,
         "get_num_threads": torch.get_num_threads,
