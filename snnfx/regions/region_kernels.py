@@ -176,7 +176,9 @@ class RegionKernels:
         if not self.build_for(prepared, needs):
             return None
         fetchers = prepared.entry.constants
-        return BoundStep.of(lowered, x_seq, numbers, needs, lambda: [fetch(constants) for fetch in fetchers], with_finals)
+        return BoundStep.of(
+            lowered, x_seq, numbers, needs, lambda: [fetch(constants) for fetch in fetchers], with_finals
+        )
 
     def build_for(self, prepared: PreparedCall, needs: Needs | None) -> bool:
         """Build the kernels of a call; if that fails, the region runs step by step from now on."""

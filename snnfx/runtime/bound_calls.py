@@ -68,7 +68,12 @@ class BoundCalls:
         mode = executable.source.training
         guards = self.guards[mode].guards
         graph = executable.graphs.emitted.get((mode, "plain"))
-        if graph is None or run is not executable.graph_runner("plain") or executable.graphs.is_replaced or guards.modes:
+        if (
+            graph is None
+            or run is not executable.graph_runner("plain")
+            or executable.graphs.is_replaced
+            or guards.modes
+        ):
             return
         key = self._key(args)
         if key is None or not _is_plain_context(args[0].device.type):

@@ -27,6 +27,7 @@ Slot = tuple[str, int]
 
 _MOST_SHARED_BYTES = 1 << 16
 
+
 class BoundStep:
     """A lowered step for calls of one layout that start from numbers as states.
 
@@ -75,7 +76,9 @@ class BoundStep:
         self.constants = len(fetch())
         operands = self._operands(self.source, fetch())
         self.reads = len(operands)
-        self.forward = self._bound(self.source, {**self.inputs, **self._operand_forms(self.source, operands)}, made, unread)
+        self.forward = self._bound(
+            self.source, {**self.inputs, **self._operand_forms(self.source, operands)}, made, unread
+        )
         self.inputs_saved = () if self.training is None else tuple(self.training.plan.inputs)
         self.backwards: dict[Any, BoundLaunch | None] = {}
         self.requires_grad = [x.requires_grad for x in x_seq]
