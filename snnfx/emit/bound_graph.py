@@ -198,16 +198,18 @@ class _Binder:
 
     def _write_fold(self, node: Node) -> None:
         """Write the nodes of a folded region, between folding its inputs and unfolding its outputs."""
-        region = self.modules[node.args[1]]  # type: ignore[index]
-        sequences = [self.values[n] for n in node.args[0]]  # type: ignore[union-attr]
-        constants = list(node.kwargs.get("constants", ()))  # type: ignore[call-overload]
+        operands: Any = node.args[0]
+        region: Any = self.modules[node.args[1]]  # type: ignore[index]
+        sequences = [self.values[n] for n in operands]
+        given: Any = node.kwargs.get("constants", ())
+        constants: list[Node] = list(given)
         forward = self._constant(type(region).forward)
         self.conditions.append(f"{self._constant(type(region))}.forward is {forward}")
         self.called[id(region)] = region
         if len(sequences) > 1:
             sizes = " or ".join(f"{x}.shape[1] != {sequences[0]}.shape[1]" for x in sequences[1:])
             self.lines.append(f"if {sizes}: {self._call(node.target, node.args, node.kwargs)}")  # which raises
-        inner = list(region.graph.nodes)  # type: ignore[union-attr]
+        inner = list(region.graph.nodes)
         placeholders = [n for n in inner if n.op == "placeholder"]
         if self._write_linear(node, inner, constants, sequences):
             return

@@ -60,7 +60,8 @@ class BufferPool:
             count *= extent
         needed = count * dtype.itemsize
         if needed < MIN_POOLED_BYTES or self.limit <= 0:
-            return torch.empty_strided(size, stride, dtype=dtype)
+            # With a device, because `torch.set_default_device` may name another one.
+            return torch.empty_strided(size, stride, dtype=dtype, device="cpu")
         array = self._allocate(needed)
         return torch.frombuffer(array, dtype=dtype, count=count).as_strided(size, stride)
 
@@ -73,7 +74,7 @@ class BufferPool:
                 self._free = [b for b in self._free if b is not block]
                 self.free_bytes -= block.numel()
             else:
-                block = torch.empty(needed, dtype=torch.uint8)
+                block = torch.empty(needed, dtype=torch.uint8, device="cpu")
             array = (ctypes.c_char * needed).from_address(block.data_ptr())
             key = next(self._numbers)
             self._in_use[key] = (weakref.ref(array, lambda _, key=key: self._returned.append(key)), block)  # type: ignore[misc]

@@ -8,6 +8,7 @@ arguments by name, are chunked or recompute run unbound, and so do calls under t
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -28,7 +29,21 @@ from snnfx.sandbox.torch_internals import (
 __all__ = ["BoundCalls"]
 
 _MOST_KEYS = 64
+_LONGEST_WAIT = 1024
 _PLAIN = (Tensor, nn.Parameter, nn.Buffer)
+
+
+@dataclass
+class _Wait:
+    """How many calls run unbound before the next binding.
+
+    Args:
+        left: for the next binding.
+        after_next: for the binding after the next one.
+    """
+
+    left: int = 1
+    after_next: int = 1
 
 
 class BoundCalls:
@@ -42,7 +57,7 @@ class BoundCalls:
     def __init__(self, executable: Executable, guards: dict[bool, GuardCheck]) -> None:
         self.executable, self.guards = executable, guards
         self._bound: BoundedCache[BoundGraph] = BoundedCache(_MOST_KEYS)
-        self._called: BoundedCache[bool] = BoundedCache(_MOST_KEYS)
+        self._waits: BoundedCache[_Wait] = BoundedCache(_MOST_KEYS)
 
     def find(self, args: tuple[Any, ...]) -> Callable[..., Any] | None:
         """The function that runs a call with these arguments; None if the call has to run unbound."""
@@ -78,9 +93,12 @@ class BoundCalls:
         key = self._key(args)
         if key is None or not _is_plain_context(args[0].device.type):
             return
-        if self._called.get(key) is None:
-            self._called.put(key, True)
+        wait = self._waits.get_or_make(key, _Wait)
+        wait.left -= 1
+        if wait.left >= 0:
             return
+        # A binding that was invalid is made again, but ever later: a setting may change at each call.
+        wait.left = wait.after_next = min(2 * wait.after_next, _LONGEST_WAIT)
         bound = bind_graph(graph, executable.root)
         if bound is not None:
             self._bound.put(key, bound)

@@ -136,7 +136,8 @@ class Net(SourceModule):
         forward.__signature__ = signature_of(executable and executable.programs[True])  # type: ignore[attr-defined]
         forward.__doc__ = _forward.__doc__
         # Not that of GraphModule, which is slow and explains errors of generated code in `forward`.
-        type(self).forward, type(self).__call__ = forward, nn.Module.__call__
+        type(self).forward = forward
+        type(self).__call__ = nn.Module.__call__  # type: ignore[method-assign]
         return code
 
     @property

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 import snnfx
 from snnfx import neuron
 from snnfx.functional import reset_net
+from snnfx.runtime import bound_calls
 from support.stepping import step_model
 
 
@@ -268,3 +269,27 @@ def test_other_numbers_of_threads_run() -> None:
             assert torch.equal(net(x_seq), stepped(model, x_seq))
     finally:
         torch.set_num_threads(threads)
+
+
+def test_a_setting_that_changes_at_each_call_is_not_bound_at_each_call(monkeypatch: pytest.MonkeyPatch) -> None:
+    model, x_seq, bindings = small(), torch.rand(4, 2, 6) * 3, []
+    net = snnfx.convert(model)
+
+    def counted(*given: Any) -> Any:
+        bindings.append(1)
+        return original(*given)
+
+    original = bound_calls.bind_graph
+    monkeypatch.setattr(bound_calls, "bind_graph", counted)
+    for index in range(40):
+        model[3].surrogate_function.alpha = 1.0 + index
+        net(x_seq)
+    assert 1 <= len(bindings) <= 6
+
+
+def test_the_default_device_does_not_matter() -> None:
+    model, x_seq = small(), torch.rand(4, 2, 6) * 3
+    net, expected = bound_net(model, x_seq), stepped(model, x_seq)
+    with torch.device("meta"):
+        y_seq = net(x_seq)
+    assert torch.equal(y_seq, expected)

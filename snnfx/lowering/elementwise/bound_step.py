@@ -93,7 +93,7 @@ class BoundStep:
         fetch: Callable[[], list[Tensor]],
         with_finals: bool = True,
     ) -> BoundStep | None:
-        """Bind a step to the layout of these inputs; None if its kernels cannot be bound. Arguments as for the class."""
+        """Bind a step to the layout of these inputs; None if its kernels cannot be bound. Arguments: see the class."""
         if not isinstance(lowered.back_end, CppBackEnd):
             return None
         bound = BoundStep(lowered, x_seq, numbers, needs, fetch, with_finals)

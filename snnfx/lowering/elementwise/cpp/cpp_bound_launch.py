@@ -91,7 +91,7 @@ def bind_launch(
     threads = threads_for(layout.elements, T)
     if layout.elements == 0 or (threads > 1 and openmp() is None):
         return None
-    scratch = {slot: torch.empty_strided(f.shape, f.stride, dtype=f.dtype) for slot, f in unread.items()}
+    scratch = {slot: torch.empty_strided(f.shape, f.stride, dtype=f.dtype, device="cpu") for slot, f in unread.items()}
     fills = [(0, numbers.get((s.kind, s.index), 0.0) if form is None else 0.0) for s, form in slots]
     for number, (slot, _) in enumerate(slots):
         if (slot.kind, slot.index) in scratch:
@@ -131,6 +131,7 @@ def _functions(
         "keep_alive": keep_alive,
         "empty_strided": torch.empty_strided,
         "pooled": pool.empty,
+        "cpu": torch.device("cpu"),
         "get_num_threads": torch.get_num_threads,
     }
 
@@ -150,7 +151,9 @@ def _functions(
     for slot, form in made.items():
         arguments = ", ".join([constant(form.shape), constant(form.stride), f"dtype={constant(form.dtype)}"])
         is_small = math.prod(form.shape) * form.dtype.itemsize < MIN_POOLED_BYTES
-        lines.append(f"    {names[slot]} = {'empty_strided' if is_small else 'pooled'}({arguments})")
+        # With a device, because `torch.set_default_device` may name another one.
+        make = f"empty_strided({arguments}, device=cpu)" if is_small else f"pooled({arguments})"
+        lines.append(f"    {names[slot]} = {make}")
     lines.append("    words = copy_of(packed)")
     lines += [f"    words[{word}] = {names[slot]}.data_ptr()" for slot, word in addresses.items()]
     lines += ["    run(words)", f"    return ({''.join(f'{names[slot]}, ' for slot in made)})"]
