@@ -34,6 +34,7 @@ from snnfx.ops.nested_sequences import (
     positional_arguments,
     shapes_of,
 )
+from snnfx.ops.time_folding import fold_time, unfold_time
 from snnfx.sandbox.torch_internals import pytree
 from snnfx.state.registry import adapter_of, detach_net, reset_net
 from snnfx.state.stateful import Stateful
@@ -229,17 +230,11 @@ def seq_to_ann_forward(
         why = f"{shapes_of(x_seq)}, and dimension {batch_dim} of one step should be the batch."
         raise InputError("SNNFX303", "the sequences differ in their batch size", why=why)
 
-    folded = [_fold(x, b) for x, b in zip(x_leaves, batch_dims, strict=True)]
+    folded = [fold_time(x, b) for x, b in zip(x_leaves, batch_dims, strict=True)]
     y = _apply(chain, (*constants, *positional_arguments(rebuild(folded))))
     y_leaves, rebuild = flatten_nest(y)
     out_dims = _dim_of_each(out_batch_dim, len(y_leaves), "out_batch_dim")
     return rebuild([_unfold(y, T, b) for y, b in zip(y_leaves, out_dims, strict=True)])
-
-
-def _fold(x: Tensor, batch_dim: int) -> Tensor:
-    y = (x.movedim(0, batch_dim) if batch_dim else x).flatten(batch_dim, batch_dim + 1)
-    # Contiguous steps stay contiguous, so that a view that works for one step works for all.
-    return y if y.is_contiguous() or not x[0].is_contiguous() else y.contiguous()
 
 
 def t_last_seq_to_ann_forward(x_seq: Any, stateless_module: Modules) -> Any:
@@ -430,9 +425,7 @@ def _unfold(y: Any, T: int, batch_dim: int) -> Any:
         got = f"shape {list(y.shape)}" if isinstance(y, Tensor) else f"a {type(y).__name__}"
         why = f"the module is not batch-equivariant: it returned {got}, and dim {batch_dim} is not a multiple of {T}."
         raise no_sequence(why, hint="Use map_forward.")
-    b = batch_dim % y.dim()
-    y = y.unflatten(b, (T, -1))
-    return y.movedim(b, 0) if b else y
+    return unfold_time(y, T, batch_dim % y.dim())
 
 
 def _check_modules(modules: Any, constants: Any = ()) -> Chain:

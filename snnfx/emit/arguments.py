@@ -48,7 +48,7 @@ class Arguments:
         self._planned = [_PlannedInput.of(program, leaf.placeholder, dim) for dim, leaf in pairs if leaf.placeholder]
         count = len(program.input_leaves)
         positional = pytree.tree_structure(((0,) * count, {})) == program.input_spec
-        self._is_plain = positional and all(leaf.placeholder is not None for leaf in program.input_leaves)
+        self.is_plain = positional and all(leaf.placeholder is not None for leaf in program.input_leaves)
         self._state_shapes: BoundedCache[dict[str, tuple[int, ...]]] = BoundedCache(MOST_STATE_SHAPES)
         self.output_time_dim = options.time_dim if isinstance(options.time_dim, int) else 0
         signature = step_signature(program.source, options.entry) if program.carried else None
@@ -74,7 +74,7 @@ class Arguments:
         Raises:
             InputError: the arguments are not nested as at capture (SNNFX307), or an input is not a tensor (SNNFX305).
         """
-        is_plain = self._is_plain and not kwargs and len(args) == len(self.tensor_dims)
+        is_plain = self.is_plain and not kwargs and len(args) == len(self.tensor_dims)
         if is_plain and all(isinstance(x, Tensor) and not x.is_nested for x in args):
             return list(args)
         flat, spec = pytree.tree_flatten((args, kwargs))

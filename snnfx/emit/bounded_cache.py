@@ -35,6 +35,19 @@ class BoundedCache(Generic[V]):
             self._values[key] = value
         return value
 
+    @property
+    def is_filled(self) -> bool:
+        """Whether there is any value."""
+        return bool(self._values)
+
+    def peek(self, key: Hashable) -> V | None:
+        """The value of a key, without making it the most recently used; None if there is none."""
+        return self._values.get(key)
+
+    def drop(self, key: Hashable) -> None:
+        """Remove a key."""
+        self._values.pop(key, None)
+
     def get_or_make(self, key: Hashable, make: Callable[[], V]) -> V:
         """The value of a key; a missing value is made and stored."""
         value = self.get(key)

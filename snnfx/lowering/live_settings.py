@@ -18,11 +18,11 @@ from torch import Tensor, nn
 
 from snnfx.state.hooks import has_forward_hooks
 
-__all__ = ["Settings", "SettingsOfRegion"]
+__all__ = ["HOOKS", "NOT_HYPERPARAMETERS", "Settings", "SettingsOfRegion", "Snapshot", "modules_of"]
 
-_HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
-_REGISTRIES = ("_parameters", "_buffers", "_modules", *_HOOKS)
-_NOT_HYPERPARAMETERS = frozenset((*nn.Module().__dict__, "_memories")) - {"training"}
+HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
+_REGISTRIES = ("_parameters", "_buffers", "_modules", *HOOKS)
+NOT_HYPERPARAMETERS = frozenset((*nn.Module().__dict__, "_memories")) - {"training"}
 """Attributes of every `nn.Module`, and memories."""
 
 
@@ -46,7 +46,7 @@ class SettingsOfRegion:
     """The settings of the constants of one region, cached between calls."""
 
     def __init__(self) -> None:
-        self._snapshots: dict[int, _Snapshot] = {}
+        self._snapshots: dict[int, Snapshot] = {}
 
     def of(self, constants: Sequence[Any]) -> tuple[Any, ...] | None:
         """A key for the constants of a call; None if a module among them has hooks, which a kernel does not run."""
@@ -55,7 +55,7 @@ class SettingsOfRegion:
             if isinstance(constant, nn.Module):
                 snapshot = self._snapshots.get(index)
                 if snapshot is None or snapshot.module is not constant or not snapshot.is_current():
-                    snapshot = self._snapshots[index] = _Snapshot(constant)
+                    snapshot = self._snapshots[index] = Snapshot(constant)
                 if snapshot.has_hooks:
                     return None
                 found.append(snapshot.settings)
@@ -66,12 +66,12 @@ class SettingsOfRegion:
         return tuple(found)
 
 
-class _Snapshot:
+class Snapshot:
     """The settings of a module, with the attribute values that they were collected from."""
 
     def __init__(self, module: nn.Module) -> None:
         self.module = module
-        self.modules = list(_modules_of(module))
+        self.modules = list(modules_of(module))
         self.settings = Settings(tuple([_settings_of(m) for m in self.modules]))
         self.has_hooks = any(map(has_forward_hooks, self.modules))
         self._classes, self._attributes = list(map(type, self.modules)), list(map(vars, self.modules))
@@ -79,7 +79,7 @@ class _Snapshot:
         self._views: list[Collection[Any]] = []
         for attributes in self._attributes:
             self._views += [attributes.values(), *(attributes[name].values() for name in _REGISTRIES)]
-            hyperparameters = (v for k, v in attributes.items() if k not in _NOT_HYPERPARAMETERS)
+            hyperparameters = (v for k, v in attributes.items() if k not in NOT_HYPERPARAMETERS)
             self._views += _views_inside(hyperparameters)
         self._lengths = list(map(len, self._views))
         self._objects = list(chain.from_iterable(self._views))
@@ -97,12 +97,12 @@ class _Snapshot:
         )
 
 
-def _modules_of(module: nn.Module) -> Iterator[nn.Module]:
+def modules_of(module: nn.Module) -> Iterator[nn.Module]:
     """The module and its submodules, shared ones repeated; `Module.modules` is slow."""
     yield module
     for child in module._modules.values():
         if child is not None:
-            yield from _modules_of(child)
+            yield from modules_of(child)
 
 
 def _views_inside(values: Any) -> Iterator[Collection[Any]]:
@@ -120,7 +120,7 @@ def _views_inside(values: Any) -> Iterator[Collection[Any]]:
 def _settings_of(module: nn.Module) -> tuple[Any, ...]:
     found: list[Any] = [type(module)]
     for name, value in module.__dict__.items():
-        if name in _NOT_HYPERPARAMETERS:
+        if name in NOT_HYPERPARAMETERS:
             continue
         kind = type(value)
         if kind is bool or kind is int or kind is float or kind is str or value is None:

@@ -22,9 +22,9 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-__all__ = ["BufferPool", "empty_like", "pool", "release_buffers"]
+__all__ = ["MIN_POOLED_BYTES", "BufferPool", "empty_like", "pool", "release_buffers"]
 
-_MIN_POOLED_BYTES = 1 << 20
+MIN_POOLED_BYTES = 1 << 20
 """The smallest tensor allocated from the pool, in bytes; malloc is fast for smaller ones."""
 
 
@@ -59,8 +59,9 @@ class BufferPool:
         for extent in size:
             count *= extent
         needed = count * dtype.itemsize
-        if needed < _MIN_POOLED_BYTES or self.limit <= 0:
-            return torch.empty_strided(size, stride, dtype=dtype)
+        if needed < MIN_POOLED_BYTES or self.limit <= 0:
+            # With a device, because `torch.set_default_device` may name another one.
+            return torch.empty_strided(size, stride, dtype=dtype, device="cpu")
         array = self._allocate(needed)
         return torch.frombuffer(array, dtype=dtype, count=count).as_strided(size, stride)
 
@@ -73,7 +74,7 @@ class BufferPool:
                 self._free = [b for b in self._free if b is not block]
                 self.free_bytes -= block.numel()
             else:
-                block = torch.empty(needed, dtype=torch.uint8)
+                block = torch.empty(needed, dtype=torch.uint8, device="cpu")
             array = (ctypes.c_char * needed).from_address(block.data_ptr())
             key = next(self._numbers)
             self._in_use[key] = (weakref.ref(array, lambda _, key=key: self._returned.append(key)), block)  # type: ignore[misc]

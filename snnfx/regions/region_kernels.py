@@ -18,6 +18,7 @@ from snnfx.errors import warn_once
 from snnfx.lowering.aten_recording import LoweringRefused
 from snnfx.lowering.elementwise.autograd_kernel import needs_of, run_lowered
 from snnfx.lowering.elementwise.back_end_choice import DEVICES, device_kind_of
+from snnfx.lowering.elementwise.bound_step import BoundStep
 from snnfx.lowering.elementwise.lowered_step import LoweredStep, Needs
 from snnfx.lowering.elementwise.translation import TranslatedStep
 from snnfx.lowering.live_settings import SettingsOfRegion
@@ -154,6 +155,30 @@ class RegionKernels:
                 self.refusal = "a given state has another shape than the states after a step"
                 return None
         return PreparedCall(self, entry, lowered, x_seq, constants, [fetch(constants) for fetch in entry.constants])
+
+    def bound_step(
+        self, x_seq: Sequence[Tensor], constants: Sequence[Any], with_finals: bool = True
+    ) -> BoundStep | None:
+        """The kernels of a call from the reset state, bound to its layout; None if they cannot be bound.
+
+        Args:
+            x_seq, constants: as for `run`.
+            with_finals: whether the calls read the final states.
+        """
+        prepared = self.prepare(x_seq, None, constants)
+        if prepared is None or prepared.runs_first_step(None) or prepared.entry.baked:
+            return None
+        lowered = prepared.lowered
+        if not isinstance(lowered, LoweredStep) or not prepared.starts_from_numbers:
+            return None
+        numbers = prepared.first_states(None)
+        needs = needs_of(x_seq, numbers, prepared.constants_read) if torch.is_grad_enabled() else None
+        if not self.build_for(prepared, needs):
+            return None
+        fetchers = prepared.entry.constants
+        return BoundStep.of(
+            lowered, x_seq, numbers, needs, lambda: [fetch(constants) for fetch in fetchers], with_finals
+        )
 
     def build_for(self, prepared: PreparedCall, needs: Needs | None) -> bool:
         """Build the kernels of a call; if that fails, the region runs step by step from now on."""

@@ -31,6 +31,7 @@ from snnfx.memory.allocation_failure import explain_allocation_failure, is_alloc
 from snnfx.memory.chunk_plan import ChunkPlan
 from snnfx.ops.run_loop import LoopHandle
 from snnfx.runtime.backward_pass import is_in_backward_pass, refuse_to_carry_state_in_backward
+from snnfx.runtime.bound_calls import BoundCalls
 from snnfx.runtime.execution import Execution
 from snnfx.runtime.guard_check import GuardCheck
 from snnfx.runtime.net_summary import summary_as_html, summary_as_text
@@ -98,6 +99,7 @@ class Net(SourceModule):
         self._nets_for_modes: dict[Any, Net] = {}
         self._execution = Execution(executable)
         executable.graphs.emit()
+        self._bound_calls = BoundCalls(executable, self._guard_checks)
         self._graph = executable.graphs.shown[self.training]
         self._graph.owning_module = self
         self.recompile()
@@ -108,6 +110,7 @@ class Net(SourceModule):
             self.programs[mode].guards = program.guards
             self.programs[mode].setting_reads = program.setting_reads
         self._watch(self.programs)
+        self._bound_calls = BoundCalls(self._executable, self._guard_checks)
 
     def _watch(self, programs: dict[bool, StepProgram]) -> None:
         """Bind the guards of these programs to the model."""
@@ -126,6 +129,10 @@ class Net(SourceModule):
             if torch.compiler.is_compiling():
                 return _forward(self, args, kwargs, T)
             try:
+                if T is None and not kwargs:
+                    bound = self._bound_calls.find(args)
+                    if bound is not None:
+                        return bound(*args)
                 return _forward(self, args, kwargs, T)
             except (RuntimeError, MemoryError) as error:
                 if not is_allocation_failure(error) or isinstance(error, AllocationError):
@@ -136,7 +143,9 @@ class Net(SourceModule):
         executable = self.__dict__.get("_executable")
         forward.__signature__ = signature_of(executable and executable.programs[True])  # type: ignore[attr-defined]
         forward.__doc__ = _forward.__doc__
+        # Not that of GraphModule, which is slow and explains errors of generated code in `forward`.
         type(self).forward = forward
+        type(self).__call__ = nn.Module.__call__  # type: ignore[method-assign]
         return code
 
     @property
@@ -154,6 +163,7 @@ class Net(SourceModule):
         graph.owning_module = self
         if executable is not None:
             executable.graphs.replace(self.training, graph)
+            self._bound_calls = BoundCalls(executable, self._guard_checks)
         self.recompile()
 
     @property
@@ -191,6 +201,7 @@ class Net(SourceModule):
     @options.setter
     def options(self, options: ConvertOptions) -> None:
         self._executable.options = options
+        self._bound_calls = BoundCalls(self._executable, self._guard_checks)
 
     @property
     def positional_inputs(self) -> int:
@@ -546,6 +557,8 @@ def _forward(self: Net, args: tuple[Any, ...], kwargs: dict[str, Any], T: int | 
         run = self._execution.plans.runner_at_once("plain", ordered, T)
         if run is not None:
             has_time = any(arguments.varying)
+            if not torch.compiler.is_compiling() and has_time and not kwargs and arguments.is_plain:
+                self._bound_calls.bind_later(args, run)
             return run(self, *leaves) if has_time else run(self, *leaves, torch.arange(T, device=leaves[0].device))
     state = self.carried_state if options.stores_state else None
     state = self._execution.persistent.carried(state)

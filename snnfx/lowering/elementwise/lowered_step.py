@@ -20,9 +20,9 @@ from snnfx.lowering.elementwise.operand_layout import (
 from snnfx.lowering.elementwise.saved_values import SavePlan, plan_saving
 from snnfx.lowering.elementwise.translation import Replay, TranslatedStep
 
-__all__ = ["LoweredStep", "Needs", "SavedContext"]
+__all__ = ["DTYPES", "LoweredStep", "Needs", "SavedContext"]
 
-_DTYPES = {
+DTYPES = {
     "float16": torch.float16,
     "bfloat16": torch.bfloat16,
     "float32": torch.float32,
@@ -100,16 +100,16 @@ class LoweredStep:
         expressions = self.step.expressions
         source = self.inference() if needs is None else self.training(needs).forward
         T = x_seq[0].shape[0]
-        operands = self._operands(source, constants)
+        operands = self.operands_of(source, constants)
         shape = self.shape_of_step(x_seq, states)
-        order = self._order(x_seq, shape) if keep_layout else tuple(range(len(shape)))
+        order = self.order_of(x_seq, shape) if keep_layout else tuple(range(len(shape)))
         strides = dense_strides(shape, order)
         count = max(1, _product(shape))
         empty, device = self.back_end.empty, self.device
-        outputs = [empty((T, *shape), (count, *strides), _DTYPES[d], device) for d in expressions.output_dtypes]
-        finals = [empty(shape, strides, _DTYPES[d], device) for d in expressions.state_dtypes]
+        outputs = [empty((T, *shape), (count, *strides), DTYPES[d], device) for d in expressions.output_dtypes]
+        finals = [empty(shape, strides, DTYPES[d], device) for d in expressions.state_dtypes]
         plan = self.training(needs).plan if needs is not None else None
-        dtypes = [_DTYPES[e.dtype] for e in plan.saved] if plan is not None else []
+        dtypes = [DTYPES[e.dtype] for e in plan.saved] if plan is not None else []
         saved = [empty((T, *shape), (count, *strides), d, device) for d in dtypes]
         self._run(
             source,
@@ -176,7 +176,7 @@ class LoweredStep:
             self._training[needs] = kernels
         return kernels
 
-    def _operands(self, source: Any, constants: Sequence[Tensor]) -> dict[int, Tensor]:
+    def operands_of(self, source: Any, constants: Sequence[Tensor]) -> dict[int, Tensor]:
         """The operands of a kernel that do not change with time, by number."""
         read = [slot.index for slot in source.slots if slot.kind == "operand"]
         if not read:
@@ -188,7 +188,7 @@ class LoweredStep:
         with torch.no_grad():
             computed = self._prologues[wanted].run(known, wanted)
         kinds = (self.step.expressions.operands[i] for i in read)
-        values = (v.to(_DTYPES[k]) if not v.is_floating_point() else v for v, k in zip(computed, kinds, strict=True))
+        values = (v.to(DTYPES[k]) if not v.is_floating_point() else v for v, k in zip(computed, kinds, strict=True))
         return dict(zip(read, values, strict=True))
 
     def shape_of_step(self, x_seq: Sequence[Tensor], states: Sequence[Tensor | float]) -> tuple[int, ...]:
@@ -202,7 +202,7 @@ class LoweredStep:
             shape = broadcast(*read, *given, *constant)
         return shape
 
-    def _order(self, x_seq: Sequence[Tensor], shape: tuple[int, ...]) -> tuple[int, ...]:
+    def order_of(self, x_seq: Sequence[Tensor], shape: tuple[int, ...]) -> tuple[int, ...]:
         """The memory order of a step's dimensions, slowest first, taken from the first input of full size."""
         for x in x_seq:
             if x.shape[1:] == shape:
@@ -222,16 +222,16 @@ class LoweredStep:
     @property
     def output_dtypes(self) -> list[torch.dtype]:
         """Dtypes of the outputs in memory."""
-        return [_DTYPES[d] for d in self.step.expressions.output_dtypes]
+        return [DTYPES[d] for d in self.step.expressions.output_dtypes]
 
     @property
     def state_dtypes(self) -> list[torch.dtype]:
         """Dtypes of the states in memory."""
-        return [_DTYPES[d] for d in self.step.expressions.state_dtypes]
+        return [DTYPES[d] for d in self.step.expressions.state_dtypes]
 
     def saved_dtypes(self, needs: Needs) -> list[torch.dtype]:
         """Dtypes of the tensors that the forward pass saves."""
-        return [_DTYPES[e.dtype] for e in self.training(needs).plan.saved]
+        return [DTYPES[e.dtype] for e in self.training(needs).plan.saved]
 
     def backward(
         self,
@@ -258,14 +258,14 @@ class LoweredStep:
         wanted = training.wanted
         empty, device = self.back_end.empty, self.device
         grad_sequences: dict[int, Tensor] = {
-            i: empty((T, *shape), (count, *strides), _DTYPES[step.sequences[i]], device) for i in wanted.sequences
+            i: empty((T, *shape), (count, *strides), DTYPES[step.sequences[i]], device) for i in wanted.sequences
         }
-        grad_initials = {k: empty(shape, strides, _DTYPES[step.state_dtypes[k]], device) for k in wanted.initials}
+        grad_initials = {k: empty(shape, strides, DTYPES[step.state_dtypes[k]], device) for k in wanted.initials}
         parts = self.back_end.parts(training.backward, _product(shape), T)
         sums = {
             i: torch.empty(parts, dtype=torch.float64, device=device)
             if step.total[i]
-            else empty(shape, strides, _DTYPES[step.sums[i].dtype], device)
+            else empty(shape, strides, DTYPES[step.sums[i].dtype], device)
             for i in wanted.sums
         }
         initial = [number if s is None else s for s, number in zip(states, context.states, strict=True)]
@@ -276,7 +276,7 @@ class LoweredStep:
             T,
             {
                 "sequence": x_seq,
-                "operand": self._operands(training.backward, constants),
+                "operand": self.operands_of(training.backward, constants),
                 "initial": initial,
                 "saved": saved,
                 "grad_output": grad_outputs,
@@ -292,9 +292,9 @@ class LoweredStep:
         grad_states: list[Tensor | None] = [None] * len(step.state_dtypes)
         for k, grad in grad_initials.items():
             grad_states[k] = grad if grad.shape == shapes[1][k] else grad.sum_to_size(shapes[1][k])
-        return grad_x, grad_states, self._epilogue(context.needs, T, constants, sums)
+        return grad_x, grad_states, self.epilogue(context.needs, T, constants, sums)
 
-    def _epilogue(
+    def epilogue(
         self, needs: Needs, T: int, constants: Sequence[Tensor], sums: dict[int, Tensor]
     ) -> list[Tensor | None]:
         """Compute the gradients of constants from their sums over time."""
@@ -306,7 +306,7 @@ class LoweredStep:
             for index, value in sums.items():
                 number, shape = self.step.sums[index]
                 if self.step.expressions.total[index]:
-                    known[number] = value.sum().to(_DTYPES[self.step.expressions.sums[index].dtype]).view(shape)
+                    known[number] = value.sum().to(DTYPES[self.step.expressions.sums[index].dtype]).view(shape)
                 else:
                     known[number] = value.view((1,) * (len(shape) - value.dim()) + tuple(value.shape))
             grads: list[Tensor | None] = []
@@ -361,7 +361,7 @@ class LoweredStep:
 
     def _materialized(self, slot: KernelOperand, value: Tensor) -> Tensor:
         """A tensor in the dtype that a kernel expects, its lazy negation resolved."""
-        expected = _DTYPES[slot.dtype]
+        expected = DTYPES[slot.dtype]
         if value.dtype != expected:
             value = value.to(expected)
         if value.is_neg():

@@ -20,9 +20,9 @@ from snnfx.lowering.elementwise.operand_layout import MAX_DIMS, Layout
 from snnfx.lowering.elementwise.saved_values import SavePlan
 from snnfx.ops.buffer_pool import pool
 
-__all__ = ["CppBackEnd", "launch"]
+__all__ = ["CppBackEnd", "address_words", "launch", "pack_arguments", "threads_for"]
 
-_MIN_PARALLEL_ELEMENTS = 1 << 14
+MIN_PARALLEL_ELEMENTS = 1 << 14
 """Elements times steps from which on a kernel uses several threads."""
 
 
@@ -57,9 +57,7 @@ def launch(
     if layout.elements == 0:
         return
     library = load(source)
-    threads = threads or torch.get_num_threads()
-    if layout.elements * T < _MIN_PARALLEL_ELEMENTS:
-        threads = 1
+    threads = threads_for(layout.elements, T, threads)
     words = pack_arguments(source, layout, T, operands, threads)
     arguments = (ctypes.c_int64 * len(words))(*words)
     if threads == 1 or openmp() is not None:
@@ -69,6 +67,11 @@ def launch(
         _pools[threads] = ThreadPoolExecutor(threads, "snnfx")
     for done in [_pools[threads].submit(library.run_part, arguments, k, threads) for k in range(threads)]:
         done.result()
+
+
+def threads_for(elements: int, T: int, threads: int | None = None) -> int:
+    """The number of threads that run a kernel: one for a small kernel, else `threads`, or as many as torch uses."""
+    return 1 if elements * T < MIN_PARALLEL_ELEMENTS else threads or torch.get_num_threads()
 
 
 def block_length(source: KernelSource, elements: int, threads: int) -> int:
@@ -110,9 +113,7 @@ def address_words(source: KernelSource) -> list[int]:
 
 def blocks_of(source: KernelSource, elements: int, T: int, threads: int | None = None) -> int:
     """The number of blocks that `launch` runs."""
-    threads = threads or torch.get_num_threads()
-    if elements * T < _MIN_PARALLEL_ELEMENTS:
-        threads = 1
+    threads = threads_for(elements, T, threads)
     length = block_length(source, elements, threads)
     return -(-elements // length)
 

@@ -1,0 +1,264 @@
+"""Bind an emitted graph: one flat function without the checks of the public functions.
+
+The graph calls `snnfx.functional` for each region, which checks and unpacks its arguments at each call. The bound
+function has the nodes of folded regions inline, calls loops through `BoundLoop`, and refers to modules directly. The
+conditions under which that is valid are Python expressions, which a net evaluates before each bound call: the modules
+are still the same objects, they have no hooks, and the settings of neurons have not changed. Everything else, such as
+parameters, is read at each call.
+"""
+
+from __future__ import annotations
+
+import operator
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from torch import Tensor, fx, nn
+from torch.fx import Node
+from torch.nn import functional
+
+from snnfx.functional import multi_step_forward, seq_to_ann_forward
+from snnfx.ir.program import SELF_TARGET
+from snnfx.lowering.live_settings import HOOKS
+from snnfx.lowering.settings_check import conditions_of_settings
+from snnfx.ops.sequence_functions import call_module
+from snnfx.ops.time_folding import fold_time, unfold_time
+from snnfx.regions.bound_loop import BoundLoop
+from snnfx.regions.region_modules import LoopRegion
+from snnfx.regions.sequence_region import RegionGraph
+from snnfx.sandbox.torch_internals import function_from_source
+from snnfx.state.leaf_modules import takes_sequence
+
+__all__ = ["BoundGraph", "bind_graph"]
+
+
+@dataclass(frozen=True)
+class BoundGraph:
+    """An emitted graph as a function.
+
+    Args:
+        run: takes the inputs of the graph.
+        is_valid: whether `run` computes what the graph computes.
+    """
+
+    run: Callable[..., Any]
+    is_valid: Callable[[], bool]
+
+
+def bind_graph(graph: fx.Graph, root: nn.Module) -> BoundGraph | None:
+    """Bind a graph whose inputs are tensors; None if a module that it reads has hooks.
+
+    Args:
+        graph: an emitted graph without state ("plain").
+        root: the module that its targets refer to.
+    """
+    return _Binder(graph, root).bind()
+
+
+class _Binder:
+    def __init__(self, graph: fx.Graph, root: nn.Module) -> None:
+        self.graph, self.root = graph, root
+        self.constants: dict[str, Any] = {"Tensor": Tensor, "fold_time": fold_time, "unfold_time": unfold_time}
+        self.names: dict[int, str] = {}
+        self.lines: list[str] = []
+        self.values: dict[Node, str] = {}
+        self.modules: dict[Node, nn.Module] = {}
+        self.conditions: list[str] = []
+        self.neurons: list[nn.Module] = []
+        self.reads: dict[str, str] = {}
+        self.path_lines: list[str] = []
+        self.called: dict[int, nn.Module] = {}
+        self.hooks: list[Any] = []
+        self.count = 0
+
+    def bind(self) -> BoundGraph | None:
+        last_use = {operand: node for node in self.graph.nodes for operand in node.all_input_nodes}
+        parameters: list[str] = []
+        for node in self.graph.nodes:
+            if node.op == "placeholder":
+                parameters.append(self._new(node))
+                continue
+            self._write(node)
+            freed = [self.values[n] for n in node.all_input_nodes if last_use[n] is node and n not in self.modules]
+            if freed and node.op != "output":
+                self.lines.append(f"{' = '.join(dict.fromkeys(freed))} = None")
+        for module in self.called.values():
+            attributes = vars(module)
+            if any(attributes[name] for name in HOOKS) or "forward" in attributes:
+                return None
+            self.hooks += [attributes[name] for name in HOOKS]
+            self.conditions.append(f"{self._constant(module)}.__class__ is {self._constant(type(module))}")
+            self.conditions.append(f"'forward' not in {self._constant(attributes)}")
+        settings = conditions_of_settings(self.neurons, self._constant, self.hooks)
+        if settings is None:
+            return None
+        settings.append(f"not any({self._constant(self.hooks)})")
+        run = "\n    ".join([f"def forward({', '.join(parameters)}):", *self.lines])
+        checks = " and ".join([*self.conditions, *settings]) or "True"
+        valid = "\n    ".join(["def forward():", *self.path_lines, f"return {checks}"])
+        return BoundGraph(
+            function_from_source(run + "\n", self.constants), function_from_source(valid + "\n", self.constants)
+        )
+
+    def _constant(self, value: Any) -> str:
+        """A name for a value in the generated code."""
+        if id(value) not in self.names:
+            self.names[id(value)] = f"c{len(self.constants)}"
+            self.constants[self.names[id(value)]] = value  # which keeps it alive, so that its id stays its own
+        return self.names[id(value)]
+
+    def _new(self, node: Node) -> str:
+        self.values[node] = name = f"v{self.count}"
+        self.count += 1
+        return name
+
+    def _assign(self, node: Node, expression: str) -> None:
+        self.lines.append(f"{self._new(node)} = {expression}")
+
+    def _write(self, node: Node) -> None:
+        if node.op == "get_attr":
+            self._read_attribute(node)
+        elif node.op == "output":
+            self.lines.append(f"return {self._text(node.args[0])}")
+        elif node.op == "call_method":
+            receiver, *args = node.args
+            self._assign(node, f"{self._text(receiver)}.{node.target}({self._arguments(args, node.kwargs)})")
+        elif node.target is operator.getitem:
+            self._assign(node, f"{self._text(node.args[0])}[{self._text(node.args[1])}]")
+        elif node.target is seq_to_ann_forward and self._is_simple_fold(node):
+            self._write_fold(node)
+        elif node.target is multi_step_forward and self._is_loop_from_reset(node):
+            loop = self.modules[node.args[1]]  # type: ignore[index]
+            constants = [self.modules[c] for c in node.kwargs.get("constants", ())]  # type: ignore[union-attr, index]
+            self.neurons += constants
+            with_finals = any(n.target is not operator.getitem or n.args[1] != 0 for n in node.users)
+            bound = BoundLoop(loop, constants, with_finals)  # type: ignore[arg-type]
+            self._assign(node, f"{self._constant(bound)}({self._arguments(node.args[0], {})})")
+        else:
+            self._assign(node, self._call(node.target, node.args, node.kwargs))
+
+    def _call(self, target: Any, args: Any, kwargs: Mapping[str, Any]) -> str:
+        return f"{self._constant(target)}({self._arguments(args, kwargs)})"
+
+    def _arguments(self, args: Any, kwargs: Mapping[str, Any]) -> str:
+        return ", ".join([*map(self._text, args), *(f"{name}={self._text(v)}" for name, v in kwargs.items())])
+
+    def _text(self, value: Any) -> str:
+        """The text of an argument."""
+        if isinstance(value, Node):
+            return self.values[value]
+        if type(value) in (tuple, fx.immutable_collections.immutable_list, list):
+            inside = "".join(f"{self._text(v)}, " for v in value)
+            return f"({inside})" if type(value) is tuple else f"[{inside}]"
+        if isinstance(value, dict):
+            return "{" + "".join(f"{k!r}: {self._text(v)}, " for k, v in value.items()) + "}"
+        if isinstance(value, slice):
+            return f"slice({self._text(value.start)}, {self._text(value.stop)}, {self._text(value.step)})"
+        if value is None or type(value) in (bool, int, str):
+            return repr(value)
+        return self._constant(value)
+
+    def _read_attribute(self, node: Node) -> None:
+        *path, name = str(node.target).split(".")
+        owner, text = self.root, self._constant(self.root)
+        for length, atom in enumerate(path):
+            owner, text = self._child(owner, text, atom, ".".join(path[: length + 1]))
+        if isinstance(owner, nn.Module) and (name in owner._modules or name == SELF_TARGET):
+            module, text = self._child(owner, text, name, str(node.target))
+            self.modules[node] = module
+            self.values[node] = self._constant(module)
+        else:
+            self._assign(node, f"getattr({self._constant(owner)}, {name!r})")
+
+    def _child(self, owner: Any, text: str, name: str, path: str) -> tuple[Any, str]:
+        """A child of a module, and a variable of `is_valid` with the child at the time of the call."""
+        if path in self.reads:
+            return getattr(owner, name), self.reads[path]
+        child = getattr(owner, name)
+        variable = self.reads[path] = f"p{len(self.reads)}"
+        registry = "" if name == SELF_TARGET else "['_modules']"
+        self.path_lines.append(f"{variable} = {text}.__dict__{registry}.get({name!r})")
+        self.path_lines.append(f"if {variable} is not {self._constant(child)}: return False")
+        return child, variable
+
+    def _is_loop_from_reset(self, node: Node) -> bool:
+        loop = self.modules.get(node.args[1])  # type: ignore[arg-type]
+        constants = node.kwargs.get("constants", ())
+        return (
+            type(loop) is LoopRegion
+            and node.kwargs.get("state", 0) is None
+            and set(node.kwargs) <= {"state", "constants"}
+            and all(c in self.modules for c in constants)  # type: ignore[union-attr]
+        )
+
+    def _is_simple_fold(self, node: Node) -> bool:
+        region = self.modules.get(node.args[1])  # type: ignore[arg-type]
+        return type(region).__mro__[1] is RegionGraph and set(node.kwargs) <= {"constants"}
+
+    def _write_fold(self, node: Node) -> None:
+        """Write the nodes of a folded region, between folding its inputs and unfolding its outputs."""
+        operands: Any = node.args[0]
+        region: Any = self.modules[node.args[1]]  # type: ignore[index]
+        sequences = [self.values[n] for n in operands]
+        given: Any = node.kwargs.get("constants", ())
+        constants: list[Node] = list(given)
+        forward = self._constant(type(region).forward)
+        self.conditions.append(f"{self._constant(type(region))}.forward is {forward}")
+        self.called[id(region)] = region
+        if len(sequences) > 1:
+            sizes = " or ".join(f"{x}.shape[1] != {sequences[0]}.shape[1]" for x in sequences[1:])
+            self.lines.append(f"if {sizes}: {self._call(node.target, node.args, node.kwargs)}")  # which raises
+        inner = list(region.graph.nodes)
+        placeholders = [n for n in inner if n.op == "placeholder"]
+        if self._write_linear(node, inner, constants, sequences):
+            return
+        for placeholder, constant in zip(placeholders, constants, strict=False):
+            self.values[placeholder] = self.values[constant]
+            if constant in self.modules:
+                self.modules[placeholder] = self.modules[constant]
+        for placeholder, x in zip(placeholders[len(constants) :], sequences, strict=True):
+            self._assign(placeholder, f"fold_time({x})")
+        last_use = {operand: n for n in inner for operand in n.all_input_nodes}
+        for n in inner:
+            if n.op == "placeholder":
+                continue
+            if n.op == "output":
+                outputs = [f"unfold_time({self._text(v)}, {sequences[0]}.shape[0])" for v in n.args[0]]
+                self._assign(node, f"({', '.join(outputs)},)")
+                freed = [self.values[v] for v in n.all_input_nodes if v not in self.modules]
+            else:
+                self._write_inside(n)
+                freed = [self.values[v] for v in n.all_input_nodes if last_use[v] is n and v not in self.modules]
+            if freed:
+                self.lines.append(f"{' = '.join(dict.fromkeys(freed))} = None")
+
+    def _write_inside(self, node: Node) -> None:
+        module = self.modules.get(node.args[0]) if node.target is call_module and node.args else None  # type: ignore[arg-type]
+        if module is None or takes_sequence(module) or not type(module).__module__.startswith("torch.nn.modules."):
+            self._write(node)
+            return
+        self.called[id(module)] = module
+        operands = node.args[1:]
+        if type(module) is nn.Linear:
+            self._assign(node, self._linear(module, self._text(operands[0])))
+        else:
+            self._assign(node, f"{self._constant(module)}.forward({self._arguments(operands, node.kwargs)})")
+
+    def _linear(self, module: nn.Module, x: str) -> str:
+        parameters = self._constant(module._parameters)
+        return f"{self._constant(functional.linear)}({x}, {parameters}['weight'], {parameters}['bias'])"
+
+    def _write_linear(self, node: Node, inner: list[Node], constants: list[Node], sequences: list[str]) -> bool:
+        """Write a region that is one linear layer; it needs no folding, because it keeps leading dimensions."""
+        calls = [n for n in inner if n.op != "placeholder"]
+        if len(calls) != 2 or calls[0].target is not call_module or len(constants) != 1 or len(sequences) != 1:
+            return False
+        module, placeholders = self.modules.get(constants[0]), [n for n in inner if n.op == "placeholder"]
+        is_linear = type(module) is nn.Linear and calls[0].args == tuple(placeholders)
+        if not is_linear or calls[1].args != ((calls[0],),):
+            return False
+        assert module is not None
+        self.called[id(module)] = module
+        self._assign(node, f"({self._linear(module, sequences[0])},)")
+        return True

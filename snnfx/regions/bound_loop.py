@@ -1,0 +1,46 @@
+"""`BoundLoop`: a loop region with its modules, whose kernels are bound to the layout of the first call."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+from torch import Tensor
+
+from snnfx.lowering.elementwise.bound_step import BoundStep
+from snnfx.regions.eager_regions import EagerLoop
+
+__all__ = ["BoundLoop"]
+
+_MOST_BINDINGS = 4
+"""A loop whose inputs have ever other layouts stays unbound after this many bindings."""
+
+
+class BoundLoop:
+    """Runs a loop region from the reset state: `(outputs [T, *], final states)`.
+
+    The caller guarantees that the settings of the modules are those of the first call.
+
+    Args:
+        region: the region.
+        constants: the modules of the region.
+        with_finals: whether the caller reads the final states; else the call may return none.
+    """
+
+    def __init__(self, region: EagerLoop, constants: Sequence[Any], with_finals: bool = True) -> None:
+        self.region, self.constants, self.with_finals = region, tuple(constants), with_finals
+        self.step: BoundStep | None = None
+        self.bindings = 0
+
+    def __call__(self, *x_seq: Tensor) -> tuple[tuple[Tensor, ...], tuple[Any, ...]]:
+        """Run the bound kernels, or the region as it runs unbound if the inputs have another layout."""
+        if self.step is not None:
+            results = self.step.run(*x_seq)
+            if results is not None:
+                return results
+        results = self.region.loop_eagerly(x_seq, None, self.constants)
+        if self.bindings < _MOST_BINDINGS:
+            self.bindings += 1
+            kernels = self.region.kernels
+            self.step = None if kernels is None else kernels.bound_step(x_seq, self.constants, self.with_finals)
+        return results
