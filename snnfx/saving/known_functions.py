@@ -17,6 +17,7 @@ import torch
 from torch.nn import functional
 
 from snnfx.ops import elements, run_loop, statistics, step_functions
+from snnfx.sandbox.torch_internals import layer_functions
 from snnfx.state import step_calls
 
 __all__ = ["ATTRIBUTES", "function_named", "is_known_method", "name_of_function"]
@@ -68,7 +69,7 @@ def _functions() -> dict[str, Callable[..., Any]]:
         "torch.special": torch.special,
         "torch.linalg": torch.linalg,
         "torch.fft": torch.fft,
-        "torch._C._nn": torch._C._nn,
+        layer_functions.__name__: layer_functions,
     }
     for prefix, namespace in namespaces.items():
         for name in dir(namespace):

@@ -26,6 +26,7 @@ from snnfx._version import __version__
 from snnfx.capture.code_reads import is_library_code
 from snnfx.capture.guarded_reads import recollected_guards, values_read_by
 from snnfx.ir.guards import ABSENT, Guards, GuardSources, ModuleRoot
+from snnfx.sandbox.torch_internals import OpOverload, OpOverloadPacket
 from snnfx.saving.plain_values import NotStorable
 
 __all__ = ["Description", "describe_model", "difference"]
@@ -210,7 +211,7 @@ def _expected_text(value: Any, names: Mapping[nn.Module, str]) -> str:
         return f"{getattr(value, '__module__', '')}.{getattr(value, '__qualname__', '')}"
     if isinstance(value, BuiltinFunctionType | types.MethodDescriptorType | types.WrapperDescriptorType | np.ufunc):
         return f"{getattr(value, '__module__', '')}.{getattr(value, '__qualname__', value.__name__)}"
-    if isinstance(value, torch._ops.OpOverload | torch._ops.OpOverloadPacket):
+    if isinstance(value, OpOverload | OpOverloadPacket):
         return f"operator {value}"
     if isinstance(value, types.MethodType):
         return f"{_expected_text(value.__func__, names)} of {_expected_text(value.__self__, names)}"

@@ -14,8 +14,8 @@ import snnfx
 from snnfx.ir.facts import BATCH_DIM, FACTS, KIND, VALUE, VARYING, Fact, clear_facts, copy_facts
 
 ROOT = Path(__file__).parents[2]
-FOREIGN = {"nn_module_stack", "module_class"}
-"""Keys of torch, and of nodes of a pattern."""
+FOREIGN = {"nn_module_stack", "module_class", "operation"}
+"""Keys of torch, of nodes of a pattern, and of the graph that the export to NIR records."""
 
 
 def keys_of_meta(tree: ast.AST) -> Iterator[str]:

@@ -409,6 +409,12 @@ def test_overload_packets_list_their_overloads() -> None:
     assert (str(torch.ops.aten.mm), str(torch.ops.aten.mm.default)) == ("aten.mm", "aten.mm.default")
 
 
+def test_the_functions_of_layers_are_those_of_torch() -> None:
+    assert internals.layer_functions.__name__ == "torch._C._nn"
+    assert torch.equal(internals.layer_functions.gelu(torch.ones(2)), nn.functional.gelu(torch.ones(2)))
+    assert nn.functional.gelu is internals.layer_functions.gelu
+
+
 def test_batch_size_check_refuses_one_value_per_channel() -> None:
     internals.check_batch_size([2, 3])
     internals.check_batch_size([1, 3, 2])
