@@ -7,6 +7,7 @@ arguments by name, are chunked or recompute run unbound, and so do calls under t
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -118,6 +119,10 @@ class BoundCalls:
         return tuple(key) if args else None
 
 
+_has_autocast = functools.cache(torch.amp.is_autocast_available)
+"""Whether autocast knows a type of device."""
+
+
 def _is_plain_context(device: str) -> bool:
     """Whether nothing intercepts the calls of this thread."""
     return not (
@@ -126,5 +131,5 @@ def _is_plain_context(device: str) -> bool:
         or forward_mode_level() >= 0
         or tracing_state() is not None
         or has_global_hooks()
-        or torch.is_autocast_enabled(device)
+        or (_has_autocast(device) and torch.is_autocast_enabled(device))
     )

@@ -143,9 +143,11 @@ class Net(SourceModule):
         executable = self.__dict__.get("_executable")
         forward.__signature__ = signature_of(executable and executable.programs[True])  # type: ignore[attr-defined]
         forward.__doc__ = _forward.__doc__
-        # Not that of GraphModule, which is slow and explains errors of generated code in `forward`.
         type(self).forward = forward
-        type(self).__call__ = nn.Module.__call__  # type: ignore[method-assign]
+        # GraphModule wraps the call to explain errors of generated code, which is slow; that of nn.Module stays, looked
+        # up at each call: capture replaces it during a trace.
+        if "__call__" in vars(type(self)):
+            del type(self).__call__
         return code
 
     @property
