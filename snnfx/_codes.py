@@ -915,3 +915,4 @@ CODES: dict[str, CodeEntry] = {
         'snnfx.save(net, "net.safetensors")                # before the rule is applied',
     ),
 }
+"""All codes, in groups; `snnfx.errors.describe_code` prints an entry."""
