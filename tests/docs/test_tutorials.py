@@ -37,8 +37,11 @@ def test_cells_run(page: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) 
     monkeypatch.setenv("MPLBACKEND", "agg")
     torch.manual_seed(0)
     namespace: dict[str, Any] = {"__name__": "__main__"}
-    for cell in cells(page):
-        exec(compile(cell, str(page), "exec"), namespace)
+    for number, cell in enumerate(cells(page)):
+        # As in Jupyter, each cell is a source file of its own.
+        file = tmp_path / f"{page.stem}_{number}.py"
+        file.write_text(cell, encoding="utf-8")
+        exec(compile(cell, str(file), "exec"), namespace)
     if importlib.util.find_spec("matplotlib"):
         import matplotlib.pyplot as plt
 
