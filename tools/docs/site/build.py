@@ -68,6 +68,8 @@ def build(out: Path, *, execute: bool, jobs: str = "auto") -> int:
     gather(source)
     write_reference(source / "reference")
     write_code_pages(source / "codes")
+    # The kernels that run the examples read the settings of plots from here.
+    os.environ["MATPLOTLIBRC"] = str(Path(__file__).parent)
     mode = "force" if execute else "off"
     arguments = ["-b", "html", "-c", str(Path(__file__).parent), "-d", str(out / f"doctrees-{mode}"), "-j", jobs]
     arguments += ["-W", "--keep-going", "-q", "-D", f"nb_execution_mode={mode}"]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ast
 import inspect
+import re
 import sys
 import textwrap
 from pathlib import Path
@@ -21,7 +22,7 @@ MODULES = {
     "snnfx.functional": "Functions that run modules over sequences, and that reset and detach their state.",
     "snnfx.online": "Online learning rules and their trainer.",
     "snnfx.passes": "The passes of the conversion, and base classes for your own.",
-    "snnfx.errors": "The classes of errors and warnings. The :doc:`codes </codes/index>` have a page each.",
+    "snnfx.errors": "The classes of errors and warnings. The [codes](../codes/index.md) have a page each.",
 }
 """The public modules and their purpose."""
 
@@ -29,24 +30,28 @@ MODULES = {
 def write_reference(folder: Path) -> None:
     """Write a page for each module of `MODULES`, and the list of modules."""
     folder.mkdir(parents=True, exist_ok=True)
-    for name, purpose in MODULES.items():
-        (folder / f"{name}.rst").write_text(page(sys.modules[name], purpose), encoding="utf-8")
-    rows = [f":doc:`{name}`\n    {purpose}\n" for name, purpose in MODULES.items()]
-    tree = "\n".join(f"    {name}" for name in MODULES)
-    text = "Reference\n=========\n\n" + "\n".join(rows) + f"\n.. toctree::\n    :hidden:\n\n{tree}\n"
-    (folder / "index.rst").write_text(text, encoding="utf-8")
+    for name in MODULES:
+        (folder / f"{name}.md").write_text(page(sys.modules[name]), encoding="utf-8")
+    rows = [f"[{name}]({name}.md)\n: {purpose}" for name, purpose in MODULES.items()]
+    tree = "\n".join(MODULES)
+    parts = ["# Reference", *rows, f"```{{toctree}}\n:hidden:\n\n{tree}\n```"]
+    (folder / "index.md").write_text("\n\n".join(parts) + "\n", encoding="utf-8")
 
 
-def page(module: ModuleType, purpose: str) -> str:
-    """The page of a module: a table of its names, then the docstring of each."""
-    names = [name for name in module.__all__ if name != "__version__"]
-    documented = [name for name in names if not inspect.ismodule(getattr(module, name))]
+def page(module: ModuleType) -> str:
+    """The page of a module: its docstring in Markdown, then the docstring of each public name."""
     title = module.__name__
-    parts = [f"{title}\n{'=' * len(title)}", purpose]
-    # `functional.reset_net` has the full name `snnfx.functional.reset_net`.
-    parts.append(f".. currentmodule:: {title}")
-    parts += [entry(module, name) for name in documented]
+    parts = [f"# {title}", introduction(module), f"```{{eval-rst}}\n.. currentmodule:: {title}\n```"]
+    for name in module.__all__:
+        if name != "__version__" and not inspect.ismodule(getattr(module, name)):
+            parts += [f"## {name}", f"```{{eval-rst}}\n{entry(module, name)}\n```"]
     return "\n\n".join(parts) + "\n"
+
+
+def introduction(module: ModuleType) -> str:
+    """The docstring of a module. Its examples, and its indented lines, are code."""
+    text = inspect.cleandoc(module.__doc__ or "")
+    return re.sub(r"^Example:$", "**Example**\n", text, flags=re.MULTILINE)
 
 
 def entry(module: ModuleType, name: str) -> str:
