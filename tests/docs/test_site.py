@@ -21,7 +21,15 @@ from snnfx.errors import CODES
 
 ROOT = Path(__file__).parents[2]
 DOCS = ROOT / "tools" / "docs"
-MODULES = ["snnfx", "snnfx.errors", "snnfx.functional", "snnfx.neuron", "snnfx.online", "snnfx.passes", "snnfx.surrogate"]
+MODULES = [
+    "snnfx",
+    "snnfx.errors",
+    "snnfx.functional",
+    "snnfx.neuron",
+    "snnfx.online",
+    "snnfx.passes",
+    "snnfx.surrogate",
+]
 NEEDED = ("sphinx", "myst_nb", "furo")
 
 pytestmark = [
@@ -51,9 +59,9 @@ def documented_names(html: Path) -> set[str]:
 
 def test_each_public_name_is_in_the_reference(html: Path) -> None:
     modules = [sys.modules[name] for name in MODULES]
-    assert {m for m in vars(snnfx).values() if inspect.ismodule(m) and m.__name__.rpartition(".")[2] in snnfx.__all__} < {
-        *modules
-    }
+    assert {
+        m for m in vars(snnfx).values() if inspect.ismodule(m) and m.__name__.rpartition(".")[2] in snnfx.__all__
+    } < {*modules}
     public = {
         f"{module.__name__}.{name}"
         for module in modules
