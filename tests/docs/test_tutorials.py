@@ -1,4 +1,4 @@
-"""The cells of each executed page of the site run, in the order of the page. `bash tools/docs.sh` runs them in Jupyter."""
+"""The cells of each executed page of the site run in order. `bash tools/docs.sh` runs them in Jupyter."""
 
 from __future__ import annotations
 

@@ -73,7 +73,8 @@ def build(out: Path, *, execute: bool, jobs: str = "auto") -> int:
     mode = "force" if execute else "off"
     arguments = ["-b", "html", "-c", str(Path(__file__).parent), "-d", str(out / f"doctrees-{mode}"), "-j", jobs]
     arguments += ["-W", "--keep-going", "-q", "-D", f"nb_execution_mode={mode}"]
-    return build_main([*arguments, str(source), str(out / "html")])
+    status: int = build_main([*arguments, str(source), str(out / "html")])
+    return status
 
 
 def main() -> int:

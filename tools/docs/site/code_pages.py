@@ -24,8 +24,9 @@ GROUPS = {
 
 INTRODUCTION = """# Codes of messages
 
-Errors, warnings and the reasons in `explain` have stable codes. `python -m snnfx explain --code SNNFX103` prints the page
-of a code. In the examples, `model` is a single-step model, `net` its converted net and `x_seq` a sequence `[T, N, ...]`.
+Errors, warnings and the reasons in `explain` have stable codes. `python -m snnfx explain --code SNNFX103` prints the
+page of a code. In the examples, `model` is a single-step model, `net` its converted net and `x_seq` a sequence
+`[T, N, ...]`.
 """
 
 

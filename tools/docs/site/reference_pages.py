@@ -7,6 +7,7 @@ import inspect
 import re
 import sys
 import textwrap
+from itertools import pairwise
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -69,7 +70,7 @@ def comment_of(module: ModuleType, name: str) -> str:
     """The string below the assignment of a module-level name, in the module that defines it."""
     defining = defining_module(module, name)
     body = ast.parse(inspect.getsource(defining)).body
-    for statement, following in zip(body, body[1:], strict=False):
+    for statement, following in pairwise(body):
         if assigns(statement, name) and isinstance(following, ast.Expr) and isinstance(following.value, ast.Constant):
             return inspect.cleandoc(str(following.value.value))
     raise LookupError(f"{defining.__name__}.{name} has no string below its assignment that documents it")
