@@ -43,3 +43,5 @@ nb_execution_raise_on_error = True
 nb_execution_in_temp = True
 nb_execution_timeout = 120
 nb_merge_streams = True
+# Tables that cells write in Markdown.
+nb_render_markdown_format = "myst"

@@ -63,7 +63,7 @@ def entry(module: ModuleType, name: str) -> str:
     if inspect.isroutine(value):
         return f".. autofunction:: {full_name}"
     text = textwrap.indent(comment_of(module, name), "    ")
-    return f".. py:data:: {full_name}\n    :type: {type(value).__name__}\n\n{text}"
+    return f".. py:data:: {name}\n    :module: {module.__name__}\n    :type: {type(value).__name__}\n\n{text}"
 
 
 def comment_of(module: ModuleType, name: str) -> str:
