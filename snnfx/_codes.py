@@ -897,6 +897,13 @@ CODES: dict[str, CodeEntry] = {
         "return x.flatten(1).squeeze()[:, None]            # in the model: fails for a batch of 1",
         "return x.flatten(1).squeeze(1)[:, None]",
     ),
+    "SNNFX819": CodeEntry(
+        "a model that mixes time steps cannot be exported",
+        'A model converted with takes="sequence" may combine time steps outside of its loops, as attention over time '
+        "does. It has no step that a file could repeat.",
+        'x_seq = x_seq - x_seq.mean(0)\nreturn torch.stack([self.step(x) for x in x_seq])   # takes="sequence"',
+        "return torch.stack([self.step(x) for x in x_seq])   # the caller subtracts the mean",
+    ),
     "SNNFX820": CodeEntry(
         "a file cannot be loaded",
         "The file is truncated, was changed, or was not written by snnfx.save. Nothing in it was run, and the model has "
@@ -939,3 +946,4 @@ CODES: dict[str, CodeEntry] = {
         'snnfx.export(snnfx.convert(model), "net.pt2", x_seq, state=True)',
     ),
 }
+"""All codes, in groups; `snnfx.errors.describe_code` prints an entry."""

@@ -23,7 +23,7 @@ source "$(dirname "${BASH_SOURCE[0]}")/_env.sh"
 heading "Environment"
 make_venv
 install_torch
-install_package test,dev
+install_package test,dev,docs
 [ -z "$torch_release" ] || [ "$(torch_version)" = "$torch_release" ] ||
   die "torch $(torch_version) is installed, not $torch_release: is $torch_release outside the range in pyproject.toml?"
 install_dot

@@ -225,13 +225,13 @@ def _kind(net: Net, path: Path, package: str | None, request: Request) -> str:
 
 
 def _plan(net: Net, inputs: tuple[Any, ...], request: Request) -> ExportPlan:
-    if net.loops and not request.step:
+    if net.loops:
         handles = [value for value in net.program.constants.values() if isinstance(value, LoopHandle)]
         raise ExportError(
-            "SNNFX801",
-            f"the code around the loops at {', '.join(handle.location for handle in handles)} has no time axis",
-            why="the net runs it once for each call.",
-            hint="Pass step=True: the file then computes one call with the sizes of the given inputs.",
+            "SNNFX819",
+            f"the net with the loops at {', '.join(handle.location for handle in handles)} cannot be exported",
+            why="code outside of its loops mixes time steps, so the net has no step that a file could repeat.",
+            hint="Move this code out of the model and export the rest.",
         )
     if net.options.step_mode == "s" and not request.step:
         raise ExportError("SNNFX801", 'a net with step_mode="s" computes single steps', hint="Pass step=True.")

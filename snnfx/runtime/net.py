@@ -192,7 +192,7 @@ class Net(SourceModule):
 
     @property
     def programs(self) -> dict[bool, StepProgram]:
-        """The step program of each mode, `{training: program}`."""
+        """The step programs, by the value of `training`."""
         return self._executable.programs
 
     @property

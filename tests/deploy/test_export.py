@@ -181,7 +181,7 @@ def test_sequence_model_that_mixes_time_steps_is_refused(tmp_path: Path) -> None
             return torch.stack([self.lif(self.fc(x)) for x in x_seq - x_seq.mean(0)])
 
     net = snnfx.convert(Centred().eval(), takes="sequence", example_inputs=torch.rand(4, 2, 5))
-    with pytest.raises(ExportError, match=r"SNNFX801 .*test_export.py:\d+"):
+    with pytest.raises(ExportError, match=r"SNNFX819 .*test_export.py:\d+"):
         snnfx.export(net, tmp_path / "net.pt2", torch.rand(4, 2, 5))
 
 

@@ -1,0 +1,88 @@
+"""Two processes with half a batch each have the gradients of one process (gloo, on the CPU): tools/docs/how_to."""
+
+from __future__ import annotations
+
+import multiprocessing
+import re
+import socket
+from collections.abc import Callable
+from concurrent.futures import ProcessPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+import snnfx
+
+T, N = 5, 6
+PAGE = Path(__file__).parents[2] / "tools" / "docs" / "how_to" / "several_devices.md"
+CASES: dict[str, tuple[str, dict[str, Any]]] = {
+    "DistributedDataParallel": ("wrap_ddp", {}),
+    "DistributedDataParallel, recomputation": ("wrap_ddp", {"checkpoint": "regions"}),
+    "DistributedDataParallel, budget": ("wrap_ddp", {"memory_budget": "64KiB"}),
+    "FSDP2": ("wrap_fsdp", {}),
+}
+
+pytestmark = [
+    pytest.mark.skipif(not torch.distributed.is_available(), reason="this build of torch has no torch.distributed"),
+    pytest.mark.xdist_group("several_processes"),
+]
+
+
+def functions_of_the_page() -> dict[str, Callable[..., Any]]:
+    names: dict[str, Any] = {"__name__": "page"}
+    for block in re.findall(r"^```python\n(.*?)^```$", PAGE.read_text(encoding="utf-8"), re.DOTALL | re.MULTILINE):
+        exec(compile(block, str(PAGE), "exec"), names)
+    return names
+
+
+def batch() -> tuple[Tensor, Tensor]:
+    generator = torch.Generator().manual_seed(3)
+    x_seq = 4 * torch.rand(T, N, 20, generator=generator, dtype=torch.float64)
+    return x_seq, torch.randint(10, (N,), generator=generator)
+
+
+def gradients_of(net: nn.Module, x_seq: Tensor, labels: Tensor) -> list[Tensor]:
+    """The gradients that one call of the page's `train` leaves, gathered from all processes."""
+    functions_of_the_page()["train"](net, torch.optim.SGD(net.parameters(), lr=0.0), x_seq, labels)
+    grads = [p.grad for p in net.parameters() if p.grad is not None]
+    return [g.full_tensor() if hasattr(g, "full_tensor") else g for g in grads]
+
+
+def train_in_process(rank: int, port: int) -> list[list[Any]]:
+    torch.set_num_threads(1)
+    address = f"tcp://127.0.0.1:{port}"
+    torch.distributed.init_process_group("gloo", init_method=address, rank=rank, world_size=2)
+    try:
+        x_seq, labels = batch()
+        mine = slice(rank * N // 2, (rank + 1) * N // 2)
+        page, found = functions_of_the_page(), []
+        for wrap, options in CASES.values():
+            net = page[wrap](page["build"]().double(), x_seq[0, mine], **options)
+            found.append([g.tolist() for g in gradients_of(net, x_seq[:, mine], labels[mine])])
+        return found
+    finally:
+        torch.distributed.destroy_process_group()
+
+
+@pytest.fixture(scope="module")
+def gradients_of_two() -> list[list[list[Any]]]:
+    """The gradients by rank and case."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    context = multiprocessing.get_context("spawn")
+    with ProcessPoolExecutor(2, mp_context=context) as pool:
+        return [future.result(timeout=120) for future in [pool.submit(train_in_process, r, port) for r in range(2)]]
+
+
+@pytest.mark.parametrize("case", range(len(CASES)), ids=list(CASES))
+def test_two_processes_have_the_gradients_of_one(gradients_of_two: list[list[list[Any]]], case: int) -> None:
+    model = functions_of_the_page()["build"]().double()
+    expected = gradients_of(snnfx.convert(model), *batch())
+    assert all(g.abs().max() > 0 for g in expected)
+    for of_rank in gradients_of_two:
+        found = [torch.tensor(g, dtype=torch.float64) for g in of_rank[case]]
+        torch.testing.assert_close(found, expected, atol=1e-12, rtol=0)
