@@ -512,6 +512,14 @@ def test_a_part_that_returns_other_structures() -> None:
         lambda: snnfx.convert(model)(x_seq),
         names="at step 0 than at step 1",
     )
+    with torch.no_grad():
+        refused(
+            "SNNFX313",
+            "runtime/joined_outputs.py:flatten_alike",
+            "Return the same tuple, list or dict of tensors at each step.",
+            lambda: snnfx.convert(model.eval(), chunk=1)(x_seq),
+            names="in one chunk than in the next",
+        )
     net = snnfx.convert(nn.Sequential(Untraceable(lambda x: (x, x) if float(x.sum()) > 3 else (x, 2 * x))))
     assert_same(net(x_seq)[1], x_seq * torch.tensor([1.0, 2.0])[:, None, None])
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import importlib.util
 import types
 from collections.abc import Callable
@@ -153,6 +154,21 @@ def test_code_around_a_loop(path: Path) -> None:
     )
     rest = net_of(lambda self, x: spikes(self, x))
     same_in_file(rest, path)
+
+
+def test_one_step_of_a_net_on_whole_sequences() -> None:
+    net = snnfx.convert(Centred(), takes="sequence", example_inputs=X_SEQ).eval()
+    refused(
+        "SNNFX235",
+        "runtime/whole_sequences.py:refuse_without_step",
+        "Call the net on whole sequences, net(x_seq), or move this operation to a model of its own.",
+        lambda: net.run(X_SEQ[:1], state={}),
+        names="sub combines a value of each time step with a reduced one",
+    )
+    torch.testing.assert_close(net(X_SEQ), Centred.forward(copy.deepcopy(net.source), X_SEQ))
+    rest = net_of(lambda self, x: spikes(self, x))
+    first, state = rest.run(X_SEQ[:1])
+    torch.testing.assert_close(torch.cat((first, rest.run(X_SEQ[1:], state=state)[0])), rest(X_SEQ))
 
 
 # -- mode, random numbers, states --------------------------------------------------------------------------------------

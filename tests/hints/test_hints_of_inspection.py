@@ -183,7 +183,7 @@ def test_the_package_graphviz_is_missing(tmp_path: Path, monkeypatch: pytest.Mon
     refused(
         "SNNFX601",
         "inspect/picture/drawing.py:_require_graphviz",
-        'pip install "snnfx[draw]"',
+        "pip install graphviz",
         lambda: snnfx.draw(small(), tmp_path / "net.svg"),
     )
     needs_no_graphviz(tmp_path)
@@ -234,7 +234,7 @@ def test_verify_with_the_net_of_another_model() -> None:
     net = snnfx.convert(small())
     refused(
         "SNNFX413",
-        "inspect/verify/verify.py:_check_same_structure",
+        "inspect/verify/matching_modules.py:check_matching_modules",
         "Pass the model that was converted: verify(net.source, net, x_seq).",
         lambda: snnfx.verify(nn.Sequential(nn.Linear(3, 4)), net, X_SEQ),
         names="`1` (LIFNode)",
@@ -355,7 +355,7 @@ def test_verify_of_code_for_float32() -> None:
     net = snnfx.convert(model)
     refused(
         "SNNFX412",
-        "inspect/verify/verify.py:_not_in_float64",
+        "inspect/verify/verification.py:_not_in_float64",
         "Let this line use the dtype of its operands (x.to(v.dtype), torch.zeros_like(v)), or verify without "
         "double=True.",
         lambda: snnfx.verify(model, net, X_SEQ, double=True),
@@ -402,7 +402,7 @@ def test_verify_of_a_net_with_other_weights() -> None:
     net = snnfx.convert(other)
     refused(
         "SNNFX401",
-        "inspect/verify/verify.py:_Verification.report",
+        "inspect/verify/check.py:Check.error",
         "Print snnfx.explain(net) to see how the regions were formed.",
         lambda: snnfx.verify(model, net, X_SEQ),
     )

@@ -306,3 +306,14 @@ def test_a_cycle_of_unknown_shape() -> None:
     )
     unknown.infer_types()
     assert step_model(snnfx.from_nir(unknown), IMAGES).shape == IMAGES.shape
+
+
+def test_reduced_outputs(tmp_path: Path) -> None:
+    model = Step(lif)
+    refused(
+        "SNNFX813",
+        "deploy/nir_export.py:write_nir",
+        "Convert the model without reduce, and reduce the outputs where the file runs.",
+        lambda: snnfx.export(snnfx.convert(model, reduce="mean").eval(), tmp_path / "net.nir", X_SEQ),
+    )
+    comes_back(model, tmp_path)

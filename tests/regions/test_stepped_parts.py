@@ -205,7 +205,7 @@ def test_structures_are_joined_over_chunks_moved_and_reduced(kind: type[nn.Modul
                 torch.testing.assert_close(torch.as_tensor(found, dtype=value.dtype), value, atol=1e-12, rtol=0)
 
     with torch.no_grad():
-        assert_leaves(snnfx.convert(model, chunk=2)(x_seq), whole)
+        assert_leaves(snnfx.convert(model.eval(), chunk=2)(x_seq), whole)
         assert_leaves(snnfx.convert(model, step_mode="s", example_inputs=(x_seq[0],))(x_seq[0]), _at_step(whole, 0))
         for how in ("mean", "sum", "last"):
             reduced = [None if y is None else y[-1] if how == "last" else getattr(y, how)(0) for y in whole]
