@@ -13,6 +13,7 @@ NOT_FOLLOWED_YET = {
     "deploy/plan.py:_smallest_example",
     "inspect/verify/draw_assignment.py:check_with_shared_draws",
     "inspect/verify/runs.py:Runs.outputs_of_model",
+    "inspect/verify/runs.py:_over_time",
     "lowering/elementwise/bound_step.py:_BoundFunction.backward",
     "lowering/events/event_layers.py:_has_kernel",
 }
