@@ -402,7 +402,7 @@ def test_verify_of_a_net_with_other_weights() -> None:
     net = snnfx.convert(other)
     refused(
         "SNNFX401",
-        "inspect/verify/verification.py:Verification.report",
+        "inspect/verify/check.py:Check.error",
         "Print snnfx.explain(net) to see how the regions were formed.",
         lambda: snnfx.verify(model, net, X_SEQ),
     )

@@ -272,11 +272,10 @@ class Check:
 
     # -- the error ----------------------------------------------------------------------------------------------------
 
-    def error(self, advice: str, also: str = "") -> VerificationError:
+    def error(self, also: str = "") -> VerificationError:
         """The error for the first comparison that failed.
 
         Args:
-            advice: the hint.
             also: more about the cause.
         """
         kind = self.failed[0].kind
@@ -299,7 +298,8 @@ class Check:
             what = f"{comparison.name} differs from the reference with {self.semantics}"
         if self.runs.one_call:
             what = f"with T = 1, {comparison.name} differs from one plain call of the model"
-        return VerificationError(_CODES[comparison.kind], what, where=where, why=why, hint=advice)
+        hint = "Print snnfx.explain(net) to see how the regions were formed."
+        return VerificationError(_CODES[comparison.kind], what, where=where, why=why, hint=hint)
 
 
 def _listed(names: list[str]) -> str:

@@ -25,8 +25,6 @@ from snnfx.sandbox.user_code import format_location, location_of_error
 
 __all__ = ["Verification"]
 
-_HINT = "Print snnfx.explain(net) to see how the regions were formed."
-
 
 @dataclass
 class _Outcome:
@@ -72,10 +70,10 @@ class Verification:
             if error.code != "SNNFX412":
                 raise
             raise failing.error(
-                _HINT, f"Rounding was not ruled out, because the model cannot run in float64: {error.what}."
+                f"Rounding was not ruled out, because the model cannot run in float64: {error.what}."
             ) from error
         if wide.failing is not None:
-            raise wide.failing.error(_HINT, f"Compared in float64 and in {narrow.dtype}.")
+            raise wide.failing.error(f"Compared in float64 and in {narrow.dtype}.")
         return self._rounded(narrow, wide)
 
     def _rounded(self, narrow: _Outcome, wide: _Outcome) -> VerificationReport:
@@ -83,7 +81,7 @@ class Verification:
         failing = narrow.failing
         assert failing is not None
         if not is_rounding(failing, wide.checks):
-            raise failing.error(_HINT, "The net agrees in float64, but rounding does not explain the difference.")
+            raise failing.error("The net agrees in float64, but rounding does not explain the difference.")
         note = f"{narrow.dtype} rounding: {describe_rounding(failing)}; net and reference agree in float64"
         wide.notes.insert(0, note)
         return replace(self._result(wide), flipped_spikes=failing.flips().count)
@@ -158,7 +156,7 @@ class Verification:
 
     def _result(self, outcome: _Outcome) -> VerificationReport:
         if outcome.failing is not None:
-            raise outcome.failing.error(_HINT)
+            raise outcome.failing.error()
         whole = outcome.checks[0]
         return VerificationReport(
             T=self.inputs.steps,
