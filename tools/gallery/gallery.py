@@ -2,9 +2,9 @@
 
 The models are written in own code, with the architecture and the idioms of the repositories that their rows name. Each
 net is compared in float64 with the call that the author makes (the model itself, or a loop over time around it):
-outputs, gradients and buffers to 1e-9, in training and evaluation mode, for a second number of time steps where the model
-takes one. The last two columns are the time of the author's call divided by the time of the net, in float32. Conversion
-is processor time, so that other processes do not change it.
+outputs, gradients and buffers to 1e-9, in training and evaluation mode, for a second number of time steps where the
+model takes one. The last two columns are the time of the author's call divided by the time of the net, in float32. All
+times are processor times of one thread, which other processes do not change.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 import torch
 from gallery_entry import Entry
 from gallery_measuring import measure
-from gallery_table import HEADER, line
+from gallery_table import HEADER, compact_table, line
 
 __all__ = ["FAMILIES", "entries", "main"]
 
@@ -66,13 +66,17 @@ def main() -> int:
     parser.add_argument(
         "--seconds", type=float, default=0.5, help="minimum time per comparison, 0 for none (default: 0.5)"
     )
-    parser.add_argument("--threads", type=int, help="threads of PyTorch (default: its own choice)")
     parser.add_argument(
         "--json", type=Path, nargs="?", const=RESULTS, help=f"add the rows to a file (default: {RESULTS.name})"
     )
+    parser.add_argument(
+        "--readme", action="store_true", help="print the README's table of the committed results; run nothing"
+    )
     arguments = parser.parse_args()
-    if arguments.threads:
-        torch.set_num_threads(arguments.threads)
+    if arguments.readme:
+        print(compact_table(json.loads(RESULTS.read_text(encoding="utf-8"))["models"]))
+        return 0
+    torch.set_num_threads(1)
     warnings.simplefilter("ignore")
     start = time.perf_counter()
     print(HEADER)

@@ -50,12 +50,20 @@ class Entry:
 
     def run_as_author(self, model: nn.Module, *inputs: Tensor) -> Any:
         """Call a model that runs over time itself, or step it and stack its outputs."""
-        reset_net(model)
+        _reset(model)
         if self.takes == "sequence":
             return model(*inputs)
         if self.carries:
             return _step_with_state(model, inputs)
         return _stacked([model(*step) for step in zip(*inputs, strict=True)])
+
+
+def _reset(model: nn.Module) -> None:
+    """Reset the neurons of libraries, and those of the gallery by their own method."""
+    reset_net(model)
+    for module in model.modules():
+        if hasattr(module, "reset_state"):
+            module.reset_state()
 
 
 def _step_with_state(model: nn.Module, inputs: tuple[Tensor, ...]) -> Any:

@@ -22,7 +22,6 @@ from torch.utils import _pytree as pytree
 
 import snnfx
 from snnfx.errors import SnnfxError
-from snnfx.functional import reset_net
 from snnfx.ops.run_loop import run_loop
 
 __all__ = ["Row", "measure"]
@@ -147,7 +146,8 @@ def _float64() -> Iterator[None]:
 
 
 def _results(module: nn.Module, run: Callable[..., Any], inputs: tuple[Tensor, ...]) -> dict[str, Tensor]:
-    """Outputs, gradients of a random weighting of them, and the buffers that are not reset."""
+    """Outputs, gradients of a random weighting of them, and buffers, but for states, which have no shape before a call."""
+    shapes = {name: buffer.shape for name, buffer in module.named_buffers()}
     module.zero_grad()
     given = [x.clone().requires_grad_() for x in inputs]
     outputs = [y for y in pytree.tree_leaves(run(*given)) if isinstance(y, Tensor)]
@@ -157,8 +157,8 @@ def _results(module: nn.Module, run: Callable[..., Any], inputs: tuple[Tensor, .
     results = {f"output {i}": y.detach() for i, y in enumerate(outputs)}
     results |= {f"gradient of input {i}": x.grad for i, x in enumerate(given) if x.grad is not None}
     results |= {f"gradient of {name}": p.grad for name, p in module.named_parameters() if p.grad is not None}
-    reset_net(module)
-    return results | {f"buffer {name}": b.clone() for name, b in module.named_buffers()}
+    buffers = {name: b.clone() for name, b in module.named_buffers() if b.shape == shapes[name]}
+    return results | {f"buffer {name}": buffer for name, buffer in buffers.items()}
 
 
 def _compare(actual: dict[str, Tensor], expected: dict[str, Tensor], where: str) -> None:
@@ -176,13 +176,13 @@ def _compare(actual: dict[str, Tensor], expected: dict[str, Tensor], where: str)
 def _ratio(
     entry: Entry, author: nn.Module, net: nn.Module, inputs: tuple[Tensor, ...], seconds: float, training: bool
 ) -> float:
-    """Median time of the author's call divided by that of the net; the two alternate."""
+    """Median processor time of the author's call divided by that of the net; the two alternate."""
     runs: dict[str, tuple[nn.Module, Callable[..., Any]]] = {
         "author": (author, lambda *x: entry.run_as_author(author, *x)),
         "net": (net, net),
     }
     calls = {name: _training_step(*run, inputs) if training else _inference(*run, inputs) for name, run in runs.items()}
-    times = alternate(calls, seconds)
+    times = alternate(calls, seconds, clock=time.process_time)
     return times["author"] / times["net"]
 
 

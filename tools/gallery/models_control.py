@@ -127,6 +127,9 @@ class FireNet(nn.Module):
         c = base_num_channels
         self.head, self.G1, self.R1 = ConvLIF(2, c), ConvLIF(c, c, True), ConvLIF(c, c)
         self.G2, self.R2, self.pred = ConvLIF(c, c, True), ConvLIF(c, c), nn.Conv2d(c, 2, 1, bias=False)
+        self.reset_state()
+
+    def reset_state(self) -> None:
         self.states: list[Any] = [None] * 5
 
     def forward(self, event_cnt: Tensor) -> Tensor:

@@ -34,14 +34,19 @@ class OnlineLIF(nn.Module):
 
     def __init__(self, tau: float = 2.0) -> None:
         super().__init__()
-        self.decay, self.u, self.spike = 1 - 1.0 / tau, None, None
+        self.decay = 1 - 1.0 / tau
+        self.reset_state()
+
+    def reset_state(self) -> None:
+        self.u: Any = None
+        self.spike: Any = None
 
     def forward(self, x: Tensor) -> Tensor:
         if self.u is None:
-            self.u, self.spike = torch.zeros_like(x), torch.zeros_like(x)  # type: ignore[assignment]
-        self.u = self.decay * (self.u - self.spike).detach() + x  # type: ignore[operator, assignment]
+            self.u, self.spike = torch.zeros_like(x), torch.zeros_like(x)
+        self.u = self.decay * (self.u - self.spike).detach() + x
         self.spike = Sigmoid.apply(self.u - 1.0, 4.0)
-        return self.spike  # type: ignore[return-value]
+        return self.spike
 
 
 class ScaledWSConv2d(nn.Conv2d):
@@ -117,6 +122,9 @@ class CurrentBased(nn.Module):
     def __init__(self, current_decay: float = 0.25, voltage_decay: float = 0.03, scale: int = 1 << 6) -> None:
         super().__init__()
         self.current_decay, self.voltage_decay, self.scale = current_decay, voltage_decay, scale
+        self.reset_state()
+
+    def reset_state(self) -> None:
         self.current: Any = None
         self.voltage: Any = None
 
@@ -156,18 +164,24 @@ class EProp(nn.Module):
         self.register_buffer("mask", 1 - torch.eye(n_rec))
         self.register_buffer("beta", torch.cat([torch.zeros(n_rec // 2), torch.full((n_rec // 2,), 0.07)]))
         self.alpha, self.rho, self.kappa = float(np.exp(-1 / 20)), float(np.exp(-1 / 200)), float(np.exp(-1 / 20))
-        self.v = self.a = self.z = self.y = None
+        self.reset_state()
+
+    def reset_state(self) -> None:
+        self.v: Any = None
+        self.a: Any = None
+        self.z: Any = None
+        self.y: Any = None
 
     def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
         if self.v is None:
-            self.v = self.a = self.z = torch.zeros(x.shape[0], self.w_rec.in_features).to(x)  # type: ignore[assignment]
-            self.y = torch.zeros(x.shape[0], self.w_out.out_features).to(x)  # type: ignore[assignment]
-        recurrent = F.linear(self.z, self.w_rec.weight * self.mask)  # type: ignore[arg-type, operator]
-        self.a = self.rho * self.a + self.z  # type: ignore[operator]
-        self.v = self.alpha * self.v + 3 * self.w_in(x) + recurrent - 0.6 * self.z.detach()  # type: ignore[operator, attr-defined]
-        self.z = Sigmoid.apply((self.v - 0.6 - self.beta * self.a) / 0.6, 3.0)  # type: ignore[operator]
-        self.y = self.kappa * self.y + self.w_out(self.z)  # type: ignore[operator]
-        return self.y, self.z  # type: ignore[return-value]
+            self.v = self.a = self.z = torch.zeros(x.shape[0], self.w_rec.in_features).to(x)
+            self.y = torch.zeros(x.shape[0], self.w_out.out_features).to(x)
+        recurrent = F.linear(self.z, self.w_rec.weight * self.mask)
+        self.a = self.rho * self.a + self.z
+        self.v = self.alpha * self.v + 3 * self.w_in(x) + recurrent - 0.6 * self.z.detach()
+        self.z = Sigmoid.apply((self.v - 0.6 - self.beta * self.a) / 0.6, 3.0)
+        self.y = self.kappa * self.y + self.w_out(self.z)
+        return self.y, self.z
 
 
 ENTRIES = (
