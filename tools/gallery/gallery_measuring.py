@@ -146,7 +146,7 @@ def _float64() -> Iterator[None]:
 
 
 def _results(module: nn.Module, run: Callable[..., Any], inputs: tuple[Tensor, ...]) -> dict[str, Tensor]:
-    """Outputs, gradients of a random weighting of them, and buffers, but for states, which have no shape before a call."""
+    """Outputs, gradients of a random weighting of them, and buffers of fixed shape: the others are states."""
     shapes = {name: buffer.shape for name, buffer in module.named_buffers()}
     module.zero_grad()
     given = [x.clone().requires_grad_() for x in inputs]

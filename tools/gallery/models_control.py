@@ -172,5 +172,5 @@ ENTRIES = (
     Entry(
         "eight channels, optical flow", "spiking FireNet", FireNet, rates(1, 2, 32, 32, rate=0.3), 10, "step", other_T=4
     ),
-    Entry("keywords, enumerate and zip", "keyword spotting", Keywords, sequence_of(8, 20, scale=2), 30, other_T=11),
+    Entry("keywords, enumerate and zip", "keyword spotting", Keywords, sequence_of(8, 20, scale=2), 30),
 )

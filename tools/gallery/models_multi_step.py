@@ -18,6 +18,14 @@ def conv3x3(in_channels: int, out_channels: int, stride: int = 1) -> nn.Sequenti
     )
 
 
+def amplify(model: nn.Module, gain: float) -> nn.Module:
+    """Scale the weights of linear layers, so that untrained neurons spike."""
+    for m in model.modules():
+        if isinstance(m, nn.Linear):
+            m.weight.data *= gain
+    return model
+
+
 class SewBlock(nn.Module):
     """Spikes of the block added to its input."""
 
@@ -43,7 +51,7 @@ class SewResNet(nn.Module):
         self.conv1, self.bn1 = nn.Conv2d(3, 16, 3, padding=1, bias=False), nn.BatchNorm2d(16)
         self.sn1 = neuron.ParametricLIFNode(detach_reset=True, surrogate_function=surrogate.ATan())
         self.layers = nn.Sequential(SewBlock(16, 16), layer.MaxPool2d(2, 2), SewBlock(16, 16))
-        self.avgpool, self.fc = layer.AdaptiveAvgPool2d((1, 1)), layer.Linear(16, 10)
+        self.avgpool, self.fc = layer.AdaptiveAvgPool2d((1, 1)), nn.Linear(16, 10)
         functional.set_step_mode(self, "m")
         self.conv1.step_mode = self.bn1.step_mode = "s"  # type: ignore[assignment]
 
@@ -57,7 +65,7 @@ class SewResNet(nn.Module):
 class VotingNet(nn.Module):
     """Convolutions and pools for event frames, then groups of neurons that vote."""
 
-    def __init__(self, channels: int = 12) -> None:
+    def __init__(self, channels: int = 12, gain: float = 20.0) -> None:
         super().__init__()
         conv: list[nn.Module] = []
         for i in range(3):
@@ -77,9 +85,10 @@ class VotingNet(nn.Module):
             *(layer.Linear(64, 50), neuron.LIFNode(surrogate_function=surrogate.ATan()), layer.VotingLayer(10)),
         )
         functional.set_step_mode(self, "m")
+        amplify(self, gain)
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.conv_fc(3 * x).mean(0)
+        return self.conv_fc(12 * x).mean(0)
 
 
 class TemporalChannelAttention(nn.Module):
@@ -112,9 +121,10 @@ class AttentionNet(nn.Module):
         )
         self.fc = nn.Sequential(layer.Dropout(0.0), layer.Linear(16 * 16, 10), neuron.LIFNode(tau=2.0))
         functional.set_step_mode(self, "m")
+        amplify(self.fc, 20)
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.fc(self.conv(3 * x)).mean(0)
+        return self.fc(self.conv(12 * x)).mean(0)
 
 
 class RecurrentNet(nn.Module):
@@ -132,7 +142,7 @@ class RecurrentNet(nn.Module):
         functional.set_step_mode(self, "m")
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.net(4 * x)
+        return self.net(20 * x)
 
 
 def image(T: int) -> tuple[Tensor, ...]:
@@ -141,11 +151,24 @@ def image(T: int) -> tuple[Tensor, ...]:
 
 def spiking_csnn() -> Any:
     """One time step of a convolutional net, which the author calls in a loop."""
-    return nn.Sequential(
-        *(layer.Conv2d(1, 16, 3, padding=1, bias=False), layer.BatchNorm2d(16), neuron.IFNode(), layer.MaxPool2d(2)),
-        *(layer.Conv2d(16, 16, 3, padding=1, bias=False), layer.BatchNorm2d(16), neuron.IFNode(), layer.MaxPool2d(2)),
-        *(layer.Flatten(), layer.Linear(16 * 49, 64, bias=False), neuron.IFNode()),
-        *(layer.Linear(64, 10, bias=False), neuron.IFNode()),
+    return amplify(
+        nn.Sequential(
+            *(
+                layer.Conv2d(1, 16, 3, padding=1, bias=False),
+                layer.BatchNorm2d(16),
+                neuron.IFNode(),
+                layer.MaxPool2d(2),
+            ),
+            *(
+                layer.Conv2d(16, 16, 3, padding=1, bias=False),
+                layer.BatchNorm2d(16),
+                neuron.IFNode(),
+                layer.MaxPool2d(2),
+            ),
+            *(layer.Flatten(), layer.Linear(16 * 49, 64, bias=False), neuron.IFNode()),
+            *(layer.Linear(64, 10, bias=False), neuron.IFNode()),
+        ),
+        6,
     )
 
 

@@ -337,8 +337,9 @@ class Delays(nn.Module):
         out = torch.zeros_like(x)
         for t in range(x.shape[0]):
             v = 0.9 * v + x[t]
-            out[t] = spike_fn(v - 1.0) if spiking else v
-            v = v - out[t].detach() if spiking else v
+            s = spike_fn(v - 1.0) if spiking else v
+            out[t] = s
+            v = v - s.detach() if spiking else v
         return out
 
     def forward(self, x: Tensor) -> Tensor:

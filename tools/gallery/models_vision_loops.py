@@ -96,9 +96,11 @@ class LIFSpike(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         nsteps = x.shape[-1]
         u = torch.zeros(x.shape[:-1], device=x.device)
+        spike = torch.zeros(x.shape[:-1], device=x.device)
         out = torch.zeros(x.shape, device=x.device)
         for step in range(nsteps):
-            u, out[..., step] = self.state_update(u, out[..., max(step - 1, 0)], x[..., step])
+            u, spike = self.state_update(u, spike, x[..., step])
+            out[..., step] = spike
         return out
 
     def state_update(self, u_t_n1: Tensor, o_t_n1: Tensor, W_mul_o_t1_n: Tensor) -> tuple[Tensor, Tensor]:
