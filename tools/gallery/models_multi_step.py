@@ -82,7 +82,7 @@ class VotingNet(nn.Module):
         self.conv_fc = nn.Sequential(
             *conv,
             *(layer.Flatten(), layer.Linear(channels * 16, 64), neuron.LIFNode(surrogate_function=surrogate.ATan())),
-            *(layer.Linear(64, 50), neuron.LIFNode(surrogate_function=surrogate.ATan()), layer.VotingLayer(10)),
+            *(layer.Linear(64, 50), layer.VotingLayer(10)),
         )
         functional.set_step_mode(self, "m")
         amplify(self, gain)
@@ -119,7 +119,7 @@ class AttentionNet(nn.Module):
             *(layer.AvgPool2d(2), conv3x3(8, 16), neuron.LIFNode(tau=2.0, detach_reset=True)),
             *(TemporalChannelAttention(T, 16), layer.AvgPool2d(2), layer.Flatten()),
         )
-        self.fc = nn.Sequential(layer.Dropout(0.0), layer.Linear(16 * 16, 10), neuron.LIFNode(tau=2.0))
+        self.fc = nn.Sequential(layer.Dropout(0.0), layer.Linear(16 * 16, 10))
         functional.set_step_mode(self, "m")
         amplify(self.fc, 20)
 

@@ -246,5 +246,5 @@ ENTRIES = (
     Entry("counted spikes, static image", "STBP", StbpNet, digit, 10),
     Entry("tdBN ResNet, T last", "STBP-tdBN", TdResNet, sequence_of(4, 3, 16, 16, scale=2, time_dim=-1), 6, other_T=3),
     Entry("MS-ResNet, static image", "MS-ResNet", MsResNet, image, 6),
-    Entry("detector, concatenated branches", "EMS-YOLO", Detector, rates(4, 2, 32, 32, rate=0.4), 4, other_T=3),
+    Entry("detector, concatenated branches", "EMS-YOLO", Detector, rates(4, 2, 32, 32, rate=0.4), 4),
 )
