@@ -62,8 +62,9 @@ def _reset(model: nn.Module) -> None:
     """Reset the neurons of libraries, and those of the gallery by their own method."""
     reset_net(model)
     for module in model.modules():
-        if hasattr(module, "reset_state"):
-            module.reset_state()
+        reset: Any = getattr(module, "reset_state", None)
+        if reset is not None:
+            reset()
 
 
 def _step_with_state(model: nn.Module, inputs: tuple[Tensor, ...]) -> Any:

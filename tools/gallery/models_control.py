@@ -68,6 +68,7 @@ class PopulationActor(nn.Module):
         batch_size = obs.shape[0]
         in_spikes = self.encode(obs)
         states: list[Any] = []
+        fc: Any
         for fc in self.hidden_layers:
             states.append([torch.zeros(batch_size, fc.out_features) for _ in range(3)])
         states.append([torch.zeros(batch_size, self.out_pop_layer.out_features) for _ in range(3)])
@@ -151,7 +152,8 @@ class Keywords(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         first, gates, second = self.fc1(x), torch.sigmoid(x.mean(-1, keepdim=True)), []
         d1, d2 = self.decay.sigmoid().unbind()
-        v1 = v2 = None
+        v1: Any = None
+        v2: Any = None
         for t, (current, gate) in enumerate(zip(first.unbind(0), gates, strict=True)):
             v1 = current if t == 0 else d1 * v1 + gate * current
             s1 = ArcTan.apply(v1 - 0.5)

@@ -57,7 +57,7 @@ class ScaledWSConv2d(nn.Conv2d):
         self.gain = nn.Parameter(torch.ones(out_channels, 1, 1, 1))
 
     def get_weight(self) -> Tensor:
-        fan_in = np.prod(self.weight.shape[1:])
+        fan_in: Any = np.prod(self.weight.shape[1:])
         mean = torch.mean(self.weight, dim=[1, 2, 3], keepdim=True)
         var = torch.var(self.weight, dim=[1, 2, 3], keepdim=True)
         weight = (self.weight - mean) / ((var * fan_in + 1e-4) ** 0.5)
@@ -164,6 +164,8 @@ class EProp(nn.Module):
         self.register_buffer("mask", 1 - torch.eye(n_rec))
         self.register_buffer("beta", torch.cat([torch.zeros(n_rec // 2), torch.full((n_rec // 2,), 0.07)]))
         self.alpha, self.rho, self.kappa = float(np.exp(-1 / 20)), float(np.exp(-1 / 200)), float(np.exp(-1 / 20))
+        self.mask: Tensor
+        self.beta: Tensor
         self.reset_state()
 
     def reset_state(self) -> None:

@@ -143,12 +143,12 @@ def mem_update_adp(
 
 
 class AdaptiveRecurrent(nn.Module):
-    """Adaptive recurrent neurons, a leaky readout, and the sum of its softmax from a step on."""
+    """Adaptive recurrent neurons, a leaky readout, and the sum of its softmax."""
 
-    def __init__(self, input_size: int = 40, hidden: int = 64, output_size: int = 10, start: int = 2) -> None:
+    def __init__(self, input_size: int = 40, hidden: int = 64, output_size: int = 10) -> None:
         super().__init__()
         self.i_2_h1, self.h1_2_h1 = nn.Linear(input_size, hidden), nn.Linear(hidden, hidden)
-        self.h1_2_o, self.hidden, self.start = nn.Linear(hidden, output_size), hidden, start
+        self.h1_2_o, self.hidden = nn.Linear(hidden, output_size), hidden
         self.tau_adp_h1 = nn.Parameter(torch.empty(hidden).normal_(150, 10))
         self.tau_m_h1 = nn.Parameter(torch.empty(hidden).normal_(20, 5))
         self.tau_m_o = nn.Parameter(torch.empty(output_size).normal_(20, 5))
@@ -157,7 +157,7 @@ class AdaptiveRecurrent(nn.Module):
         batch_size, seq_num, _ = input.shape
         h1_mem = h1_spike = torch.rand(batch_size, self.hidden) * 0
         o_mem = torch.zeros(batch_size, 10)
-        b_h1 = 0.1
+        b_h1: Any = 0.1
         output_sum: Any = 0
         hidden_spike_: list[Tensor] = []
         for i in range(seq_num):
@@ -168,7 +168,7 @@ class AdaptiveRecurrent(nn.Module):
                 h1_spike,
                 self.tau_adp_h1,
                 b_h1,
-                self.tau_m_h1,  # type: ignore[arg-type]
+                self.tau_m_h1,
             )
             alpha = torch.exp(-1.0 / self.tau_m_o)
             o_mem = o_mem * alpha + (1 - alpha) * self.h1_2_o(h1_spike)

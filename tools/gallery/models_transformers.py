@@ -48,6 +48,9 @@ class SSA(nn.Module):
     def __init__(self, dim: int, num_heads: int = 4) -> None:
         super().__init__()
         self.num_heads, self.scale = num_heads, 0.25
+        self.proj_linear: Any
+        self.proj_bn: Any
+        self.proj_lif: Any
         for name in ("q", "k", "v", "proj"):
             setattr(self, f"{name}_linear", nn.Linear(dim, dim))
             setattr(self, f"{name}_bn", nn.BatchNorm1d(dim))
