@@ -171,7 +171,9 @@ typecheck() {
   done
   ln -s "$ROOT/passes" "$layout/snnfx/passes"
   local mypy=("$PY" -m mypy --config-file "$ROOT/pyproject.toml" --cache-dir "$ROOT/.mypy_cache")
-  (cd "$layout" && "${mypy[@]}" -p snnfx && MYPYPATH=.:$ROOT/tools:$ROOT/tools/docs/site:$ROOT/tools/bench:$ROOT/tools/fuzz "${mypy[@]}" "$ROOT"/tools/*.py "$ROOT"/tools/docs/site/*.py "$ROOT"/tools/bench/*.py "$ROOT"/tools/fuzz/fuzz*.py) | sed 's#^snnfx/passes/#passes/#'
+  local places=.
+  for name in "" /docs/site /bench /fuzz /gallery; do places+=:$ROOT/tools$name; done
+  (cd "$layout" && "${mypy[@]}" -p snnfx && MYPYPATH=$places "${mypy[@]}" "$ROOT"/tools/*.py "$ROOT"/tools/docs/site/*.py "$ROOT"/tools/bench/*.py "$ROOT"/tools/fuzz/fuzz*.py "$ROOT"/tools/gallery/[gm]*.py) | sed 's#^snnfx/passes/#passes/#'
 }
 
 # check_layers: run import-linter (the contracts in pyproject.toml) on an installed wheel, because in a checkout it does

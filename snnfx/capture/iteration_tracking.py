@@ -266,10 +266,16 @@ def _extents(code: CodeType) -> tuple[_Extent, ...]:
         return ()
     jumps: dict[int, set[int]] = {}
     positions = {}
+    prefixes: list[int] = []
     for instruction in dis.get_instructions(code):
         positions[instruction.offset] = instruction.positions
+        if instruction.opname == "EXTENDED_ARG":
+            prefixes.append(instruction.offset)
+            continue
         if "JUMP_BACKWARD" in instruction.opname:
-            jumps.setdefault(instruction.argval, set()).add(instruction.offset)
+            # The jump of a long loop has a prefix, and its event may come at the prefix alone.
+            jumps.setdefault(instruction.argval, set()).update(prefixes, [instruction.offset])
+        prefixes.clear()
     extents = []
     for start, sources in jumps.items():
         position = positions[start]

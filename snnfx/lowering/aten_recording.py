@@ -272,12 +272,24 @@ class _Recorder(TorchDispatchMode):
         if any(self.values[self.number(t)].varying for t in tensors):
             raise LoweringRefused("Python decides or computes with a value of the data (`if`, `.item()`, `float(...)`)")
         for tensor in tensors:
-            value = self.values[self.number(tensor)]
-            if value.origin == "constant":
-                self.baked.append((tensor, tensor._version))
-            else:
-                self.baked.extend((t, t._version) for t in self.constants)
+            self.baked.extend((t, t._version) for t in self._constants_behind(self.number(tensor)))
         return func(*args, **kwargs)
+
+    def _constants_behind(self, number: int) -> list[Tensor]:
+        """The constants that a value is computed from."""
+        found: dict[int, Tensor] = {}
+        pending, seen = [number], set()
+        while pending:
+            number = pending.pop()
+            if number in seen:
+                continue
+            seen.add(number)
+            value = self.values[number]
+            if value.origin == "constant":
+                found[number] = self.constants[value.index]
+            elif value.call is not None:
+                pending.extend(value.call.references())
+        return list(found.values())
 
     def has_selected_size(self, tensor: Any) -> bool:
         """Whether the size of a tensor depends on values."""

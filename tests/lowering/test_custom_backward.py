@@ -15,6 +15,7 @@ from torch import Tensor, nn
 import snnfx
 from snnfx.lowering.elementwise.lowered_step import LoweredStep
 from snnfx.lowering.mixed.mixed_step import MixedStep
+from snnfx.regions.step_lowering import StepLowering
 from support.stepping import assert_same_run, fresh_copy, run_net, run_stepped
 
 T, N, C = 6, 3, 8
@@ -298,3 +299,48 @@ def test_width_is_learned_with_recomputation(x_seq: Tensor, recurrent: bool, opt
         nn.Linear(C, C).double(), Neuron(function(backward), torch.full((C,), 3.0, dtype=torch.float64), recurrent)
     )
     assert_steps(model, x_seq, kind=None, **options)
+
+
+class WidthByItem(torch.autograd.Function):
+    """A surrogate whose width is saved in a tensor and read by Python in the backward pass."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, width: float) -> Tensor:
+        ctx.save_for_backward(x, torch.tensor([width]))
+        return (x > 0).to(x)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
+        x, others = ctx.saved_tensors
+        width = others[0].item()
+        return grad * (width - x.abs()).clamp(min=0) / width**2, None
+
+
+class LearnedLeak(nn.Module):
+    """The leak is a new tensor at each call: the sigmoid of a parameter."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.w = nn.Parameter(torch.tensor(0.3))
+
+    def forward(self, x: Tensor) -> Tensor:
+        leak, v, out = self.w.sigmoid(), torch.zeros_like(x[0]), []
+        for x_t in x:
+            v = leak * v + x_t
+            s = WidthByItem.apply(v - 1, 1.0)
+            v = v - s
+            out.append(s)
+        return torch.stack(out)
+
+
+def test_only_the_constants_behind_a_number_that_python_reads_are_fixed(monkeypatch: pytest.MonkeyPatch) -> None:
+    recorded = []
+    lower = StepLowering.lower
+    monkeypatch.setattr(StepLowering, "lower", lambda *args: recorded.append(1) or lower(*args))
+    x = 2 * torch.rand(5, 3, 4)
+    net = snnfx.convert(LearnedLeak(), takes="sequence", example_inputs=(x,))
+    net(x)
+    first = len(recorded)
+    for _ in range(3):
+        net(x)
+    assert 0 < first == len(recorded)

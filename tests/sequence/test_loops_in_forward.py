@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dis
+
 import pytest
 import torch
 from torch import Tensor, nn
@@ -225,3 +227,24 @@ def test_a_single_loop_over_the_inputs_gives_the_step_form() -> None:
     torch.testing.assert_close(torch.cat([y for y, _ in streamed]), expected[0])
     step = snnfx.convert(net, step_mode="s")
     torch.testing.assert_close(torch.stack([step(x_t)[0] for x_t in x]), expected[0])
+
+
+class LongBody(nn.Module):
+    """A loop of more than 255 instructions: the bytecode of its jump has a prefix (EXTENDED_ARG)."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        v, out = torch.zeros_like(x[0]), []
+        for t in range(x.shape[0]):
+            u = x[t] * 0.5 + x[t] * 0.25 + x[t] * 0.125 + x[t] * 0.25 + x[t] * 0.5 + x[t] * 0.125 + x[t] * 0.25
+            w = x[t] * 0.5 - x[t] * 0.25 + x[t] * 0.125 - x[t] * 0.25 + x[t] * 0.5 - x[t] * 0.125 + x[t] * 0.25
+            v = v * 0.5 + u * 0.25 + w * 0.125 - u * 0.25 + w * 0.5 - u * 0.125 + w * 0.25 + u * 0.5 + w * 0.25
+            v = v * 0.9 + u * 0.25 + w * 0.125 - u * 0.25 + w * 0.5 - u * 0.125 + w * 0.25 + u * 0.5 + w * 0.25
+            out.append(spike(v - 1))
+        return torch.stack(out)
+
+
+def test_a_long_loop_is_followed() -> None:
+    jumps = [i for i in dis.get_instructions(LongBody.forward) if "JUMP_BACKWARD" in i.opname]
+    assert any(i.arg > 255 for i in jumps)
+    net = assert_converts_sequence(LongBody(), (sequence(6, 3, 4),), [(sequence(9, 2, 4),)])
+    assert "loop" in [region.kind for region in net.regions] or snnfx.explain(net).loops

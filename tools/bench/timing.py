@@ -20,23 +20,29 @@ MALLOC: dict[str, dict[str, str]] = {
 """Environment variables: default settings, and those of `snnfx.tune_allocator()`, which keep freed blocks."""
 
 
-def alternate(sides: dict[str, Callable[[], Any]], seconds: float, least: int = 5) -> dict[str, float]:
+def alternate(
+    sides: dict[str, Callable[[], Any]],
+    seconds: float,
+    least: int = 5,
+    clock: Callable[[], float] = time.perf_counter,
+) -> dict[str, float]:
     """Median milliseconds of a call of each implementation.
 
     Args:
         sides: functions to time. They alternate, in reverse order in every other round.
         seconds: minimum total time.
         least: minimum number of rounds, after two warm-up rounds.
+        clock: the clock of the calls, in seconds; `time.process_time` on a shared machine.
     """
     times: dict[str, list[float]] = {name: [] for name in sides}
     begin, rounds = time.perf_counter(), -2
     while rounds < least or time.perf_counter() - begin < seconds:
         order = list(sides.items()) if rounds % 2 else list(sides.items())[::-1]
         for name, call in order:
-            start = time.perf_counter()
+            start = clock()
             call()
             if rounds >= 0:
-                times[name].append((time.perf_counter() - start) * 1e3)
+                times[name].append((clock() - start) * 1e3)
         rounds += 1
     return {name: statistics.median(values) for name, values in times.items()}
 
