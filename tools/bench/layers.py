@@ -186,11 +186,18 @@ def training_call(run: Callable[[Tensor], Tensor], x_seq: Tensor, above: Tensor)
     return call
 
 
-def peer_of(name: str) -> tuple[str, Callable[[Tensor], Tensor]]:
-    """The fastest way of the neuron's own library to run a sequence on a CPU, with its name."""
+def peer_of(name: str, **settings: Any) -> tuple[str, Callable[[Tensor], Tensor]]:
+    """The fastest way of the neuron's own library to run a sequence, with its name.
+
+    Args:
+        name: a key of `NEURONS`.
+        settings: attributes of the neuron, set before its first call.
+    """
     neuron = NEURONS[name]()
     if type(neuron).__module__.startswith("spikingjelly."):
         neuron.step_mode = "m"  # type: ignore[assignment]
+        for key, value in settings.items():
+            setattr(neuron, key, value)
 
         def multi_step(x_seq: Tensor) -> Tensor:
             neuron.reset()  # type: ignore[operator]
