@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import importlib.util
 import json
 import os
@@ -136,3 +137,73 @@ def test_a_loop_without_a_triton_kernel_is_a_failure() -> None:
     net(torch.rand(4, 2, 3))
     (reason,) = load("gpu_cases").not_kernels(net).values()
     assert "not Triton" in reason or "no kernel" in reason
+
+
+class RecordedGraph:
+    """Stands for a CUDA graph; a replay only counts."""
+
+    def __init__(self) -> None:
+        self.calls = 0
+
+    def replay(self) -> None:
+        self.calls += 1
+
+
+@pytest.fixture
+def without_cuda(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Let the code for a card run on the CPU: streams and graphs do nothing."""
+
+    class Stream:
+        def wait_stream(self, other: Stream) -> None: ...
+
+    monkeypatch.setattr(torch.cuda, "Stream", Stream)
+    monkeypatch.setattr(torch.cuda, "current_stream", Stream)
+    monkeypatch.setattr(torch.cuda, "stream", lambda stream: contextlib.nullcontext())
+    monkeypatch.setattr(torch.cuda, "graph", lambda graph: contextlib.nullcontext())
+    monkeypatch.setattr(torch.cuda, "CUDAGraph", RecordedGraph)
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda: None)
+    cases = load("gpu_cases")
+    monkeypatch.setattr(cases.Target, "device", torch.device("cpu"))
+    monkeypatch.setattr(cases.Target, "compiled", lambda self, net: net)
+    monkeypatch.setattr(cases, "peers", lambda target: {})
+
+
+def test_a_layer_on_a_card_has_the_times_of_calls_and_of_graphs(without_cuda: None) -> None:
+    cases = load("gpu_cases")
+    target = cases.Target(interpreted=False, seconds=0.0)
+    row = cases.measure_layer(cases.LayerOnCard(3, 2, 50, "float32"), target)
+    for kind in ("forward", "training"):
+        assert row[kind]["call"].keys() == row[kind]["device"].keys() == {"snnfx", "copies"}
+    # On the CPU the kernel is C++, and the row says so.
+    assert all("not Triton" in reason for reason in row["failed"].values()) and row["failed"]
+
+
+@pytest.mark.parametrize(("N", "graph"), [(1, True), (2, False)])
+def test_a_network_on_a_card_is_replayed_from_a_graph_for_a_small_batch(
+    N: int, graph: bool, without_cuda: None
+) -> None:
+    cases, networks = load("gpu_cases"), load("networks")
+    ((_, network),) = cases.card_networks(interpreted=True)
+    row = cases.measure_network(networks.NetworkCase("Spikformer-like", 2, N), network, cases.Target(False, 0.0))
+    for kind in ("inference", "training"):
+        assert ("snnfx, CUDA graph" in row[kind]) is graph
+
+
+def test_a_call_that_cannot_be_captured_is_recorded(without_cuda: None, monkeypatch: pytest.MonkeyPatch) -> None:
+    cases = load("gpu_cases")
+    monkeypatch.setattr(torch.cuda, "CUDAGraph", lambda: 1 / 0)
+    failed: dict[str, str] = {}
+    assert cases.captured({"snnfx": list}, failed, "training", 2) == {}
+    assert (
+        list(failed) == ["snnfx, training, CUDA graph"] and "ZeroDivisionError" in failed["snnfx, training, CUDA graph"]
+    )
+
+
+def test_sizes_on_a_card_are_those_of_the_benchmark() -> None:
+    pytest.importorskip("spikingjelly")
+    cases = load("gpu_cases")
+    layers = cases.card_layers(interpreted=False)
+    assert {(c.N, c.C) for c in layers} == {(64, 65536)} and {c.dtype for c in layers} == {"float16", "float32"}
+    assert {c.T for c in layers} >= {4, 32}
+    nets = {(case.network, case.N) for case, _ in cases.card_networks(interpreted=False)}
+    assert {name for name, _ in nets} == {"SEW-ResNet-18", "Spikformer-like"} and {1} < {n for _, n in nets}
