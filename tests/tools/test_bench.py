@@ -44,7 +44,7 @@ def test_a_neuron_and_its_peer_give_the_same_spikes(layers: Any, name: str) -> N
     torch.manual_seed(0)
     x_seq = 1.5 * torch.rand(12, 1, 500)
     net = snnfx.convert(layers.NEURONS[name](), example_inputs=x_seq[0])
-    _, run = layers._peer(name)
+    _, run = layers.peer_of(name)
     with torch.no_grad():
         actual, expected = layers._first(net(x_seq)), run(x_seq)
     assert 0 < expected.mean() < 1

@@ -1,6 +1,7 @@
 """Benchmark snnfx against other libraries and against lower bounds of the running time.
 
     python tools/bench [layers] [networks] [compiling] [--quick] [--json tools/results] [--svg tools/pictures/speed.svg]
+    python tools/bench --check 3     lists the rows that are more than 3 % slower than the figures in tools/results
 
 Each case runs in a fresh process, in which the implementations alternate; the results are ratios of their medians. All
 of them use the same threads and the same malloc settings: the default ones, and settings that keep freed blocks in the
@@ -21,6 +22,7 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent.parent))
 
+import comparison
 import compiling
 import layers
 import networks
@@ -30,7 +32,7 @@ from timing import MALLOC, fresh_process
 RESULTS = Path(__file__).resolve().parent.parent / "results"
 
 
-def main() -> None:
+def main() -> int:
     parser = argparse.ArgumentParser(prog="tools/bench", description=__doc__.splitlines()[0] if __doc__ else "")
     parser.add_argument("what", nargs="*", help="suites: layers, networks, compiling (default: layers and networks)")
     parser.add_argument("--quick", action="store_true", help="run only a few cases")
@@ -41,15 +43,31 @@ def main() -> None:
     )
     parser.add_argument("--json", type=Path, help=f"folder for the results, e.g. {RESULTS}")
     parser.add_argument("--svg", type=Path, help="file for a chart of the results")
+    parser.add_argument(
+        "--check",
+        type=float,
+        nargs="?",
+        const=3.0,
+        metavar="PERCENT",
+        help="compare the ratios with the figures in --figures; exit status 1 if a row is slower by more (default: 3)",
+    )
+    parser.add_argument("--figures", type=Path, default=RESULTS, help=f"folder of the earlier figures ({RESULTS})")
     arguments = parser.parse_args()
     unknown = set(arguments.what) - {*SUITES}
     if unknown:
         parser.error(f"unknown suite: {', '.join(sorted(unknown))} (choose from {', '.join(SUITES)})")
+    suites = arguments.what or ["layers", "networks"]
+    # Read before --json writes to the same folder.
+    figures = {name: comparison.committed(arguments.figures, name) for name in suites}
+    if arguments.check is not None:
+        for name in suites:
+            if figures[name] is None:
+                parser.error(f"--check: {arguments.figures} has no figures of the suite {name}")
     mallocs = list(MALLOC) if arguments.malloc == "both" else [arguments.malloc]
     machine = _machine()
     print(", ".join(f"{key} {value}" for key, value in machine.items()))
     results: dict[str, Any] = {}
-    for name in arguments.what or ["layers", "networks"]:
+    for name in suites:
         module, show = SUITES[name]
         cases = module.QUICK if arguments.quick else module.CASES
         if arguments.compile and name == "layers":
@@ -70,6 +88,25 @@ def main() -> None:
         import plots
 
         plots.draw(results, arguments.svg)
+    if arguments.check is None:
+        return 0
+    return _check(results, figures, machine, arguments.check)
+
+
+def _check(results: dict[str, Any], figures: dict[str, Any], machine: dict[str, Any], percent: float) -> int:
+    """Print the rows that became slower; 1 if there are any."""
+    worse = False
+    for name, now in results.items():
+        earlier, before = figures[name]
+        print(f"\n{name}, compared with the figures of {earlier['date']}")
+        other = [key for key in ("torch", "threads", "cores", "cpu") if earlier.get(key) != machine[key]]
+        if other:
+            differences = ", ".join(f"{key} {earlier.get(key)}, now {machine[key]}" for key in other)
+            print(f"  the committed figures are of another machine: {differences}")
+        text, is_slower = comparison.report(comparison.changes(before, now), percent)
+        print(text)
+        worse |= is_slower
+    return int(worse)
 
 
 def _machine() -> dict[str, Any]:
@@ -138,4 +175,4 @@ SUITES: dict[str, tuple[Any, Callable[[dict[str, Any]], None]]] = {
 }
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

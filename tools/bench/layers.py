@@ -22,7 +22,7 @@ import snnfx
 from snnfx.functional import reset_net
 from snnfx.lowering.elementwise.cpp.cpp_launch import CppBackEnd
 
-__all__ = ["CASES", "QUICK", "LayerCase", "measure"]
+__all__ = ["CASES", "NEURONS", "QUICK", "LayerCase", "inference_call", "measure", "peer_of", "training_call"]
 
 
 @dataclass(frozen=True)
@@ -117,15 +117,15 @@ def measure(case: LayerCase, seconds: float) -> dict[str, Any]:
     x_seq, above = 1.2 * torch.rand(shape), torch.rand(shape)
     net = snnfx.convert(neuron, example_inputs=x_seq[0])
     runs: dict[str, Callable[[Tensor], Tensor]] = {"snnfx": lambda x: _first(net(x))}
-    peer, run = _peer(case.neuron)
+    peer, run = peer_of(case.neuron)
     runs[peer] = run
     if case.compiled:
         runs["SpikingJelly, torch.compile"] = _compiled(case.neuron)
     forward: dict[str, Callable[[], Any]] = {}
     training: dict[str, Callable[[], Any]] = {}
     for name, run in runs.items():
-        forward[name] = _inference(run, x_seq)
-        training[name] = _training(run, x_seq, above)
+        forward[name] = inference_call(run, x_seq)
+        training[name] = training_call(run, x_seq, above)
     forward["kernels alone"] = _kernels_of(forward["snnfx"])
     training["kernels alone"] = _kernels_of(training["snnfx"])
     out, saved, grad = (torch.empty_like(x_seq) for _ in range(3))
@@ -170,7 +170,7 @@ def _first(y: Any) -> Tensor:
     return found
 
 
-def _inference(run: Callable[[Tensor], Tensor], x_seq: Tensor) -> Callable[[], Any]:
+def inference_call(run: Callable[[Tensor], Tensor], x_seq: Tensor) -> Callable[[], Any]:
     def call() -> None:
         with torch.no_grad():
             run(x_seq)
@@ -178,7 +178,7 @@ def _inference(run: Callable[[Tensor], Tensor], x_seq: Tensor) -> Callable[[], A
     return call
 
 
-def _training(run: Callable[[Tensor], Tensor], x_seq: Tensor, above: Tensor) -> Callable[[], Any]:
+def training_call(run: Callable[[Tensor], Tensor], x_seq: Tensor, above: Tensor) -> Callable[[], Any]:
     def call() -> None:
         x = x_seq.detach().requires_grad_()
         torch.autograd.grad(run(x), x, above)
@@ -186,11 +186,18 @@ def _training(run: Callable[[Tensor], Tensor], x_seq: Tensor, above: Tensor) -> 
     return call
 
 
-def _peer(name: str) -> tuple[str, Callable[[Tensor], Tensor]]:
-    """The fastest way of the neuron's own library to run a sequence on a CPU, with its name."""
+def peer_of(name: str, **settings: Any) -> tuple[str, Callable[[Tensor], Tensor]]:
+    """The fastest way of the neuron's own library to run a sequence, with its name.
+
+    Args:
+        name: a key of `NEURONS`.
+        settings: attributes of the neuron, set before its first call.
+    """
     neuron = NEURONS[name]()
     if type(neuron).__module__.startswith("spikingjelly."):
         neuron.step_mode = "m"  # type: ignore[assignment]
+        for key, value in settings.items():
+            setattr(neuron, key, value)
 
         def multi_step(x_seq: Tensor) -> Tensor:
             neuron.reset()  # type: ignore[operator]

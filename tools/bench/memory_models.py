@@ -66,14 +66,14 @@ class Attention(nn.Module):
 
 
 class Spikformer(nn.Module):
-    """Patch embedding, two encoder blocks, and the mean over the tokens."""
+    """Patch embedding, encoder blocks, and the mean over the tokens."""
 
-    def __init__(self, width: int = 128) -> None:
+    def __init__(self, width: int = 128, blocks: int = 2) -> None:
         super().__init__()
         self.patches = nn.Sequential(block(3, width // 2), nn.MaxPool2d(2), block(width // 2, width), nn.MaxPool2d(2))
-        self.attention = nn.ModuleList(Attention(width) for _ in range(2))
+        self.attention = nn.ModuleList(Attention(width) for _ in range(blocks))
         self.mlp = nn.ModuleList(
-            nn.Sequential(nn.Linear(width, 4 * width), lif(), nn.Linear(4 * width, width), lif()) for _ in range(2)
+            nn.Sequential(nn.Linear(width, 4 * width), lif(), nn.Linear(4 * width, width), lif()) for _ in range(blocks)
         )
         self.head = nn.Linear(width, 10)
 

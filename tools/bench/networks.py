@@ -20,7 +20,18 @@ from torch import Tensor, nn
 import snnfx
 from snnfx.functional import reset_net
 
-__all__ = ["CASES", "QUICK", "NetworkCase", "measure"]
+__all__ = [
+    "CASES",
+    "NETWORKS",
+    "QUICK",
+    "Network",
+    "NetworkCase",
+    "Runs",
+    "inference_call",
+    "measure",
+    "runs_of",
+    "training_call",
+]
 
 
 @dataclass(frozen=True)
@@ -71,13 +82,17 @@ def _csnn(multi_step: bool = False) -> nn.Module:
     return peer
 
 
-NETWORKS: dict[str, tuple[Callable[..., nn.Module], tuple[int, ...], bool]] = {
+Network = tuple[Callable[..., nn.Module], tuple[int, ...], bool]
+"""Constructor, shape of a sample, and whether SpikingJelly has a multi-step form of it."""
+Runs = dict[str, tuple[Callable[[Tensor], Tensor], nn.Module]]
+"""By implementation: a function of a sequence, and the module that it calls."""
+
+NETWORKS: dict[str, Network] = {
     "CSNN": (_csnn, (1, 28, 28), True),
     "SEW-ResNet-18": (memory_models.sew_resnet18, (3, 64, 64), True),
     "Spiking-VGG-11": (spiking_vgg11, (3, 32, 32), True),
     "Spikformer-like": (memory_models.Spikformer, (3, 32, 32), False),
 }
-"""By name: constructor, shape of a sample, and whether SpikingJelly has a multi-step form of it."""
 
 QUICK = (NetworkCase("CSNN", 4, 32), NetworkCase("CSNN", 16, 1))
 CASES = (
@@ -90,20 +105,32 @@ CASES = (
 
 def measure(case: NetworkCase, seconds: float) -> dict[str, Any]:
     """Median milliseconds by implementation, for inference and a training step."""
-    make, shape, has_peer = NETWORKS[case.network]
-    model = make()
-    x_seq = torch.rand(case.T, case.N, *shape)
+    network = NETWORKS[case.network]
+    x_seq = torch.rand(case.T, case.N, *network[1])
+    runs = runs_of(network, x_seq)
+    sides = {name: (inference_call(*run, x_seq), training_call(*run, x_seq)) for name, run in runs.items()}
+    return {
+        "case": asdict(case),
+        "inference": _with_lower_bound(alternate({name: calls[0] for name, calls in sides.items()}, seconds)),
+        "training": _with_lower_bound(alternate({name: calls[1] for name, calls in sides.items()}, seconds)),
+    }
+
+
+def runs_of(network: Network, x_seq: Tensor) -> Runs:
+    """All implementations of a network with the same weights, on the device of the sequence."""
+    make, _, has_peer = network
+    model = make().to(x_seq.device)
     net = snnfx.convert(model, example_inputs=x_seq[0])
 
     def stepped(x: Tensor) -> Tensor:
         reset_net(model)
         return torch.stack([model(step) for step in x])
 
-    runs: dict[str, tuple[Callable[[Tensor], Tensor], nn.Module]] = {"stepped": (stepped, model), "snnfx": (net, net)}
+    runs: Runs = {"stepped": (stepped, model), "snnfx": (net, net)}
     if has_peer:
         from spikingjelly.activation_based import functional
 
-        peer = make(multi_step=True)
+        peer = make(multi_step=True).to(x_seq.device)
         peer.load_state_dict(model.state_dict())
 
         def multi_step(x: Tensor) -> Tensor:
@@ -119,12 +146,7 @@ def measure(case: NetworkCase, seconds: float) -> dict[str, Any]:
         lambda x: last(x.flatten(0, 1).contiguous(memory_format=torch.channels_last)),
         last,
     )
-    sides = {name: (_inference(*run, x_seq), _training(*run, x_seq)) for name, run in runs.items()}
-    return {
-        "case": asdict(case),
-        "inference": _with_lower_bound(alternate({name: calls[0] for name, calls in sides.items()}, seconds)),
-        "training": _with_lower_bound(alternate({name: calls[1] for name, calls in sides.items()}, seconds)),
-    }
+    return runs
 
 
 def without_neurons(model: nn.Module) -> nn.Module:
@@ -143,7 +165,7 @@ def _with_lower_bound(times: dict[str, float]) -> dict[str, float]:
     return {**times, "floor": min(times["floor"], other)}
 
 
-def _inference(run: Callable[[Tensor], Tensor], module: nn.Module, x_seq: Tensor) -> Callable[[], Any]:
+def inference_call(run: Callable[[Tensor], Tensor], module: nn.Module, x_seq: Tensor) -> Callable[[], Any]:
     def call() -> None:
         if module.training:
             module.eval()
@@ -153,7 +175,7 @@ def _inference(run: Callable[[Tensor], Tensor], module: nn.Module, x_seq: Tensor
     return call
 
 
-def _training(run: Callable[[Tensor], Tensor], module: nn.Module, x_seq: Tensor) -> Callable[[], Any]:
+def training_call(run: Callable[[Tensor], Tensor], module: nn.Module, x_seq: Tensor) -> Callable[[], Any]:
     parameters = list(module.parameters())
 
     def call() -> None:

@@ -24,23 +24,30 @@ def alternate(
     sides: dict[str, Callable[[], Any]],
     seconds: float,
     least: int = 5,
+    *,
     clock: Callable[[], float] = time.perf_counter,
+    warm_up: int = 2,
+    wait: Callable[[], Any] | None = None,
 ) -> dict[str, float]:
     """Median milliseconds of a call of each implementation.
 
     Args:
         sides: functions to time. They alternate, in reverse order in every other round.
         seconds: minimum total time.
-        least: minimum number of rounds, after two warm-up rounds.
+        least: minimum number of rounds, after the warm-up rounds.
         clock: the clock of the calls, in seconds; `time.process_time` on a shared machine.
+        warm_up: number of rounds before those that count.
+        wait: waits for work that a call only started, as on a GPU; its time is part of the call.
     """
     times: dict[str, list[float]] = {name: [] for name in sides}
-    begin, rounds = time.perf_counter(), -2
+    begin, rounds = time.perf_counter(), -warm_up
     while rounds < least or time.perf_counter() - begin < seconds:
         order = list(sides.items()) if rounds % 2 else list(sides.items())[::-1]
         for name, call in order:
             start = clock()
             call()
+            if wait is not None:
+                wait()
             if rounds >= 0:
                 times[name].append((clock() - start) * 1e3)
         rounds += 1

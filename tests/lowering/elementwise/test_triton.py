@@ -35,12 +35,17 @@ INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1" and os.environ.get("SNNF
 DEVICE = "cpu" if INTERPRETED else "cuda"
 HERE = Path(__file__).parent
 ROOT = Path(__file__).parents[3]
-runs_kernels = pytest.mark.skipif(
+needs_kernels = pytest.mark.skipif(
     not INTERPRETED and not torch.cuda.is_available(),
     reason="needs a GPU; without one, test_cases_in_the_interpreter runs it",
 )
 on_a_gpu = pytest.mark.skipif(INTERPRETED or not torch.cuda.is_available(), reason="needs a GPU")
 in_this_process = pytest.mark.skipif(INTERPRETED, reason="for the process that starts the interpreter")
+
+
+def runs_kernels(test: Callable[..., None]) -> Any:
+    """Mark a test that runs kernels, on a GPU or in the interpreter; `tools/gpu.sh` selects it by its mark."""
+    return pytest.mark.triton(needs_kernels(test))
 
 
 def kernels_of(net: Any) -> list[RegionKernels]:
