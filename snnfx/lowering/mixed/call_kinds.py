@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from snnfx.lowering.aten_recording import AtenCall, RecordedValue, Recording, call_as_recorded
+from snnfx.ops.written_arguments import written_arguments
 from snnfx.sandbox.torch_internals import pytree
 
 __all__ = [
@@ -70,10 +71,9 @@ class FunctionalCall:
     def __init__(self, call: AtenCall, wanted: Sequence[int], recording: Recording) -> None:
         self.call, self.wanted = call, list(wanted)
         self.target = torch.ops.aten.reshape.default if call.target in _RESHAPED else call.target
-        schema = call.target._schema
-        self.written = [i for i, a in enumerate(schema.arguments) if a.alias_info is not None and a.alias_info.is_write]
+        self.written = [position for position, _ in written_arguments(call.target)]
         self.args = list(call.args)
-        names = [a.name for a in schema.arguments]
+        names = [a.name for a in call.target._schema.arguments]
         self.positions = [call.positions[call.results.index(number)] for number in self.wanted]
         if "output_mask" in names and names.index("output_mask") < len(self.args):
             position = names.index("output_mask")
