@@ -25,6 +25,7 @@ from snnfx.errors import CaptureError
 from snnfx.ir.nodes import is_in_place, object_of
 from snnfx.ir.program import START_PREFIX, InitialAttribute
 from snnfx.ops.step_functions import read_parameter
+from snnfx.ops.written_arguments import written_tensors
 from snnfx.sandbox.contents_snapshot import ContentsSnapshot, attributes_of
 from snnfx.sandbox.torch_internals import FakeTensor, NormBase, TorchDispatchMode
 from snnfx.sandbox.user_code import format_location, location_of_forward, user_location
@@ -383,13 +384,10 @@ class _InPlaceWrites(TorchDispatchMode):
         self.changes, self.tracer, self.before = changes, tracer, before
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        schema = getattr(func, "_schema", None)
-        if schema is not None and schema.is_mutable and not self.tracer.is_evaluating:
-            for argument, value in zip(schema.arguments, args, strict=False):
-                if argument.alias_info is not None and argument.alias_info.is_write:
-                    for tensor in value if isinstance(value, list | tuple) else (value,):
-                        if isinstance(tensor, Tensor) and self.before.is_of_model(tensor):
-                            self.changes.add_written(self.before, tensor)
+        if not self.tracer.is_evaluating:
+            for tensor in written_tensors(func, args, kwargs or {}):
+                if self.before.is_of_model(tensor):
+                    self.changes.add_written(self.before, tensor)
         return func(*args, **(kwargs or {}))
 
 

@@ -23,8 +23,8 @@ from snnfx.capture.recorder import Recorder
 from snnfx.capture.recording_copy import is_recording_module
 from snnfx.errors import CaptureError
 from snnfx.sandbox.profile_function import restore_profile
-from snnfx.sandbox.python_rng import numpy_rng_state, restore_numpy_rng_state
 from snnfx.sandbox.random_draws import PYTHON_GENERATOR, refers_to_numpy_random
+from snnfx.sandbox.rng_states import numpy_rng_state, restore_numpy_rng_state
 from snnfx.sandbox.torch_internals import TorchDispatchMode
 from snnfx.sandbox.user_code import format_location, location_of_forward, user_location
 

@@ -12,6 +12,7 @@ from torch.nn.parameter import is_lazy
 from snnfx.ir.guards import is_same_tensor
 from snnfx.sandbox.contents_snapshot import ContentsSnapshot
 from snnfx.sandbox.snapshot import StateSnapshot
+from snnfx.sandbox.tensor_snapshot import TensorSnapshot
 from snnfx.sandbox.torch_internals import FakeTensor
 
 __all__ = ["ModelSnapshot"]
@@ -33,19 +34,19 @@ class ModelSnapshot:
         }
         named: list[tuple[str, str, Tensor]] = [("parameters", *item) for item in model.named_parameters()]
         named += [("buffers", *item) for item in model.named_buffers()]
-        self._tensors = [
-            (kind, name, t, t.detach().clone(), t.requires_grad, t.grad) for kind, name, t in named if _has_values(t)
-        ]
+        self._tensors = [(kind, name, TensorSnapshot(t)) for kind, name, t in named if _has_values(t)]
         self._state = StateSnapshot.of(model, rng=False, functions=True)
 
     def changes(self) -> Iterator[tuple[str, str]]:
         """The changes since construction: `(kind, clause)`, kinds as in `snnfx.ir.graph_pass.CHANGES`."""
-        for kind, name, tensor, value, requires_grad, grad in self._tensors:
+        for kind, name, snapshot in self._tensors:
+            tensor, value = snapshot.tensor, snapshot.value
+            assert value is not None
             if not is_same_tensor(tensor.detach(), value):
                 yield kind, f"the value of `{name}`"
-            elif tensor.requires_grad != requires_grad:
+            elif tensor.requires_grad != snapshot.requires_grad:
                 yield kind, f"`{name}.requires_grad`"
-            elif tensor.grad is not grad:
+            elif tensor.grad is not snapshot.grad:
                 yield kind, f"the gradient of `{name}`"
         for owner, module in self._modules.items():
             for registry, what in _REGISTRIES.items():
@@ -68,14 +69,8 @@ class ModelSnapshot:
     def restore(self) -> None:
         """Put the model back."""
         self._state.restore()
-        for _, _, tensor, value, requires_grad, grad in self._tensors:
-            if tensor.shape != value.shape or tensor.dtype != value.dtype or tensor.device != value.device:
-                tensor.data = value.clone()
-            elif not is_same_tensor(tensor.detach(), value):
-                tensor.data.copy_(value)
-            if tensor.is_leaf:
-                tensor.requires_grad_(requires_grad)
-            tensor.grad = grad
+        for _, _, snapshot in self._tensors:
+            snapshot.restore()
 
 
 def _plain(module: nn.Module) -> dict[str, Any]:

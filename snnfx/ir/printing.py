@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import functools
-import os
 from typing import Any
 
 import torch
@@ -12,23 +10,14 @@ from torch.fx import Node
 
 from snnfx.ir.facts import KIND, MODULE, SLOT, VALUE, WHERE
 from snnfx.ir.nodes import is_module_call
+from snnfx.sandbox.user_code import format_location
 
 __all__ = ["describe_node", "format_graph", "format_node", "location_of", "operation_name", "text_of_value"]
 
 
 def location_of(node: Node) -> str:
     """The user's source line of a node, `file.py:41`; "" if unknown."""
-    where = WHERE.of(node)
-    if not where:
-        return ""
-    return f"{_short_path(where[0], os.getcwd())}:{where[1]}"
-
-
-@functools.lru_cache(maxsize=256)
-def _short_path(filename: str, folder: str) -> str:
-    """The path relative to `folder`, or its last two parts if outside; cached, as every node asks."""
-    relative = os.path.relpath(filename, folder)
-    return relative if not relative.startswith("..") else os.path.join(*filename.split(os.sep)[-2:])
+    return format_location(WHERE.of(node))
 
 
 def describe_node(node: Node) -> str:

@@ -24,6 +24,7 @@ from torch.overrides import TorchFunctionMode
 
 from snnfx.ops.operator_lookup import traits_of_function
 from snnfx.ops.traits import OperatorTraits
+from snnfx.ops.written_arguments import written_tensors
 from snnfx.sandbox.torch_internals import (
     AccumulateGrad,
     BelowAutograd,
@@ -244,7 +245,7 @@ class _Recorder(TorchDispatchMode):
         if replacement is not None:
             with self:
                 return replacement(*args, **kwargs)
-        written = _mutated_tensors(func, args, kwargs)
+        written = written_tensors(func, args, kwargs)
         new_args, new_kwargs = pytree.tree_map(
             lambda a: ValueReference(self.number(a)) if isinstance(a, Tensor) else a, (args, kwargs)
         )
@@ -327,18 +328,6 @@ def _has_selected_size(call: AtenCall, result: Tensor, sources: Sequence[Recorde
     if call.traits.selection == "reads" and any(s.dtype == torch.bool for s in sources[1:]):
         return True
     return result.dim() == 1 and any(s.has_selected_size and s.shape == result.shape for s in sources)
-
-
-def _mutated_tensors(func: Any, args: Sequence[Any], kwargs: dict[str, Any]) -> list[Tensor]:
-    """The tensors that a call writes in place."""
-    if not func._schema.is_mutable:
-        return []
-    mutated: list[Tensor] = []
-    for index, argument in enumerate(func._schema.arguments):
-        if argument.alias_info is not None and argument.alias_info.is_write:
-            value = args[index] if index < len(args) else kwargs.get(argument.name)
-            mutated.extend(t for t in pytree.tree_leaves(value) if isinstance(t, Tensor))
-    return mutated
 
 
 @contextlib.contextmanager

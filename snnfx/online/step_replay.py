@@ -5,11 +5,12 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Callable, Iterator, Sequence
 
-from torch import Tensor, nn
+from torch import nn
 
 from snnfx.recompute.replay import replay_rng
 from snnfx.regions.sequence_region import buffers_of
-from snnfx.sandbox.isolation import rng_state
+from snnfx.sandbox.rng_states import rng_state
+from snnfx.sandbox.tensor_values import value_restorer
 
 __all__ = ["ReplayContext"]
 
@@ -27,8 +28,9 @@ class ReplayContext:
     def __init__(
         self, modules: Sequence[nn.Module], is_random: bool, persistent: Callable[[], list[Callable[[], None]]]
     ) -> None:
-        self.buffers = buffers_of(modules)
-        self.persistent, self.restore_functions = persistent, persistent()
+        buffers = buffers_of(modules)
+        self._snapshot = lambda: [*map(value_restorer, buffers), *persistent()]
+        self._restore_functions = self._snapshot()
         self.rng = rng_state() if is_random else None
 
     @contextlib.contextmanager
@@ -37,24 +39,15 @@ class ReplayContext:
 
         The first run has already updated the buffers, so the replay must not update them a second time.
         """
-        current = [(buffer, buffer.clone()) for buffer, _ in self.buffers]
-        current_functions = self.persistent()
+        current = self._snapshot()
         with replay_rng(self.rng):
-            _copy_into(self.buffers)
-            _run_all(self.restore_functions)
+            _run_all(self._restore_functions)
             try:
                 yield
             finally:
-                _copy_into(current)
-                _run_all(current_functions)
+                _run_all(current)
 
 
 def _run_all(functions: Sequence[Callable[[], None]]) -> None:
     for function in functions:
         function()
-
-
-def _copy_into(buffers: list[tuple[Tensor, Tensor]]) -> None:
-    for buffer, value in buffers:
-        # `.data` bypasses the version counter: an autograd graph may have saved the buffer for backward.
-        buffer.data.copy_(value)

@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from snnfx.sandbox.isolation import RNGState, rng_state
+from snnfx.sandbox.rng_states import RNGState, rng_state
 from snnfx.sandbox.structural_copy import StructuralCopy
 
 __all__ = ["AutocastState", "Buffers", "ModuleReplicas", "ModuleSettings", "parameters_of", "replay_rng"]

@@ -23,7 +23,7 @@ from snnfx.recompute.tile import (
     slice_state,
     states_can_be_sliced,
 )
-from snnfx.sandbox.isolation import RNGState, rng_state
+from snnfx.sandbox.rng_states import RNGState, rng_state
 from snnfx.sandbox.torch_internals import pytree
 
 __all__ = ["TILE", "Segment", "SegmentCall", "StatisticsCall", "TileCall", "run_slice", "state_of"]

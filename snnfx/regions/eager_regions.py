@@ -77,7 +77,7 @@ class EagerMap(SequenceRegion):
         """Run all steps under torch.vmap, or one by one once vmap has refused: outputs `[T, *]`."""
         if self.refused_by_vmap:
             return self._one_by_one(x_seq, constants)
-        buffers = buffers_of(constants)
+        buffers = [(buffer, buffer.clone()) for buffer in buffers_of(constants)]
         try:
             return torch.vmap(lambda *x: self.step.forward(*constants, *x), randomness="different")(*x_seq)  # type: ignore[no-any-return]
         except Exception as error:  # a batching rule may raise anything, e.g. an IndexError for `flip` of a scalar

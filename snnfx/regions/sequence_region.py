@@ -82,10 +82,10 @@ class SequenceRegion(nn.Module):
         )
 
 
-def buffers_of(constants: Sequence[Any]) -> list[tuple[Tensor, Tensor]]:
-    """The buffers that a step may change, with copies of their values."""
+def buffers_of(constants: Sequence[Any]) -> list[Tensor]:
+    """The buffers that a step may change."""
     modules = [m for c in constants if isinstance(c, nn.Module) for m in c.modules() if m.training]
-    return [(buffer, buffer.clone()) for m in modules for buffer in m.buffers(recurse=False)]
+    return [buffer for m in modules for buffer in m.buffers(recurse=False)]
 
 
 def tensors_of(constants: Sequence[Any]) -> list[Tensor]:

@@ -12,6 +12,7 @@ from typing import Any, cast
 import torch
 from torch import Tensor, fx, nn
 
+from snnfx.ir.guards import is_same_tensor
 from snnfx.lowering.aten_recording import LoweringRefused, Recording, record_step
 from snnfx.lowering.elementwise.aten_table import decomposition
 from snnfx.lowering.elementwise.back_end_choice import back_end_of
@@ -27,6 +28,7 @@ from snnfx.lowering.mixed.mixed_step import MixedStep
 from snnfx.regions.sequence_region import buffers_of
 from snnfx.sandbox.internal_faults import is_internal_fault, surface
 from snnfx.sandbox.random_draws import draws_undone
+from snnfx.sandbox.tensor_values import restore_value
 from snnfx.state.registry import adapter_of
 from snnfx.state.step_calls import call_stateful, initial_value
 
@@ -97,7 +99,7 @@ class StepLowering:
         keep_alive = tuple(
             x for c in constants if isinstance(c, nn.Module) for m in c.modules() for x in m.__dict__.values()
         )
-        buffers = buffers_of(constants)
+        buffers = [(buffer, buffer.clone()) for buffer in buffers_of(constants)]
         try:
             inputs = [x[0] for x in x_seq]
             with torch.no_grad():
@@ -107,7 +109,7 @@ class StepLowering:
                 recording = record_step(step, inputs, after, True, decomposition)
             starts = self.first is not None and state is None
             lowered, initial = self._lower_recording(recording, inputs, after, starts, constants)
-            if any(_differs(buffer, value) for buffer, value in buffers):
+            if not all(is_same_tensor(buffer, value) for buffer, value in buffers):
                 raise LoweringRefused("the step changes a buffer")
         except LoweringRefused as reason:
             return LoweringResult(None, None, reason=str(reason), keep_alive=keep_alive), True
@@ -117,8 +119,7 @@ class StepLowering:
             return LoweringResult(None, None, reason=reason_text.rstrip("."), keep_alive=keep_alive), True
         finally:
             for buffer, value in buffers:
-                if _differs(buffer, value):  # the user has not seen the change, so the version counter stays
-                    buffer.data.copy_(value)
+                restore_value(buffer, value)
         entry = LoweringResult(
             lowered,
             initial,
@@ -247,13 +248,6 @@ def _model_errors_refuse() -> Iterator[None]:
 
 def _without_inference(value: Any) -> Any:
     return value.clone() if isinstance(value, Tensor) and value.is_inference() else value
-
-
-def _differs(a: Tensor, b: Tensor) -> bool:
-    """Whether values differ; NaN equals NaN."""
-    if torch.equal(a, b):
-        return False
-    return not (a.is_floating_point() and torch.equal(a.nan_to_num(), b.nan_to_num()) and torch.equal(a != a, b != b))
 
 
 def _constants_of(lowered: LoweredStep | MixedStep) -> tuple[tuple[int, int], ...]:

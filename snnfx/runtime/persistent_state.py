@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from snnfx.ir.program import Slot
+from snnfx.sandbox.tensor_values import value_restorer
 
 __all__ = ["PersistentState"]
 
@@ -96,12 +97,11 @@ class _Place:
     def restorer(self) -> Callable[[], None]:
         """A function that restores the tensor and its value of now."""
         tensor: Tensor = self.registry[self.attribute]
-        value = tensor.detach().clone()
+        restore_value = value_restorer(tensor)
 
         def restore() -> None:
             self.registry[self.attribute] = tensor
-            # `.data` bypasses the version counter: an autograd graph may have saved the tensor for backward.
-            tensor.data.copy_(value)
+            restore_value()
 
         return restore
 

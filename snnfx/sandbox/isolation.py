@@ -2,47 +2,16 @@
 
 from __future__ import annotations
 
-import random
 from collections.abc import Iterator
 from contextlib import contextmanager
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
+from snnfx.sandbox.rng_states import rng_restorer
 from snnfx.sandbox.snapshot import StateSnapshot
-from snnfx.sandbox.tensor_values import restore_value
 
-__all__ = [
-    "RNGState",
-    "autocast_cache_disabled",
-    "in_mode",
-    "isolated",
-    "rng_state",
-]
-
-
-class RNGState:
-    """RNG states of torch, first the CPU generator, then the CUDA devices; see `rng_state`."""
-
-    def __init__(self, states: list[Tensor]) -> None:
-        self.states = states
-
-    def __eq__(self, other: object) -> bool:
-        if not isinstance(other, RNGState) or len(self.states) != len(other.states):
-            return False
-        return all(torch.equal(a, b) for a, b in zip(self.states, other.states, strict=True))
-
-    def restore(self) -> None:
-        """Set the generators of torch to these states."""
-        torch.set_rng_state(self.states[0])
-        if len(self.states) > 1:
-            torch.cuda.set_rng_state_all(self.states[1:])
-
-
-def rng_state() -> RNGState:
-    """The current RNG states of torch."""
-    cuda_states = torch.cuda.get_rng_state_all() if torch.cuda.is_initialized() else []
-    return RNGState([torch.get_rng_state(), *cuda_states])
+__all__ = ["autocast_cache_disabled", "in_mode", "isolated"]
 
 
 @contextmanager
@@ -54,17 +23,14 @@ def isolated(*modules: nn.Module, rng: bool = True) -> Iterator[None]:
         rng: whether to restore the RNG states as well. Other threads then draw the numbers of that time twice:
             in a call of a net, use `snnfx.sandbox.random_draws.draws_undone`.
     """
-    snapshots, python_state = [StateSnapshot.of(module, rng) for module in modules], random.getstate()
-    buffers = {buffer: buffer.detach().clone() for module in modules for buffer in module.buffers()}
+    restore_functions = [StateSnapshot.of(module, rng=False).restore for module in modules]
+    if rng:
+        restore_functions.append(rng_restorer())
     try:
         yield
     finally:
-        for snapshot in snapshots:
-            snapshot.restore()
-        for buffer, value in buffers.items():
-            restore_value(buffer, value)
-        if rng:
-            random.setstate(python_state)
+        for restore in restore_functions:
+            restore()
 
 
 @contextmanager

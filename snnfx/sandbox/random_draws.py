@@ -16,9 +16,8 @@ from typing import Any
 
 import torch
 
-from snnfx.sandbox.isolation import rng_state
 from snnfx.sandbox.profile_function import restore_profile
-from snnfx.sandbox.python_rng import numpy_rng_state, restore_numpy_rng_state
+from snnfx.sandbox.rng_states import numpy_rng_state, restore_numpy_rng_state, rng_state
 from snnfx.sandbox.torch_internals import FakeTensor, TorchDispatchMode, pytree
 
 __all__ = ["PYTHON_GENERATOR", "draws_undone", "refers_to_numpy_random", "refusing_draws"]

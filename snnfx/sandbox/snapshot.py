@@ -6,11 +6,10 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
-import torch
 from torch import nn
 
 from snnfx.sandbox.contents_snapshot import ClassContentsSnapshot, ContentsSnapshot
-from snnfx.sandbox.python_rng import python_rng_state, restore_python_rng_state
+from snnfx.sandbox.rng_states import rng_restorer
 from snnfx.sandbox.tensor_values import restore_value
 from snnfx.sandbox.torch_internals import FakeTensor
 
@@ -40,15 +39,8 @@ class StateSnapshot:
         for module in model.modules():
             restore_functions.append(_attribute_restorer(module, functions))
         restore_functions.append(ClassContentsSnapshot(model).restore)
-        if not rng:
-            return StateSnapshot(restore_functions)
-        python_state = python_rng_state()
-        restore_functions.append(lambda: restore_python_rng_state(python_state))
-        rng_state = torch.get_rng_state()
-        restore_functions.append(lambda: torch.set_rng_state(rng_state))
-        if torch.cuda.is_available() and torch.cuda.is_initialized():
-            cuda_states = torch.cuda.get_rng_state_all()
-            restore_functions.append(lambda: torch.cuda.set_rng_state_all(cuda_states))
+        if rng:
+            restore_functions.append(rng_restorer())
         return StateSnapshot(restore_functions)
 
     def restore(self) -> None:

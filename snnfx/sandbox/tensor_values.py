@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor
 
-__all__ = ["meta_like", "restore_value", "same_values"]
+__all__ = ["meta_like", "restore_value", "same_values", "value_restorer"]
 
 _PARTS = {
     torch.sparse_coo: ("_indices", "_values"),
@@ -42,6 +44,16 @@ def restore_value(tensor: Tensor, value: Tensor) -> None:
     """
     if not same_values(tensor, value):
         tensor.data.copy_(value)
+
+
+def value_restorer(tensor: Tensor) -> Callable[[], None]:
+    """A function that restores the present value, as `restore_value` but without a comparison: a GPU need not wait."""
+    value = tensor.detach().clone()
+
+    def restore() -> None:
+        tensor.data.copy_(value)
+
+    return restore
 
 
 def _parts(tensor: Tensor) -> list[Tensor]:

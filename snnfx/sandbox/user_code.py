@@ -90,7 +90,7 @@ def step_signature(model: nn.Module, entry: str) -> inspect.Signature:
 
 
 def format_location(where: tuple[str, int] | None) -> str:
-    """`file.py:41`, relative to the working directory if the file is inside it."""
+    """`file.py:41`, relative to the working directory if the file is inside it, else with its folder."""
     if where is None:
         return ""
     return f"{_shown_path(where[0], os.getcwd())}:{where[1]}"
@@ -98,5 +98,6 @@ def format_location(where: tuple[str, int] | None) -> str:
 
 @functools.lru_cache(maxsize=256)
 def _shown_path(filename: str, folder: str) -> str:
+    """The path relative to `folder`, or its last two parts if outside; cached, as every node asks."""
     relative = os.path.relpath(filename, folder)
-    return relative if not relative.startswith("..") else os.path.basename(filename)
+    return relative if not relative.startswith("..") else os.path.join(*filename.split(os.sep)[-2:])

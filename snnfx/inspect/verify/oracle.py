@@ -29,6 +29,7 @@ from torch import Tensor, nn
 
 from snnfx.errors import VerificationError
 from snnfx.inspect.verify.coroutines import Coroutine, inherited_settings
+from snnfx.inspect.verify.observed_contents import is_same
 from snnfx.sandbox.snapshot import StateSnapshot, copy_containers
 from snnfx.sandbox.torch_internals import CheckpointAsPlainCall, NormBase, pytree
 from snnfx.state.carry import output_at, paths_of
@@ -449,7 +450,7 @@ class _Moment:
         self.snapshot.restore()
         with torch.no_grad():
             for parameter, value in self.parameters:
-                if not _same_leaf(parameter, value):
+                if not is_same(parameter.detach(), value):
                     parameter.copy_(value)  # autograd notices a graph that saved the parameter
 
 
@@ -465,14 +466,7 @@ def _same(values: Any, others: Any) -> bool:
     """Whether two pytrees of values are equal, with NaN equal to NaN."""
     leaves, spec = pytree.tree_flatten(values)
     other_leaves, other_spec = pytree.tree_flatten(others)
-    return spec == other_spec and all(_same_leaf(a, b) for a, b in zip(leaves, other_leaves, strict=True))
-
-
-def _same_leaf(a: Any, b: Any) -> bool:
-    if isinstance(a, Tensor) and isinstance(b, Tensor):
-        a, b = a.detach(), b.detach()
-        return torch.equal(a, b) or (a.shape == b.shape and torch.allclose(a, b, rtol=0.0, atol=0.0, equal_nan=True))
-    return type(a) is type(b) and bool(a == b)
+    return spec == other_spec and all(is_same(a, b) for a, b in zip(leaves, other_leaves, strict=True))
 
 
 def _clone_buffers(modules: Iterable[nn.Module]) -> dict[Tensor, Tensor]:

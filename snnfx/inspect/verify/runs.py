@@ -23,7 +23,9 @@ from snnfx.inspect.verify.shared_draws import SharedDraws
 from snnfx.inspect.verify.stepped_attributes import stepped_attributes
 from snnfx.ops.sequence_functions import reduce_over_time
 from snnfx.sandbox.attribute_values import AttributeValues
-from snnfx.sandbox.isolation import isolated, rng_state
+from snnfx.sandbox.isolation import isolated
+from snnfx.sandbox.rng_states import rng_state
+from snnfx.sandbox.tensor_snapshot import TensorSnapshot
 from snnfx.sandbox.torch_internals import BatchNormBase, pytree
 from snnfx.state.carry import CarriedArgument, SlotName, flatten_state, output_at, outputs_without, paths_of
 from snnfx.state.registry import named_stateful, reset_net, storage_of
@@ -52,18 +54,13 @@ class Run:
 @contextmanager
 def undisturbed(*modules: nn.Module) -> Iterator[None]:
     """Restore everything that runs of modules can change: contents, parameters, gradients, flags, generators."""
-    parameters = {p: None for module in modules for p in module.parameters()}
-    saved = [(p, None if p.is_meta else p.detach().clone(), p.grad, p.requires_grad) for p in parameters]
+    snapshots = [TensorSnapshot(p) for p in {p: None for module in modules for p in module.parameters()}]
     with isolated(*modules):
         try:
             yield
         finally:
-            for parameter, value, grad, requires_grad in saved:
-                if value is not None and not is_same(parameter.detach(), value):
-                    # `.data` bypasses the version counter: an autograd graph may have saved the parameter.
-                    parameter.data.copy_(value)
-                parameter.grad = grad
-                parameter.requires_grad_(requires_grad)
+            for snapshot in snapshots:
+                snapshot.restore()
 
 
 class Runs:

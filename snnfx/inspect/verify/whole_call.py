@@ -15,7 +15,8 @@ from snnfx.inspect.verify.comparison import Comparison, Tolerance, compare, name
 from snnfx.inspect.verify.observed_contents import Observed, changed_names, is_same, observe
 from snnfx.inspect.verify.shared_draws import SharedDraws
 from snnfx.inspect.verify.verification_report import VerificationReport
-from snnfx.sandbox.isolation import isolated, rng_state
+from snnfx.sandbox.isolation import isolated
+from snnfx.sandbox.rng_states import rng_state
 from snnfx.sandbox.structural_copy import StructuralCopy
 from snnfx.sandbox.torch_internals import pytree
 from snnfx.state.registry import reset_net, storage_of

@@ -11,11 +11,11 @@ step, since autograd mostly saves them for the layer in front anyway.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
-import networkx as nx
-
+from snnfx.analysis.vertex_cut import VertexCut
 from snnfx.lowering.elementwise.expressions import GRADIENT_LEAVES, Expression, StepExpressions, topological
 
 __all__ = ["SavePlan", "depends_on_gradient", "plan_saving"]
@@ -72,51 +72,38 @@ def _cost(cut: Sequence[Expression]) -> float:
 
 
 def _cost_of(expression: Expression) -> float:
-    price = _COST.get(expression.dtype, float("inf"))
+    price = _COST.get(expression.dtype, math.inf)
     # An input of booleans has one byte per element in memory.
-    return (price if price != float("inf") else 1.0) * _INPUT_DISCOUNT if expression.op == "sequence" else price
+    return (price if price != math.inf else 1.0) * _INPUT_DISCOUNT if expression.op == "sequence" else price
 
 
 def _cut(step: StepExpressions, needed: Sequence[Expression], through_time: bool) -> list[Expression] | None:
     """The cheapest set of values that cuts all paths from inputs and states to `needed`; None if there is none."""
-    graph = nx.DiGraph()
+    graph = VertexCut[Expression]()
     roots = [*needed, *step.next_states] if through_time else list(needed)
     for expression in topological(roots):
         if expression.op in ("constant", "scalar", "invariant"):
             continue
-        inside, outside = (expression, "in"), (expression, "out")
-        price = _cost_of(expression)
         comes_from_before = through_time and expression.op == "state"
-        if price != float("inf") and not comes_from_before:
-            graph.add_edge(inside, outside, capacity=price)
-        else:
-            graph.add_edge(inside, outside)
+        graph.add_value(expression, math.inf if comes_from_before else _cost_of(expression))
         for operand in expression.operands:
             if operand.op not in ("constant", "scalar", "invariant"):
-                graph.add_edge((operand, "out"), inside)
+                graph.add_operand(expression, operand)
                 if through_time and operand.op == "state":
                     # The state before the previous step is not available.
-                    graph.add_edge("source", inside)
+                    graph.add_source(expression)
         if expression.op == "sequence" or (expression.op == "state" and not through_time):
-            graph.add_edge("source", inside)
+            graph.add_source(expression)
         if comes_from_before:
             following = step.next_states[expression.index]
             if following.op == "state":
-                graph.add_edge("source", inside)
+                graph.add_source(expression)
             elif following.op not in ("constant", "scalar", "invariant"):
-                graph.add_edge((following, "out"), inside)
+                graph.add_operand(expression, following)
     for expression in needed:
-        graph.add_edge((expression, "out"), "sink")
-    if "source" not in graph or not nx.has_path(graph, "source", "sink"):
-        return []
-    try:
-        _, (reachable, _) = nx.minimum_cut(graph, "source", "sink")
-    except nx.NetworkXUnbounded:
-        return None
-    return sorted(
-        (e for e, side in (n for n in reachable if n != "source") if side == "in" and (e, "out") not in reachable),
-        key=lambda e: e.number,
-    )
+        graph.add_needed(expression)
+    cheapest = graph.cheapest()
+    return None if cheapest is None else sorted(cheapest, key=lambda e: e.number)
 
 
 def _suffices(step: StepExpressions, needed: Sequence[Expression], cut: Sequence[Expression]) -> bool:

@@ -7,7 +7,7 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor
 
-from snnfx.lowering.aten_recording import AtenCall, Recording, resolve_references
+from snnfx.lowering.aten_recording import AtenCall, Recording
 from snnfx.lowering.mixed.call_kinds import FunctionalCall
 
 __all__ = ["run_batched"]
@@ -68,8 +68,6 @@ def _mapped(
 
     def step(*values: Tensor) -> tuple[Tensor, ...]:
         known = {**invariants, **dict(zip(numbers, values, strict=True))}
-        return tuple(
-            functional([resolve_references(a, known) for a in functional.args], resolve_references(call.kwargs, known))
-        )
+        return tuple(functional.on(known))
 
     return list(torch.vmap(step)(*[stacks[n] for n in numbers]))

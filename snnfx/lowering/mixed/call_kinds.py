@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from snnfx.lowering.aten_recording import AtenCall, RecordedValue, Recording, call_as_recorded
+from snnfx.lowering.aten_recording import AtenCall, RecordedValue, Recording, call_as_recorded, resolve_references
+from snnfx.ops.written_arguments import written_arguments
 from snnfx.sandbox.torch_internals import pytree
 
 __all__ = [
@@ -70,18 +71,21 @@ class FunctionalCall:
     def __init__(self, call: AtenCall, wanted: Sequence[int], recording: Recording) -> None:
         self.call, self.wanted = call, list(wanted)
         self.target = torch.ops.aten.reshape.default if call.target in _RESHAPED else call.target
-        schema = call.target._schema
-        self.written = [i for i, a in enumerate(schema.arguments) if a.alias_info is not None and a.alias_info.is_write]
-        self.args = list(call.args)
-        names = [a.name for a in schema.arguments]
+        self.written = [position for position, _ in written_arguments(call.target)]
+        self.args, self.kwargs = list(call.args), call.kwargs
+        names = [a.name for a in call.target._schema.arguments]
         self.positions = [call.positions[call.results.index(number)] for number in self.wanted]
         if "output_mask" in names and names.index("output_mask") < len(self.args):
             position = names.index("output_mask")
             self.args[position] = [i in self.positions for i in range(len(self.args[position]))]
         self.dtype = [recording.values[number].dtype for number in self.wanted]
 
+    def on(self, known: Mapping[int, Any]) -> list[Tensor]:
+        """Run the call on known values; return the wanted results."""
+        return self([resolve_references(a, known) for a in self.args], resolve_references(self.kwargs, known))
+
     def __call__(self, args: Sequence[Any], kwargs: dict[str, Any]) -> list[Tensor]:
-        """Run the call; return the wanted results."""
+        """Run the call on arguments; return the wanted results."""
         if self.written:
             args = [a.clone() if i in self.written and isinstance(a, Tensor) else a for i, a in enumerate(args)]
         if len(self.wanted) == 1 or self.call.traits.view == "view":

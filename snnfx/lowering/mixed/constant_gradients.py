@@ -73,10 +73,7 @@ class ConstantGradient:
         if self.how == "linear":
             known = dict(invariants)
             known.update((d.number, d.evaluate(recording, T, sums, stacks, invariants)) for d in self.operands)
-            functional = FunctionalCall(call, [self.number], recording)
-            total = functional(
-                [resolve_references(a, known) for a in functional.args], resolve_references(call.kwargs, known)
-            )[0]
+            total = FunctionalCall(call, [self.number], recording).on(known)[0]
         elif self.how == "product":
             total = _product(*(stacks[n] for n in self.stacks))
         else:

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from snnfx.lowering.aten_recording import AtenCall, Recording, ValueReference, resolve_references
+from snnfx.lowering.aten_recording import AtenCall, Recording, ValueReference
 from snnfx.lowering.elementwise.cpp.build import load, openmp
 from snnfx.lowering.elementwise.cpp.cpp_launch import address_words, pack_arguments
 from snnfx.lowering.elementwise.operand_layout import dense_strides, describe_operand, plan_layout
@@ -258,10 +258,7 @@ class _ScheduleRun:
 
         def compute(i: int) -> None:
             known = {number: steps[i] for number, steps in numbers.items()}
-            results = functional(
-                [resolve_references(a, known) for a in functional.args], resolve_references(call.kwargs, known)
-            )
-            for result, steps in zip(results, out, strict=True):
+            for result, steps in zip(functional.on(known), out, strict=True):
                 steps[i].copy_(result)
 
         return compute

@@ -7,11 +7,11 @@ expressions, with an additional edge through time.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable
 from dataclasses import dataclass
 
-import networkx as nx
-
+from snnfx.analysis.vertex_cut import VertexCut
 from snnfx.lowering.aten_recording import Recording
 from snnfx.lowering.mixed.schedule import CallKinds
 
@@ -50,7 +50,7 @@ def plan_saved_values(recording: Recording, kinds: CallKinds, needed: Iterable[i
         needed: the values that the backward pass reads.
     """
     values = recording.values
-    graph = nx.DiGraph()
+    graph = VertexCut[int]()
     stack = [n for n in needed if values[n].varying]
     targets = set(stack)
     seen: set[int] = set()
@@ -61,23 +61,19 @@ def plan_saved_values(recording: Recording, kinds: CallKinds, needed: Iterable[i
         seen.add(number)
         call = values[number].call
         kind = "source" if call is None else kinds.of(call)
-        if kind == "view":
-            graph.add_edge((number, "in"), (number, "out"))
-        else:
-            graph.add_edge((number, "in"), (number, "out"), capacity=_cost(recording, number))
+        graph.add_value(number, math.inf if kind == "view" else _cost(recording, number))
         if call is None or (kind == "heavy" and not call.traits.joins):
-            graph.add_edge("source", (number, "in"))
+            graph.add_source(number)
             continue
         for operand in call.references():
             if values[operand].varying:
-                graph.add_edge((operand, "out"), (number, "in"))
+                graph.add_operand(number, operand)
                 stack.append(operand)
     for number in targets:
-        graph.add_edge((number, "out"), "sink")
-    if not targets:
-        return LoopSavedValues((), (), ())
-    _, (reachable, _) = nx.minimum_cut(graph, "source", "sink")
-    cut = sorted(n for n in seen if (n, "in") in reachable and (n, "out") not in reachable)
+        graph.add_needed(number)
+    cheapest = graph.cheapest()
+    assert cheapest is not None, "sources have a finite cost"
+    cut = sorted(cheapest)
     return LoopSavedValues(
         tuple(n for n in cut if values[n].call is not None),
         tuple(values[n].index for n in cut if values[n].origin == "state"),
