@@ -30,9 +30,12 @@ def run_blocks(document: Path) -> int:
     """Run the blocks of a document as pasted, one after the other in one namespace; returns how many ran."""
     namespace: dict[str, Any] = {"__name__": "__main__"}
     ran = 0
-    for block in python_blocks(document):
+    for number, block in enumerate(python_blocks(document)):
         if all(importlib.util.find_spec(peer) for peer in PEERS if re.search(rf"\b(import|from) {peer}\b", block)):
-            exec(compile(block, str(document), "exec"), namespace)
+            # A source file for each block, as a cell of a notebook has: capture reads the code of loops.
+            file = Path(f"{document.stem}_{number}.py").resolve()
+            file.write_text(block, encoding="utf-8")
+            exec(compile(block, str(file), "exec"), namespace)
             ran += 1
     return ran
 
