@@ -171,8 +171,8 @@ def unbind_steps(x_seq: Any) -> Iterable[Any]:
     return (pytree.tree_unflatten(values, spec) for values in steps)
 
 
-def stack_steps(steps: Sequence[Any], device: torch.device) -> Any:
-    """Stack the values of T steps to a sequence `[T, *]`; those of a structure to a structure of sequences.
+def stack_steps(steps: Sequence[Any], device: torch.device, structures: bool = False) -> Any:
+    """Stack the values of T steps to a sequence `[T, *]`; with `structures`, a structure to one of sequences.
 
     Early values may be numbers or smaller tensors, which are expanded to the shape of the last value. Numbers at all
     steps (a counter) give a tensor `[T]`. None stays None.
@@ -181,6 +181,14 @@ def stack_steps(steps: Sequence[Any], device: torch.device) -> Any:
     if all(isinstance(value, Tensor) and value.shape == last.shape for value in steps):
         return stack_in_layout(steps)
     if not all(pytree.tree_is_leaf(value) for value in steps):
+        if not structures:
+            raise InputError(
+                "SNNFX313",
+                f"a module that runs step by step returns a {_type_of_structure(steps)} at each step",
+                why="the code that called it was traced without this value, so its checks of the type are unknown.",
+                hint="Pass example_inputs, so that the module can be traced, or read the elements where it is called: "
+                "y = self.part(x); return y[0], y[1].",
+            )
         return _stack_structures(steps, device)
     if not isinstance(last, Tensor):
         if all(value is None for value in steps):
@@ -189,7 +197,7 @@ def stack_steps(steps: Sequence[Any], device: torch.device) -> Any:
             raise InputError(
                 "SNNFX313",
                 f"a module that runs step by step returns a {type(last).__name__} at each step",
-                why="only tensors and numbers, and tuples, lists and dicts of these, can be stacked over time.",
+                why="only tensors and numbers can be stacked over time.",
                 hint="Return tensors or numbers from the module.",
             )
         # float64: a 0-dimensional value of a step does not change the dtype of its other operand.
@@ -219,8 +227,12 @@ def _stack_structures(steps: Sequence[Any], device: torch.device) -> Any:
                 why=f"their structures differ: {_types_in(steps[t])} and {_types_in(steps[-1])}.",
                 hint="Return the same tuple, list or dict of tensors at each step.",
             )
-    sequences = [stack_steps(values, device) for values in zip(*(leaves for leaves, _ in flat), strict=True)]
+    sequences = [stack_steps(values, device, True) for values in zip(*(leaves for leaves, _ in flat), strict=True)]
     return pytree.tree_unflatten(sequences, spec)
+
+
+def _type_of_structure(steps: Sequence[Any]) -> str:
+    return next(type(value).__name__ for value in steps if not pytree.tree_is_leaf(value))
 
 
 def _types_in(value: Any) -> Any:

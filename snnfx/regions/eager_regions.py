@@ -9,11 +9,13 @@ import torch
 from torch import Tensor
 
 from snnfx.errors import warn_once
+from snnfx.ir.program import SELF_TARGET
 from snnfx.ops.sequence_functions import stack_steps, unbind_steps
 from snnfx.regions.region_kernels import RegionKernels
 from snnfx.regions.sequence_region import RegionGraph, SequenceRegion, buffers_of
 from snnfx.sandbox.internal_faults import is_internal_fault
 from snnfx.sandbox.tensor_values import restore_value
+from snnfx.state.step_calls import call_opaque
 
 __all__ = ["EagerLoop", "EagerMap"]
 
@@ -36,6 +38,11 @@ class EagerLoop(SequenceRegion):
         self.first = first
         self.make_start: Callable[[], RegionGraph] | None = None
         self.kernels: RegionKernels | None = None
+        self.may_return_structures = any(
+            node.target is call_opaque and getattr(node.args[0], "target", None) == SELF_TARGET
+            for node in step.graph.nodes
+        )
+        """Only of the whole model: code behind a module may have asked for the type of its result during capture."""
 
     def forward(self, *arguments: Any) -> tuple[tuple[Tensor, ...], tuple[Tensor, ...]]:
         """Run one step, `(*constants, *inputs, state)`; state None means the reset state."""
@@ -56,7 +63,8 @@ class EagerLoop(SequenceRegion):
         for x in zip(*(unbind_steps(x) for x in x_seq), strict=True):
             y, state = self(*constants, *x, None) if state is None else step(*constants, *x, state)
             outputs.append(y)
-        return tuple(stack_steps(y, x_seq[0].device) for y in zip(*outputs, strict=True)), state  # type: ignore[return-value]
+        device, structures = x_seq[0].device, self.may_return_structures
+        return tuple(stack_steps(y, device, structures) for y in zip(*outputs, strict=True)), state  # type: ignore[return-value]
 
 
 class EagerMap(SequenceRegion):

@@ -502,8 +502,28 @@ def test_a_part_that_returns_no_tensor() -> None:
     assert snnfx.convert(nn.Sequential(Untraceable(lambda x: 0.5)))(sequence()).tolist() == [0.5] * len(sequence())
 
 
+def test_a_part_that_returns_a_structure() -> None:
+    class Around(nn.Module):
+        def __init__(self, read: Callable[[Any], Any]) -> None:
+            super().__init__()
+            self.part, self.read = Untraceable(lambda x: (x, 2 * x)), read
+
+        def forward(self, x: Tensor) -> Any:
+            return self.read(self.part(x))
+
+    refused(
+        "SNNFX313",
+        "ops/sequence_functions.py:stack_steps",
+        "or read the elements where it is called: y = self.part(x); return y[0], y[1].",
+        lambda: snnfx.convert(Around(lambda y: y))(sequence()),
+        names="tuple",
+    )
+    for found, expected in zip(snnfx.convert(Around(lambda y: (y[0], y[1])))(sequence()), (1, 2), strict=True):
+        assert_same(found, sequence() * expected)
+
+
 def test_a_part_that_returns_other_structures() -> None:
-    model = nn.Sequential(Untraceable(lambda x: (x, x) if float(x.sum()) > 3 else x))
+    model = Untraceable(lambda x: (x, x) if float(x.sum()) > 3 else x)
     x_seq = torch.ones(2, N, C) * torch.tensor([1.0, 0.1])[:, None, None]
     refused(
         "SNNFX313",
@@ -520,7 +540,7 @@ def test_a_part_that_returns_other_structures() -> None:
             lambda: snnfx.convert(model.eval(), chunk=1)(x_seq),
             names="in one chunk than in the next",
         )
-    net = snnfx.convert(nn.Sequential(Untraceable(lambda x: (x, x) if float(x.sum()) > 3 else (x, 2 * x))))
+    net = snnfx.convert(Untraceable(lambda x: (x, x) if float(x.sum()) > 3 else (x, 2 * x)))
     assert_same(net(x_seq)[1], x_seq * torch.tensor([1.0, 2.0])[:, None, None])
 
 

@@ -137,7 +137,22 @@ class AroundStructure(nn.Module):
 
 class ReturnsIt(AroundStructure):
     def forward(self, x: Tensor) -> Any:
-        return self.part(x)
+        y = self.part(x)
+        return y[0], y[1]["double"], y[1]["number"]
+
+
+class PassesOn(AroundStructure):
+    def forward(self, x: Tensor) -> Any:
+        y = self.part(x)
+        return y[0] if isinstance(y, tuple) else y
+
+
+@pytest.mark.parametrize("examples", [True, False], ids=["examples", "none"])
+def test_a_structure_whose_type_the_code_may_have_checked_is_an_error(examples: bool) -> None:
+    x_seq = torch.rand(4, 2, 3, dtype=torch.float64)
+    net = snnfx.convert(PassesOn(), example_inputs=(x_seq[0],) if examples else None)
+    with pytest.raises(InputError, match="SNNFX313.*returns a tuple"):
+        net(x_seq)
 
 
 class ReadsFirst(AroundStructure):
@@ -162,7 +177,9 @@ class Chains(AroundStructure):
 
 
 @pytest.mark.parametrize("examples", [True, False], ids=["examples", "none"])
-@pytest.mark.parametrize("kind", [ReturnsIt, ReadsFirst, ReadsNested, Unpacks, Chains], ids=lambda k: k.__name__)
+@pytest.mark.parametrize(
+    "kind", [Structured, ReturnsIt, ReadsFirst, ReadsNested, Unpacks, Chains], ids=lambda k: k.__name__
+)
 def test_a_stepped_part_may_return_tuples_and_dicts(kind: type[nn.Module], examples: bool) -> None:
     model, x_seq = kind(), torch.rand(4, 2, 3, dtype=torch.float64, requires_grad=True)
     steps = [pytree.tree_flatten(model(x)) for x in x_seq]
@@ -192,7 +209,7 @@ def test_a_structure_that_differs_between_steps_is_an_error() -> None:
         net(torch.tensor([[1.0], [-1.0], [1.0]]))
 
 
-@pytest.mark.parametrize("kind", [ReturnsIt, ReadsNested], ids=lambda k: k.__name__)
+@pytest.mark.parametrize("kind", [Structured, ReturnsIt, ReadsNested], ids=lambda k: k.__name__)
 def test_structures_are_joined_over_chunks_moved_and_reduced(kind: type[nn.Module]) -> None:
     model, x_seq = kind(), torch.rand(5, 2, 3, dtype=torch.float64)
     whole = pytree.tree_leaves(snnfx.convert(model)(x_seq))
