@@ -84,9 +84,11 @@ def test_a_reset_reaches_the_carried_state(reset: str, step_mode: str) -> None:
     torch.testing.assert_close(net(x), first)
 
 
-def test_the_reset_of_snntorch_reaches_the_carried_state() -> None:
+def test_the_reset_of_snntorch_reaches_the_carried_state(monkeypatch: pytest.MonkeyPatch) -> None:
     snntorch = pytest.importorskip("snntorch")
     from snntorch import utils
+
+    monkeypatch.setattr(snntorch.SpikingNeuron, "instances", [])  # it resets the neurons of other tests as well
 
     model = nn.Sequential(nn.Linear(4, 4), snntorch.Leaky(beta=0.9, init_hidden=True, threshold=0.4)).double()
     x, y = sequence(), sequence(seed=1)

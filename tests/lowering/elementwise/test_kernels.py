@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 import snnfx
 from snnfx import neuron, surrogate
+from snnfx.lowering.elementwise.cpp import build
 from snnfx.lowering.elementwise.cpp.build import find_compiler
 from snnfx.lowering.elementwise.lowered_step import LoweredStep
 from snnfx.ops.buffer_pool import BufferPool
@@ -631,6 +632,7 @@ def test_training_keeps_one_tensor_of_a_lif_layer() -> None:
 
 
 def test_no_compiler_means_the_loop_and_one_warning(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(build, "_loaded", {})  # kernels of other tests
     monkeypatch.setenv("SNNFX_KERNELS", "0")
 
     class Unheard(neuron.LIFNode):
