@@ -4,7 +4,7 @@ Replaces a linear layer or convolution of a fold, which multiplies all its input
 the active inputs if there are few of them. The pass marks layers whose input comes from a neuron or a comparison, also
 through views, poolings, concatenations and sums; `snnfx.lowering.events` measures the density at each call and decides.
 Legal because a product with a zero adds nothing; the sums are in another order, so results differ by rounding.
-Source: Park et al., "Faster CNNs with direct sparse convolutions and guided pruning", 2017, section 3.
+Source: event-driven simulation, reviewed by Brette et al., "Simulation of networks of spiking neurons", 2007.
 """
 
 from __future__ import annotations

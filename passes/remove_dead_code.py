@@ -1,9 +1,9 @@
 """Remove nodes whose value is not needed (dead code elimination).
 
 Needed are the outputs of a step, the next value of every slot (`net.run` returns it), initial values and size checks,
-and in training the layers that update running statistics. Legal because other nodes have no effect. A slot that capture
-discovered by watching attributes is needed only if a value depends on it, its own next value included: an attribute
-that is written but never read is not a state.
+in training the layers that update running statistics, and modules that run without capture, whose effects are unknown.
+Legal because other nodes have no effect. A slot that capture discovered by watching attributes is needed only if a value
+depends on it, its own next value included: an attribute that is written but never read is not a state.
 """
 
 from __future__ import annotations

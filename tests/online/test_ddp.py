@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-import multiprocessing
-import socket
-from concurrent.futures import ProcessPoolExecutor
 from typing import Any
 
 import pytest
@@ -14,6 +11,7 @@ from torch.nn import functional as F
 
 from snnfx.online import FPTT, OTTT_A, OTTT_O, Rule, Trainer
 from support.online_models import dense_net, sgd
+from support.two_processes import gloo_group, run_in_two_processes
 
 T, N = 5, 6
 RULES: dict[str, Rule] = {"OTTT-A": OTTT_A, "OTTT-O": OTTT_O, "FPTT": FPTT(0.5, "authors")}
@@ -50,25 +48,15 @@ def train(rule: str, how: str, x_seq: Tensor, target: Tensor) -> list[Tensor]:
 
 
 def train_in_process(rank: int, port: int) -> list[list[Any]]:
-    torch.set_num_threads(1)
-    address = f"tcp://127.0.0.1:{port}"
-    torch.distributed.init_process_group("gloo", init_method=address, rank=rank, world_size=2)
-    try:
+    with gloo_group(rank, port):
         half = [s[:, rank * N // 2 : (rank + 1) * N // 2] for s in batch()]
         return [[p.tolist() for p in train(rule, how, *half)] for rule, how in CASES]
-    finally:
-        torch.distributed.destroy_process_group()
 
 
 @pytest.fixture(scope="module")
 def trained_by_two() -> list[list[list[Any]]]:
     """The parameters by rank and case."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
-    context = multiprocessing.get_context("spawn")
-    with ProcessPoolExecutor(2, mp_context=context) as pool:
-        return [future.result(timeout=120) for future in [pool.submit(train_in_process, r, port) for r in range(2)]]
+    return run_in_two_processes(train_in_process)
 
 
 @pytest.mark.parametrize("case", range(len(CASES)), ids=["-".join(case) for case in CASES])

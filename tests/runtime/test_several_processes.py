@@ -2,11 +2,8 @@
 
 from __future__ import annotations
 
-import multiprocessing
 import re
-import socket
 from collections.abc import Callable
-from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 import snnfx
+from support.two_processes import gloo_group, run_in_two_processes
 
 T, N = 5, 6
 PAGE = Path(__file__).parents[2] / "tools" / "docs" / "how_to" / "several_devices.md"
@@ -52,10 +50,7 @@ def gradients_of(net: nn.Module, x_seq: Tensor, labels: Tensor) -> list[Tensor]:
 
 
 def train_in_process(rank: int, port: int) -> list[list[Any]]:
-    torch.set_num_threads(1)
-    address = f"tcp://127.0.0.1:{port}"
-    torch.distributed.init_process_group("gloo", init_method=address, rank=rank, world_size=2)
-    try:
+    with gloo_group(rank, port):
         x_seq, labels = batch()
         mine = slice(rank * N // 2, (rank + 1) * N // 2)
         page, found = functions_of_the_page(), []
@@ -63,19 +58,12 @@ def train_in_process(rank: int, port: int) -> list[list[Any]]:
             net = page[wrap](page["build"]().double(), x_seq[0, mine], **options)
             found.append([g.tolist() for g in gradients_of(net, x_seq[:, mine], labels[mine])])
         return found
-    finally:
-        torch.distributed.destroy_process_group()
 
 
 @pytest.fixture(scope="module")
 def gradients_of_two() -> list[list[list[Any]]]:
     """The gradients by rank and case."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
-    context = multiprocessing.get_context("spawn")
-    with ProcessPoolExecutor(2, mp_context=context) as pool:
-        return [future.result(timeout=120) for future in [pool.submit(train_in_process, r, port) for r in range(2)]]
+    return run_in_two_processes(train_in_process)
 
 
 @pytest.mark.parametrize("case", range(len(CASES)), ids=list(CASES))
