@@ -2,8 +2,8 @@
 
 Needed are the outputs of a step, the next value of every slot (`net.run` returns it), initial values and size checks,
 in training the layers that update running statistics, and modules that run without capture, whose effects are unknown.
-Legal because other nodes have no effect. A slot that capture discovered by watching attributes is needed only if a value
-depends on it, its own next value included: an attribute that is written but never read is not a state.
+Legal because other nodes have no effect. A slot that capture discovered by watching attributes is needed only if a
+value depends on it, its own next value included: an attribute that is written but never read is not a state.
 """
 
 from __future__ import annotations
