@@ -34,15 +34,13 @@ from snnfx.memory.checkpoint_option import (
 )
 from snnfx.memory.chunk_plan import check_chunk_option
 from snnfx.memory.planning import refuse_impossible_budget
-from snnfx.passes.normalize import Normalize
-from snnfx.passes.remove_dead_code import RemoveDeadCode
 from snnfx.passes.sink_reductions import REDUCTIONS
 from snnfx.passes.standard_pipeline import pipeline, planning, replanning
 from snnfx.runtime.net import Net
 from snnfx.runtime.whole_sequences import refuse_without_step
 from snnfx.sandbox.torch_internals import pytree
 from snnfx.sandbox.user_code import step_signature
-from snnfx.sequence.call_capture import CapturedCall, ProgramPasses, capture_calls
+from snnfx.sequence.call_capture import CapturedCall, capture_calls
 from snnfx.sequence.derived_step import DerivedStep, derive_step
 from snnfx.sequence.pointwise_time import MixesTime
 from snnfx.state.carry import paths_of
@@ -242,13 +240,8 @@ def convert_sequence_model(model: nn.Module, options: ConvertOptions, example_in
             why="the loops of the model are found by capturing a call on short sequences.",
             hint="Pass example_inputs=(x_seq,) with the inputs of one whole call.",
         )
-    start = time.perf_counter()
-    history: list[PassRecord] = []
-    passes = ProgramPasses(partial(_run_passes, [Normalize()]), partial(_run_passes, [RemoveDeadCode()]))
-    calls = capture_calls(model, example_inputs, options.entry, passes)
-    captured = (time.perf_counter() - start) * 1e3
-    note = f"{len(calls[0].program.graph.nodes)} nodes, {len(calls[0].loops)} loops"
-    history.append(PassRecord("capture", captured, note, str(calls[0].program)))
+    history = History()
+    calls = capture_calls(model, example_inputs, options.entry, history)
     try:
         return _convert_derived(model, calls, options, history)
     except MixesTime as mixing:
@@ -262,14 +255,13 @@ def convert_sequence_model(model: nn.Module, options: ConvertOptions, example_in
     return Net(model, {True: training, False: evaluation}, options, history, _convert_sequence_again)
 
 
-def _convert_derived(
-    model: nn.Module, calls: Sequence[CapturedCall], options: ConvertOptions, history: list[PassRecord]
-) -> Net:
+def _convert_derived(model: nn.Module, calls: Sequence[CapturedCall], options: ConvertOptions, history: History) -> Net:
     """A multi-step net for a model whose call is pointwise in time but for its loops.
 
     Raises:
         MixesTime: it is not.
     """
+    start = time.perf_counter()
     steps = [derive_step(call) for call in calls]
     first = steps[0]
     if any((step.time_dim, step.reduce) != (first.time_dim, first.reduce) for step in steps):
@@ -282,14 +274,19 @@ def _convert_derived(
         options, step_mode="m", time_dim=first.time_dim, reduce=first.reduce or options.reduce, batch_norm=norms
     )
     programs: dict[bool, StepProgram] = {}
-    done: list[PassRecord] = []
+    derived = (time.perf_counter() - start) * 1e3
+    history = History(history)
     for mode, step in zip((True, False), steps, strict=True):
         program = programs[mode] = step.program
         program.training = mode
-        records = PassManager(pipeline(program, options)).run(program)
-        done += records if mode else []
+        verify_program(program, after="derive_step")
+        if mode:
+            note = f"{len(program.graph.nodes)} nodes, {len(program.slots)} slots"
+            ir, snapshot = str(program), ProgramSnapshot(program)
+            history.append(PassRecord("derive_step", derived, note, ir, history[-1].ir, "captured", True, snapshot))
+            print_record(history[-1])
+        PassManager(pipeline(program, options)).run(program, history if mode else None)
         _check_reduction(program, step)
-    history += done
     if _same_plan(*programs.values()) and _same_steps(*programs.values()):
         programs[False] = programs[True]
     return Net(model, programs, options, history, _convert_derived_again).convert_to(step_mode)
@@ -332,9 +329,7 @@ def _repeated_steps(dim: int, args: tuple[Any, ...], kwargs: dict[str, Any]) -> 
     return pytree.tree_map(repeated, (args, kwargs))  # type: ignore[no-any-return]
 
 
-def _with_loop_nets(
-    model: nn.Module, call: CapturedCall, options: ConvertOptions, history: list[PassRecord]
-) -> StepProgram:
+def _with_loop_nets(model: nn.Module, call: CapturedCall, options: ConvertOptions, history: History) -> StepProgram:
     """The program of a call with a net for each of its loops."""
     program = call.program
     for loop in call.loops:
@@ -360,10 +355,6 @@ def _plan_loop_again(net: Net, args: tuple[Any, ...], kwargs: dict[str, Any]) ->
             node.meta["val"] = torch.empty_like(x, device="meta")
         PassManager(planning(program, net.options)).run(program)
     return Net(net.source, programs, net.options, net.history, _plan_loop_again, net.first_attributes)
-
-
-def _run_passes(passes: list[Pass], program: StepProgram) -> None:
-    PassManager(passes).run(program)
 
 
 def _convert_sequence_again(net: Net, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Net:

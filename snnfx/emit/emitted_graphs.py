@@ -7,21 +7,20 @@ share its graphs.
 
 from __future__ import annotations
 
-import time
 from collections.abc import Callable, Mapping
-from typing import Any, cast
+from typing import Any, TypeVar, cast
 
 from torch import Tensor, fx, nn
 
 from snnfx.emit.arguments import Arguments
 from snnfx.emit.compiled_graph import compile_graph
+from snnfx.emit.emitter import Emitted
 from snnfx.emit.multi_step import emit_multi_step
 from snnfx.emit.plain_graph import emit_plain
 from snnfx.emit.single_step import emit_single_step
-from snnfx.ir.history import History, PassRecord
+from snnfx.ir.history import History
 from snnfx.ir.options import ConvertOptions
-from snnfx.ir.pass_manager import print_record
-from snnfx.ir.printing import format_graph
+from snnfx.ir.pass_manager import run_emission
 from snnfx.ir.program import SELF_TARGET, StepProgram
 from snnfx.ops.run_loop import LoopHandle
 from snnfx.sandbox.torch_internals import pytree
@@ -31,6 +30,8 @@ __all__ = [
     "REGIONS",
     "EmittedGraphs",
 ]
+
+R = TypeVar("R")
 
 REGIONS = "snnfx_regions"
 """The child of the root module that contains the modules of the regions."""
@@ -95,45 +96,54 @@ class EmittedGraphs:
 
     def _emit(self, mode: bool, label: str) -> None:
         program, arguments, options = self.programs[mode], self.arguments[mode], self.options
-        start = time.perf_counter()
         container = f"{REGIONS}.{label}"
-        if options.step_mode == "m":
-            emitted = emit_multi_step(program, container, self.target_name, reduce=options.reduce)
-        else:
-            emitted = emit_single_step(program, container, self.target_name)
-        start = self._take(mode, "main", emitted.graph, start)
+
+        def emit_main() -> Emitted:
+            if options.step_mode == "m":
+                return emit_multi_step(program, container, self.target_name, reduce=options.reduce)
+            return emit_single_step(program, container, self.target_name)
+
+        def emit_without_state() -> Emitted:
+            dims, output_dim = arguments.tensor_dims, arguments.output_time_dim
+            return emit_plain(program, container, self.target_name, regions, dims, output_dim, options.reduce)
+
+        regions = self._take(mode, "main", label, emit_main)
         # A graph without state cannot return the final values of persistent slots.
         needs_state = program.first_step is not None or program.carried or program.persistent_slots
-        is_plain = not needs_state and _is_plain_structure(program.output_spec)
-        if options.step_mode == "m" and is_plain:
-            dims, output_dim = arguments.tensor_dims, arguments.output_time_dim
-            plain = emit_plain(program, container, self.target_name, emitted.regions, dims, output_dim, options.reduce)
-            start = self._take(mode, "plain", plain.graph, start)
-            emitted.regions.update(plain.regions)
-        self.keep(label, emitted.regions)
-        if program.first_step is not None:
-            first = emit_single_step(program.first_step, f"{REGIONS}.{label}_first", self.target_name)
-            self.keep(f"{label}_first", first.regions)
-            self.emitted[mode, "first"] = first.graph
-            self.runners[mode, "first"] = compile_graph(first.graph)
-            self.record("emit", "first", mode, first.graph, start)
+        if options.step_mode == "m" and not needs_state and _is_plain_structure(program.output_spec):
+            self._take(mode, "plain", label, emit_without_state)
+        first, label = program.first_step, f"{label}_first"
+        if first is not None:
+            self._take(mode, "first", label, lambda: emit_single_step(first, f"{REGIONS}.{label}", self.target_name))
 
-    def _take(self, mode: bool, part: str, graph: fx.Graph, start: float) -> float:
-        self.shown[mode] = self.emitted[mode, part] = graph
+    def _take(self, mode: bool, part: str, label: str, emit: Callable[[], Emitted]) -> dict[str, nn.Module]:
+        """Emit one part of a mode and store its graph, runner and regions; return all regions of the label."""
+
+        def emit_and_keep() -> tuple[Emitted, fx.Graph, str]:
+            emitted = emit()
+            self.keep(label, {**self._regions_of(label), **emitted.regions})
+            return emitted, emitted.graph, f"{len(emitted.graph.nodes)} nodes"
+
+        graph = self.run("emit", part, mode, emit_and_keep).graph
+        self.emitted[mode, part] = graph
         self.runners[mode, part] = compile_graph(graph)
-        return self.record("emit", part, mode, graph, start)
+        if part != "first":
+            self.shown[mode] = graph
+        return self._regions_of(label)
 
-    def record(self, name: str, part: str, mode: bool, graph: fx.Graph, start: float, note: str = "") -> float:
-        """Add the record of a graph to the history; return the current time."""
+    def run(self, name: str, part: str, mode: bool, emit: Callable[[], tuple[R, fx.Graph, str]]) -> R:
+        """Emit a graph of a mode, check it, and add its record to the history.
+
+        Args:
+            name: "emit", or another transformation of an emitted graph.
+            part: the part, and further options.
+            mode: whether the graph runs in training.
+            emit: returns `(result, graph, note)`; it stores the modules that the graph calls.
+        """
         training = None if self._share_program else mode
-        before = next((r.ir for r in reversed([*self.history.passes()]) if r.training in (None, mode)), "")
-        note = note or f"{len(graph.nodes)} nodes"
-        milliseconds = (time.perf_counter() - start) * 1e3
         options = f"part={part!r}" + ("" if training is None else f", training={training}")
-        entry = PassRecord(f"{name}{{{options}}}", milliseconds, note, format_graph(graph), before, "emitted", training)
-        self.history.append(entry)
-        print_record(entry)
-        return time.perf_counter()
+        program = self.programs[mode]
+        return run_emission(f"{name}{{{options}}}", program, self.root, emit, self.history, training)
 
     def replace(self, training: bool, graph: fx.Graph) -> None:
         """Run a user's graph in a mode, or in both modes if they share a program."""
@@ -155,6 +165,10 @@ class EmittedGraphs:
         own = "in_training" if training else "in_evaluation"
         container = cast(nn.Module, self._containers[own if own in self._containers else "both_modes"])
         return dict(container.named_children())
+
+    def _regions_of(self, label: str) -> dict[str, nn.Module]:
+        container = self._containers.get(label)
+        return {} if container is None else dict(container.named_children())
 
     @property
     def _containers(self) -> dict[str, nn.Module | None]:

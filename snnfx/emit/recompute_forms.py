@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import threading
-import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -57,23 +56,28 @@ class RecomputeForms:
     def _form(self, training: bool, part: str) -> RecomputeForm:
         graphs, key = self.graphs, (training, part)
         if key not in self._forms:
-            start = time.perf_counter()
-            program, label = graphs.programs[training], f"parts_{len(self._forms)}"
-            parts = split_folds(program)
-            whole = {p.region.name for p in parts if any(p.region is region for region in program.regions)}
-            split = {region.name for region in program.regions} - whole
-            modules = {n: m for n, m in graphs.region_modules(training).items() if n not in split}
-            arguments = graphs.arguments[training]
-            plain = (arguments.tensor_dims, arguments.output_time_dim) if part == "plain" else None
-            reduce = graphs.options.reduce
-            container = f"{REGIONS}.{label}"
-            graph, made = emit_parts(program, parts, container, graphs.target_name, modules, reduce, plain)
-            graphs.keep(label, made)
-            graph, tiles = group_tiles(program, graph, parts, f"{container}_tiles")
-            graphs.keep(f"{label}_tiles", tiles)
-            graphs.record("group_tiles", part, training, graph, start, f"{len(tiles)} tiles")
-            self._forms[key] = RecomputeForm(graph, tiles, tuple(part.region for part in parts))
+
+            def emit() -> tuple[RecomputeForm, fx.Graph, str]:
+                form = self._make_form(training, part, f"parts_{len(self._forms)}")
+                return form, form.graph, f"{len(form.tiles)} tiles"
+
+            self._forms[key] = graphs.run("group_tiles", part, training, emit)
         return self._forms[key]
+
+    def _make_form(self, training: bool, part: str, label: str) -> RecomputeForm:
+        graphs, program = self.graphs, self.graphs.programs[training]
+        parts = split_folds(program)
+        whole = {p.region.name for p in parts if any(p.region is region for region in program.regions)}
+        split = {region.name for region in program.regions} - whole
+        modules = {n: m for n, m in graphs.region_modules(training).items() if n not in split}
+        arguments = graphs.arguments[training]
+        plain = (arguments.tensor_dims, arguments.output_time_dim) if part == "plain" else None
+        container, reduce = f"{REGIONS}.{label}", graphs.options.reduce
+        graph, made = emit_parts(program, parts, container, graphs.target_name, modules, reduce, plain)
+        graphs.keep(label, made)
+        graph, tiles = group_tiles(program, graph, parts, f"{container}_tiles")
+        graphs.keep(f"{label}_tiles", tiles)
+        return RecomputeForm(graph, tiles, tuple(part.region for part in parts))
 
     def runner(self, training: bool, part: str, plan: RecomputePlan) -> Callable[..., Any]:
         """The function that runs the "main" or "plain" graph of a mode with the segments of a plan."""
@@ -84,15 +88,13 @@ class RecomputeForms:
         form, program = self.form(training, part), self.graphs.programs[training]
         key = (training, part, plan.segments, tuple(sorted(plan.slices.items(), key=str)), plan.twice, plan.packs)
         if key not in self._runners:
-            start = time.perf_counter()
             label = f"recomputed_{len(self._runners)}"
-            ranges = infer_integer_ranges(program)
-            container = f"{REGIONS}.{label}"
-            nodes = program.nodes_by_name
-            graph, modules = recompute_segments(form.graph, form.tiles, plan, container, nodes, ranges)
-            self.graphs.keep(label, modules)
-            note = f"{len(plan.segments)} segments"
-            graphs = self.graphs
-            graphs.record("recompute", part, training, graph, start, note)
-            self._runners[key] = compile_graph(graph)
+
+            def emit() -> tuple[fx.Graph, fx.Graph, str]:
+                nodes, ranges = program.nodes_by_name, infer_integer_ranges(program)
+                graph, modules = recompute_segments(form.graph, form.tiles, plan, f"{REGIONS}.{label}", nodes, ranges)
+                self.graphs.keep(label, modules)
+                return graph, graph, f"{len(plan.segments)} segments"
+
+            self._runners[key] = compile_graph(self.graphs.run("recompute", part, training, emit))
         return self._runners[key]

@@ -2,8 +2,9 @@
 
 The manager compares the program and the model before and after a user's pass. A change that the pass has not declared
 is put back, and the error names the pass. If the graph changed, the manager infers the shapes of changed nodes. If
-regions existed, it runs the passes that planned them again. With SNNFX_DEBUG=1 in the environment, every pass prints
-its options and its diff of the IR to stderr.
+regions existed, it runs the passes that planned them again. Rewrites that need more than their program
+(`run_rewrite`) and emission (`run_emission`) are checked and recorded alike. With SNNFX_DEBUG=1 in the environment,
+every pass prints its options and its diff of the IR to stderr.
 """
 
 from __future__ import annotations
@@ -12,9 +13,11 @@ import contextlib
 import os
 import sys
 import time
-from collections.abc import Collection, Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
+from typing import TypeVar
 
+from torch import fx, nn
 from torch.fx import Node
 
 from snnfx.errors import PassError, SnnfxError
@@ -23,15 +26,18 @@ from snnfx.ir.graph_pass import Pass, check_passes, location_of_pass, stages_of
 from snnfx.ir.guards import ModuleTree
 from snnfx.ir.history import History, PassRecord
 from snnfx.ir.model_snapshot import ModelSnapshot
+from snnfx.ir.printing import format_graph
 from snnfx.ir.program import STAGES, StepProgram
 from snnfx.ir.program_snapshot import ProgramSnapshot
 from snnfx.ir.value_inference import update_values
-from snnfx.ir.verifier import verify_program
+from snnfx.ir.verifier import verify_emitted, verify_program
 from snnfx.sandbox import internal_faults
 from snnfx.sandbox.random_draws import draws_undone
 from snnfx.sandbox.user_code import format_location, location_of_error
 
-__all__ = ["PassManager", "PassRecord"]
+__all__ = ["PassManager", "PassRecord", "run_emission", "run_rewrite"]
+
+R = TypeVar("R")
 
 
 @dataclass(frozen=True)
@@ -82,6 +88,75 @@ class PassManager:
             if "graph" not in item.may_change:
                 annotating.append(item)
         return history
+
+
+@dataclass(frozen=True)
+class _Rewrite(Pass):
+    """A pass whose `apply` calls a function, which has the program and more."""
+
+    description: str
+    change: Callable[[], str]
+
+    name = "rewrite"
+    requires = STAGES
+    may_change = ("graph", "slots", "inputs", "outputs", "regions")
+
+    def apply(self, program: StepProgram) -> str:
+        return self.change()
+
+    def __str__(self) -> str:
+        return self.description
+
+
+def run_rewrite(description: str, program: StepProgram, change: Callable[[], str], history: History) -> None:
+    """Run a rewrite that needs more than its program, e.g. a second capture; check and record it like a pass.
+
+    Args:
+        description: the name, with options as in "reroll_loops{loops=2}".
+        program: the program that it changes.
+        change: changes the program; returns the note.
+        history: gets the record.
+    """
+    PassManager([_Rewrite(description, change)]).run(program, history)
+
+
+def run_emission(
+    description: str,
+    program: StepProgram,
+    root: nn.Module,
+    emit: Callable[[], tuple[R, fx.Graph, str]],
+    history: History,
+    training: bool | None = None,
+) -> R:
+    """Emit a graph from a program; check and record it like a pass.
+
+    Args:
+        description: the name with its options.
+        program: the program, which emission must not change.
+        root: the module that the targets of the graph refer to.
+        emit: returns `(result, emitted graph, note)`.
+        history: gets the record.
+        training: the mode of the graph; None for both.
+
+    Raises:
+        PassError: SNNFX501, the emitted graph is invalid; SNNFX701, emission changed the program or the model.
+    """
+    name = description.partition("{")[0]
+    before = (ModelSnapshot(program.source), ProgramSnapshot(program)) if internal_faults.STRICT else None
+    start = time.perf_counter()
+    result, graph, note = emit()
+    milliseconds = (time.perf_counter() - start) * 1e3
+    if before is not None:
+        changed = [clause for _, clause in before[0].changes()]
+        changed += [f"the {part} of the program" for part in before[1].changed_parts(program)]
+        if changed:
+            raise PassError("SNNFX701", f"`{name}` changed {', '.join(changed[:4])}", why="it may only read them.")
+    verify_emitted(graph, root, after=name)
+    last = next((r.ir for r in reversed([*history.passes()]) if r.training in (None, training)), "")
+    record = PassRecord(description, milliseconds, note, format_graph(graph), last, "emitted", training)
+    history.append(record)
+    print_record(record)
+    return result
 
 
 def _record(history: History, run: _Run, note: str, before: str, state: ProgramSnapshot) -> str:
@@ -216,7 +291,7 @@ class _Run:
     def verify(self) -> None:
         """Verify the program; after a failure of a user's pass, put it back."""
         try:
-            verify_program(self.program, after=self.item.name, changed=self.changed)
+            verify_program(self.program, after=str(self.item).partition("{")[0], changed=self.changed)
             if self.program.first_step is not None and not self.item.is_built_in:
                 verify_program(self.program.first_step, after=self.item.name)
         except PassError:

@@ -1,21 +1,22 @@
-"""Verify a step program: the rules of each stage, checked between passes."""
+"""Verify step programs, by the rules of each stage, and emitted graphs."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Collection
+from functools import partial, reduce
 from typing import Any
 
-from torch import nn
+from torch import fx, nn
 from torch.fx import Node
 
 from snnfx.errors import PassError
 from snnfx.ir.facts import FACTS, KIND, REGION, SLOT, SUNK, VALUE
 from snnfx.ir.nodes import is_in_place
 from snnfx.ir.printing import format_node, text_of_value
-from snnfx.ir.program import STAGES, StepProgram
+from snnfx.ir.program import SELF_TARGET, STAGES, StepProgram
 from snnfx.ir.value_inference import UNKNOWN, infer_value, is_same_shape
 
-__all__ = ["verify_program"]
+__all__ = ["verify_emitted", "verify_program"]
 
 _KINDS = ("once", "fold", "map", "loop")
 
@@ -32,14 +33,8 @@ def verify_program(program: StepProgram, after: str = "capture", changed: Collec
         PassError: SNNFX501, with the pass, the node, and ten lines of IR around it.
     """
 
-    def require(condition: bool, node: Node | None, why: str) -> None:
-        if not condition:
-            raise PassError("SNNFX501", f"the pass `{after}` broke the graph", why=f"{why}.\n{_excerpt(program, node)}")
-
-    try:
-        program.graph.lint()
-    except (RuntimeError, ValueError, AssertionError) as error:
-        require(False, None, f"graph.lint failed: {error}")
+    require = _requirement(program.graph, after)
+    _lint(program.graph, require)
     nodes = list(program.graph.nodes)
     _verify_output(program, nodes, require)
     _verify_slots(program, require)
@@ -55,7 +50,39 @@ def verify_program(program: StepProgram, after: str = "capture", changed: Collec
         _verify_regions(program, nodes, require)
 
 
+def verify_emitted(graph: fx.Graph, root: nn.Module, after: str) -> None:
+    """Check an emitted graph: its order, its only output, and its targets on the module that owns it.
+
+    Raises:
+        PassError: SNNFX501.
+    """
+    require = _requirement(graph, after)
+    _lint(graph, require)
+    nodes = list(graph.nodes)
+    outputs = [node for node in nodes if node.op == "output"]
+    require(len(outputs) == 1, None, f"it has {len(outputs)} output nodes")
+    require(nodes[-1] is outputs[0], nodes[-1], "it is behind the output")
+    for node in nodes:
+        if node.op in ("get_attr", "call_module") and node.target != SELF_TARGET:
+            require(_resolves(partial(_attribute, root), str(node.target)), node, f"the net has no `{node.target}`")
+
+
 _Require = Callable[[bool, Node | None, str], None]
+
+
+def _requirement(graph: fx.Graph, after: str) -> _Require:
+    def require(condition: bool, node: Node | None, why: str) -> None:
+        if not condition:
+            raise PassError("SNNFX501", f"the pass `{after}` broke the graph", why=f"{why}.\n{_excerpt(graph, node)}")
+
+    return require
+
+
+def _lint(graph: fx.Graph, require: _Require) -> None:
+    try:
+        graph.lint()
+    except (RuntimeError, ValueError, AssertionError) as error:
+        require(False, None, f"graph.lint failed: {error}")
 
 
 def _verify_output(program: StepProgram, nodes: list[Node], require: _Require) -> None:
@@ -138,6 +165,10 @@ def _shape(value: Any) -> str:
     return text_of_value(value) or type(value).__name__
 
 
+def _attribute(root: nn.Module, target: str) -> object:
+    return reduce(getattr, target.split("."), root)
+
+
 def _resolves(resolve: Callable[[str], object], target: str) -> bool:
     try:
         resolve(target)
@@ -175,8 +206,8 @@ def _verify_regions(program: StepProgram, nodes: list[Node], require: _Require) 
                     )
 
 
-def _excerpt(program: StepProgram, node: Node | None, around: int = 5) -> str:
-    nodes = list(program.graph.nodes)
+def _excerpt(graph: fx.Graph, node: Node | None, around: int = 5) -> str:
+    nodes = list(graph.nodes)
     index = nodes.index(node) if node in nodes else 0
     lines = []
     for i in range(max(0, index - around), min(len(nodes), index + around + 1)):

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
+from torch import fx
 from torch.fx import Node
 
 from snnfx.emit.compiled_graph import compile_graph
@@ -50,9 +51,13 @@ class Recordings:
                     hint="Convert without reduce= to record it.",
                 )
         label = f"record_{len(self._runners)}"
-        emitted = emit_multi_step(program, f"{REGIONS}.{label}", graphs.target_name, nodes, reduce=reduce)
-        graphs.keep(label, emitted.regions)
-        return compile_graph(emitted.graph)
+
+        def emit() -> tuple[fx.Graph, fx.Graph, str]:
+            emitted = emit_multi_step(program, f"{REGIONS}.{label}", graphs.target_name, nodes, reduce=reduce)
+            graphs.keep(label, emitted.regions)
+            return emitted.graph, emitted.graph, f"returns {', '.join(f'`{name}`' for name in names)} as well"
+
+        return compile_graph(graphs.run("emit_recording", "main", self.executable.training, emit))
 
 
 def recorded_node(program: StepProgram, name: str) -> Any:

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+import time
+from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -14,9 +15,13 @@ from snnfx.capture.capture import capture_both_modes
 from snnfx.capture.iteration_tracking import IterationLimit, TooManyIterations
 from snnfx.capture.step_arguments import as_call
 from snnfx.errors import CaptureError, SnnfxError
+from snnfx.ir.history import History, PassRecord
+from snnfx.ir.pass_manager import PassManager, print_record, run_rewrite
 from snnfx.ir.program import StepProgram
+from snnfx.ir.program_snapshot import ProgramSnapshot
 from snnfx.ops.run_loop import LoopHandle
 from snnfx.ops.step_functions import expect_size
+from snnfx.passes import Normalize, RemoveDeadCode
 from snnfx.sandbox.torch_internals import pytree
 from snnfx.sequence.alignment import Differs, align
 from snnfx.sequence.counter_reads import may_branch_on_count
@@ -26,7 +31,7 @@ from snnfx.sequence.loop_runs import LoopRun, find_loop_runs, move_attributes_fi
 from snnfx.sequence.pointwise_time import TimeDimension
 from snnfx.sequence.reroll import RolledLoop, reroll
 
-__all__ = ["CapturedCall", "ProgramPasses", "capture_calls"]
+__all__ = ["CapturedCall", "capture_calls"]
 
 SHORT, LONGER = 4, (5, 6, 8)
 """The lengths at which a call is captured: short, but long enough that three iterations follow the first.
@@ -54,21 +59,8 @@ class CapturedCall:
     time: TimeDimension | None = None
 
 
-@dataclass(frozen=True)
-class ProgramPasses:
-    """The passes that re-rolling needs; `snnfx.convert` gives them.
-
-    Args:
-        normalize: makes the operations of a captured program functional.
-        remove_dead_code: removes nodes without readers.
-    """
-
-    normalize: Callable[[StepProgram], None]
-    remove_dead_code: Callable[[StepProgram], None]
-
-
 def capture_calls(
-    model: nn.Module, example_inputs: Any, entry: str, passes: ProgramPasses
+    model: nn.Module, example_inputs: Any, entry: str, history: History
 ) -> tuple[CapturedCall, CapturedCall]:
     """Capture a whole call in both modes: `(training, evaluation)`, the same object twice if they do not differ.
 
@@ -76,21 +68,34 @@ def capture_calls(
         model: a model whose forward runs over time itself.
         example_inputs: the inputs of one call, whole sequences.
         entry: the method.
-        passes: the passes that re-rolling needs.
+        history: gets the records of the capture in training mode, and of the passes that re-roll its loops.
 
     Raises:
         CaptureError: the model cannot be captured, or SNNFX230, the iterations of a loop differ.
     """
+    start = time.perf_counter()
     found = _find_time_dimension(model, example_inputs, entry)
     if found is None:
         training, evaluation = _capture_from_reset_state(model, example_inputs, entry)
-        first = _with_loops(training, passes)
-        return first, first if evaluation is training else _with_loops(evaluation, passes)
-    time, length, short, long = found
-    of_training = _of_any_length(short[0], long[0], time, length, passes)
+        _record_capture(training, "capture", start, history)
+        first = _with_loops(training, history)
+        return first, first if evaluation is training else _with_loops(evaluation, History())
+    dimension, length, short, long = found
+    _record_capture(short[0], f"capture{{time_steps={SHORT}}}", start, history)
+    of_training = _of_any_length(short[0], long[0], dimension, length, history)
     if short[1] is short[0]:
         return of_training, of_training
-    return of_training, _of_any_length(short[1], long[1], time, length, passes)
+    return of_training, _of_any_length(short[1], long[1], dimension, length, History())
+
+
+def _record_capture(program: StepProgram, description: str, start: float, history: History) -> None:
+    milliseconds = (time.perf_counter() - start) * 1e3
+    note = f"{len(program.graph.nodes)} nodes in a whole call"
+    mode = program.training
+    history.append(
+        PassRecord(description, milliseconds, note, str(program), "", "captured", mode, ProgramSnapshot(program))
+    )
+    print_record(history[-1])
 
 
 _BothModes = tuple[StepProgram, StepProgram]
@@ -191,68 +196,91 @@ def _resized(example_inputs: Any, time: TimeDimension, size: int) -> Any:
 
 
 def _of_any_length(
-    short: StepProgram, long: StepProgram, time: TimeDimension, length: int, passes: ProgramPasses
+    short: StepProgram, long: StepProgram, dimension: TimeDimension, length: int, history: History
 ) -> CapturedCall:
     """Re-roll the loops of two calls, and make the number of time steps variable."""
-    for program in (short, long):
-        _prepare(program, passes)
-    pairs = scaling_runs(find_loop_runs(short), find_loop_runs(long))
-    if pairs is None:
-        raise CaptureError("SNNFX230", "the loops that run depend on the number of time steps")
     loops: list[RolledLoop] = []
-    for index, (run_short, run_long) in enumerate(pairs):
-        target = f"snnfx_loop_{index}"
-        a, b = (_reroll(p, r, target) for p, r in ((short, run_short), (long, run_long)))
+
+    def reroll_loops() -> str:
+        pairs = scaling_runs(find_loop_runs(short), find_loop_runs(long))
+        if pairs is None:
+            raise CaptureError("SNNFX230", "the loops that run depend on the number of time steps")
+        for index, (run_short, run_long) in enumerate(pairs):
+            target = f"snnfx_loop_{index}"
+            a, b = (_reroll(p, r, target) for p, r in ((short, run_short), (long, run_long)))
+            try:
+                require_same_step(a.program, b.program)
+            except Differs as difference:
+                raise _refusal(run_short, difference) from difference
+            loops.append(a)
+        return _note_of(loops)
+
+    def free_length() -> str:
         try:
-            require_same_step(a.program, b.program)
+            make_length_variable(short, long, Lengths(SHORT, length, dimension.leaves[0], dimension.dim))
         except Differs as difference:
-            raise _refusal(run_short, difference) from difference
-        loops.append(a)
-    for program in (short, long):
-        join_elements(program)
-        passes.remove_dead_code(program)
-    lengths = Lengths(SHORT, length, time.leaves[0], time.dim)
-    try:
-        make_length_variable(short, long, lengths)
-    except Differs as difference:
-        raise CaptureError(
-            "SNNFX232",
-            "the code around the loops depends on the number of time steps",
-            where=difference.location,
-            why=f"{difference.why}.",
-            hint="Use operations on the whole sequence, e.g. torch.stack(outputs).mean(0).",
-        ) from difference
-    return CapturedCall(short, loops, time=replace(time, size=SHORT))
+            raise CaptureError(
+                "SNNFX232",
+                "the code around the loops depends on the number of time steps",
+                where=difference.location,
+                why=f"{difference.why}.",
+                hint="Use operations on the whole sequence, e.g. torch.stack(outputs).mean(0).",
+            ) from difference
+        return f"compared with the call of {length} time steps"
+
+    _prepare(long, History())
+    _prepare(short, history)
+    run_rewrite("reroll_loops", short, reroll_loops, history)
+    _finish(long, History())
+    _finish(short, history)
+    run_rewrite("make_length_variable", short, free_length, history)
+    return CapturedCall(short, loops, time=replace(dimension, size=SHORT))
 
 
-def _with_loops(program: StepProgram, passes: ProgramPasses) -> CapturedCall:
+def _with_loops(program: StepProgram, history: History) -> CapturedCall:
     """Re-roll the loops of one call, whose number of iterations is fixed."""
-    _prepare(program, passes)
     loops: list[RolledLoop] = []
-    refusals: list[CaptureError] = []
 
-    def visit(runs: list[LoopRun]) -> None:
-        for run in runs:
-            if run.count >= 3:
-                try:
-                    loops.append(_reroll(program, run, f"snnfx_loop_{len(loops)}"))
-                    continue
-                except CaptureError as error:
-                    refusals.append(error)
-            for inner in run.inner:
-                visit(inner)
+    def reroll_loops() -> str:
+        refusals: list[CaptureError] = []
 
-    visit(find_loop_runs(program))
-    if not loops and refusals:
-        raise refusals[0]
-    join_elements(program)
-    passes.remove_dead_code(program)
+        def visit(runs: list[LoopRun]) -> None:
+            for run in runs:
+                if run.count >= 3:
+                    try:
+                        loops.append(_reroll(program, run, f"snnfx_loop_{len(loops)}"))
+                        continue
+                    except CaptureError as error:
+                        refusals.append(error)
+                for inner in run.inner:
+                    visit(inner)
+
+        visit(find_loop_runs(program))
+        if not loops and refusals:
+            raise refusals[0]
+        return _note_of(loops)
+
+    _prepare(program, history)
+    run_rewrite("reroll_loops", program, reroll_loops, history)
+    _finish(program, history)
     return CapturedCall(program, loops, "the number of time steps is fixed: no loop takes it from a size of the inputs")
 
 
-def _prepare(program: StepProgram, passes: ProgramPasses) -> None:
-    passes.normalize(program)
-    move_attributes_first(program)
+def _note_of(loops: list[RolledLoop]) -> str:
+    found = [f"the loop at {loop.location} is a step of {len(loop.program.graph.nodes)} nodes" for loop in loops]
+    return "; ".join(found) or "no loop over time"
+
+
+def _prepare(program: StepProgram, history: History) -> None:
+    """Make the operations functional, and move reads of attributes in front of all loops."""
+    PassManager([Normalize()]).run(program, history)
+    run_rewrite("move_attributes_first", program, lambda: move_attributes_first(program), history)
+
+
+def _finish(program: StepProgram, history: History) -> None:
+    """Join the elements that the code around the loops takes from their sequences."""
+    run_rewrite("join_elements", program, lambda: join_elements(program), history)
+    PassManager([RemoveDeadCode()]).run(program, history)
 
 
 def _reroll(program: StepProgram, run: LoopRun, target: str) -> RolledLoop:

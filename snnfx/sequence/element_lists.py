@@ -24,8 +24,9 @@ _JOINS = {
 _SUMS = (operator.add, torch.add, "add")
 
 
-def join_elements(program: StepProgram) -> None:
-    """Replace joins and sums of the elements of a sequence by operations on the sequence."""
+def join_elements(program: StepProgram) -> str:
+    """Replace joins and sums of the elements of a sequence by operations on the sequence; return a note."""
+    before = _nodes_that_take_elements(program.graph)
     for node in list(program.graph.nodes):
         if node.target in _JOINS and node.args and isinstance(node.args[0], list | tuple):
             _join(program.graph, node)
@@ -34,6 +35,11 @@ def join_elements(program: StepProgram) -> None:
     for node in reversed(list(program.graph.nodes)):
         if ELEMENT.is_known(node) and not node.users:
             program.graph.erase_node(node)
+    return f"replaced {before - _nodes_that_take_elements(program.graph)} reads of single elements"
+
+
+def _nodes_that_take_elements(graph: fx.Graph) -> int:
+    return sum(map(ELEMENT.is_known, graph.nodes))
 
 
 def _element(value: Any) -> tuple[Node, int] | None:

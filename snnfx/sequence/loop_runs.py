@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 from torch.fx import Node
 
 from snnfx.capture.iteration_tracking import LoopSource
+from snnfx.ir.facts import ITERATIONS
 from snnfx.ir.program import StepProgram
 from snnfx.sandbox.user_code import format_location
 
@@ -39,14 +40,15 @@ class LoopRun:
         return format_location(source.where) or f"`{source.function}`"
 
 
-def move_attributes_first(program: StepProgram) -> None:
-    """Move the get_attr nodes in front of all calls: capture records them where they are first read."""
+def move_attributes_first(program: StepProgram) -> str:
+    """Move the get_attr nodes in front of all calls: capture records them where they are first read; return a note."""
     graph = program.graph
+    moved = [node for node in graph.nodes if node.op == "get_attr"]
     first = next((n for n in graph.nodes if n.op not in ("placeholder", "get_attr")), graph.output_node())
-    for node in list(graph.nodes):
-        if node.op == "get_attr":
-            node.meta.pop("iterations", None)
-            first.prepend(node)
+    for node in moved:
+        ITERATIONS.clear(node)
+        first.prepend(node)
+    return f"moved {len(moved)} reads of attributes"
 
 
 def find_loop_runs(program: StepProgram) -> list[LoopRun]:
