@@ -289,7 +289,7 @@ def _export(arguments: argparse.Namespace) -> int:
         package=arguments.package,
         check=not arguments.no_check,
         dt=arguments.dt,
-        progress=show,
+        announce=show,
     )
     show("done")
     rows = [("", "name", "shape or size", "dtype"), *written.rows()]
