@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import os
 import sys
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sized
 from contextlib import contextmanager
 from typing import Any, TypeVar
 
@@ -88,7 +88,7 @@ def progress_over(items: Iterable[Item], title: str, total: int | None = None, u
         total: number of parts; None: `len(items)` if it has one.
         unit: the name of the parts.
     """
-    count = len(items) if total is None and hasattr(items, "__len__") else total
+    count = len(items) if total is None and isinstance(items, Sized) else total
     with progress(title, count, unit) as bar:
         for item in items:
             yield item
