@@ -945,5 +945,13 @@ CODES: dict[str, CodeEntry] = {
         'snnfx.export(snnfx.convert(model, chunk=16), "net.pt2", x_seq)',
         'snnfx.export(snnfx.convert(model), "net.pt2", x_seq, state=True)',
     ),
+    # 9xx: pictures and progress
+    "SNNFX901": CodeEntry(
+        "a picture cannot have this depth or profile",
+        "`depth` is the number of levels of modules that are drawn open, so it is 0 or more. `profile` is a report of "
+        "snnfx.profile, which has the firing rates.",
+        "snnfx.draw(net, depth=-1)",
+        "snnfx.draw(net, depth=1, profile=snnfx.profile(net, x_seq))",
+    ),
 }
 """All codes, in groups; `snnfx.errors.describe_code` prints an entry."""

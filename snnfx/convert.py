@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from snnfx._progress import Progress, progress
 from snnfx.analysis.batch_norm_folding import unfolded_batch_norms
 from snnfx.capture.capture import capture_both_modes
 from snnfx.capture.carry_inference import infer_carry
@@ -410,6 +411,14 @@ def prepare_programs(
     model: nn.Module, options: ConvertOptions, example_inputs: Any, inferred_carry: bool = False
 ) -> tuple[dict[bool, StepProgram], History]:
     """Capture a model in both modes and run the pipeline: `({training: program}, history)`."""
+    with progress(f"convert {type(model).__name__}", unit="passes") as bar:
+        bar.start("capture")
+        return _prepared(model, options, example_inputs, inferred_carry, bar)
+
+
+def _prepared(
+    model: nn.Module, options: ConvertOptions, example_inputs: Any, inferred_carry: bool, bar: Progress
+) -> tuple[dict[bool, StepProgram], History]:
     start = time.perf_counter()
     training, evaluation = capture_both_modes(model, example_inputs, options.entry, options.carry)
     for program in (training, evaluation):
@@ -427,8 +436,8 @@ def prepare_programs(
         # Both modes may share one graph, but BatchNorm is planned for each mode.
         evaluation = training.copy()
         evaluation.training = False
-    PassManager(pipeline(training, options)).run(training, history)
-    evaluation_history = PassManager(pipeline(evaluation, options)).run(evaluation)
+    PassManager(pipeline(training, options)).run(training, history, bar)
+    evaluation_history = PassManager(pipeline(evaluation, options)).run(evaluation, bar=bar)
     if same_graph and _same_plan(training, evaluation) and (not options.passes or has_same_nodes(training, evaluation)):
         evaluation = training
     else:

@@ -23,6 +23,9 @@ torch.set_num_threads(1)
 # A fault of snnfx itself fails the test instead of turning into a fallback.
 internal_faults.STRICT = True
 
+# Terminals show no progress bars of tests.
+os.environ["SNNFX_PROGRESS"] = "0"
+
 # All test processes share one cache of kernels, which is not the user's.
 os.environ.setdefault("SNNFX_CACHE_DIR", os.path.join(tempfile.gettempdir(), f"snnfx_tests_{os.getuid()}"))
 

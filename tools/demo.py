@@ -1,4 +1,4 @@
-"""Convert, verify, draw, train and time a spiking network on handwritten digits.
+"""Convert, verify, train, profile and export a spiking network on handwritten digits.
 
 Run it with `bash tools/demo.sh`, which also sets up the environment; `--help` lists the options.
 """
@@ -6,6 +6,7 @@ Run it with `bash tools/demo.sh`, which also sets up the environment; `--help` l
 from __future__ import annotations
 
 import argparse
+import logging
 import shutil
 import sys
 import time
@@ -50,29 +51,54 @@ def convert_model(model: nn.Module, terminal: Terminal, example: Tensor, report_
 
 def verify_net(model: nn.Module, net: snnfx.Net, terminal: Terminal, x_seq: Tensor) -> None:
     terminal.section("Verify", "snnfx.verify(model, net, x_seq): outputs, states, buffers and gradients, in float64")
-    for training in (False, True):
-        model.train(training)
-        net.train(training)
-        report = snnfx.verify(model, net, x_seq, double=True)
-        summary, *details = str(report).splitlines()
-        terminal.item("training mode" if training else "evaluation mode", terminal.good(summary))
-        for line in details:
-            terminal.item("", terminal.dim(line.strip()))
+    model.train()
+    net.train()
+    summary, *details = str(snnfx.verify(model, net, x_seq, double=True)).splitlines()
+    terminal.item("training mode", terminal.good(summary))
+    for line in details:
+        terminal.item("", terminal.dim(line.strip()))
 
 
-def draw_before_and_after(
-    model: nn.Module, net: snnfx.Net, terminal: Terminal, out: Path, example: Tensor
-) -> list[Path]:
-    terminal.section("Draw", 'snnfx.draw(model, "single_step.svg"); snnfx.draw(net, "multi_step.svg")')
-    suffix = ".svg" if shutil.which("dot") else ".dot"
-    before, after = out / f"single_step{suffix}", out / f"multi_step{suffix}"
-    snnfx.draw(model, before, example_inputs=(example,))
-    snnfx.draw(net, after)
-    terminal.item("single-step model", str(before))
-    terminal.item("converted net", str(after))
-    if suffix == ".dot":
-        terminal.item("", "for SVG pictures, install graphviz (the program `dot`) and run the demo again")
-    return [before, after]
+def verify_trained(model: nn.Module, net: snnfx.Net, terminal: Terminal, x_seq: Tensor) -> None:
+    """Verify evaluation mode with the trained weights: in an untrained net, few neurons spike in this mode."""
+    model.eval()
+    net.eval()
+    report = str(snnfx.verify(model, net, x_seq, double=True)).splitlines()
+    terminal.item("verify", terminal.good(next(line for line in report if line.startswith("OK"))))
+
+
+def profile_net(net: snnfx.Net, terminal: Terminal, x_seq: Tensor, out: Path) -> list[Path]:
+    """Measure a training step of the trained net; write the page, and the picture with firing rates."""
+    terminal.section("Profile", 'report = snnfx.profile(net, x_seq, train=True); report.save("profile.html")')
+    terminal.working("measuring each region ...")
+    report = snnfx.profile(net, x_seq, train=True, record=("stem_lif", "readout"), repeats=3)
+    slowest = max(report.regions, key=lambda row: row.forward + row.backward)
+    share = (slowest.forward + slowest.backward) / sum(row.forward + row.backward for row in report.regions)
+    terminal.line(f"{'slowest region':<22}{slowest.region}, {share:.0%} of the time: {', '.join(slowest.contents)}")
+    terminal.item("firing rate", f"{report.rate:.1%} of the neurons spike in a step")
+    terminal.item("energy estimate", f"{report.energy * 1e6:.0f} µJ, dense {report.dense_energy * 1e6:.0f} µJ")
+    for advice in report.advice[:2]:
+        terminal.item("would help", f"{advice.option}: {advice.text}")
+    page = report.save(out / "profile.html")
+    picture = out / ("net.svg" if shutil.which("dot") else "net.dot")
+    snnfx.draw(net, picture, profile=report)
+    if picture.suffix == ".dot":
+        terminal.item("", "for an SVG picture, install graphviz (the program `dot`) and run the demo again")
+    return [page, picture]
+
+
+def export_net(net: snnfx.Net, terminal: Terminal, x_seq: Tensor, out: Path) -> Path:
+    """Write the trained net to a file that runs without snnfx."""
+    terminal.section("Export", 'snnfx.export(net.eval(), "digits.pt2", x_seq): runs where snnfx is not installed')
+    terminal.working("exporting, running the file and comparing ...")
+    # torch reports on stderr that it guesses the type of an empty list.
+    logging.getLogger("torch._export").setLevel(logging.ERROR)
+    start = time.perf_counter()
+    path = snnfx.export(net.eval(), out / "digits.pt2", x_seq)
+    size = path.stat().st_size / 2**20
+    terminal.line(f"{'file':<22}{size:.1f} MiB in {time.perf_counter() - start:.0f} s; equal to the net for other T, N")
+    terminal.item("use it", f'torch.export.load("{path.name}").module()(x_seq)')
+    return path
 
 
 def train(net: snnfx.Net, digits: Digits, terminal: Terminal, epochs: int, T: int, batch: int = 64) -> float:
@@ -130,12 +156,12 @@ def grade(terminal: Terminal, reached: float, quick: bool) -> str:
 def parse_arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="tools/demo.sh", description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--out", type=Path, default=ROOT / "demo_output", help="output folder (default: demo_output)")
-    parser.add_argument("--epochs", type=int, default=20, help="training epochs (default: 20)")
+    parser.add_argument("--epochs", type=int, default=8, help="training epochs (default: 8)")
     parser.add_argument("--T", type=int, default=8, help="time steps (default: 8)")
     parser.add_argument("--seed", type=int, default=0, help="random seed (default: 0)")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="cpu or cuda")
-    parser.add_argument("--no-compile", action="store_true", help="leave torch.compile out of the comparison")
-    parser.add_argument("--quick", action="store_true", help="smoke test: small model, 3 epochs, no torch.compile")
+    parser.add_argument("--full", action="store_true", help="also compare with torch.compile, and show memory options")
+    parser.add_argument("--quick", action="store_true", help="smoke test: small model, 3 epochs")
     return parser.parse_args()
 
 
@@ -148,44 +174,58 @@ def main() -> int:
     terminal = Terminal()
     torch.manual_seed(options.seed)
     device = torch.device(options.device)
-    options.out.mkdir(parents=True, exist_ok=True)
+    out: Path = options.out
+    out.mkdir(parents=True, exist_ok=True)
     epochs = 3 if options.quick else options.epochs
 
     digits = load_data(device)
+    terminal.section("Data", "scikit-learn's handwritten digits as spike trains: a pixel spikes with its brightness")
+    count = f"{len(digits.train_labels)} for training and {len(digits.test_labels)} for testing"
+    terminal.item("images", f"8 x 8 pixels: {count}")
+    terminal.item("spike trains", f"{options.T} time steps, [T, N, 1, 8, 8]")
     model = DigitNet(channels=8 if options.quick else 32).to(device)
     terminal.section("Model", "a spiking ResNet, written for one time step")
     terminal.item("source", f"{Path(demo_model.__file__).resolve().relative_to(ROOT)}, class DigitNet")
     terminal.item("parameters", f"{sum(p.numel() for p in model.parameters()):,}")
-    count = f"{len(digits.train_labels)} training and {len(digits.test_labels)} test images"
-    terminal.item("data", f"handwritten digits, 8 x 8 pixels: {count}")
 
     example = spike_trains(digits.train_images[:2], 1)[0]
-    report_file = options.out / "report.md"
+    report_file = out / "report.md"
     net = convert_model(model, terminal, example, report_file)
     verify_net(model, net, terminal, spike_trains(digits.train_images[:4], options.T))
-    pictures = draw_before_and_after(model, net, terminal, options.out, example)
     reached = train(net, digits, terminal, epochs, options.T)
-    weights = options.out / "digits.pt"
+    weights = out / "digits.pt"
     torch.save(model.state_dict(), weights)
     same, total = count_same_predictions(model, net, digits, options.T), len(digits.test_labels)
     terminal.item("test accuracy", grade(terminal, reached, options.quick))
+    verify_trained(model, net, terminal, spike_trains(digits.test_images[:4], options.T))
     terminal.item("predictions", f"the single-step model and the net agree on {same} of {total} test digits")
+    compare(model, net, terminal, digits, options)
+    files = profile_net(net, terminal, spike_trains(digits.test_images[:32], options.T), out)
+    files.append(export_net(net, terminal, spike_trains(digits.test_images[:4], options.T), out))
 
-    with_compile = not options.quick and not options.no_compile
+    terminal.section("Open these three files", f"{time.perf_counter() - started:.0f} s in total")
+    explanations = {
+        "profile page": "time, spikes, memory",
+        "picture": "firing rates",
+        "exported net": "runs without snnfx",
+    }
+    for path, (name, explanation) in zip(files, explanations.items(), strict=True):
+        terminal.item(name, f"{path}  {terminal.dim(f'({explanation})')}")
+    terminal.item("also written", f"{report_file.name} (regions and why), {weights.name} (weights of model and net)")
+    return 0 if reached >= TARGET or options.quick else 1
+
+
+def compare(model: nn.Module, net: snnfx.Net, terminal: Terminal, digits: Digits, options: argparse.Namespace) -> None:
+    """Time the net against the single-step model; with --full also against torch.compile and for memory options."""
+    with_compile = options.full and not options.quick
     if with_compile and not can_compile():
         with_compile = False
         terminal.item("torch.compile", "skipped, because it needs a C++ compiler (g++ or clang++)")
-    sizes = [(options.T, 16)] if options.quick else [(options.T, 64), (4 * options.T, 1)]
-    repeats = 3 if options.quick else 15
+    sizes = [(options.T, 64), (4 * options.T, 1)] if options.full else [(options.T, 16 if options.quick else 64)]
+    repeats = 15 if options.full else 3
     compare_speed(model, net, terminal, digits, sizes, repeats=repeats, with_compile=with_compile)
-    compare_memory(model, terminal, digits, *sizes[0], repeats=repeats)
-
-    terminal.section("Output files", f"{time.perf_counter() - started:.0f} s in total")
-    for name, path in zip(["single-step model", "converted net"], pictures, strict=True):
-        terminal.item(name, str(path))
-    terminal.item("conversion report", f"{report_file}  {terminal.dim('(regions and why, states, memory)')}")
-    terminal.item("trained weights", f"{weights}  {terminal.dim('(for both the model and the net)')}")
-    return 0 if reached >= TARGET or options.quick else 1
+    if options.full:
+        compare_memory(model, terminal, digits, *sizes[0], repeats=repeats)
 
 
 if __name__ == "__main__":

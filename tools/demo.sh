@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
-# Set up .venv, then convert, verify, draw, train and time a small spiking network: a few minutes.
+# Set up .venv, then convert, verify, train, profile and export a small spiking network: two minutes on two cores.
 #
-#   bash tools/demo.sh            writes pictures to ./demo_output
+#   bash tools/demo.sh            writes a profile page, a picture and the exported net to ./demo_output
 #   bash tools/demo.sh --help     prints the options of tools/demo.py
 # tools/_env.sh lists the other settings.
 source "$(dirname "${BASH_SOURCE[0]}")/_env.sh"

@@ -86,6 +86,9 @@ def _parser() -> argparse.ArgumentParser:
 
     command = _command(commands, "draw", _draw, "draw the converted net")
     command.add_argument("--out", default="net.svg", metavar="FILE", help=".svg, .png, .pdf or .dot (default: net.svg)")
+    command.add_argument(
+        "--depth", type=int, metavar="LEVELS", help="draw modules below this level as boxes (default: none of them)"
+    )
 
     command = _command(commands, "verify", _verify, "compare the net with the model run step by step, on random inputs")
     command.add_argument("--T", type=int, default=8, metavar="STEPS", help="number of time steps (default: 8)")
@@ -216,7 +219,7 @@ def _explain(arguments: argparse.Namespace) -> int:
 
 def _draw(arguments: argparse.Namespace) -> int:
     options = _options(arguments)
-    draw(convert(_model(arguments), **options), arguments.out)
+    draw(convert(_model(arguments), **options), arguments.out, depth=arguments.depth)
     print(Path(arguments.out))
     return 0
 
@@ -286,7 +289,7 @@ def _export(arguments: argparse.Namespace) -> int:
         package=arguments.package,
         check=not arguments.no_check,
         dt=arguments.dt,
-        progress=show,
+        announce=show,
     )
     show("done")
     rows = [("", "name", "shape or size", "dtype"), *written.rows()]

@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import fx
 
+from snnfx._progress import progress
 from snnfx._version import __version__
 from snnfx.deploy.checking import check_file
 from snnfx.deploy.interface import Interface, symbolic_shape
@@ -111,7 +112,8 @@ def export(
         True
     """
     request = export_request(state=state, step=step, dynamic=dynamic, package=package, T=T)
-    return write_export(net, path, inputs, request, package=package, check=check, dt=dt).path
+    with progress(f"export {Path(path).name}", unit="stages", delay=0.0) as bar:
+        return write_export(net, path, inputs, request, package=package, check=check, dt=dt, announce=bar.start).path
 
 
 def export_request(*, state: bool, step: bool, dynamic: Sequence[str], package: str | None, T: int | None) -> Request:
@@ -129,28 +131,28 @@ def write_export(
     package: str | None = None,
     check: bool = True,
     dt: float | None = None,
-    progress: Progress = lambda text: None,
+    announce: Progress = lambda text: None,
 ) -> Exported:
-    """Write a net to a file; `progress` is called before each stage. See `export`."""
+    """Write a net to a file; `announce` is called before each stage. See `export`."""
     path = Path(path)
     kind = _kind(net, path, package, request)
     if kind == "nir":
-        return _write_nir(net, path, inputs, request, DEFAULT_TIME_STEP if dt is None else dt, check, progress)
+        return _write_nir(net, path, inputs, request, DEFAULT_TIME_STEP if dt is None else dt, check, announce)
     if dt is not None:
         raise ExportError("SNNFX801", f"dt={dt!r} is an option of .nir files", hint="Leave dt out.")
     if kind == "onnx":
         require_onnx(check)
     with written_at_once(path) as folder, _untouched(net):
-        progress("copy and plan the net")
+        announce("copy and plan the net")
         plan = _plan(net, inputs, request)
-        progress("trace the net")
+        announce("trace the net")
         with torch.no_grad():
             rebuild = _tensors_only(plan.rebuild) if kind == "onnx" else plan.rebuild
             program = trace(plan.function, plan.arguments, rebuild, plan.model)
         plan = _with_output_axes(plan, program)
         file = folder / path.name
         metadata = _metadata(plan, request)
-        progress(f"write {path.name}")
+        announce(f"write {path.name}")
         if kind == "onnx":
             write_onnx(program, file, plan.interface, _symbols(program, plan), metadata)
         elif kind == "aot":
@@ -158,7 +160,7 @@ def write_export(
         else:
             write_program(program, file, metadata)
         if check:
-            progress("run the file without snnfx and compare")
+            announce("run the file without snnfx and compare")
             is_random = _draws_random_numbers(program)
             if is_random:
                 warn_once("SNNFX810", f"{path.name} draws random numbers: only shapes and dtypes were compared.")
@@ -171,12 +173,12 @@ def write_export(
 
 
 def _write_nir(
-    net: Net, path: Path, inputs: tuple[Any, ...], request: Request, dt: float, check: bool, progress: Progress
+    net: Net, path: Path, inputs: tuple[Any, ...], request: Request, dt: float, check: bool, announce: Progress
 ) -> Exported:
     check_nir_options(state=request.state, step=request.step, dynamic=set(request.dynamic) != {"T", "N"})
     require_nir()
     with written_at_once(path) as folder, _untouched(net):
-        progress("fit the neurons and write the graph")
+        announce("fit the neurons and write the graph")
         interface = write_nir(_in_evaluation(net), folder / path.name, inputs, dt, request.T, check)
     return Exported(path, (path,), interface, ("T", "N"), "the net, for the given inputs" if check else "")
 

@@ -8,6 +8,8 @@
 | `computing_nodes` | the nodes that a report counts, and the same node in two programs |
 | `source_expressions` | nodes printed as Python expressions |
 | `memory_report`, `memory_phases`, `memory_picture` | predicted memory: section of the report, data, picture |
+| `region_execution`, `event_layers` | how each region and layer ran: kernel, stepped, dense, by events |
+| `profile_data` | the rows of a profile |
 | `document`, `plain_data` | output as terminal text or Markdown, and as JSON data |
 | `picture/` | `snnfx.draw` |
 | `profile/` | `snnfx.profile`: a measured call |

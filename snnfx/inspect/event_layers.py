@@ -1,4 +1,4 @@
-"""How the layers that read spikes ran at their latest call, for `explain`."""
+"""How the layers that read spikes ran at their latest call, for `explain`, `profile` and `draw`."""
 
 from __future__ import annotations
 
@@ -10,16 +10,15 @@ from torch.fx import Node
 from snnfx.ir.facts import EVENTS
 from snnfx.ir.printing import describe_node
 from snnfx.ir.program import StepProgram
-from snnfx.lowering.events.event_layers import latest_decision
+from snnfx.lowering.events.event_layers import Decision, latest_decision
 
-__all__ = ["event_layers"]
+__all__ = ["event_decision", "event_layers"]
 
 
 def event_layers(program: StepProgram) -> Iterator[str]:
     """A sentence for each layer that may run by events; nothing before the first call that decides."""
     nodes = [node for node in program.graph.nodes if EVENTS.of(node)]
-    weights = [_weight_of(program, node) for node in nodes]
-    decisions = [None if weight is None else latest_decision(weight) for weight in weights]
+    decisions = [event_decision(program, node) for node in nodes]
     if not any(decisions):
         return
     for node, decision in zip(nodes, decisions, strict=True):
@@ -32,6 +31,12 @@ def event_layers(program: StepProgram) -> Iterator[str]:
             f"`{name}` {way}: {decision.density:.1%} of its inputs were not zero in a sample of the latest call; "
             f"events are faster below {decision.crossover:.0%}."
         )
+
+
+def event_decision(program: StepProgram, node: Node) -> Decision | None:
+    """How the latest call of a layer ran; None if it always runs densely, or did not decide yet."""
+    weight = _weight_of(program, node) if EVENTS.of(node) else None
+    return None if weight is None else latest_decision(weight)
 
 
 def _weight_of(program: StepProgram, node: Node) -> Tensor | None:

@@ -20,6 +20,7 @@ from typing import TypeVar
 from torch import fx, nn
 from torch.fx import Node
 
+from snnfx._progress import Progress
 from snnfx.errors import PassError, SnnfxError
 from snnfx.ir.facts import VALUE
 from snnfx.ir.graph_pass import Pass, check_passes, location_of_pass, stages_of
@@ -52,8 +53,13 @@ class PassManager:
     passes: Sequence[Pass]
     verify: bool = True
 
-    def run(self, program: StepProgram, history: History | None = None) -> History:
+    def run(self, program: StepProgram, history: History | None = None, bar: Progress | None = None) -> History:
         """Apply all passes to `program` in place.
+
+        Args:
+            program: the program.
+            history: the history to which records are appended; None: a new one.
+            bar: a progress bar that advances with each pass.
 
         Returns:
             `history` (default: a new one) with one record appended for each pass.
@@ -69,6 +75,8 @@ class PassManager:
         state = ProgramSnapshot(program)
         annotating: list[Pass] = []
         for item in self.passes:
+            if bar is not None:
+                bar.start(item.name)
             again: list[Pass] = []
             run = _Run(item, program, state)
             run.apply()
@@ -87,6 +95,8 @@ class PassManager:
                 previous = _record(history, run, note, previous, state)
             if "graph" not in item.may_change:
                 annotating.append(item)
+            if bar is not None:
+                bar.advance()
         return history
 
 

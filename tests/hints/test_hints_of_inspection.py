@@ -141,6 +141,31 @@ def test_a_record_without_a_step_program() -> None:
         assert "digraph" in str(drawing)
 
 
+def test_a_picture_of_negative_depth() -> None:
+    net = snnfx.convert(small())
+    refused(
+        "SNNFX901",
+        "inspect/picture/draw.py:_look",
+        "Pass 0 or more, or None for all levels: snnfx.draw(net, depth=1).",
+        lambda: snnfx.draw(net, depth=-1),
+        names="depth=-1",
+    )
+    for depth in (0, 1, None):
+        assert "digraph" in str(snnfx.draw(net, depth=depth))
+
+
+def test_a_picture_with_another_object_as_profile() -> None:
+    net = snnfx.convert(small())
+    refused(
+        "SNNFX901",
+        "inspect/picture/draw.py:_look",
+        "Measure first: snnfx.draw(net, profile=snnfx.profile(net, x_seq)).",
+        lambda: snnfx.draw(net, profile=snnfx.explain(net)),  # type: ignore[arg-type]
+        names="profile=Report",
+    )
+    assert "spikes per neuron and step" in str(snnfx.draw(net, profile=snnfx.profile(net, X_SEQ, repeats=1)))
+
+
 def test_a_picture_in_another_format(tmp_path: Path) -> None:
     refused(
         "SNNFX603",

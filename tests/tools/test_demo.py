@@ -29,15 +29,15 @@ def quick_run(tmp_path_factory: pytest.TempPathFactory) -> tuple[subprocess.Comp
 def test_quick_demo_goes_through_every_section(quick_run: tuple[subprocess.CompletedProcess[str], Path]) -> None:
     done, _ = quick_run
     assert done.returncode == 0, done.stdout + done.stderr
-    sections = ["Model", "Convert", "Verify", "Draw", "Train", "Time", "Memory", "Output files"]
+    sections = ["Data", "Model", "Convert", "Verify", "Train", "Time", "Profile", "Export", "Open these three files"]
     assert re.findall(rf"^({'|'.join(sections)})  ", done.stdout, flags=re.MULTILINE) == sections
 
 
 def test_files_named_at_the_end_exist(quick_run: tuple[subprocess.CompletedProcess[str], Path]) -> None:
     done, out = quick_run
-    closing = done.stdout.partition("Output files")[2]
+    closing = done.stdout.partition("Open these three files")[2]
     named = [Path(match) for match in re.findall(rf"{re.escape(str(out))}\S+", closing)]
-    assert len(named) == 4
+    assert [path.name.partition(".")[0] for path in named] == ["profile", "net", "digits"]
     assert all(path.stat().st_size > 0 for path in named)
 
 

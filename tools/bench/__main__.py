@@ -29,6 +29,8 @@ import networks
 import torch
 from timing import MALLOC, fresh_process
 
+from snnfx._progress import progress
+
 RESULTS = Path(__file__).resolve().parent.parent / "results"
 
 
@@ -75,11 +77,14 @@ def main() -> int:
         results[name] = []
         for malloc in mallocs if name != "compiling" else mallocs[:1]:
             _headline(name, malloc)
-            for case in cases:
-                with fresh_process(malloc) as call:
-                    result = {"malloc": malloc, **call(module.measure, case, arguments.seconds)}
-                results[name].append(result)
-                show(result)
+            with progress(f"bench {name}", len(cases), "cases", delay=0.0) as bar:
+                for case in cases:
+                    with fresh_process(malloc) as call:
+                        result = {"malloc": malloc, **call(module.measure, case, arguments.seconds)}
+                    results[name].append(result)
+                    bar.clear()
+                    show(result)
+                    bar.advance()
         if arguments.json:
             arguments.json.mkdir(parents=True, exist_ok=True)
             path = arguments.json / f"{name}_cpu.json"

@@ -35,6 +35,7 @@ from fuzz_checks import CHECKS, Inapplicable, Mismatch, Refused, Setting, check_
 from fuzz_models import Case, build, namespace_of, random_case, smaller_cases  # noqa: E402
 from fuzz_verify import verdicts  # noqa: E402
 
+from snnfx._progress import progress  # noqa: E402
 from snnfx.errors import CaptureError, InputError  # noqa: E402
 
 __all__ = ["Outcome", "fuzz_one", "main", "reproducer", "run_check", "shrink"]
@@ -313,13 +314,16 @@ def main(argv: list[str] | None = None) -> int:
     arguments = parser.parse_args(argv)
     tally = Tally(arguments.out)
     shown = time.perf_counter()
-    for result in _results(arguments):
-        tally.add(result)
-        if arguments.seconds and time.perf_counter() - tally.start > arguments.seconds:
-            break
-        if time.perf_counter() - shown > 30:
-            shown = time.perf_counter()
-            print(f"... {_listed(tally.models)}", file=sys.stderr, flush=True)
+    with progress("fuzz", arguments.n, "models") as bar:
+        for result in _results(arguments):
+            bar.clear()
+            tally.add(result)
+            if arguments.seconds and time.perf_counter() - tally.start > arguments.seconds:
+                break
+            if time.perf_counter() - shown > 30:
+                shown = time.perf_counter()
+                print(f"... {_listed(tally.models)}", file=sys.stderr, flush=True)
+            bar.advance()
     print(tally)
     return 1 if tally.models["crash"] + tally.models["mismatch"] else 0
 

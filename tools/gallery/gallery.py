@@ -30,6 +30,8 @@ from gallery_entry import Entry
 from gallery_measuring import measure
 from gallery_table import HEADER, compact_table, line
 
+from snnfx._progress import progress
+
 __all__ = ["FAMILIES", "entries", "main"]
 
 FAMILIES = {
@@ -81,11 +83,15 @@ def main() -> int:
     start = time.perf_counter()
     print(HEADER)
     rows: list[dict[str, Any]] = []
-    for entry in entries(arguments.only):
-        rows.append(measure(entry, arguments.seconds).as_data())
-        print(line(rows[-1]), flush=True)
-        if arguments.json:
-            write(arguments.json, rows)
+    with progress("gallery", unit="models", delay=0.0) as bar:
+        for entry in entries(arguments.only):
+            bar.start(entry.name)
+            rows.append(measure(entry, arguments.seconds).as_data())
+            bar.clear()
+            print(line(rows[-1]), flush=True)
+            bar.advance()
+            if arguments.json:
+                write(arguments.json, rows)
     agree = sum(row["verified"] == "yes" for row in rows)
     print(f"\n{agree} of {len(rows)} verified, in {time.perf_counter() - start:.0f} s.")
     return int(agree < len(rows))

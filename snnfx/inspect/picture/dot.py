@@ -6,6 +6,8 @@ import html
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 
+from snnfx.inspect.picture.densities import Density
+
 __all__ = [
     "STYLES",
     "Box",
@@ -42,6 +44,7 @@ STYLES: dict[str, Style] = {
     "loop": Style("#E8B59A", "#A34A1C", "one step after another"),
     "container": Style("#F6F6F6", "#B5B5B5"),
     "inner container": Style("#ECECEC", "#A6A6A6"),
+    "events": Style("#CFE8D3", "#3C7F4B", "by events: zeros are skipped"),
     "chunk": Style("#FFFFFF", "#8C8C8C"),
     "layer": Style("#FFFFFF", "#7A7A7A"),
     "stateful": Style("#F8E3D8", "#A34A1C", "carries state across time steps"),
@@ -54,7 +57,7 @@ STYLES: dict[str, Style] = {
 
 @dataclass(frozen=True)
 class LabelRow:
-    """One operation of a box: its type, hyperparameters, qualified name, shape, and a small code."""
+    """One operation of a box: its type, hyperparameters, qualified name, shape, a small code, and a density."""
 
     title: str
     detail: str = ""
@@ -62,6 +65,7 @@ class LabelRow:
     shape: str = ""
     code: str = ""
     tooltip: str = ""
+    density: Density | None = None
 
 
 @dataclass
@@ -197,8 +201,8 @@ def _top_level_pills(members: Sequence[Member]) -> Iterator[Pill]:
 
 def _box(box: Box) -> str:
     style = STYLES[box.style]
-    shaped = any(row.shape for row in box.rows)
-    rows = "<HR/>".join(f"<TR>{_cells(row, index, shaped)}</TR>" for index, row in enumerate(box.rows))
+    shaped, measured = any(row.shape for row in box.rows), any(row.density for row in box.rows)
+    rows = "<HR/>".join(f"<TR>{_cells(row, index, shaped, measured)}</TR>" for index, row in enumerate(box.rows))
     tooltip = "\n".join(row.tooltip for row in box.rows if row.tooltip)
     table = (
         f'<TABLE BORDER="1" CELLBORDER="0" CELLSPACING="0" CELLPADDING="3" STYLE="ROUNDED" COLOR="{style.border}" '
@@ -211,13 +215,29 @@ _GAP = "&#160;"
 """A space, put at the END of a piece of text because some viewers drop it at the beginning."""
 
 
-def _cells(row: LabelRow, index: int, shaped: bool) -> str:
+def _cells(row: LabelRow, index: int, shaped: bool, measured: bool) -> str:
     detail = _markup(row.detail) if row.detail else ""
     gap = _GAP if row.detail else ""
     code = f' <FONT POINT-SIZE="8" COLOR="#8A3A10">{_markup(row.code)}</FONT>' if row.code else ""
     cells = f'<TD PORT="r{index}" ALIGN="LEFT" WIDTH="54"><B>{_markup(row.title)}{gap}</B>{detail}{code}</TD>'
     cells += f'<TD ALIGN="LEFT">{_small(row.name)}</TD>'
-    return cells + (f'<TD ALIGN="RIGHT">{_small(row.shape)}</TD>' if shaped else "")
+    cells += f'<TD ALIGN="RIGHT">{_small(row.shape)}</TD>' if shaped else ""
+    return cells + (_density(row.density) if measured else "")
+
+
+def _density(density: Density | None) -> str:
+    if density is None:
+        return "<TD></TD>"
+    color = _tint(0.0 if density.of_input else density.mean)
+    text = f'<FONT POINT-SIZE="8" COLOR="{_INK}">{_markup(density.text)}</FONT>'
+    return f'<TD ALIGN="RIGHT" BGCOLOR="{color}">{text}</TD>'
+
+
+def _tint(fraction: float) -> str:
+    """A colour from white to a strong yellow; dark text is legible on all of them."""
+    share = min(1.0, fraction) ** 0.5
+    channels = [round(255 + (end - 255) * share) for end in (0xF2, 0xB7, 0x05)]
+    return "#" + "".join(f"{channel:02X}" for channel in channels)
 
 
 def _small(text: str) -> str:
@@ -265,6 +285,11 @@ def _heading(picture: Picture) -> str:
     if "carried" in picture.legend:
         color = STYLES["slot"].border
         cells += f'<TD><FONT POINT-SIZE="9" COLOR="{color}">- - &#8594; state carried to the next step</FONT></TD>'
+    if "density" in picture.legend:
+        cells += (
+            f'<TD BGCOLOR="{_tint(0.1)}"><FONT POINT-SIZE="9"><B>10 %{_GAP}</B>spikes per neuron and step</FONT></TD>'
+            f'<TD BORDER="1" COLOR="#B5B5B5"><FONT POINT-SIZE="9"><B>in 10 %{_GAP}</B>inputs that are not 0</FONT></TD>'
+        )
     legend = f'<TABLE BORDER="0" CELLSPACING="4" CELLPADDING="3"><TR>{cells}</TR></TABLE>'
     below = f"<TR><TD>{legend}</TD></TR>" if cells else ""
     subtitle = f'<FONT POINT-SIZE="10" COLOR="{_FAINT}">{_markup(picture.subtitle)}</FONT>'

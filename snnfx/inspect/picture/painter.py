@@ -12,13 +12,13 @@ from typing import Any
 from torch import Tensor
 from torch.fx import Node
 
-from snnfx.analysis.dependence import analyse_dependence
+from snnfx.inspect.picture.densities import Densities
 from snnfx.inspect.picture.dot import Box, Cluster, Edge, LabelRow, Member, Pill
+from snnfx.inspect.picture.drawn_operations import DrawnOperations
 from snnfx.inspect.picture.layer_summary import summarize_node
-from snnfx.ir.nodes import is_module_call, is_size, is_structural
+from snnfx.inspect.picture.repeated_blocks import join_numbers
+from snnfx.ir.nodes import is_module_call, is_structural
 from snnfx.ir.printing import describe_node, location_of
-from snnfx.ir.program import StepProgram
-from snnfx.ops.step_functions import expect_size
 from snnfx.sandbox.pytree_paths import flatten_with_path
 from snnfx.sandbox.torch_internals import pytree
 from snnfx.state.step_calls import initial_value
@@ -29,13 +29,14 @@ _CARRIED = "t→t+1"
 
 
 class Painter:
-    """Turns the nodes of a program into boxes, pills and edges.
+    """Turns the drawn operations of a program into boxes, pills and edges.
 
     Args:
-        program: the program.
+        drawn: the drawn operations.
         values: known values of one step, by node name.
-        frames: name of the container or region that each drawn node is in.
-        kinds: kind of each region by name, when the frames are regions.
+        frames: the frame that each drawn node is in; "" is the outermost.
+        kinds: kind of each frame of a region.
+        densities: what a profile measured.
 
     Attributes:
         reduce: the reduction over time of the outputs, as in `snnfx.convert`.
@@ -44,36 +45,35 @@ class Painter:
 
     def __init__(
         self,
-        program: StepProgram,
+        drawn: DrawnOperations,
         values: Mapping[str, Any],
         frames: Mapping[Node, str],
         kinds: Mapping[str, str] | None = None,
+        densities: Densities | None = None,
     ) -> None:
-        self.program, self.values, self.kinds = program, values, dict(kinds or {})
+        self.drawn, self.program, self.values, self.kinds = drawn, drawn.program, values, dict(kinds or {})
+        self.densities = densities
         self.reduce: str | None = None
         self.batch_known = True
-        dependence = analyse_dependence(program)
-        self.sequential = dependence.sequential
-        self.drawn = [n for n in program.graph.nodes if _is_drawn(n) and n not in dependence.initial_only]
-        self.frame_of = {node: frames.get(node, "") for node in self.drawn}
-        self.slots = dict(zip(program.slot_nodes(), program.next_states, strict=True))
+        self.nodes, self.slots = drawn.nodes, drawn.slots
+        self.frame_of = {node: frames.get(node, "") for node in self.nodes}
         self.batch = self._batch_size()
-        known = set(self.drawn)
+        known = set(self.nodes)
         self.readers: dict[Node, list[Node]] = {}
-        for node in self.drawn:
-            for operand in self._operands(node):
+        for node in self.nodes:
+            for operand in drawn.operands(node):
                 self.readers.setdefault(operand, []).append(node)
         self.depth: dict[Node, int] = {}
-        for node in self.drawn:
-            self.depth[node] = 1 + max((self.depth.get(o, 0) for o in self._operands(node)), default=0)
+        for node in self.nodes:
+            self.depth[node] = 1 + max((self.depth.get(o, 0) for o in drawn.operands(node)), default=0)
         for slot in self.slots:
             # A slot that only delays a value belongs to none of the regions.
-            near = [] if self.kinds else [*self.readers.get(slot, []), self._source(self.slots[slot])]
+            near = [] if self.kinds else [*self.readers.get(slot, []), drawn.source(self.slots[slot])]
             self.frame_of[slot] = next((self.frame_of[n] for n in near if n in known), frames.get(slot, ""))
         self.constants: dict[tuple[Any, str], str] = {}
-        for node in self.drawn:
-            for operand in self._operands(node):
-                if operand.op == "get_attr":
+        for node in self.nodes:
+            for operand in drawn.operands(node):
+                if operand.op == "get_attr" and node not in drawn.closed:
                     self.constants.setdefault((operand, self.frame_of[node]), f"p{len(self.constants)}")
         for slot, following in self.slots.items():
             if not self._is_computed(following):
@@ -85,23 +85,9 @@ class Painter:
         self.row: dict[Node, str] = {}
         self.boxes = self._stack()
 
-    def _source(self, value: Any) -> Node | None:
-        """The drawn node, slot, input or parameter that a value comes from; None for sizes and constants."""
-        while isinstance(value, Node) and is_structural(value):
-            value = value.args[0]
-        if not isinstance(value, Node) or is_size(value) or value.target is expect_size:
-            return None
-        if value.op == "get_attr" and not isinstance(self.program.resolve(str(value.target)), Tensor):
-            return None
-        return value
-
-    def _operands(self, node: Node) -> list[Node]:
-        sources = (self._source(operand) for operand in node.all_input_nodes)
-        return list(dict.fromkeys(s for s in sources if s is not None))
-
     def _is_computed(self, value: Any) -> bool:
         """Whether a value comes from a drawn node, a slot or an input, and not from a parameter or a constant."""
-        source = self._source(value)
+        source = self.drawn.source(value)
         return source is not None and source.op != "get_attr"
 
     def _batch_size(self) -> int | None:
@@ -114,14 +100,20 @@ class Painter:
 
     def _stack(self) -> list[Box]:
         """Put each chain of nodes without branches into one box."""
-        self.ends = {self._source(value) for value in self.program.outputs}
-        ends = self.ends | {self._source(value) for value in self.program.next_states}
+        self.ends = {self.drawn.source(value) for value in self.program.outputs}
+        ends = self.ends | {self.drawn.source(value) for value in self.program.next_states}
         chains: dict[Node, list[Node]] = {}
-        for node in self.drawn:
-            operands = [o for o in self._operands(node) if o.op != "get_attr"]
+        of_module: dict[str, list[Node]] = {}
+        for node in self.nodes:
+            if node in self.drawn.closed:
+                chains[node] = of_module.setdefault(self.drawn.closed[node], [])
+                chains[node].append(node)
+                continue
+            operands = [o for o in self.drawn.operands(node) if o.op != "get_attr"]
             above = operands[0] if len(operands) == 1 else None
             joins = (
                 above in chains
+                and above not in self.drawn.closed
                 and above not in ends
                 and self.readers[above] == [node]
                 and self.frame_of[above] == self.frame_of[node]
@@ -134,17 +126,28 @@ class Painter:
         self.chains = list({id(chain): chain for chain in chains.values()}.values())
         boxes = []
         for index, chain in enumerate(self.chains):
+            is_closed = chain[0] in self.drawn.closed
             for row, node in enumerate(chain):
                 self.id[node] = f"b{index}"
-                self.row[node] = f"b{index}:r{row}" if row else f"b{index}"
+                self.row[node] = f"b{index}:r{row}" if row and not is_closed else f"b{index}"
             boxes.append(Box(f"b{index}", []))
-            if is_module_call(chain[0]):
+            if is_closed:
+                boxes[-1].style = "inner container"
+                self._close_slots(f"b{index}", chain)
+            elif is_module_call(chain[0]):
                 boxes[-1].style = "stateful"
         for index, slot in enumerate(self.slots):
-            self.id[slot] = f"s{index}"
+            self.id.setdefault(slot, f"s{index}")
         for index, node in enumerate(self.program.input_nodes()):
             self.id[node] = f"x{index}"
         return boxes
+
+    def _close_slots(self, identifier: str, chain: list[Node]) -> None:
+        """Put the slots that only this box reads and writes into the box."""
+        inside = set(chain)
+        for slot, following in self.slots.items():
+            if inside.issuperset([*self.readers.get(slot, []), self.drawn.source(following) or chain[0]]):
+                self.id[slot] = identifier
 
     def members(self, frame: str, show_codes: bool = False) -> list[Member]:
         """The parameters, slots and boxes of one frame."""
@@ -159,13 +162,17 @@ class Painter:
                 )
         slots_of_node: dict[Node, list[Member]] = {}
         for slot, following in self.slots.items():
-            if self.frame_of[slot] == frame:
+            if self.frame_of[slot] == frame and self.id[slot].startswith("s"):
                 # A slot that a single operation reads and writes is drawn next to that operation.
-                readers, writer = self.readers.get(slot, []), self._source(following)
+                readers, writer = self.readers.get(slot, []), self.drawn.source(following)
                 single = len(readers) == 1 and readers[0] is writer
                 (slots_of_node.setdefault(readers[0], []) if single else members).append(self._slot(slot))
         for chain, box in zip(self.chains, self.boxes, strict=True):
             if self.frame_of[chain[0]] != frame:
+                continue
+            if chain[0] in self.drawn.closed:
+                box.rows = [self._closed_row(chain)]
+                members.append(box)
                 continue
             box.rows = self._rows(chain, show_codes)
             if frame in self.kinds:
@@ -181,19 +188,45 @@ class Painter:
         before = next((self._sizes(o) for o in chain[0].all_input_nodes if o.op != "get_attr"), (None, ""))
         usual = next((self._sizes(node)[1] for node in self.program.input_nodes()), "")
         for node in chain:
-            title, detail = summarize_node(self.program, node)
+            twins = self.drawn.twins[node]
+            summaries = [summarize_node(self.program, twin) for twin in twins]
+            title, detail = summaries[0][0], join_numbers([text for _, text in summaries])
             name = describe_node(node) if node.op == "call_module" or is_module_call(node) else ""
             refusal = node.meta.get("refusal") if self.kinds else None
             lines = [line for line in (f"{describe_node(node)}: {title} {detail}".rstrip(), location_of(node)) if line]
+            if len(twins) > 1:
+                lines.append(f"drawn once for {', '.join(dict.fromkeys(map(describe_node, twins)))}")
             if refusal is not None:
                 lines.append(f"{refusal.code} {refusal.reason}. {refusal.hint}".rstrip())
             code = refusal.code if refusal is not None and show_codes else ""
+            density = self.densities.of(twins) if self.densities is not None else None
+            if density is not None:
+                lines.append(density.meaning)
             sizes = self._sizes(node)
             shape = "" if sizes == before or self._shape_is_outside(node) else self.shape(node)
             shape = shape.removesuffix(f" {usual}")
-            rows.append(LabelRow(title, detail, name, shape, code, "\n".join(lines)))
+            rows.append(LabelRow(title, detail, name, shape, code, "\n".join(lines), density))
             before = sizes
         return rows
+
+    def _closed_row(self, chain: list[Node]) -> LabelRow:
+        """The only row of a closed module."""
+        module = self.drawn.closed[chain[0]]
+        repetition = next((r for r in self.drawn.repetitions.get(chain[0], []) if module in r.modules), None)
+        modules = repetition.modules if repetition is not None else (module,)
+        kinds = list(dict.fromkeys(type(self.program.resolve(name)).__name__ for name in modules))
+        title = f"{len(modules)} × " * (len(modules) > 1) + " / ".join(kinds)
+        operations = f"{len(chain)} operations{' each' * (len(modules) > 1)}"
+        name = module if len(modules) == 1 else f"{module} … {modules[-1]}"
+        lines = [
+            f"{', '.join(modules)}: {' / '.join(kinds)}",
+            *dict.fromkeys(map(location_of, chain)),
+            "a larger depth= opens it",
+        ]
+        density = None
+        if self.densities is not None:
+            density = self.densities.of_neurons([twin for node in chain for twin in self.drawn.twins[node]])
+        return LabelRow(title, operations, name, "", "", "\n".join(filter(None, lines)), density)
 
     def _shape_is_outside(self, node: Node) -> bool:
         """Whether the shape of a value is written at an edge or at an output."""
@@ -240,7 +273,7 @@ class Painter:
 
     def shape(self, node: Any, context: str | None = None) -> str:
         """Shape and dtype of a value with symbols N and T, as seen in its frame ("time": as seen between frames)."""
-        sizes, dtype = self._sizes(node)
+        sizes, dtype = self._joined_sizes(node)
         if sizes is None:
             return ""
         context = context or self.kinds.get(self.frame_of.get(node, ""), "step")
@@ -259,6 +292,17 @@ class Painter:
         if time_dim is not None:
             sizes.insert(time_dim if time_dim >= 0 else len(sizes) + 1 + time_dim, "T")
         return f"[{', '.join(sizes)}] {dtype}"
+
+    def _joined_sizes(self, node: Node) -> tuple[list[str] | None, str]:
+        """The sizes of a value, with both ends of a size that differs between the blocks for which it stands."""
+        if is_structural(node) and node.args[1] == 0:
+            node = next(iter(node.all_input_nodes))
+        sizes, dtype = self._sizes(node)
+        others = [self._sizes(twin)[0] for twin in self.drawn.twins.get(node, [])]
+        if sizes is None or not all(other is not None and len(other) == len(sizes) for other in others):
+            return sizes, dtype
+        columns = zip(sizes, *[other for other in others if other is not None], strict=True)
+        return [join_numbers(list(column[1:])) if column[1:] else column[0] for column in columns], dtype
 
     def _sizes(self, node: Node) -> tuple[list[str] | None, str]:
         if is_module_call(node):
@@ -279,7 +323,7 @@ class Painter:
     def edges(self) -> list[Edge]:
         """The data edges, then the edges of carried state."""
         edges: dict[tuple[str, str], Edge] = {}
-        for node in self.drawn:
+        for node in self.nodes:
             for operand in node.all_input_nodes:
                 self._add_edge(edges, operand, node)
         for index, value in enumerate(self.program.outputs):
@@ -289,10 +333,12 @@ class Painter:
         return [*edges.values(), *self._carried_edges()]
 
     def _add_edge(self, edges: dict[tuple[str, str], Edge], operand: Node, node: Node) -> None:
-        source = self._source(operand)
+        source = self.drawn.source(operand)
         if source is None:
             return
         if self.id.get(source) == self.id[node]:
+            return
+        if source.op == "get_attr" and node in self.drawn.closed:
             return
         tail = self.constants[source, self.frame_of[node]] if source.op == "get_attr" else self.id[source]
         head = self.row[node]
@@ -302,22 +348,19 @@ class Painter:
             # The outputs are reduced over time here: later nodes run once.
             how = "last" if self.reduce == "last" else "mean"
             label = f"{self.shape(operand, 'step')} {how} over T".strip()
-        longest = max(self._operands(node), key=lambda o: self.depth.get(o, -1))
+        longest = max(self.drawn.operands(node), key=lambda o: self.depth.get(o, -1))
         edges.setdefault((tail, head), Edge(tail, head, label, main=source is longest))
 
     def _carried_edges(self) -> Iterable[Edge]:
         for slot, following in self.slots.items():
+            if self.id[slot].startswith("b"):
+                continue
             tail = self._tail(following, self.frame_of[slot])
-            yield Edge(tail, self.id[slot], _CARRIED, carried=True, upwards=slot in self.sequential)
+            yield Edge(tail, self.id[slot], _CARRIED, carried=True, upwards=slot in self.drawn.sequential)
 
     def _tail(self, value: Any, frame: str) -> str:
         """The id at which an arrow from a value starts; constants have one id in each frame; "" if not drawn."""
-        source = self._source(value)
+        source = self.drawn.source(value)
         if source is not None and source.op != "get_attr":
             return self.id[source]
         return self.constants.get((value, frame), "")
-
-
-def _is_drawn(node: Node) -> bool:
-    computes = node.op.startswith("call") and node.target is not expect_size
-    return computes and not is_structural(node) and not is_size(node)

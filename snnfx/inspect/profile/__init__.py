@@ -3,7 +3,7 @@
 | module | content |
 |---|---|
 | `profile` | `snnfx.profile`: runs the measurements and collects their rows |
-| `profile_report`, `profile_data` | `ProfileReport`, and the rows of it |
+| `profile_report` | `ProfileReport`, its rows in `snnfx.inspect.profile_data` |
 | `profile_document` | the report as text and Markdown |
 | `profile_page`, `page_charts`, `page_style` | the report as one HTML page |
 | `advice` | options that may make the call faster or smaller |

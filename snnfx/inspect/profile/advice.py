@@ -8,8 +8,8 @@ from collections.abc import Iterator, Sequence
 from torch import nn
 
 from snnfx.inspect.memory_phases import PhaseMemory
-from snnfx.inspect.profile.profile_data import Advice, FiringRate, LayerOperations, RegionTime
 from snnfx.inspect.profile.profiled_call import ProfiledCall
+from snnfx.inspect.profile_data import Advice, FiringRate, LayerOperations, RegionTime
 from snnfx.memory.budget import bytes_as_text
 from snnfx.regions.region_modules import LoopRegion
 

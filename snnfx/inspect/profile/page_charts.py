@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from html import escape
 
 from snnfx.inspect.memory_phases import PhaseMemory
-from snnfx.inspect.profile.profile_data import FiringRate, Recording
+from snnfx.inspect.profile_data import FiringRate, Recording
 from snnfx.memory.budget import bytes_as_text
 
 __all__ = ["channel_strip", "memory_chart", "potential_chart", "rate_line", "spike_raster"]

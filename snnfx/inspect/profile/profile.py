@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Sequence
 from typing import Any
 
@@ -16,20 +17,19 @@ from snnfx.inspect.memory_report import report_memory
 from snnfx.inspect.picture.draw import draw
 from snnfx.inspect.profile.advice import advise
 from snnfx.inspect.profile.observed_step import ObservedCall, observe
-from snnfx.inspect.profile.profile_data import (
+from snnfx.inspect.profile.profile_report import ProfileReport
+from snnfx.inspect.profile.profiled_call import ProfiledCall
+from snnfx.inspect.profile.region_times import measure_regions, median_time
+from snnfx.inspect.profile_data import (
     EnergyModel,
     FiringRate,
     LayerOperations,
     Recording,
     RegionTime,
 )
-from snnfx.inspect.profile.profile_report import ProfileReport
-from snnfx.inspect.profile.profiled_call import ProfiledCall
-from snnfx.inspect.profile.region_times import measure_regions, median_time
+from snnfx.inspect.region_execution import how_region_ran
 from snnfx.ir.printing import describe_node
-from snnfx.lowering.mixed.mixed_step import MixedStep
 from snnfx.ops.run_loop import run_loop
-from snnfx.regions.region_modules import LoopRegion, MapRegion
 from snnfx.runtime.net import Net
 from snnfx.sandbox.isolation import in_mode, isolated
 from snnfx.sandbox.torch_internals import pytree
@@ -38,6 +38,8 @@ __all__ = ["profile"]
 
 _SATURATED = 0.95
 _WARM_UP = 2
+_EVERY_LEVEL = 1000
+"""More levels of modules than a model has: the picture of a page has a frame for each region."""
 
 
 def profile(
@@ -106,34 +108,34 @@ def profile(
         with torch.no_grad():
             seen = observe(call, _names_to_record(call, names))
         memory = _memory(call, train)
-        picture, no_picture = _picture(call.net)
         regions = _region_rows(call, times)
         rates, operations = _rates(seen), _operations(seen)
         advice = advise(call, regions, rates, operations, memory, train)
-    batch = max(
-        (x.shape[1 if v else 0] for x, v in zip(leaves, net.varying_inputs, strict=True) if x.dim() > v), default=0
-    )
-    return ProfileReport(
-        model=type(net.source).__name__,
-        train=train,
-        T=steps,
-        batch=batch,
-        inputs=tuple(tuple(x.shape) for x in leaves),
-        environment=_environment(leaves),
-        forward=forward,
-        backward=backward,
-        repeats=repeats,
-        regions=regions,
-        rates=rates,
-        operations=operations,
-        uncounted=seen.uncounted,
-        energy_model=energy,
-        memory=memory,
-        advice=advice,
-        recordings=_recordings(seen),
-        notes=(*dict.fromkeys(seen.notes), *_notes(call, train), *no_picture),
-        picture=picture,
-    )
+        batch = max(
+            (x.shape[1 if v else 0] for x, v in zip(leaves, net.varying_inputs, strict=True) if x.dim() > v), default=0
+        )
+        report = ProfileReport(
+            model=type(net.source).__name__,
+            train=train,
+            T=steps,
+            batch=batch,
+            inputs=tuple(tuple(x.shape) for x in leaves),
+            environment=_environment(leaves),
+            forward=forward,
+            backward=backward,
+            repeats=repeats,
+            regions=regions,
+            rates=rates,
+            operations=operations,
+            uncounted=seen.uncounted,
+            energy_model=energy,
+            memory=memory,
+            advice=advice,
+            recordings=_recordings(seen),
+            notes=(*dict.fromkeys(seen.notes), *_notes(call, train)),
+        )
+        picture, no_picture = _picture(call.net, report)
+    return dataclasses.replace(report, picture=picture, notes=(*report.notes, *no_picture))
 
 
 def _checked(net: nn.Module, repeats: int) -> Net:
@@ -178,10 +180,10 @@ def _memory(call: ProfiledCall, train: bool) -> PhaseMemory:
     return report.training if train else report.inference
 
 
-def _picture(net: Net) -> tuple[str, list[str]]:
-    """The drawn net as SVG, or "" and a note with the reason."""
+def _picture(net: Net, report: ProfileReport) -> tuple[str, list[str]]:
+    """The net as SVG with each of its regions, or "" and a note with the reason."""
     try:
-        return draw(net).pipe("svg").decode(), []
+        return draw(net, depth=_EVERY_LEVEL, profile=report).pipe("svg").decode(), []
     except ToolError as error:
         return "", [f"No picture of the net: {error}"]
 
@@ -215,7 +217,12 @@ def _region_rows(call: ProfiledCall, times: dict[str, tuple[float, float]]) -> t
         for region in call.net.regions:
             if region.name in left:
                 contents = dict.fromkeys(_with_type(call.net, node) for node in computing_nodes(region))
-                add(region.name, region.kind, _runs_as(region.kind, modules.get(region.name)), list(contents))
+                add(
+                    region.name,
+                    region.kind,
+                    how_region_ran(call.net.program, region, modules.get(region.name)),
+                    list(contents),
+                )
     rest = [sum(pair[i] for pair in left.values()) for i in (0, 1)]
     rows.append(RegionTime("", "", "", (), rest[0] * 1e3, rest[1] * 1e3))
     return tuple(rows)
@@ -238,25 +245,9 @@ def _contents(call: ProfiledCall, nodes: Sequence[Node]) -> list[str]:
 def _runs_of_loop(call: ProfiledCall, node: Node) -> str:
     """How the loops of the step of a re-rolled loop ran."""
     inner = call.net.program.resolve(str(node.args[0].target)).net  # type: ignore[union-attr]
-    ways = {_runs_as(r.kind, inner.region_modules().get(r.name)) for r in inner.regions if r.kind == "loop"}
+    modules = inner.region_modules()
+    ways = {how_region_ran(inner.program, r, modules.get(r.name)) for r in inner.regions if r.kind == "loop"}
     return ", ".join(sorted(ways))
-
-
-def _runs_as(kind: str, module: nn.Module | None) -> str:
-    """How a region ran in the measured calls.
-
-    A region by events sets `runs_by_events` on its module.
-    """
-    if getattr(module, "runs_by_events", False):
-        return "by events"
-    if isinstance(module, LoopRegion):
-        lowered = module.kernels.in_use if module.kernels is not None else None
-        if lowered is None:
-            return "stepped"
-        return "stepped, with kernels" if isinstance(lowered, MixedStep) else "kernel"
-    if isinstance(module, MapRegion):
-        return "vmap over T" if not getattr(module, "refused_by_vmap", "") else "stepped"
-    return {"fold": "dense, T in the batch", "once": "once"}.get(kind, "")
 
 
 def _rates(seen: ObservedCall) -> tuple[FiringRate, ...]:

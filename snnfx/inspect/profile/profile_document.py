@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from snnfx.inspect.document import NO_BREAK, Bullets, Document, Paragraph, Table, Title
-from snnfx.inspect.profile.profile_data import FiringRate, ProfileData
+from snnfx.inspect.profile_data import FiringRate, ProfileData
 from snnfx.memory.budget import bytes_as_text
 
 __all__ = [

@@ -18,7 +18,6 @@ from snnfx.inspect.profile.page_charts import (
     spike_raster,
 )
 from snnfx.inspect.profile.page_style import SCRIPT, STYLE
-from snnfx.inspect.profile.profile_data import FiringRate, LayerOperations, ProfileData, RegionTime
 from snnfx.inspect.profile.profile_document import (
     channels_as_text,
     count_as_text,
@@ -27,6 +26,7 @@ from snnfx.inspect.profile.profile_document import (
     milliseconds_as_text,
     subtitle_of,
 )
+from snnfx.inspect.profile_data import FiringRate, LayerOperations, ProfileData, RegionTime
 from snnfx.memory.budget import bytes_as_text
 
 __all__ = ["profile_page"]

@@ -12,9 +12,9 @@ from typing import Any
 from snnfx.errors import ToolError
 from snnfx.inspect.document import as_markdown, as_text
 from snnfx.inspect.plain_data import plain_data
-from snnfx.inspect.profile.profile_data import ProfileData
 from snnfx.inspect.profile.profile_document import profile_document
 from snnfx.inspect.profile.profile_page import profile_page
+from snnfx.inspect.profile_data import ProfileData
 
 __all__ = ["ProfileReport", "check_report_file"]
 

@@ -27,6 +27,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from snnfx._progress import progress_over
 from snnfx.errors import VerificationError
 from snnfx.inspect.verify.coroutines import Coroutine, inherited_settings
 from snnfx.inspect.verify.observed_contents import is_same
@@ -106,7 +107,7 @@ def _stepping(
             for name in carry
             if name not in first_kwargs and parameters[name].default is inspect.Parameter.empty
         }
-    for t, args in enumerate(steps):
+    for t, args in enumerate(progress_over(steps, "verify: step the model", unit="time steps")):
         with CheckpointAsPlainCall():  # a checkpoint inside a step would run its function with later state
             outputs = call(*args, **{**(kwargs[t] if kwargs else {}), **carried})
         if carry:

@@ -185,7 +185,7 @@ def test_golden_picture_of_a_tiny_net() -> None:
         "cluster_chunk 'chunk: 4 steps in inference'\n"
         "  cluster_fold_0 'fold_0'\n"
         "    b0 'Linear 3→2 fc'\n"
-        "  cluster_loop_1 'loop_1 SNNFX107'\n"
+        "  cluster_loop_1 'loop_1 kernel, SNNFX107'\n"
         "    b1 'BatchNorm1d 2 norm'\n"
         "    cluster_row_b2\n"
         "      s0 'v'\n"
@@ -233,7 +233,10 @@ def test_every_edge_joins_two_nodes_that_are_drawn(name: str, what: str) -> None
 def test_regions_show_what_runs_in_them() -> None:
     net = net_of("convolutional", chunk=None)
     drawn = skeleton(str(draw(net)))
-    assert "  b0 'Conv2d 1→4 3x3 s2 pad 1 conv'\ncluster_loop_1 'loop_1 SNNFX107'\n  b1 'BatchNorm2d 4 norm'" in drawn
+    assert (
+        "  b0 'Conv2d 1→4 3x3 s2 pad 1 conv'\ncluster_loop_1 'loop_1 kernel, SNNFX107'\n  b1 'BatchNorm2d 4 norm'"
+        in drawn
+    )
     assert "b3 'MaxPool2d 2x2 pool [T·N, 4, 2, 2] flatten (1) [T·N, 16] Linear 16→3 fc'" in drawn
     assert "b0 -> b1 '[T, N, 4, 4, 4] float32'" in drawn
     in_training = skeleton(str(draw(net.train())))

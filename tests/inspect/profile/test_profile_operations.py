@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 import snnfx
-from snnfx.inspect.profile.profile_data import LayerOperations
+from snnfx.inspect.profile_data import LayerOperations
 from support.nets import Recurrent, Residual, TokensFirstAttention
 
 T, N = 5, 3

@@ -19,6 +19,7 @@ GROUPS = {
     "SNNFX62": "Online training",
     "SNNFX6": "Command line, pictures and reports",
     "SNNFX8": "Export, save and load",
+    "SNNFX9": "Pictures and progress",
 }
 """The title of a group of codes, by their first characters; the first match counts."""
 

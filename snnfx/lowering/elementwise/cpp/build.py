@@ -20,6 +20,7 @@ from typing import Any
 
 import torch
 
+from snnfx._progress import progress
 from snnfx.lowering.aten_recording import LoweringRefused
 from snnfx.lowering.elementwise.cpp.cpp_kernel import KernelSource
 from snnfx.lowering.elementwise.kernel_cache import is_complete, store, usable_directory
@@ -98,7 +99,8 @@ def _load(text: str) -> Library:
     path = usable_directory() / f"{key}.so"
     for _ in range(_MOST_ATTEMPTS):
         if not is_complete(path):
-            _build(compiler, text, path)
+            with progress("build a kernel", total=1, unit="kernels", delay=0.0):
+                _build(compiler, text, path)
         try:
             return Library(path)
         except OSError as error:
