@@ -102,10 +102,10 @@ def _last_dimensions(node: Node) -> int:
     keeps = node.kwargs.get("keepdim", rest[1] if len(rest) > 1 else False)
     if traits_of(node).linear and not keeps and operation in ("sum", "mean"):
         return 0
-    dims = node.kwargs.get("dim", rest[0] if rest and operation not in _NO_DIMENSION else None)
+    dims: Any = node.kwargs.get("dim", rest[0] if rest and operation not in _NO_DIMENSION else None)
     dims = [dims] if isinstance(dims, int) else dims
     if isinstance(dims, Sequence) and dims and all(isinstance(d, int) and d < 0 for d in dims):
-        return -min(dims)
+        return -int(min(dims))
     return 0
 
 
