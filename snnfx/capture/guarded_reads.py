@@ -12,6 +12,7 @@ import dataclasses
 import enum
 import functools
 import importlib.util
+import io
 import sys
 import types
 from collections import Counter, deque
@@ -491,7 +492,7 @@ def _has_only_plain_elements(value: Any) -> bool:
 
 def _is_object(value: Any) -> bool:
     """Whether the attributes of an object are values of the user."""
-    if isinstance(value, nn.Module | types.ModuleType):
+    if isinstance(value, nn.Module | types.ModuleType | io.IOBase):
         return False
     cls = type(value)
     return isinstance(value, _NAMESPACES) or (

@@ -208,12 +208,19 @@ class _GraphRun(fx.Interpreter):
         return torch.where(self.loops.start, current, value) if is_given and self.loops.start is not None else value
 
     def _delay(
-        self, following: Any, state: Any, initial: Any, time: Tensor, slot: str = "", has_batch: bool = False
+        self,
+        following: Any,
+        state: Any,
+        initial: Any,
+        time: Tensor,
+        slot: str = "",
+        has_batch: bool = False,
+        unexpanded: int | None = 0,
     ) -> Tensor:
         if state is not None and self.loops.start is not None:
-            first = expand_initial_value(0 if initial is None else initial, state[0], slot, has_batch)
+            first = expand_initial_value(0 if initial is None else initial, state[0], slot, has_batch, unexpanded)
             state = (torch.where(self.loops.start, first, state[0]),)
-        return delay_one_step(following, state, initial, time, slot, has_batch)
+        return delay_one_step(following, state, initial, time, slot, has_batch, unexpanded)
 
     def _hold(self, state: Any, initial: Any, time: Tensor) -> Tensor:
         if state is not None and self.loops.start is not None:

@@ -20,6 +20,7 @@ from snnfx.analysis.foldable_loops import folds_when_cut, is_trace_loop
 from snnfx.analysis.statistic_reads import is_statistic_read
 from snnfx.emit.emitter import Emitted, Emitter, TargetName
 from snnfx.emit.region_builder import RegionBuilder, is_batch_first, same_for_all_samples
+from snnfx.emit.shape_dependence import unexpanded_dimensions
 from snnfx.functional import map_forward, multi_step_forward, seq_to_ann_forward
 from snnfx.ir.printing import describe_node
 from snnfx.ir.program import Region, StepProgram
@@ -333,7 +334,8 @@ class MultiStepEmitter(Emitter):
             initial = self.graph.call_function(operator.getitem, (values, 0))
         if is_constant:
             return self.graph.call_function(hold_over_time, (state, initial, self.steps()))
-        arguments = (self._as_sequence(next_state), state, initial, self.steps(), slot, has_batch)
+        unexpanded = unexpanded_dimensions(self.program, placeholder, self.initial_of[slot])
+        arguments = (self._as_sequence(next_state), state, initial, self.steps(), slot, has_batch, unexpanded)
         return self.graph.call_function(delay_one_step, arguments)
 
     def _final_state(self, slot: str) -> Any:

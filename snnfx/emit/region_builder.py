@@ -17,6 +17,7 @@ from snnfx.analysis.batch_norm_folding import layer_of_norm
 from snnfx.analysis.dependence import analyse_dependence
 from snnfx.analysis.image_operations import image_of, is_convolution, takes_any_layout, weights_of
 from snnfx.analysis.statistic_reads import update_chains
+from snnfx.emit.shape_dependence import unexpanded_dimensions
 from snnfx.errors import CaptureError
 from snnfx.ir.edits import add_placeholder
 from snnfx.ir.facts import EVENTS
@@ -166,8 +167,11 @@ class RegionBuilder:
                 if node in builder.first_slots:
                     slot = builder.first_slots[node]
                     next_state, has_batch = builder.argument(next_of[slot]), is_batch_first(builder.initial_of[slot])
+                    # Readers inside the loop get the initial value itself.
+                    initial = builder.initial_of[slot]
+                    unexpanded = unexpanded_dimensions(self.program, node, initial, skip=self.inside)
                     results[index] = graph.call_function(
-                        expand_initial_value, (results[index], next_state, slot, has_batch)
+                        expand_initial_value, (results[index], next_state, slot, has_batch, unexpanded)
                     )
         if next_states is None:
             dims = ((node, node.meta.get("batch_dim")) for node in self.input_nodes)

@@ -193,6 +193,18 @@ class Guard:
     expected: Any
     shown: str
 
+    def __deepcopy__(self, memo: dict[int, Any]) -> Guard:
+        """A guard of a copy: keys of dicts that the model refers to are those of its copy, other values are shared."""
+
+        def copied(key: Any) -> Any:
+            return memo.get(id(key), key)
+
+        path = tuple((kind, copied(key) if kind == "key" else key) for kind, key in self.path)
+        expected = self.expected
+        if self.test == "keys":
+            expected = (expected[0], [*map(copied, expected[1])])
+        return replace(self, path=path, expected=expected)
+
     @property
     def name(self) -> str:
         """The location as in code, e.g. `lif1.cfg.k`."""

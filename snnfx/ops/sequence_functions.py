@@ -127,6 +127,7 @@ def delay_one_step(
     time: Tensor,
     slot: str = "",
     has_batch: bool = False,
+    unexpanded: int | None = 0,
 ) -> Tensor:
     """The sequence of a slot that only hands a value to the next step: `[initial, following[0], ..., [T-2]]`.
 
@@ -135,7 +136,7 @@ def delay_one_step(
         state: a tuple with the value before the first step; None: `initial`.
         initial: a number, or a tensor that can be expanded to `[*]`.
         time: `[T]`.
-        slot, has_batch: as for `expand_initial_value`.
+        slot, has_batch, unexpanded: as for `expand_initial_value`.
 
     Raises:
         InputError: SNNFX313, the state changes its shape.
@@ -146,7 +147,7 @@ def delay_one_step(
     if not isinstance(following, Tensor):
         like = first if isinstance(first, Tensor) else stack_steps((first, following), time.device)[0]
         following = torch.full_like(like, following).expand(time.shape[0], *like.shape)
-    first = expand_initial_value(first, following[0], slot, has_batch and state is None)
+    first = expand_initial_value(first, following[0], slot, has_batch and state is None, unexpanded)
     return torch.cat((first.to(following.dtype).unsqueeze(0), following[:-1]))
 
 
@@ -245,7 +246,15 @@ def _broadcasts(shape: Sequence[int], to: Sequence[int]) -> bool:
     return len(shape) <= len(to) and all(size in (1, other) for size, other in sizes)
 
 
-def expand_initial_value(value: Any, following: Any, slot: str = "", has_batch: bool = False) -> Any:
+def _may_expand(shape: Sequence[int], to: Sequence[int], unexpanded: int | None) -> bool:
+    if unexpanded is None or unexpanded == -1:
+        return unexpanded == -1 and len(shape) == len(to) and shape[1:] == to[1:]
+    return unexpanded == 0 or shape[-unexpanded:] == to[-unexpanded:]
+
+
+def expand_initial_value(
+    value: Any, following: Any, slot: str = "", has_batch: bool = False, unexpanded: int | None = 0
+) -> Any:
     """Expand the initial value of a slot, a number or a smaller tensor, to the shape of its next value.
 
     Args:
@@ -253,6 +262,8 @@ def expand_initial_value(value: Any, following: Any, slot: str = "", has_batch: 
         following: the value after a step.
         slot: name of the slot, for the message.
         has_batch: the initial value has its batch in dim 0, so it must not be expanded to more dimensions.
+        unexpanded: the number of last dimensions that must not be expanded, because readers of the state depend on
+            them; -1: all but dimension 0, None: all.
 
     Raises:
         InputError: SNNFX313, the state changes its shape.
@@ -269,4 +280,14 @@ def expand_initial_value(value: Any, following: Any, slot: str = "", has_batch: 
             why="all steps of a sequence must have one shape.",
             hint="Create the state in its final shape, e.g. with torch.zeros_like of the value assigned to it.",
         )
-    return value if value.shape == following.shape else value.expand_as(following)
+    if value.shape == following.shape:
+        return value
+    if not _may_expand(value.shape, following.shape, unexpanded):
+        raise InputError(
+            "SNNFX313",
+            f"the state `{slot}` changes its shape: {list(value.shape)} before the first step, "
+            f"{list(following.shape)} after it",
+            why="the step computes something from it that depends on its shape, such as a sum.",
+            hint="Create the state in its final shape, e.g. with torch.zeros_like of the value assigned to it.",
+        )
+    return value.expand_as(following)

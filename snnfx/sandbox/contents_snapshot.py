@@ -5,6 +5,7 @@ from __future__ import annotations
 import array
 import enum
 import functools
+import io
 import pickle
 import random
 import sys
@@ -188,7 +189,11 @@ def _kind_of(value: Any) -> str:
     cls = type(value)
     package = cls.__module__.partition(".")[0]
     # Loggers, locks and files are not model state, and they reference unrelated objects.
-    if package in ("torch", "snnfx") or (package in sys.stdlib_module_names and package not in _OPEN_PACKAGES):
+    if (
+        isinstance(value, io.IOBase)
+        or package in ("torch", "snnfx")
+        or (package in sys.stdlib_module_names and package not in _OPEN_PACKAGES)
+    ):
         return ""
     return "object" if hasattr(value, "__dict__") or slot_names(cls) else ""
 

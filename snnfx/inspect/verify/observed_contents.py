@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import random
 import sys
 from collections import deque
@@ -128,7 +129,7 @@ def _elements(value: Any) -> dict[Any, Any] | None:
     # Locks, loggers and files are not contents of a model, and they reference unrelated objects.
     is_foreign = package in ("torch", "snnfx") or (package in sys.stdlib_module_names and package != "__main__")
     is_namespace = cls.__name__ in ("SimpleNamespace", "Namespace")
-    if callable(value) or isinstance(value, type) or (is_foreign and not is_namespace):
+    if callable(value) or isinstance(value, type | io.IOBase) or (is_foreign and not is_namespace):
         return None
     slots = {name: getattr(value, name) for name in slot_names(cls) if hasattr(value, name)}
     return {**slots, **getattr(value, "__dict__", {})}

@@ -18,7 +18,7 @@ __all__ = ["is_continued_without", "is_state"]
 def is_state(runs: Runs, owner: nn.Module, attribute: str) -> bool:
     """Whether the steps depend on an attribute: from its final value, they give something else, or they fail.
 
-    A tensor that grows at every step is a log; it is a state only if other values depend on it.
+    A tensor or a container that grows at every step is a log; it is a state only if other values depend on it.
     """
     if attribute in owner._parameters:
         return True
@@ -42,10 +42,13 @@ def is_state(runs: Runs, owner: nn.Module, attribute: str) -> bool:
             contents = {name: entry.value for name, entry in observe(runs.model).items()}
             results.append(named_leaves(steps, "output") | contents)
     a, b = results
+    own = [n for n, e in observe(runs.model).items() if e.owner is owner and e.attribute == attribute]
+    prefixes = tuple(f"{n.removesuffix('.#')}." for n in own)
     if isinstance(final, Tensor):
-        own = [n for n, e in observe(runs.model).items() if e.owner is owner and e.attribute == attribute]
         grown = {n for n in own if isinstance(b.get(n), Tensor) and b[n].shape != final.shape}
         a, b = ({n: v for n, v in values.items() if n not in grown} for values in (a, b))
+    elif any(n.endswith(".#") and n in a and n in b and b[n] > a[n] for n in own):
+        a, b = ({n: v for n, v in values.items() if not f"{n}.".startswith(prefixes)} for values in (a, b))
     return a.keys() != b.keys() or not all(is_same(a[name], b[name]) for name in a)
 
 

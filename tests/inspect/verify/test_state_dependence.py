@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections import deque
+
+import pytest
 import torch
 from torch import Tensor, nn
 
@@ -72,3 +75,52 @@ def test_a_counter_is_state_and_a_growing_log_is_not() -> None:
 
     assert depends(Logging(), "count")
     assert not depends(Logging(), "log")
+
+
+class Logging(nn.Module):
+    """Appends the mean of each step to a list, through NumPy as training scripts do."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.lif, self.rates = snnfx.neuron.LIFNode(v_threshold=0.2), []
+
+    def forward(self, x: Tensor) -> Tensor:
+        y: Tensor = self.lif(x)
+        self.rates.append(y.detach().cpu().numpy().mean())
+        return y
+
+
+def test_a_growing_list_is_state_only_if_a_step_reads_it() -> None:
+    class Reading(Logging):
+        def forward(self, x: Tensor) -> Tensor:
+            y = super().forward(x)
+            return 2 * y if len(self.rates) > 4 else y
+
+    assert not depends(Logging(), "rates")
+    assert depends(Reading(), "rates")
+
+
+@pytest.mark.parametrize("double", [False, True])
+@pytest.mark.parametrize("with_example", [False, True])
+def test_a_log_that_the_net_does_not_write_is_a_note(with_example: bool, double: bool) -> None:
+    x_seq = torch.rand(4, 2, 3)
+    net = snnfx.convert(model := Logging(), example_inputs=(x_seq[0],) if with_example else None)
+    report = snnfx.verify(model, net, x_seq, double=double)
+    assert any(note.startswith("the net does not write `rates.0`") for note in report.notes)
+
+
+class DelayedByTwo(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.earlier = deque([torch.zeros(1, 3), torch.ones(1, 3)], maxlen=2)
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = x + self.earlier[0]
+        self.earlier.append(x)
+        return y
+
+
+@pytest.mark.parametrize("T", [1, 2, 3])
+def test_a_first_state_that_has_not_left_a_queue_may_be_smaller_than_in_the_net(T: int) -> None:
+    model = DelayedByTwo()
+    snnfx.verify(model, snnfx.convert(model), torch.rand(T, 5, 3))
