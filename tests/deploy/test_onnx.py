@@ -125,3 +125,13 @@ def test_nothing_is_printed_or_logged(
     assert [r.getMessage() for r in caplog.records if r.levelno >= 30] == []
     printed = capfd.readouterr()
     assert printed.out + printed.err == ""
+
+
+def test_detached_states_of_snntorch(tmp_path: Path) -> None:
+    snn = pytest.importorskip("snntorch")
+    alpha = snn.Alpha(alpha=0.9, beta=0.8, init_hidden=True)
+    net = snnfx.convert(torch.nn.Sequential(torch.nn.Linear(5, 4), alpha).eval())
+    model = session(snnfx.export(net, tmp_path / "net.onnx", torch.rand(3, 2, 5), check=False))
+    x_seq = torch.rand(6, 1, 5) * 5
+    (y_seq,) = model.run(None, {model.get_inputs()[0].name: x_seq.numpy()})
+    torch.testing.assert_close(torch.from_numpy(y_seq), net(x_seq).detach())
