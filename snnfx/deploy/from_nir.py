@@ -11,6 +11,7 @@ from typing import Any
 
 import networkx
 import numpy as np
+import torch
 from torch import Tensor, nn
 
 from snnfx.deploy.nir_cells import Delay
@@ -25,7 +26,12 @@ __all__ = ["NIRModel", "from_nir"]
 Edge = tuple[str, str]
 
 
-def from_nir(path_or_graph: str | os.PathLike[str] | Any, dt: float | None = None) -> NIRModel:
+def from_nir(
+    path_or_graph: str | os.PathLike[str] | Any,
+    dt: float | None = None,
+    *,
+    device: torch.device | str | None = None,
+) -> NIRModel:
     """Make a single-step model from a NIR graph (neuroir.org).
 
     Layers become layers of torch.nn, and neurons those of snnfx.neuron where they have the parameters, discretised with
@@ -36,6 +42,7 @@ def from_nir(path_or_graph: str | os.PathLike[str] | Any, dt: float | None = Non
     Args:
         path_or_graph: a `.nir` file, or a `nir.NIRGraph`.
         dt: the time step in seconds. Default: None, the time step in the file if snnfx wrote it, else 1e-4.
+        device: the device of the weights. Default: None, the CPU.
 
     Returns:
         A model that computes one time step: tensors `[N, *]` in the order of the graph's inputs -> a tensor `[N, *]`,
@@ -58,9 +65,10 @@ def from_nir(path_or_graph: str | os.PathLike[str] | Any, dt: float | None = Non
     metadata = graph.metadata if isinstance(graph.metadata, dict) else {}
     dt = float(metadata.get(TIME_STEP, 1e-4)) if dt is None else float(dt)
     if not (math.isfinite(dt) and dt > 0):
-        raise InputError("SNNFX816", f"dt={dt} is no time step", why="it must be a positive number of seconds.")
+        raise InputError("SNNFX816", f"dt={dt} is not a time step", why="it must be a positive number of seconds.")
     count = sum(type(node).__name__ == "Input" for node in graph.nodes.values())
-    return NIRModel(graph, dt) if count == 1 else _SeveralInputs(graph, dt)
+    model = NIRModel(graph, dt) if count == 1 else _SeveralInputs(graph, dt)
+    return model if device is None else model.to(device)
 
 
 def _read(path: str | os.PathLike[str]) -> Any:

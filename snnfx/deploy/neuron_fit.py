@@ -274,7 +274,7 @@ class _Fit:
             names = [name for name, node in self.step.slots.items() if node in self.unit.slots]
             return f"its states {', '.join(names)} depend on each other, but NIR's neurons have one potential."
         kind = "last value and its inputs" if self.unit.slots else "inputs"
-        return f"its potential is no linear function of its {kind}."
+        return f"its potential is not a linear function of its {kind}."
 
     def _like(self, x: Tensor) -> Tensor:
         """An input series in the shape of the output, for inputs that broadcast."""
@@ -316,6 +316,8 @@ class _Fit:
         jump = rests - leak * before
         mean = (jump * spiked).sum((0, 1)) / count
         if bool((((jump - mean).abs() * spiked) <= TOLERANCE * 10 * scale).all()):
+            if bool((mean.abs() <= TOLERANCE * 10 * scale).all()):
+                raise NotFitted("a spike does not reset its potential, but NIR's neurons set the potential to v_reset.")
             raise NotFitted(
                 "a spike subtracts from its potential (soft reset), but NIR's neurons set the potential to v_reset."
             )

@@ -32,7 +32,7 @@ def check_nir_options(**given: Any) -> None:
         if is_given:
             raise ExportError(
                 "SNNFX801",
-                f"`{name}` is no option of a .nir file",
+                f"a .nir file takes no option `{name}`",
                 why="a NIR graph has no time axis, batch or states.",
                 hint="Leave it out, or export a .pt2 file.",
             )

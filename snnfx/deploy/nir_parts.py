@@ -132,7 +132,7 @@ class _Builder:
         module = self._module_of_unit(node) or node.meta.get("operation", str(node.target))
         return ExportError(
             "SNNFX814",
-            f"`{module}` is no neuron of NIR",
+            f"`{module}` has no form in NIR",
             where=node.meta.get("where", ""),
             why=why,
             hint="Use a neuron with a constant threshold and a reset to a value, such as snnfx.neuron.LIFNode(), or "

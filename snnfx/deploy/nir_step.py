@@ -23,7 +23,7 @@ from snnfx.sandbox.torch_internals import pytree
 __all__ = ["BATCH", "AtenStep", "record_step", "refusal", "run_nodes"]
 
 BATCH = 2
-"""The batch size of the recording: two samples, so that the batch is no dimension of size 1."""
+"""The batch size of the recording: two samples, because dimensions of size 1 broadcast."""
 
 
 @dataclass
@@ -268,7 +268,18 @@ class _Recorder:
                 copy = copies[node] = self.graph.node_copy(node, lambda n: copies[n])
                 copy.meta = {"module": module, "where": where, "operation": operation_name(origin)}
                 run_nodes([copy], self.result.values)
+                if _is_zero(copy):
+                    # Libraries write a reset that leaves a state alone as `i - 0 * spike`; it does not tie `i` to `v`.
+                    zeros = torch.zeros_like(self.result.values[copy])
+                    self.graph.erase_node(copy)
+                    copies[node] = self._constant_node(zeros)
         raise AssertionError("a graph ends with an output")
+
+
+def _is_zero(node: Node) -> bool:
+    """Whether a call is a product with the number 0, of finite values."""
+    factors = (torch.ops.aten.mul.Tensor, torch.ops.aten.mul.Scalar)
+    return node.target in factors and any(isinstance(v, int | float) and v == 0 for v in node.args[:2])
 
 
 def _module_of(node: Node) -> str:

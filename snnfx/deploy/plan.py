@@ -275,7 +275,7 @@ def _axes_of_state(name: str, shape: Sequence[int], later: Sequence[int], batch:
             raise ExportError(
                 "SNNFX806",
                 "the batch size cannot be dynamic",
-                why=f"dimension {dim} of the state `{name}` is {b} for a batch of {batch}, which is no multiple.",
+                why=f"dimension {dim} of the state `{name}` is {b} for a batch of {batch}, and not a multiple of it.",
                 hint='Export for this batch size: dynamic=("T",).',
             )
         axes[dim] = ("N", b // batch)

@@ -10,7 +10,7 @@ import torch
 
 from snnfx.deploy.refusals import first_line
 from snnfx.errors import ExportError
-from snnfx.sandbox.torch_internals import compile_package
+from snnfx.sandbox.torch_internals import compile_package, quiet_serializer
 
 __all__ = ["METADATA_FILE", "write_package", "write_program"]
 
@@ -20,7 +20,8 @@ METADATA_FILE = "metadata.json"
 
 def write_program(program: torch.export.ExportedProgram, path: Path, metadata: dict[str, Any]) -> None:
     """Save a program with its metadata."""
-    torch.export.save(program, path, extra_files={METADATA_FILE: json.dumps(metadata)})
+    with quiet_serializer():
+        torch.export.save(program, path, extra_files={METADATA_FILE: json.dumps(metadata)})
 
 
 def write_package(program: torch.export.ExportedProgram, path: Path, metadata: dict[str, Any]) -> None:

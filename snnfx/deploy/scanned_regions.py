@@ -78,8 +78,19 @@ def _starting_states(
     start = None if region.make_start is None else region.make_start()
     if start is None or _initialises_itself(start):
         return None
+    tensors = [c for c in constants if isinstance(c, Tensor)]
+
+    def both(*flat: Tensor) -> list[Tensor]:
+        own = iter(flat[len(first) :])
+        values = [next(own) if isinstance(c, Tensor) else c for c in constants]
+        results = run(start)(*values, *flat[: len(first)])
+        return [as_tensor(s, flat[0]) for states in results for s in states]
+
     try:
-        before, after = ([as_tensor(s, first[0]) for s in states] for states in run(start)(*constants, *first))
+        # Functional, because torch cannot make a graph functional that has scans, if their steps slice tensors.
+        graph, more = functional_step(both, first, tensors)
+        states = graph(*first, *more)
+        before, after = states[: region.slot_count], states[region.slot_count :]
     except ExportRefused as error:
         if changes_shape(error):
             return None

@@ -89,6 +89,7 @@ def trace(
     except Exception as error:
         raise _refusal(error, dims) from error
     allow_size_one(program)
+    _allow_other_layouts(program)
     _forget_origins(program)
     return program
 
@@ -191,6 +192,22 @@ def _refusal(error: Exception, dims: Mapping[str, Any]) -> ExportRefused:
         why=first_line(error),
         hint="Export a part of the model, or replace the operation named here.",
     )
+
+
+_FOR_ANY_LAYOUT = {
+    torch.ops.aten.view.default: torch.ops.aten.reshape.default,
+    torch.ops.aten.detach_copy.default: torch.ops.aten.clone.default,
+}
+"""Calls that need contiguous tensors or have no ONNX form -> calls with equal results for all layouts."""
+
+
+def _allow_other_layouts(program: torch.export.ExportedProgram) -> None:
+    """Let the program take inputs of any memory layout, such as `x.movedim(1, 0)`."""
+    for module in program.graph_module.modules():
+        if isinstance(module, fx.GraphModule):
+            for node in module.graph.nodes:
+                node.target = _FOR_ANY_LAYOUT.get(node.target, node.target)
+            module.recompile()
 
 
 def _forget_origins(program: torch.export.ExportedProgram) -> None:

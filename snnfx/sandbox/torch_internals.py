@@ -8,6 +8,7 @@ the private attributes of torch's objects that snnfx reads (`module._buffers`, `
 from __future__ import annotations
 
 import contextlib
+import logging
 import math
 import threading
 import types
@@ -109,6 +110,7 @@ __all__ = [
     "proxies_disabled",
     "python_of_script",
     "pytree",
+    "quiet_serializer",
     "record_aten",
     "remove_autograd_batch",
     "saved_tensors_hooks",
@@ -268,6 +270,21 @@ def scan_steps(step: fx.GraphModule, carry: list[Any], x_seq: list[Any], constan
 def compile_package(program: Any, path: str, configs: dict[str, Any]) -> None:
     """Compile an exported program with AOTInductor and save it as a `.pt2` package."""
     torch._inductor.aoti_compile_and_package(program, package_path=path, inductor_configs=configs)
+
+
+@contextlib.contextmanager
+def quiet_serializer() -> Iterator[None]:
+    """A context without the log messages of `torch.export.save` about the empty lists of a scan."""
+    logger = logging.getLogger("torch._export.serde.serialize")
+
+    def is_other(record: logging.LogRecord) -> bool:
+        return "empty list" not in record.getMessage()
+
+    logger.addFilter(is_other)
+    try:
+        yield
+    finally:
+        logger.removeFilter(is_other)
 
 
 def proxies_disabled() -> contextlib.AbstractContextManager[Any]:

@@ -1,7 +1,7 @@
 """What a plan depends on in a model: its modules, its code, and the values that its code reads.
 
 A description has a digest for each module, function and value, so that a difference can be named. Plain values of
-state (membrane potentials, step counters) and the values of parameters and buffers are no part of it.
+state (membrane potentials, step counters) and the values of parameters and buffers are not described.
 """
 
 from __future__ import annotations
@@ -160,7 +160,7 @@ def _module_text(name: str, module: nn.Module, state: set[tuple[str, str]]) -> s
 
 
 def _attribute_text(value: Any) -> str:
-    """A text of an attribute; for an object that is no plain value, its type."""
+    """A text of an attribute; for an object that is not a plain value, its type."""
     if isinstance(value, _PLAIN):
         return f"{type(value).__name__} {value!r}"
     if isinstance(value, list | tuple):

@@ -172,13 +172,13 @@ class Decoder:
     def _dict(self, contents: Any) -> dict[Any, Any]:
         pairs = [self.elements(pair, 2) for pair in listed(contents)]
         if not all(isinstance(key, str | int | float | bool | None) for key, _ in pairs):
-            raise MalformedFile("a key is no plain value")
+            raise MalformedFile("a key is not a plain value")
         return dict(pairs)
 
     def _hashable(self, contents: Any) -> Iterable[Any]:
         values = self.elements(contents)
         if not all(isinstance(v, str | int | float | bool | None | tuple | torch.dtype) for v in values):
-            raise MalformedFile("an element of a set is no plain value")
+            raise MalformedFile("an element of a set is not a plain value")
         return values
 
     def _complex(self, contents: Any) -> complex:
@@ -253,7 +253,7 @@ def _torch_value(kind: type) -> Callable[[Decoder, Any], Any]:
     def decode(self: Decoder, contents: Any) -> Any:
         value = vars(torch).get(text(contents))
         if not isinstance(value, kind):
-            raise MalformedFile(f"{contents[:40]!r} is no {kind.__name__}")
+            raise MalformedFile(f"{contents[:40]!r} is not a {kind.__name__}")
         return value
 
     return decode

@@ -44,7 +44,16 @@ _PATH = re.compile(r"\w+(\.\w+)*")
 _UNREAD_ENTRIES = frozenset(("is_wrapped", "loop"))
 """Entries of node.meta that no pass or emitter reads."""
 _SPECS = ("input_spec", "output_spec")
-_PLAIN_FIELDS = ("requirements", "input_ranks", "batched_inputs", "opaque", "inferred_carry", "overwritten", "training")
+_PLAIN_FIELDS = (
+    "requirements",
+    "input_ranks",
+    "batched_inputs",
+    "opaque",
+    "inferred_carry",
+    "overwritten",
+    "training",
+    "whole_sequences",
+)
 _OWN_FUNCTIONS = {
     f"{module.__name__}.{name}": value
     for module in (surrogate, step_functions)
@@ -328,6 +337,11 @@ def _check_plain_fields(plain: dict[str, Any]) -> None:
     if not all(isinstance(plain[name], frozenset) for name in ("batched_inputs", "overwritten")):
         raise MalformedFile("a set of names has another form")
     flag(plain["training"]), flag(plain["inferred_carry"])
+    whole = plain["whole_sequences"]
+    if whole is not None and not (
+        isinstance(whole, tuple) and [*map(type, whole)] == [str, str] and _is_printable(whole)
+    ):
+        raise MalformedFile("whole_sequences has another form")
 
 
 def _is_identifier(name: Any) -> bool:
@@ -336,7 +350,7 @@ def _is_identifier(name: Any) -> bool:
 
 def _identifier(name: Any) -> str:
     if not _is_identifier(name):
-        raise MalformedFile(f"{str(name)[:40]!r} is no name of a node")
+        raise MalformedFile(f"{str(name)[:40]!r} is not the name of a node")
     return str(name)
 
 

@@ -70,7 +70,7 @@ def read_file(path: Path) -> tuple[dict[str, Tensor], Any]:
     safetensors, _ = require_safetensors()
     if not path.is_file():
         raise SaveError(
-            "SNNFX820", f"`{path}` cannot be loaded", why="there is no such file.", hint="Pass a file of snnfx.save."
+            "SNNFX820", f"`{path}` cannot be loaded", why="the file does not exist.", hint="Pass a file of snnfx.save."
         )
     try:
         size = os.path.getsize(path)

@@ -241,3 +241,45 @@ def test_net_in_training_mode_warns(tmp_path: Path) -> None:
         snnfx.export(net, tmp_path / "net.pt2", torch.rand(3, 2, 5), check=False)
     assert any("SNNFX811" in str(w.message) for w in caught)
     assert net.training
+
+
+class SliceWritten(nn.Module):
+    """Each step writes a part of the potential in place."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.fc = nn.Linear(5, 4)
+        self.v: Any = None
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.fc(x)
+        if self.v is None:
+            self.v = torch.zeros_like(x)
+        self.v = self.v * 0.9 + x
+        self.v[:, 0] = 0.5 * self.v[:, 1]
+        self.v[:, 2:] -= 0.1
+        return (self.v > 0.2).float()
+
+
+@pytest.mark.parametrize("step", [False, True])
+def test_slices_written_in_a_step(step: bool, tmp_path: Path) -> None:
+    program, net, model = exported(tmp_path, SliceWritten, torch.rand(2, 5) if step else torch.rand(3, 2, 5), step=step)
+    for T, N in SIZES:
+        x_seq = torch.rand(T, N, 5) * 2
+        with torch.no_grad():
+            expected = step_model(copy.deepcopy(model), x_seq)
+            if not step:
+                assert_equal(program(x_seq), expected)
+                continue
+            outputs, state = [], {slot.name: torch.zeros(N, 4) for slot in net.program.slots}
+            for x in x_seq:
+                y, state = program(x, state)
+                outputs.append(y)
+            assert_equal(torch.stack(outputs), expected)
+
+
+def test_inputs_of_any_memory_layout(tmp_path: Path) -> None:
+    program, net, _ = exported(tmp_path, mlp, torch.rand(2, 3, 5).transpose(0, 1))
+    x_seq = torch.rand(5, 2, 4).permute(2, 1, 0) * 3
+    assert not x_seq.is_contiguous()
+    assert_equal(program(x_seq), net(x_seq).detach())

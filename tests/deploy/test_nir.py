@@ -177,7 +177,7 @@ def test_other_initial_potential_warns_and_comes_back(tmp_path: Path) -> None:
     [
         (neuron.LIFNode(v_reset=None), "soft reset"),
         (neuron.AdaptiveLIFNode(v_reset=0.0), "depend on each other"),
-        (nn.Tanh(), "no linear function"),
+        (nn.Tanh(), "not a linear function"),
     ],
 )
 def test_neurons_without_a_form_are_refused(layer: nn.Module, why: str, tmp_path: Path) -> None:
@@ -265,3 +265,25 @@ def test_cycles_carry_the_previous_spike_through_the_layer() -> None:
 def test_time_step_that_is_too_long_is_refused() -> None:
     with pytest.raises(InputError, match="SNNFX816 the node `lif` cannot be imported: its tau is 0.0002 s"):
         snnfx.from_nir(nir.NIRGraph.from_list(lif(2)), dt=1.0)
+
+
+def test_model_is_made_on_a_device() -> None:
+    graph = nir.NIRGraph.from_list(nir.Affine(np.eye(2), np.zeros(2)), lif(2, v_leak=0.1), lif(2))
+    model = snnfx.from_nir(graph, dt=1e-4, device="meta")
+    tensors = [*model.parameters(), *model.buffers()]
+    assert tensors and all(x.is_meta for x in tensors)
+    assert model(torch.empty(3, 2, dtype=torch.float64, device="meta")).is_meta
+
+
+def test_neuron_without_a_reset_is_refused(tmp_path: Path) -> None:
+    class Threshold(snnfx.MemoryModule):
+        def __init__(self) -> None:
+            super().__init__()
+            self.register_memory("v", 0.0)
+
+        def forward(self, x: Tensor) -> Tensor:
+            self.v = 0.8 * self.v + x
+            return (self.v > 0.5).to(x.dtype)
+
+    with pytest.raises(ExportError, match="(?s)SNNFX814 `1` .*a spike does not reset its potential"):
+        exported(nn.Sequential(nn.Linear(5, 4), Threshold()).double(), sequence(5), tmp_path)

@@ -89,6 +89,15 @@ def test_neurons_of_snntorch_are_recognised(recurrent: bool, tmp_path: Path) -> 
     assert_same_spikes(step_model(snnfx.from_nir(graph), sequence()), spikes)
 
 
+def test_synaptic_neurons_of_snntorch_are_recognised(tmp_path: Path) -> None:
+    snn = pytest.importorskip("snntorch")
+    options: dict[str, Any] = {"init_hidden": True, "reset_mechanism": "zero", "reset_delay": False}
+    model = nn.Sequential(nn.Linear(5, 4), snn.Synaptic(0.5, 0.8, learn_alpha=True, **options))
+    graph, spikes = graph_of(model, tmp_path)
+    assert type(graph.nodes["1"]).__name__ == "CubaLIF"
+    assert_same_spikes(step_model(snnfx.from_nir(graph), sequence()), spikes)
+
+
 def test_graph_of_norse() -> None:
     norse = pytest.importorskip("norse.torch")
     lif = norse.LIFBoxParameters(torch.full((4,), 100.0), torch.zeros(4), torch.full((4,), 0.3))

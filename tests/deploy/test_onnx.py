@@ -109,3 +109,29 @@ def test_slot_with_the_name_of_its_buffer_is_an_input(tmp_path: Path) -> None:
     expected, state = net.run(x_seq, state={"total": torch.tensor(7.0)})
     torch.testing.assert_close(torch.from_numpy(y_seq), expected.detach())
     torch.testing.assert_close(torch.as_tensor(total), state["total"])
+
+
+def test_nothing_is_printed_or_logged(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture, capfd: pytest.CaptureFixture[str]
+) -> None:
+    class Mixes(torch.nn.Module):
+        def forward(self, x: Tensor) -> Tensor:
+            return x - x.mean(0, keepdim=True)
+
+    layers = [torch.nn.Linear(5, 4), Mixes(), snnfx.neuron.LIFNode(), Mixes()]
+    net = snnfx.convert(torch.nn.Sequential(*layers).eval(), example_inputs=torch.rand(2, 5))
+    for suffix in ("onnx", "pt2"):
+        snnfx.export(net, tmp_path / f"net.{suffix}", torch.rand(3, 2, 5), check=False)
+    assert [r.getMessage() for r in caplog.records if r.levelno >= 30] == []
+    printed = capfd.readouterr()
+    assert printed.out + printed.err == ""
+
+
+def test_detached_states_of_snntorch(tmp_path: Path) -> None:
+    snn = pytest.importorskip("snntorch")
+    alpha = snn.Alpha(alpha=0.9, beta=0.8, init_hidden=True)
+    net = snnfx.convert(torch.nn.Sequential(torch.nn.Linear(5, 4), alpha).eval())
+    model = session(snnfx.export(net, tmp_path / "net.onnx", torch.rand(3, 2, 5), check=False))
+    x_seq = torch.rand(6, 1, 5) * 5
+    (y_seq,) = model.run(None, {model.get_inputs()[0].name: x_seq.numpy()})
+    torch.testing.assert_close(torch.from_numpy(y_seq), net(x_seq).detach())

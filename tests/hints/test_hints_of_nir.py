@@ -199,7 +199,7 @@ def soft_reset(self: Any, x: Tensor) -> Tensor:
     [
         (lambda self, x: keep(self, (self.v + self.fc(x)) * 0.5 * self.mask), "do not read its input."),
         (soft_reset, "soft reset"),
-        (lambda self, x: torch.tanh(self.fc(x)), "no linear function"),
+        (lambda self, x: torch.tanh(self.fc(x)), "not a linear function"),
     ],
 )
 def test_a_neuron_without_a_form(wrong: Any, why: str, tmp_path: Path) -> None:

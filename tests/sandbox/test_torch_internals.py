@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ast
 import importlib
+import logging
 import math
 import threading
 import warnings
@@ -931,6 +932,32 @@ def test_size_one_of_a_dynamic_axis_is_allowed_afterwards(tmp_path: Path) -> Non
     torch.export.save(program, tmp_path / "net.pt2")
     module = torch.export.load(tmp_path / "net.pt2").module()
     assert module(torch.rand(1, 1, 6), torch.rand(1, 1, 6)).shape == (1, 2, 3)
+
+
+def test_serializer_logs_about_scans_without_constants_only_outside_of_the_context(tmp_path: Path) -> None:
+    class Sums(nn.Module):
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            def step(c: torch.Tensor, x: torch.Tensor) -> list[torch.Tensor]:
+                return [c + x, c * x]
+
+            graph = internals.record_aten(step, [x[0], x[0]])
+            return internals.scan_steps(graph, [torch.zeros_like(x[0])], [x], [])[1]  # type: ignore[no-any-return]
+
+    with torch.no_grad():
+        program = torch.export.export(Sums(), (torch.rand(4, 3),), strict=False)
+    logged: list[str] = []
+    handler = logging.Handler()
+    handler.emit = lambda record: logged.append(record.getMessage())  # type: ignore[method-assign]
+    logger = logging.getLogger("torch._export.serde.serialize")
+    logger.addHandler(handler)
+    try:
+        with internals.quiet_serializer():
+            torch.export.save(program, tmp_path / "net.pt2")
+        assert not logged
+        torch.export.save(program, tmp_path / "net.pt2")
+        assert "empty list" in logged[0]
+    finally:
+        logger.removeHandler(handler)
 
 
 def test_package_compiles_to_a_file_that_torch_loads(tmp_path: Path) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import sys
 import warnings
 from collections.abc import Callable
@@ -14,7 +15,11 @@ from torch import Tensor, nn
 
 import snnfx
 from snnfx import neuron
-from snnfx.errors import ExportError, SaveError, SnnfxWarning
+from snnfx.errors import ExportError, InputError, SaveError, SnnfxWarning
+from snnfx.ir.program import StepProgram
+from snnfx.saving.model_description import describe_model
+from snnfx.saving.program_records import ProgramWriter
+from snnfx.saving.save import sources_of
 from support.author_neurons import NEURONS
 from support.export_models import OtherFirstStep, TwoStates, mlp
 from support.nets import ACCEPTANCE
@@ -217,3 +222,32 @@ def test_missing_package(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Non
         with pytest.raises(SaveError, match=r"(?s)SNNFX803 the package safetensors is missing.*snnfx\[save\]"):
             call()
     assert list(tmp_path.iterdir()) == [path]
+
+
+def test_loaded_net_without_a_step_form_refuses_single_steps(tmp_path: Path) -> None:
+    net = snnfx.convert(MixedOverTime(), takes="sequence", example_inputs=torch.rand(4, 2, 5))
+    loaded = load_with_plan(saved(net, tmp_path), MixedOverTime())
+    assert loaded.program.whole_sequences == net.program.whole_sequences
+    for n in (net, loaded):
+        with pytest.raises(InputError, match=r"SNNFX235 .*test_save_and_load.py:\d+"):
+            snnfx.convert(n, step_mode="s")
+
+
+def test_every_field_of_a_program_is_saved() -> None:
+    net = snnfx.convert(mlp())
+    sources = sources_of(net)
+    description = describe_model(net.source, sources)
+    record = ProgramWriter(net, description.functions, description.locations).programs(net)[0]
+    from_elsewhere = {"graph": "nodes", "source": "model", "guards": "has_guards"}
+    saved_fields = {from_elsewhere.get(f.name, f.name) for f in dataclasses.fields(StepProgram)} - {"model"}
+    assert saved_fields == record.keys()
+
+
+@pytest.mark.parametrize("options", [{"carry_state": True}, {"chunk": 2}, {"chunk": 3, "carry_state": True}])
+def test_other_first_steps_with_options_go_on(options: dict[str, Any], tmp_path: Path) -> None:
+    net = snnfx.convert(OtherFirstStep(), **options)
+    net(torch.rand(4, 2, 5))
+    loaded = load_with_plan(saved(net, tmp_path), OtherFirstStep())
+    assert loaded.options == net.options
+    for T in (1, 5):
+        assert_same(net, loaded, torch.rand(T, 2, 5))
