@@ -241,6 +241,59 @@ def test_wrong_results_of_a_file(path: Path, monkeypatch: pytest.MonkeyPatch) ->
     same_in_file(net, path)
 
 
+def test_wrong_results_for_the_smallest_sizes(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def wrong_for_one_sample(*given: Any) -> list[list[Tensor]]:
+        return [[y if y.shape[1] == N else y + 7 for y in results] for results in run_here(*given)]
+
+    monkeypatch.setattr(checking, "_run", wrong_for_one_sample)
+    net = net_of()
+    refused(
+        "SNNFX808",
+        "deploy/checking.py:_wrong",
+        "Export it for the sizes of the given inputs: dynamic=(). ",
+        lambda: snnfx.export(net, path, X_SEQ),
+        names="for T = 1, N = 1",
+    )
+    with silent():
+        snnfx.export(net, path, X_SEQ, dynamic=())  # checked, for the given sizes
+    torch.testing.assert_close(torch.export.load(path).module()(X_SEQ), net(X_SEQ))
+
+
+def test_a_net_that_fails_for_one_sample(path: Path) -> None:
+    def without_dim(self: Any, x: Tensor, dim: int | None) -> Tensor:
+        sums = self.fc(x).sum(1, keepdim=True)
+        return (sums.squeeze() if dim is None else sums.squeeze(dim))[:, None] * x
+
+    warned(
+        "SNNFX818",
+        "deploy/plan.py:_smallest_example",
+        ", because the net fails there: ",
+        lambda: snnfx.export(net_of(lambda self, x: without_dim(self, x, None)), path, X_SEQ, check=False),
+        names="the file is not checked for T = 1, N = 1",
+    )
+    same_in_file(net_of(lambda self, x: without_dim(self, x, 1)), path)
+
+
+@pytest.mark.parametrize("options", [{"chunk": 2}, {"chunk": 2, "memory_budget": 2**30}])
+def test_memory_options_of_a_file(options: dict[str, Any], path: Path) -> None:
+    net = snnfx.convert(Step(spikes), **options).eval()
+    warned(
+        "SNNFX825",
+        "deploy/export.py:_announce_memory_options",
+        "a call of the file computes all time steps at once. Export it with state=True and call it on pieces of the "
+        "sequence.",
+        lambda: snnfx.export(net, path, X_SEQ, check=False),
+        names=" and ".join(f"{name}={value}" for name, value in options.items()),
+    )
+    with silent():
+        snnfx.export(net, path, X_SEQ, state=True, check=False)
+    program, state, pieces = torch.export.load(path).module(), {"lif.v": torch.zeros(N, 4)}, []
+    for piece in (X_SEQ[:1], X_SEQ[1:]):
+        y_seq, state = program(piece, state)
+        pieces.append(y_seq)
+    torch.testing.assert_close(torch.cat(pieces), net(X_SEQ))
+
+
 def test_one_flipped_spike(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def flipped(*given: Any) -> list[list[Tensor]]:
         found = run_here(*given)
