@@ -68,15 +68,15 @@ CODES: dict[str, CodeEntry] = {
         "sequential: on a cycle through time",
         "The value of this node at time step t depends on its own value at an earlier step, so it runs in a loop over "
         "time. Neurons are always sequential. A layer is sequential if its input depends on its own output.",
-        "self.h = self.cell(self.fc(torch.cat([x, self.h], 1)))   # fc is on the cycle",
-        "self.h = self.cell(self.fc_x(x) + self.fc_h(self.h))     # fc_x is not on the cycle and is folded",
+        "self.h = torch.tanh(self.fc(torch.cat([x, self.h], 1)))       # fc is on the cycle",
+        "self.h = torch.tanh(self.fc_x(x) + self.fc_h(self.h))         # fc_x is not on the cycle and is folded",
     ),
     "SNNFX108": CodeEntry(
         "opaque: could not be traced",
         "The module could not be traced into a graph, for example because its control flow depends on tensor values. "
         "snnfx calls it once per time step and carries its state from step to step.",
         "def forward(self, x):\n    return x if x.sum() > 0 else -x",
-        "def forward(self, x):\n    return torch.where(x.sum() > 0, x, -x)",
+        "def forward(self, x):\n    return torch.where(x.sum(1, keepdim=True) > 0, x, -x)   # for each sample",
     ),
     "SNNFX109": CodeEntry(
         "torch.vmap does not support this operation",
@@ -104,17 +104,24 @@ CODES: dict[str, CodeEntry] = {
         "over features or over the iterations of a fixed point. The net runs the loop at every time step. If it is a "
         'loop over time, convert with takes="sequence", or move its body to a method and pass its name as entry, or '
         "pass example_inputs of ONE step.",
-        "def forward(self, x):\n    for t in range(T):\n        h = self.cell(self.embed(x)[:, t], h)",
-        'def step(self, x):\n    return self.lif(self.fc(x))\n\nsnnfx.convert(model, entry="step")',
+        "def forward(self, x):\n"
+        "    v, current = torch.zeros(x.shape[0]), self.fc(x)\n"
+        "    for t in range(x.shape[1]):\n"
+        "        v = 0.9 * v + current[:, t]\n"
+        "    return v",
+        "def step(self, x):\n"
+        "    self.v = 0.9 * self.v + self.fc(x)\n"
+        "    return self.v\n"
+        "\n"
+        'net = snnfx.convert(model, entry="step")',
     ),
     "SNNFX112": CodeEntry(
         "a BatchNorm that is not folded",
         'With batch_norm="fold", this BatchNorm in training still uses the statistics of each time step, while the other '
         "BatchNorms of the net use statistics over all T*N samples: it is on a cycle through time, inside a module that "
         "could not be traced, or a call of torch.nn.functional.batch_norm. snnfx.convert warns once.",
-        "self.h = self.bn(self.fc(x) + self.h)                     # on the cycle",
-        "self.h = self.bn(self.fc(x)) + self.h                     # not on the cycle: folded\n"
-        'snnfx.convert(model, batch_norm="per_step")               # or one meaning for all',
+        "self.h = self.bn(self.fc(x) + self.h)   # on the cycle",
+        'self.h = self.bn(self.fc(x)) + self.h   # not on the cycle; or convert with batch_norm="per_step"',
     ),
     # 2xx: capture
     "SNNFX201": CodeEntry(
@@ -122,8 +129,10 @@ CODES: dict[str, CodeEntry] = {
         "The forward of the model has control flow that depends on tensor values, or uses a Python feature that "
         "torch.fx cannot trace. A net steps a submodule, or a model by its `forward`, untraced instead (SNNFX108), unless "
         "that is impossible.",
-        "def step(self, x):      # snnfx.convert(model, entry='step')\n    if x.sum() > 0: return x\n    return -x",
-        "def step(self, x):\n    return torch.where(x.sum() > 0, x, -x)",
+        'def step(self, x):                      # snnfx.convert(model, entry="step")\n'
+        "    if x.sum() > 0: return x\n"
+        "    return -x",
+        "def step(self, x):\n    return torch.where(x.sum(1, keepdim=True) > 0, x, -x)   # for each sample",
     ),
     "SNNFX202": CodeEntry(
         "control flow on shapes needs example inputs",
@@ -137,8 +146,12 @@ CODES: dict[str, CodeEntry] = {
         "and carries values from one iteration to the next; or it calls a neuron on the same value again and again. So "
         'it already runs a whole sequence. Convert the whole call with takes="sequence", or move the body of the loop '
         "into a method that computes ONE time step and pass its name as entry.",
-        "def forward(self, x):\n    for t in range(len(x)):\n        spk = self.lif(self.fc(x[t]))",
-        'snnfx.convert(model, takes="sequence", example_inputs=(x_seq,))',
+        "def forward(self, x_seq):\n"
+        "    outputs = []\n"
+        "    for t in range(T):\n"
+        "        outputs.append(self.lif(self.fc(x_seq[t])))\n"
+        "    return torch.stack(outputs)",
+        'net = snnfx.convert(model, takes="sequence", example_inputs=(x_seq,))',
     ),
     "SNNFX204": CodeEntry(
         "already in multi-step mode",
@@ -187,8 +200,8 @@ CODES: dict[str, CodeEntry] = {
         "the initial state depends on itself",
         "The initial value of a state is computed from a value that already needs this state. Compute it from the "
         "inputs or from constants.",
-        "if self.v is None: self.v = self.lif(self.w(self.v_other)); self.v_other = self.v",
-        "if self.v is None: self.v = torch.zeros_like(x)",
+        "if self.u is None: self.u = 1.0 * self.v            # v depends on lif, and the state of lif on u",
+        "if self.u is None: self.u = torch.zeros_like(x)     # depends on the input only",
     ),
     "SNNFX211": CodeEntry(
         "arguments of forward that cannot be captured",
@@ -208,8 +221,14 @@ CODES: dict[str, CodeEntry] = {
         "an undeclared state in a module that cannot be traced",
         "A module that could not be traced changes an attribute that is not registered as state, so the value would "
         "leak from one call of the net into the next. Register the attribute.",
-        "self.mem = ...   # in a plain nn.Module with data-dependent control flow",
-        'self.register_memory("mem", None)   # in a snnfx.MemoryModule',
+        "class Model(nn.Module):                 # its forward branches on the value of self.mem\n"
+        "    def __init__(self):\n"
+        "        super().__init__()\n"
+        "        self.mem = torch.zeros(4, 4)",
+        "class Model(snnfx.MemoryModule):\n"
+        "    def __init__(self):\n"
+        "        super().__init__()\n"
+        '        self.register_memory("mem", torch.zeros(4, 4))',
     ),
     "SNNFX214": CodeEntry(
         "an in-place operation that cannot be made functional",
@@ -223,15 +242,18 @@ CODES: dict[str, CodeEntry] = {
         "The step draws random numbers without a node in the graph, for example by filling a new tensor in place, so "
         "every call would reuse the numbers drawn during capture. Use a function that returns random numbers.",
         "noise = torch.empty(5).normal_()",
-        "noise = torch.randn(5)",
+        "noise = torch.randn_like(x)",
     ),
     "SNNFX216": CodeEntry(
         "an input or output that is not a pytree of tensors",
         "Inputs and outputs of a step must be tensors, numbers and other constants, or tuples, lists, dicts and named "
         "tuples of them (pytrees). Generators, NumPy arrays, sets, and tensors inside other objects would be fixed at "
         "conversion or lost.",
-        "def forward(self, x): return Output(spikes=self.lif(x))   # a plain class",
-        "class Output(NamedTuple): ...   # or torch.utils._pytree.register_dataclass(Output)",
+        "class Output:                           # forward returns Output(spikes)\n"
+        "    def __init__(self, spikes):\n"
+        "        self.spikes = spikes",
+        "class Output(NamedTuple):               # or a class registered with torch.utils._pytree\n"
+        "    spikes: torch.Tensor",
     ),
     "SNNFX217": CodeEntry(
         "a state is set to an unsupported value",
@@ -286,8 +308,9 @@ CODES: dict[str, CodeEntry] = {
         "Python code branches on a number that counts the steps, and later steps take different branches. A net runs "
         "the first step apart, but all later steps run the same operations. Keep the number as a tensor and choose with "
         "torch.where.",
-        "self.t += 1\nif self.t % 2 == 0: v = v * 0.5",
-        "self.t = self.t + 1   # self.t = torch.zeros_like(x) at first\nv = torch.where(self.t % 2 == 0, v * 0.5, v)",
+        "self.t += 1\nif self.t % 2 == 0:\n    v = v * 0.5",
+        "self.count = (torch.zeros_like(x) if self.count is None else self.count) + 1\n"
+        "v = torch.where(self.count % 2 == 0, v * 0.5, v)",
     ),
     # 3xx: inputs of a call
     "SNNFX230": CodeEntry(
@@ -295,15 +318,17 @@ CODES: dict[str, CodeEntry] = {
         'With takes="sequence", snnfx re-rolls each loop over time into one step. All iterations must run the same '
         "operations on the same modules and parameters, and read the values of the previous iteration only; the first "
         "iteration may start differently. The number of iterations may not depend on values, and a loop may not break.",
-        "for t in range(T): y = f(x[t]) if t % 2 else g(x[t])",
-        "for t in range(T): y = f(x[t])",
+        "for t in range(len(x_seq)):\n"
+        "    y = self.f(x_seq[t]) if t % 2 else self.g(x_seq[t])\n"
+        "    outputs.append(self.lif(y))",
+        "for t in range(len(x_seq)):\n    outputs.append(self.lif(self.f(x_seq[t])))",
     ),
     "SNNFX231": CodeEntry(
         "an input has fewer time steps than a loop reads",
         "The number of iterations of a loop does not depend on the size of the input that it reads, and the input of "
         "this call is too short.",
-        "for t in range(25): y = f(x[t])            # called with x: [10, N, 6]",
-        "for t in range(x.shape[0]): y = f(x[t])",
+        "for t in range(8):                      # the input has 5 time steps\n    outputs.append(self.lif(x_seq[t]))",
+        "for t in range(len(x_seq)):\n    outputs.append(self.lif(x_seq[t]))",
     ),
     "SNNFX232": CodeEntry(
         "code around a loop depends on the number of time steps",
@@ -331,8 +356,9 @@ CODES: dict[str, CodeEntry] = {
         "need one step of the model. It is derived where all operations outside the loops compute each time step apart "
         "from the others, with a number of time steps that the inputs give. Operations over time, as attention over "
         "time steps, run on whole sequences only.",
-        "y = torch.softmax(q @ k.mT, -1) @ v       # q, k, v: [N, T, C]; net.run(x_seq)",
-        "net(x_seq)",
+        "y_seq, state = net.run(x_seq[:2])   # the model computes x_seq - x_seq.mean(0), over all time steps\n"
+        "y_seq, state = net.run(x_seq[2:], state=state)",
+        "y_seq = net(x_seq)",
     ),
     "SNNFX301": CodeEntry(
         "no time steps",
@@ -368,7 +394,7 @@ CODES: dict[str, CodeEntry] = {
         "too few dimensions for a sequence",
         "The input lacks the time dimension or, for a folded sequence, the batch dimension.",
         "net(torch.tensor(1.0))",
-        "net(torch.rand(8, 1, 3))",
+        "net(torch.rand(8, 2, 3))",
     ),
     "SNNFX307": CodeEntry(
         "the arguments do not match the captured step",
@@ -406,8 +432,9 @@ CODES: dict[str, CodeEntry] = {
         "a size differs from its size at capture",
         "The model's Python code used a size as a number during capture, so the net is valid for that size only. "
         "Convert the model again for another size.",
-        "for i in range(x.shape[1]): ...   # captured with x.shape[1] == 3, called with 4",
-        "snnfx.convert(model, example_inputs=(x_of_the_new_size,))",
+        "net = snnfx.convert(model, example_inputs=torch.rand(2, 3))   # for i in range(x.shape[1]): ...\n"
+        "net(torch.rand(8, 2, 4))",
+        "net = snnfx.convert(model, example_inputs=torch.rand(2, 4))\nnet(torch.rand(8, 2, 4))",
     ),
     "SNNFX313": CodeEntry(
         "the outputs do not form a sequence",
@@ -431,8 +458,8 @@ CODES: dict[str, CodeEntry] = {
         "that is impossible (inside torch.compile, or after the graph was replaced by hand), the call raises instead "
         "of using the old value. Neurons and layers that are one node of the graph read their own settings at every "
         "call and are not affected.",
-        "net = torch.compile(snnfx.convert(model), fullgraph=True); net(x_seq); model.tau = 3.0; net(x_seq)",
-        'self.register_buffer("tau", torch.tensor(2.0))   # live; or call the net itself once after the change',
+        "self.tau = 2.0                                     # and after the conversion: model.tau = 3.0",
+        'self.register_buffer("tau", torch.tensor(2.0))     # and after the conversion: model.tau.fill_(3.0)',
     ),
     "SNNFX317": CodeEntry(
         "the sequence cannot be split over time",
@@ -501,26 +528,38 @@ CODES: dict[str, CodeEntry] = {
         "The output of the net differs from the stepped model. In float32, rounding can flip a spike if a potential "
         "is at the threshold; `verify` rules this out by comparing copies in float64. If net and model belong together "
         "(the same weights and settings), report it as a bug of snnfx.",
-        "snnfx.verify(model, net, x_seq)                # one spike in a million differs",
-        "snnfx.verify(model, net, x_seq, double=True)",
+        "net = snnfx.convert(copy.deepcopy(model))\n"
+        'model.load_state_dict(torch.load("weights.pt"))   # the net has the old weights\n'
+        "snnfx.verify(model, net, x_seq)",
+        "net = snnfx.convert(model)                        # shares the parameters of the model\n"
+        'model.load_state_dict(torch.load("weights.pt"))\n'
+        "snnfx.verify(model, net, x_seq)",
     ),
     "SNNFX402": CodeEntry(
         "final states differ",
         "The state after the last step differs from the stepped model; see SNNFX401.",
+        "net = snnfx.convert(copy.deepcopy(model))\n"
+        "model[1].tau = 4.0                   # other potentials, and no spike yet\n"
         "snnfx.verify(model, net, x_seq)",
-        "snnfx.verify(model, net, x_seq, double=True)",
+        "net = snnfx.convert(model)           # reads the settings of the neurons of the model\n"
+        "model[1].tau = 4.0\n"
+        "snnfx.verify(model, net, x_seq)",
     ),
     "SNNFX403": CodeEntry(
         "gradients differ",
         "A gradient differs from the stepped model; see SNNFX401.",
-        "snnfx.verify(model, net, x_seq)",
-        "snnfx.verify(model, net, x_seq, double=True)",
+        "other = copy.deepcopy(model)\n"
+        "other[1].surrogate_function = snnfx.surrogate.ATan()   # the same spikes, other gradients\n"
+        "snnfx.verify(model, snnfx.convert(other), x_seq)",
+        "model[1].surrogate_function = snnfx.surrogate.ATan()\nsnnfx.verify(model, snnfx.convert(model), x_seq)",
     ),
     "SNNFX404": CodeEntry(
         "buffers differ",
         "Running statistics or other buffers differ from the stepped model; see SNNFX401.",
+        "net = snnfx.convert(copy.deepcopy(model))\n"
+        "model[1].momentum = 0.5              # other running statistics of the BatchNorm\n"
         "snnfx.verify(model, net, x_seq)",
-        "snnfx.verify(model, net, x_seq, double=True)",
+        "net = snnfx.convert(model)\nmodel[1].momentum = 0.5\nsnnfx.verify(model, net, x_seq)",
     ),
     "SNNFX405": CodeEntry(
         "BatchNorm statistics over time are undefined",
@@ -534,23 +573,23 @@ CODES: dict[str, CodeEntry] = {
         "parameters or attributes differ",
         "A parameter or an attribute that the steps change has another value after a call of the net than after "
         "stepping the model, or the net does not change it at all.",
-        "snnfx.verify(model, net, x_seq)   # self.steps += 1 in the model; the net does not count",
-        'model.register_buffer("steps", torch.tensor(0))   # self.steps = self.steps + 1: the net writes buffers back',
+        "snnfx.verify(Counting(), snnfx.convert(Model()), x_seq)   # Counting is a Model that runs self.steps += 1",
+        "model = Counting()\nsnnfx.verify(model, snnfx.convert(model), x_seq)",
     ),
     "SNNFX411": CodeEntry(
         "the random numbers cannot be shared",
         "In `verify`, net and model draw the same random numbers, step by step. Here the draws of the net do not "
         "correspond to draws of the model: the net draws other shapes, fewer or more numbers, or from a distribution "
         "that verify cannot reproduce.",
-        "snnfx.verify(model, net, x_seq)   # forward: spikes = torch.poisson(rate)",
-        "snnfx.verify(model.eval(), net, x_seq)   # or pass the random numbers as an input: model(x, noise)",
+        "snnfx.verify(model, net, x_seq)         # forward: spikes = torch.poisson(rate), in training",
+        "snnfx.verify(model, net.eval(), x_seq)  # or pass the random numbers as an input: model(x, noise)",
     ),
     "SNNFX412": CodeEntry(
         "the model cannot run in float64",
         "With `double=True`, `verify` compares copies in float64. Casts to float32 (`.float()`, `.to(torch.float32)`, "
         "`dtype=torch.float32`) become casts to float64, but other code may insist on float32, such as a scripted "
         "function or a NumPy array. The message names the line.",
-        "spike = torch.from_numpy((v.detach().numpy() > 1).astype('float32'))   # in the model",
+        'spike = torch.from_numpy((v.detach().numpy() > 1).astype("float32"))   # in the model',
         "spike = (v > 1).to(v.dtype)",
     ),
     "SNNFX413": CodeEntry(
@@ -586,8 +625,8 @@ CODES: dict[str, CodeEntry] = {
         "a fallback was taken",
         "torch refused a faster form of a region at run time, so a slower one is used from now on. The result is the "
         "same.",
-        "y[mask] = 0                  # torch.vmap has no rule for a boolean index: runs step by step",
-        "y = y.masked_fill(mask, 0)   # mapped, or folded",
+        "y = y - y[mask].sum()                                    # a boolean index: torch.vmap has no rule, runs step by step",
+        "y = y - y.masked_fill(~mask, 0).sum(1, keepdim=True)     # for each sample: folded",
     ),
     "SNNFX506": CodeEntry(
         "a compiled net is not checkpointed",
@@ -601,8 +640,8 @@ CODES: dict[str, CodeEntry] = {
         "memory_budget= has no effect because memory use cannot be predicted from shapes (the model reads tensor "
         "values), or it is exceeded because another option (checkpoint=, record=) needs more memory. The result is "
         "the same.",
-        "snnfx.convert(model, memory_budget=2**30)            # a part of the model calls .item()",
-        'snnfx.convert(model, checkpoint="regions", chunk=16)',
+        'snnfx.convert(model, checkpoint="regions", memory_budget=1000)(x_seq)',
+        'snnfx.convert(model, checkpoint="auto", memory_budget="1MiB")(x_seq)',
     ),
     "SNNFX507": CodeEntry(
         "out of memory",
@@ -660,8 +699,8 @@ CODES: dict[str, CodeEntry] = {
         "the passes of a net cannot be pickled",
         "A net plans again with its passes, so they are pickled with it. Pickle stores classes and functions by name, "
         "and finds neither lambdas nor classes that a function defines. copy.deepcopy works.",
-        "Scale(function=lambda x: 2 * x)",
-        "def double(x): return 2 * x\n\nScale(function=double)",
+        "passes = [Scale(function=lambda x: 2 * x)]",
+        "def double(x):\n    return 2 * x\n\npasses = [Scale(function=double)]",
     ),
     "SNNFX706": CodeEntry(
         "no such stage to draw",
@@ -756,8 +795,8 @@ CODES: dict[str, CodeEntry] = {
         "a learned initial state gets no gradient",
         "A rule that detaches the states between steps detaches their initial values as well, so parameters of an "
         "initial state are not trained. Restrict the cut to other states, or freeze the initial state.",
-        "Trainer(net, SLTT, optimizer, loss)                # self.v = self.first.expand_as(x) before the first step",
-        "Trainer(net, SLTT(cut=('other.v',)), optimizer, loss)  # or freeze the initial state",
+        "Trainer(net, SLTT, optimizer, loss)                      # before the first step: self.h = self.start.expand_as(x)",
+        'Trainer(net, SLTT(cut=("other.v",)), optimizer, loss)   # or freeze the initial state',
     ),
     "SNNFX620": CodeEntry(
         "no trace for each neuron",
@@ -799,20 +838,20 @@ CODES: dict[str, CodeEntry] = {
     "SNNFX804": CodeEntry(
         "a part of the model runs as Python code",
         "A module that could not be traced is called at every step. A file cannot contain its Python code.",
-        "def forward(self, x): return x if x.sum() > 0 else -x",
-        "def forward(self, x): return torch.where(x.sum() > 0, x, -x)",
+        "def forward(self, x):\n    return x if x.sum() > 0 else -x",
+        "def forward(self, x):\n    return torch.where(x.sum(1, keepdim=True) > 0, x, -x)   # for each sample",
     ),
     "SNNFX805": CodeEntry(
         "torch cannot trace a part of the net",
         "The code of a step reads values of tensors in Python, or calls something that has no ATen form.",
-        "self.v = self.v * float(x.mean())",
-        "self.v = self.v * x.mean()",
+        "x = torch.quantize_per_tensor(x, 0.1, 0, torch.qint8).dequantize()",
+        "x = (x / 0.1).round() * 0.1",
     ),
     "SNNFX806": CodeEntry(
         "an axis cannot be dynamic",
         "The net is valid for one size of this axis only, because its code uses the size as a number. Export it for "
         "the size of the given inputs.",
-        'snnfx.export(net, "net.pt2", x_seq)               # x.view(4, -1) in the step',
+        'snnfx.export(net, "net.pt2", x_seq)               # self.fc(x).view(4, 4) in the step',
         'snnfx.export(net, "net.pt2", x_seq, dynamic=("T",))',
     ),
     "SNNFX807": CodeEntry(
@@ -839,8 +878,8 @@ CODES: dict[str, CodeEntry] = {
     "SNNFX810": CodeEntry(
         "the exported file draws random numbers",
         "Its results differ from call to call, so only shapes and dtypes were compared.",
-        "x = (torch.rand_like(x) < x).float()              # in the model",
-        'snnfx.export(net_without_encoder, "net.pt2", spike_seq)',
+        "x = (torch.rand_like(x) < x).float()    # in the model",
+        "x = (x > 0.5).float()                   # or encode x_seq before the call of the net",
     ),
     "SNNFX811": CodeEntry(
         "the net was in training mode",
@@ -859,16 +898,18 @@ CODES: dict[str, CodeEntry] = {
         "a layer has no form in NIR",
         "NIR has matrices, convolutions, Flatten, average and sum pooling, factors, delays and neurons. BatchNorm in "
         "evaluation mode becomes part of the layer before it.",
-        'net = snnfx.convert(nn.Sequential(nn.Conv2d(1, 4, 3), nn.MaxPool2d(2)))\nsnnfx.export(net, "net.nir", x_seq)',
-        'net = snnfx.convert(nn.Sequential(nn.Conv2d(1, 4, 3), nn.AvgPool2d(2)))\nsnnfx.export(net, "net.nir", x_seq)',
+        "net = snnfx.convert(nn.Sequential(nn.Conv2d(1, 4, 3), nn.MaxPool2d(2))).eval()\n"
+        'snnfx.export(net, "net.nir", x_seq)',
+        "net = snnfx.convert(nn.Sequential(nn.Conv2d(1, 4, 3), nn.AvgPool2d(2))).eval()\n"
+        'snnfx.export(net, "net.nir", x_seq)',
     ),
     "SNNFX814": CodeEntry(
         "a neuron has no form in NIR",
         "The neurons of NIR have a linear potential, a constant threshold, and a reset to a value. The neuron was run on "
         "random inputs, and it does not follow this equation: its reset subtracts, its threshold adapts, or its "
         "potential is not linear.",
-        'net = snnfx.convert(snnfx.neuron.LIFNode(v_reset=None))\nsnnfx.export(net, "net.nir", x_seq)',
-        'net = snnfx.convert(snnfx.neuron.LIFNode(v_reset=0.0))\nsnnfx.export(net, "net.nir", x_seq)',
+        'net = snnfx.convert(snnfx.neuron.LIFNode(v_reset=None)).eval()\nsnnfx.export(net, "net.nir", x_seq)',
+        'net = snnfx.convert(snnfx.neuron.LIFNode(v_reset=0.0)).eval()\nsnnfx.export(net, "net.nir", x_seq)',
     ),
     "SNNFX815": CodeEntry(
         "a neuron does not start where readers of NIR assume",
@@ -894,14 +935,15 @@ CODES: dict[str, CodeEntry] = {
         "a file is not checked for the smallest sizes",
         "A file with dynamic axes is also compared with the net for one time step and one sample. The net itself raises "
         "an error for these sizes, so the file may fail there, too.",
-        "return x.flatten(1).squeeze()[:, None]            # in the model: fails for a batch of 1",
-        "return x.flatten(1).squeeze(1)[:, None]",
+        "return x.squeeze()[:, None]             # in the model: fails for a batch of 1",
+        "return x.squeeze(1)[:, None]",
     ),
     "SNNFX819": CodeEntry(
         "a model that mixes time steps cannot be exported",
         'A model converted with takes="sequence" may combine time steps outside of its loops, as attention over time '
         "does. It has no step that a file could repeat.",
-        'x_seq = x_seq - x_seq.mean(0)\nreturn torch.stack([self.step(x) for x in x_seq])   # takes="sequence"',
+        "x_seq = x_seq - x_seq.mean(0)           # over all time steps\n"
+        "return torch.stack([self.step(x) for x in x_seq])",
         "return torch.stack([self.step(x) for x in x_seq])   # the caller subtracts the mean",
     ),
     "SNNFX820": CodeEntry(

@@ -237,7 +237,8 @@ def _plan(net: Net, inputs: tuple[Any, ...], request: Request) -> ExportPlan:
         )
     if net.options.step_mode == "s" and not request.step:
         raise ExportError("SNNFX801", 'a net with step_mode="s" computes single steps', hint="Pass step=True.")
-    _announce_memory_options(net)
+    if not request.takes_state:
+        _announce_memory_options(net)
     net = _in_evaluation(net)
     plan = plan_export(net, inputs, request)
     persistent = [slot.name for slot in plan.function.executable.program.persistent_slots]

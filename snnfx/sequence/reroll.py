@@ -213,7 +213,7 @@ class _Reroll:
         args, kwargs = self.alignment.arguments[position]
         if not args or not isinstance(args[0], Outside) or kwargs:
             return None
-        if not any(_contains_varying(a) for a in args[1:]):
+        if not any(_contains_varying_numbers(a) for a in args[1:]):
             return None
         nodes = [self.alignment.value(i, position) for i in range(self.alignment.count)]
         if not all(isinstance(n, Node) for n in nodes):
@@ -405,10 +405,10 @@ _ASSIGNMENT = re.compile(r"\s*((?:self\.)?\w+)\s*[-+*/]?=[^=]")
 """A line that assigns one variable."""
 
 
-def _contains_varying(tree: Any) -> bool:
-    found: list[Any] = []
+def _contains_varying_numbers(tree: Any) -> bool:
+    found: list[Varying] = []
     map_roles(tree, lambda role: found.append(role) if isinstance(role, Varying) else None)
-    return bool(found)
+    return any(not isinstance(role.values[0], Node) for role in found)
 
 
 def _number_of_filled_tensor(node: Node, following: Node) -> float | None:

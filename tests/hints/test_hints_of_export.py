@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import copy
+import functools
 import importlib.util
+import tempfile
 import types
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -53,6 +55,13 @@ def same_in_file(net: Any, path: Path, **options: Any) -> None:
     torch.testing.assert_close(torch.export.load(path).module()(X_SEQ), net(X_SEQ))
 
 
+@functools.cache
+def plain_net_is_same_in_file(**options: Any) -> None:
+    """Export the model without the code that a test is about: several hints lead there."""
+    with tempfile.TemporaryDirectory() as folder:
+        same_in_file(net_of(), Path(folder) / "net.pt2", **options)
+
+
 @pytest.fixture
 def path(tmp_path: Path) -> Path:
     return tmp_path / "net.pt2"
@@ -70,7 +79,7 @@ def test_a_time_step_for_a_program(path: Path) -> None:
         lambda: snnfx.export(net, path, X_SEQ, dt=1e-4),
         names="dt=0.0001",
     )
-    same_in_file(net, path)
+    plain_net_is_same_in_file()
 
 
 @dataclass(frozen=True)
@@ -129,7 +138,7 @@ def test_a_package_that_cannot_be_compiled(path: Path, monkeypatch: pytest.Monke
         lambda: snnfx.export(net, path, X_SEQ, package="aot", dynamic=("T",)),
         names="no compiler",
     )
-    same_in_file(net, path, package=None)
+    plain_net_is_same_in_file(package=None)
 
 
 class Centred(nn.Module):
@@ -152,8 +161,7 @@ def test_code_around_a_loop(path: Path) -> None:
         lambda: snnfx.export(net, path, X_SEQ),
         names="test_hints_of_export.py",
     )
-    rest = net_of(lambda self, x: spikes(self, x))
-    same_in_file(rest, path)
+    plain_net_is_same_in_file()
 
 
 def test_one_step_of_a_net_on_whole_sequences() -> None:
@@ -220,11 +228,11 @@ def test_random_numbers_in_the_file(path: Path, monkeypatch: pytest.MonkeyPatch)
         "SNNFX810",
         "deploy/export.py:write_export",
         " draws random numbers: only shapes and dtypes were compared.",
-        lambda: snnfx.export(net, path, X_SEQ),
+        lambda: snnfx.export(net, path, X_SEQ, dynamic=()),
         names="net.pt2",
     )
     with silent():  # the encoder outside of the net, as the example of the code says
-        snnfx.export(net_of(), path, (torch.rand_like(X_SEQ) < X_SEQ).float())
+        snnfx.export(net_of(), path, (torch.rand_like(X_SEQ) < X_SEQ).float(), dynamic=())
 
 
 def test_wrong_results_of_a_file(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -234,18 +242,71 @@ def test_wrong_results_of_a_file(path: Path, monkeypatch: pytest.MonkeyPatch) ->
         "SNNFX808",
         "deploy/checking.py:_wrong",
         "Pass check=False to keep the file, and report this with the model.",
-        lambda: snnfx.export(net, path, X_SEQ),
+        lambda: snnfx.export(net, path, X_SEQ, dynamic=()),
         names="net.pt2",
     )
     assert not path.exists()
-    same_in_file(net, path)
+    plain_net_is_same_in_file()
+
+
+def test_wrong_results_for_the_smallest_sizes(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def wrong_for_one_sample(*given: Any) -> list[list[Tensor]]:
+        return [[y if y.shape[1] == N else y + 7 for y in results] for results in run_here(*given)]
+
+    monkeypatch.setattr(checking, "_run", wrong_for_one_sample)
+    net = net_of()
+    refused(
+        "SNNFX808",
+        "deploy/checking.py:_wrong",
+        "Export it for the sizes of the given inputs: dynamic=(). ",
+        lambda: snnfx.export(net, path, X_SEQ),
+        names="for T = 1, N = 1",
+    )
+    with silent():
+        snnfx.export(net, path, X_SEQ, dynamic=())  # checked, for the given sizes
+    torch.testing.assert_close(torch.export.load(path).module()(X_SEQ), net(X_SEQ))
+
+
+def test_a_net_that_fails_for_one_sample(path: Path) -> None:
+    def without_dim(self: Any, x: Tensor, dim: int | None) -> Tensor:
+        sums = self.fc(x).sum(1, keepdim=True)
+        return (sums.squeeze() if dim is None else sums.squeeze(dim))[:, None] * x
+
+    warned(
+        "SNNFX818",
+        "deploy/plan.py:_smallest_example",
+        ", because the net fails there: ",
+        lambda: snnfx.export(net_of(lambda self, x: without_dim(self, x, None)), path, X_SEQ, check=False),
+        names="the file is not checked for T = 1, N = 1",
+    )
+    same_in_file(net_of(lambda self, x: without_dim(self, x, 1)), path)
+
+
+@pytest.mark.parametrize("options", [{"chunk": 2}, {"chunk": 2, "memory_budget": 2**30}])
+def test_memory_options_of_a_file(options: dict[str, Any], path: Path) -> None:
+    net = snnfx.convert(Step(spikes), **options).eval()
+    warned(
+        "SNNFX825",
+        "deploy/export.py:_announce_memory_options",
+        "a call of the file computes all time steps at once. Export it with state=True and call it on pieces of the "
+        "sequence.",
+        lambda: snnfx.export(net, path, X_SEQ, check=False),
+        names=" and ".join(f"{name}={value}" for name, value in options.items()),
+    )
+    with silent():
+        snnfx.export(net, path, X_SEQ, state=True, check=False)
+    program, state, pieces = torch.export.load(path).module(), {"lif.v": torch.zeros(N, 4)}, []
+    for piece in (X_SEQ[:1], X_SEQ[1:]):
+        y_seq, state = program(piece, state)
+        pieces.append(y_seq)
+    torch.testing.assert_close(torch.cat(pieces), net(X_SEQ))
 
 
 def test_one_flipped_spike(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def flipped(*given: Any) -> list[list[Tensor]]:
         found = run_here(*given)
         for (y,) in found:
-            if y.dtype == torch.float32 and y.numel() == X_SEQ.numel():  # as rounding does
+            if y.dtype == torch.float32:  # as rounding does
                 y.view(-1)[0] = 1 - y.view(-1)[0]
         return found
 
@@ -255,11 +316,11 @@ def test_one_flipped_spike(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         "SNNFX809",
         "deploy/checking.py:_compare",
         "differ from the net: other orders of summation round differently, which can flip a spike.",
-        lambda: snnfx.export(net, path, X_SEQ),
+        lambda: snnfx.export(net, path, X_SEQ, dynamic=()),
         names="1 of 24 elements",
     )
     with silent():  # float64, as the example of the code says
-        snnfx.export(net.double(), path, X_SEQ.double())
+        snnfx.export(net.double(), path, X_SEQ.double(), dynamic=())
 
 
 # -- parts that cannot be traced ---------------------------------------------------------------------------------------
@@ -377,7 +438,7 @@ def test_a_program_that_torch_refuses(path: Path, monkeypatch: pytest.MonkeyPatc
         lambda: snnfx.export(net, path, X_SEQ),
         names="atan has no rule",
     )
-    same_in_file(net_of(), path)
+    plain_net_is_same_in_file()
 
 
 # -- ONNX --------------------------------------------------------------------------------------------------------------

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import builtins
 import shutil
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -418,6 +419,80 @@ def test_verify_of_numbers_that_cannot_be_shared() -> None:
     )
     verifies(model.eval(), net.eval(), X_SEQ)
     verifies(given := Given(), snnfx.convert(given), X_SEQ, torch.poisson(X_SEQ))
+
+
+class Dropped(nn.Module):
+    """Four places drop elements of one shape, and the net drops those in front of the neurons first."""
+
+    def __init__(self, layers: int) -> None:
+        super().__init__()
+        self.fc = nn.Linear(3, 3)
+        self.first, self.second = neuron.LIFNode(v_threshold=0.2), neuron.LIFNode(v_threshold=0.2)
+        self.layers = nn.ModuleList(nn.Dropout(0.3) for _ in range(layers))
+
+    def drop(self, place: int, x: Tensor) -> Tensor:
+        if self.layers:
+            return self.layers[place](x)  # type: ignore[no-any-return]
+        return nn.functional.dropout(x, 0.3, self.training)
+
+    def forward(self, x: Tensor) -> Tensor:
+        current = self.fc(x)
+        both = self.drop(0, self.first(current)) + self.drop(1, x)
+        return both + 3 * self.drop(2, self.second(both)) + self.drop(3, current)
+
+
+def test_verify_of_many_places_that_draw_alike() -> None:
+    model = Dropped(layers=0)
+    net = snnfx.convert(model)
+    refused(
+        "SNNFX411",
+        "inspect/verify/draw_assignment.py:check_with_shared_draws",
+        "Verify in evaluation mode, or use a Dropout layer of its own for each place.",
+        lambda: snnfx.verify(model, net, X_SEQ),
+        names="4 places draw numbers of one shape",
+    )
+    verifies(model.eval(), net.eval(), X_SEQ)
+    verifies(model := Dropped(layers=4), snnfx.convert(model), X_SEQ)
+
+
+class Steps(nn.Module):
+    """A model whose later steps may return something else than its first ones."""
+
+    def __init__(self, later: Callable[[Tensor], Any] | None = None) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.fc, self.later, self.t = nn.Linear(3, 4), later, 0
+
+    def forward(self, x: Tensor) -> Any:
+        y = self.fc(x)
+        if self.later is None:
+            return y
+        self.t += 1
+        return y if self.t < T else self.later(y)
+
+
+def test_verify_of_outputs_that_change_their_nesting() -> None:
+    net = snnfx.convert(model := Steps())
+    refused(
+        "SNNFX401",
+        "inspect/verify/runs.py:Runs.outputs_of_model",
+        "Return outputs with the same nesting at every step.",
+        lambda: snnfx.verify(Steps(lambda y: (y, y)), net, X_SEQ),
+    )
+    verifies(model, net, X_SEQ)
+
+
+@pytest.mark.parametrize("later", [lambda y: y[:, :2], lambda y: y.double()], ids=["shape", "dtype"])
+def test_verify_of_outputs_that_change_their_shape_or_dtype(later: Callable[[Tensor], Any]) -> None:
+    net = snnfx.convert(model := Steps())
+    refused(
+        "SNNFX401",
+        "inspect/verify/runs.py:_over_time",
+        "Return a tensor of the same shape and dtype at every step.",
+        lambda: snnfx.verify(Steps(later), net, X_SEQ),
+        names="`output`",
+    )
+    verifies(model, net, X_SEQ)
 
 
 def test_verify_of_a_net_with_other_weights() -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gc
 import warnings
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -11,10 +12,13 @@ import torch
 from torch import Tensor, nn
 
 import snnfx
-from snnfx import neuron
+from snnfx import errors, neuron
 from snnfx.errors import SnnfxWarning
 from snnfx.lowering.elementwise.cpp import build
 from snnfx.lowering.elementwise.cpp.build import find_compiler
+from snnfx.lowering.events import crossovers, event_layers
+from snnfx.lowering.events.event_layers import latest_decision
+from snnfx.lowering.events.event_source import SOURCES
 from snnfx.passes import Normalize, Partition, PassManager, RemoveDeadCode
 from snnfx.regions.sequence_region import region_of_handle
 from snnfx.sandbox import internal_faults
@@ -369,6 +373,22 @@ def test_a_second_derivative_of_an_elementwise_kernel() -> None:
     is_twice_differentiable(Smooth(mixed=False), lower=None)
 
 
+def test_a_second_derivative_of_a_bound_call() -> None:
+    if find_compiler() is None:
+        pytest.skip("no C++ compiler")
+    x_seq, net = sequence(), snnfx.convert(small())
+    for _ in range(3):  # the graph is bound in the second call, its loop in the third one
+        net(x_seq)
+    weight = net.source[0].weight
+    refused(
+        "SNNFX316",
+        "lowering/elementwise/bound_step.py:_BoundFunction.backward",
+        "Convert with lower=None: PyTorch then runs the loop and differentiates twice.",
+        lambda: torch.autograd.grad(net(x_seq).sum(), weight, create_graph=True),
+    )
+    is_twice_differentiable(Smooth(mixed=False), lower=None)
+
+
 def test_a_second_derivative_of_a_mixed_kernel() -> None:
     if find_compiler() is None:
         pytest.skip("no C++ compiler")
@@ -446,6 +466,42 @@ def test_no_compiler(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("SNNFX_KERNELS")
     with silent():
         assert_converts(nn.Sequential(Rare()), sequence())
+
+
+def test_a_compiler_that_fails_for_layers_of_spikes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    if find_compiler() is None:
+        pytest.skip("no C++ compiler")
+    model = nn.Sequential(neuron.IFNode(v_threshold=3.0), nn.Linear(512, 1024))
+    x_seq, net = 1.5 * torch.rand(8, 8, 512), snnfx.convert(model).eval()
+    expected = run_stepped(model, x_seq).outputs
+    broken = tmp_path / "broken"
+    broken.write_text("#!/bin/sh\necho it is broken >&2\nexit 1\n")
+    broken.chmod(0o755)
+    monkeypatch.setattr(crossovers, "_from_disk_or_measured", lambda *_: 1.0)
+    monkeypatch.setattr(crossovers, "_measured", {})
+    monkeypatch.setattr(event_layers, "_built", {})
+    dense = snnfx.convert(model, lower="dense").eval()
+    with torch.no_grad(), monkeypatch.context() as patch:
+        dense(x_seq)  # builds the kernel of the neuron, which stays in use
+        events = {source.text for source in SOURCES.values()}
+        patch.setattr(build, "_loaded", {text: v for text, v in build._loaded.items() if text not in events})
+        patch.setenv("CXX", str(broken))
+        y_seq = warned(
+            "SNNFX505",
+            "lowering/events/event_layers.py:_has_kernel",
+            'Set CXX to another C++ compiler, or convert with lower="dense".',
+            lambda: net(x_seq),
+            names="layers run densely: broken cannot build the kernel",
+        )
+        assert_same(y_seq, expected)
+        assert latest_decision(model[1].weight) is None
+        errors._warned.clear()
+        with silent():
+            assert_same(dense(x_seq), expected)
+    with torch.no_grad(), silent():  # the other compiler again
+        assert_same(net(x_seq), expected)
+        decision = latest_decision(model[1].weight)
+        assert decision is not None and decision.by_events
 
 
 def test_an_internal_fault(monkeypatch: pytest.MonkeyPatch) -> None:

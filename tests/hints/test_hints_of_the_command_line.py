@@ -228,8 +228,8 @@ def net() -> Any:
 X_SEQ = torch.rand(4, 2, 3)
 
 
-def writes(path: str = "net.pt2", **options: Any) -> None:
-    snnfx.export(net(), path, X_SEQ, check=False, **options)
+def writes(path: str = "net.pt2", dynamic: tuple[str, ...] = (), **options: Any) -> None:
+    snnfx.export(net(), path, X_SEQ, check=False, dynamic=dynamic, **options)
     assert Path(path).is_file()
 
 
@@ -293,7 +293,7 @@ def test_a_path_that_cannot_be_written() -> None:
         "SNNFX802",
         "deploy/written_files.py:written_at_once",
         "Create it first.",
-        lambda: snnfx.export(net(), "folder/net.pt2", X_SEQ),
+        lambda: snnfx.export(net(), "folder/net.pt2", X_SEQ, dynamic=()),
     )
     Path("folder").mkdir()
     writes("folder/net.pt2")
@@ -302,6 +302,6 @@ def test_a_path_that_cannot_be_written() -> None:
         "SNNFX802",
         "deploy/written_files.py:written_at_once",
         "Pass the path of a file.",
-        lambda: snnfx.export(net(), "other.pt2", X_SEQ),
+        lambda: snnfx.export(net(), "other.pt2", X_SEQ, dynamic=()),
     )
     writes("other.pt2/net.pt2")

@@ -248,3 +248,26 @@ def test_a_long_loop_is_followed() -> None:
     assert any(i.arg > 255 for i in jumps)
     net = assert_converts_sequence(LongBody(), (sequence(6, 3, 4),), [(sequence(9, 2, 4),)])
     assert "loop" in [region.kind for region in net.regions] or snnfx.explain(net).loops
+
+
+class ReadsFirst(nn.Module):
+    """The first operation of an iteration reads a constant in front of the element: a neuron, or a weight."""
+
+    def __init__(self, kind: str) -> None:
+        super().__init__()
+        self.kind, self.lif = kind, snnfx.neuron.LIFNode(v_threshold=0.4)
+        self.weight = nn.Parameter(torch.linspace(0.1, 2.0, 6))
+
+    def forward(self, x: Tensor) -> Tensor:
+        snnfx.functional.reset_net(self)
+        if self.kind == "neuron":
+            return torch.stack([self.lif(x_t) for x_t in x])
+        if self.kind == "neuron after other code":
+            return torch.stack([2 * self.lif(x_t) for x_t in x - x.mean(0)])
+        return torch.stack([self.lif(torch.maximum(self.weight, x_t)) for x_t in x.flip(0)])
+
+
+@pytest.mark.parametrize("kind", ["neuron", "neuron after other code", "weight"])
+def test_an_iteration_may_start_with_a_constant_operand(kind: str) -> None:
+    inputs = [(sequence(steps, 3, 6),) for steps in (5, 1, 8)]
+    assert_converts_sequence(ReadsFirst(kind), inputs[0], inputs[1:])

@@ -48,31 +48,37 @@ class HintSite:
 def hint_sites() -> list[HintSite]:
     """All hints and warnings of the source."""
     files = [p for folder in ("snnfx", "passes") for p in sorted((ROOT / folder).rglob("*.py"))]
-    trees = {p: ast.parse(p.read_text()) for p in files}
-    positions = _positions_of_hint(trees.values())
-    return [site for path, tree in trees.items() for site in _SitesOfFile(path, tree, positions).sites()]
+    texts = {path: path.read_text() for path in files}
+    trees = {path: ast.parse(text) for path, text in texts.items() if "hint" in text}
+    own = {path: _positions_of_hint(tree) for path, tree in trees.items()}
+    positions = {"Refusal": 2} | {name: position for found in own.values() for name, position in found.items()}
+    relevant = re.compile(rf"\b({'|'.join(['hint', 'warn', 'warn_once', *positions])})\b")
+    sites = []
+    for path, text in texts.items():
+        if relevant.search(text):  # parsing takes long
+            tree = trees[path] if path in trees else ast.parse(text)
+            sites += _SitesOfFile(path, tree, positions, own.get(path, {})).sites()
+    return sites
 
 
-def _positions_of_hint(trees: Any) -> dict[str, int]:
+def _positions_of_hint(tree: ast.Module) -> dict[str, int]:
     """Names of functions with a positional parameter `hint`, and its position in a call."""
-    found = {"Refusal": 2}
-    for tree in trees:
-        methods = {f for c in ast.walk(tree) if isinstance(c, ast.ClassDef) for f in c.body}
-        for function in ast.walk(tree):
-            if isinstance(function, ast.FunctionDef):
-                names = [a.arg for a in function.args.args]
-                if "hint" in names:
-                    found[function.name] = names.index("hint") - (function in methods and names[0] == "self")
+    found, nodes = {}, list(ast.walk(tree))
+    methods = {f for c in nodes if isinstance(c, ast.ClassDef) for f in c.body}
+    for function in nodes:
+        if isinstance(function, ast.FunctionDef):
+            names = [a.arg for a in function.args.args]
+            if "hint" in names:
+                found[function.name] = names.index("hint") - (function in methods and names[0] == "self")
     return found
 
 
 class _SitesOfFile:
-    def __init__(self, path: Path, tree: ast.Module, positions: dict[str, int]) -> None:
+    def __init__(self, path: Path, tree: ast.Module, positions: dict[str, int], own: dict[str, int]) -> None:
         self.path, self.tree = path.relative_to(ROOT).as_posix().removeprefix("snnfx/"), tree
         # A function of this file hides one of the same name in another file.
-        own = {f.name for f in ast.walk(tree) if isinstance(f, ast.FunctionDef)}
-        others = {name: position for name, position in positions.items() if name not in own}
-        self.positions = others | _positions_of_hint([tree])
+        hidden = {f.name for f in ast.walk(tree) if isinstance(f, ast.FunctionDef)}
+        self.positions = {name: position for name, position in positions.items() if name not in hidden} | own
 
     def sites(self) -> Iterator[HintSite]:
         yield from self._visit(self.tree, [], [])

@@ -301,18 +301,25 @@ def _is_plain_mode() -> bool:
     )
 
 
-_built: dict[int, bool] = {}
-"""By bytes of an element."""
+_built: dict[tuple[int, str], bool] = {}
+"""By bytes of an element and compiler: another compiler may succeed where one failed."""
 
 
 def _has_kernel(itemsize: int) -> bool:
-    """Whether the kernel can be built; a failure is told once."""
-    if itemsize not in _built:
-        _built[itemsize] = False
-        if find_compiler() is not None:
-            try:
-                build(itemsize)
-                _built[itemsize] = True
-            except LoweringRefused as reason:
-                warn_once("SNNFX505", f"layers run densely: {reason}.", key="build events")
-    return _built[itemsize] and find_compiler() is not None
+    """Whether the kernel can be built; warns once for each compiler that fails."""
+    compiler = find_compiler()
+    if compiler is None:
+        return False
+    key = itemsize, compiler
+    if key not in _built:
+        try:
+            build(itemsize)
+            _built[key] = True
+        except LoweringRefused as reason:
+            _built[key] = False
+            warn_once(
+                "SNNFX505",
+                f'layers run densely: {reason}. Set CXX to another C++ compiler, or convert with lower="dense".',
+                key=("build events", compiler),
+            )
+    return _built[key]
