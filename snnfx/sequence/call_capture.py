@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+import itertools
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -84,13 +85,20 @@ def capture_calls(
     found = _find_time_dimension(model, example_inputs, entry)
     if found is None:
         training, evaluation = _capture_from_reset_state(model, example_inputs, entry)
-        first = _with_loops(training, passes)
-        return first, first if evaluation is training else _with_loops(evaluation, passes)
+        first = _with_loops(training, passes, _loop_names(()))
+        if evaluation is training:
+            return first, first
+        return first, _with_loops(evaluation, passes, _loop_names(first.loops))
     time, length, short, long = found
-    of_training = _of_any_length(short[0], long[0], time, length, passes)
+    of_training = _of_any_length(short[0], long[0], time, length, passes, _loop_names(()))
     if short[1] is short[0]:
         return of_training, of_training
-    return of_training, _of_any_length(short[1], long[1], time, length, passes)
+    return of_training, _of_any_length(short[1], long[1], time, length, passes, _loop_names(of_training.loops))
+
+
+def _loop_names(taken: Sequence[RolledLoop]) -> Iterator[str]:
+    """Names for loops: a net stores the loops of both modes together, so those of the other mode are taken."""
+    return (f"snnfx_loop_{index}" for index in itertools.count(len(taken)))
 
 
 _BothModes = tuple[StepProgram, StepProgram]
@@ -191,7 +199,12 @@ def _resized(example_inputs: Any, time: TimeDimension, size: int) -> Any:
 
 
 def _of_any_length(
-    short: StepProgram, long: StepProgram, time: TimeDimension, length: int, passes: ProgramPasses
+    short: StepProgram,
+    long: StepProgram,
+    time: TimeDimension,
+    length: int,
+    passes: ProgramPasses,
+    names: Iterator[str],
 ) -> CapturedCall:
     """Re-roll the loops of two calls, and make the number of time steps variable."""
     for program in (short, long):
@@ -200,8 +213,7 @@ def _of_any_length(
     if pairs is None:
         raise CaptureError("SNNFX230", "the loops that run depend on the number of time steps")
     loops: list[RolledLoop] = []
-    for index, (run_short, run_long) in enumerate(pairs):
-        target = f"snnfx_loop_{index}"
+    for (run_short, run_long), target in zip(pairs, names):  # noqa: B905 (endless names)
         a, b = (_reroll(p, r, target) for p, r in ((short, run_short), (long, run_long)))
         try:
             require_same_step(a.program, b.program)
@@ -225,7 +237,7 @@ def _of_any_length(
     return CapturedCall(short, loops, time=replace(time, size=SHORT))
 
 
-def _with_loops(program: StepProgram, passes: ProgramPasses) -> CapturedCall:
+def _with_loops(program: StepProgram, passes: ProgramPasses, names: Iterator[str]) -> CapturedCall:
     """Re-roll the loops of one call, whose number of iterations is fixed."""
     _prepare(program, passes)
     loops: list[RolledLoop] = []
@@ -235,7 +247,7 @@ def _with_loops(program: StepProgram, passes: ProgramPasses) -> CapturedCall:
         for run in runs:
             if run.count >= 3:
                 try:
-                    loops.append(_reroll(program, run, f"snnfx_loop_{len(loops)}"))
+                    loops.append(_reroll(program, run, next(names)))
                     continue
                 except CaptureError as error:
                     refusals.append(error)
