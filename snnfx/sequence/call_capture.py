@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.fx import Node
 
-from snnfx.capture.capture import capture_both_modes
+from snnfx.capture.capture import capture_both_modes, trace_of_call
 from snnfx.capture.iteration_tracking import IterationLimit, TooManyIterations
 from snnfx.capture.step_arguments import as_call
 from snnfx.errors import CaptureError, SnnfxError
@@ -142,21 +142,62 @@ def _find_time_dimension(
         dimension, or later iterations may run other code.
     """
     tensors = [v for v in pytree.tree_leaves(as_call(example_inputs)) if isinstance(v, Tensor)]
+    probes = _Probes(model, example_inputs, entry)
     for candidate in _candidates(tensors):
-        short = _captured(model, example_inputs, candidate, SHORT, entry)
-        if short is None or not find_loop_runs(short[0]):
+        length = probes.longer_length(candidate, tensors)
+        if length is None:
             continue
-        for length in LONGER:
-            long = _captured(model, example_inputs, candidate, length, entry)
-            if long is None:
-                continue
-            pairs = scaling_runs(find_loop_runs(short[0]), find_loop_runs(long[0]))
-            if pairs:
-                if any(not run.source.of_module and may_branch_on_count(run.source) for run, _ in pairs):
-                    return None
-                return candidate, length, short, long
-            break
+        short, long = (_captured(model, example_inputs, candidate, size, entry) for size in (SHORT, length))
+        pairs = short and long and scaling_runs(find_loop_runs(short[0].graph), find_loop_runs(long[0].graph))
+        if short and long and pairs:
+            if any(not run.source.of_module and may_branch_on_count(run.source) for run, _ in pairs):
+                return None
+            return candidate, length, short, long
     return None
+
+
+class _Probes:
+    """Finds the dimensions that decide how often loops iterate, by single traces of calls with other sizes.
+
+    Args:
+        model, example_inputs, entry: as for `capture_calls`.
+    """
+
+    def __init__(self, model: nn.Module, example_inputs: Any, entry: str) -> None:
+        self.model, self.example_inputs, self.entry = model, example_inputs, entry
+        self._without_effect: list[tuple[int, list[LoopRun]]] = []
+        """Dimensions on which no number of iterations depends, each with the loops of a call of other size."""
+
+    def longer_length(self, candidate: TimeDimension, tensors: Sequence[Tensor]) -> int | None:
+        """The first length of `LONGER` that the model runs, if its loops then iterate more often than in a `SHORT` call."""
+        short = self._loops(candidate, SHORT)
+        if not short:
+            return None
+        if all(tensors[leaf].shape[candidate.dim] != SHORT for leaf in candidate.leaves):
+            for dim, loops in self._without_effect:  # of calls of the original size in this dimension
+                if dim != candidate.dim and scaling_runs(short, loops) == []:
+                    return None
+        for length in LONGER:
+            long = self._loops(candidate, length)
+            if long is not None:
+                pairs = scaling_runs(short, long)
+                if pairs == []:
+                    self._without_effect.append((candidate.dim, short))
+                return length if pairs else None
+        return None
+
+    def _loops(self, candidate: TimeDimension, size: int) -> list[LoopRun] | None:
+        """The loops of a call, in the first mode that has some; None if the model does not run so."""
+        inputs, limit = _resized(self.example_inputs, candidate, size), IterationLimit(size + _SLACK)
+        for training in (False, True):
+            try:
+                graph = trace_of_call(self.model, inputs, self.entry, training, limit)
+            except (TooManyIterations, SnnfxError):
+                return None
+            loops = find_loop_runs(graph)
+            if loops:
+                break
+        return loops
 
 
 def _captured(model: nn.Module, inputs: Any, time: TimeDimension, size: int, entry: str) -> _BothModes | None:
@@ -168,10 +209,10 @@ def _captured(model: nn.Module, inputs: Any, time: TimeDimension, size: int, ent
 
 
 def _candidates(tensors: list[Tensor]) -> Iterator[TimeDimension]:
-    """The dimensions that may be time, the most usual ones first; inputs of one size share it."""
+    """The dimensions that may be time, the most usual ones first (0, 1, the last one); inputs of one size share it."""
     seen: set[TimeDimension] = set()
     most = max((t.dim() for t in tensors), default=0)
-    for dim in range(most):
+    for dim in sorted(range(most), key=lambda d: (d > 1 and d != most - 1, d)):
         for first, tensor in enumerate(tensors):
             if tensor.dim() <= dim:
                 continue
@@ -209,7 +250,7 @@ def _of_any_length(
     """Re-roll the loops of two calls, and make the number of time steps variable."""
     for program in (short, long):
         _prepare(program, passes)
-    pairs = scaling_runs(find_loop_runs(short), find_loop_runs(long))
+    pairs = scaling_runs(find_loop_runs(short.graph), find_loop_runs(long.graph))
     if pairs is None:
         raise CaptureError("SNNFX230", "the loops that run depend on the number of time steps")
     loops: list[RolledLoop] = []
@@ -254,7 +295,7 @@ def _with_loops(program: StepProgram, passes: ProgramPasses, names: Iterator[str
             for inner in run.inner:
                 visit(inner)
 
-    visit(find_loop_runs(program))
+    visit(find_loop_runs(program.graph))
     if not loops and refusals:
         raise refusals[0]
     join_elements(program)
