@@ -169,7 +169,7 @@ class _Probes:
         """Dimensions on which no number of iterations depends, each with the loops of a call of other size."""
 
     def longer_length(self, candidate: TimeDimension, tensors: Sequence[Tensor]) -> int | None:
-        """The first length of `LONGER` that the model runs, if its loops then iterate more often than in a `SHORT` call."""
+        """The first length of `LONGER` that the model runs; None if its loops then iterate as often as at `SHORT`."""
         short = self._loops(candidate, SHORT)
         if not short:
             return None
