@@ -29,13 +29,14 @@ def _places(call: AtenCall, values: Sequence[RecordedValue]) -> Iterator[tuple[i
     rank = len(result.shape)
     if call.name == "select_backward":
         part, _, dim, index = call.args
-        if isinstance(part, ValueReference) and values[part.number].dtype == result.dtype:
+        is_dense = _is_outermost(dim % rank, result)
+        if isinstance(part, ValueReference) and values[part.number].dtype == result.dtype and is_dense:
             yield part.number, lambda whole, dim=dim % rank, index=index: whole.select(dim + 1, index)
     elif call.name in JOINS:
         parts = [values[r.number] for r in call.args[0]]
         dim = (call.args[1] if len(call.args) > 1 else 0) % rank
         ranks = {len(part.shape) + (call.name == "stack") for part in parts}
-        if ranks != {rank} or any(part.dtype != result.dtype for part in parts):
+        if ranks != {rank} or any(part.dtype != result.dtype for part in parts) or not _is_outermost(dim, result):
             return  # `cat` ignores empty tensors of other rank and promotes dtypes
         start = 0
         for reference, part in zip(call.args[0], parts, strict=True):
@@ -46,3 +47,8 @@ def _places(call: AtenCall, values: Sequence[RecordedValue]) -> Iterator[tuple[i
                 size = part.shape[dim]
                 yield reference.number, lambda whole, dim=dim, k=start, n=size: whole.narrow(dim + 1, k, n)
                 start += size
+
+
+def _is_outermost(dim: int, value: RecordedValue) -> bool:
+    """Whether the parts along a dimension are contiguous, as kernels write them."""
+    return all(size == 1 for size in value.shape[:dim])
