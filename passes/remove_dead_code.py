@@ -67,7 +67,8 @@ def _remove_proven_checks(program: StepProgram) -> None:
         shape, dim = size.args if isinstance(size, Node) and size.target is operator.getitem else (None, None)
         if not isinstance(shape, Node) or shape.target is not getattr or shape.args[1] != "shape":
             continue
-        if _stacked_along(following.get(shape.args[0]), dim) == expected:
+        state = shape.args[0]
+        if isinstance(state, Node) and _stacked_along(following.get(state), dim) == expected:
             program.graph.erase_node(node)
 
 

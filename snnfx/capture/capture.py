@@ -127,16 +127,12 @@ def trace_of_call(
 ) -> fx.Graph:
     """Trace a whole call of a model that runs over time itself once, from its reset state, to find its loops."""
     _check_model(model, entry)
-    graph, _ = _on_copy(
-        model,
-        example_inputs,
-        entry,
-        training,
-        None,
-        iterations,
-        lambda session, *_: session.trace({}, warm=False)[0].graph,
-    )
-    return graph
+
+    def record(session: CaptureSession, leaves: list[InputLeaf], spec: pytree.TreeSpec) -> fx.Graph:
+        tracer, _ = session.trace({}, warm=False)
+        return tracer.graph
+
+    return _on_copy(model, example_inputs, entry, training, None, iterations, record)[0]
 
 
 def _capture_copy(

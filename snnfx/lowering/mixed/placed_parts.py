@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
+from functools import partial
 
 from torch import Tensor
 
@@ -31,7 +32,7 @@ def _places(call: AtenCall, values: Sequence[RecordedValue]) -> Iterator[tuple[i
         part, _, dim, index = call.args
         is_dense = _is_outermost(dim % rank, result)
         if isinstance(part, ValueReference) and values[part.number].dtype == result.dtype and is_dense:
-            yield part.number, lambda whole, dim=dim % rank, index=index: whole.select(dim + 1, index)
+            yield part.number, partial(Tensor.select, dim=dim % rank + 1, index=index)
     elif call.name in JOINS:
         parts = [values[r.number] for r in call.args[0]]
         dim = (call.args[1] if len(call.args) > 1 else 0) % rank
@@ -41,11 +42,11 @@ def _places(call: AtenCall, values: Sequence[RecordedValue]) -> Iterator[tuple[i
         start = 0
         for reference, part in zip(call.args[0], parts, strict=True):
             if call.name == "stack":
-                yield reference.number, lambda whole, dim=dim, k=start: whole.select(dim + 1, k)
+                yield reference.number, partial(Tensor.select, dim=dim + 1, index=start)
                 start += 1
             else:
                 size = part.shape[dim]
-                yield reference.number, lambda whole, dim=dim, k=start, n=size: whole.narrow(dim + 1, k, n)
+                yield reference.number, partial(Tensor.narrow, dim=dim + 1, start=start, length=size)
                 start += size
 
 
