@@ -2,15 +2,18 @@
 
 Needed are the outputs of a step, the next value of every slot (`net.run` returns it), initial values and size checks,
 in training the layers that update running statistics, and modules that run without capture, whose effects are unknown.
-Legal because other nodes have no effect. A slot that capture discovered by watching attributes is needed only if a
+Legal because other nodes have no effect. A check of the number of values that a state stacks is not needed: it follows
+from the next value of the state. A slot that capture discovered by watching attributes is needed only if a
 value depends on it, its own next value included: an attribute that is written but never read is not a state.
 """
 
 from __future__ import annotations
 
+import operator
 from dataclasses import dataclass
 from typing import Any
 
+import torch
 from torch.fx import Node
 
 from snnfx.analysis.dependence import ancestors
@@ -33,6 +36,7 @@ class RemoveDeadCode(Pass):
     def apply(self, program: StepProgram) -> str:
         before = len(program.graph.nodes)
         dropped = _drop_unread_slots(program)
+        _remove_proven_checks(program)
         _remove_dead_nodes(program)
         if program.first_step is not None:
             _keep_slots(program.first_step, {slot.name for slot in program.slots})
@@ -51,6 +55,29 @@ def _remove_dead_nodes(program: StepProgram) -> None:
     for node in reversed(list(program.graph.nodes)):
         if node not in live:
             program.graph.erase_node(node)
+
+
+def _remove_proven_checks(program: StepProgram) -> None:
+    """Remove checks of the number of values that a state stacks; a call checks the shapes of given states."""
+    following = dict(zip(program.slot_nodes(), program.next_states, strict=True))
+    for node in list(program.graph.nodes):
+        if node.target is not expect_size or node.users:
+            continue
+        size, expected = node.args[:2]
+        shape, dim = size.args if isinstance(size, Node) and size.target is operator.getitem else (None, None)
+        if not isinstance(shape, Node) or shape.target is not getattr or shape.args[1] != "shape":
+            continue
+        state = shape.args[0]
+        if isinstance(state, Node) and _stacked_along(following.get(state), dim) == expected:
+            program.graph.erase_node(node)
+
+
+def _stacked_along(value: Any, dim: Any) -> int | None:
+    """The number of values that `torch.stack` joins along a dimension."""
+    if not isinstance(value, Node) or value.target is not torch.stack or not isinstance(value.args[0], list | tuple):
+        return None
+    along = value.args[1] if len(value.args) > 1 else value.kwargs.get("dim", 0)
+    return len(value.args[0]) if along == dim else None
 
 
 def _drop_unread_slots(program: StepProgram) -> list[str]:

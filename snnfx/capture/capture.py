@@ -12,12 +12,12 @@ becomes the program of the first step.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import replace
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor, fx, nn
 from torch.fx import Node
 from torch.nn.parameter import is_lazy
 
@@ -42,7 +42,9 @@ from snnfx.sandbox.torch_internals import FakeTensor, FakeTensorMode, pytree
 from snnfx.sandbox.user_code import location_of_forward
 from snnfx.state.carry import OutputPath
 
-__all__ = ["capture", "capture_both_modes"]
+__all__ = ["capture", "capture_both_modes", "trace_of_call"]
+
+_Recorded = TypeVar("_Recorded")
 
 
 def capture_both_modes(
@@ -120,6 +122,19 @@ def capture(
     return _capture_copy(model, example_inputs, entry, training, carry, iterations)[0]
 
 
+def trace_of_call(
+    model: nn.Module, example_inputs: Any, entry: str, training: bool, iterations: IterationLimit
+) -> fx.Graph:
+    """Trace a whole call of a model that runs over time itself once, from its reset state, to find its loops."""
+    _check_model(model, entry)
+
+    def record(session: CaptureSession, leaves: list[InputLeaf], spec: pytree.TreeSpec) -> fx.Graph:
+        tracer, _ = session.trace({}, warm=False)
+        return tracer.graph
+
+    return _on_copy(model, example_inputs, entry, training, None, iterations, record)[0]
+
+
 def _capture_copy(
     model: nn.Module,
     example_inputs: Any,
@@ -129,6 +144,34 @@ def _capture_copy(
     iterations: IterationLimit | None,
 ) -> tuple[StepProgram, bool]:
     """Capture a structural copy of a model: the program of the model, and whether its mode may matter."""
+    program, copy = _on_copy(
+        model,
+        example_inputs,
+        entry,
+        training,
+        carry,
+        iterations,
+        lambda session, leaves, spec: _capture_once(session, leaves, spec, training),
+    )
+    for captured in filter(None, (program, program.first_step)):
+        _refer_to_model(captured, copy)
+        for node in captured.graph.nodes:
+            if "val" in node.meta:
+                values = pytree.tree_map(copy.original_of, node.meta["val"])
+                node.meta["val"] = pytree.tree_map(_as_meta_tensor, values)
+    return program, copy.training_was_read
+
+
+def _on_copy(
+    model: nn.Module,
+    example_inputs: Any,
+    entry: str,
+    training: bool,
+    carry: Mapping[str, OutputPath] | None,
+    iterations: IterationLimit | None,
+    record: Callable[[CaptureSession, list[InputLeaf], pytree.TreeSpec], _Recorded],
+) -> tuple[_Recorded, RecordingCopy]:
+    """Record a structural copy of a model: the result of `record`, and the copy."""
     fake_mode = FakeTensorMode(allow_non_fake_inputs=True) if example_inputs is not None else None
     carried = carried_arguments(model, entry, example_inputs, carry or {}, fake_mode)
     arguments, leaves, spec = step_arguments(model, entry, example_inputs, fake_mode, tuple(c.name for c in carried))
@@ -145,8 +188,7 @@ def _capture_copy(
             try:
                 session = CaptureSession(copy, entry, arguments, opaque, fake_mode, carried, changes, code, iterations)
                 with copy.watched(), torch.set_grad_enabled(gradients):
-                    program = _capture_once(session, leaves, spec, training)
-                break
+                    return record(session, leaves, spec), copy
             except NewChange:
                 continue
             except SubmoduleNotTraceable as failure:
@@ -161,13 +203,6 @@ def _capture_copy(
                     raise failure.error from failure.__cause__
                 opaque[failure.name] = failure.reason
                 changes = StepChanges(copy.root, entry)
-    for captured in filter(None, (program, program.first_step)):
-        _refer_to_model(captured, copy)
-        for node in captured.graph.nodes:
-            if "val" in node.meta:
-                values = pytree.tree_map(copy.original_of, node.meta["val"])
-                node.meta["val"] = pytree.tree_map(_as_meta_tensor, values)
-    return program, copy.training_was_read
 
 
 def _refer_to_model(program: StepProgram, copy: RecordingCopy) -> None:
@@ -191,11 +226,13 @@ def _capture_once(
     for attribute in cold_discoveries:
         discovered[attribute.name] = attribute
     starts_as_none = {name for c in carried if not c.required for name in c.argument().slot_names()}
-    if not discovered and not session.matched_slots() and not starts_as_none and not session.changes.found:
+    if not discovered and not session.matched_slots() and not starts_as_none and session.changes.keep_shapes(values):
+        # Each slot is read from a placeholder in this trace already.
         return replace(
-            session.program(cold, leaves, spec, training),
+            _refusing_growth(session.program(cold, leaves, spec, training)),
             setting_reads=session.setting_reads(()),
             guards=session.guards(()),
+            initial_attributes=session.initial_attributes(()),
         )
     cold_program = session.program(cold, leaves, spec, training, drop_overwritten=False)
     structures = [c.structure for c in carried]
@@ -231,10 +268,7 @@ def _capture_once(
             why="a state must have the same structure at every step.",
             hint="Return the state with the same nesting and keys as the state argument.",
         )
-    program = session.program(warm, leaves, spec, training, set(discovered))
-    for slot, node in zip(program.slots, program.next_states, strict=True):
-        if isinstance(node, Node) and _joins(node, slot.placeholder):
-            _refuse_growth(slot.name, node, f"`{node.name}` joins it with another value")
+    program = _refusing_growth(session.program(warm, leaves, spec, training, set(discovered)))
     program.setting_reads = session.setting_reads(discovered.values())
     program.guards = session.guards(discovered.values())
     program.initial_attributes = session.initial_attributes(discovered.values())
@@ -276,6 +310,14 @@ def _joins(node: Node, placeholder: str) -> bool:
     if not traits_of(node).joins:
         return False
     return any(operand.name == placeholder for operand in node.all_input_nodes)
+
+
+def _refusing_growth(program: StepProgram) -> StepProgram:
+    """The program, unless a step joins a state with other values."""
+    for slot, node in zip(program.slots, program.next_states, strict=True):
+        if isinstance(node, Node) and _joins(node, slot.placeholder):
+            _refuse_growth(slot.name, node, f"`{node.name}` joins it with another value")
+    return program
 
 
 def _refuse_growth(name: str, node: Any, why: str) -> None:

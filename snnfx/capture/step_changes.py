@@ -9,7 +9,7 @@ a plain attribute starts each call from its value at capture. A trace that finds
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterable, Iterator, Set
+from collections.abc import Iterable, Iterator, Mapping, Set
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -95,6 +95,11 @@ class StepChanges:
         """The modules and attributes that store the changed tensors."""
         own = {(c.module, c.attribute) for c in self.found.values()}
         return own | {(m, key) for c in self.found.values() if c.how == "in_place" for m, _, key in c.holders}
+
+    def keep_shapes(self, following: Mapping[str, Any]) -> bool:
+        """Whether a step leaves the shapes of the changed tensors; its results by the names of the slots."""
+        values = {name: following[name].meta.get("val") for name in self.found}
+        return all(isinstance(v, Tensor) and v.shape == self.found[n].tensor.shape for n, v in values.items())
 
     # -- before a step --------------------------------------------------------------------------------------------
 

@@ -33,37 +33,73 @@ _INFIX = {
 _LONGEST = 60
 
 
+_DEEPEST = 12
+"""Operations inside each other, at most; a state of many steps is much deeper."""
+
+
 def expression(program: StepProgram, value: Any) -> str:
-    """Print a value as an expression of inputs, slots, parameters and modules: ``full((x.shape[0], 5), 0.3)``."""
-    if isinstance(value, tuple | list):
-        inner = ", ".join(expression(program, item) for item in value)
-        return f"({inner}{',' if len(value) == 1 else ''})" if isinstance(value, tuple) else f"[{inner}]"
-    if isinstance(value, slice):
-        parts = ["" if part is None else expression(program, part) for part in (value.start, value.stop)]
-        return ":".join(parts) + (f":{expression(program, value.step)}" if value.step is not None else "")
-    if not isinstance(value, Node):
-        return "..." if value is Ellipsis else str(value).removeprefix("torch.")
-    if value.op.startswith("call"):
-        return _call(program, value)
-    inputs = {leaf.placeholder: leaf.name for leaf in program.input_leaves}
-    return str(value.meta.get("slot") or inputs.get(value.name, value.target))
+    """Print a value as an expression of inputs, slots, parameters and modules: ``full((x.shape[0], 5), 0.3)``.
+
+    Long operands are printed as the name of their operation.
+    """
+    return _Printer(program).text(value)
 
 
-def _call(program: StepProgram, node: Node) -> str:
-    args = [expression(program, arg) for arg in node.args]
-    kwargs = [f"{key}={expression(program, arg)}" for key, arg in node.kwargs.items()]
-    if node.target is getattr:
-        return f"{args[0]}.{args[1]}"
-    if node.target is operator.getitem:
-        index = node.args[1]
-        inner = ", ".join(expression(program, i) for i in index) if isinstance(index, tuple) else args[1]
-        return f"{args[0]}[{inner}]"
-    if node.target in _INFIX and len(args) == 2:
-        return f"{args[0]} {_INFIX[node.target]} {args[1]}"
-    if node.op == "call_method":
-        return f"{args[0]}.{node.target}({', '.join([*args[1:], *kwargs])})"
-    name = str(node.target) if node.op == "call_module" else operation_name(node)
-    return f"{name}({', '.join([*args, *kwargs])})"
+class _Printer:
+    """Prints expressions; an operand with several readers is printed once.
+
+    Args:
+        program: the program of the nodes.
+    """
+
+    def __init__(self, program: StepProgram) -> None:
+        self.program = program
+        self._inputs = {leaf.placeholder: leaf.name for leaf in program.input_leaves}
+        self._operands: dict[Node, str] = {}
+        self._depth = 0
+
+    def text(self, value: Any) -> str:
+        if isinstance(value, tuple | list):
+            inner = ", ".join(self._operand(item) for item in value)
+            return f"({inner}{',' if len(value) == 1 else ''})" if isinstance(value, tuple) else f"[{inner}]"
+        if isinstance(value, slice):
+            parts = ["" if part is None else self._operand(part) for part in (value.start, value.stop)]
+            return ":".join(parts) + (f":{self._operand(value.step)}" if value.step is not None else "")
+        if not isinstance(value, Node):
+            return "..." if value is Ellipsis else str(value).removeprefix("torch.")
+        if value.op.startswith("call"):
+            return self._call(value)
+        return str(value.meta.get("slot") or self._inputs.get(value.name, value.target))
+
+    def _operand(self, value: Any) -> str:
+        if not isinstance(value, Node) or not value.op.startswith("call"):
+            return self.text(value)
+        if value not in self._operands:
+            self._depth += 1
+            text = "" if self._depth > _DEEPEST else self.text(value)
+            self._depth -= 1
+            self._operands[value] = text if 0 < len(text) <= _LONGEST else _abbreviated(value)
+        return self._operands[value]
+
+    def _call(self, node: Node) -> str:
+        args = [self._operand(arg) for arg in node.args]
+        kwargs = [f"{key}={self._operand(arg)}" for key, arg in node.kwargs.items()]
+        if node.target is getattr:
+            return f"{args[0]}.{args[1]}"
+        if node.target is operator.getitem:
+            index = node.args[1]
+            inner = ", ".join(self._operand(i) for i in index) if isinstance(index, tuple) else args[1]
+            return f"{args[0]}[{inner}]"
+        if node.target in _INFIX and len(args) == 2:
+            return f"{args[0]} {_INFIX[node.target]} {args[1]}"
+        if node.op == "call_method":
+            return f"{args[0]}.{node.target}({', '.join([*args[1:], *kwargs])})"
+        name = str(node.target) if node.op == "call_module" else operation_name(node)
+        return f"{name}({', '.join([*args, *kwargs])})"
+
+
+def _abbreviated(node: Node) -> str:
+    return f"{describe_node(node)}(...)"
 
 
 def expression_of_initial_value(program: StepProgram, initial: Any) -> str:
@@ -75,7 +111,7 @@ def expression_of_initial_value(program: StepProgram, initial: Any) -> str:
     if is_module_call(initial):
         return _set_by_module(program, initial)
     text = expression(program, initial)
-    return text if len(text) <= _LONGEST else f"{describe_node(initial)}(...)"
+    return text if len(text) <= _LONGEST else _abbreviated(initial)
 
 
 def _set_by_module(program: StepProgram, initial: Node) -> str:

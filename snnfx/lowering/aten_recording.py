@@ -13,6 +13,7 @@ notes the tensor and its version ("baked").
 from __future__ import annotations
 
 import contextlib
+import functools
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -103,7 +104,7 @@ class AtenCall:
     positions: list[int] = field(default_factory=list)
     in_custom_backward: bool = False
 
-    @property
+    @functools.cached_property
     def name(self) -> str:
         """The name of the operator, e.g. "add"."""
         return str(self.target._schema.name).partition("::")[2]
@@ -113,9 +114,14 @@ class AtenCall:
         """The traits of the operator."""
         return traits_of_function(self.target)
 
-    def references(self) -> list[int]:
+    def references(self) -> tuple[int, ...]:
         """The numbers of the values that the call reads."""
-        return [a.number for a in pytree.tree_leaves((self.args, self.kwargs)) if isinstance(a, ValueReference)]
+        return self._references
+
+    @functools.cached_property
+    def _references(self) -> tuple[int, ...]:
+        leaves = pytree.tree_leaves((self.args, self.kwargs))
+        return tuple([a.number for a in leaves if isinstance(a, ValueReference)])
 
 
 @dataclass

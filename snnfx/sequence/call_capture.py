@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import itertools
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -11,7 +12,7 @@ import torch
 from torch import Tensor, nn
 from torch.fx import Node
 
-from snnfx.capture.capture import capture_both_modes
+from snnfx.capture.capture import capture_both_modes, trace_of_call
 from snnfx.capture.iteration_tracking import IterationLimit, TooManyIterations
 from snnfx.capture.step_arguments import as_call
 from snnfx.errors import CaptureError, SnnfxError
@@ -74,18 +75,20 @@ def capture_calls(
         CaptureError: the model cannot be captured, or SNNFX230, the iterations of a loop differ.
     """
     start = time.perf_counter()
+    # A net stores the loops of both modes together.
+    names = (f"snnfx_loop_{index}" for index in itertools.count())
     found = _find_time_dimension(model, example_inputs, entry)
     if found is None:
         training, evaluation = _capture_from_reset_state(model, example_inputs, entry)
         _record_capture(training, "capture", start, history)
-        first = _with_loops(training, history)
-        return first, first if evaluation is training else _with_loops(evaluation, History())
+        first = _with_loops(training, history, names)
+        return first, first if evaluation is training else _with_loops(evaluation, History(), names)
     dimension, length, short, long = found
     _record_capture(short[0], f"capture{{time_steps={SHORT}}}", start, history)
-    of_training = _of_any_length(short[0], long[0], dimension, length, history)
+    of_training = _of_any_length(short[0], long[0], dimension, length, history, names)
     if short[1] is short[0]:
         return of_training, of_training
-    return of_training, _of_any_length(short[1], long[1], dimension, length, History())
+    return of_training, _of_any_length(short[1], long[1], dimension, length, History(), names)
 
 
 def _record_capture(program: StepProgram, description: str, start: float, history: History) -> None:
@@ -139,21 +142,62 @@ def _find_time_dimension(
         dimension, or later iterations may run other code.
     """
     tensors = [v for v in pytree.tree_leaves(as_call(example_inputs)) if isinstance(v, Tensor)]
+    probes = _Probes(model, example_inputs, entry)
     for candidate in _candidates(tensors):
-        short = _captured(model, example_inputs, candidate, SHORT, entry)
-        if short is None or not find_loop_runs(short[0]):
+        length = probes.longer_length(candidate, tensors)
+        if length is None:
             continue
-        for length in LONGER:
-            long = _captured(model, example_inputs, candidate, length, entry)
-            if long is None:
-                continue
-            pairs = scaling_runs(find_loop_runs(short[0]), find_loop_runs(long[0]))
-            if pairs:
-                if any(not run.source.of_module and may_branch_on_count(run.source) for run, _ in pairs):
-                    return None
-                return candidate, length, short, long
-            break
+        short, long = (_captured(model, example_inputs, candidate, size, entry) for size in (SHORT, length))
+        pairs = short and long and scaling_runs(find_loop_runs(short[0].graph), find_loop_runs(long[0].graph))
+        if short and long and pairs:
+            if any(not run.source.of_module and may_branch_on_count(run.source) for run, _ in pairs):
+                return None
+            return candidate, length, short, long
     return None
+
+
+class _Probes:
+    """Finds the dimensions that decide how often loops iterate, by single traces of calls with other sizes.
+
+    Args:
+        model, example_inputs, entry: as for `capture_calls`.
+    """
+
+    def __init__(self, model: nn.Module, example_inputs: Any, entry: str) -> None:
+        self.model, self.example_inputs, self.entry = model, example_inputs, entry
+        self._without_effect: list[tuple[int, list[LoopRun]]] = []
+        """Dimensions on which no number of iterations depends, each with the loops of a call of other size."""
+
+    def longer_length(self, candidate: TimeDimension, tensors: Sequence[Tensor]) -> int | None:
+        """The first length of `LONGER` that the model runs; None if its loops then iterate as often as at `SHORT`."""
+        short = self._loops(candidate, SHORT)
+        if not short:
+            return None
+        if all(tensors[leaf].shape[candidate.dim] != SHORT for leaf in candidate.leaves):
+            for dim, loops in self._without_effect:  # of calls of the original size in this dimension
+                if dim != candidate.dim and scaling_runs(short, loops) == []:
+                    return None
+        for length in LONGER:
+            long = self._loops(candidate, length)
+            if long is not None:
+                pairs = scaling_runs(short, long)
+                if pairs == []:
+                    self._without_effect.append((candidate.dim, short))
+                return length if pairs else None
+        return None
+
+    def _loops(self, candidate: TimeDimension, size: int) -> list[LoopRun] | None:
+        """The loops of a call, in the first mode that has some; None if the model does not run so."""
+        inputs, limit = _resized(self.example_inputs, candidate, size), IterationLimit(size + _SLACK)
+        for training in (False, True):
+            try:
+                graph = trace_of_call(self.model, inputs, self.entry, training, limit)
+            except (TooManyIterations, SnnfxError):
+                return None
+            loops = find_loop_runs(graph)
+            if loops:
+                break
+        return loops
 
 
 def _captured(model: nn.Module, inputs: Any, time: TimeDimension, size: int, entry: str) -> _BothModes | None:
@@ -165,10 +209,10 @@ def _captured(model: nn.Module, inputs: Any, time: TimeDimension, size: int, ent
 
 
 def _candidates(tensors: list[Tensor]) -> Iterator[TimeDimension]:
-    """The dimensions that may be time, the most usual ones first; inputs of one size share it."""
+    """The dimensions that may be time, the most usual ones first (0, 1, the last one); inputs of one size share it."""
     seen: set[TimeDimension] = set()
     most = max((t.dim() for t in tensors), default=0)
-    for dim in range(most):
+    for dim in sorted(range(most), key=lambda d: (d > 1 and d != most - 1, d)):
         for first, tensor in enumerate(tensors):
             if tensor.dim() <= dim:
                 continue
@@ -196,17 +240,21 @@ def _resized(example_inputs: Any, time: TimeDimension, size: int) -> Any:
 
 
 def _of_any_length(
-    short: StepProgram, long: StepProgram, dimension: TimeDimension, length: int, history: History
+    short: StepProgram,
+    long: StepProgram,
+    dimension: TimeDimension,
+    length: int,
+    history: History,
+    names: Iterator[str],
 ) -> CapturedCall:
     """Re-roll the loops of two calls, and make the number of time steps variable."""
     loops: list[RolledLoop] = []
 
     def reroll_loops() -> str:
-        pairs = scaling_runs(find_loop_runs(short), find_loop_runs(long))
+        pairs = scaling_runs(find_loop_runs(short.graph), find_loop_runs(long.graph))
         if pairs is None:
             raise CaptureError("SNNFX230", "the loops that run depend on the number of time steps")
-        for index, (run_short, run_long) in enumerate(pairs):
-            target = f"snnfx_loop_{index}"
+        for (run_short, run_long), target in zip(pairs, names):  # noqa: B905 (endless names)
             a, b = (_reroll(p, r, target) for p, r in ((short, run_short), (long, run_long)))
             try:
                 require_same_step(a.program, b.program)
@@ -237,7 +285,7 @@ def _of_any_length(
     return CapturedCall(short, loops, time=replace(dimension, size=SHORT))
 
 
-def _with_loops(program: StepProgram, history: History) -> CapturedCall:
+def _with_loops(program: StepProgram, history: History, names: Iterator[str]) -> CapturedCall:
     """Re-roll the loops of one call, whose number of iterations is fixed."""
     loops: list[RolledLoop] = []
 
@@ -248,14 +296,14 @@ def _with_loops(program: StepProgram, history: History) -> CapturedCall:
             for run in runs:
                 if run.count >= 3:
                     try:
-                        loops.append(_reroll(program, run, f"snnfx_loop_{len(loops)}"))
+                        loops.append(_reroll(program, run, next(names)))
                         continue
                     except CaptureError as error:
                         refusals.append(error)
                 for inner in run.inner:
                     visit(inner)
 
-        visit(find_loop_runs(program))
+        visit(find_loop_runs(program.graph))
         if not loops and refusals:
             raise refusals[0]
         return _note_of(loops)

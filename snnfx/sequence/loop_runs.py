@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
+from torch import fx
 from torch.fx import Node
 
 from snnfx.capture.iteration_tracking import LoopSource
@@ -51,11 +52,11 @@ def move_attributes_first(program: StepProgram) -> str:
     return f"moved {len(moved)} reads of attributes"
 
 
-def find_loop_runs(program: StepProgram) -> list[LoopRun]:
+def find_loop_runs(graph: fx.Graph) -> list[LoopRun]:
     """The runs of the outermost loops that recorded nodes, in program order."""
     outermost: list[LoopRun] = []
     known: dict[int, LoopRun] = {}
-    for node in program.graph.nodes:
+    for node in graph.nodes:
         siblings = outermost
         for iteration in node.meta.get("iterations", ()):
             run = known.get(iteration.run)

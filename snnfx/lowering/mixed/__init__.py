@@ -10,6 +10,7 @@ The step and its backward pass are lists of ATen calls (`snnfx.lowering.aten_rec
 | `batched_calls`      | run the calls before and after the loop for all time steps at once                    |
 | `constant_gradients` | gradients of weights as one product over all steps, outside the reversed loop         |
 | `loop_saved_values`  | choose the values that the forward pass saves for backward                            |
+| `placed_parts`       | parts of joined values, which kernels write to their places                           |
 | `executor`           | run a schedule over the time steps                                                    |
 | `mixed_step`         | `MixedStep`: the schedules of both passes, `forward` and `backward` over a sequence   |
 | `first_states`       | the states before the first step                                                      |

@@ -35,6 +35,8 @@ def run_batched(
             continue
         results = _product(call, stacks, invariants)
         if results is None:
+            results = _viewed(call, wanted, recording, stacks, invariants)
+        if results is None:
             results = _mapped(call, wanted, recording, stacks, invariants)
         stacks.update(zip(wanted, results, strict=True))
 
@@ -54,6 +56,27 @@ def _product(call: AtenCall, stacks: dict[int, Tensor], invariants: dict[int, Te
     if term.dim() > 1 and term.shape[0] != 1:
         return None
     return [torch.addmm(term, folded, invariants[matrix]).unflatten(0, stack.shape[:2])]
+
+
+def _viewed(
+    call: AtenCall,
+    wanted: list[int],
+    recording: Recording,
+    stacks: dict[int, Tensor],
+    invariants: dict[int, Tensor],
+) -> list[Tensor] | None:
+    """The results of a view, with the strides of the view of one step; None if the operator copies."""
+    numbers = [r for r in dict.fromkeys(call.references()) if r in stacks]
+    if call.traits.view != "view" or len(numbers) != 1:
+        return None
+    stack = stacks[numbers[0]]
+    known = {r: invariants[r] for r in call.references() if r in invariants}
+    views = FunctionalCall(call, wanted, recording).on({**known, numbers[0]: stack[0]})
+    address = stack.untyped_storage().data_ptr()
+    if any(v.untyped_storage().data_ptr() != address or v.is_conj() or v.is_neg() for v in views):
+        return None
+    count, step = stack.shape[0], stack.stride(0)
+    return [stack.as_strided((count, *v.shape), (step, *v.stride()), v.storage_offset()) for v in views]
 
 
 def _mapped(

@@ -8,7 +8,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from snnfx.lowering.aten_recording import AtenCall, RecordedValue, Recording, call_as_recorded, resolve_references
+from snnfx.lowering.aten_recording import (
+    AtenCall,
+    RecordedValue,
+    Recording,
+    ValueReference,
+    call_as_recorded,
+    resolve_references,
+)
 from snnfx.ops.written_arguments import written_arguments
 from snnfx.sandbox.torch_internals import pytree
 
@@ -78,11 +85,17 @@ class FunctionalCall:
         if "output_mask" in names and names.index("output_mask") < len(self.args):
             position = names.index("output_mask")
             self.args[position] = [i in self.positions for i in range(len(self.args[position]))]
-        self.dtype = [recording.values[number].dtype for number in self.wanted]
+        self._values = [(i, a.number) for i, a in enumerate(self.args) if isinstance(a, ValueReference)]
+        self._nested = [i for i, a in enumerate(self.args) if isinstance(a, list | tuple | dict)]
 
     def on(self, known: Mapping[int, Any]) -> list[Tensor]:
         """Run the call on known values; return the wanted results."""
-        return self([resolve_references(a, known) for a in self.args], resolve_references(self.kwargs, known))
+        args = list(self.args)
+        for position, number in self._values:
+            args[position] = known[number]
+        for position in self._nested:
+            args[position] = resolve_references(args[position], known)
+        return self(args, resolve_references(self.kwargs, known) if self.kwargs else self.kwargs)
 
     def __call__(self, args: Sequence[Any], kwargs: dict[str, Any]) -> list[Tensor]:
         """Run the call on arguments; return the wanted results."""

@@ -8,6 +8,7 @@ views and addresses.
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -21,6 +22,7 @@ from snnfx.lowering.elementwise.operand_layout import dense_strides, describe_op
 from snnfx.lowering.mixed.batched_calls import run_batched
 from snnfx.lowering.mixed.call_kinds import FunctionalCall
 from snnfx.lowering.mixed.fused_group import FusedGroup, operand_dtype
+from snnfx.lowering.mixed.placed_parts import JOINS, Places, places_of_parts
 from snnfx.lowering.mixed.schedule import Schedule
 from snnfx.ops.buffer_pool import pool
 
@@ -116,11 +118,17 @@ class _ScheduleRun:
         self.targets: dict[int, list[RingBuffer]] = {}
         self.keep_alive: list[Any] = []
         self.stacked = set(schedule.stacked)
+        self.with_stacked_parts = self._with_stacked_parts()
         self.carried = [self._carry(k, value) for k, value in enumerate(initial)]
         self.sums = {n: self._sum_ring(n) for n in schedule.goal.sums}
+        placed = self._calls_to_place()
+        parts = {number for _, places in placed for number, _ in places}
         for number in schedule.stacked:
-            if number not in self.rings:
+            if number not in self.rings and number not in parts:
                 self._add_stack(number)
+        for call, places in placed:
+            self._place_parts(call, places)
+        self.written_in_place = {call.results[0] for call, _ in placed}
         self.operations: list[Callable[[int], None]] = []
         for stage in schedule.stages:
             for call in stage.calls:
@@ -146,7 +154,7 @@ class _ScheduleRun:
         if carried.following is None:
             ring = self._empty(2, number).zero_()
             read, write = [0] + [1] * (T - 1), [1] * T
-        elif carried.read in self.stacked:
+        elif carried.read in self.stacked or number in self.with_stacked_parts:
             ring, later = self._empty(T + 1, number), [t + 1 for t in self.order]
             read, write = (later, self.order) if self.reverse else (self.order, later)
         else:
@@ -173,6 +181,43 @@ class _ScheduleRun:
     def _add_stack(self, number: int) -> None:
         self.targets.setdefault(number, []).append(RingBuffer(self._empty(self.T, number), self.order))
         self.stacks[number] = self.targets[number][-1].tensor
+
+    def _with_stacked_parts(self) -> set[int]:
+        """The results of joins of which at least half of the parts are stored for all steps: the result stores them."""
+        calls = [call for stage in self.schedule.stages for call in stage.calls if call.name in JOINS]
+        places = {call.results[0]: places_of_parts(call, self.values) for call in calls}
+        return {result for result, of in places.items() if of and 2 * sum(n in self.stacked for n, _ in of) >= len(of)}
+
+    def _calls_to_place(self) -> list[tuple[AtenCall, Places]]:
+        """The calls whose parts kernels write to their places in the result, so that the call itself need not run."""
+        made = Counter(n for stage in self.schedule.stages for group in stage.groups for n in group.made)
+        found: list[tuple[AtenCall, Places]] = []
+        placed = set(self.targets)
+        for stage in self.schedule.stages:
+            for call in stage.calls:
+                places = places_of_parts(call, self.values)
+                parts = [number for number, _ in places]
+                if not parts or len(set(parts)) < len(parts) or any(made[n] != 1 or n in placed for n in parts):
+                    continue
+                if self.stacked.isdisjoint(parts) or self._has_row_of_each_step(call.results[0]):
+                    found.append((call, places))
+                    placed.update(parts)
+        return found
+
+    def _has_row_of_each_step(self, number: int) -> bool:
+        rings = self.targets.get(number)
+        return len(set(rings[0].rows)) == self.T if rings else number in self.stacked
+
+    def _place_parts(self, call: AtenCall, places: Places) -> None:
+        whole = self._targets_of(call.results[0])[0]
+        if call.name not in JOINS:
+            whole.tensor.zero_()
+        first = min(whole.rows)
+        for number, place in places:
+            part = place(whole.tensor)
+            self.targets[number] = [whole.viewed(part)]
+            if number in self.stacked:
+                self.stacks[number] = part[first : first + self.T]
 
     def _ring(self, number: int) -> RingBuffer:
         """The ring buffer from which a value is read."""
@@ -203,7 +248,9 @@ class _ScheduleRun:
         if self.schedule.kinds.of(call) == "view" and self._view(call, wanted):
             return
         results = [self._targets_of(n) for n in wanted]
-        if call.name in _WITH_OUT and len(wanted) == 1 and not call.kwargs:
+        if call.results[0] in self.written_in_place:
+            pass
+        elif call.name in _WITH_OUT and len(wanted) == 1 and not call.kwargs:
             self.operations.append(self._call_with_out(call, results[0][0].steps()))
         else:
             self.operations.append(self._call_and_copy(call, wanted, [r[0].steps() for r in results]))
