@@ -16,6 +16,7 @@ from torch.fx import Node
 from snnfx.ir.nodes import is_module_call, is_size
 from snnfx.ir.program import StepProgram
 from snnfx.ops.operator_lookup import operation_of, traits_of, traits_of_module
+from snnfx.sandbox.torch_internals import disable_dispatch_modes
 
 __all__ = ["unexpanded_dimensions"]
 
@@ -69,8 +70,12 @@ def _keeps_zeros(node: Node, operand: Node) -> bool:
 
 
 def _is_zero(program: StepProgram, initial: Any) -> bool:
-    value = program.resolve(str(initial.target)) if isinstance(initial, Node) and initial.op == "get_attr" else initial
-    return isinstance(value, Tensor) and not value.is_meta and not value.any()
+    """Whether an initial value is a constant tensor of zeros; parameters and buffers may change after the emission."""
+    value = program.constants.get(str(initial.target)) if isinstance(initial, Node) else initial
+    if not isinstance(value, Tensor) or value.is_meta:
+        return False
+    with disable_dispatch_modes():  # an export emits under torch's tracers
+        return not value.any()
 
 
 def _rule(program: StepProgram, user: Node, small: Collection[Node], others: list[Node]) -> int | None:
