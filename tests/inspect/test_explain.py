@@ -656,7 +656,7 @@ def test_paragraph_under_a_title_is_set_in() -> None:
 @pytest.mark.parametrize("code", sorted(CODES))
 def test_code_has_a_title_a_meaning_and_both_examples(code: str) -> None:
     entry = CODES[code]
-    assert re.fullmatch(r"SNNFX[1-8]\d\d", code)
+    assert re.fullmatch(r"SNNFX[1-9]\d\d", code)
     assert entry.title and not entry.title.endswith(".")
     assert entry.meaning.endswith(".") and len(entry.meaning) > 20
     assert entry.fails and entry.works and entry.fails != entry.works
