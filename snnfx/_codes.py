@@ -988,7 +988,6 @@ CODES: dict[str, CodeEntry] = {
         'snnfx.export(snnfx.convert(model), "net.pt2", x_seq, state=True)',
     ),
     # 9xx: pictures and progress
-    # 9xx: reports and pictures
     "SNNFX901": CodeEntry(
         "a picture cannot have this depth or profile",
         "`depth` is the number of levels of modules that are drawn open, so it is 0 or more. `profile` is a report of "
