@@ -19,7 +19,7 @@ from snnfx.inspect.profile.advice import advise
 from snnfx.inspect.profile.observed_step import ObservedCall, observe
 from snnfx.inspect.profile.profile_report import ProfileReport
 from snnfx.inspect.profile.profiled_call import ProfiledCall
-from snnfx.inspect.profile.region_times import measure_regions, median_time
+from snnfx.inspect.profile.region_times import measure_regions, median_times
 from snnfx.inspect.profile_data import (
     EnergyModel,
     FiringRate,
@@ -154,19 +154,15 @@ def _checked(net: nn.Module, repeats: int) -> Net:
 def _whole_call(call: ProfiledCall, train: bool, repeats: int) -> tuple[float, float]:
     """Milliseconds of the forward and backward pass as a user runs them."""
     net, device = call.net, call.leaves[0].device if call.leaves else torch.device("cpu")
-    run = _runner(call)
-    forward = median_time(run, device, _WARM_UP, repeats)
-    if not train:
-        return forward * 1e3, 0.0
     wanted = [x for x in (*net.source.parameters(), *call.leaves) if x.requires_grad]
 
-    def step() -> None:
-        outputs = [y for y in pytree.tree_leaves(run()) if isinstance(y, Tensor) and y.requires_grad]
-        if outputs and wanted:
+    def backward(result: Any) -> None:
+        outputs = [y for y in pytree.tree_leaves(result) if isinstance(y, Tensor) and y.requires_grad]
+        if outputs and wanted and train:
             torch.autograd.grad(outputs, wanted, [torch.ones_like(y) for y in outputs], allow_unused=True)
 
-    both = median_time(step, device, _WARM_UP, repeats)
-    return forward * 1e3, max(both - forward, 0.0) * 1e3
+    forward_time, backward_time = median_times(_runner(call), backward, device, _WARM_UP, repeats)
+    return forward_time * 1e3, backward_time * 1e3 if train else 0.0
 
 
 def _runner(call: ProfiledCall) -> Any:

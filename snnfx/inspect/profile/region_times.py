@@ -9,6 +9,7 @@ from __future__ import annotations
 import statistics
 import time
 from collections.abc import Callable, Iterable
+from functools import partial
 from typing import Any
 
 import torch
@@ -19,17 +20,30 @@ from snnfx.inspect.profile.profiled_call import ProfiledCall
 from snnfx.ops.run_loop import LoopHandle
 from snnfx.sandbox.torch_internals import pytree
 
-__all__ = ["measure_regions", "median_time"]
+__all__ = ["measure_regions", "median_times"]
 
 Times = dict[str, tuple[float, float]]
 """Region -> (forward seconds, backward seconds)."""
 
 
-def median_time(run: Callable[[], Any], device: torch.device, warm_up: int, repeats: int) -> float:
-    """The median time of a call in seconds."""
-    for _ in range(warm_up):
-        run()
-    return statistics.median(_timed(run, device)[1] for _ in range(repeats))
+def median_times(
+    forward: Callable[[], Any], backward: Callable[[Any], Any], device: torch.device, warm_up: int, repeats: int
+) -> tuple[float, float]:
+    """The median times in seconds of a forward pass, and of the backward pass of the same call.
+
+    Args:
+        forward: runs the forward pass.
+        backward: runs the backward pass; gets the result of `forward`.
+        device: the device to wait for.
+        warm_up: calls before the first measured one.
+        repeats: measured calls.
+    """
+    times: list[tuple[float, float]] = []
+    for _ in range(warm_up + repeats):
+        outputs, first = _timed(forward, device)
+        times.append((first, _timed(partial(backward, outputs), device)[1]))
+    measured = times[warm_up:]
+    return statistics.median(t for t, _ in measured), statistics.median(t for _, t in measured)
 
 
 def measure_regions(call: ProfiledCall, train: bool, warm_up: int, repeats: int) -> Times:

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 import snnfx
 from snnfx.errors import InputError
+from snnfx.inspect.profile.region_times import median_times
 from support.nets import CSNN, BatchCoupled, Recurrent, TwoInputs
 
 T, N = 5, 3
@@ -127,3 +128,18 @@ def test_a_model_that_is_no_net_is_refused() -> None:
         snnfx.profile(nn.Linear(3, 3), torch.rand(T, N, 3))
     with pytest.raises(InputError, match="SNNFX309"):
         snnfx.profile(snnfx.convert(nn.Linear(3, 3)), torch.rand(T, N, 3), repeats=0)
+
+
+def test_noise_of_the_forward_pass_does_not_change_the_time_of_backward(monkeypatch: pytest.MonkeyPatch) -> None:
+    clock, forward_times = [0.0], iter([50.0, 9.0, 1.0, 30.0])
+    monkeypatch.setattr("snnfx.inspect.profile.region_times.time.perf_counter", lambda: clock[0])
+
+    def forward() -> str:
+        clock[0] += next(forward_times)
+        return "outputs"
+
+    def backward(outputs: str) -> None:
+        assert outputs == "outputs"
+        clock[0] += 2.0
+
+    assert median_times(forward, backward, torch.device("cpu"), warm_up=1, repeats=3) == (9.0, 2.0)
