@@ -168,8 +168,7 @@ def write_export(
         files = tuple(sorted(path.parent / f.name for f in folder.iterdir()))
     tried = ["the given inputs", *[e.sizes for e in plan.examples[1:]]]
     checked = f"the net, for {' and for '.join(tried)}" if check else ""
-    axes = {axis for t in (*plan.interface.inputs, *plan.interface.states) for axis in ("T", "N") if axis in t.shape}
-    return Exported(path, files, plan.interface, tuple(sorted(axes, reverse=True)), checked)
+    return Exported(path, files, plan.interface, _dynamic_axes(plan.interface), checked)
 
 
 def _write_nir(
@@ -284,10 +283,15 @@ def _metadata(plan: ExportPlan, request: Request) -> dict[str, Any]:
         "snnfx_version": __version__,
         "torch_version": str(torch.__version__),
         **plan.interface.to_dict(),
-        "dynamic": list(request.dynamic),
+        "dynamic": list(_dynamic_axes(plan.interface)),
         "step": request.step,
         "reduce": options.reduce,
     }
+
+
+def _dynamic_axes(interface: Interface) -> tuple[str, ...]:
+    found = {axis for t in (*interface.inputs, *interface.states) for axis in ("T", "N") if axis in t.shape}
+    return tuple(sorted(found, reverse=True))
 
 
 def _symbols(program: torch.export.ExportedProgram, plan: ExportPlan) -> dict[str, str]:
