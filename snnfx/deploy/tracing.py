@@ -172,7 +172,7 @@ def _set_tensor(root: nn.Module, name: str, value: Tensor) -> None:
 
 
 def _dim_name(name: str, used: Collection[tuple[str, int]]) -> str:
-    """The name of an axis for torch: SymPy, which computes multiples of an axis from its name, reads N as a function."""
+    """The name of an axis in torch; SymPy, which computes the names of multiples, reads N as a function."""
     has_multiples = any(axis == name and factor > 1 for axis, factor in used)
     return f"axis_{name}" if has_multiples else name
 
