@@ -100,8 +100,9 @@ def export(
     Raises:
         ExportError: SNNFX801, an option or the suffix is illegal; SNNFX802, the file cannot be written; SNNFX803, a
             package is missing; SNNFX804 to 807, the net cannot be exported; SNNFX808, the file is wrong;
-            SNNFX813 and 814, a layer or a neuron has no form in NIR.
-        InputError: the inputs are invalid, as for a call of the net.
+            SNNFX813 and 814, a layer or a neuron has no form in NIR; SNNFX827, onnxruntime has no kernel for the dtype;
+            SNNFX828, a package is broken.
+        InputError: the inputs are invalid, as for a call of the net; SNNFX327, the model fails for their sizes.
 
     Example:
         >>> import tempfile, torch, snnfx
