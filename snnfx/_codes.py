@@ -501,6 +501,13 @@ CODES: dict[str, CodeEntry] = {
         "SNNFX_CACHE_LIMIT=1GB python train.py",
         "SNNFX_CACHE_LIMIT=1024 python train.py",
     ),
+    "SNNFX327": CodeEntry(
+        "the inputs have other sizes than the model expects",
+        "An export runs the first step of its inputs. The model fails for their sizes, such as another number of "
+        "features than its first layer has. Nothing was written.",
+        'snnfx.export(snnfx.convert(nn.Linear(5, 2)), "net.pt2", torch.rand(T, N, 7))',
+        'snnfx.export(snnfx.convert(nn.Linear(5, 2)), "net.pt2", torch.rand(T, N, 5))',
+    ),
     "SNNFX325": CodeEntry(
         "an input has another rank than the example",
         "The net was converted with example_inputs, so its plan holds for inputs of these ranks. An input of a call has "
@@ -857,7 +864,7 @@ CODES: dict[str, CodeEntry] = {
     "SNNFX807": CodeEntry(
         "the format cannot express the net",
         "An AOTInductor package has at most one dynamic axis: T (loops as scan) or N (loops unrolled to the T of the "
-        "inputs). For ONNX, an operation may have no translation.",
+        "inputs). For ONNX, an operation may have no translation, or none in this dtype.",
         'snnfx.export(net, "net.pt2", x_seq, package="aot")',
         'snnfx.export(net, "net.pt2", x_seq, package="aot", dynamic=("T",))',
     ),
@@ -865,8 +872,8 @@ CODES: dict[str, CodeEntry] = {
         "the exported file does not reproduce the net",
         "Before it is kept, an exported file runs once in a process without snnfx on the given inputs. It failed, or its "
         "results differ from those of the net. Nothing was written.",
-        'snnfx.export(net.double(), "net.onnx", x_seq.double())   # onnxruntime has no float64 convolution',
-        'snnfx.export(net.float(), "net.onnx", x_seq)',
+        'snnfx.export(net, "net.onnx", x_seq)              # an operation is wrong in onnxruntime',
+        'snnfx.export(net, "net.pt2", x_seq)',
     ),
     "SNNFX809": CodeEntry(
         "a few elements differ after export",
@@ -986,6 +993,26 @@ CODES: dict[str, CodeEntry] = {
         "state=True, a file computes long sequences in pieces.",
         'snnfx.export(snnfx.convert(model, chunk=16), "net.pt2", x_seq)',
         'snnfx.export(snnfx.convert(model), "net.pt2", x_seq, state=True)',
+    ),
+    "SNNFX826": CodeEntry(
+        "the exported file has no batch dimension",
+        "A layer takes the input of one step as one sample, without a batch dimension, and the step fails for another "
+        "size of its first dimension. So this dimension is not the batch, and only T is dynamic.",
+        'snnfx.export(net, "net.pt2", torch.rand(T, features))',
+        'snnfx.export(net, "net.pt2", torch.rand(T, features), dynamic=("T",))',
+    ),
+    "SNNFX827": CodeEntry(
+        "onnxruntime cannot run the exported file on a CPU",
+        "onnxruntime has no CPU kernel for an operation in this dtype, such as convolutions in float64 and most "
+        "operations in bfloat16. So the file could not be checked, and nothing was written.",
+        'snnfx.export(net.double(), "net.onnx", x_seq.double())   # with a convolution',
+        'snnfx.export(net.float(), "net.onnx", x_seq)',
+    ),
+    "SNNFX828": CodeEntry(
+        "a package for the format is broken",
+        "The package is installed, but importing it fails. The message has the error of the import.",
+        'snnfx.export(net, "net.onnx", x_seq)              # import onnx fails',
+        "pip install --force-reinstall onnx",
     ),
     # 9xx: pictures and progress
     "SNNFX901": CodeEntry(

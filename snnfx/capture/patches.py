@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import builtins
 import contextlib
-import logging
 import threading
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -26,7 +25,6 @@ __all__ = [
     "patched_isinstance",
     "patched_script_functions",
     "plain_isinstance",
-    "quiet_fake_tensors",
 ]
 
 
@@ -140,21 +138,6 @@ def patched_script_functions(recorder: Recorder) -> Iterator[None]:
         yield
     finally:
         script_function.__call__ = original
-
-
-@contextlib.contextmanager
-def quiet_fake_tensors() -> Iterator[None]:
-    """Silence this thread's log of fake tensor errors; capture raises them with the user's line."""
-    logger, thread = logging.getLogger("torch._subclasses.fake_tensor"), threading.get_ident()
-
-    def is_loud(record: logging.LogRecord) -> bool:
-        return record.thread != thread or record.levelno >= logging.CRITICAL
-
-    logger.addFilter(is_loud)
-    try:
-        yield
-    finally:
-        logger.removeFilter(is_loud)
 
 
 def autocast_state() -> tuple[bool, ...]:

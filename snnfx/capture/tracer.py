@@ -31,7 +31,6 @@ from snnfx.capture.patches import (
     patched_factories,
     patched_isinstance,
     patched_script_functions,
-    quiet_fake_tensors,
 )
 from snnfx.capture.proxy import UNKNOWN, StepProxy, needs_examples, value_of
 from snnfx.capture.recording_copy import recording_modules
@@ -54,6 +53,7 @@ from snnfx.sandbox.torch_internals import (
     FakeTensorMode,
     WrappedFunctions,
     pytree,
+    quiet_fake_tensors,
 )
 from snnfx.sandbox.user_code import format_location, location_of_error, location_of_forward, user_location
 from snnfx.state.composite_adapter import composite_adapter, is_stateful_tree

@@ -42,13 +42,13 @@ def check_file(kind: str, path: Path, examples: Sequence[Example], interface: In
         values: whether to compare values, or only shapes and dtypes.
 
     Raises:
-        ExportError: SNNFX808, the file cannot be run, or its results differ.
+        ExportError: SNNFX808, the file cannot be run, or its results differ; SNNFX827, onnxruntime has no kernel.
     """
     found = _run(kind, path, [e.arguments for e in examples], interface.input_names)
     for example, results in zip(examples, found, strict=True):
         wanted = [leaf for leaf in pytree.tree_leaves(example.expected) if isinstance(leaf, Tensor)]
         if isinstance(results, str):
-            raise _wrong(path, f"running it without snnfx fails: {results}.", example.sizes)
+            raise _not_run(path, results, example.sizes)
         compare_results(path, interface.output_names, results, wanted, values, example.sizes)
 
 
@@ -73,7 +73,7 @@ def _run(kind: str, path: Path, examples: list[Any], input_names: list[str]) -> 
         done = subprocess.run(command, cwd=folder, capture_output=True, text=True, check=False)
         if done.returncode:
             lines = done.stderr.strip().splitlines()
-            raise _wrong(path, f"running it without snnfx fails: {lines[-1] if lines else done.returncode}.")
+            raise _not_run(path, lines[-1] if lines else str(done.returncode))
         return torch.load(results, weights_only=True)  # type: ignore[no-any-return]
 
 
@@ -96,6 +96,21 @@ def _compare(path: Path, name: str, actual: Tensor, expected: Tensor, values: bo
             f"{different} of {count} elements of `{name}` in {path.name} differ from the net: other orders of "
             "summation round differently, which can flip a spike.",
         )
+
+
+_NO_KERNEL = ("NOT_IMPLEMENTED", "ScalarType BFloat16")
+"""Parts of the errors of onnxruntime and NumPy for operations and tensors of a dtype that they do not support."""
+
+
+def _not_run(path: Path, error: str, sizes: str = "") -> ExportError:
+    if path.suffix == ".onnx" and any(text in error for text in _NO_KERNEL):
+        return ExportError(
+            "SNNFX827",
+            f"onnxruntime cannot run {path.name} on a CPU",
+            why=f"it has no kernel for an operation in the dtype of the net: {error}.",
+            hint="Export net.float() with inputs in float32, or pass check=False for another runtime.",
+        )
+    return _wrong(path, f"running it without snnfx fails: {error}.", sizes)
 
 
 def _wrong(path: Path, why: str, sizes: str = "") -> ExportError:

@@ -100,8 +100,9 @@ def export(
     Raises:
         ExportError: SNNFX801, an option or the suffix is illegal; SNNFX802, the file cannot be written; SNNFX803, a
             package is missing; SNNFX804 to 807, the net cannot be exported; SNNFX808, the file is wrong;
-            SNNFX813 and 814, a layer or a neuron has no form in NIR.
-        InputError: the inputs are invalid, as for a call of the net.
+            SNNFX813 and 814, a layer or a neuron has no form in NIR; SNNFX827, onnxruntime has no kernel for the dtype;
+            SNNFX828, a package is broken.
+        InputError: the inputs are invalid, as for a call of the net; SNNFX327, the model fails for their sizes.
 
     Example:
         >>> import tempfile, torch, snnfx
@@ -168,8 +169,7 @@ def write_export(
         files = tuple(sorted(path.parent / f.name for f in folder.iterdir()))
     tried = ["the given inputs", *[e.sizes for e in plan.examples[1:]]]
     checked = f"the net, for {' and for '.join(tried)}" if check else ""
-    axes = {axis for t in (*plan.interface.inputs, *plan.interface.states) for axis in ("T", "N") if axis in t.shape}
-    return Exported(path, files, plan.interface, tuple(sorted(axes, reverse=True)), checked)
+    return Exported(path, files, plan.interface, _dynamic_axes(plan.interface), checked)
 
 
 def _write_nir(
@@ -285,10 +285,15 @@ def _metadata(plan: ExportPlan, request: Request) -> dict[str, Any]:
         "snnfx_version": __version__,
         "torch_version": str(torch.__version__),
         **plan.interface.to_dict(),
-        "dynamic": list(request.dynamic),
+        "dynamic": list(_dynamic_axes(plan.interface)),
         "step": request.step,
         "reduce": options.reduce,
     }
+
+
+def _dynamic_axes(interface: Interface) -> tuple[str, ...]:
+    found = {axis for t in (*interface.inputs, *interface.states) for axis in ("T", "N") if axis in t.shape}
+    return tuple(sorted(found, reverse=True))
 
 
 def _symbols(program: torch.export.ExportedProgram, plan: ExportPlan) -> dict[str, str]:

@@ -30,7 +30,7 @@ from snnfx.ops.sequence_functions import (
 )
 from snnfx.regions.region_modules import LoopRegion
 
-__all__ = ["ExportedNet", "StateForm"]
+__all__ = ["ExportedNet", "StateForm", "run_region_graph", "run_step"]
 
 State = dict[str, Any]
 
@@ -107,10 +107,10 @@ class ExportedNet:
         self, executable: Executable, leaves: Sequence[Tensor], state: State | None, loops: Loops
     ) -> tuple[tuple[Any, ...], State]:
         """One step: from the state, from the reset state, or as `loops.start` says."""
-        later = None if state is None else _run_step(executable, leaves, state)
+        later = None if state is None else run_step(executable, leaves, state)
         if later is not None and loops.start is None:
             return later
-        first = _run_step(executable, leaves, None)
+        first = run_step(executable, leaves, None)
         if later is None:
             return first
         assert loops.start is not None
@@ -133,7 +133,7 @@ class ExportedNet:
             before = None if is_first else dict(zip(slots, rest.pop(), strict=True))
             same, x = iter(rest[: len(constants)]), iter(rest[len(constants) :])
             inputs = [next(x) if v else next(same) for v in varying]
-            y, after = _run_step(executable, inputs, before)
+            y, after = run_step(executable, inputs, before)
             return [v for v in y if isinstance(v, Tensor)], [after[name] for name in slots]
 
         def first(*arguments: Any) -> Any:
@@ -149,7 +149,7 @@ class ExportedNet:
         return flat, dict(zip(slots, final, strict=True))
 
 
-def _run_step(executable: Executable, leaves: Sequence[Tensor], state: State | None) -> tuple[tuple[Any, ...], State]:
+def run_step(executable: Executable, leaves: Sequence[Tensor], state: State | None) -> tuple[tuple[Any, ...], State]:
     """One step of an executable in step mode "s": `(outputs, next states)`."""
     has_first = state is None and (False, "first") in executable.graphs.emitted
     run = _GraphRun(executable, "first" if has_first else "main", Loops())

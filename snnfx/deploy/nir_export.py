@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import math
 from pathlib import Path
 from typing import Any
@@ -11,11 +12,12 @@ from torch import Tensor
 
 from snnfx.deploy.checking import compare_results
 from snnfx.deploy.from_nir import from_nir
+from snnfx.deploy.given_inputs import run_first_step, takes_one_sample
 from snnfx.deploy.interface import FileTensor, Interface
 from snnfx.deploy.nir_file import nir_graph, require_nir
-from snnfx.deploy.nir_step import record_step
-from snnfx.deploy.refusals import refuse_opaque_parts
-from snnfx.errors import ExportError
+from snnfx.deploy.nir_step import record_step, two_samples
+from snnfx.deploy.refusals import first_line, refuse_opaque_parts
+from snnfx.errors import ExportError, SnnfxError
 from snnfx.runtime.net import Net
 from snnfx.sandbox.torch_internals import pytree
 from snnfx.state.carry import flatten_state, outputs_without
@@ -51,7 +53,8 @@ def write_nir(net: Net, path: Path, inputs: tuple[Any, ...], dt: float, T: int |
     """
     if not (isinstance(dt, int | float) and math.isfinite(dt) and dt > 0):
         raise ExportError("SNNFX801", f"dt={dt!r} is illegal", hint="Pass a positive number of seconds, e.g. dt=1e-4.")
-    program = net.planned_for(*inputs, T=T).program
+    planned = net.planned_for(*inputs, T=T)
+    program = planned.program
     if net.options.reduce is not None:
         raise ExportError(
             "SNNFX813",
@@ -73,12 +76,29 @@ def write_nir(net: Net, path: Path, inputs: tuple[Any, ...], dt: float, T: int |
     dims = arguments.tensor_dims
     steps = [x if d is None else x.select(d, 0) for x, d in zip(leaves, dims, strict=True)]
     passed = {k: v for c in program.carried if c.name in carried for k, v in flatten_state(c, carried[c.name]).items()}
+    _check_steps(planned, steps, passed)
     step = record_step(program, [x.cpu() if isinstance(x, Tensor) else x for x in steps], passed)
     graph = nir_graph(step, dt)
     require_nir().write(path, graph)
     if check:
         _check(net, path, inputs, leaves, T)
     return _interface(graph)
+
+
+def _check_steps(net: Net, steps: list[Tensor], passed: dict[str, Any]) -> None:
+    """Run the first step for the given inputs and for two samples; raises InputError and ExportError."""
+    step_net = copy.deepcopy(net).convert_to("s")
+    run_first_step(step_net, steps, passed)
+    try:
+        samples = {name: two_samples(torch.as_tensor(value)) for name, value in passed.items()}
+        run_first_step(step_net, [two_samples(x) for x in steps], samples)
+    except SnnfxError as error:
+        raise ExportError(
+            "SNNFX813",
+            "the step has no form in NIR",
+            why=takes_one_sample(net.program) or f"it fails for two samples: {first_line(error.__cause__ or error)}",
+            hint="Write the step for any batch size, and pass inputs with a batch: [T, N, *].",
+        ) from error
 
 
 def _check(net: Net, path: Path, inputs: tuple[Any, ...], leaves: list[Tensor], T: int | None) -> None:

@@ -9,7 +9,6 @@ NIR describes neurons by differential equations. A file means their forward Eule
 from __future__ import annotations
 
 import importlib
-import importlib.util
 import json
 import re
 from collections.abc import Sequence
@@ -27,6 +26,7 @@ from snnfx.deploy.nir_forms import Term
 from snnfx.deploy.nir_layers import Convolution, Dense, Flattening, Pooling
 from snnfx.deploy.nir_parts import Part, parts_of
 from snnfx.deploy.nir_step import AtenStep
+from snnfx.deploy.packages import missing_packages
 from snnfx.errors import ExportError, warn_once
 
 __all__ = ["DELAYED_EDGES", "INITIAL", "TIME_STEP", "nir_graph", "require_nir"]
@@ -42,8 +42,8 @@ INITIAL = "snnfx_v_initial"
 
 
 def require_nir() -> Any:
-    """The package nir; raises ExportError (SNNFX803) if it is missing."""
-    if importlib.util.find_spec("nir") is None:
+    """The package nir; raises ExportError if it is missing (SNNFX803) or broken (SNNFX828)."""
+    if missing_packages(["nir"]):
         raise ExportError(
             "SNNFX803",
             "nir is not installed",

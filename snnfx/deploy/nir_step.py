@@ -20,7 +20,7 @@ from snnfx.ir.program import StepProgram
 from snnfx.ops.sequence_functions import expand_initial_value
 from snnfx.sandbox.torch_internals import pytree
 
-__all__ = ["BATCH", "AtenStep", "record_step", "refusal", "run_nodes"]
+__all__ = ["BATCH", "AtenStep", "record_step", "refusal", "run_nodes", "two_samples"]
 
 BATCH = 2
 """The batch size of the recording: two samples, because dimensions of size 1 broadcast."""
@@ -91,13 +91,14 @@ def record_step(program: StepProgram, steps: Sequence[Tensor], carried: Mapping[
     """
     recorder = _Recorder(program)
     with torch.no_grad():
-        recorder.bind_inputs([_two_samples(x) for x in steps])
-        recorder.bind_slots({name: _two_samples(torch.as_tensor(value)) for name, value in carried.items()})
+        recorder.bind_inputs([two_samples(x) for x in steps])
+        recorder.bind_slots({name: two_samples(torch.as_tensor(value)) for name, value in carried.items()})
         recorder.finish()
     return recorder.result
 
 
-def _two_samples(x: Tensor) -> Tensor:
+def two_samples(x: Tensor) -> Tensor:
+    """The first sample of a batch, twice."""
     return x.detach()[:1].expand(BATCH, *x.shape[1:]).clone() if x.dim() else x.detach()
 
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import importlib
-import importlib.util
 import io
 import json
 import logging
@@ -17,6 +16,7 @@ from typing import Any
 import torch
 
 from snnfx.deploy.interface import Interface
+from snnfx.deploy.packages import missing_packages
 from snnfx.deploy.refusals import first_line
 from snnfx.errors import ExportError
 
@@ -27,9 +27,9 @@ EXTERNAL_DATA_FROM = 100 * 2**20
 
 
 def require_onnx(check: bool) -> None:
-    """Raise ExportError (SNNFX803) if a package is missing."""
+    """Raise ExportError if a package is missing (SNNFX803) or broken (SNNFX828)."""
     needed = ("onnx", "onnxscript", *(("onnxruntime",) if check else ()))
-    missing = [name for name in needed if importlib.util.find_spec(name) is None]
+    missing = missing_packages(needed)
     if missing:
         only_runtime = missing == ["onnxruntime"]
         raise ExportError(
@@ -57,7 +57,7 @@ def write_onnx(
         metadata: entries of the metadata of the model.
 
     Raises:
-        ExportError: SNNFX807, an operation has no ONNX form.
+        ExportError: SNNFX807, an operation has no ONNX form, or not in its dtype.
     """
     try:
         with _quiet():
@@ -124,8 +124,16 @@ def _separate_names(graph: Any) -> None:
 
 
 def _check_model(path: Path) -> None:
-    checker = importlib.import_module("onnx").checker
-    checker.check_model(str(path), full_check=True)
+    onnx = importlib.import_module("onnx")
+    try:
+        onnx.checker.check_model(str(path), full_check=True)
+    except (onnx.checker.ValidationError, onnx.shape_inference.InferenceError) as error:
+        raise ExportError(
+            "SNNFX807",
+            "the net has no ONNX form",
+            why=f"onnx finds an illegal operation in it: {first_line(error)}",
+            hint="Replace the operation or its dtype (net.float()), or export a .pt2 file.",
+        ) from error
 
 
 @contextlib.contextmanager

@@ -4,19 +4,20 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from snnfx.deploy.exported_module import ExportedNet, StateForm
+from snnfx.deploy.given_inputs import run_first_step, takes_one_sample
 from snnfx.deploy.initial_values import filled_initial_values
 from snnfx.deploy.interface import START, FileTensor, Interface, named_leaves, plain_containers, unique_names
-from snnfx.deploy.refusals import first_line, refuse_opaque_parts
+from snnfx.deploy.refusals import first_line, fixed_batch_size, refuse_opaque_parts
 from snnfx.deploy.tracing import Axes, TracedArgument
 from snnfx.emit.arguments import signature_of
-from snnfx.errors import ExportError, InputError, warn_once
+from snnfx.errors import ExportError, InputError, SnnfxError, warn_once
 from snnfx.ir.program import StepProgram
 from snnfx.runtime.net import Net
 from snnfx.sandbox.torch_internals import pytree
@@ -105,13 +106,28 @@ def plan_export(net: Net, inputs: tuple[Any, ...], request: Request) -> ExportPl
     passed = {k: v for c in program.carried if c.name in carried for k, v in flatten_state(c, carried[c.name]).items()}
     given = slots if request.takes_state else list(passed)
     time_dims = [None if request.step else dim for dim in arguments.tensor_dims]
-    axes = _axes_of_inputs(program, leaves, time_dims, request)
-    sizes = _sizes_of_trace(leaves, axes)
-    resized = [_resized(x, a, sizes) for x, a in zip(leaves, axes, strict=True)]
-
     step_net = copy.deepcopy(planned.convert_to("s"))
     steps = [_first_step(x, dim) for x, dim in zip(leaves, time_dims, strict=True)]
     after = _states_after_step(step_net, steps, passed, request)
+    axes = _axes_of_inputs(program, leaves, time_dims, request)
+    sizes = _sizes_of_trace(leaves, axes)
+    resized = [_resized(x, a, sizes) for x, a in zip(leaves, axes, strict=True)]
+    later: dict[str, Tensor] = {}
+    if "N" in sizes:
+        resized_steps = [_first_step(x, dim) for x, dim in zip(resized, time_dims, strict=True)]
+        try:
+            later = _states_after_step(step_net, resized_steps, _resized_states(passed, sizes), request)
+        except SnnfxError as error:
+            sample = takes_one_sample(program)
+            if sample:
+                warn_once(
+                    "SNNFX826",
+                    f"the inputs have no batch dimension: {sample}. The file computes one sample. Pass "
+                    'dynamic=("T",) for it, or inputs with a batch.',
+                )
+                return plan_export(net, inputs, replace(request, dynamic=tuple({*request.dynamic} - {"N"})))
+            if given:
+                raise fixed_batch_size(error) from error
     filled = filled_initial_values(step_net._executable, steps)
     has_start = request.takes_state and any(filled[name] is None for name in slots)
     form = StateForm(
@@ -120,13 +136,7 @@ def plan_export(net: Net, inputs: tuple[Any, ...], request: Request) -> ExportPl
         has_start=has_start and not any(c.required for c in program.carried),
     )
     state_axes: list[Axes] = [{}] * len(given)
-    if "N" in sizes and given:
-        later = _states_after_step(
-            step_net,
-            [_first_step(x, dim) for x, dim in zip(resized, time_dims, strict=True)],
-            _resized_states(passed, after, sizes),
-            request,
-        )
+    if later and given:
         state_axes = [_axes_of_state(name, after[name].shape, later[name].shape, sizes["N"]) for name in given]
 
     unrolled = arguments.time_first(leaves, request.T)[1] if request.unroll and not request.step else None
@@ -246,19 +256,18 @@ def _states_after_step(
     step_net: Net, steps: Sequence[Tensor], passed: Mapping[str, Any], request: Request
 ) -> dict[str, Tensor]:
     """The state after the first steps: its shapes and dtypes are those of all later states."""
-    leaves, state, shapes = list(steps), dict(passed), None
-    with torch.no_grad():
-        # Initial values with a batch of 1 take the batch size of the input one after the other.
-        for _ in range(1 + len(step_net.program.slots)):
-            _, state = step_net.run_bound(leaves, {}, state or None, None)
-            before, shapes = shapes, [getattr(value, "shape", ()) for value in state.values()]
-            if shapes == before or not request.takes_state:
-                break
-    like = leaves[0] if leaves else torch.empty(())
+    state, shapes = dict(passed), None
+    # Initial values with a batch of 1 take the batch size of the input one after the other.
+    for _ in range(1 + len(step_net.program.slots)):
+        state = run_first_step(step_net, steps, state)
+        before, shapes = shapes, [getattr(value, "shape", ()) for value in state.values()]
+        if shapes == before or not request.takes_state:
+            break
+    like = steps[0] if steps else torch.empty(())
     return {name: torch.as_tensor(value, device=like.device) for name, value in state.items()}
 
 
-def _resized_states(passed: Mapping[str, Any], after: Mapping[str, Tensor], sizes: Mapping[str, int]) -> dict[str, Any]:
+def _resized_states(passed: Mapping[str, Any], sizes: Mapping[str, int]) -> dict[str, Any]:
     """Passed states for the batch size of the trace; they have the batch in dimension 0."""
     return {
         k: v.new_zeros(sizes["N"], *v.shape[1:]) if isinstance(v, Tensor) and v.dim() else v for k, v in passed.items()

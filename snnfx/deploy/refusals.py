@@ -6,11 +6,11 @@ import re
 
 from torch.fx import Node
 
-from snnfx.errors import ExportError, InputError
+from snnfx.errors import ExportError, InputError, SnnfxError
 from snnfx.ir.printing import describe_node, location_of
 from snnfx.ir.program import StepProgram
 
-__all__ = ["ExportRefused", "changes_shape", "first_line", "refuse_opaque_parts", "refused_region"]
+__all__ = ["ExportRefused", "changes_shape", "first_line", "fixed_batch_size", "refuse_opaque_parts", "refused_region"]
 
 
 _DYNAMIC_SIZE = re.compile(r"\bs\d+\b")
@@ -73,6 +73,17 @@ def refused_region(region: str, node: Node, error: Exception) -> ExportRefused:
         why=f"torch cannot trace it: {first_line(error)}",
         hint="Replace this operation; one step may compute with tensors, but neither read their values in Python nor "
         "depend on them.",
+    )
+
+
+def fixed_batch_size(error: SnnfxError) -> ExportRefused:
+    """The refusal of another batch size, for which the step fails."""
+    return ExportRefused(
+        "SNNFX806",
+        "the batch size cannot be dynamic",
+        where=error.where,
+        why=f"the step fails for another one: {first_line(error.__cause__ or error)}",
+        hint='Export for this batch size: dynamic=("T",).',
     )
 
 

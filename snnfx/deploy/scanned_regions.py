@@ -17,7 +17,7 @@ from snnfx.deploy.functional_step import functional_step
 from snnfx.deploy.refusals import ExportRefused, changes_shape
 from snnfx.ops.sequence_functions import expand_initial_value
 from snnfx.regions.eager_regions import EagerLoop
-from snnfx.sandbox.torch_internals import scan_steps
+from snnfx.sandbox.torch_internals import disable_dispatch_modes, scan_steps
 
 __all__ = ["Loops", "as_tensor", "first_or_later", "scan_loop", "scan_map", "scan_steps_of"]
 
@@ -75,7 +75,8 @@ def _starting_states(
     region: EagerLoop, run: Callable[[fx.GraphModule], Callable[..., Any]], constants: Sequence[Any], first: Any
 ) -> list[Tensor] | None:
     """The states before the first step, in the shape and dtype of later states; None if these are not fixed."""
-    start = None if region.make_start is None else region.make_start()
+    with disable_dispatch_modes():  # It reads values of tensors to emit a graph; the trace must not record this.
+        start = None if region.make_start is None else region.make_start()
     if start is None or _initialises_itself(start):
         return None
     tensors = [c for c in constants if isinstance(c, Tensor)]

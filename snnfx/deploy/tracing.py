@@ -8,8 +8,9 @@ from __future__ import annotations
 
 import contextlib
 import inspect
+import re
 import warnings
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -18,7 +19,14 @@ from torch import Tensor, fx, nn
 
 from snnfx.deploy.recurrent_cells import CellsAsLayers
 from snnfx.deploy.refusals import ExportRefused, first_line
-from snnfx.sandbox.torch_internals import SymbolicTensors, allow_size_one, pytree, record_aten, without_size_guards
+from snnfx.sandbox.torch_internals import (
+    SymbolicTensors,
+    allow_size_one,
+    pytree,
+    quiet_fake_tensors,
+    record_aten,
+    without_size_guards,
+)
 
 __all__ = ["Axes", "TracedArgument", "trace"]
 
@@ -78,11 +86,12 @@ def trace(
     recorded.recompile()
     module = _Recording(recorded, [a.name for a in arguments], spec)
     # Dimensions from 2 on, because torch guards whether one has size 1; then its code is valid for size 1, too.
-    dims = {name: torch.export.Dim(name, min=2) for name in {n for a in axes for n, _ in a.values()}}
+    used = {axis for a in axes for axis in a.values()}
+    dims = {name: torch.export.Dim(_dim_name(name, used), min=2) for name, _ in used}
     shapes = {a.name: _dynamic_shapes(a, dims) for a in arguments}
     program: torch.export.ExportedProgram
     try:
-        with without_size_guards(), _without_torch_warnings():
+        with without_size_guards(), quiet_fake_tensors(), _without_torch_warnings():
             values = tuple(a.value for a in arguments)
             program = torch.export.export(module, values, dynamic_shapes=shapes, strict=False)
             program = program.run_decompositions({})
@@ -162,6 +171,12 @@ def _set_tensor(root: nn.Module, name: str, value: Tensor) -> None:
         root.register_buffer(last, value.detach())
 
 
+def _dim_name(name: str, used: Collection[tuple[str, int]]) -> str:
+    """The name of an axis in torch; SymPy, which computes the names of multiples, reads N as a function."""
+    has_multiples = any(axis == name and factor > 1 for axis, factor in used)
+    return f"axis_{name}" if has_multiples else name
+
+
 def _dynamic_shapes(argument: TracedArgument, dims: Mapping[str, Any]) -> Any:
     leaves, spec = pytree.tree_flatten(argument.value)
     remaining = iter(argument.axes)
@@ -176,7 +191,11 @@ def _dynamic_shapes(argument: TracedArgument, dims: Mapping[str, Any]) -> Any:
 
 def _refusal(error: Exception, dims: Mapping[str, Any]) -> ExportRefused:
     message = str(error)
-    fixed = [name for name in dims if f"({name})" in message or f"{name} =" in message or f"`{name}`" in message]
+    fixed = [
+        name
+        for name, dim in dims.items()
+        if re.search(rf"[(`]{dim.__name__}[)`]|\b{dim.__name__} =", message) is not None
+    ]
     if "onstraint" in message or "pecializ" in message:
         names = ", ".join(fixed or dims)
         rest = tuple(name for name in ("T", "N") if name in dims and name not in fixed)

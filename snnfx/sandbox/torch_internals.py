@@ -110,6 +110,7 @@ __all__ = [
     "proxies_disabled",
     "python_of_script",
     "pytree",
+    "quiet_fake_tensors",
     "quiet_serializer",
     "record_aten",
     "remove_autograd_batch",
@@ -287,6 +288,21 @@ def quiet_serializer() -> Iterator[None]:
         logger.removeFilter(is_other)
 
 
+@contextlib.contextmanager
+def quiet_fake_tensors() -> Iterator[None]:
+    """A context without this thread's log of errors on fake tensors, for callers that raise them."""
+    logger, thread = logging.getLogger("torch._subclasses.fake_tensor"), threading.get_ident()
+
+    def is_loud(record: logging.LogRecord) -> bool:
+        return record.thread != thread or record.levelno >= logging.CRITICAL
+
+    logger.addFilter(is_loud)
+    try:
+        yield
+    finally:
+        logger.removeFilter(is_loud)
+
+
 def proxies_disabled() -> contextlib.AbstractContextManager[Any]:
     """A context in which an enclosing `record_aten` records nothing."""
     from torch.fx.experimental.proxy_tensor import disable_proxy_modes_tracing
@@ -295,10 +311,15 @@ def proxies_disabled() -> contextlib.AbstractContextManager[Any]:
 
 
 def record_aten(function: Callable[..., Any], arguments: Sequence[Any]) -> fx.GraphModule:
-    """Record the ATen calls of a function on fake tensors; the other tensors that it reads become attributes."""
+    """Record the ATen calls of a function on fake tensors; the other tensors that it reads become attributes.
+
+    In Python's dispatcher, composite kernels with integer sizes such as that of `constant_pad_nd` have a symbolic form.
+    """
+    from torch._dispatch.python import enable_python_dispatcher
     from torch.fx.experimental.proxy_tensor import make_fx
 
-    return make_fx(function, tracing_mode="real", _allow_non_fake_inputs=True)(*arguments)
+    with enable_python_dispatcher():
+        return make_fx(function, tracing_mode="real", _allow_non_fake_inputs=True)(*arguments)
 
 
 def without_size_guards() -> contextlib.AbstractContextManager[Any]:
@@ -310,16 +331,17 @@ def without_size_guards() -> contextlib.AbstractContextManager[Any]:
 
 
 def allow_size_one(program: Any) -> None:
-    """Lower the smallest size of the dynamic axes of an exported program from 2 to 1."""
-    for symbol, sizes in program.range_constraints.items():
-        if sizes.lower == 2:
-            program.range_constraints[symbol] = type(sizes)(1, sizes.upper)
+    """Lower the smallest size of the dynamic axes of an exported program, and of their multiples, from 2 to 1."""
+    for size, limits in program.range_constraints.items():
+        smallest, one = (size.subs(dict.fromkeys(size.free_symbols, n)) for n in (2, 1))
+        if limits.lower == smallest:
+            program.range_constraints[size] = type(limits)(one, limits.upper)
 
 
 class SymbolicTensors:
     """Makes fake tensors with symbolic sizes; as a context, tensors that are created inside are fake.
 
-    Equal sizes of dynamic dimensions become one symbol.
+    Equal sizes of dynamic dimensions become one symbol. The context is quiet, as `quiet_fake_tensors`.
     """
 
     def __init__(self) -> None:
@@ -336,10 +358,13 @@ class SymbolicTensors:
         return self.mode.from_tensor(x, symbolic_context=context)
 
     def __enter__(self) -> None:
+        self._quiet = quiet_fake_tensors()
+        self._quiet.__enter__()
         self.mode.__enter__()
 
     def __exit__(self, *exc_info: Any) -> None:
         self.mode.__exit__(*exc_info)
+        self._quiet.__exit__(*exc_info)
 
 
 Wants = Callable[[tuple[Any, ...], dict[str, Any]], bool]

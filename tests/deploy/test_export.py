@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import json
 import warnings
 import zipfile
 from collections.abc import Callable
@@ -283,3 +284,74 @@ def test_inputs_of_any_memory_layout(tmp_path: Path) -> None:
     x_seq = torch.rand(5, 2, 4).permute(2, 1, 0) * 3
     assert not x_seq.is_contiguous()
     assert_equal(program(x_seq), net(x_seq).detach())
+
+
+@pytest.mark.parametrize(
+    "pad",
+    [
+        nn.ZeroPad2d(1),
+        nn.ConstantPad2d((1, 0, 2, 1), 0.5),
+        nn.ZeroPad2d((-1, 1, 0, -2)),
+        nn.Conv2d(2, 3, 4, padding="same"),
+        nn.CircularPad2d(1),
+    ],
+    ids=["zero", "constant", "negative", "uneven", "circular"],
+)
+@pytest.mark.parametrize("in_loop", [False, True])
+def test_padding_for_other_sizes(pad: nn.Module, in_loop: bool, tmp_path: Path) -> None:
+    class Padded(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.pad, self.lif, self.v = pad, neuron.LIFNode(v_threshold=0.4), None
+
+        def forward(self, x: Tensor) -> Tensor:
+            if in_loop:
+                self.v = x if self.v is None else 0.5 * self.v + x
+                return self.pad(self.v)  # type: ignore[no-any-return]
+            return self.lif(self.pad(x))  # type: ignore[no-any-return]
+
+    program, _, model = exported(tmp_path, Padded, torch.rand(3, 2, 2, 5, 5))
+    for T, N in SIZES:
+        x_seq = torch.rand(T, N, 2, 5, 5) * 3
+        with torch.no_grad():
+            assert_equal(program(x_seq), step_model(copy.deepcopy(model), x_seq))
+
+
+def test_state_with_several_rows_for_each_sample(tmp_path: Path) -> None:
+    class RowsAsSamples(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.lif = neuron.LIFNode(v_threshold=0.4)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.lif(x.flatten(0, 1)).unflatten(0, (-1, 3))  # type: ignore[no-any-return]
+
+    options = {"convert": {"example_inputs": torch.rand(2, 3, 4)}, "state": True}
+    program, net, _ = exported(tmp_path, RowsAsSamples, torch.rand(4, 2, 3, 4), **options)
+    for T, N in SIZES:
+        x_seq = torch.rand(T, N, 3, 4)
+        outputs, final = net.run(x_seq)
+        assert_equal(program(x_seq, {"lif.v": torch.zeros(3 * N, 4)}), (outputs, final))
+
+
+@pytest.mark.parametrize("example", [True, False])
+@pytest.mark.parametrize("options", [{}, {"state": True}])
+def test_net_for_one_sample_has_a_dynamic_number_of_steps(
+    example: bool, options: dict[str, Any], tmp_path: Path
+) -> None:
+    model = mlp().eval()
+    net = snnfx.convert(copy.deepcopy(model), example_inputs=torch.rand(5) if example else None).eval()
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        path = snnfx.export(net, tmp_path / "net.pt2", torch.rand(3, 5), check=False, **options)
+    assert "SNNFX826" in "".join(str(w.message) for w in caught)
+    extra = {"metadata.json": ""}
+    program = torch.export.load(path, extra_files=extra).module()
+    assert json.loads(extra["metadata.json"])["dynamic"] == ["T"]
+    state = {slot.name: torch.zeros(n) for slot, n in zip(net.program.slots, (4, 3), strict=True)}
+    for T in (1, 7):
+        x_seq = torch.rand(T, 5) * 3
+        with torch.no_grad():
+            expected = step_model(copy.deepcopy(model), x_seq)
+            found = program(x_seq, state)[0] if options else program(x_seq)
+        assert_equal(found, expected)

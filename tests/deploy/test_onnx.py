@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 from pathlib import Path
 from typing import Any
@@ -135,3 +136,32 @@ def test_detached_states_of_snntorch(tmp_path: Path) -> None:
     x_seq = torch.rand(6, 1, 5) * 5
     (y_seq,) = model.run(None, {model.get_inputs()[0].name: x_seq.numpy()})
     torch.testing.assert_close(torch.from_numpy(y_seq), net(x_seq).detach())
+
+
+@pytest.mark.parametrize(
+    ("dtype", "layer", "code"),
+    [
+        (torch.float64, torch.nn.Conv2d(1, 2, 3), "SNNFX827 onnxruntime cannot run net.onnx on a CPU"),
+        (torch.bfloat16, torch.nn.Linear(6, 2), "SNNFX827 onnxruntime cannot run net.onnx on a CPU"),
+        (torch.bfloat16, torch.nn.Conv2d(1, 2, 3), "SNNFX807 the net has no ONNX form"),
+    ],
+)
+def test_dtypes_without_kernels_are_named(
+    dtype: torch.dtype, layer: torch.nn.Module, code: str, tmp_path: Path
+) -> None:
+    net = snnfx.convert(torch.nn.Sequential(copy.deepcopy(layer), snnfx.neuron.LIFNode()).to(dtype).eval())
+    x_seq = torch.rand(3, 2, 1, 6, 6, dtype=dtype)
+    with pytest.raises(ExportError, match=rf"(?s){code}.*net.float\(\)"):
+        snnfx.export(net, tmp_path / "net.onnx", x_seq)
+    assert not list(tmp_path.iterdir())
+    snnfx.export(net.float(), tmp_path / "net.onnx", x_seq.float())
+
+
+def test_constant_padding_for_other_sizes(tmp_path: Path) -> None:
+    model = torch.nn.Sequential(torch.nn.ConstantPad2d((1, 2, 0, 1), 0.25), snnfx.neuron.LIFNode(v_threshold=0.4))
+    net = snnfx.convert(model.eval())
+    model = session(snnfx.export(net, tmp_path / "net.onnx", torch.rand(3, 2, 1, 4, 4), check=False))
+    for T, N in ((1, 1), (5, 3)):
+        x_seq = torch.rand(T, N, 1, 4, 4)
+        (y_seq,) = model.run(None, {model.get_inputs()[0].name: x_seq.numpy()})
+        torch.testing.assert_close(torch.from_numpy(y_seq), net(x_seq))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import functools
+import importlib
 import importlib.util
 import tempfile
 import types
@@ -483,3 +484,104 @@ def test_an_operation_without_an_onnx_form(tmp_path: Path) -> None:
         names="bessel_j0",
     )
     same_in_file(net, tmp_path / "net.pt2")
+
+
+# -- sizes, packages and dtypes ----------------------------------------------------------------------------------------
+
+
+def test_inputs_of_another_size(path: Path) -> None:
+    net = net_of()
+    refused(
+        "SNNFX327",
+        "deploy/given_inputs.py:_do_not_fit",
+        "Pass inputs of the sizes for which the model is written.",
+        lambda: snnfx.export(net, path, X_SEQ[..., :3]),
+        names="expects 4 features, and the step has 3",
+        at="self.fc(x)",
+    )
+    same_in_file(net, path)
+
+
+def test_inputs_without_a_batch(path: Path) -> None:
+    net = snnfx.convert(Step(spikes), example_inputs=X_SEQ[0, 0]).eval()
+    warned(
+        "SNNFX826",
+        "deploy/plan.py:plan_export",
+        "The file computes one sample. Pass dynamic=",
+        lambda: snnfx.export(net, path, X_SEQ[:, 0], check=False),
+        names="`fc(x)`",
+    )
+    with silent():
+        snnfx.export(net, path, X_SEQ[:, 0], check=False, dynamic=("T",))
+    torch.testing.assert_close(torch.export.load(path).module()(X_SEQ[:, 0]), net(X_SEQ[:, 0]))
+    same_in_file(net_of(known=True), path)
+
+
+def test_states_for_one_batch_size(path: Path) -> None:
+    net = net_of(lambda self, x: spikes(self, x + torch.ones(N, 4)), known=True)
+    refused(
+        "SNNFX806",
+        "deploy/refusals.py:fixed_batch_size",
+        'Export for this batch size: dynamic=("T",).',
+        lambda: snnfx.export(net, path, X_SEQ, state=True),
+        names="the step fails for another one",
+        at="x + torch.ones",
+    )
+    snnfx.export(net, path, X_SEQ, state=True, dynamic=("T",), check=False)
+    found = torch.export.load(path).module()(X_SEQ, {"lif.v": torch.zeros(N, 4)})
+    torch.testing.assert_close(found[0], net(X_SEQ))
+
+
+def test_a_broken_package(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    pytest.importorskip("onnx")
+    pytest.importorskip("onnxscript")
+    net, original = net_of(), importlib.import_module
+
+    def broken(name: str, package: str | None = None) -> types.ModuleType:
+        if name == "onnx":
+            raise ImportError("libprotobuf.so: undefined symbol")
+        return original(name, package)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(importlib, "import_module", broken)
+        refused(
+            "SNNFX828",
+            "deploy/packages.py:missing_packages",
+            "Install it again: `pip install --force-reinstall ",
+            lambda: snnfx.export(net, tmp_path / "net.onnx", X_SEQ, check=False),
+            names="undefined symbol",
+        )
+    snnfx.export(net, tmp_path / "net.onnx", X_SEQ, check=False)
+
+
+def test_a_dtype_without_kernels(tmp_path: Path) -> None:
+    for package in ("onnx", "onnxscript", "onnxruntime"):
+        pytest.importorskip(package)
+    net, x_seq = net_of().bfloat16(), X_SEQ.bfloat16()
+    refused(
+        "SNNFX827",
+        "deploy/checking.py:_not_run",
+        "Export net.float() with inputs in float32, or pass check=False for another runtime.",
+        lambda: snnfx.export(net, tmp_path / "net.onnx", x_seq),
+        names="NOT_IMPLEMENTED",
+    )
+    with silent():
+        snnfx.export(net, tmp_path / "net.onnx", x_seq, check=False)
+        snnfx.export(net.float(), tmp_path / "net.onnx", x_seq.float())
+
+
+def test_a_dtype_without_an_onnx_form(tmp_path: Path) -> None:
+    for package in ("onnx", "onnxscript"):
+        pytest.importorskip(package)
+    layers = [nn.Conv1d(1, 2, 3), neuron.LIFNode(v_threshold=0.2)]
+    net, x_seq = snnfx.convert(nn.Sequential(*layers)).eval().bfloat16(), X_SEQ.unsqueeze(2).bfloat16()
+    refused(
+        "SNNFX807",
+        "deploy/onnx_file.py:_check_model",
+        "Replace the operation or its dtype (net.float()), or export a .pt2 file.",
+        lambda: snnfx.export(net, tmp_path / "net.onnx", x_seq, check=False),
+        names="bfloat16",
+    )
+    with silent():
+        snnfx.export(net, tmp_path / "net.pt2", x_seq, check=False)
+        snnfx.export(net.float(), tmp_path / "net.onnx", x_seq.float(), check=False)

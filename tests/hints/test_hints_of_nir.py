@@ -317,3 +317,16 @@ def test_reduced_outputs(tmp_path: Path) -> None:
         lambda: snnfx.export(snnfx.convert(model, reduce="mean").eval(), tmp_path / "net.nir", X_SEQ),
     )
     comes_back(model, tmp_path)
+
+
+def test_a_step_for_one_sample(tmp_path: Path) -> None:
+    model, x_seq = nn.Sequential(nn.Linear(3, 2), neuron.IFNode()).double(), torch.rand(4, 2, 3).double()
+    net = snnfx.convert(model, example_inputs=x_seq[0, 0]).eval()
+    refused(
+        "SNNFX813",
+        "deploy/nir_export.py:_check_steps",
+        "Write the step for any batch size, and pass inputs with a batch: [T, N, *].",
+        lambda: snnfx.export(net, tmp_path / "net.nir", x_seq[:, 0]),
+        names="`0(input_1)`",
+    )
+    comes_back(model, tmp_path, x_seq)

@@ -964,3 +964,47 @@ def test_package_compiles_to_a_file_that_torch_loads(tmp_path: Path) -> None:
     program = torch.export.export(nn.Linear(3, 2), (torch.rand(4, 3),))
     internals.compile_package(program, str(tmp_path / "net.pt2"), {})
     assert torch._inductor.aoti_load_package(str(tmp_path / "net.pt2"))(torch.rand(4, 3)).shape == (4, 2)
+
+
+def test_composite_operations_with_integer_sizes_are_recorded_for_symbolic_sizes() -> None:
+    symbolic = internals.SymbolicTensors()
+    fake = symbolic.like(torch.zeros(7, 3), [0])
+    with symbolic, torch.no_grad():
+        recorded = internals.record_aten(lambda x: torch.constant_pad_nd(x, [1, -1]), [fake])
+    (padded,) = [n.meta["val"] for n in recorded.graph.nodes if "pad" in str(n.target)]
+    assert isinstance(padded.shape[0], torch.SymInt) and str(padded.shape[0]) == str(fake.shape[0])
+
+
+def test_errors_on_fake_tensors_are_logged_only_outside_of_the_context() -> None:
+    logged: list[str] = []
+    handler = logging.Handler()
+    handler.emit = lambda record: logged.append(record.getMessage())  # type: ignore[method-assign]
+    logger = logging.getLogger("torch._subclasses.fake_tensor")
+    logger.addHandler(handler)
+
+    def fail() -> None:
+        with internals.FakeTensorMode(), pytest.raises(RuntimeError):
+            torch.zeros(2, 3) @ torch.zeros(2, 3)
+
+    try:
+        with internals.quiet_fake_tensors():
+            fail()
+        assert not logged
+        fail()
+        assert "mm" in logged[0]
+    finally:
+        logger.removeHandler(handler)
+
+
+def test_multiples_of_a_dynamic_axis_start_at_their_factor(tmp_path: Path) -> None:
+    class Rows(nn.Module):
+        def forward(self, x: Tensor, v: Tensor) -> Tensor:
+            return x.flatten(0, 1) + v
+
+    rows = torch.export.Dim("rows", min=2)
+    program = torch.export.export(
+        Rows(), (torch.rand(7, 3, 4), torch.rand(21, 4)), dynamic_shapes=({0: rows}, {0: 3 * rows})
+    )
+    internals.allow_size_one(program)
+    torch.export.save(program, tmp_path / "net.pt2")
+    assert torch.export.load(tmp_path / "net.pt2").module()(torch.rand(1, 3, 4), torch.rand(3, 4)).shape == (3, 4)
