@@ -371,7 +371,10 @@ class Runs:
 
 
 def _over_time(name: str, values: list[Any]) -> Any:
-    """Stack the values of one output over time: tensors `[T, *]`; other values once if they are constant."""
+    """Stack the values of one output over time: tensors `[T, *]`; other values once if they are constant.
+
+    Numbers that change give a tensor `[T]`.
+    """
     if all(isinstance(value, Tensor) for value in values):
         if any(value.shape != values[0].shape or value.dtype != values[0].dtype for value in values):
             raise VerificationError(
@@ -381,4 +384,10 @@ def _over_time(name: str, values: list[Any]) -> Any:
                 hint="Return a tensor of the same shape and dtype at every step.",
             )
         return torch.stack(values)
-    return values[0] if all(is_same(value, values[0]) for value in values) else values
+    if all(is_same(value, values[0]) for value in values):
+        return values[0]
+    kinds = {*map(type, values)}
+    return torch.tensor(values, dtype=torch.float64 if kinds == {float} else None) if kinds in _NUMBERS else values
+
+
+_NUMBERS = ({bool}, {int}, {float})
