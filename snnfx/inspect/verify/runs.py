@@ -17,7 +17,7 @@ from snnfx.inspect.verify.comparison import named_leaves
 from snnfx.inspect.verify.divergence import neurons_watched
 from snnfx.inspect.verify.observed_contents import Observed, is_same, observe
 from snnfx.inspect.verify.oracle import folded_forward, replay_forward, step_forward
-from snnfx.inspect.verify.program_lookup import called_in, is_within, value_at
+from snnfx.inspect.verify.program_lookup import called_in, is_within, normalized_in, value_at
 from snnfx.inspect.verify.sequence_inputs import SequenceInputs
 from snnfx.inspect.verify.shared_draws import SharedDraws
 from snnfx.inspect.verify.stepped_attributes import stepped_attributes
@@ -109,7 +109,7 @@ class Runs:
                 name
                 for name, module in model.named_modules()
                 if isinstance(module, BatchNormBase) and module.training and not is_within(name, per_step)
-            }
+            } - normalized_in(self.plan, kinds - {"once", "fold"})
             self.once = {name for name in self.folded if is_within(name, once)}
 
     def _planned(self) -> Any:
