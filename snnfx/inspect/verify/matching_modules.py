@@ -32,7 +32,7 @@ def check_has_values(model: nn.Module, inputs: Any) -> None:
                 "SNNFX417",
                 f"verify compares values, and {name} is on the meta device",
                 why="tensors on the meta device have a shape but no values.",
-                hint="Create the model and the inputs on a device with memory and convert that model, or give the model "
+                hint="Create model and inputs on a device with memory and convert that model, or give the model "
                 'memory with model.to_empty(device="cpu") and load its weights.',
             )
 
