@@ -362,7 +362,7 @@ class _ShortTexts(reprlib.Repr):
         package = type(x).__module__.partition(".")[0]
         is_library = package in sys.stdlib_module_names and package != "__main__"
         is_known = is_library or package in ("torch", "numpy")
-        if is_known or type(x).__repr__ is object.__repr__ or is_dataclass(x):
+        if is_known or getattr(type(x), "__repr__", None) is object.__repr__ or is_dataclass(x):
             return super().repr_instance(x, level)
         return f"a {type(x).__name__}"
 
