@@ -607,6 +607,13 @@ CODES: dict[str, CodeEntry] = {
         "snnfx.verify(other_model, snnfx.convert(model), x_seq)",
         "snnfx.verify(model, snnfx.convert(model), x_seq)",
     ),
+    "SNNFX417": CodeEntry(
+        "a model or an input without values",
+        "`verify` compares the values of net and model. A parameter, a buffer or an input on the meta device has a shape "
+        "and no values, so that every net would pass.",
+        'snnfx.verify(model.to("meta"), snnfx.convert(model), x_seq.to("meta"))',
+        "snnfx.verify(model, snnfx.convert(model), x_seq)",
+    ),
     # 5xx: passes
     "SNNFX501": CodeEntry(
         "a pass broke the graph",

@@ -148,6 +148,16 @@ def refuse_change(prefix: str, module: nn.Module, change: Change, entry: str = "
             hint="Store a Python number: self.a = float(value).",
         )
     attribute = str(change.path[-1] if change.kind in ("", "object", "dict") else change.path[0]).rpartition(".")[2]
+    is_memory = change.new is MISSING or change.new is None or isinstance(change.new, StepProxy | Tensor)
+    if not attribute.isidentifier() or (len(change.path) > 2 and not is_memory and not is_number(change.new)):
+        whole = type(vars(module).get(str(change.path[0]))).__name__
+        raise CaptureError(
+            "SNNFX218",
+            f"a step changes `{prefix}{change.path[0]}`, a {whole}",
+            where=where,
+            why=f"the change is in `{name}`, and a net carries only tensors and numbers across steps.",
+            hint="Change it outside the step: return the values that it needs and update it after the call of the net.",
+        )
     in_place_of = " in place of the class attribute" if hasattr(type(module), attribute) else ""
     raise CaptureError(
         "SNNFX218",

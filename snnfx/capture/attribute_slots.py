@@ -95,7 +95,8 @@ class AttributeSlot:
             f"`{self.attribute}` of {type(self.module).__name__} changes its structure in each step",
             where=location_of_forward(self.module),
             why="it contains state, and a net must have the same states at every step.",
-            hint="Keep a fixed number of tensors in it, or register them with snnfx.MemoryModule.register_memory.",
+            hint="Keep a fixed number of tensors in it, or register them with snnfx.MemoryModule.register_memory. For "
+            "a log, return the value, or append it to a list that is an attribute of the module.",
         )
 
     def keeps_structure(self) -> bool:

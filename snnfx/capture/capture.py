@@ -29,7 +29,7 @@ from snnfx.capture.iteration_tracking import IterationLimit
 from snnfx.capture.recording_copy import RecordingCopy, capture_lock
 from snnfx.capture.step_arguments import carried_arguments, step_arguments
 from snnfx.capture.step_changes import NewChange, StepChanges
-from snnfx.capture.tracer import SubmoduleNotTraceable
+from snnfx.capture.tracer import RECORDED_NUMBER, SubmoduleNotTraceable
 from snnfx.capture.unsupported_modules import refuse_unsupported_modules
 from snnfx.errors import CaptureError, InputError, warn
 from snnfx.ir.edits import add_placeholder
@@ -342,13 +342,19 @@ def _refuse_undeclared_state(model: nn.Module, failure: SubmoduleNotTraceable) -
         f'self.register_memory("{a.attribute}", {_describe_initial_value(a)})' for a in undeclared if a.module is module
     ]
     what = f"`{failure.name}`" if failure.name else "the model"
+    cause = failure.__cause__
+    advice = (
+        f"{RECORDED_NUMBER} Or derive"
+        if isinstance(cause, CaptureError) and cause.hint == RECORDED_NUMBER
+        else "Derive"
+    )
     raise CaptureError(
         "SNNFX213",
         f"{what} cannot be traced, and its state `{undeclared[0].name}` is not registered",
         where=(failure.error.where if failure.error else "") or location_of_forward(module),
         why=f"{failure.reason.rstrip('.')}. A net can step it untraced, but then carries only registered states.",
-        hint=f"Derive {type(module).__name__} from snnfx.MemoryModule, with {', '.join(dict.fromkeys(lines))} instead "
-        "of the plain attribute; the other code need not change.",
+        hint=f"{advice} {type(module).__name__} from snnfx.MemoryModule, with {', '.join(dict.fromkeys(lines))} "
+        "instead of the plain attribute; the other code need not change.",
     ) from failure.__cause__
 
 

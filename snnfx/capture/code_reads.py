@@ -21,6 +21,8 @@ _TORCH = os.path.dirname(torch.__file__) + os.sep
 _STANDARD_LIBRARY = os.path.join(sysconfig.get_paths()["stdlib"], "")
 _READS_BY_NAME = frozenset(("getattr", "hasattr", "vars", "__dict__", "__getattribute__", "attrgetter"))
 """Names whose use means that code may read attributes that it does not name."""
+_TESTS_OF_NAMES = frozenset(("getattr", "hasattr"))
+"""Of these, functions that take a name, which may be a constant."""
 
 
 @dataclass(frozen=True)
@@ -35,6 +37,7 @@ class CodeReads:
         imports: modules imported inside the code, as `(name, level, imported names)`.
         stored_globals: global variables that the code assigns or deletes.
         stored_closure: variables of the closure that it assigns or deletes.
+        tested: the attribute names in calls such as `hasattr(x, "name")`, where the attribute may be absent.
     """
 
     global_names: frozenset[tuple[str, ...]]
@@ -44,6 +47,7 @@ class CodeReads:
     imports: frozenset[tuple[str, int, tuple[str, ...]]]
     stored_globals: frozenset[str]
     stored_closure: frozenset[str]
+    tested: frozenset[str] = frozenset()
 
 
 @lru_cache(maxsize=4096)
@@ -52,6 +56,8 @@ def reads_of(code: CodeType) -> CodeReads:
     global_names: set[tuple[str, ...]] = set()
     closure_names: set[tuple[str, ...]] = set()
     attributes: set[str] = set()
+    tested: set[str] = set()
+    reads_by_name = False
     imports: set[tuple[str, int, tuple[str, ...]]] = set()
     stored_globals: set[str] = set()
     stored_closure: set[str] = set()
@@ -59,7 +65,8 @@ def reads_of(code: CodeType) -> CodeReads:
         chain: tuple[str, ...] = ()
         target = global_names
         constants: list[Any] = [0, None]  # the last two
-        for instruction in dis.get_instructions(part):
+        instructions = [*dis.get_instructions(part)]
+        for index, instruction in enumerate(instructions):
             operation, name = instruction.opname, str(instruction.argval)
             if operation in ("EXTENDED_ARG", "CACHE"):
                 continue
@@ -72,6 +79,10 @@ def reads_of(code: CodeType) -> CodeReads:
                 target.add(chain)
                 chain = ()
             if operation in ("LOAD_GLOBAL", "LOAD_NAME", "LOAD_FROM_DICT_OR_GLOBALS"):
+                constant = _constant_name(instructions, index) if name in _TESTS_OF_NAMES else None
+                if constant is not None:
+                    tested.add(constant)
+                reads_by_name = reads_by_name or (name in _READS_BY_NAME and constant is None)
                 chain, target = (name,), global_names
             elif operation in ("LOAD_DEREF", "LOAD_CLASSDEREF", "LOAD_FROM_DICT_OR_DEREF"):
                 if name in code.co_freevars:
@@ -89,16 +100,43 @@ def reads_of(code: CodeType) -> CodeReads:
                 attributes.add(name)
         if chain:
             target.add(chain)
-    by_name = attributes & _READS_BY_NAME or any(chain[0] in _READS_BY_NAME for chain in global_names)
     return CodeReads(
         frozenset(global_names),
         frozenset(closure_names),
-        frozenset(attributes),
-        bool(by_name),
+        frozenset(attributes | tested),
+        reads_by_name or not attributes.isdisjoint(_READS_BY_NAME),
         frozenset(imports),
         frozenset(stored_globals),
         frozenset(stored_closure),
+        frozenset(tested),
     )
+
+
+def _constant_name(instructions: list[dis.Instruction], index: int) -> str | None:
+    """The name in `hasattr(x, "name")` or `getattr(x, "name", default)`, if no branch lies inside the call.
+
+    Args:
+        instructions: the instructions of a code object.
+        index: the index of the instruction that loads `hasattr` or `getattr`.
+    """
+    depth, start, found = 0, 0, None
+    for number, instruction in enumerate(instructions[index:]):
+        operation = instruction.opname
+        if instruction.opcode in dis.hasjrel or instruction.opcode in dis.hasjabs:
+            return None
+        before, depth = depth, depth + dis.stack_effect(instruction.opcode, instruction.arg, jump=False)
+        if number == 0:
+            start = depth
+        elif depth < start:  # the result replaces the function and its arguments
+            return found if operation == "CALL" and depth == start - 1 else None
+        elif operation in ("PRECALL", "CACHE", "EXTENDED_ARG"):
+            continue
+        elif depth == start + 1:
+            found = None  # the first argument
+        elif depth == start + 2:
+            is_name = before == start + 1 and operation == "LOAD_CONST"  # otherwise the result of an operation
+            found = instruction.argval if is_name and isinstance(instruction.argval, str) else None
+    return None
 
 
 def _with_inner_code(code: CodeType) -> Iterator[CodeType]:

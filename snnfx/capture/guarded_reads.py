@@ -15,6 +15,7 @@ import importlib.util
 import io
 import sys
 import types
+import weakref
 from collections import Counter, deque
 from collections.abc import Iterable, Iterator, Set
 from dataclasses import replace
@@ -75,6 +76,7 @@ class ReachableCode:
         self.modules = modules
         self.functions: dict[FunctionType, CodeReads] = {}
         self.names: set[str] = {entry, "forward", "step", "initial_state"}
+        self.tested: set[str] = set()
         self.reads_by_name = False
         self._classes: dict[type, None] = {}
         for module in modules.values():
@@ -110,6 +112,7 @@ class ReachableCode:
             reads = self.functions[value] = reads_of(value.__code__)
             self.reads_by_name = self.reads_by_name or reads.reads_by_name
             self.names |= reads.attributes
+            self.tested |= reads.tested
 
     def add_class(self, cls: type) -> None:
         """Add the methods of a class whose names the code reads."""
@@ -448,6 +451,9 @@ class _Collector:
 
     def _container(self, value: Any, root: Any, path: tuple[Step, ...], depth: int) -> None:
         """Guard the elements of a container that has tensors, objects or other containers inside."""
+        if isinstance(value, dict) and any(isinstance(key, weakref.ref) for key in value):
+            self._add(root, path, "same", value)  # a registry of callbacks
+            return
         if isinstance(value, dict):
             self._add(root, path, "keys", (type(value), [*value]), value)
             for key, element in value.items():
@@ -466,6 +472,10 @@ class _Collector:
         own = getattr(value, "__dict__", {})
         if self.code.reads_by_name and isinstance(own, dict):  # such as by hasattr
             self._add(root, (*path, ("attribute", "__dict__")), "keys", (dict, [*own]))
+        for name in (
+            sorted(self.code.tested - own.keys()) if isinstance(own, dict) and hasattr(value, "__dict__") else ()
+        ):
+            self._add(root, (*path, ("instance", name)), "same", ABSENT)
         slots = [name for name in slot_names(cls) if hasattr(value, name)]
         for name in (*own, *slots):
             if reads_all or name in self.code.names:

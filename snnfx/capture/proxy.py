@@ -137,7 +137,7 @@ class StepProxy(fx.Proxy):
         is_unknown_tensor = value_of(self) is UNKNOWN and not self.node.meta.get("shape_like")
         if is_unknown_tensor:  # only a tensor of one element has a format
             return object.__format__(self, specification)
-        return format(self.tracer.concrete(self, float), specification)  # type: ignore[attr-defined]
+        return format(self.tracer.concrete(self, float, is_text=True), specification)  # type: ignore[attr-defined]
 
     def __hash__(self) -> int:
         return id(self)

@@ -22,6 +22,7 @@ from snnfx.capture.leaf_module_states import LeafModuleStates
 from snnfx.capture.read_tracking_list import ReadTrackingList
 from snnfx.capture.recorder import Recorder
 from snnfx.errors import CaptureError
+from snnfx.ir.guards import text_of
 from snnfx.ir.setting_read import SettingRead
 from snnfx.sandbox.contents_snapshot import MISSING
 from snnfx.sandbox.user_code import PACKAGE, location_of_forward
@@ -119,7 +120,7 @@ class SettingReads:
                 comparable = contents(value)
                 is_empty = isinstance(comparable, tuple) and not comparable
                 if comparable is not _NOT_COMPARABLE and not is_empty:
-                    reads[module, name] = comparable, repr(value)
+                    reads[module, name] = comparable, text_of(value)
         return value
 
 

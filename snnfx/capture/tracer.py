@@ -62,9 +62,16 @@ from snnfx.state.registry import adapter_of
 from snnfx.state.stateful import multi_step_form, takes_state
 from snnfx.state.step_calls import call_opaque, call_stateful, initial_value, opaque_initial_value
 
-__all__ = ["ArgumentLeaf", "StepTracer", "SubmoduleNotTraceable"]
+__all__ = ["RECORDED_NUMBER", "ArgumentLeaf", "StepTracer", "SubmoduleNotTraceable"]
 
 _USES_PYTHON_RNG = "it draws random numbers from Python or NumPy, which a graph does not record."
+
+
+RECORDED_NUMBER = (
+    "For a log, write `x.item()` instead of `float(x)` or `int(x)`, which the net records. In a computation, keep the "
+    "tensor, or put the code into a submodule, which the net then steps without tracing."
+)
+"""The hint for code that makes a Python number of a tensor."""
 
 
 class SubmoduleNotTraceable(Exception):
@@ -400,8 +407,14 @@ class StepTracer(fx.Tracer):
         self.values.evaluate(node)
         return node
 
-    def concrete(self, proxy: StepProxy, number: type) -> Any:
-        """The Python number of a proxy: a size, which the graph then checks, or a number that all steps have."""
+    def concrete(self, proxy: StepProxy, number: type, is_text: bool = False) -> Any:
+        """The Python number of a proxy: a size, which the graph then checks, or a number that all steps have.
+
+        Args:
+            proxy: the recorded value.
+            number: the class of the number that the code asks for.
+            is_text: whether the number becomes part of a text.
+        """
         value = value_of(proxy)
         where = user_location()
         location = format_location(where)
@@ -423,7 +436,9 @@ class StepTracer(fx.Tracer):
                 "control flow that depends on tensor values cannot be captured",
                 where=location,
                 why=f"`{proxy.node.name}` is used as a Python bool or number.",
-                hint="Use torch.where, or put the code into a submodule, which the net then steps without tracing.",
+                hint=RECORDED_NUMBER
+                if number is not bool and not is_text and proxy.node.target != "item"
+                else "Use torch.where, or put the code into a submodule, which the net then steps without tracing.",
             )
         if value is UNKNOWN:
             raise needs_examples(proxy)

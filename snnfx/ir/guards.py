@@ -15,7 +15,7 @@ import reprlib
 import sys
 from collections import deque
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field, is_dataclass, replace
 from itertools import chain
 from types import BuiltinFunctionType, CellType, FunctionType
 from typing import Any
@@ -355,7 +355,19 @@ def text_of(value: Any) -> str:
     return text or _short.repr(value)
 
 
-_short = reprlib.Repr()
+class _ShortTexts(reprlib.Repr):
+    """Short texts that run no code of other objects: their `__repr__` may change them, as that of a figure does."""
+
+    def repr_instance(self, x: Any, level: int) -> str:
+        package = type(x).__module__.partition(".")[0]
+        is_library = package in sys.stdlib_module_names and package != "__main__"
+        is_known = is_library or package in ("torch", "numpy")
+        if is_known or getattr(type(x), "__repr__", None) is object.__repr__ or is_dataclass(x):
+            return super().repr_instance(x, level)
+        return f"a {type(x).__name__}"
+
+
+_short = _ShortTexts()
 _short.maxother = _short.maxstring = 80
 _short.maxdict = _short.maxset = _short.maxfrozenset = 6
 

@@ -105,4 +105,4 @@ class EagerMap(SequenceRegion):
 
     def _one_by_one(self, x_seq: Sequence[Tensor], constants: Sequence[Any]) -> tuple[Tensor, ...]:
         steps = [self.step.forward(*constants, *x) for x in zip(*(x.unbind(0) for x in x_seq), strict=True)]
-        return tuple(torch.stack(y) for y in zip(*steps, strict=True))
+        return tuple(stack_steps(y, x_seq[0].device) for y in zip(*steps, strict=True))

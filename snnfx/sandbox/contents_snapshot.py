@@ -11,7 +11,7 @@ import random
 import sys
 import types
 from collections import deque
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -73,21 +73,23 @@ class ContentsSnapshot:
         self.values, self._with_functions = dict(values), functions
         self.tensors: list[Tensor] = []
         self._contents: dict[int, tuple[Any, str, Any]] = {}
-        for value in self.values.values():
-            self._record(value, 0)
+        self._record(self.values.values())
 
-    def _record(self, value: Any, depth: int) -> None:
-        if isinstance(value, Tensor):
-            self.tensors.append(value)
-        kind = _kind_of(value)
-        if kind == "function" and not self._with_functions:
-            return
-        if not kind or id(value) in self._contents or depth == _MAX_DEPTH:
-            return
-        contents = _shallow_copy(value, kind)
-        self._contents[id(value)] = value, kind, contents
-        for element in _elements(contents, kind).values():
-            self._record(element, depth + 1)
+    def _record(self, values: Iterable[Any]) -> None:
+        """Record values and everything in them, with a stack of its own: a web of objects may be deep."""
+        stack = [(value, 0) for value in reversed([*values])]
+        while stack:
+            value, depth = stack.pop()
+            if isinstance(value, Tensor):
+                self.tensors.append(value)
+            kind = _kind_of(value)
+            if kind == "function" and not self._with_functions:
+                continue
+            if not kind or id(value) in self._contents or depth == _MAX_DEPTH:
+                continue
+            contents = _shallow_copy(value, kind)
+            self._contents[id(value)] = value, kind, contents
+            stack += [(element, depth + 1) for element in reversed([*_elements(contents, kind).values()])]
 
     def restore(self) -> None:
         """Restore the contents of containers and objects; the caller restores the named values themselves."""
@@ -100,6 +102,8 @@ class ContentsSnapshot:
         if id(value) not in self._contents:
             return value
         _, kind, contents = self._contents[id(value)]
+        if kind not in ("list", "tuple", "dict", "deque"):
+            return value
         elements = {key: self.copy_of_original(element) for key, element in _elements(contents, kind).items()}
         if kind == "dict":
             return elements
@@ -107,33 +111,30 @@ class ContentsSnapshot:
             return deque(elements.values(), value.maxlen)
         if kind == "tuple":
             return type(value)(*elements.values()) if hasattr(value, "_fields") else tuple(elements.values())
-        return list(elements.values()) if kind == "list" else value
+        return list(elements.values())
 
     def changes(self, name: str, new: Any) -> Iterator[Change]:
         """Differences between the recorded and a new value; a new container with equal contents is not one."""
-        return self._compare((name,), self.values.get(name, MISSING), new, "", set())
-
-    def _compare(
-        self, path: tuple[Any, ...], old: Any, new: Any, container_kind: str, seen: set[tuple[int, int]]
-    ) -> Iterator[Change]:
-        kind = _kind_of(old)
-        if id(old) not in self._contents or type(old) is not type(new):
-            if not _is_equal(old, new):
-                yield Change(path, old, new, container_kind)
-            return
-        if (id(old), id(new)) in seen:
-            return
-        seen.add((id(old), id(new)))
-        contents, now = self._contents[id(old)][2], _shallow_copy(new, kind)
-        if kind in ("set", "array", "random"):
-            if not _are_same_contents(now, contents, kind):
-                yield Change(path, old, new, kind)
-            return
-        elements, new_elements = _elements(contents, kind), _elements(now, kind)
-        for key in (*elements, *(key for key in new_elements if key not in elements)):
-            yield from self._compare(
-                (*path, key), elements.get(key, MISSING), new_elements.get(key, MISSING), kind, seen
-            )
+        seen: set[tuple[int, int]] = set()
+        stack: list[tuple[tuple[Any, ...], Any, Any, str]] = [((name,), self.values.get(name, MISSING), new, "")]
+        while stack:
+            path, old, now, container_kind = stack.pop()
+            kind = _kind_of(old)
+            if id(old) not in self._contents or type(old) is not type(now):
+                if not _is_equal(old, now):
+                    yield Change(path, old, now, container_kind)
+                continue
+            if (id(old), id(now)) in seen:
+                continue
+            seen.add((id(old), id(now)))
+            contents, current = self._contents[id(old)][2], _shallow_copy(now, kind)
+            if kind in ("set", "array", "random"):
+                if not _are_same_contents(current, contents, kind):
+                    yield Change(path, old, now, kind)
+                continue
+            before, after = _elements(contents, kind), _elements(current, kind)
+            keys = [*before, *(key for key in after if key not in before)]
+            stack += [((*path, key), before.get(key, MISSING), after.get(key, MISSING), kind) for key in reversed(keys)]
 
 
 def attributes_of(module: nn.Module) -> dict[str, Any]:

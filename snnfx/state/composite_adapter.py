@@ -99,6 +99,11 @@ def _refusing_unregistered_state(module: nn.Module) -> Iterator[None]:
             snapshot.restore()
             name = ".".join(str(key) for key in changed[0].path)
             hint = f'Derive it from snnfx.MemoryModule and call self.register_memory("{name}", initial).'
+            if len(changed[0].path) > 1 or isinstance(changed[0].new, list | dict | set | str):
+                hint = (
+                    "Return the value and store it after the call of the net. For a log of a number, write `x.item()` "
+                    "instead of `float(x)`, so that the module is traced."
+                )
             if isinstance(changed[0].new, PackedSequence):
                 hint = "Store the padded tensor in a registered memory: torch.nn.utils.rnn.pad_packed_sequence(x)[0]."
             raise CaptureError(

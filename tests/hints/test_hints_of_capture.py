@@ -1386,3 +1386,117 @@ def test_a_state_of_a_torch_layer(right: Any) -> None:
     with silent():
         net = snnfx.convert(Model(right))
     torch.testing.assert_close(net(x_seq), expected)
+
+
+# -- logs --------------------------------------------------------------------------------------------------------------
+
+
+def test_a_log_of_python_numbers() -> None:
+    def step(m: Any, x: Tensor) -> Tensor:
+        m.v = 0.5 * m.v + m.fc(x)
+        m.log.append(float(m.v.mean()))
+        return m.v
+
+    def followed(m: Any, x: Tensor) -> Tensor:
+        m.v = 0.5 * m.v + m.fc(x)
+        m.log.append(m.v.mean().item())
+        m.stats = {"rate": m.v.mean().item()}
+        return m.v
+
+    error = refused(
+        "SNNFX213",
+        "capture/capture.py:_refuse_undeclared_state",
+        "from snnfx.MemoryModule, with ",
+        lambda: snnfx.convert(Step(step, v=0.0, log=[]), example_inputs=sequence()[0]),
+        names="`mean` is used as a Python bool or number",
+        at="float(m.v.mean())",
+    )
+    assert error.hint.startswith("For a log, write `x.item()` instead of `float(x)`")
+    assert 'self.register_memory("v", 0.0)' in error.hint
+    converts(Step(followed, v=0.0, log=[]))
+
+
+def test_a_python_number_in_a_model_that_takes_a_sequence() -> None:
+    def step(m: Any, x: Tensor) -> Tensor:
+        return m.fc(x) * float(x.mean())
+
+    refused(
+        "SNNFX201",
+        "capture/tracer.py:StepTracer.concrete",
+        "For a log, write `x.item()` instead of `float(x)` or `int(x)`, which the net records. In a computation, keep ",
+        lambda: snnfx.convert(Step(step), takes="sequence", example_inputs=(sequence(),)),
+        names="`mean`",
+        at="float(x.mean())",
+    )
+    converts(Step(lambda m, x: m.fc(x) * x.mean()))
+
+
+def test_a_log_in_a_module_that_cannot_be_traced() -> None:
+    def step(m: Any, x: Tensor) -> Tensor:
+        m.log.append(float(x.mean()))
+        return m.body(x)
+
+    def returns(m: Any, x: Tensor) -> Any:
+        return m.body(x), x.mean()
+
+    def records(m: Any, x: Tensor) -> Any:
+        m.log.append(x.mean().item())
+        return m.body(x)
+
+    refused(
+        "SNNFX213",
+        "state/composite_adapter.py:_refusing_unregistered_state",
+        "Return the value and store it after the call of the net. For a log of a number, write `x.item()` ",
+        lambda: snnfx.convert(MemoryStep(step, {"t": 0.0}, log=[]), example_inputs=sequence()[0])(sequence()),
+        names="`log.0`",
+        at="def forward",
+    )
+    converts(MemoryStep(returns, {"t": 0.0}))
+    converts(MemoryStep(records, {"t": 0.0}, log=[]))
+
+
+def test_an_object_of_another_library_that_changes() -> None:
+    class Axes:
+        def __init__(self) -> None:
+            self.texts: dict[str, Any] = {"": object()}
+
+    class Figure:
+        def __init__(self) -> None:
+            self.axes = [Axes()]
+
+    def step(m: Any, x: Tensor) -> Tensor:
+        m.figure.axes[0].texts["of step"] = object()
+        return m.body(x)
+
+    refused(
+        "SNNFX218",
+        "capture/attribute_changes.py:refuse_change",
+        "Change it outside the step: return the values that it needs and update it after the call of the net.",
+        lambda: snnfx.convert(Step(step, figure=Figure())),
+        names="`figure`, a Figure",
+        at="def forward",
+    )
+    figure = Figure()
+    converts(Step(lambda m, x: m.body(x), figure=figure))
+    figure.axes[0].texts["after the call"] = object()
+
+
+def test_a_nested_log() -> None:
+    def step(m: Any, x: Tensor) -> Tensor:
+        m.history["x"].append(x.mean())
+        return m.body(x)
+
+    def followed(m: Any, x: Tensor) -> Tensor:
+        m.history.append(x.mean())
+        return m.body(x)
+
+    refused(
+        "SNNFX201",
+        "capture/attribute_slots.py:AttributeSlot.refusal",
+        "For a log, return the value, or append it to a list that is an attribute of the module.",
+        lambda: snnfx.convert(Step(step, history={"x": []})),
+        names="`history`",
+        at="def forward",
+    )
+    converts(Step(followed, history=[]))
+    converts(Step(lambda m, x: (m.body(x), x.mean())))

@@ -268,6 +268,32 @@ def test_verify_with_the_net_of_another_model() -> None:
     verifies(net.source, net, X_SEQ)
 
 
+@pytest.mark.parametrize("part", ["parameter", "buffer", "input"])
+def test_verify_on_the_meta_device(part: str) -> None:
+    def norms() -> nn.Sequential:
+        return nn.Sequential(nn.Linear(3, 4), nn.BatchNorm1d(4), neuron.LIFNode(v_threshold=0.2))
+
+    model, x_seq = norms(), X_SEQ
+    if part == "parameter":
+        model.to("meta")
+    elif part == "buffer":
+        model[1].running_mean = torch.zeros(4, device="meta")
+    else:
+        x_seq = X_SEQ.to("meta")
+    error = refused(
+        "SNNFX417",
+        "inspect/verify/matching_modules.py:check_has_values",
+        'memory with model.to_empty(device="cpu") and load its weights.',
+        lambda: snnfx.verify(model, snnfx.convert(model), x_seq),
+        names={"parameter": "`0.weight`", "buffer": "`1.running_mean`", "input": "an input"}[part],
+    )
+    assert error.why
+    weights = norms()
+    model.to_empty(device="cpu").load_state_dict(weights.state_dict())
+    model[1].running_mean = torch.zeros(4)
+    verifies(model, snnfx.convert(model), X_SEQ)
+
+
 def test_verify_without_a_time_dimension() -> None:
     model = small()
     net = snnfx.convert(model)

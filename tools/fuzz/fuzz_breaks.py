@@ -235,6 +235,53 @@ def break_gradient(case: Case, model: nn.Module, s: Setting, r: random.Random) -
     return Break(f"`{name}` is detached", wrong)
 
 
+def break_backward(case: Case, model: nn.Module, s: Setting, r: random.Random) -> Break:
+    """Keep the value of a statement and halve its gradient, as if a custom backward were lost."""
+    wrong = break_gradient(case, model, s, r)
+    for body in wrong.case.bodies:
+        for i, line in enumerate(body.statements):
+            if match := re.match(r"(\w+|self\.h) = \1\.detach\(\)$", line):
+                name = match[1]
+                body.statements[i] = f"{name} = {name}.detach() + ({name} - {name}.detach()) * 0.5"
+    return Break(wrong.description.replace("is detached", "has half its gradient"), wrong.case)
+
+
+def break_constant(case: Case, model: nn.Module, s: Setting, r: random.Random) -> Break:
+    """Change a number in a statement."""
+    places = [
+        (b, i, match.span(), match[0])
+        for b, body in enumerate(case.bodies)
+        for i, line in enumerate(body.statements)
+        for match in re.finditer(r"(?<![\w.])\d+\.\d+(?![\w.])", line)
+    ]
+    if not places:
+        raise Inapplicable("the model has no number")
+    b, i, (start, end), number = r.choice(places)
+    wrong = case.copy()
+    line = wrong.bodies[b].statements[i]
+    wrong.bodies[b].statements[i] = f"{line[:start]}{float(number) * 1.25 + 0.125}{line[end:]}"
+    return Break(f"another number in `{line}`", wrong)
+
+
+def break_reads(case: Case, model: nn.Module, s: Setting, r: random.Random) -> Break:
+    """Swap the first two values that a statement reads."""
+    places = []
+    for b, body in enumerate(case.bodies):
+        names = {match[1] for line in body.statements if (match := re.match(r"(\w+|self\.h) = ", line))}
+        for i, line in enumerate(body.statements):
+            reads = [m for m in re.finditer(r"self\.h\b|(?<![\w.])\w+", line) if m[0] in names and m.start()]
+            if len(reads) > 1 and reads[0][0] != reads[1][0]:
+                places.append((b, i, reads[0], reads[1]))
+    if not places:
+        raise Inapplicable("no statement reads two values")
+    b, i, first, second = r.choice(places)
+    wrong = case.copy()
+    line = wrong.bodies[b].statements[i]
+    swapped = line[: first.start()] + second[0] + line[first.end() : second.start()] + first[0] + line[second.end() :]
+    wrong.bodies[b].statements[i] = swapped
+    return Break(f"`{swapped}` instead of `{line}`", wrong)
+
+
 def break_buffer(case: Case, model: nn.Module, s: Setting, r: random.Random) -> Break:
     plain = clone_of(model, model.training)
     before = {name: buffer.clone() for name, buffer in plain.named_buffers()}
@@ -267,6 +314,9 @@ BREAKS: dict[str, Callable[[Case, nn.Module, Setting, random.Random], Break]] = 
     "layers": break_layers,
     "time step": break_time_step,
     "gradient": break_gradient,
+    "backward": break_backward,
+    "constant": break_constant,
+    "reads": break_reads,
     "buffer": break_buffer,
     "attribute": break_attribute,
 }

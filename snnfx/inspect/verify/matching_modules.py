@@ -5,14 +5,36 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from snnfx.errors import InputError
 from snnfx.inspect.verify.runs import Runs
 from snnfx.inspect.verify.sequence_inputs import SequenceInputs
+from snnfx.sandbox.torch_internals import pytree
 from snnfx.state.registry import adapter_of
 
-__all__ = ["check_matching_modules"]
+__all__ = ["check_has_values", "check_matching_modules"]
+
+
+def check_has_values(model: nn.Module, inputs: Any) -> None:
+    """Raise if a parameter, a buffer or an input is on the meta device, so that it has a shape but no values.
+
+    Raises:
+        InputError: SNNFX417.
+    """
+    named = {
+        **{f"`{name}`": tensor for name, tensor in (*model.named_parameters(), *model.named_buffers())},
+        "an input": next((x for x in pytree.tree_leaves(inputs) if isinstance(x, Tensor) and x.is_meta), None),
+    }
+    for name, tensor in named.items():
+        if tensor is not None and tensor.is_meta:
+            raise InputError(
+                "SNNFX417",
+                f"verify compares values, and {name} is on the meta device",
+                why="tensors on the meta device have a shape but no values.",
+                hint="Create model and inputs on a device with memory and convert that model, or give the model "
+                'memory with model.to_empty(device="cpu") and load its weights.',
+            )
 
 
 def check_matching_modules(model: nn.Module, net: Any, inputs: SequenceInputs, first: dict[str, Any]) -> None:

@@ -53,7 +53,7 @@ def observe(model: nn.Module) -> dict[str, Observed]:
         {'0': 'parameter', 'log.steps.0': 'attribute', 'log.steps.#': 'attribute', 'log.#': 'attribute'}
     """
     observed: dict[str, Observed] = {}
-    seen: set[int] = set()
+    seen: dict[int, Any] = {}
     for name, module in model.named_modules():
         _observe_module(module, name, observed, seen, 0)
     return observed
@@ -78,10 +78,12 @@ def is_same(value: Any, other: Any) -> bool:
     return value is other or bool(value == other) or bool(value != value and other != other)
 
 
-def _observe_module(module: nn.Module, name: str, observed: dict[str, Observed], seen: set[int], level: int) -> None:
+def _observe_module(
+    module: nn.Module, name: str, observed: dict[str, Observed], seen: dict[int, Any], level: int
+) -> None:
     if id(module) in seen or level > _MOST_LEVELS:
         return
-    seen.add(id(module))
+    seen[id(module)] = module
     prefix = f"{name}." if name else ""
     for kind, registry in (("parameter", module._parameters), ("buffer", module._buffers)):
         for key, tensor in registry.items():
@@ -95,7 +97,7 @@ def _observe_module(module: nn.Module, name: str, observed: dict[str, Observed],
                 observed[path] = Observed("attribute", _copy(atom), atom, module, key)
 
 
-def _atoms(value: Any, path: str, seen: set[int], level: int) -> Iterator[tuple[str, Any]]:
+def _atoms(value: Any, path: str, seen: dict[int, Any], level: int) -> Iterator[tuple[str, Any]]:
     """The values in a value by their paths; the length of a container has the name "#"."""
     if isinstance(value, (*_ATOMS, Tensor, nn.Module)) or _is_array(value):
         yield path, value
@@ -109,7 +111,8 @@ def _atoms(value: Any, path: str, seen: set[int], level: int) -> Iterator[tuple[
     elements = _elements(value)
     if elements is None or id(value) in seen or level > _MOST_LEVELS:
         return
-    seen.add(id(value))
+    # `seen` keeps the value alive: a temporary one, made by a property or for a set, would leave its id to another.
+    seen[id(value)] = value
     for key, element in elements.items():
         yield from _atoms(element, f"{path}.{key}", seen, level + 1)
     if isinstance(value, list | dict | deque):
@@ -123,7 +126,9 @@ def _elements(value: Any) -> dict[Any, Any] | None:
     if isinstance(value, list | tuple | deque):
         return dict(enumerate(value))
     if isinstance(value, set | frozenset):
-        return {"elements": tuple(sorted(map(repr, value)))}
+        # The address of an object is not part of its contents.
+        elements = (repr(e) if isinstance(e, (*_ATOMS, tuple)) else type(e).__name__ for e in value)
+        return {"elements": tuple(sorted(elements))}
     cls = type(value)
     package = cls.__module__.partition(".")[0]
     # Locks, loggers and files are not contents of a model, and they reference unrelated objects.

@@ -11,14 +11,21 @@ from torch.fx import Node
 from snnfx.ir.nodes import is_module_call
 from snnfx.ir.printing import location_of
 from snnfx.ir.program import SELF_TARGET
+from snnfx.ops.operator_lookup import operation_of
 
-__all__ = ["called_in", "is_within", "region_of_module", "region_of_output", "value_at"]
+__all__ = ["called_in", "is_within", "normalized_in", "region_of_module", "region_of_output", "value_at"]
 
 
 def called_in(net: Any, kinds: Set[str]) -> set[str]:
     """The qualified names of the modules called in regions of these kinds."""
     nodes = (node for region in net.regions if region.kind in kinds for node in region.nodes)
     return {name for name in map(_called_by, nodes) if name is not None}
+
+
+def normalized_in(net: Any, kinds: Set[str]) -> set[str]:
+    """The qualified names of the modules whose traced code calls `torch.nn.functional.batch_norm` in such regions."""
+    nodes = (node for region in net.regions if region.kind in kinds for node in region.nodes)
+    return {str(node.meta.get("module", "")) for node in nodes if operation_of(node) == "batch_norm"}
 
 
 def is_within(name: str, parents: Set[str]) -> bool:

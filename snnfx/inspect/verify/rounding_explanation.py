@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
+import torch
 from torch import Tensor
 
 from snnfx.inspect.verify.check import Check
-from snnfx.inspect.verify.comparison import Comparison
+from snnfx.inspect.verify.comparison import Comparison, named_leaves
 from snnfx.inspect.verify.rounding import NearThresholds
+from snnfx.inspect.verify.runs import Run
 
 __all__ = ["describe_rounding", "is_rounding", "is_structural"]
 
@@ -36,19 +39,30 @@ def is_rounding(failing: Check, wide: Sequence[Check]) -> bool:
     expected = failing.expected
     exact = next(check for check in wide if check.runs.one_call == failing.runs.one_call).expected
     assert expected is not None and exact is not None
-    for kind, narrow, exact_values in (
-        ("output", expected.outputs, exact.outputs),
-        ("gradient", expected.gradients, exact.gradients),
-    ):
+    for kind in {c.kind for c in failing.failed}:
+        narrow, exact_values = _values(expected, kind), _values(exact, kind)
         errors = [
-            float((value.double() - exact_value.double()).abs().max())
-            for value, exact_value in ((value, exact_values.get(name)) for name, value in narrow.items())
-            if isinstance(value, Tensor) and isinstance(exact_value, Tensor) and value.numel()
+            float((torch.as_tensor(value).double() - torch.as_tensor(exact_values[name]).double()).abs().max())
+            for name, value in narrow.items()
+            if _has_elements(value) and _has_elements(exact_values.get(name))
         ]
-        differences = [c.difference for c in failing.failed if c.kind == kind]
-        if differences and max(differences) > 30 * max(errors, default=0.0):
+        if max(c.difference for c in failing.failed if c.kind == kind) > 30 * max(errors, default=0.0):
             return False
-    return all(c.kind in ("output", "gradient") for c in failing.failed)
+    return True
+
+
+def _values(run: Run, kind: str) -> dict[str, Any]:
+    """The values of one kind that a run leaves, by name."""
+    if kind in ("output", "gradient"):
+        return run.outputs if kind == "output" else run.gradients
+    if kind == "state":
+        return named_leaves(run.states)
+    return {name: entry.value for name, entry in run.after.items() if entry.kind == kind}
+
+
+def _has_elements(value: Any) -> bool:
+    is_tensor = isinstance(value, Tensor) and value.layout == torch.strided and value.numel() > 0
+    return is_tensor or (isinstance(value, float | complex) and value == value)
 
 
 def describe_rounding(failing: Check) -> str:

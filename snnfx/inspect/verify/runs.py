@@ -17,7 +17,7 @@ from snnfx.inspect.verify.comparison import named_leaves
 from snnfx.inspect.verify.divergence import neurons_watched
 from snnfx.inspect.verify.observed_contents import Observed, is_same, observe
 from snnfx.inspect.verify.oracle import folded_forward, replay_forward, step_forward
-from snnfx.inspect.verify.program_lookup import called_in, is_within, value_at
+from snnfx.inspect.verify.program_lookup import called_in, is_within, normalized_in, value_at
 from snnfx.inspect.verify.sequence_inputs import SequenceInputs
 from snnfx.inspect.verify.shared_draws import SharedDraws
 from snnfx.inspect.verify.stepped_attributes import stepped_attributes
@@ -109,7 +109,7 @@ class Runs:
                 name
                 for name, module in model.named_modules()
                 if isinstance(module, BatchNormBase) and module.training and not is_within(name, per_step)
-            }
+            } - normalized_in(self.plan, kinds - {"once", "fold"})
             self.once = {name for name in self.folded if is_within(name, once)}
 
     def _planned(self) -> Any:
@@ -371,7 +371,10 @@ class Runs:
 
 
 def _over_time(name: str, values: list[Any]) -> Any:
-    """Stack the values of one output over time: tensors `[T, *]`; other values once if they are constant."""
+    """Stack the values of one output over time: tensors `[T, *]`; other values once if they are constant.
+
+    Numbers that change give a tensor `[T]`.
+    """
     if all(isinstance(value, Tensor) for value in values):
         if any(value.shape != values[0].shape or value.dtype != values[0].dtype for value in values):
             raise VerificationError(
@@ -381,4 +384,10 @@ def _over_time(name: str, values: list[Any]) -> Any:
                 hint="Return a tensor of the same shape and dtype at every step.",
             )
         return torch.stack(values)
-    return values[0] if all(is_same(value, values[0]) for value in values) else values
+    if all(is_same(value, values[0]) for value in values):
+        return values[0]
+    kinds = {*map(type, values)}
+    return torch.tensor(values, dtype=torch.float64 if kinds == {float} else None) if kinds in _NUMBERS else values
+
+
+_NUMBERS = ({bool}, {int}, {float})

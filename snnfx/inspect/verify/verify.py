@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from snnfx.errors import InputError
 from snnfx.inspect.verify.comparison import Tolerance
 from snnfx.inspect.verify.float64_copies import copies_in_float64, to_float64
-from snnfx.inspect.verify.matching_modules import check_matching_modules
+from snnfx.inspect.verify.matching_modules import check_has_values, check_matching_modules
 from snnfx.inspect.verify.runs import undisturbed
 from snnfx.inspect.verify.sequence_inputs import SequenceInputs
 from snnfx.inspect.verify.verification import Verification
@@ -70,7 +70,8 @@ def verify(
             first neuron that differs. SNNFX405: `batch_norm="fold"` is undefined for this model. SNNFX411: net and
             model cannot draw the same random numbers. SNNFX412: the model cannot run in float64.
         InputError: SNNFX301, 303, 304, 306, 307, 310: the arguments do not match the net or each other. SNNFX413: the
-            steps use parameters, buffers or states of modules that only the net or only the model has.
+            steps use parameters, buffers or states of modules that only the net or only the model has. SNNFX417: a
+            tensor is on the meta device.
 
     Example:
         >>> import torch, snnfx
@@ -86,6 +87,7 @@ def verify(
             why=f"it was called with a {type(model).__name__} and a {type(net).__name__}.",
             hint="Call verify(model, net, x_seq).",
         )
+    check_has_values(model, (x_seq, kwargs))
     options: Any = net.options
     if getattr(options, "takes", "step") == "sequence":
         with isolated(model, net), torch.inference_mode(False), torch.set_grad_enabled(gradients):
