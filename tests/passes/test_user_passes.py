@@ -443,6 +443,57 @@ def test_a_pass_may_attach_its_own_parameter() -> None:
         torch.testing.assert_close(y_seq, net(x_seq[:, :1])[:, 0])
 
 
+class Scaled(nn.Module):
+    def __init__(self, factor: float) -> None:
+        super().__init__()
+        self.factor = factor
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x * self.factor
+
+
+@dataclass(frozen=True)
+class Scale(Pass):
+    """Attach a module with the option of the pass, and scale the output by it."""
+
+    name = "scale"
+    requires = "normalized"
+    may_change = ("graph", "modules")
+    factor: float = 2.0
+
+    def apply(self, program: StepProgram) -> str:
+        program.attach("scaled", Scaled(self.factor))
+        with program.graph.inserting_before(program.output):
+            new = program.graph.call_module("scaled", (program.outputs[0],))
+        program.set_output([new], program.next_states, program.initial_values)
+        return "scaled"
+
+
+def test_an_attached_module_is_shared_by_conversions_with_equal_options_only() -> None:
+    model, x_seq = nn.Linear(3, 2), torch.rand(3, 2, 3)
+    net = snnfx.convert(model, passes=[Scale(2.0)])
+    again = snnfx.convert(model, passes=[Scale(2.0)])
+    torch.testing.assert_close(again(x_seq), 2 * model(x_seq))
+    with pytest.raises(
+        PassError, match=r"SNNFX703(.|\n)*has `scaled` already, and its factor is 2.0, not 3.0"
+    ) as caught:
+        snnfx.convert(model, passes=[Scale(3.0)])
+    assert "test_user_passes.py:" in caught.value.where
+    torch.testing.assert_close(net.double()(x_seq.double()), 2 * model(x_seq.double()))
+    other = nn.Linear(3, 2)
+    torch.testing.assert_close(snnfx.convert(other, passes=[Scale(3.0)])(x_seq), 3 * other(x_seq))
+
+
+@pytest.mark.parametrize("value", [nn.ReLU(), nn.Linear(3, 7), nn.Parameter(torch.ones(2))], ids=str)
+def test_a_name_that_the_model_uses_is_refused(value: Any) -> None:
+    model = Net()
+    layer = model.fc1
+    item = applying(lambda program: program.attach("fc1", value) and None, changes=("graph", "modules"))
+    with pytest.raises(PassError, match="SNNFX703 the pass `stranger` failed(.|\n)*the model has `fc1` already"):
+        snnfx.convert(model, passes=[item])
+    assert model.fc1 is layer
+
+
 def test_constants_of_both_modes_stay_apart() -> None:
     def offset(program: StepProgram) -> str:
         [last] = program.outputs
