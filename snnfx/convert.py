@@ -284,7 +284,8 @@ def convert_sequence_model(model: nn.Module, options: ConvertOptions, example_in
     if calls[1] is calls[0] and has_same_nodes(training, evaluation):
         evaluation = training
     options = replace(options, step_mode="s")
-    return Net(model, {True: training, False: evaluation}, options, history, _convert_sequence_again)
+    programs = _separate_from_passes({True: training, False: evaluation}, options)
+    return Net(model, programs, options, history, _convert_sequence_again)
 
 
 def _convert_derived(model: nn.Module, calls: Sequence[CapturedCall], options: ConvertOptions, history: History) -> Net:
@@ -323,6 +324,7 @@ def _convert_derived(model: nn.Module, calls: Sequence[CapturedCall], options: C
         _check_reduction(program, step)
     if _same_plan(*programs.values()) and _same_steps(*programs.values()):
         programs[False] = programs[True]
+    programs = _separate_from_passes(programs, options)
     return Net(model, programs, options, history, _convert_derived_again).convert_to(step_mode)
 
 
@@ -375,7 +377,7 @@ def _with_loop_nets(model: nn.Module, call: CapturedCall, options: ConvertOption
         PassManager(pipeline(evaluation, of_loop)).run(evaluation)
         programs = {True: training, False: training if _same_plan(training, evaluation) else evaluation}
         handle = program.constants[loop.target]
-        handle.net = Net(model, programs, of_loop, history[-1:], _plan_loop_again)
+        handle.net = Net(model, _separate_from_passes(programs, options), of_loop, history[-1:], _plan_loop_again)
     return program
 
 
@@ -484,7 +486,15 @@ def _prepared(
         evaluation = training
     else:
         history += evaluation_history
-    return {True: training, False: evaluation}, history
+    return _separate_from_passes({True: training, False: evaluation}, options), history
+
+
+def _separate_from_passes(programs: dict[bool, StepProgram], options: ConvertOptions) -> dict[bool, StepProgram]:
+    """Copies of the programs if a user's pass may have kept them and change them later."""
+    if not options.passes:
+        return programs
+    training = programs[True].copy()
+    return {True: training, False: training if programs[False] is programs[True] else programs[False].copy()}
 
 
 def _same_steps(a: StepProgram, b: StepProgram) -> bool:

@@ -1,4 +1,8 @@
-"""Register modules, parameters and buffers of passes on the caller's model, once for each name."""
+"""Register modules, parameters and buffers of passes on the caller's model, once for each name.
+
+A container calls all its children, so a module attached to it would become a layer of the model. It goes into a child
+of the container instead, which returns its operand.
+"""
 
 from __future__ import annotations
 
@@ -8,7 +12,32 @@ from torch import Tensor, nn
 
 from snnfx.ir.guards import is_same_value
 
-__all__ = ["attach"]
+__all__ = ["Attachments", "attach", "located"]
+
+_CONTAINERS = (nn.Sequential, nn.ModuleList, nn.ModuleDict)
+_CHILD = "snnfx_attached"
+
+
+class Attachments(nn.Module):
+    """The modules attached to a container; as a layer, it returns its operand."""
+
+    def forward(self, x: Any) -> Any:
+        return x
+
+
+def located(model: nn.Module, target: str) -> str:
+    """The target with the children that hold attached modules, e.g. "snnfx_attached.scale"; else the same."""
+    found: Any = model
+    atoms: list[str] = []
+    for atom in target.split("."):
+        if not hasattr(found, atom) and isinstance(getattr(found, _CHILD, None), Attachments):
+            atoms.append(_CHILD)
+            found = getattr(found, _CHILD)
+        if not hasattr(found, atom):
+            return target
+        atoms.append(atom)
+        found = getattr(found, atom)
+    return ".".join(atoms)
 
 
 def attach(model: nn.Module, name: str, value: nn.Module | nn.Parameter | Tensor) -> Any:
@@ -24,6 +53,10 @@ def attach(model: nn.Module, name: str, value: nn.Module | nn.Parameter | Tensor
     """
     owner, _, attribute = name.rpartition(".")
     module = model.get_submodule(owner)
+    if isinstance(value, nn.Module) and isinstance(module, _CONTAINERS) and attribute not in module._modules:
+        if _CHILD not in module._modules:
+            module.add_module(_CHILD, Attachments().train(model.training))
+        module = module.get_submodule(_CHILD)
     for kind in ("_modules", "_parameters", "_buffers"):
         if attribute in vars(module)[kind]:
             present = vars(module)[kind][attribute]

@@ -22,6 +22,7 @@ from torch.fx import Node
 
 from snnfx._progress import Progress
 from snnfx.errors import PassError, SnnfxError
+from snnfx.ir.attachments import located
 from snnfx.ir.facts import VALUE
 from snnfx.ir.graph_pass import Pass, check_passes, location_of_pass, stages_of
 from snnfx.ir.guards import ModuleTree
@@ -247,6 +248,10 @@ class _Run:
         """Verify the nodes of a user's pass before their values are inferred."""
         item, where = self.item, location_of_pass(self.item)
         first, before = self.program.first_step, self.before.first_step
+        for program in (self.program, *([] if first is None else [first])):
+            for node in program.graph.nodes:
+                if node.op in ("call_module", "get_attr") and node.target not in program.constants:
+                    node.target = located(program.source, str(node.target))
         verify_structure(self.program, item.name, where, self.before.changed_nodes(self.program))
         if first is not None and before is not None:
             verify_structure(first, item.name, where, before.changed_nodes(first))

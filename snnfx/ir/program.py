@@ -16,7 +16,7 @@ from torch import Tensor, fx, nn
 from torch.fx import Node
 
 from snnfx.errors import Refusal
-from snnfx.ir.attachments import attach
+from snnfx.ir.attachments import attach, located
 from snnfx.ir.facts import REFUSAL, clear_facts
 from snnfx.ir.guards import Guards
 from snnfx.ir.nodes import is_module_call
@@ -252,8 +252,14 @@ class StepProgram:
         found: Any = self.source
         if target == SELF_TARGET:
             return found
-        for atom in target.split("."):
-            found = getattr(found, atom)
+        try:
+            for atom in target.split("."):
+                found = getattr(found, atom)
+        except AttributeError:
+            inside = located(self.source, target)
+            if inside == target:
+                raise
+            return self.resolve(inside)
         return found
 
     def module_of(self, node: Node) -> nn.Module | None:

@@ -315,7 +315,7 @@ def test_outputs_in_a_list_for_each_step() -> None:
 
     refused(
         "SNNFX232",
-        "sequence/call_capture.py:_of_any_length",
+        "sequence/call_capture.py:_of_any_length.free_length",
         "Use operations on the whole sequence, e.g. torch.stack(outputs).mean(0).",
         lambda: snnfx.convert(Listing(), takes="sequence", example_inputs=(sequence(),)),
     )

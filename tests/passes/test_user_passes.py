@@ -484,6 +484,33 @@ def test_an_attached_module_is_shared_by_conversions_with_equal_options_only() -
     torch.testing.assert_close(snnfx.convert(other, passes=[Scale(3.0)])(x_seq), 3 * other(x_seq))
 
 
+@pytest.mark.parametrize("stage", STAGES)
+def test_a_module_attached_to_a_container_is_not_a_layer_of_it(stage: str) -> None:
+    @dataclass(frozen=True)
+    class Replace(Pass):
+        name = "replace"
+        requires = stage
+        may_change = ("graph", "modules")
+
+        def apply(self, program: StepProgram) -> str:
+            for node in program.graph.nodes:
+                if isinstance(program.module_of(node), nn.ReLU):
+                    program.attach(f"{node.target}_clamp", Clamp())
+                    node.target = f"{node.target}_clamp"
+                    assert isinstance(program.module_of(node), Clamp)
+            return "replaced"
+
+    model = nn.Sequential(nn.Linear(3, 4), nn.Sequential(nn.ReLU(), neuron.LIFNode(v_threshold=0.2)), nn.ReLU())
+    plain = copy.deepcopy(model)
+    oracle = nn.Sequential(plain[0], nn.Sequential(Clamp(), plain[1][1]), Clamp())
+    net, x_seq = snnfx.convert(model, passes=[Replace()]), torch.randn(4, 2, 3)
+    for other in (net, copy.deepcopy(net), copy.deepcopy(net).eval()):
+        torch.testing.assert_close(other(x_seq), stepped(oracle, x_seq))
+    with pytest.warns(SnnfxWarning, match="SNNFX102"):
+        torch.testing.assert_close(net(x_seq[:, 0]), stepped(oracle, x_seq[:, :1])[:, 0])
+    torch.testing.assert_close(stepped(model, x_seq), stepped(plain, x_seq))
+
+
 @pytest.mark.parametrize("value", [nn.ReLU(), nn.Linear(3, 7), nn.Parameter(torch.ones(2))], ids=str)
 def test_a_name_that_the_model_uses_is_refused(value: Any) -> None:
     model = Net()
@@ -760,6 +787,24 @@ def test_a_change_of_the_first_step_alone_is_found() -> None:
 
     with pytest.raises(PassError, match="SNNFX701 the pass `stranger` changed the graph"):
         snnfx.convert(Relu(), passes=[applying(change, changes=())])
+
+
+def test_a_program_that_a_pass_keeps_is_not_that_of_the_net() -> None:
+    kept: list[StepProgram] = []
+
+    def keep(program: StepProgram) -> None:
+        kept.append(program)
+
+    net, x_seq = (
+        snnfx.convert(Net(norm=False), passes=[applying(keep, stage, ()) for stage in STAGES]),
+        torch.rand(3, 2, 3),
+    )
+    expected = net(x_seq)
+    for program in kept:
+        replace_relu(program)
+    for other in (net, copy.deepcopy(net), copy.deepcopy(net).eval()):
+        torch.testing.assert_close(other(x_seq), expected)
+    assert "relu_to_clamp" not in str(net.history) and "clamp(" not in str(net.program)
 
 
 def test_a_seed_of_a_pass_is_undone() -> None:
