@@ -45,7 +45,7 @@ class ProgramSnapshot:
         self.source = program.source
         self.rows = [_Row(n, n.name, n.op, n.target, n.args, n.kwargs, dict(n.meta)) for n in program.graph.nodes]
         fields = {k: v for k, v in vars(program).items() if k not in ("graph", "source", "regions", "first_step")}
-        self.fields = {k: copy.copy(v) if isinstance(v, dict | list) else v for k, v in fields.items()}
+        self.fields: dict[str, Any] = {k: copy.copy(v) if isinstance(v, dict | list) else v for k, v in fields.items()}
         self.regions = [replace(r, nodes=list(r.nodes), slots=list(r.slots)) for r in program.regions]
         self.first_step = ProgramSnapshot(program.first_step) if program.first_step is not None else None
         self._packed: Any = None
