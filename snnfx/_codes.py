@@ -683,7 +683,7 @@ CODES: dict[str, CodeEntry] = {
         "a pass changed what it does not declare",
         "After a pass, the manager compares the program and the model by value with their state before it: parameters, "
         "buffers, training flags, submodules, attributes, and the parts of the program. A change that `may_change` "
-        "does not contain is put back.",
+        "does not contain is put back. Fields such as `program.stage` and `program.training` stay as they are.",
         "may_change = ('graph',)   # and apply() runs program.source[0].weight.data.mul_(0.5)",
         "may_change = ('graph', 'parameters')",
     ),

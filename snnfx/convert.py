@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import replace
 from functools import partial
 from typing import Any
@@ -17,13 +18,13 @@ from snnfx.capture.capture import capture_both_modes
 from snnfx.capture.carry_inference import infer_carry
 from snnfx.errors import InputError, warn_once
 from snnfx.ir.facts import SUNK
-from snnfx.ir.graph_pass import Pass, check_passes
+from snnfx.ir.graph_pass import MODEL_CHANGES, Pass, check_passes, stages_of
 from snnfx.ir.history import History, PassRecord
-from snnfx.ir.nodes import is_size
+from snnfx.ir.model_snapshot import ModelSnapshot
 from snnfx.ir.options import ConvertOptions
 from snnfx.ir.pass_manager import PassManager, print_record
 from snnfx.ir.printing import describe_node
-from snnfx.ir.program import StepProgram
+from snnfx.ir.program import STAGES, StepProgram
 from snnfx.ir.program_equality import has_same_nodes
 from snnfx.ir.program_snapshot import ProgramSnapshot
 from snnfx.ir.verifier import verify_program
@@ -35,6 +36,8 @@ from snnfx.memory.checkpoint_option import (
 )
 from snnfx.memory.chunk_plan import check_chunk_option
 from snnfx.memory.planning import refuse_impossible_budget
+from snnfx.passes.normalize import Normalize
+from snnfx.passes.remove_dead_code import RemoveDeadCode
 from snnfx.passes.sink_reductions import REDUCTIONS
 from snnfx.passes.standard_pipeline import pipeline, planning, replanning
 from snnfx.runtime.net import Net
@@ -141,7 +144,8 @@ def convert(
             "2GB" (2 * 10**9 bytes); a float: a fraction of the memory that is free at the first call. None (default):
             half of the free memory in inference, no limit in training.
         passes: your own passes (`snnfx.passes.Pass`). Each runs at the end of the stage that it requires, on the steps
-            of both modes and again whenever the net is planned again. `net.history` shows what it changed.
+            of both modes and again whenever the net is planned again; for a model that runs over time itself, also on
+            the code around its loops. `net.history` shows what it changed.
 
     Returns:
         A `snnfx.Net` (a torch.fx.GraphModule).
@@ -217,8 +221,29 @@ def convert_without_budget(
         _check_choice("lower", options.lower, ("auto", "dense"))
     check_chunk_option(options.chunk)
     check_checkpoint_option(options.checkpoint)
-    if options.takes == "sequence":
-        return convert_sequence_model(model, options, example_inputs)
+    with _restoring_on_failure(model, options.passes):
+        if options.takes == "sequence":
+            return convert_sequence_model(model, options, example_inputs)
+        return _convert_step_model(model, options, example_inputs, carry)
+
+
+@contextmanager
+def _restoring_on_failure(model: nn.Module, passes: Sequence[Pass]) -> Iterator[None]:
+    """Put the model back if the conversion fails after passes changed parts of it that they declare."""
+    changes_model = any(change in MODEL_CHANGES for item in passes for change in item.may_change)
+    snapshot = ModelSnapshot(model) if changes_model else None
+    try:
+        yield
+    except BaseException:
+        if snapshot is not None:
+            snapshot.restore()
+        raise
+
+
+def _convert_step_model(
+    model: nn.Module, options: ConvertOptions, example_inputs: Any, carry: Mapping[str, Any] | None
+) -> Net:
+    """Convert a model whose call is one time step."""
     paths = paths_of(carry) if carry is not None else infer_carry(model, options.entry, example_inputs)
     options = replace(options, carry=paths or None)
     programs, history = prepare_programs(model, options, example_inputs, inferred_carry=carry is None)
@@ -251,9 +276,16 @@ def convert_sequence_model(model: nn.Module, options: ConvertOptions, example_in
     for call in calls:
         call.program.whole_sequences = (reason.why, reason.location)
     training = _with_loop_nets(model, calls[0], options, history)
-    evaluation = training if calls[1] is calls[0] else _with_loop_nets(model, calls[1], options, history)
+    evaluation = training.copy() if calls[1] is calls[0] else _with_loop_nets(model, calls[1], options, history)
+    if options.passes:
+        evaluation.training = False
+        _run_around_loops(training, options, history)
+        _run_around_loops(evaluation, options, History())
+    if calls[1] is calls[0] and has_same_nodes(training, evaluation):
+        evaluation = training
     options = replace(options, step_mode="s")
-    return Net(model, {True: training, False: evaluation}, options, history, _convert_sequence_again)
+    programs = _separate_from_passes({True: training, False: evaluation}, options)
+    return Net(model, programs, options, history, _convert_sequence_again)
 
 
 def _convert_derived(model: nn.Module, calls: Sequence[CapturedCall], options: ConvertOptions, history: History) -> Net:
@@ -286,10 +318,13 @@ def _convert_derived(model: nn.Module, calls: Sequence[CapturedCall], options: C
             ir, snapshot = str(program), ProgramSnapshot(program)
             history.append(PassRecord("derive_step", derived, note, ir, history[-1].ir, "captured", True, snapshot))
             print_record(history[-1])
+        if step.reduce == "mean" and any("graph" in item.may_change for item in options.passes):
+            step.mark_reduction()
         PassManager(pipeline(program, options)).run(program, history if mode else None)
         _check_reduction(program, step)
     if _same_plan(*programs.values()) and _same_steps(*programs.values()):
         programs[False] = programs[True]
+    programs = _separate_from_passes(programs, options)
     return Net(model, programs, options, history, _convert_derived_again).convert_to(step_mode)
 
 
@@ -297,8 +332,8 @@ def _check_reduction(program: StepProgram, step: DerivedStep) -> None:
     """Check that the operations behind a mean over time may run on each step: they are affine."""
     if step.reduce != "mean":
         return
-    for node in program.graph.nodes:
-        if node.name in step.behind and not is_size(node) and not SUNK.of(node):
+    for node in step.nodes_behind():
+        if not SUNK.of(node):
             raise MixesTime(f"{describe_node(node)} reads the mean over time and is not affine", node)
 
 
@@ -342,8 +377,17 @@ def _with_loop_nets(model: nn.Module, call: CapturedCall, options: ConvertOption
         PassManager(pipeline(evaluation, of_loop)).run(evaluation)
         programs = {True: training, False: training if _same_plan(training, evaluation) else evaluation}
         handle = program.constants[loop.target]
-        handle.net = Net(model, programs, of_loop, history[-1:], _plan_loop_again)
+        handle.net = Net(model, _separate_from_passes(programs, options), of_loop, history[-1:], _plan_loop_again)
     return program
+
+
+def _run_around_loops(program: StepProgram, options: ConvertOptions, history: History) -> None:
+    """Run the user's passes on the code around the loops of a call, which is normalized and has no regions."""
+    for item in sorted(options.passes, key=lambda item: STAGES.index(stages_of(item)[0])):
+        program.stage = stages_of(item)[0]
+        PassManager([item, *([Normalize()] if program.stage == "captured" else [])]).run(program, history)
+        program.stage = "normalized"
+    PassManager([RemoveDeadCode()]).run(program, history)
 
 
 def _plan_loop_again(net: Net, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Net:
@@ -442,7 +486,15 @@ def _prepared(
         evaluation = training
     else:
         history += evaluation_history
-    return {True: training, False: evaluation}, history
+    return _separate_from_passes({True: training, False: evaluation}, options), history
+
+
+def _separate_from_passes(programs: dict[bool, StepProgram], options: ConvertOptions) -> dict[bool, StepProgram]:
+    """Copies of the programs if a user's pass may have kept them and change them later."""
+    if not options.passes:
+        return programs
+    training = programs[True].copy()
+    return {True: training, False: training if programs[False] is programs[True] else programs[False].copy()}
 
 
 def _same_steps(a: StepProgram, b: StepProgram) -> bool:

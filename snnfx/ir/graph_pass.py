@@ -11,14 +11,14 @@ from typing import Any, ClassVar
 
 from snnfx.errors import PassError
 from snnfx.ir.program import STAGES, StepProgram
+from snnfx.sandbox.user_code import format_location
 
-__all__ = ["CHANGES", "Pass", "check_passes", "check_picklable", "location_of_pass", "stages_of"]
+__all__ = ["CHANGES", "MODEL_CHANGES", "Pass", "check_passes", "check_picklable", "location_of_pass", "stages_of"]
 
-CHANGES = (
-    "graph", "slots", "inputs", "outputs", "regions",
-    "parameters", "buffers", "training", "modules", "attributes",
-)  # fmt: skip
-"""What a pass may change: five parts of the program, and five of the caller's model."""
+MODEL_CHANGES = ("parameters", "buffers", "training", "modules", "attributes")
+"""The parts of the caller's model that a pass may change."""
+CHANGES = ("graph", "slots", "inputs", "outputs", "regions", *MODEL_CHANGES)
+"""The parts that a pass may change: five of the program, and five of the caller's model."""
 
 
 @dataclass(frozen=True)
@@ -78,10 +78,16 @@ def stages_of(item: Pass) -> tuple[str, ...]:
 
 
 def location_of_pass(item: object) -> str:
-    """The file and line of a pass's class; "" if unknown."""
-    function = vars(type(item)).get("apply", getattr(type(item), "apply", None))
-    code = getattr(function, "__code__", None)
-    return "" if code is None else f"{code.co_filename}:{code.co_firstlineno}"
+    """The file and line of the user's code of a pass, of `apply` or of another method; "" if unknown."""
+    for base in type(item).__mro__:
+        if base.__module__.partition(".")[0] == "snnfx":
+            return ""
+        methods = [vars(base)[name] for name in ("apply", "rewrite") if name in vars(base)]
+        for method in (*methods, *vars(base).values()):
+            code = getattr(method, "__code__", None)
+            if code is not None and code.co_filename != "<string>":  # the code of dataclasses
+                return format_location((code.co_filename, code.co_firstlineno))
+    return ""
 
 
 def check_passes(passes: Iterable[Any], in_convert: bool = False) -> tuple[Pass, ...]:

@@ -15,7 +15,7 @@ from snnfx.sandbox.snapshot import StateSnapshot
 from snnfx.sandbox.tensor_snapshot import TensorSnapshot
 from snnfx.sandbox.torch_internals import FakeTensor
 
-__all__ = ["ModelSnapshot"]
+__all__ = ["ModelSnapshot", "has_other_values", "has_values"]
 
 _REGISTRIES = {"_parameters": "parameter", "_buffers": "buffer", "_modules": "submodule"}
 
@@ -34,15 +34,14 @@ class ModelSnapshot:
         }
         named: list[tuple[str, str, Tensor]] = [("parameters", *item) for item in model.named_parameters()]
         named += [("buffers", *item) for item in model.named_buffers()]
-        self._tensors = [(kind, name, TensorSnapshot(t)) for kind, name, t in named if _has_values(t)]
+        self._tensors = [(kind, name, TensorSnapshot(t)) for kind, name, t in named if has_values(t)]
         self._state = StateSnapshot.of(model, rng=False, functions=True)
 
     def changes(self) -> Iterator[tuple[str, str]]:
         """The changes since construction: `(kind, clause)`, kinds as in `snnfx.ir.graph_pass.CHANGES`."""
         for kind, name, snapshot in self._tensors:
-            tensor, value = snapshot.tensor, snapshot.value
-            assert value is not None
-            if not is_same_tensor(tensor.detach(), value):
+            tensor = snapshot.tensor
+            if has_other_values(snapshot):
                 yield kind, f"the value of `{name}`"
             elif tensor.requires_grad != snapshot.requires_grad:
                 yield kind, f"`{name}.requires_grad`"
@@ -81,7 +80,14 @@ def _joined(owner: str, name: str) -> str:
     return f"{owner}.{name}" if owner else name
 
 
-def _has_values(tensor: Tensor) -> bool:
+def has_other_values(snapshot: TensorSnapshot) -> bool:
+    """Whether a tensor has changed since its snapshot."""
+    assert snapshot.value is not None
+    return not is_same_tensor(snapshot.tensor.detach(), snapshot.value)
+
+
+def has_values(tensor: Tensor) -> bool:
+    """Whether a tensor has values of its own that can be compared."""
     return not (
         is_lazy(tensor)
         or tensor.is_meta

@@ -17,23 +17,25 @@ from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
 from typing import TypeVar
 
-from torch import fx, nn
+from torch import Tensor, fx, nn
 from torch.fx import Node
 
 from snnfx._progress import Progress
 from snnfx.errors import PassError, SnnfxError
+from snnfx.ir.attachments import located
 from snnfx.ir.facts import VALUE
 from snnfx.ir.graph_pass import Pass, check_passes, location_of_pass, stages_of
 from snnfx.ir.guards import ModuleTree
 from snnfx.ir.history import History, PassRecord
-from snnfx.ir.model_snapshot import ModelSnapshot
+from snnfx.ir.model_snapshot import ModelSnapshot, has_other_values, has_values
 from snnfx.ir.printing import format_graph
 from snnfx.ir.program import STAGES, StepProgram
 from snnfx.ir.program_snapshot import ProgramSnapshot
 from snnfx.ir.value_inference import update_values
-from snnfx.ir.verifier import verify_emitted, verify_program
+from snnfx.ir.verifier import verify_emitted, verify_failures, verify_program, verify_structure
 from snnfx.sandbox import internal_faults
 from snnfx.sandbox.random_draws import draws_undone
+from snnfx.sandbox.tensor_snapshot import TensorSnapshot
 from snnfx.sandbox.user_code import format_location, location_of_error
 
 __all__ = ["PassManager", "PassRecord", "run_emission", "run_rewrite"]
@@ -198,6 +200,7 @@ class _Run:
         self.item, self.program, self.before = item, program, before
         self.guarded = not item.is_built_in or internal_faults.STRICT
         self.changed: Collection[Node] = ()
+        self.model: ModelSnapshot | None = None
         self.note, self.milliseconds = "", 0.0
 
     def apply(self) -> None:
@@ -213,7 +216,8 @@ class _Run:
                 where="" if item.is_built_in else location_of_pass(item),
                 hint=f"Run the passes that reach stage {stages[0]!r} first." if later else "Run the pass earlier.",
             )
-        model = ModelSnapshot(program.source) if self.guarded else None
+        model = self.model = ModelSnapshot(program.source) if self.guarded else None
+        constants = [] if item.is_built_in else _constants(program)
         start = time.perf_counter()
         try:
             # The random numbers that a user's pass draws are given back; those of other threads are not.
@@ -221,15 +225,36 @@ class _Run:
                 note = self._apply_to(program)
             self.milliseconds = (time.perf_counter() - start) * 1e3
             if model is not None:
-                self._enforce(note, model)
+                self._enforce(note, model, constants)
+            if not item.is_built_in:
+                self._verify_structure()
         except BaseException:
-            if model is not None and not item.is_built_in:
-                model.restore()
-                self.before.restore(program)
+            for _, snapshot in constants:
+                snapshot.restore()
+            self._restore()
             raise
         self.note = note
         if "modules" in item.may_change and not item.is_built_in and program.guards.tree is not None:
             program.guards.tree = ModuleTree(program.source, program.guards.tree.traced)
+
+    def _restore(self) -> None:
+        """Put the program and the model back after a user's pass failed."""
+        if not self.item.is_built_in:
+            if self.model is not None:
+                self.model.restore()
+            self.before.restore(self.program)
+
+    def _verify_structure(self) -> None:
+        """Verify the nodes of a user's pass before their values are inferred."""
+        item, where = self.item, location_of_pass(self.item)
+        first, before = self.program.first_step, self.before.first_step
+        for program in (self.program, *([] if first is None else [first])):
+            for node in program.graph.nodes:
+                if node.op in ("call_module", "get_attr") and node.target not in program.constants:
+                    node.target = located(program.source, str(node.target))
+        verify_structure(self.program, item.name, where, self.before.changed_nodes(self.program))
+        if first is not None and before is not None:
+            verify_structure(first, item.name, where, before.changed_nodes(first))
 
     def _apply_to(self, program: StepProgram) -> str:
         if self.item.is_built_in:
@@ -252,7 +277,7 @@ class _Run:
             ) from error
         return note
 
-    def _enforce(self, note: object, model: ModelSnapshot) -> None:
+    def _enforce(self, note: object, model: ModelSnapshot, constants: list[tuple[str, TensorSnapshot]]) -> None:
         """Refuse changes that the pass has not declared."""
         item, where = self.item, location_of_pass(self.item)
         if not isinstance(note, str):
@@ -268,7 +293,11 @@ class _Run:
         else:
             undeclared = [(kind, clause) for kind, clause in model.changes() if kind not in item.may_change]
             parts = [*self.before.changed_parts(self.program)]
+            if self.before.first_step is not None and self.program.first_step is not None:
+                parts += [*self.before.first_step.changed_parts(self.program.first_step)]
+            parts = [*dict.fromkeys(parts)]
             undeclared += [(part, f"the {part} of the program") for part in parts if part not in item.may_change]
+            self._enforce_fields(constants)
         if undeclared:
             kinds = dict.fromkeys(kind for kind, _ in undeclared)
             declared = (*item.may_change, *kinds)
@@ -280,6 +309,20 @@ class _Run:
                 hint=f"Leave {', '.join(kinds)} unchanged, or declare may_change = {declared}.",
             )
 
+    def _enforce_fields(self, constants: list[tuple[str, TensorSnapshot]]) -> None:
+        """Refuse changes of the parts of the program that no pass may change."""
+        program, item = self.program, self.item
+        fields = [f"`program.{name}`" for name in self.before.changed_fields(program)]
+        fields += [f"`program.constants[{name!r}]`" for name, snapshot in constants if has_other_values(snapshot)]
+        if fields:
+            raise PassError(
+                "SNNFX701",
+                f"the pass `{item.name}` changed {', '.join(fields[:4])}",
+                where=location_of_pass(item),
+                why="passes do not change it; the change was put back.",
+                hint=f"Leave {fields[0]} unchanged; a pass changes the graph and the parts in `may_change`.",
+            )
+
     def invalidate(self, annotating: Sequence[Pass]) -> list[Pass]:
         """Infer the values of changed nodes and drop the regions that a change of the graph invalidates.
 
@@ -287,24 +330,42 @@ class _Run:
             The passes to run again, of those that ran before.
         """
         program, before = self.program, self.before
-        values = {row.node: row.meta.get(VALUE.key) for row in before.rows}
-        self.changed = before.changed_nodes(program)
-        given = [n for n in self.changed if VALUE.is_known(n) and VALUE.of(n) is not values.get(n)]
-        update_values(program, self.changed, given)
+        changed = self._update_values(program, before)
         if program.first_step is not None and before.first_step is not None:
-            update_values(program.first_step, before.first_step.changed_nodes(program.first_step), ())
+            self._update_values(program.first_step, before.first_step)
+        self.changed = changed
         if program.stage not in ("partitioned", "planned") or not before.graph_changed(program):
             return []
         program.unplanned()
         return list(annotating)
 
+    def _update_values(self, program: StepProgram, before: ProgramSnapshot) -> list[Node]:
+        """Infer the values of changed nodes; return the nodes whose values the verifier checks."""
+        values = {row.node: row.meta.get(VALUE.key) for row in before.rows}
+        changed = before.changed_nodes(program)
+        given = [n for n in program.graph.nodes if VALUE.is_known(n) and VALUE.of(n) is not values.get(n)]
+        failures = update_values(program, changed, given)
+        try:
+            verify_failures(program, failures, self.item.name, location_of_pass(self.item))
+        except PassError:
+            self._restore()
+            raise
+        return list(dict.fromkeys((*changed, *given)))
+
     def verify(self) -> None:
         """Verify the program; after a failure of a user's pass, put it back."""
+        where = "" if self.item.is_built_in else location_of_pass(self.item)
+        name = str(self.item).partition("{")[0]
         try:
-            verify_program(self.program, after=str(self.item).partition("{")[0], changed=self.changed)
+            verify_program(self.program, after=name, changed=self.changed, where=where)
             if self.program.first_step is not None and not self.item.is_built_in:
-                verify_program(self.program.first_step, after=self.item.name)
+                verify_program(self.program.first_step, after=name, where=where)
         except PassError:
-            if not self.item.is_built_in:
-                self.before.restore(self.program)
+            self._restore()
             raise
+
+
+def _constants(program: StepProgram) -> list[tuple[str, TensorSnapshot]]:
+    """Snapshots of the constant tensors of a program by value."""
+    tensors = {name: value for name, value in program.constants.items() if isinstance(value, Tensor)}
+    return [(name, TensorSnapshot(tensor)) for name, tensor in tensors.items() if has_values(tensor)]

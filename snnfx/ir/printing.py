@@ -53,7 +53,7 @@ def format_node(node: Node) -> str:
         text = f"{node.name} = {called}({arguments})"
     notes = [text_of_value(VALUE.of(node))]
     if KIND.of(node):
-        notes.append(KIND.of(node))
+        notes.append(str(KIND.of(node)))  # an illegal value is printed in the message that refuses it
     if location_of(node):
         notes.append(location_of(node))
     notes = [note for note in notes if note]

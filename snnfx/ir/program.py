@@ -16,6 +16,7 @@ from torch import Tensor, fx, nn
 from torch.fx import Node
 
 from snnfx.errors import Refusal
+from snnfx.ir.attachments import attach, located
 from snnfx.ir.facts import REFUSAL, clear_facts
 from snnfx.ir.guards import Guards
 from snnfx.ir.nodes import is_module_call
@@ -251,8 +252,14 @@ class StepProgram:
         found: Any = self.source
         if target == SELF_TARGET:
             return found
-        for atom in target.split("."):
-            found = getattr(found, atom)
+        try:
+            for atom in target.split("."):
+                found = getattr(found, atom)
+        except AttributeError:
+            inside = located(self.source, target)
+            if inside == target:
+                raise
+            return self.resolve(inside)
         return found
 
     def module_of(self, node: Node) -> nn.Module | None:
@@ -264,7 +271,7 @@ class StepProgram:
         return None
 
     def attach(self, name: str, value: nn.Module | nn.Parameter | Tensor) -> Any:
-        """Register a module, parameter or buffer on the model, unless it has one of this name.
+        """Register a module, parameter or buffer on the model, unless it has an equal one of this name.
 
         A pass that declares `may_change = ("modules",)` adds its own weights this way; they are then part of the
         model's `state_dict` and of copies. It runs once for each mode and at each replan, and gets the same object.
@@ -275,18 +282,12 @@ class StepProgram:
 
         Returns:
             The registered object.
+
+        Raises:
+            ValueError: the model has an object of this name with another class, other shapes or other options, e.g.
+                from a conversion of the model with other options of the pass.
         """
-        owner, _, attribute = name.rpartition(".")
-        module = self.source.get_submodule(owner)
-        registered = [vars(module)[kind] for kind in ("_modules", "_parameters", "_buffers")]
-        if not any(attribute in registry for registry in registered):
-            if isinstance(value, nn.Module):
-                module.add_module(attribute, value.train(self.source.training))
-            elif isinstance(value, nn.Parameter):
-                module.register_parameter(attribute, value)
-            else:
-                module.register_buffer(attribute, value)
-        return getattr(module, attribute)
+        return attach(self.source, name, value)
 
     def add_constant(self, name: str, value: Tensor) -> Node:
         """A new `get_attr` node of a constant tensor, which belongs to the program and not to the model.

@@ -45,7 +45,7 @@ class ProgramSnapshot:
         self.source = program.source
         self.rows = [_Row(n, n.name, n.op, n.target, n.args, n.kwargs, dict(n.meta)) for n in program.graph.nodes]
         fields = {k: v for k, v in vars(program).items() if k not in ("graph", "source", "regions", "first_step")}
-        self.fields = {k: copy.copy(v) if isinstance(v, dict | list) else v for k, v in fields.items()}
+        self.fields: dict[str, Any] = {k: copy.copy(v) if isinstance(v, dict | list) else v for k, v in fields.items()}
         self.regions = [replace(r, nodes=list(r.nodes), slots=list(r.slots)) for r in program.regions]
         self.first_step = ProgramSnapshot(program.first_step) if program.first_step is not None else None
         self._packed: Any = None
@@ -91,6 +91,20 @@ class ProgramSnapshot:
         if self._region_rows(self.regions) != self._region_rows(program.regions):
             yield "regions"
 
+    def changed_fields(self, program: StepProgram) -> Iterator[str]:
+        """The fields of a program that have changed, of those that no pass may change."""
+        if program.source is not self.source:
+            yield "source"
+        free = ("constants", "guards", *(name for names in _PARTS.values() for name in names))
+        for name, before in self.fields.items():
+            if name not in free and not _is_same_field(before, getattr(program, name)):
+                yield name
+        constants, now = self.fields["constants"], program.constants
+        if any(now.get(name) is not value for name, value in constants.items()):
+            yield "constants"
+        if (self.first_step is None) != (program.first_step is None):
+            yield "first_step"
+
     @staticmethod
     def _region_rows(regions: Any) -> list[Any]:
         return [(r.name, r.kind, r.nodes, r.slots, r.lowering_refusal, r.absorbed) for r in regions]
@@ -115,6 +129,15 @@ class ProgramSnapshot:
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__dict__.update(state, rows=[], fields={}, regions=[], first_step=None)
+
+
+def _is_same_field(before: Any, now: Any) -> bool:
+    """Whether a field is the same; elements of lists and dictionaries by identity."""
+    if isinstance(before, list) and isinstance(now, list):
+        return len(before) == len(now) and all(a is b for a, b in zip(before, now, strict=True))
+    if isinstance(before, dict) and isinstance(now, dict):
+        return before.keys() == now.keys() and all(now[key] is value for key, value in before.items())
+    return before is now or (type(before) is type(now) and bool(before == now))
 
 
 def _is_changed(row: _Row, node: Node) -> bool:

@@ -2,7 +2,8 @@
 
 The pattern is a Python function of its operands, traced with torch.fx. Matching starts from the node that computes the
 result of the pattern and compares operands recursively. The same operation written as a function, a method or an
-activation module without parameters is one operation; the operands of `add` and `mul` match in both orders.
+activation module without parameters is one operation, and its arguments are compared by name, with their defaults. The
+operands of `add` and `mul` match in both orders.
 """
 
 from __future__ import annotations
@@ -17,6 +18,7 @@ from torch import fx, nn
 from torch.fx import Node
 
 from snnfx.errors import PassError
+from snnfx.ir.call_arguments import arguments_of_call, arguments_of_module, operation_key
 from snnfx.ir.facts import MODULE, RETURNED_BY, WHERE
 from snnfx.ir.graph_pass import Pass, location_of_pass
 from snnfx.ir.printing import describe_node, location_of, operation_name
@@ -126,6 +128,8 @@ class Rewrite(Pass):
                 refused += [f"{_described(root)}: {reasons[0]}"] if reasons else []
         found = replaced + len(refused)
         note = f"replaced {replaced} of {found} matches"
+        if not found and not matcher.nearest_miss:
+            note = f"{note}; the step has no {_pattern_name(matcher.root)}"
         if refused:
             return f"{note}; refused {'; '.join(refused[:3])}"
         return f"{note}; nearest miss: {matcher.nearest_miss}" if not found and matcher.nearest_miss else note
@@ -217,18 +221,23 @@ class _Matcher:
                 return f"`{value.name}` is not a call of {_pattern_name(pattern)}"
             bound[pattern] = value
             return self._bind(tuple(pattern.args), tuple(value.args), bound, orders)
-        name = self._name(value)
-        if name != _plain(operation_name(pattern)):
-            return f"`{value.name}` is {name}, but the pattern has {operation_name(pattern)}"
+        module = self.program.resolve(str(value.target)) if value.op == "call_module" else None
+        key = operation_key(value, module)
+        if key != operation_key(pattern):
+            return f"`{value.name}` is {_called(value, module)}, but the pattern has {operation_name(pattern)}"
         bound[pattern] = value
-        operands = tuple(value.args)
-        if name in _COMMUTATIVE and next(orders) and len(operands) == 2:
-            operands = operands[::-1]
-        kwargs = {k: v for k, v in value.kwargs.items() if k in pattern.kwargs or (k, v) != ("inplace", False)}
-        pattern_kwargs = {k: v for k, v in pattern.kwargs.items() if k in kwargs or (k, v) != ("inplace", False)}
-        return self._bind(tuple(pattern.args), operands, bound, orders) or self._bind(
-            dict(pattern_kwargs), kwargs, bound, orders
-        )
+        expected = arguments_of_call(key, pattern.args, pattern.kwargs)
+        if module is None:
+            found = arguments_of_call(key, value.args, value.kwargs)
+        else:
+            found = arguments_of_module(module, value.args, value.kwargs)
+        if expected is None or found is None:
+            return self._bind(tuple(pattern.args), tuple(value.args), bound, orders) or self._bind(
+                dict(pattern.kwargs), dict(value.kwargs), bound, orders
+            )
+        if key in _COMMUTATIVE and next(orders) and expected.get("alpha", 1) == 1:
+            found = {**found, "input": found["other"], "other": found["input"]}
+        return self._bind(expected, found, bound, orders)
 
     def _bind_value(self, pattern: Any, value: Any, bound: dict[Node, Any], orders: Iterator[bool]) -> str:
         if isinstance(pattern, tuple | list) and isinstance(value, tuple | list):
@@ -237,8 +246,12 @@ class _Matcher:
             return next((r for p, v in zip(pattern, value, strict=True) if (r := self._bind(p, v, bound, orders))), "")
         if isinstance(pattern, dict) and isinstance(value, dict):
             if pattern.keys() != value.keys():
-                return f"it has the keyword arguments {sorted(value)}, but the pattern has {sorted(pattern)}"
-            return next((r for k in pattern if (r := self._bind(pattern[k], value[k], bound, orders))), "")
+                return f"it has the arguments {sorted(value)}, but the pattern has {sorted(pattern)}"
+            for key in pattern:
+                reason = self._bind(pattern[key], value[key], bound, orders)
+                if reason:
+                    return reason.replace("it has the argument ", f"it has {key}=")
+            return ""
         is_equal = type(pattern) is type(value) and not isinstance(value, Node) and bool(pattern == value)
         return "" if is_equal else f"it has the argument {value}, but the pattern has {pattern}"
 
@@ -252,13 +265,6 @@ class _Matcher:
                 return f"{reader} reads `{node.name}` too"
         return ""
 
-    def _name(self, node: Node) -> str:
-        if node.op != "call_module":
-            return _plain(operation_name(node))
-        module = self.program.resolve(str(node.target))
-        is_activation = type(module).__module__ == "torch.nn.modules.activation" and not module._parameters
-        return _plain(type(module).__name__) if is_activation else type(module).__name__
-
 
 _COMMUTATIVE = ("add", "mul")
 
@@ -270,7 +276,7 @@ def _commutative_count(root: Node) -> int:
         if node not in found:
             found.add(node)
             stack.extend(node.all_input_nodes)
-    return min(4, sum(_plain(operation_name(n)) in _COMMUTATIVE for n in found if n.op != "placeholder"))
+    return min(4, sum(operation_key(n) in _COMMUTATIVE for n in found if n.op != "placeholder"))
 
 
 def _is_call(pattern: Node) -> bool:
@@ -283,8 +289,8 @@ def _pattern_name(pattern: Node) -> str:
     return operation_name(pattern)
 
 
-def _plain(name: str) -> str:
-    return name.replace("_", "").lower()
+def _called(node: Node, module: nn.Module | None) -> str:
+    return operation_name(node) if module is None else type(module).__name__
 
 
 def _described(node: Node) -> str:

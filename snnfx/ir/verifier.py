@@ -2,44 +2,46 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection
+import operator
+from collections.abc import Callable, Collection, Mapping
 from functools import partial, reduce
 from typing import Any
 
-from torch import fx, nn
+from torch import Tensor, fx, nn
 from torch.fx import Node
 
 from snnfx.errors import PassError
 from snnfx.ir.facts import FACTS, KIND, REGION, SLOT, SUNK, VALUE
+from snnfx.ir.module_effects import has_in_place_flag
 from snnfx.ir.nodes import is_in_place
 from snnfx.ir.printing import format_node, text_of_value
 from snnfx.ir.program import SELF_TARGET, STAGES, StepProgram
-from snnfx.ir.value_inference import UNKNOWN, infer_value, is_same_shape
+from snnfx.ir.value_inference import UNKNOWN, failure_on_numbers, infer_value, is_same_shape
+from snnfx.ops.written_arguments import written_arguments
+from snnfx.sandbox.torch_internals import pytree
 
-__all__ = ["verify_emitted", "verify_program"]
+__all__ = ["verify_emitted", "verify_failures", "verify_program", "verify_structure"]
 
 _KINDS = ("once", "fold", "map", "loop")
 
 
-def verify_program(program: StepProgram, after: str = "capture", changed: Collection[Node] = ()) -> None:
+def verify_program(
+    program: StepProgram, after: str = "capture", changed: Collection[Node] = (), where: str = ""
+) -> None:
     """Check the invariants of every program and of its stage.
 
     Args:
         program: the program.
         after: the pass that ran last, for the message.
         changed: nodes whose shapes are checked by running them on the meta device.
+        where: file and line of a user's pass.
 
     Raises:
         PassError: SNNFX501, with the pass, the node, and ten lines of IR around it.
     """
-
-    require = _requirement(program.graph, after)
-    _lint(program.graph, require)
+    verify_structure(program, after, where)
+    require = _requirement(program.graph, after, where)
     nodes = list(program.graph.nodes)
-    _verify_output(program, nodes, require)
-    _verify_slots(program, require)
-    _verify_nodes(program, nodes, require)
-    _verify_facts(program, nodes, require)
     _verify_values(program, changed, require)
     stage = STAGES.index(program.stage)
     if stage >= STAGES.index("normalized"):
@@ -48,6 +50,41 @@ def verify_program(program: StepProgram, after: str = "capture", changed: Collec
             require(not is_in_place(node), node, f"{why}; use the out-of-place operation")
     if stage >= STAGES.index("partitioned"):
         _verify_regions(program, nodes, require)
+
+
+def verify_structure(program: StepProgram, after: str, where: str = "", changed: Collection[Node] = ()) -> None:
+    """Check that nodes, operands, targets, slots, facts and the output are legal, without their values and regions.
+
+    Args:
+        program: the program.
+        after, where: see `verify_program`.
+        changed: nodes that a user's pass added or changed, which may not write their operands or contain tensors.
+
+    Raises:
+        PassError: SNNFX501.
+    """
+    require = _requirement(program.graph, after, where)
+    nodes = list(program.graph.nodes)
+    _verify_output(program, nodes, require)
+    _verify_nodes(program, nodes, require)
+    _lint(program.graph, require)
+    _verify_slots(program, nodes, require)
+    _verify_facts(program, nodes, require)
+    _verify_changed(program, changed, require)
+
+
+def verify_failures(program: StepProgram, failures: Mapping[Node, Exception], after: str, where: str) -> None:
+    """Refuse nodes that cannot run on their operands: their run on the meta device failed, and one on numbers fails.
+
+    Raises:
+        PassError: SNNFX501.
+    """
+    require = _requirement(program.graph, after, where)
+    for node in failures:
+        error = failure_on_numbers(program, node)
+        if error is not None:
+            first_line = (str(error).strip().splitlines() or [""])[0].rstrip(".")
+            require(False, node, f"it fails with {type(error).__name__}: {first_line}")
 
 
 def verify_emitted(graph: fx.Graph, root: nn.Module, after: str) -> None:
@@ -70,10 +107,16 @@ def verify_emitted(graph: fx.Graph, root: nn.Module, after: str) -> None:
 _Require = Callable[[bool, Node | None, str], None]
 
 
-def _requirement(graph: fx.Graph, after: str) -> _Require:
+def _requirement(graph: fx.Graph, after: str, where: str = "") -> _Require:
     def require(condition: bool, node: Node | None, why: str) -> None:
         if not condition:
-            raise PassError("SNNFX501", f"the pass `{after}` broke the graph", why=f"{why}.\n{_excerpt(graph, node)}")
+            raise PassError(
+                "SNNFX501",
+                f"the pass `{after}` broke the graph",
+                where=where,
+                why=f"{why}.\n{_excerpt(graph, node)}",
+                hint="Correct the pass; the program and the model were put back." if where else "",
+            )
 
     return require
 
@@ -82,7 +125,7 @@ def _lint(graph: fx.Graph, require: _Require) -> None:
     try:
         graph.lint()
     except (RuntimeError, ValueError, AssertionError) as error:
-        require(False, None, f"graph.lint failed: {error}")
+        require(False, None, f"graph.lint failed: {str(error).splitlines()[0].rstrip('.')}")
 
 
 def _verify_output(program: StepProgram, nodes: list[Node], require: _Require) -> None:
@@ -101,8 +144,8 @@ def _verify_output(program: StepProgram, nodes: list[Node], require: _Require) -
     )
 
 
-def _verify_slots(program: StepProgram, require: _Require) -> None:
-    """Check that each slot has a placeholder, a next and an initial value."""
+def _verify_slots(program: StepProgram, nodes: list[Node], require: _Require) -> None:
+    """Check that each slot has a placeholder, a next and an initial value, and each placeholder a slot or an input."""
     require(
         len(program.next_states) == len(program.slots) == len(program.initial_values),
         program.output,
@@ -119,6 +162,10 @@ def _verify_slots(program: StepProgram, require: _Require) -> None:
     for leaf in program.input_leaves:
         exists = leaf.placeholder is None or leaf.placeholder in by_name
         require(exists, None, f"the input {leaf.name} has no placeholder {leaf.placeholder!r}")
+    read = {slot.placeholder for slot in program.slots} | {leaf.placeholder for leaf in program.input_leaves}
+    for node in nodes:
+        is_read = node.op != "placeholder" or node.name in read
+        require(is_read, node, "it is the placeholder of no slot and no input; add one to program.slots")
 
 
 def _verify_nodes(program: StepProgram, nodes: list[Node], require: _Require) -> None:
@@ -126,13 +173,45 @@ def _verify_nodes(program: StepProgram, nodes: list[Node], require: _Require) ->
     position = {node: i for i, node in enumerate(nodes)}
     for node in nodes:
         for operand in node.all_input_nodes:
-            is_before = operand in position and position[operand] < position[node]
-            require(is_before, node, f"{operand} does not come before it")
+            if position.get(operand, len(nodes)) < position[node]:
+                continue
+            if operand.graph is not node.graph:
+                require(False, node, f"its operand {operand} belongs to another graph; use graph.node_copy")
+            require(operand in position, node, f"its operand {operand} was erased")
+            require(False, node, f"its operand {operand} does not come before it")
         if node.op in ("get_attr", "call_module"):
             require(_resolves(program.resolve, str(node.target)), node, f"the model has no `{node.target}`")
         if node.op == "call_module":
             is_module = isinstance(program.resolve(str(node.target)), nn.Module)
             require(is_module, node, f"`{node.target}` is not a module")
+
+
+def _verify_changed(program: StepProgram, changed: Collection[Node], require: _Require) -> None:
+    """Check the nodes that a user's pass added or changed: no operands in place, and no tensors in arguments."""
+    is_normalized = STAGES.index(program.stage) >= STAGES.index("normalized")
+    for node in changed:
+        leaves = pytree.tree_leaves((node.args, node.kwargs))
+        has_tensor = any(isinstance(leaf, Tensor) for leaf in leaves)
+        require(not has_tensor, node, "an argument is a tensor; use program.add_constant(name, tensor)")
+        if not is_normalized:
+            continue
+        why = "it is an in-place operation, and the program is normalized"
+        require(not _writes(node), node, f"{why}; use the out-of-place operation")
+        if has_in_place_flag(program, node):
+            others = [user for operand in node.all_input_nodes for user in operand.users if user is not node]
+            reader = f"{others[0]} reads its operand too" if others else ""
+            require(not others, node, f"its module has inplace=True, and {reader}; use inplace=False")
+
+
+def _writes(node: Node) -> bool:
+    """Whether a call writes an operand: by its name, an `out` argument, or the schema of an operator."""
+    out = node.kwargs.get("out")
+    return (
+        is_in_place(node)
+        or any(isinstance(leaf, Node) for leaf in pytree.tree_leaves(out))
+        or node.target in (operator.setitem, "__setitem__")
+        or (node.op == "call_function" and bool(written_arguments(node.target)))
+    )
 
 
 def _verify_facts(program: StepProgram, nodes: list[Node], require: _Require) -> None:
@@ -190,7 +269,8 @@ def _verify_regions(program: StepProgram, nodes: list[Node], require: _Require) 
             require(node.graph is program.graph, node, f"region {region.name} contains a node of another graph")
             region_of[node] = index
             agrees = KIND.of(node) == region.kind and REGION.of(node) == region.name
-            require(agrees, node, f"its facts name region {REGION.of(node)!r} ({KIND.of(node)}), not {region.name}")
+            facts = f"region {REGION.of(node)!r} of kind {KIND.of(node)!r}"
+            require(agrees, node, f"its facts name {facts}, but it is in {region.name} of kind {region.kind!r}")
         if region.kind != "loop":
             require(
                 not region.slots,

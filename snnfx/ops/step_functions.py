@@ -17,6 +17,7 @@ __all__ = [
     "copied",
     "expect_size",
     "read_parameter",
+    "reduced_over_time",
     "set_part",
     "set_part_",
 ]
@@ -88,6 +89,11 @@ def read_parameter(parameter: Tensor, value: Tensor) -> Tensor:
 def copied(x: Tensor, value: Tensor) -> Tensor:
     """The value of `x` after `x.copy_(value)`."""
     return value.to(x).expand_as(x)
+
+
+def reduced_over_time(x: Tensor) -> Tensor:
+    """The operand, which the call reduces over time; it separates the nodes in front of the mean from those behind."""
+    return x
 
 
 class ValueAndGradients(torch.autograd.Function):

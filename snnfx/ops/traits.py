@@ -113,7 +113,12 @@ ROWS: tuple[OperatorTraits, ...] = (
     OperatorTraits("neg negative", elementwise=True, linear="first"),
     OperatorTraits("maximum minimum logical_and logical_or bitwise_and bitwise_or", elementwise=True, accumulates=True),
     OperatorTraits(
-        "positive identity", elementwise=True, linear="first", view="maybe", integers="keeps", in_order=True
+        "positive identity reduced_over_time",
+        elementwise=True,
+        linear="first",
+        view="maybe",
+        integers="keeps",
+        in_order=True,
     ),
     OperatorTraits("clone", elementwise=True, linear="first", integers="keeps", in_order=True),
     OperatorTraits("contiguous", linear="first", view="maybe", integers="keeps", in_order=True),

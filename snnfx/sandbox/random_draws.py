@@ -70,8 +70,11 @@ class _SavedStates:
 
     def profile(self, frame: FrameType, event: str, argument: Any) -> None:
         if event == "c_call":
-            if getattr(argument, "__self__", None) is PYTHON_GENERATOR:
+            owner = getattr(argument, "__self__", None)
+            if owner is PYTHON_GENERATOR:
                 self._save_python()
+            elif isinstance(owner, torch.Generator):  # `torch.manual_seed`
+                self.save_torch()
         elif event == "call":
             code = frame.f_code
             if code is _GAUSS:

@@ -39,6 +39,7 @@ _OF_SNNFX = (
     step_functions.apply_autograd_function,
     step_functions.change_value,
     step_functions.copied,
+    step_functions.reduced_over_time,
     step_functions.expect_size,
     step_functions.read_parameter,
     step_functions.set_part,

@@ -17,11 +17,13 @@ from torch.fx import Node, map_arg
 
 from snnfx.analysis.batch.facts import Fact
 from snnfx.ir.edits import add_placeholder
+from snnfx.ir.facts import copy_facts
 from snnfx.ir.nodes import is_size
 from snnfx.ir.printing import operation_name
 from snnfx.ir.program import Slot, StepProgram
 from snnfx.ops.elements import concatenate_elements, read_elements, stack_elements, write_elements
 from snnfx.ops.run_loop import run_loop
+from snnfx.ops.step_functions import reduced_over_time
 from snnfx.sandbox.torch_internals import BatchNormBase
 from snnfx.sequence.call_capture import CapturedCall
 from snnfx.sequence.pointwise_time import MixesTime, PointwiseTime, prove_pointwise
@@ -48,6 +50,29 @@ class DerivedStep:
     reduce: str | None = None
     behind: tuple[str, ...] = ()
     norms: str | None = None
+
+    def mark_reduction(self) -> None:
+        """Put a `reduced_over_time` in front of the nodes behind the mean, so that passes keep the two apart."""
+        graph = self.program.graph
+        behind = {node for node in graph.nodes if node.name in self.behind and not is_size(node)}
+        for node in list(graph.nodes):
+            for operand in node.all_input_nodes if node in behind else ():
+                if operand in behind or is_size(operand) or operand.op == "get_attr":
+                    continue
+                with graph.inserting_before(node):
+                    mark = graph.call_function(reduced_over_time, (operand,))
+                copy_facts(operand, mark)
+                node.replace_input_with(operand, mark)
+
+    def nodes_behind(self) -> list[Node]:
+        """The nodes behind the mean, also those that passes added."""
+        found = set[Node]()
+        for node in self.program.graph.nodes:
+            is_behind = node.target is reduced_over_time or node.name in self.behind
+            if is_behind or any(operand in found for operand in node.all_input_nodes):
+                found.add(node)
+        nodes = [node for node in self.program.graph.nodes if node in found]
+        return [n for n in nodes if n.op != "output" and n.target is not reduced_over_time and not is_size(n)]
 
 
 def derive_step(call: CapturedCall) -> DerivedStep:

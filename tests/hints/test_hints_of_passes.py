@@ -409,6 +409,57 @@ def test_a_change_that_a_pass_does_not_declare() -> None:
     converts_with(Unchanged())
 
 
+def test_a_pass_that_breaks_the_graph() -> None:
+    @dataclass(frozen=True)
+    class Broken(Count):
+        may_change = ("graph",)
+
+        def apply(self, program: StepProgram) -> str:
+            for node in program.graph.nodes:
+                if isinstance(program.module_of(node), nn.ReLU):
+                    node.target = "nowhere"
+            return "called a missing module"
+
+    refused(
+        "SNNFX501",
+        "ir/verifier.py:_requirement.require",
+        "Correct the pass; the program and the model were put back.",
+        lambda: snnfx.convert(model(), passes=[Broken()]),
+        at="def apply(self, program: StepProgram) -> str:",
+        names="the model has no `nowhere`",
+    )
+
+    @dataclass(frozen=True)
+    class Corrected(Count):
+        may_change = ("graph", "modules")
+
+        def apply(self, program: StepProgram) -> str:
+            program.attach("somewhere", nn.ReLU())
+            for node in program.graph.nodes:
+                if isinstance(program.module_of(node), nn.ReLU):
+                    node.target = "somewhere"
+            return "called another module"
+
+    converts_with(Corrected())
+
+
+def test_a_field_that_no_pass_changes() -> None:
+    @dataclass(frozen=True)
+    class Moving(Count):
+        def apply(self, program: StepProgram) -> str:
+            program.stage = "planned"
+            return "moved"
+
+    refused(
+        "SNNFX701",
+        "ir/pass_manager.py:_Run._enforce_fields",
+        "unchanged; a pass changes the graph and the parts in `may_change`.",
+        lambda: snnfx.convert(model(), passes=[Moving()]),
+        names="`program.stage`",
+    )
+    converts_with(Count())
+
+
 # -- rewrites ----------------------------------------------------------------------------------------------------------
 
 

@@ -17,7 +17,7 @@ from torch.utils import _pytree as pytree
 from torch.utils.flop_counter import FlopCounterMode
 
 from snnfx.ops.operator_lookup import traits_of_class, traits_of_function, traits_of_name
-from snnfx.ops.step_functions import set_part
+from snnfx.ops.step_functions import reduced_over_time, set_part
 from snnfx.ops.traits import MODULES, ROWS, OperatorTraits
 
 
@@ -142,6 +142,7 @@ def _elementwise_cases() -> Iterator[Case]:
     yield case("arccosh", X + 1)
     yield case("rrelu", X - 0.5, training=True)
     yield case("identity", X, function=nn.Identity())
+    yield case("reduced_over_time", X, function=reduced_over_time)
     for name in _split("chebyshev_polynomial_t chebyshev_polynomial_u chebyshev_polynomial_v chebyshev_polynomial_w"):
         yield case(f"special_{name}", X, INTEGERS.double())
         yield case(f"special_shifted_{name}", X, INTEGERS.double())

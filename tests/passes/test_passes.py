@@ -82,8 +82,8 @@ BROKEN: dict[str, tuple[Callable[[StepProgram], None], str]] = {
     "lose the placeholder": (lose_the_placeholder, "has no placeholder 'nowhere'"),
     "forget the parts of the output": (forget_the_parts_of_the_output, "the output is not"),
     "call a missing module": (call_a_missing_module, "the model has no `fc9`"),
-    "use before definition": (use_before_definition, "graph.lint failed"),
-    "take a node of another graph": (take_a_node_of_another_graph, "graph.lint failed"),
+    "use before definition": (use_before_definition, "does not come before it"),
+    "take a node of another graph": (take_a_node_of_another_graph, "belongs to another graph"),
 }
 
 

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 import snnfx
 from snnfx.errors import PassError
+from snnfx.ir.call_arguments import operation_key
 from snnfx.passes import Match, Rewrite, call
 
 
@@ -143,3 +144,82 @@ def test_a_rewrite_that_returns_no_node_and_an_empty_pattern_are_refused() -> No
     for item, code in ((Empty(), "SNNFX702"), (Nothing(), "SNNFX704")):
         with pytest.raises(PassError, match=f"{code}.*`clamp`"):
             snnfx.convert(Applies(lambda m, x: x.relu()), passes=[item])
+
+
+@pytest.mark.parametrize(
+    ("activation", "matches"),
+    [
+        (nn.GELU(), True), (nn.GELU("tanh"), False), (lambda x: nn.functional.gelu(x, approximate="none"), True),
+        (lambda x: nn.functional.gelu(x, approximate="tanh"), False),
+    ],
+)  # fmt: skip
+def test_the_arguments_of_a_module_are_those_of_its_function(activation: Any, matches: bool) -> None:
+    @dataclass(frozen=True)
+    class NoGelu(Clamp):
+        name = "no_gelu"
+
+        def pattern(self, x: Any) -> Any:
+            return nn.functional.gelu(x)
+
+    model, x_seq = Applies(lambda m, x: activation(x)), torch.randn(3, 2, 3)
+    net = snnfx.convert(model, passes=[NoGelu()])
+    torch.testing.assert_close(net(x_seq), x_seq.clamp(0, 0.1) if matches else activation(x_seq))
+    if not matches:
+        assert "approximate=tanh, but the pattern has none" in note_of(net, "no_gelu")
+
+
+@pytest.mark.parametrize(
+    "softmax",
+    [lambda x: torch.softmax(x, -1), lambda x: torch.softmax(x, dim=-1), lambda x: x.softmax(-1), nn.Softmax(dim=-1),
+     lambda x: nn.functional.softmax(x, dim=-1), lambda x: nn.functional.softmax(x, -1, dtype=None)],
+)  # fmt: skip
+def test_arguments_are_compared_by_name(softmax: Any) -> None:
+    @dataclass(frozen=True)
+    class Log(Clamp):
+        name = "log"
+
+        def pattern(self, x: Any, dim: Any) -> Any:
+            return torch.softmax(x, dim=dim)
+
+        def rewrite(self, match: Match) -> Any:
+            return match.graph.call_function(torch.log_softmax, (match["x"], match["dim"]))
+
+    net, x_seq = snnfx.convert(Applies(lambda m, x: softmax(x)), passes=[Log()]), torch.randn(3, 2, 3)
+    torch.testing.assert_close(net(x_seq), x_seq.log_softmax(-1))
+
+
+def test_a_scaled_sum_does_not_match_in_the_other_order() -> None:
+    @dataclass(frozen=True)
+    class First(Clamp):
+        name = "first"
+
+        def pattern(self, x: Any, y: Any) -> Any:
+            return torch.add(torch.exp(x), y, alpha=2)
+
+    net = snnfx.convert(Applies(lambda m, x: torch.add(x, torch.exp(x), alpha=2)), passes=[First()])
+    assert note_of(net, "first").startswith("replaced 0 of 0 matches; nearest miss")
+
+
+def test_a_function_of_another_library_with_the_same_name_does_not_match() -> None:
+    def relu(x: Any) -> Any:
+        return x
+
+    graph = torch.fx.Graph()
+    x = graph.placeholder("x")
+    own, of_torch = graph.call_function(relu, (x,)), graph.call_function(torch.relu, (x,))
+    assert operation_key(own) is relu and operation_key(of_torch) == operation_key(graph.call_method("relu", (x,)))
+
+
+def test_the_note_names_the_operation_that_the_step_lacks() -> None:
+    net = snnfx.convert(Applies(lambda m, x: x.tanh()), passes=[Clamp()])
+    assert note_of(net, "clamp") == "replaced 0 of 0 matches; the step has no relu"
+
+
+def test_the_place_of_a_rewrite_is_in_the_file_of_the_user() -> None:
+    @dataclass(frozen=True)
+    class Empty(Clamp):
+        def pattern(self, x: Any) -> Any:
+            return x
+
+    with pytest.raises(PassError, match=r"\(\S*test_rewrite.py:\d+\)"):
+        snnfx.convert(Applies(lambda m, x: x.relu()), passes=[Empty()])

@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import copy
+import operator
 import pickle
+import random
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor, nn
@@ -440,6 +443,84 @@ def test_a_pass_may_attach_its_own_parameter() -> None:
         torch.testing.assert_close(y_seq, net(x_seq[:, :1])[:, 0])
 
 
+class Scaled(nn.Module):
+    def __init__(self, factor: float) -> None:
+        super().__init__()
+        self.factor = factor
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x * self.factor
+
+
+@dataclass(frozen=True)
+class Scale(Pass):
+    """Attach a module with the option of the pass, and scale the output by it."""
+
+    name = "scale"
+    requires = "normalized"
+    may_change = ("graph", "modules")
+    factor: float = 2.0
+
+    def apply(self, program: StepProgram) -> str:
+        program.attach("scaled", Scaled(self.factor))
+        with program.graph.inserting_before(program.output):
+            new = program.graph.call_module("scaled", (program.outputs[0],))
+        program.set_output([new], program.next_states, program.initial_values)
+        return "scaled"
+
+
+def test_an_attached_module_is_shared_by_conversions_with_equal_options_only() -> None:
+    model, x_seq = nn.Linear(3, 2), torch.rand(3, 2, 3)
+    net = snnfx.convert(model, passes=[Scale(2.0)])
+    again = snnfx.convert(model, passes=[Scale(2.0)])
+    torch.testing.assert_close(again(x_seq), 2 * model(x_seq))
+    with pytest.raises(
+        PassError, match=r"SNNFX703(.|\n)*has `scaled` already, and its factor is 2.0, not 3.0"
+    ) as caught:
+        snnfx.convert(model, passes=[Scale(3.0)])
+    assert "test_user_passes.py:" in caught.value.where
+    torch.testing.assert_close(net.double()(x_seq.double()), 2 * model(x_seq.double()))
+    other = nn.Linear(3, 2)
+    torch.testing.assert_close(snnfx.convert(other, passes=[Scale(3.0)])(x_seq), 3 * other(x_seq))
+
+
+@pytest.mark.parametrize("stage", STAGES)
+def test_a_module_attached_to_a_container_is_not_a_layer_of_it(stage: str) -> None:
+    @dataclass(frozen=True)
+    class Replace(Pass):
+        name = "replace"
+        requires = stage
+        may_change = ("graph", "modules")
+
+        def apply(self, program: StepProgram) -> str:
+            for node in program.graph.nodes:
+                if isinstance(program.module_of(node), nn.ReLU):
+                    program.attach(f"{node.target}_clamp", Clamp())
+                    node.target = f"{node.target}_clamp"
+                    assert isinstance(program.module_of(node), Clamp)
+            return "replaced"
+
+    model = nn.Sequential(nn.Linear(3, 4), nn.Sequential(nn.ReLU(), neuron.LIFNode(v_threshold=0.2)), nn.ReLU())
+    plain = copy.deepcopy(model)
+    oracle = nn.Sequential(plain[0], nn.Sequential(Clamp(), plain[1][1]), Clamp())
+    net, x_seq = snnfx.convert(model, passes=[Replace()]), torch.randn(4, 2, 3)
+    for other in (net, copy.deepcopy(net), copy.deepcopy(net).eval()):
+        torch.testing.assert_close(other(x_seq), stepped(oracle, x_seq))
+    with pytest.warns(SnnfxWarning, match="SNNFX102"):
+        torch.testing.assert_close(net(x_seq[:, 0]), stepped(oracle, x_seq[:, :1])[:, 0])
+    torch.testing.assert_close(stepped(model, x_seq), stepped(plain, x_seq))
+
+
+@pytest.mark.parametrize("value", [nn.ReLU(), nn.Linear(3, 7), nn.Parameter(torch.ones(2))], ids=str)
+def test_a_name_that_the_model_uses_is_refused(value: Any) -> None:
+    model = Net()
+    layer = model.fc1
+    item = applying(lambda program: program.attach("fc1", value) and None, changes=("graph", "modules"))
+    with pytest.raises(PassError, match="SNNFX703 the pass `stranger` failed(.|\n)*the model has `fc1` already"):
+        snnfx.convert(model, passes=[item])
+    assert model.fc1 is layer
+
+
 def test_constants_of_both_modes_stay_apart() -> None:
     def offset(program: StepProgram) -> str:
         [last] = program.outputs
@@ -539,6 +620,67 @@ def set_a_fact_of_another_type(program: StepProgram) -> None:
     program.outputs[0].meta["module"] = 3
 
 
+def read_a_missing_parameter(program: StepProgram) -> None:
+    with program.graph.inserting_before(program.output):
+        gain = program.graph.get_attr("gain")
+        new = program.graph.call_function(torch.mul, (program.outputs[0], gain))
+    program.set_output([new], program.next_states, program.initial_values)
+
+
+def _insert(program: StepProgram, function: Any, *args: Any, **kwargs: Any) -> None:
+    """Put a call behind the first layer; None stands for its result."""
+    node = next(n for n in program.graph.nodes if n.target == "fc1")
+    with program.graph.inserting_after(node):
+        new = program.graph.call_function(
+            function,
+            tuple(node if a is None else a for a in args),
+            {k: node if v is None else v for k, v in kwargs.items()},
+        )
+    node.replace_all_uses_with(new, delete_user_cb=lambda user: user is not new)
+
+
+def write_into_an_operand(program: StepProgram) -> None:
+    _insert(program, torch.clamp, None, 0.0, out=None)
+
+
+def contain_a_tensor(program: StepProgram) -> None:
+    _insert(program, torch.add, None, torch.ones(6))
+
+
+def reshape_to_a_size_that_does_not_fit(program: StepProgram) -> None:
+    _insert(program, torch.reshape, None, (5, 5))
+
+
+def change_a_part_in_place(program: StepProgram) -> None:
+    node = next(n for n in program.graph.nodes if n.target == "fc1")
+    with program.graph.inserting_after(node):
+        program.graph.call_function(operator.setitem, (node, 0, 0.0))
+
+
+def work_in_place_on_a_shared_operand(program: StepProgram) -> None:
+    program.attach("unsafe", nn.ReLU(inplace=True))
+    node = next(n for n in program.graph.nodes if n.target == "fc1")
+    with program.graph.inserting_after(node):
+        relu = program.graph.call_module("unsafe", (node,))
+    with program.graph.inserting_after(relu):
+        new = program.graph.call_function(torch.add, (relu, node))
+    node.replace_all_uses_with(new, delete_user_cb=lambda user: user not in (relu, new))
+
+
+def record_a_wrong_shape_of_an_old_node(program: StepProgram) -> None:
+    next(n for n in program.graph.nodes if n.target == "fc1").meta["val"] = torch.empty(7, 7, device="meta")
+
+
+def read_a_node_of_another_graph(program: StepProgram) -> None:
+    next(n for n in program.graph.nodes if n.target == "fc1").args = (torch.fx.Graph().placeholder("x"),)
+
+
+def add_a_placeholder(program: StepProgram) -> None:
+    with program.graph.inserting_before(next(n for n in program.graph.nodes if n.op != "placeholder")):
+        extra = program.graph.placeholder("extra")
+    next(n for n in program.graph.nodes if n.target == "fc1").args = (extra,)
+
+
 BREAKS: dict[Callable[[StepProgram], None], str] = {
     call_a_missing_module: "does not reference an nn.Module|has no `nowhere`",
     change_in_place: "in-place operation, and the program is normalized",
@@ -546,14 +688,134 @@ BREAKS: dict[Callable[[StepProgram], None], str] = {
     add_behind_the_output: "behind the output",
     return_another_number_of_outputs: "2 outputs, but the model returns 1",
     set_a_fact_of_another_type: "its fact 'module' is a int",
+    read_a_missing_parameter: "the model has no `gain`",
+    change_a_part_in_place: "in-place operation, and the program is normalized",
+    work_in_place_on_a_shared_operand: "its module has inplace=True, and add reads its operand too",
+    record_a_wrong_shape_of_an_old_node: r"recorded as \[7, 7\] float32, but it is \[2, 6\] float32",
+    read_a_node_of_another_graph: "its operand x belongs to another graph",
+    add_a_placeholder: "placeholder of no slot and no input",
+    write_into_an_operand: "in-place operation, and the program is normalized",
+    contain_a_tensor: "an argument is a tensor; use program.add_constant",
+    reshape_to_a_size_that_does_not_fit: r"it fails with RuntimeError: shape '\[5, 5\]' is invalid",
 }
 
 
 @pytest.mark.parametrize("change", BREAKS, ids=lambda f: f.__name__)
 @pytest.mark.parametrize("stage", ["normalized", "planned"])
 def test_a_pass_that_breaks_the_graph_is_refused(change: Callable[[StepProgram], None], stage: str) -> None:
-    with pytest.raises(PassError, match=f"SNNFX501 the pass `stranger` broke the graph(.|\n)*({BREAKS[change]})"):
-        snnfx.convert(Net(), example_inputs=torch.rand(2, 3), passes=[applying(change, stage)])
+    model, item = Net(), applying(change, stage, ("graph", "modules"))
+    pattern = f"SNNFX501 the pass `stranger` broke the graph(.|\n)*({BREAKS[change]})"
+    with pytest.raises(PassError, match=pattern) as caught:
+        snnfx.convert(model, example_inputs=torch.rand(2, 3), passes=[item])
+    assert "test_user_passes.py:" in caught.value.where and caught.value.hint
+    assert model.state_dict().keys() == Net().state_dict().keys() and not hasattr(model, "unsafe")
+
+
+@pytest.mark.parametrize("kind", ["parameters", "modules"])
+def test_a_declared_change_is_put_back_if_the_conversion_fails(kind: str) -> None:
+    """By the pass itself, or by a pass after it."""
+
+    def change(program: StepProgram) -> None:
+        if kind == "parameters":
+            program.source.fc1.weight.data.zero_()
+        else:
+            program.attach("extra", nn.Linear(2, 2))
+
+    def change_and_break(program: StepProgram) -> None:
+        change(program)
+        call_a_missing_module(program)
+
+    for passes in ([applying(change_and_break, changes=("graph", kind))],
+                   [applying(change, changes=("graph", kind)), applying(raise_an_error)]):  # fmt: skip
+        model = Net()
+        values = {name: value.clone() for name, value in model.state_dict().items()}
+        with pytest.raises(PassError):
+            snnfx.convert(model, passes=passes)
+        assert values.keys() == model.state_dict().keys()
+        assert all(torch.equal(value, values[name]) for name, value in model.state_dict().items())
+
+
+def replace_the_mode(program: StepProgram) -> None:
+    program.training = not program.training
+
+
+def replace_the_stage(program: StepProgram) -> None:
+    program.stage = "planned"
+
+
+def replace_the_model(program: StepProgram) -> None:
+    program.source = nn.Linear(3, 3)
+
+
+def forget_what_the_graph_depends_on(program: StepProgram) -> None:
+    program.setting_reads = []
+
+
+def change_a_constant(program: StepProgram) -> None:
+    for value in program.constants.values():
+        value.zero_()
+
+
+@pytest.mark.parametrize(
+    ("change", "field"),
+    [
+        (replace_the_mode, "training"), (replace_the_stage, "stage"), (replace_the_model, "source"),
+        (forget_what_the_graph_depends_on, "setting_reads"), (change_a_constant, "constants"),
+    ],
+)  # fmt: skip
+def test_fields_that_no_pass_changes_are_put_back(change: Callable[[StepProgram], None], field: str) -> None:
+    offset = torch.ones(4)
+
+    class Offset(Net):
+        gain = 2.0
+
+        def forward(self, x: Tensor) -> Tensor:
+            return super().forward(x) * self.gain + offset
+
+    model = Offset()
+    with pytest.raises(PassError, match=f"SNNFX701 the pass `stranger` changed `program.{field}"):
+        snnfx.convert(model, passes=[applying(change)])
+    assert offset.all()
+    snnfx.verify(model, snnfx.convert(model), torch.randn(3, 4, 3))
+
+
+def test_a_change_of_the_first_step_alone_is_found() -> None:
+    def change(program: StepProgram) -> None:
+        if program.first_step is not None:
+            return
+        program.set_output([program.input_nodes()[0]], program.next_states, program.initial_values)
+
+    with pytest.raises(PassError, match="SNNFX701 the pass `stranger` changed the graph"):
+        snnfx.convert(Relu(), passes=[applying(change, changes=())])
+
+
+def test_a_program_that_a_pass_keeps_is_not_that_of_the_net() -> None:
+    kept: list[StepProgram] = []
+
+    def keep(program: StepProgram) -> None:
+        kept.append(program)
+
+    net, x_seq = (
+        snnfx.convert(Net(norm=False), passes=[applying(keep, stage, ()) for stage in STAGES]),
+        torch.rand(3, 2, 3),
+    )
+    expected = net(x_seq)
+    for program in kept:
+        replace_relu(program)
+    for other in (net, copy.deepcopy(net), copy.deepcopy(net).eval()):
+        torch.testing.assert_close(other(x_seq), expected)
+    assert "relu_to_clamp" not in str(net.history) and "clamp(" not in str(net.program)
+
+
+def test_a_seed_of_a_pass_is_undone() -> None:
+    def seed(program: StepProgram) -> None:
+        torch.manual_seed(3), random.seed(3), np.random.seed(3)
+
+    model = Net()
+    before = torch.get_rng_state(), random.getstate(), np.random.get_state()[1].copy()  # type: ignore[index]
+    snnfx.convert(model, passes=[applying(seed)])
+    assert torch.equal(torch.get_rng_state(), before[0]) and random.getstate() == before[1]
+    assert (np.random.get_state()[1] == before[2]).all()  # type: ignore[index]
 
 
 def test_an_operation_in_place_is_legal_before_normalisation() -> None:
