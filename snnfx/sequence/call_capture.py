@@ -27,7 +27,7 @@ from snnfx.sequence.alignment import Differs, align
 from snnfx.sequence.counter_reads import may_branch_on_count
 from snnfx.sequence.element_lists import join_elements
 from snnfx.sequence.lengths import Lengths, make_length_variable, require_same_step
-from snnfx.sequence.loop_runs import LoopRun, find_loop_runs, move_attributes_first, scaling_runs
+from snnfx.sequence.loop_runs import LoopRun, find_loop_runs, move_attributes_first, scaling_runs, share_equal_constants
 from snnfx.sequence.pointwise_time import TimeDimension
 from snnfx.sequence.reroll import RolledLoop, reroll
 
@@ -206,7 +206,7 @@ def _of_any_length(
         if pairs is None:
             raise CaptureError("SNNFX230", "the loops that run depend on the number of time steps")
         for index, (run_short, run_long) in enumerate(pairs):
-            target = f"snnfx_loop_{index}"
+            target = _loop_target(short, index)
             a, b = (_reroll(p, r, target) for p, r in ((short, run_short), (long, run_long)))
             try:
                 require_same_step(a.program, b.program)
@@ -248,7 +248,7 @@ def _with_loops(program: StepProgram, history: History) -> CapturedCall:
             for run in runs:
                 if run.count >= 3:
                     try:
-                        loops.append(_reroll(program, run, f"snnfx_loop_{len(loops)}"))
+                        loops.append(_reroll(program, run, _loop_target(program, len(loops))))
                         continue
                     except CaptureError as error:
                         refusals.append(error)
@@ -266,6 +266,11 @@ def _with_loops(program: StepProgram, history: History) -> CapturedCall:
     return CapturedCall(program, loops, "the number of time steps is fixed: no loop takes it from a size of the inputs")
 
 
+def _loop_target(program: StepProgram, index: int) -> str:
+    """The name of a loop; a net stores the loops of both modes together."""
+    return f"snnfx_loop_{index}" if program.training else f"snnfx_loop_{index}_of_evaluation"
+
+
 def _note_of(loops: list[RolledLoop]) -> str:
     found = [f"the loop at {loop.location} is a step of {len(loop.program.graph.nodes)} nodes" for loop in loops]
     return "; ".join(found) or "no loop over time"
@@ -275,6 +280,7 @@ def _prepare(program: StepProgram, history: History) -> None:
     """Make the operations functional, and move reads of attributes in front of all loops."""
     PassManager([Normalize()]).run(program, history)
     run_rewrite("move_attributes_first", program, lambda: move_attributes_first(program), history)
+    run_rewrite("share_equal_constants", program, lambda: share_equal_constants(program), history)
 
 
 def _finish(program: StepProgram, history: History) -> None:
