@@ -25,11 +25,13 @@ from snnfx.passes import Normalize, RemoveDeadCode
 from snnfx.sandbox.torch_internals import pytree
 from snnfx.sequence.alignment import Differs, align
 from snnfx.sequence.counter_reads import may_branch_on_count
+from snnfx.sequence.delayed_values import hold_delayed_values
 from snnfx.sequence.element_lists import join_elements
 from snnfx.sequence.lengths import Lengths, make_length_variable, require_same_step
 from snnfx.sequence.loop_runs import LoopRun, find_loop_runs, move_attributes_first, scaling_runs, share_equal_constants
 from snnfx.sequence.pointwise_time import TimeDimension
 from snnfx.sequence.reroll import RolledLoop, reroll
+from snnfx.sequence.written_elements import forward_written_elements
 
 __all__ = ["CapturedCall", "capture_calls"]
 
@@ -280,6 +282,7 @@ def _prepare(program: StepProgram, history: History) -> None:
     """Make the operations functional, and move reads of attributes in front of all loops."""
     PassManager([Normalize()]).run(program, history)
     run_rewrite("move_attributes_first", program, lambda: move_attributes_first(program), history)
+    run_rewrite("forward_written_elements", program, lambda: forward_written_elements(program), history)
     run_rewrite("share_equal_constants", program, lambda: share_equal_constants(program), history)
 
 
@@ -294,6 +297,7 @@ def _reroll(program: StepProgram, run: LoopRun, target: str) -> RolledLoop:
     _remove_loop_tests(program, run)
     bodies, difference = run.bodies, None
     for first in (0, 1):
+        hold_delayed_values(program, bodies[first:])
         try:
             alignment = align(program, bodies[first:])
             rolled = reroll(program, run, alignment, target)

@@ -116,11 +116,40 @@ class _Uses:
             for node in _nodes(bodies)
             if isinstance(node, ast.Call) and isinstance(node.func, ast.Attribute) and node.func.attr in _MUTATIONS
         }
+        self.lists |= set(self._rebuilt_lists())
         self.lists = {key for key in self.lists if self._outlives(key)}
         self.counters = self._find_counters()
 
     def _outlives(self, key: str) -> bool:
         return not self.of_attributes or "." in key
+
+    def _rebuilt_lists(self) -> Iterator[str]:
+        """The lists that the code replaces by others with their elements: `hist = hist[1:] + [s]`."""
+        for node in _nodes(self.bodies):
+            if not isinstance(node, ast.Assign) or not isinstance(node.value, ast.BinOp | ast.List | ast.Tuple):
+                continue
+            for key in map(ast.unparse, node.targets):
+                is_list = isinstance(node.value, ast.List) or "tensors" in self.kinds.get(key, set())
+                if is_list and any(self._key(n) == key for n in ast.walk(node.value)):
+                    yield key
+
+    def _has_long_delay(self) -> bool:
+        """Whether variables pass a value on for three iterations or more: `s3 = s2; s2 = s1; s1 = s`."""
+        copies: dict[str, str] = {}
+        for node in _nodes(self.bodies):
+            if isinstance(node, ast.Assign):
+                for target in node.targets:
+                    pairs = [(target, node.value)]
+                    if isinstance(target, ast.Tuple) and isinstance(node.value, ast.Tuple):
+                        pairs = list(zip(target.elts, node.value.elts, strict=False))
+                    copies |= {self._key(a): self._key(b) for a, b in pairs if self._key(a) and self._key(b)}
+        for start in copies:
+            length, key = 0, start
+            while key in copies and length < 3:
+                length, key = length + 1, copies[key]
+            if length == 3:
+                return True
+        return False
 
     def _find_counters(self) -> set[str]:
         found = set(self.loop_variables)
@@ -164,6 +193,8 @@ class _Uses:
 
     def depend_on_count(self) -> bool:
         """Whether a use may have another effect in later iterations."""
+        if self._has_long_delay():
+            return True
         for node in _nodes(self.bodies):
             if isinstance(node, ast.Call) and isinstance(node.func, ast.Name) and node.func.id == "next":
                 return True

@@ -19,7 +19,7 @@ from snnfx.ir.guards import Guards
 from snnfx.ir.nodes import is_module_call, is_structural
 from snnfx.ir.printing import describe_node, operation_name
 from snnfx.ir.program import InputLeaf, Slot, StepProgram
-from snnfx.ops.elements import write_elements
+from snnfx.ops.elements import hold, write_elements
 from snnfx.ops.run_loop import run_loop
 from snnfx.ops.step_functions import set_part
 from snnfx.sandbox.torch_internals import pytree
@@ -199,6 +199,9 @@ class _Reroll:
                 continue
             if read is not None:
                 self.nodes.append(read)
+                continue
+            if node.target is hold:
+                self.nodes.append(self._value(self.alignment.arguments[position][0][0], node))
                 continue
             args, kwargs = map_roles(
                 self.alignment.arguments[position],
