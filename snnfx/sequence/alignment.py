@@ -20,7 +20,7 @@ from snnfx.ir.module_effects import updates_buffers
 from snnfx.ir.printing import describe_node, location_of
 from snnfx.ir.program import StepProgram
 
-__all__ = ["Alignment", "Carried", "Differs", "Outside", "Own", "Varying", "align", "map_roles"]
+__all__ = ["Alignment", "Carried", "DependsOnLength", "Differs", "Outside", "Own", "Varying", "align", "map_roles"]
 
 
 class Differs(Exception):
@@ -39,6 +39,10 @@ class Differs(Exception):
     def location(self) -> str:
         """The user's file and line."""
         return location_of(self.node) if self.node is not None else ""
+
+
+class DependsOnLength(Differs):
+    """The iterations compute with a number that no expression of the number of time steps gives."""
 
 
 @dataclass(frozen=True)

@@ -23,7 +23,7 @@ from snnfx.ops.run_loop import LoopHandle
 from snnfx.ops.step_functions import expect_size
 from snnfx.passes import Normalize, RemoveDeadCode
 from snnfx.sandbox.torch_internals import pytree
-from snnfx.sequence.alignment import Differs, align
+from snnfx.sequence.alignment import DependsOnLength, Differs, align
 from snnfx.sequence.counter_reads import may_branch_on_count
 from snnfx.sequence.delayed_values import hold_delayed_values
 from snnfx.sequence.element_lists import join_elements
@@ -77,17 +77,25 @@ def capture_calls(
     """
     start = time.perf_counter()
     found = _find_time_dimension(model, example_inputs, entry)
-    if found is None:
-        training, evaluation = _capture_from_reset_state(model, example_inputs, entry)
-        _record_capture(training, "capture", start, history)
-        first = _with_loops(training, history)
-        return first, first if evaluation is training else _with_loops(evaluation, History())
-    dimension, length, short, long = found
-    _record_capture(short[0], f"capture{{time_steps={SHORT}}}", start, history)
-    of_training = _of_any_length(short[0], long[0], dimension, length, history)
-    if short[1] is short[0]:
-        return of_training, of_training
-    return of_training, _of_any_length(short[1], long[1], dimension, length, History())
+    why_fixed = _NO_LENGTH
+    if found is not None:
+        dimension, length, short, long = found
+        records = History()
+        _record_capture(short[0], f"capture{{time_steps={SHORT}}}", start, records)
+        try:
+            of_training = _of_any_length(short[0], long[0], dimension, length, records)
+            of_evaluation = of_training
+            if short[1] is not short[0]:
+                of_evaluation = _of_any_length(short[1], long[1], dimension, length, History())
+        except DependsOnLength as dependence:
+            why_fixed = f"{dependence.why} ({dependence.location})"
+        else:
+            history += records
+            return of_training, of_evaluation
+    training, evaluation = _capture_from_reset_state(model, example_inputs, entry)
+    _record_capture(training, "capture", start, history)
+    first = _with_loops(training, why_fixed, history)
+    return first, first if evaluation is training else _with_loops(evaluation, why_fixed, History())
 
 
 def _record_capture(program: StepProgram, description: str, start: float, history: History) -> None:
@@ -209,9 +217,11 @@ def _of_any_length(
             raise CaptureError("SNNFX230", "the loops that run depend on the number of time steps")
         for index, (run_short, run_long) in enumerate(pairs):
             target = _loop_target(short, index)
-            a, b = (_reroll(p, r, target) for p, r in ((short, run_short), (long, run_long)))
+            a, b = (_reroll(p, r, target, any_length=True) for p, r in ((short, run_short), (long, run_long)))
             try:
                 require_same_step(a.program, b.program)
+            except DependsOnLength:
+                raise
             except Differs as difference:
                 raise _refusal(run_short, difference) from difference
             loops.append(a)
@@ -239,7 +249,10 @@ def _of_any_length(
     return CapturedCall(short, loops, time=replace(dimension, size=SHORT))
 
 
-def _with_loops(program: StepProgram, history: History) -> CapturedCall:
+_NO_LENGTH = "no loop takes it from a size of the inputs"
+
+
+def _with_loops(program: StepProgram, why_fixed: str, history: History) -> CapturedCall:
     """Re-roll the loops of one call, whose number of iterations is fixed."""
     loops: list[RolledLoop] = []
 
@@ -265,7 +278,7 @@ def _with_loops(program: StepProgram, history: History) -> CapturedCall:
     _prepare(program, history)
     run_rewrite("reroll_loops", program, reroll_loops, history)
     _finish(program, history)
-    return CapturedCall(program, loops, "the number of time steps is fixed: no loop takes it from a size of the inputs")
+    return CapturedCall(program, loops, f"the number of time steps is fixed: {why_fixed}")
 
 
 def _loop_target(program: StepProgram, index: int) -> str:
@@ -292,21 +305,28 @@ def _finish(program: StepProgram, history: History) -> None:
     PassManager([RemoveDeadCode()]).run(program, history)
 
 
-def _reroll(program: StepProgram, run: LoopRun, target: str) -> RolledLoop:
-    """Re-roll one loop; its first iteration stays outside if it differs."""
+def _reroll(program: StepProgram, run: LoopRun, target: str, any_length: bool = False) -> RolledLoop:
+    """Re-roll one loop; its first iteration stays outside if it differs.
+
+    Raises:
+        CaptureError: SNNFX230, the iterations differ.
+        DependsOnLength: with `any_length`, a number of each iteration has no expression for other lengths.
+    """
     _remove_loop_tests(program, run)
     bodies, difference = run.bodies, None
     for first in (0, 1):
         hold_delayed_values(program, bodies[first:])
         try:
             alignment = align(program, bodies[first:])
-            rolled = reroll(program, run, alignment, target)
+            rolled = reroll(program, run, alignment, target, any_length)
         except Differs as error:
             difference = difference or error
             continue
         program.constants[target] = LoopHandle(nn.Module(), run.location)
         return rolled
     assert difference is not None
+    if isinstance(difference, DependsOnLength):
+        raise difference
     raise _refusal(run, difference) from difference
 
 
