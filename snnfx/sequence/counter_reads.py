@@ -1,9 +1,9 @@
 """Find loops whose later iterations may run other code than the first ones, which a capture of a few cannot see.
 
-`if t == 100: ...` runs the same code in the first iterations, `gains[t // 10]` reads the same gain, and `delayed[0]` of
-a list with ten elements is still its first one. Numbers and lists of Python leave no trace in the graph. The source code
-of the loop, and of the functions that it calls, shows how they are used: a use is harmless if the first iterations show
-its effect.
+`if t == 100: ...` runs the same code in the first iterations, `gains[t // 10]` reads the same gain, and `delayed[0]`
+of a list with ten elements is still its first one. Numbers and lists of Python leave no trace in the graph. The source
+code of the loop, and of the functions that it calls, shows how they are used: a use is harmless if the first iterations
+show its effect.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ from __future__ import annotations
 import ast
 import functools
 import linecache
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 
 from snnfx.capture.iteration_tracking import LoopSource
 
@@ -104,7 +104,7 @@ class _Uses:
         bodies: list[ast.AST],
         kinds: _Kinds,
         targets: Iterable[tuple[ast.AST, ast.AST]],
-        tests: list[ast.AST] | tuple[()],
+        tests: Sequence[ast.AST],
         of_attributes: bool = False,
     ) -> None:
         self.bodies, self.kinds, self.of_attributes = bodies, kinds, of_attributes
@@ -222,11 +222,11 @@ class _Uses:
                 if self._computes_tensor(parent.right if parent.left is current else parent.left):
                     return True
                 current = parent
-            elif isinstance(parent, ast.UnaryOp) and isinstance(parent.op, ast.USub | ast.UAdd):
-                current = parent
-            elif isinstance(parent, ast.keyword):
-                current = parent
-            elif isinstance(parent, ast.Slice | ast.Tuple) and self._subscript_of(parent) is not None:
+            elif (
+                (isinstance(parent, ast.UnaryOp) and isinstance(parent.op, ast.USub | ast.UAdd))
+                or isinstance(parent, ast.keyword)
+                or (isinstance(parent, ast.Slice | ast.Tuple) and self._subscript_of(parent) is not None)
+            ):
                 current = parent
             elif isinstance(parent, ast.Subscript):
                 return current is parent.slice and self._is_read_of_tensors(parent, node)
@@ -296,9 +296,7 @@ class _Uses:
             return self._computes_tensor(node.value)
         if isinstance(node, ast.Call):
             return any(map(self._computes_tensor, (node.func, *node.args)))
-        return isinstance(node, ast.BinOp | ast.UnaryOp) and any(
-            map(self._computes_tensor, ast.iter_child_nodes(node))
-        )
+        return isinstance(node, ast.BinOp | ast.UnaryOp) and any(map(self._computes_tensor, ast.iter_child_nodes(node)))
 
     @staticmethod
     def _is_near(index: ast.AST) -> bool:

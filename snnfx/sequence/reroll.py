@@ -49,9 +49,7 @@ class RolledLoop:
     target: str
 
 
-def reroll(
-    program: StepProgram, run: LoopRun, alignment: Alignment, name: str, any_length: bool = False
-) -> RolledLoop:
+def reroll(program: StepProgram, run: LoopRun, alignment: Alignment, name: str, any_length: bool = False) -> RolledLoop:
     """Replace the iterations of a loop in the graph of a call by one call of `run_loop`.
 
     Args:
@@ -85,9 +83,7 @@ class _Write:
 
 
 class _Reroll:
-    def __init__(
-        self, program: StepProgram, run: LoopRun, alignment: Alignment, name: str, any_length: bool
-    ) -> None:
+    def __init__(self, program: StepProgram, run: LoopRun, alignment: Alignment, name: str, any_length: bool) -> None:
         self.program, self.run, self.alignment, self.name = program, run, alignment, name
         self.inside = {node for body in alignment.bodies for node in body}
         self.position_of = {

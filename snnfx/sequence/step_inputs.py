@@ -153,10 +153,9 @@ class StepInputs:
         """The input for a number that depends on the number of iterations: a tensor without dimensions."""
         if node not in self._lengths:
             example = node.meta["val"]
-            value = self.program.graph.call_function(
-                torch.full, ((), node), {"dtype": torch.float64 if isinstance(example, float) else torch.int64}
-            )
-            value.meta = {"val": torch.full((), example, dtype=value.kwargs["dtype"]), "module": ""}
+            dtype = torch.float64 if isinstance(example, float) else torch.int64
+            value = self.program.graph.call_function(torch.full, ((), node), {"dtype": dtype})
+            value.meta = {"val": torch.full((), example, dtype=dtype), "module": ""}
             self._lengths[node] = self._add_input(node.name, value, False, value.meta["val"])
         return self._lengths[node]
 
@@ -182,6 +181,7 @@ class StepInputs:
                 new = self.graph.call_function(getattr, (placeholder, node.args[1]))
                 new.meta = dict(node.meta)
                 return new
+
         def operand(n: Node) -> Node:
             is_number = n not in self._shared and is_size(n) and not isinstance(n.meta.get("val"), Tensor)
             return self._size(n, reader) if is_number else self.outside(n, reader)

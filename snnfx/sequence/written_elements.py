@@ -30,7 +30,7 @@ def forward_written_elements(program: StepProgram) -> str:
                 break
             if written == read:
                 if _replaces(value, node):
-                    node.replace_all_uses_with(value)  # type: ignore[arg-type]
+                    node.replace_all_uses_with(value)
                     program.graph.erase_node(node)
                     forwarded += 1
                 break

@@ -81,7 +81,7 @@ class Looped(nn.Module):
         history, out = [v] * 6, []
         for x_t in x:
             s, v = self.fire(v, self.fc(x_t) + self.rec(history[0]))
-            history = history[1:] + [s]  # noqa: RUF005
+            history = history[1:] + [s]
             out.append(s)
         return torch.stack(out)
 
