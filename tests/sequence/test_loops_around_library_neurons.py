@@ -103,4 +103,4 @@ def test_sequence_modules_of_norse(lifted: bool) -> None:
     x, longer = (torch.rand(shape, generator=generator, dtype=torch.float64) for shape in ((6, 3, 6), (9, 2, 6)))
     net = assert_converts_sequence(NorseSequences(lifted), (x,), [(longer,)])
     loops = [region for part in net.loops or [net] for region in part.regions if region.kind == "loop"]
-    assert len(loops) >= 2
+    assert loops
