@@ -87,6 +87,8 @@ class ExampleValues:
         elif node.op == "call_method":
             self._record_value(node, lambda: getattr(args[0], str(node.target))(*args[1:], **kwargs))
         else:
+            if node.target is _FULL:
+                args, kwargs = _with_any_number(args, kwargs)
             with self.draws.allowed_in(getattr(node.target, "__module__", None) or "builtins"):
                 self._record_value(node, lambda: node.target(*args, **kwargs))  # type: ignore[operator]
 
@@ -141,6 +143,21 @@ class ExampleValues:
         if isinstance(value, Tensor) and self.mode is not None:
             return self.mode.from_tensor(value, static_shapes=True)
         return value
+
+
+_FULL = torch.full  # capture replaces the attribute of torch
+
+
+def _with_any_number(args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    """The arguments of `torch.full` with some number in place of a tensor, which has no value in a capture."""
+
+    def zero(value: Any) -> Any:
+        if not isinstance(value, FakeTensor):
+            return value
+        with disable_dispatch_modes():
+            return torch.zeros((), dtype=value.dtype).item()
+
+    return (*args[:1], *map(zero, args[1:])), {k: zero(v) if k == "fill_value" else v for k, v in kwargs.items()}
 
 
 @contextlib.contextmanager

@@ -14,17 +14,52 @@ import contextlib
 import dis
 import functools
 import inspect
+import numbers
 import sys
 import sysconfig
 import threading
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from types import CodeType, FrameType, TracebackType
 from typing import Any
 
+from torch import Tensor, fx
+
 from snnfx.sandbox.user_code import is_library_code
 
-__all__ = ["Iteration", "IterationLimit", "IterationTracker", "LoopSource", "TooManyIterations"]
+__all__ = ["Iteration", "IterationLimit", "IterationTracker", "LoopSource", "LoopValues", "TooManyIterations"]
+
+
+@dataclass
+class LoopValues:
+    """The code and the variables of a loop that runs.
+
+    Args:
+        called: file, name and first line of the user's functions that its iterations call.
+        kinds: the kinds of the values of each local variable and attribute: "tensor", "tensors" (a list of them),
+            "number" or "other".
+    """
+
+    called: set[tuple[str, str, int]] = field(default_factory=set)
+    kinds: dict[str, set[str]] = field(default_factory=dict)
+    noted: tuple[int, int] | None = None
+    """The latest run and iteration whose variables are known."""
+
+    def note_variables(self, frame: FrameType, iteration: tuple[int, int]) -> None:
+        """Note the kinds of the variables, once for each iteration."""
+        if self.noted != iteration:
+            self.noted = iteration
+            for name, value in frame.f_locals.items():
+                self.kinds.setdefault(name, set()).add(_kind_of(value))
+
+
+def _kind_of(value: Any) -> str:
+    if isinstance(value, Tensor | fx.Proxy):
+        return "tensor"
+    if isinstance(value, list | tuple | dict):
+        values = list(value.values() if isinstance(value, dict) else value)
+        return "tensors" if all(_kind_of(v) in ("tensor", "tensors") for v in values) else "other"
+    return "number" if isinstance(value, numbers.Number) else "other"
 
 
 @dataclass(frozen=True)
@@ -35,6 +70,7 @@ class LoopSource:
         filename, line, column: the position of its first instruction.
         function: the qualified name of the function with the loop.
         of_module: whether the loop is the call of a library module on sequences at this line; `function` is its name.
+        values: the code and the variables of its iterations.
     """
 
     filename: str
@@ -42,6 +78,7 @@ class LoopSource:
     column: int
     function: str
     of_module: bool = False
+    values: LoopValues = field(default_factory=LoopValues, compare=False)
 
     @property
     def where(self) -> tuple[str, int] | None:
@@ -121,12 +158,20 @@ class IterationTracker:
     def current(self) -> tuple[Iteration, ...]:
         """The iterations that the running code belongs to, the outermost loop first."""
         found: list[Iteration] = []
+        called: set[tuple[str, str, int]] = set()
         frame: FrameType | None = sys._getframe(1)
         while frame is not None:
             loops = self._frames.get(frame)
             if loops is not None:
                 loops.arrive(frame.f_lasti)
-                found += reversed(loops.iterations())
+                running = loops.iterations()
+                for iteration in running:
+                    iteration.source.values.called |= called
+                    iteration.source.values.note_variables(frame, (iteration.run, iteration.index))
+                found += reversed(running)
+            code = frame.f_code
+            if _is_user_code(code):
+                called.add((code.co_filename, code.co_name, code.co_firstlineno))
             frame = frame.f_back
         return (*reversed(found), *self._of_modules)
 
@@ -154,11 +199,11 @@ class IterationTracker:
             code = frame.f_code
             known = self._extents.get(id(code))  # hashing code takes longer than a call of it
             if known is None:
-                known = self._extents[id(code)] = code, _extents(code)
-            extents = known[1]
-            if not extents:
+                extents = [replace(e, source=replace(e.source, values=LoopValues())) for e in _extents(code)]
+                known = self._extents[id(code)] = code, tuple(extents)
+            if not known[1]:
                 return None
-            loops = self._frames[frame] = _FrameLoops(extents, self)
+            loops = self._frames[frame] = _FrameLoops(known[1], self)
         return loops
 
     def next_run(self) -> int:
@@ -259,10 +304,15 @@ _PYTHON = sysconfig.get_path("stdlib") + "/"
 
 
 @functools.lru_cache(maxsize=1024)
+def _is_user_code(code: CodeType) -> bool:
+    of_python = code.co_filename.startswith(_PYTHON) and "site-packages" not in code.co_filename
+    return not of_python and not is_library_code(code)
+
+
+@functools.lru_cache(maxsize=1024)
 def _extents(code: CodeType) -> tuple[_Extent, ...]:
     """The loops of user code, the outermost first; none for code of torch, snnfx and Python itself."""
-    of_python = code.co_filename.startswith(_PYTHON) and "site-packages" not in code.co_filename
-    if of_python or is_library_code(code):
+    if not _is_user_code(code):
         return ()
     jumps: dict[int, set[int]] = {}
     positions = {}

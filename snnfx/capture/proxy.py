@@ -25,6 +25,12 @@ UNKNOWN = object()
 """The value of a proxy without an example value."""
 
 
+_READ_AT_ONCE = frozenset(
+    "ndim is_cuda requires_grad layout is_floating_point is_complex is_sparse is_quantized is_nested".split()
+)
+"""Attributes that a known tensor answers without a record."""
+
+
 class StepProxy(fx.Proxy):
     """A recorded value of one step; with example inputs it knows its shape and dtype."""
 
@@ -47,7 +53,7 @@ class StepProxy(fx.Proxy):
             raise AttributeError(f"{self.node.name} has no attribute {name!r}")
         value = value_of(self)
         if isinstance(value, Tensor):
-            if name in ("ndim", "is_cuda", "requires_grad", "layout", "is_floating_point", "is_complex"):
+            if name in _READ_AT_ONCE:
                 return getattr(value, name)
             if name in ("dim", "ndimension"):
                 return value.dim

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from snnfx.errors import InputError
 
-__all__ = ["concatenate_elements", "read_elements", "stack_elements", "write_elements"]
+__all__ = ["concatenate_elements", "hold", "read_elements", "stack_elements", "write_elements"]
 
 
 def read_elements(x: Tensor, dim: int, start: int, step: int, count: int) -> Tensor:
@@ -65,3 +65,8 @@ def write_elements(x: Tensor, dim: int, start: int, step: int, values: Tensor) -
         return values.to(x.dtype).movedim(0, dim).expand_as(x)
     index = torch.arange(start, last + (1 if step > 0 else -1), step, device=x.device) % x.shape[dim]
     return x.index_copy(dim, index, values.to(x.dtype).movedim(0, dim))
+
+
+def hold(x: Tensor) -> Tensor:
+    """The value itself, which an iteration of a loop holds for the next one."""
+    return x

@@ -20,7 +20,7 @@ from snnfx.ir.module_effects import updates_buffers
 from snnfx.ir.printing import describe_node, location_of
 from snnfx.ir.program import StepProgram
 
-__all__ = ["Alignment", "Carried", "Differs", "Outside", "Own", "Varying", "align", "map_roles"]
+__all__ = ["Alignment", "Carried", "DependsOnLength", "Differs", "Outside", "Own", "Varying", "align", "map_roles"]
 
 
 class Differs(Exception):
@@ -39,6 +39,10 @@ class Differs(Exception):
     def location(self) -> str:
         """The user's file and line."""
         return location_of(self.node) if self.node is not None else ""
+
+
+class DependsOnLength(Differs):
+    """The iterations compute with a number that no expression of the number of time steps gives."""
 
 
 @dataclass(frozen=True)
@@ -188,7 +192,8 @@ class _Later:
             return sample
         if all(isinstance(v, int | float) and not isinstance(v, bool) for v in values):
             return Varying(tuple(values))
-        raise Differs(f"an argument of `{describe_node(node)}` is {values[0]!r}, then {values[-1]!r}", node)
+        other = next(v for v in values if type(v) is not type(sample) or v != sample)
+        raise Differs(f"an argument of `{describe_node(node)}` is {sample!r}, then {other!r}", node)
 
     def _role(self, values: list[Any], node: Node) -> Any:
         places = [self.place.get(v) if isinstance(v, Node) else None for v in values]
@@ -341,8 +346,9 @@ class _First:
                 return isinstance(actual, Node) and actual not in self.inside
             return isinstance(actual, int | float)
         if isinstance(expected, tuple | list):
+            kind = list if isinstance(expected, list) else type(expected)  # graphs have lists of a type of their own
             return (
-                type(actual) is type(expected)
+                isinstance(actual, kind)
                 and len(actual) == len(expected)
                 and all(self._unify(e, a) for e, a in zip(expected, actual, strict=True))
             )

@@ -24,13 +24,15 @@ from snnfx.ops.run_loop import LoopHandle
 from snnfx.ops.step_functions import expect_size
 from snnfx.passes import Normalize, RemoveDeadCode
 from snnfx.sandbox.torch_internals import pytree
-from snnfx.sequence.alignment import Differs, align
+from snnfx.sequence.alignment import DependsOnLength, Differs, align
 from snnfx.sequence.counter_reads import may_branch_on_count
+from snnfx.sequence.delayed_values import hold_delayed_values
 from snnfx.sequence.element_lists import join_elements
 from snnfx.sequence.lengths import Lengths, make_length_variable, require_same_step
-from snnfx.sequence.loop_runs import LoopRun, find_loop_runs, move_attributes_first, scaling_runs
+from snnfx.sequence.loop_runs import LoopRun, find_loop_runs, move_attributes_first, scaling_runs, share_equal_constants
 from snnfx.sequence.pointwise_time import TimeDimension
 from snnfx.sequence.reroll import RolledLoop, reroll
+from snnfx.sequence.written_elements import forward_written_elements
 
 __all__ = ["CapturedCall", "capture_calls"]
 
@@ -78,17 +80,25 @@ def capture_calls(
     # A net stores the loops of both modes together.
     names = (f"snnfx_loop_{index}" for index in itertools.count())
     found = _find_time_dimension(model, example_inputs, entry)
-    if found is None:
-        training, evaluation = _capture_from_reset_state(model, example_inputs, entry)
-        _record_capture(training, "capture", start, history)
-        first = _with_loops(training, history, names)
-        return first, first if evaluation is training else _with_loops(evaluation, History(), names)
-    dimension, length, short, long = found
-    _record_capture(short[0], f"capture{{time_steps={SHORT}}}", start, history)
-    of_training = _of_any_length(short[0], long[0], dimension, length, history, names)
-    if short[1] is short[0]:
-        return of_training, of_training
-    return of_training, _of_any_length(short[1], long[1], dimension, length, History(), names)
+    why_fixed = _NO_LENGTH
+    if found is not None:
+        dimension, length, short, long = found
+        records = History()
+        _record_capture(short[0], f"capture{{time_steps={SHORT}}}", start, records)
+        try:
+            of_training = _of_any_length(short[0], long[0], dimension, length, records, names)
+            of_evaluation = of_training
+            if short[1] is not short[0]:
+                of_evaluation = _of_any_length(short[1], long[1], dimension, length, History(), names)
+        except DependsOnLength as dependence:
+            why_fixed = f"{dependence.why} ({dependence.location})"
+        else:
+            history += records
+            return of_training, of_evaluation
+    training, evaluation = _capture_from_reset_state(model, example_inputs, entry)
+    _record_capture(training, "capture", start, history)
+    first = _with_loops(training, why_fixed, history, names)
+    return first, first if evaluation is training else _with_loops(evaluation, why_fixed, History(), names)
 
 
 def _record_capture(program: StepProgram, description: str, start: float, history: History) -> None:
@@ -255,9 +265,11 @@ def _of_any_length(
         if pairs is None:
             raise CaptureError("SNNFX230", "the loops that run depend on the number of time steps")
         for (run_short, run_long), target in zip(pairs, names):  # noqa: B905 (endless names)
-            a, b = (_reroll(p, r, target) for p, r in ((short, run_short), (long, run_long)))
+            a, b = (_reroll(p, r, target, any_length=True) for p, r in ((short, run_short), (long, run_long)))
             try:
                 require_same_step(a.program, b.program)
+            except DependsOnLength:
+                raise
             except Differs as difference:
                 raise _refusal(run_short, difference) from difference
             loops.append(a)
@@ -285,7 +297,10 @@ def _of_any_length(
     return CapturedCall(short, loops, time=replace(dimension, size=SHORT))
 
 
-def _with_loops(program: StepProgram, history: History, names: Iterator[str]) -> CapturedCall:
+_NO_LENGTH = "no loop takes it from a size of the inputs"
+
+
+def _with_loops(program: StepProgram, why_fixed: str, history: History, names: Iterator[str]) -> CapturedCall:
     """Re-roll the loops of one call, whose number of iterations is fixed."""
     loops: list[RolledLoop] = []
 
@@ -311,7 +326,7 @@ def _with_loops(program: StepProgram, history: History, names: Iterator[str]) ->
     _prepare(program, history)
     run_rewrite("reroll_loops", program, reroll_loops, history)
     _finish(program, history)
-    return CapturedCall(program, loops, "the number of time steps is fixed: no loop takes it from a size of the inputs")
+    return CapturedCall(program, loops, f"the number of time steps is fixed: {why_fixed}")
 
 
 def _note_of(loops: list[RolledLoop]) -> str:
@@ -323,6 +338,8 @@ def _prepare(program: StepProgram, history: History) -> None:
     """Make the operations functional, and move reads of attributes in front of all loops."""
     PassManager([Normalize()]).run(program, history)
     run_rewrite("move_attributes_first", program, lambda: move_attributes_first(program), history)
+    run_rewrite("forward_written_elements", program, lambda: forward_written_elements(program), history)
+    run_rewrite("share_equal_constants", program, lambda: share_equal_constants(program), history)
 
 
 def _finish(program: StepProgram, history: History) -> None:
@@ -331,20 +348,28 @@ def _finish(program: StepProgram, history: History) -> None:
     PassManager([RemoveDeadCode()]).run(program, history)
 
 
-def _reroll(program: StepProgram, run: LoopRun, target: str) -> RolledLoop:
-    """Re-roll one loop; its first iteration stays outside if it differs."""
+def _reroll(program: StepProgram, run: LoopRun, target: str, any_length: bool = False) -> RolledLoop:
+    """Re-roll one loop; its first iteration stays outside if it differs.
+
+    Raises:
+        CaptureError: SNNFX230, the iterations differ.
+        DependsOnLength: with `any_length`, a number of each iteration has no expression for other lengths.
+    """
     _remove_loop_tests(program, run)
     bodies, difference = run.bodies, None
     for first in (0, 1):
+        hold_delayed_values(program, bodies[first:])
         try:
             alignment = align(program, bodies[first:])
-            rolled = reroll(program, run, alignment, target)
+            rolled = reroll(program, run, alignment, target, any_length)
         except Differs as error:
             difference = difference or error
             continue
         program.constants[target] = LoopHandle(nn.Module(), run.location)
         return rolled
     assert difference is not None
+    if isinstance(difference, DependsOnLength):
+        raise difference
     raise _refusal(run, difference) from difference
 
 

@@ -1,7 +1,9 @@
-"""Find loops whose code decides by the number of the iteration, which a capture of a few iterations cannot see.
+"""Find loops whose later iterations may run other code than the first ones, which a capture of a few cannot see.
 
-`if t == 100: ...` runs the same code in the first iterations. The number is a plain Python int, so its comparisons
-leave no trace in the graph; the source code of the loop shows them.
+`if t == 100: ...` runs the same code in the first iterations, `gains[t // 10]` reads the same gain, and `delayed[0]`
+of a list with ten elements is still its first one. Numbers and lists of Python leave no trace in the graph. The source
+code of the loop, and of the functions that it calls, shows how they are used: a use is harmless if the first iterations
+show its effect.
 """
 
 from __future__ import annotations
@@ -9,7 +11,7 @@ from __future__ import annotations
 import ast
 import functools
 import linecache
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Sequence
 
 from snnfx.capture.iteration_tracking import LoopSource
 
@@ -17,53 +19,331 @@ __all__ = ["may_branch_on_count"]
 
 
 def may_branch_on_count(source: LoopSource) -> bool:
-    """Whether the code of a loop may branch on a number that counts its iterations; True if it is unknown."""
+    """Whether later iterations of a loop may run other code than the first ones; True if its code is unknown."""
     tree = _parsed(source.filename)
     loop = _loop_at(tree, source) if tree is not None else None
     if loop is None:
         return True
+    kinds = source.values.kinds
     if isinstance(loop, ast.ListComp | ast.SetComp | ast.GeneratorExp | ast.DictComp):
-        tests: list[ast.AST] = [test for g in loop.generators for test in g.ifs]
-        bodies: list[ast.AST] = [loop.elt] if not isinstance(loop, ast.DictComp) else [loop.key, loop.value]
-        counters = {n for g in loop.generators for n in _counters_of_target(g.target, g.iter, bodies)}
+        bodies: list[ast.AST] = [test for g in loop.generators for test in g.ifs]
+        bodies += [loop.elt] if not isinstance(loop, ast.DictComp) else [loop.key, loop.value]
+        targets = [(g.target, g.iter) for g in loop.generators]
+        tests = [test for g in loop.generators for test in g.ifs]
     else:
-        tests, bodies = [], list(loop.body)
-        counters = set(_counters_of_target(loop.target, loop.iter, bodies)) if isinstance(loop, ast.For) else set()
-    for node in _nodes(bodies):
-        if (
-            isinstance(node, ast.AugAssign)
-            and isinstance(node.target, ast.Name)
-            and isinstance(node.value, ast.Constant)
-        ):
-            counters.add(node.target.id)
-    for node in _nodes(bodies):  # names computed from counters
-        if not isinstance(node, ast.Assign) or _has_call_or_subscript(node.value):
-            continue
-        if _uses(node.value, counters):
-            counters |= {target.id for target in node.targets if isinstance(target, ast.Name)}
-    for node in _nodes(bodies):
-        if isinstance(node, ast.If | ast.IfExp | ast.While | ast.Assert):
-            tests.append(node.test)
-        elif isinstance(node, ast.BoolOp):
-            tests += node.values
-        elif isinstance(node, ast.Match):
-            tests.append(node.subject)
-        elif isinstance(node, ast.Compare) or (
-            isinstance(node, ast.BinOp) and isinstance(node.op, ast.Mod | ast.FloorDiv)
-        ):
-            tests.append(node)  # `t // 10` is the same number in the first iterations
-        elif isinstance(node, ast.Subscript) and _is_of_self(node.value):
-            tests.append(node.slice)  # `self.thresholds[t]`, a list whose first elements may be equal
-    if any(_uses(test, counters) for test in tests):
-        return True
-    # A function that gets the number may branch on it.
-    calls = [node for node in _nodes(bodies) if isinstance(node, ast.Call)]
-    return any(
-        isinstance(argument, ast.Name) and argument.id in counters
-        for call in calls
-        if not _is_of_torch(call)
-        for argument in (*call.args, *(keyword.value for keyword in call.keywords))
+        bodies, tests = list(loop.body), []
+        targets = [(loop.target, loop.iter)] if isinstance(loop, ast.For) else []
+    return (
+        any(_reads_other_values(target, iterated, bodies, kinds) for target, iterated in targets)
+        or _Uses(bodies, kinds, targets, tests).depend_on_count()
+        or any(_function_depends_on_count(*function) for function in source.values.called)
     )
+
+
+def _function_depends_on_count(filename: str, name: str, line: int) -> bool:
+    """Whether a function that the iterations call keeps a counter or a list, and uses it to decide."""
+    tree = _parsed(filename)
+    if tree is None:
+        return False  # as where the loop itself calls a function of a library
+    for node in ast.walk(tree):
+        if not isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef) or node.name != name:
+            continue
+        if line in (node.lineno, *(d.lineno for d in node.decorator_list)):
+            return _Uses(list(node.body), {}, (), (), of_attributes=True).depend_on_count()
+    return False
+
+
+_Kinds = dict[str, set[str]]
+
+
+def _reads_other_values(target: ast.AST, iterated: ast.AST, bodies: list[ast.AST], kinds: _Kinds) -> bool:
+    """Whether the loop iterates over numbers other than those of its iterations: `for gain, x in zip(gains, xs)`."""
+    counters = _counted_names(target, iterated)
+    names = {n.id for n in ast.walk(target) if isinstance(n, ast.Name)} - counters
+    others = {name for name in names if kinds.get(name, set()) & {"number", "other"}}
+    return bool(others) and any(isinstance(n, ast.Name) and n.id in others for n in _nodes(bodies))
+
+
+def _counted_names(target: ast.AST, iterated: ast.AST) -> set[str]:
+    """The loop variables that count: those of `range(...)` and `enumerate(...)`."""
+    if isinstance(iterated, ast.Call):
+        name = iterated.func.id if isinstance(iterated.func, ast.Name) else getattr(iterated.func, "attr", "")
+        if name in ("range", "arange", "count", "trange"):
+            return {n.id for n in ast.walk(target) if isinstance(n, ast.Name)}
+        if name in ("tqdm", "reversed", "list") and iterated.args:
+            return _counted_names(target, iterated.args[0])
+        if isinstance(target, ast.Tuple) and name == "enumerate" and target.elts and iterated.args:
+            inner = _counted_names(target.elts[1], iterated.args[0]) if len(target.elts) > 1 else set()
+            return inner | {n.id for n in ast.walk(target.elts[0]) if isinstance(n, ast.Name)}
+        if isinstance(target, ast.Tuple) and name == "zip" and len(target.elts) == len(iterated.args):
+            parts = [_counted_names(t, i) for t, i in zip(target.elts, iterated.args, strict=True)]
+            return set().union(*parts)
+    return set()
+
+
+_MUTATIONS = frozenset("append appendleft insert extend pop popleft popitem remove rotate".split())
+_FUNCTIONS_OF_NUMBERS = frozenset("exp log log2 log10 sqrt pow sin cos tanh float print range append tensor".split())
+"""Functions whose results grow with their argument, so that the first iterations show their effect."""
+_READS = frozenset("select narrow index_select".split())
+_ARITHMETIC = ast.Add | ast.Sub | ast.Mult | ast.Div | ast.Pow
+
+
+class _Uses:
+    """The uses of counters, and of lists that grow, in some code.
+
+    Args:
+        bodies: the code.
+        kinds: the kinds of the values of its variables, where known.
+        targets: the loop variables and what they iterate over.
+        tests: the conditions of a comprehension, among the code.
+        of_attributes: whether only attributes outlive a run of the code.
+    """
+
+    def __init__(
+        self,
+        bodies: list[ast.AST],
+        kinds: _Kinds,
+        targets: Iterable[tuple[ast.AST, ast.AST]],
+        tests: Sequence[ast.AST],
+        of_attributes: bool = False,
+    ) -> None:
+        self.bodies, self.kinds, self.of_attributes = bodies, kinds, of_attributes
+        self.parents = {child: node for node in _nodes(bodies) for child in ast.iter_child_nodes(node)}
+        self.tests = set(tests)
+        self.loop_variables = {name for target, iterated in targets for name in _counted_names(target, iterated)}
+        self.lists = {
+            ast.unparse(node.func.value)
+            for node in _nodes(bodies)
+            if isinstance(node, ast.Call) and isinstance(node.func, ast.Attribute) and node.func.attr in _MUTATIONS
+        }
+        self.lists |= set(self._rebuilt_lists())
+        self.lists = {key for key in self.lists if self._outlives(key)}
+        self.counters = self._find_counters()
+
+    def _outlives(self, key: str) -> bool:
+        return not self.of_attributes or "." in key
+
+    def _rebuilt_lists(self) -> Iterator[str]:
+        """The lists that the code replaces by others with their elements: `hist = hist[1:] + [s]`."""
+        for node in _nodes(self.bodies):
+            if not isinstance(node, ast.Assign) or not isinstance(node.value, ast.BinOp | ast.List | ast.Tuple):
+                continue
+            for key in map(ast.unparse, node.targets):
+                is_list = isinstance(node.value, ast.List) or "tensors" in self.kinds.get(key, set())
+                if is_list and any(self._key(n) == key for n in ast.walk(node.value)):
+                    yield key
+
+    def _has_long_delay(self) -> bool:
+        """Whether variables pass a value on for three iterations or more: `s3 = s2; s2 = s1; s1 = s`."""
+        copies: dict[str, str] = {}
+        for node in _nodes(self.bodies):
+            if isinstance(node, ast.Assign):
+                for target in node.targets:
+                    pairs = [(target, node.value)]
+                    if isinstance(target, ast.Tuple) and isinstance(node.value, ast.Tuple):
+                        pairs = list(zip(target.elts, node.value.elts, strict=False))
+                    copies |= {self._key(a): self._key(b) for a, b in pairs if self._key(a) and self._key(b)}
+        for start in copies:
+            length, key = 0, start
+            while key in copies and length < 3:
+                length, key = length + 1, copies[key]
+            if length == 3:
+                return True
+        return False
+
+    def _find_counters(self) -> set[str]:
+        found = set(self.loop_variables)
+        for node in _nodes(self.bodies):
+            if isinstance(node, ast.AugAssign):
+                key, is_step = ast.unparse(node.target), _is_number(node.value)
+                # `self.v *= 0.9` changes a tensor, most likely.
+                is_step &= isinstance(node.target, ast.Name) or isinstance(node.op, ast.Add | ast.Sub)
+            elif isinstance(node, ast.Assign) and isinstance(node.value, ast.BinOp) and len(node.targets) == 1:
+                key, is_step = ast.unparse(node.targets[0]), _is_number(node.value.right)
+                is_step &= isinstance(node.value.op, ast.Add | ast.Sub) and ast.unparse(node.value.left) == key
+            else:
+                continue
+            if is_step and self._is_number(key) and self._outlives(key):
+                found.add(key)
+        while True:  # variables computed from counters
+            more = set()
+            for node in _nodes(self.bodies):
+                if isinstance(node, ast.Assign | ast.AugAssign) and self._computes_number(node.value, found):
+                    targets = node.targets if isinstance(node, ast.Assign) else [node.target]
+                    more |= {key for key in map(ast.unparse, targets) if self._is_number(key)}
+            if more <= found:
+                return found
+            found |= more
+
+    def _computes_number(self, value: ast.AST, counters: set[str]) -> bool:
+        """Whether an expression reads counters, but not only as indices."""
+        if isinstance(value, ast.Subscript):
+            return False
+        if self._key(value) in counters:
+            return True
+        return any(self._computes_number(child, counters) for child in ast.iter_child_nodes(value))
+
+    def _is_number(self, key: str) -> bool:
+        """Whether a variable may count; it may start as a number, as in `mem = 0`, and become a tensor."""
+        return not self.kinds.get(key, set()) & {"tensor", "tensors"}
+
+    @staticmethod
+    def _key(node: ast.AST) -> str:
+        return ast.unparse(node) if isinstance(node, ast.Name | ast.Attribute | ast.Subscript) else ""
+
+    def depend_on_count(self) -> bool:
+        """Whether a use may have another effect in later iterations."""
+        if self._has_long_delay():
+            return True
+        for node in _nodes(self.bodies):
+            if isinstance(node, ast.Call) and isinstance(node.func, ast.Name) and node.func.id == "next":
+                return True
+            key = self._key(node)
+            if not key or not isinstance(getattr(node, "ctx", None), ast.Load):
+                continue
+            if key in self.counters and not self._is_harmless(node):
+                return True
+            if key in self.lists and not self._shows_list(node):
+                return True
+        return False
+
+    # -- counters -----------------------------------------------------------------------------------------------------
+
+    def _is_harmless(self, node: ast.AST) -> bool:
+        """Whether the first iterations show the effect of this use of a counter."""
+        if self._is_visible_test(node):
+            return True
+        current: ast.AST = node
+        while True:
+            parent = self.parents.get(current)
+            if parent is None or isinstance(parent, ast.Expr | ast.JoinedStr):
+                return parent is not None and not isinstance(parent, ast.JoinedStr)
+            if isinstance(parent, ast.BinOp) and isinstance(parent.op, _ARITHMETIC):
+                if self._computes_tensor(parent.right if parent.left is current else parent.left):
+                    return True
+                current = parent
+            elif (
+                (isinstance(parent, ast.UnaryOp) and isinstance(parent.op, ast.USub | ast.UAdd))
+                or isinstance(parent, ast.keyword)
+                or (isinstance(parent, ast.Slice | ast.Tuple) and self._subscript_of(parent) is not None)
+            ):
+                current = parent
+            elif isinstance(parent, ast.Subscript):
+                return current is parent.slice and self._is_read_of_tensors(parent, node)
+            elif isinstance(parent, ast.Call):
+                if not self._is_of_numbers(parent):
+                    return False
+                if isinstance(parent.func, ast.Name) and parent.func.id in ("print", "range"):
+                    return True
+                current = parent
+            elif isinstance(parent, ast.Assign | ast.AugAssign):
+                # What is computed from a counter is one itself, or a tensor.
+                targets = parent.targets if isinstance(parent, ast.Assign) else [parent.target]
+                return all(isinstance(t, ast.Name | ast.Attribute) or self._is_tensor(t) for t in targets)
+            else:
+                return False
+
+    def _is_visible_test(self, node: ast.AST) -> bool:
+        """Whether a counter is compared with 0, 1 or 2, which the first iterations pass."""
+        parent = self.parents.get(node)
+        if not isinstance(node, ast.Name) or node.id not in self.loop_variables:
+            return False
+        if isinstance(parent, ast.Compare) and len(parent.comparators) == 1:
+            other = parent.comparators[0] if parent.left is node else parent.left
+            return isinstance(other, ast.Constant) and other.value in (0, 1, 2)
+        return self._is_test(node)
+
+    def _is_test(self, node: ast.AST) -> bool:
+        """Whether the truth of a value is tested: `if t`, `not outputs`."""
+        parent = self.parents.get(node)
+        if node in self.tests or isinstance(parent, ast.BoolOp):
+            return True
+        if isinstance(parent, ast.UnaryOp):
+            return isinstance(parent.op, ast.Not)
+        return isinstance(parent, ast.If | ast.IfExp) and parent.test is node
+
+    def _subscript_of(self, node: ast.AST) -> ast.Subscript | None:
+        while isinstance(node, ast.Slice | ast.Tuple):
+            parent = self.parents.get(node)
+            if isinstance(parent, ast.Subscript) and parent.slice is node:
+                return parent
+            if parent is None:
+                return None
+            node = parent
+        return None
+
+    def _is_read_of_tensors(self, subscript: ast.Subscript, counter: ast.AST) -> bool:
+        """Whether an indexed object is a tensor, or a list of tensors that the loop itself fills."""
+        key = self._key(subscript.value)
+        if key in self.lists:
+            return self._is_near(subscript.slice)
+        return self._is_tensor(subscript.value, ("tensor", "tensors"))
+
+    def _is_tensor(self, node: ast.AST, kinds: tuple[str, ...] = ("tensor",)) -> bool:
+        while isinstance(node, ast.Subscript):
+            node = node.value
+        if isinstance(node, ast.Call):
+            return True  # its result is new in each iteration
+        return isinstance(node, ast.Name) and bool(self.kinds.get(node.id)) and self.kinds[node.id] <= set(kinds)
+
+    def _computes_tensor(self, node: ast.AST) -> bool:
+        """Whether an expression computes with a variable that is a tensor."""
+        if isinstance(node, ast.Name):
+            return self._is_tensor(node)
+        if isinstance(node, ast.Subscript):
+            return self._is_tensor(node, ("tensor", "tensors"))
+        if isinstance(node, ast.Attribute):
+            return self._computes_tensor(node.value)
+        if isinstance(node, ast.Call):
+            return any(map(self._computes_tensor, (node.func, *node.args)))
+        return isinstance(node, ast.BinOp | ast.UnaryOp) and any(map(self._computes_tensor, ast.iter_child_nodes(node)))
+
+    @staticmethod
+    def _is_near(index: ast.AST) -> bool:
+        """Whether an index is that of the current iteration, or of one of the two before it: `t`, `t - 1`."""
+        if isinstance(index, ast.BinOp):
+            offset = index.right
+            near = isinstance(offset, ast.Constant) and isinstance(offset.value, int) and abs(offset.value) <= 2
+            return near and isinstance(index.op, ast.Add | ast.Sub) and isinstance(index.left, ast.Name | ast.Attribute)
+        return isinstance(index, ast.Name | ast.Attribute)
+
+    def _is_of_numbers(self, call: ast.Call) -> bool:
+        """Whether a function computes with numbers and tensors only."""
+        function = call.func
+        if isinstance(function, ast.Name):
+            return function.id in _FUNCTIONS_OF_NUMBERS or (
+                function.id == "int" and isinstance(call.args[0], ast.Name | ast.Attribute)
+            )
+        if not isinstance(function, ast.Attribute):
+            return False
+        if isinstance(function.value, ast.Name) and function.value.id in ("torch", "F"):
+            return function.attr not in ("floor", "ceil", "round", "clamp", "bitwise_and", "remainder", "fmod")
+        of_library = isinstance(function.value, ast.Name) and function.value.id in ("math", "np", "numpy")
+        return function.attr in (_FUNCTIONS_OF_NUMBERS if of_library else _READS | {"append"})
+
+    # -- lists --------------------------------------------------------------------------------------------------------
+
+    def _shows_list(self, node: ast.AST) -> bool:
+        """Whether the first iterations show the effect of this use of a list that grows."""
+        parent = self.parents.get(node)
+        if isinstance(parent, ast.Attribute):
+            call = self.parents.get(parent)
+            return isinstance(call, ast.Call) and parent.attr in ("append", "extend") and self._is_statement(call)
+        if isinstance(parent, ast.Subscript) and parent.value is node:
+            index = parent.slice
+            if isinstance(index, ast.UnaryOp) and isinstance(index.op, ast.USub):
+                return isinstance(index.operand, ast.Constant) and index.operand.value in (1, 2)
+            return self._is_near(index)
+        if isinstance(parent, ast.Call) and isinstance(parent.func, ast.Name) and parent.func.id == "len":
+            compared = self.parents.get(parent)
+            if isinstance(compared, ast.Compare) and len(compared.comparators) == 1:
+                other = compared.comparators[0]
+                return isinstance(other, ast.Constant) and other.value in (0, 1)
+            return self._is_test(parent)
+        return self._is_test(node)
+
+    def _is_statement(self, node: ast.AST) -> bool:
+        return isinstance(self.parents.get(node), ast.Expr)
 
 
 @functools.lru_cache(maxsize=64)
@@ -94,49 +374,10 @@ def _contains(node: _Loop, line: int, column: int) -> bool:
     return start <= (line, column) <= end
 
 
-def _counters_of_target(target: ast.AST, iterated: ast.AST, bodies: list[ast.AST]) -> Iterator[str]:
-    """The loop variables that may be numbers: those of `range(...)` and `enumerate(...)`, and indices in the body."""
-    names = {n.id for n in ast.walk(target) if isinstance(n, ast.Name)}
-    functions = {
-        n.id if isinstance(n, ast.Name) else n.attr
-        for n in ast.walk(iterated)
-        if isinstance(n, ast.Name | ast.Attribute)
-    }
-    if functions & {"range", "count"}:
-        yield from names
-    elif "enumerate" in functions and isinstance(target, ast.Tuple) and target.elts:
-        yield from (n.id for n in ast.walk(target.elts[0]) if isinstance(n, ast.Name))
-    for node in _nodes(bodies):
-        if isinstance(node, ast.Subscript):
-            yield from (n.id for n in ast.walk(node.slice) if isinstance(n, ast.Name) and n.id in names)
-
-
 def _nodes(trees: list[ast.AST]) -> Iterator[ast.AST]:
     for tree in trees:
         yield from ast.walk(tree)
 
 
-def _uses(tree: ast.AST, names: set[str]) -> bool:
-    return any(isinstance(node, ast.Name) and node.id in names for node in ast.walk(tree))
-
-
-def _has_call_or_subscript(tree: ast.AST) -> bool:
-    return any(isinstance(n, ast.Call | ast.Subscript) for n in ast.walk(tree))
-
-
-def _is_of_self(tree: ast.AST) -> bool:
-    """Whether an expression is an attribute of the module: `self.w`."""
-    while isinstance(tree, ast.Attribute | ast.Subscript):
-        tree = tree.value
-    return isinstance(tree, ast.Name) and tree.id == "self"
-
-
-def _is_of_torch(call: ast.Call) -> bool:
-    """Whether a call is one of torch or of a tensor: `torch.f(...)`, `F.f(...)`, `x.select(0, t)`."""
-    function = call.func
-    if isinstance(function, ast.Name):
-        return function.id in ("range", "float", "int", "print", "len")
-    return isinstance(function, ast.Attribute) and (
-        (isinstance(function.value, ast.Name) and function.value.id in ("torch", "F"))
-        or function.attr in ("select", "narrow", "index_select", "append")
-    )
+def _is_number(node: ast.AST) -> bool:
+    return isinstance(node, ast.Constant) and isinstance(node.value, int | float)

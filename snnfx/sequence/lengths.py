@@ -18,7 +18,7 @@ from snnfx.ir.printing import describe_node
 from snnfx.ir.program import StepProgram
 from snnfx.ops.run_loop import LoopHandle
 from snnfx.ops.step_functions import expect_size
-from snnfx.sequence.alignment import Differs, operation
+from snnfx.sequence.alignment import DependsOnLength, Differs, operation
 
 __all__ = ["Lengths", "make_length_variable", "require_same_step"]
 
@@ -47,7 +47,7 @@ def require_same_step(short: StepProgram, long: StepProgram) -> None:
     """
 
     def refuse(node: Node, a: Any, b: Any) -> Any:
-        raise Differs(f"`{describe_node(node)}` uses a number that depends on the number of time steps", node)
+        raise DependsOnLength(f"`{describe_node(node)}` uses a number that depends on the number of time steps", node)
 
     _Comparison(short, long, refuse).run()
 

@@ -4,15 +4,17 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
-from torch import fx
+import torch
+from torch import Tensor, fx
 from torch.fx import Node
 
 from snnfx.capture.iteration_tracking import LoopSource
 from snnfx.ir.facts import ITERATIONS
 from snnfx.ir.program import StepProgram
+from snnfx.sandbox.torch_internals import pytree
 from snnfx.sandbox.user_code import format_location
 
-__all__ = ["LoopRun", "find_loop_runs", "move_attributes_first", "scaling_runs"]
+__all__ = ["LoopRun", "find_loop_runs", "move_attributes_first", "scaling_runs", "share_equal_constants"]
 
 
 @dataclass
@@ -50,6 +52,33 @@ def move_attributes_first(program: StepProgram) -> str:
         ITERATIONS.clear(node)
         first.prepend(node)
     return f"moved {len(moved)} reads of attributes"
+
+
+def share_equal_constants(program: StepProgram) -> str:
+    """Share tensors with equal values that the code makes in each iteration: `torch.tensor(...)`; return a note."""
+    known: list[tuple[Tensor, Node]] = []
+    # The user may change a tensor of the model later.
+    of_model = {id(leaf) for m in program.source.modules() for leaf in pytree.tree_leaves(vars(m))}
+    shared = 0
+    for node in [n for n in program.graph.nodes if n.op == "get_attr" and str(n.target) in program.constants]:
+        value = program.constants[str(node.target)]
+        if not isinstance(value, Tensor) or value.requires_grad or id(value) in of_model:
+            continue
+        first = next((n for x, n in known if x is not value and _are_equal(x, value)), None)
+        if first is None:
+            known.append((value, node))
+            continue
+        node.replace_all_uses_with(first)
+        program.graph.erase_node(node)
+        shared += 1
+    return f"shared {shared} constants"
+
+
+def _are_equal(a: Tensor, b: Tensor) -> bool:
+    if (a.shape, a.dtype, a.device) != (b.shape, b.dtype, b.device):
+        return False
+    # 0.0 equals -0.0, but 1 / 0.0 does not equal 1 / -0.0.
+    return a.stride() == b.stride() and torch.equal(a, b) and torch.equal(a.signbit(), b.signbit())
 
 
 def find_loop_runs(graph: fx.Graph) -> list[LoopRun]:

@@ -19,7 +19,7 @@ from snnfx.ir.guards import Guards
 from snnfx.ir.nodes import is_module_call, is_structural
 from snnfx.ir.printing import describe_node, operation_name
 from snnfx.ir.program import InputLeaf, Slot, StepProgram
-from snnfx.ops.elements import write_elements
+from snnfx.ops.elements import hold, write_elements
 from snnfx.ops.run_loop import run_loop
 from snnfx.ops.step_functions import set_part
 from snnfx.sandbox.torch_internals import pytree
@@ -49,7 +49,7 @@ class RolledLoop:
     target: str
 
 
-def reroll(program: StepProgram, run: LoopRun, alignment: Alignment, name: str) -> RolledLoop:
+def reroll(program: StepProgram, run: LoopRun, alignment: Alignment, name: str, any_length: bool = False) -> RolledLoop:
     """Replace the iterations of a loop in the graph of a call by one call of `run_loop`.
 
     Args:
@@ -57,11 +57,12 @@ def reroll(program: StepProgram, run: LoopRun, alignment: Alignment, name: str) 
         run: the loop.
         alignment: its common step.
         name: the get_attr target of the loop.
+        any_length: whether the number of iterations follows from the inputs.
 
     Raises:
         Differs: a value of an iteration is used in a way that a step cannot return; nothing is changed.
     """
-    return _Reroll(program, run, alignment, name).rolled()
+    return _Reroll(program, run, alignment, name, any_length).rolled()
 
 
 @dataclass(frozen=True)
@@ -82,7 +83,7 @@ class _Write:
 
 
 class _Reroll:
-    def __init__(self, program: StepProgram, run: LoopRun, alignment: Alignment, name: str) -> None:
+    def __init__(self, program: StepProgram, run: LoopRun, alignment: Alignment, name: str, any_length: bool) -> None:
         self.program, self.run, self.alignment, self.name = program, run, alignment, name
         self.inside = {node for body in alignment.bodies for node in body}
         self.position_of = {
@@ -92,7 +93,7 @@ class _Reroll:
             if isinstance(alignment.value(i, p), Node)
         }
         self.graph = fx.Graph()
-        self.inputs = StepInputs(program, self.graph)
+        self.inputs = StepInputs(program, self.graph, any_length)
         self.nodes: list[Node] = []
         """The nodes of the step, by position."""
         self.slots: dict[int, Node] = {}
@@ -199,6 +200,9 @@ class _Reroll:
                 continue
             if read is not None:
                 self.nodes.append(read)
+                continue
+            if node.target is hold:
+                self.nodes.append(self._value(self.alignment.arguments[position][0][0], node))
                 continue
             args, kwargs = map_roles(
                 self.alignment.arguments[position],

@@ -16,10 +16,14 @@ from snnfx.ir.nodes import is_module_call, is_size
 from snnfx.ir.printing import describe_node, operation_name
 from snnfx.ir.program import StepProgram
 from snnfx.ops.run_loop import run_loop
-from snnfx.sequence.alignment import Differs
+from snnfx.sequence.alignment import DependsOnLength, Differs
 from snnfx.sequence.element_reads import arithmetic_progression, common_read, read_sequence, record_call
 
 __all__ = ["StepInputs"]
+
+
+class _ReadsLength(Differs):
+    """A size is the number of iterations."""
 
 
 class StepInputs:
@@ -28,6 +32,7 @@ class StepInputs:
     Args:
         program: the program of the whole call; its graph inserts in front of the loop.
         graph: the graph of the step.
+        any_length: whether the number of iterations follows from the inputs.
 
     Attributes:
         placeholders: the inputs.
@@ -35,8 +40,8 @@ class StepInputs:
         varying: for each input, whether it is a sequence.
     """
 
-    def __init__(self, program: StepProgram, graph: fx.Graph) -> None:
-        self.program, self.graph = program, graph
+    def __init__(self, program: StepProgram, graph: fx.Graph, any_length: bool) -> None:
+        self.program, self.graph, self.any_length = program, graph, any_length
         self.placeholders: list[Node] = []
         self.values: list[Node] = []
         self.varying: list[bool] = []
@@ -44,6 +49,8 @@ class StepInputs:
         """Values from outside the loop and their nodes in the step."""
         self._sources: dict[Node, list[tuple[Node, int]]] = {}
         """The sequences read from a tensor: `(placeholder, dimension of time in the tensor)`."""
+        self._lengths: dict[Node, Node] = {}
+        """The inputs for numbers that depend on the number of iterations."""
         self._sequences: dict[Any, Node] = {}
         """The input for each element read."""
 
@@ -82,14 +89,24 @@ class StepInputs:
 
     def numbers(self, values: tuple[Any, ...], reader: Node) -> Node:
         """The input for a number that the code computes from the number of the iteration."""
+        if operation_name(reader) not in _ARITHMETIC:
+            raise Differs(f"an argument of `{describe_node(reader)}` is {values[0]!r}, then {values[1]!r}", reader)
         progression = arithmetic_progression(values)
-        if progression is None or operation_name(reader) not in _ARITHMETIC:
-            raise Differs(
+        outer = self.program.graph
+        if progression is not None:
+            start, step = progression
+            value = record_call(outer, torch.arange, (start, start + step * len(values), step))
+        elif self.any_length:
+            raise DependsOnLength(
                 f"an argument of `{describe_node(reader)}` is {values[0]!r} in the first iteration, then {values[1]!r}",
                 reader,
             )
-        start, step = progression
-        value = record_call(self.program.graph, torch.arange, (start, start + step * len(values), step))
+        else:
+            # Float64 has the precision of Python, and gives way to the dtype of the tensors that it is combined with.
+            dtype = torch.float64 if any(isinstance(v, float) for v in values) else torch.int64
+            numbers = torch.tensor(values, dtype=dtype)
+            value = outer.get_attr(self.program.constant(numbers))
+            value.meta = {"val": numbers, "module": ""}
         return self._add_input("number", value, True, value.meta["val"][0])
 
     def outside(self, node: Node, reader: Node) -> Node:
@@ -100,7 +117,12 @@ class StepInputs:
             new = self.graph.get_attr(str(node.target))
             new.meta = dict(node.meta)
         elif is_size(node) and not isinstance(node.meta.get("val"), Tensor):
-            new = self._size(node, reader)
+            try:
+                new = self._size(node, reader)
+            except _ReadsLength:
+                if operation_name(reader) not in _ARITHMETIC:
+                    raise
+                return self._length(node)
         elif self._is_of_parameters(node):
             args, kwargs = map_arg((node.args, node.kwargs), lambda n: self.outside(n, reader))
             new = self.graph.create_node(node.op, node.target, args, kwargs)
@@ -127,6 +149,16 @@ class StepInputs:
             stack += current.all_input_nodes
         return True
 
+    def _length(self, node: Node) -> Node:
+        """The input for a number that depends on the number of iterations: a tensor without dimensions."""
+        if node not in self._lengths:
+            example = node.meta["val"]
+            dtype = torch.float64 if isinstance(example, float) else torch.int64
+            value = self.program.graph.call_function(torch.full, ((), node), {"dtype": dtype})
+            value.meta = {"val": torch.full((), example, dtype=dtype), "module": ""}
+            self._lengths[node] = self._add_input(node.name, value, False, value.meta["val"])
+        return self._lengths[node]
+
     def _size(self, node: Node, reader: Node) -> Node:
         """Compute a size from the inputs of the step, whose sequences have one dimension less."""
         if node.target is operator.getitem and isinstance(node.args[0], Node):
@@ -137,7 +169,7 @@ class StepInputs:
                 dims = source.meta["val"].dim()
                 for placeholder, dim in self._sources.get(source, ()):
                     if index % dims == dim:
-                        raise Differs(f"`{describe_node(reader)}` reads the number of iterations", reader)
+                        raise _ReadsLength(f"`{describe_node(reader)}` reads the number of iterations", reader)
                     of_step = self.graph.call_function(getattr, (placeholder, "shape"))
                     step_index = index % dims - (index % dims > dim)
                     new = self.graph.call_function(operator.getitem, (of_step, step_index))
@@ -149,7 +181,12 @@ class StepInputs:
                 new = self.graph.call_function(getattr, (placeholder, node.args[1]))
                 new.meta = dict(node.meta)
                 return new
-        args, kwargs = map_arg((node.args, node.kwargs), lambda n: self.outside(n, reader))
+
+        def operand(n: Node) -> Node:
+            is_number = n not in self._shared and is_size(n) and not isinstance(n.meta.get("val"), Tensor)
+            return self._size(n, reader) if is_number else self.outside(n, reader)
+
+        args, kwargs = map_arg((node.args, node.kwargs), operand)
         new = self.graph.create_node(node.op, node.target, args, kwargs)
         new.meta = {k: v for k, v in node.meta.items() if k != "iterations"}
         return new

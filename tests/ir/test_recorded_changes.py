@@ -37,11 +37,11 @@ def names(history: History) -> list[str]:
 
 def test_the_history_of_a_looped_model_shows_each_change_of_the_call() -> None:
     looped = snnfx.convert(LoopedNet(), takes="sequence", example_inputs=(torch.rand(6, 2, 4),))
-    expected = [
-        "capture", "normalize", "move_attributes_first", "reroll_loops", "join_elements", "remove_dead_code",
-        "make_length_variable", "derive_step", "normalize",
-    ]  # fmt: skip
-    assert names(looped.history)[: len(expected)] == expected
+    shown = [name for name in names(looped.history) if name not in ("normalize", "remove_dead_code")]
+    first, *_ = (i for i, name in enumerate(shown) if name == "partition")
+    assert shown[:1] == ["capture"] and shown[first - 1] == "derive_step"
+    changes = ("move_attributes_first", "reroll_loops", "join_elements", "make_length_variable")
+    assert [name for name in shown if name in changes] == [*changes]
     rerolled = next(record for record in looped.history if record.description == "reroll_loops")
     assert "test_recorded_changes.py" in rerolled.note
     assert "+snnfx_loop_0 = " in rerolled.diff() and "-mul = " in rerolled.diff()

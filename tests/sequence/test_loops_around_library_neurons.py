@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 import snnfx
+from support.looped_models import assert_converts_sequence
 
 snntorch = pytest.importorskip("snntorch")
 norse = pytest.importorskip("norse.torch")
@@ -78,3 +79,28 @@ def test_loop_around_library_neurons(model_class: type[nn.Module]) -> None:
             sum((v * v).sum() + v.sum() for v in (y if isinstance(y, tuple) else (y,))).backward()
         for (name, p), (_, q) in zip(expected_model.named_parameters(), net.named_parameters(), strict=True):
             torch.testing.assert_close(q.grad, p.grad, atol=1e-4, rtol=1e-4, msg=name)
+
+
+class NorseSequences(nn.Module):
+    """Modules of Norse that loop over time themselves."""
+
+    def __init__(self, lifted: bool) -> None:
+        super().__init__()
+        if lifted:
+            parts = norse.Lift(nn.Linear(6, 8)), norse.LIFRecurrent(8, 8), norse.Lift(nn.Linear(8, 3)), norse.LI()
+        else:
+            parts = nn.Linear(6, 8), norse.LIF(), nn.Linear(8, 3), norse.LI()
+        self.net = norse.SequentialState(*parts)
+
+    def forward(self, x: Tensor) -> Tensor:
+        y, _ = self.net(20 * x)
+        return y
+
+
+@pytest.mark.parametrize("lifted", [False, True])
+def test_sequence_modules_of_norse(lifted: bool) -> None:
+    generator = torch.Generator().manual_seed(3)
+    x, longer = (torch.rand(shape, generator=generator, dtype=torch.float64) for shape in ((6, 3, 6), (9, 2, 6)))
+    net = assert_converts_sequence(NorseSequences(lifted), (x,), [(longer,)])
+    loops = [region for part in net.loops or [net] for region in part.regions if region.kind == "loop"]
+    assert loops

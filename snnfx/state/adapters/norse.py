@@ -128,9 +128,12 @@ _STEPS_WITH_LINEAR_INPUT = (
 
 
 class _NorseSequenceAdapter(NorseAdapter):
-    """Refuses modules with their own loop over time."""
+    """Refuses modules with their own loop over time in a step; whole calls are traced through the loop."""
 
     read_call = None  # type: ignore[assignment]
+
+    def multi_step_form(self, module: nn.Module) -> str | None:
+        return "trace" if isinstance(module, (*_SEQUENCE_MODULES, lift.Lift)) else None
 
     def elementwise(self, module: nn.Module) -> bool:
         return False
