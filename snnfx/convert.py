@@ -17,7 +17,7 @@ from snnfx.analysis.batch_norm_folding import unfolded_batch_norms
 from snnfx.capture.capture import capture_both_modes
 from snnfx.capture.carry_inference import infer_carry
 from snnfx.errors import InputError, warn_once
-from snnfx.ir.facts import SUNK
+from snnfx.ir.facts import BATCH_DIM, SUNK, VALUE
 from snnfx.ir.graph_pass import MODEL_CHANGES, Pass, check_passes, stages_of
 from snnfx.ir.history import History, PassRecord
 from snnfx.ir.model_snapshot import ModelSnapshot
@@ -397,7 +397,7 @@ def _plan_loop_again(net: Net, args: tuple[Any, ...], kwargs: dict[str, Any]) ->
         program = programs[mode] = net.programs[mode].copy().unplanned()
         program.training = mode
         for node, x in zip(program.input_nodes(), args, strict=True):
-            node.meta["val"] = torch.empty_like(x, device="meta")
+            VALUE.set(node, torch.empty_like(x, device="meta"))
         PassManager(planning(program, net.options)).run(program)
     return Net(net.source, programs, net.options, net.history, _plan_loop_again, net.first_attributes)
 
@@ -506,12 +506,12 @@ def _same_plan(a: StepProgram, b: StepProgram) -> bool:
     def plan(program: StepProgram) -> list[Any]:
         return [(r.kind, [n.name for n in r.nodes], r.slots) for r in program.regions]
 
-    dims_a = [n.meta.get("batch_dim") for n in a.graph.nodes]
+    dims_a = [BATCH_DIM.of(n) for n in a.graph.nodes]
     return (
         plan(a) == plan(b)
         and a.setting_reads == b.setting_reads
         and a.guards.have_same_reads(b.guards)
-        and dims_a == [n.meta.get("batch_dim") for n in b.graph.nodes]
+        and dims_a == [BATCH_DIM.of(n) for n in b.graph.nodes]
     )
 
 

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, fx
 from torch.fx import Node
 
+from snnfx.ir.facts import VALUE
 from snnfx.ir.program import StepProgram
 from snnfx.ops.step_functions import apply_autograd_function
 from snnfx.sandbox.internal_faults import is_internal_fault, surface
@@ -64,7 +65,7 @@ def _operand_values(program: StepProgram, node: Node) -> tuple[Any, Sequence[Any
         try:
             return value_of(operand)
         except _UnknownOperand:
-            example = operand.meta.get("val")
+            example = VALUE.of(operand)
             if not isinstance(example, Tensor) or not example.is_floating_point():
                 raise
             device = next((p.device for p in program.source.parameters()), torch.device("cpu"))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from torch.fx import Node
 
+from snnfx.ir.facts import KIND, REFUSAL, REGION
 from snnfx.ir.printing import describe_node, operation_name
 from snnfx.ir.program import SELF_TARGET, StepProgram
 from snnfx.ops.folded_weights import NORMS_AFTER
@@ -32,7 +33,7 @@ def unfolded_batch_norms(program: StepProgram) -> dict[str, str]:
     found: dict[str, str] = {}
     for region in program.regions if program.training else ():
         for node in region.nodes if region.kind in ("map", "loop") else ():
-            refusal = node.meta.get("refusal")
+            refusal = REFUSAL.of(node)
             reason = refusal.reason.rstrip(".") if refusal is not None else "it is stepped"
             for name in _norms_called(program, node):
                 found.setdefault(name, reason)
@@ -58,10 +59,10 @@ def layer_of_norm(norm: Node) -> Node:
 
 def can_fold_into_layer(program: StepProgram, node: Node) -> bool:
     """Whether the node is a BatchNorm and the only reader of a layer in its region that can compute it."""
-    if node.meta.get("kind") not in ("once", "fold") or not _takes_one_argument(node):
+    if KIND.of(node) not in ("once", "fold") or not _takes_one_argument(node):
         return False
     before = layer_of_norm(node)
-    if not _takes_one_argument(before) or before.meta.get("region") != node.meta["region"]:
+    if not _takes_one_argument(before) or REGION.of(before) != REGION.of(node):
         return False
     layer, norm = program.resolve(str(before.target)), program.resolve(str(node.target))
     known = type(norm) is NORMS_AFTER.get(type(layer)) and norm.running_mean is not None

@@ -10,6 +10,7 @@ from torch.fx import Node
 from snnfx.analysis.dependence import Dependence, operands_through_sizes
 from snnfx.analysis.statistic_reads import update_chains
 from snnfx.errors import CaptureError
+from snnfx.ir.facts import SLOT
 from snnfx.ir.nodes import takes_from_tuple
 from snnfx.ir.printing import location_of
 from snnfx.ir.program import Region, StepProgram
@@ -51,7 +52,7 @@ class _Groups:
         self.group: dict[Node, int] = {}
         self.members: dict[int, list[Node]] = {}
         for node in program.graph.nodes:
-            if node in kinds or (node.op == "placeholder" and "slot" in node.meta):
+            if node in kinds or (node.op == "placeholder" and SLOT.is_known(node)):
                 self.group[node] = self.position[node]
                 self.members[self.position[node]] = [node]
         self.graph = nx.DiGraph()
@@ -72,7 +73,7 @@ class _Groups:
         for node, group in self.group.items():
             for operand in operands_through_sizes(node):
                 self._edge(operand, group)
-            if "slot" in node.meta and node.op == "placeholder":
+            if SLOT.is_known(node) and node.op == "placeholder":
                 following = self.dependence.carried[node]
                 if isinstance(following, Node) and self.group.get(following) != group:
                     self._edge(following, group)
@@ -111,7 +112,7 @@ class _Groups:
 
     def _refuse_circular_initial_value(self) -> None:
         cycle = nx.find_cycle(self.graph)
-        slots = [n.meta["slot"] for edge in cycle for n in self.members[edge[0]] if "slot" in n.meta]
+        slots = [SLOT.of(n) for edge in cycle for n in self.members[edge[0]] if SLOT.is_known(n)]
         where = next((location_of(n) for edge in cycle for n in self.members[edge[0]] if location_of(n)), "")
         raise CaptureError(
             "SNNFX210",
@@ -173,6 +174,6 @@ class _Groups:
                 continue
             kind = kinds[computing[-1]]
             kind = names.get(kind, kind)
-            slots = [n.meta["slot"] for n in members if "slot" in n.meta and n.op == "placeholder"]
+            slots = [SLOT.of(n) for n in members if SLOT.is_known(n) and n.op == "placeholder"]
             regions.append(Region(f"{kind}_{len(regions)}", kind, members, slots))
         return regions

@@ -8,6 +8,7 @@ from typing import Any
 from torch.fx import Node
 
 from snnfx.analysis.dependence import is_random
+from snnfx.ir.facts import BATCH_DIM, STEP_REFUSAL, VARYING
 from snnfx.ir.module_effects import keeps_statistics
 from snnfx.ir.nodes import is_size
 from snnfx.ir.program import Region, StepProgram
@@ -41,14 +42,14 @@ def folds_when_cut(program: StepProgram, region: Region, inputs: Iterable[Node] 
             if not all(user.target in (cut_history, update_trace) for user in node.users if user.op != "output"):
                 return False
         elif (
-            "step_refusal" in node.meta
+            STEP_REFUSAL.is_known(node)
             or is_random(program, node)
             or node.target is call_opaque
             or keeps_statistics(program, node)
         ):
             return False
-    values = [n for n in (*region.nodes, *inputs) if not is_size(n) and n.meta.get("varying", True)]
-    return all(_has_batch(n.meta.get("batch_dim")) for n in values)
+    values = [n for n in (*region.nodes, *inputs) if not is_size(n) and VARYING.of(n)]
+    return all(_has_batch(BATCH_DIM.of(n)) for n in values)
 
 
 def _has_batch(dim: Any) -> bool:

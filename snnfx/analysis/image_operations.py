@@ -5,6 +5,7 @@ from __future__ import annotations
 from torch import Tensor
 from torch.fx import Node
 
+from snnfx.ir.facts import VALUE
 from snnfx.ir.nodes import is_size, is_structural, takes_from_tuple
 from snnfx.ir.printing import operation_name
 from snnfx.ir.program import StepProgram
@@ -45,7 +46,7 @@ def weights_of(program: StepProgram, node: Node) -> int:
     weight = node.args[position] if len(node.args) > position else node.kwargs.get("weight")
     if not isinstance(weight, Node):
         return 0
-    return _elements(program.resolve(str(weight.target)) if weight.op == "get_attr" else weight.meta.get("val"))
+    return _elements(program.resolve(str(weight.target)) if weight.op == "get_attr" else VALUE.of(weight))
 
 
 def _elements(weight: object) -> int:

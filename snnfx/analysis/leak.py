@@ -19,6 +19,7 @@ from torch.fx import Node
 
 from snnfx.analysis.step_on_numbers import StepOnNumbers, changes_over
 from snnfx.errors import InputError
+from snnfx.ir.facts import SLOT
 from snnfx.ir.program import StepProgram
 from snnfx.sandbox.torch_internals import pytree
 
@@ -82,7 +83,7 @@ def _slots_read_by(value: Node) -> set[Node]:
         if node not in found:
             found.add(node)
             stack.extend(node.all_input_nodes)
-    return {node for node in found if node.op == "placeholder" and "slot" in node.meta}
+    return {node for node in found if node.op == "placeholder" and SLOT.is_known(node)}
 
 
 def fires(step: StepOnNumbers, program: StepProgram, slot: str) -> bool:

@@ -18,6 +18,7 @@ from snnfx.analysis.leak import fires
 from snnfx.analysis.step_on_numbers import StepOnNumbers
 from snnfx.analysis.weight_ops import weight_ops
 from snnfx.errors import InputError
+from snnfx.ir.facts import ADDED_BY_RULE, SLOT
 from snnfx.ir.nodes import is_outside_reader, takes_from_tuple
 from snnfx.ir.program import StepProgram
 
@@ -80,14 +81,14 @@ def leaving_values(program: StepProgram) -> dict[Node, set[Node]]:
 
 
 def _is_state(node: Node) -> bool:
-    return "slot" in node.meta and not node.meta.get("added_by_rule")
+    return SLOT.is_known(node) and not ADDED_BY_RULE.of(node)
 
 
 def _pairs_in_one_module(cycles: list[list[Node]]) -> Iterable[tuple[int, int]]:
     first: dict[str, int] = {}
     for number, cycle in enumerate(cycles):
         for node in cycle:
-            owner = node.meta["slot"].rpartition(".")[0] if _is_state(node) else ""
+            owner = SLOT.of(node).rpartition(".")[0] if _is_state(node) else ""
             if owner:
                 yield first.setdefault(owner, number), number
 
@@ -97,7 +98,7 @@ def _pairs_without_weight(
 ) -> Iterable[tuple[int, int]]:
     step = StepOnNumbers(program)
     for number, cycle in enumerate(cycles):
-        if not any(fires(step, program, node.meta["slot"]) for node in cycle if _is_state(node)):
+        if not any(fires(step, program, SLOT.of(node)) for node in cycle if _is_state(node)):
             reachable = _reached(cycle, lambda node: [u for u in node.users if u not in weights], cycle_of)
             fed = {user for node in reachable for user in node.users if user in cycle_of and user not in weights}
             yield from ((number, cycle_of[user]) for user in fed)

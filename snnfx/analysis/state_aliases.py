@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from torch.fx import Node
 
 from snnfx.errors import CaptureError
+from snnfx.ir.facts import VALUE
 from snnfx.ir.nodes import is_structural
 from snnfx.ir.printing import describe_node, location_of
 from snnfx.ir.program import StepProgram
@@ -67,8 +68,8 @@ def _slots_in_output(program: StepProgram, call: Node) -> set[int] | None:
     adapter = composite_adapter(module) if call.target is call_opaque else adapter_of(module)
     assert adapter is not None
     unknown = torch.zeros(2, 3) if adapter.elementwise(module) else None
-    inputs = pytree.tree_map_only(Node, lambda n: _zeros(n.meta.get("val"), unknown), list(call.args[2:]))
-    options = pytree.tree_map_only(Node, lambda n: _zeros(n.meta.get("val"), unknown), dict(call.kwargs))
+    inputs = pytree.tree_map_only(Node, lambda n: _zeros(VALUE.of(n), unknown), list(call.args[2:]))
+    options = pytree.tree_map_only(Node, lambda n: _zeros(VALUE.of(n), unknown), dict(call.kwargs))
     if any(leaf is None for leaf in pytree.tree_leaves((inputs, options), is_leaf=lambda leaf: leaf is None)):
         return None
     # On a copy with its own state: other threads use the module meanwhile.

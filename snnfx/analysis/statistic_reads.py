@@ -15,6 +15,7 @@ from torch import Tensor
 from torch.fx import Node, map_arg
 
 from snnfx.errors import CaptureError
+from snnfx.ir.facts import VALUE, WHERE
 from snnfx.ir.module_effects import has_in_place_flag, updated_buffers
 from snnfx.ir.nodes import is_in_place, is_size
 from snnfx.ir.printing import location_of
@@ -133,7 +134,7 @@ class _Reads:
             return True
 
         def load(node: Node) -> Any:
-            return self.values[node] if node in self.values else node.meta["val"]
+            return self.values[node] if node in self.values else VALUE.of(node)
 
         target: Any = user.target
         try:
@@ -190,7 +191,7 @@ class _Reads:
                 arguments = (module, name) if after is None else (module, name, after)
                 read = graph.call_function(read_statistic, arguments)
             read.meta = {k: v for k, v in self.attribute.meta.items() if k in ("val", "module")}
-            read.meta["where"] = user.meta.get("where") or self.attribute.meta.get("where")
+            WHERE.set(read, WHERE.of(user) or WHERE.of(self.attribute))
             self.places[read] = self.places[predecessor]
             self.versions[version] = read
         return self.versions[version]

@@ -20,6 +20,7 @@ from snnfx.analysis.batch.rule_lookup import find_rule
 from snnfx.analysis.batch.rule_table import ELEMENTWISE_RULES
 from snnfx.analysis.dependence import is_random
 from snnfx.errors import InputError
+from snnfx.ir.facts import SLOT
 from snnfx.ir.nodes import is_module_call, is_size, takes_from_tuple
 from snnfx.ir.program import StepProgram
 from snnfx.state.registry import adapter_of
@@ -85,7 +86,7 @@ class StepOnNumbers:
 
     def _instruction(self, program: StepProgram, node: Node) -> Instruction:
         if node.op == "placeholder":
-            return Instruction(node.name, "slot" if "slot" in node.meta else "zero")
+            return Instruction(node.name, "slot" if SLOT.is_known(node) else "zero")
         if node.op == "get_attr":
             return Instruction(node.name, "constant", self._constant(str(node.target)))
 

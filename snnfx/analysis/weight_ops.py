@@ -10,6 +10,7 @@ from torch.fx import Node
 
 from snnfx.analysis.batch.rule_lookup import find_rule
 from snnfx.analysis.dependence import Dependence
+from snnfx.ir.facts import VALUE
 from snnfx.ir.program import StepProgram
 from snnfx.ops.operator_lookup import traits_of_name
 
@@ -73,7 +74,7 @@ def output_channels_of(program: StepProgram, node: Node) -> int:
         return int(program.resolve(str(node.target)).out_channels)
     weight = node.args[1] if len(node.args) > 1 else node.kwargs["weight"]
     assert isinstance(weight, Node)
-    value = program.resolve(str(weight.target)) if weight.op == "get_attr" else weight.meta["val"]
+    value = program.resolve(str(weight.target)) if weight.op == "get_attr" else VALUE.of(weight)
     assert isinstance(value, Tensor)
     found = find_rule(node, program.resolve)
     is_transposed = found is not None and "transpose" in found.name

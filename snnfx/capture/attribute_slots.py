@@ -13,6 +13,7 @@ from torch.fx import Node
 from snnfx.capture.proxy import StepProxy
 from snnfx.capture.read_tracking_list import ReadTrackingList
 from snnfx.errors import CaptureError
+from snnfx.ir.facts import VALUE
 from snnfx.sandbox.pytree_paths import flatten_with_path
 from snnfx.sandbox.torch_internals import pytree
 from snnfx.sandbox.user_code import location_of_forward
@@ -144,9 +145,9 @@ def is_number(value: Any) -> bool:
 def recorded(value: Any) -> Any:
     """The fake value of a proxy or node, or None if it is unknown."""
     if type(value) is StepProxy:
-        return value.node.meta.get("val")
+        return VALUE.of(value.node)
     if isinstance(value, Node):
-        return value.meta.get("val")
+        return VALUE.of(value)
     return None
 
 

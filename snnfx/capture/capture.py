@@ -33,6 +33,7 @@ from snnfx.capture.tracer import RECORDED_NUMBER, SubmoduleNotTraceable
 from snnfx.capture.unsupported_modules import refuse_unsupported_modules
 from snnfx.errors import CaptureError, InputError, warn
 from snnfx.ir.edits import add_placeholder
+from snnfx.ir.facts import SLOT, VALUE
 from snnfx.ir.printing import location_of
 from snnfx.ir.program import InputLeaf, Slot, StepProgram, results_of
 from snnfx.ops.operator_lookup import traits_of
@@ -156,9 +157,9 @@ def _capture_copy(
     for captured in filter(None, (program, program.first_step)):
         _refer_to_model(captured, copy)
         for node in captured.graph.nodes:
-            if "val" in node.meta:
-                values = pytree.tree_map(copy.original_of, node.meta["val"])
-                node.meta["val"] = pytree.tree_map(_as_meta_tensor, values)
+            if VALUE.is_known(node):
+                values = pytree.tree_map(copy.original_of, VALUE.of(node))
+                VALUE.set(node, pytree.tree_map(_as_meta_tensor, values))
     return program, copy.training_was_read
 
 
@@ -365,14 +366,14 @@ def _describe_initial_value(attribute: AttributeSlot) -> str:
 
 def _slots_with_placeholders(program: StepProgram, slots: list[Slot]) -> list[Slot]:
     """The slots of another trace with the placeholders of `program`; adds unused placeholders where missing."""
-    known = {n.meta["slot"]: n.name for n in program.graph.nodes if n.op == "placeholder" and "slot" in n.meta}
+    known = {SLOT.of(n): n.name for n in program.graph.nodes if n.op == "placeholder" and SLOT.is_known(n)}
     first = next(iter(program.graph.nodes))
     result: list[Slot] = []
     for slot in slots:
         if slot.name not in known:
             with program.graph.inserting_before(first):
                 node = add_placeholder(program.graph, slot.name)
-            node.meta["slot"] = slot.name
+            SLOT.set(node, slot.name)
             known[slot.name] = node.name
         result.append(replace(slot, placeholder=known[slot.name]))
     return result

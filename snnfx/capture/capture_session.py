@@ -23,6 +23,7 @@ from snnfx.capture.tracer import StepTracer, SubmoduleNotTraceable
 from snnfx.capture.variable_changes import VariableChanges
 from snnfx.errors import CaptureError
 from snnfx.ir.conditions import Condition
+from snnfx.ir.facts import INPUT, SLOT
 from snnfx.ir.guards import Guard, Guards, ModuleRoot, text_of
 from snnfx.ir.program import InitialAttribute, InputLeaf, Slot, StepProgram, results_of
 from snnfx.ir.setting_read import SettingRead
@@ -348,7 +349,7 @@ class CaptureSession:
         graph = tracer.graph
         outputs, nexts, initials = results_of(graph)
         # torch.fx renames a placeholder that would shadow a builtin (`input`), so it is found by its index.
-        placeholders = {n.meta["input"]: n.name for n in graph.nodes if "input" in n.meta and n.op == "placeholder"}
+        placeholders = {INPUT.of(n): n.name for n in graph.nodes if INPUT.is_known(n) and n.op == "placeholder"}
         leaves = [replace(leaf, placeholder=placeholders.get(index)) for index, leaf in enumerate(leaves)]
         used_slots: list[tuple[Slot, Any, Any]] = []
         carried = {name for c in self.carried for name in c.argument().slot_names()}
@@ -400,7 +401,7 @@ def erase_unused_placeholders(program: StepProgram) -> None:
     """Remove placeholders that no slot uses."""
     used = {slot.placeholder for slot in program.slots}
     for node in list(program.graph.nodes):
-        if node.op == "placeholder" and "slot" in node.meta and node.name not in used and not node.users:
+        if node.op == "placeholder" and SLOT.is_known(node) and node.name not in used and not node.users:
             program.graph.erase_node(node)
 
 

@@ -19,6 +19,7 @@ from snnfx.capture.recorder import Recorder
 from snnfx.capture.unrecorded_draws import UnrecordedDraws
 from snnfx.capture.unsupported_modules import is_converted_net
 from snnfx.errors import CaptureError
+from snnfx.ir.facts import VALUE, WHERE
 from snnfx.ir.program import SELF_TARGET, START_PREFIX
 from snnfx.sandbox.torch_internals import (
     BatchNormBase,
@@ -55,7 +56,7 @@ class ExampleValues:
 
     def evaluate(self, node: Node) -> None:
         """Compute the value of a new node if the values of its arguments are known."""
-        if self.mode is None or node.op in ("placeholder", "output") or "val" in node.meta:
+        if self.mode is None or node.op in ("placeholder", "output") or VALUE.is_known(node):
             return
         if node.target is call_opaque and is_converted_net(self._resolve(str(node.args[0].target))):  # type: ignore[union-attr]
             return  # it would be captured anew for the fake tensors
@@ -65,22 +66,22 @@ class ExampleValues:
         if node.op == "get_attr":
             value = self._resolve(str(node.target))
             if isinstance(value, Tensor) and value.is_nested:
-                raise refusal_of_nested_tensor(str(node.target), format_location(node.meta["where"]))
+                raise refusal_of_nested_tensor(str(node.target), format_location(WHERE.of(node)))
             self._record_value(node, lambda: self._fake(value))
             return
         unknown = False
 
         def load(n: Node) -> Any:
             nonlocal unknown
-            unknown = unknown or "val" not in n.meta
-            return n.meta.get("val")
+            unknown = unknown or not VALUE.is_known(n)
+            return VALUE.of(n)
 
         args, kwargs = fx.map_arg((node.args, node.kwargs), load)
         if unknown:
             return
         whole, index = cast("tuple[Any, Any]", args) if node.target is operator.getitem else (None, 0)
         if isinstance(whole, tuple) and index in range(len(whole)):
-            node.meta["val"] = whole[index]  # usually the result of a stateful call
+            VALUE.set(node, whole[index])  # usually the result of a stateful call
         elif node.op == "call_module":
             module = self._resolve(str(node.target))
             self._record_value(node, lambda: _call_for_shape(module, args, kwargs))
@@ -116,14 +117,14 @@ class ExampleValues:
     def _record_value(self, node: Node, compute: Callable[[], Any]) -> None:
         try:
             with self.evaluating():
-                node.meta["val"] = compute()
+                VALUE.set(node, compute())
         except NOT_EVALUATED:
             return
         except (RuntimeError, ValueError, TypeError, IndexError) as error:
             raise CaptureError(
                 "SNNFX201",
                 f"one step on the example inputs fails at `{node.name}`",
-                where=format_location(node.meta["where"]),
+                where=format_location(WHERE.of(node)),
                 why=f"{type(error).__name__}: {error}.",
                 hint="Pass example_inputs with the inputs of ONE call of the model, including the batch dimension.",
             ) from error

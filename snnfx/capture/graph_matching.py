@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 from torch.fx import Node, map_arg
 
+from snnfx.ir.facts import INPUT, SLOT
 from snnfx.ir.module_effects import has_in_place_flag, keeps_statistics
 from snnfx.ir.nodes import IN_PLACE_OPERATORS, is_in_place
 from snnfx.ir.program import StepProgram
@@ -122,8 +123,8 @@ class GraphMatch:
 
     def _compare(self, a: Any, b: Any) -> Generator[tuple[Any, Any], Any, bool]:
         """Whether two values are the same computation; yields pairs of parts and receives whether they are the same."""
-        if isinstance(b, Node) and b.meta.get("slot") in self.bindable and b.op == "placeholder":
-            return self._bind(b.meta["slot"], a)
+        if isinstance(b, Node) and SLOT.of(b) in self.bindable and b.op == "placeholder":
+            return self._bind(SLOT.of(b), a)
         if isinstance(b, Node) and self._is_evaluated(a, b):
             return True
         if isinstance(a, Node) != isinstance(b, Node):
@@ -187,11 +188,11 @@ class GraphMatch:
             if not all(operand is slots[0] or self._is_invariant(operand) for operand in b.args):
                 return None
             b = slots[0]
-        slot = b.meta.get("slot") if isinstance(b, Node) else None
+        slot = SLOT.of(b) if isinstance(b, Node) else None
         return str(slot) if slot in self.bindable and self.bindable[slot] is None else None
 
     def _reads_a_slot(self, value: Any) -> bool:
-        return isinstance(value, Node) and any("slot" in n.meta for n in _ancestors(value))
+        return isinstance(value, Node) and any(SLOT.is_known(n) for n in _ancestors(value))
 
     def _is_invariant(self, value: Any) -> bool:
         return not isinstance(value, Node) or all(n.op != "placeholder" for n in _ancestors(value))
@@ -233,7 +234,7 @@ class GraphMatch:
                 continue
             pending.pop()
             if node.op == "placeholder":
-                slots.add(node.meta.get("slot", ""))
+                slots.add(SLOT.of(node))
             if node not in values:
                 values[node] = self._evaluate_one(node, values)
             if values[node] is _NO_VALUE:
@@ -242,7 +243,7 @@ class GraphMatch:
 
     def _evaluate_one(self, node: Node, values: dict[Node, Any]) -> Any:
         if node.op == "placeholder":
-            start = self.bindable.get(node.meta.get("slot", ""))
+            start = self.bindable.get(SLOT.of(node))
             return _NO_VALUE if start is None else start
         if node.op == "get_attr":
             return self.b.constants.get(str(node.target), _NO_VALUE)
@@ -338,7 +339,7 @@ def _ancestors(node: Node) -> set[Node]:
 
 
 def _is_same_placeholder(a: Node, b: Node) -> bool:
-    return (a.meta.get("slot"), a.meta.get("input")) == (b.meta.get("slot"), b.meta.get("input"))
+    return (SLOT.of(a), INPUT.of(a)) == (SLOT.of(b), INPUT.of(b))
 
 
 def _equal(a: Any, b: Any) -> bool:

@@ -14,6 +14,7 @@ from torch import Tensor, fx
 from torch.fx import Node
 
 from snnfx.errors import CaptureError
+from snnfx.ir.facts import NUMBER, SHAPE_LIKE, VALUE, WHERE
 from snnfx.ir.nodes import IN_PLACE_OPERATORS, object_of
 from snnfx.ops.operator_lookup import traits_of
 from snnfx.ops.step_functions import set_part_
@@ -44,11 +45,11 @@ class StepProxy(fx.Proxy):
         value = value_of(self)
         if value is not UNKNOWN:
             return isinstance(value, cls)
-        return not self.node.meta.get("shape_like") and issubclass(Tensor, cls)
+        return not SHAPE_LIKE.of(self.node) and issubclass(Tensor, cls)
 
     def __getattr__(self, name: str) -> Any:
         # NumPy asks for its protocols and for methods of arrays, and a recorded attribute would answer.
-        is_of_size = not self.node.meta.get("shape_like") or hasattr(torch.Size, name) or hasattr(int, name)
+        is_of_size = not SHAPE_LIKE.of(self.node) or hasattr(torch.Size, name) or hasattr(int, name)
         if name.startswith("__array_") or not is_of_size:
             raise AttributeError(f"{self.node.name} has no attribute {name!r}")
         value = value_of(self)
@@ -101,8 +102,8 @@ class StepProxy(fx.Proxy):
     def _in_place(self, on_numbers: Callable[..., Any], on_tensors: Callable[..., Any], other: Any) -> Any:
         """Record `x += 1`: in place for a tensor, whose aliases change too; a new value for a number."""
         value = value_of(self)
-        is_number = self.node.meta.get("shape_like") if value is UNKNOWN else not isinstance(value, Tensor)
-        operation = on_numbers if is_number or self.node.meta.get("number") else on_tensors
+        is_number = SHAPE_LIKE.of(self.node) if value is UNKNOWN else not isinstance(value, Tensor)
+        operation = on_numbers if is_number or NUMBER.of(self.node) else on_tensors
         return self.tracer.create_proxy("call_function", operation, (self, other), {})
 
     def __setitem__(self, index: Any, value: Any) -> None:
@@ -140,7 +141,7 @@ class StepProxy(fx.Proxy):
     def __format__(self, specification: str) -> str:
         if not specification:
             return str(self)
-        is_unknown_tensor = value_of(self) is UNKNOWN and not self.node.meta.get("shape_like")
+        is_unknown_tensor = value_of(self) is UNKNOWN and not SHAPE_LIKE.of(self.node)
         if is_unknown_tensor:  # only a tensor of one element has a format
             return object.__format__(self, specification)
         return format(self.tracer.concrete(self, float, is_text=True), specification)  # type: ignore[attr-defined]
@@ -168,7 +169,7 @@ def value_of(proxy: StepProxy) -> Any:
 
 def _is_mask_of(mask: Node, node: Node) -> bool:
     """Whether `mask` is known to be a boolean mask with the shape of `node`."""
-    mask_value, value = mask.meta.get("val"), node.meta.get("val")
+    mask_value, value = VALUE.of(mask), VALUE.of(node)
     if isinstance(mask_value, Tensor) and isinstance(value, Tensor):
         return mask_value.dtype is torch.bool and mask_value.shape == value.shape
     is_comparison = traits_of(mask).comparison
@@ -196,7 +197,7 @@ def needs_examples(proxy: StepProxy) -> CaptureError:
     return CaptureError(
         "SNNFX202",
         "the model reads the shape of a value",
-        where=format_location(proxy.node.meta.get("where")),
+        where=format_location(WHERE.of(proxy.node)),
         why="shapes are unknown without example_inputs.",
         hint="Pass example_inputs=(x,) with the inputs of ONE step, including the batch dimension.",
     )

@@ -18,6 +18,7 @@ from snnfx.capture.leaf_module_states import LeafModuleStates
 from snnfx.capture.proxy import UNKNOWN, StepProxy, value_of
 from snnfx.capture.recorder import Recorder
 from snnfx.capture.unsupported_modules import is_converted_net
+from snnfx.ir.facts import MODULE, STRUCTURAL, VALUE
 from snnfx.ir.program import SELF_TARGET
 from snnfx.sandbox.torch_internals import pytree
 from snnfx.sandbox.user_code import user_calls
@@ -157,7 +158,7 @@ class StatefulCalls:
         if values.mode is None or is_converted_net(m):
             return None, UNKNOWN
         placeholders = [self.recorder.slot_placeholders[s] for s in slots if s in self.recorder.slot_placeholders]
-        if all("val" in node.meta for node in placeholders):
+        if all(VALUE.is_known(node) for node in placeholders):
             return None, UNKNOWN
         leaves = pytree.tree_leaves((args, kwargs))
         if any(type(leaf) is StepProxy and value_of(leaf) is UNKNOWN for leaf in leaves):
@@ -169,7 +170,7 @@ class StatefulCalls:
                 result = adapter.step(m, initial, *real_args, **real_kwargs)
         except NOT_EVALUATED:
             return None, UNKNOWN
-        first_call = all("val" not in node.meta for node in placeholders)
+        first_call = all(not VALUE.is_known(node) for node in placeholders)
         for slot, value in zip(slots, result[1], strict=True):
             if slot in self.recorder.slot_placeholders:
                 self.recorder.slot_placeholders[slot].meta.setdefault("val", value)
@@ -178,7 +179,7 @@ class StatefulCalls:
 
     def keeps_shapes(self, adapter: Any, m: nn.Module, args: tuple[Any, ...]) -> bool:
         """Whether the states after the latest call have the shape of its input, so that later calls return alike."""
-        result = self.latest.meta.get("val") if self.latest is not None else None
+        result = VALUE.of(self.latest) if self.latest is not None else None
         if not adapter.elementwise(m) or not isinstance(result, tuple) or type(args[0]) is not StepProxy:
             return False
         return _all_like(value_of(args[0]), result[1])
@@ -192,8 +193,8 @@ def _slot_names(adapter: Any, m: nn.Module, name: str) -> list[str]:
 def element_of(proxy: Any, index: int, name: str) -> StepProxy:
     """Select one of the values that the call of module `name` returns."""
     element = proxy[index]
-    element.node.meta["structural"] = True
-    element.node.meta["module"] = name
+    STRUCTURAL.set(element.node, True)
+    MODULE.set(element.node, name)
     return element  # type: ignore[no-any-return]
 
 

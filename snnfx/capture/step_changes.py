@@ -22,6 +22,7 @@ from snnfx.capture.input_output_checks import refusal_of_nested_tensor
 from snnfx.capture.proxy import StepProxy, data_refusal
 from snnfx.capture.tracer import StepTracer
 from snnfx.errors import CaptureError
+from snnfx.ir.facts import VALUE, WHERE
 from snnfx.ir.nodes import is_in_place, object_of
 from snnfx.ir.program import START_PREFIX, InitialAttribute
 from snnfx.ops.step_functions import read_parameter
@@ -98,7 +99,7 @@ class StepChanges:
 
     def keep_shapes(self, following: Mapping[str, Any]) -> bool:
         """Whether a step leaves the shapes of the changed tensors; its results by the names of the slots."""
-        values = {name: following[name].meta.get("val") for name in self.found}
+        values = {name: VALUE.of(following[name]) for name in self.found}
         return all(isinstance(v, Tensor) and v.shape == self.found[n].tensor.shape for n, v in values.items())
 
     # -- before a step --------------------------------------------------------------------------------------------
@@ -210,7 +211,7 @@ class StepChanges:
                 target = str(root.target)
                 tensor = before.named.get(target) if target not in tracer.constants else tracer.constants[target]
                 if isinstance(tensor, Tensor) and before.owner_of(tensor) is tensor:
-                    self._add_in_place(before, tensor, format_location(node.meta.get("where")))
+                    self._add_in_place(before, tensor, format_location(WHERE.of(node)))
         if count != (len(self.found), sum(c.how == "assigned" for c in self.found.values())):
             raise NewChange
 
@@ -279,7 +280,7 @@ class StepChanges:
             if name is not None and _updates_statistics(node):
                 raise _refusal(
                     f"a step changes `{name}`, which `{node.name}` updates as well",
-                    format_location(node.meta.get("where")),
+                    format_location(WHERE.of(node)),
                     "an update inside an operation of torch leaves no node that a net could carry.",
                     "Pass None for running_mean and running_var in training, and update the statistics in the step.",
                 )

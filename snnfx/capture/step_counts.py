@@ -16,6 +16,7 @@ from typing import Any
 from torch.fx import Node
 
 from snnfx.errors import CaptureError
+from snnfx.ir.facts import NUMBER, SLOT
 from snnfx.ir.printing import operation_name
 from snnfx.sandbox.user_code import format_location
 
@@ -51,7 +52,7 @@ class StepCounts:
         slot = self._slot_of(node)
         if slot is None or number is not bool:
             return None
-        value = bool(_evaluate(node, slot, self.starts[slot.meta["slot"]]))
+        value = bool(_evaluate(node, slot, self.starts[SLOT.of(slot)]))
         self.branches.append(_Branch(node, number, value, slot, where))
         return value
 
@@ -65,7 +66,7 @@ class StepCounts:
             CaptureError: SNNFX250, a later step takes the other branch.
         """
         for branch in self.branches:
-            name = branch.slot.meta["slot"]
+            name = SLOT.of(branch.slot)
             after = following[name]
             if not self._stays(branch, getattr(after, "node", after)):
                 raise CaptureError(
@@ -84,7 +85,7 @@ class StepCounts:
         while stack:
             current = stack.pop()
             if current.op == "placeholder":
-                if not current.meta.get("number") or current.meta.get("slot") not in self.starts:
+                if not NUMBER.of(current) or SLOT.of(current) not in self.starts:
                     return None
                 slots.add(current)
             elif current.op != "call_function" or getattr(current.target, "__module__", "") not in _MODULES:
@@ -94,7 +95,7 @@ class StepCounts:
         return slots.pop() if len(slots) == 1 else None
 
     def _stays(self, branch: _Branch, following: Any) -> bool:
-        start = self.starts[branch.slot.meta["slot"]]
+        start = self.starts[SLOT.of(branch.slot)]
         values = list(_values(start, branch.slot, following))
         if any(bool(_evaluate(branch.node, branch.slot, v)) != branch.value for v in values):
             return False

@@ -24,6 +24,7 @@ from torch import Tensor, fx
 from torch.fx import Node
 
 from snnfx.errors import CaptureError
+from snnfx.ir.facts import INPUT, SHAPE_LIKE, VALUE, WHERE
 from snnfx.ir.nodes import IN_PLACE_OPERATORS, is_in_place, is_module_call, is_size, is_structural
 from snnfx.ir.printing import describe_node, operation_name
 from snnfx.ops.operator_lookup import traits_of
@@ -107,7 +108,7 @@ def _reads_of_elements(graph: fx.Graph) -> dict[Node, _Read]:
     reads: dict[Node, _Read] = {}
     of_inputs: set[Node] = set()
     for node in graph.nodes:
-        if (node.op == "placeholder" and "input" in node.meta) or any(n in of_inputs for n in node.all_input_nodes):
+        if (node.op == "placeholder" and INPUT.is_known(node)) or any(n in of_inputs for n in node.all_input_nodes):
             of_inputs.add(node)
             read = _read_of(node)
             if read is not None and read.source in of_inputs:
@@ -120,12 +121,12 @@ def _read_of(node: Node) -> _Read | None:
         return None
     source, name = node.args[0], operation_name(node)
     if node.target is operator.getitem:
-        if is_structural(node) or source.meta.get("shape_like"):
+        if is_structural(node) or SHAPE_LIKE.of(source):
             return None
         parts = _parts_of(source)
         if parts is not None:
             return _read(*parts, node.args[1])
-        value = source.meta.get("val")
+        value = VALUE.of(source)
         return None if value is not None and not isinstance(value, Tensor) else _read_by_index(source, node.args[1])
     if name in ("select", "narrow"):
         given = [*node.args[1:], *node.kwargs.values()]
@@ -145,7 +146,7 @@ def _parts_of(node: Node) -> tuple[Node, Any] | None:
     if name not in ("split", "chunk", "tensor_split"):
         return None
     dim = arguments[1] if len(arguments) > 1 else node.kwargs.get("dim", 0)
-    value = node.meta.get("val")
+    value = VALUE.of(node)
     if isinstance(value, tuple | list):
         is_single = isinstance(dim, int) and all(isinstance(v, Tensor) and v.shape[dim] == 1 for v in value)
     else:
@@ -173,7 +174,7 @@ def _read_by_index(source: Node, index: Any) -> _Read | None:
 def _read(source: Node, dim: Any, index: Any) -> _Read | None:
     if not all(isinstance(n, int) and not isinstance(n, bool) for n in (dim, index)):
         return None
-    value = source.meta.get("val")
+    value = VALUE.of(source)
     if isinstance(value, Tensor) and value.dim() > 0 and -value.dim() <= dim < value.dim():
         dim %= value.dim()
         index = index % value.shape[dim] if value.shape[dim] else index
@@ -210,7 +211,7 @@ def _elements_by_source(reads: Mapping[Node, _Read]) -> Iterable[_Elements]:
             and order in (sorted(order), sorted(order)[::-1])
         ):
             iterations = {node: order.index(index) for node, index in iterations.items()}
-            value = source.meta.get("val")
+            value = VALUE.of(source)
             size = value.shape[dim] if isinstance(value, Tensor) else None
             yield _Elements(source, dim, iterations, len(order), size)
 
@@ -353,8 +354,8 @@ class _SequenceLoop:
         if verdict is None:
             return None
         value, reader = recurrences[-1][0]
-        where = format_location(min(elements.iterations, key=lambda n: elements.iterations[n]).meta.get("where"))
-        place = format_location(reader.meta.get("where"))
+        where = format_location(WHERE.of(min(elements.iterations, key=lambda n: elements.iterations[n])))
+        place = format_location(WHERE.of(reader))
         operations = "run the same operations" if is_same else "call the same neuron"
         return TimeLoop(
             verdict,
@@ -447,7 +448,7 @@ def _static_loops(
                 yield TimeLoop(
                     is_certain,
                     f"one line of the forward calls `{name}` {len(calls)} times",
-                    format_location(same[0].meta.get("where")),
+                    format_location(WHERE.of(same[0])),
                     f"each call reads the same value{again} and the state after the previous call",
                 )
                 break
@@ -468,7 +469,7 @@ def _reads_input(call: Node, calls: set[Node]) -> bool:
         if node in seen or node in calls:
             continue
         seen.add(node)
-        if node.op == "placeholder" and "input" in node.meta:
+        if node.op == "placeholder" and INPUT.is_known(node):
             return True
         pending += node.all_input_nodes
     return False
@@ -500,12 +501,12 @@ def _is_input(node: Node) -> bool:
         if len(inputs) != 1 or _operation(node) not in _OF_SAME_ELEMENTS:
             return False
         node = inputs[0]
-    return "input" in node.meta
+    return INPUT.is_known(node)
 
 
 def _leading_sizes(graph: fx.Graph) -> set[int]:
     """The sizes of the first two dimensions of the inputs, where known."""
-    values = [n.meta.get("val") for n in graph.nodes if n.op == "placeholder" and "input" in n.meta]
+    values = [VALUE.of(n) for n in graph.nodes if n.op == "placeholder" and INPUT.is_known(n)]
     return {size for value in values if isinstance(value, Tensor) for size in value.shape[:2]}
 
 

@@ -43,6 +43,7 @@ from snnfx.capture.unsupported_modules import is_converted_net
 from snnfx.errors import CaptureError
 from snnfx.ir.conditions import Condition, condition_of
 from snnfx.ir.edits import add_placeholder
+from snnfx.ir.facts import ITERATIONS, MODULE, SHAPE_LIKE, VALUE, WHERE, WITHOUT_GRADIENT
 from snnfx.ir.guards import text_of
 from snnfx.ir.nodes import is_in_place, is_in_place_target, is_size_computation, object_of
 from snnfx.ir.program import SELF_TARGET
@@ -266,7 +267,7 @@ class StepTracer(fx.Tracer):
         node = add_placeholder(self.graph, name)
         node.meta.update(meta)
         if value is not UNKNOWN:
-            node.meta["val"] = value
+            VALUE.set(node, value)
         return self.proxy(node)
 
     def add_slot(self, name: str, value: Any = UNKNOWN, *, number: bool = False) -> StepProxy:
@@ -334,13 +335,13 @@ class StepTracer(fx.Tracer):
         if source is not None:
             with self.draws.unobserved():
                 proxy = super().create_proxy(kind, target, (source, *args[1:]), kwargs, *rest, **more)
-            proxy.node.meta["without_gradient"] = True
+            WITHOUT_GRADIENT.set(proxy.node, True)
             return proxy
         with self.draws.unobserved():
             proxy = super().create_proxy(kind, target, args, kwargs, *rest, **more)
         if kind.startswith("call") and self.is_without_gradient() and not self.calls.is_recording:
             if is_in_place(proxy.node):
-                proxy.node.meta["without_gradient"] = True
+                WITHOUT_GRADIENT.set(proxy.node, True)
                 return proxy
             return self.without_gradient(proxy)
         return proxy
@@ -363,7 +364,7 @@ class StepTracer(fx.Tracer):
     def record_at(self, name: str, kind: str, target: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> StepProxy:
         """Record a node that belongs to the module called `name`."""
         proxy = self.create_proxy(kind, target, args, kwargs)
-        proxy.node.meta["module"] = name
+        MODULE.set(proxy.node, name)
         return proxy  # type: ignore[no-any-return]
 
     def is_without_gradient(self) -> bool:
@@ -372,7 +373,7 @@ class StepTracer(fx.Tracer):
     def without_gradient(self, proxy: Any) -> Any:
         """Detach the result of an operation, as `torch.no_grad()` around the operation does."""
         value = value_of(proxy)
-        is_tensor = isinstance(value, Tensor) or (value is UNKNOWN and not proxy.node.meta.get("shape_like"))
+        is_tensor = isinstance(value, Tensor) or (value is UNKNOWN and not SHAPE_LIKE.of(proxy.node))
         return super().create_proxy("call_method", "detach", (proxy,), {}) if is_tensor else proxy
 
     def create_node(
@@ -394,16 +395,16 @@ class StepTracer(fx.Tracer):
             )
         node = super().create_node(kind, target, args, kwargs, name, None)
         node.meta.pop("nn_module_stack", None)
-        node.meta["where"] = user_location()
+        WHERE.set(node, user_location())
         if self._tracker is not None and kind != "placeholder":
-            node.meta["iterations"] = self._tracker.current()
+            ITERATIONS.set(node, self._tracker.current())
             assert self._iterations is not None
-            self._iterations.check(node.meta["iterations"])
+            self._iterations.check(ITERATIONS.of(node))
         node.meta.setdefault("module", self.scope.module_path if hasattr(self, "scope") else "")
         if kind == "call_module":
-            node.meta["module"] = str(target)
+            MODULE.set(node, str(target))
         if is_size_computation(node):
-            node.meta["shape_like"] = True
+            SHAPE_LIKE.set(node, True)
         self.values.evaluate(node)
         return node
 
@@ -421,7 +422,7 @@ class StepTracer(fx.Tracer):
         decided = self.counts.decide(proxy.node, number, where)
         if decided is not None:
             return decided
-        if number is bool and not proxy.node.meta.get("shape_like"):
+        if number is bool and not SHAPE_LIKE.of(proxy.node):
             condition = condition_of(proxy.node, self.root, number, location)
             if condition is not None:
                 before, self.is_evaluating = self.is_evaluating, True
@@ -430,7 +431,7 @@ class StepTracer(fx.Tracer):
                 finally:
                     self.is_evaluating = before
                 return self.conditions[condition]
-        if isinstance(value, Tensor) or (value is UNKNOWN and not proxy.node.meta.get("shape_like")):
+        if isinstance(value, Tensor) or (value is UNKNOWN and not SHAPE_LIKE.of(proxy.node)):
             raise CaptureError(
                 "SNNFX201",
                 "control flow that depends on tensor values cannot be captured",

@@ -25,6 +25,7 @@ from snnfx.deploy.pt2_file import write_package, write_program
 from snnfx.deploy.tracing import trace
 from snnfx.deploy.written_files import written_at_once
 from snnfx.errors import ExportError, warn_once
+from snnfx.ir.facts import VALUE
 from snnfx.ops.run_loop import LoopHandle
 from snnfx.runtime.net import Net
 from snnfx.sandbox.isolation import isolated
@@ -303,8 +304,8 @@ def _symbols(program: torch.export.ExportedProgram, plan: ExportPlan) -> dict[st
     nodes = [by_name[n] for n in names if isinstance(n, str) and n in by_name]
     tensors = [*plan.interface.inputs, *plan.interface.states]
     symbols: dict[str, str] = {}
-    for node, tensor in zip([n for n in nodes if isinstance(n.meta.get("val"), torch.Tensor)], tensors, strict=False):
-        for size, axis in zip(node.meta["val"].shape, tensor.shape, strict=True):
+    for node, tensor in zip([n for n in nodes if isinstance(VALUE.of(n), torch.Tensor)], tensors, strict=False):
+        for size, axis in zip(VALUE.of(node).shape, tensor.shape, strict=True):
             if axis in ("T", "N"):
                 symbols[str(size)] = str(axis)
     return symbols
@@ -313,7 +314,7 @@ def _symbols(program: torch.export.ExportedProgram, plan: ExportPlan) -> dict[st
 def _with_output_axes(plan: ExportPlan, program: torch.export.ExportedProgram) -> ExportPlan:
     """The plan with the dynamic axes of outputs and final states, which the trace found."""
     axes = _symbols(program, plan)
-    values = [n.meta.get("val") for n in program.graph.output_node().args[0] if isinstance(n, fx.Node)]
+    values = [VALUE.of(n) for n in program.graph.output_node().args[0] if isinstance(n, fx.Node)]
     shapes = [symbolic_shape(v.shape, axes) for v in values if isinstance(v, torch.Tensor)]
     interface, count = plan.interface, len(plan.interface.outputs)
     named = [*interface.outputs, *interface.final_states]

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, fx
 from torch.fx import Node
 
+from snnfx.ir.facts import VALUE
 from snnfx.sandbox.torch_internals import proxies_disabled, record_aten
 
 __all__ = ["functional_step"]
@@ -92,7 +93,7 @@ def _separate_results(graph: fx.Graph) -> None:
             if node in last_copy or node.op != "call_function" or _is_view(node):
                 # A clone of the last copy, because two clones of one value would be merged.
                 result = graph.call_function(torch.ops.aten.clone.default, (last_copy.get(node, node),))
-                result.meta["val"] = node.meta.get("val")
+                VALUE.set(result, VALUE.of(node))
             last_copy[node] = result
             results.append(result)
     output.args = (tuple(results),)

@@ -12,6 +12,7 @@ from torch.fx import Node
 from snnfx.deploy.exported_module import run_step
 from snnfx.deploy.refusals import ExportRefused, first_line
 from snnfx.errors import InputError
+from snnfx.ir.facts import VALUE
 from snnfx.ir.program import StepProgram
 from snnfx.runtime.net import Net
 
@@ -71,7 +72,7 @@ def _expectations(program: StepProgram, node: Node, x: Tensor) -> list[str]:
         if sizes is not None and x.dim() >= -sizes[0] and x.shape[sizes[0]] != sizes[1]:
             dim, size, unit = sizes
             found.append(f"`{user.target}` expects {size} {unit}, and the step has {x.shape[dim]}")
-    example = node.meta.get("val")
+    example = VALUE.of(node)
     if isinstance(example, Tensor) and example.shape[1:] != x.shape[1:]:
         found.append(f"one step of `{node.name}` in example_inputs had the shape {list(example.shape)}")
     return found

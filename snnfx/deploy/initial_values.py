@@ -14,6 +14,7 @@ from snnfx.deploy.functional_step import functional_step
 from snnfx.deploy.refusals import ExportRefused, changes_shape
 from snnfx.emit.executable import Executable
 from snnfx.emit.region_builder import whole_step
+from snnfx.ir.facts import SLOT
 from snnfx.sandbox.torch_internals import SymbolicTensors
 
 __all__ = ["filled_initial_values"]
@@ -36,7 +37,7 @@ def filled_initial_values(executable: Executable, steps: Sequence[Tensor]) -> di
         found[name] = initial if isinstance(initial, bool | int | float) else None
     nodes = [n for n, name in zip(program.slot_nodes(), names, strict=True) if isinstance(initial_of[name], Node)]
     if nodes:
-        found.update(zip([n.meta["slot"] for n in nodes], _fills(executable, nodes, names, steps), strict=True))
+        found.update(zip([SLOT.of(n) for n in nodes], _fills(executable, nodes, names, steps), strict=True))
     return found
 
 

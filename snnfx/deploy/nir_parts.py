@@ -14,6 +14,7 @@ from snnfx.deploy.nir_forms import Form, Parts, Term, is_elementwise
 from snnfx.deploy.nir_layers import Convolution, Dense, Layer, layer_of
 from snnfx.deploy.nir_step import AtenStep
 from snnfx.errors import ExportError
+from snnfx.ir.facts import MODULE
 
 __all__ = ["Part", "parts_of"]
 
@@ -142,7 +143,7 @@ class _Builder:
     def _module_of_unit(self, node: Node) -> str:
         slots = self.forms.unit(node).slots
         names = [name for name, slot in self.step.slots.items() if slot in slots]
-        return names[0].rpartition(".")[0] if names else node.meta.get("module", "")
+        return names[0].rpartition(".")[0] if names else MODULE.of(node)
 
     def _module_of_layer(self, node: Node) -> str:
         pending = list(node.all_input_nodes)
@@ -152,7 +153,7 @@ class _Builder:
                 return self.step.names[id(self.step.constants[n])].rpartition(".")[0]
             if n not in self.forms.varying:
                 pending += n.all_input_nodes
-        return node.meta.get("module", "")  # type: ignore[no-any-return]
+        return MODULE.of(node)
 
 
 def _uses(parts: dict[Node, Part], outputs: list[Part]) -> Iterator[tuple[Part, Term, Tensor]]:

@@ -71,7 +71,7 @@ class AtenStep:
 
 def refusal(node: Node, why: str, hint: str = "") -> ExportError:
     """The refusal of an operation, which names its module."""
-    module, operation = node.meta.get("module", ""), node.meta.get("operation", str(node.target))
+    module, operation = MODULE.of(node), node.meta.get("operation", str(node.target))
     what = f"`{module}`" if module else f"the operation `{operation}`"
     return ExportError(
         "SNNFX813", f"{what} has no form in NIR", where=node.meta.get("where", ""), why=why, hint=hint or _HINT

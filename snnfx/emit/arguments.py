@@ -14,6 +14,7 @@ from torch import Tensor
 from snnfx.emit.bounded_cache import BoundedCache
 from snnfx.emit.state_shapes import shapes_of_state
 from snnfx.errors import InputError
+from snnfx.ir.facts import VALUE
 from snnfx.ir.options import ConvertOptions
 from snnfx.ir.program import StepProgram
 from snnfx.ops.sequence_functions import move_time
@@ -335,7 +336,7 @@ class _PlannedInput:
     def of(program: StepProgram, placeholder: str, time_dim: int | None) -> _PlannedInput:
         time = 0 if time_dim is None else 1
         rank = program.input_ranks.get(placeholder)
-        example = program.nodes_by_name[placeholder].meta.get("val") if rank is not None else None
+        example = VALUE.of(program.nodes_by_name[placeholder]) if rank is not None else None
         return _PlannedInput(
             program.requirements.get(placeholder, 0) + time,
             None if rank is None else rank + time,

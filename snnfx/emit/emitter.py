@@ -10,6 +10,7 @@ from torch import fx, nn
 from torch.fx import Node
 
 from snnfx.ir.edits import add_placeholder
+from snnfx.ir.facts import CHANNELS_LAST
 from snnfx.ir.program import START_PREFIX, StepProgram
 from snnfx.ops.memory_format import row_major
 from snnfx.ops.sequence_functions import carry_gradient, select_state, start_value
@@ -81,7 +82,7 @@ class Emitter:
 
     def in_caller_layout(self, node: Any, value: Any) -> Any:
         """The emitted value of an output, converted to row-major if the net computes it in channels-last layout."""
-        if isinstance(node, Node) and node.meta.get("channels_last"):
+        if isinstance(node, Node) and CHANNELS_LAST.of(node):
             return self.graph.call_function(row_major, (value,))
         return value
 

@@ -25,6 +25,7 @@ from snnfx.emit.multi_step import emit_multi_step
 from snnfx.emit.plain_graph import emit_plain
 from snnfx.emit.region_builder import same_for_all_samples
 from snnfx.functional import seq_to_ann_forward
+from snnfx.ir.facts import BATCH_DIM, BATCH_SIZES, REFUSAL, REGION_NAME, STEP_NODE, STEP_REFUSAL, VARYING
 from snnfx.ir.module_effects import keeps_statistics, statistics_of_function
 from snnfx.ir.nodes import is_size, takes_from_tuple
 from snnfx.ir.program import Region, StepProgram
@@ -91,8 +92,8 @@ def _any(program: StepProgram, region: Region, predicate: Any) -> bool:
 
 def _steps_by_sample(region: Region) -> bool:
     """Whether a step of a loop, state included, is batch-equivariant."""
-    nodes = [n for n in region.nodes if not is_size(n) and n.meta.get("varying", True)]
-    return all("step_refusal" not in n.meta and _is_batch_first(n.meta.get("batch_dim")) for n in nodes)
+    nodes = [n for n in region.nodes if not is_size(n) and VARYING.of(n)]
+    return all(not STEP_REFUSAL.is_known(n) and _is_batch_first(BATCH_DIM.of(n)) for n in nodes)
 
 
 def _is_batch_first(dim: Any) -> bool:
@@ -160,13 +161,13 @@ class _Fold:
         inside = [user for user in node.users if user in self.group]
         if all(self._find(user) is self._find(node) for user in inside):
             return True
-        return isinstance(node.meta.get("batch_dim"), int) and not same_for_all_samples(node)
+        return isinstance(BATCH_DIM.of(node), int) and not same_for_all_samples(node)
 
 
 def _takes_one_batch(nodes: Sequence[Node]) -> bool:
     """Whether the inputs of a part have one batch size: a fold may merge other dimensions into its batch."""
     outside = {n for node in nodes for n in operands_through_sizes(node)} - set(nodes)
-    return len({size for node in outside for size in node.meta.get("batch_sizes", ())}) < 2
+    return len({size for node in outside for size in BATCH_SIZES.of(node)}) < 2
 
 
 def _names(name: str, kinds: Sequence[str]) -> list[str]:
@@ -183,12 +184,12 @@ def _names(name: str, kinds: Sequence[str]) -> list[str]:
 
 
 def _takes_statistics_of_steps(node: Node) -> bool:
-    refusal = node.meta.get("refusal")
+    refusal = REFUSAL.of(node)
     return node.op == "call_module" and refusal is not None and refusal.code == "SNNFX106"
 
 
 def _kind_of(program: StepProgram, node: Node) -> str:
-    if _is_batch_norm(program, node) and node.meta.get("batch_dim") == 0 == node.args[0].meta.get("batch_dim"):  # type: ignore[union-attr]
+    if _is_batch_norm(program, node) and BATCH_DIM.of(node) == 0 == BATCH_DIM.of(node.args[0]):  # type: ignore[arg-type]
         return NORM
     is_expensive = _is_product(program, node) or is_random(program, node) or takes_batch_statistics(program, node)
     return PRODUCT if is_expensive else LIGHT
@@ -252,9 +253,9 @@ def _split_norms(graph: fx.Graph, norms: Mapping[str, Region]) -> fx.Graph:
     new = fx.Graph()
     env: dict[Node, Node] = {}
     for node in graph.nodes:
-        if node.target is batch_norm_per_step and node.meta["step_node"] in by_node:
+        if node.target is batch_norm_per_step and STEP_NODE.of(node) in by_node:
             x_seq, module = (env[n] for n in node.all_input_nodes)
-            env[node] = _normalize(new, x_seq, module, by_node[node.meta["step_node"]], per_step=True)
+            env[node] = _normalize(new, x_seq, module, by_node[STEP_NODE.of(node)], per_step=True)
             env[node].meta.update(node.meta)
         elif node.target is seq_to_ann_forward and (name := _region_of(node)) in norms:
             (x_seq,), (module,) = (
@@ -279,9 +280,9 @@ def _normalize(graph: fx.Graph, x_seq: Node, module: Node, name: str, per_step: 
     statistics = graph.call_function(
         step_statistics if per_step else batch_statistics, (x_seq, module), name=f"{name}_statistics"
     )
-    statistics.meta["region_name"] = f"{name}_stats"
+    REGION_NAME.set(statistics, f"{name}_stats")
     mean, var = (graph.call_function(operator.getitem, (statistics, index)) for index in range(2))
     options: dict[str, Any] = {"per_step": True} if per_step else {}
     value = graph.call_function(normalize, (x_seq, mean, var, module), options, name=name)
-    value.meta["region_name"] = name
+    REGION_NAME.set(value, name)
     return value

@@ -22,6 +22,7 @@ from snnfx.emit.emitter import Emitted, Emitter, TargetName
 from snnfx.emit.region_builder import RegionBuilder, is_batch_first, same_for_all_samples
 from snnfx.emit.shape_dependence import unexpanded_dimensions
 from snnfx.functional import map_forward, multi_step_forward, seq_to_ann_forward
+from snnfx.ir.facts import BATCH_DIM, FOLDS_DIM_0, REFUSAL, SLOT, STEP_NODE, SUNK
 from snnfx.ir.printing import describe_node
 from snnfx.ir.program import Region, StepProgram
 from snnfx.ops.sequence_functions import (
@@ -156,12 +157,12 @@ class MultiStepEmitter(Emitter):
         module = self.region(region.name, lambda: builder.graph_module(output_nodes))
         inputs = tuple(self._sequence_input(node) for node in builder.inputs)
         kwargs: dict[str, Any] = {"constants": constants} if constants else {}
-        if "folds_dim_0" in region.nodes[0].meta:
+        if FOLDS_DIM_0.is_known(region.nodes[0]):
             return self.graph.call_function(seq_to_ann_forward, (inputs, module), kwargs, name=region.name)
-        batch_dims = tuple(node.meta["batch_dim"] for node in builder.inputs)
+        batch_dims = tuple(BATCH_DIM.of(node) for node in builder.inputs)
         if any(batch_dims):
             kwargs["batch_dim"] = batch_dims
-        out_dims = tuple(0 if same_for_all_samples(node) else node.meta["batch_dim"] for node in output_nodes)
+        out_dims = tuple(0 if same_for_all_samples(node) else BATCH_DIM.of(node) for node in output_nodes)
         if any(out_dims):
             kwargs["out_batch_dim"] = out_dims
         return self.graph.call_function(seq_to_ann_forward, (inputs, module), kwargs, name=region.name)
@@ -222,7 +223,7 @@ class MultiStepEmitter(Emitter):
 
     def _start_of_loop(self, region: Region, builder: RegionBuilder, next_states: list[Any]) -> RegionGraph:
         """`(*constants, *inputs) -> (states before the first step, states after it)`, from the reset state."""
-        by_slot = {node.meta["slot"]: node for node in self.program.slot_nodes()}
+        by_slot = {SLOT.of(node): node for node in self.program.slot_nodes()}
         slots = [by_slot[slot] for slot in region.slots]
         return builder.graph_module(slots, next_states, region.slots, first=True, extra_input=not builder.inputs)
 
@@ -235,7 +236,7 @@ class MultiStepEmitter(Emitter):
         output_nodes: list[Node],
         next_states: list[Any],
     ) -> CutLoopRegion:
-        by_slot = {node.meta["slot"]: node for node in self.program.slot_nodes()}
+        by_slot = {SLOT.of(node): node for node in self.program.slot_nodes()}
         slots = [by_slot[slot] for slot in region.slots]
         return CutLoopRegion(
             _label(region),
@@ -244,9 +245,9 @@ class MultiStepEmitter(Emitter):
             start=self._start_of_loop(region, builder, next_states),
             advance=builder.graph_module((), next_states, region.slots).without_dead_code(),
             outputs=builder.graph_module(output_nodes, (), region.slots).without_dead_code(),
-            input_dims=[node.meta["batch_dim"] for node in builder.inputs],
-            state_dims=[node.meta["batch_dim"] for node in slots],
-            output_dims=[node.meta["batch_dim"] for node in output_nodes],
+            input_dims=[BATCH_DIM.of(node) for node in builder.inputs],
+            state_dims=[BATCH_DIM.of(node) for node in slots],
+            output_dims=[BATCH_DIM.of(node) for node in output_nodes],
         )
 
     def _nodes_read_outside(self) -> set[Node]:
@@ -265,7 +266,7 @@ class MultiStepEmitter(Emitter):
 
     def _define(self, node: Node, value: Node) -> None:
         value.meta.update({k: v for k, v in node.meta.items() if k in ("where", "module", "val", "region", "varying")})
-        value.meta["step_node"] = node.name
+        STEP_NODE.set(value, node.name)
         self.values[node] = value
 
     def value(self, node: Node) -> Node:
@@ -273,7 +274,7 @@ class MultiStepEmitter(Emitter):
         if node not in self.values:
             if node.op == "get_attr":
                 return self.attribute(str(node.target))
-            if node.op == "placeholder" and "slot" in node.meta:
+            if node.op == "placeholder" and SLOT.is_known(node):
                 self.values[node] = self._delayed(node)
             else:
                 raise AssertionError(f"{node} is read before its region runs")
@@ -286,7 +287,7 @@ class MultiStepEmitter(Emitter):
         """An output: a sequence, or its reduction over time."""
         if self.reduce is None or not isinstance(value, Node):
             return self._as_sequence(value)
-        if value.meta.get("sunk"):
+        if SUNK.of(value):
             return self._reduced_sum(self.value(value)) if self.reduce == "sum" else self.value(value)
         if not value.meta.get("varying"):
             return self._reduced_sum(self.value(value)) if self.reduce == "sum" else self.value(value)
@@ -309,13 +310,13 @@ class MultiStepEmitter(Emitter):
     def _as_sequence(self, value: Any) -> Any:
         if not isinstance(value, Node):
             return value
-        if value.meta.get("varying") or (value.op == "placeholder" and "slot" in value.meta):
+        if value.meta.get("varying") or (value.op == "placeholder" and SLOT.is_known(value)):
             return self.value(value)
         return self.graph.call_function(repeat_over_time, (self.value(value), self.steps()))
 
     def _delayed(self, placeholder: Node) -> Node:
         """The sequence of a slot that is on no cycle: its next value, delayed by one time step."""
-        slot = placeholder.meta["slot"]
+        slot = SLOT.of(placeholder)
         next_state = self.next_of[slot]
         state = self.state_of((slot,))
         initial = self.initial_of[slot]
@@ -358,7 +359,7 @@ def _main_operands(program: StepProgram, value: Any, stop: Iterable[Node]) -> li
 
 
 def _is_per_step_batch_norm(region: Region) -> bool:
-    refusal = region.nodes[0].meta.get("refusal")
+    refusal = REFUSAL.of(region.nodes[0])
     return (
         len(region.nodes) == 1
         and region.nodes[0].op == "call_module"

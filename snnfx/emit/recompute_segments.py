@@ -18,6 +18,7 @@ from torch.fx import Node, map_arg
 
 from snnfx.analysis.integer_ranges import IntegerRanges
 from snnfx.emit.tiling import STATISTICS, name_of_call
+from snnfx.ir.facts import IS_PRODUCT, STEP_NODE
 from snnfx.recompute.packed_saved_tensors import PackedInputs, run_tile_with_packed_inputs
 from snnfx.recompute.recomputation import run_segment
 from snnfx.recompute.segment import Segment, StatisticsCall, TileCall
@@ -81,7 +82,7 @@ def segments_of(graph: fx.Graph, tiles: Mapping[str, Tile]) -> dict[str, tuple[l
 
 
 def _is_product(node: Node) -> bool:
-    return bool(node.meta.get("is_product"))
+    return bool(IS_PRODUCT.of(node))
 
 
 def _readers(call: Node) -> set[Node]:
@@ -151,7 +152,7 @@ class _SegmentEmitter:
 
     def _largest(self, node: Any) -> int:
         """The largest integer in the sequence of a node; 0: the sequence is not known to be integer-valued."""
-        step = self.program_nodes.get(node.meta.get("step_node", "")) if isinstance(node, Node) else None
+        step = self.program_nodes.get(STEP_NODE.of(node)) if isinstance(node, Node) else None
         return self.integer_ranges.largest.get(step, 0) if step is not None else 0
 
     def _bounds(self, call: Node) -> tuple[int, ...]:

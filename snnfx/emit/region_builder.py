@@ -20,7 +20,7 @@ from snnfx.analysis.statistic_reads import update_chains
 from snnfx.emit.shape_dependence import unexpanded_dimensions
 from snnfx.errors import CaptureError
 from snnfx.ir.edits import add_placeholder
-from snnfx.ir.facts import EVENTS
+from snnfx.ir.facts import BATCH_DIM, CHANNELS_LAST, EVENTS, FOLDS_DIM_0, IN_WEIGHTS, KIND, SLOT, VARYING
 from snnfx.ir.nodes import is_size
 from snnfx.ir.printing import location_of
 from snnfx.ir.program import StepProgram
@@ -99,13 +99,13 @@ class RegionBuilder:
             self._need(operand)
 
     def _need(self, operand: Node) -> None:
-        if operand in self.inside or (operand.op == "placeholder" and operand.meta.get("slot") in self.slots):
+        if operand in self.inside or (operand.op == "placeholder" and SLOT.of(operand) in self.slots):
             return
         if is_size(operand):
             self._need_operands(operand)
-        elif operand.op == "get_attr" or not (operand.meta.get("varying", True)):
+        elif operand.op == "get_attr" or not (VARYING.of(operand)):
             # An invariant value with a batch dimension is an input of a fold, which repeats it over time.
-            if operand.op != "get_attr" and self._folds() and operand.meta.get("batch_dim") is not None:
+            if operand.op != "get_attr" and self._folds() and BATCH_DIM.of(operand) is not None:
                 self.input_nodes[operand] = None
             else:
                 self.constants[operand] = None
@@ -113,7 +113,7 @@ class RegionBuilder:
             self.input_nodes[operand] = None
 
     def _folds(self) -> bool:
-        return self.folds if self.folds is not None else any(node.meta.get("kind") == "fold" for node in self.inside)
+        return self.folds if self.folds is not None else any(KIND.of(node) == "fold" for node in self.inside)
 
     def graph_module(
         self,
@@ -174,7 +174,7 @@ class RegionBuilder:
                         expand_initial_value, (results[index], next_state, slot, has_batch, unexpanded)
                     )
         if next_states is None:
-            dims = ((node, node.meta.get("batch_dim")) for node in self.input_nodes)
+            dims = ((node, BATCH_DIM.of(node)) for node in self.input_nodes)
             samples = next(((env[node], dim) for node, dim in dims if isinstance(dim, int)), None)
             for index, node in enumerate(outputs):
                 if samples is not None and same_for_all_samples(node):
@@ -189,14 +189,14 @@ class RegionBuilder:
 
         Layers whose own result is an output are excluded.
         """
-        pairs = {layer_of_norm(node): node for node in self.inside if node.meta.get("in_weights")}
+        pairs = {layer_of_norm(node): node for node in self.inside if IN_WEIGHTS.of(node)}
         return {layer: norm for layer, norm in pairs.items() if layer in self.inside and layer not in outputs}
 
 
 def whole_step(program: StepProgram) -> RegionBuilder:
     """A builder for the whole program as one region with all slots."""
     initial_only = analyse_dependence(program).initial_only
-    nodes = [n for n in program.graph.nodes if (n.op.startswith("call") and n not in initial_only) or "slot" in n.meta]
+    nodes = [n for n in program.graph.nodes if (n.op.startswith("call") and n not in initial_only) or SLOT.is_known(n)]
     builder = RegionBuilder(program, nodes, [slot.name for slot in program.slots])
     builder.add_values([*program.outputs, *program.next_states, *program.initial_values])
     return builder
@@ -233,14 +233,14 @@ class _Copier:
 
     def operands(self, node: Node) -> tuple[Any, Any]:
         """The arguments of a copy of `node`, in the memory format that `snnfx.passes.choose_memory_format` chose."""
-        takes_images = "channels_last" in node.meta and is_convolution(self.program, node)
+        takes_images = CHANNELS_LAST.is_known(node) and is_convolution(self.program, node)
         image = image_of(node) if takes_images else None
         needs_row_major = not takes_any_layout(self.program, node)
 
         def operand(value: Node) -> Any:
             if value is image:
                 return self.in_format(value, image_format, weights_of(self.program, node))
-            if needs_row_major and value.meta.get("channels_last"):
+            if needs_row_major and CHANNELS_LAST.of(value):
                 return self.in_format(value, row_major)
             return self.copy(value)
 
@@ -309,10 +309,10 @@ class _Copier:
 
 def is_batch_first(initial: Any) -> bool:
     """Whether the initial value of a slot is known to have the batch in dimension 0."""
-    return isinstance(initial, Node) and initial.meta.get("batch_dim") == 0
+    return isinstance(initial, Node) and BATCH_DIM.of(initial) == 0
 
 
 def same_for_all_samples(node: Node) -> bool:
     """Whether a folded node has no batch dimension because it depends only on sizes: `torch.arange(x.shape[1])`."""
-    is_fold = node.meta.get("kind") == "fold" and "folds_dim_0" not in node.meta
-    return is_fold and node.meta.get("batch_dim") is None
+    is_fold = KIND.of(node) == "fold" and not FOLDS_DIM_0.is_known(node)
+    return is_fold and BATCH_DIM.of(node) is None

@@ -13,6 +13,7 @@ from typing import Any
 from torch import Tensor, nn
 from torch.fx import Node
 
+from snnfx.ir.facts import KIND, SLOT
 from snnfx.ir.nodes import is_module_call, is_size
 from snnfx.ir.program import StepProgram
 from snnfx.ops.operator_lookup import operation_of, traits_of, traits_of_module
@@ -95,7 +96,7 @@ def _rule(program: StepProgram, user: Node, small: Collection[Node], others: lis
     last = _last_dimensions(user)
     if last:
         return last
-    return -1 if traits.view or user.target is operator.getitem or user.meta.get("kind") == "fold" else None
+    return -1 if traits.view or user.target is operator.getitem or KIND.of(user) == "fold" else None
 
 
 def _last_dimensions(node: Node) -> int:
@@ -115,4 +116,4 @@ def _last_dimensions(node: Node) -> int:
 
 
 def _depends_on_step(node: Node) -> bool:
-    return bool(node.meta.get("varying")) or (node.op == "placeholder" and "slot" not in node.meta)
+    return bool(node.meta.get("varying")) or (node.op == "placeholder" and not SLOT.is_known(node))

@@ -21,6 +21,7 @@ from snnfx.emit.compiled_graph import compile_graph
 from snnfx.emit.fold_parts import LIGHT, NORM, PRODUCT, FoldPart
 from snnfx.functional import map_forward, multi_step_forward, seq_to_ann_forward
 from snnfx.ir.edits import add_placeholder
+from snnfx.ir.facts import BATCH_DIM, REGION_NAME, STEP_NODE
 from snnfx.ir.program import StepProgram
 from snnfx.recompute.batch_statistics import batch_statistics, normalize, step_statistics
 from snnfx.recompute.tile import Tile, run_tile
@@ -36,7 +37,7 @@ def name_of_call(node: Node) -> str | None:
     if node.op != "call_function":
         return None
     if node.target in (*STATISTICS, normalize, run_tile):
-        return str(node.meta["region_name"])
+        return str(REGION_NAME.of(node))
     return str(node.args[1].target).rpartition(".")[2] if node.target in _OVER_TIME else None  # type: ignore[union-attr]
 
 
@@ -275,16 +276,16 @@ class _TileEmitter:
 
     def _is_batch_first(self, node: Node) -> bool:
         """Whether the batch is the outermost part of the first dimension of one step of a value."""
-        step = self.steps.get(node.meta.get("step_node", ""), node)
-        return step.meta.get("batch_dim") == 0
+        step = self.steps.get(STEP_NODE.of(node), node)
+        return bool(BATCH_DIM.of(step) == 0)
 
     def _is_batched_constant(self, node: Node) -> bool:
         """Whether a value that is the same at all time steps may differ between samples."""
         is_statistic = any(n.target in STATISTICS for n in (node, *node.all_input_nodes))
         if node.op == "get_attr" or is_statistic:
             return False
-        step = self.steps.get(node.meta.get("step_node", ""), node)
-        return "batch_dim" not in step.meta or step.meta["batch_dim"] is not None
+        step = self.steps.get(STEP_NODE.of(node), node)
+        return not BATCH_DIM.is_known(step) or BATCH_DIM.of(step) is not None
 
 
 def _calls_owner(node: Node, read: Node) -> bool:

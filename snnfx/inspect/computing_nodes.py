@@ -7,6 +7,7 @@ from typing import Any
 
 from torch.fx import Node
 
+from snnfx.ir.facts import KIND, WHERE
 from snnfx.ir.nodes import is_size, takes_from_tuple
 from snnfx.ir.printing import describe_node
 from snnfx.ir.program import Region, StepProgram
@@ -38,8 +39,8 @@ def nodes_by_key(program: StepProgram) -> dict[NodeKey, Node]:
     keys: dict[NodeKey, Node] = {}
     count: Counter[tuple[str, Any]] = Counter()
     for node in program.graph.nodes:
-        if is_computing(node) and (not program.regions or "kind" in node.meta):
-            key = (describe_node(node), node.meta.get("where"))
+        if is_computing(node) and (not program.regions or KIND.is_known(node)):
+            key = (describe_node(node), WHERE.of(node))
             keys[(*key, count[key])] = node
             count[key] += 1
     return keys

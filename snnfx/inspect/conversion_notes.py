@@ -14,7 +14,7 @@ from snnfx.analysis.statistic_reads import is_statistic_read, statistic_of
 from snnfx.inspect.computing_nodes import NodeKey, is_computing, nodes_by_key
 from snnfx.inspect.expected_lowering import expected_lowering
 from snnfx.inspect.source_expressions import expression
-from snnfx.ir.facts import NUMBER, SLOT, TRACE
+from snnfx.ir.facts import IN_WEIGHTS, KIND, NUMBER, SLOT, SUNK, TRACE
 from snnfx.ir.printing import describe_node, location_of
 from snnfx.ir.program import Region, StepProgram
 from snnfx.lowering.elementwise.back_end_choice import reason_without_back_end
@@ -125,7 +125,7 @@ def statistic_reads(net: Net) -> Iterator[str]:
 
 def folded_batch_norms(net: Net) -> Iterator[str]:
     """BatchNorm layers folded into the weights of the layer before, and the condition."""
-    marked = [node for node in net.programs[False].graph.nodes if node.meta.get("in_weights")]
+    marked = [node for node in net.programs[False].graph.nodes if IN_WEIGHTS.of(node)]
     pairs = [f"{describe_node(norm)} into {describe_node(layer_of_norm(norm))}" for norm in marked]
     if pairs:
         yield (
@@ -140,7 +140,7 @@ def reduced_outputs(net: Net) -> Iterator[str]:
     if reduce is None:
         return
     value = "value at the last step" if reduce == "last" else f"{reduce} over time"
-    sunk = [describe_node(node) for node in net.program.graph.nodes if node.meta.get("sunk") and is_computing(node)]
+    sunk = [describe_node(node) for node in net.program.graph.nodes if SUNK.of(node) and is_computing(node)]
     runs = f"; {_and(sunk)} run{'s' if len(sunk) == 1 else ''} once, on the reduced value" if sunk else ""
     yield f'The net returns the {value} of each output (reduce="{reduce}"){runs}.'
 
@@ -174,10 +174,10 @@ def mode_differences(net: Net) -> Iterator[str]:
     for key, node in in_training.items():
         other = in_evaluation.get(key)
         # A node absorbed into a kernel counts as folded here; `kernels_of_loops` lists it.
-        there = "fold" if other in absorbed else other.meta.get("kind") if other is not None else None
-        kinds = (node.meta.get("kind"), there)
-        if None not in kinds and kinds[0] != kinds[1]:
-            changed.setdefault(kinds, []).append(describe_node(node))  # type: ignore[arg-type]
+        other_kind = "fold" if other in absorbed else KIND.of(other) if other is not None else ""
+        kinds = (KIND.of(node), other_kind)
+        if all(kinds) and kinds[0] != kinds[1]:
+            changed.setdefault(kinds, []).append(describe_node(node))
     for (kind, other_kind), names in changed.items():
         yield f"{_and(names)}: {_PAST[kind]} in training, {_PAST[other_kind]} in evaluation mode."
     for mode, here, there in (("training", in_training, in_evaluation), ("evaluation", in_evaluation, in_training)):

@@ -46,6 +46,7 @@ from snnfx.inspect.report import (
     SlotRow,
 )
 from snnfx.inspect.source_expressions import expression_of_initial_value
+from snnfx.ir.facts import BATCH_DIM, MODULE, SLOT, VALUE
 from snnfx.ir.options import ConvertKeywords, ConvertOptions
 from snnfx.ir.printing import describe_node, location_of, operation_name
 from snnfx.ir.program import Region, StepProgram
@@ -216,7 +217,7 @@ def _operation(program: StepProgram, node: Node) -> Operation:
     module = program.module_of(node)
     if module is not None:
         return Operation(describe_node(node), type(module).__name__)
-    within = str(node.meta.get("module", ""))
+    within = str(MODULE.of(node))
     if node.target is apply_autograd_function:
         holder = program.resolve(str(node.args[0].target))  # type: ignore[union-attr]
         return Operation(holder.function.__name__, within=within)
@@ -237,12 +238,12 @@ def _shapes_leaving(program: StepProgram, region: Region) -> Iterator[str]:
 
 def _shape(program: StepProgram, node: Node, time: bool = False) -> str:
     """The shape of a value with its batch size as N, e.g. "[T, N, 64, 28, 28]"; "" if unknown."""
-    value = node.meta.get("val")
+    value = VALUE.of(node)
     if not isinstance(value, Tensor):
         return ""
     sizes = [str(size) for size in value.shape]
-    dim = node.meta.get("batch_dim")
-    if node.op == "placeholder" and "slot" not in node.meta:
+    dim = BATCH_DIM.of(node)
+    if node.op == "placeholder" and not SLOT.is_known(node):
         dim = 0 if node.name in program.batched_inputs and sizes else None
     if isinstance(dim, int) and dim < len(sizes):
         sizes[dim] = "N"
@@ -304,7 +305,7 @@ def _inputs(net: Net) -> Iterator[InputRow]:
         if leaf.placeholder is None:
             continue
         node = by_name[leaf.placeholder]
-        value = node.meta.get("val")
+        value = VALUE.of(node)
         yield InputRow(
             name=leaf.name,
             shape=_shape(program, node),

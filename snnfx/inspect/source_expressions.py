@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 from torch.fx import Node
 
+from snnfx.ir.facts import SLOT
 from snnfx.ir.nodes import is_module_call
 from snnfx.ir.printing import describe_node, operation_name
 from snnfx.ir.program import StepProgram
@@ -69,7 +70,7 @@ class _Printer:
             return "..." if value is Ellipsis else str(value).removeprefix("torch.")
         if value.op.startswith("call"):
             return self._call(value)
-        return str(value.meta.get("slot") or self._inputs.get(value.name, value.target))
+        return str(SLOT.of(value) or self._inputs.get(value.name, str(value.target)))
 
     def _operand(self, value: Any) -> str:
         if not isinstance(value, Node) or not value.op.startswith("call"):

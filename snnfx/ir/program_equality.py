@@ -7,6 +7,7 @@ from typing import Any
 from torch import Tensor
 from torch.fx import Node
 
+from snnfx.ir.facts import VALUE
 from snnfx.ir.guards import is_same_value
 from snnfx.ir.program import StepProgram
 
@@ -59,7 +60,7 @@ def _is_same_node(a: Node, b: Node) -> bool:
 
 
 def _shape(node: Node) -> Any:
-    value = node.meta.get("val")
+    value = VALUE.of(node)
     return (value.shape, value.dtype) if isinstance(value, Tensor) else None
 
 

@@ -16,6 +16,7 @@ from snnfx.emit.emitted_graphs import CONSTANTS, REGIONS
 from snnfx.emit.executable import Executable
 from snnfx.emit.recompute_segments import region_calls
 from snnfx.emit.tiling import STATISTICS
+from snnfx.ir.facts import IS_PRODUCT, STEP_NODE, VALUE
 from snnfx.ir.program import SELF_TARGET
 from snnfx.lowering.elementwise.back_end_choice import reason_without_back_end
 from snnfx.memory.kernel_stand_in import KernelStandIn
@@ -73,7 +74,7 @@ class MetaCopy:
         """A number of steps that identifies the time dimension: a prime of at least T that divides no other size."""
         modules = (*self.source.modules(), *self.constants.modules())
         tensors = [t for m in modules for t in (*m._parameters.values(), *m._buffers.values()) if t is not None]
-        tensors += [v for node in self.executable.program.graph.nodes if isinstance(v := node.meta.get("val"), Tensor)]
+        tensors += [v for node in self.executable.program.graph.nodes if isinstance(v := VALUE.of(node), Tensor)]
         sizes = {n for t in tensors for n in t.shape}
         sizes |= {n for x, v in zip(leaves, self.executable.varying_inputs, strict=True) for n in x.shape[v:]}
         T = max((x.shape[0] for x, v in zip(leaves, self.executable.varying_inputs, strict=True) if v), default=1)
@@ -186,8 +187,8 @@ class MetaRun:
                 env[node] = env[node.args[0]][node.args[1]]
             else:
                 env[node] = self._call(node, *map_arg((node.args, node.kwargs), env.__getitem__))
-            if "step_node" in node.meta and isinstance(env[node], Tensor):
-                self.step_of.setdefault(self.number.get(id(env[node]), -1), node.meta["step_node"])
+            if STEP_NODE.is_known(node) and isinstance(env[node], Tensor):
+                self.step_of.setdefault(self.number.get(id(env[node]), -1), STEP_NODE.of(node))
         return self
 
     def numbers(self, tree: Any) -> tuple[int, ...]:
@@ -234,7 +235,7 @@ class MetaRun:
         name = self.regions.get(node, node.name)
         reads = tuple(dict.fromkeys(t for t in tensors if t >= 0))
         saves = tuple(dict.fromkeys(s for s in saved if s >= 0))
-        role = "product" if node.meta.get("is_product") else "statistics" if node.target in STATISTICS else ""
+        role = "product" if IS_PRODUCT.of(node) else "statistics" if node.target in STATISTICS else ""
         self.calls.append(_MeasuredCall(name, node in self.regions, role, reads, tuple(makes), measured, saves))
         return result
 

@@ -13,6 +13,7 @@ from snnfx.emit.executable import Executable
 from snnfx.emit.fold_parts import takes_batch_statistics
 from snnfx.emit.recompute_segments import RecomputePlan
 from snnfx.errors import InputError, warn_once
+from snnfx.ir.facts import VALUE
 from snnfx.memory.budget import CACHE_FRIENDLY, bytes_as_text, inference_budget, steps_as_text
 from snnfx.memory.chunk_plan import ChunkPlan
 from snnfx.memory.memory_model import MemoryModel, NotPredictable, model_memory
@@ -86,7 +87,7 @@ def _power_of_two(count: float) -> int:
 def example_steps(executable: Executable) -> list[Tensor] | None:
     """One step of `example_inputs` as tensors without memory; None if the net was converted without them."""
     device = next((p.device for p in executable.source.parameters()), torch.device("cpu"))
-    inputs = [node.meta.get("val") for node in executable.program.input_nodes()]
+    inputs = [VALUE.of(node) for node in executable.program.input_nodes()]
     steps = [torch.empty((), dtype=x.dtype, device=device).expand(x.shape) for x in inputs if isinstance(x, Tensor)]
     return steps if len(steps) == len(inputs) else None
 

@@ -12,6 +12,7 @@ from torch.fx import Node
 
 from snnfx.emit.tiling import name_of_call
 from snnfx.functional import multi_step_forward
+from snnfx.ir.facts import STEP_NODE
 from snnfx.ir.printing import describe_node
 from snnfx.ir.program import Region, StepProgram
 from snnfx.recompute.batch_statistics import normalize
@@ -74,7 +75,7 @@ class Naming:
             for key in keys:
                 users = node.users if node is not None else ()
                 node = next((u for u in users if u.target is operator.getitem and u.args[1] == key), None)
-            step = self.program.nodes_by_name.get(node.meta.get("step_node", "")) if node is not None else None
+            step = self.program.nodes_by_name.get(STEP_NODE.of(node)) if node is not None else None
             # A loop returns its states as second result; a tile returns there the states of each of its loops.
             state = (0, *keys[1:]) if call.target is multi_step_forward else tuple(keys[1:])
             if step is not None:

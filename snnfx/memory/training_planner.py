@@ -18,6 +18,7 @@ from torch import Tensor
 from snnfx.analysis.integer_ranges import infer_integer_ranges
 from snnfx.emit.executable import Executable
 from snnfx.emit.recompute_segments import RecomputePlan, segments_of
+from snnfx.ir.facts import BATCH_DIM
 from snnfx.memory.budget import CACHE_FRIENDLY
 from snnfx.memory.memory_model import MemoryModel, model_memory
 from snnfx.memory.timeline import Moment, state_bytes, training_peak
@@ -59,7 +60,7 @@ class TrainingPlanner:
     ) -> None:
         self.T = T
         inputs = zip(leaves, executable.varying_inputs, executable.program.input_nodes(), strict=True)
-        batched = [x for x, v, node in inputs if v and x.dim() > 1 and node.meta.get("batch_dim") == 0]
+        batched = [x for x, v, node in inputs if v and x.dim() > 1 and BATCH_DIM.of(node) == 0]
         self.N = batched[0].shape[1] if batched else 1
         form = executable.recompute_form("main")
         self.tiles = form.tiles

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from snnfx.analysis.dependence import is_random
 from snnfx.convert import apply_edits, convert
 from snnfx.errors import InputError, warn_once
+from snnfx.ir.facts import VALUE
 from snnfx.ir.graph_pass import Pass
 from snnfx.ir.module_effects import keeps_statistics
 from snnfx.ir.options import time_dims_of_leaves
@@ -196,7 +197,7 @@ class EditedNets:
     @property
     def step_elements(self) -> int:
         """Elements of the largest state of one step of the example inputs; 0 without example inputs."""
-        values = [node.meta.get("val") for node in self.sequence.program.slot_nodes()]
+        values = [VALUE.of(node) for node in self.sequence.program.slot_nodes()]
         return max((v.numel() for v in values if isinstance(v, Tensor)), default=0)
 
     def set_mode(self, training: bool) -> None:

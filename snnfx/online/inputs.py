@@ -9,6 +9,7 @@ from torch import Tensor
 from torch.fx import Node
 
 from snnfx.errors import InputError
+from snnfx.ir.facts import VALUE
 from snnfx.ir.options import time_dims_of_leaves
 from snnfx.runtime.net import Net
 from snnfx.sandbox.torch_internals import pytree
@@ -91,7 +92,7 @@ def batch_size_of(net: Net, leaves: Iterable[Tensor]) -> int | None:
 
 
 def _first_size(node: Node) -> int | None:
-    value = node.meta.get("val")
+    value = VALUE.of(node)
     return (value.shape[0] if value.dim() else 0) if isinstance(value, Tensor) else None
 
 

@@ -13,6 +13,7 @@ from snnfx.emit.emitted_graphs import REGIONS
 from snnfx.emit.executable import Executable
 from snnfx.emit.multi_step import emit_multi_step
 from snnfx.errors import InputError
+from snnfx.ir.facts import RETURNED_BY, SUNK
 from snnfx.ir.program import StepProgram
 
 __all__ = ["Recordings", "recorded_node"]
@@ -43,7 +44,7 @@ class Recordings:
         graphs, program, reduce = self.executable.graphs, self.executable.program, self.executable.options.reduce
         nodes = [recorded_node(program, name) for name in names]
         for name, node in zip(names, nodes, strict=True):
-            if isinstance(node, Node) and node.meta.get("sunk"):
+            if isinstance(node, Node) and SUNK.of(node):
                 raise InputError(
                     "SNNFX311",
                     f"`{name}` has no value per time step to record",
@@ -68,7 +69,7 @@ def recorded_node(program: StepProgram, name: str) -> Any:
     recordable = {slot.name for slot in program.slots}
     output_node = None
     for node in program.graph.nodes:
-        returned_by = node.meta.get("returned_by", ())
+        returned_by = RETURNED_BY.of(node)
         recordable.update(returned_by)
         output_node = node if name in returned_by else output_node
     if output_node is None:

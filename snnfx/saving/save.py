@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from snnfx.convert import REPLANS
 from snnfx.errors import SaveError
+from snnfx.ir.facts import VALUE
 from snnfx.ir.program import StepProgram
 from snnfx.runtime.net import Net
 from snnfx.sandbox.torch_internals import pytree
@@ -139,7 +140,7 @@ def _tensors_of_model(model: nn.Module) -> tuple[dict[str, Tensor], dict[str, st
 def _example(net: Net) -> tuple[Any, Any]:
     """The arguments of one step, or of one call of a model that runs over time itself, as meta tensors."""
     program = net.programs[True]
-    values = {node.name: node.meta.get("val") for node in program.graph.nodes if node.op == "placeholder"}
+    values = {node.name: VALUE.of(node) for node in program.graph.nodes if node.op == "placeholder"}
     steps = [values[leaf.placeholder] for leaf in program.input_leaves if leaf.placeholder is not None]
     args, kwargs = net._executable._arguments[True].arguments_of(steps)
     placeholders = {slot.name: slot.placeholder for slot in program.slots}

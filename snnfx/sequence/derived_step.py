@@ -17,7 +17,7 @@ from torch.fx import Node, map_arg
 
 from snnfx.analysis.batch.facts import Fact
 from snnfx.ir.edits import add_placeholder
-from snnfx.ir.facts import copy_facts
+from snnfx.ir.facts import MODULE, VALUE, WHERE, copy_facts
 from snnfx.ir.nodes import is_size
 from snnfx.ir.printing import operation_name
 from snnfx.ir.program import Slot, StepProgram
@@ -168,8 +168,8 @@ class _Derivation:
         for node in self.call.program.input_nodes():
             placeholder = add_placeholder(self.graph, node.name)
             placeholder.meta = dict(node.meta)
-            value = node.meta["val"]
-            placeholder.meta["val"] = value.select(self.call.time.dim, 0)
+            value = VALUE.of(node)
+            VALUE.set(placeholder, value.select(self.call.time.dim, 0))
             names[node.name] = placeholder.name
         return names
 
@@ -204,11 +204,11 @@ class _Derivation:
             if node.target is concatenate_elements:
                 return element
             dim: Any = node.args[2] if len(node.args) > 2 else node.kwargs.get("dim", 0)
-            return self._with_time(element, dim % node.meta["val"].dim())
+            return self._with_time(element, dim % VALUE.of(node).dim())
         if node.target is write_elements:
-            element, dtype = self._element(node.args[4], 0), node.meta["val"].dtype
-            if element.meta["val"].dtype != dtype:
-                element = self._call("call_method", "to", (element, dtype), element.meta["val"].to(dtype))
+            element, dtype = self._element(node.args[4], 0), VALUE.of(node).dtype
+            if VALUE.of(element).dtype != dtype:
+                element = self._call("call_method", "to", (element, dtype), VALUE.of(element).to(dtype))
             return self._with_time(element, node.args[1])
         if operation_name(node) == "flatten" and tuple(node.args[1:]) == (0, 1) and not node.kwargs:
             inner = self.without_time.get(self._known(node.args[0]))
@@ -237,9 +237,9 @@ class _Derivation:
 
     def _with_time(self, value: Node, dim: Any) -> Node:
         """The value with a time dimension of size 1."""
-        example = value.meta.get("val")
+        example = VALUE.of(value)
         new = self._call("call_function", torch.unsqueeze, (value, dim), _map(example, lambda x: x.unsqueeze(dim)))
-        new.meta["module"] = value.meta.get("module", "")
+        MODULE.set(new, MODULE.of(value))
         self.without_time[new] = (value, dim)
         return new
 
@@ -249,11 +249,11 @@ class _Derivation:
         inner = self.without_time.get(value)
         if inner is not None and inner[1] == dim:
             return inner[0]
-        example = value.meta.get("val")
+        example = VALUE.of(value)
         new = self._call("call_method", "select", (value, dim, 0), _map(example, lambda x: x.select(dim, 0)))
-        new.meta["module"] = value.meta.get("module", "")
-        if "where" in value.meta:
-            new.meta["where"] = value.meta["where"]
+        MODULE.set(new, MODULE.of(value))
+        if WHERE.is_known(value):
+            WHERE.set(new, WHERE.of(value))
         return new
 
     def _output(self, node: Any) -> Node:
@@ -265,28 +265,28 @@ class _Derivation:
         node = self.graph.create_node(op, target, args)
         node.meta = {"module": ""}
         if example is not None:
-            node.meta["val"] = example
+            VALUE.set(node, example)
         return node
 
     def _set_example(self, node: Node, new: Node) -> None:
         """Set the example value of a node of the step."""
         if is_size(node):
-            values = map_arg((new.args, new.kwargs), lambda n: n.meta.get("val"))
+            values = map_arg((new.args, new.kwargs), lambda n: VALUE.of(n))
             if new.op == "call_function":
-                new.meta["val"] = new.target(*values[0], **values[1])  # type: ignore[operator]
+                VALUE.set(new, new.target(*values[0], **values[1]))  # type: ignore[operator]
             elif isinstance(values[0][0], Tensor):
-                new.meta["val"] = getattr(values[0][0], str(new.target))(*values[0][1:], **values[1])
+                VALUE.set(new, getattr(values[0][0], str(new.target))(*values[0][1:], **values[1]))
             return
-        if node in self.proof.behind or "val" not in node.meta:
+        if node in self.proof.behind or not VALUE.is_known(node):
             return
-        fact, value = self.proof.facts.get(node), node.meta["val"]
+        fact, value = self.proof.facts.get(node), VALUE.of(node)
         if isinstance(value, tuple | list):
             facts = fact if isinstance(fact, tuple) and len(fact) == len(value) else [None] * len(value)
             if isinstance(fact, tuple) and len(fact) == 1:
                 facts = list(fact) * len(value)
-            new.meta["val"] = type(value)(self._at_one_step(f, v) for f, v in zip(facts, value, strict=True))
+            VALUE.set(new, type(value)(self._at_one_step(f, v) for f, v in zip(facts, value, strict=True)))
         else:
-            new.meta["val"] = self._at_one_step(fact, value)
+            VALUE.set(new, self._at_one_step(fact, value))
 
     def _at_one_step(self, fact: Any, value: Any) -> Any:
         if not isinstance(value, Tensor) or not isinstance(fact, Fact) or fact.dim is None:

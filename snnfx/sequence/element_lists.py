@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, fx
 from torch.fx import Node
 
-from snnfx.ir.facts import ELEMENT
+from snnfx.ir.facts import ELEMENT, VALUE
 from snnfx.ir.program import StepProgram
 from snnfx.ops.elements import concatenate_elements, read_elements, stack_elements
 
@@ -86,9 +86,9 @@ def _join(graph: fx.Graph, node: Node) -> None:
 def _sequence(graph: fx.Graph, run: tuple[Node, int, int, int]) -> Node:
     sequence, start, step, count = run
     node = graph.call_function(read_elements, (sequence, 0, start, step, count))
-    value = sequence.meta.get("val")
+    value = VALUE.of(sequence)
     if isinstance(value, Tensor):
-        node.meta["val"] = value.new_empty((count, *value.shape[1:]))
+        VALUE.set(node, value.new_empty((count, *value.shape[1:])))
     return node
 
 

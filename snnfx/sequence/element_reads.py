@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, fx
 from torch.fx import Node
 
+from snnfx.ir.facts import VALUE
 from snnfx.ir.nodes import is_structural
 from snnfx.ir.printing import operation_name
 from snnfx.ops.elements import read_elements
@@ -66,7 +67,7 @@ def common_read(nodes: Sequence[Node]) -> ElementRead | None:
         if parts is not None:
             part_of, dim, keeps_dim = parts
             return _read(part_of, dim, indices, keeps_dim)
-        value = source.meta.get("val")
+        value = VALUE.of(source)
         return _read_by_index(source, indices) if isinstance(value, Tensor) else None
     if operation_name(first) == "select" and len(first.args) == 3 and not first.kwargs:
         dims = {n.args[1] for n in nodes}
@@ -78,7 +79,7 @@ def _read(
     source: Node, dim: Any, indices: Sequence[Any], keeps_dim: bool = False, index: Any = None, position: int = 0
 ) -> ElementRead | None:
     progression = arithmetic_progression(indices)
-    value = source.meta.get("val")
+    value = VALUE.of(source)
     if progression is None or not isinstance(dim, int) or not isinstance(value, Tensor):
         return None
     if progression[1] == 0:
@@ -97,7 +98,7 @@ def _parts_of(node: Node) -> tuple[Node, Any, bool] | None:
     if name not in ("split", "chunk", "tensor_split"):
         return None
     dim = arguments[1] if len(arguments) > 1 else node.kwargs.get("dim", 0)
-    parts = node.meta.get("val")
+    parts = VALUE.of(node)
     if not isinstance(dim, int) or not isinstance(parts, tuple | list):
         return None
     return (source, dim, True) if all(part.shape[dim] == 1 for part in parts) else None
@@ -131,7 +132,7 @@ def _read_by_index(source: Node, indices: Sequence[Any]) -> ElementRead | None:
         ):
             return None
         chosen = [s.start for s in chosen]
-    dims = source.meta["val"].dim()
+    dims = VALUE.of(source).dim()
     before = entries[0][:position]
     if Ellipsis in before:
         after = [e for e in entries[0][position + 1 :] if e is not None]
@@ -159,6 +160,6 @@ def read_sequence(graph: fx.Graph, read: ElementRead) -> Node:
 def record_call(graph: fx.Graph, target: Any, args: tuple[Any, ...]) -> Node:
     """Record a call with its example value, at the insertion point of the graph."""
     node = graph.call_function(target, args)
-    values = fx.map_arg(args, lambda n: n.meta.get("val"))
-    node.meta["val"] = target(*values)
+    values = fx.map_arg(args, lambda n: VALUE.of(n))
+    VALUE.set(node, target(*values))
     return node

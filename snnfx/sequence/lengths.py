@@ -14,6 +14,7 @@ from typing import Any
 from torch import Tensor
 from torch.fx import Node
 
+from snnfx.ir.facts import VALUE
 from snnfx.ir.printing import describe_node
 from snnfx.ir.program import StepProgram
 from snnfx.ops.run_loop import LoopHandle
@@ -85,7 +86,7 @@ def make_length_variable(short: StepProgram, long: StepProgram, lengths: Lengths
         with graph.inserting_before(first):
             shape = graph.call_function(getattr, (source, "shape"))
             length = graph.call_function(operator.getitem, (shape, lengths.dim))
-        value = source.meta.get("val")
+        value = VALUE.of(source)
         shape.meta = {"shape_like": True, "module": "", "val": value.shape if isinstance(value, Tensor) else None}
         length.meta = {"shape_like": True, "module": "", "val": lengths.short}
         for node, args, kwargs in changes:
@@ -136,7 +137,7 @@ def _quotient(a: int, b: int, lengths: Lengths) -> Callable[[Any, Node], Node] |
 
 def _number(graph: Any, function: Any, a: Any, b: Any) -> Node:
     node: Node = graph.call_function(function, (a, b))
-    values = [n.meta["val"] if isinstance(n, Node) else n for n in (a, b)]
+    values = [VALUE.of(n) if isinstance(n, Node) else n for n in (a, b)]
     node.meta = {"shape_like": True, "module": "", "val": function(*values)}
     return node
 

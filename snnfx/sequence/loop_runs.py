@@ -87,7 +87,7 @@ def find_loop_runs(graph: fx.Graph) -> list[LoopRun]:
     known: dict[int, LoopRun] = {}
     for node in graph.nodes:
         siblings = outermost
-        for iteration in node.meta.get("iterations", ()):
+        for iteration in ITERATIONS.of(node):
             run = known.get(iteration.run)
             if run is None:
                 run = known[iteration.run] = LoopRun(iteration.source)

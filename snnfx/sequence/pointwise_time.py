@@ -17,6 +17,7 @@ from snnfx.analysis.batch.equivariance import BatchAnalysis, infer_batch
 from snnfx.analysis.batch.facts import NON_TENSOR, Fact, NonTensor, Rank, SizeFact, leaves
 from snnfx.analysis.dependence import is_random
 from snnfx.errors import Refusal
+from snnfx.ir.facts import SLOT, VALUE
 from snnfx.ir.module_effects import updates_buffers
 from snnfx.ir.nodes import is_size
 from snnfx.ir.printing import describe_node, location_of, operation_name
@@ -135,7 +136,7 @@ def _relevant(program: StepProgram) -> list[Node]:
 def _analysis(program: StepProgram, time: TimeDimension) -> BatchAnalysis:
     inputs: dict[Node, Fact | NonTensor] = {}
     for index, node in enumerate(program.input_nodes()):
-        value = node.meta.get("val")
+        value = VALUE.of(node)
         if index not in time.leaves or not isinstance(value, Tensor):
             raise MixesTime(f"the input `{node.name}` has no time dimension", node)
         inputs[node] = Fact(Rank(value.dim()), time.dim, TIME)
@@ -170,7 +171,7 @@ def _reduction(node: Node, analysis: BatchAnalysis) -> str | None:
     if node not in analysis.refusals or not node.args or not isinstance(node.args[0], Node):
         return None
     fact = analysis.facts.get(node.args[0])
-    value = node.args[0].meta.get("val")
+    value = VALUE.of(node.args[0])
     if not isinstance(fact, Fact) or fact.size != TIME or not isinstance(value, Tensor):
         return None
     name, dims = operation_name(node), value.dim()
@@ -202,7 +203,7 @@ _OF_STATE = (call_stateful, call_opaque, initial_value, opaque_initial_value)
 
 def _check(program: StepProgram, node: Node, analysis: BatchAnalysis, varying_of: dict[str, list[bool]]) -> None:
     if node.target in _OF_STATE or (
-        node.target is not run_loop and any("slot" in n.meta for n in node.all_input_nodes)
+        node.target is not run_loop and any(SLOT.is_known(n) for n in node.all_input_nodes)
     ):
         raise MixesTime(f"{describe_node(node)} runs on all time steps at once", node)
     if node.target is run_loop:

@@ -14,7 +14,7 @@ from torch import Tensor, fx
 from torch.fx import Node, map_arg
 
 from snnfx.ir.edits import add_placeholder
-from snnfx.ir.facts import ELEMENT
+from snnfx.ir.facts import ELEMENT, MODULE, SLOT, STRUCTURAL, VALUE, WHERE
 from snnfx.ir.guards import Guards
 from snnfx.ir.nodes import is_module_call, is_structural
 from snnfx.ir.printing import describe_node, operation_name
@@ -131,9 +131,7 @@ class _Reroll:
             if len(readers) != 1 or not isinstance(start, Node) or start in self.inside or start.op == "placeholder":
                 continue
             nodes = [self.alignment.value(i, position) for i in range(self.alignment.count)]
-            index = (
-                common_index(start, [n.args[1] for n in nodes]) if isinstance(start.meta.get("val"), Tensor) else None
-            )
+            index = common_index(start, [n.args[1] for n in nodes]) if isinstance(VALUE.of(start), Tensor) else None
             if index is not None and index[2] != 0:
                 found[position] = _Write(start, *index, args[2].position)
         return found
@@ -156,8 +154,8 @@ class _Reroll:
             taken.add(unique)
             placeholder = add_placeholder(self.graph, unique.replace(".", "_"))
             placeholder.meta = {"slot": unique, "number": False}
-            if "val" in sample.meta:
-                placeholder.meta["val"] = sample.meta["val"]
+            if VALUE.is_known(sample):
+                VALUE.set(placeholder, VALUE.of(sample))
             self.slots[position], self.slot_names[position] = placeholder, unique
 
     def _slot_name(self, node: Node) -> str:
@@ -174,7 +172,7 @@ class _Reroll:
             if is_state and adapter is not None and module is not None and isinstance(index, int):
                 names = adapter.names(module)
                 return f"{owner}.{names[index] if index < len(names) else f'state{index}'}"
-        where, owner = node.meta.get("where"), node.meta.get("module", "")
+        where, owner = WHERE.of(node), MODULE.of(node)
         assigned = _ASSIGNMENT.match(linecache.getline(*where)) if where else None
         name = assigned.group(1).removeprefix("self.") if assigned else "state"
         return f"{owner}.{name}" if owner else name
@@ -359,9 +357,9 @@ class _Reroll:
             for position in outputs:
                 sample = self.alignment.template[position]
                 sequences[position] = self._result(values, results[position], sample)
-                example = sample.meta.get("val")
+                example = VALUE.of(sample)
                 if isinstance(example, Tensor):
-                    sequences[position].meta["val"] = example.new_empty((count, *example.shape))
+                    VALUE.set(sequences[position], example.new_empty((count, *example.shape)))
             replacements: dict[Node, Node] = {}
             for node, _ in list(self._uses()):
                 place = self.position_of.get(node)
@@ -401,7 +399,7 @@ class _Reroll:
     def _result(self, results: Node, index: int, sample: Node) -> Node:
         node = self.program.graph.call_function(operator.getitem, (results, index))
         node.meta = {k: v for k, v in sample.meta.items() if k in ("val", "where", "module")}
-        node.meta["structural"] = True
+        STRUCTURAL.set(node, True)
         return node
 
 
@@ -421,7 +419,7 @@ def _number_of_filled_tensor(node: Node, following: Node) -> float | None:
     A number stands for a tensor of the shape of the next value, so the step does not depend on the code that makes the
     tensor.
     """
-    value, after = node.meta.get("val"), following.meta.get("val")
+    value, after = VALUE.of(node), VALUE.of(following)
     if node.op not in ("call_function", "call_method") or not (isinstance(value, Tensor) and isinstance(after, Tensor)):
         return None
     if value.shape != after.shape or value.dtype != after.dtype or not value.is_floating_point():
@@ -437,7 +435,7 @@ def _number_of_filled_tensor(node: Node, following: Node) -> float | None:
 def _sort_placeholders(graph: fx.Graph) -> None:
     """Move the placeholders in front of all other nodes, inputs before slots."""
     nodes = [n for n in graph.nodes if n.op == "placeholder"]
-    inputs, slots = ([n for n in nodes if ("slot" in n.meta) is is_slot] for is_slot in (False, True))
+    inputs, slots = ([n for n in nodes if (SLOT.is_known(n)) is is_slot] for is_slot in (False, True))
     for node in reversed([*inputs, *slots]):
         first = next(iter(graph.nodes))
         if node is not first:

@@ -11,6 +11,7 @@ from torch.fx import Node, map_arg
 
 from snnfx.analysis.dependence import is_random
 from snnfx.ir.edits import add_placeholder
+from snnfx.ir.facts import VALUE
 from snnfx.ir.module_effects import updates_buffers
 from snnfx.ir.nodes import is_module_call, is_size
 from snnfx.ir.printing import describe_node, operation_name
@@ -70,7 +71,7 @@ class StepInputs:
             source, dim = value, 0
         else:
             raise Differs(f"`{describe_node(reader)}` reads another value in each iteration", reader)
-        placeholder = self._add_input(nodes[0].name, value, True, nodes[0].meta.get("val"))
+        placeholder = self._add_input(nodes[0].name, value, True, VALUE.of(nodes[0]))
         if read is not None:
             self._sequences[read] = placeholder
         if dim >= 0:
@@ -81,7 +82,7 @@ class StepInputs:
         placeholder = add_placeholder(self.graph, name)
         placeholder.meta = {"input": len(self.placeholders), "where": None}
         if isinstance(example, Tensor):
-            placeholder.meta["val"] = example
+            VALUE.set(placeholder, example)
         self.placeholders.append(placeholder)
         self.values.append(value)
         self.varying.append(varying)
@@ -107,7 +108,7 @@ class StepInputs:
             numbers = torch.tensor(values, dtype=dtype)
             value = outer.get_attr(self.program.constant(numbers))
             value.meta = {"val": numbers, "module": ""}
-        return self._add_input("number", value, True, value.meta["val"][0])
+        return self._add_input("number", value, True, VALUE.of(value)[0])
 
     def outside(self, node: Node, reader: Node) -> Node:
         """The node in the step for a value from outside the loop."""
@@ -116,7 +117,7 @@ class StepInputs:
         if node.op == "get_attr":
             new = self.graph.get_attr(str(node.target))
             new.meta = dict(node.meta)
-        elif is_size(node) and not isinstance(node.meta.get("val"), Tensor):
+        elif is_size(node) and not isinstance(VALUE.of(node), Tensor):
             try:
                 new = self._size(node, reader)
             except _ReadsLength:
@@ -127,8 +128,8 @@ class StepInputs:
             args, kwargs = map_arg((node.args, node.kwargs), lambda n: self.outside(n, reader))
             new = self.graph.create_node(node.op, node.target, args, kwargs)
             new.meta = {k: v for k, v in node.meta.items() if k != "iterations"}
-        elif isinstance(node.meta.get("val"), Tensor) or "val" not in node.meta:
-            new = self._add_input(node.name, node, False, node.meta.get("val"))
+        elif isinstance(VALUE.of(node), Tensor) or not VALUE.is_known(node):
+            new = self._add_input(node.name, node, False, VALUE.of(node))
         else:
             raise Differs(f"`{describe_node(reader)}` reads `{node.name}`, which is not a tensor", reader)
         self._shared[node] = new
@@ -152,11 +153,11 @@ class StepInputs:
     def _length(self, node: Node) -> Node:
         """The input for a number that depends on the number of iterations: a tensor without dimensions."""
         if node not in self._lengths:
-            example = node.meta["val"]
+            example = VALUE.of(node)
             dtype = torch.float64 if isinstance(example, float) else torch.int64
             value = self.program.graph.call_function(torch.full, ((), node), {"dtype": dtype})
             value.meta = {"val": torch.full((), example, dtype=dtype), "module": ""}
-            self._lengths[node] = self._add_input(node.name, value, False, value.meta["val"])
+            self._lengths[node] = self._add_input(node.name, value, False, VALUE.of(value))
         return self._lengths[node]
 
     def _size(self, node: Node, reader: Node) -> Node:
@@ -166,14 +167,14 @@ class StepInputs:
             source = shape.args[0] if shape.target is getattr and shape.args[1] == "shape" else None
             index = node.args[1]
             if isinstance(source, Node) and isinstance(index, int):
-                dims = source.meta["val"].dim()
+                dims = VALUE.of(source).dim()
                 for placeholder, dim in self._sources.get(source, ()):
                     if index % dims == dim:
                         raise _ReadsLength(f"`{describe_node(reader)}` reads the number of iterations", reader)
                     of_step = self.graph.call_function(getattr, (placeholder, "shape"))
                     step_index = index % dims - (index % dims > dim)
                     new = self.graph.call_function(operator.getitem, (of_step, step_index))
-                    of_step.meta = dict(shape.meta) | {"val": placeholder.meta["val"].shape}
+                    of_step.meta = dict(shape.meta) | {"val": VALUE.of(placeholder).shape}
                     new.meta = dict(node.meta)
                     return new
         if node.target is getattr and node.args[1] in ("device", "dtype"):
@@ -183,7 +184,7 @@ class StepInputs:
                 return new
 
         def operand(n: Node) -> Node:
-            is_number = n not in self._shared and is_size(n) and not isinstance(n.meta.get("val"), Tensor)
+            is_number = n not in self._shared and is_size(n) and not isinstance(VALUE.of(n), Tensor)
             return self._size(n, reader) if is_number else self.outside(n, reader)
 
         args, kwargs = map_arg((node.args, node.kwargs), operand)

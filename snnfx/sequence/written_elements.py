@@ -8,6 +8,7 @@ from typing import Any
 from torch import Tensor
 from torch.fx import Node
 
+from snnfx.ir.facts import VALUE
 from snnfx.ir.nodes import is_structural
 from snnfx.ir.program import StepProgram
 from snnfx.ops.step_functions import set_part
@@ -41,7 +42,7 @@ def forward_written_elements(program: StepProgram) -> str:
 
 def _element(source: Node, index: Any) -> tuple[int, int] | None:
     """`(dimension, index)` of the one element that an index selects: `x[t]`, `x[:, t]`, `x[..., t]`."""
-    value = source.meta.get("val")
+    value = VALUE.of(source)
     entries = index if isinstance(index, tuple) else (index,)
     places = [i for i, e in enumerate(entries) if isinstance(e, int) and not isinstance(e, bool)]
     if not isinstance(value, Tensor) or len(places) != 1:
@@ -58,5 +59,5 @@ def _replaces(value: Any, read: Node) -> bool:
     """Whether a written value is what a read of it returns."""
     if not isinstance(value, Node):
         return False
-    a, b = value.meta.get("val"), read.meta.get("val")
+    a, b = VALUE.of(value), VALUE.of(read)
     return isinstance(a, Tensor) and isinstance(b, Tensor) and (a.shape, a.dtype) == (b.shape, b.dtype)

@@ -39,6 +39,7 @@ from snnfx.analysis.batch.rule_table import ELEMENTWISE_RULES
 from snnfx.analysis.batch.shape_rules import flatten, squeeze, unflatten, unsqueeze, view
 from snnfx.analysis.statistic_reads import is_statistic_read, statistic_of
 from snnfx.errors import Refusal
+from snnfx.ir.facts import VALUE
 
 __all__ = ["BatchAnalysis", "Fact", "Rank", "ShapeFact", "SizeFact", "Value", "infer_batch", "model_input"]
 
@@ -207,7 +208,7 @@ class _BatchPropagation:
         The node is not folded, so any dimension of its result may serve as the batch of the next fold: dim 0 is chosen,
         with a size symbol unrelated to other batches.
         """
-        value = node.meta.get("val")
+        value = VALUE.of(node)
         if not isinstance(value, Tensor) or value.dim() == 0:
             return UNKNOWN
         return Fact(Rank(value.dim()), 0, f"size of {node.name}")
@@ -321,7 +322,7 @@ class _BatchPropagation:
 
     def _constant_result(self, node: Node) -> Value:
         """The fact of a value computed from parameters and constants only, by any operation."""
-        value = node.meta.get("val")
+        value = VALUE.of(node)
         if isinstance(value, Tensor):
             return constant_fact(value)
         if isinstance(value, tuple | list):
@@ -330,7 +331,7 @@ class _BatchPropagation:
 
     def _checked(self, node: Node, fact: Value) -> Value:
         """The fact refined by the example value; a contradiction is a refusal."""
-        value = node.meta.get("val")
+        value = VALUE.of(node)
         if isinstance(value, tuple | list) and type(fact) is tuple and len(value) == len(fact):
             return tuple(self._checked_one(node, f, v) for f, v in zip(fact, value, strict=True))
         return self._checked_one(node, fact, value)

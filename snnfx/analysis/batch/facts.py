@@ -13,6 +13,8 @@ from typing import Any
 from torch import Tensor
 from torch.fx import Node
 
+from snnfx.ir.facts import VALUE
+
 __all__ = [
     "NON_TENSOR",
     "UNDETERMINED",
@@ -186,7 +188,7 @@ def model_input(node: Node, size: str = "N") -> Fact:
         node: the placeholder; `meta["val"]`, if present, gives the rank of one step.
         size: symbol of the batch size. Inputs with equal symbols must have equal batch sizes in each call.
     """
-    example = node.meta.get("val")
+    example = VALUE.of(node)
     rank = Rank(example.dim()) if isinstance(example, Tensor) else Rank(0, node.name)
     if rank.known == 0:
         return Fact(rank, varying=True)

@@ -14,6 +14,7 @@ from torch.fx import Node
 from snnfx.analysis.batch.facts import Fact, Value, leaves
 from snnfx.analysis.dependence import operands_through_sizes
 from snnfx.errors import Refusal
+from snnfx.ir.facts import FOLDS_DIM_0
 from snnfx.ir.printing import operation_name
 from snnfx.ir.program import Region
 
@@ -24,7 +25,7 @@ def find_mixed_batches_in_folds(regions: Iterable[Region], facts: Mapping[Node, 
     """The nodes that combine fold inputs of different batch sizes, with the reason not to fold them."""
     found: dict[Node, Refusal] = {}
     for region in regions:
-        if region.kind == "fold" and "folds_dim_0" not in region.nodes[0].meta:
+        if region.kind == "fold" and not FOLDS_DIM_0.is_known(region.nodes[0]):
             for node, sizes in _mixed_batches(region, facts):
                 reason = f"`{operation_name(node)}` combines values of different batch sizes ({', '.join(sizes)})"
                 found[node] = Refusal("SNNFX105", reason)

@@ -25,6 +25,7 @@ from snnfx.inspect.picture.painter import Painter
 from snnfx.inspect.picture.repeated_blocks import Repetition
 from snnfx.inspect.profile_data import ProfileData
 from snnfx.inspect.region_execution import how_region_will_run
+from snnfx.ir.facts import VALUE
 from snnfx.ir.graph_pass import Pass
 from snnfx.ir.history import PassRecord
 from snnfx.ir.pass_manager import PassManager
@@ -315,7 +316,7 @@ def _captured(model: nn.Module, example_inputs: Any, entry: str, training: bool)
 
 
 def _recorded_values(program: StepProgram) -> dict[str, Any]:
-    return {node.name: node.meta["val"] for node in program.graph.nodes if "val" in node.meta}
+    return {node.name: VALUE.of(node) for node in program.graph.nodes if VALUE.is_known(node)}
 
 
 def _values_for(program: StepProgram, example_inputs: Any, entry: str) -> dict[str, Any]:

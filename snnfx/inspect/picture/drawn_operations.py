@@ -11,6 +11,7 @@ from torch.fx import Node
 from snnfx.analysis.dependence import analyse_dependence
 from snnfx.inspect.picture.layer_summary import summarize_node
 from snnfx.inspect.picture.repeated_blocks import BlockGraph, Repetition, find_repetitions, without_numbers
+from snnfx.ir.facts import MODULE
 from snnfx.ir.nodes import is_module_call, is_size, is_structural
 from snnfx.ir.program import StepProgram
 from snnfx.ops.step_functions import expect_size
@@ -127,7 +128,7 @@ def _is_drawn(node: Node) -> bool:
 
 def _containers(node: Node) -> tuple[str, ...]:
     """The qualified names of the containers that a node is in, the outermost first."""
-    module = str(node.target) if node.op == "call_module" else str(node.meta.get("module") or "")
+    module = str(node.target) if node.op == "call_module" else str(MODULE.of(node) or "")
     if node.op == "call_module" or is_module_call(node):
         module = module.rpartition(".")[0]
     parts = module.split(".") if module else []

@@ -17,6 +17,7 @@ from snnfx.inspect.picture.dot import Box, Cluster, Edge, LabelRow, Member, Pill
 from snnfx.inspect.picture.drawn_operations import DrawnOperations
 from snnfx.inspect.picture.layer_summary import summarize_node
 from snnfx.inspect.picture.repeated_blocks import join_numbers
+from snnfx.ir.facts import BATCH_DIM, REFUSAL, SLOT, SUNK, VARYING
 from snnfx.ir.nodes import is_module_call, is_structural
 from snnfx.ir.printing import describe_node, location_of
 from snnfx.sandbox.pytree_paths import flatten_with_path
@@ -192,7 +193,7 @@ class Painter:
             summaries = [summarize_node(self.program, twin) for twin in twins]
             title, detail = summaries[0][0], join_numbers([text for _, text in summaries])
             name = describe_node(node) if node.op == "call_module" or is_module_call(node) else ""
-            refusal = node.meta.get("refusal") if self.kinds else None
+            refusal = REFUSAL.of(node) if self.kinds else None
             lines = [line for line in (f"{describe_node(node)}: {title} {detail}".rstrip(), location_of(node)) if line]
             if len(twins) > 1:
                 lines.append(f"drawn once for {', '.join(dict.fromkeys(map(describe_node, twins)))}")
@@ -234,7 +235,7 @@ class Painter:
         return (outside and bool(self.kinds)) or node in self.ends
 
     def _slot(self, slot: Node) -> Pill:
-        name = str(slot.meta["slot"])
+        name = str(SLOT.of(slot))
         initial = self.program.initial_values[list(self.slots).index(slot)]
         if not isinstance(initial, Node):
             start = repr(initial)
@@ -277,7 +278,7 @@ class Painter:
         if sizes is None:
             return ""
         context = context or self.kinds.get(self.frame_of.get(node, ""), "step")
-        if node.meta.get("varying", True):
+        if VARYING.of(node):
             if context == "fold":
                 sizes = [size.replace("N", "T·N") for size in sizes]
             elif context == "time":
@@ -314,7 +315,7 @@ class Painter:
         if not isinstance(value, Tensor):
             return None, ""
         sizes = [str(size) for size in value.shape]
-        dim = node.meta.get("batch_dim") if self.batch_known else None
+        dim = BATCH_DIM.of(node) if self.batch_known else None
         if isinstance(dim, int) and self.batch and dim < len(sizes) and value.shape[dim] % self.batch == 0:
             times = value.shape[dim] // self.batch
             sizes[dim] = "N" if times == 1 else f"{times}·N"
@@ -344,7 +345,7 @@ class Painter:
         head = self.row[node]
         crosses = source in self.frame_of and self.frame_of[source] != self.frame_of[node]
         label = self.shape(operand, "time") if crosses and self.kinds else ""
-        if node.meta.get("sunk") and not source.meta.get("sunk") and source.meta.get("varying") and self.kinds:
+        if SUNK.of(node) and not SUNK.of(source) and source.meta.get("varying") and self.kinds:
             # The outputs are reduced over time here: later nodes run once.
             how = "last" if self.reduce == "last" else "mean"
             label = f"{self.shape(operand, 'step')} {how} over T".strip()

@@ -24,7 +24,7 @@ from snnfx.errors import InputError
 from snnfx.inspect.profile.product_counts import ProductCounter
 from snnfx.inspect.profile.profiled_call import ProfiledCall
 from snnfx.inspect.profile.spike_counts import RecordedUnits, SpikeCounts
-from snnfx.ir.facts import MODULE
+from snnfx.ir.facts import BATCH_DIM, MODULE, RETURNED_BY, STEP_NODE, SUNK, VARYING
 from snnfx.ir.nodes import is_module_call, is_size, is_structural
 from snnfx.ir.printing import describe_node
 from snnfx.ir.program import Region, StepProgram
@@ -198,10 +198,10 @@ class _StepObserver:
                     stack.append(self.initial[operand])
             elif operand.op == "placeholder":
                 needs[operand] = None
-            elif is_size(operand) or operand not in self.region_of or isinstance(operand.meta.get("batch_dim"), tuple):
+            elif is_size(operand) or operand not in self.region_of or isinstance(BATCH_DIM.of(operand), tuple):
                 stack.extend(operand.all_input_nodes)
             else:
-                sunk = sunk or bool(operand.meta.get("sunk"))
+                sunk = sunk or bool(SUNK.of(operand))
                 needs[operand] = None
         return tuple(needs), sunk
 
@@ -216,8 +216,8 @@ class _StepObserver:
 
     def __call__(self, node: Node, function: Callable[..., Any], args: Any, kwargs: Any) -> Any:
         value = function(*args, **kwargs)
-        name = node.meta.get("step_node")
-        own = self.program.nodes_by_name.get(name) if name is not None else None
+        name = STEP_NODE.of(node)
+        own = self.program.nodes_by_name.get(name)
         if own is not None and own in self._left:
             self._values[own] = value
             self._read()
@@ -246,10 +246,10 @@ class _StepObserver:
 
     def _count(self, node: Node, needs: tuple[Node, ...]) -> None:
         product = self.seen.products[node]
-        varies = node.meta.get("varying", True)
+        varies = VARYING.of(node)
         if not varies and product.counts.products:
             return
-        steps = max((self._values[n].shape[0] for n in needs if n.meta.get("varying", True)), default=1)
+        steps = max((self._values[n].shape[0] for n in needs if VARYING.of(n)), default=1)
         for t in range(steps if varies else 1):
             known: dict[Node, Any] = {}
             args = map_arg((node.args, node.kwargs), functools.partial(self._value, t=t, known=known))
@@ -274,7 +274,7 @@ class _StepObserver:
         return _execute(self.program, node, args, kwargs)
 
     def _has_time(self, node: Node) -> bool:
-        return bool(node.meta.get("varying", True))
+        return bool(VARYING.of(node))
 
     def _slot(self, node: Node, t: int, known: dict[Node, Any]) -> Any:
         following = self.following[node]
@@ -294,7 +294,7 @@ def _recorded_value(program: StepProgram, name: str) -> Node | None:
         node = recorded_node(program, name)
     except InputError:  # another loop of the net may have the name
         return None
-    is_tensor = isinstance(node, Node) and node.op not in ("placeholder", "get_attr") and not node.meta.get("sunk")
+    is_tensor = isinstance(node, Node) and node.op not in ("placeholder", "get_attr") and not SUNK.of(node)
     return node if is_tensor else None
 
 
@@ -331,7 +331,7 @@ def _outputs_of_loops(program: StepProgram) -> list[Node]:
     for region in program.regions:
         if region.kind != "loop":
             continue
-        values = [n for n in region.nodes if n.op != "placeholder" and not isinstance(n.meta.get("batch_dim"), tuple)]
+        values = [n for n in region.nodes if n.op != "placeholder" and not isinstance(BATCH_DIM.of(n), tuple)]
         own = [n for n in values if _is_output_of_neuron(n, owners)]
         outside = [n for n in values if n not in states and _is_read_outside(n, region, program)]
         outputs += own or outside
@@ -341,7 +341,7 @@ def _outputs_of_loops(program: StepProgram) -> list[Node]:
 def _is_output_of_neuron(node: Node, owners: set[str]) -> bool:
     if is_structural(node) and is_module_call(node.args[0]):  # type: ignore[arg-type]
         return bool(node.args[1] == 0)
-    return not owners.isdisjoint(node.meta.get("returned_by") or ())
+    return not owners.isdisjoint(RETURNED_BY.of(node) or ())
 
 
 def _is_read_outside(node: Node, region: Region, program: StepProgram) -> bool:
@@ -349,7 +349,7 @@ def _is_read_outside(node: Node, region: Region, program: StepProgram) -> bool:
 
 
 def _name_of(node: Node) -> str:
-    names = node.meta.get("returned_by") or ()
+    names = RETURNED_BY.of(node) or ()
     return next(filter(None, names), "") or MODULE.of(node) or describe_node(node)
 
 

@@ -14,6 +14,7 @@ from torch.fx import Graph, Node
 from snnfx.analysis.dependence import ancestors
 from snnfx.emit.emitted_graphs import REGIONS
 from snnfx.inspect.profile.graph_walk import Caller, walk
+from snnfx.ir.facts import REGION
 from snnfx.ir.nodes import is_size, takes_from_tuple
 from snnfx.ops.run_loop import run_loop
 from snnfx.runtime.net import Net
@@ -168,5 +169,5 @@ def region_of(node: Node) -> str:
         if operand.op == "get_attr" and str(operand.target).startswith(f"{REGIONS}."):
             return str(operand.target).rpartition(".")[2]
     if node.op.startswith("call") and not is_size(node) and node.all_input_nodes:
-        return str(node.meta.get("region", ""))
+        return str(REGION.of(node))
     return ""

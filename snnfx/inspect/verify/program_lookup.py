@@ -8,6 +8,7 @@ from typing import Any
 from torch import nn
 from torch.fx import Node
 
+from snnfx.ir.facts import MODULE
 from snnfx.ir.nodes import is_module_call
 from snnfx.ir.printing import location_of
 from snnfx.ir.program import SELF_TARGET
@@ -25,7 +26,7 @@ def called_in(net: Any, kinds: Set[str]) -> set[str]:
 def normalized_in(net: Any, kinds: Set[str]) -> set[str]:
     """The qualified names of the modules whose traced code calls `torch.nn.functional.batch_norm` in such regions."""
     nodes = (node for region in net.regions if region.kind in kinds for node in region.nodes)
-    return {str(node.meta.get("module", "")) for node in nodes if operation_of(node) == "batch_norm"}
+    return {str(MODULE.of(node)) for node in nodes if operation_of(node) == "batch_norm"}
 
 
 def is_within(name: str, parents: Set[str]) -> bool:
