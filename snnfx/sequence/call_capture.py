@@ -28,9 +28,11 @@ from snnfx.sequence.alignment import Differs, align
 from snnfx.sequence.counter_reads import may_branch_on_count
 from snnfx.sequence.element_lists import join_elements
 from snnfx.sequence.lengths import Lengths, make_length_variable, require_same_step
+from snnfx.sequence.loop_kinds import must_be_one_step, runs_over_time
 from snnfx.sequence.loop_runs import LoopRun, find_loop_runs, move_attributes_first, scaling_runs
 from snnfx.sequence.pointwise_time import TimeDimension
 from snnfx.sequence.reroll import RolledLoop, reroll
+from snnfx.sequence.written_elements import forward_written_elements
 
 __all__ = ["CapturedCall", "capture_calls"]
 
@@ -293,15 +295,14 @@ def _with_loops(program: StepProgram, history: History, names: Iterator[str]) ->
         refusals: list[CaptureError] = []
 
         def visit(runs: list[LoopRun]) -> None:
-            for run in runs:
-                if run.count >= 3:
-                    try:
-                        loops.append(_reroll(program, run, next(names)))
-                        continue
-                    except CaptureError as error:
+            for run in runs_over_time(runs):
+                must_agree = must_be_one_step(run)
+                try:
+                    loops.append(_reroll(program, run, next(names)))
+                except CaptureError as error:
+                    if must_agree:
                         refusals.append(error)
-                for inner in run.inner:
-                    visit(inner)
+                    visit([r for inner in run.inner for r in inner])
 
         visit(find_loop_runs(program.graph))
         if not loops and refusals:
@@ -322,6 +323,7 @@ def _note_of(loops: list[RolledLoop]) -> str:
 def _prepare(program: StepProgram, history: History) -> None:
     """Make the operations functional, and move reads of attributes in front of all loops."""
     PassManager([Normalize()]).run(program, history)
+    run_rewrite("forward_written_elements", program, lambda: forward_written_elements(program.graph), history)
     run_rewrite("move_attributes_first", program, lambda: move_attributes_first(program), history)
 
 

@@ -11,7 +11,7 @@ from torch.fx import Node, map_arg
 
 from snnfx.analysis.dependence import is_random
 from snnfx.ir.edits import add_placeholder
-from snnfx.ir.module_effects import updates_buffers
+from snnfx.ir.module_effects import statistics_of_function, updates_buffers
 from snnfx.ir.nodes import is_module_call, is_size
 from snnfx.ir.printing import describe_node, operation_name
 from snnfx.ir.program import StepProgram
@@ -58,6 +58,8 @@ class StepInputs:
             dim = read.dim
             if read.index is not None or read.keeps_dim:
                 dim = -1
+        elif any(n in statistics_of_function(reader) for n in nodes):
+            raise Differs(f"`{describe_node(reader)}` updates other buffers in each iteration", reader)
         elif all(n.op == "get_attr" and isinstance(self.program.resolve(str(n.target)), Tensor) for n in nodes):
             value = record_call(outer, torch.stack, (nodes,))
             source, dim = value, 0
