@@ -14,13 +14,14 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
+from torch import Tensor
 from torch.fx import Node
 
 from snnfx.ir.module_effects import updates_buffers
 from snnfx.ir.printing import describe_node, location_of
 from snnfx.ir.program import StepProgram
 
-__all__ = ["Alignment", "Carried", "Differs", "Outside", "Own", "Varying", "align", "map_roles"]
+__all__ = ["Alignment", "Carried", "Differs", "Outside", "Own", "Varying", "align", "has_type_of", "map_roles"]
 
 
 class Differs(Exception):
@@ -123,12 +124,14 @@ def align(program: StepProgram, bodies: list[list[Node]]) -> Alignment:
         raise Differs("it has a single iteration", bodies[0][0] if bodies and bodies[0] else None)
     later = _Later(bodies)
     arguments = later.arguments()
-    first, initial = _fit_first(program, bodies, arguments, later.before)
+    first, initial, added = _fit_first(program, bodies, arguments, later.before)
     if len(bodies) == 2 and any(not isinstance(v, Node) for v in first):
         raise Differs("two iterations are too few to compare", bodies[1][0])
     for position, (args, kwargs) in enumerate(arguments):
         fitted = first[position]
-        if isinstance(fitted, Node):
+        if position in added:
+            actual: tuple[Any, Any] = (added[position], {})
+        elif isinstance(fitted, Node):
             actual = (fitted.args, fitted.kwargs)
         else:
             continue
@@ -220,7 +223,7 @@ _UNKNOWN = object()
 
 def _fit_first(
     program: StepProgram, bodies: list[list[Node]], arguments: list[tuple[Any, Any]], before: dict[int, Any]
-) -> tuple[list[Any], dict[int, Any]]:
+) -> tuple[list[Any], dict[int, Any], dict[int, tuple[Any, ...]]]:
     """Fit the first iteration to the step, with states that start as None, a recorded value, or zero."""
     difference: Differs | None = None
     for zero in (None, 0.0, 0):
@@ -249,9 +252,11 @@ class _First:
         self.inside = set(body)
         self.values: list[Any] = []
         self.initial: dict[int, Any] = {}
+        self.added: dict[int, tuple[Any, ...]] = {}
+        """The operands of sums with zero, by position: the first iteration starts with `v = x`, not `v = decay * v + x`."""
 
-    def fitted(self) -> tuple[list[Any], dict[int, Any]]:
-        """`(value of each position, initial values of carried positions)`."""
+    def fitted(self) -> tuple[list[Any], dict[int, Any], dict[int, tuple[Any, ...]]]:
+        """`(value of each position, initial values of carried positions, operands of sums with zero)`."""
         next_node = 0
         for position, node in enumerate(self.template):
             evaluated = self._evaluate(position)
@@ -278,7 +283,7 @@ class _First:
             if value is not before and not (not isinstance(value, Node) and value == before):
                 raise Differs("the second iteration starts from another value than the first returns", None)
         self._check_extra_nodes()
-        return self.values, self.initial
+        return self.values, self.initial, self.added
 
     def _check_extra_nodes(self) -> None:
         fitted = {v for v in self.values if isinstance(v, Node)}
@@ -298,8 +303,9 @@ class _First:
             assume_zero: whether a state of unknown start is assumed to start as zero, as in `mem = 0` with
                 `mem = 0.5 * mem + x`. The nodes that read the result prove it.
         """
-        target = self.template[position].target
-        if self.template[position].op != "call_function" or getattr(target, "__module__", "") not in _NUMBER_MODULES:
+        node = self.template[position]
+        is_detached = node.op == "call_method" and node.target == "detach"
+        if not is_detached and (node.op != "call_function" or getattr(node.target, "__module__", "") not in _NUMBER_MODULES):
             return _UNKNOWN
         from_state = False
         is_known = True
@@ -313,15 +319,31 @@ class _First:
                 value = self.initial.get(role.position, _UNKNOWN)
                 if value is _UNKNOWN and assume_zero and self.zero is not None:
                     value = self.initial[role.position] = self.zero
+            elif isinstance(role, Varying) and assume_zero:
+                value = _element_before(role)
             if value is _UNKNOWN or isinstance(value, Node) or not isinstance(value, int | float):
                 is_known = False
             from_state = True
             return value
 
         args, kwargs = map_roles(self.arguments[position], resolve)
-        if not is_known or not from_state:
+        if not from_state:
             return _UNKNOWN
-        return target(*args, **kwargs)  # type: ignore[operator]
+        if not is_known:
+            return self._summand(position, args) if assume_zero and not kwargs else _UNKNOWN
+        return args[0] if is_detached else node.target(*args, **kwargs)  # type: ignore[operator]
+
+    def _summand(self, position: int, args: tuple[Any, ...]) -> Any:
+        """The value that a sum with zero adds: both have the type of the sum."""
+        node = self.template[position]
+        if len(args) != 2 or node.target not in (operator.add, operator.sub):
+            return _UNKNOWN
+        a, b = args
+        value = a if _is_zero(b) else b if _is_zero(a) and node.target is operator.add else None
+        if not isinstance(value, Node) or not has_type_of(value, node):
+            return _UNKNOWN
+        self.added[position] = args
+        return value
 
     def _unify(self, expected: Any, actual: Any) -> bool:
         """Whether arguments of the first iteration fit the roles; binds the initial values of carried positions."""
@@ -357,6 +379,28 @@ class _First:
                 (expected.start, expected.stop, expected.step), (actual.start, actual.stop, actual.step)
             )
         return _same(expected, actual)
+
+
+def _is_zero(value: Any) -> bool:
+    return isinstance(value, int | float) and value == 0
+
+
+def has_type_of(value: Node, like: Node) -> bool:
+    """Whether two nodes are tensors of one shape and dtype."""
+    a, b = value.meta.get("val"), like.meta.get("val")
+    return isinstance(a, Tensor) and isinstance(b, Tensor) and (a.shape, a.dtype) == (b.shape, b.dtype)
+
+
+def _element_before(role: Varying) -> Any:
+    """The element of a sequence before those that the later iterations read: of `x.unbind()`."""
+    nodes = role.values
+    if len(nodes) < 2 or any(not isinstance(n, Node) or n.target is not operator.getitem for n in nodes):
+        return _UNKNOWN
+    (source, first), (other, second) = nodes[0].args, nodes[1].args
+    if source is not other or not isinstance(first, int) or not isinstance(second, int):
+        return _UNKNOWN
+    elements = {n.args[1]: n for n in source.users if n.target is operator.getitem and isinstance(n.args[1], int)}
+    return elements.get(2 * first - second, _UNKNOWN)
 
 
 _NUMBER_MODULES = ("_operator", "builtins", "math", math.__name__)
