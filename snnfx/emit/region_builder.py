@@ -242,7 +242,8 @@ class _Copier:
 
         def operand(value: Node) -> Any:
             if value is image:
-                return self.in_format(value, image_format, max(weights_of(self.program, node), _least_images(node, value)))
+                least = max(weights_of(self.program, node), _least_images(node, value))
+                return self.in_format(value, image_format, least)
             if needs_row_major and value.meta.get("channels_last"):
                 return self.in_format(value, row_major)
             return self.copy(value)

@@ -24,7 +24,7 @@ from snnfx.ops.run_loop import LoopHandle
 from snnfx.ops.step_functions import expect_size
 from snnfx.passes import Normalize, RemoveDeadCode
 from snnfx.sandbox.torch_internals import pytree
-from snnfx.sequence.alignment import Differs, align
+from snnfx.sequence.alignment import align
 from snnfx.sequence.counter_reads import may_branch_on_count
 from snnfx.sequence.element_lists import join_elements
 from snnfx.sequence.lengths import Lengths, make_length_variable, require_same_step
@@ -32,6 +32,7 @@ from snnfx.sequence.loop_kinds import must_be_one_step, runs_over_time
 from snnfx.sequence.loop_runs import LoopRun, find_loop_runs, move_attributes_first, scaling_runs
 from snnfx.sequence.pointwise_time import TimeDimension
 from snnfx.sequence.reroll import RolledLoop, reroll
+from snnfx.sequence.roles import Differs
 from snnfx.sequence.written_elements import forward_written_elements
 
 __all__ = ["CapturedCall", "capture_calls"]

@@ -73,7 +73,7 @@ def _reads_elements(run: LoopRun) -> bool:
 def _reads_from_outside(body: list[Node], inside: set[Node]) -> dict[Node, list[Node]]:
     """The nodes that select a part of a value from outside the loop, by this value."""
     found: dict[Node, list[Node]] = {}
-    for node in dict.fromkeys(n for node in body for n in (node, *node.all_input_nodes)):
+    for node in dict.fromkeys(n for reader in body for n in (reader, *reader.all_input_nodes)):
         source = node.args[0] if node.args and node.op in ("call_function", "call_method") else None
         if isinstance(source, Node) and source not in inside and (node in inside or node.op == "call_function"):
             found.setdefault(source, []).append(node)

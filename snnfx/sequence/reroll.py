@@ -24,9 +24,10 @@ from snnfx.ops.elements import write_elements
 from snnfx.ops.run_loop import run_loop
 from snnfx.ops.step_functions import set_part
 from snnfx.sandbox.torch_internals import pytree
-from snnfx.sequence.alignment import Alignment, Carried, Differs, Outside, Own, Varying, has_type_of, map_roles
+from snnfx.sequence.alignment import Alignment
 from snnfx.sequence.element_reads import common_index
 from snnfx.sequence.loop_runs import LoopRun
+from snnfx.sequence.roles import Carried, Differs, Outside, Own, Varying, has_type_of, map_roles
 from snnfx.sequence.step_inputs import StepInputs
 from snnfx.state.registry import adapter_of
 

@@ -16,8 +16,8 @@ from snnfx.ir.nodes import is_module_call, is_size
 from snnfx.ir.printing import describe_node, operation_name
 from snnfx.ir.program import StepProgram
 from snnfx.ops.run_loop import run_loop
-from snnfx.sequence.alignment import Differs
 from snnfx.sequence.element_reads import arithmetic_progression, common_read, read_sequence, record_call
+from snnfx.sequence.roles import Differs
 
 __all__ = ["StepInputs"]
 

@@ -28,7 +28,7 @@ def forward_written_elements(graph: fx.Graph) -> str:
             continue
         written, read = write.args[2], node.meta.get("val")
         if _has_equal_type(written, read):
-            node.replace_all_uses_with(written)  # type: ignore[arg-type]
+            node.replace_all_uses_with(written)
             graph.erase_node(node)
             count += 1
     return f"forwarded {count} written elements"
