@@ -478,11 +478,14 @@ class StepTracer(fx.Tracer):
         form = multi_step_form(adapter, m) if self._tracker is not None else None
         if form == "steps" and self._tracker is not None and adapter is not None and adapter.names(m):
             second: Node | None = None  # a call whose states are tensors, as are those of later calls
+            stepped, step_call = adapter, call_stateful
+            if is_stateful_tree(m, adapter):  # a recurrent container with a neuron
+                stepped, step_call = composite_adapter(m), call_opaque
 
             def step(t: int, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
                 nonlocal second
-                y = self.calls.call(m, name, call_stateful, adapter, args, kwargs, second)
-                if t <= 1 and second is None and self.calls.keeps_shapes(adapter, m, args):
+                y = self.calls.call(m, name, step_call, stepped, args, kwargs, second)
+                if t <= 1 and second is None and self.calls.keeps_shapes(stepped, m, args):
                     second = self.calls.latest
                 return y
 

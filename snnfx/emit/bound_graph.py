@@ -50,7 +50,7 @@ def bind_graph(graph: fx.Graph, root: nn.Module) -> BoundGraph | None:
     """Bind a graph whose inputs are tensors; None if a module that it reads has hooks.
 
     Args:
-        graph: an emitted graph without state ("plain").
+        graph: an emitted graph that takes no state ("plain" or "iterations").
         root: the module that its targets refer to.
     """
     return _Binder(graph, root).bind()
@@ -64,6 +64,10 @@ class _Binder:
         self.lines: list[str] = []
         self.values: dict[Node, str] = {}
         self.modules: dict[Node, nn.Module] = {}
+        self.objects: dict[Node, Any] = {}
+        """Attributes that are neither modules nor tensors, such as autograd Functions."""
+        self.attributes: dict[Node, str] = {}
+        """The expression that reads an attribute."""
         self.conditions: list[str] = []
         self.neurons: list[nn.Module] = []
         self.reads: dict[str, str] = {}
@@ -129,14 +133,24 @@ class _Binder:
         elif node.target is seq_to_ann_forward and self._is_simple_fold(node):
             self._write_fold(node)
         elif node.target is multi_step_forward and self._is_loop_from_reset(node):
-            loop = self.modules[node.args[1]]  # type: ignore[index]
-            constants = [self.modules[c] for c in node.kwargs.get("constants", ())]  # type: ignore[union-attr, index]
-            self.neurons += constants
-            with_finals = any(n.target is not operator.getitem or n.args[1] != 0 for n in node.users)
-            bound = BoundLoop(loop, constants, with_finals)  # type: ignore[arg-type]
-            self._assign(node, f"{self._constant(bound)}({self._arguments(node.args[0], {})})")
+            self._write_loop(node)
         else:
             self._assign(node, self._call(node.target, node.args, node.kwargs))
+
+    def _write_loop(self, node: Node) -> None:
+        loop: Any = self.modules[node.args[1]]  # type: ignore[index]
+        constants: Any = node.kwargs.get("constants", ())
+        fixed = [self.modules.get(c, self.objects.get(c)) for c in constants]
+        tensors = [i for i, c in enumerate(constants) if c not in self.modules and c not in self.objects]
+        for c in constants:
+            if c in self.modules:
+                self.neurons.append(self.modules[c])
+            elif c in self.objects:
+                self.conditions.append(f"{self.attributes[c]} is {self._constant(self.objects[c])}")
+        with_finals = any(n.target is not operator.getitem or n.args[1] != 0 for n in node.users)
+        bound = BoundLoop(loop, fixed, tensors, with_finals)
+        operands: list[Any] = [*node.args[0], *(constants[i] for i in tensors)]  # type: ignore[misc]
+        self._assign(node, f"{self._constant(bound)}({self._arguments(operands, {})})")
 
     def _call(self, target: Any, args: Any, kwargs: Mapping[str, Any]) -> str:
         return f"{self._constant(target)}({self._arguments(args, kwargs)})"
@@ -169,7 +183,12 @@ class _Binder:
             self.modules[node] = module
             self.values[node] = self._constant(module)
         else:
-            self._assign(node, f"getattr({self._constant(owner)}, {name!r})")
+            value = getattr(owner, name)
+            read = f"getattr({self._constant(owner)}, {name!r})"
+            if not isinstance(value, Tensor):
+                self.objects[node] = value
+            self.attributes[node] = read
+            self._assign(node, read)
 
     def _child(self, owner: Any, text: str, name: str, path: str) -> tuple[Any, str]:
         """A child of a module, and a variable of `is_valid` with the child at the time of the call."""
@@ -189,8 +208,12 @@ class _Binder:
             type(loop) is LoopRegion
             and node.kwargs.get("state", 0) is None
             and set(node.kwargs) <= {"state", "constants"}
-            and all(c in self.modules for c in constants)  # type: ignore[union-attr]
+            and all(map(self._may_be_constant, constants))  # type: ignore[arg-type]
         )
+
+    def _may_be_constant(self, node: Node) -> bool:
+        """Whether a constant of a loop is an attribute, or a tensor that the graph computes."""
+        return node in self.modules or node in self.attributes or isinstance(node.meta.get("val"), Tensor)
 
     def _is_simple_fold(self, node: Node) -> bool:
         region = self.modules.get(node.args[1])  # type: ignore[arg-type]

@@ -2,11 +2,12 @@
 
 The parts are "main", which takes and returns the state; "plain", which starts from the reset state and is the graph
 that users see and export; and "first", for a first step that differs from the later steps. Modes that share a program
-share its graphs.
+share its graphs. For the step of a loop inside a call, "iterations" starts from the reset state and returns the state.
 """
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Callable, Mapping
 from typing import Any, TypeVar, cast
 
@@ -16,7 +17,7 @@ from snnfx.emit.arguments import Arguments
 from snnfx.emit.compiled_graph import compile_graph
 from snnfx.emit.emitter import Emitted
 from snnfx.emit.multi_step import emit_multi_step
-from snnfx.emit.plain_graph import emit_plain
+from snnfx.emit.plain_graph import emit_iterations, emit_plain
 from snnfx.emit.single_step import emit_single_step
 from snnfx.ir.history import History
 from snnfx.ir.options import ConvertOptions
@@ -32,6 +33,9 @@ __all__ = [
 ]
 
 R = TypeVar("R")
+
+_making = threading.RLock()
+"""Acquired while a graph is made at a call: other threads may need the same one."""
 
 REGIONS = "snnfx_regions"
 """The child of the root module that contains the modules of the regions."""
@@ -116,6 +120,26 @@ class EmittedGraphs:
         if first is not None:
             self._take(mode, "first", label, lambda: emit_single_step(first, f"{REGIONS}.{label}", self.target_name))
 
+    def iterations(self, mode: bool) -> fx.Graph | None:
+        """The part "iterations" of a mode, made at its first use; None if the step has no such form."""
+        program = self.programs[mode]
+        if program.first_step is not None or program.carried or program.persistent_slots:
+            return None
+        with _making:
+            if (mode, "iterations") not in self.emitted:
+                label = self._label_of(mode)
+                container, dims = f"{REGIONS}.{label}", self.arguments[mode].tensor_dims
+
+                def emit() -> tuple[fx.Graph, fx.Graph, str]:
+                    emitted = emit_iterations(program, container, self.target_name, self._regions_of(label), dims)
+                    self.keep(label, emitted.regions)
+                    return emitted.graph, emitted.graph, f"{len(emitted.graph.nodes)} nodes"
+
+                graph = self.run("emit", "iterations", mode, emit)
+                for same in (True, False) if self._share_program else (mode,):
+                    self.emitted[same, "iterations"] = graph
+            return self.emitted[mode, "iterations"]
+
     def _take(self, mode: bool, part: str, label: str, emit: Callable[[], Emitted]) -> dict[str, nn.Module]:
         """Emit one part of a mode and store its graph, runner and regions; return all regions of the label."""
 
@@ -162,9 +186,11 @@ class EmittedGraphs:
 
     def region_modules(self, training: bool) -> dict[str, nn.Module]:
         """The modules that run the regions of a mode, by region name."""
+        return self._regions_of(self._label_of(training))
+
+    def _label_of(self, training: bool) -> str:
         own = "in_training" if training else "in_evaluation"
-        container = cast(nn.Module, self._containers[own if own in self._containers else "both_modes"])
-        return dict(container.named_children())
+        return own if own in self._containers else "both_modes"
 
     def _regions_of(self, label: str) -> dict[str, nn.Module]:
         container = self._containers.get(label)

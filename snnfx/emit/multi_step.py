@@ -100,7 +100,7 @@ class MultiStepEmitter(Emitter):
             self.emit_region(region)
         outputs = [self.in_caller_layout(value, self.returned(value)) for value in self.program.outputs]
         returned_slots = {name for argument in self.program.carried for name in argument.slot_names()}
-        state = {slot.name: self._final_state(slot.name) for slot in self.program.slots}
+        state = {slot.name: self.final_state(slot.name) for slot in self.program.slots}
         for name in sorted(returned_slots & state.keys()):
             state[name] = self.in_caller_layout(self.next_of[name], state[name])
         return self.finish(outputs, state, [self._as_sequence(node) for node in self.record])
@@ -339,7 +339,8 @@ class MultiStepEmitter(Emitter):
         arguments = (self._as_sequence(next_state), state, initial, self.steps(), slot, has_batch, unexpanded)
         return self.graph.call_function(delay_one_step, arguments)
 
-    def _final_state(self, slot: str) -> Any:
+    def final_state(self, slot: str) -> Any:
+        """The value of a slot after the last step."""
         if slot in self.loop_calls:
             call, index = self.loop_calls[slot]
             finals = self.graph.call_function(operator.getitem, (call, 1))

@@ -21,7 +21,7 @@ from snnfx.ops.sequence_functions import move_time, time_steps
 from snnfx.ops.step_functions import expect_size
 from snnfx.sandbox.torch_internals import pytree
 
-__all__ = ["emit_plain"]
+__all__ = ["emit_iterations", "emit_plain"]
 
 
 def emit_plain(
@@ -45,6 +45,23 @@ def emit_plain(
         reduce: as for `emit_multi_step`.
     """
     return _PlainEmitter(program, container, target_name, regions, time_dims, output_time_dim, reduce).emit()
+
+
+def emit_iterations(
+    program: StepProgram,
+    container: str,
+    target_name: TargetName,
+    regions: dict[str, nn.Module],
+    time_dims: Sequence[int | None],
+) -> Emitted:
+    """Emit the step of a loop from the reset state: `(inputs...) -> (outputs, final states)`.
+
+    Without a sequence among the inputs, the graph also takes a tensor of T elements.
+
+    Args:
+        program, container, target_name, regions, time_dims: as for `emit_plain`.
+    """
+    return _IterationsEmitter(program, container, target_name, regions, time_dims, 0, None).emit()
 
 
 class _PlainEmitter(MultiStepEmitter):
@@ -99,6 +116,19 @@ class _PlainEmitter(MultiStepEmitter):
         if isinstance(value, Node) and self.output_time_dim != 0 and self.reduce is None:
             return self.graph.call_function(move_time, (value, self.output_time_dim))
         return value
+
+
+class _IterationsEmitter(_PlainEmitter):
+    """Emits the form that returns the states after the last step."""
+
+    def emit(self) -> Emitted:
+        self.placeholders()
+        for region in self.program.regions:
+            self.emit_region(region)
+        outputs = [self.in_caller_layout(v, self.returned(v)) for v in self.program.outputs]
+        finals = [self.final_state(slot.name) for slot in self.program.slots]
+        self.graph.output((tuple(outputs), tuple(finals)))
+        return Emitted(self.graph, self.regions)
 
 
 def _needed_nodes(program: StepProgram) -> set[Node]:

@@ -10,7 +10,7 @@ import operator
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
-from torch import fx, nn
+from torch import Tensor, fx, nn
 from torch.fx import Node, map_arg
 
 from snnfx.analysis.batch_norm_folding import layer_of_norm
@@ -35,6 +35,9 @@ from snnfx.ops.sequence_functions import call_module, expand_initial_value, repe
 from snnfx.regions.sequence_region import RegionGraph
 
 __all__ = ["RegionBuilder", "is_batch_first", "same_for_all_samples", "whole_step"]
+
+_SMALL = 1 << 16
+"""Fewer image elements take longer to convert to channels-last and back than a convolution gains."""
 
 
 class RegionBuilder:
@@ -239,7 +242,8 @@ class _Copier:
 
         def operand(value: Node) -> Any:
             if value is image:
-                return self.in_format(value, image_format, weights_of(self.program, node))
+                least = max(weights_of(self.program, node), _least_images(node, value))
+                return self.in_format(value, image_format, least)
             if needs_row_major and CHANNELS_LAST.of(value):
                 return self.in_format(value, row_major)
             return self.copy(value)
@@ -305,6 +309,19 @@ class _Copier:
             new.meta.update({k: v for k, v in node.meta.items() if k in ("where", "module", "val")})
             self.env[node] = new
         self.open.discard(node)
+
+
+def _least_images(convolution: Node, image: Node) -> int:
+    """The fewest elements of the images that are converted to channels-last; 0: all are.
+
+    A convolution between row-major values pays for two conversions, other values are channels-last anyway.
+    """
+    if any("channels_last" in n.meta and n.op != "output" for n in (image, *convolution.users)):
+        return 0
+    before, after = image.meta.get("val"), convolution.meta.get("val")
+    if not (isinstance(before, Tensor) and isinstance(after, Tensor)) or before.dim() != 4 or not before.numel():
+        return 0
+    return min(_SMALL, _SMALL * before.numel() // max(after.numel(), 1))
 
 
 def is_batch_first(initial: Any) -> bool:

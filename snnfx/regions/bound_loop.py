@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-from torch import Tensor
+from torch import Tensor, nn
 
 from snnfx.lowering.elementwise.bound_step import BoundStep
 from snnfx.regions.eager_regions import EagerLoop
@@ -16,6 +16,9 @@ _MOST_BINDINGS = 4
 """A loop whose inputs have ever other layouts stays unbound after this many bindings."""
 
 
+_PLAIN = (Tensor, nn.Parameter, nn.Buffer)
+
+
 class BoundLoop:
     """Runs a loop region from the reset state: `(outputs [T, *], final states)`.
 
@@ -23,24 +26,37 @@ class BoundLoop:
 
     Args:
         region: the region.
-        constants: the modules of the region.
+        constants: the constants of the region: modules, and objects that never change.
+        tensors: the positions of constants that are tensors, which the caller passes behind the inputs.
         with_finals: whether the caller reads the final states; else the call may return none.
     """
 
-    def __init__(self, region: EagerLoop, constants: Sequence[Any], with_finals: bool = True) -> None:
+    def __init__(
+        self, region: EagerLoop, constants: Sequence[Any], tensors: Sequence[int] = (), with_finals: bool = True
+    ) -> None:
         self.region, self.constants, self.with_finals = region, tuple(constants), with_finals
+        self.tensors = tuple(tensors)
         self.step: BoundStep | None = None
         self.bindings = 0
 
-    def __call__(self, *x_seq: Tensor) -> tuple[tuple[Tensor, ...], tuple[Any, ...]]:
+    def __call__(self, *arguments: Tensor) -> tuple[tuple[Tensor, ...], tuple[Any, ...]]:
         """Run the bound kernels, or the region as it runs unbound if the inputs have another layout."""
-        if self.step is not None:
-            results = self.step.run(*x_seq)
+        x_seq, constants = arguments, self.constants
+        given: tuple[Tensor, ...] = ()
+        if self.tensors:
+            count = len(arguments) - len(self.tensors)
+            x_seq, given = arguments[:count], arguments[count:]
+            merged = list(constants)
+            for i, tensor in zip(self.tensors, given, strict=True):
+                merged[i] = tensor
+            constants = tuple(merged)
+        if self.step is not None and all(type(tensor) in _PLAIN for tensor in given):
+            results = self.step.run(x_seq, constants, given)
             if results is not None:
                 return results
-        results = self.region.loop_eagerly(x_seq, None, self.constants)
+        results = self.region.loop_eagerly(x_seq, None, constants)
         if self.bindings < _MOST_BINDINGS:
             self.bindings += 1
             kernels = self.region.kernels
-            self.step = None if kernels is None else kernels.bound_step(x_seq, self.constants, self.with_finals)
+            self.step = None if kernels is None else kernels.bound_step(x_seq, constants, self.with_finals)
         return results

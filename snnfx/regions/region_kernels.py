@@ -177,7 +177,7 @@ class RegionKernels:
             return None
         fetchers = prepared.entry.constants
         return BoundStep.of(
-            lowered, x_seq, numbers, needs, lambda: [fetch(constants) for fetch in fetchers], with_finals
+            lowered, x_seq, numbers, needs, constants, lambda given: [fetch(given) for fetch in fetchers], with_finals
         )
 
     def build_for(self, prepared: PreparedCall, needs: Needs | None) -> bool:

@@ -3,6 +3,7 @@
 A key has what a binding depends on: shapes, strides, dtypes and devices of the inputs, gradient and training mode. What
 else may change between calls is checked by one generated function for each binding. Calls that carry state, pass
 arguments by name, are chunked or recompute run unbound, and so do calls under transforms, dispatch modes or autocast.
+The loops of a model that runs over time itself are bound alike, from their reset state.
 """
 
 from __future__ import annotations
@@ -53,10 +54,11 @@ class BoundCalls:
     Args:
         executable: the executable; its graphs must be emitted.
         guards: the guards of each mode.
+        part: the part that the calls run: "plain", or "iterations" for the loops of a whole call.
     """
 
-    def __init__(self, executable: Executable, guards: dict[bool, GuardCheck]) -> None:
-        self.executable, self.guards = executable, guards
+    def __init__(self, executable: Executable, guards: dict[bool, GuardCheck], part: str = "plain") -> None:
+        self.executable, self.guards, self.part = executable, guards, part
         self._bound: BoundedCache[BoundGraph] = BoundedCache(_MOST_KEYS)
         self._waits: BoundedCache[_Wait] = BoundedCache(_MOST_KEYS)
 
@@ -78,18 +80,13 @@ class BoundCalls:
 
         Args:
             args: the arguments of the call.
-            run: the function that runs all steps of the call at once; only the plain graph is bound.
+            run: the function that runs all steps of the call at once; a graph with recomputation stays unbound.
         """
         executable = self.executable
         mode = executable.source.training
-        guards = self.guards[mode].guards
-        graph = executable.graphs.emitted.get((mode, "plain"))
-        if (
-            graph is None
-            or run is not executable.graph_runner("plain")
-            or executable.graphs.is_replaced
-            or guards.modes
-        ):
+        guards, is_plain = self.guards[mode].guards, self.part == "plain"
+        runner = executable.graph_runner("plain" if is_plain else "main")
+        if runner is None or run is not runner or executable.graphs.is_replaced or guards.modes:
             return
         key = self._key(args)
         if key is None or not _is_plain_context(args[0].device.type):
@@ -100,7 +97,9 @@ class BoundCalls:
             return
         # A binding that was invalid is made again, but ever later: a setting may change at each call.
         wait.left = wait.after_next = min(2 * wait.after_next, _LONGEST_WAIT)
-        bound = bind_graph(graph, executable.root)
+        graphs = executable.graphs
+        graph = graphs.emitted.get((mode, "plain")) if is_plain else graphs.iterations(mode)
+        bound = None if graph is None else bind_graph(graph, executable.root)
         if bound is not None:
             self._bound.put(key, bound)
 

@@ -99,7 +99,7 @@ class Net(SourceModule):
         self._nets_for_modes: dict[Any, Net] = {}
         self._execution = Execution(executable)
         executable.graphs.emit()
-        self._bound_calls = BoundCalls(executable, self._guard_checks)
+        self._forget_bound_calls()
         self._graph = executable.graphs.shown[self.training]
         self._graph.owning_module = self
         self.recompile()
@@ -110,7 +110,11 @@ class Net(SourceModule):
             self.programs[mode].guards = program.guards
             self.programs[mode].setting_reads = program.setting_reads
         self._watch(self.programs)
+        self._forget_bound_calls()
+
+    def _forget_bound_calls(self) -> None:
         self._bound_calls = BoundCalls(self._executable, self._guard_checks)
+        self._bound_iterations = BoundCalls(self._executable, self._guard_checks, "iterations")
 
     def _watch(self, programs: dict[bool, StepProgram]) -> None:
         """Bind the guards of these programs to the model."""
@@ -165,7 +169,7 @@ class Net(SourceModule):
         graph.owning_module = self
         if executable is not None:
             executable.graphs.replace(self.training, graph)
-            self._bound_calls = BoundCalls(executable, self._guard_checks)
+            self._forget_bound_calls()
         self.recompile()
 
     @property
@@ -203,7 +207,7 @@ class Net(SourceModule):
     @options.setter
     def options(self, options: ConvertOptions) -> None:
         self._executable.options = options
-        self._bound_calls = BoundCalls(self._executable, self._guard_checks)
+        self._forget_bound_calls()
 
     @property
     def positional_inputs(self) -> int:
@@ -313,7 +317,18 @@ class Net(SourceModule):
             state: values before the first iteration, by slot; None: the initial value.
         """
         given = {name: value for name, value in state.items() if value is not None}
+        arguments: tuple[Tensor, ...] = ()
+        if not given and inputs and not torch.compiler.is_compiling():
+            has_time = any(self._arguments.varying)
+            arguments = tuple(inputs) if has_time else (*inputs, torch.arange(steps, device=inputs[0].device))
+            bound = self._bound_iterations.find(arguments)
+            if bound is not None:
+                return bound(*arguments)  # type: ignore[no-any-return]
         outputs, final, _ = self._execute(inputs, {}, given or None, (), steps)
+        if arguments and self._arguments.covered(inputs):
+            run = self._execution.plans.runner_at_once("main", inputs, steps)
+            if run is not None:
+                self._bound_iterations.bind_later(arguments, run)
         return outputs, tuple(final[slot.name] for slot in self.program.slots)
 
     @property

@@ -2,75 +2,23 @@
 
 The iterations are compared node by node. An argument is then one of: a value of the same iteration, a value of the
 previous iteration (carried), a value from outside the loop, a value from outside that differs from iteration to
-iteration (an element of a sequence), or a constant. The first iteration may start differently: its carried values come
-from outside the loop or from nodes that only it has, and Python may have evaluated its operations on numbers.
+iteration (an element of a sequence), or a constant. The first iteration may start differently
+(`snnfx.sequence.first_iteration`).
 """
 
 from __future__ import annotations
 
-import math
-import operator
-from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
 from torch.fx import Node
 
-from snnfx.ir.module_effects import updates_buffers
-from snnfx.ir.printing import describe_node, location_of
+from snnfx.ir.printing import describe_node
 from snnfx.ir.program import StepProgram
+from snnfx.sequence.first_iteration import fit_first
+from snnfx.sequence.roles import Carried, Differs, Outside, Own, Varying, operation
 
-__all__ = ["Alignment", "Carried", "DependsOnLength", "Differs", "Outside", "Own", "Varying", "align", "map_roles"]
-
-
-class Differs(Exception):
-    """The iterations do not run the same step.
-
-    Args:
-        why: the difference, as a clause.
-        node: the node where they differ.
-    """
-
-    def __init__(self, why: str, node: Node | None = None) -> None:
-        super().__init__(why)
-        self.why, self.node = why, node
-
-    @property
-    def location(self) -> str:
-        """The user's file and line."""
-        return location_of(self.node) if self.node is not None else ""
-
-
-class DependsOnLength(Differs):
-    """The iterations compute with a number that no expression of the number of time steps gives."""
-
-
-@dataclass(frozen=True)
-class Own:
-    """The value at a position of the same iteration."""
-
-    position: int
-
-
-@dataclass(frozen=True)
-class Carried:
-    """The value at a position of the previous iteration."""
-
-    position: int
-
-
-@dataclass(frozen=True)
-class Outside:
-    """A value from outside the loop, the same in each iteration."""
-
-    node: Node
-
-
-@dataclass(frozen=True)
-class Varying:
-    """Values from outside the loop, or numbers, one for each iteration."""
-
-    values: tuple[Any, ...]
+__all__ = ["Alignment", "align"]
 
 
 @dataclass
@@ -101,22 +49,6 @@ class Alignment:
         return len(self.bodies)
 
 
-def map_roles(tree: Any, function: Callable[[Any], Any]) -> Any:
-    """Apply a function to all roles in nested arguments."""
-    if isinstance(tree, Own | Carried | Outside | Varying):
-        return function(tree)
-    if isinstance(tree, tuple):
-        values = [map_roles(v, function) for v in tree]
-        return type(tree)(*values) if hasattr(tree, "_fields") else tuple(values)
-    if isinstance(tree, list):
-        return [map_roles(v, function) for v in tree]
-    if isinstance(tree, dict):
-        return {k: map_roles(v, function) for k, v in tree.items()}
-    if isinstance(tree, slice):
-        return slice(*(map_roles(v, function) for v in (tree.start, tree.stop, tree.step)))
-    return tree
-
-
 def align(program: StepProgram, bodies: list[list[Node]]) -> Alignment:
     """Find the common step of the iterations.
 
@@ -127,12 +59,14 @@ def align(program: StepProgram, bodies: list[list[Node]]) -> Alignment:
         raise Differs("it has a single iteration", bodies[0][0] if bodies and bodies[0] else None)
     later = _Later(bodies)
     arguments = later.arguments()
-    first, initial = _fit_first(program, bodies, arguments, later.before)
+    first, initial, added = fit_first(program, bodies, arguments, later.before)
     if len(bodies) == 2 and any(not isinstance(v, Node) for v in first):
         raise Differs("two iterations are too few to compare", bodies[1][0])
     for position, (args, kwargs) in enumerate(arguments):
         fitted = first[position]
-        if isinstance(fitted, Node):
+        if position in added:
+            actual: tuple[Any, Any] = (added[position], {})
+        elif isinstance(fitted, Node):
             actual = (fitted.args, fitted.kwargs)
         else:
             continue
@@ -220,160 +154,6 @@ class _Later:
         return Carried(position)
 
 
-_UNKNOWN = object()
-
-
-def _fit_first(
-    program: StepProgram, bodies: list[list[Node]], arguments: list[tuple[Any, Any]], before: dict[int, Any]
-) -> tuple[list[Any], dict[int, Any]]:
-    """Fit the first iteration to the step, with states that start as None, a recorded value, or zero."""
-    difference: Differs | None = None
-    for zero in (None, 0.0, 0):
-        try:
-            return _First(program, bodies[0], bodies[1], arguments, before, zero).fitted()
-        except Differs as error:
-            difference = difference or error
-    assert difference is not None
-    raise difference
-
-
-class _First:
-    """Fits the first iteration to the step of the later ones."""
-
-    def __init__(
-        self,
-        program: StepProgram,
-        body: list[Node],
-        template: list[Node],
-        arguments: list[tuple[Any, Any]],
-        before: dict[int, Any],
-        zero: float | None = None,
-    ) -> None:
-        self.program, self.body, self.template, self.zero = program, body, template, zero
-        self.arguments, self.before = arguments, before
-        self.inside = set(body)
-        self.values: list[Any] = []
-        self.initial: dict[int, Any] = {}
-
-    def fitted(self) -> tuple[list[Any], dict[int, Any]]:
-        """`(value of each position, initial values of carried positions)`."""
-        next_node = 0
-        for position, node in enumerate(self.template):
-            evaluated = self._evaluate(position)
-            if evaluated is not _UNKNOWN:
-                self.values.append(evaluated)
-                continue
-            for index in range(next_node, len(self.body)):
-                candidate = self.body[index]
-                known = dict(self.initial)
-                if operation(candidate) == operation(node) and self._unify(
-                    self.arguments[position], (candidate.args, candidate.kwargs)
-                ):
-                    self.values.append(candidate)
-                    next_node = index + 1
-                    break
-                self.initial = known
-            else:
-                evaluated = self._evaluate(position, assume_zero=True)
-                if evaluated is _UNKNOWN:
-                    raise Differs(f"the first iteration does not run `{describe_node(node)}`", node)
-                self.values.append(evaluated)
-        for position, before in self.before.items():
-            value = self.values[position]
-            if value is not before and not (not isinstance(value, Node) and value == before):
-                raise Differs("the second iteration starts from another value than the first returns", None)
-        self._check_extra_nodes()
-        return self.values, self.initial
-
-    def _check_extra_nodes(self) -> None:
-        fitted = {v for v in self.values if isinstance(v, Node)}
-        extra = [n for n in self.body if n not in fitted]
-        for node in extra:
-            if updates_buffers(self.program, node):
-                raise Differs(f"only the first iteration runs `{describe_node(node)}`", node)
-            for user in node.users:
-                if user not in self.inside and user.op != "output":
-                    raise Differs(f"only the first iteration runs `{describe_node(node)}`", node)
-
-    def _evaluate(self, position: int, assume_zero: bool = False) -> Any:
-        """The number that Python evaluated in the first iteration, where the later ones have a node.
-
-        Args:
-            position: the node.
-            assume_zero: whether a state of unknown start is assumed to start as zero, as in `mem = 0` with
-                `mem = 0.5 * mem + x`. The nodes that read the result prove it.
-        """
-        target = self.template[position].target
-        if self.template[position].op != "call_function" or getattr(target, "__module__", "") not in _NUMBER_MODULES:
-            return _UNKNOWN
-        from_state = False
-        is_known = True
-
-        def resolve(role: Any) -> Any:
-            nonlocal from_state, is_known
-            value = _UNKNOWN
-            if isinstance(role, Own):
-                value = self.values[role.position]
-            elif isinstance(role, Carried):
-                value = self.initial.get(role.position, _UNKNOWN)
-                if value is _UNKNOWN and assume_zero and self.zero is not None:
-                    value = self.initial[role.position] = self.zero
-            if value is _UNKNOWN or isinstance(value, Node) or not isinstance(value, int | float):
-                is_known = False
-            from_state = True
-            return value
-
-        args, kwargs = map_roles(self.arguments[position], resolve)
-        if not is_known or not from_state:
-            return _UNKNOWN
-        return target(*args, **kwargs)  # type: ignore[operator]
-
-    def _unify(self, expected: Any, actual: Any) -> bool:
-        """Whether arguments of the first iteration fit the roles; binds the initial values of carried positions."""
-        if isinstance(expected, Own):
-            return _same(self.values[expected.position], actual)
-        if isinstance(expected, Carried):
-            if expected.position in self.initial:
-                return _same(self.initial[expected.position], actual)
-            if isinstance(actual, tuple | list | dict | slice):
-                return False
-            self.initial[expected.position] = actual
-            return True
-        if isinstance(expected, Outside):
-            return expected.node is actual
-        if isinstance(expected, Varying):
-            if isinstance(expected.values[0], Node):
-                return isinstance(actual, Node) and actual not in self.inside
-            return isinstance(actual, int | float)
-        if isinstance(expected, tuple | list):
-            kind = list if isinstance(expected, list) else type(expected)  # graphs have lists of a type of their own
-            return (
-                isinstance(actual, kind)
-                and len(actual) == len(expected)
-                and all(self._unify(e, a) for e, a in zip(expected, actual, strict=True))
-            )
-        if isinstance(expected, dict):
-            return (
-                isinstance(actual, dict)
-                and actual.keys() == expected.keys()
-                and all(self._unify(expected[k], actual[k]) for k in expected)
-            )
-        if isinstance(expected, slice):
-            return isinstance(actual, slice) and self._unify(
-                (expected.start, expected.stop, expected.step), (actual.start, actual.stop, actual.step)
-            )
-        return _same(expected, actual)
-
-
-_NUMBER_MODULES = ("_operator", "builtins", "math", math.__name__)
-
-
-def _same(a: Any, b: Any) -> bool:
-    if isinstance(a, Node) or isinstance(b, Node):
-        return a is b
-    return type(a) is type(b) and bool(a == b or (a != a and b != b))
-
-
 def _with_first_values(expected: Any, actual: Any) -> Any:
     """Add the value of the first iteration to all `Varying` roles."""
     if isinstance(expected, Varying):
@@ -388,13 +168,3 @@ def _with_first_values(expected: Any, actual: Any) -> Any:
         parts = ((expected.start, actual.start), (expected.stop, actual.stop), (expected.step, actual.step))
         return slice(*(_with_first_values(e, a) for e, a in parts))
     return expected
-
-
-_METHODS = {"add": operator.add, "sub": operator.sub, "mul": operator.mul, "div": operator.truediv}
-
-
-def operation(node: Node) -> tuple[str, Any]:
-    """The operation of a node; `tensor + proxy` is recorded as a method, `proxy + proxy` as an operator."""
-    if node.op == "call_method" and node.target in _METHODS and not node.kwargs:
-        return "call_function", _METHODS[str(node.target)]
-    return node.op, node.target

@@ -24,14 +24,16 @@ from snnfx.ops.run_loop import LoopHandle
 from snnfx.ops.step_functions import expect_size
 from snnfx.passes import Normalize, RemoveDeadCode
 from snnfx.sandbox.torch_internals import pytree
-from snnfx.sequence.alignment import DependsOnLength, Differs, align
+from snnfx.sequence.alignment import align
 from snnfx.sequence.counter_reads import may_branch_on_count
 from snnfx.sequence.delayed_values import hold_delayed_values
 from snnfx.sequence.element_lists import join_elements
 from snnfx.sequence.lengths import Lengths, make_length_variable, require_same_step
+from snnfx.sequence.loop_kinds import must_be_one_step, runs_over_time
 from snnfx.sequence.loop_runs import LoopRun, find_loop_runs, move_attributes_first, scaling_runs, share_equal_constants
 from snnfx.sequence.pointwise_time import TimeDimension
 from snnfx.sequence.reroll import RolledLoop, reroll
+from snnfx.sequence.roles import DependsOnLength, Differs
 from snnfx.sequence.written_elements import forward_written_elements
 
 __all__ = ["CapturedCall", "capture_calls"]
@@ -308,15 +310,14 @@ def _with_loops(program: StepProgram, why_fixed: str, history: History, names: I
         refusals: list[CaptureError] = []
 
         def visit(runs: list[LoopRun]) -> None:
-            for run in runs:
-                if run.count >= 3:
-                    try:
-                        loops.append(_reroll(program, run, next(names)))
-                        continue
-                    except CaptureError as error:
+            for run in runs_over_time(runs):
+                must_agree = must_be_one_step(run)
+                try:
+                    loops.append(_reroll(program, run, next(names)))
+                except CaptureError as error:
+                    if must_agree:
                         refusals.append(error)
-                for inner in run.inner:
-                    visit(inner)
+                    visit([r for inner in run.inner for r in inner])
 
         visit(find_loop_runs(program.graph))
         if not loops and refusals:

@@ -19,7 +19,7 @@ from snnfx.ir.printing import describe_node
 from snnfx.ir.program import StepProgram
 from snnfx.ops.run_loop import LoopHandle
 from snnfx.ops.step_functions import expect_size
-from snnfx.sequence.alignment import DependsOnLength, Differs, operation
+from snnfx.sequence.roles import DependsOnLength, Differs, operation
 
 __all__ = ["Lengths", "make_length_variable", "require_same_step"]
 

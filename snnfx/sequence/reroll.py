@@ -10,6 +10,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
 
+import torch
 from torch import Tensor, fx
 from torch.fx import Node, map_arg
 
@@ -23,9 +24,10 @@ from snnfx.ops.elements import hold, write_elements
 from snnfx.ops.run_loop import run_loop
 from snnfx.ops.step_functions import set_part
 from snnfx.sandbox.torch_internals import pytree
-from snnfx.sequence.alignment import Alignment, Carried, Differs, Outside, Own, Varying, map_roles
+from snnfx.sequence.alignment import Alignment
 from snnfx.sequence.element_reads import common_index
 from snnfx.sequence.loop_runs import LoopRun
+from snnfx.sequence.roles import Carried, Differs, Outside, Own, Varying, has_type_of, map_roles
 from snnfx.sequence.step_inputs import StepInputs
 from snnfx.state.registry import adapter_of
 
@@ -243,9 +245,19 @@ class _Reroll:
                 return self.inputs.outside(start, start)
             start = self.program.initial_values[slot]
         if not isinstance(start, Node):
-            return start
+            return start if self._accepts_numbers() else self._filled(start, self.alignment.template[position])
         number = _number_of_filled_tensor(start, self.alignment.template[position])
         return number if number is not None and self._accepts_numbers() else self._first(start)
+
+    def _filled(self, number: float, like: Node) -> Any:
+        """A number as a tensor of the type of a state, where the step calls methods of the state."""
+        inputs = [p for p, varies in zip(self.inputs.placeholders, self.inputs.varying, strict=True) if varies]
+        same = next((p for p in inputs if has_type_of(p, like)), None)
+        if same is None:
+            return number
+        filled = self.graph.call_function(torch.full_like, (same, number))
+        filled.meta = {k: v for k, v in like.meta.items() if k in ("val", "where", "module")}
+        return filled
 
     def _accepts_numbers(self) -> bool:
         """Whether the step runs if its states are numbers: arithmetic combines them with tensors first."""

@@ -12,13 +12,13 @@ from torch.fx import Node, map_arg
 from snnfx.analysis.dependence import is_random
 from snnfx.ir.edits import add_placeholder
 from snnfx.ir.facts import VALUE
-from snnfx.ir.module_effects import updates_buffers
+from snnfx.ir.module_effects import statistics_of_function, updates_buffers
 from snnfx.ir.nodes import is_module_call, is_size
 from snnfx.ir.printing import describe_node, operation_name
 from snnfx.ir.program import StepProgram
 from snnfx.ops.run_loop import run_loop
-from snnfx.sequence.alignment import DependsOnLength, Differs
 from snnfx.sequence.element_reads import arithmetic_progression, common_read, read_sequence, record_call
+from snnfx.sequence.roles import DependsOnLength, Differs
 
 __all__ = ["StepInputs"]
 
@@ -66,6 +66,8 @@ class StepInputs:
             dim = read.dim
             if read.index is not None or read.keeps_dim:
                 dim = -1
+        elif any(n in statistics_of_function(reader) for n in nodes):
+            raise Differs(f"`{describe_node(reader)}` updates other buffers in each iteration", reader)
         elif all(n.op == "get_attr" and isinstance(self.program.resolve(str(n.target)), Tensor) for n in nodes):
             value = record_call(outer, torch.stack, (nodes,))
             source, dim = value, 0

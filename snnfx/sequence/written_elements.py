@@ -23,20 +23,21 @@ def forward_written_elements(program: StepProgram) -> str:
         if node.target is not operator.getitem or is_structural(node) or not isinstance(node.args[0], Node):
             continue
         read = _element(node.args[0], node.args[1])
-        source = node.args[0]
+        source, written = node.args[0], None
         while read is not None and source.target is set_part:
             tensor, index, value = source.args
             written = _element(source, index)
-            if written is None or written[0] != read[0] or (written[1] < 0) is not (read[1] < 0):
-                break
-            if written == read:
-                if _replaces(value, node):
-                    node.replace_all_uses_with(value)
-                    program.graph.erase_node(node)
-                    forwarded += 1
+            if written is None or written[0] != read[0] or written == read or (written[1] < 0) is not (read[1] < 0):
                 break
             source = tensor  # type: ignore[assignment]
-            node.args = (source, node.args[1])
+        if read is None or written is None:
+            continue
+        if written != read:
+            node.args = (source, node.args[1])  # no write in between changes the element
+        elif _replaces(value, node):
+            node.replace_all_uses_with(value)
+            program.graph.erase_node(node)
+            forwarded += 1
     return f"forwarded {forwarded} elements"
 
 

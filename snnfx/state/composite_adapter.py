@@ -61,7 +61,9 @@ class CompositeAdapter(MemoryAdapter):
 
     def step(self, module: nn.Module, state: State, /, *inputs: Any, **kwargs: Any) -> tuple[Any, State]:
         with stepped_by_one_thread(module, *self._stateful_modules), _refusing_unregistered_state(module):
-            return step_by_swapping(self, module, state, *inputs, **kwargs)
+            step_call = getattr(adapter_of(module), "step_call", None)
+            call = None if step_call is None else step_call(module)
+            return step_by_swapping(self, module, state, *inputs, call=call, **kwargs)
 
 
 def composite_adapter(module: nn.Module) -> CompositeAdapter:

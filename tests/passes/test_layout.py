@@ -220,3 +220,12 @@ def test_a_state_that_starts_as_none_may_become_an_image() -> None:
 
     model, x_seq = Feedback(), torch.rand(3, 2, 3, 4, 4)
     snnfx.verify(model, snnfx.convert(model, example_inputs=x_seq[0], lower=None), x_seq)
+
+
+@pytest.mark.parametrize(("pixels", "converted"), [(8, False), (64, True)])
+def test_small_images_between_row_major_values_are_not_converted(pixels: int, converted: bool) -> None:
+    model = nn.Conv2d(8, 8, 3, padding=1)
+    seen = formats_seen(model)
+    x_seq = torch.rand(4, 2, 8, pixels, pixels)
+    snnfx.convert(model, example_inputs=(x_seq[0],))(x_seq)
+    assert seen == [converted]

@@ -139,3 +139,38 @@ def test_dropout_in_multi_step_mode_keeps_one_mask() -> None:
     net = snnfx.convert(model.double(), takes="sequence", example_inputs=(sequence(6, 3, 6),))
     is_zero = net(sequence(5, 3, 6)) == 0
     assert torch.equal(is_zero, is_zero[:1].expand_as(is_zero)) and is_zero.any()
+
+
+CONTAINERS = {
+    "linear": lambda: layer.LinearRecurrentContainer(neuron.LIFNode(), 5, 5, True),
+    "of other size": lambda: layer.LinearRecurrentContainer(
+        nn.Sequential(nn.Linear(5, 4), neuron.ParametricLIFNode()), 5, 4, False
+    ),
+    "element-wise": lambda: layer.ElementWiseRecurrentContainer(neuron.LIFNode(), lambda x, y: x + 0.5 * y),
+}
+
+
+class RecurrentNet(nn.Module):
+    """A recurrent container in mode "m" between neurons and layers in mode "m"."""
+
+    def __init__(self, name: str) -> None:
+        super().__init__()
+        self.fc, self.container = layer.Linear(3, 5, step_mode="m"), CONTAINERS[name]()
+        self.container.step_mode = "m"
+        features = 4 if name == "of other size" else 5
+        self.out, self.lif = layer.Linear(features, 5, step_mode="m"), neuron.LIFNode(step_mode="m")
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.lif(5 * self.out(self.container(6 * self.fc(x))))
+
+
+@pytest.mark.parametrize("name", CONTAINERS)
+def test_recurrent_containers_in_multi_step_mode(name: str) -> None:
+    torch.manual_seed(0)
+    net = assert_converts_sequence(RecurrentNet(name), (sequence(6, 3, 3),), [(sequence(9, 2, 3),)])
+    assert net.program.whole_sequences is None
+    kernels = [getattr(m, "kernels", None) for m in net.region_modules().values()]
+    assert sum(k is not None and k.in_use is not None for k in kernels) == 2
+    y_seq, _ = net.run(sequence(6, 3, 3))
+    chunks = torch.cat(list(net.stream(sequence(6, 3, 3).split(2))))
+    torch.testing.assert_close(chunks, y_seq)

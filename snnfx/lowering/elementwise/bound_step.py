@@ -36,7 +36,8 @@ class BoundStep:
         x_seq: inputs with the layout of the calls.
         numbers: the states before the first step.
         needs: the gradients that the calls need; None for inference.
-        fetch: returns the constants of a call, the tensors that the step reads.
+        constants: the constants of a call with the layout of the calls: modules, and tensors that the caller passes.
+        fetch: returns the tensors that the step reads, from the constants of a call.
         with_finals: whether the calls read the final states.
     """
 
@@ -46,7 +47,8 @@ class BoundStep:
         x_seq: Sequence[Tensor],
         numbers: Sequence[float],
         needs: Needs | None,
-        fetch: Callable[[], list[Tensor]],
+        constants: Sequence[Any],
+        fetch: Callable[[Sequence[Any]], list[Tensor]],
         with_finals: bool = True,
     ) -> None:
         self.lowered, self.numbers, self.needs, self.fetch = lowered, list(map(float, numbers)), needs, fetch
@@ -73,15 +75,16 @@ class BoundStep:
         self.not_differentiable = [i for i, d in enumerate(lowered.step.differentiable[: self.results]) if not d]
         self.training = None if needs is None else lowered.training(needs)
         self.source = lowered.inference() if self.training is None else self.training.forward
-        self.constants = len(fetch())
-        operands = self._operands(self.source, fetch())
+        read = fetch(constants)
+        self.constants = len(read)
+        operands = self._operands(self.source, read)
         self.reads = len(operands)
         self.forward = self._bound(
             self.source, {**self.inputs, **self._operand_forms(self.source, operands)}, made, unread
         )
         self.inputs_saved = () if self.training is None else tuple(self.training.plan.inputs)
         self.backwards: dict[Any, BoundLaunch | None] = {}
-        self.requires_grad = [x.requires_grad for x in x_seq]
+        self.requires_grad = [x.requires_grad for x in (*x_seq, *_tensors_among(constants))]
         self.with_grad = torch.is_grad_enabled()
 
     @staticmethod
@@ -90,22 +93,31 @@ class BoundStep:
         x_seq: Sequence[Tensor],
         numbers: Sequence[float],
         needs: Needs | None,
-        fetch: Callable[[], list[Tensor]],
+        constants: Sequence[Any],
+        fetch: Callable[[Sequence[Any]], list[Tensor]],
         with_finals: bool = True,
     ) -> BoundStep | None:
         """Bind a step to the layout of these inputs; None if its kernels cannot be bound. Arguments: see the class."""
         if not isinstance(lowered.back_end, CppBackEnd):
             return None
-        bound = BoundStep(lowered, x_seq, numbers, needs, fetch, with_finals)
+        bound = BoundStep(lowered, x_seq, numbers, needs, constants, fetch, with_finals)
         return bound if bound.forward is not None else None
 
-    def run(self, *x_seq: Tensor) -> tuple[tuple[Tensor, ...], tuple[Tensor, ...]] | None:
-        """Run a sequence: `(outputs, final states)`; None if the inputs have another layout."""
+    def run(
+        self, x_seq: Sequence[Tensor], constants: Sequence[Any], given: Sequence[Tensor] = ()
+    ) -> tuple[tuple[Tensor, ...], tuple[Tensor, ...]] | None:
+        """Run a sequence: `(outputs, final states)`; None if the inputs have another layout.
+
+        Args:
+            x_seq: the inputs.
+            constants: the constants of the call.
+            given: the tensors among them that the caller passes.
+        """
         bound = self.forward
         assert bound is not None
-        if self.with_grad and [x.requires_grad for x in x_seq] != self.requires_grad:
+        if self.with_grad and [x.requires_grad for x in (*x_seq, *given)] != self.requires_grad:
             return None
-        constants = self.fetch() if self.constants else []
+        constants = self.fetch(constants) if self.constants else []
         operands = self._operands(self.source, constants) if self.reads else []
         if not bound.fits(*x_seq, *operands):
             return None
@@ -234,6 +246,10 @@ class _BoundFunction(torch.autograd.Function):
         hint = "Convert with lower=None: PyTorch then runs the loop and differentiates twice."
         refuse_second_derivative("a kernel", hint)
         return (None, None, None, None, *for_each_gradient(partial(ctx.bound.backward, ctx.saved_tensors), grads))
+
+
+def _tensors_among(constants: Sequence[Any]) -> list[Tensor]:
+    return [c for c in constants if isinstance(c, Tensor)]
 
 
 def _product(shape: Sequence[int]) -> int:

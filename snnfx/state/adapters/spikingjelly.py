@@ -7,7 +7,7 @@ without them (and SpikingJelly 0.0.0.0.14) are stepped by swapping their memorie
 from __future__ import annotations
 
 import copy
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 from spikingjelly.activation_based import base, layer, neuron
@@ -115,6 +115,10 @@ class SpikingJellyAdapter(StepModeAdapter):
         outputs, following = module.single_step_functional_forward(inputs, state, **kwargs)  # type: ignore[operator]
         return outputs[0] if len(outputs) == 1 else outputs, tuple(following)
 
+    def step_call(self, module: nn.Module) -> Callable[..., Any]:
+        """The function that computes one step, also in step mode "m"."""
+        return module.single_step_forward if module.step_mode == "m" else module  # type: ignore[return-value]
+
     def _refuse_other_shape(self, module: nn.Module, state: State, inputs: tuple[Any, ...]) -> None:
         """Refuse an input whose shape differs from the state; SpikingJelly would create a new state."""
         shape = inputs[0].shape if inputs and isinstance(inputs[0], Tensor) else None
@@ -130,9 +134,8 @@ class SpikingJellyAdapter(StepModeAdapter):
     def _step_by_swapping(self, module: nn.Module, state: State, /, *inputs: Any, **kwargs: Any) -> tuple[Any, State]:
         with stepped_by_one_thread(module):
             v_seq = module.__dict__.get("v_seq")
-            call = module.single_step_forward if module.step_mode == "m" else module
             try:
-                return step_by_swapping(self, module, state, *inputs, call=call, **kwargs)  # type: ignore[arg-type]
+                return step_by_swapping(self, module, state, *inputs, call=self.step_call(module), **kwargs)
             finally:
                 if "v_seq" in module.__dict__:
                     module.__dict__["v_seq"] = v_seq
