@@ -29,7 +29,7 @@ def how_region_ran(program: StepProgram, region: Region, module: nn.Module | Non
         lowered = module.kernels.in_use if module.kernels is not None else None
         if lowered is None:
             return "stepped"
-        return "stepped, with kernels" if isinstance(lowered, MixedStep) else "kernel"
+        return "stepped, with kernels" if isinstance(lowered, MixedStep) and lowered.reason_for_python else "kernel"
     if isinstance(module, MapRegion):
         return "vmap over T" if not module.refused_by_vmap else "stepped"
     decisions = [event_decision(program, node) for node in region.nodes]

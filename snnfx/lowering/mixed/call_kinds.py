@@ -16,6 +16,7 @@ __all__ = [
     "FunctionalCall",
     "calls_in_order",
     "calls_needed_for",
+    "product_with_constant",
     "runs_batched",
     "without_leading_ones",
 ]
@@ -24,6 +25,16 @@ __all__ = [
 def runs_batched(call: AtenCall) -> bool:
     """Whether a call can run for all time steps at once if it does not depend on a state."""
     return call.traits.view == "view" or call.traits.product or call.traits.joins
+
+
+def product_with_constant(call: AtenCall, values: Sequence[RecordedValue]) -> tuple[int, int, int | None] | None:
+    """The values `(left, matrix, bias)` of a product of a varying value with a matrix that is the same at each step."""
+    if call.name not in ("mm", "addmm") or call.kwargs:
+        return None
+    *bias, left, matrix = [a.number for a in call.args]
+    if not values[left].varying or any(values[n].varying for n in (*bias, matrix)):
+        return None
+    return left, matrix, bias[0] if bias else None
 
 
 def without_leading_ones(shape: Sequence[int]) -> tuple[int, ...]:

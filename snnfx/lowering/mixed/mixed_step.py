@@ -13,6 +13,7 @@ from snnfx.lowering.elementwise.cpp.build import load
 from snnfx.lowering.elementwise.lowered_step import Needs
 from snnfx.lowering.elementwise.translation import Replay
 from snnfx.lowering.mixed.call_kinds import calls_needed_for
+from snnfx.lowering.mixed.compiled_loop import build_loop
 from snnfx.lowering.mixed.constant_gradients import ConstantGradient, plan_gradient
 from snnfx.lowering.mixed.executor import run_schedule
 from snnfx.lowering.mixed.loop_saved_values import LoopSavedValues, plan_saved_values
@@ -107,10 +108,31 @@ class MixedStep:
         return True
 
     @property
-    def heavy(self) -> list[str]:
-        """Names of the operators that PyTorch runs in each step."""
-        names = [c.name for stage in self.inference().stages for c in stage.calls if self._kinds.of(c) == "heavy"]
-        return list(dict.fromkeys(names))
+    def reason_for_python(self) -> str:
+        """Why Python code runs the steps one by one, as a clause; "" if compiled code runs all steps of a pass."""
+        schedules = self._schedules()
+        for schedule in schedules:
+            if schedule.reason_for_python:
+                return schedule.reason_for_python
+        if any(schedule.reason_for_python is not None for schedule in schedules):
+            return ""
+        names = " and ".join(f"`{name}`" for name in self.inference().calls_of_pytorch)
+        return f"PyTorch computes {names} in each step" if names else ""
+
+    @property
+    def has_products(self) -> bool:
+        """Whether the steps contain products or convolutions."""
+        return any(call.traits.product for call in self.inference().inside)
+
+    @property
+    def density(self) -> float | None:
+        """The fraction of the operands of products that was not zero in the latest forward pass, if it was counted."""
+        forward = [passes.forward for passes in self._training.values()] or [self.inference()]
+        return forward[-1].density
+
+    def _schedules(self) -> list[Schedule]:
+        passes = [s for p in self._training.values() for s in (p.forward, p.backward)]
+        return passes + ([self._inference] if self._inference is not None else [])
 
     def inference(self) -> Schedule:
         """The schedule of inference, which saves nothing."""
@@ -187,6 +209,8 @@ class MixedStep:
             for stage in schedule.stages:
                 for group in stage.groups:
                     load(group.source)
+            for dtype in _dtypes_of_products(schedule):
+                build_loop(dtype)
 
     @property
     def saves(self) -> str:
@@ -286,6 +310,11 @@ class MixedStep:
         if gradient is None:
             return torch.zeros((), dtype=value.dtype).expand(*leading, *value.shape)
         return _dense_values(gradient)
+
+
+def _dtypes_of_products(schedule: Schedule) -> set[torch.dtype]:
+    values = schedule.recording.values
+    return {values[r].dtype for call in schedule.inside if call.traits.product for r in call.results}
 
 
 def _dense_values(tensor: Tensor) -> Tensor:
