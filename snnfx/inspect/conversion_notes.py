@@ -260,7 +260,7 @@ def _how_it_runs(net: Net, region: Region) -> tuple[str, str, str]:
     if isinstance(in_use, MixedStep):
         how, because = _how_mixed(in_use)
         density = in_use.density
-        visited = "" if density is None else f"; {density * 100:.1f} % of the inputs of its products were not zero"
+        visited = "" if density is None else f"; {density:.1%} of the inputs of its products were not zero"
         return how, because, f"{visited}{in_use.saves}"
     return "One kernel for all time steps", "", in_use.saves
 

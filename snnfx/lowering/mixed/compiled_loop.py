@@ -14,7 +14,7 @@ from snnfx.lowering.mixed.loop_source import LOOPS
 from snnfx.lowering.mixed.operations import Addition, Call, Copy, Launch, Operation, Product
 from snnfx.lowering.mixed.ring_buffers import RingBuffer
 from snnfx.lowering.mixed.sample_parts import SampleParts, plan_parts
-from snnfx.lowering.nonzero_lists import TILE_BYTES, VECTOR_BYTES
+from snnfx.lowering.nonzero_lists import VECTOR_BYTES
 
 __all__ = ["build_loop", "reason_against_compiling", "run_compiled"]
 
@@ -132,7 +132,7 @@ class _Packing:
         if isinstance(operation, Launch):
             return self._launch(operation)
         if isinstance(operation, Copy):
-            source, target = operation.source.tensor, operation.target.tensor
+            target = operation.target.tensor
             count = target.shape[1] if target.dim() > 1 else 1
             width = target[0].numel() // max(count, 1) * target.element_size()
             rings = (*_ring(operation.target), *_ring(operation.source), *_NO_RING)
@@ -147,7 +147,9 @@ class _Packing:
         left, out, matrix = operation.left.tensor, operation.out.tensor, operation.matrix.resolve_neg()
         samples, width = out.shape[1:]
         lanes = VECTOR_BYTES // out.element_size()
-        packed = torch.empty(matrix.shape[0] * (-(-width // lanes) * lanes) * out.element_size() + 64, dtype=torch.uint8)
+        packed = torch.empty(
+            matrix.shape[0] * (-(-width // lanes) * lanes) * out.element_size() + 64, dtype=torch.uint8
+        )
         address = -(-packed.data_ptr() // 64) * 64
         bias, bias_step = 0, 0
         if operation.bias is not None:

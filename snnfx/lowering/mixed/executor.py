@@ -32,6 +32,7 @@ __all__ = ["PassResult", "run_schedule"]
 _MIN_PARALLEL_ELEMENTS = 1 << 14
 """Elements of a step from which on a kernel uses several threads."""
 
+
 class PassResult:
     """The results of a pass.
 

@@ -1,7 +1,7 @@
 """The C++ source of a compiled time loop: products, fused kernels and copies, for all steps in one call.
 
-The source is the same for all loops. Its argument is a list of operations; a fused kernel is called by its address. Each
-part of the samples runs all time steps without waiting for another part.
+The source is the same for all loops. Its argument is a list of operations; a fused kernel is called by its address.
+Each part of the samples runs all time steps without waiting for another part.
 
 A product packs its matrix once for each call, in tiles of outputs. For rows with few elements that are not zero it adds
 only the rows of the matrix that these elements select. Both forms add the terms of an output in the same order and fuse

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-
 import torch
 from torch import Tensor
 
@@ -56,5 +55,3 @@ class Rows:
         self.this = iterations % 2
         self.other = 1 - self.this
         self.first_then_one = iterations.clamp(max=1)
-
-

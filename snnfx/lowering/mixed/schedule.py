@@ -90,23 +90,22 @@ class Schedule:
         recording: the recorded step.
         kinds: the kinds of its calls.
         goal: inputs and results of the pass.
+        by_events: whether products may visit only the elements of their operands that are not zero.
 
     Attributes:
         before, after: calls that run once for all steps.
         inside: calls of the loop.
         stages: the stages of each step.
         stacked: values of the loop that are stored for all steps, because a later call reads them or as results.
-        by_events: whether products may visit only the elements of their operands that are not zero.
         reason_for_python: why Python code ran the steps of the latest run, "" for compiled code; None before it.
         density: the fraction of the operands of products that was not zero in the latest run, if it was counted.
     """
 
-    by_events = True
     reason_for_python: str | None = None
     density: float | None = None
 
-    def __init__(self, recording: Recording, kinds: CallKinds, goal: PassGoal) -> None:
-        self.recording, self.kinds, self.goal = recording, kinds, goal
+    def __init__(self, recording: Recording, kinds: CallKinds, goal: PassGoal, by_events: bool = False) -> None:
+        self.recording, self.kinds, self.goal, self.by_events = recording, kinds, goal, by_events
         values = recording.values
         following = [c.following for c in goal.carried if c.following is not None]
         needed = [

@@ -582,13 +582,11 @@ def test_lower_none_switches_it_off() -> None:
 def test_explain_tells_of_it() -> None:
     net = snnfx.convert(Feedback().double(), example_inputs=x_of(3, 4))
     (before,) = snnfx.explain(net).kernels
-    assert before == (
-        "One kernel for all time steps, products included: loop_1, compiled at the first call."
-    )
+    assert before == ("One kernel for all time steps, products included: loop_1, compiled at the first call.")
     net(x_of(5, 3, 4)).sum().backward()
     (after,) = snnfx.explain(net).kernels
     assert after.startswith("One kernel for all time steps, products included: loop_1; ")
-    assert after.endswith(" % of the inputs of its products were not zero; training saves 2 tensors of all steps.")
+    assert after.endswith("% of the inputs of its products were not zero; training saves 2 tensors of all steps.")
 
 
 # -- what is done -----------------------------------------------------------------------------------------------------
