@@ -11,7 +11,7 @@ from torch import Tensor
 
 from snnfx.lowering.elementwise.cpp.build import load, openmp
 from snnfx.lowering.mixed.loop_source import LOOPS
-from snnfx.lowering.mixed.operations import Addition, Call, Copy, Launch, Operation, Product
+from snnfx.lowering.mixed.operations import Addition, Assembly, Call, Copy, Launch, Operation, Product
 from snnfx.lowering.mixed.ring_buffers import RingBuffer
 from snnfx.lowering.mixed.sample_parts import SampleParts, plan_parts
 from snnfx.lowering.nonzero_lists import VECTOR_BYTES
@@ -46,7 +46,8 @@ def reason_against_compiling(operations: Sequence[Operation]) -> str:
             return f"PyTorch computes `{operation.name}` in each step"
         if isinstance(operation, Product) and not _is_row_major(operation.left.tensor):
             return "a product reads a value whose rows are not consecutive in memory"
-        if isinstance(operation, Copy) and not _copies_bytes(operation):
+        copies = operation.copies if isinstance(operation, Assembly) else [operation]
+        if any(isinstance(copy, Copy) and not _copies_rows(copy) for copy in copies):
             return "a value is copied to another dtype or layout"
         if isinstance(operation, Addition) and not all(
             ring.tensor[0].is_contiguous() and ring.tensor.shape[1:] == operation.following.tensor.shape[1:]
@@ -60,13 +61,13 @@ def _is_row_major(tensor: Tensor) -> bool:
     return tensor.shape[-1] <= 1 or tensor.stride(-1) == 1
 
 
-def _copies_bytes(copy: Copy) -> bool:
+def _copies_rows(copy: Copy) -> bool:
+    """Whether each row of the first dimension of a step is a copy of consecutive bytes."""
     source, target = copy.source.tensor, copy.target.tensor
-    return (
-        source.dtype == target.dtype
-        and source.shape[1:] == target.shape[1:]
-        and target[0].is_contiguous()
-        and source[0].is_contiguous()
+    return (source.dtype, source.shape[1:]) == (target.dtype, target.shape[1:]) and (
+        source.numel() == 0
+        or target.numel() == 0
+        or all(t.dim() < 2 or t[0, 0].is_contiguous() for t in (source, target))
     )
 
 
@@ -81,6 +82,7 @@ def run_compiled(operations: Sequence[Operation], T: int, by_events: bool) -> fl
     Returns:
         The fraction of the operands of products that was not zero; None if it was not counted.
     """
+    operations = [part for o in operations for part in (o.copies if isinstance(o, Assembly) else [o])]
     products = [o for o in operations if isinstance(o, Product)]
     dtype = products[0].out.tensor.dtype if products else torch.float32
     dtypes = [o.term.tensor.dtype for o in operations if isinstance(o, Addition)]
@@ -132,11 +134,13 @@ class _Packing:
         if isinstance(operation, Launch):
             return self._launch(operation)
         if isinstance(operation, Copy):
-            target = operation.target.tensor
+            source, target = operation.source.tensor, operation.target.tensor
+            size = target.element_size()
             count = target.shape[1] if target.dim() > 1 else 1
-            width = target[0].numel() // max(count, 1) * target.element_size()
+            width = target[0].numel() // max(count, 1) * size
+            steps = (t.stride(1) * size if t.dim() > 1 else width for t in (target, source))
             rings = (*_ring(operation.target), *_ring(operation.source), *_NO_RING)
-            return (_COPY, count, *rings, width, width, width, *(0,) * 13)
+            return (_COPY, count, *rings, *steps, width, *(0,) * 13)
         assert isinstance(operation, Addition)
         shape = operation.following.tensor.shape[1:]
         count = shape[0] if shape else 1

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from snnfx.lowering.aten_recording import AtenCall, Recording, resolve_references
-from snnfx.lowering.linear_calls import is_linear_by_table
+from snnfx.lowering.linear_calls import is_linear
 from snnfx.lowering.mixed.call_kinds import FunctionalCall
 from snnfx.lowering.mixed.gradient_by_events import product_by_events
 from snnfx.lowering.mixed.schedule import CallKinds
@@ -123,7 +123,7 @@ def plan_gradient(recording: Recording, kinds: CallKinds, number: int, by_events
     ):
         return ConstantGradient("convolution", number, call, stacks=tuple(varying))
     is_floating = values[number].dtype.is_floating_point
-    if not is_linear_by_table(call, values) or not is_floating or call.results != [number]:
+    if not is_linear(call, values) or not is_floating or call.results != [number]:
         return ConstantGradient("sum", number)
     operands = tuple(plan_gradient(recording, kinds, r, by_events) for r in dict.fromkeys(grad_operands))
     if kinds.of(call) == "fused" and all(operand.how == "sum" for operand in operands):

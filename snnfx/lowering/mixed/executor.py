@@ -19,10 +19,10 @@ from snnfx.lowering.elementwise.cpp.build import openmp
 from snnfx.lowering.elementwise.cpp.cpp_launch import address_words, pack_arguments
 from snnfx.lowering.elementwise.operand_layout import dense_strides, describe_operand, plan_layout
 from snnfx.lowering.mixed.batched_calls import run_batched
-from snnfx.lowering.mixed.call_kinds import FunctionalCall, product_with_constant
+from snnfx.lowering.mixed.call_kinds import FunctionalCall, Part, parts_of, product_with_constant
 from snnfx.lowering.mixed.compiled_loop import reason_against_compiling, run_compiled
 from snnfx.lowering.mixed.fused_group import FusedGroup, operand_dtype
-from snnfx.lowering.mixed.operations import Addition, Call, Copy, Launch, Operation, Product
+from snnfx.lowering.mixed.operations import Addition, Assembly, Call, Copy, Launch, Operation, Product
 from snnfx.lowering.mixed.ring_buffers import RingBuffer, Rows
 from snnfx.lowering.mixed.schedule import Schedule
 from snnfx.ops.buffer_pool import pool
@@ -179,6 +179,23 @@ class _ScheduleRun:
             return RingBuffer(self.invariants[number].unsqueeze(0), self.rows.zero)
         return self._ring(number)
 
+    def _assembly(self, call: AtenCall, parts: Sequence[Part], out: RingBuffer) -> Assembly:
+        copies = []
+        if call.name != "cat":
+            copies.append(Copy(RingBuffer(torch.zeros_like(out.tensor[:1]), self.rows.zero), out))
+        for part in parts:
+            target = out.tensor.narrow(part.dim + 1, part.start, part.size)
+            copies.append(Copy(self._with_rows(part.number), out.viewed(target)))
+        return Assembly(copies)
+
+    def _with_rows(self, number: int) -> RingBuffer:
+        """The ring buffer of a value; the rows of a given or constant value are made consecutive in memory."""
+        ring = self._argument(number)
+        is_given = ring.tensor is self.stacks.get(number) or number in self.invariants
+        if not is_given or ring.tensor.dim() < 2 or ring.tensor.stride(-1) == 1:
+            return ring
+        return RingBuffer(ring.tensor.contiguous(), ring.rows)
+
     def _call(self, call: AtenCall) -> None:
         wanted = self.schedule.results_read(call)
         if not wanted:
@@ -209,7 +226,10 @@ class _ScheduleRun:
         if product is not None:
             left, matrix, bias = product
             term = None if bias is None else self.invariants[bias]
-            return Product(self._ring(left), self.invariants[matrix], term, out[0])
+            return Product(self._with_rows(left), self.invariants[matrix], term, out[0])
+        parts = parts_of(call, self.values)
+        if parts is not None:
+            return self._assembly(call, parts, out[0])
         numbers = list(dict.fromkeys(call.references()))
         with_out = _WITH_OUT.get(call.name) if len(wanted) == 1 and not call.kwargs else None
         functional = FunctionalCall(call, wanted, self.recording)
@@ -310,6 +330,5 @@ _WITH_OUT: dict[str, Callable[..., Any]] = {
     "mm": torch.mm,
     "addmm": torch.addmm,
     "bmm": torch.bmm,
-    "cat": torch.cat,
 }
 """Operators that write their result to a given tensor."""

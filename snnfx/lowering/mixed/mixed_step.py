@@ -319,8 +319,10 @@ class MixedStep:
 
 
 def _dtypes_of_products(schedule: Schedule) -> set[torch.dtype]:
+    """The dtypes of products in the loop; without products, those of the sums, or any."""
     values = schedule.recording.values
-    return {values[r].dtype for call in schedule.inside if call.traits.product for r in call.results}
+    dtypes = {values[r].dtype for call in schedule.inside if call.traits.product for r in call.results}
+    return dtypes or {values[n].dtype for n in schedule.goal.sums} or {torch.float32}
 
 
 def _dense_values(tensor: Tensor) -> Tensor:

@@ -18,7 +18,7 @@ from snnfx.lowering.elementwise.operand_layout import Layout
 from snnfx.lowering.mixed.fused_group import FusedGroup
 from snnfx.lowering.mixed.ring_buffers import RingBuffer
 
-__all__ = ["Addition", "Call", "Copy", "Launch", "Operation", "Product"]
+__all__ = ["Addition", "Assembly", "Call", "Copy", "Launch", "Operation", "Product"]
 
 _STRUCTS_AT_ONCE = 1024
 """Iterations for which the argument structs of a kernel are built at once."""
@@ -131,6 +131,26 @@ class Addition(Operation):
             torch.add(so_far[i], term[i], out=following[i])
 
         return add
+
+
+@dataclass
+class Assembly(Operation):
+    """Copies that make one value: a concatenation, or a value between zeros.
+
+    Args:
+        copies: the copies, in order.
+    """
+
+    copies: list[Copy]
+
+    def iteration(self, T: int) -> Iteration:
+        iterations = [copy.iteration(T) for copy in self.copies]
+
+        def assemble(i: int) -> None:
+            for copy in iterations:
+                copy(i)
+
+        return assemble
 
 
 @dataclass
