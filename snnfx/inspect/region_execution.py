@@ -7,7 +7,7 @@ from dataclasses import replace
 import torch
 from torch import nn
 
-from snnfx.analysis.lowerable_loops import mixing_node
+from snnfx.analysis.lowerable_loops import has_only_linear_products, mixing_node
 from snnfx.inspect.event_layers import event_decision
 from snnfx.ir.program import Region, StepProgram
 from snnfx.lowering.elementwise.back_end_choice import reason_without_back_end
@@ -52,4 +52,6 @@ def how_region_will_run(program: StepProgram, region: Region, module: nn.Module 
         return "stepped"
     # An absorbed layer is one multiplication and one addition in the kernel.
     own = replace(region, nodes=[node for node in region.nodes if node.name not in region.absorbed])
-    return "kernel" if mixing_node(program, own) is None else "stepped, with kernels"
+    if mixing_node(program, own) is None or has_only_linear_products(program, own):
+        return "kernel"
+    return "stepped, with kernels"

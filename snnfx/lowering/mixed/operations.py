@@ -54,12 +54,12 @@ class Product(Operation):
         left, matrix, bias, out = self.left.steps(), self.matrix, self.bias, self.out.steps()
 
         def product(i: int) -> None:
-            torch.mm(left[i], matrix, out=out[i])
+            if bias is None:
+                torch.mm(left[i], matrix, out=out[i])
+            else:
+                torch.addmm(bias, left[i], matrix, out=out[i])
 
-        def add_product(i: int) -> None:
-            torch.addmm(bias, left[i], matrix, out=out[i])
-
-        return product if bias is None else add_product
+        return product
 
 
 @dataclass

@@ -19,7 +19,7 @@ class RingBuffer:
 
     def __init__(self, tensor: Tensor, rows: Tensor, base: RingBuffer | None = None) -> None:
         self.tensor, self.rows = tensor, rows
-        self.base = base.base if base is not None else self
+        self.base: RingBuffer = base.base if base is not None else self
         self._steps: list[Tensor] | None = None
 
     def steps(self) -> list[Tensor]:

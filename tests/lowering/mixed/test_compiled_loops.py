@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 import snnfx
 from snnfx import neuron, surrogate
+from snnfx.inspect.region_execution import how_region_will_run
 from snnfx.lowering.elementwise.cpp import build
 from snnfx.lowering.mixed import compiled_loop, gradient_by_events
 from snnfx.lowering.mixed.mixed_step import MixedStep
@@ -187,7 +188,9 @@ def test_events_give_the_bits_of_the_dense_loop(batch: int) -> None:
     x_seq = torch.randn(20, batch, 8)
     torch.manual_seed(1)
     for model in (Recurrent(100), Feedback(8, 100, relu_of(0.6))):
-        nets = [snnfx.convert(copy.deepcopy(model), example_inputs=x_seq[0], lower=lower) for lower in ("auto", "dense")]
+        nets = [
+            snnfx.convert(copy.deepcopy(model), example_inputs=x_seq[0], lower=lower) for lower in ("auto", "dense")
+        ]
         by_events, dense = (net(x_seq) for net in nets)
         assert torch.equal(by_events, dense)
         density = mixed_of(nets[0]).density
@@ -325,6 +328,19 @@ def test_explain_names_the_operator_that_keeps_python_in_the_loop() -> None:
     for note in (before, after):
         assert note.startswith("Stepped with element-wise kernels")
         assert "because PyTorch computes `convolution` in each step" in note
+
+
+@pytest.mark.parametrize(
+    ("make", "shape", "way"),
+    [(lambda: Recurrent(5), (3, 8), "kernel"), (Convolution, (3, 2, 5), "stepped, with kernels")],
+)
+def test_the_way_is_known_before_the_first_call(make: Callable[[], nn.Module], shape: Any, way: str) -> None:
+    net = snnfx.convert(make(), example_inputs=torch.randn(shape))
+    (region,) = [region for region in net.program.regions if region.kind == "loop"]
+    for _ in range(2):
+        module = net.region_modules()[region.name]
+        assert how_region_will_run(net.program, region, module, torch.device("cpu")) == way
+        net(torch.randn(4, *shape))
 
 
 def test_explain_gives_the_density() -> None:
