@@ -70,7 +70,8 @@ def set_rate(model: Recurrent, x_seq: Tensor, rate: float | None) -> float:
     measured = 0.0
     for _ in range(1 if rate is None else 30):
         reset_net(model)
-        model.spike, spikes = None, []
+        model.spike = None
+        spikes: list[Tensor] = []
         with torch.no_grad():
             for x in x_seq[:100]:
                 model(x)
