@@ -3,6 +3,7 @@
 Replaces a linear layer or convolution of a fold, which multiplies all its inputs, by a call that adds the weights of
 the active inputs if there are few of them. The pass marks layers whose input comes from a neuron or a comparison, also
 through views, poolings, concatenations and sums; `snnfx.lowering.events` measures the density at each call and decides.
+The products of a lowered loop are marked as well: `snnfx.lowering.mixed` counts the density of each row and decides.
 Legal because a product with a zero adds nothing; the sums are in another order, so results differ by rounding.
 Source: event-driven simulation, reviewed by Brette et al., "Simulation of networks of spiking neurons", 2007.
 """
@@ -13,8 +14,9 @@ from dataclasses import dataclass
 
 from torch.fx import Node
 
+from snnfx.analysis.lowerable_loops import mixing_node
 from snnfx.analysis.spike_operands import reads_spikes
-from snnfx.ir.facts import EVENTS
+from snnfx.ir.facts import EVENTS, LOOP_EVENTS
 from snnfx.ir.program import StepProgram
 from snnfx.lowering.events.event_layers import FUNCTIONS, LAYERS
 from snnfx.passes.base import Pass
@@ -24,7 +26,7 @@ __all__ = ["ChooseEventLayers"]
 
 @dataclass(frozen=True)
 class ChooseEventLayers(Pass):
-    """Mark the layers that may run by events (the fact `EVENTS`)."""
+    """Mark layers and loops that may run by events (the facts `EVENTS` and `LOOP_EVENTS`)."""
 
     name = "choose_event_layers"
     requires = "partitioned"
@@ -33,6 +35,7 @@ class ChooseEventLayers(Pass):
     def apply(self, program: StepProgram) -> str:
         for node in program.graph.nodes:
             EVENTS.clear(node)
+            LOOP_EVENTS.clear(node)
         marked = [
             node
             for region in program.regions
@@ -42,6 +45,10 @@ class ChooseEventLayers(Pass):
         ]
         for node in marked:
             EVENTS.set(node, True)
+        loops = [region for region in program.regions if region.kind == "loop" and region.lowering_refusal == ""]
+        for mixing in (mixing_node(program, region) for region in loops):
+            if mixing is not None:
+                LOOP_EVENTS.set(mixing, True)
         return f"{', '.join(node.name for node in marked) or 'nothing'} may run by events"
 
 

@@ -2,7 +2,12 @@
 
 from __future__ import annotations
 
+import operator
+
+import torch
+from torch import nn
 from torch.fx import Node
+from torch.nn import functional
 
 from snnfx.analysis.dependence import is_random
 from snnfx.analysis.foldable_loops import folds_when_cut
@@ -14,7 +19,7 @@ from snnfx.ops.step_functions import read_parameter
 from snnfx.state.registry import adapter_of
 from snnfx.state.step_calls import call_opaque
 
-__all__ = ["mixing_node", "reason_against_kernel"]
+__all__ = ["has_only_linear_products", "mixing_node", "reason_against_kernel"]
 
 
 def reason_against_kernel(program: StepProgram, region: Region) -> str:
@@ -32,6 +37,19 @@ def reason_against_kernel(program: StepProgram, region: Region) -> str:
 def mixing_node(program: StepProgram, region: Region) -> Node | None:
     """The first node of a loop that mixes elements (product, reduction, convolution); None if element-wise."""
     return next((node for node in region.nodes if _mixes(program, node)), None)
+
+
+def has_only_linear_products(program: StepProgram, region: Region) -> bool:
+    """Whether all nodes of a loop that mix elements are products of two matrices or linear layers."""
+    return all(_is_linear_product(program, node) for node in region.nodes if _mixes(program, node))
+
+
+def _is_linear_product(program: StepProgram, node: Node) -> bool:
+    module = program.module_of(node)
+    return type(module) is nn.Linear if module is not None else node.target in _LINEAR_PRODUCTS
+
+
+_LINEAR_PRODUCTS = (functional.linear, torch.mm, torch.addmm, torch.matmul, operator.matmul)
 
 
 def _reason(program: StepProgram, node: Node) -> str:

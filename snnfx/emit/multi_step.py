@@ -22,7 +22,7 @@ from snnfx.emit.emitter import Emitted, Emitter, TargetName
 from snnfx.emit.region_builder import RegionBuilder, is_batch_first, same_for_all_samples
 from snnfx.emit.shape_dependence import unexpanded_dimensions
 from snnfx.functional import map_forward, multi_step_forward, seq_to_ann_forward
-from snnfx.ir.facts import BATCH_DIM, FOLDS_DIM_0, REFUSAL, SLOT, STEP_NODE, SUNK
+from snnfx.ir.facts import BATCH_DIM, FOLDS_DIM_0, LOOP_EVENTS, REFUSAL, SLOT, STEP_NODE, SUNK
 from snnfx.ir.printing import describe_node
 from snnfx.ir.program import Region, StepProgram
 from snnfx.ops.sequence_functions import (
@@ -187,7 +187,13 @@ class MultiStepEmitter(Emitter):
                 make_start = functools.partial(self._start_of_loop, region, builder, next_states)
                 module.make_start = make_start if region.slots else None
                 if region.lowering_refusal == "":
-                    module.kernels = RegionKernels(module.label, module.step, module.first, make_start)
+                    module.kernels = RegionKernels(
+                        module.label,
+                        module.step,
+                        module.first,
+                        make_start,
+                        by_events=any(LOOP_EVENTS.of(node) for node in region.nodes),
+                    )
             return module
 
         inputs = tuple(self._sequence_input(node) for node in builder.inputs) or (self.steps(),)

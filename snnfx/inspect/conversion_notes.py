@@ -41,6 +41,8 @@ __all__ = [
 ]
 
 _STEPPED_WITH_KERNELS = "Stepped with element-wise kernels and a derived backward pass"
+_KERNEL_WITH_PRODUCTS = "One kernel for all time steps, products included"
+_SEVERAL_KERNELS = "Several kernels in one loop over all time steps"
 _PAST = {"fold": "folded", "map": "mapped", "loop": "looped", "once": "computed once"}
 
 
@@ -247,7 +249,8 @@ def _how_it_runs(net: Net, region: Region) -> tuple[str, str, str]:
     if isinstance(expected, LoweredStep):
         return "One kernel for all time steps", ", compiled at the first call", ""
     if isinstance(expected, MixedStep):
-        return _STEPPED_WITH_KERNELS, f", because {_why_mixed(expected)}; compiled at the first call", ""
+        how, because = _how_mixed(expected)
+        return how, f"{because}{';' if because else ','} compiled at the first call", ""
     if in_use is None:
         mixing = mixing_node(net.program, region)
         if mixing is None:
@@ -255,13 +258,19 @@ def _how_it_runs(net: Net, region: Region) -> tuple[str, str, str]:
         why = f"`{describe_node(mixing)}` is not element-wise; compiled at the first call"
         return _STEPPED_WITH_KERNELS, f", because {why}", ""
     if isinstance(in_use, MixedStep):
-        return _STEPPED_WITH_KERNELS, f", because {_why_mixed(in_use)}", in_use.saves
+        how, because = _how_mixed(in_use)
+        density = in_use.density
+        visited = "" if density is None else f"; {density:.1%} of the inputs of its products were not zero"
+        return how, because, f"{visited}{in_use.saves}"
     return "One kernel for all time steps", "", in_use.saves
 
 
-def _why_mixed(step: MixedStep) -> str:
-    called = " and ".join(f"`{name}`" for name in step.heavy)
-    return f"PyTorch computes {called} in each step" if called else step.reason
+def _how_mixed(step: MixedStep) -> tuple[str, str]:
+    """How a loop with products runs, and a clause with the reason why it is not one kernel."""
+    reason = step.reason_for_python
+    if reason:
+        return _STEPPED_WITH_KERNELS, f", because {reason}"
+    return (_KERNEL_WITH_PRODUCTS, "") if step.has_products else (_SEVERAL_KERNELS, f", because {step.reason}")
 
 
 def _counts_only(program: StepProgram, region: Region) -> bool:

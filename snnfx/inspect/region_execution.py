@@ -7,7 +7,7 @@ from dataclasses import replace
 import torch
 from torch import nn
 
-from snnfx.analysis.lowerable_loops import mixing_node
+from snnfx.analysis.lowerable_loops import has_only_linear_products, mixing_node
 from snnfx.inspect.event_layers import event_decision
 from snnfx.ir.program import Region, StepProgram
 from snnfx.lowering.elementwise.back_end_choice import reason_without_back_end
@@ -29,7 +29,7 @@ def how_region_ran(program: StepProgram, region: Region, module: nn.Module | Non
         lowered = module.kernels.in_use if module.kernels is not None else None
         if lowered is None:
             return "stepped"
-        return "stepped, with kernels" if isinstance(lowered, MixedStep) else "kernel"
+        return "stepped, with kernels" if isinstance(lowered, MixedStep) and lowered.reason_for_python else "kernel"
     if isinstance(module, MapRegion):
         return "vmap over T" if not module.refused_by_vmap else "stepped"
     decisions = [event_decision(program, node) for node in region.nodes]
@@ -52,4 +52,6 @@ def how_region_will_run(program: StepProgram, region: Region, module: nn.Module 
         return "stepped"
     # An absorbed layer is one multiplication and one addition in the kernel.
     own = replace(region, nodes=[node for node in region.nodes if node.name not in region.absorbed])
-    return "kernel" if mixing_node(program, own) is None else "stepped, with kernels"
+    if mixing_node(program, own) is None or has_only_linear_products(program, own):
+        return "kernel"
+    return "stepped, with kernels"

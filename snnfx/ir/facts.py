@@ -30,6 +30,7 @@ __all__ = [
     "IS_PRODUCT",
     "ITERATIONS",
     "KIND",
+    "LOOP_EVENTS",
     "MODULE",
     "NUMBER",
     "ORIGIN",
@@ -155,6 +156,8 @@ IN_WEIGHTS: Fact[bool] = Fact("in_weights", "planned", (bool,), False)
 """Whether a BatchNorm is folded into the weights of the layer before it."""
 EVENTS: Fact[bool] = Fact("events", "planned", (bool,), False)
 """Whether a layer may visit only its non-zero inputs."""
+LOOP_EVENTS: Fact[bool] = Fact("loop_events", "planned", (bool,), False)
+"""Whether products that a node of a loop computes may visit only their non-zero operands."""
 STEP_NODE: Fact[str] = Fact("step_node", "emitted", (str,), "")
 """The node of the step graph that a node of an emitted graph computes."""
 REGION_NAME: Fact[str] = Fact("region_name", "emitted", (str,), "")

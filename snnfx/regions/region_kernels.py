@@ -82,13 +82,19 @@ class RegionKernels:
         step: `(*constants, *inputs, state) -> (outputs, state)`.
         first: `(*constants, *inputs) -> (outputs, state)`, None without state.
         make_start: builds the graph `(*constants, *inputs) -> (states before the first step, states after it)`.
+        by_events: whether products may visit only the elements of their operands that are not zero.
     """
 
     def __init__(
-        self, label: str, step: fx.GraphModule, first: fx.GraphModule | None, make_start: Callable[[], fx.GraphModule]
+        self,
+        label: str,
+        step: fx.GraphModule,
+        first: fx.GraphModule | None,
+        make_start: Callable[[], fx.GraphModule],
+        by_events: bool = False,
     ) -> None:
         self.label, self.first = label, first
-        self.step_lowering = StepLowering(step, first, make_start)
+        self.step_lowering = StepLowering(step, first, make_start, by_events)
         self.entries: dict[Any, LoweringResult] = {}
         self._latest: tuple[Any, LoweringResult] | None = None
         self._settings = SettingsOfRegion()

@@ -65,12 +65,17 @@ class StepLowering:
         step: `(*constants, *inputs, state) -> (outputs, state)`.
         first: `(*constants, *inputs) -> (outputs, state)`, None without state.
         make_start: builds the graph `(*constants, *inputs) -> (states before the first step, states after it)`.
+        by_events: whether products may visit only the elements of their operands that are not zero.
     """
 
     def __init__(
-        self, step: fx.GraphModule, first: fx.GraphModule | None, make_start: Callable[[], fx.GraphModule]
+        self,
+        step: fx.GraphModule,
+        first: fx.GraphModule | None,
+        make_start: Callable[[], fx.GraphModule],
+        by_events: bool,
     ) -> None:
-        self.step, self.first, self._make_start = step, first, make_start
+        self.step, self.first, self._make_start, self._by_events = step, first, make_start, by_events
         self._start: fx.GraphModule | None = None
 
     def start(self) -> fx.GraphModule:
@@ -158,7 +163,7 @@ class StepLowering:
                 raise
             if any(value.has_selected_size for value in recording.values):
                 raise  # a loop with products stores each value of a step in a tensor of fixed size
-            mixed = MixedStep(recording, str(reason))
+            mixed = MixedStep(recording, str(reason), self._by_events)
         if not starts:
             return mixed, None
         try:

@@ -1,11 +1,12 @@
 """Time a recurrent LIF layer: stepped, converted with and without kernels, SpikingJelly, snnTorch.
 
-    python tools/bench/bench_recurrent.py [--steps 100 1000] [--neurons 128 256] [--repeats 7] [--memory] [--json FILE]
+    python tools/bench/bench_recurrent.py [--steps 100 1000] [--neurons 128 256] [--batch 32] [--rate 0.1]
+        [--repeats 7] [--memory] [--json FILE]
 
 The network is Linear - recurrent LIF - Linear, where a Linear layer feeds the spikes back to the LIF input. All
 implementations have the same sizes, inputs, threads and malloc settings, but each library has its own LIF equations.
-They alternate; the results are medians and the speed-up over the stepped model. --memory measures the peak memory of a
-training step in a fresh process.
+They alternate, with a short pause between them; the results are medians and the speed-up over the stepped model.
+--memory measures the peak memory of a training step in a fresh process.
 """
 
 from __future__ import annotations
@@ -29,6 +30,8 @@ import snnfx
 from snnfx.functional import reset_net
 
 INPUTS, OUTPUTS, BATCH = 64, 10, 32
+PAUSE = 0.02
+"""Seconds between two timings."""
 
 Side = tuple[Callable[[Tensor], Tensor], nn.Module]
 
@@ -54,6 +57,32 @@ class Recurrent(nn.Module):
             self.spike = torch.zeros(x.shape[0], self.back.in_features)
         self.spike = self.lif(self.input(x) + self.back(self.spike))
         return self.output(self.spike)  # type: ignore[no-any-return]
+
+
+def set_rate(model: Recurrent, x_seq: Tensor, rate: float | None) -> float:
+    """Shift the bias of the input until the neurons fire at a rate; returns the rate.
+
+    Args:
+        model: the network.
+        x_seq: the inputs.
+        rate: spikes per neuron and step; None: leave the bias unchanged.
+    """
+    measured = 0.0
+    for _ in range(1 if rate is None else 30):
+        reset_net(model)
+        model.spike = None
+        spikes: list[Tensor] = []
+        with torch.no_grad():
+            for x in x_seq[:100]:
+                model(x)
+                assert model.spike is not None
+                spikes.append(model.spike.mean())
+        measured = float(torch.stack(spikes).mean())
+        if rate is not None:
+            model.input.bias.data.add_(0.5 * (rate - measured))
+    reset_net(model)
+    model.spike = None
+    return measured
 
 
 def stepped(neurons: int) -> Side:
@@ -140,10 +169,15 @@ def available(neurons: int) -> dict[str, Side]:
     return found
 
 
-def measure(T: int, neurons: int, repeats: int) -> dict[str, Any]:
+def measure(T: int, neurons: int, repeats: int, batch: int = BATCH, rate: float | None = None) -> dict[str, Any]:
     """Median milliseconds of inference and of a training step of each implementation; they alternate."""
-    x_seq = torch.rand(T, BATCH, INPUTS)
+    x_seq = torch.rand(T, batch, INPUTS)
     found = available(neurons)
+    model = found["stepped"][1]
+    assert isinstance(model, Recurrent)
+    measured = set_rate(model, x_seq, rate)
+    for name in ("converted", "converted, lower=None"):
+        found[name][1].load_state_dict(model.state_dict())
     times: dict[str, dict[str, list[float]]] = {name: {"inference": [], "training": []} for name in found}
     for repeat in range(repeats + 1):
         for name, (run, module) in found.items():
@@ -155,11 +189,12 @@ def measure(T: int, neurons: int, repeats: int) -> dict[str, Any]:
             run(x_seq).square().mean().backward()
             training = time.perf_counter() - start
             module.zero_grad()
+            time.sleep(PAUSE)
             if repeat:
                 times[name]["inference"].append(inference * 1e3)
                 times[name]["training"].append(training * 1e3)
     medians = {name: {kind: statistics.median(values) for kind, values in t.items()} for name, t in times.items()}
-    return {"T": T, "N": BATCH, "neurons": neurons, "milliseconds": medians}
+    return {"T": T, "N": batch, "neurons": neurons, "rate": measured, "milliseconds": medians}
 
 
 def peak_of(name: str, T: int, neurons: int) -> None:
@@ -187,7 +222,8 @@ def peaks(T: int, neurons: int) -> dict[str, float]:
 def show(result: dict[str, Any]) -> None:
     """Print a table of milliseconds and the speed-up over the stepped model."""
     base = result["milliseconds"]["stepped"]
-    print(f"\nT={result['T']} N={result['N']} neurons={result['neurons']}   {'inference':>14} {'training step':>24}")
+    case = f"T={result['T']} N={result['N']} neurons={result['neurons']} firing {result['rate']:.1%}"
+    print(f"\n{case:<38}{'inference':>12} {'training step':>24}")
     for name, t in result["milliseconds"].items():
         columns = [f"{t[kind]:10.1f} ms {base[kind] / t[kind]:6.2f}x" for kind in ("inference", "training")]
         memory = f"{result['megabytes'][name]:10.0f} MB" if name in result.get("megabytes", {}) else ""
@@ -198,6 +234,8 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else "")
     parser.add_argument("--steps", type=int, nargs="+", default=[100, 1000], help="sequence lengths")
     parser.add_argument("--neurons", type=int, nargs="+", default=[128, 256], help="sizes of the hidden layer")
+    parser.add_argument("--batch", type=int, default=BATCH, help=f"samples (default: {BATCH})")
+    parser.add_argument("--rate", type=float, help="firing rate of the stepped and converted network")
     parser.add_argument("--repeats", type=int, default=7, help="rounds per median (default: 7)")
     parser.add_argument("--memory", action="store_true", help="also measure the peak memory of a training step")
     parser.add_argument("--peak-of", choices=SIDES, help=argparse.SUPPRESS)
@@ -211,7 +249,7 @@ def main() -> None:
     results = []
     for neurons in arguments.neurons:
         for T in arguments.steps:
-            results.append(measure(T, neurons, arguments.repeats))
+            results.append(measure(T, neurons, arguments.repeats, arguments.batch, arguments.rate))
             if arguments.memory:
                 results[-1]["megabytes"] = peaks(T, neurons)
             show(results[-1])

@@ -10,8 +10,9 @@ import torch
 from torch import Tensor
 
 from snnfx.lowering.elementwise.cpp.build import load, openmp
-from snnfx.lowering.events.event_source import CHECKSUM_PARTS, SOURCES, TILE_BYTES, VECTOR_BYTES
+from snnfx.lowering.events.event_source import CHECKSUM_PARTS, SOURCES
 from snnfx.lowering.events.geometry import Geometry
+from snnfx.lowering.nonzero_lists import TILE_BYTES, VECTOR_BYTES
 from snnfx.ops.buffer_pool import pool
 
 __all__ = ["build", "checksum", "estimate_density", "product", "weight_gradient"]

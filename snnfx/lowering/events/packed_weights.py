@@ -15,7 +15,7 @@ from torch.nn import functional
 from torch.utils.weak import WeakIdKeyDictionary
 
 from snnfx.lowering.events.event_kernel import checksum
-from snnfx.lowering.events.event_source import TILE_BYTES, VECTOR_BYTES
+from snnfx.lowering.nonzero_lists import TILE_BYTES, VECTOR_BYTES
 
 __all__ = ["PackedWeight", "pack", "packed_weight", "unpack"]
 

@@ -8,9 +8,16 @@ The step and its backward pass are lists of ATen calls (`snnfx.lowering.aten_rec
 | `fused_group`        | element-wise calls of a step, fused into one kernel                                   |
 | `schedule`           | the order of a pass: before the loop, stages of each step, after the loop             |
 | `batched_calls`      | run the calls before and after the loop for all time steps at once                    |
+| `gradient_by_events` | the gradient of a weight from the elements of its operand that are not zero           |
 | `constant_gradients` | gradients of weights as one product over all steps, outside the reversed loop         |
 | `loop_saved_values`  | choose the values that the forward pass saves for backward                            |
 | `placed_parts`       | parts of joined values, which kernels write to their places                           |
+| `ring_buffers`       | the memory of the values of a loop                                                    |
+| `operations`         | the operations of an iteration on ring buffers; each can run from Python              |
+| `sample_parts`       | divide the samples among threads                                                      |
+| `loop_source`        | C++ that runs the operations of all iterations: products, fused kernels, copies       |
+| `loop_arguments`     | the structs of its arguments                                                          |
+| `compiled_loop`      | run all iterations in one call, or the reason against it                              |
 | `executor`           | run a schedule over the time steps                                                    |
 | `mixed_step`         | `MixedStep`: the schedules of both passes, `forward` and `backward` over a sequence   |
 | `first_states`       | the states before the first step                                                      |

@@ -15,8 +15,9 @@ import torch
 from torch import Tensor
 
 from snnfx.lowering.aten_recording import AtenCall, Recording, resolve_references
-from snnfx.lowering.linear_calls import is_linear_by_table
+from snnfx.lowering.linear_calls import is_linear
 from snnfx.lowering.mixed.call_kinds import FunctionalCall
+from snnfx.lowering.mixed.gradient_by_events import product_by_events
 from snnfx.lowering.mixed.schedule import CallKinds
 
 __all__ = ["ConstantGradient", "plan_gradient"]
@@ -33,6 +34,7 @@ class ConstantGradient:
         call: the call that computes it.
         operands: for "linear", the operands that depend on gradients.
         stacks: for "product" and "convolution", the values that are needed at all steps.
+        by_events: whether a product may visit only the elements of its other operand that are not zero.
     """
 
     how: str
@@ -40,6 +42,7 @@ class ConstantGradient:
     call: AtenCall | None = None
     operands: tuple[ConstantGradient, ...] = ()
     stacks: tuple[int, ...] = ()
+    by_events: bool = False
 
     def parts(self) -> Iterator[ConstantGradient]:
         """This sum and, recursively, the sums that it is computed from."""
@@ -75,15 +78,33 @@ class ConstantGradient:
             known.update((d.number, d.evaluate(recording, T, sums, stacks, invariants)) for d in self.operands)
             total = FunctionalCall(call, [self.number], recording).on(known)[0]
         elif self.how == "product":
-            total = _product(*(stacks[n] for n in self.stacks))
+            total = self._product(recording, *(stacks[n] for n in self.stacks))
         else:
             total = _convolution(recording, call, self.number, stacks, invariants)
         sums[self.number] = total
         return total
 
+    def _product(self, recording: Recording, a: Tensor, b: Tensor) -> Tensor:
+        """The sum over time of `a_t @ b_t`."""
+        total = None
+        if self.by_events and a.dim() == 3:
+            if recording.values[self.stacks[0]].depends_on_grad:
+                total = product_by_events(b, a.mT)
+            else:
+                total = product_by_events(a.mT, b)
+                total = None if total is None else total.mT
+        return _product(a, b) if total is None else total
 
-def plan_gradient(recording: Recording, kinds: CallKinds, number: int) -> ConstantGradient:
-    """Plan the sum over time of a value of the backward pass."""
+
+def plan_gradient(recording: Recording, kinds: CallKinds, number: int, by_events: bool) -> ConstantGradient:
+    """Plan the sum over time of a value of the backward pass.
+
+    Args:
+        recording: the recorded step.
+        kinds: the kinds of its calls.
+        number: the value.
+        by_events: whether products may visit only the elements of their operands that are not zero.
+    """
     values = recording.values
     if not values[number].varying:
         return ConstantGradient("repeated", number)
@@ -93,7 +114,7 @@ def plan_gradient(recording: Recording, kinds: CallKinds, number: int) -> Consta
     varying = [r for r in call.references() if values[r].varying]
     grad_operands = [r for r in varying if values[r].depends_on_grad]
     if call.name in ("mm", "bmm") and len(varying) == 2 and len(grad_operands) == 1:
-        return ConstantGradient("product", number, call, stacks=tuple(varying))
+        return ConstantGradient("product", number, call, stacks=tuple(varying), by_events=by_events)
     if (
         call.name == "convolution_backward"
         and len(varying) == 2
@@ -102,9 +123,9 @@ def plan_gradient(recording: Recording, kinds: CallKinds, number: int) -> Consta
     ):
         return ConstantGradient("convolution", number, call, stacks=tuple(varying))
     is_floating = values[number].dtype.is_floating_point
-    if not is_linear_by_table(call, values) or not is_floating or call.results != [number]:
+    if not is_linear(call, values) or not is_floating or call.results != [number]:
         return ConstantGradient("sum", number)
-    operands = tuple(plan_gradient(recording, kinds, r) for r in dict.fromkeys(grad_operands))
+    operands = tuple(plan_gradient(recording, kinds, r, by_events) for r in dict.fromkeys(grad_operands))
     if kinds.of(call) == "fused" and all(operand.how == "sum" for operand in operands):
         return ConstantGradient("sum", number)  # a fused kernel of the loop computes the operands anyway
     return ConstantGradient("linear", number, call, operands)

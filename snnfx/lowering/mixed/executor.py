@@ -3,7 +3,7 @@
 All memory is allocated in advance. Every value that a kernel or a call writes has a ring buffer: a tensor `[R, *]`, of
 which each step uses one row. Values that are stored for all steps have a row for each step, loop-carried values two
 rows, all other values one. All addresses are thus known before the loop, and a step is a few calls with precomputed
-views and addresses.
+views and addresses. One call of compiled code runs all steps, or Python code runs them one by one.
 """
 
 from __future__ import annotations
@@ -15,14 +15,17 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from snnfx.lowering.aten_recording import AtenCall, Recording, ValueReference
-from snnfx.lowering.elementwise.cpp.build import load, openmp
+from snnfx.lowering.aten_recording import AtenCall, Recording, resolve_references
+from snnfx.lowering.elementwise.cpp.build import openmp
 from snnfx.lowering.elementwise.cpp.cpp_launch import address_words, pack_arguments
 from snnfx.lowering.elementwise.operand_layout import dense_strides, describe_operand, plan_layout
 from snnfx.lowering.mixed.batched_calls import run_batched
-from snnfx.lowering.mixed.call_kinds import FunctionalCall
+from snnfx.lowering.mixed.call_kinds import FunctionalCall, Part, parts_of, product_with_constant
+from snnfx.lowering.mixed.compiled_loop import reason_against_compiling, run_compiled
 from snnfx.lowering.mixed.fused_group import FusedGroup, operand_dtype
+from snnfx.lowering.mixed.operations import Addition, Assembly, Call, Copy, Launch, Operation, Product
 from snnfx.lowering.mixed.placed_parts import JOINS, Places, places_of_parts
+from snnfx.lowering.mixed.ring_buffers import RingBuffer, Rows
 from snnfx.lowering.mixed.schedule import Schedule
 from snnfx.ops.buffer_pool import pool
 
@@ -30,33 +33,6 @@ __all__ = ["PassResult", "run_schedule"]
 
 _MIN_PARALLEL_ELEMENTS = 1 << 14
 """Elements of a step from which on a kernel uses several threads."""
-
-_STRUCTS_AT_ONCE = 1024
-"""Iterations for which the argument structs of a kernel are built at once."""
-
-
-class RingBuffer:
-    """The memory of a value.
-
-    Args:
-        tensor: `[R, *]`.
-        rows: the row that each iteration uses.
-    """
-
-    def __init__(self, tensor: Tensor, rows: Sequence[int]) -> None:
-        self.tensor, self.rows = tensor, rows
-        self._steps: list[Tensor] | None = None
-
-    def steps(self) -> list[Tensor]:
-        """The value of each iteration, as views."""
-        if self._steps is None:
-            views = self.tensor.unbind(0)
-            self._steps = [views[k] for k in self.rows]
-        return self._steps
-
-    def viewed(self, tensor: Tensor) -> RingBuffer:
-        """The same rows of another tensor `[R, *]`."""
-        return RingBuffer(tensor, self.rows)
 
 
 class PassResult:
@@ -111,12 +87,11 @@ class _ScheduleRun:
         self.schedule, self.T, self.stacks, self.invariants = schedule, T, stacks, invariants
         self.recording: Recording = schedule.recording
         self.values = self.recording.values
-        self.order = list(range(T - 1, -1, -1)) if reverse else list(range(T))
+        self.rows = Rows(T, reverse)
         self.reverse = reverse
         run_batched(self.recording, schedule.before, schedule.results_read, stacks, invariants)
         self.rings: dict[Any, RingBuffer] = {}
         self.targets: dict[int, list[RingBuffer]] = {}
-        self.keep_alive: list[Any] = []
         self.stacked = set(schedule.stacked)
         self.with_stacked_parts = self._with_stacked_parts()
         self.carried = [self._carry(k, value) for k, value in enumerate(initial)]
@@ -129,16 +104,24 @@ class _ScheduleRun:
         for call, places in placed:
             self._place_parts(call, places)
         self.written_in_place = {call.results[0] for call, _ in placed}
-        self.operations: list[Callable[[int], None]] = []
+        self.operations: list[Operation] = []
         for stage in schedule.stages:
             for call in stage.calls:
                 self._call(call)
             for group in stage.groups:
                 self._group(group)
         self._move_uncomputed_values()
-        for i in range(T):
-            for operation in self.operations:
-                operation(i)
+        self._run()
+
+    def _run(self) -> None:
+        self.schedule.reason_for_python = reason_against_compiling(self.operations)
+        if not self.schedule.reason_for_python:
+            self.schedule.density = run_compiled(self.operations, self.T, self.schedule.by_events)
+            return
+        iterations = [operation.iteration(self.T) for operation in self.operations]
+        for i in range(self.T):
+            for iteration in iterations:
+                iteration(i)
 
     def _empty(self, count: int, number: int) -> Tensor:
         value = self.values[number]
@@ -150,20 +133,21 @@ class _ScheduleRun:
         carried = self.schedule.goal.carried[k]
         number = carried.following if carried.following is not None else carried.read
         assert number is not None
-        T = self.T
+        rows = self.rows
         if carried.following is None:
             ring = self._empty(2, number).zero_()
-            read, write = [0] + [1] * (T - 1), [1] * T
+            read, write = rows.first_then_one, rows.one
         elif carried.read in self.stacked or number in self.with_stacked_parts:
-            ring, later = self._empty(T + 1, number), [t + 1 for t in self.order]
-            read, write = (later, self.order) if self.reverse else (self.order, later)
+            ring, later = self._empty(self.T + 1, number), rows.step + 1
+            read, write = (later, rows.step) if self.reverse else (rows.step, later)
         else:
             ring = self._empty(2, number)
-            read, write = [i % 2 for i in range(T)], [(i + 1) % 2 for i in range(T)]
+            read, write = rows.this, rows.other
+        first = ring[int(read[0])]
         if isinstance(initial, Tensor):
-            ring[read[0]].copy_(initial)
+            first.copy_(initial)
         else:
-            ring[read[0]].fill_(initial)
+            first.fill_(initial)
         before, after = RingBuffer(ring, read), RingBuffer(ring, write)
         if carried.read is not None:
             self.rings[carried.read] = before
@@ -174,12 +158,11 @@ class _ScheduleRun:
     def _sum_ring(self, number: int) -> tuple[RingBuffer, RingBuffer]:
         ring = self._empty(2, number)
         ring[0].zero_()
-        read, write = [i % 2 for i in range(self.T)], [(i + 1) % 2 for i in range(self.T)]
-        self.rings["sum", number] = RingBuffer(ring, read)
-        return self.rings["sum", number], RingBuffer(ring, write)
+        self.rings["sum", number] = RingBuffer(ring, self.rows.this)
+        return self.rings["sum", number], RingBuffer(ring, self.rows.other)
 
     def _add_stack(self, number: int) -> None:
-        self.targets.setdefault(number, []).append(RingBuffer(self._empty(self.T, number), self.order))
+        self.targets.setdefault(number, []).append(RingBuffer(self._empty(self.T, number), self.rows.step))
         self.stacks[number] = self.targets[number][-1].tensor
 
     def _with_stacked_parts(self) -> set[int]:
@@ -206,13 +189,13 @@ class _ScheduleRun:
 
     def _has_row_of_each_step(self, number: int) -> bool:
         rings = self.targets.get(number)
-        return len(set(rings[0].rows)) == self.T if rings else number in self.stacked
+        return len(rings[0].rows.unique()) == self.T if rings else number in self.stacked
 
     def _place_parts(self, call: AtenCall, places: Places) -> None:
         whole = self._targets_of(call.results[0])[0]
         if call.name not in JOINS:
             whole.tensor.zero_()
-        first = min(whole.rows)
+        first = int(whole.rows.min())
         for number, place in places:
             part = place(whole.tensor)
             self.targets[number] = [whole.viewed(part)]
@@ -224,22 +207,39 @@ class _ScheduleRun:
         ring = self.rings.get(number)
         if ring is None:
             assert number in self.stacks, number
-            ring = self.rings[number] = RingBuffer(self.stacks[number], self.order)
+            ring = self.rings[number] = RingBuffer(self.stacks[number], self.rows.step)
         return ring
 
     def _targets_of(self, number: int) -> list[RingBuffer]:
         """The ring buffers to which a computed value is written; readers use the first one."""
         rings = self.targets.get(number)
         if not rings:
-            rings = self.targets[number] = [RingBuffer(self._empty(1, number), [0] * self.T)]
+            rings = self.targets[number] = [RingBuffer(self._empty(1, number), self.rows.zero)]
         self.rings[number] = rings[0]
         return rings
 
-    def _argument(self, argument: Any) -> Any:
-        """The values of a reference at all iterations."""
-        if argument.number in self.invariants:
-            return [self.invariants[argument.number]] * self.T
-        return self._ring(argument.number).steps()
+    def _argument(self, number: int) -> RingBuffer:
+        """The ring buffer of a value, which may be the same at all iterations."""
+        if number in self.invariants:
+            return RingBuffer(self.invariants[number].unsqueeze(0), self.rows.zero)
+        return self._ring(number)
+
+    def _assembly(self, call: AtenCall, parts: Sequence[Part], out: RingBuffer) -> Assembly:
+        copies = []
+        if call.name != "cat":
+            copies.append(Copy(RingBuffer(torch.zeros_like(out.tensor[:1]), self.rows.zero), out))
+        for part in parts:
+            target = out.tensor.narrow(part.dim + 1, part.start, part.size)
+            copies.append(Copy(self._with_rows(part.number), out.viewed(target)))
+        return Assembly(copies)
+
+    def _with_rows(self, number: int) -> RingBuffer:
+        """The ring buffer of a value; the rows of a given or constant value are made consecutive in memory."""
+        ring = self._argument(number)
+        is_given = ring.tensor is self.stacks.get(number) or number in self.invariants
+        if not is_given or ring.tensor.dim() < 2 or ring.tensor.stride(-1) == 1:
+            return ring
+        return RingBuffer(ring.tensor.contiguous(), ring.rows)
 
     def _call(self, call: AtenCall) -> None:
         wanted = self.schedule.results_read(call)
@@ -248,15 +248,10 @@ class _ScheduleRun:
         if self.schedule.kinds.of(call) == "view" and self._view(call, wanted):
             return
         results = [self._targets_of(n) for n in wanted]
-        if call.results[0] in self.written_in_place:
-            pass
-        elif call.name in _WITH_OUT and len(wanted) == 1 and not call.kwargs:
-            self.operations.append(self._call_with_out(call, results[0][0].steps()))
-        else:
-            self.operations.append(self._call_and_copy(call, wanted, [r[0].steps() for r in results]))
+        if call.results[0] not in self.written_in_place:
+            self.operations.append(self._operation(call, wanted, [r[0] for r in results]))
         for rings in results:
-            for other in rings[1:]:
-                self.operations.append(_copier(rings[0].steps(), other.steps()))
+            self.operations += [Copy(rings[0], other) for other in rings[1:]]
 
     def _view(self, call: AtenCall, wanted: Sequence[int]) -> bool:
         """Make a view of a ring buffer once for all steps; False if the operator copies."""
@@ -269,50 +264,38 @@ class _ScheduleRun:
         for number in wanted:
             self.rings[number] = ring.viewed(stacks[number])
             for other in self.targets.get(number, ()):
-                self.operations.append(_copier(self.rings[number].steps(), other.steps()))
+                self.operations.append(Copy(self.rings[number], other))
         return True
 
-    def _call_with_out(self, call: AtenCall, out: list[Tensor]) -> Callable[[int], None]:
-        """The operation of a call that writes its result with `out=`."""
-        if call.name == "cat":
-            parts = [self._argument(a) for a in call.args[0]]
-            dim = call.args[1] if len(call.args) > 1 else 0
-
-            def concatenate(i: int) -> None:
-                torch.cat([p[i] for p in parts], dim, out=out[i])
-
-            return concatenate
-        operands = [self._argument(a) for a in call.args]
-        if call.name == "addmm":
-            bias, left, right = operands
-
-            def add_product(i: int) -> None:
-                torch.addmm(bias[i], left[i], right[i], out=out[i])
-
-            return add_product
-        left, right = operands
-        function = torch.mm if call.name == "mm" else torch.bmm
-
-        def product(i: int) -> None:
-            function(left[i], right[i], out=out[i])
-
-        return product
-
-    def _call_and_copy(self, call: AtenCall, wanted: Sequence[int], out: list[list[Tensor]]) -> Callable[[int], None]:
-        """The operation of any other call: its results are copied to their ring buffers."""
+    def _operation(self, call: AtenCall, wanted: Sequence[int], out: list[RingBuffer]) -> Operation:
+        product = product_with_constant(call, self.values)
+        if product is not None:
+            left, matrix, bias = product
+            term = None if bias is None else self.invariants[bias]
+            return Product(self._with_rows(left), self.invariants[matrix], term, out[0])
+        parts = parts_of(call, self.values)
+        if parts is not None:
+            return self._assembly(call, parts, out[0])
+        numbers = list(dict.fromkeys(call.references()))
+        with_out = _WITH_OUT.get(call.name) if len(wanted) == 1 and not call.kwargs else None
         functional = FunctionalCall(call, wanted, self.recording)
-        numbers = {r: self._argument(ValueReference(r)) for r in dict.fromkeys(call.references())}
 
-        def compute(i: int) -> None:
-            known = {number: steps[i] for number, steps in numbers.items()}
-            for result, steps in zip(functional.on(known), out, strict=True):
-                steps[i].copy_(result)
+        def write_out(values: Sequence[Tensor], targets: Sequence[Tensor]) -> None:
+            assert with_out is not None
+            known = dict(zip(numbers, values, strict=True))
+            with_out(*[resolve_references(a, known) for a in call.args], out=targets[0])
 
-        return compute
+        def compute_and_copy(values: Sequence[Tensor], targets: Sequence[Tensor]) -> None:
+            results = functional.on(dict(zip(numbers, values, strict=True)))
+            for result, target in zip(results, targets, strict=True):
+                target.copy_(result)
+
+        run = write_out if with_out is not None else compute_and_copy
+        return Call(call.name, [self._argument(n) for n in numbers], run, out)
 
     def _group(self, group: FusedGroup) -> None:
         """Add the launch of a kernel; the argument structs of its iterations differ only in addresses."""
-        operands: list[tuple[Tensor, Sequence[int] | None]] = []
+        operands: list[tuple[Tensor, RingBuffer | None]] = []
         unused_buffers: dict[int, list[RingBuffer]] = {}
         for slot in group.source.slots:
             if slot.kind == "operand":
@@ -327,10 +310,10 @@ class _ScheduleRun:
                 if location not in unused_buffers:
                     unused_buffers[location] = list(self._targets_of(location))
                 ring = unused_buffers[location].pop(0)
-            operands.append((ring.tensor, ring.rows))
+            operands.append((ring.tensor, ring))
         described = []
-        for tensor, rows in operands:
-            shape, stride, _ = describe_operand(tensor if rows is None else tensor[0], False)
+        for tensor, location_of in operands:
+            shape, stride, _ = describe_operand(tensor if location_of is None else tensor[0], False)
             drop = max(0, len(shape) - len(group.shape))
             described.append((shape[drop:], stride[drop:], False))
         layout = plan_layout(group.shape, tuple(range(len(group.shape))), tuple(described))
@@ -339,13 +322,11 @@ class _ScheduleRun:
                 torch.get_num_threads() if layout.elements >= _MIN_PARALLEL_ELEMENTS and openmp() is not None else 1
             )
             words = pack_arguments(group.source, layout, 1, [(t.data_ptr(), 0.0) for t, _ in operands], threads)
-            addresses = {
-                word: (tensor.data_ptr(), tensor.stride(0) * tensor.element_size(), rows)
-                for word, (tensor, rows) in zip(address_words(group.source), operands, strict=True)
-                if rows is not None
-            }
-            self.keep_alive += [tensor for tensor, _ in operands]
-            self.operations.append(_launcher(group, words, addresses, self.T))
+            words_of = zip(address_words(group.source), operands, strict=True)
+            addresses = [(word, ring) for word, (_, ring) in words_of if ring is not None]
+            outputs = (slot.kind == "output" for slot in group.source.slots)
+            written = [ring for is_output, (_, ring) in zip(outputs, operands, strict=True) if is_output and ring]
+            self.operations.append(Launch(group, layout, words, addresses, written, [t for t, _ in operands]))
 
     def _operand(self, group: FusedGroup, index: int) -> Tensor:
         tensor = self.invariants[group.operands[index]]
@@ -356,13 +337,11 @@ class _ScheduleRun:
         made = {r for call in self.schedule.inside for r in call.results}
         for number, rings in self.targets.items():
             if number not in made:
-                source = self._argument(ValueReference(number))
-                for ring in rings:
-                    self.operations.append(_copier(source, ring.steps()))
+                self.operations += [Copy(self._argument(number), ring) for ring in rings]
         fused = {n for stage in self.schedule.stages for group in stage.groups for n in group.added}
         for number, (read, write) in self.sums.items():
             if number not in fused:
-                self.operations.append(_adder(self._argument(ValueReference(number)), read.steps(), write.steps()))
+                self.operations.append(Addition(self._argument(number), read, write))
 
     def result(self, unshared: Sequence[int]) -> PassResult:
         """Run the calls after the loop and collect the results."""
@@ -385,7 +364,7 @@ class _ScheduleRun:
                 stack.clone() if number in unshared and (number in given or not self._has_own_stack(number)) else stack
             )
         sums = {n: write.tensor[T % 2] for n, (_, write) in self.sums.items()}
-        finals = [after.tensor[after.rows[-1]] for _, after in self.carried]
+        finals = [after.tensor[int(after.rows[-1])] for _, after in self.carried]
         return PassResult(stacks, sums, finals)
 
     def _has_own_stack(self, number: int) -> bool:
@@ -393,45 +372,9 @@ class _ScheduleRun:
         return any(ring.tensor is self.stacks[number] for ring in self.targets.get(number, ()))
 
 
-_WITH_OUT = frozenset(("mm", "addmm", "bmm", "cat"))
-
-
-def _copier(source: list[Tensor], target: list[Tensor]) -> Callable[[int], None]:
-    def copy(i: int) -> None:
-        target[i].copy_(source[i])
-
-    return copy
-
-
-def _adder(term: list[Tensor], so_far: list[Tensor], following: list[Tensor]) -> Callable[[int], None]:
-    def add(i: int) -> None:
-        torch.add(so_far[i], term[i], out=following[i])
-
-    return add
-
-
-def _launcher(
-    group: FusedGroup, words: list[int], addresses: dict[int, tuple[int, int, Sequence[int]]], T: int
-) -> Callable[[int], None]:
-    """The operation that launches a kernel; its argument structs are built for many iterations at once.
-
-    Args:
-        group: the kernel.
-        words: the struct of arguments.
-        addresses: for each word that differs between iterations: address of row 0, bytes of a row, rows.
-        T: the number of iterations.
-    """
-    run = load(group.source).run
-    count = min(T, _STRUCTS_AT_ONCE)
-    table = torch.tensor(words, dtype=torch.int64).repeat(count, 1)
-    start, step = table.data_ptr(), table.stride(0) * table.element_size()
-
-    def launch(i: int) -> None:
-        row = i % count
-        if row == 0:
-            for word, (address, size, rows) in addresses.items():
-                part = torch.tensor(rows[i : i + count], dtype=torch.int64)
-                table[: len(part), word] = part * size + address
-        run(start + row * step)
-
-    return launch
+_WITH_OUT: dict[str, Callable[..., Any]] = {
+    "mm": torch.mm,
+    "addmm": torch.addmm,
+    "bmm": torch.bmm,
+}
+"""Operators that write their result to a given tensor."""

@@ -13,8 +13,10 @@ from snnfx.lowering.elementwise.cpp.build import load
 from snnfx.lowering.elementwise.lowered_step import Needs
 from snnfx.lowering.elementwise.translation import Replay
 from snnfx.lowering.mixed.call_kinds import calls_needed_for
+from snnfx.lowering.mixed.compiled_loop import build_loop
 from snnfx.lowering.mixed.constant_gradients import ConstantGradient, plan_gradient
 from snnfx.lowering.mixed.executor import run_schedule
+from snnfx.lowering.mixed.gradient_by_events import build_product_by_events
 from snnfx.lowering.mixed.loop_saved_values import LoopSavedValues, plan_saved_values
 from snnfx.lowering.mixed.schedule import CallKinds, LoopCarried, PassGoal, Schedule
 
@@ -45,7 +47,8 @@ class MixedStep:
 
     Args:
         recording: the step and its backward pass.
-        reason: why the step is not one kernel for all time steps, as a clause.
+        reason: why the step is not element-wise, as a clause.
+        by_events: whether products may visit only the elements of their operands that are not zero.
 
     Attributes:
         constants: the constants that the step reads, as `(number of value, index of constant)`.
@@ -56,6 +59,7 @@ class MixedStep:
 
     recording: Recording
     reason: str = ""
+    by_events: bool = False
     constants: tuple[tuple[int, int], ...] = field(init=False, default=())
     _kinds: CallKinds = field(init=False)
     _inference: Schedule | None = None
@@ -107,10 +111,31 @@ class MixedStep:
         return True
 
     @property
-    def heavy(self) -> list[str]:
-        """Names of the operators that PyTorch runs in each step."""
-        names = [c.name for stage in self.inference().stages for c in stage.calls if self._kinds.of(c) == "heavy"]
-        return list(dict.fromkeys(names))
+    def reason_for_python(self) -> str:
+        """Why Python code runs the steps one by one, as a clause; "" if compiled code runs all steps of a pass."""
+        schedules = self._schedules()
+        for schedule in schedules:
+            if schedule.reason_for_python:
+                return schedule.reason_for_python
+        if any(schedule.reason_for_python is not None for schedule in schedules):
+            return ""
+        names = " and ".join(f"`{name}`" for name in self.inference().calls_of_pytorch)
+        return f"PyTorch computes {names} in each step" if names else ""
+
+    @property
+    def has_products(self) -> bool:
+        """Whether the steps contain products or convolutions."""
+        return any(call.traits.product for call in self.inference().inside)
+
+    @property
+    def density(self) -> float | None:
+        """The fraction of the operands of products that was not zero in the latest forward pass, if it was counted."""
+        forward = [passes.forward for passes in self._training.values()] or [self.inference()]
+        return forward[-1].density
+
+    def _schedules(self) -> list[Schedule]:
+        passes = [s for p in self._training.values() for s in (p.forward, p.backward)]
+        return passes + ([self._inference] if self._inference is not None else [])
 
     def inference(self) -> Schedule:
         """The schedule of inference, which saves nothing."""
@@ -129,9 +154,8 @@ class MixedStep:
         recording, states = self.recording, self._numbers["state"]
         carried = tuple(LoopCarried(states.get(k), n) for k, n in enumerate(recording.next_states))
         stacks = dict.fromkeys((*recording.outputs, *plan.values, *(states[k] for k in plan.states)))
-        return Schedule(
-            recording, self._kinds, PassGoal(carried, frozenset(self._numbers["sequence"].values()), tuple(stacks), ())
-        )
+        goal = PassGoal(carried, frozenset(self._numbers["sequence"].values()), tuple(stacks), ())
+        return Schedule(recording, self._kinds, goal, self.by_events)
 
     def _plan(self, needs: Needs) -> TrainingPasses:
         recording = self.recording
@@ -139,7 +163,9 @@ class MixedStep:
         constant_gradients: list[ConstantGradient | None] = []
         for (_, index), need in zip(self.constants, needs.constants, strict=True):
             number = recording.grad_constants.get(index) if need else None
-            constant_gradients.append(None if number is None else plan_gradient(recording, self._kinds, number))
+            constant_gradients.append(
+                None if number is None else plan_gradient(recording, self._kinds, number, self.by_events)
+            )
         parts = [part for d in constant_gradients if d is not None for part in d.parts()]
         sums = tuple(dict.fromkeys(part.number for part in parts if part.how == "sum"))
         stacks = tuple(dict.fromkeys((*grads, *(n for part in parts for n in part.stacks))))
@@ -150,7 +176,7 @@ class MixedStep:
         given = {*self._numbers["grad_output"].values(), *plan.values}
         given.update(self._numbers["state"][k] for k in plan.states)
         given.update(self._numbers["sequence"][i] for i in plan.inputs)
-        backward = Schedule(recording, self._kinds, PassGoal(carried, frozenset(given), stacks, sums))
+        backward = Schedule(recording, self._kinds, PassGoal(carried, frozenset(given), stacks, sums), self.by_events)
         return TrainingPasses(plan, self._forward(plan), backward, tuple(states), tuple(constant_gradients))
 
     def _carried_gradients(self, needs: Needs, roots: Sequence[int]) -> list[int]:
@@ -187,6 +213,10 @@ class MixedStep:
             for stage in schedule.stages:
                 for group in stage.groups:
                     load(group.source)
+            for dtype in _dtypes_of_products(schedule):
+                build_loop(dtype)
+                if passes is not None and self.by_events:
+                    build_product_by_events(dtype)
 
     @property
     def saves(self) -> str:
@@ -286,6 +316,13 @@ class MixedStep:
         if gradient is None:
             return torch.zeros((), dtype=value.dtype).expand(*leading, *value.shape)
         return _dense_values(gradient)
+
+
+def _dtypes_of_products(schedule: Schedule) -> set[torch.dtype]:
+    """The dtypes of products in the loop; without products, those of the sums, or any."""
+    values = schedule.recording.values
+    dtypes = {values[r].dtype for call in schedule.inside if call.traits.product for r in call.results}
+    return dtypes or {values[n].dtype for n in schedule.goal.sums} or {torch.float32}
 
 
 def _dense_values(tensor: Tensor) -> Tensor:

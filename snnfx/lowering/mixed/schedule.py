@@ -12,7 +12,13 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 from snnfx.lowering.aten_recording import AtenCall, Recording
-from snnfx.lowering.mixed.call_kinds import calls_needed_for, runs_batched, without_leading_ones
+from snnfx.lowering.mixed.call_kinds import (
+    calls_needed_for,
+    parts_of,
+    product_with_constant,
+    runs_batched,
+    without_leading_ones,
+)
 from snnfx.lowering.mixed.fused_group import FusedGroup, is_elementwise
 
 __all__ = ["CallKinds", "LoopCarried", "PassGoal", "Schedule", "Stage"]
@@ -90,16 +96,22 @@ class Schedule:
         recording: the recorded step.
         kinds: the kinds of its calls.
         goal: inputs and results of the pass.
+        by_events: whether products may visit only the elements of their operands that are not zero.
 
     Attributes:
         before, after: calls that run once for all steps.
         inside: calls of the loop.
         stages: the stages of each step.
         stacked: values of the loop that are stored for all steps, because a later call reads them or as results.
+        reason_for_python: why Python code ran the steps of the latest run, "" for compiled code; None before it.
+        density: the fraction of the operands of products that was not zero in the latest run, if it was counted.
     """
 
-    def __init__(self, recording: Recording, kinds: CallKinds, goal: PassGoal) -> None:
-        self.recording, self.kinds, self.goal = recording, kinds, goal
+    reason_for_python: str | None = None
+    density: float | None = None
+
+    def __init__(self, recording: Recording, kinds: CallKinds, goal: PassGoal, by_events: bool = False) -> None:
+        self.recording, self.kinds, self.goal, self.by_events = recording, kinds, goal, by_events
         values = recording.values
         following = [c.following for c in goal.carried if c.following is not None]
         needed = [
@@ -117,6 +129,14 @@ class Schedule:
         self.stacked = [n for n in wanted if values[n].varying and n not in goal.given and n not in self.made_before]
         self._read: set[int] | None = None
         self.stages = self._stages()
+
+    @property
+    def calls_of_pytorch(self) -> list[str]:
+        """Names of the operators of a step that compiled code does not know."""
+        values, calls = self.recording.values, [call for stage in self.stages for call in stage.calls]
+        heavy = [call for call in calls if self.kinds.of(call) == "heavy"]
+        other = [c for c in heavy if parts_of(c, values) is None and product_with_constant(c, values) is None]
+        return list(dict.fromkeys(call.name for call in other))
 
     def _given_values(self) -> set[int]:
         return {*self.goal.given, *(c.read for c in self.goal.carried if c.read is not None)}

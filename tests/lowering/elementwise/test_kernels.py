@@ -282,7 +282,6 @@ class Coupled(snnfx.MemoryModule):
     [
         (lambda v: v - v.mean(1, keepdim=True), "`mean`"),
         (lambda v: v.flip(1), "`flip`"),
-        (lambda v: v @ torch.eye(3, dtype=v.dtype), "`mm`"),
         (lambda v: v.cumsum(1), "`cumsum`"),
         (lambda v: torch.stack([v[:, 1], v[:, 0], v[:, 2]], 1), "`stack`"),
     ],

@@ -17,7 +17,7 @@ from snnfx import neuron, surrogate
 from snnfx.errors import InputError
 from snnfx.functional import reset_net
 from snnfx.lowering.elementwise.cpp.build import find_compiler
-from snnfx.lowering.mixed import executor
+from snnfx.lowering.mixed import operations
 from snnfx.lowering.mixed.mixed_step import MixedStep
 from snnfx.regions.region_modules import LoopRegion
 from support.stepping import assert_converts, assert_same, assert_same_run, fresh_copy, run_net, run_stepped
@@ -460,9 +460,10 @@ def test_copies_and_pickles() -> None:
 
 
 def test_more_steps_than_arguments_are_laid_out_for_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(executor, "_STRUCTS_AT_ONCE", 4)
+    monkeypatch.setattr(operations, "_STRUCTS_AT_ONCE", 4)
     for T in (4, 5, 11):
-        assert_lowered(assert_converts(Feedback().double(), x_of(T, 3, 4), examples=True))
+        step = assert_lowered(assert_converts(ConvolutionalFeedback().double(), x_of(T, 3, 2, 5, 4), examples=True))
+        assert step.reason_for_python
 
 
 def test_several_threads() -> None:
@@ -581,16 +582,11 @@ def test_lower_none_switches_it_off() -> None:
 def test_explain_tells_of_it() -> None:
     net = snnfx.convert(Feedback().double(), example_inputs=x_of(3, 4))
     (before,) = snnfx.explain(net).kernels
-    assert before == (
-        "Stepped with element-wise kernels and a derived backward pass: loop_1, because PyTorch computes "
-        "`addmm` in each step; compiled at the first call."
-    )
+    assert before == ("One kernel for all time steps, products included: loop_1, compiled at the first call.")
     net(x_of(5, 3, 4)).sum().backward()
     (after,) = snnfx.explain(net).kernels
-    assert after == (
-        "Stepped with element-wise kernels and a derived backward pass: loop_1, because PyTorch computes `addmm` in "
-        "each step; training saves 2 tensors of all steps."
-    )
+    assert after.startswith("One kernel for all time steps, products included: loop_1; ")
+    assert after.endswith("% of the inputs of its products were not zero; training saves 2 tensors of all steps.")
 
 
 # -- what is done -----------------------------------------------------------------------------------------------------

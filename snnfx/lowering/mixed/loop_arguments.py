@@ -1,0 +1,157 @@
+"""The structs of arguments of a compiled time loop, filled from its operations."""
+
+from __future__ import annotations
+
+import ctypes
+import math
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from snnfx.lowering.elementwise.cpp.build import load
+from snnfx.lowering.mixed.operations import Addition, Copy, Launch, Operation, Product
+from snnfx.lowering.mixed.ring_buffers import RingBuffer
+from snnfx.lowering.mixed.sample_parts import SampleParts
+from snnfx.lowering.nonzero_lists import VECTOR_BYTES
+from snnfx.ops.buffer_pool import pool
+
+__all__ = ["ArgumentTable", "LoopArguments"]
+
+_Integer = ctypes.c_int64
+_PRODUCT, _KERNEL, _COPY, _SUM = range(4)
+_BLOCK = 2
+"""The word of the struct of arguments of a fused kernel that has the elements of a block."""
+
+
+class _Ring(ctypes.Structure):
+    _fields_ = [(name, _Integer) for name in ("data", "bytes", "rows")]
+
+
+class _Address(ctypes.Structure):
+    _fields_ = [("word", _Integer), ("ring", _Ring)]
+
+
+class _Operation(ctypes.Structure):
+    _fields_ = [
+        *((name, _Integer) for name in ("kind", "count")),
+        *((name, _Ring) for name in ("out", "input", "other")),
+        *((name, _Integer) for name in ("out_step", "in_step", "width", "inputs", "bias", "bias_step", "matrix")),
+        *((name, _Integer) for name in ("matrix_row", "matrix_column", "packed", "by_events", "run_part", "words")),
+        *((name, _Integer) for name in ("word_count", "addresses", "address_count")),
+    ]
+
+
+class LoopArguments(ctypes.Structure):
+    """The struct `Args` of `snnfx.lowering.mixed.loop_source`."""
+
+    _fields_ = [
+        *((name, _Integer) for name in ("T", "operations", "operation_count", "samples", "samples_of_block")),
+        *((name, _Integer) for name in ("parts", "longest", "parallel", "next", "active")),
+    ]
+
+
+class ArgumentTable:
+    """The structs of the operations of an iteration, with the tensors whose addresses they contain.
+
+    Args:
+        operations: the operations.
+        parts: the parts of the samples.
+        by_events: whether products may visit only the elements of their operands that are not zero.
+
+    Attributes:
+        structs: one for each operation.
+    """
+
+    def __init__(self, operations: list[Operation], parts: SampleParts, by_events: bool) -> None:
+        self.parts, self.by_events = parts, by_events
+        self._alive: list[Any] = list(operations)
+        self.structs = (_Operation * len(operations))(*[self._struct(operation) for operation in operations])
+
+    def _struct(self, operation: Operation) -> _Operation:
+        if isinstance(operation, Product):
+            return self._product(operation)
+        if isinstance(operation, Launch):
+            return self._launch(operation)
+        if isinstance(operation, Copy):
+            return _copy(operation)
+        assert isinstance(operation, Addition)
+        shape = operation.following.tensor.shape[1:]
+        count = shape[0] if shape else 1
+        return _Operation(
+            kind=_SUM,
+            count=count,
+            out=_ring(operation.following),
+            input=_ring(operation.so_far),
+            other=_ring(operation.term),
+            width=math.prod(shape) // max(count, 1),
+        )
+
+    def _product(self, operation: Product) -> _Operation:
+        left, out, matrix = operation.left.tensor, operation.out.tensor, operation.matrix.resolve_neg()
+        inputs, width, lanes = matrix.shape[0], matrix.shape[1], VECTOR_BYTES // out.element_size()
+        packed = pool.empty(((inputs * -(-width // lanes) + 1) * lanes,), (1,), out.dtype)
+        bias = self._bias(operation)
+        self._alive += [matrix, packed, bias]
+        return _Operation(
+            kind=_PRODUCT,
+            count=out.shape[1],
+            out=_ring(operation.out),
+            input=_ring(operation.left),
+            out_step=width,
+            in_step=left.stride(1),
+            width=width,
+            inputs=inputs,
+            bias=0 if bias is None else bias.data_ptr(),
+            bias_step=0 if bias is None or len(bias) == 1 else width,
+            matrix=matrix.data_ptr(),
+            matrix_row=matrix.stride(0),
+            matrix_column=matrix.stride(1),
+            packed=-(-packed.data_ptr() // VECTOR_BYTES) * VECTOR_BYTES,
+            by_events=self.by_events,
+        )
+
+    def _bias(self, operation: Product) -> Tensor | None:
+        """The bias as one row for all samples or one for each."""
+        if operation.bias is None:
+            return None
+        rows = operation.bias.resolve_neg().expand(operation.out.tensor.shape[1:])
+        return (rows[:1] if rows.stride(0) == 0 else rows).contiguous()
+
+    def _launch(self, operation: Launch) -> _Operation:
+        words = list(operation.words)
+        if self.parts.count > 1:
+            words[_BLOCK] = self.parts.samples_of_block * (operation.layout.elements // self.parts.samples)
+        structs = torch.tensor(words * self.parts.count, dtype=torch.int64)
+        pairs = operation.addresses
+        addresses = (_Address * len(pairs))(*[_Address(word, _ring(ring)) for word, ring in pairs])
+        self._alive += [structs, addresses]
+        function: Any = load(operation.group.source).run_part
+        return _Operation(
+            kind=_KERNEL,
+            run_part=ctypes.cast(function, ctypes.c_void_p).value or 0,
+            words=structs.data_ptr(),
+            word_count=len(words),
+            addresses=ctypes.addressof(addresses),
+            address_count=len(pairs),
+        )
+
+
+def _copy(operation: Copy) -> _Operation:
+    source, target = operation.source.tensor, operation.target.tensor
+    size = target.element_size()
+    count = target.shape[1] if target.dim() > 1 else 1
+    width = target[0].numel() // max(count, 1) * size
+    return _Operation(
+        kind=_COPY,
+        count=count,
+        out=_ring(operation.target),
+        input=_ring(operation.source),
+        out_step=target.stride(1) * size if target.dim() > 1 else width,
+        in_step=source.stride(1) * size if source.dim() > 1 else width,
+        width=width,
+    )
+
+
+def _ring(ring: RingBuffer) -> _Ring:
+    return _Ring(ring.tensor.data_ptr(), ring.tensor.stride(0) * ring.tensor.element_size(), ring.rows.data_ptr())

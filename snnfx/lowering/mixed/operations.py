@@ -1,0 +1,178 @@
+"""The operations of an iteration of a loop, on ring buffers.
+
+Each operation can run one iteration from Python. `snnfx.lowering.mixed.compiled_loop` runs the operations of all
+iterations in one call, if all of them are of a kind that it knows.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from snnfx.lowering.elementwise.cpp.build import load
+from snnfx.lowering.elementwise.operand_layout import Layout
+from snnfx.lowering.mixed.fused_group import FusedGroup
+from snnfx.lowering.mixed.ring_buffers import RingBuffer
+
+__all__ = ["Addition", "Assembly", "Call", "Copy", "Launch", "Operation", "Product"]
+
+_STRUCTS_AT_ONCE = 1024
+"""Iterations for which the argument structs of a kernel are built at once."""
+
+Iteration = Callable[[int], None]
+
+
+class Operation(ABC):
+    """One operation of each iteration."""
+
+    @abstractmethod
+    def iteration(self, T: int) -> Iteration:
+        """A function that runs the operation at an iteration, given its number."""
+
+
+@dataclass
+class Product(Operation):
+    """A matrix product with a matrix that is the same at each iteration.
+
+    Args:
+        left: `[R, N, K]`.
+        matrix: `[K, M]`.
+        bias: a tensor that can be expanded to `[N, M]`, or None.
+        out: `[R, N, M]`, contiguous.
+    """
+
+    left: RingBuffer
+    matrix: Tensor
+    bias: Tensor | None
+    out: RingBuffer
+
+    def iteration(self, T: int) -> Iteration:
+        left, matrix, bias, out = self.left.steps(), self.matrix, self.bias, self.out.steps()
+
+        def product(i: int) -> None:
+            if bias is None:
+                torch.mm(left[i], matrix, out=out[i])
+            else:
+                torch.addmm(bias, left[i], matrix, out=out[i])
+
+        return product
+
+
+@dataclass
+class Launch(Operation):
+    """The launch of a fused kernel; the argument structs of its iterations differ only in addresses.
+
+    Args:
+        group: the kernel.
+        layout: the layout of its operands.
+        words: the struct of arguments.
+        addresses: the word of the struct that has the address of each ring buffer.
+        written: the ring buffers that it writes.
+        operands: the other operands, to keep them alive.
+    """
+
+    group: FusedGroup
+    layout: Layout
+    words: list[int]
+    addresses: list[tuple[int, RingBuffer]]
+    written: list[RingBuffer]
+    operands: list[Tensor]
+
+    def iteration(self, T: int) -> Iteration:
+        run = load(self.group.source).run
+        count = min(T, _STRUCTS_AT_ONCE)
+        table = torch.tensor(self.words, dtype=torch.int64).repeat(count, 1)
+        start, step = table.data_ptr(), table.stride(0) * table.element_size()
+
+        def launch(i: int) -> None:
+            row = i % count
+            if row == 0:
+                for word, ring in self.addresses:
+                    size = ring.tensor.stride(0) * ring.tensor.element_size()
+                    part = ring.rows[i : i + count]
+                    table[: len(part), word] = part * size + ring.tensor.data_ptr()
+            run(start + row * step)
+
+        return launch
+
+
+@dataclass
+class Copy(Operation):
+    """A copy of a value to another ring buffer; the value may be broadcast."""
+
+    source: RingBuffer
+    target: RingBuffer
+
+    def iteration(self, T: int) -> Iteration:
+        source, target = self.source.steps(), self.target.steps()
+
+        def copy(i: int) -> None:
+            target[i].copy_(source[i])
+
+        return copy
+
+
+@dataclass
+class Addition(Operation):
+    """The addition of a value to its partial sum over time."""
+
+    term: RingBuffer
+    so_far: RingBuffer
+    following: RingBuffer
+
+    def iteration(self, T: int) -> Iteration:
+        term, so_far, following = self.term.steps(), self.so_far.steps(), self.following.steps()
+
+        def add(i: int) -> None:
+            torch.add(so_far[i], term[i], out=following[i])
+
+        return add
+
+
+@dataclass
+class Assembly(Operation):
+    """Copies that make one value: a concatenation, or a value between zeros.
+
+    Args:
+        copies: the copies, in order.
+    """
+
+    copies: list[Copy]
+
+    def iteration(self, T: int) -> Iteration:
+        iterations = [copy.iteration(T) for copy in self.copies]
+
+        def assemble(i: int) -> None:
+            for copy in iterations:
+                copy(i)
+
+        return assemble
+
+
+@dataclass
+class Call(Operation):
+    """Any other operator, computed by PyTorch.
+
+    Args:
+        name: its name, e.g. "convolution".
+        operands: the arguments that change between iterations.
+        run: runs the operator on the operands and writes its results to `out`.
+        out: where its results are written.
+    """
+
+    name: str
+    operands: list[RingBuffer]
+    run: Callable[[Sequence[Tensor], Sequence[Tensor]], None]
+    out: list[RingBuffer]
+
+    def iteration(self, T: int) -> Iteration:
+        operands, out, run = [r.steps() for r in self.operands], [r.steps() for r in self.out], self.run
+
+        def call(i: int) -> None:
+            run([steps[i] for steps in operands], [steps[i] for steps in out])
+
+        return call
