@@ -1014,6 +1014,13 @@ CODES: dict[str, CodeEntry] = {
         'snnfx.export(net, "net.onnx", x_seq)              # import onnx fails',
         "pip install --force-reinstall onnx",
     ),
+    "SNNFX829": CodeEntry(
+        "a state of an exported net changes its dtype after the first step",
+        "A file has one dtype for a state: that of later steps. The first step gives the state values that this dtype "
+        "does not have, for example a float potential where later steps store a mask.",
+        "self.v = x if self.v is None else self.v + x > 1",
+        "self.v = x if self.v is None else (self.v + x > 1).to(x.dtype)",
+    ),
     # 9xx: pictures and progress
     "SNNFX901": CodeEntry(
         "a picture cannot have this depth or profile",
