@@ -505,8 +505,8 @@ CODES: dict[str, CodeEntry] = {
         "the inputs have other sizes than the model expects",
         "An export runs the first step of its inputs. The model fails for their sizes, such as another number of "
         "features than its first layer has. Nothing was written.",
-        'snnfx.export(snnfx.convert(nn.Linear(5, 2)), "net.pt2", torch.rand(T, N, 7))',
-        'snnfx.export(snnfx.convert(nn.Linear(5, 2)), "net.pt2", torch.rand(T, N, 5))',
+        'snnfx.export(snnfx.convert(nn.Linear(5, 2)).eval(), "net.pt2", torch.rand(T, N, 7))',
+        'snnfx.export(snnfx.convert(nn.Linear(5, 2)).eval(), "net.pt2", torch.rand(T, N, 5))',
     ),
     "SNNFX325": CodeEntry(
         "an input has another rank than the example",

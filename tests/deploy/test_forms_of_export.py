@@ -1,4 +1,4 @@
-"""Each kind of region and neuron in each form of a file: whole sequences, pieces, single steps, fixed and dynamic axes."""
+"""Each kind of region and neuron in each form of a file: sequences, pieces, single steps, fixed and dynamic axes."""
 
 from __future__ import annotations
 
