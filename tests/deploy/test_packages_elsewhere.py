@@ -13,10 +13,10 @@ from typing import Any
 
 import pytest
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 import snnfx
-from support.export_models import mlp
+from snnfx import neuron
 from support.stepping import fresh_copy, step_model
 
 pytestmark = [
@@ -57,12 +57,17 @@ def run_elsewhere(path: Path, given: list[tuple[Any, ...]]) -> tuple[dict[str, A
     return metadata, results
 
 
+def mlp() -> nn.Module:
+    torch.manual_seed(0)
+    neurons = neuron.LIFNode(v_threshold=0.1), neuron.ParametricLIFNode(v_threshold=0.1)
+    return nn.Sequential(nn.Linear(5, 8), neurons[0], nn.Linear(8, 3), neurons[1])
+
+
 def sequence(T: int, N: int) -> Tensor:
     return torch.rand(T, N, 5) * 3
 
 
 def test_package_with_dynamic_steps_equals_the_stepped_model(tmp_path: Path) -> None:
-    torch.manual_seed(0)
     model = mlp().eval()
     net = snnfx.convert(copy.deepcopy(model)).eval()
     path = snnfx.export(net, tmp_path / "net.pt2", sequence(4, 2), package="aot", dynamic=("T",))
@@ -77,7 +82,6 @@ def test_package_with_dynamic_steps_equals_the_stepped_model(tmp_path: Path) -> 
 
 
 def test_package_with_state_goes_on_in_pieces(tmp_path: Path) -> None:
-    torch.manual_seed(0)
     net = snnfx.convert(mlp().eval()).eval()
     path = snnfx.export(
         net, tmp_path / "net.pt2", sequence(4, 2), package="aot", dynamic=("T",), state=True, check=False
