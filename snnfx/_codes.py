@@ -505,8 +505,8 @@ CODES: dict[str, CodeEntry] = {
         "the inputs have other sizes than the model expects",
         "An export runs the first step of its inputs. The model fails for their sizes, such as another number of "
         "features than its first layer has. Nothing was written.",
-        'snnfx.export(snnfx.convert(nn.Linear(5, 2)), "net.pt2", torch.rand(T, N, 7))',
-        'snnfx.export(snnfx.convert(nn.Linear(5, 2)), "net.pt2", torch.rand(T, N, 5))',
+        'snnfx.export(snnfx.convert(nn.Linear(5, 2)).eval(), "net.pt2", torch.rand(T, N, 7))',
+        'snnfx.export(snnfx.convert(nn.Linear(5, 2)).eval(), "net.pt2", torch.rand(T, N, 5))',
     ),
     "SNNFX325": CodeEntry(
         "an input has another rank than the example",
@@ -1020,6 +1020,13 @@ CODES: dict[str, CodeEntry] = {
         "The package is installed, but importing it fails. The message has the error of the import.",
         'snnfx.export(net, "net.onnx", x_seq)              # import onnx fails',
         "pip install --force-reinstall onnx",
+    ),
+    "SNNFX829": CodeEntry(
+        "a state of an exported net changes its dtype after the first step",
+        "A file has one dtype for a state: that of later steps. The first step gives the state values that this dtype "
+        "does not have, for example a float potential where later steps store a mask.",
+        "self.v = x if self.v is None else self.v + x > 1",
+        "self.v = x if self.v is None else (self.v + x > 1).to(x.dtype)",
     ),
     # 9xx: pictures and progress
     "SNNFX901": CodeEntry(

@@ -102,7 +102,7 @@ def export(
         ExportError: SNNFX801, an option or the suffix is illegal; SNNFX802, the file cannot be written; SNNFX803, a
             package is missing; SNNFX804 to 807, the net cannot be exported; SNNFX808, the file is wrong;
             SNNFX813 and 814, a layer or a neuron has no form in NIR; SNNFX827, onnxruntime has no kernel for the dtype;
-            SNNFX828, a package is broken.
+            SNNFX828, a package is broken; SNNFX829, a state gets another dtype after the first step.
         InputError: the inputs are invalid, as for a call of the net; SNNFX327, the model fails for their sizes.
 
     Example:
@@ -151,7 +151,7 @@ def write_export(
         with torch.no_grad():
             rebuild = _tensors_only(plan.rebuild) if kind == "onnx" else plan.rebuild
             program = trace(plan.function, plan.arguments, rebuild, plan.model)
-        plan = _with_output_axes(plan, program)
+        plan = _with_traced_outputs(plan, program)
         file = folder / path.name
         metadata = _metadata(plan, request)
         announce(f"write {path.name}")
@@ -311,16 +311,35 @@ def _symbols(program: torch.export.ExportedProgram, plan: ExportPlan) -> dict[st
     return symbols
 
 
-def _with_output_axes(plan: ExportPlan, program: torch.export.ExportedProgram) -> ExportPlan:
-    """The plan with the dynamic axes of outputs and final states, which the trace found."""
+def _with_traced_outputs(plan: ExportPlan, program: torch.export.ExportedProgram) -> ExportPlan:
+    """The plan with the dynamic axes and dtypes of outputs and final states, which the trace found."""
     axes = _symbols(program, plan)
-    values = [VALUE.of(n) for n in program.graph.output_node().args[0] if isinstance(n, fx.Node)]
-    shapes = [symbolic_shape(v.shape, axes) for v in values if isinstance(v, torch.Tensor)]
+    found = [VALUE.of(n) for n in program.graph.output_node().args[0] if isinstance(n, fx.Node)]
+    values = [v for v in found if isinstance(v, torch.Tensor)]
     interface, count = plan.interface, len(plan.interface.outputs)
     named = [*interface.outputs, *interface.final_states]
-    described = [replace(t, shape=shape) for t, shape in zip(named, shapes, strict=True)]
+    described = [
+        replace(t, shape=symbolic_shape(v.shape, axes), dtype=str(v.dtype).removeprefix("torch."))
+        for t, v in zip(named, values, strict=True)
+    ]
     interface = replace(interface, outputs=tuple(described[:count]), final_states=tuple(described[count:]))
-    return replace(plan, interface=interface)
+    examples = plan.examples
+    if plan.function.executable.program.first_step is not None:
+        # The net returns the dtype of the steps that a call has, the file that of a stack of first and later steps.
+        dtypes = [v.dtype for v in values]
+        examples = tuple(replace(e, expected=_promoted(e.expected, dtypes)) for e in examples)
+    return replace(plan, interface=interface, examples=examples)
+
+
+def _promoted(expected: Any, dtypes: Sequence[torch.dtype]) -> Any:
+    """The results with the dtypes of the file, where these have all of their values."""
+    remaining = iter(dtypes)
+
+    def promote(y: torch.Tensor) -> torch.Tensor:
+        dtype = next(remaining)
+        return y.to(dtype) if torch.promote_types(y.dtype, dtype) == dtype else y
+
+    return pytree.tree_map_only(torch.Tensor, promote, expected)
 
 
 def _tensors_only(rebuild: Callable[[Any, dict[str, Any]], Any]) -> Callable[[Any, dict[str, Any]], Any]:

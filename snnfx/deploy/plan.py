@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.fx import Node
 
 from snnfx.deploy.exported_module import ExportedNet, StateForm
 from snnfx.deploy.given_inputs import run_first_step, takes_one_sample
@@ -18,6 +19,7 @@ from snnfx.deploy.refusals import first_line, fixed_batch_size, refuse_opaque_pa
 from snnfx.deploy.tracing import Axes, TracedArgument
 from snnfx.emit.arguments import signature_of
 from snnfx.errors import ExportError, InputError, SnnfxError, warn_once
+from snnfx.ir.printing import location_of
 from snnfx.ir.program import StepProgram
 from snnfx.runtime.net import Net
 from snnfx.sandbox.torch_internals import pytree
@@ -108,6 +110,7 @@ def plan_export(net: Net, inputs: tuple[Any, ...], request: Request) -> ExportPl
     time_dims = [None if request.step else dim for dim in arguments.tensor_dims]
     step_net = copy.deepcopy(planned.convert_to("s"))
     steps = [_first_step(x, dim) for x, dim in zip(leaves, time_dims, strict=True)]
+    _refuse_lossy_first_states(step_net, steps, passed)
     after = _states_after_step(step_net, steps, passed, request)
     axes = _axes_of_inputs(program, leaves, time_dims, request)
     sizes = _sizes_of_trace(leaves, axes)
@@ -256,15 +259,39 @@ def _states_after_step(
     step_net: Net, steps: Sequence[Tensor], passed: Mapping[str, Any], request: Request
 ) -> dict[str, Tensor]:
     """The state after the first steps: its shapes and dtypes are those of all later states."""
-    state, shapes = dict(passed), None
-    # Initial values with a batch of 1 take the batch size of the input one after the other.
+    state, forms = dict(passed), None
+    # Initial values with a batch of 1 or of integers get their later shape and dtype one after the other.
     for _ in range(1 + len(step_net.program.slots)):
         state = run_first_step(step_net, steps, state)
-        before, shapes = shapes, [getattr(value, "shape", ()) for value in state.values()]
-        if shapes == before or not request.takes_state:
+        before, forms = forms, [_shape_and_dtype(value) for value in state.values()]
+        if forms == before or not request.takes_state:
             break
     like = steps[0] if steps else torch.empty(())
     return {name: torch.as_tensor(value, device=like.device) for name, value in state.items()}
+
+
+def _shape_and_dtype(value: Any) -> Any:
+    return (value.shape, value.dtype) if isinstance(value, Tensor) else ((), type(value))
+
+
+def _refuse_lossy_first_states(step_net: Net, steps: Sequence[Tensor], passed: Mapping[str, Any]) -> None:
+    """Raise ExportError if a state of later steps cannot have the values that the first step gives it (SNNFX829)."""
+    program = step_net.program
+    if program.first_step is None:
+        return
+    first = run_first_step(step_net, steps, passed)
+    later = run_first_step(step_net, steps, first)
+    for (name, value), written in zip(first.items(), program.next_states, strict=True):
+        before, after = torch.as_tensor(value).dtype, torch.as_tensor(later[name]).dtype
+        if not torch.can_cast(before, after):
+            raise ExportError(
+                "SNNFX829",
+                f"the state `{name}` cannot be exported",
+                where=location_of(written) if isinstance(written, Node) else "",
+                why=f"it is {_text(before)} after the first step and {_text(after)} after later steps, and a file has "
+                "one dtype for it.",
+                hint=f"Give it one dtype: write the state of each step with .to({before}).",
+            )
 
 
 def _resized_states(passed: Mapping[str, Any], sizes: Mapping[str, int]) -> dict[str, Any]:
@@ -394,4 +421,8 @@ def _described(name: str, x: Tensor, axes: Axes, slot: str = "") -> FileTensor:
     shape: list[int | str] = list(x.shape)
     for dim, (axis, factor) in axes.items():
         shape[dim] = axis if factor == 1 else f"{factor}*{axis}"
-    return FileTensor(name, tuple(shape), str(x.dtype).removeprefix("torch."), slot)
+    return FileTensor(name, tuple(shape), _text(x.dtype), slot)
+
+
+def _text(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")

@@ -148,9 +148,9 @@ def scan_steps_of(
             x = [x[0] for x in x_seq]
             _, after = call(first, (), x, tensors)
             following = [as_tensor(s, like) for s in after]
-            # Initial values with a batch of 1 take the batch size of the input one after the other.
-            for _ in after:
-                if [s.shape for s in following] == [s.shape for s in carry]:
+            # Initial values with a batch of 1 or of integers get their later shape and dtype one after the other.
+            for _ in range(1 + len(following)):
+                if [(s.shape, s.dtype) for s in following] == [(s.shape, s.dtype) for s in carry]:
                     break
                 carry = following
                 _, after = call(step, carry, x, tensors)
@@ -190,17 +190,22 @@ def _without_shared_memory(tensors: Sequence[Tensor]) -> list[Tensor]:
 
 
 def first_or_later(flag: Tensor, first: Any, later: Any, like: Tensor) -> tuple[list[Tensor], list[Tensor]]:
-    """Select the results of the first step where the flag is set: `(outputs, states)`."""
-    pairs = (zip(a, b, strict=True) for a, b in zip(first, later, strict=True))
-    outputs, states = ([_select(flag, a, b, like) for a, b in both] for both in pairs)
+    """Select the results of the first step where the flag is set: `(outputs, states)`.
+
+    Outputs have the dtype of a stack of both, states that of later steps.
+    """
+    (first_outputs, first_states), (later_outputs, later_states) = first, later
+    outputs = [_select(flag, a, b, like) for a, b in zip(first_outputs, later_outputs, strict=True)]
+    states = [_select(flag, a, b, like, is_state=True) for a, b in zip(first_states, later_states, strict=True)]
     return outputs, states
 
 
-def _select(flag: Tensor, first: Any, later: Any, like: Tensor) -> Any:
+def _select(flag: Tensor, first: Any, later: Any, like: Tensor, *, is_state: bool = False) -> Any:
     if later is None:  # the place of a carried output
         return None
-    later = as_tensor(later, like)
-    return torch.where(flag, as_tensor(first, like).to(later.dtype), later)
+    first, later = as_tensor(first, like), as_tensor(later, like)
+    dtype = later.dtype if is_state else torch.promote_types(first.dtype, later.dtype)
+    return torch.where(flag, first.to(dtype), later.to(dtype))
 
 
 def _unrolled(

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import os
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -19,6 +20,7 @@ from snnfx.ir.guards import GuardSources
 from snnfx.ir.history import PassRecord
 from snnfx.ir.program import StepProgram
 from snnfx.runtime.net import Net
+from snnfx.sandbox.snapshot import StateSnapshot
 from snnfx.sandbox.torch_internals import pytree
 from snnfx.saving.model_description import describe_model, difference
 from snnfx.saving.plain_values import Decoder, MalformedFile, NotStorable, entry, flag, listed, text
@@ -52,7 +54,7 @@ def load(path: str | os.PathLike[str], model: nn.Module, *, passes: Sequence[Pas
         SaveError: SNNFX820, the file is truncated, changed, or not a file of `snnfx.save`; SNNFX821, its parameters do
             not match the model; SNNFX823, `passes` are not those of the conversion; SNNFX803, the package safetensors
             is missing. The model is then unchanged.
-        CaptureError: the model is converted again, and cannot be captured.
+        CaptureError: the model is converted again, and cannot be captured. The model is then unchanged, too.
 
     Example:
         See `snnfx.save`.
@@ -73,24 +75,40 @@ def load(path: str | os.PathLike[str], model: nn.Module, *, passes: Sequence[Pas
         programs, reason = _saved_programs(model, entry(record, "plan"), tensors)
     except _WRONG_CONTENTS as error:
         raise malformed(path, error) from error
-    restored.restore()
     if programs is None:
         warn("SNNFX822", f"the plan in {path.name} is not used, and the model is converted again: {reason}.")
-        net = convert_again(kind, model, options, example, inferred)
-        if names:
-            restored.check()
-            restored.restore()  # a pass may have added parameters
+        with _unchanged_on_error(model):
+            restored.restore()
+            net = convert_again(kind, model, options, example, inferred)
+            if names:  # a pass may have added or replaced parameters
+                restored.check()
+                restored.restore()
+            restored.check_slots(path, net.program)
     else:
+        restored.check_slots(path, programs[True])
+        restored.restore()
         milliseconds = (time.perf_counter() - start) * 1e3
         note = f"{len(programs[True].graph.nodes)} nodes in {len(programs[True].regions)} regions"
         history = [PassRecord(f"load{{{path.name}}}", milliseconds, note, str(programs[True]))]
         net = Net(model, programs, options, history, REPLANS[kind])
     if restored.state is not None:
-        unknown = restored.state.keys() - {slot.name for slot in net.program.slots}
-        if unknown:
-            raise _other_model(path, f"it has no state `{min(unknown)}`")
         net.carried_state = restored.state
     return net
+
+
+@contextmanager
+def _unchanged_on_error(model: nn.Module) -> Iterator[None]:
+    """Restore the parameters, buffers, attributes and modes of a model if the context raises."""
+    snapshot = StateSnapshot.of(model, rng=False)
+    values = [(parameter, parameter.detach().clone()) for parameter in model.parameters()]
+    try:
+        yield
+    except BaseException:
+        snapshot.restore()
+        with torch.no_grad():
+            for parameter, value in values:
+                parameter.copy_(value)
+        raise
 
 
 _WRONG_CONTENTS = (ValueError, TypeError, LookupError, AttributeError, RuntimeError, OverflowError)
@@ -139,22 +157,34 @@ class _Restored:
                 raise _other_model(None, f"{where} `{name}`")
             for name, value in saved.items():
                 now = present[name]
-                if not isinstance(now, Tensor) or (now.shape, now.dtype) != (value.shape, value.dtype):
+                if _form(now) != _form(value):
                     found = f"{list(now.shape)} {now.dtype}" if isinstance(now, Tensor) else type(now).__name__
                     wanted = f"{list(value.shape)} {value.dtype}"
                     text_of = f"`{name}` is {found}, in the file {wanted}".replace("torch.", "")
                     raise _other_model(None, text_of)
 
+    def check_slots(self, path: Path, program: StepProgram) -> None:
+        """Compare the names of the carried state with the slots of the program."""
+        unknown = (self.state or {}).keys() - {slot.name for slot in program.slots}
+        if unknown:
+            raise _other_model(path, f"it has no state `{min(unknown)}`")
+
     def restore(self) -> None:
-        """Copy the values into the model."""
-        self.model.load_state_dict(self._own, strict=False)
+        """Copy the values into the model, except where a pass has yet to replace a tensor by one of another form."""
+        present = self.model.state_dict(keep_vars=True)
+        same = {n: v for n, v in self._own.items() if n in present and _form(present[n]) == _form(v)}
+        self.model.load_state_dict(same, strict=False)
         buffers = dict(self.model.named_buffers(remove_duplicate=False))
         with torch.no_grad():
             for name, value in self._buffers.items():
-                if name in buffers:
+                if name in buffers and _form(buffers[name]) == _form(value):
                     buffers[name].copy_(value)
         for name, module in self.model.named_modules():
             module.training = self._training.get(name, module.training)
+
+
+def _form(value: Any) -> Any:
+    return (value.shape, value.dtype) if isinstance(value, Tensor) else None
 
 
 def _other_model(path: Path | None, why: str) -> SaveError:

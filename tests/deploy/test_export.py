@@ -355,3 +355,41 @@ def test_net_for_one_sample_has_a_dynamic_number_of_steps(
             expected = step_model(copy.deepcopy(model), x_seq)
             found = program(x_seq, state)[0] if options else program(x_seq)
         assert_equal(found, expected)
+
+
+class DtypeOfTheFirstStep(nn.Module):
+    """The first step returns the currents, later steps masks; or the first step masks and later steps potentials."""
+
+    def __init__(self, mask_first: bool) -> None:
+        super().__init__()
+        self.mask_first, self.v = mask_first, None
+
+    def forward(self, x: Tensor) -> Tensor:
+        if self.v is None:
+            self.v = x > 0.5 if self.mask_first else x
+            return self.v
+        self.v = 0.5 * self.v + x
+        return self.v if self.mask_first else self.v > 1.0
+
+
+@pytest.mark.parametrize("step", [False, True])
+@pytest.mark.parametrize("mask_first", [False, True])
+def test_first_step_of_another_dtype_keeps_its_values(mask_first: bool, step: bool, tmp_path: Path) -> None:
+    model = DtypeOfTheFirstStep(mask_first)
+    net = snnfx.convert(copy.deepcopy(model)).eval()
+    given = torch.rand(2, 5) if step else torch.rand(3, 2, 5)
+    path = snnfx.export(net, tmp_path / "net.pt2", given, step=step)
+    extra = {"metadata.json": ""}
+    program: Any = torch.export.load(path, extra_files=extra).module()
+    assert [t["dtype"] for t in json.loads(extra["metadata.json"])["outputs"]] == ["float32"]
+    for T, N in SIZES:
+        x_seq = torch.rand(T, N, 5)
+        expected = step_model(copy.deepcopy(model), x_seq).float()
+        if not step:
+            assert_equal(program(x_seq), expected)
+            continue
+        outputs, state = [], {"v": torch.zeros(N, 5)}
+        for t, x in enumerate(x_seq):
+            y, state = program(x, state, torch.tensor(t == 0))
+            outputs.append(y)
+        assert_equal(torch.stack(outputs), expected)

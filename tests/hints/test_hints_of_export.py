@@ -585,3 +585,23 @@ def test_a_dtype_without_an_onnx_form(tmp_path: Path) -> None:
     with silent():
         snnfx.export(net, tmp_path / "net.pt2", x_seq, check=False)
         snnfx.export(net.float(), tmp_path / "net.onnx", x_seq.float(), check=False)
+
+
+def test_a_state_whose_later_dtype_loses_values_of_the_first_step(path: Path) -> None:
+    def masks(self: Any, x: Tensor) -> Any:
+        self.v = x if self.v is None else self.v + x > 1.0
+        return self.v + x
+
+    def floats(self: Any, x: Tensor) -> Any:
+        self.v = x if self.v is None else (self.v + x > 1.0).to(torch.float32)
+        return self.v + x
+
+    net = net_of(masks)
+    refused(
+        "SNNFX829",
+        "deploy/plan.py:_refuse_lossy_first_states",
+        "Give it one dtype: write the state of each step with .to(torch.float32).",
+        lambda: snnfx.export(net, path, X_SEQ),
+        names="`v`",
+    )
+    same_in_file(net_of(floats), path)

@@ -224,6 +224,7 @@ pickle.dumps(snnfx.convert(model, passes=passes))""",
     "SNNFX801": "net.eval()\nEXAMPLE",
     "SNNFX802": "net.eval()\nEXAMPLE",
     "SNNFX825": "model.eval()\nEXAMPLE",
+    "SNNFX826": "net = snnfx.convert(model, example_inputs=x[0]).eval()\nEXAMPLE",
     "SNNFX811": "EXAMPLE",
 }
 """Code -> the code around its examples, which replace EXAMPLE; an example without an entry is complete."""
