@@ -274,7 +274,7 @@ def _function(copies: StructuralCopy, value: types.FunctionType) -> _Steps:
     cells = tuple(types.CellType() for _ in value.__closure__ or ())
     copied = types.FunctionType(value.__code__, value.__globals__, value.__name__, None, cells)
     copies._remember(value, copied)
-    defaults = []
+    defaults: list[Any] = []
     for default in value.__defaults__ or ():
         is_copied = copies._is_copied_for_function(default)
         defaults += (yield from _copy_elements(copies, (default,))) if is_copied else (default,)
