@@ -102,6 +102,8 @@ class StructuralCopy:
         known = self._copies.get(id(value))
         if known is not None:
             return known
+        if kind in (dict, OrderedDict) and not value:  # most attributes of a module
+            return self._remember(value, kind())
         return _deep(self, value) if copier is _deep else _PENDING
 
     def _remember(self, value: Any, copied: Any) -> Any:
@@ -238,8 +240,6 @@ def _tuple(copies: StructuralCopy, value: tuple[Any, ...]) -> _Steps:
 
 def _dict(copies: StructuralCopy, value: dict[Any, Any]) -> _Steps:
     base: Any = OrderedDict if isinstance(value, OrderedDict) else dict
-    if not value and type(value) is base:
-        return copies._remember(value, base())
     copied = copies._remember(value, base.__new__(type(value)))
     if isinstance(value, defaultdict):
         (copied.default_factory,) = yield from _copy_elements(copies, (value.default_factory,))
