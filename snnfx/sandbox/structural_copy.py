@@ -174,7 +174,10 @@ def _tensor(copies: StructuralCopy, value: Tensor) -> Tensor:
 
 def _module(copies: StructuralCopy, value: nn.Module) -> _Steps:
     copied = copies._remember(value, object.__new__(copies.class_of_copy(type(value))))
-    yield from _copy_attributes(copies, value.__dict__, copied)
+    attributes = copied.__dict__
+    for name, element in value.__dict__.items():
+        element_copy = copies._at_once(element)
+        attributes[name] = (yield element) if element_copy is _PENDING else element_copy
     yield from _copy_slots(copies, value, copied)
     return copied
 
@@ -243,9 +246,11 @@ def _dict(copies: StructuralCopy, value: dict[Any, Any]) -> _Steps:
     copied = copies._remember(value, base.__new__(type(value)))
     if isinstance(value, defaultdict):
         (copied.default_factory,) = yield from _copy_elements(copies, (value.default_factory,))
-    for item in base.items(value):
-        key, element = yield from _copy_elements(copies, item)
-        base.__setitem__(copied, key, element)
+    for key, element in base.items(value):
+        key_copy = copies._at_once(key)
+        key_copy = (yield key) if key_copy is _PENDING else key_copy
+        element_copy = copies._at_once(element)
+        base.__setitem__(copied, key_copy, (yield element) if element_copy is _PENDING else element_copy)
     return (yield from _attributes_of_container(copies, value, copied))
 
 

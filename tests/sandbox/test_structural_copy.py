@@ -148,6 +148,17 @@ def test_objects_are_complete_before_they_are_keys() -> None:
     assert all(key is not original for key, original in zip(copy, value, strict=True) if isinstance(key, Key))
 
 
+def test_a_value_that_its_key_contains_is_copied_once() -> None:
+    class Owner:
+        pass
+
+    owner = Owner()
+    owner.rate = [1]
+    copy = copied({owner: owner.rate})
+    ((key, value),) = copy.items()
+    assert key is not owner and value is key.rate and value is not owner.rate
+
+
 def test_slots_are_copied_and_empty_ones_stay_empty() -> None:
     value = Slotted()
     copy = copied(value)
