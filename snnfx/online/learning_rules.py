@@ -80,8 +80,8 @@ class Rule:
             its eligibility trace `a[t] = leak * a[t-1] + operand[t]`.
         trace_leak: "post": the leak of the neuron that the weight feeds, as in OTTT's publication; a weight that feeds
             no neuron, such as a readout, has no trace. "pre": the leak of the neuron that emits the operand, which
-            gives the numbers of OTTT's authors' code; a readout then has a trace. Or a number. `snnfx.explain` of the
-            rule's net lists the weights without a trace. If each neuron has a leak of its own (a vector, or one for
+            gives the numbers of OTTT's authors' code; a readout then has a trace. Or a number. `print(trainer)`
+            lists the weights without a trace. If each neuron has a leak of its own (a vector, or one for
             each channel of a convolution; learned or fixed), "post" keeps a trace for each output channel of the
             weight, which takes the memory of the trace times the number of output channels; see `Trainer.chunk`.
         trace_inputs: whether weights on the network's input have a trace as well.

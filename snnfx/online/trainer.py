@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from snnfx.allocator import is_tuned
 from snnfx.errors import InputError
+from snnfx.ir.facts import TRACE
 from snnfx.online.call_checks import check_optimizer, check_random_steps, checked_step_count
 from snnfx.online.edited_nets import EditedNets, edited_nets_of, signature_of
 from snnfx.online.fptt import FPTTUpdater
@@ -171,6 +172,13 @@ class Trainer:
         """The multipliers of FPTT's authors' form, by the index of the parameter in the optimizer."""
         if isinstance(model, Net) or example_inputs is not None:
             self.nets(example_inputs)
+
+    def __repr__(self) -> str:
+        """The rule and the optimizer; from the first call on also the trace of each weight, or why it has none."""
+        text = f"{type(self).__name__}(rule={self.rule.name}, optimizer={type(self.optimizer).__name__})"
+        program = None if self._nets is None else self._nets[1].sequence.program
+        traces = [] if program is None else [TRACE.of(node) for node in program.graph.nodes if TRACE.is_known(node)]
+        return "\n".join((text, *(f"  {trace}" for trace in traces)))
 
     def nets(self, example_inputs: Any = None) -> EditedNets:
         """The nets that the rule runs; inspect `nets().sequence` to see the edited graph."""

@@ -13,7 +13,7 @@ import random
 import sys
 import types
 from collections import OrderedDict, defaultdict, deque
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Generator, Iterable
 from typing import Any
 
 import torch
@@ -69,6 +69,25 @@ class StructuralCopy:
                 yield original, copied
 
     def _of(self, value: Any) -> Any:
+        """Copy a value with a stack of its own: a chain of objects may be longer than Python's recursion limit."""
+        result = self._at_once(value)
+        if result is not _PENDING:
+            return result
+        unfinished = [self._copiers[type(value)](self, value)]
+        result = None
+        while unfinished:
+            try:
+                element = unfinished[-1].send(result)
+            except StopIteration as finished:
+                result = finished.value
+                unfinished.pop()
+            else:
+                unfinished.append(self._copiers[type(element)](self, element))
+                result = None
+        return result
+
+    def _at_once(self, value: Any) -> Any:
+        """The copy of a value that refers to no other values or was copied before; `_PENDING` for any other value."""
         kind = type(value)
         copier = self._copiers.get(kind)
         if copier is None:
@@ -81,7 +100,11 @@ class StructuralCopy:
         if copier is _tensor:
             return value if self.tensor is None else _tensor(self, value)
         known = self._copies.get(id(value))
-        return known if known is not None else copier(self, value)
+        if known is not None:
+            return known
+        if kind in (dict, OrderedDict) and not value:  # most attributes of a module
+            return self._remember(value, kind())
+        return _deep(self, value) if copier is _deep else _PENDING
 
     def _remember(self, value: Any, copied: Any) -> Any:
         self._copies[id(value)], self._originals[id(copied)] = copied, value
@@ -90,16 +113,15 @@ class StructuralCopy:
 
     def _link_cells(self, function: types.FunctionType) -> None:
         """Let a copied function refer to copies; its cells may lead back to objects that were not copied before."""
-        for cell, original in zip(function.__closure__ or (), self.original_of(function).__closure__, strict=True):
+        originals = self.original_of(function).__closure__ or ()
+        for cell, original in zip(function.__closure__ or (), originals, strict=True):
             if _is_filled(original):
-                cell.cell_contents = self._of_cell(original.cell_contents)
+                value = original.cell_contents
+                cell.cell_contents = self._of(value) if self._is_copied_for_function(value) else value
 
-    def _of_cell(self, value: Any) -> Any:
-        """The copy of a value that a function refers to: objects that only the function reaches are shared."""
-        known = self._copies.get(id(value))
-        if known is not None:
-            return known
-        return self._of(value) if _leads_to_module(value, 0) else value
+    def _is_copied_for_function(self, value: Any) -> bool:
+        """Whether a value that a function refers to is copied: objects that only the function reaches are shared."""
+        return self._copies.get(id(value)) is not None or _leads_to_module(value, 0)
 
 
 def _leads_to_module(value: Any, depth: int) -> bool:
@@ -130,6 +152,10 @@ def _is_filled(cell: types.CellType) -> bool:
 
 
 _Copier = Callable[[StructuralCopy, Any], Any]
+_Steps = Generator[Any, Any, Any]
+"""A copier of a value that refers to others: it yields each of them, receives the copy and returns its own."""
+
+_PENDING = object()
 
 
 def _share(copies: StructuralCopy, value: Any) -> Any:
@@ -146,32 +172,35 @@ def _tensor(copies: StructuralCopy, value: Tensor) -> Tensor:
     return known
 
 
-def _module(copies: StructuralCopy, value: nn.Module) -> nn.Module:
+def _module(copies: StructuralCopy, value: nn.Module) -> _Steps:
     copied = copies._remember(value, object.__new__(copies.class_of_copy(type(value))))
     attributes = copied.__dict__
     for name, element in value.__dict__.items():
-        attributes[name] = copies._of(element)
-    _copy_slots(copies, value, copied)
-    return copied  # type: ignore[no-any-return]
+        element_copy = copies._at_once(element)
+        attributes[name] = (yield element) if element_copy is _PENDING else element_copy
+    yield from _copy_slots(copies, value, copied)
+    return copied
 
 
-def _object(copies: StructuralCopy, value: Any) -> Any:
+def _object(copies: StructuralCopy, value: Any) -> _Steps:
     base: Any = types.SimpleNamespace if isinstance(value, types.SimpleNamespace) else object
     copied = copies._remember(value, base.__new__(type(value)))
-    attributes = getattr(value, "__dict__", None)
-    if attributes is not None:
-        of_copy = copied.__dict__
-        for name, element in attributes.items():
-            of_copy[name] = copies._of(element)
-    _copy_slots(copies, value, copied)
+    yield from _copy_attributes(copies, getattr(value, "__dict__", {}), copied)
+    yield from _copy_slots(copies, value, copied)
     return copied
+
+
+def _copy_attributes(copies: StructuralCopy, attributes: dict[str, Any], copied: Any) -> _Steps:
+    for name, element in attributes.items():
+        element_copy = copies._at_once(element)
+        copied.__dict__[name] = (yield element) if element_copy is _PENDING else element_copy
 
 
 _HEAP_TYPE = 1 << 9
 """`Py_TPFLAGS_HEAPTYPE`: Python code defines the class."""
 
 
-def _copy_slots(copies: StructuralCopy, value: Any, copied: Any) -> None:
+def _copy_slots(copies: StructuralCopy, value: Any, copied: Any) -> _Steps:
     cls = type(value)
     if cls not in copies._slots:
         members = [m for base in cls.__mro__ if base.__flags__ & _HEAP_TYPE for m in vars(base).values()]
@@ -181,68 +210,80 @@ def _copy_slots(copies: StructuralCopy, value: Any, copied: Any) -> None:
             element = slot.__get__(value)
         except AttributeError:  # an empty slot
             continue
-        slot.__set__(copied, copies._of(element))
+        element_copy = copies._at_once(element)
+        slot.__set__(copied, (yield element) if element_copy is _PENDING else element_copy)
 
 
-def _attributes_of_container(copies: StructuralCopy, value: Any, copied: Any) -> Any:
+def _copy_elements(copies: StructuralCopy, elements: Iterable[Any]) -> Generator[Any, Any, list[Any]]:
+    result = []
+    for element in elements:
+        element_copy = copies._at_once(element)
+        result.append((yield element) if element_copy is _PENDING else element_copy)
+    return result
+
+
+def _attributes_of_container(copies: StructuralCopy, value: Any, copied: Any) -> _Steps:
     """Copy the attributes of an instance of a subclass of list, dict, ..."""
-    for name, element in getattr(value, "__dict__", {}).items():
-        copied.__dict__[name] = copies._of(element)
+    yield from _copy_attributes(copies, getattr(value, "__dict__", {}), copied)
     return copied
 
 
-def _list(copies: StructuralCopy, value: list[Any]) -> Any:
+def _list(copies: StructuralCopy, value: list[Any]) -> _Steps:
     copied = copies._remember(value, list.__new__(type(value)))
-    list.extend(copied, [copies._of(element) for element in list.__iter__(value)])
-    return _attributes_of_container(copies, value, copied)
+    list.extend(copied, (yield from _copy_elements(copies, list.__iter__(value))))
+    return (yield from _attributes_of_container(copies, value, copied))
 
 
-def _tuple(copies: StructuralCopy, value: tuple[Any, ...]) -> Any:
-    elements = [copies._of(element) for element in value]
+def _tuple(copies: StructuralCopy, value: tuple[Any, ...]) -> _Steps:
+    elements = yield from _copy_elements(copies, value)
     if all(a is b for a, b in zip(elements, value, strict=True)):
         return value
     return copies._remember(value, tuple.__new__(type(value), elements))
 
 
-def _dict(copies: StructuralCopy, value: dict[Any, Any]) -> Any:
+def _dict(copies: StructuralCopy, value: dict[Any, Any]) -> _Steps:
     base: Any = OrderedDict if isinstance(value, OrderedDict) else dict
-    if not value and type(value) is base:
-        return copies._remember(value, base())
     copied = copies._remember(value, base.__new__(type(value)))
     if isinstance(value, defaultdict):
-        copied.default_factory = copies._of(value.default_factory)
+        (copied.default_factory,) = yield from _copy_elements(copies, (value.default_factory,))
     for key, element in base.items(value):
-        base.__setitem__(copied, copies._of(key), copies._of(element))
-    return _attributes_of_container(copies, value, copied)
+        key_copy = copies._at_once(key)
+        key_copy = (yield key) if key_copy is _PENDING else key_copy
+        element_copy = copies._at_once(element)
+        base.__setitem__(copied, key_copy, (yield element) if element_copy is _PENDING else element_copy)
+    return (yield from _attributes_of_container(copies, value, copied))
 
 
-def _set(copies: StructuralCopy, value: set[Any]) -> Any:
+def _set(copies: StructuralCopy, value: set[Any]) -> _Steps:
     copied = copies._remember(value, set.__new__(type(value)))
-    set.update(copied, [copies._of(element) for element in set.__iter__(value)])
-    return _attributes_of_container(copies, value, copied)
+    set.update(copied, (yield from _copy_elements(copies, set.__iter__(value))))
+    return (yield from _attributes_of_container(copies, value, copied))
 
 
-def _deque(copies: StructuralCopy, value: deque[Any]) -> Any:
+def _deque(copies: StructuralCopy, value: deque[Any]) -> _Steps:
     copied = copies._remember(value, deque.__new__(type(value)))
-    deque.__init__(copied, [copies._of(element) for element in value], value.maxlen)
-    return _attributes_of_container(copies, value, copied)
+    deque.__init__(copied, (yield from _copy_elements(copies, value)), value.maxlen)
+    return (yield from _attributes_of_container(copies, value, copied))
 
 
-def _method(copies: StructuralCopy, value: types.MethodType) -> Any:
-    owner = copies._of(value.__self__)
-    function = copies._of(value.__func__)
+def _method(copies: StructuralCopy, value: types.MethodType) -> _Steps:
+    owner, function = yield from _copy_elements(copies, (value.__self__, value.__func__))
     if owner is value.__self__ and function is value.__func__:
         return value
     return copies._remember(value, types.MethodType(function, owner))
 
 
-def _function(copies: StructuralCopy, value: types.FunctionType) -> Any:
+def _function(copies: StructuralCopy, value: types.FunctionType) -> _Steps:
     if not _leads_to_module(value, 0):
         return value
     cells = tuple(types.CellType() for _ in value.__closure__ or ())
     copied = types.FunctionType(value.__code__, value.__globals__, value.__name__, None, cells)
     copies._remember(value, copied)
-    copied.__defaults__ = tuple(map(copies._of_cell, value.__defaults__)) if value.__defaults__ else None
+    defaults: list[Any] = []
+    for default in value.__defaults__ or ():
+        is_copied = copies._is_copied_for_function(default)
+        defaults += (yield from _copy_elements(copies, (default,))) if is_copied else (default,)
+    copied.__defaults__ = tuple(defaults) if value.__defaults__ else None
     copied.__kwdefaults__ = value.__kwdefaults__
     copied.__dict__.update(value.__dict__)
     copied.__qualname__, copied.__module__, copied.__doc__ = value.__qualname__, value.__module__, value.__doc__
@@ -250,13 +291,15 @@ def _function(copies: StructuralCopy, value: types.FunctionType) -> Any:
     return copied
 
 
-def _partial(copies: StructuralCopy, value: functools.partial[Any]) -> Any:
-    function, args = copies._of(value.func), tuple(map(copies._of, value.args))
-    keywords = {key: copies._of(element) for key, element in value.keywords.items()}
-    parts = ((function, value.func), *zip(args, value.args, strict=True))
-    if all(a is b for a, b in parts) and all(keywords[key] is value.keywords[key] for key in keywords):
+def _partial(copies: StructuralCopy, value: functools.partial[Any]) -> _Steps:
+    parts = (value.func, *value.args, *value.keywords.values())
+    copied = yield from _copy_elements(copies, parts)
+    if all(a is b for a, b in zip(copied, parts, strict=True)):
         return value
-    return copies._remember(value, functools.partial(function, *args, **keywords))
+    function, *arguments = copied
+    args, keywords = arguments[: len(value.args)], arguments[len(value.args) :]
+    result = functools.partial(function, *args, **dict(zip(value.keywords, keywords, strict=True)))
+    return copies._remember(value, result)
 
 
 def _deep(copies: StructuralCopy, value: Any) -> Any:

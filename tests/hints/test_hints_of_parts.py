@@ -17,7 +17,7 @@ import snnfx
 from snnfx import errors, neuron
 from snnfx.lowering.elementwise.cpp import build
 from snnfx.lowering.elementwise.cpp.build import find_compiler
-from snnfx.lowering.elementwise.kernel_cache import store
+from snnfx.lowering.elementwise.kernel_cache import is_complete, places, store
 from snnfx.passes import Pass, StepProgram
 from snnfx.recompute.batch_statistics import batch_statistics, normalize
 from snnfx.state import registry
@@ -491,6 +491,23 @@ def test_an_illegal_limit_of_the_kernel_cache(tmp_path: Path, monkeypatch: pytes
         monkeypatch.setenv("SNNFX_CACHE_LIMIT", limit)
         store(b"x", tmp_path / f"{limit}.so")
         assert (tmp_path / f"{limit}.so").read_bytes().startswith(b"x")
+
+
+def test_a_folder_of_kernels_that_cannot_be_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    file = tmp_path / "file"
+    file.write_text("not a folder")
+    monkeypatch.setenv("SNNFX_CACHE_DIR", str(file))
+    warned(
+        "SNNFX418",
+        "lowering/elementwise/kernel_cache.py:write_atomically",
+        "Set SNNFX_CACHE_DIR to a folder with space that can be written.",
+        lambda: store(b"x", places("a.so")[0]),
+        names=str(file),
+    )
+    monkeypatch.setenv("SNNFX_CACHE_DIR", str(tmp_path / "folder"))
+    with silent():
+        assert is_complete(store(b"x", places("a.so")[0]))
+    assert (tmp_path / "folder" / "a.so").exists()
 
 
 def test_a_kernel_that_an_exported_program_cannot_build(monkeypatch: pytest.MonkeyPatch) -> None:

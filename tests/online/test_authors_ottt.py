@@ -61,3 +61,15 @@ def test_the_leak_of_the_fed_neuron_leaves_the_readout_without_a_trace() -> None
     Trainer(model, OTTT_A, torch.optim.SGD(model.parameters(), lr=0.1), mse).step(x_seq, target)
     assert differ(model[6].weight.grad, expected[3])
     close(model[0].weight.grad, expected[0])
+
+
+def test_a_trainer_shows_the_weights_without_a_trace_and_the_reason() -> None:
+    hidden, readout = readout_net((0.5, 0.5))
+    model = nn.Sequential(*hidden, readout)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    trainers = [Trainer(model, rule, optimizer, mse) for rule in (OTTT_A, OTTT_A(trace_leak="pre"))]
+    assert repr(trainers[0]) == "Trainer(rule=OTTT-A, optimizer=SGD)"
+    for trainer in trainers:
+        trainer.step((torch.rand(T, N, 5) < 0.5).double(), torch.rand(T, N, 2))
+    assert '  4: no trace: it feeds no neuron; trace_leak="pre" or a number gives it a trace' in repr(trainers[0])
+    assert "  4: a trace with the leak of 3.v" in repr(trainers[1])

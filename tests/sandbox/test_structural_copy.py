@@ -8,6 +8,7 @@ import random
 import sys
 import threading
 from collections import OrderedDict, defaultdict, deque, namedtuple
+from dataclasses import dataclass
 from types import SimpleNamespace
 from typing import Any
 
@@ -74,6 +75,18 @@ def test_methods_and_functions_refer_to_the_copy() -> None:
     assert model.closure.__closure__[0].cell_contents is model
 
 
+def test_functions_without_a_closure_have_copies_as_defaults() -> None:
+    model = Model()
+
+    def function(x: torch.Tensor, fc: nn.Module = model.fc) -> Any:
+        return fc(x)
+
+    assert function.__closure__ is None
+    model.function = function
+    copy = copied(model)
+    assert copy.function.__defaults__ == (copy.fc,) and function.__defaults__ == (model.fc,)
+
+
 def test_objects_with_cycles_are_copied() -> None:
     copy = copied(Model()).settings
     assert copy.me is copy and copy.sizes == {"a": [1, 2]}
@@ -92,6 +105,58 @@ def test_containers_are_copied(value: Any) -> None:
     assert copy is not value and type(copy) is type(value) and copy == value
     if isinstance(value, deque):
         assert copy.maxlen == 3
+
+
+class Link:
+    def __init__(self, following: Any) -> None:
+        self.following = following
+        self.rate = [1]
+
+
+def link_of(kind: str, following: Any) -> Any:
+    if kind == "object":
+        return Link(following)
+    if kind == "function":
+        fc = nn.Linear(1, 1)
+        return lambda x, fc=fc, following=following: fc(x)
+    if kind == "partial":
+        return functools.partial(len, [], following)
+    return {"list": [following], "dict": {1: following}, "deque": deque([following]), "tuple": (following, [1])}[kind]
+
+
+@pytest.mark.parametrize("kind", ["object", "list", "dict", "deque", "tuple", "partial", "function"])
+def test_chains_longer_than_the_recursion_limit_are_copied(kind: str) -> None:
+    first = value = nn.Linear(1, 1)
+    for _ in range(3 * sys.getrecursionlimit()):
+        value = link_of(kind, value)
+    copies = StructuralCopy()
+    copy = copies.of(value)
+    assert copy is not value and copies.of(value) is copy
+    assert copies.of(first) is not first and copies.original_of(copies.of(first)) is first
+    assert [original for original, _ in copies.pairs()].count(first) == 1
+
+
+def test_objects_are_complete_before_they_are_keys() -> None:
+    @dataclass(frozen=True)
+    class Key:
+        name: str
+        following: Key | None = None
+
+    value = {Key("a", Key("b")): [1], "keys": {Key("a"), Key("c")}}
+    copy = copied(value)
+    assert copy == value and copy[Key("a", Key("b"))] is not value[Key("a", Key("b"))]
+    assert all(key is not original for key, original in zip(copy, value, strict=True) if isinstance(key, Key))
+
+
+def test_a_value_that_its_key_contains_is_copied_once() -> None:
+    class Owner:
+        pass
+
+    owner = Owner()
+    owner.rate = [1]
+    copy = copied({owner: owner.rate})
+    ((key, value),) = copy.items()
+    assert key is not owner and value is key.rate and value is not owner.rate
 
 
 def test_slots_are_copied_and_empty_ones_stay_empty() -> None:

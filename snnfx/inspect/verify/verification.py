@@ -26,6 +26,12 @@ from snnfx.sandbox.user_code import format_location, location_of_error
 __all__ = ["Verification"]
 
 
+_USUAL_ROUNDING = 0.1
+"""The part of the tolerance that rounding errors rarely exceed."""
+_CLEAR = 1e-6
+"""The relative difference in float64 above which a net is wrong although it passes in float32."""
+
+
 @dataclass
 class _Outcome:
     """The checks of a net in one dtype: of the whole sequence, and of one step if BatchNorm is folded."""
@@ -62,6 +68,8 @@ class Verification:
             return self._result(self._in_float64())
         narrow = self._compared(self.model, self.net, self.inputs, self.first)
         failing = narrow.failing
+        if failing is None and self._is_inconclusive(narrow):
+            return self._decided_in_float64(narrow)
         if failing is None or narrow.dtype == "float64" or any(is_structural(c) for c in failing.failed):
             return self._result(narrow)
         try:
@@ -75,6 +83,25 @@ class Verification:
         if wide.failing is not None:
             raise wide.failing.error(f"Compared in float64 and in {narrow.dtype}.")
         return self._rounded(narrow, wide)
+
+    def _is_inconclusive(self, narrow: _Outcome) -> bool:
+        """Whether a tolerated difference is larger than usual rounding errors: a wrong weight among many causes one."""
+        if narrow.dtype != "float32" or self.tolerance != Tolerance():
+            return False
+        return any(c.difference > _USUAL_ROUNDING * c.allowed for check in narrow.checks for c in check.comparisons)
+
+    def _decided_in_float64(self, narrow: _Outcome) -> VerificationReport:
+        """The report on a net with tolerated differences that may not be rounding errors."""
+        try:
+            wide = self._in_float64()
+        except VerificationError as error:
+            if error.code != "SNNFX412":
+                raise
+            return self._result(narrow)
+        failing = wide.failing
+        if failing is not None and max(c.relative for c in failing.failed) > _CLEAR:
+            raise failing.error("Compared in float64; in float32, the difference is within the tolerance.")
+        return self._result(narrow)
 
     def _rounded(self, narrow: _Outcome, wide: _Outcome) -> VerificationReport:
         """The report on a net that agrees in float64, if rounding explains the difference in the narrower dtype."""

@@ -43,8 +43,9 @@ def verify(
 
     Net and reference run in the net's mode, from the reset state. Where the steps draw random numbers, both sides draw
     the same ones, step by step. If they differ in float32, copies are compared in float64 as well: a difference passes
-    if it vanishes there and if rounding explains it. Everything is restored afterwards: state, buffers, parameters,
-    gradients, flags and random number generators.
+    if it vanishes there and if rounding explains it. A difference within the default tolerance that is larger than
+    usual rounding errors fails if it remains in float64. Everything is restored afterwards: state, buffers,
+    parameters, gradients, flags and random number generators.
 
     Args:
         model: the single-step model that was passed to `snnfx.convert`.

@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 
 from snnfx.lowering.elementwise.cpp.build import find_compiler, identity_of
-from snnfx.lowering.elementwise.kernel_cache import usable_directory, write_atomically
+from snnfx.lowering.elementwise.kernel_cache import places, write_atomically
 
 __all__ = ["FIXED", "crossover"]
 
@@ -66,15 +66,14 @@ def crossover(
 def _from_disk_or_measured(
     key: str, x: Tensor, dense: Callable[[Tensor], Tensor], events: Callable[[Tensor], Tensor]
 ) -> float:
-    path = _path()
-    stored = _stored(path)
+    stored = _stored()
     if key not in stored:
         with torch.no_grad():
             first, second = (_measure(x, dense, events) for _ in range(2))
         if abs(first - second) > _AGREEMENT:
             return sorted((first, second, _EXPECTED))[1]
-        stored = {**_stored(path), key: (first + second) / 2}
-        write_atomically(json.dumps(stored, indent=1).encode(), path)
+        stored = {**_stored(), key: (first + second) / 2}
+        write_atomically(json.dumps(stored, indent=1).encode(), places(_name())[0])
     return stored[key]
 
 
@@ -95,7 +94,12 @@ def _measure(x: Tensor, dense: Callable[[Tensor], Tensor], events: Callable[[Ten
     return min(max((_MARGIN * time_of_dense - low) / slope + _SPARSE, 0.0), _HIGHEST)
 
 
-def _stored(path: Path) -> dict[str, float]:
+def _stored() -> dict[str, float]:
+    """The measured values of the cache folder, and of the temporary folder that replaces it if it is read-only."""
+    return {key: value for path in places(_name()) for key, value in _read(path).items()}
+
+
+def _read(path: Path) -> dict[str, float]:
     try:
         return {str(k): float(v) for k, v in json.loads(path.read_text()).items()}
     except (OSError, ValueError, AttributeError):  # not there yet, or not complete
@@ -109,5 +113,5 @@ def _machine() -> str:
     return hashlib.sha256(text.encode()).hexdigest()[:16]
 
 
-def _path() -> Path:
-    return usable_directory() / f"crossovers_{_machine()}.json"
+def _name() -> str:
+    return f"crossovers_{_machine()}.json"

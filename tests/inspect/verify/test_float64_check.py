@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from typing import Any
 
 import pytest
@@ -111,3 +112,56 @@ def test_a_rounded_constant_of_a_float64_net_is_a_fault(double: bool) -> None:
     getattr(net, CONSTANTS)._buffers[name] = rounded
     with pytest.raises(VerificationError, match="SNNFX401"):
         snnfx.verify(Exact(), net, x_seq, double=double)
+
+
+class Wide(nn.Module):
+    """Many inputs for each neuron: the error of one weight is small beside the potential."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.fc, self.neuron = nn.Linear(1000, 8, bias=False), snnfx.neuron.IFNode(v_threshold=1.3, v_reset=None)
+        with torch.no_grad():
+            self.fc.weight.copy_(multiples(8, 1000))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.neuron(self.fc(x))
+
+
+def multiples(*shape: int) -> Tensor:
+    return torch.randint(-9, 10, shape) * 0.1
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_one_slightly_wrong_weight_among_many_is_a_fault(seed: int) -> None:
+    torch.manual_seed(seed)
+    model, x_seq = Wide(), multiples(6, 4, 1000)
+    wrong = copy.deepcopy(model)
+    with torch.no_grad():
+        wrong.fc.weight[seed, 2] += 1e-3
+    x_seq[:, :, 2] = 0.9
+    snnfx.verify(model, snnfx.convert(model), x_seq)
+    net = snnfx.convert(wrong)
+    with pytest.raises(VerificationError, match="`neuron.v` differs.*float64|`output` differs"):
+        snnfx.verify(model, net, x_seq)
+    snnfx.verify(model, net, x_seq, atol=100.0)  # a tolerance of the user's own decides alone
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_spikes_at_a_threshold_flip_by_rounding_without_a_fault(seed: int) -> None:
+    torch.manual_seed(seed)
+    model = nn.Sequential(
+        nn.Conv2d(3, 8, 3, padding=1, bias=False),
+        nn.BatchNorm2d(8),
+        snnfx.neuron.IFNode(v_threshold=0.5, v_reset=None),
+    ).eval()
+    with torch.no_grad():
+        model[0].weight.copy_(multiples(8, 3, 3, 3))
+        model[1].running_mean.copy_(multiples(8))
+        model[1].running_var.copy_(torch.rand(8) + 0.1)
+    x_seq = multiples(6, 2, 3, 6, 6)
+    potentials = model[1](model[0](x_seq[0])).detach().flatten()
+    model[2].v_threshold = float(potentials[potentials > 0].median())  # a sum that occurs
+    state = {name: value.clone() for name, value in model.state_dict().items()}
+    report = snnfx.verify(model, snnfx.convert(model), x_seq)
+    assert (report.flipped_spikes > 0) == ("spikes flip" in str(report))
+    assert all(torch.equal(value, state[name]) for name, value in model.state_dict().items())

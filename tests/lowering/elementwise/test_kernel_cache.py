@@ -2,20 +2,23 @@
 
 from __future__ import annotations
 
+import errno
 import multiprocessing
 import os
 import subprocess
 import sys
 import textwrap
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+from snnfx import errors
 from snnfx.errors import InputError
 from snnfx.lowering.elementwise.cpp.build import find_compiler
-from snnfx.lowering.elementwise.kernel_cache import is_complete, store
+from snnfx.lowering.elementwise.kernel_cache import is_complete, places, store
 
 ROOT = Path(__file__).resolve().parents[3]
 STEP = """
@@ -66,6 +69,87 @@ def test_a_damaged_kernel_is_built_anew(tmp_path: Path) -> None:
     assert [p.name for p in tmp_path.iterdir()] == [path.name]
 
 
+def other_machine(path: Path) -> bytes:
+    """The library for another processor: the field `e_machine` of its header."""
+    content = bytearray(path.read_bytes()[:-32])
+    content[18:20] = b"\xff\xff"
+    return bytes(content)
+
+
+@pytest.mark.skipif(find_compiler() is None, reason="needs a C++ compiler")
+@pytest.mark.parametrize("content", [other_machine, lambda path: b"not a library"], ids=["machine", "text"])
+def test_a_complete_file_that_cannot_be_loaded_is_built_anew(content: Callable[[Path], bytes], tmp_path: Path) -> None:
+    assert run_kernel(tmp_path).returncode == 0
+    (path,) = tmp_path.glob("*.so")
+    built = path.read_bytes()
+    store(content(path), path)
+    assert is_complete(path)
+    again = run_kernel(tmp_path)
+    assert again.returncode == 0, again.stderr
+    assert path.read_bytes() == built
+
+
+@pytest.mark.skipif(find_compiler() is None, reason="needs a C++ compiler")
+def test_two_processes_build_the_same_kernel_at_once(tmp_path: Path) -> None:
+    with ThreadPoolExecutor(2) as pool:
+        results = list(pool.map(lambda _: run_kernel(tmp_path), range(2)))
+    assert [result.returncode for result in results] == [0, 0], results
+    (path,) = tmp_path.iterdir()
+    assert is_complete(path)
+
+
+def test_a_kernel_under_the_name_of_another_one_is_damaged(tmp_path: Path) -> None:
+    store(b"library a", tmp_path / "a.so")
+    (tmp_path / "b.so").write_bytes((tmp_path / "a.so").read_bytes())
+    assert is_complete(tmp_path / "a.so") and not is_complete(tmp_path / "b.so")
+
+
+@pytest.fixture
+def file_for_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A cache folder that cannot be written, even by root: a file has its name."""
+    path = tmp_path / "file"
+    path.write_text("not a folder")
+    monkeypatch.setenv("SNNFX_CACHE_DIR", str(path))
+    errors._warned.clear()
+    return path
+
+
+def test_a_folder_that_cannot_be_written_is_replaced_with_one_warning(file_for_folder: Path) -> None:
+    with pytest.warns(errors.SnnfxWarning, match="SNNFX418") as caught:
+        paths = [store(b"library", places(name)[0]) for name in ("a.so", "b.so", "a.so")]
+    assert len(caught) == 1
+    assert file_for_folder not in paths[0].parents and paths[0] == paths[2]
+    for name, path in zip(("a.so", "b.so"), paths, strict=False):
+        assert next(filter(is_complete, places(name))) == path
+
+
+def test_a_folder_without_space_keeps_no_part_of_a_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    errors._warned.clear()
+    replace = os.replace
+
+    def full(source: str, path: Path) -> None:
+        if path.parent == tmp_path:
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        replace(source, path)
+
+    monkeypatch.setattr(os, "replace", full)
+    with pytest.warns(errors.SnnfxWarning, match="No space left"):
+        assert is_complete(store(b"library", tmp_path / "a.so"))
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.skipif(find_compiler() is None, reason="needs a C++ compiler")
+def test_kernels_run_without_a_folder_that_can_be_written(file_for_folder: Path) -> None:
+    result = run_kernel(file_for_folder)
+    assert "SNNFX418" in result.stderr and "SNNFX505" not in result.stderr  # a warning is an error in this process
+    command = [sys.executable, "-W", "error::snnfx.errors.SnnfxWarning", "-W", "ignore:SNNFX418", "-c"]
+    done = subprocess.run(
+        [*command, textwrap.dedent(STEP)], env={**os.environ, "PYTHONPATH": str(ROOT)}, capture_output=True, text=True,
+        check=False, timeout=300,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+
+
 @pytest.mark.parametrize("damage", [truncate, empty, change_a_byte, replace_by_text, Path.unlink])
 def test_damage_is_detected(damage: Callable[[Path], None], tmp_path: Path) -> None:
     path = tmp_path / "a.so"
@@ -101,11 +185,11 @@ def test_the_least_recently_used_files_are_removed(tmp_path: Path, monkeypatch: 
 
 def test_what_killed_processes_left_is_removed(tmp_path: Path) -> None:
     for name, age in (("old", 7200), ("new", 0)):
-        folder = tmp_path / f".build_{name}"
-        folder.mkdir()
-        os.utime(folder, (folder.stat().st_atime, folder.stat().st_mtime - age))
+        path = tmp_path / f".write_{name}"
+        path.touch()
+        os.utime(path, (path.stat().st_atime, path.stat().st_mtime - age))
     store(b"x", tmp_path / "a.so")
-    assert sorted(path.name for path in tmp_path.iterdir()) == [".build_new", "a.so"]
+    assert sorted(path.name for path in tmp_path.iterdir()) == [".write_new", "a.so"]
 
 
 @pytest.mark.parametrize("limit", ["1GB", "-1", ""])

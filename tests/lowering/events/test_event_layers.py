@@ -242,4 +242,4 @@ def test_the_global_random_state_is_unchanged_by_a_measurement(
         net(x_seq)
     assert torch.equal(torch.get_rng_state(), before)
     assert 0.0 <= decision_of(model).crossover <= 0.6
-    assert len(crossovers._stored(crossovers._path())) == 1
+    assert len(crossovers._stored()) == 1

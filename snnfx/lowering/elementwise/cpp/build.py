@@ -23,7 +23,7 @@ import torch
 from snnfx._progress import progress
 from snnfx.lowering.aten_recording import LoweringRefused
 from snnfx.lowering.elementwise.cpp.cpp_kernel import KernelSource
-from snnfx.lowering.elementwise.kernel_cache import is_complete, store, usable_directory
+from snnfx.lowering.elementwise.kernel_cache import is_complete, places, store
 
 __all__ = ["Library", "find_compiler", "identity_of", "load"]
 
@@ -96,34 +96,38 @@ def _load(text: str) -> Library:
     if compiler is None:
         raise LoweringRefused("there is no C++ compiler (g++, clang++ or $CXX), or SNNFX_KERNELS=0 is set")
     key = hashlib.sha256(f"{identity_of(compiler)}\0{text}".encode()).hexdigest()[:32]
-    path = usable_directory() / f"{key}.so"
+    path = next(filter(is_complete, places(f"{key}.so")), None)
     for _ in range(_MOST_ATTEMPTS):
-        if not is_complete(path):
+        is_new = path is None
+        if path is None:
             with progress("build a kernel", total=1, unit="kernels", delay=0.0):
-                _build(compiler, text, path)
+                path = _build(compiler, text, f"{key}.so")
         try:
             return Library(path)
-        except OSError as error:
+        except (OSError, AttributeError) as error:  # AttributeError: it lacks a function of a kernel
             failure = error
-            if path.exists():  # else another process has just removed it
+            if is_new and path.exists():  # else another process has just removed it
                 break
+            path = None
     raise LoweringRefused(f"the compiled kernel cannot be loaded: {failure}")
 
 
 _MOST_ATTEMPTS = 3
 
 
-def _build(compiler: str, text: str, path: Path) -> None:
-    """Compile a kernel and store it in the cache."""
-    with tempfile.TemporaryDirectory(dir=path.parent, prefix=".build_") as folder:
+def _build(compiler: str, text: str, name: str) -> Path:
+    """Compile a kernel, store it in the cache, and return its path."""
+    with tempfile.TemporaryDirectory(prefix="snnfx_build_") as folder:
         source, result = Path(folder) / "kernel.cpp", Path(folder) / "kernel.so"
         source.write_text(text)
         for native in ("-march=native", None):
             command = [compiler, *FLAGS, *([native] if native else []), str(source), "-o", str(result)]
             completed = subprocess.run(command, capture_output=True, text=True, check=False)
             if completed.returncode == 0:
-                store(result.read_bytes(), path)
-                return
+                try:
+                    return store(result.read_bytes(), places(name)[0])
+                except OSError as error:
+                    raise LoweringRefused(f"the compiled kernel cannot be stored: {error}") from error
     raise LoweringRefused(f"{Path(compiler).name} cannot build the kernel: {completed.stderr.strip().splitlines()[:1]}")
 
 

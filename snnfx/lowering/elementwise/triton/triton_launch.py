@@ -18,7 +18,7 @@ from torch import Tensor
 from snnfx.lowering.aten_recording import LoweringRefused
 from snnfx.lowering.elementwise.back_end import BackEnd, WantedGradients
 from snnfx.lowering.elementwise.expressions import StepExpressions
-from snnfx.lowering.elementwise.kernel_cache import usable_directory, write_atomically
+from snnfx.lowering.elementwise.kernel_cache import places, write_atomically
 from snnfx.lowering.elementwise.operand_layout import Layout
 from snnfx.lowering.elementwise.saved_values import SavePlan
 from snnfx.lowering.elementwise.triton.triton_kernel import write_backward, write_forward
@@ -74,10 +74,11 @@ def load(text: str) -> Any:
 
 def _written(name: str, text: str) -> Path:
     """The file with a text in the cache, written unless it is there and complete."""
-    path, content = usable_directory() / f"{name}.py", text.encode()
-    if not path.exists() or path.read_bytes() != content:
-        write_atomically(content, path)
-    return path
+    content = text.encode()
+    paths = places(f"{name}.py")
+    return next((p for p in paths if p.is_file() and p.read_bytes() == content), None) or write_atomically(
+        content, paths[0]
+    )
 
 
 def form_of(source: TritonSource, layout: Layout, operands: Sequence[Tensor | float]) -> OperandForm:
