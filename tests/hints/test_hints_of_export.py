@@ -600,7 +600,7 @@ def test_a_state_whose_later_dtype_loses_values_of_the_first_step(path: Path) ->
     refused(
         "SNNFX829",
         "deploy/plan.py:_refuse_lossy_first_states",
-        "Give it one dtype: write the state of each step with .to(torch.float32).",
+        "Give it one dtype: write the state of each step with .to(",
         lambda: snnfx.export(net, path, X_SEQ),
         names="`v`",
     )

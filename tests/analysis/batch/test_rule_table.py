@@ -23,7 +23,13 @@ from snnfx import MemoryModule
 from snnfx.analysis.batch.equivariance import BatchAnalysis, Fact, SizeFact, infer_batch, model_input
 from snnfx.analysis.batch.facts import UNKNOWN, Rank, ShapeFact, UniformTuple, leaves
 from snnfx.analysis.batch.rule_lookup import find_rule, row_names
-from snnfx.ops.step_functions import FunctionHolder, apply_autograd_function, expect_size, set_part
+from snnfx.ops.step_functions import (
+    FunctionHolder,
+    apply_autograd_function,
+    expect_size,
+    reduced_over_time,
+    set_part,
+)
 from snnfx.ops.traits import MODULES
 from snnfx.state import leaf_modules as leaves_module
 from snnfx.state.leaf_modules import declare_leaf
@@ -574,6 +580,7 @@ def legal_cases() -> Iterator[Case]:
         "getitem", lambda self, x: x[:, 0] + x[:, 1:3].sum(1) + x[:, -1, :] + x[..., 0].sum(1, keepdim=True), [X3]
     )
     yield Case("getitem None", lambda self, x: x[:, None] * x[:, :, None][:, :, 0, None, :].mean(2, True)[:, :1], [X3])
+    yield Case("reduced_over_time", lambda self, x: record(reduced_over_time, x), [X3])
     yield Case("set_part number", lambda self, x: record(set_part, x, (slice(None), 0), 1.5), [X3])
     yield Case("set_part ellipsis", lambda self, x: record(set_part, x, (..., slice(1, 2)), 0.0), [X3])
     yield Case(
