@@ -11,7 +11,7 @@ The step and its backward pass are lists of ATen calls (`snnfx.lowering.aten_rec
 | `gradient_by_events` | the gradient of a weight from the elements of its operand that are not zero           |
 | `constant_gradients` | gradients of weights as one product over all steps, outside the reversed loop         |
 | `loop_saved_values`  | choose the values that the forward pass saves for backward                            |
-| `placed_parts`       | parts of joined values, which kernels write to their places                           |
+| `parts`              | parts of joined values, which kernels write to their places or copies move there      |
 | `ring_buffers`       | the memory of the values of a loop                                                    |
 | `operations`         | the operations of an iteration on ring buffers; each can run from Python              |
 | `sample_parts`       | divide the samples among threads                                                      |

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -22,10 +21,8 @@ from snnfx.sandbox.torch_internals import pytree
 
 __all__ = [
     "FunctionalCall",
-    "Part",
     "calls_in_order",
     "calls_needed_for",
-    "parts_of",
     "product_with_constant",
     "runs_batched",
     "without_leading_ones",
@@ -45,42 +42,6 @@ def product_with_constant(call: AtenCall, values: Sequence[RecordedValue]) -> tu
     if not values[left].varying or any(values[n].varying for n in (*bias, matrix)):
         return None
     return left, matrix, bias[0] if bias else None
-
-
-@dataclass(frozen=True)
-class Part:
-    """A value that lies in a larger value.
-
-    Args:
-        number: the value.
-        dim, start, size: its place in the larger value.
-    """
-
-    number: int
-    dim: int
-    start: int
-    size: int
-
-
-def parts_of(call: AtenCall, values: Sequence[RecordedValue]) -> list[Part] | None:
-    """The parts of a concatenation, or the only part that is not zero of the gradient of a slice; else None."""
-    if call.kwargs or len(call.results) != 1:
-        return None
-    result = values[call.results[0]]
-    if call.name == "cat":
-        numbers = [a.number for a in call.args[0]]
-        dim = call.args[1] if len(call.args) > 1 else 0
-        if any((len(values[n].shape), values[n].dtype) != (len(result.shape), result.dtype) for n in numbers):
-            return None
-        dim %= len(result.shape)
-        sizes = [values[n].shape[dim] for n in numbers]
-        return [Part(n, dim, sum(sizes[:k]), size) for k, (n, size) in enumerate(zip(numbers, sizes, strict=True))]
-    if call.name == "slice_backward" and call.args[5] == 1:
-        number, dim, start = call.args[0].number, call.args[2] % len(result.shape), call.args[3]
-        length = result.shape[dim]
-        start = min(max(start + length if start < 0 else start, 0), length)
-        return [Part(number, dim, start, values[number].shape[dim])]
-    return None
 
 
 def without_leading_ones(shape: Sequence[int]) -> tuple[int, ...]:

@@ -20,11 +20,11 @@ from snnfx.lowering.elementwise.cpp.build import openmp
 from snnfx.lowering.elementwise.cpp.cpp_launch import address_words, pack_arguments
 from snnfx.lowering.elementwise.operand_layout import dense_strides, describe_operand, plan_layout
 from snnfx.lowering.mixed.batched_calls import run_batched
-from snnfx.lowering.mixed.call_kinds import FunctionalCall, Part, parts_of, product_with_constant
+from snnfx.lowering.mixed.call_kinds import FunctionalCall, product_with_constant
 from snnfx.lowering.mixed.compiled_loop import reason_against_compiling, run_compiled
 from snnfx.lowering.mixed.fused_group import FusedGroup, operand_dtype
 from snnfx.lowering.mixed.operations import Addition, Assembly, Call, Copy, Launch, Operation, Product
-from snnfx.lowering.mixed.placed_parts import JOINS, Places, places_of_parts
+from snnfx.lowering.mixed.parts import JOINS, Part, is_placed, parts_of
 from snnfx.lowering.mixed.ring_buffers import RingBuffer, Rows
 from snnfx.lowering.mixed.schedule import Schedule
 from snnfx.ops.buffer_pool import pool
@@ -97,12 +97,12 @@ class _ScheduleRun:
         self.carried = [self._carry(k, value) for k, value in enumerate(initial)]
         self.sums = {n: self._sum_ring(n) for n in schedule.goal.sums}
         placed = self._calls_to_place()
-        parts = {number for _, places in placed for number, _ in places}
+        in_place = {part.number for _, parts in placed for part in parts}
         for number in schedule.stacked:
-            if number not in self.rings and number not in parts:
+            if number not in self.rings and number not in in_place:
                 self._add_stack(number)
-        for call, places in placed:
-            self._place_parts(call, places)
+        for call, parts in placed:
+            self._place_parts(call, parts)
         self.written_in_place = {call.results[0] for call, _ in placed}
         self.operations: list[Operation] = []
         for stage in schedule.stages:
@@ -168,39 +168,50 @@ class _ScheduleRun:
     def _with_stacked_parts(self) -> set[int]:
         """The results of joins of which at least half of the parts are stored for all steps: the result stores them."""
         calls = [call for stage in self.schedule.stages for call in stage.calls if call.name in JOINS]
-        places = {call.results[0]: places_of_parts(call, self.values) for call in calls}
-        return {result for result, of in places.items() if of and 2 * sum(n in self.stacked for n, _ in of) >= len(of)}
+        parts = {call.results[0]: self._placeable(call) for call in calls}
+        return {
+            result
+            for result, found in parts.items()
+            if found and 2 * sum(part.number in self.stacked for part in found) >= len(found)
+        }
 
-    def _calls_to_place(self) -> list[tuple[AtenCall, Places]]:
+    def _placeable(self, call: AtenCall) -> list[Part]:
+        """The parts of a call if all of them are contiguous in its result, else []."""
+        parts = parts_of(call, self.values)
+        return parts if all(is_placed(part, self.values[call.results[0]]) for part in parts) else []
+
+    def _calls_to_place(self) -> list[tuple[AtenCall, list[Part]]]:
         """The calls whose parts kernels write to their places in the result, so that the call itself need not run."""
         made = Counter(n for stage in self.schedule.stages for group in stage.groups for n in group.made)
-        found: list[tuple[AtenCall, Places]] = []
+        found: list[tuple[AtenCall, list[Part]]] = []
         placed = set(self.targets)
         for stage in self.schedule.stages:
             for call in stage.calls:
-                places = places_of_parts(call, self.values)
-                parts = [number for number, _ in places]
-                if not parts or len(set(parts)) < len(parts) or any(made[n] != 1 or n in placed for n in parts):
+                parts = self._placeable(call)
+                numbers = [part.number for part in parts]
+                if not parts or len(set(numbers)) < len(numbers) or any(made[n] != 1 or n in placed for n in numbers):
                     continue
-                if self.stacked.isdisjoint(parts) or self._has_row_of_each_step(call.results[0]):
-                    found.append((call, places))
-                    placed.update(parts)
+                if call.name not in JOINS and call.results[0] in self.targets:
+                    continue  # its first row has the value before the loop, which zeros would replace
+                if self.stacked.isdisjoint(numbers) or self._has_row_of_each_step(call.results[0]):
+                    found.append((call, parts))
+                    placed.update(numbers)
         return found
 
     def _has_row_of_each_step(self, number: int) -> bool:
         rings = self.targets.get(number)
         return len(rings[0].rows.unique()) == self.T if rings else number in self.stacked
 
-    def _place_parts(self, call: AtenCall, places: Places) -> None:
+    def _place_parts(self, call: AtenCall, parts: Sequence[Part]) -> None:
         whole = self._targets_of(call.results[0])[0]
         if call.name not in JOINS:
             whole.tensor.zero_()
         first = int(whole.rows.min())
-        for number, place in places:
-            part = place(whole.tensor)
-            self.targets[number] = [whole.viewed(part)]
-            if number in self.stacked:
-                self.stacks[number] = part[first : first + self.T]
+        for part in parts:
+            view = part.of(whole.tensor)
+            self.targets[part.number] = [whole.viewed(view)]
+            if part.number in self.stacked:
+                self.stacks[part.number] = view[first : first + self.T]
 
     def _ring(self, number: int) -> RingBuffer:
         """The ring buffer from which a value is read."""
@@ -226,11 +237,10 @@ class _ScheduleRun:
 
     def _assembly(self, call: AtenCall, parts: Sequence[Part], out: RingBuffer) -> Assembly:
         copies = []
-        if call.name != "cat":
+        if call.name not in JOINS:
             copies.append(Copy(RingBuffer(torch.zeros_like(out.tensor[:1]), self.rows.zero), out))
         for part in parts:
-            target = out.tensor.narrow(part.dim + 1, part.start, part.size)
-            copies.append(Copy(self._with_rows(part.number), out.viewed(target)))
+            copies.append(Copy(self._with_rows(part.number), out.viewed(part.of(out.tensor))))
         return Assembly(copies)
 
     def _with_rows(self, number: int) -> RingBuffer:
@@ -274,7 +284,7 @@ class _ScheduleRun:
             term = None if bias is None else self.invariants[bias]
             return Product(self._with_rows(left), self.invariants[matrix], term, out[0])
         parts = parts_of(call, self.values)
-        if parts is not None:
+        if parts:
             return self._assembly(call, parts, out[0])
         numbers = list(dict.fromkeys(call.references()))
         with_out = _WITH_OUT.get(call.name) if len(wanted) == 1 and not call.kwargs else None

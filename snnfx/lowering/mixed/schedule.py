@@ -14,12 +14,12 @@ from dataclasses import dataclass, field
 from snnfx.lowering.aten_recording import AtenCall, Recording
 from snnfx.lowering.mixed.call_kinds import (
     calls_needed_for,
-    parts_of,
     product_with_constant,
     runs_batched,
     without_leading_ones,
 )
 from snnfx.lowering.mixed.fused_group import FusedGroup, is_elementwise
+from snnfx.lowering.mixed.parts import parts_of
 
 __all__ = ["CallKinds", "LoopCarried", "PassGoal", "Schedule", "Stage"]
 
@@ -135,7 +135,7 @@ class Schedule:
         """Names of the operators of a step that compiled code does not know."""
         values, calls = self.recording.values, [call for stage in self.stages for call in stage.calls]
         heavy = [call for call in calls if self.kinds.of(call) == "heavy"]
-        other = [c for c in heavy if parts_of(c, values) is None and product_with_constant(c, values) is None]
+        other = [c for c in heavy if not parts_of(c, values) and product_with_constant(c, values) is None]
         return list(dict.fromkeys(call.name for call in other))
 
     def _given_values(self) -> set[int]:

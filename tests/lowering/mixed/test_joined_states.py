@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 import snnfx
 from snnfx.lowering.aten_recording import AtenCall, RecordedValue, ValueReference
-from snnfx.lowering.mixed.placed_parts import places_of_parts
+from snnfx.lowering.mixed.parts import parts_of
 from snnfx.neuron import LIFNode
 
 
@@ -94,5 +94,5 @@ def test_parts_of_other_dtypes_are_not_placed() -> None:
     call = AtenCall(torch.ops.aten.cat.default, (references, 0), {}, [2])
     same, mixed = torch.float32, torch.float64
     values = [value(same), value(mixed), value(mixed)]
-    assert places_of_parts(call, values) == []
-    assert [n for n, _ in places_of_parts(call, [value(mixed)] * 3)] == [0, 1]
+    assert parts_of(call, values) == []
+    assert [part.number for part in parts_of(call, [value(mixed)] * 3)] == [0, 1]
