@@ -28,6 +28,7 @@ from snnfx.ops.step_functions import (
     copied,
     expect_size,
     read_parameter,
+    reduced_over_time,
     set_part,
     set_part_,
 )
@@ -64,6 +65,7 @@ _STEP_FUNCTIONS = (
     opaque_initial_value,
     read_elements,
     read_parameter,
+    reduced_over_time,
     run_loop,
     set_part,
     set_part_,
