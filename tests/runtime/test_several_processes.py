@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import pytest
 import torch
@@ -22,6 +22,7 @@ CASES: dict[str, tuple[str, dict[str, Any]]] = {
     "DistributedDataParallel, budget": ("wrap_ddp", {"memory_budget": "64KiB"}),
     "FSDP2": ("wrap_fsdp", {}),
 }
+COMPILED = "DistributedDataParallel, compiled"
 
 pytestmark = [
     pytest.mark.skipif(not torch.distributed.is_available(), reason="this build of torch has no torch.distributed"),
@@ -57,7 +58,19 @@ def train_in_process(rank: int, port: int) -> list[list[Any]]:
         for wrap, options in CASES.values():
             net = page[wrap](page["build"]().double(), x_seq[0, mine], **options)
             found.append([g.tolist() for g in gradients_of(net, x_seq[:, mine], labels[mine])])
+        net = page["wrap_ddp"](page["build"]().double(), x_seq[0, mine])
+        compiled = cast(nn.Module, torch.compile(net, backend="aot_eager"))
+        found.append([g.tolist() for g in gradients_of(compiled, x_seq[:, mine], labels[mine])])
+        found.append([b.tolist() for b in statistics_of(page["wrap_ddp"], x_seq[:, mine])])
         return found
+
+
+def statistics_of(wrap: Callable[..., nn.Module], x_seq: Tensor) -> list[Tensor]:
+    """The buffers of a BatchNorm after one call."""
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(20, 8), nn.BatchNorm1d(8), snnfx.neuron.LIFNode()).double()
+    wrap(model, x_seq[0])(x_seq)
+    return list(model.buffers())
 
 
 @pytest.fixture(scope="module")
@@ -66,7 +79,7 @@ def gradients_of_two() -> list[list[list[Any]]]:
     return run_in_two_processes(train_in_process)
 
 
-@pytest.mark.parametrize("case", range(len(CASES)), ids=list(CASES))
+@pytest.mark.parametrize("case", range(len(CASES) + 1), ids=[*CASES, COMPILED])
 def test_two_processes_have_the_gradients_of_one(gradients_of_two: list[list[list[Any]]], case: int) -> None:
     model = functions_of_the_page()["build"]().double()
     expected = gradients_of(snnfx.convert(model), *batch())
@@ -74,3 +87,14 @@ def test_two_processes_have_the_gradients_of_one(gradients_of_two: list[list[lis
     for of_rank in gradients_of_two:
         found = [torch.tensor(g, dtype=torch.float64) for g in of_rank[case]]
         torch.testing.assert_close(found, expected, atol=1e-12, rtol=0)
+
+
+def test_batch_norms_have_the_statistics_of_their_process(gradients_of_two: list[list[list[Any]]]) -> None:
+    x_seq, _ = batch()
+    for rank, of_rank in enumerate(gradients_of_two):
+        expected = statistics_of(
+            lambda model, example: snnfx.convert(model, example_inputs=example),
+            x_seq[:, rank * N // 2 : (rank + 1) * N // 2],
+        )
+        for buffer, value in zip(of_rank[-1], expected, strict=True):
+            torch.testing.assert_close(torch.tensor(buffer, dtype=value.dtype), value, atol=1e-12, rtol=0)
