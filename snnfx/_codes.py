@@ -614,14 +614,6 @@ CODES: dict[str, CodeEntry] = {
         'snnfx.verify(model.to("meta"), snnfx.convert(model), x_seq.to("meta"))',
         "snnfx.verify(model, snnfx.convert(model), x_seq)",
     ),
-    "SNNFX418": CodeEntry(
-        "the folder of compiled kernels cannot be written",
-        "Compiled kernels are stored in a folder, SNNFX_CACHE_DIR or `snnfx` in the user's cache folder. It is read-only "
-        "or full, so a process stores them in a temporary folder, and each process compiles its kernels anew. The "
-        "result is the same.",
-        "SNNFX_CACHE_DIR=/proc python train.py",
-        "SNNFX_CACHE_DIR=/tmp/kernels python train.py",
-    ),
     # 5xx: passes
     "SNNFX501": CodeEntry(
         "a pass broke the graph",
@@ -677,6 +669,14 @@ CODES: dict[str, CodeEntry] = {
         "memory. Please report the message with its file and line; the tests of snnfx raise such an error.",
         "KeyError in snnfx/memory/meta_run.py:180",
         "nothing to do; turn off the option that the message names, e.g. convert(model, memory_budget=None)",
+    ),
+    "SNNFX510": CodeEntry(
+        "the folder of compiled kernels cannot be written",
+        "Compiled kernels are stored in a folder, SNNFX_CACHE_DIR or `snnfx` in the user's cache folder. It is read-only "
+        "or full, so a process stores them in a temporary folder, and each process compiles its kernels anew. The "
+        "result is the same.",
+        "SNNFX_CACHE_DIR=/proc python train.py",
+        "SNNFX_CACHE_DIR=/tmp/kernels python train.py",
     ),
     "SNNFX505": CodeEntry(
         "no kernel could be built",

@@ -16,7 +16,7 @@ from support.code_examples import COMPLETED, codes_of, example
 
 _NOT_EXECUTED = {
     "it needs another machine, process or library": (
-        "SNNFX222 SNNFX223 SNNFX326 SNNFX418 SNNFX503 SNNFX505 SNNFX507 SNNFX509 SNNFX601 SNNFX803 SNNFX828 "
+        "SNNFX222 SNNFX223 SNNFX326 SNNFX503 SNNFX505 SNNFX507 SNNFX509 SNNFX510 SNNFX601 SNNFX803 SNNFX828 "
     ),
     "it compiles or writes ONNX, which takes seconds; tests/deploy and tests/runtime do the same": (
         "SNNFX506 SNNFX807 SNNFX808 SNNFX809 SNNFX827 "

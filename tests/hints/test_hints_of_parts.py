@@ -498,7 +498,7 @@ def test_a_folder_of_kernels_that_cannot_be_written(tmp_path: Path, monkeypatch:
     file.write_text("not a folder")
     monkeypatch.setenv("SNNFX_CACHE_DIR", str(file))
     warned(
-        "SNNFX418",
+        "SNNFX510",
         "lowering/elementwise/kernel_cache.py:write_atomically",
         "Set SNNFX_CACHE_DIR to a folder with space that can be written.",
         lambda: store(b"x", places("a.so")[0]),

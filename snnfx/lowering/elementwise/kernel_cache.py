@@ -92,7 +92,7 @@ def write_atomically(content: bytes, path: Path) -> Path:
             "process keeps its kernels in a temporary folder. Set SNNFX_CACHE_DIR to a folder with space that can be "
             "written."
         )
-        warn_once("SNNFX418", message, key=path.parent)
+        warn_once("SNNFX510", message, key=path.parent)
         path = _directory_of_this_process() / path.name
         _write(content, path)
     return path

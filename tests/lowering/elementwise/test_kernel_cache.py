@@ -115,7 +115,7 @@ def file_for_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 
 def test_a_folder_that_cannot_be_written_is_replaced_with_one_warning(file_for_folder: Path) -> None:
-    with pytest.warns(errors.SnnfxWarning, match="SNNFX418") as caught:
+    with pytest.warns(errors.SnnfxWarning, match="SNNFX510") as caught:
         paths = [store(b"library", places(name)[0]) for name in ("a.so", "b.so", "a.so")]
     assert len(caught) == 1
     assert file_for_folder not in paths[0].parents and paths[0] == paths[2]
@@ -141,8 +141,8 @@ def test_a_folder_without_space_keeps_no_part_of_a_file(tmp_path: Path, monkeypa
 @pytest.mark.skipif(find_compiler() is None, reason="needs a C++ compiler")
 def test_kernels_run_without_a_folder_that_can_be_written(file_for_folder: Path) -> None:
     result = run_kernel(file_for_folder)
-    assert "SNNFX418" in result.stderr and "SNNFX505" not in result.stderr  # a warning is an error in this process
-    command = [sys.executable, "-W", "error::snnfx.errors.SnnfxWarning", "-W", "ignore:SNNFX418", "-c"]
+    assert "SNNFX510" in result.stderr and "SNNFX505" not in result.stderr  # a warning is an error in this process
+    command = [sys.executable, "-W", "error::snnfx.errors.SnnfxWarning", "-W", "ignore:SNNFX510", "-c"]
     done = subprocess.run(
         [*command, textwrap.dedent(STEP)], env={**os.environ, "PYTHONPATH": str(ROOT)}, capture_output=True, text=True,
         check=False, timeout=300,
