@@ -283,7 +283,6 @@ class Coupled(snnfx.MemoryModule):
         (lambda v: v - v.mean(1, keepdim=True), "`mean`"),
         (lambda v: v.flip(1), "`flip`"),
         (lambda v: v.cumsum(1), "`cumsum`"),
-        (lambda v: torch.stack([v[:, 1], v[:, 0], v[:, 2]], 1), "`stack`"),
     ],
 )
 def test_what_is_not_elementwise_is_no_single_kernel(couple: Callable[[Tensor], Tensor], why: str) -> None:
