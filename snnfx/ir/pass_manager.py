@@ -80,13 +80,13 @@ class PassManager:
             if bar is not None:
                 bar.start(item.name)
             again: list[Pass] = []
-            run = _Run(item, program, state)
+            run = _Run(item, program, state, self.verify)
             run.apply()
             if not item.is_built_in:
                 again = run.invalidate(annotating)
             for replayed in (item, *again):
                 if replayed is not item:
-                    run = _Run(replayed, program, state)
+                    run = _Run(replayed, program, state, self.verify)
                     run.apply()
                 if replayed.ensures is not None:
                     program.stage = replayed.ensures
@@ -194,10 +194,11 @@ class _Run:
         item: the pass.
         program: the program.
         before: the snapshot of the program before the pass.
+        verify: verify the structure of the graph after a user's pass.
     """
 
-    def __init__(self, item: Pass, program: StepProgram, before: ProgramSnapshot) -> None:
-        self.item, self.program, self.before = item, program, before
+    def __init__(self, item: Pass, program: StepProgram, before: ProgramSnapshot, verify: bool = True) -> None:
+        self.item, self.program, self.before, self.verifies = item, program, before, verify
         self.guarded = not item.is_built_in or internal_faults.STRICT
         self.changed: Collection[Node] = ()
         self.model: ModelSnapshot | None = None
@@ -227,7 +228,9 @@ class _Run:
             if model is not None:
                 self._enforce(note, model, constants)
             if not item.is_built_in:
-                self._verify_structure()
+                self._find_targets()
+                if self.verifies:
+                    self._verify_structure()
         except BaseException:
             for _, snapshot in constants:
                 snapshot.restore()
@@ -244,14 +247,18 @@ class _Run:
                 self.model.restore()
             self.before.restore(self.program)
 
-    def _verify_structure(self) -> None:
-        """Verify the nodes of a user's pass before their values are inferred."""
-        item, where = self.item, location_of_pass(self.item)
-        first, before = self.program.first_step, self.before.first_step
+    def _find_targets(self) -> None:
+        """Find the modules that the pass has attached."""
+        first = self.program.first_step
         for program in (self.program, *([] if first is None else [first])):
             for node in program.graph.nodes:
                 if node.op in ("call_module", "get_attr") and node.target not in program.constants:
                     node.target = located(program.source, str(node.target))
+
+    def _verify_structure(self) -> None:
+        """Verify the nodes of a user's pass before their values are inferred."""
+        item, where = self.item, location_of_pass(self.item)
+        first, before = self.program.first_step, self.before.first_step
         verify_structure(self.program, item.name, where, self.before.changed_nodes(self.program))
         if first is not None and before is not None:
             verify_structure(first, item.name, where, before.changed_nodes(first))
