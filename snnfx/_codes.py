@@ -676,7 +676,7 @@ CODES: dict[str, CodeEntry] = {
         "or full, so a process stores them in a temporary folder, and each process compiles its kernels anew. The "
         "result is the same.",
         "SNNFX_CACHE_DIR=/proc python train.py",
-        "SNNFX_CACHE_DIR=/tmp/kernels python train.py",
+        "SNNFX_CACHE_DIR=~/kernels python train.py",
     ),
     "SNNFX505": CodeEntry(
         "no kernel could be built",
@@ -1031,7 +1031,7 @@ CODES: dict[str, CodeEntry] = {
     ),
     "SNNFX829": CodeEntry(
         "a state of an exported net changes its dtype after the first step",
-        "A file has one dtype for a state: that of later steps. The first step gives the state values that this dtype "
+        "A file stores a state in the dtype of later steps. The first step gives the state values that this dtype "
         "does not have, for example a float potential where later steps store a mask.",
         "self.v = x if self.v is None else self.v + x > 1",
         "self.v = x if self.v is None else (self.v + x > 1).to(x.dtype)",

@@ -21,7 +21,7 @@ from snnfx.analysis.batch.rule_table import ELEMENTWISE_RULES
 from snnfx.analysis.dependence import is_random
 from snnfx.errors import InputError
 from snnfx.ir.facts import SLOT
-from snnfx.ir.nodes import is_module_call, is_size, takes_from_tuple
+from snnfx.ir.nodes import descendants, is_module_call, is_size, takes_from_tuple
 from snnfx.ir.program import StepProgram
 from snnfx.state.registry import adapter_of
 from snnfx.state.step_calls import call_stateful
@@ -257,13 +257,7 @@ def is_elementwise(program: StepProgram, node: Node) -> bool:
 
 def _nodes_between(program: StepProgram, slot: Node, following: Node, fixed: set[Node]) -> set[Node]:
     """The nodes that the next value of a slot depends on, up to mixing operations that do not depend on the slot."""
-    dependent: set[Node] = {slot}
-    stack = [slot]
-    while stack:
-        for user in stack.pop().users:
-            if user not in dependent:
-                dependent.add(user)
-                stack.append(user)
+    dependent = descendants([slot])
     found: set[Node] = set()
     stack = [following]
     while stack:

@@ -23,7 +23,7 @@ from snnfx.analysis.step_on_numbers import StepOnNumbers, is_elementwise
 from snnfx.analysis.weight_ops import WeightOp
 from snnfx.errors import InputError
 from snnfx.ir.facts import ADDED_BY_RULE, SLOT, VALUE
-from snnfx.ir.nodes import is_module_call
+from snnfx.ir.nodes import descendants, is_module_call
 from snnfx.ir.printing import describe_node, location_of
 from snnfx.ir.program import StepProgram
 from snnfx.ops.online_functions import cut_history
@@ -178,7 +178,7 @@ class TraceLeaks:
             following = self.program.next_states[index]
             assert isinstance(following, Node)
             target = following
-        for node in ancestors([target]) & _descendants(source):
+        for node in (ancestors([target]) & descendants([source])) - {source}:
             if node is not source and not self._separates(node, dims):
                 raise self._refused(op, probe, f"`{describe_node(node)}` mixes or moves the channels")
 
@@ -265,14 +265,3 @@ def _agree(a: Tensor, b: Tensor) -> bool:
 
 def _shown(leak: Tensor) -> str:
     return f"{float(leak.flatten()[0]):g}" if is_one_number(leak) else f"{float(leak.min()):g} to {float(leak.max()):g}"
-
-
-def _descendants(source: Node) -> set[Node]:
-    found: set[Node] = set()
-    stack = [source]
-    while stack:
-        for user in stack.pop().users:
-            if user not in found:
-                found.add(user)
-                stack.append(user)
-    return found

@@ -325,7 +325,7 @@ def _with_traced_outputs(plan: ExportPlan, program: torch.export.ExportedProgram
     interface = replace(interface, outputs=tuple(described[:count]), final_states=tuple(described[count:]))
     examples = plan.examples
     if plan.function.executable.program.first_step is not None:
-        # The net returns the dtype of the steps that a call has, the file that of a stack of first and later steps.
+        # The file stacks first and later steps, so its dtype holds both; one call of the net may have fewer steps.
         dtypes = [v.dtype for v in values]
         examples = tuple(replace(e, expected=_promoted(e.expected, dtypes)) for e in examples)
     return replace(plan, interface=interface, examples=examples)

@@ -192,7 +192,7 @@ def _without_shared_memory(tensors: Sequence[Tensor]) -> list[Tensor]:
 def first_or_later(flag: Tensor, first: Any, later: Any, like: Tensor) -> tuple[list[Tensor], list[Tensor]]:
     """Select the results of the first step where the flag is set: `(outputs, states)`.
 
-    Outputs have the dtype of a stack of both, states that of later steps.
+    Outputs have the dtype of both steps stacked; states have the dtype of later steps.
     """
     (first_outputs, first_states), (later_outputs, later_states) = first, later
     outputs = [_select(flag, a, b, like) for a, b in zip(first_outputs, later_outputs, strict=True)]

@@ -356,7 +356,7 @@ def text_of(value: Any) -> str:
 
 
 class _ShortTexts(reprlib.Repr):
-    """Short texts that run no code of other objects: their `__repr__` may change them, as that of a figure does."""
+    """Short texts without the `__repr__` of other objects, which may change them: a figure changes when it is shown."""
 
     def repr_instance(self, x: Any, level: int) -> str:
         package = type(x).__module__.partition(".")[0]

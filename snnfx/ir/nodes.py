@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import operator
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 from torch.fx import Node
@@ -14,6 +14,7 @@ from snnfx.state.step_calls import call_opaque
 
 __all__ = [
     "IN_PLACE_OPERATORS",
+    "descendants",
     "is_in_place",
     "is_in_place_target",
     "is_module_call",
@@ -24,6 +25,18 @@ __all__ = [
     "object_of",
     "takes_from_tuple",
 ]
+
+
+def descendants(sources: Iterable[Node]) -> set[Node]:
+    """The given nodes and all nodes that depend on them."""
+    found = set(sources)
+    stack = [*found]
+    while stack:
+        for user in stack.pop().users:
+            if user not in found:
+                found.add(user)
+                stack.append(user)
+    return found
 
 
 def is_module_call(node: Node) -> bool:

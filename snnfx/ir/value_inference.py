@@ -11,7 +11,7 @@ from torch import Tensor, fx, nn
 from torch.fx import Node
 
 from snnfx.ir.facts import SHAPE_LIKE, VALUE
-from snnfx.ir.nodes import is_module_call, is_size_computation
+from snnfx.ir.nodes import descendants, is_module_call, is_size_computation
 from snnfx.ir.program import StepProgram
 from snnfx.sandbox.isolation import isolated
 from snnfx.sandbox.random_draws import draws_undone
@@ -137,7 +137,7 @@ def update_values(program: StepProgram, changed: Collection[Node], given: Collec
         The nodes that fail on the meta device, with their errors, but for those that depend on a state.
     """
     dirty, failures = set(changed), dict[Node, Exception]()
-    reshaped, states = set[Node](), _readers_of(program.slot_nodes()) if program.slots else set()
+    reshaped, states = set[Node](), descendants(program.slot_nodes()) if program.slots else set()
     for node in program.graph.nodes:
         if node.op in ("placeholder", "output", "get_attr"):
             continue
@@ -161,14 +161,3 @@ def update_values(program: StepProgram, changed: Collection[Node], given: Collec
             dirty.discard(node)
     # The recorded shape of a state is that before the pass.
     return {node: error for node, error in failures.items() if node not in states}
-
-
-def _readers_of(sources: Collection[Node]) -> set[Node]:
-    """The nodes that depend on some nodes, with these nodes."""
-    found, stack = set(sources), [*sources]
-    while stack:
-        for user in stack.pop().users:
-            if user not in found:
-                found.add(user)
-                stack.append(user)
-    return found

@@ -20,9 +20,10 @@ from snnfx.errors import Refusal
 from snnfx.ir.facts import SLOT, VALUE
 from snnfx.ir.module_effects import updates_buffers
 from snnfx.ir.nodes import is_size
-from snnfx.ir.printing import describe_node, location_of, operation_name
+from snnfx.ir.printing import describe_node, operation_name
 from snnfx.ir.program import StepProgram
 from snnfx.ops.run_loop import run_loop
+from snnfx.sequence.reason_at_node import ReasonAtNode
 from snnfx.state.step_calls import call_opaque, call_stateful, initial_value, opaque_initial_value
 
 __all__ = ["MixesTime", "PointwiseTime", "TimeDimension", "prove_pointwise"]
@@ -39,22 +40,8 @@ class TimeDimension:
     size: int = 0
 
 
-class MixesTime(Exception):
-    """A call computes with several time steps at once outside its loops.
-
-    Args:
-        why: the reason, as a clause.
-        node: the operation.
-    """
-
-    def __init__(self, why: str, node: Node | None = None) -> None:
-        super().__init__(why)
-        self.why, self.node = why, node
-
-    @property
-    def location(self) -> str:
-        """The user's file and line."""
-        return location_of(self.node) if self.node is not None else ""
+class MixesTime(ReasonAtNode):
+    """A call computes with several time steps at once outside its loops."""
 
 
 @dataclass

@@ -10,7 +10,7 @@ from typing import Any
 from torch import Tensor
 from torch.fx import Node
 
-from snnfx.ir.printing import location_of
+from snnfx.sequence.reason_at_node import ReasonAtNode
 
 __all__ = [
     "Carried",
@@ -25,22 +25,8 @@ __all__ = [
 ]
 
 
-class Differs(Exception):
-    """The iterations do not run the same step.
-
-    Args:
-        why: the difference, as a clause.
-        node: the node where they differ.
-    """
-
-    def __init__(self, why: str, node: Node | None = None) -> None:
-        super().__init__(why)
-        self.why, self.node = why, node
-
-    @property
-    def location(self) -> str:
-        """The user's file and line."""
-        return location_of(self.node) if self.node is not None else ""
+class Differs(ReasonAtNode):
+    """The iterations do not run the same step."""
 
 
 class DependsOnLength(Differs):

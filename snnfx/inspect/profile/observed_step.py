@@ -289,7 +289,7 @@ class _StepObserver:
 
 
 def _recorded_value(program: StepProgram, name: str) -> Node | None:
-    """The node of a name to record; None if the program has none, or its value is no tensor over time."""
+    """The node of a name to record; None if the program has none, or the value is not a tensor over time."""
     try:
         node = recorded_node(program, name)
     except InputError:  # another loop of the net may have the name

@@ -78,7 +78,7 @@ def profile(
         neurons and BatchNorm are not counted.
 
     Raises:
-        InputError: SNNFX309, `net` is no net in step mode "m", or `repeats` is less than 1; SNNFX311, a name in
+        InputError: SNNFX309, `net` is not in step mode "m", or `repeats` is less than 1; SNNFX311, a name in
             `record` is unknown; otherwise as for `net.run`.
 
     Example:

@@ -33,6 +33,14 @@ class Operation(ABC):
     def iteration(self, T: int) -> Iteration:
         """A function that runs the operation at an iteration, given its number."""
 
+    @abstractmethod
+    def writes(self) -> list[RingBuffer]:
+        """The ring buffers whose rows it changes, or that alternate with them."""
+
+    @abstractmethod
+    def reads(self) -> list[RingBuffer]:
+        """The other ring buffers that it reads; it may contain some of those that it writes."""
+
 
 @dataclass
 class Product(Operation):
@@ -49,6 +57,12 @@ class Product(Operation):
     matrix: Tensor
     bias: Tensor | None
     out: RingBuffer
+
+    def writes(self) -> list[RingBuffer]:
+        return [self.out]
+
+    def reads(self) -> list[RingBuffer]:
+        return [self.left]
 
     def iteration(self, T: int) -> Iteration:
         left, matrix, bias, out = self.left.steps(), self.matrix, self.bias, self.out.steps()
@@ -82,6 +96,12 @@ class Launch(Operation):
     written: list[RingBuffer]
     operands: list[Tensor]
 
+    def writes(self) -> list[RingBuffer]:
+        return self.written
+
+    def reads(self) -> list[RingBuffer]:
+        return [ring for _, ring in self.addresses]
+
     def iteration(self, T: int) -> Iteration:
         run = load(self.group.source).run
         count = min(T, _STRUCTS_AT_ONCE)
@@ -107,6 +127,12 @@ class Copy(Operation):
     source: RingBuffer
     target: RingBuffer
 
+    def writes(self) -> list[RingBuffer]:
+        return [self.target]
+
+    def reads(self) -> list[RingBuffer]:
+        return [self.source]
+
     def iteration(self, T: int) -> Iteration:
         source, target = self.source.steps(), self.target.steps()
 
@@ -123,6 +149,12 @@ class Addition(Operation):
     term: RingBuffer
     so_far: RingBuffer
     following: RingBuffer
+
+    def writes(self) -> list[RingBuffer]:
+        return [self.following, self.so_far]
+
+    def reads(self) -> list[RingBuffer]:
+        return [self.term]
 
     def iteration(self, T: int) -> Iteration:
         term, so_far, following = self.term.steps(), self.so_far.steps(), self.following.steps()
@@ -142,6 +174,12 @@ class Assembly(Operation):
     """
 
     copies: list[Copy]
+
+    def writes(self) -> list[RingBuffer]:
+        return [copy.target for copy in self.copies]
+
+    def reads(self) -> list[RingBuffer]:
+        return [copy.source for copy in self.copies]
 
     def iteration(self, T: int) -> Iteration:
         iterations = [copy.iteration(T) for copy in self.copies]
@@ -168,6 +206,12 @@ class Call(Operation):
     operands: list[RingBuffer]
     run: Callable[[Sequence[Tensor], Sequence[Tensor]], None]
     out: list[RingBuffer]
+
+    def writes(self) -> list[RingBuffer]:
+        return self.out
+
+    def reads(self) -> list[RingBuffer]:
+        return self.operands
 
     def iteration(self, T: int) -> Iteration:
         operands, out, run = [r.steps() for r in self.operands], [r.steps() for r in self.out], self.run

@@ -6,10 +6,10 @@ the loop computes at the same position of the first dimension.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 
-from snnfx.lowering.mixed.operations import Addition, Copy, Launch, Operation, Product
+from snnfx.lowering.mixed.operations import Launch, Operation, Product
 from snnfx.lowering.mixed.ring_buffers import RingBuffer
 
 __all__ = ["SampleParts", "plan_parts"]
@@ -46,16 +46,16 @@ def plan_parts(operations: Sequence[Operation], threads: int) -> SampleParts:
 
 
 def _are_independent(operations: Sequence[Operation], samples: int) -> bool:
-    written = {id(ring.base.tensor) for operation in operations for ring in _written(operation)}
+    written = {id(ring.base.tensor) for operation in operations for ring in operation.writes()}
     for operation in operations:
         rank = len(operation.group.shape) if isinstance(operation, Launch) else None
         if isinstance(operation, Launch) and operation.group.shape[:1] != (samples,):
             return False
-        for ring in _rings(operation):
+        for ring in (*operation.writes(), *operation.reads()):
             if id(ring.base.tensor) in written and not _is_by_sample(ring, samples, rank):
                 return False
         if not isinstance(operation, Launch) and any(
-            ring.tensor.shape[1:2] != (samples,) for ring in _written(operation)
+            ring.tensor.shape[1:2] != (samples,) for ring in operation.writes()
         ):
             return False
     return True
@@ -68,27 +68,3 @@ def _is_by_sample(ring: RingBuffer, samples: int, rank: int | None) -> bool:
         return False
     offset = (tensor.data_ptr() - base.data_ptr()) // tensor.element_size()
     return tensor.stride(1) == base.stride(1) and (offset < base.stride(1) or tensor[0].numel() == 0)
-
-
-def _written(operation: Operation) -> Iterator[RingBuffer]:
-    if isinstance(operation, Product):
-        yield operation.out
-    elif isinstance(operation, Copy):
-        yield operation.target
-    elif isinstance(operation, Addition):
-        yield operation.following
-        yield operation.so_far
-    elif isinstance(operation, Launch):
-        yield from operation.written
-
-
-def _rings(operation: Operation) -> Iterator[RingBuffer]:
-    yield from _written(operation)
-    if isinstance(operation, Product):
-        yield operation.left
-    elif isinstance(operation, Copy):
-        yield operation.source
-    elif isinstance(operation, Addition):
-        yield operation.term
-    elif isinstance(operation, Launch):
-        yield from (ring for _, ring in operation.addresses)
