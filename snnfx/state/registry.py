@@ -10,7 +10,15 @@ from torch import Tensor, nn
 from snnfx.errors import warn_once
 from snnfx.state.stateful import Adapter
 
-__all__ = ["adapter_of", "detach_net", "named_stateful", "register_adapter", "reset_net", "storage_of"]
+__all__ = [
+    "adapter_of",
+    "detach_net",
+    "named_stateful",
+    "register_adapter",
+    "registered_attributes",
+    "reset_net",
+    "storage_of",
+]
 
 _adapters: dict[type, Adapter] = {}
 _adapter_of_class: dict[type, Adapter | None] = {}
@@ -76,6 +84,12 @@ def storage_of(model: nn.Module) -> set[tuple[nn.Module, str]]:
     An adapter names them in `storage` if they are other attributes than the states themselves.
     """
     return {(m, name) for m in model.modules() for name in getattr(adapter_of(m), "storage", ())}
+
+
+def registered_attributes(model: nn.Module) -> set[tuple[nn.Module, str]]:
+    """The states of registered classes, and the attributes in which they store them."""
+    states = {(m, name) for _, m, adapter in named_stateful(model) for name in adapter.names(m)}
+    return storage_of(model) | states
 
 
 def reset_net(model: nn.Module) -> None:

@@ -9,7 +9,7 @@ from torch import nn
 
 from snnfx.inspect.verify.observed_contents import changed_names, observe
 from snnfx.sandbox.attribute_values import AttributeValues
-from snnfx.state.registry import named_stateful, storage_of
+from snnfx.state.registry import registered_attributes
 
 __all__ = ["stepped_attributes"]
 
@@ -32,7 +32,7 @@ def stepped_attributes(
     Returns:
         Pairs of module name and attribute.
     """
-    registered = storage_of(model) | {(m, slot) for _, m, adapter in named_stateful(model) for slot in adapter.names(m)}
+    registered = registered_attributes(model)
     modules = dict(model.named_modules())
     differing = [(n, a) for n, a in first.changed_in(model) if (modules[n], a) not in registered]
     if not is_source:

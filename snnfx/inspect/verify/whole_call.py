@@ -19,7 +19,7 @@ from snnfx.sandbox.isolation import isolated
 from snnfx.sandbox.rng_states import rng_state
 from snnfx.sandbox.structural_copy import StructuralCopy
 from snnfx.sandbox.torch_internals import pytree
-from snnfx.state.registry import reset_net, storage_of
+from snnfx.state.registry import registered_attributes, reset_net
 
 __all__ = ["verify_whole_call"]
 
@@ -87,7 +87,7 @@ def _compared(
 ) -> Iterator[Comparison]:
     for name in actual.outputs | expected.outputs:
         yield compare("output", name, actual.outputs.get(name), expected.outputs.get(name), tolerance)
-    registered, lost = storage_of(calls.model), []
+    registered, lost = registered_attributes(calls.model), []
     changed = {
         *changed_names(expected.before, expected.after),
         *changed_names(actual.before, actual.after),

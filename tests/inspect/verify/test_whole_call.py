@@ -74,3 +74,28 @@ def test_another_dropout_probability_is_found() -> None:
     other.drop.p = 0.6
     with pytest.raises(VerificationError, match="SNNFX401|SNNFX411"):
         snnfx.verify(other, net, x)
+
+
+def test_states_that_library_neurons_keep_in_buffers_are_not_compared() -> None:
+    snntorch = pytest.importorskip("snntorch")
+
+    class Looped(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.fc, self.neuron = nn.Linear(6, 12), snntorch.Alpha(alpha=0.9, beta=0.8)
+
+        def forward(self, x: Tensor) -> Tensor:
+            *state, spikes = *self.neuron.reset_mem(), []
+            for t in range(x.size(1)):
+                spike, *state = self.neuron(self.fc(9 * x[:, t]), *state)
+                spikes.append(spike)
+            return torch.stack(spikes, 1).mean(1)
+
+    model = Looped()
+    net = snnfx.convert(model, takes="sequence", example_inputs=(torch.rand(4, 8, 6),))
+    snnfx.verify(model, net, torch.rand(4, 11, 6))
+    with torch.no_grad():
+        broken = snnfx.convert(copy.deepcopy(model), takes="sequence", example_inputs=(torch.rand(4, 8, 6),))
+        broken.source.fc.weight.mul_(1.5)
+    with pytest.raises(VerificationError, match="SNNFX40"):
+        snnfx.verify(model, broken, torch.rand(4, 11, 6))
