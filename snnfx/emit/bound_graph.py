@@ -10,7 +10,7 @@ parameters, is read at each call.
 from __future__ import annotations
 
 import operator
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -18,13 +18,17 @@ from torch import Tensor, fx, nn
 from torch.fx import Node
 from torch.nn import functional
 
+from snnfx.emit.norm_tails import FusedTails, find_tails
 from snnfx.functional import multi_step_forward, seq_to_ann_forward
 from snnfx.ir.program import SELF_TARGET
 from snnfx.lowering.live_settings import HOOKS
+from snnfx.lowering.pooling.max_pool import max_pool
 from snnfx.lowering.settings_check import conditions_of_settings
+from snnfx.ops.folded_weights import call_norm
 from snnfx.ops.sequence_functions import call_module
 from snnfx.ops.time_folding import fold_time, unfold_time
 from snnfx.regions.bound_loop import BoundLoop
+from snnfx.regions.normed_loop import BoundNormedLoop, Tail
 from snnfx.regions.region_modules import LoopRegion
 from snnfx.regions.sequence_region import RegionGraph
 from snnfx.sandbox.torch_internals import function_from_source
@@ -59,6 +63,7 @@ def bind_graph(graph: fx.Graph, root: nn.Module) -> BoundGraph | None:
 class _Binder:
     def __init__(self, graph: fx.Graph, root: nn.Module) -> None:
         self.graph, self.root = graph, root
+        self.tails: FusedTails = find_tails(graph, root)
         self.constants: dict[str, Any] = {"Tensor": Tensor, "fold_time": fold_time, "unfold_time": unfold_time}
         self.names: dict[int, str] = {}
         self.lines: list[str] = []
@@ -148,9 +153,16 @@ class _Binder:
             elif c in self.objects:
                 self.conditions.append(f"{self.attributes[c]} is {self._constant(self.objects[c])}")
         with_finals = any(n.target is not operator.getitem or n.args[1] != 0 for n in node.users)
-        bound = BoundLoop(loop, fixed, tensors, with_finals)
-        operands: list[Any] = [*node.args[0], *(constants[i] for i in tensors)]  # type: ignore[misc]
-        self._assign(node, f"{self._constant(bound)}({self._arguments(operands, {})})")
+        operands: Any = node.args[0]
+        tails = self.tails.of_loop.get(node)
+        if tails is None:
+            bound: Any = BoundLoop(loop, fixed, tensors, with_finals)
+            sequences = [self._text(x) for x in operands]
+        else:
+            bound = BoundNormedLoop(loop, fixed, tensors, with_finals, tails)
+            sequences = [f"{'*' if t else ''}{self._text(x)}" for x, t in zip(operands, tails, strict=True)]
+        given = (self._text(constants[i]) for i in tensors)
+        self._assign(node, f"{self._constant(bound)}({', '.join([*sequences, *given])})")
 
     def _call(self, target: Any, args: Any, kwargs: Mapping[str, Any]) -> str:
         return f"{self._constant(target)}({self._arguments(args, kwargs)})"
@@ -242,19 +254,39 @@ class _Binder:
                 self.modules[placeholder] = self.modules[constant]
         for placeholder, x in zip(placeholders[len(constants) :], sequences, strict=True):
             self._assign(placeholder, f"fold_time({x})")
+        tails = self.tails.of_fold.get(node, {})
+        in_loops = {n for tail in tails.values() for n in tail.nodes}
+        self._guard_norms(tails.values())
+        inner = [n for n in inner if n not in in_loops]
         last_use = {operand: n for n in inner for operand in n.all_input_nodes}
+        last_use |= {operand: inner[-1] for tail in tails.values() for operand in tail.inputs}
         for n in inner:
             if n.op == "placeholder":
                 continue
             if n.op == "output":
-                outputs = [f"unfold_time({self._text(v)}, {sequences[0]}.shape[0])" for v in n.args[0]]
+                outputs = [self._unfolded(v, tails.get(i), sequences[0]) for i, v in enumerate(n.args[0])]
                 self._assign(node, f"({', '.join(outputs)},)")
-                freed = [self.values[v] for v in n.all_input_nodes if v not in self.modules]
+                freed = [self.values[v] for v, user in last_use.items() if user is n and v not in {*self.modules, *in_loops}]
             else:
                 self._write_inside(n)
                 freed = [self.values[v] for v in n.all_input_nodes if last_use[v] is n and v not in self.modules]
             if freed:
                 self.lines.append(f"{' = '.join(dict.fromkeys(freed))} = None")
+
+    def _guard_norms(self, tails: Iterable[Tail]) -> None:
+        """Check before each call that the norms of tails are called as they were found."""
+        for norm in (norm for tail in tails for norm in tail.norms.values()):
+            self.called[id(norm)] = norm
+            self.conditions.append(f"{self._constant(norm)}.training")
+
+    def _unfolded(self, value: Any, tail: Tail | None, sequence: str) -> str:
+        """The text of an output of a fold over time, or of all that its tail reads."""
+        if tail is None:
+            return f"unfold_time({self._text(value)}, {sequence}.shape[0])"
+        pairs = {n: node.target is call_norm for node in tail.nodes for n in tail.reads[node]}
+        # `call_layer` returns a pair, for the `call_norm` that the tail computes.
+        texts = [f"{self._text(n)}{'[0]' if pairs[n] else ''}" for n in tail.inputs]
+        return f"({''.join(f'unfold_time({text}, {sequence}.shape[0]), ' for text in texts)})"
 
     def _write_inside(self, node: Node) -> None:
         module = self.modules.get(node.args[0]) if node.target is call_module and node.args else None  # type: ignore[arg-type]
@@ -265,12 +297,21 @@ class _Binder:
         operands = node.args[1:]
         if type(module) is nn.Linear:
             self._assign(node, self._linear(module, self._text(operands[0])))
+        elif type(module) is nn.MaxPool2d and not module.return_indices:
+            self._assign(node, self._max_pool(module, self._text(operands[0])))
         else:
             self._assign(node, f"{self._constant(module)}.forward({self._arguments(operands, node.kwargs)})")
 
     def _linear(self, module: nn.Module, x: str) -> str:
         parameters = self._constant(module._parameters)
         return f"{self._constant(functional.linear)}({x}, {parameters}['weight'], {parameters}['bias'])"
+
+    def _max_pool(self, module: nn.MaxPool2d, x: str) -> str:
+        attributes = self._constant(vars(module))
+        names = ("kernel_size", "stride", "padding", "dilation", "ceil_mode")
+        settings = ", ".join(f"{attributes}[{name!r}]" for name in names)
+        self.conditions.append(f"not {attributes}['return_indices']")
+        return f"{self._constant(max_pool)}({x}, {settings})"
 
     def _write_linear(self, node: Node, inner: list[Node], constants: list[Node], sequences: list[str]) -> bool:
         """Write a region that is one linear layer; it needs no folding, because it keeps leading dimensions."""

@@ -18,6 +18,7 @@ _MOST_BINDINGS = 4
 
 _PLAIN = (Tensor, nn.Parameter, nn.Buffer)
 
+Results = tuple[tuple[Tensor, ...], tuple[Any, ...]]
 
 class BoundLoop:
     """Runs a loop region from the reset state: `(outputs [T, *], final states)`.
@@ -39,24 +40,36 @@ class BoundLoop:
         self.step: BoundStep | None = None
         self.bindings = 0
 
-    def __call__(self, *arguments: Tensor) -> tuple[tuple[Tensor, ...], tuple[Any, ...]]:
+    def __call__(self, *arguments: Tensor) -> Results:
         """Run the bound kernels, or the region as it runs unbound if the inputs have another layout."""
-        x_seq, constants = arguments, self.constants
-        given: tuple[Tensor, ...] = ()
-        if self.tensors:
-            count = len(arguments) - len(self.tensors)
-            x_seq, given = arguments[:count], arguments[count:]
-            merged = list(constants)
-            for i, tensor in zip(self.tensors, given, strict=True):
-                merged[i] = tensor
-            constants = tuple(merged)
-        if self.step is not None and all(type(tensor) in _PLAIN for tensor in given):
-            results = self.step.run(x_seq, constants, given)
-            if results is not None:
-                return results
+        results = self.run_bound(arguments)
+        return self.run_unbound(arguments) if results is None else results
+
+    def run_bound(self, arguments: Sequence[Tensor]) -> Results | None:
+        """Run the bound kernels; None if there are none for the layout of these inputs."""
+        if self.step is None:
+            return None
+        x_seq, constants, given = self._split(arguments)
+        if not all(type(tensor) in _PLAIN for tensor in given):
+            return None
+        return self.step.run(x_seq, constants, given)
+
+    def run_unbound(self, arguments: Sequence[Tensor]) -> Results:
+        """Run the region as it runs unbound, then bind its kernels to the layout of these inputs."""
+        x_seq, constants, _ = self._split(arguments)
         results = self.region.loop_eagerly(x_seq, None, constants)
         if self.bindings < _MOST_BINDINGS:
             self.bindings += 1
             kernels = self.region.kernels
             self.step = None if kernels is None else kernels.bound_step(x_seq, constants, self.with_finals)
         return results
+
+    def _split(self, arguments: Sequence[Tensor]) -> tuple[tuple[Tensor, ...], tuple[Any, ...], tuple[Tensor, ...]]:
+        """The inputs, all constants, and the tensors among the constants."""
+        if not self.tensors:
+            return tuple(arguments), self.constants, ()
+        count = len(arguments) - len(self.tensors)
+        given, merged = tuple(arguments[count:]), list(self.constants)
+        for i, tensor in zip(self.tensors, given, strict=True):
+            merged[i] = tensor
+        return tuple(arguments[:count]), tuple(merged), given

@@ -6,7 +6,7 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from snnfx.errors import warn_once
 from snnfx.ir.program import SELF_TARGET
@@ -31,6 +31,7 @@ class EagerLoop(SequenceRegion):
     Attributes:
         make_start: makes the graph `(*constants, *inputs) -> (states before the first step, states after it)`, from
             the reset state; None without state.
+        norms_in_kernel: the BatchNorms of the folds before the loop that its kernel computes in training.
     """
 
     def __init__(self, label: str, step: RegionGraph, first: RegionGraph | None) -> None:
@@ -38,6 +39,7 @@ class EagerLoop(SequenceRegion):
         self.first = first
         self.make_start: Callable[[], RegionGraph] | None = None
         self.kernels: RegionKernels | None = None
+        self.norms_in_kernel: list[nn.Module] = []
         self.may_return_structures = any(
             node.target is call_opaque and getattr(node.args[0], "target", None) == SELF_TARGET
             for node in step.graph.nodes

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from snnfx.lowering.elementwise.cpp.cpp_bound_launch import BoundLaunch, Form, bind_launch
-from snnfx.lowering.elementwise.cpp.cpp_launch import CppBackEnd
+from snnfx.lowering.elementwise.cpp.cpp_launch import CppBackEnd, threads_for
 from snnfx.lowering.elementwise.lowered_step import DTYPES, LoweredStep, Needs, SavedContext
 from snnfx.lowering.elementwise.operand_layout import dense_strides
 from snnfx.ops.batched_gradients import for_each_gradient
@@ -83,6 +83,9 @@ class BoundStep:
             self.source, {**self.inputs, **self._operand_forms(self.source, operands)}, made, unread
         )
         self.inputs_saved = () if self.training is None else tuple(self.training.plan.inputs)
+        wanted = () if self.training is None else self.training.wanted.sums
+        self.reduced = {i: reduced for i in wanted if (reduced := lowered.step.reduced_sum(i, shape)) is not None}
+        """The shapes of the sums that the kernel also reduces over dimensions of a step."""
         self.backwards: dict[Any, BoundLaunch | None] = {}
         self.requires_grad = [x.requires_grad for x in (*x_seq, *_tensors_among(constants))]
         self.with_grad = torch.is_grad_enabled()
@@ -155,6 +158,9 @@ class BoundStep:
         if not constants:
             return grad_x
         sums = dict(zip(training.wanted.sums, made[len(training.wanted.sequences) :], strict=True))
+        for index in self.reduced:
+            dtype = DTYPES[self.lowered.step.expressions.sums[index].dtype]
+            sums[index] = sums[index].sum(0).to(dtype)
         assert self.needs is not None
         return [*grad_x, *self.lowered.epilogue(self.needs, self.step[2], constants, sums)]
 
@@ -170,8 +176,13 @@ class BoundStep:
             ("grad_sequence", i): self._sequence(DTYPES[expressions.sequences[i]]) for i in training.wanted.sequences
         }
         for i in training.wanted.sums:
-            total = Form((parts,), (1,), torch.float64, in_step=False)
-            made["sum", i] = total if expressions.total[i] else self._state(DTYPES[expressions.sums[i].dtype])
+            if expressions.total[i]:
+                made["sum", i] = Form((parts,), (1,), torch.float64, in_step=False)
+            elif i in self.reduced:
+                shape = (threads_for(_product(self.step[0]), self.step[2]), *self.reduced[i])
+                made["sum", i] = Form(shape, dense_strides(shape, range(len(shape))), torch.float64, by_part=True)
+            else:
+                made["sum", i] = self._state(DTYPES[expressions.sums[i].dtype])
         given = {
             **{("sequence", i): self.inputs["sequence", i] for i in training.plan.inputs},
             **self.saved,

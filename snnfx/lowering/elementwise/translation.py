@@ -120,6 +120,23 @@ class TranslatedStep:
     differentiable: tuple[bool, ...]
     has_fixed_sizes: bool
 
+    def reduced_sum(self, index: int, shape: tuple[int, ...]) -> tuple[int, ...] | None:
+        """The shape of a sum over time that the epilogue only reduces over some dimensions, with 1 in these; else None.
+
+        Args:
+            index: of one of `sums`.
+            shape: the shape of a step.
+        """
+        number, recorded = self.sums[index]
+        calls = [call for call in self.epilogue.calls if number in call.references()]
+        if len(calls) != 1 or calls[0].name != "sum" or number in self.gradients.values():
+            return None
+        if len(recorded) != len(shape) or len(calls[0].args) < 2 or not isinstance(calls[0].args[1], list | tuple):
+            return None
+        dims = {int(dim) % len(shape) for dim in calls[0].args[1]}
+        reduced = tuple(1 if d in dims else size for d, size in enumerate(shape))
+        return reduced if math.prod(reduced) < math.prod(shape) else None
+
 
 def translate(recording: Recording, for_comparison: bool = False) -> TranslatedStep:
     """Translate a recorded step to expressions.

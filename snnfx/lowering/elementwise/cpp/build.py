@@ -21,11 +21,12 @@ from typing import Any
 import torch
 
 from snnfx._progress import progress
+from snnfx.errors import warn_once
 from snnfx.lowering.aten_recording import LoweringRefused
 from snnfx.lowering.elementwise.cpp.cpp_kernel import KernelSource
 from snnfx.lowering.elementwise.kernel_cache import is_complete, places, store
 
-__all__ = ["Library", "find_compiler", "identity_of", "load"]
+__all__ = ["Library", "builds", "find_compiler", "identity_of", "load"]
 
 FLAGS = ("-O3", "-std=c++17", "-shared", "-fPIC", "-ffp-contract=off", "-fno-math-errno", "-fno-trapping-math")
 """No -ffast-math: NaN, infinities and the order of operations are preserved."""
@@ -111,6 +112,30 @@ def _load(text: str) -> Library:
             path = None
     raise LoweringRefused(f"the compiled kernel cannot be loaded: {failure}")
 
+
+def builds(source: KernelSource, otherwise: str) -> bool:
+    """Whether a kernel can be built; warns once if not (SNNFX505).
+
+    Args:
+        source: the kernel, which is loaded.
+        otherwise: how the calls run without it, as a clause.
+    """
+    if source.text in _loaded:
+        return True
+    compiler = find_compiler()
+    if (source.text, compiler) in _refused:
+        return False
+    try:
+        load(source)
+    except LoweringRefused as reason:
+        _refused.add((source.text, compiler))
+        warn_once("SNNFX505", f"{otherwise}: {reason}.", key=("build", source.text, compiler))
+        return False
+    return True
+
+
+_refused: set[tuple[str, str | None]] = set()
+"""The sources that could not be built, with the compiler."""
 
 _MOST_ATTEMPTS = 3
 

@@ -32,12 +32,15 @@ class Form:
     Args:
         shape, stride, dtype: of the tensor.
         in_step: whether its elements are those of a step; partial sums are not.
+        by_part: whether it has a float64 number for each part of the work and element of a broadcast operand, to which
+            the kernel adds.
     """
 
     shape: tuple[int, ...]
     stride: tuple[int, ...]
     dtype: torch.dtype
     in_step: bool = True
+    by_part: bool = False
 
     @staticmethod
     def of(tensor: Tensor) -> Form:
@@ -46,6 +49,7 @@ class Form:
 
     def described(self, has_time: bool) -> tuple[tuple[int, ...], tuple[int, ...], bool]:
         """As `operand_layout.describe_operand`."""
+        has_time = has_time or self.by_part
         return ((min(self.shape[0], 2), *self.shape[1:]) if has_time else self.shape), self.stride, has_time
 
 
@@ -84,7 +88,7 @@ def bind_launch(
     shape, order, T = step
     forms = {**given, **made, **unread}
     slots = [(slot, forms.get((slot.kind, slot.index))) for slot in source.slots]
-    if any(form is not None and form.dtype != dtypes[slot.dtype] for slot, form in slots):
+    if any(form is not None and not form.by_part and form.dtype != dtypes[slot.dtype] for slot, form in slots):
         return None
     described = [form.described(s.has_time) if form is not None and form.in_step else None for s, form in slots]
     layout = plan_layout(shape, order, tuple(described))
@@ -130,6 +134,7 @@ def _functions(
         "packed": packed,
         "keep_alive": keep_alive,
         "empty_strided": torch.empty_strided,
+        "zeros": torch.zeros,
         "pooled": pool.empty,
         "cpu": torch.device("cpu"),
         "get_num_threads": torch.get_num_threads,
@@ -153,6 +158,8 @@ def _functions(
         is_small = math.prod(form.shape) * form.dtype.itemsize < MIN_POOLED_BYTES
         # With a device, because `torch.set_default_device` may name another one.
         make = f"empty_strided({arguments}, device=cpu)" if is_small else f"pooled({arguments})"
+        if form.by_part:
+            make = f"zeros({constant(form.shape)}, dtype={constant(form.dtype)}, device=cpu)"
         lines.append(f"    {names[slot]} = {make}")
     lines.append("    words = copy_of(packed)")
     lines += [f"    words[{word}] = {names[slot]}.data_ptr()" for slot, word in addresses.items()]

@@ -101,13 +101,18 @@ def write_backward(step: StepExpressions, plan: SavePlan, wanted: WantedGradient
     for index in wanted.sums:
         expression, ctype = step.sums[index], C_TYPES[step.sums[index].dtype]
         name = writer.buffer(f"sum{index}", ctype)
-        once.append(f"for (i64 i = 0; i < n; i++) {name}[i] = 0;")
         adds.append((name, expression))
         if step.total[index]:
+            once.append(f"for (i64 i = 0; i < n; i++) {name}[i] = 0;")
             last.append(f"((double *){writer.slot('sum', index, 'float64')}.data)[k] = total<{ctype}>({name}, n);")
         else:
             operand = writer.slot("sum", index, expression.dtype)
-            last.append(f"store<{ctype}, {ctype}>({operand}, 0, start, n, {name});")
+            # A block that sums the same channels as the block before adds to its array, for `SUM_BLOCKS` blocks at most.
+            once.append(f"if (!repeats({operand}, a) || (k - first) % SUM_BLOCKS == 0)")
+            once.append(f"  for (i64 i = 0; i < a.block; i++) {name}[i] = 0;")
+            last.append(f"if (!repeats({operand}, a)) keep_sum<{ctype}>({operand}, a, number, start, n, {name});")
+            last.append("else if (k + 1 == blocks * (number + 1) / parts || (k + 1 - first) % SUM_BLOCKS == 0)")
+            last.append(f"  keep_sum<{ctype}>({operand}, a, number, 0, a.block, {name});")
 
     def at(t: str, suffix: str) -> TimeStep:
         step_code = TimeStep(texts=dict(invariant))

@@ -160,6 +160,42 @@ template <class C> static double total(const C *RESTRICT x, i64 n) {
   for (i64 j = 0; j < 8; j++) sum += part[j];
   return sum;
 }
+static const i64 SUM_BLOCKS = 64;
+// A sum over time of each element or, if the operand broadcasts, its sum over the elements that share a value, added to
+// the float64 numbers of one part of the work.
+template <class C> static void keep_sum(const Operand &o, const Args &a, i64 number, i64 start, i64 n, const C *x) {
+  if (o.dense) {
+    store<C, C>(o, 0, start, n, x);
+    return;
+  }
+  double *RESTRICT to = (double *)o.data + number * o.time;
+  i64 place[MAX_DIMS], rest = start, offset = 0, last = a.dims - 1;
+  for (i64 d = last; d >= 0; d--) {
+    place[d] = rest % a.size[d];
+    rest /= a.size[d];
+    offset += place[d] * o.stride[d];
+  }
+  for (i64 i = 0; i < n;) {
+    i64 run = a.size[last] - place[last];
+    if (run > n - i) run = n - i;
+    const i64 step = o.stride[last];
+    if (step == 0) {
+      to[offset] += total<C>(x + i, run);
+    } else if (step == 1) {
+      for (i64 j = 0; j < run; j++) to[offset + j] += (double)x[i + j];
+    } else {
+      for (i64 j = 0; j < run; j++) to[offset + j * step] += (double)x[i + j];
+    }
+    i += run;
+    place[last] += run;
+    offset += run * step;
+    for (i64 d = last; d > 0 && place[d] == a.size[d]; d--) {
+      offset += o.stride[d - 1] - place[d] * o.stride[d];
+      place[d] = 0;
+      place[d - 1]++;
+    }
+  }
+}
 
 template <class C> struct Number;
 template <> struct Number<float> {
