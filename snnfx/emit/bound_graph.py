@@ -266,7 +266,9 @@ class _Binder:
             if n.op == "output":
                 outputs = [self._unfolded(v, tails.get(i), sequences[0]) for i, v in enumerate(n.args[0])]
                 self._assign(node, f"({', '.join(outputs)},)")
-                freed = [self.values[v] for v, user in last_use.items() if user is n and v not in {*self.modules, *in_loops}]
+                freed = [
+                    self.values[v] for v, user in last_use.items() if user is n and v not in {*self.modules, *in_loops}
+                ]
             else:
                 self._write_inside(n)
                 freed = [self.values[v] for v in n.all_input_nodes if last_use[v] is n and v not in self.modules]

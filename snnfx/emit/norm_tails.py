@@ -56,14 +56,12 @@ def find_tails(graph: fx.Graph, root: nn.Module) -> FusedTails:
     objects = {n: _attribute(root, str(n.target)) for n in graph.nodes if n.op == "get_attr"}
     if any(n.target is read_statistic for n in graph.nodes):
         return FusedTails({}, {})
-    calls = Counter(
-        id(objects.get(constant)) for n in graph.nodes for constant in n.kwargs.get("constants", ()) or ()  # type: ignore[union-attr]
-    )
+    calls = Counter(id(objects.get(constant)) for n in graph.nodes for constant in n.kwargs.get("constants", ()) or ())
     for loop in graph.nodes:
         if loop.target is not multi_step_forward or not _is_elementwise_kernel(objects.get(loop.args[1])):
             continue
         tails: list[Tail | None] = []
-        for operand in loop.args[0]:  # type: ignore[union-attr]
+        for operand in loop.args[0]:
             found = _tail_of(operand, objects, calls)
             tails.append(found)
             if found is not None:

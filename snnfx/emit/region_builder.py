@@ -145,6 +145,7 @@ class RegionBuilder:
                 env[key] = add_placeholder(graph, key.name)
         for node in self.input_nodes:
             env[node] = add_placeholder(graph, node.name)
+            env[node].meta.update({k: v for k, v in node.meta.items() if k == "val"})
         if extra_input:
             add_placeholder(graph, "time")
         # A peeled first step does not read a slot whose initial value capture wrote into the graph.

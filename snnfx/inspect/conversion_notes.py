@@ -228,6 +228,19 @@ def kernels_of_loops(net: Net) -> Iterator[str]:
         if absorbed:
             when = "Absorbed into kernels" if mode == net.training else "Absorbed into kernels in evaluation mode"
             yield f"{when}: {'; '.join(absorbed)}."
+    yield from norms_in_kernels(net)
+
+
+def norms_in_kernels(net: Net) -> Iterator[str]:
+    """The BatchNorms that kernels of loops computed in the latest training call."""
+    names = {id(module): name for name, module in net.source.named_modules()}
+    found = []
+    for name, module in net.region_modules().items():
+        norms = [names[id(norm)] for norm in getattr(module, "norms_in_kernel", ()) if id(norm) in names]
+        if norms:
+            found.append(f"{_and([f'`{norm}`' for norm in norms])} by {name}")
+    if found:
+        yield f"Normalised by the kernel of the loop, by the statistics of the call: {'; '.join(found)}."
 
 
 def _how_it_runs(net: Net, region: Region) -> tuple[str, str, str]:

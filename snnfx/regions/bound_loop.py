@@ -20,6 +20,7 @@ _PLAIN = (Tensor, nn.Parameter, nn.Buffer)
 
 Results = tuple[tuple[Tensor, ...], tuple[Any, ...]]
 
+
 class BoundLoop:
     """Runs a loop region from the reset state: `(outputs [T, *], final states)`.
 

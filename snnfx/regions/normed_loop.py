@@ -32,8 +32,10 @@ _FACTORS = 3
 """Mean, scale and bias of a BatchNorm."""
 
 _LEAST_CHANNELS_LAST = 1 << 20
-"""Elements of a channels-last sequence from which on the kernel is faster than torch's BatchNorm and the neuron's kernel.
-Row-major sequences, for which torch's BatchNorm is several times slower, always take the kernel."""
+"""Elements of a channels-last sequence from which on the kernel is faster than torch's BatchNorm before the loop.
+
+For row-major sequences, torch's BatchNorm is several times slower than the kernel.
+"""
 
 
 @dataclass(frozen=True)
@@ -96,9 +98,7 @@ class BoundNormedLoop:
         self.plain = BoundLoop(region, constants, tensors, with_finals)
         positions = (*tensors, *range(len(constants), len(constants) + _FACTORS * len(self.norms)))
         normed = _with_tails(region, len(constants), tails)
-        self.normed = BoundLoop(
-            normed, (*constants, *[None] * (_FACTORS * len(self.norms))), positions, with_finals
-        )
+        self.normed = BoundLoop(normed, (*constants, *[None] * (_FACTORS * len(self.norms))), positions, with_finals)
         self.eager = [None if tail is None else _eager(tail) for tail in tails]
         self.is_plain = False
         """Whether the step with the tails has no kernel, so that torch computes them."""

@@ -2,7 +2,7 @@
 
 A batch is row-major, `[outer, channels, inner]`, or has its channels last: `inner` is then 1. Mean and sum of squared
 deviations are computed for blocks that fit the L1 cache and merged in float64, so one pass over the memory suffices and
-nothing cancels.
+nothing cancels: a second sum over the block corrects the rounding of its mean.
 
 Source: Chan, Golub & LeVeque, "Updating formulae and a pairwise algorithm for computing sample variances", 1979.
 """
@@ -59,39 +59,49 @@ static void moments_of_block(const real *x, i64 n, Moments &m) {
   double sum = 0;
   for (i64 j = 0; j < LANES; j++) sum += sums[j];
   real mean = (real)(sum / n);
-  double rest = 0;           // the rounding of the mean
+  for (i64 j = 0; j < LANES; j++) sums[j] = 0;
   for (i64 i = 0; i < whole; i += LANES)
-    for (i64 j = 0; j < LANES; j++) squares[j] += (x[i + j] - mean) * (x[i + j] - mean);
-  for (i64 i = whole; i < n; i++) squares[i - whole] += (x[i] - mean) * (x[i] - mean);
-  for (i64 j = 0; j < LANES; j++) rest += squares[j];
-  double shift = sum / n - (double)mean;
-  m.merge(sum / n, rest - n * shift * shift, (double)n);
+    for (i64 j = 0; j < LANES; j++) {
+      real d = x[i + j] - mean;
+      sums[j] += d;
+      squares[j] += d * d;
+    }
+  for (i64 i = whole; i < n; i++) {
+    real d = x[i] - mean;
+    sums[i - whole] += d;
+    squares[i - whole] += d * d;
+  }
+  double rest = 0, total = 0;  // `rest` is the rounding of the mean
+  for (i64 j = 0; j < LANES; j++) rest += sums[j], total += squares[j];
+  rest /= n;
+  m.merge((double)mean + rest, total - n * rest * rest, (double)n);
 }
 
 static void statistics_of_rows(Args &a, i64 first, i64 last, double *partial) {
   for (i64 c0 = 0; c0 < a.channels; c0 += TILE) {
     i64 width = a.channels - c0 < TILE ? a.channels - c0 : TILE;
     double mean[TILE], squares[TILE];
-    real sums[TILE], means[TILE], of_block[TILE];
+    real sums[TILE], means[TILE], rests[TILE], of_block[TILE];
     for (i64 c = 0; c < width; c++) mean[c] = squares[c] = 0;
     double count = 0;
     for (i64 r0 = first; r0 < last; r0 += ROWS) {
       i64 rows = last - r0 < ROWS ? last - r0 : ROWS;
       const real *block = a.x + r0 * a.channels + c0;
-      for (i64 c = 0; c < width; c++) sums[c] = of_block[c] = 0;
+      for (i64 c = 0; c < width; c++) sums[c] = rests[c] = of_block[c] = 0;
       for (i64 r = 0; r < rows; r++)
         for (i64 c = 0; c < width; c++) sums[c] += block[r * a.channels + c];
       for (i64 c = 0; c < width; c++) means[c] = sums[c] / (real)rows;
       for (i64 r = 0; r < rows; r++)
         for (i64 c = 0; c < width; c++) {
           real d = block[r * a.channels + c] - means[c];
+          rests[c] += d;
           of_block[c] += d * d;
         }
       double total = count + rows, share = rows / total, both = count * rows / total;
       for (i64 c = 0; c < width; c++) {
-        double exact = (double)sums[c] / rows, shift = exact - (double)means[c], difference = exact - mean[c];
+        double rest = (double)rests[c] / rows, difference = (double)means[c] + rest - mean[c];
         mean[c] += difference * share;
-        squares[c] += (double)of_block[c] - rows * shift * shift + difference * difference * both;
+        squares[c] += (double)of_block[c] - rows * rest * rest + difference * difference * both;
       }
       count = total;
     }

@@ -120,12 +120,13 @@ class _ChannelFactors(torch.autograd.Function):
         needs_x, needs_weight, needs_bias = ctx.needs_input_grad[:3]
 
         def backward(grads: Any) -> list[Tensor | None]:
-            of_x, *sums = grads
-            sums = [None if g is None else g.contiguous() for g in sums]
+            of_x, of_scale, of_bias = grads
+            of_scale, of_bias = (None if g is None else g.contiguous() for g in (of_scale, of_bias))
             of_x = _own(of_x, x_seq, ctx.owner.is_new) if needs_x else None
             batch = None if of_x is None else of_x.flatten(0, 1)
-            of_weight = add_gradient_of_statistics(batch, x_seq.flatten(0, 1), factors, *sums, needs_weight)
-            return [of_x, of_weight, sums[1] if needs_bias else None]
+            x = x_seq.flatten(0, 1)
+            of_weight = add_gradient_of_statistics(batch, x, factors, of_scale, of_bias, needs_weight)
+            return [of_x, of_weight, of_bias if needs_bias else None]
 
         return *for_each_gradient(backward, (grad, of_scale, of_bias)), None, None, None, None
 

@@ -25,10 +25,10 @@ _MOST_ELEMENTS_OF_WINDOW = 256
 
 def max_pool(
     x: Tensor,
-    kernel_size: int | Sequence[int],
-    stride: int | Sequence[int] | None = None,
-    padding: int | Sequence[int] = 0,
-    dilation: int | Sequence[int] = 1,
+    kernel_size: int | tuple[int, ...],
+    stride: int | tuple[int, ...] | None = None,
+    padding: int | tuple[int, ...] = 0,
+    dilation: int | tuple[int, ...] = 1,
     ceil_mode: bool = False,
 ) -> Tensor:
     """As `torch.nn.functional.max_pool2d`, by a kernel where the windows do not overlap and have no padding.
@@ -41,7 +41,7 @@ def max_pool(
         `[N, C, H', W']`, in the memory format of `x`.
     """
     kernel = _pair(kernel_size)
-    steps = kernel if stride is None or stride == [] else _pair(stride)
+    steps = kernel if stride is None else _pair(stride)
     is_plain = _pair(padding) == (0, 0) and _pair(dilation) == (1, 1) and not ceil_mode
     if is_plain and _is_taken(x, kernel, steps) and builds(SOURCES[x.element_size()], "max pooling runs in PyTorch"):
         if torch.is_grad_enabled() and x.requires_grad:
@@ -50,7 +50,7 @@ def max_pool(
     return functional.max_pool2d(x, kernel_size, stride, padding, dilation, ceil_mode)
 
 
-def _pair(value: int | Sequence[int]) -> Pair:
+def _pair(value: int | tuple[int, ...]) -> Pair:
     if isinstance(value, int):
         return value, value
     first, *rest = value
@@ -79,7 +79,7 @@ class _MaxPool(torch.autograd.Function):
     def forward(ctx: Any, x: Tensor, kernel: Pair, stride: Pair) -> Tensor:
         y, positions = maxima(x, kernel, stride, with_positions=True)
         ctx.save_for_backward(positions)
-        ctx.shape, ctx.last, ctx.windows = x.shape, is_channels_last(x), (kernel, stride)
+        ctx.shape, ctx.last, ctx.windows = tuple(x.shape), is_channels_last(x), (kernel, stride)
         return y
 
     @staticmethod
@@ -99,7 +99,7 @@ class _MaxPool(torch.autograd.Function):
 
 
 def _differentiable_spread(
-    grad: Tensor, positions: Tensor, shape: torch.Size, last: bool, kernel: Pair, stride: Pair
+    grad: Tensor, positions: Tensor, shape: tuple[int, int, int, int], last: bool, kernel: Pair, stride: Pair
 ) -> Tensor:
     """The gradient of the images in differentiable operations, for create_graph=True."""
     N, C, H, W = shape

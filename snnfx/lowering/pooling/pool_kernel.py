@@ -48,7 +48,7 @@ def maxima(x: Tensor, kernel: Pair, stride: Pair, with_positions: bool) -> tuple
     return y, positions
 
 
-def spread(grad: Tensor, positions: Tensor, shape: torch.Size, kernel: Pair, stride: Pair) -> Tensor:
+def spread(grad: Tensor, positions: Tensor, shape: tuple[int, int, int, int], kernel: Pair, stride: Pair) -> Tensor:
     """The gradient of the images from the gradient of the maxima.
 
     Args:
@@ -58,13 +58,13 @@ def spread(grad: Tensor, positions: Tensor, shape: torch.Size, kernel: Pair, str
         kernel, stride: as for `maxima`.
     """
     last = is_channels_last(grad)
-    grad_x = _images(tuple(shape), last, grad.dtype)
+    grad_x = _images(shape, last, grad.dtype)
     _run(1, grad_x, grad, positions, shape[1] if last else 1, kernel, stride)
     return grad_x
 
 
 def _images(shape: tuple[int, int, int, int], channels_last: bool, dtype: torch.dtype) -> Tensor:
-    N, C, H, W = shape
+    _, C, H, W = shape
     return pool.empty(shape, (C * H * W, 1, W * C, C) if channels_last else (C * H * W, H * W, W, 1), dtype)
 
 
@@ -87,7 +87,5 @@ def _run(mode: int, x: Tensor, y: Tensor, positions: Tensor | None, channels: in
     address = 0 if positions is None else positions.data_ptr()
     parts = max(1, min(threads * _PARTS_PER_THREAD, images * out_height)) if threads > 1 else 1
     sizes = (images, H, W, channels, out_height, y.shape[3], *kernel, *stride)
-    arguments = _Args(
-        mode, x.data_ptr(), y.data_ptr(), address, *sizes, threads, parts, runtime[0] if runtime else 0
-    )
+    arguments = _Args(mode, x.data_ptr(), y.data_ptr(), address, *sizes, threads, parts, runtime[0] if runtime else 0)
     load(SOURCES[x.element_size()]).run(ctypes.byref(arguments))

@@ -107,7 +107,7 @@ def write_backward(step: StepExpressions, plan: SavePlan, wanted: WantedGradient
             last.append(f"((double *){writer.slot('sum', index, 'float64')}.data)[k] = total<{ctype}>({name}, n);")
         else:
             operand = writer.slot("sum", index, expression.dtype)
-            # A block that sums the same channels as the block before adds to its array, for `SUM_BLOCKS` blocks at most.
+            # Blocks with the same channels add to one array, `SUM_BLOCKS` blocks at most.
             once.append(f"if (!repeats({operand}, a) || (k - first) % SUM_BLOCKS == 0)")
             once.append(f"  for (i64 i = 0; i < a.block; i++) {name}[i] = 0;")
             last.append(f"if (!repeats({operand}, a)) keep_sum<{ctype}>({operand}, a, number, start, n, {name});")
