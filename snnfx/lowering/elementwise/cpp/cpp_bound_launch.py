@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from snnfx.lowering.elementwise.cpp.build import load, openmp
 from snnfx.lowering.elementwise.cpp.cpp_kernel import KernelSource
@@ -128,7 +128,7 @@ def _functions(
         keep_alive: what else the arguments refer to.
     """
     constants: dict[str, Any] = {
-        "Tensor": Tensor,
+        "plain": (Tensor, nn.Parameter, nn.Buffer),
         "run": run,
         "copy_of": type(packed).from_buffer_copy,
         "packed": packed,
@@ -149,7 +149,7 @@ def _functions(
     holds = [f"get_num_threads() == {threads}"] if threads is not None else []
     for slot, form in given.items():
         x = names[slot]
-        holds.append(f"type({x}) is Tensor and {x}.shape == {constant(torch.Size(form.shape))}")
+        holds.append(f"type({x}) in plain and {x}.shape == {constant(torch.Size(form.shape))}")
         holds.append(f"{x}.stride() == {constant(form.stride)} and {x}.dtype is {constant(form.dtype)}")
         holds.append(f"{x}.is_cpu and not {x}.is_neg()")
     lines: list[str] = []
