@@ -112,7 +112,7 @@ def write_backward(step: StepExpressions, plan: SavePlan, wanted: WantedGradient
             once.append(f"  for (i64 i = 0; i < a.block; i++) {name}[i] = 0;")
             last.append(f"if (!repeats({operand}, a)) keep_sum<{ctype}>({operand}, a, number, start, n, {name});")
             last.append("else if (k + 1 == blocks * (number + 1) / parts || (k + 1 - first) % SUM_BLOCKS == 0)")
-            last.append(f"  keep_sum<{ctype}>({operand}, a, number, 0, a.block, {name});")
+            last.append(f"  keep_sum<{ctype}>({operand}, a, number, 0, a.block < a.E ? a.block : a.E, {name});")
 
     def at(t: str, suffix: str) -> TimeStep:
         step_code = TimeStep(texts=dict(invariant))
