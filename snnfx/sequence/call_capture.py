@@ -18,6 +18,7 @@ from snnfx.capture.step_arguments import as_call
 from snnfx.errors import CaptureError, SnnfxError
 from snnfx.ir.history import History, PassRecord
 from snnfx.ir.pass_manager import PassManager, print_record, run_rewrite
+from snnfx.ir.printing import describe_node
 from snnfx.ir.program import StepProgram
 from snnfx.ir.program_snapshot import ProgramSnapshot
 from snnfx.ops.run_loop import LoopHandle
@@ -28,10 +29,12 @@ from snnfx.sequence.alignment import align
 from snnfx.sequence.counter_reads import may_branch_on_count
 from snnfx.sequence.delayed_values import hold_delayed_values
 from snnfx.sequence.element_lists import join_elements
+from snnfx.sequence.fission import split_loop
 from snnfx.sequence.lengths import Lengths, make_length_variable, require_same_step
 from snnfx.sequence.loop_kinds import must_be_one_step, runs_over_time
 from snnfx.sequence.loop_runs import LoopRun, find_loop_runs, move_attributes_first, scaling_runs, share_equal_constants
 from snnfx.sequence.pointwise_time import TimeDimension
+from snnfx.sequence.reason_at_node import ReasonAtNode
 from snnfx.sequence.reroll import RolledLoop, reroll
 from snnfx.sequence.roles import DependsOnLength, Differs
 from snnfx.sequence.written_elements import forward_written_elements
@@ -266,15 +269,20 @@ def _of_any_length(
         pairs = scaling_runs(find_loop_runs(short.graph), find_loop_runs(long.graph))
         if pairs is None:
             raise CaptureError("SNNFX230", "the loops that run depend on the number of time steps")
-        for (run_short, run_long), target in zip(pairs, names):  # noqa: B905 (endless names)
-            a, b = (_reroll(p, r, target, any_length=True) for p, r in ((short, run_short), (long, run_long)))
-            try:
-                require_same_step(a.program, b.program)
-            except DependsOnLength:
-                raise
-            except Differs as difference:
-                raise _refusal(run_short, difference) from difference
-            loops.append(a)
+        for run_short, run_long in pairs:
+            parts_short, parts_long = _parts(short, run_short, any_length=True), _parts(long, run_long, any_length=True)
+            if len(parts_short) != len(parts_long):
+                raise _refusal(run_short, Differs("its number of time steps decides which operations it runs", None))
+            for part_short, part_long, target in zip(parts_short, parts_long, names, strict=False):
+                parts = ((short, part_short), (long, part_long))
+                a, b = (_reroll(program, part, target, any_length=True) for program, part in parts)
+                try:
+                    require_same_step(a.program, b.program)
+                except DependsOnLength:
+                    raise
+                except Differs as difference:
+                    raise _refusal(run_short, difference) from difference
+                loops.append(a)
         return _note_of(loops)
 
     def free_length() -> str:
@@ -305,15 +313,18 @@ _NO_LENGTH = "no loop takes it from a size of the inputs"
 def _with_loops(program: StepProgram, why_fixed: str, history: History, names: Iterator[str]) -> CapturedCall:
     """Re-roll the loops of one call, whose number of iterations is fixed."""
     loops: list[RolledLoop] = []
+    unrolled: list[str] = []
 
     def reroll_loops() -> str:
         refusals: list[CaptureError] = []
 
         def visit(runs: list[LoopRun]) -> None:
-            for run in runs_over_time(runs):
+            for run in runs_over_time(program, runs):
                 must_agree = must_be_one_step(run)
                 try:
-                    loops.append(_reroll(program, run, next(names)))
+                    loops.extend(_reroll(program, part, next(names)) for part in _parts(program, run))
+                except _StaysUnrolled as reason:
+                    unrolled.append(f"the loop at {run.location} stays unrolled, because {reason.why}")
                 except CaptureError as error:
                     if must_agree:
                         refusals.append(error)
@@ -327,7 +338,7 @@ def _with_loops(program: StepProgram, why_fixed: str, history: History, names: I
     _prepare(program, history)
     run_rewrite("reroll_loops", program, reroll_loops, history)
     _finish(program, history)
-    return CapturedCall(program, loops, f"the number of time steps is fixed: {why_fixed}")
+    return CapturedCall(program, loops, "; ".join([f"the number of time steps is fixed: {why_fixed}", *unrolled]))
 
 
 def _note_of(loops: list[RolledLoop]) -> str:
@@ -349,6 +360,32 @@ def _finish(program: StepProgram, history: History) -> None:
     PassManager([RemoveDeadCode()]).run(program, history)
 
 
+def _parts(program: StepProgram, run: LoopRun, any_length: bool = False) -> list[LoopRun]:
+    """The loops that a loop becomes if its iterations do not share all nodes; else the loop itself.
+
+    Raises:
+        DependsOnLength: with `any_length`, each iteration calls another module.
+        _StaysUnrolled: each iteration calls another module, which cannot run outside the loop.
+    """
+    _remove_loop_tests(program, run)
+    parts = split_loop(program, run)
+    if parts is None:
+        return [run]
+    if any_length and parts.modules:
+        node = parts.modules[1]
+        raise DependsOnLength(f"each iteration calls another module, as `{describe_node(node)}`", node)
+    if parts.blocked is not None:
+        if parts.modules and not parts.single:
+            name = describe_node(parts.blocked)
+            raise _StaysUnrolled(f"each iteration calls another module, as `{name}`, {parts.why}", parts.blocked)
+        return [run]
+    return parts.runs
+
+
+class _StaysUnrolled(ReasonAtNode):
+    """A loop runs correctly only iteration by iteration."""
+
+
 def _reroll(program: StepProgram, run: LoopRun, target: str, any_length: bool = False) -> RolledLoop:
     """Re-roll one loop; its first iteration stays outside if it differs.
 
@@ -356,7 +393,6 @@ def _reroll(program: StepProgram, run: LoopRun, target: str, any_length: bool = 
         CaptureError: SNNFX230, the iterations differ.
         DependsOnLength: with `any_length`, a number of each iteration has no expression for other lengths.
     """
-    _remove_loop_tests(program, run)
     bodies, difference = run.bodies, None
     for first in (0, 1):
         hold_delayed_values(program, bodies[first:])

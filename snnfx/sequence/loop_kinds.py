@@ -10,7 +10,9 @@ from collections.abc import Iterator
 
 from torch.fx import Node
 
+from snnfx.ir.program import StepProgram
 from snnfx.sequence.element_reads import common_read
+from snnfx.sequence.fission import calls_modules_beside_states
 from snnfx.sequence.loop_runs import LoopRun
 
 __all__ = ["is_over_layers", "must_be_one_step", "runs_over_time"]
@@ -19,19 +21,22 @@ _FEWEST = 3
 """Iterations that prove a step: one may start differently, and two are compared."""
 
 
-def runs_over_time(runs: list[LoopRun]) -> Iterator[LoopRun]:
+def runs_over_time(program: StepProgram, runs: list[LoopRun]) -> Iterator[LoopRun]:
     """The loops to re-roll: the outermost ones, or inner ones if an outer one cannot be a loop over time."""
     for run in runs:
-        if run.count >= _FEWEST and _may_be_over_time(run):
+        if run.count >= _FEWEST and _may_be_over_time(program, run):
             yield run
         else:
             for inner in run.inner:
-                yield from runs_over_time(inner)
+                yield from runs_over_time(program, inner)
 
 
-def _may_be_over_time(run: LoopRun) -> bool:
+def _may_be_over_time(program: StepProgram, run: LoopRun) -> bool:
     if _carries(run):
-        return not is_over_layers(run)
+        if not is_over_layers(run):
+            return True
+        inner = (r for runs in run.inner for r in runs)
+        return not any(map(_carries_below, inner)) and calls_modules_beside_states(program, run)
     # Heads, or a layer that runs step by step: neurons inside them come first.
     return _reads_elements(run) and not any(_carries_below(r) for inner in run.inner for r in inner)
 

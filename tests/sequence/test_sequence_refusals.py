@@ -14,7 +14,7 @@ from support.looped_models import Cell, TwoLayers, assert_converts_sequence
 class Looped(nn.Module):
     def __init__(self) -> None:
         super().__init__()
-        self.fc, self.other, self.cell = nn.Linear(6, 4), nn.Linear(6, 4), Cell()
+        self.fc, self.other, self.square, self.cell = nn.Linear(6, 4), nn.Linear(6, 4), nn.Linear(4, 4), Cell()
 
 
 def x_seq(*shape: int) -> Tensor:
@@ -30,16 +30,15 @@ def refusal(model: nn.Module, *inputs: Tensor) -> CaptureError:
 def test_iterations_with_another_module_are_refused_by_line() -> None:
     class Alternating(Looped):
         def forward(self, x: Tensor) -> Tensor:
-            v, out = None, []
+            v, out = self.fc(x[0]), []
             for t in range(x.shape[0]):
-                current = self.fc(x[t]) if t % 2 == 0 else self.other(x[t])
-                s, v = self.cell(current, v)
-                out.append(s)
+                v = torch.tanh(self.square(v)) if t % 2 == 0 else torch.relu(self.other(x[t]) + v)
+                out.append(v)
             return torch.stack(out)
 
     error = refusal(Alternating())
     assert error.code == "SNNFX230" and "test_sequence_refusals.py" in error.where
-    assert "other" in error.why and "fc" in error.why
+    assert "other" in error.why and "square" in error.why
 
 
 def test_a_value_from_two_iterations_before_is_refused() -> None:
