@@ -22,7 +22,6 @@ from snnfx.ir.printing import describe_node
 from snnfx.ir.program import StepProgram
 from snnfx.ir.program_snapshot import ProgramSnapshot
 from snnfx.ops.run_loop import LoopHandle
-from snnfx.ops.step_functions import expect_size
 from snnfx.passes import Normalize, RemoveDeadCode
 from snnfx.sandbox.torch_internals import pytree
 from snnfx.sequence.alignment import align
@@ -30,6 +29,7 @@ from snnfx.sequence.counter_reads import may_branch_on_count
 from snnfx.sequence.delayed_values import hold_delayed_values
 from snnfx.sequence.element_lists import join_elements
 from snnfx.sequence.fission import split_loop
+from snnfx.sequence.last_iteration import complete_last_iteration
 from snnfx.sequence.lengths import Lengths, make_length_variable, require_same_step
 from snnfx.sequence.loop_kinds import must_be_one_step, runs_over_time
 from snnfx.sequence.loop_runs import LoopRun, find_loop_runs, move_attributes_first, scaling_runs, share_equal_constants
@@ -37,6 +37,7 @@ from snnfx.sequence.pointwise_time import TimeDimension
 from snnfx.sequence.reason_at_node import ReasonAtNode
 from snnfx.sequence.reroll import RolledLoop, reroll
 from snnfx.sequence.roles import DependsOnLength, Differs
+from snnfx.sequence.size_checks import move_size_checks_first, remove_loop_tests
 from snnfx.sequence.written_elements import forward_written_elements
 
 __all__ = ["CapturedCall", "capture_calls"]
@@ -46,6 +47,8 @@ SHORT, LONGER = 4, (5, 6, 8)
 
 The longer one is the first at which the model runs: blocks of 2 or 4 time steps need multiples.
 """
+_FEWEST_WITHOUT_LAST = 3
+"""Iterations that prove a step if the last one stays outside: two are compared behind the first."""
 _SLACK = 4
 """A loop that takes T from the inputs iterates at most this many times more than T."""
 
@@ -350,6 +353,7 @@ def _prepare(program: StepProgram, history: History) -> None:
     """Make the operations functional, and move reads of attributes in front of all loops."""
     PassManager([Normalize()]).run(program, history)
     run_rewrite("move_attributes_first", program, lambda: move_attributes_first(program), history)
+    run_rewrite("move_size_checks_first", program, lambda: move_size_checks_first(program), history)
     run_rewrite("forward_written_elements", program, lambda: forward_written_elements(program), history)
     run_rewrite("share_equal_constants", program, lambda: share_equal_constants(program), history)
 
@@ -367,7 +371,8 @@ def _parts(program: StepProgram, run: LoopRun, any_length: bool = False) -> list
         DependsOnLength: with `any_length`, each iteration calls another module.
         _StaysUnrolled: each iteration calls another module, which cannot run outside the loop.
     """
-    _remove_loop_tests(program, run)
+    remove_loop_tests(program, run)
+    complete_last_iteration(program, run.bodies)
     parts = split_loop(program, run)
     if parts is None:
         return [run]
@@ -387,17 +392,21 @@ class _StaysUnrolled(ReasonAtNode):
 
 
 def _reroll(program: StepProgram, run: LoopRun, target: str, any_length: bool = False) -> RolledLoop:
-    """Re-roll one loop; its first iteration stays outside if it differs.
+    """Re-roll one loop; its first or last iteration stays outside if it differs.
 
     Raises:
         CaptureError: SNNFX230, the iterations differ.
         DependsOnLength: with `any_length`, a number of each iteration has no expression for other lengths.
     """
-    bodies, difference = run.bodies, None
-    for first in (0, 1):
-        hold_delayed_values(program, bodies[first:])
+    bodies, difference, is_too_short = run.bodies, None, False
+    for first, last in ((0, 0), (1, 0), (0, 1), (1, 1)):
+        part = bodies[first : len(bodies) - last]
+        if last and len(part) < _FEWEST_WITHOUT_LAST:
+            is_too_short |= any_length
+            continue
+        hold_delayed_values(program, part)
         try:
-            alignment = align(program, bodies[first:])
+            alignment = align(program, part)
             rolled = reroll(program, run, alignment, target, any_length)
         except Differs as error:
             difference = difference or error
@@ -407,30 +416,9 @@ def _reroll(program: StepProgram, run: LoopRun, target: str, any_length: bool = 
     assert difference is not None
     if isinstance(difference, DependsOnLength):
         raise difference
+    if is_too_short:  # the example may have more iterations
+        raise DependsOnLength(difference.why, difference.node)
     raise _refusal(run, difference) from difference
-
-
-def _remove_loop_tests(program: StepProgram, run: LoopRun) -> None:
-    """Remove the checks of sizes that decide about the next iteration: `while t < x.shape[0]`."""
-    tests: dict[Any, list[Node]] = {}
-    for body in run.bodies:
-        for node in body:
-            operand = node.args[0] if node.target is expect_size else None
-            if isinstance(operand, Node) and isinstance(node.args[1], bool) and operand in body:
-                tests.setdefault((operand.target, tuple(operand.all_input_nodes), node.args[2]), []).append(node)
-    for nodes in tests.values():
-        numbers = {tuple(v for v in n.args[0].args if isinstance(v, int)) for n in nodes}  # type: ignore[union-attr]
-        if len(numbers) < len(nodes):
-            continue
-        for node in nodes:
-            operand = node.args[0]
-            program.graph.erase_node(node)
-            removed = [node]
-            if isinstance(operand, Node) and not operand.users:
-                program.graph.erase_node(operand)
-                removed.append(operand)
-            for body in run.bodies:
-                body[:] = [n for n in body if n not in removed]
 
 
 def _refusal(run: LoopRun, difference: Differs) -> CaptureError:

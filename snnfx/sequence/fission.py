@@ -87,7 +87,7 @@ def calls_modules_beside_states(program: StepProgram, run: LoopRun) -> bool:
     A loop over layers passes the result of each layer to the next one.
     """
     vertices = _Vertices(program, run)
-    return bool(vertices.modules) and vertices.recurs_apart()
+    return bool(vertices.modules or vertices.single) and vertices.recurs_apart()
 
 
 def _first_moved_update(program: StepProgram, run: LoopRun, ordered: list[Node]) -> Node | None:
