@@ -178,9 +178,10 @@ class Looped(nn.Module):
 
 
 FIXED = (
-    "first_of_deque popped far_back rebuilt_list chain shifted_index schedule table shorter_list rounded_index"
+    "first_of_deque popped far_back rebuilt_list chain shifted_index schedule table shorter_list rounded_index "
+    "maximum_index"
 ).split()
-REFUSED = "maximum_index counting_neuron length_of_list attribute iterator".split()
+REFUSED = "counting_neuron length_of_list attribute iterator".split()
 
 
 @pytest.mark.parametrize("kind", FIXED)

@@ -42,7 +42,7 @@ def test_iterations_with_another_module_are_refused_by_line() -> None:
     assert "other" in error.why or "square" in error.why
 
 
-def test_a_value_from_two_iterations_before_is_refused() -> None:
+def test_a_value_from_two_iterations_before_keeps_the_length_of_the_example() -> None:
     class Skipping(Looped):
         def forward(self, x: Tensor) -> Tensor:
             out = [self.fc(x[0]), self.fc(x[1])]
@@ -50,7 +50,9 @@ def test_a_value_from_two_iterations_before_is_refused() -> None:
                 out.append(out[-1] + 0.5 * out[-2] + self.fc(x[t]))
             return torch.stack(out)
 
-    assert refusal(Skipping()).code == "SNNFX230"
+    net = assert_converts_sequence(Skipping(), (x_seq(),))
+    with pytest.raises(InputError, match="SNNFX312"):
+        net(x_seq(9, 5, 6))
 
 
 def test_a_number_of_iterations_that_depends_on_values_is_refused() -> None:
