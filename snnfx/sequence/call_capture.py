@@ -10,7 +10,6 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.fx import Node
 
 from snnfx.capture.capture import capture_both_modes, trace_of_call
 from snnfx.capture.iteration_tracking import IterationLimit, TooManyIterations
@@ -29,6 +28,7 @@ from snnfx.sequence.counter_reads import may_branch_on_count
 from snnfx.sequence.delayed_values import hold_delayed_values
 from snnfx.sequence.element_lists import join_elements
 from snnfx.sequence.fission import split_loop
+from snnfx.sequence.gated_detaches import gate_detaches
 from snnfx.sequence.last_iteration import complete_last_iteration
 from snnfx.sequence.lengths import Lengths, make_length_variable, require_same_step
 from snnfx.sequence.loop_kinds import must_be_one_step, runs_over_time
@@ -373,6 +373,7 @@ def _parts(program: StepProgram, run: LoopRun, any_length: bool = False) -> list
     """
     remove_loop_tests(program, run)
     complete_last_iteration(program, run.bodies)
+    gate_detaches(program, run)
     parts = split_loop(program, run)
     if parts is None:
         return [run]

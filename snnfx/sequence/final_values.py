@@ -138,7 +138,9 @@ def _without(values: Iterable[Any], removed: set[int]) -> list[Any]:
 
 def _is_zero(initial: Any) -> bool:
     if isinstance(initial, Node):
-        return operation_name(initial) in ("zeros", "zeros_like", "new_zeros") and not initial.kwargs.get("requires_grad")
+        return operation_name(initial) in ("zeros", "zeros_like", "new_zeros") and not initial.kwargs.get(
+            "requires_grad"
+        )
     return isinstance(initial, int | float) and initial == 0
 
 

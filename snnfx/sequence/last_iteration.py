@@ -6,7 +6,6 @@ too, for nothing, and runs the step of all others.
 
 from __future__ import annotations
 
-import difflib
 from collections.abc import Hashable
 from typing import Any
 
@@ -18,6 +17,7 @@ from snnfx.ir.module_effects import updates_buffers
 from snnfx.ir.nodes import is_module_call
 from snnfx.ir.program import StepProgram
 from snnfx.sequence.roles import operation
+from snnfx.sequence.shared_nodes import matched_places
 
 __all__ = ["complete_last_iteration"]
 
@@ -39,8 +39,7 @@ def complete_last_iteration(program: StepProgram, bodies: list[list[Node]]) -> N
     keys = [_key(n) for n in template]
     if keys != [_key(n) for n in before]:
         return
-    matcher = difflib.SequenceMatcher(None, keys, [_key(n) for n in last], autojunk=False)
-    fitted = {b.a + i: last[b.b + i] for b in matcher.get_matching_blocks() for i in range(b.size)}
+    fitted = {p: last[i] for p, i in matched_places(keys, [_key(n) for n in last]).items()}
     missing = [n for p, n in enumerate(template) if p not in fitted]
     if len(fitted) < len(last) or any(_has_effects(program, n) for n in missing):
         return
