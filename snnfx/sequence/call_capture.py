@@ -325,13 +325,19 @@ def _with_loops(program: StepProgram, why_fixed: str, history: History, names: I
             for run in runs_over_time(program, runs):
                 must_agree = must_be_one_step(run)
                 try:
-                    loops.extend(_reroll(program, part, next(names)) for part in _parts(program, run))
+                    parts = _parts(program, run)
                 except _StaysUnrolled as reason:
                     unrolled.append(f"the loop at {run.location} stays unrolled, because {reason.why}")
-                except CaptureError as error:
-                    if must_agree:
-                        refusals.append(error)
-                    visit([r for inner in run.inner for r in inner])
+                    continue
+                for part in parts:
+                    try:
+                        loops.append(_reroll(program, part, next(names)))
+                    except CaptureError as error:
+                        if len(parts) > 1 and must_be_one_step(part):
+                            raise
+                        if must_agree:
+                            refusals.append(error)
+                        visit([r for inner in part.inner for r in inner])
 
         visit(find_loop_runs(program.graph))
         if not loops and refusals:
