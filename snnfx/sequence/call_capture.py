@@ -17,38 +17,29 @@ from snnfx.capture.step_arguments import as_call
 from snnfx.errors import CaptureError, SnnfxError
 from snnfx.ir.history import History, PassRecord
 from snnfx.ir.pass_manager import PassManager, print_record, run_rewrite
-from snnfx.ir.printing import describe_node
 from snnfx.ir.program import StepProgram
 from snnfx.ir.program_snapshot import ProgramSnapshot
-from snnfx.ops.run_loop import LoopHandle
 from snnfx.passes import Normalize, RemoveDeadCode
 from snnfx.sandbox.torch_internals import pytree
-from snnfx.sequence.alignment import align
 from snnfx.sequence.counter_reads import may_branch_on_count
-from snnfx.sequence.delayed_values import hold_delayed_values
 from snnfx.sequence.element_lists import join_elements
-from snnfx.sequence.fission import split_loop
-from snnfx.sequence.gated_detaches import gate_detaches
-from snnfx.sequence.last_iteration import complete_last_iteration
 from snnfx.sequence.lengths import Lengths, make_length_variable, require_same_step
-from snnfx.sequence.loop_kinds import must_be_one_step, runs_over_time
+from snnfx.sequence.loop_kinds import runs_neurons
 from snnfx.sequence.loop_runs import LoopRun, find_loop_runs, move_attributes_first, scaling_runs, share_equal_constants
 from snnfx.sequence.pointwise_time import TimeDimension
-from snnfx.sequence.reason_at_node import ReasonAtNode
-from snnfx.sequence.reroll import RolledLoop, reroll
+from snnfx.sequence.reroll import RolledLoop
 from snnfx.sequence.roles import DependsOnLength, Differs
-from snnfx.sequence.size_checks import move_size_checks_first, remove_loop_tests
+from snnfx.sequence.rolling import note_of_loops, parts_of_loop, refusal_of_loop, roll_all_loops, roll_loop
+from snnfx.sequence.size_checks import move_size_checks_first
 from snnfx.sequence.written_elements import forward_written_elements
 
-__all__ = ["CapturedCall", "capture_calls"]
+__all__ = ["CapturedCall", "capture_calls", "roll_fixed_loops"]
 
 SHORT, LONGER = 4, (5, 6, 8)
 """The lengths at which a call is captured: short, but long enough that three iterations follow the first.
 
 The longer one is the first at which the model runs: blocks of 2 or 4 time steps need multiples.
 """
-_FEWEST_WITHOUT_LAST = 3
-"""Iterations that prove a step if the last one stays outside: two are compared behind the first."""
 _SLACK = 4
 """A loop that takes T from the inputs iterates at most this many times more than T."""
 
@@ -99,7 +90,7 @@ def capture_calls(
             if short[1] is not short[0]:
                 of_evaluation = _of_any_length(short[1], long[1], dimension, length, History(), names)
         except DependsOnLength as dependence:
-            why_fixed = f"{dependence.why} ({dependence.location})"
+            why_fixed = f"{dependence.why} ({dependence.location})" if dependence.location else dependence.why
         else:
             history += records
             return of_training, of_evaluation
@@ -273,20 +264,25 @@ def _of_any_length(
         if pairs is None:
             raise CaptureError("SNNFX230", "the loops that run depend on the number of time steps")
         for run_short, run_long in pairs:
-            parts_short, parts_long = _parts(short, run_short, any_length=True), _parts(long, run_long, any_length=True)
+            parts_short, parts_long = (
+                parts_of_loop(short, run_short, any_length=True),
+                parts_of_loop(long, run_long, any_length=True),
+            )
             if len(parts_short) != len(parts_long):
-                raise _refusal(run_short, Differs("its number of time steps decides which operations it runs", None))
+                raise refusal_of_loop(
+                    run_short, Differs("its number of time steps decides which operations it runs", None)
+                )
             for part_short, part_long, target in zip(parts_short, parts_long, names, strict=False):
                 parts = ((short, part_short), (long, part_long))
-                a, b = (_reroll(program, part, target, any_length=True) for program, part in parts)
+                a, b = (roll_loop(program, part, target, any_length=True) for program, part in parts)
                 try:
                     require_same_step(a.program, b.program)
                 except DependsOnLength:
                     raise
                 except Differs as difference:
-                    raise _refusal(run_short, difference) from difference
+                    raise refusal_of_loop(run_short, difference) from difference
                 loops.append(a)
-        return _note_of(loops)
+        return note_of_loops(loops)
 
     def free_length() -> str:
         try:
@@ -319,40 +315,17 @@ def _with_loops(program: StepProgram, why_fixed: str, history: History, names: I
     unrolled: list[str] = []
 
     def reroll_loops() -> str:
-        refusals: list[CaptureError] = []
-
-        def visit(runs: list[LoopRun]) -> None:
-            for run in runs_over_time(program, runs):
-                must_agree = must_be_one_step(run)
-                try:
-                    parts = _parts(program, run)
-                except _StaysUnrolled as reason:
-                    unrolled.append(f"the loop at {run.location} stays unrolled, because {reason.why}")
-                    continue
-                for part in parts:
-                    try:
-                        loops.append(_reroll(program, part, next(names)))
-                    except CaptureError as error:
-                        if len(parts) > 1 and must_be_one_step(part):
-                            raise
-                        if must_agree:
-                            refusals.append(error)
-                        visit([r for inner in part.inner for r in inner])
-
-        visit(find_loop_runs(program.graph))
-        if not loops and refusals:
-            raise refusals[0]
-        return _note_of(loops)
+        rolled = roll_all_loops(program, names)
+        loops.extend(rolled.loops)
+        unrolled.extend(rolled.unrolled)
+        if not rolled.loops and rolled.refusals:
+            raise rolled.refusals[0]
+        return note_of_loops(loops)
 
     _prepare(program, history)
     run_rewrite("reroll_loops", program, reroll_loops, history)
     _finish(program, history)
     return CapturedCall(program, loops, "; ".join([f"the number of time steps is fixed: {why_fixed}", *unrolled]))
-
-
-def _note_of(loops: list[RolledLoop]) -> str:
-    found = [f"the loop at {loop.location} is a step of {len(loop.program.graph.nodes)} nodes" for loop in loops]
-    return "; ".join(found) or "no loop over time"
 
 
 def _prepare(program: StepProgram, history: History) -> None:
@@ -370,69 +343,30 @@ def _finish(program: StepProgram, history: History) -> None:
     PassManager([RemoveDeadCode()]).run(program, history)
 
 
-def _parts(program: StepProgram, run: LoopRun, any_length: bool = False) -> list[LoopRun]:
-    """The loops that a loop becomes if its iterations do not share all nodes; else the loop itself.
+def roll_fixed_loops(calls: tuple[CapturedCall, CapturedCall], history: History) -> None:
+    """Re-roll the loops of fixed length in calls of any length, which have no step form.
 
-    Raises:
-        DependsOnLength: with `any_length`, each iteration calls another module.
-        _StaysUnrolled: each iteration calls another module, which cannot run outside the loop.
+    Args:
+        calls: the calls in training and evaluation, which are changed; those of fixed length stay.
+        history: gets the records of the call in training.
     """
-    remove_loop_tests(program, run)
-    complete_last_iteration(program, run.bodies)
-    gate_detaches(program, run)
-    parts = split_loop(program, run)
-    if parts is None:
-        return [run]
-    if any_length and parts.modules:
-        node = parts.modules[1]
-        raise DependsOnLength(f"each iteration calls another module, as `{describe_node(node)}`", node)
-    if parts.blocked is not None:
-        if parts.modules and not parts.single:
-            name = describe_node(parts.blocked)
-            raise _StaysUnrolled(f"each iteration calls another module, as `{name}`, {parts.why}", parts.blocked)
-        return [run]
-    return parts.runs
+    targets = {loop.target for call in calls for loop in call.loops}
+    names = (name for i in itertools.count() if (name := f"snnfx_loop_{i}") not in targets)
+    for call in dict.fromkeys(map(id, calls)):
+        _roll_fixed_loops(
+            next(c for c in calls if id(c) == call), names, history if call == id(calls[0]) else History()
+        )
 
 
-class _StaysUnrolled(ReasonAtNode):
-    """A loop runs correctly only iteration by iteration."""
+def _roll_fixed_loops(call: CapturedCall, names: Iterator[str], history: History) -> None:
+    if call.time is None:
+        return
+    loops: list[RolledLoop] = []
 
+    def reroll_loops() -> str:
+        loops.extend(roll_all_loops(call.program, names, runs_neurons).loops)
+        return note_of_loops(loops)
 
-def _reroll(program: StepProgram, run: LoopRun, target: str, any_length: bool = False) -> RolledLoop:
-    """Re-roll one loop; its first or last iteration stays outside if it differs.
-
-    Raises:
-        CaptureError: SNNFX230, the iterations differ.
-        DependsOnLength: with `any_length`, a number of each iteration has no expression for other lengths.
-    """
-    bodies, difference, is_too_short = run.bodies, None, False
-    for first, last in ((0, 0), (1, 0), (0, 1), (1, 1)):
-        part = bodies[first : len(bodies) - last]
-        if last and len(part) < _FEWEST_WITHOUT_LAST:
-            is_too_short |= any_length
-            continue
-        hold_delayed_values(program, part)
-        try:
-            alignment = align(program, part)
-            rolled = reroll(program, run, alignment, target, any_length)
-        except Differs as error:
-            difference = difference or error
-            continue
-        program.constants[target] = LoopHandle(nn.Module(), run.location)
-        return rolled
-    assert difference is not None
-    if isinstance(difference, DependsOnLength):
-        raise difference
-    if is_too_short:  # the example may have more iterations
-        raise DependsOnLength(difference.why, difference.node)
-    raise _refusal(run, difference) from difference
-
-
-def _refusal(run: LoopRun, difference: Differs) -> CaptureError:
-    return CaptureError(
-        "SNNFX230",
-        f"the iterations of the loop at {run.location} differ",
-        where=difference.location or run.location,
-        why=f"{difference.why}; snnfx re-rolls a loop over time into one step.",
-        hint='Run the same operations in each iteration, or convert a method that computes one step: entry="step".',
-    )
+    run_rewrite("reroll_fixed_loops", call.program, reroll_loops, history)
+    _finish(call.program, history)
+    call.loops += loops

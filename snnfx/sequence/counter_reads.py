@@ -147,10 +147,10 @@ class _Uses:
                         pairs = list(zip(target.elts, node.value.elts, strict=False))
                     copies |= {self._key(a): self._key(b) for a, b in pairs if self._key(a) and self._key(b)}
         for start in copies:
-            length, key = 0, start
-            while key in copies and length < 3:
-                length, key = length + 1, copies[key]
-            if length == 3:
+            chain, key = [start], copies[start]
+            while key not in chain and key in copies:
+                chain, key = [*chain, key], copies[key]
+            if len(chain) >= 3:
                 return True
         return False
 
