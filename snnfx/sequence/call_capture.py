@@ -306,7 +306,7 @@ def _of_any_length(
     return CapturedCall(short, loops, time=replace(dimension, size=SHORT))
 
 
-_NO_LENGTH = "no loop takes it from a size of the inputs"
+_NO_LENGTH = "no loop takes it from a size of the inputs, as `for t in range(x.shape[0])` does"
 
 
 def _with_loops(program: StepProgram, why_fixed: str, history: History, names: Iterator[str]) -> CapturedCall:

@@ -83,7 +83,7 @@ def derive_step(call: CapturedCall) -> DerivedStep:
         MixesTime: the call has none.
     """
     if call.time is None:
-        raise MixesTime(call.fixed_length)
+        raise MixesTime(call.fixed_length, next((n for n in call.program.graph.nodes if n.target is run_loop), None))
     call = reduce_final_values(call)
     program, time = call.program, call.time
     assert time is not None
