@@ -42,8 +42,8 @@ class _Detaches:
     outside: bool = False
 
 
-def gate_detaches(program: StepProgram, run: LoopRun) -> None:
-    """Replace the calls of `detach` that only some iterations run.
+def gate_detaches(program: StepProgram, run: LoopRun) -> bool:
+    """Replace the calls of `detach` that only some iterations run; return whether there are any.
 
     Args:
         program: the program of the call.
@@ -71,6 +71,7 @@ def gate_detaches(program: StepProgram, run: LoopRun) -> None:
                 group.outside = True
     for group in groups.values():
         _gate(program, run, shared, iteration_of, group)
+    return bool(groups)
 
 
 def _gate(

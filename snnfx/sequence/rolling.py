@@ -93,12 +93,13 @@ def parts_of_loop(program: StepProgram, run: LoopRun, any_length: bool = False) 
     """The loops that a loop becomes if its iterations do not share all nodes; else the loop itself.
 
     Raises:
-        DependsOnLength: with `any_length`, each iteration calls another module.
+        DependsOnLength: with `any_length`, each iteration calls another module, or some detach a value.
         _StaysUnrolled: each iteration calls another module, which cannot run outside the loop.
     """
     remove_loop_tests(program, run)
     complete_last_iteration(program, run.bodies)
-    gate_detaches(program, run)
+    if gate_detaches(program, run) and any_length:
+        raise DependsOnLength(f"only some iterations of the loop at {run.location} detach a value")
     parts = split_loop(program, run)
     if parts is None:
         return [run]
