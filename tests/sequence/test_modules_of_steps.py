@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import copy
+import pickle
+
 import pytest
 import torch
 from torch import Tensor, nn
@@ -184,6 +187,17 @@ def test_hooks_of_a_norm_of_one_step_run() -> None:
     model.norms[2].register_forward_hook(lambda module, args, y: seen.append(y))
     net(x)
     assert len(seen) == 1
+
+
+def test_copies_verification_and_pictures_of_loops_with_modules_between() -> None:
+    model, x = Looped("two_layers").double(), sequence(STEPS, 3, 6)
+    net = snnfx.convert(model, takes="sequence", example_inputs=(x,))
+    assert net.state_dict().keys() == model.state_dict().keys()
+    assert "own call" in str(snnfx.verify(model, net, x))
+    assert str(snnfx.draw(net)).count("loop over time") >= 2
+    net.eval()
+    for clone in (copy.deepcopy(net), pickle.loads(pickle.dumps(net))):
+        torch.testing.assert_close(clone(x), net(x))
 
 
 class Convolutional(nn.Module):
