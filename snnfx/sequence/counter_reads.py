@@ -20,10 +20,10 @@ __all__ = ["may_branch_on_count"]
 
 
 def may_branch_on_count(source: LoopSource) -> bool:
-    """Whether other iterations of a loop than the first and last ones may run other code; True if it is unknown."""
+    """Whether other iterations of a loop than the first ones and the last may run other code; True if unknown."""
     tree = _parsed(source.filename)
     loop = _loop_at(tree, source) if tree is not None else None
-    if loop is None:
+    if tree is None or loop is None:
         return True
     kinds = source.values.kinds
     if isinstance(loop, ast.ListComp | ast.SetComp | ast.GeneratorExp | ast.DictComp):
@@ -247,7 +247,7 @@ class _Uses:
                 return False
 
     def _is_visible_test(self, node: ast.AST) -> bool:
-        """Whether a counter is compared with the number of one of the first or last iterations."""
+        """Whether a counter is compared with the number of one of the first iterations, or of the last."""
         parent = self.parents.get(node)
         if not isinstance(node, ast.Name) or node.id not in self.loop_variables:
             return False

@@ -35,7 +35,7 @@ def reduce_final_values(call: CapturedCall) -> CapturedCall:
     by_target = {loop.target: loop for loop in loops}
     for node in list(program.graph.nodes):
         if node.target is run_loop:
-            _Finals(program, node, by_target[str(node.args[0].target)], call.time.size).reduce()  # type: ignore[union-attr]
+            _Finals(program, node, by_target[str(node.args[0].target)], call.time.size).reduce()
     _use_means(program, call.time)
     return replace(call, program=program, loops=loops)
 
@@ -92,7 +92,7 @@ class _Finals:
     def _is_threaded(self, slot: int) -> bool:
         """Whether the whole call keeps the state."""
         known = self.step.slots[slot]
-        return known.persistent or known.name in self.call.args[3]  # type: ignore[operator]
+        return bool(known.persistent) or known.name in self.call.args[3]  # type: ignore[operator]
 
     def _total(self, slot: int, final: Node) -> _Total | None:
         """The sum that a slot is, if only the sum itself reads it."""

@@ -3,12 +3,9 @@
 from __future__ import annotations
 
 import ast
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 
 __all__ = ["LoopLengths"]
-
-_MOST = 2
-"""The last iterations whose tests a capture of a few iterations shows."""
 
 
 class LoopLengths:
@@ -25,12 +22,14 @@ class LoopLengths:
         self, tree: ast.AST, loop: ast.AST, bodies: Iterable[ast.AST], targets: Iterable[tuple[ast.AST, ast.AST]]
     ) -> None:
         self._values = _values_of_names(_function_around(tree, loop))
-        self._changed = {n.id for body in bodies for n in ast.walk(body) if _is_assigned(n)}
+        self._changed = set(_assigned_names(bodies))
         found = (self._length(_iterated_length(target, iterated)) for target, iterated in targets)
         self._lengths = {length for length in found if length is not None}
 
     def is_test_of_end(self, counter: ast.AST, parents: Mapping[ast.AST, ast.AST]) -> bool:
-        """Whether a loop variable is compared with the number of one of the last iterations.
+        """Whether a loop variable is compared with the number of the last iteration.
+
+        A call of a single time step has a last iteration, but none before it.
 
         Args:
             counter: the loop variable, which counts from 0.
@@ -39,19 +38,15 @@ class LoopLengths:
         side, parent = counter, parents.get(counter)
         offset = 0
         if isinstance(parent, ast.BinOp) and isinstance(parent.op, ast.Add) and parent.left is side:
-            if not isinstance(parent.right, ast.Constant) or parent.right.value not in range(1, _MOST + 1):
-                return False
-            offset = parent.right.value
+            offset = _offset_of_one(parent.right)
             side, parent = parent, parents.get(parent)
         if not isinstance(parent, ast.Compare) or len(parent.comparators) != 1:
             return False
         other = parent.comparators[0] if parent.left is side else parent.left
-        if isinstance(other, ast.BinOp) and isinstance(other.op, ast.Sub) and isinstance(other.right, ast.Constant):
-            if other.right.value not in range(1, _MOST + 1):
-                return False
-            offset += other.right.value
+        if isinstance(other, ast.BinOp) and isinstance(other.op, ast.Sub):
+            offset += _offset_of_one(other.right)
             other = other.left
-        return 1 <= offset <= _MOST and self._length(other) in self._lengths
+        return offset == 1 and self._length(other) in self._lengths
 
     def _length(self, expression: ast.AST | None) -> str | None:
         """A number in one form: `x.shape[0]` for `x.size(0)`, `len(x)` and a variable with this value."""
@@ -98,13 +93,22 @@ def _function_around(tree: ast.AST, loop: ast.AST) -> ast.AST:
     return found
 
 
-def _is_assigned(node: ast.AST) -> bool:
-    return isinstance(node, ast.Name) and isinstance(node.ctx, ast.Store)
+def _assigned_names(trees: Iterable[ast.AST]) -> Iterator[str]:
+    """The names that some code assigns, with repetitions."""
+    for tree in trees:
+        for node in ast.walk(tree):
+            if isinstance(node, ast.Name) and isinstance(node.ctx, ast.Store):
+                yield node.id
+
+
+def _offset_of_one(node: ast.AST) -> int:
+    """1 for the number 1, and 2 for all other expressions."""
+    return 1 if isinstance(node, ast.Constant) and node.value == 1 else 2
 
 
 def _values_of_names(function: ast.AST) -> dict[str, str]:
     """The sizes that variables are, where a function assigns them once and never the tensor."""
-    stored = [n.id for n in ast.walk(function) if isinstance(n, ast.Name) and _is_assigned(n)]
+    stored = list(_assigned_names([function]))
     found: dict[str, str] = {}
 
     def note(name: ast.AST, value: str | None) -> None:

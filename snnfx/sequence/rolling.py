@@ -106,6 +106,10 @@ def parts_of_loop(program: StepProgram, run: LoopRun, any_length: bool = False) 
     if any_length and parts.modules:
         node = parts.modules[1]
         raise DependsOnLength(f"each iteration calls another module, as `{describe_node(node)}`", node)
+    last = set(run.bodies[-1])
+    early = next((n for n in parts.single if n not in last), None)
+    if any_length and parts.blocked is None and early is not None:
+        raise DependsOnLength(f"only some iterations run `{describe_node(early)}`", early)
     if parts.blocked is not None:
         if parts.modules and not parts.single:
             name = describe_node(parts.blocked)

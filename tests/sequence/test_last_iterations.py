@@ -39,13 +39,14 @@ class Looped(nn.Module):
     def returns_inside(self, x: Tensor) -> Tensor:
         v = None
         for t in range(x.size(0)):
-            s, v = self.cell(self.fc(x[t]), v)
+            _, v = self.cell(self.fc(x[t]), v)
             if t + 1 == x.shape[0]:
                 return self.out(v)
         raise AssertionError
 
     def no_reset(self, x: Tensor) -> Tensor:
-        v, (T, batch, _) = torch.zeros(x.shape[1], 4, dtype=x.dtype), x.shape
+        T, batch, _ = x.shape
+        v = torch.zeros(batch, 4, dtype=x.dtype)
         for t in range(T):
             v = 0.8 * v + self.fc(x[t])
             s = spike(v - 1)
@@ -102,6 +103,22 @@ class Looped(nn.Module):
                 return self.out(s)
         raise AssertionError
 
+    def before_the_last(self, x: Tensor) -> Tensor:
+        v, T, y = None, x.shape[0], x.new_zeros(x.shape[1], 3)
+        for t in range(T):
+            s, v = self.cell(self.fc(x[t]), v)
+            if t == T - 2:
+                y = self.out(s)
+        return y + self.out(v)
+
+    def at_the_third(self, x: Tensor) -> Tensor:
+        v, y = None, x.new_zeros(x.shape[1], 3)
+        for t in range(x.shape[0]):
+            s, v = self.cell(self.fc(x[t]), v)
+            if t == 2:
+                y = self.out(s)
+        return y + self.out(v)
+
     def every_second(self, x: Tensor) -> Tensor:
         v, out = None, []
         for t in range(x.shape[0]):
@@ -112,7 +129,7 @@ class Looped(nn.Module):
 
 
 ANY_LENGTH = "readout_of_spikes returns_inside no_reset no_reset_in_list other_update".split()
-FIXED = "first_and_last static_input every_second".split()
+FIXED = "first_and_last static_input before_the_last at_the_third every_second".split()
 
 
 @pytest.mark.parametrize("kind", ANY_LENGTH)
@@ -129,6 +146,9 @@ def test_equal_to_the_own_call_for_any_length(kind: str) -> None:
 def test_equal_to_the_own_call_at_the_length_of_the_example(kind: str) -> None:
     net = assert_converts_sequence(Looped(kind), (sequence(6, 3, 6),), [(sequence(6, 2, 6),)])
     assert any(region.kind == "loop" for loop in net.loops for region in loop.regions)
+    if kind != "static_input":
+        with pytest.raises(InputError, match="SNNFX312"):
+            net(sequence(1, 3, 6))
 
 
 def test_a_test_for_another_number_keeps_the_length_of_the_example() -> None:

@@ -82,7 +82,7 @@ class Looped(nn.Module):
     def last_potential(self, x: Tensor) -> Tensor:
         v = None
         for x_t in x:
-            s, v = self.cell(self.fc(x_t), v)
+            _, v = self.cell(self.fc(x_t), v)
         return v  # type: ignore[return-value]
 
     def readout_of_last_spikes(self, x: Tensor) -> Tensor:
@@ -92,9 +92,10 @@ class Looped(nn.Module):
         return self.out(s)
 
     def fixed_iterations(self, x: Tensor) -> Tensor:
-        for _ in range(self.T):
-            s, v = self.cell(self.fc(x[_]), None if _ == 0 else v)  # noqa: F821
-        return v
+        v = None
+        for t in range(self.T):
+            _, v = self.cell(self.fc(x[t]), v)
+        return v  # type: ignore[return-value]
 
     def softmax_of_mean(self, x: Tensor) -> Tensor:
         return self.mean_of_total(x).softmax(-1)
