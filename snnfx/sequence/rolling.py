@@ -96,7 +96,7 @@ def parts_of_loop(program: StepProgram, run: LoopRun, any_length: bool = False) 
         DependsOnLength: with `any_length`, each iteration calls another module, or some detach a value.
         _StaysUnrolled: each iteration calls another module, which cannot run outside the loop.
     """
-    remove_loop_tests(program, run)
+    remove_loop_tests(program, run, any_length)
     complete_last_iteration(program, run.bodies)
     if gate_detaches(program, run) and any_length:
         raise DependsOnLength(f"only some iterations of the loop at {run.location} detach a value")

@@ -66,8 +66,33 @@ def _erase_unused(program: StepProgram, node: Node, removed: set[Node]) -> None:
             _erase_unused(program, operand, removed)
 
 
-def remove_loop_tests(program: StepProgram, run: LoopRun) -> None:
-    """Remove the checks of sizes that decide about the next iteration: `while t < x.shape[0]`."""
+def _copy_in_front(program: StepProgram, anchor: Node, check: Node) -> None:
+    """Copy a check, with the computation of its size, in front of a node."""
+    order = {n: i for i, n in enumerate(program.graph.nodes)}
+    copies: dict[Node, Node] = {}
+
+    def copy(node: Node) -> Node:
+        if order[node] < order[anchor]:
+            return node
+        if node not in copies:
+            operands = {n: copy(n) for n in node.all_input_nodes}
+            with program.graph.inserting_before(anchor):
+                copies[node] = program.graph.node_copy(node, lambda n: operands[n])
+            ITERATIONS.clear(copies[node])
+        return copies[node]
+
+    copy(check)
+
+
+def remove_loop_tests(program: StepProgram, run: LoopRun, any_length: bool) -> None:
+    """Remove the checks of sizes that decide about the next iteration: `while t < x.shape[0]`.
+
+    Args:
+        program: the program of the call.
+        run: the loop.
+        any_length: whether the number of iterations follows from the inputs. If not, the two tests around the end stay
+            in front of the loop: they are the guard of the number of iterations.
+    """
     tests: dict[Any, list[Node]] = {}
     for body in run.bodies:
         inside = set(body)
@@ -79,6 +104,9 @@ def remove_loop_tests(program: StepProgram, run: LoopRun) -> None:
     for nodes in tests.values():
         numbers = {tuple(v for v in n.args[0].args if isinstance(v, int)) for n in nodes}  # type: ignore[union-attr]
         if len(numbers) == len(nodes):
+            before_end = [n for n in nodes if n.args[1] is not nodes[-1].args[1]][-1:]
+            for node in () if any_length else (*before_end, nodes[-1]):
+                _copy_in_front(program, run.bodies[0][0], node)
             for node in nodes:
                 _erase_unused(program, node, removed)
     for body in run.bodies:
