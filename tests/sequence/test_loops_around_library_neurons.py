@@ -137,3 +137,11 @@ def test_recurrent_containers_that_forward_resets(resets: str) -> None:
     for _ in range(2):
         torch.testing.assert_close(again(x), expected)
     assert net.program.whole_sequences is None
+
+
+def test_a_call_of_the_model_itself_leaves_the_net_valid() -> None:
+    model, x = Recurrent("in front").double(), torch.rand(6, 3, 6, dtype=torch.float64)
+    net = snnfx.convert(model, takes="sequence", example_inputs=(x,))
+    expected = net(x)
+    torch.testing.assert_close(model(x), expected)
+    torch.testing.assert_close(net(x), expected)
