@@ -315,11 +315,14 @@ CODES: dict[str, CodeEntry] = {
     # 3xx: inputs of a call
     "SNNFX230": CodeEntry(
         "the iterations of a loop over time differ",
-        'With takes="sequence", snnfx re-rolls each loop over time into one step. All iterations must run the same '
-        "operations on the same modules and parameters, and read the values of the previous iteration only; the first "
-        "iteration may start differently. The number of iterations may not depend on values, and a loop may not break.",
+        'With takes="sequence", snnfx re-rolls each loop over time into one step. All iterations must compute their '
+        "states by the same operations, and read the values of the previous iteration only; the first and the last "
+        "iteration may differ. Modules and operations of single iterations, such as a norm of each step, run outside the "
+        "loop if no later iteration depends on them through a state. The number of iterations may not depend on values, "
+        "and a loop may not break.",
+        "y = x_seq[0]\n"
         "for t in range(len(x_seq)):\n"
-        "    y = self.f(x_seq[t]) if t % 2 else self.g(x_seq[t])\n"
+        "    y = torch.relu(self.f(y) + x_seq[t]) if t % 2 else self.g(y) * x_seq[t]\n"
         "    outputs.append(self.lif(y))",
         "for t in range(len(x_seq)):\n    outputs.append(self.lif(self.f(x_seq[t])))",
     ),

@@ -44,7 +44,7 @@ from snnfx.runtime.net import Net
 from snnfx.runtime.whole_sequences import refuse_without_step
 from snnfx.sandbox.torch_internals import pytree
 from snnfx.sandbox.user_code import step_signature
-from snnfx.sequence.call_capture import CapturedCall, capture_calls
+from snnfx.sequence.call_capture import CapturedCall, capture_calls, roll_fixed_loops
 from snnfx.sequence.derived_step import DerivedStep, derive_step
 from snnfx.sequence.pointwise_time import MixesTime
 from snnfx.state.carry import paths_of
@@ -273,6 +273,7 @@ def convert_sequence_model(model: nn.Module, options: ConvertOptions, example_in
     except MixesTime as mixing:
         reason = mixing
     _refuse_options_of_steps(options, reason)
+    roll_fixed_loops(calls, history)
     for call in calls:
         call.program.whole_sequences = (reason.why, reason.location)
     training = _with_loop_nets(model, calls[0], options, history)

@@ -34,7 +34,7 @@ from snnfx.sandbox.user_code import location_of_forward
 from snnfx.state.carry import SlotName, with_output_at
 from snnfx.state.composite_adapter import composite_adapter, is_stateful_tree
 from snnfx.state.leaf_modules import is_leaf
-from snnfx.state.registry import adapter_of, storage_of
+from snnfx.state.registry import adapter_of, current_storage_of, storage_of
 from snnfx.state.stateful import Adapter
 
 __all__ = ["CaptureSession", "erase_unused_placeholders"]
@@ -132,7 +132,7 @@ class CaptureSession:
             traced,
             self.opaque,
             [(original_of(module), name) for module, name in self.user_reads],
-            {(original_of(module), name) for module, name in self._state(discovered)},
+            {(original_of(m), name) for m, name in self._state(discovered) | current_storage_of(self.model)},
             self.consumed_tensors.values(),
             [original_of(container) for container in self.variables.growing.values()],
             {original_of(m): m.__dict__["training"] for m in self.model.modules() if "training" in m.__dict__},

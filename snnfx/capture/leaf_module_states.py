@@ -92,7 +92,7 @@ class LeafModuleStates:
         """Update the slots of a leaf module from its attributes before a call."""
         self.read_attributes(name, module, adapter)
         for slot in self._slots_at_reset_value.intersection(_slot_names(name, module, adapter)):
-            self.recorder.slot_values[slot] = self._initial_nodes[slot]
+            self.recorder.slot_values[slot] = self._initial_node(slot)
         self.mark_called(name, module, adapter)
 
     def mark_called(self, name: str, module: nn.Module, adapter: Adapter) -> None:
@@ -120,9 +120,25 @@ class LeafModuleStates:
                 self.accessed_before_call.add(name)
             # An opaque module accepts a number as well.
             may_stay_number = is_number(value) and isinstance(adapter, CompositeAdapter) and not is_called
+            if value is None and self._resets_to_none(slot, name, module, adapter):
+                self._slots_at_reset_value.add(slot)
+                self._attribute_values[slot] = None
+                self.recorder.slot_values[slot] = self._initial_node(slot) or self.recorder.slot_values[slot]
+                continue
             self.recorder.slot_values[slot] = value if may_stay_number else self._as_tensor(slot, value)
             self._attribute_values[slot] = value
             self._slots_at_reset_value.discard(slot)
+
+    def _resets_to_none(self, slot: str, name: str, module: nn.Module, adapter: Adapter) -> bool:
+        """Whether a container starts a state as None, as `functional.reset_net(self)` in a forward sets it."""
+        if not isinstance(adapter, CompositeAdapter):
+            return False
+        with self._internal_access():
+            initial = adapter.initial(module)
+        return initial[_slot_names(name, module, adapter).index(slot)] is None
+
+    def _initial_node(self, slot: str) -> Any:
+        return self._initial_nodes.get(slot, self.recorder.slot_initials.get(slot))
 
     def _as_tensor(self, slot: str, value: Any) -> Any:
         if isinstance(value, StepProxy | Tensor):

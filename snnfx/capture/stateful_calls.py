@@ -127,6 +127,7 @@ class StatefulCalls:
         initial, result = self._evaluate_slots(adapter, m, slots, args, kwargs)
         if like is not None and result is UNKNOWN:
             result = like.meta.get("val", UNKNOWN)
+        self.leaf_states.read_attributes(name, m, adapter)
         for index, slot in enumerate(slots):
             if self.leaf_states.needs_initial(slot):
                 with self.values.already_evaluated(initial[index] if initial is not None else UNKNOWN):

@@ -126,7 +126,9 @@ def _report_on(net: Net, T: int | None, example_inputs: Any) -> Report:
         training=net.training,
         options=_options_as_data(net.options),
         too_little=_too_little(net),
-        coverage=_coverage(program, counts, not_folded) if not loops else _coverage_of_call(program, loops),
+        coverage=_coverage_of_call(program, loops)
+        if loops or program.whole_sequences is not None
+        else _coverage(program, counts, not_folded),
         counts=counts,
         inputs=tuple(_inputs(net)),
         regions=tuple(_region_row(program, region) for region in _shown_regions(program)),

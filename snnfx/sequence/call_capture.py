@@ -10,7 +10,6 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.fx import Node
 
 from snnfx.capture.capture import capture_both_modes, trace_of_call
 from snnfx.capture.iteration_tracking import IterationLimit, TooManyIterations
@@ -20,23 +19,21 @@ from snnfx.ir.history import History, PassRecord
 from snnfx.ir.pass_manager import PassManager, print_record, run_rewrite
 from snnfx.ir.program import StepProgram
 from snnfx.ir.program_snapshot import ProgramSnapshot
-from snnfx.ops.run_loop import LoopHandle
-from snnfx.ops.step_functions import expect_size
 from snnfx.passes import Normalize, RemoveDeadCode
 from snnfx.sandbox.torch_internals import pytree
-from snnfx.sequence.alignment import align
 from snnfx.sequence.counter_reads import may_branch_on_count
-from snnfx.sequence.delayed_values import hold_delayed_values
 from snnfx.sequence.element_lists import join_elements
 from snnfx.sequence.lengths import Lengths, make_length_variable, require_same_step
-from snnfx.sequence.loop_kinds import must_be_one_step, runs_over_time
+from snnfx.sequence.loop_kinds import runs_neurons
 from snnfx.sequence.loop_runs import LoopRun, find_loop_runs, move_attributes_first, scaling_runs, share_equal_constants
 from snnfx.sequence.pointwise_time import TimeDimension
-from snnfx.sequence.reroll import RolledLoop, reroll
+from snnfx.sequence.reroll import RolledLoop
 from snnfx.sequence.roles import DependsOnLength, Differs
+from snnfx.sequence.rolling import note_of_loops, parts_of_loop, refusal_of_loop, roll_all_loops, roll_loop
+from snnfx.sequence.size_checks import move_size_checks_first
 from snnfx.sequence.written_elements import forward_written_elements
 
-__all__ = ["CapturedCall", "capture_calls"]
+__all__ = ["CapturedCall", "capture_calls", "roll_fixed_loops"]
 
 SHORT, LONGER = 4, (5, 6, 8)
 """The lengths at which a call is captured: short, but long enough that three iterations follow the first.
@@ -93,7 +90,7 @@ def capture_calls(
             if short[1] is not short[0]:
                 of_evaluation = _of_any_length(short[1], long[1], dimension, length, History(), names)
         except DependsOnLength as dependence:
-            why_fixed = f"{dependence.why} ({dependence.location})"
+            why_fixed = f"{dependence.why} ({dependence.location})" if dependence.location else dependence.why
         else:
             history += records
             return of_training, of_evaluation
@@ -266,16 +263,26 @@ def _of_any_length(
         pairs = scaling_runs(find_loop_runs(short.graph), find_loop_runs(long.graph))
         if pairs is None:
             raise CaptureError("SNNFX230", "the loops that run depend on the number of time steps")
-        for (run_short, run_long), target in zip(pairs, names):  # noqa: B905 (endless names)
-            a, b = (_reroll(p, r, target, any_length=True) for p, r in ((short, run_short), (long, run_long)))
-            try:
-                require_same_step(a.program, b.program)
-            except DependsOnLength:
-                raise
-            except Differs as difference:
-                raise _refusal(run_short, difference) from difference
-            loops.append(a)
-        return _note_of(loops)
+        for run_short, run_long in pairs:
+            parts_short, parts_long = (
+                parts_of_loop(short, run_short, any_length=True),
+                parts_of_loop(long, run_long, any_length=True),
+            )
+            if len(parts_short) != len(parts_long):
+                raise refusal_of_loop(
+                    run_short, Differs("its number of time steps decides which operations it runs", None)
+                )
+            for part_short, part_long, target in zip(parts_short, parts_long, names, strict=False):
+                parts = ((short, part_short), (long, part_long))
+                a, b = (roll_loop(program, part, target, any_length=True) for program, part in parts)
+                try:
+                    require_same_step(a.program, b.program)
+                except DependsOnLength:
+                    raise
+                except Differs as difference:
+                    raise refusal_of_loop(run_short, difference) from difference
+                loops.append(a)
+        return note_of_loops(loops)
 
     def free_length() -> str:
         try:
@@ -299,46 +306,33 @@ def _of_any_length(
     return CapturedCall(short, loops, time=replace(dimension, size=SHORT))
 
 
-_NO_LENGTH = "no loop takes it from a size of the inputs"
+_NO_LENGTH = "no loop takes it from a size of the inputs, as `for t in range(x.shape[0])` does"
 
 
 def _with_loops(program: StepProgram, why_fixed: str, history: History, names: Iterator[str]) -> CapturedCall:
     """Re-roll the loops of one call, whose number of iterations is fixed."""
     loops: list[RolledLoop] = []
+    unrolled: list[str] = []
 
     def reroll_loops() -> str:
-        refusals: list[CaptureError] = []
-
-        def visit(runs: list[LoopRun]) -> None:
-            for run in runs_over_time(runs):
-                must_agree = must_be_one_step(run)
-                try:
-                    loops.append(_reroll(program, run, next(names)))
-                except CaptureError as error:
-                    if must_agree:
-                        refusals.append(error)
-                    visit([r for inner in run.inner for r in inner])
-
-        visit(find_loop_runs(program.graph))
-        if not loops and refusals:
-            raise refusals[0]
-        return _note_of(loops)
+        rolled = roll_all_loops(program, names)
+        loops.extend(rolled.loops)
+        unrolled.extend(rolled.unrolled)
+        if not rolled.loops and rolled.refusals:
+            raise rolled.refusals[0]
+        return note_of_loops(loops)
 
     _prepare(program, history)
     run_rewrite("reroll_loops", program, reroll_loops, history)
     _finish(program, history)
-    return CapturedCall(program, loops, f"the number of time steps is fixed: {why_fixed}")
-
-
-def _note_of(loops: list[RolledLoop]) -> str:
-    found = [f"the loop at {loop.location} is a step of {len(loop.program.graph.nodes)} nodes" for loop in loops]
-    return "; ".join(found) or "no loop over time"
+    return CapturedCall(program, loops, "; ".join([f"the number of time steps is fixed: {why_fixed}", *unrolled]))
 
 
 def _prepare(program: StepProgram, history: History) -> None:
     """Make the operations functional, and move reads of attributes in front of all loops."""
     PassManager([Normalize()]).run(program, history)
     run_rewrite("move_attributes_first", program, lambda: move_attributes_first(program), history)
+    run_rewrite("move_size_checks_first", program, lambda: move_size_checks_first(program), history)
     run_rewrite("forward_written_elements", program, lambda: forward_written_elements(program), history)
     run_rewrite("share_equal_constants", program, lambda: share_equal_constants(program), history)
 
@@ -349,59 +343,30 @@ def _finish(program: StepProgram, history: History) -> None:
     PassManager([RemoveDeadCode()]).run(program, history)
 
 
-def _reroll(program: StepProgram, run: LoopRun, target: str, any_length: bool = False) -> RolledLoop:
-    """Re-roll one loop; its first iteration stays outside if it differs.
+def roll_fixed_loops(calls: tuple[CapturedCall, CapturedCall], history: History) -> None:
+    """Re-roll the loops of fixed length in calls of any length, which have no step form.
 
-    Raises:
-        CaptureError: SNNFX230, the iterations differ.
-        DependsOnLength: with `any_length`, a number of each iteration has no expression for other lengths.
+    Args:
+        calls: the calls in training and evaluation, which are changed; those of fixed length stay.
+        history: gets the records of the call in training.
     """
-    _remove_loop_tests(program, run)
-    bodies, difference = run.bodies, None
-    for first in (0, 1):
-        hold_delayed_values(program, bodies[first:])
-        try:
-            alignment = align(program, bodies[first:])
-            rolled = reroll(program, run, alignment, target, any_length)
-        except Differs as error:
-            difference = difference or error
-            continue
-        program.constants[target] = LoopHandle(nn.Module(), run.location)
-        return rolled
-    assert difference is not None
-    if isinstance(difference, DependsOnLength):
-        raise difference
-    raise _refusal(run, difference) from difference
+    targets = {loop.target for call in calls for loop in call.loops}
+    names = (name for i in itertools.count() if (name := f"snnfx_loop_{i}") not in targets)
+    for call in dict.fromkeys(map(id, calls)):
+        _roll_fixed_loops(
+            next(c for c in calls if id(c) == call), names, history if call == id(calls[0]) else History()
+        )
 
 
-def _remove_loop_tests(program: StepProgram, run: LoopRun) -> None:
-    """Remove the checks of sizes that decide about the next iteration: `while t < x.shape[0]`."""
-    tests: dict[Any, list[Node]] = {}
-    for body in run.bodies:
-        for node in body:
-            operand = node.args[0] if node.target is expect_size else None
-            if isinstance(operand, Node) and isinstance(node.args[1], bool) and operand in body:
-                tests.setdefault((operand.target, tuple(operand.all_input_nodes), node.args[2]), []).append(node)
-    for nodes in tests.values():
-        numbers = {tuple(v for v in n.args[0].args if isinstance(v, int)) for n in nodes}  # type: ignore[union-attr]
-        if len(numbers) < len(nodes):
-            continue
-        for node in nodes:
-            operand = node.args[0]
-            program.graph.erase_node(node)
-            removed = [node]
-            if isinstance(operand, Node) and not operand.users:
-                program.graph.erase_node(operand)
-                removed.append(operand)
-            for body in run.bodies:
-                body[:] = [n for n in body if n not in removed]
+def _roll_fixed_loops(call: CapturedCall, names: Iterator[str], history: History) -> None:
+    if call.time is None:
+        return
+    loops: list[RolledLoop] = []
 
+    def reroll_loops() -> str:
+        loops.extend(roll_all_loops(call.program, names, runs_neurons).loops)
+        return note_of_loops(loops)
 
-def _refusal(run: LoopRun, difference: Differs) -> CaptureError:
-    return CaptureError(
-        "SNNFX230",
-        f"the iterations of the loop at {run.location} differ",
-        where=difference.location or run.location,
-        why=f"{difference.why}; snnfx re-rolls a loop over time into one step.",
-        hint='Run the same operations in each iteration, or convert a method that computes one step: entry="step".',
-    )
+    run_rewrite("reroll_fixed_loops", call.program, reroll_loops, history)
+    _finish(call.program, history)
+    call.loops += loops

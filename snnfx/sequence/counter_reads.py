@@ -14,15 +14,16 @@ import linecache
 from collections.abc import Iterable, Iterator, Sequence
 
 from snnfx.capture.iteration_tracking import LoopSource
+from snnfx.sequence.loop_lengths import LoopLengths
 
 __all__ = ["may_branch_on_count"]
 
 
 def may_branch_on_count(source: LoopSource) -> bool:
-    """Whether later iterations of a loop may run other code than the first ones; True if its code is unknown."""
+    """Whether other iterations of a loop than the first ones and the last may run other code; True if unknown."""
     tree = _parsed(source.filename)
     loop = _loop_at(tree, source) if tree is not None else None
-    if loop is None:
+    if tree is None or loop is None:
         return True
     kinds = source.values.kinds
     if isinstance(loop, ast.ListComp | ast.SetComp | ast.GeneratorExp | ast.DictComp):
@@ -35,7 +36,7 @@ def may_branch_on_count(source: LoopSource) -> bool:
         targets = [(loop.target, loop.iter)] if isinstance(loop, ast.For) else []
     return (
         any(_reads_other_values(target, iterated, bodies, kinds) for target, iterated in targets)
-        or _Uses(bodies, kinds, targets, tests).depend_on_count()
+        or _Uses(bodies, kinds, targets, tests, lengths=LoopLengths(tree, loop, bodies, targets)).depend_on_count()
         or any(_function_depends_on_count(*function) for function in source.values.called)
     )
 
@@ -97,6 +98,7 @@ class _Uses:
         targets: the loop variables and what they iterate over.
         tests: the conditions of a comprehension, among the code.
         of_attributes: whether only attributes outlive a run of the code.
+        lengths: the expressions of the number of iterations; None for a function that the iterations call.
     """
 
     def __init__(
@@ -106,8 +108,9 @@ class _Uses:
         targets: Iterable[tuple[ast.AST, ast.AST]],
         tests: Sequence[ast.AST],
         of_attributes: bool = False,
+        lengths: LoopLengths | None = None,
     ) -> None:
-        self.bodies, self.kinds, self.of_attributes = bodies, kinds, of_attributes
+        self.bodies, self.kinds, self.of_attributes, self.lengths = bodies, kinds, of_attributes, lengths
         self.parents = {child: node for node in _nodes(bodies) for child in ast.iter_child_nodes(node)}
         self.tests = set(tests)
         self.loop_variables = {name for target, iterated in targets for name in _counted_names(target, iterated)}
@@ -144,10 +147,10 @@ class _Uses:
                         pairs = list(zip(target.elts, node.value.elts, strict=False))
                     copies |= {self._key(a): self._key(b) for a, b in pairs if self._key(a) and self._key(b)}
         for start in copies:
-            length, key = 0, start
-            while key in copies and length < 3:
-                length, key = length + 1, copies[key]
-            if length == 3:
+            chain, key = [start], copies[start]
+            while key not in chain and key in copies:
+                chain, key = [*chain, key], copies[key]
+            if len(chain) >= 3:
                 return True
         return False
 
@@ -244,10 +247,12 @@ class _Uses:
                 return False
 
     def _is_visible_test(self, node: ast.AST) -> bool:
-        """Whether a counter is compared with 0, 1 or 2, which the first iterations pass."""
+        """Whether a counter is compared with the number of one of the first iterations, or of the last."""
         parent = self.parents.get(node)
         if not isinstance(node, ast.Name) or node.id not in self.loop_variables:
             return False
+        if self.lengths is not None and self.lengths.is_test_of_end(node, self.parents):
+            return True
         if isinstance(parent, ast.Compare) and len(parent.comparators) == 1:
             other = parent.comparators[0] if parent.left is node else parent.left
             return isinstance(other, ast.Constant) and other.value in (0, 1, 2)

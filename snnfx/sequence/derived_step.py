@@ -26,6 +26,7 @@ from snnfx.ops.run_loop import run_loop
 from snnfx.ops.step_functions import reduced_over_time
 from snnfx.sandbox.torch_internals import BatchNormBase
 from snnfx.sequence.call_capture import CapturedCall
+from snnfx.sequence.final_values import reduce_final_values
 from snnfx.sequence.pointwise_time import MixesTime, PointwiseTime, prove_pointwise
 from snnfx.sequence.reroll import RolledLoop
 
@@ -81,9 +82,11 @@ def derive_step(call: CapturedCall) -> DerivedStep:
     Raises:
         MixesTime: the call has none.
     """
+    if call.time is None:
+        raise MixesTime(call.fixed_length, next((n for n in call.program.graph.nodes if n.target is run_loop), None))
+    call = reduce_final_values(call)
     program, time = call.program, call.time
-    if time is None:
-        raise MixesTime(call.fixed_length)
+    assert time is not None
     if not call.loops:
         raise MixesTime("the call has no loop over time")
     if program.persistent_slots:

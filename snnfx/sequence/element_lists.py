@@ -33,8 +33,14 @@ def join_elements(program: StepProgram) -> str:
         elif node.target in _SUMS:
             _sum(program.graph, node)
     for node in reversed(list(program.graph.nodes)):
-        if ELEMENT.is_known(node) and not node.users:
+        if not ELEMENT.is_known(node):
+            continue
+        if not node.users:
             program.graph.erase_node(node)
+            continue
+        sequence = VALUE.of(node.args[0])
+        if isinstance(sequence, Tensor) and ELEMENT.of(node) == sequence.shape[0] - 1:
+            node.args = (node.args[0], -1)  # the last element for any number of time steps
     return f"replaced {before - _nodes_that_take_elements(program.graph)} reads of single elements"
 
 

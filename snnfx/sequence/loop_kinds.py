@@ -10,28 +10,36 @@ from collections.abc import Iterator
 
 from torch.fx import Node
 
+from snnfx.ir.nodes import is_module_call
+from snnfx.ir.printing import operation_name
+from snnfx.ir.program import StepProgram
+from snnfx.ops.step_functions import apply_autograd_function
 from snnfx.sequence.element_reads import common_read
+from snnfx.sequence.fission import calls_modules_beside_states
 from snnfx.sequence.loop_runs import LoopRun
 
-__all__ = ["is_over_layers", "must_be_one_step", "runs_over_time"]
+__all__ = ["is_over_layers", "must_be_one_step", "runs_neurons", "runs_over_time"]
 
 _FEWEST = 3
 """Iterations that prove a step: one may start differently, and two are compared."""
 
 
-def runs_over_time(runs: list[LoopRun]) -> Iterator[LoopRun]:
+def runs_over_time(program: StepProgram, runs: list[LoopRun]) -> Iterator[LoopRun]:
     """The loops to re-roll: the outermost ones, or inner ones if an outer one cannot be a loop over time."""
     for run in runs:
-        if run.count >= _FEWEST and _may_be_over_time(run):
+        if run.count >= _FEWEST and _may_be_over_time(program, run):
             yield run
         else:
             for inner in run.inner:
-                yield from runs_over_time(inner)
+                yield from runs_over_time(program, inner)
 
 
-def _may_be_over_time(run: LoopRun) -> bool:
+def _may_be_over_time(program: StepProgram, run: LoopRun) -> bool:
     if _carries(run):
-        return not is_over_layers(run)
+        if not is_over_layers(run):
+            return True
+        inner = (r for runs in run.inner for r in runs)
+        return not any(map(_carries_below, inner)) and calls_modules_beside_states(program, run)
     # Heads, or a layer that runs step by step: neurons inside them come first.
     return _reads_elements(run) and not any(_carries_below(r) for inner in run.inner for r in inner)
 
@@ -45,6 +53,17 @@ def is_over_layers(run: LoopRun) -> bool:
 def must_be_one_step(run: LoopRun) -> bool:
     """Whether a loop must run the same step in each iteration; others stay in the graph of the call."""
     return _carries(run) and (_reads_elements(run) or not (is_over_layers(run) or _reads_own_attributes(run)))
+
+
+def runs_neurons(run: LoopRun) -> bool:
+    """Whether a loop compares values or calls neurons; other loops have no kernel to gain."""
+    nodes = run.bodies[-1]
+    return any(
+        is_module_call(n) or n.target is apply_autograd_function or operation_name(n) in _COMPARISONS for n in nodes
+    )
+
+
+_COMPARISONS = frozenset("gt ge lt le heaviside".split())
 
 
 def _carries_below(run: LoopRun) -> bool:

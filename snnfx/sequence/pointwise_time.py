@@ -26,7 +26,7 @@ from snnfx.ops.run_loop import run_loop
 from snnfx.sequence.reason_at_node import ReasonAtNode
 from snnfx.state.step_calls import call_opaque, call_stateful, initial_value, opaque_initial_value
 
-__all__ = ["MixesTime", "PointwiseTime", "TimeDimension", "prove_pointwise"]
+__all__ = ["MixesTime", "PointwiseTime", "TimeDimension", "length_nodes", "prove_pointwise"]
 
 TIME = "T"
 
@@ -143,6 +143,16 @@ def _analysis(program: StepProgram, time: TimeDimension) -> BatchAnalysis:
     )
 
 
+def length_nodes(program: StepProgram, time: TimeDimension) -> set[Node]:
+    """The sizes in a call that are the number of time steps.
+
+    Raises:
+        MixesTime: an input has no time dimension.
+    """
+    facts = _analysis(program, time).facts
+    return {n for n, fact in facts.items() if isinstance(fact, SizeFact) and fact.symbol == TIME}
+
+
 def _varying(program: StepProgram, inputs: Iterable[Node]) -> set[Node]:
     found = set(inputs)
     for node in program.graph.nodes:
@@ -222,7 +232,7 @@ def _check_behind(
     """An operation behind a reduction reads reduced values, and values and sizes that do not depend on time."""
     if node.target is run_loop or node.target in _OF_STATE:
         raise MixesTime(f"{describe_node(node)} reads a value that is reduced over time", node)
-    if kinds == {"sum"} and not is_size(node):
+    if kinds == {"sum"} and not is_size(node) and not _scales(node):
         raise MixesTime(f"{describe_node(node)} reads a sum over time", node)
     if updates_buffers(program, node) or is_random(program, node):
         raise MixesTime(f"{describe_node(node)} runs once for all time steps", node)
@@ -233,6 +243,14 @@ def _check_behind(
             varies = isinstance(fact, Fact) and (fact.batched or fact.varying)
             if varies or (isinstance(fact, SizeFact) and fact.symbol is not None):
                 raise MixesTime(f"{describe_node(node)} combines a value of each time step with a reduced one", node)
+
+
+def _scales(node: Node) -> bool:
+    """Whether a node multiplies a tensor by a number, so that the sum of the results is the result of the sum."""
+    name, numbers = operation_name(node), [a for a in node.args if isinstance(a, int | float)]
+    if name not in ("mul", "truediv", "div") or len(node.args) != 2 or node.kwargs or len(numbers) != 1:
+        return name == "neg" and not node.kwargs
+    return name == "mul" or node.args[1] is numbers[0]
 
 
 def _in_time(refusal: Refusal) -> str:

@@ -95,7 +95,8 @@ class _Reroll:
             if isinstance(alignment.value(i, p), Node)
         }
         self.graph = fx.Graph()
-        self.inputs = StepInputs(program, self.graph, any_length)
+        self.anchor = alignment.bodies[0][0]
+        self.inputs = StepInputs(program, self.graph, self.anchor, any_length)
         self.nodes: list[Node] = []
         """The nodes of the step, by position."""
         self.slots: dict[int, Node] = {}
@@ -103,7 +104,6 @@ class _Reroll:
         self.slot_names: dict[int, str] = {}
         self.state_of: dict[int, Node] = {}
         """The slot of the whole call that a carried position threads."""
-        self.anchor = alignment.bodies[0][0]
         self.first_nodes: dict[Node, Node] = {}
         self.writes = self._writes_of_elements()
         self._numbers_are_accepted: bool | None = None

@@ -18,7 +18,7 @@ from snnfx.ir.printing import describe_node, operation_name
 from snnfx.ir.program import StepProgram
 from snnfx.ops.run_loop import run_loop
 from snnfx.sequence.element_reads import arithmetic_progression, common_read, read_sequence, record_call
-from snnfx.sequence.roles import DependsOnLength, Differs
+from snnfx.sequence.roles import DependsOnLength, Differs, has_type_of
 
 __all__ = ["StepInputs"]
 
@@ -33,6 +33,7 @@ class StepInputs:
     Args:
         program: the program of the whole call; its graph inserts in front of the loop.
         graph: the graph of the step.
+        anchor: the first node of the loop.
         any_length: whether the number of iterations follows from the inputs.
 
     Attributes:
@@ -41,8 +42,8 @@ class StepInputs:
         varying: for each input, whether it is a sequence.
     """
 
-    def __init__(self, program: StepProgram, graph: fx.Graph, any_length: bool) -> None:
-        self.program, self.graph, self.any_length = program, graph, any_length
+    def __init__(self, program: StepProgram, graph: fx.Graph, anchor: Node, any_length: bool) -> None:
+        self.program, self.graph, self.anchor, self.any_length = program, graph, anchor, any_length
         self.placeholders: list[Node] = []
         self.values: list[Node] = []
         self.varying: list[bool] = []
@@ -68,7 +69,9 @@ class StepInputs:
                 dim = -1
         elif any(n in statistics_of_function(reader) for n in nodes):
             raise Differs(f"`{describe_node(reader)}` updates other buffers in each iteration", reader)
-        elif all(n.op == "get_attr" and isinstance(self.program.resolve(str(n.target)), Tensor) for n in nodes):
+        elif all(n.op == "get_attr" and isinstance(self.program.resolve(str(n.target)), Tensor) for n in nodes) or (
+            self._are_alike(nodes) and self._stand_in_front(nodes)
+        ):
             value = record_call(outer, torch.stack, (nodes,))
             source, dim = value, 0
         else:
@@ -79,6 +82,21 @@ class StepInputs:
         if dim >= 0:
             self._sources.setdefault(source, []).append((placeholder, dim))
         return placeholder
+
+    @staticmethod
+    def _are_alike(nodes: list[Node]) -> bool:
+        """Whether values are tensors of one shape and dtype."""
+        first = VALUE.of(nodes[0])
+        return isinstance(first, Tensor) and all(has_type_of(n, nodes[0]) for n in nodes)
+
+    def _stand_in_front(self, nodes: list[Node]) -> bool:
+        """Whether the call computes values in front of the loop: those of modules of each step, between two loops."""
+        remaining = set(nodes)
+        for node in self.program.graph.nodes:
+            if node is self.anchor:
+                break
+            remaining.discard(node)
+        return not remaining
 
     def _add_input(self, name: str, value: Node, varying: bool, example: Any) -> Node:
         placeholder = add_placeholder(self.graph, name)

@@ -38,6 +38,9 @@ def forward_written_elements(program: StepProgram) -> str:
             node.replace_all_uses_with(value)
             program.graph.erase_node(node)
             forwarded += 1
+    for node in reversed(list(program.graph.nodes)):
+        if node.target is set_part and not node.users:
+            program.graph.erase_node(node)  # only reads of elements needed it
     return f"forwarded {forwarded} elements"
 
 

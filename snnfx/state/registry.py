@@ -12,6 +12,7 @@ from snnfx.state.stateful import Adapter
 
 __all__ = [
     "adapter_of",
+    "current_storage_of",
     "detach_net",
     "named_stateful",
     "register_adapter",
@@ -84,6 +85,14 @@ def storage_of(model: nn.Module) -> set[tuple[nn.Module, str]]:
     An adapter names them in `storage` if they are other attributes than the states themselves.
     """
     return {(m, name) for m in model.modules() for name in getattr(adapter_of(m), "storage", ())}
+
+
+def current_storage_of(model: nn.Module) -> set[tuple[nn.Module, str]]:
+    """The attributes in which registered classes store current states: the first of each `storage`.
+
+    The others hold reset values.
+    """
+    return {(m, name) for m in model.modules() for name in getattr(adapter_of(m), "storage", ())[:1]}
 
 
 def registered_attributes(model: nn.Module) -> set[tuple[nn.Module, str]]:

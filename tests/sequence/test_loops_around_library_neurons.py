@@ -14,6 +14,8 @@ from support.looped_models import assert_converts_sequence
 snntorch = pytest.importorskip("snntorch")
 norse = pytest.importorskip("norse.torch")
 spikingjelly = pytest.importorskip("spikingjelly.activation_based.neuron")
+layer = pytest.importorskip("spikingjelly.activation_based.layer")
+functional = pytest.importorskip("spikingjelly.activation_based.functional")
 
 
 class SnnTorch(nn.Module):
@@ -104,3 +106,42 @@ def test_sequence_modules_of_norse(lifted: bool) -> None:
     net = assert_converts_sequence(NorseSequences(lifted), (x,), [(longer,)])
     loops = [region for part in net.loops or [net] for region in part.regions if region.kind == "loop"]
     assert loops
+
+
+class Recurrent(nn.Module):
+    """Resets its recurrent containers itself, in front of the loop, behind it, or not at all."""
+
+    def __init__(self, resets: str) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.resets, self.fc = resets, nn.Linear(6, 4)
+        self.linear = layer.LinearRecurrentContainer(spikingjelly.LIFNode(tau=2.0, detach_reset=True), 4, 4)
+        self.sums = layer.ElementWiseRecurrentContainer(spikingjelly.IFNode(), torch.add)
+
+    def forward(self, x: Tensor) -> Tensor:
+        if self.resets == "in front":
+            functional.reset_net(self)
+        out = [self.sums(self.linear(3 * self.fc(x_t))) for x_t in x]
+        if self.resets == "behind":
+            functional.reset_net(self)
+        return torch.stack(out)
+
+
+@pytest.mark.parametrize("resets", ["in front", "behind", "not"])
+def test_recurrent_containers_that_forward_resets(resets: str) -> None:
+    x, other = (2 * torch.rand(T, N, 6, dtype=torch.float64) for T, N in ((6, 3), (9, 2)))
+    net = assert_converts_sequence(Recurrent(resets), (x,), [(other,)])
+    model = Recurrent(resets).double()
+    expected = copy.deepcopy(model)(x)
+    again = snnfx.convert(model, takes="sequence", example_inputs=(x,))
+    for _ in range(2):
+        torch.testing.assert_close(again(x), expected)
+    assert net.program.whole_sequences is None
+
+
+def test_a_call_of_the_model_itself_leaves_the_net_valid() -> None:
+    model, x = Recurrent("in front").double(), torch.rand(6, 3, 6, dtype=torch.float64)
+    net = snnfx.convert(model, takes="sequence", example_inputs=(x,))
+    expected = net(x)
+    torch.testing.assert_close(model(x), expected)
+    torch.testing.assert_close(net(x), expected)

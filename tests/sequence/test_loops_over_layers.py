@@ -7,7 +7,6 @@ import torch
 from torch import Tensor, nn
 
 import snnfx
-from snnfx.errors import CaptureError
 from support.looped_models import Cell, assert_converts_sequence
 
 
@@ -184,8 +183,7 @@ class NormOfEachStep(Layers):
         return torch.stack(out)
 
 
-@pytest.mark.parametrize("norm", [FunctionalNorm, Plain], ids=lambda c: c.__name__)
-def test_a_norm_of_each_step_is_refused_instead_of_losing_its_statistics(norm: type[nn.Module]) -> None:
-    with pytest.raises(CaptureError, match="SNNFX230") as caught:
-        snnfx.convert(NormOfEachStep(norm).double(), takes="sequence", example_inputs=(sequence(4, 7, 8),))
-    assert "test_loops_over_layers.py" in caught.value.where
+@pytest.mark.parametrize("norm", [*NORMS, Plain, nn.BatchNorm1d], ids=lambda c: c.__name__)
+def test_a_norm_of_each_step_keeps_its_statistics(norm: type[nn.Module]) -> None:
+    net = assert_converts_sequence(NormOfEachStep(norm), (sequence(4, 7, 8),))
+    assert any(loop.program.slots for loop in net.loops)

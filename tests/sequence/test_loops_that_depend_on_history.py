@@ -176,18 +176,28 @@ class Looped(nn.Module):
                 v = torch.zeros_like(v)
         return torch.stack(out)
 
+    def counting_while(self, x: Tensor) -> Tensor:
+        v, out, t = torch.zeros(x.shape[1], 4, dtype=x.dtype), [], 0
+        while t < x.shape[0]:
+            s, v = self.fire(v, self.fc(x[t]) * (4.0 if t > 20 else 1.0))
+            out.append(s)
+            t += 1
+        return torch.stack(out)
+
 
 FIXED = (
-    "first_of_deque popped far_back rebuilt_list chain shifted_index schedule table shorter_list rounded_index"
+    "first_of_deque popped far_back rebuilt_list chain shifted_index schedule table shorter_list rounded_index "
+    "maximum_index counting_while"
 ).split()
-REFUSED = "maximum_index counting_neuron length_of_list attribute iterator".split()
+REFUSED = "counting_neuron length_of_list attribute iterator".split()
 
 
 @pytest.mark.parametrize("kind", FIXED)
 def test_converts_for_the_length_of_the_example(kind: str) -> None:
     net = assert_converts_sequence(Looped(kind), (sequence(8, 3, 6),))
-    with pytest.raises(InputError, match="SNNFX312"):
-        net(sequence(12, 3, 6))
+    for steps in (7, 12):
+        with pytest.raises(InputError, match="SNNFX312"):
+            net(sequence(steps, 3, 6))
 
 
 @pytest.mark.parametrize("kind", REFUSED)
