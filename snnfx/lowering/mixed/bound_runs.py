@@ -8,6 +8,8 @@ calls never share one.
 
 from __future__ import annotations
 
+import threading
+import weakref
 from collections.abc import Sequence
 from typing import Any
 
@@ -21,11 +23,14 @@ from snnfx.sandbox.torch_internals import dispatch_mode_count
 
 __all__ = ["run_schedule"]
 
-_MOST_BYTES = 1 << 19
+_MOST_BYTES = 1 << 21
 """Bytes of the given tensors up to which copying them takes less time than building a run."""
 
 _KEPT = 4
 """Runs that a schedule keeps, for different shapes."""
+
+_KEPT_BYTES = 1 << 26
+"""Memory of all kept runs of the process; beyond it, no run is kept."""
 
 Key = tuple[Any, ...]
 
@@ -57,7 +62,7 @@ def run_schedule(
             bound = None
         elif key in kept:
             bound = kept.pop(key, None)
-            if bound is None:
+            if bound is None and memory.has_room:
                 bound = BoundRun(schedule, T, stacks, invariants, len(initial), reverse)
         else:
             bound = None
@@ -89,6 +94,35 @@ def _key(T: int, stacks: dict[int, Tensor], invariants: dict[int, Tensor], rever
     return tuple(described) if total <= _MOST_BYTES else None
 
 
+class KeptMemory:
+    """Counts the memory of the kept runs."""
+
+    def __init__(self) -> None:
+        self.bytes = 0
+        self._lock = threading.RLock()  # the end of a run may come in the middle of any line
+
+    @property
+    def has_room(self) -> bool:
+        """Whether another run may be kept."""
+        return self.bytes < _KEPT_BYTES
+
+    def count(self, run: BoundRun) -> None:
+        """Count the memory of a run until it ends."""
+        tensors = [ring.tensor for rings in run.run.targets.values() for ring in rings]
+        tensors += [ring.tensor for ring in run.run.rings.values()]
+        tensors += [*run.stacks.values(), *run.invariants.values()]
+        storages = {t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in tensors}
+        self._add(sum(storages.values()))
+        weakref.finalize(run, self._add, -sum(storages.values())).atexit = False
+
+    def _add(self, count: int) -> None:
+        with self._lock:
+            self.bytes += count
+
+
+memory = KeptMemory()
+
+
 class BoundRun:
     """A run on tensors of its own, which can be repeated.
 
@@ -117,6 +151,7 @@ class BoundRun:
                 _write(own, given)
             self.run = ScheduleRun(schedule, T, dict(self.stacks), self.invariants, carried, reverse)
         self.can_be_repeated = not self.run.copies_given
+        memory.count(self)
         addresses = {t.untyped_storage().data_ptr() for t in (*self.stacks.values(), *self.invariants.values())}
         self.computed = [
             number
