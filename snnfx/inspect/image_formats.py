@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
-from snnfx.analysis.image_operations import convolution_of, is_convolution
-from snnfx.ir.facts import CHANNELS_LAST
+from snnfx.analysis.image_operations import convolution_of
+from snnfx.ir.facts import CHANNELS_LAST, KIND
 from snnfx.ir.printing import describe_node
 from snnfx.ir.program import StepProgram
 from snnfx.lowering.choices.image_formats import latest_choice
@@ -17,10 +17,10 @@ def image_formats(program: StepProgram) -> Iterator[str]:
     """A sentence for each format and reason, with its convolutions; nothing before the first call."""
     names: dict[tuple[str, str], list[str]] = {}
     for node in program.graph.nodes:
-        settings = convolution_of(program, node) if CHANNELS_LAST.is_known(node) else None
-        if settings is None or not is_convolution(program, node):
+        if not CHANNELS_LAST.is_known(node) or KIND.of(node) == "loop":
             continue
-        choice = latest_choice(settings)
+        settings = convolution_of(program, node)
+        choice = None if settings is None else latest_choice(settings)
         if choice is not None:
             names.setdefault((choice.name, choice.reason), []).append(f"`{describe_node(node)}`")
     for (name, reason), nodes in names.items():
