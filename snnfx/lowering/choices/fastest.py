@@ -28,7 +28,7 @@ class Choice:
     Args:
         name: of the chosen function.
         reason: "measured", or why the fixed function was chosen, as a clause.
-        is_final: False if a later call may measure another choice.
+        is_final: False if a later call may choose another function.
     """
 
     name: str
@@ -64,7 +64,7 @@ class Fastest:
         """
         pinned = pinned_by()
         if pinned:
-            return Choice(fixed, f"fixed by {pinned}")
+            return Choice(fixed, f"fixed by {pinned}", is_final=False)
         key = (*key, torch.get_num_threads())
         found = self.remembered.known(key)
         if found is None:
