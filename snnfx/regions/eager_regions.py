@@ -56,9 +56,12 @@ class EagerLoop(SequenceRegion):
         self, x_seq: tuple[Tensor, ...], state: tuple[Any, ...] | None, constants: tuple[Any, ...]
     ) -> tuple[tuple[Tensor, ...], tuple[Any, ...]]:
         """Run the kernel of the region or, without one, the steps in a Python loop: `(outputs [T, *], state)`."""
-        results = None if self.kernels is None else self.kernels.run(x_seq, state, constants)
-        if results is not None:
-            return results
+        results = None if self.kernels is None else self.kernels.run(x_seq, state, constants, self._step_by_step)
+        return self._step_by_step(x_seq, state, constants) if results is None else results
+
+    def _step_by_step(
+        self, x_seq: Sequence[Tensor], state: Sequence[Any] | None, constants: Sequence[Any]
+    ) -> tuple[tuple[Tensor, ...], tuple[Any, ...]]:
         outputs: list[tuple[Tensor, ...]] = []
         step = self.step.forward  # not step(...): module calls and their wrappers cost more than a small step
         for x in zip(*(unbind_steps(x) for x in x_seq), strict=True):
