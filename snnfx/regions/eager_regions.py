@@ -49,7 +49,7 @@ class EagerLoop(SequenceRegion):
         """Run one step, `(*constants, *inputs, state)`; state None means the reset state."""
         *rest, state = arguments
         if state is None and self.first is not None:
-            return self.first(*rest)  # type: ignore[no-any-return]
+            return self.first.forward(*rest)  # type: ignore[no-any-return]
         return self.step.forward(*rest, state)  # type: ignore[no-any-return]
 
     def loop_eagerly(
@@ -65,7 +65,7 @@ class EagerLoop(SequenceRegion):
         outputs: list[tuple[Tensor, ...]] = []
         step = self.step.forward  # not step(...): module calls and their wrappers cost more than a small step
         for x in zip(*(unbind_steps(x) for x in x_seq), strict=True):
-            y, state = self(*constants, *x, None) if state is None else step(*constants, *x, state)
+            y, state = self.forward(*constants, *x, None) if state is None else step(*constants, *x, state)
             outputs.append(y)
         device, structures = x_seq[0].device, self.may_return_structures
         return tuple(stack_steps(y, device, structures) for y in zip(*outputs, strict=True)), state  # type: ignore[return-value]

@@ -121,6 +121,8 @@ class RegionKernels:
             x_seq, state, constants: the arguments of the call.
             steps: runs the steps one by one; None if this must not be chosen.
         """
+        if steps is not None and self.stepping.is_stepped(x_seq, state):
+            return None
         prepared = self.prepare(x_seq, state, constants)
         if prepared is None:
             return None

@@ -46,6 +46,15 @@ class SteppingChoice:
         self._step = step
         self._digest = ""
         self._decided: dict[tuple[object, ...], Choice] = {}
+        self._stepped = False
+
+    def is_stepped(self, x_seq: Sequence[Tensor], state: Sequence[Any] | None) -> bool:
+        """Whether an earlier call with these shapes was measured to be faster step by step."""
+        self.reason = ""
+        if not self._stepped or x_seq[0].shape[0] > _MOST_STEPS:
+            return False
+        choice = self._decided.get(_key(x_seq, state))
+        return choice is not None and self._takes_steps(choice, x_seq)
 
     def prefers_steps(
         self,
@@ -55,33 +64,29 @@ class SteppingChoice:
         kernels: RunLoop,
         steps: RunLoop,
     ) -> bool:
-        """Whether a call runs step by step.
+        """Whether a call of a mixed loop runs step by step; measured if it is unknown.
 
         Args:
             x_seq, state, constants: the arguments of the call.
             kernels, steps: both ways to run it.
         """
         self.reason = ""
-        T = x_seq[0].shape[0]
-        if T > _MOST_STEPS or not x_seq[0].is_cpu:
+        if x_seq[0].shape[0] > _MOST_STEPS or not x_seq[0].is_cpu:
             return False
-        key = (
-            tuple([x.shape for x in x_seq]),
-            x_seq[0].dtype,
-            None if state is None else tuple([s.shape if isinstance(s, Tensor) else None for s in state]),
-            torch.is_grad_enabled(),
-            torch.get_num_threads(),
-            torch.are_deterministic_algorithms_enabled(),
-        )
+        key = _key(x_seq, state)
         choice = self._decided.get(key)
         if choice is None:
-            choice = self._decide(key[:4], x_seq, state, constants, {"kernels": kernels, "steps": steps})
+            choice = self._decide(key, x_seq, state, constants, {"kernels": kernels, "steps": steps})
             if choice.is_final:
                 if len(self._decided) >= _MOST_DECIDED:
                     self._decided.clear()
                 self._decided[key] = choice
+        return self._takes_steps(choice, x_seq)
+
+    def _takes_steps(self, choice: Choice, x_seq: Sequence[Tensor]) -> bool:
         if choice.name != "steps":
             return False
+        self._stepped, T = True, x_seq[0].shape[0]
         self.reason = f"this was measured to be faster for {T} step{'s' if T > 1 else ''}"
         return True
 
@@ -102,7 +107,18 @@ class SteppingChoice:
         if not self._digest:
             self._digest = hashlib.sha256(self._step.code.encode()).hexdigest()[:16]
         calls = {name: _timed(run, x_seq, state, constants, parameters) for name, run in ways.items()}
-        return LOOPS.choose((self._digest, *key), "kernels", lambda: calls)
+        return LOOPS.choose((self._digest, *key[:4]), "kernels", lambda: calls)
+
+
+def _key(x_seq: Sequence[Tensor], state: Sequence[Any] | None) -> tuple[object, ...]:
+    return (
+        tuple([tuple(x.shape) for x in x_seq]),
+        x_seq[0].dtype,
+        None if state is None else tuple([tuple(s.shape) if isinstance(s, Tensor) else None for s in state]),
+        torch.is_grad_enabled(),
+        torch.get_num_threads(),
+        torch.are_deterministic_algorithms_enabled(),
+    )
 
 
 def _timed(
