@@ -68,7 +68,8 @@ MODELS: dict[str, Callable[[], nn.Module]] = {
 
 @pytest.fixture(autouse=True)
 def fixed_crossover(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    """No measurement decides in these tests."""
+    """One measured crossover decides in these tests."""
+    monkeypatch.delenv("SNNFX_MEASURE", raising=False)
     monkeypatch.setattr(crossovers.REMEMBERED, "get", lambda *_: 0.4)
     monkeypatch.setattr(crossovers.REMEMBERED, "_known", {})
     yield
@@ -233,6 +234,7 @@ def test_the_global_random_state_is_unchanged_by_a_measurement(
     monkeypatch: pytest.MonkeyPatch, tmp_path: object
 ) -> None:
     monkeypatch.undo()
+    monkeypatch.delenv("SNNFX_MEASURE", raising=False)
     monkeypatch.setattr(crossovers.REMEMBERED, "_known", {})
     monkeypatch.setenv("SNNFX_CACHE_DIR", str(tmp_path))
     model, x_seq = made("linear", torch.float32)
