@@ -128,7 +128,9 @@ def convert(
             (default): inferred, see `net.program.inferred_carry`: k trailing arguments that are named like a state,
             default to None and are not in `example_inputs` receive the last k of k + 1 outputs.
         memory_format: "auto" (default): on a CPU, images between 2-d convolutions are in channels-last format, which is
-            faster. None: tensors keep the format of the model.
+            faster; for a small convolution, the first call measures which format is. None: tensors keep the format of
+            the model. `torch.use_deterministic_algorithms(True)` and the environment variable SNNFX_MEASURE=0 pin this
+            and all other measured choices (`snnfx.explain` shows them).
         lower: "auto" (default): on a CPU with a C++ compiler, a loop with element-wise steps (neurons) runs as one
             generated kernel for all time steps, forward and backward; `explain` lists these loops. A linear layer or
             convolution that reads spikes visits only the inputs that are not zero, if they are few enough to be
