@@ -676,8 +676,9 @@ CODES: dict[str, CodeEntry] = {
     "SNNFX510": CodeEntry(
         "the folder of compiled kernels cannot be written",
         "Compiled kernels are stored in a folder, SNNFX_CACHE_DIR or `snnfx` in the user's cache folder. It is read-only "
-        "or full, so a process stores them in a temporary folder, and each process compiles its kernels anew. The "
-        "result is the same.",
+        "or full, so a process stores them in a temporary folder, and each process compiles its kernels anew. Choices "
+        "that a process has measured are in the same folder: without it, each process measures them anew. The result "
+        "is the same.",
         "SNNFX_CACHE_DIR=/proc python train.py",
         "SNNFX_CACHE_DIR=~/kernels python train.py",
     ),

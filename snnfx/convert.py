@@ -128,9 +128,12 @@ def convert(
             (default): inferred, see `net.program.inferred_carry`: k trailing arguments that are named like a state,
             default to None and are not in `example_inputs` receive the last k of k + 1 outputs.
         memory_format: "auto" (default): on a CPU, images between 2-d convolutions are in channels-last format, which is
-            faster. None: tensors keep the format of the model.
+            faster; for a small convolution, the first call measures which format is. None: tensors keep the format of
+            the model. `torch.use_deterministic_algorithms(True)` and the environment variable SNNFX_MEASURE=0 pin this
+            and all other measured choices (`snnfx.explain` shows them).
         lower: "auto" (default): on a CPU with a C++ compiler, a loop with element-wise steps (neurons) runs as one
-            generated kernel for all time steps, forward and backward; `explain` lists these loops. A linear layer or
+            generated kernel for all time steps, forward and backward; `explain` lists these loops. A loop of at most
+            8 small steps with products runs step by step if that is measured to be faster. A linear layer or
             convolution that reads spikes visits only the inputs that are not zero, if they are few enough to be
             faster; its sums have another order, so results differ from the dense layer by rounding. "dense": kernels
             for loops, but all layers dense. None: PyTorch runs every step of every loop.

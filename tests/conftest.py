@@ -29,6 +29,9 @@ os.environ["SNNFX_PROGRESS"] = "0"
 # All test processes share one cache of kernels, which is not the user's.
 os.environ.setdefault("SNNFX_CACHE_DIR", os.path.join(tempfile.gettempdir(), f"snnfx_tests_{os.getuid()}"))
 
+# Every run tests the same kernels; tests of measured choices remove the variable.
+os.environ.setdefault("SNNFX_MEASURE", "0")
+
 
 def _let_torchvision_import() -> None:
     """Declare the operators that a CUDA build of torchvision needs when torch is a CPU build.

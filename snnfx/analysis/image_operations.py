@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from torch import Tensor
+from typing import Any
+
+from torch import Tensor, nn
 from torch.fx import Node
 
 from snnfx.ir.facts import VALUE
@@ -15,7 +17,7 @@ from snnfx.ops.step_functions import apply_autograd_function
 from snnfx.state.registry import adapter_of
 from snnfx.state.step_calls import call_stateful, initial_value
 
-__all__ = ["image_of", "is_convolution", "takes_any_layout", "weights_of"]
+__all__ = ["convolution_of", "image_of", "is_convolution", "takes_any_layout", "weights_of"]
 
 _CONVOLUTIONS = ("conv2d", "conv_transpose2d")
 
@@ -34,6 +36,38 @@ def image_of(node: Node) -> object:
     """The image operand of a 2-d convolution."""
     position = {traced_module: 1, traced_call: 4}.get(node.target, 0)  # type: ignore[arg-type]
     return node.args[position] if len(node.args) > position else None
+
+
+def convolution_of(program: StepProgram, node: Node) -> tuple[Any, ...] | None:
+    """Shape of the weight, stride, padding, dilation and groups of a plain `conv2d`; None if they are unknown."""
+    if node.op == "call_module":
+        layer = program.resolve(str(node.target))
+        if type(layer) is not nn.Conv2d or layer.padding_mode != "zeros":
+            return None
+        return tuple(layer.weight.shape), layer.stride, layer.padding, layer.dilation, layer.groups
+    if node.op != "call_function" or operation_name(node) != "conv2d":
+        return None
+    names = ("input", "weight", "bias", "stride", "padding", "dilation", "groups")
+    given = {**dict(zip(names, node.args, strict=False)), **node.kwargs}
+    weight = given.get("weight")
+    if not isinstance(weight, Node):
+        return None
+    tensor = program.resolve(str(weight.target)) if weight.op == "get_attr" else VALUE.of(weight)
+    settings = [given.get(name, default) for name, default in (("stride", 1), ("padding", 0), ("dilation", 1))]
+    pairs = [_pair(value) for value in settings]
+    groups = given.get("groups", 1)
+    if not isinstance(tensor, Tensor) or None in pairs or not isinstance(groups, int):
+        return None
+    return tuple(map(int, tensor.shape)), *pairs, groups
+
+
+def _pair(value: object) -> tuple[int, int] | str | None:
+    """A setting of a convolution for both dimensions; None if it is not constant."""
+    if isinstance(value, int):
+        return value, value
+    if isinstance(value, tuple | list) and len(value) in (1, 2) and all(isinstance(v, int) for v in value):
+        return value[0], value[-1]
+    return value if isinstance(value, str) else None
 
 
 def weights_of(program: StepProgram, node: Node) -> int:

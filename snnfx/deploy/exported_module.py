@@ -18,6 +18,7 @@ from snnfx.deploy.refusals import ExportRefused, refused_region
 from snnfx.deploy.scanned_regions import Loops, as_tensor, first_or_later, scan_loop, scan_map, scan_steps_of
 from snnfx.emit.executable import Executable
 from snnfx.functional import map_forward, multi_step_forward, seq_to_ann_forward
+from snnfx.lowering.choices.image_formats import fastest_format
 from snnfx.ops.memory_format import channels_last, image_format, row_major
 from snnfx.ops.sequence_functions import (
     call_module,
@@ -244,7 +245,7 @@ class _RegionGraphRun(fx.Interpreter):
             raise refused_region("", node, error) from error
 
     def call_function(self, target: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        if target in (image_format, row_major, channels_last):
+        if target in (fastest_format, image_format, row_major, channels_last):
             return args[0]
         return target(*args, **kwargs)
 

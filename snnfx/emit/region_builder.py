@@ -15,7 +15,13 @@ from torch.fx import Node, map_arg
 
 from snnfx.analysis.batch_norm_folding import layer_of_norm
 from snnfx.analysis.dependence import analyse_dependence
-from snnfx.analysis.image_operations import image_of, is_convolution, takes_any_layout, weights_of
+from snnfx.analysis.image_operations import (
+    convolution_of,
+    image_of,
+    is_convolution,
+    takes_any_layout,
+    weights_of,
+)
 from snnfx.analysis.statistic_reads import update_chains
 from snnfx.emit.shape_dependence import unexpanded_dimensions
 from snnfx.errors import CaptureError
@@ -24,6 +30,7 @@ from snnfx.ir.facts import BATCH_DIM, CHANNELS_LAST, EVENTS, FOLDS_DIM_0, IN_WEI
 from snnfx.ir.nodes import is_size
 from snnfx.ir.printing import location_of
 from snnfx.ir.program import StepProgram
+from snnfx.lowering.choices.image_formats import fastest_format
 from snnfx.lowering.events.event_layers import (
     FUNCTIONS,
     call_layer_by_events,
@@ -243,15 +250,18 @@ class _Copier:
 
         def operand(value: Node) -> Any:
             if value is image:
-                least = max(weights_of(self.program, node), _least_images(node, value))
-                return self.in_format(value, image_format, least)
+                alone = _least_images(node, value)
+                least, settings = max(weights_of(self.program, node), alone), convolution_of(self.program, node)
+                if settings is None:
+                    return self.in_format(value, image_format, least)
+                return self.in_format(value, fastest_format, least, (*settings, alone > 0))
             if needs_row_major and CHANNELS_LAST.of(value):
                 return self.in_format(value, row_major)
             return self.copy(value)
 
         return map_arg(tuple(node.args), operand), map_arg(node.kwargs, operand)
 
-    def in_format(self, value: Node, convert: Callable[..., Any], *more: int) -> Any:
+    def in_format(self, value: Node, convert: Callable[..., Any], *more: Any) -> Any:
         key = (value, convert, *more)
         if key not in self.reformatted:
             self.reformatted[key] = self.graph.call_function(convert, (self.copy(value), *more))

@@ -250,7 +250,7 @@ def _how_it_runs(net: Net, region: Region) -> tuple[str, str, str]:
     module = net.region_modules().get(region.name)
     kernels = getattr(module, "kernels", None)
     in_use = kernels.in_use if kernels is not None else None
-    refusal = region.lowering_refusal or (kernels.refusal if kernels is not None else "")
+    refusal = region.lowering_refusal or (kernels.reason_for_steps if kernels is not None else "")
     if not refusal and in_use is None:
         refusal = reason_without_back_end(next((p.device for p in net.parameters()), torch.device("cpu")))
     expected = None

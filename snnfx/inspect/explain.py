@@ -31,6 +31,7 @@ from snnfx.inspect.conversion_notes import (
     vmap_fallbacks,
 )
 from snnfx.inspect.event_layers import event_layers
+from snnfx.inspect.image_formats import image_formats
 from snnfx.inspect.loops_of_call import loops_of_call
 from snnfx.inspect.memory_report import MemoryReport, report_memory
 from snnfx.inspect.report import (
@@ -147,6 +148,7 @@ def _report_on(net: Net, T: int | None, example_inputs: Any) -> Report:
         traces=tuple(eligibility_traces(program)),
         kernels=tuple(kernels_of_loops(net)),
         events=tuple(event_layers(net.program)),
+        formats=tuple(image_formats(net.program)),
         chunk=_chunk(net),
         memory=_memory(net, T, example_inputs) if T is not None and net.options.step_mode == "m" else None,
         passes=tuple(PassRow(r.description, r.milliseconds, r.note) for r in net.history),

@@ -44,7 +44,7 @@ def how_region_will_run(program: StepProgram, region: Region, module: nn.Module 
     if not isinstance(module, LoopRegion):
         return how_region_ran(program, region, module)
     kernels = module.kernels
-    if kernels is None or kernels.refusal or region.lowering_refusal:
+    if kernels is None or kernels.reason_for_steps or region.lowering_refusal:
         return "stepped"
     if kernels.in_use is not None:
         return how_region_ran(program, region, module)

@@ -224,6 +224,7 @@ class Report:
         traces: for a net of an online rule: the eligibility trace of each weight, or why it has none.
         kernels: the loops compiled into kernels and, for other loops, the reason.
         events: how the layers that read spikes ran at their latest call.
+        formats: the memory format of convolutions at their latest call, and whether it was measured.
         chunk: the chunk plan for inference.
         memory: the predicted memory of a call on T time steps; None unless `explain` was called with T.
         passes: the passes of the pipeline, with their durations.
@@ -253,6 +254,7 @@ class Report:
     traces: tuple[str, ...] = ()
     kernels: tuple[str, ...] = ()
     events: tuple[str, ...] = ()
+    formats: tuple[str, ...] = ()
     chunk: ChunkRow | None = None
     memory: MemoryReport | None = None
     passes: tuple[PassRow, ...] = ()
@@ -289,6 +291,7 @@ class Report:
             *self._not_folded(),
             *_section("Kernels", _bullets([[note] for note in self.kernels])),
             *_section("Layers that read spikes", _bullets([[note] for note in self.events])),
+            *_section("Memory format", _bullets([[note] for note in self.formats])),
             *_section("State", _slots_table(self.slots)),
             *_section("Eligibility traces", _bullets([[trace] for trace in self.traces])),
             *(memory_document(self.memory) if self.memory is not None else []),

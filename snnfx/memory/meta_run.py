@@ -18,6 +18,7 @@ from snnfx.emit.recompute_segments import region_calls
 from snnfx.emit.tiling import STATISTICS
 from snnfx.ir.facts import IS_PRODUCT, STEP_NODE, VALUE
 from snnfx.ir.program import SELF_TARGET
+from snnfx.lowering.choices.image_formats import fastest_format
 from snnfx.lowering.elementwise.back_end_choice import reason_without_back_end
 from snnfx.memory.kernel_stand_in import KernelStandIn
 from snnfx.memory.meter import CallBytes, Count, NamedBytes, Shape, dtype_name, measure_call
@@ -265,7 +266,9 @@ class MetaRun:
         parameters = [p for m in modules for p in (*m._parameters.values(), *m._buffers.values()) if p is not None]
         requires_grad = any(isinstance(x, Tensor) and x.requires_grad for x in (*leaves, *parameters))
         graphs = [x.graph for x in leaves if isinstance(x, RegionGraph)]
-        self.workspace.reformats = any(n.target is image_format for graph in graphs for n in graph.nodes)
+        self.workspace.reformats = any(
+            n.target in (fastest_format, image_format) for graph in graphs for n in graph.nodes
+        )
         leaves = [self._stand_in(x) for x in leaves]
 
         def run(values: Sequence[Any]) -> Any:

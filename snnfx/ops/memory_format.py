@@ -10,7 +10,15 @@ from torch import Tensor
 
 from snnfx.sandbox.torch_internals import are_transforms_active, is_batched_by_autograd, is_batched_by_vmap
 
-__all__ = ["channels_last", "image_format", "row_major", "stack_in_layout", "unbind_in_layout"]
+__all__ = [
+    "channels_last",
+    "image_format",
+    "may_be_reformatted",
+    "row_major",
+    "stack_in_layout",
+    "to_channels_last",
+    "unbind_in_layout",
+]
 
 _CHANNELS_LAST_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
@@ -22,8 +30,11 @@ def channels_last(x: Tensor) -> Tensor:
     change. Under torch.compile the compiler chooses the format, under torch.vmap torch does. float64 has no
     channels-last kernels.
     """
-    if not _may_be_reformatted(x):
-        return x
+    return to_channels_last(x) if may_be_reformatted(x) else x
+
+
+def to_channels_last(x: Tensor) -> Tensor:
+    """Convert images `[N, C, H, W]` to channels-last."""
     if x.shape[1] == 1:
         # With one channel, the strides alone determine the memory format that torch detects.
         return x.contiguous().squeeze(1).unsqueeze(-1).permute(0, 3, 1, 2)
@@ -41,10 +52,13 @@ def image_format(x: Tensor, weights: int) -> Tensor:
         x: images `[N, C, H, W]`; everything else is returned unchanged.
         weights: number of elements of the convolution's weight.
     """
-    return row_major(x) if _may_be_reformatted(x) and x.numel() < weights else channels_last(x)
+    if not may_be_reformatted(x):
+        return x
+    return row_major(x) if x.numel() < weights else to_channels_last(x)
 
 
-def _may_be_reformatted(x: Tensor) -> bool:
+def may_be_reformatted(x: Tensor) -> bool:
+    """Whether a value is a batch of images on the CPU whose memory format may be changed now."""
     if (
         torch.compiler.is_compiling()
         or not isinstance(x, Tensor)
@@ -65,7 +79,7 @@ def row_major(x: Tensor) -> Tensor:
     if not isinstance(x, Tensor):
         return x
     is_differentiated = x.requires_grad and torch.is_grad_enabled() and not are_transforms_active()
-    if is_differentiated and _may_be_reformatted(x) and not x.is_contiguous():
+    if is_differentiated and may_be_reformatted(x) and not x.is_contiguous():
         return _RowMajor.apply(x)  # type: ignore[no-any-return]
     return x.contiguous()
 

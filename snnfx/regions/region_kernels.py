@@ -25,6 +25,7 @@ from snnfx.lowering.live_settings import SettingsOfRegion
 from snnfx.lowering.mixed.autograd_loop import run_mixed
 from snnfx.lowering.mixed.mixed_step import MixedStep
 from snnfx.regions.step_lowering import LoweringResult, StepLowering
+from snnfx.regions.stepping_choice import RunLoop, SteppingChoice
 from snnfx.sandbox.torch_internals import are_transforms_active, dispatch_mode_count, forward_mode_level
 
 __all__ = ["PreparedCall", "RegionKernels"]
@@ -100,14 +101,39 @@ class RegionKernels:
         self._settings = SettingsOfRegion()
         self.refusal = ""
         self.in_use: LoweredStep | MixedStep | None = None
+        self.stepping = SteppingChoice(step)
+
+    @property
+    def reason_for_steps(self) -> str:
+        """Why the latest call ran step by step, as a clause; "" if it did not."""
+        return self.refusal or self.stepping.reason
 
     def run(
-        self, x_seq: Sequence[Tensor], state: Sequence[Any] | None, constants: Sequence[Any]
+        self,
+        x_seq: Sequence[Tensor],
+        state: Sequence[Any] | None,
+        constants: Sequence[Any],
+        steps: RunLoop | None = None,
     ) -> tuple[tuple[Tensor, ...], tuple[Tensor, ...]] | None:
-        """Run all steps of a sequence; None if the steps have to run one by one."""
+        """Run all steps of a sequence; None if the steps have to run one by one.
+
+        Args:
+            x_seq, state, constants: the arguments of the call.
+            steps: runs the steps one by one; None if this must not be chosen.
+        """
+        if steps is not None and self.stepping.is_stepped(x_seq, state):
+            return None
         prepared = self.prepare(x_seq, state, constants)
         if prepared is None:
             return None
+        is_mixed = isinstance(prepared.lowered, MixedStep)
+        if is_mixed and steps is not None and self.stepping.prefers_steps(x_seq, state, constants, self.run, steps):
+            return None
+        return self._run_prepared(prepared, x_seq, state)
+
+    def _run_prepared(
+        self, prepared: PreparedCall, x_seq: Sequence[Tensor], state: Sequence[Any] | None
+    ) -> tuple[tuple[Tensor, ...], tuple[Tensor, ...]] | None:
         if prepared.runs_first_step(state):
             return self._after_first_step(prepared)
         states = prepared.first_states(state)

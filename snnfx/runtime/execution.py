@@ -164,8 +164,11 @@ class Execution:
         outputs, state, _ = run_first(root, *arguments.at_step(leaves, 0), state, None)
         reduce = self.executable.options.reduce
         if T == 1:
-            add_time = reduce is None
-            return pytree.tree_map_only(Tensor, lambda y: y.unsqueeze(0) if add_time else y, outputs), state
+            if reduce is not None:
+                return outputs, state
+            if all(isinstance(y, Tensor) for y in outputs):
+                return tuple([y.unsqueeze(0) for y in outputs]), state
+            return pytree.tree_map_only(Tensor, lambda y: y.unsqueeze(0), outputs), state
         time = torch.arange(1, T, device=leaves[0].device)
         rest, state, _ = run_rest(root, *arguments.from_step(leaves, 1), state, time)
         if reduce is not None:

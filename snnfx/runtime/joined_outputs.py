@@ -98,6 +98,8 @@ class JoinedReductions:
 
 def join_two(first: tuple[Any, ...], rest: tuple[Any, ...]) -> tuple[Any, ...]:
     """Join the outputs of one time step, without a time dimension, and those of the following steps."""
+    if len(first) == len(rest) and all(isinstance(y, Tensor) for y in (*first, *rest)):
+        return tuple([torch.cat((a.unsqueeze(0), b)) for a, b in zip(first, rest, strict=True)])
     ahead, structure = pytree.tree_flatten(first)
     after, _ = flatten_alike(rest, structure)
     pairs = zip(ahead, after, strict=True)

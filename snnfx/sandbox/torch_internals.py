@@ -105,6 +105,7 @@ __all__ = [
     "is_batched_by_autograd",
     "is_batched_by_vmap",
     "is_forward_mode_enabled",
+    "is_profiling",
     "layer_functions",
     "level_of_autograd_batch",
     "proxies_disabled",
@@ -134,6 +135,7 @@ excluded_dispatch_keys = torch._C._dispatch_tls_local_exclude_set
 is_batched_by_autograd = torch._C._functorch.is_legacy_batchedtensor
 is_batched_by_vmap = torch._C._functorch.is_batchedtensor
 is_forward_mode_enabled = forward_ad._is_fwd_grad_enabled
+is_profiling = torch.autograd._profiler_enabled  # type: ignore[attr-defined]
 layer_functions = torch._C._nn
 saved_tensors_hooks = torch._C._autograd._top_saved_tensors_default_hooks
 tracing_state = torch._C._get_tracing_state

@@ -9,7 +9,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from snnfx.state.hooks import has_forward_hooks
-from snnfx.state.stateful import Adapter, State, Stateful
+from snnfx.state.stateful import Adapter, State
 from snnfx.state.step_locks import stepped_by_one_thread
 
 __all__ = ["MemoryAdapter", "copy_initial_value", "step_by_swapping"]
@@ -44,8 +44,8 @@ class MemoryAdapter:
         module.reset()  # type: ignore[operator]
 
     def initial(self, module: nn.Module, /, *inputs: Any, **kwargs: Any) -> State:
-        if isinstance(module, Stateful):
-            return module.initial_state(*inputs, **kwargs)
+        if _is_stateful(module.__class__):
+            return module.initial_state(*inputs, **kwargs)  # type: ignore[operator, no-any-return]
         return tuple(copy_initial_value(value) for value in module._initial_memories.values())  # type: ignore[operator]
 
     def step(self, module: nn.Module, state: State, /, *inputs: Any, **kwargs: Any) -> tuple[Any, State]:
@@ -57,14 +57,22 @@ class MemoryAdapter:
 _pure_classes: dict[type, bool] = {}
 """A dict as cache, because torch.compile warns about functools.cache."""
 
+_stateful_classes: dict[type, bool] = {}
+
+
+def _is_stateful(module_class: type) -> bool:
+    """Whether a class has the methods of `Stateful`; `isinstance` looks them up at each call."""
+    if module_class not in _stateful_classes:
+        methods = ("state_names", "initial_state", "step")
+        _stateful_classes[module_class] = all(callable(getattr(module_class, name, None)) for name in methods)
+    return _stateful_classes[module_class]
+
 
 def _is_pure(module_class: type) -> bool:
     """Whether a class implements `Stateful` and no subclass of the implementation overrides `forward`."""
     if module_class not in _pure_classes:
-        methods = ("state_names", "initial_state", "step")
         nearest = next(cls for cls in module_class.__mro__ if "forward" in vars(cls) or "step" in vars(cls))
-        is_stateful = all(callable(getattr(module_class, name, None)) for name in methods)
-        _pure_classes[module_class] = is_stateful and "step" in vars(nearest)
+        _pure_classes[module_class] = _is_stateful(module_class) and "step" in vars(nearest)
     return _pure_classes[module_class]
 
 

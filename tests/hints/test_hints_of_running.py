@@ -477,8 +477,9 @@ def test_a_compiler_that_fails_for_layers_of_spikes(tmp_path: Path, monkeypatch:
     broken = tmp_path / "broken"
     broken.write_text("#!/bin/sh\necho it is broken >&2\nexit 1\n")
     broken.chmod(0o755)
-    monkeypatch.setattr(crossovers, "_from_disk_or_measured", lambda *_: 1.0)
-    monkeypatch.setattr(crossovers, "_measured", {})
+    monkeypatch.delenv("SNNFX_MEASURE", raising=False)
+    monkeypatch.setattr(crossovers.REMEMBERED, "get", lambda *_: 1.0)
+    monkeypatch.setattr(crossovers.REMEMBERED, "_known", {})
     monkeypatch.setattr(event_layers, "_built", {})
     dense = snnfx.convert(model, lower="dense").eval()
     with torch.no_grad(), monkeypatch.context() as patch:

@@ -8,6 +8,7 @@ from torch import Tensor, nn
 
 import snnfx
 from snnfx.errors import InputError
+from snnfx.lowering.choices.image_formats import forget_choices
 from snnfx.ops.memory_format import channels_last, image_format, row_major, stack_in_layout, unbind_in_layout
 from support.stepping import fresh_copy, step_model
 
@@ -162,7 +163,9 @@ def test_images_with_fewer_elements_than_the_weights_are_row_major() -> None:
 
 
 @pytest.mark.parametrize(("T", "row"), [(2, True), (40, False)])
-def test_the_format_is_chosen_at_the_call(T: int, row: bool) -> None:
+def test_the_fixed_format_depends_on_the_call(T: int, row: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("SNNFX_MEASURE", "0")
+    forget_choices()
     model = nn.Sequential(nn.Conv2d(8, 8, 3, padding=1), lif(), nn.Conv2d(8, 8, 3, padding=1)).eval()
     net = snnfx.convert(model)
     seen: list[bool] = []

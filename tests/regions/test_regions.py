@@ -259,6 +259,39 @@ def test_a_map_as_operator_has_the_values_and_gradients_of_stepping() -> None:
     torch.library.opcheck(torch.ops.snnfx.run_region.default, given)
 
 
+class ScaledByTime(nn.Module):
+    """The factor of a step has no batch dimension, so its product with a parameter is mapped."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.scale = nn.Parameter(torch.rand(C))
+
+    def forward(self, x: Tensor, factor: Tensor) -> Tensor:
+        return x * (1 - self.scale * factor.sigmoid())
+
+
+def test_a_map_of_elementwise_operations_equals_stepping_without_vmap(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = ScaledByTime().double()
+    net = snnfx.convert(model, example_inputs=(torch.rand(N, C).double(), torch.rand(1, C).double()))
+    x_seq, factors = torch.randn(T, N, C).double(), torch.randn(T, 1, C).double().requires_grad_()
+    expected = torch.stack([model(x, f) for x, f in zip(x_seq, factors, strict=True)])
+    wanted = torch.autograd.grad(expected.square().sum(), (factors, model.scale))
+    assert regions_of(net, MapRegion)
+    monkeypatch.setattr(torch, "vmap", lambda *_, **__: pytest.fail("vmap"))
+    actual = net(x_seq, factors)
+    assert_same(actual, expected)
+    assert_same(torch.autograd.grad(actual.square().sum(), (factors, model.scale)), wanted)
+
+
+@pytest.mark.parametrize("shape", [(), (C,), (2, 1, C)])
+def test_a_map_of_operands_of_other_ranks_equals_stepping(shape: tuple[int, ...]) -> None:
+    model = ScaledByTime().double()
+    x_seq, factors = torch.randn(T, N, C).double(), torch.randn(T, *shape).double()
+    net = snnfx.convert(model, example_inputs=(x_seq[0], factors[0]))
+    expected = torch.stack([model(x, f) for x, f in zip(x_seq, factors, strict=True)])
+    assert_same(net(x_seq, factors), expected)
+
+
 def test_a_map_that_vmap_refuses_is_stepped_with_one_warning() -> None:
     class Refused(nn.Module):
         def forward(self, x: Tensor) -> Tensor:

@@ -287,6 +287,13 @@ def test_dispatch_key_sets_restore_autograd_below_autograd() -> None:
     assert (x * 2).requires_grad
 
 
+def test_is_profiling_is_true_inside_a_profiler_only() -> None:
+    assert not internals.is_profiling()
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]):
+        assert internals.is_profiling()
+    assert not internals.is_profiling()
+
+
 def test_saved_tensors_hooks_are_a_pair_or_none() -> None:
     assert internals.saved_tensors_hooks(False) is None
     with torch.autograd.graph.saved_tensors_hooks(lambda t: t, lambda t: t):

@@ -101,7 +101,9 @@ def latest_decision(weight: Tensor) -> Decision | None:
 
 def call_layer_by_events(layer: Any, x: Any) -> Any:
     """Call a layer, densely or by events."""
-    if torch.compiler.is_compiling() or type(x) is not Tensor or not _is_plain_call(layer):
+    if torch.compiler.is_compiling() or type(x) is not Tensor or _is_small(x, layer.weight):
+        return call_leaf(layer, x)
+    if not _is_plain_call(layer):
         return call_leaf(layer, x)
     y = _with_weight(layer, x, layer.weight, layer.bias, layer.weight)
     return call_leaf(layer, x) if y is None else y
@@ -176,7 +178,14 @@ def _is_plain_call(layer: Any) -> bool:
     )
 
 
+def _is_small(x: Tensor, weight: Tensor) -> bool:
+    """Whether a call surely has too little work: at most one multiplication of each input with each weight."""
+    return x.numel() * weight.numel() < _LEAST_WORK
+
+
 def _with_weight(layer: Any, x: Tensor, weight: Tensor, bias: Tensor | None, owner: Tensor) -> Tensor | None:
+    if _is_small(x, weight):
+        return None
     function = LAYERS.get(type(layer))
     if function is None:
         return None

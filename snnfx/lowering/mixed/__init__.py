@@ -19,6 +19,7 @@ The step and its backward pass are lists of ATen calls (`snnfx.lowering.aten_rec
 | `loop_arguments`     | the structs of its arguments                                                          |
 | `compiled_loop`      | run all iterations in one call, or the reason against it                              |
 | `executor`           | run a schedule over the time steps                                                    |
+| `bound_runs`         | keep small runs and repeat them with new values                                       |
 | `mixed_step`         | `MixedStep`: the schedules of both passes, `forward` and `backward` over a sequence   |
 | `first_states`       | the states before the first step                                                      |
 | `autograd_loop`      | the `torch.autograd.Function` around a `MixedStep`                                    |

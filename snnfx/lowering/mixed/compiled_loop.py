@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+import math
 from collections.abc import Sequence
 
 import torch
@@ -14,7 +15,7 @@ from snnfx.lowering.mixed.loop_source import LOOPS
 from snnfx.lowering.mixed.operations import Addition, Assembly, Call, Copy, Launch, Operation, Product
 from snnfx.lowering.mixed.sample_parts import plan_parts
 
-__all__ = ["build_loop", "reason_against_compiling", "run_compiled"]
+__all__ = ["CompiledLoop", "build_loop", "reason_against_compiling"]
 
 _DTYPES = (torch.float32, torch.float64)
 _MIN_PARALLEL_WORK = 1 << 18
@@ -75,41 +76,62 @@ def _copies_rows(copy: Copy) -> bool:
     return target.numel() == 0 or all(t.dim() < 2 or t[0, 0].is_contiguous() for t in (source, target))
 
 
-def run_compiled(operations: Sequence[Operation], T: int, by_events: bool) -> float | None:
-    """Run all iterations.
+class CompiledLoop:
+    """The operations of all iterations with their arguments, for one call of compiled code.
 
     Args:
         operations: the operations of an iteration; `reason_against_compiling` returns "" for them.
         T: the number of iterations.
         by_events: whether products may visit only the elements of their operands that are not zero.
 
-    Returns:
-        The fraction of the operands of products that was not zero; None if it was not counted.
+    Attributes:
+        copies_given: whether it reads a copy of a given tensor.
     """
-    operations = _expanded(operations)
-    (dtype,) = _dtypes_of(operations) or {torch.float32}
-    parts = plan_parts(operations, _threads(operations, T))
-    table = ArgumentTable(operations, parts, by_events)
-    active = torch.zeros(parts.count, len(operations), dtype=torch.int64)
-    runtime = openmp() if parts.count > 1 else None
-    arguments = LoopArguments(
-        T=T,
-        operations=ctypes.addressof(table.structs),
-        operation_count=len(operations),
-        samples=parts.samples,
-        samples_of_block=parts.samples_of_block,
-        parts=parts.count,
-        longest=max((o.matrix.shape[0] for o in operations if isinstance(o, Product)), default=0),
-        parallel=runtime[0] if runtime else 0,
-        active=active.data_ptr(),
-    )
-    load(LOOPS[dtype.itemsize]).run(ctypes.byref(arguments))
-    seen = elements = 0
-    for operation, struct, count in zip(operations, table.structs, active.sum(0).tolist(), strict=True):
-        if isinstance(operation, Product) and struct.by_events:
-            seen += count
-            elements += T * operation.left.tensor[0].numel()
-    return seen / elements if elements else None
+
+    def __init__(self, operations: Sequence[Operation], T: int, by_events: bool) -> None:
+        operations = _expanded(operations)
+        (dtype,) = _dtypes_of(operations) or {torch.float32}
+        parts = plan_parts(operations, _threads(operations, T))
+        self._table = ArgumentTable(operations, parts, by_events)
+        self._active = torch.zeros(parts.count, len(operations), dtype=torch.int64)
+        runtime = openmp() if parts.count > 1 else None
+        self._arguments = LoopArguments(
+            T=T,
+            operations=ctypes.addressof(self._table.structs),
+            operation_count=len(operations),
+            samples=parts.samples,
+            samples_of_block=parts.samples_of_block,
+            parts=parts.count,
+            longest=max((o.matrix.shape[0] for o in operations if isinstance(o, Product)), default=0),
+            parallel=runtime[0] if runtime else 0,
+            active=self._active.data_ptr(),
+        )
+        self._run = load(LOOPS[dtype.itemsize]).run
+        self._products = [
+            (k, T * math.prod(o.left.tensor.shape[1:])) for k, o in enumerate(operations) if isinstance(o, Product)
+        ]
+        self._by_events = by_events
+        self.copies_given = self._table.copies_given
+
+    def run(self) -> float | None:
+        """Run all iterations.
+
+        Returns:
+            The fraction of the operands of products that was not zero; None if it was not counted.
+        """
+        self._arguments.next = 0
+        structs = self._table.structs
+        if self._by_events and self._products:
+            self._active.zero_()
+            for k, _ in self._products:
+                structs[k].by_events = True  # the code clears it where a matrix is not finite
+        self._run(ctypes.byref(self._arguments))
+        counted = [(k, count) for k, count in self._products if structs[k].by_events]
+        elements = sum(count for _, count in counted)
+        if not elements:
+            return None
+        seen = self._active.sum(0).tolist()
+        return float(sum(seen[k] for k, _ in counted) / elements)
 
 
 def _threads(operations: Sequence[Operation], T: int) -> int:

@@ -3,7 +3,8 @@
 All memory is allocated in advance. Every value that a kernel or a call writes has a ring buffer: a tensor `[R, *]`, of
 which each step uses one row. Values that are stored for all steps have a row for each step, loop-carried values two
 rows, all other values one. All addresses are thus known before the loop, and a step is a few calls with precomputed
-views and addresses. One call of compiled code runs all steps, or Python code runs them one by one.
+views and addresses. One call of compiled code runs all steps, or Python code runs them one by one. A run can be
+repeated after new values were written to the given tensors (`snnfx.lowering.mixed.bound_runs`).
 """
 
 from __future__ import annotations
@@ -21,15 +22,24 @@ from snnfx.lowering.elementwise.cpp.cpp_launch import address_words, pack_argume
 from snnfx.lowering.elementwise.operand_layout import dense_strides, describe_operand, plan_layout
 from snnfx.lowering.mixed.batched_calls import run_batched
 from snnfx.lowering.mixed.call_kinds import FunctionalCall, product_with_constant
-from snnfx.lowering.mixed.compiled_loop import reason_against_compiling, run_compiled
+from snnfx.lowering.mixed.compiled_loop import CompiledLoop, reason_against_compiling
 from snnfx.lowering.mixed.fused_group import FusedGroup, operand_dtype
-from snnfx.lowering.mixed.operations import Addition, Assembly, Call, Copy, Launch, Operation, Product
+from snnfx.lowering.mixed.operations import (
+    Addition,
+    Assembly,
+    Call,
+    Copy,
+    Iteration,
+    Launch,
+    Operation,
+    Product,
+)
 from snnfx.lowering.mixed.parts import JOINS, Part, is_placed, parts_of
 from snnfx.lowering.mixed.ring_buffers import RingBuffer, Rows
 from snnfx.lowering.mixed.schedule import Schedule
 from snnfx.ops.buffer_pool import pool
 
-__all__ = ["PassResult", "run_schedule"]
+__all__ = ["PassResult", "ScheduleRun"]
 
 _MIN_PARALLEL_ELEMENTS = 1 << 14
 """Elements of a step from which on a kernel uses several threads."""
@@ -48,32 +58,20 @@ class PassResult:
         self.stacks, self.sums, self.finals = stacks, sums, finals
 
 
-def run_schedule(
-    schedule: Schedule,
-    T: int,
-    stacks: dict[int, Tensor],
-    invariants: dict[int, Tensor],
-    initial: Sequence[Tensor | float],
-    reverse: bool,
-    unshared: Sequence[int] = (),
-) -> PassResult:
-    """Run a pass.
+class ScheduleRun:
+    """One run: allocates the ring buffers, builds the operations of a step, runs them for each step.
 
     Args:
         schedule: the schedule of the pass.
         T: the number of steps.
         stacks: the given values, `[T, *]` each.
         invariants: the values that do not change with time.
-        initial: the loop-carried values before the first iteration: numbers, or tensors that can be expanded to a step.
+        carried: the number of loop-carried values.
         reverse: whether to run from the last step to the first.
-        unshared: stacks of the result that must not share memory with another tensor.
+
+    Attributes:
+        copies_given: whether an operation reads a copy of a given tensor, which a repeated run would not update.
     """
-    with torch.no_grad():
-        return _ScheduleRun(schedule, T, dict(stacks), invariants, initial, reverse).result(unshared)
-
-
-class _ScheduleRun:
-    """One run: allocates the ring buffers, builds the operations of a step, runs them for each step."""
 
     def __init__(
         self,
@@ -81,7 +79,7 @@ class _ScheduleRun:
         T: int,
         stacks: dict[int, Tensor],
         invariants: dict[int, Tensor],
-        initial: Sequence[Tensor | float],
+        carried: int,
         reverse: bool,
     ) -> None:
         self.schedule, self.T, self.stacks, self.invariants = schedule, T, stacks, invariants
@@ -92,9 +90,12 @@ class _ScheduleRun:
         run_batched(self.recording, schedule.before, schedule.results_read, stacks, invariants)
         self.rings: dict[Any, RingBuffer] = {}
         self.targets: dict[int, list[RingBuffer]] = {}
+        self.copies_given = False
         self.stacked = set(schedule.stacked)
         self.with_stacked_parts = self._with_stacked_parts()
-        self.carried = [self._carry(k, value) for k, value in enumerate(initial)]
+        self.carried = [self._carry(k) for k in range(carried)]
+        self.first = [before.tensor[int(before.rows[0])] for before, _ in self.carried]
+        self.finals = [after.tensor[int(after.rows[-1])] for _, after in self.carried]
         self.sums = {n: self._sum_ring(n) for n in schedule.goal.sums}
         placed = self._calls_to_place()
         in_place = {part.number for _, parts in placed for part in parts}
@@ -111,16 +112,33 @@ class _ScheduleRun:
             for group in stage.groups:
                 self._group(group)
         self._move_uncomputed_values()
-        self._run()
+        self.reason_for_python = reason_against_compiling(self.operations)
+        self.iterations: list[Iteration] = []
+        if self.reason_for_python:
+            self.iterations = [operation.iteration(T) for operation in self.operations]
+        else:
+            self.compiled = CompiledLoop(self.operations, T, schedule.by_events)
+            self.copies_given |= self.compiled.copies_given
 
-    def _run(self) -> None:
-        self.schedule.reason_for_python = reason_against_compiling(self.operations)
-        if not self.schedule.reason_for_python:
-            self.schedule.density = run_compiled(self.operations, self.T, self.schedule.by_events)
+    def run(self, initial: Sequence[Tensor | float]) -> None:
+        """Run all iterations.
+
+        Args:
+            initial: the loop-carried values before the first one: numbers, or tensors that can be expanded to a step.
+        """
+        for first, value in zip(self.first, initial, strict=True):
+            if isinstance(value, Tensor):
+                first.copy_(value)
+            else:
+                first.fill_(value)
+        for read, _ in self.sums.values():
+            read.tensor[0].zero_()
+        self.schedule.reason_for_python = self.reason_for_python
+        if not self.reason_for_python:
+            self.schedule.density = self.compiled.run()
             return
-        iterations = [operation.iteration(self.T) for operation in self.operations]
         for i in range(self.T):
-            for iteration in iterations:
+            for iteration in self.iterations:
                 iteration(i)
 
     def _empty(self, count: int, number: int) -> Tensor:
@@ -128,7 +146,7 @@ class _ScheduleRun:
         shape = (count, *value.shape)
         return pool.empty(shape, dense_strides(shape, range(len(shape))), value.dtype)
 
-    def _carry(self, k: int, initial: Tensor | float) -> tuple[RingBuffer, RingBuffer]:
+    def _carry(self, k: int) -> tuple[RingBuffer, RingBuffer]:
         """The ring buffers from which a loop-carried value is read and to which its next value is written."""
         carried = self.schedule.goal.carried[k]
         number = carried.following if carried.following is not None else carried.read
@@ -143,11 +161,6 @@ class _ScheduleRun:
         else:
             ring = self._empty(2, number)
             read, write = rows.this, rows.other
-        first = ring[int(read[0])]
-        if isinstance(initial, Tensor):
-            first.copy_(initial)
-        else:
-            first.fill_(initial)
         before, after = RingBuffer(ring, read), RingBuffer(ring, write)
         if carried.read is not None:
             self.rings[carried.read] = before
@@ -157,7 +170,6 @@ class _ScheduleRun:
 
     def _sum_ring(self, number: int) -> tuple[RingBuffer, RingBuffer]:
         ring = self._empty(2, number)
-        ring[0].zero_()
         self.rings["sum", number] = RingBuffer(ring, self.rows.this)
         return self.rings["sum", number], RingBuffer(ring, self.rows.other)
 
@@ -249,6 +261,7 @@ class _ScheduleRun:
         is_given = ring.tensor is self.stacks.get(number) or number in self.invariants
         if not is_given or ring.tensor.dim() < 2 or ring.tensor.stride(-1) == 1:
             return ring
+        self.copies_given = True
         return RingBuffer(ring.tensor.contiguous(), ring.rows)
 
     def _call(self, call: AtenCall) -> None:
@@ -340,7 +353,9 @@ class _ScheduleRun:
 
     def _operand(self, group: FusedGroup, index: int) -> Tensor:
         tensor = self.invariants[group.operands[index]]
-        return tensor.to(operand_dtype(tensor.dtype)).resolve_neg()
+        operand = tensor.to(operand_dtype(tensor.dtype)).resolve_neg()
+        self.copies_given |= operand is not tensor
+        return operand
 
     def _move_uncomputed_values(self) -> None:
         """Copy or sum the loop-carried, stored and summed values that no call of the loop computes."""
@@ -354,32 +369,27 @@ class _ScheduleRun:
                 self.operations.append(Addition(self._argument(number), read, write))
 
     def result(self, unshared: Sequence[int]) -> PassResult:
-        """Run the calls after the loop and collect the results."""
-        goal, T = self.schedule.goal, self.T
-        rings = {k: before.tensor for k, (before, _) in enumerate(self.carried) if goal.carried[k].read in self.stacked}
-        for k, tensor in rings.items():
+        """Run the calls after the loop and collect the results.
+
+        Args:
+            unshared: stacks of the result that must not share memory with another tensor.
+        """
+        goal, schedule, known = self.schedule.goal, self.schedule, dict(self.stacks)
+        for k, (before, _) in enumerate(self.carried):
             read = goal.carried[k].read
-            assert read is not None
-            self.stacks[read] = tensor[1:] if self.reverse else tensor[:-1]
-        schedule = self.schedule
-        run_batched(self.recording, schedule.after, schedule.results_read, self.stacks, self.invariants)
+            if read is not None and read in self.stacked:
+                known[read] = before.tensor[1:] if self.reverse else before.tensor[:-1]
+        run_batched(self.recording, schedule.after, schedule.results_read, known, self.invariants)
         stacks: dict[int, Tensor] = {}
         given = {*goal.given, *(c.read for c in goal.carried)}
         for number in goal.stacks:
-            stack = self.stacks.get(number)
+            stack = known.get(number)
             if stack is None:
                 value = self.invariants[number]
-                stack = value.expand(T, *value.shape)
-            stacks[number] = (
-                stack.clone() if number in unshared and (number in given or not self._has_own_stack(number)) else stack
-            )
-        sums = {n: write.tensor[T % 2] for n, (_, write) in self.sums.items()}
-        finals = [after.tensor[int(after.rows[-1])] for _, after in self.carried]
-        return PassResult(stacks, sums, finals)
-
-    def _has_own_stack(self, number: int) -> bool:
-        """Whether a value has a stack that no other value shares."""
-        return any(ring.tensor is self.stacks[number] for ring in self.targets.get(number, ()))
+                stack = value.expand(self.T, *value.shape)
+            is_shared = number in given or not any(ring.tensor is stack for ring in self.targets.get(number, ()))
+            stacks[number] = stack.clone() if number in unshared and is_shared else stack
+        return PassResult(stacks, {n: write.tensor[self.T % 2] for n, (_, write) in self.sums.items()}, self.finals)
 
 
 _WITH_OUT: dict[str, Callable[..., Any]] = {

@@ -61,10 +61,12 @@ class ArgumentTable:
 
     Attributes:
         structs: one for each operation.
+        copies_given: whether a struct has the address of a copy of a given tensor.
     """
 
     def __init__(self, operations: list[Operation], parts: SampleParts, by_events: bool) -> None:
         self.parts, self.by_events = parts, by_events
+        self.copies_given = False
         self._alive: list[Any] = list(operations)
         self.structs = (_Operation * len(operations))(*[self._struct(operation) for operation in operations])
 
@@ -92,6 +94,7 @@ class ArgumentTable:
         inputs, width, lanes = matrix.shape[0], matrix.shape[1], VECTOR_BYTES // out.element_size()
         packed = pool.empty(((inputs * -(-width // lanes) + 1) * lanes,), (1,), out.dtype)
         bias = self._bias(operation)
+        self.copies_given |= matrix is not operation.matrix
         self._alive += [matrix, packed, bias]
         return _Operation(
             kind=_PRODUCT,
@@ -116,7 +119,9 @@ class ArgumentTable:
         if operation.bias is None:
             return None
         rows = operation.bias.resolve_neg().expand(operation.out.tensor.shape[1:])
-        return (rows[:1] if rows.stride(0) == 0 else rows).contiguous()
+        used = rows[:1] if rows.stride(0) == 0 else rows
+        self.copies_given |= operation.bias.is_neg() or not used.is_contiguous()
+        return used.contiguous()
 
     def _launch(self, operation: Launch) -> _Operation:
         words = list(operation.words)

@@ -12,10 +12,10 @@ from snnfx.lowering.aten_recording import LoweringRefused, Recording
 from snnfx.lowering.elementwise.cpp.build import load
 from snnfx.lowering.elementwise.lowered_step import Needs
 from snnfx.lowering.elementwise.translation import Replay
+from snnfx.lowering.mixed.bound_runs import run_schedule
 from snnfx.lowering.mixed.call_kinds import calls_needed_for
 from snnfx.lowering.mixed.compiled_loop import build_loop
 from snnfx.lowering.mixed.constant_gradients import ConstantGradient, plan_gradient
-from snnfx.lowering.mixed.executor import run_schedule
 from snnfx.lowering.mixed.gradient_by_events import build_product_by_events
 from snnfx.lowering.mixed.loop_saved_values import LoopSavedValues, plan_saved_values
 from snnfx.lowering.mixed.schedule import CallKinds, LoopCarried, PassGoal, Schedule

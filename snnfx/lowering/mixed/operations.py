@@ -18,7 +18,7 @@ from snnfx.lowering.elementwise.operand_layout import Layout
 from snnfx.lowering.mixed.fused_group import FusedGroup
 from snnfx.lowering.mixed.ring_buffers import RingBuffer
 
-__all__ = ["Addition", "Assembly", "Call", "Copy", "Launch", "Operation", "Product"]
+__all__ = ["Addition", "Assembly", "Call", "Copy", "Iteration", "Launch", "Operation", "Product"]
 
 _STRUCTS_AT_ONCE = 1024
 """Iterations for which the argument structs of a kernel are built at once."""

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 from snnfx.lowering.aten_recording import AtenCall, Recording
 from snnfx.lowering.mixed.call_kinds import (
@@ -105,6 +106,7 @@ class Schedule:
         stacked: values of the loop that are stored for all steps, because a later call reads them or as results.
         reason_for_python: why Python code ran the steps of the latest run, "" for compiled code; None before it.
         density: the fraction of the operands of products that was not zero in the latest run, if it was counted.
+        kept_runs: see `snnfx.lowering.mixed.bound_runs`.
     """
 
     reason_for_python: str | None = None
@@ -112,6 +114,7 @@ class Schedule:
 
     def __init__(self, recording: Recording, kinds: CallKinds, goal: PassGoal, by_events: bool = False) -> None:
         self.recording, self.kinds, self.goal, self.by_events = recording, kinds, goal, by_events
+        self.kept_runs: dict[Any, Any] = {}
         values = recording.values
         following = [c.following for c in goal.carried if c.following is not None]
         needed = [

@@ -68,9 +68,10 @@ MODELS: dict[str, Callable[[], nn.Module]] = {
 
 @pytest.fixture(autouse=True)
 def fixed_crossover(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    """No measurement decides in these tests."""
-    monkeypatch.setattr(crossovers, "_from_disk_or_measured", lambda *_: 0.4)
-    monkeypatch.setattr(crossovers, "_measured", {})
+    """One measured crossover decides in these tests."""
+    monkeypatch.delenv("SNNFX_MEASURE", raising=False)
+    monkeypatch.setattr(crossovers.REMEMBERED, "get", lambda *_: 0.4)
+    monkeypatch.setattr(crossovers.REMEMBERED, "_known", {})
     yield
 
 
@@ -205,7 +206,7 @@ def test_verify_accepts_events() -> None:
 
 
 def test_a_deterministic_run_measures_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(crossovers, "_from_disk_or_measured", lambda *_: pytest.fail("measured"))
+    monkeypatch.setattr(crossovers.REMEMBERED, "get", lambda *_: pytest.fail("measured"))
     model, x_seq = made("linear", torch.float32)
     net = snnfx.convert(model, example_inputs=x_seq[0])
     torch.use_deterministic_algorithms(True)
@@ -233,7 +234,8 @@ def test_the_global_random_state_is_unchanged_by_a_measurement(
     monkeypatch: pytest.MonkeyPatch, tmp_path: object
 ) -> None:
     monkeypatch.undo()
-    monkeypatch.setattr(crossovers, "_measured", {})
+    monkeypatch.delenv("SNNFX_MEASURE", raising=False)
+    monkeypatch.setattr(crossovers.REMEMBERED, "_known", {})
     monkeypatch.setenv("SNNFX_CACHE_DIR", str(tmp_path))
     model, x_seq = made("linear", torch.float32)
     net = snnfx.convert(model, example_inputs=x_seq[0])
@@ -242,4 +244,4 @@ def test_the_global_random_state_is_unchanged_by_a_measurement(
         net(x_seq)
     assert torch.equal(torch.get_rng_state(), before)
     assert 0.0 <= decision_of(model).crossover <= 0.6
-    assert len(crossovers._stored()) == 1
+    assert len(crossovers.REMEMBERED.stored()) == 1

@@ -1,0 +1,89 @@
+"""The fastest of several functions that compute the same, for a key."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+
+import torch
+
+from snnfx.lowering.choices.permission import may_measure_now, pinned_by
+from snnfx.lowering.choices.remembered import Key, Remembered
+
+__all__ = ["Choice", "Fastest"]
+
+_SECONDS = 0.01
+"""Time of one measurement, about; a key is measured twice."""
+
+_MOST_ROUNDS = 5
+_MARGIN = 0.9
+"""The part of the time of the fixed choice below which another one is worth a change."""
+
+
+@dataclass(frozen=True)
+class Choice:
+    """A choice.
+
+    Args:
+        name: of the chosen function.
+        reason: "measured", or why the fixed function was chosen, as a clause.
+        is_final: False if a later call may choose another function.
+    """
+
+    name: str
+    reason: str
+    is_final: bool = True
+
+
+class Fastest:
+    """Chooses a function for each key: measured once for each machine, or fixed.
+
+    Args:
+        stem: the beginning of the name of the file that keeps the measurements.
+        names: the names of the functions.
+        clock: returns the time in seconds.
+    """
+
+    def __init__(self, stem: str, names: tuple[str, ...], clock: Callable[[], float] = time.perf_counter) -> None:
+        self.names, self._clock = names, clock
+        self.remembered: Remembered[str] = Remembered(
+            stem,
+            accept=lambda value: value if isinstance(value, str) and value in names else None,
+            agree=lambda first, second: first if first == second else None,
+            otherwise=lambda first, second: "",
+        )
+
+    def choose(self, key: Key, fixed: str, functions: Callable[[], Mapping[str, Callable[[], object]]]) -> Choice:
+        """The choice for a key.
+
+        Args:
+            key: what the time depends on; the number of threads is added.
+            fixed: the function to use unless another one is measured to be faster.
+            functions: makes the functions by name, for a measurement; they draw no random numbers.
+        """
+        pinned = pinned_by()
+        if pinned:
+            return Choice(fixed, f"fixed by {pinned}", is_final=False)
+        key = (*key, torch.get_num_threads())
+        found = self.remembered.known(key)
+        if found is None:
+            if not may_measure_now():
+                return Choice(fixed, "fixed in a call that cannot be measured", is_final=False)
+            found = self.remembered.get(key, lambda: self.measure(fixed, functions()))
+        return Choice(found, "measured") if found else Choice(fixed, "fixed after two measurements that differ")
+
+    def measure(self, fixed: str, functions: Mapping[str, Callable[[], object]]) -> str:
+        """The name of the fastest function; the first round only builds and allocates."""
+        best = dict.fromkeys(functions, float("inf"))
+        begin = self._clock()
+        for round_number in range(_MOST_ROUNDS + 1):
+            for name, function in functions.items():
+                start = self._clock()
+                function()
+                if round_number:
+                    best[name] = min(best[name], self._clock() - start)
+            if round_number and self._clock() - begin > _SECONDS:
+                break
+        fastest = min(best, key=lambda name: best[name])
+        return fastest if best[fastest] < _MARGIN * best[fixed] else fixed

@@ -1,0 +1,197 @@
+"""Run a schedule, and keep small runs to repeat them with new values.
+
+Allocating the ring buffers of a run and building its operations takes longer than the loop itself if a net is small. A
+run of small tensors is therefore kept: the next call with the same shapes writes its values to the tensors of the kept
+run, repeats the loop, and copies the results. A run is taken out while it is in use, so that several threads and nested
+calls never share one.
+"""
+
+from __future__ import annotations
+
+import threading
+import weakref
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from snnfx.lowering.mixed.batched_calls import run_batched
+from snnfx.lowering.mixed.executor import PassResult, ScheduleRun
+from snnfx.lowering.mixed.schedule import Schedule
+from snnfx.sandbox.torch_internals import dispatch_mode_count
+
+__all__ = ["run_schedule"]
+
+_MOST_BYTES = 1 << 21
+"""Bytes of the given tensors up to which copying them takes less time than building a run."""
+
+_KEPT = 4
+"""Runs that a schedule keeps, for different shapes."""
+
+_KEPT_BYTES = 1 << 26
+"""Memory of all kept runs of the process; beyond it, no run is kept."""
+
+Key = tuple[Any, ...]
+
+
+def run_schedule(
+    schedule: Schedule,
+    T: int,
+    stacks: dict[int, Tensor],
+    invariants: dict[int, Tensor],
+    initial: Sequence[Tensor | float],
+    reverse: bool,
+    unshared: Sequence[int] = (),
+) -> PassResult:
+    """Run a pass.
+
+    Args:
+        schedule: the schedule of the pass.
+        T: the number of steps.
+        stacks: the given values, `[T, *]` each.
+        invariants: the values that do not change with time.
+        initial: the loop-carried values before the first iteration: numbers, or tensors that can be expanded to a step.
+        reverse: whether to run from the last step to the first.
+        unshared: stacks of the result that must not share memory with another tensor.
+    """
+    with torch.no_grad():
+        key = _key(T, stacks, invariants, reverse)
+        kept: dict[Key, BoundRun | None] = schedule.kept_runs
+        if key is None or dispatch_mode_count():
+            bound = None
+        elif key in kept:
+            bound = kept.pop(key, None)
+            if bound is None and memory.has_room:
+                bound = BoundRun(schedule, T, stacks, invariants, len(initial), reverse)
+        else:
+            bound = None
+            _keep(kept, key, None)  # the second call with this key builds a run
+        if bound is None or not bound.can_be_repeated:
+            run = ScheduleRun(schedule, T, dict(stacks), invariants, len(initial), reverse)
+            run.run(initial)
+            return run.result(unshared)
+        result = bound.repeat(stacks, invariants, initial)
+        assert key is not None
+        _keep(kept, key, bound)
+        return result
+
+
+def _keep(kept: dict[Key, BoundRun | None], key: Key, run: BoundRun | None) -> None:
+    kept[key] = run
+    while len(kept) > _KEPT:
+        kept.pop(next(iter(kept), key), None)
+
+
+def _key(T: int, stacks: dict[int, Tensor], invariants: dict[int, Tensor], reverse: bool) -> Key | None:
+    """The properties of the given tensors on which a run depends; None if they are too large to be copied."""
+    total = 0
+    described: list[object] = [T, reverse, torch.get_num_threads()]
+    for values in (stacks, invariants):
+        for number, tensor in values.items():
+            total += tensor.nbytes
+            described += (number, tensor.shape, tensor.stride(), tensor.dtype)
+    return tuple(described) if total <= _MOST_BYTES else None
+
+
+class KeptMemory:
+    """Counts the memory of the kept runs."""
+
+    def __init__(self) -> None:
+        self.bytes = 0
+        self._lock = threading.RLock()  # the end of a run may come in the middle of any line
+
+    @property
+    def has_room(self) -> bool:
+        """Whether another run may be kept."""
+        return self.bytes < _KEPT_BYTES
+
+    def count(self, run: BoundRun) -> None:
+        """Count the memory of a run until it ends."""
+        tensors = [ring.tensor for rings in run.run.targets.values() for ring in rings]
+        tensors += [ring.tensor for ring in run.run.rings.values()]
+        tensors += [*run.stacks.values(), *run.invariants.values()]
+        storages = {t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in tensors}
+        self._add(sum(storages.values()))
+        weakref.finalize(run, self._add, -sum(storages.values())).atexit = False
+
+    def _add(self, count: int) -> None:
+        with self._lock:
+            self.bytes += count
+
+
+memory = KeptMemory()
+
+
+class BoundRun:
+    """A run on tensors of its own, which can be repeated.
+
+    Args:
+        schedule, T, stacks, invariants, reverse: as for `run_schedule`; only shapes, strides and dtypes are read.
+        carried: the number of loop-carried values.
+
+    Attributes:
+        can_be_repeated: whether all operations read the given tensors themselves.
+    """
+
+    def __init__(
+        self,
+        schedule: Schedule,
+        T: int,
+        stacks: dict[int, Tensor],
+        invariants: dict[int, Tensor],
+        carried: int,
+        reverse: bool,
+    ) -> None:
+        self.schedule = schedule
+        with torch.inference_mode(False):
+            self.stacks = {n: _own(t) for n, t in stacks.items()}
+            self.invariants = {n: _own(t) for n, t in invariants.items()}
+            for own, given in ((self.stacks, stacks), (self.invariants, invariants)):
+                _write(own, given)
+            self.run = ScheduleRun(schedule, T, dict(self.stacks), self.invariants, carried, reverse)
+        self.can_be_repeated = not self.run.copies_given
+        memory.count(self)
+        addresses = {t.untyped_storage().data_ptr() for t in (*self.stacks.values(), *self.invariants.values())}
+        self.computed = [
+            number
+            for number, stack in self.run.stacks.items()
+            if number in schedule.made_before and stack.untyped_storage().data_ptr() not in addresses
+        ]
+
+    def repeat(
+        self, stacks: dict[int, Tensor], invariants: dict[int, Tensor], initial: Sequence[Tensor | float]
+    ) -> PassResult:
+        """Run the pass with other values; the results share no memory with the run."""
+        _write(self.stacks, stacks)
+        _write(self.invariants, invariants)
+        if self.computed:
+            known = dict(self.stacks)
+            run_batched(
+                self.schedule.recording, self.schedule.before, self.schedule.results_read, known, self.invariants
+            )
+            for number in self.computed:
+                self.run.stacks[number].copy_(known[number])
+        self.run.run(initial)
+        result = self.run.result(())
+        copies: dict[int, Tensor] = {id(t): t.clone() for t in (*result.stacks.values(), *result.sums.values())}
+        return PassResult(
+            {n: copies[id(t)] for n, t in result.stacks.items()},
+            {n: copies[id(t)] for n, t in result.sums.items()},
+            [final.clone() for final in result.finals],
+        )
+
+
+def _own(tensor: Tensor) -> Tensor:
+    """A dense tensor in the memory order of another one; dimensions along which that one is expanded are expanded."""
+    one = tensor[tuple(slice(1) if s == 0 else slice(None) for s in tensor.stride())]
+    return torch.empty_like(one).expand(tensor.shape)
+
+
+def _write(own: dict[int, Tensor], given: dict[int, Tensor]) -> None:
+    for number, tensor in own.items():
+        source = given[number]
+        if 0 in tensor.stride():
+            index = tuple(slice(1) if s == 0 else slice(None) for s in tensor.stride())
+            tensor, source = tensor[index], source[index]
+        tensor.copy_(source)
