@@ -243,13 +243,14 @@ def _product(
         )
 
     limit = _crossover_of(x.detach(), weight, geometry, work, dense, events)
-    by_events = density < limit and packed_weight(weight, groups).is_finite
+    packed = packed_weight(weight, groups) if density < limit else None  # checks the content: once a call
+    by_events = packed is not None and packed.is_finite
     _decisions[owner] = Decision(by_events, density, limit)
-    if not by_events:
+    if packed is None or not by_events:
         return None
     if not differentiates:
-        return events(x)
-    return differentiable_product(x, weight, bias, geometry, density < _GRADIENT_PART * limit)
+        return product(x, geometry, outputs, packed.tiles, packed_bias)
+    return differentiable_product(x, weight, bias, packed.tiles, geometry, density < _GRADIENT_PART * limit)
 
 
 def _crossover_of(

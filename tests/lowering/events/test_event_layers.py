@@ -15,6 +15,7 @@ from snnfx.lowering.events import crossovers
 from snnfx.lowering.events.event_gradients import differentiable_product
 from snnfx.lowering.events.event_layers import Decision, latest_decision
 from snnfx.lowering.events.geometry import LINEAR, convolution
+from snnfx.lowering.events.packed_weights import pack
 from support.stepping import step_model
 
 
@@ -180,7 +181,7 @@ def test_second_and_batched_gradients_are_exact(dims: int) -> None:
     assert geometry is not None
 
     def function(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
-        return differentiable_product(x, weight, bias, geometry, gradient_by_events=True)
+        return differentiable_product(x, weight, bias, pack(weight.detach(), 1), geometry, gradient_by_events=True)
 
     assert torch.autograd.gradcheck(function, (x, weight, bias), check_batched_grad=True)
     assert torch.autograd.gradgradcheck(function, (x, weight, bias))
