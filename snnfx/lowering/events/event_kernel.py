@@ -141,12 +141,13 @@ def _run(
     elements: int = 0,
     sampled: int = 0,
     parts: int = 0,
+    bits: Tensor | None = None,
 ) -> ctypes.Array[ctypes.c_int64]:
     """Run the kernel with the struct `Args` as 64-bit words; returns the words after the run."""
     runtime = openmp() if threads > 1 else None
     addresses = [0 if t is None else t.data_ptr() for t in (weight, bias, y)]
     words = (mode, x.data_ptr(), *addresses, *shape, threads, runtime[0] if runtime else 0, 0, elements, sampled, 0)
-    words += (parts,)
+    words += (parts, 0 if bits is None else bits.data_ptr())
     arguments = (ctypes.c_int64 * (len(words) + CHECKSUM_PARTS))(*words)
     load(SOURCES[itemsize]).run(arguments)
     return arguments
