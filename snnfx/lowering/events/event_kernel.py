@@ -10,12 +10,12 @@ import torch
 from torch import Tensor
 
 from snnfx.lowering.elementwise.cpp.build import load, openmp
-from snnfx.lowering.events.event_source import CHECKSUM_PARTS, SOURCES
+from snnfx.lowering.events.event_source import BLOCK_ROWS, CHECKSUM_PARTS, LONGEST, SOURCES
 from snnfx.lowering.events.geometry import Geometry
 from snnfx.lowering.nonzero_lists import TILE_BYTES, VECTOR_BYTES
 from snnfx.ops.buffer_pool import pool
 
-__all__ = ["build", "checksum", "estimate_density", "product", "weight_gradient"]
+__all__ = ["build", "checksum", "estimate_density", "fits_lists", "product", "weight_gradient"]
 
 _UNITS_PER_THREAD = 4
 """Units of work for each thread, about, so that the load is balanced."""
@@ -40,6 +40,18 @@ def build(itemsize: int) -> None:
         LoweringRefused: it cannot be compiled.
     """
     load(SOURCES[itemsize])
+
+
+def fits_lists(geometry: Geometry, channels: int) -> bool:
+    """Whether the rows that one output pixel reads of a block can be numbered.
+
+    Args:
+        geometry: the settings of the layer.
+        channels: input channels of a group.
+    """
+    columns, part = geometry.kernel[2], min(channels, 64)
+    rows = max(part, BLOCK_ROWS // columns // part * part)
+    return columns * rows <= LONGEST
 
 
 def estimate_density(x: Tensor) -> float:

@@ -23,7 +23,7 @@ from snnfx.lowering.aten_recording import LoweringRefused
 from snnfx.lowering.elementwise.cpp.build import find_compiler
 from snnfx.lowering.events.crossovers import crossover
 from snnfx.lowering.events.event_gradients import differentiable_product
-from snnfx.lowering.events.event_kernel import build, estimate_density, product
+from snnfx.lowering.events.event_kernel import build, estimate_density, fits_lists, product
 from snnfx.lowering.events.geometry import LINEAR, Geometry, convolution
 from snnfx.lowering.events.packed_weights import packed_weight
 from snnfx.ops.folded_weights import call_layer
@@ -65,9 +65,6 @@ _GRADIENT_PART = 0.75
 
 _LEAST_OUTPUTS = 8
 """Outputs of a group: with fewer, most lanes of a vector would be idle."""
-
-_MOST_CHANNELS = 1 << 15
-"""Input channels of a group of a convolution: lists have 16-bit entries."""
 
 _CALIBRATION_WORK = 1 << 29
 """Multiplications of one dense call of a calibration, about."""
@@ -287,7 +284,7 @@ def _is_supported(x: Tensor, weight: Tensor, bias: Tensor | None, geometry: Geom
     if x.dim() < 2 or (dims and x.dim() != dims + 2) or x.shape[-1 if dims == 0 else 1] != channels * geometry.groups:
         return False
     outputs_of_group = weight.shape[0] // geometry.groups
-    if outputs_of_group < _LEAST_OUTPUTS or (dims and channels > _MOST_CHANNELS):
+    if outputs_of_group < _LEAST_OUTPUTS or not fits_lists(geometry, channels):
         return False
     return bool(torch.ops.aten.is_non_overlapping_and_dense(weight))
 
