@@ -10,7 +10,7 @@ from torch.fx import Node
 from snnfx.ir.facts import EVENTS
 from snnfx.ir.printing import describe_node
 from snnfx.ir.program import StepProgram
-from snnfx.lowering.events.event_layers import Decision, latest_decision
+from snnfx.lowering.events.layer_decisions import Decision, latest_decision
 
 __all__ = ["event_decision", "event_layers"]
 

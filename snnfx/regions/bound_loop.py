@@ -8,6 +8,8 @@ from typing import Any
 from torch import Tensor, nn
 
 from snnfx.lowering.elementwise.bound_step import BoundStep
+from snnfx.lowering.events.spike_bits import SpikeBits
+from snnfx.lowering.events.spike_readers import SpikeReader
 from snnfx.regions.eager_regions import EagerLoop
 
 __all__ = ["BoundLoop"]
@@ -29,17 +31,25 @@ class BoundLoop:
         constants: the constants of the region: modules, and objects that never change.
         tensors: the positions of constants that are tensors, which the caller passes behind the inputs.
         with_finals: whether the caller reads the final states; else the call may return none.
+        readers: the layers that read the only output, if they take bits. While all of them run by events, the output
+            is a `SpikeBits`.
     """
 
     def __init__(
-        self, region: EagerLoop, constants: Sequence[Any], tensors: Sequence[int] = (), with_finals: bool = True
+        self,
+        region: EagerLoop,
+        constants: Sequence[Any],
+        tensors: Sequence[int] = (),
+        with_finals: bool = True,
+        readers: Sequence[SpikeReader] = (),
     ) -> None:
         self.region, self.constants, self.with_finals = region, tuple(constants), with_finals
-        self.tensors = tuple(tensors)
+        self.tensors, self.readers = tuple(tensors), tuple(readers)
         self.step: BoundStep | None = None
-        self.bindings = 0
+        self.step_in_bits: BoundStep | None = None
+        self.bindings = self.bit_bindings = 0
 
-    def __call__(self, *arguments: Tensor) -> tuple[tuple[Tensor, ...], tuple[Any, ...]]:
+    def __call__(self, *arguments: Tensor) -> tuple[tuple[Tensor | SpikeBits, ...], tuple[Any, ...]]:
         """Run the bound kernels, or the region as it runs unbound if the inputs have another layout."""
         x_seq, constants = arguments, self.constants
         given: tuple[Tensor, ...] = ()
@@ -50,6 +60,10 @@ class BoundLoop:
             for i, tensor in zip(self.tensors, given, strict=True):
                 merged[i] = tensor
             constants = tuple(merged)
+        if self.readers and not self.tensors and all(reader.runs_by_events for reader in self.readers):
+            in_bits = self._run_in_bits(x_seq, constants)
+            if in_bits is not None:
+                return in_bits
         if self.step is not None and all(type(tensor) in _PLAIN for tensor in given):
             results = self.step.run(x_seq, constants, given)
             if results is not None:
@@ -60,3 +74,22 @@ class BoundLoop:
             kernels = self.region.kernels
             self.step = None if kernels is None else kernels.bound_step(x_seq, constants, self.with_finals)
         return results
+
+    def _run_in_bits(
+        self, x_seq: Sequence[Tensor], constants: Sequence[Any]
+    ) -> tuple[tuple[SpikeBits], tuple[Tensor, ...]] | None:
+        """Run the kernels that write bits; None if there are none for these inputs."""
+        kernels = self.region.kernels
+        for is_bound in (True, False):
+            if not is_bound:
+                if kernels is None or self.bit_bindings >= _MOST_BINDINGS:
+                    return None
+                self.bit_bindings += 1
+                self.step_in_bits = kernels.bound_step(x_seq, constants, self.with_finals, in_bits=True)
+            step = self.step_in_bits
+            results = None if step is None else step.run(x_seq, constants)
+            if step is not None and results is not None:
+                (words,), finals = results
+                shape, order, T = step.step
+                return (SpikeBits(words, (T, *shape), order, step.output_dtype),), finals
+        return None

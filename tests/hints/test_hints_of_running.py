@@ -17,7 +17,7 @@ from snnfx.errors import SnnfxWarning
 from snnfx.lowering.elementwise.cpp import build
 from snnfx.lowering.elementwise.cpp.build import find_compiler
 from snnfx.lowering.events import crossovers, event_layers
-from snnfx.lowering.events.event_layers import latest_decision
+from snnfx.lowering.events.layer_decisions import latest_decision
 from snnfx.lowering.events.event_source import SOURCES
 from snnfx.passes import Normalize, Partition, PassManager, RemoveDeadCode
 from snnfx.regions.sequence_region import region_of_handle

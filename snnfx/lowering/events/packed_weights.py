@@ -43,21 +43,30 @@ _packed: WeakIdKeyDictionary = WeakIdKeyDictionary()
 """By the weight. Not stored in modules, so that it is not pickled or copied."""
 
 
-def packed_weight(weight: Tensor, groups: int) -> PackedWeight:
-    """The packed form of a weight that fills its memory."""
-    state, content = _state_of(weight, groups), checksum(weight)
+def packed_weight(weight: Tensor, groups: int, image: tuple[int, ...] | None = None) -> PackedWeight:
+    """The packed form of a weight that fills its memory.
+
+    Args:
+        weight: `[M, C / groups, *]`.
+        groups: groups of channels.
+        image: `(C, *)`, for a linear layer whose inputs are flattened images that lie channels-last in memory.
+    """
+    state, content = _state_of(weight, groups, image), checksum(weight)
     found: PackedWeight | None = _packed.get(weight)
     if found is None or found.state != state or found.content != content:
         with torch.inference_mode(False), torch.no_grad():
-            tiles = pack(weight.detach(), groups)
+            detached = weight.detach()
+            if image is not None:
+                detached = detached.unflatten(1, image).movedim(1, -1).flatten(1)
+            tiles = pack(detached, groups)
             found = PackedWeight(tiles, bool(torch.isfinite(tiles).all()), state, content)
         _packed[weight] = found
     return found
 
 
-def _state_of(weight: Tensor, groups: int) -> tuple[object, ...]:
+def _state_of(weight: Tensor, groups: int, image: tuple[int, ...] | None) -> tuple[object, ...]:
     version = 0 if weight.is_inference() else weight._version
-    return weight.data_ptr(), version, weight.shape, weight.stride(), weight.dtype, groups
+    return weight.data_ptr(), version, weight.shape, weight.stride(), weight.dtype, groups, image
 
 
 def pack(weight: Tensor, groups: int) -> Tensor:

@@ -13,8 +13,8 @@ from torch.nn import functional
 import snnfx
 from snnfx.lowering.events import crossovers
 from snnfx.lowering.events.event_gradients import differentiable_product
-from snnfx.lowering.events.event_layers import Decision, latest_decision
 from snnfx.lowering.events.geometry import LINEAR, convolution
+from snnfx.lowering.events.layer_decisions import Decision, latest_decision
 from snnfx.lowering.events.packed_weights import pack
 from support.stepping import step_model
 
