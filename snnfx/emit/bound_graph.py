@@ -64,7 +64,12 @@ def bind_graph(graph: fx.Graph, root: nn.Module) -> BoundGraph | None:
 class _Binder:
     def __init__(self, graph: fx.Graph, root: nn.Module) -> None:
         self.graph, self.root = graph, root
-        self.constants: dict[str, Any] = {"Tensor": Tensor, "fold_time": fold_time, "unfold_time": unfold_time, "SpikeBits": SpikeBits}
+        self.constants: dict[str, Any] = {
+            "Tensor": Tensor,
+            "fold_time": fold_time,
+            "unfold_time": unfold_time,
+            "SpikeBits": SpikeBits,
+        }
         self.names: dict[int, str] = {}
         self.lines: list[str] = []
         self.values: dict[Node, str] = {}
@@ -309,10 +314,10 @@ class _Binder:
             if n.target in (image_format, row_major) and n.args[0] is value:
                 pass
             elif n.target is call_layer_by_events and n.args[1] is value:
-                layer = modules.get(n.args[0])  # type: ignore[arg-type]
+                layer = modules.get(n.args[0])
                 return None if layer is None else SpikeReader(layer, pools, flattens)
             elif n.target is call_module and n.args[1:] == (value,) and not flattens:
-                module = modules.get(n.args[0])  # type: ignore[arg-type]
+                module = modules.get(n.args[0])
                 if type(module) is nn.MaxPool2d:
                     pools.append(module)
                 elif type(module) is nn.Flatten and (module.start_dim, module.end_dim) == (1, -1):

@@ -27,10 +27,12 @@ def event_layers(program: StepProgram) -> Iterator[str]:
             yield f"`{name}` ran densely: its calls were too small or not plain."
             continue
         way = "ran by events" if decision.by_events else "ran densely"
-        yield (
-            f"`{name}` {way}: {decision.density:.1%} of its inputs were not zero in a sample of the latest call; "
-            f"events are faster below {decision.crossover:.0%}."
-        )
+        if not decision.is_finite:
+            yield f"`{name}` {way}: its weight is not finite."
+            continue
+        limit = "" if decision.crossover is None else f"; events are faster below {decision.crossover:.0%}"
+        density = f"{decision.density:.1%} of its inputs were not zero in a sample of the latest call"
+        yield f"`{name}` {way}: {density}{limit}."
 
 
 def event_decision(program: StepProgram, node: Node) -> Decision | None:

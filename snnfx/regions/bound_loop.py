@@ -91,5 +91,5 @@ class BoundLoop:
             if step is not None and results is not None:
                 (words,), finals = results
                 shape, order, T = step.step
-                return (SpikeBits(words, (T, *shape), order, step.output_dtype),), finals
+                return (SpikeBits(words, (T, *shape), order, step.output_dtypes[0]),), finals
         return None

@@ -1,6 +1,6 @@
 """Benchmark snnfx against other libraries and against lower bounds of the running time.
 
-    python tools/bench [layers] [networks] [events] [compiling] [--quick] [--json tools/results] [--svg tools/pictures/speed.svg]
+    python tools/bench [layers] [networks] [events] [compiling] [--quick] [--json tools/results]
     python tools/bench --check 3     lists the rows that are more than 3 % slower than the figures in tools/results
 
 Each case runs in a fresh process, in which the implementations alternate; the results are ratios of their medians. All
@@ -37,7 +37,9 @@ RESULTS = Path(__file__).resolve().parent.parent / "results"
 
 def main() -> int:
     parser = argparse.ArgumentParser(prog="tools/bench", description=__doc__.splitlines()[0] if __doc__ else "")
-    parser.add_argument("what", nargs="*", help="suites: layers, networks, events, compiling (default: layers and networks)")
+    parser.add_argument(
+        "what", nargs="*", help="suites: layers, networks, events, compiling (default: layers and networks)"
+    )
     parser.add_argument("--quick", action="store_true", help="run only a few cases")
     parser.add_argument("--seconds", type=float, default=1.5, help="minimum time per comparison (default: 1.5)")
     parser.add_argument("--malloc", choices=[*MALLOC, "both"], default="both", help="malloc settings (default: both)")

@@ -119,9 +119,7 @@ def _peer(make: Callable[[Any, Callable[[], nn.Module]], nn.Module], model: nn.M
     """The network in SpikingJelly's multi-step form, with the same weights and thresholds."""
     from spikingjelly.activation_based import functional, layer, neuron, surrogate
 
-    peer = make(
-        layer, lambda: neuron.LIFNode(tau=2.0, surrogate_function=surrogate.ATan(), detach_reset=True)
-    )
+    peer = make(layer, lambda: neuron.LIFNode(tau=2.0, surrogate_function=surrogate.ATan(), detach_reset=True))
     peer.load_state_dict(model.state_dict())
     for ours, theirs in zip(model.modules(), peer.modules(), strict=False):
         if isinstance(ours, LIFNode):

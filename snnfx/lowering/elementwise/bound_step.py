@@ -72,7 +72,7 @@ class BoundStep:
             **{("saved", i): self._sequence(d) for i, d in enumerate(saved)},
         }
         self.outputs = len(expressions.outputs)
-        self.output_dtype = lowered.output_dtypes[0] if in_bits else None
+        self.output_dtypes = lowered.output_dtypes
         self.results = self.outputs + (0 if unread else len(finals))
         self.saved: dict[Slot, Form] = {slot: form for slot, form in made.items() if slot[0] == "saved"}
         self.not_differentiable = [i for i, d in enumerate(lowered.step.differentiable[: self.results]) if not d]
@@ -264,9 +264,7 @@ class _BoundFunction(torch.autograd.Function):
         return (None, None, None, None, *for_each_gradient(partial(ctx.bound.backward, ctx.saved_tensors), grads))
 
 
-def _can_be_bits(
-    lowered: LoweredStep, x_seq: Sequence[Tensor], numbers: Sequence[float], needs: Needs | None
-) -> bool:
+def _can_be_bits(lowered: LoweredStep, x_seq: Sequence[Tensor], numbers: Sequence[float], needs: Needs | None) -> bool:
     elements = _product(lowered.shape_of_step(x_seq, numbers))
     return needs is None and elements > 0 and elements % 64 == 0 and lowered.inference_in_bits() is not None
 

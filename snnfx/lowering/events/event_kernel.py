@@ -69,9 +69,7 @@ def checksum(weight: Tensor) -> bytes:
     return bytes(words)[-8 * CHECKSUM_PARTS :]
 
 
-def product_of_bits(
-    spikes: SpikeBits, geometry: Geometry, outputs: int, packed: Tensor, bias: Tensor | None
-) -> Tensor:
+def product_of_bits(spikes: SpikeBits, geometry: Geometry, outputs: int, packed: Tensor, bias: Tensor | None) -> Tensor:
     """The product of spikes `[T, N, *]` with packed weights, `[T * N, *]`; that of images is channels-last.
 
     Args:

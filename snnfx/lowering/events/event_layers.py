@@ -16,11 +16,13 @@ from snnfx.lowering.events.event_gradients import differentiable_product
 from snnfx.lowering.events.event_kernel import estimate_density, product
 from snnfx.lowering.events.geometry import LINEAR, Geometry
 from snnfx.lowering.events.layer_decisions import (
+    DENSE,
     LAYERS,
     LEAST_WORK,
     PLAIN,
     Decision,
     crossover_of,
+    decision_for,
     geometry_of_layer,
     geometry_of_settings,
     has_kernel,
@@ -142,7 +144,8 @@ def _product(
     if not torch.ops.aten.is_non_overlapping_and_dense(x):
         x = x.contiguous()
     density = estimate_density(x.detach())
-    if density > 0.9:
+    if density > DENSE:
+        remember(owner, Decision(False, density, None))
         return None
     packed_bias = None if bias is None else bias.detach().contiguous()
 
@@ -159,9 +162,8 @@ def _product(
 
     limit = crossover_of(x.detach(), weight, geometry, work, dense, events)
     packed = packed_weight(weight, groups) if density < limit else None  # checks the content: once a call
-    by_events = packed is not None and packed.is_finite
-    remember(owner, Decision(by_events, density, limit))
-    if packed is None or not by_events:
+    remember(owner, decision_for(packed, density, limit))
+    if packed is None or not packed.is_finite:
         return None
     if not differentiates:
         return product(x, geometry, outputs, packed.tiles, packed_bias)

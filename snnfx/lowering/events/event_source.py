@@ -27,7 +27,7 @@ CHECKSUM_PARTS = 16
 
 _TEXT = r"""
 #include <atomic>
-constexpr i64 CHUNK = 128, LONGEST = 1 << 16; // output pixels at a time, and numbers of 16 bits
+constexpr i64 CHUNK = 128; // output pixels at a time
 
 struct Args {
   i64 mode;                      // 0: the product, 1: estimate the density, 2: the checksum of the weight,
@@ -379,7 +379,13 @@ extern "C" void run(Args *a) {
 
 
 def _source(ctype: str) -> KernelSource:
-    head = f"#define CHECKSUM_PARTS {CHECKSUM_PARTS}\n#define BLOCK_ROWS {BLOCK_ROWS}\n#define WIDE {int(ctype == 'double')}\ntypedef {ctype} real;\n"
+    numbers = {
+        "CHECKSUM_PARTS": CHECKSUM_PARTS,
+        "BLOCK_ROWS": BLOCK_ROWS,
+        "LONGEST": LONGEST,
+        "WIDE": int(ctype == "double"),
+    }
+    head = "".join(f"#define {name} {number}\n" for name, number in numbers.items()) + f"typedef {ctype} real;\n"
     return KernelSource(head + NONZERO_LISTS + _TEXT, (), (), 0)
 
 

@@ -23,6 +23,7 @@ from snnfx.lowering.elementwise.cpp.build import find_compiler
 from snnfx.lowering.events.crossovers import crossover
 from snnfx.lowering.events.event_kernel import build, fits_lists
 from snnfx.lowering.events.geometry import LINEAR, Geometry, convolution
+from snnfx.lowering.events.packed_weights import PackedWeight
 from snnfx.sandbox.torch_internals import (
     are_transforms_active,
     dispatch_mode_count,
@@ -33,11 +34,13 @@ from snnfx.sandbox.torch_internals import (
 from snnfx.state.hooks import has_forward_hooks
 
 __all__ = [
+    "DENSE",
     "LAYERS",
     "LEAST_WORK",
     "PLAIN",
     "Decision",
     "crossover_of",
+    "decision_for",
     "geometry_of_layer",
     "geometry_of_settings",
     "has_kernel",
@@ -60,6 +63,9 @@ LAYERS: dict[type[nn.Module], Callable[..., Tensor]] = {
 LEAST_WORK = 1 << 24
 """Multiplications from which on the decision costs little: a few microseconds."""
 
+DENSE = 0.9
+"""The density from which on no crossover is measured."""
+
 _LEAST_OUTPUTS = 8
 """Outputs of a group: with fewer, most lanes of a vector would be idle."""
 
@@ -76,12 +82,14 @@ class Decision:
     Args:
         by_events: whether it visited only the inputs that are not zero.
         density: the estimated fraction of inputs that are not zero.
-        crossover: the density below which the layer runs by events.
+        crossover: the density below which the layer runs by events; None: it is so dense that this was not asked for.
+        is_finite: whether the weight is finite, as far as that was checked.
     """
 
     by_events: bool
     density: float
-    crossover: float
+    crossover: float | None
+    is_finite: bool = True
 
 
 _decisions: WeakIdKeyDictionary = WeakIdKeyDictionary()
@@ -96,6 +104,12 @@ def latest_decision(weight: Tensor) -> Decision | None:
 def remember(owner: Tensor, decision: Decision) -> None:
     """Keep how a call of a layer ran, by its weight."""
     _decisions[owner] = decision
+
+
+def decision_for(packed: PackedWeight | None, density: float, crossover: float) -> Decision:
+    """The decision of a call; its weight is packed if the density is below the crossover."""
+    is_finite = packed is None or packed.is_finite
+    return Decision(packed is not None and is_finite, density, crossover, is_finite)
 
 
 def is_plain_call(layer: Any) -> bool:

@@ -19,8 +19,8 @@ from snnfx.lowering.events.geometry import Geometry
 from snnfx.lowering.events.layer_decisions import (
     LAYERS,
     LEAST_WORK,
-    Decision,
     crossover_of,
+    decision_for,
     geometry_of_layer,
     has_kernel,
     is_plain_call,
@@ -83,9 +83,8 @@ class SpikeReader:
         bias = None if bias is None else bias.detach().contiguous()
         limit = self._crossover(shape, read.dtype, weight, bias, geometry, work)
         packed = packed_weight(weight, geometry.groups, image) if read.density < limit else None
-        by_events = packed is not None and packed.is_finite
-        remember(weight, Decision(by_events, read.density, limit))
-        if packed is None or not by_events:
+        remember(weight, decision_for(packed, read.density, limit))
+        if packed is None or not packed.is_finite:
             return None
         return product_of_bits(read, geometry, weight.shape[0], packed.tiles, bias)
 

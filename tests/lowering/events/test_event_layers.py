@@ -198,6 +198,28 @@ def test_explain_shows_the_way_and_the_density() -> None:
     assert "%" in sentence
 
 
+def test_explain_shows_why_a_layer_ran_densely() -> None:
+    model, x_seq = made("linear", torch.float32)
+    net = snnfx.convert(model, example_inputs=x_seq[0])
+    with torch.no_grad():
+        net(x_seq.abs() + 4.0)
+        (sentence,) = snnfx.explain(net).events
+        assert "ran densely: 100.0% of its inputs" in sentence
+        weight_of(model)[0, 0] = float("nan")
+        net(x_seq)
+        (sentence,) = snnfx.explain(net).events
+        assert "ran densely: its weight is not finite" in sentence
+
+
+def test_explain_shows_layers_that_read_bits() -> None:
+    model, x_seq = made("linear", torch.float32)
+    net = snnfx.convert(model, example_inputs=x_seq[0])
+    with torch.no_grad():
+        for _ in range(5):
+            net(x_seq)
+    assert "ran by events" in snnfx.explain(net).events[0]
+
+
 def test_verify_accepts_events() -> None:
     model, x_seq = made("convolution, BatchNorm", torch.float32)
     net = snnfx.convert(model, example_inputs=x_seq[0])
@@ -242,5 +264,6 @@ def test_the_global_random_state_is_unchanged_by_a_measurement(
     with torch.no_grad():
         net(x_seq)
     assert torch.equal(torch.get_rng_state(), before)
-    assert 0.0 <= decision_of(model).crossover <= 0.6
+    crossover = decision_of(model).crossover
+    assert crossover is not None and 0.0 <= crossover <= 0.6
     assert len(crossovers._stored()) == 1

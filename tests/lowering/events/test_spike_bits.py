@@ -139,6 +139,7 @@ def test_layers_read_bits_and_equal_stepping(name: str, dtype: torch.dtype, writ
         assert (y != expected).double().mean() < 1e-3  # rounding flips few spikes
 
 
+@pytest.mark.filterwarnings("ignore:SNNFX315")
 def test_a_changed_weight_a_hook_and_gradients_are_seen(written: list[SpikeBits]) -> None:
     model, net, x_seq = made("linear", torch.float64)
     warmed_up(net, x_seq)

@@ -347,14 +347,16 @@ static void store_bits(const Operand &o, const Args &a, i64 t, i64 start, i64 n,
     uint64_t word = 0;
     if constexpr (sizeof(C) == 4) {
 #if defined(__AVX512F__)
-      for (int k = 0; k < 64; k += 16)
-        word |= (uint64_t)_mm512_cmp_ps_mask(_mm512_loadu_ps((const float *)from + k), _mm512_setzero_ps(), _CMP_NEQ_UQ) << k;
+      for (int k = 0; k < 64; k += 16) {
+        const __m512 x = _mm512_loadu_ps((const float *)from + k);
+        word |= (uint64_t)_mm512_cmp_ps_mask(x, _mm512_setzero_ps(), _CMP_NEQ_UQ) << k;
+      }
       *to++ = word;
       continue;
 #elif defined(__AVX2__)
       for (int k = 0; k < 64; k += 8) {
-        const __m256 active = _mm256_cmp_ps(_mm256_loadu_ps((const float *)from + k), _mm256_setzero_ps(), _CMP_NEQ_UQ);
-        word |= (uint64_t)(unsigned)_mm256_movemask_ps(active) << k;
+        const __m256 x = _mm256_loadu_ps((const float *)from + k);
+        word |= (uint64_t)(unsigned)_mm256_movemask_ps(_mm256_cmp_ps(x, _mm256_setzero_ps(), _CMP_NEQ_UQ)) << k;
       }
       *to++ = word;
       continue;
