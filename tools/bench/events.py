@@ -123,6 +123,7 @@ def _peer(make: Callable[[Any, Callable[[], nn.Module]], nn.Module], model: nn.M
     peer.load_state_dict(model.state_dict())
     for ours, theirs in zip(model.modules(), peer.modules(), strict=False):
         if isinstance(ours, LIFNode):
+            assert isinstance(theirs, neuron.LIFNode)
             theirs.v_threshold = ours.v_threshold
     functional.set_step_mode(peer, "m")
     return peer

@@ -149,7 +149,7 @@ def runs_of_model(model: nn.Module, peer: nn.Module | None, x_seq: Tensor) -> Ru
 
         def multi_step(x: Tensor) -> Tensor:
             functional.reset_net(peer)
-            y: Tensor = peer(x)  # type: ignore[misc]
+            y: Tensor = peer(x)
             return y
 
         runs["SpikingJelly"] = (multi_step, peer)
