@@ -280,3 +280,15 @@ def test_a_max_pooling_of_bits_equals_that_of_numbers(
     pooled = bits_of(x, FORMS["channels-last"]).max_pool(kernel, stride, padding).numbers()
     expected = functional.max_pool2d(x.flatten(0, 1), kernel, stride, padding).unflatten(0, (3, 2))
     assert torch.equal(pooled, expected)
+
+
+def test_a_hook_on_a_pooling_fires() -> None:
+    _, net, x_seq = made("flatten")
+    warmed_up(net, x_seq)
+    pool = net.get_submodule("2")
+    shapes: list[torch.Size] = []
+    handle = pool.register_forward_hook(lambda _, args, y: shapes.append(y.shape))
+    with torch.no_grad():
+        net(x_seq)
+    handle.remove()
+    assert shapes and shapes[0][1:] == (64, 8, 8)
