@@ -18,7 +18,8 @@ from snnfx.analysis.lowerable_loops import mixing_node
 from snnfx.analysis.spike_operands import reads_spikes
 from snnfx.ir.facts import EVENTS, LOOP_EVENTS
 from snnfx.ir.program import StepProgram
-from snnfx.lowering.events.event_layers import FUNCTIONS, LAYERS
+from snnfx.lowering.events.event_layers import FUNCTIONS
+from snnfx.lowering.events.layer_decisions import LAYERS
 from snnfx.passes.base import Pass
 
 __all__ = ["ChooseEventLayers"]

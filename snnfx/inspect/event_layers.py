@@ -10,7 +10,7 @@ from torch.fx import Node
 from snnfx.ir.facts import EVENTS
 from snnfx.ir.printing import describe_node
 from snnfx.ir.program import StepProgram
-from snnfx.lowering.events.event_layers import Decision, latest_decision
+from snnfx.lowering.events.layer_decisions import Decision, latest_decision
 
 __all__ = ["event_decision", "event_layers"]
 
@@ -27,10 +27,12 @@ def event_layers(program: StepProgram) -> Iterator[str]:
             yield f"`{name}` ran densely: its calls were too small or not plain."
             continue
         way = "ran by events" if decision.by_events else "ran densely"
-        yield (
-            f"`{name}` {way}: {decision.density:.1%} of its inputs were not zero in a sample of the latest call; "
-            f"events are faster below {decision.crossover:.0%}."
-        )
+        if not decision.is_finite:
+            yield f"`{name}` {way}: its weight is not finite."
+            continue
+        limit = "" if decision.crossover is None else f"; events are faster below {decision.crossover:.0%}"
+        density = f"{decision.density:.1%} of its inputs were not zero in a sample of the latest call"
+        yield f"`{name}` {way}: {density}{limit}."
 
 
 def event_decision(program: StepProgram, node: Node) -> Decision | None:

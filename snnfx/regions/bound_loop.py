@@ -8,6 +8,8 @@ from typing import Any
 from torch import Tensor, nn
 
 from snnfx.lowering.elementwise.bound_step import BoundStep
+from snnfx.lowering.events.spike_bits import SpikeBits
+from snnfx.lowering.events.spike_readers import SpikeReader
 from snnfx.regions.eager_regions import EagerLoop
 
 __all__ = ["BoundLoop"]
@@ -19,6 +21,7 @@ _MOST_BINDINGS = 4
 _PLAIN = (Tensor, nn.Parameter, nn.Buffer)
 
 Results = tuple[tuple[Tensor, ...], tuple[Any, ...]]
+BitResults = tuple[tuple[Tensor | SpikeBits, ...], tuple[Any, ...]]
 
 
 class BoundLoop:
@@ -31,18 +34,30 @@ class BoundLoop:
         constants: the constants of the region: modules, and objects that never change.
         tensors: the positions of constants that are tensors, which the caller passes behind the inputs.
         with_finals: whether the caller reads the final states; else the call may return none.
+        readers: the layers that read the only output, if they take bits. While all of them run by events, the output
+            is a `SpikeBits`.
     """
 
     def __init__(
-        self, region: EagerLoop, constants: Sequence[Any], tensors: Sequence[int] = (), with_finals: bool = True
+        self,
+        region: EagerLoop,
+        constants: Sequence[Any],
+        tensors: Sequence[int] = (),
+        with_finals: bool = True,
+        readers: Sequence[SpikeReader] = (),
     ) -> None:
         self.region, self.constants, self.with_finals = region, tuple(constants), with_finals
-        self.tensors = tuple(tensors)
+        self.tensors, self.readers = tuple(tensors), tuple(readers)
         self.step: BoundStep | None = None
-        self.bindings = 0
+        self.step_in_bits: BoundStep | None = None
+        self.bindings = self.bit_bindings = 0
 
-    def __call__(self, *arguments: Tensor) -> Results:
+    def __call__(self, *arguments: Tensor) -> BitResults:
         """Run the bound kernels, or the region as it runs unbound if the inputs have another layout."""
+        if self.readers and not self.tensors and all(reader.runs_by_events for reader in self.readers):
+            in_bits = self._run_in_bits(arguments, self.constants)
+            if in_bits is not None:
+                return in_bits
         results = self.run_bound(arguments)
         return self.run_unbound(arguments) if results is None else results
 
@@ -74,3 +89,22 @@ class BoundLoop:
         for i, tensor in zip(self.tensors, given, strict=True):
             merged[i] = tensor
         return tuple(arguments[:count]), tuple(merged), given
+
+    def _run_in_bits(
+        self, x_seq: Sequence[Tensor], constants: Sequence[Any]
+    ) -> tuple[tuple[SpikeBits], tuple[Tensor, ...]] | None:
+        """Run the kernels that write bits; None if there are none for these inputs."""
+        kernels = self.region.kernels
+        for is_bound in (True, False):
+            if not is_bound:
+                if kernels is None or self.bit_bindings >= _MOST_BINDINGS:
+                    return None
+                self.bit_bindings += 1
+                self.step_in_bits = kernels.bound_step(x_seq, constants, self.with_finals, in_bits=True)
+            step = self.step_in_bits
+            results = None if step is None else step.run(x_seq, constants)
+            if step is not None and results is not None:
+                (words,), finals = results
+                shape, order, T = step.step
+                return (SpikeBits(words, (T, *shape), order, step.output_dtypes[0]),), finals
+        return None

@@ -19,7 +19,7 @@ from torch.fx import Node
 from snnfx.ir.edits import add_placeholder
 from snnfx.lowering.batch_norm.training_norm import GradientOwner, channel_factors, takes_channel_factors
 from snnfx.ops.time_folding import fold_time, unfold_time
-from snnfx.regions.bound_loop import BoundLoop, Results
+from snnfx.regions.bound_loop import BitResults, BoundLoop
 from snnfx.regions.eager_regions import EagerLoop
 from snnfx.regions.region_kernels import RegionKernels
 from snnfx.regions.sequence_region import RegionGraph
@@ -104,7 +104,7 @@ class BoundNormedLoop:
         """Whether the step with the tails has no kernel, so that torch computes them."""
         self.region = region
 
-    def __call__(self, *arguments: Tensor) -> Results:
+    def __call__(self, *arguments: Tensor) -> BitResults:
         """Run the loop: `(outputs [T, *], final states)`.
 
         Args:

@@ -189,13 +189,14 @@ class RegionKernels:
         return PreparedCall(self, entry, lowered, x_seq, constants, [fetch(constants) for fetch in entry.constants])
 
     def bound_step(
-        self, x_seq: Sequence[Tensor], constants: Sequence[Any], with_finals: bool = True
+        self, x_seq: Sequence[Tensor], constants: Sequence[Any], with_finals: bool = True, in_bits: bool = False
     ) -> BoundStep | None:
         """The kernels of a call from the reset state, bound to its layout; None if they cannot be bound.
 
         Args:
             x_seq, constants: as for `run`.
             with_finals: whether the calls read the final states.
+            in_bits: whether the calls return their output as bits.
         """
         prepared = self.prepare(x_seq, None, constants)
         if prepared is None or prepared.runs_first_step(None) or prepared.entry.baked:
@@ -209,7 +210,14 @@ class RegionKernels:
             return None
         fetchers = prepared.entry.constants
         return BoundStep.of(
-            lowered, x_seq, numbers, needs, constants, lambda given: [fetch(given) for fetch in fetchers], with_finals
+            lowered,
+            x_seq,
+            numbers,
+            needs,
+            constants,
+            lambda given: [fetch(given) for fetch in fetchers],
+            with_finals,
+            in_bits,
         )
 
     def build_for(self, prepared: PreparedCall, needs: Needs | None) -> bool:

@@ -16,9 +16,9 @@ from snnfx import errors, neuron
 from snnfx.errors import SnnfxWarning
 from snnfx.lowering.elementwise.cpp import build
 from snnfx.lowering.elementwise.cpp.build import find_compiler
-from snnfx.lowering.events import crossovers, event_layers
-from snnfx.lowering.events.event_layers import latest_decision
+from snnfx.lowering.events import crossovers, layer_decisions
 from snnfx.lowering.events.event_source import SOURCES
+from snnfx.lowering.events.layer_decisions import latest_decision
 from snnfx.passes import Normalize, Partition, PassManager, RemoveDeadCode
 from snnfx.regions.sequence_region import region_of_handle
 from snnfx.sandbox import internal_faults
@@ -480,7 +480,7 @@ def test_a_compiler_that_fails_for_layers_of_spikes(tmp_path: Path, monkeypatch:
     monkeypatch.delenv("SNNFX_MEASURE", raising=False)
     monkeypatch.setattr(crossovers.REMEMBERED, "get", lambda *_: 1.0)
     monkeypatch.setattr(crossovers.REMEMBERED, "_known", {})
-    monkeypatch.setattr(event_layers, "_built", {})
+    monkeypatch.setattr(layer_decisions, "_built", {})
     dense = snnfx.convert(model, lower="dense").eval()
     with torch.no_grad(), monkeypatch.context() as patch:
         dense(x_seq)  # builds the kernel of the neuron, which stays in use
@@ -489,7 +489,7 @@ def test_a_compiler_that_fails_for_layers_of_spikes(tmp_path: Path, monkeypatch:
         patch.setenv("CXX", str(broken))
         y_seq = warned(
             "SNNFX505",
-            "lowering/events/event_layers.py:_has_kernel",
+            "lowering/events/layer_decisions.py:has_kernel",
             'Set CXX to another C++ compiler, or convert with lower="dense".',
             lambda: net(x_seq),
             names="layers run densely: broken cannot build the kernel",

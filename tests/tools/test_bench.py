@@ -95,3 +95,21 @@ def test_kernels_alone_are_those_of_the_call(layers: Any) -> None:
     outputs[-1].zero_()
     again()
     assert torch.equal(outputs[-1], expected) and expected.any()
+
+
+@pytest.mark.parametrize("name", ["CSNN", "MLP"])
+def test_neurons_fire_at_the_rate_of_the_case(name: str) -> None:
+    events = _tool("events")
+    make, sample, _ = events.MODELS[name]
+    torch.manual_seed(0)
+    model = make(torch.nn, snnfx.neuron.LIFNode)
+    x_seq = torch.rand(3, 2, *sample)
+    rates = events.fire_at(model, x_seq, 0.1)
+    assert len(rates) == sum(isinstance(layer, snnfx.neuron.LIFNode) for layer in model)
+    assert all(rate == pytest.approx(0.1, abs=0.03) for rate in rates.values())
+    peer = events._peer(make, model).eval()
+    with torch.no_grad():
+        actual = snnfx.convert(model.eval(), example_inputs=x_seq[0])(x_seq)
+        expected = peer(x_seq)
+    assert (actual != expected).double().mean() < 1e-2
+    assert actual.mean() == pytest.approx(rates[next(reversed(rates))], abs=0.02)

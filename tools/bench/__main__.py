@@ -1,6 +1,6 @@
 """Benchmark snnfx against other libraries and against lower bounds of the running time.
 
-    python tools/bench [layers] [networks] [compiling] [--quick] [--json tools/results] [--svg tools/pictures/speed.svg]
+    python tools/bench [layers] [networks] [events] [compiling] [--quick] [--json tools/results]
     python tools/bench --check 3     lists the rows that are more than 3 % slower than the figures in tools/results
 
 Each case runs in a fresh process, in which the implementations alternate; the results are ratios of their medians. All
@@ -24,6 +24,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent.parent))
 
 import comparison
 import compiling
+import events
 import layers
 import networks
 import torch
@@ -36,7 +37,9 @@ RESULTS = Path(__file__).resolve().parent.parent / "results"
 
 def main() -> int:
     parser = argparse.ArgumentParser(prog="tools/bench", description=__doc__.splitlines()[0] if __doc__ else "")
-    parser.add_argument("what", nargs="*", help="suites: layers, networks, compiling (default: layers and networks)")
+    parser.add_argument(
+        "what", nargs="*", help="suites: layers, networks, events, compiling (default: layers and networks)"
+    )
     parser.add_argument("--quick", action="store_true", help="run only a few cases")
     parser.add_argument("--seconds", type=float, default=1.5, help="minimum time per comparison (default: 1.5)")
     parser.add_argument("--malloc", choices=[*MALLOC, "both"], default="both", help="malloc settings (default: both)")
@@ -133,7 +136,8 @@ def _headline(name: str, malloc: str) -> None:
         columns = f"{'peer':<13}{'forward':>22}{'training':>24}{'kernel / copy':>19}"
         print(f"  {'neuron':<18}{'T':>5}{'neurons':>9}   {columns}")
     else:
-        print(f"  {'network':<18}{'T':>5}{'N':>5}{'inference':>35}{'training':>41}{'/ lower bound':>16}")
+        rate = f"{'rate':>6}" if name == "events" else ""
+        print(f"  {'network':<18}{'T':>5}{'N':>5}{rate}{'inference':>35}{'training':>41}{'/ lower bound':>16}")
 
 
 def _show_layer(result: dict[str, Any]) -> None:
@@ -156,13 +160,21 @@ def _show_layer(result: dict[str, Any]) -> None:
 
 def _show_network(result: dict[str, Any]) -> None:
     case = result["case"]
-    line = f"  {case['network']:<18}{case['T']:>5}{case['N']:>5}"
+    rate = f"{case['rate']:>6.0%}" if "rate" in case else ""
+    line = f"  {case['network']:<18}{case['T']:>5}{case['N']:>5}{rate}"
     for kind in ("inference", "training"):
         times = result[kind]
         peer = f"{times['SpikingJelly'] / times['snnfx']:5.1f}x vs SJ" if "SpikingJelly" in times else " " * 12
         line += f"   {times['snnfx']:8.1f} ms {times['stepped'] / times['snnfx']:6.1f}x vs step {peer}"
     limits = " ".join(f"{result[kind]['snnfx'] / result[kind]['floor']:6.2f}" for kind in ("inference", "training"))
     print(f"{line}   {limits}", flush=True)
+
+
+def _show_events(result: dict[str, Any]) -> None:
+    _show_network(result)
+    layers = result["layers"].items()
+    ways = [f"{name} {'by events' if d['by_events'] else 'dense'} at {d['density']:.0%}" for name, d in layers]
+    print(f"{'':<20}layers in inference: {', '.join(ways) or 'dense'}", flush=True)
 
 
 def _show_compiling(result: dict[str, Any]) -> None:
@@ -176,6 +188,7 @@ def _show_compiling(result: dict[str, Any]) -> None:
 SUITES: dict[str, tuple[Any, Callable[[dict[str, Any]], None]]] = {
     "layers": (layers, _show_layer),
     "networks": (networks, _show_network),
+    "events": (events, _show_events),
     "compiling": (compiling, _show_compiling),
 }
 

@@ -30,7 +30,10 @@ __all__ = [
     "inference_call",
     "measure",
     "runs_of",
+    "runs_of_model",
     "training_call",
+    "with_lower_bound",
+    "without_neurons",
 ]
 
 
@@ -111,8 +114,8 @@ def measure(case: NetworkCase, seconds: float) -> dict[str, Any]:
     sides = {name: (inference_call(*run, x_seq), training_call(*run, x_seq)) for name, run in runs.items()}
     return {
         "case": asdict(case),
-        "inference": _with_lower_bound(alternate({name: calls[0] for name, calls in sides.items()}, seconds)),
-        "training": _with_lower_bound(alternate({name: calls[1] for name, calls in sides.items()}, seconds)),
+        "inference": with_lower_bound(alternate({name: calls[0] for name, calls in sides.items()}, seconds)),
+        "training": with_lower_bound(alternate({name: calls[1] for name, calls in sides.items()}, seconds)),
     }
 
 
@@ -120,6 +123,20 @@ def runs_of(network: Network, x_seq: Tensor) -> Runs:
     """All implementations of a network with the same weights, on the device of the sequence."""
     make, _, has_peer = network
     model = make().to(x_seq.device)
+    peer = make(multi_step=True).to(x_seq.device) if has_peer else None
+    if peer is not None:
+        peer.load_state_dict(model.state_dict())
+    return runs_of_model(model, peer, x_seq)
+
+
+def runs_of_model(model: nn.Module, peer: nn.Module | None, x_seq: Tensor) -> Runs:
+    """A model in all implementations.
+
+    Args:
+        model: the step.
+        peer: its multi-step form in SpikingJelly, with the same weights.
+        x_seq: an input, on the device of the model.
+    """
     net = snnfx.convert(model, example_inputs=x_seq[0])
 
     def stepped(x: Tensor) -> Tensor:
@@ -127,11 +144,8 @@ def runs_of(network: Network, x_seq: Tensor) -> Runs:
         return torch.stack([model(step) for step in x])
 
     runs: Runs = {"stepped": (stepped, model), "snnfx": (net, net)}
-    if has_peer:
+    if peer is not None:
         from spikingjelly.activation_based import functional
-
-        peer = make(multi_step=True).to(x_seq.device)
-        peer.load_state_dict(model.state_dict())
 
         def multi_step(x: Tensor) -> Tensor:
             functional.reset_net(peer)
@@ -141,11 +155,12 @@ def runs_of(network: Network, x_seq: Tensor) -> Runs:
         runs["SpikingJelly"] = (multi_step, peer)
     bare = without_neurons(model)
     runs["floor"] = (lambda x: bare(x.flatten(0, 1)), bare)
-    last = copy.deepcopy(bare).to(memory_format=torch.channels_last)  # type: ignore[call-overload]
-    runs["floor, channels-last"] = (
-        lambda x: last(x.flatten(0, 1).contiguous(memory_format=torch.channels_last)),
-        last,
-    )
+    if x_seq.dim() == 5:
+        last = copy.deepcopy(bare).to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+        runs["floor, channels-last"] = (
+            lambda x: last(x.flatten(0, 1).contiguous(memory_format=torch.channels_last)),
+            last,
+        )
     return runs
 
 
@@ -159,9 +174,9 @@ def without_neurons(model: nn.Module) -> nn.Module:
     return bare
 
 
-def _with_lower_bound(times: dict[str, float]) -> dict[str, float]:
-    """Keep the lower of the two bounds."""
-    other = times.pop("floor, channels-last")
+def with_lower_bound(times: dict[str, float]) -> dict[str, float]:
+    """Keep the lower of the two bounds; vectors have only one."""
+    other = times.pop("floor, channels-last", times["floor"])
     return {**times, "floor": min(times["floor"], other)}
 
 

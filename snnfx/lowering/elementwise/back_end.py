@@ -85,6 +85,10 @@ class BackEnd(ABC):
         With a plan, the kernel saves values for backward. The source has a list `slots` of `KernelOperand`s.
         """
 
+    def write_forward_in_bits(self, step: StepExpressions) -> Any:
+        """Write the kernel of inference that writes its outputs, 0 or 1, as one bit each; None if there is none."""
+        return None
+
     @abstractmethod
     def write_backward(self, step: StepExpressions, plan: SavePlan, wanted: WantedGradients) -> Any:
         """Write the kernel of the backward pass over a sequence, in reverse."""

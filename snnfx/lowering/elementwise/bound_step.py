@@ -39,6 +39,7 @@ class BoundStep:
         constants: the constants of a call with the layout of the calls: modules, and tensors that the caller passes.
         fetch: returns the tensors that the step reads, from the constants of a call.
         with_finals: whether the calls read the final states.
+        in_bits: whether the calls return their output as bits, `[T, elements of a step / 64]`, in the order of memory.
     """
 
     def __init__(
@@ -50,6 +51,7 @@ class BoundStep:
         constants: Sequence[Any],
         fetch: Callable[[Sequence[Any]], list[Tensor]],
         with_finals: bool = True,
+        in_bits: bool = False,
     ) -> None:
         self.lowered, self.numbers, self.needs, self.fetch = lowered, list(map(float, numbers)), needs, fetch
         expressions, T = lowered.step.expressions, x_seq[0].shape[0]
@@ -65,16 +67,20 @@ class BoundStep:
         size = sum(_product(form.shape) * form.dtype.itemsize for form in finals.values())
         unread = finals if not with_finals and size <= _MOST_SHARED_BYTES else {}
         made: dict[Slot, Form] = {
-            **{("output", i): self._sequence(d) for i, d in enumerate(lowered.output_dtypes)},
+            **{("output", i): self._output(d, in_bits) for i, d in enumerate(lowered.output_dtypes)},
             **({} if unread else finals),
             **{("saved", i): self._sequence(d) for i, d in enumerate(saved)},
         }
         self.outputs = len(expressions.outputs)
+        self.output_dtypes = lowered.output_dtypes
         self.results = self.outputs + (0 if unread else len(finals))
         self.saved: dict[Slot, Form] = {slot: form for slot, form in made.items() if slot[0] == "saved"}
         self.not_differentiable = [i for i, d in enumerate(lowered.step.differentiable[: self.results]) if not d]
         self.training = None if needs is None else lowered.training(needs)
-        self.source = lowered.inference() if self.training is None else self.training.forward
+        if self.training is None:
+            self.source = lowered.inference_in_bits() if in_bits else lowered.inference()
+        else:
+            self.source = self.training.forward
         read = fetch(constants)
         self.constants = len(read)
         operands = self._operands(self.source, read)
@@ -99,11 +105,14 @@ class BoundStep:
         constants: Sequence[Any],
         fetch: Callable[[Sequence[Any]], list[Tensor]],
         with_finals: bool = True,
+        in_bits: bool = False,
     ) -> BoundStep | None:
         """Bind a step to the layout of these inputs; None if its kernels cannot be bound. Arguments: see the class."""
         if not isinstance(lowered.back_end, CppBackEnd):
             return None
-        bound = BoundStep(lowered, x_seq, numbers, needs, constants, fetch, with_finals)
+        if in_bits and not _can_be_bits(lowered, x_seq, numbers, needs):
+            return None
+        bound = BoundStep(lowered, x_seq, numbers, needs, constants, fetch, with_finals, in_bits)
         return bound if bound.forward is not None else None
 
     def run(
@@ -219,6 +228,13 @@ class BoundStep:
         shape, order, T = self.step
         return Form((T, *shape), (max(1, _product(shape)), *dense_strides(shape, order)), dtype)
 
+    def _output(self, dtype: torch.dtype, in_bits: bool) -> Form:
+        if not in_bits:
+            return self._sequence(dtype)
+        shape, _, T = self.step
+        words = _product(shape) // 64
+        return Form((T, words), (words, 1), torch.int64, in_step=False)
+
     def _state(self, dtype: torch.dtype) -> Form:
         shape, order, _ = self.step
         return Form(shape, dense_strides(shape, order), dtype)
@@ -235,7 +251,7 @@ class BoundStep:
         self, source: Any, given: dict[Slot, Form], made: dict[Slot, Form], unread: dict[Slot, Form]
     ) -> BoundLaunch | None:
         numbers = {("initial", k): number for k, number in enumerate(self.numbers)}
-        return bind_launch(source, self.step, given, made, unread, numbers, DTYPES)
+        return bind_launch(source, self.step, given, made, unread, numbers, {**DTYPES, "bits": torch.int64})
 
 
 class _BoundFunction(torch.autograd.Function):
@@ -257,6 +273,11 @@ class _BoundFunction(torch.autograd.Function):
         hint = "Convert with lower=None: PyTorch then runs the loop and differentiates twice."
         refuse_second_derivative("a kernel", hint)
         return (None, None, None, None, *for_each_gradient(partial(ctx.bound.backward, ctx.saved_tensors), grads))
+
+
+def _can_be_bits(lowered: LoweredStep, x_seq: Sequence[Tensor], numbers: Sequence[float], needs: Needs | None) -> bool:
+    elements = _product(lowered.shape_of_step(x_seq, numbers))
+    return needs is None and elements > 0 and elements % 64 == 0 and lowered.inference_in_bits() is not None
 
 
 def _tensors_among(constants: Sequence[Any]) -> list[Tensor]:

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from snnfx.lowering.elementwise.back_end import BackEnd, KernelOperand, WantedGradients
+from snnfx.lowering.elementwise.expressions import Expression
 from snnfx.lowering.elementwise.operand_layout import (
     broadcast,
     dense_strides,
@@ -77,6 +78,7 @@ class LoweredStep:
     back_end: BackEnd
     device: torch.device
     _inference: Any = None
+    _inference_in_bits: Any = None
     _training: dict[Needs, _Training] = field(default_factory=dict)
     _prologues: dict[tuple[int, ...], Replay] = field(default_factory=dict)
 
@@ -151,6 +153,13 @@ class LoweredStep:
         if self._inference is None:
             self._inference = self.back_end.write_forward(self.step.expressions)
         return self._inference
+
+    def inference_in_bits(self) -> Any:
+        """The kernel of inference that writes its output as bits; None unless that is one sequence of 0 and 1."""
+        outputs = self.step.expressions.outputs
+        if self._inference_in_bits is None and len(outputs) == 1 and _is_binary(outputs[0]):
+            self._inference_in_bits = self.back_end.write_forward_in_bits(self.step.expressions)
+        return self._inference_in_bits
 
     def training(self, needs: Needs) -> _Training:
         """The kernels of both passes for these gradients."""
@@ -380,3 +389,8 @@ def _product(shape: Sequence[int]) -> int:
     for size in shape:
         count *= size
     return count
+
+
+def _is_binary(expression: Expression) -> bool:
+    """Whether a value is 0 or 1."""
+    return expression.op == "cast" and expression.operands[0].dtype == "bool"

@@ -10,12 +10,13 @@ import torch
 from torch import Tensor
 
 from snnfx.lowering.elementwise.cpp.build import load, openmp
-from snnfx.lowering.events.event_source import CHECKSUM_PARTS, SOURCES
-from snnfx.lowering.events.geometry import Geometry
+from snnfx.lowering.events.event_source import BLOCK_ROWS, CHECKSUM_PARTS, LONGEST, SOURCES
+from snnfx.lowering.events.geometry import Geometry, Triple
+from snnfx.lowering.events.spike_bits import SpikeBits
 from snnfx.lowering.nonzero_lists import TILE_BYTES, VECTOR_BYTES
 from snnfx.ops.buffer_pool import pool
 
-__all__ = ["build", "checksum", "estimate_density", "product", "weight_gradient"]
+__all__ = ["build", "checksum", "estimate_density", "fits_lists", "product", "product_of_bits", "weight_gradient"]
 
 _UNITS_PER_THREAD = 4
 """Units of work for each thread, about, so that the load is balanced."""
@@ -42,6 +43,18 @@ def build(itemsize: int) -> None:
     load(SOURCES[itemsize])
 
 
+def fits_lists(geometry: Geometry, channels: int) -> bool:
+    """Whether the rows that one output pixel reads of a block can be numbered.
+
+    Args:
+        geometry: the settings of the layer.
+        channels: input channels of a group.
+    """
+    columns, part = geometry.kernel[2], min(channels, 64)
+    rows = max(part, BLOCK_ROWS // columns // part * part)
+    return columns * rows <= LONGEST
+
+
 def estimate_density(x: Tensor) -> float:
     """The fraction of elements that are not zero, from a sample, of a tensor that fills its memory."""
     words = _run(1, x, x.element_size(), elements=x.numel(), sampled=_LINES_SAMPLED, threads=1)
@@ -56,6 +69,28 @@ def checksum(weight: Tensor) -> bytes:
     return bytes(words)[-8 * CHECKSUM_PARTS :]
 
 
+def product_of_bits(spikes: SpikeBits, geometry: Geometry, outputs: int, packed: Tensor, bias: Tensor | None) -> Tensor:
+    """The product of spikes `[T, N, *]` with packed weights, `[T * N, *]`; that of images is channels-last.
+
+    Args:
+        spikes: `[T, N, C, *]`, channels-last with a multiple of 64 channels in each group; `[T, N, *, C]` in the order
+            of memory for a linear layer.
+        geometry, outputs, packed, bias: as for `product`.
+    """
+    batch = spikes.shape[0] * spikes.shape[1]
+    if geometry.dims == 0:
+        lead = (batch, *spikes.shape[2:-1])
+        images, size, channels = 1, (1, math.prod(lead), 1), spikes.shape[-1]
+        shape: tuple[int, ...] = (*lead, outputs)
+    else:
+        d, h, w = (1,) * (3 - geometry.dims) + tuple(spikes.shape[3:])
+        images, size, channels = batch, (d, h, w), spikes.shape[2] // geometry.groups
+        shape = (images, *geometry.output_size(size)[3 - geometry.dims :], outputs)
+    y = pool.empty(shape, _row_major(shape), spikes.dtype)
+    _launch_product(None, spikes.words, geometry, images, size, channels, outputs, packed, bias, y)
+    return y if geometry.dims == 0 else y.movedim(-1, 1)
+
+
 def product(x: Tensor, geometry: Geometry, outputs: int, packed: Tensor, bias: Tensor | None) -> Tensor:
     """The product of an input with packed weights; the result has the memory format of the input.
 
@@ -66,7 +101,7 @@ def product(x: Tensor, geometry: Geometry, outputs: int, packed: Tensor, bias: T
         packed: the weight, see `snnfx.lowering.events.packed_weights`.
         bias: contiguous, or None.
     """
-    size, groups = geometry.size_of(x), geometry.groups
+    size, groups = geometry.size_of(x.shape), geometry.groups
     out = geometry.output_size(size)
     if geometry.dims == 0:
         x = x.contiguous()
@@ -79,12 +114,29 @@ def product(x: Tensor, geometry: Geometry, outputs: int, packed: Tensor, bias: T
         images, channels = x.shape[0], x.shape[1] // groups
         shape = (images, *out[3 - geometry.dims :], outputs)
         y, x = pool.empty(shape, _row_major(shape), x.dtype).movedim(-1, 1), last
-    tiles = -(-(outputs // groups) // (TILE_BYTES // x.element_size()))
-    threads = _threads()
+    _launch_product(x, None, geometry, images, size, channels, outputs, packed, bias, y)
+    return y if keeps_format else y.contiguous()
+
+
+def _launch_product(
+    x: Tensor | None,
+    bits: Tensor | None,
+    geometry: Geometry,
+    images: int,
+    size: Triple,
+    channels: int,
+    outputs: int,
+    packed: Tensor,
+    bias: Tensor | None,
+    y: Tensor,
+) -> None:
+    """Run the kernel on an input of numbers or of bits."""
+    itemsize = y.element_size()
+    tiles = -(-(outputs // geometry.groups) // (TILE_BYTES // itemsize))
+    out, threads = geometry.output_size(size), _threads()
     band, splits = _units(geometry, images, out[0] * out[1], tiles, threads)
     shape = _shape(geometry, images, size, channels, outputs, band, splits)
-    _run(0, x, x.element_size(), weight=packed, bias=bias, y=y, shape=shape, threads=threads)
-    return y if keeps_format else y.contiguous()
+    _run(0, x, itemsize, weight=packed, bias=bias, y=y, shape=shape, threads=threads, bits=bits)
 
 
 def weight_gradient(x: Tensor, geometry: Geometry, outputs: int, grad: Tensor) -> Tensor:
@@ -94,7 +146,7 @@ def weight_gradient(x: Tensor, geometry: Geometry, outputs: int, grad: Tensor) -
         x, geometry, outputs: as for `product`.
         grad: the gradient of the output.
     """
-    size, groups = geometry.size_of(x), geometry.groups
+    size, groups = geometry.size_of(x.shape), geometry.groups
     out = geometry.output_size(size)
     if geometry.dims == 0:
         x, grad, images, channels = x.contiguous(), grad.contiguous(), 1, x.shape[-1]
@@ -130,7 +182,7 @@ _AFTER_GEOMETRY = 5 + _GEOMETRY_WORDS
 
 def _run(
     mode: int,
-    x: Tensor,
+    x: Tensor | None,
     itemsize: int,
     *,
     weight: Tensor | None = None,
@@ -141,12 +193,13 @@ def _run(
     elements: int = 0,
     sampled: int = 0,
     parts: int = 0,
+    bits: Tensor | None = None,
 ) -> ctypes.Array[ctypes.c_int64]:
     """Run the kernel with the struct `Args` as 64-bit words; returns the words after the run."""
     runtime = openmp() if threads > 1 else None
-    addresses = [0 if t is None else t.data_ptr() for t in (weight, bias, y)]
-    words = (mode, x.data_ptr(), *addresses, *shape, threads, runtime[0] if runtime else 0, 0, elements, sampled, 0)
-    words += (parts,)
+    addresses = [0 if t is None else t.data_ptr() for t in (x, weight, bias, y)]
+    words = (mode, *addresses, *shape, threads, runtime[0] if runtime else 0, 0, elements, sampled, 0)
+    words += (parts, 0 if bits is None else bits.data_ptr())
     arguments = (ctypes.c_int64 * (len(words) + CHECKSUM_PARTS))(*words)
     load(SOURCES[itemsize]).run(arguments)
     return arguments

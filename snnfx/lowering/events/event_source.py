@@ -1,10 +1,12 @@
 """The C++ source of products that visit only the inputs that are not zero.
 
 A product is a convolution over up to three spatial dimensions; a linear layer is one with a kernel of one pixel, whose
-pixels are the rows. Images are channels-last. For each output pixel a list names the rows of the weight that it adds:
-the active channels of all taps. Accumulators of one tile of outputs stay in registers while the list is read.
+pixels are the rows. Images are channels-last. A list names the active channels of all input columns that a line of
+output pixels reads, with those of all lines of the kernel together. Neighbouring output pixels share it: each reads a
+contiguous part, relative to its first column. Accumulators of one tile of outputs stay in registers meanwhile.
 
-Long lists are cut into blocks, so that the rows of one block and tile stay in the L2 cache for all pixels of a chunk.
+Long lists are cut into blocks, so that the rows of one block and tile stay close to the processor for all pixels of a
+chunk.
 """
 
 from __future__ import annotations
@@ -12,14 +14,20 @@ from __future__ import annotations
 from snnfx.lowering.elementwise.cpp.cpp_kernel import KernelSource
 from snnfx.lowering.nonzero_lists import NONZERO_LISTS
 
-__all__ = ["CHECKSUM_PARTS", "SOURCES"]
+__all__ = ["BLOCK_ROWS", "CHECKSUM_PARTS", "LONGEST", "SOURCES"]
+
+BLOCK_ROWS = 384
+"""Rows of the weight in a block, at most, if a word of channels has no more: larger ones are slower at 20 % density."""
+
+LONGEST = 1 << 16
+"""Numbers of rows in a list are smaller than this."""
 
 CHECKSUM_PARTS = 16
 """Parts of a weight that are hashed apart from each other, so that threads share them."""
 
 _TEXT = r"""
 #include <atomic>
-constexpr i64 CHUNK = 128, BLOCK = 1024, LONGEST = 1 << 16;
+constexpr i64 CHUNK = 128; // output pixels at a time
 
 struct Args {
   i64 mode;                      // 0: the product, 1: estimate the density, 2: the checksum of the weight,
@@ -33,6 +41,7 @@ struct Args {
   std::atomic<i64> next;         // the next unit of work
   i64 elements, sampled, active; // of the estimate
   i64 parts;                     // of the gradient
+  const u64 *bits;               // the input as bits, instead of x: a multiple of 64 channels in each group
   i64 checksum[CHECKSUM_PARTS];
 };
 
@@ -53,8 +62,17 @@ template <class T> struct Scratch {
 };
 static thread_local Scratch<u64> bit_words;
 static thread_local Scratch<i64> line_owner;
+static thread_local Scratch<i64> column_starts;
 static thread_local Scratch<uint16_t> list_rows;
 static thread_local Scratch<real> list_values;
+
+// A word of channels in one line of input pixels, and the row of its first channel in a column.
+struct Part {
+  const u64 *bits;
+  const real *x;
+  i64 row;
+};
+static thread_local Scratch<Part> parts_inside;
 
 // Add the rows of a list to one tile of one output pixel.
 template <int N, bool ONES>
@@ -71,8 +89,11 @@ INLINE void add_rows(const uint16_t *rows, const real *values, i64 n, const real
   for (int v = 0; v < N; v++) *(vec *)(y + v * LANES) = sum[v];
 }
 
+// The columns of one line of input pixels, each with its active rows of all lines of the kernel, form one list: an
+// output pixel reads the part of its columns. Columns are numbered from the first one that the segment reads.
 struct Chunk {
-  i64 count, starts[CHUNK + 1], pixels[CHUNK]; // pixel: its number among the output pixels
+  i64 count, first[CHUNK], last[CHUNK]; // the part of the list of each output pixel
+  i64 shift[CHUNK], pixels[CHUNK];      // rows of earlier columns, and its number among the output pixels
   const uint16_t *rows;
   const real *values;
 };
@@ -81,16 +102,16 @@ template <int N, bool ONES>
 static void add_tile(const Chunk &c, const real *weight, const real *bias, real *y, i64 step, i64 width, bool first) {
   real part[FULL];
   for (i64 p = 0; p < c.count; p++) {
-    const uint16_t *rows = c.rows + c.starts[p];
-    const real *values = ONES ? nullptr : c.values + c.starts[p];
-    i64 n = c.starts[p + 1] - c.starts[p];
+    const uint16_t *rows = c.rows + c.first[p];
+    const real *values = ONES ? nullptr : c.values + c.first[p], *w = weight - c.shift[p] * (N * LANES);
+    const i64 n = c.last[p] - c.first[p];
     real *target = y + c.pixels[p] * step;
     if (width == N * LANES) {
-      add_rows<N, ONES>(rows, values, n, weight, first ? bias : target, target);
+      add_rows<N, ONES>(rows, values, n, w, first ? bias : target, target);
     } else {
       memset(part, 0, sizeof part);
       if (!first || bias) memcpy(part, first ? bias : target, width * sizeof(real));
-      add_rows<N, ONES>(rows, values, n, weight, part, part);
+      add_rows<N, ONES>(rows, values, n, w, part, part);
       memcpy(target, part, width * sizeof(real));
     }
   }
@@ -119,8 +140,9 @@ static void scatter_tile(const Chunk &c, const real *gradient, real *rows_out, i
     }
     vec g[N];
     for (int v = 0; v < N; v++) g[v] = *(const vec *)(from + v * LANES);
-    for (i64 i = c.starts[p]; i < c.starts[p + 1]; i++) {
-      real *to = rows_out + (u64)c.rows[i] * (N * LANES);
+    real *origin = rows_out - c.shift[p] * (N * LANES);
+    for (i64 i = c.first[p]; i < c.last[p]; i++) {
+      real *to = origin + (u64)c.rows[i] * (N * LANES);
       for (int v = 0; v < N; v++) *(vec *)(to + v * LANES) += ONES ? g[v] : g[v] * c.values[i];
     }
   }
@@ -135,98 +157,121 @@ template <bool ONES> static void scatter_any_tile(const Chunk &c, const real *g,
   }
 }
 
+// Input columns that `n` output pixels of a line read, those of one residue modulo the dilation behind each other.
+static i64 columns_of(const Args &a, i64 n) {
+  if (n == 1) return a.kernel[2];
+  const i64 span = (n - 1) * a.stride[2] + (a.kernel[2] - 1) * a.dilation[2] + 1;
+  return (span + a.dilation[2] - 1) / a.dilation[2] * a.dilation[2];
+}
+
 static void unit(Args &a, i64 number, real *gradient) {
   const i64 lines = a.out[0] * a.out[1], bands = (lines + a.band - 1) / a.band;
   const i64 split = number % a.splits, band = number / a.splits % bands, image = number / a.splits / bands;
   const i64 words = (a.channels + 63) / 64, W = a.size[2], H = a.size[1], width = a.groups * a.channels;
   const i64 first_line = band * a.band, last_line = first_line + a.band < lines ? first_line + a.band : lines;
-  const i64 taps = a.kernel[0] * a.kernel[1] * a.kernel[2], K = taps * a.channels, M = a.outputs;
+  const i64 taps = a.kernel[0] * a.kernel[1], KW = a.kernel[2], K = taps * KW * a.channels, M = a.outputs;
   const i64 tiles = (M + FULL - 1) / FULL, padded = (M + LANES - 1) / LANES * LANES;
   const i64 first_tile = tiles * split / a.splits, last_tile = tiles * (split + 1) / a.splits;
-  const i64 taps_of_block = BLOCK / a.channels > 1 ? BLOCK / a.channels : 1;
-  const i64 words_of_block = taps == 1 ? BLOCK / 64 : words;
-  const i64 longest = taps == 1 ? (a.channels < BLOCK ? a.channels : BLOCK)
-                                : (taps_of_block < taps ? taps_of_block : taps) * a.channels;
-  const i64 fitting = LONGEST / longest > 1 ? LONGEST / longest : 1, most = fitting < CHUNK ? fitting : CHUNK;
+  // A part is a word of channels of one line of the kernel; a block is a range of parts, of all columns of the kernel.
+  const i64 of_part = a.channels < 64 ? a.channels : 64, fitting = BLOCK_ROWS / (KW * of_part);
+  const i64 parts = taps * words, of_block = fitting < 1 ? 1 : fitting < parts ? fitting : parts;
+  const i64 dilation = a.dilation[2], capacity = LONGEST / (of_block * of_part);
+  i64 longest = CHUNK < a.out[2] ? CHUNK : a.out[2];
+  while (longest > 1 && columns_of(a, longest) > capacity) longest /= 2;
+  const i64 most_columns = columns_of(a, longest), most_segments = CHUNK / longest + 2;
+  const i64 image_start = image * lines * a.out[2] * a.groups * M, of_pixel = a.groups * words;
   const real *x = a.x + image * a.size[0] * H * W * width;
-  const i64 image_start = image * lines * a.out[2] * a.groups * M;
-  const i64 all_lines = a.size[0] * H;
-  const bool is_row = taps == 1 && a.stride[1] == 1 && a.stride[0] == 1 && a.stride[2] == 1;
+  const bool is_row = taps * KW == 1 && a.stride[1] == 1 && a.stride[0] == 1 && a.stride[2] == 1;
   // A convolution keeps the bits of a whole image, a linear layer those of its band.
-  const i64 base = is_row && a.padding[0] == 0 && a.padding[1] == 0 ? first_line : 0;
-  const i64 kept = base || (is_row && !a.padding[0] && !a.padding[1]) ? last_line - first_line : all_lines;
-  u64 *bits = bit_words.of(kept * W * a.groups * words);
-  i64 *owner = line_owner.of(kept);
-  memset(owner, 0, kept * sizeof(i64));
-  uint16_t *rows = list_rows.of(most * longest + 64);
+  const i64 base = !a.bits && is_row && a.padding[0] == 0 && a.padding[1] == 0 ? first_line : 0;
+  const i64 kept = base || (is_row && !a.padding[0] && !a.padding[1]) ? last_line - first_line : a.size[0] * H;
+  const u64 *bits = a.bits + image * a.size[0] * H * W * of_pixel;
+  uint16_t *rows = list_rows.of(most_segments * most_columns * of_block * of_part + 64);
+  i64 *column = column_starts.of(most_columns + 1);
   bool others = false;
   Chunk c;
   const i64 pixels = (last_line - first_line) * a.out[2];
-  // First the bits of all lines that this band reads.
-  for (i64 line = first_line; line < last_line; line++) {
-    const i64 od = line / a.out[1], oh = line % a.out[1];
-    for (i64 kd = 0; kd < a.kernel[0]; kd++) {
-      const i64 d = od * a.stride[0] - a.padding[0] + kd * a.dilation[0];
-      if (d < 0 || d >= a.size[0]) continue;
-      for (i64 kh = 0; kh < a.kernel[1]; kh++) {
-        const i64 h = oh * a.stride[1] - a.padding[1] + kh * a.dilation[1];
-        if (h < 0 || h >= H) continue;
-        const i64 at = d * H + h - base;
-        if (owner[at]) continue;
-        owner[at] = 1;
-        const real *from = x + (at + base) * W * width;
-        u64 *to = bits + at * W * a.groups * words;
-        for (i64 w = 0; w < W * a.groups; w++, from += a.channels)
-          for (i64 k = 0; k < words; k++)
-            *to++ = bits_of(from + k * 64, a.channels - k * 64 < 64 ? a.channels - k * 64 : 64, others);
+  if (!a.bits) { // the bits of all lines that this band reads
+    u64 *found = bit_words.of(kept * W * of_pixel);
+    i64 *owner = line_owner.of(kept);
+    memset(owner, 0, kept * sizeof(i64));
+    bits = found;
+    for (i64 line = first_line; line < last_line; line++) {
+      const i64 od = line / a.out[1], oh = line % a.out[1];
+      for (i64 kd = 0; kd < a.kernel[0]; kd++) {
+        const i64 d = od * a.stride[0] - a.padding[0] + kd * a.dilation[0];
+        if (d < 0 || d >= a.size[0]) continue;
+        for (i64 kh = 0; kh < a.kernel[1]; kh++) {
+          const i64 h = oh * a.stride[1] - a.padding[1] + kh * a.dilation[1];
+          if (h < 0 || h >= H) continue;
+          const i64 at = d * H + h - base;
+          if (owner[at]) continue;
+          owner[at] = 1;
+          const real *from = x + (at + base) * W * width;
+          u64 *to = found + at * W * of_pixel;
+          for (i64 w = 0; w < W * a.groups; w++, from += a.channels)
+            for (i64 k = 0; k < words; k++)
+              *to++ = bits_of(from + k * 64, a.channels - k * 64 < 64 ? a.channels - k * 64 : 64, others);
+        }
       }
     }
   }
-  real *values = others ? list_values.of(most * longest + 64) : nullptr;
+  real *values = others ? list_values.of(most_segments * most_columns * of_block * of_part + 64) : nullptr;
+  Part *inside = parts_inside.of(of_block);
   c.rows = rows;
   c.values = values;
   for (i64 group = 0; group < a.groups; group++) {
     const i64 of_group = group * K * padded;
-    for (i64 begin = 0; begin < pixels; begin += most) {
-      c.count = pixels - begin < most ? pixels - begin : most;
-      bool first = true;
-      for (i64 tap0 = 0, word0 = 0; tap0 < taps;) {
-        const i64 tap1 = tap0 + taps_of_block < taps ? tap0 + taps_of_block : taps;
-        const i64 word1 = word0 + words_of_block < words ? word0 + words_of_block : words;
-        const i64 from_row = tap0 * a.channels + word0 * 64;
+    for (i64 begin = 0; begin < pixels; begin += CHUNK) {
+      c.count = pixels - begin < CHUNK ? pixels - begin : CHUNK;
+      for (i64 part0 = 0; part0 < parts; part0 += of_block) {
+        const i64 part1 = part0 + of_block < parts ? part0 + of_block : parts;
+        const i64 row0 = part0 / words * a.channels + part0 % words * 64;
+        const i64 R = (part1 == parts ? taps * a.channels : part1 / words * a.channels + part1 % words * 64) - row0;
         i64 n = 0;
-        for (i64 p = 0, line = first_line + begin / a.out[2], ow = begin % a.out[2]; p < c.count; p++) {
-          c.pixels[p] = line * a.out[2] + ow;
-          c.starts[p] = n;
+        for (i64 p = 0, line = first_line + begin / a.out[2], ow = begin % a.out[2]; p < c.count;) {
+          i64 length = a.out[2] - ow < longest ? a.out[2] - ow : longest;
+          if (c.count - p < length) length = c.count - p;
           const i64 d0 = line / a.out[1] * a.stride[0] - a.padding[0];
           const i64 h0 = line % a.out[1] * a.stride[1] - a.padding[1], w0 = ow * a.stride[2] - a.padding[2];
-          if (++ow == a.out[2]) ow = 0, line++;
-          for (i64 kd = 0, tap = 0; kd < a.kernel[0]; kd++) {
-            const i64 d = d0 + kd * a.dilation[0];
-            for (i64 kh = 0; kh < a.kernel[1]; kh++, tap += a.kernel[2]) {
-              const i64 h = h0 + kh * a.dilation[1];
-              if (tap + a.kernel[2] <= tap0 || tap >= tap1 || (u64)d >= (u64)a.size[0] || (u64)h >= (u64)H) continue;
-              const i64 kw0 = tap0 > tap ? tap0 - tap : 0, kw1 = tap1 - tap < a.kernel[2] ? tap1 - tap : a.kernel[2];
-              const i64 line_pixel = (d * H + h) * W;
-              for (i64 kw = kw0; kw < kw1; kw++) {
-                const i64 w = w0 + kw * a.dilation[2];
-                if ((u64)w >= (u64)W) continue;
-                const u64 *mask = bits + ((line_pixel + w - base * W) * a.groups + group) * words;
-                const i64 row = (tap + kw) * a.channels - from_row;
-                const i64 before = n;
-                for (i64 k = word0; k < word1; k++) n += append(rows + n, mask[k], row + k * 64);
-                if (others) {
-                  const real *from = x + (line_pixel + w) * width + group * a.channels - row;
-                  for (i64 i = before; i < n; i++) values[i] = from[rows[i]];
-                }
+          i64 count = 0;
+          for (i64 k = part0; k < part1; k++) {
+            const i64 tap = k / words, word = k % words, kd = tap / a.kernel[1], kh = tap % a.kernel[1];
+            const i64 d = d0 + kd * a.dilation[0], h = h0 + kh * a.dilation[1];
+            if ((u64)d >= (u64)a.size[0] || (u64)h >= (u64)H) continue;
+            const i64 at = d * H + h;
+            inside[count++] = {bits + (at - base) * W * of_pixel + group * words + word,
+                               x + at * W * width + group * a.channels + word * 64,
+                               tap * a.channels + word * 64 - row0};
+          }
+          const i64 columns = columns_of(a, length), residues = length == 1 ? 1 : dilation;
+          const i64 of_residue = columns / residues;
+          for (i64 residue = 0, q = 0; residue < residues; residue++) {
+            for (i64 w = w0 + residue; q < (residue + 1) * of_residue; q++, w += dilation) {
+              column[q] = n;
+              if ((u64)w >= (u64)W) continue;
+              for (i64 k = 0; k < count; k++) {
+                const i64 row = q * R + inside[k].row, before = n;
+                n += append(rows + n, inside[k].bits[w * of_pixel], row);
+                if (others)
+                  for (i64 i = before; i < n; i++) values[i] = inside[k].x[w * width + rows[i] - row];
               }
             }
           }
+          column[columns] = n;
+          for (i64 i = 0, at = 0; i < length; i++, p++, at += a.stride[2]) {
+            const i64 q = at % dilation * of_residue + at / dilation;
+            c.first[p] = column[q];
+            c.last[p] = column[q + KW];
+            c.shift[p] = q * R;
+            c.pixels[p] = line * a.out[2] + ow + i;
+          }
+          ow += length;
+          if (ow == a.out[2]) ow = 0, line++;
         }
-        c.starts[c.count] = n;
         for (i64 tile = first_tile; tile < last_tile; tile++) {
           const i64 m = tile * FULL, wide = M - m < FULL ? M - m : FULL;
-          const i64 at = of_group + m * K + from_row * (wide == FULL ? FULL : (wide + LANES - 1) / LANES * LANES);
+          const i64 at = of_group + m * K + KW * row0 * (wide == FULL ? FULL : (wide + LANES - 1) / LANES * LANES);
           const real *w = a.weight + at, *bias = a.bias ? a.bias + group * M + m : nullptr;
           const i64 first_output = image_start + group * M + m;
           if (gradient) {
@@ -236,12 +281,10 @@ static void unit(Args &a, i64 number, real *gradient) {
             continue;
           }
           real *to = a.y + first_output;
+          const bool first = part0 == 0;
           if (others) add_any_tile<false>(c, w, bias, to, a.groups * M, wide, first);
           else add_any_tile<true>(c, w, bias, to, a.groups * M, wide, first);
         }
-        first = false;
-        if (word1 < words) word0 = word1;
-        else word0 = 0, tap0 = tap1;
       }
     }
   }
@@ -336,7 +379,13 @@ extern "C" void run(Args *a) {
 
 
 def _source(ctype: str) -> KernelSource:
-    head = f"#define CHECKSUM_PARTS {CHECKSUM_PARTS}\n#define WIDE {int(ctype == 'double')}\ntypedef {ctype} real;\n"
+    numbers = {
+        "CHECKSUM_PARTS": CHECKSUM_PARTS,
+        "BLOCK_ROWS": BLOCK_ROWS,
+        "LONGEST": LONGEST,
+        "WIDE": int(ctype == "double"),
+    }
+    head = "".join(f"#define {name} {number}\n" for name, number in numbers.items()) + f"typedef {ctype} real;\n"
     return KernelSource(head + NONZERO_LISTS + _TEXT, (), (), 0)
 
 

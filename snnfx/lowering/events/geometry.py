@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 from torch import Tensor
 
-__all__ = ["LINEAR", "Geometry", "convolution"]
+__all__ = ["LINEAR", "Geometry", "Triple", "convolution"]
 
 Triple = tuple[int, int, int]
 
@@ -35,11 +36,11 @@ class Geometry:
         d, h, w = ((n + 2 * p - dil * (k - 1) - 1) // s + 1 for n, k, s, p, dil in settings)
         return d, h, w
 
-    def size_of(self, x: Tensor) -> Triple:
-        """The spatial size of an input `[N, C, *]`, or of the rows of a linear layer."""
+    def size_of(self, shape: Sequence[int]) -> Triple:
+        """The spatial size of an input of shape `[N, C, *]`, or of the rows of a linear layer."""
         if self.dims == 0:
-            return 1, math.prod(x.shape[:-1]), 1
-        d, h, w = (1,) * (3 - self.dims) + tuple(x.shape[2:])
+            return 1, math.prod(shape[:-1]), 1
+        d, h, w = (1,) * (3 - self.dims) + tuple(shape[2:])
         return d, h, w
 
 

@@ -7,6 +7,7 @@ through `.data`, so a checksum of the whole content is compared as well.
 
 from __future__ import annotations
 
+import functools
 from dataclasses import dataclass
 
 import torch
@@ -15,6 +16,7 @@ from torch.nn import functional
 from torch.utils.weak import WeakIdKeyDictionary
 
 from snnfx.lowering.events.event_kernel import checksum
+from snnfx.lowering.events.event_source import BLOCK_ROWS
 from snnfx.lowering.nonzero_lists import TILE_BYTES, VECTOR_BYTES
 
 __all__ = ["PackedWeight", "pack", "packed_weight", "unpack"]
@@ -41,28 +43,42 @@ _packed: WeakIdKeyDictionary = WeakIdKeyDictionary()
 """By the weight. Not stored in modules, so that it is not pickled or copied."""
 
 
-def packed_weight(weight: Tensor, groups: int) -> PackedWeight:
-    """The packed form of a weight that fills its memory."""
-    state, content = _state_of(weight, groups), checksum(weight)
+def packed_weight(weight: Tensor, groups: int, image: tuple[int, ...] | None = None) -> PackedWeight:
+    """The packed form of a weight that fills its memory.
+
+    Args:
+        weight: `[M, C / groups, *]`.
+        groups: groups of channels.
+        image: `(C, *)`, for a linear layer whose inputs are flattened images that lie channels-last in memory.
+    """
+    state, content = _state_of(weight, groups, image), checksum(weight)
     found: PackedWeight | None = _packed.get(weight)
     if found is None or found.state != state or found.content != content:
         with torch.inference_mode(False), torch.no_grad():
-            tiles = pack(weight.detach(), groups)
+            detached = weight.detach()
+            if image is not None:
+                detached = detached.unflatten(1, image).movedim(1, -1).flatten(1)
+            tiles = pack(detached, groups)
             found = PackedWeight(tiles, bool(torch.isfinite(tiles).all()), state, content)
         _packed[weight] = found
     return found
 
 
-def _state_of(weight: Tensor, groups: int) -> tuple[object, ...]:
+def _state_of(weight: Tensor, groups: int, image: tuple[int, ...] | None) -> tuple[object, ...]:
     version = 0 if weight.is_inference() else weight._version
-    return weight.data_ptr(), version, weight.shape, weight.stride(), weight.dtype, groups
+    return weight.data_ptr(), version, weight.shape, weight.stride(), weight.dtype, groups, image
 
 
 def pack(weight: Tensor, groups: int) -> Tensor:
-    """Pack a weight `[M, C / groups, *]`: by group and tile, rows `[taps * C / groups, outputs of the tile]`."""
+    """Pack a weight `[M, C / groups, *]`: by group and tile, rows `[taps * C / groups, outputs of the tile]`.
+
+    Rows are ordered by block, column of the kernel, line of the kernel, channel.
+    """
     lanes, full = VECTOR_BYTES // weight.element_size(), TILE_BYTES // weight.element_size()
     outputs = weight.shape[0] // groups
     rows = weight.reshape(groups, outputs, weight.shape[1], -1).permute(0, 3, 2, 1).flatten(1, 2)
+    order = _order_of_rows(weight.shape)
+    rows = rows if order is None else rows[:, order]
     rows = functional.pad(rows, (0, -outputs % lanes))
     whole = outputs // full * full
     tiles = rows[..., :whole].unflatten(2, (-1, full)).transpose(1, 2)
@@ -79,5 +95,22 @@ def unpack(packed: Tensor, shape: torch.Size, groups: int) -> Tensor:
     tiles = by_group[:, : whole * inputs].unflatten(1, (whole // full, inputs, full)).transpose(1, 2).flatten(2)
     rest = by_group[:, whole * inputs :].unflatten(1, (inputs, width - whole))
     rows = torch.cat((tiles, rest), 2)[..., :outputs]
+    order = _order_of_rows(shape)
+    rows = rows if order is None else torch.empty_like(rows).index_copy_(1, order, rows)
     weight: Tensor = rows.unflatten(1, (taps, shape[1])).permute(0, 3, 2, 1).reshape(shape)
     return weight
+
+
+@functools.cache
+def _order_of_rows(shape: torch.Size) -> Tensor | None:
+    """The number of each packed row among the rows in the order of tap and channel; None if that is its own."""
+    if len(shape) == 2 or shape[-1] == 1:
+        return None
+    channels, columns, lines = shape[1], shape[-1], shape[2:-1].numel()
+    words = -(-channels // 64)
+    of_block = max(1, BLOCK_ROWS // (columns * min(channels, 64)))
+    starts = [part // words * channels + part % words * 64 for part in range(0, lines * words, of_block)]
+    numbers = torch.arange(lines * columns * channels, device="cpu").view(lines, columns, channels)
+    by_column = numbers.transpose(0, 1).reshape(columns, -1)
+    ends = [*starts[1:], lines * channels]
+    return torch.cat([by_column[:, start:end].flatten() for start, end in zip(starts, ends, strict=True)])

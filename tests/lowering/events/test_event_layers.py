@@ -13,8 +13,9 @@ from torch.nn import functional
 import snnfx
 from snnfx.lowering.events import crossovers
 from snnfx.lowering.events.event_gradients import differentiable_product
-from snnfx.lowering.events.event_layers import Decision, latest_decision
 from snnfx.lowering.events.geometry import LINEAR, convolution
+from snnfx.lowering.events.layer_decisions import Decision, latest_decision
+from snnfx.lowering.events.packed_weights import pack
 from support.stepping import step_model
 
 
@@ -181,7 +182,7 @@ def test_second_and_batched_gradients_are_exact(dims: int) -> None:
     assert geometry is not None
 
     def function(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
-        return differentiable_product(x, weight, bias, geometry, gradient_by_events=True)
+        return differentiable_product(x, weight, bias, pack(weight.detach(), 1), geometry, gradient_by_events=True)
 
     assert torch.autograd.gradcheck(function, (x, weight, bias), check_batched_grad=True)
     assert torch.autograd.gradgradcheck(function, (x, weight, bias))
@@ -196,6 +197,28 @@ def test_explain_shows_the_way_and_the_density() -> None:
     (sentence,) = snnfx.explain(net).events
     assert "ran by events" in sentence
     assert "%" in sentence
+
+
+def test_explain_shows_why_a_layer_ran_densely() -> None:
+    model, x_seq = made("linear", torch.float32)
+    net = snnfx.convert(model, example_inputs=x_seq[0])
+    with torch.no_grad():
+        net(x_seq.abs() + 4.0)
+        (sentence,) = snnfx.explain(net).events
+        assert "ran densely: 100.0% of its inputs" in sentence
+        weight_of(model)[0, 0] = float("nan")
+        net(x_seq)
+        (sentence,) = snnfx.explain(net).events
+        assert "ran densely: its weight is not finite" in sentence
+
+
+def test_explain_shows_layers_that_read_bits() -> None:
+    model, x_seq = made("linear", torch.float32)
+    net = snnfx.convert(model, example_inputs=x_seq[0])
+    with torch.no_grad():
+        for _ in range(5):
+            net(x_seq)
+    assert "ran by events" in snnfx.explain(net).events[0]
 
 
 def test_verify_accepts_events() -> None:
@@ -243,5 +266,6 @@ def test_the_global_random_state_is_unchanged_by_a_measurement(
     with torch.no_grad():
         net(x_seq)
     assert torch.equal(torch.get_rng_state(), before)
-    assert 0.0 <= decision_of(model).crossover <= 0.6
+    crossover = decision_of(model).crossover
+    assert crossover is not None and 0.0 <= crossover <= 0.6
     assert len(crossovers.REMEMBERED.stored()) == 1

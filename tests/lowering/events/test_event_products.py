@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from snnfx.lowering.events.event_kernel import checksum, estimate_density, product, weight_gradient
+from snnfx.lowering.events.event_kernel import checksum, estimate_density, fits_lists, product, weight_gradient
 from snnfx.lowering.events.geometry import LINEAR, convolution
 from snnfx.lowering.events.packed_weights import pack, packed_weight, unpack
 
@@ -79,6 +79,24 @@ def test_a_linear_layer_of_events_equals_the_dense_one(seed: int) -> None:
     grad = torch.randn(*shape, outputs, dtype=dtype)
     expected_gradient = grad.reshape(-1, outputs).T @ x.reshape(-1, inputs)
     assert_near(unpack(weight_gradient(x, LINEAR, outputs, grad), weight.shape, 1), expected_gradient)
+
+
+@pytest.mark.parametrize(
+    ("channels", "width", "kernel", "stride", "dilation"),
+    [(64, 900, 3, 1, 1), (5, 40000, 2, 3, 1), (300, 300, 31, 2, 1), (64, 700, 2, 1, 300), (64, 700, 3, 4, 7)],
+)
+def test_long_lines(channels: int, width: int, kernel: int, stride: int, dilation: int) -> None:
+    """Lines whose columns have more rows than 16 bits can number, and kernels wider than a block."""
+    x, weight = sparse((2, channels, width), 0.1, "mixed", torch.float64), torch.randn(9, channels, kernel).double()
+    geometry = convolution(weight, (stride,), (kernel // 2,), (dilation,), 1)
+    assert geometry is not None and fits_lists(geometry, channels)
+    expected = functional.conv1d(x, weight, None, stride, kernel // 2, dilation)
+    assert_near(product(x, geometry, 9, pack(weight, 1), None), expected)
+
+
+def test_a_kernel_wider_than_the_numbers_of_a_list_is_refused() -> None:
+    geometry = convolution(torch.randn(9, 64, 2000), (1,), (0,), (1,), 1)
+    assert geometry is not None and not fits_lists(geometry, 64)
 
 
 @pytest.mark.parametrize("padding", ["same", "valid"])

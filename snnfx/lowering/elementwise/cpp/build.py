@@ -39,13 +39,21 @@ def find_compiler() -> str | None:
     end, too, in Triton's interpreter, which must be enabled before Triton is imported (TRITON_INTERPRET=1). This is
     slow, and meant for testing GPU kernels without a GPU.
     """
-    if os.environ.get("SNNFX_KERNELS") == "0":
+    environment = os.environ
+    if environment.get("SNNFX_KERNELS") == "0":
         return None
-    for name in (os.environ.get("CXX"), "g++", "clang++", "c++"):
-        path = shutil.which(name) if name else None
-        if path is not None:
-            return path
-    return None
+    key = environment.get("CXX"), environment.get("PATH")
+    found = _compilers.get(key)
+    if found is None:
+        names = (key[0], "g++", "clang++", "c++")
+        found = next((path for name in names if name and (path := shutil.which(name)) is not None), None)
+        if found is not None:  # one that is installed later is found
+            _compilers[key] = found
+    return found
+
+
+_compilers: dict[tuple[str | None, str | None], str] = {}
+"""By $CXX and $PATH: a search of the path takes 100 microseconds, and each call of a layer asks."""
 
 
 @functools.cache

@@ -22,8 +22,14 @@ from snnfx.lowering.elementwise.saved_values import SavePlan
 __all__ = ["KernelSource", "write_backward", "write_forward"]
 
 
-def write_forward(step: StepExpressions, plan: SavePlan | None = None) -> KernelSource:
-    """Write the kernel of the forward pass; with a plan, it saves values for backward."""
+def write_forward(step: StepExpressions, plan: SavePlan | None = None, in_bits: bool = False) -> KernelSource:
+    """Write the kernel of the forward pass.
+
+    Args:
+        step: the step.
+        plan: the values that are saved for backward.
+        in_bits: whether the outputs, which are 0 or 1, are written as one bit each.
+    """
     saved = plan.saved if plan is not None else ()
     roots = [*step.outputs, *step.next_states, *saved]
     used = topological(roots)
@@ -44,7 +50,8 @@ def write_forward(step: StepExpressions, plan: SavePlan | None = None) -> Kernel
         last.append(
             f"store<{MEMORY_TYPES[memory]}, {ctype}>({writer.slot('final', index, memory)}, 0, start, n, {name});"
         )
-    made = [("output", i, m, e) for i, (m, e) in enumerate(zip(step.output_dtypes, step.outputs, strict=True))]
+    memories = ["bits"] * len(step.outputs) if in_bits else step.output_dtypes
+    made = [("output", i, m, e) for i, (m, e) in enumerate(zip(memories, step.outputs, strict=True))]
     made += [("saved", i, e.dtype, e) for i, e in enumerate(saved)]
     targets = [(f"{kind}{i}", writer.slot(kind, i, memory), memory, e) for kind, i, memory, e in made]
 

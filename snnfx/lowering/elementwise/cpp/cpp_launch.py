@@ -80,11 +80,11 @@ def block_length(source: KernelSource, elements: int, threads: int) -> int:
     Each step of a block starts at another address. Long blocks, whose states fit into the L2 cache, give the
     processor's prefetchers time to run ahead: a quarter faster than short blocks whose states fit into L1.
     """
-    share = -(-elements // (16 * threads)) * 16
+    share = -(-elements // (64 * threads)) * 64  # whole words of bits
     length = min(source.block, _SHORT_BLOCK)
     while length < source.block and elements >= 2 * length * _MIN_LONG_BLOCKS * threads:
         length *= 2
-    return max(16, min(length, share))
+    return max(64, min(length, share))
 
 
 def pack_arguments(
@@ -123,6 +123,9 @@ class CppBackEnd(BackEnd):
 
     def write_forward(self, step: StepExpressions, plan: SavePlan | None = None) -> KernelSource:
         return write_forward(step, plan)
+
+    def write_forward_in_bits(self, step: StepExpressions) -> KernelSource:
+        return write_forward(step, in_bits=True)
 
     def write_backward(self, step: StepExpressions, plan: SavePlan, wanted: WantedGradients) -> KernelSource:
         return write_backward(step, plan, wanted)

@@ -9,7 +9,7 @@ rounds to an integer in the low bits of the significand see Muller (2016), "Elem
 
 from __future__ import annotations
 
-__all__ = ["PRELUDE"]
+__all__ = ["BITS", "PRELUDE"]
 
 PRELUDE = r"""
 #include <math.h>
@@ -369,3 +369,38 @@ INLINE i64 fmod_(i64 a, i64 b) { return a % b; }
 INLINE float atan2_(float a, float b) { return atan2f(a, b); }
 INLINE double atan2_(double a, double b) { return atan2(a, b); }
 """
+
+BITS = r"""
+#if defined(__AVX512F__) || defined(__AVX2__)
+#include <immintrin.h>
+#endif
+
+// Write which of the elements [start, start + n) of one step are not zero, one bit each; `start` is a multiple of 64.
+template <class C>
+static void store_bits(const Operand &o, const Args &a, i64 t, i64 start, i64 n, const C *RESTRICT from) {
+  uint64_t *to = (uint64_t *)o.data + (t * a.E + start) / 64;
+  for (i64 i = 0; i < n; i += 64, from += 64) {
+    uint64_t word = 0;
+    if constexpr (sizeof(C) == 4) {
+#if defined(__AVX512F__)
+      for (int k = 0; k < 64; k += 16) {
+        const __m512 x = _mm512_loadu_ps((const float *)from + k);
+        word |= (uint64_t)_mm512_cmp_ps_mask(x, _mm512_setzero_ps(), _CMP_NEQ_UQ) << k;
+      }
+      *to++ = word;
+      continue;
+#elif defined(__AVX2__)
+      for (int k = 0; k < 64; k += 8) {
+        const __m256 x = _mm256_loadu_ps((const float *)from + k);
+        word |= (uint64_t)(unsigned)_mm256_movemask_ps(_mm256_cmp_ps(x, _mm256_setzero_ps(), _CMP_NEQ_UQ)) << k;
+      }
+      *to++ = word;
+      continue;
+#endif
+    }
+    for (int k = 0; k < 64; k++) word |= (uint64_t)(from[k] != 0) << k;
+    *to++ = word;
+  }
+}
+"""
+"""What a kernel needs in addition if it writes its output as bits; the elements of a step are a multiple of 64."""

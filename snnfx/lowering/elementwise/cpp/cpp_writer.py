@@ -6,7 +6,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 from snnfx.lowering.elementwise.back_end import KernelOperand
-from snnfx.lowering.elementwise.cpp.cpp_prelude import PRELUDE
+from snnfx.lowering.elementwise.cpp.cpp_prelude import BITS, PRELUDE
 from snnfx.lowering.elementwise.expressions import INTEGERS, Expression, StepExpressions, topological
 from snnfx.lowering.elementwise.operand_layout import MAX_DIMS
 
@@ -196,6 +196,9 @@ class CppWriter:
     def target(self, operand: str, memory: str, dtype: str, t: str, name: str) -> tuple[str, str]:
         """The pointer `name` to which a step writes an operand: `(declaration, line after the loop)`."""
         ctype = C_TYPES[dtype]
+        if memory == "bits":
+            self.buffer(name, ctype)
+            return "", f"store_bits<{ctype}>({operand}, a, {t}, start, n, {name});"
         if MEMORY_TYPES[memory] == ctype and dtype != "bool":
             return f"{ctype} *RESTRICT {name} = ({ctype} *){operand}.data + {t} * {operand}.time + start;", ""
         self.buffer(name, ctype)
@@ -213,6 +216,7 @@ class CppWriter:
         lines = [
             *define,
             PRELUDE,
+            *([BITS] if any(slot.dtype == "bits" for slot in self.slots) else []),
             f"static constexpr i64 BLOCK = {block};",
             "static void part(const Args &a, i64 number, i64 parts) {",
             "  const i64 blocks = (a.E + a.block - 1) / a.block;",

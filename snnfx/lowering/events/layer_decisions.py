@@ -1,0 +1,230 @@
+"""How a layer may run, and how its latest call ran: conditions, geometry, crossover and decision.
+
+A layer runs densely under torch.compile, torch.export, torch.func, forward-mode AD, dispatch modes, hooks, autocast or
+tracing; for dtypes other than float32 and float64; on devices other than the CPU; if its weight is not finite; or if
+its work is so small that the decision would cost more than it saves.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+from torch.utils.weak import WeakIdKeyDictionary
+
+from snnfx.errors import warn_once
+from snnfx.lowering.aten_recording import LoweringRefused
+from snnfx.lowering.elementwise.cpp.build import find_compiler
+from snnfx.lowering.events.crossovers import crossover
+from snnfx.lowering.events.event_kernel import build, fits_lists
+from snnfx.lowering.events.geometry import LINEAR, Geometry, convolution
+from snnfx.lowering.events.packed_weights import PackedWeight
+from snnfx.sandbox.torch_internals import (
+    are_transforms_active,
+    dispatch_mode_count,
+    forward_mode_level,
+    has_global_hooks,
+    tracing_state,
+)
+from snnfx.state.hooks import has_forward_hooks
+
+__all__ = [
+    "DENSE",
+    "LAYERS",
+    "LEAST_WORK",
+    "PLAIN",
+    "Decision",
+    "crossover_of",
+    "decision_for",
+    "geometry_of_layer",
+    "geometry_of_settings",
+    "has_kernel",
+    "is_plain_call",
+    "is_plain_mode",
+    "is_supported",
+    "latest_decision",
+    "positions_of",
+    "remember",
+]
+
+LAYERS: dict[type[nn.Module], Callable[..., Tensor]] = {
+    nn.Linear: functional.linear,
+    nn.Conv1d: functional.conv1d,
+    nn.Conv2d: functional.conv2d,
+    nn.Conv3d: functional.conv3d,
+}
+"""Layer class -> its function. Subclasses are excluded."""
+
+LEAST_WORK = 1 << 24
+"""Multiplications from which on the decision costs little: a few microseconds."""
+
+DENSE = 0.9
+"""The density from which on no crossover is measured."""
+
+_LEAST_OUTPUTS = 8
+"""Outputs of a group: with fewer, most lanes of a vector would be idle."""
+
+_CALIBRATION_WORK = 1 << 29
+"""Multiplications of one dense call of a calibration, about."""
+
+PLAIN = (Tensor, nn.Parameter, nn.Buffer)
+
+
+@dataclass(frozen=True)
+class Decision:
+    """How the latest call of a layer ran.
+
+    Args:
+        by_events: whether it visited only the inputs that are not zero.
+        density: the estimated fraction of inputs that are not zero.
+        crossover: the density below which the layer runs by events; None: it is so dense that this was not asked for.
+        is_finite: whether the weight is finite, as far as that was checked.
+    """
+
+    by_events: bool
+    density: float
+    crossover: float | None
+    is_finite: bool = True
+
+
+_decisions: WeakIdKeyDictionary = WeakIdKeyDictionary()
+"""By the layer's weight."""
+
+
+def latest_decision(weight: Tensor) -> Decision | None:
+    """How the latest call with a weight ran; None if there was none, or it was too small for a decision."""
+    return _decisions.get(weight)  # type: ignore[no-any-return]
+
+
+def remember(owner: Tensor, decision: Decision) -> None:
+    """Keep how a call of a layer ran, by its weight."""
+    _decisions[owner] = decision
+
+
+def decision_for(packed: PackedWeight | None, density: float, crossover: float) -> Decision:
+    """The decision of a call; its weight is packed if the density is below the crossover."""
+    is_finite = packed is None or packed.is_finite
+    return Decision(packed is not None and is_finite, density, crossover, is_finite)
+
+
+def is_plain_call(layer: Any) -> bool:
+    """Whether a call of a layer is its function on its weight and bias."""
+    return (
+        "forward" not in layer.__dict__
+        and not has_forward_hooks(layer)
+        and not has_global_hooks()
+        and type(layer.weight) in PLAIN
+        and (layer.bias is None or type(layer.bias) in PLAIN)
+        and getattr(layer, "padding_mode", "zeros") == "zeros"
+    )
+
+
+def geometry_of_layer(layer: Any, weight: Tensor) -> Geometry | None:
+    """The geometry of a layer of `LAYERS`; None if there is none."""
+    if isinstance(layer, nn.Linear):
+        return LINEAR
+    return geometry_of_settings(weight, layer.stride, layer.padding, layer.dilation, layer.groups)
+
+
+_geometries: dict[tuple[object, ...], Geometry | None] = {}
+
+
+def geometry_of_settings(weight: Tensor, *settings: Any) -> Geometry | None:
+    """A cached `convolution(weight, *settings)`."""
+    stride, padding, dilation = (tuple(s) if isinstance(s, list) else s for s in settings[:3])
+    groups: int = settings[3]
+    key = weight.shape, stride, padding, dilation, groups
+    if key not in _geometries:
+        _geometries[key] = convolution(weight, stride, padding, dilation, groups)
+    return _geometries[key]
+
+
+def crossover_of(
+    x: Tensor,
+    weight: Tensor,
+    geometry: Geometry,
+    work: int,
+    dense: Callable[[Tensor], Tensor],
+    events: Callable[[Tensor], Tensor],
+) -> float:
+    """The crossover for the shape of a call; batches whose sizes have the same number of bits share one."""
+    batch = x.shape[0] if geometry.dims else math.prod(x.shape[:-1])
+    is_row_major = x.is_contiguous()
+    key = (
+        geometry,
+        tuple(weight.shape),
+        geometry.dims and tuple(x.shape[2:]),
+        batch.bit_length(),
+        x.dtype,
+        is_row_major,
+    )
+    part = max(1, min(batch, batch * _CALIBRATION_WORK // work))
+    example = x.reshape(batch, x.shape[-1])[:part] if geometry.dims == 0 else x[:part]
+    return crossover(key, example, dense, events)
+
+
+def is_supported(
+    shape: Sequence[int], dtype: torch.dtype, weight: Tensor, bias: Tensor | None, geometry: Geometry
+) -> bool:
+    """Whether there is a kernel for an input of a shape and dtype, on the CPU."""
+    if dtype not in (torch.float32, torch.float64):
+        return False
+    for tensor in (weight, bias):
+        if tensor is not None and (tensor.dtype != dtype or not tensor.is_cpu or tensor.layout is not torch.strided):
+            return False
+    dims, channels = geometry.dims, weight.shape[1]
+    if len(shape) < 2 or (dims and len(shape) != dims + 2):
+        return False
+    if shape[1 if dims else -1] != channels * geometry.groups:
+        return False
+    outputs_of_group = weight.shape[0] // geometry.groups
+    if outputs_of_group < _LEAST_OUTPUTS or not fits_lists(geometry, channels):
+        return False
+    return bool(torch.ops.aten.is_non_overlapping_and_dense(weight))
+
+
+def positions_of(shape: Sequence[int], geometry: Geometry) -> int:
+    """The number of output pixels, or of rows."""
+    if geometry.dims == 0:
+        return math.prod(shape[:-1])
+    return shape[0] * math.prod(geometry.output_size(geometry.size_of(shape)))
+
+
+def is_plain_mode() -> bool:
+    """Whether nothing intercepts the operations of this thread."""
+    return not (
+        dispatch_mode_count()
+        or are_transforms_active()
+        or forward_mode_level() >= 0
+        or tracing_state() is not None
+        or torch.is_autocast_enabled("cpu")
+    )
+
+
+_built: dict[tuple[int, str], bool] = {}
+"""By bytes of an element and compiler: another compiler may succeed where one failed."""
+
+
+def has_kernel(itemsize: int) -> bool:
+    """Whether the kernel can be built; warns once for each compiler that fails."""
+    compiler = find_compiler()
+    if compiler is None:
+        return False
+    key = itemsize, compiler
+    if key not in _built:
+        try:
+            build(itemsize)
+            _built[key] = True
+        except LoweringRefused as reason:
+            _built[key] = False
+            warn_once(
+                "SNNFX505",
+                f'layers run densely: {reason}. Set CXX to another C++ compiler, or convert with lower="dense".',
+                key=("build events", compiler),
+            )
+    return _built[key]
