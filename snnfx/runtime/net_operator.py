@@ -133,10 +133,16 @@ class NetOperator:
         slots = len(self.executable.programs[training].slots) if with_finals else 0
         return sum([1 for is_made, _ in self.outputs[training] if is_made]) + slots
 
-    def tensors(self) -> tuple[list[nn.Parameter], list[Tensor]]:
-        """The parameters and the buffers of the model: arguments of the operator."""
-        source = self.executable.source
-        return list(source.parameters()), list(source.buffers())
+    def tensors(self) -> tuple[list[Tensor], list[Tensor]]:
+        """The parameters and the buffers of the model: arguments of the operator.
+
+        As `parameters()` and `buffers()` of the model, which take too long for a call.
+        """
+        modules: dict[int, nn.Module] = {}
+        _add_modules(self.executable.source, modules)
+        parameters = {id(p): p for m in modules.values() for p in m._parameters.values() if p is not None}
+        buffers = {id(b): b for m in modules.values() for b in m._buffers.values() if b is not None}
+        return list(parameters.values()), list(buffers.values())
 
     def run(self, form: _Form, inputs: Sequence[Tensor], states: Sequence[Tensor], T: int | None) -> list[Tensor]:
         """Run the net with its own tensors."""
@@ -204,6 +210,13 @@ class NetOperator:
                     tuple([y.requires_grad for y in results]),
                     tuple([_reached(y, [leaves[i] for i in wanted], wanted) for y in results]),
                 )
+
+
+def _add_modules(module: nn.Module, modules: dict[int, nn.Module]) -> None:
+    modules[id(module)] = module
+    for child in module._modules.values():
+        if child is not None and id(child) not in modules:
+            _add_modules(child, modules)
 
 
 def _outputs_of(program: StepProgram) -> list[tuple[bool, Any]]:
@@ -524,6 +537,9 @@ def _run_net_backward_with_autograd(
     like: list[Tensor],
     kept: list[Tensor],
 ) -> list[Tensor]:
+    if not torch.is_grad_enabled():
+        with BelowAutograd():
+            return torch.ops.snnfx.run_net_backward(token, grads, given, wanted, like, kept)  # type: ignore[no-any-return]
     return list(_RunNetBackward.apply((token, given, wanted, like, kept), *grads))  # type: ignore[no-untyped-call]
 
 
@@ -548,7 +564,7 @@ def _run_net_with_autograd(
 ) -> tuple[Tensor, ...]:
     form = (net, slots, with_finals, training, autocast)
     run = getattr(torch.ops.snnfx, name)
-    if not any(needs):
+    if not torch.is_grad_enabled() or not any(needs):
         with BelowAutograd():
             return run(*form, inputs, states, parameters, buffers, T, needs)  # type: ignore[no-any-return]
     flow = NetOperator.of_handle(net).flow(
@@ -605,12 +621,13 @@ def run_as_operator(
     Returns:
         The outputs that the step computes, then the final states.
     """
-    parameters, buffers = operator.tensors()
+    source = operator.executable.source
+    parameters, buffers = list(source.parameters()), list(source.buffers())
     states = list(state.values())
     enabled = torch.is_grad_enabled()
     needs = [enabled and t.requires_grad for t in (*inputs, *states, *parameters)]
     autocast = torch.get_autocast_dtype("cpu") if torch.is_autocast_enabled("cpu") else None
-    training = operator.executable.source.training
+    training = source.training
     count = operator.count_of_results(training, with_finals)
     results = getattr(torch.ops.snnfx, f"run_net_{count}")(
         operator.handle, list(state), with_finals, training, autocast,
