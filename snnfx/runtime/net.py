@@ -32,10 +32,10 @@ from snnfx.memory.chunk_plan import ChunkPlan
 from snnfx.ops.run_loop import LoopHandle
 from snnfx.runtime.backward_pass import is_in_backward_pass, refuse_to_carry_state_in_backward
 from snnfx.runtime.bound_calls import BoundCalls
-from snnfx.runtime.compiled_call import why_not_one_operator
+from snnfx.runtime.compiled_call import call_as_operator
 from snnfx.runtime.execution import Execution
 from snnfx.runtime.guard_check import GuardCheck
-from snnfx.runtime.net_operator import NetOperator, run_as_operator
+from snnfx.runtime.net_operator import NetOperator
 from snnfx.runtime.net_summary import summary_as_html, summary_as_text
 from snnfx.runtime.persistent_state import PersistentState
 from snnfx.runtime.replanning import PlanCache, capture_again, net_for, net_for_modes
@@ -43,7 +43,6 @@ from snnfx.runtime.source_module import SourceModule
 from snnfx.runtime.streaming import Stream
 from snnfx.runtime.whole_sequences import refuse_whole_sequences
 from snnfx.sandbox.attribute_values import AttributeValues
-from snnfx.sandbox.torch_internals import pytree
 from snnfx.state.carry import outputs_without, with_final_state
 from snnfx.state.registry import reset_net
 from snnfx.state.reset_detection import ResetDetection
@@ -101,7 +100,7 @@ class Net(SourceModule):
         self._nets_for_shapes = PlanCache()
         self._nets_for_modes: dict[Any, Net] = {}
         self._execution = Execution(executable)
-        self.__dict__["operator"] = NetOperator(executable, self.forward_unhooked, self._execute, self.check_guards)
+        self._operator = NetOperator(executable, self.call_without_hooks, self._execute, self.check_guards)
         executable.graphs.emit()
         self._forget_bound_calls()
         self._graph = executable.graphs.shown[self.training]
@@ -312,7 +311,7 @@ class Net(SourceModule):
         outputs, state, _ = self._execute(leaves, given, state, (), T)
         return outputs_without(outputs, [c.path for c in self.program.carried]), state
 
-    def forward_unhooked(self, *args: Any, **kwargs: Any) -> Any:
+    def call_without_hooks(self, *args: Any, **kwargs: Any) -> Any:
         """Call the net without the hooks of the net itself."""
         return self.forward(*args, **kwargs)
 
@@ -601,25 +600,15 @@ def _forward(self: Net, args: tuple[Any, ...], kwargs: dict[str, Any], T: int | 
 
 
 def _compiled_forward(self: Net, args: tuple[Any, ...], kwargs: dict[str, Any], T: int | None) -> Any:
-    """Run a call that torch.compile traces: as one operator, or else like any other call."""
-    options, program, arguments = self.options, self.program, self._arguments
-    if torch.compiler.is_exporting() or why_not_one_operator(self.operator.handle, self.source.training):
+    """Run a call that torch.compile traces: as one operator if possible."""
+    carries = self.options.carry_state
+    found = call_as_operator(self._operator, args, kwargs, T, self._carried if carries else None)
+    if found is None:
         return _forward(self, args, kwargs, T)
-    inner_args, inner_kwargs, given = arguments.split_carried(args, kwargs)
-    leaves = arguments.bind(inner_args, inner_kwargs)
-    ordered, steps = arguments.time_first(leaves, T)
-    state = arguments.first_state(self.carried_state if options.carry_state else None, given) or {}
-    tensors = [*leaves, *state.values()]
-    if not arguments.covered(ordered) or not all(type(x) in _PLAIN and x.is_cpu for x in tensors):
-        return _forward(self, args, kwargs, T)
-    with_finals = options.carry_state or bool(program.carried)
-    results = run_as_operator(self.operator, leaves, state, with_finals, None if any(arguments.varying) else steps)
-    remaining = iter(results)
-    outputs = [next(remaining) if is_made else constant for is_made, constant in self.operator.outputs[program.training]]
-    finals = {slot.name: value for slot, value in zip(program.slots, remaining)}  # noqa: B905
-    if options.carry_state:
-        self.carried_state = {name: value.detach() for name, value in finals.items()}
-    return with_final_state(pytree.tree_unflatten(outputs, program.output_spec), program.carried, finals)
+    outputs, finals = found
+    if carries:
+        self.carried_state = finals
+    return outputs
 
 
 def _rebuild(
@@ -635,9 +624,6 @@ def _rebuild(
     if carried is not None:
         net.carried_state = carried
     return net
-
-
-_PLAIN = (Tensor, nn.Parameter, nn.Buffer)
 
 
 def _is_inference(value: Any) -> bool:

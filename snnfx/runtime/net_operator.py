@@ -38,12 +38,13 @@ from snnfx.sandbox.torch_internals import (
     BelowAutograd,
     compile_state,
     disable_dispatch_modes,
+    dispatch_mode_count,
     is_backward_graph_kept,
     pytree,
     without_size_guards,
 )
 
-__all__ = ["NetOperator", "define_operator", "run_as_operator"]
+__all__ = ["NetOperator", "Place", "define_operator"]
 
 _living: weakref.WeakValueDictionary[str, NetOperator] = weakref.WeakValueDictionary()
 _counter = itertools.count()
@@ -63,12 +64,14 @@ class _Form:
         with_finals: whether the final states are results.
         training: the mode of the net.
         autocast: the dtype of autocast on the CPU; None: no autocast.
+        places: the number of the list of places of parameters and buffers.
     """
 
     slots: tuple[str, ...]
     with_finals: bool
     training: bool
     autocast: torch.dtype | None
+    places: int
 
 
 @dataclass(frozen=True)
@@ -84,6 +87,28 @@ class _Flow:
     reached: tuple[frozenset[int], ...]
 
 
+@dataclass(frozen=True)
+class Place:
+    """Where a model has a parameter or a buffer.
+
+    Args:
+        path: the names of the modules on the way to its owner.
+        registry: "_parameters" or "_buffers".
+        name: its name there.
+    """
+
+    path: tuple[str, ...]
+    registry: str
+    name: str
+
+    def read(self, source: nn.Module) -> Tensor:
+        """The tensor in this place."""
+        module: Any = source
+        for name in self.path:
+            module = module._modules[name]
+        return module.__dict__[self.registry][self.name]  # type: ignore[no-any-return]
+
+
 class NetOperator:
     """A net that runs as an operator, registered under a handle.
 
@@ -94,6 +119,7 @@ class NetOperator:
         check_guards: captures the model again if something has changed that the step depends on.
 
     Attributes:
+        source: the model.
         outputs: of each mode the outputs of a step: `(whether the step computes it, otherwise its value)`.
     """
 
@@ -107,7 +133,9 @@ class NetOperator:
         self.executable, self.call, self.execute, self.check_guards = executable, call, execute, check_guards
         # Unique in all processes: the compiler's caches on disk compare graphs by their text.
         self.handle = f"{type(executable.source).__name__}#{_process}.{os.getpid()}.{next(_counter)}"
+        self.source = executable.source
         self.outputs = {mode: _outputs_of(program) for mode, program in executable.programs.items()}
+        self._places: list[tuple[Place, ...]] = []
         self._flows: BoundedCache[_Flow] = BoundedCache(_MOST_FLOWS)
         _living[self.handle] = self
 
@@ -133,16 +161,17 @@ class NetOperator:
         slots = len(self.executable.programs[training].slots) if with_finals else 0
         return sum([1 for is_made, _ in self.outputs[training] if is_made]) + slots
 
-    def tensors(self) -> tuple[list[Tensor], list[Tensor]]:
-        """The parameters and the buffers of the model: arguments of the operator.
+    def places_now(self) -> tuple[int, tuple[Place, ...]]:
+        """Where the model has its parameters and buffers now: `(number of this list, places)`."""
+        places = tuple(_places_in(self.executable.source))
+        if places not in self._places:
+            self._places.append(places)
+        return self._places.index(places), places
 
-        As `parameters()` and `buffers()` of the model, which take too long for a call.
-        """
-        modules: dict[int, nn.Module] = {}
-        _add_modules(self.executable.source, modules)
-        parameters = {id(p): p for m in modules.values() for p in m._parameters.values() if p is not None}
-        buffers = {id(b): b for m in modules.values() for b in m._buffers.values() if b is not None}
-        return list(parameters.values()), list(buffers.values())
+    def tensors(self, number: int) -> list[Tensor]:
+        """The parameters and buffers of the model in the places of a list of `places_now`."""
+        source = self.executable.source
+        return [place.read(source) for place in self._places[number]]
 
     def run(self, form: _Form, inputs: Sequence[Tensor], states: Sequence[Tensor], T: int | None) -> list[Tensor]:
         """Run the net with its own tensors."""
@@ -165,8 +194,7 @@ class NetOperator:
         T: int | None,
     ) -> list[Tensor]:
         """Run the net with other tensors in place of its parameters and buffers."""
-        parameters, buffers = self.tensors()
-        replacements = {id(own): t for own, t in zip([*parameters, *buffers], tensors, strict=True)}
+        replacements = {id(own): t for own, t in zip(self.tensors(form.places), tensors, strict=True)}
         copies = StructuralCopy(tensor=lambda own: replacements.get(id(own), own), objects=False)
         execution = Execution(self.executable.with_source(copies.of(self.executable.source)))
         ordered, steps = self.executable.arguments.time_first(inputs, T)
@@ -198,10 +226,11 @@ class NetOperator:
             with torch.random.fork_rng(devices=()):
                 given = [_zeros(x, d, steps) for x, d in zip(inputs, arguments.tensor_dims, strict=True)]
                 given += [_zeros(s, None, steps) for s in states]
-                parameters, buffers = self.tensors()
-                given += [p.detach() for p in parameters]
+                count = len(inputs), len(given)
+                own = self.tensors(form.places)
+                given += [p.detach() for p in own[: len(needs) - count[1]]]
                 leaves = [t.requires_grad_(n) for t, n in zip(given, needs, strict=True)]
-                count = len(inputs), len(inputs) + len(states)
+                buffers = own[len(needs) - count[1] :]
                 tensors = [*leaves[count[1] :], *(b.detach().clone() for b in buffers)]
                 T_probed = None if T is None else steps
                 results = self.run_with(form, leaves[: count[0]], leaves[count[0] : count[1]], tensors, T_probed)
@@ -212,11 +241,15 @@ class NetOperator:
                 )
 
 
-def _add_modules(module: nn.Module, modules: dict[int, nn.Module]) -> None:
-    modules[id(module)] = module
-    for child in module._modules.values():
-        if child is not None and id(child) not in modules:
-            _add_modules(child, modules)
+def _places_in(source: nn.Module) -> Iterator[Place]:
+    """The places of the parameters, then of the buffers; of a tensor with several places the first one."""
+    for registry in ("_parameters", "_buffers"):
+        seen: set[int] = set()
+        for path, module in source.named_modules():
+            for name, tensor in getattr(module, registry).items():
+                if tensor is not None and id(tensor) not in seen:
+                    seen.add(id(tensor))
+                    yield Place(tuple(path.split(".")) if path else (), registry, name)
 
 
 def _outputs_of(program: StepProgram) -> list[tuple[bool, Any]]:
@@ -250,7 +283,7 @@ def _autocast(dtype: torch.dtype | None) -> contextlib.AbstractContextManager[An
 # -- the operators ----------------------------------------------------------------------------------------------------
 
 _LIBRARY = torch.library.Library("snnfx", "FRAGMENT")
-_FORM = "str net, str[] slots, bool with_finals, bool training, ScalarType? autocast"
+_FORM = "str net, str[] slots, bool with_finals, bool training, ScalarType? autocast, int places"
 _TENSORS = "Tensor[] inputs, Tensor[] states, Tensor[] parameters, Tensor(a!)[] buffers"
 _LIBRARY.define(
     "run_net_backward(Tensor token, Tensor[] grads, bool[] given, int[] wanted, Tensor[] like, Tensor[] kept)"
@@ -280,6 +313,7 @@ def _run_net(
     with_finals: bool,
     training: bool,
     autocast: torch.dtype | None,
+    places: int,
     inputs: list[Tensor],
     states: list[Tensor],
     parameters: list[Tensor],
@@ -291,7 +325,7 @@ def _run_net(
 
     Args:
         net: the handle of the net.
-        slots, with_finals, training, autocast: see `_Form`.
+        slots, with_finals, training, autocast, places: see `_Form`.
         inputs: the tensors among the arguments of the call.
         states: the values of `slots` before the first step.
         parameters, buffers: the tensors of the model; the call changes the buffers.
@@ -302,16 +336,16 @@ def _run_net(
         The outputs; with finals, the final states; then the token.
     """
     operator = NetOperator.of_handle(net)
-    form = _Form(tuple(slots), with_finals, training, autocast)
-    own_parameters, own_buffers = operator.tensors()
+    form = _Form(tuple(slots), with_finals, training, autocast, places)
+    own_tensors = operator.tensors(places)
     records = any(needs)
     count = len(inputs), len(inputs) + len(states)
     with ordinary_dispatch(grad=records), _autocast(autocast):
         given = [x.detach().requires_grad_(n) if n else x.detach() for x, n in zip([*inputs, *states], needs, strict=False)]
-        is_own = [_is_same(t, own) for t, own in zip([*parameters, *buffers], [*own_parameters, *own_buffers], strict=True)]
+        is_own = [_is_same(t, own) for t, own in zip([*parameters, *buffers], own_tensors, strict=True)]
+        used = own_tensors[: len(parameters)]
         # The gradient of a parameter with hooks would pass them here and once more outside.
-        if all(is_own) and not (records and any(p._backward_hooks for p in own_parameters)):
-            used: list[Tensor] = list(own_parameters)
+        if all(is_own) and not (records and any(p._backward_hooks for p in used)):
             results = operator.run(form, given[: count[0]], given[count[0] :], T)
         else:
             used = [
@@ -341,6 +375,11 @@ def _is_same(given: Tensor, own: Tensor) -> bool:
     )
 
 
+def _is_real(tensors: Sequence[Tensor]) -> bool:
+    """Whether nothing traces a call with these tensors, so that the dispatcher need not see it once more."""
+    return not dispatch_mode_count() and all(type(t) is Tensor or type(t) is nn.Parameter for t in tensors)
+
+
 def _contiguous_copy(y: Tensor) -> Tensor:
     return y.detach().clone(memory_format=torch.contiguous_format)
 
@@ -362,6 +401,7 @@ def _fake_run_net(
     with_finals: bool,
     training: bool,
     autocast: torch.dtype | None,
+    places: int,
     inputs: list[Tensor],
     states: list[Tensor],
     parameters: list[Tensor],
@@ -370,7 +410,7 @@ def _fake_run_net(
     needs: list[bool],
 ) -> tuple[Tensor, ...]:
     operator = NetOperator.of_handle(net)
-    form = _Form(tuple(slots), with_finals, training, autocast)
+    form = _Form(tuple(slots), with_finals, training, autocast, places)
     like = inputs[0]
     with _fake_tensors(like), compile_state(True), torch.no_grad(), _autocast(autocast), without_size_guards():
         tensors = [*parameters, *(torch.empty_like(b) for b in buffers)]
@@ -538,6 +578,8 @@ def _run_net_backward_with_autograd(
     kept: list[Tensor],
 ) -> list[Tensor]:
     if not torch.is_grad_enabled():
+        if _is_real([token]):
+            return _run_net_backward(token, grads, given, wanted, like, kept)
         with BelowAutograd():
             return torch.ops.snnfx.run_net_backward(token, grads, given, wanted, like, kept)  # type: ignore[no-any-return]
     return list(_RunNetBackward.apply((token, given, wanted, like, kept), *grads))  # type: ignore[no-untyped-call]
@@ -555,6 +597,7 @@ def _run_net_with_autograd(
     with_finals: bool,
     training: bool,
     autocast: torch.dtype | None,
+    places: int,
     inputs: list[Tensor],
     states: list[Tensor],
     parameters: list[Tensor],
@@ -562,13 +605,16 @@ def _run_net_with_autograd(
     T: Any,
     needs: list[bool],
 ) -> tuple[Tensor, ...]:
-    form = (net, slots, with_finals, training, autocast)
+    form = (net, slots, with_finals, training, autocast, places)
+    records = torch.is_grad_enabled() and any(needs)
+    if not records and _is_real(inputs):
+        return _run_net(*form, inputs, states, parameters, buffers, T, needs)
     run = getattr(torch.ops.snnfx, name)
-    if not torch.is_grad_enabled() or not any(needs):
+    if not records:
         with BelowAutograd():
             return run(*form, inputs, states, parameters, buffers, T, needs)  # type: ignore[no-any-return]
     flow = NetOperator.of_handle(net).flow(
-        _Form(tuple(slots), with_finals, training, autocast), inputs, states, T, needs
+        _Form(tuple(slots), with_finals, training, autocast, places), inputs, states, T, needs
     )
     more = ((len(inputs), len(states)), buffers, T, needs, flow)
     return _RunNet.apply(run, form, more, *inputs, *states, *parameters)  # type: ignore[no-any-return,no-untyped-call]
@@ -600,37 +646,3 @@ def define_operator(results: int) -> str:
             torch.library.register_fake(f"snnfx::{name}", _fake_run_net, lib=_LIBRARY)
             _defined.add(name)
     return name
-
-
-def run_as_operator(
-    operator: NetOperator,
-    inputs: Sequence[Tensor],
-    state: dict[str, Tensor],
-    with_finals: bool,
-    T: int | None,
-) -> list[Tensor]:
-    """Run a net as an operator, while torch.compile traces the call.
-
-    Args:
-        operator: the net.
-        inputs: the tensors among the arguments of the call.
-        state: values of slots before the first step.
-        with_finals: whether to return the final states.
-        T: the number of time steps, if no input has a time dimension.
-
-    Returns:
-        The outputs that the step computes, then the final states.
-    """
-    source = operator.executable.source
-    parameters, buffers = list(source.parameters()), list(source.buffers())
-    states = list(state.values())
-    enabled = torch.is_grad_enabled()
-    needs = [enabled and t.requires_grad for t in (*inputs, *states, *parameters)]
-    autocast = torch.get_autocast_dtype("cpu") if torch.is_autocast_enabled("cpu") else None
-    training = source.training
-    count = operator.count_of_results(training, with_finals)
-    results = getattr(torch.ops.snnfx, f"run_net_{count}")(
-        operator.handle, list(state), with_finals, training, autocast,
-        list(inputs), states, parameters, buffers, T, needs,
-    )  # fmt: skip
-    return list(results[:count])
