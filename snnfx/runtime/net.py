@@ -100,7 +100,6 @@ class Net(SourceModule):
         self._nets_for_shapes = PlanCache()
         self._nets_for_modes: dict[Any, Net] = {}
         self._execution = Execution(executable)
-        self._operator = NetOperator(executable, self.call_without_hooks, self._execute, self.check_guards)
         executable.graphs.emit()
         self._forget_bound_calls()
         self._graph = executable.graphs.shown[self.training]
@@ -118,6 +117,8 @@ class Net(SourceModule):
     def _forget_bound_calls(self) -> None:
         self._bound_calls = BoundCalls(self._executable, self._guard_checks)
         self._bound_iterations = BoundCalls(self._executable, self._guard_checks, "iterations")
+        # Compiled code checks the handle of the operator, so that it is compiled again.
+        self._operator = NetOperator(self._executable, self.call_without_hooks, self._execute, self.check_guards)
 
     def _watch(self, programs: dict[bool, StepProgram]) -> None:
         """Bind the guards of these programs to the model."""
@@ -601,12 +602,12 @@ def _forward(self: Net, args: tuple[Any, ...], kwargs: dict[str, Any], T: int | 
 
 def _compiled_forward(self: Net, args: tuple[Any, ...], kwargs: dict[str, Any], T: int | None) -> Any:
     """Run a call that torch.compile traces: as one operator if possible."""
-    carries = self.options.carry_state
-    found = call_as_operator(self._operator, args, kwargs, T, self._carried if carries else None)
+    operator = self._operator
+    found = call_as_operator(operator, args, kwargs, T, self._carried if operator.carries_state else None)
     if found is None:
         return _forward(self, args, kwargs, T)
     outputs, finals = found
-    if carries:
+    if operator.carries_state:
         self.carried_state = finals
     return outputs
 

@@ -120,6 +120,7 @@ class NetOperator:
 
     Attributes:
         source: the model.
+        carries_state: whether calls carry the state of the net.
         outputs: of each mode the outputs of a step: `(whether the step computes it, otherwise its value)`.
     """
 
@@ -133,7 +134,7 @@ class NetOperator:
         self.executable, self.call, self.execute, self.check_guards = executable, call, execute, check_guards
         # Unique in all processes: the compiler's caches on disk compare graphs by their text.
         self.handle = f"{type(executable.source).__name__}#{_process}.{os.getpid()}.{next(_counter)}"
-        self.source = executable.source
+        self.source, self.carries_state = executable.source, executable.options.carry_state
         self.outputs = {mode: _outputs_of(program) for mode, program in executable.programs.items()}
         self._places: list[tuple[Place, ...]] = []
         self._flows: BoundedCache[_Flow] = BoundedCache(_MOST_FLOWS)
@@ -389,9 +390,9 @@ def _fresh(results: Sequence[Tensor], given: Sequence[Tensor]) -> list[Tensor]:
     taken = {t.untyped_storage().data_ptr() for t in given}
     fresh = []
     for y in results:
-        is_taken = y.untyped_storage().data_ptr() in taken
-        fresh.append(_contiguous_copy(y) if is_taken else y.detach().contiguous())
-        taken.add(fresh[-1].untyped_storage().data_ptr())
+        own = _contiguous_copy(y) if y.untyped_storage().data_ptr() in taken else y.detach().contiguous()
+        fresh.append(own)
+        taken.add(own.untyped_storage().data_ptr())
     return fresh
 
 
@@ -496,11 +497,12 @@ def _gradient_like(gradient: Tensor | None, like: Tensor, taken: set[int]) -> Te
     """A gradient with the strides that the compiler expects, in memory of its own."""
     if gradient is None:
         return torch.zeros_like(like)
-    expected = torch.empty_like(like, device="meta").stride()
     pointer = gradient.untyped_storage().data_ptr()
-    if gradient.stride() != expected or gradient.dtype != like.dtype or pointer in taken:
+    has_strides = gradient.stride() == like.stride() and torch.ops.aten.is_non_overlapping_and_dense(like)
+    if not has_strides or gradient.dtype != like.dtype or pointer in taken:
         gradient = torch.empty_like(like).copy_(gradient)
-    taken.add(gradient.untyped_storage().data_ptr())
+        pointer = gradient.untyped_storage().data_ptr()
+    taken.add(pointer)
     return gradient
 
 
