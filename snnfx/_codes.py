@@ -657,6 +657,14 @@ CODES: dict[str, CodeEntry] = {
         'snnfx.convert(model, checkpoint="regions", memory_budget=1000)(x_seq)',
         'snnfx.convert(model, checkpoint="auto", memory_budget="1MiB")(x_seq)',
     ),
+    "SNNFX511": CodeEntry(
+        "the autograd graph of a compiled net was lost",
+        "A compiled net is one operator, and a tensor that the compiled program saves for backward owns the net's "
+        "autograd graph. A hook for saved tensors that returns another tensor, such as a copy on another device, "
+        "loses the graph.",
+        "with torch.autograd.graph.save_on_cpu(): y = torch.compile(net)(x_seq)   # then y.sum().backward()",
+        'y = torch.compile(snnfx.convert(model, checkpoint="regions"))(x_seq)      # less memory without hooks',
+    ),
     "SNNFX507": CodeEntry(
         "out of memory",
         "An allocation failed while the net ran. The message names the region, and options that need less memory.",

@@ -103,7 +103,7 @@ def call_as_operator(
     program = operator.executable.program
     remaining = iter(results)
     outputs = [next(remaining) if is_made else value for is_made, value in operator.outputs[program.training]]
-    finals = {slot.name: next(remaining).detach() for slot in program.slots} if with_finals else {}
+    finals = {slot.name: next(remaining) for slot in program.slots} if with_finals else {}
     return with_final_state(pytree.tree_unflatten(outputs, program.output_spec), program.carried, finals), finals
 
 
@@ -138,7 +138,7 @@ def _plan_of(handle: str, training: bool) -> tuple[Any, ...] | None:
 
 
 def _are_plain(tensors: list[Any]) -> bool:
-    return all([type(x) in (Tensor, nn.Parameter) and x.is_cpu and x.layout is torch.strided for x in tensors])
+    return all([type(x) in (Tensor, nn.Parameter) and x.device.type == "cpu" and x.layout is torch.strided for x in tensors])
 
 
 def _covers(ranks: tuple[tuple[int, int | None, int | None], ...], inputs: list[Tensor]) -> bool:

@@ -608,7 +608,7 @@ def _compiled_forward(self: Net, args: tuple[Any, ...], kwargs: dict[str, Any], 
         return _forward(self, args, kwargs, T)
     outputs, finals = found
     if operator.carries_state:
-        self.carried_state = finals
+        self.carried_state = {name: value.detach() for name, value in finals.items()}
     return outputs
 
 
