@@ -644,10 +644,11 @@ CODES: dict[str, CodeEntry] = {
     ),
     "SNNFX506": CodeEntry(
         "a compiled net is not checkpointed",
-        "Under torch.compile, the compiler's own partitioner decides which tensors are saved for backward and which "
-        "are recomputed. checkpoint= and memory_budget= have no effect on the training of a compiled net.",
+        "torch.compile does not run this net as one operator (`snnfx.explain` says why), so the compiler's own "
+        "partitioner decides which tensors are saved for backward and which are recomputed. checkpoint= and "
+        "memory_budget= have no effect on its training.",
+        'model.fc.register_forward_hook(print); torch.compile(snnfx.convert(model, checkpoint="regions"))(x_seq)',
         'torch.compile(snnfx.convert(model, checkpoint="regions"))(x_seq).sum().backward()',
-        'snnfx.convert(model, checkpoint="regions")(x_seq).sum().backward()',
     ),
     "SNNFX508": CodeEntry(
         "the memory budget is ignored or exceeded",

@@ -225,6 +225,7 @@ class Report:
         kernels: the loops compiled into kernels and, for other loops, the reason.
         events: how the layers that read spikes ran at their latest call.
         chunk: the chunk plan for inference.
+        compiled: how torch.compile runs the net.
         memory: the predicted memory of a call on T time steps; None unless `explain` was called with T.
         passes: the passes of the pipeline, with their durations.
     """
@@ -254,6 +255,7 @@ class Report:
     kernels: tuple[str, ...] = ()
     events: tuple[str, ...] = ()
     chunk: ChunkRow | None = None
+    compiled: str = ""
     memory: MemoryReport | None = None
     passes: tuple[PassRow, ...] = ()
 
@@ -338,6 +340,8 @@ class Report:
         blocks: list[Title | Paragraph] = []
         if self.chunk is not None:
             blocks += [Title("Chunks (inference)"), Paragraph(f"{self.chunk.reason}.")]
+        if self.compiled:
+            blocks += [Title("torch.compile"), Paragraph(f"{self.compiled}.")]
         if self.passes:
             times: dict[str, float] = {}
             for record in self.passes:

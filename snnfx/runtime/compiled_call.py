@@ -1,4 +1,4 @@
-"""Calls of a net under torch.compile: as one operator where possible, see `snnfx.runtime.net_operator`."""
+"""Calls of a net under torch.compile: as one operator where possible, see `snnfx.runtime.run_net`."""
 
 from __future__ import annotations
 
@@ -9,7 +9,8 @@ from torch import Tensor, nn
 
 from snnfx.emit.executable import Executable
 from snnfx.regions.region_modules import LoopRegion
-from snnfx.runtime.net_operator import NetOperator, define_operator
+from snnfx.runtime.net_operator import NetOperator
+from snnfx.runtime.run_net import define_operator
 from snnfx.sandbox.structural_copy import StructuralCopy
 from snnfx.sandbox.torch_internals import BatchNormBase, are_transforms_active, has_global_hooks, pytree
 from snnfx.state.carry import with_final_state
@@ -138,7 +139,9 @@ def _plan_of(handle: str, training: bool) -> tuple[Any, ...] | None:
 
 
 def _are_plain(tensors: list[Any]) -> bool:
-    return all([type(x) in (Tensor, nn.Parameter) and x.device.type == "cpu" and x.layout is torch.strided for x in tensors])
+    return all(
+        [type(x) in (Tensor, nn.Parameter) and x.device.type == "cpu" and x.layout is torch.strided for x in tensors]
+    )
 
 
 def _covers(ranks: tuple[tuple[int, int | None, int | None], ...], inputs: list[Tensor]) -> bool:
@@ -190,4 +193,6 @@ def _unrolls(region: nn.Module) -> bool:
     if not isinstance(region, LoopRegion):
         return False
     modules = [region.resolve(t) for t in region.constant_targets if t is not None and region.resolve is not None]
-    return any(isinstance(m, BatchNormBase) and m.training for c in modules if isinstance(c, nn.Module) for m in c.modules())
+    return any(
+        isinstance(m, BatchNormBase) and m.training for c in modules if isinstance(c, nn.Module) for m in c.modules()
+    )

@@ -96,7 +96,10 @@ class Graphs:
 def gradients(outputs: Any, tensors: list[Tensor]) -> list[Tensor | None]:
     for t in tensors:
         t.grad = None
-    loss = sum((y * torch.linspace(0.5, 1.5, y.numel(), dtype=y.dtype).view(y.shape)).sum() for y in pytree.tree_leaves(outputs))
+    loss = sum(
+        (y * torch.linspace(0.5, 1.5, y.numel(), dtype=y.dtype).view(y.shape)).sum()
+        for y in pytree.tree_leaves(outputs)
+    )
     loss.backward()  # type: ignore[union-attr]
     return [t.grad for t in tensors]
 
@@ -117,9 +120,7 @@ def assert_trains_alike(compiled: Any, net: Any, oracle: Any, *inputs: Tensor, c
         theirs = [x.clone().requires_grad_() for x in inputs]
         found, expected = compiled(*mine, **kwargs), oracle(*theirs, **kwargs)
         assert_same(found, expected)
-        assert_same(
-            gradients(found, [*mine, *net.parameters()]), gradients(expected, [*theirs, *oracle.parameters()])
-        )
+        assert_same(gradients(found, [*mine, *net.parameters()]), gradients(expected, [*theirs, *oracle.parameters()]))
         assert_same(dict(net.named_buffers()), dict(oracle.named_buffers()))
 
 
@@ -424,7 +425,7 @@ def test_code_around_the_net_may_reuse_memory(backend: str) -> None:
     assert_trains_alike(compiled, net, around_with_parameters(oracle, around(oracle)), rows())
 
 
-class around_with_parameters:  # noqa: N801 - a function with the parameters of its net
+class around_with_parameters:
     def __init__(self, net: Any, run: Callable[[Tensor], Tensor]) -> None:
         self.net, self.run = net, run
 
@@ -452,7 +453,10 @@ def test_a_net_twice_and_two_nets_in_one_function(backend: str) -> None:
         x, y = images(), rows()
         found, expected = compiled(first, second, x, y), run(first_oracle, second_oracle, x, y)
         assert_same(found, expected)
-        mine, theirs = [*first.parameters(), *second.parameters()], [*first_oracle.parameters(), *second_oracle.parameters()]
+        mine, theirs = (
+            [*first.parameters(), *second.parameters()],
+            [*first_oracle.parameters(), *second_oracle.parameters()],
+        )
         assert_same(gradients(found, mine), gradients(expected, theirs))
         assert_same(dict(first.named_buffers()), dict(first_oracle.named_buffers()))
     assert len(graphs.operators) == 3
@@ -490,7 +494,7 @@ def test_reduce_overhead_is_harmless() -> None:
 def test_two_backward_passes_with_a_retained_graph() -> None:
     net, oracle = pair(Dense(), rows()[0])
     compiled, x = torch.compile(net, fullgraph=True, backend="aot_eager"), rows()
-    for n, run in ((net, compiled), (oracle, oracle)):
+    for run in (compiled, oracle):
         y = run(x).square().sum()
         y.backward(retain_graph=True)
         y.backward()
@@ -614,7 +618,7 @@ def test_threads_share_a_compiled_net() -> None:
                 x = torch.rand(4, 3, 4, dtype=torch.float64, generator=generator)
                 found = torch.autograd.grad(compiled(x).square().sum(), list(net.parameters()))
                 assert_same(found, torch.autograd.grad(oracle(x).square().sum(), list(oracle.parameters())))
-        except BaseException as error:  # noqa: BLE001 - shown by the main thread
+        except BaseException as error:
             failures.append(error)
 
     threads = [threading.Thread(target=work, args=(seed,)) for seed in range(3)]
