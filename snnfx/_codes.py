@@ -663,7 +663,7 @@ CODES: dict[str, CodeEntry] = {
         "A compiled net is one operator, and a tensor that the compiled program saves for backward owns the net's "
         "autograd graph. A hook for saved tensors that returns another tensor, such as a copy on another device, "
         "loses the graph.",
-        "with torch.autograd.graph.save_on_cpu(): y = torch.compile(net)(x_seq)   # then y.sum().backward()",
+        "with torch.autograd.graph.saved_tensors_hooks(torch.clone, torch.detach): y = torch.compile(net)(x_seq)",
         'y = torch.compile(snnfx.convert(model, checkpoint="regions"))(x_seq)      # less memory without hooks',
     ),
     "SNNFX507": CodeEntry(

@@ -139,9 +139,10 @@ def _plan_of(handle: str, training: bool) -> tuple[Any, ...] | None:
 
 
 def _are_plain(tensors: list[Any]) -> bool:
-    return all(
-        [type(x) in (Tensor, nn.Parameter) and x.device.type == "cpu" and x.layout is torch.strided for x in tensors]
-    )
+    for x in tensors:
+        if type(x) not in (Tensor, nn.Parameter) or x.device.type != "cpu" or x.layout is not torch.strided:
+            return False
+    return True
 
 
 def _covers(ranks: tuple[tuple[int, int | None, int | None], ...], inputs: list[Tensor]) -> bool:

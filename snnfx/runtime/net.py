@@ -118,7 +118,9 @@ class Net(SourceModule):
         self._bound_calls = BoundCalls(self._executable, self._guard_checks)
         self._bound_iterations = BoundCalls(self._executable, self._guard_checks, "iterations")
         # Compiled code checks the handle of the operator, so that it is compiled again.
-        self._operator = NetOperator(self._executable, self.call_without_hooks, self._execute, self.check_guards)
+        self._operator = NetOperator(
+            self._executable, self._current_executable, self.call_without_hooks, self._execute, self.check_guards
+        )
 
     def _watch(self, programs: dict[bool, StepProgram]) -> None:
         """Bind the guards of these programs to the model."""
@@ -311,6 +313,9 @@ class Net(SourceModule):
         """
         outputs, state, _ = self._execute(leaves, given, state, (), T)
         return outputs_without(outputs, [c.path for c in self.program.carried]), state
+
+    def _current_executable(self) -> Executable:
+        return self._executable
 
     def call_without_hooks(self, *args: Any, **kwargs: Any) -> Any:
         """Call the net without the hooks of the net itself."""

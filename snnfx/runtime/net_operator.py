@@ -98,6 +98,7 @@ class NetOperator:
 
     Args:
         executable: the executable of the net.
+        current: the executable that the net runs now; another one after the model was captured again.
         call: calls the net.
         execute: runs bound inputs with explicit state: `(inputs, given, state, record, T)`.
         check_guards: captures the model again if something has changed that the step depends on.
@@ -111,11 +112,13 @@ class NetOperator:
     def __init__(
         self,
         executable: Executable,
+        current: Callable[[], Executable],
         call: Callable[..., Any],
         execute: Callable[..., Any],
         check_guards: Callable[..., None],
     ) -> None:
-        self.executable, self.call, self.execute, self.check_guards = executable, call, execute, check_guards
+        self.executable, self.current, self.call = executable, current, call
+        self.execute, self.check_guards = execute, check_guards
         # Unique in all processes: the compiler's caches on disk compare graphs by their text.
         self.handle = f"{type(executable.source).__name__}#{_process}.{os.getpid()}.{next(_counter)}"
         self.source, self.carries_state = executable.source, executable.options.carry_state
@@ -181,7 +184,7 @@ class NetOperator:
         """Run the net with other tensors in place of its parameters and buffers."""
         replacements = {id(own): t for own, t in zip(self.tensors(form.places), tensors, strict=True)}
         copies = StructuralCopy(tensor=lambda own: replacements.get(id(own), own), objects=False)
-        execution = Execution(self.executable.with_source(copies.of(self.executable.source)))
+        execution = Execution(self.current().with_source(copies.of(self.source)))
         ordered, steps = self.executable.arguments.time_first(inputs, T)
         state = dict(zip(form.slots, states, strict=True)) or None
         outputs, finals, _ = execution.run_sequence(ordered, {}, state, (), steps)
@@ -209,23 +212,28 @@ class NetOperator:
         arguments = self.executable.arguments
         steps = min([size_hint(n) for n in _lengths(inputs, arguments.tensor_dims)] or [size_hint(T)])
         steps = min(steps, _PROBED_STEPS)
-        with disable_dispatch_modes(), compile_state(False), ordinary_dispatch(grad=True), cpu_autocast(form.autocast):
-            with torch.random.fork_rng(devices=()):
-                given = [_zeros(x, d, steps) for x, d in zip(inputs, arguments.tensor_dims, strict=True)]
-                given += [_zeros(s, None, steps) for s in states]
-                count = len(inputs), len(given)
-                own = self.tensors(form.places)
-                given += [p.detach() for p in own[: len(needs) - count[1]]]
-                leaves = [t.requires_grad_(n) for t, n in zip(given, needs, strict=True)]
-                buffers = own[len(needs) - count[1] :]
-                tensors = [*leaves[count[1] :], *(b.detach().clone() for b in buffers)]
-                T_probed = None if T is None else steps
-                results = self.run_with(form, leaves[: count[0]], leaves[count[0] : count[1]], tensors, T_probed)
-                wanted = [i for i, n in enumerate(needs) if n]
-                return Flow(
-                    tuple([y.requires_grad for y in results]),
-                    tuple([_reached(y, [leaves[i] for i in wanted], wanted) for y in results]),
-                )
+        with (
+            disable_dispatch_modes(),
+            compile_state(False),
+            ordinary_dispatch(grad=True),
+            cpu_autocast(form.autocast),
+            torch.random.fork_rng(devices=()),
+        ):
+            given = [_zeros(x, d, steps) for x, d in zip(inputs, arguments.tensor_dims, strict=True)]
+            given += [_zeros(s, None, steps) for s in states]
+            count = len(inputs), len(given)
+            own = self.tensors(form.places)
+            given += [p.detach() for p in own[: len(needs) - count[1]]]
+            leaves = [t.requires_grad_(n) for t, n in zip(given, needs, strict=True)]
+            buffers = own[len(needs) - count[1] :]
+            tensors = [*leaves[count[1] :], *(b.detach().clone() for b in buffers)]
+            T_probed = None if T is None else steps
+            results = self.run_with(form, leaves[: count[0]], leaves[count[0] : count[1]], tensors, T_probed)
+            wanted = [i for i, n in enumerate(needs) if n]
+            return Flow(
+                tuple([y.requires_grad for y in results]),
+                tuple([_reached(y, [leaves[i] for i in wanted], wanted) for y in results]),
+            )
 
 
 def _places_in(source: nn.Module) -> Iterator[Place]:

@@ -2,11 +2,11 @@
 
 The operator runs the net's own launches, so a compiled net costs what the net costs. Parameters and inputs are
 arguments, and the buffers are declared as changed; so AOTAutograd sees all that a call reads and writes. With gradients
-the operator records the net's own autograd graph. A token, its last result, owns this graph: whoever saves the token for
-backward keeps the graph, and `snnfx::run_net_backward` runs it.
+the operator records the net's own autograd graph. A token, its last result, owns this graph: whoever saves the token
+for backward keeps the graph, and `snnfx::run_net_backward` runs it.
 
-Compilers may write into an argument or a result after its last use. So each argument that the graph saved is an argument
-of the backward operator too, and no result shares memory with the graph.
+Compilers may write into an argument or a result after its last use. So each argument that the graph saved is an
+argument of the backward operator too, and no result shares memory with the graph.
 """
 
 from __future__ import annotations
@@ -106,6 +106,7 @@ def _run_net(
             used = [p.detach() if own else p.detach().clone() for p, own in zip(parameters, is_own, strict=False)]
             used = [p.requires_grad_(n) for p, n in zip(used, needs[count[1] :], strict=True)]
             changed = [b if own else b.clone() for b, own in zip(buffers, is_own[len(parameters) :], strict=True)]
+            operator.check_guards(operator.executable.arguments.time_first(inputs, T)[0], {})
             results = operator.run_with(form, given[: count[0]], given[count[0] :], [*used, *changed], T)
             with torch.no_grad():
                 for buffer, own, value in zip(buffers, is_own[len(parameters) :], changed, strict=True):
@@ -209,8 +210,8 @@ def _run_net_backward(
             "SNNFX511",
             "the autograd graph of a compiled net was lost between forward and backward",
             why="something replaced a tensor that the compiled program saved, such as a hook for saved tensors.",
-            hint="Run the compiled net outside of the hooks; checkpoint= of snnfx.convert saves memory in a compiled net "
-            "too.",
+            hint="Run the compiled net outside of the hooks; checkpoint= of snnfx.convert saves memory in a compiled "
+            "net too.",
         )
     edges = recording.edges
     if edges is None:
