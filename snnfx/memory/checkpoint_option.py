@@ -124,6 +124,7 @@ def _warn_compiled_net_ignores_checkpoint() -> bool:
     warn_once(
         "SNNFX506",
         "checkpoint= and memory_budget= ignored: torch.compile does not run this net as one operator, so the "
-        "partitioner of the compiler chooses which tensors to save for backward. Both options work if the net is not compiled.",
+        "partitioner of the compiler chooses which tensors to save for backward. Both options work if the net is not "
+        "compiled.",
     )
     return True
