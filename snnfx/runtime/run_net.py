@@ -23,6 +23,7 @@ from torch import Tensor, nn
 from torch.autograd.graph import GradientEdge, get_gradient_edge
 
 from snnfx.errors import InputError, PassError
+from snnfx.runtime.backward_pass import is_in_backward_pass, refuse_to_carry_state_in_backward
 from snnfx.runtime.net_operator import CallForm, NetOperator, cpu_autocast
 from snnfx.sandbox.plain_dispatch import ordinary_dispatch
 from snnfx.sandbox.torch_internals import (
@@ -90,6 +91,8 @@ def _run_net(
     """
     operator = NetOperator.of_handle(net)
     form = CallForm(tuple(slots), with_finals, training, autocast, places)
+    if operator.carries_state and is_in_backward_pass():
+        refuse_to_carry_state_in_backward({slot.name for slot in operator.executable.program.slots})
     own_tensors = operator.tensors(places)
     records = any(needs)
     count = len(inputs), len(inputs) + len(states)
@@ -374,7 +377,7 @@ def _run_net_with_autograd(
         CallForm(tuple(slots), with_finals, training, autocast, places), inputs, states, T, needs
     )
     more = ((len(inputs), len(states)), buffers, T, needs, flow)
-    return _RunNet.apply(run, form, more, *inputs, *states, *parameters)  # type: ignore[no-any-return,no-untyped-call]
+    return _RunNet.apply(run, form, more, *inputs, *states, *parameters)  # type: ignore[no-any-return]
 
 
 _LIBRARY.impl("run_net_backward", _run_net_backward, "CompositeExplicitAutograd")

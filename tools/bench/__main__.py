@@ -169,7 +169,7 @@ def _show_compiling(result: dict[str, Any]) -> None:
     case = result["case"]
     if "seconds" not in result:
         ratios = ", ".join(
-            f"{kind} {result[kind]['snnfx']:.1f} ms, {result[kind]['net'] / result[kind]['snnfx']:.2f} of the net's speed"
+            f"{kind} {result[kind]['snnfx']:.1f} ms, {result[kind]['net'] / result[kind]['snnfx']:.2f} of the net"
             for kind in ("inference", "training")
         )
         print(f"  {case['network']:<18}T={case['T']} N={case['N']}: {ratios}", flush=True)
