@@ -149,6 +149,8 @@ class Net(SourceModule):
                     raise
                 raise explain_allocation_failure(error, self._execution.plans.shortest_chunk) from error
 
+        # Each net has code of its own, because Dynamo limits the graphs for one code object.
+        forward.__code__ = forward.__code__.replace()
         # torch.export matches dynamic_shapes by argument names.
         executable = self.__dict__.get("_executable")
         forward.__signature__ = signature_of(executable and executable.programs[True])  # type: ignore[attr-defined]

@@ -342,7 +342,7 @@ def _run_net_backward_with_autograd(
             return _run_net_backward(token, grads, given, wanted, like, kept)
         with BelowAutograd():
             return torch.ops.snnfx.run_net_backward(token, grads, given, wanted, like, kept)  # type: ignore[no-any-return]
-    return list(_RunNetBackward.apply((token, given, wanted, like, kept), *grads))  # type: ignore[no-untyped-call]
+    return list(_RunNetBackward.apply((token, given, wanted, like, kept), *grads))
 
 
 def _split(tensors: Sequence[Tensor], counts: tuple[int, int]) -> tuple[list[Tensor], list[Tensor], list[Tensor]]:

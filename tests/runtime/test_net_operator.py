@@ -555,6 +555,16 @@ def test_two_graphs_for_all_lengths_whatever_the_sizes_of_the_model(channels: in
     assert counter.frame_count <= 2
 
 
+def test_many_nets_may_be_compiled() -> None:
+    for features in range(2, 2 + torch._dynamo.config.recompile_limit):
+        net, oracle = pair(Dense(features), rows()[0])
+        compiled = torch.compile(net, fullgraph=True, backend="eager")
+        for training in (True, False):
+            net.train(training), oracle.train(training)
+            x = rows()
+            assert_same(compiled(x), oracle(x))
+
+
 def test_two_graphs_for_all_batch_sizes() -> None:
     net, oracle = pair(Convolutional(), images()[0])
     counter = CompileCounterWithBackend("aot_eager")
