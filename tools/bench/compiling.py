@@ -72,7 +72,7 @@ def _measure_speed(case: SpeedCase, seconds: float) -> dict[str, Any]:
     make, sample, _ = networks.NETWORKS.get(case.network, (_mlp, (512,), False))
     x_seq = torch.rand(case.T, case.N, *sample)
     net = snnfx.convert(make(), example_inputs=x_seq[0])
-    runs = {"snnfx": torch.compile(net, fullgraph=True), "net": net}
+    runs: dict[str, Any] = {"snnfx": torch.compile(net, fullgraph=True), "net": net}
     training = {name: networks.training_call(run, net, x_seq) for name, run in runs.items()}
     inference = {name: networks.inference_call(run, net, x_seq) for name, run in runs.items()}
     return {
