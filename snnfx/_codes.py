@@ -647,10 +647,11 @@ CODES: dict[str, CodeEntry] = {
     ),
     "SNNFX506": CodeEntry(
         "a compiled net is not checkpointed",
-        "Under torch.compile, the compiler's own partitioner decides which tensors are saved for backward and which "
-        "are recomputed. checkpoint= and memory_budget= have no effect on the training of a compiled net.",
+        "torch.compile does not run this net as one operator (`snnfx.explain` says why), so the compiler's own "
+        "partitioner decides which tensors are saved for backward and which are recomputed. checkpoint= and "
+        "memory_budget= have no effect on its training.",
+        'model.fc.register_forward_hook(print); torch.compile(snnfx.convert(model, checkpoint="regions"))(x_seq)',
         'torch.compile(snnfx.convert(model, checkpoint="regions"))(x_seq).sum().backward()',
-        'snnfx.convert(model, checkpoint="regions")(x_seq).sum().backward()',
     ),
     "SNNFX508": CodeEntry(
         "the memory budget is ignored or exceeded",
@@ -659,6 +660,14 @@ CODES: dict[str, CodeEntry] = {
         "the same.",
         'snnfx.convert(model, checkpoint="regions", memory_budget=1000)(x_seq)',
         'snnfx.convert(model, checkpoint="auto", memory_budget="1MiB")(x_seq)',
+    ),
+    "SNNFX511": CodeEntry(
+        "the autograd graph of a compiled net was lost",
+        "A compiled net is one operator, and a tensor that the compiled program saves for backward owns the net's "
+        "autograd graph. A hook for saved tensors that returns another tensor, such as a copy on another device, "
+        "loses the graph.",
+        "with torch.autograd.graph.saved_tensors_hooks(torch.clone, torch.detach): y = torch.compile(net)(x_seq)",
+        'y = torch.compile(snnfx.convert(model, checkpoint="regions"))(x_seq)      # less memory without hooks',
     ),
     "SNNFX507": CodeEntry(
         "out of memory",

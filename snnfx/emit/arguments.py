@@ -23,7 +23,7 @@ from snnfx.sandbox.torch_internals import pytree
 from snnfx.sandbox.user_code import step_signature
 from snnfx.state.carry import flatten_state, split_arguments
 
-__all__ = ["Arguments", "signature_of"]
+__all__ = ["Arguments", "PlannedInput", "signature_of"]
 
 MOST_STATE_SHAPES = 64
 """The most input shapes for which the shapes of the state are cached."""
@@ -46,7 +46,7 @@ class Arguments:
         """The time dimension of each tensor input; None: the input has none."""
         self.varying = [dim is not None for dim in self.tensor_dims]
         self._tensor_names = [leaf.name for leaf in program.input_leaves if leaf.placeholder is not None]
-        self._planned = [_PlannedInput.of(program, leaf.placeholder, dim) for dim, leaf in pairs if leaf.placeholder]
+        self.planned = [PlannedInput.of(program, leaf.placeholder, dim) for dim, leaf in pairs if leaf.placeholder]
         count = len(program.input_leaves)
         positional = pytree.tree_structure(((0,) * count, {})) == program.input_spec
         self.is_plain = positional and all(leaf.placeholder is not None for leaf in program.input_leaves)
@@ -206,7 +206,7 @@ class Arguments:
     def covered(self, leaves: Sequence[Tensor]) -> bool:
         """Whether the plan covers inputs (time first) of these ranks and batch sizes."""
         batch_size: Any = None
-        for planned, x in zip(self._planned, leaves, strict=True):
+        for planned, x in zip(self.planned, leaves, strict=True):
             rank = x.dim()
             if rank < planned.least_rank or (planned.rank is not None and rank != planned.rank):
                 return False
@@ -227,7 +227,7 @@ class Arguments:
         Raises:
             InputError: SNNFX325, an input has another rank than in `example_inputs`.
         """
-        for name, planned, varies, x in zip(self._tensor_names, self._planned, self.varying, leaves, strict=True):
+        for name, planned, varies, x in zip(self._tensor_names, self.planned, self.varying, leaves, strict=True):
             time = ["T"] if varies and time_first else []
             example = planned.example_shape
             if example is None or x.dim() == len(time) + len(example):
@@ -317,7 +317,7 @@ class Arguments:
 
 
 @dataclass(frozen=True)
-class _PlannedInput:
+class PlannedInput:
     """The ranks and the batch dimension of a tensor input that the plan covers, time included.
 
     Args:
@@ -333,11 +333,11 @@ class _PlannedInput:
     example_shape: tuple[int, ...] | None = None
 
     @staticmethod
-    def of(program: StepProgram, placeholder: str, time_dim: int | None) -> _PlannedInput:
+    def of(program: StepProgram, placeholder: str, time_dim: int | None) -> PlannedInput:
         time = 0 if time_dim is None else 1
         rank = program.input_ranks.get(placeholder)
         example = VALUE.of(program.nodes_by_name[placeholder]) if rank is not None else None
-        return _PlannedInput(
+        return PlannedInput(
             program.requirements.get(placeholder, 0) + time,
             None if rank is None else rank + time,
             time if placeholder in program.batched_inputs else None,

@@ -22,12 +22,14 @@ from snnfx.lowering.elementwise.lowered_step import LoweredStep
 from snnfx.lowering.mixed.mixed_step import MixedStep
 from snnfx.ops.step_functions import expect_size
 from snnfx.regions.region_modules import LoopRegion, MapRegion
+from snnfx.runtime.compiled_call import reason_against_operator
 from snnfx.runtime.net import Net
 from snnfx.sandbox.torch_internals import BatchNormBase, DropoutBase
 
 __all__ = [
     "batch_norm_semantics",
     "carried_arguments",
+    "compiled_form",
     "eligibility_traces",
     "first_step_differs",
     "fixed_sizes",
@@ -305,3 +307,11 @@ def _and(names: Iterable[str], most: int = 6) -> str:
 
 def _at(node: Node) -> str:
     return f" ({location_of(node)})" if location_of(node) else ""
+
+
+def compiled_form(net: Net) -> str:
+    """How torch.compile runs calls of the net, as a sentence without the period."""
+    reason = reason_against_operator(net._executable)
+    if not reason:
+        return "The compiled net is one operator, which runs the net's own kernels"
+    return f"The compiler sees each operation of the net, and one operator for each loop, because {reason}"

@@ -19,6 +19,7 @@ from snnfx.inspect.computing_nodes import computing_nodes, is_computing
 from snnfx.inspect.conversion_notes import (
     batch_norm_semantics,
     carried_arguments,
+    compiled_form,
     eligibility_traces,
     first_step_differs,
     fixed_sizes,
@@ -150,6 +151,7 @@ def _report_on(net: Net, T: int | None, example_inputs: Any) -> Report:
         events=tuple(event_layers(net.program)),
         formats=tuple(image_formats(net.program)),
         chunk=_chunk(net),
+        compiled=compiled_form(net),
         memory=_memory(net, T, example_inputs) if T is not None and net.options.step_mode == "m" else None,
         passes=tuple(PassRow(r.description, r.milliseconds, r.note) for r in net.history),
     )

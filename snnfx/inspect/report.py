@@ -226,6 +226,7 @@ class Report:
         events: how the layers that read spikes ran at their latest call.
         formats: the memory format of convolutions at their latest call, and whether it was measured.
         chunk: the chunk plan for inference.
+        compiled: how torch.compile runs the net.
         memory: the predicted memory of a call on T time steps; None unless `explain` was called with T.
         passes: the passes of the pipeline, with their durations.
     """
@@ -256,6 +257,7 @@ class Report:
     events: tuple[str, ...] = ()
     formats: tuple[str, ...] = ()
     chunk: ChunkRow | None = None
+    compiled: str = ""
     memory: MemoryReport | None = None
     passes: tuple[PassRow, ...] = ()
 
@@ -341,6 +343,8 @@ class Report:
         blocks: list[Title | Paragraph] = []
         if self.chunk is not None:
             blocks += [Title("Chunks (inference)"), Paragraph(f"{self.chunk.reason}.")]
+        if self.compiled:
+            blocks += [Title("torch.compile"), Paragraph(f"{self.compiled}.")]
         if self.passes:
             times: dict[str, float] = {}
             for record in self.passes:

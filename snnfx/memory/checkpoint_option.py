@@ -123,7 +123,8 @@ def _plan_without_bytes(executable: Executable, checkpoint: str, T: int, why: st
 def _warn_compiled_net_ignores_checkpoint() -> bool:
     warn_once(
         "SNNFX506",
-        "checkpoint= and memory_budget= ignored: under torch.compile, the partitioner of the compiler chooses which "
-        "tensors to save for backward. Both options work if the net is not compiled.",
+        "checkpoint= and memory_budget= ignored: torch.compile does not run this net as one operator, so the "
+        "partitioner of the compiler chooses which tensors to save for backward. Both options work if the net is not "
+        "compiled.",
     )
     return True

@@ -32,8 +32,10 @@ from snnfx.memory.chunk_plan import ChunkPlan
 from snnfx.ops.run_loop import LoopHandle
 from snnfx.runtime.backward_pass import is_in_backward_pass, refuse_to_carry_state_in_backward
 from snnfx.runtime.bound_calls import BoundCalls
+from snnfx.runtime.compiled_call import call_as_operator
 from snnfx.runtime.execution import Execution
 from snnfx.runtime.guard_check import GuardCheck
+from snnfx.runtime.net_operator import NetOperator
 from snnfx.runtime.net_summary import summary_as_html, summary_as_text
 from snnfx.runtime.persistent_state import PersistentState
 from snnfx.runtime.replanning import PlanCache, capture_again, net_for, net_for_modes
@@ -115,6 +117,10 @@ class Net(SourceModule):
     def _forget_bound_calls(self) -> None:
         self._bound_calls = BoundCalls(self._executable, self._guard_checks)
         self._bound_iterations = BoundCalls(self._executable, self._guard_checks, "iterations")
+        # Compiled code checks the handle of the operator, so that it is compiled again.
+        self._operator = NetOperator(
+            self._executable, self._current_executable, self.call_without_hooks, self._execute, self.check_guards
+        )
 
     def _watch(self, programs: dict[bool, StepProgram]) -> None:
         """Bind the guards of these programs to the model."""
@@ -131,7 +137,7 @@ class Net(SourceModule):
 
         def forward(self: Net, *args: Any, T: int | None = None, **kwargs: Any) -> Any:
             if torch.compiler.is_compiling():
-                return _forward(self, args, kwargs, T)
+                return _compiled_forward(self, args, kwargs, T)
             try:
                 if T is None and not kwargs:
                     bound = self._bound_calls.find(args)
@@ -143,6 +149,8 @@ class Net(SourceModule):
                     raise
                 raise explain_allocation_failure(error, self._execution.plans.shortest_chunk) from error
 
+        # Each net has code of its own, because Dynamo limits the graphs for one code object.
+        forward.__code__ = forward.__code__.replace()
         # torch.export matches dynamic_shapes by argument names.
         executable = self.__dict__.get("_executable")
         forward.__signature__ = signature_of(executable and executable.programs[True])  # type: ignore[attr-defined]
@@ -307,6 +315,13 @@ class Net(SourceModule):
         """
         outputs, state, _ = self._execute(leaves, given, state, (), T)
         return outputs_without(outputs, [c.path for c in self.program.carried]), state
+
+    def _current_executable(self) -> Executable:
+        return self._executable
+
+    def call_without_hooks(self, *args: Any, **kwargs: Any) -> Any:
+        """Call the net without the hooks of the net itself."""
+        return self.forward(*args, **kwargs)
 
     def run_iterations(self, steps: int, inputs: list[Tensor], state: Mapping[str, Any]) -> tuple[Any, tuple[Any, ...]]:
         """Run the iterations of a loop whose step this net is; see `snnfx.ops.run_loop`.
@@ -589,6 +604,18 @@ def _forward(self: Net, args: tuple[Any, ...], kwargs: dict[str, Any], T: int | 
         self.carried_state = state
         if options.carry_state:
             self.detach_carried_state()
+    return outputs
+
+
+def _compiled_forward(self: Net, args: tuple[Any, ...], kwargs: dict[str, Any], T: int | None) -> Any:
+    """Run a call that torch.compile traces: as one operator if possible."""
+    operator = self._operator
+    found = call_as_operator(operator, args, kwargs, T, self._carried if operator.carries_state else None)
+    if found is None:
+        return _forward(self, args, kwargs, T)
+    outputs, finals = found
+    if operator.carries_state:
+        self.carried_state = {name: value.detach() for name, value in finals.items()}
     return outputs
 
 

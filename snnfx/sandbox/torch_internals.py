@@ -82,6 +82,7 @@ __all__ = [
     "broadcast_prefix",
     "check_batch_size",
     "compile_package",
+    "compile_state",
     "current_autograd_node",
     "current_backward_pass",
     "decompositions",
@@ -102,6 +103,7 @@ __all__ = [
     "has_global_hooks",
     "included_dispatch_keys",
     "intercepted_apply",
+    "is_backward_graph_kept",
     "is_batched_by_autograd",
     "is_batched_by_vmap",
     "is_forward_mode_enabled",
@@ -330,6 +332,22 @@ def without_size_guards() -> contextlib.AbstractContextManager[Any]:
 
     config: Any = _config
     return config.patch(backed_size_oblivious=True)  # type: ignore[no-any-return]
+
+
+@contextlib.contextmanager
+def compile_state(is_compiling: bool) -> Iterator[None]:
+    """A context in which `torch.compiler.is_compiling()` has this value, in code that Dynamo does not trace."""
+    compiler: Any = torch.compiler
+    before, compiler._is_compiling_flag = compiler._is_compiling_flag, is_compiling
+    try:
+        yield
+    finally:
+        compiler._is_compiling_flag = before
+
+
+def is_backward_graph_kept() -> bool:
+    """Whether the backward pass that runs now in this thread was started with `retain_graph=True`."""
+    return bool(torch._C._autograd._get_current_graph_task_keep_graph())
 
 
 def allow_size_one(program: Any) -> None:

@@ -210,6 +210,19 @@ def test_a_compiled_net_uses_the_new_value() -> None:
     compiled = torch.compile(net, fullgraph=True, backend="eager")
     torch.testing.assert_close(compiled(X_SEQ), net(X_SEQ))
     model.neuron.tau = 3.0
+    assert_follows(compiled, model)  # captures the model again
+    assert_follows(net, model)
+    model.neuron.tau = 2.0
+    assert_follows(compiled, model)
+
+
+def test_a_compiled_net_that_is_not_one_operator_refuses_a_new_value_once() -> None:
+    model = Model()
+    model.fc.register_forward_hook(lambda module, given, result: None)
+    net = snnfx.convert(model)
+    compiled = torch.compile(net, fullgraph=True, backend="eager")
+    torch.testing.assert_close(compiled(X_SEQ), net(X_SEQ))
+    model.neuron.tau = 3.0
     with pytest.raises(torch._dynamo.exc.Unsupported, match="SNNFX315"):
         compiled(X_SEQ)
     assert_follows(net, model)  # captures the model again

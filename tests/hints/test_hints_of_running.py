@@ -21,6 +21,7 @@ from snnfx.lowering.events.event_source import SOURCES
 from snnfx.lowering.events.layer_decisions import latest_decision
 from snnfx.passes import Normalize, Partition, PassManager, RemoveDeadCode
 from snnfx.regions.sequence_region import region_of_handle
+from snnfx.runtime.net_operator import NetOperator
 from snnfx.sandbox import internal_faults
 from support.hints import refused, silent, warned
 from support.stepping import assert_converts, assert_same, fresh_copy, run_net, run_stepped
@@ -186,7 +187,9 @@ def test_a_checkpoint_that_exceeds_the_budget() -> None:
 
 def test_a_checkpoint_of_a_compiled_net() -> None:
     torch.compiler.reset()
-    net = snnfx.convert(small(), checkpoint="regions")
+    model = small()
+    model[2].register_forward_hook(lambda module, given, result: None)
+    net = snnfx.convert(model, checkpoint="regions")
     compiled = torch.compile(net, backend="aot_eager", fullgraph=True)
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
@@ -535,6 +538,51 @@ def test_a_region_that_no_longer_exists() -> None:
         lambda: region_of_handle(handle),
     )
     assert_converts(small(), sequence())
+
+
+def test_a_compiled_net_that_no_longer_exists() -> None:
+    operator = snnfx.convert(small())._operator
+    handle = operator.handle
+    assert NetOperator.of_handle(handle) is operator
+    del operator
+    gc.collect()
+    refused(
+        "SNNFX503",
+        "runtime/net_operator.py:NetOperator.of_handle",
+        "Keep the net alive, or convert and compile again.",
+        lambda: NetOperator.of_handle(handle),
+    )
+
+
+def test_a_second_derivative_of_a_compiled_net() -> None:
+    net = snnfx.convert(small())
+    compiled = torch.compile(net, backend="eager", fullgraph=True)
+    x_seq = sequence().requires_grad_()
+    (first,) = torch.autograd.grad(compiled(x_seq).sin().sum(), x_seq, create_graph=True)
+    refused(
+        "SNNFX316",
+        "runtime/run_net.py:_RunNetBackward.backward",
+        "Differentiate the net itself, without torch.compile.",
+        lambda: first.sum().backward(),
+    )
+    is_twice_differentiable(Smooth(mixed=False), lower=None)
+
+
+def test_a_compiled_net_whose_graph_is_lost() -> None:
+    compiled = torch.compile(snnfx.convert(small()), backend="eager", fullgraph=True)
+    with torch.autograd.graph.saved_tensors_hooks(torch.clone, torch.detach):
+        y_seq = compiled(sequence())
+    refused(
+        "SNNFX511",
+        "runtime/run_net.py:_run_net_backward",
+        "Run the compiled net outside of the hooks; checkpoint= of snnfx.convert saves memory in a compiled net too.",
+        lambda: y_seq.sum().backward(),
+    )
+    net = snnfx.convert(small(), checkpoint="regions")
+    compiled = torch.compile(net, backend="eager", fullgraph=True)
+    with silent():
+        assert_same(compiled(sequence()).detach(), run_stepped(small(), sequence()).outputs)
+        compiled(sequence()).sum().backward()
 
 
 def test_passes_in_an_illegal_order() -> None:

@@ -145,6 +145,9 @@ State
 Chunks (inference)
   chunk = 16 steps (set by the option chunk).
 
+torch.compile
+  The compiled net is one operator, which runs the net's own kernels.
+
 Pipeline
   PASSES; 0 ms in total.
 
@@ -156,6 +159,14 @@ def test_text_of_a_tiny_net() -> None:
     # Which passes there are is no business of this test.
     text = re.sub(r"(?<=Pipeline\n).*?;\s+[\d.]+\s+ms\s+in\s+total", "  PASSES; 0 ms in total", text, flags=re.DOTALL)
     assert text == TINY
+
+
+def test_report_says_how_a_compiled_net_runs() -> None:
+    assert explain(tiny()).compiled == "The compiled net is one operator, which runs the net's own kernels"
+    model = tiny()
+    model[0].register_forward_hook(lambda module, given, result: None)
+    assert explain(model).compiled.endswith("one operator for each loop, because its modules have hooks")
+    assert "it runs single steps" in explain(snnfx.convert(tiny(), step_mode="s")).compiled
 
 
 def test_markdown_of_a_tiny_net_has_the_same_tables() -> None:

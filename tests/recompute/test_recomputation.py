@@ -585,9 +585,10 @@ def test_neuron_that_stops_spiking_after_conversion_is_saved_unpacked() -> None:
 
 
 @pytest.mark.parametrize("checkpoint", CHECKPOINTS)
-def test_compiled_net_warns_that_it_ignores_checkpoint(checkpoint: int | str) -> None:
+def test_compiled_net_with_hooks_warns_that_it_ignores_checkpoint(checkpoint: int | str) -> None:
     torch.compiler.reset()
     net = snnfx.convert(without_statistics().double(), checkpoint=checkpoint)
+    next(net.source.children()).register_forward_hook(lambda module, given, result: None)
     plain = snnfx.convert(copy.deepcopy(net.source), checkpoint=None)
     compiled = torch.compile(net, backend="aot_eager", fullgraph=True)
     x_seq = torch.rand(7, 2, 5, dtype=torch.float64)

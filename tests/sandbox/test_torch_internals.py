@@ -927,6 +927,26 @@ def test_sizes_are_not_distinguished_from_one_without_size_guards() -> None:
     assert program.module()(torch.rand(1, 1, 6)).shape == (1, 1, 2, 3)
 
 
+def test_compile_state_is_what_code_outside_of_a_trace_reads() -> None:
+    assert not torch.compiler.is_compiling()
+    with internals.compile_state(True):
+        assert torch.compiler.is_compiling()
+        with internals.compile_state(False):
+            assert not torch.compiler.is_compiling()
+        assert torch.compiler.is_compiling()
+    assert not torch.compiler.is_compiling()
+
+
+@pytest.mark.parametrize("keep", [False, True])
+def test_a_backward_pass_knows_whether_its_graph_is_kept(keep: bool) -> None:
+    kept: list[bool] = []
+    x = torch.ones(2, requires_grad=True)
+    y = x * 2
+    y.register_hook(lambda gradient: kept.append(internals.is_backward_graph_kept()))
+    y.sum().backward(retain_graph=keep)
+    assert kept == [keep]
+
+
 def test_size_one_of_a_dynamic_axis_is_allowed_afterwards(tmp_path: Path) -> None:
     class Fold(nn.Module):
         def forward(self, x: Tensor, y: Tensor) -> Tensor:

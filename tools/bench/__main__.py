@@ -179,6 +179,13 @@ def _show_events(result: dict[str, Any]) -> None:
 
 def _show_compiling(result: dict[str, Any]) -> None:
     case = result["case"]
+    if "seconds" not in result:
+        ratios = ", ".join(
+            f"{kind} {result[kind]['snnfx']:.1f} ms, {result[kind]['net'] / result[kind]['snnfx']:.2f} of the net"
+            for kind in ("inference", "training")
+        )
+        print(f"  {case['network']:<18}T={case['T']} N={case['N']}: {ratios}", flush=True)
+        return
     T = str(case["T"] or ", ".join(map(str, compiling.LENGTHS)))
     print(
         f"  {case['network']:<18}{case['side']:<14}{T:>16}{result['seconds']:>12.1f} s{result['graphs']:>8}", flush=True

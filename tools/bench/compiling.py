@@ -1,7 +1,8 @@
-"""Measure how long torch.compile takes for a converted net and for SpikingJelly's multi-step form.
+"""Measure how long torch.compile takes, and how fast compiled nets are.
 
 Times the first training step, including compilation, in a process with an empty compiler cache, for several numbers of
-time steps. Also counts how many graphs are compiled for sequences of five different lengths.
+time steps: of a converted net, and of SpikingJelly's multi-step form. Also counts how many graphs are compiled for
+sequences of five different lengths. Then compares calls of compiled nets with calls of the same nets uncompiled.
 """
 
 from __future__ import annotations
@@ -14,13 +15,15 @@ from dataclasses import asdict, dataclass
 from typing import Any, cast
 
 import bench_csnn
+import networks
 import torch
 from layers import NEURONS
+from timing import alternate
 from torch import Tensor, nn
 
 import snnfx
 
-__all__ = ["CASES", "LENGTHS", "QUICK", "CompileCase", "measure"]
+__all__ = ["CASES", "LENGTHS", "QUICK", "CompileCase", "SpeedCase", "measure"]
 
 LENGTHS = (4, 5, 8, 16, 33)
 
@@ -34,16 +37,58 @@ class CompileCase:
     T: int
 
 
-QUICK = (CompileCase("LIF", "snnfx", 4), CompileCase("LIF", "snnfx", 64))
-CASES = (
+@dataclass(frozen=True)
+class SpeedCase:
+    """Calls of a compiled net and of the net: a key of `networks.NETWORKS` or "MLP", on inputs `[T, N, ...]`."""
+
+    network: str
+    T: int
+    N: int
+
+
+QUICK: tuple[CompileCase | SpeedCase, ...] = (
+    CompileCase("LIF", "snnfx", 4),
+    CompileCase("LIF", "snnfx", 64),
+    SpeedCase("MLP", 16, 8),
+)
+CASES: tuple[CompileCase | SpeedCase, ...] = (
     *(CompileCase(network, "snnfx", T) for network in ("LIF", "CSNN") for T in (4, 64, 0)),
     *(CompileCase("LIF", "SpikingJelly", T) for T in (4, 16)),
+    *(SpeedCase("CSNN", T, N) for T, N in ((4, 32), (16, 1))),
+    *(SpeedCase("SEW-ResNet-18", T, N) for T, N in ((4, 4), (16, 1))),
+    *(SpeedCase("Spikformer-like", T, N) for T, N in ((4, 8), (16, 1))),
+    SpeedCase("MLP", 16, 64),
 )
 
 
-def measure(case: CompileCase, seconds: float) -> dict[str, Any]:
+def measure(case: CompileCase | SpeedCase, seconds: float) -> dict[str, Any]:
+    """The results of a case: see `_measure_speed` and `_measure_compilation`."""
+    return _measure_speed(case, seconds) if isinstance(case, SpeedCase) else _measure_compilation(case)
+
+
+def _measure_speed(case: SpeedCase, seconds: float) -> dict[str, Any]:
+    """Median milliseconds of the compiled net ("snnfx") and of the net, for inference and a training step."""
+    torch.manual_seed(0)
+    make, sample, _ = networks.NETWORKS.get(case.network, (_mlp, (512,), False))
+    x_seq = torch.rand(case.T, case.N, *sample)
+    net = snnfx.convert(make(), example_inputs=x_seq[0])
+    runs: dict[str, Any] = {"snnfx": torch.compile(net, fullgraph=True), "net": net}
+    training = {name: networks.training_call(run, net, x_seq) for name, run in runs.items()}
+    inference = {name: networks.inference_call(run, net, x_seq) for name, run in runs.items()}
+    return {
+        "case": asdict(case),
+        "inference": alternate(inference, seconds),
+        "training": alternate(training, seconds),
+    }
+
+
+def _mlp() -> nn.Module:
+    layers = [layer for _ in range(3) for layer in (nn.Linear(512, 512), NEURONS["LIF"]())]
+    return nn.Sequential(*layers, nn.Linear(512, 10))
+
+
+def _measure_compilation(case: CompileCase) -> dict[str, Any]:
     """Seconds of the first training step, and the number of compiled graphs."""
-    del seconds  # a first step cannot be repeated
     torch.manual_seed(0)
     with tempfile.TemporaryDirectory() as folder:
         os.environ["TORCHINDUCTOR_CACHE_DIR"] = folder

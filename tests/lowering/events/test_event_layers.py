@@ -241,13 +241,24 @@ def test_a_deterministic_run_measures_nothing(monkeypatch: pytest.MonkeyPatch) -
     assert decision_of(model).crossover == crossovers.FIXED
 
 
-def test_a_compiled_net_and_vmap_run_densely() -> None:
+@pytest.mark.parametrize("has_hook", [False, True])
+def test_a_compiled_net_runs_by_events_if_it_is_one_operator(has_hook: bool) -> None:
     model, x_seq = made("linear", torch.float64)
+    if has_hook:
+        next(iter(model.children())).register_forward_hook(lambda module, given, result: None)
     net = snnfx.convert(model, example_inputs=x_seq[0])
     with torch.no_grad():
         expected = step_model(copy.deepcopy(model), x_seq)
         compiled = torch.compile(net, fullgraph=True, backend="aot_eager")
         torch.testing.assert_close(compiled(x_seq), expected, rtol=1e-9, atol=1e-9)
+    assert (latest_decision(weight_of(model)) is None) == has_hook
+
+
+def test_vmap_runs_densely() -> None:
+    model, x_seq = made("linear", torch.float64)
+    net = snnfx.convert(model, example_inputs=x_seq[0])
+    with torch.no_grad():
+        expected = step_model(copy.deepcopy(model), x_seq)
         batched = torch.func.vmap(net)(torch.stack((x_seq, x_seq)))
         torch.testing.assert_close(batched[1], expected, rtol=1e-9, atol=1e-9)
     assert latest_decision(weight_of(model)) is None
