@@ -22,6 +22,7 @@ from torch.nn import functional
 from snnfx.emit.norm_tails import FusedTails, find_tails
 from snnfx.functional import multi_step_forward, seq_to_ann_forward
 from snnfx.ir.program import SELF_TARGET
+from snnfx.lowering.choices.image_formats import fastest_format
 from snnfx.lowering.events.event_layers import call_layer_by_events
 from snnfx.lowering.events.spike_bits import SpikeBits
 from snnfx.lowering.events.spike_readers import SpikeReader
@@ -329,7 +330,7 @@ class _Binder:
         value, pools, flattens = placeholders[-1], list[nn.Module](), False
         while len(value.users) == 1:
             (n,) = value.users
-            if n.target in (image_format, row_major) and n.args[0] is value:
+            if n.target in (image_format, fastest_format, row_major) and n.args[0] is value:
                 pass
             elif n.target is call_layer_by_events and n.args[1] is value:
                 layer = modules.get(n.args[0])

@@ -89,8 +89,9 @@ MODELS: dict[str, Callable[[], nn.Module]] = {
 @pytest.fixture(autouse=True)
 def fixed_crossover(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """No measurement decides in these tests."""
-    monkeypatch.setattr(crossovers, "_from_disk_or_measured", lambda *_: 0.6)
-    monkeypatch.setattr(crossovers, "_measured", {})
+    monkeypatch.delenv("SNNFX_MEASURE", raising=False)
+    monkeypatch.setattr(crossovers.REMEMBERED, "get", lambda *_: 0.6)
+    monkeypatch.setattr(crossovers.REMEMBERED, "_known", {})
     yield
 
 
