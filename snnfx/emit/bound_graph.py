@@ -14,15 +14,14 @@ from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-import torch
 from torch import Tensor, fx, nn
 from torch.fx import Node
 from torch.nn import functional
 
+from snnfx.emit.bit_readers import find_readers
 from snnfx.emit.norm_tails import FusedTails, find_tails
 from snnfx.functional import multi_step_forward, seq_to_ann_forward
 from snnfx.ir.program import SELF_TARGET
-from snnfx.lowering.choices.image_formats import fastest_format
 from snnfx.lowering.events.event_layers import call_layer_by_events
 from snnfx.lowering.events.spike_bits import SpikeBits
 from snnfx.lowering.events.spike_readers import SpikeReader
@@ -30,7 +29,6 @@ from snnfx.lowering.live_settings import HOOKS
 from snnfx.lowering.pooling.max_pool import max_pool
 from snnfx.lowering.settings_check import conditions_of_settings
 from snnfx.ops.folded_weights import call_norm
-from snnfx.ops.memory_format import image_format, row_major
 from snnfx.ops.sequence_functions import call_module
 from snnfx.ops.time_folding import fold_time, unfold_time
 from snnfx.regions.bound_loop import BoundLoop
@@ -70,6 +68,7 @@ class _Binder:
     def __init__(self, graph: fx.Graph, root: nn.Module) -> None:
         self.graph, self.root = graph, root
         self.tails: FusedTails = find_tails(graph, root)
+        self.readers = find_readers(graph, root, self.tails.of_loop)
         self.constants: dict[str, Any] = {
             "Tensor": Tensor,
             "fold_time": fold_time,
@@ -91,7 +90,6 @@ class _Binder:
         self.called: dict[int, nn.Module] = {}
         self.hooks: list[Any] = []
         self.count = 0
-        self.readers: dict[Node, SpikeReader] = {}
         """By the node of a folded region that starts with a layer that takes spikes as bits."""
 
     def bind(self) -> BoundGraph | None:
@@ -169,7 +167,7 @@ class _Binder:
         operands: Any = node.args[0]
         tails = self.tails.of_loop.get(node)
         if tails is None:
-            bound: Any = BoundLoop(loop, fixed, tensors, with_finals, self._readers_of(node))
+            bound: Any = BoundLoop(loop, fixed, tensors, with_finals, self.readers.of_loop.get(node, ()))
             sequences = [self._text(x) for x in operands]
         else:
             bound = BoundNormedLoop(loop, fixed, tensors, with_finals, tails)
@@ -273,7 +271,8 @@ class _Binder:
         inner = [n for n in inner if n not in in_loops]
         last_use = {operand: n for n in inner for operand in n.all_input_nodes}
         last_use |= {operand: inner[-1] for tail in tails.values() for operand in tail.inputs}
-        reader, before = self.readers.get(node), len(self.lines) - len(sequences)
+        self._guard_flattens(node)
+        reader, before = self.readers.of_fold.get(node), len(self.lines) - len(sequences)
         for n in inner:
             if n.op == "placeholder":
                 continue
@@ -303,61 +302,11 @@ class _Binder:
             f"    {name}.observe()",
         ]
 
-    def _readers_of(self, loop: Node) -> list[SpikeReader]:
-        """The layers that read the output of a loop, if all of them take bits; else none."""
-        outputs = [n for n in loop.users if n.args[1] == 0 and n.target is operator.getitem]
-        values = [value for n in outputs for value in n.users]
-        if len(values) != 1 or values[0].target is not operator.getitem or values[0].args[1] != 0:
-            return []
-        found: dict[Node, SpikeReader] = {}
-        for fold in values[0].users:
-            reader = self._reader_of(fold) if fold.target is seq_to_ann_forward else None
-            if reader is None or len(fold.args[0]) != 1:  # type: ignore[arg-type]
-                return []
-            found[fold] = reader
-        self.readers |= found
-        return list(found.values())
-
-    def _reader_of(self, fold: Node) -> SpikeReader | None:
-        """The layer at the start of a folded region, behind poolings and a flattening that bits have as well."""
-        region = self._module_at(fold.args[1])
-        if region is None or type(region).__mro__[1] is not RegionGraph or not set(fold.kwargs) <= {"constants"}:
-            return None
-        inner = list(region.graph.nodes)
-        placeholders = [n for n in inner if n.op == "placeholder"]
-        constants: Any = fold.kwargs.get("constants", ())
-        modules = {p: self._module_at(c) for p, c in zip(placeholders, constants, strict=False)}
-        value, pools, flattens = placeholders[-1], list[nn.Module](), False
-        while len(value.users) == 1:
-            (n,) = value.users
-            if n.target in (image_format, fastest_format, row_major) and n.args[0] is value:
-                pass
-            elif n.target is call_layer_by_events and n.args[1] is value:
-                layer = modules.get(n.args[0])
-                return None if layer is None else SpikeReader(layer, pools, flattens)
-            elif n.target is call_module and n.args[1:] == (value,) and not flattens:
-                module = modules.get(n.args[0])
-                if type(module) is nn.MaxPool2d:
-                    pools.append(module)
-                elif type(module) is nn.Flatten and (module.start_dim, module.end_dim) == (1, -1):
-                    flattens = True
-                else:
-                    return None
-            elif n.target in ("flatten", torch.flatten) and n.args == (value, 1) and not n.kwargs:
-                flattens = True
-            else:
-                return None
-            value = n
-        return None
-
-    def _module_at(self, node: Any) -> Any:
-        """The module that an attribute of the graph refers to; None if it is not one."""
-        if not isinstance(node, Node) or node.op != "get_attr":
-            return None
-        owner: Any = self.root
-        for name in str(node.target).split("."):
-            owner = getattr(owner, name, None)
-        return owner if isinstance(owner, nn.Module) else None
+    def _guard_flattens(self, fold: Node) -> None:
+        """Check before each call that the flattenings that a reader of bits skips keep their dimensions."""
+        for flatten in self.readers.flattens.get(fold, ()):
+            attributes = self._constant(vars(flatten))
+            self.conditions.append(f"{attributes}['start_dim'] == 1 and {attributes}['end_dim'] == -1")
 
     def _guard_norms(self, tails: Iterable[Tail]) -> None:
         """Check before each call that the norms of tails are called as they were found."""

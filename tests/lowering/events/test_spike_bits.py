@@ -293,3 +293,15 @@ def test_a_hook_on_a_pooling_fires() -> None:
         net(x_seq)
     handle.remove()
     assert shapes and shapes[0][1:] == (64, 8, 8)
+
+
+def test_a_flattening_of_other_dimensions_is_seen(written: list[SpikeBits]) -> None:
+    model, net, x_seq = made("flatten")
+    warmed_up(net, x_seq)
+    assert written
+    written.clear()
+    (flatten,) = (m for m in model.modules() if isinstance(m, nn.Flatten))
+    flatten.end_dim = 2
+    with torch.no_grad(), pytest.raises(RuntimeError):
+        net(x_seq)  # the layer behind it takes other sizes
+    assert not written
