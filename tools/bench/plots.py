@@ -17,12 +17,13 @@ def draw(found: dict[str, list[dict[str, Any]]], path: Path) -> None:
     """Draw one row of panels per suite, for the first malloc setting that was measured."""
     plt.switch_backend("svg")
     mpl.rcParams["svg.hashsalt"] = "snnfx"
-    rows = [name for name in ("layers", "networks") if found.get(name)]
+    drawing = {"layers": _draw_layers, "networks": _draw_networks, "events": _draw_events}
+    rows = [name for name in drawing if found.get(name)]
     figure, axes = plt.subplots(len(rows), 2, figsize=(10, 3.8 * len(rows)), squeeze=False, layout="constrained")
     for row, name in zip(axes, rows, strict=True):
         malloc = found[name][0]["malloc"]
         cases = [result for result in found[name] if result["malloc"] == malloc]
-        (_draw_layers if name == "layers" else _draw_networks)(row, cases)
+        drawing[name](row, cases)
     for axis in axes.flat:
         axis.spines[["top", "right"]].set_visible(False)
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -63,7 +64,31 @@ def _draw_networks(row: Any, cases: list[dict[str, Any]]) -> None:
     row[1].plot([], [], "s", color=OURS, label="snnfx")
     row[1].plot([], [], "D", color=PEER, label="SpikingJelly, multi-step")
     row[1].plot([], [], color=PLAIN, lw=2, label="bound: the network without neurons")
-    row[1].figure.legend(*row[1].get_legend_handles_labels(), frameon=False, loc="outside lower center", ncols=3)
+    row[1].figure.legend(*row[1].get_legend_handles_labels(), frameon=False, loc="outside upper center", ncols=3)
+
+
+def _draw_events(row: Any, cases: list[dict[str, Any]]) -> None:
+    networks = list(dict.fromkeys((c["case"]["network"], c["case"]["T"], c["case"]["N"]) for c in cases))
+    for axis, kind in zip(row, ("inference", "training"), strict=True):
+        for network, marker in zip(networks, "osD^v", strict=False):
+            own = [c for c in cases if (c["case"]["network"], c["case"]["T"], c["case"]["N"]) == network]
+            rates = [100 * c["case"]["rate"] for c in own]
+            label = "{}  T={} N={}".format(*network)
+            for side, color in (("snnfx", OURS), ("SpikingJelly", PEER)):
+                ratios = [c[kind][side] / c[kind]["floor"] for c in own]
+                axis.plot(rates, ratios, f"{marker}-", color=color, label=label if side == "snnfx" else None)
+        axis.axhline(1, color=PLAIN, lw=2)
+        axis.set(title=f"{kind}, neurons at a firing rate: time / bound", yscale="log", xlabel="firing rate (%)")
+        axis.set_xticks(rates, [f"{rate:.0f}" for rate in rates])
+        axis.set_yticks(*_ratios(axis.get_ylim()))
+        axis.minorticks_off()
+    row[0].legend(frameon=False, loc="center right", bbox_to_anchor=(1, 0.62))
+
+
+def _ratios(limits: tuple[float, float]) -> tuple[list[float], list[str]]:
+    """Ticks of a logarithmic axis of ratios between two limits, and their labels."""
+    ticks = [t for t in (0.1, 0.2, 0.5, 1, 2, 5, 10, 20, 50) if limits[0] <= t <= limits[1]]
+    return ticks, [f"{t:g}" for t in ticks]
 
 
 def _steps(case: dict[str, Any]) -> int:
