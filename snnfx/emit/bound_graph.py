@@ -10,7 +10,7 @@ parameters, is read at each call.
 from __future__ import annotations
 
 import operator
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -21,13 +21,14 @@ from torch.nn import functional
 from snnfx.emit.norm_tails import FusedTails, find_tails
 from snnfx.functional import multi_step_forward, seq_to_ann_forward
 from snnfx.ir.program import SELF_TARGET
+from snnfx.lowering.elementwise.lowered_step import LoweredStep
 from snnfx.lowering.live_settings import HOOKS
 from snnfx.lowering.pooling.max_pool import max_pool
 from snnfx.lowering.settings_check import conditions_of_settings
 from snnfx.ops.folded_weights import call_norm
-from snnfx.ops.sequence_functions import call_module
+from snnfx.ops.sequence_functions import call_module, call_once
 from snnfx.ops.time_folding import fold_time, unfold_time
-from snnfx.regions.bound_loop import BoundLoop
+from snnfx.regions.bound_loop import BoundLoop, FlatSteps
 from snnfx.regions.normed_loop import BoundNormedLoop, Tail
 from snnfx.regions.region_modules import LoopRegion
 from snnfx.regions.sequence_region import RegionGraph
@@ -139,6 +140,8 @@ class _Binder:
             self._write_fold(node)
         elif node.target is multi_step_forward and self._is_loop_from_reset(node):
             self._write_loop(node)
+        elif node.target is call_once and self._is_simple_once(node):
+            self._write_once(node)
         else:
             self._assign(node, self._call(node.target, node.args, node.kwargs))
 
@@ -156,13 +159,78 @@ class _Binder:
         operands: Any = node.args[0]
         tails = self.tails.of_loop.get(node)
         if tails is None:
-            bound: Any = BoundLoop(loop, fixed, tensors, with_finals)
+            bound: Any = BoundLoop(loop, fixed, tensors, with_finals, self._flat_steps(loop, constants, tensors))
             sequences = [self._text(x) for x in operands]
         else:
             bound = BoundNormedLoop(loop, fixed, tensors, with_finals, tails)
             sequences = [f"{'*' if t else ''}{self._text(x)}" for x, t in zip(operands, tails, strict=True)]
         given = (self._text(constants[i]) for i in tensors)
         self._assign(node, f"{self._constant(bound)}({', '.join([*sequences, *given])})")
+
+    def _flat_steps(self, loop: Any, constants: Sequence[Node], tensors: Sequence[int]) -> FlatSteps | None:
+        """The steps of a loop as functions; None if one kernel runs all steps."""
+        kernels = loop.kernels
+        if kernels is not None and isinstance(kernels.in_use, LoweredStep):
+            return None
+        step = self._function_of(loop.step, constants, tensors)
+        first = None if loop.first is None else self._function_of(loop.first, constants, tensors)
+        return FlatSteps(step, first, loop.may_return_structures)
+
+    def _function_of(self, region: Any, constants: Sequence[Node], tensors: Sequence[int]) -> Callable[..., Any]:
+        """The step of a loop as a function of the tensors among its constants and of its other arguments."""
+        lines, self.lines = self.lines, []
+        inner = list(region.graph.nodes)
+        placeholders = [n for n in inner if n.op == "placeholder"]
+        varying = [placeholders[i] for i in tensors] + placeholders[len(constants) :]
+        self._share(placeholders, constants)
+        for placeholder, constant in zip(placeholders, constants, strict=False):
+            if constant in self.objects:
+                self.values[placeholder] = self._constant(self.objects[constant])
+        parameters = [self._new(n) for n in varying]
+        self._write_nodes(inner)
+        body, self.lines = self.lines, lines
+        self._guard_forward(region)
+        source = "\n    ".join([f"def forward({', '.join(parameters)}):", *body])
+        return function_from_source(source + "\n", self.constants)
+
+    def _share(self, placeholders: Sequence[Node], constants: Sequence[Node]) -> None:
+        """Read constants of a region where its graph reads placeholders."""
+        for placeholder, constant in zip(placeholders, constants, strict=False):
+            self.values[placeholder] = self.values[constant]
+            if constant in self.modules:
+                self.modules[placeholder] = self.modules[constant]
+
+    def _guard_forward(self, region: nn.Module) -> None:
+        """Check before each call that the graph of a region has the code that was inlined."""
+        forward = self._constant(type(region).forward)
+        self.conditions.append(f"{self._constant(type(region))}.forward is {forward}")
+        self.called[id(region)] = region
+
+    def _write_nodes(self, nodes: Sequence[Node], result: str = "return {}") -> None:
+        """Write the nodes of a region, except placeholders; `result` is the statement with the results."""
+        last_use = {operand: n for n in nodes for operand in n.all_input_nodes}
+        own = {n for n in nodes if n.op != "placeholder"}
+        for n in nodes:
+            if n.op == "output":
+                self.lines.append(result.format(self._text(n.args[0])))
+            elif n.op != "placeholder":
+                self._write_inside(n)
+                freed = [self.values[v] for v in n.all_input_nodes if last_use[v] is n and v in own and v not in self.modules]
+                if freed:
+                    self.lines.append(f"{' = '.join(dict.fromkeys(freed))} = None")
+
+    def _is_simple_once(self, node: Node) -> bool:
+        region = self.modules.get(node.args[0])  # type: ignore[arg-type]
+        return isinstance(region, RegionGraph) and not node.kwargs
+
+    def _write_once(self, node: Node) -> None:
+        """Write the nodes of a region whose value does not change with time."""
+        region: Any = self.modules[node.args[0]]  # type: ignore[index]
+        inner = list(region.graph.nodes)
+        constants: Any = node.args[1]
+        self._share([n for n in inner if n.op == "placeholder"], constants)
+        self._write_nodes(inner, self._new(node) + " = {}")
+        self._guard_forward(region)
 
     def _call(self, target: Any, args: Any, kwargs: Mapping[str, Any]) -> str:
         return f"{self._constant(target)}({self._arguments(args, kwargs)})"
@@ -238,9 +306,7 @@ class _Binder:
         sequences = [self.values[n] for n in operands]
         given: Any = node.kwargs.get("constants", ())
         constants: list[Node] = list(given)
-        forward = self._constant(type(region).forward)
-        self.conditions.append(f"{self._constant(type(region))}.forward is {forward}")
-        self.called[id(region)] = region
+        self._guard_forward(region)
         if len(sequences) > 1:
             sizes = " or ".join(f"{x}.shape[1] != {sequences[0]}.shape[1]" for x in sequences[1:])
             self.lines.append(f"if {sizes}: {self._call(node.target, node.args, node.kwargs)}")  # which raises
@@ -248,10 +314,7 @@ class _Binder:
         placeholders = [n for n in inner if n.op == "placeholder"]
         if self._write_linear(node, inner, constants, sequences):
             return
-        for placeholder, constant in zip(placeholders, constants, strict=False):
-            self.values[placeholder] = self.values[constant]
-            if constant in self.modules:
-                self.modules[placeholder] = self.modules[constant]
+        self._share(placeholders, constants)
         for placeholder, x in zip(placeholders[len(constants) :], sequences, strict=True):
             self._assign(placeholder, f"fold_time({x})")
         tails = self.tails.of_fold.get(node, {})
@@ -292,7 +355,7 @@ class _Binder:
 
     def _write_inside(self, node: Node) -> None:
         module = self.modules.get(node.args[0]) if node.target is call_module and node.args else None  # type: ignore[arg-type]
-        if module is None or takes_sequence(module) or not type(module).__module__.startswith("torch.nn.modules."):
+        if module is None or takes_sequence(module) or type(module).__call__ is not nn.Module.__call__:
             self._write(node)
             return
         self.called[id(module)] = module

@@ -1,16 +1,22 @@
-"""`BoundLoop`: a loop region with its modules, whose kernels are bound to the layout of the first call."""
+"""`BoundLoop`: a loop region with its modules, whose kernels are bound to the layout of the first call.
+
+A loop that runs step by step, because its step has no kernel or steps are faster, runs flat functions of its steps.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 from torch import Tensor, nn
 
 from snnfx.lowering.elementwise.bound_step import BoundStep
+from snnfx.ops.sequence_functions import stack_steps, unbind_steps
 from snnfx.regions.eager_regions import EagerLoop
+from snnfx.regions.region_kernels import BoundMixedLoop
 
-__all__ = ["BoundLoop"]
+__all__ = ["BoundLoop", "FlatSteps"]
 
 _MOST_BINDINGS = 4
 """A loop whose inputs have ever other layouts stays unbound after this many bindings."""
@@ -19,6 +25,34 @@ _MOST_BINDINGS = 4
 _PLAIN = (Tensor, nn.Parameter, nn.Buffer)
 
 Results = tuple[tuple[Tensor, ...], tuple[Any, ...]]
+
+
+@dataclass(frozen=True)
+class FlatSteps:
+    """The steps of a loop as functions without module calls, which run the modules that the loop was bound to.
+
+    Args:
+        step: `(*tensors among the constants, *inputs, state) -> (outputs, state)`.
+        first: the same from the reset state, without the argument `state`; None: `step` with state None.
+        structures: whether outputs may be structures.
+    """
+
+    step: Callable[..., Any]
+    first: Callable[..., Any] | None
+    structures: bool
+
+    def run(self, x_seq: Sequence[Tensor], given: Sequence[Tensor]) -> Results:
+        """Run all steps of a sequence from the reset state: `(outputs [T, *], state)`."""
+        outputs: list[tuple[Tensor, ...]] = []
+        state: Any = None
+        for x in zip(*(unbind_steps(x) for x in x_seq), strict=True):
+            if state is None and self.first is not None:
+                y, state = self.first(*given, *x)
+            else:
+                y, state = self.step(*given, *x, state)
+            outputs.append(y)
+        device = x_seq[0].device
+        return tuple([stack_steps(y, device, self.structures) for y in zip(*outputs, strict=True)]), state
 
 
 class BoundLoop:
@@ -31,14 +65,22 @@ class BoundLoop:
         constants: the constants of the region: modules, and objects that never change.
         tensors: the positions of constants that are tensors, which the caller passes behind the inputs.
         with_finals: whether the caller reads the final states; else the call may return none.
+        steps: the steps as functions, for loops that run step by step.
     """
 
     def __init__(
-        self, region: EagerLoop, constants: Sequence[Any], tensors: Sequence[int] = (), with_finals: bool = True
+        self,
+        region: EagerLoop,
+        constants: Sequence[Any],
+        tensors: Sequence[int] = (),
+        with_finals: bool = True,
+        steps: FlatSteps | None = None,
     ) -> None:
         self.region, self.constants, self.with_finals = region, tuple(constants), with_finals
-        self.tensors = tuple(tensors)
-        self.step: BoundStep | None = None
+        self.tensors, self.steps = tuple(tensors), steps
+        self.step: BoundStep | BoundMixedLoop | None = None
+        self.without_kernel = False
+        """Whether the region has no kernel for the bound layout, so that its steps run one by one."""
         self.bindings = 0
 
     def __call__(self, *arguments: Tensor) -> Results:
@@ -47,23 +89,46 @@ class BoundLoop:
         return self.run_unbound(arguments) if results is None else results
 
     def run_bound(self, arguments: Sequence[Tensor]) -> Results | None:
-        """Run the bound kernels; None if there are none for the layout of these inputs."""
-        if self.step is None:
+        """Run the bound kernels or steps; None if there are none for the layout of these inputs."""
+        if self.step is None and not self.without_kernel:
             return None
         x_seq, constants, given = self._split(arguments)
         if not all(type(tensor) in _PLAIN for tensor in given):
             return None
+        if self.step is None or self._prefers_steps(x_seq):
+            return None if self.steps is None else self.steps.run(x_seq, given)
         return self.step.run(x_seq, constants, given)
+
+    def _prefers_steps(self, x_seq: Sequence[Tensor]) -> bool:
+        kernels = self.region.kernels
+        is_mixed = isinstance(self.step, BoundMixedLoop) and self.steps is not None and kernels is not None
+        return is_mixed and kernels.bound_stepping.is_stepped(x_seq, None)  # type: ignore[union-attr]
 
     def run_unbound(self, arguments: Sequence[Tensor]) -> Results:
         """Run the region as it runs unbound, then bind its kernels to the layout of these inputs."""
-        x_seq, constants, _ = self._split(arguments)
+        x_seq, constants, given = self._split(arguments)
         results = self.region.loop_eagerly(x_seq, None, constants)
         if self.bindings < _MOST_BINDINGS:
             self.bindings += 1
-            kernels = self.region.kernels
-            self.step = None if kernels is None else kernels.bound_step(x_seq, constants, self.with_finals)
+            self._bind(x_seq, constants, given)
         return results
+
+    def _bind(self, x_seq: Sequence[Tensor], constants: Sequence[Any], given: Sequence[Tensor]) -> None:
+        kernels, steps = self.region.kernels, self.steps
+        bound = None if kernels is None else kernels.bound_step(x_seq, constants, self.with_finals)
+        self.step = bound
+        self.without_kernel = kernels is None or (bound is None and kernels.prepare(x_seq, None, constants) is None)
+        if isinstance(bound, BoundMixedLoop) and steps is not None and kernels is not None:
+            kernels.bound_stepping.prefers_steps(
+                x_seq,
+                None,
+                constants,
+                lambda x, state, constants: bound.run(x, constants, self._given(constants)),
+                lambda x, state, constants: steps.run(x, self._given(constants)),
+            )
+
+    def _given(self, constants: Sequence[Any]) -> tuple[Tensor, ...]:
+        return tuple([constants[i] for i in self.tensors])
 
     def _split(self, arguments: Sequence[Tensor]) -> tuple[tuple[Tensor, ...], tuple[Any, ...], tuple[Tensor, ...]]:
         """The inputs, all constants, and the tensors among the constants."""

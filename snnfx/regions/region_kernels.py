@@ -28,7 +28,7 @@ from snnfx.regions.step_lowering import LoweringResult, StepLowering
 from snnfx.regions.stepping_choice import RunLoop, SteppingChoice
 from snnfx.sandbox.torch_internals import are_transforms_active, dispatch_mode_count, forward_mode_level
 
-__all__ = ["PreparedCall", "RegionKernels"]
+__all__ = ["BoundMixedLoop", "PreparedCall", "RegionKernels"]
 
 _MAX_RECORDINGS = 64
 """Cached recordings of a region, at most."""
@@ -102,11 +102,12 @@ class RegionKernels:
         self.refusal = ""
         self.in_use: LoweredStep | MixedStep | None = None
         self.stepping = SteppingChoice(step)
+        self.bound_stepping = SteppingChoice(step, of_bound=True)
 
     @property
     def reason_for_steps(self) -> str:
         """Why the latest call ran step by step, as a clause; "" if it did not."""
-        return self.refusal or self.stepping.reason
+        return self.refusal or self.stepping.reason or self.bound_stepping.reason
 
     def run(
         self,
@@ -121,6 +122,7 @@ class RegionKernels:
             x_seq, state, constants: the arguments of the call.
             steps: runs the steps one by one; None if this must not be chosen.
         """
+        self.bound_stepping.reason = ""
         if steps is not None and self.stepping.is_stepped(x_seq, state):
             return None
         prepared = self.prepare(x_seq, state, constants)
@@ -129,11 +131,12 @@ class RegionKernels:
         is_mixed = isinstance(prepared.lowered, MixedStep)
         if is_mixed and steps is not None and self.stepping.prefers_steps(x_seq, state, constants, self.run, steps):
             return None
-        return self._run_prepared(prepared, x_seq, state)
+        return self.run_prepared(prepared, x_seq, state)
 
-    def _run_prepared(
+    def run_prepared(
         self, prepared: PreparedCall, x_seq: Sequence[Tensor], state: Sequence[Any] | None
     ) -> tuple[tuple[Tensor, ...], tuple[Tensor, ...]] | None:
+        """Run a call by its lowered step; None if the steps have to run one by one."""
         if prepared.runs_first_step(state):
             return self._after_first_step(prepared)
         states = prepared.first_states(state)
@@ -190,7 +193,7 @@ class RegionKernels:
 
     def bound_step(
         self, x_seq: Sequence[Tensor], constants: Sequence[Any], with_finals: bool = True
-    ) -> BoundStep | None:
+    ) -> BoundStep | BoundMixedLoop | None:
         """The kernels of a call from the reset state, bound to its layout; None if they cannot be bound.
 
         Args:
@@ -198,9 +201,13 @@ class RegionKernels:
             with_finals: whether the calls read the final states.
         """
         prepared = self.prepare(x_seq, None, constants)
-        if prepared is None or prepared.runs_first_step(None) or prepared.entry.baked:
+        if prepared is None or prepared.entry.baked:
             return None
         lowered = prepared.lowered
+        if isinstance(lowered, MixedStep):
+            return BoundMixedLoop(prepared)
+        if prepared.runs_first_step(None):
+            return None
         if not isinstance(lowered, LoweredStep) or not prepared.starts_from_numbers:
             return None
         numbers = prepared.first_states(None)
@@ -272,6 +279,44 @@ class RegionKernels:
         if len(self.entries) >= _MAX_RECORDINGS:
             self.entries.pop(next(iter(self.entries)))
         self.entries[key] = entry
+
+
+class BoundMixedLoop:
+    """The mixed loop of calls from the reset state that have one layout.
+
+    Args:
+        prepared: a call with this layout.
+    """
+
+    def __init__(self, prepared: PreparedCall) -> None:
+        self.prepared = prepared
+        self.layout = _layout((*prepared.x_seq, *_tensors_among(prepared.constants)))
+
+    def run(
+        self, x_seq: Sequence[Tensor], constants: Sequence[Any], given: Sequence[Tensor]
+    ) -> tuple[tuple[Tensor, ...], tuple[Tensor, ...]] | None:
+        """Run a sequence: `(outputs, final states)`; None if the tensors have another layout.
+
+        Args:
+            x_seq: the inputs.
+            constants: the constants of the call.
+            given: the tensors among them.
+        """
+        if _layout((*x_seq, *given)) != self.layout:
+            return None
+        entry, kernels = self.prepared.entry, self.prepared.kernels
+        read = [fetch(constants) for fetch in entry.constants]
+        prepared = PreparedCall(kernels, entry, self.prepared.lowered, x_seq, constants, read)
+        kernels.stepping.reason = kernels.bound_stepping.reason = ""
+        return kernels.run_prepared(prepared, x_seq, None)
+
+
+def _tensors_among(values: Sequence[Any]) -> list[Tensor]:
+    return [v for v in values if isinstance(v, Tensor)]
+
+
+def _layout(tensors: Sequence[Tensor]) -> list[tuple[object, ...]]:
+    return [(t.shape, t.dtype, t.device, t.requires_grad) for t in tensors]
 
 
 def _is_supported(x_seq: Sequence[Any], state: Sequence[Any] | None, constants: Sequence[Any]) -> bool:
