@@ -26,7 +26,7 @@ from snnfx.lowering.live_settings import HOOKS
 from snnfx.lowering.pooling.max_pool import max_pool
 from snnfx.lowering.settings_check import conditions_of_settings
 from snnfx.ops.folded_weights import call_norm
-from snnfx.ops.sequence_functions import call_module, call_once
+from snnfx.ops.sequence_functions import call_module, call_once, select_state
 from snnfx.ops.time_folding import fold_time, unfold_time
 from snnfx.regions.bound_loop import BoundLoop, FlatSteps
 from snnfx.regions.normed_loop import BoundNormedLoop, Tail
@@ -36,6 +36,9 @@ from snnfx.sandbox.torch_internals import function_from_source
 from snnfx.state.leaf_modules import takes_sequence
 
 __all__ = ["BoundGraph", "bind_graph"]
+
+_RESET = "None"
+"""The text of the reset state."""
 
 
 @dataclass(frozen=True)
@@ -51,19 +54,20 @@ class BoundGraph:
     is_valid: Callable[[], bool]
 
 
-def bind_graph(graph: fx.Graph, root: nn.Module) -> BoundGraph | None:
+def bind_graph(graph: fx.Graph, root: nn.Module, from_reset: bool = False) -> BoundGraph | None:
     """Bind a graph whose inputs are tensors; None if a module that it reads has hooks.
 
     Args:
-        graph: an emitted graph that takes no state ("plain" or "iterations").
+        graph: an emitted graph. "main" takes the state and the time steps behind its inputs.
         root: the module that its targets refer to.
+        from_reset: whether the graph starts from the reset state: then "main" and "first" take neither.
     """
-    return _Binder(graph, root).bind()
+    return _Binder(graph, root, from_reset).bind()
 
 
 class _Binder:
-    def __init__(self, graph: fx.Graph, root: nn.Module) -> None:
-        self.graph, self.root = graph, root
+    def __init__(self, graph: fx.Graph, root: nn.Module, from_reset: bool) -> None:
+        self.graph, self.root, self.from_reset = graph, root, from_reset
         self.tails: FusedTails = find_tails(graph, root)
         self.constants: dict[str, Any] = {"Tensor": Tensor, "fold_time": fold_time, "unfold_time": unfold_time}
         self.names: dict[int, str] = {}
@@ -87,10 +91,14 @@ class _Binder:
         parameters: list[str] = []
         for node in self.graph.nodes:
             if node.op == "placeholder":
-                parameters.append(self._new(node))
+                if self.from_reset and node.args:  # the state, or the time steps: they have a default
+                    self.values[node] = _RESET
+                else:
+                    parameters.append(self._new(node))
                 continue
             self._write(node)
             freed = [self.values[n] for n in node.all_input_nodes if last_use[n] is node and n not in self.modules]
+            freed = [name for name in freed if name != _RESET]
             if freed and node.op != "output":
                 self.lines.append(f"{' = '.join(dict.fromkeys(freed))} = None")
         for module in self.called.values():
@@ -138,8 +146,12 @@ class _Binder:
             self._assign(node, f"{self._text(node.args[0])}[{self._text(node.args[1])}]")
         elif node.target is seq_to_ann_forward and self._is_simple_fold(node):
             self._write_fold(node)
-        elif node.target is multi_step_forward and self._is_loop_from_reset(node):
+        elif node.target is multi_step_forward and self._is_plain_loop(node):
             self._write_loop(node)
+        elif node.target is select_state and self._text(node.args[0]) == _RESET:
+            self.values[node] = _RESET
+        elif node.target is call_module and self._is_first_step(node):
+            self._write_first_step(node)
         elif node.target is call_once and self._is_simple_once(node):
             self._write_once(node)
         else:
@@ -164,7 +176,9 @@ class _Binder:
         else:
             bound = BoundNormedLoop(loop, fixed, tensors, with_finals, tails)
             sequences = [f"{'*' if t else ''}{self._text(x)}" for x, t in zip(operands, tails, strict=True)]
-        given = (self._text(constants[i]) for i in tensors)
+        given = [self._text(constants[i]) for i in tensors]
+        if node.kwargs["state"] is not None:
+            given.append(f"state={self._text(node.kwargs['state'])}")
         self._assign(node, f"{self._constant(bound)}({', '.join([*sequences, *given])})")
 
     def _flat_steps(self, loop: Any, constants: Sequence[Node], tensors: Sequence[int]) -> FlatSteps | None:
@@ -218,6 +232,25 @@ class _Binder:
                 freed = [self.values[v] for v in n.all_input_nodes if last_use[v] is n and v in own and v not in self.modules]
                 if freed:
                     self.lines.append(f"{' = '.join(dict.fromkeys(freed))} = None")
+
+    def _selects_state(self, node: Node) -> bool:
+        state = node.kwargs.get("state")
+        return isinstance(state, Node) and state.target is select_state
+
+    def _is_first_step(self, node: Node) -> bool:
+        """Whether a node calls a whole step from the reset state."""
+        region = self.modules.get(node.args[0])  # type: ignore[arg-type]
+        return type(region) is LoopRegion and not node.kwargs and self._text(node.args[-1]) == _RESET
+
+    def _write_first_step(self, node: Node) -> None:
+        """Write the nodes of a step."""
+        region: Any = self.modules[node.args[0]]  # type: ignore[index]
+        first = region.step if region.first is None else region.first
+        inner = list(first.graph.nodes)
+        arguments: Any = node.args[1:]
+        self._share([n for n in inner if n.op == "placeholder"], arguments)
+        self._write_nodes(inner, self._new(node) + " = {}")
+        self._guard_forward(first)
 
     def _is_simple_once(self, node: Node) -> bool:
         region = self.modules.get(node.args[0])  # type: ignore[arg-type]
@@ -281,12 +314,12 @@ class _Binder:
         self.path_lines.append(f"if {variable} is not {self._constant(child)}: return False")
         return child, variable
 
-    def _is_loop_from_reset(self, node: Node) -> bool:
+    def _is_plain_loop(self, node: Node) -> bool:
         loop = self.modules.get(node.args[1])  # type: ignore[arg-type]
         constants = node.kwargs.get("constants", ())
         return (
             type(loop) is LoopRegion
-            and node.kwargs.get("state", 0) is None
+            and (node.kwargs.get("state", 0) is None or (self._selects_state(node) and node not in self.tails.of_loop))
             and set(node.kwargs) <= {"state", "constants"}
             and all(map(self._may_be_constant, constants))  # type: ignore[arg-type]
         )

@@ -24,6 +24,8 @@ _MOST_BINDINGS = 4
 
 _PLAIN = (Tensor, nn.Parameter, nn.Buffer)
 
+State = tuple[Any, ...] | None
+"""The state before the first step; None: the reset state."""
 Results = tuple[tuple[Tensor, ...], tuple[Any, ...]]
 
 
@@ -41,10 +43,9 @@ class FlatSteps:
     first: Callable[..., Any] | None
     structures: bool
 
-    def run(self, x_seq: Sequence[Tensor], given: Sequence[Tensor]) -> Results:
-        """Run all steps of a sequence from the reset state: `(outputs [T, *], state)`."""
+    def run(self, x_seq: Sequence[Tensor], given: Sequence[Tensor], state: State = None) -> Results:
+        """Run all steps of a sequence: `(outputs [T, *], state)`."""
         outputs: list[tuple[Tensor, ...]] = []
-        state: Any = None
         for x in zip(*(unbind_steps(x) for x in x_seq), strict=True):
             if state is None and self.first is not None:
                 y, state = self.first(*given, *x)
@@ -56,7 +57,7 @@ class FlatSteps:
 
 
 class BoundLoop:
-    """Runs a loop region from the reset state: `(outputs [T, *], final states)`.
+    """Runs a loop region: `(outputs [T, *], final states)`.
 
     The caller guarantees that the settings of the modules are those of the first call.
 
@@ -83,48 +84,51 @@ class BoundLoop:
         """Whether the region has no kernel for the bound layout, so that its steps run one by one."""
         self.bindings = 0
 
-    def __call__(self, *arguments: Tensor) -> Results:
+    def __call__(self, *arguments: Tensor, state: State = None) -> Results:
         """Run the bound kernels, or the region as it runs unbound if the inputs have another layout."""
-        results = self.run_bound(arguments)
-        return self.run_unbound(arguments) if results is None else results
+        results = self.run_bound(arguments, state)
+        return self.run_unbound(arguments, state) if results is None else results
 
-    def run_bound(self, arguments: Sequence[Tensor]) -> Results | None:
+    def run_bound(self, arguments: Sequence[Tensor], state: State = None) -> Results | None:
         """Run the bound kernels or steps; None if there are none for the layout of these inputs."""
         if self.step is None and not self.without_kernel:
             return None
         x_seq, constants, given = self._split(arguments)
         if not all(type(tensor) in _PLAIN for tensor in given):
             return None
-        if self.step is None or self._prefers_steps(x_seq):
-            return None if self.steps is None else self.steps.run(x_seq, given)
-        return self.step.run(x_seq, constants, given)
+        if self.step is None or self._prefers_steps(x_seq, state):
+            return None if self.steps is None else self.steps.run(x_seq, given, state)
+        if isinstance(self.step, BoundMixedLoop):
+            return self.step.run(x_seq, constants, given, state)
+        return None if state is not None else self.step.run(x_seq, constants, given)
 
-    def _prefers_steps(self, x_seq: Sequence[Tensor]) -> bool:
+    def _prefers_steps(self, x_seq: Sequence[Tensor], state: State) -> bool:
         kernels = self.region.kernels
-        is_mixed = isinstance(self.step, BoundMixedLoop) and self.steps is not None and kernels is not None
-        return is_mixed and kernels.bound_stepping.is_stepped(x_seq, None)  # type: ignore[union-attr]
+        if kernels is None or self.steps is None or not isinstance(self.step, BoundMixedLoop):
+            return False
+        return kernels.bound_stepping.is_stepped(x_seq, state)
 
-    def run_unbound(self, arguments: Sequence[Tensor]) -> Results:
+    def run_unbound(self, arguments: Sequence[Tensor], state: State = None) -> Results:
         """Run the region as it runs unbound, then bind its kernels to the layout of these inputs."""
         x_seq, constants, given = self._split(arguments)
-        results = self.region.loop_eagerly(x_seq, None, constants)
+        results = self.region.loop_eagerly(x_seq, state, constants)
         if self.bindings < _MOST_BINDINGS:
             self.bindings += 1
-            self._bind(x_seq, constants, given)
+            self._bind(x_seq, constants, state)
         return results
 
-    def _bind(self, x_seq: Sequence[Tensor], constants: Sequence[Any], given: Sequence[Tensor]) -> None:
+    def _bind(self, x_seq: Sequence[Tensor], constants: Sequence[Any], state: State) -> None:
         kernels, steps = self.region.kernels, self.steps
-        bound = None if kernels is None else kernels.bound_step(x_seq, constants, self.with_finals)
+        bound = None if kernels is None else kernels.bound_step(x_seq, constants, self.with_finals, state)
         self.step = bound
-        self.without_kernel = kernels is None or (bound is None and kernels.prepare(x_seq, None, constants) is None)
+        self.without_kernel = kernels is None or (bound is None and kernels.prepare(x_seq, state, constants) is None)
         if isinstance(bound, BoundMixedLoop) and steps is not None and kernels is not None:
             kernels.bound_stepping.prefers_steps(
                 x_seq,
-                None,
+                state,
                 constants,
-                lambda x, state, constants: bound.run(x, constants, self._given(constants)),
-                lambda x, state, constants: steps.run(x, self._given(constants)),
+                lambda x, state, constants: bound.run(x, constants, self._given(constants), state),
+                lambda x, state, constants: steps.run(x, self._given(constants), state),
             )
 
     def _given(self, constants: Sequence[Any]) -> tuple[Tensor, ...]:

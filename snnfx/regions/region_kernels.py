@@ -192,21 +192,25 @@ class RegionKernels:
         return PreparedCall(self, entry, lowered, x_seq, constants, [fetch(constants) for fetch in entry.constants])
 
     def bound_step(
-        self, x_seq: Sequence[Tensor], constants: Sequence[Any], with_finals: bool = True
+        self,
+        x_seq: Sequence[Tensor],
+        constants: Sequence[Any],
+        with_finals: bool = True,
+        state: Sequence[Any] | None = None,
     ) -> BoundStep | BoundMixedLoop | None:
-        """The kernels of a call from the reset state, bound to its layout; None if they cannot be bound.
+        """The kernels of a call, bound to its layout; None if they cannot be bound.
 
         Args:
-            x_seq, constants: as for `run`.
+            x_seq, constants, state: as for `run`; only a mixed loop is bound to a state.
             with_finals: whether the calls read the final states.
         """
-        prepared = self.prepare(x_seq, None, constants)
+        prepared = self.prepare(x_seq, state, constants)
         if prepared is None or prepared.entry.baked:
             return None
         lowered = prepared.lowered
         if isinstance(lowered, MixedStep):
-            return BoundMixedLoop(prepared)
-        if prepared.runs_first_step(None):
+            return BoundMixedLoop(prepared, state)
+        if state is not None or prepared.runs_first_step(None):
             return None
         if not isinstance(lowered, LoweredStep) or not prepared.starts_from_numbers:
             return None
@@ -282,18 +286,23 @@ class RegionKernels:
 
 
 class BoundMixedLoop:
-    """The mixed loop of calls from the reset state that have one layout.
+    """The mixed loop of calls that have one layout.
 
     Args:
         prepared: a call with this layout.
+        state: its state before the first step; None: the reset state.
     """
 
-    def __init__(self, prepared: PreparedCall) -> None:
+    def __init__(self, prepared: PreparedCall, state: Sequence[Any] | None) -> None:
         self.prepared = prepared
-        self.layout = _layout((*prepared.x_seq, *_tensors_among(prepared.constants)))
+        self.layout = _layout((*prepared.x_seq, *_tensors_among(prepared.constants)), state)
 
     def run(
-        self, x_seq: Sequence[Tensor], constants: Sequence[Any], given: Sequence[Tensor]
+        self,
+        x_seq: Sequence[Tensor],
+        constants: Sequence[Any],
+        given: Sequence[Tensor],
+        state: Sequence[Any] | None = None,
     ) -> tuple[tuple[Tensor, ...], tuple[Tensor, ...]] | None:
         """Run a sequence: `(outputs, final states)`; None if the tensors have another layout.
 
@@ -301,22 +310,27 @@ class BoundMixedLoop:
             x_seq: the inputs.
             constants: the constants of the call.
             given: the tensors among them.
+            state: the state before the first step.
         """
-        if _layout((*x_seq, *given)) != self.layout:
+        if _layout((*x_seq, *given), state) != self.layout:
             return None
         entry, kernels = self.prepared.entry, self.prepared.kernels
         read = [fetch(constants) for fetch in entry.constants]
         prepared = PreparedCall(kernels, entry, self.prepared.lowered, x_seq, constants, read)
         kernels.stepping.reason = kernels.bound_stepping.reason = ""
-        return kernels.run_prepared(prepared, x_seq, None)
+        return kernels.run_prepared(prepared, x_seq, state)
 
 
 def _tensors_among(values: Sequence[Any]) -> list[Tensor]:
     return [v for v in values if isinstance(v, Tensor)]
 
 
-def _layout(tensors: Sequence[Tensor]) -> list[tuple[object, ...]]:
-    return [(t.shape, t.dtype, t.device, t.requires_grad) for t in tensors]
+def _layout(tensors: Sequence[Tensor], state: Sequence[Any] | None) -> list[object]:
+    layout: list[object] = [(t.shape, t.dtype, t.device, t.requires_grad) for t in tensors]
+    for value in state or ():
+        is_tensor = type(value) in _PLAIN_TENSORS
+        layout.append((value.shape, value.dtype, value.device) if is_tensor else (type(value), value))
+    return layout if state is None else [*layout, len(state)]
 
 
 def _is_supported(x_seq: Sequence[Any], state: Sequence[Any] | None, constants: Sequence[Any]) -> bool:
