@@ -106,11 +106,11 @@ class BoundLoop:
         kernels = self.region.kernels
         if kernels is None or self.steps is None or not isinstance(self.step, BoundMixedLoop):
             return False
-        return kernels.bound_stepping.is_stepped(x_seq, state)
+        return kernels.stepping.is_stepped(x_seq, state)
 
     def run_unbound(self, arguments: Sequence[Tensor], state: State = None) -> Results:
         """Run the region as it runs unbound, then bind its kernels to the layout of these inputs."""
-        x_seq, constants, given = self._split(arguments)
+        x_seq, constants, _ = self._split(arguments)
         results = self.region.loop_eagerly(x_seq, state, constants)
         if self.bindings < _MOST_BINDINGS:
             self.bindings += 1
@@ -118,21 +118,11 @@ class BoundLoop:
         return results
 
     def _bind(self, x_seq: Sequence[Tensor], constants: Sequence[Any], state: State) -> None:
-        kernels, steps = self.region.kernels, self.steps
-        bound = None if kernels is None else kernels.bound_step(x_seq, constants, self.with_finals, state)
-        self.step = bound
-        self.without_kernel = kernels is None or (bound is None and kernels.prepare(x_seq, state, constants) is None)
-        if isinstance(bound, BoundMixedLoop) and steps is not None and kernels is not None:
-            kernels.bound_stepping.prefers_steps(
-                x_seq,
-                state,
-                constants,
-                lambda x, state, constants: bound.run(x, constants, self._given(constants), state),
-                lambda x, state, constants: steps.run(x, self._given(constants), state),
-            )
-
-    def _given(self, constants: Sequence[Any]) -> tuple[Tensor, ...]:
-        return tuple([constants[i] for i in self.tensors])
+        kernels = self.region.kernels
+        self.step = None if kernels is None else kernels.bound_step(x_seq, constants, self.with_finals, state)
+        self.without_kernel = self.step is None and (
+            kernels is None or kernels.prepare(x_seq, state, constants) is None
+        )
 
     def _split(self, arguments: Sequence[Tensor]) -> tuple[tuple[Tensor, ...], tuple[Any, ...], tuple[Tensor, ...]]:
         """The inputs, all constants, and the tensors among the constants."""

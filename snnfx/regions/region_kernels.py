@@ -102,12 +102,11 @@ class RegionKernels:
         self.refusal = ""
         self.in_use: LoweredStep | MixedStep | None = None
         self.stepping = SteppingChoice(step)
-        self.bound_stepping = SteppingChoice(step, of_bound=True)
 
     @property
     def reason_for_steps(self) -> str:
         """Why the latest call ran step by step, as a clause; "" if it did not."""
-        return self.refusal or self.stepping.reason or self.bound_stepping.reason
+        return self.refusal or self.stepping.reason
 
     def run(
         self,
@@ -122,7 +121,6 @@ class RegionKernels:
             x_seq, state, constants: the arguments of the call.
             steps: runs the steps one by one; None if this must not be chosen.
         """
-        self.bound_stepping.reason = ""
         if steps is not None and self.stepping.is_stepped(x_seq, state):
             return None
         prepared = self.prepare(x_seq, state, constants)
@@ -317,7 +315,7 @@ class BoundMixedLoop:
         entry, kernels = self.prepared.entry, self.prepared.kernels
         read = [fetch(constants) for fetch in entry.constants]
         prepared = PreparedCall(kernels, entry, self.prepared.lowered, x_seq, constants, read)
-        kernels.stepping.reason = kernels.bound_stepping.reason = ""
+        kernels.stepping.reason = ""
         return kernels.run_prepared(prepared, x_seq, state)
 
 

@@ -24,7 +24,7 @@ RunLoop = Callable[[Sequence[Tensor], "Sequence[Any] | None", Sequence[Any]], An
 
 LOOPS = Fastest("loops", ("kernels", "steps"))
 
-_MOST_STEPS = 32
+_MOST_STEPS = 16
 _MOST_ELEMENTS = 1 << 16
 """Elements of all tensors of a call, parameters included, up to which it is measured."""
 
@@ -36,15 +36,13 @@ class SteppingChoice:
 
     Args:
         step: the graph of a step.
-        of_bound: whether the choice is between the ways of bound calls, which take less time to prepare.
 
     Attributes:
         reason: why the latest call ran step by step, as a clause; "" if it did not.
     """
 
-    def __init__(self, step: fx.GraphModule, of_bound: bool = False) -> None:
+    def __init__(self, step: fx.GraphModule) -> None:
         self.reason = ""
-        self._of = ("bound",) if of_bound else ()
         self._step = step
         self._digest = ""
         self._decided: dict[tuple[object, ...], Choice] = {}
@@ -109,7 +107,7 @@ class SteppingChoice:
         if not self._digest:
             self._digest = hashlib.sha256(self._step.code.encode()).hexdigest()[:16]
         calls = {name: _timed(run, x_seq, state, constants, parameters) for name, run in ways.items()}
-        return LOOPS.choose((self._digest, *key[:4], *self._of), "kernels", lambda: calls)
+        return LOOPS.choose((self._digest, *key[:4]), "kernels", lambda: calls)
 
 
 def _key(x_seq: Sequence[Tensor], state: Sequence[Any] | None) -> tuple[object, ...]:

@@ -97,7 +97,12 @@ class FunctionalCall:
             position = names.index("output_mask")
             self.args[position] = [i in self.positions for i in range(len(self.args[position]))]
         self._values = [(i, a.number) for i, a in enumerate(self.args) if isinstance(a, ValueReference)]
-        self._nested = [i for i, a in enumerate(self.args) if isinstance(a, list | tuple | dict)]
+        self._nested = [
+            i
+            for i, a in enumerate(self.args)
+            if isinstance(a, list | tuple | dict)
+            and any(isinstance(leaf, ValueReference) for leaf in pytree.tree_leaves(a))
+        ]
 
     @staticmethod
     def of(call: AtenCall, wanted: Sequence[int], recording: Recording) -> FunctionalCall:
