@@ -1,7 +1,8 @@
 """Bind an emitted graph: one flat function without the checks of the public functions.
 
 The graph calls `snnfx.functional` for each region, which checks and unpacks its arguments at each call. The bound
-function has the nodes of folded regions inline, calls loops through `BoundLoop`, and refers to modules directly. The
+function has the nodes of folded regions and of values that do not change with time inline, calls loops through
+`BoundLoop`, and refers to modules directly. A loop that may run step by step also gets its steps as functions. The
 conditions under which that is valid are Python expressions, which a net evaluates before each bound call: the modules
 are still the same objects, they have no hooks, and the settings of neurons have not changed. Everything else, such as
 parameters, is read at each call.
@@ -229,7 +230,9 @@ class _Binder:
                 self.lines.append(result.format(self._text(n.args[0])))
             elif n.op != "placeholder":
                 self._write_inside(n)
-                freed = [self.values[v] for v in n.all_input_nodes if last_use[v] is n and v in own and v not in self.modules]
+                freed = [
+                    self.values[v] for v in n.all_input_nodes if last_use[v] is n and v in own and v not in self.modules
+                ]
                 if freed:
                     self.lines.append(f"{' = '.join(dict.fromkeys(freed))} = None")
 

@@ -53,7 +53,7 @@ class FlatSteps:
                 y, state = self.step(*given, *x, state)
             outputs.append(y)
         device = x_seq[0].device
-        return tuple([stack_steps(y, device, self.structures) for y in zip(*outputs, strict=True)]), state
+        return tuple([stack_steps(y, device, self.structures) for y in zip(*outputs, strict=True)]), state or ()
 
 
 class BoundLoop:

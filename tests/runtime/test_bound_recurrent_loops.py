@@ -141,9 +141,7 @@ def results(run: Callable[[Tensor], Tensor], module: nn.Module, x_seq: Tensor) -
 
 
 def assert_equals_stepping(net: Any, model: Any, x_seq: Tensor) -> None:
-    for ours, theirs in zip(
-        results(net, net, x_seq), results(lambda x: stepped(model, x), model, x_seq), strict=True
-    ):
+    for ours, theirs in zip(results(net, net, x_seq), results(lambda x: stepped(model, x), model, x_seq), strict=True):
         torch.testing.assert_close(
             torch.zeros(1).double() if ours is None else ours,
             torch.zeros(1).double() if theirs is None else theirs,

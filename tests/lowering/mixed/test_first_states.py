@@ -1,4 +1,4 @@
-"""Initial states of mixed loops whose modules initialise their own state: numbers found in the calls of the first step."""
+"""Initial states of mixed loops whose modules initialise their own state are found in the calls of the first step."""
 
 from __future__ import annotations
 
@@ -169,8 +169,6 @@ def test_other_initial_states_are_refused(first: Callable[[Tensor], Tensor]) -> 
 def test_a_first_step_with_other_numbers_is_refused() -> None:
     x = torch.randn(3, 4)
     later = record_step(later_step, [x], [x], False, decomposition)
-    begin = record_step(
-        lambda x: later_step(2 * x, (torch.zeros_like(x),)), [x], None, False, decomposition
-    )
+    begin = record_step(lambda x: later_step(2 * x, (torch.zeros_like(x),)), [x], None, False, decomposition)
     with pytest.raises(LoweringRefused, match="something else"):
         initial_states_by_calls(later, begin)
