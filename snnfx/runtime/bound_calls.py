@@ -3,8 +3,8 @@
 A key has what a binding depends on: shapes, strides, dtypes and devices of the inputs, gradient and training mode. What
 else may change between calls is checked by one generated function for each binding. Calls that carry state, pass
 arguments by name, are chunked or recompute run unbound, and so do calls under transforms, dispatch modes or autocast.
-The loops of a model that runs over time itself are bound alike, from their reset state. If the first step has a graph of
-its own, that graph and the one of the later steps are bound.
+The loops of a model that runs over time itself are bound alike, from their reset state. If the first step has a graph
+of its own, that graph and the one of the later steps are bound.
 """
 
 from __future__ import annotations
