@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 import snnfx
 from snnfx import neuron
+from snnfx.lowering.mixed.executor import ScheduleRun
 from snnfx.regions.bound_loop import FlatSteps
 from snnfx.regions.eager_regions import EagerLoop
 from snnfx.regions.region_kernels import BoundMixedLoop
@@ -88,10 +89,34 @@ class StackedStates(nn.Module):
         return z
 
 
+class Gated(nn.Module):
+    """A convolutional gated unit; its input is joined with the state, in channels-last format."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.ff, self.rec, self.lif = nn.Conv2d(2, 4, 3, padding=1), nn.Conv2d(8, 8, 3, padding=1), neuron.LIFNode()
+        self.new, self.spike = nn.Conv2d(8, 4, 3, padding=1), ATan()
+        self.h: Any = None
+
+    def reset(self) -> None:
+        self.h = None
+        self.lif.reset()
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.ff(x)
+        if self.h is None:
+            self.h = torch.zeros_like(x)
+        reset, update = torch.sigmoid(self.rec(torch.cat([x, self.h], 1))).chunk(2, 1)
+        new = self.spike(torch.tanh(self.new(torch.cat([x, self.h * reset], 1))))
+        self.h = self.h * (1 - update) + new * update
+        return self.h
+
+
 MODELS: dict[str, tuple[Callable[[], nn.Module], tuple[int, ...]]] = {
     "linear": (Recurrent, (6,)),
     "first step differs": (FirstDiffers, (2, 4, 4)),
     "stacked states": (StackedStates, (2, 4, 4)),
+    "gated": (Gated, (2, 4, 4)),
 }
 
 
@@ -196,6 +221,16 @@ def test_a_bound_call_runs_bound_loops_only(name: str, monkeypatch: pytest.Monke
     bound = count(monkeypatch, BoundMixedLoop, "run")
     net(x_seq)
     assert not unbound and not whole and bound
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_a_repeated_training_step_builds_no_run(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    _, net, shape = made(name)
+    for seed in range(3):
+        results(net, net, sequence(4, 2, shape, seed))
+    built = count(monkeypatch, ScheduleRun, "__init__")
+    results(net, net, sequence(4, 2, shape))
+    assert not built
 
 
 @pytest.mark.parametrize("name", MODELS)
