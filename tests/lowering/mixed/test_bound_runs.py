@@ -84,12 +84,6 @@ def kept_of(net: snnfx.Net) -> list[object]:
     return kept
 
 
-@pytest.fixture(autouse=True)
-def pinned(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Loops run by kernels, whatever is faster."""
-    monkeypatch.setenv("SNNFX_MEASURE", "0")
-
-
 @pytest.fixture(params=MODELS)
 def case(request: pytest.FixtureRequest) -> tuple[nn.Module, snnfx.Net, tuple[int, ...]]:
     make, shape = MODELS[request.param]
