@@ -55,6 +55,11 @@ class Arguments:
         signature = step_signature(program.source, options.entry) if program.carried else None
         self._parameters = list(signature.parameters.values()) if signature is not None else []
 
+    @property
+    def is_time_first(self) -> bool:
+        """Whether a call takes only tensors, and time is first in some of them and in the outputs."""
+        return self.is_plain and any(self.varying) and self.output_time_dim == 0 and not any(self.tensor_dims)
+
     def split_carried(
         self, args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> tuple[tuple[Any, ...], dict[str, Any], dict[str, Any]]:

@@ -1,7 +1,8 @@
 """Bind an emitted graph: one flat function without the checks of the public functions.
 
 The graph calls `snnfx.functional` for each region, which checks and unpacks its arguments at each call. The bound
-function has the nodes of folded regions inline, calls loops through `BoundLoop`, and refers to modules directly. The
+function has the nodes of folded regions and of values that do not change with time inline, calls loops through
+`BoundLoop`, and refers to modules directly. A loop that may run step by step also gets its steps as functions. The
 conditions under which that is valid are Python expressions, which a net evaluates before each bound call: the modules
 are still the same objects, they have no hooks, and the settings of neurons have not changed. Everything else, such as
 parameters, is read at each call.
@@ -10,7 +11,7 @@ parameters, is read at each call.
 from __future__ import annotations
 
 import operator
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -22,6 +23,7 @@ from snnfx.emit.bit_readers import find_readers
 from snnfx.emit.norm_tails import FusedTails, find_tails
 from snnfx.functional import multi_step_forward, seq_to_ann_forward
 from snnfx.ir.program import SELF_TARGET
+from snnfx.lowering.elementwise.lowered_step import LoweredStep
 from snnfx.lowering.events.event_layers import call_layer_by_events
 from snnfx.lowering.events.spike_bits import SpikeBits
 from snnfx.lowering.events.spike_readers import SpikeReader
@@ -29,9 +31,10 @@ from snnfx.lowering.live_settings import HOOKS
 from snnfx.lowering.pooling.max_pool import max_pool
 from snnfx.lowering.settings_check import conditions_of_settings
 from snnfx.ops.folded_weights import call_norm
-from snnfx.ops.sequence_functions import call_module
+from snnfx.ops.sequence_functions import call_module, call_once, select_state
 from snnfx.ops.time_folding import fold_time, unfold_time
-from snnfx.regions.bound_loop import BoundLoop
+from snnfx.regions.bound_bit_loop import BoundBitLoop
+from snnfx.regions.bound_loop import BoundLoop, FlatSteps
 from snnfx.regions.normed_loop import BoundNormedLoop, Tail
 from snnfx.regions.region_modules import LoopRegion
 from snnfx.regions.sequence_region import RegionGraph
@@ -39,6 +42,9 @@ from snnfx.sandbox.torch_internals import function_from_source
 from snnfx.state.leaf_modules import takes_sequence
 
 __all__ = ["BoundGraph", "bind_graph"]
+
+_RESET = "None"
+"""The text of the reset state."""
 
 
 @dataclass(frozen=True)
@@ -54,19 +60,20 @@ class BoundGraph:
     is_valid: Callable[[], bool]
 
 
-def bind_graph(graph: fx.Graph, root: nn.Module) -> BoundGraph | None:
+def bind_graph(graph: fx.Graph, root: nn.Module, from_reset: bool = False) -> BoundGraph | None:
     """Bind a graph whose inputs are tensors; None if a module that it reads has hooks.
 
     Args:
-        graph: an emitted graph that takes no state ("plain" or "iterations").
+        graph: an emitted graph. "main" takes the state and the time steps behind its inputs.
         root: the module that its targets refer to.
+        from_reset: whether the graph starts from the reset state: then "main" and "first" take neither.
     """
-    return _Binder(graph, root).bind()
+    return _Binder(graph, root, from_reset).bind()
 
 
 class _Binder:
-    def __init__(self, graph: fx.Graph, root: nn.Module) -> None:
-        self.graph, self.root = graph, root
+    def __init__(self, graph: fx.Graph, root: nn.Module, from_reset: bool) -> None:
+        self.graph, self.root, self.from_reset = graph, root, from_reset
         self.tails: FusedTails = find_tails(graph, root)
         self.readers = find_readers(graph, root, self.tails.of_loop)
         self.constants: dict[str, Any] = {
@@ -97,10 +104,14 @@ class _Binder:
         parameters: list[str] = []
         for node in self.graph.nodes:
             if node.op == "placeholder":
-                parameters.append(self._new(node))
+                if self.from_reset and node.args:  # the state, or the time steps: they have a default
+                    self.values[node] = _RESET
+                else:
+                    parameters.append(self._new(node))
                 continue
             self._write(node)
             freed = [self.values[n] for n in node.all_input_nodes if last_use[n] is node and n not in self.modules]
+            freed = [name for name in freed if name != _RESET]
             if freed and node.op != "output":
                 self.lines.append(f"{' = '.join(dict.fromkeys(freed))} = None")
         for module in self.called.values():
@@ -148,8 +159,14 @@ class _Binder:
             self._assign(node, f"{self._text(node.args[0])}[{self._text(node.args[1])}]")
         elif node.target is seq_to_ann_forward and self._is_simple_fold(node):
             self._write_fold(node)
-        elif node.target is multi_step_forward and self._is_loop_from_reset(node):
+        elif node.target is multi_step_forward and self._is_plain_loop(node):
             self._write_loop(node)
+        elif node.target is select_state and self._text(node.args[0]) == _RESET:
+            self.values[node] = _RESET
+        elif node.target is call_module and self._is_first_step(node):
+            self._write_first_step(node)
+        elif node.target is call_once and self._is_simple_once(node):
+            self._write_once(node)
         else:
             self._assign(node, self._call(node.target, node.args, node.kwargs))
 
@@ -167,13 +184,106 @@ class _Binder:
         operands: Any = node.args[0]
         tails = self.tails.of_loop.get(node)
         if tails is None:
-            bound: Any = BoundLoop(loop, fixed, tensors, with_finals, self.readers.of_loop.get(node, ()))
+            readers, steps = self.readers.of_loop.get(node, ()), self._flat_steps(loop, constants, tensors)
+            bound: Any = (
+                BoundBitLoop(loop, fixed, readers, with_finals)
+                if readers and not tensors
+                else BoundLoop(loop, fixed, tensors, with_finals, steps)
+            )
             sequences = [self._text(x) for x in operands]
         else:
             bound = BoundNormedLoop(loop, fixed, tensors, with_finals, tails)
             sequences = [f"{'*' if t else ''}{self._text(x)}" for x, t in zip(operands, tails, strict=True)]
-        given = (self._text(constants[i]) for i in tensors)
+        given = [self._text(constants[i]) for i in tensors]
+        if node.kwargs["state"] is not None:
+            given.append(f"state={self._text(node.kwargs['state'])}")
         self._assign(node, f"{self._constant(bound)}({', '.join([*sequences, *given])})")
+
+    def _flat_steps(self, loop: Any, constants: Sequence[Node], tensors: Sequence[int]) -> FlatSteps | None:
+        """The steps of a loop as functions; None if one kernel runs all steps."""
+        kernels = loop.kernels
+        if kernels is not None and isinstance(kernels.in_use, LoweredStep):
+            return None
+        step = self._function_of(loop.step, constants, tensors)
+        first = None if loop.first is None else self._function_of(loop.first, constants, tensors)
+        return FlatSteps(step, first, loop.may_return_structures)
+
+    def _function_of(self, region: Any, constants: Sequence[Node], tensors: Sequence[int]) -> Callable[..., Any]:
+        """The step of a loop as a function of the tensors among its constants and of its other arguments."""
+        lines, self.lines = self.lines, []
+        inner = list(region.graph.nodes)
+        placeholders = [n for n in inner if n.op == "placeholder"]
+        varying = [placeholders[i] for i in tensors] + placeholders[len(constants) :]
+        self._share(placeholders, constants)
+        for placeholder, constant in zip(placeholders, constants, strict=False):
+            if constant in self.objects:
+                self.values[placeholder] = self._constant(self.objects[constant])
+        parameters = [self._new(n) for n in varying]
+        self._write_nodes(inner)
+        body, self.lines = self.lines, lines
+        self._guard_forward(region)
+        source = "\n    ".join([f"def forward({', '.join(parameters)}):", *body])
+        return function_from_source(source + "\n", self.constants)
+
+    def _share(self, placeholders: Sequence[Node], constants: Sequence[Node]) -> None:
+        """Read constants of a region where its graph reads placeholders."""
+        for placeholder, constant in zip(placeholders, constants, strict=False):
+            self.values[placeholder] = self.values[constant]
+            if constant in self.modules:
+                self.modules[placeholder] = self.modules[constant]
+
+    def _guard_forward(self, region: nn.Module) -> None:
+        """Check before each call that the graph of a region has the code that was inlined."""
+        forward = self._constant(type(region).forward)
+        self.conditions.append(f"{self._constant(type(region))}.forward is {forward}")
+        self.called[id(region)] = region
+
+    def _write_nodes(self, nodes: Sequence[Node], result: str = "return {}") -> None:
+        """Write the nodes of a region, except placeholders; `result` is the statement with the results."""
+        last_use = {operand: n for n in nodes for operand in n.all_input_nodes}
+        own = {n for n in nodes if n.op != "placeholder"}
+        for n in nodes:
+            if n.op == "output":
+                self.lines.append(result.format(self._text(n.args[0])))
+            elif n.op != "placeholder":
+                self._write_inside(n)
+                freed = [
+                    self.values[v] for v in n.all_input_nodes if last_use[v] is n and v in own and v not in self.modules
+                ]
+                if freed:
+                    self.lines.append(f"{' = '.join(dict.fromkeys(freed))} = None")
+
+    def _selects_state(self, node: Node) -> bool:
+        state = node.kwargs.get("state")
+        return isinstance(state, Node) and state.target is select_state
+
+    def _is_first_step(self, node: Node) -> bool:
+        """Whether a node calls a whole step from the reset state."""
+        region = self.modules.get(node.args[0])  # type: ignore[arg-type]
+        return type(region) is LoopRegion and not node.kwargs and self._text(node.args[-1]) == _RESET
+
+    def _write_first_step(self, node: Node) -> None:
+        """Write the nodes of a step."""
+        region: Any = self.modules[node.args[0]]  # type: ignore[index]
+        first = region.step if region.first is None else region.first
+        inner = list(first.graph.nodes)
+        arguments: Any = node.args[1:]
+        self._share([n for n in inner if n.op == "placeholder"], arguments)
+        self._write_nodes(inner, self._new(node) + " = {}")
+        self._guard_forward(first)
+
+    def _is_simple_once(self, node: Node) -> bool:
+        region = self.modules.get(node.args[0])  # type: ignore[arg-type]
+        return isinstance(region, RegionGraph) and not node.kwargs
+
+    def _write_once(self, node: Node) -> None:
+        """Write the nodes of a region whose value does not change with time."""
+        region: Any = self.modules[node.args[0]]  # type: ignore[index]
+        inner = list(region.graph.nodes)
+        constants: Any = node.args[1]
+        self._share([n for n in inner if n.op == "placeholder"], constants)
+        self._write_nodes(inner, self._new(node) + " = {}")
+        self._guard_forward(region)
 
     def _call(self, target: Any, args: Any, kwargs: Mapping[str, Any]) -> str:
         return f"{self._constant(target)}({self._arguments(args, kwargs)})"
@@ -224,12 +334,12 @@ class _Binder:
         self.path_lines.append(f"if {variable} is not {self._constant(child)}: return False")
         return child, variable
 
-    def _is_loop_from_reset(self, node: Node) -> bool:
+    def _is_plain_loop(self, node: Node) -> bool:
         loop = self.modules.get(node.args[1])  # type: ignore[arg-type]
         constants = node.kwargs.get("constants", ())
         return (
             type(loop) is LoopRegion
-            and node.kwargs.get("state", 0) is None
+            and (node.kwargs.get("state", 0) is None or (self._selects_state(node) and node not in self.tails.of_loop))
             and set(node.kwargs) <= {"state", "constants"}
             and all(map(self._may_be_constant, constants))  # type: ignore[arg-type]
         )
@@ -249,9 +359,7 @@ class _Binder:
         sequences = [self.values[n] for n in operands]
         given: Any = node.kwargs.get("constants", ())
         constants: list[Node] = list(given)
-        forward = self._constant(type(region).forward)
-        self.conditions.append(f"{self._constant(type(region))}.forward is {forward}")
-        self.called[id(region)] = region
+        self._guard_forward(region)
         if len(sequences) > 1:
             sizes = " or ".join(f"{x}.shape[1] != {sequences[0]}.shape[1]" for x in sequences[1:])
             self.lines.append(f"if {sizes}: {self._call(node.target, node.args, node.kwargs)}")  # which raises
@@ -259,10 +367,7 @@ class _Binder:
         placeholders = [n for n in inner if n.op == "placeholder"]
         if self._write_linear(node, inner, constants, sequences):
             return
-        for placeholder, constant in zip(placeholders, constants, strict=False):
-            self.values[placeholder] = self.values[constant]
-            if constant in self.modules:
-                self.modules[placeholder] = self.modules[constant]
+        self._share(placeholders, constants)
         for placeholder, x in zip(placeholders[len(constants) :], sequences, strict=True):
             self._assign(placeholder, f"fold_time({x})")
         tails = self.tails.of_fold.get(node, {})
@@ -325,7 +430,7 @@ class _Binder:
 
     def _write_inside(self, node: Node) -> None:
         module = self.modules.get(node.args[0]) if node.target is call_module and node.args else None  # type: ignore[arg-type]
-        if module is None or takes_sequence(module) or not type(module).__module__.startswith("torch.nn.modules."):
+        if module is None or takes_sequence(module) or type(module).__call__ is not nn.Module.__call__:
             self._write(node)
             return
         self.called[id(module)] = module

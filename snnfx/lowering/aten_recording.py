@@ -138,6 +138,9 @@ class Recording:
         grad_constants: the gradient of each constant that requires one, by the index of the constant.
         baked: constants whose values Python read, with their versions.
         reads_sizes: whether Python read the size of a tensor.
+
+    Attributes:
+        prepared_calls: what repeated runs of a call need, by the call and its results; the calls live as long.
     """
 
     values: list[RecordedValue]
@@ -149,6 +152,7 @@ class Recording:
     grad_constants: dict[int, int]
     baked: list[tuple[Tensor, int]]
     reads_sizes: bool
+    prepared_calls: dict[tuple[int, ...], Any] = field(default_factory=dict, compare=False, repr=False)
 
 
 _SIZE_ACCESS = {"size", "numel", "nelement", "__len__"}

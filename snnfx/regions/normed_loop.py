@@ -18,8 +18,9 @@ from torch.fx import Node
 
 from snnfx.ir.edits import add_placeholder
 from snnfx.lowering.batch_norm.training_norm import GradientOwner, channel_factors, takes_channel_factors
+from snnfx.lowering.elementwise.bound_step import BoundStep
 from snnfx.ops.time_folding import fold_time, unfold_time
-from snnfx.regions.bound_loop import BitResults, BoundLoop
+from snnfx.regions.bound_loop import BoundLoop, Results
 from snnfx.regions.eager_regions import EagerLoop
 from snnfx.regions.region_kernels import RegionKernels
 from snnfx.regions.sequence_region import RegionGraph
@@ -104,7 +105,7 @@ class BoundNormedLoop:
         """Whether the step with the tails has no kernel, so that torch computes them."""
         self.region = region
 
-    def __call__(self, *arguments: Tensor) -> BitResults:
+    def __call__(self, *arguments: Tensor) -> Results:
         """Run the loop: `(outputs [T, *], final states)`.
 
         Args:
@@ -120,7 +121,7 @@ class BoundNormedLoop:
         factors = self._factors(sequences, owner)
         results = self.normed.run_bound([*sequences, *given, *factors])
         if results is not None:
-            owner.is_new = True
+            owner.is_new = isinstance(self.normed.step, BoundStep)
             self.region.norms_in_kernel = self.norms
             return results
         results = self.normed.run_unbound([*sequences, *given, *factors])

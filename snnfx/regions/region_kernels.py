@@ -28,7 +28,7 @@ from snnfx.regions.step_lowering import LoweringResult, StepLowering
 from snnfx.regions.stepping_choice import RunLoop, SteppingChoice
 from snnfx.sandbox.torch_internals import are_transforms_active, dispatch_mode_count, forward_mode_level
 
-__all__ = ["PreparedCall", "RegionKernels"]
+__all__ = ["BoundMixedLoop", "PreparedCall", "RegionKernels"]
 
 _MAX_RECORDINGS = 64
 """Cached recordings of a region, at most."""
@@ -129,11 +129,12 @@ class RegionKernels:
         is_mixed = isinstance(prepared.lowered, MixedStep)
         if is_mixed and steps is not None and self.stepping.prefers_steps(x_seq, state, constants, self.run, steps):
             return None
-        return self._run_prepared(prepared, x_seq, state)
+        return self.run_prepared(prepared, x_seq, state)
 
-    def _run_prepared(
+    def run_prepared(
         self, prepared: PreparedCall, x_seq: Sequence[Tensor], state: Sequence[Any] | None
     ) -> tuple[tuple[Tensor, ...], tuple[Tensor, ...]] | None:
+        """Run a call by its lowered step; None if the steps have to run one by one."""
         if prepared.runs_first_step(state):
             return self._after_first_step(prepared)
         states = prepared.first_states(state)
@@ -189,19 +190,28 @@ class RegionKernels:
         return PreparedCall(self, entry, lowered, x_seq, constants, [fetch(constants) for fetch in entry.constants])
 
     def bound_step(
-        self, x_seq: Sequence[Tensor], constants: Sequence[Any], with_finals: bool = True, in_bits: bool = False
-    ) -> BoundStep | None:
-        """The kernels of a call from the reset state, bound to its layout; None if they cannot be bound.
+        self,
+        x_seq: Sequence[Tensor],
+        constants: Sequence[Any],
+        with_finals: bool = True,
+        state: Sequence[Any] | None = None,
+        in_bits: bool = False,
+    ) -> BoundStep | BoundMixedLoop | None:
+        """The kernels of a call, bound to its layout; None if they cannot be bound.
 
         Args:
-            x_seq, constants: as for `run`.
+            x_seq, constants, state: as for `run`; only a mixed loop is bound to a state.
             with_finals: whether the calls read the final states.
             in_bits: whether the calls return their output as bits.
         """
-        prepared = self.prepare(x_seq, None, constants)
-        if prepared is None or prepared.runs_first_step(None) or prepared.entry.baked:
+        prepared = self.prepare(x_seq, state, constants)
+        if prepared is None or prepared.entry.baked:
             return None
         lowered = prepared.lowered
+        if isinstance(lowered, MixedStep):
+            return None if in_bits else BoundMixedLoop(prepared, state)
+        if state is not None or prepared.runs_first_step(None):
+            return None
         if not isinstance(lowered, LoweredStep) or not prepared.starts_from_numbers:
             return None
         numbers = prepared.first_states(None)
@@ -280,6 +290,54 @@ class RegionKernels:
         if len(self.entries) >= _MAX_RECORDINGS:
             self.entries.pop(next(iter(self.entries)))
         self.entries[key] = entry
+
+
+class BoundMixedLoop:
+    """The mixed loop of calls that have one layout.
+
+    Args:
+        prepared: a call with this layout.
+        state: its state before the first step; None: the reset state.
+    """
+
+    def __init__(self, prepared: PreparedCall, state: Sequence[Any] | None) -> None:
+        self.prepared = prepared
+        self.layout = _layout((*prepared.x_seq, *_tensors_among(prepared.constants)), state)
+
+    def run(
+        self,
+        x_seq: Sequence[Tensor],
+        constants: Sequence[Any],
+        given: Sequence[Tensor],
+        state: Sequence[Any] | None = None,
+    ) -> tuple[tuple[Tensor, ...], tuple[Tensor, ...]] | None:
+        """Run a sequence: `(outputs, final states)`; None if the tensors have another layout.
+
+        Args:
+            x_seq: the inputs.
+            constants: the constants of the call.
+            given: the tensors among them.
+            state: the state before the first step.
+        """
+        if _layout((*x_seq, *given), state) != self.layout:
+            return None
+        entry, kernels = self.prepared.entry, self.prepared.kernels
+        read = [fetch(constants) for fetch in entry.constants]
+        prepared = PreparedCall(kernels, entry, self.prepared.lowered, x_seq, constants, read)
+        kernels.stepping.reason = ""
+        return kernels.run_prepared(prepared, x_seq, state)
+
+
+def _tensors_among(values: Sequence[Any]) -> list[Tensor]:
+    return [v for v in values if isinstance(v, Tensor)]
+
+
+def _layout(tensors: Sequence[Tensor], state: Sequence[Any] | None) -> list[object]:
+    layout: list[object] = [(t.shape, t.dtype, t.device, t.requires_grad) for t in tensors]
+    for value in state or ():
+        is_tensor = type(value) in _PLAIN_TENSORS
+        layout.append((value.shape, value.dtype, value.device) if is_tensor else (type(value), value))
+    return layout if state is None else [*layout, len(state)]
 
 
 def _is_supported(x_seq: Sequence[Any], state: Sequence[Any] | None, constants: Sequence[Any]) -> bool:

@@ -23,7 +23,7 @@ from snnfx.lowering.elementwise.initial_states import (
 )
 from snnfx.lowering.elementwise.lowered_step import LoweredStep
 from snnfx.lowering.elementwise.translation import translate
-from snnfx.lowering.mixed.first_states import initial_states_of_each
+from snnfx.lowering.mixed.first_states import initial_states_by_calls, initial_states_of_each
 from snnfx.lowering.mixed.mixed_step import MixedStep
 from snnfx.regions.sequence_region import buffers_of
 from snnfx.sandbox.internal_faults import is_internal_fault, surface
@@ -166,10 +166,12 @@ class StepLowering:
             mixed = MixedStep(recording, str(reason), self._by_events)
         if not starts:
             return mixed, None
-        try:
+        with contextlib.suppress(LoweringRefused):
             return mixed, initial_states_of_each(self._recording_of_start(inputs, constants))
-        except LoweringRefused:
-            return mixed, None
+        assert self.first is not None
+        with contextlib.suppress(LoweringRefused):
+            return mixed, initial_states_by_calls(recording, self._recording_of(self.first, inputs, constants))
+        return mixed, None
 
     def _refuse_unknown_shape(
         self, lowered: LoweredStep, initial: InitialStates, inputs: Sequence[Tensor], constants: Sequence[Any]

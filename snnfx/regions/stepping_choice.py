@@ -24,7 +24,7 @@ RunLoop = Callable[[Sequence[Tensor], "Sequence[Any] | None", Sequence[Any]], An
 
 LOOPS = Fastest("loops", ("kernels", "steps"))
 
-_MOST_STEPS = 8
+_MOST_STEPS = 16
 _MOST_ELEMENTS = 1 << 16
 """Elements of all tensors of a call, parameters included, up to which it is measured."""
 

@@ -3,7 +3,8 @@
 A key has what a binding depends on: shapes, strides, dtypes and devices of the inputs, gradient and training mode. What
 else may change between calls is checked by one generated function for each binding. Calls that carry state, pass
 arguments by name, are chunked or recompute run unbound, and so do calls under transforms, dispatch modes or autocast.
-The loops of a model that runs over time itself are bound alike, from their reset state.
+The loops of a model that runs over time itself are bound alike, from their reset state. If the first step has a graph
+of its own, that graph and the one of the later steps are bound.
 """
 
 from __future__ import annotations
@@ -83,25 +84,56 @@ class BoundCalls:
             run: the function that runs all steps of the call at once; a graph with recomputation stays unbound.
         """
         executable = self.executable
-        mode = executable.source.training
-        guards, is_plain = self.guards[mode].guards, self.part == "plain"
+        mode, is_plain = executable.source.training, self.part == "plain"
         runner = executable.graph_runner("plain" if is_plain else "main")
-        if runner is None or run is not runner or executable.graphs.is_replaced or guards.modes:
+        if runner is None or run is not runner:
             return
-        key = self._key(args)
-        if key is None or not _is_plain_context(args[0].device.type):
+        key = self._due(args)
+        if key is None:
             return
-        wait = self._waits.get_or_make(key, _Wait)
-        wait.left -= 1
-        if wait.left >= 0:
-            return
-        # A binding that was invalid is made again, but ever later: a setting may change at each call.
-        wait.left = wait.after_next = min(2 * wait.after_next, _LONGEST_WAIT)
         graphs = executable.graphs
         graph = graphs.emitted.get((mode, "plain")) if is_plain else graphs.iterations(mode)
         bound = None if graph is None else bind_graph(graph, executable.root)
         if bound is not None:
             self._bound.put(key, bound)
+
+    def bind_first_later(self, args: tuple[Any, ...], run_with: Callable[..., Any]) -> None:
+        """Bind calls like this one, whose first step has a graph of its own, from the second on.
+
+        Args:
+            args: the arguments of the call.
+            run_with: runs a call, given functions for the first step and for the later steps, and the arguments.
+        """
+        key = self._due(args)
+        if key is None:
+            return
+        graphs, mode, root = self.executable.graphs, self.executable.source.training, self.executable.root
+        first = bind_graph(graphs.emitted[mode, "first"], root, from_reset=True)
+        rest = bind_graph(graphs.emitted[mode, "main"], root)
+        if first is None or rest is None:
+            return
+        run_first, run_rest, are_valid = first.run, rest.run, (first.is_valid, rest.is_valid)
+
+        def run(*args: Tensor) -> Any:
+            return run_with(run_first, run_rest, args)
+
+        self._bound.put(key, BoundGraph(run, lambda: are_valid[0]() and are_valid[1]()))
+
+    def _due(self, args: tuple[Any, ...]) -> tuple[Any, ...] | None:
+        """The key of a call that is bound now; None if it stays unbound."""
+        guards = self.guards[self.executable.source.training].guards
+        if self.executable.graphs.is_replaced or guards.modes:
+            return None
+        key = self._key(args)
+        if key is None or not _is_plain_context(args[0].device.type):
+            return None
+        wait = self._waits.get_or_make(key, _Wait)
+        wait.left -= 1
+        if wait.left >= 0:
+            return None
+        # A binding that was invalid is made again, but ever later: a setting may change at each call.
+        wait.left = wait.after_next = min(2 * wait.after_next, _LONGEST_WAIT)
+        return key
 
     def _key(self, args: tuple[Any, ...]) -> tuple[Any, ...] | None:
         """What the binding of a call depends on; None if an argument is not a plain tensor."""

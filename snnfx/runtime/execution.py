@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Iterable
+import functools
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 import torch
@@ -147,7 +148,9 @@ class Execution:
                     why="its first step runs a different graph from the later steps.",
                     hint="Run one step first: _, state = net.run(x_seq[:1]); then record the rest with state=state.",
                 )
-            return *self._run_first_separately(run_first, run, leaves, state, T), ()
+            root = executable.root
+            first, later = functools.partial(run_first, root), functools.partial(run, root)
+            return *self._run_first_separately(first, later, leaves, state, T), ()
         time = torch.arange(T, device=leaves[0].device) if leaves else torch.arange(T)
         return run(executable.root, *leaves, state, time)  # type: ignore[no-any-return]
 
@@ -160,8 +163,8 @@ class Execution:
         T: int,
     ) -> tuple[Flat, State]:
         """Run the first step with its own graph, and the later steps at once."""
-        root, arguments = self.executable.root, self.executable.arguments
-        outputs, state, _ = run_first(root, *arguments.at_step(leaves, 0), state, None)
+        arguments = self.executable.arguments
+        outputs, state, _ = run_first(*arguments.at_step(leaves, 0), state, None)
         reduce = self.executable.options.reduce
         if T == 1:
             if reduce is not None:
@@ -170,10 +173,38 @@ class Execution:
                 return tuple([y.unsqueeze(0) for y in outputs]), state
             return pytree.tree_map_only(Tensor, lambda y: y.unsqueeze(0), outputs), state
         time = torch.arange(1, T, device=leaves[0].device)
-        rest, state, _ = run_rest(root, *arguments.from_step(leaves, 1), state, time)
+        rest, state, _ = run_rest(*arguments.from_step(leaves, 1), state, time)
         if reduce is not None:
             return combine_reductions([(1, outputs), (T - 1, rest)], reduce), state
         return join_two(outputs, rest), state
+
+    def runs_first_separately(self, leaves: list[Tensor], T: int) -> bool:
+        """Whether a call from the reset state runs a graph for its first step and one for all other steps at once."""
+        executable = self.executable
+        program = executable.program
+        has_state = program.carried or program.persistent_slots
+        if executable.graph_runner("first") is None or has_state or recomputation_applies(executable):
+            return False
+        return self.plans.chunk_length(leaves, T) is None
+
+    def run_bound_first(
+        self, run_first: Callable[..., Any], run_rest: Callable[..., Any], leaves: Sequence[Tensor]
+    ) -> Any:
+        """Run a call from the reset state by functions for its first step and its later steps; time is first.
+
+        Args:
+            run_first: `(*inputs) -> (outputs, state, ())`.
+            run_rest: `(*inputs, state, time) -> (outputs, state, ())`.
+            leaves: the inputs.
+        """
+        executable = self.executable
+        T = next(x.shape[0] for x, v in zip(leaves, executable.arguments.varying, strict=True) if v)
+
+        def first(*arguments: Any) -> Any:
+            return run_first(*arguments[:-2])
+
+        flat, _ = self._run_first_separately(first, run_rest, list(leaves), None, T)
+        return pytree.tree_unflatten(list(flat), executable.program.output_spec)
 
     def _run_chunks(
         self,

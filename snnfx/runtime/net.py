@@ -592,6 +592,10 @@ def _forward(self: Net, args: tuple[Any, ...], kwargs: dict[str, Any], T: int | 
             if not torch.compiler.is_compiling() and has_time and not kwargs and arguments.is_plain:
                 self._bound_calls.bind_later(args, run)
             return run(self, *leaves) if has_time else run(self, *leaves, torch.arange(T, device=leaves[0].device))
+        if arguments.is_time_first and not kwargs and not options.stores_state and not torch.compiler.is_compiling():
+            execution = self._execution
+            if execution.runs_first_separately(ordered, T):
+                self._bound_calls.bind_first_later(args, execution.run_bound_first)
     state = self.carried_state if options.stores_state else None
     state = self._execution.persistent.carried(state)
     if state is not None and self.program.carried and not options.carry_state:

@@ -37,6 +37,8 @@ def run_batched(
         if results is None:
             results = _viewed(call, wanted, recording, stacks, invariants)
         if results is None:
+            results = _joined(call, stacks)
+        if results is None:
             results = _mapped(call, wanted, recording, stacks, invariants)
         stacks.update(zip(wanted, results, strict=True))
 
@@ -71,12 +73,23 @@ def _viewed(
         return None
     stack = stacks[numbers[0]]
     known = {r: invariants[r] for r in call.references() if r in invariants}
-    views = FunctionalCall(call, wanted, recording).on({**known, numbers[0]: stack[0]})
+    views = FunctionalCall.of(call, wanted, recording).on({**known, numbers[0]: stack[0]})
     address = stack.untyped_storage().data_ptr()
     if any(v.untyped_storage().data_ptr() != address or v.is_conj() or v.is_neg() for v in views):
         return None
     count, step = stack.shape[0], stack.stride(0)
     return [stack.as_strided((count, *v.shape), (step, *v.stride()), v.storage_offset()) for v in views]
+
+
+def _joined(call: AtenCall, stacks: dict[int, Tensor]) -> list[Tensor] | None:
+    """`cat` of stacks, along the same dimension behind time."""
+    if call.name != "cat" or call.kwargs or not all(r in stacks for r in call.references()):
+        return None
+    parts = [stacks[a.number] for a in call.args[0]]
+    dim = call.args[1] if len(call.args) > 1 else 0
+    if any(part.dim() != parts[0].dim() for part in parts):  # torch skips empty 1-d tensors
+        return None
+    return [torch.cat(parts, dim if dim < 0 else dim + 1)]
 
 
 def _mapped(
@@ -86,7 +99,7 @@ def _mapped(
     stacks: dict[int, Tensor],
     invariants: dict[int, Tensor],
 ) -> list[Tensor]:
-    functional = FunctionalCall(call, wanted, recording)
+    functional = FunctionalCall.of(call, wanted, recording)
     numbers = [r for r in dict.fromkeys(call.references()) if r in stacks]
 
     def step(*values: Tensor) -> tuple[Tensor, ...]:

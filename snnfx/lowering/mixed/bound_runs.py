@@ -29,6 +29,9 @@ _MOST_BYTES = 1 << 21
 _KEPT = 4
 """Runs that a schedule keeps, for different shapes."""
 
+_MOST_UNREPEATABLE = 64
+"""Keys of runs that cannot be repeated that a schedule remembers, so that none is built to be kept again."""
+
 _KEPT_BYTES = 1 << 26
 """Memory of all kept runs of the process; beyond it, no run is kept."""
 
@@ -58,16 +61,22 @@ def run_schedule(
     with torch.no_grad():
         key = _key(T, stacks, invariants, reverse)
         kept: dict[Key, BoundRun | None] = schedule.kept_runs
-        if key is None or dispatch_mode_count():
+        bound: BoundRun | None
+        if key is None or key in schedule.unrepeatable_runs or dispatch_mode_count():
             bound = None
         elif key in kept:
             bound = kept.pop(key, None)
             if bound is None and memory.has_room:
                 bound = BoundRun(schedule, T, stacks, invariants, len(initial), reverse)
+            if bound is not None and not bound.can_be_repeated:
+                if len(schedule.unrepeatable_runs) >= _MOST_UNREPEATABLE:
+                    schedule.unrepeatable_runs.clear()
+                schedule.unrepeatable_runs.add(key)
+                bound = None
         else:
             bound = None
             _keep(kept, key, None)  # the second call with this key builds a run
-        if bound is None or not bound.can_be_repeated:
+        if bound is None:
             run = ScheduleRun(schedule, T, dict(stacks), invariants, len(initial), reverse)
             run.run(initial)
             return run.result(unshared)
@@ -110,7 +119,7 @@ class KeptMemory:
         """Count the memory of a run until it ends."""
         tensors = [ring.tensor for rings in run.run.targets.values() for ring in rings]
         tensors += [ring.tensor for ring in run.run.rings.values()]
-        tensors += [*run.stacks.values(), *run.invariants.values()]
+        tensors += [*run.stacks.values(), *run.invariants.values(), *(copy for copy, _ in run.run.row_copies)]
         storages = {t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in tensors}
         self._add(sum(storages.values()))
         weakref.finalize(run, self._add, -sum(storages.values())).atexit = False
@@ -172,6 +181,8 @@ class BoundRun:
             )
             for number in self.computed:
                 self.run.stacks[number].copy_(known[number])
+        for copy, source in self.run.row_copies:
+            copy.copy_(source)
         self.run.run(initial)
         result = self.run.result(())
         copies: dict[int, Tensor] = {id(t): t.clone() for t in (*result.stacks.values(), *result.sums.values())}

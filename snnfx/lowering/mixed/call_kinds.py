@@ -97,7 +97,21 @@ class FunctionalCall:
             position = names.index("output_mask")
             self.args[position] = [i in self.positions for i in range(len(self.args[position]))]
         self._values = [(i, a.number) for i, a in enumerate(self.args) if isinstance(a, ValueReference)]
-        self._nested = [i for i, a in enumerate(self.args) if isinstance(a, list | tuple | dict)]
+        self._nested = [
+            i
+            for i, a in enumerate(self.args)
+            if isinstance(a, list | tuple | dict)
+            and any(isinstance(leaf, ValueReference) for leaf in pytree.tree_leaves(a))
+        ]
+
+    @staticmethod
+    def of(call: AtenCall, wanted: Sequence[int], recording: Recording) -> FunctionalCall:
+        """The functional call of a call, made once for each recording."""
+        key = (id(call), *wanted)
+        found: FunctionalCall | None = recording.prepared_calls.get(key)
+        if found is None:
+            found = recording.prepared_calls[key] = FunctionalCall(call, wanted, recording)
+        return found
 
     def on(self, known: Mapping[int, Any]) -> list[Tensor]:
         """Run the call on known values; return the wanted results."""

@@ -76,7 +76,7 @@ class ConstantGradient:
         if self.how == "linear":
             known = dict(invariants)
             known.update((d.number, d.evaluate(recording, T, sums, stacks, invariants)) for d in self.operands)
-            total = FunctionalCall(call, [self.number], recording).on(known)[0]
+            total = FunctionalCall.of(call, [self.number], recording).on(known)[0]
         elif self.how == "product":
             total = self._product(recording, *(stacks[n] for n in self.stacks))
         else:
@@ -148,6 +148,6 @@ def _product(a: Tensor, b: Tensor) -> Tensor:
 def _convolution(
     recording: Recording, call: AtenCall, number: int, stacks: dict[int, Tensor], invariants: dict[int, Tensor]
 ) -> Tensor:
-    functional = FunctionalCall(call, [number], recording)
+    functional = FunctionalCall.of(call, [number], recording)
     grad, x = (stacks[a.number].flatten(0, 1) for a in call.args[:2])
     return functional([grad, x, *(resolve_references(a, invariants) for a in functional.args[2:])], {})[0]

@@ -71,6 +71,7 @@ class ScheduleRun:
 
     Attributes:
         copies_given: whether an operation reads a copy of a given tensor, which a repeated run would not update.
+        row_copies: copies that a repeated run has to update, with the tensors that they are copies of.
     """
 
     def __init__(
@@ -91,6 +92,7 @@ class ScheduleRun:
         self.rings: dict[Any, RingBuffer] = {}
         self.targets: dict[int, list[RingBuffer]] = {}
         self.copies_given = False
+        self.row_copies: list[tuple[Tensor, Tensor]] = []
         self.stacked = set(schedule.stacked)
         self.with_stacked_parts = self._with_stacked_parts()
         self.carried = [self._carry(k) for k in range(carried)]
@@ -261,8 +263,9 @@ class ScheduleRun:
         is_given = ring.tensor is self.stacks.get(number) or number in self.invariants
         if not is_given or ring.tensor.dim() < 2 or ring.tensor.stride(-1) == 1:
             return ring
-        self.copies_given = True
-        return RingBuffer(ring.tensor.contiguous(), ring.rows)
+        copy = ring.tensor.contiguous()
+        self.row_copies.append((copy, ring.tensor))
+        return RingBuffer(copy, ring.rows)
 
     def _call(self, call: AtenCall) -> None:
         wanted = self.schedule.results_read(call)

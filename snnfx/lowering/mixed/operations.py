@@ -107,10 +107,13 @@ class Launch(Operation):
         count = min(T, _STRUCTS_AT_ONCE)
         table = torch.tensor(self.words, dtype=torch.int64).repeat(count, 1)
         start, step = table.data_ptr(), table.stride(0) * table.element_size()
+        filled = -1  # the first iteration whose addresses are in the table: a run may be repeated
 
         def launch(i: int) -> None:
+            nonlocal filled
             row = i % count
-            if row == 0:
+            if i - row != filled:
+                filled = i - row
                 for word, ring in self.addresses:
                     size = ring.tensor.stride(0) * ring.tensor.element_size()
                     part = ring.rows[i : i + count]

@@ -106,7 +106,7 @@ class Schedule:
         stacked: values of the loop that are stored for all steps, because a later call reads them or as results.
         reason_for_python: why Python code ran the steps of the latest run, "" for compiled code; None before it.
         density: the fraction of the operands of products that was not zero in the latest run, if it was counted.
-        kept_runs: see `snnfx.lowering.mixed.bound_runs`.
+        kept_runs, unrepeatable_runs: see `snnfx.lowering.mixed.bound_runs`.
     """
 
     reason_for_python: str | None = None
@@ -115,6 +115,7 @@ class Schedule:
     def __init__(self, recording: Recording, kinds: CallKinds, goal: PassGoal, by_events: bool = False) -> None:
         self.recording, self.kinds, self.goal, self.by_events = recording, kinds, goal, by_events
         self.kept_runs: dict[Any, Any] = {}
+        self.unrepeatable_runs: set[Any] = set()
         values = recording.values
         following = [c.following for c in goal.carried if c.following is not None]
         needed = [

@@ -76,6 +76,11 @@ def test_a_measurement_of_slow_functions_is_short(clock: Clock) -> None:
     assert clock.calls == 8  # two measurements, two rounds each
 
 
+def test_interrupted_rounds_do_not_decide(clock: Clock) -> None:
+    a, b = clock.taking(4e-3), clock.taking(1e-3, 9e-3, 9e-3, 1e-3)
+    assert choose(fastest(clock), a, b) == Choice("b", "measured")
+
+
 def test_a_key_is_measured_once(clock: Clock) -> None:
     chooser = fastest(clock)
     choose(chooser, clock.taking(2e-3), clock.taking(1e-3))
