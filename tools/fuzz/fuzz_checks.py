@@ -577,19 +577,18 @@ def change_model(model: nn.Module, change: str, r: random.Random) -> None:
     """Change a model as its user may between two calls."""
     norms = [m for m in model.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm)]
     layers = [m for m in model.modules() if type(m).__module__.startswith("torch.nn.modules.") and not [*m.children()]]
-    parameters = [(m, n) for m in model.modules() for n in m._parameters if m._parameters[n] is not None]
+    parameters = [(m, n, p) for m in model.modules() for n, p in m._parameters.items() if p is not None]
     if change == "mode":
         model.train(r.random() < 0.6)
     elif change == "freeze" and norms:
         r.choice(norms).train(model.training and r.random() < 0.5)
     elif change == "requires_grad" and parameters:
-        owner, name = r.choice(parameters)
-        owner._parameters[name].requires_grad_(r.random() < 0.5)
+        r.choice(parameters)[2].requires_grad_(r.random() < 0.5)
     elif change == "settings" and norms:
         setattr(r.choice(norms), *r.choice((("eps", 0.3), ("momentum", 0.9), ("momentum", None), ("momentum", 0.0))))
     elif change == "parameter" and parameters:
-        owner, name = r.choice(parameters)
-        owner._parameters[name] = nn.Parameter(owner._parameters[name].detach() * 1.1)
+        owner, name, parameter = r.choice(parameters)
+        owner._parameters[name] = nn.Parameter(parameter.detach() * 1.1)
     elif change == "load":
         state = {n: v + 0.1 if v.is_floating_point() else v.clone() for n, v in model.state_dict().items()}
         model.load_state_dict(state, assign=r.random() < 0.5)
@@ -641,6 +640,8 @@ def compare_call(net: Any, reference: nn.Module, unbound: Any, s: Setting, how: 
     same(f"buffers after {what}", [net.source.get_buffer(n) for n in names], [plain.get_buffer(n) for n in names])
     with torch.no_grad():
         for name, buffer in reference.named_buffers():
+            if buffer.shape != plain.get_buffer(name).shape:
+                raise Inapplicable(f"the buffer {name} changes its shape")
             buffer.copy_(plain.get_buffer(name))
 
 
