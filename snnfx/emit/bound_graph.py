@@ -383,7 +383,7 @@ class _Binder:
                 continue
             if n.op == "output":
                 outputs = [self._unfolded(v, tails.get(i), sequences[0]) for i, v in enumerate(n.args[0])]
-                self._assign(node, f"({', '.join(outputs)},)")
+                self._assign(node, f"({''.join(f'{y}, ' for y in outputs)})")  # none if the fold only updates buffers
                 freed = [
                     self.values[v] for v, user in last_use.items() if user is n and v not in {*self.modules, *in_loops}
                 ]

@@ -56,7 +56,7 @@ def find_tails(graph: fx.Graph, root: nn.Module) -> FusedTails:
     objects = {n: _attribute(root, str(n.target)) for n in graph.nodes if n.op == "get_attr"}
     if any(n.target is read_statistic for n in graph.nodes):
         return FusedTails({}, {})
-    calls = Counter(id(objects.get(constant)) for n in graph.nodes for constant in n.kwargs.get("constants", ()) or ())
+    calls = _count_calls(graph, objects)
     for loop in graph.nodes:
         if loop.target is not multi_step_forward or not _is_elementwise_kernel(objects.get(loop.args[1])):
             continue
@@ -70,6 +70,24 @@ def find_tails(graph: fx.Graph, root: nn.Module) -> FusedTails:
         if any(tails):
             of_loop[loop] = tails
     return FusedTails(of_fold, of_loop)
+
+
+def _count_calls(graph: fx.Graph, objects: Mapping[Node, Any]) -> Counter[int]:
+    """How often a graph calls each module, by its id; a fold may call a module several times."""
+    calls: Counter[int] = Counter()
+    for node in graph.nodes:
+        given: Any = node.kwargs.get("constants", ()) or ()
+        region = objects.get(node.args[1]) if node.target is seq_to_ann_forward else None
+        inner = [n for n in region.graph.nodes if n.op == "placeholder"] if isinstance(region, RegionGraph) else []
+        for number, constant in enumerate(given):
+            calls[id(objects.get(constant))] += _count_readers(inner[number]) if inner else 1
+    return calls
+
+
+def _count_readers(module: Node) -> int:
+    """How many nodes may call a module; a layer that leaves it to the `call_norm` after it does not."""
+    after = {n.args[1] for n in module.users if n.target is call_norm and n.args[0] is module}
+    return sum(n not in after or n.args[0] is module for n in module.users)
 
 
 def _attribute(root: nn.Module, target: str) -> Any:

@@ -17,5 +17,9 @@ def fold_time(x_seq: Tensor, batch_dim: int = 0) -> Tensor:
 
 def unfold_time(y: Tensor, T: int, batch_dim: int = 0) -> Tensor:
     """Unfold T steps from the batch: `[T * N, *]` to `[T, N, *]`."""
+    if batch_dim == 0 and not y.is_contiguous() and y.shape[0] == T:
+        # One sample: `unflatten` makes up a stride of the batch, with which the BatchNorm of torch takes a step that is
+        # channels-last for a row-major one and returns wrong gradients. These views keep it larger than all others.
+        return y.unsqueeze(0) if T == 1 else torch.unflatten(y, 0, (1, T)).transpose(0, 1)
     y = torch.unflatten(y, batch_dim, (T, -1))
     return y.movedim(batch_dim, 0) if batch_dim else y

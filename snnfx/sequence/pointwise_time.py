@@ -94,7 +94,7 @@ def prove_pointwise(program: StepProgram, time: TimeDimension, varying_of: dict[
         if len(reduced) < len(outputs):
             raise MixesTime("some outputs have a time dimension and others are reduced over time", reduced[0])
         if len(set(reductions.values())) > 1:
-            raise MixesTime("the outputs are reduced over time in different ways", reduced[1])
+            raise MixesTime("the outputs are reduced over time in different ways", reduced[-1])
         kind = next(iter(reductions.values()))
         return PointwiseTime(analysis.facts, relevant, time.dim, kind, set(reductions), behind)
     dims = set()

@@ -222,6 +222,69 @@ def test_a_norm_that_is_called_twice_keeps_its_order_of_updates() -> None:
     assert norms_in_kernels(net) == 0
 
 
+class AddsTwoCallsOfANorm(Block):
+    """The sum reads the second call first."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv, self.conv2, self.norm, self.lif = nn.Conv2d(2, 4, 1), nn.Conv2d(2, 4, 1), nn.BatchNorm2d(4), lif()
+
+    def forward(self, x: Tensor) -> Tensor:
+        first = self.norm(self.conv(x))
+        second = self.norm(self.conv2(x))
+        return self.run(self.lif, second + first)
+
+
+def test_a_norm_that_one_fold_calls_twice_keeps_its_order_of_updates() -> None:
+    model = made(AddsTwoCallsOfANorm)
+    net, reference = converted(copy.deepcopy(model)), model
+    x = torch.randn(T, N, 2, 6, 6, dtype=torch.float64)
+    assert_alike(step(net, net, x, steps=4), step(oracle_of(reference), reference, x, steps=4))
+    assert norms_in_kernels(net) == 0
+
+
+def channels_last(x_seq: Tensor) -> Tensor:
+    return x_seq.flatten(0, 1).contiguous(memory_format=torch.channels_last).unflatten(0, x_seq.shape[:2])
+
+
+SAMPLES_APART: dict[str, Callable[[], Tensor]] = {
+    "every second step": lambda: channels_last(torch.randn(2 * T, 1, 2, 6, 6, dtype=torch.float64))[::2],
+    "one step repeated": lambda: channels_last(torch.randn(1, 1, 2, 6, 6, dtype=torch.float64)).expand(T, 1, 2, 6, 6),
+}
+
+
+@pytest.mark.parametrize("name", SAMPLES_APART)
+def test_steps_of_one_sample_need_not_follow_each_other_in_memory(name: str) -> None:
+    model = made(NormOfInput)
+    net, reference = converted(copy.deepcopy(model)), model
+    x, run = SAMPLES_APART[name](), oracle_of(reference)
+    found = step(net, net, x, steps=4)
+    assert_alike(found, step(lambda x: run(x.contiguous()), reference, x, steps=4))
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_hooks_of_saved_tensors_may_change_their_layout(name: str) -> None:
+    model = made(MODELS[name][0])
+    net, reference = converted(copy.deepcopy(model)), model
+    x, run = channels_last(torch.randn(T, N, 2, 6, 6, dtype=torch.float64)), oracle_of(reference)
+    step(net, net, x, steps=4)
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: t.contiguous().clone(), lambda t: t):
+        found = step(net, net, x, steps=1)
+    assert norms_in_kernels(net) == MODELS[name][1]
+    assert_alike(found, step(lambda x: run(x.contiguous()), reference, x, steps=5))
+
+
+def test_one_graph_is_differentiated_twice() -> None:
+    net = converted(made(Residual))
+    x = torch.randn(T, N, 2, 6, 6, dtype=torch.float64)
+    step(net, net, x, steps=4)
+    given = x.requires_grad_()
+    y = net(given).square().sum()
+    wanted = [given, *net.parameters()]
+    first = [g.clone() for g in torch.autograd.grad(y, wanted, retain_graph=True)]
+    assert_alike(list(torch.autograd.grad(y, wanted)), first)
+
+
 def test_no_grad_in_training_mode_updates_the_statistics() -> None:
     model = made(Plain)
     net, reference = converted(copy.deepcopy(model)), model

@@ -623,3 +623,24 @@ def test_a_map_that_vmap_refuses_with_an_index_error_runs_step_by_step(examples:
     x_seq = torch.rand(3)
     with pytest.warns(snnfx.errors.SnnfxWarning, match="SNNFX504"):
         torch.testing.assert_close(net(x_seq), x_seq * 2)
+
+
+def test_a_fold_that_only_updates_buffers_is_bound() -> None:
+    class Unread(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.norm, self.lif = nn.BatchNorm1d(4), neuron.IFNode(v_threshold=0.7)
+
+        def forward(self, x: Tensor) -> Tensor:
+            y = self.lif(x)
+            self.norm(y * 2)
+            return y
+
+    model, x_seq = Unread().double(), sequence(3, 5, 4)
+    expected = step_model(fresh_copy(model), x_seq)
+    folded = nn.BatchNorm1d(4).double()
+    net = snnfx.convert(model, example_inputs=x_seq[0])
+    for _ in range(4):
+        assert_same(net(x_seq), expected)
+        folded(2 * expected.flatten(0, 1))
+    assert_same([*model.norm.buffers()], [*folded.buffers()])

@@ -167,3 +167,28 @@ def test_streams_return_the_readout_of_all_steps_so_far(kind: str) -> None:
     parts = list(net.stream(x.split(2)))
     for end, part in zip((2, 4, 6), parts, strict=True):
         assert_same(part, model(x[:end]))
+
+
+class MeanAndReadout(nn.Module):
+    """One output that combines two reductions over time: a mean, and the readout of the last iteration."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.fc, self.readout = nn.Linear(4, 4), nn.Linear(4, 4)
+
+    def forward(self, x: Tensor) -> Tensor:
+        v, values = torch.zeros_like(x[0]), []
+        for t in range(x.shape[0]):
+            v = v * 0.5 + self.fc(x[t])
+            values.append(v)
+            if t == x.shape[0] - 1:
+                y = self.readout(v)
+        return y + torch.stack(values).mean(0)
+
+
+def test_one_output_may_combine_two_reductions_over_time() -> None:
+    model = MeanAndReadout().double()
+    net = snnfx.convert(model, takes="sequence", example_inputs=(torch.randn(4, 3, 4, dtype=torch.float64),))
+    for T in (4, 2, 1, 5):
+        x_seq = torch.randn(T, 3, 4, dtype=torch.float64)
+        torch.testing.assert_close(net(x_seq), model(x_seq))

@@ -5,10 +5,11 @@ from __future__ import annotations
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 ROOT = Path(__file__).parents[2]
 sys.path.insert(0, str(ROOT / "tools" / "fuzz"))
@@ -16,6 +17,8 @@ sys.path.insert(0, str(ROOT / "tools" / "fuzz"))
 import fuzz  # noqa: E402
 import fuzz_checks  # noqa: E402
 from fuzz_models import Body, Case, build, random_case  # noqa: E402
+
+from snnfx.regions import normed_loop  # noqa: E402
 
 SEEDS = range(16)
 
@@ -88,3 +91,18 @@ def test_right_nets_pass_verify_and_broken_ones_fail() -> None:
         outcome.check.partition(" (")[0] for outcome in found
     }
     assert any("broken" in outcome.check and "caught" in outcome.check for outcome in found)
+
+
+def test_calls_between_changes_find_a_wrong_bound_call(monkeypatch: pytest.MonkeyPatch) -> None:
+    body = Body("Model", "nn.Module", ["x"], ["self.norm = nn.BatchNorm2d(2)", "self.lif = snnfx.neuron.LIFNode()"])
+    body.statements, body.result = ["y = self.lif(self.norm(x))"], "y"
+    case = Case(3, [body], [(3, 2, 4, 4)], [False], 3)
+    assert fuzz.run_check(case, "calls", examples=True).kind == "ok"
+    factors = normed_loop.channel_factors
+
+    def with_another_bias(*arguments: Any) -> tuple[Tensor, ...]:
+        y, mean, scale, bias = factors(*arguments)
+        return y, mean, scale, bias + 0.5
+
+    monkeypatch.setattr(normed_loop, "channel_factors", with_another_bias)
+    assert fuzz.run_check(case, "calls", examples=True).kind == "mismatch"

@@ -29,8 +29,9 @@ from snnfx.functional import reset_net
 from snnfx.memory import training_planner as planner
 from snnfx.memory.checkpoint_option import plan_checkpoint
 from snnfx.memory.memory_model import NotPredictable
+from snnfx.regions import normed_loop
 
-CHECKS = "train eval fold checkpoint split chunk single batch effects again passes time_dim carry record invariant_off one_step changed replaced threads".split()
+CHECKS = "train eval fold checkpoint split chunk single batch effects again passes time_dim carry record invariant_off one_step changed replaced threads calls".split()
 """Names of the checks. The first three compare outputs, gradients and state; the others are metamorphic relations."""
 
 REGIONS_SEEN: collections.Counter[str] = collections.Counter()
@@ -532,6 +533,140 @@ def check_threads(model: nn.Module, s: Setting) -> None:
         thread.join()
     if errors:
         raise errors[0]
+
+
+def check_calls(model: nn.Module, s: Setting) -> None:
+    """Many calls of one net with kernels, between changes of model and inputs, equal a reference at each call.
+
+    From the third call of a kind on, a net binds its calls. The reference steps a copy of the model; where BatchNorm uses
+    the statistics of all steps, it is an unbound call of a net without kernels.
+    """
+    if s.random:
+        raise Inapplicable("the model draws random numbers")
+    r = random.Random(s.seed % 10**8)  # other numbers for the same model, see `fuzz.py`, keep the changes
+    folds = r.random() < 0.7 and any(isinstance(m, nn.modules.batchnorm._BatchNorm) for m in model.modules())
+    reference = clone_of(model, True)
+    net = to_net(clone_of(model, True), s, lower="auto", batch_norm="fold" if folds else "per_step")
+    unbound = to_net(reference, s) if folds else None
+    layout, grad, record = "plain", True, ["start"]
+    with unittest.mock.patch.object(normed_loop, "_LEAST_CHANNELS_LAST", 0):
+        for number in range(8):
+            if number:
+                record.append(r.choice(CHANGES))
+            if record[-1] == "layout":
+                layout = r.choice(LAYOUTS)
+            elif record[-1] == "steps":
+                s = replace(s, T=r.choice((1, 2, 4)))
+            elif record[-1] == "no_grad":
+                grad = not grad
+            elif record[-1] == "copy":
+                net = copy.deepcopy(net)
+            else:
+                seed = r.randrange(2**31)
+                for changed in (net.source, reference):
+                    change_model(changed, record[-1], random.Random(seed))
+            for _ in range(r.choice((1, 4, 4))):
+                compare_call(net, reference, unbound, s, (layout, grad), f"{record}, {layout}, T={s.T}")
+
+
+CHANGES = "mode mode freeze requires_grad layout layout steps no_grad copy settings parameter load hook unhook".split()
+LAYOUTS = "plain channels_last every_second batch_first repeated".split()
+
+
+def change_model(model: nn.Module, change: str, r: random.Random) -> None:
+    """Change a model as its user may between two calls."""
+    norms = [m for m in model.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm)]
+    layers = [m for m in model.modules() if type(m).__module__.startswith("torch.nn.modules.") and not [*m.children()]]
+    parameters = [(m, n, p) for m in model.modules() for n, p in m._parameters.items() if p is not None]
+    if change == "mode":
+        model.train(r.random() < 0.6)
+    elif change == "freeze" and norms:
+        r.choice(norms).train(model.training and r.random() < 0.5)
+    elif change == "requires_grad" and parameters:
+        r.choice(parameters)[2].requires_grad_(r.random() < 0.5)
+    elif change == "settings" and norms:
+        setattr(r.choice(norms), *r.choice((("eps", 0.3), ("momentum", 0.9), ("momentum", None), ("momentum", 0.0))))
+    elif change == "parameter" and parameters:
+        owner, name, parameter = r.choice(parameters)
+        owner._parameters[name] = nn.Parameter(parameter.detach() * 1.1)
+    elif change == "load":
+        state = {n: v + 0.1 if v.is_floating_point() else v.clone() for n, v in model.state_dict().items()}
+        model.load_state_dict(state, assign=r.random() < 0.5)
+    elif change == "hook" and layers:
+        r.choice(layers).register_forward_hook(scale_output)
+    elif change == "unhook":
+        for layer in layers:
+            layer._forward_hooks.clear()
+
+
+def scale_output(module: nn.Module, args: Any, y: Any) -> Any:
+    return y * 1.5 if isinstance(y, Tensor) else y
+
+
+def laid_out(x: Tensor, layout: str) -> Tensor:
+    """A sequence with the same values in another memory layout."""
+    if layout == "channels_last" and x.dim() == 5:
+        return x.flatten(0, 1).contiguous(memory_format=torch.channels_last).unflatten(0, x.shape[:2])
+    if layout == "every_second":
+        twice = laid_out(x.repeat_interleave(2, 0), "channels_last")
+        return twice[::2]
+    if layout == "batch_first" and x.dim() > 1:
+        return x.transpose(0, 1).contiguous().transpose(0, 1)
+    if layout == "repeated":
+        return laid_out(x[:1], "channels_last").expand_as(x)
+    return x
+
+
+def compare_call(net: Any, reference: nn.Module, unbound: Any, s: Setting, how: tuple[str, bool], what: str) -> None:
+    """Compare one call, its gradients, computed twice, and the buffers, which the reference keeps."""
+    layout, grad = how
+    given = [x if i else laid_out(x, layout) for x, i in zip(s.sequences(), s.invariant, strict=True)]
+    plain = reference if unbound is not None else copy.deepcopy(reference)
+    if layout != "plain":
+        step_plain(copy.deepcopy(reference), s, given)  # `view` of a step may need another layout
+    with torch.set_grad_enabled(grad):
+        inputs = [x.clone(memory_format=torch.contiguous_format).requires_grad_(grad) for x in given]
+        expected = stacked(step_plain(plain, s, inputs)) if unbound is None else unbound.run(*inputs, **s.extra)[0]
+        wanted = grads_of_call(expected, [*inputs, *parameters_by_name(plain)], twice=False)
+        inputs = [x.detach().requires_grad_(grad) for x in given]
+        outputs = net(*inputs, **s.extra)
+        found = grads_of_call(outputs, [*inputs, *parameters_by_name(net.source)], twice=True)
+    REGIONS_SEEN["norms in kernels"] += sum(
+        len(getattr(m, "norms_in_kernel", ())) for m in net.region_modules().values()
+    )
+    same(f"outputs after {what}", outputs, expected)
+    same(f"gradients after {what}", found, wanted)
+    names = [n for n, _ in plain.named_buffers()]
+    same(f"buffers after {what}", [net.source.get_buffer(n) for n in names], [plain.get_buffer(n) for n in names])
+    with torch.no_grad():
+        for name, buffer in reference.named_buffers():
+            if buffer.shape != plain.get_buffer(name).shape:
+                raise Inapplicable(f"the buffer {name} changes its shape")
+            buffer.copy_(plain.get_buffer(name))
+
+
+def parameters_by_name(model: nn.Module) -> list[Tensor]:
+    return [p for _, p in sorted(model.named_parameters())]
+
+
+def grads_of_call(outputs: Any, wanted: Sequence[Tensor], twice: bool) -> list[Tensor | None]:
+    """The gradients of a weighted sum; with `twice`, two backward passes through one graph must give the same ones."""
+    leaves = [y for y in pytree.tree_leaves(outputs) if isinstance(y, Tensor)]
+    g = torch.Generator().manual_seed(5)
+    total: Any = sum((y * torch.rand(y.shape, generator=g, dtype=torch.float64)).sum() for y in leaves)
+    differentiated = [w for w in wanted if w.requires_grad]
+    if not isinstance(total, Tensor) or not total.requires_grad or not differentiated:
+        return [None] * len(differentiated)
+    try:
+        found = torch.autograd.grad(total, differentiated, allow_unused=True, retain_graph=True)
+    except RuntimeError as error:
+        if twice:
+            raise
+        raise Inapplicable(str(error)) from error
+    if twice:
+        kept = [None if v is None else v.clone() for v in found]
+        same("a second backward pass", list(torch.autograd.grad(total, differentiated, allow_unused=True)), kept)
+    return list(found)
 
 
 def check_model(model: nn.Module, setting: Setting, check: str) -> None:

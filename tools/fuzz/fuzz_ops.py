@@ -231,6 +231,41 @@ class TiedIterations(nn.Module):
             z = torch.tanh(self.fc(z) + x)
         return z
 """,
+    # BatchNorms and additions in front of a neuron, which its kernel computes in training.
+    "NormedNeuron": """\
+class NormedNeuron(nn.Module):
+    def __init__(self, norm, neuron, form):
+        super().__init__()
+        self.norm, self.neuron, self.form = norm, neuron, form
+
+    def forward(self, x):
+        if self.form == 0:
+            return self.neuron(self.norm(x))
+        if self.form == 1:
+            return self.neuron(self.norm(x) + x)
+        if self.form == 2:
+            first = self.norm(x)
+            return self.neuron(self.norm(x * 0.5) + first)
+        if self.form == 3:
+            y = self.norm(x)
+            return self.neuron(y) + y
+        return self.norm(self.neuron(self.norm(x))) + x
+""",
+    "PerChannel": """\
+class PerChannel(snnfx.MemoryModule):
+    def __init__(self, *shape):
+        super().__init__()
+        self.leak, self.bias = nn.Parameter(torch.rand(shape)), nn.Parameter(torch.randn(shape))
+        self.threshold = nn.Parameter(torch.rand(shape[-1]))
+        self.register_memory("v", 0.0)
+        self.spike = snnfx.surrogate.ATan()
+
+    def forward(self, x):
+        v = self.v * self.leak + x + self.bias
+        spikes = self.spike(v - self.threshold)
+        self.v = v - spikes
+        return spikes
+""",
     "TiedChannels": """\
 class TiedChannels(nn.Module):
     def __init__(self, features):
@@ -253,6 +288,12 @@ NEURONS = [
     "snnfx.neuron.CUBALIFNode(v_threshold={f})",
     "snnfx.neuron.LeakyIntegrator(tau=2.{k})",
     "nn.Sequential(snnfx.neuron.LIFNode(v_threshold={f}), nn.Dropout(0.0), snnfx.neuron.LeakyIntegrator())",
+    *["NormedNeuron(nn.BatchNorm2d({n1}), snnfx.neuron.LIFNode(v_threshold={f}), {k} - 1)"] * 4,
+    "NormedNeuron(nn.BatchNorm2d({n1}, affine=False), snnfx.neuron.ParametricLIFNode(v_threshold={f}), {k} - 1)",
+    "NormedNeuron(nn.BatchNorm1d({n1}), snnfx.neuron.IFNode(v_threshold={f}), {k} - 1)",
+    "PerChannel({n1}, 1, 1)",
+    "PerChannel({n1}, 1)",
+    "PerChannel({nl})",
 ]
 
 SPIKINGJELLY_NEURONS = [
@@ -302,6 +343,10 @@ LAYERS = [
     "nn.LocalResponseNorm(2)",
     "nn.MaxPool2d(2)",
     "nn.MaxPool2d(2, ceil_mode=True)",
+    "nn.MaxPool2d(2, 3)",
+    "nn.MaxPool2d((1, 2))",
+    "nn.MaxPool2d(3)",
+    "nn.MaxPool2d(2, 1)",
     "nn.AvgPool2d(2)",
     "nn.MaxPool1d(2)",
     "nn.AdaptiveAvgPool2d(1)",

@@ -56,7 +56,7 @@ def takes_channel_factors(x_seq: Tensor, module: BatchNormBase) -> bool:
             return False
         if tensor.shape != (x_seq.shape[2],):
             return False
-    if x_seq.is_neg() or not _is_batch(x_seq) or not is_dense(x_seq[0]):
+    if x_seq.is_neg() or not _is_dense_batch(x_seq):
         return False
     return builds(SOURCES[x_seq.element_size()], "BatchNorm runs in PyTorch")
 
@@ -86,9 +86,11 @@ def channel_factors(
     return y_seq, mean, scale, bias
 
 
-def _is_batch(x_seq: Tensor) -> bool:
-    """Whether time folds into the batch without a copy."""
-    return x_seq.shape[0] == 1 or x_seq.shape[1] == 1 or x_seq.stride(0) == x_seq.shape[1] * x_seq.stride(1)
+def _is_dense_batch(x_seq: Tensor) -> bool:
+    """Whether time folds into the batch without a copy, and the batch is row-major or channels-last."""
+    T, N = x_seq.shape[:2]
+    # The batch, not only a step: with one sample, any distance between the steps folds without a copy.
+    return (T == 1 or N == 1 or x_seq.stride(0) == N * x_seq.stride(1)) and is_dense(x_seq.flatten(0, 1))
 
 
 class _ChannelFactors(torch.autograd.Function):
@@ -117,6 +119,8 @@ class _ChannelFactors(torch.autograd.Function):
     ) -> tuple[Tensor | None, ...]:
         refuse_second_derivative("a BatchNorm inside a kernel", _HINT)
         x_seq, factors = ctx.saved_tensors
+        if not _is_dense_batch(x_seq):  # a saved tensor hook returned it in another layout
+            x_seq = x_seq.contiguous()
         needs_x, needs_weight, needs_bias = ctx.needs_input_grad[:3]
 
         def backward(grads: Any) -> list[Tensor | None]:

@@ -287,7 +287,7 @@ class LoweredStep:
                 "sequence": x_seq,
                 "operand": self.operands_of(training.backward, constants),
                 "initial": initial,
-                "saved": saved,
+                "saved": [_with_strides(s, (count, *strides)) for s in saved],
                 "grad_output": grad_outputs,
                 "grad_final": grad_finals,
                 "grad_sequence": grad_sequences,
@@ -376,6 +376,14 @@ class LoweredStep:
         if value.is_neg():
             value = value.resolve_neg()
         return value
+
+
+def _with_strides(tensor: Tensor, strides: tuple[int, ...]) -> Tensor:
+    """A saved tensor in the order in which the kernel wrote it; `saved_tensors_hooks` may return it in another one."""
+    pairs = zip(tensor.shape, tensor.stride(), strides, strict=True)
+    if all(size <= 1 or stride == own for size, stride, own in pairs):
+        return tensor
+    return torch.empty_strided(tensor.shape, strides, dtype=tensor.dtype, device=tensor.device).copy_(tensor)
 
 
 def _summed_in_steps(grad: Tensor, shape: tuple[int, ...]) -> Tensor:
