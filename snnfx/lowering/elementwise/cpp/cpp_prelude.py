@@ -83,6 +83,30 @@ struct Args {
   Operand operand[OPERANDS];
 };
 
+// Calls `run_of(i, offset, length, stride)` for the runs of elements [start, start + n) of a step along its last
+// dimension: element i of the block is at `offset` in the operand.
+template <class F> INLINE void each_run(const Operand &o, const Args &a, i64 start, i64 n, F run_of) {
+  i64 place[MAX_DIMS], rest = start, offset = 0, last = a.dims - 1;
+  for (i64 d = last; d >= 0; d--) {
+    place[d] = rest % a.size[d];
+    rest /= a.size[d];
+    offset += place[d] * o.stride[d];
+  }
+  for (i64 i = 0; i < n;) {
+    i64 length = a.size[last] - place[last];
+    if (length > n - i) length = n - i;
+    const i64 stride = o.stride[last];
+    run_of(i, offset, length, stride);
+    i += length;
+    place[last] += length;
+    offset += length * stride;
+    for (i64 d = last; d > 0 && place[d] == a.size[d]; d--) {
+      offset += o.stride[d - 1] - place[d] * o.stride[d];
+      place[d] = 0;
+      place[d - 1]++;
+    }
+  }
+}
 // Elements [start, start + n) of one step of an operand, through its strides.
 template <class M, class C>
 static __attribute__((noinline)) void gather(C *RESTRICT to, const Operand &o, const Args &a, i64 t, i64 start, i64 n) {
@@ -95,33 +119,16 @@ static __attribute__((noinline)) void gather(C *RESTRICT to, const Operand &o, c
     for (i64 i = 0; i < n; i++) to[i] = widened<C, M>(from[start + i]);
     return;
   }
-  i64 place[MAX_DIMS], rest = start, offset = 0, last = a.dims - 1;
-  for (i64 d = last; d >= 0; d--) {
-    place[d] = rest % a.size[d];
-    rest /= a.size[d];
-    offset += place[d] * o.stride[d];
-  }
-  for (i64 i = 0; i < n;) {
-    i64 run = a.size[last] - place[last];
-    if (run > n - i) run = n - i;
-    const i64 step = o.stride[last];
-    if (step == 0) {
+  each_run(o, a, start, n, [=](i64 i, i64 offset, i64 length, i64 stride) {
+    if (stride == 0) {
       const C value = widened<C, M>(from[offset]);
-      for (i64 j = 0; j < run; j++) to[i + j] = value;
-    } else if (step == 1) {
-      for (i64 j = 0; j < run; j++) to[i + j] = widened<C, M>(from[offset + j]);
+      for (i64 j = 0; j < length; j++) to[i + j] = value;
+    } else if (stride == 1) {
+      for (i64 j = 0; j < length; j++) to[i + j] = widened<C, M>(from[offset + j]);
     } else {
-      for (i64 j = 0; j < run; j++) to[i + j] = widened<C, M>(from[offset + j * step]);
+      for (i64 j = 0; j < length; j++) to[i + j] = widened<C, M>(from[offset + j * stride]);
     }
-    i += run;
-    place[last] += run;
-    offset += run * step;
-    for (i64 d = last; d > 0 && place[d] == a.size[d]; d--) {
-      offset += o.stride[d - 1] - place[d] * o.stride[d];
-      place[d] = 0;
-      place[d - 1]++;
-    }
-  }
+  });
 }
 template <class M, class C> struct Loader {
   static inline const C *at(C *buffer, const Operand &o, const Args &a, i64 t, i64 start, i64 n) {
@@ -168,33 +175,16 @@ template <class C> static void keep_sum(const Operand &o, const Args &a, i64 num
     store<C, C>(o, 0, start, n, x);
     return;
   }
-  double *RESTRICT to = (double *)o.data + number * o.time;
-  i64 place[MAX_DIMS], rest = start, offset = 0, last = a.dims - 1;
-  for (i64 d = last; d >= 0; d--) {
-    place[d] = rest % a.size[d];
-    rest /= a.size[d];
-    offset += place[d] * o.stride[d];
-  }
-  for (i64 i = 0; i < n;) {
-    i64 run = a.size[last] - place[last];
-    if (run > n - i) run = n - i;
-    const i64 step = o.stride[last];
-    if (step == 0) {
-      to[offset] += total<C>(x + i, run);
-    } else if (step == 1) {
-      for (i64 j = 0; j < run; j++) to[offset + j] += (double)x[i + j];
+  double *to = (double *)o.data + number * o.time;
+  each_run(o, a, start, n, [=](i64 i, i64 offset, i64 length, i64 stride) {
+    if (stride == 0) {
+      to[offset] += total<C>(x + i, length);
+    } else if (stride == 1) {
+      for (i64 j = 0; j < length; j++) to[offset + j] += (double)x[i + j];
     } else {
-      for (i64 j = 0; j < run; j++) to[offset + j * step] += (double)x[i + j];
+      for (i64 j = 0; j < length; j++) to[offset + j * stride] += (double)x[i + j];
     }
-    i += run;
-    place[last] += run;
-    offset += run * step;
-    for (i64 d = last; d > 0 && place[d] == a.size[d]; d--) {
-      offset += o.stride[d - 1] - place[d] * o.stride[d];
-      place[d] = 0;
-      place[d - 1]++;
-    }
-  }
+  });
 }
 
 template <class C> struct Number;
