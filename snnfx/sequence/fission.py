@@ -49,7 +49,7 @@ def split_loop(program: StepProgram, run: LoopRun) -> LoopParts | None:
         run: the loop.
 
     Returns:
-        The parts; None if the iterations share all nodes.
+        The parts; None if the iterations share all nodes, or none.
     """
     shared = SharedNodes(program, run)
     if not shared.modules and not shared.single:
@@ -64,16 +64,18 @@ def split_loop(program: StepProgram, run: LoopRun) -> LoopParts | None:
     moved = _first_moved_update(program, run, inside)
     if moved is not None:
         return _blocked(shared, moved, "whose buffers other operations of the loop update in turn")
-    front = run.bodies[0][0].prev
-    for node in reversed(inside):
-        front.append(node)
     runs = []
     for level in range(max(levels.values()) + 1):
         bodies = [[n for n in body if n not in apart and levels[n] == level] for body in run.bodies]
         if bodies and not bodies[0]:
             bodies = bodies[1:]
-        if any(not _is_read(n) for body in bodies for n in body):
+        if any(not _is_read(n) for body in bodies[1:] for n in body):
             runs.append(LoopRun(run.source, bodies, [[] for _ in bodies]))
+    if not runs and not shared.modules:
+        return None  # the iterations have nothing in common
+    front = run.bodies[0][0].prev
+    for node in reversed(inside):
+        front.append(node)
     return LoopParts(runs, shared.modules, shared.single)
 
 

@@ -268,31 +268,36 @@ def test_a_sequence_model_without_an_example() -> None:
 def test_iterations_that_differ() -> None:
     class Alternating(Looped):
         def forward(self, x: Tensor) -> Tensor:
-            v, out = None, []
+            s, v, out = torch.zeros_like(self.fc(x[0])), None, []
             for t in range(x.shape[0]):
-                s, v = self.cell(self.fc(x[t]) if t % 2 == 0 else self.other(x[t]), v)
+                s, v = self.cell(torch.relu(self.fc(x[t]) + s) if t % 2 == 0 else s * self.other(x[t]), v)
                 out.append(s)
             return torch.stack(out)
 
     class Selecting(Looped):
         def forward(self, x: Tensor) -> Tensor:
-            v, out = None, []
+            s, v, out = torch.zeros_like(self.fc(x[0])), None, []
             even = (torch.arange(x.shape[0]) % 2 == 0).to(x)
             for t in range(x.shape[0]):
-                s, v = self.cell(even[t] * self.fc(x[t]) + (1 - even[t]) * self.other(x[t]), v)
+                s, v = self.cell(select(even[t], s, self.fc(x[t]), self.other(x[t])), v)
                 out.append(s)
             return torch.stack(out)
 
     class Stepping(Looped):
+        s: Any = None
         v: Any = None
 
         def step(self, x: Tensor, even: Tensor) -> Tensor:
-            s, self.v = self.cell(even * self.fc(x) + (1 - even) * self.other(x), self.v)
-            return s
+            a, b = self.fc(x), self.other(x)
+            self.s, self.v = self.cell(select(even, torch.zeros_like(a) if self.s is None else self.s, a, b), self.v)
+            return self.s
+
+    def select(even: Tensor, s: Tensor, a: Tensor, b: Tensor) -> Tensor:
+        return even * torch.relu(a + s) + (1 - even) * (s * b)
 
     refused(
         "SNNFX230",
-        "sequence/call_capture.py:_refusal",
+        "sequence/rolling.py:refusal_of_loop",
         'Run the same operations in each iteration, or convert a method that computes one step: entry="step".',
         lambda: snnfx.convert(Alternating(), takes="sequence", example_inputs=(sequence(),)),
         at="self.cell(",

@@ -14,11 +14,14 @@ from torch import Tensor, nn
 import snnfx
 from snnfx import errors, neuron
 from snnfx.errors import SnnfxWarning
+from snnfx.lowering.batch_norm.training_norm import GradientOwner, channel_factors
+from snnfx.lowering.choices import remembered
 from snnfx.lowering.elementwise.cpp import build
 from snnfx.lowering.elementwise.cpp.build import find_compiler
 from snnfx.lowering.events import crossovers, layer_decisions
 from snnfx.lowering.events.event_source import SOURCES
 from snnfx.lowering.events.layer_decisions import latest_decision
+from snnfx.lowering.pooling.max_pool import max_pool
 from snnfx.passes import Normalize, Partition, PassManager, RemoveDeadCode
 from snnfx.regions.sequence_region import region_of_handle
 from snnfx.runtime.net_operator import NetOperator
@@ -506,6 +509,69 @@ def test_a_compiler_that_fails_for_layers_of_spikes(tmp_path: Path, monkeypatch:
         assert_same(net(x_seq), expected)
         decision = latest_decision(model[1].weight)
         assert decision is not None and decision.by_events
+
+
+def test_a_compiler_that_fails_for_a_pooling(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    if find_compiler() is None:
+        pytest.skip("no C++ compiler")
+    x, broken = torch.rand(2, 3, 8, 8), tmp_path / "broken"
+    broken.write_text("#!/bin/sh\necho it is broken >&2\nexit 1\n")
+    broken.chmod(0o755)
+    max_pool(x, 2)
+    with monkeypatch.context() as patch:
+        patch.setattr(build, "_loaded", {})
+        patch.setenv("SNNFX_CACHE_DIR", str(tmp_path / "cache"))
+        patch.setenv("CXX", str(broken))
+        y = warned(
+            "SNNFX505",
+            "lowering/elementwise/cpp/build.py:builds",
+            "Set CXX to another C++ compiler.",
+            lambda: max_pool(x, 2),
+            names="max pooling runs in PyTorch: broken cannot build the kernel",
+        )
+    expected = nn.functional.max_pool2d(x, 2)
+    assert torch.equal(y, expected)
+    with silent():
+        assert torch.equal(max_pool(x, 2), expected)
+
+
+def test_measurements_that_cannot_be_stored(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(content: bytes, path: Path) -> None:
+        raise OSError(28, "No space left on device")
+
+    def choices() -> remembered.Remembered[int]:
+        return remembered.Remembered("choices of a test", accept=lambda v: v, agree=lambda a, b: a, otherwise=max)
+
+    monkeypatch.setenv("SNNFX_CACHE_DIR", str(tmp_path / "cache"))
+    with monkeypatch.context() as patch:
+        patch.setattr(remembered, "write_atomically", full)
+        chosen = warned(
+            "SNNFX510",
+            "lowering/choices/remembered.py:Remembered._stored_or_measured",
+            "Set SNNFX_CACHE_DIR to a folder with space that can be written.",
+            lambda: choices().get(("key",), lambda: 3),
+            names="No space left on device",
+        )
+    assert chosen == 3
+    with silent():
+        assert choices().get(("key",), lambda: 3) == 3
+        assert choices().get(("key",), lambda: pytest.fail("measured again")) == 3
+
+
+def test_second_derivatives_through_a_norm_in_a_kernel() -> None:
+    model = nn.Sequential(nn.Linear(5, 5), nn.BatchNorm1d(5), neuron.LIFNode()).double()
+    norm = nn.BatchNorm1d(5)
+    x_seq = torch.randn(4, 3, 5, requires_grad=True)
+    y, mean, scale, bias = channel_factors(x_seq, norm, GradientOwner())
+    refused(
+        "SNNFX316",
+        "lowering/batch_norm/training_norm.py:_ChannelFactors.backward",
+        "Convert with lower=None: PyTorch then runs the loop and differentiates twice.",
+        lambda: torch.autograd.grad(((y - mean) * scale + bias).sum(), x_seq, create_graph=True),
+    )
+    net, given = snnfx.convert(model, lower=None), torch.randn(4, 3, 5, dtype=torch.float64, requires_grad=True)
+    (grad,) = torch.autograd.grad(net(given).sum(), given, create_graph=True)
+    assert torch.autograd.grad(grad.square().sum(), given)[0].isfinite().all()
 
 
 def test_an_internal_fault(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -231,3 +231,23 @@ def test_a_convolutional_network_with_norms_of_each_step() -> None:
     net = assert_converts_sequence(Convolutional(), (sequence(3, 2, 8, 8),), [(sequence(2, 2, 8, 8),)])
     assert "once" in {region.kind for region in net.loops[0].regions}
     assert sum(region.kind == "loop" for loop in net.loops for region in loop.regions) == 3
+
+
+def test_iterations_without_a_common_operation_stay_as_they_are() -> None:
+    class Alternating(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.even, self.odd = nn.Linear(3, 3), nn.Linear(3, 3)
+
+        def forward(self, x: Tensor) -> Tensor:
+            y, out = self.even(x[0]), []
+            for t in range(x.shape[0]):
+                y = torch.relu(self.even(x[t]) + y) if t % 2 == 0 else torch.tanh(y) * self.odd(x[t])
+                out.append(y)
+            return torch.stack(out)
+
+    model, x = Alternating().double(), torch.randn(5, 2, 3, dtype=torch.float64)
+    net = snnfx.convert(model, takes="sequence", example_inputs=(x,))
+    assert torch.equal(net(x), model(x))
+    with pytest.raises(snnfx.errors.InputError, match="SNNFX312"):
+        net(torch.randn(7, 2, 3, dtype=torch.float64))

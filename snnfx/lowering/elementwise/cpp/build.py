@@ -122,7 +122,9 @@ def _load(text: str) -> Library:
 
 
 def builds(source: KernelSource, otherwise: str) -> bool:
-    """Whether a kernel can be built; warns once if not (SNNFX505).
+    """Whether a kernel can be built; warns once if the compiler fails (SNNFX505).
+
+    Without a compiler, nothing is said: the loops of a net warn.
 
     Args:
         source: the kernel, which is loaded.
@@ -131,18 +133,22 @@ def builds(source: KernelSource, otherwise: str) -> bool:
     if source.text in _loaded:
         return True
     compiler = find_compiler()
-    if (source.text, compiler) in _refused:
+    if compiler is None or (source.text, compiler) in _refused:
         return False
     try:
         load(source)
     except LoweringRefused as reason:
         _refused.add((source.text, compiler))
-        warn_once("SNNFX505", f"{otherwise}: {reason}.", key=("build", source.text, compiler))
+        warn_once(
+            "SNNFX505",
+            f"{otherwise}: {reason}. Set CXX to another C++ compiler.",
+            key=("build", source.text, compiler),
+        )
         return False
     return True
 
 
-_refused: set[tuple[str, str | None]] = set()
+_refused: set[tuple[str, str]] = set()
 """The sources that could not be built, with the compiler."""
 
 _MOST_ATTEMPTS = 3
