@@ -27,15 +27,15 @@ from snnfx.regions.sequence_region import RegionGraph
 from snnfx.state.hooks import has_forward_hooks
 from snnfx.state.leaf_modules import call_leaf
 
-__all__ = ["BoundNormedLoop", "Tail"]
+__all__ = ["LEAST_ELEMENTS", "BoundNormedLoop", "Tail"]
 
 _FACTORS = 3
 """Mean, scale and bias of a BatchNorm."""
 
-_LEAST_CHANNELS_LAST = 1 << 20
-"""Elements of a channels-last sequence from which on the kernel is faster than torch's BatchNorm before the loop.
+LEAST_ELEMENTS = {"row-major": 1 << 20, "channels-last": 1 << 22}
+"""Elements of a sequence from which on the kernel is faster than torch's BatchNorm and the neuron's kernel.
 
-For row-major sequences, torch's BatchNorm is several times slower than the kernel.
+Below, the fixed costs of the statistics weigh more than the passes over memory that they save.
 """
 
 
@@ -131,7 +131,7 @@ class BoundNormedLoop:
     def _takes_factors(self, sequences: Sequence[Tensor]) -> bool:
         """Whether every BatchNorm is called without hooks, on a sequence whose channels have factors."""
         pairs = [(sequences[i], norm) for norm, i in zip(self.norms, self._inputs_of_norms(), strict=True)]
-        if all(x.numel() < _LEAST_CHANNELS_LAST and not x.is_contiguous() for x, _ in pairs):
+        if not any(x.numel() >= LEAST_ELEMENTS[_memory_format(x)] for x, _ in pairs):
             return False
         return all(not has_forward_hooks(norm) and takes_channel_factors(x, norm) for x, norm in pairs)
 
@@ -167,6 +167,10 @@ class BoundNormedLoop:
             inputs.append(unfold_time(folded, read[0].shape[0]))
             start += len(tail.inputs)
         return inputs
+
+
+def _memory_format(x_seq: Tensor) -> str:
+    return "row-major" if x_seq.is_contiguous() else "channels-last"
 
 
 def _eager(tail: Tail) -> fx.GraphModule:

@@ -24,7 +24,7 @@ T, N = 4, 3
 @pytest.fixture(autouse=True)
 def always(monkeypatch: pytest.MonkeyPatch) -> None:
     """Small sequences take the kernel, too."""
-    monkeypatch.setattr(normed_loop, "_LEAST_CHANNELS_LAST", 0)
+    monkeypatch.setattr(normed_loop, "LEAST_ELEMENTS", {"row-major": 0, "channels-last": 0})
 
 
 def lif() -> snnfx.neuron.LIFNode:

@@ -549,7 +549,7 @@ def check_calls(model: nn.Module, s: Setting) -> None:
     net = to_net(clone_of(model, True), s, lower="auto", batch_norm="fold" if folds else "per_step")
     unbound = to_net(reference, s) if folds else None
     layout, grad, record = "plain", True, ["start"]
-    with unittest.mock.patch.object(normed_loop, "_LEAST_CHANNELS_LAST", 0):
+    with unittest.mock.patch.dict(normed_loop.LEAST_ELEMENTS, {"row-major": 0, "channels-last": 0}):
         for number in range(8):
             if number:
                 record.append(r.choice(CHANGES))
