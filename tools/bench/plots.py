@@ -78,11 +78,13 @@ def _draw_events(row: Any, cases: list[dict[str, Any]]) -> None:
                 ratios = [c[kind][side] / c[kind]["floor"] for c in own]
                 axis.plot(rates, ratios, f"{marker}-", color=color, label=label if side == "snnfx" else None)
         axis.axhline(1, color=PLAIN, lw=2)
-        axis.set(title=f"{kind}, neurons at a firing rate: time / bound", yscale="log", xlabel="firing rate (%)")
+        axis.set(title=f"{kind} at a firing rate: time / bound", yscale="log", xlabel="firing rate (%)")
         axis.set_xticks(rates, [f"{rate:.0f}" for rate in rates])
-        axis.set_yticks(*_ratios(axis.get_ylim()))
+        low, high = axis.get_ylim()
+        axis.set_ylim(low, 2.5 * high if kind == "inference" else high)  # room for the legend
+        axis.set_yticks(*_ratios((low, high)))
         axis.minorticks_off()
-    row[0].legend(frameon=False, loc="center right", bbox_to_anchor=(1, 0.62))
+    row[0].legend(frameon=False, loc="upper right", ncols=2, fontsize="small")
 
 
 def _ratios(limits: tuple[float, float]) -> tuple[list[float], list[str]]:
