@@ -38,7 +38,7 @@ class BitReaders:
 
 
 def find_readers(graph: fx.Graph, root: nn.Module, skipped: Collection[Node] = ()) -> BitReaders:
-    """The loops of an emitted graph whose output only layers read that take bits, with these layers.
+    """The loops from the reset state whose output only layers read that take bits, with these layers.
 
     Args:
         graph: an emitted graph.
@@ -48,7 +48,7 @@ def find_readers(graph: fx.Graph, root: nn.Module, skipped: Collection[Node] = (
     of_loop: dict[Node, list[SpikeReader]] = {}
     of_fold: dict[Node, _Reader] = {}
     for loop in graph.nodes:
-        if loop.target is multi_step_forward and loop not in skipped:
+        if loop.target is multi_step_forward and loop.kwargs.get("state") is None and loop not in skipped:
             found = _readers_of(loop, root)
             of_fold |= found
             of_loop[loop] = [reader.reader for reader in found.values()]

@@ -97,7 +97,6 @@ class _Binder:
         self.called: dict[int, nn.Module] = {}
         self.hooks: list[Any] = []
         self.count = 0
-        """By the node of a folded region that starts with a layer that takes spikes as bits."""
 
     def bind(self) -> BoundGraph | None:
         last_use = {operand: node for node in self.graph.nodes for operand in node.all_input_nodes}
@@ -339,7 +338,7 @@ class _Binder:
         constants = node.kwargs.get("constants", ())
         return (
             type(loop) is LoopRegion
-            and (node.kwargs.get("state", 0) is None or (self._selects_state(node) and node not in self.tails.of_loop))
+            and (node.kwargs.get("state", 0) is None or self._selects_state(node))
             and set(node.kwargs) <= {"state", "constants"}
             and all(map(self._may_be_constant, constants))  # type: ignore[arg-type]
         )

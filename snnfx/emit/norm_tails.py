@@ -45,7 +45,8 @@ def find_tails(graph: fx.Graph, root: nn.Module) -> FusedTails:
     """The tails of an emitted graph that the loops after them may compute.
 
     A tail needs a BatchNorm in training with the forward of torch, called once in the graph; its result is read by one
-    loop only, which an element-wise kernel runs. A graph that reads statistics keeps all norms where they are.
+    loop only, which an element-wise kernel runs from the reset state. A graph that reads statistics keeps all norms
+    where they are.
 
     Args:
         graph: an emitted graph.
@@ -58,7 +59,9 @@ def find_tails(graph: fx.Graph, root: nn.Module) -> FusedTails:
         return FusedTails({}, {})
     calls = _count_calls(graph, objects)
     for loop in graph.nodes:
-        if loop.target is not multi_step_forward or not _is_elementwise_kernel(objects.get(loop.args[1])):
+        if loop.target is not multi_step_forward or loop.kwargs.get("state") is not None:
+            continue
+        if not _is_elementwise_kernel(objects.get(loop.args[1])):
             continue
         tails: list[Tail | None] = []
         for operand in loop.args[0]:

@@ -24,7 +24,7 @@ from snnfx.regions.sequence_region import SequenceRegion, region_of_handle, tens
 from snnfx.sandbox.plain_dispatch import ordinary_dispatch
 from snnfx.sandbox.structural_copy import StructuralCopy
 
-__all__ = ["run_loop_as_operator", "run_map_as_operator"]
+__all__ = ["real_tensors_allowed", "run_loop_as_operator", "run_map_as_operator"]
 
 
 def run_loop_as_operator(
@@ -107,9 +107,9 @@ def _run_kernel(
 
 
 @contextlib.contextmanager
-def _real_tensors_allowed(x_seq: Sequence[Tensor]) -> Iterator[None]:
-    """Allow real tensors under fake mode: e.g. Norse's cells have tensors that are neither parameters nor buffers."""
-    mode = getattr(x_seq[0], "fake_mode", None)
+def real_tensors_allowed(x: Tensor) -> Iterator[None]:
+    """Allow real tensors under fake mode: a model may have tensors that are neither parameters nor buffers."""
+    mode = getattr(x, "fake_mode", None)
     if mode is None:
         yield
         return
@@ -180,7 +180,7 @@ def _(
             return results
     T = x_seq[0].shape[0]
     constants = _constants_using(region, tensors)
-    with _real_tensors_allowed(x_seq):
+    with real_tensors_allowed(x_seq[0]):
         x = [x[0] for x in x_seq]
         if isinstance(region, EagerMap):
             return [y.new_empty((T, *y.shape)) for y in region(*constants, *x)]

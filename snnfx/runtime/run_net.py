@@ -23,6 +23,7 @@ from torch import Tensor, nn
 from torch.autograd.graph import GradientEdge, get_gradient_edge
 
 from snnfx.errors import InputError, PassError
+from snnfx.regions.operator import real_tensors_allowed
 from snnfx.runtime.backward_pass import is_in_backward_pass, refuse_to_carry_state_in_backward
 from snnfx.runtime.net_operator import CallForm, NetOperator, cpu_autocast
 from snnfx.sandbox.plain_dispatch import ordinary_dispatch
@@ -168,25 +169,17 @@ def _fake_run_net(
     operator = NetOperator.of_handle(net)
     form = CallForm(tuple(slots), with_finals, training, autocast, places)
     like = inputs[0]
-    with _fake_tensors(like), compile_state(True), torch.no_grad(), cpu_autocast(autocast), without_size_guards():
+    with (
+        real_tensors_allowed(like),
+        compile_state(True),
+        torch.no_grad(),
+        cpu_autocast(autocast),
+        without_size_guards(),
+    ):
         tensors = [*parameters, *(torch.empty_like(b) for b in buffers)]
         results = operator.run_with(form, inputs, states, tensors, T)
         made = [torch.empty(y.shape, dtype=y.dtype, device=y.device) for y in results]
         return *made, torch.empty(1, dtype=torch.uint8, device=like.device)
-
-
-@contextlib.contextmanager
-def _fake_tensors(x: Tensor) -> Iterator[None]:
-    """Allow real tensors under fake mode: a model may have tensors that are neither parameters nor buffers."""
-    mode = getattr(x, "fake_mode", None)
-    if mode is None:
-        yield
-        return
-    before, mode.allow_non_fake_inputs = mode.allow_non_fake_inputs, True
-    try:
-        yield
-    finally:
-        mode.allow_non_fake_inputs = before
 
 
 def _run_net_backward(

@@ -348,3 +348,24 @@ def test_a_copy_of_the_net_trains_alone() -> None:
     found = step(twin, twin, x, steps=4)
     assert all(torch.equal(a, b) for a, b in zip(before, net.buffers(), strict=True))
     assert_alike(found, step(net, net, x, steps=4))
+
+
+def test_a_net_whose_first_step_has_a_graph_of_its_own_keeps_the_norm_in_torch() -> None:
+    class FirstStepDiffers(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.conv, self.norm, self.lif = nn.Conv2d(2, 6, 3, padding=1, bias=False), nn.BatchNorm2d(6), lif()
+            self.back = nn.Conv2d(6, 6, 3, padding=1)
+            self.v: Tensor | None = None
+
+        def forward(self, x: Tensor) -> Tensor:
+            z = self.lif(self.norm(self.conv(x)))
+            self.v = torch.tanh(z) if self.v is None else torch.tanh(self.back(self.v) + z)
+            return self.v
+
+    torch.manual_seed(0)
+    model, x = FirstStepDiffers().double(), torch.randn(T, N, 2, 6, 6, dtype=torch.float64)
+    net = snnfx.convert(copy.deepcopy(model), example_inputs=x[0])
+    without_kernels = snnfx.convert(model, example_inputs=x[0], lower=None)
+    assert_alike(step(net, net, x, steps=6), step(without_kernels, without_kernels, x, steps=6))
+    assert norms_in_kernels(net) == 0

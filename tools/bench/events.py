@@ -1,6 +1,6 @@
 """Benchmark networks whose neurons fire at a given rate: layers by events, against the floor and SpikingJelly.
 
-The floor is that of the suite `networks`: all layers without the neurons, dense, in the faster of the two memory
+The floor is the one of the suite `networks`: all layers without the neurons, dense, in the faster of the two memory
 formats. The statistics of each BatchNorm are those of the input, so that the rates in training and inference agree.
 """
 

@@ -70,7 +70,7 @@ def checksum(weight: Tensor) -> bytes:
 
 
 def product_of_bits(spikes: SpikeBits, geometry: Geometry, outputs: int, packed: Tensor, bias: Tensor | None) -> Tensor:
-    """The product of spikes `[T, N, *]` with packed weights, `[T * N, *]`; that of images is channels-last.
+    """The product of spikes `[T, N, *]` with packed weights, `[T * N, *]`; images are returned channels-last.
 
     Args:
         spikes: `[T, N, C, *]`, channels-last with a multiple of 64 channels in each group; `[T, N, *, C]` in the order

@@ -107,7 +107,7 @@ class SpikeReader:
         geometry: Geometry,
         work: int,
     ) -> float:
-        """The crossover, which is that of an input of numbers."""
+        """The crossover; bits and numbers share one."""
         x = torch.empty(shape, dtype=dtype, device="cpu")
         if geometry.dims:
             x = x.view(shape[0], *shape[2:], shape[1]).movedim(-1, 1)
