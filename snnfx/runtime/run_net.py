@@ -247,7 +247,8 @@ def _gradient_like(gradient: Tensor | None, like: Tensor, taken: set[int]) -> Te
     if gradient is None:
         return torch.zeros_like(like)
     pointer = gradient.untyped_storage().data_ptr()
-    has_strides = gradient.stride() == like.stride() and torch.ops.aten.is_non_overlapping_and_dense(like)
+    is_dense = like.is_contiguous() or torch.ops.aten.is_non_overlapping_and_dense(like)
+    has_strides = is_dense and gradient.stride() == like.stride()
     if not has_strides or gradient.dtype != like.dtype or pointer in taken:
         gradient = torch.empty_like(like).copy_(gradient)
         pointer = gradient.untyped_storage().data_ptr()

@@ -181,8 +181,10 @@ def _show_compiling(result: dict[str, Any]) -> None:
     case = result["case"]
     if "seconds" not in result:
         ratios = ", ".join(
-            f"{kind} {result[kind]['snnfx']:.1f} ms, {result[kind]['net'] / result[kind]['snnfx']:.2f} of the net"
+            f"{kind} {times['snnfx']:.2f} ms, {times['net'] / times['snnfx']:.2f} of the speed of the net "
+            f"(compiler {times['compiler']:.2f} ms)"
             for kind in ("inference", "training")
+            for times in [result[kind]]
         )
         print(f"  {case['network']:<18}T={case['T']} N={case['N']}: {ratios}", flush=True)
         return

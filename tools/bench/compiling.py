@@ -2,7 +2,9 @@
 
 Times the first training step, including compilation, in a process with an empty compiler cache, for several numbers of
 time steps: of a converted net, and of SpikingJelly's multi-step form. Also counts how many graphs are compiled for
-sequences of five different lengths. Then compares calls of compiled nets with calls of the same nets uncompiled.
+sequences of five different lengths. Then compares calls of compiled nets with calls of the same nets uncompiled, and with
+a compiled operator that has the same arguments and computes nothing: the time of the compiler's own code in each call,
+with caches that the other sides emptied.
 """
 
 from __future__ import annotations
@@ -67,19 +69,78 @@ def measure(case: CompileCase | SpeedCase, seconds: float) -> dict[str, Any]:
 
 
 def _measure_speed(case: SpeedCase, seconds: float) -> dict[str, Any]:
-    """Median milliseconds of the compiled net ("snnfx") and of the net, for inference and a training step."""
+    """Median milliseconds of the compiled net ("snnfx"), of the net and of `EmptyOperator`; inference and training."""
     torch.manual_seed(0)
     make, sample, _ = networks.NETWORKS.get(case.network, (_mlp, (512,), False))
     x_seq = torch.rand(case.T, case.N, *sample)
     net = snnfx.convert(make(), example_inputs=x_seq[0])
-    runs: dict[str, Any] = {"snnfx": torch.compile(net, fullgraph=True), "net": net}
-    training = {name: networks.training_call(run, net, x_seq) for name, run in runs.items()}
-    inference = {name: networks.inference_call(run, net, x_seq) for name, run in runs.items()}
+    with torch.no_grad():
+        empty = EmptyOperator(net, tuple(net.eval()(x_seq).shape))
+    runs: dict[str, tuple[Any, nn.Module]] = {
+        "snnfx": (torch.compile(net, fullgraph=True), net),
+        "net": (net, net),
+        "compiler": (torch.compile(empty, fullgraph=True), empty),
+    }
+    training = {name: networks.training_call(*run, x_seq) for name, run in runs.items()}
+    inference = {name: networks.inference_call(*run, x_seq) for name, run in runs.items()}
     return {
         "case": asdict(case),
         "inference": alternate(inference, seconds),
         "training": alternate(training, seconds),
     }
+
+
+class EmptyOperator(nn.Module):
+    """An operator with the parameters and buffers of a module that computes nothing.
+
+    Args:
+        like: the module.
+        shape: the shape of the result.
+    """
+
+    def __init__(self, like: nn.Module, shape: tuple[int, ...]) -> None:
+        super().__init__()
+        self.weights = nn.ParameterList(like.parameters())
+        for i, buffer in enumerate(like.buffers()):
+            self.register_buffer(f"buffer_{i}", buffer)
+        self.count, self.shape = len(list(like.buffers())), list(shape)
+
+    def forward(self, x: Tensor) -> Tensor:
+        buffers = [getattr(self, f"buffer_{i}") for i in range(self.count)]
+        y: Tensor = _compute_nothing(x, list(self.weights), buffers, self.shape)
+        return y
+
+
+@torch.library.custom_op("snnfx_bench::compute_nothing", mutates_args=())
+def _compute_nothing(x: Tensor, weights: list[Tensor], buffers: list[Tensor], shape: list[int]) -> Tensor:
+    return x.new_empty(shape)
+
+
+@torch.library.custom_op("snnfx_bench::compute_no_gradient", mutates_args=())
+def _compute_no_gradient(grad: Tensor, weights: list[Tensor]) -> list[Tensor]:
+    return [torch.empty_like(w) for w in weights]
+
+
+@_compute_nothing.register_fake
+def _(x: Tensor, weights: list[Tensor], buffers: list[Tensor], shape: list[int]) -> Tensor:
+    return x.new_empty(shape)
+
+
+@_compute_no_gradient.register_fake
+def _(grad: Tensor, weights: list[Tensor]) -> list[Tensor]:
+    return [torch.empty_like(w) for w in weights]
+
+
+def _save_weights(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    ctx.save_for_backward(*inputs[1])
+    ctx.buffers = len(inputs[2])
+
+
+def _backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
+    return None, _compute_no_gradient(grad, list(ctx.saved_tensors)), [None] * ctx.buffers, None
+
+
+_compute_nothing.register_autograd(_backward, setup_context=_save_weights)
 
 
 def _mlp() -> nn.Module:
