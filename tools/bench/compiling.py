@@ -2,9 +2,9 @@
 
 Times the first training step, including compilation, in a process with an empty compiler cache, for several numbers of
 time steps: of a converted net, and of SpikingJelly's multi-step form. Also counts how many graphs are compiled for
-sequences of five different lengths. Then compares calls of compiled nets with calls of the same nets uncompiled, and with
-a compiled operator that has the same arguments and computes nothing: the time of the compiler's own code in each call,
-with caches that the other sides emptied.
+sequences of five different lengths. Then compares calls of compiled nets with calls of the same nets uncompiled, and
+with a compiled operator that has the same arguments and computes nothing: the time of the compiler's own code in each
+call, with caches that the other sides emptied.
 """
 
 from __future__ import annotations
