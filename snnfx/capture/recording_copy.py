@@ -15,8 +15,9 @@ from collections.abc import Callable, Iterable, Iterator
 from typing import Any, Protocol
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
+from snnfx.capture.proxy import StepProxy
 from snnfx.sandbox.structural_copy import StructuralCopy
 from snnfx.state.leaf_modules import is_leaf
 
@@ -143,7 +144,7 @@ def _recording_class(cls: type) -> type:
 
 
 class _TypeOfUser(type):
-    """The class of the stand-in for `type`: `type(module)` of a copied module is the class of the user's module."""
+    """The class of the stand-in for `type`: it returns the user's class of a copied module, and Tensor for a proxy."""
 
     def __call__(cls, *args: Any, **kwargs: Any) -> Any:
         found = type(*args, **kwargs)
@@ -151,6 +152,8 @@ class _TypeOfUser(type):
             return found
         if issubclass(found, _RecordingModule):
             return args[0].__class__
+        if found is StepProxy and args[0].stands_for(Tensor):
+            return Tensor
         return cls if found is type else found
 
     def __instancecheck__(cls, value: Any) -> bool:
@@ -161,12 +164,12 @@ class _TypeOfUser(type):
 
 
 class _UserType(type, metaclass=_TypeOfUser):
-    """Stands for `type` in code that compares the classes of modules, such as `type(self.fc) is nn.Linear`."""
+    """Stands for `type` in code that compares classes, such as `type(self.fc) is nn.Linear`, or finds values by them."""
 
 
 @contextlib.contextmanager
 def classes_of_originals(namespaces: Iterable[dict[str, Any]]) -> Iterator[None]:
-    """Let `type(module)` return the class of the user's module in code with these global variables."""
+    """Let `type(value)` return the class of the user's value in code with these global variables."""
     added = [namespace for namespace in namespaces if "type" not in namespace]
     for namespace in added:
         namespace["type"] = _UserType

@@ -12,7 +12,7 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
-from torch import Tensor, fx
+from torch import Tensor, fx, nn
 
 from snnfx.lowering.choices.fastest import Choice, Fastest
 from snnfx.regions.sequence_region import tensors_of
@@ -106,7 +106,7 @@ class SteppingChoice:
             return Choice("kernels", "fixed", is_final=False)
         if not self._digest:
             self._digest = hashlib.sha256(self._step.code.encode()).hexdigest()[:16]
-        calls = {name: _timed(run, x_seq, state, constants, parameters) for name, run in ways.items()}
+        calls = {name: _timed(run, x_seq, state, constants) for name, run in ways.items()}
         return LOOPS.choose((self._digest, *key[:4]), "kernels", lambda: calls)
 
 
@@ -122,24 +122,26 @@ def _key(x_seq: Sequence[Tensor], state: Sequence[Any] | None) -> tuple[object, 
 
 
 def _timed(
-    run: RunLoop, x_seq: Sequence[Tensor], state: Sequence[Any] | None, constants: Sequence[Any], weights: list[Tensor]
+    run: RunLoop, x_seq: Sequence[Tensor], state: Sequence[Any] | None, constants: Sequence[Any]
 ) -> Callable[[], object]:
-    """A call on copies of the arguments, with its gradients if they are enabled."""
+    """A call on leaves that share the memory of the arguments, with its gradients if they are enabled."""
     differentiates = torch.is_grad_enabled()
 
     def copied(value: Any) -> Any:
-        if not isinstance(value, Tensor):
+        if not isinstance(value, Tensor) or isinstance(value, nn.Parameter):
             return value
         return value.detach().requires_grad_(differentiates and value.requires_grad)
 
     def call() -> object:
         inputs = [copied(x) for x in x_seq]
         before = None if state is None else [copied(s) for s in state]
-        results = run(tuple(inputs), None if before is None else tuple(before), constants)
+        given = [copied(c) for c in constants]
+        results = run(tuple(inputs), None if before is None else tuple(before), given)
         if results is None or not differentiates:
             return results
         outputs = [y for y in results[0] if isinstance(y, Tensor) and y.requires_grad]
-        wanted = [t for t in (*inputs, *(before or ()), *weights) if isinstance(t, Tensor) and t.requires_grad]
+        leaves = (*inputs, *(before or ()), *tensors_of(given))
+        wanted = [t for t in leaves if isinstance(t, Tensor) and t.requires_grad]
         if not outputs or not wanted:
             return results
         return torch.autograd.grad(outputs, wanted, [torch.ones_like(y) for y in outputs], allow_unused=True)

@@ -192,8 +192,10 @@ def _checked_replan(net: Net, what: str) -> Callable[..., Net]:
 
 def _example_of_call(net: Net, leaves: list[Tensor], given: dict[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
     """Example inputs for a new capture; none if the first capture had none."""
+    if net.options.takes != "sequence" and not net.program.input_ranks:
+        return (), {}
     steps = net._arguments.at_step(leaves, 0) if net.options.step_mode == "m" else leaves
-    return _example(net, steps, given) if net.program.input_ranks else ((), {})
+    return _example(net, steps, given)
 
 
 def _example(net: Net, steps: list[Tensor], given: dict[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:

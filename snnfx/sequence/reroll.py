@@ -244,17 +244,23 @@ class _Reroll:
             if self.program.slots[slot].persistent:
                 return self.inputs.outside(start, start)
             start = self.program.initial_values[slot]
-        if not isinstance(start, Node):
-            return start if self._accepts_numbers() else self._filled(start, self.alignment.template[position])
-        number = _number_of_filled_tensor(start, self.alignment.template[position])
-        return number if number is not None and self._accepts_numbers() else self._first(start)
+        following = self.alignment.template[position]
+        number = _number_of_filled_tensor(start, following) if isinstance(start, Node) else start
+        if number is None:
+            return self._first(start)
+        if self._accepts_numbers():
+            return number
+        filled = self._filled(number, following)
+        if filled is None:
+            return self._first(start) if isinstance(start, Node) else number
+        return filled
 
-    def _filled(self, number: float, like: Node) -> Any:
-        """A number as a tensor of the type of a state, where the step calls methods of the state."""
+    def _filled(self, number: float, like: Node) -> Node | None:
+        """A number as a tensor of the type of a state; None if no input of a step has this type."""
         inputs = [p for p, varies in zip(self.inputs.placeholders, self.inputs.varying, strict=True) if varies]
         same = next((p for p in inputs if has_type_of(p, like)), None)
         if same is None:
-            return number
+            return None
         filled = self.graph.call_function(torch.full_like, (same, number))
         filled.meta = {k: v for k, v in like.meta.items() if k in ("val", "where", "module")}
         return filled
@@ -262,12 +268,18 @@ class _Reroll:
     def _accepts_numbers(self) -> bool:
         """Whether the step runs if its states are numbers: arithmetic combines them with tensors first."""
         if self._numbers_are_accepted is None:
-            numbers = set(self.slots.values())
+            numbers = dict.fromkeys(self.slots.values(), False)
             self._numbers_are_accepted = all(self._accepts(node, numbers) for node in self.graph.nodes)
             self._numbers_are_accepted &= not any(self.nodes[p] in numbers for p in self.slots)
         return self._numbers_are_accepted
 
-    def _accepts(self, node: Node, numbers: set[Node]) -> bool:
+    def _accepts(self, node: Node, numbers: dict[Node, bool]) -> bool:
+        """Whether a node computes with numbers as it does with tensors.
+
+        Args:
+            node: the node; if its result is a number, it is added to `numbers`.
+            numbers: the nodes that are numbers, and whether each is a bool.
+        """
         read = [n for n in node.all_input_nodes if n in numbers]
         if not read:
             return True
@@ -275,10 +287,12 @@ class _Reroll:
             states: list[Node] = []
             map_arg((node.args[1],), states.append)
             return set(read) <= set(states) & set(self.slots.values())
-        if node.op != "call_function" or getattr(node.target, "__module__", "") != "_operator":
+        if len(read) < len(node.all_input_nodes):
+            return node.target in _WITH_TENSORS
+        # Python divides by 0 with an error, and adds and inverts bools as integers.
+        if any(numbers[n] for n in read) or node.target not in _OF_NUMBERS | _COMPARISONS:
             return False
-        if all(n in numbers for n in node.all_input_nodes):
-            numbers.add(node)
+        numbers[node] = node.target in _COMPARISONS
         return True
 
     def _first(self, node: Node) -> Node:
@@ -414,6 +428,13 @@ class _Reroll:
         STRUCTURAL.set(node, True)
         return node
 
+
+_COMPARISONS = frozenset({operator.lt, operator.le, operator.gt, operator.ge, operator.eq, operator.ne})
+_OF_NUMBERS = frozenset({operator.add, operator.sub, operator.mul, operator.neg, operator.pos})
+"""Functions with the same result for numbers as for tensors that are filled with them."""
+
+_WITH_TENSORS = _OF_NUMBERS | _COMPARISONS | {operator.truediv, operator.floordiv, operator.mod, operator.pow}
+"""Functions that take a number in place of one of their tensors."""
 
 _ASSIGNMENT = re.compile(r"\s*((?:self\.)?\w+)\s*[-+*/]?=[^=]")
 """A line that assigns one variable."""

@@ -141,3 +141,30 @@ def test_a_kernel_of_an_elementwise_loop_is_not_measured(monkeypatch: pytest.Mon
     with torch.no_grad():
         net(torch.rand(2, 2, 5))
     assert not measured
+
+
+class MaskedRecurrent(nn.Module):
+    """The weight of the recurrence is computed from a parameter, once for all steps."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.rand(5, 5))
+        self.register_buffer("mask", 1 - torch.eye(5))
+
+    def forward(self, x: Tensor) -> Tensor:
+        z, outputs = torch.zeros_like(x[0]), []
+        for t in range(x.shape[0]):
+            z = torch.sigmoid(x[t] + z @ (self.weight * self.mask))
+            outputs.append(z)
+        return torch.stack(outputs)
+
+
+def test_a_measurement_leaves_the_graph_of_a_computed_weight(monkeypatch: pytest.MonkeyPatch) -> None:
+    measured = measured_as(monkeypatch, "kernels")
+    model = MaskedRecurrent().double()
+    x_seq = torch.rand(3, 2, 5).double()
+    net = snnfx.convert(model, takes="sequence", example_inputs=(x_seq,))
+    (wanted,) = torch.autograd.grad(model(x_seq).sum(), [model.weight])
+    (found,) = torch.autograd.grad(net(x_seq).sum(), [model.weight])
+    assert measured
+    assert_same(found, wanted)

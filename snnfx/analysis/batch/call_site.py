@@ -47,6 +47,8 @@ class CallSite:
         inputs: names of the model's inputs, whose rank may be required.
         refusal: why the node is not folded (the first reason).
         requirements: input name -> least rank of one step that the rules assumed.
+        multiples: size symbol -> the size symbol that it is a multiple of, and the other factor if that is one size;
+            for all sites of an analysis.
     """
 
     node: Node
@@ -58,6 +60,7 @@ class CallSite:
     inputs: Set[str]
     refusal: Refusal | None = None
     requirements: dict[str, int] = field(default_factory=dict)
+    multiples: dict[str, tuple[str, object]] = field(default_factory=dict)
 
     def __getitem__(self, name: str) -> Any:
         return self.arguments.get(name)
@@ -71,6 +74,19 @@ class CallSite:
     def fresh(self) -> str:
         """A size symbol of this node alone, equal in every iteration of the analysis."""
         return f"size({self.node.name})"
+
+    def fresh_multiple(self, symbol: str, factor: object = None) -> str:
+        """`fresh`, for a size that is a multiple of another one; `factor` identifies the other factor."""
+        self.multiples[self.fresh] = symbol, factor
+        return self.fresh
+
+    def is_multiple(self, symbol: str, of: str) -> bool:
+        """Whether a size is a multiple of another one, which does not depend on the batch size."""
+        found: str | None = symbol
+        while found is not None and found != of:
+            factor, _, base = found.rpartition("*")
+            found = base if factor else self.multiples.get(found, (None, None))[0]
+        return found == of
 
     @property
     def text(self) -> str:

@@ -71,26 +71,38 @@ def _arithmetic(site: CallSite, operands: list[Any]) -> Value:
 
 
 def _scaled(site: CallSite, batch_sized: list[Any], operands: list[Any]) -> SizeFact | None:
-    """The batch size times or divided by a number; None if folding T steps does not make it T times as large."""
-    if len(batch_sized) != 1 or len(operands) != 2 or not isinstance(batch_sized[0], SizeFact):
+    """A multiple of the batch size, times or divided by a size; None for a result that folding does not scale."""
+    if len(operands) != 2 or not all(isinstance(size, SizeFact) for size in batch_sized):
         return None
+    if len(batch_sized) == 2:
+        whole, part = (size.symbol for size in batch_sized)
+        return SizeFact() if site.name == "floor_divide" and site.is_multiple(whole, part) else None
     symbol = batch_sized[0].symbol
     assert symbol is not None
     factor, _, base = symbol.rpartition("*")
     if site.name == "mul":
-        other = operands[0] if operands[1] is batch_sized[0] else operands[1]
-        constant = constant_int(other)
+        place = 0 if operands[1] is batch_sized[0] else 1
+        constant = constant_int(operands[place])
         if constant is None:
-            return SizeFact(site.fresh)
+            return SizeFact(site.fresh_multiple(symbol, _identity(site, operands, place)))
         if constant < 1:
             return None
         constant *= int(factor or 1)
         return SizeFact(symbol if constant == 1 else f"{constant}*{base}")
+    multiple, cofactor = site.multiples.get(symbol, ("", None))
+    if site.name == "floor_divide" and cofactor is not None and cofactor == _identity(site, operands, 1):
+        return SizeFact(multiple)
     divisor = constant_int(operands[1])
     if site.name == "floor_divide" and divisor and int(factor or 1) % divisor == 0 and operands[0] is batch_sized[0]:
         quotient = int(factor or 1) // divisor
         return SizeFact(base if quotient == 1 else f"{quotient}*{base}")
     return None
+
+
+def _identity(site: CallSite, operands: list[Any], place: int) -> object:
+    """Equal for operands that are the same size; None if unknown."""
+    fact, node = operands[place], site.node.args[place] if len(site.node.args) == 2 else None
+    return (fact.origin if isinstance(fact, SizeFact) else None) or node
 
 
 def where(site: CallSite) -> Value:

@@ -190,6 +190,7 @@ class _BatchPropagation:
         self.facts = {}
         self.refusals: dict[Node, Refusal] = {}
         self.examples: dict[str, int] = {}
+        self.multiples: dict[str, tuple[str, object]] = {}
         self.changing: set[Node] = set()  # varying nodes whose value, not only size, may differ between steps
         self.requirements = {
             fact.rank.base or node.name: 1 if fact.rank.known is None else fact.rank.known
@@ -279,7 +280,9 @@ class _BatchPropagation:
         training = self.training
         if found.module is not None and self.training_of is not None:
             training = self.training_of(found.module)
-        return CallSite(node, found.name, arguments, found.module, training, self.batch_norm, self.bases)
+        return CallSite(
+            node, found.name, arguments, found.module, training, self.batch_norm, self.bases, multiples=self.multiples
+        )
 
     def _evaluate(self, site: CallSite, found: RuleMatch) -> Value:
         operands = found.row.operands.split()

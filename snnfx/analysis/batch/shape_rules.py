@@ -185,11 +185,16 @@ def flatten(site: CallSite) -> Value:
     if start == end:
         return fact
     if start < fact.dim and fact.has_ones_in_front:
-        return Fact(rank, start, fact.size if end == fact.dim else site.fresh).with_ones_in_front()
+        return Fact(rank, start, fact.size if end == fact.dim else _merged(site, fact)).with_ones_in_front()
     if start < fact.dim:
         site.refuse_mixing(fact, "merges other dimensions into", "Move the batch to dim 0 first.")
         return without_batch(rank)
-    return Fact(rank, start, site.fresh)
+    return Fact(rank, start, _merged(site, fact))
+
+
+def _merged(site: CallSite, fact: Fact) -> str | None:
+    """The size symbol of the batch dimension, merged with those behind it."""
+    return site.fresh if fact.size is None else site.fresh_multiple(fact.size)
 
 
 def unflatten(site: CallSite) -> Value:
