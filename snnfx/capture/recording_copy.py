@@ -164,7 +164,7 @@ class _TypeOfUser(type):
 
 
 class _UserType(type, metaclass=_TypeOfUser):
-    """Stands for `type` in code that compares classes, such as `type(self.fc) is nn.Linear`, or finds values by them."""
+    """Stands for `type` in code that compares classes or finds values by them, as in `type(self.fc) is nn.Linear`."""
 
 
 @contextlib.contextmanager
