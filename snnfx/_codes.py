@@ -333,13 +333,6 @@ CODES: dict[str, CodeEntry] = {
         "for t in range(8):                      # the input has 5 time steps\n    outputs.append(self.lif(x_seq[t]))",
         "for t in range(len(x_seq)):\n    outputs.append(self.lif(x_seq[t]))",
     ),
-    "SNNFX232": CodeEntry(
-        "code around a loop depends on the number of time steps",
-        'With takes="sequence", the code in front of and behind the loops must be the same for any number of time '
-        "steps, apart from numbers that are sums or products with it.",
-        "y = math.prod(outputs)   # one operation for each step",
-        "y = torch.stack(outputs).prod(0)",
-    ),
     "SNNFX233": CodeEntry(
         'takes="sequence" without example_inputs',
         "The loops of a model are found by capturing a call on short sequences like example_inputs.",

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import linecache
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
@@ -12,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from snnfx.capture.capture import capture_both_modes, trace_of_call
-from snnfx.capture.iteration_tracking import IterationLimit, TooManyIterations
+from snnfx.capture.iteration_tracking import IterationLimit, LoopSource, TooManyIterations
 from snnfx.capture.step_arguments import as_call
 from snnfx.errors import CaptureError, SnnfxError
 from snnfx.ir.history import History, PassRecord
@@ -78,22 +79,19 @@ def capture_calls(
     start = time.perf_counter()
     # A net stores the loops of both modes together.
     names = (f"snnfx_loop_{index}" for index in itertools.count())
-    found = _find_time_dimension(model, example_inputs, entry)
-    why_fixed = _NO_LENGTH
-    if found is not None:
-        dimension, length, short, long = found
+    try:
+        dimension, length, short, long = _find_time_dimension(model, example_inputs, entry)
         records = History()
         _record_capture(short[0], f"capture{{time_steps={SHORT}}}", start, records)
-        try:
-            of_training = _of_any_length(short[0], long[0], dimension, length, records, names)
-            of_evaluation = of_training
-            if short[1] is not short[0]:
-                of_evaluation = _of_any_length(short[1], long[1], dimension, length, History(), names)
-        except DependsOnLength as dependence:
-            why_fixed = f"{dependence.why} ({dependence.location})" if dependence.location else dependence.why
-        else:
-            history += records
-            return of_training, of_evaluation
+        of_training = _of_any_length(short[0], long[0], dimension, length, records, names)
+        of_evaluation = of_training
+        if short[1] is not short[0]:
+            of_evaluation = _of_any_length(short[1], long[1], dimension, length, History(), names)
+    except DependsOnLength as dependence:
+        why_fixed = f"{dependence.why} ({dependence.location})" if dependence.location else dependence.why
+    else:
+        history += records
+        return of_training, of_evaluation
     training, evaluation = _capture_from_reset_state(model, example_inputs, entry)
     _record_capture(training, "capture", start, history)
     first = _with_loops(training, why_fixed, history, names)
@@ -143,12 +141,14 @@ def _first_call(program: StepProgram) -> StepProgram:
 
 def _find_time_dimension(
     model: nn.Module, example_inputs: Any, entry: str
-) -> tuple[TimeDimension, int, _BothModes, _BothModes] | None:
+) -> tuple[TimeDimension, int, _BothModes, _BothModes]:
     """Find the dimension of the inputs whose size is the number of iterations of a loop.
 
     Returns:
-        `(dimension, longer length, captures of the shorter call, captures of the longer call)`; None: there is no such
-        dimension, or later iterations may run other code.
+        `(dimension, longer length, captures of the shorter call, captures of the longer call)`.
+
+    Raises:
+        DependsOnLength: there is no such dimension, or later iterations may run other code.
     """
     tensors = [v for v in pytree.tree_leaves(as_call(example_inputs)) if isinstance(v, Tensor)]
     probes = _Probes(model, example_inputs, entry)
@@ -159,10 +159,18 @@ def _find_time_dimension(
         short, long = (_captured(model, example_inputs, candidate, size, entry) for size in (SHORT, length))
         pairs = short and long and scaling_runs(find_loop_runs(short[0].graph), find_loop_runs(long[0].graph))
         if short and long and pairs:
-            if any(not run.source.of_module and may_branch_on_count(run.source) for run, _ in pairs):
-                return None
+            for run, _ in pairs:
+                if not run.source.of_module and may_branch_on_count(run.source):
+                    raise DependsOnLength(_of_other_iterations(run.source))
             return candidate, length, short, long
-    return None
+    raise DependsOnLength(_NO_LENGTH)
+
+
+def _of_other_iterations(source: LoopSource) -> str:
+    """Why a loop keeps its length although its first iterations run the same step."""
+    if not linecache.getlines(source.filename):
+        return "the source of the loop cannot be read, and other iterations may run other code"
+    return "other iterations of the loop may run other code, since they read a counter or a list"
 
 
 class _Probes:
@@ -288,13 +296,8 @@ def _of_any_length(
         try:
             make_length_variable(short, long, Lengths(SHORT, length, dimension.leaves[0], dimension.dim))
         except Differs as difference:
-            raise CaptureError(
-                "SNNFX232",
-                "the code around the loops depends on the number of time steps",
-                where=difference.location,
-                why=f"{difference.why}.",
-                hint="Use operations on the whole sequence, e.g. torch.stack(outputs).mean(0).",
-            ) from difference
+            why = f"the code around the loops depends on it: {difference.why}"
+            raise DependsOnLength(why, difference.node) from difference
         return f"compared with the call of {length} time steps"
 
     _prepare(long, History())

@@ -307,27 +307,6 @@ def test_iterations_that_differ() -> None:
     converts(Stepping(), sequence(), (torch.arange(T) % 2 == 0).to(torch.float64), entry="step", examples=True)
 
 
-def test_outputs_in_a_list_for_each_step() -> None:
-    class Listing(Looped):
-        def forward(self, x: Tensor) -> Any:
-            out = [self.fc(x[t]) for t in range(x.shape[0])]
-            return out, x
-
-    class Averaging(Looped):
-        def forward(self, x: Tensor) -> Any:
-            outputs = [self.fc(x[t]) for t in range(x.shape[0])]
-            return torch.stack(outputs).mean(0), x
-
-    refused(
-        "SNNFX232",
-        "sequence/call_capture.py:_of_any_length.free_length",
-        "Use operations on the whole sequence, e.g. torch.stack(outputs).mean(0).",
-        lambda: snnfx.convert(Listing(), takes="sequence", example_inputs=(sequence(),)),
-    )
-    with silent():
-        assert_converts_sequence(Averaging(), (sequence(),), [(sequence(7, N, C),)])
-
-
 def test_an_input_that_is_shorter_than_its_loop() -> None:
     class Fixed(Looped):
         def forward(self, x: Tensor) -> Tensor:

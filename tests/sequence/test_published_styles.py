@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+from typing import Any
 
 import pytest
 import torch
@@ -206,6 +207,20 @@ class Listed(Looped):
         return out
 
 
-def test_a_list_with_one_output_for_each_step_is_refused_by_line() -> None:
-    error = refusal(Listed(), sequence(6, 3, 6))
-    assert error.code == "SNNFX232" and "test_published_styles.py" in (error.where + error.why)
+class ListedAndReduced(Looped):
+    """Returns the list of its spikes beside a mean."""
+
+    def forward(self, x: Tensor) -> dict[str, Any]:
+        v, out = None, []
+        for x_t in x:
+            s, v = self.cell(self.fc(x_t), v)
+            out.append(s)
+        return {"rate": torch.stack(out).mean(0), "spikes": out}
+
+
+@pytest.mark.parametrize("make", [Listed, ListedAndReduced])
+def test_a_list_with_one_output_for_each_step_fixes_their_number(make: type[nn.Module]) -> None:
+    net = assert_converts_sequence(make(), (sequence(6, 3, 6),), [(sequence(6, 2, 6),)])
+    assert "the code around the loops depends on it" in str(snnfx.explain(net))
+    with pytest.raises(InputError, match="SNNFX312"):
+        net(sequence(7, 3, 6))

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import pytest
 import torch
 from torch import Tensor, nn
@@ -69,15 +71,17 @@ def test_a_number_of_iterations_that_depends_on_values_is_refused() -> None:
     assert error.code in ("SNNFX201", "SNNFX230") and "test_sequence_refusals.py" in error.where
 
 
-def test_code_behind_the_loop_with_one_operation_for_each_step_is_refused() -> None:
+def test_code_behind_the_loop_with_one_operation_for_each_step_keeps_the_length() -> None:
     class Products(Looped):
         def forward(self, x: Tensor) -> Tensor:
             out = []
             for t in range(x.shape[0]):
                 out.append(self.fc(x[t]))
-            return out, x  # type: ignore[return-value]
+            return math.prod(out)  # type: ignore[arg-type, return-value]
 
-    assert refusal(Products()).code == "SNNFX232"
+    net = assert_converts_sequence(Products(), (x_seq(),))
+    with pytest.raises(InputError, match="SNNFX312"):
+        net(x_seq(9, 5, 6))
 
 
 def test_sequences_need_example_inputs() -> None:

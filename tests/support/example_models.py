@@ -87,10 +87,6 @@ net = snnfx.convert(Model())""",
         "outputs = []\nEXAMPLE\nreturn torch.stack(outputs)",
         'net = snnfx.convert(model, takes="sequence", example_inputs=(torch.rand(9, N, 4),))\nnet(x_seq)',
     ).replace("(self, x)", "(self, x_seq)"),
-    "SNNFX232": "import math\n"
-    + _model("outputs = [self.lif(self.fc(x)) for x in x_seq]\nEXAMPLE\nreturn y", _SEQUENCE).replace(
-        "(self, x)", "(self, x_seq)"
-    ),
     "SNNFX235": _model(
         "return torch.stack([self.lif(self.fc(x)) for x in x_seq - x_seq.mean(0)])", _SEQUENCE + "\nEXAMPLE"
     ).replace("(self, x)", "(self, x_seq)"),
