@@ -50,7 +50,8 @@ def record_steps(
     positions = [i for i, a in enumerate(sequences) if type(a) is StepProxy and isinstance(value_of(a), Tensor)]
     if not positions:
         raise _refuse_call(name, "none of its arguments is a sequence")
-    steps = value_of(sequences[positions[0]]).shape[0]
+    # Like `range(x.shape[0])` in the model's code, this records a check of the size.
+    steps = int(recorder.record_at(name, "call_function", getattr, (sequences[positions[0]], "shape"), {})[0])
     if any(value_of(sequences[i]).shape[0] != steps for i in positions):
         raise _refuse_call(name, "its arguments have different numbers of time steps")
     outputs = []

@@ -234,6 +234,8 @@ class _Uses:
             elif isinstance(parent, ast.Subscript):
                 return current is parent.slice and self._is_read_of_tensors(parent, node)
             elif isinstance(parent, ast.Call):
+                if self._is_element_read(parent):
+                    return True
                 if not self._is_of_numbers(parent):
                     return False
                 if isinstance(parent.func, ast.Name) and parent.func.id in ("print", "range"):
@@ -311,6 +313,11 @@ class _Uses:
             near = isinstance(offset, ast.Constant) and isinstance(offset.value, int) and abs(offset.value) <= 2
             return near and isinstance(index.op, ast.Add | ast.Sub) and isinstance(index.left, ast.Name | ast.Attribute)
         return isinstance(index, ast.Name | ast.Attribute)
+
+    def _is_element_read(self, call: ast.Call) -> bool:
+        """Whether a call reads an element of a tensor: `x.select(0, t)`."""
+        function = call.func
+        return isinstance(function, ast.Attribute) and function.attr in _READS and self._computes_tensor(function.value)
 
     def _is_of_numbers(self, call: ast.Call) -> bool:
         """Whether a function computes with numbers and tensors only."""

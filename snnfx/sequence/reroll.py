@@ -244,6 +244,8 @@ class _Reroll:
             if self.program.slots[slot].persistent:
                 return self.inputs.outside(start, start)
             start = self.program.initial_values[slot]
+        if start is None:
+            return None
         following = self.alignment.template[position]
         number = _number_of_filled_tensor(start, following) if isinstance(start, Node) else start
         if number is None:
