@@ -17,12 +17,13 @@ from dataclasses import replace
 from typing import Any, TypeVar
 
 import torch
-from torch import Tensor, fx, nn
+from torch import Tensor, nn
 from torch.fx import Node
 from torch.nn.parameter import is_lazy
 
 from snnfx.capture.attribute_slots import AttributeSlot, is_number, recorded
 from snnfx.capture.capture_session import CaptureSession, erase_unused_placeholders
+from snnfx.capture.cold_trace import ColdTrace, TracedCall, refer_to_model, refuse_growth, refusing_growth
 from snnfx.capture.graph_matching import GraphMatch
 from snnfx.capture.guarded_reads import ReachableCode
 from snnfx.capture.iteration_tracking import IterationLimit
@@ -33,13 +34,10 @@ from snnfx.capture.tracer import RECORDED_NUMBER, SubmoduleNotTraceable
 from snnfx.capture.unsupported_modules import refuse_unsupported_modules
 from snnfx.errors import CaptureError, InputError, warn
 from snnfx.ir.edits import add_placeholder
-from snnfx.ir.facts import SLOT, VALUE
-from snnfx.ir.printing import location_of
+from snnfx.ir.facts import SLOT
 from snnfx.ir.program import InputLeaf, Slot, StepProgram, results_of
-from snnfx.ops.operator_lookup import traits_of
 from snnfx.sandbox.isolation import autocast_cache_disabled
-from snnfx.sandbox.tensor_values import meta_like
-from snnfx.sandbox.torch_internals import FakeTensor, FakeTensorMode, pytree
+from snnfx.sandbox.torch_internals import FakeTensorMode, pytree
 from snnfx.sandbox.user_code import location_of_forward
 from snnfx.state.carry import OutputPath
 
@@ -54,17 +52,26 @@ def capture_both_modes(
     entry: str = "forward",
     carry: Mapping[str, OutputPath] | None = None,
     iterations: IterationLimit | None = None,
+    traced: TracedCall | None = None,
 ) -> tuple[StepProgram, StepProgram]:
     """Capture a model in training and in evaluation mode; the arguments are those of `capture`.
+
+    Args:
+        traced: a trace of the same call in evaluation mode, which need not be repeated.
 
     Returns:
         `(training program, evaluation program)`; the same object twice if the mode makes no difference.
     """
     _check_model(model, entry)
+    if traced is not None and not traced.mode_matters:
+        program = traced.program(training=True)
+        if program is not None:
+            return program, program
     training, mode_matters = _capture_copy(model, example_inputs, entry, True, carry, iterations)
     if not mode_matters:
         return training, training
-    evaluation, _ = _capture_copy(model, example_inputs, entry, False, carry, iterations)
+    known = None if traced is None else traced.program(training=False)
+    evaluation = known or _capture_copy(model, example_inputs, entry, False, carry, iterations)[0]
     match = GraphMatch(training, evaluation)
     if match.same_program():
         training.guards = training.guards.union(evaluation.guards)
@@ -125,15 +132,14 @@ def capture(
 
 def trace_of_call(
     model: nn.Module, example_inputs: Any, entry: str, training: bool, iterations: IterationLimit
-) -> fx.Graph:
+) -> TracedCall:
     """Trace a whole call of a model that runs over time itself once, from its reset state, to find its loops."""
     _check_model(model, entry)
 
-    def record(session: CaptureSession, leaves: list[InputLeaf], spec: pytree.TreeSpec) -> fx.Graph:
-        tracer, _ = session.trace({}, warm=False)
-        return tracer.graph
+    def record(session: CaptureSession, leaves: list[InputLeaf], spec: pytree.TreeSpec) -> ColdTrace:
+        return ColdTrace.record(session, leaves, spec, training)
 
-    return _on_copy(model, example_inputs, entry, training, None, iterations, record)[0]
+    return TracedCall(*_on_copy(model, example_inputs, entry, training, None, iterations, record))
 
 
 def _capture_copy(
@@ -154,12 +160,7 @@ def _capture_copy(
         iterations,
         lambda session, leaves, spec: _capture_once(session, leaves, spec, training),
     )
-    for captured in filter(None, (program, program.first_step)):
-        _refer_to_model(captured, copy)
-        for node in captured.graph.nodes:
-            if VALUE.is_known(node):
-                values = pytree.tree_map(copy.original_of, VALUE.of(node))
-                VALUE.set(node, pytree.tree_map(_as_meta_tensor, values))
+    refer_to_model(program, copy)
     return program, copy.training_was_read
 
 
@@ -179,7 +180,7 @@ def _on_copy(
     opaque: dict[str, str] = {}
     with capture_lock, autocast_cache_disabled():
         copy = RecordingCopy(model)
-        _set_mode(copy.root, training)
+        copy.set_mode(training)
         changes = StepChanges(copy.root, entry)
         code = ReachableCode(dict(copy.root.named_modules()), entry)
         code.close()
@@ -206,36 +207,21 @@ def _on_copy(
                 changes = StepChanges(copy.root, entry)
 
 
-def _refer_to_model(program: StepProgram, copy: RecordingCopy) -> None:
-    """Replace the copied objects in a program by those of the user's model."""
-    program.source = copy.model
-    program.constants = {name: copy.original_of(value) for name, value in program.constants.items()}
-    program.initial_attributes = [
-        replace(a, value=pytree.tree_map(copy.original_of, a.value)) for a in program.initial_attributes
-    ]
-
-
 def _capture_once(
     session: CaptureSession, leaves: list[InputLeaf], spec: pytree.TreeSpec, training: bool
 ) -> StepProgram:
     model, entry, carried = session.model, session.entry, session.carried
     discovered: dict[str, AttributeSlot] = {}
-    cold, cold_discoveries = session.trace(discovered, warm=False)
+    cold = ColdTrace.record(session, leaves, spec, training)
+    cold_discoveries, values = cold.discoveries, cold.next_values()
     if session.time_loop is not None and training:  # once for both modes
         warn("SNNFX115", session.time_loop.warning())
-    values = dict(zip(cold.slot_values, results_of(cold.graph)[1], strict=True))
     for attribute in cold_discoveries:
         discovered[attribute.name] = attribute
-    starts_as_none = {name for c in carried if not c.required for name in c.argument().slot_names()}
-    if not discovered and not session.matched_slots() and not starts_as_none and session.changes.keep_shapes(values):
-        # Each slot is read from a placeholder in this trace already.
-        return replace(
-            _refusing_growth(session.program(cold, leaves, spec, training)),
-            setting_reads=session.setting_reads(()),
-            guards=session.guards(()),
-            initial_attributes=session.initial_attributes(()),
-        )
-    cold_program = session.program(cold, leaves, spec, training, drop_overwritten=False)
+    if cold.suffices():
+        return cold.program()
+    starts_as_none = cold.start_as_none()
+    cold_program = session.program(cold.tracer, leaves, spec, training, drop_overwritten=False)
     structures = [c.structure for c in carried]
     sizes: dict[str, Any] = {}
     for _ in range(_MOST_WARM_TRACES):
@@ -252,7 +238,7 @@ def _capture_once(
         discovered.update({a.name: a for a in new})
     if sizes:
         name, value = next(iter(sizes.items()))
-        _refuse_growth(name, following[name], f"its shape is {list(shapes[name].shape)}, then {list(value.shape)}")
+        refuse_growth(name, following[name], f"its shape is {list(shapes[name].shape)}, then {list(value.shape)}")
     if new:
         raise CaptureError(
             "SNNFX201",
@@ -269,7 +255,7 @@ def _capture_once(
             why="a state must have the same structure at every step.",
             hint="Return the state with the same nesting and keys as the state argument.",
         )
-    program = _refusing_growth(session.program(warm, leaves, spec, training, set(discovered)))
+    program = refusing_growth(session.program(warm, leaves, spec, training, set(discovered)))
     program.setting_reads = session.setting_reads(discovered.values())
     program.guards = session.guards(discovered.values())
     program.initial_attributes = session.initial_attributes(discovered.values())
@@ -304,32 +290,6 @@ _MOST_WARM_TRACES = 4
 
 def _has_other_shape(after: Any, before: Any) -> bool:
     return isinstance(after, Tensor) and isinstance(before, Tensor) and after.shape != before.shape
-
-
-def _joins(node: Node, placeholder: str) -> bool:
-    """Whether the next value of a slot is its value joined with others."""
-    if not traits_of(node).joins:
-        return False
-    return any(operand.name == placeholder for operand in node.all_input_nodes)
-
-
-def _refusing_growth(program: StepProgram) -> StepProgram:
-    """The program, unless a step joins a state with other values."""
-    for slot, node in zip(program.slots, program.next_states, strict=True):
-        if isinstance(node, Node) and _joins(node, slot.placeholder):
-            _refuse_growth(slot.name, node, f"`{node.name}` joins it with another value")
-    return program
-
-
-def _refuse_growth(name: str, node: Any, why: str) -> None:
-    raise CaptureError(
-        "SNNFX201",
-        f"the state `{name}` grows at each step",
-        where=location_of(node) if isinstance(node, Node) else "",
-        why=f"{why}; the states of a net have the same shape at every step.",
-        hint="Keep the last k values, self.h = torch.cat([self.h, x])[-k:], starting from k values; or return the "
-        "value and use the sequence that the net returns.",
-    )
 
 
 def _refuse_undeclared_state(model: nn.Module, failure: SubmoduleNotTraceable) -> None:
@@ -417,18 +377,3 @@ def _check_model(model: nn.Module, entry: str) -> None:
                 why="it belongs to a lazy module.",
                 hint="Call the model once with the inputs of one step, then convert it.",
             )
-
-
-def _set_mode(model: nn.Module, training: bool) -> None:
-    """Set the training flag of all modules of a copy, unless the model is in this mode."""
-    if model.__dict__.get("training") != training:
-        for module in model.modules():
-            if "training" in module.__dict__:
-                module.__dict__["training"] = training
-
-
-def _as_meta_tensor(value: Any) -> Any:
-    """Convert a fake tensor to a meta tensor, which belongs to no fake tensor mode."""
-    if isinstance(value, FakeTensor | Tensor):
-        return meta_like(value)
-    return value

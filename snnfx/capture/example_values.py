@@ -10,7 +10,6 @@ from typing import Any, cast
 import torch
 from torch import Tensor, fx, nn
 from torch.fx import Node
-from torch.overrides import TorchFunctionMode
 
 from snnfx.capture.input_output_checks import refusal_of_nested_tensor
 from snnfx.capture.patches import plain_isinstance
@@ -164,20 +163,8 @@ def _with_any_number(args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tup
 @contextlib.contextmanager
 def _only(mode: FakeTensorMode) -> Iterator[None]:
     """Enter a fake tensor mode alone: operators would pass through all modes below it, which takes long."""
-    with disable_dispatch_modes(), mode, _ReadsOfValues():
+    with disable_dispatch_modes(), mode:
         yield
-
-
-class _ReadsOfValues(TorchFunctionMode):
-    """Raises `DataDependentOutputException` where Python reads the elements of a fake tensor without an operator."""
-
-    def __torch_function__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        reads = function in (Tensor.numpy, Tensor.__array__) or (
-            function is Tensor.__format__ and args[1] and args[0].dim() == 0
-        )
-        if reads and isinstance(args[0], FakeTensor):
-            raise DataDependentOutputException(function)
-        return function(*args, **(kwargs or {}))
 
 
 def _call_for_shape(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
@@ -185,6 +172,8 @@ def _call_for_shape(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, 
     if isinstance(module, BatchNormBase) and has_torch_forward(module) and len(args) == 1 and not kwargs:
         module._check_input_dim(args[0])
         return torch.empty_like(args[0])
+    if len(args) == 1 and not kwargs and _is_plain_linear(module, args[0]):
+        return args[0].new_empty((*args[0].shape[:-1], len(module.weight)))  # type: ignore[arg-type]
     # `vars`, because a read of the attribute would count as one of the model's code.
     uses_cumulative_average = isinstance(module, NormBase) and vars(module)["training"] and module.momentum is None
     if not uses_cumulative_average:
@@ -195,3 +184,16 @@ def _call_for_shape(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, 
         return call_leaf(module, *args, **kwargs)
     finally:
         module.__dict__["training"] = True
+
+
+def _is_plain_linear(module: nn.Module, x: Any) -> bool:
+    """Whether a module is a linear layer that takes `x` and returns a contiguous tensor of the same dtype."""
+    if type(module).forward is not nn.Linear.forward or not isinstance(x, Tensor) or x.dim() == 0:
+        return False
+    weight, bias = module.weight, module.bias
+    if type(weight) is not nn.Parameter or (bias is not None and type(bias) is not nn.Parameter):
+        return False
+    if weight.dim() != 2 or x.shape[-1] != weight.shape[1] or (bias is not None and bias.shape != weight.shape[:1]):
+        return False
+    kinds = {(t.dtype, t.device, t.layout) for t in (x, weight, bias) if t is not None}
+    return kinds == {(x.dtype, x.device, torch.strided)} and not torch.is_autocast_enabled(x.device.type)

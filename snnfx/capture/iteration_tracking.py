@@ -133,6 +133,8 @@ class IterationTracker:
     def __init__(self) -> None:
         self._frames: dict[FrameType, _FrameLoops] = {}
         self._extents: dict[int, tuple[CodeType, tuple[_Extent, ...]]] = {}
+        self._functions: dict[int, tuple[CodeType, tuple[str, str, int] | None]] = {}
+        """User code by name; None for other code."""
         self._runs = 0
         self._of_modules: list[Iteration] = []
         """The iterations of loops of library modules that run, the outermost first."""
@@ -170,8 +172,12 @@ class IterationTracker:
                     iteration.source.values.note_variables(frame, (iteration.run, iteration.index))
                 found += reversed(running)
             code = frame.f_code
-            if _is_user_code(code):
-                called.add((code.co_filename, code.co_name, code.co_firstlineno))
+            known = self._functions.get(id(code))  # hashing code takes longer than a call of it
+            if known is None:
+                name = (code.co_filename, code.co_name, code.co_firstlineno) if _is_user_code(code) else None
+                known = self._functions[id(code)] = code, name
+            if known[1] is not None:
+                called.add(known[1])
             frame = frame.f_back
         return (*reversed(found), *self._of_modules)
 
@@ -191,6 +197,19 @@ class IterationTracker:
         else:
             sys.settrace(self._before)
         self._frames.clear()
+
+    def pause(self) -> Any:
+        """Stop following the control flow; returns the argument of `resume`, or None if nothing is followed."""
+        follow = sys.gettrace()
+        if follow is None or getattr(follow, "__self__", None) is not self:
+            return None
+        sys.settrace(None)
+        return follow
+
+    def resume(self, follow: Any) -> None:
+        """Follow the control flow again, after `pause`."""
+        if follow is not None:
+            sys.settrace(follow)
 
     def loops_of(self, frame: FrameType) -> _FrameLoops | None:
         """The loops of a frame of user code; None for other frames and for code without loops."""
@@ -213,6 +232,9 @@ class IterationTracker:
     # -- Python 3.11 ------------------------------------------------------------------------------------------------
 
     def _on_call(self, frame: FrameType, event: str, argument: Any) -> Any:
+        known = self._extents.get(id(frame.f_code))
+        if known is not None and not known[1]:  # most calls
+            return None
         loops = self.loops_of(frame)
         if loops is None:
             return None

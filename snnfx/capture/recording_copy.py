@@ -207,6 +207,15 @@ class RecordingCopy:
         """The user's object that a copied object stands for; any other object itself."""
         return self._copies.original_of(value)
 
+    def set_mode(self, training: bool) -> None:
+        """Set the training flags of all modules; they stay those of the user's model if it is in this mode."""
+        is_in_mode = self.model.__dict__.get("training") == training
+        for module in self.root.modules():
+            if "training" in module.__dict__:
+                module.__dict__["training"] = (
+                    self.original_of(module).__dict__.get("training", training) if is_in_mode else training
+                )
+
     @contextlib.contextmanager
     def watched(self) -> Iterator[None]:
         """Detect reads of `training` in this thread inside the context."""

@@ -114,7 +114,7 @@ class StepTracer(fx.Tracer):
         self.opaque = opaque or {}
         self._iterations = iterations
         self._tracker = IterationTracker() if iterations is not None else None
-        self.draws = UnrecordedDraws(self)
+        self.draws = UnrecordedDraws(self, self._tracker)
         self.values = ExampleValues(self, fake_mode, self.draws)
         self.leaf_states = LeafModuleStates(self)
         self.calls = StatefulCalls(self, self.values, self.leaf_states)

@@ -19,6 +19,7 @@ import torch
 from torch import nn
 
 from snnfx.capture.inline_modules import is_traced_inline
+from snnfx.capture.iteration_tracking import IterationTracker
 from snnfx.capture.recorder import Recorder
 from snnfx.capture.recording_copy import is_recording_module
 from snnfx.errors import CaptureError
@@ -47,14 +48,15 @@ class UnrecordedDraws:
 
     Args:
         recorder: records the step.
+        tracker: follows the loops of the step's code, if they are recorded.
     """
 
-    def __init__(self, recorder: Recorder) -> None:
-        self._recorder = recorder
+    def __init__(self, recorder: Recorder, tracker: IterationTracker | None = None) -> None:
+        self._recorder, self._tracker = recorder, tracker
         self._refusal: CaptureError | None = None
         self._drew_from_python = False
         self._numpy_state: Any = None
-        self._refers_to_numpy: dict[CodeType, bool] = {}
+        self._refers_to_numpy: dict[int, tuple[CodeType, bool]] = {}
         self._keeps_profile = False
         self._python_state: Any = None
 
@@ -80,18 +82,9 @@ class UnrecordedDraws:
         """Whether the step drew from the generators of Python or NumPy; NumPy's state is restored."""
         return self._drew_from_python or self._restore_numpy()
 
-    @contextlib.contextmanager
-    def unobserved(self) -> Iterator[None]:
-        """Run code of snnfx and operations of torch, which draw nothing from Python, at full speed."""
-        profile = sys.getprofile()
-        if self._keeps_profile or profile is None:
-            yield
-            return
-        sys.setprofile(None)
-        try:
-            yield
-        finally:
-            restore_profile(profile)
+    def unobserved(self) -> _Unobserved:
+        """Run code of snnfx and operations of torch at full speed: they draw nothing from Python and have no loops."""
+        return _Unobserved(None if self._keeps_profile else sys.getprofile(), self._tracker)
 
     @contextlib.contextmanager
     def allowed_in(self, *modules: str) -> Iterator[None]:
@@ -145,10 +138,10 @@ class UnrecordedDraws:
                 if is_unknown and not self._recorder.is_evaluating:
                     refuse_unregistered_module(module)
             elif self._numpy_state is None:
-                refers = self._refers_to_numpy.get(code)
-                if refers is None:
-                    refers = self._refers_to_numpy[code] = refers_to_numpy_random(code, frame.f_globals)
-                if refers:
+                known = self._refers_to_numpy.get(id(code))  # hashing code takes longer than a call of it
+                if known is None:
+                    known = self._refers_to_numpy[id(code)] = code, refers_to_numpy_random(code, frame.f_globals)
+                if known[1]:
                     self._numpy_state = numpy_rng_state()
 
     def _before_python_draw(self) -> None:
@@ -164,6 +157,26 @@ class UnrecordedDraws:
             return False
         restore_numpy_rng_state(self._numpy_state)
         return True
+
+
+class _Unobserved:
+    """Runs its context without the profile function and without the tracker of loops."""
+
+    __slots__ = ("_follow", "_profile", "_tracker")
+
+    def __init__(self, profile: Any, tracker: IterationTracker | None) -> None:
+        self._profile, self._tracker = profile, tracker
+
+    def __enter__(self) -> None:
+        self._follow = None if self._tracker is None else self._tracker.pause()
+        if self._profile is not None:
+            sys.setprofile(None)
+
+    def __exit__(self, *exc_info: object) -> None:
+        if self._tracker is not None:
+            self._tracker.resume(self._follow)
+        if self._profile is not None:
+            restore_profile(self._profile)
 
 
 def refuse_unregistered_module(module: nn.Module) -> NoReturn:

@@ -447,7 +447,7 @@ def test_a_state_that_grows() -> None:
 
     refused(
         "SNNFX201",
-        "capture/capture.py:_refuse_growth",
+        "capture/cold_trace.py:refuse_growth",
         "Keep the last k values, self.h = torch.cat([self.h, x])[-k:], starting from k values; or return the ",
         lambda: snnfx.convert(Step(step, h=torch.zeros(4, C))),
         names="`h`",
