@@ -248,6 +248,8 @@ class StepProgram:
         """The object named by a get_attr or call_module target."""
         if target in self.constants:
             return self.constants[target]
+        if self.first_step is not None and target in self.first_step.constants:
+            return self.first_step.constants[target]  # of another name than those of the later steps
         target = target.removeprefix(START_PREFIX)
         found: Any = self.source
         if target == SELF_TARGET:

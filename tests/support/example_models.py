@@ -57,6 +57,7 @@ class Model(snnfx.MemoryModule):
         return y
 
 net = snnfx.convert(Model())""",
+    "SNNFX224": _model("EXAMPLE", _BATCH + "\nnet(x_seq)", "self.before = None"),
     "SNNFX212": _model("EXAMPLE\nself.h = 0.5 * y\nreturn y"),
     "SNNFX213": """
 EXAMPLE
