@@ -315,6 +315,13 @@ class StepProgram:
         """Whether a layer trains in this program: its own flag if the model is in the program's mode."""
         return module.training if self.source.training == self.training else self.training
 
+    def trains(self, module: nn.Module) -> bool:
+        """Whether a layer trains in this program: its recorded flag, or else its mode."""
+        for read in self.setting_reads:
+            if read.name == "training" and self.source.get_submodule(read.owner) is module:
+                return bool(read.value)
+        return self.mode_of(module)
+
     def copy(self) -> StepProgram:
         """A copy with its own graph and equal node names; the source model and constants are shared."""
         graph = fx.Graph()
