@@ -318,6 +318,13 @@ CODES: dict[str, CodeEntry] = {
         "self.before = x\n"
         "return self.bn(y)",
     ),
+    "SNNFX225": CodeEntry(
+        "an operation fails on a memory format",
+        "The operation, such as `view`, cannot take a tensor with these strides: it was permuted, or the inputs are in "
+        "channels-last format. Use `reshape`, or make the tensor contiguous.",
+        "y = torch.stack([x, x], dim=1).transpose(1, 2).view(x.shape[0], -1)",
+        "y = torch.stack([x, x], dim=1).transpose(1, 2).reshape(x.shape[0], -1)",
+    ),
     "SNNFX250": CodeEntry(
         "a branch on the number of the step",
         "Python code branches on a number that counts the steps, and later steps take different branches. A net runs "
