@@ -148,6 +148,22 @@ class Twice(Model):
         return self.out(self.lif(self.norm(self.norm(self.conv(x)) * 2 + 1)))
 
 
+class TwiceOnCycle(snnfx.MemoryModule):
+    """A layer that is called twice in a step, on a cycle with a neuron whose initial value needs the second call."""
+
+    def __init__(self, norm: nn.Module) -> None:
+        super().__init__()
+        self.conv, self.norm, self.lif = nn.Conv1d(3, 4, 1), norm, neuron.LIFNode(v_threshold=0.3)
+        self.register_memory("h", 0.3)
+        self.double()
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.conv(x) + self.h
+        first = self.norm(y)
+        self.h = self.h * 0.8 + 0.2 * self.lif(self.norm(y * 0.5) + first)
+        return self.h
+
+
 UPDATING: dict[str, Callable[[], nn.Module]] = {
     "BatchNorm": NORMS["BatchNorm"],
     "InstanceNorm": NORMS["InstanceNorm, running statistics"],
@@ -173,7 +189,7 @@ def run_in_place(model: nn.Module) -> Run:
 
 @pytest.mark.parametrize("thawed", ["before conversion", "after it", "after a call"])
 @pytest.mark.parametrize("name", UPDATING)
-@pytest.mark.parametrize("kind", [Unread, ReadByState, OfConstant, Twice, Model])
+@pytest.mark.parametrize("kind", [Unread, ReadByState, OfConstant, Twice, TwiceOnCycle, Model])
 def test_a_layer_in_training_mode_updates_its_buffers_in_evaluation(
     kind: Callable[[nn.Module], nn.Module], name: str, thawed: str
 ) -> None:
