@@ -108,9 +108,9 @@ def batch_norm_semantics(net: Net) -> Iterator[str]:
             "stepped model does. Evaluation mode is the same for both."
         )
     if match is not None and apart:
-        layers = _and(f"`{describe_node(node)}`" for node in apart)
+        norms = _and(f"`{describe_node(node)}`" for node in apart)
         yield (
-            f"BatchNorm in {layers}: training uses the statistics of the first step for the first step, and those of "
+            f"BatchNorm in {norms}: training uses the statistics of the first step for the first step, and those of "
             f"all later steps for the later steps (SNNFX224: {match.refusal})."
         )
     stepped: dict[str, list[str]] = {}
