@@ -185,7 +185,7 @@ class _Binder:
         if tails is None:
             readers, steps = self.readers.of_loop.get(node, ()), self._flat_steps(loop, constants, tensors)
             bound: Any = (
-                BoundBitLoop(loop, fixed, readers, with_finals)
+                BoundBitLoop(loop, fixed, readers, with_finals, steps)
                 if readers and not tensors
                 else BoundLoop(loop, fixed, tensors, with_finals, steps)
             )

@@ -170,14 +170,17 @@ def _failure(test: str, v: str, expected: Any, constant: Callable[[Any], str]) -
         return f"{v}.__class__ is not {constant(expected[0])} or {measured} != {constant(expected[1])}"
     if test == "contents":
         fails = f"{v}.__class__ is not {constant(type(expected))} or {v} != {c}"
-        if isinstance(expected, set | frozenset):
+        if isinstance(expected, frozenset):
+            return f"{v} is not {c} and ({fails})"
+        if isinstance(expected, set):
             return fails
         if isinstance(expected, dict):
             fails += f" or [*{v}] != {constant([*expected])}"
         # Numbers of different types are equal.
         elements = f"{v}.values()" if isinstance(expected, dict) else v
         types = [*map(type, expected.values() if isinstance(expected, dict) else expected)]
-        return f"{fails} or [*map(type, {elements})] != {constant(types)}"
+        fails += f" or [*map(type, {elements})] != {constant(types)}"
+        return f"{v} is not {c} and ({fails})" if isinstance(expected, tuple) else fails
     if test == "some":
         return f"{v} is None or {v} is ABSENT"
     if test == "array":

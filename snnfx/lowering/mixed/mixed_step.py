@@ -228,7 +228,8 @@ class MixedStep:
         inputs = ", and its input" if plan.inputs else ""
         return f"; training saves {count} tensor{'s' if count != 1 else ''} of all steps{inputs}"
 
-    def _invariants(self, constants: Sequence[Tensor]) -> dict[int, Tensor]:
+    def invariants(self, constants: Sequence[Tensor]) -> dict[int, Tensor]:
+        """The values that do not change with time, constants included, by number."""
         known = {number: c.detach() for (number, _), c in zip(self.constants, constants, strict=True)}
         with torch.no_grad():
             self._prologue.run(known, ())
@@ -240,6 +241,7 @@ class MixedStep:
         states: Sequence[Tensor | float],
         constants: Sequence[Tensor],
         needs: Needs | None,
+        invariants: dict[int, Tensor] | None = None,
     ) -> tuple[list[Tensor], list[Tensor], list[Tensor]]:
         """Run a sequence: outputs `[T, N, *]`, final states `[N, *]`, and the tensors saved for backward.
 
@@ -248,19 +250,20 @@ class MixedStep:
             states: the states before the first step, numbers or tensors that can be expanded to `[N, *]`.
             constants: the tensors of `self.constants`.
             needs: the gradients that are needed; None: save nothing.
+            invariants: the result of `self.invariants(constants)`, if it is known.
         """
         recording = self.recording
         passes = None if needs is None else self.training(needs)
         schedule = self.inference() if passes is None else passes.forward
         stacks = {n: _dense_values(x_seq[i]) for i, n in self._numbers["sequence"].items()}
-        result = run_schedule(
-            schedule, x_seq[0].shape[0], stacks, self._invariants(constants), states, False, unshared=recording.outputs
-        )
+        known = self.invariants(constants) if invariants is None else invariants
+        T, outputs_of = x_seq[0].shape[0], recording.outputs
+        result = run_schedule(schedule, T, stacks, known, states, False, unshared=outputs_of, constants=constants)
         outputs: list[Tensor] = []
         for number in recording.outputs:
             value = result.stacks[number]
             outputs.append(value.clone() if any(value is other for other in outputs) else value)
-        finals = [final.clone() for final in result.finals]
+        finals = result.own_finals()
         if passes is None:
             return outputs, finals, []
         taken = set(recording.outputs)
@@ -277,11 +280,12 @@ class MixedStep:
         saved: Sequence[Tensor],
         grad_outputs: Sequence[Tensor | None],
         grad_finals: Sequence[Tensor | None],
+        invariants: dict[int, Tensor] | None = None,
     ) -> tuple[list[Tensor | None], list[Tensor | None], list[Tensor | None]]:
         """Gradients of the inputs, `[T, N, *]`, of the initial states, `[N, *]`, and of the constants.
 
         Args:
-            needs, T, x_seq, constants, saved: as in the forward pass; inputs that are not saved may be None.
+            needs, T, x_seq, constants, saved, invariants: as in the forward pass; inputs that are not saved may be None.
             grad_outputs, grad_finals: the gradients of the outputs and final states; None: zero.
         """
         recording, passes = self.recording, self.training(needs)
@@ -295,15 +299,16 @@ class MixedStep:
             stacks[numbers["sequence"][i]] = _dense_values(x)
         stacks.update(zip((*plan.values, *(numbers["state"][k] for k in plan.states)), saved, strict=True))
         initial = [0.0 if (g := grad_finals[k]) is None else g for k in passes.grads]
-        invariants = self._invariants(constants)
-        result = run_schedule(passes.backward, T, stacks, invariants, initial, reverse=True)
+        if invariants is None:
+            invariants = self.invariants(constants)
+        result = run_schedule(passes.backward, T, stacks, invariants, initial, reverse=True, constants=constants)
         grad_x = [
             result.stacks[g] if n and g is not None else None
             for g, n in zip(recording.grad_sequences, needs.sequences, strict=True)
         ]
         grad_states: list[Tensor | None] = [None] * len(needs.states)
-        for k, final in zip(passes.grads, result.finals, strict=True):
-            grad_states[k] = final.clone() if needs.states[k] else None
+        for k, final in zip(passes.grads, result.own_finals(), strict=True):
+            grad_states[k] = final if needs.states[k] else None
         with torch.no_grad():
             grad_constants = [
                 None if d is None else d.evaluate(recording, T, result.sums, result.stacks, invariants)
