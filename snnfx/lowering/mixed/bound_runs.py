@@ -142,8 +142,7 @@ class BoundRun:
     """A run on tensors of its own, which can be repeated.
 
     Args:
-        schedule, T, stacks, invariants, reverse, constants: as for `run_schedule`; of `stacks`, only shapes, strides and
-            dtypes are read.
+        schedule, T, stacks, invariants, reverse, constants: as for `run_schedule`.
         carried: the number of loop-carried values.
         moving: invariants whose address changes, so that they are copied even if they are views of constants.
 

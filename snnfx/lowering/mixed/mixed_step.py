@@ -285,7 +285,8 @@ class MixedStep:
         """Gradients of the inputs, `[T, N, *]`, of the initial states, `[N, *]`, and of the constants.
 
         Args:
-            needs, T, x_seq, constants, saved, invariants: as in the forward pass; inputs that are not saved may be None.
+            needs, T, constants, saved, invariants: as in the forward pass.
+            x_seq: the inputs; those that are not saved may be None.
             grad_outputs, grad_finals: the gradients of the outputs and final states; None: zero.
         """
         recording, passes = self.recording, self.training(needs)
