@@ -174,6 +174,8 @@ class BoundRun:
                 _write(own, given)
             self.run = ScheduleRun(schedule, T, dict(self.stacks), self.invariants, carried, reverse)
         self.can_be_repeated = not self.run.copies_given
+        self._views: PassResult | None = None
+        """The results as views of the memory of the run; None if each repetition computes some of them."""
         memory.count(self)
         addresses = {t.untyped_storage().data_ptr() for t in (*self.stacks.values(), *self.invariants.values())}
         self.computed = [
@@ -181,6 +183,12 @@ class BoundRun:
             for number, stack in self.run.stacks.items()
             if number in schedule.made_before and stack.untyped_storage().data_ptr() not in addresses
         ]
+
+    def _is_in_memory_of_run(self, result: PassResult) -> bool:
+        rings = (*self.run.rings.values(), *(ring for rings in self.run.targets.values() for ring in rings))
+        tensors = (*self.stacks.values(), *self.invariants.values(), *self.run.stacks.values())
+        memory = {t.untyped_storage().data_ptr() for t in (*tensors, *(ring.tensor for ring in rings))}
+        return all(t.untyped_storage().data_ptr() in memory for t in (*result.stacks.values(), *result.sums.values()))
 
     def moved(self, invariants: dict[int, Tensor]) -> frozenset[int]:
         """The invariants whose address changes if some are no longer where the run reads them; else none."""
@@ -203,7 +211,9 @@ class BoundRun:
         for copy, source in self.run.row_copies:
             copy.copy_(source)
         self.run.run(initial)
-        result = self.run.result(())
+        result = self._views if self._views is not None else self.run.result(())
+        if self._views is None and self._is_in_memory_of_run(result):
+            self._views = result
         copies: dict[int, Tensor] = {id(t): t.clone() for t in (*result.stacks.values(), *result.sums.values())}
         return PassResult(
             {n: copies[id(t)] for n, t in result.stacks.items()},

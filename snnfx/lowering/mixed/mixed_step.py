@@ -19,8 +19,12 @@ from snnfx.lowering.mixed.constant_gradients import ConstantGradient, plan_gradi
 from snnfx.lowering.mixed.gradient_by_events import build_product_by_events
 from snnfx.lowering.mixed.loop_saved_values import LoopSavedValues, plan_saved_values
 from snnfx.lowering.mixed.schedule import CallKinds, LoopCarried, PassGoal, Schedule
+from snnfx.sandbox.torch_internals import dispatch_mode_count
 
 __all__ = ["MixedStep", "TrainingPasses"]
+
+_MOST_VIEWED_BYTES = 1 << 20
+"""Bytes of the constants up to which the views of the latest ones are kept, which keeps their memory alive."""
 
 
 @dataclass
@@ -63,6 +67,8 @@ class MixedStep:
     constants: tuple[tuple[int, int], ...] = field(init=False, default=())
     _kinds: CallKinds = field(init=False)
     _inference: Schedule | None = None
+    _views: tuple[list[object], dict[int, Tensor]] | None = None
+    """The latest invariants, with the places of the constants, if all of them are views of constants."""
     _training: dict[Needs, TrainingPasses] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
@@ -229,10 +235,17 @@ class MixedStep:
         return f"; training saves {count} tensor{'s' if count != 1 else ''} of all steps{inputs}"
 
     def invariants(self, constants: Sequence[Tensor]) -> dict[int, Tensor]:
-        """The values that do not change with time, constants included, by number."""
+        """The values that do not change with time, constants included, by number; the caller does not change it."""
+        places = [(c.data_ptr(), c.shape, c.stride(), c.dtype) for c in constants]
+        if self._views is not None and self._views[0] == places and not dispatch_mode_count():
+            return self._views[1]
         known = {number: c.detach() for (number, _), c in zip(self.constants, constants, strict=True)}
         with torch.no_grad():
             self._prologue.run(known, ())
+        if sum([c.nbytes for c in constants]) <= _MOST_VIEWED_BYTES and not dispatch_mode_count():
+            memory = {c.untyped_storage().data_ptr() for c in constants}
+            are_views = all(v.untyped_storage().data_ptr() in memory for v in known.values())
+            self._views = (places, known) if are_views else None
         return known
 
     def forward(
