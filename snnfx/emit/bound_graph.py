@@ -35,6 +35,7 @@ from snnfx.ops.sequence_functions import call_module, call_once, select_state
 from snnfx.ops.time_folding import fold_time, unfold_time
 from snnfx.regions.bound_bit_loop import BoundBitLoop
 from snnfx.regions.bound_loop import BoundLoop, FlatSteps
+from snnfx.regions.first_neuron_step import with_neuron_kernels
 from snnfx.regions.normed_loop import BoundNormedLoop, Tail
 from snnfx.regions.region_modules import LoopRegion
 from snnfx.regions.sequence_region import RegionGraph
@@ -204,13 +205,27 @@ class _Binder:
         if kernels is not None and isinstance(kernels.in_use, LoweredStep):
             return None
         step = self._function_of(loop.step, constants, tensors)
-        first = None if loop.first is None else self._function_of(loop.first, constants, tensors)
-        return FlatSteps(step, first, loop.may_return_structures)
+        if loop.first is None:
+            return FlatSteps(step, None, loop.may_return_structures)
+        first = by_kernels = self._function_of(loop.first, constants, tensors)
+        modules = {k: self.modules[c] for k, c in enumerate(constants) if c in self.modules}
+        graph = None if kernels is None else with_neuron_kernels(loop.first.graph, modules)
+        if graph is not None:
+            by_kernels = self._function_of(loop.first, constants, tensors, graph)
+        return FlatSteps(step, first, loop.may_return_structures, by_kernels)
 
-    def _function_of(self, region: Any, constants: Sequence[Node], tensors: Sequence[int]) -> Callable[..., Any]:
-        """The step of a loop as a function of the tensors among its constants and of its other arguments."""
+    def _function_of(
+        self, region: Any, constants: Sequence[Node], tensors: Sequence[int], graph: fx.Graph | None = None
+    ) -> Callable[..., Any]:
+        """The step of a loop as a function of the tensors among its constants and of its other arguments.
+
+        Args:
+            region: the step.
+            constants, tensors: the constants of the loop, and the positions of tensors among them.
+            graph: computes the same as the graph of the step; None: that graph.
+        """
         lines, self.lines = self.lines, []
-        inner = list(region.graph.nodes)
+        inner = list((graph or region.graph).nodes)
         placeholders = [n for n in inner if n.op == "placeholder"]
         varying = [placeholders[i] for i in tensors] + placeholders[len(constants) :]
         self._share(placeholders, constants)
