@@ -23,6 +23,7 @@ from snnfx.emit.bit_readers import find_readers
 from snnfx.emit.norm_tails import FusedTails, find_tails
 from snnfx.functional import multi_step_forward, seq_to_ann_forward
 from snnfx.ir.program import SELF_TARGET
+from snnfx.lowering.choices.image_formats import convolve, fastest_format
 from snnfx.lowering.elementwise.lowered_step import LoweredStep
 from snnfx.lowering.events.event_layers import call_layer_by_events
 from snnfx.lowering.events.spike_bits import SpikeBits
@@ -155,6 +156,8 @@ class _Binder:
         elif node.op == "call_method":
             receiver, *args = node.args
             self._assign(node, f"{self._text(receiver)}.{node.target}({self._arguments(args, node.kwargs)})")
+        elif node.target is fastest_format and self._is_split(node):
+            self._assign(node, self._call(fastest_format, (*node.args, True), {}))
         elif node.target is operator.getitem:
             self._assign(node, f"{self._text(node.args[0])}[{self._text(node.args[1])}]")
         elif node.target is seq_to_ann_forward and self._is_simple_fold(node):
@@ -451,6 +454,9 @@ class _Binder:
         operands = node.args[1:]
         if type(module) is nn.Linear:
             self._assign(node, self._linear(module, self._text(operands[0])))
+        elif type(module) is nn.Conv2d and operands and self._is_split(operands[0]):
+            convolution: Any = operands[0].args[-1]  # type: ignore[union-attr]
+            self._assign(node, self._call(convolve, (node.args[0], operands[0], convolution), {}))
         elif type(module) is nn.MaxPool2d and not module.return_indices:
             self._assign(node, self._max_pool(module, self._text(operands[0])))
         else:
@@ -459,6 +465,14 @@ class _Binder:
     def _linear(self, module: nn.Module, x: str) -> str:
         parameters = self._constant(module._parameters)
         return f"{self._constant(functional.linear)}({x}, {parameters}['weight'], {parameters}['bias'])"
+
+    def _is_split(self, images: Any) -> bool:
+        """Whether only a plain convolution reads images in its fastest format."""
+        if not isinstance(images, Node) or images.target is not fastest_format or len(images.users) != 1:
+            return False
+        (user,) = images.users
+        module = self.modules.get(user.args[0]) if user.target is call_module else None  # type: ignore[arg-type]
+        return type(module) is nn.Conv2d and user.args[1:] == (images,) and not user.kwargs
 
     def _max_pool(self, module: nn.MaxPool2d, x: str) -> str:
         attributes = self._constant(vars(module))
